@@ -1,0 +1,138 @@
+"""Features for the embedded digits: a small classifier trained on the real training digits alone."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from experiments.metrics.atomic import whole_file
+from train.datasets import Dataset, digits
+from train.transforms import to_item
+
+METRIC = "FD(digits)"
+SIDE = 32  # pixels; the size the digits are enlarged to
+RECIPE = "1"  # raise it when anything below changes the trained weights: the cache goes by it
+EPOCHS, BATCH, PEAK_LR, WEIGHT_DECAY, SEED = 20, 64, 4e-3, 0.05, 0
+CACHE_DIR = Path(__file__).resolve().parents[3] / "logs" / ".cache" / "classifiers"
+
+
+class DigitsClassifier(nn.Module):
+    """Ten classes through three convolutions and, as in LeNet-5 (LeCun et al. 1998), a layer of 84: the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.AvgPool2d(2),  # the digits come from 8 x 8 pixels: half the size keeps all they hold
+            *_stage(1, 24),
+            nn.MaxPool2d(2),
+            *_stage(24, 48),
+            nn.MaxPool2d(2),
+            *_stage(48, 64),
+            nn.Flatten(),
+            nn.Linear(64 * 4 * 4, 84),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(84, 10)
+
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 images (B, 3, H, W), or grey (B, 1, H, W), of any size -> (B, 84) float32."""
+        with torch.autocast(images.device.type, enabled=False):
+            grey = images.float().mean(1, keepdim=True) / 255
+            if grey.shape[-2:] != (SIDE, SIDE):
+                grey = F.interpolate(grey, size=(SIDE, SIDE), mode="bilinear", antialias=True)
+            return self.body(grey)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 images (B, 3, H, W), or grey (B, 1, H, W), of any size -> logits (B, 10) float32."""
+        features = self.features(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.head(features)
+
+
+def _stage(channels_in: int, channels_out: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+    return [convolution, nn.BatchNorm2d(channels_out), nn.ReLU()]
+
+
+def build(device: torch.device | str, cache_dir: str | Path = CACHE_DIR) -> Callable[[Tensor], Tensor]:
+    """Features of uint8 images (B, 3, H, W): the classifier's (B, 84) float32; trains it first if no cache holds it."""
+    classifier = load_classifier(device, cache_dir)
+    return lambda images: classifier.features(images.to(device))
+
+
+@torch.inference_mode(False)  # a caller in that mode would otherwise get weights that no gradient may pass
+def load_classifier(device: torch.device | str, cache_dir: str | Path = CACHE_DIR) -> DigitsClassifier:
+    """The trained classifier, frozen and in evaluation mode, on `device`; trained on the CPU (seconds) if not cached.
+
+    The file's name in `cache_dir` holds the hash of the training digits and the recipe.
+    ValueError: a damaged file.
+    """
+    training = digits.build(digits.Config(), "train")
+    key = hashlib.sha256(f"{training.fingerprint()} recipe {RECIPE}".encode()).hexdigest()
+    path = Path(cache_dir) / f"digits-{key[:16]}.safetensors"
+    if not path.is_file():
+        trained = train_classifier(*_stacked(training), seed=SEED)
+        with whole_file(path) as scratch:
+            save_file(trained.state_dict(), scratch)
+    with torch.device("meta"):  # no first weights: they would be drawn from the global generator
+        classifier = DigitsClassifier()
+    try:
+        classifier.load_state_dict(load_file(path), assign=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and it is made anew") from error
+    return classifier.to(device).requires_grad_(False).eval()
+
+
+def train_classifier(images: Tensor, labels: Tensor, seed: int) -> DigitsClassifier:
+    """A classifier of images (N, 1, 32, 32) uint8 and labels (N,), the same for the same seed, in float32 on the CPU.
+
+    The global random state is left as it was found.
+    """
+    with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the global generator
+        torch.default_generator.manual_seed(seed)
+        classifier = DigitsClassifier()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
+    steps = EPOCHS * math.ceil(len(images) / BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
+    with torch.enable_grad():
+        for _ in range(EPOCHS):
+            for rows in torch.randperm(len(images), generator=generator).split(BATCH):
+                logits = classifier(moved(images[rows], generator))
+                optimizer.zero_grad()
+                F.cross_entropy(logits, labels[rows]).backward()
+                optimizer.step()
+                schedule.step()
+    return classifier.eval()
+
+
+def moved(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (B, 1, H, W), each turned by up to 10 degrees, scaled by 0.9 to 1.1, shifted by up to 2 pixels; float32."""
+    uniform = torch.rand(4, len(images), generator=generator) * 2 - 1  # in [-1, 1)
+    angle, scale = uniform[0] * math.radians(10), 1 + 0.1 * uniform[1]
+    shift = uniform[2:] * 2 * 2 / images.shape[-1]  # two pixels, in affine_grid's units of half a side
+    cosine, sine = angle.cos() * scale, angle.sin() * scale
+    rows = [torch.stack([cosine, -sine, shift[0]], 1), torch.stack([sine, cosine, shift[1]], 1)]  # (B, 3) each
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)  # (B, H, W, 2)
+    return F.grid_sample(images.float(), grid, align_corners=False)
+
+
+@torch.no_grad()
+def accuracy(classifier: DigitsClassifier, split: str = "val") -> float:
+    """The share in [0, 1] of the digits of `split` ("train" or "val") that the classifier names rightly."""
+    images, labels = _stacked(digits.build(digits.Config(), split))
+    device = next(classifier.parameters()).device
+    return (classifier(images.to(device)).argmax(1).cpu() == labels).double().mean().item()
+
+
+def _stacked(dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Images (N, 1, 32, 32) uint8 and labels (N,) int64."""
+    items = [to_item(dataset[index], SIDE, 1) for index in range(len(dataset))]
+    images = torch.stack([item["image"].as_subclass(Tensor) for item in items])
+    return images, torch.tensor([item["label"] for item in items])

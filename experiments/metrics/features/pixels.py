@@ -1,0 +1,20 @@
+"""Features without a network: the image itself, small."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+METRIC = "FD(pixels)"
+SIDE = 16
+
+
+def build(device: torch.device | str) -> Callable[[Tensor], Tensor]:
+    """Features of uint8 images (B, 3, H, W): resized to 16 x 16, antialiased, (B, 768) float32 in [0, 1]."""
+
+    def features(images: Tensor) -> Tensor:
+        images = images.to(device).float() / 255
+        return F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", antialias=True).flatten(1)
+
+    return features

@@ -1,0 +1,154 @@
+"""The Fréchet distance between two sets of features, from their streamed means and covariances."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.metrics.atomic import whole_file
+
+
+class Statistics:
+    """Count, mean (D,) and covariance (D, D) of features that arrive in batches, in float64 on the CPU.
+
+    What is kept is the mean and the scatter S = sum (f - mean)(f - mean)^T; two parts merge by the pairwise rule of
+    Chan, Golub & LeVeque 1983, which does not lose the digits that sum(f f^T) - n mean mean^T cancels.
+    `count` is None for statistics read from a file that does not tell it: those can be measured, not extended.
+    """
+
+    def __init__(self) -> None:
+        self.count: int | None = 0
+        self._mean: Tensor | None = None  # (D,)
+        self._scatter: Tensor | None = None  # (D, D); where count is None, the covariance itself
+
+    def update(self, features: Tensor) -> "Statistics":
+        """Adds features (B, D), on any device and of any real dtype; returns itself.
+
+        ValueError: not two-dimensional, not finite, or of another width than those before.
+        """
+        if features.ndim != 2:
+            raise ValueError(f"features of shape {tuple(features.shape)}: wanted (B, D)")
+        if not features.isfinite().all():
+            raise ValueError("features hold nan or inf: the images or the network that made them are broken")
+        if len(features) == 0:
+            return self
+        features = features.detach().cpu().double()
+        mean = features.mean(0)
+        centred = features - mean
+        if self._mean is None and self.count == 0:
+            width = features.shape[1]
+            self._mean, self._scatter = mean.new_zeros(width), mean.new_zeros(width, width)
+        self._absorb(len(features), mean)
+        self._scatter.addmm_(centred.T, centred)
+        return self
+
+    def _absorb(self, count: int, mean: Tensor) -> None:
+        """Moves count and mean to the union with `count` features around `mean`; adds the scatter between the means."""
+        if self.count is None:
+            raise ValueError("these statistics do not tell their sample count, so nothing can be added to them")
+        if len(mean) != len(self._mean):
+            raise ValueError(f"features of width {len(mean)}: wanted {len(self._mean)}, as in the features before")
+        total = self.count + count
+        delta = mean - self._mean
+        self._scatter.addr_(delta, delta, alpha=self.count * count / total)
+        self._mean = self._mean + delta * (count / total)
+        self.count = total
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        """The statistics of both sets of features together. ValueError: widths differ or a count is unknown."""
+        if other.count is None:
+            raise ValueError("these statistics do not tell their sample count, so they cannot be added to others")
+        if other.count == 0 or self.count == 0:
+            return (self if other.count == 0 else other)._copy()
+        union = self._copy()
+        union._absorb(other.count, other._mean)
+        union._scatter += other._scatter
+        return union
+
+    def _copy(self) -> "Statistics":
+        copy = Statistics()
+        copy.count = self.count
+        if self._mean is not None:
+            copy._mean, copy._scatter = self._mean.clone(), self._scatter.clone()
+        return copy
+
+    @property
+    def mean(self) -> Tensor:
+        """(D,) float64. ValueError: no features yet."""
+        if self._mean is None:
+            raise ValueError("0 features: the mean needs at least 1")
+        return self._mean
+
+    @property
+    def covariance(self) -> Tensor:
+        """(D, D) float64, unbiased (divided by count - 1). ValueError: fewer than 2 features."""
+        if self.count is None:
+            return self._scatter
+        if self.count < 2:
+            raise ValueError(f"{self.count} features: the covariance needs at least 2, so measure more images")
+        return self._scatter / (self.count - 1)
+
+    def save(self, path: str | Path) -> None:
+        """Writes `mu` (D,), `sigma` (D, D) and, where it is known, `n` to an .npz file, whole or not at all."""
+        arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
+        if self.count is not None:
+            arrays["n"] = np.int64(self.count)
+        with whole_file(path) as scratch, scratch.open("wb") as file:
+            np.savez(file, **arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Statistics":
+        """Reads `mu`, `sigma` and, where there is one, `n` from an .npz file; no code in it is run.
+
+        FileNotFoundError: no such file. ValueError: not such a file, or what it holds are not statistics.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} not found: wanted an .npz file with the arrays mu and sigma")
+        arrays = _read_arrays(path)
+        mean, covariance = (torch.from_numpy(arrays[key].astype(np.float64)) for key in ("mu", "sigma"))
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            shapes = f"mu {tuple(mean.shape)}, sigma {tuple(covariance.shape)}"
+            raise ValueError(f"{path} holds {shapes}: wanted (D,) and (D, D)")
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError(f"{path} holds nan or inf: compute these statistics again")
+        loaded = cls()
+        loaded.count = int(arrays["n"]) if "n" in arrays else None
+        loaded._mean = mean
+        loaded._scatter = covariance if loaded.count is None else covariance * (loaded.count - 1)
+        return loaded
+
+
+def _read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    wanted = "wanted an .npz file with the arrays mu and sigma (and n, if known)"
+    try:
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in ("mu", "sigma", "n") if key in archive}
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read ({error}): {wanted}") from error
+    if not {"mu", "sigma"} <= arrays.keys():
+        raise ValueError(f"{path} lacks mu or sigma: {wanted}")
+    return arrays
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """The squared Fréchet distance of the Gaussians with these means and covariances, >= 0; sources and limits below.
+
+    d² = |mu_a - mu_b|² + tr(S_a + S_b - 2 (S_a^½ S_b S_a^½)^½), Dowson & Landau 1982; on Inception features, the FID of
+    Heusel et al. 2017, eq. 6. With any factors S = F F^T the last root has the trace of the singular values of
+    F_a^T F_b, which stays real and exact where a covariance is singular (fewer images than features).
+    ValueError: the widths differ, or either set has fewer than 2 features.
+    """
+    if len(a.mean) != len(b.mean):
+        raise ValueError(f"features of widths {len(a.mean)} and {len(b.mean)}: both sets need the same features")
+    between = (a.mean - b.mean).square().sum()
+    within = a.covariance.trace() + b.covariance.trace()
+    overlap = torch.linalg.svdvals(_factor(a.covariance).T @ _factor(b.covariance)).sum()
+    return max(0.0, float(between + within - 2 * overlap))  # below zero by rounding only
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """F (D, D) with F F^T the covariance; eigenvalues that rounding pushed below zero count as zero."""
+    values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    return vectors * values.clamp(min=0).sqrt()

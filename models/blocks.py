@@ -1,0 +1,125 @@
+"""Convolutional building blocks and the two contracts (EmbedBlock, ConditionBlock) that networks route by.
+
+Shapes everywhere: B batch, C channels, H W image or grid, N tokens, D width, E embedding width.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class EmbedBlock(nn.Module, ABC):
+    """A block that also takes the embedding of the time, or noise level."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), emb (B, E) -> (B, C', H', W')."""
+
+
+class ConditionBlock(nn.Module, ABC):
+    """A block that also takes a condition (a latent, tokens, regions), as its encoder makes it."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, condition) -> Tensor:
+        """x (B, C, H, W) -> (B, C', H', W')."""
+
+
+def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:
+    """GroupNorm with 32 groups (eps 1e-6, as VQGAN has it), or the most that divide `channels` where 32 do not."""
+    while channels % groups:
+        groups -= 1
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResBlock(EmbedBlock):
+    """norm -> SiLU -> conv, twice, beside a skip; the embedding scales and shifts (Dhariwal & Nichol 2021).
+
+    With `emb_dim=None` it takes no embedding (autoencoders). `zero_init` starts the block as its skip.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_dim: int | None = None,
+        dropout: float = 0.0,
+        zero_init: bool = False,
+    ):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.embed = None if emb_dim is None else nn.Linear(emb_dim, 2 * out_channels)
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        if zero_init:
+            nn.init.zeros_(self.conv2.weight)
+            nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        if (emb is None) != (self.embed is None):
+            raise ValueError(
+                f"ResBlock got emb={emb if emb is None else tuple(emb.shape)}, built with embed={self.embed}"
+            )
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))  # (B, C', H, W)
+        if self.embed is not None:
+            scale, shift = self.embed(F.silu(emb))[:, :, None, None].chunk(2, dim=1)  # (B, C', 1, 1) each
+            h = h * (1 + scale) + shift
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Downsample(nn.Module):
+    """(B, C, H, W) -> (B, C, H/2, W/2) by a strided convolution, padded right and below as VQGAN pads."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """(B, C, H, W) -> (B, C, 2H, 2W): nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the positions of a feature map, beside a skip: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int, heads: int = 1):
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"{channels} channels do not split over {heads} heads: choose a divisor of {channels}")
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
+        q, k, v = qkv.unbind(1)  # (B, heads, HW, C/heads) each
+        out = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W))
+
+
+def count_parameters(module: nn.Module) -> int:
+    """How many numbers training can change."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def initial_normal(module: nn.Module, std: float = 0.02) -> None:
+    """N(0, std^2) weights and zero biases in one Linear or Embedding (GPT-2's choice); other modules are left alone."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=std)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

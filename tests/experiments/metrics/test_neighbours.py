@@ -1,0 +1,95 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.metrics.neighbours import coverage, nearest_distances
+
+
+def points(count, width, seed, grid=3):
+    """Random points on a coarse integer grid, so that ties and duplicates are common."""
+    return torch.randint(0, grid, (count, width), generator=torch.Generator().manual_seed(seed)).double()
+
+
+def sorted_distances(point, others):
+    return sorted(math.dist(point.tolist(), other.tolist()) for other in others)
+
+
+@given(n=st.integers(1, 9), m=st.integers(4, 9), k=st.integers(1, 4), chunk=st.integers(1, 10), seed=st.integers(0, 99))
+def test_against_a_plain_search(n, m, k, chunk, seed):
+    queries, references = points(n, 3, seed), points(m, 3, seed + 1000)
+    wanted = [sorted_distances(query, references)[k - 1] for query in queries]
+    assert nearest_distances(queries, references, k, chunk=chunk).tolist() == pytest.approx(wanted, abs=1e-12)
+
+
+@given(n=st.integers(5, 12), k=st.integers(1, 4), chunk=st.integers(1, 13), seed=st.integers(0, 99))
+def test_a_point_is_not_its_own_neighbour(n, k, chunk, seed):
+    data = points(n, 3, seed)
+    wanted = [sorted_distances(data[i], [*data[:i], *data[i + 1 :]])[k - 1] for i in range(n)]
+    assert nearest_distances(data, data, k, exclude_self=True, chunk=chunk).tolist() == pytest.approx(wanted, abs=1e-12)
+
+
+def test_duplicates_lie_at_exactly_zero():
+    data = torch.rand(300, 768, generator=torch.Generator().manual_seed(0)) + 1000
+    assert nearest_distances(data, data.flip(0)).eq(0).all()
+    assert torch.cdist(data, data, compute_mode="use_mm_for_euclid_dist").diagonal().max() > 0  # the expanded square
+
+
+def test_near_duplicates_keep_their_digits():
+    data = torch.rand(4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1000
+    moved = data.clone()
+    moved[:, 0] += 1e-6
+    torch.testing.assert_close(nearest_distances(data, moved), torch.full((4,), 1e-6).double(), rtol=1e-5, atol=0)
+
+
+def test_no_queries_and_whole_numbers():
+    assert nearest_distances(torch.zeros(0, 2), torch.zeros(3, 2)).shape == (0,)
+    images = torch.tensor([[0, 255]], dtype=torch.uint8)
+    assert nearest_distances(images, images.flip(1)).item() == pytest.approx(255 * math.sqrt(2))
+
+
+def test_coverage_by_hand():
+    real = torch.tensor([[0.0], [1.0], [3.0]])  # to the nearest other: 1, 1, 2
+    assert coverage(real, torch.tensor([[0.0]]), k=1) == pytest.approx(1 / 3)  # 1.0 lies at exactly 1: not closer
+    assert coverage(real, torch.tensor([[0.5]]), k=1) == pytest.approx(2 / 3)
+    assert coverage(real, torch.tensor([[0.5], [4.5]]), k=1) == 1
+    assert coverage(real, torch.tensor([[100.0]]), k=2) == 0
+    assert coverage(real, real, k=1) == 1
+    twins = torch.zeros(2, 1)
+    assert coverage(twins, twins, k=1) == 0  # nothing lies strictly closer than a twin
+
+
+@given(n=st.integers(4, 10), m=st.integers(1, 10), k=st.integers(1, 3), seed=st.integers(0, 199))
+def test_coverage_against_its_definition(n, m, k, seed):
+    real, fake = points(n, 2, seed, grid=5), points(m, 2, seed + 1000, grid=5)
+    covered = 0
+    for point in real:
+        radius = sorted_distances(point, real)[k]  # the (k + 1)-th smallest, itself included, as prdc takes it
+        covered += sorted_distances(point, fake)[0] < radius
+    assert coverage(real, fake, k) == pytest.approx(covered / n)
+
+
+def test_coverage_of_one_distribution():
+    """Naeem et al. 2020, section 3.2: 1 - 2^-k is expected of as many samples as real points."""
+    rng = torch.Generator().manual_seed(0)
+    real, fake = torch.randn(2, 1000, 8, generator=rng)
+    assert coverage(real, fake, k=5) == pytest.approx(1 - 2**-5, abs=0.02)
+
+
+def test_wrong_points():
+    with pytest.raises(ValueError, match="wanted"):
+        nearest_distances(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="wanted"):
+        nearest_distances(torch.zeros(2, 3, 1), torch.zeros(2, 3, 1))
+    with pytest.raises(ValueError, match="k = 3 with 2"):
+        nearest_distances(torch.zeros(2, 3), torch.zeros(2, 3), k=3)
+    with pytest.raises(ValueError, match="k = 2 with 1"):
+        nearest_distances(torch.zeros(2, 3), torch.zeros(2, 3), k=2, exclude_self=True)
+    with pytest.raises(ValueError, match="k = 0"):
+        nearest_distances(torch.zeros(2, 3), torch.zeros(2, 3), k=0)
+    with pytest.raises(ValueError, match="same set"):
+        nearest_distances(torch.zeros(2, 3), torch.zeros(3, 3), exclude_self=True)
+    with pytest.raises(ValueError, match="0 generated"):
+        coverage(torch.zeros(9, 3), torch.zeros(0, 3))

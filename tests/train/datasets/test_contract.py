@@ -1,0 +1,119 @@
+"""Every file in train/datasets keeps the promises of its package, a new one by existing."""
+
+import dataclasses
+import importlib
+import pickle
+import pkgutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train.datasets
+from train.datasets import SPLITS, DatasetConfig
+
+NAMES = sorted(module.name for module in pkgutil.iter_modules(train.datasets.__path__))
+EMBEDDED = {"digits"}
+
+
+def make_files(name, root, tiny):
+    """Files for the data set `name`; a name not known here gets a tree of images."""
+    if name in ("mnist", "fashion_mnist"):
+        tiny.save_mnist(root)
+    elif name == "cifar10":
+        tiny.save_cifar(root)
+    elif name == "lsun":
+        for split in SPLITS:
+            tiny.save_lmdb(root / f"church_outdoor_{split}_lmdb", [tiny.png(i) for i in range(3)])
+    else:
+        tiny.save_images(root, *(f"{split}/{label}/{i}.png" for split in SPLITS for label in "ab" for i in range(3)))
+
+
+@pytest.fixture(params=NAMES)
+def module_and_config(request, tmp_path, tiny):
+    module = importlib.import_module(f"train.datasets.{request.param}")
+    if request.param in EMBEDDED:
+        return module, module.Config()
+    make_files(request.param, tmp_path, tiny)
+    config = module.Config(data_dir=str(tmp_path))
+    if request.param == "folder":
+        config = dataclasses.replace(config, label_from="folder")
+    return module, config
+
+
+def test_a_config_is_a_frozen_keyword_dataclass(module_and_config):
+    module, config = module_and_config
+    assert issubclass(module.Config, DatasetConfig)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.split_seed = 1
+    with pytest.raises(TypeError):
+        module.Config("positional")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_items_are_eight_bit_images_with_labels_in_range(module_and_config, split):
+    module, config = module_and_config
+    dataset = module.build(config, split)
+    assert len(dataset) > 0
+    assert isinstance(dataset.n_classes, int)
+    for index in (0, len(dataset) - 1):
+        item = dataset[index]
+        if isinstance(item["image"], Image.Image):
+            assert item["image"].mode in ("L", "RGB")
+        else:
+            assert item["image"].dtype == np.uint8
+            assert item["image"].ndim == 2 or item["image"].shape[2:] == (3,)
+        if dataset.n_classes:
+            assert type(item["label"]) is int
+            assert item["label"] == dataset.labels[index]
+        else:
+            assert "label" not in item
+    if dataset.n_classes:
+        assert dataset.labels.dtype == np.int64
+        assert dataset.labels.shape == (len(dataset),)
+        assert 0 <= dataset.labels.min() and dataset.labels.max() < dataset.n_classes
+    else:
+        assert dataset.labels is None
+
+
+def test_a_dataset_is_the_same_after_pickling_and_building_again(module_and_config):
+    module, config = module_and_config
+    dataset = module.build(config, "train")
+    for twin in (pickle.loads(pickle.dumps(dataset)), module.build(config, "train")):
+        assert len(twin) == len(dataset)
+        assert np.array_equal(np.asarray(twin[1]["image"]), np.asarray(dataset[1]["image"]))
+        assert twin.fingerprint() == dataset.fingerprint()
+
+
+def test_the_fingerprint_is_hexadecimal_and_tells_the_splits_apart(module_and_config):
+    module, config = module_and_config
+    prints = {module.build(config, split).fingerprint() for split in SPLITS}
+    assert len(prints) == len(SPLITS)
+    assert all(int(fingerprint, 16) for fingerprint in prints)
+
+
+def test_another_split_is_refused(module_and_config):
+    module, config = module_and_config
+    with pytest.raises(ValueError, match="no split 'test'.*train, val"):
+        module.build(config, "test")
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - EMBEDDED))
+def test_no_folder_and_a_missing_folder_are_named(name, tmp_path):
+    module = importlib.import_module(f"train.datasets.{name}")
+    with pytest.raises(ValueError, match="--data_dir"):
+        module.build(module.Config(), "train")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        module.build(module.Config(data_dir=str(tmp_path / "nowhere")), "train")
+
+
+def test_no_data_set_imports_a_heavy_library():
+    script = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(f'train.datasets.{name}').Config()\n"
+        "print([name for name in ('torch', 'torchvision', 'sklearn', 'scipy', 'lmdb') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", script, *NAMES], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,154 @@
+"""Trees of image files: which are found, how they are split, what is a class, what is broken."""
+
+import numpy as np
+import pytest
+
+from train.datasets import UnreadableImage
+from train.datasets.folder import Config, build
+
+
+def splits(root, **options):
+    return tuple(build(Config(data_dir=str(root), **options), split) for split in ("train", "val"))
+
+
+def test_every_format_and_spelling_is_found_in_sorted_order_and_hidden_files_are_not(tmp_path, tiny):
+    names = ["b/1.PNG", "a/2.jpg", "a/10.JPEG", "c.webp", "a/deep/er/0.bmp"]
+    tiny.save_images(tmp_path, *names, ".hidden/0.png", "a/.hidden.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    train, val = splits(tmp_path)
+    assert train.names == sorted(train.names) and val.names == sorted(val.names)
+    assert sorted([*train.names, *val.names]) == sorted(names)
+    assert all(item["image"].mode == "RGB" for split in (train, val) for item in split)
+
+
+def test_a_tree_without_split_folders_is_held_out_by_seed(tmp_path, tiny):
+    tiny.save_images(tmp_path, *(f"{i:02}.png" for i in range(20)))
+    train, val = splits(tmp_path, val_fraction=0.25)
+    assert (len(train), len(val)) == (15, 5)
+    assert not set(train.names) & set(val.names)
+    assert splits(tmp_path, val_fraction=0.25)[1].names == val.names
+    assert splits(tmp_path, val_fraction=0.25, split_seed=1)[1].names != val.names
+
+
+@pytest.mark.parametrize(
+    "folders, wanted",
+    [
+        (["train", "valid", "test"], "valid"),
+        (["train", "val", "test"], "val"),
+        (["train", "validation", "test"], "validation"),
+        (["train", "test"], "test"),
+        (["Train", "Val"], "Val"),
+    ],
+)
+def test_existing_folders_are_the_split(folders, wanted, tmp_path, tiny):
+    tiny.save_images(tmp_path, *(f"{folder}/{i}.png" for folder in folders for i in range(3)), "stray.png")
+    train, val = splits(tmp_path)
+    assert (train.root.name, val.root.name) == (folders[0], wanted)
+    assert train.names == val.names == ["0.png", "1.png", "2.png"]
+
+
+def test_a_train_folder_alone_gives_the_held_out_images_too(tmp_path, tiny):
+    tiny.save_images(tmp_path, *(f"train/{i}.png" for i in range(4)))
+    train, val = splits(tmp_path)
+    assert train.root == val.root == tmp_path / "train"
+    assert sorted([*train.names, *val.names]) == ["0.png", "1.png", "2.png", "3.png"]
+
+
+def test_numbered_folders_are_no_classes_unless_asked(tmp_path, tiny):
+    tiny.save_images(tmp_path, *(f"{thousand:05}/{thousand + i:05}.png" for thousand in (0, 1000) for i in range(3)))
+    for split in splits(tmp_path):
+        assert split.n_classes == 0 and split.labels is None
+        assert "label" not in split[0]
+    assert splits(tmp_path, label_from="folder")[0].n_classes == 2
+
+
+def test_folders_become_classes_with_one_mapping_for_both_splits(tmp_path, tiny):
+    tiny.save_images(tmp_path, "train/cat/0.png", "train/ant/x/1.png", "train/bee/2.png", "valid/bee/3.png")
+    tiny.save_images(tmp_path, "valid/cat/0.png", "valid/ant/0.png")
+    train, val = splits(tmp_path, label_from="folder")
+    assert train.classes == val.classes == ("ant", "bee", "cat")
+    assert train.labels.tolist() == val.labels.tolist() == [0, 1, 2]
+    assert train.labels.dtype == np.int64
+
+
+def test_a_held_out_split_keeps_the_classes_of_the_whole_tree(tmp_path, tiny):
+    tiny.save_images(tmp_path, "a/0.png", "b/0.png", "c/0.png")
+    train, val = splits(tmp_path, label_from="folder")
+    assert train.classes == val.classes == ("a", "b", "c")
+    assert sorted([*train.labels, *val.labels]) == [0, 1, 2]
+
+
+def test_classes_that_differ_between_the_splits_are_named(tmp_path, tiny):
+    tiny.save_images(tmp_path, "train/a/0.png", "train/b/0.png", "val/a/0.png", "val/c/0.png")
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match="same class folders, but b, c are in one only"):
+            build(Config(data_dir=str(tmp_path), label_from="folder"), split)
+
+
+def test_an_image_outside_every_class_is_named(tmp_path, tiny):
+    tiny.save_images(tmp_path, "a/0.png", "stray.png")
+    with pytest.raises(ValueError, match="stray.png lies in no class folder"):
+        splits(tmp_path, label_from="folder")
+
+
+def test_only_the_named_folders_are_kept(tmp_path, tiny):
+    folders = [f"{split}/{kind}" for split in ("train", "valid") for kind in ("real", "fake")]
+    tiny.save_images(tmp_path, *(f"{folder}/{i}.png" for folder in folders for i in range(2)))
+    tiny.save_images(tmp_path, "train/deep/real/x.png", "train/real.png")
+    train, val = splits(tmp_path, only_folders=("real",))
+    assert train.names == ["deep/real/x.png", "real/0.png", "real/1.png"]
+    assert val.names == ["real/0.png", "real/1.png"]
+    with pytest.raises(ValueError, match="no image below a folder named genuine or true"):
+        splits(tmp_path, only_folders=("genuine", "true"))
+
+
+def test_an_empty_tree_and_a_single_image_are_refused(tmp_path, tiny):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no image: wanted .jpg"):
+        splits(tmp_path)
+    tiny.save_images(tmp_path, "only.png")
+    with pytest.raises(ValueError, match="images out of 1"):
+        splits(tmp_path)
+
+
+def test_an_empty_validation_folder_is_refused(tmp_path, tiny):
+    tiny.save_images(tmp_path, "train/0.png")
+    (tmp_path / "val").mkdir()
+    with pytest.raises(ValueError, match="val holds no image"):
+        splits(tmp_path)
+
+
+def test_a_tree_without_one_readable_image_is_refused(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=f"{tmp_path}: not one of its 2 images can be read; the first is .*jpg"):
+        build(Config(data_dir=str(tmp_path)), "train")
+
+
+def test_a_broken_image_is_named_when_it_is_asked_for(tmp_path, tiny):
+    tiny.save_images(tmp_path, "train/1.png", "val/1.png")
+    (tmp_path / "train/0.png").write_bytes(b"broken")
+    train, _ = splits(tmp_path)
+    with pytest.raises(UnreadableImage, match="train/0.png: "):
+        train[0]
+    assert train[1]["image"].size == (6, 5)
+
+
+def test_a_changed_file_or_labelling_changes_the_fingerprint(tmp_path, tiny):
+    tiny.save_images(tmp_path, "train/a/0.png", "val/a/0.png")
+    plain, labelled = splits(tmp_path)[0], splits(tmp_path, label_from="folder")[0]
+    before = plain.fingerprint()
+    assert before != labelled.fingerprint()
+    (tmp_path / "train/a/0.png").write_bytes(tiny.png(200, size=(60, 50)))
+    assert before != plain.fingerprint()
+
+
+def test_a_link_back_into_the_tree_is_followed_once(tmp_path, tiny):
+    tiny.save_images(tmp_path / "data", "a/0.png", "a/1.png")
+    tiny.save_images(tmp_path / "elsewhere", "2.png")
+    try:
+        (tmp_path / "data/a/loop").symlink_to(tmp_path / "data")
+        (tmp_path / "data/b").symlink_to(tmp_path / "elsewhere")
+    except OSError:
+        pytest.skip("this file system has no symbolic links")
+    train, val = splits(tmp_path / "data")
+    assert sorted([*train.names, *val.names]) == ["a/0.png", "a/1.png", "b/2.png"]

@@ -1,0 +1,118 @@
+"""LSUN from its LMDB and from exported folders."""
+
+import multiprocessing
+import os
+import pickle
+import sys
+
+import pytest
+
+from train.datasets import UnreadableImage
+from train.datasets.lsun import Config, build, environment
+
+
+@pytest.fixture
+def church(tmp_path, tiny):
+    tiny.save_lmdb(tmp_path / "church_outdoor_train_lmdb", [tiny.png(i) for i in range(3)])
+    tiny.save_lmdb(tmp_path / "church_outdoor_val_lmdb", [tiny.png(i) for i in range(2)])
+    return Config(data_dir=str(tmp_path))
+
+
+def reds(dataset):
+    return [dataset[i]["image"].getpixel((0, 0))[0] for i in range(len(dataset))]
+
+
+def test_the_lmdb_is_read_in_key_order(church):
+    assert reds(build(church, "train")) == [0, 1, 2]
+    assert reds(build(church, "val")) == [0, 1]
+
+
+def test_two_data_sets_over_one_lmdb_live_side_by_side(church, tmp_path):
+    detour = Config(data_dir=str(tmp_path / "church_outdoor_val_lmdb" / ".."))
+    assert reds(build(church, "train")) == reds(build(detour, "train"))
+
+
+def test_a_forked_process_opens_the_lmdb_anew(church, monkeypatch):
+    path = build(church, "train").path
+    inherited = environment(path)
+    assert environment(path) is inherited
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert environment(path) is not inherited
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 warns where other tests left threads
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_either_kind_read_while_the_parent_does(church, method):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system cannot {method}")
+    dataset = build(church, "train")
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        images = pool.map(dataset.__getitem__, range(3))
+    assert [item["image"].getpixel((0, 0))[0] for item in images] == reds(dataset) == [0, 1, 2]
+
+
+def test_an_open_data_set_can_be_pickled(church):
+    dataset = build(church, "train")
+    dataset[0]
+    assert reds(pickle.loads(pickle.dumps(dataset))) == [0, 1, 2]
+
+
+def test_a_broken_image_is_named_by_its_key(tmp_path, tiny):
+    tiny.save_lmdb(tmp_path / "tower_train_lmdb", [b"broken", tiny.png(1)])
+    dataset = build(Config(data_dir=str(tmp_path), category="tower"), "train")
+    with pytest.raises(UnreadableImage, match=f"tower_train_lmdb key {0:040x}: "):
+        dataset[0]
+
+
+def test_an_lmdb_without_a_readable_image_is_refused(tmp_path, tiny):
+    tiny.save_lmdb(tmp_path / "tower_train_lmdb", [b"broken", b"too"])
+    with pytest.raises(ValueError, match="tower_train_lmdb: not one of its 2 images"):
+        build(Config(data_dir=str(tmp_path), category="tower"), "train")
+
+
+def test_an_empty_and_a_damaged_lmdb_are_refused(tmp_path, tiny):
+    tiny.save_lmdb(tmp_path / "tower_train_lmdb", [])
+    with pytest.raises(ValueError, match="tower_train_lmdb is an empty LMDB"):
+        build(Config(data_dir=str(tmp_path), category="tower"), "train")
+    (tmp_path / "bridge_train_lmdb").mkdir()
+    (tmp_path / "bridge_train_lmdb/data.mdb").write_bytes(b"no LMDB" * 100)
+    with pytest.raises(ValueError, match="bridge_train_lmdb cannot be opened"):
+        build(Config(data_dir=str(tmp_path), category="bridge"), "train")
+
+
+def test_one_lmdb_without_the_other_says_what_to_download(tmp_path, tiny):
+    tiny.save_lmdb(tmp_path / "church_outdoor_train_lmdb", [tiny.png()])
+    with pytest.raises(FileNotFoundError, match="val_lmdb is missing: download http.*church_outdoor_val_lmdb.zip"):
+        build(Config(data_dir=str(tmp_path)), "val")
+
+
+def test_a_missing_lmdb_package_is_a_message_with_the_pip_line(tmp_path, monkeypatch):
+    (tmp_path / "church_outdoor_train_lmdb").mkdir()
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(ValueError, match="pip install lmdb"):
+        build(Config(data_dir=str(tmp_path)), "train")
+
+
+def test_exported_folders_of_the_category_are_the_split(tmp_path, tiny):
+    folders = [f"{category}_{split}" for category in ("bedroom", "tower") for split in ("train", "val")]
+    tiny.save_images(tmp_path, *(f"{folder}/{i}.png" for folder in folders for i in range(2)))
+    config = Config(data_dir=str(tmp_path), category="bedroom")
+    assert [build(config, split).root.name for split in ("train", "val")] == ["bedroom_train", "bedroom_val"]
+
+
+def test_an_exported_train_folder_alone_is_held_out(tmp_path, tiny):
+    tiny.save_images(tmp_path, *(f"bedroom_train/{i}.png" for i in range(4)))
+    config = Config(data_dir=str(tmp_path), category="bedroom", val_fraction=0.5)
+    assert [len(build(config, split)) for split in ("train", "val")] == [2, 2]
+
+
+def test_any_other_tree_is_read_as_a_folder(tmp_path, tiny):
+    tiny.save_images(tmp_path, "train/0.png", "val/0.png")
+    dataset = build(Config(data_dir=str(tmp_path)), "val")
+    assert dataset.root.name == "val" and dataset.labels is None
+
+
+def test_another_category_is_not_taken_for_the_wanted_one(tmp_path, tiny):
+    tiny.save_images(tmp_path, "bedroom_train/0.png", "bedroom_val/0.png")
+    with pytest.raises(FileNotFoundError, match="holds bedroom_train, bedroom_val but no church_outdoor_train"):
+        build(Config(data_dir=str(tmp_path)), "train")

@@ -1,0 +1,191 @@
+"""From data sets to batches: which sample comes when, in which view, is a function of (seed, position) alone.
+
+Position k counts samples over the whole run: step s of a run with batch size B takes positions s B ... (s + 1) B - 1,
+whatever the number of processes. So the same images come after any resume and for any split over processes.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from diffusion.rng import Streams, seed_of
+from train.cli import data_dir_of
+from train.config import DataConfig
+from train.datasets import Dataset, DatasetConfig, UnreadableImage
+from train.distributed import World
+from train.loop import Batch
+from train.registry import plugin
+from train.transforms import to_float, to_item, views
+
+
+def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Dataset:
+    """The images of one split, by the reader that the config names."""
+    module = plugin("train.datasets", data.reader or data.dataset, "data set")
+    return module.build(dataclasses.replace(reader, data_dir=data_dir_of(data.dataset, reader.data_dir)), split)
+
+
+class Order:
+    """A shuffle of n samples, anew in each epoch: position k -> index in [0, n)."""
+
+    def __init__(self, n: int, seed: int):
+        self.n, self.seed = n, seed
+        self.epoch, self.permutation = -1, None
+
+    def __getitem__(self, position: int) -> int:
+        epoch, place = divmod(position, self.n)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
+            self.epoch, self.permutation = epoch, torch.randperm(self.n, generator=generator)
+        return int(self.permutation[place])
+
+
+class Positions(Protocol):
+    """What `training_batches` draws from: a list of positions -> one batch of tensors."""
+
+    def __getitem__(self, positions: list[int]) -> Batch: ...
+
+
+class ImageSource:
+    """Images of a data set by index, decoded and resized, kept in memory if the config says so."""
+
+    def __init__(self, dataset: Dataset, config: DataConfig):
+        self.dataset, self.config = dataset, config
+        self.kept: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"image": uint8 (C, S, S), ...}; UnreadableImage for a broken file."""
+        if index in self.kept:
+            return self.kept[index]
+        item = to_item(self.dataset[index], self.config.img_size, self.config.n_channels)
+        if self.config.in_memory:
+            self.kept[index] = item
+        return item
+
+
+class TrainingImages:
+    """Shuffled images, each in a random view; a broken file is named once and replaced by the next image."""
+
+    def __init__(self, source: ImageSource, seed: int):
+        self.source, self.seed = source, seed
+        self.order = Order(len(source), seed)
+        self.views = views(source.config.horizontal_flip, source.config.shift)
+        self.skipped: set[int] = set()
+
+    def readable(self, index: int) -> dict[str, Any]:
+        for offset in range(len(self.source)):
+            candidate = (index + offset) % len(self.source)
+            try:
+                return self.source[candidate]
+            except UnreadableImage as error:
+                if candidate not in self.skipped:
+                    self.skipped.add(candidate)
+                    warnings.warn(f"skipped unreadable image {len(self.skipped)}: {error}", stacklevel=2)
+        raise ValueError("not one image can be read any more: is the data folder still there?")
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        items = []
+        for position in positions:
+            view = self.views[seed_of(self.seed, "view", position) % len(self.views)]
+            items.append(view(self.readable(self.order[position])))
+        return stack(items) | {"position": torch.tensor(positions)}
+
+
+def stack(items: list[dict[str, Any]]) -> Batch:
+    """Items to one batch: images to float in [-1, 1], labels to int64 (B,)."""
+    batch = {"image": to_float(torch.stack([item["image"].as_subclass(Tensor) for item in items]))}
+    if "label" in items[0]:
+        batch["label"] = torch.tensor([item["label"] for item in items])
+    return batch
+
+
+@dataclass(frozen=True)
+class PositionLists:
+    """For each first position, `parts` lists of `part` consecutive positions."""
+
+    firsts: range
+    part: int
+    parts: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for first in self.firsts:
+            for i in range(self.parts):
+                yield list(range(first + i * self.part, first + (i + 1) * self.part))
+
+
+def training_batches(
+    source: Positions, *, start: int, steps: int, batch_size: int, accumulate: int, world: World, workers: int
+) -> Iterator[tuple[Batch, ...]]:
+    """For each step from `start` to `steps`: this process's share of the batch, in `accumulate` parts, on its device."""
+    share = world.share(batch_size, "batch_size")
+    if share % accumulate:
+        raise ValueError(
+            f"got batch_size {batch_size} for {world.size} processes in {accumulate} parts: they must divide it"
+        )
+    firsts = range(start * batch_size + world.rank * share, steps * batch_size, batch_size)
+    pinned = world.device.type == "cuda"
+    lists = PositionLists(firsts, share // accumulate, accumulate)
+    loader = DataLoader(source, batch_size=None, sampler=lists, num_workers=workers, pin_memory=pinned)
+    parts = ({k: v.to(world.device, non_blocking=pinned) for k, v in batch.items()} for batch in loader)
+    return zip(*[parts] * accumulate, strict=True)
+
+
+class InOrder:
+    """Lists of indices -> batches of uint8 images in the data set's order, without broken ones, which are named."""
+
+    def __init__(self, source: ImageSource):
+        self.source = source
+
+    def __getitem__(self, indices: list[int]) -> dict[str, Any]:
+        items, kept, skipped = [], [], []
+        for index in indices:
+            try:
+                items.append(self.source[index])
+                kept.append(index)
+            except UnreadableImage as error:
+                skipped.append(str(error))
+        images = torch.stack([item["image"].as_subclass(Tensor) for item in items]) if items else None
+        return {"image": images, "index": torch.tensor(kept), "skipped": skipped}
+
+
+def images_in_order(
+    source: ImageSource, batch_size: int, indices: list[int] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """{"image": uint8 (B, C, S, S), "index": (B,)} over the data set, or over `indices`; unreadable ones are left out,
+    counted and named in one warning at the end."""
+    indices = list(range(len(source))) if indices is None else indices
+    lists = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    skipped = []
+    for batch in DataLoader(InOrder(source), batch_size=None, sampler=lists, num_workers=source.config.num_workers):
+        skipped += batch.pop("skipped")
+        if batch["image"] is not None:
+            yield batch
+    if skipped:
+        warnings.warn(f"skipped {len(skipped)} unreadable images: {'; '.join(skipped)}", stacklevel=2)
+
+
+class TrainingCodes:
+    """Shuffled code grids of all views: ids (V, n, h, w), labels (n,) or None."""
+
+    def __init__(self, ids: Tensor, labels: Tensor | None, seed: int):
+        self.ids, self.labels = ids.flatten(0, 1), None if labels is None else labels.repeat(ids.shape[0])
+        self.order = Order(len(self.ids), seed)
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        chosen = torch.tensor([self.order[k] for k in positions])
+        batch = {"codes": self.ids[chosen].long(), "position": torch.tensor(positions)}
+        return batch if self.labels is None else batch | {"label": self.labels[chosen]}
+
+
+def streams(seed: int, purpose: str, batch: Batch) -> Streams:
+    """The random streams of a training batch: a function of (seed, purpose, position of each sample)."""
+    seeds = [seed_of(seed, purpose, position) for position in batch["position"].tolist()]
+    return Streams(seeds, batch["position"].device)

@@ -1,0 +1,23 @@
+"""Fashion-MNIST: 70,000 pictures of clothes, 28x28 grey, in MNIST's file format."""
+
+from dataclasses import dataclass
+
+from train.datasets import ArrayDataset, DatasetConfig, check_split, data_root
+from train.datasets.mnist import read_split
+
+DOWNLOAD = "https://github.com/zalandoresearch/fashion-mnist/tree/master/data/fashion"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DatasetConfig):
+    """As DatasetConfig; data_dir holds the IDX files, raw or .gz, itself or in raw/ or FashionMNIST/raw/."""
+
+
+def build(config: Config, split: str) -> ArrayDataset:
+    """Images (N, H, W) uint8 with labels 0..9: the 60,000 training images, or as val the 10,000 test images.
+
+    FileNotFoundError for missing files, ValueError for damaged ones or another split.
+    """
+    check_split(split)
+    root = data_root(config, "fashion_mnist")
+    return read_split(root, split, folders=("", "raw", "FashionMNIST/raw"), download=DOWNLOAD)

@@ -1,0 +1,139 @@
+"""Folder: your own images, any tree of jpg, png, webp and bmp files."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+
+from train.datasets import (
+    SPLITS,
+    DatasetConfig,
+    check_split,
+    data_root,
+    files_fingerprint,
+    held_out,
+    require_readable,
+)
+from train.images import decode
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+VAL_FOLDERS = ("valid", "val", "validation", "test")  # the first that exists
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DatasetConfig):
+    """As DatasetConfig; data_dir holds train and valid, val, validation or test folders, or images in any order.
+
+    Where it holds a train folder, only the split folders are read; where it holds no validation folder, val_fraction of
+    the images is held out.
+    """
+
+    label_from: Literal["none", "folder"] = "none"
+    """folder: the first folder below the split's is the class; none: the images have no classes."""
+    only_folders: tuple[str, ...] = ()
+    """Keep only the images that lie, at any depth, in a folder of one of these names; empty keeps all."""
+
+
+class ImageFolder:
+    """A `Dataset` of image files, decoded when they are asked for."""
+
+    def __init__(self, root: Path, names: Sequence[str], classes: Sequence[str], split: str):
+        self.root, self.names, self.classes, self.split = root, names, classes, split
+        self.n_classes = len(classes)
+        ids = {name: i for i, name in enumerate(classes)}
+        self.labels = np.array([ids[class_of(name)] for name in names], np.int64) if classes else None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item: dict[str, Any] = {"image": decode(self.root / self.names[index])}
+        if self.labels is not None:
+            item["label"] = int(self.labels[index])
+        return item
+
+    def fingerprint(self) -> str:
+        return files_fingerprint(self.root, self.names, self.split, *self.classes)
+
+
+def build(config: Config, split: str) -> ImageFolder:
+    """The images of one split, sorted by path.
+
+    FileNotFoundError for a missing data_dir; ValueError for another split, for a tree without an image or without one
+    that can be read, and for classes that are unclear or differ between the splits.
+    """
+    root = data_root(config, "folder")
+    folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
+    if "train" not in folders:
+        return build_split(config, split, train=root, val=None)
+    val = next((folders[name] for name in VAL_FOLDERS if name in folders), None)
+    return build_split(config, split, train=folders["train"], val=val)
+
+
+def build_split(config: Config, split: str, *, train: Path, val: Path | None) -> ImageFolder:
+    """One split of the trees `train` and `val`; where `val` is None it is held out of `train`."""
+    check_split(split)
+    root = val if split == "val" and val is not None else train
+    names = list_images(root, config.only_folders)
+    classes = class_names(config, root, names)
+    if val is None:
+        kept = held_out(len(names), config.val_fraction, config.split_seed)[SPLITS.index(split)]
+        names = [names[i] for i in kept]
+    elif config.label_from == "folder":
+        other = train if split == "val" else val
+        other_classes = class_names(config, other, list_images(other, config.only_folders))
+        require_same_classes({root: classes, other: other_classes})
+    dataset = ImageFolder(root, names, classes, split)
+    require_readable(dataset, root)
+    return dataset
+
+
+def list_images(root: Path, only_folders: Sequence[str] = ()) -> list[str]:
+    """Sorted paths, relative to `root`, with forward slashes; hidden files and folders are left out."""
+    names, visited = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_raise):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if os.path.realpath(folder) in visited:
+            subfolders.clear()  # a link that leads back into the tree
+            continue
+        visited.add(os.path.realpath(folder))
+        parts = Path(folder).relative_to(root).parts
+        if only_folders and not set(only_folders) & set(parts):
+            continue
+        images = (name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+        names += ["/".join((*parts, name)) for name in images]
+    if not names:
+        below = f" below a folder named {' or '.join(only_folders)}" if only_folders else ""
+        raise ValueError(f"{root} holds no image{below}: wanted {' '.join(SUFFIXES)} files, check --data_dir")
+    return sorted(names)
+
+
+def class_of(name: str) -> str:
+    """The first folder of a relative path."""
+    return name.partition("/")[0]
+
+
+def class_names(config: Config, root: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Sorted class names, none without label_from; ValueError for an image that lies in no folder below `root`."""
+    if config.label_from == "none":
+        return ()
+    stray = next((name for name in names if "/" not in name), None)
+    if stray is not None:
+        raise ValueError(f"{root / stray} lies in no class folder: move it into one, or use --label_from none")
+    return tuple(sorted({class_of(name) for name in names}))
+
+
+def require_same_classes(classes: dict[Path, tuple[str, ...]]) -> None:
+    (one, ours), (two, theirs) = classes.items()
+    if ours != theirs:
+        raise ValueError(
+            f"{one} and {two} must hold the same class folders, but {', '.join(sorted(set(ours) ^ set(theirs)))} "
+            "are in one only: add or remove them, or use --label_from none"
+        )
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error

@@ -1,0 +1,118 @@
+"""LSUN scenes: the official LMDB of a category, or its images exported to folders."""
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.datasets import (
+    SPLITS,
+    Dataset,
+    DatasetConfig,
+    check_split,
+    data_root,
+    files_fingerprint,
+    folder,
+    require_readable,
+)
+from train.images import decode
+
+DOWNLOAD = "http://dl.yf.io/lsun/scenes/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DatasetConfig):
+    """As DatasetConfig; data_dir holds <category>_train_lmdb and <category>_val_lmdb as they come from LSUN,
+    or <category>_train and <category>_val with image files, or image files in any layout that `folder` reads.
+    """
+
+    category: str = "church_outdoor"
+    """Which scenes: church_outdoor, bedroom, tower, ..."""
+
+
+class LMDBImages:
+    """A `Dataset` of the encoded images in an LMDB, without labels."""
+
+    n_classes = 0
+    labels = None
+
+    # Not torchvision.datasets.LSUN: it unpickles a list of keys that it finds in the working directory.
+    def __init__(self, path: Path, split: str):
+        self.path, self.split = path.resolve(), split
+        with environment(self.path).begin() as transaction:
+            self.keys: Sequence[bytes] = list(transaction.cursor().iternext(keys=True, values=False))
+        if not self.keys:
+            raise ValueError(f"{path} is an empty LMDB: download it again from {DOWNLOAD}")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        key = self.keys[index]
+        with environment(self.path).begin() as transaction:
+            data = transaction.get(key)
+        return {"image": decode(io.BytesIO(data), name=f"{self.path} key {key.decode(errors='replace')}")}
+
+    def fingerprint(self) -> str:
+        return files_fingerprint(self.path, ["data.mdb"], self.split)
+
+
+_environments: dict[Path, tuple[int, Any]] = {}
+
+
+def environment(path: Path):
+    """The open LMDB at `path`, one for each process: LMDB may neither cross a fork nor be opened twice in a process."""
+    process, opened = _environments.get(path, (None, None))
+    if process == os.getpid():
+        return opened
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ValueError(f"{path} needs the package lmdb: pip install lmdb, or export its images") from error
+    if opened is not None:
+        opened.close()
+    try:
+        opened = lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
+    except lmdb.Error as error:
+        raise ValueError(f"{path} cannot be opened ({error}): download it again from {DOWNLOAD}") from error
+    _environments[path] = os.getpid(), opened
+    return opened
+
+
+def build(config: Config, split: str) -> Dataset:
+    """The images of one split, from the LMDB if data_dir has it, else from image files.
+
+    FileNotFoundError where data_dir holds other categories or one split only; ValueError for another split, a broken or
+    empty LMDB, a missing lmdb package, and what `folder` raises.
+    """
+    check_split(split)
+    root = data_root(config, "lsun")
+    databases = {name: root / f"{config.category}_{name}_lmdb" for name in SPLITS}
+    if any(path.is_dir() for path in databases.values()):
+        return build_database(databases[split], split)
+    return build_exported(config, root, split)
+
+
+def build_database(path: Path, split: str) -> LMDBImages:
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is missing: download {DOWNLOAD}{path.name}.zip and unpack it there")
+    dataset = LMDBImages(path, split)
+    require_readable(dataset, path)
+    return dataset
+
+
+def build_exported(config: Config, root: Path, split: str) -> folder.ImageFolder:
+    images = folder.Config(data_dir=str(root), val_fraction=config.val_fraction, split_seed=config.split_seed)
+    train, val = (root / f"{config.category}_{name}" for name in SPLITS)
+    if train.is_dir():
+        return folder.build_split(images, split, train=train, val=val if val.is_dir() else None)
+    endings = tuple(f"_{name}{kind}" for name in SPLITS for kind in ("", "_lmdb"))
+    others = sorted(path.name for path in root.iterdir() if path.name.endswith(endings))
+    if others:
+        raise FileNotFoundError(
+            f"{root} holds {', '.join(others)} but no {train.name} or {train.name}_lmdb: "
+            f"change --category or download {DOWNLOAD}{train.name}_lmdb.zip"
+        )
+    return folder.build(images, split)

@@ -1,0 +1,121 @@
+"""What a run tells: TensorBoard, metrics.jsonl, a progress bar and PNG grids, all from the main process."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from train.distributed import World
+from train.loop import Metrics, State
+from train.transforms import to_uint8
+
+
+def grid_image(images: Tensor, columns: int | None = None, enlarge_to: int = 64) -> Image.Image:
+    """Images (B, C, H, W) uint8 side by side, row by row, two pixels apart; small ones enlarged whole-numbered."""
+    B, C, H, W = images.shape
+    columns = columns or math.ceil(math.sqrt(B))
+    scale = max(1, enlarge_to // max(H, W))
+    images = images.expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3).cpu()
+    H, W, rows = H * scale + 2, W * scale + 2, math.ceil(B / columns)
+    canvas = torch.full((3, rows * H + 2, columns * W + 2), 255, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * H + 2, i % columns * W + 2
+        canvas[:, top : top + H - 2, left : left + W - 2] = image
+    return Image.fromarray(canvas.permute(1, 2, 0).numpy())
+
+
+class Logger:
+    """Collects metrics each step and writes their averages every `every` steps; a hook for `fit`.
+
+    metrics.jsonl gets one object per logged step; lines after step `start`, left by a run cut off, are dropped.
+    """
+
+    def __init__(self, folder: Path, world: World, *, every: int, start: int, steps: int, batch_size: int):
+        self.folder, self.world, self.every, self.steps, self.batch_size = folder, world, every, steps, batch_size
+        self.totals: dict[str, Tensor] = {}
+        self.count, self.since = 0, time.perf_counter()
+        if world.is_main:
+            keep_lines_until(folder / "metrics.jsonl", start)
+            self.writer = SummaryWriter(str(folder), purge_step=start + 1)
+            self.bar = tqdm(
+                total=steps, initial=start, desc=folder.name, unit="step", dynamic_ncols=True, mininterval=1.0
+            )
+
+    def __call__(self, state: State, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            value = value.detach().float().mean()
+            self.totals[name] = self.totals[name] + value if name in self.totals else value
+        self.count += 1
+        if self.world.is_main:
+            self.bar.update()
+        if state.step % self.every and state.step != self.steps:
+            return
+        averages = self.world.mean(torch.stack(list(self.totals.values())) / self.count).tolist()
+        values = dict(zip(self.totals, averages, strict=True))
+        now = time.perf_counter()
+        rate = self.count / (now - self.since)
+        self.totals, self.count, self.since = {}, 0, now
+        if self.world.is_main:
+            self.scalars(
+                state.step, values | {"perf/steps_per_second": rate, "perf/images_per_second": rate * self.batch_size}
+            )
+            self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if "/" not in k}, refresh=False)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl and one point in each TensorBoard curve (main process only)."""
+        if not self.world.is_main:
+            return
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def images(self, name: str, step: int, images: Tensor, columns: int | None = None) -> None:
+        """A PNG in images/ and the same grid in TensorBoard; images (B, C, H, W) in [-1, 1] (main process only)."""
+        if not self.world.is_main:
+            return
+        picture = grid_image(to_uint8(images), columns)
+        path = self.folder / "images" / f"{name}_{step:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        self.writer.add_image(
+            name,
+            torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*picture.size[::-1], 3),
+            step,
+            dataformats="HWC",
+        )
+
+    def histogram(self, name: str, step: int, counts: Tensor) -> None:
+        """How often each of K things was chosen, as a TensorBoard histogram; counts (K,) (main process only)."""
+        if self.world.is_main:
+            ids = torch.arange(len(counts), dtype=torch.float64)
+            c = counts.double().cpu()
+            self.writer.add_histogram_raw(
+                name, min=0, max=len(counts) - 1, num=int(c.sum()), sum=float(c @ ids), sum_squares=float(c @ ids**2),
+                bucket_limits=ids.tolist(), bucket_counts=c.tolist(), global_step=step,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        if self.world.is_main:
+            self.bar.close()
+            self.writer.close()
+
+
+def keep_lines_until(path: Path, step: int) -> None:
+    """Drops the lines of metrics.jsonl that come after `step`, and a last line that was cut short."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            break
+    path.write_text("".join(f"{line}\n" for line in kept))

@@ -1,0 +1,28 @@
+"""The file name is the registry: `--dataset birds` is train/datasets/birds.py."""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterable
+
+from train.config import ROOT
+
+
+def names_in(package: str) -> list[str]:
+    """The files of a package that serves as a registry."""
+    return sorted(
+        m.name for m in pkgutil.iter_modules([str(ROOT / package.replace(".", "/"))]) if not m.name.startswith("_")
+    )
+
+
+def plugin(package: str, name: str, flag: str):
+    """The module `<package>.<name>`, or ValueError with the names there are."""
+    names = names_in(package)
+    if name not in names:
+        raise ValueError(f"unknown {flag} {name!r}{did_you_mean(name, names)}; there are: {', '.join(names)}")
+    return importlib.import_module(f"{package}.{name}")
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,129 @@
+"""Absorbing diffusion on VQGAN codes: the transformer, the process, and how they meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from train.config import SamplerConfig, SamplingConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from diffusion.absorbing import Loss
+    from diffusion.rng import Streams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(SamplerConfig):
+    """Absorbing diffusion: a transformer that predicts masked codes."""
+
+    bert_n_emb: int = 512
+    """Width of the transformer."""
+    bert_n_head: int = 8
+    """Attention heads."""
+    bert_n_layers: int = 24
+    """Blocks."""
+    attn_pdrop: float = 0.0
+    """Dropout of attention weights."""
+    embd_pdrop: float = 0.0
+    """Dropout of embeddings."""
+    resid_pdrop: float = 0.0
+    """Dropout of each block's outputs."""
+    loss_type: Literal["reweighted_elbo", "elbo", "mlm"] = "reweighted_elbo"
+    """What is minimised; the ELBO in bits per code is logged whatever is chosen."""
+    mask_schedule: Literal["random", "fixed"] = "random"
+    """random: each code is masked with probability t; fixed: exactly round(t N) codes are."""
+    total_steps: int = 256
+    """Time steps T of the process: t is uniform over {1/T, ..., 1}."""
+    class_conditional: bool = True
+    """Condition on the class where the data have labels."""
+    label_drop: float = 0.1
+    """Share of training labels replaced by the null class, for guidance."""
+
+    def __post_init__(self):
+        if self.bert_n_emb % self.bert_n_head:
+            raise ValueError(
+                f"got bert_n_emb {self.bert_n_emb} and bert_n_head {self.bert_n_head}: the heads must divide it"
+            )
+        if self.total_steps < 1 or self.bert_n_layers < 1:
+            raise ValueError(
+                f"got total_steps {self.total_steps}, bert_n_layers {self.bert_n_layers}: wanted at least 1"
+            )
+        for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "label_drop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"got {name} {getattr(self, name)}, wanted a share in [0, 1)")
+
+
+class AbsorbingSampler:
+    """Network and process of one absorbing model over `codes` codes on a grid (h, w), with `n_classes` classes or 0."""
+
+    def __init__(self, config: Config, *, codes: int, grid: tuple[int, int], n_classes: int):
+        from diffusion.absorbing import AbsorbingDiffusion
+        from models.transformer import Transformer
+
+        self.config, self.grid = config, grid
+        self.n_classes = n_classes if config.class_conditional else 0
+        self.process = AbsorbingDiffusion(codes, config.total_steps)
+        self.network = Transformer(
+            codes=codes,
+            grid=grid,
+            width=config.bert_n_emb,
+            heads=config.bert_n_head,
+            layers=config.bert_n_layers,
+            n_classes=self.n_classes,
+            attn_dropout=config.attn_pdrop,
+            embd_dropout=config.embd_pdrop,
+            resid_dropout=config.resid_pdrop,
+        )
+
+    def loss(self, network: nn.Module, batch: dict[str, Tensor], draw: Callable[[str], Streams]) -> Loss:
+        """The loss of {"codes": (B, h, w), "label": (B,)}; `draw(purpose)` gives the batch's random streams."""
+        x0, t = batch["codes"], self.process.times(draw("time"))
+        corrupt = self.process.corrupt if self.config.mask_schedule == "random" else self.process.corrupt_fixed
+        x_t = corrupt(x0, t, draw("mask"))
+        labels = None
+        if self.n_classes:
+            dropped = draw("label").uniform((len(x0),)) < self.config.label_drop
+            labels = batch["label"].masked_fill(dropped, self.n_classes)
+        return self.process.loss(network(x_t, labels), x0, x_t, t, self.config.loss_type)
+
+    def sample(
+        self,
+        network: nn.Module,
+        rng: Streams,
+        *,
+        labels: Tensor | None = None,
+        options: SamplingConfig,
+        shape: tuple[int, int] | None = None,
+        window_stride: int = 1,
+    ) -> Tensor:
+        """Codes (B, *shape) for the B streams of `rng`, by `options`; a shape beyond the grid is covered by windows.
+
+        `labels` (B,) int64 in [0, n_classes), or None for the null class.
+        """
+        import torch
+
+        from diffusion.guidance import guided
+        from diffusion.solvers import solver
+        from diffusion.windows import windowed
+
+        solve = solver(self.process, options.solver)
+        if options.guidance != 1 and labels is None:
+            raise ValueError(f"got guidance {options.guidance} for a model without classes: pass --guidance 1")
+        shape = shape or self.grid
+
+        def denoise(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+            return network(x, None if condition is None else condition.repeat(len(x) // len(condition)))
+
+        conditional = guided(denoise, labels, None, options.guidance)
+        canvas = conditional if shape == self.grid else windowed(conditional, self.grid, window_stride)
+        x = torch.full((len(rng), *shape), self.process.mask, device=rng.device)
+        return solve(canvas, self.process, x, steps=options.sample_steps, rng=rng, temperature=options.temp)
+
+
+def build(config: Config, *, codes: int, grid: tuple[int, int], n_classes: int) -> AbsorbingSampler:
+    """The contract of train/samplers: a file's `build` gives network, `loss` and `sample`."""
+    return AbsorbingSampler(config, codes=codes, grid=grid, n_classes=n_classes)

@@ -1,0 +1,122 @@
+"""How the second stage is trained: what one step does with a batch of codes, and what is looked at on the way."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from diffusion.rng import Streams, seed_of
+from train.config import DataConfig, SamplerConfig, SamplingConfig, TrainingConfig
+from train.data import TrainingCodes, streams
+from train.datasets import Dataset
+from train.distributed import World
+from train.ema import EMA
+from train.generate import FirstStage
+from train.logging import Logger
+from train.loop import Batch, Metrics, State, optimize, warmed_up
+from train.precision import autocast
+from train.registry import plugin
+from train.transforms import to_float
+
+VALIDATION_IMAGES = 1024  # enough for two digits, and quick
+SHOWN_IMAGES = 64
+
+
+def build_state(
+    config: SamplerConfig, training: TrainingConfig, first: FirstStage, n_classes: int, world: World
+) -> tuple[Any, State]:
+    """The sampler that the config names, for the codes of `first`, and the state that trains its network."""
+    torch.manual_seed(training.seed)
+    module = plugin("train.samplers", config.sampler, "sampler")
+    sampler = module.build(
+        config, codes=first.vqgan.quantizer.codebook_size, grid=first.vqgan.grid, n_classes=n_classes
+    )
+    network = sampler.network.to(world.device)
+    world.broadcast(network)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True)
+    averages = {"network": EMA(network, training.ema_beta)} if training.ema else {}
+    return sampler, State({"network": network}, {"network": optimizer}, averages)
+
+
+def code_source(
+    first: FirstStage, dataset: Dataset, split: str, data: DataConfig, seed: int, world: World
+) -> TrainingCodes:
+    """The codes of one split, encoded by the main process or read from the cache."""
+    batch_size = max(1, 2**22 // (data.img_size**2 * data.n_channels))  # about 16 MB of float images at once
+    if world.is_main:
+        table = first.codes(dataset, split, data, batch_size)
+    world.barrier()
+    if not world.is_main:
+        table = first.codes(dataset, split, data, batch_size)
+    labels = None if dataset.n_classes == 0 else torch.from_numpy(dataset.labels)[table.index]
+    return TrainingCodes(table.ids, labels, seed)
+
+
+class SamplerStep:
+    """One training step of a sampler's network. A `step_fn` for `fit`."""
+
+    def __init__(self, sampler: Any, training: TrainingConfig, world: World):
+        self.sampler, self.training, self.world = sampler, training, world
+
+    def __call__(self, state: State, parts: Sequence[Batch]) -> Metrics:
+        network, totals = state.modules["network"].train(), {}
+        for batch in parts:
+            with autocast(self.world.device, self.training.amp):
+                loss = self.sampler.loss(network, batch, partial(streams, self.training.seed, batch=batch))
+            (loss.per_example.mean() / len(parts)).backward()
+            for name, value in {"loss": loss.per_example, **loss.metrics}.items():
+                totals[name] = totals.get(name, 0.0) + value.detach().mean() / len(parts)
+        lr = warmed_up(self.training.lr, state.step, self.training.warmup_iters)
+        totals["grad_norm"] = optimize(state.optimizers["network"], self.world, lr=lr, clip=self.training.grad_clip)
+        totals["perf/lr"] = torch.tensor(lr, device=self.world.device)
+        return totals
+
+
+class SamplerReports:
+    """Validation and pictures of samples, as hooks for `fit`."""
+
+    def __init__(
+        self,
+        step: SamplerStep,
+        first: FirstStage,
+        validation: TrainingCodes,
+        logger: Logger,
+        sampling: SamplingConfig,
+        class_frequencies: list[float],
+    ):
+        self.step, self.first, self.validation, self.logger = step, first, validation, logger
+        self.sampling, self.class_frequencies = sampling, class_frequencies
+
+    @torch.no_grad()
+    def validate(self, state: State, metrics: Metrics) -> None:
+        """The loss on fixed validation codes, times and masks, comparable from step to step and run to run."""
+        world, training, network = self.step.world, self.step.training, state.averaged("network").eval()
+        count = min(len(self.validation.ids), VALIDATION_IMAGES)
+        totals: dict[str, torch.Tensor] = {}
+        for first in range(0, count, training.batch_size):
+            positions = list(range(first, min(first + training.batch_size, count)))[world.rank :: world.size]
+            if not positions:
+                continue
+            batch = {name: value.to(world.device) for name, value in self.validation[positions].items()}
+            with autocast(world.device, training.amp):
+                loss = self.step.sampler.loss(network, batch, lambda purpose, b=batch: streams(0, f"val_{purpose}", b))
+            for name, value in {"loss": loss.per_example, **loss.metrics}.items():
+                totals[f"val/{name}"] = totals.get(f"val/{name}", 0.0) + value.float().sum()
+        sums = world.sum(torch.stack(list(totals.values()))) / count
+        self.logger.scalars(state.step, dict(zip(totals, sums.tolist(), strict=True)))
+        state.modules["network"].train()
+
+    @torch.no_grad()
+    def show(self, state: State, metrics: Metrics) -> None:
+        """A grid of samples, the same noise each time; the classes in turn."""
+        if not self.step.world.is_main:
+            return
+        sampler, device = self.step.sampler, self.step.world.device
+        rng = Streams([seed_of(self.step.training.seed, "show", i) for i in range(SHOWN_IMAGES)], device)
+        labels = torch.arange(SHOWN_IMAGES, device=device) % sampler.n_classes if sampler.n_classes else None
+        network = state.averaged("network").eval()
+        with autocast(device, self.step.training.amp):
+            codes = sampler.sample(network, rng, labels=labels, options=self.sampling)
+        self.logger.images("samples", state.step, to_float(self.first.decode(codes).cpu()))
+        state.modules["network"].train()

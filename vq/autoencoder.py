@@ -1,0 +1,83 @@
+"""The VQGAN autoencoder (Esser et al. 2021): convolutional encoder, quantizer, convolutional decoder."""
+
+import torch
+from torch import Tensor, nn
+
+from models.blocks import AttentionBlock, Downsample, ResBlock, Upsample, group_norm
+from vq.config import VQGANConfig
+from vq.quantize import Codes, NearestQuantizer
+
+
+def middle(channels: int) -> list[nn.Module]:
+    return [ResBlock(channels, channels), AttentionBlock(channels), ResBlock(channels, channels)]
+
+
+def level(in_channels: int, channels: int, count: int, attention: bool) -> list[nn.Module]:
+    """`count` ResBlocks at one resolution, each followed by attention where `attention`."""
+    layers: list[nn.Module] = []
+    for i in range(count):
+        layers.append(ResBlock(in_channels if i == 0 else channels, channels))
+        if attention:
+            layers.append(AttentionBlock(channels))
+    return layers
+
+
+class Encoder(nn.Sequential):
+    """Images (B, C, H, W) in [-1, 1] -> vectors (B, E, H / factor, W / factor)."""
+
+    def __init__(self, config: VQGANConfig, img_size: int, n_channels: int):
+        widths = [config.nf * m for m in config.ch_mult]
+        layers: list[nn.Module] = [nn.Conv2d(n_channels, config.nf, 3, padding=1)]
+        for i, (before, width) in enumerate(zip([config.nf, *widths], widths, strict=False)):
+            layers += level(before, width, config.res_blocks, img_size >> i in config.attn_resolutions)
+            if i < len(widths) - 1:
+                layers.append(Downsample(width))
+        layers += middle(widths[-1])
+        layers += [group_norm(widths[-1]), nn.Conv2d(widths[-1], config.emb_dim, 3, padding=1)]
+        super().__init__(*layers)
+
+
+class Decoder(nn.Sequential):
+    """Code vectors (B, E, h, w) -> images (B, C, h * factor, w * factor), about [-1, 1]."""
+
+    def __init__(self, config: VQGANConfig, img_size: int, n_channels: int):
+        widths = [config.nf * m for m in config.ch_mult]
+        layers: list[nn.Module] = [nn.Conv2d(config.emb_dim, widths[-1], 3, padding=1), *middle(widths[-1])]
+        for i in reversed(range(len(widths))):
+            before = widths[min(i + 1, len(widths) - 1)]
+            layers += level(before, widths[i], config.res_blocks, img_size >> i in config.attn_resolutions)
+            if i > 0:
+                layers.append(Upsample(widths[i]))
+        layers += [group_norm(widths[0]), nn.Conv2d(widths[0], n_channels, 3, padding=1)]
+        super().__init__(*layers)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight that the adaptive adversarial weight compares gradients on."""
+        return self[-1].weight
+
+
+class VQGAN(nn.Module):
+    """Encoder, quantizer and decoder together."""
+
+    def __init__(self, config: VQGANConfig, img_size: int, n_channels: int = 3):
+        super().__init__()
+        self.grid = config.grid(img_size)
+        self.encoder = Encoder(config, img_size, n_channels)
+        self.quantizer = NearestQuantizer(config.codebook_size, config.emb_dim, config.beta)
+        self.decoder = Decoder(config, img_size, n_channels)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Codes]:
+        """images (B, C, H, W) in [-1, 1] -> reconstructions of the same shape, Codes."""
+        codes = self.quantizer(self.encoder(images))
+        return self.decoder(codes.vectors), codes
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) in [-1, 1] -> ids (B, h, w)."""
+        return self.quantizer.nearest(self.encoder(images))
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor) -> Tensor:
+        """ids (B, h, w) -> images (B, C, H, W) in [-1, 1]."""
+        return self.decoder(self.quantizer.vectors(ids)).float().clamp(-1, 1)
