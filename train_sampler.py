@@ -59,7 +59,7 @@ def main(config: Config) -> None:
         datasets = {split: build_dataset(data, config.reader, split) for split in ("train", "val")}
         frequencies = class_frequencies(datasets["train"])
         sampler, state = build_state(config.sampler, training, first, len(frequencies), here)
-        begin(run, config, state, here, origin={"ae_weights": first.weights, "class_frequencies": frequencies})
+        begin(run, config, state, here, first.origin | {"class_frequencies": frequencies})
         sources = {
             split: code_source(first, dataset, split, data, training.seed, here) for split, dataset in datasets.items()
         }

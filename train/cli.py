@@ -1,7 +1,7 @@
 """The command line: typed dataclasses, one flat list of flags, YAML files under them. Free of torch: `--help` is quick.
 
 Precedence: dataclass default < --config FILE.yaml (configs/<dataset>.yaml where there is one) < flag. A file has the
-keys of the data at its top level, and in sections (`vqgan:`, `absorbing:`, `experiments:`) those of one stage. Its values
+keys of the data at its top level, and in sections (`vqgan:`, `absorbing:`, `calc_FID:`) those of one script. Values
 pass through the flags' own parsers.
 """
 
@@ -58,7 +58,7 @@ def layer(path: Path, cls, section: str) -> dict[str, Any]:
     data_keys = fields_of(DataConfig).union(
         *(fields_of(plugin("train.datasets", n, "reader").Config) for n in names_in("train.datasets"))
     )
-    sections = {"vqgan", "experiments", *names_in("train.samplers")}
+    sections = {"vqgan", *names_in("train.samplers"), *names_in("experiments")}
     content, values = read_yaml(path), {}
     for key, value in content.items():
         if isinstance(value, dict):

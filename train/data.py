@@ -124,7 +124,7 @@ class PositionLists:
 def training_batches(
     source: Positions, *, start: int, steps: int, batch_size: int, accumulate: int, world: World, workers: int
 ) -> Iterator[tuple[Batch, ...]]:
-    """For each step from `start` to `steps`: this process's share of the batch, in `accumulate` parts, on its device."""
+    """For each step from `start` to `steps`: this process's share of the batch, in `accumulate` parts, there."""
     share = world.share(batch_size, "batch_size")
     if share % accumulate:
         raise ValueError(

@@ -51,9 +51,15 @@ class FirstStage:
     vqgan: VQGAN
     data: DataConfig
     reader: DatasetConfig
+    step: int
     weights: str  # SHA-256 of the file the weights came from
     device: torch.device
     amp: bool
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a second stage notes of the first, to find it again and to know that it is the same."""
+        return {"ae_weights": self.weights, "ae_load_dir": self.run.name, "ae_load_step": self.step}
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def fit(
 
 
 def optimize(optimizer: Optimizer, world: World, *, lr: float, clip: float) -> Tensor:
-    """One optimizer step from local gradients: average over processes, clip, step, clear. Returns the unclipped norm."""
+    """One optimizer step from local gradients: average over processes, clip, step. Returns the norm before clipping."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     world.average_gradients(parameters)
     norm = nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else float("inf"))

@@ -133,7 +133,7 @@ def _read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """The squared Fréchet distance of the Gaussians with these means and covariances, >= 0; sources and limits below.
+    """The squared Fréchet distance, >= 0, of the Gaussians with these means and covariances.
 
     d² = |mu_a - mu_b|² + tr(S_a + S_b - 2 (S_a^½ S_b S_a^½)^½), Dowson & Landau 1982; on Inception features, the FID of
     Heusel et al. 2017, eq. 6. With any factors S = F F^T the last root has the trace of the singular values of

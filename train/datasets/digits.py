@@ -6,6 +6,8 @@ import numpy as np
 
 from train.datasets import SPLITS, ArrayDataset, DatasetConfig, check_split, held_out
 
+FEATURES = "digits"  # what `--features auto` measures this data set with
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DatasetConfig):

@@ -101,7 +101,7 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int) -> DigitsClassif
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * math.ceil(len(images) / BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
-    with torch.enable_grad():
+    with torch.enable_grad():  # whatever the caller has chosen
         for _ in range(EPOCHS):
             for rows in torch.randperm(len(images), generator=generator).split(BATCH):
                 logits = classifier(moved(images[rows], generator))
@@ -113,7 +113,7 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int) -> DigitsClassif
 
 
 def moved(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (B, 1, H, W), each turned by up to 10 degrees, scaled by 0.9 to 1.1, shifted by up to 2 pixels; float32."""
+    """Images (B, 1, H, W), each turned by up to 10 degrees, scaled by 0.9 to 1.1, moved by about 2 pixels; float32."""
     uniform = torch.rand(4, len(images), generator=generator) * 2 - 1  # in [-1, 1)
     angle, scale = uniform[0] * math.radians(10), 1 + 0.1 * uniform[1]
     shift = uniform[2:] * 2 * 2 / images.shape[-1]  # two pixels, in affine_grid's units of half a side

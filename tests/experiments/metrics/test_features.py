@@ -33,9 +33,9 @@ def test_pixels_have_their_shape_and_range():
 
 
 def test_pixels_are_antialiased():
-    board = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255
-    got = pixels.build("cpu")(board.to(torch.uint8).expand(1, 3, 64, 64))
-    torch.testing.assert_close(got, torch.full((1, 768), 0.5), atol=0.02, rtol=0)
+    stripes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    stripes[:, :, ::4] = 255  # one row in four, which sampling at every fourth would see always or never
+    torch.testing.assert_close(pixels.build("cpu")(stripes), torch.full((1, 768), 0.25), atol=0.1, rtol=0)
 
 
 class Poison:
@@ -94,7 +94,7 @@ def test_inception_reads_a_weights_file(random_inception):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = extract(images)
     assert got.shape == (2, 2048) and got.dtype == torch.float32 and not got.requires_grad
-    torch.testing.assert_close(extract(images), got)
+    assert torch.equal(extract(images), got)  # random weights shrink the features: no tolerance is small enough
 
 
 def test_inception_loads_strictly(random_inception, tmp_path):

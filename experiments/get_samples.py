@@ -1,0 +1,57 @@
+"""Images from a trained sampler: samples.npz as the field's evaluators read it, a PNG grid, PNG files on wish."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.experiment import ModelConfig, OutputConfig, sampling_of_run  # noqa: E402
+from train.cli import run_script  # noqa: E402
+from train.config import SamplingConfig  # noqa: E402
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """Samples."""
+
+    n_samples: int = 100
+    """Number of images."""
+    save_individually: bool = False
+    """Also write each image as images/<number>.png."""
+
+    def __post_init__(self):
+        if self.n_samples < 1:
+            raise ValueError(f"got n_samples {self.n_samples}, wanted at least 1: pass --n_samples N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Samples a trained model into <logs_root>/<log_dir>/samples.npz (arr_0: uint8 N x H x W x 3) and samples.png."""
+
+    samples: SamplesConfig
+    model: ModelConfig
+    sampling: SamplingConfig
+    output: OutputConfig
+
+
+def main(config: Config) -> None:
+    from experiments.experiment import load_model, open_results, write_results
+    from experiments.images import SampleWriter, save_grid
+    from experiments.progress import progress
+
+    trained = load_model(config.model, config.output)
+    folder = open_results("samples", config, trained)
+    count, output = config.samples.n_samples, config.output
+    if not (folder / "results.json").is_file():
+        batches = trained.generate(output.seed, count, output.batch_size, config.sampling)
+        with SampleWriter(folder, count, png_files=config.samples.save_individually) as writer:
+            for batch in progress(batches, count, "sampling"):
+                writer.add(batch)
+        save_grid(folder / "samples.png", writer.first)
+        write_results(folder, {"n_samples": count, "seed": output.seed})
+    print(f"{count} images: {folder / 'samples.npz'}\ngrid: {folder / 'samples.png'}")
+
+
+if __name__ == "__main__":
+    run_script(main, Config, "get_samples", under=sampling_of_run)

@@ -1,0 +1,87 @@
+"""Generated images on disk: the .npz that evaluators read, PNG files, PNG grids."""
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from train.logging import grid_image
+
+GRID = 64  # images in a grid
+
+
+def save_grid(path: Path, images: Tensor, columns: int | None = None) -> None:
+    """A PNG grid of images (B, C, H, W) uint8."""
+    aside = path.with_name(f".{path.name}")
+    grid_image(images, columns).save(aside, format="PNG")
+    aside.replace(path)
+
+
+class SampleWriter:
+    """Writes `count` images as they come; samples.npz appears, whole, at the end.
+
+    arr_0 is uint8 (N, H, W, 3); beside it stand `codes` (N, h, w) and, of models with classes, `labels` (N,). Images
+    pass through a file on disk, so that their number is not bounded by memory.
+    """
+
+    def __init__(self, folder: Path, count: int, png_files: bool = False):
+        self.folder, self.count, self.png_files = folder, count, png_files
+        self.raw = folder / ".samples"
+        self.written, self.images, self.others, self.first = 0, None, {}, None
+
+    def __enter__(self) -> "SampleWriter":
+        shutil.rmtree(self.raw, ignore_errors=True)
+        self.raw.mkdir(parents=True)
+        return self
+
+    def add(self, batch: dict[str, Tensor]) -> None:
+        """{"image": uint8 (B, C, H, W), "codes": (B, h, w), "label": (B,) or absent}."""
+        images = batch["image"].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+        if self.images is None:
+            shape = (self.count, *images.shape[1:])
+            self.images = np.lib.format.open_memmap(self.raw / "arr_0.npy", mode="w+", dtype=np.uint8, shape=shape)
+        self.images[self.written : self.written + len(images)] = images
+        for name, key in (("codes", "codes"), ("labels", "label")):
+            if key in batch:
+                self.others.setdefault(name, []).append(batch[key])
+        if self.png_files:
+            (self.folder / "images").mkdir(exist_ok=True)
+            for i, image in enumerate(images):
+                Image.fromarray(image).save(self.folder / "images" / f"{self.written + i:06d}.png")
+        if self.first is None or len(self.first) < GRID:
+            kept = batch["image"] if self.first is None else torch.cat([self.first, batch["image"]])
+            self.first = kept[:GRID]
+        self.written += len(images)
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            if self.written != self.count:
+                raise ValueError(f"got {self.written} images, wanted {self.count}")
+            self.images.flush()
+            for name, parts in self.others.items():
+                np.save(self.raw / f"{name}.npy", torch.cat(parts).numpy())
+            aside = self.raw / "samples.npz"
+            with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
+                for file in sorted(self.raw.glob("*.npy")):
+                    archive.write(file, file.name)
+            aside.replace(self.folder / "samples.npz")
+        shutil.rmtree(self.raw, ignore_errors=True)
+
+
+def read_samples(path: Path) -> dict[str, Tensor]:
+    """The arrays of a samples.npz: "image" uint8 (N, 3, H, W), and "codes", "labels" where it has them."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found: make it with `python experiments/get_samples.py`")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            content = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a plain .npz file: {error}") from error
+    images = content.pop("arr_0", None)
+    if images is None or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) < 2:
+        raise ValueError(f"{path}: wanted arr_0, uint8 (N, H, W, 3) with at least 2 images")
+    return {"image": images.permute(0, 3, 1, 2), **content}
