@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import attend
+
 
 class EmbedBlock(nn.Module, ABC):
     """A block that also takes the embedding of the time, or noise level."""
@@ -108,7 +110,7 @@ class AttentionBlock(nn.Module):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
         q, k, v = qkv.unbind(1)  # (B, heads, HW, C/heads) each
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attend(q, k, v)
         return x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W))
 
 

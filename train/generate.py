@@ -117,9 +117,8 @@ def load_first_stage(run: Path, step: int | None, device: torch.device, amp: boo
     vqgan = VQGAN(config.network, config.data.img_size, config.data.n_channels)
     ema = AVERAGED in verify(checkpoint_path(run, step))
     weights = load_weights(run, step, {"autoencoder": vqgan}, ema=ema)
-    return FirstStage(
-        run, vqgan.to(device).eval().requires_grad_(False), config.data, config.reader, weights, device, amp
-    )
+    vqgan.to(device).eval().requires_grad_(False)
+    return FirstStage(run, vqgan, config.data, config.reader, step, weights, device, amp)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,64 @@
+"""What is asked of generated digits: clear, of all classes, and not learned by heart."""
+
+import torch
+from torch import Tensor
+
+from experiments.metrics.answers import class_balance, share_kept, share_sure
+from experiments.metrics.features.digits import accuracy, load_classifier
+from experiments.metrics.memorization import exact_copies, nearest_ratio
+from experiments.metrics.neighbours import coverage
+from train.data import ImageSource, build_dataset, images_in_order
+from train.generate import TrainedSampler
+
+GOALS = {
+    "classifier's accuracy on held-out real digits": (">=", 0.97),
+    "share of samples it is 0.9 sure of": (">=", 0.85),
+    "classes that occur": (">=", 10),
+    "rarest class, relative to its share of the data": (">=", 1 / 3),
+    "reconstructions that keep its answer": (">=", 0.95),
+    "samples with the codes of a training image": ("<=", 0.10),
+    "distance to the nearest training image, relative to real": (">=", 0.7),
+    "coverage (k = 5) in pixels": (">=", 0.5),
+    "coverage (k = 5) in its features": (">=", 0.5),
+}
+
+
+def split_images(trained: TrainedSampler, split: str) -> tuple[Tensor, Tensor]:
+    """uint8 images (N, C, S, S) and labels (N,) of one split of the digits."""
+    dataset = build_dataset(trained.data, trained.reader, split)
+    images = torch.cat([batch["image"] for batch in images_in_order(ImageSource(dataset, trained.data), 500)])
+    return images, torch.from_numpy(dataset.labels)
+
+
+def figures(samples: dict[str, Tensor], trained: TrainedSampler) -> dict[str, float]:
+    """A figure for each of GOALS, of samples with "image" uint8 (N, 3, S, S) and "codes" (N, h, w)."""
+    generated = samples["image"].float().mean(1, keepdim=True).round().byte()  # grey, (N, 1, S, S)
+    (training, labels), (held_out, _) = split_images(trained, "train"), split_images(trained, "val")
+    classifier = load_classifier("cpu")
+    with torch.no_grad():
+        logits, real_logits = classifier(generated), classifier(held_out)
+        reconstruction_logits = classifier(trained.first.decode(trained.first.encode(held_out)).cpu())
+        features, training_features = classifier.features(generated), classifier.features(training)
+    shares = class_balance(logits.argmax(1), 10) / len(generated)
+    # the training set is what was trained on: every image in all its views
+    dataset = build_dataset(trained.data, trained.reader, "train")
+    table = trained.first.codes(dataset, "train", trained.data, 500)
+    found = [
+        accuracy(classifier, "val"),
+        share_sure(logits),
+        float((shares > 0).sum()),
+        float((shares / (class_balance(labels, 10) / len(labels))).min()),
+        share_kept(real_logits, reconstruction_logits),
+        exact_copies(samples["codes"], table.ids.flatten(0, 1)),
+        nearest_ratio(generated.float(), held_out.float(), training.float()),
+        coverage(training.flatten(1).float(), generated.flatten(1).float()),
+        coverage(training_features, features),
+    ]
+    return dict(zip(GOALS, found, strict=True))
+
+
+def picture(samples: dict[str, Tensor], trained: TrainedSampler, columns: int = 20, rows: int = 5) -> Tensor:
+    """Held-out real digits, then as many generated ones, (2 * rows * columns, 3, S, S)."""
+    real, _ = split_images(trained, "val")
+    count = columns * rows
+    return torch.cat([real[:count].expand(-1, 3, -1, -1), samples["image"][:count]])
