@@ -1,6 +1,6 @@
 """Are generated digits good? A classifier of real digits, class balance, memorization: one table, one picture.
 
-It reads a samples.npz of experiments/get_samples.py and holds its figures against the goals of the embedded demonstration.
+It reads a samples.npz of experiments/get_samples.py and holds its figures against goals.
 """
 
 import sys

@@ -201,15 +201,21 @@ def data_dir_of(dataset: str, data_dir: str | None) -> str | None:
         return data_dir
     paths = read_yaml(ROOT / "datasets.yaml")
     path = paths.get(dataset)
+    if path is None and dataset in paths:
+        raise ValueError(f"datasets.yaml has no path for {dataset} yet: write it there, or pass --data_dir PATH")
     if path is not None and not isinstance(path, str):
         raise ValueError(f"datasets.yaml: got {path!r} for {dataset}, wanted `{dataset}: /path/to/the/images`")
     return None if path is None else str((ROOT / Path(path).expanduser()).resolve())
 
 
-def run_script(main, cls, section: str, **kwargs) -> None:
+def run_main(main: Callable[[C], None], config: C) -> None:
+    main(config)
+
+
+def run_script(main: Callable[[C], None], cls: type[C], section: str, **kwargs) -> None:
     """Parses the command line and calls main(config); what a user can mend becomes one line and exit code 2."""
     try:
-        main(parse(cls, section, sys.argv[1:], **kwargs))
+        run_main(main, parse(cls, section, sys.argv[1:], **kwargs))
     except (ValueError, FileNotFoundError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)

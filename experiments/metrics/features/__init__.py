@@ -1,0 +1,45 @@
+"""Features that distances are measured in, one file each: `METRIC`, the distance's name, and `build(device)`."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from train.config import DataConfig
+from train.registry import plugin
+
+
+class Features(NamedTuple):
+    """A features file, built."""
+
+    name: str
+    module: ModuleType
+    extract: Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> (B, D)
+
+
+def named(name: str, device: torch.device, weights: str | None = None) -> Features:
+    """The features of one file here; `weights` goes to a `build` that takes it."""
+    module = plugin(__name__, name, "features")
+    if weights is None:
+        return Features(name, module, module.build(device))
+    if "weights" not in inspect.signature(module.build).parameters:
+        raise ValueError(f"--inception_weights goes with --features inception, got --features {name}")
+    return Features(name, module, module.build(device, weights=weights))
+
+
+def choose(name: str, data: DataConfig, device: torch.device, weights: str | None = None) -> Features:
+    """The features of --features; auto is what the reader of the data names, or inception, or pixels with a warning."""
+    if name != "auto" or weights is not None:
+        return named("inception" if name == "auto" else name, device, weights)
+    reader = plugin("train.datasets", data.reader or data.dataset, "data set")
+    if hasattr(reader, "FEATURES"):
+        return named(reader.FEATURES, device)
+    try:
+        return named("inception", device)
+    except FileNotFoundError as error:
+        warnings.warn(f"{error}. Measuring FD(pixels), which is no FID", stacklevel=2)
+        return named("pixels", device)

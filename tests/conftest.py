@@ -1,0 +1,15 @@
+"""Fixtures that many tests share."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A logs folder with a VQGAN and an absorbing sampler, trained for a few steps on 16x16 digits."""
+    logs = tmp_path_factory.mktemp("logs")
+    tiny.call("train_vqgan.py", f"--logs_root {logs} --train_steps 5 --no_amp {tiny.VQGAN} {tiny.GAN}")
+    tiny.call("train_sampler.py", f"--logs_root {logs} --train_steps 3 --no_amp {tiny.SAMPLER}")
+    return logs

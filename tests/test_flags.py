@@ -1,0 +1,173 @@
+"""The command line: what parses, what is refused, and how."""
+
+import pytest
+import yaml
+from tiny import ROOT, call, run
+
+from train import cli
+from train.config import DataConfig, LoggingConfig, TrainingConfig
+from train.registry import names_in
+
+COMMANDS = {  # as the README has them
+    "train_vqgan.py": "--dataset ffhq --log_dir vqgan_ffhq --amp --ema --batch_size 4 --diff_aug",
+    "train_sampler.py": (
+        "--sampler absorbing --dataset ffhq --log_dir absorbing_ffhq --ae_load_dir vqgan_ffhq --ae_load_step 2200000 --amp --ema"
+    ),
+    "experiments/calc_FID.py": (
+        "--sampler absorbing --dataset churches --log_dir FID_log --ae_load_dir vqgan_churches --ae_load_step 2200000 "
+        "--load_dir absorbing_churches --load_step 2000000 --ema --n_samples 50000 --temp 0.9"
+    ),
+    "experiments/generate_big_samples.py": (
+        "--sampler absorbing --dataset churches --log_dir big --ae_load_dir vqgan_churches --ae_load_step 2200000 "
+        "--load_dir absorbing_churches --load_step 2000000 --ema --shape 32 16"
+    ),
+}
+
+
+def parsed(script, flags, monkeypatch):
+    """The config that a script would hand to its main."""
+    seen = []
+    monkeypatch.setattr(cli, "run_main", lambda main, config: seen.append(config))
+    call(script, flags)
+    return {key: value for group in cli.to_dict(seen[0]).values() for key, value in group.items()}
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_the_four_commands_parse(script, monkeypatch, tmp_path):
+    config = parsed(script, f"{COMMANDS[script]} --logs_root {tmp_path}", monkeypatch)
+    words = COMMANDS[script].split()
+    given = {word.removeprefix("--"): words[i + 1] for i, word in enumerate(words[:-1]) if word.startswith("--")}
+    for flag in ("dataset", "log_dir", "ae_load_dir", "load_dir", "sampler"):
+        assert str(config.get(flag)) == given.get(flag, str(config.get(flag)))
+    assert config["ema"] is True
+
+
+def test_presets_reach_both_stages_and_differ_as_the_reference_does(monkeypatch, tmp_path):
+    """The reference's `dataset == "churches" or "bedrooms"` gave every data set one learning rate."""
+    rates = {}
+    for name in ("ffhq", "churches", "bedrooms", "faces140k"):
+        vqgan = parsed("train_vqgan.py", f"--dataset {name} --logs_root {tmp_path}", monkeypatch)
+        sampler = parsed("train_sampler.py", f"--dataset {name} --logs_root {tmp_path}", monkeypatch)
+        assert (vqgan["nf"], vqgan["ch_mult"], vqgan["codebook_size"]) == (128, [1, 1, 2, 2, 4], 1024)
+        assert (sampler["bert_n_layers"], sampler["bert_n_emb"], sampler["bert_n_head"]) == (24, 512, 8)
+        rates[name] = (sampler["lr"], sampler["warmup_iters"])
+    assert rates["ffhq"] == rates["faces140k"] == (1e-4, 30_000)
+    assert rates["churches"] == rates["bedrooms"] == (2e-4, 10_000)
+    assert parsed("train_vqgan.py", "--dataset faces140k", monkeypatch)["only_folders"] == ["real"]
+    assert parsed("train_vqgan.py", "--dataset bedrooms", monkeypatch)["category"] == "bedroom"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_preset_is_whole(path, monkeypatch, tmp_path):
+    flags = f"--config {path} --logs_root {tmp_path}"
+    assert parsed("train_vqgan.py", flags, monkeypatch)["dataset"] == path.stem
+    assert parsed("train_sampler.py", flags, monkeypatch)["dataset"] == path.stem
+    assert parsed("experiments/calc_FID.py", flags, monkeypatch)["dataset"] == path.stem
+
+
+def test_precedence_is_default_then_file_then_flag(monkeypatch, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("dataset: digits\nimg_size: 16\nvqgan:\n  lr: 1e-4\n  ch_mult: [1, 2]\n  ema: false\n")
+    config = parsed("train_vqgan.py", f"--config {file} --ch_mult 1 1 1", monkeypatch)
+    assert config["lr"] == 1e-4  # PyYAML reads 1e-4 as a word; the flag's parser makes it a number
+    assert config["ema"] is False
+    assert config["ch_mult"] == [1, 1, 1]
+    assert config["weight_decay"] == TrainingConfig.weight_decay
+    assert config["shift"] == DataConfig.shift  # an explicit file stands in the place of the preset
+
+
+def test_a_second_stage_takes_the_data_from_its_vqgan(trained, monkeypatch):
+    config = parsed("train_sampler.py", f"--logs_root {trained}", monkeypatch)
+    assert config["img_size"] == 16  # the digits preset says 32, that VQGAN was trained at 16
+
+
+REFUSED = {  # script and flags -> what the message must hold
+    "flag": ("train_vqgan.py", "--lrr 1", ["lrr", "--lr"]),
+    "value": ("train_vqgan.py", "--lr fast", ["lr", "fast"]),
+    "data set": ("train_vqgan.py", "--dataset ffqh", ["ffqh", "ffhq"]),
+    "data path": ("train_vqgan.py", "--dataset folder --data_dir /nowhere/at/all", ["/nowhere/at/all", "--data_dir"]),
+    "no data path": ("train_vqgan.py", "--dataset ffhq", ["ffhq", "datasets.yaml", "--data_dir"]),
+    "size": ("train_vqgan.py", "--img_size 33", ["33", "multiple of 8", "--img_size"]),
+    "heads": ("train_sampler.py", "--bert_n_head 7", ["bert_n_emb", "192", "7"]),
+    "sampler": ("train_sampler.py", "--sampler absorbin", ["absorbin", "'absorbing'"]),
+    "config file": ("train_vqgan.py", "--config nowhere.yaml", ["nowhere.yaml", "digits.yaml"]),
+    "no run": ("train_sampler.py", "--ae_load_dir nothing", ["nothing", "vqgan_digits"]),
+    "step": ("train_sampler.py", "--ae_load_step 7", ["7", "there are 5", "--ae_load_step"]),
+    "sampler step": ("experiments/calc_FID.py", "--load_step 9", ["9", "there are 3", "--load_step"]),
+    "features": ("experiments/calc_FID.py", "--features inceptoin", ["inceptoin", "inception"]),
+    "weights": ("experiments/calc_FID.py", "--features inception --inception_weights none.pth", ["none.pth", "not found"]),
+    "solver": ("experiments/get_samples.py", "--solver ancestrel --n_samples 2", ["ancestrel", "ancestral"]),
+    "steps": ("experiments/get_samples.py", "--sample_steps 0 --n_samples 2", ["0", "at least 1", "--sample_steps"]),
+    "temperature": ("experiments/get_samples.py", "--temp 0 --n_samples 2", ["0", "--temp"]),
+    "small canvas": ("experiments/generate_big_samples.py", "--shape 2 8", ["2", "window of 4", "--shape"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_gets_exit_code_2_and_a_short_message(case, trained, capfd, tmp_path):
+    script, flags, wanted = REFUSED[case]
+    with pytest.raises(SystemExit) as stop:
+        call(script, f"{flags} --logs_root {trained} --log_dir {tmp_path.name}")
+    assert stop.value.code == 2
+    message = " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert "Traceback" not in message
+    assert len(message) < 900
+    for word in wanted:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("vqgan:\n  lrr: 1\n", ["lrr", "'lr'"]),
+        ("img_sise: 8\n", ["img_sise", "img_size"]),
+        ("vqgna:\n  lr: 1\n", ["vqgna", "vqgan"]),
+        ("vqgan:\n  lr: quick\n", ["quick", "mine.yaml"]),
+        ("- 1\n", ["list", "key: value"]),
+        ("a: [\n", ["not a YAML file"]),
+    ],
+)
+def test_a_wrong_config_file_is_named_with_the_nearest_key(content, wanted, tmp_path, capfd):
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        call("train_vqgan.py", f"--config {file} --logs_root {tmp_path}")
+    assert stop.value.code == 2
+    message = capfd.readouterr().err
+    assert all(word in message for word in wanted), message
+
+
+def test_help_needs_no_torch():
+    """What makes --help quick: nothing that is imported to print it imports torch."""
+    code = "import sys; sys.argv = ['train_vqgan.py', '--help']; sys.path.insert(0, '.'); import runpy\n"
+    code += "try:\n    runpy.run_path('train_vqgan.py', run_name='__main__')\n"
+    code += "except SystemExit as stop:\n    assert stop.code == 0\nprint('torch' in sys.modules)"
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip().endswith("False"), done.stderr
+    assert "--codebook_size" in done.stdout and "--disc_start_step" in done.stdout
+
+
+def test_scripts_run_from_any_folder_by_path(tmp_path):
+    done = run("experiments/calc_FID.py", f"--logs_root {tmp_path}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no run in" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_flags_are_the_agreed_ones(monkeypatch):
+    """A flag is a promise: this list changes on purpose or not at all."""
+    assert cli.fields_of(LoggingConfig) == {
+        *("log_dir", "logs_root", "steps_per_log", "steps_per_checkpoint", "steps_per_save_output", "steps_per_eval"),
+    }
+    assert cli.fields_of(TrainingConfig) == {
+        *("train_steps", "batch_size", "accumulate", "lr", "warmup_iters", "weight_decay", "grad_clip", "amp"),
+        *("ema", "ema_beta", "seed", "device", "load_dir", "load_step", "load_optim"),
+    }
+
+
+def test_registries_list_files():
+    assert {"digits", "mnist", "fashion_mnist", "cifar10", "folder", "lsun"} <= set(names_in("train.datasets"))
+    assert names_in("train.samplers") == ["absorbing"]
+    assert set(yaml.safe_load((ROOT / "datasets.yaml").read_text())) >= {"ffhq", "churches", "bedrooms", "faces140k"}

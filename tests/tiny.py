@@ -1,0 +1,30 @@
+"""Tiny runs of the scripts, in seconds, for many tests."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VQGAN = "--nf 4 --ch_mult 1 2 2 --emb_dim 4 --codebook_size 16 --batch_size 4 --img_size 16 --ndf 4 --disc_layers 1"
+GAN = "--disc_start_step 3 --diff_aug --perceptual_net none"
+SAMPLER = "--bert_n_emb 16 --bert_n_head 2 --bert_n_layers 2 --batch_size 4 --sample_steps 4"
+
+
+def call(script: str, flags: str) -> None:
+    """A script in this process, as if its command line had been typed; SystemExit where it exits with an error."""
+    argv, path = sys.argv, list(sys.path)
+    sys.argv = [str(ROOT / script), *flags.split()]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.argv, sys.path[:] = argv, path
+
+
+def run(script: str, flags: str = "", *, processes: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """A script in a process of its own, or in several under torchrun, on one thread each."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / script), *flags.split()]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
