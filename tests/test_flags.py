@@ -11,7 +11,8 @@ from train.registry import names_in
 COMMANDS = {  # as the README has them
     "train_vqgan.py": "--dataset ffhq --log_dir vqgan_ffhq --amp --ema --batch_size 4 --diff_aug",
     "train_sampler.py": (
-        "--sampler absorbing --dataset ffhq --log_dir absorbing_ffhq --ae_load_dir vqgan_ffhq --ae_load_step 2200000 --amp --ema"
+        "--sampler absorbing --dataset ffhq --log_dir absorbing_ffhq --ae_load_dir vqgan_ffhq --ae_load_step 2200000 "
+        "--amp --ema"
     ),
     "experiments/calc_FID.py": (
         "--sampler absorbing --dataset churches --log_dir FID_log --ae_load_dir vqgan_churches --ae_load_step 2200000 "
@@ -95,7 +96,7 @@ REFUSED = {  # script and flags -> what the message must hold
     "step": ("train_sampler.py", "--ae_load_step 7", ["7", "there are 5", "--ae_load_step"]),
     "sampler step": ("experiments/calc_FID.py", "--load_step 9", ["9", "there are 3", "--load_step"]),
     "features": ("experiments/calc_FID.py", "--features inceptoin", ["inceptoin", "inception"]),
-    "weights": ("experiments/calc_FID.py", "--features inception --inception_weights none.pth", ["none.pth", "not found"]),
+    "weights": ("experiments/calc_FID.py", "--inception_weights none.pth", ["none.pth", "not found"]),
     "solver": ("experiments/get_samples.py", "--solver ancestrel --n_samples 2", ["ancestrel", "ancestral"]),
     "steps": ("experiments/get_samples.py", "--sample_steps 0 --n_samples 2", ["0", "at least 1", "--sample_steps"]),
     "temperature": ("experiments/get_samples.py", "--temp 0 --n_samples 2", ["0", "--temp"]),

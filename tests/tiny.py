@@ -24,7 +24,7 @@ def call(script: str, flags: str) -> None:
 
 def run(script: str, flags: str = "", *, processes: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """A script in a process of its own, or in several under torchrun, on one thread each."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / script), *flags.split()]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *flags.split()]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)

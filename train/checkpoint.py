@@ -116,11 +116,9 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], name: str, source: Path)
     own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
     wanted = module.state_dict()
     odd = sorted(own.keys() ^ wanted.keys())
-    odd += [
-        f"{k}: {tuple(own[k].shape)} in the file, {tuple(wanted[k].shape)} here"
-        for k in own.keys() & wanted.keys()
-        if own[k].shape != wanted[k].shape
-    ]
+    for key in sorted(own.keys() & wanted.keys()):
+        if own[key].shape != wanted[key].shape:
+            odd.append(f"{key}: {tuple(own[key].shape)} in the file, {tuple(wanted[key].shape)} here")
     if odd:
         raise ValueError(f"{source} does not fit this {name} ({len(odd)} keys differ): {'; '.join(odd[:5])}")
     module.load_state_dict(own)

@@ -67,7 +67,7 @@ def manifest_of(path):
 
 
 def assert_close(one, other):
-    """All weights together, relative: Adam turns rounding in a gradient that is zero (a bias before a norm) into steps."""
+    """All weights together, relative: Adam turns the rounding of a zero gradient (a bias before a norm) into steps."""
     assert one.keys() == other.keys()
     difference = sum((one[key] - other[key]).square().sum() for key in one).sqrt()
     assert difference <= 1e-5 * sum(one[key].square().sum() for key in one).sqrt()

@@ -1,0 +1,103 @@
+"""Random streams: an example's numbers are its own, and categorical draws have the right frequencies."""
+
+import math
+
+import pytest
+import torch
+
+from diffusion.rng import Streams, seed_of
+
+
+class Fixed(Streams):
+    """A stream whose uniform numbers are given."""
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def uniform(self, shape, dtype=torch.float32):
+        return self.numbers.to(dtype).expand(shape)
+
+
+@pytest.mark.parametrize("verb", ["uniform", "normal", "categorical"])
+def test_the_numbers_of_a_seed_do_not_depend_on_its_neighbours(verb):
+    def draw(seeds):
+        argument = torch.zeros(len(seeds), 50, 9) if verb == "categorical" else (len(seeds), 50)
+        return getattr(Streams(seeds), verb)(argument)
+
+    together = draw([3, 7, 8])
+    assert torch.equal(together[1:2], draw([7])) and torch.equal(together[[2, 0]], draw([8, 3]))
+    assert not torch.equal(together[0], together[1])
+
+
+def test_a_stream_goes_on():
+    rng = Streams([1, 2])
+    assert not torch.equal(rng.uniform((2, 9)), rng.uniform((2, 9)))
+    assert len(rng) == 2
+
+
+def test_uniform_and_normal_have_their_moments():
+    rng = Streams([0])
+    u, z = rng.uniform((1, 40_000)), rng.normal((1, 40_000))
+    assert 0 <= u.min() and u.max() < 1
+    assert u.mean() == pytest.approx(1 / 2, abs=0.01) and u.var() == pytest.approx(1 / 12, abs=0.002)
+    assert z.mean() == pytest.approx(0, abs=0.025) and z.var() == pytest.approx(1, abs=0.035)
+    assert (z**4).mean() == pytest.approx(3, abs=0.3)
+
+
+def test_categorical_draws_follow_the_softmax(p_value):
+    logits = torch.tensor([3.0, 0.0, -2.0, 1.0, -8.0])
+    draws = Streams([0]).categorical(logits.expand(1, 20_000, 5))[0]
+    assert p_value(draws, logits.double().softmax(0)) > 1e-4
+
+
+def test_each_position_is_drawn_from_its_own_logits():
+    wanted = torch.randint(0, 6, (2, 3, 4), generator=torch.Generator().manual_seed(0))
+    certain = torch.nn.functional.one_hot(wanted, 6).float().log()
+    assert torch.equal(Streams([0, 1]).categorical(certain), wanted)
+
+
+def test_a_rare_class_owns_exactly_its_share_of_the_unit_interval():
+    logits = torch.tensor([0.5, 1e-9, 0.5], dtype=torch.float64).log()
+    u = torch.tensor([0.0, 0.5 - 1e-9, 0.5 + 1e-11, 0.5 + 4.9e-10, 0.5 + 1e-9, 1 - 2**-53], dtype=torch.float64)
+    assert Fixed(u).categorical(logits.expand(6, 3)).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_float32_gumbel_noise_would_get_rare_classes_wrong():
+    noise = -(-torch.tensor([0.0, 2**-24, 1 - 2**-24]).log()).log()  # u = 0, and the ends of the rest of its range
+    rare, common = math.log(1e-9), math.log(1 - 1e-9)
+    assert rare + noise[2] < common + noise[1]  # with u > 0 a class of 1e-9 cannot win at all
+    assert rare + noise[1] > common + noise[0]  # with u = 0, of probability 6e-8, it always does: 60 times too often
+
+
+def test_rare_classes_do_not_add_up_to_a_common_one():
+    logits = torch.tensor([1.0] + [1e-9] * 999).log()
+    assert (Streams([0]).categorical(logits.expand(1, 2000, 1000)) == 0).all()
+
+
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-53])
+def test_a_class_without_probability_is_never_drawn(u):
+    logits = torch.tensor([0.0, 0.0, 0.3, 0.0, 0.7, 0.0, 0.0], dtype=torch.float64).log()
+    draw = Fixed(torch.tensor(u, dtype=torch.float64)).categorical(logits[None])
+    assert draw == (2 if u == 0 else 4)
+
+
+def test_logits_need_not_be_normalised_and_may_be_half_precision():
+    logits, rng = torch.tensor([[300.0, 300.0, -300.0]]), Fixed(torch.tensor([0.499]))
+    for same in (logits, logits - 1000, logits.bfloat16()):
+        assert rng.categorical(same) == 0
+
+
+@pytest.mark.parametrize("verb", ["uniform", "normal", "categorical"])
+def test_a_batch_of_another_size_is_refused(verb):
+    argument = torch.zeros(3, 4, 5) if verb == "categorical" else (3, 4)
+    with pytest.raises(ValueError, match="batch of 3 for 2 random streams"):
+        getattr(Streams([1, 2]), verb)(argument)
+
+
+def test_seeds_of_different_words_differ_and_of_equal_words_do_not():
+    words = [(seed, purpose, i) for seed in range(10) for purpose in ("mask", "noise") for i in range(100)]
+    seeds = {seed_of(*w) for w in words}
+    assert len(seeds) == len(words) and all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_of(0, "mask", 1) == seed_of(0, "mask", 1)
+    assert seed_of(1, 11) != seed_of(11, 1) != seed_of(111)
+    torch.Generator().manual_seed(max(seeds))  # they are seeds

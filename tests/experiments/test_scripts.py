@@ -1,0 +1,156 @@
+"""The experiment scripts end to end on a tiny trained model: what they write, and what may not leak in."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import call, run
+
+from experiments.images import SampleWriter, read_samples
+from experiments.metrics.frechet import Statistics, frechet_distance
+from train.generate import load_first_stage, load_sampler
+
+
+def results(logs, name):
+    return json.loads((logs / name / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def samples(trained):
+    flags = "--n_samples 10 --batch_size 4 --log_dir s4 --save_individually"
+    call("experiments/get_samples.py", f"--logs_root {trained} {flags}")
+    return trained / "s4" / "samples.npz"
+
+
+def test_samples_are_as_many_as_asked_and_as_evaluators_read_them(samples):
+    """The reference draws floor(n / batch) batches."""
+    with np.load(samples) as arrays:
+        assert arrays["arr_0"].shape == (10, 16, 16, 3) and arrays["arr_0"].dtype == np.uint8
+        assert arrays["codes"].shape == (10, 4, 4) and arrays["labels"].shape == (10,)
+        first = arrays["arr_0"][0]
+    files = sorted((samples.parent / "images").glob("*.png"))
+    assert len(files) == 10
+    with Image.open(files[0]) as picture:
+        assert np.array_equal(np.array(picture), first)
+    assert (samples.parent / "samples.png").is_file()
+
+
+def test_an_image_is_the_same_whatever_the_batch(trained, samples):
+    call("experiments/get_samples.py", f"--logs_root {trained} --n_samples 7 --batch_size 7 --log_dir s7 --no_amp")
+    call("experiments/get_samples.py", f"--logs_root {trained} --n_samples 7 --batch_size 2 --log_dir s2 --no_amp")
+    call("experiments/get_samples.py", f"--logs_root {trained} --n_samples 7 --log_dir other --seed 1 --no_amp")
+    one, two, other = (read_samples(trained / name / "samples.npz") for name in ("s7", "s2", "other"))
+    assert torch.equal(one["codes"], two["codes"])
+    assert torch.equal(one["labels"], two["labels"])
+    assert not torch.equal(one["codes"], other["codes"])
+
+
+def test_a_report_says_what_makes_its_number_readable(trained, samples, capsys):
+    call("experiments/calc_FID.py", f"--logs_root {trained} --samples {samples} --features pixels --log_dir f")
+    found = results(trained, "f")
+    assert {"metric", "value", "real_vs_real", "reconstructions", "n_samples", "features", "run"} <= found.keys()
+    assert (found["metric"], found["features"]) == ("FD(pixels)", "pixels")
+    assert found["n_samples"] == found["n_compared"] == 10
+    assert found["value"] > found["real_vs_real"] > 0  # untrained samples are farther than real ones
+    assert found["n_reference"] == 1438
+    assert found["run"]["weights"] and found["run"]["ae_weights"]
+    assert (trained / "f" / "samples.png").is_file() and (trained / "f" / "reconstructions.png").is_file()
+    assert "FID" not in capsys.readouterr().out.replace("/FID", "")
+    capsys.readouterr()
+    call("experiments/calc_FID.py", f"--logs_root {trained} --samples {samples} --features pixels --log_dir f")
+    assert "FD(pixels)" in capsys.readouterr().out  # typed again, it tells the same
+
+
+def test_the_reported_value_is_the_distance_of_those_images(trained, samples):
+    from experiments.metrics.features import pixels
+    from train.data import ImageSource, build_dataset, images_in_order
+    from train.distributed import pick_device
+
+    first = load_first_stage(trained / "vqgan_digits", None, pick_device("cpu"), False)
+    model = load_sampler(trained / "absorbing_digits", None, first, ema=True)
+    features = pixels.build("cpu")
+    source = ImageSource(build_dataset(model.data, model.reader, "train"), model.data)
+    real = torch.cat([batch["image"] for batch in images_in_order(source, 500)]).expand(-1, 3, -1, -1)
+    wanted = frechet_distance(
+        Statistics().update(features(read_samples(samples)["image"])), Statistics().update(features(real))
+    )
+    call("experiments/calc_FID.py", f"--logs_root {trained} --samples {samples} --features pixels --log_dir again")
+    assert results(trained, "again")["value"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_reference_statistics_can_be_given_and_split_chosen(trained, samples, tmp_path):
+    stats = tmp_path / "ref.npz"
+    np.savez(stats, mu=np.zeros(768), sigma=np.eye(768))
+    flags = f"--logs_root {trained} --samples {samples} --features pixels"
+    call("experiments/calc_FID.py", f"{flags} --ref_stats {stats} --log_dir given")
+    call("experiments/calc_FID.py", f"{flags} --split val --log_dir val")
+    assert results(trained, "given")["n_reference"] is None
+    assert results(trained, "val")["n_reference"] == 359
+
+
+def test_no_image_of_another_run_leaks_in(trained, samples, capfd):
+    """The reference lists its images folder wholesale; here another experiment in the same folder is refused."""
+    with pytest.raises(SystemExit) as stop:
+        call("experiments/get_samples.py", f"--logs_root {trained} --n_samples 3 --log_dir s4")
+    assert stop.value.code == 2
+    assert "n_samples: 10 there, 3 now" in capfd.readouterr().err
+
+
+def test_auto_features_without_a_network_are_pixels_with_one_warning(trained, samples, monkeypatch):
+    import experiments.metrics.features as all_features
+    from train.config import DataConfig
+
+    def no_download(device):
+        raise FileNotFoundError("the Inception weights could not be downloaded")
+
+    monkeypatch.setattr("experiments.metrics.features.inception.build", no_download)
+    with pytest.warns(UserWarning, match="FD\\(pixels\\), which is no FID") as caught:
+        assert all_features.choose("auto", DataConfig(dataset="mnist"), torch.device("cpu")).name == "pixels"
+    assert len(caught) == 1
+    with pytest.raises(FileNotFoundError):  # asked for by name, it does not become something else
+        all_features.choose("inception", DataConfig(), torch.device("cpu"))
+
+
+def test_big_samples_are_written(trained):
+    flags = "--shape 5 7 --n_samples 3 --batch_size 2 --log_dir big"
+    call("experiments/generate_big_samples.py", f"--logs_root {trained} {flags}")
+    pictures = sorted((trained / "big").glob("big_*.png"))
+    assert len(pictures) == 3
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (2 * 7 * 4 + 4, 2 * 5 * 4 + 4)  # enlarged twice, framed
+
+
+def test_digits_can_be_checked(trained, capsys):
+    call("experiments/get_samples.py", f"--logs_root {trained} --n_samples 20")
+    call("experiments/check_digits.py", f"--logs_root {trained}")
+    out = capsys.readouterr().out
+    assert "share of samples it is 0.9 sure of" in out and "(missed)" in out  # a model of three steps is not good
+    (folder,) = trained.glob("check_digits_*")
+    assert (folder / "digits.png").is_file()
+
+
+def test_what_is_half_written_is_not_there(tmp_path):
+    with pytest.raises(RuntimeError, match="stopped"), SampleWriter(tmp_path, 2) as writer:
+        writer.add({"image": torch.zeros(1, 1, 4, 4, dtype=torch.uint8)})
+        raise RuntimeError("stopped")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_foreign_archives_are_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    with pytest.raises(FileNotFoundError, match="get_samples.py"):
+        read_samples(path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="not a plain .npz"):
+        read_samples(path)
+    np.savez(path, arr_0=np.zeros((3, 4, 4, 1), np.uint8))
+    with pytest.raises(ValueError, match="wanted arr_0, uint8"):
+        read_samples(path)
+
+
+def test_a_dataset_that_is_not_the_models_is_refused(trained):
+    done = run("experiments/calc_FID.py", f"--logs_root {trained} --dataset mnist --load_dir absorbing_digits")
+    assert done.returncode == 2
+    assert "was trained with --dataset digits, got mnist" in done.stderr

@@ -1,0 +1,142 @@
+"""The transformer over codes: its size, its start, what its classes and positions do."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.blocks import count_parameters
+from models.transformer import Transformer, TransformerBlock
+
+CODES, GRID, CLASSES = 9, (3, 4), 3
+
+
+def transformer(**changes):
+    torch.manual_seed(0)
+    return Transformer(**({"codes": CODES, "grid": GRID, "width": 16, "heads": 2, "layers": 2} | changes))
+
+
+def trained(**changes):
+    """Every weight away from its start, so that nothing is hidden by a zero."""
+    network = transformer(**changes)
+    for p in network.parameters():
+        nn.init.normal_(p, std=0.3)
+    return network.eval()
+
+
+def partly_masked(batch=4):
+    return torch.randint(0, CODES + 1, (batch, *GRID), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_size_is_the_published_one_less_an_unused_start_token():
+    with torch.device("meta"):
+        network = Transformer(codes=1024, grid=(16, 16), width=512, heads=8, layers=24)
+    assert count_parameters(network) == 76_838_912 - 512
+
+
+def test_every_id_up_to_the_mask_has_logits_over_the_codes():
+    network = trained()
+    assert network(torch.full((2, *GRID), CODES)).shape == (2, *GRID, CODES)
+    with pytest.raises(IndexError):
+        network(torch.full((2, *GRID), CODES + 1))
+
+
+def test_training_starts_at_the_loss_of_a_uniform_guess():
+    logits = transformer(codes=64, width=64)(torch.full((2, *GRID), 64))
+    assert logits.logsumexp(-1).mean().sub(logits.mean()).item() == pytest.approx(math.log(64), rel=0.02)
+
+
+def test_writers_into_the_residual_stream_start_smaller_with_depth():
+    network = transformer(width=64, layers=8)
+    for block in network.blocks:
+        for writer in (block.attention.proj, block.contract):
+            assert writer.weight.std() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
+        assert block.expand.weight.std() == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_block_adds_attention_and_then_an_mlp_of_what_it_has_normed():
+    block, x = TransformerBlock(16, 2, adaptive=False), torch.randn(2, 5, 16)
+    h = x + block.attention(block.norm1(x))
+    assert torch.allclose(block(x), h + block.contract(F.gelu(block.expand(block.norm2(h)))), atol=1e-6)
+
+
+def test_an_adaptive_block_shifts_scales_and_gates_by_its_condition():
+    block, x, condition = TransformerBlock(16, 2, adaptive=True), torch.randn(2, 5, 16), torch.randn(2, 16)
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(F.silu(condition)).unsqueeze(1).split(16, dim=-1)
+    normed = F.layer_norm(x, (16,))
+    h = x + gate1 * block.attention((1 + scale1) * normed + shift1)
+    wanted = h + gate2 * block.mlp((1 + scale2) * F.layer_norm(h, (16,)) + shift2)
+    assert torch.allclose(block(x, condition), wanted, atol=1e-6)
+
+
+def test_adaptive_blocks_start_as_the_identity():
+    network, x = transformer(n_classes=CLASSES), torch.randn(2, 12, 16)
+    for block in network.blocks:
+        assert torch.equal(block(x, torch.randn(2, 16)), x)
+    assert not torch.equal(transformer().blocks[0](x), x)
+
+
+def test_no_label_is_the_null_class():
+    network, ids = trained(n_classes=CLASSES), partly_masked()
+    assert torch.equal(network(ids), network(ids, torch.full((4,), CLASSES)))
+    assert not torch.allclose(network(ids), network(ids, torch.full((4,), CLASSES - 1)), atol=1e-3)
+
+
+def test_each_example_follows_its_own_label():
+    network, ids, labels = trained(n_classes=CLASSES), partly_masked(4), torch.arange(4)
+    together = network(ids, labels)
+    for i in range(4):
+        assert torch.allclose(together[i : i + 1], network(ids[i : i + 1], labels[i : i + 1]), atol=1e-4)
+    same = network(ids[:1].expand(4, -1, -1), labels)
+    assert torch.pdist(same.flatten(1)).min() > 0.1  # every class, the null class too, says something else
+
+
+def test_only_positions_tell_masked_codes_apart():
+    network, masks = trained(), torch.full((1, *GRID), CODES)
+    assert torch.pdist(network(masks)[0].flatten(0, 1)).min() > 0.1
+    nn.init.zeros_(network.position)
+    assert torch.allclose(network(masks), network(masks)[:, :1, :1].expand(-1, *GRID, -1), atol=1e-4)
+
+
+def test_without_positions_the_network_is_permutation_equivariant():
+    network, ids, order = trained(), partly_masked(), torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    moved = ids.flatten(1)[:, order].view_as(ids)
+    assert not torch.allclose(network(moved).flatten(1, 2), network(ids).flatten(1, 2)[:, order], atol=0.1)
+    nn.init.zeros_(network.position)
+    assert torch.allclose(network(moved).flatten(1, 2), network(ids).flatten(1, 2)[:, order], atol=1e-4)
+
+
+def test_every_code_sees_every_other():
+    network, ids = trained(), partly_masked(1)
+    for place in range(12):
+        changed = ids.clone()
+        changed.view(-1)[place] = (changed.view(-1)[place] + 1) % CODES
+        assert ((network(changed) - network(ids)).abs().amax(-1) > 1e-5).all()
+
+
+@pytest.mark.parametrize("n_classes", [0, CLASSES])
+def test_every_weight_is_trained(n_classes):
+    network, ids = trained(n_classes=n_classes), partly_masked()
+    network(ids, torch.arange(4) if n_classes else None).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in network.parameters())
+
+
+@pytest.mark.parametrize("kind", ["attn_dropout", "embd_dropout", "resid_dropout"])
+@pytest.mark.parametrize("n_classes", [0, CLASSES])
+def test_each_dropout_acts_while_training_only(kind, n_classes):
+    network, ids = trained(n_classes=n_classes, **{kind: 0.5}), partly_masked()
+    assert torch.equal(network(ids), network(ids))
+    network.train()
+    assert not torch.equal(network(ids), network(ids))
+
+
+def test_a_canvas_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"grid of \(3, 4\), got \(4, 3\): sample larger canvases by windows"):
+        transformer()(partly_masked().mT)
+
+
+def test_labels_without_classes_are_refused():
+    with pytest.raises(ValueError, match="got labels for a transformer without classes"):
+        transformer()(partly_masked(), torch.zeros(4, dtype=torch.long))

@@ -1,0 +1,124 @@
+"""Which sample comes when: a function of seed and position, for any number of processes and after any resume."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from train.config import DataConfig
+from train.data import ImageSource, Order, TrainingCodes, TrainingImages, images_in_order, streams, training_batches
+from train.datasets import ArrayDataset, UnreadableImage
+from train.distributed import World
+
+CPU = torch.device("cpu")
+CONFIG = DataConfig(img_size=4, n_channels=1, shift=1, horizontal_flip=True)
+
+
+def numbered(n: int) -> ArrayDataset:
+    """n images, each of one grey of its own."""
+    return ArrayDataset(np.arange(n, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2), np.arange(n), n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken(ArrayDataset):
+    """The same, some of them unreadable."""
+
+    broken: tuple[int, ...] = ()
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise UnreadableImage(f"image {index}: cut short")
+        return super().__getitem__(index)
+
+
+def batches(source, *, start=0, steps=6, size=4, world=None, accumulate=1, workers=0):
+    world = world or World(CPU)
+    found = training_batches(
+        source, start=start, steps=steps, batch_size=size, accumulate=accumulate, world=world, workers=workers
+    )
+    return [{key: torch.cat([part[key] for part in parts]) for key in parts[0]} for parts in found]
+
+
+def test_an_epoch_visits_every_sample_once_and_the_next_in_another_order():
+    order = Order(50, seed=3)
+    epochs = [[order[50 * e + i] for i in range(50)] for e in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(50))
+    assert epochs[0] != epochs[1]
+    assert [Order(50, 3)[i] for i in range(50)] == epochs[0] != [Order(50, 4)[i] for i in range(50)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_any_number_of_processes_and_workers_gives_the_same_batches(workers, accumulate):
+    source = TrainingImages(ImageSource(numbered(10), CONFIG), seed=1)
+    whole = batches(source)
+    halves = [batches(source, world=World(CPU, rank, 2), accumulate=accumulate, workers=workers) for rank in range(2)]
+    for step, batch in enumerate(whole):
+        for key in batch:
+            assert torch.equal(batch[key], torch.cat([half[step][key] for half in halves])), key
+
+
+def test_a_resumed_run_gets_what_the_unbroken_one_would_have_got():
+    source = TrainingImages(ImageSource(numbered(10), CONFIG), seed=1)
+    whole, rest = batches(source), batches(TrainingImages(ImageSource(numbered(10), CONFIG), seed=1), start=4)
+    assert [b["position"].tolist() for b in rest] == [b["position"].tolist() for b in whole[4:]]
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(rest, whole[4:], strict=True))
+
+
+def test_images_are_in_minus_one_to_one_and_keep_their_label():
+    plain = dataclasses.replace(CONFIG, shift=0, horizontal_flip=False)
+    for batch in batches(TrainingImages(ImageSource(numbered(200), plain), seed=0), size=8):
+        grey = (batch["image"][:, 0, 0, 0] + 1) * 127.5
+        assert torch.allclose(grey, batch["label"].float(), atol=1e-3)
+
+
+def test_streams_follow_the_position_not_the_batch():
+    batch = {"position": torch.tensor([4, 9])}
+    both = streams(0, "mask", batch).uniform((2, 3))
+    assert torch.equal(both[1:], streams(0, "mask", {"position": torch.tensor([9])}).uniform((1, 3)))
+    assert not torch.equal(both, streams(0, "time", batch).uniform((2, 3)))
+
+
+def test_indivisible_batches_are_refused():
+    source = TrainingImages(ImageSource(numbered(10), CONFIG), seed=1)
+    with pytest.raises(ValueError, match="batch_size 5 for 2 processes"):
+        batches(source, size=5, world=World(CPU, 0, 2))
+    with pytest.raises(ValueError, match="in 3 parts"):
+        batches(source, size=4, accumulate=3)
+
+
+def test_an_unreadable_image_is_skipped_counted_and_named_once():
+    dataset = Broken(*dataclasses.astuple(numbered(6)), broken=(2,))
+    source = TrainingImages(ImageSource(dataset, CONFIG), seed=0)
+    with pytest.warns(UserWarning, match="skipped unreadable image 1: image 2: cut short") as caught:
+        found = batches(source, steps=6)
+    assert len(caught) == 1
+    assert 2 not in torch.cat([batch["label"] for batch in found])
+    with pytest.warns(UserWarning, match="skipped 1 unreadable images: image 2"):
+        in_order = list(images_in_order(ImageSource(dataset, CONFIG), 4))
+    assert torch.cat([batch["index"] for batch in in_order]).tolist() == [0, 1, 3, 4, 5]
+
+
+def test_nothing_readable_is_an_error():
+    dataset = Broken(*dataclasses.astuple(numbered(3)), broken=(0, 1, 2))
+    source = TrainingImages(ImageSource(dataset, CONFIG), seed=0)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="not one image"):
+        batches(source)
+
+
+def test_codes_keep_their_labels_in_every_view():
+    ids = torch.arange(2 * 5).view(2, 5, 1, 1).int()  # two views of five images
+    source = TrainingCodes(ids, torch.arange(5), seed=0)
+    for batch in batches(source, steps=5, size=2):
+        assert torch.equal(batch["codes"].flatten() % 5, batch["label"])
+    seen = torch.cat([batch["codes"].flatten() for batch in batches(source, steps=5, size=2)])
+    assert sorted(seen.tolist()) == list(range(10))
+
+
+def test_kept_in_memory_is_what_was_read():
+    config = dataclasses.replace(CONFIG, in_memory=True)
+    kept, read = ImageSource(numbered(4), config), ImageSource(numbered(4), CONFIG)
+    for index in (1, 1, 3):
+        assert torch.equal(kept[index]["image"], read[index]["image"])
+    assert sorted(kept.kept) == [1, 3]

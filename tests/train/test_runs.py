@@ -1,0 +1,75 @@
+"""A run is identified by its config and the content of what it starts from."""
+
+import json
+
+import pytest
+import yaml
+from tiny import GAN, SAMPLER, VQGAN, call
+
+
+def refused(capfd, script, flags):
+    with pytest.raises(SystemExit) as stop:
+        call(script, flags)
+    assert stop.value.code == 2
+    return capfd.readouterr().err
+
+
+def test_the_same_command_goes_on_and_another_one_names_what_differs(tmp_path, capfd):
+    flags = f"--logs_root {tmp_path} {VQGAN} {GAN}"
+    call("train_vqgan.py", f"{flags} --train_steps 2")
+    call("train_vqgan.py", f"{flags} --train_steps 2")
+    assert "nothing left to do" in capfd.readouterr().out
+    message = refused(capfd, "train_vqgan.py", f"{flags} --train_steps 2 --beta 0.5 --seed 4")
+    assert "beta: 0.25 there, 0.5 now" in message and "seed: 0 there, 4 now" in message and "--log_dir" in message
+    call("train_vqgan.py", f"{flags} --train_steps 3 --steps_per_log 1")  # more steps, other logging: the same run
+    assert yaml.safe_load((tmp_path / "vqgan_digits" / "config.yaml").read_text())["training"]["train_steps"] == 3
+    assert "train_steps: 3 there, 1 now" in refused(capfd, "train_vqgan.py", f"{flags} --train_steps 1")
+
+
+def test_a_sampler_of_other_vqgan_weights_is_another_run(tmp_path, capfd):
+    call("train_vqgan.py", f"--logs_root {tmp_path} {VQGAN} {GAN} --train_steps 1")
+    call("train_sampler.py", f"--logs_root {tmp_path} {SAMPLER} --train_steps 1")
+    call("train_vqgan.py", f"--logs_root {tmp_path} {VQGAN} {GAN} --train_steps 2")
+    assert "ae_weights" in refused(capfd, "train_sampler.py", f"--logs_root {tmp_path} {SAMPLER} --train_steps 1")
+    flags = f"--logs_root {tmp_path} --ae_load_dir vqgan_digits --n_samples 2"
+    message = refused(capfd, "experiments/get_samples.py", flags)
+    assert "other VQGAN weights" in message
+    call("experiments/get_samples.py", f"--logs_root {tmp_path} --n_samples 2")  # it finds the ones it was trained on
+
+
+def test_metrics_of_a_run_cut_off_are_dropped(tmp_path):
+    flags = f"--logs_root {tmp_path} {VQGAN} {GAN} --steps_per_log 1"
+    call("train_vqgan.py", f"{flags} --train_steps 2")
+    path = tmp_path / "vqgan_digits" / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 3, "loss": 9}\n{"step": 4, "lo')
+    call("train_vqgan.py", f"{flags} --train_steps 4")
+    steps = [row["step"] for row in map(json.loads, path.read_text().splitlines()) if "loss" in row]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_what_a_run_leaves(trained):
+    for name in ("vqgan_digits", "absorbing_digits"):
+        run = trained / name
+        assert (run / "config.yaml").is_file() and (run / "metrics.jsonl").is_file()
+        assert list(run.glob("events.out.tfevents.*")) and list((run / "images").glob("*.png"))
+        assert list((run / "checkpoints").glob("step_*/manifest.json"))
+    rows = [json.loads(line) for line in (trained / "vqgan_digits" / "metrics.jsonl").read_text().splitlines()]
+    logged = set().union(*rows)
+    assert {"loss", "l1", "vq", "adversarial", "adaptive_weight", "disc_loss", "val/l1", "codes/usage"} <= logged
+    assert {"perf/images_per_second", "perf/lr"} <= logged
+
+
+def test_no_discriminator_work_before_its_start(tmp_path):
+    from safetensors.torch import load_file
+
+    flags = f"--logs_root {tmp_path} {VQGAN} --perceptual_net none --steps_per_log 1 --steps_per_checkpoint 1"
+    call("train_vqgan.py", f"{flags} --disc_start_step 2 --train_steps 3")
+    saved = [load_file(p / "model.safetensors") for p in sorted((tmp_path / "vqgan_digits/checkpoints").glob("step_*"))]
+    changed = [
+        any(not (a[key] == b[key]).all() for key in a if key.startswith("discriminator"))
+        for a, b in zip(saved[:-1], saved[1:], strict=True)
+    ]
+    assert changed == [False, True]
+    rows = [json.loads(line) for line in (tmp_path / "vqgan_digits/metrics.jsonl").read_text().splitlines()]
+    assert [("disc_loss" in row) for row in rows if "loss" in row] == [False, False, True]
