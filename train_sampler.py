@@ -41,13 +41,12 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from train import checkpoint
-    from train.data import build_dataset, training_batches
+    from functools import partial
+
+    from train.data import build_dataset
     from train.distributed import world
     from train.generate import class_frequencies, load_first_stage
-    from train.logging import Logger
-    from train.loop import fit
-    from train.runs import begin, run_folder
+    from train.runs import begin, run_folder, train
     from train.second_stage import SamplerReports, SamplerStep, build_state, code_source
 
     data, training, logging = config.data, config.training, config.logging
@@ -56,40 +55,14 @@ def main(config: Config) -> None:
     with world(training.device) as here:
         first = load_first_stage(first_run, config.first.ae_load_step, here.device, training.amp)
         first.check_fits(data)
-        datasets = {split: build_dataset(data, config.reader, split) for split in ("train", "val")}
-        frequencies = class_frequencies(datasets["train"])
+        images = {split: build_dataset(data, config.reader, split) for split in ("train", "val")}
+        frequencies = class_frequencies(images["train"])
         sampler, state = build_state(config.sampler, training, first, len(frequencies), here)
         begin(run, config, state, here, first.origin | {"class_frequencies": frequencies})
-        sources = {
-            split: code_source(first, dataset, split, data, training.seed, here) for split, dataset in datasets.items()
-        }
-        batches = training_batches(
-            sources["train"],
-            start=state.step,
-            steps=training.train_steps,
-            batch_size=training.batch_size,
-            accumulate=training.accumulate,
-            world=here,
-            workers=0,
-        )
-        logger = Logger(
-            run,
-            here,
-            every=logging.steps_per_log,
-            start=state.step,
-            steps=training.train_steps,
-            batch_size=training.batch_size,
-        )
+        codes = {split: code_source(first, images[split], split, data, training.seed, here) for split in images}
         step = SamplerStep(sampler, training, here)
-        reports = SamplerReports(step, first, sources["val"], logger, config.sampling, frequencies)
-        hooks = [
-            (1, logger),
-            (logging.steps_per_eval, reports.validate),
-            (logging.steps_per_save_output, reports.show),
-            (logging.steps_per_checkpoint, checkpoint.saver(run, here)),
-        ]
-        fit(state, batches, step, steps=training.train_steps, world=here, seed=training.seed, hooks=hooks)
-        logger.close()
+        reports = partial(SamplerReports, step, first, codes["val"], config.sampling)
+        train(run, config, state, here, codes["train"], step, reports)
 
 
 if __name__ == "__main__":

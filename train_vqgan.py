@@ -32,51 +32,27 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from train import checkpoint
-    from train.data import ImageSource, TrainingImages, build_dataset, training_batches
+    from functools import partial
+
+    from train.data import ImageSource, TrainingImages, build_dataset
     from train.distributed import world
-    from train.logging import Logger
-    from train.loop import fit
-    from train.runs import begin, run_folder
+    from train.runs import begin, run_folder, train
     from train.vqgan import VQGANReports, VQGANStep, build_state
     from vq.perceptual import load_perceptual
 
     data, training, logging = config.data, config.training, config.logging
     run = run_folder(logging.logs_root, logging.log_dir or f"vqgan_{data.dataset}")
     with world(training.device) as here:
-        images = build_dataset(data, config.reader, "train")
-        validation = ImageSource(build_dataset(data, config.reader, "val"), data)
+        images, validation = (
+            ImageSource(build_dataset(data, config.reader, split), data) for split in ("train", "val")
+        )
         name, perceptual = load_perceptual(config.loss.perceptual_net if config.loss.perceptual_weight else "none")
         config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, perceptual_net=name))
         state = build_state(config.network, config.loss, data, training, here)
         begin(run, config, state, here, origin={})
-        batches = training_batches(
-            TrainingImages(ImageSource(images, data), training.seed),
-            start=state.step,
-            steps=training.train_steps,
-            batch_size=training.batch_size,
-            accumulate=training.accumulate,
-            world=here,
-            workers=data.num_workers,
-        )
-        logger = Logger(
-            run,
-            here,
-            every=logging.steps_per_log,
-            start=state.step,
-            steps=training.train_steps,
-            batch_size=training.batch_size,
-        )
         step = VQGANStep(config.loss, training, here, perceptual)
-        reports = VQGANReports(step, validation, logger, training.batch_size)
-        hooks = [
-            (1, logger),
-            (logging.steps_per_eval, reports.validate),
-            (logging.steps_per_save_output, reports.show),
-            (logging.steps_per_checkpoint, checkpoint.saver(run, here)),
-        ]
-        fit(state, batches, step, steps=training.train_steps, world=here, seed=training.seed, hooks=hooks)
-        logger.close()
+        reports = partial(VQGANReports, step, validation, training.batch_size)
+        train(run, config, state, here, TrainingImages(images, training.seed), step, reports, workers=data.num_workers)
 
 
 if __name__ == "__main__":

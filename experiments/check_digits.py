@@ -31,9 +31,10 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from experiments.experiment import load_model, open_results, table, write_results
+    from experiments.experiment import load_model, open_results, write_results
     from experiments.images import read_samples, save_grid
     from experiments.metrics.digits import GOALS, figures, picture
+    from experiments.table import table
 
     trained = load_model(config.model, config.output)
     folder = open_results("check_digits", config, trained)

@@ -1,8 +1,10 @@
 """Everything runs on fake CUDA tensors: one left on the wrong device fails here, without a GPU.
 
-Fake tensors have a shape, a type and a device, and no numbers. Without a GPU autograd does not run on fake CUDA tensors,
-so what needs a gradient runs on "meta", which is just as far from the CPU.
+Fake tensors have a shape, a type and a device, and no numbers. Autograd does not run on fake CUDA tensors where there
+is no GPU, so what needs a gradient runs on "meta", which is just as far from the CPU.
 """
+
+import contextlib
 
 import pytest
 import torch
@@ -10,34 +12,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.guidance import guided
+from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
+from diffusion.windows import windowed
 from models.transformer import Transformer
+from vq.augment import Augmentation
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
 from vq.discriminator import PatchDiscriminator
+from vq.losses import adaptive_weight, generator_loss, hinge_loss
+from vq.quantize import perplexity, usage
 
 CODES, GRID, BATCH = 16, (4, 4), 2
 PROCESS = AbsorbingDiffusion(CODES, steps=3)
 SOLVERS = solvers_of(PROCESS)
 
 
-@pytest.fixture(params=["cuda:0"])
-def device(request):
-    """Networks are built on the CPU, as users build them, and then moved to this device."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield torch.device(request.param)
-
-
-with_autograd = pytest.mark.parametrize("device", ["cuda:0" if torch.cuda.is_available() else "meta"], indirect=True)
-
-
-def all_on(device, *results):
-    tensors = [leaf for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
-    return len(tensors) > 0 and all(tensor.device == device for tensor in tensors)
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def networks():
+    """As users build them: on the CPU."""
     config = VQGANConfig(nf=8, ch_mult=(1, 2), res_blocks=1, attn_resolutions=(4,), emb_dim=8, codebook_size=CODES)
     shape = {"codes": CODES, "grid": GRID, "width": 16, "heads": 2, "layers": 1}
     return {
@@ -47,3 +41,133 @@ def networks():
         "unconditional": Transformer(**shape),
         "conditional": Transformer(**shape, n_classes=3),
     }
+
+
+@pytest.fixture(params=["cuda:0"])
+def device(request, networks, monkeypatch):
+    """The fake device, with the networks moved to it."""
+    if request.param == "meta":
+        monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know "meta"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for network in networks.values():
+            network.to(request.param)
+        yield torch.device(request.param)
+
+
+with_autograd = pytest.mark.parametrize("device", ["meta"], indirect=True)
+
+
+@pytest.fixture
+def images(device):
+    return torch.rand(BATCH, 3, 8, 8, device=device)
+
+
+@pytest.fixture
+def codes(device):
+    return torch.randint(0, CODES, (BATCH, *GRID), device=device)
+
+
+@pytest.fixture
+def masks(device):
+    return torch.full((BATCH, *GRID), PROCESS.mask, device=device)
+
+
+@pytest.fixture
+def rng(device):
+    return Streams([1, 2], device)
+
+
+def all_on(device, *results):
+    tensors = [leaf for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
+    return len(tensors) > 0 and all(tensor.device == device for tensor in tensors)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "meta"], indirect=True)
+def test_a_tensor_left_behind_is_seen(device, networks, codes):
+    with pytest.raises(RuntimeError, match="device"):
+        torch.zeros(3, device=device) + torch.zeros(3)
+    networks["unconditional"].position = torch.nn.Parameter(torch.zeros(*GRID, 16))
+    with pytest.raises(RuntimeError, match="device"):
+        networks["unconditional"](codes)
+
+
+def test_the_autoencoder(device, networks, images, codes):
+    vqgan = networks["vqgan"]
+    assert all_on(device, list(vqgan.parameters()), vqgan(images), vqgan.encode(images), vqgan.decode(codes))
+    counts = vqgan(images)[1].counts
+    assert all_on(device, usage(counts), perplexity(counts))
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_the_discriminator(device, networks, images, norm):
+    assert all_on(device, networks[norm](images))
+
+
+def test_the_transformer(device, networks, masks, codes):
+    labels = torch.zeros(BATCH, dtype=torch.long, device=device)
+    plain, conditional = networks["unconditional"], networks["conditional"]
+    assert all_on(device, plain(masks), conditional(codes), conditional(masks, labels))
+
+
+@pytest.mark.parametrize("steps", [3, None])
+def test_training_on_the_process(device, networks, codes, rng, steps):
+    process = AbsorbingDiffusion(CODES, steps)
+    t = process.times(rng)
+    for corrupt in (process.corrupt, process.corrupt_fixed):
+        x_t = corrupt(codes, t, rng)
+        logits = networks["unconditional"](x_t)
+        losses = [process.loss(logits, codes, x_t, t, kind) for kind in ("elbo", "reweighted_elbo", "mlm")]
+        assert all_on(device, t, x_t, losses)
+
+
+def test_the_reverse_kernel(device, networks, masks, rng):
+    logits = networks["unconditional"](masks)
+    assert all_on(device, PROCESS.reverse_probabilities(masks, logits, 0.5, 0.25))
+    assert all_on(device, PROCESS.reverse(masks, logits, 0.5, 0.25, rng))
+
+
+def test_the_streams(device, rng):
+    assert all_on(device, rng.uniform((BATCH, 3)), rng.normal((BATCH, 3)))
+    assert all_on(device, rng.categorical(torch.zeros(BATCH, 3, device=device)))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_guided_on_a_larger_canvas(device, networks, rng, name):
+    network, labels = networks["conditional"], torch.zeros(BATCH, dtype=torch.long, device=device)
+
+    def denoise(x, t, condition):
+        assert all_on(device, t)
+        return network(x, None if condition is None else condition.repeat(len(x) // BATCH))
+
+    canvas = torch.full((BATCH, 5, 4), PROCESS.mask, device=device)
+    denoiser = windowed(guided(denoise, labels, None, 2.0), GRID)
+    x = SOLVERS[name](denoiser, PROCESS, canvas, steps=20, rng=rng, temperature=0.9)
+    assert all_on(device, x) and x.shape == canvas.shape
+
+
+def test_the_augmentation(device, images, rng):
+    drawn = Augmentation.draw(images, rng)
+    assert all_on(device, drawn, drawn(images))
+
+
+@with_autograd
+def test_the_losses_of_the_first_stage_and_their_gradients(device, networks, images, rng):
+    vqgan, discriminator = networks["vqgan"], networks["group"]
+    reconstructions, codes = vqgan(images)
+    augmentation = Augmentation.draw(images, rng)
+    fake = discriminator(augmentation(reconstructions))
+    hinge = hinge_loss(discriminator(augmentation(images)), fake.detach())
+    reconstruction, adversarial = (reconstructions - images).abs().mean(), generator_loss(fake)
+    weight = adaptive_weight(reconstruction, adversarial, vqgan.decoder.last_layer, 1.0)
+    (reconstruction + weight * adversarial + codes.loss.mean() + hinge).backward()
+    gradients = [p.grad for network in (vqgan, discriminator) for p in network.parameters()]
+    assert None not in gradients and all_on(device, hinge, weight, gradients)
+
+
+@with_autograd
+@pytest.mark.parametrize("name", ["unconditional", "conditional"])
+def test_the_gradients_of_the_second_stage(device, networks, codes, rng, name):
+    t = PROCESS.times(rng)
+    x_t = PROCESS.corrupt(codes, t, rng)
+    PROCESS.loss(networks[name](x_t), codes, x_t, t).per_example.mean().backward()
+    assert all_on(device, [p.grad for p in networks[name].parameters()])

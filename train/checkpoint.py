@@ -74,8 +74,9 @@ def write_text(path: Path, text: str) -> None:
 def save(run: Path, state: State) -> Path:
     """Writes the checkpoint of `state.step` aside, flushes it, and renames it into place."""
     final = checkpoint_path(run, state.step)
-    aside = final.with_name(f".{final.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, replaced = final.with_name(f".{final.name}.new"), final.with_name(f".{final.name}.old")
+    for unfinished in final.parent.glob(".step_*"):  # left by a process that was killed while it saved
+        shutil.rmtree(unfinished)
     aside.mkdir(parents=True)
     save_file(tensors_of(state.modules), aside / WEIGHTS)
     if state.averages:
@@ -89,10 +90,11 @@ def save(run: Path, state: State) -> Path:
     write_text(aside / MANIFEST, json.dumps(manifest, indent=1))
     sync(aside)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(replaced)
     aside.rename(final)
     sync(final.parent)
     write_text(final.parent / "latest", final.name + "\n")
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 

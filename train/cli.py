@@ -63,16 +63,13 @@ def layer(path: Path, cls, section: str) -> dict[str, Any]:
     for key, value in content.items():
         if isinstance(value, dict):
             if key not in sections:
-                raise ValueError(
-                    f"{path}: unknown section {key!r}{did_you_mean(key, sections)}; there are: "
-                    + ", ".join(sorted(sections))
-                )
+                there = ", ".join(sorted(sections))
+                raise ValueError(f"{path}: unknown section {key!r}{did_you_mean(key, sections)}; there are: {there}")
             known = fields_of(cls) if key == section else value
             unknown = next((k for k in value if k not in known), None)
             if unknown is not None:
-                raise ValueError(
-                    f"{path}: unknown key {unknown!r} in section {key!r}{did_you_mean(str(unknown), known)}"
-                )
+                near = did_you_mean(unknown, known)
+                raise ValueError(f"{path}: unknown key {unknown!r} in section {key!r}{near}")
             values |= value if key == section else {}
         elif key not in data_keys:
             raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(key, data_keys | sections)}")
@@ -171,11 +168,8 @@ def first_stage_data(argv: list[str]) -> dict[str, Any]:
         return {}
     stored = read_yaml(path)
     values = stored.get("data", {}) | stored.get("reader", {})
-    return (
-        values
-        if values.get("dataset") == dataset
-        else {k: values[k] for k in ("img_size", "n_channels") if k in values}
-    )
+    same = values.get("dataset") == dataset
+    return values if same else {key: values[key] for key in ("img_size", "n_channels") if key in values}
 
 
 def to_dict(config) -> dict[str, Any]:

@@ -107,6 +107,11 @@ def stack(items: list[dict[str, Any]]) -> Batch:
     return batch
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch on the device, but for its positions: seeds are made of them, and reading them back would wait for it."""
+    return {k: v if k == "position" else v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
 @dataclass(frozen=True)
 class PositionLists:
     """For each first position, `parts` lists of `part` consecutive positions."""
@@ -134,7 +139,7 @@ def training_batches(
     pinned = world.device.type == "cuda"
     lists = PositionLists(firsts, share // accumulate, accumulate)
     loader = DataLoader(source, batch_size=None, sampler=lists, num_workers=workers, pin_memory=pinned)
-    parts = ({k: v.to(world.device, non_blocking=pinned) for k, v in batch.items()} for batch in loader)
+    parts = (on_device(batch, world.device) for batch in loader)
     return zip(*[parts] * accumulate, strict=True)
 
 
@@ -185,7 +190,6 @@ class TrainingCodes:
         return batch if self.labels is None else batch | {"label": self.labels[chosen]}
 
 
-def streams(seed: int, purpose: str, batch: Batch) -> Streams:
+def streams(seed: int, purpose: str, batch: Batch, device: torch.device) -> Streams:
     """The random streams of a training batch: a function of (seed, purpose, position of each sample)."""
-    seeds = [seed_of(seed, purpose, position) for position in batch["position"].tolist()]
-    return Streams(seeds, batch["position"].device)
+    return Streams([seed_of(seed, purpose, position) for position in batch["position"].tolist()], device)

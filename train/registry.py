@@ -24,5 +24,5 @@ def plugin(package: str, name: str, flag: str):
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""

@@ -1,14 +1,17 @@
 """A run is a folder, identified by its config and the content of the weights it starts from."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from train.checkpoint import load, resolve_step, saved_steps, write_text
-from train.cli import to_dict
+from train.checkpoint import load, resolve_step, saved_steps, saver, write_text
+from train.cli import read_yaml, to_dict
+from train.data import Positions, training_batches
 from train.distributed import World
-from train.loop import State
+from train.logging import Logger
+from train.loop import State, fit
 
 # Settings that say where, how fast or how often, not what: a run may go on with others.
 VOLATILE = {
@@ -26,13 +29,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     if not path.is_file():
         there = sorted(p.parent.name for p in folder.parent.glob("*/config.yaml"))
-        raise FileNotFoundError(
-            f"no run in {folder}; runs beside it: {', '.join(there) or 'none'}: train it first, or name another"
-        )
-    try:
-        return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+        runs = ", ".join(there) or "none"
+        raise FileNotFoundError(f"no run in {folder}; runs beside it: {runs}: train it first, or name another")
+    return read_yaml(path)
 
 
 def identity(content: dict[str, Any]) -> dict[str, Any]:
@@ -53,15 +52,10 @@ def open_run(folder: Path, config, origin: dict[str, Any]) -> None:
         old, new = identity(read_run(folder)), identity(content)
         if (new.get("train_steps") or 0) >= (old.get("train_steps") or 0):
             old.pop("train_steps", None), new.pop("train_steps", None)
-        odd = [
-            f"{k}: {old.get(k)!r} there, {new.get(k)!r} now"
-            for k in sorted(old.keys() | new.keys())
-            if old.get(k) != new.get(k)
-        ]
+        keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        odd = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
         if odd:
-            raise ValueError(
-                f"{folder} holds another run ({'; '.join(odd)}): give another --log_dir, or the values that are there"
-            )
+            raise ValueError(f"{folder} holds another run ({odd}): give another --log_dir, or the values there")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, yaml.safe_dump(content, sort_keys=False))
 
@@ -83,3 +77,38 @@ def begin(run: Path, config, state: State, world: World, origin: dict[str, Any])
         if world.is_main:
             done = " (nothing left to do)" if state.step >= training.train_steps else ""
             print(f"going on from step {state.step} of {training.train_steps}{done}", flush=True)
+
+
+def train(
+    run: Path,
+    config,
+    state: State,
+    world: World,
+    source: Positions,
+    step: Callable,
+    reports: Callable[[Logger], Any],
+    workers: int = 0,
+) -> None:
+    """The loop with everything around it: batches from `source`, logging, checkpoints, and the hooks `validate` and
+    `show` of what `reports(logger)` makes."""
+    training, logging = config.training, config.logging
+    steps, size = training.train_steps, training.batch_size
+    batches = training_batches(
+        source,
+        start=state.step,
+        steps=steps,
+        batch_size=size,
+        accumulate=training.accumulate,
+        world=world,
+        workers=workers,
+    )
+    logger = Logger(run, world, every=logging.steps_per_log, start=state.step, steps=steps, batch_size=size)
+    looked_at = reports(logger)
+    hooks = [
+        (1, logger),
+        (logging.steps_per_eval, looked_at.validate),
+        (logging.steps_per_save_output, looked_at.show),
+        (logging.steps_per_checkpoint, saver(run, world)),
+    ]
+    fit(state, batches, step, steps=steps, world=world, seed=training.seed, hooks=hooks)
+    logger.close()

@@ -8,7 +8,7 @@ import torch
 
 from diffusion.rng import Streams, seed_of
 from train.config import DataConfig, SamplerConfig, SamplingConfig, TrainingConfig
-from train.data import TrainingCodes, streams
+from train.data import TrainingCodes, on_device, streams
 from train.datasets import Dataset
 from train.distributed import World
 from train.ema import EMA
@@ -20,7 +20,7 @@ from train.registry import plugin
 from train.transforms import to_float
 
 VALIDATION_IMAGES = 1024  # enough for two digits, and quick
-SHOWN_IMAGES = 64
+SHOWN_IMAGES = 16
 
 
 def build_state(
@@ -62,8 +62,9 @@ class SamplerStep:
     def __call__(self, state: State, parts: Sequence[Batch]) -> Metrics:
         network, totals = state.modules["network"].train(), {}
         for batch in parts:
+            draw = partial(streams, self.training.seed, batch=batch, device=self.world.device)
             with autocast(self.world.device, self.training.amp):
-                loss = self.sampler.loss(network, batch, partial(streams, self.training.seed, batch=batch))
+                loss = self.sampler.loss(network, batch, draw)
             (loss.per_example.mean() / len(parts)).backward()
             for name, value in {"loss": loss.per_example, **loss.metrics}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().mean() / len(parts)
@@ -77,34 +78,26 @@ class SamplerReports:
     """Validation and pictures of samples, as hooks for `fit`."""
 
     def __init__(
-        self,
-        step: SamplerStep,
-        first: FirstStage,
-        validation: TrainingCodes,
-        logger: Logger,
-        sampling: SamplingConfig,
-        class_frequencies: list[float],
+        self, step: SamplerStep, first: FirstStage, validation: TrainingCodes, sampling: SamplingConfig, logger: Logger
     ):
-        self.step, self.first, self.validation, self.logger = step, first, validation, logger
-        self.sampling, self.class_frequencies = sampling, class_frequencies
+        self.step, self.first, self.validation, self.sampling, self.logger = step, first, validation, sampling, logger
 
     @torch.no_grad()
     def validate(self, state: State, metrics: Metrics) -> None:
         """The loss on fixed validation codes, times and masks, comparable from step to step and run to run."""
-        world, training, network = self.step.world, self.step.training, state.averaged("network").eval()
+        world, training = self.step.world, self.step.training
+        if not world.is_main:
+            return
+        network, found = state.averaged("network").eval(), {}
         count = min(len(self.validation.ids), VALIDATION_IMAGES)
-        totals: dict[str, torch.Tensor] = {}
-        for first in range(0, count, training.batch_size):
-            positions = list(range(first, min(first + training.batch_size, count)))[world.rank :: world.size]
-            if not positions:
-                continue
-            batch = {name: value.to(world.device) for name, value in self.validation[positions].items()}
+        for positions in torch.arange(count).split(training.batch_size):
+            batch = on_device(self.validation[positions.tolist()], world.device)
+            draw = partial(streams, 0, batch=batch, device=world.device)
             with autocast(world.device, training.amp):
-                loss = self.step.sampler.loss(network, batch, lambda purpose, b=batch: streams(0, f"val_{purpose}", b))
+                loss = self.step.sampler.loss(network, batch, draw)
             for name, value in {"loss": loss.per_example, **loss.metrics}.items():
-                totals[f"val/{name}"] = totals.get(f"val/{name}", 0.0) + value.float().sum()
-        sums = world.sum(torch.stack(list(totals.values()))) / count
-        self.logger.scalars(state.step, dict(zip(totals, sums.tolist(), strict=True)))
+                found.setdefault(f"val/{name}", []).append(value.float())
+        self.logger.scalars(state.step, {name: torch.cat(each).mean().item() for name, each in found.items()})
         state.modules["network"].train()
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """How the first stage is trained: what one step does with a batch, and what is looked at on the way."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -70,13 +70,11 @@ class VQGANStep:
         totals["perf/lr"] = torch.tensor(lr, device=self.world.device)
         return totals
 
-    def augmentation(self, batch: Batch, purpose: str):
-        """The same draw for real images and reconstructions, or the identity without --diff_aug."""
-        return (
-            Augmentation.draw(batch["image"], streams(self.training.seed, purpose, batch))
-            if self.loss.diff_aug
-            else identity
-        )
+    def augmentation(self, batch: Batch, purpose: str) -> Callable[[Tensor], Tensor]:
+        """One draw for real images and reconstructions alike; the identity without --diff_aug."""
+        if not self.loss.diff_aug:
+            return identity
+        return Augmentation.draw(batch["image"], streams(self.training.seed, purpose, batch, self.world.device))
 
     def autoencoder_backward(
         self, state: State, batch: Batch, adversarial: bool, share: float
@@ -134,48 +132,40 @@ def add(totals: Metrics, metrics: Metrics, share: float) -> None:
 class VQGANReports:
     """Validation, pictures and codebook usage, as hooks for `fit`."""
 
-    def __init__(self, step: VQGANStep, validation: ImageSource, logger: Logger, batch_size: int):
-        self.step, self.validation, self.logger, self.batch_size = step, validation, logger, batch_size
+    def __init__(self, step: VQGANStep, validation: ImageSource, batch_size: int, logger: Logger):
+        self.step, self.validation, self.batch_size, self.logger = step, validation, batch_size, logger
 
     @torch.no_grad()
     def validate(self, state: State, metrics: Metrics) -> None:
         """L1 and LPIPS on the first images of the validation split, with the averaged weights where they are kept."""
-        world, network = self.step.world, state.averaged("autoencoder").eval()
-        indices = list(range(min(len(self.validation), VALIDATION_IMAGES)))[world.rank :: world.size]
-        totals = torch.zeros(3, device=world.device)
+        step = self.step
+        if not step.world.is_main:
+            return
+        network, l1, lpips = state.averaged("autoencoder").eval(), [], []
+        indices = list(range(min(len(self.validation), VALIDATION_IMAGES)))
         for batch in images_in_order(self.validation, self.batch_size, indices):
-            images = to_float(batch["image"]).to(world.device)
-            with autocast(world.device, self.step.training.amp):
+            images = to_float(batch["image"]).to(step.world.device)
+            with autocast(step.world.device, step.training.amp):
                 fake = network(images)[0].float()
-            lpips = self.step.perceptual(images, fake).sum() if self.step.perceptual is not None else 0.0
-            totals += torch.stack(
-                [
-                    (images - fake).abs().mean((1, 2, 3)).sum(),
-                    totals.new_tensor(0.0) + lpips,
-                    totals.new_tensor(len(images)),
-                ]
-            )
-        l1, lpips, count = world.sum(totals).tolist()
-        values = {"val/l1": l1 / count}
-        if self.step.perceptual is not None:
-            values["val/lpips"] = lpips / count
-        self.logger.scalars(state.step, values)
+            l1.append((images - fake).abs().mean((1, 2, 3)))
+            if step.perceptual is not None:
+                lpips.append(step.perceptual(images, fake))
+        found = {"val/l1": l1, "val/lpips": lpips}
+        self.logger.scalars(state.step, {name: torch.cat(each).mean().item() for name, each in found.items() if each})
         state.modules["autoencoder"].train()
 
     @torch.no_grad()
     def show(self, state: State, metrics: Metrics) -> None:
         """A grid of validation images above their reconstructions, and how evenly the codes are used."""
         counts = self.step.take_counts()
-        self.logger.scalars(
-            state.step, {"codes/usage": usage(counts).item(), "codes/perplexity": perplexity(counts).item()}
-        )
+        used = {"codes/usage": usage(counts).item(), "codes/perplexity": perplexity(counts).item()}
+        self.logger.scalars(state.step, used)
         self.logger.histogram("codes/chosen", state.step, counts)
-        if self.step.world.is_main:
-            count = min(len(self.validation), SHOWN_IMAGES)
-            shown = next(images_in_order(self.validation, count, list(range(count))))
-            images = to_float(shown["image"]).to(self.step.world.device)
-            fake = state.averaged("autoencoder").eval()(images)[0]
-            self.logger.images(
-                "reconstructions", state.step, torch.cat([images, fake.clamp(-1, 1)]), columns=len(images)
-            )
-            state.modules["autoencoder"].train()
+        if not self.step.world.is_main:
+            return
+        count = min(len(self.validation), SHOWN_IMAGES)
+        for batch in images_in_order(self.validation, count, list(range(count))):
+            images = to_float(batch["image"]).to(self.step.world.device)
+            fake = state.averaged("autoencoder").eval()(images)[0].clamp(-1, 1)
+            self.logger.images("reconstructions", state.step, torch.cat([images, fake]), columns=len(images))
+        state.modules["autoencoder"].train()

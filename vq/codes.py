@@ -40,8 +40,11 @@ def save_table(path: Path, table: CodeTable, key: str) -> None:
     """Writes aside and renames, so that a table is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous() for name, tensor in table._asdict().items()}, aside, metadata={"key": key})
-    aside.replace(path)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in table._asdict().items()}, aside, metadata={"key": key})
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def cached_table(folder: Path, name: str, key: str, make: Callable[[], CodeTable]) -> CodeTable:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.experiment import dataset_of, table, write_results
+from experiments.experiment import dataset_of, write_results
 from experiments.images import GRID, read_samples, save_grid
 from experiments.metrics import features as all_features
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
 from experiments.progress import progress
+from experiments.table import table
 from train.checkpoint import sha256
 from train.cli import to_dict
 from train.config import DataConfig

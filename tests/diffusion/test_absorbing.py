@@ -56,7 +56,7 @@ def test_what_is_not_masked_is_kept(streams, corrupt):
 
 
 def test_fixed_corruption_masks_exactly_round_t_n_codes_and_at_least_one(streams):
-    t = torch.tensor([0.0, 0.01, 0.1, 0.5, 0.74, 0.99, 1.0])
+    t = torch.tensor([0.0, 0.01, 0.12, 0.5, 0.74, 0.99, 1.0])
     x_t = AbsorbingDiffusion(3).corrupt_fixed(torch.zeros(7, 4, 5, dtype=torch.long), t, streams(7))
     assert (x_t == 3).sum((1, 2)).tolist() == [1, 1, 2, 10, 15, 20, 20]
 
@@ -110,27 +110,29 @@ def test_a_revealed_code_never_changes(joint, streams):
 
 
 def hand_example():
-    """Two of four codes masked at t = 1/2, predicted with probability 1/4 and 1/2: CE = ln 8, 3 bits."""
-    x0, x_t = torch.tensor([[[0, 1], [1, 0]]]), torch.tensor([[[2, 1], [2, 0]]])
-    p = torch.tensor([[[[0.25, 0.75], [0.9, 0.1]], [[0.5, 0.5], [0.8, 0.2]]]])
+    """Two of four codes masked at t = 1/2, predicted with probability 1/2 and 1/8: CE = ln 16, 4 bits."""
+    x0, x_t = torch.tensor([[[0, 0], [1, 0]]]), torch.tensor([[[2, 0], [2, 0]]])
+    p = torch.tensor([[[[1 / 2, 1 / 2], [0.9, 0.1]], [[7 / 8, 1 / 8], [0.8, 0.2]]]])
     return p.log(), x0, x_t, torch.tensor([0.5])
 
 
 @pytest.mark.parametrize(
     "kind, value",
-    [("elbo", 3 / (0.5 * 4)), ("reweighted_elbo", (1 - 0.5) * 3 / 4), ("mlm", math.log(8) / 2)],
+    [("elbo", 4 / (0.5 * 4)), ("reweighted_elbo", (1 - 0.5) * 4 / 4), ("mlm", math.log(16) / 2)],
 )
 def test_the_losses_by_hand(kind, value):
     loss = AbsorbingDiffusion(2).loss(*hand_example(), kind)
     assert loss.per_example.tolist() == pytest.approx([value])
-    assert loss.metrics["bits_per_code"].tolist() == pytest.approx([1.5])
+    assert loss.metrics["bits_per_code"].tolist() == pytest.approx([2])
 
 
 def test_each_example_has_its_own_loss():
     logits, x0, x_t, t = hand_example()
-    both = [torch.cat([a, b]) for a, b in [(logits, logits), (x0, x0), (x_t, x0), (t, t / 2)]]
-    for kind, value in [("elbo", 1.5), ("reweighted_elbo", 0.375), ("mlm", math.log(8) / 2)]:
-        assert AbsorbingDiffusion(2).loss(*both, kind).per_example.tolist() == pytest.approx([value, 0])
+    other = torch.tensor([[[0, 0], [2, 0]]])  # one mask, predicted with probability 1/8: 3 bits, at t = 1/4
+    three = [torch.cat(parts) for parts in [(logits,) * 3, (x0,) * 3, (x_t, other, x0), (t, t / 2, t)]]
+    values = {"elbo": [2, 3, 0], "reweighted_elbo": [1 / 2, 9 / 16, 0], "mlm": [math.log(16) / 2, math.log(8), 0]}
+    for kind, wanted in values.items():
+        assert AbsorbingDiffusion(2).loss(*three, kind).per_example.tolist() == pytest.approx(wanted)
 
 
 def test_the_default_is_reweighted_and_trains_nothing_on_an_empty_canvas():

@@ -123,6 +123,11 @@ def test_ancestral_sampling_draws_what_its_steps_make(joint, streams, p_value, s
         assert p_value(joint.index(x), joint.data) < 1e-6  # one step draws the product of the marginals
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 256])
+def test_ancestral_sampling_leaves_no_mask_on_a_grid_of_any_size(steps, streams):
+    assert (ancestral(flat, PROCESS, masks(2, 4, 4), steps=steps, rng=streams(2)) < 3).all()
+
+
 def test_the_steps_may_differ_from_those_of_training(joint, streams, p_value):
     process = AbsorbingDiffusion(joint.codes, 256)
     x = ancestral(joint.denoise, process, joint.all_mask(8000), steps=3, rng=streams(8000))

@@ -26,7 +26,7 @@ def plain(q, k, v, causal):
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_is_its_formula(causal):
     q, k, v = query_key_value()
-    assert torch.allclose(attend(q, k, v, causal=causal), plain(q, k, v, causal), atol=1e-6)
+    assert torch.allclose(attend(q, k, v, causal=causal), plain(q, k, v, causal), atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -52,7 +52,6 @@ def test_bfloat16_on_a_cpu_is_written_out_and_float32_is_fused(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_acts_on_the_weights(dtype):
-    torch.manual_seed(0)
     zeros, v = torch.zeros(1, 2, 64, 64, dtype=dtype), torch.eye(64, dtype=dtype).expand(1, 2, 64, 64)
     weights = attend(zeros, zeros, v, dropout=0.25) * 64  # all equal before dropout
     assert torch.allclose(weights.unique().float(), torch.tensor([0, 4 / 3]), rtol=0.01)
@@ -63,12 +62,12 @@ def test_self_attention_mixes_heads_by_its_formula():
     layer, x = SelfAttention(12, heads=3), tokens(2, 7, 12)
     q, k, v = (part.unflatten(-1, (3, 4)).transpose(1, 2) for part in layer.qkv(x).chunk(3, dim=-1))
     wanted = layer.proj(torch.cat(plain(q, k, v, causal=False).unbind(1), dim=-1))
-    assert torch.allclose(layer(x), wanted, atol=1e-6)
+    assert torch.allclose(layer(x), wanted, atol=1e-5)
 
 
 def test_without_positions_attention_is_permutation_equivariant():
     layer, x, order = SelfAttention(12, heads=3), tokens(2, 7, 12), torch.tensor([3, 0, 6, 1, 5, 2, 4])
-    assert torch.allclose(layer(x[:, order]), layer(x)[:, order], atol=1e-6)
+    assert torch.allclose(layer(x[:, order]), layer(x)[:, order], atol=1e-5)
     causal = SelfAttention(12, heads=3, causal=True)
     assert not torch.allclose(causal(x[:, order]), causal(x)[:, order], atol=1e-3)
 
@@ -77,7 +76,7 @@ def test_causal_attention_does_not_see_the_future():
     layer, x = SelfAttention(12, heads=3, causal=True), tokens(2, 7, 12)
     changed = x.clone()
     changed[:, 4:] += 1
-    assert torch.allclose(layer(x)[:, :4], layer(changed)[:, :4], atol=1e-6)
+    assert torch.allclose(layer(x)[:, :4], layer(changed)[:, :4], atol=1e-5)
     assert not torch.allclose(layer(x)[:, 4:], layer(changed)[:, 4:], atol=1e-3)
 
 

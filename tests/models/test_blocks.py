@@ -41,14 +41,14 @@ def test_group_norm_takes_the_most_groups_that_divide(channels, groups):
 def test_a_resblock_is_its_formula():
     block, x = ResBlock(6, 6), maps(2, 6, 5, 4)
     h = block.conv1(F.silu(block.norm1(x)))
-    assert torch.allclose(block(x), x + block.conv2(F.silu(block.norm2(h))), atol=1e-6)
+    assert torch.allclose(block(x), x + block.conv2(F.silu(block.norm2(h))), atol=1e-5)
 
 
 def test_the_embedding_scales_and_shifts_after_the_second_norm():
     block, x, emb = ResBlock(6, 8, emb_dim=3), maps(2, 6, 5, 4), maps(2, 3)
     scale, shift = (block.embed.weight @ F.silu(emb).T).T.add(block.embed.bias)[..., None, None].split(8, dim=1)
     h = block.norm2(block.conv1(F.silu(block.norm1(x)))) * (1 + scale) + shift
-    assert torch.allclose(block(x, emb), block.skip(x) + block.conv2(F.silu(h)), atol=1e-6)
+    assert torch.allclose(block(x, emb), block.skip(x) + block.conv2(F.silu(h)), atol=1e-5)
 
 
 def test_zero_init_starts_a_resblock_as_its_skip():
@@ -92,13 +92,13 @@ def test_an_attention_block_is_its_formula(heads):
     q, k, v = (part.flatten(2).unflatten(1, (heads, -1)) for part in block.qkv(block.norm(x)).chunk(3, dim=1))
     weights = torch.einsum("bhcn,bhcm->bhnm", q, k).div(math.sqrt(8 / heads)).softmax(-1)
     mixed = torch.einsum("bhnm,bhcm->bhcn", weights, v).reshape(2, 8, 3, 4)
-    assert torch.allclose(block(x), x + block.proj(mixed), atol=1e-6)
+    assert torch.allclose(block(x), x + block.proj(mixed), atol=1e-5)
 
 
 def test_an_attention_block_does_not_know_where_a_pixel_is():
     block, x = AttentionBlock(8), maps(2, 8, 4, 4)
-    assert torch.allclose(block(x.mT), block(x).mT, atol=1e-6)
-    assert torch.allclose(block(x.roll(3, 2)), block(x).roll(3, 2), atol=1e-6)
+    assert torch.allclose(block(x.mT), block(x).mT, atol=1e-5)
+    assert torch.allclose(block(x.roll(3, 2)), block(x).roll(3, 2), atol=1e-5)
 
 
 def test_channels_that_do_not_split_over_the_heads_are_refused():
@@ -117,5 +117,6 @@ def test_initial_weights_are_narrow_and_biases_zero():
     before = conv.weight.clone()
     for module in (linear, embedding, conv):
         initial_normal(module)
-    assert linear.weight.std() == pytest.approx(0.02, rel=0.05) == embedding.weight.std().item()
+    for module in (linear, embedding):
+        assert module.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert (linear.bias == 0).all() and torch.equal(conv.weight, before)

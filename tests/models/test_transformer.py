@@ -14,7 +14,6 @@ CODES, GRID, CLASSES = 9, (3, 4), 3
 
 
 def transformer(**changes):
-    torch.manual_seed(0)
     return Transformer(**({"codes": CODES, "grid": GRID, "width": 16, "heads": 2, "layers": 2} | changes))
 
 
@@ -52,14 +51,14 @@ def test_writers_into_the_residual_stream_start_smaller_with_depth():
     network = transformer(width=64, layers=8)
     for block in network.blocks:
         for writer in (block.attention.proj, block.contract):
-            assert writer.weight.std() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
-        assert block.expand.weight.std() == pytest.approx(0.02, rel=0.05)
+            assert writer.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
+        assert block.expand.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_a_block_adds_attention_and_then_an_mlp_of_what_it_has_normed():
     block, x = TransformerBlock(16, 2, adaptive=False), torch.randn(2, 5, 16)
     h = x + block.attention(block.norm1(x))
-    assert torch.allclose(block(x), h + block.contract(F.gelu(block.expand(block.norm2(h)))), atol=1e-6)
+    assert torch.allclose(block(x), h + block.contract(F.gelu(block.expand(block.norm2(h)))), atol=1e-5)
 
 
 def test_an_adaptive_block_shifts_scales_and_gates_by_its_condition():
@@ -68,7 +67,7 @@ def test_an_adaptive_block_shifts_scales_and_gates_by_its_condition():
     normed = F.layer_norm(x, (16,))
     h = x + gate1 * block.attention((1 + scale1) * normed + shift1)
     wanted = h + gate2 * block.mlp((1 + scale2) * F.layer_norm(h, (16,)) + shift2)
-    assert torch.allclose(block(x, condition), wanted, atol=1e-6)
+    assert torch.allclose(block(x, condition), wanted, atol=1e-5)
 
 
 def test_adaptive_blocks_start_as_the_identity():

@@ -75,9 +75,9 @@ def test_images_are_in_minus_one_to_one_and_keep_their_label():
 
 def test_streams_follow_the_position_not_the_batch():
     batch = {"position": torch.tensor([4, 9])}
-    both = streams(0, "mask", batch).uniform((2, 3))
-    assert torch.equal(both[1:], streams(0, "mask", {"position": torch.tensor([9])}).uniform((1, 3)))
-    assert not torch.equal(both, streams(0, "time", batch).uniform((2, 3)))
+    both = streams(0, "mask", batch, CPU).uniform((2, 3))
+    assert torch.equal(both[1:], streams(0, "mask", {"position": torch.tensor([9])}, CPU).uniform((1, 3)))
+    assert not torch.equal(both, streams(0, "time", batch, CPU).uniform((2, 3)))
 
 
 def test_indivisible_batches_are_refused():

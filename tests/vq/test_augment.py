@@ -22,29 +22,29 @@ def augmentation(x, **changes):
 
 
 def test_an_augmentation_of_nothing_is_the_identity():
-    assert torch.allclose(augmentation(images())(images()), images(), atol=1e-6)
+    assert torch.allclose(augmentation(images())(images()), images(), atol=1e-5)
 
 
 def test_brightness_is_added():
     x = images()
     out = augmentation(x, brightness=[0.5, -0.25, 0.0])(x)
-    assert torch.allclose(out - x, torch.tensor([0.5, -0.25, 0.0]).view(3, 1, 1, 1).expand_as(x), atol=1e-6)
+    assert torch.allclose(out - x, torch.tensor([0.5, -0.25, 0.0]).view(3, 1, 1, 1).expand_as(x), atol=1e-5)
 
 
 def test_saturation_scales_the_distance_to_grey():
     x = images()
     out, grey = augmentation(x, saturation=[0.0, 2.0, 0.5])(x), x.mean(1, keepdim=True)
-    assert torch.allclose(out[0], grey[0].expand_as(out[0]), atol=1e-6)
-    assert torch.allclose(out[1], 2 * x[1] - grey[1], atol=1e-6)
-    assert torch.allclose(out[2], (x[2] + grey[2]) / 2, atol=1e-6)
+    assert torch.allclose(out[0], grey[0].expand_as(out[0]), atol=1e-5)
+    assert torch.allclose(out[1], 2 * x[1] - grey[1], atol=1e-5)
+    assert torch.allclose(out[2], (x[2] + grey[2]) / 2, atol=1e-5)
 
 
 def test_contrast_scales_the_distance_to_the_mean_of_each_image():
     x = images()
     out, mean = augmentation(x, contrast=[0.5, 1.5, 1.0])(x), x.mean((1, 2, 3), keepdim=True)
-    assert torch.allclose(out[0], (x[0] + mean[0]) / 2, atol=1e-6)
-    assert torch.allclose(out[1], 1.5 * x[1] - 0.5 * mean[1], atol=1e-6)
-    assert torch.allclose(out.mean((1, 2, 3)), mean.flatten(), atol=1e-6)
+    assert torch.allclose(out[0], (x[0] + mean[0]) / 2, atol=1e-5)
+    assert torch.allclose(out[1], 1.5 * x[1] - 0.5 * mean[1], atol=1e-5)
+    assert torch.allclose(out.mean((1, 2, 3)), mean.flatten(), atol=1e-5)
 
 
 def test_translation_against_a_loop():
@@ -62,6 +62,7 @@ def test_colour_comes_before_translation():
     x = images(1)
     out = augmentation(x, brightness=[0.5], shift=[[2, 0]])(x)
     assert (out[:, :, :2] == 0).all()  # what comes in stays zero
+    assert torch.allclose(out[:, :, 2:], x[:, :, :-2] + 0.5, atol=1e-5)
 
 
 @pytest.mark.parametrize("height, width, reach", [(16, 24, (2, 3)), (32, 8, (4, 1)), (12, 3, (2, 0))])
@@ -94,7 +95,7 @@ def test_real_and_fake_images_get_the_same_draw():
 def test_an_image_is_augmented_by_its_own_seed():
     x = images()
     together, alone = Augmentation.draw(x, Streams([1, 2, 3])), Augmentation.draw(x[1:2], Streams([2]))
-    assert torch.allclose(together(x)[1:2], alone(x[1:2]), atol=1e-6)
+    assert torch.allclose(together(x)[1:2], alone(x[1:2]), atol=1e-5)
 
 
 def test_the_generator_gets_a_gradient_through_it():

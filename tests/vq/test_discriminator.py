@@ -37,7 +37,6 @@ def test_widths_double_up_to_eight_times_the_first():
 
 
 def test_group_norm_does_not_depend_on_the_other_images_and_batch_norm_does():
-    torch.manual_seed(0)
     for norm, alike in [("group", True), ("batch", False)]:
         discriminator = PatchDiscriminator(3, ndf=8, layers=2, norm=norm)
         together, alone = discriminator(images()), discriminator(images()[:1])

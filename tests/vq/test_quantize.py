@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from vq.quantize import NearestQuantizer, perplexity, usage
 
@@ -40,13 +39,13 @@ def test_codes_are_their_own_nearest():
 
 def test_distances_are_float32_under_autocast():
     quantizer, z = quantizer_and_vectors(50)
-    z = 10 + z.detach() / 100  # bfloat16 could not tell these apart
-    quantizer.codebook.weight.data = 10 + quantizer.codebook.weight.data / 100
+    quantizer.codebook.weight.data = 3 + quantizer.codebook.weight.data / 10
+    z = 3 + z.detach() / 10
     with torch.autocast("cpu", torch.bfloat16):
-        ids = quantizer(z).ids
-    assert (ids == brute_force(quantizer, z)).float().mean() > 0.99
-    rounded = brute_force(quantizer, z.bfloat16().float())
-    assert (ids == rounded).float().mean() < 0.9
+        flat, codes = z.movedim(1, -1), quantizer.codebook.weight
+        rounded = (codes.square().sum(1) - 2 * flat @ codes.t()).argmin(-1)
+        assert torch.equal(quantizer(z).ids, brute_force(quantizer, z))
+    assert (rounded != brute_force(quantizer, z)).float().mean() > 0.1
 
 
 def test_the_gradient_passes_straight_through():
@@ -88,7 +87,7 @@ def test_every_choice_is_counted():
 
 
 def test_codes_start_small_and_uniform():
-    weight = NearestQuantizer(64, 100).codebook.weight
+    weight = NearestQuantizer(64, 100).codebook.weight.detach()
     assert weight.abs().max() <= 1 / 64 and weight.std() == pytest.approx(1 / 64 / math.sqrt(3), rel=0.05)
 
 
@@ -105,4 +104,3 @@ def test_usage_and_perplexity_in_closed_form(counts, share, effective):
     counts = torch.tensor(counts, dtype=torch.float32)
     assert usage(counts) == pytest.approx(share)
     assert perplexity(counts) == pytest.approx(effective)
-    assert F.cross_entropy((counts / counts.sum()).log(), counts / counts.sum()).isnan() or effective == 4
