@@ -46,7 +46,7 @@ def main(config: Config) -> None:
     rows = [("figure", "found", "goal")]
     for name, (sign, goal) in GOALS.items():
         met = found[name] >= goal if sign == ">=" else found[name] <= goal
-        rows.append((name, f"{found[name]:.3f}", f"{sign} {goal}{'' if met else '  (missed)'}"))
+        rows.append((name, f"{found[name]:.3f}", f"{sign} {goal:.3g}{'' if met else '  (missed)'}"))
     print(f"\n{len(samples['image'])} generated digits\n{table(rows)}")
     print(f"\n{folder / 'results.json'}\n{folder / 'digits.png'}")
 

@@ -15,12 +15,13 @@ from train.cli import from_dict
 from train.config import DataConfig, SamplerConfig, SamplingConfig
 from train.data import ImageSource, images_in_order
 from train.datasets import Dataset, DatasetConfig
-from train.precision import autocast
+from train.distributed import World
+from train.precision import autocast, has_native_bf16
 from train.registry import plugin
 from train.runs import read_run
 from train.transforms import to_float, to_uint8, views
 from vq.autoencoder import VQGAN
-from vq.codes import CodeTable, cache_key, cached_table
+from vq.codes import CodeTable, cache_key, cached_table, load_table, merge_tables, save_table, table_path
 from vq.config import VQGANConfig
 
 
@@ -82,27 +83,43 @@ class FirstStage:
                     f"got {name} {got}, but the VQGAN in {self.run} was trained with {wanted}: leave --{name} out"
                 )
 
-    def codes(self, dataset: Dataset, split: str, data: DataConfig, batch_size: int) -> CodeTable:
-        """The codes of one split in all views that `data` asks for, from the cache where they have been made."""
+    def codes(self, dataset: Dataset, split: str, data: DataConfig, batch_size: int, world: World) -> CodeTable:
+        """The codes of a split in all views that `data` asks for, from the cache, or made by all processes together."""
         flips = views(data.horizontal_flip, data.shift) if split == "train" else views(False, 0)
+        name, folder = f"{data.dataset}_{split}", self.run / "codes"
         key = cache_key(
             weights=self.weights,
             images=dataset.fingerprint(),
             size=[data.n_channels, data.img_size],
             views=[[view.flip, view.dx, view.dy] for view in flips],
-            amp=self.amp,
+            amp=self.amp and has_native_bf16(self.device),
         )
 
         def make() -> CodeTable:
+            indices = list(range(world.rank, len(dataset), world.size))
             ids, index = [], []
-            for batch in images_in_order(ImageSource(dataset, data), batch_size):
+            for batch in images_in_order(ImageSource(dataset, data), batch_size, indices):
                 ids.append(torch.stack([self.encode(view(batch["image"])).int().cpu() for view in flips]))
                 index.append(batch["index"])
-            return CodeTable(
-                torch.cat(ids, 1) if ids else torch.empty(0), torch.cat(index) if index else torch.empty(0)
-            )
+            if not ids:  # no image for this process, or not one that can be read
+                ids, index = [torch.empty(len(flips), 0, *self.vqgan.grid, dtype=torch.int32)], [torch.empty(0).long()]
+            return CodeTable(torch.cat(ids, 1), torch.cat(index))
 
-        return cached_table(self.run / "codes", f"{data.dataset}_{split}", key, make)
+        if world.size == 1:
+            return cached_table(folder, name, key, make)
+        missing = load_table(table_path(folder, name, key), key) is None
+        world.barrier()  # all have looked before one writes
+        if missing:
+            parts = [
+                (f"{name}_part_{rank}_of_{world.size}", f"{key} {rank}/{world.size}") for rank in range(world.size)
+            ]
+            part, part_key = parts[world.rank]
+            save_table(table_path(folder, part, part_key), make(), part_key)
+            world.barrier()
+            if world.is_main:
+                merge_tables(folder, parts, name, key)
+            world.barrier()
+        return cached_table(folder, name, key, make)
 
 
 def load_first_stage(run: Path, step: int | None, device: torch.device, amp: bool) -> FirstStage:

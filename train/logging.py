@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from train.distributed import World
@@ -84,12 +85,7 @@ class Logger:
         path = self.folder / "images" / f"{name}_{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
-        self.writer.add_image(
-            name,
-            torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*picture.size[::-1], 3),
-            step,
-            dataformats="HWC",
-        )
+        self.writer.add_image(name, pil_to_tensor(picture), step)
 
     def histogram(self, name: str, step: int, counts: Tensor) -> None:
         """How often each of K things was chosen, as a TensorBoard histogram; counts (K,) (main process only)."""

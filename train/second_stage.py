@@ -40,16 +40,12 @@ def build_state(
 
 
 def code_source(
-    first: FirstStage, dataset: Dataset, split: str, data: DataConfig, seed: int, world: World
+    first: FirstStage, images: Dataset, split: str, data: DataConfig, seed: int, world: World
 ) -> TrainingCodes:
-    """The codes of one split, encoded by the main process or read from the cache."""
+    """The shuffled codes of one split, from the cache or encoded now."""
     batch_size = max(1, 2**22 // (data.img_size**2 * data.n_channels))  # about 16 MB of float images at once
-    if world.is_main:
-        table = first.codes(dataset, split, data, batch_size)
-    world.barrier()
-    if not world.is_main:
-        table = first.codes(dataset, split, data, batch_size)
-    labels = None if dataset.n_classes == 0 else torch.from_numpy(dataset.labels)[table.index]
+    table = first.codes(images, split, data, batch_size, world)
+    labels = None if images.n_classes == 0 else torch.from_numpy(images.labels)[table.index]
     return TrainingCodes(table.ids, labels, seed)
 
 

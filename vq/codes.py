@@ -47,13 +47,30 @@ def save_table(path: Path, table: CodeTable, key: str) -> None:
         aside.unlink(missing_ok=True)
 
 
+def table_path(folder: Path, name: str, key: str) -> Path:
+    return folder / f"{name}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+
+
 def cached_table(folder: Path, name: str, key: str, make: Callable[[], CodeTable]) -> CodeTable:
     """The table kept in `folder` under `key`, made and kept first where it is missing."""
-    path = folder / f"{name}_{key[:16]}.safetensors"
+    path = table_path(folder, name, key)
     table = load_table(path, key)
     if table is None:
         table = make()
-        if not torch.is_tensor(table.ids) or table.ids.numel() == 0:
+        if table.ids.numel() == 0:
             raise ValueError(f"nothing was encoded for {name}: the data set has no readable image")
         save_table(path, table, key)
     return table
+
+
+def merge_tables(folder: Path, parts: list[tuple[str, str]], name: str, key: str) -> None:
+    """Joins kept tables, each (name, key) of other images, into one in the images' order, and deletes them."""
+    paths = [(table_path(folder, *part), part[1]) for part in parts]
+    tables = [load_table(path, part_key) for path, part_key in paths]
+    index = torch.cat([table.index for table in tables])
+    order = index.argsort()
+    save_table(
+        table_path(folder, name, key), CodeTable(torch.cat([t.ids for t in tables], 1)[:, order], index[order]), key
+    )
+    for path, _ in paths:
+        path.unlink()

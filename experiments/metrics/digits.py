@@ -8,6 +8,7 @@ from experiments.metrics.features.digits import accuracy, load_classifier
 from experiments.metrics.memorization import exact_copies, nearest_ratio
 from experiments.metrics.neighbours import coverage
 from train.data import ImageSource, build_dataset, images_in_order
+from train.distributed import World
 from train.generate import TrainedSampler
 
 GOALS = {
@@ -42,7 +43,7 @@ def figures(samples: dict[str, Tensor], trained: TrainedSampler) -> dict[str, fl
     shares = class_balance(logits.argmax(1), 10) / len(generated)
     # the training set is what was trained on: every image in all its views
     dataset = build_dataset(trained.data, trained.reader, "train")
-    table = trained.first.codes(dataset, "train", trained.data, 500)
+    table = trained.first.codes(dataset, "train", trained.data, 500, World(trained.first.device))
     found = [
         accuracy(classifier, "val"),
         share_sure(logits),

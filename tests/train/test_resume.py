@@ -1,6 +1,7 @@
 """A run that was stopped and resumed equals one that never stopped; two processes equal one."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -91,8 +92,12 @@ def test_two_processes_equal_one_in_both_stages(tmp_path):
     assert_same_losses(tmp_path / "one", tmp_path / "two")
     logged = [row for row in lines(tmp_path / "two") if "adaptive_weight" in row]
     assert logged and 0 < logged[-1]["adaptive_weight"] < 1000  # the clamp must not hide the weight
-    one = run("train_sampler.py", f"{sampler} --log_dir sampler_one")
     two = run("train_sampler.py", f"{sampler} --log_dir sampler_two", processes=2)
+    codes = tmp_path / "one" / "codes"
+    encoded_by_two = {path.name: path.read_bytes() for path in codes.iterdir()}
+    shutil.rmtree(codes)
+    one = run("train_sampler.py", f"{sampler} --log_dir sampler_one")
+    assert encoded_by_two == {path.name: path.read_bytes() for path in codes.iterdir()}
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     assert_close(weights(tmp_path / "sampler_one", 4), weights(tmp_path / "sampler_two", 4))
     assert_same_losses(tmp_path / "sampler_one", tmp_path / "sampler_two")
