@@ -9,16 +9,18 @@ help:  ## these targets
 
 setup: $(VENV)/ready  ## a virtual environment with everything in requirements-dev.txt
 
-# natten builds CUDA kernels from source where it sees a GPU: hide it, and go on without natten if it does not install.
+# natten comes as source: without --no-build-isolation pip would fetch a second torch to build it, and where it sees a GPU
+# it would compile CUDA kernels, so the GPU is hidden. Everything runs without natten, so a failure stops nothing.
 $(VENV)/ready: requirements.txt requirements-extra.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
-	CUDA_VISIBLE_DEVICES= $(RUN) -m pip install --quiet natten || echo "natten did not install: everything runs without it"
+	$(RUN) -m pip install --quiet "setuptools>=64" wheel "build>=1.3"
+	CUDA_VISIBLE_DEVICES= $(RUN) -m pip install --quiet --no-build-isolation natten || echo "natten did not install: everything runs without it"
 	touch $@
 
-demo: setup  ## train both stages on real digits, sample, measure (about 8 minutes on 2 CPU cores)
+demo: setup  ## train both stages on real digits, sample, measure (minutes on 2 CPU cores)
 	$(RUN) train_vqgan.py
 	$(RUN) train_sampler.py --sampler absorbing
 	$(RUN) experiments/get_samples.py

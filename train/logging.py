@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -40,7 +41,8 @@ class Logger:
     def __init__(self, folder: Path, world: World, *, every: int, start: int, steps: int, batch_size: int):
         self.folder, self.world, self.every, self.steps, self.batch_size = folder, world, every, steps, batch_size
         self.totals: dict[str, Tensor] = {}
-        self.count, self.since = 0, time.perf_counter()
+        self.counts: Counter[str] = Counter()  # a loss that sets in between two lines counts its own steps
+        self.begun, self.since = start, time.perf_counter()
         if world.is_main:
             keep_lines_until(folder / "metrics.jsonl", start)
             self.writer = SummaryWriter(str(folder), purge_step=start + 1)
@@ -52,20 +54,19 @@ class Logger:
         for name, value in metrics.items():
             value = value.detach().float().mean()
             self.totals[name] = self.totals[name] + value if name in self.totals else value
-        self.count += 1
+            self.counts[name] += 1
         if self.world.is_main:
             self.bar.update()
         if state.step % self.every and state.step != self.steps:
             return
-        averages = self.world.mean(torch.stack(list(self.totals.values())) / self.count).tolist()
-        values = dict(zip(self.totals, averages, strict=True))
+        averages = torch.stack([total / self.counts[name] for name, total in self.totals.items()])
+        values = dict(zip(self.totals, self.world.mean(averages).tolist(), strict=True))
         now = time.perf_counter()
-        rate = self.count / (now - self.since)
-        self.totals, self.count, self.since = {}, 0, now
+        rate = (state.step - self.begun) / (now - self.since)
+        self.totals, self.counts, self.begun, self.since = {}, Counter(), state.step, now
         if self.world.is_main:
-            self.scalars(
-                state.step, values | {"perf/steps_per_second": rate, "perf/images_per_second": rate * self.batch_size}
-            )
+            speed = {"perf/steps_per_second": rate, "perf/images_per_second": rate * self.batch_size}
+            self.scalars(state.step, values | speed)
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if "/" not in k}, refresh=False)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:

@@ -1,0 +1,52 @@
+"""What is logged is what happened."""
+
+import json
+
+import pytest
+import torch
+
+from train.distributed import World
+from train.logging import Logger, grid_image, keep_lines_until
+from train.loop import State
+
+
+@pytest.fixture
+def logger(tmp_path):
+    logger = Logger(tmp_path, World(torch.device("cpu")), every=3, start=0, steps=4, batch_size=2)
+    yield logger
+    logger.close()
+
+
+def test_lines_hold_averages_each_over_its_own_steps(logger, tmp_path):
+    steps = [{"loss": 1.0}, {"loss": 2.0}, {"loss": 6.0, "late": 5.0}, {"loss": 7.0}]
+    for number, metrics in enumerate(steps, 1):
+        logger(State({}, {}, step=number), {name: torch.tensor(value) for name, value in metrics.items()})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 4]  # every third, and the last
+    assert (lines[0]["loss"], lines[0]["late"]) == (3.0, 5.0)
+    assert lines[1]["loss"] == 7.0 and "late" not in lines[1]
+    assert lines[0]["perf/images_per_second"] == pytest.approx(2 * lines[0]["perf/steps_per_second"])
+
+
+def test_a_grid_holds_the_images_in_reading_order_and_enlarges_small_ones():
+    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 1, 32, 32) * 10
+    grid = grid_image(images, columns=3)
+    assert grid.size == (3 * 66 + 2, 2 * 66 + 2)
+    assert [grid.getpixel((34 + 66 * (i % 3), 34 + 66 * (i // 3)))[0] for i in range(6)] == [0, 10, 20, 30, 40, 50]
+    assert grid.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_pictures_and_histograms_reach_tensorboard(logger, tmp_path):
+    logger.images("samples", 3, torch.zeros(4, 3, 8, 8))
+    logger.histogram("codes", 3, torch.tensor([1.0, 0.0, 2.0]))
+    logger.writer.flush()
+    assert (tmp_path / "images" / "samples_00000003.png").is_file()
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    assert b"samples" in events.read_bytes() and b"codes" in events.read_bytes()
+
+
+def test_a_line_cut_short_ends_what_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    keep_lines_until(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
