@@ -12,6 +12,7 @@ from train.data import Positions, training_batches
 from train.distributed import World
 from train.logging import Logger
 from train.loop import State, fit
+from train.precision import has_native_bf16
 
 # Settings that say where, how fast or how often, not what: a run may go on with others.
 VOLATILE = {
@@ -71,6 +72,8 @@ def begin(run: Path, config, state: State, world: World, origin: dict[str, Any])
     if world.is_main:
         open_run(run, config, origin)
         print(f"run folder: {run}", flush=True)
+        if training.amp and not has_native_bf16(world.device):
+            print(f"{world.device} has no native bfloat16: training in float32", flush=True)
     world.barrier()
     if saved_steps(run):
         load(run, saved_steps(run)[-1], state)
