@@ -177,6 +177,13 @@ def images_in_order(
         warnings.warn(f"skipped {len(skipped)} unreadable images: {'; '.join(skipped)}", stacklevel=2)
 
 
+def fixed_subset(n: int, count: int) -> list[int]:
+    """`count` of n indices (all, where there are fewer), always the same, drawn at random: files are often sorted by
+    class or by writer, so the first ones would not stand for the rest."""
+    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("subset")))[:count]
+    return chosen.tolist()
+
+
 class TrainingCodes:
     """Shuffled code grids of all views: ids (V, n, h, w), labels (n,) or None."""
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from train.config import DataConfig, TrainingConfig
-from train.data import ImageSource, images_in_order, streams
+from train.data import ImageSource, fixed_subset, images_in_order, streams
 from train.distributed import World
 from train.ema import EMA
 from train.logging import Logger
@@ -137,12 +137,12 @@ class VQGANReports:
 
     @torch.no_grad()
     def validate(self, state: State, metrics: Metrics) -> None:
-        """L1 and LPIPS on the first images of the validation split, with the averaged weights where they are kept."""
+        """L1 and LPIPS on a fixed part of the validation split, with the averaged weights where they are kept."""
         step = self.step
         if not step.world.is_main:
             return
         network, l1, lpips = state.averaged("autoencoder").eval(), [], []
-        indices = list(range(min(len(self.validation), VALIDATION_IMAGES)))
+        indices = fixed_subset(len(self.validation), VALIDATION_IMAGES)
         for batch in images_in_order(self.validation, self.batch_size, indices):
             images = to_float(batch["image"]).to(step.world.device)
             with autocast(step.world.device, step.training.amp):
@@ -163,8 +163,7 @@ class VQGANReports:
         self.logger.histogram("codes/chosen", state.step, counts)
         if not self.step.world.is_main:
             return
-        count = min(len(self.validation), SHOWN_IMAGES)
-        for batch in images_in_order(self.validation, count, list(range(count))):
+        for batch in images_in_order(self.validation, SHOWN_IMAGES, fixed_subset(len(self.validation), SHOWN_IMAGES)):
             images = to_float(batch["image"]).to(self.step.world.device)
             fake = state.averaged("autoencoder").eval()(images)[0].clamp(-1, 1)
             self.logger.images("reconstructions", state.step, torch.cat([images, fake]), columns=len(images))

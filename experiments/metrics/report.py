@@ -19,7 +19,7 @@ from experiments.table import table
 from train.checkpoint import sha256
 from train.cli import to_dict
 from train.config import DataConfig
-from train.data import ImageSource, images_in_order
+from train.data import ImageSource, fixed_subset, images_in_order
 from train.datasets import Dataset
 from train.generate import FirstStage, TrainedSampler
 
@@ -97,7 +97,7 @@ def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any]:
     same = min(count, len(held_out))  # as many images of each kind as there are held-out real ones
 
     def held_out_batches(n: int = same) -> Batches:
-        return images_in_order(held_out, output.batch_size, list(range(n)))
+        return images_in_order(held_out, output.batch_size, fixed_subset(len(held_out), n))
 
     sampled = progress(batches, count, "sampling")
     generated, as_many = generated_statistics(features, sampled, same, folder / "samples.png")

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from train.config import DataConfig
-from train.data import ImageSource, Order, TrainingCodes, TrainingImages, images_in_order, streams, training_batches
+from train.data import (
+    ImageSource,
+    Order,
+    TrainingCodes,
+    TrainingImages,
+    fixed_subset,
+    images_in_order,
+    streams,
+    training_batches,
+)
 from train.datasets import ArrayDataset, UnreadableImage
 from train.distributed import World
 
@@ -105,6 +114,13 @@ def test_nothing_readable_is_an_error():
     source = TrainingImages(ImageSource(dataset, CONFIG), seed=0)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="not one image"):
         batches(source)
+
+
+def test_a_fixed_subset_is_no_prefix_and_always_the_same():
+    subset = fixed_subset(1000, 100)
+    assert subset == fixed_subset(1000, 100)
+    assert len(set(subset)) == 100 and max(subset) > 900  # sorted data are met all over
+    assert sorted(fixed_subset(7, 100)) == list(range(7))
 
 
 def test_codes_keep_their_labels_in_every_view():
