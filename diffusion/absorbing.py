@@ -146,7 +146,7 @@ def one_by_one(
     """
     count = x[0].numel()
     if steps not in (None, count):
-        raise ValueError(f"one_by_one takes {count} steps on this grid, got {steps}: leave --sample_steps out")
+        raise ValueError(f"one_by_one takes {count} steps on this grid, got {steps}: pass --sample_steps {count}")
     check_sampling(count, temperature)
     order = (
         rng.uniform(x.shape).flatten(1).argsort(1).argsort(1).view_as(x)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from experiments.metrics.atomic import whole_file
 from train.logging import grid_image
 
 GRID = 64  # images in a grid
@@ -16,9 +17,8 @@ GRID = 64  # images in a grid
 
 def save_grid(path: Path, images: Tensor, columns: int | None = None) -> None:
     """A PNG grid of images (B, C, H, W) uint8."""
-    aside = path.with_name(f".{path.name}")
-    grid_image(images, columns).save(aside, format="PNG")
-    aside.replace(path)
+    with whole_file(path) as scratch:
+        grid_image(images, columns).save(scratch, format="PNG")
 
 
 class SampleWriter:

@@ -28,7 +28,7 @@ class Encoder(nn.Sequential):
     def __init__(self, config: VQGANConfig, img_size: int, n_channels: int):
         widths = [config.nf * m for m in config.ch_mult]
         layers: list[nn.Module] = [nn.Conv2d(n_channels, config.nf, 3, padding=1)]
-        for i, (before, width) in enumerate(zip([config.nf, *widths], widths, strict=False)):
+        for i, (before, width) in enumerate(zip([config.nf, *widths[:-1]], widths, strict=True)):
             layers += level(before, width, config.res_blocks, img_size >> i in config.attn_resolutions)
             if i < len(widths) - 1:
                 layers.append(Downsample(width))
