@@ -126,7 +126,7 @@ def streams():
 def p_value():
     """p_value(draws, probabilities): Pearson's chi-square test of draws (n,) against a distribution (K,)."""
 
-    def test(draws: Tensor, probabilities: Tensor) -> float:
+    def chi_square(draws: Tensor, probabilities: Tensor) -> float:
         possible = probabilities > 1e-12
         seen, expected = draws.bincount(minlength=len(probabilities)), len(draws) * probabilities.double()
         if seen[~possible].any():
@@ -134,4 +134,4 @@ def p_value():
         statistic = ((seen - expected).square() / expected)[possible].sum()
         return torch.special.gammaincc((possible.sum() - 1) / 2, statistic / 2).item()
 
-    return test
+    return chi_square
