@@ -1,6 +1,5 @@
 """How long a training step takes on this machine, in float32 and in bfloat16: one table, the two measured in turn."""
 
-import platform
 import statistics
 import sys
 import time
@@ -47,6 +46,7 @@ class Config:
 def main(config: Config) -> None:
     import torch
 
+    from experiments.metrics.cost import machine
     from train.distributed import World, pick_device
     from train.loop import State
     from train.samplers import absorbing
@@ -83,18 +83,6 @@ def main(config: Config) -> None:
         spread = (f"{medians[name]:.3f}", f"{min(times):.3f}", f"{max(times):.3f}")
         rows.append((name, *spread, f"{tokens / medians[name]:.0f}", f"{medians['float32'] / medians[name]:.2f}x"))
     print(table(rows))
-
-
-def machine(device) -> str:
-    """The name of the processor that does the work."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Images larger than those a sampler was trained on: windows of its grid over a larger canvas of codes."""
+"""Images larger than those a sampler was trained on: one pass over a larger canvas of codes, or windows of its grid."""
 
 import sys
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class CanvasConfig:
     shape: tuple[int, int] = (32, 16)
     """Height and width in codes."""
     window_stride: int | None = None
-    """Codes between windows; half the grid if left out."""
+    """Codes between windows; if left out, the whole canvas at once where positions are relative, else half the grid."""
     n_samples: int = 4
     """Number of images."""
 
@@ -46,7 +46,6 @@ def main(config: Config) -> None:
     trained = load_model(config.model, config.output)
     folder = open_results("big_samples", config, trained)
     canvas, output = config.canvas, config.output
-    stride = canvas.window_stride or max(1, min(trained.first.vqgan.grid) // 2)
 
     def batches():
         for first in range(0, canvas.n_samples, output.batch_size):
@@ -57,14 +56,14 @@ def main(config: Config) -> None:
                 config.sampling,
                 labels=trained.labels(output.seed, indices),
                 shape=canvas.shape,
-                window_stride=stride,
+                window_stride=canvas.window_stride,
             )
             yield {"image": trained.first.decode(codes).cpu(), "index": indices}
 
     for batch in progress(batches(), canvas.n_samples, "sampling"):
         for i, image in zip(batch["index"], batch["image"], strict=True):
             save_grid(folder / f"big_{i:03d}.png", image[None])
-    write_results(folder, {"n_samples": canvas.n_samples, "window_stride": stride, "run": to_dict(config)})
+    write_results(folder, {"n_samples": canvas.n_samples, "run": to_dict(config)})
     print(f"{canvas.n_samples} images of {canvas.shape[0]} x {canvas.shape[1]} codes: {folder}")
 
 

@@ -1,13 +1,18 @@
 """A pre-norm transformer over a grid of discrete codes, optionally conditioned on a class by adaptive norms."""
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import SelfAttention
+from models.attention import KINDS, Attention, FullAttention
 from models.blocks import initial_normal
+from models.embeddings import RelativeBias, Rotary
+from models.hydra import HydraAttention
+from models.neighborhood import Backend
 
 
 class TransformerBlock(nn.Module):
@@ -16,13 +21,14 @@ class TransformerBlock(nn.Module):
     The adaptive form is adaLN-zero (Peebles & Xie 2023): its projection, so every block's change, starts at zero.
     """
 
-    def __init__(self, width: int, heads: int, *, adaptive: bool, attn_dropout: float = 0.0, dropout: float = 0.0):
+    def __init__(self, attention: Attention, *, adaptive: bool, mlp_ratio: float = 4.0, dropout: float = 0.0):
         super().__init__()
+        width, hidden = attention.width, int(mlp_ratio * attention.width)
         self.norm1 = nn.LayerNorm(width, elementwise_affine=not adaptive)
-        self.attention = SelfAttention(width, heads, attn_dropout)
+        self.attention = attention
         self.norm2 = nn.LayerNorm(width, elementwise_affine=not adaptive)
-        self.expand = nn.Linear(width, 4 * width)
-        self.contract = nn.Linear(4 * width, width)
+        self.expand = nn.Linear(width, hidden)
+        self.contract = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
         self.modulation = nn.Linear(width, 6 * width) if adaptive else None
 
@@ -30,13 +36,57 @@ class TransformerBlock(nn.Module):
         return self.contract(F.gelu(self.expand(x)))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """x (B, N, D), condition (B, D) where the block is adaptive -> (B, N, D)."""
+        """x (B, *grid, D), condition (B, D) where the block is adaptive -> (B, *grid, D)."""
         if self.modulation is None:
             x = x + self.dropout(self.attention(self.norm1(x)))
             return x + self.dropout(self.mlp(self.norm2(x)))
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition))[:, None].chunk(6, dim=-1)
+        modulation = self.modulation(F.silu(condition)).view(len(x), *[1] * (x.ndim - 2), -1)  # (B, 1..., 6 D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.dropout(self.attention(self.norm1(x) * (1 + scale1) + shift1))
         return x + gate2 * self.dropout(self.mlp(self.norm2(x) * (1 + scale2) + shift2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """What the attention of a transformer is like; see `attention_layer`."""
+
+    attention: Literal["full", "neighborhood"] = "full"
+    attention_type: Literal["softmax", "diff_v1", "diff_v2"] = "softmax"
+    position: Literal["learned", "rope", "bias", "none"] = "learned"
+    kernel_sizes: tuple[int, ...] = (7,)  # of neighbourhood attention, one per group of heads, or one for all
+    dilations: tuple[int, ...] = (1,)
+    na_backend: Backend = "auto"
+    dropout: float = 0.0  # of attention weights
+
+
+def attention_layer(config: AttentionConfig, width: int, heads: int, grid: tuple[int, int], depth: int) -> Attention:
+    """Self-attention number `depth` (from 0) of a network over a grid; ValueError where something does not fit.
+
+    `heads` is what softmax attention has: diff_v1 makes half as many of twice the width, which keeps the number of
+    parameters; diff_v2 keeps the heads and asks two queries each.
+    """
+    kind, v1 = KINDS[config.attention_type], config.attention_type == "diff_v1"
+    if v1 and heads % 2:
+        raise ValueError(f"got {heads} heads, diff_v1 pairs them: wanted an even number")
+    heads = heads // 2 if v1 else heads
+    parts = kind.layout(width, heads)
+    biased = config.position == "bias"
+    if config.attention == "full":
+        core = FullAttention(bias=RelativeBias(parts.queries, grid) if biased else None)
+    else:
+        core = HydraAttention(
+            heads,
+            config.kernel_sizes,
+            config.dilations,
+            keys=parts.keys // heads,
+            queries=parts.queries // heads,
+            bias=biased,
+            backend=config.na_backend,
+        )
+        core.groups(grid)  # raises where a window does not fit
+    rotary = Rotary(parts.width) if config.position == "rope" else None
+    options = {"depth": depth} if v1 else {}
+    return kind(width, heads, core=core, rotary=rotary, dropout=config.dropout, **options)
 
 
 class Transformer(nn.Module):
@@ -56,20 +106,25 @@ class Transformer(nn.Module):
         heads: int = 8,
         layers: int = 24,
         n_classes: int = 0,
-        attn_dropout: float = 0.0,
+        attention: AttentionConfig = AttentionConfig(),  # noqa: B008 (it is frozen)
+        mlp_ratio: float = 4.0,
         embd_dropout: float = 0.0,
         resid_dropout: float = 0.0,
     ):
         super().__init__()
         self.codes, self.grid, self.n_classes = codes, tuple(grid), n_classes
         self.code = nn.Embedding(codes + 1, width)
-        self.position = nn.Parameter(torch.zeros(*self.grid, width))
+        self.position = nn.Parameter(torch.zeros(*self.grid, width)) if attention.position == "learned" else None
         self.label = nn.Embedding(n_classes + 1, width) if n_classes else None
         self.dropout = nn.Dropout(embd_dropout)
-        adaptive = n_classes > 0
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, heads, adaptive=adaptive, attn_dropout=attn_dropout, dropout=resid_dropout)
-            for _ in range(layers)
+            TransformerBlock(
+                attention_layer(attention, width, heads, self.grid, depth),
+                adaptive=n_classes > 0,
+                mlp_ratio=mlp_ratio,
+                dropout=resid_dropout,
+            )
+            for depth in range(layers)
         )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, codes, bias=False)
@@ -78,7 +133,8 @@ class Transformer(nn.Module):
     def initialise(self) -> None:
         """N(0, 0.02^2); writers into the residual stream shrink with depth (GPT-2); adaptive norms start at zero."""
         self.apply(initial_normal)
-        nn.init.normal_(self.position, std=0.02)
+        if self.position is not None:
+            nn.init.normal_(self.position, std=0.02)
         for block in self.blocks:
             for writer in (block.attention.proj, block.contract):
                 nn.init.normal_(writer.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
@@ -88,7 +144,7 @@ class Transformer(nn.Module):
     def forward(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
         """ids (B, H, W) int64, labels (B,) int64 or None for the null class -> logits (B, H, W, K)."""
         B, H, W = ids.shape
-        if (H, W) != self.grid:
+        if self.position is not None and (H, W) != self.grid:
             raise ValueError(
                 f"positions are learned for a grid of {self.grid}, got {(H, W)}: sample larger canvases by windows"
             )
@@ -98,7 +154,8 @@ class Transformer(nn.Module):
         if self.label is not None:
             labels = ids.new_full((B,), self.n_classes) if labels is None else labels
             condition = self.label(labels)  # (B, D)
-        x = self.dropout(self.code(ids) + self.position).flatten(1, 2)  # (B, N, D)
+        x = self.code(ids)  # (B, H, W, D)
+        x = self.dropout(x if self.position is None else x + self.position)
         for block in self.blocks:
             x = block(x, condition)
-        return self.head(self.norm(x)).unflatten(1, (H, W))  # (B, H, W, K)
+        return self.head(self.norm(x))  # (B, H, W, K)

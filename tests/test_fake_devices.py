@@ -16,7 +16,8 @@ from diffusion.guidance import guided
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
 from diffusion.windows import windowed
-from models.transformer import Transformer
+from models.attention import record_maps
+from models.transformer import AttentionConfig, Transformer
 from vq.augment import Augmentation
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
@@ -27,6 +28,10 @@ from vq.quantize import perplexity, usage
 CODES, GRID, BATCH = 16, (4, 4), 2
 PROCESS = AbsorbingDiffusion(CODES, steps=3)
 SOLVERS = solvers_of(PROCESS)
+
+
+def attention(position, **options):
+    return AttentionConfig(attention="neighborhood", position=position, **{"na_backend": "tiled"} | options)
 
 
 @pytest.fixture
@@ -40,6 +45,10 @@ def networks():
         "batch": PatchDiscriminator(3, ndf=8, layers=1, norm="batch"),
         "unconditional": Transformer(**shape),
         "conditional": Transformer(**shape, n_classes=3),
+        "neighborhood": Transformer(**shape, attention=attention("rope", kernel_sizes=(3,), attention_type="diff_v1")),
+        "hydra": Transformer(**shape, attention=attention("bias", kernel_sizes=(3, 1), attention_type="diff_v2")),
+        "dense": Transformer(**shape, attention=attention("bias", kernel_sizes=(1, 3), na_backend="dense")),
+        "biased": Transformer(**shape, attention=AttentionConfig(position="bias")),
     }
 
 
@@ -107,6 +116,14 @@ def test_the_transformer(device, networks, masks, codes):
     labels = torch.zeros(BATCH, dtype=torch.long, device=device)
     plain, conditional = networks["unconditional"], networks["conditional"]
     assert all_on(device, plain(masks), conditional(codes), conditional(masks, labels))
+
+
+@pytest.mark.parametrize("kind", ["neighborhood", "hydra", "dense", "biased"])
+def test_every_kind_of_attention(device, networks, codes, kind):
+    assert all_on(device, networks[kind](codes))
+    with record_maps(networks[kind]) as maps:
+        networks[kind](codes)
+    assert all_on(device, maps)
 
 
 @pytest.mark.parametrize("steps", [3, None])

@@ -1,12 +1,16 @@
 """The command line: what parses, what is refused, and how."""
 
 import pytest
+import torch
 import yaml
 from tiny import ROOT, call, run
 
+from experiments.compare_attention import VARIANTS
 from train import cli
 from train.config import DataConfig, LoggingConfig, TrainingConfig
 from train.registry import names_in
+from train.samplers import absorbing
+from vq.config import VQGANConfig
 
 COMMANDS = {  # as the README has them
     "train_vqgan.py": "--dataset ffhq --log_dir vqgan_ffhq --amp --ema --batch_size 4 --diff_aug",
@@ -58,12 +62,39 @@ def test_presets_reach_both_stages_and_differ_as_the_reference_does(monkeypatch,
     assert parsed("train_vqgan.py", "--dataset bedrooms", monkeypatch)["category"] == "bedroom"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
 def test_every_preset_is_whole(path, monkeypatch, tmp_path):
     flags = f"--config {path} --logs_root {tmp_path}"
-    assert parsed("train_vqgan.py", flags, monkeypatch)["dataset"] == path.stem
-    assert parsed("train_sampler.py", flags, monkeypatch)["dataset"] == path.stem
-    assert parsed("experiments/calc_FID.py", flags, monkeypatch)["dataset"] == path.stem
+    dataset = yaml.safe_load(path.read_text())["dataset"]
+    assert (ROOT / "configs" / f"{dataset}.yaml").is_file() and path.stem.startswith(dataset)
+    scripts = ("train_vqgan.py", "train_sampler.py", "experiments/calc_FID.py", "experiments/compare_attention.py")
+    for script in scripts:
+        assert parsed(script, flags, monkeypatch)["dataset"] == dataset
+
+
+def grid_of(path, monkeypatch, tmp_path):
+    """The codes that a preset's images become, by its own VQGAN or that of its data set."""
+    own = "vqgan" in yaml.safe_load(path.read_text())
+    preset = path if own else ROOT / "configs" / f"{yaml.safe_load(path.read_text())['dataset']}.yaml"
+    config = parsed("train_vqgan.py", f"--config {preset} --logs_root {tmp_path}", monkeypatch)
+    return VQGANConfig(ch_mult=tuple(config["ch_mult"])).grid(config["img_size"])
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+def test_the_attention_of_every_preset_fits_its_grid(path, monkeypatch, tmp_path):
+    grid, content = grid_of(path, monkeypatch, tmp_path), yaml.safe_load(path.read_text())
+    script = "train_sampler.py" if "absorbing" in content else "experiments/compare_attention.py"
+    flat = parsed(script, f"--config {path} --logs_root {tmp_path}", monkeypatch)
+    settings = {key: flat[key] for key in cli.fields_of(absorbing.Config)}
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    compared = VARIANTS.values() if "compare_attention" in content else [{}]
+    for changes in compared:
+        with torch.device("meta"):
+            built = absorbing.build(absorbing.Config(**settings | changes), codes=8, grid=grid, n_classes=0)
+        assert built.network.grid == grid
 
 
 def test_precedence_is_default_then_file_then_flag(monkeypatch, tmp_path):
@@ -90,6 +121,14 @@ REFUSED = {  # script and flags -> what the message must hold
     "no data path": ("train_vqgan.py", "--dataset ffhq", ["ffhq", "datasets.yaml", "--data_dir"]),
     "size": ("train_vqgan.py", "--img_size 33", ["33", "multiple of 8", "--img_size"]),
     "heads": ("train_sampler.py", "--bert_n_head 7", ["bert_n_emb", "192", "7"]),
+    "kernel": ("train_sampler.py", "--attention neighborhood --kernel_sizes 4", ["kernel_sizes", "(4,)", "odd"]),
+    "window": ("train_sampler.py", "--attention neighborhood --kernel_sizes 5", ["5", "height of 4", "up to 3"]),
+    "groups": (
+        "train_sampler.py",
+        "--attention neighborhood --kernel_sizes 3 3 --dilations 1 1 1",
+        ["2", "3", "one for"],
+    ),
+    "variant": ("experiments/compare_attention.py", "--variants ful", ["ful", "full, neighborhood"]),
     "sampler": ("train_sampler.py", "--sampler absorbin", ["absorbin", "'absorbing'"]),
     "config file": ("train_vqgan.py", "--config nowhere.yaml", ["nowhere.yaml", "digits.yaml"]),
     "no run": ("train_sampler.py", "--ae_load_dir nothing", ["nothing", "vqgan_digits"]),
@@ -161,6 +200,20 @@ def test_flags_are_the_agreed_ones(monkeypatch):
     """A flag is a promise: this list changes on purpose or not at all."""
     assert cli.fields_of(LoggingConfig) == {
         *("log_dir", "logs_root", "steps_per_log", "steps_per_checkpoint", "steps_per_save_output", "steps_per_eval"),
+    }
+    assert cli.fields_of(absorbing.Config) == {
+        *(
+            "sampler",
+            "bert_n_emb",
+            "bert_n_head",
+            "bert_n_layers",
+            "mlp_ratio",
+            "attention",
+            "kernel_sizes",
+            "dilations",
+        ),
+        *("na_backend", "attention_type", "position", "attn_pdrop", "embd_pdrop", "resid_pdrop", "loss_type"),
+        *("mask_schedule", "total_steps", "class_conditional", "label_drop"),
     }
     assert cli.fields_of(TrainingConfig) == {
         *("train_steps", "batch_size", "accumulate", "lr", "warmup_iters", "weight_decay", "grad_clip", "amp"),

@@ -152,17 +152,18 @@ def parse(cls: type[C], section: str, argv: list[str], under: Callable[[list[str
     return interpret(cls, argv, default=base, prog=Path(sys.argv[0]).name)
 
 
-def first_stage_data(argv: list[str]) -> dict[str, Any]:
+def first_stage_data(argv: list[str], section: str | None = None) -> dict[str, Any]:
     """What the VQGAN that a second stage names was trained on, by flat key; empty where its run is not to be found.
 
-    It lies under the second stage's own --config and flags, so that nobody types the data twice.
+    It lies under the second stage's own --config and flags, so that nobody types the data twice. `section` of the
+    config file names the run, the sampler's own if left out.
     """
     file = peek(argv, "config")
     content = read_yaml(Path(file)) if file is not None else {}
-    section = content.get(peek(argv, "sampler") or SamplerConfig.sampler, {})
+    values = content.get(section or peek(argv, "sampler") or SamplerConfig.sampler, {})
     dataset = peek(argv, "dataset") or content.get("dataset", DataConfig.dataset)
-    root = peek(argv, "logs_root") or section.get("logs_root", LoggingConfig.logs_root)
-    run = peek(argv, "ae_load_dir") or section.get("ae_load_dir") or f"vqgan_{dataset}"
+    root = peek(argv, "logs_root") or values.get("logs_root", LoggingConfig.logs_root)
+    run = peek(argv, "ae_load_dir") or values.get("ae_load_dir") or f"vqgan_{dataset}"
     path = Path(root).expanduser() / run / "config.yaml"
     if not path.is_file():
         return {}

@@ -167,7 +167,7 @@ class TrainedSampler:
         *,
         labels: Tensor | None = None,
         shape: tuple[int, int] | None = None,
-        window_stride: int = 1,
+        window_stride: int | None = None,
     ) -> Tensor:
         """Codes (B, h, w) of the images of these indices; image i of a seed is the same in whatever batch."""
         device = self.first.device

@@ -70,6 +70,25 @@ class SamplerStep:
         return totals
 
 
+@torch.no_grad()
+def validation_losses(
+    sampler: Any, network: torch.nn.Module, codes: TrainingCodes, count: int, training: TrainingConfig, world: World
+) -> dict[str, float]:
+    """Loss and metrics over the first `count` validation codes, with times and masks that are always the same.
+
+    `network` is in eval mode.
+    """
+    found = {}
+    for positions in torch.arange(count).split(training.batch_size):
+        batch = on_device(codes[positions.tolist()], world.device)
+        draw = partial(streams, 0, batch=batch, device=world.device)
+        with autocast(world.device, training.amp):
+            loss = sampler.loss(network, batch, draw)
+        for name, value in {"loss": loss.per_example, **loss.metrics}.items():
+            found.setdefault(name, []).append(value.float())
+    return {name: torch.cat(each).mean().item() for name, each in found.items()}
+
+
 class SamplerReports:
     """Validation and pictures of samples, as hooks for `fit`."""
 
@@ -84,16 +103,10 @@ class SamplerReports:
         world, training = self.step.world, self.step.training
         if not world.is_main:
             return
-        network, found = state.averaged("network").eval(), {}
         count = min(len(self.validation.ids), VALIDATION_IMAGES)
-        for positions in torch.arange(count).split(training.batch_size):
-            batch = on_device(self.validation[positions.tolist()], world.device)
-            draw = partial(streams, 0, batch=batch, device=world.device)
-            with autocast(world.device, training.amp):
-                loss = self.step.sampler.loss(network, batch, draw)
-            for name, value in {"loss": loss.per_example, **loss.metrics}.items():
-                found.setdefault(f"val/{name}", []).append(value.float())
-        self.logger.scalars(state.step, {name: torch.cat(each).mean().item() for name, each in found.items()})
+        network = state.averaged("network").eval()
+        found = validation_losses(self.step.sampler, network, self.validation, count, training, world)
+        self.logger.scalars(state.step, {f"val/{name}": value for name, value in found.items()})
         state.modules["network"].train()
 
     @torch.no_grad()

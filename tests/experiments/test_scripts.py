@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import call, run
+from tiny import SAMPLER, call, run
 
 from experiments.images import SampleWriter, read_samples
 from experiments.metrics.frechet import Statistics, frechet_distance
+from models.transformer import Transformer
 from train.generate import load_first_stage, load_sampler
 
 
@@ -120,6 +121,20 @@ def test_big_samples_are_written(trained):
     assert len(pictures) == 3
     with Image.open(pictures[0]) as picture:
         assert picture.size == (2 * 7 * 4 + 4, 2 * 5 * 4 + 4)  # enlarged twice, framed
+
+
+def test_a_network_with_relative_positions_samples_a_larger_canvas_in_one_pass_a_step(trained, monkeypatch):
+    flags = "--attention neighborhood --kernel_sizes 3 1 --attention_type diff_v2 --position rope --log_dir native"
+    call("train_sampler.py", f"--logs_root {trained} --train_steps 2 --no_amp {SAMPLER} {flags}")
+    asked, forward = [], Transformer.forward
+    monkeypatch.setattr(
+        Transformer, "forward", lambda net, x, *a: asked.append(tuple(x.shape[1:])) or forward(net, x, *a)
+    )
+    flags = "--load_dir native --shape 6 9 --n_samples 2 --sample_steps 3 --log_dir native_big"
+    call("experiments/generate_big_samples.py", f"--logs_root {trained} {flags}")
+    assert asked == [(6, 9)] * 6  # with and without the class
+    with Image.open(trained / "native_big" / "big_001.png") as picture:
+        assert picture.size == (9 * 4 + 4, 6 * 4 + 4)  # framed
 
 
 def test_digits_can_be_checked(trained, capsys):

@@ -1,92 +1,245 @@
-"""Attention against its formula; its two paths; its symmetries."""
+"""Attention layers against their formulas, every map written out; what they look at; what they refuse."""
 
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from models import attention
-from models.attention import SelfAttention, attend
+from models.attention import KINDS, DiffAttentionV1, DiffAttentionV2, FullAttention, record_maps
+from models.embeddings import RelativeBias, Rotary
+from models.hydra import HydraAttention
 
-
-def tokens(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def query_key_value(dtype=torch.float32):
-    return [tokens(2, 3, 7, 8, dtype=dtype, seed=seed).requires_grad_() for seed in range(3)]
-
-
-def plain(q, k, v, causal):
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    return (scores + torch.full((7, 7), -math.inf).triu(1) if causal else scores).softmax(-1) @ v
+WIDTH, HEADS, DEPTH, CONTEXT = 24, 3, 3, 10
+N, M, GRID = 5, 7, (6, 7)
+BLIND = 2  # the token from which masks of (N, M) hide everything
+MAPS = {"softmax": 1, "diff_v1": 2, "diff_v2": 2}  # per head
+KEYS = {"softmax": 1, "diff_v1": 2, "diff_v2": 1}
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_is_its_formula(causal):
-    q, k, v = query_key_value()
-    assert torch.allclose(attend(q, k, v, causal=causal), plain(q, k, v, causal), atol=1e-5)
+def layer_of(kind, dtype=torch.float64, **options):
+    """Every weight, norm and bias away from its start, so that nothing is hidden by a zero or a one."""
+    depth = {"depth": DEPTH} if kind == "diff_v1" else {}
+    layer = KINDS[kind](WIDTH, HEADS, **depth, **options)
+    for p in layer.parameters():
+        nn.init.normal_(p, std=0.5)
+    return layer.to(dtype)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_the_two_paths_agree_forward_and_backward(causal, monkeypatch):
-    results = []
-    for longest in (0, 1024):  # the fused kernel, then the written-out products
-        monkeypatch.setattr(attention, "WRITTEN_OUT_TOKENS", longest)
-        inputs = query_key_value(torch.bfloat16)
-        out = attend(*inputs, causal=causal)
-        results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
-    for fused, written in zip(*results, strict=True):
-        assert fused.dtype == written.dtype == torch.bfloat16
-        assert torch.allclose(fused.float(), written.float(), atol=0.02 * fused.abs().max().item())
+def tokens(*places, width=WIDTH, dtype=torch.float64):
+    return torch.randn(2, *places, width, dtype=dtype)
 
 
-def test_bfloat16_on_a_cpu_is_written_out_and_float32_is_fused(monkeypatch):
-    fused = []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **kw: fused.append(q.dtype) or v)
-    for dtype in (torch.float32, torch.bfloat16):
-        attend(*query_key_value(dtype))
-    assert fused == [torch.float32]
+def mask_of(kind, *shape):
+    seen = torch.rand(2, *shape) < 0.6
+    seen[..., 0] = True
+    if len(shape) > 1:
+        seen[..., BLIND, :] = False
+    return seen if kind == "bool" else torch.randn(seen.shape).masked_fill(~seen, -math.inf)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_acts_on_the_weights(dtype):
-    zeros, v = torch.zeros(1, 2, 64, 64, dtype=dtype), torch.eye(64, dtype=dtype).expand(1, 2, 64, 64)
-    weights = attend(zeros, zeros, v, dropout=0.25) * 64  # all equal before dropout
-    assert torch.allclose(weights.unique().float(), torch.tensor([0, 4 / 3]), rtol=0.01)
-    assert (weights == 0).float().mean() == pytest.approx(0.25, abs=0.03)
+def formula(layer, x, context=None, mask=None, added=0.0, turn=lambda part: part):
+    """Head by head: what the layer says (B, N, D), and its maps (B, heads, N, M).
+
+    `added` (maps, N, M) is added to the logits besides the mask; `turn` gives one query or key its position.
+    """
+    if context is None:
+        q, k, v = layer.qkv(x)[..., : -2 * WIDTH], *layer.qkv(x)[..., -2 * WIDTH :].chunk(2, -1)
+    else:
+        q, (k, v) = layer.q(x), layer.kv(context).chunk(2, -1)
+    maps = HEADS * (2 if isinstance(layer, (DiffAttentionV1, DiffAttentionV2)) else 1)
+    if mask is not None:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
+        mask = mask.view(2, *[1] * (4 - mask.ndim), *mask.shape[1:])  # (B, heads or 1, N or 1, M)
+        added = added + mask.expand(-1, HEADS, -1, -1).repeat_interleave(maps // HEADS, 1)
+    added = torch.zeros(2, maps, x.shape[1], k.shape[1], dtype=x.dtype) + added
+
+    def part(y, i, d):
+        return y[..., i * d : (i + 1) * d]
+
+    def weights(i, j, d):
+        """The softmax of query i to key j, each of width d."""
+        scale = layer.scale or 1 / math.sqrt(d)
+        logits = turn(part(q, i, d)) @ turn(part(k, j, d)).mT * scale + added[:, i]
+        return logits.softmax(-1).nan_to_num(0)  # a query that sees nothing gets zeros
+
+    said, seen = [], []
+    for i in range(HEADS):
+        if isinstance(layer, DiffAttentionV1):
+            d = WIDTH // HEADS // 2
+            init = 0.8 - 0.6 * math.exp(-0.3 * DEPTH)
+            first, second = layer.lambda_q1 @ layer.lambda_k1, layer.lambda_q2 @ layer.lambda_k2
+            weight = first.exp() - second.exp() + init
+            a = weights(2 * i, 2 * i, d) - weight * weights(2 * i + 1, 2 * i + 1, d)
+            out = a @ part(v, i, 2 * d)
+            out = out / (out.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.norm.weight * (1 - init)
+        elif isinstance(layer, DiffAttentionV2):
+            d = WIDTH // HEADS
+            weight = (x @ layer.lambda_proj.weight[i]).sigmoid()[..., None]
+            a = weights(2 * i, i, d) - weight * weights(2 * i + 1, i, d)
+            out = a @ part(v, i, d)
+        else:
+            d = WIDTH // HEADS
+            a = weights(i, i, d)
+            out = a @ part(v, i, d)
+        said.append(out)
+        seen.append(a)
+    return layer.proj(torch.cat(said, -1)), torch.stack(seen, 1)
 
 
-def test_self_attention_mixes_heads_by_its_formula():
-    layer, x = SelfAttention(12, heads=3), tokens(2, 7, 12)
-    q, k, v = (part.unflatten(-1, (3, 4)).transpose(1, 2) for part in layer.qkv(x).chunk(3, dim=-1))
-    wanted = layer.proj(torch.cat(plain(q, k, v, causal=False).unbind(1), dim=-1))
-    assert torch.allclose(layer(x), wanted, atol=1e-5)
+def assert_is_its_formula(layer, x, *args, **extra):
+    with record_maps(layer) as recorded:
+        out = layer(x, *args)
+    wanted, maps = formula(layer, x.flatten(1, -2), *args, **extra)
+    assert torch.allclose(out.flatten(1, -2), wanted, atol=1e-10)
+    assert torch.allclose(recorded[""][0], maps, atol=1e-10)
 
 
-def test_without_positions_attention_is_permutation_equivariant():
-    layer, x, order = SelfAttention(12, heads=3), tokens(2, 7, 12), torch.tensor([3, 0, 6, 1, 5, 2, 4])
-    assert torch.allclose(layer(x[:, order]), layer(x)[:, order], atol=1e-5)
-    causal = SelfAttention(12, heads=3, causal=True)
-    assert not torch.allclose(causal(x[:, order]), causal(x)[:, order], atol=1e-3)
+@every_kind
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("shape", [None, "M", "N M", "heads N M"])
+@pytest.mark.parametrize("mask", ["bool", "added"])
+def test_each_kind_is_its_formula(kind, cross, shape, mask):
+    layer = layer_of(kind, context_width=CONTEXT if cross else None)
+    sizes = {"heads": HEADS, "N": N, "M": M if cross else N}
+    mask = shape and mask_of(mask, *(sizes[name] for name in shape.split()))
+    assert_is_its_formula(layer, tokens(N), tokens(M, width=CONTEXT) if cross else None, mask)
 
 
-def test_causal_attention_does_not_see_the_future():
-    layer, x = SelfAttention(12, heads=3, causal=True), tokens(2, 7, 12)
+@every_kind
+def test_a_scale_of_its_own_multiplies_the_logits(kind):
+    assert_is_its_formula(layer_of(kind, scale=0.3), tokens(N))
+
+
+def bias_between(table, grid, step=1):
+    """(maps, 2 k_h - 1, 2 k_w - 1) -> (maps, N, N): the entry of each offset, counted in steps, from query to key."""
+    places = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    offsets = ((place.flatten() - place.flatten()[:, None]) // step for place in places)  # (N, N), of rows and columns
+    down, right = ((o + n // 2).clamp(0, n - 1) for o, n in zip(offsets, table.shape[1:], strict=True))
+    return table[:, down, right]
+
+
+def window(length, kernel, step):
+    """(queries, keys) along an axis: the `kernel` keys around a query, `step` apart, that stop at the border."""
+    seen = torch.zeros(length, length, dtype=torch.bool)
+    for query in range(length):
+        alike = range(query % step, length, step)
+        start = min(max(alike.index(query) - kernel // 2, 0), len(alike) - kernel)
+        seen[query, list(alike[start : start + kernel])] = True
+    return seen
+
+
+@every_kind
+@pytest.mark.parametrize("mask", [None, "bool", "added"])
+def test_a_relative_bias_is_added_to_each_map_besides_the_mask(kind, mask):
+    core = FullAttention(bias=RelativeBias(MAPS[kind] * HEADS, GRID))
+    layer, mask = layer_of(kind, core=core), mask and mask_of(mask, math.prod(GRID))
+    assert_is_its_formula(layer, tokens(*GRID), None, mask, added=bias_between(core.bias.table, GRID))
+
+
+@every_kind
+def test_rotary_positions_turn_each_query_and_key(kind):
+    d = WIDTH // HEADS // KEYS[kind]
+    layer = layer_of(kind, rotary=Rotary(d))
+    x = tokens(*GRID)
+    assert_is_its_formula(layer, x, turn=lambda part: layer.rotary(part.view(2, *GRID, 1, d)).view_as(part))
+    assert not torch.allclose(layer(x).flatten(1, 2), formula(layer, x.flatten(1, 2))[0], atol=0.01)
+
+
+@every_kind
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("backend", ["dense", "tiled"])
+def test_both_maps_of_a_head_see_the_window_of_its_group(kind, bias, backend):
+    heads, kernels, steps = (1, 2), (3, 5), (2, 1)  # three heads in two groups: pairs stay together
+    ways = {"keys": KEYS[kind], "queries": MAPS[kind], "bias": bias, "backend": backend}
+    core = HydraAttention(HEADS, kernels, steps, **ways)
+    layer, added = layer_of(kind, core=core, scale=0.6), []
+    for group, (count, kernel, step) in enumerate(zip(heads, kernels, steps, strict=True)):
+        rows, columns = (window(length, kernel, step) for length in GRID)
+        seen = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
+        table = core.biases[group].table if bias else torch.zeros(MAPS[kind] * count, 1, 1)
+        added.append(bias_between(table, GRID, step).masked_fill(~seen, -math.inf))
+    assert_is_its_formula(layer, tokens(*GRID), added=torch.cat(added))
+
+
+@every_kind
+@pytest.mark.parametrize("mask", ["bool", "added"])
+def test_a_token_that_sees_nothing_gets_zeros_before_the_output_projection(kind, mask):
+    layer, x = layer_of(kind, torch.float32), tokens(N, dtype=torch.float32).requires_grad_()
+    layer.proj = nn.Identity()
+    out = layer(x, mask=mask_of(mask, N, N))
+    assert not out[:, BLIND].any() and out[:, BLIND + 1].any()
+    (out.sum() + out.square().sum()).backward()
+    assert all(tensor.grad.isfinite().all() for tensor in (x, *layer.parameters()))
+
+
+class Shapes(TorchDispatchMode):
+    """Of every tensor that an operation makes, forward or backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        self.seen |= {tuple(y.shape) for y in tree_leaves(out) if isinstance(y, torch.Tensor)}
+        return out
+
+
+@every_kind
+def test_no_map_is_made_unless_it_is_recorded(kind):
+    layer, x = layer_of(kind, torch.float32), tokens(80, dtype=torch.float32)
+    with Shapes() as fast:
+        layer(x).sum().backward()
+    assert fast.seen and not [shape for shape in fast.seen if shape[-2:] == (80, 80)]
+    with Shapes() as slow, record_maps(layer):
+        layer(x)
+    assert (2, MAPS[kind] * HEADS, 80, 80) in slow.seen
+
+
+@every_kind
+def test_causal_attention_does_not_see_the_future(kind):
+    layer, x = layer_of(kind, core=FullAttention(causal=True)), tokens(7)
     changed = x.clone()
     changed[:, 4:] += 1
-    assert torch.allclose(layer(x)[:, :4], layer(changed)[:, :4], atol=1e-5)
-    assert not torch.allclose(layer(x)[:, 4:], layer(changed)[:, 4:], atol=1e-3)
+    with record_maps(layer) as maps:
+        before, after = layer(x), layer(changed)
+    assert torch.allclose(before[:, :4], after[:, :4], atol=1e-10)
+    assert not torch.isclose(before[:, 4:], after[:, 4:], atol=1e-3).all(-1).any()
+    assert not maps[""][0].triu(1).any() and maps[""][0].tril().any()
 
 
-def test_dropout_sleeps_outside_training():
-    layer, x = SelfAttention(12, heads=3, dropout=0.5), tokens(2, 7, 12)
+@every_kind
+def test_without_positions_attention_is_permutation_equivariant(kind):
+    layer, x, order = layer_of(kind), tokens(7), torch.tensor([3, 0, 6, 1, 5, 2, 4])
+    assert torch.allclose(layer(x[:, order]), layer(x)[:, order], atol=1e-10)
+    layer.core = FullAttention(causal=True)
+    assert not torch.allclose(layer(x[:, order]), layer(x)[:, order], atol=1e-3)
+
+
+@every_kind
+def test_dropout_sleeps_outside_training(kind):
+    layer, x = layer_of(kind, dropout=0.5), tokens(7)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
 
 
-def test_a_width_that_does_not_split_over_the_heads_is_refused():
-    with pytest.raises(ValueError, match="width 10 does not split over 4 heads"):
-        SelfAttention(10, heads=4)
+@pytest.mark.parametrize("kind, heads", [("softmax", 5), ("diff_v1", 8), ("diff_v2", 5)])
+def test_a_width_that_does_not_split_over_the_heads_is_refused(kind, heads):
+    with pytest.raises(ValueError, match=f"width 24 does not split over {heads} "):
+        KINDS[kind](24, heads, **({"depth": 0} if kind == "diff_v1" else {}))
+
+
+@every_kind
+def test_a_context_is_wanted_by_cross_attention_only(kind):
+    x, context = tokens(N), tokens(M, width=CONTEXT)
+    with pytest.raises(ValueError, match="got no context, this layer takes one"):
+        layer_of(kind, context_width=CONTEXT)(x)
+    with pytest.raises(ValueError, match="got a context, this layer takes none: build with context_width"):
+        layer_of(kind)(x, context)
+    with pytest.raises(ValueError, match="leave them out with a context"):
+        layer_of(kind, rotary=Rotary(4), context_width=CONTEXT)

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.attention import Attention
 from models.blocks import count_parameters
-from models.transformer import Transformer, TransformerBlock
+from models.transformer import AttentionConfig, Transformer, TransformerBlock
 
 CODES, GRID, CLASSES = 9, (3, 4), 3
 
@@ -56,13 +57,13 @@ def test_writers_into_the_residual_stream_start_smaller_with_depth():
 
 
 def test_a_block_adds_attention_and_then_an_mlp_of_what_it_has_normed():
-    block, x = TransformerBlock(16, 2, adaptive=False), torch.randn(2, 5, 16)
+    block, x = TransformerBlock(Attention(16, 2), adaptive=False), torch.randn(2, 5, 16)
     h = x + block.attention(block.norm1(x))
     assert torch.allclose(block(x), h + block.contract(F.gelu(block.expand(block.norm2(h)))), atol=1e-5)
 
 
 def test_an_adaptive_block_shifts_scales_and_gates_by_its_condition():
-    block, x, condition = TransformerBlock(16, 2, adaptive=True), torch.randn(2, 5, 16), torch.randn(2, 16)
+    block, x, condition = TransformerBlock(Attention(16, 2), adaptive=True), torch.randn(2, 5, 16), torch.randn(2, 16)
     shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(F.silu(condition)).unsqueeze(1).split(16, dim=-1)
     normed = F.layer_norm(x, (16,))
     h = x + gate1 * block.attention((1 + scale1) * normed + shift1)
@@ -122,10 +123,17 @@ def test_every_weight_is_trained(n_classes):
     assert all(p.grad is not None and p.grad.any() for p in network.parameters())
 
 
-@pytest.mark.parametrize("kind", ["attn_dropout", "embd_dropout", "resid_dropout"])
+DROPOUTS = {
+    "weights": {"attention": AttentionConfig(dropout=0.5)},
+    "embeddings": {"embd_dropout": 0.5},
+    "residuals": {"resid_dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("of", DROPOUTS)
 @pytest.mark.parametrize("n_classes", [0, CLASSES])
-def test_each_dropout_acts_while_training_only(kind, n_classes):
-    network, ids = trained(n_classes=n_classes, **{kind: 0.5}), partly_masked()
+def test_each_dropout_acts_while_training_only(of, n_classes):
+    network, ids = trained(n_classes=n_classes, **DROPOUTS[of]), partly_masked()
     assert torch.equal(network(ids), network(ids))
     network.train()
     assert not torch.equal(network(ids), network(ids))
@@ -134,6 +142,63 @@ def test_each_dropout_acts_while_training_only(kind, n_classes):
 def test_a_canvas_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"grid of \(3, 4\), got \(4, 3\): sample larger canvases by windows"):
         transformer()(partly_masked().mT)
+
+
+RELATIVE = [
+    AttentionConfig(position="rope"),
+    AttentionConfig(position="bias"),
+    AttentionConfig(position="none"),
+    AttentionConfig(position="rope", attention="neighborhood", kernel_sizes=(3,), attention_type="diff_v1"),
+    AttentionConfig(position="bias", attention="neighborhood", kernel_sizes=(3, 1), attention_type="diff_v2"),
+]
+
+
+@pytest.mark.parametrize("attention", RELATIVE, ids=lambda a: f"{a.attention}-{a.attention_type}-{a.position}")
+def test_with_relative_positions_any_canvas_is_one_pass(attention):
+    network = trained(attention=attention, width=32, heads=4)
+    assert network.position is None
+    assert network(torch.full((1, 5, 9), CODES)).shape == (1, 5, 9, CODES)
+
+
+@pytest.mark.parametrize("position", ["rope", "bias"])
+def test_far_from_the_border_a_shifted_canvas_gives_shifted_logits(position):
+    """Two layers of 3 x 3 windows: what is four codes from every border does not know where it is."""
+    attention = AttentionConfig(position=position, attention="neighborhood", kernel_sizes=(3,))
+    network, canvas = trained(attention=attention), torch.randint(0, CODES + 1, (1, 13, 14))
+    here, there = network(canvas[:, :12, :12]), network(canvas[:, 1:, 2:])
+    assert torch.allclose(here[:, 5:8, 6:8], there[:, 4:7, 4:6], atol=1e-4)
+    assert not torch.allclose(here[:, 0:1, 2:4], there[:, 0:1, 0:2], atol=1e-2)
+
+
+@pytest.mark.parametrize("position", ["rope", "bias", "none"])
+def test_relative_positions_tell_offsets_apart_and_none_tells_nothing(position):
+    network, ids = trained(attention=AttentionConfig(position=position)), partly_masked(1)
+    moved = ids.roll(1, dims=2)
+    same = torch.allclose(network(moved), network(ids).roll(1, dims=2), atol=1e-3)
+    assert same == (position == "none")
+
+
+def test_layers_know_their_depth_and_diff_v1_halves_the_heads():
+    network = transformer(attention=AttentionConfig(attention_type="diff_v1"), layers=3, width=16, heads=4)
+    depths = [block.attention.lambda_init for block in network.blocks]
+    assert depths == pytest.approx([0.2, 0.8 - 0.6 * math.exp(-0.3), 0.8 - 0.6 * math.exp(-0.6)])
+    assert network.blocks[0].attention.heads == 2
+    with pytest.raises(ValueError, match="got 3 heads, diff_v1 pairs them"):
+        transformer(attention=AttentionConfig(attention_type="diff_v1"), width=18, heads=3)
+
+
+def test_the_feed_forward_ratio_makes_up_for_the_second_query():
+    plain = count_parameters(transformer(width=64, heads=4))
+    v2 = AttentionConfig(attention_type="diff_v2")
+    more = count_parameters(transformer(width=64, heads=4, attention=v2))
+    even = count_parameters(transformer(width=64, heads=4, attention=v2, mlp_ratio=3.5))
+    assert more - plain == 2 * (64 * 64 + 64 + 64 * 4)  # two layers: queries, their biases, lambda
+    assert abs(even - plain) < 0.01 * plain
+
+
+def test_a_window_larger_than_the_grid_is_refused_when_the_network_is_built():
+    with pytest.raises(ValueError, match="does not fit the height of 3"):
+        transformer(attention=AttentionConfig(attention="neighborhood", kernel_sizes=(5,)))
 
 
 def test_labels_without_classes_are_refused():

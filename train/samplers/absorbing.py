@@ -26,6 +26,20 @@ class Config(SamplerConfig):
     """Attention heads."""
     bert_n_layers: int = 24
     """Blocks."""
+    mlp_ratio: float = 4.0
+    """Width of the feed-forward layers, relative to the transformer's."""
+    attention: Literal["full", "neighborhood"] = "full"
+    """Whether a code sees all others, or those of its neighbourhood."""
+    kernel_sizes: tuple[int, ...] = (7,)
+    """Neighbourhood attention: codes seen along each side (odd), one number per group of heads or one for all."""
+    dilations: tuple[int, ...] = (1,)
+    """Neighbourhood attention: distance between the codes seen, one number per group of heads or one for all."""
+    na_backend: Literal["auto", "dense", "tiled", "natten"] = "auto"
+    """Neighbourhood attention: what computes it; all mean the same."""
+    attention_type: Literal["softmax", "diff_v1", "diff_v2"] = "softmax"
+    """Softmax or differential attention; diff_v1 pairs the heads, diff_v2 gives each a second query."""
+    position: Literal["learned", "rope", "bias", "none"] = "learned"
+    """How codes know their places: all but learned also serve canvases larger than the grid."""
     attn_pdrop: float = 0.0
     """Dropout of attention weights."""
     embd_pdrop: float = 0.0
@@ -52,6 +66,13 @@ class Config(SamplerConfig):
             raise ValueError(
                 f"got total_steps {self.total_steps}, bert_n_layers {self.bert_n_layers}: wanted at least 1"
             )
+        if any(kernel < 1 or kernel % 2 == 0 for kernel in self.kernel_sizes) or min(self.dilations) < 1:
+            sizes = f"kernel_sizes {self.kernel_sizes}, dilations {self.dilations}"
+            raise ValueError(f"got {sizes}: wanted odd kernels, and dilations of at least 1")
+        groups = max(len(self.kernel_sizes), len(self.dilations))
+        if {len(self.kernel_sizes), len(self.dilations)} - {1, groups} or groups > self.bert_n_head:
+            sizes = f"{len(self.kernel_sizes)} kernel_sizes, {len(self.dilations)} dilations, {self.bert_n_head} heads"
+            raise ValueError(f"got {sizes}: wanted as many of both, or one for all, and a head for each")
         for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "label_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted a share in [0, 1)")
@@ -62,7 +83,7 @@ class AbsorbingSampler:
 
     def __init__(self, config: Config, *, codes: int, grid: tuple[int, int], n_classes: int):
         from diffusion.absorbing import AbsorbingDiffusion
-        from models.transformer import Transformer
+        from models.transformer import AttentionConfig, Transformer
 
         self.config, self.grid = config, grid
         self.n_classes = n_classes if config.class_conditional else 0
@@ -74,7 +95,16 @@ class AbsorbingSampler:
             heads=config.bert_n_head,
             layers=config.bert_n_layers,
             n_classes=self.n_classes,
-            attn_dropout=config.attn_pdrop,
+            mlp_ratio=config.mlp_ratio,
+            attention=AttentionConfig(
+                attention=config.attention,
+                attention_type=config.attention_type,
+                position=config.position,
+                kernel_sizes=config.kernel_sizes,
+                dilations=config.dilations,
+                na_backend=config.na_backend,
+                dropout=config.attn_pdrop,
+            ),
             embd_dropout=config.embd_pdrop,
             resid_dropout=config.resid_pdrop,
         )
@@ -98,10 +128,12 @@ class AbsorbingSampler:
         labels: Tensor | None = None,
         options: SamplingConfig,
         shape: tuple[int, int] | None = None,
-        window_stride: int = 1,
+        window_stride: int | None = None,
     ) -> Tensor:
-        """Codes (B, *shape) for the B streams of `rng`, by `options`; a shape beyond the grid is covered by windows.
+        """Codes (B, *shape) for the B streams of `rng`, by `options`.
 
+        A shape that is not the grid is sampled natively, one pass a step, where positions are relative; else, or with a
+        `window_stride`, by windows of the grid (half a grid apart, if left out).
         `labels` (B,) int64 in [0, n_classes), or None for the null class.
         """
         import torch
@@ -119,7 +151,9 @@ class AbsorbingSampler:
             return network(x, None if condition is None else condition.repeat(len(x) // len(condition)))
 
         conditional = guided(denoise, labels, None, options.guidance)
-        canvas = conditional if shape == self.grid else windowed(conditional, self.grid, window_stride)
+        native = shape == self.grid or (self.config.position != "learned" and window_stride is None)
+        stride = max(1, min(self.grid) // 2) if window_stride is None else window_stride
+        canvas = conditional if native else windowed(conditional, self.grid, stride)
         x = torch.full((len(rng), *shape), self.process.mask, device=rng.device)
         return solve(canvas, self.process, x, steps=options.sample_steps, rng=rng, temperature=options.temp)
 

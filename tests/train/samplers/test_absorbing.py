@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from diffusion.rng import Streams, seed_of
+from models.attention import KINDS as KIND_CLASSES
 from train.config import SamplingConfig
 from train.registry import names_in, plugin
 from train.samplers import absorbing
@@ -97,7 +98,60 @@ def test_a_larger_canvas_is_asked_for_in_windows_that_keep_each_images_label():
         assert torch.equal(label, labels.repeat(len(windows) // 2))
 
 
-@pytest.mark.parametrize("wrong", [{"bert_n_head": 3}, {"total_steps": 0}, {"label_drop": 1.0}, {"resid_pdrop": -0.1}])
+@pytest.mark.parametrize("position", ["rope", "bias", "none"])
+def test_with_relative_positions_a_canvas_is_one_pass_a_step(position):
+    recorder, options = Recorder(), SamplingConfig(sample_steps=2)
+    built = sampler(position=position)
+    ids = built.sample(recorder, Streams([0, 1]), labels=torch.tensor([1, 4]), options=options, shape=(5, 4))
+    assert ids.shape == (2, 5, 4)
+    assert [tuple(asked.shape) for asked, _ in recorder.asked] == [(2, 5, 4)] * 2
+    built.sample(recorder, Streams([0]), labels=torch.tensor([1]), options=options, shape=(5, 4), window_stride=1)
+    assert recorder.asked[-1][0].shape[1:] == GRID  # windows are still to be had
+
+
+KINDS = [
+    {"attention": "neighborhood", "kernel_sizes": (1, 3), "dilations": (2, 1)},
+    {"attention": "neighborhood", "kernel_sizes": (3,), "na_backend": "dense", "position": "bias"},
+    {"attention_type": "diff_v1", "position": "rope"},
+    {"attention_type": "diff_v2", "mlp_ratio": 3.5},
+    {"attention_type": "diff_v2", "attention": "neighborhood", "kernel_sizes": (3, 1), "position": "rope"},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_attention_reaches_the_network_and_learns_one_grid(kind):
+    settings = {"bert_n_emb": 16, "bert_n_head": 2, "bert_n_layers": 2, "loss_type": "mlm"}
+    built = absorbing.build(absorbing.Config(**settings | kind), codes=4, grid=(3, 4), n_classes=0)
+    layer = built.network.blocks[1].attention
+    assert type(layer) is KIND_CLASSES[kind.get("attention_type", "softmax")]
+    assert type(layer.core).__name__ == ("HydraAttention" if "attention" in kind else "FullAttention")
+    assert (built.network.position is None) == ("position" in kind) and (layer.rotary is None) == (
+        kind.get("position") != "rope"
+    )
+    optimizer = torch.optim.Adam(built.network.parameters(), lr=0.02)
+    batch = {"codes": torch.randint(4, (1, 3, 4), generator=torch.Generator().manual_seed(1)).repeat(8, 1, 1)}
+    losses = []
+    for step in range(100):
+        loss = built.loss(built.network, batch, draws(step, 8)).per_example.mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"bert_n_head": 3},
+        {"total_steps": 0},
+        {"label_drop": 1.0},
+        {"resid_pdrop": -0.1},
+        {"kernel_sizes": (2,)},
+        {"dilations": (0,)},
+        {"dilations": (1, 1, 1)},
+    ],
+)
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match="got"):
         absorbing.Config(**{**SMALL, **wrong})

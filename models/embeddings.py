@@ -1,0 +1,73 @@
+"""Where a token stands: rotary positions and relative-position biases, both blind to absolute places."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy import ndarray
+from torch import Tensor, nn
+
+from models.attend import widened
+from models.tables import digits, joined, kept
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (Su et al. 2021), the head's width shared evenly between the axes of the grid.
+
+    Turns each pair of channels by an angle that grows with the position along its axis, so that the product of a query
+    and a key depends on their offset alone. Angles per step run from 1 down to 1 / `base`.
+    """
+
+    def __init__(self, head_width: int, axes: int = 2, base: float = 100.0):
+        super().__init__()
+        if head_width % (2 * axes):
+            raise ValueError(
+                f"a head of width {head_width} cannot be turned along {axes} axes: choose a width (embedding / heads) "
+                f"that is a multiple of {2 * axes}"
+            )
+        self.axes, self.base, self.pairs = axes, base, head_width // (2 * axes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *grid, heads, d) -> the same shape and type, turned."""
+        grid = x.shape[1:-2]
+        if len(grid) != self.axes:
+            raise ValueError(f"got a grid of {len(grid)} axes, wanted {self.axes}: build Rotary with axes={len(grid)}")
+        cos, sin = kept(turns, grid, self.pairs, self.base, device=x.device)
+        a, b = widened(x).chunk(2, dim=-1)  # bfloat16 cannot tell far places apart
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
+
+
+def turns(grid: tuple[int, ...], pairs: int, base: float) -> tuple[ndarray, ndarray]:
+    """Cosine and sine of the angle of each place and pair of channels: (*grid, 1, axes * pairs) float32."""
+    speed = base ** -(np.arange(pairs) / pairs)
+    places = np.meshgrid(*map(np.arange, grid), indexing="ij")
+    angle = np.concatenate([place[..., None] * speed for place in places], -1)[..., None, :]
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+class RelativeBias(nn.Module):
+    """A learned number per head and offset, added to the logits (Shaw et al. 2018; Liu et al. 2021).
+
+    `kernel` is the number of offsets to either side, the query's own counted, per axis: an offset beyond takes the
+    outermost entry.
+    """
+
+    def __init__(self, heads: int, kernel: tuple[int, ...]):
+        super().__init__()
+        self.kernel = tuple(kernel)
+        self.table = nn.Parameter(torch.empty(heads, *(2 * k - 1 for k in self.kernel)))
+        nn.init.normal_(self.table, std=0.02)
+
+    def forward(self, grid: tuple[int, ...]) -> Tensor:
+        """What is added to the logits of all pairs of a grid: (heads, N, N)."""
+        (rows,) = kept(offset_rows, grid, self.kernel, device=self.table.device)
+        return F.embedding(rows, self.table.flatten(1).t()).permute(2, 0, 1)
+
+
+def offset_rows(grid: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[ndarray]:
+    """(N, N) entry of the flattened table for each query and key."""
+    rows = np.zeros((1, 1), dtype=np.int64)
+    for length, k in zip(grid, kernel, strict=True):
+        place = np.arange(length)
+        offset = (place - place[:, None]).clip(1 - k, k - 1) + k - 1  # (query, key)
+        rows = joined(rows, offset, digits(2 * k - 1))
+    return (rows,)

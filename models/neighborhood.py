@@ -1,0 +1,268 @@
+"""Neighbourhood attention in one and two dimensions, with NATTEN's meaning, and its backends.
+
+A query sees `kernel_size` keys per axis, `dilation` apart, around itself; at a border the window stops and keeps its
+size (Hassani et al. 2023; dilated: Hassani & Shi 2022). Along a causal axis it sees itself and up to kernel_size - 1
+keys before. Tensors are (B, L, heads, d) in one dimension and (B, H, W, heads, d) in two.
+"""
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy import ndarray
+from torch import Tensor
+
+from models.attend import attend
+from models.neighborhood_tiles import Window, compared, sees, tiled
+from models.tables import digits, joined, kept
+
+
+class Group(NamedTuple):
+    """Heads that share a window."""
+
+    window: Window
+    heads: int  # of key and value
+    bias: Tensor | None = None  # (query heads, 2 kernel - 1 per axis), added to the logits
+
+
+Backend = Literal["auto", "dense", "tiled", "natten"]
+PerAxis = int | Sequence[int]
+
+
+def neighborhood_attention_1d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: PerAxis,
+    dilation: PerAxis = 1,
+    is_causal: bool | Sequence[bool] = False,
+    scale: float | None = None,
+    backend: Backend = "auto",
+    *,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """(B, L, heads, d) each -> (B, L, heads, d). See `neighborhood_attention_2d`; `bias` is (heads, 2k - 1)."""
+    return neighborhood_attention(
+        query, key, value, kernel_size, dilation, is_causal, scale, backend, axes=1, bias=bias, dropout=dropout
+    )
+
+
+def neighborhood_attention_2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: PerAxis,
+    dilation: PerAxis = 1,
+    is_causal: bool | Sequence[bool] = False,
+    scale: float | None = None,
+    backend: Backend = "auto",
+    *,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Each query's softmax attention to the keys of its window: (B, H, W, heads, d) each -> (B, H, W, heads, d).
+
+    `kernel_size` (odd), `dilation` and `is_causal` are one value or one per axis; `scale` is 1/sqrt(d) if left out.
+    `query` may have G times the heads of `key` and `value`: heads i G to i G + G - 1 then share key i. `value` may have
+    a width of its own. `bias` (query heads, 2 k_h - 1, 2 k_w - 1) is added to the logits: entry (r, c) belongs to the
+    key r - (k_h - 1) rows below and c - (k_w - 1) columns right of the query, counted in steps of the dilation.
+    `dropout` acts on the weights. ValueError where the window does not fit the grid or a backend cannot do it.
+    """
+    return neighborhood_attention(
+        query, key, value, kernel_size, dilation, is_causal, scale, backend, axes=2, bias=bias, dropout=dropout
+    )
+
+
+def neighborhood_attention(
+    query, key, value, kernel_size, dilation, is_causal, scale, backend, *, axes, bias, dropout
+) -> Tensor:
+    grid = check_tensors(query, key, value, axes)
+    group = Group(window_of(grid, kernel_size, dilation, is_causal), key.shape[-2], bias)
+    return by_group(query, key, value, [group], scale=scale, backend=backend, dropout=dropout)
+
+
+def by_group(
+    query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Group], *, scale, backend: Backend, dropout: float
+) -> Tensor:
+    """One call of a backend per group of heads, joined on the head axis; a single call where all are dense."""
+    shared = query.shape[-2] // key.shape[-2]
+    for group in groups:
+        check_bias(group, shared)
+    names = [choose(backend, query, group, dropout) for group in groups]
+    if set(names) == {"dense"}:
+        return dense(query, key, value, groups, scale=scale, dropout=dropout)
+    counts = [group.heads for group in groups]
+    parts = zip(
+        query.split([n * shared for n in counts], -2), key.split(counts, -2), value.split(counts, -2), strict=True
+    )
+    outs = [
+        BACKENDS[name](*part, [group], scale=scale, dropout=dropout)
+        for name, part, group in zip(names, parts, groups, strict=True)
+    ]
+    return torch.cat(outs, dim=-2)
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor, axes: int) -> tuple[int, ...]:
+    """The grid of the three; ValueError where they do not belong together."""
+    wrong = None
+    if not (query.ndim == key.ndim == value.ndim == axes + 3 and axes in (1, 2)):
+        wrong = "(B, L, heads, d) each" if axes == 1 else "(B, H, W, heads, d) each"
+    elif not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        wrong = "the same batch and grid"
+    elif key.shape[-2] != value.shape[-2] or query.shape[-2] % key.shape[-2] or query.shape[-1] != key.shape[-1]:
+        wrong = "as many heads in each, or a multiple in query, and one width d"
+    if wrong is not None:
+        shapes = " ".join(f"{name} {tuple(x.shape)}" for name, x in (("query", query), ("key", key), ("value", value)))
+        raise ValueError(f"got {shapes}: wanted {wrong}")
+    return tuple(query.shape[1:-2])
+
+
+def window_of(grid: tuple[int, ...], kernel_size: PerAxis, dilation: PerAxis, is_causal=False) -> Window:
+    """The window per axis; ValueError naming the axis that it does not fit, and what fits."""
+    window = Window(*(per_axis(value, len(grid)) for value in (kernel_size, dilation, is_causal)))
+    names = ("height", "width") if len(grid) == 2 else ("length",)
+    for name, length, kernel, step in zip(names, grid, window.kernel, window.dilation, strict=False):
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"got kernel_size {kernel} along the {name}, wanted an odd number of keys")
+        if step < 1:
+            raise ValueError(f"got dilation {step} along the {name}, wanted at least 1")
+        if kernel * step > length:
+            widest = length // step - (length // step + 1) % 2
+            fits = f"kernel_size up to {widest} with this dilation, or " if widest > 0 else ""
+            fits += f"dilation up to {length // kernel} with this kernel" if kernel <= length else "a smaller kernel"
+            raise ValueError(
+                f"kernel_size {kernel} x dilation {step} = {kernel * step} does not fit the {name} of {length}: "
+                f"choose {fits}"
+            )
+    return window
+
+
+def per_axis(value, axes: int) -> tuple:
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * axes
+    if len(values) != axes:
+        raise ValueError(f"got {values}, wanted one value or {axes}, one per axis")
+    return values
+
+
+def check_bias(group: Group, shared: int) -> None:
+    wanted = (group.heads * shared, *(2 * kernel - 1 for kernel in group.window.kernel))
+    if group.bias is not None and tuple(group.bias.shape) != wanted:
+        raise ValueError(f"got bias {tuple(group.bias.shape)}, wanted {wanted}: heads, then 2 kernel_size - 1 per axis")
+
+
+def choose(backend: Backend, query: Tensor, group: Group, dropout: float = 0.0) -> str:
+    """The backend that "auto" stands for.
+
+    On CUDA NATTEN's fused kernels, where they are compiled in and can do it. Else tiles where they compare a small
+    enough share of all pairs. On 2 cores, forward and backward by tiles took, of the time of dense: in float32 0.95
+    (share 0.86), 0.85 (0.77), 0.35 (0.39), 0.16 (0.19), and 1.1 to 1.2 at 1; in bfloat16, where dense is written out,
+    1.7 (0.77), 1.2 (0.42), 0.92 (0.34), 0.35 (0.19). Other devices were not measured and take the cautious share.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"got backend {backend!r}, wanted one of auto, {', '.join(BACKENDS)}")
+    if backend != "auto":
+        return backend
+    if query.is_cuda and group.bias is None and dropout == 0 and natten_is_compiled():
+        return "natten"
+    grid = tuple(query.shape[1:-2])
+    share = compared(grid, group.window) / math.prod(grid)
+    return "tiled" if share < (1.0 if query.is_cpu and query.dtype == torch.float32 else 0.4) else "dense"
+
+
+@cache
+def natten_is_compiled() -> bool:
+    """Whether natten is installed with its CUDA kernels."""
+    if importlib.util.find_spec("natten") is None:
+        return False
+    import natten
+
+    return natten.HAS_LIBNATTEN
+
+
+def dense(
+    query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Group], *, scale: float | None, dropout: float
+) -> Tensor:
+    """The readable reference: all pairs of the grid, under one mask. Memory is quadratic in the number of tokens."""
+    grid, shared = tuple(query.shape[1:-2]), query.shape[-2] // key.shape[-2]
+    mask = dense_mask(grid, groups, shared, query.device)
+    q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (query, key, value))  # (B, heads, N, d)
+    k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    out = attend(q, k, v, mask=mask, scale=scale, dropout=dropout)
+    return out.transpose(1, 2).unflatten(1, grid)
+
+
+def dense_mask(grid: tuple[int, ...], groups: Sequence[Group], shared: int, device: torch.device) -> Tensor:
+    """(query heads, N, N), or (1, N, N) where all are alike: what a query sees, bool; with a bias, what is added."""
+    masks, one_for_all = [], len(groups) == 1
+    biased = any(group.bias is not None for group in groups)
+    for window, heads, bias in groups:
+        (visible,) = kept(dense_visible, grid, window, device=device)
+        if bias is None:
+            if biased:  # beside masks that are added
+                visible = torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, float("-inf"))
+            masks.append(visible.expand(1 if one_for_all else heads * shared, -1, -1))
+        else:
+            (rows,) = kept(dense_rows, grid, window, device=device)
+            by_pair = F.embedding(rows, bias.flatten(1).t()).permute(2, 0, 1)  # (query heads, N, N)
+            masks.append(by_pair.masked_fill(~visible, float("-inf")))
+    return torch.cat(masks)
+
+
+def dense_visible(grid: tuple[int, ...], window: Window) -> tuple[ndarray]:
+    """Which of N keys each of N queries sees: (N, N) bool."""
+    visible = np.ones((1, 1), dtype=bool)
+    for length, (kernel, step, causal) in zip(grid, zip(*window, strict=True), strict=True):
+        query, key = np.arange(length)[:, None], np.arange(length)
+        count = (length - 1 - query % step) // step + 1  # positions of the query's residue
+        near = sees(query // step, key // step, kernel, causal, count) & (query % step == key % step)
+        visible = joined(visible, near, np.logical_and)
+    return (visible,)
+
+
+def dense_rows(grid: tuple[int, ...], window: Window) -> tuple[ndarray]:
+    """The row of the flattened bias table for each pair that sees each other: (N, N)."""
+    rows, window = np.zeros((1, 1), dtype=np.int64), Window(*window)
+    for length, kernel, step in zip(grid, window.kernel, window.dilation, strict=True):
+        place = np.arange(length) // step
+        offset = (place - place[:, None]).clip(1 - kernel, kernel - 1) + kernel - 1  # (query, key)
+        rows = joined(rows, offset, digits(2 * kernel - 1))
+    return (rows,)
+
+
+def with_tiles(query, key, value, groups: Sequence[Group], *, scale: float | None, dropout: float) -> Tensor:
+    (group,) = groups
+    return tiled(query, key, value, group.window, scale=scale, bias=group.bias, dropout=dropout)
+
+
+def with_natten(query, key, value, groups: Sequence[Group], *, scale: float | None, dropout: float) -> Tensor:
+    """NATTEN's kernels; its flex path where they are not compiled in, which on a CPU has no backward."""
+    try:
+        import natten
+    except ImportError as error:
+        raise ValueError('backend "natten" needs the package: pip install natten, or choose "auto"') from error
+    (group,), shared, d = groups, query.shape[-2] // key.shape[-2], query.shape[-1]
+    if group.bias is not None or dropout > 0:
+        raise ValueError('backend "natten" has neither bias nor dropout of weights: choose "tiled", "dense" or "auto"')
+    if query.is_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        raise ValueError('backend "natten" has no backward on a CPU: choose "tiled", "dense" or "auto"')
+    key, value = key.repeat_interleave(shared, -2), value.repeat_interleave(shared, -2)
+    query, key = (
+        F.pad(x, (0, max(0, value.shape[-1] - d))) for x in (query, key)
+    )  # zeros leave the logits as they are
+    attention = natten.na1d if query.ndim == 4 else natten.na2d
+    kernel, dilation, causal = group.window
+    scale = d**-0.5 if scale is None else scale
+    width, value = value.shape[-1], F.pad(value, (0, max(0, d - value.shape[-1])))
+    try:
+        return attention(query, key, value, kernel, dilation=dilation, is_causal=causal, scale=scale)[..., :width]
+    except NotImplementedError as error:
+        raise ValueError('backend "natten" cannot do it: choose "tiled", "dense" or "auto"') from error
+
+
+BACKENDS = {"dense": dense, "tiled": with_tiles, "natten": with_natten}

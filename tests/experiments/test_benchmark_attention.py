@@ -1,0 +1,170 @@
+"""The benchmark of neighbourhood attention: what it writes and what it refuses, never what the clock said."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from tiny import call
+from torch.nn.attention.flex_attention import create_mask
+
+from experiments.metrics import attention_speed
+from experiments.metrics.attention_speed import (
+    Case,
+    Cost,
+    compare,
+    contestants,
+    make_inputs,
+    relative_error,
+    window_mask,
+)
+from experiments.metrics.cost import peak_extra_bytes
+from models.neighborhood import dense_visible, window_of
+
+SCRIPT = "experiments/benchmark_attention.py"
+TINY = "--sizes 8 12 --kernel_size 3 --heads 2 --head_width 8 --repeats 1 --device cpu"
+CPU = torch.device("cpu")
+NAMES = {"dense", "tiled"} | ({"natten"} if importlib.util.find_spec("natten") else set())
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The folder of one tiny run."""
+    logs = tmp_path_factory.mktemp("logs")
+    call(SCRIPT, f"{TINY} --dilations 1 2 --logs_root {logs}")
+    return logs / "benchmark_attention"
+
+
+def test_every_backend_size_and_dilation_has_its_numbers(done):
+    found = json.loads((done / "results.json").read_text())
+    assert {"machine", "torch", "threads", "device", "precision", "heads"} <= found.keys()
+    rows = found["rows"]
+    cases = {(row["tokens"][0], row["dilation"], row["backend"]) for row in rows}
+    assert len(rows) == len(cases) == 4 * len(NAMES)
+    assert cases == {(side, dilation, name) for side in (8, 12) for dilation in (1, 2) for name in NAMES}
+    for row in rows:
+        assert row["forward_seconds"] > 0 and row["forward_over_dense"] > 0
+        assert 0 <= row["max_error"] < 1e-5
+        if row["backend"] == "natten":  # it has no backward on a CPU
+            assert row["forward_backward_seconds"] is row["peak_extra_bytes"] is None
+        else:
+            assert row["forward_backward_seconds"] > 0
+        if row["backend"] == "dense":
+            assert row["forward_over_dense"] == row["forward_backward_over_dense"] == 1
+        assert (row["forward_over_natten"] is None) == ("natten" not in NAMES)
+
+
+def test_exactly_one_backend_of_each_case_is_autos(done):
+    rows = json.loads((done / "results.json").read_text())["rows"]
+    autos = [(row["tokens"][0], row["dilation"], row["backend"]) for row in rows if row["auto"]]
+    # at 8 x 8 undilated a single tile is the whole grid
+    assert autos == [(8, 1, "dense"), (8, 2, "tiled"), (12, 1, "tiled"), (12, 2, "tiled")]
+
+
+def test_the_table_says_what_was_left_out(tmp_path, capsys):
+    call(SCRIPT, f"{TINY} --dense_limit 64 --logs_root {tmp_path} --log_dir few")
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines() if line.startswith(("8x8", "12x12"))]
+    assert {(line[0], line[3].rstrip("*")) for line in lines} == {(s, n) for s in ("8x8", "12x12") for n in NAMES}
+    assert sum(line[3].endswith("*") for line in lines) == 2
+    for size, _, _, name, forward, *_, error in lines:
+        left_out = size == "12x12" and name != "tiled*"
+        assert (forward == "-") == left_out
+        assert (error == "-") == (size == "12x12")
+        assert left_out or float(forward) > 0
+    assert f"results: {tmp_path / 'few'}\n" in out
+    assert (tmp_path / "few" / "times.png").is_file()
+
+
+def test_the_picture_is_a_png(done):
+    with Image.open(done / "times.png") as picture:
+        assert picture.format == "PNG"
+        assert picture.size == (150 * 12, 780)  # two panels
+        picture.load()
+    assert {path.name for path in done.iterdir()} == {"config.yaml", "results.json", "times.png"}
+
+
+REFUSED = {  # flags -> what the message must hold
+    "--sizes 12 8 --kernel_size 9": ["9", "height of 8"],
+    "--kernel_size 3 --sizes 8 --dilations 1 3": ["dilation 3", "height of 8"],
+    "--kernel_size 4": ["4", "odd"],
+    "--sizes 0": ["sizes 0", "at least 1"],
+    "--repeats 0": ["repeats 0", "--repeats"],
+    "--precision float16": ["float16", "bfloat16"],
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_what_does_not_fit_gets_exit_code_2_and_a_short_message(flags, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        call(SCRIPT, f"{TINY} {flags} --logs_root {tmp_path}")
+    assert stop.value.code == 2
+    message = " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert "Traceback" not in message and len(message) < 900
+    assert all(word in message for word in REFUSED[flags]), message
+    assert list(tmp_path.iterdir()) == []  # nothing ran
+
+
+def test_results_of_another_run_are_not_written_over(done, capfd):
+    before = (done / "results.json").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        call(SCRIPT, f"{TINY} --heads 1 --logs_root {done.parent}")
+    assert stop.value.code == 2
+    assert "heads: 2 there, 1 now" in capfd.readouterr().err
+    assert (done / "results.json").read_bytes() == before
+
+
+def test_a_backend_that_refuses_a_shape_is_left_out_with_its_reason(monkeypatch, capsys):
+    def refuse(*tensors):
+        raise NotImplementedError("no such width\nand more")
+
+    makers = contestants(Case(8, 3, 1), CPU) | {"natten": lambda: refuse}
+    monkeypatch.setattr(attention_speed, "contestants", lambda case, device: makers)
+    costs = compare(Case(8, 3, 1), make_inputs(8, 1, 1, 4, torch.float32, CPU), dense_limit=64, repeats=1)
+    assert costs["natten"] == Cost()
+    assert costs["tiled"].both > 0
+    assert capsys.readouterr().out == "natten is left out at 8x8, dilation 1: NotImplementedError: no such width\n"
+    makers["dense"] = lambda: refuse  # ours refuse nothing
+    with pytest.raises(NotImplementedError):
+        compare(Case(8, 3, 1), make_inputs(8, 1, 1, 4, torch.float32, CPU), dense_limit=64, repeats=1)
+
+
+def test_an_error_is_seen():
+    wanted = torch.tensor([1.0, -4.0], dtype=torch.float64)
+    assert relative_error(torch.tensor([1.5, -4.0]), wanted) == 0.125
+
+
+@LINUX
+def test_peak_memory_sees_what_was_allocated_and_freed():
+    def allocate(count: int, size: int):
+        return [torch.ones(size * MIB // 4) for _ in range(count)]
+
+    for count, size in ((1, 64), (1, 64), (16, 4), (16, 4)):  # again when the process has such memory to reuse
+        assert peak_extra_bytes(lambda n=count, s=size: allocate(n, s), CPU) == pytest.approx(64 * MIB, rel=0.2)
+    held = torch.ones(16 * MIB // 4)
+    assert peak_extra_bytes(lambda: held.add_(1), CPU) < 6 * MIB  # in use before is no extra
+
+
+@pytest.mark.parametrize("case", [Case(8, 3, 1), Case(8, 3, 2), Case(11, 3, 3), Case(9, 9, 1)], ids=lambda c: c.name)
+def test_flex_attention_is_given_the_same_window(case):
+    tokens = case.side**2
+    mask = create_mask(window_mask(case), None, None, tokens, tokens, device="cpu")[0, 0]
+    window = window_of((case.side, case.side), case.kernel, case.dilation)
+    assert torch.equal(mask, torch.from_numpy(dense_visible((case.side, case.side), window)[0]))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_flex_attention_runs_beside_the_others(tmp_path):
+    flags = f"{TINY} --sizes 16 --head_width 32 --device cuda --precision bfloat16"
+    call(SCRIPT, f"{flags} --logs_root {tmp_path}")
+    rows = json.loads((tmp_path / "benchmark_attention" / "results.json").read_text())["rows"]
+    costs = {row["backend"]: row for row in rows}
+    assert set(costs) == NAMES | {"flex"}
+    for name in ("dense", "tiled", "flex"):
+        assert costs[name]["forward_backward_seconds"] > 0 and costs[name]["peak_extra_bytes"] > 0
+        assert costs[name]["max_error"] < 0.02

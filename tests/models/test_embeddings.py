@@ -1,0 +1,100 @@
+"""Rotary positions and relative-position biases against loops over positions."""
+
+import itertools
+
+import pytest
+import torch
+
+from models import tables
+from models.embeddings import RelativeBias, Rotary
+
+
+@pytest.mark.parametrize("grid, width, base", [((7,), 6, 100.0), ((5, 4), 8, 100.0), ((3, 5), 4, 10.0)])
+def test_each_pair_of_channels_turns_with_its_axis(grid, width, base):
+    x = torch.randn(2, *grid, 3, width)
+    turned, pairs = Rotary(width, len(grid), base)(x), width // (2 * len(grid))
+    for place in itertools.product(*map(range, grid)):
+        angles = torch.tensor([n * base ** (-pair / pairs) for n in place for pair in range(pairs)])
+        before, after = (torch.complex(*part[:, *place].chunk(2, -1)) for part in (x, turned))
+        assert torch.allclose(after, before * torch.polar(torch.ones(width // 2), angles), atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [(40,), (12, 9)])
+def test_logits_depend_on_offsets_alone(grid):
+    rotary, ends = Rotary(16, len(grid)), torch.tensor(grid)
+    q, k = (rotary(torch.randn(16).expand(1, *grid, 1, 16))[0, ..., 0, :] for _ in range(2))
+    by_offset = {}
+    for _ in range(500):
+        a, b = (tuple((torch.rand(len(grid)) * ends).long().tolist()) for _ in range(2))
+        offset = tuple(x - y for x, y in zip(a, b, strict=True))
+        by_offset.setdefault(offset, []).append(q[a] @ k[b])
+    repeated = [torch.stack(logits) for logits in by_offset.values() if len(logits) > 1]
+    assert len(repeated) > 50 and all(torch.allclose(logits, logits[:1], atol=1e-4) for logits in repeated)
+    assert torch.stack([logits[0] for logits in by_offset.values()]).std() > 0.1
+
+
+def test_turning_changes_no_norm_and_nothing_at_the_origin():
+    x = torch.randn(2, 6, 7, 3, 8)
+    turned = Rotary(8)(x)
+    assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
+    assert torch.equal(turned[:, 0, 0], x[:, 0, 0]) and not torch.allclose(turned[:, 0, 1], x[:, 0, 1], atol=0.1)
+
+
+def test_the_axes_are_told_apart():
+    turned = Rotary(8)(torch.randn(8).expand(1, 4, 4, 1, 8))[0, :, :, 0]
+    assert torch.pdist(turned.flatten(0, 1)).min() > 0.1  # every place is another
+    origin, down, right = turned[0, 0], turned[1, 0], turned[0, 1]
+    assert abs(origin @ down - origin @ right) > 0.01
+
+
+def test_bfloat16_stays_and_neighbours_far_out_stay_apart():
+    x = torch.randn(8).bfloat16().expand(1, 3000, 1, 8)
+    turned = Rotary(8, axes=1)(x)
+    assert turned.dtype == torch.bfloat16 and torch.equal(turned, Rotary(8, axes=1)(x.float()).bfloat16())
+    assert (turned[:, 1:] - turned[:, :-1]).float().norm(dim=-1).min() > 0.1
+
+
+def test_a_head_that_does_not_split_and_a_grid_of_other_axes_are_refused():
+    with pytest.raises(ValueError, match="width 6 cannot be turned along 2 axes.* a multiple of 4"):
+        Rotary(6)
+    Rotary(6, axes=1)
+    with pytest.raises(ValueError, match="a grid of 1 axes, wanted 2: build Rotary with axes=1"):
+        Rotary(8)(torch.zeros(1, 5, 2, 8))
+
+
+@pytest.mark.parametrize("grid, kernel", [((6,), (3,)), ((4, 3), (4, 3)), ((5, 4), (2, 3)), ((3, 2), (4, 5))])
+def test_a_bias_belongs_to_its_offset_and_the_outermost_to_all_beyond(grid, kernel):
+    module, places = RelativeBias(2, kernel), list(itertools.product(*map(range, grid)))
+    assert module.table.shape == (2, *(2 * k - 1 for k in kernel))
+    found, used = module(grid), torch.zeros_like(module.table)
+    assert found.shape == (2, len(places), len(places))
+    for (i, query), (j, key) in itertools.product(enumerate(places), repeat=2):
+        entry = [max(1 - k, min(b - a, k - 1)) + k - 1 for a, b, k in zip(query, key, kernel, strict=True)]
+        assert torch.equal(found[:, i, j], module.table[:, *entry])
+        used[:, *entry] += 1
+    found.sum().backward()
+    assert torch.equal(module.table.grad, used)  # nothing reaches an entry that no pair uses
+    assert (used == 0).any() == (grid == (3, 2))
+
+
+def test_a_bias_starts_small_and_is_told_apart_by_heads():
+    table = RelativeBias(8, (15, 15)).table
+    assert table.std().item() == pytest.approx(0.02, rel=0.05) and abs(table.mean().item()) < 0.001
+    assert torch.pdist(table.flatten(1)).min() > 0.1
+
+
+@pytest.mark.parametrize("make", [lambda: Rotary(8), lambda: RelativeBias(2, (3, 3))])
+def test_they_compile_as_one_graph_for_every_grid_and_train_after_inference_mode(make, monkeypatch):
+    monkeypatch.setattr(tables, "CACHE", {})
+    torch._dynamo.reset()
+    module = make()
+    graph = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for grid in ((5, 4), (6, 4), (7, 9)):
+        x = torch.randn(1, *grid, 2, 8, requires_grad=True) if isinstance(module, Rotary) else grid
+        with torch.inference_mode():
+            module(x)
+        trained = x if isinstance(module, Rotary) else module.table
+        found, wanted = (call(x) for call in (graph, module))
+        (weight,) = torch.autograd.grad(wanted.square().sum(), trained)
+        assert torch.allclose(found, wanted)
+        assert torch.allclose(torch.autograd.grad(found.square().sum(), trained)[0], weight)

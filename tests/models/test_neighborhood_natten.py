@@ -1,0 +1,145 @@
+"""Which backend "auto" is; NATTEN as a judge of ours, and as a backend; all of them on a GPU."""
+
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from models import neighborhood
+from models.hydra import hydra_attention
+from models.neighborhood import Group, choose, natten_is_compiled, window_of
+from models.neighborhood import neighborhood_attention_1d as attention_1d
+from models.neighborhood import neighborhood_attention_2d as attention_2d
+from models.neighborhood_tiles import Tables, compared, tables_of
+
+
+@pytest.fixture
+def natten():
+    return pytest.importorskip("natten", reason="natten is not installed: nothing to compare with")
+
+
+def quiet(test):
+    """On a CPU natten calls PyTorch's flex attention uncompiled, and in an old way."""
+    test = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")(test)
+    return pytest.mark.filterwarnings("ignore:return_lse is deprecated:FutureWarning")(test)
+
+
+def query_key_value(grid, width=16, value_width=None, heads=2, **options):
+    return [torch.randn(2, *grid, heads, size, **options) for size in (width, width, value_width or width)]
+
+
+@pytest.mark.parametrize(
+    "grid, kernel, name", [((8, 8), 7, "dense"), ((16, 16), 7, "tiled"), ((64,), 3, "dense"), ((130,), 3, "tiled")]
+)
+def test_auto_makes_tiles_where_they_compare_fewer_pairs_than_the_whole_grid(grid, kernel, name):
+    group = Group(window_of(grid, kernel, 1), 1)
+    assert choose("auto", torch.zeros(1, *grid, 1, 1), group) == name
+    assert compared(grid, group.window) == Tables(*tables_of(grid, group.window)).visible.shape[-1]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_auto_leaves_a_gpu_to_natten_where_it_is_compiled_and_can_do_it(compiled, monkeypatch):
+    monkeypatch.setattr(neighborhood, "natten_is_compiled", lambda: compiled)
+    window = window_of((16, 16), 3, 1)
+    with FakeTensorMode():
+        on_gpu, on_cpu = (torch.zeros(1, 16, 16, 1, 32, device=device) for device in ("cuda:0", "cpu"))
+    assert choose("auto", on_gpu, Group(window, 1)) == ("natten" if compiled else "tiled")
+    assert choose("auto", on_cpu, Group(window, 1)) == "tiled"
+    assert choose("auto", on_gpu, Group(window, 1), dropout=0.1) == "tiled"
+    assert choose("auto", on_gpu, Group(window, 1, torch.zeros(1, 5, 5))) == "tiled"
+
+
+def test_without_natten_its_backend_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "natten", None)
+    with pytest.raises(ValueError, match="pip install natten, or choose"):
+        attention_2d(*torch.zeros(3, 1, 9, 9, 1, 16), 3, backend="natten")
+    assert natten_is_compiled.__wrapped__() is False
+
+
+CASES = [  # grid, kernel_size, dilation, is_causal; natten's own limits: kernels from 2 keys, widths 8, 16, 32, ...
+    ((9,), 9, 1, False),
+    ((17,), 5, 3, False),
+    ((17,), 5, 3, True),
+    ((70,), 7, 4, True),
+    ((130,), 9, 5, False),
+    ((131,), 21, 1, False),
+    ((8, 8), 3, 1, False),
+    ((9, 7), (7, 7), 1, False),
+    ((9, 7), (3, 5), (2, 1), False),
+    ((9, 7), (3, 5), (3, 1), (True, False)),
+    ((17, 20), (5, 3), (3, 4), (True, True)),
+    ((19, 23), 5, (3, 2), (False, True)),
+    ((23, 17), (3, 7), (5, 2), False),
+    ((31, 16), (7, 5), (1, 3), False),
+]
+
+
+@quiet
+@torch.no_grad()
+@pytest.mark.parametrize("grid, kernel, dilation, causal", CASES)
+def test_it_is_what_natten_does(grid, kernel, dilation, causal, natten):
+    x = query_key_value(grid)
+    theirs, ours = (natten.na1d, attention_1d) if len(grid) == 1 else (natten.na2d, attention_2d)
+    wanted = theirs(*x, kernel, dilation=dilation, is_causal=causal)
+    for backend in ("dense", "tiled", "natten"):
+        assert torch.allclose(ours(*x, kernel, dilation, causal, backend=backend), wanted, atol=1e-5)
+
+
+@quiet
+@torch.no_grad()
+@pytest.mark.parametrize("value_width", [8, 16, 32, 5])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_natten_takes_grouped_queries_a_scale_and_values_of_any_width(value_width, scale, natten):
+    q, k, v = query_key_value((9, 8), value_width=value_width)
+    q = torch.randn(2, 9, 8, 6, 16)
+    found, wanted = (attention_2d(q, k, v, 3, 2, scale=scale, backend=backend) for backend in ("natten", "dense"))
+    assert found.shape == (2, 9, 8, 6, value_width) and torch.allclose(found, wanted, atol=1e-5)
+
+
+@quiet
+@torch.no_grad()
+def test_natten_takes_a_group_of_heads_at_a_time(natten):
+    x = query_key_value((12, 10), heads=5)
+    found, wanted = (hydra_attention(*x, [3, 5], [1, 2], backend=backend) for backend in ("natten", "dense"))
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+@quiet
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"bias": torch.zeros(2, 5, 5)}, 'neither bias nor dropout of weights: choose "tiled", "dense" or "auto"'),
+        ({"dropout": 0.1}, 'neither bias nor dropout of weights: choose "tiled", "dense" or "auto"'),
+        ({"width": 12}, 'choose "tiled", "dense" or "auto"'),
+        ({"kernel_size": 1}, "kernel_size"),
+        ({"requires_grad": True}, 'no backward on a CPU: choose "tiled", "dense" or "auto"'),
+    ],
+)
+def test_what_natten_cannot_do_is_refused(options, message, natten):
+    made = {name: options[name] for name in ("width", "requires_grad") if name in options}
+    asked = {"kernel_size": 3} | {name: value for name, value in options.items() if name not in made}
+    with pytest.raises(ValueError, match=message):
+        attention_2d(*query_key_value((9, 9), **made), **asked, backend="natten")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("backend", ["dense", "tiled", "natten"])
+def test_every_backend_on_a_gpu_is_dense_in_double_precision(backend, dtype, tolerance):
+    if backend == "natten" and not natten_is_compiled():
+        pytest.skip("natten has no CUDA kernels here")
+    tolerance = max(tolerance, 3e-2 * (backend == "natten"))  # it multiplies in TF32
+    inputs = [x.to(dtype) for x in query_key_value((20, 18), width=32)]
+    inputs += [] if backend == "natten" else [torch.randn(2, 9, 5)]
+
+    def with_gradients(device, dtype, backend):
+        x = [part.to(device, dtype).requires_grad_() for part in inputs]
+        bias = x[3] if len(x) == 4 else None
+        out = attention_2d(*x[:3], (5, 3), (2, 3), (False, True), backend=backend, bias=bias)
+        return [out, *torch.autograd.grad(out.square().sum(), x)]
+
+    found = with_gradients("cuda", dtype, backend)
+    for a, b in zip(found, with_gradients("cpu", torch.float64, "dense"), strict=True):
+        assert torch.allclose(a.cpu().double(), b, rtol=0, atol=tolerance * max(1, b.abs().max().item()))
