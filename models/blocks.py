@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import attend
+from models.attend import attend
 
 
 class EmbedBlock(nn.Module, ABC):

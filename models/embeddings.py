@@ -14,7 +14,7 @@ class Rotary(nn.Module):
     """Rotary position embedding (Su et al. 2021), the head's width shared evenly between the axes of the grid.
 
     Turns each pair of channels by an angle that grows with the position along its axis, so that the product of a query
-    and a key depends on their offset alone. Angles per step run from 1 down to 1 / `base`.
+    and a key depends on their offset alone. Angles per step fall from 1 towards 1 / `base`.
     """
 
     def __init__(self, head_width: int, axes: int = 2, base: float = 100.0):

@@ -134,11 +134,11 @@ def window_of(grid: tuple[int, ...], kernel_size: PerAxis, dilation: PerAxis, is
             raise ValueError(f"got dilation {step} along the {name}, wanted at least 1")
         if kernel * step > length:
             widest = length // step - (length // step + 1) % 2
-            fits = f"kernel_size up to {widest} with this dilation, or " if widest > 0 else ""
-            fits += f"dilation up to {length // kernel} with this kernel" if kernel <= length else "a smaller kernel"
+            ways = [f"kernel_size up to {widest} with this dilation"] * (widest > 0)
+            ways += [f"dilation up to {length // kernel} with this kernel"] * (kernel <= length)
             raise ValueError(
                 f"kernel_size {kernel} x dilation {step} = {kernel * step} does not fit the {name} of {length}: "
-                f"choose {fits}"
+                f"choose {', or '.join(ways) or 'less of both'}"
             )
     return window
 
@@ -168,7 +168,8 @@ def choose(backend: Backend, query: Tensor, group: Group, dropout: float = 0.0) 
         raise ValueError(f"got backend {backend!r}, wanted one of auto, {', '.join(BACKENDS)}")
     if backend != "auto":
         return backend
-    if query.is_cuda and group.bias is None and dropout == 0 and natten_is_compiled():
+    fits = min(group.window.kernel) > 1 and query.dtype != torch.float64 and query.shape[-1] % 8 == 0
+    if query.is_cuda and fits and group.bias is None and dropout == 0 and natten_is_compiled():
         return "natten"
     grid = tuple(query.shape[1:-2])
     share = compared(grid, group.window) / math.prod(grid)

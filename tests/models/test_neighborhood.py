@@ -1,7 +1,9 @@
-"""Neighbourhood attention against its definition, query by query; what it refuses, keeps and costs."""
+"""Neighbourhood attention against its definition, query by query; what it keeps and what it costs.
+
+What it refuses, and its choice of a backend: test_neighborhood_natten.py.
+"""
 
 import itertools
-import re
 from typing import NamedTuple
 
 import numpy as np
@@ -292,69 +294,3 @@ def test_training_may_follow_inference_mode(backend, monkeypatch):
     with torch.inference_mode():
         case.attend(backend, *inputs)
     assert len(with_gradients(lambda *x: case.attend(backend, *x), inputs)) == 5
-
-
-@pytest.mark.parametrize("name, axis, rank", [("height", 0, 2), ("width", 1, 2), ("length", 0, 1)])
-@pytest.mark.parametrize(
-    "length, kernel, dilation", [(9, 5, 2), (14, 5, 3), (11, 3, 4), (5, 7, 1), (6, 7, 2), (3, 3, 4)]
-)
-def test_a_window_that_does_not_fit_says_which_does(name, axis, rank, length, kernel, dilation):
-    def window(kernel, dilation):
-        grid, kernels, dilations = [30] * rank, [3] * rank, [1] * rank
-        grid[axis], kernels[axis], dilations[axis] = length, kernel, dilation
-        return window_of(tuple(grid), kernels, dilations)
-
-    with pytest.raises(ValueError, match=f"does not fit the {name} of {length}: choose") as refused:
-        window(kernel, dilation)
-    widest, furthest = (
-        [int(n) for n in re.findall(rf"{what} up to (\d+)", str(refused.value))] for what in ("kernel_size", "dilation")
-    )
-    assert widest or furthest
-    for fits, too_much in [((n, dilation), (n + 2, dilation)) for n in widest] + [
-        ((kernel, n), (kernel, n + 1)) for n in furthest
-    ]:
-        window(*fits)
-        with pytest.raises(ValueError, match="does not fit"):
-            window(*too_much)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"kernel_size": 4}, "kernel_size 4 along the height, wanted an odd number"),
-        ({"kernel_size": (3, 0)}, "kernel_size 0 along the width, wanted an odd number"),
-        ({"kernel_size": (3, -1)}, "kernel_size -1 along the width"),
-        ({"dilation": (1, 0)}, "dilation 0 along the width, wanted at least 1"),
-        ({"kernel_size": (3, 3, 3)}, "wanted one value or 2, one per axis"),
-        ({"dilation": (1,)}, "wanted one value or 2, one per axis"),
-        ({"is_causal": [True]}, "wanted one value or 2, one per axis"),
-        ({"backend": "sparse"}, "got backend 'sparse', wanted one of auto, dense, tiled, natten"),
-        ({"bias": torch.zeros(2, 3, 3)}, r"got bias \(2, 3, 3\), wanted \(2, 5, 5\)"),
-        ({"bias": torch.zeros(1, 5, 5)}, r"got bias \(1, 5, 5\), wanted \(2, 5, 5\)"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        attention_2d(*torch.zeros(3, 1, 9, 9, 2, 4), **{"kernel_size": 3} | options)
-
-
-@pytest.mark.parametrize(
-    "shapes, message",
-    [
-        ([(1, 9, 2, 4)] * 3, r"wanted \(B, H, W, heads, d\) each"),
-        ([(1, 9, 9, 2, 4), (1, 9, 9, 2, 4), (1, 9, 2, 4)], r"value \(1, 9, 2, 4\): wanted \(B, H, W, heads, d\)"),
-        ([(1, 9, 9, 2, 4), (1, 9, 8, 2, 4), (1, 9, 8, 2, 4)], "wanted the same batch and grid"),
-        ([(2, 9, 9, 2, 4), (2, 9, 9, 2, 4), (1, 9, 9, 2, 4)], "wanted the same batch and grid"),
-        ([(1, 9, 9, 3, 4), (1, 9, 9, 2, 4), (1, 9, 9, 2, 4)], "wanted as many heads in each, or a multiple in query"),
-        ([(1, 9, 9, 2, 4), (1, 9, 9, 2, 4), (1, 9, 9, 1, 4)], "wanted as many heads in each"),
-        ([(1, 9, 9, 2, 4), (1, 9, 9, 2, 5), (1, 9, 9, 2, 4)], "one width d"),
-    ],
-)
-def test_tensors_that_do_not_belong_together_are_refused(shapes, message):
-    with pytest.raises(ValueError, match=message):
-        attention_2d(*map(torch.zeros, shapes), 3)
-
-
-def test_a_picture_is_no_sequence():
-    with pytest.raises(ValueError, match=r"wanted \(B, L, heads, d\) each"):
-        attention_1d(*torch.zeros(3, 1, 9, 9, 2, 4), 3)

@@ -1,5 +1,6 @@
-"""Which backend "auto" is; NATTEN as a judge of ours, and as a backend; all of them on a GPU."""
+"""What is refused; which backend "auto" is; NATTEN as a judge of ours, and as a backend; all of them on a GPU."""
 
+import re
 import sys
 
 import pytest
@@ -29,12 +30,85 @@ def query_key_value(grid, width=16, value_width=None, heads=2, **options):
     return [torch.randn(2, *grid, heads, size, **options) for size in (width, width, value_width or width)]
 
 
+@pytest.mark.parametrize("name, axis, rank", [("height", 0, 2), ("width", 1, 2), ("length", 0, 1)])
 @pytest.mark.parametrize(
-    "grid, kernel, name", [((8, 8), 7, "dense"), ((16, 16), 7, "tiled"), ((64,), 3, "dense"), ((130,), 3, "tiled")]
+    "length, kernel, dilation", [(9, 5, 2), (14, 5, 3), (11, 3, 4), (5, 7, 1), (6, 7, 2), (3, 3, 4)]
 )
-def test_auto_makes_tiles_where_they_compare_fewer_pairs_than_the_whole_grid(grid, kernel, name):
-    group = Group(window_of(grid, kernel, 1), 1)
-    assert choose("auto", torch.zeros(1, *grid, 1, 1), group) == name
+def test_a_window_that_does_not_fit_says_which_does(name, axis, rank, length, kernel, dilation):
+    def window(kernel, dilation):
+        grid, kernels, dilations = [30] * rank, [3] * rank, [1] * rank
+        grid[axis], kernels[axis], dilations[axis] = length, kernel, dilation
+        return window_of(tuple(grid), kernels, dilations)
+
+    with pytest.raises(ValueError, match=f"does not fit the {name} of {length}: choose") as refused:
+        window(kernel, dilation)
+    widest, furthest = (
+        [int(n) for n in re.findall(rf"{what} up to (\d+)", str(refused.value))] for what in ("kernel_size", "dilation")
+    )
+    assert widest or furthest
+    for fits, too_much in [((n, dilation), (n + 2, dilation)) for n in widest] + [
+        ((kernel, n), (kernel, n + 1)) for n in furthest
+    ]:
+        window(*fits)
+        with pytest.raises(ValueError, match="does not fit"):
+            window(*too_much)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"kernel_size": 4}, "kernel_size 4 along the height, wanted an odd number"),
+        ({"kernel_size": (3, 0)}, "kernel_size 0 along the width, wanted an odd number"),
+        ({"kernel_size": (3, -1)}, "kernel_size -1 along the width"),
+        ({"dilation": (1, 0)}, "dilation 0 along the width, wanted at least 1"),
+        ({"kernel_size": (3, 3, 3)}, "wanted one value or 2, one per axis"),
+        ({"dilation": (1,)}, "wanted one value or 2, one per axis"),
+        ({"is_causal": [True]}, "wanted one value or 2, one per axis"),
+        ({"backend": "sparse"}, "got backend 'sparse', wanted one of auto, dense, tiled, natten"),
+        ({"bias": torch.zeros(2, 3, 3)}, r"got bias \(2, 3, 3\), wanted \(2, 5, 5\)"),
+        ({"bias": torch.zeros(1, 5, 5)}, r"got bias \(1, 5, 5\), wanted \(2, 5, 5\)"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        attention_2d(*torch.zeros(3, 1, 9, 9, 2, 4), **{"kernel_size": 3} | options)
+
+
+@pytest.mark.parametrize(
+    "shapes, message",
+    [
+        ([(1, 9, 2, 4)] * 3, r"wanted \(B, H, W, heads, d\) each"),
+        ([(1, 9, 9, 2, 4), (1, 9, 9, 2, 4), (1, 9, 2, 4)], r"value \(1, 9, 2, 4\): wanted \(B, H, W, heads, d\)"),
+        ([(1, 9, 9, 2, 4), (1, 9, 8, 2, 4), (1, 9, 8, 2, 4)], "wanted the same batch and grid"),
+        ([(2, 9, 9, 2, 4), (2, 9, 9, 2, 4), (1, 9, 9, 2, 4)], "wanted the same batch and grid"),
+        ([(1, 9, 9, 3, 4), (1, 9, 9, 2, 4), (1, 9, 9, 2, 4)], "wanted as many heads in each, or a multiple in query"),
+        ([(1, 9, 9, 2, 4), (1, 9, 9, 2, 4), (1, 9, 9, 1, 4)], "wanted as many heads in each"),
+        ([(1, 9, 9, 2, 4), (1, 9, 9, 2, 5), (1, 9, 9, 2, 4)], "one width d"),
+    ],
+)
+def test_tensors_that_do_not_belong_together_are_refused(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        attention_2d(*map(torch.zeros, shapes), 3)
+
+
+def test_a_picture_is_no_sequence():
+    with pytest.raises(ValueError, match=r"wanted \(B, L, heads, d\) each"):
+        attention_1d(*torch.zeros(3, 1, 9, 9, 2, 4), 3)
+
+
+@pytest.mark.parametrize(
+    "grid, kernel, single, half",
+    [
+        ((8, 8), 7, "dense", "dense"),
+        ((16, 16), 7, "tiled", "dense"),  # written out in bfloat16, dense is fast for longer
+        ((32, 32), 7, "tiled", "tiled"),
+        ((64,), 3, "dense", "dense"),
+        ((130,), 3, "tiled", "tiled"),
+    ],
+)
+def test_auto_makes_tiles_where_they_compare_fewer_pairs_than_the_whole_grid(grid, kernel, single, half):
+    group, q = Group(window_of(grid, kernel, 1), 1), torch.zeros(1, *grid, 1, 1)
+    assert (choose("auto", q, group), choose("auto", q.bfloat16(), group)) == (single, half)
     assert compared(grid, group.window) == Tables(*tables_of(grid, group.window)).visible.shape[-1]
 
 
