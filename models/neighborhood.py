@@ -97,6 +97,8 @@ def by_group(
     names = [choose(backend, query, group, dropout) for group in groups]
     if set(names) == {"dense"}:
         return dense(query, key, value, groups, scale=scale, dropout=dropout)
+    if len(groups) == 1:
+        return BACKENDS[names[0]](query, key, value, groups, scale=scale, dropout=dropout)
     counts = [group.heads for group in groups]
     parts = zip(
         query.split([n * shared for n in counts], -2), key.split(counts, -2), value.split(counts, -2), strict=True

@@ -8,6 +8,7 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor
@@ -16,6 +17,8 @@ from models.attend import attend
 from models.tables import digits, joined, kept
 
 TILE = 64  # queries; 8 x 8 in two dimensions: on 2 cores 6 x 6 and 11 x 11 took 1.2 times, 16 x 16 1.7 times as long
+PART = 16  # tiles at a time on a CPU, whose allocator asks the system anew for every tensor beyond 32 MiB: with all at
+# once, forward and backward at 128 x 128 tokens took 5.8 times as long as at 64 x 64
 
 
 class Window(NamedTuple):
@@ -61,28 +64,67 @@ def tiled(
 
     `bias` (G heads, 2 kernel - 1 per axis) is added to the logits by offset. A tile gathers a key of G queries once.
     """
-    B, *grid, heads, _ = key.shape
+    grid = key.shape[1:-2]
     tables = Tables(*kept(tables_of, grid, window, device=query.device))
-    T, G = len(tables.visible), query.shape[-2] // heads
-    q = query.flatten(1, -3).index_select(1, tables.queries).unflatten(1, (T, -1))  # (B, T, q, G heads, d)
-    q = q.unflatten(3, (heads, G)).permute(0, 1, 3, 4, 2, 5).flatten(3, 4).flatten(0, 1)  # (B T, heads, G q, d)
-    k, v = (
-        x.flatten(1, -3).index_select(1, tables.keys).unflatten(1, (T, -1)).flatten(0, 1).transpose(1, 2)
-        for x in (key, value)
-    )  # (B T, heads, u, d)
+    tiles, _, q, u = tables.visible.shape
+    part = PART if query.is_cpu else tiles
+    sources = ((query, tables.queries, part * q), (key, tables.keys, part * u), (value, tables.keys, part * u))
+    gathered = zip(*(Gather.apply(x.flatten(1, -3), index, size) for x, index, size in sources), strict=True)
+    outs = [
+        on_tiles(*qkv, bias, tables, slice(i * part, (i + 1) * part), scale, dropout) for i, qkv in enumerate(gathered)
+    ]
+    return torch.cat(outs, 1).index_select(1, tables.places).unflatten(1, grid)
+
+
+class Gather(torch.autograd.Function):
+    """x (B, N, heads, d) at the rows of index (R,), `size` rows at a time: tensors (B, size or less, heads, d).
+
+    The gradient is added up in one tensor; that of index_select would be as large as x for every part.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, size: int) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(index)
+        ctx.shape, ctx.size = x.shape, size
+        return tuple(x.index_select(1, rows) for rows in index.split(size))
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        total = gradients[0].new_zeros(ctx.shape)
+        for rows, gradient in zip(index.split(ctx.size), gradients, strict=True):
+            total.index_add_(1, rows, gradient)
+        return total, None, None
+
+
+def on_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    tables: Tables,
+    part: slice,
+    scale: float | None,
+    dropout: float,
+) -> Tensor:
+    """Attention within some tiles: q (B, T q, G heads, d), k and v (B, T u, heads, d) -> (B, T q, G heads, d_v)."""
+    B, heads, G, T = k.shape[0], k.shape[2], q.shape[2] // k.shape[2], len(tables.visible[part])
+    q = q.unflatten(1, (T, -1)).unflatten(3, (heads, G)).permute(0, 1, 3, 4, 2, 5)  # (B, T, heads, G, q, d)
+    q = q.flatten(3, 4).flatten(0, 1)  # (B T, heads, G q, d)
+    k, v = (x.unflatten(1, (T, -1)).flatten(0, 1).transpose(1, 2) for x in (k, v))  # (B T, heads, u, d)
     if bias is None:
-        mask = tables.visible.repeat(B, 1, G, 1)  # (B T, 1, G q, u)
+        mask = tables.visible[part].repeat(B, 1, G, 1)  # (B T, 1, G q, u)
     else:
-        mask = tile_bias(bias, tables).unflatten(1, (heads, G)).flatten(2, 3).repeat(B, 1, 1, 1)
+        mask = tile_bias(bias, tables, part).unflatten(1, (heads, G)).flatten(2, 3).repeat(B, 1, 1, 1)
     out = attend(q, k, v, mask=mask, scale=scale, dropout=dropout)
     out = out.unflatten(2, (G, -1)).unflatten(0, (B, T)).permute(0, 1, 4, 2, 3, 5)  # (B, T, q, heads, G, d_v)
-    return out.flatten(3, 4).flatten(1, 2).index_select(1, tables.places).unflatten(1, grid)
+    return out.flatten(3, 4).flatten(1, 2)
 
 
-def tile_bias(bias: Tensor, tables: Tables) -> Tensor:
+def tile_bias(bias: Tensor, tables: Tables, part: slice) -> Tensor:
     """(heads, 2 kernel - 1 per axis) -> (T, heads, q, u), minus infinity where the query does not see the key."""
     by_pair = F.embedding(tables.offsets, bias.flatten(1).t()).permute(0, 3, 1, 2)  # (P, heads, q, u)
-    return by_pair.masked_fill(tables.unseen, float("-inf")).index_select(0, tables.patterns)
+    return by_pair.masked_fill(tables.unseen, float("-inf")).index_select(0, tables.patterns[part])
 
 
 def tile_side(axes: int) -> int:

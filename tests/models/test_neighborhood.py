@@ -128,6 +128,16 @@ def test_so_it_is_with_many_tiles_in_double_and_single_precision(case):
         assert close(with_gradients(lambda *x, name=backend: case.attend(name, *x), single), wanted, 1e-5)
 
 
+@pytest.mark.parametrize("part", [1, 3, 16])
+def test_so_many_tiles_at_a_time_change_nothing(part, monkeypatch):
+    case = Case((23, 19), (5, 3), (1, 2), (False, True), batch=2, shared=2)
+    inputs, found = case.inputs(), []
+    for size in (part, 10**6):
+        monkeypatch.setattr(neighborhood_tiles, "PART", size)
+        found.append(with_gradients(lambda *x: case.attend("tiled", *x), inputs))
+    assert close(*found, 1e-12)
+
+
 @with_backends
 @pytest.mark.parametrize(
     "case",
@@ -234,6 +244,7 @@ class Largest(TorchDispatchMode):
 @with_bias
 @pytest.mark.parametrize("backend, growth", [("tiled", 4), ("dense", 16)])
 def test_memory_is_linear_in_the_tokens_with_tiles_and_quadratic_without(backend, growth, bias, monkeypatch):
+    monkeypatch.setattr(neighborhood_tiles, "PART", 10**6)  # all tiles at once
     sizes = []
     for side in (16, 32, 64)[: 3 if backend == "tiled" else 2]:
         monkeypatch.setattr(tables, "CACHE", {})  # making the tables counts
