@@ -69,9 +69,10 @@ def tiled(
     tiles, _, q, u = tables.visible.shape
     part = PART if query.is_cpu else tiles
     sources = ((query, tables.queries, part * q), (key, tables.keys, part * u), (value, tables.keys, part * u))
+    added = None if bias is None else pair_bias(bias, tables)
     gathered = zip(*(Gather.apply(x.flatten(1, -3), index, size) for x, index, size in sources), strict=True)
     outs = [
-        on_tiles(*qkv, bias, tables, slice(i * part, (i + 1) * part), scale, dropout) for i, qkv in enumerate(gathered)
+        on_tiles(*qkv, added, tables, slice(i * part, (i + 1) * part), scale, dropout) for i, qkv in enumerate(gathered)
     ]
     return torch.cat(outs, 1).index_select(1, tables.places).unflatten(1, grid)
 
@@ -101,30 +102,34 @@ def on_tiles(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
+    added: Tensor | None,
     tables: Tables,
     part: slice,
     scale: float | None,
     dropout: float,
 ) -> Tensor:
-    """Attention within some tiles: q (B, T q, G heads, d), k and v (B, T u, heads, d) -> (B, T q, G heads, d_v)."""
+    """Attention within some tiles: q (B, T q, G heads, d), k and v (B, T u, heads, d) -> (B, T q, G heads, d_v).
+
+    `added` is the mask with the bias in it, for each pattern, see `pair_bias`.
+    """
     B, heads, G, T = k.shape[0], k.shape[2], q.shape[2] // k.shape[2], len(tables.visible[part])
     q = q.unflatten(1, (T, -1)).unflatten(3, (heads, G)).permute(0, 1, 3, 4, 2, 5)  # (B, T, heads, G, q, d)
     q = q.flatten(3, 4).flatten(0, 1)  # (B T, heads, G q, d)
     k, v = (x.unflatten(1, (T, -1)).flatten(0, 1).transpose(1, 2) for x in (k, v))  # (B T, heads, u, d)
-    if bias is None:
+    if added is None:
         mask = tables.visible[part].repeat(B, 1, G, 1)  # (B T, 1, G q, u)
     else:
-        mask = tile_bias(bias, tables, part).unflatten(1, (heads, G)).flatten(2, 3).repeat(B, 1, 1, 1)
+        mask = added.index_select(0, tables.patterns[part])  # (T, G heads, q, u)
+        mask = mask.unflatten(1, (heads, G)).flatten(2, 3).repeat(B, 1, 1, 1)  # (B T, heads, G q, u)
     out = attend(q, k, v, mask=mask, scale=scale, dropout=dropout)
     out = out.unflatten(2, (G, -1)).unflatten(0, (B, T)).permute(0, 1, 4, 2, 3, 5)  # (B, T, q, heads, G, d_v)
     return out.flatten(3, 4).flatten(1, 2)
 
 
-def tile_bias(bias: Tensor, tables: Tables, part: slice) -> Tensor:
-    """(heads, 2 kernel - 1 per axis) -> (T, heads, q, u), minus infinity where the query does not see the key."""
-    by_pair = F.embedding(tables.offsets, bias.flatten(1).t()).permute(0, 3, 1, 2)  # (P, heads, q, u)
-    return by_pair.masked_fill(tables.unseen, float("-inf")).index_select(0, tables.patterns[part])
+def pair_bias(bias: Tensor, tables: Tables) -> Tensor:
+    """(heads, 2 kernel - 1 per axis) -> (P, heads, q, u), minus infinity where the query does not see the key."""
+    by_pair = F.embedding(tables.offsets, bias.flatten(1).t()).permute(0, 3, 1, 2)
+    return by_pair.masked_fill(tables.unseen, float("-inf"))
 
 
 def tile_side(axes: int) -> int:
