@@ -119,7 +119,9 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_attention_reaches_the_network_and_learns_one_grid(kind):
+def test_every_kind_of_attention_reaches_the_network_and_learns_to_copy_what_it_sees(kind):
+    """Images of one code each: a masked code is known as soon as another one is seen."""
+    torch.manual_seed(0)
     settings = {"bert_n_emb": 16, "bert_n_head": 2, "bert_n_layers": 2, "loss_type": "mlm"}
     built = absorbing.build(absorbing.Config(**settings | kind), codes=4, grid=(3, 4), n_classes=0)
     layer = built.network.blocks[1].attention
@@ -129,15 +131,14 @@ def test_every_kind_of_attention_reaches_the_network_and_learns_one_grid(kind):
         kind.get("position") != "rope"
     )
     optimizer = torch.optim.Adam(built.network.parameters(), lr=0.02)
-    batch = {"codes": torch.randint(4, (1, 3, 4), generator=torch.Generator().manual_seed(1)).repeat(8, 1, 1)}
-    losses = []
+    batch, losses = {"codes": (torch.arange(16) % 4).view(16, 1, 1).expand(16, 3, 4)}, []
     for step in range(100):
-        loss = built.loss(built.network, batch, draws(step, 8)).per_example.mean()
+        loss = built.loss(built.network, batch, draws(step, 16)).per_example.mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
 @pytest.mark.parametrize(
