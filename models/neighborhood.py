@@ -129,7 +129,7 @@ def window_of(grid: tuple[int, ...], kernel_size: PerAxis, dilation: PerAxis, is
     """The window per axis; ValueError naming the axis that it does not fit, and what fits."""
     window = Window(*(per_axis(value, len(grid)) for value in (kernel_size, dilation, is_causal)))
     names = ("height", "width") if len(grid) == 2 else ("length",)
-    for name, length, kernel, step in zip(names, grid, window.kernel, window.dilation, strict=False):
+    for name, length, kernel, step in zip(names, grid, window.kernel, window.dilation, strict=True):
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"got kernel_size {kernel} along the {name}, wanted an odd number of keys")
         if step < 1:
