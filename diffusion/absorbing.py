@@ -7,23 +7,17 @@ papers visits t = i/T (Austin et al. 2021, D3PM; Bond-Taylor et al. 2022, "Unlea
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion.guidance import Denoiser
+from diffusion.loss import Loss
 from diffusion.rng import Streams
 
 LossType = Literal["elbo", "reweighted_elbo", "mlm"]
-
-
-class Loss(NamedTuple):
-    """What a process returns to be trained on."""
-
-    per_example: Tensor  # (B,); the loop takes the mean
-    metrics: dict[str, Tensor]  # each (B,), for logging only
 
 
 @dataclass(frozen=True)

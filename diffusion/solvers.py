@@ -9,14 +9,16 @@ import diffusion
 
 
 def solvers_of(process: object) -> dict[str, Callable]:
-    """Solvers by name for a process; a new one is a new function, in any file of this package."""
+    """Solvers by name for a process, those of its parent classes too; a new one is a new function, in any file."""
     found = {}
     for info in pkgutil.iter_modules(diffusion.__path__):
         module = importlib.import_module(f"diffusion.{info.name}")
         for name, function in inspect.getmembers(module, inspect.isfunction):
-            parameters = list(inspect.signature(function).parameters.values())
-            if [p.name for p in parameters[:2]] == ["denoise", "process"] and parameters[1].annotation is type(process):
-                found[name] = function
+            parameters = list(inspect.signature(function).parameters.values())[:3]
+            if [p.name for p in parameters] == ["denoise", "process", "x"]:
+                solves = parameters[1].annotation
+                if inspect.isclass(solves) and isinstance(process, solves):
+                    found[name] = function
     return found
 
 

@@ -3,12 +3,16 @@
 Shapes everywhere: B batch, C channels, H W image or grid, N tokens, D width, E embedding width.
 """
 
+import math
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attend import attend
+
+Resample = Literal["up", "down"]
 
 
 class EmbedBlock(nn.Module, ABC):
@@ -27,17 +31,26 @@ class ConditionBlock(nn.Module, ABC):
         """x (B, C, H, W) -> (B, C', H', W')."""
 
 
-def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:
-    """GroupNorm with 32 groups (eps 1e-6, as VQGAN has it), or the most that divide `channels` where 32 do not."""
+def group_norm(channels: int, groups: int = 32, eps: float = 1e-6) -> nn.GroupNorm:
+    """GroupNorm with 32 groups, or the most that divide `channels` where 32 do not; eps 1e-6, as VQGAN has it."""
     while channels % groups:
         groups -= 1
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps=eps)
+
+
+def zeroed(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+    """The layer, its weight and bias zero: what it ends starts as nothing beside a skip."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class ResBlock(EmbedBlock):
     """norm -> SiLU -> conv, twice, beside a skip; the embedding scales and shifts (Dhariwal & Nichol 2021).
 
-    With `emb_dim=None` it takes no embedding (autoencoders). `zero_init` starts the block as its skip.
+    With `emb_dim=None` it takes no embedding (autoencoders). `scale_shift=False` adds the embedding before the second
+    norm instead (Ho et al. 2020). `resample` doubles or halves height and width between the first SiLU and its
+    convolution, and on the skip. `zero_init` starts the block as its skip; `scale_skip` divides the sum by sqrt(2).
     """
 
     def __init__(
@@ -47,40 +60,68 @@ class ResBlock(EmbedBlock):
         emb_dim: int | None = None,
         dropout: float = 0.0,
         zero_init: bool = False,
+        *,
+        scale_shift: bool = True,
+        resample: Resample | None = None,
+        scale_skip: bool = False,
+        eps: float = 1e-6,
     ):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        if resample not in (None, "up", "down"):
+            raise ValueError(f"got resample {resample!r}, wanted up, down or None")
+        self.scale_shift, self.resample, self.scale_skip = scale_shift, resample, scale_skip
+        self.norm1 = group_norm(in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.embed = None if emb_dim is None else nn.Linear(emb_dim, 2 * out_channels)
+        said = 2 * out_channels if scale_shift else out_channels
+        self.embed = None if emb_dim is None else nn.Linear(emb_dim, said)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         if zero_init:
-            nn.init.zeros_(self.conv2.weight)
-            nn.init.zeros_(self.conv2.bias)
+            zeroed(self.conv2)
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         if (emb is None) != (self.embed is None):
             raise ValueError(
                 f"ResBlock got emb={emb if emb is None else tuple(emb.shape)}, built with embed={self.embed}"
             )
-        h = self.norm2(self.conv1(F.silu(self.norm1(x))))  # (B, C', H, W)
-        if self.embed is not None:
-            scale, shift = self.embed(F.silu(emb))[:, :, None, None].chunk(2, dim=1)  # (B, C', 1, 1) each
-            h = h * (1 + scale) + shift
-        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+        h = F.silu(self.norm1(x))
+        if self.resample is not None:
+            x, h = resampled(x, self.resample), resampled(h, self.resample)
+        h = self.modulated(self.conv1(h), emb)  # (B, C', H', W')
+        out = self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+        return out / math.sqrt(2) if self.scale_skip else out
+
+    def modulated(self, h: Tensor, emb: Tensor | None) -> Tensor:
+        """The second norm, and what the embedding does about it."""
+        if self.embed is None:
+            return self.norm2(h)
+        said = self.embed(F.silu(emb))[:, :, None, None]  # (B, C' or 2 C', 1, 1)
+        if not self.scale_shift:
+            return self.norm2(h + said)
+        scale, shift = said.chunk(2, dim=1)
+        return self.norm2(h) * (1 + scale) + shift
+
+
+def resampled(x: Tensor, how: Resample) -> Tensor:
+    """(B, C, H, W) -> twice the height and width, every pixel repeated, or half, averaged."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if how == "up" else F.avg_pool2d(x, 2)
 
 
 class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H/2, W/2) by a strided convolution, padded right and below as VQGAN pads."""
+    """(B, C, H, W) -> (B, C, H/2, W/2) by a strided convolution, padded right and below as VQGAN pads.
 
-    def __init__(self, channels: int):
+    `symmetric` pads all four sides instead, as the UNet of Nichol & Dhariwal 2021 does.
+    """
+
+    def __init__(self, channels: int, symmetric: bool = False):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.symmetric = symmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric else 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(x if self.symmetric else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):

@@ -1,4 +1,6 @@
-"""Where a token stands: rotary positions and relative-position biases, both blind to absolute places."""
+"""Where a token stands (rotary positions, relative-position biases), and when: the embedding of the time."""
+
+import math
 
 import numpy as np
 import torch
@@ -71,3 +73,33 @@ def offset_rows(grid: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[ndarray
         offset = (place - place[:, None]).clip(1 - k, k - 1) + k - 1  # (query, key)
         rows = joined(rows, offset, digits(2 * k - 1))
     return (rows,)
+
+
+def sinusoids(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """cos, then sin, of t at width / 2 speeds that fall from 1 towards 1 / max_period: (B,) -> (B, width).
+
+    As in Nichol & Dhariwal 2021, for t in steps; any real t will do. Float32, or float64 where t is.
+    """
+    if width % 2:
+        raise ValueError(f"got width {width}, wanted an even number: half are cosines, half sines")
+    t, pairs = widened(t), width // 2
+    speed = torch.exp(torch.arange(pairs, device=t.device, dtype=t.dtype) * (-math.log(max_period) / pairs))
+    angle = t[:, None] * speed  # (B, pairs)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of the time, or of a noise level, through two linear layers: t (B,) -> (B, E).
+
+    `scale` multiplies t first: 1 where t counts steps, 1000 where it lies in [0, 1].
+    """
+
+    def __init__(self, width: int, emb_dim: int, scale: float = 1.0):
+        super().__init__()
+        self.width, self.scale = width, scale
+        self.expand = nn.Linear(width, emb_dim)
+        self.contract = nn.Linear(emb_dim, emb_dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        waves = sinusoids(self.scale * widened(t), self.width).to(self.expand.weight.dtype)
+        return self.contract(F.silu(self.expand(waves)))

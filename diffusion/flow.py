@@ -1,0 +1,51 @@
+"""Rectified flow (Liu et al. 2022; Lipman et al. 2022): a straight line from data, t = 0, to noise, t = 1."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion.kernels import Gaussian, Prediction, full, like
+from diffusion.loss import Loss
+
+
+@dataclass(frozen=True)
+class RectifiedFlow(Gaussian):
+    """x_t = (1 - w) x_0 + w eps with w = shift t / (1 + (shift - 1) t) (Esser et al. 2024).
+
+    The network says eps - x_0 and is told w. Training draws logit t from N(`mean`, `deviation`^2). A shift above 1
+    spends more on noise, in training and in sampling: for larger images.
+    """
+
+    shift: float = 1.0
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    def __post_init__(self):
+        if not self.shift > 0:
+            raise ValueError(f"got shift {self.shift}, wanted a number above 0: 1 leaves time as it is")
+
+    def sigma(self, t: Tensor) -> Tensor:
+        t = t.cpu().double()
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - self.sigma(t)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Logit-normal."""
+        return (self.mean + self.deviation * torch.special.ndtri(u)).sigmoid().clamp(min=self.end)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        t = t.float()
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+        output, x_t = full(output), full(x_t)
+        return Prediction(x_t - like(self.sigma(t), x_t) * output, x_t + like(self.alpha(t), x_t) * output)
+
+    def loss(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, *, loss_weight: Tensor | None = None) -> Loss:
+        """A network's output at corrupt(x0, t, noise) -> Loss: its squared error, mean over an example's numbers."""
+        error = (noise - x0 - full(output)).square()
+        error = (error if loss_weight is None else error * loss_weight).flatten(1).mean(1)
+        return Loss(error, {"mse": error.detach()})

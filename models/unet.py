@@ -1,0 +1,230 @@
+"""The UNet of Gaussian diffusion (Ho et al. 2020; Dhariwal & Nichol 2021), made to be entered."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.attention_block import ATTENTION_BLOCKS, EPS, AttentionOptions
+from models.blocks import ConditionBlock, Downsample, EmbedBlock, Resample, ResBlock, Upsample, group_norm, zeroed
+from models.condition import Condition, ConditionEncoder
+from models.conditions import label
+from models.embeddings import TimeEmbedding
+from models.registry import part
+from models.unet_config import UNetConfig
+
+RES_BLOCKS = {"basic": ResBlock}
+
+
+class Maker:
+    """Builds the blocks of one network; counts its attention blocks, whose depth differential attention asks for."""
+
+    def __init__(self, config: UNetConfig, context_width: int):
+        self.config, self.context_width, self.depth = config, context_width, 0
+        self.res_block = part(config.res_block_type, RES_BLOCKS, (EmbedBlock,), "res_block_type")
+
+    def res(self, in_channels: int, out_channels: int, resample: Resample | None = None) -> nn.Module:
+        return self.res_block(
+            in_channels,
+            out_channels,
+            emb_dim=self.config.emb_dim,
+            dropout=self.config.dropout,
+            zero_init=True,
+            scale_shift=self.config.scale_shift,
+            resample=resample,
+            scale_skip=self.config.scale_skip,
+            eps=EPS,
+        )
+
+    def attention(self, channels: int, kind: str | None = None) -> nn.Module:
+        config, contracts = self.config, (ConditionBlock, EmbedBlock)
+        block = part(kind or config.attn_block_type, ATTENTION_BLOCKS, contracts, "attn_block_type")
+        options = AttentionOptions(
+            heads=config.heads_of(channels),
+            emb_dim=config.emb_dim,
+            depth=self.depth,
+            context_width=self.context_width,
+            kernel_sizes=config.kernel_sizes,
+            dilations=config.dilations,
+            na_backend=config.na_backend,
+            transformer_attention=config.transformer_attention,
+            feed_forward=config.feed_forward,
+        )
+        self.depth += 1
+        return block(channels, options)
+
+    def step(self, in_channels: int, out_channels: int, level: int) -> nn.ModuleList:
+        """A ResBlock, and attention where the level has it."""
+        blocks = [self.res(in_channels, out_channels)]
+        if self.config.factors[level] in self.config.attn_factors:
+            blocks.append(self.attention(out_channels))
+        return nn.ModuleList(blocks)
+
+    def downsample(self, channels: int) -> nn.Module:
+        return self.res(channels, channels, "down") if self.config.resblock_updown else Downsample(channels, True)
+
+    def upsample(self, channels: int) -> nn.Module:
+        return self.res(channels, channels, "up") if self.config.resblock_updown else Upsample(channels)
+
+
+class UNet(nn.Module):
+    """Predicts from x_t, t and a condition: (B, C, H, W), (B,) -> (B, C', H, W). It begins as the constant 0.
+
+    `encoders`, by name, turn raw fields into the streams of a `Condition` (see models/conditions); with `n_classes`
+    there is one more, "label". EmbedBlocks are given the embedding, ConditionBlocks the condition, one that is both is
+    given both, in this order. Height and width are any multiples of the last factor.
+    """
+
+    def __init__(self, config: UNetConfig, encoders: Mapping[str, ConditionEncoder] | None = None):
+        super().__init__()
+        self.config = config
+        encoders = dict(encoders or {})
+        if config.n_classes:
+            if "label" in encoders:
+                raise ValueError(f"got an encoder named label beside n_classes {config.n_classes}: leave one out")
+            encoders["label"] = label.build(label.Config(n_classes=config.n_classes), config.emb_dim)
+        self.encoders = nn.ModuleDict(encoders)
+        self.time = TimeEmbedding(config.channels, config.emb_dim, config.time_scale)
+        make, widths = Maker(config, token_width(self.encoders)), config.widths
+        maps = sum(encoder.map_channels for encoder in self.encoders.values())
+        self.conv_in = nn.Conv2d(config.in_channels + maps, widths[0], 3, padding=1)
+        self.down_blocks, skips = build_down(make)
+        self.middle_blocks = nn.ModuleList(
+            [
+                make.res(widths[-1], widths[-1]),
+                make.attention(widths[-1], config.middle_attn_block_type),
+                make.res(widths[-1], widths[-1]),
+            ]
+        )
+        self.up_blocks = build_up(make, skips)
+        self.norm = group_norm(widths[0], eps=EPS)
+        self.conv_out = zeroed(nn.Conv2d(widths[0], config.out_channels, 3, padding=1))
+
+    def encode(
+        self, fields: Mapping[str, Any] | None, x: Tensor, drop: Mapping[str, Tensor] | None = None
+    ) -> Condition:
+        """Raw fields by the names of their encoders -> the condition for a batch like x; what is left out is null.
+
+        `drop` holds (B,) bools by name: the examples that get the null of that stream.
+        """
+        fields, drop = fields or {}, drop or {}
+        unknown = sorted({*fields, *drop} - {*self.encoders})
+        if unknown:
+            raise ValueError(f"got conditions {unknown}, this network takes: {', '.join(self.encoders) or 'none'}")
+        named = self.encoders.items()
+        return Condition({name: encoder(fields.get(name), x, drop.get(name)) for name, encoder in named})
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition | Mapping[str, Any] | None = None,
+        skip_residuals: Sequence[Tensor] | None = None,
+        *,
+        drop: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """`condition`: what `encode` made, or raw fields that are encoded here with `drop`; None: all null.
+
+        `skip_residuals` are added to the skips, one each in the order of `down`; one more is added to the middle's
+        output (control branches).
+        """
+        emb, condition = self.embed(x, t, condition, drop)
+        h, skips = self.down(x, emb, condition)
+        h = self.middle(h, emb, condition)
+        if skip_residuals is not None:
+            h, skips = added(h, skips, skip_residuals)
+        return self.up(h, skips, emb, condition)
+
+    def embed(self, x: Tensor, t: Tensor, condition=None, drop=None) -> tuple[Tensor, Condition]:
+        """The embedding (B, E) and the condition that `down`, `middle` and `up` take; arguments as in `forward`."""
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"got t {tuple(t.shape)} for {len(x)} images, wanted ({len(x)},): t.expand(len(x))")
+        if not isinstance(condition, Condition):
+            condition = self.encode(condition, x, drop)
+        elif drop is not None:
+            raise ValueError("got drop and an encoded condition: pass drop to encode")
+        missing = [name for name in self.encoders if name not in condition.streams]
+        if missing:
+            raise ValueError(f"got a condition without {', '.join(missing)}: make it by encode, nulls included")
+        emb, vector = self.time(t), condition.vector()
+        return emb if vector is None else emb + vector, condition
+
+    def down(self, x: Tensor, emb: Tensor, condition: Condition) -> tuple[Tensor, list[Tensor]]:
+        """x (B, C, H, W) -> h at the last level, and the skips: what the first convolution and each step make."""
+        height, width, factor = *x.shape[2:], self.config.factors[-1]
+        if height % factor or width % factor:
+            raise ValueError(
+                f"got {height} x {width} pixels for {len(self.config.factors)} levels, wanted multiples of {factor}: "
+                f"resize or pad to {-height % factor + height} x {-width % factor + width}, or use fewer channel_mults"
+            )
+        maps = condition.map()
+        skips = [self.conv_in(x if maps is None else torch.cat([x, maps], 1))]
+        for blocks in self.down_blocks:
+            skips.append(self.run(blocks, skips[-1], emb, condition))
+        return skips[-1], skips
+
+    def middle(self, h: Tensor, emb: Tensor, condition: Condition) -> Tensor:
+        """(B, C, h, w) -> the same shape."""
+        return self.run(self.middle_blocks, h, emb, condition)
+
+    def up(self, h: Tensor, skips: Sequence[Tensor], emb: Tensor, condition: Condition) -> Tensor:
+        """h at the last level and the skips of `down` -> the prediction (B, C', H, W)."""
+        for blocks, skip in zip(self.up_blocks, reversed(skips), strict=True):
+            h = self.run(blocks, torch.cat([h, skip], 1), emb, condition)
+        return self.conv_out(F.silu(self.norm(h)))
+
+    def run(self, blocks: nn.ModuleList, h: Tensor, emb: Tensor, condition: Condition) -> Tensor:
+        """Each block in turn, given what its contract asks for."""
+        for block in blocks:
+            given = [emb] * isinstance(block, EmbedBlock) + [condition] * isinstance(block, ConditionBlock)
+            if self.config.checkpoint and torch.is_grad_enabled():
+                h = checkpoint(block, h, *given, use_reentrant=False)
+            else:
+                h = block(h, *given)
+        return h
+
+
+def token_width(encoders: nn.ModuleDict) -> int:
+    """D of the tokens that the encoders make, 0 if they make none."""
+    widths = {name: encoder.token_width for name, encoder in encoders.items() if encoder.token_width}
+    if len(set(widths.values())) > 1:
+        raise ValueError(f"got encoders whose tokens have widths {widths}, wanted one width for all")
+    return next(iter(widths.values()), 0)
+
+
+def build_down(make: Maker) -> tuple[nn.ModuleList, list[int]]:
+    """The steps on the way down, and the channels of each skip."""
+    widths = make.config.widths
+    steps, skips = [], [widths[0]]
+    for level, width in enumerate(widths):
+        for _ in range(make.config.res_blocks):
+            steps.append(make.step(skips[-1], width, level))
+            skips.append(width)
+        if level < len(widths) - 1:
+            steps.append(nn.ModuleList([make.downsample(width)]))
+            skips.append(width)
+    return nn.ModuleList(steps), skips
+
+
+def build_up(make: Maker, skips: list[int]) -> nn.ModuleList:
+    """The steps on the way up, each of which takes one skip; the last of a level doubles the size."""
+    steps, channels, skips = [], skips[-1], list(skips)
+    for level, width in reversed(list(enumerate(make.config.widths))):
+        for i in range(make.config.res_blocks + 1):
+            blocks = make.step(channels + skips.pop(), width, level)
+            if level > 0 and i == make.config.res_blocks:
+                blocks.append(make.upsample(width))
+            steps.append(blocks)
+            channels = width
+    return nn.ModuleList(steps)
+
+
+def added(h: Tensor, skips: list[Tensor], residuals: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """h and the skips, each with its residual."""
+    if len(residuals) not in (len(skips), len(skips) + 1):
+        raise ValueError(f"got {len(residuals)} skip_residuals, wanted {len(skips)}, or one more for the middle")
+    h = h + residuals[-1] if len(residuals) > len(skips) else h
+    return h, [skip + residual for skip, residual in zip(skips, residuals, strict=False)]

@@ -1,0 +1,129 @@
+"""Which times are trained on, and that their weights leave the mean loss as it is."""
+
+import pytest
+import torch
+
+from diffusion.flow import RectifiedFlow
+from diffusion.gaussian import GaussianDiffusion
+from diffusion.rng import Streams
+from diffusion.schedules import cosine
+from diffusion.timesteps import LossSecondMoment, low_discrepancy, uniform
+
+PROCESS = GaussianDiffusion(cosine(8))
+LOSS = torch.tensor([9.0, 4, 1, 1, 0.5, 0.5, 0.2, 0.1])  # of t = 1/8, ..., 1
+
+
+def filled(**options):
+    resampler = LossSecondMoment(PROCESS, **options)
+    for _ in range(10):
+        resampler.update(torch.arange(1, 9) / 8, LOSS)
+    return resampler
+
+
+def test_uniform_times_are_the_process_s_own(streams):
+    t, weight = uniform(PROCESS, streams(100))
+    assert torch.equal(t, PROCESS.times(streams(100))) and torch.equal(weight, torch.ones(100))
+
+
+# Low discrepancy
+
+
+@pytest.mark.parametrize("process", [PROCESS, RectifiedFlow()])
+def test_a_batch_of_low_discrepancy_is_spread_over_all_times_evenly(process):
+    t, weight = low_discrepancy(process, Streams([3]), 64)
+    levels = process.quantile(torch.arange(9) / 8)
+    if process is PROCESS:
+        assert (8 * t).round().long().bincount(minlength=9).tolist() == [0] + [8] * 8
+    else:
+        assert torch.histc(t, 1, levels[0].item(), levels[-1].item()) == 64
+        assert all(((a < t) & (t <= b)).sum() in (7, 8, 9) for a, b in zip(levels[:-1], levels[1:], strict=True))
+    assert torch.equal(weight, torch.ones(64))
+
+
+def test_each_place_of_a_low_discrepancy_batch_is_uniform_over_batches(p_value):
+    t = torch.stack([low_discrepancy(PROCESS, Streams([seed]), 3).t for seed in range(3000)])
+    for place in range(3):
+        assert p_value((8 * t[:, place]).round().long() - 1, torch.full((8,), 1 / 8)) > 1e-4
+
+
+def test_low_discrepancy_times_do_not_depend_on_how_many_processes_share_the_batch():
+    whole = low_discrepancy(PROCESS, Streams([5]), 6).t
+    parts = [low_discrepancy(PROCESS, Streams([5]), 2, first, 6).t for first in (0, 2, 4)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(low_discrepancy(PROCESS, Streams([6]), 6).t, whole)
+
+
+def test_low_discrepancy_wants_one_stream_for_the_batch():
+    with pytest.raises(ValueError, match="got 4 streams, wanted one"):
+        low_discrepancy(PROCESS, Streams([0, 1, 2, 3]), 4)
+
+
+# Times by the size of their loss
+
+
+def test_the_resampler_is_uniform_until_it_has_ten_losses_of_every_time(streams):
+    resampler = LossSecondMoment(PROCESS)
+    for i in range(10):
+        assert torch.equal(resampler.probabilities(), torch.full((8,), 1 / 8, dtype=torch.float64))
+        resampler.update(torch.arange(1, 9 if i < 9 else 8) / 8, LOSS[: 8 if i < 9 else 7])
+    assert torch.equal(resampler.probabilities(), torch.full((8,), 1 / 8, dtype=torch.float64))
+    resampler.update(torch.tensor([1.0]), LOSS[7:])
+    assert resampler.probabilities()[0] > 0.5
+
+
+def test_the_resampler_draws_in_proportion_to_the_root_of_the_mean_square(streams, p_value):
+    resampler = filled()
+    resampler.update(torch.tensor([1 / 8] * 5), torch.zeros(5))  # half of its ten
+    size = LOSS.double() * torch.tensor([0.5**0.5, 1, 1, 1, 1, 1, 1, 1])
+    expected = 0.999 * size / size.sum() + 0.001 / 8
+    assert torch.allclose(resampler.probabilities(), expected)
+    t, weight = resampler.draw(streams(4000))
+    i = (8 * t).round().long() - 1
+    assert p_value(i, expected) > 1e-4
+    assert torch.allclose(weight.double(), 1 / (8 * expected[i]), rtol=1e-5)
+
+
+def test_only_the_last_ten_losses_count():
+    resampler = filled()
+    for _ in range(10):
+        resampler.update(torch.arange(1, 9) / 8, torch.ones(8))
+    assert torch.allclose(resampler.probabilities(), torch.full((8,), 1 / 8, dtype=torch.float64))
+
+
+def test_the_weighted_loss_is_unbiased(streams):
+    resampler = filled()
+    p = resampler.probabilities()
+    weight_of = {round(8 * t): w for t, w in zip(*(v.tolist() for v in resampler.draw(streams(4000))), strict=True)}
+    assert set(weight_of) >= {1, 2, 3, 4}
+    mean = sum(p[i - 1].item() * weight_of.get(i, 1 / (8 * p[i - 1].item())) * LOSS[i - 1].item() for i in range(1, 9))
+    assert mean == pytest.approx(LOSS.mean().item(), rel=1e-5)
+    t, weight = resampler.draw(streams(4000, 1))
+    drawn = weight * LOSS[(8 * t).round().long() - 1]
+    assert drawn.mean().item() == pytest.approx(LOSS.mean().item(), rel=0.02)
+    assert drawn.std() < 0.1 * LOSS.std()  # which is what it is for
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_not_remembered(bad):
+    resampler, before = filled(), filled().probabilities()
+    resampler.update(torch.tensor([1 / 8]), torch.tensor([bad]))
+    assert torch.equal(resampler.probabilities(), before)
+
+
+def test_losses_of_zero_leave_it_uniform():
+    resampler = LossSecondMoment(PROCESS, history=1)
+    resampler.update(torch.arange(1, 9) / 8, torch.zeros(8))
+    assert torch.equal(resampler.probabilities(), torch.full((8,), 1 / 8, dtype=torch.float64))
+
+
+def test_the_resampler_goes_on_from_its_state(streams):
+    resampler, copy = filled(), LossSecondMoment(PROCESS)
+    state = resampler.state_dict()
+    copy.load_state_dict(state)
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    for each in (resampler, copy):
+        each.update(torch.tensor([0.5, 1.0]), torch.tensor([7.0, 7.0]))
+    assert torch.equal(copy.draw(streams(50)).t, resampler.draw(streams(50)).t)
+    assert not torch.equal(state["losses"], resampler.losses)
+    with pytest.raises(ValueError, match=r"got losses \(8, 10\) \(T, history\), wanted \(8, 3\)"):
+        LossSecondMoment(PROCESS, history=3).load_state_dict(state)

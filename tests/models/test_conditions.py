@@ -1,0 +1,136 @@
+"""Conditions: the record, what every encoder promises, and the two that are here."""
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import models.conditions
+from models.condition import Condition, ConditionEncoder, Map, Tokens, Vector
+from models.conditions import image, label
+
+B, WIDTH = 4, 12
+NAMES = sorted(module.name for module in pkgutil.iter_modules(models.conditions.__path__))
+RAW = {  # the options of each encoder, and a batch of its raw field
+    "label": ({"n_classes": 3}, torch.tensor([0, 1, 2, 0])),
+    "image": ({"channels": 2}, torch.randn(B, 2, 6, 8, generator=torch.Generator().manual_seed(1))),
+}
+DROP = torch.tensor([False, True, False, True])
+
+
+def x():
+    return torch.zeros(B, 3, 6, 8)
+
+
+def encoder(name):
+    """With a null that is not zero."""
+    module = importlib.import_module(f"models.conditions.{name}")
+    made = module.build(module.Config(**RAW[name][0]), WIDTH)
+    for p in made.parameters():
+        p.data += torch.randn_like(p)
+    return made
+
+
+def test_every_encoder_is_tested():
+    assert NAMES == sorted(RAW)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_encoder_makes_a_stream_and_keeps_the_contract(name):
+    made = encoder(name)
+    stream = made(RAW[name][1], x())
+    assert isinstance(made, ConditionEncoder)
+    Condition({name: stream})  # raises where the shape is not that of its kind
+    width = {Vector: WIDTH, Tokens: made.token_width, Map: made.map_channels}[type(stream)]
+    assert len(stream.values) == B and stream.values.shape[1 if isinstance(stream, Map) else -1] == width
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dropped_examples_equal_the_null_and_others_what_they_were(name):
+    made, raw = encoder(name), RAW[name][1]
+    said, null, mixed = made(raw, x()).values, made(None, x()).values, made(raw, x(), DROP).values
+    assert torch.equal(mixed[DROP], null[DROP]) and torch.equal(mixed[~DROP], said[~DROP])
+    assert (said - null).flatten(1).abs().amax(1).min() > 1e-3
+    assert torch.equal(made(None, x(), DROP).values, null)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_null_is_learned(name):
+    made = encoder(name)
+    made(RAW[name][1], x(), DROP).values.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in made.parameters())
+
+
+def test_label_n_classes_is_the_null():
+    made = encoder("label")
+    assert made.embedding.num_embeddings == 4
+    assert torch.equal(made(torch.full((B,), 3), x()).values, made(None, x()).values)
+    assert torch.equal(made(RAW["label"][1], x()).values, made.embedding.weight[RAW["label"][1]])
+
+
+def test_an_image_is_the_map_resized_where_its_size_is_another():
+    made, raw = encoder("image"), RAW["image"][1]
+    assert torch.equal(made(raw, x()).values, raw)
+    small = torch.arange(4.0).view(1, 1, 1, 4).expand(B, 2, 3, 4)
+    resized = made(small, x()).values
+    assert torch.allclose(resized, F.interpolate(small, size=(6, 8), mode="bilinear"))
+    assert resized.shape == (B, 2, 6, 8) and torch.allclose(resized[0, 0, 0, 1:3], torch.tensor([0.25, 0.75]))
+
+
+WRONG = {
+    r"got labels \(4, 1\) for 4 images, wanted \(4,\)": ("label", torch.zeros(4, 1, dtype=torch.long)),
+    r"got a condition image \(4, 3, 6, 8\), wanted \(4, 2, h, w\)": ("image", torch.zeros(4, 3, 6, 8)),
+    r"got a condition image \(1, 2, 6, 8\)": ("image", torch.zeros(1, 2, 6, 8)),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_field_of_another_shape_is_refused(message):
+    name, raw = WRONG[message]
+    with pytest.raises(ValueError, match=message):
+        encoder(name)(raw, x())
+
+
+@pytest.mark.parametrize("build", [lambda: label.Config(n_classes=0), lambda: image.Config(channels=0)])
+def test_a_config_of_nothing_is_refused(build):
+    with pytest.raises(ValueError, match="0, wanted at least 1"):
+        build()
+
+
+def test_vectors_add_up_and_maps_are_joined():
+    a, b = torch.randn(2, B, WIDTH)
+    first, second = torch.randn(B, 2, 6, 8), torch.randn(B, 1, 6, 8)
+    said = Condition({"a": Vector(a), "first": Map(first), "b": Vector(b), "second": Map(second)})
+    assert torch.equal(said.vector(), a + b) and torch.equal(said.map(), torch.cat([first, second], 1))
+    assert said.tokens() is None
+    assert Condition().vector() is Condition().map() is Condition().tokens() is None
+
+
+def test_tokens_are_joined_with_their_masks_and_regions():
+    a, b = torch.randn(B, 3, 5), torch.randn(B, 2, 5)
+    mask, region = torch.arange(2).bool().expand(B, 2), torch.tensor([0, 4]).expand(B, 2)
+    alone = Tokens(a)
+    assert Condition({"a": alone}).tokens() is alone
+    values, masks, regions = Condition({"a": alone, "b": Tokens(b, mask, region)}).tokens()
+    assert torch.equal(values, torch.cat([a, b], 1))
+    assert masks[0].tolist() == [True, True, True, False, True]
+    assert regions[0].tolist() == [-1, -1, -1, 0, 4]
+
+
+BROKEN = {
+    r"got stream a: Vector \(4, 1, 2\), wanted Vector \(B, E\)": {"a": Vector(torch.zeros(4, 1, 2))},
+    "got stream a: Tensor, wanted": {"a": torch.zeros(4, 2)},
+    r"tokens \(4, 3, 2\) and a mask or regions \(4, 2\)": {"a": Tokens(torch.zeros(4, 3, 2), torch.ones(4, 2))},
+    r"got streams for batches of \{'a': 4, 'b': 1\}": {
+        "a": Vector(torch.zeros(4, 2)),
+        "b": Map(torch.zeros(1, 1, 2, 2)),
+    },
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_streams_that_do_not_fit_are_refused(message):
+    with pytest.raises(ValueError, match=message):
+        Condition(BROKEN[message])

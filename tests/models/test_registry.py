@@ -1,0 +1,73 @@
+"""Parts by name, and classes of one's own by their dotted path."""
+
+import sys
+import types
+
+import pytest
+from torch import nn
+
+from models.blocks import ConditionBlock, EmbedBlock, ResBlock
+from models.registry import part
+
+KNOWN = {"basic": ResBlock}
+
+
+class Mine(EmbedBlock):
+    def forward(self, x, emb=None):
+        return x
+
+
+class Unfinished(EmbedBlock):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def package(monkeypatch):
+    """Modules `mine` and `mine.blocks`, as a user would have them."""
+    for name in ("mine", "mine.blocks"):
+        module = types.ModuleType(name)
+        module.Mine, module.Unfinished, module.Linear, module.number = Mine, Unfinished, nn.Linear, 3
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def find(name, contract=(EmbedBlock,)):
+    return part(name, KNOWN, contract, "res_block_type")
+
+
+def test_a_known_name_is_its_class():
+    assert find("basic") is ResBlock
+
+
+@pytest.mark.parametrize("name", ["mine.Mine", "mine.blocks.Mine"])
+def test_a_dotted_path_is_the_class_there(name):
+    assert find(name) is Mine
+    assert find(name, (ConditionBlock, EmbedBlock)) is Mine
+
+
+WRONG = {
+    "basics": r"got res_block_type 'basics': there are basic, and any subclass of EmbedBlock as package.module.Class",
+    "nowhere.Mine": "there is no module nowhere",
+    "mine.nowhere.Mine": "there is no module mine.nowhere",
+    "mine.Yours": "mine has no such name",
+    "mine.Linear": "Linear'>, which is no subclass of EmbedBlock",
+    "mine.number": "mine has 3, which is no subclass of EmbedBlock",
+    "mine.Unfinished": "Unfinished does not define forward",
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_with_a_name_is_said(name):
+    with pytest.raises(ValueError, match=WRONG[name]):
+        find(name)
+
+
+def test_a_class_of_another_contract_is_refused_with_those_that_serve():
+    with pytest.raises(ValueError, match="no subclass of ConditionBlock;"):
+        find("mine.Mine", (ConditionBlock,))
+
+
+def test_what_a_users_module_lacks_is_the_users_own_error(tmp_path, monkeypatch):
+    (tmp_path / "needy.py").write_text("import something_not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="something_not_installed"):
+        find("needy.Mine")
