@@ -14,10 +14,8 @@ from models.unet import UNet, UNetConfig
 
 FIXTURE = Path(os.environ.get("GUIDED_FIXTURES", ""))
 
-pytestmark = pytest.mark.skipif(
-    not (FIXTURE / "unet.pt").is_file(),
-    reason="GUIDED_FIXTURES names no folder with unet.pt, weights of the public UNet",
-)
+REASON = "GUIDED_FIXTURES names no folder with unet.pt, weights of the public UNet"
+pytestmark = pytest.mark.skipif(not (FIXTURE / "unet.pt").is_file(), reason=REASON)
 
 OURS = [
     (r"^time_embed\.0", "time.expand"),
