@@ -227,4 +227,4 @@ def added(h: Tensor, skips: list[Tensor], residuals: Sequence[Tensor]) -> tuple[
     if len(residuals) not in (len(skips), len(skips) + 1):
         raise ValueError(f"got {len(residuals)} skip_residuals, wanted {len(skips)}, or one more for the middle")
     h = h + residuals[-1] if len(residuals) > len(skips) else h
-    return h, [skip + residual for skip, residual in zip(skips, residuals, strict=False)]
+    return h, [skip + residual for skip, residual in zip(skips, residuals[: len(skips)], strict=True)]
