@@ -1,9 +1,8 @@
-"""Stage 2: codes -> a learned sampler of images. `python train_sampler.py --sampler absorbing --help`"""
+"""Stage 2: codes, latents or pixels -> a learned sampler of images. `python train_sampler.py --sampler ddpm --help`"""
 
-import sys
 from dataclasses import dataclass
 
-from train.cli import first_stage_data, peek, run_script
+from train.cli import first_stage_data, run_script
 from train.config import (
     DataConfig,
     FirstStageConfig,
@@ -25,11 +24,13 @@ class SamplerTrainingConfig(TrainingConfig):
     """Steps in all, those before a resume included."""
     warmup_iters: int = 10_000
     """Steps over which the learning rate rises from 0."""
+    watch: tuple[str, ...] = ()
+    """Dotted paths of functions (state, outputs), called at each step with {loss, x_t, t, prediction, x0_hat, x0}."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Trains a sampler on a VQGAN's codes. Results lie in <logs_root>/<log_dir>: logs/<sampler>_<dataset>."""
+    """Trains a sampler of images. Results lie in <logs_root>/<log_dir>: logs/<sampler>_<dataset>."""
 
     sampler: SamplerConfig
     first: FirstStageConfig
@@ -45,25 +46,27 @@ def main(config: Config) -> None:
 
     from train.data import build_dataset
     from train.distributed import world
-    from train.generate import class_frequencies, load_first_stage
-    from train.runs import begin, run_folder, train
-    from train.second_stage import SamplerReports, SamplerStep, build_state, code_source
+    from train.generate import class_frequencies
+    from train.registry import dotted
+    from train.runs import begin, origin_of, run_folder, train
+    from train.second_stage import SamplerReports, SamplerStep, build_state
+    from train.spaces import open_space
 
     data, training, logging = config.data, config.training, config.logging
     run = run_folder(logging.logs_root, logging.log_dir or f"{config.sampler.sampler}_{data.dataset}")
-    first_run = run_folder(logging.logs_root, config.first.ae_load_dir or f"vqgan_{data.dataset}")
+    adapt = dotted(config.sampler.adapt, "--adapt") if getattr(config.sampler, "adapt", "") else None
+    watchers = [dotted(path, "--watch") for path in training.watch]
     with world(training.device) as here:
-        first = load_first_stage(first_run, config.first.ae_load_step, here.device, training.amp)
-        first.check_fits(data)
         images = {split: build_dataset(data, config.reader, split) for split in ("train", "val")}
+        space = open_space(config, origin_of(run), images["train"], here)
         frequencies = class_frequencies(images["train"])
-        sampler, state = build_state(config.sampler, training, first, len(frequencies), here)
-        begin(run, config, state, here, first.origin | {"class_frequencies": frequencies})
-        codes = {split: code_source(first, images[split], split, data, training.seed, here) for split in images}
-        step = SamplerStep(sampler, training, here)
-        reports = partial(SamplerReports, step, first, codes["val"], config.sampling)
-        train(run, config, state, here, codes["train"], step, reports)
+        sampler, state = build_state(config.sampler, training, space, len(frequencies), here)
+        begin(run, config, state, here, space.origin | {"class_frequencies": frequencies})
+        sources = {split: space.source(images[split], split, data, training.seed, here, adapt) for split in images}
+        step = SamplerStep(sampler, space, training, here, watchers)
+        reports = partial(SamplerReports, step, sources["val"], config.sampling)
+        train(run, config, state, here, sources["train"], step, reports, space.workers(data))
 
 
 if __name__ == "__main__":
-    run_script(main, Config, section=peek(sys.argv, "sampler") or SamplerConfig.sampler, under=first_stage_data)
+    run_script(main, Config, under=first_stage_data)

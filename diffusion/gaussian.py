@@ -5,16 +5,14 @@ linear in t, so solvers may stop anywhere.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from diffusion.kernels import Gaussian, Normal, Prediction, Variance, full, like
 from diffusion.loss import Loss
-from diffusion.rng import Streams
 
 PredictionType = Literal["eps", "x0", "v"]
 LossType = Literal["simple", "min_snr", "hybrid", "vlb"]
@@ -118,7 +116,7 @@ class GaussianDiffusion(Gaussian):
         vlb: T times the bound's term of step t, bits per dimension; its mean over t is the bound, prior term excepted.
         hybrid: simple, and 0.001 times vlb for the variance alone (Nichol & Dhariwal 2021, eq. 16).
         """
-        self._check_loss(kind)
+        self.check_loss(kind)
         said, rest = full(output)[:, : x0.shape[1]], full(output)[:, x0.shape[1] :]
         error = (self.target(x0, noise, t) - said).square()
         error = (error if loss_weight is None else error * loss_weight).flatten(1).mean(1)  # (B,)
@@ -133,7 +131,7 @@ class GaussianDiffusion(Gaussian):
         metrics["vlb"] = bits.detach()
         return Loss(error + 0.001 * bits if kind == "hybrid" else bits, metrics)
 
-    def _check_loss(self, kind: str) -> None:
+    def check_loss(self, kind: str) -> None:
         if kind not in get_args(LossType):
             raise ValueError(f"loss {kind!r}: choose one of {', '.join(get_args(LossType))}")
         if kind == "hybrid" and self.variance != "learned_range":
@@ -184,25 +182,3 @@ def discretized_log_likelihood(x0: Tensor, normal: Normal, levels: int = 256) ->
     inner = upper + torch.log(-torch.expm1((lower - upper).clamp(max=-1e-6)))  # not log 0, whatever the deviation
     lowest, highest = log_tail((away + half) / deviation), log_tail((half - away) / deviation)
     return torch.where(x0 < half - 1, lowest, torch.where(x0 > 1 - half, highest, inner))
-
-
-class Bound(NamedTuple):
-    """The variational bound on -log2 p(x_0), bits per dimension."""
-
-    total: Tensor  # (B,), prior and all terms
-    prior: Tensor  # (B,)
-    terms: Tensor  # (B, T), term i of the step from (i + 1)/T to i/T
-
-
-@torch.no_grad()
-def bits_per_dimension(
-    denoise: Callable[[Tensor, Tensor], Prediction], process: GaussianDiffusion, x0: Tensor, rng: Streams
-) -> Bound:
-    """The bound with all T terms, each at one x_t: 8-bit images x0 (B, C, H, W) in [-1, 1], T network calls."""
-    terms = []
-    for i in range(1, process.steps + 1):
-        t = torch.full((len(x0),), i / process.steps, device=x0.device)
-        x_t = process.corrupt(x0, t, rng.normal(x0.shape).to(x0.dtype))
-        terms.append(process.bound_term(denoise(x_t, t), x0, x_t, t))
-    prior = process.prior_term(x0)
-    return Bound(prior + torch.stack(terms).sum(0), prior, torch.stack(terms, 1))

@@ -10,3 +10,4 @@ class Loss(NamedTuple):
 
     per_example: Tensor  # (B,); the loop takes the mean
     metrics: dict[str, Tensor]  # each (B,), for logging only
+    outputs: dict[str, Tensor] | None = None  # what was seen and said, for those who watch; no gradients

@@ -51,6 +51,7 @@ def main(config: Config) -> None:
     from train.loop import State
     from train.samplers import absorbing
     from train.second_stage import SamplerStep
+    from train.spaces import Codes
 
     c = config.benchmark
     world = World(pick_device(c.device))
@@ -63,7 +64,7 @@ def main(config: Config) -> None:
         "position": torch.arange(c.batch_size),
     }
     precisions = {"float32": TrainingConfig(amp=False), "bfloat16": TrainingConfig(amp=True)}
-    steps = {name: SamplerStep(sampler, training, world) for name, training in precisions.items()}
+    steps = {name: SamplerStep(sampler, Codes(first=None), training, world) for name, training in precisions.items()}
     seconds = {name: [] for name in steps}
     for i in range(c.repeats + 2):
         for name, step in steps.items():

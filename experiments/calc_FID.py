@@ -7,7 +7,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.experiment import ModelConfig, OutputConfig, sampling_of_run  # noqa: E402
+from experiments.experiment import ModelConfig, OutputConfig, settings_of_run  # noqa: E402
 from train.cli import run_script  # noqa: E402
 from train.config import SamplingConfig  # noqa: E402
 
@@ -54,4 +54,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "calc_FID", under=sampling_of_run)
+    run_script(main, Config, "calc_FID", under=settings_of_run)

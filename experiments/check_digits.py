@@ -44,7 +44,8 @@ def main(config: Config) -> None:
     save_grid(folder / "digits.png", picture(samples, trained), columns=20)
     write_results(folder, found)
     rows = [("figure", "found", "goal")]
-    for name, (sign, goal) in GOALS.items():
+    for name in found:
+        sign, goal = GOALS[name]
         met = found[name] >= goal if sign == ">=" else found[name] <= goal
         rows.append((name, f"{found[name]:.3f}", f"{sign} {goal:.3g}{'' if met else '  (missed)'}"))
     print(f"\n{len(samples['image'])} generated digits\n{table(rows)}")

@@ -6,7 +6,6 @@ python experiments/compare_attention.py --config configs/mnist_attention.yaml
 import json
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +105,9 @@ def main(config: Config) -> None:
     from train.runs import open_run, run_folder
 
     bench = prepare(config)
-    name = config.output.log_dir or f"compare_attention_{bench.first.run.name}_{bench.first.step}"
+    name = config.output.log_dir or f"compare_attention_{bench.space.first.run.name}_{bench.space.first.step}"
     folder = run_folder(config.output.logs_root, name)
-    open_run(folder, config, {"ae_weights": bench.first.weights})
+    open_run(folder, config, {"ae_weights": bench.space.first.weights})
     print(f"results: {folder}", flush=True)
     path = folder / "results.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
@@ -124,5 +123,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    section = "compare_attention"
-    run_script(main, Config, section, under=partial(first_stage_data, section=section))
+    run_script(main, Config, "compare_attention", under=first_stage_data)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from train.cli import peek, read_yaml
+from train.cli import file_content, peek, read_yaml
 from train.config import LoggingConfig
 
 if TYPE_CHECKING:
-    from train.datasets import Dataset
     from train.generate import TrainedSampler
+    from train.spaces import Space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,8 @@ class ModelConfig:
     """Its step; the one the sampler was trained on if left out."""
     ema: bool = True
     """Use the averaged weights of the sampler."""
+    allow: tuple[str, ...] = ()
+    """Dotted paths of your own classes and functions that the run may use: loading one runs no code unasked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +66,26 @@ def model_run(logs_root: str, model: ModelConfig) -> Path:
     return Path(logs_root).expanduser().resolve() / (model.load_dir or f"{model.sampler}_{model.dataset}")
 
 
-def sampling_of_run(argv: list[str]) -> dict[str, Any]:
-    """The sampling settings a sampler was trained with, as defaults below an experiment's own flags."""
-    chosen = {name: peek(argv, name) for name in ("sampler", "dataset", "load_dir")}
+def settings_of_run(argv: list[str], section: str) -> dict[str, Any]:
+    """What a run was trained with, as defaults below an experiment's own flags."""
+    content = file_content(argv)
+    content = content | content.get(section, {})
+    chosen = {name: peek(argv, name) or content.get(name) for name in ("sampler", "dataset", "load_dir")}
     model = ModelConfig(**{name: value for name, value in chosen.items() if value is not None})
-    path = model_run(peek(argv, "logs_root") or OutputConfig.logs_root, model) / "config.yaml"
-    return read_yaml(path).get("sampling", {}) if path.is_file() else {}
+    root = peek(argv, "logs_root") or content.get("logs_root", OutputConfig.logs_root)
+    path = model_run(root, model) / "config.yaml"
+    if not path.is_file():
+        return {}
+    content = read_yaml(path)
+    named = {name: content.get(group, {}).get(name) for name, group in (("sampler", "sampler"), ("dataset", "data"))}
+    return content.get("sampling", {}) | {name: value for name, value in named.items() if value is not None}
 
 
 def load_model(model: ModelConfig, output: OutputConfig) -> TrainedSampler:
-    """Both stages, ready to sample; ValueError where the run was trained on another data set than the one named."""
+    """A sampler with all it stands on; ValueError where the run was trained on another data set than the one named."""
     from train.distributed import pick_device
-    from train.generate import load_first_stage, load_sampler
-    from train.runs import read_run, run_folder
+    from train.generate import load_sampler
+    from train.runs import read_run
 
     run = model_run(output.logs_root, model)
     content = read_run(run)
@@ -84,16 +93,39 @@ def load_model(model: ModelConfig, output: OutputConfig) -> TrainedSampler:
         trained_with = content.get(group, {}).get(key)
         if trained_with != getattr(model, key):
             raise ValueError(f"{run} was trained with --{key} {trained_with}, got {getattr(model, key)}: pass that")
+    device = pick_device(output.device)
+    space = space_of(run, content, model, output, device)
+    trained = load_sampler(run, model.load_step, space, device, ema=model.ema, amp=output.amp, allow=model.allow)
+    if model.data_dir is not None:
+        trained = dataclasses.replace(trained, reader=dataclasses.replace(trained.reader, data_dir=model.data_dir))
+    weights = "averaged (EMA)" if model.ema else "plain"
+    on = "pixels" if space.first is None else f"VQGAN: {space.first.run}"
+    print(f"sampler: {run}, step {trained.step}, {weights} weights; {on}", flush=True)
+    return trained
+
+
+def space_of(run: Path, content: dict[str, Any], model: ModelConfig, output: OutputConfig, device: Any) -> Space:
+    """What the sampler of a run works in: pixels, or the VQGAN that its origin or the flags name."""
+    from train.first_stage import load_first_stage
+    from train.runs import run_folder
+    from train.spaces import reopened_space
+
     origin = content["origin"]
+    if "ae_weights" not in origin:
+        if model.ae_load_dir is not None or model.ae_load_step is not None:
+            raise ValueError(f"{run} was trained on pixels: leave --ae_load_dir and --ae_load_step out")
+        return reopened_space(content, None)
     first_run = run_folder(output.logs_root, model.ae_load_dir or origin["ae_load_dir"])
     first_step = model.ae_load_step
     if first_step is None and model.ae_load_dir is None:
         first_step = origin["ae_load_step"]
-    first = load_first_stage(first_run, first_step, pick_device(output.device), output.amp)
-    trained = load_sampler(run, model.load_step, first, ema=model.ema)
-    weights = "averaged (EMA)" if model.ema else "plain"
-    print(f"sampler: {run}, step {trained.step}, {weights} weights; VQGAN: {first_run}", flush=True)
-    return trained
+    first = load_first_stage(first_run, first_step, device, output.amp)
+    if origin["ae_weights"] != first.weights:
+        raise ValueError(
+            f"{run} was trained on other VQGAN weights than those of {first.run}: "
+            "pass the --ae_load_dir and --ae_load_step that it was trained with"
+        )
+    return reopened_space(content, first)
 
 
 def open_results(name: str, config, trained: TrainedSampler) -> Path:
@@ -102,19 +134,9 @@ def open_results(name: str, config, trained: TrainedSampler) -> Path:
 
     output = config.output
     folder = run_folder(output.logs_root, output.log_dir or f"{name}_{trained.run.name}_{trained.step}")
-    open_run(folder, config, {"sampler_weights": trained.weights, "ae_weights": trained.first.weights})
+    open_run(folder, config, trained.origin)
     print(f"results: {folder}", flush=True)
     return folder
-
-
-def dataset_of(trained: TrainedSampler, model: ModelConfig, split: str) -> Dataset:
-    """A split of the data a sampler was trained on, found where --data_dir or datasets.yaml says it lies now."""
-    from train.data import build_dataset
-
-    reader = trained.reader
-    if model.data_dir is not None:
-        reader = dataclasses.replace(reader, data_dir=model.data_dir)
-    return build_dataset(trained.data, reader, split)
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.experiment import ModelConfig, OutputConfig, sampling_of_run  # noqa: E402
+from experiments.experiment import ModelConfig, OutputConfig, settings_of_run  # noqa: E402
 from train.cli import run_script  # noqa: E402
 from train.config import SamplingConfig  # noqa: E402
 
@@ -16,7 +16,7 @@ class CanvasConfig:
     """Canvas."""
 
     shape: tuple[int, int] = (32, 16)
-    """Height and width in codes."""
+    """Height and width in codes, or in pixels of models of pixels."""
     window_stride: int | None = None
     """Codes between windows; if left out, the whole canvas at once where positions are relative, else half the grid."""
     n_samples: int = 4
@@ -47,25 +47,22 @@ def main(config: Config) -> None:
     folder = open_results("big_samples", config, trained)
     canvas, output = config.canvas, config.output
 
-    def batches():
-        for first in range(0, canvas.n_samples, output.batch_size):
-            indices = list(range(first, min(first + output.batch_size, canvas.n_samples)))
-            codes = trained.sample(
-                output.seed,
-                indices,
-                config.sampling,
-                labels=trained.labels(output.seed, indices),
-                shape=canvas.shape,
-                window_stride=canvas.window_stride,
-            )
-            yield {"image": trained.first.decode(codes).cpu(), "index": indices}
-
-    for batch in progress(batches(), canvas.n_samples, "sampling"):
-        for i, image in zip(batch["index"], batch["image"], strict=True):
-            save_grid(folder / f"big_{i:03d}.png", image[None])
+    batches = trained.sample(
+        canvas.n_samples,
+        output.seed,
+        config.sampling,
+        batch_size=output.batch_size,
+        shape=canvas.shape,
+        window_stride=canvas.window_stride,
+    )
+    written = 0
+    for batch in progress(batches, canvas.n_samples, "sampling"):
+        for image in batch["image"]:
+            save_grid(folder / f"big_{written:03d}.png", image[None])
+            written += 1
     write_results(folder, {"n_samples": canvas.n_samples, "run": to_dict(config)})
-    print(f"{canvas.n_samples} images of {canvas.shape[0]} x {canvas.shape[1]} codes: {folder}")
+    print(f"{canvas.n_samples} images of {canvas.shape[0]} x {canvas.shape[1]}: {folder}")
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "generate_big_samples", under=sampling_of_run)
+    run_script(main, Config, "generate_big_samples", under=settings_of_run)

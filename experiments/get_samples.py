@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.experiment import ModelConfig, OutputConfig, sampling_of_run  # noqa: E402
+from experiments.experiment import ModelConfig, OutputConfig, settings_of_run  # noqa: E402
 from train.cli import run_script  # noqa: E402
 from train.config import SamplingConfig  # noqa: E402
 
@@ -19,6 +19,8 @@ class SamplesConfig:
     """Number of images."""
     save_individually: bool = False
     """Also write each image as images/<number>.png."""
+    save_process: bool = False
+    """Also draw process.png: what the first images and their predictions are on the way from noise."""
 
     def __post_init__(self):
         if self.n_samples < 1:
@@ -38,20 +40,23 @@ class Config:
 def main(config: Config) -> None:
     from experiments.experiment import load_model, open_results, write_results
     from experiments.images import SampleWriter, save_grid
+    from experiments.process import STRIPS, save_process
     from experiments.progress import progress
 
     trained = load_model(config.model, config.output)
     folder = open_results("samples", config, trained)
     count, output = config.samples.n_samples, config.output
     if not (folder / "results.json").is_file():
-        batches = trained.generate(output.seed, count, output.batch_size, config.sampling)
+        batches = trained.sample(count, output.seed, config.sampling, batch_size=output.batch_size)
         with SampleWriter(folder, count, png_files=config.samples.save_individually) as writer:
             for batch in progress(batches, count, "sampling"):
                 writer.add(batch)
         save_grid(folder / "samples.png", writer.first)
+        if config.samples.save_process:
+            save_process(folder / "process.png", trained, min(count, STRIPS), output.seed, config.sampling)
         write_results(folder, {"n_samples": count, "seed": output.seed})
     print(f"{count} images: {folder / 'samples.npz'}\ngrid: {folder / 'samples.png'}")
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "get_samples", under=sampling_of_run)
+    run_script(main, Config, "get_samples", under=settings_of_run)

@@ -13,3 +13,11 @@ def trained(tmp_path_factory) -> Path:
     tiny.call("train_vqgan.py", f"--logs_root {logs} --train_steps 5 --no_amp {tiny.VQGAN} {tiny.GAN}")
     tiny.call("train_sampler.py", f"--logs_root {logs} --train_steps 3 --no_amp {tiny.SAMPLER}")
     return logs
+
+
+@pytest.fixture(scope="session")
+def trained_ddpm(tmp_path_factory) -> Path:
+    """A logs folder with a Gaussian sampler of pixels, trained for a few steps on 8x8 digits."""
+    logs = tmp_path_factory.mktemp("ddpm_logs")
+    tiny.call("train_sampler.py", f"--logs_root {logs} --train_steps 3 --no_amp {tiny.DDPM}")
+    return logs

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from tiny import GAN, ROOT, SAMPLER, VQGAN, call
 
 from train.cli import from_dict
-from train.config import DataConfig, SamplingConfig
+from train.config import DataConfig
 from train.data import ImageSource, TrainingImages, build_dataset
 from train.datasets import digits
-from train.generate import VQGANRun, load_first_stage
+from train.first_stage import VQGANRun, load_first_stage
 from train.precision import autocast
+from train.samplers import absorbing
 from vq.perceptual import load_perceptual
 
 
@@ -146,5 +147,5 @@ def test_sampling_settings_of_training_are_the_defaults_of_experiments(trained, 
     monkeypatch.setattr(cli, "run_main", lambda main, config: seen.append(config.sampling))
     call("experiments/get_samples.py", f"--logs_root {trained}")
     call("experiments/get_samples.py", f"--logs_root {trained} --guidance 3")
-    assert seen[0] == SamplingConfig(sample_steps=4, guidance=1.5)
-    assert seen[1] == SamplingConfig(sample_steps=4, guidance=3.0)
+    assert seen[0] == absorbing.Sampling(sample_steps=4, guidance=1.5)
+    assert seen[1] == absorbing.Sampling(sample_steps=4, guidance=3.0)

@@ -82,7 +82,8 @@ def save(run: Path, state: State) -> Path:
     if state.averages:
         save_file(tensors_of({name: average.module for name, average in state.averages.items()}), aside / AVERAGED)
     optimizers = {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()}
-    torch.save({"step": state.step, "optimizers": optimizers}, aside / OPTIMIZERS)
+    extras = {name: extra.state_dict() for name, extra in state.extras.items()}
+    torch.save({"step": state.step, "optimizers": optimizers, "extras": extras}, aside / OPTIMIZERS)
     files = sorted(aside.iterdir())
     manifest = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
     for f in files:
@@ -149,7 +150,7 @@ def load_weights(run: Path, step: int, modules: dict[str, nn.Module], *, ema: bo
 
 
 def load(run: Path, step: int, state: State, *, optimizers: bool = True) -> str:
-    """Fills the state from a checkpoint: weights, averages and step, and the optimizers if asked.
+    """Fills the state from a checkpoint: weights, averages and step, and the optimizers and extras if asked.
 
     Averages start from the plain weights where the checkpoint has none. Returns the SHA-256 of the weights' file.
     """
@@ -168,6 +169,8 @@ def load(run: Path, step: int, state: State, *, optimizers: bool = True) -> str:
             ) from error
         for name, optimizer in state.optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
+        for name, extra in state.extras.items():
+            extra.load_state_dict(saved["extras"][name])
     return digest
 
 

@@ -1,8 +1,8 @@
 """The command line: typed dataclasses, one flat list of flags, YAML files under them. Free of torch: `--help` is quick.
 
-Precedence: dataclass default < --config FILE.yaml (configs/<dataset>.yaml where there is one) < flag. A file has the
-keys of the data at its top level, and in sections (`vqgan:`, `absorbing:`, `calc_FID:`) those of one script. Values
-pass through the flags' own parsers.
+Precedence: dataclass default < --config FILE.yaml (else configs/<sampler>_<dataset>.yaml or configs/<dataset>.yaml) <
+flag. A file has the keys of the data and the sampler's name at its top level, and in sections (`vqgan:`, `absorbing:`,
+`calc_FID:`) those of one script. Values pass through the flags' own parsers.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from train.config import ROOT, DataConfig, LoggingConfig, SamplerConfig
+from train.config import ROOT, DataConfig, LoggingConfig, SamplerConfig, SamplingConfig
 from train.datasets import DatasetConfig
 from train.registry import did_you_mean, names_in, plugin
 
@@ -30,6 +30,22 @@ def peek(argv: list[str], flag: str) -> str | None:
         if name.replace("-", "_") == f"__{flag}":
             value = given if "=" in word else (argv[i + 1] if i + 1 < len(argv) else None)
     return value
+
+
+def file_content(argv: list[str]) -> dict[str, Any]:
+    """What --config holds, nothing without it."""
+    file = peek(argv, "config")
+    return {} if file is None else read_config(Path(file))
+
+
+def sampler_of(argv: list[str], below: dict[str, Any] | None = None) -> str:
+    """The sampler that the flags name, else the config file, else what lies below."""
+    return (
+        peek(argv, "sampler")
+        or file_content(argv).get("sampler")
+        or (below or {}).get("sampler")
+        or SamplerConfig.sampler
+    )
 
 
 def fields_of(cls) -> set[str]:
@@ -53,13 +69,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content or {}
 
 
-def layer(path: Path, cls, section: str) -> dict[str, Any]:
-    """What one YAML file says to one script: the keys of the data and those of its section; others are an error."""
+def read_config(path: Path) -> dict[str, Any]:
+    """A YAML file, or a JSON file in the shape of the reference UNet's, as YAML would say it."""
+    if path.suffix != ".json":
+        return read_yaml(path)
+    from train.json_config import read_json
+
+    return read_json(path)
+
+
+def layer(path: Path, content: dict[str, Any], cls, section: str) -> dict[str, Any]:
+    """What one file says to one script: the keys of the data and those of its section; others are an error."""
     data_keys = fields_of(DataConfig).union(
         *(fields_of(plugin("train.datasets", n, "reader").Config) for n in names_in("train.datasets"))
     )
     sections = {"vqgan", *names_in("train.samplers"), *names_in("experiments")}
-    content, values = read_yaml(path), {}
+    values = {}
     for key, value in content.items():
         if isinstance(value, dict):
             if key not in sections:
@@ -71,7 +96,7 @@ def layer(path: Path, cls, section: str) -> dict[str, Any]:
                 near = did_you_mean(unknown, known)
                 raise ValueError(f"{path}: unknown key {unknown!r} in section {key!r}{near}")
             values |= value if key == section else {}
-        elif key not in data_keys:
+        elif key not in data_keys | {"sampler"}:
             raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(key, data_keys | sections)}")
         elif key in fields_of(cls):
             values[key] = value
@@ -90,7 +115,7 @@ def as_arguments(values: dict[str, Any]) -> list[str]:
 
 
 def chosen(cls: type[C], reader: str | None, sampler: str | None) -> type[C]:
-    """The config class with the chosen data set's and sampler's own Config in the place of their bases."""
+    """The config class with the chosen data set's and sampler's own classes in the place of their bases."""
     types = {}
     for field in dataclasses.fields(cls):
         kind = field.type
@@ -98,6 +123,8 @@ def chosen(cls: type[C], reader: str | None, sampler: str | None) -> type[C]:
             kind = plugin("train.datasets", reader, "data set").Config
         elif kind is SamplerConfig and sampler is not None:
             kind = plugin("train.samplers", sampler, "sampler").Config
+        elif kind is SamplingConfig and sampler is not None:
+            kind = plugin("train.samplers", sampler, "sampler").Sampling
         types[field.name] = kind
     fields = [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in types.items()]
     return dataclasses.make_dataclass(cls.__name__, fields, frozen=True, namespace={"__doc__": cls.__doc__})
@@ -119,52 +146,64 @@ def interpret(
         raise
 
 
-def parse(cls: type[C], section: str, argv: list[str], under: Callable[[list[str]], dict[str, Any]] | None = None) -> C:
-    """The whole configuration of a script.
+def preset_of(cls, sampler: str, dataset: str) -> Path:
+    """The file of configs/ that is read where no --config is given; it may not be there."""
+    own = ROOT / "configs" / f"{sampler}_{dataset}.yaml"
+    return own if "sampler" in fields_of(cls) and own.exists() else ROOT / "configs" / f"{dataset}.yaml"
 
-    `under(argv)` gives values above the preset but below an explicit --config: what an earlier stage was trained with.
+
+Under = Callable[[list[str], str], dict[str, Any]]
+
+
+def parse(cls: type[C], section: str | None, argv: list[str], under: Under | None = None) -> C:
+    """The whole configuration of a script, whose section of a file is named as the sampler if no name is given.
+
+    `under(argv, section)` gives values above the preset but below an explicit --config: what an earlier stage was
+    trained with.
     """
     argv = list(argv)
-    below = under(argv) if under is not None else {}
-    file = peek(argv, "config")
+    section = section or sampler_of(argv)
+    below = under(argv, section) if under is not None else {}
+    file, explicit = peek(argv, "config"), file_content(argv)
+    sampler = sampler_of(argv, below)
+    dataset = peek(argv, "dataset") or explicit.get("dataset") or below.get("dataset") or DataConfig.dataset
     if file is not None:
         drop = next(i for i, w in enumerate(argv) if w.partition("=")[0] == "--config")
         del argv[drop : drop + (1 if "=" in argv[drop] else 2)]
-    explicit = read_yaml(Path(file)) if file is not None else {}
-    dataset = peek(argv, "dataset") or explicit.get("dataset", DataConfig.dataset)
-    preset = ROOT / "configs" / f"{dataset}.yaml"
+    path = Path(file) if file is not None else preset_of(cls, sampler, dataset)
     known = names_in("train.datasets")
-    if file is None and not preset.exists() and dataset not in known:
+    if file is None and not path.exists() and dataset not in known:
         presets = [p.stem for p in (ROOT / "configs").glob("*.yaml")]
         raise ValueError(
             f"unknown data set {dataset!r}{did_you_mean(str(dataset), [*known, *presets])}; there are: "
             f"{', '.join(sorted({*known, *presets}))}; for a folder of images: --dataset folder --data_dir PATH"
         )
-    path = Path(file) if file is not None else preset
-    content = explicit if file is not None else (read_yaml(preset) if preset.exists() else {})
+    content = explicit if file is not None else (read_yaml(path) if path.exists() else {})
     reader = peek(argv, "reader") or content.get("reader") or below.get("reader") or dataset
-    sampler = peek(argv, "sampler") or SamplerConfig.sampler
     cls = chosen(cls, reader, sampler)
-    values = layer(path, cls, section) if content else {}
+    values = layer(path, content, cls, section) if content else {}
     below = {k: v for k, v in below.items() if k in fields_of(cls)}
     values = below | values if file is not None else values | below
+    if "sampler" in fields_of(cls):
+        values["sampler"] = sampler
     base = interpret(cls, as_arguments(values), source=str(path))
     return interpret(cls, argv, default=base, prog=Path(sys.argv[0]).name)
 
 
-def first_stage_data(argv: list[str], section: str | None = None) -> dict[str, Any]:
-    """What the VQGAN that a second stage names was trained on, by flat key; empty where its run is not to be found.
+def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:
+    """What the VQGAN that a second stage names was trained on, by flat key; empty where it names none that is there.
 
     It lies under the second stage's own --config and flags, so that nobody types the data twice. `section` of the
-    config file names the run, the sampler's own if left out.
+    config file names the run.
     """
-    file = peek(argv, "config")
-    content = read_yaml(Path(file)) if file is not None else {}
-    values = content.get(section or peek(argv, "sampler") or SamplerConfig.sampler, {})
+    content, sampler = file_content(argv), sampler_of(argv)
+    values = content.get(section, {})
     dataset = peek(argv, "dataset") or content.get("dataset", DataConfig.dataset)
     root = peek(argv, "logs_root") or values.get("logs_root", LoggingConfig.logs_root)
-    run = peek(argv, "ae_load_dir") or values.get("ae_load_dir") or f"vqgan_{dataset}"
-    path = Path(root).expanduser() / run / "config.yaml"
+    run = peek(argv, "ae_load_dir") or values.get("ae_load_dir")
+    if run is None and plugin("train.samplers", sampler, "sampler").SPACE != "codes":
+        return {}
+    path = Path(root).expanduser() / (run or f"vqgan_{dataset}") / "config.yaml"
     if not path.is_file():
         return {}
     stored = read_yaml(path)
@@ -207,7 +246,7 @@ def run_main(main: Callable[[C], None], config: C) -> None:
     main(config)
 
 
-def run_script(main: Callable[[C], None], cls: type[C], section: str, **kwargs) -> None:
+def run_script(main: Callable[[C], None], cls: type[C], section: str | None = None, **kwargs) -> None:
     """Parses the command line and calls main(config); what a user can mend becomes one line and exit code 2."""
     try:
         run_main(main, parse(cls, section, sys.argv[1:], **kwargs))

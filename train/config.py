@@ -110,23 +110,25 @@ class SamplerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstStageConfig:
-    """First stage: the trained VQGAN."""
+    """First stage: the trained VQGAN, where there is one."""
 
     ae_load_dir: str | None = None
-    """Folder of its run; vqgan_<dataset> if left out."""
+    """Folder of its run. Left out: vqgan_<dataset> for samplers of codes; others work on pixels."""
     ae_load_step: int | None = None
     """Its step; the newest if left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Sampling."""
+    """What every learned sampler's own Sampling builds on."""
 
     solver: str = "ancestral"
     """The routine that draws from the sampler."""
     sample_steps: int | None = None
-    """Network calls per image; the solver's own choice if left out."""
-    temp: float = 1.0
-    """Temperature that logits are divided by."""
+    """Steps per image; the solver's own choice if left out."""
     guidance: float = 1.0
     """Classifier-free guidance scale; 1 is the plain conditional model."""
+
+    def __post_init__(self):
+        if self.sample_steps is not None and self.sample_steps < 1:
+            raise ValueError(f"got {self.sample_steps} sampling steps, wanted at least 1: pass --sample_steps N")

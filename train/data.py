@@ -6,7 +6,7 @@ whatever the number of processes. So the same images come after any resume and f
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,7 +46,9 @@ class Order:
 
 
 class Positions(Protocol):
-    """What `training_batches` draws from: a list of positions -> one batch of tensors."""
+    """What `training_batches` draws from: a list of positions -> one batch of tensors. An epoch has `len()` of them."""
+
+    def __len__(self) -> int: ...
 
     def __getitem__(self, positions: list[int]) -> Batch: ...
 
@@ -71,14 +73,23 @@ class ImageSource:
         return item
 
 
-class TrainingImages:
-    """Shuffled images, each in a random view; a broken file is named once and replaced by the next image."""
+Adapt = Callable[[dict[str, Any]], dict[str, Any]] | None  # an item in its view -> the fields of a batch
 
-    def __init__(self, source: ImageSource, seed: int):
-        self.source, self.seed = source, seed
+
+class TrainingImages:
+    """Shuffled images, each in a random view; a broken file is named once and replaced by the next image.
+
+    `adapt` turns an item into what a batch is made of: its image uint8 (C, S, S), tensors of equal shapes, numbers.
+    """
+
+    def __init__(self, source: ImageSource, seed: int, adapt: Adapt = None):
+        self.source, self.seed, self.adapt = source, seed, adapt
         self.order = Order(len(source), seed)
         self.views = views(source.config.horizontal_flip, source.config.shift)
         self.skipped: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.source)
 
     def readable(self, index: int) -> dict[str, Any]:
         for offset in range(len(self.source)):
@@ -95,15 +106,20 @@ class TrainingImages:
         items = []
         for position in positions:
             view = self.views[seed_of(self.seed, "view", position) % len(self.views)]
-            items.append(view(self.readable(self.order[position])))
+            item = view(self.readable(self.order[position]))
+            items.append(item if self.adapt is None else self.adapt(item))
         return stack(items) | {"position": torch.tensor(positions)}
 
 
 def stack(items: list[dict[str, Any]]) -> Batch:
-    """Items to one batch: images to float in [-1, 1], labels to int64 (B,)."""
-    batch = {"image": to_float(torch.stack([item["image"].as_subclass(Tensor) for item in items]))}
-    if "label" in items[0]:
-        batch["label"] = torch.tensor([item["label"] for item in items])
+    """Items to one batch: uint8 tensors, which are images, to float in [-1, 1]; numbers to tensors (B,)."""
+    batch = {}
+    for name, value in items[0].items():
+        if isinstance(value, Tensor):
+            values = torch.stack([item[name].as_subclass(Tensor) for item in items])
+            batch[name] = to_float(values) if values.dtype == torch.uint8 else values
+        else:
+            batch[name] = torch.tensor([item[name] for item in items])
     return batch
 
 
@@ -191,6 +207,9 @@ class TrainingCodes:
         self.ids, self.labels = ids.flatten(0, 1), None if labels is None else labels.repeat(ids.shape[0])
         self.order = Order(len(self.ids), seed)
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
     def __getitem__(self, positions: list[int]) -> Batch:
         chosen = torch.tensor([self.order[k] for k in positions])
         batch = {"codes": self.ids[chosen].long(), "position": torch.tensor(positions)}
@@ -200,3 +219,22 @@ class TrainingCodes:
 def streams(seed: int, purpose: str, batch: Batch, device: torch.device) -> Streams:
     """The random streams of a training batch: a function of (seed, purpose, position of each sample)."""
     return Streams([seed_of(seed, purpose, position) for position in batch["position"].tolist()], device)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random streams of one training batch, or of this process's part of it, by purpose."""
+
+    seed: int
+    batch: Batch
+    batch_size: int  # of the whole batch
+    device: torch.device
+
+    def __call__(self, purpose: str, device: torch.device | str | None = None) -> Streams:
+        """One stream per sample, that draws to `device`, or to the batch's."""
+        return streams(self.seed, purpose, self.batch, self.device if device is None else device)
+
+    def shared(self, purpose: str) -> tuple[Streams, int]:
+        """One stream for the whole step, and the place of this part's first sample in the step's batch."""
+        step, place = divmod(int(self.batch["position"][0]), self.batch_size)
+        return Streams([seed_of(self.seed, purpose, "step", step)]), place

@@ -33,6 +33,14 @@ class World:
     def mean(self, x: Tensor) -> Tensor:
         return self.sum(x) / self.size
 
+    def gather(self, x: Tensor) -> Tensor:
+        """(n, ...) of each process -> (size n, ...) in all, by rank."""
+        if self.size == 1:
+            return x
+        everything = x.new_zeros(self.size, *x.shape)
+        everything[self.rank] = x
+        return self.sum(everything).flatten(0, 1)
+
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replaces each gradient by its mean over all processes, in one message per dtype."""
         if self.size == 1:

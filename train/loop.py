@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,14 @@ Metrics = dict[str, Tensor]
 Batch = dict[str, Tensor]
 
 
+class Stateful(Protocol):
+    """Keeps something that training changes; its state is tensors."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
 @dataclass
 class State:
     """Everything training changes, and all that a checkpoint holds."""
@@ -22,6 +31,7 @@ class State:
     modules: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
     averages: dict[str, EMA] = field(default_factory=dict)
+    extras: dict[str, Stateful] = field(default_factory=dict)  # whatever else training changes
     step: int = 0
 
     def averaged(self, name: str) -> nn.Module:

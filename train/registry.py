@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from train.config import ROOT
 
@@ -21,6 +21,22 @@ def plugin(package: str, name: str, flag: str):
     if name not in names:
         raise ValueError(f"unknown {flag} {name!r}{did_you_mean(name, names)}; there are: {', '.join(names)}")
     return importlib.import_module(f"{package}.{name}")
+
+
+def dotted(path: str, flag: str) -> Callable:
+    """The function or class at `package.module.name`, the user's own; ValueError says what is missing."""
+    module_name, _, name = path.rpartition(".")
+    if not module_name:
+        raise ValueError(f"got {flag} {path!r}, wanted package.module.function")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # something that the user's module needs
+        raise ValueError(f"got {flag} {path!r}: there is no module {error.name} (is it on PYTHONPATH?)") from error
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"got {flag} {path!r}: {module_name} has no function {name}")
+    return getattr(module, name)
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

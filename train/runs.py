@@ -17,7 +17,7 @@ from train.precision import has_native_bf16
 # Settings that say where, how fast or how often, not what: a run may go on with others.
 VOLATILE = {
     "device", "num_workers", "in_memory", "log_dir", "logs_root",
-    "steps_per_log", "steps_per_checkpoint", "steps_per_save_output", "steps_per_eval",
+    "watch", "steps_per_log", "steps_per_checkpoint", "steps_per_save_output", "steps_per_eval",
 }  # fmt: skip
 
 
@@ -33,6 +33,11 @@ def read_run(folder: Path) -> dict[str, Any]:
         runs = ", ".join(there) or "none"
         raise FileNotFoundError(f"no run in {folder}; runs beside it: {runs}: train it first, or name another")
     return read_yaml(path)
+
+
+def origin_of(folder: Path) -> dict[str, Any]:
+    """What a run noted of what it starts from; nothing before its first start."""
+    return read_run(folder)["origin"] if (folder / "config.yaml").is_file() else {}
 
 
 def identity(content: dict[str, Any]) -> dict[str, Any]:

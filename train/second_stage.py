@@ -1,89 +1,93 @@
-"""How the second stage is trained: what one step does with a batch of codes, and what is looked at on the way."""
+"""How the second stage is trained: what one step does with a batch, and what is looked at on the way."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffusion.rng import Streams, seed_of
-from train.config import DataConfig, SamplerConfig, SamplingConfig, TrainingConfig
-from train.data import TrainingCodes, on_device, streams
-from train.datasets import Dataset
+from train.config import SamplerConfig, SamplingConfig, TrainingConfig
+from train.data import Draws, Positions, on_device
 from train.distributed import World
 from train.ema import EMA
-from train.generate import FirstStage
 from train.logging import Logger
 from train.loop import Batch, Metrics, State, optimize, warmed_up
 from train.precision import autocast
 from train.registry import plugin
+from train.spaces import Space
 from train.transforms import to_float
+
+Watcher = Callable[[State, dict[str, Tensor]], None]  # given x0, x_t, t, prediction, loss (B,), x0_hat after each step
 
 VALIDATION_IMAGES = 1024  # enough for two digits, and quick
 SHOWN_IMAGES = 16
 
 
 def build_state(
-    config: SamplerConfig, training: TrainingConfig, first: FirstStage, n_classes: int, world: World
+    config: SamplerConfig, training: TrainingConfig, space: Space, n_classes: int, world: World
 ) -> tuple[Any, State]:
-    """The sampler that the config names, for the codes of `first`, and the state that trains its network."""
+    """The sampler that the config names, for x of `space`, and the state that trains its network."""
     torch.manual_seed(training.seed)
     module = plugin("train.samplers", config.sampler, "sampler")
-    sampler = module.build(
-        config, codes=first.vqgan.quantizer.codebook_size, grid=first.vqgan.grid, n_classes=n_classes
-    )
+    sampler = module.build(config, **space.facts, n_classes=n_classes)
     network = sampler.network.to(world.device)
     world.broadcast(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True)
     averages = {"network": EMA(network, training.ema_beta)} if training.ema else {}
-    return sampler, State({"network": network}, {"network": optimizer}, averages)
-
-
-def code_source(
-    first: FirstStage, images: Dataset, split: str, data: DataConfig, seed: int, world: World
-) -> TrainingCodes:
-    """The shuffled codes of one split, from the cache or encoded now."""
-    batch_size = max(1, 2**22 // (data.img_size**2 * data.n_channels))  # about 16 MB of float images at once
-    table = first.codes(images, split, data, batch_size, world)
-    labels = None if images.n_classes == 0 else torch.from_numpy(images.labels)[table.index]
-    return TrainingCodes(table.ids, labels, seed)
+    return sampler, State({"network": network}, {"network": optimizer}, averages, sampler.extras)
 
 
 class SamplerStep:
     """One training step of a sampler's network. A `step_fn` for `fit`."""
 
-    def __init__(self, sampler: Any, training: TrainingConfig, world: World):
-        self.sampler, self.training, self.world = sampler, training, world
+    def __init__(
+        self, sampler: Any, space: Space, training: TrainingConfig, world: World, watchers: Sequence[Watcher] = ()
+    ):
+        self.sampler, self.space, self.training, self.world = sampler, space, training, world
+        self.watchers = watchers
 
     def __call__(self, state: State, parts: Sequence[Batch]) -> Metrics:
-        network, totals = state.modules["network"].train(), {}
+        network, totals, seen = state.modules["network"].train(), {}, []
         for batch in parts:
-            draw = partial(streams, self.training.seed, batch=batch, device=self.world.device)
+            draw = Draws(self.training.seed, batch, self.training.batch_size, self.world.device)
             with autocast(self.world.device, self.training.amp):
-                loss = self.sampler.loss(network, batch, draw)
+                loss = self.sampler.loss(network, self.space.prepared(batch), draw)
             (loss.per_example.mean() / len(parts)).backward()
             for name, value in {"loss": loss.per_example, **loss.metrics}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().mean() / len(parts)
+            seen.append(loss.outputs if self.watchers else {name: loss.outputs[name] for name in ("t", "loss")})
+        self.look(state, {name: torch.cat([part[name] for part in seen]) for name in seen[0]})
         lr = warmed_up(self.training.lr, state.step, self.training.warmup_iters)
         totals["grad_norm"] = optimize(state.optimizers["network"], self.world, lr=lr, clip=self.training.grad_clip)
         totals["perf/lr"] = torch.tensor(lr, device=self.world.device)
         return totals
 
+    @torch.no_grad()
+    def look(self, state: State, outputs: dict[str, Tensor]) -> None:
+        """Shows the step's outputs to those who watch: the sampler, whose times may depend on them, and the user's."""
+        if self.sampler.extras:
+            device = self.world.device
+            t, losses = (self.world.gather(outputs[name].float().to(device)) for name in ("t", "loss"))
+            self.sampler.observe(t, losses)
+        if self.watchers:
+            outputs["x0_hat"] = self.sampler.x0_hat(outputs)
+            for watch in self.watchers:
+                watch(state, outputs)
+
 
 @torch.no_grad()
-def validation_losses(
-    sampler: Any, network: torch.nn.Module, codes: TrainingCodes, count: int, training: TrainingConfig, world: World
-) -> dict[str, float]:
-    """Loss and metrics over the first `count` validation codes, with times and masks that are always the same.
+def validation_losses(step: SamplerStep, network: torch.nn.Module, source: Positions, count: int) -> dict[str, float]:
+    """Loss and metrics over the first `count` validation images, with times and noise that are always the same.
 
     `network` is in eval mode.
     """
-    found = {}
+    found, world, training = {}, step.world, step.training
     for positions in torch.arange(count).split(training.batch_size):
-        batch = on_device(codes[positions.tolist()], world.device)
-        draw = partial(streams, 0, batch=batch, device=world.device)
+        batch = on_device(source[positions.tolist()], world.device)
+        draw = Draws(0, batch, training.batch_size, world.device)
         with autocast(world.device, training.amp):
-            loss = sampler.loss(network, batch, draw)
+            loss = step.sampler.loss(network, step.space.prepared(batch), draw)
         for name, value in {"loss": loss.per_example, **loss.metrics}.items():
             found.setdefault(name, []).append(value.float())
     return {name: torch.cat(each).mean().item() for name, each in found.items()}
@@ -92,33 +96,33 @@ def validation_losses(
 class SamplerReports:
     """Validation and pictures of samples, as hooks for `fit`."""
 
-    def __init__(
-        self, step: SamplerStep, first: FirstStage, validation: TrainingCodes, sampling: SamplingConfig, logger: Logger
-    ):
-        self.step, self.first, self.validation, self.sampling, self.logger = step, first, validation, sampling, logger
+    def __init__(self, step: SamplerStep, validation: Positions, sampling: SamplingConfig, logger: Logger):
+        self.step, self.validation, self.sampling, self.logger = step, validation, sampling, logger
 
     @torch.no_grad()
     def validate(self, state: State, metrics: Metrics) -> None:
-        """The loss on fixed validation codes, times and masks, comparable from step to step and run to run."""
-        world, training = self.step.world, self.step.training
-        if not world.is_main:
+        """The loss on fixed validation images, times and noise, comparable from step to step and run to run."""
+        if not self.step.world.is_main:
             return
-        count = min(len(self.validation.ids), VALIDATION_IMAGES)
         network = state.averaged("network").eval()
-        found = validation_losses(self.step.sampler, network, self.validation, count, training, world)
+        found = validation_losses(self.step, network, self.validation, min(len(self.validation), VALIDATION_IMAGES))
         self.logger.scalars(state.step, {f"val/{name}": value for name, value in found.items()})
         state.modules["network"].train()
 
     @torch.no_grad()
     def show(self, state: State, metrics: Metrics) -> None:
-        """A grid of samples, the same noise each time; the classes in turn."""
+        """A grid of samples, the same noise each time; the classes in turn, other conditions of validation images."""
         if not self.step.world.is_main:
             return
         sampler, device = self.step.sampler, self.step.world.device
         rng = Streams([seed_of(self.step.training.seed, "show", i) for i in range(SHOWN_IMAGES)], device)
-        labels = torch.arange(SHOWN_IMAGES, device=device) % sampler.n_classes if sampler.n_classes else None
+        batch = None
+        if set(sampler.fields) == {"label"}:
+            batch = {"label": torch.arange(SHOWN_IMAGES, device=device) % sampler.n_classes}
+        elif sampler.fields:
+            batch = on_device(self.validation[list(range(SHOWN_IMAGES))], device)
         network = state.averaged("network").eval()
         with autocast(device, self.step.training.amp):
-            codes = sampler.sample(network, rng, labels=labels, options=self.sampling)
-        self.logger.images("samples", state.step, to_float(self.first.decode(codes).cpu()))
+            x = sampler.sample(network, rng, batch=batch, options=self.sampling)
+        self.logger.images("samples", state.step, to_float(self.step.space.decode(x).cpu()))
         state.modules["network"].train()

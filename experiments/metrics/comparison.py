@@ -18,10 +18,12 @@ from train.config import TrainingConfig
 from train.data import TrainingCodes, build_dataset, training_batches
 from train.datasets import Dataset
 from train.distributed import World, pick_device
-from train.generate import FirstStage, TrainedSampler, class_frequencies, load_first_stage
+from train.first_stage import load_first_stage
+from train.generate import TrainedSampler, class_frequencies
 from train.loop import State, fit
 from train.runs import run_folder
-from train.second_stage import SamplerStep, build_state, code_source, validation_losses
+from train.second_stage import SamplerStep, build_state, validation_losses
+from train.spaces import Codes
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Bench:
     """What all runs share."""
 
     config: Any  # of experiments/compare_attention.py
-    first: FirstStage
+    space: Codes
     images: dict[str, Dataset]
     frequencies: list[float]
     features: Features
@@ -37,23 +39,27 @@ class Bench:
     world: World
 
     def codes(self, split: str, seed: int) -> TrainingCodes:
-        return code_source(self.first, self.images[split], split, self.config.data, seed, self.world)
+        return self.space.source(self.images[split], split, self.config.data, seed, self.world)
 
     def run(self, variant: str, changes: dict[str, Any], seed: int, grid: Path) -> dict[str, float]:
         """Trains the sampler with `changes` and one seed, and measures it; 64 samples become the picture `grid`."""
         c = self.config
         training = replace(c.training, seed=seed)
         settings = replace(c.sampler, **changes)
-        sampler, state = build_state(settings, training, self.first, len(self.frequencies), self.world)
+        sampler, state = build_state(settings, training, self.space, len(self.frequencies), self.world)
         begun = time.perf_counter()
         self.train(f"{variant}, seed {seed}", sampler, state, training)
         trained_for = time.perf_counter() - begun
         sampler.network = state.averaged("network").eval()
         codes = self.codes("val", seed=0)
-        losses = validation_losses(sampler, sampler.network, codes, len(codes.ids), training, self.world)
+        step = SamplerStep(sampler, self.space, training, self.world)
+        losses = validation_losses(step, sampler.network, codes, len(codes))
         shares = torch.tensor(self.frequencies, dtype=torch.float64) if sampler.n_classes else None
-        trained = TrainedSampler(self.first.run, state.step, sampler, self.first, c.data, c.reader, shares, "")
-        batches = trained.generate(seed, c.comparison.n_samples, c.comparison.generated_at_once, c.sampling)
+        trained = TrainedSampler(
+            grid.parent, state.step, sampler, self.space, c.data, c.reader, shares, "", self.world.device, training.amp
+        )
+        n, at_once = c.comparison.n_samples, c.comparison.generated_at_once
+        batches = trained.sample(n, seed, c.sampling, batch_size=at_once)
         generated, _ = generated_statistics(self.features, batches, 0, grid)
         return {
             "parameters": sum(p.numel() for p in sampler.network.parameters()),
@@ -74,7 +80,7 @@ class Bench:
             world=self.world,
             workers=0,
         )
-        step = SamplerStep(sampler, training, self.world)
+        step = SamplerStep(sampler, self.space, training, self.world)
         with tqdm(total=steps, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0) as bar:
             hooks = [(1, lambda state, metrics: bar.update())]
             fit(state, batches, step, steps=steps, world=self.world, seed=training.seed, hooks=hooks)
@@ -91,7 +97,7 @@ def prepare(config) -> Bench:
     features = all_features.choose(config.comparison.features, data, device)
     cache = Path(output.logs_root).expanduser() / ".cache" / "statistics"
     reference = real_statistics(images["train"], data, features, None, cache, config.comparison.generated_at_once)
-    return Bench(config, first, images, class_frequencies(images["train"]), features, reference, World(device))
+    return Bench(config, Codes(first), images, class_frequencies(images["train"]), features, reference, World(device))
 
 
 def mean_and_deviation(values: list[float]) -> str:

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from experiments.metrics.answers import class_balance, share_kept, share_sure
-from experiments.metrics.features.digits import accuracy, load_classifier
+from experiments.metrics.features.digits import DigitsClassifier, accuracy, load_classifier
 from experiments.metrics.memorization import exact_copies, nearest_ratio
 from experiments.metrics.neighbours import coverage
-from train.data import ImageSource, build_dataset, images_in_order
+from train.data import ImageSource, images_in_order
 from train.distributed import World
 from train.generate import TrainedSampler
+from train.transforms import views
 
 GOALS = {
     "classifier's accuracy on held-out real digits": (">=", 0.97),
@@ -17,7 +18,7 @@ GOALS = {
     "classes that occur": (">=", 10),
     "rarest class, relative to its share of the data": (">=", 1 / 3),
     "reconstructions that keep its answer": (">=", 0.95),
-    "samples with the codes of a training image": ("<=", 0.10),
+    "samples equal to a training image (codes, or pixels)": ("<=", 0.10),
     "distance to the nearest training image, relative to real": (">=", 0.7),
     "coverage (k = 5) in pixels": (">=", 0.5),
     "coverage (k = 5) in its features": (">=", 0.5),
@@ -26,36 +27,55 @@ GOALS = {
 
 def split_images(trained: TrainedSampler, split: str) -> tuple[Tensor, Tensor]:
     """uint8 images (N, C, S, S) and labels (N,) of one split of the digits."""
-    dataset = build_dataset(trained.data, trained.reader, split)
+    dataset = trained.dataset(split)
     images = torch.cat([batch["image"] for batch in images_in_order(ImageSource(dataset, trained.data), 500)])
     return images, torch.from_numpy(dataset.labels)
 
 
 def figures(samples: dict[str, Tensor], trained: TrainedSampler) -> dict[str, float]:
-    """A figure for each of GOALS, of samples with "image" uint8 (N, 3, S, S) and "codes" (N, h, w)."""
+    """A figure for each of GOALS, of samples with "image" uint8 (N, 3, S, S) and "codes" (N, h, w) of models of codes.
+
+    Without a VQGAN there are no reconstructions to judge.
+    """
     generated = samples["image"].float().mean(1, keepdim=True).round().byte()  # grey, (N, 1, S, S)
     (training, labels), (held_out, _) = split_images(trained, "train"), split_images(trained, "val")
     classifier = load_classifier("cpu")
     with torch.no_grad():
         logits, real_logits = classifier(generated), classifier(held_out)
-        reconstruction_logits = classifier(trained.first.decode(trained.first.encode(held_out)).cpu())
         features, training_features = classifier.features(generated), classifier.features(training)
     shares = class_balance(logits.argmax(1), 10) / len(generated)
-    # the training set is what was trained on: every image in all its views
-    dataset = build_dataset(trained.data, trained.reader, "train")
-    table = trained.first.codes(dataset, "train", trained.data, 500, World(trained.first.device))
     found = [
         accuracy(classifier, "val"),
         share_sure(logits),
         float((shares > 0).sum()),
         float((shares / (class_balance(labels, 10) / len(labels))).min()),
-        share_kept(real_logits, reconstruction_logits),
-        exact_copies(samples["codes"], table.ids.flatten(0, 1)),
+        kept_by_reconstructions(trained, classifier, held_out, real_logits),
+        copies(samples, generated, training, trained),
         nearest_ratio(generated.float(), held_out.float(), training.float()),
         coverage(training.flatten(1).float(), generated.flatten(1).float()),
         coverage(training_features, features),
     ]
-    return dict(zip(GOALS, found, strict=True))
+    return {name: value for name, value in zip(GOALS, found, strict=True) if value is not None}
+
+
+@torch.no_grad()
+def kept_by_reconstructions(
+    trained: TrainedSampler, classifier: DigitsClassifier, held_out: Tensor, real_logits: Tensor
+) -> float | None:
+    first = trained.space.first
+    if first is None:
+        return None
+    return share_kept(real_logits, classifier(first.decode(first.encode(held_out)).cpu()))
+
+
+def copies(samples: dict[str, Tensor], generated: Tensor, training: Tensor, trained: TrainedSampler) -> float:
+    """Share of samples that are a training image in one of its views: by their codes, or pixel by pixel."""
+    if "codes" in samples:
+        dataset = trained.dataset("train")
+        table = trained.space.first.codes(dataset, "train", trained.data, 500, World(trained.device))
+        return exact_copies(samples["codes"], table.ids.flatten(0, 1))
+    seen = views(trained.data.horizontal_flip, trained.data.shift)
+    return exact_copies(generated.flatten(1), torch.cat([view(training) for view in seen]).flatten(1))
 
 
 def picture(samples: dict[str, Tensor], trained: TrainedSampler, columns: int = 20, rows: int = 5) -> Tensor:

@@ -1,4 +1,4 @@
-"""A Frechet distance and its yardsticks: real against real, and reconstructions, at the same number of images."""
+"""A Frechet distance and its yardsticks: real against real, and a VQGAN's reconstructions, of as many images."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.experiment import dataset_of, write_results
+from experiments.experiment import write_results
 from experiments.images import GRID, read_samples, save_grid
 from experiments.metrics import features as all_features
 from experiments.metrics.features import Features
@@ -21,7 +21,8 @@ from train.cli import to_dict
 from train.config import DataConfig
 from train.data import ImageSource, fixed_subset, images_in_order
 from train.datasets import Dataset
-from train.generate import FirstStage, TrainedSampler
+from train.first_stage import FirstStage
+from train.generate import TrainedSampler
 
 Batches = Iterable[dict[str, Tensor]]
 
@@ -75,24 +76,25 @@ def generated_images(config, trained: TrainedSampler) -> tuple[int, Batches]:
     """How many images are measured, and they: those of --samples, else new ones."""
     distance, output = config.distance, config.output
     if distance.samples is None:
-        batches = trained.generate(output.seed, distance.n_samples, output.batch_size, config.sampling)
-        return distance.n_samples, batches
+        n = distance.n_samples
+        batches = trained.sample(n, output.seed, config.sampling, batch_size=output.batch_size)
+        return n, batches
     images = read_samples(Path(distance.samples))["image"]
     return len(images), ({"image": part} for part in images.split(output.batch_size))
 
 
 def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any]:
     """All the distances of one report, written to results.json."""
-    distance, output, data, first = config.distance, config.output, trained.data, trained.first
+    distance, output, data, first = config.distance, config.output, trained.data, trained.space.first
     weights = distance.inception_weights
-    features = all_features.choose(distance.features, data, first.device, weights)
+    features = all_features.choose(distance.features, data, trained.device, weights)
     if distance.ref_stats is None:
-        real = dataset_of(trained, config.model, distance.split)
+        real = trained.dataset(distance.split)
         cache = Path(output.logs_root).expanduser() / ".cache" / "statistics"
         reference = real_statistics(real, data, features, weights, cache, output.batch_size)
     else:
         reference = Statistics.load(distance.ref_stats)
-    held_out = ImageSource(dataset_of(trained, config.model, "val" if distance.split == "train" else "train"), data)
+    held_out = ImageSource(trained.dataset("val" if distance.split == "train" else "train"), data)
     count, batches = generated_images(config, trained)
     same = min(count, len(held_out))  # as many images of each kind as there are held-out real ones
 
@@ -102,22 +104,24 @@ def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any]:
     sampled = progress(batches, count, "sampling")
     generated, as_many = generated_statistics(features, sampled, same, folder / "samples.png")
     real_again = statistics_of(features, held_out_batches())
-    rebuilt = statistics_of(features, progress(reconstructed(first, held_out_batches()), same, "reconstructing"))
-    shown = torch.cat([batch["image"] for batch in held_out_batches(min(same, 16))])
-    pairs = torch.cat([shown, first.decode(first.encode(shown)).cpu()])
-    save_grid(folder / "reconstructions.png", pairs, columns=len(shown))
+    rebuilt = None
+    if first is not None:
+        rebuilt = statistics_of(features, progress(reconstructed(first, held_out_batches()), same, "reconstructing"))
+        shown = torch.cat([batch["image"] for batch in held_out_batches(min(same, 16))])
+        pairs = torch.cat([shown, first.decode(first.encode(shown)).cpu()])
+        save_grid(folder / "reconstructions.png", pairs, columns=len(shown))
     results = {
         "metric": features.module.METRIC,
         "value": frechet_distance(generated, reference),
         "real_vs_real": frechet_distance(real_again, reference),
-        "reconstructions": frechet_distance(rebuilt, reference),
+        "reconstructions": None if rebuilt is None else frechet_distance(rebuilt, reference),
         "n_samples": count,
         "features": features.name,
         "n_compared": real_again.count,
         "value_at_n_compared": frechet_distance(as_many, reference),
         "reference": distance.ref_stats or f"{data.dataset}, {distance.split} split",
         "n_reference": reference.count,
-        "run": to_dict(config) | {"step": trained.step, "weights": trained.weights, "ae_weights": first.weights},
+        "run": to_dict(config) | {"step": trained.step} | trained.origin,
     }
     write_results(folder, results)
     return results
@@ -135,7 +139,8 @@ def print_report(results: dict[str, Any], folder: Path) -> None:
     rows = [("images", "count", metric), ("generated", str(results["n_samples"]), f"{results['value']:.4g}")]
     if results["n_compared"] != results["n_samples"]:
         rows.append(("generated, as many as held out", same, f"{results['value_at_n_compared']:.4g}"))
-    rows.append(("reconstructions of held-out images", same, f"{results['reconstructions']:.4g}"))
+    if results["reconstructions"] is not None:
+        rows.append(("reconstructions of held-out images", same, f"{results['reconstructions']:.4g}"))
     rows.append(("held-out real images", same, f"{results['real_vs_real']:.4g}"))
     print(f"\n{metric} to {results['reference']} ({results['n_reference']} images), features: {results['features']}")
     print(table(rows))

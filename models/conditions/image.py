@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from models.condition import ConditionEncoder, Map
 
+FIELD = "condition_image"  # of a batch, from which it is made
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from models.condition import ConditionEncoder, Vector
 
+FIELD = "label"  # of a batch, from which it is made
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from gaussians import Mixture, noised
 
-from diffusion.gaussian import GaussianDiffusion, bits_per_dimension, discretized_log_likelihood, kl
+from diffusion.gaussian import GaussianDiffusion, discretized_log_likelihood, kl
 from diffusion.kernels import Normal, Prediction, like
+from diffusion.likelihood import bits_per_dimension
 from diffusion.schedules import linear, with_zero_terminal_snr
 
 LINEAR = linear(1000)

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from tiny import SAMPLER, call, run
 
+from experiments.experiment import ModelConfig, OutputConfig, load_model
 from experiments.images import SampleWriter, read_samples
 from experiments.metrics.frechet import Statistics, frechet_distance
 from models.transformer import Transformer
-from train.generate import load_first_stage, load_sampler
 
 
 def results(logs, name):
@@ -56,7 +56,7 @@ def test_a_report_says_what_makes_its_number_readable(trained, samples, capsys):
     assert found["n_samples"] == found["n_compared"] == 10
     assert found["value"] > found["real_vs_real"] > 0  # untrained samples are farther than real ones
     assert found["n_reference"] == 1438
-    assert found["run"]["weights"] and found["run"]["ae_weights"]
+    assert found["run"]["sampler_weights"] and found["run"]["ae_weights"]
     assert (trained / "f" / "samples.png").is_file() and (trained / "f" / "reconstructions.png").is_file()
     assert "FID" not in capsys.readouterr().out.replace("/FID", "")
     capsys.readouterr()
@@ -67,10 +67,8 @@ def test_a_report_says_what_makes_its_number_readable(trained, samples, capsys):
 def test_the_reported_value_is_the_distance_of_those_images(trained, samples):
     from experiments.metrics.features import pixels
     from train.data import ImageSource, build_dataset, images_in_order
-    from train.distributed import pick_device
 
-    first = load_first_stage(trained / "vqgan_digits", None, pick_device("cpu"), False)
-    model = load_sampler(trained / "absorbing_digits", None, first, ema=True)
+    model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained), amp=False))
     features = pixels.build("cpu")
     source = ImageSource(build_dataset(model.data, model.reader, "train"), model.data)
     real = torch.cat([batch["image"] for batch in images_in_order(source, 500)]).expand(-1, 3, -1, -1)

@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from diffusion.absorbing import Loss
+    from diffusion.absorbing import Loss, OnStep
+    from diffusion.likelihood import Bound
     from diffusion.rng import Streams
+
+SPACE = "codes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +81,22 @@ class Config(SamplerConfig):
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted a share in [0, 1)")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling(SamplingConfig):
+    """Sampling."""
+
+    solver: str = "ancestral"
+    """ancestral, or one_by_one: one code per step."""
+    sample_steps: int | None = None
+    """Network calls per image; left out, the steps of the process, but for one_by_one one per code."""
+    temp: float = 1.0
+    """Temperature that logits are divided by."""
+
+
 class AbsorbingSampler:
     """Network and process of one absorbing model over `codes` codes on a grid (h, w), with `n_classes` classes or 0."""
+
+    unit = "bits per code"
 
     def __init__(self, config: Config, *, codes: int, grid: tuple[int, int], n_classes: int):
         from diffusion.absorbing import AbsorbingDiffusion
@@ -88,6 +105,7 @@ class AbsorbingSampler:
         self.config, self.grid = config, grid
         self.n_classes = n_classes if config.class_conditional else 0
         self.process = AbsorbingDiffusion(codes, config.total_steps)
+        self.extras = {}
         self.network = Transformer(
             codes=codes,
             grid=grid,
@@ -109,6 +127,11 @@ class AbsorbingSampler:
             resid_dropout=config.resid_pdrop,
         )
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of a batch that the network is conditioned on."""
+        return ("label",) if self.n_classes else ()
+
     def loss(self, network: nn.Module, batch: dict[str, Tensor], draw: Callable[[str], Streams]) -> Loss:
         """The loss of {"codes": (B, h, w), "label": (B,)}; `draw(purpose)` gives the batch's random streams."""
         x0, t = batch["codes"], self.process.times(draw("time"))
@@ -118,23 +141,37 @@ class AbsorbingSampler:
         if self.n_classes:
             dropped = draw("label").uniform((len(x0),)) < self.config.label_drop
             labels = batch["label"].masked_fill(dropped, self.n_classes)
-        return self.process.loss(network(x_t, labels), x0, x_t, t, self.config.loss_type)
+        logits = network(x_t, labels)
+        loss = self.process.loss(logits, x0, x_t, t, self.config.loss_type)
+        seen = {"x0": x0, "x_t": x_t, "t": t, "prediction": logits, "loss": loss.per_example}
+        return loss._replace(outputs={name: value.detach() for name, value in seen.items()})
+
+    def x0_hat(self, outputs: dict[str, Tensor]) -> Tensor:
+        """The codes that a prediction in training found likeliest; those that were not masked stay."""
+        import torch
+
+        said = outputs["prediction"].argmax(-1)
+        return torch.where(outputs["x_t"] == self.process.mask, said, outputs["x_t"])
+
+    def observe(self, t: Tensor, losses: Tensor) -> None:
+        """Times do not depend on losses."""
 
     def sample(
         self,
         network: nn.Module,
         rng: Streams,
         *,
-        labels: Tensor | None = None,
-        options: SamplingConfig,
+        batch: dict[str, Tensor] | None = None,
+        options: Sampling,
         shape: tuple[int, int] | None = None,
         window_stride: int | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Codes (B, *shape) for the B streams of `rng`, by `options`.
 
         A shape that is not the grid is sampled natively, one pass a step, where positions are relative; else, or with a
         `window_stride`, by windows of the grid (half a grid apart, if left out).
-        `labels` (B,) int64 in [0, n_classes), or None for the null class.
+        `batch` holds "label" (B,) int64 in [0, n_classes) where there are classes; None is the null class.
         """
         import torch
 
@@ -143,6 +180,7 @@ class AbsorbingSampler:
         from diffusion.windows import windowed
 
         solve = solver(self.process, options.solver)
+        labels = batch["label"] if batch is not None and self.n_classes else None
         if options.guidance != 1 and labels is None:
             raise ValueError(f"got guidance {options.guidance} for a model without classes: pass --guidance 1")
         shape = shape or self.grid
@@ -155,7 +193,17 @@ class AbsorbingSampler:
         stride = max(1, min(self.grid) // 2) if window_stride is None else window_stride
         canvas = conditional if native else windowed(conditional, self.grid, stride)
         x = torch.full((len(rng), *shape), self.process.mask, device=rng.device)
-        return solve(canvas, self.process, x, steps=options.sample_steps, rng=rng, temperature=options.temp)
+        settings = {"steps": options.sample_steps, "temperature": options.temp}
+        return solve(canvas, self.process, x, rng=rng, on_step=on_step, **settings)
+
+    def log_likelihood(
+        self, network: nn.Module, batch: dict[str, Tensor], rng: Streams, calls: int | None = None
+    ) -> Bound:
+        """-log2 p of {"codes": (B, h, w)}, by the variational bound in `calls` network calls per image, or all T."""
+        from diffusion.likelihood import bits_per_code
+
+        labels = batch["label"] if self.n_classes else None
+        return bits_per_code(lambda x, t: network(x, labels), self.process, batch["codes"], rng, calls)
 
 
 def build(config: Config, *, codes: int, grid: tuple[int, int], n_classes: int) -> AbsorbingSampler:

@@ -6,8 +6,6 @@ from torch import nn
 
 from diffusion.rng import Streams, seed_of
 from models.attention import KINDS as KIND_CLASSES
-from train.config import SamplingConfig
-from train.registry import names_in, plugin
 from train.samplers import absorbing
 
 GRID = (2, 3)
@@ -34,20 +32,6 @@ def draws(seed: int, n: int):
     return lambda purpose: Streams([seed_of(seed, purpose, i) for i in range(n)])
 
 
-@pytest.mark.parametrize("name", names_in("train.samplers"))
-def test_every_sampler_keeps_the_contract(name):
-    module = plugin("train.samplers", name, "sampler")
-    built = module.build(module.Config(**SMALL), codes=4, grid=GRID, n_classes=3)
-    batch = {"codes": torch.randint(4, (2, *GRID)), "label": torch.tensor([0, 2])}
-    loss = built.loss(built.network, batch, draws(0, 2))
-    loss.per_example.mean().backward()
-    assert loss.per_example.shape == (2,) and all(m.shape == (2,) for m in loss.metrics.values())
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in built.network.parameters())
-    options = SamplingConfig(sample_steps=2)
-    ids = built.sample(built.network.eval(), Streams([1, 2, 3]), labels=torch.tensor([0, 1, 2]), options=options)
-    assert ids.shape == (3, *GRID) and 0 <= ids.min() and ids.max() < 4
-
-
 def test_a_share_of_labels_becomes_the_null_class_and_the_rest_stay():
     n, recorder = 4000, Recorder()
     batch = {"codes": torch.zeros(n, *GRID, dtype=torch.long), "label": torch.arange(n) % 5}
@@ -67,7 +51,7 @@ def test_without_classes_labels_are_not_looked_at():
         built.loss(recorder, batch, draws(0, 2))
         assert recorder.asked[0][1] is None and built.n_classes == 0
         with pytest.raises(ValueError, match="without classes"):
-            built.sample(built.network, Streams([0]), options=SamplingConfig(guidance=2.0))
+            built.sample(built.network, Streams([0]), options=absorbing.Sampling(guidance=2.0))
 
 
 @pytest.mark.parametrize(("schedule", "counts"), [("fixed", {3}), ("random", {0, 1, 2, 3, 4, 5, 6})])
@@ -82,7 +66,8 @@ def test_the_mask_schedule_is_the_one_asked_for(schedule, counts):
 
 def test_guidance_asks_with_and_without_the_label():
     recorder, labels = Recorder(), torch.tensor([1, 4])
-    sampler().sample(recorder, Streams([0, 1]), labels=labels, options=SamplingConfig(guidance=2.0, sample_steps=1))
+    options = absorbing.Sampling(guidance=2.0, sample_steps=1)
+    sampler().sample(recorder, Streams([0, 1]), batch={"label": labels}, options=options)
     asked = [label for _, label in recorder.asked]
     assert len(asked) == 2 and any(label is None for label in asked)
     assert any(label is not None and torch.equal(label, labels) for label in asked)
@@ -90,8 +75,9 @@ def test_guidance_asks_with_and_without_the_label():
 
 def test_a_larger_canvas_is_asked_for_in_windows_that_keep_each_images_label():
     recorder, labels = Recorder(), torch.tensor([1, 4])
-    options = SamplingConfig(sample_steps=1)
-    ids = sampler().sample(recorder, Streams([0, 1]), labels=labels, options=options, shape=(3, 5), window_stride=1)
+    options = absorbing.Sampling(sample_steps=1)
+    batch, rng = {"label": labels}, Streams([0, 1])
+    ids = sampler().sample(recorder, rng, batch=batch, options=options, shape=(3, 5), window_stride=1)
     assert ids.shape == (2, 3, 5)
     for windows, label in recorder.asked:
         assert windows.shape[1:] == GRID
@@ -100,12 +86,14 @@ def test_a_larger_canvas_is_asked_for_in_windows_that_keep_each_images_label():
 
 @pytest.mark.parametrize("position", ["rope", "bias", "none"])
 def test_with_relative_positions_a_canvas_is_one_pass_a_step(position):
-    recorder, options = Recorder(), SamplingConfig(sample_steps=2)
+    recorder, options = Recorder(), absorbing.Sampling(sample_steps=2)
     built = sampler(position=position)
-    ids = built.sample(recorder, Streams([0, 1]), labels=torch.tensor([1, 4]), options=options, shape=(5, 4))
+    batch = {"label": torch.tensor([1, 4])}
+    ids = built.sample(recorder, Streams([0, 1]), batch=batch, options=options, shape=(5, 4))
     assert ids.shape == (2, 5, 4)
     assert [tuple(asked.shape) for asked, _ in recorder.asked] == [(2, 5, 4)] * 2
-    built.sample(recorder, Streams([0]), labels=torch.tensor([1]), options=options, shape=(5, 4), window_stride=1)
+    batch = {"label": torch.tensor([1])}
+    built.sample(recorder, Streams([0]), batch=batch, options=options, shape=(5, 4), window_stride=1)
     assert recorder.asked[-1][0].shape[1:] == GRID  # windows are still to be had
 
 

@@ -1,0 +1,37 @@
+"""Strips of images on their way from noise: what a solver has, and what the network predicts of it."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from experiments.images import save_grid
+from train.config import SamplingConfig
+from train.generate import TrainedSampler
+
+STRIPS, MOMENTS = 6, 10  # images, and steps of each that are shown
+
+
+class Recorder:
+    """An `on_step` that keeps every step's x and prediction, decoded to images (B, C, H, W) uint8."""
+
+    def __init__(self, trained: TrainedSampler):
+        self.trained, self.steps = trained, []
+
+    def __call__(self, i: int, t: float, s: float, x: Tensor, predicted: Tensor) -> Tensor:
+        self.steps.append(tuple(image.cpu() for image in self.trained.space.shown(x, predicted)))
+        return x
+
+
+def save_process(path: Path, trained: TrainedSampler, count: int, seed: int, options: SamplingConfig) -> None:
+    """A PNG of two rows per image: x at about ten moments from noise to data, and below it the predicted image.
+
+    It draws the first `count` images of the seed once more.
+    """
+    recorder = Recorder(trained)
+    for _ in trained.sample(count, seed, options, batch_size=count, on_step=recorder):
+        pass
+    last = len(recorder.steps) - 1
+    moments = sorted({round(last * k / (MOMENTS - 1)) for k in range(MOMENTS)})
+    rows = [torch.stack([recorder.steps[m][kind] for m in moments], 1) for kind in (0, 1)]  # (B, moments, C, H, W)
+    save_grid(path, torch.stack(rows, 1).flatten(0, 2), columns=len(moments))

@@ -1,0 +1,207 @@
+"""What a learned sampler works in: pixels, or a VQGAN's codes or latents. Each turns images into it, and back."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from train.config import DataConfig, FirstStageConfig
+from train.data import Adapt, ImageSource, Positions, TrainingCodes, TrainingImages, fixed_subset
+from train.datasets import Dataset
+from train.distributed import World
+from train.first_stage import FirstStage, load_first_stage
+from train.loop import Batch
+from train.registry import plugin
+from train.runs import run_folder
+from train.transforms import to_uint8
+
+MEASURED_IMAGES = 1024  # whose latents say how large latents are
+
+
+class Space(Protocol):
+    """`facts` is what a sampler's `build` is told, `origin` what a run notes of it to know it again."""
+
+    first: FirstStage | None
+
+    @property
+    def facts(self) -> dict[str, Any]: ...
+
+    @property
+    def origin(self) -> dict[str, Any]: ...
+
+    def source(self, images: Dataset, split: str, data: DataConfig, seed: int, world: World, adapt: Adapt) -> Positions:
+        """Training batches of one split."""
+        ...
+
+    def workers(self, data: DataConfig) -> int:
+        """Processes that load them."""
+        ...
+
+    def prepared(self, batch: Batch) -> Batch:
+        """The batch with what the sampler learns: "codes" or "x0"."""
+        ...
+
+    def decode(self, x: Tensor) -> Tensor:
+        """What the sampler draws -> uint8 images (B, C, H, W)."""
+        ...
+
+    def kept(self, x: Tensor) -> dict[str, Tensor]:
+        """What of it is worth keeping beside its images."""
+        ...
+
+    def shown(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+        """Images of what a solver has on its way, and of what it predicts."""
+        ...
+
+
+class Continuous:
+    """What pixels and latents share: training batches are images."""
+
+    def source(
+        self, images: Dataset, split: str, data: DataConfig, seed: int, world: World, adapt: Adapt
+    ) -> TrainingImages:
+        if split == "val":
+            data = replace(data, horizontal_flip=False, shift=0)
+        return TrainingImages(ImageSource(images, data), seed, adapt)
+
+    def workers(self, data: DataConfig) -> int:
+        return data.num_workers
+
+    def kept(self, x: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def shown(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+        return self.decode(x), self.decode(predicted)
+
+
+@dataclass(frozen=True)
+class Pixels(Continuous):
+    """Images in [-1, 1] (B, C, H, W)."""
+
+    data: DataConfig
+    first: None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"shape": (self.data.n_channels, self.data.img_size, self.data.img_size), "pixels": True}
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return {}
+
+    def prepared(self, batch: Batch) -> Batch:
+        return batch | {"x0": batch["image"]}
+
+    def decode(self, x: Tensor) -> Tensor:
+        return to_uint8(x)
+
+
+@dataclass(frozen=True)
+class Latents(Continuous):
+    """What a VQGAN's quantizer is given, times `scale`, so that its variance is 1: (B, D, h, w)."""
+
+    first: FirstStage
+    scale: float
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        vqgan = self.first.vqgan
+        return {"shape": (vqgan.quantizer.codebook.embedding_dim, *vqgan.grid), "pixels": False}
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return self.first.origin | {"latent_scale": self.scale}
+
+    def prepared(self, batch: Batch) -> Batch:
+        return batch | {"x0": self.first.encode_latents(batch["image"]) * self.scale}
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.first.decode_latents(x / self.scale)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Ids of a VQGAN's codes (B, h, w)."""
+
+    first: FirstStage
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"codes": self.first.vqgan.quantizer.codebook_size, "grid": self.first.vqgan.grid}
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        return self.first.origin
+
+    def source(
+        self, images: Dataset, split: str, data: DataConfig, seed: int, world: World, adapt: Adapt = None
+    ) -> TrainingCodes:
+        """The shuffled codes, from the cache or encoded now."""
+        batch_size = max(1, 2**22 // (data.img_size**2 * data.n_channels))  # about 16 MB of float images at once
+        table = self.first.codes(images, split, data, batch_size, world)
+        labels = None if images.n_classes == 0 else torch.from_numpy(images.labels)[table.index]
+        return TrainingCodes(table.ids, labels, seed)
+
+    def workers(self, data: DataConfig) -> int:
+        return 0  # codes lie in memory
+
+    def prepared(self, batch: Batch) -> Batch:
+        return batch
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.first.decode(x)
+
+    def kept(self, x: Tensor) -> dict[str, Tensor]:
+        return {"codes": x.cpu()}
+
+    def shown(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes that are still masked become grey squares; `predicted` is logits."""
+        masked = x == self.first.vqgan.quantizer.codebook_size
+        image = self.decode(torch.where(masked, predicted.argmax(-1), x))
+        h, w = (size // places for size, places in zip(image.shape[2:], x.shape[1:], strict=True))
+        grey = masked.repeat_interleave(h, 1).repeat_interleave(w, 2).unsqueeze(1)
+        return torch.where(grey, 128, image), image
+
+
+def first_stage_run(sampler: str, first: FirstStageConfig, dataset: str) -> str | None:
+    """The folder of the VQGAN that a sampler stands on, None where it works on pixels."""
+    default = f"vqgan_{dataset}" if plugin("train.samplers", sampler, "sampler").SPACE == "codes" else None
+    return first.ae_load_dir or default
+
+
+def open_space(config, run_origin: dict[str, Any], images: Dataset, world: World) -> Space:
+    """The space that a training script's config asks for.
+
+    The scale of latents is measured on `images`, or is what an earlier start of the run noted.
+    """
+    name = first_stage_run(config.sampler.sampler, config.first, config.data.dataset)
+    if name is None:
+        return Pixels(config.data)
+    run = run_folder(config.logging.logs_root, name)
+    first = load_first_stage(run, config.first.ae_load_step, world.device, config.training.amp)
+    first.check_fits(config.data)
+    if plugin("train.samplers", config.sampler.sampler, "sampler").SPACE == "codes":
+        return Codes(first)
+    scale = run_origin.get("latent_scale") or measured_scale(first, ImageSource(images, config.data), world)
+    return Latents(first, scale)
+
+
+def reopened_space(content: dict[str, Any], first: FirstStage | None) -> Space:
+    """The space that a run was trained in, from its config.yaml and the VQGAN that it names, or None for pixels."""
+    if first is None:
+        return Pixels(DataConfig(**content["data"]))
+    scale = content["origin"].get("latent_scale")
+    return Codes(first) if scale is None else Latents(first, scale)
+
+
+def measured_scale(first: FirstStage, source: ImageSource, world: World) -> float:
+    """1 / the deviation of latents, over numbers and images alike (Rombach et al. 2022, appendix G)."""
+    latents = []
+    images = TrainingImages(source, seed=0)
+    for part in torch.tensor(fixed_subset(len(source), MEASURED_IMAGES)).split(32):
+        latents.append(first.encode_latents(images[part.tolist()]["image"]).cpu())
+    deviation = torch.cat(latents).std()
+    if not 0 < deviation < float("inf"):
+        raise ValueError(f"the latents of {first.run} deviate by {deviation:.3g}: is that VQGAN trained?")
+    return float(world.mean((1 / deviation).to(first.device)))
