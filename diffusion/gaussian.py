@@ -57,7 +57,7 @@ class GaussianDiffusion(Gaussian):
     def alpha(self, t: Tensor) -> Tensor:
         place = self.place(t.cpu().double())
         low = place.floor().long().clamp(max=self.steps - 1)
-        return torch.lerp(self.abar[low].sqrt(), self.abar[low + 1].sqrt(), place - low)
+        return torch.lerp(self.abar.take(low).sqrt(), self.abar.take(low + 1).sqrt(), place - low)
 
     def sigma(self, t: Tensor) -> Tensor:
         return (1 - self.alpha(t) ** 2).clamp(min=0).sqrt()

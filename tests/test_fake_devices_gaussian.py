@@ -1,0 +1,81 @@
+"""Gaussian samplers on fake CUDA tensors, as in test_fake_devices.py: one left on the wrong device fails here."""
+
+import contextlib
+
+import pytest
+import torch
+from test_fake_devices import all_on
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffusion.likelihood import bits_per_dimension
+from diffusion.rng import Streams
+from diffusion.solvers import solvers_of
+from train.data import Draws
+from train.samplers import ddpm
+
+UNET = {"channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_factors": (2,), "heads": 2}
+CONDITIONS = {"conditions": ("image",), "condition_channels": 1}
+KINDS = {
+    "gaussian": {"total_steps": 8},
+    "simple": {"total_steps": 8, "variance": "fixed_small", "prediction": "v", "time_embedding": "noise_level"},
+    "edm": {"process": "edm"},
+    "flow": {"process": "flow", "attn_block_type": "transformer"},
+    "neighborhood": {"total_steps": 8, "attn_block_type": "neighborhood", "kernel_sizes": (3,)},
+    "diff_v1": {"total_steps": 8, "attn_block_type": "diff_v1", "time_sampler": "uniform"},
+}
+SOLVERS = [
+    name for name in solvers_of(ddpm.build(ddpm.Config(**UNET), shape=(1, 4, 4), pixels=True, n_classes=0).process)
+]
+
+
+def sampler(kind):
+    config = ddpm.Config(**UNET, **KINDS[kind], **CONDITIONS)
+    return ddpm.build(config, shape=(3, 8, 8), pixels=True, n_classes=3)
+
+
+@contextlib.contextmanager
+def moved(built, name):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        built.network.to(name)
+        yield torch.device(name)
+
+
+def batch_on(device):
+    x0, told = (torch.rand(2, channels, 8, 8, device=device) for channels in (3, 1))
+    label = torch.zeros(2, dtype=torch.long, device=device)
+    return {"x0": x0, "label": label, "condition_image": told, "position": torch.arange(2)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training(kind, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know "meta"
+    built = sampler(kind)
+    draw = Draws(0, {"position": torch.arange(2)}, 2, torch.device("meta"))
+    first = draw.shared("time")  # read before tensors are fake
+    monkeypatch.setattr(Draws, "shared", lambda self, purpose: first)
+    monkeypatch.setattr(Draws, "__call__", lambda self, purpose, device="meta": Streams([1, 2], device))
+    with moved(built, "meta") as device:
+        loss = built.loss(built.network, batch_on(device), draw)
+        loss.per_example.mean().backward()
+        seen = {name: value for name, value in loss.outputs.items() if name != "t"}
+        assert all_on(device, loss.per_example, loss.metrics, seen, built.x0_hat(loss.outputs))
+        assert all_on(device, [p.grad for p in built.network.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_sampling_with_guidance_in_an_interval(solver):
+    built = sampler("gaussian")
+    with moved(built, "cuda:0") as device:
+        options = ddpm.Sampling(solver=solver, sample_steps=3, guidance=2.0, dynamic_threshold=0.9)
+        x = built.sample(built.network, Streams([1, 2], device), batch=batch_on(device), options=options, shape=(4, 6))
+        assert all_on(device, x) and x.shape == (2, 3, 4, 6)
+
+
+def test_the_bound():
+    built = sampler("gaussian")
+    with moved(built, "cuda:0") as device:
+        x0 = batch_on(device)["x0"]
+        condition = built.network.encode({}, x0)
+        denoise = built.denoiser(built.network)
+        bound = bits_per_dimension(lambda x, t: denoise(x, t, condition), built.process, x0, Streams([1, 2], device))
+        assert all_on(device, *bound)
