@@ -3,42 +3,12 @@
 from dataclasses import dataclass
 
 from train.cli import first_stage_data, run_script
-from train.config import (
-    DataConfig,
-    FirstStageConfig,
-    LoggingConfig,
-    SamplerConfig,
-    SamplingConfig,
-    TrainingConfig,
-)
-from train.datasets import DatasetConfig
+from train.config import SecondStageConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerTrainingConfig(TrainingConfig):
-    """Training."""
-
-    batch_size: int = 20
-    """Images per step over all processes and accumulated parts together."""
-    train_steps: int = 2_000_000
-    """Steps in all, those before a resume included."""
-    warmup_iters: int = 10_000
-    """Steps over which the learning rate rises from 0."""
-    watch: tuple[str, ...] = ()
-    """Dotted paths of functions (state, outputs), called at each step with {loss, x_t, t, prediction, x0_hat, x0}."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(SecondStageConfig):
     """Trains a sampler of images. Results lie in <logs_root>/<log_dir>: logs/<sampler>_<dataset>."""
-
-    sampler: SamplerConfig
-    first: FirstStageConfig
-    data: DataConfig
-    reader: DatasetConfig
-    training: SamplerTrainingConfig
-    sampling: SamplingConfig
-    logging: LoggingConfig
 
 
 def main(config: Config) -> None:

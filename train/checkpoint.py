@@ -170,6 +170,8 @@ def load(run: Path, step: int, state: State, *, optimizers: bool = True) -> str:
         for name, optimizer in state.optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
         for name, extra in state.extras.items():
+            if name not in saved.get("extras", {}):
+                raise ValueError(f"{path} kept no state of {name!r}: leave --load_optim out, or train as that run was")
             extra.load_state_dict(saved["extras"][name])
     return digest
 

@@ -57,9 +57,6 @@ def fields_of(cls) -> set[str]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        near = sorted(p.name for p in (ROOT / "configs").glob("*.yaml"))
-        raise FileNotFoundError(f"config file {path} not found; the presets in configs/ are {', '.join(near)}")
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -70,7 +67,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A YAML file, or a JSON file in the shape of the reference UNet's, as YAML would say it."""
+    """A YAML file, or a JSON file in the shape of train/json_config.py, as YAML would say it."""
+    if not path.is_file():
+        near = sorted(p.name for p in (ROOT / "configs").iterdir())
+        raise FileNotFoundError(f"config file {path} not found; the presets in configs/ are {', '.join(near)}")
     if path.suffix != ".json":
         return read_yaml(path)
     from train.json_config import read_json
@@ -135,7 +135,9 @@ def interpret(
 ) -> C:
     """Words to a config, by tyro; `source` names the file they came from in an error."""
     kwargs = {} if default is None else {"default": default}
-    about = f"{cls.__doc__}\n\n--config FILE.yaml holds values for these flags (default configs/<dataset>.yaml)."
+    about = (
+        f"{cls.__doc__}\n\n--config FILE.yaml (or .json) holds values for these flags (default configs/<dataset>.yaml)."
+    )
     try:
         return tyro.cli(
             cls, args=words, prog=prog or None, description=about, use_underscores=True, config=OPTIONS, **kwargs

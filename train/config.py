@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from train.datasets import DatasetConfig
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -132,3 +134,30 @@ class SamplingConfig:
     def __post_init__(self):
         if self.sample_steps is not None and self.sample_steps < 1:
             raise ValueError(f"got {self.sample_steps} sampling steps, wanted at least 1: pass --sample_steps N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerTrainingConfig(TrainingConfig):
+    """Training."""
+
+    batch_size: int = 20
+    """Images per step over all processes and accumulated parts together."""
+    train_steps: int = 2_000_000
+    """Steps in all, those before a resume included."""
+    warmup_iters: int = 10_000
+    """Steps over which the learning rate rises from 0."""
+    watch: tuple[str, ...] = ()
+    """Dotted paths of functions (state, outputs), called at each step with {loss, x_t, t, prediction, x0_hat, x0}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondStageConfig:
+    """All that a run of a sampler is made of."""
+
+    sampler: SamplerConfig
+    first: FirstStageConfig
+    data: DataConfig
+    reader: DatasetConfig
+    training: SamplerTrainingConfig
+    sampling: SamplingConfig
+    logging: LoggingConfig

@@ -64,16 +64,16 @@ def make_encoders(config, width: int) -> dict[str, ConditionEncoder]:
 
 def make_network(config, process: Gaussian, channels: int, n_classes: int) -> UNet:
     """The UNet that a ddpm config describes, for x of so many channels."""
-    own = {field.name for field in fields(UNetConfig)} & {field.name for field in fields(config)}
+    own = {field.name for field in fields(UNetConfig)} & {field.name for field in fields(config)} - {"time_scale"}
     counts = isinstance(process, GaussianDiffusion) and config.time_embedding == "time"
-    unit = counts or isinstance(process, EDM)  # what the network is told counts steps, or is a logarithm
+    scale = 1.0 if counts or isinstance(process, EDM) else 1000.0  # edm's is a logarithm
     unet = UNetConfig(
         **{name: getattr(config, name) for name in own},
         in_channels=channels,
         out_channels=2 * channels if process.variance == "learned_range" else channels,
         checkpoint=config.activation_checkpointing,
         n_classes=n_classes,
-        time_scale=1.0 if unit else 1000.0,
+        time_scale=scale if config.time_scale is None else config.time_scale,
     )
     return UNet(unet, make_encoders(config, unet.emb_dim))
 

@@ -38,6 +38,8 @@ class Config(SamplerConfig):
     """Times to train on: independent, spread evenly over the batch, or by the size of their loss (gaussian, vlb)."""
     time_embedding: Literal["time", "noise_level"] = "time"
     """What the network is told: the time as its process has it, or alpha, what is left of the data."""
+    time_scale: float | None = None
+    """What that is multiplied by before its cosines; left out, 1 for steps and edm, 1000 where it lies in [0, 1]."""
     sigma_data: float = 0.5
     """edm: standard deviation of the data."""
     time_mean: float | None = None

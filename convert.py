@@ -1,0 +1,145 @@
+"""Weights of public reference code -> a run of ours. `python convert.py --from guided --weights unet.pt --help`"""
+
+import functools
+import json
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from train.cli import peek, run_script
+from train.config import SecondStageConfig
+from train.registry import plugin
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+LAYOUTS = "train.converters"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionConfig:
+    """What is converted. It and its JSON set the flags that describe it (UNet, process, data); those typed win."""
+
+    source: Annotated[str, tyro.conf.arg(name="from")] = "guided"
+    """Whose weights: a file of train/converters. guided: improved-diffusion's and guided-diffusion's UNet."""
+    weights: str | None = None
+    """Their file of weights, .pt; it is read without running code."""
+    config_json: str | None = None
+    """JSON file of the flags, or of the arguments of the network, that they were trained with."""
+    new_attention_order: bool = False
+    """Attention splits q, k, v before heads (use_new_attention_order in the JSON)."""
+    step: int = 0
+    """Step that the checkpoint gets: training steps so far."""
+
+    def __post_init__(self):
+        if self.step < 0:
+            raise ValueError(f"got step {self.step}, wanted at least 0: pass --step N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(SecondStageConfig):
+    """Makes a run, as train_sampler.py would have left it, of weights that other code trained on pixels."""
+
+    conversion: ConversionConfig
+
+
+@functools.lru_cache(maxsize=1)
+def read_weights(path: str) -> "dict[str, Tensor]":
+    """Tensors by name; ValueError for a file that holds anything else, of which nothing is run."""
+    import pickle
+    import struct
+
+    import torch
+
+    damaged = (AttributeError, EOFError, LookupError, OverflowError, RuntimeError, TypeError, ValueError, struct.error)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} not found: pass the file of weights as --weights PATH.pt")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, *damaged) as error:
+        code = re.search("GLOBAL ([^ ]+)", str(error))
+        reason = f"it asks for {code[1]}, which is code" if code else "it is damaged, or of another kind"
+        raise ValueError(f"{path} is no file of plain tensors, nothing in it was run: {reason}") from error
+    if not (isinstance(weights, dict) and weights and all(isinstance(v, torch.Tensor) for v in weights.values())):
+        raise ValueError(f"{path} holds a {type(weights).__name__}, wanted tensors by name (a state dict, bare)")
+    return weights
+
+
+def read_said(path: str | None) -> dict[str, Any]:
+    """What the JSON beside the weights says; nothing without one."""
+    if path is None:
+        return {}
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} not found: pass the JSON of the network's flags as --config_json PATH.json")
+    try:
+        said = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"{path}: got a {type(said).__name__}, wanted an object of flags")
+    return said
+
+
+def described(argv: list[str], section: str) -> dict[str, Any]:
+    """Flags that the weights and their JSON set; those typed go above them."""
+    weights = peek(argv, "weights")
+    if weights is None:
+        return {"sampler": "ddpm"}
+    layout = plugin(LAYOUTS, peek(argv, "from") or ConversionConfig.source, "layout")
+    flags = layout.settings(read_weights(weights), read_said(peek(argv, "config_json")))
+    typed = peek(argv, "heads") or peek(argv, "head_width")
+    if typed is None and not {"heads", "head_width"} & set(flags):
+        raise ValueError(f"{weights} does not tell its attention heads: pass --config_json PATH.json, or --heads N")
+    return {"sampler": "ddpm"} | flags
+
+
+def fill(network: "nn.Module", made: dict, source: str) -> None:
+    """Loads what was converted; ValueError names what has no place, what is missing and what has another shape."""
+    wanted = network.state_dict()
+    odd = [f"{made[name].source} has no place here" for name in made if name not in wanted]
+    odd += [f"nothing for {name} {tuple(value.shape)}" for name, value in wanted.items() if name not in made]
+    for name in made.keys() & wanted.keys():
+        got, shape = tuple(made[name].value.shape), tuple(wanted[name].shape)
+        odd += [] if got == shape else [f"{made[name].source} is {got} as converted, {shape} here"]
+    if odd:
+        raise ValueError(f"{source} does not fit this network ({len(odd)} differ): {'; '.join(sorted(odd)[:5])}")
+    network.load_state_dict({name: each.value for name, each in made.items()})
+
+
+def main(config: Config) -> None:
+    import torch
+
+    from train.checkpoint import save, sha256
+    from train.distributed import World
+    from train.runs import open_run, run_folder
+    from train.second_stage import build_state
+    from train.spaces import Pixels
+
+    given, sampler, logging = config.conversion, config.sampler, config.logging
+    if given.weights is None:
+        raise ValueError("got no weights: pass --weights PATH.pt, and what describes them as --config_json PATH.json")
+    if sampler.sampler != "ddpm" or config.first.ae_load_dir is not None or config.training.load_dir is not None:
+        raise ValueError("what is converted is a ddpm of pixels: leave --sampler, --ae_load_dir and --load_dir out")
+    layout, weights = plugin(LAYOUTS, given.source, "layout"), read_weights(given.weights)
+    n_classes = layout.settings(weights, read_said(given.config_json))["n_classes"]
+    here = World(torch.device("cpu"))
+    built, state = build_state(sampler, config.training, Pixels(config.data), n_classes, here)
+    made = layout.converted(weights, built.network.config, given.new_attention_order)
+    for network in [built.network, *(average.module for average in state.averages.values())]:
+        fill(network, made, given.weights)
+    state.step = given.step
+    run = run_folder(logging.logs_root, logging.log_dir or f"{sampler.sampler}_{config.data.dataset}")
+    shares = [1 / n_classes for _ in range(n_classes)]  # nobody knows how frequent they were
+    origin = {"class_frequencies": shares, "load_weights": sha256(Path(given.weights))}
+    kept = {field.name: getattr(config, field.name) for field in fields(SecondStageConfig)}
+    open_run(run, SecondStageConfig(**kept), origin)
+    path = save(run, state)
+    process = f"{sampler.schedule} schedule of {sampler.total_steps} steps, predicts {sampler.prediction}"
+    print(f"{path}\n{process}, variance {sampler.variance}, {n_classes or 'no'} classes", flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, section="convert", under=described)

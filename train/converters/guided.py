@@ -1,0 +1,274 @@
+"""The UNet of the public improved-diffusion and guided-diffusion code: its settings and its weights in our words.
+
+Its scripts' flags, or the arguments of its UNetModel (attention_resolutions are factors there, image sizes among the
+flags), lie in a JSON file. What names and shapes of the weights tell is read from them; the file may repeat it. Left
+out, noise_schedule is linear and diffusion_steps 1000, the defaults of that code. Networks with classes have no null
+class there and get one of zeros: guidance, which compares with the null, has no meaning until they are trained on.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.unet_config import UNetConfig
+from train.registry import did_you_mean
+
+NAMES = [
+    (r"^time_embed\.0\.", "time.expand."),
+    (r"^time_embed\.2\.", "time.contract."),
+    (r"^label_emb\.", "encoders.label.embedding."),
+    (r"^input_blocks\.0\.0\.", "conv_in."),
+    (r"^input_blocks\.(\d+)", lambda found: f"down_blocks.{int(found[1]) - 1}"),
+    (r"^middle_block\.", "middle_blocks."),
+    (r"^output_blocks\.", "up_blocks."),
+    (r"^out\.0\.", "norm."),
+    (r"^out\.2\.", "conv_out."),
+    (r"\.in_layers\.0\.", ".norm1."),
+    (r"\.in_layers\.2\.", ".conv1."),
+    (r"\.emb_layers\.1\.", ".embed."),
+    (r"\.out_layers\.0\.", ".norm2."),
+    (r"\.out_layers\.3\.", ".conv2."),
+    (r"\.skip_connection\.", ".skip."),
+    (r"\.op\.", ".conv."),
+    (r"\.qkv\.", ".attention.qkv."),
+    (r"\.proj_out\.", ".attention.proj."),
+]
+
+PLAIN = {  # keys of the JSON that are ours by another name, and what they hold
+    "image_size": ("img_size", int),
+    "in_channels": ("n_channels", int),
+    "out_channels": ("out_channels", int),
+    "num_channels": ("channels", int),
+    "model_channels": ("channels", int),
+    "num_res_blocks": ("res_blocks", int),
+    "dropout": ("dropout", (int, float)),
+    "class_cond": ("class_conditional", bool),
+    "num_classes": ("n_classes", (int, type(None))),
+    "use_checkpoint": ("activation_checkpointing", bool),
+    "use_scale_shift_norm": ("scale_shift", bool),
+    "resblock_updown": ("resblock_updown", bool),
+    "use_new_attention_order": ("new_attention_order", bool),
+    "learn_sigma": ("learn_sigma", bool),
+    "sigma_small": ("sigma_small", bool),
+    "use_kl": ("use_kl", bool),
+    "diffusion_steps": ("total_steps", int),
+    "noise_schedule": ("schedule", str),
+}
+OTHERS = {  # keys with a rule of their own
+    "num_heads": int,
+    "num_head_channels": int,
+    "num_heads_upsample": int,
+    "attention_resolutions": (str, list),
+    "channel_mult": (str, list),
+    "predict_xstart": bool,
+    "timestep_respacing": str,
+    "rescale_timesteps": bool,
+    "rescale_learned_sigmas": bool,
+    "use_fp16": bool,  # says how they trained; what is converted is float32
+    "conv_resample": bool,
+    "dims": int,
+}
+
+
+class Converted(NamedTuple):
+    """A tensor of ours, and what it was called."""
+
+    value: Tensor
+    source: str
+
+
+def settings(weights: dict[str, Tensor], said: dict[str, Any]) -> dict[str, Any]:
+    """Our flags, and n_classes, for these weights and what their JSON says; ValueError where the two differ.
+
+    Neither heads nor head_width is among them where the JSON is silent: weights cannot tell.
+    """
+    seen, told = inferred(weights), translated(said)
+    if "attn_factors" in told:  # what names no level of the network does nothing there either
+        told["attn_factors"] = tuple(f for f in told["attn_factors"] if f in seen["factors"])
+    odd = [f"{k} is {told[k]} there, {seen[k]} in the weights" for k in seen if k in told and told[k] != seen[k]]
+    if odd:
+        raise ValueError(f"the JSON does not describe these weights: {'; '.join(odd)}: pass that of the same network")
+    flags = {"total_steps": 1000, "schedule": "linear", "label_drop": 0.0} | told | seen
+    fixed, learned = ("fixed_small" if flags.pop("sigma_small", False) else "fixed_large"), flags.pop("learn_sigma")
+    flags["variance"] = "learned_range" if learned else fixed
+    flags["loss_type"] = "vlb" if flags.pop("use_kl", False) else "hybrid" if learned else "simple"
+    del flags["factors"], flags["out_channels"]
+    return flags
+
+
+def inferred(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """What names and shapes tell."""
+    channels = size(weights, "time_embed.0.weight", 1)
+    in_channels = size(weights, "input_blocks.0.0.weight", 1)
+    out_channels = size(weights, "out.2.weight", 0)
+    if in_channels not in (1, 3) or out_channels not in (in_channels, 2 * in_channels):
+        raise ValueError(
+            f"got a network from {in_channels} to {out_channels} channels, wanted 1 or 3, and as many or twice as many "
+            "out: networks that enlarge images or see latents cannot be converted"
+        )
+    per_level, levels, by_res_block = ladder(weights)
+    starts = [1 + level * per_level for level in range(levels)]
+    widths = [size(weights, f"input_blocks.{start}.0.in_layers.2.weight", 0) for start in starts]
+    factors = tuple(2**level for level in range(levels))
+    attended = [f"input_blocks.{start}.1.qkv.weight" in weights for start in starts]
+    n_classes = size(weights, "label_emb.weight", 0) if "label_emb.weight" in weights else 0
+    said = size(weights, "input_blocks.1.0.emb_layers.1.weight", 0)
+    return {
+        "n_channels": in_channels,
+        "out_channels": out_channels,
+        "learn_sigma": out_channels == 2 * in_channels,
+        "channels": channels,
+        "channel_mults": tuple(w // channels if w % channels == 0 else w / channels for w in widths),
+        "res_blocks": per_level - 1,
+        "factors": factors,
+        "attn_factors": tuple(factor for factor, there in zip(factors, attended, strict=True) if there),
+        "scale_shift": said == 2 * widths[0],
+        "n_classes": n_classes,
+        "class_conditional": n_classes > 0,
+    } | ({} if levels == 1 else {"resblock_updown": by_res_block})
+
+
+def ladder(weights: dict[str, Tensor]) -> tuple[int, int, bool]:
+    """Steps per level on the way up, levels, and whether ResBlocks change the size between them."""
+    found = [re.match(r"output_blocks\.(\d+)\.(\d+)\.(\w+)\.", name) for name in weights]
+    parts = {(int(m[1]), int(m[2]), m[3]) for m in found if m is not None}
+    steps = 1 + max((i for i, _, _ in parts), default=-1)
+    up = sorted({i for i, place, kind in parts if place > 0 and kind in ("in_layers", "conv")})
+    levels = len(up) + 1
+    per_level = steps // levels
+    if per_level < 2 or steps % levels or up != [per_level * (level + 1) - 1 for level in range(levels - 1)]:
+        raise ValueError(
+            f"got output_blocks 0 to {steps - 1} that double the size after {up or 'none'}, wanted levels of equally "
+            "many steps, as UNetModel has them (a classifier has no output_blocks)"
+        )
+    return per_level, levels, any(place > 0 and kind == "in_layers" for _, place, kind in parts)
+
+
+def size(weights: dict[str, Tensor], name: str, axis: int) -> int:
+    if name not in weights or weights[name].ndim <= axis:
+        shape = f"of shape {tuple(weights[name].shape)}" if name in weights else "missing"
+        there = ", ".join(list(weights)[:3])
+        raise ValueError(f"{name} is {shape}: the file is not of a guided-diffusion UNet; it begins with {there}")
+    return weights[name].shape[axis]
+
+
+def translated(said: dict[str, Any]) -> dict[str, Any]:
+    """The JSON's keys in our words; ValueError names one that is unknown or has no counterpart, and why."""
+    wanted = {key: kind for key, (_, kind) in PLAIN.items()} | OTHERS
+    for key, value in said.items():
+        if key not in wanted:
+            near = did_you_mean(key, wanted)
+            raise ValueError(f"unknown key {key!r}{near} in the JSON: leave out what is not of model and diffusion")
+        kinds = wanted[key] if isinstance(wanted[key], tuple) else (wanted[key],)
+        if type(value) not in kinds:
+            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ValueError(f"got {key} {value!r} in the JSON, wanted {names}")
+    require_counterparts(said)
+    flags = {ours: said[key] for key, (ours, _) in PLAIN.items() if key in said}
+    if "n_classes" in flags:
+        flags["n_classes"] = flags["n_classes"] or 0
+    if "predict_xstart" in said:
+        flags["prediction"] = "x0" if said["predict_xstart"] else "eps"
+    if said.get("rescale_timesteps") and said.get("diffusion_steps", 1000) != 1000:
+        flags["time_scale"] = 1000 / said["diffusion_steps"]
+    if said.get("channel_mult"):
+        flags["channel_mults"] = tuple(numbers("channel_mult", said["channel_mult"]))
+    if "attention_resolutions" in said:
+        flags["attn_factors"] = attention_factors(said)
+    return flags | heads(said) | respacing(said.get("timestep_respacing", ""))
+
+
+def require_counterparts(said: dict[str, Any]) -> None:
+    """ValueError for a setting that nothing of ours means, with the reason."""
+    steps = said.get("diffusion_steps", 1000)
+    if said.get("noise_schedule", "linear") not in ("linear", "cosine"):
+        raise ValueError(f"got noise_schedule {said['noise_schedule']!r}, wanted linear or cosine, as that code has")
+    if "rescale_timesteps" not in said and steps != 1000:
+        raise ValueError(
+            f"got diffusion_steps {steps} without rescale_timesteps: write true where the network was told "
+            f"t * 1000 / {steps} (improved-diffusion's default), false where it was told t (guided-diffusion's)"
+        )
+    if said.get("learn_sigma") and said.get("rescale_learned_sigmas") is False and steps != 1000:
+        raise ValueError(
+            f"got rescale_learned_sigmas false with diffusion_steps {steps}: it trained with 1 / {steps} of the bound, "
+            "ours train with 1 / 1000; if that is of no matter, leave the key out"
+        )
+    if said.get("conv_resample") is False:
+        raise ValueError("got conv_resample false: sizes change here by a convolution or a ResBlock")
+    if said.get("dims", 2) != 2:
+        raise ValueError(f"got dims {said['dims']}, wanted 2: images")
+    above = said.get("num_heads_upsample", -1)
+    if above not in (-1, said.get("num_heads")) and said.get("num_head_channels", -1) == -1:
+        raise ValueError(f"got num_heads_upsample {above}: as many heads go up as down here, wanted -1")
+
+
+def heads(said: dict[str, Any]) -> dict[str, Any]:
+    """The width of heads, which counts first there too, or their number."""
+    if said.get("num_head_channels", -1) != -1:
+        return {"head_width": said["num_head_channels"]}
+    return {"heads": said["num_heads"], "head_width": None} if "num_heads" in said else {}
+
+
+def attention_factors(said: dict[str, Any]) -> tuple[int, ...]:
+    """How many times smaller the levels with attention are than the image: the flags give the levels' sizes."""
+    sizes = numbers("attention_resolutions", said["attention_resolutions"])
+    if "model_channels" in said:
+        return tuple(sorted(sizes))
+    side = said.get("image_size")
+    if side is None or min(sizes) < 1:
+        raise ValueError(f"got attention_resolutions {sizes} and image_size {side}, wanted sizes, and the image's")
+    return tuple(sorted({side // length for length in sizes}))
+
+
+def numbers(key: str, value: str | list) -> list[int | float]:
+    """A list, or the words "1,2,4" of a flag; whole numbers as such."""
+    try:
+        found = [float(word) for word in (value.split(",") if isinstance(value, str) else value)]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"got {key} {value!r} in the JSON, wanted numbers such as [1, 2, 4] or '1,2,4'") from error
+    return [int(number) if number == int(number) else number for number in found]
+
+
+def respacing(words: str) -> dict[str, Any]:
+    """How to sample, of timestep_respacing: "", "250" or "ddim50"."""
+    if not words:
+        return {}
+    found = re.fullmatch(r"(ddim)?(\d+)", words)
+    if found is None:
+        raise ValueError(
+            f"got timestep_respacing {words!r}: steps lie evenly here, wanted '', or such as '250' or 'ddim50'"
+        )
+    by_ddim = {"solver": "ddim", "eta": 0.0, "spacing": "leading"}
+    return (by_ddim if found[1] else {"solver": "ddpm", "spacing": "linspace"}) | {"sample_steps": int(found[2])}
+
+
+def converted(weights: dict[str, Tensor], config: UNetConfig, new_attention_order: bool) -> dict[str, Converted]:
+    """The tensors of our UNet by name, float32."""
+    made = {}
+    for source, value in weights.items():
+        name = renamed(source)
+        value = value.float()
+        if name.endswith((".attention.qkv.weight", ".attention.proj.weight")) and value.ndim == 3:
+            value = value.flatten(1)  # 1 x 1 convolutions over pixels are linear
+        if ".attention.qkv." in name and not new_attention_order:
+            value = heads_last(value, config)
+        if name == "encoders.label.embedding.weight":
+            value = torch.cat([value, torch.zeros_like(value[:1])])  # they have no null class
+        if name in made:
+            raise ValueError(f"got {made[name].source} and {source}, which are one tensor here: leave one out")
+        made[name] = Converted(value, source)
+    return made
+
+
+def renamed(name: str) -> str:
+    for theirs, ours in NAMES:
+        name = re.sub(theirs, ours, name)
+    return name
+
+
+def heads_last(qkv: Tensor, config: UNetConfig) -> Tensor:
+    """Rows by head, then q, k, v, as the older order of attention has them -> rows by q, k, v, then head."""
+    count = config.heads_of(len(qkv) // 3)
+    return qkv.unflatten(0, (count, 3, -1)).transpose(0, 1).flatten(0, 2)
