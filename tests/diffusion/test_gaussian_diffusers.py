@@ -1,0 +1,241 @@
+"""Gaussian diffusion against diffusers: the same network and the same noise give the same trajectories.
+
+Its step k is our t = (k + 1) / T. Its tables are float32, which leaves alpha near T four digits: they are compared,
+then replaced by ours in float64, so that formulas are judged and not their rounding. The last test leaves all as it is.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffusion import gaussian_solvers as solvers
+from diffusion.gaussian import GaussianDiffusion
+from diffusion.kernels import Prediction, like
+from diffusion.rng import Streams
+from diffusion.schedules import cosine, linear, scaled_linear, with_zero_terminal_snr
+from diffusion.spacing import step_times
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle here: pip install diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
+
+T = 1000
+SCHEDULES = {
+    "linear": (linear(T), {"beta_schedule": "linear"}),
+    "scaled_linear": (
+        scaled_linear(T),
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    ),
+    "cosine": (cosine(T), {"beta_schedule": "squaredcos_cap_v2"}),
+    "zero_terminal_snr": (
+        with_zero_terminal_snr(linear(T)),
+        {"beta_schedule": "linear", "rescale_betas_zero_snr": True},
+    ),
+}
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+SPACINGS = {"uniform": ("trailing", 20), "leading": ("leading", 20), "linspace": ("linspace", 10)}
+SHAPE = (2, 3, 6, 6)
+
+each_spacing = pytest.mark.parametrize("spacing", SPACINGS)
+each_case = pytest.mark.parametrize(
+    "schedule, prediction", [(s, p) for s in SCHEDULES for p in PREDICTIONS if (s, p) != ("zero_terminal_snr", "eps")]
+)
+each_multistep_case = pytest.mark.parametrize(  # at zero terminal SNR their alpha is 2^-12, ours 0
+    "schedule, prediction", [(s, p) for s in ("linear", "cosine") for p in PREDICTIONS]
+)
+
+
+class Network:
+    """A small fixed network of x and k, their number of t, whose x_0 is bounded. It says what its process asks for."""
+
+    def __init__(self, process: GaussianDiffusion):
+        self.process, generator = process, torch.Generator().manual_seed(0)
+        draws = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((8, 3, 3, 3), (6, 8, 3, 3))]
+        self.first, self.second = (draw / draw[0].numel() ** 0.5 for draw in draws)
+
+    def __call__(self, x, k):
+        bend = (like(k, x) / 300 + torch.arange(8).view(-1, 1, 1)).to(x.dtype)
+        h = (F.conv2d(x, self.first.to(x.dtype), padding=1) + bend).sin()
+        x0, share = F.conv2d(h, self.second.to(x.dtype), padding=1).tanh().chunk(2, 1)
+        t = (k.double() + 1) / T
+        alpha, sigma = like(self.process.alpha(t), x), like(self.process.sigma(t), x)
+        eps = (x - alpha * x0) / sigma
+        said = {"eps": eps, "v": alpha * eps - sigma * x0, "x0": x0}[self.process.prediction]
+        return torch.cat([said, share], 1) if self.process.variance == "learned_range" else said
+
+    def denoise(self, x, t) -> Prediction:
+        return self.process.predict(self(x, self.process.network_time(t)), x, t)
+
+
+class Noise:
+    """float64 draws, again the same for who asks again."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(1)
+
+    def normal(self, shape):
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+
+def ours(solve, process, x, rng, steps, spacing, **options):
+    """x after each step."""
+    seen = []
+    network = Network(process)
+    options["on_step"] = lambda i, t, s, x, x0: seen.append(x) or x
+    assert torch.equal(solve(network.denoise, process, x, steps=steps, rng=rng, spacing=spacing, **options), seen[-1])
+    return seen
+
+
+def theirs(scheduler, process, x, noise=None, **options):
+    """x after each step; `noise` is drawn for steps that take it as an argument."""
+    seen = []
+    network = Network(process)
+    for k in scheduler.timesteps:
+        given = options if noise is None else {**options, "variance_noise": noise.normal(x.shape)}
+        x = scheduler.step(network(x, k.expand(len(x))), k, x, **given).prev_sample
+        seen.append(x if getattr(scheduler, "last_sample", None) is None else scheduler.last_sample)
+    return seen if seen[-1] is x else [*seen[1:], x]  # UniPC: what the next step corrected it to
+
+
+def worst(ours, theirs):
+    """The largest difference, over the size of x, of all steps."""
+    pairs = list(zip(ours, theirs, strict=True))
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def ks(process, steps, spacing):
+    return [round(t * T) - 1 for t in step_times(process, steps, spacing)[:-1]]
+
+
+def scheduler_of(name, process, schedule, spacing="uniform", **options):
+    """Theirs with float64 tables, and how many steps it takes; it is asked for our spacing's times where it has it."""
+    theirs, steps = SPACINGS[spacing]
+    named = {"prediction_type": PREDICTIONS[process.prediction], "timestep_spacing": theirs, **SCHEDULES[schedule][1]}
+    scheduler = getattr(diffusers, name)(**named, **options)
+    scheduler.set_timesteps(steps)
+    scheduler.alphas_cumprod = process.abar[1:]
+    if name in ("DDPMScheduler", "DDIMScheduler") or spacing == "uniform":
+        assert scheduler.timesteps.tolist() == ks(process, steps, spacing)
+    else:  # their multi-step solvers take one more interval, whose last point is 0
+        scheduler.timesteps = torch.tensor(ks(process, steps, spacing))
+    if hasattr(scheduler, "sigmas"):  # sigma / alpha, and 0
+        left = scheduler.alphas_cumprod[scheduler.timesteps]
+        ratios = torch.cat([((1 - left) / left).sqrt(), left.new_zeros(1)])
+        assert spacing != "uniform" or torch.allclose(scheduler.sigmas.double(), ratios, rtol=1e-3)
+        scheduler.sigmas = ratios
+    return scheduler, steps
+
+
+def start(process):
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return x * process.sigma(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_tables_are_the_same(name):
+    abar, options = SCHEDULES[name]
+    scheduler = diffusers.DDPMScheduler(**options)
+    assert torch.allclose(scheduler.alphas_cumprod.double(), abar[1:], rtol=2e-4, atol=1e-12)
+    assert torch.allclose(scheduler.betas.double(), 1 - abar[1:] / abar[:-1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])
+def test_zero_terminal_snr_is_theirs(name):
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    abar = SCHEDULES[name][0]
+    betas = rescale_zero_terminal_snr(1 - abar[1:] / abar[:-1])
+    shifted = with_zero_terminal_snr(abar)
+    assert torch.allclose(1 - shifted[1:] / shifted[:-1], betas, rtol=1e-9, atol=1e-12)
+    assert torch.allclose((1 - betas).cumprod(0), shifted[1:], rtol=1e-9, atol=1e-15) and betas[-1] == 1
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_min_snr_weights_are_theirs(prediction):
+    """Those of its training examples, by its SNR: for v over SNR + 1, since v's error is x_0's times sqrt(SNR + 1)."""
+    from diffusers.training_utils import compute_snr
+
+    k = torch.tensor([0, 10, 100, 500, 900, 999])
+    snr = compute_snr(diffusers.DDPMScheduler(), k).double()
+    per_output = {"eps": snr, "v": snr + 1, "x0": torch.ones(1).double()}[prediction]
+    process = GaussianDiffusion(linear(T), prediction)
+    weight = process.min_snr_weight((k + 1) / T, gamma=5.0)
+    assert torch.allclose(weight, snr.clamp(max=5.0) / per_output, rtol=1e-3)
+
+
+@each_case
+@each_spacing
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_ddpm(schedule, prediction, spacing, variance, monkeypatch):
+    """Theirs adds noise to the finished image where its last k is not 0 ("trailing"): here that noise is 0."""
+    process = GaussianDiffusion(SCHEDULES[schedule][0], prediction, variance)
+    options = {"variance_type": variance, "clip_sample": False}
+    scheduler, steps = scheduler_of("DDPMScheduler", process, schedule, spacing, **options)
+    noise, left = Noise(), iter(range(steps - 1, -1, -1))
+    draw = "diffusers.schedulers.scheduling_ddpm.randn_tensor"
+    monkeypatch.setattr(draw, lambda shape, **_: noise.normal(shape) * (next(left) > 0))
+    found = theirs(scheduler, process, start(process))
+    assert worst(ours(solvers.ddpm, process, start(process), Noise(), steps, spacing), found) < 1e-9
+
+
+@each_case
+@each_spacing
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim(schedule, prediction, spacing, eta):
+    process = GaussianDiffusion(SCHEDULES[schedule][0], prediction)
+    scheduler, steps = scheduler_of("DDIMScheduler", process, schedule, spacing, clip_sample=False)
+    if spacing == "linspace":
+        scheduler.num_inference_steps = steps - 1  # its stride is T // this: by itself it stops where it never looks
+    found = theirs(scheduler, process, start(process), Noise(), eta=eta)
+    assert worst(ours(solvers.ddim, process, start(process), Noise(), steps, spacing, eta=eta), found) < 1e-9
+
+
+@each_multistep_case
+@each_spacing
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
+def test_dpm_solver_plus_plus(schedule, prediction, spacing, algorithm):
+    """Theirs rounds x to float32 between steps."""
+    process = GaussianDiffusion(SCHEDULES[schedule][0], prediction)
+    options = {"algorithm_type": algorithm, "solver_type": "midpoint", "final_sigmas_type": "zero"}
+    scheduler, steps = scheduler_of("DPMSolverMultistepScheduler", process, schedule, spacing, **options)
+    solve = solvers.dpmpp_2m if algorithm == "dpmsolver++" else solvers.dpmpp_2m_sde
+    found = theirs(scheduler, process, start(process), Noise())
+    assert worst(ours(solve, process, start(process), Noise(), steps, spacing), found) < 2e-6
+
+
+@each_multistep_case
+@each_spacing
+def test_unipc(schedule, prediction, spacing, monkeypatch):
+    """Theirs takes 1/2 for the weight of the first correction, ours the integral: both are second order."""
+    process = GaussianDiffusion(SCHEDULES[schedule][0], prediction)
+    scheduler, steps = scheduler_of("UniPCMultistepScheduler", process, schedule, spacing, solver_type="bh2")
+    found = theirs(scheduler, process, start(process))
+    plain = worst(ours(solvers.unipc, process, start(process), Noise(), steps, spacing), found)
+    exactly = solvers.corrected
+
+    def halved(x, x0, ahead, past, ends):
+        half = solvers.toward(x, (x0 + ahead) / 2, ends)
+        return half if past is None else exactly(x, x0, ahead, past, ends)
+
+    monkeypatch.setattr(solvers, "corrected", halved)
+    same = worst(ours(solvers.unipc, process, start(process), Noise(), steps, spacing), found)
+    assert same < 1e-9 and 1e-6 < plain < 0.02
+
+
+AS_IT_IS = {  # ours -> theirs
+    "ddpm": ("DDPMScheduler", "leading", {"variance_type": "learned_range", "clip_sample": False}, {}),
+    "ddim": ("DDIMScheduler", "uniform", {"clip_sample": False}, {"eta": 0.5}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", "uniform", {"algorithm_type": "sde-dpmsolver++"}, {}),
+}
+
+
+@pytest.mark.parametrize("solver", AS_IT_IS)
+def test_the_same_seeds_make_the_same_images_in_float32(solver):
+    name, spacing, options, extra = AS_IT_IS[solver]
+    process = GaussianDiffusion(linear(T), variance="learned_range" if solver == "ddpm" else "fixed_small")
+    scheduler = getattr(diffusers, name)(**options, timestep_spacing=SPACINGS[spacing][0])
+    scheduler.set_timesteps(20)
+    x = start(process).float()
+    found = theirs(scheduler, process, x, **extra, generator=Streams([5, 6]).generators)
+    mine = ours(getattr(solvers, solver), process, x, Streams([5, 6]), 20, spacing, **extra)
+    assert mine[-1].dtype == found[-1].dtype == torch.float32
+    assert worst(mine, found) < 1e-4
