@@ -49,6 +49,7 @@ def main(config: Config) -> None:
     from experiments.metrics.cost import machine
     from train.distributed import World, pick_device
     from train.loop import State
+    from train.precision import has_native_bf16
     from train.samplers import absorbing
     from train.second_stage import SamplerStep
     from train.spaces import Codes
@@ -63,7 +64,11 @@ def main(config: Config) -> None:
         "codes": torch.randint(c.codebook_size, (c.batch_size, *c.grid), device=world.device),
         "position": torch.arange(c.batch_size),
     }
-    precisions = {"float32": TrainingConfig(amp=False), "bfloat16": TrainingConfig(amp=True)}
+    precisions = {"float32": TrainingConfig(amp=False)}
+    if has_native_bf16(world.device):
+        precisions["bfloat16"] = TrainingConfig(amp=True)
+    else:
+        print("bfloat16 is not native to this machine, and left out")
     steps = {name: SamplerStep(sampler, Codes(first=None), training, world) for name, training in precisions.items()}
     seconds = {name: [] for name in steps}
     for i in range(c.repeats + 2):

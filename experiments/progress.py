@@ -11,4 +11,4 @@ def progress(batches: Iterable[dict[str, Tensor]], total: int, name: str) -> Ite
     with tqdm(total=total, desc=name, unit="img", dynamic_ncols=True, mininterval=1.0) as bar:
         for batch in batches:
             yield batch
-            bar.update(len(batch["image"]))
+            bar.update(len(next(iter(batch.values()))))  # each of its tensors has the images first

@@ -108,7 +108,7 @@ class Config(SamplerConfig):
         for name in ("first_beta", "last_beta", "zero_terminal_snr", "variance", "loss_type", "prediction", "schedule"):
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             if value != default and (name, value) != ("loss_type", "simple"):
-                raise ValueError(f"got {name} {value} for process {self.process}, which has none: leave --{name} out")
+                raise ValueError(f"got {name} {value} for process {self.process}, which has none: {default} stands for that")
         if self.time_sampler == "loss_second_moment":
             raise ValueError(
                 f"got time_sampler loss_second_moment for process {self.process}: it counts the losses of single "

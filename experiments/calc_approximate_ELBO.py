@@ -1,0 +1,58 @@
+"""The likelihood of held-out images under a trained sampler, in bits: a bound, or by the probability flow."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.experiment import ModelConfig, OutputConfig, settings_of_run  # noqa: E402
+from train.cli import run_script  # noqa: E402
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodConfig:
+    """Likelihood."""
+
+    n_images: int = 512
+    """Images measured, drawn at random, always the same; the whole split where it has fewer."""
+    split: Literal["val", "train"] = "val"
+    """Images they are drawn from; train: in the views that training saw."""
+    calls: int | None = 100
+    """Network calls per image; None: one for each of the bound's T terms. Where T is larger, half of the calls go to
+    the terms nearest the data, which are all computed. The rest of T is cut into as many stretches as calls are left,
+    and in each one term, drawn anew for every image, stands for its stretch: unbiased, and within the error stated. Of
+    edm and flow: steps of the ODE (None: 50), two calls and two backward passes each."""
+
+    def __post_init__(self):
+        for name in ("n_images", "calls"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"got {name} {value}, wanted at least 1: pass --{name} N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measures bits per code (absorbing) or per dimension (ddpm); results.json, terms.png are in <logs_root>/<log_dir>.
+
+    absorbing and ddpm's gaussian: the variational bound; ddpm's edm and flow: the probability-flow ODE.
+    """
+
+    likelihood: LikelihoodConfig
+    model: ModelConfig
+    output: OutputConfig
+
+
+def main(config: Config) -> None:
+    from experiments.experiment import load_model, open_results
+    from experiments.metrics.likelihood import measure, print_report
+    from experiments.metrics.report import saved_report
+
+    trained = load_model(config.model, config.output)
+    folder = open_results("ELBO", config, trained)
+    print_report(saved_report(folder) or measure(config, trained, folder), folder)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, "calc_approximate_ELBO", under=settings_of_run)

@@ -1,0 +1,108 @@
+"""How many bits a trained sampler takes for an image, in the mean over a split, and at which steps they are spent."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.likelihood import visits
+from diffusion.rng import Streams
+from experiments.experiment import write_results
+from experiments.metrics.atomic import whole_file
+from experiments.progress import progress
+from experiments.table import table
+from train.cli import to_dict
+from train.data import Positions
+from train.generate import TrainedSampler
+
+
+def bounds(
+    trained: TrainedSampler, source: Positions, count: int, seed: int, calls: int | None, batch_size: int
+) -> Iterator[dict[str, Tensor]]:
+    """The Bound of the first `count` positions, in float64 on the CPU; no image's depends on the batch size."""
+    for first in range(0, count, batch_size):
+        batch = source[list(range(first, min(first + batch_size, count)))]
+        bound = trained.log_likelihood(batch, seed, calls)
+        yield {name: part.cpu().double() for name, part in bound._asdict().items()}
+
+
+def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any]:
+    """All that one report says, written to results.json; terms.png where there are terms."""
+    c, output = config.likelihood, config.output
+    source = trained.batches(c.split)
+    count = min(c.n_images, len(source))  # beyond an epoch images come again
+    totals, prior, terms = [], 0.0, 0.0
+    found = bounds(trained, source, count, output.seed, c.calls, output.batch_size)
+    for bound in progress(found, count, "measuring"):
+        totals.append(bound["total"])
+        prior += bound["prior"].sum().item() / count
+        terms = terms + bound["terms"].sum(0) / count  # (T,)
+    total, steps = torch.cat(totals), len(terms)
+    widths = stretches(steps, c.calls)
+    curve = levelled(terms, widths).tolist() if steps else []
+    results = {
+        "unit": trained.sampler.unit,
+        "method": "variational bound" if steps else "probability flow",
+        "value": total.mean().item(),
+        "standard_error": total.std().item() / count**0.5 if count > 1 else None,  # over images and draws
+        "prior": prior,
+        "decoder": curve[0] if widths[:1] == [1] else None,
+        "n_images": count,
+        "split": c.split,
+        "calls": len(widths) if steps else c.calls,
+        "terms": curve,
+        "run": to_dict(config) | {"step": trained.step} | trained.origin,
+    }
+    if steps:
+        plot(folder / "terms.png", results)
+    write_results(folder, results)
+    return results
+
+
+def stretches(steps: int, calls: int | None) -> list[int]:
+    """From the data on, how many neighbouring steps each network call stands for."""
+    return [width for _, width in visits(steps, calls, Streams([0]))] if steps else []
+
+
+def levelled(terms: Tensor, widths: list[int]) -> Tensor:
+    """Mean terms (T,), each stretch's sum spread evenly over it: few images visit any one of its steps."""
+    return torch.cat([part.mean().expand(len(part)) for part in terms.split(widths)])
+
+
+def print_report(results: dict[str, Any], folder: Path) -> None:
+    """The table a person reads."""
+    steps, error, decoder = len(results["terms"]), results["standard_error"], results["decoder"]
+    rows = [("", results["unit"])]
+    rows.append(("total", f"{results['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")))
+    rows.append(("prior term", f"{results['prior']:.4f}"))
+    if decoder is not None:
+        rows.append((f"decoder's term (t = 1/{steps})", f"{decoder:.4f}"))
+    rows.append(("images", str(results["n_images"])))
+    way = f", {results['calls']} of {steps} terms per image" if steps else ""
+    print(f"\n{results['split']} split, {results['method']}{way}\n{table(rows)}\n\n{folder / 'results.json'}")
+    if steps:
+        print(folder / "terms.png")
+
+
+def plot(path: Path, results: dict[str, Any]) -> None:
+    """The bound's terms against t, as in Nichol & Dhariwal 2021, figure 2; flat where one stands for others."""
+    from matplotlib.figure import Figure  # without pyplot: a PNG is drawn by Agg, and no window is asked for
+
+    terms = torch.tensor(results["terms"], dtype=torch.float64)
+    edges = torch.arange(len(terms) + 1) / len(terms)
+    figure = Figure(figsize=(6.5, 4.2), dpi=150, layout="constrained")
+    panel = figure.subplots()
+    shown = terms.where(terms > 0, torch.nan)  # what is not positive has no place on a logarithmic scale
+    panel.stairs(shown.numpy(), edges.numpy(), baseline=None, color="#0072b2")
+    panel.set(yscale="log", xlim=(0, 1), xlabel="t", ylabel=f"{results['unit']}, per step")
+    panel.grid(color="0.9")
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    title = f"Terms of the bound: {results['value']:.4g} {results['unit']} in all\n"
+    count, calls = results["n_images"], results["calls"]
+    title += f"{count} images ({results['split']} split), {calls} of {len(terms)} terms each"
+    panel.set_title(title, fontsize=11, loc="left")
+    with whole_file(path) as scratch:
+        figure.savefig(scratch, format="png")

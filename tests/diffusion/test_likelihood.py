@@ -1,0 +1,189 @@
+"""Bounds by a few of their terms: which steps are visited, and that nothing of the sum is lost in the mean."""
+
+import math
+
+import pytest
+import torch
+from gaussians import NORMAL
+
+from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.gaussian import GaussianDiffusion
+from diffusion.likelihood import bits_per_code, bits_per_dimension, visits
+from diffusion.rng import Streams
+from diffusion.schedules import cosine
+
+CASES = [(20, 7), (20, 6), (20, 1), (15, 2), (20, 3), (20, 19), (3, 2), (9, 4)]  # (T, calls)
+IMAGE = (torch.tensor([-1.0, -0.2, 0.1, 0.7]).view(1, 1, 2, 2) * 127.5 + 127.5).round() / 127.5 - 1
+
+
+class Evenly:
+    """Stands in for random streams: over its 2,520 examples each uniform draw takes every place equally often.
+
+    The mean over them is the expectation, exactly, wherever a stretch has up to 10 steps; or 12, 14, 15, 18, 20.
+    """
+
+    count, device = 2520, torch.device("cpu")
+
+    def __len__(self):
+        return self.count
+
+    def uniform(self, shape, dtype=torch.float32):
+        assert shape == (self.count,)
+        return (torch.arange(self.count, dtype=dtype) + 0.5) / self.count
+
+    def normal(self, shape):
+        return torch.full(shape, 0.3)
+
+
+def near(found, wanted):
+    """Within 4 standard errors of the mean of (B,) found."""
+    return abs(found.mean() - wanted) < 4 * found.std() / len(found) ** 0.5
+
+
+# Which steps
+
+
+@pytest.mark.parametrize("calls", [None, 6, 7, 1000])
+def test_with_calls_for_all_steps_each_is_visited_once(calls, streams):
+    visited = [(i.tolist(), width) for i, width in visits(6, calls, streams(2))]
+    assert visited == [([i, i], 1) for i in range(1, 7)]
+
+
+@pytest.mark.parametrize(("steps", "calls"), CASES)
+def test_the_weighted_sum_over_visits_is_in_the_mean_the_sum_over_steps(steps, calls):
+    function = torch.randn(steps + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    visited = list(visits(steps, calls, Evenly()))
+    assert len(visited) == calls
+    share = torch.zeros(steps + 1, dtype=torch.float64)  # of each step in the mean
+    for i, width in visited:
+        share += width * i.bincount(minlength=steps + 1) / len(i)
+    assert share[0] == 0 and torch.allclose(share[1:], torch.ones(steps).double())
+    estimate = sum((width * function[i]).mean() for i, width in visited)
+    assert torch.allclose(estimate, function[1:].sum())
+
+
+def test_the_half_nearest_the_data_is_visited_by_all_and_the_rest_in_equal_stretches(streams):
+    visited = list(visits(1000, 100, streams(3)))
+    assert [(i.tolist(), width) for i, width in visited[:50]] == [([k] * 3, 1) for k in range(1, 51)]
+    assert [width for _, width in visited[50:]] == [19] * 50
+    for k, (i, _) in enumerate(visited[50:]):
+        assert ((i > 50 + 19 * k) & (i <= 50 + 19 * (k + 1))).all()
+
+
+@pytest.mark.parametrize(("u", "places"), [(0.0, [3, 6, 9]), (1 - 2**-53, [5, 8, 12])])
+def test_the_ends_of_a_uniform_draw_stay_in_their_stretch(u, places, streams, monkeypatch):
+    rng = streams(1)
+    monkeypatch.setattr(rng, "uniform", lambda shape, dtype: torch.full(shape, u, dtype=dtype))
+    assert [i.item() for i, _ in visits(12, 5, rng)] == [1, 2, *places]
+
+
+def test_where_an_example_goes_is_its_own(streams):
+    together = torch.stack([i for i, _ in visits(50, 8, Streams([3, 4, 5]))])
+    alone = torch.stack([i for i, _ in visits(50, 8, Streams([4]))])
+    assert torch.equal(together[:, 1:2], alone)
+    assert not torch.equal(together[:, 0], together[:, 2])
+
+
+@pytest.mark.parametrize("calls", [0, -1])
+def test_no_calls_are_refused(calls, streams):
+    with pytest.raises(ValueError, match="wanted at least 1"):
+        next(visits(5, calls, streams(1)))
+
+
+# Images
+
+
+@pytest.fixture
+def process():
+    return GaussianDiffusion(cosine(20), variance="fixed_small")
+
+
+def wrong(process):
+    """A denoiser whose mistakes are another at every step."""
+    perfect = NORMAL.denoiser(process)
+    return lambda x, t: process.with_x0(perfect(x, t), perfect(x, t).x0 + 0.3 * t.view(-1, 1, 1, 1).cos(), x, t)
+
+
+def test_each_term_is_that_of_its_step_and_estimates_are_so_in_the_mean(process):
+    x0, rng = IMAGE.double().expand(Evenly.count, -1, -1, -1), Evenly()
+    denoise, terms = wrong(process), []
+    for i in range(1, 21):
+        t = torch.tensor([i / 20], dtype=torch.float64)
+        x_t = process.alpha(t) * IMAGE + process.sigma(t) * 0.3
+        terms.append(process.bound_term(denoise(x_t, t), IMAGE.double(), x_t, t))
+    wanted, prior = torch.cat(terms), process.prior_term(IMAGE.double())
+    assert len(wanted.unique()) == 20 and prior > 0
+    for calls in (None, 20, 7, 6, 1):
+        bound = bits_per_dimension(denoise, process, x0, rng, calls)
+        assert bound.terms.shape == (Evenly.count, 20)
+        assert torch.allclose(bound.terms.mean(0), wanted, rtol=1e-5)
+        assert torch.allclose(bound.prior, prior)
+        assert torch.allclose(bound.total, bound.prior + bound.terms.sum(1))
+
+
+@pytest.mark.parametrize("calls", [4, 9])
+def test_estimates_of_images_agree_with_the_whole_bound(process, streams, calls):
+    n = 2000
+    x0 = IMAGE.repeat(n, 1, 1, 1)
+    whole = bits_per_dimension(wrong(process), process, x0, streams(n, 1)).total
+    assert whole.std() > 0
+    asked = []
+
+    def denoise(x, t):
+        asked.append(t)
+        return wrong(process)(x, t)
+
+    estimate = bits_per_dimension(denoise, process, x0, streams(n, 2), calls).total
+    assert len(asked) == calls
+    error = math.hypot(whole.std(), estimate.std()) / n**0.5
+    assert abs(whole.mean() - estimate.mean()) < 4 * error < 0.1 * whole.mean()
+
+
+def test_the_bound_of_an_image_is_the_same_whatever_the_batch(process):
+    x0 = torch.cat([IMAGE, -IMAGE, IMAGE / 2])
+    together = bits_per_dimension(wrong(process), process, x0, Streams([3, 4, 5]), 6)
+    alone = bits_per_dimension(wrong(process), process, x0[1:2], Streams([4]), 6)
+    assert torch.allclose(together.terms[1:2], alone.terms) and torch.allclose(together.total[1:2], alone.total)
+
+
+# Codes
+
+
+def drawn(joint, n):
+    """n grids of the joint."""
+    return joint.grids[torch.multinomial(joint.p, n, replacement=True, generator=torch.Generator().manual_seed(5))]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 16])
+@pytest.mark.parametrize("calls", [None, 2])
+def test_the_bound_of_independent_codes_is_their_entropy(streams, steps, calls):
+    n, p = 3000, torch.tensor([5.0, 2.0, 1.0]) / 8
+    x0 = torch.multinomial(p, n * 4, replacement=True, generator=torch.Generator().manual_seed(5)).view(n, 2, 2)
+    process = AbsorbingDiffusion(3, steps)
+    bound = bits_per_code(lambda x, t: p.log().expand(*x.shape, 3), process, x0, streams(n), calls)
+    assert bound.terms.shape == (n, steps) and (bound.prior == 0).all()
+    assert torch.allclose(bound.total, bound.terms.sum(1))
+    entropy = torch.special.entr(p).sum() / math.log(2)
+    assert near(bound.total, entropy)
+    assert near(bound.terms[:, 0], entropy / steps)  # each step reveals as many
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+@pytest.mark.parametrize("calls", [None, 2])
+def test_equal_bits_cost_one_bit_and_another_where_one_step_reveals_both(equal_bits, streams, steps, calls):
+    n = 3000
+    bound = bits_per_code(equal_bits.denoise, AbsorbingDiffusion(2, steps), drawn(equal_bits, n), streams(n), calls)
+    if steps == 1:
+        assert torch.allclose(bound.total, torch.ones(n))
+    else:
+        assert near(bound.total, (1 + 1 / steps) / 2)
+
+
+@pytest.mark.parametrize("calls", [1, 4, 8, None])
+def test_the_bound_of_dependent_codes_is_that_of_enumeration(joint, streams, calls):
+    steps, n = 8, 3000
+    process, t_of_terms = AbsorbingDiffusion(joint.codes, steps), torch.arange(1, steps + 1) / steps
+    bound = bits_per_code(joint.denoise, process, drawn(joint, n), streams(n), calls)
+    assert near(bound.total, joint.bound(steps) / joint.count)
+    for term, t in zip(bound.terms.T, t_of_terms.tolist(), strict=True):
+        assert near(term, joint.expected_loss(t, steps=steps) / steps)

@@ -1,0 +1,162 @@
+"""The script of likelihoods end to end on tiny trained models: what it writes, and what must not move its number."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tiny import DDPM, ROOT, UNET, call, run
+
+from experiments.experiment import ModelConfig, OutputConfig, load_model
+from experiments.metrics.likelihood import levelled, stretches
+
+SCRIPT = "experiments/calc_approximate_ELBO.py"
+MODELS = {  # flags, and the calls per image: fewer than there are terms
+    "absorbing": ("", 9),
+    "ddpm": ("--sampler ddpm", 6),
+    "edm": ("--sampler ddpm --load_dir edm", 3),
+    "flow": ("--sampler ddpm --load_dir flow", 3),
+}
+STEPS = {"absorbing": 256, "ddpm": 20, "edm": 0, "flow": 0}
+
+
+def results(logs, name):
+    return json.loads((logs / name / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def logs_of(trained, trained_ddpm):
+    """The logs folder of each kind of model."""
+    data = f"--config {ROOT / 'configs' / 'digits.yaml'}"  # not ddpm_digits.yaml, whose prediction these do not have
+    for process in ("edm", "flow"):
+        flags = f"--logs_root {trained_ddpm} --train_steps 2 --no_amp {DDPM} --process {process} --log_dir {process}"
+        call("train_sampler.py", f"{data} {flags}")
+    return {name: trained if name == "absorbing" else trained_ddpm for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def measure(logs_of):
+    """measure(model, flags): the results of the script's run in a folder `log_dir`."""
+
+    def go(model, log_dir, flags=""):
+        own, calls = MODELS[model]
+        flags = f"--n_images 7 --batch_size 4 --no_amp --calls {calls} --log_dir {log_dir} {flags}"
+        call(SCRIPT, f"--logs_root {logs_of[model]} {own} {flags}")
+        return results(logs_of[model], log_dir)
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def measured(measure):
+    return {model: measure(model, f"elbo_{model}") for model in MODELS}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_value_is_the_mean_bound_of_the_first_positions(model, measured, logs_of):
+    found, load_dir = measured[model], model if model in ("edm", "flow") else None
+    sampler = "absorbing" if model == "absorbing" else "ddpm"
+    settings = ModelConfig(sampler=sampler, load_dir=load_dir)
+    trained = load_model(settings, OutputConfig(logs_root=str(logs_of[model]), amp=False))
+    bound = trained.log_likelihood(trained.batches("val")[list(range(7))], 0, MODELS[model][1])
+    assert found["value"] == pytest.approx(bound.total.double().mean().item(), abs=1e-5)
+    assert found["standard_error"] == pytest.approx(bound.total.double().std().item() / 7**0.5, abs=1e-5)
+    assert found["prior"] == pytest.approx(bound.prior.double().mean().item(), abs=1e-5)
+    assert found["unit"] == trained.sampler.unit and found["n_images"] == 7 and found["split"] == "val"
+    assert found["run"]["sampler_weights"] == trained.weights and found["calls"] == MODELS[model][1]
+
+
+@pytest.mark.parametrize("model", ["absorbing", "ddpm"])
+def test_the_terms_of_a_bound_add_up_and_are_drawn(model, measured, logs_of):
+    found, calls, steps = measured[model], MODELS[model][1], STEPS[model]
+    assert found["method"] == "variational bound" and len(found["terms"]) == steps
+    assert found["prior"] + sum(found["terms"]) == pytest.approx(found["value"], abs=1e-4)
+    assert found["decoder"] == found["terms"][0]
+    assert len(set(found["terms"][calls // 2 :])) == calls - calls // 2  # one level for each stretch
+    with Image.open(logs_of[model] / f"elbo_{model}" / "terms.png") as picture:
+        assert picture.size[0] > 500 and len(picture.convert("RGB").getcolors(1 << 20)) > 3
+
+
+def test_the_values_are_those_of_models_that_know_nothing_yet(measured):
+    assert 3 < measured["absorbing"]["value"] < 5  # of 16 codes
+    assert all(4 < measured[model]["value"] < 15 for model in ("ddpm", "edm", "flow"))  # of 256 levels
+
+
+@pytest.mark.parametrize("model", ["edm", "flow"])
+def test_a_likelihood_by_the_flow_has_no_terms(model, measured, logs_of):
+    found = measured[model]
+    assert (found["method"], found["terms"], found["decoder"]) == ("probability flow", [], None)
+    assert {path.name for path in (logs_of[model] / f"elbo_{model}").iterdir()} == {"config.yaml", "results.json"}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_batch_size_moves_nothing_and_the_seed_does(model, measure, measured):
+    again = measure(model, f"elbo_{model}_batch", "--batch_size 3")
+    for name in ("value", "standard_error", "prior", "terms"):
+        assert again[name] == pytest.approx(measured[model][name], abs=1e-5)
+    assert measure(model, f"elbo_{model}_seed", "--seed 1")["value"] != measured[model]["value"]
+
+
+def test_all_terms_can_be_asked_for_and_no_image_comes_twice(measure, trained_ddpm, capsys):
+    found = measure("ddpm", "elbo_whole", "--calls None --n_images 10000 --batch_size 200")
+    assert found["n_images"] == 359 and found["calls"] == 20 and len(set(found["terms"])) == 20
+    assert measure("ddpm", "elbo_one", "--calls 1 --n_images 1")["standard_error"] is None
+    assert results(trained_ddpm, "elbo_one")["decoder"] is None  # its level is that of all steps
+    estimate = measure("ddpm", "elbo_few", "--calls 6 --n_images 359 --batch_size 200")
+    assert abs(found["value"] - estimate["value"]) < 4 * estimate["standard_error"]  # of the same images
+    assert estimate["terms"][:3] == pytest.approx(found["terms"][:3], abs=1e-5)
+    train = measure("ddpm", "elbo_train", "--split train")
+    assert train["split"] == "train" and train["value"] != pytest.approx(found["value"], abs=1e-4)
+
+
+def test_typed_again_it_prints_the_saved_report(measure, measured, logs_of, capsys, monkeypatch):
+    monkeypatch.setattr("train.generate.TrainedSampler.log_likelihood", None)  # nothing is measured
+    capsys.readouterr()
+    assert measure("absorbing", "elbo_absorbing") == measured["absorbing"]
+    out = capsys.readouterr().out
+    value, error = (f"{measured['absorbing'][name]:.4f}" for name in ("value", "standard_error"))
+    assert f"{value} ± {error}" in out and "bits per code" in out and "9 of 256 terms" in out
+    assert "decoder's term (t = 1/256)" in out and "terms.png" in out
+    measure("edm", "elbo_edm")
+    out = capsys.readouterr().out
+    assert "probability flow" in out and "bits per dimension" in out and "decoder" not in out and ".png" not in out
+
+
+def test_what_fails_leaves_no_results(measure, logs_of, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", fail)
+        with pytest.raises(RuntimeError, match="stopped"):
+            measure("ddpm", "elbo_stopped")
+    folder = logs_of["ddpm"] / "elbo_stopped"
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    measure("ddpm", "elbo_stopped")  # the next run goes through
+    assert (folder / "terms.png").is_file()
+
+
+def test_latents_are_refused(trained, capfd):
+    flags = "--sampler ddpm --ae_load_dir vqgan_digits --batch_size 4 --total_steps 20 --log_dir latent"
+    call("train_sampler.py", f"--logs_root {trained} --train_steps 2 --no_amp {flags} {UNET}")
+    with pytest.raises(SystemExit) as stop:
+        call(SCRIPT, f"--logs_root {trained} --sampler ddpm --load_dir latent --n_images 4 --no_amp")
+    assert stop.value.code == 2
+    assert "latents are continuous" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["n_images", "calls"])
+def test_nothing_to_measure_is_refused(flag, trained_ddpm):
+    done = run(SCRIPT, f"--logs_root {trained_ddpm} --sampler ddpm --{flag} 0")
+    assert done.returncode == 2
+    assert f"got {flag} 0, wanted at least 1: pass --{flag} N" in " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(("steps", "calls", "widths"), [(5, None, [1] * 5), (9, 4, [1, 1, 3, 4]), (0, 3, [])])
+def test_a_stretch_shows_its_mean_and_keeps_the_sum(steps, calls, widths):
+    assert stretches(steps, calls) == widths
+    if steps:
+        terms = torch.arange(float(steps)) ** 2
+        shown = levelled(terms, widths)
+        assert shown.sum() == terms.sum() and len(shown) == steps
+        assert len(shown.unique()) == len(widths) and torch.equal(shown[:2], terms[:2])
