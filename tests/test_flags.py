@@ -9,7 +9,7 @@ from experiments.compare_attention import VARIANTS
 from train import cli
 from train.config import DataConfig, LoggingConfig, TrainingConfig
 from train.registry import names_in
-from train.samplers import absorbing
+from train.samplers import absorbing, ddpm
 from vq.config import VQGANConfig
 
 COMMANDS = {  # as the README has them
@@ -115,6 +115,65 @@ def test_a_second_stage_takes_the_data_from_its_vqgan(trained, monkeypatch):
     assert config["img_size"] == 16  # the digits preset says 32, that VQGAN was trained at 16
 
 
+def test_the_preset_of_a_sampler_is_read_where_that_sampler_is_asked_for(monkeypatch, tmp_path):
+    by_itself = parsed("train_sampler.py", f"--sampler ddpm --logs_root {tmp_path}", monkeypatch)
+    path = ROOT / "configs" / "ddpm_digits.yaml"
+    assert by_itself == parsed("train_sampler.py", f"--config {path} --logs_root {tmp_path}", monkeypatch)
+    preset = yaml.safe_load(path.read_text())
+    for key, value in {**preset, **preset["ddpm"]}.items():
+        if not isinstance(value, dict):  # PyYAML reads 1e-3 as a word
+            assert by_itself[key] == (float(value) if isinstance(by_itself[key], float) else value)
+    other = parsed("train_sampler.py", f"--logs_root {tmp_path}", monkeypatch)
+    assert other["sampler"] == "absorbing" and other["img_size"] == 32 and "channels" not in other
+    vqgan = parsed("train_vqgan.py", f"--logs_root {tmp_path}", monkeypatch)
+    assert vqgan["img_size"] == 32  # a script without samplers reads the data set's own
+
+
+def test_a_sampler_without_a_preset_of_its_own_takes_the_data_sets(monkeypatch, tmp_path):
+    assert not (ROOT / "configs" / "ddpm_fashion_mnist.yaml").exists()
+    config = parsed("train_sampler.py", f"--sampler ddpm --dataset fashion_mnist --logs_root {tmp_path}", monkeypatch)
+    assert (config["sampler"], config["n_channels"], config["channels"]) == ("ddpm", 1, ddpm.Config.channels)
+
+
+def test_a_config_file_chooses_the_sampler_and_a_flag_another(monkeypatch, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "dataset: digits\nimg_size: 16\nsampler: ddpm\n"
+        "ddpm:\n  channels: 24\n  solver: ddim\n  eta: 0.5\n  lr: 3e-4\nabsorbing:\n  temp: 0.7\n  lr: 1e-3\n"
+        "get_samples:\n  n_samples: 7\n"
+    )
+    chosen = parsed("train_sampler.py", f"--config {file} --logs_root {tmp_path}", monkeypatch)
+    assert (chosen["sampler"], chosen["channels"], chosen["lr"]) == ("ddpm", 24, 3e-4)
+    assert (chosen["solver"], chosen["eta"]) == ("ddim", 0.5) and "temp" not in chosen
+    other = parsed("train_sampler.py", f"--config {file} --sampler absorbing --logs_root {tmp_path}", monkeypatch)
+    assert (other["sampler"], other["temp"], other["lr"]) == ("absorbing", 0.7, 1e-3) and "channels" not in other
+    samples = parsed("experiments/get_samples.py", f"--config {file} --logs_root {tmp_path}", monkeypatch)
+    assert (samples["sampler"], samples["n_samples"], samples["solver"]) == ("ddpm", 7, ddpm.Sampling.solver)
+
+
+def test_a_runs_folder_alone_tells_an_experiment_sampler_and_data_set(trained_ddpm, monkeypatch):
+    flags = f"--logs_root {trained_ddpm} --load_dir ddpm_digits"
+    for script in ("experiments/get_samples.py", "experiments/calc_FID.py", "experiments/generate_big_samples.py"):
+        config = parsed(script, f"{flags} --shape 8 8" if "big" in script else flags, monkeypatch)
+        assert (config["sampler"], config["dataset"], config["load_dir"]) == ("ddpm", "digits", "ddpm_digits")
+        assert config["sample_steps"] == 4 and "eta" in config and "temp" not in config  # as it was trained
+    by_name = parsed("experiments/get_samples.py", f"--logs_root {trained_ddpm} --sampler ddpm", monkeypatch)
+    assert by_name["sample_steps"] == 4
+    flags = f"{flags} --sample_steps 9 --solver ddim"
+    config = parsed("experiments/get_samples.py", flags, monkeypatch)
+    assert (config["sample_steps"], config["solver"]) == (9, "ddim")
+
+
+def test_a_run_of_another_sampler_than_the_one_named_is_refused(trained_ddpm, capfd):
+    with pytest.raises(SystemExit) as stop:
+        call(
+            "experiments/get_samples.py",
+            f"--logs_root {trained_ddpm} --load_dir ddpm_digits --sampler absorbing --n_samples 2",
+        )
+    assert stop.value.code == 2
+    assert "was trained with --sampler ddpm, got absorbing" in capfd.readouterr().err
+
+
 REFUSED = {  # script and flags -> what the message must hold
     "flag": ("train_vqgan.py", "--lrr 1", ["lrr", "--lr"]),
     "value": ("train_vqgan.py", "--lr fast", ["lr", "fast"]),
@@ -141,6 +200,15 @@ REFUSED = {  # script and flags -> what the message must hold
     "solver": ("experiments/get_samples.py", "--solver ancestrel --n_samples 2", ["ancestrel", "ancestral"]),
     "steps": ("experiments/get_samples.py", "--sample_steps 0 --n_samples 2", ["0", "at least 1", "--sample_steps"]),
     "temperature": ("experiments/get_samples.py", "--temp 0 --n_samples 2", ["0", "--temp"]),
+    "temperature of ddpm": ("train_sampler.py", "--sampler ddpm --temp 0.9", ["--temp"]),
+    "ddpm's eta": ("train_sampler.py", "--eta 0.5", ["--eta"]),
+    "ddpm's process": (
+        "train_sampler.py",
+        "--sampler ddpm --process edm --zero_terminal_snr",
+        ["zero_terminal_snr", "edm", "leave --zero_terminal_snr out"],
+    ),
+    "ddpm's word": ("train_sampler.py", "--sampler ddpm --prediction noise", ["prediction", "noise", "eps"]),
+    "ddpm's attention": ("train_sampler.py", "--sampler ddpm --attn_factors 8", ["attn_factors", "8", "1, 2, 4"]),
     "small canvas": ("experiments/generate_big_samples.py", "--shape 2 8", ["2", "window of 4", "--shape"]),
 }
 
@@ -216,6 +284,29 @@ def test_flags_are_the_agreed_ones(monkeypatch):
         ),
         *("na_backend", "attention_type", "position", "attn_pdrop", "embd_pdrop", "resid_pdrop", "loss_type"),
         *("mask_schedule", "total_steps", "class_conditional", "label_drop"),
+    }
+    assert cli.fields_of(ddpm.Config) == {
+        *("sampler", "process", "total_steps", "schedule", "first_beta", "last_beta", "zero_terminal_snr"),
+        *("prediction", "variance", "loss_type", "min_snr_gamma", "time_sampler", "time_embedding", "time_scale"),
+        *(
+            "sigma_data",
+            "time_mean",
+            "time_deviation",
+            "time_shift",
+            "channels",
+            "channel_mults",
+            "res_blocks",
+            "attn_factors",
+        ),
+        *("heads", "head_width", "dropout", "resblock_updown", "scale_shift", "scale_skip"),
+        *("activation_checkpointing", "res_block_type", "attn_block_type", "middle_attn_block_type"),
+        *("kernel_sizes", "dilations", "na_backend", "transformer_attention", "feed_forward"),
+        *("class_conditional", "label_drop", "conditions", "condition_channels", "condition_drop", "adapt"),
+    }
+    assert cli.fields_of(absorbing.Sampling) == {"solver", "sample_steps", "guidance", "temp"}
+    assert cli.fields_of(ddpm.Sampling) == {
+        *("solver", "sample_steps", "guidance", "spacing", "eta", "guidance_interval", "guidance_rescale", "clip"),
+        "dynamic_threshold",
     }
     assert cli.fields_of(TrainingConfig) == {
         *("train_steps", "batch_size", "accumulate", "lr", "warmup_iters", "weight_decay", "grad_clip", "amp"),

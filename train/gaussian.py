@@ -124,7 +124,7 @@ class GaussianSampler:
         return network(self.process.network_input(x, t), told.to(x.device), condition, drop=drop)
 
     def times(self, draw: Draws, count: int, training: bool) -> Times:
-        """Times of a batch, on the CPU; validation has independent ones, which no loss moves."""
+        """Times of a batch, on the CPU; those of validation no loss moves."""
         kind = self.config.time_sampler
         if kind == "low_discrepancy":
             shared, place = draw.shared("time")

@@ -1,6 +1,5 @@
 """Trained runs to images: loads what training left, and draws from it one seed per image."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,6 @@ from train.precision import autocast
 from train.registry import dotted, plugin
 from train.runs import read_run
 from train.spaces import Space
-
-DOTTED = re.compile(r"[A-Za-z_]\w*(\.\w+)+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +72,9 @@ class TrainedSampler:
         """
         if held_out is not None:
             batch = held_out[[i % len(held_out) for i in indices]]
+            missing = sorted({*self.sampler.fields} - {*batch})
+            if missing:
+                raise ValueError(f"held-out images have no {', '.join(missing)}: --adapt gave them when it was trained")
             return on_device({name: batch[name] for name in self.sampler.fields}, self.device)
         if self.class_frequencies is None:
             return None
@@ -157,7 +157,7 @@ def load_sampler(
 def check_allowed(run: Path, settings: dict[str, Any], allow: tuple[str, ...]) -> None:
     """ValueError where a run names code of a user's own that `allow` does not: loading a run runs nothing unasked."""
     for key, value in settings.items():
-        if isinstance(value, str) and DOTTED.fullmatch(value) and value not in allow:
+        if isinstance(value, str) and "." in value and value not in allow:
             raise ValueError(f"{run} was trained with --{key} {value}, which is code: pass --allow {value} to run it")
 
 

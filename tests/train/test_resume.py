@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import GAN, SAMPLER, VQGAN, call, run
+from tiny import DDPM, GAN, SAMPLER, VQGAN, call, run
 
 from train.checkpoint import sha256
 
@@ -43,6 +43,47 @@ def test_sampler_resumed_is_bitwise_the_one_that_never_stopped_with_dropout(trai
     call("train_sampler.py", f"--log_dir parts --train_steps 2 {flags}")
     call("train_sampler.py", f"--log_dir parts --train_steps 5 {flags}")
     assert_equal_bits(weights(trained / "whole", 5), weights(trained / "parts", 5))
+
+
+BY_LOSS = "--time_sampler loss_second_moment --loss_type vlb --total_steps 4 --batch_size 8"
+
+
+@pytest.mark.parametrize(("flags", "stop", "steps"), [("--dropout 0.1", 2, 5), (BY_LOSS, 4, 11), (BY_LOSS, 9, 11)])
+def test_ddpm_resumed_is_bitwise_the_one_that_never_stopped(tmp_path, flags, stop, steps):
+    flags = f"--logs_root {tmp_path} {DDPM} --warmup_iters 5 --steps_per_log 1 --steps_per_eval 0 {flags}"
+    call("train_sampler.py", f"{flags} --log_dir whole --train_steps {steps}")
+    call("train_sampler.py", f"{flags} --log_dir parts --train_steps {stop}")
+    call("train_sampler.py", f"{flags} --log_dir parts --train_steps {steps}")
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert_equal_bits(weights(tmp_path / "whole", steps, name), weights(tmp_path / "parts", steps, name))
+    assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
+    one, other = (extras(tmp_path / name, steps) for name in ("whole", "parts"))
+    assert one.keys() == other.keys() == ({"times"} if "loss_second_moment" in flags else set())
+    for name in one:
+        assert_equal_bits(one[name], other[name])
+        assert one[name]["count"].sum() == 8 * steps  # every loss was seen
+        assert (one[name]["count"] >= 10).all()  # so the last times went by the losses
+
+
+def extras(folder, step):
+    path = folder / "checkpoints" / f"step_{step:08d}" / "state.pt"
+    return torch.load(path, weights_only=True)["extras"]
+
+
+def test_resume_needs_the_losses_that_times_go_by(tmp_path):
+    """Without them times are uniform again, and the next weights are others."""
+    flags = f"--logs_root {tmp_path} {DDPM} --steps_per_eval 0 {BY_LOSS}"
+    call("train_sampler.py", f"{flags} --log_dir whole --train_steps 11")
+    call("train_sampler.py", f"{flags} --log_dir parts --train_steps 9")
+    path = tmp_path / "parts" / "checkpoints" / "step_00000009"
+    state = torch.load(path / "state.pt", weights_only=True)
+    for values in state["extras"]["times"].values():
+        values.zero_()
+    torch.save(state, path / "state.pt")
+    (path / "manifest.json").write_text(json.dumps(manifest_of(path)))
+    call("train_sampler.py", f"{flags} --log_dir parts --train_steps 11")
+    whole, parts = weights(tmp_path / "whole", 11), weights(tmp_path / "parts", 11)
+    assert any(not torch.equal(whole[key], parts[key]) for key in whole)
 
 
 def test_resume_needs_the_optimizer(tmp_path):
@@ -101,6 +142,37 @@ def test_two_processes_equal_one_in_both_stages(tmp_path):
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     assert_close(weights(tmp_path / "sampler_one", 4), weights(tmp_path / "sampler_two", 4))
     assert_same_losses(tmp_path / "sampler_one", tmp_path / "sampler_two")
+
+
+def assert_same_ddpm(one, other, step):
+    """Weights, losses, and what the times go by."""
+    assert_close(weights(one, step), weights(other, step))
+    assert_same_losses(one, other)
+    mine, yours = extras(one, step), extras(other, step)
+    assert mine.keys() == yours.keys()
+    for name in mine:
+        assert torch.equal(mine[name]["count"], yours[name]["count"]) and (mine[name]["count"] >= 10).all()
+        assert torch.allclose(mine[name]["losses"], yours[name]["losses"], rtol=1e-4)
+
+
+SPREAD = "--time_sampler low_discrepancy"  # over the whole batch
+
+
+@pytest.mark.parametrize("flags", [pytest.param(SPREAD, marks=pytest.mark.slow, id="spread"), BY_LOSS])
+def test_two_processes_equal_one_for_ddpm(tmp_path, flags):
+    flags = f"--logs_root {tmp_path} --no_amp --steps_per_log 1 --steps_per_eval 0 --train_steps 10 {DDPM} {flags}"
+    two = run("train_sampler.py", f"{flags} --log_dir two", processes=2)
+    assert two.returncode == 0, two.stderr
+    call("train_sampler.py", f"{flags} --log_dir one")
+    assert_same_ddpm(tmp_path / "one", tmp_path / "two", 10)
+
+
+@pytest.mark.parametrize("flags", [SPREAD, BY_LOSS])
+def test_a_batch_in_parts_equals_the_whole_for_ddpm(tmp_path, flags):
+    flags = f"--logs_root {tmp_path} --no_amp --steps_per_log 1 --steps_per_eval 0 --train_steps 10 {DDPM} {flags}"
+    call("train_sampler.py", f"{flags} --log_dir one")
+    call("train_sampler.py", f"{flags} --log_dir parts --accumulate 4")
+    assert_same_ddpm(tmp_path / "one", tmp_path / "parts", 10)
 
 
 def test_accumulation_equals_the_whole_batch_without_gan(tmp_path):

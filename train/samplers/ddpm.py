@@ -8,6 +8,14 @@ from typing import Literal
 from train.config import SamplerConfig, SamplingConfig
 
 SPACE = "continuous"  # pixels; latents where --ae_load_dir names a VQGAN
+OWN = {  # flags that one process has and others have not
+    "gaussian": {
+        *("schedule", "first_beta", "last_beta", "zero_terminal_snr", "prediction", "variance"),
+        *("loss_type", "min_snr_gamma"),
+    },
+    "edm": {"sigma_data", "time_mean", "time_deviation"},
+    "flow": {"time_mean", "time_deviation", "time_shift"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +111,14 @@ class Config(SamplerConfig):
         for name in ("label_drop", "condition_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted a share in [0, 1)")
-        if self.process == "gaussian":
-            return
-        for name in ("first_beta", "last_beta", "zero_terminal_snr", "variance", "loss_type", "prediction", "schedule"):
+        for name in sorted(set().union(*OWN.values()) - OWN[self.process]):
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             if value != default and (name, value) != ("loss_type", "simple"):
-                raise ValueError(f"got {name} {value} for process {self.process}, which has none: {default} stands for that")
-        if self.time_sampler == "loss_second_moment":
+                remedy = f"pass --{name} {default}" if isinstance(default, str) else f"leave --{name} out"
+                raise ValueError(f"got {name} {value} for process {self.process}, which has none: {remedy}")
+        if self.process == "edm" and self.time_embedding == "noise_level":
+            raise ValueError("got time_embedding noise_level for process edm, whose alpha is always 1: pass time")
+        if self.process != "gaussian" and self.time_sampler == "loss_second_moment":
             raise ValueError(
                 f"got time_sampler loss_second_moment for process {self.process}: it counts the losses of single "
                 "steps, which gaussian has; choose uniform or low_discrepancy"

@@ -1,0 +1,178 @@
+"""What every file of train/samplers promises to training, generation and experiments, whatever it works in."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from diffusion.likelihood import Bound
+from diffusion.loss import Loss
+from diffusion.rng import Streams
+from train.config import SamplerConfig, SamplingConfig
+from train.data import Draws
+from train.registry import names_in, plugin
+
+SMALL = {  # settings that make a sampler small; a new one may add its own
+    "absorbing": {"bert_n_emb": 8, "bert_n_head": 2, "bert_n_layers": 1, "total_steps": 8},
+    "ddpm": {"channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_factors": (2,), "heads": 1}
+    | {"total_steps": 8},
+}
+SPACES = {  # SPACE -> the facts that `build` may be told
+    "codes": [{"codes": 4, "grid": (2, 4)}],
+    "continuous": [{"shape": (1, 4, 8), "pixels": True}, {"shape": (4, 2, 4), "pixels": False}],
+}
+SAMPLERS = names_in("train.samplers")
+CASES = [(name, facts) for name in SAMPLERS for facts in SPACES[plugin("train.samplers", name, "").SPACE]]
+CLASSES = 3
+
+
+def case(name, facts):
+    kind = "codes" if "codes" in facts else "pixels" if facts["pixels"] else "latents"
+    return f"{name}-{kind}"
+
+
+def built(name, facts, n_classes=CLASSES):
+    """The sampler, its network moved off its first values, which may be the constant 0."""
+    torch.manual_seed(0)
+    module = plugin("train.samplers", name, "sampler")
+    sampler = module.build(module.Config(**SMALL.get(name, {})), **facts, n_classes=n_classes)
+    with torch.no_grad():
+        for parameter in sampler.network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return sampler, module
+
+
+def data(facts, n=6, first=0):
+    rng = Streams(list(range(n)))
+    if "codes" in facts:
+        seen = {"codes": torch.randint(facts["codes"], (n, *facts["grid"]), generator=torch.manual_seed(1))}
+    else:
+        seen = {"x0": (rng.uniform((n, *facts["shape"])) * 255).round() / 127.5 - 1}
+    return seen | {"label": torch.arange(n) % CLASSES, "position": torch.arange(first, first + n)}
+
+
+def drawn_shape(facts):
+    return facts["grid"] if "codes" in facts else facts["shape"]
+
+
+def draws(batch, seed=0):
+    return Draws(seed, batch, len(batch["position"]), torch.device("cpu"))
+
+
+@pytest.fixture(params=CASES, ids=lambda c: case(*c))
+def made(request):
+    name, facts = request.param
+    return *built(name, facts), facts
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_file_has_its_settings_its_space_and_build(name):
+    module = plugin("train.samplers", name, "sampler")
+    assert issubclass(module.Config, SamplerConfig) and issubclass(module.Sampling, SamplingConfig)
+    assert module.SPACE in SPACES and callable(module.build)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        module.Config().sampler = "other"
+    shared = {f.name for f in dataclasses.fields(module.Config)} & {f.name for f in dataclasses.fields(module.Sampling)}
+    assert not shared  # flags are one flat list
+
+
+def test_a_sampler_says_what_it_is(made):
+    sampler, _, facts = made
+    assert isinstance(sampler.network, torch.nn.Module) and sampler.n_classes == CLASSES
+    assert sampler.fields == ("label",) and isinstance(sampler.unit, str)
+    assert all(hasattr(extra, "state_dict") for extra in sampler.extras.values())
+
+
+def test_without_classes_no_field_is_needed(made):
+    facts, name = made[2], made[1].__name__.rpartition(".")[2]
+    sampler, module = built(name, facts, n_classes=0)
+    assert sampler.fields == () and sampler.n_classes == 0
+    batch = data(facts)
+    del batch["label"]
+    assert sampler.loss(sampler.network, batch, draws(batch)).per_example.isfinite().all()
+    drawn = sampler.sample(sampler.network, Streams([0]), options=module.Sampling(sample_steps=2))
+    assert drawn.shape == (1, *drawn_shape(facts))
+
+
+def test_a_loss_is_per_example_with_metrics_and_what_was_seen(made):
+    sampler, _, facts = made
+    batch = data(facts)
+    loss = sampler.loss(sampler.network.train(), batch, draws(batch))
+    assert isinstance(loss, Loss) and loss.per_example.shape == (6,) and loss.per_example.requires_grad
+    assert loss.metrics and all(v.shape == (6,) and not v.requires_grad for v in loss.metrics.values())
+    assert {"x0", "x_t", "t", "prediction", "loss"} <= loss.outputs.keys()
+    assert not any(value.requires_grad for value in loss.outputs.values())
+    assert torch.equal(loss.outputs["x0"], batch["codes" if "codes" in facts else "x0"])
+    assert loss.outputs["x_t"].shape == loss.outputs["x0"].shape
+    assert loss.outputs["t"].shape == loss.outputs["loss"].shape == (6,)
+    predicted = sampler.x0_hat(loss.outputs)
+    assert predicted.shape == loss.outputs["x0"].shape
+    assert predicted.dtype == loss.outputs["x0"].dtype
+    sampler.observe(loss.outputs["t"], loss.outputs["loss"])
+
+
+def test_a_loss_is_a_function_of_the_draws_alone(made):
+    """What resuming rests on; that of another step is another."""
+    sampler, _, facts = made
+    one, other = data(facts), data(facts, first=6)
+    losses = [sampler.loss(sampler.network, b, draws(b)).per_example for b in (one, one, other)]
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
+
+
+def test_gradients_reach_every_parameter(made):
+    sampler, _, facts = made
+    for first in (0, 6, 12):
+        batch = data(facts, first=first)
+        sampler.loss(sampler.network.train(), batch, draws(batch)).per_example.mean().backward()
+    idle = [n for n, p in sampler.network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert idle == []
+    flat = [n for n, p in sampler.network.named_parameters() if p.grad.abs().sum() == 0]
+    assert flat == []
+
+
+def test_what_is_drawn_has_the_shape_and_the_range_of_the_data(made):
+    sampler, module, facts = made
+    options, shape = module.Sampling(sample_steps=3), drawn_shape(facts)
+    seen = []
+
+    def on_step(i, t, s, x, predicted):
+        seen.append((i, t, s, x.shape))
+        return x
+
+    batch = {"label": torch.tensor([0, 2])}
+    drawn = sampler.sample(sampler.network.eval(), Streams([0, 1]), batch=batch, options=options, on_step=on_step)
+    assert drawn.shape == (2, *shape) and not drawn.requires_grad
+    assert len(seen) == 3 and all(t > s for _, t, s, _ in seen) and seen[-1][2] == 0
+    if "codes" in facts:
+        assert drawn.dtype == torch.int64 and 0 <= drawn.min() and drawn.max() < facts["codes"]
+    else:
+        assert drawn.isfinite().all() and (not facts["pixels"] or drawn.abs().max() <= 1)
+    without = sampler.sample(sampler.network, Streams([0, 1]), options=options)  # the null's
+    assert without.shape == drawn.shape
+
+
+def test_guidance_wants_something_to_guide_by(made):
+    facts, name = made[2], made[1].__name__.rpartition(".")[2]
+    sampler, module = built(name, facts, n_classes=0)
+    with pytest.raises(ValueError, match="--guidance 1"):
+        sampler.sample(sampler.network, Streams([0]), options=module.Sampling(guidance=2.0))
+
+
+def test_a_likelihood_is_a_bound_per_image(made):
+    sampler, _, facts = made
+    batch, rng = data(facts, n=2), Streams([0, 1])
+    if not facts.get("pixels", True):
+        with pytest.raises(ValueError, match="latents are continuous and have no likelihood"):
+            sampler.log_likelihood(sampler.network, batch, rng)
+        return
+    bound = sampler.log_likelihood(sampler.network.eval(), batch, rng, 3)
+    assert isinstance(bound, Bound) and bound.total.shape == bound.prior.shape == (2,)
+    assert bound.total.isfinite().all() and (bound.total > 0).all()
+    again = sampler.log_likelihood(sampler.network, batch, Streams([0, 1]), 3)
+    assert torch.equal(bound.total, again.total)
+
+
+def test_an_unknown_solver_is_refused_with_those_there_are(made):
+    sampler, module, _ = made
+    with pytest.raises(ValueError, match="unknown solver 'nothing'.*there are"):
+        sampler.sample(sampler.network, Streams([0]), options=module.Sampling(solver="nothing"))

@@ -1,0 +1,295 @@
+"""What samplers work in: pixels, codes, latents. Images go in and come out; a run knows its space again."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny import GAN, SAMPLER, UNET, VQGAN, call
+
+from train import spaces
+from train.config import DataConfig, FirstStageConfig
+from train.data import ImageSource, TrainingImages, build_dataset
+from train.distributed import World
+from train.first_stage import load_first_stage
+from train.samplers import absorbing, ddpm
+from train.transforms import to_float
+from vq.codes import CodeTable
+
+CPU = torch.device("cpu")
+LATENT = f"--sampler ddpm --batch_size 4 --total_steps 20 --sample_steps 3 --no_amp {UNET}"
+
+
+@pytest.fixture(scope="module")
+def first(trained):
+    return load_first_stage(trained / "vqgan_digits", None, CPU, amp=False)
+
+
+@pytest.fixture(scope="module")
+def data(first):
+    return first.data
+
+
+@pytest.fixture(scope="module")
+def digits(first):
+    return build_dataset(first.data, first.reader, "train")
+
+
+@pytest.fixture(scope="module")
+def latent_run(trained):
+    """A sampler of the VQGAN's latents, trained for two steps."""
+    call("train_sampler.py", f"{LATENT} --logs_root {trained} --train_steps 2 --ae_load_dir vqgan_digits")
+    return trained / "ddpm_digits"
+
+
+def origin(run):
+    return yaml.safe_load((run / "config.yaml").read_text())["origin"]
+
+
+def images_of(digits, data, n=16):
+    """(uint8 images, what a training batch says of them)"""
+    batch = TrainingImages(ImageSource(digits, data), seed=3)[list(range(n))]
+    return ((batch["image"] + 1) * 127.5).round().to(torch.uint8), batch
+
+
+# there and back
+
+
+def test_pixels_are_the_images_themselves(digits, data):
+    space = spaces.Pixels(data)
+    assert space.facts == {"shape": (1, 16, 16), "pixels": True} and space.origin == {} and space.first is None
+    images, batch = images_of(digits, data)
+    x0 = space.prepared(batch)["x0"]
+    assert -1 <= x0.min() < -0.9 and 0.5 < x0.max() <= 1
+    assert torch.equal(space.decode(x0), images)
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(space.decode(to_float(levels)), levels)
+    assert space.kept(x0) == {}
+    assert all(torch.equal(seen, images) for seen in space.shown(x0, x0))
+
+
+def test_latents_decode_to_what_the_vqgan_makes_of_the_image(first, digits, data):
+    space = spaces.Latents(first, 3.0)
+    images, batch = images_of(digits, data)
+    x0 = space.prepared(batch)["x0"]
+    assert space.facts == {"shape": (4, 4, 4), "pixels": False} and x0.shape == (16, 4, 4, 4)
+    assert torch.equal(space.decode(x0), first.decode(first.encode(images)))
+    assert torch.allclose(x0, 3 * spaces.Latents(first, 1.0).prepared(batch)["x0"])
+    assert space.kept(x0) == {} and not x0.requires_grad
+
+
+def test_every_code_comes_back_from_its_own_vector(first):
+    """Latents that are codes decode to the images of those codes, whatever the scale."""
+    ids = torch.arange(16).view(1, 4, 4)
+    codebook = first.vqgan.quantizer.codebook.weight  # (K, D)
+    latents = codebook[ids].permute(0, 3, 1, 2)
+    for scale in (0.1, 1.0, 7.3):
+        assert torch.equal(spaces.Latents(first, scale).decode(latents * scale), first.decode(ids))
+
+
+def test_codes_are_those_of_the_images(first, digits, data):
+    space = spaces.Codes(first)
+    assert space.facts == {"codes": 16, "grid": (4, 4)} and space.workers(data) == 0
+    data = dataclasses.replace(data, shift=0)
+    source = space.source(digits, "train", data, 3, World(CPU))
+    batch = space.prepared(source[list(range(8))])
+    images, twins = images_of(digits, data, 8)  # the same seed: the same order
+    assert torch.equal(batch["codes"], first.encode(images))
+    assert torch.equal(batch["label"], twins["label"])
+    assert torch.equal(space.decode(batch["codes"]), first.decode(first.encode(images)))
+    assert torch.equal(space.kept(batch["codes"])["codes"], batch["codes"])
+
+
+def test_masked_codes_are_shown_as_grey_squares(first):
+    space = spaces.Codes(first)
+    x = torch.arange(16).view(1, 4, 4).clone()
+    predicted = torch.nn.functional.one_hot(x.flip(1), 16).float()
+    seen, guess = space.shown(x, predicted)
+    assert torch.equal(seen, space.decode(x)) and torch.equal(guess, seen)  # nothing masked: nothing guessed
+    x[0, 1, 2] = 16
+    seen, guess = space.shown(x, predicted)
+    grey = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    grey[..., 4:8, 8:12] = True
+    assert torch.equal(seen, torch.where(grey, 128, guess))
+    filled = torch.arange(16).view(1, 4, 4).clone()
+    filled[0, 1, 2] = 10  # what is predicted there: row 2 of the flipped grid
+    assert torch.equal(guess, space.decode(filled))
+
+
+def test_validation_images_are_neither_mirrored_nor_shifted(digits, data):
+    views = dataclasses.replace(data, horizontal_flip=True, shift=2)
+    space = spaces.Pixels(views)
+    plain = TrainingImages(ImageSource(digits, dataclasses.replace(data, shift=0)), 0)[list(range(32))]["image"]
+    moved = space.source(digits, "train", views, 0, World(CPU), None)[list(range(32))]["image"]
+    still = space.source(digits, "val", views, 0, World(CPU), None)[list(range(32))]["image"]
+    assert torch.equal(still, plain) and not torch.equal(moved, plain)
+
+
+# which space, and its scale
+
+
+def config(dataset, sampler, trained, **first):
+    name = "ddpm" if sampler is ddpm.Config else "absorbing"
+    return SimpleNamespace(
+        sampler=sampler(sampler=name),
+        first=FirstStageConfig(**first),
+        data=dataset,
+        logging=SimpleNamespace(logs_root=str(trained)),
+        training=SimpleNamespace(amp=False),
+    )
+
+
+def test_the_scale_gives_latents_a_deviation_of_1(first, digits, data, trained):
+    space = spaces.open_space(config(data, ddpm.Config, trained, ae_load_dir="vqgan_digits"), {}, digits, World(CPU))
+    assert isinstance(space, spaces.Latents)
+    source = space.source(digits, "train", data, 9, World(CPU), None)
+    x0 = space.prepared(source[list(range(len(digits)))])["x0"]  # of all images, measured on some
+    assert x0.std() == pytest.approx(1, abs=0.02)
+    assert space.origin == first.origin | {"latent_scale": space.scale}
+    measured = spaces.measured_scale(first, ImageSource(digits, data), World(CPU))
+    assert measured == space.scale
+
+
+def test_an_untrained_vqgans_constant_latents_are_refused(first, digits, data):
+    class Constant:
+        run, device = first.run, CPU
+
+        def encode_latents(self, images):
+            return torch.ones(len(images), 4, 4, 4)
+
+    with pytest.raises(ValueError, match="deviate by 0: is that VQGAN trained"):
+        spaces.measured_scale(Constant(), ImageSource(digits, data), World(CPU))
+
+
+def test_a_sampler_of_codes_finds_its_vqgan_and_others_take_pixels(digits, data, trained):
+    found = {
+        "codes": spaces.open_space(config(data, absorbing.Config, trained), {}, digits, World(CPU)),
+        "pixels": spaces.open_space(config(data, ddpm.Config, trained), {}, digits, World(CPU)),
+        "noted": spaces.open_space(
+            config(data, ddpm.Config, trained, ae_load_dir="vqgan_digits"), {"latent_scale": 5.0}, digits, World(CPU)
+        ),
+    }
+    assert isinstance(found["codes"], spaces.Codes) and found["codes"].first.run.name == "vqgan_digits"
+    assert isinstance(found["pixels"], spaces.Pixels)
+    assert found["noted"].scale == 5.0  # what an earlier start measured
+
+
+@pytest.mark.parametrize("kind", ["Pixels", "Codes", "Latents"])
+def test_a_run_opens_in_the_space_it_was_trained_in(kind, first, data):
+    space = {"Pixels": spaces.Pixels(data), "Codes": spaces.Codes(first), "Latents": spaces.Latents(first, 0.37)}[kind]
+    content = yaml.safe_load(yaml.safe_dump({"data": vars(data), "origin": space.origin}))
+    again = spaces.reopened_space(content, space.first)
+    assert again == space and again.facts == space.facts
+
+
+def test_images_that_the_vqgan_does_not_take_are_refused(digits, trained):
+    wrong = DataConfig(img_size=32, n_channels=1)
+    with pytest.raises(ValueError, match="got img_size 32.*trained with 16: leave --img_size out"):
+        spaces.open_space(config(wrong, ddpm.Config, trained, ae_load_dir="vqgan_digits"), {}, digits, World(CPU))
+
+
+def test_codes_without_labels_have_none(first, digits, data, monkeypatch):
+    table = CodeTable(torch.zeros(1, 5, 4, 4, dtype=torch.int32), torch.arange(5))
+    monkeypatch.setattr(type(first), "codes", lambda *args: table)
+    plain = SimpleNamespace(n_classes=0)
+    batch = spaces.Codes(first).source(plain, "train", data, 0, World(CPU))[[0, 1]]
+    assert "label" not in batch and batch["codes"].dtype == torch.int64
+
+
+# end to end
+
+
+def test_the_scale_is_noted_and_taken_again_on_resume(trained, latent_run, monkeypatch, capfd):
+    noted = origin(latent_run)
+    assert noted["ae_load_dir"] == "vqgan_digits" and noted["latent_scale"] > 0
+
+    def other(*args):
+        raise AssertionError("the scale was measured once more")
+
+    monkeypatch.setattr("train.spaces.measured_scale", other)
+    flags = f"{LATENT} --logs_root {trained} --ae_load_dir vqgan_digits"
+    call("train_sampler.py", f"{flags} --train_steps 3")
+    assert origin(latent_run) == noted
+    assert "going on from step 2 of 3" in capfd.readouterr().out
+    with pytest.raises(AssertionError, match="once more"):
+        call("train_sampler.py", f"{flags} --train_steps 1 --log_dir ddpm_new")
+
+
+def test_a_run_of_pixels_is_no_run_of_latents(trained, latent_run, capfd):
+    with pytest.raises(SystemExit) as stop:
+        call("train_sampler.py", f"{LATENT} --logs_root {trained} --train_steps 3 --img_size 16")
+    assert stop.value.code == 2
+    assert "latent_scale" in capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def other_vqgan(trained):
+    flags = f"--train_steps 1 --no_amp --seed 5 --log_dir vqgan_other {VQGAN} {GAN}"
+    call("train_vqgan.py", f"--logs_root {trained} {flags}")
+    return "vqgan_other"
+
+
+def test_other_vqgan_weights_are_refused_in_training_and_in_experiments(trained, latent_run, other_vqgan, capfd):
+    for script, flags, wanted in (
+        ("train_sampler.py", f"{LATENT} --train_steps 9", "ae_weights"),
+        ("experiments/get_samples.py", "--sampler ddpm --n_samples 2 --log_dir x", "other VQGAN weights"),
+        ("experiments/get_samples.py", "--sampler absorbing --n_samples 2 --log_dir x", "other VQGAN weights"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            call(script, f"{flags} --logs_root {trained} --ae_load_dir {other_vqgan}")
+        assert stop.value.code == 2
+        assert wanted in capfd.readouterr().err
+    assert not (trained / "x").exists()
+
+
+def test_samples_of_latents_are_images(trained, latent_run):
+    flags = f"--logs_root {trained} --load_dir ddpm_digits --n_samples 5"
+    call("experiments/get_samples.py", f"{flags} --batch_size 5 --log_dir l5 --no_amp --save_process")
+    call("experiments/get_samples.py", f"{flags} --batch_size 2 --log_dir l2 --no_amp")
+    with np.load(trained / "l5" / "samples.npz") as five, np.load(trained / "l2" / "samples.npz") as two:
+        assert five["arr_0"].shape == (5, 16, 16, 3) and "codes" not in five
+        assert five["labels"].shape == (5,)
+        assert np.array_equal(five["arr_0"], two["arr_0"])
+    assert (trained / "l5" / "process.png").is_file()
+
+
+def test_a_report_of_latents_has_the_vqgans_reconstructions_and_one_of_pixels_none(
+    trained, latent_run, trained_ddpm, capsys
+):
+    flags = "--features pixels --n_samples 6"
+    call("experiments/calc_FID.py", f"{flags} --logs_root {trained} --load_dir ddpm_digits --log_dir lf")
+    call("experiments/calc_FID.py", f"{flags} --logs_root {trained_ddpm} --load_dir ddpm_digits --log_dir pf")
+    of_latents, of_pixels = (
+        json.loads((logs / name / "results.json").read_text()) for logs, name in ((trained, "lf"), (trained_ddpm, "pf"))
+    )
+    assert of_latents["reconstructions"] > of_latents["real_vs_real"] > 0
+    assert of_latents["run"]["latent_scale"] == origin(latent_run)["latent_scale"]
+    assert of_latents["run"]["ae_weights"] and of_latents["run"]["sampler_weights"]
+    assert (trained / "lf" / "reconstructions.png").is_file()
+    assert of_pixels["reconstructions"] is None and "ae_weights" not in of_pixels["run"]
+    assert not (trained_ddpm / "pf" / "reconstructions.png").exists()
+    printed = capsys.readouterr().out
+    assert printed.count("reconstructions of held-out images") == 1
+
+
+def test_a_vqgan_for_a_model_of_pixels_is_refused(trained_ddpm, capfd):
+    for flag in ("--ae_load_dir vqgan_digits", "--ae_load_step 5"):
+        with pytest.raises(SystemExit) as stop:
+            call(
+                "experiments/get_samples.py",
+                f"--logs_root {trained_ddpm} --load_dir ddpm_digits --n_samples 2 --log_dir no {flag}",
+            )
+        assert stop.value.code == 2
+        assert "was trained on pixels: leave --ae_load_dir" in capfd.readouterr().err
+
+
+def test_a_sampler_of_codes_is_what_it_was(trained):
+    """An absorbing run's origin has no scale."""
+    noted = origin(trained / "absorbing_digits")
+    assert "latent_scale" not in noted and noted["ae_load_dir"] == "vqgan_digits"
+    flags = f"--logs_root {trained} --train_steps 3 --no_amp {SAMPLER}"
+    call("train_sampler.py", flags)
+    assert origin(trained / "absorbing_digits") == noted
