@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo test test-all lint
+.PHONY: help setup demo demo-ddpm test test-all lint
 
 help:  ## these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/  /'
@@ -26,6 +26,13 @@ demo: setup  ## train both stages on real digits, sample, measure (minutes on 2 
 	$(RUN) experiments/get_samples.py
 	$(RUN) experiments/calc_FID.py
 	$(RUN) experiments/check_digits.py
+
+demo-ddpm: setup  ## train Gaussian diffusion on real digits, sample, measure
+	$(RUN) train_sampler.py --sampler ddpm
+	$(RUN) experiments/get_samples.py --sampler ddpm --save_process
+	$(RUN) experiments/calc_FID.py --sampler ddpm
+	$(RUN) experiments/calc_approximate_ELBO.py --sampler ddpm
+	$(RUN) experiments/check_digits.py --sampler ddpm
 
 test: setup  ## the test suite (under 6 minutes on 2 CPU cores)
 	$(RUN) -m pytest

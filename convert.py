@@ -112,7 +112,7 @@ def fill(network: "nn.Module", made: dict, source: str) -> None:
 def main(config: Config) -> None:
     import torch
 
-    from train.checkpoint import save, sha256
+    from train.checkpoint import save, saved_steps, sha256
     from train.distributed import World
     from train.runs import open_run, run_folder
     from train.second_stage import build_state
@@ -136,6 +136,9 @@ def main(config: Config) -> None:
     origin = {"class_frequencies": shares, "load_weights": sha256(Path(given.weights))}
     kept = {field.name: getattr(config, field.name) for field in fields(SecondStageConfig)}
     open_run(run, SecondStageConfig(**kept), origin)
+    later = [step for step in saved_steps(run) if step > given.step]
+    if later:
+        raise ValueError(f"{run} was trained on to step {later[-1]}: convert into another --log_dir")
     path = save(run, state)
     process = f"{sampler.schedule} schedule of {sampler.total_steps} steps, predicts {sampler.prediction}"
     print(f"{path}\n{process}, variance {sampler.variance}, {n_classes or 'no'} classes", flush=True)

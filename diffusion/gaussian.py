@@ -169,6 +169,11 @@ def kl(p: Normal, q: Normal) -> Tensor:
     return 0.5 * (excess.exp() - excess - 1 + (p.mean - q.mean).square() * (-q.log_variance).exp())
 
 
+def log_tail(x: Tensor) -> Tensor:
+    """log of the standard normal's mass below x; Metal has no such function."""
+    return torch.special.log_ndtr(x.cpu()).to(x.device) if x.device.type == "mps" else torch.special.log_ndtr(x)
+
+
 def discretized_log_likelihood(x0: Tensor, normal: Normal, levels: int = 256) -> Tensor:
     """log of the normal's mass in the bin of each number of an 8-bit image scaled to [-1, 1], nats.
 
@@ -177,7 +182,6 @@ def discretized_log_likelihood(x0: Tensor, normal: Normal, levels: int = 256) ->
     """
     half, deviation = 1 / (levels - 1), (0.5 * normal.log_variance).exp()
     away = x0 - normal.mean
-    log_tail = torch.special.log_ndtr
     upper, lower = log_tail((half - away.abs()) / deviation), log_tail((-half - away.abs()) / deviation)
     inner = upper + torch.log(-torch.expm1((lower - upper).clamp(max=-1e-6)))  # not log 0, whatever the deviation
     lowest, highest = log_tail((away + half) / deviation), log_tail((half - away) / deviation)

@@ -30,7 +30,8 @@ class Streams:
         """Independent U[0, 1) numbers (B, ...)."""
         self._check(shape)
         draws = [torch.rand(shape[1:], generator=generator, dtype=dtype) for generator in self.generators]
-        return torch.stack(draws).to(self.device)
+        drawn = torch.stack(draws)
+        return (drawn.float() if self.device.type == "mps" else drawn).to(self.device)  # Metal has no float64
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """Independent N(0, 1) numbers (B, ...)."""

@@ -50,6 +50,8 @@ def main(config: Config) -> None:
     from experiments.metrics.report import saved_report
 
     trained = load_model(config.model, config.output)
+    if not getattr(trained.sampler, "pixels", True):
+        raise ValueError(f"latents are continuous and have no likelihood in bits: {trained.run} is no model of pixels")
     folder = open_results("ELBO", config, trained)
     print_report(saved_report(folder) or measure(config, trained, folder), folder)
 

@@ -104,6 +104,8 @@ def main(config: Config) -> None:
     from experiments.metrics.comparison import prepare, summary
     from train.runs import open_run, run_folder
 
+    if config.sampler.sampler != "absorbing":
+        raise ValueError(f"got sampler {config.sampler.sampler}: the variants are the absorbing transformer's")
     bench = prepare(config)
     name = config.output.log_dir or f"compare_attention_{bench.space.first.run.name}_{bench.space.first.step}"
     folder = run_folder(config.output.logs_root, name)

@@ -21,7 +21,7 @@ class ComparisonConfig:
     """Comparison."""
 
     solvers: tuple[str, ...] = ("ddpm:250", "dpmpp_2m:20")
-    """Each solver with its steps, as name:steps; distances are told relative to the first."""
+    """Each solver with its steps, as name:steps; distances are told relative to the first. These are ddpm's."""
     seeds: int = 3
     """Sets of images per solver, each of a seed of its own from --seed on."""
     n_samples: int = 1000
@@ -49,6 +49,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    from diffusion.solvers import solver
     from experiments.experiment import load_model, open_results, write_results
     from experiments.metrics import features as all_features
     from experiments.metrics.report import real_statistics
@@ -56,6 +57,8 @@ def main(config: Config) -> None:
 
     comparison, output = config.comparison, config.output
     trained = load_model(config.model, output)
+    for entry in comparison.solvers:
+        solver(trained.sampler.process, entry.partition(":")[0])  # refused before anything is sampled
     folder = open_results("compare_solvers", config, trained)
     features = all_features.choose(comparison.features, trained.data, trained.device)
     cache = Path(output.logs_root).expanduser() / ".cache" / "statistics"
@@ -66,8 +69,9 @@ def main(config: Config) -> None:
         for entry in comparison.solvers:
             name, _, steps = entry.partition(":")
             run = f"{entry}/{seed}"
+            own_eta = {"eta": None} if hasattr(config.sampling, "eta") else {}  # each solver's own
             if run not in results:
-                options = dataclasses.replace(config.sampling, solver=name, sample_steps=int(steps))
+                options = dataclasses.replace(config.sampling, solver=name, sample_steps=int(steps), **own_eta)
                 grid = folder / f"{name}_{steps}_{seed}.png"
                 results[run] = measured(
                     trained, options, seed, comparison.n_samples, output.batch_size, features, reference, grid

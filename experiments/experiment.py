@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from train.cli import file_content, peek, read_yaml
+from train.cli import file_content, peek, read_yaml, section_of
 from train.config import LoggingConfig
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def model_run(logs_root: str, model: ModelConfig) -> Path:
 def settings_of_run(argv: list[str], section: str) -> dict[str, Any]:
     """What a run was trained with, as defaults below an experiment's own flags."""
     content = file_content(argv)
-    content = content | content.get(section, {})
+    content = content | section_of(content, section)
     chosen = {name: peek(argv, name) or content.get(name) for name in ("sampler", "dataset", "load_dir")}
     model = ModelConfig(**{name: value for name, value in chosen.items() if value is not None})
     root = peek(argv, "logs_root") or content.get("logs_root", OutputConfig.logs_root)

@@ -16,7 +16,7 @@ class CanvasConfig:
     """Canvas."""
 
     shape: tuple[int, int] = (32, 16)
-    """Height and width in codes, or in pixels of models of pixels."""
+    """Height and width in codes or latents, or in pixels of models of pixels."""
     window_stride: int | None = None
     """Codes between windows; if left out, the whole canvas at once where positions are relative, else half the grid."""
     n_samples: int = 4

@@ -13,13 +13,18 @@ STRIPS, MOMENTS = 6, 10  # images, and steps of each that are shown
 
 
 class Recorder:
-    """An `on_step` that keeps every step's x and prediction, decoded to images (B, C, H, W) uint8."""
+    """An `on_step` that keeps x and prediction, decoded to images (B, C, H, W) uint8, of the last step and of up to
+    `most` before it, evenly spaced."""
 
-    def __init__(self, trained: TrainedSampler):
-        self.trained, self.steps = trained, []
+    def __init__(self, trained: TrainedSampler, most: int = 64):
+        self.trained, self.most = trained, most
+        self.steps, self.stride = [], 1
 
     def __call__(self, i: int, t: float, s: float, x: Tensor, predicted: Tensor) -> Tensor:
-        self.steps.append(tuple(image.cpu() for image in self.trained.space.shown(x, predicted)))
+        if i % self.stride == 0 or s == 0:
+            self.steps.append(tuple(image.cpu() for image in self.trained.space.shown(x, predicted)))
+        if len(self.steps) > self.most and s > 0:
+            self.steps, self.stride = self.steps[::2], 2 * self.stride
         return x
 
 

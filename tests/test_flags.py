@@ -234,6 +234,7 @@ def test_what_is_refused_gets_exit_code_2_and_a_short_message(case, trained, cap
         ("vqgna:\n  lr: 1\n", ["vqgna", "vqgan"]),
         ("vqgan:\n  lr: quick\n", ["quick", "mine.yaml"]),
         ("- 1\n", ["list", "key: value"]),
+        ("vqgan: 3\n", ["section 'vqgan'", "3", "key: value"]),
         ("a: [\n", ["not a YAML file"]),
     ],
 )
@@ -245,6 +246,13 @@ def test_a_wrong_config_file_is_named_with_the_nearest_key(content, wanted, tmp_
     assert stop.value.code == 2
     message = capfd.readouterr().err
     assert all(word in message for word in wanted), message
+
+
+def test_an_empty_section_says_nothing(tmp_path, monkeypatch):
+    file = tmp_path / "mine.yaml"
+    file.write_text("img_size: 8\nvqgan:\nabsorbing:\ncalc_FID:\n")
+    for script in ("train_vqgan.py", "train_sampler.py", "experiments/calc_FID.py"):
+        assert parsed(script, f"--config {file} --logs_root {tmp_path}", monkeypatch)["dataset"] == "digits"
 
 
 def test_help_needs_no_torch():

@@ -35,7 +35,13 @@ def peek(argv: list[str], flag: str) -> str | None:
 def file_content(argv: list[str]) -> dict[str, Any]:
     """What --config holds, nothing without it."""
     file = peek(argv, "config")
-    return {} if file is None else read_config(Path(file))
+    content = {} if file is None else read_config(Path(file))
+    return {key: value for key, value in content.items() if value is not None}  # an empty section says nothing
+
+
+def section_of(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of a file's content; what is there and none is refused by `layer`."""
+    return content[name] if isinstance(content.get(name), dict) else {}
 
 
 def sampler_of(argv: list[str], below: dict[str, Any] | None = None) -> str:
@@ -96,6 +102,8 @@ def layer(path: Path, content: dict[str, Any], cls, section: str) -> dict[str, A
                 near = did_you_mean(unknown, known)
                 raise ValueError(f"{path}: unknown key {unknown!r} in section {key!r}{near}")
             values |= value if key == section else {}
+        elif key in sections:
+            raise ValueError(f"{path}: section {key!r} holds {value!r}, wanted lines of `key: value`")
         elif key not in data_keys | {"sampler"}:
             raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(key, data_keys | sections)}")
         elif key in fields_of(cls):
@@ -135,9 +143,8 @@ def interpret(
 ) -> C:
     """Words to a config, by tyro; `source` names the file they came from in an error."""
     kwargs = {} if default is None else {"default": default}
-    about = (
-        f"{cls.__doc__}\n\n--config FILE.yaml (or .json) holds values for these flags (default configs/<dataset>.yaml)."
-    )
+    files = "default configs/<sampler>_<dataset>.yaml, else configs/<dataset>.yaml"
+    about = f"{cls.__doc__}\n\n--config FILE.yaml (or .json) holds values for these flags ({files})."
     try:
         return tyro.cli(
             cls, args=words, prog=prog or None, description=about, use_underscores=True, config=OPTIONS, **kwargs
@@ -199,7 +206,7 @@ def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:
     config file names the run.
     """
     content, sampler = file_content(argv), sampler_of(argv)
-    values = content.get(section, {})
+    values = section_of(content, section)
     dataset = peek(argv, "dataset") or content.get("dataset", DataConfig.dataset)
     root = peek(argv, "logs_root") or values.get("logs_root", LoggingConfig.logs_root)
     run = peek(argv, "ae_load_dir") or values.get("ae_load_dir")

@@ -107,20 +107,33 @@ class TrainingImages:
         for position in positions:
             view = self.views[seed_of(self.seed, "view", position) % len(self.views)]
             item = view(self.readable(self.order[position]))
-            items.append(item if self.adapt is None else self.adapt(item))
+            items.append(item if self.adapt is None else adapted(self.adapt, item))
         return stack(items) | {"position": torch.tensor(positions)}
+
+
+def adapted(adapt: Callable, item: dict[str, Any]) -> dict[str, Any]:
+    """What a user's function makes of an item; ValueError where it makes no fields of a batch."""
+    made = adapt(item)
+    if not isinstance(made, dict) or "image" not in made:
+        raise ValueError(f"the function of --adapt gave {type(made).__name__}, wanted a dict with image and the rest")
+    return made
 
 
 def stack(items: list[dict[str, Any]]) -> Batch:
     """Items to one batch: uint8 tensors, which are images, to float in [-1, 1]; numbers to tensors (B,)."""
-    batch = {}
-    for name, value in items[0].items():
-        if isinstance(value, Tensor):
-            values = torch.stack([item[name].as_subclass(Tensor) for item in items])
-            batch[name] = to_float(values) if values.dtype == torch.uint8 else values
-        else:
-            batch[name] = torch.tensor([item[name] for item in items])
-    return batch
+    return {name: stacked(name, [item[name] for item in items]) for name in items[0]}
+
+
+def stacked(name: str, values: list[Any]) -> Tensor:
+    if not isinstance(values[0], Tensor | int | float):
+        raise ValueError(f"field {name!r} of an item is {type(values[0]).__name__}, wanted a tensor or a number")
+    if not isinstance(values[0], Tensor):
+        return torch.tensor(values)
+    shapes = {tuple(value.shape) for value in values}
+    if len(shapes) > 1:
+        raise ValueError(f"field {name!r} of the items of a batch has shapes {sorted(shapes)}, wanted one")
+    together = torch.stack([value.as_subclass(Tensor) for value in values])
+    return to_float(together) if together.dtype == torch.uint8 else together
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

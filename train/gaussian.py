@@ -1,10 +1,12 @@
 """How a UNet, a Gaussian process and images meet: what train/samplers/ddpm.py builds from its config."""
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffusion import schedules
@@ -27,15 +29,16 @@ from train.data import Draws
 from train.registry import plugin
 
 FEW_STEPS = 20  # of the solvers that need few
-HALF_LEVEL = 1 / 255  # of 8 bits on [-1, 1]: as t, nearly the noise at t for edm and flow alike
+HALF_LEVEL = 1 / 255  # of 8 bits on [-1, 1]
 
 
-def make_process(config) -> Gaussian:
-    """The process that a ddpm config describes."""
+def make_process(config, pixels: bool) -> Gaussian:
+    """The process that a ddpm config describes, of pixels or of latents of unit variance."""
     spread = {"mean": config.time_mean, "deviation": config.time_deviation}
     spread = {name: value for name, value in spread.items() if value is not None}
     if config.process == "edm":
-        return EDM(sigma_data=config.sigma_data, **spread)
+        usual = 0.5 if pixels else 1.0
+        return EDM(sigma_data=usual if config.sigma_data is None else config.sigma_data, **spread)
     if config.process == "flow":
         return RectifiedFlow(shift=config.time_shift, **spread)
     betas = {"first": config.first_beta, "last": config.last_beta}
@@ -49,15 +52,14 @@ def make_process(config) -> Gaussian:
 
 
 def make_encoders(config, width: int) -> dict[str, ConditionEncoder]:
-    """The encoders of --conditions; an option `channels` of theirs is the flag --condition_channels."""
+    """The encoders of --conditions; --condition_channels is the option `channels` of those that have it."""
     encoders = {}
     for name in config.conditions:
         module = plugin("models.conditions", name, "condition")
-        options = {field.name: getattr(config, f"condition_{field.name}", None) for field in fields(module.Config)}
-        if name == "label" or None in options.values():
-            raise ValueError(
-                f"got condition {name!r}, which --conditions cannot build; for classes: --class_conditional"
-            )
+        if name == "label":
+            raise ValueError("got condition 'label' for --conditions: classes are --class_conditional")
+        own = [field.name for field in fields(module.Config) if hasattr(config, f"condition_{field.name}")]
+        options = {option: getattr(config, f"condition_{option}") for option in own}
         encoders[name] = module.build(module.Config(**options), width)
     return encoders
 
@@ -86,7 +88,7 @@ class GaussianSampler:
     def __init__(self, config, *, shape: tuple[int, int, int], pixels: bool, n_classes: int):
         self.config, self.shape, self.pixels = config, shape, pixels
         self.n_classes = n_classes if config.class_conditional else 0
-        self.process = make_process(config)
+        self.process = make_process(config, pixels)
         self.network = make_network(config, self.process, shape[0], self.n_classes)
         self.extras = {}
         if config.time_sampler == "loss_second_moment":
@@ -201,7 +203,7 @@ class GaussianSampler:
         settings = {"steps": steps, "spacing": spacing}
         if options.eta is not None:
             if "eta" not in inspect.signature(solve).parameters:
-                raise ValueError(f"got eta {options.eta} for solver {options.solver}, which has none: leave --eta out")
+                raise ValueError(f"got eta {options.eta} for solver {options.solver}, which has none: pass --eta None")
             settings["eta"] = options.eta
         return solve, settings
 
@@ -224,7 +226,8 @@ class GaussianSampler:
 
     def along_the_flow(self, denoise: Denoiser, x0: Tensor, rng: Streams, calls: int | None) -> Bound:
         """Of the model that stops at noise of half an 8-bit level and rounds: closer, networks know the levels."""
-        process = replace(self.process, end=HALF_LEVEL)
+        end = self.process.time_at(torch.tensor(-math.log(HALF_LEVEL), dtype=torch.float64)).item()
+        process = replace(self.process, end=end)
         steps = {} if calls is None else {"steps": calls}
         found = flow_bits_per_dimension(denoise, process, x0, rng, **steps)
         return Bound(found.total, found.prior, found.total.new_zeros(len(x0), 0))

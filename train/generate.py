@@ -37,7 +37,7 @@ class SecondStageRun:
 
 @dataclass(frozen=True)
 class TrainedSampler:
-    """A learned model of images. Experiments speak to it through `sample` and `log_likelihood` alone."""
+    """A learned model of images. Experiments draw and score through `sample` and `log_likelihood` alone."""
 
     run: Path
     step: int
@@ -60,7 +60,7 @@ class TrainedSampler:
         return build_dataset(self.data, self.reader, split)
 
     def batches(self, split: str) -> Positions:
-        """That split as training saw it, but for its views: positions -> a batch for `log_likelihood`."""
+        """That split in a shuffle that is always the same (train: in its views): positions -> a batch."""
         path = getattr(self.sampler.config, "adapt", "")
         adapt = dotted(path, "--adapt") if path else None
         return self.space.source(self.dataset(split), split, self.data, 0, World(self.device), adapt)

@@ -1,7 +1,8 @@
 """Configurations in the shape of LayoutDiffuse's MNIST.json, as our YAML files would say them. Free of torch.
 
 The code that read MNIST.json was never published. Its configs/palette/*.json have the same keys and its UNet comes from
-Palette's code (Janspiry's, of Saharia et al. 2022), so values mean what they mean there:
+Palette's code (Janspiry's, of Saharia et al. 2022), so values mean what they mean there; but our network is told t, not
+the noise level:
 
 - schedule "linear": beta rises linearly from linear_start to linear_end; in "quad" its root does. The latent code that
   was published calls the second "linear": its files have the schedule in diffusion.model_args, and are refused.

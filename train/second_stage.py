@@ -18,7 +18,7 @@ from train.registry import plugin
 from train.spaces import Space
 from train.transforms import to_float
 
-Watcher = Callable[[State, dict[str, Tensor]], None]  # given x0, x_t, t, prediction, loss (B,), x0_hat after each step
+Watcher = Callable[[State, dict[str, Tensor]], None]  # at each step, before the weights change
 
 VALIDATION_IMAGES = 1024  # enough for two digits, and quick
 SHOWN_IMAGES = 16
@@ -65,7 +65,7 @@ class SamplerStep:
 
     @torch.no_grad()
     def look(self, state: State, outputs: dict[str, Tensor]) -> None:
-        """Shows the step's outputs to those who watch: the sampler, whose times may depend on them, and the user's."""
+        """Shows what was seen and said to the sampler, whose times may depend on it, and to the user's watchers."""
         if self.sampler.extras:
             device = self.world.device
             t, losses = (self.world.gather(outputs[name].float().to(device)) for name in ("t", "loss"))
@@ -85,7 +85,7 @@ def validation_losses(step: SamplerStep, network: torch.nn.Module, source: Posit
     found, world, training = {}, step.world, step.training
     for positions in torch.arange(count).split(training.batch_size):
         batch = on_device(source[positions.tolist()], world.device)
-        draw = Draws(0, batch, training.batch_size, world.device)
+        draw = Draws(0, batch, len(positions), world.device)  # times spread over the last, smaller batch too
         with autocast(world.device, training.amp):
             loss = step.sampler.loss(network, step.space.prepared(batch), draw)
         for name, value in {"loss": loss.per_example, **loss.metrics}.items():

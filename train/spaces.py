@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from train.config import DataConfig, FirstStageConfig
-from train.data import Adapt, ImageSource, Positions, TrainingCodes, TrainingImages, fixed_subset
+from train.data import Adapt, ImageSource, Positions, TrainingCodes, TrainingImages
 from train.datasets import Dataset
 from train.distributed import World
 from train.first_stage import FirstStage, load_first_stage
 from train.loop import Batch
 from train.registry import plugin
-from train.runs import run_folder
+from train.runs import origin_of, run_folder
 from train.transforms import to_uint8
 
 MEASURED_IMAGES = 1024  # whose latents say how large latents are
@@ -173,7 +173,8 @@ def first_stage_run(sampler: str, first: FirstStageConfig, dataset: str) -> str 
 def open_space(config, run_origin: dict[str, Any], images: Dataset, world: World) -> Space:
     """The space that a training script's config asks for.
 
-    The scale of latents is measured on `images`, or is what an earlier start of the run noted.
+    The scale of latents is what an earlier start of the run noted, or the run that --load_dir names; else it is
+    measured on `images`.
     """
     name = first_stage_run(config.sampler.sampler, config.first, config.data.dataset)
     if name is None:
@@ -183,8 +184,11 @@ def open_space(config, run_origin: dict[str, Any], images: Dataset, world: World
     first.check_fits(config.data)
     if plugin("train.samplers", config.sampler.sampler, "sampler").SPACE == "codes":
         return Codes(first)
-    scale = run_origin.get("latent_scale") or measured_scale(first, ImageSource(images, config.data), world)
-    return Latents(first, scale)
+    start = config.training.load_dir  # weights that go on know latents of their scale
+    started = origin_of(run_folder(config.logging.logs_root, start)) if start else {}
+    noted = run_origin.get("latent_scale") or started.get("latent_scale") or 0.0
+    noted = world.sum(torch.tensor(noted if world.is_main else 0.0, dtype=torch.float32, device=world.device)).item()
+    return Latents(first, noted or measured_scale(first, ImageSource(images, config.data), world))
 
 
 def reopened_space(content: dict[str, Any], first: FirstStage | None) -> Space:
@@ -199,7 +203,7 @@ def measured_scale(first: FirstStage, source: ImageSource, world: World) -> floa
     """1 / the deviation of latents, over numbers and images alike (Rombach et al. 2022, appendix G)."""
     latents = []
     images = TrainingImages(source, seed=0)
-    for part in torch.tensor(fixed_subset(len(source), MEASURED_IMAGES)).split(32):
+    for part in torch.arange(min(len(source), MEASURED_IMAGES)).split(32):  # already shuffled
         latents.append(first.encode_latents(images[part.tolist()]["image"]).cpu())
     deviation = torch.cat(latents).std()
     if not 0 < deviation < float("inf"):

@@ -181,13 +181,10 @@ def test_dequantized_numbers_fill_their_bins_and_no_more(streams):
 
 @pytest.mark.parametrize("end, extra", [(0.001, 1.73), (0.002, 0.07), (0.005, 0.0)])
 def test_a_network_that_knows_the_levels_pays_for_points_between_them(end, extra, streams):
-    class Ending(RectifiedFlow):
-        pass
-
-    Ending.end = end
+    process = RectifiedFlow(end=end)
     levels = Mixture((1 / 256,) * 256, tuple(i / 127.5 - 1 for i in range(256)), 0.0)
     x0 = (torch.arange(50, 200, dtype=torch.float64) / 127.5 - 1).view(1, 1, 10, 15)
-    found = flow_bits_per_dimension(levels.denoiser(Ending()), Ending(), x0, streams(1), steps=200)
+    found = flow_bits_per_dimension(levels.denoiser(process), process, x0, streams(1), steps=200)
     assert found.total.item() == pytest.approx(8 + extra, abs=0.1 if extra > 1 else 0.03)
 
 

@@ -37,6 +37,16 @@ def upper(item):
 def forgets(item):
     return {"image": item["image"], "label": item["label"]}
 
+def nothing(item):
+    pass
+
+def words(item):
+    return item | {"name": "a.png"}
+
+def crops(item):
+    crops.side = getattr(crops, "side", 4) + 1
+    return item | {"condition_image": item["image"][:, : crops.side]}
+
 def unlabelled(item):
     return {"image": item["image"], "condition_image": item["image"]}
 """
@@ -205,6 +215,15 @@ def test_an_adapt_that_leaves_a_field_out_is_refused_by_its_name(function, field
     flags = f"{DDPM} {IMAGE} --logs_root {tmp_path} --no_amp --train_steps 1 --adapt my_own.adapting.{function}"
     message = refused("train_sampler.py", flags, capfd)  # the last line, after the progress bar's
     assert f"conditions need {field}: write them in the function of --adapt" in message
+
+
+@pytest.mark.parametrize(
+    ("function", "wanted"), [("nothing", "NoneType"), ("words", "'name'"), ("crops", "'condition_image'")]
+)
+def test_an_adapt_whose_items_make_no_batch_is_refused(function, wanted, mine, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        call("train_sampler.py", f"--logs_root {tmp_path} {DDPM} --train_steps 1 --adapt my_own.adapting.{function}")
+    assert stop.value.code == 2 and wanted in capfd.readouterr().err
 
 
 def test_a_condition_without_an_adapt_is_refused(tmp_path, capfd):

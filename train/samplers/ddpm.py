@@ -16,6 +16,7 @@ OWN = {  # flags that one process has and others have not
     "edm": {"sigma_data", "time_mean", "time_deviation"},
     "flow": {"time_mean", "time_deviation", "time_shift"},
 }
+POSITIVE = ("sigma_data", "time_deviation", "time_shift", "min_snr_gamma", "time_scale", "first_beta", "last_beta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,8 @@ class Config(SamplerConfig):
     """What the network is told: the time as its process has it, or alpha, what is left of the data."""
     time_scale: float | None = None
     """What that is multiplied by before its cosines; left out, 1 for steps and edm, 1000 where it lies in [0, 1]."""
-    sigma_data: float = 0.5
-    """edm: standard deviation of the data."""
+    sigma_data: float | None = None
+    """edm: standard deviation of the data; left out, 0.5 for pixels and 1 for latents."""
     time_mean: float | None = None
     """edm: mean of ln sigma in training (-1.2); flow: mean of logit t (0)."""
     time_deviation: float | None = None
@@ -111,8 +112,15 @@ class Config(SamplerConfig):
         for name in ("label_drop", "condition_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted a share in [0, 1)")
-        for name in sorted(set().union(*OWN.values()) - OWN[self.process]):
-            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+        if self.total_steps < 2:
+            raise ValueError(f"got total_steps {self.total_steps}, wanted at least 2: pass --total_steps N")
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"got {name} {value}, wanted a number above 0: pass --{name} X")
+        others = set().union(*OWN.values()) - OWN[self.process]
+        for name in (field for field in self.__dataclass_fields__ if field in others):
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
             if value != default and (name, value) != ("loss_type", "simple"):
                 remedy = f"pass --{name} {default}" if isinstance(default, str) else f"leave --{name} out"
                 raise ValueError(f"got {name} {value} for process {self.process}, which has none: {remedy}")
