@@ -115,7 +115,7 @@ def test_the_published_shape_parses(tmp_path):
 @pytest.mark.parametrize("steps", [1000, 200])
 def test_betas_are_the_files_own_for_any_number_of_steps(steps, tmp_path):
     path = written(tmp_path, {f"{BETAS}.n_timestep": steps})
-    abar = make_process(parsed(path).sampler).abar
+    abar = make_process(parsed(path).sampler, pixels=True).abar
     wanted = torch.linspace(1e-6, 0.01, steps, dtype=torch.float64)
     torch.testing.assert_close(abar[1:], (1 - wanted).cumprod(0), rtol=1e-12, atol=0)
     scaled = (1 - wanted * 1000 / steps).cumprod(0)  # what ours would make of unconverted betas
@@ -126,7 +126,7 @@ def test_betas_are_the_files_own_for_any_number_of_steps(steps, tmp_path):
 def test_quad_is_linear_in_the_root(steps, tmp_path):
     path = written(tmp_path, {f"{BETAS}.n_timestep": steps, f"{BETAS}.schedule": "quad"})
     wanted = torch.linspace(1e-6**0.5, 0.01**0.5, steps, dtype=torch.float64).square()
-    process = make_process(parsed(path).sampler)
+    process = make_process(parsed(path).sampler, pixels=True)
     torch.testing.assert_close(process.abar[1:], (1 - wanted).cumprod(0), rtol=1e-12, atol=0)
 
 
@@ -135,7 +135,7 @@ def test_the_network_has_the_blocks_that_the_file_says(path, tmp_path):
     path = FILE if path == "configs" else written(tmp_path)
     model = json.loads(path.read_text())["denoising_model"]["model_args"]
     config = parsed(path).sampler
-    process = make_process(config)
+    process = make_process(config, pixels=True)
     with torch.device("meta"):
         network = make_network(config, process, model["in_channel"], 10 * config.class_conditional)
     widths = [mult * model["inner_channel"] for mult in model["channel_mults"]]

@@ -138,7 +138,7 @@ def config(dataset, sampler, trained, **first):
         first=FirstStageConfig(**first),
         data=dataset,
         logging=SimpleNamespace(logs_root=str(trained)),
-        training=SimpleNamespace(amp=False),
+        training=SimpleNamespace(amp=False, load_dir=None),
     )
 
 
