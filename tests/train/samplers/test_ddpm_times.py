@@ -1,0 +1,100 @@
+"""The times that a Gaussian sampler is trained on."""
+
+import pytest
+import torch
+from gaussian_recorder import Recorder, draws, images, recorded, sampler
+from torch import Tensor
+
+from diffusion.timesteps import uniform
+
+
+def recorded_times(built, batch, batch_size):
+    recorder = Recorder(channels=2 if built.process.variance == "learned_range" else 1)
+    return built.loss(recorder, batch, draws(batch, batch_size=batch_size)).outputs["t"]
+
+
+@pytest.mark.parametrize("parts", [(12,), (4, 4, 4), (3, 1, 8)])
+@pytest.mark.parametrize("process", ["gaussian", "flow"])
+def test_low_discrepancy_covers_every_stratum_whatever_the_split(parts, process):
+    built = sampler(process=process, total_steps=12 if process == "gaussian" else 1000)
+    for first in (24, 36):
+        whole = recorded_times(built, images(12, first), 12)
+        found, place = [], first
+        for part in parts:
+            found.append(recorded_times(built, images(part, place), 12))
+            place += part
+        assert torch.equal(torch.cat(found), whole)
+        share = whole if process == "gaussian" else torch.special.ndtr(whole.logit())  # uniform on (0, 1]
+        assert sorted((share.double() * 12 - 1e-4).ceil().int().tolist()) == list(range(1, 13))
+    if process == "flow":  # another step, another offset
+        assert not torch.equal(recorded_times(built, images(12, 24), 12), whole)
+
+
+def test_uniform_times_are_each_examples_own():
+    built = sampler(time_sampler="uniform")
+    whole = recorded_times(built, images(12, 24), 12)
+    parts = [recorded_times(built, images(1, 24 + i), 12) for i in range(12)]
+    assert torch.equal(torch.cat(parts), whole) and len(set(whole.tolist())) > 4
+
+
+def test_the_times_of_edm_and_flow_have_the_mean_and_the_deviation_asked_for():
+    settings = {"time_mean": 0.3, "time_deviation": 0.7}
+    for process, start in (("edm", Tensor.log), ("flow", Tensor.logit)):
+        numbers = start(recorded(sampler(process=process, **settings), n=2000)[0].outputs["t"])
+        assert numbers.mean() == pytest.approx(0.3, abs=0.01) and numbers.std() == pytest.approx(0.7, abs=0.01)
+        papers = start(recorded(sampler(process=process), n=2000)[0].outputs["t"])
+        assert papers.mean() == pytest.approx(-1.2 if process == "edm" else 0, abs=0.01)
+
+
+def with_history(built, size=lambda i: i):
+    """A sampler whose losses were `size(i)` at t = i/T, each as often as is remembered."""
+    steps = built.process.steps
+    t = torch.arange(1, steps + 1).repeat_interleave(10) / steps
+    built.observe(t, torch.tensor([float(size(i)) for i in range(1, steps + 1)]).repeat_interleave(10))
+    return built
+
+
+def test_loss_second_moment_prefers_large_losses_and_weighs_them_less():
+    built, n = with_history(sampler(time_sampler="loss_second_moment", loss_type="vlb")), 4000
+    loss, _ = recorded(built, n=n)
+    t, weight = loss.outputs["t"], loss.per_example / loss.outputs["loss"]
+    p = torch.arange(1, 21) / 210 * 0.999 + 0.001 / 20
+    i = (t * 20).round().long()
+    found = torch.bincount(i - 1, minlength=20) / n
+    assert (found - p).abs().max() < 4 * (0.1 * 0.9 / n) ** 0.5
+    assert torch.allclose(weight, 1 / (20 * p[i - 1]), rtol=1e-4)
+    assert torch.allclose(loss.metrics["mse"], weight * loss.outputs["noise"].square().flatten(1).mean(1), rtol=1e-4)
+    for power in (1, 2):  # means are those of uniform times
+        numbers = weight * t**power
+        wanted = (torch.arange(1, 21) / 20).pow(power).mean()
+        assert abs(numbers.mean() - wanted) < 4 * numbers.std() / n**0.5
+    assert abs((t**2).mean() - wanted) > 0.1  # without the weight they are not
+
+
+def test_validation_has_uniform_times_whatever_was_observed():
+    settings = {"time_sampler": "loss_second_moment", "loss_type": "vlb"}
+    fresh, seen = sampler(**settings), with_history(sampler(**settings))
+    batch = images(64)
+    wanted = uniform(seen.process, draws(batch)("time")).t
+    for built in (fresh, seen):
+        loss, _ = recorded(built, batch=batch, training=False)
+        assert torch.equal(loss.outputs["t"], wanted)
+        assert torch.equal(loss.per_example, loss.outputs["loss"])
+    assert not torch.equal(recorded(seen, batch=batch)[0].outputs["t"], wanted)
+
+
+def test_what_is_observed_are_losses_without_their_weights():
+    built = with_history(sampler(time_sampler="loss_second_moment", loss_type="vlb"))
+    loss, _ = recorded(built, n=50)
+    built.observe(loss.outputs["t"], loss.outputs["loss"])
+    last = {}
+    for t, value in zip(loss.outputs["t"].tolist(), loss.outputs["loss"].tolist(), strict=True):
+        last[round(t * 20)] = value
+    times = built.extras["times"]
+    assert {i: times.losses[i - 1, -1].item() for i in last} == pytest.approx(last)
+
+
+def test_only_times_that_learn_are_kept_in_a_checkpoint():
+    assert sampler().extras == {} and sampler(time_sampler="uniform").extras == {}
+    (times,) = sampler(time_sampler="loss_second_moment").extras.values()
+    assert times.losses.shape == (20, 10)
