@@ -65,11 +65,11 @@ def main(config: Config) -> None:
     reference = real_statistics(trained.dataset("train"), trained.data, features, None, cache, output.batch_size)
     path = folder / "results.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
+    own_eta = {"eta": None} if hasattr(config.sampling, "eta") else {}  # each solver's own
     for seed in range(output.seed, output.seed + comparison.seeds):
         for entry in comparison.solvers:
             name, _, steps = entry.partition(":")
             run = f"{entry}/{seed}"
-            own_eta = {"eta": None} if hasattr(config.sampling, "eta") else {}  # each solver's own
             if run not in results:
                 options = dataclasses.replace(config.sampling, solver=name, sample_steps=int(steps), **own_eta)
                 grid = folder / f"{name}_{steps}_{seed}.png"

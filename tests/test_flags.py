@@ -1,16 +1,13 @@
 """The command line: what parses, what is refused, and how."""
 
 import pytest
-import torch
 import yaml
-from tiny import ROOT, call, run
+from tiny import ROOT, call, parsed, run
 
-from experiments.compare_attention import VARIANTS
 from train import cli
 from train.config import DataConfig, LoggingConfig, TrainingConfig
 from train.registry import names_in
 from train.samplers import absorbing, ddpm
-from vq.config import VQGANConfig
 
 COMMANDS = {  # as the README has them
     "train_vqgan.py": "--dataset ffhq --log_dir vqgan_ffhq --amp --ema --batch_size 4 --diff_aug",
@@ -29,14 +26,6 @@ COMMANDS = {  # as the README has them
 }
 
 
-def parsed(script, flags, monkeypatch):
-    """The config that a script would hand to its main."""
-    seen = []
-    monkeypatch.setattr(cli, "run_main", lambda main, config: seen.append(config))
-    call(script, flags)
-    return {key: value for group in cli.to_dict(seen[0]).values() for key, value in group.items()}
-
-
 @pytest.mark.parametrize("script", COMMANDS)
 def test_the_four_commands_parse(script, monkeypatch, tmp_path):
     config = parsed(script, f"{COMMANDS[script]} --logs_root {tmp_path}", monkeypatch)
@@ -45,58 +34,6 @@ def test_the_four_commands_parse(script, monkeypatch, tmp_path):
     for flag in ("dataset", "log_dir", "ae_load_dir", "load_dir", "sampler"):
         assert str(config.get(flag)) == given.get(flag, str(config.get(flag)))
     assert config["ema"] is True
-
-
-def test_presets_reach_both_stages_and_differ_as_the_reference_does(monkeypatch, tmp_path):
-    """The reference's `dataset == "churches" or "bedrooms"` gave every data set one learning rate."""
-    rates = {}
-    for name in ("ffhq", "churches", "bedrooms", "faces140k"):
-        vqgan = parsed("train_vqgan.py", f"--dataset {name} --logs_root {tmp_path}", monkeypatch)
-        sampler = parsed("train_sampler.py", f"--dataset {name} --logs_root {tmp_path}", monkeypatch)
-        assert (vqgan["nf"], vqgan["ch_mult"], vqgan["codebook_size"]) == (128, [1, 1, 2, 2, 4], 1024)
-        assert (sampler["bert_n_layers"], sampler["bert_n_emb"], sampler["bert_n_head"]) == (24, 512, 8)
-        rates[name] = (sampler["lr"], sampler["warmup_iters"])
-    assert rates["ffhq"] == rates["faces140k"] == (1e-4, 30_000)
-    assert rates["churches"] == rates["bedrooms"] == (2e-4, 10_000)
-    assert parsed("train_vqgan.py", "--dataset faces140k", monkeypatch)["only_folders"] == ["real"]
-    assert parsed("train_vqgan.py", "--dataset bedrooms", monkeypatch)["category"] == "bedroom"
-
-
-PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
-OF_CODES = [path for path in PRESETS if "sampler: ddpm" not in path.read_text()]
-
-
-@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
-def test_every_preset_is_whole(path, monkeypatch, tmp_path):
-    flags = f"--config {path} --logs_root {tmp_path}"
-    content = yaml.safe_load(path.read_text())
-    dataset, sampler = content["dataset"], content.get("sampler", "absorbing")
-    assert (ROOT / "configs" / f"{dataset}.yaml").is_file() and dataset in path.stem
-    scripts = ["train_vqgan.py", "train_sampler.py", "experiments/calc_FID.py"]
-    for script in scripts if sampler == "ddpm" else [*scripts, "experiments/compare_attention.py"]:
-        assert parsed(script, flags, monkeypatch)["dataset"] == dataset
-
-
-def grid_of(path, monkeypatch, tmp_path):
-    """The codes that a preset's images become, by its own VQGAN or that of its data set."""
-    own = "vqgan" in yaml.safe_load(path.read_text())
-    preset = path if own else ROOT / "configs" / f"{yaml.safe_load(path.read_text())['dataset']}.yaml"
-    config = parsed("train_vqgan.py", f"--config {preset} --logs_root {tmp_path}", monkeypatch)
-    return VQGANConfig(ch_mult=tuple(config["ch_mult"])).grid(config["img_size"])
-
-
-@pytest.mark.parametrize("path", OF_CODES, ids=lambda p: p.stem)
-def test_the_attention_of_every_preset_fits_its_grid(path, monkeypatch, tmp_path):
-    grid, content = grid_of(path, monkeypatch, tmp_path), yaml.safe_load(path.read_text())
-    script = "train_sampler.py" if "absorbing" in content else "experiments/compare_attention.py"
-    flat = parsed(script, f"--config {path} --logs_root {tmp_path}", monkeypatch)
-    settings = {key: flat[key] for key in cli.fields_of(absorbing.Config)}
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    compared = VARIANTS.values() if "compare_attention" in content else [{}]
-    for changes in compared:
-        with torch.device("meta"):
-            built = absorbing.build(absorbing.Config(**settings | changes), codes=8, grid=grid, n_classes=0)
-        assert built.network.grid == grid
 
 
 def test_precedence_is_default_then_file_then_flag(monkeypatch, tmp_path):

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from train import cli
+
 ROOT = Path(__file__).resolve().parents[1]
 VQGAN = "--nf 4 --ch_mult 1 2 2 --emb_dim 4 --codebook_size 16 --batch_size 4 --img_size 16 --ndf 4 --disc_layers 1"
 GAN = "--disc_start_step 3 --diff_aug --perceptual_net none"
@@ -30,3 +32,11 @@ def run(script: str, flags: str = "", *, processes: int = 1, cwd: Path = ROOT) -
     command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *flags.split()]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+
+
+def parsed(script, flags, monkeypatch):
+    """The config that a script would hand to its main."""
+    seen = []
+    monkeypatch.setattr(cli, "run_main", lambda main, config: seen.append(config))
+    call(script, flags)
+    return {key: value for group in cli.to_dict(seen[0]).values() for key, value in group.items()}

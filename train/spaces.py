@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from train.config import DataConfig, FirstStageConfig
+from train.config import DataConfig
 from train.data import Adapt, ImageSource, Positions, TrainingCodes, TrainingImages
 from train.datasets import Dataset
 from train.distributed import World
@@ -164,25 +164,20 @@ class Codes:
         return torch.where(grey, 128, image), image
 
 
-def first_stage_run(sampler: str, first: FirstStageConfig, dataset: str) -> str | None:
-    """The folder of the VQGAN that a sampler stands on, None where it works on pixels."""
-    default = f"vqgan_{dataset}" if plugin("train.samplers", sampler, "sampler").SPACE == "codes" else None
-    return first.ae_load_dir or default
-
-
 def open_space(config, run_origin: dict[str, Any], images: Dataset, world: World) -> Space:
     """The space that a training script's config asks for.
 
     The scale of latents is what an earlier start of the run noted, or the run that --load_dir names; else it is
     measured on `images`.
     """
-    name = first_stage_run(config.sampler.sampler, config.first, config.data.dataset)
+    of_codes = plugin("train.samplers", config.sampler.sampler, "sampler").SPACE == "codes"
+    name = config.first.ae_load_dir or (f"vqgan_{config.data.dataset}" if of_codes else None)
     if name is None:
         return Pixels(config.data)
     run = run_folder(config.logging.logs_root, name)
     first = load_first_stage(run, config.first.ae_load_step, world.device, config.training.amp)
     first.check_fits(config.data)
-    if plugin("train.samplers", config.sampler.sampler, "sampler").SPACE == "codes":
+    if of_codes:
         return Codes(first)
     start = config.training.load_dir  # weights that go on know latents of their scale
     started = origin_of(run_folder(config.logging.logs_root, start)) if start else {}
