@@ -5,11 +5,17 @@ whatever the number of processes. So the same images come after any resume and f
 """
 
 import dataclasses
+import os
+import random
+import signal
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -19,7 +25,9 @@ from train.cli import data_dir_of
 from train.config import DataConfig
 from train.datasets import Dataset, DatasetConfig, UnreadableImage
 from train.distributed import World
+from train.image_cache import cached_images
 from train.loop import Batch
+from train.order import Order, PositionLists
 from train.registry import plugin
 from train.transforms import to_float, to_item, views
 
@@ -28,21 +36,6 @@ def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Datase
     """The images of one split, by the reader that the config names."""
     module = plugin("train.datasets", data.reader or data.dataset, "data set")
     return module.build(dataclasses.replace(reader, data_dir=data_dir_of(data.dataset, reader.data_dir)), split)
-
-
-class Order:
-    """A shuffle of n samples, anew in each epoch: position k -> index in [0, n)."""
-
-    def __init__(self, n: int, seed: int):
-        self.n, self.seed = n, seed
-        self.epoch, self.permutation = -1, None
-
-    def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self.n)
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
-            self.epoch, self.permutation = epoch, torch.randperm(self.n, generator=generator)
-        return int(self.permutation[place])
 
 
 class Positions(Protocol):
@@ -54,11 +47,16 @@ class Positions(Protocol):
 
 
 class ImageSource:
-    """Images of a data set by index, decoded and resized, kept in memory if the config says so."""
+    """Images of a data set by index, decoded and resized; kept in memory, or in a file of `cache` (logs/.cache/images),
+    if the config says so."""
 
-    def __init__(self, dataset: Dataset, config: DataConfig):
+    def __init__(self, dataset: Dataset, config: DataConfig, cache: Path | None = None):
         self.dataset, self.config = dataset, config
         self.kept: dict[int, dict[str, Any]] = {}
+        self.on_disk = None
+        if config.cache_images:
+            size = config.img_size, config.n_channels
+            self.on_disk = cached_images(dataset, config.dataset, *size, config.num_workers, cache)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -67,7 +65,10 @@ class ImageSource:
         """{"image": uint8 (C, S, S), ...}; UnreadableImage for a broken file."""
         if index in self.kept:
             return self.kept[index]
-        item = to_item(self.dataset[index], self.config.img_size, self.config.n_channels)
+        if self.on_disk is not None:
+            item = self.on_disk[index]
+        else:
+            item = to_item(self.dataset[index], self.config.img_size, self.config.n_channels)
         if self.config.in_memory:
             self.kept[index] = item
         return item
@@ -79,12 +80,13 @@ Adapt = Callable[[dict[str, Any]], dict[str, Any]] | None  # an item in its view
 class TrainingImages:
     """Shuffled images, each in a random view; a broken file is named once and replaced by the next image.
 
-    `adapt` turns an item into what a batch is made of: its image uint8 (C, S, S), tensors of equal shapes, numbers.
+    `adapt` turns an item into what a batch is made of: its image uint8 (C, S, S), tensors of equal shapes, numbers. It
+    may draw from the global generators of Python, numpy and torch: they are seeded for each position.
     """
 
     def __init__(self, source: ImageSource, seed: int, adapt: Adapt = None):
         self.source, self.seed, self.adapt = source, seed, adapt
-        self.order = Order(len(source), seed)
+        self.order = Order(len(source), seed, getattr(source.dataset, "blocks", None))
         self.views = views(source.config.horizontal_flip, source.config.shift)
         self.skipped: set[int] = set()
 
@@ -107,8 +109,26 @@ class TrainingImages:
         for position in positions:
             view = self.views[seed_of(self.seed, "view", position) % len(self.views)]
             item = view(self.readable(self.order[position]))
-            items.append(item if self.adapt is None else adapted(self.adapt, item))
+            if self.adapt is not None:
+                with seeded(seed_of(self.seed, "adapt", position)):
+                    item = adapted(self.adapt, item)
+            items.append(item)
         return stack(items) | {"position": torch.tensor(positions)}
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds the global generators of Python, numpy and torch's CPU inside, and leaves them as they were."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.default_generator.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
 
 
 def adapted(adapt: Callable, item: dict[str, Any]) -> dict[str, Any]:
@@ -141,33 +161,47 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     return {k: v if k == "position" else v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
-@dataclass(frozen=True)
-class PositionLists:
-    """For each first position, `parts` lists of `part` consecutive positions."""
+def apart(worker: int) -> None:
+    """Takes a loading process out of the reach of signals to the whole group, such as Ctrl-C.
 
-    firsts: range
-    part: int
-    parts: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for first in self.firsts:
-            for i in range(self.parts):
-                yield list(range(first + i * self.part, first + (i + 1) * self.part))
+    The training process saves before it ends on a signal, and needs its batch until then; a worker leaves when that
+    process ends it, or is gone. The handlers of that process, inherited, would keep it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.setpgrp()
 
 
 def training_batches(
-    source: Positions, *, start: int, steps: int, batch_size: int, accumulate: int, world: World, workers: int
+    source: Positions,
+    *,
+    start: int,
+    steps: int,
+    batch_size: int,
+    accumulate: int,
+    world: World,
+    workers: int,
+    prefetch: int = 2,
 ) -> Iterator[tuple[Batch, ...]]:
-    """For each step from `start` to `steps`: this process's share of the batch, in `accumulate` parts, there."""
+    """For each step from `start` to `steps`: this process's share of the batch, in `accumulate` parts, there.
+
+    `workers` processes live through the whole run and keep `prefetch` parts each ready, in pinned memory for CUDA.
+    """
     share = world.share(batch_size, "batch_size")
     if share % accumulate:
         raise ValueError(
             f"got batch_size {batch_size} for {world.size} processes in {accumulate} parts: they must divide it"
         )
     firsts = range(start * batch_size + world.rank * share, steps * batch_size, batch_size)
-    pinned = world.device.type == "cuda"
-    lists = PositionLists(firsts, share // accumulate, accumulate)
-    loader = DataLoader(source, batch_size=None, sampler=lists, num_workers=workers, pin_memory=pinned)
+    loader = DataLoader(
+        source,
+        batch_size=None,
+        sampler=PositionLists(firsts, share // accumulate, accumulate),
+        num_workers=workers,
+        pin_memory=world.device.type == "cuda",
+        prefetch_factor=prefetch if workers else None,
+        worker_init_fn=apart,
+    )
     parts = (on_device(batch, world.device) for batch in loader)
     return zip(*[parts] * accumulate, strict=True)
 
@@ -198,7 +232,8 @@ def images_in_order(
     indices = list(range(len(source))) if indices is None else indices
     lists = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     skipped = []
-    for batch in DataLoader(InOrder(source), batch_size=None, sampler=lists, num_workers=source.config.num_workers):
+    workers = source.config.num_workers
+    for batch in DataLoader(InOrder(source), batch_size=None, sampler=lists, num_workers=workers, worker_init_fn=apart):
         skipped += batch.pop("skipped")
         if batch["image"] is not None:
             yield batch

@@ -1,6 +1,9 @@
 """Which sample comes when: a function of seed and position, for any number of processes and after any resume."""
 
 import dataclasses
+import os
+import random
+import signal
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from train.data import (
     streams,
     training_batches,
 )
-from train.datasets import ArrayDataset, UnreadableImage
+from train.datasets import ArrayDataset, Blocks, UnreadableImage
 from train.distributed import World
 
 CPU = torch.device("cpu")
@@ -41,10 +44,17 @@ class Broken(ArrayDataset):
         return super().__getitem__(index)
 
 
-def batches(source, *, start=0, steps=6, size=4, world=None, accumulate=1, workers=0):
-    world = world or World(CPU)
+@dataclasses.dataclass(frozen=True)
+class Sharded(ArrayDataset):
+    """The same, in blocks."""
+
+    blocks: Blocks = Blocks((), 1)
+
+
+def batches(source, *, start=0, steps=6, size=4, world=None, accumulate=1, **options):
+    world, options = world or World(CPU), {"workers": 0} | options
     found = training_batches(
-        source, start=start, steps=steps, batch_size=size, accumulate=accumulate, world=world, workers=workers
+        source, start=start, steps=steps, batch_size=size, accumulate=accumulate, world=world, **options
     )
     return [{key: torch.cat([part[key] for part in parts]) for key in parts[0]} for parts in found]
 
@@ -73,6 +83,76 @@ def test_a_resumed_run_gets_what_the_unbroken_one_would_have_got():
     whole, rest = batches(source), batches(TrainingImages(ImageSource(numbered(10), CONFIG), seed=1), start=4)
     assert [b["position"].tolist() for b in rest] == [b["position"].tolist() for b in whole[4:]]
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(rest, whole[4:], strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+@pytest.mark.parametrize("processes, workers, start", [(1, 1, 0), (1, 3, 2), (2, 0, 5), (4, 1, 3)])
+def test_blocks_come_in_one_order_for_any_processes_and_workers_and_from_any_step(processes, workers, start):
+    dataset = Sharded(*dataclasses.astuple(numbered(48)), blocks=Blocks((10, 14, 12, 12), 2))
+    source = TrainingImages(ImageSource(dataset, CONFIG), seed=1)
+    whole = torch.cat([batch["label"] for batch in batches(source)])
+    epoch = torch.cat([batch["label"] for batch in batches(source, steps=6, size=8)])
+    assert torch.equal(epoch[:24], whole) and sorted(epoch.tolist()) == list(range(48))
+    block = torch.bucketize(whole, torch.tensor([10, 24, 36]), right=True)
+    assert len(set(block[:22].tolist())) == 2  # the smallest window has 22 samples
+    worlds = [World(CPU, rank, processes) for rank in range(processes)]
+    parts = [batches(source, start=start, world=world, workers=workers, prefetch=1) for world in worlds]
+    together = [torch.cat([batch["label"] for batch in step]) for step in zip(*parts, strict=True)]
+    assert torch.equal(torch.cat(together), whole[4 * start :])
+
+
+def drawing(item):
+    """What a user's function may do: draw from any of the global generators."""
+    numbers = [random.random(), np.random.rand(), torch.rand(()).item()]
+    return item | {"drawn": torch.tensor(numbers, dtype=torch.float64)}
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_a_users_function_draws_follows_the_position_not_the_worker(workers):
+    source = TrainingImages(ImageSource(numbered(10), CONFIG), 1, drawing)
+    here, there = batches(source), batches(source, start=2, workers=workers)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    again = batches(source)
+    for a, b, c in zip(here[2:], there, again[2:], strict=True):
+        assert torch.equal(a["drawn"], b["drawn"]) and torch.equal(a["drawn"], c["drawn"])
+    drawn = torch.cat([batch["drawn"] for batch in here])
+    assert all(len(set(column.tolist())) == len(drawn) for column in drawn.T)
+    other = batches(TrainingImages(ImageSource(numbered(10), CONFIG), 2, drawing))
+    assert not torch.equal(other[0]["drawn"], here[0]["drawn"])
+
+
+def test_a_users_function_leaves_the_global_generators_as_they_were():
+    source = TrainingImages(ImageSource(numbered(10), CONFIG), 1, drawing)
+    states = []
+    for positions in ([], [0, 1, 2]):
+        random.seed(5), np.random.seed(5), torch.manual_seed(5)
+        source[positions] if positions else None
+        states.append((random.random(), np.random.rand(), torch.rand(()).item()))
+    assert states[0] == states[1]
+
+
+class Group(TrainingImages):
+    """Tells the process group of the process that loads, and what it does on Ctrl-C and on SIGTERM."""
+
+    def __getitem__(self, positions):
+        handlers = [
+            signal.getsignal(signal.SIGINT) == signal.SIG_IGN,
+            signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
+        ]
+        batch = {"group": torch.tensor([os.getpgrp()]), "handlers": torch.tensor([handlers])}
+        return batch | {"position": torch.tensor(positions)}
+
+
+def test_signals_to_the_group_of_the_training_process_do_not_reach_its_workers_which_it_can_end():
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # as a training process has one
+    try:
+        source = Group(ImageSource(numbered(10), CONFIG), 1)
+        here, there = batches(source)[0], batches(source, workers=1)[0]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert here["group"] == os.getpgrp() != there["group"]
+    assert there["handlers"].all() and not here["handlers"].any()
 
 
 def test_images_are_in_minus_one_to_one_and_keep_their_label():

@@ -5,10 +5,11 @@ returns a `Dataset`. It imports no heavy library at its top, because `--help` im
 """
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -37,11 +38,21 @@ class DatasetConfig:
             raise ValueError(f"split_seed is {self.split_seed}: give 0 or a positive whole number")
 
 
+class Blocks(NamedTuple):
+    """Where a data set's samples lie together: the first `sizes[0]` indices, the next `sizes[1]`, ..."""
+
+    sizes: tuple[int, ...]  # each at least 1; their sum is the number of samples
+    window: int  # so many blocks may be read at a time
+
+
 class Dataset(Protocol):
     """What `build` returns; it can be pickled, and read from forked and spawned workers.
 
     `dataset[i]` is `{"image": ..., "label": int}`: the image a PIL image of mode L or RGB, or a uint8 array (H, W) or
     (H, W, 3); no label where `n_classes` is 0. Raises `UnreadableImage` for a broken image file.
+
+    A data set that is quick to read only where neighbours are read together has an attribute `blocks: Blocks` as well;
+    the shuffle then keeps to a few blocks at a time.
     """
 
     n_classes: int
@@ -88,7 +99,7 @@ def data_root(config: DatasetConfig, name: str) -> Path:
     """The existing folder of data set `name`; ValueError where none is named, FileNotFoundError where it is missing."""
     if config.data_dir is None:
         raise ValueError(f"data set {name} has no folder: pass --data_dir PATH or name it in datasets.yaml")
-    root = Path(config.data_dir).expanduser()
+    root = Path(os.path.expanduser(config.data_dir))
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder: pass the folder of {name} as --data_dir or in datasets.yaml")
     return root

@@ -3,11 +3,14 @@
 import io
 import pickle
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from train.datasets import webdataset
 
 
 def png(value: int = 0, size: tuple[int, int] = (6, 5)) -> bytes:
@@ -58,6 +61,24 @@ def save_lmdb(path: Path, blobs: list[bytes]) -> Path:
     return path
 
 
+def save_shard(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def shard_cache(tmp_path_factory, monkeypatch) -> Path:
+    """Where the index of tar shards goes in place of logs/.cache."""
+    folder = tmp_path_factory.mktemp("shard_cache")
+    monkeypatch.setattr(webdataset, "CACHE_DIR", folder)
+    return folder
+
+
 @pytest.fixture
 def tiny():
     """The functions of this file, for tests in folders that are no packages."""
@@ -70,5 +91,6 @@ def tiny():
         cifar_batch = staticmethod(cifar_batch)
         save_cifar = staticmethod(save_cifar)
         save_lmdb = staticmethod(save_lmdb)
+        save_shard = staticmethod(save_shard)
 
     return Tiny

@@ -14,8 +14,10 @@ from PIL import Image
 import train.datasets
 from train.datasets import SPLITS, DatasetConfig
 
-NAMES = sorted(module.name for module in pkgutil.iter_modules(train.datasets.__path__))
+NAMES = sorted(module.name for module in pkgutil.iter_modules(train.datasets.__path__) if module.name[0] != "_")
 EMBEDDED = {"digits"}
+KINDS = ("png", "cls")  # members of a sample in a tar shard
+LABELLED = {"folder": "folder", "webdataset": "cls"}  # --label_from
 
 
 def make_files(name, root, tiny):
@@ -27,6 +29,13 @@ def make_files(name, root, tiny):
     elif name == "lsun":
         for split in SPLITS:
             tiny.save_lmdb(root / f"church_outdoor_{split}_lmdb", [tiny.png(i) for i in range(3)])
+    elif name == "webdataset":
+        pytest.importorskip("webdataset", reason="needs the optional package webdataset")
+        for shard in range(3):
+            members = {
+                f"{shard}{i}.{kind}": tiny.png(i) if kind == "png" else b"%d" % i for i in range(3) for kind in KINDS
+            }
+            tiny.save_shard(root / f"{shard}.tar", members)
     else:
         tiny.save_images(root, *(f"{split}/{label}/{i}.png" for split in SPLITS for label in "ab" for i in range(3)))
 
@@ -38,8 +47,8 @@ def module_and_config(request, tmp_path, tiny):
         return module, module.Config()
     make_files(request.param, tmp_path, tiny)
     config = module.Config(data_dir=str(tmp_path))
-    if request.param == "folder":
-        config = dataclasses.replace(config, label_from="folder")
+    if request.param in LABELLED:
+        config = dataclasses.replace(config, label_from=LABELLED[request.param])
     return module, config
 
 
@@ -102,6 +111,8 @@ def test_another_split_is_refused(module_and_config):
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - EMBEDDED))
 def test_no_folder_and_a_missing_folder_are_named(name, tmp_path):
+    if name == "webdataset":
+        pytest.importorskip("webdataset", reason="needs the optional package webdataset")
     module = importlib.import_module(f"train.datasets.{name}")
     with pytest.raises(ValueError, match="--data_dir"):
         module.build(module.Config(), "train")
@@ -113,7 +124,8 @@ def test_no_data_set_imports_a_heavy_library():
     script = (
         "import importlib, sys\n"
         "for name in sys.argv[1:]: importlib.import_module(f'train.datasets.{name}').Config()\n"
-        "print([name for name in ('torch', 'torchvision', 'sklearn', 'scipy', 'lmdb') if name in sys.modules])"
+        "heavy = ('torch', 'torchvision', 'sklearn', 'scipy', 'lmdb', 'webdataset')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", script, *NAMES], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -1,0 +1,246 @@
+"""WebDataset: which samples tar shards hold, which split they are in, and in which order they come."""
+
+import io
+import json
+import os
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+from train import cli
+from train.config import DataConfig, SecondStageConfig
+from train.data import ImageSource, TrainingImages, training_batches
+from train.datasets import SPLITS, UnreadableImage, _shards
+from train.datasets.webdataset import Config, build
+from train.distributed import World
+
+pytest.importorskip("webdataset", reason="needs the optional package webdataset")
+
+DATA = DataConfig(img_size=4, n_channels=3)
+
+
+@pytest.fixture
+def shards(tmp_path, tiny):
+    """Six shards of four samples, numbered through in their labels and in red; all of one size and age."""
+    for shard in range(6):
+        members = {}
+        for number in range(4 * shard, 4 * shard + 4):
+            members |= {f"s/{number:04d}.png": tiny.png(number), f"s/{number:04d}.cls": b"%d\n" % number}
+            members[f"s/{number:04d}.json"] = json.dumps({"kind": number, "text": "a b"}).encode()
+        os.utime(tiny.save_shard(tmp_path / f"shards-{shard:03d}.tar", members), ns=(0, 10**18))
+    return tmp_path
+
+
+def numbers(dataset) -> list[int]:
+    return [dataset[i]["image"].getpixel((0, 0))[0] for i in range(len(dataset))]
+
+
+@pytest.mark.parametrize("name", ["", "/*.tar", "/shards-{000..005}.tar", "/shards-{000..004}.tar::{}/shards-005.tar"])
+@pytest.mark.parametrize("label_from", ["cls", "json"])
+def test_a_folder_a_glob_and_a_brace_pattern_name_the_same_shards(shards, name, label_from):
+    pattern = str(shards) + name.replace("::{}", f"::{shards}")
+    config = Config(data_dir=pattern, label_from=label_from, label_field="kind", mix_shards=2)
+    train, val = (build(config, split) for split in SPLITS)
+    assert sorted(numbers(train) + numbers(val)) == list(range(24))
+    for dataset in (train, val):
+        assert dataset.n_classes == 24 and numbers(dataset) == dataset.labels.tolist()
+        assert [dataset[i]["label"] for i in range(len(dataset))] == dataset.labels.tolist()
+        assert sum(dataset.blocks.sizes) == len(dataset) and dataset.blocks.window == 2
+    assert train.blocks.sizes == tuple(np.bincount(train.labels // 4).tolist())
+
+
+def test_shards_for_validation_are_left_out_of_training(shards):
+    config = Config(data_dir=str(shards), val_shards=f"{shards}/shards-00{{1,4}}.tar")
+    assert numbers(build(config, "val")) == [4, 5, 6, 7, 16, 17, 18, 19]
+    assert numbers(build(config, "train")) == [0, 1, 2, 3, *range(8, 16), *range(20, 24)]
+    with pytest.raises(ValueError, match="are all the shards"):
+        build(Config(data_dir=f"{shards}/shards-001.tar", val_shards=str(shards)), "train")
+
+
+def test_whole_shards_are_held_out_where_the_share_is_one_and_else_single_images(shards):
+    val = build(Config(data_dir=str(shards), val_fraction=0.34), "val")
+    assert val.blocks.sizes == (4, 4)
+    val = build(Config(data_dir=str(shards), val_fraction=0.1), "val")
+    assert len(val) == 2 and max(val.blocks.sizes) <= 2
+
+
+def test_validation_shards_among_the_others_are_not_trained_on_unasked(shards, tiny):
+    tiny.save_shard(shards / "val-000.tar", {"v.png": tiny.png(0)})
+    with pytest.raises(ValueError, match="val-000.tar lies among .*--val_shards"):
+        build(Config(data_dir=str(shards)), "train")
+    assert numbers(build(Config(data_dir=str(shards), val_shards=f"{shards}/val-*.tar"), "val")) == [0]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+@pytest.mark.parametrize("processes, workers, start", [(1, 0, 0), (1, 3, 0), (2, 1, 2), (4, 0, 1)])
+def test_every_sample_comes_once_in_an_order_of_its_own_for_any_processes_and_workers(
+    shards, processes, workers, start
+):
+    config = Config(data_dir=str(shards), val_shards=f"{shards}/shards-005.tar", label_from="cls", mix_shards=2)
+    source = TrainingImages(ImageSource(build(config, "train"), DATA), seed=3)
+    expected = [source.order[k] for k in range(40)]
+    assert sorted(expected[:20]) == sorted(expected[20:]) == list(range(20)) and expected[:20] != expected[20:]
+    options = {"start": start, "steps": 10, "batch_size": 4, "accumulate": 1, "workers": workers}
+    worlds = [World(torch.device("cpu"), rank, processes) for rank in range(processes)]
+    parts = zip(*(training_batches(source, world=world, **options) for world in worlds), strict=True)
+    found = [label for step in parts for (batch,) in step for label in batch["label"].tolist()]
+    assert found == expected[4 * start :]
+
+
+def test_a_broken_image_is_named_by_shard_and_sample(tmp_path, tiny):
+    members = {"a.png": tiny.png(1), "b.png": tiny.png(2)[:40], "c.png": tiny.png(3)}
+    path = tiny.save_shard(tmp_path / "one.tar", members)
+    dataset = build(
+        Config(data_dir=str(path), val_shards=str(tiny.save_shard(tmp_path / "v.tar", {"v.png": tiny.png()}))), "train"
+    )
+    assert dataset[2]["image"].getpixel((0, 0))[0] == 3
+    with pytest.raises(UnreadableImage, match="one.tar sample b: "):
+        dataset[1]
+    tiny.save_shard(path, {"a.png": b"no", "b.png": b"images"})
+    with pytest.raises(ValueError, match="not one of its 1 images can be read"):
+        build(Config(data_dir=str(path)), "val")
+
+
+@pytest.mark.parametrize("cut", ["in an image", "between samples", "without its end", "compressed", "nothing", "text"])
+def test_what_is_no_whole_tar_is_named(shards, cut):
+    path = shards / "shards-002.tar"
+    content = path.read_bytes()
+    with tarfile.open(path) as tar:
+        third, end = tar.getmembers()[6], tar.getmembers()[-1]
+    lengths = {
+        "in an image": third.offset_data + 20,
+        "between samples": third.offset,
+        "without its end": end.offset_data + 512,
+        "nothing": 0,
+    }
+    if cut == "compressed":
+        path.unlink()
+        with tarfile.open(path, "w:gz") as tar:
+            tar.addfile(tarfile.TarInfo("a.png"), io.BytesIO())
+    else:
+        path.write_bytes(b"just words" * 200 if cut == "text" else content[: lengths[cut]])
+    with pytest.raises(ValueError, match=r"shards-002.tar is no whole tar \(.+\): wanted"):
+        build(Config(data_dir=str(shards)), "train")
+
+
+PNG = "a.png"
+BAD = {  # members of a shard -> flags, and what the message must hold
+    "empty": ([], {}, "holds no sample: wanted members such as 0000.jpg"),
+    "hidden": ([".png", "._a.png", "README"], {}, "holds no sample"),
+    "no image": ([PNG, "a.cls", "b.cls", "b.txt"], {}, "sample b has no images .its members: cls, txt.*--image_ext"),
+    "two images": ([PNG, "a.jpg"], {}, "sample a has 2 images"),
+    "twice": ([PNG, "b.png", PNG], {}, "holds sample a twice"),
+    "twice at once": ([PNG, PNG], {}, "sample a has two members of one name"),
+    "no label": ([PNG, "a.json"], {"label_from": "cls"}, "sample a has no .cls .*--label_from none"),
+    "odd label": ([PNG, "a.cls"], {"label_from": "cls"}, "sample a: its .cls is b'cat', wanted a class"),
+    "odd json": ([PNG, "a.json"], {"label_from": "json"}, "its .json field 'label' is b'cat'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_no_sample_is_named(tmp_path, tiny, case):
+    names, flags, message = BAD[case]
+    with tarfile.open(tmp_path / "one.tar", "w") as tar:
+        for name in names:
+            content = tiny.png() if name.endswith(("png", "jpg")) else b"cat"
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(ValueError, match=f"one.tar.*{message}"):
+        build(Config(data_dir=str(tmp_path), **flags), "train")
+
+
+@pytest.mark.parametrize("label", ["-1", "true", '"3"', "1.5", "null", "99999999999"])
+def test_what_is_no_class_is_named(tmp_path, tiny, label):
+    tiny.save_shard(tmp_path / "one.tar", {"a.png": tiny.png(), "a.json": f'{{"label": {label}}}'.encode()})
+    with pytest.raises(ValueError, match="its .json field 'label' is .*wanted a class"):
+        build(Config(data_dir=str(tmp_path), label_from="json"), "train")
+
+
+def test_one_image_of_several_is_chosen_by_its_ending(tmp_path, tiny):
+    members = {f"{i}.{kind}": tiny.png(value) for i in range(4) for kind, value in (("seg.png", 9), ("PNG", 5))}
+    tiny.save_shard(tmp_path / "one.tar", members)
+    assert set(numbers(build(Config(data_dir=str(tmp_path)), "train"))) == {5}
+    assert set(numbers(build(Config(data_dir=str(tmp_path), image_ext=("seg.png",)), "train"))) == {9}
+
+
+def test_a_sample_in_two_shards_is_an_error_unless_they_are_said_to_be_two(shards, tiny):
+    tiny.save_shard(shards / "shards-006.tar", {"s/0009.png": tiny.png(200)})
+    with pytest.raises(
+        ValueError, match="sample s/0009 is in .*shards-002.tar and in .*shards-006.tar.*keys_per_shard"
+    ):
+        build(Config(data_dir=str(shards)), "train")
+    both = [build(Config(data_dir=str(shards), keys_per_shard=True), split) for split in SPLITS]
+    assert sorted(numbers(both[0]) + numbers(both[1])) == [*range(24), 200]
+
+
+def test_missing_and_doubled_shards_are_named(shards):
+    with pytest.raises(FileNotFoundError, match="shards-006.tar is no file.*--data_dir"):
+        build(Config(data_dir=f"{shards}/shards-{{004..007}}.tar"), "train")
+    with pytest.raises(FileNotFoundError, match="holds no .tar.*--val_shards"):
+        (shards / "empty").mkdir()
+        build(Config(data_dir=str(shards), val_shards=f"{shards}/empty"), "train")
+    with pytest.raises(ValueError, match="names .*shards-001.tar twice"):
+        build(Config(data_dir=f"{shards}/shards-00{{1,2,1}}.tar"), "train")
+
+
+@pytest.mark.parametrize("flags", [{"mix_shards": 0}, {"mix_shards": 8, "shards_on_disk": 15}, {"image_ext": ()}])
+def test_flags_that_cannot_work_are_refused(flags):
+    with pytest.raises(ValueError, match="got (mix_shards|no image_ext)"):
+        Config(**flags)
+
+
+def test_a_missing_package_is_a_message_with_the_pip_line(shards, monkeypatch):
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    with pytest.raises(ValueError, match="pip install webdataset"):
+        build(Config(data_dir=str(shards)), "train")
+
+
+@pytest.fixture
+def scanned(monkeypatch):
+    """The shards that were indexed."""
+    names, scan = [], _shards._tar.scan
+    monkeypatch.setattr(_shards._tar, "scan", lambda file, name, wanted: names.append(name) or scan(file, name, wanted))
+    return names
+
+
+def test_shards_are_indexed_once_and_anew_when_one_is_rewritten(shards, tiny, scanned):
+    config = Config(data_dir=str(shards), label_from="cls")
+    before = build(config, "train").fingerprint()
+    assert len(scanned) == 6
+    build(config, "val")
+    assert len(scanned) == 6
+    tiny.save_shard(shards / "shards-003.tar", {"n.png": tiny.png(77), "n.cls": b"3"})
+    after = build(config, "train")
+    assert len(scanned) == 7 and scanned[-1].endswith("shards-003.tar")
+    assert after.fingerprint() != before
+    assert 77 in numbers(after) + numbers(build(config, "val"))
+    build(Config(data_dir=str(shards)), "train")
+    assert len(scanned) == 13  # without labels the rows are others
+
+
+def test_an_index_that_is_not_whole_is_made_again(shards, shard_cache, scanned):
+    first = build(Config(data_dir=str(shards)), "train")
+    for size, path in zip((0, 3, 150, 300), sorted(shard_cache.glob("index/*.npy")), strict=False):
+        path.write_bytes(path.read_bytes()[:size])
+    assert build(Config(data_dir=str(shards)), "train").fingerprint() == first.fingerprint()
+    assert len(scanned) == 10
+
+
+def test_a_shard_that_changes_in_use_is_noticed(shards, tiny):
+    dataset = build(Config(data_dir=str(shards)), "train")
+    for path in shards.glob("*.tar"):
+        tiny.save_shard(path, {"other.png": tiny.png(1)})
+    with pytest.raises(ValueError, match="was changed after it was indexed"):
+        dataset[0]
+
+
+def test_the_command_line_takes_it_without_a_preset(shards):
+    words = f"--dataset webdataset --data_dir {shards} --label_from cls --mix_shards 2 --image_ext png jpg --prefetch 3"
+    config = cli.parse(SecondStageConfig, None, words.split())
+    assert (config.reader.mix_shards, config.reader.image_ext, config.data.prefetch) == (2, ("png", "jpg"), 3)
+    content = cli.to_dict(config)
+    assert cli.to_dict(cli.from_dict(SecondStageConfig, content, "here")) == content

@@ -1,0 +1,114 @@
+"""What a tar shard holds, and where: one row per sample. Members that share a name up to its first dot, one behind the
+other, are one sample, as in the WebDataset format: 0007.jpg, 0007.cls, 0007.json."""
+
+import itertools
+import json
+import tarfile
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+VERSION = 1  # of the rows: a change makes older indexes unfit
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which members make a sample."""
+
+    image_ext: tuple[str, ...]
+    label_from: str  # none, cls, json
+    label_field: str
+
+
+class Row(NamedTuple):
+    """One sample: its image is the `size` bytes from `offset` on."""
+
+    key: bytes
+    offset: int
+    size: int
+    label: int  # 0 where no labels are asked for
+
+
+def scan(file: BinaryIO, name: str, wanted: Wanted) -> np.ndarray:
+    """The rows of a shard as a structured array; `name` stands for it in messages.
+
+    ValueError for what is no whole, uncompressed tar, for one without a sample, and for a sample that is not one: twice
+    there, without its image or label, or with several images.
+    """
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            members = [member for member in tar if member.isfile() and parts_of(member.name) is not None]
+            require_end(tar)
+            groups = itertools.groupby(members, lambda member: parts_of(member.name)[0])
+            rows = [row_of(tar, f"{name} sample {key}", key, list(group), wanted) for key, group in groups]
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{name} is no whole tar ({error}): wanted one that is not compressed, get or write it again"
+        ) from error
+    if not rows:
+        raise ValueError(f"{name} holds no sample: wanted members such as 0000.{wanted.image_ext[0]}; or leave it out")
+    return table(rows, name)
+
+
+def parts_of(member: str) -> tuple[str, str] | None:
+    """folder/key.some.ext -> (folder/key, some.ext in lower case); None for hidden files and names without a dot."""
+    folder, slash, base = member.rpartition("/")
+    key, dot, extension = base.partition(".")
+    return (f"{folder}{slash}{key}", extension.lower()) if key and dot else None
+
+
+def require_end(tar: tarfile.TarFile) -> None:
+    """ReadError unless the last member is followed by the empty block that ends a tar: `tarfile` takes any end."""
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"its end is missing after {tar.offset} bytes")
+
+
+def row_of(tar: tarfile.TarFile, where: str, key: str, group: list[tarfile.TarInfo], wanted: Wanted) -> Row:
+    members = {parts_of(member.name)[1]: member for member in group}
+    has = ", ".join(sorted(members))
+    if len(members) < len(group):
+        raise ValueError(f"{where} has two members of one name ({has}): write the shard again")
+    images = [extension for extension in wanted.image_ext if extension in members]
+    if len(images) != 1:
+        raise ValueError(
+            f"{where} has {len(images) or 'no'} images (its members: {has}), wanted one of "
+            f"{', '.join(wanted.image_ext)}: name the image's ending with --image_ext, or write the shard again"
+        )
+    image = members[images[0]]
+    if image.issparse():
+        raise ValueError(f"{where} is stored as a sparse file: write the shard again with plain ones")
+    return Row(
+        key.encode(errors="surrogateescape"), image.offset_data, image.size, label_of(tar, where, members, wanted)
+    )
+
+
+def label_of(tar: tarfile.TarFile, where: str, members: dict[str, tarfile.TarInfo], wanted: Wanted) -> int:
+    if wanted.label_from == "none":
+        return 0
+    if wanted.label_from not in members:
+        raise ValueError(f"{where} has no .{wanted.label_from} (its members: {', '.join(members)}): --label_from none?")
+    content = tar.extractfile(members[wanted.label_from]).read()
+    try:
+        found: Any = int(content) if wanted.label_from == "cls" else json.loads(content)
+        if wanted.label_from == "json":
+            found = found[wanted.label_field] if isinstance(found, dict) else None
+    except (ValueError, KeyError):
+        found = None
+    if type(found) is not int or not 0 <= found < 2**31:
+        field = f" field {wanted.label_field!r}" if wanted.label_from == "json" else ""
+        raise ValueError(f"{where}: its .{wanted.label_from}{field} is {content[:60]!r}, wanted a class: 0, 1, 2, ...")
+    return found
+
+
+def table(rows: list[Row], name: str) -> np.ndarray:
+    """Rows as one array; ValueError for a key that comes twice."""
+    width = max(len(row.key) for row in rows)
+    kinds = [("key", f"S{width}"), ("offset", np.int64), ("size", np.int64), ("label", np.int64)]
+    made = np.array(rows, dtype=kinds)
+    keys, counts = np.unique(made["key"], return_counts=True)
+    if len(keys) < len(rows):
+        twice = keys[counts > 1][0].decode(errors="replace")
+        raise ValueError(f"{name} holds sample {twice} twice, with others between: write the shard again")
+    return made
