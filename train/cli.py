@@ -5,53 +5,47 @@ flag. A file has the keys of the data and the sampler's name at its top level, a
 `calc_FID:`) those of one script. Values pass through the flags' own parsers.
 """
 
+import contextlib
 import dataclasses
+import io
+import os
+import reprlib
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
-import yaml
 
 from train.config import ROOT, DataConfig, LoggingConfig, SamplerConfig, SamplingConfig
+from train.config_files import check_groups, read_config, read_groups, section_of
+from train.config_files import data_dir_of as data_dir_of  # for those above
+from train.config_files import read_yaml as read_yaml
 from train.datasets import DatasetConfig
+from train.flag_values import RULES, arguments, first, peek, without_config
 from train.registry import did_you_mean, names_in, plugin
 
 OPTIONS = (tyro.conf.OmitArgPrefixes,)
+NAMES = {"sampler", "dataset", "reader", "logs_root", "load_dir", "ae_load_dir"}  # read before all flags are known
 C = TypeVar("C")
 
 
-def peek(argv: list[str], flag: str) -> str | None:
-    """The last value of one flag, before the whole command line can be parsed."""
-    value = None
-    for i, word in enumerate(argv):
-        name, _, given = word.partition("=")
-        if name.replace("-", "_") == f"__{flag}":
-            value = given if "=" in word else (argv[i + 1] if i + 1 < len(argv) else None)
-    return value
-
-
 def file_content(argv: list[str]) -> dict[str, Any]:
-    """What --config holds, nothing without it."""
-    file = peek(argv, "config")
+    """What --config holds, nothing without it; what names the run and its data is a word."""
+    file, _ = without_config(argv)
     content = {} if file is None else read_config(Path(file))
-    return {key: value for key, value in content.items() if value is not None}  # an empty section says nothing
-
-
-def section_of(content: dict[str, Any], name: str) -> dict[str, Any]:
-    """A section of a file's content; what is there and none is refused by `layer`."""
-    return content[name] if isinstance(content.get(name), dict) else {}
+    for values in (content, *(each for each in content.values() if isinstance(each, dict))):
+        for key in NAMES & values.keys():
+            if not isinstance(values[key], str) and not (values[key] is None and key.endswith("load_dir")):
+                raise ValueError(f"{file}: got {key} {reprlib.repr(values[key])}, wanted a word")
+    return content
 
 
 def sampler_of(argv: list[str], below: dict[str, Any] | None = None) -> str:
     """The sampler that the flags name, else the config file, else what lies below."""
-    return (
-        peek(argv, "sampler")
-        or file_content(argv).get("sampler")
-        or (below or {}).get("sampler")
-        or SamplerConfig.sampler
-    )
+    said = file_content(argv).get("sampler")
+    return first(peek(argv, "sampler"), said, (below or {}).get("sampler"), SamplerConfig.sampler)
 
 
 def fields_of(cls) -> set[str]:
@@ -62,30 +56,8 @@ def fields_of(cls) -> set[str]:
     return names
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
-    if content is not None and not (isinstance(content, dict) and all(isinstance(key, str) for key in content)):
-        raise ValueError(f"{path}: got a {type(content).__name__}, wanted lines of `key: value`")
-    return content or {}
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A YAML file, or a JSON file in the shape of train/json_config.py, as YAML would say it."""
-    if not path.is_file():
-        near = sorted(p.name for p in (ROOT / "configs").iterdir())
-        raise FileNotFoundError(f"config file {path} not found; the presets in configs/ are {', '.join(near)}")
-    if path.suffix != ".json":
-        return read_yaml(path)
-    from train.json_config import read_json
-
-    return read_json(path)
-
-
 def layer(path: Path, content: dict[str, Any], cls, section: str) -> dict[str, Any]:
-    """What one file says to one script: the keys of the data and those of its section; others are an error."""
+    """What one file says to one script: the keys of the data, above them those of its section; others are an error."""
     data_keys = fields_of(DataConfig).union(
         *(fields_of(plugin("train.datasets", n, "reader").Config) for n in names_in("train.datasets"))
     )
@@ -96,30 +68,30 @@ def layer(path: Path, content: dict[str, Any], cls, section: str) -> dict[str, A
             if key not in sections:
                 there = ", ".join(sorted(sections))
                 raise ValueError(f"{path}: unknown section {key!r}{did_you_mean(key, sections)}; there are: {there}")
-            known = fields_of(cls) if key == section else value
-            unknown = next((k for k in value if k not in known), None)
-            if unknown is not None:
-                near = did_you_mean(unknown, known)
-                raise ValueError(f"{path}: unknown key {unknown!r} in section {key!r}{near}")
-            values |= value if key == section else {}
+        elif key in sections and value is None:
+            continue  # an empty section says nothing
         elif key in sections:
-            raise ValueError(f"{path}: section {key!r} holds {value!r}, wanted lines of `key: value`")
+            got = reprlib.repr(value)
+            raise ValueError(f"{path}: section {key!r} holds {got}, wanted lines of `key: value`")
         elif key not in data_keys | {"sampler"}:
             raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(key, data_keys | sections)}")
         elif key in fields_of(cls):
             values[key] = value
-    return values
+    own = section_of(content, section)
+    for key in own:
+        if key not in fields_of(cls):
+            raise ValueError(f"{path}: unknown key {key!r} in section {section!r}{did_you_mean(key, fields_of(cls))}")
+    return values | own
 
 
-def as_arguments(values: dict[str, Any]) -> list[str]:
-    """YAML values as the words one would type, so that the flags' own parsers read them."""
-    words = []
-    for key, value in values.items():
-        if isinstance(value, bool):
-            words.append(f"--{key}" if value else f"--no_{key}")
-        else:
-            words += [f"--{key}", *map(str, value if isinstance(value, list | tuple) else [value])]
-    return words
+def as_arguments(values: dict[str, Any], cls, source: str) -> list[str]:
+    """What a file says as the words one would type, so that the flags' own parsers read them."""
+    groups = [field.type for field in dataclasses.fields(cls)]
+    kinds = {name: kind for group in groups for name, kind in typing.get_type_hints(group).items()}
+    try:
+        return [word for key, value in values.items() for word in arguments(key, value, kinds[key])]
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def chosen(cls: type[C], reader: str | None, sampler: str | None) -> type[C]:
@@ -147,7 +119,14 @@ def interpret(
     about = f"{cls.__doc__}\n\n--config FILE.yaml (or .json) holds values for these flags ({files})."
     try:
         return tyro.cli(
-            cls, args=words, prog=prog or None, description=about, use_underscores=True, config=OPTIONS, **kwargs
+            cls,
+            args=words,
+            prog=prog or None,
+            description=about,
+            use_underscores=True,
+            config=OPTIONS,
+            registry=RULES,
+            **kwargs,
         )
     except SystemExit as stop:
         if source is not None and stop.code:
@@ -170,15 +149,14 @@ def parse(cls: type[C], section: str | None, argv: list[str], under: Under | Non
     `under(argv, section)` gives values above the preset but below an explicit --config: what an earlier stage was
     trained with.
     """
-    argv = list(argv)
-    section = section or sampler_of(argv)
+    named, section = section is not None, section or sampler_of(argv)
     below = under(argv, section) if under is not None else {}
-    file, explicit = peek(argv, "config"), file_content(argv)
-    sampler = sampler_of(argv, below)
-    dataset = peek(argv, "dataset") or explicit.get("dataset") or below.get("dataset") or DataConfig.dataset
-    if file is not None:
-        drop = next(i for i, w in enumerate(argv) if w.partition("=")[0] == "--config")
-        del argv[drop : drop + (1 if "=" in argv[drop] else 2)]
+    explicit, (file, argv) = file_content(argv), without_config(argv)
+    said = explicit | {key: value for key, value in section_of(explicit, section).items() if value is not None}
+    sampler = first(peek(argv, "sampler"), said.get("sampler"), below.get("sampler"), SamplerConfig.sampler)
+    if not named and section_of(explicit, section).get("sampler", section) != section:
+        raise ValueError(f"{file}: section {section!r} names the sampler {said['sampler']!r}: leave that out")
+    dataset = first(peek(argv, "dataset"), said.get("dataset"), below.get("dataset"), DataConfig.dataset)
     path = Path(file) if file is not None else preset_of(cls, sampler, dataset)
     known = names_in("train.datasets")
     if file is None and not path.exists() and dataset not in known:
@@ -187,15 +165,16 @@ def parse(cls: type[C], section: str | None, argv: list[str], under: Under | Non
             f"unknown data set {dataset!r}{did_you_mean(str(dataset), [*known, *presets])}; there are: "
             f"{', '.join(sorted({*known, *presets}))}; for a folder of images: --dataset folder --data_dir PATH"
         )
-    content = explicit if file is not None else (read_yaml(path) if path.exists() else {})
-    reader = peek(argv, "reader") or content.get("reader") or below.get("reader") or dataset
+    content = explicit if file is not None else (read_config(path) if path.exists() else {})
+    reader = peek(argv, "reader") or (content | said).get("reader") or below.get("reader") or dataset
     cls = chosen(cls, reader, sampler)
     values = layer(path, content, cls, section) if content else {}
     below = {k: v for k, v in below.items() if k in fields_of(cls)}
     values = below | values if file is not None else values | below
     if "sampler" in fields_of(cls):
         values["sampler"] = sampler
-    base = interpret(cls, as_arguments(values), source=str(path))
+    source = f"{path}, or the config.yaml of the run that this builds on" if below else str(path)
+    base = interpret(cls, as_arguments(values, cls, source), source=source)
     return interpret(cls, argv, default=base, prog=Path(sys.argv[0]).name)
 
 
@@ -207,58 +186,91 @@ def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:
     """
     content, sampler = file_content(argv), sampler_of(argv)
     values = section_of(content, section)
-    dataset = peek(argv, "dataset") or content.get("dataset", DataConfig.dataset)
-    root = peek(argv, "logs_root") or values.get("logs_root", LoggingConfig.logs_root)
+    dataset = first(peek(argv, "dataset"), content.get("dataset"), DataConfig.dataset)
+    root = first(peek(argv, "logs_root"), values.get("logs_root"), LoggingConfig.logs_root)
     run = peek(argv, "ae_load_dir") or values.get("ae_load_dir")
     if run is None and plugin("train.samplers", sampler, "sampler").SPACE != "codes":
         return {}
-    path = Path(root).expanduser() / (run or f"vqgan_{dataset}") / "config.yaml"
+    path = Path(os.path.expanduser(root)) / (run or f"vqgan_{dataset}") / "config.yaml"
     if not path.is_file():
         return {}
-    stored = read_yaml(path)
+    stored = read_groups(path)
     values = stored.get("data", {}) | stored.get("reader", {})
+    values = {key: value for key, value in values.items() if not str(value).startswith("pipe:")}  # commands are typed
     same = values.get("dataset") == dataset
     return values if same else {key: values[key] for key in ("img_size", "n_channels") if key in values}
 
 
 def to_dict(config) -> dict[str, Any]:
     """A config as plain words, numbers and lists, by group."""
-    plain = dataclasses.asdict(config)
-    return {g: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} for g, values in plain.items()}
+    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def plain(group) -> dict[str, Any]:
+    """One group of a config as plain words, numbers and lists."""
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(group).items()}
 
 
 def from_dict(cls: type[C], content: dict[str, dict[str, Any]], source: str) -> C:
-    """The inverse of `to_dict`; a key that is missing or unknown is an error that names `source`."""
+    """The inverse of `to_dict`; a key that is unknown is an error that names `source`.
+
+    One that is missing takes its default: a flag's default means what was done before there was the flag.
+    """
+    check_groups(content, source)
     flat = {key: value for group in content.values() for key, value in group.items()}
     data = content.get("data", {})
     cls = chosen(cls, data.get("reader") or data.get("dataset"), content.get("sampler", {}).get("sampler"))
-    if set(flat) != fields_of(cls):
-        odd = ", ".join(sorted(set(flat) ^ fields_of(cls)))
-        raise ValueError(f"{source} was written by another version: these keys are missing or unknown: {odd}")
-    return interpret(cls, as_arguments(flat), source=source)
+    odd = ", ".join(sorted(str(key) for key in flat.keys() - fields_of(cls)))
+    if odd:
+        raise ValueError(f"{source} was written by another version: these keys are unknown now: {odd}")
+    return interpret(cls, as_arguments(flat, cls, source), source=source)
 
 
-def data_dir_of(dataset: str, data_dir: str | None) -> str | None:
-    """--data_dir, or the path that datasets.yaml has for the data set (relative to that file), or None."""
-    if data_dir is not None:
-        return data_dir
-    paths = read_yaml(ROOT / "datasets.yaml")
-    path = paths.get(dataset)
-    if path is None and dataset in paths:
-        raise ValueError(f"datasets.yaml has no path for {dataset} yet: write it there, or pass --data_dir PATH")
-    if path is not None and not isinstance(path, str):
-        raise ValueError(f"datasets.yaml: got {path!r} for {dataset}, wanted `{dataset}: /path/to/the/images`")
-    return None if path is None else str((ROOT / Path(path).expanduser()).resolve())
+def completed(content: dict[str, dict[str, Any]], config) -> dict[str, dict[str, Any]]:
+    """What a run's config.yaml holds, with the defaults of the flags of `config` that were made after it.
+
+    A group that holds an unknown key, of another sampler or of a flag that is gone, is left as it is.
+    """
+    full = dict(content)
+    for field in dataclasses.fields(config):
+        defaults = type(getattr(config, field.name))
+        old = content.get(field.name, {})
+        if old.keys() <= fields_of(defaults):
+            full[field.name] = plain(defaults()) | old
+    return full
 
 
 def run_main(main: Callable[[C], None], config: C) -> None:
     main(config)
 
 
-def run_script(main: Callable[[C], None], cls: type[C], section: str | None = None, **kwargs) -> None:
-    """Parses the command line and calls main(config); what a user can mend becomes one line and exit code 2."""
+@contextlib.contextmanager
+def in_one_line(script: str):
+    """What a user can mend becomes one line and exit code 2."""
     try:
-        run_main(main, parse(cls, section, sys.argv[1:], **kwargs))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        yield
+    except (ValueError, OSError) as error:
+        of_system = isinstance(error, OSError) and error.strerror and error.filename is not None
+        text = f"{error.strerror}: {error.filename}" if of_system else str(error) or type(error).__name__
+        print(f"{script}: {' '.join(text.splitlines())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def run_script(main: Callable[[C], None], cls: type[C], section: str | None = None, **kwargs) -> None:
+    """Parses the command line and calls main(config).
+
+    Under torchrun every process reads the same words, and the first alone speaks of them; what goes wrong later may be
+    of one machine only, and each speaks of it.
+    """
+    script, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
+    with contextlib.ExitStack() as quiet:
+        if rank != "0":
+            quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        with in_one_line(script):
+            config = parse(cls, section, sys.argv[1:], **kwargs)
+    with in_one_line(script if rank == "0" else f"{script} (rank {rank})"):
+        run_main(main, config)

@@ -26,8 +26,8 @@ from train.datasets import DatasetConfig
 from train.registry import did_you_mean
 
 KINDS = {  # what a value must be, and how to tell
-    "a whole number above 0": lambda value: type(value) is int and value > 0,
-    "-1 or a whole number above 0": lambda value: type(value) is int and (value == -1 or value > 0),
+    "a whole number above 0": lambda value: type(value) is int and 0 < value < 2**63,
+    "-1 or a whole number above 0": lambda value: type(value) is int and (value == -1 or 0 < value < 2**63),
     "a number above 0": lambda value: type(value) in (int, float) and 0 < value < math.inf,
     "a number in (0, 1)": lambda value: type(value) in (int, float) and 0 < value < 1,
     "a word": lambda value: isinstance(value, str) and value != "",
@@ -190,10 +190,19 @@ def translated(content: Any) -> dict[str, Any]:
     return {"sampler": "ddpm"} | top | {"ddpm": {key: value for key, value in flags.items() if key not in of_data}}
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, whose keys must differ."""
+    said = [key for key, _ in pairs]
+    twice = next((key for key in said if said.count(key) > 1), None)
+    if twice is not None:
+        raise ValueError(f"key {twice!r} is there twice")
+    return dict(pairs)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The file as YAML would say it; ValueError with the file and the key."""
     try:
-        return translated(json.loads(path.read_text(encoding="utf-8")))
+        return translated(json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     except ValueError as error:

@@ -230,7 +230,7 @@ REFUSED = {  # a key and its value -> what the message must hold beside the file
     ("save_model_config.every_n_epochs", 2): ["steps_per_checkpoint"],
     ("save_model_config.save_top_k", 5): ["5", "-1"],
     ("gpu_ids", (0, 1, 2, 3)): ["[0, 1, 2, 3]", "torchrun"],
-    ("callbacks", ("callbacks.wandb",)): ["watch"],
+    ("callbacks", ("callbacks.wandb",)): ["hooks"],
     ("sampling_args", 3): ["get_samples.py"],
     ("vqvae_model", 3): ["ae_load_dir"],
     ("ddpm", 3): ["object"],

@@ -1,0 +1,104 @@
+"""Words of flags and files, and the values they become: numbers are finite, whole where they must be. Free of torch."""
+
+import re
+import reprlib
+from decimal import Decimal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+SWITCHES = {"true": "", "yes": "", "on": "", "false": "no_", "no": "no_", "off": "no_"}
+WANTED = {
+    **{bool: "true or false", int: "a whole number", float: "a number", str: "a word", Literal: "a word"},
+    **{tuple: "a list such as [1, 2]", NoneType: "nothing"},
+}
+RULES = ConstructorRegistry()
+
+
+def peek(argv: list[str], flag: str) -> str | None:
+    """The last value of one flag, before the whole command line can be parsed."""
+    value = None
+    for i, word in enumerate(argv):
+        name, _, given = word.partition("=")
+        if word.startswith("--") and name.replace("-", "_") == f"__{flag}":
+            value = given if "=" in word else (argv[i + 1] if i + 1 < len(argv) else None)
+    return value
+
+
+def without_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The file that --config names, and the other words."""
+    places = [i for i, word in enumerate(argv) if peek([word, ""], "config") is not None]
+    if not places:
+        return None, argv
+    start = places[0]
+    end = start + (1 if "=" in argv[start] else 2)
+    if len(places) > 1 or end > len(argv):
+        raise ValueError(f"got --config {f'{len(places)} times' if len(places) > 1 else 'alone'}, wanted one file")
+    return peek(argv, "config"), argv[:start] + argv[end:]
+
+
+def first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
+def whole_number(word: str) -> int:
+    """1000000, 1_000_000 and 1e6 are whole numbers, read exactly; 2.5 is none, nor is what no tensor can hold."""
+    try:
+        value = Decimal(word)
+        if abs(value) < 2**63 and value == int(value):
+            return int(value)
+    except ArithmeticError:
+        pass
+    raise ValueError(f"got {reprlib.repr(word)}, wanted a whole number (below 2**63)")
+
+
+def finite_number(word: str) -> float:
+    try:
+        value = float(word)
+        if abs(value) < float("inf"):
+            return value
+    except ValueError:
+        pass
+    raise ValueError(f"got {reprlib.repr(word)}, wanted a finite number")
+
+
+@RULES.primitive_rule
+def number_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    read = {int: whole_number, float: finite_number}.get(info.type)
+    return read and PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=info.type.__name__.upper(),
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: type(value) in (int, info.type),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def word_of(value: Any) -> str | None:
+    """A scalar as the word for it, None for anything else."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, str | int | float) else None
+
+
+def arguments(key: str, value: Any, kind: Any) -> list[str]:
+    """What a file says of one flag, as the words one would type for it; ValueError where it is of another kind."""
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    kinds = {get_origin(option) or option for option in options}
+    word = word_of(value)
+    if isinstance(value, list | tuple):
+        words = [word_of(item) for item in value]
+        # a word in a list that begins as flags do would be read as one
+        if tuple in kinds and not any(item is None or re.match(r"-[^\d.]", item) for item in words):
+            return [f"--{key}", *words]
+    elif value is None and NoneType in kinds:
+        return [f"--{key}=None"]
+    elif word is not None and bool in kinds:
+        if word.lower() in SWITCHES:
+            return [f"--{SWITCHES[word.lower()]}{key}"]
+    elif word is not None and not (tuple in kinds and re.search(r"\s", word)):
+        return [f"--{key}={word}"]
+    wanted = " or ".join(dict.fromkeys(WANTED.get(each, each.__name__) for each in sorted(kinds, key=str)))
+    raise ValueError(f"got {key} {reprlib.repr(value)}, wanted {wanted}")
