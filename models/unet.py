@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.attention_block import ATTENTION_BLOCKS, EPS, AttentionOptions
 from models.blocks import ConditionBlock, Downsample, EmbedBlock, Resample, ResBlock, Upsample, group_norm, zeroed
@@ -180,10 +179,7 @@ class UNet(nn.Module):
         """Each block in turn, given what its contract asks for."""
         for block in blocks:
             given = [emb] * isinstance(block, EmbedBlock) + [condition] * isinstance(block, ConditionBlock)
-            if self.config.checkpoint and torch.is_grad_enabled():
-                h = checkpoint(block, h, *given, use_reentrant=False)
-            else:
-                h = block(h, *given)
+            h = block(h, *given)
         return h
 
 

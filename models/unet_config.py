@@ -24,7 +24,6 @@ class UNetConfig:
     resblock_updown: bool = False  # a ResBlock changes the size between levels, not a convolution
     scale_shift: bool = True  # what the embedding does in a ResBlock; False: it is added
     scale_skip: bool = False  # ResBlocks divide skip + h by sqrt(2)
-    checkpoint: bool = False  # blocks are computed again in the backward pass, to save memory
     n_classes: int = 0
     time_scale: float = 1.0  # t is multiplied by it: 1 where t counts up to 1,000 steps, 1000 where it lies in [0, 1]
     res_block_type: str = "basic"  # or the dotted path of a subclass of EmbedBlock, built as ResBlock is here

@@ -1,0 +1,271 @@
+"""Ways to run a network that leave what it computes as it is."""
+
+import copy
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from models.attention import record_maps
+from models.transformer import Transformer
+from models.unet import UNet, UNetConfig
+from train.execution import (
+    blocks_of,
+    channels_last,
+    checkpoint_activations,
+    compile_network,
+    set_deterministic,
+    set_tf32,
+    to_channels_last,
+)
+from train.precision import autocast
+from vq.autoencoder import VQGAN
+from vq.config import VQGANConfig
+from vq.losses import adaptive_weight
+
+CPU = torch.device("cpu")
+
+
+def transformer():
+    network = Transformer(codes=16, grid=(4, 4), width=16, heads=2, layers=2, n_classes=3, resid_dropout=0.3)
+    return network, (torch.randint(0, 16, (2, 4, 4)), torch.tensor([0, 1]))
+
+
+def unet():
+    shape = {"channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_factors": (2,), "heads": 1}
+    return UNet(UNetConfig(**shape, dropout=0.3, n_classes=3)), (
+        torch.randn(2, 3, 8, 8),
+        torch.rand(2),
+        {"label": torch.tensor([0, 1])},
+    )
+
+
+def vqgan():
+    config = VQGANConfig(nf=8, ch_mult=(1, 2), res_blocks=1, attn_resolutions=(4,), emb_dim=8, codebook_size=16)
+    return VQGAN(config, img_size=8), (torch.randn(2, 3, 8, 8),)
+
+
+def made(build):
+    torch.manual_seed(0)
+    network, inputs = build()
+    for p in network.parameters():  # what starts at zero would hide what lies behind it
+        if not p.any():
+            nn.init.normal_(p, std=0.02)
+    return network, inputs
+
+
+@pytest.fixture(params=[transformer, unet, vqgan])
+def case(request):
+    return made(request.param)
+
+
+def step(network, inputs, dtype=None):
+    """Loss and gradients of one step, dropout drawn the same each time."""
+    network.zero_grad()
+    torch.manual_seed(1)
+    with autocast(CPU, dtype is not None, dtype):
+        out = network(*inputs)
+    loss = ((out[0] if isinstance(out, tuple) else out).float() - 1).square().mean()
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+
+def differing(found, wanted):
+    return [name for name in found.keys() | wanted.keys() if not torch.equal(found[name], wanted[name])]
+
+
+def kept_elements(network, inputs):
+    """How many numbers the backward pass holds on to, parameters apart."""
+    held, own = {}, {p.data_ptr() for p in network.parameters()}
+
+    def pack(x):
+        if x.data_ptr() not in own:
+            held[x.data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = network(*inputs)
+    return sum(held.values()), out
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_gradients_stay_the_same_bit_for_bit(case, dtype):
+    network, inputs = case
+    again = copy.deepcopy(network)
+    assert checkpoint_activations(again) == len(list(blocks_of(network))) > 1
+    assert differing(step(again, inputs, dtype), step(network, inputs, dtype)) == []
+
+
+@pytest.mark.parametrize("build", [transformer, unet, vqgan])
+def test_less_is_kept_for_the_backward_pass(build):
+    network, inputs = made(build)
+    plain = kept_elements(network, inputs)[0]
+    checkpoint_activations(network)
+    assert kept_elements(network, inputs)[0] < 0.5 * plain
+
+
+def test_names_and_values_stay_what_they_are(case):
+    network, _ = case
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    types = [type(m) for m in network.modules()]
+    checkpoint_activations(network)
+    assert list(network.state_dict()) == list(before) and differing(network.state_dict(), before) == []
+    assert [type(m) for m in network.modules()] == types
+
+
+def test_a_deep_copy_computes_with_its_own_weights(case):
+    network, inputs = case
+    wanted = step(network, inputs)
+    checkpoint_activations(network)
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.fill_(7.0)
+    assert differing(step(other, inputs), wanted) == []
+
+
+def test_maps_are_recorded_once_per_forward():
+    network, inputs = made(transformer)
+    with record_maps(network) as maps:
+        wanted = step(network, inputs)
+    checkpoint_activations(network)
+    with record_maps(network) as found:
+        assert differing(step(network, inputs), wanted) == []
+    assert found.keys() == maps.keys()
+    assert all(len(found[name]) == 1 and torch.equal(found[name][0], maps[name][0]) for name in maps)
+
+
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
+def test_maps_may_be_recorded_in_one_direction_alone(forward):
+    network, inputs = made(transformer)
+    wanted = step(network, inputs)
+    checkpoint_activations(network)
+    network.zero_grad()
+    torch.manual_seed(1)
+    with record_maps(network) if forward else record_maps(network, []) as maps:
+        loss = (network(*inputs) - 1).square().mean()
+    with record_maps(network) if not forward else record_maps(network, []) as late:
+        loss.backward()
+    assert [len(kept) for kept in maps.values()] == [1] * len(maps)
+    assert [len(kept) for kept in late.values()] == [0] * len(late)
+    found = {"loss": loss.detach()} | {name: p.grad for name, p in network.named_parameters()}
+    assert differing(found, wanted) == []
+
+
+def test_the_adaptive_weight_may_ask_first():
+    """It takes gradients of the last layer alone, twice, and the graph is used again."""
+    network, (images,) = made(vqgan)
+    found = []
+    for _ in range(2):
+        network.zero_grad()
+        fake, codes = network(images)
+        reconstruction, other = (images - fake).abs().mean(), fake.square().mean()
+        weight = adaptive_weight(reconstruction, other, network.decoder.last_layer, 1e4, lambda x: x)
+        (reconstruction + weight * other + codes.loss.mean()).backward()
+        found.append({"weight": weight} | {n: p.grad.clone() for n, p in network.named_parameters()})
+        if len(found) == 1:
+            checkpoint_activations(network)
+    assert differing(*found) == []
+
+
+def test_what_cannot_be_computed_again_is_refused():
+    with pytest.raises(ValueError, match="Linear has no blocks"):
+        checkpoint_activations(nn.Linear(2, 2))
+    block = nn.Module()
+    block.norm = nn.BatchNorm2d(2)
+    with pytest.raises(ValueError, match="count twice"):
+        checkpoint_activations(nn.Sequential(block))
+    network, _ = made(transformer)
+    checkpoint_activations(network)
+    with pytest.raises(ValueError, match="they are already"):
+        checkpoint_activations(network)
+
+
+@pytest.mark.parametrize("build", [unet, vqgan])
+def test_channels_last_computes_the_same(build):
+    network, inputs = made(build)
+    other = copy.deepcopy(network.eval())  # dropout would draw in another order
+    assert channels_last(other) is other
+    images = to_channels_last(inputs[0])
+    assert images.shape == inputs[0].shape and images.is_contiguous(memory_format=torch.channels_last)
+    wanted, found = step(network, inputs), step(other, (images, *inputs[1:]))
+    scale = max(g.abs().max() for g in wanted.values())
+    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-5 * scale
+    assert differing(other.state_dict(), network.state_dict()) == []
+    kernels = [p for p in other.parameters() if p.ndim == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+
+
+def test_only_images_change_their_memory_format():
+    ids = torch.zeros(2, 3, 4)
+    assert to_channels_last(ids) is ids
+
+
+def test_compiling_is_refused_where_there_is_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    torch.compiler.reset()
+    network = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="does not work here on cpu.*install them, or do not compile"):
+        compile_network(network)
+    assert torch.equal(network(torch.ones(2)), nn.functional.linear(torch.ones(2), network.weight, network.bias))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's tracer looks at it
+@pytest.mark.parametrize("again", [False, True], ids=["plain", "checkpointed"])
+def test_a_compiled_network_computes_the_same(again):
+    torch.compiler.reset()
+    network = Transformer(codes=16, grid=(4, 4), width=16, heads=2, layers=2)
+    other, ids = copy.deepcopy(network), torch.randint(0, 16, (2, 4, 4))
+    if again:
+        checkpoint_activations(other)
+    compile_network(other)
+    wanted, found = step(network, (ids,)), step(other, (ids,))
+    assert list(other.state_dict()) == list(network.state_dict())
+    scale = max(g.abs().max() for g in wanted.values())
+    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-5 * scale
+
+
+def settings():
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.benchmark,
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+    )
+
+
+def test_determinism_holds_until_it_is_undone(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    before = settings()
+    set_deterministic(False)
+    assert settings() == before
+    with set_deterministic(True):
+        assert settings()[:4] == (True, False, False, ":4096:8")
+        x = torch.zeros(3)
+        with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+            x.put_(torch.tensor([0, 0]), torch.ones(2))
+    assert settings() == before
+
+
+def test_the_users_own_workspace_stays(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with set_deterministic(True):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_tf32_holds_on_cuda_until_it_is_undone(enabled):
+    before = settings()
+    with set_tf32(torch.device("cuda"), enabled):
+        assert settings()[4:] == (enabled, enabled)
+        assert torch.get_float32_matmul_precision() == ("high" if enabled else "highest")  # what compilers ask
+    assert settings() == before
+    with set_tf32(CPU, enabled):
+        assert settings() == before
