@@ -112,8 +112,9 @@ def fill(network: "nn.Module", made: dict, source: str) -> None:
 def main(config: Config) -> None:
     import torch
 
-    from train.checkpoint import save, saved_steps, sha256
+    from train.checkpoint import save, saved_steps
     from train.distributed import World
+    from train.files import sha256
     from train.runs import open_run, run_folder
     from train.second_stage import build_state
     from train.spaces import Pixels
@@ -128,7 +129,8 @@ def main(config: Config) -> None:
     here = World(torch.device("cpu"))
     built, state = build_state(sampler, config.training, Pixels(config.data), n_classes, here)
     made = layout.converted(weights, built.network.config, given.new_attention_order)
-    for network in [built.network, *(average.module for average in state.averages.values())]:
+    averages = [average.module for average in [*state.averages.values(), *state.profiles.values()]]
+    for network in [built.network, *averages]:
         fill(network, made, given.weights)
     state.step = given.step
     run = run_folder(logging.logs_root, logging.log_dir or f"{sampler.sampler}_{config.data.dataset}")

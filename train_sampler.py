@@ -14,28 +14,33 @@ class Config(SecondStageConfig):
 def main(config: Config) -> None:
     from functools import partial
 
+    from train.assembly import make_hooks
     from train.data import build_dataset
-    from train.distributed import world
     from train.generate import class_frequencies
     from train.registry import dotted
-    from train.runs import begin, origin_of, run_folder, train
+    from train.runs import begin, origin_of, run_folder, train, workplace
     from train.second_stage import SamplerReports, SamplerStep, build_state
     from train.spaces import open_space
 
     data, training, logging = config.data, config.training, config.logging
     run = run_folder(logging.logs_root, logging.log_dir or f"{config.sampler.sampler}_{data.dataset}")
     adapt = dotted(config.sampler.adapt, "--adapt") if getattr(config.sampler, "adapt", "") else None
-    watchers = [dotted(path, "--watch") for path in training.watch]
-    with world(training.device) as here:
+    with workplace(run, training) as here:
         images = {split: build_dataset(data, config.reader, split) for split in ("train", "val")}
         space = open_space(config, origin_of(run), images["train"], here)
         frequencies = class_frequencies(images["train"])
         sampler, state = build_state(config.sampler, training, space, len(frequencies), here)
+        hooks, distance = make_hooks(training.hooks, state), None
+        if logging.steps_per_FD:
+            from experiments.metrics.training_distance import of_samples
+
+            distance = of_samples(config, sampler, space, images["train"], frequencies, here, run)
         begin(run, config, state, here, space.origin | {"class_frequencies": frequencies})
         sources = {split: space.source(images[split], split, data, training.seed, here, adapt) for split in images}
-        step = SamplerStep(sampler, space, training, here, watchers)
+        step = SamplerStep(sampler, space, training, here, watched=bool(hooks))
         reports = partial(SamplerReports, step, sources["val"], config.sampling)
-        train(run, config, state, here, sources["train"], step, reports, space.workers(data))
+        also = {"hooks": hooks, "distance": distance, "workers": space.workers(data), "tokens": space.tokens}
+        train(run, config, state, here, sources["train"], step, reports, **also)
 
 
 if __name__ == "__main__":

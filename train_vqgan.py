@@ -34,25 +34,32 @@ class Config:
 def main(config: Config) -> None:
     from functools import partial
 
+    from train.assembly import make_hooks
     from train.data import ImageSource, TrainingImages, build_dataset
-    from train.distributed import world
-    from train.runs import begin, run_folder, train
+    from train.runs import begin, run_folder, train, workplace
     from train.vqgan import VQGANReports, VQGANStep, build_state
     from vq.perceptual import load_perceptual
 
     data, training, logging = config.data, config.training, config.logging
     run = run_folder(logging.logs_root, logging.log_dir or f"vqgan_{data.dataset}")
-    with world(training.device) as here:
+    with workplace(run, training) as here:
         images, validation = (
             ImageSource(build_dataset(data, config.reader, split), data) for split in ("train", "val")
         )
         name, perceptual = load_perceptual(config.loss.perceptual_net if config.loss.perceptual_weight else "none")
         config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, perceptual_net=name))
         state = build_state(config.network, config.loss, data, training, here)
+        hooks, distance = make_hooks(training.hooks, state), None
+        if logging.steps_per_FD:
+            from experiments.metrics.training_distance import of_reconstructions
+
+            distance = of_reconstructions(config, images.dataset, validation, here, run)
         begin(run, config, state, here, origin={})
-        step = VQGANStep(config.loss, training, here, perceptual)
+        step = VQGANStep(config.loss, training, here, perceptual, watched=bool(hooks))
         reports = partial(VQGANReports, step, validation, training.batch_size)
-        train(run, config, state, here, TrainingImages(images, training.seed), step, reports, workers=data.num_workers)
+        source = TrainingImages(images, training.seed)
+        also = {"hooks": hooks, "distance": distance, "workers": data.num_workers}
+        train(run, config, state, here, source, step, reports, **also)
 
 
 if __name__ == "__main__":

@@ -1,95 +1,224 @@
-"""How long a training step takes on this machine, in float32 and in bfloat16: one table, the two measured in turn."""
+"""How fast this machine trains, samples and loads by any preset: one table, and how much of its arithmetic is used.
 
-import statistics
+python experiments/benchmark.py --dataset ffhq --batch_size 4
+python experiments/benchmark.py --dataset ffhq --stage vqgan
+
+Weights and batches are random, of the preset's shapes: nothing is read but the images whose loading is measured, and
+nothing is written.
+"""
+
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.table import table  # noqa: E402
-from train.cli import run_script  # noqa: E402
-from train.config import TrainingConfig  # noqa: E402
+from train.cli import file_content, parse, peek, run_script, section_of, without_config  # noqa: E402
+from train.config import ROOT, DataConfig, LoggingConfig, SecondStageConfig, TrainingConfig  # noqa: E402
+from train.datasets import DatasetConfig  # noqa: E402
+from vq.config import VQGANConfig, VQGANLossConfig  # noqa: E402
+
+if TYPE_CHECKING:
+    from experiments.metrics.workloads import Trainee
+    from train.data import Positions
+    from train.distributed import World
+    from train.loop import Batch
+
+MEASURES = ("step", "sampling", "loading")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
     """Benchmark."""
 
-    bert_n_layers: int = 24
-    """Blocks of the transformer."""
-    bert_n_emb: int = 512
-    """Its width."""
-    bert_n_head: int = 8
-    """Its heads."""
-    codebook_size: int = 1024
-    """Number of codes."""
-    grid: tuple[int, int] = (16, 16)
-    """Codes per image."""
-    batch_size: int = 4
-    """Images per step."""
+    stage: Literal["sampler", "vqgan"] = "sampler"
+    """What trains: the other flags are those of train_sampler.py, or of train_vqgan.py."""
+    measure: tuple[Literal["step", "sampling", "loading"], ...] = MEASURES
+    """What is measured; sampling of a VQGAN is encoding and decoding."""
     repeats: int = 7
-    """Counted steps of each kind, after two that are not counted."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: cuda, else mps, else cpu."""
+    """Counted steps of each kind, after two that are not counted; no draw begins after a minute of them."""
+
+    def __post_init__(self):
+        if self.repeats < 1:
+            raise ValueError(f"got repeats {self.repeats}, wanted at least 1: pass --repeats N")
+        if not self.measure:
+            raise ValueError(f"got nothing to measure: pass --measure with some of {', '.join(MEASURES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Times the absorbing sampler's training step: corrupt, forward, loss, backward, clip, AdamW."""
+class SamplerBenchmark(SecondStageConfig):
+    """Times a sampler's training step, its draws and its loading. Flags that change no speed are read, and ignored."""
 
     benchmark: BenchmarkConfig
 
 
-def main(config: Config) -> None:
+@dataclass(frozen=True, kw_only=True)
+class VQGANBenchmark:
+    """Times a VQGAN's training step, its two halves and its loading. Flags that change no speed are ignored."""
+
+    benchmark: BenchmarkConfig
+    data: DataConfig
+    reader: DatasetConfig
+    network: VQGANConfig
+    loss: VQGANLossConfig
+    training: TrainingConfig
+    logging: LoggingConfig
+
+
+def main(config) -> None:
+    from experiments.processes import only_process
+    from train.execution import set_deterministic, set_tf32
+
+    of_vqgan, training = config.benchmark.stage == "vqgan", config.training
+    if of_vqgan != hasattr(config, "network"):
+        raise ValueError("the stage is chosen before a file is read: pass --stage on the command line")
+    here = only_process(training.device)
+    with set_tf32(here.device, training.tf32), set_deterministic(training.deterministic):
+        introduce(config, here)
+        (measure_vqgan if of_vqgan else measure_sampler)(config, here)
+
+
+def introduce(config, here: "World") -> None:
+    """The machine, and what stands for the preset."""
     import torch
 
     from experiments.metrics.cost import machine
-    from train.distributed import World, pick_device
-    from train.loop import State
-    from train.precision import has_native_bf16
-    from train.samplers import absorbing
-    from train.second_stage import SamplerStep
-    from train.spaces import Codes
+    from train.assembly import training_dtype
 
-    c = config.benchmark
-    world = World(pick_device(c.device))
-    settings = absorbing.Config(bert_n_layers=c.bert_n_layers, bert_n_emb=c.bert_n_emb, bert_n_head=c.bert_n_head)
-    sampler = absorbing.build(settings, codes=c.codebook_size, grid=c.grid, n_classes=0)
-    network = sampler.network.to(world.device)
-    state = State({"network": network}, {"network": torch.optim.AdamW(network.parameters(), fused=True)})
-    batch = {
-        "codes": torch.randint(c.codebook_size, (c.batch_size, *c.grid), device=world.device),
-        "position": torch.arange(c.batch_size),
-    }
-    precisions = {"float32": TrainingConfig(amp=False)}
-    if has_native_bf16(world.device):
-        precisions["bfloat16"] = TrainingConfig(amp=True)
-    else:
-        print("bfloat16 is not native to this machine, and left out")
-    steps = {name: SamplerStep(sampler, Codes(first=None), training, world) for name, training in precisions.items()}
-    seconds = {name: [] for name in steps}
-    for i in range(c.repeats + 2):
-        for name, step in steps.items():
-            begun = time.perf_counter()
-            metrics = step(state, [batch])
-            metrics["loss"].item()  # waits for the device
-            if i >= 2:
-                seconds[name].append(time.perf_counter() - begun)
-    tokens = c.batch_size * c.grid[0] * c.grid[1]
-    print(f"{machine(world.device)}; torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(
-        f"{c.bert_n_layers} layers x {c.bert_n_emb}, {tokens} tokens a step, {c.repeats} steps of each kind in turn\n"
-    )
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    rows = [("precision", "median s/step", "min", "max", "tokens/s", "against float32")]
-    for name, times in seconds.items():
-        spread = (f"{medians[name]:.3f}", f"{min(times):.3f}", f"{max(times):.3f}")
-        rows.append((name, *spread, f"{tokens / medians[name]:.0f}", f"{medians['float32'] / medians[name]:.2f}x"))
-    print(table(rows))
+    training, device = config.training, here.device
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    tf32 = f", TF32 {'on' if training.tf32 else 'off'} in float32" if device.type == "cuda" else ""
+    print(f"{machine(device)}; torch {torch.__version__}{threads}{tf32}")
+    what = "VQGAN" if config.benchmark.stage == "vqgan" else config.sampler.sampler
+    side, parts = config.data.img_size, f" in {training.accumulate} parts" if training.accumulate > 1 else ""
+    size = f"{config.data.n_channels}x{side}x{side}"
+    print(f"{what} of {config.data.dataset}: {training.batch_size} images of {size} a step{parts}", flush=True)
+    if training.amp and training_dtype(training, device) == torch.float32:
+        print(f"{device} has no native half precision, which is left out")
+
+
+def measure_sampler(config, here: "World") -> None:
+    import torch
+
+    from experiments.metrics import workloads
+    from models.blocks import count_parameters
+    from train.registry import dotted
+
+    data, training = config.data, config.training
+    images, why = workloads.present_images(data, config.reader)
+    # Guidance is between classes; how many there are costs no time.
+    n_classes = images.n_classes if images is not None else int(config.sampling.guidance != 1)
+    torch.manual_seed(training.seed)
+    space = workloads.space_for(config, lambda: vqgan_of(data, sys.argv[1:]), here.device)
+    path = getattr(config.sampler, "adapt", "")
+    adapt = dotted(path, "--adapt") if path else None
+    source = None if images is None else workloads.images_source(images, data, training.seed, adapt)
+    trainees = workloads.sampler_trainees(config, space, n_classes, here)
+    print(f"network: {count_parameters(trainees[0].state.modules['network']):,} parameters", flush=True)
+    batch = workloads.random_batch(space, n_classes, training.batch_size, data, here.device)
+    batch = workloads.with_conditions(batch, trainees[0].step.sampler.fields, source, here.device)
+    consumed = None
+    if "step" in config.benchmark.measure:
+        works = [workloads.work_of(each, workloads.in_parts(batch, training.accumulate), here) for each in trainees]
+        consumed = report_steps(works, config, here, space.tokens)
+    if "sampling" in config.benchmark.measure:
+        report_draws(plain(trainees), batch, config)
+    if "loading" in config.benchmark.measure:
+        if space.tokens:
+            source = workloads.codes_source(space, n_classes, training.seed)
+        report_loading(source, why, config, space.workers(data), here, consumed, "codes" if space.tokens else "images")
+
+
+def measure_vqgan(config, here: "World") -> None:
+    from experiments.metrics import workloads
+    from experiments.metrics.throughput import several, spread
+    from models.blocks import count_parameters
+
+    trainees, size = workloads.vqgan_trainees(config, here), config.training.batch_size
+    for name, module in trainees[0].state.modules.items():
+        print(f"{name}: {count_parameters(module):,} parameters", flush=True)
+    batch = workloads.random_batch(None, 0, size, config.data, here.device)
+    consumed, times = None, workloads.moments(config)
+    if "discriminator" not in times:
+        print(f"--disc_start_step {config.loss.disc_start_step} is never reached: the discriminator is left out")
+    if "step" in config.benchmark.measure:
+        parts = workloads.in_parts(batch, config.training.accumulate)
+        works = [workloads.work_of(each, parts, here, at, name) for each in trainees for name, at in times.items()]
+        consumed = report_steps(works, config, here, 0)
+    if "sampling" in config.benchmark.measure:
+        trainee = plain(trainees)
+        for name, run in workloads.there_and_back(trainee, config, batch["image"]).items():
+            run()
+            seconds = several(run, config.benchmark.repeats, here.device)
+            print(f"{name}, {trainee.name}, {size} images at once: {spread(seconds, size)}", flush=True)
+    if "loading" in config.benchmark.measure:
+        images, why = workloads.present_images(config.data, config.reader)
+        source = None if images is None else workloads.images_source(images, config.data, config.training.seed)
+        report_loading(source, why, config, config.data.num_workers, here, consumed, "images")
+
+
+def vqgan_of(data: DataConfig, argv: list[str]) -> VQGANConfig:
+    """The VQGAN that a sampler stands on: of the --config file where that has a section for it, else of the preset."""
+    file, _ = without_config(argv)
+    preset = ROOT / "configs" / f"{data.dataset}.yaml"
+    if file is None or (preset.is_file() and not section_of(file_content(argv), "vqgan")):
+        file = str(preset) if preset.is_file() else None
+    if file is None:  # a data set without a preset: the defaults
+        return VQGANConfig()
+    return parse(VQGANBenchmark, "vqgan", ["--config", file]).network
+
+
+def plain(trainees: list["Trainee"]) -> "Trainee":
+    """What draws: the last that is not compiled, since averages are not."""
+    return [each for each in trainees if not each.step.training.compile][-1]
+
+
+def report_steps(works: list, config, here: "World", tokens: int) -> float:
+    """A table of them; the images per second of the fastest."""
+    from experiments.metrics.throughput import measured, rows
+
+    speeds, size = measured(works, config.benchmark.repeats, here.device), config.training.batch_size
+    print(f"\n{table(list(rows(speeds, size, tokens)))}\n")
+    for dtype, peak in {speed.dtype: speed.peak for speed in speeds if speed.peak is not None}.items():
+        print(f"peak, the best matrix product here in {str(dtype).removeprefix('torch.')}: {peak / 1e12:.3g} TFLOP/s")
+    return size / min(speed.median for speed in speeds)
+
+
+def report_draws(trainee: "Trainee", batch: "Batch", config) -> None:
+    """Images per second, and network calls for each."""
+    from experiments.metrics.throughput import calls_per_image, several, spread
+    from experiments.metrics.workloads import draw
+
+    def run():
+        return draw(trainee, batch, config.sampling)
+
+    size, network = len(batch["position"]), trainee.state.averaged("network")
+    calls = calls_per_image(network, run, size)
+    seconds = several(run, config.benchmark.repeats, trainee.step.world.device)
+    print(f"sampling by {config.sampling.solver}, {trainee.name}, {size} images at once: ", end="")
+    print(f"{spread(seconds, size)}, {calls:g} network calls per image", flush=True)
+
+
+def report_loading(
+    source: "Positions | None", why: str, config, workers: int, here: "World", consumed: float | None, what: str
+) -> None:
+    """Training batches' images per second, against what the fastest step takes in; or why there are none."""
+    from experiments.metrics.throughput import loading_rate, short
+
+    if source is None:
+        print(f"loading is left out: {why}")
+        return
+    rate, warm = loading_rate(source, config.data, config.training, workers, config.benchmark.repeats, here)
+    by = f"{workers} processes" if workers else "the training process itself"
+    ratio = "" if consumed is None else f", {short(rate / consumed)} times what the fastest step takes in"
+    cold = "" if warm else "; not all of --in_memory was there yet"
+    print(f"loading {what} by {by}: {short(rate)} images/s{ratio}{cold}", flush=True)
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "benchmark")
+    if peek(sys.argv, "stage") == "vqgan":
+        run_script(main, VQGANBenchmark, "vqgan")
+    else:
+        run_script(main, SamplerBenchmark)

@@ -47,10 +47,14 @@ class Config:
 def main(config: Config) -> None:
     from experiments.experiment import load_model, open_results
     from experiments.metrics.report import measure, print_report, saved_report
+    from experiments.processes import experiment_world
 
-    trained = load_model(config.model, config.output)
-    folder = open_results("FID", config, trained)
-    print_report(saved_report(folder) or measure(config, trained, folder), folder)
+    with experiment_world(config.output.device) as world:
+        trained = load_model(config.model, config.output, world)
+        folder = open_results("FID", config, trained)
+        results = saved_report(folder) or measure(config, trained, folder)
+        if results is not None:
+            print_report(results, folder)
 
 
 if __name__ == "__main__":

@@ -48,12 +48,17 @@ def main(config: Config) -> None:
     from experiments.experiment import load_model, open_results
     from experiments.metrics.likelihood import measure, print_report
     from experiments.metrics.report import saved_report
+    from experiments.processes import experiment_world
 
-    trained = load_model(config.model, config.output)
-    if not getattr(trained.sampler, "pixels", True):
-        raise ValueError(f"latents are continuous and have no likelihood in bits: {trained.run} is no model of pixels")
-    folder = open_results("ELBO", config, trained)
-    print_report(saved_report(folder) or measure(config, trained, folder), folder)
+    with experiment_world(config.output.device) as world:
+        trained = load_model(config.model, config.output, world)
+        if not getattr(trained.sampler, "pixels", True):
+            why = "latents are continuous and have no likelihood in bits"
+            raise ValueError(f"{why}: {trained.run} is no model of pixels")
+        folder = open_results("ELBO", config, trained)
+        results = saved_report(folder) or measure(config, trained, folder)
+        if results is not None:
+            print_report(results, folder)
 
 
 if __name__ == "__main__":

@@ -31,14 +31,14 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from experiments.experiment import load_model, open_results, write_results
+    from experiments.experiment import load_model, open_results, results_folder, write_results
     from experiments.images import read_samples, save_grid
     from experiments.metrics.digits import GOALS, figures, picture
     from experiments.table import table
 
     trained = load_model(config.model, config.output)
     folder = open_results("check_digits", config, trained)
-    default = folder.parent / f"samples_{trained.run.name}_{trained.step}" / "samples.npz"
+    default = results_folder("samples", config.model, config.output, trained) / "samples.npz"
     samples = read_samples(Path(config.check.samples or default))
     found = figures(samples, trained)
     save_grid(folder / "digits.png", picture(samples, trained), columns=20)

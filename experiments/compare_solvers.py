@@ -52,7 +52,7 @@ def main(config: Config) -> None:
     from diffusion.solvers import solver
     from experiments.experiment import load_model, open_results, write_results
     from experiments.metrics import features as all_features
-    from experiments.metrics.report import real_statistics
+    from experiments.metrics.report import real_statistics, statistics_cache
     from experiments.metrics.solver_comparison import measured, summary
 
     comparison, output = config.comparison, config.output
@@ -61,8 +61,8 @@ def main(config: Config) -> None:
         solver(trained.sampler.process, entry.partition(":")[0])  # refused before anything is sampled
     folder = open_results("compare_solvers", config, trained)
     features = all_features.choose(comparison.features, trained.data, trained.device)
-    cache = Path(output.logs_root).expanduser() / ".cache" / "statistics"
-    reference = real_statistics(trained.dataset("train"), trained.data, features, None, cache, output.batch_size)
+    cache, real = statistics_cache(output.logs_root), trained.dataset("train")
+    reference = real_statistics(real, trained.data, features, None, cache, output.batch_size, trained.world)
     path = folder / "results.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
     own_eta = {"eta": None} if hasattr(config.sampling, "eta") else {}  # each solver's own

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from train.cli import file_content, peek, read_yaml, section_of
+from train.cli import file_content, peek, read_groups, section_of
 from train.config import LoggingConfig
 
 if TYPE_CHECKING:
+    from train.distributed import World
     from train.generate import TrainedSampler
     from train.spaces import Space
 
@@ -36,8 +38,14 @@ class ModelConfig:
     """Its step; the one the sampler was trained on if left out."""
     ema: bool = True
     """Use the averaged weights of the sampler."""
+    ema_length: float | None = None
+    """Instead: an average of this relative length (0.08), rebuilt from what a run with --ema_profiles kept."""
     allow: tuple[str, ...] = ()
     """Dotted paths of your own classes and functions that the run may use: loading one runs no code unasked."""
+
+    def __post_init__(self):
+        if self.ema_length is not None and not self.ema:
+            raise ValueError(f"got --no_ema and --ema_length {self.ema_length}, which is an average: pass one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +57,7 @@ class OutputConfig:
     logs_root: str = LoggingConfig.logs_root
     """Folder of all runs."""
     batch_size: int = 50
-    """Images sampled at once; no image depends on it."""
+    """Images sampled at once in each process; no image depends on it."""
     seed: int = 0
     """Image i of a seed is always the same."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -63,7 +71,7 @@ class OutputConfig:
 
 
 def model_run(logs_root: str, model: ModelConfig) -> Path:
-    return Path(logs_root).expanduser().resolve() / (model.load_dir or f"{model.sampler}_{model.dataset}")
+    return Path(os.path.expanduser(logs_root)).resolve() / (model.load_dir or f"{model.sampler}_{model.dataset}")
 
 
 def settings_of_run(argv: list[str], section: str) -> dict[str, Any]:
@@ -76,31 +84,37 @@ def settings_of_run(argv: list[str], section: str) -> dict[str, Any]:
     path = model_run(root, model) / "config.yaml"
     if not path.is_file():
         return {}
-    content = read_yaml(path)
+    content = read_groups(path)
     named = {name: content.get(group, {}).get(name) for name, group in (("sampler", "sampler"), ("dataset", "data"))}
     return content.get("sampling", {}) | {name: value for name, value in named.items() if value is not None}
 
 
-def load_model(model: ModelConfig, output: OutputConfig) -> TrainedSampler:
-    """A sampler with all it stands on; ValueError where the run was trained on another data set than the one named."""
-    from train.distributed import pick_device
+def load_model(model: ModelConfig, output: OutputConfig, world: World | None = None) -> TrainedSampler:
+    """A sampler with all it stands on, for the processes of `world`, or for the only one.
+
+    ValueError where the run was trained on another data set than the one named.
+    """
+    from experiments.processes import only_process
     from train.generate import load_sampler
     from train.runs import read_run
 
+    world = world or only_process(output.device)
     run = model_run(output.logs_root, model)
     content = read_run(run)
     for key, group in (("dataset", "data"), ("sampler", "sampler")):
         trained_with = content.get(group, {}).get(key)
         if trained_with != getattr(model, key):
             raise ValueError(f"{run} was trained with --{key} {trained_with}, got {getattr(model, key)}: pass that")
-    device = pick_device(output.device)
-    space = space_of(run, content, model, output, device)
-    trained = load_sampler(run, model.load_step, space, device, ema=model.ema, amp=output.amp, allow=model.allow)
+    space = space_of(run, content, model, output, world.device)
+    how = {"ema": model.ema, "amp": output.amp, "allow": model.allow, "ema_length": model.ema_length}
+    trained = dataclasses.replace(load_sampler(run, model.load_step, space, world.device, **how), world=world)
     if model.data_dir is not None:
         trained = dataclasses.replace(trained, reader=dataclasses.replace(trained.reader, data_dir=model.data_dir))
-    weights = "averaged (EMA)" if model.ema else "plain"
+    weights = "averaged (EMA) weights" if model.ema else "plain weights"
+    if model.ema_length is not None:
+        weights = f"EMA rebuilt to relative length {model.ema_length}"
     on = "pixels" if space.first is None else f"VQGAN: {space.first.run}"
-    print(f"sampler: {run}, step {trained.step}, {weights} weights; {on}", flush=True)
+    print(f"sampler: {run}, step {trained.step}, {weights}; {on}", flush=True)
     return trained
 
 
@@ -110,7 +124,7 @@ def space_of(run: Path, content: dict[str, Any], model: ModelConfig, output: Out
     from train.runs import run_folder
     from train.spaces import reopened_space
 
-    origin = content["origin"]
+    origin = content.get("origin", {})
     if "ae_weights" not in origin:
         if model.ae_load_dir is not None or model.ae_load_step is not None:
             raise ValueError(f"{run} was trained on pixels: leave --ae_load_dir and --ae_load_step out")
@@ -128,19 +142,28 @@ def space_of(run: Path, content: dict[str, Any], model: ModelConfig, output: Out
     return reopened_space(content, first)
 
 
+def results_folder(name: str, model: ModelConfig, output: OutputConfig, trained: TrainedSampler) -> Path:
+    """Where the results of an experiment lie if --log_dir does not say."""
+    length = "" if model.ema_length is None else f"_ema{model.ema_length}"
+    return Path(os.path.expanduser(output.logs_root)).resolve() / f"{name}_{trained.run.name}_{trained.step}{length}"
+
+
 def open_results(name: str, config, trained: TrainedSampler) -> Path:
     """The folder of this experiment's results, opened as a run: nothing of another experiment can be in it."""
     from train.runs import open_run, run_folder
 
-    output = config.output
-    folder = run_folder(output.logs_root, output.log_dir or f"{name}_{trained.run.name}_{trained.step}")
-    open_run(folder, config, trained.origin)
+    output, folder = config.output, results_folder(name, config.model, config.output, trained)
+    if output.log_dir:
+        folder = run_folder(output.logs_root, output.log_dir)
+    if trained.world.is_main:
+        open_run(folder, config, trained.origin)
+    trained.world.barrier()
     print(f"results: {folder}", flush=True)
     return folder
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
     """results.json, whole or not at all."""
-    from train.checkpoint import write_text
+    from train.files import write_text
 
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")

@@ -38,24 +38,30 @@ class Config:
 
 
 def main(config: Config) -> None:
+    from contextlib import nullcontext
+
     from experiments.experiment import load_model, open_results, write_results
     from experiments.images import SampleWriter, save_grid
     from experiments.process import STRIPS, save_process
+    from experiments.processes import experiment_world, in_order
     from experiments.progress import progress
 
-    trained = load_model(config.model, config.output)
-    folder = open_results("samples", config, trained)
     count, output = config.samples.n_samples, config.output
-    if not (folder / "results.json").is_file():
-        batches = trained.sample(count, output.seed, config.sampling, batch_size=output.batch_size)
-        with SampleWriter(folder, count, png_files=config.samples.save_individually) as writer:
-            for batch in progress(batches, count, "sampling"):
-                writer.add(batch)
-        save_grid(folder / "samples.png", writer.first)
-        if config.samples.save_process:
-            save_process(folder / "process.png", trained, min(count, STRIPS), output.seed, config.sampling)
-        write_results(folder, {"n_samples": count, "seed": output.seed})
-    print(f"{count} images: {folder / 'samples.npz'}\ngrid: {folder / 'samples.png'}")
+    with experiment_world(output.device) as world:
+        trained = load_model(config.model, output, world)
+        folder = open_results("samples", config, trained)
+        if not (folder / "results.json").is_file():
+            own = trained.sample(count, output.seed, config.sampling, batch_size=output.batch_size)
+            writer = SampleWriter(folder, count, png_files=config.samples.save_individually)
+            with writer if world.is_main else nullcontext():
+                for batch in progress(in_order(world, own), count, "sampling", world.is_main):
+                    writer.add(batch)
+            if config.samples.save_process:
+                save_process(folder / "process.png", trained, min(count, STRIPS), output.seed, config.sampling)
+            if world.is_main:
+                save_grid(folder / "samples.png", writer.first)
+                write_results(folder, {"n_samples": count, "seed": output.seed})
+        print(f"{count} images: {folder / 'samples.npz'}\ngrid: {folder / 'samples.png'}")
 
 
 if __name__ == "__main__":

@@ -31,11 +31,13 @@ class Recorder:
 def save_process(path: Path, trained: TrainedSampler, count: int, seed: int, options: SamplingConfig) -> None:
     """A PNG of two rows per image: x at about ten moments from noise to data, and below it the predicted image.
 
-    It draws the first `count` images of the seed once more.
+    It draws the first `count` images of the seed once more, in the main process; all must ask.
     """
     recorder = Recorder(trained)
     for _ in trained.sample(count, seed, options, batch_size=count, on_step=recorder):
         pass
+    if not trained.world.is_main:
+        return
     last = len(recorder.steps) - 1
     moments = sorted({round(last * k / (MOMENTS - 1)) for k in range(MOMENTS)})
     rows = [torch.stack([recorder.steps[m][kind] for m in moments], 1) for kind in (0, 1)]  # (B, moments, C, H, W)

@@ -215,6 +215,7 @@ def test_flags_are_the_agreed_ones(monkeypatch):
     """A flag is a promise: this list changes on purpose or not at all."""
     assert cli.fields_of(LoggingConfig) == {
         *("log_dir", "logs_root", "steps_per_log", "steps_per_checkpoint", "steps_per_save_output", "steps_per_eval"),
+        *("checkpoint_minutes", "keep_last", "keep_every", "steps_per_FD", "FD_samples", "FD_features", "profile"),
     }
     assert cli.fields_of(absorbing.Config) == {
         *(
@@ -244,7 +245,7 @@ def test_flags_are_the_agreed_ones(monkeypatch):
             "attn_factors",
         ),
         *("heads", "head_width", "dropout", "resblock_updown", "scale_shift", "scale_skip"),
-        *("activation_checkpointing", "res_block_type", "attn_block_type", "middle_attn_block_type"),
+        *("res_block_type", "attn_block_type", "middle_attn_block_type"),
         *("kernel_sizes", "dilations", "na_backend", "transformer_attention", "feed_forward"),
         *("class_conditional", "label_drop", "conditions", "condition_channels", "condition_drop", "adapt"),
     }
@@ -256,6 +257,9 @@ def test_flags_are_the_agreed_ones(monkeypatch):
     assert cli.fields_of(TrainingConfig) == {
         *("train_steps", "batch_size", "accumulate", "lr", "warmup_iters", "weight_decay", "grad_clip", "amp"),
         *("ema", "ema_beta", "seed", "device", "load_dir", "load_step", "load_optim"),
+        *("optimizer", "betas", "lr_schedule", "decay_steps", "lr_end", "amp_dtype", "max_bad_steps", "ema_profiles"),
+        *("steps_per_ema_snapshot", "parallel", "timeout_minutes", "compile", "channels_last", "tf32"),
+        *("activation_checkpointing", "deterministic", "hooks", "resume"),
     }
 
 

@@ -1,25 +1,32 @@
 """Checkpoints that appear whole or not at all, and load without running code.
 
-`<run>/checkpoints/step_00002000/` holds model.safetensors, ema.safetensors (with EMA), state.pt (optimizers, step) and,
-written last, manifest.json with the size and SHA-256 of each; `checkpoints/latest` names the newest.
+`<run>/checkpoints/step_00002000/` holds model.safetensors, ema.safetensors and profiles.safetensors (where averages are
+kept), state.pt (optimizers, step and the like) and, written last, manifest.json with the size and SHA-256 of each;
+`checkpoints/latest` names the newest. It is the same for one process, replicas and shards.
 """
 
-import hashlib
 import json
-import os
 import pickle
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from train.distributed import World
-from train.loop import Hook, Metrics, State
+from train.files import refused, sha256, sync, write_text
+from train.loop import HOOK, State
+from train.parallel import sharded_like, whole
 
-WEIGHTS, AVERAGED, OPTIMIZERS, MANIFEST = "model.safetensors", "ema.safetensors", "state.pt", "manifest.json"
+WEIGHTS, AVERAGED, PROFILES = "model.safetensors", "ema.safetensors", "profiles.safetensors"
+OPTIMIZERS, MANIFEST = "state.pt", "manifest.json"
+LIKE_PARAMETERS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # of torch's optimizers
+FILES = (WEIGHTS, AVERAGED, PROFILES, OPTIMIZERS)
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -28,8 +35,9 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 def saved_steps(run: Path) -> list[int]:
     """Steps of the whole checkpoints of a run, oldest first."""
-    folders = (run / "checkpoints").glob("step_*")
-    return sorted(int(f.name.removeprefix("step_")) for f in folders if (f / MANIFEST).is_file())
+    words = [f.name.removeprefix("step_") for f in (run / "checkpoints").glob("step_*")]
+    numbers = {int(word) for word in words if word.isdecimal()}
+    return sorted(n for n in numbers if (checkpoint_path(run, n) / MANIFEST).is_file())
 
 
 def resolve_step(run: Path, step: int | None, flag: str) -> int:
@@ -44,67 +52,118 @@ def resolve_step(run: Path, step: int | None, flag: str) -> int:
     return steps[-1] if step is None else step
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint will hold, on the CPU and apart from what goes on changing."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]  # by file
+    rest: dict[str, Any]  # tensors, numbers and words of state.pt
+
+
+def copied(value: Any, keep: bool) -> Any:
+    """Tensors in dicts and lists, whole, as copies on the CPU; nothing where they are not to be kept.
+
+    Leaf by leaf, so that a device holds but one whole tensor beside its shards.
+    """
+    if isinstance(value, dict):
+        return {key: copied(each, keep) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(copied(each, keep) for each in value)
+    if isinstance(value, Tensor):
+        value = whole(value)  # all processes take part
+        return value.detach().to("cpu", copy=True).contiguous() if keep else None
+    return value
+
+
 def tensors_of(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    named = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
-    return {key: value.detach().cpu().contiguous().clone() for key, value in named.items()}
+    return {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Makes the operating system write a file, or a folder's list of names, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a small file at once: readers see the old text or the new."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    sync(aside)
-    aside.replace(path)
+def snapshot(state: State, world: World | None = None) -> Snapshot | None:
+    """A copy of everything training changes, in the main process; None in others, which give their shards."""
+    files = {WEIGHTS: tensors_of(state.modules)}
+    if state.averages:
+        files[AVERAGED] = tensors_of({name: average.module for name, average in state.averages.items()})
+    if state.profiles:
+        files[PROFILES] = tensors_of({name: profile.module for name, profile in state.profiles.items()})
+    rest = {
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()},
+        "extras": {name: extra.state_dict() for name, extra in state.extras.items()},
+        "counters": {name: counter.state_dict() for name, counter in state.counters.items()},
+        "step": state.step,
+        "bad_steps": state.bad_steps,
+        "best": state.best,
+    }
+    keep = world is None or world.is_main
+    files, rest = copied(files, keep), copied(rest, keep)
+    return Snapshot(state.step, files, rest) if keep else None
 
 
 def save(run: Path, state: State) -> Path:
-    """Writes the checkpoint of `state.step` aside, flushes it, and renames it into place."""
-    final = checkpoint_path(run, state.step)
+    """Writes the checkpoint of `state.step`."""
+    return write(run, snapshot(state))
+
+
+def write(run: Path, taken: Snapshot) -> Path:
+    """Writes a checkpoint aside, flushes it, and renames it into place."""
+    final = checkpoint_path(run, taken.step)
     aside, replaced = final.with_name(f".{final.name}.new"), final.with_name(f".{final.name}.old")
     for unfinished in final.parent.glob(".step_*"):  # left by a process that was killed while it saved
         shutil.rmtree(unfinished)
     aside.mkdir(parents=True)
-    save_file(tensors_of(state.modules), aside / WEIGHTS)
-    if state.averages:
-        save_file(tensors_of({name: average.module for name, average in state.averages.items()}), aside / AVERAGED)
-    optimizers = {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()}
-    extras = {name: extra.state_dict() for name, extra in state.extras.items()}
-    torch.save({"step": state.step, "optimizers": optimizers, "extras": extras}, aside / OPTIMIZERS)
-    files = sorted(aside.iterdir())
-    manifest = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
-    for f in files:
-        sync(f)
-    write_text(aside / MANIFEST, json.dumps(manifest, indent=1))
-    sync(aside)
+    try:
+        fill_folder(aside, taken)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its room back
+        raise
     if final.exists():
         final.rename(replaced)
-    aside.rename(final)
+    try:
+        aside.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     sync(final.parent)
     write_text(final.parent / "latest", final.name + "\n")
     shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
+def fill_folder(folder: Path, taken: Snapshot) -> None:
+    """The files of a checkpoint, its manifest last, all on disk."""
+    for name, tensors in taken.tensors.items():
+        with refused(folder / name):
+            save_file(tensors, folder / name)
+    with refused(folder / OPTIMIZERS), (folder / OPTIMIZERS).open("wb") as file:
+        torch.save(taken.rest, file)
+    files = sorted(folder.iterdir())
+    manifest = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
+    for f in files:
+        sync(f)
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+    sync(folder)
+
+
+def read_manifest(path: Path) -> dict[str, dict]:
+    """What manifest.json says of each file; ValueError where it is none, or leaves out a file that is there."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        sizes = {name: (int(wanted["bytes"]), str(wanted["sha256"])) for name, wanted in manifest.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is no whole checkpoint ({error!r}): load an older --load_step") from error
+    there = {name for name in FILES if (path / name).is_file()} | {WEIGHTS, OPTIMIZERS}
+    if sizes.keys() != there:
+        odd = ", ".join(sorted(sizes.keys() ^ there))
+        raise ValueError(f"{path / MANIFEST} and the files beside it differ ({odd}): load an older --load_step")
+    return manifest
+
+
 def verify(path: Path) -> dict[str, dict]:
     """The manifest of a checkpoint; ValueError naming the file that is missing or damaged."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no whole checkpoint ({error}): load an older --load_step") from error
+    manifest = read_manifest(path)
     for name, wanted in manifest.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != wanted["bytes"] or sha256(file) != wanted["sha256"]:
@@ -124,7 +183,7 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], name: str, source: Path)
             odd.append(f"{key}: {tuple(own[key].shape)} in the file, {tuple(wanted[key].shape)} here")
     if odd:
         raise ValueError(f"{source} does not fit this {name} ({len(odd)} keys differ): {'; '.join(odd[:5])}")
-    module.load_state_dict(own)
+    module.load_state_dict({key: sharded_like(value, wanted[key]) for key, value in own.items()})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -142,46 +201,88 @@ def load_weights(run: Path, step: int, modules: dict[str, nn.Module], *, ema: bo
     """Fills modules from a checkpoint, averaged weights if `ema`; returns the SHA-256 of the file they came from."""
     path = checkpoint_path(run, step)
     manifest = verify(path)
-    file = path / (AVERAGED if ema else WEIGHTS)
+    return manifest[read_into(modules, path / (AVERAGED if ema else WEIGHTS))]["sha256"]
+
+
+def read_into(modules: dict[str, nn.Module], file: Path) -> str:
+    """Fills modules from a file of a checkpoint that was verified; returns its name."""
     tensors = read_tensors(file)
     for name, module in modules.items():
         fill(module, tensors, name, file)
-    return manifest[file.name]["sha256"]
+    return file.name
 
 
 def load(run: Path, step: int, state: State, *, optimizers: bool = True) -> str:
-    """Fills the state from a checkpoint: weights, averages and step, and the optimizers and extras if asked.
+    """Fills the state from a checkpoint: weights, averages and step, and the optimizers and the rest if asked.
 
     Averages start from the plain weights where the checkpoint has none. Returns the SHA-256 of the weights' file.
     """
     path = checkpoint_path(run, step)
-    digest = load_weights(run, step, state.modules, ema=False)
+    manifest = verify(path)
+    read_into(state.modules, path / WEIGHTS)
     if state.averages:
         averaged = {name: average.module for name, average in state.averages.items()}
-        load_weights(run, step, averaged, ema=(path / AVERAGED).is_file())
+        read_into(averaged, path / (AVERAGED if AVERAGED in manifest else WEIGHTS))
+    if state.profiles:
+        load_profiles(path, state)
     state.step = step
     if optimizers:
-        try:
-            saved = torch.load(path / OPTIMIZERS, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path / OPTIMIZERS} holds more than tensors and numbers; nothing was run: {error}"
-            ) from error
-        for name, optimizer in state.optimizers.items():
-            optimizer.load_state_dict(saved["optimizers"][name])
-        for name, extra in state.extras.items():
-            if name not in saved.get("extras", {}):
-                raise ValueError(f"{path} kept no state of {name!r}: leave --load_optim out, or train as that run was")
-            extra.load_state_dict(saved["extras"][name])
-    return digest
+        load_rest(path, state)
+    return manifest[WEIGHTS]["sha256"]
 
 
-def saver(run: Path, world: World) -> Hook:
-    """A hook for `fit`: the main process saves, the others wait."""
+def load_profiles(path: Path, state: State) -> None:
+    """Power-function averages, from the plain weights where the checkpoint has none."""
+    file = path / (PROFILES if (path / PROFILES).is_file() else WEIGHTS)
+    tensors = read_tensors(file)
+    for name, profile in state.profiles.items():
+        fill(profile.module, tensors, name if file.name == PROFILES else name.partition("/")[2], file)
 
-    def hook(state: State, metrics: Metrics) -> None:
-        if world.is_main:
-            save(run, state)
-        world.barrier()
 
-    return hook
+def load_rest(path: Path, state: State) -> None:
+    """Optimizers, extras, counters and the like, from state.pt, which is read without running code."""
+    file = path / OPTIMIZERS
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{file} holds more than tensors and numbers; nothing was run: {error}") from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    try:
+        take_rest(saved, state, file)
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{file} is not the state of such a training ({error!r}): leave --load_optim out") from error
+
+
+def take_rest(saved: dict[str, Any], state: State, file: Path) -> None:
+    for name, optimizer in state.optimizers.items():
+        load_optimizer(optimizer, saved["optimizers"][name], file)
+    for name, extra in state.extras.items():
+        if name not in saved.get("extras", {}):
+            if name.startswith(HOOK):
+                continue  # it joined the run later
+            raise ValueError(f"{file} kept no state of {name!r}: leave --load_optim out, or train as that run was")
+        extra.load_state_dict(saved["extras"][name])
+    for name, counter in state.counters.items():
+        counter.load_state_dict(saved.get("counters", {}).get(name, {}))  # without it, counting begins anew
+    state.bad_steps, state.best = list(saved.get("bad_steps", [])), dict(saved.get("best", {}))
+
+
+def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], file: Path) -> None:
+    """The state of an optimizer, cut like its parameters; ValueError where it belongs to others."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if sum(len(group["params"]) for group in saved["param_groups"]) != len(parameters):
+        raise ValueError(f"{file} holds the optimizer of another network: leave --load_optim out")
+
+    known = type(optimizer).__module__.startswith("torch.optim")
+
+    def cut(key: str, value: Any, parameter: nn.Parameter) -> Any:
+        of_parameter = isinstance(value, Tensor) and value.shape == parameter.shape
+        if known and key in LIKE_PARAMETERS and value is not None and not of_parameter:  # read beyond its end, if fused
+            raise ValueError(f"{file} holds the optimizer of another network: leave --load_optim out")
+        return sharded_like(value, parameter) if of_parameter else value
+
+    state = {
+        i: {key: cut(key, value, parameters[i]) for key, value in kept.items()} for i, kept in saved["state"].items()
+    }
+    optimizer.load_state_dict({**saved, "state": state})

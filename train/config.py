@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from train.datasets import DatasetConfig
+from train.schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,11 +28,15 @@ class DataConfig:
     """Also train on images shifted by up to this many pixels each way, black coming in (for digits and the like)."""
     in_memory: bool = False
     """Keep resized images in memory: for data sets of a few GB at most."""
+    cache_images: bool = False
+    """Keep decoded, resized images in one file in logs/.cache: img_size^2 * n_channels bytes each."""
     num_workers: int = 0
     """Processes that load images beside each training process."""
+    prefetch: int = 2
+    """Batches that each of them keeps ready."""
 
     def __post_init__(self):
-        for name, low in (("img_size", 1), ("shift", 0), ("num_workers", 0)):
+        for name, low in (("img_size", 1), ("shift", 0), ("num_workers", 0), ("prefetch", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted at least {low}: pass --{name} N")
 
@@ -54,16 +59,52 @@ class TrainingConfig:
     """Decoupled weight decay (AdamW)."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0 does not clip."""
+    optimizer: str = "adamw"
+    """adamw, adam, radam, nadam, adafactor, sgd, or a dotted path to your own class."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the optimizer's averages of the gradient and of its square (sgd: momentum, unused)."""
+    lr_schedule: Literal["constant", "cosine", "decay_tail"] = "constant"
+    """The learning rate after its warm-up: constant, a cosine to the last step, or constant with a linear tail."""
+    decay_steps: int = 0
+    """Length of decay_tail's tail, steps."""
+    lr_end: float = 0.0
+    """Where cosine and decay_tail end, as a share of the learning rate."""
     amp: bool = True
-    """bfloat16 autocast where the device computes it natively, else float32 and a message."""
+    """Half-precision autocast where the device computes it natively, else float32 and a message."""
+    amp_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 where it is native, else float16 with loss scaling on CUDA."""
+    max_bad_steps: int = 10
+    """Steps whose loss or gradient is not finite are skipped; more of them among 1,000 end the run."""
     ema: bool = True
     """Keep an exponential moving average of the weights."""
     ema_beta: float = 0.999
     """Its decay per step, reached after a warm-up."""
+    ema_profiles: tuple[float, ...] = ()
+    """Relative lengths of power-function averages to keep as well (0.05 0.1), for --ema_length afterwards."""
+    steps_per_ema_snapshot: int = 5_000
+    """Steps between their snapshots on disk."""
     seed: int = 0
     """Every random draw is a function of this, its purpose, the step and the sample."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda, else mps, else cpu."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Several processes: each keeps the whole network (ddp), or a shard of it, its averages and optimizer (fsdp)."""
+    timeout_minutes: float = 10.0
+    """Several processes: a job ends with an error when one of them has not been heard of for so long."""
+    compile: bool = False
+    """Compile the networks with torch.compile."""
+    channels_last: Literal["auto", "yes", "no"] = "auto"
+    """Memory format of images in convolutions; auto: yes on CUDA in half precision, where it is faster."""
+    tf32: bool = True
+    """TF32 matrix products on CUDA wherever float32 is used."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: slower, and needs far less memory."""
+    deterministic: bool = False
+    """Only operations that give the same bits each time on a GPU; an error where there is none."""
+    hooks: tuple[str, ...] = ()
+    """Dotted paths of your own classes or functions, called as hook(state, outputs) after each step: see the README."""
+    resume: str = "auto"
+    """auto: go on from the run's newest whole checkpoint; never: only begin anew; PATH: go on from that checkpoint."""
     load_dir: str | None = None
     """Start from the weights of this run."""
     load_step: int | None = None
@@ -75,8 +116,29 @@ class TrainingConfig:
         for name in ("train_steps", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1: pass --{name} N")
+        for name in ("warmup_iters", "weight_decay", "grad_clip", "decay_steps", "max_bad_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"got {name} {getattr(self, name)}, wanted 0 or more: pass --{name} N")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"got betas {self.betas}, wanted both in [0, 1)")
         if self.lr <= 0 or not 0 <= self.ema_beta < 1:
             raise ValueError(f"got lr {self.lr}, ema_beta {self.ema_beta}: wanted lr > 0 and ema_beta in [0, 1)")
+        if self.timeout_minutes <= 0 or self.steps_per_ema_snapshot < 1:
+            got = f"timeout_minutes {self.timeout_minutes}, steps_per_ema_snapshot {self.steps_per_ema_snapshot}"
+            raise ValueError(f"got {got}: wanted positive ones")
+        learning_rate(0, **self.schedule)
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """The arguments of `train.schedule.learning_rate`, but for the step."""
+        return {
+            "lr": self.lr,
+            "steps": self.train_steps,
+            "warmup": self.warmup_iters,
+            "schedule": self.lr_schedule,
+            "decay_steps": self.decay_steps,
+            "end": self.lr_end,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +153,34 @@ class LoggingConfig:
     """Steps between logged lines (averages over those steps)."""
     steps_per_checkpoint: int = 25_000
     """Steps between checkpoints; the last step always saves one."""
+    checkpoint_minutes: float = 30.0
+    """And at least every so many minutes; 0: by steps alone."""
+    keep_last: int = 3
+    """Newest checkpoints that are kept; 0 keeps all."""
+    keep_every: int = 100_000
+    """Checkpoints of multiples of so many steps are kept as well; 0: none."""
     steps_per_save_output: int = 5_000
     """Steps between pictures."""
     steps_per_eval: int = 5_000
     """Steps between validations; 0 for none."""
+    steps_per_FD: int = 0
+    """Steps between distances of generated (stage one: reconstructed) to real images; 0 for none."""
+    FD_samples: int = 1_000
+    """Images of which they are taken."""
+    FD_features: str = "auto"
+    """Their features: a file of experiments/metrics/features, or auto."""
+    profile: bool = False
+    """Record steps 10 to 14 of this start with PyTorch's profiler, into profile/."""
 
     def __post_init__(self):
         for name in ("steps_per_log", "steps_per_checkpoint", "steps_per_save_output"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1: pass --{name} N")
+        if self.FD_samples < 2:
+            raise ValueError(f"got FD_samples {self.FD_samples}, wanted at least 2: pass --FD_samples N")
+        for name in ("steps_per_eval", "checkpoint_minutes", "keep_last", "keep_every", "steps_per_FD"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"got {name} {getattr(self, name)}, wanted 0 or more: pass --{name} N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +227,6 @@ class SamplerTrainingConfig(TrainingConfig):
     """Steps in all, those before a resume included."""
     warmup_iters: int = 10_000
     """Steps over which the learning rate rises from 0."""
-    watch: tuple[str, ...] = ()
-    """Dotted paths of functions (state, outputs), called at each step with {loss, x_t, t, prediction, x0_hat, x0}."""
 
 
 @dataclass(frozen=True, kw_only=True)

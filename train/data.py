@@ -5,9 +5,7 @@ whatever the number of processes. So the same images come after any resume and f
 """
 
 import dataclasses
-import os
 import random
-import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +28,7 @@ from train.loop import Batch
 from train.order import Order, PositionLists
 from train.registry import plugin
 from train.transforms import to_float, to_item, views
+from train.workers import apart
 
 
 def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Dataset:
@@ -159,17 +158,6 @@ def stacked(name: str, values: list[Any]) -> Tensor:
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """A batch on the device, but for its positions: seeds are made of them, and reading them back would wait for it."""
     return {k: v if k == "position" else v.to(device, non_blocking=True) for k, v in batch.items()}
-
-
-def apart(worker: int) -> None:
-    """Takes a loading process out of the reach of signals to the whole group, such as Ctrl-C.
-
-    The training process saves before it ends on a signal, and needs its batch until then; a worker leaves when that
-    process ends it, or is gone. The handlers of that process, inherited, would keep it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.setpgrp()
 
 
 def training_batches(

@@ -73,7 +73,6 @@ def make_network(config, process: Gaussian, channels: int, n_classes: int) -> UN
         **{name: getattr(config, name) for name in own},
         in_channels=channels,
         out_channels=2 * channels if process.variance == "learned_range" else channels,
-        checkpoint=config.activation_checkpointing,
         n_classes=n_classes,
         time_scale=scale if config.time_scale is None else config.time_scale,
     )
@@ -159,6 +158,11 @@ class GaussianSampler:
         """Takes the losses of a whole step, those of all processes."""
         if "times" in self.extras:
             self.extras["times"].update(t, losses)
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """The share of noise in x_t: sigma / (alpha + sigma), (B,) in [0, 1]."""
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        return sigma / (alpha + sigma)
 
     def denoiser(self, network: nn.Module) -> Callable[[Tensor, Tensor, Any], Prediction]:
         return lambda x, t, condition: self.process.predict(self.said(network, x, t, condition), x, t)

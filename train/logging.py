@@ -2,8 +2,6 @@
 
 import json
 import math
-import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -14,7 +12,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from train.distributed import World
-from train.loop import Metrics, State
+from train.files import write_text
+from train.loop import Outputs, State
+from train.meter import Meter
+from train.parallel import is_sharded
 from train.transforms import to_uint8
 
 
@@ -33,16 +34,15 @@ def grid_image(images: Tensor, columns: int | None = None, enlarge_to: int = 64)
 
 
 class Logger:
-    """Collects metrics each step and writes their averages every `every` steps; a hook for `fit`.
+    """Averages what steps say and writes it every `every` steps; a hook for `fit`.
 
-    metrics.jsonl gets one object per logged step; lines after step `start`, left by a run cut off, are dropped.
+    metrics.jsonl gets one object per logged step; lines after step `start`, left by a run cut off, are dropped. The
+    averages on their way are part of the state (`counters["metrics"]`), so that a resumed run writes the same lines.
     """
 
-    def __init__(self, folder: Path, world: World, *, every: int, start: int, steps: int, batch_size: int):
-        self.folder, self.world, self.every, self.steps, self.batch_size = folder, world, every, steps, batch_size
-        self.totals: dict[str, Tensor] = {}
-        self.counts: Counter[str] = Counter()  # a loss that sets in between two lines counts its own steps
-        self.begun, self.since = start, time.perf_counter()
+    def __init__(self, folder: Path, world: World, meter: Meter, *, every: int, start: int, steps: int):
+        self.folder, self.world, self.meter, self.every, self.steps = folder, world, meter, every, steps
+        self.read_at = start
         if world.is_main:
             keep_lines_until(folder / "metrics.jsonl", start)
             self.writer = SummaryWriter(str(folder), purge_step=start + 1)
@@ -50,24 +50,40 @@ class Logger:
                 total=steps, initial=start, desc=folder.name, unit="step", dynamic_ncols=True, mininterval=1.0
             )
 
-    def __call__(self, state: State, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            value = value.detach().float().mean()
-            self.totals[name] = self.totals[name] + value if name in self.totals else value
-            self.counts[name] += 1
+    def __call__(self, state: State, outputs: Outputs) -> None:
+        means = state.counters["metrics"]
+        for name, value in outputs.items():
+            if value.ndim == 0:
+                value = value.detach().float()
+                counted = torch.stack([value, torch.ones_like(value)])  # what sets in late counts its own steps
+                means.add(name, counted / self.world.size)
         if self.world.is_main:
             self.bar.update()
         if state.step % self.every and state.step != self.steps:
             return
-        averages = torch.stack([total / self.counts[name] for name, total in self.totals.items()])
-        values = dict(zip(self.totals, self.world.mean(averages).tolist(), strict=True))
-        now = time.perf_counter()
-        rate = (state.step - self.begun) / (now - self.since)
-        self.totals, self.counts, self.begun, self.since = {}, Counter(), state.step, now
+        values = {name: (total / count).item() for name, (total, count) in means.take().items()}
+        values |= {f"ema_distance/{name}": self.distance(state, name) for name in state.averages}
+        if state.bad_steps:
+            values["skipped_steps"] = float(len(state.bad_steps))
+        speed = self.meter.read(state.step - self.read_at)
+        self.read_at = state.step
         if self.world.is_main:
-            speed = {"perf/steps_per_second": rate, "perf/images_per_second": rate * self.batch_size}
             self.scalars(state.step, values | speed)
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if "/" not in k}, refresh=False)
+
+    def distance(self, state: State, name: str) -> float:
+        """How far the average lies behind its module, relative to the module's norm."""
+        squares = state.averages[name].distance(state.modules[name])
+        if is_sharded(state.modules[name]):
+            squares = self.world.sum(squares)
+        return (squares[0] / squares[1]).sqrt().item()
+
+    def best(self, state: State, name: str, value: float) -> None:
+        """Notes the least value of a measure and its step, in the state and as a curve of its own."""
+        if value < state.best.get(name, (float("inf"), 0))[0]:
+            state.best[name] = (value, state.step)
+        if name in state.best:  # a value that is not finite is none
+            self.scalars(state.step, {f"{name}_best": state.best[name][0]})
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl and one point in each TensorBoard curve (main process only)."""
@@ -98,6 +114,11 @@ class Logger:
                 bucket_limits=ids.tolist(), bucket_counts=c.tolist(), global_step=step,
             )  # fmt: skip
 
+    def flush(self) -> None:
+        """Puts the curves on disk, as far as they are drawn."""
+        if self.world.is_main:
+            self.writer.flush()
+
     def close(self) -> None:
         if self.world.is_main:
             self.bar.close()
@@ -115,4 +136,4 @@ def keep_lines_until(path: Path, step: int) -> None:
                 kept.append(line)
         except json.JSONDecodeError:
             break
-    path.write_text("".join(f"{line}\n" for line in kept))
+    write_text(path, "".join(f"{line}\n" for line in kept))

@@ -1,19 +1,27 @@
 """The one loop that trains everything."""
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diffusion.rng import seed_of
+from train.clock import Clock
 from train.distributed import World
 from train.ema import EMA
+from train.power_ema import PowerEMA
+from train.tally import Tally
 
-Metrics = dict[str, Tensor]
 Batch = dict[str, Tensor]
+Outputs = dict[str, Tensor]  # of a step: its averages as scalars; whatever else was seen, with the examples first
+
+
+HOOK = "hook "  # begins the names of extras that are users' hooks
 
 
 class Stateful(Protocol):
@@ -31,56 +39,76 @@ class State:
     modules: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
     averages: dict[str, EMA] = field(default_factory=dict)
+    profiles: dict[str, PowerEMA] = field(default_factory=dict)  # by "<relative length>/<module>"
     extras: dict[str, Stateful] = field(default_factory=dict)  # whatever else training changes
+    counters: dict[str, Tally] = field(default_factory=dict)  # whatever is counted until it is logged
     step: int = 0
+    bad_steps: list[int] = field(default_factory=list)  # those that were skipped
+    best: dict[str, tuple[float, int]] = field(default_factory=dict)  # least value of a measure, and its step
+    replicas: dict[str, nn.Module] = field(default_factory=dict)  # modules as a step calls them, if not as they are
 
     def averaged(self, name: str) -> nn.Module:
         """The averaged weights of a module where they are kept, else the module itself."""
         return self.averages[name].module if name in self.averages else self.modules[name]
 
+    def replica(self, name: str) -> nn.Module:
+        """A module as a training step calls it: wrapped where several processes share its batch."""
+        return self.replicas.get(name, self.modules[name])
 
-Hook = Callable[[State, Metrics], None]
+
+Hook = Callable[[State, Outputs], None]
+Step = Callable[[State, Sequence[Batch]], Outputs | None]
 
 
 def fit(
     state: State,
     batches: Iterator[Sequence[Batch]],
-    step_fn: Callable[[State, Sequence[Batch]], Metrics],
+    step_fn: Step,
     *,
     steps: int,
     world: World,
     seed: int = 0,
-    hooks: Sequence[tuple[int, Hook]] = (),
+    hooks: Sequence[tuple[str, int, Hook]] = (),
+    skipped: Callable[[State, Sequence[Batch]], None] = lambda state, parts: None,
+    clock: Clock | None = None,
 ) -> None:
     """Trains until `state.step == steps`.
 
-    `batches` begins at `state.step` and yields the parts of a step's batch; `step_fn` owns backward and optimizers.
-    Each `(every, hook)` is called after every `every` steps and after the last. torch's global generator (dropout) is
-    seeded anew at each step, so a resumed run draws what the unbroken one would have drawn.
+    `batches` begins at `state.step` and yields the parts of a step's batch; `step_fn` owns backward and optimizers,
+    and answers None where it left the weights alone because something was not finite: then `skipped` is told.
+    Each `(name, every, hook)` is called after every `every` steps and after the last, with what the step gave (nothing
+    of a skipped one). `clock` learns where the time goes.
     """
+    clock = clock or Clock()
     while state.step < steps:
-        torch.manual_seed(seed_of(seed, "dropout", state.step, world.rank))
-        metrics = step_fn(state, next(batches))
+        with clock("data"):
+            parts = next(batches)
+        reseed(seed, state.step, world.rank)
+        with clock("step"):
+            outputs = step_fn(state, parts)
+        if outputs is None:
+            skipped(state, parts)
         state.step += 1
-        for name, average in state.averages.items():
-            average.update(state.modules[name], state.step)
-        for every, hook in hooks:
+        with clock("ema"):
+            follow(state)
+        for name, every, hook in hooks:
             if every and (state.step % every == 0 or state.step == steps):
-                hook(state, metrics)
+                with clock(name):
+                    hook(state, outputs or {})
 
 
-def optimize(optimizer: Optimizer, world: World, *, lr: float, clip: float) -> Tensor:
-    """One optimizer step from local gradients: average over processes, clip, step. Returns the norm before clipping."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    world.average_gradients(parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else float("inf"))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
+def reseed(seed: int, step: int, rank: int) -> None:
+    """Seeds every global generator (dropout, a user's own code) for one step, so that a resumed run draws what the
+    unbroken one would have drawn."""
+    number = seed_of(seed, "dropout", step, rank)
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)
 
 
-def warmed_up(lr: float, step: int, warmup: int) -> float:
-    """Linear warm-up: step 0 takes lr / warmup, step warmup - 1 and all later ones lr."""
-    return lr * min(1.0, (step + 1) / warmup) if warmup > 0 else lr
+def follow(state: State) -> None:
+    """Moves all averages one step behind their modules."""
+    for name, average in state.averages.items():
+        average.update(state.modules[name], state.step)
+    for name, profile in state.profiles.items():
+        profile.update(state.modules[name.partition("/")[2]], state.step)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from train.ema import Average
-from train.files import sync
+from train.files import refused, sync
 
 LONGEST = ((1 + math.sqrt(5)) / 2) ** -2.5  # 0.3003: the greatest std of any exponent, at g = (sqrt(5) - 3) / 2
 WORST_FIT = 0.1  # a recombined profile farther than this from the wanted one, relative to its norm, is refused
@@ -107,7 +107,8 @@ def save_snapshot(
         unfinished.unlink()
     aside = path.with_name(f".{path.name}.new")
     try:
-        save_file(stored, aside, {"step": str(step), "copied": json.dumps(names), "crc32": json.dumps(checks)})
+        with refused(aside):
+            save_file(stored, aside, {"step": str(step), "copied": json.dumps(names), "crc32": json.dumps(checks)})
         sync(aside)
         aside.replace(path)
     finally:

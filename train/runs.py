@@ -1,28 +1,46 @@
 """A run is a folder, identified by its config and the content of the weights it starts from."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from filelock import FileLock, Timeout
 
-from train.checkpoint import load, resolve_step, saved_steps, saver, write_text
-from train.cli import read_yaml, to_dict
+from train.assembly import training_dtype
+from train.bad_steps import BadSteps
+from train.checkpoint import load, resolve_step
+from train.cli import completed, read_groups, to_dict
+from train.clock import Clock
 from train.data import Positions, training_batches
-from train.distributed import World
+from train.distributed import World, world
+from train.execution import set_deterministic, set_tf32
+from train.files import write_text
 from train.logging import Logger
-from train.loop import State, fit
-from train.precision import has_native_bf16
+from train.loop import Hook, State, Step, fit
+from train.meter import Meter
+from train.profiling import Profile
+from train.resume import branched_from, go_on, start_of
+from train.saving import Saver
+from train.stopping import StopSignals
+
+PROFILED_FROM, PROFILED = 10, 5  # steps of a start that --profile records
 
 # Settings that say where, how fast or how often, not what: a run may go on with others.
 VOLATILE = {
-    "device", "num_workers", "in_memory", "log_dir", "logs_root",
-    "watch", "steps_per_log", "steps_per_checkpoint", "steps_per_save_output", "steps_per_eval",
+    "device", "num_workers", "prefetch", "in_memory", "cache_images", "shards_on_disk", "shard_cache", "log_dir",
+    "logs_root", "parallel", "timeout_minutes", "compile", "channels_last", "tf32", "activation_checkpointing",
+    "deterministic", "max_bad_steps", "hooks", "resume", "steps_per_log", "steps_per_checkpoint", "checkpoint_minutes",
+    "keep_last", "keep_every", "steps_per_save_output", "steps_per_eval", "steps_per_FD", "FD_samples", "FD_features",
+    "profile",
 }  # fmt: skip
 
 
 def run_folder(logs_root: str, name: str) -> Path:
-    return (Path(logs_root).expanduser() / name).resolve()
+    return Path(os.path.expanduser(logs_root), name).resolve()
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -32,12 +50,12 @@ def read_run(folder: Path) -> dict[str, Any]:
         there = sorted(p.parent.name for p in folder.parent.glob("*/config.yaml"))
         runs = ", ".join(there) or "none"
         raise FileNotFoundError(f"no run in {folder}; runs beside it: {runs}: train it first, or name another")
-    return read_yaml(path)
+    return read_groups(path)
 
 
 def origin_of(folder: Path) -> dict[str, Any]:
     """What a run noted of what it starts from; nothing before its first start."""
-    return read_run(folder)["origin"] if (folder / "config.yaml").is_file() else {}
+    return read_run(folder).get("origin", {}) if (folder / "config.yaml").is_file() else {}
 
 
 def identity(content: dict[str, Any]) -> dict[str, Any]:
@@ -50,13 +68,14 @@ def open_run(folder: Path, config, origin: dict[str, Any]) -> None:
     """Writes config.yaml into a new run's folder, or checks that what is asked for is the run that is there.
 
     `origin` is what the run starts from beside its config: SHA-256 of weights, facts of the data. ValueError lists
-    the keys that differ; a larger train_steps is no difference.
+    the keys that differ; a larger train_steps is no difference, where no learning rate depends on it.
     """
     content = to_dict(config) | {"origin": origin}
     path = folder / "config.yaml"
     if path.is_file():
-        old, new = identity(read_run(folder)), identity(content)
-        if (new.get("train_steps") or 0) >= (old.get("train_steps") or 0):
+        old, new = identity(completed(read_run(folder), config)), identity(content)
+        longer = (new.get("train_steps") or 0) >= (old.get("train_steps") or 0)
+        if longer and new.get("lr_schedule", "constant") == "constant":
             old.pop("train_steps", None), new.pop("train_steps", None)
         keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         odd = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
@@ -66,25 +85,57 @@ def open_run(folder: Path, config, origin: dict[str, Any]) -> None:
     write_text(path, yaml.safe_dump(content, sort_keys=False))
 
 
+@contextmanager
+def workplace(run: Path, training) -> Iterator[World]:
+    """The World that trains this run: its processes and device, switched as the config says, the folder's only job."""
+    with (
+        world(training.device, training.timeout_minutes) as here,
+        set_tf32(here.device, training.tf32),
+        set_deterministic(training.deterministic),
+        owned(run) if here.is_main else nullcontext(),
+    ):
+        yield here
+
+
+@contextmanager
+def owned(run: Path) -> Iterator[None]:
+    """The folder of a run, for this job alone; ValueError where another is training it."""
+    path = run.parent / ".cache" / "locks" / f"{run.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)  # the system frees it when a process dies
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"another process is training {run}: wait for it, or give another --log_dir") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def begin(run: Path, config, state: State, world: World, origin: dict[str, Any]) -> None:
-    """Opens the run's folder and fills `state`: from its newest checkpoint, else from --load_dir, else not at all."""
+    """Opens the run's folder and fills `state`: from where --resume says, else from --load_dir, else not at all."""
     training = config.training
     if training.load_dir is not None:
         source = run_folder(config.logging.logs_root, training.load_dir)
         step = resolve_step(source, training.load_step, "--load_step")
         origin = origin | {"load_weights": load(source, step, state, optimizers=training.load_optim)}
-        state.step = 0
+        state.step, state.best, state.bad_steps = 0, {}, []  # those of the other run
+        for counter in state.counters.values():
+            counter.load_state_dict({})
+    start = start_of(run, training.resume)
+    origin = origin | branched_from(run, start, origin_of(run))
+    world.barrier()  # all have looked before one writes
     if world.is_main:
         open_run(run, config, origin)
         print(f"run folder: {run}", flush=True)
-        if training.amp and not has_native_bf16(world.device):
-            print(f"{world.device} has no native bfloat16: training in float32", flush=True)
+        if training.amp and training_dtype(training, world.device) == torch.float32:
+            print(f"{world.device} has no native half precision: training in float32", flush=True)
     world.barrier()
-    if saved_steps(run):
-        load(run, saved_steps(run)[-1], state)
-        if world.is_main:
-            done = " (nothing left to do)" if state.step >= training.train_steps else ""
-            print(f"going on from step {state.step} of {training.train_steps}{done}", flush=True)
+    go_on(run, start, state, world)
+    if world.is_main and state.step:
+        done = " (nothing left to do)" if state.step >= training.train_steps else ""
+        print(f"going on from step {state.step} of {training.train_steps}{done}", flush=True)
 
 
 def train(
@@ -93,12 +144,19 @@ def train(
     state: State,
     world: World,
     source: Positions,
-    step: Callable,
+    step: Step,
     reports: Callable[[Logger], Any],
+    *,
+    hooks: Sequence[tuple[str, int, Hook]] = (),
+    distance: Callable[[Logger], Hook] | None = None,
     workers: int = 0,
+    tokens: int = 0,
 ) -> None:
-    """The loop with everything around it: batches from `source`, logging, checkpoints, and the hooks `validate` and
-    `show` of what `reports(logger)` makes."""
+    """The loop with everything around it: batches from `source`, logging, checkpoints, signals, the user's `hooks`, the
+    hooks of what `reports(logger)` makes, and `distance(logger)`, which measures images every --steps_per_FD steps.
+
+    `tokens` is how many codes an image is, 0 where it is none.
+    """
     training, logging = config.training, config.logging
     steps, size = training.train_steps, training.batch_size
     batches = training_batches(
@@ -109,14 +167,43 @@ def train(
         accumulate=training.accumulate,
         world=world,
         workers=workers,
+        prefetch=config.data.prefetch,
     )
-    logger = Logger(run, world, every=logging.steps_per_log, start=state.step, steps=steps, batch_size=size)
-    looked_at = reports(logger)
-    hooks = [
-        (1, logger),
-        (logging.steps_per_eval, looked_at.validate),
-        (logging.steps_per_save_output, looked_at.show),
-        (logging.steps_per_checkpoint, saver(run, world)),
-    ]
-    fit(state, batches, step, steps=steps, world=world, seed=training.seed, hooks=hooks)
-    logger.close()
+    clock, per_step = Clock(), {"images": size} | ({"tokens": size * tokens} if tokens else {})
+    meter = Meter(step, world, clock, per_step, training_dtype(training, world.device))
+    logger = Logger(run, world, meter, every=logging.steps_per_log, start=state.step, steps=steps)
+    looked_at, bad = reports(logger), BadSteps(run, world, training.max_bad_steps)
+    with StopSignals() as stop:
+        saver = Saver(run, world, stop, logger.flush, training=training, logging=logging)
+        measured = [("distances", logging.steps_per_FD, distance(logger))] if distance and logging.steps_per_FD else []
+        profile = Profile(run, world.rank, state.step + PROFILED_FROM, PROFILED) if logging.profile else None
+        every = [
+            *hooks,
+            *([("profile", 1, profile)] if profile else []),
+            ("logging", 1, logger),
+            *(("logging", logging.steps_per_log, hook) for hook in looked_at.tallied),
+            ("validation", logging.steps_per_eval, looked_at.validate),
+            *measured,
+            ("pictures", logging.steps_per_save_output, looked_at.show),
+            ("checkpoints", 1, saver),
+        ]
+        try:
+            fit(
+                state,
+                batches,
+                meter,
+                steps=steps,
+                world=world,
+                seed=training.seed,
+                hooks=every,
+                skipped=bad,
+                clock=clock,
+            )
+            with clock("checkpoints"):
+                saver.finish()
+        finally:
+            logger.close()
+            if profile is not None:
+                profile.close()
+    if world.is_main and clock.seconds:
+        print(f"time: {clock}", flush=True)

@@ -1,11 +1,13 @@
 """What a learned sampler works in: pixels, or a VQGAN's codes or latents. Each turns images into it, and back."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from train.cli import from_dict
 from train.config import DataConfig
 from train.data import Adapt, ImageSource, Positions, TrainingCodes, TrainingImages
 from train.datasets import Dataset
@@ -23,6 +25,7 @@ class Space(Protocol):
     """`facts` is what a sampler's `build` is told, `origin` what a run notes of it to know it again."""
 
     first: FirstStage | None
+    tokens: int  # codes that an image is; 0 where it is none
 
     @property
     def facts(self) -> dict[str, Any]: ...
@@ -57,6 +60,8 @@ class Space(Protocol):
 
 class Continuous:
     """What pixels and latents share: training batches are images."""
+
+    tokens = 0
 
     def source(
         self, images: Dataset, split: str, data: DataConfig, seed: int, world: World, adapt: Adapt
@@ -127,6 +132,10 @@ class Codes:
     first: FirstStage
 
     @property
+    def tokens(self) -> int:
+        return math.prod(self.first.vqgan.grid)
+
+    @property
     def facts(self) -> dict[str, Any]:
         return {"codes": self.first.vqgan.quantizer.codebook_size, "grid": self.first.vqgan.grid}
 
@@ -186,11 +195,18 @@ def open_space(config, run_origin: dict[str, Any], images: Dataset, world: World
     return Latents(first, noted or measured_scale(first, ImageSource(images, config.data), world))
 
 
+@dataclass(frozen=True, kw_only=True)
+class PixelsRun:
+    """The part of a run's config that says what its pixels are."""
+
+    data: DataConfig
+
+
 def reopened_space(content: dict[str, Any], first: FirstStage | None) -> Space:
     """The space that a run was trained in, from its config.yaml and the VQGAN that it names, or None for pixels."""
     if first is None:
-        return Pixels(DataConfig(**content["data"]))
-    scale = content["origin"].get("latent_scale")
+        return Pixels(from_dict(PixelsRun, {"data": content.get("data", {})}, "the run's config.yaml").data)
+    scale = content.get("origin", {}).get("latent_scale")
     return Codes(first) if scale is None else Latents(first, scale)
 
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 class Perceptual(nn.Module):
     """Learned perceptual distance of images (B, C, H, W) in [-1, 1] (LPIPS's own range), C 1 or 3 -> (B,).
 
-    `net` is vgg, alex or squeeze; its ImageNet weights come from torchvision's cache or download.
+    `net` is vgg, alex or squeeze; its ImageNet weights come from torchvision's cache or download. Not `trained`, its
+    weights are random: as much work, and no distance.
     """
 
-    def __init__(self, net: str):
+    def __init__(self, net: str, trained: bool = True):
         super().__init__()
         try:
             import lpips
@@ -20,9 +21,10 @@ class Perceptual(nn.Module):
             raise ValueError(
                 "the perceptual loss needs lpips: `pip install lpips`, or pass --perceptual_net none"
             ) from error
+        random = {} if trained else {"pretrained": False, "pnet_rand": True}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision by its old `pretrained` argument
-            self.distance = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
+            self.distance = lpips.LPIPS(net=net, verbose=False, **random).eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Perceptual":
         return super().train(False)  # frozen: its dropout must never wake up

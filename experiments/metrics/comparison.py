@@ -12,12 +12,13 @@ from tqdm import tqdm
 from experiments.metrics import features as all_features
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
-from experiments.metrics.report import generated_statistics, real_statistics
+from experiments.metrics.report import generated_statistics, real_statistics, statistics_cache, with_features
+from experiments.processes import only_process
 from experiments.table import table
 from train.config import TrainingConfig
 from train.data import TrainingCodes, build_dataset, training_batches
 from train.datasets import Dataset
-from train.distributed import World, pick_device
+from train.distributed import World
 from train.first_stage import load_first_stage
 from train.generate import TrainedSampler, class_frequencies
 from train.loop import State, fit
@@ -56,11 +57,11 @@ class Bench:
         losses = validation_losses(step, sampler.network, codes, len(codes))
         shares = torch.tensor(self.frequencies, dtype=torch.float64) if sampler.n_classes else None
         trained = TrainedSampler(
-            grid.parent, state.step, sampler, self.space, c.data, c.reader, shares, "", self.world.device, training.amp
+            grid.parent, state.step, sampler, self.space, c.data, c.reader, shares, "", self.world, training.amp
         )
         n, at_once = c.comparison.n_samples, c.comparison.generated_at_once
         batches = trained.sample(n, seed, c.sampling, batch_size=at_once)
-        generated, _ = generated_statistics(self.features, batches, 0, grid)
+        generated, _ = generated_statistics(with_features(self.features, batches, self.world), 0, grid)
         return {
             "parameters": sum(p.numel() for p in sampler.network.parameters()),
             "bits_per_code": losses["bits_per_code"],
@@ -82,22 +83,22 @@ class Bench:
         )
         step = SamplerStep(sampler, self.space, training, self.world)
         with tqdm(total=steps, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0) as bar:
-            hooks = [(1, lambda state, metrics: bar.update())]
+            hooks = [("bar", 1, lambda state, outputs: bar.update())]
             fit(state, batches, step, steps=steps, world=self.world, seed=training.seed, hooks=hooks)
 
 
 def prepare(config) -> Bench:
     """Loads the first stage, encodes the data where that is not done yet, and takes the real images' statistics."""
     data, output = config.data, config.output
-    device = pick_device(config.training.device)
+    world = only_process(config.training.device)
     run = run_folder(output.logs_root, config.first.ae_load_dir or f"vqgan_{data.dataset}")
-    first = load_first_stage(run, config.first.ae_load_step, device, config.training.amp)
+    first = load_first_stage(run, config.first.ae_load_step, world.device, config.training.amp)
     first.check_fits(data)
     images = {split: build_dataset(data, config.reader, split) for split in ("train", "val")}
-    features = all_features.choose(config.comparison.features, data, device)
-    cache = Path(output.logs_root).expanduser() / ".cache" / "statistics"
-    reference = real_statistics(images["train"], data, features, None, cache, config.comparison.generated_at_once)
-    return Bench(config, Codes(first), images, class_frequencies(images["train"]), features, reference, World(device))
+    features = all_features.choose(config.comparison.features, data, world.device)
+    cache, at_once = statistics_cache(output.logs_root), config.comparison.generated_at_once
+    reference = real_statistics(images["train"], data, features, None, cache, at_once, world)
+    return Bench(config, Codes(first), images, class_frequencies(images["train"]), features, reference, world)
 
 
 def mean_and_deviation(values: list[float]) -> str:

@@ -11,6 +11,7 @@ from diffusion.likelihood import visits
 from diffusion.rng import Streams
 from experiments.experiment import write_results
 from experiments.metrics.atomic import whole_file
+from experiments.processes import in_order
 from experiments.progress import progress
 from experiments.table import table
 from train.cli import to_dict
@@ -21,24 +22,30 @@ from train.generate import TrainedSampler
 def bounds(
     trained: TrainedSampler, source: Positions, count: int, seed: int, calls: int | None, batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
-    """The Bound of the first `count` positions, in float64 on the CPU; no image's depends on the batch size."""
-    for first in range(0, count, batch_size):
+    """The Bound of the first `count` positions, in float64 on the CPU; no image's depends on the batch size.
+
+    Of several processes, each gives every so manieth batch.
+    """
+    for first in trained.world.share_of(list(range(0, count, batch_size))):
         batch = source[list(range(first, min(first + batch_size, count)))]
         bound = trained.log_likelihood(batch, seed, calls)
         yield {name: part.cpu().double() for name, part in bound._asdict().items()}
 
 
-def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any]:
-    """All that one report says, written to results.json; terms.png where there are terms."""
+def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any] | None:
+    """All that one report says, written to results.json; terms.png where there are terms. In the main process alone,
+    while the others take part."""
     c, output = config.likelihood, config.output
     source = trained.batches(c.split)
     count = min(c.n_images, len(source))  # beyond an epoch images come again
     totals, prior, terms = [], 0.0, 0.0
     found = bounds(trained, source, count, output.seed, c.calls, output.batch_size)
-    for bound in progress(found, count, "measuring"):
+    for bound in progress(in_order(trained.world, found), count, "measuring", trained.world.is_main):
         totals.append(bound["total"])
         prior += bound["prior"].sum().item() / count
         terms = terms + bound["terms"].sum(0) / count  # (T,)
+    if not trained.world.is_main:
+        return None
     total, steps = torch.cat(totals), len(terms)
     widths = stretches(steps, c.calls)
     curve = levelled(terms, widths).tolist() if steps else []

@@ -7,7 +7,7 @@ from pathlib import Path
 from experiments.metrics.comparison import mean_and_deviation
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
-from experiments.metrics.report import generated_statistics
+from experiments.metrics.report import generated_statistics, with_features
 from experiments.progress import progress
 from experiments.table import table
 from train.config import SamplingConfig
@@ -28,7 +28,8 @@ def measured(
     begun = time.perf_counter()
     batches = trained.sample(n, seed, options, batch_size=batch_size)
     name = f"{options.solver}, {options.sample_steps} steps, seed {seed}"
-    generated, _ = generated_statistics(features, progress(batches, n, name), 0, grid)
+    found = with_features(features, progress(batches, n, name), trained.world)
+    generated, _ = generated_statistics(found, 0, grid)
     return {"distance": frechet_distance(generated, reference), "seconds": time.perf_counter() - begun}
 
 

@@ -16,8 +16,9 @@ from experiments.metrics.cost import WARM_UPS
 from models.unet import UNet
 from models.unet_config import UNetConfig
 from train.distributed import World
-from train.loop import optimize
+from train.loop import State
 from train.precision import autocast, has_native_bf16
+from train.update import update
 
 Step = Callable[[], Tensor]  # one training step -> its loss, which the device may still be computing
 PROCESS = GaussianDiffusion(cosine(1000), variance="learned_range")
@@ -56,15 +57,15 @@ def in_diffusers(config: UNetConfig, img_size: int) -> nn.Module:
 def training_steps(network: nn.Module, shape: tuple[int, ...], world: World) -> dict[str, Step]:
     """A step of one network by precision, which share its weights; bfloat16 where the machine computes it natively."""
     network = network.to(world.device).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-    step = partial(training_step, network, optimizer, shape, Streams(list(range(shape[0])), world.device), world)
+    state = State({"network": network}, {"network": torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)})
+    step = partial(training_step, network, state, shape, Streams(list(range(shape[0])), world.device), world)
     precisions = {"float32": False} | ({"bfloat16": True} if has_native_bf16(world.device) else {})
     return {name: partial(step, amp) for name, amp in precisions.items()}
 
 
 def training_step(
     network: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    state: State,
     shape: tuple[int, ...],
     rng: Streams,
     world: World,
@@ -77,7 +78,7 @@ def training_step(
     output = output if isinstance(output, Tensor) else output.sample  # diffusers names what it returns
     loss = PROCESS.loss(output, x0, noise, t, "hybrid").per_example.mean()
     loss.backward()
-    optimize(optimizer, world, lr=1e-4, clip=1.0)
+    update(state, ["network"], world, lr=1e-4, clip=1.0)
     return loss.detach()
 
 

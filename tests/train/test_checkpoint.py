@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from train import checkpoint
-from train.checkpoint import checkpoint_path, load, load_weights, resolve_step, save, saved_steps, sha256
+from train.checkpoint import checkpoint_path, load, load_weights, resolve_step, save, saved_steps
 from train.ema import EMA
+from train.files import sha256
 from train.loop import State
 
 

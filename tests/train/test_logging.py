@@ -5,26 +5,35 @@ import json
 import pytest
 import torch
 
+from train.clock import Clock
 from train.distributed import World
 from train.logging import Logger, grid_image, keep_lines_until
 from train.loop import State
+from train.meter import Meter
+from train.tally import Tally
+
+HERE = World(torch.device("cpu"))
 
 
 @pytest.fixture
 def logger(tmp_path):
-    logger = Logger(tmp_path, World(torch.device("cpu")), every=3, start=0, steps=4, batch_size=2)
+    meter = Meter(None, HERE, Clock(), {"images": 2}, torch.float32)
+    logger = Logger(tmp_path, HERE, meter, every=3, start=0, steps=4)
     yield logger
     logger.close()
 
 
 def test_lines_hold_averages_each_over_its_own_steps(logger, tmp_path):
     steps = [{"loss": 1.0}, {"loss": 2.0}, {"loss": 6.0, "late": 5.0}, {"loss": 7.0}]
+    counters = {"metrics": Tally(HERE)}
     for number, metrics in enumerate(steps, 1):
-        logger(State({}, {}, step=number), {name: torch.tensor(value) for name, value in metrics.items()})
+        outputs = {name: torch.tensor(value) for name, value in metrics.items()} | {"losses": torch.ones(2)}
+        logger(State({}, {}, counters=counters, step=number), outputs)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 4]  # every third, and the last
     assert (lines[0]["loss"], lines[0]["late"]) == (3.0, 5.0)
     assert lines[1]["loss"] == 7.0 and "late" not in lines[1]
+    assert not any("losses" in line for line in lines)  # per example: for hooks
     assert lines[0]["perf/images_per_second"] == pytest.approx(2 * lines[0]["perf/steps_per_second"])
 
 

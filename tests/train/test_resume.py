@@ -1,28 +1,11 @@
-"""A run that was stopped and resumed equals one that never stopped; two processes equal one."""
+"""A run that was stopped and resumed equals one that never stopped; a batch in parts equals the whole."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny import DDPM, GAN, SAMPLER, VQGAN, call, run
-
-from train.checkpoint import sha256
-
-
-def weights(folder, step, name="model.safetensors"):
-    return load_file(folder / "checkpoints" / f"step_{step:08d}" / name)
-
-
-def assert_equal_bits(one, other):
-    assert one.keys() == other.keys()
-    assert [key for key in one if not torch.equal(one[key], other[key])] == []
-
-
-def lines(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows]
+from same_runs import assert_close, assert_equal_bits, assert_same_ddpm, extras, lines, manifest_of, weights
+from tiny import DDPM, GAN, SAMPLER, VQGAN, call
 
 
 @pytest.mark.parametrize("stop", [2, 5])
@@ -45,6 +28,7 @@ def test_sampler_resumed_is_bitwise_the_one_that_never_stopped_with_dropout(trai
     assert_equal_bits(weights(trained / "whole", 5), weights(trained / "parts", 5))
 
 
+SPREAD = "--time_sampler low_discrepancy"  # over the whole batch
 BY_LOSS = "--time_sampler loss_second_moment --loss_type vlb --total_steps 4 --batch_size 8"
 
 
@@ -63,11 +47,6 @@ def test_ddpm_resumed_is_bitwise_the_one_that_never_stopped(tmp_path, flags, sto
         assert_equal_bits(one[name], other[name])
         assert one[name]["count"].sum() == 8 * steps  # every loss was seen
         assert (one[name]["count"] >= 10).all()  # so the last times went by the losses
-
-
-def extras(folder, step):
-    path = folder / "checkpoints" / f"step_{step:08d}" / "state.pt"
-    return torch.load(path, weights_only=True)["extras"]
 
 
 def test_resume_needs_the_losses_that_times_go_by(tmp_path):
@@ -101,70 +80,6 @@ def test_resume_needs_the_optimizer(tmp_path):
     call("train_vqgan.py", f"--log_dir half --train_steps 4 {flags}")
     whole, half = weights(tmp_path / "whole", 4), weights(tmp_path / "half", 4)
     assert any(not torch.equal(whole[key], half[key]) for key in whole)
-
-
-def manifest_of(path):
-    files = [f for f in path.iterdir() if f.name != "manifest.json"]
-    return {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
-
-
-def assert_close(one, other):
-    """All weights together, relative: Adam turns the rounding of a zero gradient (a bias before a norm) into steps."""
-    assert one.keys() == other.keys()
-    difference = sum((one[key] - other[key]).square().sum() for key in one).sqrt()
-    assert difference <= 1e-5 * sum(one[key].square().sum() for key in one).sqrt()
-
-
-def assert_same_losses(one, other):
-    """Every number of metrics.jsonl to 1e-5 relative, line by line."""
-    assert len(lines(one)) == len(lines(other)) > 0
-    for row, twin in zip(lines(one), lines(other), strict=True):
-        assert row == pytest.approx(twin, rel=1e-5, abs=1e-7)
-
-
-def test_two_processes_equal_one_in_both_stages(tmp_path):
-    flags = f"--logs_root {tmp_path} --no_amp --weight_decay 0.01 --steps_per_log 1"
-    vqgan = f"{flags} {VQGAN} {GAN} --train_steps 5 --disc_weight_max 1000 --lr 1e-4"
-    sampler = f"{flags} {SAMPLER} --train_steps 4 --ae_load_dir one"
-    one = run("train_vqgan.py", f"{vqgan} --log_dir one")
-    two = run("train_vqgan.py", f"{vqgan} --log_dir two", processes=2)
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
-    assert_close(weights(tmp_path / "one", 5), weights(tmp_path / "two", 5))
-    assert_same_losses(tmp_path / "one", tmp_path / "two")
-    logged = [row for row in lines(tmp_path / "two") if "adaptive_weight" in row]
-    assert logged and 0 < logged[-1]["adaptive_weight"] < 1000  # the clamp must not hide the weight
-    two = run("train_sampler.py", f"{sampler} --log_dir sampler_two", processes=2)
-    codes = tmp_path / "one" / "codes"
-    encoded_by_two = {path.name: path.read_bytes() for path in codes.iterdir()}
-    shutil.rmtree(codes)
-    one = run("train_sampler.py", f"{sampler} --log_dir sampler_one")
-    assert encoded_by_two == {path.name: path.read_bytes() for path in codes.iterdir()}
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
-    assert_close(weights(tmp_path / "sampler_one", 4), weights(tmp_path / "sampler_two", 4))
-    assert_same_losses(tmp_path / "sampler_one", tmp_path / "sampler_two")
-
-
-def assert_same_ddpm(one, other, step):
-    """Weights, losses, and what the times go by."""
-    assert_close(weights(one, step), weights(other, step))
-    assert_same_losses(one, other)
-    mine, yours = extras(one, step), extras(other, step)
-    assert mine.keys() == yours.keys()
-    for name in mine:
-        assert torch.equal(mine[name]["count"], yours[name]["count"]) and (mine[name]["count"] >= 10).all()
-        assert torch.allclose(mine[name]["losses"], yours[name]["losses"], rtol=1e-4)
-
-
-SPREAD = "--time_sampler low_discrepancy"  # over the whole batch
-
-
-@pytest.mark.parametrize("flags", [pytest.param(SPREAD, marks=pytest.mark.slow, id="spread"), BY_LOSS])
-def test_two_processes_equal_one_for_ddpm(tmp_path, flags):
-    flags = f"--logs_root {tmp_path} --no_amp --steps_per_log 1 --steps_per_eval 0 --train_steps 10 {DDPM} {flags}"
-    two = run("train_sampler.py", f"{flags} --log_dir two", processes=2)
-    assert two.returncode == 0, two.stderr
-    call("train_sampler.py", f"{flags} --log_dir one")
-    assert_same_ddpm(tmp_path / "one", tmp_path / "two", 10)
 
 
 @pytest.mark.parametrize("flags", [SPREAD, BY_LOSS])

@@ -79,7 +79,7 @@ def refused(script, flags, capfd):
     return message
 
 
-# --watch
+# --hooks
 
 
 EPS = "--prediction eps --variance learned_range --schedule cosine"  # whatever the preset says
@@ -88,16 +88,17 @@ EPS = "--prediction eps --variance learned_range --schedule cosine"  # whatever 
 @pytest.mark.parametrize("kind", ["ddpm", "absorbing"])
 def test_watchers_are_given_every_step_what_was_seen_and_said(kind, mine, trained, tmp_path):
     flags = f"{SAMPLER} --logs_root {trained}" if kind == "absorbing" else f"{DDPM} {EPS} --logs_root {tmp_path}"
-    watch = "--watch my_own.watching.keep my_own.watching.count"
+    watch = "--hooks my_own.watching.keep my_own.watching.count"
     call("train_sampler.py", f"{flags} --train_steps 3 --no_amp --log_dir watched_{kind} --accumulate 2 {watch}")
     from my_own.watching import seen
 
     kept = seen[::2]
-    assert [step for step, _ in kept] == [0, 1, 2] and [step for step, _ in seen[1::2]] == ["counted"] * 3
+    assert [step for step, _ in kept] == [1, 2, 3] and [step for step, _ in seen[1::2]] == ["counted"] * 3
     for _, outputs in kept:
-        assert {"loss", "x_t", "t", "prediction", "x0_hat", "x0"} <= outputs.keys()
-        assert outputs["loss"].shape == outputs["t"].shape == (4,)  # both parts of the batch
-        assert outputs["loss"].isfinite().all() and not any(value.requires_grad for value in outputs.values())
+        assert {"loss", "losses", "x_t", "t", "prediction", "x0_hat", "x0"} <= outputs.keys()
+        assert outputs["losses"].shape == outputs["t"].shape == (4,)  # both parts of the batch
+        assert torch.allclose(outputs["loss"], outputs["losses"].mean()) or "times" in flags
+        assert outputs["losses"].isfinite().all() and not any(value.requires_grad for value in outputs.values())
         assert outputs["x_t"].shape == outputs["x0"].shape == outputs["x0_hat"].shape
         if kind == "absorbing":
             hidden = outputs["x_t"] == 16
@@ -116,7 +117,7 @@ def test_watchers_are_given_every_step_what_was_seen_and_said(kind, mine, traine
 def test_watching_changes_nothing(mine, tmp_path):
     flags = f"{DDPM} --logs_root {tmp_path} --train_steps 2 --no_amp"
     call("train_sampler.py", f"{flags} --log_dir one")
-    call("train_sampler.py", f"{flags} --log_dir two --watch my_own.watching.keep")
+    call("train_sampler.py", f"{flags} --log_dir two --hooks my_own.watching.keep")
     one, two = (
         (tmp_path / name / "checkpoints" / "step_00000002" / "model.safetensors").read_bytes()
         for name in ("one", "two")
@@ -134,7 +135,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("flag", ["--watch", "--adapt"])
+@pytest.mark.parametrize("flag", ["--hooks", "--adapt"])
 @pytest.mark.parametrize("path", WRONG)
 def test_a_wrong_dotted_path_is_refused_in_one_line(path, flag, mine, tmp_path, capfd):
     message = refused("train_sampler.py", f"{DDPM} --logs_root {tmp_path} --train_steps 1 {flag} {path}", capfd)
@@ -145,13 +146,13 @@ def test_a_wrong_dotted_path_is_refused_in_one_line(path, flag, mine, tmp_path, 
 
 @pytest.mark.parametrize("path", ["", ".keep", "my_own..keep", "my_own.", "my_own.watching."])
 def test_what_is_no_dotted_path_is_a_message_and_no_crash(path, mine):
-    with pytest.raises(ValueError, match="got --watch"):
-        dotted(path, "--watch")
+    with pytest.raises(ValueError, match="got --hooks"):
+        dotted(path, "--hooks")
 
 
 def test_what_a_users_module_needs_is_not_our_error(mine):
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
-        dotted("my_own.needy.function", "--watch")
+        dotted("my_own.needy.function", "--hooks")
 
 
 # --adapt
@@ -246,18 +247,26 @@ def test_an_adapt_that_has_changed_since_training_is_refused_by_name_too(adapted
 def test_every_setting_of_a_run_that_names_code_must_be_allowed(tmp_path):
     settings = {"sampler": "ddpm", "res_block_type": "my.blocks.Block", "adapt": "my_own.adapting.upper"}
     with pytest.raises(ValueError, match="--res_block_type my.blocks.Block, which is code: pass --allow my.blocks"):
-        check_allowed(tmp_path, settings, ())
+        check_allowed(tmp_path, {"sampler": settings, "reader": {}}, ())
     with pytest.raises(ValueError, match="--adapt my_own.adapting.upper, which is code"):
-        check_allowed(tmp_path, settings, ("my.blocks.Block",))
-    check_allowed(tmp_path, settings, ("my.blocks.Block", "my_own.adapting.upper"))
-    check_allowed(tmp_path, {"adapt": "", "attn_block_type": "softmax", "first_beta": 0.001, "channels": 8}, ())
+        check_allowed(tmp_path, {"sampler": settings, "reader": {}}, ("my.blocks.Block",))
+    check_allowed(tmp_path, {"sampler": settings, "reader": {}}, ("my.blocks.Block", "my_own.adapting.upper"))
+    plain = {"adapt": "", "attn_block_type": "softmax", "first_beta": 0.001, "channels": 8}
+    check_allowed(tmp_path, {"sampler": plain, "reader": {"data_dir": "/data/birds.v2"}}, ())
+
+
+def test_a_command_that_brings_the_data_must_be_allowed(tmp_path):
+    groups = {"sampler": {}, "reader": {"data_dir": "pipe:cat a.tar"}}
+    with pytest.raises(ValueError, match="pass --allow 'pipe:cat a.tar'"):
+        check_allowed(tmp_path, groups, ())
+    check_allowed(tmp_path, groups, ("pipe:cat a.tar",))
 
 
 @pytest.mark.parametrize("path", ["my-own.upper", "über.f", "_mine.f", "my_own.adapting.upper", "my_own.2.f"])
 def test_whatever_can_be_imported_must_be_allowed(path, tmp_path):
     """importlib takes module names that are no identifiers, so the check may not look for identifiers alone."""
     with pytest.raises(ValueError, match="--allow"):
-        check_allowed(tmp_path, {"adapt": path}, ())
+        check_allowed(tmp_path, {"sampler": {"adapt": path}, "reader": {}}, ())
 
 
 def test_a_run_whose_config_was_changed_runs_no_code_either(adapted, monkeypatch, capfd):

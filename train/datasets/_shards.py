@@ -35,7 +35,7 @@ def names_of(pattern: str, flag: str) -> list[str]:
         if is_remote(name):
             names.append(name)
             continue
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         found = sorted(path.glob("*.tar")) if path.is_dir() else sorted(map(Path, glob.glob(str(path))))
         if not found:
             what = "holds no .tar" if path.is_dir() else "is no file or folder"

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ def build(config: Config, split: str) -> TarImages:
     if config.data_dir is None:
         raise ValueError("data set webdataset has no shards: pass --data_dir FOLDER, 'shards-{000..099}.tar' or URLs")
     library()
-    cache = Path(config.shard_cache).expanduser().absolute() if config.shard_cache else CACHE_DIR
+    cache = Path(os.path.expanduser(config.shard_cache)).absolute() if config.shard_cache else CACHE_DIR
     store = Store(cache / "shards", config.shards_on_disk)
     val = names_of(config.val_shards, "val_shards") if config.val_shards else []
     train = [name for name in names_of(config.data_dir, "data_dir") if name not in set(val)]

@@ -61,6 +61,9 @@ class Config(SamplerConfig):
     """Share of training labels replaced by the null class, for guidance."""
 
     def __post_init__(self):
+        if min(self.bert_n_emb, self.bert_n_head, len(self.kernel_sizes), len(self.dilations)) < 1:
+            sizes = f"bert_n_emb {self.bert_n_emb}, bert_n_head {self.bert_n_head}"
+            raise ValueError(f"got {sizes}, {self.kernel_sizes=}, {self.dilations=}: wanted at least 1 of each")
         if self.bert_n_emb % self.bert_n_head:
             raise ValueError(
                 f"got bert_n_emb {self.bert_n_emb} and bert_n_head {self.bert_n_head}: the heads must divide it"
@@ -155,6 +158,10 @@ class AbsorbingSampler:
 
     def observe(self, t: Tensor, losses: Tensor) -> None:
         """Times do not depend on losses."""
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """The share of codes that is masked at t (B,), on average."""
+        return t
 
     def sample(
         self,

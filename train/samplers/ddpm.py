@@ -77,8 +77,6 @@ class Config(SamplerConfig):
     """The time scales and shifts in a ResBlock; else it is added."""
     scale_skip: bool = False
     """ResBlocks divide skip + h by sqrt(2)."""
-    activation_checkpointing: bool = False
-    """Compute activations again in the backward pass, to save memory."""
     res_block_type: str = "basic"
     """basic, or the dotted path of a subclass of models.blocks.EmbedBlock."""
     attn_block_type: str = "softmax"

@@ -1,0 +1,134 @@
+"""The Frechet distance while a run trains: of what the averaged network draws or rebuilds now, to the real images.
+
+Each function here makes what `train.runs.train` takes as `distance`. A distance is what calc_FID finds for the same
+weights, seed and number of images. Of a thousand images it is greater than of many: compare it with its like alone.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments.metrics import features as all_features
+from experiments.metrics.frechet import Statistics, frechet_distance
+from experiments.metrics.report import real_statistics, statistics_cache
+from experiments.processes import gathered, own_indices
+from train.data import ImageSource, fixed_subset, images_in_order
+from train.datasets import Dataset
+from train.distributed import World
+from train.first_stage import FirstStage
+from train.generate import TrainedSampler
+from train.logging import Logger
+from train.loop import Hook, Outputs, State
+from train.spaces import Space
+
+LEAST = 2  # images that have a covariance
+
+
+class Distance:
+    """A hook for `fit` that logs the distance of the images which `images(state)` gives, as "FD(<features>)/<name>".
+
+    In each process `images` gives batches of uint8 (B, C, H, W) and whether they count (see `World.rounds`).
+    """
+
+    def __init__(
+        self,
+        logger: Logger,
+        name: str,
+        images: Callable[[State], Iterator[tuple[Tensor, bool]]],
+        real: Dataset,
+        config: Any,  # of a training script
+        world: World,
+        batch_size: int,
+    ):
+        data, logging = config.data, config.logging
+        self.logger, self.images, self.world = logger, images, world
+        self.features = all_features.choose(logging.FD_features, data, world.device)
+        self.name = f"FD({self.features.name})/{name}"
+        cache = statistics_cache(logging.logs_root)
+        self.reference = real_statistics(real, data, self.features, None, cache, batch_size, world)
+
+    @torch.no_grad()
+    def __call__(self, state: State, outputs: Outputs) -> None:
+        own = Statistics()
+        for images, counts in self.images(state):
+            if counts:
+                own.update(self.features.extract(images.expand(-1, 3, -1, -1)))
+        found = torch.zeros(1, dtype=torch.float64)
+        parts = gathered(self.world, own)
+        if self.world.is_main:
+            found += frechet_distance(sum(parts, Statistics()), self.reference)
+        value = self.world.sum(found).item()
+        self.logger.scalars(state.step, {self.name: value})
+        self.logger.best(state, self.name, value)
+
+
+@contextmanager
+def evaluated(network: nn.Module) -> Iterator[nn.Module]:
+    """A network in eval mode; each part of it goes back to its own mode."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield network
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def at_once(config: Any, count: int, world: World) -> int:
+    """How many of `count` images each process makes at once: as many as it trains on, so that they fit, and so few
+    that each has some, since a network in shards needs all processes. ValueError where there are too few for that."""
+    least = max(LEAST, world.size)
+    if count < least:
+        raise ValueError(f"got {count} images for a distance, wanted {least} at least: pass a larger --FD_samples N")
+    training = config.training
+    return max(1, min(training.batch_size // training.accumulate, count) // world.size)
+
+
+def of_samples(
+    config: Any, sampler: Any, space: Space, real: Dataset, frequencies: list[float], world: World, run: Path
+) -> Callable[[Logger], Hook]:
+    """The distance of --FD_samples images that a sampler draws, always of the same seeds, to its training images."""
+    count = config.logging.FD_samples
+    size = at_once(config, count, world)
+    shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
+    seed, amp = config.training.seed, config.training.amp
+    model = TrainedSampler(run, 0, sampler, space, config.data, config.reader, shares, "", world, amp)
+
+    def make(logger: Logger) -> Hook:
+        held_out = model.held_out()
+        batches = [list(range(first, min(first + size, count))) for first in range(0, count, size)]
+
+        def images(state: State) -> Iterator[tuple[Tensor, bool]]:
+            with evaluated(state.averaged("network")) as network:
+                for indices, counts in world.rounds(world.share_of(batches)):
+                    made = model.draw(indices, seed, config.sampling, held_out=held_out, network=network)
+                    yield made["image"], counts
+
+        return Distance(logger, f"{count}_samples", images, real, config, world, size)
+
+    return make
+
+
+def of_reconstructions(
+    config: Any, real: Dataset, validation: ImageSource, world: World, run: Path
+) -> Callable[[Logger], Hook]:
+    """The distance of --FD_samples rebuilt held-out images, or of all there are, to the training images."""
+    count = min(config.logging.FD_samples, len(validation))
+    size = at_once(config, count, world)
+    own = own_indices(world, fixed_subset(len(validation), count), size)
+
+    def images(state: State) -> Iterator[tuple[Tensor, bool]]:
+        with evaluated(state.averaged("autoencoder")) as network:
+            amp = config.training.amp
+            first = FirstStage(run, network, config.data, config.reader, state.step, "", world.device, amp)
+            for batch, counts in world.rounds(images_in_order(validation, size, own)):
+                yield first.decode(first.encode(batch["image"])), counts
+
+    def make(logger: Logger) -> Hook:
+        return Distance(logger, f"{count}_reconstructions", images, real, config, world, size)
+
+    return make

@@ -1,0 +1,179 @@
+"""What a run does in a training step, in a draw and in loading: the real thing, on random weights and random data."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.rng import Streams, seed_of
+from experiments.metrics.throughput import Work
+from train import second_stage, vqgan
+from train.assembly import training_dtype
+from train.config import DataConfig, TrainingConfig
+from train.data import Adapt, ImageSource, Positions, TrainingCodes, TrainingImages, build_dataset, on_device
+from train.datasets import Dataset, DatasetConfig
+from train.distributed import World
+from train.first_stage import FirstStage
+from train.loop import Batch, State, fit
+from train.registry import plugin
+from train.spaces import Codes, Latents, Pixels, Space
+from train.transforms import to_uint8
+from vq.autoencoder import VQGAN
+from vq.config import VQGANConfig
+from vq.perceptual import Perceptual
+
+SOME_CODES = 4096  # grids of codes to load batches from: they lie in memory, however many
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """One way to train: its step, and the state that it trains."""
+
+    name: str
+    step: second_stage.SamplerStep | vqgan.VQGANStep
+    state: State
+
+
+def ways(training: TrainingConfig, device: torch.device) -> dict[str, TrainingConfig]:
+    """In float32, in half precision if that is asked for and native, and the last of these compiled if asked for."""
+    half = training_dtype(training, device)
+    found = {"float32": replace(training, amp=False, compile=False)}
+    if half != torch.float32:
+        found[str(half).removeprefix("torch.")] = replace(training, compile=False)
+    if training.compile:
+        name, last = list(found.items())[-1]
+        found[f"{name}, compiled"] = replace(last, compile=True)
+    return found
+
+
+def present_images(data: DataConfig, reader: DatasetConfig) -> tuple[Dataset | None, str]:
+    """The images to train on, or None and why they are not there."""
+    try:
+        return build_dataset(data, reader, "train"), ""
+    except (ValueError, OSError) as error:
+        return None, " ".join(str(error).split())
+
+
+def space_for(config, network: Callable[[], VQGANConfig], device: torch.device) -> Space:
+    """What the sampler of a config works in, as `open_space` chooses it: pixels, or what a VQGAN with random weights
+    makes of them. `network()` is asked for where there is one."""
+    of_codes, data = plugin("train.samplers", config.sampler.sampler, "sampler").SPACE == "codes", config.data
+    if not of_codes and config.first.ae_load_dir is None:
+        return Pixels(data)
+    autoencoder = VQGAN(network(), data.img_size, data.n_channels).to(device).eval().requires_grad_(False)
+    first = FirstStage(Path(), autoencoder, data, config.reader, 0, "", device, False)
+    return Codes(first) if of_codes else Latents(first, 1.0)
+
+
+def in_precision(space: Space, amp: bool) -> Space:
+    """The space whose VQGAN, if there is one, computes in half precision or not."""
+    return space if space.first is None else replace(space, first=replace(space.first, amp=amp))
+
+
+def sampler_trainees(config, space: Space, n_classes: int, world: World) -> list[Trainee]:
+    """Each way of training the sampler, with a network, an optimizer and averages of its own."""
+    found = []
+    for name, training in ways(config.training, world.device).items():
+        own = in_precision(space, training.amp)
+        sampler, state = second_stage.build_state(config.sampler, training, own, n_classes, world)
+        found.append(Trainee(name, second_stage.SamplerStep(sampler, own, training, world), state))
+    return found
+
+
+def vqgan_trainees(config, world: World) -> list[Trainee]:
+    """Each way of training the VQGAN. The perceptual network has random weights, and costs what trained ones do."""
+    net = {"auto": "vgg"}.get(config.loss.perceptual_net, config.loss.perceptual_net)
+    needed = net != "none" and config.loss.perceptual_weight
+    perceptual = Perceptual(net, trained=False) if needed else None
+    found = []
+    for name, training in ways(config.training, world.device).items():
+        state = vqgan.build_state(config.network, config.loss, config.data, training, world)
+        found.append(Trainee(name, vqgan.VQGANStep(config.loss, training, world, perceptual), state))
+    return found
+
+
+def moments(config) -> dict[str, int]:
+    """Steps of a VQGAN's training that differ in their work, by name: those that its run comes to."""
+    start, steps = config.loss.disc_start_step, config.training.train_steps
+    found = {"no discriminator": 0} if start > 0 else {}
+    return found | ({"discriminator": start} if start < steps else {})
+
+
+def work_of(trainee: Trainee, parts: Sequence[Batch], world: World, at: int = 0, when: str = "") -> Work:
+    """Step `at` of the training loop, averages included, on these parts of a batch, as often as one likes."""
+
+    def run() -> None:
+        trainee.state.step = at
+        fit(trainee.state, repeat(parts), trainee.step, steps=at + 1, world=world, seed=trainee.step.training.seed)
+
+    return Work(", ".join(filter(None, [trainee.name, when])), run, trainee.step.dtype)
+
+
+def random_batch(space: Space | None, n_classes: int, size: int, data: DataConfig, device: torch.device) -> Batch:
+    """What `training_batches` would give a sampler of this space, or a VQGAN (None), of the same shapes."""
+    rng = torch.Generator().manual_seed(0)
+    batch = {"position": torch.arange(size)}
+    if isinstance(space, Codes):
+        batch["codes"] = torch.randint(space.facts["codes"], (size, *space.facts["grid"]), generator=rng)
+    else:
+        batch["image"] = 2 * torch.rand(size, data.n_channels, data.img_size, data.img_size, generator=rng) - 1
+    if n_classes:
+        batch["label"] = torch.randint(n_classes, (size,), generator=rng)
+    return on_device(batch, device)
+
+
+def with_conditions(batch: Batch, fields: Sequence[str], source: Positions | None, device: torch.device) -> Batch:
+    """The batch with the fields of the sampler's conditions; what is no class comes from the images."""
+    missing = sorted({*fields} - {*batch})
+    if missing and source is None:
+        raise ValueError(f"{', '.join(missing)} is made of the images by --adapt, and they are not there")
+    real = on_device(source[batch["position"].tolist()], device) if missing else {}
+    lacking = sorted({*missing} - {*real})
+    if lacking:
+        raise ValueError(f"the images have no {', '.join(lacking)}: write it in the function of --adapt")
+    return batch | {name: real[name] for name in missing}
+
+
+def in_parts(batch: Batch, accumulate: int) -> list[Batch]:
+    """A batch in as many parts, as a step takes it."""
+    size = len(batch["position"])
+    if size % accumulate:
+        raise ValueError(f"got batch_size {size} in {accumulate} parts: they must divide it")
+    pieces = {name: value.chunk(accumulate) for name, value in batch.items()}
+    return [{name: each[i] for name, each in pieces.items()} for i in range(accumulate)]
+
+
+@torch.no_grad()
+def draw(trainee: Trainee, batch: Batch, options: Any) -> Tensor:
+    """As many uint8 images as the batch has, of its conditions, as training shows them."""
+    step, size = trainee.step, len(batch["position"])
+    rng = Streams([seed_of(0, "show", i) for i in range(size)], step.world.device)
+    conditions = {name: batch[name] for name in step.sampler.fields} or None
+    with step.autocast():
+        x = step.sampler.sample(trainee.state.averaged("network").eval(), rng, batch=conditions, options=options)
+    return step.space.decode(x)
+
+
+def there_and_back(trainee: Trainee, config, images: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """A VQGAN's two halves as later stages use them: images to codes, codes to images."""
+    network = trainee.state.averaged("autoencoder").eval()
+    amp = trainee.step.dtype != torch.float32
+    first = FirstStage(Path(), network, config.data, config.reader, 0, "", trainee.step.world.device, amp)
+    pictures = to_uint8(images)
+    codes = first.encode(pictures)
+    return {"encoding": lambda: first.encode(pictures), "decoding": lambda: first.decode(codes)}
+
+
+def images_source(images: Dataset, data: DataConfig, seed: int, adapt: Adapt = None) -> TrainingImages:
+    """Training batches of images."""
+    return TrainingImages(ImageSource(images, data), seed, adapt)
+
+
+def codes_source(space: Codes, n_classes: int, seed: int) -> TrainingCodes:
+    """Training batches of codes, random ones."""
+    ids = torch.randint(space.facts["codes"], (1, SOME_CODES, *space.facts["grid"]), dtype=torch.int32)
+    return TrainingCodes(ids, torch.randint(n_classes, (SOME_CODES,)) if n_classes else None, seed)

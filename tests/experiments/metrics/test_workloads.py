@@ -1,0 +1,149 @@
+"""What the benchmark times is what trains and draws, on random weights and data."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from experiments.metrics import throughput, workloads
+from experiments.metrics.throughput import measured
+from train.config import DataConfig, TrainingConfig
+from train.distributed import World
+from train.samplers import absorbing
+from train.second_stage import SamplerStep
+from train.spaces import Codes, Latents, Pixels
+from vq.config import VQGANConfig, VQGANLossConfig
+from vq.perceptual import Perceptual
+
+CPU = torch.device("cpu")
+HERE = World(CPU)
+
+
+def second_stage(sampler="absorbing", accumulate=1, **settings):
+    """A config as far as workloads look at it."""
+    config = absorbing.Config(bert_n_emb=16, bert_n_head=2, bert_n_layers=2, **settings)
+    return SimpleNamespace(
+        sampler=replace(config, sampler=sampler),
+        first=SimpleNamespace(ae_load_dir=None),
+        data=DataConfig(img_size=16, n_channels=1),
+        reader=None,
+        training=TrainingConfig(batch_size=4, accumulate=accumulate, amp=False, warmup_iters=0, lr=1e-2),
+    )
+
+
+def trained(config, n_classes=0):
+    space = workloads.space_for(config, lambda: VQGANConfig(nf=4, ch_mult=(1, 2, 2), codebook_size=16), CPU)
+    (trainee,) = workloads.sampler_trainees(config, space, n_classes, HERE)
+    batch = workloads.random_batch(space, n_classes, config.training.batch_size, config.data, CPU)
+    work = workloads.work_of(trainee, workloads.in_parts(batch, config.training.accumulate), HERE)
+    return space, trainee, batch, work
+
+
+def test_the_space_is_what_training_would_open():
+    config, network = second_stage(), lambda: VQGANConfig(nf=4, ch_mult=(1, 2), codebook_size=16)
+    assert isinstance(workloads.space_for(config, network, CPU), Codes)
+    config.sampler = replace(config.sampler, sampler="ddpm")
+    assert isinstance(workloads.space_for(config, None, CPU), Pixels)  # no VQGAN is asked for
+    config.first.ae_load_dir = "a_run"
+    latents = workloads.space_for(config, network, CPU)
+    assert isinstance(latents, Latents) and latents.facts["shape"] == (256, 8, 8)
+    assert workloads.in_precision(latents, True).first.amp and not latents.first.amp
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_is_timed_trains_and_is_counted_by_the_formulas(accumulate, monkeypatch):
+    monkeypatch.setattr(throughput, "matmul_peak", lambda device, dtype: 1e12)
+    space, trainee, batch, work = trained(second_stage(accumulate=accumulate))
+    assert isinstance(trainee.step, SamplerStep) and space.tokens == 16
+    network, average = trainee.state.modules["network"], trainee.state.averages["network"].module
+    before = [p.detach().clone() for p in (*network.parameters(), *average.parameters())]
+    (speed,) = measured([work], 1, CPU)
+    pairs = zip(before, (*network.parameters(), *average.parameters()), strict=True)
+    assert sum(not torch.equal(old, new) for old, new in pairs) > 0.8 * len(before)
+    assert trainee.state.step == 1
+    tokens, weights = 4 * 16, sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Linear))
+    attention = 2 * 4 * 16 * 16 * 16  # one product of all queries and keys of a layer: 2 B N^2 D
+    assert speed.flops == 3 * 2 * tokens * weights + 2 * (2 + 5) * attention  # backward twice forward; 2 layers
+
+
+def test_the_discriminator_is_part_of_the_steps_that_come_after_its_first():
+    config = SimpleNamespace(
+        network=VQGANConfig(nf=4, ch_mult=(1, 2), emb_dim=4, codebook_size=16, attn_resolutions=()),
+        loss=VQGANLossConfig(perceptual_net="none", disc_start_step=3, ndf=4, disc_layers=1),
+        data=DataConfig(img_size=8, n_channels=1),
+        training=TrainingConfig(batch_size=2, amp=False, train_steps=9),
+    )
+    times = workloads.moments(config)
+    assert times == {"no discriminator": 0, "discriminator": 3}
+    (trainee,) = workloads.vqgan_trainees(config, HERE)
+    batch = workloads.random_batch(None, 0, 2, config.data, CPU)
+    assert batch["image"].shape == (2, 1, 8, 8) and batch["image"].abs().max() <= 1
+    calls, autoencoder_backward = [], trainee.step.autoencoder_backward
+    trainee.step.autoencoder_backward = lambda *args: calls.append(args[2]) or autoencoder_backward(*args)
+    weight, moved = next(trainee.state.modules["discriminator"].parameters()), []
+    for name, at in times.items():
+        work, before = workloads.work_of(trainee, [batch], HERE, at, name), weight.detach().clone()
+        for _ in range(2):
+            work.run()
+        assert (work.name, trainee.state.step) == (f"float32, {name}", at + 1)
+        moved.append(not torch.equal(before, weight))
+    assert moved == [False, True] and calls == [False, False, True, True]  # each run is one step
+    config.training = replace(config.training, train_steps=3)
+    assert list(workloads.moments(config)) == ["no discriminator"]
+    config.loss = replace(config.loss, disc_start_step=0)
+    assert list(workloads.moments(config)) == ["discriminator"]
+
+
+def test_labels_are_learned_where_there_are_classes():
+    _, trainee, batch, _ = trained(second_stage(), n_classes=3)
+    assert batch["label"].max() < 3 and trainee.step.sampler.fields == ("label",)
+    image = workloads.draw(trainee, batch, absorbing.Sampling(guidance=2.0, sample_steps=2))
+    assert image.shape == (4, 1, 16, 16) and image.dtype == torch.uint8
+
+
+def test_a_batch_in_parts_is_the_same_batch():
+    batch = {"position": torch.arange(6), "image": torch.randn(6, 1, 2, 2)}
+    parts = workloads.in_parts(batch, 3)
+    assert [part["position"].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]
+    assert torch.equal(torch.cat([part["image"] for part in parts]), batch["image"])
+
+
+def test_ways_to_train():
+    asked = TrainingConfig(amp_dtype="bfloat16", compile=True)
+    found = workloads.ways(asked, CPU)
+    assert list(found) == ["float32", "bfloat16", "bfloat16, compiled"]
+    assert [(each.amp, each.compile) for each in found.values()] == [(False, False), (True, False), (True, True)]
+    assert list(workloads.ways(replace(asked, amp=False), CPU)) == ["float32", "float32, compiled"]
+    assert list(workloads.ways(TrainingConfig(amp=False), CPU)) == ["float32"]
+
+
+class Asked:
+    """A source of batches that are their positions."""
+
+    def __getitem__(self, positions):
+        return {"position": torch.tensor(positions)}
+
+
+def test_conditions_beside_the_class_are_taken_from_images():
+    batch, source = {"position": torch.arange(3), "label": torch.zeros(3)}, Asked()
+    assert workloads.with_conditions(batch, ("label",), None, CPU) == batch
+    with pytest.raises(ValueError, match="condition_image is made of the images"):
+        workloads.with_conditions(batch, ("label", "condition_image"), None, CPU)
+    with pytest.raises(ValueError, match="have no condition_image"):
+        workloads.with_conditions(batch, ("condition_image",), source, CPU)
+    found = workloads.with_conditions({"position": torch.arange(3)}, ("position",), source, CPU)
+    assert found["position"].tolist() == [0, 1, 2]
+
+
+def test_an_untrained_perceptual_network_downloads_nothing(monkeypatch):
+    pytest.importorskip("lpips")
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda *args, **kwargs: pytest.fail("a download"))
+    torch.manual_seed(0)
+    perceptual = Perceptual("squeeze", trained=False)
+    x = torch.rand(2, 1, 64, 64, requires_grad=True)
+    distance = perceptual(x, torch.zeros_like(x))
+    assert distance.shape == (2,)
+    distance.sum().backward()
+    assert x.grad.abs().sum() > 0 and not any(p.requires_grad for p in perceptual.parameters())

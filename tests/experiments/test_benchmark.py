@@ -1,0 +1,191 @@
+"""The benchmark of presets: what it does, counts and prints, never what the clock said."""
+
+import re
+import sys
+
+import pytest
+import torch
+from tiny import ROOT, call, parsed
+
+from experiments.metrics import throughput
+from train import cli
+from train.config import DataConfig
+from train.precision import has_native_bf16
+from vq.config import VQGANConfig
+
+SCRIPT = "experiments/benchmark.py"
+CPU = torch.device("cpu")
+HALVES = ["bfloat16"] * has_native_bf16(CPU)
+TINY = """
+dataset: digits
+img_size: 16
+n_channels: 1
+vqgan:
+  nf: 4
+  ch_mult: [1, 2, 2]
+  emb_dim: 4
+  codebook_size: 16
+  attn_resolutions: []
+  ndf: 4
+  disc_layers: 1
+  disc_start_step: 3
+  diff_aug: true
+  perceptual_net: none
+  batch_size: 4
+  steps_per_eval: 10
+absorbing:
+  bert_n_emb: 16
+  bert_n_head: 2
+  bert_n_layers: 2
+  batch_size: 4
+  guidance: 1.5
+  sample_steps: 3
+  log_dir: mine
+ddpm:
+  channels: 8
+  channel_mults: [1, 2]
+  res_blocks: 1
+  attn_factors: [2]
+  heads: 1
+  batch_size: 4
+  sample_steps: 3
+"""
+
+
+@pytest.fixture
+def preset(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return f"--config {path} --device cpu --logs_root {tmp_path / 'logs'} --repeats 1"
+
+
+@pytest.fixture
+def printed(preset, tmp_path, capsys, monkeypatch):
+    """What the script says; the lines of its table as lists of words. Nothing is written."""
+    monkeypatch.setattr(throughput, "matmul_peak", lambda device, dtype: 1e12)
+    monkeypatch.setattr(throughput, "peak_extra_bytes", lambda run, device: None)
+
+    def read(flags):
+        call(SCRIPT, f"{preset} {flags}")
+        out = capsys.readouterr().out
+        assert not (tmp_path / "logs").exists()
+        lines = out.splitlines()
+        start = next((i for i, line in enumerate(lines) if line.startswith("---")), 0)
+        table = [re.split(r"  +", line) for line in lines[start - 1 : lines.index("", start)]] if start else []
+        return out, table
+
+    return read
+
+
+def test_a_sampler_of_codes_has_a_row_per_precision_and_the_rest_a_line_each(printed):
+    out, (heading, _, *found) = printed("")
+    assert heading == [
+        *("training step", "median s", "min", "max", "speed", "images/s", "tokens/s"),
+        *("TFLOP", "TFLOP/s", "of peak", "peak extra MiB"),
+    ]
+    assert [row[0] for row in found] == ["float32", *HALVES]
+    for row in found:
+        assert (
+            len(row) == len(heading)
+            and re.fullmatch(r"[\d.]+x", row[4])
+            and re.fullmatch(r"[\d.]+%", row[9])
+            and row[10] == "-"
+        )
+    assert "absorbing of digits: 4 images of 1x16x16 a step" in out
+    assert "peak, the best matrix product here in float32: 1 TFLOP/s" in out
+    assert re.search(r"^sampling by ancestral, .* 4 images at once: .*, 6 network calls per image$", out, re.M)
+    assert re.search(r"^loading codes by the training process itself: .* times what the fastest step", out, re.M)
+
+
+def test_a_vqgan_has_a_row_before_and_after_its_discriminator_starts(printed):
+    out, (heading, _, *found) = printed("--stage vqgan")
+    assert "tokens/s" not in heading
+    kinds = ["no discriminator", "discriminator"]
+    assert [row[0] for row in found] == [f"{name}, {kind}" for name in ["float32", *HALVES] for kind in kinds]
+    assert re.search(r"^autoencoder: [\d,]+ parameters$", out, re.M) and re.search("^discriminator: ", out, re.M)
+    assert re.search("^encoding, .* 4 images at once: .* images/s$", out, re.M) and re.search("^decoding, ", out, re.M)
+    assert re.search("^loading images by the training process itself: ", out, re.M)
+    out, table = printed("--stage vqgan --train_steps 3 --measure loading --no_amp")
+    assert not table and "--disc_start_step 3 is never reached" in out
+
+
+def test_a_sampler_of_pixels_counts_its_solvers_calls(printed):
+    for solver, calls in {"dpmpp_2m": 3, "heun": 5}.items():  # heun's last step is a plain one
+        out, table = printed(f"--sampler ddpm --solver {solver} --measure sampling --no_amp")
+        assert re.search(rf"^sampling by {solver}, float32, .* {calls} network calls per image$", out, re.M)
+        assert not table and "loading" not in out
+
+
+def test_latents_stand_on_the_vqgan_of_the_file_and_no_run_is_read(printed):
+    out, (heading, *_) = printed("--sampler ddpm --ae_load_dir no_such_run --measure step sampling")
+    assert "tokens/s" not in heading and "3 network calls" in out
+
+
+def test_missing_data_are_one_line(printed, tmp_path):
+    flags = f"--sampler ddpm --dataset mnist --reader mnist --data_dir {tmp_path / 'nowhere'} --no_amp"
+    out, table = printed(f"{flags} --measure step loading")
+    assert len(table) == 3
+    (line,) = re.findall("^loading .*$", out, re.M)
+    assert line.startswith("loading is left out: ") and "nowhere" in line
+    out, _ = printed(f"{flags} --guidance 2 --measure sampling")  # between classes, of which nothing is known
+    assert "6 network calls per image" in out
+
+
+REFUSED = {  # flags -> what the message must hold
+    "--repeats 0": ["repeats 0", "--repeats"],
+    "--measure stepp": ["stepp", "sampling"],
+    "--measure": ["--measure"],
+    "--accumulate 3": ["batch_size 4", "3 parts"],
+    "--stage vqgn": ["vqgn", "vqgan"],
+    "--img_size 18": ["18", "multiple of 4"],
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_what_does_not_fit_gets_exit_code_2_and_a_short_message(flags, preset, capfd):
+    with pytest.raises(SystemExit) as stop:
+        call(SCRIPT, f"{preset} {flags}")
+    assert stop.value.code == 2
+    message = " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert "Traceback" not in message and len(message) < 900
+    assert all(word in message for word in REFUSED[flags]), message
+
+
+def test_a_stage_in_a_file_is_refused(tmp_path, capfd):
+    (tmp_path / "mine.yaml").write_text("absorbing:\n  stage: vqgan\n")
+    with pytest.raises(SystemExit):
+        call(SCRIPT, f"--config {tmp_path / 'mine.yaml'} --device cpu")
+    assert "pass --stage on the command line" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("preset", ["ffhq", "ddpm_latent_ffhq"])
+def test_a_preset_is_read_as_the_training_scripts_read_it(preset, monkeypatch, tmp_path):
+    flags = f"--config {ROOT / 'configs' / preset}.yaml --batch_size 4 --logs_root {tmp_path}"
+    ours = parsed(SCRIPT, flags, monkeypatch)
+    assert parsed("train_sampler.py", flags, monkeypatch).items() <= ours.items()
+    assert preset != "ffhq" or (ours["bert_n_layers"], ours["bert_n_emb"]) == (24, 512)
+    theirs = parsed("train_vqgan.py", flags, monkeypatch)
+    ours = parsed(SCRIPT, f"--stage vqgan {flags}", monkeypatch)
+    assert {key for key in theirs if ours[key] != theirs[key]} <= {"lr", "train_steps"}  # its own defaults
+
+
+def script_namespace(monkeypatch):
+    import runpy
+
+    monkeypatch.setattr(cli, "run_script", lambda *args, **kwargs: None)
+    monkeypatch.setattr(sys, "argv", [SCRIPT])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
+
+
+def test_a_samplers_vqgan_is_its_files_own_else_its_data_sets(monkeypatch, tmp_path):
+    vqgan_of = script_namespace(monkeypatch)["vqgan_of"]
+    own, without = tmp_path / "own.yaml", tmp_path / "without.yaml"
+    own.write_text("dataset: mnist\nvqgan:\n  codebook_size: 77\n")
+    without.write_text("dataset: mnist\nabsorbing:\n  bert_n_layers: 3\n")
+    mnist = DataConfig(dataset="mnist")
+    assert vqgan_of(mnist, ["--config", str(own)]).codebook_size == 77
+    assert vqgan_of(mnist, [f"--config={without}"]).codebook_size == 128  # configs/mnist.yaml
+    assert vqgan_of(mnist, []).ch_mult == (1, 2, 4)
+    assert vqgan_of(DataConfig(dataset="folder"), ["--config", str(own)]).codebook_size == 77
+    assert vqgan_of(DataConfig(dataset="folder"), []) == VQGANConfig()

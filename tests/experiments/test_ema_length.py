@@ -1,0 +1,116 @@
+"""--ema_length: experiments on an average whose length is chosen after training."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import DDPM, call
+
+from experiments.experiment import ModelConfig, OutputConfig, load_model
+from train.power_ema import reconstruct, snapshot_path
+
+PROFILES = "--ema_profiles 0.05 0.1 --steps_per_ema_snapshot 2 --keep_last 0"
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """A run of five steps with snapshots of 2, 4 and 5, and one that kept none."""
+    logs = tmp_path_factory.mktemp("ema_length")
+    call("train_sampler.py", f"--logs_root {logs} --train_steps 5 --no_amp --lr 0.01 {DDPM} {PROFILES}")
+    call("train_sampler.py", f"--logs_root {logs} --train_steps 2 --no_amp {DDPM} --log_dir without")
+    return logs
+
+
+def model(logs, **which):
+    return load_model(ModelConfig(sampler="ddpm", **which), OutputConfig(logs_root=str(logs), amp=False))
+
+
+def weights(trained):
+    return trained.sampler.network.state_dict()
+
+
+@pytest.mark.parametrize(("asked", "step"), [(None, 5), (2, 2), (4, 4)])
+def test_the_weights_are_the_rebuilt_average_of_a_kept_step(logs, asked, step, capfd):
+    trained = model(logs, ema_length=0.08, load_step=asked)
+    wanted = reconstruct(logs / "ddpm_digits", step, "network", 0.08)
+    assert trained.step == step
+    assert all(torch.equal(value, wanted[key]) for key, value in weights(trained).items())
+    assert f"step {step}, EMA rebuilt to relative length 0.08; pixels" in capfd.readouterr().out
+    other = weights(model(logs))
+    assert not all(torch.equal(other[key], wanted[key]) for key in wanted)
+
+
+def test_a_kept_length_gives_back_what_was_tracked(logs):
+    tracked = load_file(snapshot_path(logs / "ddpm_digits", 5))
+    for key, value in weights(model(logs, ema_length=0.05)).items():
+        torch.testing.assert_close(value, tracked[f"0.05/network.{key}"])
+
+
+def test_without_a_step_it_is_the_newest_one_kept_up_to_the_newest_checkpoint(logs):
+    run = logs / "ddpm_digits"
+    checkpoint = run / "checkpoints" / "step_00000005"
+    aside, snapshot = run / "aside", snapshot_path(run, 5)
+    older = run / "checkpoints" / "step_00000003"
+    checkpoint.rename(older)  # as if the run had been cut off after a snapshot, and before a checkpoint
+    try:
+        assert model(logs, ema_length=0.05).step == 2
+    finally:
+        older.rename(checkpoint)
+    snapshot.rename(aside)
+    try:
+        assert model(logs, ema_length=0.05).step == 4
+    finally:
+        aside.rename(snapshot)
+
+
+def test_the_length_and_what_it_was_made_of_identify_the_weights(logs):
+    run = logs / "ddpm_digits"
+    found = [
+        model(logs, ema_length=length, load_step=step) for length, step in ((0.08, 5), (0.08, 5), (0.07, 5), (0.08, 4))
+    ]
+    digests = [trained.weights for trained in found]
+    assert digests[0] == digests[1] and len({*digests, model(logs).weights}) == 4
+    assert all(len(digest) == 64 for digest in digests)
+    assert found[0].origin["sampler_weights"] == digests[0]
+    first = snapshot_path(run, 2)
+    first.rename(run / "aside")  # another sum
+    try:
+        assert model(logs, ema_length=0.08, load_step=5).weights != digests[0]
+    finally:
+        (run / "aside").rename(first)
+
+
+def test_experiments_keep_lengths_apart(logs, capfd):
+    flags = f"--logs_root {logs} --sampler ddpm --n_samples 2 --sample_steps 2 --no_amp"
+    call("experiments/get_samples.py", f"{flags} --ema_length 0.08")
+    call("experiments/get_samples.py", f"{flags} --ema_length 0.06")
+    call("experiments/get_samples.py", f"{flags} --ema_length 0.08")  # typed again, it tells the same
+    assert (logs / "samples_ddpm_digits_5_ema0.08" / "samples.npz").is_file()
+    assert (logs / "samples_ddpm_digits_5_ema0.06" / "samples.npz").is_file()
+    assert json.loads((logs / "samples_ddpm_digits_5_ema0.06" / "results.json").read_text())["n_samples"] == 2
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        call("experiments/get_samples.py", f"{flags} --ema_length 0.07 --log_dir samples_ddpm_digits_5_ema0.08")
+    assert "ema_length: 0.08 there, 0.07 now" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--load_dir without --ema_length 0.08", "kept no EMA profiles: train with --ema_profiles"),
+        ("--ema_length 0.08 --load_step 3", "kept no EMA profiles of step 3; there are 2, 4, 5"),
+        ("--ema_length 0", "got relative length 0.0"),
+    ],
+)
+def test_what_cannot_be_rebuilt_is_said_in_one_line(logs, flags, said, capfd):
+    with pytest.raises(SystemExit) as stop:
+        call("experiments/get_samples.py", f"--logs_root {logs} --sampler ddpm --n_samples 2 {flags}")
+    assert stop.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_an_average_and_no_average_are_not_asked_for_at_once():
+    with pytest.raises(ValueError, match="got --no_ema and --ema_length 0.08"):
+        ModelConfig(ema=False, ema_length=0.08)

@@ -1,0 +1,169 @@
+"""Experiments in two processes make what one makes."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tiny import DDPM, ROOT, call
+
+from experiments.processes import in_order, only_process, own_indices
+from train.distributed import World
+
+FD = "--FD_features pixels --steps_per_FD 1 --FD_samples 5"
+EXPERIMENTS = {  # by the folder of its results; as many batches as processes, or more, or fewer
+    "samples": "experiments/get_samples.py --n_samples 10 --batch_size 3 --save_individually --save_process",
+    "one_batch": "experiments/get_samples.py --n_samples 2",
+    "FID": "experiments/calc_FID.py --n_samples 90 --batch_size 40 --features pixels",
+    "ELBO": "experiments/calc_approximate_ELBO.py --n_images 7 --batch_size 2 --calls 5",
+    "fsdp": f"train_sampler.py --train_steps 1 {DDPM} --parallel fsdp {FD}",
+}
+PROCESS = """
+import os, sys
+from tiny import call
+
+for line in sys.argv[1:]:
+    os.environ["MASTER_PORT"], script, flags = line.split(" ", 2)
+    call(script, flags)
+"""
+
+
+def commands(logs):
+    """Each script with its flags."""
+    for name, line in EXPERIMENTS.items():
+        script, _, flags = line.partition(" ")
+        yield script, f"--logs_root {logs} --no_amp --log_dir {name} {flags}"
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def made(trained, tmp_path_factory):
+    """The logs of one process, those of two, and what each of the two said: (stdout, stderr)."""
+    one, two = (tmp_path_factory.mktemp("sharded") / "logs" for _ in range(2))
+    for logs in (one, two):
+        for run in ("vqgan_digits", "absorbing_digits"):
+            shutil.copytree(trained / run, logs / run, ignore=shutil.ignore_patterns("codes"))
+    for script, flags in commands(one):
+        call(script, flags)
+    lines = [
+        f"{port} {script} {flags}"
+        for port, (script, flags) in zip(free_ports(len(EXPERIMENTS)), commands(two), strict=True)
+    ]
+    processes = []
+    for rank in ("0", "1"):  # as torchrun starts them, but for all scripts at once
+        paths = f"{ROOT / 'tests'}:{ROOT}"
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        variables = {**os.environ, **variables, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        command = [sys.executable, "-c", PROCESS, *lines]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=variables, **pipes))
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    return one, two, said
+
+
+def results(logs, name):
+    return json.loads((logs / name / "results.json").read_text())
+
+
+def numbers(found):
+    """Every number of a report, by its place in it."""
+    flat = {}
+    for key, value in found.items():
+        if isinstance(value, list):
+            flat |= {f"{key}/{i}": each for i, each in enumerate(value)}
+        elif key != "run":
+            flat[key] = value
+    return flat
+
+
+@pytest.mark.parametrize("name", ["samples", "one_batch"])
+def test_the_samples_are_those_of_one_process(made, name):
+    one, two, _ = made
+    with np.load(one / name / "samples.npz") as wanted, np.load(two / name / "samples.npz") as got:
+        assert sorted(wanted.files) == sorted(got.files) == ["arr_0", "codes", "labels"]
+        for key in wanted.files:
+            assert wanted[key].dtype == got[key].dtype
+            assert np.array_equal(wanted[key], got[key])
+    pictures = sorted(path.relative_to(one) for path in (one / name).rglob("*.png"))
+    assert len(pictures) == (12 if name == "samples" else 1)
+    assert all((one / path).read_bytes() == (two / path).read_bytes() for path in pictures)
+
+
+@pytest.mark.parametrize("name", ["FID", "ELBO"])
+def test_the_report_is_that_of_one_process(made, name):
+    one, two, _ = made
+    wanted, got = (numbers(results(logs, name)) for logs in (one, two))
+    told = {"reference"}
+    assert wanted.keys() == got.keys() and len(wanted) > 8
+    for key, value in wanted.items():
+        assert got[key] == (value if key in told or not isinstance(value, float) else pytest.approx(value, rel=1e-6))
+    same = {"sampler_weights", "ae_weights", "step"}
+    runs = [results(logs, name)["run"] for logs in (one, two)]
+    assert all(runs[0][key] == runs[1][key] for key in same)
+
+
+def test_the_distance_in_training_is_that_of_one_process(made):
+    """Of shards too, which all processes must put together as often."""
+    found = []
+    for logs in made[:2]:
+        lines = [json.loads(line) for line in (logs / "fsdp" / "metrics.jsonl").read_text().splitlines()]
+        found += [line["FD(pixels)/5_samples"] for line in lines if "FD(pixels)/5_samples" in line]
+    assert found == [pytest.approx(found[0], rel=1e-4)] * 2
+
+
+def test_the_real_images_are_measured_once_by_both(made):
+    one, two, _ = made
+    files = [sorted(path.name for path in (logs / ".cache" / "statistics").iterdir()) for logs in (one, two)]
+    assert files[0] == files[1] and len(files[0]) == 2  # 16x16 and 8x8
+
+
+def test_the_main_process_alone_speaks(made):
+    (out, bars), (other_out, other_bars) = made[2]
+    assert "sampler:" in out and "results:" in out and "sampling" in bars
+    assert other_out == "" and "img" not in other_bars
+
+
+class Main(World):
+    """The first of two processes; what the second says is given."""
+
+    others = None
+
+    def any(self, *flags):
+        return [flag or bool(self.others) for flag in flags]
+
+
+def test_batches_come_in_turn_until_all_have_run_out(monkeypatch):
+    world = Main(torch.device("cpu"), 0, 2)
+    world.__class__.others = others = ["b", None, "d"]
+    monkeypatch.setattr("experiments.processes.gathered", lambda world, made: [made, others.pop(0) if others else None])
+    assert list(in_order(world, iter("ac"))) == ["a", "b", "c", "d"]
+    assert list(in_order(World(torch.device("cpu")), iter("ac"))) == ["a", "c"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_each_index_has_one_owner_and_batches_stay_as_they_are(size):
+    indices = list(range(20, 31))
+    whole = [indices[i : i + 3] for i in range(0, 11, 3)]
+    owned = [own_indices(World(torch.device("cpu"), rank, size), indices, 3) for rank in range(size)]
+    assert sorted(sum(owned, [])) == indices
+    assert sorted(own[i : i + 3] for own in owned for i in range(0, len(own), 3)) == whole
+
+
+def test_an_experiment_of_one_process_refuses_several(monkeypatch):
+    assert only_process("cpu").size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="start it with python instead of torchrun"):
+        only_process("cpu")

@@ -1,0 +1,299 @@
+"""Kills training at random moments, half of them inside a checkpoint write, and types the same command again until it
+is done. What comes out must be, bit for bit, what a run left alone makes: `python tests/kill_training.py --kills 50`
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from tiny import DDPM, GAN, ROOT, SAMPLER, VQGAN  # noqa: E402
+
+from train.checkpoint import MANIFEST, OPTIMIZERS, checkpoint_path, saved_steps  # noqa: E402
+
+PROGRESS = "KILL_TRAINING_PROGRESS"  # environment variable: the file where a run notes its newest step
+STEPS_PER_KILL, FIRST_STEPS = 7, 20
+START = 4.0  # seconds: about what a start takes
+EVERYTHING = (
+    "--hooks kill_training.Watcher --ema_profiles 0.05 0.1 --steps_per_ema_snapshot 11 --steps_per_checkpoint 4 "
+    "--checkpoint_minutes 0 --keep_last 2 --keep_every 0 --steps_per_log 7 --steps_per_eval 10 "
+    "--steps_per_save_output 15 --val_fraction 0.03 --accumulate 2 --warmup_iters 5 --lr_schedule cosine "
+    "--weight_decay 0.01 --lr 1e-3"
+)
+STAGES = {  # script, flags
+    "vqgan": ("train_vqgan.py", f"{VQGAN} {GAN} --num_workers 2"),
+    "sampler": ("train_sampler.py", f"{SAMPLER} --resid_pdrop 0.1 --attn_pdrop 0.1 --ae_load_dir first"),
+    "ddpm": (
+        "train_sampler.py",
+        f"{DDPM} --dropout 0.1 --time_sampler loss_second_moment --loss_type vlb --total_steps 4 "
+        "--adapt kill_training.spoil --max_bad_steps 1000",
+    ),
+}
+
+
+class Watcher:
+    """A user's hook with a state, which also tells how far a run is."""
+
+    def __init__(self):
+        self.total = torch.zeros(2, dtype=torch.float64)
+        self.progress = os.environ.get(PROGRESS)
+
+    def __call__(self, state, outputs) -> None:
+        if outputs:
+            self.total += torch.stack([outputs["loss"].double().cpu(), torch.ones((), dtype=torch.float64)])
+        if self.progress is not None:
+            Path(self.progress).write_text(str(state.step))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"total": self.total}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.total = state["total"]
+
+
+def spoil(item: dict[str, Any]) -> dict[str, Any]:
+    """Now and then an image that is not finite, so that steps are skipped; with seed 0 never one of the first 64, whose
+    draws are those of validation."""
+    image = item["image"].float() / 127.5 - 1
+    return item | {"image": image * float("nan") if 0.2 < torch.rand(()) < 0.23 else image}
+
+
+def steps_for(kills: int) -> int:
+    """Steps of a run that leave room for so many kills."""
+    return FIRST_STEPS + STEPS_PER_KILL * kills
+
+
+@dataclass
+class Attempt:
+    """What one run, started again and again, went through."""
+
+    run: Path
+    kills: int = 0
+    writing: int = 0  # of the kills, inside a write of a checkpoint or snapshot
+    starting: int = 0  # before the first step of a start
+    lost: int = 0  # steps done that had to be done again
+    outputs: list[str] = field(default_factory=list)
+
+
+def typed(stage: str, logs: Path, steps: int) -> tuple[str, str]:
+    """The script and the flags of the run <logs>/run."""
+    script, flags = STAGES[stage]
+    return script, f"{flags} {EVERYTHING} --logs_root {logs} --log_dir run --train_steps {steps}"
+
+
+@contextmanager
+def started(stage: str, logs: Path, steps: int) -> Iterator[subprocess.Popen]:
+    """The one command of a run, in a group of its own; its words go to <logs>/output and its steps to <logs>/progress.
+    It is killed at the end.
+    """
+    script, flags = typed(stage, logs, steps)
+    paths = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    variables[PROGRESS] = str(logs / "progress")
+    (logs / "progress").unlink(missing_ok=True)
+    with (logs / "output").open("w") as file:
+        command = [sys.executable, str(ROOT / script), *flags.split()]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def first_stage(logs: Path, other: Path | None = None) -> None:
+    """A trained VQGAN in `logs` for a sampler of codes, the same as in `other`, without the codes made of it."""
+    if other is not None:
+        shutil.copytree(other / "first", logs / "first", ignore=shutil.ignore_patterns("codes"))
+        return
+    flags = f"{VQGAN} {GAN} --logs_root {logs} --log_dir first --train_steps 4 --val_fraction 0.03"
+    command = [sys.executable, str(ROOT / "train_vqgan.py"), *flags.split()]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+
+
+def undisturbed(stage: str, logs: Path, steps: int) -> Path:
+    """The folder of a run that nobody stopped; RuntimeError with its words where it failed."""
+    with started(stage, logs, steps) as process:
+        if process.wait() != 0:
+            raise RuntimeError(f"the undisturbed run failed:\n{(logs / 'output').read_text()}")
+    return logs / "run"
+
+
+def progress(logs: Path) -> int:
+    """The newest step of this start, 0 before its first."""
+    try:
+        return int((logs / "progress").read_text() or 0)
+    except FileNotFoundError:
+        return 0
+
+
+def unfinished(run: Path) -> set[tuple[str, int]]:
+    """What is being written or deleted, or was when a run was killed."""
+    found = set()
+    for path in [*run.glob("checkpoints/.step_*"), *run.glob("ema_profiles/.step_*")]:
+        try:
+            found.add((path.name, path.stat().st_mtime_ns))
+        except FileNotFoundError:  # done meanwhile
+            continue
+    return found
+
+
+def until(process: subprocess.Popen, condition: Callable[[], bool]) -> bool:
+    """Waits for a condition; False where the process ended first."""
+    while not condition():
+        if process.poll() is not None:
+            return False
+        time.sleep(0.0005)
+    return True
+
+
+def strike(process: subprocess.Popen, logs: Path, kind: str, target: int, rng: random.Random) -> bool:
+    """Kills a start at a moment of some kind; False where it ended before."""
+    before = unfinished(logs / "run")
+    if kind == "start":
+        moment = time.monotonic() + rng.uniform(0, START)
+        until(process, lambda: time.monotonic() > moment)
+    else:
+        until(process, lambda: progress(logs) >= target)
+        if kind == "write":
+            until(process, lambda: progress(logs) > 0 and bool(unfinished(logs / "run") - before))
+        time.sleep(rng.uniform(0, 0.03 if kind == "write" else 0.3))
+    process.kill()
+    return process.wait() < 0
+
+
+def killed(stage: str, logs: Path, steps: int, kills: int, rng: random.Random) -> Attempt:
+    """A run that is killed so many times, spread over its steps, and started again until it is done.
+
+    RuntimeError where a start ends with an error of its own.
+    """
+    attempt = Attempt(logs / "run")
+    kinds = (["write", "start", "write", "step"] * kills)[:kills]
+    rng.shuffle(kinds)
+    targets = [round(steps * (i + rng.random()) / (kills + 1)) for i in range(kills)]
+    for kind, target in [*zip(kinds, targets, strict=True), (None, steps)]:
+        before = unfinished(attempt.run)
+        with started(stage, logs, steps) as process:
+            hit = kind is not None and strike(process, logs, kind, target, rng)
+            code = process.wait()
+        attempt.outputs.append((logs / "output").read_text())
+        if not hit and code != 0:
+            raise RuntimeError(f"start {len(attempt.outputs)} failed:\n{attempt.outputs[-1]}")
+        if not hit:
+            return attempt
+        done = progress(logs)
+        attempt.kills += 1
+        attempt.writing += bool(unfinished(attempt.run) - before)
+        attempt.starting += done == 0
+        attempt.lost += max(0, done - max(saved_steps(attempt.run), default=0))
+    return attempt
+
+
+def differing(one: bytes, other: bytes) -> int:
+    """How many bytes differ, those that only one has included."""
+    return 0 if one == other else sum(a != b for a, b in zip(one, other, strict=False)) + abs(len(one) - len(other))
+
+
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, bytes]]:
+    """Tensors, numbers and words in dicts and lists, as bytes by their path."""
+    if isinstance(value, dict):
+        for key in value:
+            yield from flat(value[key], f"{path}/{key}")
+    elif isinstance(value, list | tuple):
+        for i, each in enumerate(value):
+            yield from flat(each, f"{path}/{i}")
+    elif isinstance(value, torch.Tensor):
+        words = f"{value.dtype} {tuple(value.shape)} ".encode()
+        yield path, words + value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    else:
+        yield path, repr(value).encode()
+
+
+def differing_values(one: Any, other: Any) -> int:
+    mine, yours = dict(flat(one)), dict(flat(other))
+    return sum(differing(mine.get(key, b""), yours.get(key, b"")) for key in mine | yours)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the machine's speed."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows]
+
+
+def differences(one: Path, other: Path, step: int) -> dict[str, int]:
+    """Differing bytes of two runs at a step, by file; of a file that one lacks, all."""
+    paths = [checkpoint_path(run, step) for run in (one, other)]
+    found = {}
+    for name in sorted({f.name for path in paths for f in path.iterdir()} - {MANIFEST, OPTIMIZERS}):
+        found[name] = differing(*(f.read_bytes() if f.is_file() else b"" for f in (path / name for path in paths)))
+    states = [torch.load(path / OPTIMIZERS, weights_only=True) for path in paths]
+    for name in sorted({*states[0], *states[1]}):
+        found[f"{OPTIMIZERS}: {name}"] = differing_values(*(state.get(name) for state in states))
+    found["metrics.jsonl"] = differing_values(metrics(one), metrics(other))
+    for pattern, read in (("ema_profiles/step_*", load_file), ("images/*.png", lambda f: f.read_bytes())):
+        folders = [{f.name: read(f) for f in run.glob(pattern)} for run in (one, other)]
+        found[pattern] = differing_values(*folders)
+    found["kept checkpoints"] = differing_values(saved_steps(one), saved_steps(other))
+    return found
+
+
+def compare(stage: str, kills: int, folder: Path, seed: int) -> bool:
+    """Runs both, prints a table, and says whether they are the same."""
+    steps, begun = steps_for(kills), time.monotonic()
+    alone, restarted = folder / stage / "undisturbed", folder / stage / "killed"
+    for logs in (alone, restarted):
+        logs.mkdir(parents=True)
+    if stage == "sampler":
+        first_stage(alone)
+        first_stage(restarted, alone)
+    one = undisturbed(stage, alone, steps)
+    attempt = killed(stage, restarted, steps, kills, random.Random(seed))
+    found = differences(one, attempt.run, steps)
+    rows = {
+        "steps": steps,
+        "kills": attempt.kills,
+        "  inside a write": attempt.writing,
+        "  before the first step": attempt.starting,
+        "restarts": len(attempt.outputs) - 1,
+        "steps done again": attempt.lost,
+        "seconds": round(time.monotonic() - begun),
+        **{f"differing bytes in {name}": number for name, number in found.items()},
+    }
+    print(f"\n{stage}")
+    for name, number in rows.items():
+        print(f"  {name:<45}{number:>8}")
+    return not any(found.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50, help="of each stage")
+    parser.add_argument("--stage", choices=[*STAGES, "both"], default="both", help="both: vqgan and sampler")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", type=Path, help="a new one to work in, which is kept")
+    options = parser.parse_args()
+    stages = ["vqgan", "sampler"] if options.stage == "both" else [options.stage]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.folder or Path(temporary)).resolve()
+        same = [compare(stage, options.kills, folder, options.seed) for stage in stages]
+    sys.exit(0 if all(same) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What two runs have in common: their weights, numbers and files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from train.files import sha256
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def weights(run, step, name="model.safetensors"):
+    return load_file(checkpoint(run, step) / name)
+
+
+def rest(run, step):
+    """The content of state.pt."""
+    return torch.load(checkpoint(run, step) / "state.pt", weights_only=True)
+
+
+def extras(run, step):
+    return rest(run, step)["extras"]
+
+
+def manifest_of(path):
+    files = [f for f in path.iterdir() if f.name != "manifest.json"]
+    return {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
+
+
+def lines(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows]
+
+
+def assert_equal_bits(one, other):
+    assert one.keys() == other.keys()
+    odd = [key for key in one if not torch.equal(one[key], other[key])]
+    assert not odd, odd
+
+
+def assert_close(one, other, rtol=1e-5):
+    """All weights together, relative: Adam turns the rounding of a zero gradient (a bias before a norm) into steps."""
+    assert one.keys() == other.keys()
+    assert [key for key in one if one[key].shape != other[key].shape or one[key].dtype != other[key].dtype] == []
+    difference = distance(one, other) / sum(one[key].double().square().sum() for key in one).sqrt()
+    assert difference <= rtol, difference
+
+
+def distance(one, other):
+    return sum((one[key].double() - other[key].double()).square().sum() for key in one).sqrt()
+
+
+def assert_same_losses(one, other):
+    """Every number of metrics.jsonl to 1e-5 relative, line by line."""
+    assert len(lines(one)) == len(lines(other)) > 0
+    for row, twin in zip(lines(one), lines(other), strict=True):
+        assert row == pytest.approx(twin, rel=1e-5, abs=1e-7), (row, twin)
+
+
+def moments(run, step):
+    """Every tensor that the optimizers keep, by optimizer, parameter and name."""
+    return {
+        f"{name}/{i}/{key}": value
+        for name, optimizer in rest(run, step)["optimizers"].items()
+        for i, kept in optimizer["state"].items()
+        for key, value in kept.items()
+    }
+
+
+def assert_same_checkpoints(one, other, step, best=True):
+    """The same files, and in them the same keys, shapes and, nearly, numbers; `best` where both validated as often."""
+    mine, yours = checkpoint(one, step), checkpoint(other, step)
+    assert sorted(f.name for f in mine.iterdir()) == sorted(f.name for f in yours.iterdir())
+    for file in mine.glob("*.safetensors"):
+        assert_close(weights(one, step, file.name), weights(other, step, file.name))
+    assert_close(moments(one, step), moments(other, step), rtol=1e-3)  # gradients that rounding alone makes
+    mine, yours = rest(one, step), rest(other, step)
+    assert mine.keys() == yours.keys() and mine["step"] == yours["step"] and mine["bad_steps"] == yours["bad_steps"]
+    for name, (value, at) in mine["best"].items() if best else ():
+        assert yours["best"][name] == (pytest.approx(value, rel=1e-5), at)
+
+
+def assert_same_ddpm(one, other, step):
+    """Weights, losses, and what the times go by."""
+    assert_close(weights(one, step), weights(other, step))
+    assert_same_losses(one, other)
+    mine, yours = extras(one, step), extras(other, step)
+    assert mine.keys() == yours.keys()
+    for name in mine:
+        assert torch.equal(mine[name]["count"], yours[name]["count"]) and (mine[name]["count"] >= 10).all()
+        assert torch.allclose(mine[name]["losses"], yours[name]["losses"], rtol=1e-4)

@@ -1,0 +1,271 @@
+"""A damaged, foreign or poisoned checkpoint is refused by name, and runs nothing, whoever reads it."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from same_runs import assert_equal_bits, checkpoint, manifest_of, weights
+from tiny import DDPM, GAN, SAMPLER, VQGAN, call
+from torch import nn
+
+from train.checkpoint import load, load_weights, save, saved_steps
+from train.config import DataConfig
+from train.ema import EMA
+from train.generate import load_sampler
+from train.loop import State
+from train.spaces import Pixels
+
+FILES = ["model.safetensors", "ema.safetensors", "state.pt", "manifest.json"]
+STAGE_1 = f"--no_amp {VQGAN} {GAN}"
+
+
+def state_of(width: int = 3, optimizer=torch.optim.AdamW, layers: int = 1) -> State:
+    torch.manual_seed(0)
+    network = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+    made = optimizer(network.parameters(), lr=0.1, **({"momentum": 0.9} if optimizer is torch.optim.SGD else {}))
+    network(torch.randn(4, width)).square().sum().backward()
+    made.step()
+    return State({"network": network}, {"network": made}, {"network": EMA(network, 0.9)}, step=7)
+
+
+def seal(path: Path) -> None:
+    """A manifest that fits what was put there."""
+    (path / "manifest.json").write_text(json.dumps(manifest_of(path)))
+
+
+def rewrite(path: Path, change) -> None:
+    """state.pt with another content, under a manifest that fits it."""
+    content = torch.load(path / "state.pt", weights_only=True)
+    torch.save(change(content), path / "state.pt")
+    seal(path)
+
+
+class Poison:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return self.trace.touch, ()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("run"), state_of())
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_byte_of_any_file_can_change_unseen(saved, data):
+    file = saved / data.draw(st.sampled_from(FILES))
+    whole = file.read_bytes()
+    place = data.draw(st.integers(0, len(whole) - 1))
+    change = data.draw(st.integers(1, 255))
+    cut = data.draw(st.booleans())
+    damaged = whole[:place] if cut else whole[:place] + bytes([whole[place] ^ change]) + whole[place + 1 :]
+    file.write_bytes(damaged)
+    try:
+        if file.name != "manifest.json":
+            with pytest.raises(ValueError, match=f"{file.name} is damaged"):
+                load(saved.parents[1], 7, state_of())
+            return
+        try:  # white space, or the case of a name that JSON does not see, may change
+            load(saved.parents[1], 7, state_of())
+        except ValueError as error:
+            assert str(saved) in str(error)
+        else:
+            assert json.loads(damaged) == json.loads(whole)
+    finally:
+        file.write_bytes(whole)
+
+
+MANIFESTS = {
+    "no JSON": lambda old: "{",
+    "no text": lambda old: b"\xff\xfe\x00",
+    "a list": lambda old: "[]",
+    "nothing": lambda old: "{}",
+    "null": lambda old: "null",
+    "deep": lambda old: "[" * 100_000,
+    "no numbers": lambda old: json.dumps({name: {} for name in old}),
+    "words": lambda old: json.dumps(dict.fromkeys(old, "x")),
+    "without weights": lambda old: json.dumps({k: v for k, v in old.items() if k != "model.safetensors"}),
+    "without averages": lambda old: json.dumps({k: v for k, v in old.items() if k != "ema.safetensors"}),
+    "without state": lambda old: json.dumps({k: v for k, v in old.items() if k != "state.pt"}),
+    "outside": lambda old: json.dumps(old | {"../../outside": old["state.pt"]}),
+    "absolute": lambda old: json.dumps(old | {"/dev/zero": old["state.pt"]}),
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_that_does_not_list_the_files_is_refused(tmp_path, name):
+    path = save(tmp_path, state_of())
+    shutil.copy(path / "state.pt", tmp_path / "outside")
+    content = MANIFESTS[name](json.loads((path / "manifest.json").read_text()))
+    (path / "manifest.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    for read in (load, lambda run, step, state: load_weights(run, step, state.modules, ema=True)):
+        with pytest.raises(ValueError, match="step_00000007"):
+            read(tmp_path, 7, state_of())
+
+
+STATES = {
+    "a list": lambda s: [s],
+    "nothing": lambda s: {},
+    "no optimizer of that name": lambda s: s | {"optimizers": {"other": s["optimizers"]["network"]}},
+    "no groups": lambda s: s | {"optimizers": {"network": {}}},
+    "a parameter too many": lambda s: s | {"optimizers": {"network": with_state(s, lambda m: m | {9: m[0]})}},
+    "moments of another shape": lambda s: (
+        s | {"optimizers": {"network": with_state(s, lambda m: m | {0: m[0] | {"exp_avg": torch.zeros(2)}})}}
+    ),
+    "a word for moments": lambda s: s | {"optimizers": {"network": with_state(s, lambda m: m | {0: "x"})}},
+    "counters that are words": lambda s: s | {"counters": "x"},
+    "bad steps that are a number": lambda s: s | {"bad_steps": 3},
+}
+
+
+def with_state(saved, change):
+    optimizer = saved["optimizers"]["network"]
+    return optimizer | {"state": change(optimizer["state"])}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_that_is_not_of_such_a_training_is_refused(tmp_path, name):
+    from train.distributed import World
+    from train.tally import Tally
+
+    path = save(tmp_path, state_of())
+    rewrite(path, STATES[name])
+    state = state_of()
+    state.counters = {"metrics": Tally(World(torch.device("cpu")))}
+    with pytest.raises(ValueError, match="state.pt"):
+        load(tmp_path, 7, state)
+
+
+def test_the_momentum_of_another_network_is_refused(tmp_path):
+    path = save(tmp_path, state_of(3, torch.optim.SGD))
+    other = save(tmp_path / "other", state_of(4, torch.optim.SGD))
+    shutil.copy(other / "state.pt", path / "state.pt")
+    seal(path)
+    with pytest.raises(ValueError, match="state.pt holds the optimizer of another network"):
+        load(tmp_path, 7, state_of(3, torch.optim.SGD))
+
+
+def test_the_state_of_a_network_of_more_layers_is_refused(tmp_path):
+    path, other = save(tmp_path, state_of()), save(tmp_path / "other", state_of(layers=2))
+    shutil.copy(other / "state.pt", path / "state.pt")
+    seal(path)
+    with pytest.raises(ValueError, match="state.pt holds the optimizer of another network"):
+        load(tmp_path, 7, state_of())
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # torch says so before it refuses
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("name", FILES)
+def test_a_poisoned_file_runs_nothing(tmp_path, name, protocol):
+    path, trace = save(tmp_path, state_of()), tmp_path / "it ran"
+    (path / name).write_bytes(pickle.dumps(Poison(trace), protocol=protocol))
+    if name != "manifest.json":
+        seal(path)
+    with pytest.raises(ValueError, match=str(path)):
+        load(tmp_path, 7, state_of())
+    assert not trace.exists()
+
+
+def test_a_poison_inside_a_file_of_torch_runs_nothing(tmp_path):
+    path, trace = save(tmp_path, state_of()), tmp_path / "it ran"
+    torch.save({"step": 7, "optimizers": {"network": Poison(trace)}}, path / "state.pt")
+    seal(path)
+    with pytest.raises(ValueError, match="state.pt holds more than tensors and numbers; nothing was run"):
+        load(tmp_path, 7, state_of())
+    assert not trace.exists()
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of a trained VQGAN's run, for damage."""
+    shutil.copytree(trained / "vqgan_digits", tmp_path / "vqgan_digits")
+    return tmp_path / "vqgan_digits"
+
+
+def assert_one_line(capsys, flags, *words, script="train_vqgan.py"):
+    with pytest.raises(SystemExit) as stop:
+        call(script, flags)
+    said = [line for line in capsys.readouterr().err.splitlines() if f"{script}: " in line]
+    assert stop.value.code == 2 and len(said) == 1
+    assert all(word in said[0] for word in words), said
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
+def test_a_poison_is_refused_in_one_line_by_a_run_that_goes_on(run, tmp_path, capsys, name):
+    path, trace = checkpoint(run, 5), tmp_path / "it ran"
+    (path / name).write_bytes(pickle.dumps(Poison(trace)))
+    seal(path)
+    flags = f"--logs_root {tmp_path} {STAGE_1}"
+    assert_one_line(capsys, f"{flags} --train_steps 6", name)
+    assert_one_line(capsys, f"{flags} --train_steps 1 --log_dir new --load_dir {run.name} --load_optim", name)
+    if name != "state.pt":
+        assert_one_line(capsys, f"{flags} --train_steps 1 --log_dir new2 --load_dir {run.name}", name)
+    assert not trace.exists()
+
+
+def test_a_run_with_nothing_but_a_damaged_checkpoint_says_so(run, tmp_path, capsys):
+    file = checkpoint(run, 5) / "state.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+    flags = f"--logs_root {tmp_path} --train_steps 6 {STAGE_1}"
+    with pytest.warns(UserWarning, match="state.pt is damaged"):
+        assert_one_line(capsys, flags, "no checkpoint in", "is whole")
+    assert_one_line(capsys, f"{flags} --resume {checkpoint(run, 5)}", "state.pt is damaged")
+
+
+def test_the_weights_of_another_kind_of_run_are_refused(trained, trained_ddpm, tmp_path, capsys):
+    shutil.copytree(trained / "absorbing_digits", tmp_path / "absorbing_digits")
+    shutil.copytree(trained_ddpm / "ddpm_digits", tmp_path / "ddpm_digits")
+    flags = f"--logs_root {tmp_path} --no_amp --train_steps 1 --log_dir new"
+    words = ("does not fit this", "keys differ")
+    assert_one_line(capsys, f"{flags} {STAGE_1} --load_dir absorbing_digits", *words)
+    script = "train_sampler.py"
+    assert_one_line(capsys, f"{flags} {DDPM} --load_dir absorbing_digits", *words, script=script)
+    shutil.copytree(trained / "vqgan_digits", tmp_path / "vqgan_digits")
+    assert_one_line(capsys, f"{flags} {SAMPLER} --load_dir ddpm_digits", *words, script=script)
+
+
+@pytest.mark.parametrize("damage", ["poison", "cut", "foreign"])
+def test_experiments_refuse_damaged_weights(trained, trained_ddpm, tmp_path, damage):
+    run, trace = tmp_path / "run", tmp_path / "it ran"
+    shutil.copytree(trained_ddpm / "ddpm_digits", run)
+    path = checkpoint(run, 3)
+    file = path / "ema.safetensors"
+    if damage == "poison":
+        file.write_bytes(pickle.dumps(Poison(trace)))
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-8])
+    else:
+        shutil.copy(checkpoint(trained / "absorbing_digits", 3) / file.name, file)
+    seal(path)
+    space = Pixels(DataConfig(img_size=8))
+    with pytest.raises(ValueError, match="ema.safetensors (is not a safetensors file|does not fit this network)"):
+        load_sampler(run, None, space, torch.device("cpu"), ema=True, amp=False)
+    assert not trace.exists()
+
+
+def test_a_checkpoint_from_before_counters_goes_on(tmp_path):
+    flags = f"--logs_root {tmp_path} {STAGE_1}"
+    call("train_vqgan.py", f"{flags} --log_dir whole --train_steps 5")
+    call("train_vqgan.py", f"{flags} --log_dir old --train_steps 2")
+    kept = ("step", "optimizers", "extras")
+    rewrite(checkpoint(tmp_path / "old", 2), lambda state: {name: state[name] for name in kept})
+    call("train_vqgan.py", f"{flags} --log_dir old --train_steps 5")
+    assert_equal_bits(weights(tmp_path / "whole", 5), weights(tmp_path / "old", 5))
+
+
+def test_folders_that_are_no_checkpoints_are_passed_over(tmp_path):
+    path = save(tmp_path, state_of())
+    for name in ("step_last", "step_7", "step_00000009.bak", "step_²"):
+        shutil.copytree(path, path.with_name(name))
+    assert saved_steps(tmp_path) == [7]

@@ -1,0 +1,173 @@
+"""A disk that fills up while a run saves: the older checkpoint stays, no half one counts, and the run can go on."""
+
+import errno
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from same_runs import assert_equal_bits, checkpoint, weights
+from tiny import DDPM, VQGAN, call
+from torch import nn
+
+from train import checkpoint as module
+from train.bad_steps import BadSteps
+from train.checkpoint import load, save, saved_steps, verify
+from train.distributed import World
+from train.ema import EMA
+from train.loop import State
+from train.power_ema import save_snapshot
+
+
+def state_of(width: int = 3) -> State:
+    torch.manual_seed(0)
+    network = nn.Linear(width, width)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    network(torch.randn(4, width)).square().sum().backward()
+    optimizer.step()
+    return State({"network": network}, {"network": optimizer}, {"network": EMA(network, 0.9)}, step=7)
+
+
+class Full:
+    """The n-th thing that a save asks of the system is refused, as each of them reports it."""
+
+    def __init__(self, monkeypatch, n: int):
+        self.n, self.asked = n, 0
+        system, torch_save = (lambda: OSError(errno.ENOSPC, "No space left on device")), torch.save
+        self.wrap(monkeypatch, module, "save_file", lambda: SafetensorError("I/O error: No space left on device"))
+        self.wrap(monkeypatch, module, "sync", system)
+        self.wrap(monkeypatch, module, "write_text", system)
+        self.wrap(monkeypatch, Path, "rename", system)
+        self.wrap(monkeypatch, Path, "mkdir", system)
+
+        def save_half(content, file):
+            if self.refused():
+                file.write(b"half of it")
+                raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598")
+            torch_save(content, file)
+
+        monkeypatch.setattr(module.torch, "save", save_half)
+
+    def refused(self) -> bool:
+        self.asked += 1
+        return self.asked == self.n
+
+    def wrap(self, monkeypatch, owner, name: str, error) -> None:
+        real = getattr(owner, name)
+
+        def checked(*args, **kwargs):
+            if self.refused():
+                raise error()
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, checked)
+
+
+@pytest.mark.parametrize("step", [7, 8])
+def test_whatever_is_refused_a_whole_checkpoint_stays(tmp_path, monkeypatch, step):
+    """Also where the checkpoint that is there is written once more (step 7)."""
+    n, done = 0, False
+    while not done:
+        n += 1
+        run, state = tmp_path / str(n), state_of()
+        save(run, state)
+        state.step = step
+        with monkeypatch.context() as patch:
+            full = Full(patch, n)
+            try:
+                save(run, state)
+                done = True
+            except OSError:
+                pass
+        assert saved_steps(run) in ([7], sorted({7, step})), n
+        for there in saved_steps(run):
+            verify(checkpoint(run, there))
+            load(run, there, state_of())
+        save(run, state)  # there is room again
+        assert saved_steps(run) == sorted({7, step})
+        assert [f.name for f in (run / "checkpoints").glob(".step_*")] == []
+    assert full.asked == n - 1 >= 10  # all of them have been refused
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of four megabytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def leave(disk: Path, free: int) -> Path:
+    """Fills a disk up to so many bytes, in whole pages."""
+    filler = disk / "filler"
+    filler.write_bytes(b"0" * max(0, shutil.disk_usage(disk).free - free))
+    return filler
+
+
+@pytest.fixture
+def mounting(request):
+    if shutil.which("mount") is None:
+        pytest.skip("no mount command here")
+    return request.getfixturevalue("small_disk")
+
+
+def test_a_full_disk_is_an_OSError_wherever_it_fills_up(mounting):
+    """save_file and torch.save raise SafetensorError, RuntimeError or OSError, as they please."""
+    state = state_of(100)  # each file some 40 to 80 KB
+    save(mounting, state)
+    size = sum(f.stat().st_size for f in checkpoint(mounting, 7).iterdir())
+    state.step, refused = 8, 0
+    for free in range(0, size + 32_768, 8_192):
+        filler = leave(mounting, free)
+        try:
+            save(mounting, state)
+        except OSError as error:
+            refused += 1
+            assert "No space left" in str(error)
+            assert saved_steps(mounting) in ([7], [7, 8])  # both, where "latest" alone found no room
+            for step in saved_steps(mounting):
+                verify(checkpoint(mounting, step))
+            assert [f.name for f in (mounting / "checkpoints").iterdir() if f.name.startswith(".step")] == []
+        filler.unlink()
+        shutil.rmtree(checkpoint(mounting, 8), ignore_errors=True)
+    assert refused > 10
+    save(mounting, state)
+    assert saved_steps(mounting) == [7, 8]
+
+
+def test_a_bad_batch_that_does_not_fit_on_the_disk_is_an_OSError(mounting):
+    leave(mounting, 8_192)
+    bad = BadSteps(mounting, World(torch.device("cpu")), most=1)
+    with pytest.raises(OSError, match="No space left"):
+        bad(state_of(), [{"position": torch.arange(4), "image": torch.zeros(4, 3, 64, 64)}])
+
+
+def test_a_snapshot_of_averages_that_does_not_fit_on_the_disk_is_an_OSError(mounting):
+    leave(mounting, 8_192)
+    with pytest.raises(OSError, match="No space left"):  # what else is raised ends the writing thread unheard
+        save_snapshot(mounting, 1, {"0.1/network.weight": torch.zeros(100, 100)})
+
+
+@pytest.mark.parametrize("script", ["train_vqgan.py", "train_sampler.py"])
+def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_once_there_is_room(mounting, tmp_path, capsys, script):
+    kind = f"{VQGAN} --perceptual_net none" if script == "train_vqgan.py" else f"{DDPM} --ema_profiles 0.1"
+    flags = f"--no_amp --log_dir run --steps_per_eval 0 --steps_per_save_output 100 --steps_per_log 1 {kind}"
+    call(script, f"--logs_root {mounting} --train_steps 2 {flags}")
+    call(script, f"--logs_root {tmp_path} --train_steps 4 {flags}")
+    filler = leave(mounting, 60_000)  # for the curves
+    with pytest.raises(SystemExit) as stop:
+        call(script, f"--logs_root {mounting} --train_steps 4 {flags}")
+    said = [line for line in capsys.readouterr().err.splitlines() if f"{script}: " in line]
+    assert stop.value.code == 2 and len(said) == 1 and "could not save" in said[0] and "No space left" in said[0]
+    assert saved_steps(mounting / "run") == [2]
+    filler.unlink()
+    call(script, f"--logs_root {mounting} --train_steps 4 {flags}")
+    assert_equal_bits(weights(mounting / "run", 4), weights(tmp_path / "run", 4))
