@@ -18,8 +18,9 @@ def main(config: Config) -> None:
     from train.data import build_dataset
     from train.generate import class_frequencies
     from train.registry import dotted
-    from train.runs import begin, origin_of, run_folder, train, workplace
+    from train.runs import begin, origin_of, run_folder, workplace
     from train.second_stage import SamplerReports, SamplerStep, build_state
+    from train.session import train
     from train.spaces import open_space
 
     data, training, logging = config.data, config.training, config.logging

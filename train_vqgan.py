@@ -36,7 +36,8 @@ def main(config: Config) -> None:
 
     from train.assembly import make_hooks
     from train.data import ImageSource, TrainingImages, build_dataset
-    from train.runs import begin, run_folder, train, workplace
+    from train.runs import begin, run_folder, workplace
+    from train.session import train
     from train.vqgan import VQGANReports, VQGANStep, build_state
     from vq.perceptual import load_perceptual
 

@@ -1,9 +1,12 @@
 """Fixtures that many tests share."""
 
+import os
 from pathlib import Path
 
-import pytest
-import tiny
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes run tests, and many of these start more
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -125,7 +125,7 @@ SHAPE: dict[str, Any] = {
         **keys(NUMBER, limit_val_batches=None),
         **keys(COUNT, accumulate_grad_batches="accumulate"),
     },
-    "callbacks": only([], remedy=f"write dotted paths of functions (state, outputs) as watch into {OWN}"),
+    "callbacks": only([], remedy=f"write dotted paths of functions (state, outputs) as hooks into {OWN}"),
     "save_model_config": {"every_n_epochs": Rule(COUNT, steps="steps_per_checkpoint"), "save_top_k": ALL},
     "sampling_args": only({}, remedy="they are flags of experiments/get_samples.py"),
     "vqvae_model": WEIGHTS,

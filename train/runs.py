@@ -1,7 +1,7 @@
 """A run is a folder, identified by its config and the content of the weights it starts from."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,13 @@ import yaml
 from filelock import FileLock, Timeout
 
 from train.assembly import training_dtype
-from train.bad_steps import BadSteps
 from train.checkpoint import load, resolve_step
 from train.cli import completed, read_groups, to_dict
-from train.clock import Clock
-from train.data import Positions, training_batches
 from train.distributed import World, world
 from train.execution import set_deterministic, set_tf32
 from train.files import write_text
-from train.logging import Logger
-from train.loop import Hook, State, Step, fit
-from train.meter import Meter
-from train.profiling import Profile
+from train.loop import State
 from train.resume import branched_from, go_on, start_of
-from train.saving import Saver
-from train.stopping import StopSignals
-
-PROFILED_FROM, PROFILED = 10, 5  # steps of a start that --profile records
 
 # Settings that say where, how fast or how often, not what: a run may go on with others.
 VOLATILE = {
@@ -136,74 +126,3 @@ def begin(run: Path, config, state: State, world: World, origin: dict[str, Any])
     if world.is_main and state.step:
         done = " (nothing left to do)" if state.step >= training.train_steps else ""
         print(f"going on from step {state.step} of {training.train_steps}{done}", flush=True)
-
-
-def train(
-    run: Path,
-    config,
-    state: State,
-    world: World,
-    source: Positions,
-    step: Step,
-    reports: Callable[[Logger], Any],
-    *,
-    hooks: Sequence[tuple[str, int, Hook]] = (),
-    distance: Callable[[Logger], Hook] | None = None,
-    workers: int = 0,
-    tokens: int = 0,
-) -> None:
-    """The loop with everything around it: batches from `source`, logging, checkpoints, signals, the user's `hooks`, the
-    hooks of what `reports(logger)` makes, and `distance(logger)`, which measures images every --steps_per_FD steps.
-
-    `tokens` is how many codes an image is, 0 where it is none.
-    """
-    training, logging = config.training, config.logging
-    steps, size = training.train_steps, training.batch_size
-    batches = training_batches(
-        source,
-        start=state.step,
-        steps=steps,
-        batch_size=size,
-        accumulate=training.accumulate,
-        world=world,
-        workers=workers,
-        prefetch=config.data.prefetch,
-    )
-    clock, per_step = Clock(), {"images": size} | ({"tokens": size * tokens} if tokens else {})
-    meter = Meter(step, world, clock, per_step, training_dtype(training, world.device))
-    logger = Logger(run, world, meter, every=logging.steps_per_log, start=state.step, steps=steps)
-    looked_at, bad = reports(logger), BadSteps(run, world, training.max_bad_steps)
-    with StopSignals() as stop:
-        saver = Saver(run, world, stop, logger.flush, training=training, logging=logging)
-        measured = [("distances", logging.steps_per_FD, distance(logger))] if distance and logging.steps_per_FD else []
-        profile = Profile(run, world.rank, state.step + PROFILED_FROM, PROFILED) if logging.profile else None
-        every = [
-            *hooks,
-            *([("profile", 1, profile)] if profile else []),
-            ("logging", 1, logger),
-            *(("logging", logging.steps_per_log, hook) for hook in looked_at.tallied),
-            ("validation", logging.steps_per_eval, looked_at.validate),
-            *measured,
-            ("pictures", logging.steps_per_save_output, looked_at.show),
-            ("checkpoints", 1, saver),
-        ]
-        try:
-            fit(
-                state,
-                batches,
-                meter,
-                steps=steps,
-                world=world,
-                seed=training.seed,
-                hooks=every,
-                skipped=bad,
-                clock=clock,
-            )
-            with clock("checkpoints"):
-                saver.finish()
-        finally:
-            logger.close()
-            if profile is not None:
-                profile.close()
-    if world.is_main and clock.seconds:
-        print(f"time: {clock}", flush=True)

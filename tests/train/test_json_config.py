@@ -243,7 +243,7 @@ REFUSED = {  # a key and its value -> what the message must hold beside the file
 }
 
 
-@pytest.mark.parametrize("key, value", REFUSED, ids=lambda part: str(part)[:40])
+@pytest.mark.parametrize("key, value", REFUSED, ids=lambda part: "gone" if part is GONE else str(part)[:40])
 def test_what_is_refused_names_the_file_and_the_key(key, value, tmp_path):
     path = written(tmp_path, {key: value})
     with pytest.raises(ValueError) as error:
