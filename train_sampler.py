@@ -37,7 +37,8 @@ def main(config: Config) -> None:
 
             distance = of_samples(config, sampler, space, images["train"], frequencies, here, run)
         begin(run, config, state, here, space.origin | {"class_frequencies": frequencies})
-        sources = {split: space.source(images[split], split, data, training.seed, here, adapt) for split in images}
+        seeds = {"train": training.seed, "val": 0}  # every run validates on the same images
+        sources = {split: space.source(images[split], split, data, seed, here, adapt) for split, seed in seeds.items()}
         step = SamplerStep(sampler, space, training, here, watched=bool(hooks))
         reports = partial(SamplerReports, step, sources["val"], config.sampling)
         also = {"hooks": hooks, "distance": distance, "workers": space.workers(data), "tokens": space.tokens}

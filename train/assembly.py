@@ -42,6 +42,9 @@ def assemble(
     if training.activation_checkpointing:
         for name in averaged:
             checkpoint_activations(modules[name])
+    if training.compile:
+        for name in averaged:
+            compile_network(modules[name])
     if training.parallel == "fsdp" and world.size > 1:
         for module in [*modules.values(), *(a.module for a in [*averages.values(), *profiles.values()])]:
             shard(module, world)
@@ -56,9 +59,6 @@ def assemble(
         for name, module in modules.items()
     }
     replicas = {name: replicate(module, world) for name, module in modules.items()}
-    if training.compile:
-        for replica in replicas.values():
-            compile_network(replica)
     extras = dict(extras or {})
     if training_dtype(training, world.device) == torch.float16:
         extras["loss_scale"] = LossScale()

@@ -24,7 +24,7 @@ class BadSteps:
 
         A float16 loss scale that was too high is no bad step: it is lowered.
         """
-        if "loss_scale" in state.extras and state.extras["loss_scale"].overflowed():
+        if "loss_scale" in state.extras and not state.extras["loss_scale"].exhausted:
             return
         state.bad_steps.append(state.step)
         recent = [step for step in state.bad_steps if step > state.step - RECENT]

@@ -259,7 +259,7 @@ def take_rest(saved: dict[str, Any], state: State, file: Path) -> None:
         load_optimizer(optimizer, saved["optimizers"][name], file)
     for name, extra in state.extras.items():
         if name not in saved.get("extras", {}):
-            if name.startswith(HOOK):
+            if name.startswith(HOOK) or name == "loss_scale":
                 continue  # it joined the run later
             raise ValueError(f"{file} kept no state of {name!r}: leave --load_optim out, or train as that run was")
         extra.load_state_dict(saved["extras"][name])
@@ -285,4 +285,7 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], file: Path) -> N
     state = {
         i: {key: cut(key, value, parameters[i]) for key, value in kept.items()} for i, kept in saved["state"].items()
     }
-    optimizer.load_state_dict({**saved, "state": state})
+    groups = optimizer.state_dict()["param_groups"]  # its own settings; a user's class may keep more than these there
+    if known and [group.keys() for group in groups] != [group.keys() for group in saved["param_groups"]]:
+        raise ValueError(f"{file} holds the state of another optimizer: pass the --optimizer of that run")
+    optimizer.load_state_dict({"state": state, "param_groups": groups if known else saved["param_groups"]})

@@ -22,7 +22,7 @@ from train.config import ROOT, DataConfig, LoggingConfig, SamplerConfig, Samplin
 from train.config_files import check_groups, read_config, read_groups, section_of
 from train.config_files import data_dir_of as data_dir_of  # for those above
 from train.config_files import read_yaml as read_yaml
-from train.datasets import DatasetConfig
+from train.datasets import DatasetConfig, is_command
 from train.flag_values import RULES, arguments, first, peek, without_config
 from train.registry import did_you_mean, names_in, plugin
 
@@ -196,7 +196,7 @@ def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:
         return {}
     stored = read_groups(path)
     values = stored.get("data", {}) | stored.get("reader", {})
-    values = {key: value for key, value in values.items() if not str(value).startswith("pipe:")}  # commands are typed
+    values = {key: value for key, value in values.items() if not is_command(value)}  # these are typed
     same = values.get("dataset") == dataset
     return values if same else {key: values[key] for key in ("img_size", "n_channels") if key in values}
 

@@ -104,9 +104,7 @@ class FirstStage:
 
         if world.size == 1:
             return cached_table(folder, name, key, make)
-        missing = load_table(table_path(folder, name, key), key) is None
-        world.barrier()  # all have looked before one writes
-        if missing:
+        if any(world.any(load_table(table_path(folder, name, key), key) is None)):  # all have looked before one writes
             parts = [
                 (f"{name}_part_{rank}_of_{world.size}", f"{key} {rank}/{world.size}") for rank in range(world.size)
             ]

@@ -19,7 +19,7 @@ from train.checkpoint import fill, load_weights, resolve_step, saved_steps
 from train.cli import from_dict
 from train.config import DataConfig, SamplerConfig, SamplingConfig
 from train.data import Positions, build_dataset, on_device
-from train.datasets import Dataset, DatasetConfig
+from train.datasets import Dataset, DatasetConfig, is_command
 from train.distributed import World
 from train.loop import Batch
 from train.power_ema import opened, reconstruct, snapshot_path, snapshot_steps
@@ -187,6 +187,8 @@ def kept_step(run: Path, step: int | None) -> int | None:
     """`step`, or the newest one whose EMA profiles were kept and that the newest checkpoint does not lie before."""
     newest = max(saved_steps(run), default=None)
     kept = [each for each in snapshot_steps(run) if newest is None or each <= newest]
+    if step is None and not kept and snapshot_steps(run):
+        raise FileNotFoundError(f"{run} kept its first EMA profiles after its newest checkpoint, {newest}: train on")
     return kept[-1] if step is None and kept else step
 
 
@@ -207,7 +209,7 @@ def check_allowed(run: Path, groups: dict[str, dict[str, Any]], allow: tuple[str
     """ValueError where a run names code of a user's own, or a command that brings its data, that `allow` does not:
     loading a run runs nothing unasked."""
     classes = {key: value for key, value in groups["sampler"].items() if "." in str(value)}
-    commands = {key: value for key, value in groups["reader"].items() if str(value).startswith("pipe:")}
+    commands = {key: value for key, value in groups["reader"].items() if is_command(value)}
     for key, value in (classes | commands).items():
         if isinstance(value, str) and value not in allow:
             typed = shlex.quote(value)

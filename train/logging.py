@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from train.distributed import World
-from train.files import write_text
+from train.files import sync, write_text
 from train.loop import Outputs, State
 from train.meter import Meter
 from train.parallel import is_sharded
@@ -115,9 +115,11 @@ class Logger:
             )  # fmt: skip
 
     def flush(self) -> None:
-        """Puts the curves on disk, as far as they are drawn."""
+        """Puts curves and lines on disk, as far as they are written."""
         if self.world.is_main:
             self.writer.flush()
+            if (self.folder / "metrics.jsonl").is_file():
+                sync(self.folder / "metrics.jsonl")
 
     def close(self) -> None:
         if self.world.is_main:

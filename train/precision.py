@@ -64,6 +64,7 @@ class LossScale:
     def __init__(self):
         self.value = self.FIRST
         self.good_steps = 0  # since the value last changed
+        self.exhausted = False  # whether the last step that was not finite met the floor
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss, in float32 at least, for `backward`."""
@@ -81,9 +82,9 @@ class LossScale:
         True: a smaller value may serve, the step is skipped and nothing is wrong. False: it stood at its floor, so the
         fault is not the scale's.
         """
-        above, self.good_steps = self.value > self.FLOOR, 0
+        self.exhausted, self.good_steps = self.value == self.FLOOR, 0
         self.value = max(self.value / 2, self.FLOOR)
-        return above
+        return not self.exhausted
 
     def state_dict(self) -> dict[str, Tensor]:
         return {

@@ -6,6 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from train.checkpoint import WEIGHTS, checkpoint_path, load, saved_steps, verify
 from train.distributed import World
 from train.files import sha256
@@ -80,7 +82,9 @@ def go_on(run: Path, start: Start | None, state: State, world: World) -> None:
     """Fills the state from a checkpoint; what the run has of later steps is moved to <run>/set_aside."""
     if start is not None:
         load(start.run, start.step, state)
-    world.barrier()  # all have read before one moves
+    steps = world.gather(torch.tensor([state.step])).tolist()  # and all have read before one moves
+    if len(set(steps)) > 1:
+        raise ValueError(f"the processes would go on from different steps, {steps}: can all of them read {run}?")
     if world.is_main:
         for path in set_aside(run, state.step):
             print(f"set aside: {path}", flush=True)

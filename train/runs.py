@@ -106,14 +106,11 @@ def owned(run: Path) -> Iterator[None]:
 def begin(run: Path, config, state: State, world: World, origin: dict[str, Any]) -> None:
     """Opens the run's folder and fills `state`: from where --resume says, else from --load_dir, else not at all."""
     training = config.training
-    if training.load_dir is not None:
-        source = run_folder(config.logging.logs_root, training.load_dir)
-        step = resolve_step(source, training.load_step, "--load_step")
-        origin = origin | {"load_weights": load(source, step, state, optimizers=training.load_optim)}
-        state.step, state.best, state.bad_steps = 0, {}, []  # those of the other run
-        for counter in state.counters.values():
-            counter.load_state_dict({})
     start = start_of(run, training.resume)
+    if start is not None and start.run == run:
+        origin = origin | {name: value for name, value in origin_of(run).items() if name == "load_weights"}
+    elif training.load_dir is not None:
+        origin = origin | {"load_weights": begin_from(config, state)}
     origin = origin | branched_from(run, start, origin_of(run))
     world.barrier()  # all have looked before one writes
     if world.is_main:
@@ -126,3 +123,15 @@ def begin(run: Path, config, state: State, world: World, origin: dict[str, Any])
     if world.is_main and state.step:
         done = " (nothing left to do)" if state.step >= training.train_steps else ""
         print(f"going on from step {state.step} of {training.train_steps}{done}", flush=True)
+
+
+def begin_from(config, state: State) -> str:
+    """Fills a state from --load_dir, to be trained from step 0; returns the SHA-256 of the weights."""
+    training = config.training
+    source = run_folder(config.logging.logs_root, training.load_dir)
+    step = resolve_step(source, training.load_step, "--load_step")
+    weights = load(source, step, state, optimizers=training.load_optim)
+    state.step, state.best, state.bad_steps = 0, {}, []  # those of the other run
+    for counter in state.counters.values():
+        counter.load_state_dict({})
+    return weights

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from train.checkpoint import PROFILES, Snapshot, checkpoint_path, saved_steps, snapshot, write
 from train.config import LoggingConfig, TrainingConfig
+from train.config_files import read_groups
 from train.distributed import World
 from train.loop import Outputs, State
 from train.power_ema import buffers_of, save_snapshot
@@ -17,7 +18,8 @@ from train.stopping import StopSignals
 
 class Saver:
     """A hook for `fit`, called after every step: saves every `steps_per_checkpoint` steps, after `checkpoint_minutes`,
-    at the last step, and where a signal asks one process to stop; snapshots of power-function averages at their steps.
+    at the last step, at one that validated best so far, and where a signal asks one process to stop; snapshots of
+    power-function averages at their steps.
 
     The state is copied at once and written by a thread of the main process while training goes on. What the thread
     met is raised after the next step; `finish` waits for it. `flush` is called before each copy, so that curves on
@@ -49,14 +51,16 @@ class Saver:
         if failed:
             self.finish()
         last = state.step == self.training.train_steps
-        due = stop or late or last or state.step % self.logging.steps_per_checkpoint == 0
+        best = state.step in (step for _, step in state.best.values())
+        due = stop or late or last or best or state.step % self.logging.steps_per_checkpoint == 0
         profiles = bool(state.profiles) and (last or state.step % self.training.steps_per_ema_snapshot == 0)
         if due or profiles:
             self.save(state, due, profiles)
         if stop:
             self.finish()
             if self.world.is_main:
-                print(f"stopped at step {state.step} and saved: the same command goes on from there", flush=True)
+                how = "" if self.training.resume == "auto" else " with --resume auto"
+                print(f"stopped at step {state.step} and saved: the same command{how} goes on from there", flush=True)
             raise SystemExit(128 + (self.stop.received or signal.SIGTERM))
 
     def save(self, state: State, checkpoint: bool, profiles: bool) -> None:
@@ -91,12 +95,26 @@ class Saver:
 
 
 def prune(run: Path, keep_last: int, keep_every: int, best: Collection[int] = ()) -> None:
-    """Deletes checkpoints but for the newest `keep_last` (0: all are kept), multiples of `keep_every` (0: none), and
-    those of the `best` steps."""
+    """Deletes checkpoints but for the newest `keep_last` (0: all are kept), multiples of `keep_every` (0: none), those
+    of the `best` steps, and those that samplers beside this run stand on."""
     steps = saved_steps(run)
+    kept = {*best, *steps_others_need(run)}
     for step in steps[:-keep_last] if keep_last > 0 else []:
-        if step not in best and (keep_every == 0 or step % keep_every):
+        if step not in kept and (keep_every == 0 or step % keep_every):
             path = checkpoint_path(run, step)
             gone = path.with_name(f".{path.name}.old")
             path.rename(gone)  # at once: what is half deleted is no checkpoint
             shutil.rmtree(gone)
+
+
+def steps_others_need(run: Path) -> set[int]:
+    """Steps of this run whose codes or latents runs beside it were trained on, as their config.yaml says."""
+    needed = set()
+    for path in run.parent.glob("*/config.yaml"):
+        try:
+            origin = read_groups(path).get("origin", {})
+        except ValueError:
+            continue  # not a run's: nobody can go on from it
+        if origin.get("ae_load_dir") == run.name:
+            needed.add(origin.get("ae_load_step"))
+    return needed

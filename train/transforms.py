@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 MODES = {1: "L", 3: "RGB"}
+BICUBIC = v2.InterpolationMode.BICUBIC
 
 
 def to_item(item: dict[str, Any], img_size: int, n_channels: int) -> dict[str, Any]:
@@ -25,8 +26,12 @@ def to_item(item: dict[str, Any], img_size: int, n_channels: int) -> dict[str, A
     if img_size < 1:
         raise ValueError(f"img_size is {img_size}: give at least 1 pixel")
     image = item["image"] if isinstance(item["image"], Image.Image) else Image.fromarray(item["image"])
-    fit = v2.Compose([v2.Resize(img_size, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(img_size)])
-    fitted = fit({**item, "image": image.convert(MODES[n_channels])})
+    image = image.convert(MODES[n_channels])
+    if all(isinstance(value, int | float) for key, value in item.items() if key != "image"):
+        fitted = {**item, "image": F.center_crop(F.resize(image, [img_size], BICUBIC, antialias=True), [img_size])}
+    else:  # what else has a place in the image follows it; slower
+        fit = v2.Compose([v2.Resize(img_size, BICUBIC, antialias=True), v2.CenterCrop(img_size)])
+        fitted = fit({**item, "image": image})
     return {**fitted, "image": F.to_image(fitted["image"])}
 
 
@@ -39,6 +44,14 @@ class View(v2.Transform):
     def __init__(self, flip: bool = False, dx: int = 0, dy: int = 0):
         super().__init__()
         self.flip, self.dx, self.dy = flip, dx, dy
+
+    def forward(self, item: Any) -> Any:
+        """An item, or images (..., H, W), in this view: a copy in any case."""
+        if self.flip or self.dx or self.dy:
+            return super().forward(item)
+        if isinstance(item, Tensor):
+            return item.clone()
+        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in item.items()}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if self.flip:

@@ -33,8 +33,8 @@ def update(state: State, names: list[str], world: World, *, lr: float, clip: flo
                 group["lr"] = lr
             optimizer.step()
         optimizer.zero_grad()
+    if scale is not None:
+        scale.good() if finite else scale.overflowed()
     if not finite:
         return None
-    if scale is not None:
-        scale.good()
     return list(norms)

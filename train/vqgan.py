@@ -124,7 +124,14 @@ class VQGANStep:
                 logits = state.modules["discriminator"](augment(fake))
             g = generator_loss(logits.float())
             last_layer = state.modules["autoencoder"].decoder.last_layer
-            weight = adaptive_weight(reconstruction, g, last_layer, self.loss.disc_weight_max, self.world.mean)
+            scale = state.extras["loss_scale"].value if "loss_scale" in state.extras else 1.0
+            weight = adaptive_weight(
+                reconstruction * scale,
+                g * scale,
+                last_layer,
+                self.loss.disc_weight_max,
+                lambda gradient: self.world.mean(gradient) / scale,
+            )
             loss = loss + weight * g
             metrics |= {"adversarial": g, "adaptive_weight": weight}
         self.backward(state, loss * share)

@@ -1,5 +1,7 @@
 """Vector quantization: continuous vectors to the nearest of K learned ones."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,17 @@ class Codes(NamedTuple):
     vectors: Tensor  # (B, E, h, w), straight-through: the gradient passes to the encoder unchanged
     loss: Tensor  # (B,) codebook + commitment loss
     counts: Tensor  # (K,) how often each code was chosen
+
+
+@contextmanager
+def whole_factors() -> Iterator[None]:
+    """float32 products of all bits of their factors, where TF32's ten may be allowed: other codes would be nearest."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class NearestQuantizer(nn.Module):
@@ -35,7 +48,7 @@ class NearestQuantizer(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """ids (B, h, w) of the codes nearest to z (B, E, h, w); distances in float32 whatever autocast says."""
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast(z.device.type, enabled=False), whole_factors():
             flat = z.detach().float().movedim(1, -1)  # (B, h, w, E)
             codes = self.codebook.weight.detach().float()
             return (codes.square().sum(1) - 2 * flat @ codes.t()).argmin(-1)  # |z|^2 is the same for every code

@@ -255,11 +255,12 @@ def test_every_setting_of_a_run_that_names_code_must_be_allowed(tmp_path):
     check_allowed(tmp_path, {"sampler": plain, "reader": {"data_dir": "/data/birds.v2"}}, ())
 
 
-def test_a_command_that_brings_the_data_must_be_allowed(tmp_path):
-    groups = {"sampler": {}, "reader": {"data_dir": "pipe:cat a.tar"}}
-    with pytest.raises(ValueError, match="pass --allow 'pipe:cat a.tar'"):
+@pytest.mark.parametrize("shards", ["pipe:cat a.tar", "a.tar::pipe:touch b", "{pipe:touch b,c.tar}", "${WDS_MINE}"])
+def test_a_command_that_brings_the_data_must_be_allowed(shards, tmp_path):
+    groups = {"sampler": {}, "reader": {"data_dir": shards}}
+    with pytest.raises(ValueError, match="pass --allow '"):
         check_allowed(tmp_path, groups, ())
-    check_allowed(tmp_path, groups, ("pipe:cat a.tar",))
+    check_allowed(tmp_path, groups, (shards,))
 
 
 @pytest.mark.parametrize("path", ["my-own.upper", "über.f", "_mine.f", "my_own.adapting.upper", "my_own.2.f"])

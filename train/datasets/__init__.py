@@ -16,6 +16,11 @@ import numpy as np
 SPLITS = ("train", "val")
 
 
+def is_command(value: Any) -> bool:
+    """Whether a setting would have a shell command run, or the environment read, where it names shards."""
+    return isinstance(value, str) and ("pipe:" in value or "${" in value)
+
+
 class UnreadableImage(ValueError):
     """One broken image file, named with the reason; training skips and counts it."""
 
