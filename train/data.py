@@ -107,7 +107,9 @@ class TrainingImages:
         items = []
         for position in positions:
             view = self.views[seed_of(self.seed, "view", position) % len(self.views)]
-            item = view(self.readable(self.order[position]))
+            item = self.readable(self.order[position])
+            if self.adapt is not None or not view.identity:  # what is not changed need not be copied
+                item = view(item)
             if self.adapt is not None:
                 with seeded(seed_of(self.seed, "adapt", position)):
                     item = adapted(self.adapt, item)

@@ -45,9 +45,14 @@ class View(v2.Transform):
         super().__init__()
         self.flip, self.dx, self.dy = flip, dx, dy
 
+    @property
+    def identity(self) -> bool:
+        """Whether nothing moves."""
+        return not self.flip and self.dx == self.dy == 0
+
     def forward(self, item: Any) -> Any:
         """An item, or images (..., H, W), in this view: a copy in any case."""
-        if self.flip or self.dx or self.dy:
+        if not self.identity:
             return super().forward(item)
         if isinstance(item, Tensor):
             return item.clone()
