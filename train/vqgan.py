@@ -87,7 +87,7 @@ class VQGANStep:
             for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(old)  # batch norms have seen the bad batch
             return None
-        totals |= dict(zip(["grad_norm", "disc_grad_norm"], norms, strict=False))
+        totals |= dict(zip(["grad_norm", "disc_grad_norm"][: len(norms)], norms, strict=True))
         totals["lr"] = torch.tensor(lr, device=self.world.device)
         for _, codes in seen:
             state.counters["codes"].add("chosen", codes.counts)
