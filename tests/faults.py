@@ -9,6 +9,7 @@ import torch
 
 from diffusion.rng import seed_of
 from train.data import TrainingImages
+from train.parallel import is_sharded
 from train.precision import LossScale
 from train.second_stage import SamplerStep
 from train.transforms import to_float
@@ -27,7 +28,8 @@ def nan_image(item):
 
 
 class NanGradient:
-    """For --hooks: one parameter of a module gets a gradient that is no number, at one step."""
+    """For --hooks: a parameter of a module gets a gradient that is no number, at one step; of a sharded module, whose
+    parameters are not what autograd sees, what it answered does."""
 
     module, step, ranks = "network", AT, {"0", "1"}
 
@@ -36,12 +38,18 @@ class NanGradient:
 
     def __call__(self, state, outputs):
         if not self.set and os.environ.get("RANK", "0") in self.ranks:
-            parameter = list(state.modules[self.module].parameters())[0]
-            learns = parameter.requires_grad
-            parameter.requires_grad_(True).register_hook(
-                lambda g: g * float("nan") if state.step == self.step else None
-            )
-            parameter.requires_grad_(learns)
+            module = state.modules[self.module]
+
+            def spoil(gradient):
+                return gradient * float("nan") if state.step == self.step else None
+
+            if is_sharded(module):
+                module.register_forward_hook(lambda module, given, answer: answer.register_hook(spoil) and None)
+            else:
+                parameter = list(module.parameters())[0]
+                learns = parameter.requires_grad
+                parameter.requires_grad_(True).register_hook(spoil)
+                parameter.requires_grad_(learns)
         self.set = True
 
 
