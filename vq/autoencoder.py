@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from models.blocks import AttentionBlock, Downsample, ResBlock, Upsample, group_norm
 from vq.config import VQGANConfig
-from vq.quantize import Codes, NearestQuantizer
+from vq.quantize import Codes, Training, make_quantizer
 
 
 def middle(channels: int) -> list[nn.Module]:
@@ -23,33 +23,52 @@ def level(in_channels: int, channels: int, count: int, attention: bool) -> list[
 
 
 class Encoder(nn.Sequential):
-    """Images (B, C, H, W) in [-1, 1] -> vectors (B, E, H / factor, W / factor)."""
+    """Images (B, C, H, W) in [-1, 1] -> vectors (B, E, H / factor, W / factor).
 
-    def __init__(self, config: VQGANConfig, img_size: int, n_channels: int):
+    `height` is that of the images to train on: attention stands where a level's height is among attn_resolutions.
+    """
+
+    def __init__(self, config: VQGANConfig, height: int, n_channels: int):
         widths = [config.nf * m for m in config.ch_mult]
         layers: list[nn.Module] = [nn.Conv2d(n_channels, config.nf, 3, padding=1)]
         for i, (before, width) in enumerate(zip([config.nf, *widths[:-1]], widths, strict=True)):
-            layers += level(before, width, config.res_blocks, img_size >> i in config.attn_resolutions)
+            layers += level(before, width, config.res_blocks, height >> i in config.attn_resolutions)
             if i < len(widths) - 1:
                 layers.append(Downsample(width))
         layers += middle(widths[-1])
-        layers += [group_norm(widths[-1]), nn.Conv2d(widths[-1], config.emb_dim, 3, padding=1)]
+        layers += [group_norm(widths[-1]), nn.Conv2d(widths[-1], config.code_dim, 3, padding=1)]
         super().__init__(*layers)
 
 
 class Decoder(nn.Sequential):
-    """Code vectors (B, E, h, w) -> images (B, C, h * factor, w * factor), about [-1, 1]."""
+    """Code vectors (B, E, h, w) -> images (B, C, h * factor, w * factor), about [-1, 1]; `height` as in the encoder."""
 
-    def __init__(self, config: VQGANConfig, img_size: int, n_channels: int):
+    def __init__(self, config: VQGANConfig, height: int, n_channels: int):
         widths = [config.nf * m for m in config.ch_mult]
-        layers: list[nn.Module] = [nn.Conv2d(config.emb_dim, widths[-1], 3, padding=1), *middle(widths[-1])]
+        layers: list[nn.Module] = [nn.Conv2d(config.code_dim, widths[-1], 3, padding=1), *middle(widths[-1])]
         for i in reversed(range(len(widths))):
             before = widths[min(i + 1, len(widths) - 1)]
-            layers += level(before, widths[i], config.res_blocks, img_size >> i in config.attn_resolutions)
+            layers += level(before, widths[i], config.res_blocks, height >> i in config.attn_resolutions)
             if i > 0:
                 layers.append(Upsample(widths[i]))
         layers += [group_norm(widths[0]), nn.Conv2d(widths[0], n_channels, 3, padding=1)]
         super().__init__(*layers)
+
+    def features(self, vectors: Tensor) -> Tensor:
+        """What the last layer is given (B, nf, h * factor, w * factor), in float32."""
+        *layers, last = self
+        h = vectors
+        for layer in layers:
+            h = layer(h)
+        return h.to(last.weight.dtype)
+
+    def image(self, features: Tensor) -> Tensor:
+        """The last layer, in float32 whatever autocast says: its gradients weigh the losses."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self[-1](features)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.image(self.features(vectors))
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -58,24 +77,35 @@ class Decoder(nn.Sequential):
 
 
 class VQGAN(nn.Module):
-    """Encoder, quantizer and decoder together."""
+    """Encoder, quantizer and decoder together, for images of any multiple of the config's factor.
 
-    def __init__(self, config: VQGANConfig, img_size: int, n_channels: int = 3):
+    `size` (H, W) is that of the images to train on, whose codes are a `grid`.
+    """
+
+    def __init__(self, config: VQGANConfig, size: tuple[int, int], n_channels: int = 3):
         super().__init__()
-        self.grid = config.grid(img_size)
-        self.encoder = Encoder(config, img_size, n_channels)
-        self.quantizer = NearestQuantizer(config.codebook_size, config.emb_dim, config.beta)
-        self.decoder = Decoder(config, img_size, n_channels)
+        self.config, self.grid = config, config.grid(*size)
+        self.encoder = Encoder(config, size[0], n_channels)
+        self.quantizer = make_quantizer(config)
+        self.decoder = Decoder(config, size[0], n_channels)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Codes]:
+    def latents(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) in [-1, 1] -> what the quantizer is given (B, D, H / factor, W / factor).
+
+        ValueError for sizes that are no multiples of the factor.
+        """
+        self.config.grid(*images.shape[2:])
+        return self.encoder((images + 1) / 2 if self.config.unit_range else images)
+
+    def forward(self, images: Tensor, training: Training | None = None) -> tuple[Tensor, Codes]:
         """images (B, C, H, W) in [-1, 1] -> reconstructions of the same shape, Codes."""
-        codes = self.quantizer(self.encoder(images))
+        codes = self.quantizer(self.latents(images), training)
         return self.decoder(codes.vectors), codes
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) in [-1, 1] -> ids (B, h, w)."""
-        return self.quantizer.nearest(self.encoder(images))
+        return self.quantizer.assign(self.latents(images))
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:

@@ -1,21 +1,94 @@
-"""Vector quantization: continuous vectors to the nearest of K learned ones."""
+"""What all quantizers are: continuous vectors on a grid become one of K codes each, and codes become vectors."""
 
+import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vq.config import VQGANConfig
+
+COMPARED = 2**24  # distances that are in memory at once, 64 MB
 
 
 class Codes(NamedTuple):
     """What a quantizer returns."""
 
     ids: Tensor  # (B, h, w) int64
-    vectors: Tensor  # (B, E, h, w), straight-through: the gradient passes to the encoder unchanged
-    loss: Tensor  # (B,) codebook + commitment loss
-    counts: Tensor  # (K,) how often each code was chosen
+    vectors: Tensor  # (B, D, h, w) float32, for the decoder; gradients pass through to the encoder
+    loss: Tensor  # (B,) what the quantizer itself asks of encoder and codebook
+    metrics: dict[str, Tensor]  # scalars without gradients, to be looked at
+
+
+class Processes(Protocol):
+    """The processes that train together (`train.distributed.World`)."""
+
+    rank: int
+    size: int
+
+    def sum(self, x: Tensor) -> Tensor: ...
+
+    def mean(self, x: Tensor) -> Tensor: ...
+
+
+class OneProcess:
+    """No one to wait for."""
+
+    rank, size = 0, 1
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def mean(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Training(NamedTuple):
+    """What a quantizer is told while it trains; without it nothing is drawn, and nothing learned by averages."""
+
+    step: int
+    seed: int = 0  # of this step, the same in all processes
+    rng: Any = None  # `rng.uniform((B, ...))` gives U[0, 1), from a stream of each example's own
+    processes: Processes = OneProcess()
+
+
+class Quantizer(nn.Module, ABC):
+    """Vectors z (B, D, h, w), as the encoder gives them, to codes and back.
+
+    A file vq/quantizers/<name>.py defines one and `build(config: VQGANConfig) -> Quantizer`.
+    """
+
+    codebook_size: int  # K
+    dim: int  # D, of z and of a code's vector
+
+    @abstractmethod
+    def forward(self, z: Tensor, training: Training | None = None) -> Codes:
+        """z (B, D, h, w) of any floating type -> Codes, computed in float32 whatever autocast says."""
+
+    @abstractmethod
+    def assign(self, z: Tensor) -> Tensor:
+        """z (B, D, h, w) -> ids (B, h, w), those of `forward` without `training`; no gradients."""
+
+    @abstractmethod
+    def vectors(self, ids: Tensor) -> Tensor:
+        """ids (B, h, w) -> the codes' vectors (B, D, h, w) float32."""
+
+    @abstractmethod
+    def ids_of(self, vectors: Tensor) -> Tensor:
+        """The inverse of `vectors`: (B, D, h, w) -> ids (B, h, w); of others, the code nearest to each."""
+
+    def learn(self, training: Training | None) -> None:
+        """Called after each training step, for codes that learn by averages of what `forward` saw in it.
+
+        All processes take part. None: the step was not taken, and what was seen is forgotten.
+        """
+
+
+def make_quantizer(config: VQGANConfig) -> Quantizer:
+    return importlib.import_module(f"vq.quantizers.{config.quantizer}").build(config)
 
 
 @contextmanager
@@ -29,45 +102,53 @@ def whole_factors() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-class NearestQuantizer(nn.Module):
-    """The nearest code in Euclidean distance, learned by gradient (van den Oord et al. 2017, VQ-VAE, eq. 3).
+def promoted(z: Tensor) -> Tensor:
+    """z in float32, or float64 if it is: what quantizers compute in."""
+    return z if z.dtype == torch.float64 else z.float()
 
-    loss = |sg(z) - e|^2 + beta |z - sg(e)|^2, mean over positions and channels: beta weighs the *commitment* term.
-    (taming-transformers, and what grew from it, put beta on the codebook term.)
+
+@torch.no_grad()
+def highest(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """ids (B, h, w) of the largest of K linear functions, weight (K, D) and bias (K,), of z (B, D, h, w).
+
+    In float32, or float64 where one is, whatever autocast says, and a part of the positions at a time: 2^16 codes for a
+    grid of 256x256 need 64 MB beside what is given.
     """
+    with torch.autocast(z.device.type, enabled=False), whole_factors():
+        dtype = torch.promote_types(promoted(z).dtype, weight.dtype)
+        flat = z.detach().to(dtype).movedim(1, -1).flatten(0, -2)  # (B h w, D)
+        weight, bias = weight.to(dtype), bias.to(dtype)
+        parts = flat.split(max(1, COMPARED // len(weight)))
+        ids = [torch.addmm(bias, part, weight.t()).argmax(1) for part in parts]
+    return torch.cat(ids).view(z.shape[0], *z.shape[2:])
 
-    def __init__(self, codebook_size: int, emb_dim: int, beta: float = 0.25):
-        super().__init__()
-        self.beta = beta
-        self.codebook = nn.Embedding(codebook_size, emb_dim)
-        nn.init.uniform_(self.codebook.weight, -1 / codebook_size, 1 / codebook_size)
 
-    @property
-    def codebook_size(self) -> int:
-        return self.codebook.num_embeddings
+@torch.no_grad()
+def nearest(z: Tensor, codebook: Tensor) -> Tensor:
+    """ids (B, h, w) of the rows of codebook (K, D) nearest to z (B, D, h, w), in Euclidean distance, as `highest`."""
+    codebook = codebook.to(torch.promote_types(promoted(z).dtype, codebook.dtype))
+    return highest(z, codebook, -codebook.square().sum(1) / 2)  # |z|^2 is the same for every code
 
-    def nearest(self, z: Tensor) -> Tensor:
-        """ids (B, h, w) of the codes nearest to z (B, E, h, w); distances in float32 whatever autocast says."""
-        with torch.autocast(z.device.type, enabled=False), whole_factors():
-            flat = z.detach().float().movedim(1, -1)  # (B, h, w, E)
-            codes = self.codebook.weight.detach().float()
-            return (codes.square().sum(1) - 2 * flat @ codes.t()).argmin(-1)  # |z|^2 is the same for every code
 
-    def vectors(self, ids: Tensor) -> Tensor:
-        """ids (B, h, w) -> code vectors (B, E, h, w)."""
-        return self.codebook(ids).movedim(-1, 1)
+def looked_up(ids: Tensor, codebook: Tensor) -> Tensor:
+    """ids (B, h, w) -> rows of codebook (K, D) as (B, D, h, w)."""
+    return nn.functional.embedding(ids, codebook).movedim(-1, 1)
 
-    def forward(self, z: Tensor) -> Codes:
-        """z (B, E, h, w) -> Codes."""
-        z = z.float()
-        ids = self.nearest(z)
-        e = self.vectors(ids)
-        codebook = F.mse_loss(e, z.detach(), reduction="none").mean((1, 2, 3))
-        commitment = F.mse_loss(z, e.detach(), reduction="none").mean((1, 2, 3))
-        counts = torch.zeros(self.codebook_size, device=z.device).index_add_(
-            0, ids.flatten(), torch.ones(ids.numel(), device=z.device)
-        )
-        return Codes(ids, z + (e - z).detach(), codebook + self.beta * commitment, counts)
+
+def per_example(differences: Tensor) -> Tensor:
+    """(B, D, h, w) -> (B,): the mean square."""
+    return differences.square().flatten(1).mean(1)
+
+
+def straight_through(z: Tensor, vectors: Tensor) -> Tensor:
+    """The codes' vectors, whose gradient passes to z unchanged (Bengio et al. 2013)."""
+    return vectors.detach() + (z - z.detach())
+
+
+def count(ids: Tensor, codebook_size: int) -> Tensor:
+    """(K,) float32: how often each code is among the ids."""
+    ones = torch.ones(ids.numel(), device=ids.device)
+    return torch.zeros(codebook_size, device=ids.device).index_add_(0, ids.flatten(), ones)  # no one waits for a size
 
 
 def usage(counts: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """The VQGAN autoencoder: its size, its shapes, and that its parts agree."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
@@ -10,12 +13,12 @@ from vq.config import VQGANConfig
 SMALL = VQGANConfig(nf=8, ch_mult=(1, 2, 2), res_blocks=1, attn_resolutions=(4,), emb_dim=6, codebook_size=16)
 
 
-def autoencoder(config=SMALL, img_size=16, n_channels=3):
-    return VQGAN(config, img_size, n_channels)
+def autoencoder(config=SMALL, size=(16, 16), n_channels=3):
+    return VQGAN(config, size, n_channels)
 
 
-def images(batch=2, channels=3, side=16):
-    return torch.rand(batch, channels, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+def images(batch=2, channels=3, size=(16, 16)):
+    return torch.rand(batch, channels, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def count(network, kind):
@@ -24,7 +27,7 @@ def count(network, kind):
 
 def test_the_size_is_the_published_one_less_convolutions_never_used():
     with torch.device("meta"):
-        network = VQGAN(VQGANConfig(), img_size=256)
+        network = VQGAN(VQGANConfig(), (256, 256))
 
     def unused(channels):
         """A 1 x 1 convolution: the reference keeps one in every ResBlock, and uses it where the width changes."""
@@ -53,7 +56,7 @@ def test_levels_have_their_blocks_and_attention_stands_at_its_resolutions():
 @pytest.mark.parametrize("ch_mult, grid", [((1,), 16), ((1, 2), 8), ((1, 2, 2), 4)])
 def test_shapes_make_the_round_trip(channels, ch_mult, grid):
     config = VQGANConfig(nf=8, ch_mult=ch_mult, res_blocks=1, attn_resolutions=(), emb_dim=6, codebook_size=16)
-    network = autoencoder(config, 16, channels)
+    network = autoencoder(config, (16, 16), channels)
     x = images(channels=channels)
     reconstruction, codes = network(x)
     assert network.grid == (grid, grid) and codes.ids.shape == (2, grid, grid) and codes.vectors.shape[1] == 6
@@ -95,15 +98,120 @@ def test_the_last_layer_makes_the_pixels():
     assert decoder.last_layer.shape == (3, 8, 3, 3)
 
 
-@pytest.mark.parametrize("img_size, grid", [(256, 16), (32, 2), (16, 1)])
-def test_the_grid_of_an_image(img_size, grid):
-    assert VQGANConfig().factor == 16 and VQGANConfig().grid(img_size) == (grid, grid)
+@pytest.mark.parametrize("size, grid", [((256,), (16, 16)), ((32,), (2, 2)), ((16, 48), (1, 3)), ((64, 16), (4, 1))])
+def test_the_grid_of_an_image(size, grid):
+    assert VQGANConfig().factor == 16 and VQGANConfig().grid(*size) == grid
 
 
-@pytest.mark.parametrize("img_size", [8, 0, 100, 250])
-def test_an_image_that_does_not_divide_is_refused(img_size):
-    with pytest.raises(ValueError, match=f"got img_size {img_size} for 5 levels, wanted a multiple of 16"):
-        VQGANConfig().grid(img_size)
+@pytest.mark.parametrize("size", [(8, 8), (0, 16), (16, 0), (100, 100), (256, 250), (250, 256), (-16, 16), (16, 8)])
+def test_an_image_that_does_not_divide_is_refused(size):
+    message = f"got images of {size[0]}x{size[1]} for 5 levels, wanted multiples of 16: change --img_size"
+    with pytest.raises(ValueError, match=message):
+        VQGANConfig().grid(*size)
+    with pytest.raises(ValueError, match=message):
+        VQGAN(VQGANConfig(nf=1, res_blocks=1), size)
+
+
+@pytest.mark.parametrize("size", [(16, 24), (24, 16), (4, 40)])
+def test_images_that_are_not_square_make_the_round_trip(size):
+    network, x = autoencoder(size=size), images(size=size)
+    grid = size[0] // 4, size[1] // 4
+    reconstruction, codes = network(x)
+    assert network.grid == grid and codes.ids.shape == (2, *grid) and codes.vectors.shape == (2, 6, *grid)
+    assert reconstruction.shape == network.decode(network.encode(x)).shape == x.shape
+    assert torch.equal(network.encode(x), codes.ids)
+
+
+def test_any_multiple_of_the_factor_is_taken_whatever_was_trained_on_and_nothing_else():
+    network = autoencoder(size=(16, 24))
+    for size in [(16, 16), (4, 4), (32, 20), (16, 24)]:
+        x = images(size=size)
+        assert network(x)[0].shape == network.decode(network.encode(x)).shape == x.shape
+    for size in [(16, 18), (18, 16), (2, 16)]:
+        for method in (network, network.encode, network.latents):
+            with pytest.raises(ValueError, match=f"got images of {size[0]}x{size[1]} for 3 levels.*multiples of 4"):
+                method(images(size=size))
+
+
+def test_attention_stands_where_the_height_says():
+    config = VQGANConfig(nf=8, ch_mult=(1, 2, 2), res_blocks=1, attn_resolutions=(8,), emb_dim=6, codebook_size=16)
+    seen = {}
+    for size in [(16, 32), (32, 16)]:
+        network, at = autoencoder(config, size), []
+        for block in [*network.encoder, *network.decoder]:
+            if isinstance(block, AttentionBlock):
+                block.register_forward_hook(lambda block, args, out, at=at: at.append(tuple(out.shape[2:])))
+        network(images(size=size))
+        seen[size] = at
+    assert seen[16, 32] == [(8, 16), (4, 8), (4, 8), (8, 16)]  # at height 8, and one in each middle
+    assert seen[32, 16] == [(8, 4)] * 4  # the third level is 8 high, the last of all
+
+
+def test_with_unit_range_the_encoder_is_given_0_to_1_and_all_else_stays():
+    shown, unit = autoencoder(), autoencoder(dataclasses.replace(SMALL, unit_range=True))
+    unit.load_state_dict(shown.state_dict())
+    x = images()
+    assert torch.equal(unit.latents(2 * x.abs() - 1), shown.latents(x.abs()))
+    reconstruction, codes = unit(x)
+    assert torch.equal(codes.ids, unit.encode(x)) and torch.equal(codes.ids, shown.encode((x + 1) / 2))
+    assert torch.equal(reconstruction, shown((x + 1) / 2)[0])  # what comes out is not scaled again
+    assert not torch.equal(unit.latents(x), shown.latents(x))
+
+
+def test_the_last_layer_is_computed_in_float32_under_autocast():
+    network = autoencoder()
+    seen = {}
+    network.encoder[0].register_forward_hook(lambda layer, args, out: seen.update(first=out.dtype))
+    network.decoder[-1].register_forward_hook(lambda layer, args, out: seen.update(given=args[0].dtype, last=out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        reconstruction, _ = network(images())
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == {"first": torch.bfloat16, "given": torch.float32, "last": torch.float32}
+    assert reconstruction.dtype == torch.float32
+    reconstruction.square().mean().backward()
+    assert network.decoder.last_layer.grad.any()
+
+
+@pytest.mark.parametrize(
+    "settings, levels, dim",
+    [
+        ({"quantizer": "fsq", "codebook_size": 512}, (8, 8, 8), 3),
+        ({"quantizer": "fsq", "codebook_size": 1024}, (8, 8, 4, 4), 4),
+        ({"quantizer": "fsq", "codebook_size": 256}, (8, 8, 4), 3),
+        ({"quantizer": "fsq", "codebook_size": 4}, (4,), 1),
+        ({"quantizer": "fsq", "codebook_size": 16}, (4, 4), 2),
+        ({"quantizer": "fsq", "codebook_size": 1000, "fsq_levels": (8, 5, 5, 5)}, (8, 5, 5, 5), 4),
+        ({"quantizer": "lfq", "codebook_size": 1024}, None, 10),
+        ({"quantizer": "lfq", "codebook_size": 2}, None, 1),
+        ({"quantizer": "nearest", "emb_dim": 7, "codebook_size": 11}, None, 7),
+    ],
+)
+def test_the_codes_are_as_wide_as_their_kind_makes_them(settings, levels, dim):
+    config = VQGANConfig(**settings)
+    assert config.code_dim == dim
+    if levels is not None:
+        assert config.levels == levels and math.prod(levels) == config.codebook_size
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"quantizer": "fsq", "codebook_size": 1000}, "codebook_size 1000, no power of 2.*fsq_levels"),
+        ({"quantizer": "fsq", "codebook_size": 2}, "codebook_size 2, no power of 2 from 4 on.*fsq_levels"),
+        ({"quantizer": "fsq", "fsq_levels": (8, 8)}, "product is 64, for codebook_size 1024: pass --codebook_size 64"),
+        ({"quantizer": "fsq", "fsq_levels": (1024, 1)}, "levels of 2 at least"),
+        ({"quantizer": "lfq", "codebook_size": 1000}, "codebook_size 1000 for lfq, wanted a power of 2"),
+        ({"quantizer": "lfq", "codebook_size": 1}, "codebook_size 1 for lfq, wanted a power of 2"),
+        ({"fsq_levels": (8, 8)}, "--fsq_levels with --quantizer nearest"),
+        ({"quantizer": "ema", "legacy_beta": True}, "--legacy_beta with --quantizer ema"),
+        ({"codebook_decay": 1.0}, "codebook_decay 1.0"),
+        ({"entropy_temperature": 0.0}, "entropy_temperature 0.0"),
+        ({"revive_below": -0.1}, "revive_below -0.1.*--revive_below"),
+    ],
+)
+def test_codes_that_do_not_fit_their_kind_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        VQGANConfig(**settings)
 
 
 @pytest.mark.parametrize(

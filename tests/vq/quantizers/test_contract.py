@@ -1,0 +1,204 @@
+"""What every file of vq/quantizers promises to the autoencoder, to training, and to whoever reads codes."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from diffusion.rng import Streams
+from train.registry import names_in
+from vq.config import VQGANConfig
+from vq.quantize import Codes, Quantizer, Training, make_quantizer
+
+NAMES = names_in("vq.quantizers")
+OF_THE_BATCH = {"lfq", "ibq"}  # whose loss holds the entropy of the codes that a batch uses
+GRIDS = [(4, 4), (2, 5), (1, 1)]
+
+
+def built(name, codebook_size=16, emb_dim=4, seed=0):
+    torch.manual_seed(seed)
+    return make_quantizer(VQGANConfig(quantizer=name, codebook_size=codebook_size, emb_dim=emb_dim))
+
+
+def vectors_for(quantizer, batch=3, grid=(4, 3), seed=1):
+    """What an encoder might give (B, D, h, w)."""
+    return torch.randn(batch, quantizer.dim, *grid, generator=torch.Generator().manual_seed(seed))
+
+
+def training(batch=3, step=5, first=0):
+    return Training(step, seed=step, rng=Streams(list(range(first, first + batch))))
+
+
+def same(some, others):
+    return all(torch.equal(a, b) for a, b in zip(some[:3], others[:3], strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("codebook_size, emb_dim", [(16, 4), (64, 8)])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("trains", [False, True])
+def test_shapes_and_types(name, codebook_size, emb_dim, grid, trains):
+    quantizer = built(name, codebook_size, emb_dim)
+    config = VQGANConfig(quantizer=name, codebook_size=codebook_size, emb_dim=emb_dim)
+    assert isinstance(quantizer, Quantizer)
+    assert (quantizer.codebook_size, quantizer.dim) == (codebook_size, config.code_dim)
+    z = vectors_for(quantizer, 3, grid)
+    codes = quantizer(z, training() if trains else None)
+    assert isinstance(codes, Codes)
+    assert codes.ids.shape == (3, *grid) and codes.ids.dtype == torch.int64
+    assert 0 <= codes.ids.min() <= codes.ids.max() < codebook_size
+    assert codes.vectors.shape == z.shape and codes.vectors.dtype == torch.float32
+    assert codes.loss.shape == (3,) and codes.loss.dtype == torch.float32 and codes.loss.isfinite().all()
+    assert all(metric.shape == () and not metric.requires_grad for metric in codes.metrics.values())
+    assert quantizer.vectors(codes.ids).shape == z.shape and quantizer.vectors(codes.ids).dtype == torch.float32
+    assert quantizer.ids_of(z).shape == quantizer.assign(z).shape == codes.ids.shape
+    assert not quantizer.assign(z.requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_without_training_forward_assigns_and_decodes_codes(name, grid):
+    quantizer = built(name)
+    z = vectors_for(quantizer, 40, grid)
+    codes = quantizer(z)
+    assert torch.equal(codes.ids, quantizer.assign(z)) and len(codes.ids.unique()) > 4
+    assert torch.allclose(codes.vectors, quantizer.vectors(codes.ids), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.data())
+def test_codes_are_recognised_by_their_vectors(name, data):
+    codebook_size = data.draw(st.sampled_from([16, 64]))
+    quantizer = built(name, codebook_size, emb_dim=8, seed=data.draw(st.integers(0, 2**16)))
+    shape = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)))
+    ids = torch.from_numpy(data.draw(arrays("int64", shape, elements=st.integers(0, codebook_size - 1))))
+    vectors = quantizer.vectors(ids)
+    assert torch.equal(quantizer.ids_of(vectors), ids)
+    one = quantizer.vectors(ids[:1, :1, :1])
+    assert torch.equal(vectors[:1, :, :1, :1], one), "a code's vector depends on its neighbours"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_codes_have_vectors_of_their_own(name):
+    quantizer = built(name, 64, 8)
+    vectors = quantizer.vectors(torch.arange(64).view(1, 8, 8)).movedim(1, -1).flatten(0, 2)
+    assert len(vectors.unique(dim=0)) == 64
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_codes_are_recognised_though_a_little_off(name):
+    quantizer, ids = built(name, 64, 8), torch.arange(64).view(1, 8, 8)
+    vectors = quantizer.vectors(ids).detach()
+    apart = torch.pdist(vectors.movedim(1, -1).flatten(0, 2)).min()
+    off = torch.nn.functional.normalize(torch.randn_like(vectors), dim=1) * 0.2 * apart
+    assert torch.equal(quantizer.ids_of(vectors + off), ids)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trains", [False, True])
+def test_autocast_changes_nothing(name, dtype, trains):
+    quantizer = built(name)
+    z = vectors_for(quantizer).to(dtype)
+    plain = quantizer(z.float(), training() if trains else None)
+    with torch.autocast("cpu", dtype):
+        codes = quantizer(z.requires_grad_(), training() if trains else None)
+        assert torch.equal(quantizer.assign(z), quantizer.assign(z.float()))
+    assert codes.vectors.dtype == codes.loss.dtype == torch.float32
+    assert same(codes, plain)
+    (codes.vectors.sum() + codes.loss.sum()).backward()
+    if trains:
+        assert z.grad.dtype == dtype and z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float64_stays(name):
+    quantizer = built(name).double()
+    codes = quantizer(vectors_for(quantizer).double(), training())
+    assert codes.vectors.dtype == codes.loss.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_reach_every_vector_and_every_weight(name):
+    """A weight that gets none would stop several processes, which wait for it."""
+    quantizer = built(name)
+    z = vectors_for(quantizer, 3).requires_grad_()
+    codes = quantizer(z, training())
+    (of_z,) = torch.autograd.grad((codes.vectors * torch.randn(z.shape)).sum(), z, retain_graph=True)
+    assert of_z.isfinite().all() and (of_z != 0).any(1).all()
+    (codes.vectors.square().sum() + codes.loss.sum()).backward()
+    for weight, parameter in quantizer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), weight
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("trains", [False, True])
+def test_an_example_does_not_depend_on_the_others(name, trains):
+    quantizer = built(name)
+    z = vectors_for(quantizer, 4)
+    whole = quantizer(z, training(4) if trains else None)
+    for i in range(4):
+        alone = quantizer(z[i : i + 1], training(1, first=i) if trains else None)
+        assert torch.equal(alone.ids, whole.ids[i : i + 1])
+        assert torch.allclose(alone.vectors, whole.vectors[i : i + 1], atol=1e-6)
+        if name not in OF_THE_BATCH:
+            assert torch.allclose(alone.loss, whole.loss[i : i + 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("trains", [False, True])
+def test_nothing_is_drawn_but_from_what_training_brings(name, trains):
+    quantizer = built(name)
+    z, before = vectors_for(quantizer), torch.get_rng_state()
+    first, again = (copy.deepcopy(quantizer), copy.deepcopy(quantizer))
+    told = [training() if trains else None for _ in range(2)]
+    assert same(first(z, told[0]), again(z, told[1]))
+    for each, of_step in zip((first, again), told, strict=True):
+        each.learn(of_step)
+    assert same(first(z), again(z)) and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_that_loads_the_state_is_the_same(name):
+    quantizer, other = built(name), built(name, seed=7)
+    z = vectors_for(quantizer)
+    quantizer(z, training())
+    quantizer.learn(training())
+    other.load_state_dict(quantizer.state_dict())
+    assert same(quantizer(z), other(z)) and same(quantizer(z, training()), other(z, training()))
+    for each in (quantizer, other):
+        each.learn(training())
+    assert same(quantizer(z), other(z))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("told", [None, Training(5, seed=5)])
+def test_only_what_training_saw_is_learned(name, told):
+    """A skipped step (None), or one that saw nothing, leaves everything as it was."""
+    quantizer = built(name)
+    before = copy.deepcopy(quantizer.state_dict())
+    quantizer(vectors_for(quantizer), training() if told is None else None)
+    quantizer.learn(told)
+    quantizer.learn(training())
+    after = quantizer.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(tensor, before[key]) for key, tensor in after.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_can_be_built_without_memory(name):
+    with torch.device("meta"):
+        quantizer = make_quantizer(VQGANConfig(quantizer=name, codebook_size=64))
+    assert all(tensor.is_meta for tensor in quantizer.state_dict().values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_legacy_beta_is_of_nearest_alone(name):
+    """What it does there: test_quantize.py."""
+    if name == "nearest":
+        assert VQGANConfig(quantizer=name, legacy_beta=True).legacy_beta
+        return
+    with pytest.raises(ValueError, match="of nearest alone"):
+        VQGANConfig(quantizer=name, legacy_beta=True, codebook_size=16)

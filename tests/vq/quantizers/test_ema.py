@@ -1,0 +1,272 @@
+"""Codes that are averages: what they are after some steps, over processes and parts, and how dead ones come back."""
+
+import threading
+
+import pytest
+import torch
+
+from vq.config import VQGANConfig
+from vq.quantize import Training, count, make_quantizer, perplexity, usage
+from vq.quantizers.ema import EMAQuantizer
+
+K, D, DECAY, BETA = 6, 3, 0.9, 0.25
+
+
+def quantizer(codebook_size=K, decay=DECAY, revive_below=0.0):
+    return EMAQuantizer(codebook_size, D, BETA, decay, revive_below).double()
+
+
+def batch(seed, batch_size=4, side=5):
+    """(B, D, side, side + 1) float64, not around 0."""
+    generator = torch.Generator().manual_seed(seed)
+    return 2 + torch.randn(batch_size, D, side, side + 1, dtype=torch.float64, generator=generator)
+
+
+def flat(z):
+    return z.movedim(1, -1).reshape(-1, D)
+
+
+def step(q, z, number):
+    ids = q(z, training := Training(number, seed=number)).ids
+    q.learn(training)
+    return ids
+
+
+def started(*args, **kwargs):
+    """A quantizer after its first batch."""
+    q = quantizer(*args, **kwargs)
+    step(q, batch(100), 0)
+    return q
+
+
+def is_a_row(codes, vectors):
+    """For each code, whether it is one of the vectors."""
+    return (codes[:, None] == vectors[None]).all(2).any(1)
+
+
+def test_codes_are_weighted_means_of_all_they_were_chosen_by():
+    """The recursion, solved: weights decay^age, the first code's vector and its turn among them."""
+    q, steps = started(), 7
+    e0, n0 = q.codebook.clone(), batch(100)[:, 0].numel() / K
+    assert torch.equal(q.chosen, torch.full((K,), n0).double())
+    weight, total = DECAY**steps * n0 * torch.ones(K).double(), DECAY**steps * n0 * e0
+    for t in range(steps):
+        z = batch(t)
+        ids = step(q, z, t + 1).flatten()
+        for k in range(K):
+            of_step = (1 - DECAY) * DECAY ** (steps - 1 - t)
+            weight[k] += of_step * (ids == k).sum().double()
+            total[k] += of_step * flat(z)[ids == k].sum(0)
+    assert torch.allclose(q.chosen, weight, rtol=1e-12)
+    assert torch.allclose(q.codebook, total / weight[:, None], rtol=1e-12)
+    assert (q.codebook - e0).abs().amin() > 1e-6
+
+
+def test_without_memory_codes_are_the_means_of_the_step():
+    q, z = started(decay=0.0), batch(1)
+    ids = step(q, z, 1).flatten()
+    for k in ids.unique():
+        assert torch.allclose(q.codebook[k], flat(z)[ids == k].mean(0), rtol=1e-12)
+    assert torch.equal(q.chosen, count(ids, K).double())
+
+
+def test_a_code_that_nobody_chooses_stays_where_it_is():
+    """With smoothed counts it would creep towards zero; with N e divided by a tiny N it would wander."""
+    q = EMAQuantizer(K, D, decay=0.5, revive_below=0.0)
+    step(q, batch(100).float(), 0)
+    q.codebook[2] = 1000.0
+    for t in range(200):
+        step(q, batch(t).float(), t + 1)
+    assert (q.codebook[2] == 1000).all() and q.chosen[2] < 1e-30
+    q.codebook[2] = q.codebook[0] + 0.01  # and, chosen at last, moves to what chose it
+    z = batch(0).float()
+    ids = step(q, z, 1).flatten()
+    assert torch.allclose(q.codebook[2], flat(z)[ids == 2].mean(0))
+
+
+def test_the_first_batch_puts_each_code_on_a_vector_of_its_own():
+    q, z = quantizer(codebook_size=120), batch(0)  # as many as there are vectors
+    before = q.codebook.clone()
+    q(z)
+    assert torch.equal(q.codebook, before) and not q.chosen.any()
+    step(q, z, 0)
+    assert is_a_row(q.codebook, flat(z)).all() and len(q.codebook.unique(dim=0)) == 120
+    assert not torch.equal(q.codebook, flat(z)), "the order should be random"
+    assert (q.chosen == 1).all() and usage(count(q(z).ids, 120)) == 1
+
+
+def test_more_codes_than_vectors_are_told_apart_by_a_little_noise():
+    q, z = quantizer(codebook_size=50), batch(0, 1, 3)
+    step(q, z, 0)
+    distance, vector = (q.codebook[:, None] - flat(z)[None]).norm(dim=2).min(1)
+    assert len(q.codebook.unique(dim=0)) == 50 and (distance == 0).sum() == len(flat(z)) == 12
+    assert sorted(vector.bincount().tolist()) == [4] * 10 + [5] * 2
+    noise = (q.codebook - flat(z)[vector])[distance > 0] / flat(z).std(0)
+    assert 0.005 < noise.std() < 0.02 and (q.chosen == 12 / 50).all()
+
+
+def test_the_seed_of_the_step_decides_and_nothing_else():
+    def codes(seed):
+        torch.manual_seed(torch.seed())
+        q = quantizer(codebook_size=50)
+        q(batch(0), training := Training(0, seed=seed))
+        q.learn(training)
+        return q.codebook
+
+    assert torch.equal(codes(1), codes(1)) and not torch.equal(codes(1), codes(2))
+
+
+def test_dead_codes_come_back_and_the_codebook_is_used():
+    size = 32
+    centres = 10 * torch.randn(size, D, dtype=torch.float64)
+
+    def clusters(seed):
+        generator = torch.Generator().manual_seed(seed)
+        which = torch.randint(0, size, (4, 8, 8), generator=generator)
+        noise = torch.randn(4, 8, 8, D, dtype=torch.float64, generator=generator)
+        return (centres[which] + 0.1 * noise).movedim(-1, 1)
+
+    used = {}
+    for revive_below in (0.0, 0.05):
+        q = quantizer(size, decay=0.5, revive_below=revive_below)
+        step(q, clusters(100), 0)
+        q.codebook[2:] = 1000 + torch.randn(size - 2, D)
+        for t in range(30):
+            step(q, clusters(t), t + 1)
+        counts = count(torch.cat([q.assign(clusters(t)) for t in range(4)]), size)
+        used[revive_below] = usage(counts), perplexity(counts)
+    assert used[0.0][0] == 2 / size
+    assert used[0.05][0] > 0.95 and used[0.05][1] > 15
+
+
+def test_only_codes_below_their_share_of_a_turn_move():
+    q, z = quantizer(revive_below=0.05), batch(1)
+    step(q, batch(100), 0)
+    turn = z[:, 0].numel() / K
+    q.codebook[2:] = 1000.0 + torch.arange(4)[:, None]  # not chosen: their averages only decay
+    q.chosen[2:] = torch.tensor([0.049, 0.051, 0.0, 1.0]).double() * turn / DECAY
+    before = q.codebook.clone()
+    step(q, z, 1)
+    assert is_a_row(q.codebook, flat(z)).tolist() == [False, False, True, False, True, False]
+    assert torch.equal(q.codebook[[3, 5]], before[[3, 5]])
+    assert torch.allclose(q.chosen[2:] / turn, torch.tensor([1, 0.051, 1, 1]).double())
+    assert (q.codebook[2] != q.codebook[4]).any()
+
+
+def test_revived_codes_weigh_as_one_turn():
+    q, z = quantizer(revive_below=0.05), batch(2)
+    step(q, batch(100), 0)
+    q.codebook[4], q.chosen[4] = 1000.0, 0.0
+    step(q, batch(1), 1)
+    e, turn = q.codebook[4].clone(), z[:, 0].numel() / K
+    ids = step(q, z, 2).flatten()
+    mine = flat(z)[ids == 4]
+    wanted = (DECAY * turn * e + (1 - DECAY) * mine.sum(0)) / (DECAY * turn + (1 - DECAY) * len(mine))
+    assert len(mine) and torch.allclose(q.codebook[4], wanted, rtol=1e-12)
+
+
+class Together:
+    """One of several processes, here threads, that sum what they have."""
+
+    def __init__(self, rank, size, shared, barrier):
+        self.rank, self.size, self.shared, self.barrier = rank, size, shared, barrier
+
+    def sum(self, x):
+        self.shared[self.rank] = x
+        self.barrier.wait()
+        total = torch.stack(self.shared).sum(0)
+        self.barrier.wait()
+        return total
+
+
+def over_processes(size, steps, **options):
+    """What `size` processes know after some steps, each given its part of every batch."""
+    shared, barrier, known = [None] * size, threading.Barrier(size, timeout=20), [None] * size
+    copies = []
+    for _ in range(size):
+        torch.manual_seed(0)
+        copies.append(quantizer(**options))
+
+    def work(rank):
+        for t in range(steps):
+            training = Training(t, seed=t, processes=Together(rank, size, shared, barrier))
+            copies[rank](batch(t).chunk(size)[rank], training)
+            copies[rank].learn(training)
+        known[rank] = copies[rank].state_dict()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return known
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("codebook_size", [40, 130])  # fewer codes than vectors, and more
+def test_several_processes_learn_what_one_learns(size, codebook_size):
+    options = {"codebook_size": codebook_size, "decay": 0.3, "revive_below": 0.5}
+    (one,), several = over_processes(1, 4, **options), over_processes(size, 4, **options)
+    for name, tensor in one.items():
+        assert all(torch.equal(each[name], several[0][name]) for each in several)
+        assert torch.allclose(several[0][name], tensor, rtol=1e-12)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_the_parts_of_a_batch_are_the_batch(parts):
+    whole, split = quantizer(revive_below=0.5), quantizer(revive_below=0.5)
+    split.load_state_dict(whole.state_dict())
+    for t in range(4):
+        step(whole, batch(t), t)
+        for z in batch(t).chunk(parts):
+            split(z, Training(t, seed=t))
+        split.learn(Training(t, seed=t))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, split.state_dict()[name])
+
+
+def test_a_step_not_taken_is_forgotten():
+    q = started(revive_below=0.05)
+    before = {name: tensor.clone() for name, tensor in q.state_dict().items()}
+    q(torch.full_like(batch(0), torch.nan), Training(1))
+    q.learn(None)
+    q.learn(Training(1))  # has seen nothing
+    assert all(torch.equal(tensor, before[name]) for name, tensor in q.state_dict().items())
+    step(q, batch(1), 2)
+    assert all(tensor.isfinite().all() for tensor in q.state_dict().values())
+
+
+def test_validation_is_not_learned_from():
+    q = started()
+    before = q.codebook.clone()
+    q(batch(1))
+    q.learn(Training(1))
+    assert torch.equal(q.codebook, before)
+
+
+def test_buffers_keep_their_place():
+    """Averages and optimizers hold on to tensors, not to names."""
+    q = started()
+    places = [buffer.data_ptr() for buffer in q.buffers()]
+    step(q, batch(1), 1)
+    assert [buffer.data_ptr() for buffer in q.buffers()] == places
+
+
+def test_only_the_encoder_is_asked_for_anything():
+    q, z = started(), batch(1).requires_grad_()
+    codes = q(z, Training(1))
+    e = q.vectors(codes.ids)
+    assert not list(q.parameters()) and not q.seen[0][0].requires_grad
+    assert torch.allclose(codes.loss, BETA * (z - e).square().mean((1, 2, 3)))
+    assert torch.allclose(codes.metrics["commitment"], codes.loss.mean() / BETA)
+    (of_loss,) = torch.autograd.grad(codes.loss.sum(), z)
+    assert torch.allclose(of_loss, BETA * 2 * (z - e).detach() / z[0].numel())
+    of_output = torch.randn(z.shape).double()
+    codes.vectors.backward(of_output)
+    assert torch.equal(z.grad, of_output)
+
+
+def test_settings_arrive():
+    config = VQGANConfig(quantizer="ema", codebook_size=9, emb_dim=2, beta=0.5, codebook_decay=0.7, revive_below=0.2)
+    q = make_quantizer(config)
+    assert (q.codebook_size, q.dim, q.beta, q.decay, q.revive_below) == (9, 2, 0.5, 0.7, 0.2)

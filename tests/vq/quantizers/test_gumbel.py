@@ -1,0 +1,159 @@
+"""Codes drawn: with which probabilities, how warm, what is decoded, and what gradient passes."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffusion.rng import Streams
+from vq.config import VQGANConfig
+from vq.quantize import Training, make_quantizer
+from vq.quantizers.gumbel import GumbelQuantizer
+
+K, D, STEPS = 7, 3, 1000
+
+
+def quantizer_and_vectors(batch=3, **options):
+    quantizer = GumbelQuantizer(K, D, kl_weight=0.2, decay_steps=STEPS, **options).double()
+    quantizer.logits.weight.data *= 3
+    return quantizer, torch.randn(batch, D, 4, 5, dtype=torch.float64).requires_grad_()
+
+
+class Given:
+    """An rng whose numbers are known."""
+
+    def __init__(self, u):
+        self.u = u
+
+    def uniform(self, shape):
+        assert shape == tuple(self.u.shape)
+        return self.u
+
+
+def training(u, step=STEPS // 4):
+    return Training(step, rng=Given(u))
+
+
+def logits_of(quantizer, z):
+    return F.conv2d(z, quantizer.logits.weight, quantizer.logits.bias).movedim(1, -1)  # (B, h, w, K)
+
+
+def relaxed(quantizer, z, u, tau):
+    g = -torch.log(-torch.log(u))
+    return ((logits_of(quantizer, z) + g) / tau).softmax(-1)
+
+
+def mixed(quantizer, y):
+    return torch.einsum("bhwk,kd->bdhw", y, quantizer.codebook.weight)
+
+
+def test_the_likeliest_code_without_training():
+    quantizer, z = quantizer_and_vectors(20)
+    codes, ids = quantizer(z), logits_of(quantizer, z).argmax(-1)
+    assert torch.equal(codes.ids, ids) and torch.equal(quantizer.assign(z), ids) and len(ids.unique()) == K
+    assert torch.equal(codes.vectors, quantizer.codebook.weight[ids].movedim(-1, 1))
+    assert "temperature" not in codes.metrics
+
+
+def test_training_decodes_the_mean_of_the_codebook():
+    quantizer, z = quantizer_and_vectors()
+    u = torch.rand(3, 4, 5, K, dtype=torch.float64)
+    y, codes = relaxed(quantizer, z, u, tau=0.75), quantizer(z, training(u))
+    assert torch.allclose(codes.vectors, mixed(quantizer, y), rtol=1e-12)
+    assert torch.equal(codes.ids, y.argmax(-1)) and (codes.ids != quantizer.assign(z)).any()
+    assert codes.metrics["temperature"] == 0.75
+
+
+def test_straight_through_decodes_one_code_with_the_gradient_of_the_mean():
+    quantizer, z = quantizer_and_vectors(straight_through=True)
+    u, of_output = torch.rand(3, 4, 5, K, dtype=torch.float64), torch.randn(3, D, 4, 5, dtype=torch.float64)
+    codes, y = quantizer(z, training(u)), relaxed(quantizer, z, u, tau=0.75)
+    assert torch.allclose(codes.vectors, quantizer.vectors(codes.ids)) and torch.equal(codes.ids, y.argmax(-1))
+    inputs = (z, quantizer.logits.weight, quantizer.logits.bias)
+    got, wanted = (
+        torch.autograd.grad((vectors * of_output).sum(), inputs) for vectors in (codes.vectors, mixed(quantizer, y))
+    )
+    assert all(torch.allclose(*each) for each in zip(got, wanted, strict=True)) and got[0].abs().max() > 0
+    (of_codebook,) = torch.autograd.grad(
+        (quantizer(z, training(u)).vectors * of_output).sum(), quantizer.codebook.weight
+    )
+    summed = torch.zeros(K, D).double().index_add_(0, codes.ids.flatten(), of_output.movedim(1, -1).reshape(-1, D))
+    assert torch.allclose(of_codebook, summed)
+
+
+@pytest.mark.parametrize("step, tau", [(0, 1), (STEPS // 2, 0.5), (935, 0.065), (938, 1 / 16), (10 * STEPS, 1 / 16)])
+def test_the_temperature_falls_to_a_sixteenth(step, tau):
+    quantizer, z = quantizer_and_vectors()
+    u = torch.rand(3, 4, 5, K, dtype=torch.float64)
+    codes = quantizer(z, training(u, step))
+    assert codes.metrics["temperature"] == pytest.approx(tau)
+    assert torch.allclose(codes.vectors, mixed(quantizer, relaxed(quantizer, z, u, tau)))
+
+
+def test_codes_are_drawn_with_their_probabilities():
+    quantizer = GumbelQuantizer(K, D)
+    z = torch.randn(1, D, 1, 1).expand(1, D, 200, 200)
+    ids = quantizer(z, Training(0, rng=Streams([3]))).ids
+    p = logits_of(quantizer, z)[0, 0, 0].softmax(-1)
+    deviation = (p * (1 - p) / ids.numel()).sqrt()
+    assert ((ids.flatten().bincount(minlength=K) / ids.numel() - p).abs() < 5 * deviation).all()
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("double", [False, True])
+def test_zeros_are_numbers_as_others_are(hard, double):
+    quantizer, z = quantizer_and_vectors(straight_through=hard)
+    quantizer = quantizer if double else quantizer.float()
+    z = z.detach().to(quantizer.codebook.weight.dtype).requires_grad_()
+    u = torch.rand(3, 4, 5, K)
+    u[0], u[1, ..., 2] = 0.0, 0.0
+    codes = quantizer(z, training(u))
+    codes.vectors.square().sum().backward()
+    assert codes.vectors.isfinite().all() and z.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in quantizer.parameters())
+    assert torch.equal(codes.ids[0], quantizer.assign(z)[0]) and (codes.ids[1] != 2).any()
+
+
+def test_the_largest_uniform_numbers_are_finite():
+    quantizer, z = quantizer_and_vectors()
+    codes = quantizer(z, training(torch.full((3, 4, 5, K), 1 - 2**-24)))
+    assert codes.vectors.isfinite().all()
+
+
+def test_a_training_without_random_numbers_is_refused():
+    quantizer, z = quantizer_and_vectors()
+    with pytest.raises(ValueError, match="without rng"):
+        quantizer(z, Training(0))
+
+
+def test_the_loss_is_the_distance_to_uniform_probabilities():
+    quantizer, z = quantizer_and_vectors()
+    p = torch.distributions.Categorical(logits=logits_of(quantizer, z))
+    kl = torch.distributions.kl_divergence(p, torch.distributions.Categorical(logits=torch.zeros(K).double()))
+    for codes in (quantizer(z), quantizer(z, training(torch.rand(3, 4, 5, K)))):
+        assert torch.allclose(codes.loss, 0.2 * kl.mean((1, 2))) and torch.allclose(codes.metrics["kl"], kl.mean())
+
+
+@pytest.mark.parametrize("scale, kl", [(0, 0), (1e6, math.log(K))])
+def test_the_distance_lies_between_none_and_certainty(scale, kl):
+    quantizer, z = quantizer_and_vectors()
+    quantizer.logits.weight.data *= scale
+    quantizer.logits.bias.data *= scale
+    assert torch.allclose(quantizer(z).loss / 0.2, torch.tensor(kl).double(), atol=1e-4)
+
+
+def test_products_have_float32_under_autocast():
+    quantizer, z = quantizer_and_vectors()
+    quantizer, z, u = quantizer.float(), z.float(), torch.rand(3, 4, 5, K)
+    plain = quantizer(z, training(u))
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = quantizer(z, training(u))
+    assert torch.equal(codes.vectors, plain.vectors) and torch.equal(codes.loss, plain.loss)
+
+
+def test_settings_arrive():
+    sizes = {"codebook_size": 9, "emb_dim": 2, "gumbel_decay_steps": 5}
+    q = make_quantizer(VQGANConfig(quantizer="gumbel", **sizes, gumbel_kl_weight=0.5, gumbel_straight_through=True))
+    assert (q.codebook_size, q.dim, q.kl_weight, q.hard, q.decay_steps) == (9, 2, 0.5, True, 5)
+    assert not make_quantizer(VQGANConfig(quantizer="gumbel", **sizes)).hard

@@ -1,0 +1,177 @@
+"""The index passes gradients to every code: against the formula with its one-hot matrix written out."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vq import quantize
+from vq.config import VQGANConfig
+from vq.quantize import Training, make_quantizer
+from vq.quantizers.ibq import IBQQuantizer
+
+K, D = 12, 5
+BETA, WEIGHT, TEMPERATURE = 0.3, 0.7, 2.0
+
+
+def quantizer(**options):
+    return IBQQuantizer(K, D, **{"beta": BETA, "entropy_weight": WEIGHT, "temperature": TEMPERATURE} | options)
+
+
+def z_for(batch=3, scale=1.0, dtype=torch.float64):
+    return (scale * torch.randn(batch, D, 4, 3, dtype=torch.float64)).to(dtype).requires_grad_()
+
+
+def written_out(q, z):
+    """z_q (B, D, h, w), the three squares and the two entropies of each example, with Ind (B, h w, K)."""
+    c, flat = q.codebook.weight, z.movedim(1, -1).flatten(1, 2)
+    logits = flat @ c.t()
+    soft, hard = logits.softmax(-1), torch.nn.functional.one_hot(logits.argmax(-1), K).to(z)
+    z_q, e = (hard - soft.detach() + soft) @ c, hard @ c
+    first, second, third = (z_q - flat).square(), (e.detach() - flat).square(), (e - flat.detach()).square()
+    squares = (first + second + BETA * third).mean((1, 2))
+    p = (logits / TEMPERATURE).softmax(-1)
+    entropies = torch.special.entr(p).sum(-1).mean(1), torch.special.entr(p.mean((0, 1))).sum()
+    return z_q.mT.view_as(z), squares, *entropies
+
+
+def test_the_code_is_that_of_the_largest_product():
+    q, z = quantizer(), z_for(50, dtype=torch.float32)
+    codes = q(z)
+    products = torch.einsum("bdhw,kd->bkhw", z, q.codebook.weight)
+    assert torch.equal(codes.ids, products.argmax(1)) and torch.equal(codes.ids, q.assign(z))
+    assert torch.equal(codes.vectors, q.vectors(codes.ids)) and codes.vectors.dtype == torch.float32
+
+
+def test_all_codes_can_be_chosen():
+    q = quantizer()
+    q.codebook.weight.data = torch.nn.functional.normalize(q.codebook.weight.data)
+    assert len(q.assign(z_for(200, dtype=torch.float32)).unique()) == K
+
+
+def test_ids_and_vectors_are_inverse_for_all_codes():
+    q, ids = IBQQuantizer(512, D), torch.arange(512).view(1, 16, 32)
+    assert torch.equal(q.ids_of(q.vectors(ids)), ids)
+    assert not torch.equal(q.assign(q.vectors(ids)), ids), "longer codes have the larger product, not the distance 0"
+
+
+@pytest.mark.parametrize("part", ["vectors", "loss"])
+def test_gradients_through_the_index_are_those_of_the_formula(part):
+    q, z = quantizer().double(), z_for()
+    z_q, squares, certainty, of_codebook = written_out(q, z)
+    expected = {"vectors": z_q, "loss": squares + WEIGHT * (certainty - of_codebook)}[part]
+    ours = getattr(q(z), part)
+    assert torch.allclose(ours, expected, rtol=1e-10) and ours.dtype == torch.float64
+    weights = torch.randn_like(expected)
+    got, wanted = (
+        torch.autograd.grad((x * weights).sum(), (z, q.codebook.weight), retain_graph=True) for x in (ours, expected)
+    )
+    assert torch.allclose(got[0], wanted[0], rtol=1e-8, atol=1e-12)
+    assert torch.allclose(got[1], wanted[1], rtol=1e-8, atol=1e-12)
+
+
+def test_every_code_gets_a_gradient_also_those_not_chosen():
+    q, z = quantizer().double(), z_for(1)
+    codes = q(z[..., :1, :1])
+    codes.vectors.square().sum().backward()
+    assert codes.ids.numel() == 1 and (q.codebook.weight.grad != 0).any(1).all()
+    assert (z.grad[..., :1, :1] != 0).all()
+
+
+def test_metrics_are_the_parts_of_the_loss():
+    q, z = quantizer().double(), z_for()
+    codes, (_, _, certainty, of_codebook) = q(z), written_out(q, z)
+    assert codes.metrics["entropy"] == pytest.approx(certainty.mean().item())
+    assert codes.metrics["codebook_entropy"] == pytest.approx(of_codebook.item())
+    assert codes.metrics["commitment"] == pytest.approx((z - q.vectors(codes.ids)).square().mean().item())
+
+
+class Two:
+    """Two processes, of which the other's mean is known beforehand."""
+
+    rank, size = 0, 2
+
+    def __init__(self, other):
+        self.other = other
+
+    def mean(self, x):
+        return (x + self.other) / 2
+
+
+def test_two_processes_have_the_loss_and_the_gradient_of_one():
+    q, z = quantizer().double(), z_for(4).detach()
+    weight = q.codebook.weight
+    whole = q(z, Training(0)).loss
+    (expected,) = torch.autograd.grad(whole.mean(), weight)
+    parts = z.chunk(2)
+    means = [
+        (torch.einsum("bdhw,kd->bhwk", part, weight) / TEMPERATURE).softmax(-1).mean((0, 1, 2)).detach()
+        for part in parts
+    ]
+    losses, gradients = [], []
+    for part, other in zip(parts, reversed(means), strict=True):
+        codes = q(part, Training(0, processes=Two(other)))
+        losses.append(codes.loss.detach())
+        gradients.append(torch.autograd.grad(codes.loss.mean(), weight)[0])
+    assert torch.allclose(torch.cat(losses), whole, rtol=1e-10)
+    assert torch.allclose(sum(gradients) / 2, expected, rtol=1e-8)
+    alone = [torch.autograd.grad(q(part).loss.mean(), weight)[0] for part in parts]
+    assert not torch.allclose(sum(alone) / 2, expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.01])
+@pytest.mark.parametrize("scale, dtype", [(1e15, torch.float32), (1e6, torch.bfloat16), (1, torch.bfloat16)])
+def test_large_and_half_precision_vectors_are_finite(scale, dtype, temperature):
+    q, z = quantizer(temperature=temperature), z_for(scale=scale, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = q(z, Training(0))
+    (codes.loss.sum() + codes.vectors.sum()).backward()
+    assert codes.loss.isfinite().all() and codes.loss.dtype == torch.float32
+    assert z.grad.isfinite().all() and q.codebook.weight.grad.isfinite().all()
+
+
+def test_products_are_float32_under_autocast():
+    q, z = quantizer(), z_for(20, dtype=torch.float32)
+    expected = q(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = q(z)
+    assert torch.equal(codes.loss, expected.loss) and torch.equal(codes.vectors, expected.vectors)
+    q, z = q.bfloat16(), z.bfloat16()
+    assert torch.equal(q(z).loss, q.float()(z).loss)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor made."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, tuple | list) else [out]
+        self.made = max([self.made, *(x.numel() for x in made if isinstance(x, torch.Tensor))])
+        return out
+
+
+def test_only_forward_holds_positions_times_codes(monkeypatch):
+    q, z = IBQQuantizer(2**8, 2), torch.randn(1, 2, 16, 16)
+    monkeypatch.setattr(quantize, "COMPARED", 2**12)
+    with Largest() as of_assign:
+        q.assign(z)
+    with Largest() as of_forward:
+        q(z)
+    assert of_assign.made == 2**12 and of_forward.made == 2**16
+
+
+def test_codes_start_spread():
+    weight = IBQQuantizer(512, 32).codebook.weight
+    assert weight.std().item() == pytest.approx(1, rel=0.05)
+    q, z = IBQQuantizer(512, 32), 0.3 * torch.randn(8, 32, 8, 8)
+    assert len(q.assign(z).unique()) > 150
+
+
+def test_the_config_gives_size_weights_and_temperature():
+    config = VQGANConfig(
+        quantizer="ibq", codebook_size=9, emb_dim=4, beta=0.5, entropy_weight=0.2, entropy_temperature=0.3
+    )
+    q = make_quantizer(config)
+    assert isinstance(q, IBQQuantizer) and (q.codebook_size, q.dim, q.codebook.weight.shape) == (9, 4, (9, 4))
+    assert (q.beta, q.entropy_weight, q.temperature) == (0.5, 0.2, 0.3)

@@ -1,0 +1,53 @@
+"""The two entropies of LFQ and IBQ (Yu et al. 2023, MAGVIT-v2, section 3.1): E[H(p)] - H(E[p]), in nats.
+
+The first makes every position certain of its code, the second makes the batch use all codes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vq.quantize import Training, whole_factors
+
+CERTAIN = 1e3  # logits beyond it have probabilities of 0 and 1, in float64 too
+
+
+def whole_batch(p: Tensor, training: Training | None) -> Tensor:
+    """Mean probabilities (K,) of one process' batch -> those of all processes together; without `training` p itself.
+
+    The value is the mean over processes and the gradient that of p alone: averaged over processes, as DDP does, the
+    gradients of H at the common value are the gradient of H of the whole. Processes have equally many positions each.
+    """
+    if training is None:
+        return p
+    return training.processes.mean(p.detach()) + (p - p.detach())
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Entropy of probabilities (..., K) -> (...); where one is 0 it adds 0, and its gradient is finite."""
+    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
+
+
+def entropy_of_bits(logits: Tensor) -> Tensor:
+    """Entropy of each bit that is 1 with probability sigmoid(logit), in [0, log 2], of any shape."""
+    x = logits.clamp(-CERTAIN, CERTAIN)
+    return -x.sigmoid() * F.logsigmoid(x) - (-x).sigmoid() * F.logsigmoid(-x)
+
+
+def outcomes(logits: Tensor) -> Tensor:
+    """Logits (N, D) of D independent bits -> probabilities (N, 2^D) of what they make; bit d counts 2^d."""
+    p = logits.new_ones(len(logits), 1)
+    for bit in logits.unbind(1):
+        p = torch.cat([p * (-bit).sigmoid()[:, None], p * bit.sigmoid()[:, None]], 1)
+    return p
+
+
+def mean_of_outcomes(logits: Tensor) -> Tensor:
+    """Logits (N, D) of D independent bits -> probabilities (2^D,) of what they make, mean over N.
+
+    As the product of outcomes of half the bits each: (N, 2^(D/2)) twice, for 2^16 of them N x 256, not N x 2^16.
+    """
+    half = logits.shape[1] // 2
+    low, high = outcomes(logits[:, :half]), outcomes(logits[:, half:])
+    with torch.autocast(logits.device.type, enabled=False), whole_factors():
+        return (high.t() @ low / len(logits)).flatten()

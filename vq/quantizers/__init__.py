@@ -1,0 +1,1 @@
+"""Quantizers, one file each: the file's name is the quantizer's name on the command line (`--quantizer fsq`)."""

@@ -1,0 +1,110 @@
+"""The nearest of K vectors, each an average of what chose it (van den Oord et al. 2017, VQ-VAE, appendix A.1)."""
+
+import torch
+from torch import Tensor
+
+from vq.config import VQGANConfig
+from vq.quantize import (
+    Codes,
+    Quantizer,
+    Training,
+    count,
+    looked_up,
+    nearest,
+    per_example,
+    promoted,
+    straight_through,
+)
+
+JITTER = 0.01  # of the batch's standard deviation: tells apart codes put on the same vector
+
+
+class EMAQuantizer(Quantizer):
+    """The nearest code in Euclidean distance; codes follow running means of the vectors that chose them.
+
+    With n_k of a step's vectors at code k, of mean z_k, and decay d (also Razavi et al. 2019, VQ-VAE-2):
+    N_k <- d N_k + (1 - d) n_k,  m_k <- d m_k + (1 - d) n_k z_k,  e_k = m_k / N_k. Codes are buffers and no optimizer
+    moves them; loss = beta |z - sg(e)|^2, mean over positions and channels. N_k is not smoothed (Laplace) as in the
+    paper's code: that divides a rare code's m_k by too much, which pulls it to zero. m_k is not kept: it is N_k e_k.
+
+    The first batch learned puts every code on a vector of its own; before, codes are random. From then on a code with
+    N_k below `revive_below` of its turn, n / K of n vectors per step, moves to a random vector of the step, and N_k to
+    its turn.
+    """
+
+    codebook: Tensor  # (K, D)
+    chosen: Tensor  # (K,) N, all 0 before the first batch
+
+    def __init__(
+        self, codebook_size: int, dim: int, beta: float = 0.25, decay: float = 0.99, revive_below: float = 0.05
+    ):
+        super().__init__()
+        self.codebook_size, self.dim = codebook_size, dim
+        self.beta, self.decay, self.revive_below = beta, decay, revive_below
+        self.register_buffer(
+            "codebook", torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size)
+        )
+        self.register_buffer("chosen", torch.zeros(codebook_size))
+        self.seen: list[tuple[Tensor, Tensor]] = []  # vectors (n, D) and ids (n,) of each part of the step
+
+    def forward(self, z: Tensor, training: Training | None = None) -> Codes:
+        z = promoted(z)
+        ids = self.assign(z)
+        e = self.vectors(ids)
+        if training is not None:
+            self.seen.append((z.detach().movedim(1, -1).flatten(0, -2).to(e.dtype), ids.flatten()))
+        commitment = per_example(z - e)
+        metrics = {"commitment": commitment.detach().mean()}
+        return Codes(ids, straight_through(z, e), self.beta * commitment, metrics)
+
+    def assign(self, z: Tensor) -> Tensor:
+        return nearest(z, self.codebook)
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        return looked_up(ids, self.codebook)
+
+    def ids_of(self, vectors: Tensor) -> Tensor:
+        return nearest(vectors, self.codebook)
+
+    @torch.no_grad()
+    def learn(self, training: Training | None) -> None:
+        seen, self.seen = self.seen, []
+        if training is None or not seen:
+            return
+        z, ids = (torch.cat(each) for each in zip(*seen, strict=True))
+        sums = z.new_zeros(self.codebook.shape).index_add_(0, ids, z)
+        own = torch.cat([count(ids, self.codebook_size)[:, None], sums, self.own_substitutes(z, training)], 1)
+        counts, sums, substitutes = training.processes.sum(own).split([1, self.dim, self.dim], 1)
+        counts, total = counts.squeeze(1), len(z) * training.processes.size
+        turn = total / self.codebook_size
+        unborn = ~self.chosen.any()
+        self.chosen.lerp_(counts, 1 - self.decay)
+        share = (1 - self.decay) * counts / self.chosen.where(counts > 0, 1)  # of this step in the average
+        means = sums / counts.clamp(min=1)[:, None]
+        self.codebook.lerp_(means, share[:, None])
+        moved = unborn | (self.chosen < self.revive_below * turn)
+        self.codebook.copy_(self.told_apart(substitutes, total, training).where(moved[:, None], self.codebook))
+        self.chosen.masked_fill_(moved, turn)
+
+    def own_substitutes(self, z: Tensor, training: Training) -> Tensor:
+        """(K, D): for each code a random vector of all processes' together, 0 where it is not among z (n, D), our own.
+
+        All processes have the same number of them, and draw alike; rank r has those from r n on.
+        """
+        n, processes = len(z), training.processes
+        order = torch.randperm(n * processes.size, generator=torch.Generator().manual_seed(training.seed))
+        places = order[torch.arange(self.codebook_size) % len(order)].to(z.device)
+        return z[places % n].where((places // n == processes.rank)[:, None], 0)
+
+    def told_apart(self, substitutes: Tensor, total: int, training: Training) -> Tensor:
+        """The substitutes (K, D), those beyond the `total` vectors there are, repetitions, moved by a little noise."""
+        if total >= self.codebook_size:
+            return substitutes
+        generator = torch.Generator().manual_seed(training.seed)
+        noise = torch.randn(substitutes.shape, generator=generator).to(substitutes)
+        noise[:total] = 0
+        return substitutes + JITTER * substitutes.std(0, correction=0) * noise
+
+
+def build(config: VQGANConfig) -> EMAQuantizer:
+    return EMAQuantizer(config.codebook_size, config.code_dim, config.beta, config.codebook_decay, config.revive_below)

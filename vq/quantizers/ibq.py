@@ -1,0 +1,71 @@
+"""Every code learns from every position, through the index (Shi et al. 2024, IBQ, arXiv 2412.02692)."""
+
+import torch
+from torch import Tensor, nn
+
+from vq.config import VQGANConfig
+from vq.entropy import entropy, whole_batch
+from vq.quantize import Codes, Quantizer, Training, highest, looked_up, nearest, per_example, promoted, whole_factors
+
+
+class IBQQuantizer(Quantizer):
+    """The code of the largest product with z; its one-hot index passes the gradient of softmax(z C^T) to z and codes.
+
+    With Ind = onehot(argmax z C^T) + s - sg(s), s = softmax(z C^T), the vector is z_q = Ind C. e = C[argmax]:
+    loss = |z_q - z|^2 + |sg(e) - z|^2 + beta |e - sg(z)|^2 + entropy_weight (E[H(p)] - H(E[p])), the squares mean over
+    positions and channels, p = softmax(z C^T / temperature), E[H] over an example's positions, H(E[p]), the same for
+    each example, of the batch in hand, over all processes. The paper weighs entropies by 0.05, at temperature 0.01.
+
+    `forward` holds several tensors of positions x K; `assign` a part of one.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        dim: int,
+        beta: float = 0.25,
+        entropy_weight: float = 0.05,
+        temperature: float = 0.01,
+    ):
+        super().__init__()
+        self.codebook_size, self.dim = codebook_size, dim
+        self.beta, self.entropy_weight, self.temperature = beta, entropy_weight, temperature
+        self.codebook = nn.Embedding(codebook_size, dim)
+        nn.init.normal_(self.codebook.weight)  # spreads the products: where all are near 0, codes learn the same
+
+    def forward(self, z: Tensor, training: Training | None = None) -> Codes:
+        z, ids, codebook = promoted(z), self.assign(z), self.codebook.weight
+        z = z.to(torch.promote_types(z.dtype, codebook.dtype))
+        codebook = codebook.to(z.dtype)
+        e = looked_up(ids, codebook)
+        with torch.autocast(z.device.type, enabled=False), whole_factors():
+            logits = z.movedim(1, -1) @ codebook.t()  # (B, h, w, K)
+            soft = (logits.softmax(-1) @ codebook.detach()).movedim(-1, 1)
+        z_q = e + (soft - soft.detach())  # Ind C, without Ind
+        commitment = per_example(z - e.detach())
+        certainty, of_codebook = self.entropies(logits / self.temperature, training)
+        squares = per_example(z_q - z) + commitment + self.beta * per_example(e - z.detach())
+        loss = squares + self.entropy_weight * (certainty - of_codebook)
+        metrics = {"commitment": commitment, "entropy": certainty, "codebook_entropy": of_codebook}
+        return Codes(ids, z_q, loss, {name: metric.detach().mean() for name, metric in metrics.items()})
+
+    def entropies(self, logits: Tensor, training: Training | None) -> tuple[Tensor, Tensor]:
+        """logits (B, h, w, K) -> E[H(p)] of each example (B,), and H(E[p]) ()."""
+        log_p = logits.log_softmax(-1)
+        p = log_p.exp()
+        return -(p * log_p).sum(-1).mean((1, 2)), entropy(whole_batch(p.mean((0, 1, 2)), training))
+
+    def assign(self, z: Tensor) -> Tensor:
+        return highest(z, self.codebook.weight, self.codebook.weight.new_zeros(self.codebook_size))
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        return looked_up(ids, self.codebook.weight)
+
+    def ids_of(self, vectors: Tensor) -> Tensor:
+        return nearest(vectors, self.codebook.weight)
+
+
+def build(config: VQGANConfig) -> IBQQuantizer:
+    return IBQQuantizer(
+        config.codebook_size, config.emb_dim, config.beta, config.entropy_weight, config.entropy_temperature
+    )

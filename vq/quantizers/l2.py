@@ -1,0 +1,52 @@
+"""The nearest of K unit vectors (Yu et al. 2022, ViT-VQGAN, section 3.2: factorized and l2-normalized codes)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vq.config import VQGANConfig
+from vq.quantize import Codes, Quantizer, Training, looked_up, nearest, per_example, promoted, straight_through
+
+
+class L2Quantizer(Quantizer):
+    """The code of largest cosine with z, both normalised to unit length; learned by gradient.
+
+    loss = |sg(z) - e|^2 + beta |z - sg(e)|^2 of unit vectors, mean over positions and channels. Few channels (8 or 16)
+    keep a large codebook used. The gradient passes straight through to the unit vector, and so to z.
+    """
+
+    def __init__(self, codebook_size: int, dim: int, beta: float = 0.25):
+        super().__init__()
+        self.codebook_size, self.dim, self.beta = codebook_size, dim, beta
+        self.codebook = nn.Embedding(codebook_size, dim)
+        nn.init.normal_(self.codebook.weight)  # directions are uniform on the sphere
+        self.codebook.weight.data = self.codes().detach()
+
+    def codes(self) -> Tensor:
+        """(K, D), of unit length."""
+        return unit(self.codebook.weight)
+
+    def forward(self, z: Tensor, training: Training | None = None) -> Codes:
+        z, codes = unit(promoted(z)), self.codes()
+        ids = nearest(z, codes)
+        e = looked_up(ids, codes)
+        codebook, commitment = per_example(e - z.detach()), per_example(z - e.detach())
+        metrics = {"commitment": commitment.detach().mean()}
+        return Codes(ids, straight_through(z, e), codebook + self.beta * commitment, metrics)
+
+    def assign(self, z: Tensor) -> Tensor:
+        return nearest(unit(promoted(z)), self.codes())
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        return looked_up(ids, self.codes())
+
+    def ids_of(self, vectors: Tensor) -> Tensor:
+        return self.assign(vectors)
+
+
+def unit(x: Tensor) -> Tensor:
+    """x (., D, ...) with every vector along axis 1 of length 1."""
+    return F.normalize(x, dim=1)
+
+
+def build(config: VQGANConfig) -> L2Quantizer:
+    return L2Quantizer(config.codebook_size, config.code_dim, config.beta)

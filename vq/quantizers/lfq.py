@@ -1,0 +1,61 @@
+"""The sign of each number is a bit of the code (Yu et al. 2023, MAGVIT-v2, section 3.1; Luo et al. 2024)."""
+
+import torch
+from torch import Tensor
+
+from vq.config import VQGANConfig
+from vq.entropy import entropy, entropy_of_bits, mean_of_outcomes, whole_batch
+from vq.quantize import Codes, Quantizer, Training, per_example, promoted
+
+
+class LFQQuantizer(Quantizer):
+    """A code's vector is the signs of z, 0 counting as +1; its id has bit d where number d is positive. K = 2^D.
+
+    With p(c | z) = softmax over all codes of -|z - c|^2 / temperature, which makes the bits independent, bit d of
+    probability sigmoid(4 z_d / temperature):
+    loss = beta |z - c|^2 + entropy_weight (E[H(p)] - H(E[p])), the first mean over positions and channels, E[H] over an
+    example's positions, H(E[p]), the same for each example, of the batch in hand, over all processes.
+    A temperature of 0.01 is Open-MAGVIT2's inverse temperature of 100: its softmax of 2 z.c times 100 is the same.
+    """
+
+    def __init__(self, codebook_size: int, beta: float = 0.25, entropy_weight: float = 0.1, temperature: float = 0.01):
+        """ValueError for a codebook_size that is no power of 2."""
+        super().__init__()
+        self.codebook_size, self.dim = codebook_size, codebook_size.bit_length() - 1
+        if self.dim < 1 or 2**self.dim != codebook_size:
+            raise ValueError(f"got codebook_size {codebook_size} for lfq, wanted a power of 2: its codes are bits")
+        self.beta, self.entropy_weight, self.temperature = beta, entropy_weight, temperature
+
+    def forward(self, z: Tensor, training: Training | None = None) -> Codes:
+        z = promoted(z)
+        bits = (z >= 0).detach()
+        signs = bits.to(z.dtype) * 2 - 1
+        logits = 4 / self.temperature * z
+        certainty = entropy_of_bits(logits).sum(1).mean((1, 2))
+        of_codebook = entropy(whole_batch(mean_of_outcomes(logits.movedim(1, -1).flatten(0, -2)), training))
+        commitment = per_example(z - signs)
+        loss = self.beta * commitment + self.entropy_weight * (certainty - of_codebook)
+        metrics = {"commitment": commitment, "entropy": certainty, "codebook_entropy": of_codebook}
+        metrics = {name: metric.detach().mean() for name, metric in metrics.items()}
+        return Codes(self.ids(bits), signs + (z - z.detach()), loss, metrics)
+
+    def ids(self, bits: Tensor) -> Tensor:
+        """bool (B, D, h, w) -> ids (B, h, w)."""
+        ids = torch.zeros_like(bits[:, 0], dtype=torch.int64)
+        for d, bit in enumerate(bits.unbind(1)):
+            ids |= bit.long() << d
+        return ids
+
+    @torch.no_grad()
+    def assign(self, z: Tensor) -> Tensor:
+        return self.ids(z >= 0)
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        return torch.stack([(ids >> d & 1).float() * 2 - 1 for d in range(self.dim)], 1)
+
+    def ids_of(self, vectors: Tensor) -> Tensor:
+        return self.assign(vectors)
+
+
+def build(config: VQGANConfig) -> LFQQuantizer:
+    return LFQQuantizer(config.codebook_size, config.beta, config.entropy_weight, config.entropy_temperature)

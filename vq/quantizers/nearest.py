@@ -1,0 +1,42 @@
+"""The nearest of K vectors learned by gradient (van den Oord et al. 2017, VQ-VAE)."""
+
+from torch import Tensor, nn
+
+from vq.config import VQGANConfig
+from vq.quantize import Codes, Quantizer, Training, looked_up, nearest, per_example, promoted, straight_through
+
+
+class NearestQuantizer(Quantizer):
+    """The nearest code in Euclidean distance, learned by gradient (VQ-VAE, eq. 3).
+
+    loss = |sg(z) - e|^2 + beta |z - sg(e)|^2, mean over positions and channels: beta weighs the *commitment* term.
+    `legacy_beta` swaps the weights, as taming-transformers and what grew from it have them.
+    """
+
+    def __init__(self, codebook_size: int, dim: int, beta: float = 0.25, legacy_beta: bool = False):
+        super().__init__()
+        self.codebook_size, self.dim = codebook_size, dim
+        self.of_codebook, self.of_commitment = (beta, 1.0) if legacy_beta else (1.0, beta)
+        self.codebook = nn.Embedding(codebook_size, dim)
+        nn.init.uniform_(self.codebook.weight, -1 / codebook_size, 1 / codebook_size)
+
+    def forward(self, z: Tensor, training: Training | None = None) -> Codes:
+        z = promoted(z)
+        ids = self.assign(z)
+        e = self.vectors(ids)
+        codebook, commitment = per_example(e - z.detach()), per_example(z - e.detach())
+        loss = self.of_codebook * codebook + self.of_commitment * commitment
+        return Codes(ids, straight_through(z, e), loss, {"commitment": commitment.detach().mean()})
+
+    def assign(self, z: Tensor) -> Tensor:
+        return nearest(z, self.codebook.weight)
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        return looked_up(ids, self.codebook.weight)
+
+    def ids_of(self, vectors: Tensor) -> Tensor:
+        return nearest(vectors, self.codebook.weight)
+
+
+def build(config: VQGANConfig) -> NearestQuantizer:
+    return NearestQuantizer(config.codebook_size, config.code_dim, config.beta, config.legacy_beta)
