@@ -22,8 +22,8 @@ from vq.augment import Augmentation
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
 from vq.discriminator import PatchDiscriminator
-from vq.losses import adaptive_weight, generator_loss, hinge_loss
-from vq.quantize import perplexity, usage
+from vq.losses import ADVERSARIAL, adaptive_weight
+from vq.quantize import count, perplexity, usage
 
 CODES, GRID, BATCH = 16, (4, 4), 2
 PROCESS = AbsorbingDiffusion(CODES, steps=3)
@@ -40,7 +40,7 @@ def networks():
     config = VQGANConfig(nf=8, ch_mult=(1, 2), res_blocks=1, attn_resolutions=(4,), emb_dim=8, codebook_size=CODES)
     shape = {"codes": CODES, "grid": GRID, "width": 16, "heads": 2, "layers": 1}
     return {
-        "vqgan": VQGAN(config, img_size=8),
+        "vqgan": VQGAN(config, (8, 8)),
         "group": PatchDiscriminator(3, ndf=8, layers=1, norm="group"),
         "batch": PatchDiscriminator(3, ndf=8, layers=1, norm="batch"),
         "unconditional": Transformer(**shape),
@@ -103,7 +103,7 @@ def test_a_tensor_left_behind_is_seen(device, networks, codes):
 def test_the_autoencoder(device, networks, images, codes):
     vqgan = networks["vqgan"]
     assert all_on(device, list(vqgan.parameters()), vqgan(images), vqgan.encode(images), vqgan.decode(codes))
-    counts = vqgan(images)[1].counts
+    counts = count(vqgan(images)[1].ids, CODES)
     assert all_on(device, usage(counts), perplexity(counts))
 
 
@@ -168,17 +168,21 @@ def test_the_augmentation(device, images, rng):
 
 
 @with_autograd
-def test_the_losses_of_the_first_stage_and_their_gradients(device, networks, images, rng):
+@pytest.mark.parametrize("loss", ADVERSARIAL)
+def test_the_losses_of_the_first_stage_and_their_gradients(device, networks, images, rng, loss):
     vqgan, discriminator = networks["vqgan"], networks["group"]
+    of_discriminator, of_autoencoder = ADVERSARIAL[loss]
     reconstructions, codes = vqgan(images)
     augmentation = Augmentation.draw(images, rng)
     fake = discriminator(augmentation(reconstructions))
-    hinge = hinge_loss(discriminator(augmentation(images)), fake.detach())
-    reconstruction, adversarial = (reconstructions - images).abs().mean(), generator_loss(fake)
-    weight = adaptive_weight(reconstruction, adversarial, vqgan.decoder.last_layer, 1.0)
-    (reconstruction + weight * adversarial + codes.loss.mean() + hinge).backward()
+    judged = of_discriminator(discriminator(augmentation(images)), fake.detach())
+    reconstruction, adversarial = (reconstructions - images).abs().mean(), of_autoencoder(fake)
+    last = vqgan.decoder.last_layer
+    at_last = [torch.autograd.grad(each, last, retain_graph=True)[0] for each in (reconstruction, adversarial)]
+    weight = adaptive_weight(*at_last, 1.0)
+    (reconstruction + weight * adversarial + codes.loss.mean() + judged).backward()
     gradients = [p.grad for network in (vqgan, discriminator) for p in network.parameters()]
-    assert None not in gradients and all_on(device, hinge, weight, gradients)
+    assert None not in gradients and all_on(device, judged, weight, gradients)
 
 
 @with_autograd

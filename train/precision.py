@@ -46,8 +46,12 @@ def poisoned(loss: Tensor) -> Tensor:
     only one to know. A NaN survives the average over processes, so all see it in the gradients' norm. Nothing waits
     for the device.
     """
-    factor = torch.where(loss.detach().isfinite().all(), 1.0, float("nan"))
-    return loss * factor.to(loss.dtype)
+    return loss * poison(loss)
+
+
+def poison(loss: Tensor) -> Tensor:
+    """The factor () that does so: 1, or NaN where a loss of any shape is not finite."""
+    return torch.where(loss.detach().isfinite().all(), 1.0, float("nan")).to(loss.dtype)
 
 
 class LossScale:

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffusion.rng import seed_of
 from train.assembly import assemble, in_channels_last, training_dtype
 from train.config import DataConfig, TrainingConfig
 from train.data import ImageSource, fixed_subset, images_in_order, streams
@@ -13,7 +14,7 @@ from train.execution import to_channels_last
 from train.logging import Logger
 from train.loop import Batch, Outputs, State
 from train.parallel import synchronized
-from train.precision import autocast, poisoned
+from train.precision import autocast, poison, poisoned
 from train.schedule import learning_rate
 from train.transforms import to_float
 from train.update import update
@@ -21,9 +22,9 @@ from vq.augment import Augmentation
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig, VQGANLossConfig
 from vq.discriminator import PatchDiscriminator
-from vq.losses import adaptive_weight, generator_loss, hinge_loss
-from vq.perceptual import Perceptual
-from vq.quantize import Codes, perplexity, usage
+from vq.lecam import LeCAM
+from vq.losses import ADVERSARIAL, adaptive_weight
+from vq.quantize import Codes, Training, count, perplexity, usage
 
 VALIDATION_IMAGES = 1024  # enough for two digits, and quick
 SHOWN_IMAGES = 16
@@ -34,10 +35,19 @@ def build_state(
 ) -> State:
     """Autoencoder and discriminator with an optimizer each."""
     torch.manual_seed(training.seed)
-    autoencoder = VQGAN(network, data.img_size, data.n_channels)
-    discriminator = PatchDiscriminator(data.n_channels, loss.ndf, loss.disc_layers, loss.disc_norm)
+    autoencoder = VQGAN(network, data.size, data.n_channels)
+    discriminator = PatchDiscriminator(
+        data.n_channels,
+        loss.ndf,
+        loss.disc_layers,
+        loss.disc_norm,
+        spectral_norm=loss.disc_spectral_norm,
+        blur=loss.disc_blur,
+        unit_range=network.unit_range,
+    )
     modules = {"autoencoder": autoencoder, "discriminator": discriminator}
-    return assemble(modules, training, world, averaged=["autoencoder"], counters=["codes"])
+    extras = {"lecam": LeCAM(world.device)} if loss.lecam_weight else {}
+    return assemble(modules, training, world, averaged=["autoencoder"], counters=["codes"], extras=extras)
 
 
 class VQGANStep:
@@ -52,11 +62,13 @@ class VQGANStep:
         loss: VQGANLossConfig,
         training: TrainingConfig,
         world: World,
-        perceptual: Perceptual | None,
+        perceptual: nn.Module | None,
         watched: bool = False,
     ):
         self.loss, self.training, self.world, self.watched = loss, training, world, watched
         self.perceptual = None if perceptual is None else perceptual.to(world.device)
+        self.perceived = "logits" if loss.perceptual_net == "resnet50" else "lpips"
+        self.of_discriminator, self.of_autoencoder = ADVERSARIAL[loss.disc_loss]
         self.dtype = training_dtype(training, world.device)
         self.channels_last = in_channels_last(training, world.device)
 
@@ -64,33 +76,40 @@ class VQGANStep:
         return autocast(self.world.device, self.dtype != torch.float32, self.dtype)
 
     def __call__(self, state: State, parts: Sequence[Batch]) -> Outputs | None:
+        quantizer = state.modules["autoencoder"].quantizer
         buffers = [b for module in state.modules.values() for b in module.buffers()]
         before = [b.clone() for b in buffers]
-        adversarial = state.step >= self.loss.disc_start_step
+        judged = state.step >= self.loss.disc_start_step
         state.modules["discriminator"].requires_grad_(False)
         totals: Outputs = {}
         seen: list[tuple[Tensor, Codes]] = []
         for i, batch in enumerate(parts):
             with synchronized(state.replica("autoencoder").train(), last=i == len(parts) - 1):
-                fake, codes, metrics = self.autoencoder_backward(state, batch, adversarial, 1 / len(parts))
+                fake, codes, metrics = self.autoencoder_backward(state, batch, 1 / len(parts))
             seen.append((fake, codes))
             add(totals, metrics, 1 / len(parts))
-        if adversarial:
+        if judged:
             state.modules["discriminator"].requires_grad_(True)
             for i, (batch, (fake, _)) in enumerate(zip(parts, seen, strict=True)):
                 with synchronized(state.replica("discriminator").train(), last=i == len(parts) - 1):
                     add(totals, self.discriminator_backward(state, batch, fake, 1 / len(parts)), 1 / len(parts))
         lr = learning_rate(state.step, **self.training.schedule)
-        names = ["autoencoder", "discriminator"] if adversarial else ["autoencoder"]
+        names = ["autoencoder", "discriminator"] if judged else ["autoencoder"]
         norms = update(state, names, self.world, lr=lr, clip=self.training.grad_clip)
         if norms is None:
+            quantizer.learn(None)
             for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(old)  # batch norms have seen the bad batch
             return None
+        quantizer.learn(self.told(state, None))
+        if "lecam" in state.extras and judged:
+            state.extras["lecam"].follow(*self.world.mean(torch.stack([totals["disc_real"], totals["disc_fake"]])))
         totals |= dict(zip(["grad_norm", "disc_grad_norm"][: len(norms)], norms, strict=True))
         totals["lr"] = torch.tensor(lr, device=self.world.device)
-        for _, codes in seen:
-            state.counters["codes"].add("chosen", codes.counts)
+        for batch, (_, codes) in zip(parts, seen, strict=True):
+            chosen = count(codes.ids, quantizer.codebook_size)
+            state.counters["codes"].add("chosen", chosen)
+            state.counters["codes"].add("images", torch.full_like(chosen[0], len(batch["image"])))
         return totals | self.looked_at(parts, seen) if self.watched else totals
 
     def looked_at(self, parts: Sequence[Batch], seen: list[tuple[Tensor, Codes]]) -> Outputs:
@@ -98,50 +117,69 @@ class VQGANStep:
         images = {"image": [batch["image"] for batch in parts], "reconstruction": [fake for fake, _ in seen]}
         return {name: torch.cat(each) for name, each in {**images, "ids": [codes.ids for _, codes in seen]}.items()}
 
+    def told(self, state: State, batch: Batch | None) -> Training:
+        """What the quantizer is told of a step, and of a part of its batch."""
+        seed, device = self.training.seed, self.world.device
+        rng = None if batch is None else streams(seed, "quantizer", batch, device)
+        return Training(state.step, seed_of(seed, "quantizer", "step", state.step), rng, self.world)
+
     def augmentation(self, batch: Batch, purpose: str) -> Callable[[Tensor], Tensor]:
         """One draw for real images and reconstructions alike; the identity without --diff_aug."""
         if not self.loss.diff_aug:
             return identity
         return Augmentation.draw(batch["image"], streams(self.training.seed, purpose, batch, self.world.device))
 
-    def autoencoder_backward(
-        self, state: State, batch: Batch, adversarial: bool, share: float
-    ) -> tuple[Tensor, Codes, Outputs]:
+    def autoencoder_backward(self, state: State, batch: Batch, share: float) -> tuple[Tensor, Codes, Outputs]:
+        """Gradients of each loss are taken at the image first: what made it is gone through once, with their sum."""
         images = to_channels_last(batch["image"]) if self.channels_last else batch["image"]
         with self.autocast():
-            fake, codes = state.replica("autoencoder")(images)
-        fake = fake.float()
-        l1 = (images - fake).abs().mean()
-        metrics = {"l1": l1, "vq": codes.loss.mean()}
-        reconstruction = l1
-        if self.perceptual is not None:
-            metrics["lpips"] = self.perceptual(images, fake).mean()
-            reconstruction = l1 + self.loss.perceptual_weight * metrics["lpips"]
-        loss = reconstruction + codes.loss.mean()
+            made, codes = state.replica("autoencoder")(images, self.told(state, batch))
+        fake = made.detach().requires_grad_()
+        reconstruction, metrics = self.reconstruction_loss(images, fake)
+        vq = codes.loss.mean()
+        scale = state.extras["loss_scale"].value if "loss_scale" in state.extras else 1.0
+        (gradient,) = torch.autograd.grad(reconstruction * scale, fake)
+        loss, adversarial = (reconstruction + vq).detach(), self.loss.adversarial_share(state.step)
         if adversarial:
-            augment = self.augmentation(batch, "augment_autoencoder")
-            with self.autocast():
-                logits = state.modules["discriminator"](augment(fake))
-            g = generator_loss(logits.float())
-            last_layer = state.modules["autoencoder"].decoder.last_layer
-            scale = state.extras["loss_scale"].value if "loss_scale" in state.extras else 1.0
-            weight = adaptive_weight(
-                reconstruction * scale,
-                g * scale,
-                last_layer,
-                self.loss.disc_weight_max,
-                lambda gradient: self.world.mean(gradient) / scale,
-            )
-            loss = loss + weight * g
-            metrics |= {"adversarial": g, "adaptive_weight": weight}
-        self.backward(state, loss * share)
-        return fake.detach(), codes, {"loss": loss} | metrics
+            g, of_adversarial = self.adversarial_loss(state, batch, fake, scale)
+            metrics["adversarial"], weight = g, self.loss.disc_weight * adversarial
+            if self.loss.adaptive_weight:
+                metrics["adaptive_weight"] = self.balance(state, made, gradient, of_adversarial, scale)
+                weight = weight * metrics["adaptive_weight"]
+            gradient, loss = gradient + weight * of_adversarial, loss + weight * g
+        factor = poison(loss) * share
+        torch.autograd.backward([made, vq], [gradient * factor, factor * scale])
+        return fake.detach(), codes, {"loss": loss, "vq": vq} | metrics | codes.metrics
 
-    def backward(self, state: State, loss: Tensor) -> None:
-        """Gradients that are NaN in every process where the loss is not finite in one."""
-        scale = state.extras.get("loss_scale")
-        loss = poisoned(loss)
-        (loss if scale is None else scale.scale(loss)).backward()
+    def reconstruction_loss(self, images: Tensor, fake: Tensor) -> tuple[Tensor, Outputs]:
+        """In float32: the weighted sum, and its parts."""
+        c = self.loss
+        metrics = {"l1": (images - fake).abs().mean(), "l2": (images - fake).square().mean()}
+        loss = c.recon_weight * metrics[c.recon_loss]
+        if self.perceptual is not None:
+            metrics[self.perceived] = self.perceptual(images, fake).mean()
+            loss = loss + c.perceptual_weight * metrics[self.perceived]
+        return loss, metrics
+
+    def adversarial_loss(self, state: State, batch: Batch, fake: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """The autoencoder's adversarial loss, and its gradient, times `scale`, at the images."""
+        augment = self.augmentation(batch, "augment_autoencoder")
+        with self.autocast():
+            logits = state.modules["discriminator"](augment(fake))
+        g = self.of_autoencoder(logits.float())
+        (gradient,) = torch.autograd.grad(g * scale, fake)
+        return g.detach(), gradient
+
+    def balance(
+        self, state: State, made: Tensor, of_reconstruction: Tensor, of_adversarial: Tensor, scale: float
+    ) -> Tensor:
+        """The adaptive weight, from two gradients at the images on to the last layer, in float32."""
+        last = state.modules["autoencoder"].decoder.last_layer
+        at_last = [
+            self.world.mean(torch.autograd.grad(made, last, gradient, retain_graph=True)[0].float()) / scale
+            for gradient in (of_reconstruction, of_adversarial)
+        ]
+        return adaptive_weight(*at_last, self.loss.disc_weight_max)
 
     def discriminator_backward(self, state: State, batch: Batch, fake: Tensor, share: float) -> Outputs:
         augment = self.augmentation(batch, "augment_discriminator")
@@ -149,9 +187,15 @@ class VQGANStep:
             real_logits, fake_logits = (
                 state.replica("discriminator")(augment(x)).float() for x in (batch["image"], fake)
             )
-        loss = hinge_loss(real_logits, fake_logits)
-        self.backward(state, loss * share)
-        return {"disc_loss": loss, "disc_real": real_logits.mean(), "disc_fake": fake_logits.mean()}
+        loss = self.of_discriminator(real_logits, fake_logits)
+        metrics = {"disc_real": real_logits.mean(), "disc_fake": fake_logits.mean()}
+        if "lecam" in state.extras:
+            metrics["lecam"] = state.extras["lecam"](real_logits, fake_logits)
+            loss = loss + self.loss.lecam_weight * metrics["lecam"]
+        scale = state.extras.get("loss_scale")
+        total = poisoned(loss * share)
+        (total if scale is None else scale.scale(total)).backward()
+        return {"disc_loss": loss} | metrics
 
 
 def identity(images: Tensor) -> Tensor:
@@ -165,41 +209,55 @@ def add(totals: Outputs, metrics: Outputs, share: float) -> None:
 
 
 class VQGANReports:
-    """Validation, pictures and codebook usage, as hooks for `fit`. All processes take part."""
+    """Validation, pictures and codebook usage, as hooks for `fit`. All processes take part.
 
-    def __init__(self, step: VQGANStep, validation: ImageSource, batch_size: int, logger: Logger):
+    `epoch` is how many training images there are: codes are counted over as many before they are told.
+    """
+
+    def __init__(self, step: VQGANStep, validation: ImageSource, batch_size: int, epoch: int, logger: Logger):
         self.step, self.validation, self.batch_size, self.logger = step, validation, batch_size, logger
-        self.tallied = []
+        self.epoch = epoch
+        self.tallied = [self.codes]
+
+    def codes(self, state: State, outputs: Outputs) -> None:
+        """How evenly codes were chosen in the last epoch, once it is over."""
+        counts = state.counters["codes"]
+        if counts.sums and counts.sums["images"] * self.step.world.size >= self.epoch:
+            chosen = counts.take()["chosen"]
+            used = {"codes/usage": usage(chosen).item(), "codes/perplexity": perplexity(chosen).item()}
+            self.logger.scalars(state.step, used)
+            self.logger.histogram("codes/chosen", state.step, chosen)
 
     @torch.no_grad()
     def validate(self, state: State, outputs: Outputs) -> None:
-        """L1 and LPIPS on a fixed part of the validation split, with the averaged weights where they are kept."""
+        """L1, LPIPS and use of codes on a fixed part of the validation split, with averaged weights where they are."""
         step, world = self.step, self.step.world
         network, sums = state.averaged("autoencoder").eval(), {}
+        chosen = torch.zeros(network.quantizer.codebook_size, device=world.device)
         indices = world.share_of(fixed_subset(len(self.validation), VALIDATION_IMAGES))
         batches = images_in_order(self.validation, self.batch_size, indices)
         for batch, counts in world.rounds(batches, spare=lambda: next(images_in_order(self.validation, 1, [0]))):
             images = to_float(batch["image"]).to(world.device)
             with step.autocast():
-                fake = network(images)[0].float()
+                fake, codes = network(images)
+            fake = fake.float()
             found = {"l1": (images - fake).abs().mean((1, 2, 3))}
             if step.perceptual is not None:
-                found["lpips"] = step.perceptual(images, fake)
+                found[step.perceived] = step.perceptual(images, fake)
             for name, value in found.items():
                 value = value.cpu().double()
                 sums[name] = sums.get(name, 0) + torch.stack([value.sum(), value.new_tensor(len(value))]) * counts
+            chosen += count(codes.ids, len(chosen)) * counts
         totals = world.sum(torch.stack(list(sums.values())))
         means = {f"val/{name}": (total / n).item() for name, (total, n) in zip(sums, totals, strict=True)}
-        self.logger.scalars(state.step, means)
+        chosen = world.sum(chosen)
+        used = {"val/usage": usage(chosen).item(), "val/perplexity": perplexity(chosen).item()}
+        self.logger.scalars(state.step, means | used)
         self.logger.best(state, "val/l1", means["val/l1"])
 
     @torch.no_grad()
     def show(self, state: State, outputs: Outputs) -> None:
-        """A grid of validation images above their reconstructions, and how evenly the codes are used."""
-        for counts in state.counters["codes"].take().values():
-            used = {"codes/usage": usage(counts).item(), "codes/perplexity": perplexity(counts).item()}
-            self.logger.scalars(state.step, used)
-            self.logger.histogram("codes/chosen", state.step, counts)
+        """A grid of validation images above their reconstructions."""
         shown = fixed_subset(len(self.validation), SHOWN_IMAGES)
         for batch in images_in_order(self.validation, SHOWN_IMAGES, shown):  # few: each process makes them all
             images = to_float(batch["image"]).to(self.step.world.device)

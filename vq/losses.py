@@ -1,35 +1,45 @@
 """Losses of the first stage, each a formula on tensors."""
 
-from collections.abc import Callable
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """The discriminator's loss: (mean relu(1 - D(real)) + mean relu(1 + D(fake))) / 2 (Lim & Ye 2017)."""
+    """The discriminator's loss: (mean relu(1 - D(real)) + mean relu(1 + D(fake))) / 2 (Lim & Ye 2017, "Geometric GAN").
+
+    The half is VQGAN's (Esser et al. 2021).
+    """
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
-def generator_loss(fake_logits: Tensor) -> Tensor:
-    """The generator's adversarial loss: -mean D(fake)."""
+def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
+    """The autoencoder's side of it: -mean D(fake)."""
     return -fake_logits.mean()
 
 
-def adaptive_weight(
-    reconstruction: Tensor,
-    adversarial: Tensor,
-    last_layer: Tensor,
-    maximum: float,
-    average: Callable[[Tensor], Tensor] = lambda gradient: gradient,
-) -> Tensor:
-    """lambda = |grad reconstruction| / (|grad adversarial| + 1e-4), at most `maximum` (Esser et al. 2021, eq. 7).
+def non_saturating_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """The discriminator's loss: -(mean log s(D(real)) + mean log(1 - s(D(fake)))) / 2, s the logistic function.
 
-    Gradients are those of the two scalar losses with respect to `last_layer`. Norms are not linear in the batch, so
-    `average` takes the mean of a gradient over all processes before its norm is formed.
+    The cross-entropy of Goodfellow et al. 2014 (eq. 1), halved as the hinge loss is.
     """
-    (of_reconstruction,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (of_adversarial,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    ratio = average(of_reconstruction.float()).norm() / (average(of_adversarial.float()).norm() + 1e-4)
-    return ratio.clamp(0, maximum).detach()
+    return 0.5 * (F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean())
+
+
+def non_saturating_generator_loss(fake_logits: Tensor) -> Tensor:
+    """The autoencoder's side of it: -mean log s(D(fake)), whose gradient is large where D is sure (section 3 there)."""
+    return F.softplus(-fake_logits).mean()
+
+
+ADVERSARIAL = {  # of the discriminator, of the autoencoder
+    "hinge": (hinge_loss, hinge_generator_loss),
+    "non_saturating": (non_saturating_loss, non_saturating_generator_loss),
+}
+
+
+def adaptive_weight(of_reconstruction: Tensor, of_adversarial: Tensor, maximum: float) -> Tensor:
+    """lambda = |of_reconstruction| / (|of_adversarial| + 1e-4), at most `maximum` (Esser et al. 2021, eq. 7).
+
+    These are the gradients of the two losses with respect to the last layer, each the mean over all processes: norms
+    are not linear in the batch. The paper adds 1e-6 below, its code 1e-4.
+    """
+    return (of_reconstruction.norm() / (of_adversarial.norm() + 1e-4)).clamp(0, maximum)

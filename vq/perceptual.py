@@ -1,52 +1,166 @@
-"""LPIPS (Zhang et al. 2018) through the `lpips` library, frozen, on images in [-1, 1]."""
+"""Learned distances of images, frozen: LPIPS (Zhang et al. 2018) and logits of a classifier (Weber et al. 2024)."""
 
+import pickle
+import struct
 import urllib.error
 import warnings
+from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+SMALLEST = {"vgg": 16, "alex": 31, "squeeze": 17, "resnet50": 1}  # images, pixels along each side
+BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1", "resnet50": "resnet50"}  # in torchvision
+UNREADABLE = (  # what torch.load raises, by the kind of damage
+    *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError),
+    *(LookupError, AttributeError, AssertionError, TypeError, ValueError),
+)
+
+
+class LogitDistance(nn.Module):
+    """Mean squared difference of ResNet-50's 1,000 ImageNet logits, of images (B, 3, H, W) in [-1, 1] -> (B,).
+
+    The perceptual loss of VQGAN+ (Weber et al. 2024, "MaskBit", section 2), on torchvision's IMAGENET1K_V1 weights:
+    images are resized to 224x224 (bilinear, antialiased) and given ImageNet's mean and deviation.
+    """
+
+    def __init__(self, pretrained: bool):
+        super().__init__()
+        import torchvision
+
+        self.net = torchvision.models.resnet50(weights="IMAGENET1K_V1" if pretrained else None)
+        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
+
+    def logits(self, images: Tensor) -> Tensor:
+        resized = F.interpolate((images + 1) / 2, size=(224, 224), mode="bilinear", antialias=True)
+        return self.net((resized - self.mean) / self.std)
+
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        return (self.logits(images) - self.logits(others)).square().mean(1)
 
 
 class Perceptual(nn.Module):
-    """Learned perceptual distance of images (B, C, H, W) in [-1, 1] (LPIPS's own range), C 1 or 3 -> (B,).
+    """Learned perceptual distance of images (B, C, H, W) in [-1, 1] (LPIPS's own range), C 1 or 3 -> (B,) float32.
 
-    `net` is vgg, alex or squeeze; its ImageNet weights come from torchvision's cache or download. Not `trained`, its
-    weights are random: as much work, and no distance.
+    `net` is vgg, alex or squeeze, with the linear layers of LPIPS 0.1 that the lpips package brings along, or resnet50
+    (`LogitDistance`). ImageNet weights come from the file `weights`, without it from torchvision's cache or download;
+    nothing is downloaded where a file is given. Not `trained`, weights are random: as much work, and no distance. It
+    stays frozen and in evaluation mode, and computes in float32 whatever autocast says. ValueError for images that are
+    too small for the network.
     """
 
-    def __init__(self, net: str, trained: bool = True):
+    def __init__(self, net: str, trained: bool = True, weights: str | None = None):
         super().__init__()
-        try:
-            import lpips
-        except ImportError as error:
-            raise ValueError(
-                "the perceptual loss needs lpips: `pip install lpips`, or pass --perceptual_net none"
-            ) from error
-        random = {} if trained else {"pretrained": False, "pnet_rand": True}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision by its old `pretrained` argument
-            self.distance = lpips.LPIPS(net=net, verbose=False, **random).eval().requires_grad_(False)
+        if net not in BACKBONES:
+            raise ValueError(f"got perceptual network {net!r}, wanted one of {', '.join(BACKBONES)}")
+        if weights is not None and not trained:
+            raise ValueError(f"got the weights {weights} for a network that is to be random: leave one of them out")
+        self.net = net
+        tensors = None if weights is None else read_tensors(Path(weights), net)
+        downloaded = trained and weights is None
+        if net == "resnet50":
+            self.distance = LogitDistance(downloaded)
+        else:
+            self.distance = lpips_distance(net, linear=trained, pretrained=downloaded)
+        if tensors is not None:
+            fill(self.distance.net, tensors, net, str(weights))
+        self.distance.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Perceptual":
         return super().train(False)  # frozen: its dropout must never wake up
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        if images.shape[1] == 1:
-            images, others = images.expand(-1, 3, -1, -1), others.expand(-1, 3, -1, -1)
-        return self.distance(images, others).flatten()
+        height, width = images.shape[2:]
+        if min(height, width) < SMALLEST[self.net]:
+            raise ValueError(
+                f"got images of {height}x{width} for the perceptual network {self.net}, wanted {SMALLEST[self.net]} "
+                "pixels at least: pass another --perceptual_net, or a larger --img_size"
+            )
+        with torch.autocast(images.device.type, enabled=False):
+            images, others = (x.float().expand(-1, 3, -1, -1) for x in (images, others))
+            return self.distance(images, others).flatten()
 
 
-def load_perceptual(net: str) -> tuple[str, Perceptual | None]:
-    """(name, module) for `--perceptual_net`; auto is vgg, or none with one warning where its weights cannot be had."""
+def lpips_distance(net: str, linear: bool, pretrained: bool) -> nn.Module:
+    """The package's LPIPS: with its own linear layers, or random ones, on a network from torchvision, or a random one.
+
+    ValueError where the package is not installed.
+    """
+    try:
+        import lpips
+    except ImportError as error:
+        raise ValueError(
+            "the perceptual loss needs lpips: `pip install lpips`, or pass --perceptual_net none"
+        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision by its old `pretrained` argument
+        return lpips.LPIPS(net=net, verbose=False, pretrained=linear, pnet_rand=not pretrained)
+
+
+def read_tensors(path: Path, net: str) -> dict[str, Tensor]:
+    """Named tensors of a file, on the CPU; FileNotFoundError without one, ValueError where it holds anything else."""
+    wanted = f"wanted torchvision's ImageNet weights of {BACKBONES[net]} (a .pth file)"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} not found: {wanted}; pass --perceptual_weights FILE")
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: {wanted}; pass --perceptual_weights FILE")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is no plain file of tensors, nothing in it was run ({reason}): {wanted}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds something else than named tensors: {wanted}")
+    return state
+
+
+@torch.no_grad()
+def fill(network: nn.Module, tensors: dict[str, Tensor], net: str, source: str) -> None:
+    """Gives a backbone the weights of a state dict of torchvision's; ValueError where they are not all there.
+
+    For LPIPS that may be the whole network's (`features.0.weight`), whose `classifier.` is no part of LPIPS and left
+    out, or its features alone (`0.weight`). Counters of batches in batch norms are left out too: old files lack them,
+    and evaluation does without them. Any other key that is too many is an error.
+    """
+    prefix = "features." if net != "resnet50" and any(name.startswith("features.") for name in tensors) else ""
+    wanted = {}
+    for name, tensor in network.state_dict().items():
+        own = name if net == "resnet50" else name.partition(".")[2]  # lpips has them in slices: slice2.3.squeeze.bias
+        if not own.endswith("num_batches_tracked"):
+            wanted[prefix + own] = tensor
+    left = ("classifier.",) if prefix else ()
+    given = {n for n in tensors if not n.startswith(left) and not n.endswith("num_batches_tracked")}
+    missing, odd = sorted(wanted.keys() - given), sorted(given - wanted.keys())
+    misshapen = [name for name in wanted.keys() & given if wanted[name].shape != tensors[name].shape]
+    if missing or odd or misshapen:
+        faults = {"missing": missing, "unknown": odd, "of another shape": sorted(misshapen)}
+        told = "; ".join(f"{len(names)} {fault}, e.g. {names[0]}" for fault, names in faults.items() if names)
+        raise ValueError(
+            f"{source} does not fit --perceptual_net {net} ({told}): wanted torchvision's state dict of "
+            f"{BACKBONES[net]}{'' if net == 'resnet50' else ', whole or of its features alone'}; "
+            "pass it with --perceptual_weights FILE"
+        )
+    for name, tensor in wanted.items():
+        tensor.copy_(tensors[name])
+
+
+def load_perceptual(net: str, weights: str | None = None) -> tuple[str, Perceptual | None]:
+    """(name, module) for `--perceptual_net`, with the weights of a file where one is given.
+
+    auto is vgg, or none with one warning where its weights can be neither found nor downloaded.
+    """
     if net == "none":
         return "none", None
+    name = "vgg" if net == "auto" else net
     try:
-        name = "vgg" if net == "auto" else net
-        return name, Perceptual(name)
+        return name, Perceptual(name, weights=weights)
     except (urllib.error.URLError, TimeoutError) as error:
         if net != "auto":
             raise ValueError(
-                f"the {net} weights of the perceptual loss could not be downloaded ({error}): put them into "
-                "torch's hub cache, or pass --perceptual_net none"
+                f"the {net} weights of the perceptual loss could not be downloaded ({error}): pass their file with "
+                "--perceptual_weights, put them into torch's hub cache, or pass --perceptual_net none"
             ) from error
         warnings.warn(
             f"training without the perceptual loss: its weights could not be downloaded ({error})", stacklevel=2

@@ -43,7 +43,7 @@ def unet():
 
 def vqgan():
     config = VQGANConfig(nf=8, ch_mult=(1, 2), res_blocks=1, attn_resolutions=(4,), emb_dim=8, codebook_size=16)
-    return VQGAN(config, img_size=8), (torch.randn(2, 3, 8, 8),)
+    return VQGAN(config, (8, 8)), (torch.randn(2, 3, 8, 8),)
 
 
 def made(build):
@@ -159,10 +159,14 @@ def test_the_adaptive_weight_may_ask_first():
     found = []
     for _ in range(2):
         network.zero_grad()
-        fake, codes = network(images)
-        reconstruction, other = (images - fake).abs().mean(), fake.square().mean()
-        weight = adaptive_weight(reconstruction, other, network.decoder.last_layer, 1e4, lambda x: x)
-        (reconstruction + weight * other + codes.loss.mean()).backward()
+        made_images, codes = network(images)
+        fake = made_images.detach().requires_grad_()
+        losses = [(images - fake).abs().mean(), fake.square().mean()]
+        at_images = [torch.autograd.grad(loss, fake)[0] for loss in losses]
+        last = network.decoder.last_layer
+        at_last = [torch.autograd.grad(made_images, last, g, retain_graph=True)[0] for g in at_images]
+        weight = adaptive_weight(*at_last, 1e4)
+        torch.autograd.backward([made_images, codes.loss.mean()], [at_images[0] + weight * at_images[1], None])
         found.append({"weight": weight} | {n: p.grad.clone() for n, p in network.named_parameters()})
         if len(found) == 1:
             checkpoint_activations(network)

@@ -1,9 +1,27 @@
 """The adversarial losses of the first stage against their formulas."""
 
+import math
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 
-from vq.losses import adaptive_weight, generator_loss, hinge_loss
+from vq.config import VQGANLossConfig
+from vq.losses import (
+    ADVERSARIAL,
+    adaptive_weight,
+    hinge_generator_loss,
+    hinge_loss,
+    non_saturating_generator_loss,
+    non_saturating_loss,
+)
+
+
+def logits():
+    """Some on each side of every margin; (2, 3, 3, 1) real, (5,) fake: their numbers need not be equal."""
+    real = torch.randn(2, 3, 3, 1, dtype=torch.float64).mul(3).requires_grad_()
+    fake = torch.randn(5, dtype=torch.float64).mul(3).requires_grad_()
+    return real, fake
 
 
 def test_the_hinge_loss_by_hand():
@@ -19,39 +37,58 @@ def test_the_hinge_loss_raises_real_and_lowers_fake_logits_until_the_margin():
     assert real.grad.tolist() == [-0.25, 0] and fake.grad.tolist() == [0, 0.25]
 
 
-def test_the_generator_raises_the_logits_of_its_images():
-    assert generator_loss(torch.tensor([1.0, 2.0, -6.0])) == 1
+def test_the_non_saturating_loss_is_the_cross_entropy_of_real_or_not():
+    real, fake = logits()
+    loss = non_saturating_loss(real, fake)
+    s = [[1 / (1 + math.exp(-x)) for x in each.flatten().tolist()] for each in (real, fake)]
+    wanted = -sum(math.log(p) for p in s[0]) / 18 - sum(math.log(1 - p) for p in s[1]) / 5
+    assert loss.item() == pytest.approx(wanted / 2, rel=1e-12)
+    loss.backward()
+    assert torch.allclose(real.grad.flatten(), torch.tensor([(p - 1) / 36 for p in s[0]], dtype=torch.float64))
+    assert torch.allclose(fake.grad, torch.tensor([p / 10 for p in s[1]], dtype=torch.float64))
 
 
-def linear_losses(of_reconstruction, of_adversarial):
-    """A last layer W and two losses whose gradients with respect to it are given."""
-    W = torch.tensor([0.3, -0.2], requires_grad=True)
-    return W @ torch.tensor(of_reconstruction), W @ torch.tensor(of_adversarial), W
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_gradients_are_those_of_the_values(name):
+    of_discriminator, of_autoencoder = ADVERSARIAL[name]
+    real, fake = logits()
+    assert torch.autograd.gradcheck(of_discriminator, (real, fake))
+    assert torch.autograd.gradcheck(of_autoencoder, fake)
+
+
+def test_the_autoencoder_raises_the_logits_of_its_images():
+    assert hinge_generator_loss(torch.tensor([1.0, 2.0, -6.0])) == 1
+    fake = torch.tensor([0.0, -50.0], dtype=torch.float64, requires_grad=True)
+    loss = non_saturating_generator_loss(fake)
+    assert loss.item() == pytest.approx((math.log(2) + 50) / 2)
+    loss.backward()
+    assert fake.grad.tolist() == pytest.approx([-0.25, -0.5])  # log(1 - s), which saturates, has e^-50 there
+
+
+@pytest.mark.parametrize("x", [1e4, -1e4])
+def test_large_logits_stay_finite(x):
+    real, fake = (torch.tensor([x], requires_grad=True) for _ in range(2))
+    loss = non_saturating_loss(real, fake) + non_saturating_generator_loss(fake)
+    loss.backward()
+    assert loss.isfinite() and real.grad.isfinite() and fake.grad.isfinite()
+
+
+def test_every_loss_that_the_flag_names_is_there_in_both_parts():
+    assert set(get_args(get_type_hints(VQGANLossConfig)["disc_loss"])) == set(ADVERSARIAL)
+    assert ADVERSARIAL["hinge"] == (hinge_loss, hinge_generator_loss)
+    assert ADVERSARIAL["non_saturating"] == (non_saturating_loss, non_saturating_generator_loss)
+
+
+def weight_of(of_reconstruction, of_adversarial, maximum):
+    return adaptive_weight(torch.tensor(of_reconstruction), torch.tensor(of_adversarial), maximum)
 
 
 def test_the_adaptive_weight_is_the_ratio_of_gradient_norms():
-    weight = adaptive_weight(*linear_losses([3.0, 4.0], [0.0, 2.0]), maximum=10)
-    assert weight == pytest.approx(5 / (2 + 1e-4)) and not weight.requires_grad
+    assert weight_of([3.0, 4.0], [0.0, 2.0], maximum=10) == pytest.approx(5 / (2 + 1e-4))
+    assert weight_of([[3.0], [4.0]], [[0.0], [2.0]], maximum=10).shape == ()
+    assert weight_of([0.0, 0.0], [0.0, 2.0], maximum=10) == 0
 
 
 def test_the_adaptive_weight_is_capped():
-    assert adaptive_weight(*linear_losses([3.0, 4.0], [0.0, 2.0]), maximum=1) == 1
-    assert adaptive_weight(*linear_losses([3.0, 4.0], [0.0, 0.0]), maximum=1e9) == pytest.approx(5 / 1e-4)
-
-
-def test_the_losses_can_still_be_trained_on():
-    reconstruction, adversarial, W = linear_losses([3.0, 4.0], [0.0, 2.0])
-    (reconstruction + adaptive_weight(reconstruction, adversarial, W, 1) * adversarial).backward()
-    assert W.grad.tolist() == [3, 6]
-
-
-def test_gradients_are_averaged_over_processes_before_their_norm():
-    elsewhere = {(3.0, 4.0): (1.0, 0.0), (0.0, 2.0): (0.0, -2.0)}  # what another process found; the second cancels
-
-    def average(gradient):
-        return (gradient + torch.tensor(elsewhere[tuple(gradient.tolist())])) / 2
-
-    weight = adaptive_weight(*linear_losses([3.0, 4.0], [0.0, 2.0]), maximum=1e9, average=average)
-    assert weight == pytest.approx(8**0.5 / 1e-4)
-    mean_of_norms = (5 + 1) / 2 / ((2 + 2) / 2 + 1e-4)
-    assert weight > 1000 * mean_of_norms
+    assert weight_of([3.0, 4.0], [0.0, 2.0], maximum=1) == 1
+    assert weight_of([3.0, 4.0], [0.0, 0.0], maximum=1e9) == pytest.approx(5 / 1e-4)
