@@ -92,9 +92,9 @@ def introduce(config, here: "World") -> None:
     tf32 = f", TF32 {'on' if training.tf32 else 'off'} in float32" if device.type == "cuda" else ""
     print(f"{machine(device)}; torch {torch.__version__}{threads}{tf32}")
     what = "VQGAN" if config.benchmark.stage == "vqgan" else config.sampler.sampler
-    side, parts = config.data.img_size, f" in {training.accumulate} parts" if training.accumulate > 1 else ""
-    size = f"{config.data.n_channels}x{side}x{side}"
-    print(f"{what} of {config.data.dataset}: {training.batch_size} images of {size} a step{parts}", flush=True)
+    parts = f" in {training.accumulate} parts" if training.accumulate > 1 else ""
+    shape = "x".join(map(str, config.data.shape))
+    print(f"{what} of {config.data.dataset}: {training.batch_size} images of {shape} a step{parts}", flush=True)
     if training.amp and training_dtype(training, device) == torch.float32:
         print(f"{device} has no native half precision, which is left out")
 

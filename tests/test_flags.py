@@ -8,6 +8,7 @@ from train import cli
 from train.config import DataConfig, LoggingConfig, TrainingConfig
 from train.registry import names_in
 from train.samplers import absorbing, ddpm
+from vq.config import VQGANConfig, VQGANLossConfig
 
 COMMANDS = {  # as the README has them
     "train_vqgan.py": "--dataset ffhq --log_dir vqgan_ffhq --amp --ema --batch_size 4 --diff_aug",
@@ -117,7 +118,12 @@ REFUSED = {  # script and flags -> what the message must hold
     "data set": ("train_vqgan.py", "--dataset ffqh", ["ffqh", "ffhq"]),
     "data path": ("train_vqgan.py", "--dataset folder --data_dir /nowhere/at/all", ["/nowhere/at/all", "--data_dir"]),
     "no data path": ("train_vqgan.py", "--dataset ffhq", ["ffhq", "datasets.yaml", "--data_dir"]),
-    "size": ("train_vqgan.py", "--img_size 33", ["33", "multiple of 8", "--img_size"]),
+    "size": ("train_vqgan.py", "--img_size 33", ["33x33", "multiples of 8", "--img_size"]),
+    "width": ("train_vqgan.py", "--img_width 33", ["32x33", "multiples of 8"]),
+    "no width": ("train_vqgan.py", "--img_width 0", ["img_width 0", "at least 1"]),
+    "shift and crops": ("train_vqgan.py", "--crop_margin 4", ["shift 1", "crop_margin 4", "leave one of them out"]),
+    "width of the VQGAN": ("train_sampler.py", "--img_width 20", ["img_width 20", "trained with 16", "--img_width"]),
+    "quantizer": ("experiments/compare_quantizers.py", "--quantizers nearst", ["nearst", "nearest, ema"]),
     "heads": ("train_sampler.py", "--bert_n_head 7", ["bert_n_emb", "192", "7"]),
     "kernel": ("train_sampler.py", "--attention neighborhood --kernel_sizes 4", ["kernel_sizes", "(4,)", "odd"]),
     "window": ("train_sampler.py", "--attention neighborhood --kernel_sizes 5", ["5", "height of 4", "up to 3"]),
@@ -213,6 +219,21 @@ def test_scripts_run_from_any_folder_by_path(tmp_path):
 
 def test_flags_are_the_agreed_ones(monkeypatch):
     """A flag is a promise: this list changes on purpose or not at all."""
+    assert cli.fields_of(DataConfig) == {
+        *("dataset", "reader", "img_size", "img_width", "n_channels", "horizontal_flip", "shift", "crop_margin"),
+        *("in_memory", "cache_images", "num_workers", "prefetch"),
+    }
+    assert cli.fields_of(VQGANConfig) == {
+        *("nf", "ch_mult", "res_blocks", "attn_resolutions", "quantizer", "codebook_size", "emb_dim"),
+        *("beta", "legacy_beta", "codebook_decay", "revive_below", "fsq_levels", "entropy_weight"),
+        *("entropy_temperature", "gumbel_kl_weight", "gumbel_straight_through", "gumbel_decay_steps", "unit_range"),
+    }
+    assert cli.fields_of(VQGANLossConfig) == {
+        *("recon_loss", "recon_weight", "perceptual_net", "perceptual_weights", "perceptual_weight"),
+        *("disc_start_step", "disc_warmup_steps", "disc_ramp_steps", "disc_loss", "disc_weight", "adaptive_weight"),
+        *("disc_weight_max", "lecam_weight", "disc_layers", "ndf", "disc_norm", "disc_spectral_norm", "disc_blur"),
+        "diff_aug",
+    }
     assert cli.fields_of(LoggingConfig) == {
         *("log_dir", "logs_root", "steps_per_log", "steps_per_checkpoint", "steps_per_save_output", "steps_per_eval"),
         *("checkpoint_minutes", "keep_last", "keep_every", "steps_per_FD", "FD_samples", "FD_features", "profile"),

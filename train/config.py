@@ -1,6 +1,6 @@
 """The settings of every script, as typed dataclasses: a field is a flag. Free of torch, so `--help` is quick."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,26 +19,58 @@ class DataConfig:
     reader: str = ""
     """File of train/datasets that reads the data; empty means the one named like the data set."""
     img_size: int = 256
-    """Side of the square images, pixels."""
+    """Height of the images, and their width unless --img_width says another, pixels."""
+    img_width: int | None = None
+    """Width of the images, where they are not square; left out, img_size."""
     n_channels: Literal[1, 3] = 3
     """1 grey, 3 colour."""
     horizontal_flip: bool = False
     """Also train on mirrored images."""
     shift: int = 0
     """Also train on images shifted by up to this many pixels each way, black coming in (for digits and the like)."""
+    crop_margin: int = 0
+    """Training images are resized so many pixels larger, and cut at the centre and the four corners; 0: not cut."""
     in_memory: bool = False
     """Keep resized images in memory: for data sets of a few GB at most."""
     cache_images: bool = False
-    """Keep decoded, resized images in one file in logs/.cache: img_size^2 * n_channels bytes each."""
+    """Keep decoded, resized images in one file in logs/.cache: height * width * n_channels bytes each."""
     num_workers: int = 0
     """Processes that load images beside each training process."""
     prefetch: int = 2
     """Batches that each of them keeps ready."""
 
     def __post_init__(self):
-        for name, low in (("img_size", 1), ("shift", 0), ("num_workers", 0), ("prefetch", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted at least {low}: pass --{name} N")
+        lowest = {"img_size": 1, "img_width": 1, "shift": 0, "crop_margin": 0, "num_workers": 0, "prefetch": 1}
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"got {name} {value}, wanted at least {low}: pass --{name} N")
+        if self.crop_margin == 1:
+            raise ValueError("got crop_margin 1, whose centre is a corner: pass --crop_margin 2 or more, or 0")
+        if self.crop_margin and self.shift:
+            got = f"shift {self.shift} and crop_margin {self.crop_margin}"
+            raise ValueError(f"got {got}: a crop has pixels where a shift lets black in; leave one of them out")
+
+    @property
+    def in_one_view(self) -> "DataConfig":
+        """The same images, neither mirrored, shifted nor cut: what is validated on."""
+        return replace(self, horizontal_flip=False, shift=0, crop_margin=0)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.img_size, self.img_size if self.img_width is None else self.img_width
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.n_channels, *self.size
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """What keys of caches name: the one side of a square, else height and width."""
+        height, width = self.size
+        return (height,) if height == width else (height, width)
 
 
 @dataclass(frozen=True, kw_only=True)

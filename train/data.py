@@ -27,8 +27,9 @@ from train.image_cache import cached_images
 from train.loop import Batch
 from train.order import Order, PositionLists
 from train.registry import plugin
-from train.transforms import to_float, to_item, views
+from train.transforms import to_float, to_item, training_views
 from train.workers import apart
+from vq.codes import Grids
 
 
 def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Dataset:
@@ -47,27 +48,31 @@ class Positions(Protocol):
 
 class ImageSource:
     """Images of a data set by index, decoded and resized; kept in memory, or in a file of `cache` (logs/.cache/images),
-    if the config says so."""
+    if the config says so.
 
-    def __init__(self, dataset: Dataset, config: DataConfig, cache: Path | None = None):
-        self.dataset, self.config = dataset, config
+    They are `margin` pixels higher and wider than the config says: to train on, its crop_margin; else 0.
+    """
+
+    def __init__(self, dataset: Dataset, config: DataConfig, cache: Path | None = None, *, margin: int = 0):
+        self.dataset, self.config, self.margin = dataset, config, margin
+        self.size = config.size[0] + margin, config.size[1] + margin
         self.kept: dict[int, dict[str, Any]] = {}
         self.on_disk = None
         if config.cache_images:
-            size = config.img_size, config.n_channels
-            self.on_disk = cached_images(dataset, config.dataset, *size, config.num_workers, cache)
+            shape = config.n_channels, *self.size
+            self.on_disk = cached_images(dataset, config.dataset, shape, config.num_workers, cache)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": uint8 (C, S, S), ...}; UnreadableImage for a broken file."""
+        """{"image": uint8 (C, H, W), ...}; UnreadableImage for a broken file."""
         if index in self.kept:
             return self.kept[index]
         if self.on_disk is not None:
             item = self.on_disk[index]
         else:
-            item = to_item(self.dataset[index], self.config.img_size, self.config.n_channels)
+            item = to_item(self.dataset[index], self.size, self.config.n_channels)
         if self.config.in_memory:
             self.kept[index] = item
         return item
@@ -79,14 +84,21 @@ Adapt = Callable[[dict[str, Any]], dict[str, Any]] | None  # an item in its view
 class TrainingImages:
     """Shuffled images, each in a random view; a broken file is named once and replaced by the next image.
 
-    `adapt` turns an item into what a batch is made of: its image uint8 (C, S, S), tensors of equal shapes, numbers. It
+    `adapt` turns an item into what a batch is made of: its image uint8 (C, H, W), tensors of equal shapes, numbers. It
     may draw from the global generators of Python, numpy and torch: they are seeded for each position.
+    ValueError for a source whose margin is not the config's crop_margin.
     """
 
     def __init__(self, source: ImageSource, seed: int, adapt: Adapt = None):
+        wanted = source.config.crop_margin
+        if source.margin != wanted:
+            raise ValueError(
+                f"got images with a margin of {source.margin} pixels for crop_margin {wanted}: "
+                f"wanted ImageSource(..., margin={wanted}) to train on"
+            )
         self.source, self.seed, self.adapt = source, seed, adapt
         self.order = Order(len(source), seed, getattr(source.dataset, "blocks", None))
-        self.views = views(source.config.horizontal_flip, source.config.shift)
+        self.views = training_views(source.config)
         self.skipped: set[int] = set()
 
     def __len__(self) -> int:
@@ -217,7 +229,7 @@ class InOrder:
 def images_in_order(
     source: ImageSource, batch_size: int, indices: list[int] | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """{"image": uint8 (B, C, S, S), "index": (B,)} over the data set, or over `indices`; unreadable ones are left out,
+    """{"image": uint8 (B, C, H, W), "index": (B,)} over the data set, or over `indices`; unreadable ones are left out,
     counted and named in one warning at the end."""
     indices = list(range(len(source))) if indices is None else indices
     lists = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
@@ -239,19 +251,20 @@ def fixed_subset(n: int, count: int) -> list[int]:
 
 
 class TrainingCodes:
-    """Shuffled code grids of all views: ids (V, n, h, w), labels (n,) or None."""
+    """Shuffled code grids of all views: ids (V, n, h, w), a tensor or read from a file as one; labels (n,) or None."""
 
-    def __init__(self, ids: Tensor, labels: Tensor | None, seed: int):
-        self.ids, self.labels = ids.flatten(0, 1), None if labels is None else labels.repeat(ids.shape[0])
-        self.order = Order(len(self.ids), seed)
+    def __init__(self, ids: Grids, labels: Tensor | None, seed: int):
+        self.ids, self.labels = ids, labels
+        self.order = Order(ids.shape[0] * ids.shape[1], seed)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.order.n
 
     def __getitem__(self, positions: list[int]) -> Batch:
         chosen = torch.tensor([self.order[k] for k in positions])
-        batch = {"codes": self.ids[chosen].long(), "position": torch.tensor(positions)}
-        return batch if self.labels is None else batch | {"label": self.labels[chosen]}
+        view, row = chosen // self.ids.shape[1], chosen % self.ids.shape[1]
+        batch = {"codes": self.ids[view, row].long(), "position": torch.tensor(positions)}
+        return batch if self.labels is None else batch | {"label": self.labels[row]}
 
 
 def streams(seed: int, purpose: str, batch: Batch, device: torch.device) -> Streams:

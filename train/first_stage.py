@@ -1,23 +1,26 @@
 """A trained VQGAN as what later stages stand on: images to codes or latents, and back."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from train import image_cache
 from train.checkpoint import AVERAGED, checkpoint_path, load_weights, resolve_step, verify
 from train.cli import from_dict
+from train.code_cache import code_table
+from train.code_file import CHUNK, CodeFile
 from train.config import DataConfig
-from train.data import ImageSource, images_in_order
+from train.data import ImageSource
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import World
 from train.precision import autocast, has_native_bf16
 from train.runs import read_run
-from train.transforms import to_float, to_uint8, views
+from train.transforms import to_float, to_uint8, training_views
 from vq.autoencoder import VQGAN
-from vq.codes import CodeTable, cache_key, cached_table, load_table, merge_tables, save_table, table_path
+from vq.codes import CodeTable, cache_key
 from vq.config import VQGANConfig
 
 
@@ -64,17 +67,17 @@ class FirstStage:
     def encode_latents(self, images: Tensor) -> Tensor:
         """floats in [-1, 1] (B, C, S, S) -> what the quantizer is given (B, D, h, w) float32."""
         with autocast(self.device, self.amp):
-            return self.vqgan.encoder(images.to(self.device)).float()
+            return self.vqgan.latents(images.to(self.device)).float()
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """latents (B, D, h, w) -> uint8 (B, C, H, W), by way of the nearest codes."""
-        return self.decode(self.vqgan.quantizer.nearest(latents.to(self.device)))
+        return self.decode(self.vqgan.quantizer.assign(latents.to(self.device)))
 
     def check_fits(self, data: DataConfig) -> None:
         """ValueError where images of `data` are not what this VQGAN takes."""
-        for name in ("img_size", "n_channels"):
-            wanted, got = getattr(self.data, name), getattr(data, name)
+        names = ("n_channels", "img_size", "img_width")
+        for name, wanted, got in zip(names, self.data.shape, data.shape, strict=True):
             if got != wanted:
                 raise ValueError(
                     f"got {name} {got}, but the VQGAN in {self.run} was trained with {wanted}: leave --{name} out"
@@ -82,39 +85,27 @@ class FirstStage:
 
     def codes(self, dataset: Dataset, split: str, data: DataConfig, batch_size: int, world: World) -> CodeTable:
         """The codes of a split in all views that `data` asks for, from the cache, or made by all processes together."""
-        flips = views(data.horizontal_flip, data.shift) if split == "train" else views(False, 0)
-        name, folder = f"{data.dataset}_{split}", self.run / "codes"
+        if split != "train":
+            data = data.in_one_view
+        seen, margin = training_views(data), data.crop_margin
+        larger = data.n_channels, data.size[0] + margin, data.size[1] + margin
         key = cache_key(
             weights=self.weights,
-            images=dataset.fingerprint(),
-            size=[data.n_channels, data.img_size],
-            views=[[view.flip, view.dx, view.dy] for view in flips],
+            network=asdict(self.vqgan.config),
+            images=image_cache.cache_key(dataset, larger),
+            views=[view.describe() for view in seen],
             amp=self.amp and has_native_bf16(self.device),
+            chunk=CHUNK,
         )
-
-        def make() -> CodeTable:
-            indices = list(range(world.rank, len(dataset), world.size))
-            ids, index = [], []
-            for batch in images_in_order(ImageSource(dataset, data), batch_size, indices):
-                ids.append(torch.stack([self.encode(view(batch["image"])).int().cpu() for view in flips]))
-                index.append(batch["index"])
-            if not ids:  # no image for this process, or not one that can be read
-                ids, index = [torch.empty(len(flips), 0, *self.vqgan.grid, dtype=torch.int32)], [torch.empty(0).long()]
-            return CodeTable(torch.cat(ids, 1), torch.cat(index))
-
-        if world.size == 1:
-            return cached_table(folder, name, key, make)
-        if any(world.any(load_table(table_path(folder, name, key), key) is None)):  # all have looked before one writes
-            parts = [
-                (f"{name}_part_{rank}_of_{world.size}", f"{key} {rank}/{world.size}") for rank in range(world.size)
-            ]
-            part, part_key = parts[world.rank]
-            save_table(table_path(folder, part, part_key), make(), part_key)
-            world.barrier()
-            if world.is_main:
-                merge_tables(folder, parts, name, key)
-            world.barrier()
-        return cached_table(folder, name, key, make)
+        codebook_size, shape = self.vqgan.quantizer.codebook_size, (len(seen), *self.vqgan.grid)
+        file = CodeFile(self.run / "codes", f"{data.dataset}_{split}", key, len(dataset), shape, codebook_size)
+        return code_table(
+            file,
+            lambda: ImageSource(dataset, data, margin=margin),
+            lambda images: torch.stack([self.encode(view(images)) for view in seen], 1),
+            batch_size,
+            world,
+        )
 
 
 def load_first_stage(run: Path, step: int | None, device: torch.device, amp: bool) -> FirstStage:
@@ -126,7 +117,7 @@ def load_first_stage(run: Path, step: int | None, device: torch.device, amp: boo
         raise ValueError(f"{run} is no VQGAN run (its config has no {', '.join(missing)}): pass --ae_load_dir")
     step = resolve_step(run, step, "--ae_load_step")
     config = from_dict(VQGANRun, {name: content[name] for name in groups}, str(run / "config.yaml"))
-    vqgan = VQGAN(config.network, config.data.img_size, config.data.n_channels)
+    vqgan = VQGAN(config.network, config.data.size, config.data.n_channels)
     ema = AVERAGED in verify(checkpoint_path(run, step))
     weights = load_weights(run, step, {"autoencoder": vqgan}, ema=ema)
     vqgan.to(device).eval().requires_grad_(False)

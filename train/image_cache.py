@@ -24,7 +24,7 @@ from train.transforms import to_item
 CACHE_DIR = ROOT / "logs" / ".cache" / "images"
 CODE = (images, transforms)  # what decides how a file becomes pixels
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, int, int]  # C, H, W
 
 
 class Decoded:
@@ -38,14 +38,14 @@ class Decoded:
 
     def __getitem__(self, index: int) -> dict[str, Any] | str:
         try:
-            item = to_item(self.dataset[index], self.shape[1], self.shape[0])
+            item = to_item(self.dataset[index], self.shape[1:], self.shape[0])
         except UnreadableImage as error:
             return str(error)
         return item | {"image": item["image"].numpy()}
 
 
 class CachedImages:
-    """The kept items by index: {"image": uint8 (C, S, S), and its numbers}; UnreadableImage for those that were."""
+    """The kept items by index: {"image": uint8 (C, H, W), and its numbers}; UnreadableImage for those that were."""
 
     def __init__(self, path: Path, note: dict[str, Any]):
         self.path, self.shape = path, (note["count"], *note["shape"])
@@ -76,14 +76,14 @@ def cache_key(dataset: Dataset, shape: Shape) -> str:
 
 
 def cached_images(
-    dataset: Dataset, name: str, img_size: int, n_channels: int, workers: int = 0, folder: Path | None = None
+    dataset: Dataset, name: str, shape: Shape, workers: int = 0, folder: Path | None = None
 ) -> CachedImages:
     """The decoded images of a data set from `folder` (logs/.cache/images), made first where they are not there whole.
 
-    One process makes them while others that want the same wait. ValueError where an item has other fields than
-    numbers, or the disk has no room.
+    `shape` is what `to_item` brings them to. One process makes them while others that want the same wait. ValueError
+    where an item has other fields than numbers, or the disk has no room.
     """
-    folder, shape = folder or CACHE_DIR, (n_channels, img_size, img_size)
+    folder = folder or CACHE_DIR
     path = folder / f"{name}_{cache_key(dataset, shape)}.pixels"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):

@@ -1,7 +1,7 @@
 """What a learned sampler works in: pixels, or a VQGAN's codes or latents. Each turns images into it, and back."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -67,8 +67,8 @@ class Continuous:
         self, images: Dataset, split: str, data: DataConfig, seed: int, world: World, adapt: Adapt
     ) -> TrainingImages:
         if split == "val":
-            data = replace(data, horizontal_flip=False, shift=0)
-        return TrainingImages(ImageSource(images, data), seed, adapt)
+            data = data.in_one_view
+        return TrainingImages(ImageSource(images, data, margin=data.crop_margin), seed, adapt)
 
     def workers(self, data: DataConfig) -> int:
         return data.num_workers
@@ -89,7 +89,7 @@ class Pixels(Continuous):
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"shape": (self.data.n_channels, self.data.img_size, self.data.img_size), "pixels": True}
+        return {"shape": self.data.shape, "pixels": True}
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Latents(Continuous):
     @property
     def facts(self) -> dict[str, Any]:
         vqgan = self.first.vqgan
-        return {"shape": (vqgan.quantizer.codebook.embedding_dim, *vqgan.grid), "pixels": False}
+        return {"shape": (vqgan.quantizer.dim, *vqgan.grid), "pixels": False}
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -147,13 +147,13 @@ class Codes:
         self, images: Dataset, split: str, data: DataConfig, seed: int, world: World, adapt: Adapt = None
     ) -> TrainingCodes:
         """The shuffled codes, from the cache or encoded now."""
-        batch_size = max(1, 2**22 // (data.img_size**2 * data.n_channels))  # about 16 MB of float images at once
+        batch_size = max(1, 2**22 // math.prod(data.shape))  # about 16 MB of float images at once
         table = self.first.codes(images, split, data, batch_size, world)
         labels = None if images.n_classes == 0 else torch.from_numpy(images.labels)[table.index]
         return TrainingCodes(table.ids, labels, seed)
 
     def workers(self, data: DataConfig) -> int:
-        return 0  # codes lie in memory
+        return 0  # codes need no decoding
 
     def prepared(self, batch: Batch) -> Batch:
         return batch
@@ -192,7 +192,8 @@ def open_space(config, run_origin: dict[str, Any], images: Dataset, world: World
     started = origin_of(run_folder(config.logging.logs_root, start)) if start else {}
     noted = run_origin.get("latent_scale") or started.get("latent_scale") or 0.0
     noted = world.sum(torch.tensor(noted if world.is_main else 0.0, dtype=torch.float32, device=world.device)).item()
-    return Latents(first, noted or measured_scale(first, ImageSource(images, config.data), world))
+    source = ImageSource(images, config.data, margin=config.data.crop_margin)
+    return Latents(first, noted or measured_scale(first, source, world))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from experiments.metrics.neighbours import coverage
 from train.data import ImageSource, images_in_order
 from train.distributed import World
 from train.generate import TrainedSampler
-from train.transforms import views
+from train.transforms import training_views
 
 GOALS = {
     "classifier's accuracy on held-out real digits": (">=", 0.97),
@@ -28,8 +28,11 @@ GOALS = {
 def split_images(trained: TrainedSampler, split: str) -> tuple[Tensor, Tensor]:
     """uint8 images (N, C, S, S) and labels (N,) of one split of the digits."""
     dataset = trained.dataset(split)
-    images = torch.cat([batch["image"] for batch in images_in_order(ImageSource(dataset, trained.data), 500)])
-    return images, torch.from_numpy(dataset.labels)
+    return all_of(ImageSource(dataset, trained.data)), torch.from_numpy(dataset.labels)
+
+
+def all_of(source: ImageSource) -> Tensor:
+    return torch.cat([batch["image"] for batch in images_in_order(source, 500)])
 
 
 def figures(samples: dict[str, Tensor], trained: TrainedSampler) -> dict[str, float]:
@@ -50,7 +53,7 @@ def figures(samples: dict[str, Tensor], trained: TrainedSampler) -> dict[str, fl
         float((shares > 0).sum()),
         float((shares / (class_balance(labels, 10) / len(labels))).min()),
         kept_by_reconstructions(trained, classifier, held_out, real_logits),
-        copies(samples, generated, training, trained),
+        copies(samples, generated, trained),
         nearest_ratio(generated.float(), held_out.float(), training.float()),
         coverage(training.flatten(1).float(), generated.flatten(1).float()),
         coverage(training_features, features),
@@ -68,14 +71,15 @@ def kept_by_reconstructions(
     return share_kept(real_logits, classifier(first.decode(first.encode(held_out)).cpu()))
 
 
-def copies(samples: dict[str, Tensor], generated: Tensor, training: Tensor, trained: TrainedSampler) -> float:
+def copies(samples: dict[str, Tensor], generated: Tensor, trained: TrainedSampler) -> float:
     """Share of samples that are a training image in one of its views: by their codes, or pixel by pixel."""
+    dataset, data = trained.dataset("train"), trained.data
     if "codes" in samples:
-        dataset = trained.dataset("train")
-        table = trained.space.first.codes(dataset, "train", trained.data, 500, World(trained.device))
-        return exact_copies(samples["codes"], table.ids.flatten(0, 1))
-    seen = views(trained.data.horizontal_flip, trained.data.shift)
-    return exact_copies(generated.flatten(1), torch.cat([view(training) for view in seen]).flatten(1))
+        table = trained.space.first.codes(dataset, "train", data, 500, World(trained.device))
+        return exact_copies(samples["codes"], table.ids[:].flatten(0, 1))
+    training = all_of(ImageSource(dataset, data, margin=data.crop_margin))
+    seen = torch.cat([view(training) for view in training_views(data)])
+    return exact_copies(generated.flatten(1), seen.flatten(1))
 
 
 def picture(samples: dict[str, Tensor], trained: TrainedSampler, columns: int = 20, rows: int = 5) -> Tensor:

@@ -63,7 +63,7 @@ def real_statistics(
     All processes take part; the main one writes them, and where they were not cached, it alone is given them.
     """
     code = sha256(Path(features.module.__file__))
-    made_of = [dataset.fingerprint(), data.img_size, data.n_channels, code, weights and sha256(Path(weights))]
+    made_of = [dataset.fingerprint(), *data.sides, data.n_channels, code, weights and sha256(Path(weights))]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     path = cache / f"{data.dataset}_{features.name}_{key}.npz"
     if not any(world.any(not path.is_file())):

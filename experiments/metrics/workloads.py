@@ -64,7 +64,7 @@ def space_for(config, network: Callable[[], VQGANConfig], device: torch.device) 
     of_codes, data = plugin("train.samplers", config.sampler.sampler, "sampler").SPACE == "codes", config.data
     if not of_codes and config.first.ae_load_dir is None:
         return Pixels(data)
-    autoencoder = VQGAN(network(), data.img_size, data.n_channels).to(device).eval().requires_grad_(False)
+    autoencoder = VQGAN(network(), data.size, data.n_channels).to(device).eval().requires_grad_(False)
     first = FirstStage(Path(), autoencoder, data, config.reader, 0, "", device, False)
     return Codes(first) if of_codes else Latents(first, 1.0)
 
@@ -120,7 +120,7 @@ def random_batch(space: Space | None, n_classes: int, size: int, data: DataConfi
     if isinstance(space, Codes):
         batch["codes"] = torch.randint(space.facts["codes"], (size, *space.facts["grid"]), generator=rng)
     else:
-        batch["image"] = 2 * torch.rand(size, data.n_channels, data.img_size, data.img_size, generator=rng) - 1
+        batch["image"] = 2 * torch.rand(size, *data.shape, generator=rng) - 1
     if n_classes:
         batch["label"] = torch.randint(n_classes, (size,), generator=rng)
     return on_device(batch, device)
@@ -170,7 +170,7 @@ def there_and_back(trainee: Trainee, config, images: Tensor) -> dict[str, Callab
 
 def images_source(images: Dataset, data: DataConfig, seed: int, adapt: Adapt = None) -> TrainingImages:
     """Training batches of images."""
-    return TrainingImages(ImageSource(images, data), seed, adapt)
+    return TrainingImages(ImageSource(images, data, margin=data.crop_margin), seed, adapt)
 
 
 def codes_source(space: Codes, n_classes: int, seed: int) -> TrainingCodes:

@@ -218,3 +218,49 @@ def test_kept_in_memory_is_what_was_read():
     for index in (1, 1, 3):
         assert torch.equal(kept[index]["image"], read[index]["image"])
     assert sorted(kept.kept) == [1, 3]
+
+
+CUT = DataConfig(img_size=4, img_width=6, n_channels=1, crop_margin=2, horizontal_flip=True)
+
+
+def places(n: int) -> ArrayDataset:
+    """n images 6 high and 8 wide, whose pixels all differ."""
+    return ArrayDataset(np.arange(48, dtype=np.uint8).reshape(1, 6, 8).repeat(n, 0), np.arange(n), n)
+
+
+def test_every_crop_comes_equally_often_and_follows_the_position():
+    source = TrainingImages(ImageSource(places(7), CUT, margin=2), seed=1)
+    seen = torch.cat([batch["image"] for batch in batches(source, steps=400, size=10)])
+    assert seen.shape == (4000, 1, 4, 6)
+    counts = seen.unique(dim=0, return_counts=True)[1]
+    assert len(counts) == 10 and (counts - 400).abs().max() < 5 * 19  # of a multinomial: deviation 19
+    again = torch.cat([batch["image"] for batch in batches(source, start=200, steps=400, size=10, workers=2)])
+    assert torch.equal(again, seen[2000:])
+
+
+def test_training_images_need_the_margin_that_their_crops_are_cut_from():
+    for margin in (0, 1, 3):
+        with pytest.raises(ValueError, match=f"margin of {margin} pixels for crop_margin 2: .*margin=2"):
+            TrainingImages(ImageSource(places(7), CUT, margin=margin), seed=1)
+    with pytest.raises(ValueError, match="margin of 2 pixels for crop_margin 0"):
+        TrainingImages(ImageSource(places(7), dataclasses.replace(CUT, crop_margin=0), margin=2), seed=1)
+
+
+def test_images_in_order_have_no_margin_unless_they_are_to_be_cut():
+    plain, larger = ImageSource(places(2), CUT), ImageSource(places(2), CUT, margin=2)
+    assert next(images_in_order(plain, 2))["image"].shape == (2, 1, 4, 6)
+    assert next(images_in_order(larger, 2))["image"].tolist() == [[np.arange(48).reshape(6, 8).tolist()]] * 2
+    uncut = ImageSource(places(2), dataclasses.replace(CUT, crop_margin=0))
+    assert torch.equal(plain[1]["image"], uncut[1]["image"])
+
+
+def test_what_is_kept_in_memory_is_the_larger_image_and_no_view_reaches_it():
+    def erasing(item):
+        item["image"].zero_()
+        return item
+
+    source = ImageSource(places(3), dataclasses.replace(CUT, in_memory=True), margin=2)
+    for adapt in (None, erasing):
+        batches(TrainingImages(source, 1, adapt))
+    assert len(source.kept) == 3
+    assert all(item["image"].tolist() == [np.arange(48).reshape(6, 8).tolist()] for item in source.kept.values())

@@ -58,7 +58,7 @@ def unet():
 
 def vqgan():
     config = VQGANConfig(nf=8, ch_mult=(1, 2), res_blocks=1, attn_resolutions=(4,), emb_dim=8, codebook_size=16)
-    return VQGAN(config, img_size=8), (torch.randn(2, 3, 8, 8),)
+    return VQGAN(config, (8, 8)), (torch.randn(2, 3, 8, 8),)
 
 
 def step(network, inputs, half):

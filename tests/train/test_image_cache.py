@@ -43,7 +43,7 @@ def dataset(tmp_path):
 
 
 def same_as_decoded(source: ImageSource) -> bool:
-    plain = ImageSource(source.dataset, dataclasses.replace(source.config, cache_images=False))
+    plain = ImageSource(source.dataset, dataclasses.replace(source.config, cache_images=False), margin=source.margin)
     items = [(source[i], plain[i]) for i in range(len(plain))]
     return all(
         torch.equal(a["image"], b["image"]) and type(a["image"]) is type(b["image"]) and a["label"] == b["label"]
@@ -109,6 +109,29 @@ def test_other_data_sizes_channels_and_code_are_other_caches(dataset, tmp_path, 
     monkeypatch.setattr(image_cache, "CODE", image_cache.CODE[:1])
     paths.add(ImageSource(dataset, CONFIG, tmp_path).on_disk.path)
     assert len(paths) == 5
+
+
+def test_caches_of_sizes_that_are_not_square_and_of_margins_hold_what_was_decoded(dataset, tmp_path):
+    wide = dataclasses.replace(CONFIG, img_width=12)
+    cut = dataclasses.replace(wide, crop_margin=4)
+    sources = [
+        *(ImageSource(dataset, config, tmp_path) for config in (CONFIG, wide, cut)),
+        ImageSource(dataset, cut, tmp_path, margin=4),
+        ImageSource(dataset, dataclasses.replace(CONFIG, img_size=12, img_width=16), tmp_path),
+    ]
+    shapes = [source[0]["image"].shape[1:] for source in sources]
+    assert shapes == [(8, 8), (8, 12), (8, 12), (12, 16), (12, 16)]
+    paths = [source.on_disk.path for source in sources]
+    assert paths[1] == paths[2] and paths[3] == paths[4] and len(set(paths)) == 3  # a size is a size, however asked for
+    assert dataset.decoded() == 3 * 6 and all(same_as_decoded(source) for source in sources)
+    batch = TrainingImages(sources[3], 0)[list(range(6))]
+    assert batch["image"].shape == (6, 3, 8, 12)
+
+
+def test_a_square_is_the_same_cache_whether_its_width_is_said_or_not(dataset, tmp_path):
+    same = [CONFIG, dataclasses.replace(CONFIG, img_width=8)]
+    assert len({ImageSource(dataset, config, tmp_path).on_disk.path for config in same}) == 1
+    assert image_cache.cache_key(dataset, (3, 8, 12)) != image_cache.cache_key(dataset, (3, 12, 8))
 
 
 def test_an_unreadable_image_is_named_from_the_cache_as_from_the_file(dataset, tmp_path):

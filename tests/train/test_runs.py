@@ -56,7 +56,7 @@ def test_what_a_run_leaves(trained):
         assert list((run / "checkpoints").glob("step_*/manifest.json"))
     rows = [json.loads(line) for line in (trained / "vqgan_digits" / "metrics.jsonl").read_text().splitlines()]
     logged = set().union(*rows)
-    assert {"loss", "l1", "vq", "adversarial", "adaptive_weight", "disc_loss", "val/l1", "codes/usage"} <= logged
+    assert {"loss", "l1", "vq", "adversarial", "adaptive_weight", "disc_loss", "val/l1", "val/usage"} <= logged
     assert {"perf/images_per_second", "lr"} <= logged
 
 

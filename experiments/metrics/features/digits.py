@@ -133,6 +133,6 @@ def accuracy(classifier: DigitsClassifier, split: str = "val") -> float:
 
 def _stacked(dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Images (N, 1, 32, 32) uint8 and labels (N,) int64."""
-    items = [to_item(dataset[index], SIDE, 1) for index in range(len(dataset))]
+    items = [to_item(dataset[index], (SIDE, SIDE), 1) for index in range(len(dataset))]
     images = torch.stack([item["image"].as_subclass(Tensor) for item in items])
     return images, torch.tensor([item["label"] for item in items])

@@ -1,0 +1,255 @@
+"""Images that are not square, and crops as training views, from the flags to the samples of a second stage."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny import DDPM, GAN, SAMPLER, UNET, VQGAN, call, parsed
+
+from experiments.metrics import report
+from experiments.metrics.features import named, pixels
+from train import spaces
+from train.config import DataConfig
+from train.data import ImageSource, TrainingImages, build_dataset
+from train.distributed import World
+from train.first_stage import load_first_stage
+from train.transforms import training_views
+
+CPU = torch.device("cpu")
+HERE = World(CPU)
+SIZE = "--img_size 16 --img_width 24"
+CODES = f"--train_steps 2 --no_amp --steps_per_eval 2 {SAMPLER}"
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """Logs with a VQGAN trained for three steps on crops of 16x24 digits, mirrored too."""
+    folder = tmp_path_factory.mktemp("logs")
+    flags = f"{VQGAN} {GAN} {SIZE} --shift 0 --crop_margin 4 --horizontal_flip --train_steps 3 --steps_per_eval 3"
+    call("train_vqgan.py", f"--logs_root {folder} --no_amp {flags}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(logs):
+    return load_first_stage(logs / "vqgan_digits", None, CPU, amp=False)
+
+
+@pytest.fixture(scope="module")
+def digits(first):
+    """A few of the training images."""
+    whole = build_dataset(first.data, first.reader, "train")
+    return dataclasses.replace(whole, images=whole.images[:6], labels=whole.labels[:6])
+
+
+# the settings
+
+
+@pytest.mark.parametrize(
+    "settings, size, sides",
+    [
+        ({"img_size": 16}, (16, 16), (16,)),
+        ({"img_size": 16, "img_width": 24}, (16, 24), (16, 24)),
+        ({"img_size": 24, "img_width": 16}, (24, 16), (24, 16)),
+        ({"img_size": 16, "img_width": 16}, (16, 16), (16,)),
+    ],
+)
+def test_the_size_is_height_and_width(settings, size, sides):
+    data = DataConfig(n_channels=1, **settings)
+    assert data.size == size and data.shape == (1, *size) and data.sides == sides
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"img_width": 0}, "got img_width 0, wanted at least 1: pass --img_width"),
+        ({"img_size": 0}, "got img_size 0, wanted at least 1: pass --img_size"),
+        ({"crop_margin": -2}, "got crop_margin -2, wanted at least 0: pass --crop_margin"),
+        ({"crop_margin": 1}, "got crop_margin 1, whose centre is a corner"),
+        ({"crop_margin": 4, "shift": 2}, "got shift 2 and crop_margin 4: .* leave one of them out"),
+    ],
+)
+def test_sizes_and_margins_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**settings)
+
+
+def test_a_later_stage_takes_the_size_from_its_vqgan(logs, monkeypatch, tmp_path):
+    same = parsed("train_sampler.py", f"--logs_root {logs}", monkeypatch)
+    assert (same["img_size"], same["img_width"], same["crop_margin"], same["shift"]) == (16, 24, 4, 0)
+    flags = f"--logs_root {logs} --dataset mnist --ae_load_dir vqgan_digits"  # other images: no more than their shape
+    other = parsed("train_sampler.py", flags, monkeypatch)
+    assert (other["img_size"], other["img_width"], other["crop_margin"]) == (16, 24, 0)
+    preset = parsed("train_sampler.py", f"--logs_root {tmp_path}", monkeypatch)
+    assert (preset["img_size"], preset["img_width"]) == (32, None)
+
+
+def test_a_run_that_was_made_before_there_was_a_width_is_square(trained, tmp_path):
+    run, old = trained / "vqgan_digits", tmp_path / "old"
+    old.mkdir()
+    for path in run.iterdir():
+        if path.name != "config.yaml":
+            (old / path.name).symlink_to(path)
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    for name in ("img_width", "crop_margin"):
+        del content["data"][name]
+    (old / "config.yaml").write_text(yaml.safe_dump(content))
+    assert load_first_stage(old, None, CPU, amp=False).data.size == (16, 16)
+
+
+# the first stage
+
+
+def test_the_first_stage_is_trained_and_validated_at_its_size(logs, first):
+    assert first.data.size == (16, 24) and first.vqgan.grid == (4, 6)
+    lines = [json.loads(line) for line in (logs / "vqgan_digits" / "metrics.jsonl").read_text().splitlines()]
+    assert any("val/l1" in line for line in lines)
+
+
+@pytest.mark.parametrize("change", [{"img_width": 20}, {"img_width": None}, {"img_size": 24}])
+def test_images_of_another_height_or_width_are_refused(first, change):
+    (name,) = change
+    with pytest.raises(
+        ValueError, match="|".join([f"got {name}.*leave --{name} out", "got img_width 16.*trained with 24"])
+    ):
+        first.check_fits(dataclasses.replace(first.data, **change))
+    first.check_fits(dataclasses.replace(first.data, crop_margin=0, horizontal_flip=False))
+
+
+def test_codes_to_train_on_are_those_of_the_crops_and_codes_to_validate_of_the_images(first, digits):
+    plain, larger = ImageSource(digits, first.data), ImageSource(digits, first.data, margin=4)
+    seen = training_views(first.data)
+    assert len(seen) == 10
+    table = first.codes(digits, "train", first.data, 2, HERE)
+    assert table.ids.shape == (10, 6, 4, 6)
+    for i, view in enumerate(seen):
+        cut = torch.stack([view(larger[index])["image"] for index in range(6)])
+        assert cut.shape[2:] == (16, 24) and torch.equal(table.ids[i].long(), first.encode(cut))
+    validated = first.codes(digits, "val", first.data, 2, HERE)
+    whole = torch.stack([plain[index]["image"] for index in range(6)])
+    assert torch.equal(validated.ids[0].long(), first.encode(whole)) and len(validated.ids) == 1
+
+
+def test_codes_of_other_margins_are_other_caches(first, digits):
+    def caches():
+        return {path.stem for path in (first.run / "codes").glob("*")}
+
+    for change in ({}, {"crop_margin": 6}, {"crop_margin": 0}, {"crop_margin": 0, "horizontal_flip": False}):
+        data, before = dataclasses.replace(first.data, **change), caches()
+        for _ in range(2):
+            assert len(first.codes(digits, "train", data, 3, HERE).ids) == len(training_views(data))
+            assert not change or len(caches() - before) == 1
+
+
+# the second stage
+
+
+@pytest.mark.parametrize("kind", ["Pixels", "Codes", "Latents"])
+def test_every_space_has_the_shape_of_its_images(kind, first, digits):
+    space = {"Pixels": spaces.Pixels(first.data), "Codes": spaces.Codes(first), "Latents": spaces.Latents(first, 2.0)}[
+        kind
+    ]
+    wanted = {
+        "Pixels": {"shape": (1, 16, 24), "pixels": True},
+        "Codes": {"codes": 16, "grid": (4, 6)},
+        "Latents": {"shape": (4, 4, 6), "pixels": False},
+    }[kind]
+    assert space.facts == wanted
+    for split in ("train", "val"):
+        batch = space.prepared(space.source(digits, split, first.data, 0, HERE, None)[[0, 1, 2]])
+        x = batch["codes" if kind == "Codes" else "x0"]
+        assert x.shape == (3, 4, 6) if kind == "Codes" else x.shape == (3, *wanted["shape"])
+        assert space.decode(x).shape == (3, 1, 16, 24)
+
+
+def test_validation_images_are_not_cut(first, digits):
+    data = dataclasses.replace(first.data, horizontal_flip=False, crop_margin=0)
+    plain = TrainingImages(ImageSource(digits, data), 0)[list(range(6))]["image"]
+    space = spaces.Pixels(first.data)
+    still, cut = (
+        space.source(digits, split, first.data, 0, HERE, None)[list(range(6))]["image"] for split in ("val", "train")
+    )
+    assert torch.equal(still, plain)
+    assert cut.shape == plain.shape and not torch.equal(cut, plain)
+
+
+def test_masked_codes_are_grey_where_they_lie(first):
+    x = torch.zeros(1, 4, 6, dtype=torch.int64)
+    x[0, 1, 5] = first.vqgan.quantizer.codebook_size
+    predicted = torch.nn.functional.one_hot(torch.zeros(1, 4, 6, dtype=torch.int64), 16).float()
+    seen, guess = spaces.Codes(first).shown(x, predicted)
+    grey = torch.zeros(1, 1, 16, 24, dtype=torch.bool)
+    grey[..., 4:8, 20:24] = True
+    assert torch.equal(seen, torch.where(grey, 128, guess))
+
+
+def samples(logs, flags):
+    call("experiments/get_samples.py", f"--logs_root {logs} --n_samples 3 --no_amp {flags}")
+    (folder,) = (word for i, word in enumerate(flags.split()) if flags.split()[i - 1] == "--log_dir")
+    return np.load(logs / folder / "samples.npz")
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("learned", ""),
+        pytest.param("rope", "--position rope", marks=pytest.mark.slow),
+        pytest.param("bias", "--position bias", marks=pytest.mark.slow),
+        ("neighbours", "--attention neighborhood --kernel_sizes 3 --position bias"),
+    ],
+)
+def test_a_sampler_of_codes_trains_and_draws_on_a_grid_that_is_not_square(name, flags, logs):
+    call("train_sampler.py", f"--logs_root {logs} --log_dir codes_{name} {CODES} {flags}")
+    with samples(logs, f"--load_dir codes_{name} --log_dir s_{name}") as drawn:
+        assert drawn["arr_0"].shape == (3, 16, 24, 3) and drawn["codes"].shape == (3, 4, 6)
+    shape = "--shape 5 9" if name != "learned" else "--shape 4 8 --window_stride 2"
+    call("experiments/generate_big_samples.py", f"--logs_root {logs} --load_dir codes_{name} --n_samples 1 {shape}")
+
+
+def test_a_window_that_fits_the_width_alone_is_refused(logs, capfd):
+    flags = "--attention neighborhood --kernel_sizes 5"
+    with pytest.raises(SystemExit):
+        call("train_sampler.py", f"--logs_root {logs} --log_dir no {CODES} {flags}")
+    assert "height of 4" in capfd.readouterr().err
+
+
+def test_gaussian_samplers_train_and_draw_on_latents_and_pixels_that_are_not_square(logs):
+    latent = f"--sampler ddpm --batch_size 4 --total_steps 20 --sample_steps 3 --ae_load_dir vqgan_digits {UNET}"
+    for name, flags in {"latents": latent, "pixels": f"{DDPM} --img_width 12 --shift 0 --crop_margin 2"}.items():
+        call("train_sampler.py", f"--logs_root {logs} --log_dir {name} --train_steps 2 --no_amp {flags}")
+        with samples(logs, f"--load_dir {name} --log_dir s_{name}") as drawn:
+            assert drawn["arr_0"].shape == ((3, 16, 24, 3) if name == "latents" else (3, 8, 12, 3))
+
+
+def test_a_width_that_does_not_divide_is_named(logs, capfd):
+    for script, flags, message in [
+        ("train_sampler.py", f"{DDPM} --img_width 11 --train_steps 1 --no_amp --log_dir no", "8 x 11 pixels"),
+        ("train_vqgan.py", f"{VQGAN} {GAN} --img_width 22 --train_steps 1 --log_dir no", "images of 16x22"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            call(script, f"--logs_root {logs} {flags}")
+        assert stop.value.code == 2 and message in capfd.readouterr().err
+
+
+# what is measured
+
+
+def test_statistics_of_real_images_are_kept_by_height_and_width_and_squares_as_before(first, digits, tmp_path):
+    def kept(**size):
+        before = set(tmp_path.glob("*"))
+        data = dataclasses.replace(first.data, **size)
+        found = report.real_statistics(digits, data, named("pixels", CPU), None, tmp_path, 4, HERE)
+        assert found.count == 6
+        (made,) = set(tmp_path.glob("*")) - before
+        return made.stem.rpartition("_")[2]
+
+    keys = [kept(img_size=16, img_width=24), kept(img_size=24, img_width=16), kept(img_size=16, img_width=None)]
+    assert len(set(keys)) == 3
+    code = hashlib.sha256(Path(pixels.__file__).read_bytes()).hexdigest()
+    made_of = json.dumps([digits.fingerprint(), 16, 1, code, None])
+    assert keys[2] == hashlib.sha256(made_of.encode()).hexdigest()[:16]
