@@ -33,19 +33,49 @@ class LikelihoodConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Measures bits per code (absorbing) or per dimension (ddpm); results.json, terms.png are in <logs_root>/<log_dir>.
+class DecoderConfig:
+    """Decoder: of samplers of codes, what the images take beside their codes."""
 
-    absorbing and ddpm's gaussian: the variational bound; ddpm's edm and flow: the probability-flow ODE.
+    decoder: bool = True
+    """Also give bits per dimension of the images: those of the codes and, by a Gaussian around the reconstruction,
+    those of the image given its codes. Its deviations come from a head that is trained where it is not there yet."""
+    head_dir: str | None = None
+    """Folder of the head's run; likelihood_<run of the VQGAN>_<its step> if left out."""
+    train_steps: int = 10_000
+    """Steps that the head is trained; more than it had go on from there."""
+    train_batch_size: int = 16
+    """Images of such a step, over all processes together."""
+    lr: float = 1e-3
+    """Its learning rate."""
+    steps_per_eval: int = 5_000
+    """Steps between its validations; 0 for none."""
+
+    def __post_init__(self):
+        for name, low in (("train_steps", 1), ("train_batch_size", 1), ("steps_per_eval", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"got {name} {getattr(self, name)}, wanted at least {low}: pass --{name} N")
+        if self.lr <= 0:
+            raise ValueError(f"got lr {self.lr}, wanted a positive one: pass --lr NUMBER")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measures bits per code and per dimension (absorbing), or per dimension (ddpm), into <logs_root>/<log_dir>.
+
+    absorbing and ddpm's gaussian: the variational bound; ddpm's edm and flow: the probability-flow ODE. A bound on
+    images by way of codes: -log2 p(x) <= -log2 p(x | z) - log2 p(z), where z are the codes of x. results.json has the
+    numbers, terms.png the bound's terms.
     """
 
     likelihood: LikelihoodConfig
+    decoder: DecoderConfig
     model: ModelConfig
     output: OutputConfig
 
 
 def main(config: Config) -> None:
     from experiments.experiment import load_model, open_results
+    from experiments.metrics.image_likelihood import head_for
     from experiments.metrics.likelihood import measure, print_report
     from experiments.metrics.report import saved_report
     from experiments.processes import experiment_world
@@ -55,8 +85,11 @@ def main(config: Config) -> None:
         if not getattr(trained.sampler, "pixels", True):
             why = "latents are continuous and have no likelihood in bits"
             raise ValueError(f"{why}: {trained.run} is no model of pixels")
-        folder = open_results("ELBO", config, trained)
-        results = saved_report(folder) or measure(config, trained, folder)
+        head = head_for(config, trained)
+        folder, weights = open_results("ELBO", config, trained), None if head is None else head.weights
+        results = saved_report(folder)
+        if results is None or results["run"].get("head_weights") != weights:  # the head was trained on since
+            results = measure(config, trained, head, folder)
         if results is not None:
             print_report(results, folder)
 

@@ -1,6 +1,7 @@
 """How many bits a trained sampler takes for an image, in the mean over a split, and at which steps they are spent."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +12,52 @@ from diffusion.likelihood import visits
 from diffusion.rng import Streams
 from experiments.experiment import write_results
 from experiments.metrics.atomic import whole_file
+from experiments.metrics.image_likelihood import DecoderBits, of_images, report_rows
 from experiments.processes import in_order
 from experiments.progress import progress
 from experiments.table import table
 from train.cli import to_dict
 from train.data import Positions
+from train.decoder_likelihood import TrainedHead
 from train.generate import TrainedSampler
+from train.loop import Batch
 
 
 def bounds(
-    trained: TrainedSampler, source: Positions, count: int, seed: int, calls: int | None, batch_size: int
+    trained: TrainedSampler,
+    source: Positions,
+    count: int,
+    seed: int,
+    calls: int | None,
+    batch_size: int,
+    decoder: Callable[[Batch], Tensor] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """The Bound of the first `count` positions, in float64 on the CPU; no image's depends on the batch size.
 
-    Of several processes, each gives every so manieth batch.
+    With it "decoder" (B,), where there is one. Of several processes, each gives every so manieth batch.
     """
     for first in trained.world.share_of(list(range(0, count, batch_size))):
         batch = source[list(range(first, min(first + batch_size, count)))]
         bound = trained.log_likelihood(batch, seed, calls)
-        yield {name: part.cpu().double() for name, part in bound._asdict().items()}
+        found = bound._asdict() | ({} if decoder is None else {"decoder": decoder(batch)})
+        yield {name: part.cpu().double() for name, part in found.items()}
 
 
-def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any] | None:
+def measure(config, trained: TrainedSampler, head: TrainedHead | None, folder: Path) -> dict[str, Any] | None:
     """All that one report says, written to results.json; terms.png where there are terms. In the main process alone,
     while the others take part."""
     c, output = config.likelihood, config.output
     source = trained.batches(c.split)
     count = min(c.n_images, len(source))  # beyond an epoch images come again
-    totals, prior, terms = [], 0.0, 0.0
-    found = bounds(trained, source, count, output.seed, c.calls, output.batch_size)
+    totals, prior, terms, of_decoder = [], 0.0, 0.0, []
+    decoder = None if head is None else DecoderBits(head, trained, c.split, source)
+    found = bounds(trained, source, count, output.seed, c.calls, output.batch_size, decoder)
     for bound in progress(in_order(trained.world, found), count, "measuring", trained.world.is_main):
         totals.append(bound["total"])
         prior += bound["prior"].sum().item() / count
         terms = terms + bound["terms"].sum(0) / count  # (T,)
+        if head is not None:
+            of_decoder.append(bound["decoder"])
     if not trained.world.is_main:
         return None
     total, steps = torch.cat(totals), len(terms)
@@ -62,6 +76,10 @@ def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any] | N
         "terms": curve,
         "run": to_dict(config) | {"step": trained.step} | trained.origin,
     }
+    if head is not None:
+        sizes = trained.space.tokens, math.prod(trained.data.shape)
+        results |= of_images(total, torch.cat(of_decoder), *sizes, head)
+        results["run"] |= {"head_weights": head.weights}
     if steps:
         plot(folder / "terms.png", results)
     write_results(folder, results)
@@ -88,7 +106,11 @@ def print_report(results: dict[str, Any], folder: Path) -> None:
         rows.append((f"decoder's term (t = 1/{steps})", f"{decoder:.4f}"))
     rows.append(("images", str(results["n_images"])))
     way = f", {results['calls']} of {steps} terms per image" if steps else ""
-    print(f"\n{results['split']} split, {results['method']}{way}\n{table(rows)}\n\n{folder / 'results.json'}")
+    print(f"\n{results['split']} split, {results['method']}{way}\n{table(rows)}")
+    if "head" in results:
+        head = "head: {run}, step {step}".format(**results["head"])
+        print(f"\n8-bit images: in each value's bin a Gaussian's mass ({head})\n{table(report_rows(results))}")
+    print(f"\n{folder / 'results.json'}")
     if steps:
         print(folder / "terms.png")
 
