@@ -4,31 +4,12 @@ import dataclasses
 from dataclasses import dataclass
 
 from train.cli import run_script
-from train.config import DataConfig, LoggingConfig, TrainingConfig
-from train.datasets import DatasetConfig
-from vq.config import VQGANConfig, VQGANLossConfig
+from train.vqgan_config import VQGANRunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQGANTrainingConfig(TrainingConfig):
-    """Training."""
-
-    lr: float = 1.8e-5
-    """Learning rate (the reference takes 4.5e-6 per image of the batch)."""
-    train_steps: int = 1_400_000
-    """Steps in all, those before a resume included."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(VQGANRunConfig):
     """Trains a VQGAN. Results lie in <logs_root>/<log_dir>: logs/vqgan_<dataset>."""
-
-    data: DataConfig
-    reader: DatasetConfig
-    network: VQGANConfig
-    loss: VQGANLossConfig
-    training: VQGANTrainingConfig
-    logging: LoggingConfig
 
 
 def main(config: Config) -> None:
@@ -45,9 +26,11 @@ def main(config: Config) -> None:
     run = run_folder(logging.logs_root, logging.log_dir or f"vqgan_{data.dataset}")
     with workplace(run, training) as here:
         images, validation = (
-            ImageSource(build_dataset(data, config.reader, split), data) for split in ("train", "val")
+            ImageSource(build_dataset(data, config.reader, split), data, margin=margin)
+            for split, margin in (("train", data.crop_margin), ("val", 0))
         )
-        name, perceptual = load_perceptual(config.loss.perceptual_net if config.loss.perceptual_weight else "none")
+        net, weights = config.loss.perceptual_net, config.loss.perceptual_weights
+        name, perceptual = load_perceptual(net if config.loss.perceptual_weight else "none", weights)
         config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, perceptual_net=name))
         state = build_state(config.network, config.loss, data, training, here)
         hooks, distance = make_hooks(training.hooks, state), None
@@ -57,7 +40,7 @@ def main(config: Config) -> None:
             distance = of_reconstructions(config, images.dataset, validation, here, run)
         begin(run, config, state, here, origin={})
         step = VQGANStep(config.loss, training, here, perceptual, watched=bool(hooks))
-        reports = partial(VQGANReports, step, validation, training.batch_size)
+        reports = partial(VQGANReports, step, validation, training.batch_size, len(images))
         source = TrainingImages(images, training.seed)
         also = {"hooks": hooks, "distance": distance, "workers": data.num_workers}
         train(run, config, state, here, source, step, reports, **also)

@@ -7,12 +7,13 @@ class there and get one of zeros: guidance, which compares with the null, has no
 """
 
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.unet_config import UNetConfig
+from train.converters import Converted
 from train.registry import did_you_mean
 
 NAMES = [
@@ -72,11 +73,8 @@ OTHERS = {  # keys with a rule of their own
 }
 
 
-class Converted(NamedTuple):
-    """A tensor of ours, and what it was called."""
-
-    value: Tensor
-    source: str
+def is_first_stage(weights: dict[str, Tensor]) -> bool:
+    return False
 
 
 def settings(weights: dict[str, Tensor], said: dict[str, Any]) -> dict[str, Any]:

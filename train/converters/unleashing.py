@@ -1,0 +1,163 @@
+"""The VQGAN of the public unleashing-transformers code: its settings and its weights in our words.
+
+Its files vqgan_<step>.th and vqgan_ema_<step>.th hold bare state dicts. Its networks, the discriminator too, are given
+images in [0, 1], which at zero-padded borders is not what images in [-1, 1] are: `unit_range` keeps that. What comes
+out is brought to [-1, 1] by the last layer. Its beta weighs the codebook (`legacy_beta`), its discriminator has batch
+norms.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from train.converters import Converted
+
+# What has no counterpart here, and why that changes nothing of what the network computes.
+LEFT_OUT = {
+    r"^perceptual\.": "weights of LPIPS, which are loaded on their own",
+    r"^ae\.generator\.logsigma\.": "the likelihood's head, which calc_approximate_ELBO.py trains anew",
+}
+
+
+class Stack(NamedTuple):
+    """What stands in the encoder, or in the generator, one behind the other."""
+
+    kinds: list[str]  # conv, res, attention, resample, norm
+    path: str
+
+    @property
+    def levels(self) -> list[list[str]]:
+        """Between the first convolution and the middle, or the middle and the last two: cut where sizes change."""
+        body = self.kinds[1:-5] if "encoder" in self.path else self.kinds[4:-2]
+        found = [[]]
+        for kind in body:
+            if kind == "resample":
+                found.append([])
+            else:
+                found[-1].append(kind)
+        return found if "encoder" in self.path else found[::-1]
+
+
+def is_first_stage(weights: dict[str, Tensor]) -> bool:
+    return any(name.startswith("ae.") for name in weights)
+
+
+def first_stage_settings(weights: dict[str, Tensor], img_size: int) -> dict[str, Any]:
+    """Our flags for these weights and the size of images that they were trained on, which they do not tell."""
+    encoder, generator = stack(weights, "ae.encoder.blocks"), stack(weights, "ae.generator.blocks")
+    levels = encoder.levels
+    blocks, attended = {level.count("res") for level in levels}, ["attention" in level for level in levels]
+    whole = all(level in (["res"] * len(level), ["res", "attention"] * (len(level) // 2)) for level in levels)
+    if len(blocks) != 1 or generator.levels != levels or not whole:
+        raise ValueError(f"got levels {levels} in the encoder, {generator.levels} in the generator: wanted equal ones")
+    firsts, place = [], 1  # the first ResBlock of each level
+    for level in levels:
+        firsts.append(place)
+        place += len(level) + 1
+    nf = size(weights, "ae.encoder.blocks.0.weight", 0)
+    widths = [size(weights, f"{encoder.path}.{first}.conv1.weight", 0) for first in firsts]
+    if any(width % nf for width in widths):
+        raise ValueError(f"got levels of {widths} channels for a first one of {nf}: wanted whole multiples")
+    last = len(encoder.kinds) - 1
+    gumbel = "ae.quantize.proj.weight" in weights
+    table = "ae.quantize.embed.weight" if gumbel else "ae.quantize.embedding.weight"
+    convs = sorted(int(m[1]) for m in (re.match(r"disc\.main\.(\d+)\.weight$", name) for name in weights) if m)
+    return {
+        "img_size": img_size,
+        "n_channels": size(weights, "ae.encoder.blocks.0.weight", 1),
+        "nf": nf,
+        "ch_mult": tuple(width // nf for width in widths),
+        "res_blocks": blocks.pop(),
+        "attn_resolutions": tuple(img_size >> i for i, there in enumerate(attended) if there),
+        "emb_dim": size(weights, f"{encoder.path}.{last}.weight", 0),
+        "codebook_size": size(weights, table, 0),
+        "quantizer": "gumbel" if gumbel else "nearest",
+        "legacy_beta": not gumbel,
+        "unit_range": True,
+        "ndf": size(weights, "disc.main.0.weight", 0),
+        "disc_layers": sum(weights[f"disc.main.{i}.weight"].ndim == 4 for i in convs) - 2,
+        "disc_norm": "batch",
+    }
+
+
+def stack(weights: dict[str, Tensor], path: str) -> Stack:
+    """ValueError where there is none, or something unknown in it."""
+    inside: dict[int, set[str]] = {}
+    for name in weights:
+        found = re.match(rf"{re.escape(path)}\.(\d+)\.(.+)$", name)
+        if found:
+            inside.setdefault(int(found[1]), set()).add(found[2].partition(".")[0])
+    if sorted(inside) != list(range(len(inside))) or len(inside) < 7:
+        there = ", ".join(list(weights)[:3])
+        raise ValueError(f"{path} is not there whole ({len(inside)} parts): the file begins with {there}")
+    kinds = []
+    for i in range(len(inside)):
+        parts = inside[i]
+        if parts == {"weight", "bias"}:
+            kinds.append("conv" if weights[f"{path}.{i}.weight"].ndim == 4 else "norm")
+        elif {"norm1", "conv1", "norm2", "conv2"} <= parts <= {"norm1", "conv1", "norm2", "conv2", "conv_out"}:
+            kinds.append("res")
+        elif parts == {"norm", "q", "k", "v", "proj_out"}:
+            kinds.append("attention")
+        elif parts == {"conv"}:
+            kinds.append("resample")
+        else:
+            raise ValueError(f"{path}.{i} holds {', '.join(sorted(parts))}, which is no block of that code")
+    middle = kinds[-5:-2] if "encoder" in path else kinds[1:4]
+    if middle != ["res", "attention", "res"] or kinds[0] != "conv" or kinds[-2:] != ["norm", "conv"]:
+        raise ValueError(f"{path} is {', '.join(kinds)}: wanted conv, levels, res, attention, res, norm, conv")
+    return Stack(kinds, path)
+
+
+def size(weights: dict[str, Tensor], name: str, axis: int) -> int:
+    if name not in weights or weights[name].ndim <= axis:
+        shape = f"of shape {tuple(weights[name].shape)}" if name in weights else "missing"
+        raise ValueError(f"{name} is {shape}: the file is of no VQGAN of unleashing-transformers")
+    return weights[name].shape[axis]
+
+
+def first_stage_converted(weights: dict[str, Tensor]) -> tuple[dict[str, Converted], dict[str, str]]:
+    """The tensors of our autoencoder and discriminator by name, and what was left out: its name and why."""
+    made: dict[str, Converted] = {}
+    left: dict[str, str] = {}
+    for source, value in weights.items():
+        value = value.float() if value.is_floating_point() else value
+        if why := reason(source, weights):
+            left[source] = why
+        elif found := re.match(r"(ae\.\w+\.blocks\.\d+)\.q\.(weight|bias)$", source):
+            parts = [weights[f"{found[1]}.{part}.{found[2]}"].float() for part in "qkv"]
+            made[renamed(f"{found[1]}.qkv.{found[2]}")] = Converted(torch.cat(parts), f"{source} with k and v")
+        elif not re.match(r"ae\.\w+\.blocks\.\d+\.[kv]\.", source):
+            made[renamed(source)] = Converted(value, source)
+    last = len(stack(weights, "ae.generator.blocks").kinds) - 1
+    for part, offset in (("weight", 0.0), ("bias", 1.0)):  # from [0, 1] to [-1, 1]
+        name = f"autoencoder.decoder.{last}.{part}"
+        made[name] = Converted(2 * made[name].value - offset, made[name].source)
+    return made, left
+
+
+def reason(name: str, weights: dict[str, Tensor]) -> str | None:
+    """Why a tensor has no place here; None where it has one."""
+    block = re.match(r"(ae\.\w+\.blocks\.\d+)\.conv_out\.", name)
+    if block and f"{block[1]}.conv1.weight" in weights:
+        wide_out, wide_in = weights[f"{block[1]}.conv1.weight"].shape[:2]
+        if wide_out == wide_in:
+            return "skips' convolutions in blocks that keep their width, which that code makes and never uses"
+    return next((why for pattern, why in LEFT_OUT.items() if re.search(pattern, name)), None)
+
+
+def renamed(name: str) -> str:
+    """A tensor's name here."""
+    for theirs, ours in (
+        (r"^ae\.encoder\.blocks\.", "autoencoder.encoder."),
+        (r"^ae\.generator\.blocks\.", "autoencoder.decoder."),
+        (r"^ae\.quantize\.(embedding|embed)\.", "autoencoder.quantizer.codebook."),
+        (r"^ae\.quantize\.proj\.", "autoencoder.quantizer.logits."),
+        (r"^disc\.main\.", "discriminator."),
+        (r"\.conv_out\.", ".skip."),
+        (r"\.proj_out\.", ".proj."),
+    ):
+        name = re.sub(theirs, ours, name)
+    return name
