@@ -36,8 +36,9 @@ def test_every_preset_is_whole(path, monkeypatch, tmp_path):
     content = yaml.safe_load(path.read_text())
     dataset, sampler = content["dataset"], content.get("sampler", "absorbing")
     assert (ROOT / "configs" / f"{dataset}.yaml").is_file() and dataset in path.stem
-    scripts = ["train_vqgan.py", "train_sampler.py", "experiments/calc_FID.py"]
-    for script in scripts if sampler == "ddpm" else [*scripts, "experiments/compare_attention.py"]:
+    scripts = ["train_vqgan.py", "train_sampler.py", "experiments/calc_FID.py", "experiments/calc_VQGAN_FID.py"]
+    compared = [f"experiments/compare_{what}.py" for what in ("attention", "quantizers")]
+    for script in scripts if sampler == "ddpm" else [*scripts, *compared]:
         assert parsed(script, flags, monkeypatch)["dataset"] == dataset
 
 

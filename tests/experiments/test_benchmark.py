@@ -116,6 +116,12 @@ def test_a_sampler_of_pixels_counts_its_solvers_calls(printed):
         assert not table and "loading" not in out
 
 
+def test_images_that_are_not_square_are_timed_at_their_size(printed):
+    for flags in ("--measure sampling loading", "--stage vqgan --measure sampling loading"):
+        out, _ = printed(f"{flags} --img_width 24 --crop_margin 2 --no_amp")
+        assert "of digits: 4 images of 1x16x24 a step" in out
+
+
 def test_latents_stand_on_the_vqgan_of_the_file_and_no_run_is_read(printed):
     out, (heading, *_) = printed("--sampler ddpm --ae_load_dir no_such_run --measure step sampling")
     assert "tokens/s" not in heading and "3 network calls" in out
@@ -137,7 +143,7 @@ REFUSED = {  # flags -> what the message must hold
     "--measure": ["--measure"],
     "--accumulate 3": ["batch_size 4", "3 parts"],
     "--stage vqgn": ["vqgn", "vqgan"],
-    "--img_size 18": ["18", "multiple of 4"],
+    "--img_size 18": ["18x18", "multiples of 4"],
 }
 
 

@@ -20,7 +20,7 @@ EXPERIMENTS = {  # by the folder of its results; as many batches as processes, o
     "samples": "experiments/get_samples.py --n_samples 10 --batch_size 3 --save_individually --save_process",
     "one_batch": "experiments/get_samples.py --n_samples 2",
     "FID": "experiments/calc_FID.py --n_samples 90 --batch_size 40 --features pixels",
-    "ELBO": "experiments/calc_approximate_ELBO.py --n_images 7 --batch_size 2 --calls 5",
+    "ELBO": "experiments/calc_approximate_ELBO.py --n_images 7 --batch_size 2 --calls 5 --no_decoder",
     "fsdp": f"train_sampler.py --train_steps 1 {DDPM} --parallel fsdp {FD}",
 }
 PROCESS = """

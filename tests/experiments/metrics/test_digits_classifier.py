@@ -70,7 +70,7 @@ def test_features_are_those_under_the_logits(classifier, cache, images):
 
 
 def test_grey_images_and_other_sizes(classifier):
-    item = digit_features.to_item(digits.build(digits.Config(), "val")[0], 32, 1)
+    item = digit_features.to_item(digits.build(digits.Config(), "val")[0], (32, 32), 1)
     grey = item["image"].as_subclass(torch.Tensor)[None]
     torch.testing.assert_close(classifier(grey), classifier(grey.expand(1, 3, 32, 32)))
     coloured = torch.cat([torch.zeros_like(grey), grey // 2 * 2, grey // 2], 1)

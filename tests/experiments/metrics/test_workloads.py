@@ -10,6 +10,7 @@ from torch import nn
 from experiments.metrics import throughput, workloads
 from experiments.metrics.throughput import measured
 from train.config import DataConfig, TrainingConfig
+from train.datasets import digits
 from train.distributed import World
 from train.samplers import absorbing
 from train.second_stage import SamplerStep
@@ -52,6 +53,16 @@ def test_the_space_is_what_training_would_open():
     assert workloads.in_precision(latents, True).first.amp and not latents.first.amp
 
 
+def test_images_that_are_not_square_and_crops_are_what_training_sees():
+    data = DataConfig(dataset="digits", img_size=8, img_width=12, n_channels=1, crop_margin=2)
+    assert workloads.random_batch(None, 0, 2, data, CPU)["image"].shape == (2, 1, 8, 12)
+    images, _ = workloads.present_images(data, digits.Config())
+    assert workloads.images_source(images, data, 0)[[0, 1, 2]]["image"].shape == (3, 1, 8, 12)
+    config = second_stage()
+    config.data = replace(config.data, img_width=24)
+    assert trained(config)[0].facts["grid"] == (4, 6)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_what_is_timed_trains_and_is_counted_by_the_formulas(accumulate, monkeypatch):
     monkeypatch.setattr(throughput, "matmul_peak", lambda device, dtype: 1e12)
@@ -81,7 +92,7 @@ def test_the_discriminator_is_part_of_the_steps_that_come_after_its_first():
     batch = workloads.random_batch(None, 0, 2, config.data, CPU)
     assert batch["image"].shape == (2, 1, 8, 8) and batch["image"].abs().max() <= 1
     calls, autoencoder_backward = [], trainee.step.autoencoder_backward
-    trainee.step.autoencoder_backward = lambda *args: calls.append(args[2]) or autoencoder_backward(*args)
+    trainee.step.autoencoder_backward = lambda *args: calls.append(args[0].step) or autoencoder_backward(*args)
     weight, moved = next(trainee.state.modules["discriminator"].parameters()), []
     for name, at in times.items():
         work, before = workloads.work_of(trainee, [batch], HERE, at, name), weight.detach().clone()
@@ -89,7 +100,7 @@ def test_the_discriminator_is_part_of_the_steps_that_come_after_its_first():
             work.run()
         assert (work.name, trainee.state.step) == (f"float32, {name}", at + 1)
         moved.append(not torch.equal(before, weight))
-    assert moved == [False, True] and calls == [False, False, True, True]  # each run is one step
+    assert moved == [False, True] and calls == [0, 0, 3, 3]  # each run is one step
     config.training = replace(config.training, train_steps=3)
     assert list(workloads.moments(config)) == ["no discriminator"]
     config.loss = replace(config.loss, disc_start_step=0)

@@ -1,0 +1,74 @@
+"""How well a trained VQGAN rebuilds images it was not trained on: rFID, PSNR, SSIM, LPIPS, L1, use of its codes, bits.
+
+python experiments/calc_VQGAN_FID.py --dataset digits
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.first_stage_experiment import (  # noqa: E402
+    FirstStageModelConfig,
+    FirstStageOutputConfig,
+    settings_of_vqgan_run,
+)
+from train.cli import run_script  # noqa: E402
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionConfig:
+    """Reconstructions."""
+
+    split: Literal["train", "val"] = "val"
+    """Images that are rebuilt; all of this split are the reference of the distance."""
+    n_images: int | None = None
+    """Rebuild so many of them, always the same, drawn at random; all if left out."""
+    features: str = "auto"
+    """A file of experiments/metrics/features, or auto: the data set's own, inception, or pixels with a warning."""
+    inception_weights: str | None = None
+    """Path of torch-fidelity's Inception weights; left out, its cache or download."""
+    lpips_net: Literal["auto", "vgg", "alex", "squeeze", "none"] = "auto"
+    """Network of LPIPS; auto: the one that the VQGAN trained with, if any."""
+    perceptual_weights: str | None = None
+    """File of its ImageNet weights; left out, the one trained with, or torch's cache or download."""
+    batch_size: int = 50
+    """Images rebuilt at once in each process; no number depends on it."""
+
+    def __post_init__(self):
+        if self.n_images is not None and self.n_images < 2:
+            raise ValueError(f"got n_images {self.n_images}, wanted at least 2: pass --n_images N")
+        if self.batch_size < 1:
+            raise ValueError(f"got batch_size {self.batch_size}, wanted at least 1: pass --batch_size N")
+        if self.perceptual_weights is not None and self.lpips_net == "none":
+            raise ValueError("got --perceptual_weights with --lpips_net none: leave one of them out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measures a VQGAN's reconstructions; results.json, reconstructions.png, codes.png lie in <logs_root>/<log_dir>."""
+
+    reconstruction: ReconstructionConfig
+    model: FirstStageModelConfig
+    output: FirstStageOutputConfig
+
+
+def main(config: Config) -> None:
+    from experiments.first_stage_experiment import load_vqgan, open_vqgan_results
+    from experiments.metrics.reconstruction import measure, print_report
+    from experiments.metrics.report import saved_report
+    from experiments.processes import experiment_world
+
+    output = config.output
+    with experiment_world(output.device) as world:
+        first = load_vqgan(config.model, output.logs_root, world.device, output.amp)
+        folder = open_vqgan_results(f"VQGAN_FID_{config.reconstruction.split}", config, first, {}, world)
+        results = saved_report(folder) or measure(config, first, folder, world)
+        if results is not None:
+            print_report(results, folder)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, "calc_VQGAN_FID", under=settings_of_vqgan_run)

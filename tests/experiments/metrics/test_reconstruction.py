@@ -1,0 +1,244 @@
+"""The measures of reconstructions, against their formulas written out."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from experiments.metrics import reconstruction
+from experiments.metrics.frechet import Statistics, frechet_distance
+from experiments.metrics.reconstruction import chosen_perceptual, l1, plot, print_report, psnr, rebuilt, ssim, summed_up
+
+K, PIXELS = 8, 16 * 16
+
+
+def images(B=3, C=3, size=16, seed=0):
+    return torch.randint(0, 256, (B, C, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("C", [1, 3])
+def test_psnr_and_l1_are_those_of_each_image(C):
+    real, fake = images(C=C), images(C=C, seed=1)
+    for i in range(3):
+        difference = real[i].double() - fake[i].double()
+        assert psnr(real, fake)[i].item() == pytest.approx(
+            10 * math.log10(255**2 / difference.square().mean()), abs=1e-4
+        )
+        assert l1(real, fake)[i].item() == pytest.approx(difference.abs().mean().item() / 127.5, rel=1e-5)
+    assert psnr(real, real).isinf().all() and torch.equal(l1(real, real), torch.zeros(3))
+    assert l1(torch.zeros_like(real), torch.full_like(real, 255)).tolist() == [2, 2, 2]
+    one_level = real.clone()
+    one_level[0, 0, 0, 0] ^= 1
+    values = psnr(real, one_level)  # the least error there is
+    assert values[0].item() == pytest.approx(10 * math.log10(255**2 * C * 256), abs=1e-4) and values[1:].isinf().all()
+
+
+def ssim_by_hand(a, b):
+    """Wang et al. 2004, eq. 13, of one channel (H, W) in float64, image borders reflected."""
+    side = torch.arange(11, dtype=torch.float64) - 5
+    window = torch.exp(-(side**2) / (2 * 1.5**2))
+    window = window[:, None] * window / (window[:, None] * window).sum()
+
+    def local(x):
+        padded = torch.nn.functional.pad(x[None, None], (5, 5, 5, 5), mode="reflect")
+        patches = padded.unfold(2, 11, 1).unfold(3, 11, 1)[0, 0]  # (H, W, 11, 11)
+        return (patches * window).sum((-2, -1))
+
+    mean_a, mean_b = local(a), local(b)
+    var_a, var_b, both = local(a * a) - mean_a**2, local(b * b) - mean_b**2, local(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    value = (2 * mean_a * mean_b + c1) * (2 * both + c2)
+    return (value / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean()
+
+
+@pytest.mark.parametrize(("C", "size"), [(1, 11), (3, 16)])
+def test_ssim_is_its_formula_and_comes_in_parts(C, size, monkeypatch):
+    real, noise = images(C=C, size=size), images(C=C, size=size, seed=1)
+    fake = real // 2 + noise // 4
+    real[2], fake[2] = 255, 250  # flat and bright
+    wanted = [
+        sum(ssim_by_hand(x, y) for x, y in zip(a.double(), b.double(), strict=True)).item() / C
+        for a, b in zip(real, fake, strict=True)
+    ]
+    assert ssim(real, fake).tolist() == pytest.approx(wanted, abs=1e-9)
+    monkeypatch.setattr(reconstruction, "AT_ONCE", 1)
+    assert ssim(real, fake).tolist() == pytest.approx(wanted, abs=1e-9)
+    assert ssim(real, real).tolist() == pytest.approx([1, 1, 1], abs=1e-9)  # float32 misses by 8e-4 where all is white
+
+
+def test_psnr_and_ssim_are_those_of_torchmetrics():
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    real, fake = images(size=24).double(), images(size=24, seed=1).double()
+    fake = (real / 2 + fake / 4).round()
+    pair, how = (real.to(torch.uint8), fake.to(torch.uint8)), {"data_range": 255.0, "reduction": "none"}
+    wanted = structural_similarity_index_measure(fake, real, **how)
+    assert ssim(*pair).tolist() == pytest.approx(wanted.tolist(), abs=1e-7) and 0.2 < wanted.min() < 0.9
+    wanted = peak_signal_noise_ratio(fake, real, dim=(1, 2, 3), **how)
+    assert psnr(*pair).tolist() == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
+def test_ssim_refuses_images_smaller_than_its_window():
+    with pytest.raises(ValueError, match=r"10x10 for SSIM, wanted at least 11x11"):
+        ssim(images(size=10), images(size=10))
+
+
+class First:
+    """A VQGAN that gives back its images, darker by `less`; its codes are their first levels."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, less=0):
+        self.less, self.images = less, None
+
+    def encode(self, images):
+        self.images = images
+        return images[:, 0, :2, :2].long() % K  # (B, 2, 2)
+
+    def decode(self, ids):
+        return (self.images.int() - self.less).clamp(min=0).to(torch.uint8)
+
+
+def extract(images):
+    assert images.shape[1] == 3 and images.dtype == torch.uint8
+    return images.float().mean((2, 3)) + images[:, :, 0, 0]
+
+
+FEATURES = SimpleNamespace(extract=extract)
+
+
+def measured(first, real, at_once=2, perceptual=None):
+    batches = ({"image": part} for part in real.split(at_once))
+    reference = Statistics().update(extract(real.expand(-1, 3, -1, -1)))
+    return summed_up(rebuilt(first, batches, FEATURES, perceptual), reference, K, PIXELS)
+
+
+def test_a_perfect_vqgan_has_no_distance_and_no_psnr():
+    results, _ = measured(First(), images(5))
+    assert results["rfd"] == pytest.approx(0, abs=1e-6) and results["ssim"] == pytest.approx(1) and results["l1"] == 0
+    assert results["psnr"] is None and results["exact_images"] == 5 and results["lpips"] is None
+    assert results["n_images"] == 5
+    json.dumps(results, allow_nan=False)
+
+
+def test_exact_images_are_no_part_of_the_mean_psnr():
+    real = images(5, C=1).clamp(min=10)
+    real[1] = 0  # cannot become darker
+    results, _ = measured(First(less=3), real)
+    assert results["exact_images"] == 1 and results["psnr"] == pytest.approx(10 * math.log10(255**2 / 9), abs=1e-4)
+    assert results["l1"] == pytest.approx(4 / 5 * 3 / 127.5, rel=1e-5)  # of all five
+
+
+def test_means_are_over_images_not_over_batches():
+    real = images(5)
+    real[4] = 128
+    alone = [measured(First(less=40), real, at_once)[0] for at_once in (1, 2, 5)]
+    for name in ("rfd", "psnr", "ssim", "l1", "perplexity"):
+        assert alone[0][name] == pytest.approx(alone[1][name], rel=1e-5) == pytest.approx(alone[2][name], rel=1e-5)
+    fake = (real.int() - 40).clamp(min=0).to(torch.uint8)
+    assert alone[1]["psnr"] == pytest.approx(psnr(real, fake).mean().item())
+    assert alone[1]["ssim"] == pytest.approx(ssim(real, fake).mean().item())
+    wanted = frechet_distance(*(Statistics().update(extract(x)) for x in (fake, real)))
+    assert alone[1]["rfd"] == pytest.approx(wanted) and wanted > 100
+
+
+def test_the_codes_are_counted_over_all_images():
+    real = images(5) % 6  # codes 6 and 7 are never chosen
+    results, chosen = measured(First(less=1), real)
+    ids = (real[:, 0, :2, :2].long() % K).flatten().tolist()
+    shares = [ids.count(k) / len(ids) for k in range(K)]
+    assert chosen.tolist() == [ids.count(k) for k in range(K)]
+    assert results["codebook_usage"] == sum(share > 0 for share in shares) / K
+    entropy = -sum(share * math.log2(share) for share in shares if share)
+    assert results["perplexity"] == pytest.approx(2**entropy)
+    assert results["bits_per_pixel"] == 4 * 3 / PIXELS  # four codes of three bits
+    assert results["entropy_coded_bits_per_pixel"] == pytest.approx(4 * entropy / PIXELS)
+
+
+def test_small_images_have_no_ssim_and_all_the_rest():
+    results, _ = measured(First(less=9), images(5, size=8))
+    assert results["ssim"] is None and results["psnr"] > 25 and results["l1"] > 0
+
+
+class Darkness(torch.nn.Module):
+    def forward(self, images, others):
+        assert images.dtype == others.dtype == torch.float32 and images.min() >= -1 and images.max() <= 1
+        return images.mean((1, 2, 3)) - others.mean((1, 2, 3))
+
+
+def test_lpips_is_given_originals_and_reconstructions_in_its_range():
+    results, _ = measured(First(less=3), images(5).clamp(min=10), perceptual=Darkness())
+    assert results["lpips"] == pytest.approx(3 / 127.5, rel=1e-3)
+
+
+def run_trained_with(tmp_path, **loss):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"loss": loss}))
+    return tmp_path
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """What is asked of `load_perceptual`; weights named `broken` cannot be had."""
+    asked = []
+
+    def load(net, weights=None):
+        asked.append((net, weights))
+        if weights == "broken":
+            raise FileNotFoundError("broken not found")
+        return net, None if net == "none" else Darkness()
+
+    monkeypatch.setattr(reconstruction, "load_perceptual", load)
+    return asked
+
+
+def test_auto_is_the_network_and_the_weights_of_the_run(tmp_path, loaded):
+    run = run_trained_with(tmp_path, perceptual_net="squeeze", perceptual_weight=1.0, perceptual_weights="theirs")
+    assert chosen_perceptual("auto", None, run)[0] == "squeeze"
+    assert chosen_perceptual("auto", "mine", run)[0] == "squeeze"
+    assert chosen_perceptual("alex", "mine", run)[0] == "alex"
+    assert chosen_perceptual("none", None, run) == ("none", None)
+    assert loaded == [("squeeze", "theirs"), ("squeeze", "mine"), ("alex", "mine"), ("none", None)]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {},
+        {"perceptual_net": "none"},
+        {"perceptual_net": "resnet50"},  # no LPIPS
+        {"perceptual_net": "vgg", "perceptual_weight": 0.0},
+        {"perceptual_net": "vgg", "perceptual_weights": "broken"},
+    ],
+)
+def test_auto_says_where_there_is_no_lpips(loss, tmp_path, loaded, capsys):
+    run = run_trained_with(tmp_path, **loss)
+    assert chosen_perceptual("auto", None, run) == ("none", None)
+    assert "LPIPS is left out" in capsys.readouterr().out
+
+
+def test_weights_that_were_named_are_never_left_out(tmp_path, loaded):
+    with pytest.raises(FileNotFoundError, match="broken"):
+        chosen_perceptual("auto", "broken", run_trained_with(tmp_path, perceptual_net="vgg"))
+    with pytest.raises(ValueError, match="--lpips_net"):
+        chosen_perceptual("auto", "mine", run_trained_with(tmp_path, perceptual_net="none"))
+
+
+@pytest.mark.parametrize("counts", [[5.0, 0, 3, 2, 0, 0, 1, 1], [1.0] * 8, [9.0] + [0] * 7])
+def test_the_histogram_is_drawn_of_even_and_of_collapsed_codes(counts, tmp_path):
+    results = {"codebook_usage": 0.5, "perplexity": 3.0, "n_images": 4, "split": "val"}
+    plot(tmp_path / "codes.png", torch.tensor(counts, dtype=torch.float64), results)
+    assert (tmp_path / "codes.png").stat().st_size > 5000
+
+
+def test_the_table_says_what_is_missing_and_what_was_left_out(capsys):
+    results, _ = measured(First(), images(5, size=8))
+    said = {"metric": "FID", "codebook_size": K, "lpips_net": "none", "split": "val", "n_reference": 5}
+    said |= {"features": "inception", "run": {"model": {"dataset": "digits"}}}
+    print_report(results | said, Path("/somewhere"))
+    lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "rFID" in lines and "without 5 images rebuilt exactly" in lines["PSNR"]
+    assert all(lines[name].split()[1] == "-" for name in ("PSNR", "SSIM", "LPIPS"))

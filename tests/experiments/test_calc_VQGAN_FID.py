@@ -1,0 +1,152 @@
+"""The script of reconstructions end to end on a tiny VQGAN, in one process and in two."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from crew import Crew
+from PIL import Image
+from tiny import call
+
+from experiments.first_stage_experiment import FirstStageModelConfig, load_vqgan
+from experiments.metrics.reconstruction import l1, psnr, ssim
+from train.data import ImageSource, build_dataset, images_in_order
+
+SCRIPT = "experiments/calc_VQGAN_FID.py"
+FILES = {"config.yaml", "results.json", "reconstructions.png", "codes.png"}
+
+
+def results(logs, name):
+    return json.loads((logs / name / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def logs(trained, tmp_path_factory):
+    """The tiny VQGAN in a logs folder of this module's own."""
+    folder = tmp_path_factory.mktemp("rebuilt") / "logs"
+    shutil.copytree(trained / "vqgan_digits", folder / "vqgan_digits", ignore=shutil.ignore_patterns("codes"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(logs):
+    """The results of the whole validation split."""
+    call(SCRIPT, f"--logs_root {logs} --no_amp")
+    return results(logs, "VQGAN_FID_val_vqgan_digits_5")
+
+
+@pytest.fixture(scope="module")
+def originals(logs):
+    """The VQGAN, and all validation images."""
+    first = load_vqgan(FirstStageModelConfig(), str(logs), torch.device("cpu"), amp=False)
+    source = ImageSource(build_dataset(first.data, first.reader, "val"), first.data)
+    return first, torch.cat([batch["image"] for batch in images_in_order(source, 100)])
+
+
+def test_the_numbers_are_those_of_all_validation_images(measured, originals):
+    first, real = originals
+    ids = first.encode(real)
+    fake = first.decode(ids)
+    assert measured["n_images"] == measured["n_reference"] == len(real) == 359
+    for name, value in (("psnr", psnr), ("ssim", ssim), ("l1", l1)):
+        assert measured[name] == pytest.approx(value(real, fake).double().mean().item(), rel=1e-4)
+    shares = torch.bincount(ids.flatten(), minlength=16).double() / ids.numel()
+    assert measured["codebook_usage"] == (shares > 0).double().mean().item()
+    assert measured["perplexity"] == pytest.approx(torch.special.entr(shares).sum().exp().item(), rel=1e-5)
+    assert measured["bits_per_pixel"] == 16 * 4 / 256 > measured["entropy_coded_bits_per_pixel"]
+    assert measured["metric"] == "FD(digits)" and measured["features"] == "digits" and measured["rfd"] > 100
+    assert (measured["lpips"], measured["lpips_net"], measured["split"]) == (None, "none", "val")
+    assert measured["run"]["ae_weights"] == first.weights and measured["run"]["step"] == 5
+
+
+def test_the_pictures_are_there(measured, logs):
+    folder = logs / "VQGAN_FID_val_vqgan_digits_5"
+    assert {path.name for path in folder.iterdir()} == FILES
+    with Image.open(folder / "reconstructions.png") as grid:
+        assert grid.size == (16 * 66 + 2, 2 * 66 + 2)  # 16 images above as many, 16 pixels drawn as 64
+    with Image.open(folder / "codes.png") as picture:
+        assert picture.size[0] > 500 and len(picture.convert("RGB").getcolors(1 << 20)) > 3
+
+
+def test_typed_again_it_prints_the_saved_report(measured, logs, capsys, monkeypatch):
+    monkeypatch.setattr("train.first_stage.FirstStage.encode", None)  # nothing is measured
+    capsys.readouterr()
+    call(SCRIPT, f"--logs_root {logs} --no_amp")
+    out = capsys.readouterr().out
+    assert results(logs, "VQGAN_FID_val_vqgan_digits_5") == measured
+    assert f"rFD(digits)     {measured['rfd']:.4g}" in out and f"{measured['psnr']:.4g} dB" in out
+    assert "359 images" in out and "codes.png" in out and "reconstructions.png" in out
+
+
+def test_some_images_are_the_same_ones_each_time_and_the_reference_stays_the_split(measured, logs):
+    flags = f"--logs_root {logs} --no_amp --features pixels --n_images 20"
+    for name, size in (("some", 7), ("again", 20)):
+        call(SCRIPT, f"{flags} --batch_size {size} --log_dir {name}")
+    some, again = results(logs, "some"), results(logs, "again")
+    assert (some["n_images"], some["n_reference"], some["metric"]) == (20, 359, "FD(pixels)")
+    for name in ("rfd", "psnr", "ssim", "l1", "perplexity", "codebook_usage"):
+        assert some[name] == pytest.approx(again[name], rel=1e-5)
+    assert some["l1"] != measured["l1"]
+
+
+def test_the_training_split_is_measured_on_wish(measured, logs):
+    call(SCRIPT, f"--logs_root {logs} --no_amp --split train --features pixels --n_images 100000")
+    found = results(logs, "VQGAN_FID_train_vqgan_digits_5")
+    assert (found["split"], found["n_images"], found["n_reference"]) == ("train", 1438, 1438)
+    assert found["l1"] != measured["l1"]
+
+
+class Mean(torch.nn.Module):
+    def forward(self, images, others):
+        return (images - others).abs().mean((1, 2, 3))
+
+
+def test_lpips_is_measured_with_the_network_that_is_named(measured, logs, monkeypatch):
+    monkeypatch.setattr("experiments.metrics.reconstruction.load_perceptual", lambda net, weights: (net, Mean()))
+    call(SCRIPT, f"--logs_root {logs} --no_amp --lpips_net squeeze --log_dir with_lpips")
+    found = results(logs, "with_lpips")
+    assert found["lpips"] == pytest.approx(found["l1"]) and found["lpips_net"] == "squeeze"
+
+
+def test_what_fails_leaves_no_results(logs, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", fail)
+        with pytest.raises(RuntimeError, match="stopped"):
+            call(SCRIPT, f"--logs_root {logs} --no_amp --n_images 4 --log_dir stopped")
+    assert not (logs / "stopped" / "results.json").exists()
+    call(SCRIPT, f"--logs_root {logs} --no_amp --n_images 4 --log_dir stopped")  # the next run goes through
+    assert {path.name for path in (logs / "stopped").iterdir()} == FILES
+
+
+def test_two_processes_measure_what_one_does(measured, logs, tmp_path):
+    """As many batches as do not divide, and a data set's statistics that neither has yet."""
+    shutil.copytree(logs / "vqgan_digits", tmp_path / "vqgan_digits")
+    crew = Crew(2)
+    try:
+        main, other = crew.run(SCRIPT, f"--logs_root {tmp_path} --no_amp")
+    finally:
+        crew.close()
+    found = results(tmp_path, "VQGAN_FID_val_vqgan_digits_5")
+    for name in measured.keys() - {"run"}:
+        assert found[name] == (pytest.approx(measured[name], rel=1e-6) if name == "rfd" else measured[name])
+    assert "perplexity" in main["stdout"] and other["stdout"] == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("--n_images 1", "got n_images 1, wanted at least 2: pass --n_images N"),
+        ("--batch_size 0", "got batch_size 0"),
+        ("--lpips_net none --perceptual_weights x.pth", "leave one of them out"),
+        ("--load_dir nothing", "no run in"),
+        ("--split test", "test"),
+    ],
+)
+def test_nonsense_is_refused(flags, wanted, logs, capfd):
+    with pytest.raises(SystemExit) as stop:
+        call(SCRIPT, f"--logs_root {logs} {flags}")
+    assert stop.value.code == 2 and wanted in " ".join(capfd.readouterr().err.replace("│", " ").split())

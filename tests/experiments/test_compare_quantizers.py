@@ -1,0 +1,185 @@
+"""Quantizers compared: tiny runs of those that are there, cut off and gone on with; the table and the plot."""
+
+import json
+from typing import get_args
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny import ROOT, VQGAN, call, parsed
+
+from experiments.compare_quantizers import VARIANTS, networks
+from experiments.metrics import quantizer_comparison
+from experiments.metrics.quantizer_comparison import Bench, plot, spread, summary
+from train import cli
+from vq.config import VQGANConfig
+
+SCRIPT = "experiments/compare_quantizers.py"
+TINY = f"{VQGAN} --train_steps 3 --perceptual_net none --features pixels --no_amp --quantizers nearest ema"
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The results of two quantizers with two seeds each."""
+    logs = tmp_path_factory.mktemp("compared")
+    call(SCRIPT, f"--logs_root {logs} {TINY} --seeds 2")
+    return logs / "compare_quantizers_digits"
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_every_quantizer_is_measured_with_every_seed(compared):
+    found = results(compared)
+    assert list(found) == ["nearest_0", "ema_0", "nearest_1", "ema_1"]
+    for measured in found.values():
+        assert measured["n_images"] == 359 and measured["codebook_size"] == 16
+        assert measured["rfd"] > 0 and measured["psnr"] > 0 and measured["l1"] > 0 and measured["parameters"] > 1000
+        assert 1 <= measured["perplexity"] <= 16 and 0 < measured["codebook_usage"] <= 1
+        assert measured["bits_per_pixel"] == 16 * 4 / 256 and measured["lpips"] is None
+        assert 0 < measured["seconds_per_step"] < measured["seconds"]
+    assert len({measured["l1"] for measured in found.values()}) == 4
+    pictures = {path.name for path in compared.glob("*.png")}
+    assert pictures == {"comparison.png", *(f"{name}.png" for name in found)}
+    settings = yaml.safe_load((compared / "config.yaml").read_text())["origin"]["own_settings"]
+    assert settings == {name: VARIANTS[name] for name in ("nearest", "ema")}
+    with Image.open(compared / "nearest_0.png") as grid:
+        assert grid.size == (16 * 66 + 2, 2 * 66 + 2)
+
+
+def test_what_was_cut_off_goes_on_with_the_runs_that_are_missing(compared, capsys):
+    """The second run of ema is made again, from the same seed, to the same numbers; the others stay as they are."""
+    found = results(compared)
+    cut = {name: found[name] | {"seconds": 1e6} for name in ("nearest_0", "ema_0", "nearest_1")}
+    (compared / "results.json").write_text(json.dumps(cut))
+    (compared / "comparison.png").unlink()
+    call(SCRIPT, f"--logs_root {compared.parent} {TINY} --seeds 2")
+    again = results(compared)
+    assert [again[name]["seconds"] for name in cut] == [1e6] * 3
+    assert again.keys() == found.keys() and (compared / "comparison.png").is_file()
+    for name in ("rfd", "psnr", "l1", "perplexity"):
+        assert again["ema_1"][name] == pytest.approx(found["ema_1"][name], rel=1e-6)
+    out = capsys.readouterr().out
+    assert "rFD(pixels)" in out and "3 steps of 4 images" in out and "359 validation images" in out
+
+
+def test_results_are_written_run_by_run(tmp_path, monkeypatch):
+    measured = []
+
+    def once(self, name, network, seed):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(name)
+        return {"rfd": 1.0}
+
+    monkeypatch.setattr(Bench, "run", once)
+    with pytest.raises(SystemExit) as stop:
+        call(SCRIPT, f"--logs_root {tmp_path} {TINY} --log_dir cut")
+    assert stop.value.code == 130 and results(tmp_path / "cut") == {"nearest_0": {"rfd": 1.0}}
+
+
+def test_other_steps_or_settings_are_another_comparison(compared, capfd):
+    """More steps may be gone on with in a run of training, not here: the runs there had fewer."""
+    for flags in ("--train_steps 4", "--beta 0.5"):
+        with pytest.raises(SystemExit) as stop:
+            call(SCRIPT, f"--logs_root {compared.parent} {TINY} --seeds 2 {flags}")
+        assert stop.value.code == 2 and "another run" in capfd.readouterr().err
+
+
+class Zero(torch.nn.Module):
+    def forward(self, images, others):
+        return images.flatten(1)[:, 0] * 0
+
+
+@pytest.mark.parametrize("net", ["squeeze", "resnet50"])
+def test_lpips_is_measured_where_it_was_trained_with(net, tmp_path, monkeypatch):
+    """The logits of resnet50 are another distance."""
+    monkeypatch.setattr(quantizer_comparison, "load_perceptual", lambda net, weights: (net, Zero()))
+    flags = TINY.replace("nearest ema", "nearest").replace("--perceptual_net none", f"--perceptual_net {net}")
+    call(SCRIPT, f"--logs_root {tmp_path} {flags} --log_dir lpips")
+    assert results(tmp_path / "lpips")["nearest_0"]["lpips"] == (0.0 if net == "squeeze" else None)
+
+
+def test_the_averaged_weights_are_measured(tmp_path, monkeypatch):
+    """With an average that moves by nothing the weights are those of the beginning."""
+    seen, rebuilt = [], quantizer_comparison.rebuilt
+
+    def watched(first, *args):
+        seen.append([p.detach().clone() for p in first.vqgan.parameters()])
+        return rebuilt(first, *args)
+
+    monkeypatch.setattr(quantizer_comparison, "rebuilt", watched)
+    monkeypatch.setattr("train.ema.EMA.decay", lambda self, step: 1.0)
+    one = TINY.replace("nearest ema", "nearest")
+    call(SCRIPT, f"--logs_root {tmp_path} {one} --log_dir one")
+    call(SCRIPT, f"--logs_root {tmp_path} {one} --log_dir plain --no_ema")
+    call(SCRIPT, f"--logs_root {tmp_path} {one} --log_dir longer --train_steps 5")
+    first, plain, longer = seen
+    assert all(torch.equal(a, b) for a, b in zip(first, longer, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first, plain, strict=True))
+
+
+def test_each_quantizer_has_its_own_settings_and_gumbel_the_whole_run(monkeypatch, tmp_path):
+    configs = []
+    monkeypatch.setattr(cli, "run_main", lambda main, config: configs.append(config))
+    call(SCRIPT, f"--config {ROOT / 'configs' / 'mnist_quantizers.yaml'} --train_steps 777 --logs_root {tmp_path}")
+    (config,) = configs
+    found = networks(config)
+    assert list(found) == list(VARIANTS) and set(found) == set(get_args(VQGANConfig.__annotations__["quantizer"]))
+    for name, network in found.items():
+        assert network.quantizer == name and network.codebook_size == 512 and network.gumbel_decay_steps == 777
+        assert (network.nf, network.ch_mult) == (config.network.nf, config.network.ch_mult)
+    widths = {name: network.code_dim for name, network in found.items()}
+    assert widths == {"nearest": 32, "ema": 32, "l2": 8, "gumbel": 32, "fsq": 3, "lfq": 9, "ibq": 32}
+    assert found["fsq"].levels == (8, 8, 8)
+
+
+def test_the_preset_reaches_the_script(monkeypatch, tmp_path):
+    flat = parsed(SCRIPT, f"--config {ROOT / 'configs' / 'mnist_quantizers.yaml'} --logs_root {tmp_path}", monkeypatch)
+    assert flat["dataset"] == "mnist" and (flat["img_size"], flat["n_channels"]) == (32, 1)
+    grid = VQGANConfig(ch_mult=tuple(flat["ch_mult"])).grid(32)
+    assert grid == (8, 8) and flat["codebook_size"] == 512 and flat["disc_start_step"] > flat["train_steps"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("--quantizers nearst", "got quantizers ['nearst'], wanted some of nearest, ema"),
+        ("--quantizers ema ema", "each once"),
+        ("--seeds 0", "got seeds 0"),
+        ("--quantizer ema", "pass --quantizers ema"),
+        ("--quantizers lfq --codebook_size 500", "got codebook_size 500 for lfq, wanted a power of 2"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_read(flags, wanted, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        call(SCRIPT, f"--logs_root {tmp_path} --img_size 16 {flags}")
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    assert wanted in " ".join(capfd.readouterr().err.replace("│", " ").split())
+
+
+def of(**numbers):
+    same = {"rfd": 2.0, "psnr": 20.0, "l1": 0.1, "codebook_usage": 0.5, "perplexity": 4.0, "bits_per_pixel": 0.25}
+    same |= {"entropy_coded_bits_per_pixel": 0.2, "codebook_size": 16, "seconds_per_step": 0.5}
+    return same | numbers
+
+
+def test_the_table_has_means_and_deviations_over_seeds():
+    found = {"l2_0": of(rfd=1.0, seconds_per_step=1.0), "l2_1": of(rfd=3.0, seconds_per_step=2.0)}
+    found |= {"l2_2": of(rfd=5.0, seconds_per_step=30.0), "lfq_0": of(psnr=None)}
+    lines = summary(found, ["l2", "lfq"], "FID").splitlines()
+    assert "rFID" in lines[0] and len(lines) == 4
+    assert "3.000 ± 2.000" in lines[2] and lines[2].split()[1] == "3" and lines[2].endswith("2.000")
+    assert "50.0" in lines[2] and "±" not in lines[3]
+    assert lines[3].split()[3] == "-"  # no PSNR
+    assert spread([1.0, 2.0], 100, 1) == "150.0 ± 70.7" and spread([2.0, 2.0], 1, 2) == "2.00"
+
+
+@pytest.mark.parametrize("quantizers", [["l2"], list(VARIANTS)])
+def test_the_plot_is_drawn_of_one_and_of_all(quantizers, tmp_path):
+    found = {f"{name}_{seed}": of(rfd=seed + i) for seed in (0, 1) for i, name in enumerate(quantizers)}
+    plot(tmp_path / "comparison.png", found, quantizers, "FID", "title")
+    with Image.open(tmp_path / "comparison.png") as picture:
+        assert picture.size[0] > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 3

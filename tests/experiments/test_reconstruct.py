@@ -1,0 +1,233 @@
+"""Reconstructions as pictures: of any size and kind of image, with what is told of them."""
+
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import call
+
+from experiments.first_stage_experiment import FirstStageModelConfig, load_vqgan, settings_of_vqgan_run
+from experiments.metrics.reconstructed_images import fitted, picture_names
+from experiments.metrics.reconstruction_pictures import THUMBNAIL, colour_table, error_map, panels, thumbnail
+from vq.tiles import seam_ratio, seams
+
+CPU = torch.device("cpu")
+
+
+def reconstruct(logs, flags):
+    call("experiments/reconstruct.py", f"--logs_root {logs} --no_amp {flags}")
+
+
+def refused(logs, flags, capfd):
+    with pytest.raises(SystemExit) as stop:
+        reconstruct(logs, flags)
+    assert stop.value.code == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("reconstruct.py: ")]
+    return line
+
+
+def results(logs, name):
+    return json.loads((logs / name / "results.json").read_text())
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def noise(height, width, channels=3):
+    shape = (height, width, channels)[: 2 if channels == 1 else 3]
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures of many kinds; the network takes grey ones of multiples of 4."""
+    root = tmp_path_factory.mktemp("photographs")
+    (root / "sub").mkdir()
+    noise(35, 50).save(root / "colour.png")
+    noise(16, 16, 1).save(root / "grey.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    noise(24, 40, 1).save(root / "sub" / "turned.jpg", exif=turned)
+    noise(3, 40).save(root / "thin.png")
+    (root / "torn.png").write_bytes((root / "colour.png").read_bytes()[:300])
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(trained, folder):
+    reconstruct(trained, f"--images {folder} --log_dir made --compare_whole")
+    return trained / "made"
+
+
+def test_all_images_have_a_picture_and_the_others_a_reason(trained, made):
+    found = results(trained, "made")
+    sizes = {record["image"]: (record["width"], record["height"], record["codes"]) for record in found["images"]}
+    assert sizes == {  # upright, and cut to multiples of 4
+        "colour.png": (48, 32, [8, 12]),
+        "grey.png": (16, 16, [4, 4]),
+        "sub/turned.jpg": (24, 40, [10, 6]),
+    }
+    skipped = {each["image"]: each["reason"] for each in found["skipped"]}
+    assert skipped.keys() == {"thin.png", "torn.png"} and "40x3 pixels, wanted at least 4x4" in skipped["thin.png"]
+    pictures = sorted(str(path.relative_to(made / "images")) for path in (made / "images").rglob("*.png"))
+    assert pictures == ["colour.png", "grey.png", "sub/turned.png"]
+    assert (found["tile"], found["overlap"]) == (4, 1)  # the grid of its 16 x 16 images, and a quarter
+    _, height, width = pixels(made / "overview.png").shape
+    assert width == 6 * (THUMBNAIL + 2) + 2 and height > 2 * THUMBNAIL
+
+
+def test_a_picture_shows_the_image_the_reconstruction_and_where_they_differ(trained, folder, made):
+    whole = pixels(made / "images" / "grey.png")
+    scale = 64 // 16  # small images are enlarged
+    side = 16 * scale
+    parts = [whole[:, 2 : 2 + side : scale, x : x + side : scale] for x in (2, side + 4, 2 * side + 6)]
+    original = torch.from_numpy(np.array(Image.open(folder / "grey.png")))
+    assert torch.equal(parts[0], original.expand(3, -1, -1))
+    first = load_vqgan(FirstStageModelConfig(), str(trained), CPU, False)
+    fake = first.decode(first.encode(original[None, None]))[0]
+    assert torch.equal(parts[1], fake.expand(3, -1, -1))
+    assert torch.equal(parts[2], error_map(original[None], fake))
+    (record,) = [each for each in results(trained, "made")["images"] if each["image"] == "grey.png"]
+    error = (original.double() - fake[0].double()).abs()
+    assert record["l1"] == pytest.approx((error.mean() / 127.5).item(), rel=1e-4)
+    assert record["psnr"] == pytest.approx(10 * math.log10(255**2 / error.square().mean().item()), rel=1e-4)
+
+
+def test_bits_seams_and_the_whole_are_told(trained, made):
+    found = results(trained, "made")
+    by_name = {record["image"]: record for record in found["images"]}
+    assert all(record["bits_per_pixel"] == 4 / 16 for record in by_name.values())  # 16 codes of 4 x 4 pixels
+    one, many = by_name["grey.png"], by_name["colour.png"]
+    assert one["seams"] is one["seams_of_original"] is None  # a single tile
+    assert many["seams"] > 0 and many["seams_of_original"] == pytest.approx(1, abs=0.3)  # noise knows no seams
+    fake = pixels(made / "images" / "colour.png")[None, :, 2:34, 52:100]
+    assert many["seams"] == pytest.approx(seam_ratio(fake, seams(8, 4, 1, 4), seams(12, 4, 1, 4), 4))
+    assert one["l1_to_whole"] == 0 and one["codes_as_whole"] == 1
+    assert many["l1_to_whole"] > 0 and many["codes_as_whole"] < 1
+    assert found["mean"]["psnr"] == pytest.approx(sum(r["psnr"] for r in by_name.values()) / 3)
+    measured = [r["seams"] for r in by_name.values() if r["seams"] is not None]
+    assert found["mean"]["seams"] == pytest.approx(sum(measured) / 2)
+    assert "0.25 of the range" in found["error_map"]
+
+
+def test_tiles_are_those_asked_for(trained, folder):
+    reconstruct(trained, f"--images {folder / 'colour.png'} --log_dir large --tile 12 --overlap 2 --compare_whole")
+    (record,) = results(trained, "large")["images"]
+    assert record["l1_to_whole"] == 0 and record["seams"] is None
+    reconstruct(trained, f"--images {folder / 'colour.png'} --log_dir small --tile 5 --overlap 0 --batch_size 3")
+    small = results(trained, "small")
+    assert (small["tile"], small["overlap"]) == (5, 0) and small["images"][0]["l1"] != record["l1"]
+
+
+def test_validation_images_are_those_trained_on_unless_a_size_is_asked(trained, capfd):
+    reconstruct(trained, "--n_images 3")
+    (name,) = [path.name for path in trained.glob("reconstructions_vqgan_digits_*")]
+    records = results(trained, name)["images"]
+    assert [(r["image"], r["width"], r["height"]) for r in records] == [(f"val_00000{i}", 16, 16) for i in range(3)]
+    reconstruct(trained, "--n_images 1 --size 22 --log_dir enlarged")
+    (record,) = results(trained, "enlarged")["images"]
+    assert (record["width"], record["height"]) == (20, 20)
+    assert f"{trained / 'vqgan_digits'}, step 5, averaged (EMA) weights" in capfd.readouterr().out
+
+
+def test_what_is_done_is_told_again_and_not_made_again(trained, folder, made, capfd):
+    before = (made / "images" / "grey.png").stat().st_mtime_ns
+    reconstruct(trained, f"--images {folder} --log_dir made --compare_whole")
+    assert (made / "images" / "grey.png").stat().st_mtime_ns == before
+    out = capfd.readouterr().out
+    assert "mean of 3" in out and "left out: thin.png" in out and "2 images left out" in out
+    assert str(made / "overview.png") in out
+
+
+def test_nothing_of_another_experiment_leaks_in(trained, folder, made, tmp_path, capfd):
+    assert "overlap: None there, 2 now" in refused(
+        trained, f"--images {folder} --log_dir made --compare_whole --overlap 2", capfd
+    )
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    reconstruct(trained, f"--images {mine} --log_dir mine")
+    noise(8, 8).save(mine / "new.png")
+    assert "image_files" in refused(trained, f"--images {mine} --log_dir mine", capfd)
+
+
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [
+        ("--images nowhere", "nowhere not found"),
+        ("--images {empty}", "holds no image.*--images"),
+        ("--images {torn}", "not one of 1 images can be used; the first, torn.png"),
+        ("--tile 4 --overlap 4", "tiles of 4 codes with an overlap of 4"),
+        ("--tile 0", "tiles of 0 codes"),
+        ("--load_dir absorbing_digits", "is no VQGAN run"),
+        ("--load_dir none", "no run in"),
+        ("--load_step 9", "no checkpoint of step 9.*--load_step"),
+        ("--load_dir vqgan_digits --dataset mnist", "was trained with --dataset digits, got mnist"),
+    ],
+)
+def test_bad_input_is_one_line(trained, folder, tmp_path, capfd, flags, wanted):
+    flags = flags.format(empty=tmp_path, torn=folder / "torn.png")
+    assert re.search(wanted, refused(trained, f"{flags} --log_dir never", capfd))
+    assert not (trained / "never" / "results.json").exists()
+    shutil.rmtree(trained / "never", ignore_errors=True)
+
+
+@pytest.mark.parametrize("flag", ["n_images", "size", "batch_size"])
+def test_numbers_are_at_least_one(trained, capfd, flag):
+    with pytest.raises(SystemExit) as stop:
+        reconstruct(trained, f"--{flag} 0")
+    assert stop.value.code == 2 and f"got {flag} 0, wanted at least 1" in capfd.readouterr().err
+
+
+def test_the_run_says_which_data_it_is_of(trained, tmp_path):
+    shutil.copytree(trained / "vqgan_digits", tmp_path / "renamed")
+    config = tmp_path / "renamed" / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("dataset: digits", "dataset: mnist").replace("reader: ''", "reader: digits"))
+    argv = f"--logs_root {tmp_path} --load_dir renamed".split()
+    assert settings_of_vqgan_run(argv, "reconstruct") == {"dataset": "mnist"}
+    noise(8, 8, 1).save(tmp_path / "x.png")
+    reconstruct(tmp_path, f"--load_dir renamed --images {tmp_path / 'x.png'}")
+    assert results(tmp_path, "reconstructions_x_renamed_5")["vqgan"]["ae_load_dir"] == "renamed"
+
+
+def test_an_image_is_cut_at_its_centre():
+    image = noise(10, 14)
+    kept = fitted(image, None, 3, 4)
+    assert torch.equal(kept, torch.from_numpy(np.array(image))[1:9, 1:13].permute(2, 0, 1))
+    assert fitted(image, 21, 3, 4).shape == (3, 20, 28)
+    assert fitted(image, None, 1, 4).shape == (1, 8, 12)
+    assert fitted(noise(8, 8, 1), None, 3, 4).shape == (3, 8, 8)
+
+
+def test_pictures_of_different_images_are_different_files():
+    assert picture_names(["a.jpg", "b/a.jpg"]) == ["a.png", "b/a.png"]
+    assert picture_names(["a.jpg", "a.png", "a.jpg.png"]) == ["a.jpg.png", "a.png.png", "a.jpg.png.png"]
+    assert picture_names(["A.jpg", "a.png"]) == ["A.jpg.png", "a.png.png"]  # one file where case does not matter
+
+
+def test_the_colours_of_errors_have_a_fixed_scale():
+    black = torch.zeros(3, 1, 4, dtype=torch.uint8)
+    other = black.clone()
+    other[:, 0, 1], other[:, 0, 2], other[0, 0, 3] = 64, 255, 96  # 1/4, all, and an eighth in the mean of channels
+    shown, colours = error_map(black, other), colour_table()
+    assert torch.equal(error_map(other, black), shown)
+    assert torch.equal(shown[:, 0].T, colours[[0, 255, 255, 128]])
+    assert torch.equal(error_map(black[:1], other[:1])[:, 0, 1], colours[255])  # grey: its one channel is the mean
+    assert colours[0].sum() < 30 and colours[255].sum() > 500  # dark to bright
+    assert torch.equal(panels(black, other)[2], shown)
+
+
+def test_a_thumbnail_shows_the_whole_image():
+    wide = torch.zeros(3, 100, 400, dtype=torch.uint8)
+    small = thumbnail(wide)
+    assert small.shape == (3, THUMBNAIL, THUMBNAIL)
+    assert (small == 0).any(2)[0].sum() == THUMBNAIL // 4 and small[:, 0].eq(255).all() and small[:, 96].eq(0).all()
+    tiny = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(thumbnail(tiny)[:, ::24, ::24], tiny)
