@@ -24,8 +24,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "l2": {"emb_dim": 8},
     "gumbel": {"gumbel_kl_weight": 5e-4},
     "fsq": {},
-    "lfq": {"entropy_weight": 0.1},
-    "ibq": {"entropy_weight": 0.05},
+    "lfq": {},
+    "ibq": {},
 }
 
 
