@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from train.cli import run_script
 from train.vqgan_config import VQGANRunConfig
@@ -17,6 +18,7 @@ def main(config: Config) -> None:
 
     from train.assembly import make_hooks
     from train.data import ImageSource, TrainingImages, build_dataset
+    from train.files import sha256
     from train.runs import begin, run_folder, workplace
     from train.session import train
     from train.vqgan import VQGANReports, VQGANStep, build_state
@@ -38,7 +40,7 @@ def main(config: Config) -> None:
             from experiments.metrics.training_distance import of_reconstructions
 
             distance = of_reconstructions(config, images.dataset, validation, here, run)
-        begin(run, config, state, here, origin={})
+        begin(run, config, state, here, {"perceptual_sha256": sha256(Path(weights))} if weights else {})
         step = VQGANStep(config.loss, training, here, perceptual, watched=bool(hooks))
         reports = partial(VQGANReports, step, validation, training.batch_size, len(images))
         source = TrainingImages(images, training.seed)

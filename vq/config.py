@@ -160,6 +160,8 @@ class VQGANLossConfig:
         for name in (*weights, "disc_start_step", "disc_warmup_steps", "disc_ramp_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted 0 or more: pass --{name} NUMBER")
+        if self.perceptual_weights is not None and self.perceptual_net == "none":
+            raise ValueError(f"got the weights {self.perceptual_weights} of no network: pass --perceptual_net as well")
         for name in ("ndf", "disc_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1: pass --{name} N")
