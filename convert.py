@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from train.cli import in_one_line, peek, run_script
-from train.config import DataConfig, SecondStageConfig
+from train.config import SecondStageConfig
 from train.registry import plugin
 from train.vqgan_config import VQGANRunConfig
 
@@ -110,8 +110,12 @@ def described(argv: list[str], section: str) -> dict[str, Any]:
         return {"sampler": "ddpm"}
     layout = plugin(LAYOUTS, peek(argv, "from") or ConversionConfig.source, "layout")
     if layout.is_first_stage(read_weights(weights)):
-        size = peek(argv, "img_size") or str(DataConfig.img_size)
-        return layout.first_stage_settings(read_weights(weights), int(size) if size.isdigit() else DataConfig.img_size)
+        size = peek(argv, "img_size") or ""
+        if not size.isdigit():
+            raise ValueError(
+                f"{weights} does not tell the size of its images: pass --img_size N (the released ones: 256)"
+            )
+        return layout.first_stage_settings(read_weights(weights), int(size))
     flags = layout.settings(read_weights(weights), read_said(peek(argv, "config_json")))
     typed = peek(argv, "heads") or peek(argv, "head_width")
     if typed is None and not {"heads", "head_width"} & set(flags):

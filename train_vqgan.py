@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 from train.cli import run_script
 from train.vqgan_config import VQGANRunConfig
@@ -18,8 +17,7 @@ def main(config: Config) -> None:
 
     from train.assembly import make_hooks
     from train.data import ImageSource, TrainingImages, build_dataset
-    from train.files import sha256
-    from train.runs import begin, run_folder, workplace
+    from train.runs import begin, perceptual_origin, run_folder, workplace
     from train.session import train
     from train.vqgan import VQGANReports, VQGANStep, build_state
     from vq.perceptual import load_perceptual
@@ -33,14 +31,16 @@ def main(config: Config) -> None:
         )
         net, weights = config.loss.perceptual_net, config.loss.perceptual_weights
         name, perceptual = load_perceptual(net if config.loss.perceptual_weight else "none", weights)
-        config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, perceptual_net=name))
+        weights = None if perceptual is None else weights
+        loss = dataclasses.replace(config.loss, perceptual_net=name, perceptual_weights=weights)
+        config = dataclasses.replace(config, loss=loss)
         state = build_state(config.network, config.loss, data, training, here)
         hooks, distance = make_hooks(training.hooks, state), None
         if logging.steps_per_FD:
             from experiments.metrics.training_distance import of_reconstructions
 
             distance = of_reconstructions(config, images.dataset, validation, here, run)
-        begin(run, config, state, here, {"perceptual_sha256": sha256(Path(weights))} if weights else {})
+        begin(run, config, state, here, perceptual_origin(weights))
         step = VQGANStep(config.loss, training, here, perceptual, watched=bool(hooks))
         reports = partial(VQGANReports, step, validation, training.batch_size, len(images))
         source = TrainingImages(images, training.seed)

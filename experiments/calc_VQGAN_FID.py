@@ -57,15 +57,24 @@ class Config:
 
 def main(config: Config) -> None:
     from experiments.first_stage_experiment import load_vqgan, open_vqgan_results
-    from experiments.metrics.reconstruction import measure, print_report
+    from experiments.metrics.reconstruction import chosen_perceptual, measure, print_report
     from experiments.metrics.report import saved_report
     from experiments.processes import experiment_world
+    from train.data import build_dataset
+    from train.runs import perceptual_origin
 
-    output = config.output
+    c, output = config.reconstruction, config.output
     with experiment_world(output.device) as world:
         first = load_vqgan(config.model, output.logs_root, world.device, output.amp)
-        folder = open_vqgan_results(f"VQGAN_FID_{config.reconstruction.split}", config, first, {}, world)
-        results = saved_report(folder) or measure(config, first, folder, world)
+        dataset = build_dataset(first.data, first.reader, c.split)
+        origin = {"images": dataset.fingerprint()} | perceptual_origin(c.perceptual_weights)
+        folder = open_vqgan_results(f"VQGAN_FID_{c.split}", config, first, origin, world)
+        name, perceptual = chosen_perceptual(c.lpips_net, c.perceptual_weights, first.run)
+        if any(world.any(perceptual is None)):  # all measure the same, also where one machine lacks the weights
+            name, perceptual = "none", None
+        results = saved_report(folder)
+        if results is None or results["lpips_net"] != name:
+            results = measure(config, first, dataset, name, perceptual, folder, world)
         if results is not None:
             print_report(results, folder)
 

@@ -107,13 +107,18 @@ def networks(config: Config) -> dict[str, VQGANConfig]:
 def main(config: Config) -> None:
     from experiments.experiment import write_results
     from experiments.metrics.quantizer_comparison import plot, prepare, summary
-    from train.runs import open_run, run_folder
+    from train.runs import open_run, perceptual_origin, run_folder
 
-    autoencoders, c = networks(config), config.comparison
-    steps, at_once = config.training.train_steps, config.training.batch_size
+    autoencoders, c, training = networks(config), config.comparison, config.training
+    if training.load_dir is not None or training.hooks or training.resume != "auto":
+        raise ValueError(
+            "every run of a comparison begins anew, and is not watched: leave --load_dir, --hooks, --resume"
+        )
+    steps, at_once = training.train_steps, training.batch_size
     folder = run_folder(config.output.logs_root, config.output.log_dir or f"compare_quantizers_{config.data.dataset}")
     bench = prepare(config, folder)
     same = {"own_settings": {name: VARIANTS[name] for name in c.quantizers}, "steps_of_each": steps}
+    same |= perceptual_origin(None if bench.perceptual is None else config.loss.perceptual_weights)
     open_run(folder, config, same | {"images": bench.images.dataset.fingerprint()})
     print(f"results: {folder}", flush=True)
     path = folder / "results.json"

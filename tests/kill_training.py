@@ -35,7 +35,7 @@ EVERYTHING = (
     "--weight_decay 0.01 --lr 1e-3"
 )
 STAGES = {  # script, flags
-    "vqgan": ("train_vqgan.py", f"{VQGAN} {GAN} --num_workers 2"),
+    "vqgan": ("train_vqgan.py", f"{VQGAN} {GAN} --quantizer ema --lecam_weight 0.1 --num_workers 2"),
     "sampler": ("train_sampler.py", f"{SAMPLER} --resid_pdrop 0.1 --attn_pdrop 0.1 --ae_load_dir first"),
     "ddpm": (
         "train_sampler.py",

@@ -15,7 +15,7 @@ from train.checkpoint import load, resolve_step
 from train.cli import completed, read_groups, to_dict
 from train.distributed import World, world
 from train.execution import set_deterministic, set_tf32
-from train.files import write_text
+from train.files import sha256, write_text
 from train.loop import State
 from train.resume import branched_from, go_on, start_of
 
@@ -46,6 +46,11 @@ def read_run(folder: Path) -> dict[str, Any]:
 def origin_of(folder: Path) -> dict[str, Any]:
     """What a run noted of what it starts from; nothing before its first start."""
     return read_run(folder).get("origin", {}) if (folder / "config.yaml").is_file() else {}
+
+
+def perceptual_origin(weights: str | None) -> dict[str, Any]:
+    """What a run notes of --perceptual_weights: their content counts, not where they lie."""
+    return {} if weights is None else {"perceptual_sha256": sha256(Path(weights))}
 
 
 def identity(content: dict[str, Any]) -> dict[str, Any]:

@@ -222,7 +222,7 @@ class VQGANReports:
     def codes(self, state: State, outputs: Outputs) -> None:
         """How evenly codes were chosen in the last epoch, once it is over."""
         counts = state.counters["codes"]
-        if counts.sums and counts.sums["images"] * self.step.world.size >= self.epoch:
+        if counts.sums and self.step.world.sum(counts.sums["images"]) >= self.epoch:
             chosen = counts.take()["chosen"]
             used = {"codes/usage": usage(chosen).item(), "codes/perplexity": perplexity(chosen).item()}
             self.logger.scalars(state.step, used)

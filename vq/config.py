@@ -24,7 +24,7 @@ class VQGANConfig:
     emb_dim: int = 256
     """Width of a code vector, for l2 better 8 or 16; fsq has a number for each level instead, lfq one for each bit."""
     beta: float = 0.25
-    """Commitment weight: pulls the encoder to its codes (the codebook's own weight is 1)."""
+    """Commitment weight: pulls the encoder to its codes (the codebook's own weight is 1); fsq and gumbel have none."""
     legacy_beta: bool = False
     """nearest: beta weighs the codebook instead, and the commitment counts in full, as in taming-transformers."""
     codebook_decay: float = 0.99
@@ -139,7 +139,7 @@ class VQGANLossConfig:
     adaptive_weight: bool = True
     """Also weigh it so that its gradient at the last layer is as large as that of the reconstruction."""
     disc_weight_max: float = 1.0
-    """Upper bound of the adaptive weight."""
+    """Upper bound of the adaptive weight; of no effect without it."""
     lecam_weight: float = 0.0
     """Weight of LeCAM's regularization of the discriminator, for small data; 0: none."""
     disc_layers: int = 3

@@ -19,7 +19,8 @@ from experiments.processes import in_order, own_indices
 from experiments.progress import progress
 from experiments.table import table
 from train.cli import to_dict
-from train.data import ImageSource, build_dataset, fixed_subset, images_in_order
+from train.data import ImageSource, fixed_subset, images_in_order
+from train.datasets import Dataset
 from train.distributed import World
 from train.first_stage import FirstStage
 from train.runs import read_run
@@ -158,17 +159,16 @@ def chosen_perceptual(net: str, weights: str | None, run: Path) -> tuple[str, nn
         return "none", None
 
 
-def measure(config, first: FirstStage, folder: Path, world: World) -> dict[str, Any] | None:
-    """All that one report says, written to results.json beside its pictures. In the main process alone, while the
-    others take part."""
+def measure(
+    config, first: FirstStage, dataset: Dataset, name: str, perceptual: nn.Module | None, folder: Path, world: World
+) -> dict[str, Any] | None:
+    """All that one report says of a split's images, LPIPS by the network of that name where there is one, written to
+    results.json beside its pictures. In the main process alone, while the others take part."""
     c, data = config.reconstruction, first.data
-    name, perceptual = chosen_perceptual(c.lpips_net, c.perceptual_weights, first.run)
-    if any(world.any(perceptual is None)):  # all measure the same, also where one machine lacks the weights
-        name, perceptual = "none", None
     if perceptual is not None:
         perceptual.to(first.device)
     features = all_features.choose(c.features, data, first.device, c.inception_weights)
-    dataset, cache = build_dataset(data, first.reader, c.split), statistics_cache(config.output.logs_root)
+    cache = statistics_cache(config.output.logs_root)
     reference = real_statistics(dataset, data, features, c.inception_weights, cache, c.batch_size, world)
     source = ImageSource(dataset, data)
     n = len(source) if c.n_images is None else min(c.n_images, len(source))

@@ -99,8 +99,10 @@ def vqgan_trainees(config, world: World) -> list[Trainee]:
 def moments(config) -> dict[str, int]:
     """Steps of a VQGAN's training that differ in their work, by name: those that its run comes to."""
     start, steps = config.loss.disc_start_step, config.training.train_steps
-    found = {"no discriminator": 0} if start > 0 else {}
-    return found | ({"discriminator": start} if start < steps else {})
+    minded = start + config.loss.disc_warmup_steps
+    found = {"no discriminator": 0, "discriminator alone": start, "discriminator": minded}
+    done = {"no discriminator": start > 0, "discriminator alone": start < minded, "discriminator": True}
+    return {name: step for name, step in found.items() if done[name] and step < steps}
 
 
 def work_of(trainee: Trainee, parts: Sequence[Batch], world: World, at: int = 0, when: str = "") -> Work:

@@ -7,10 +7,12 @@ import torch
 from same_runs import assert_close, assert_equal_bits, assert_same_ddpm, extras, lines, manifest_of, weights
 from tiny import DDPM, GAN, SAMPLER, VQGAN, call
 
+MORE = "--quantizer ema --revive_below 0.5 --lecam_weight 0.1 --disc_spectral_norm --disc_blur"
 
-@pytest.mark.parametrize("stop", [2, 5])
-def test_vqgan_resumed_is_bitwise_the_one_that_never_stopped(tmp_path, stop):
-    flags = f"{VQGAN} {GAN} --steps_per_log 1 --warmup_iters 5"
+
+@pytest.mark.parametrize(("stop", "more"), [(2, ""), (5, ""), (5, MORE), (2, "--quantizer gumbel")])
+def test_vqgan_resumed_is_bitwise_the_one_that_never_stopped(tmp_path, stop, more):
+    flags = f"{VQGAN} {GAN} --steps_per_log 1 --warmup_iters 5 {more}"
     call("train_vqgan.py", f"--logs_root {tmp_path} --log_dir whole --train_steps 7 {flags}")
     call("train_vqgan.py", f"--logs_root {tmp_path} --log_dir parts --train_steps {stop} {flags}")
     call("train_vqgan.py", f"--logs_root {tmp_path} --log_dir parts --train_steps 7 {flags}")

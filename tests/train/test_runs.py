@@ -1,8 +1,11 @@
 """A run is identified by its config and the content of what it starts from."""
 
 import json
+import shutil
 
 import pytest
+import torch
+import torchvision
 import yaml
 from tiny import GAN, SAMPLER, VQGAN, call
 
@@ -73,3 +76,21 @@ def test_no_discriminator_work_before_its_start(tmp_path):
     assert changed == [False, True]
     rows = [json.loads(line) for line in (tmp_path / "vqgan_digits/metrics.jsonl").read_text().splitlines()]
     assert [("disc_loss" in row) for row in rows if "loss" in row] == [False, False, True]
+
+
+def test_perceptual_weights_are_known_by_their_content(tmp_path, capfd):
+    for name in ("one", "other"):
+        torch.save(torchvision.models.squeezenet1_1(weights=None).features.state_dict(), tmp_path / f"{name}.pth")
+    shutil.copy(tmp_path / "one.pth", tmp_path / "moved.pth")
+    flags = f"--logs_root {tmp_path} {VQGAN} --img_size 32 --perceptual_net squeeze --perceptual_weights {tmp_path}"
+    call("train_vqgan.py", f"{flags}/one.pth --train_steps 1")
+    call("train_vqgan.py", f"{flags}/moved.pth --train_steps 2")
+    with pytest.raises(SystemExit) as stop:
+        call("train_vqgan.py", f"{flags}/other.pth --train_steps 2")
+    assert stop.value.code == 2 and "perceptual_sha256" in capfd.readouterr().err
+    call("train_vqgan.py", f"{flags}/nowhere.pth --train_steps 1 --perceptual_weight 0 --log_dir without")
+    report = f"--logs_root {tmp_path} --n_images 4 --log_dir report"
+    call("experiments/calc_VQGAN_FID.py", f"{report} --perceptual_weights {tmp_path}/one.pth")
+    with pytest.raises(SystemExit):
+        call("experiments/calc_VQGAN_FID.py", f"{report} --perceptual_weights {tmp_path}/other.pth")
+    assert "perceptual_sha256" in capfd.readouterr().err

@@ -9,6 +9,7 @@ from torch import nn
 from train import vqgan as module
 from train.config import DataConfig, TrainingConfig
 from train.distributed import World
+from train.precision import LossScale
 from train.vqgan import VQGANStep, build_state
 from vq.config import VQGANConfig, VQGANLossConfig
 from vq.losses import ADVERSARIAL
@@ -192,6 +193,31 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole_before_the_discriminat
     two, _ = gradients(state, step, parts)
     for name, value in one.items():
         assert close(two[name], value), name
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_a_loss_scale_changes_no_gradient(scale):
+    """float16's: gradients are that many times larger, and the weights between losses are what they were."""
+    state, step = begun(Distance())
+    plain, told = gradients(state, step, [batch()])
+    state.extras["loss_scale"] = LossScale()
+    state.extras["loss_scale"].value = scale
+    scaled, again = gradients(state, step, [batch()])
+    for name, value in plain.items():
+        assert close(scaled[name] / scale, value), name
+    assert torch.allclose(again["adaptive_weight"], told["adaptive_weight"])
+
+
+def test_codes_of_an_epoch_are_those_of_all_processes():
+    """After a resume the first process may have all that was counted, and the others nothing."""
+    state, step = begun(disc_start_step=9)
+    counts = state.counters["codes"]
+    counts.add("chosen", torch.zeros(16))
+    counts.add("images", torch.tensor(0.0))
+    counts.world = step.world = mock.Mock(wraps=HERE, sum=lambda x: x + (12 if x.ndim == 0 else 1))
+    logger = mock.Mock()
+    module.VQGANReports(step, [], 4, epoch=12, logger=logger).codes(state, {})
+    assert logger.scalars.call_count == 1
 
 
 def test_codes_are_told_once_an_epoch_over_all_of_it():

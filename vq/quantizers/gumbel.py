@@ -63,7 +63,7 @@ class GumbelQuantizer(Quantizer):
                 tau = self.temperature(training.step)
                 metrics["temperature"] = torch.tensor(tau, device=z.device)
                 ids, y = self.drawn(logits, tau, training)
-                vectors = (y @ self.codebook.weight).movedim(-1, 1)
+                vectors = (y @ self.codebook.weight).movedim(-1, 1).contiguous()
         return Codes(ids, vectors, self.kl_weight * kl, metrics)
 
     @property

@@ -24,7 +24,7 @@ class IBQQuantizer(Quantizer):
         codebook_size: int,
         dim: int,
         beta: float = 0.25,
-        entropy_weight: float = 0.05,
+        entropy_weight: float = 0.1,
         temperature: float = 0.01,
     ):
         super().__init__()
@@ -40,7 +40,7 @@ class IBQQuantizer(Quantizer):
         e = looked_up(ids, codebook)
         with torch.autocast(z.device.type, enabled=False), whole_factors():
             logits = z.movedim(1, -1) @ codebook.t()  # (B, h, w, K)
-            soft = (logits.softmax(-1) @ codebook.detach()).movedim(-1, 1)
+            soft = (logits.softmax(-1) @ codebook.detach()).movedim(-1, 1).contiguous()
         z_q = e + (soft - soft.detach())  # Ind C, without Ind
         commitment = per_example(z - e.detach())
         certainty, of_codebook = self.entropies(logits / self.temperature, training)

@@ -105,6 +105,8 @@ def test_the_discriminator_is_part_of_the_steps_that_come_after_its_first():
     assert list(workloads.moments(config)) == ["no discriminator"]
     config.loss = replace(config.loss, disc_start_step=0)
     assert list(workloads.moments(config)) == ["discriminator"]
+    config.loss = replace(config.loss, disc_start_step=0, disc_warmup_steps=1)
+    assert workloads.moments(config) == {"discriminator alone": 0, "discriminator": 1}
 
 
 def test_labels_are_learned_where_there_are_classes():

@@ -54,6 +54,7 @@ def test_shapes_and_types(name, codebook_size, emb_dim, grid, trains):
     assert codes.loss.shape == (3,) and codes.loss.dtype == torch.float32 and codes.loss.isfinite().all()
     assert all(metric.shape == () and not metric.requires_grad for metric in codes.metrics.values())
     assert quantizer.vectors(codes.ids).shape == z.shape and quantizer.vectors(codes.ids).dtype == torch.float32
+    assert codes.vectors.is_contiguous() and quantizer.vectors(codes.ids).is_contiguous()  # see `looked_up`
     assert quantizer.ids_of(z).shape == quantizer.assign(z).shape == codes.ids.shape
     assert not quantizer.assign(z.requires_grad_()).requires_grad
 
