@@ -131,8 +131,8 @@ def nearest(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def looked_up(ids: Tensor, codebook: Tensor) -> Tensor:
-    """ids (B, h, w) -> rows of codebook (K, D) as (B, D, h, w), in that order in memory: a decoder keeps to it, and on a
-    CPU convolutions over channels that lie last take much longer."""
+    """ids (B, h, w) -> rows of codebook (K, D) as (B, D, h, w), in that order in memory: a decoder keeps to the order
+    it is given, and convolutions over channels that lie last take much longer on a CPU."""
     return nn.functional.embedding(ids, codebook).movedim(-1, 1).contiguous()
 
 
