@@ -11,15 +11,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from experiments.comparison_config import BriefTrainingConfig, FolderConfig  # noqa: E402
 from train.cli import first_stage_data, run_script  # noqa: E402
-from train.config import (  # noqa: E402
-    DataConfig,
-    FirstStageConfig,
-    LoggingConfig,
-    SamplerConfig,
-    SamplingConfig,
-    TrainingConfig,
-)
+from train.config import DataConfig, FirstStageConfig, SamplerConfig, SamplingConfig  # noqa: E402
 from train.datasets import DatasetConfig  # noqa: E402
 
 # What each variant changes of the sampler's own settings. diff_v2 has a second query per head; narrower feed-forward
@@ -57,32 +51,6 @@ class ComparisonConfig:
                 f"got seeds {self.seeds}, n_samples {self.n_samples}, generated_at_once {self.generated_at_once}: "
                 "wanted at least 1, 2 and 1"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BriefTrainingConfig(TrainingConfig):
-    """Training."""
-
-    train_steps: int = 1000
-    """Steps of each run."""
-    batch_size: int = 32
-    """Images per step."""
-    lr: float = 1e-3
-    """Learning rate."""
-    warmup_iters: int = 100
-    """Steps over which the learning rate rises from 0."""
-    ema_beta: float = 0.99
-    """Decay of the averaged weights, which are the ones measured."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FolderConfig:
-    """Results."""
-
-    log_dir: str | None = None
-    """Folder of the results, below --logs_root; its default names the VQGAN's run and step."""
-    logs_root: str = LoggingConfig.logs_root
-    """Folder of all runs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from experiments.comparison_config import BriefTrainingConfig, FolderConfig  # noqa: E402
 from train.cli import run_script  # noqa: E402
-from train.config import DataConfig, LoggingConfig, TrainingConfig  # noqa: E402
+from train.config import DataConfig  # noqa: E402
 from train.datasets import DatasetConfig  # noqa: E402
 from vq.config import VQGANConfig, VQGANLossConfig  # noqa: E402
 
@@ -49,30 +50,6 @@ class ComparisonConfig:
         if self.seeds < 1 or self.rebuilt_at_once < 1:
             got = f"seeds {self.seeds}, rebuilt_at_once {self.rebuilt_at_once}"
             raise ValueError(f"got {got}: wanted at least 1 of each")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BriefTrainingConfig(TrainingConfig):
-    """Training."""
-
-    train_steps: int = 3000
-    """Steps of each run."""
-    batch_size: int = 32
-    """Images per step."""
-    lr: float = 1e-3
-    """Learning rate."""
-    warmup_iters: int = 50
-    """Steps over which the learning rate rises from 0."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FolderConfig:
-    """Results."""
-
-    log_dir: str | None = None
-    """Folder of the results, below --logs_root; compare_quantizers_<dataset> if left out."""
-    logs_root: str = LoggingConfig.logs_root
-    """Folder of all runs."""
 
 
 @dataclass(frozen=True, kw_only=True)

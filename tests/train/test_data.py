@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from encoding import Broken
 
 from train.config import DataConfig
 from train.data import (
@@ -20,7 +21,7 @@ from train.data import (
     streams,
     training_batches,
 )
-from train.datasets import ArrayDataset, Blocks, UnreadableImage
+from train.datasets import ArrayDataset, Blocks
 from train.distributed import World
 
 CPU = torch.device("cpu")
@@ -30,18 +31,6 @@ CONFIG = DataConfig(img_size=4, n_channels=1, shift=1, horizontal_flip=True)
 def numbered(n: int) -> ArrayDataset:
     """n images, each of one grey of its own."""
     return ArrayDataset(np.arange(n, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2), np.arange(n), n)
-
-
-@dataclasses.dataclass(frozen=True)
-class Broken(ArrayDataset):
-    """The same, some of them unreadable."""
-
-    broken: tuple[int, ...] = ()
-
-    def __getitem__(self, index):
-        if index in self.broken:
-            raise UnreadableImage(f"image {index}: cut short")
-        return super().__getitem__(index)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest import Largest
 
 from vq import quantize
 from vq.config import VQGANConfig
@@ -58,18 +58,6 @@ def test_a_part_of_the_positions_at_a_time_changes_nothing(size, compared, heigh
     distances = (z[:, None] - codebook[:, :, None, None]).square().sum(2)
     chosen = distances.gather(1, ids[:, None]).squeeze(1)
     assert torch.allclose(chosen, distances.amin(1), atol=1e-5 if dtype == torch.float32 else 1e-13)
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor made."""
-
-    made = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        made = out if isinstance(out, tuple | list) else [out]
-        self.made = max([self.made, *(x.numel() for x in made if isinstance(x, torch.Tensor))])
-        return out
 
 
 def test_not_all_distances_are_in_memory_at_once(monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest import Largest
 
 from vq import quantize
 from vq.config import VQGANConfig
@@ -137,18 +137,6 @@ def test_products_are_float32_under_autocast():
     assert torch.equal(codes.loss, expected.loss) and torch.equal(codes.vectors, expected.vectors)
     q, z = q.bfloat16(), z.bfloat16()
     assert torch.equal(q(z).loss, q.float()(z).loss)
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor made."""
-
-    made = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        made = out if isinstance(out, tuple | list) else [out]
-        self.made = max([self.made, *(x.numel() for x in made if isinstance(x, torch.Tensor))])
-        return out
 
 
 def test_only_forward_holds_positions_times_codes(monkeypatch):

@@ -1,0 +1,16 @@
+"""How much memory an operation asks for at once."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor made inside it."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, tuple | list) else [out]
+        self.made = max([self.made, *(x.numel() for x in made if isinstance(x, torch.Tensor))])
+        return out
