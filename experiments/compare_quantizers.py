@@ -25,8 +25,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "l2": {"emb_dim": 8},
     "gumbel": {"gumbel_kl_weight": 5e-4},
     "fsq": {},
-    "lfq": {},
-    "ibq": {},
+    "lfq": {"entropy_weight": 0.05},  # reconstructions count little beside more, where networks are small
+    "ibq": {"entropy_weight": 0.05},
 }
 
 
