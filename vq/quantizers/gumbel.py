@@ -28,6 +28,7 @@ class GumbelQuantizer(Quantizer):
     With g ~ Gumbel(0, 1), y = softmax((logits + g) / temperature) (Jang et al. 2017, eq. 2): the vector is the mean of
     the codebook under y, or with `straight_through` that of y's largest, with y's gradient. The temperature falls from
     1 by 1 / decay_steps per step, to 1/16. loss = kl_weight KL(softmax(logits) || uniform), mean over positions.
+    `forward` holds several tensors of positions x K; `assign` a part of one.
     """
 
     def __init__(
