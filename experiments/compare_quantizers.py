@@ -22,7 +22,7 @@ from vq.config import VQGANConfig, VQGANLossConfig  # noqa: E402
 VARIANTS: dict[str, dict[str, Any]] = {
     "nearest": {},
     "ema": {},
-    "l2": {"emb_dim": 8},
+    "l2": {"emb_dim": 4},  # of few codes fewer are left unused in fewer dimensions
     "gumbel": {"gumbel_kl_weight": 5e-4},
     "fsq": {},
     "lfq": {"entropy_weight": 0.05},  # reconstructions count little beside more, where networks are small
