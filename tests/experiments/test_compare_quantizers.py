@@ -132,7 +132,7 @@ def test_each_quantizer_has_its_own_settings_and_gumbel_the_whole_run(monkeypatc
         assert network.quantizer == name and network.codebook_size == 512 and network.gumbel_decay_steps == 777
         assert (network.nf, network.ch_mult) == (config.network.nf, config.network.ch_mult)
     widths = {name: network.code_dim for name, network in found.items()}
-    assert widths == {"nearest": 32, "ema": 32, "l2": 8, "gumbel": 32, "fsq": 3, "lfq": 9, "ibq": 32}
+    assert widths == {"nearest": 32, "ema": 32, "l2": 4, "gumbel": 32, "fsq": 3, "lfq": 9, "ibq": 32}
     assert found["fsq"].levels == (8, 8, 8)
 
 
