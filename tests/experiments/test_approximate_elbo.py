@@ -246,6 +246,7 @@ def test_a_trained_head_is_taken_as_it_is_and_a_longer_training_goes_on(measure,
     assert "whose folder is --head_dir" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_head_of_one_and_report_what_it_does(trained, measured, tmp_path):
     logs = tmp_path / "logs"
     for name in ("vqgan_digits", "absorbing_digits"):

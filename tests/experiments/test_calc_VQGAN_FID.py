@@ -122,6 +122,7 @@ def test_what_fails_leaves_no_results(logs, monkeypatch):
     assert {path.name for path in (logs / "stopped").iterdir()} == FILES
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(measured, logs, tmp_path):
     """As many batches as do not divide, and a data set's statistics that neither has yet."""
     shutil.copytree(logs / "vqgan_digits", tmp_path / "vqgan_digits")
