@@ -217,7 +217,7 @@ def test_scripts_run_from_any_folder_by_path(tmp_path):
     assert "no run in" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_flags_are_the_agreed_ones(monkeypatch):
+def test_flags_of_data_and_of_stage_one_are_the_agreed_ones():
     """A flag is a promise: this list changes on purpose or not at all."""
     assert cli.fields_of(DataConfig) == {
         *("dataset", "reader", "img_size", "img_width", "n_channels", "horizontal_flip", "shift", "crop_margin"),
@@ -234,6 +234,9 @@ def test_flags_are_the_agreed_ones(monkeypatch):
         *("disc_weight_max", "lecam_weight", "disc_layers", "ndf", "disc_norm", "disc_spectral_norm", "disc_blur"),
         "diff_aug",
     }
+
+
+def test_flags_of_samplers_and_of_training_are_the_agreed_ones():
     assert cli.fields_of(LoggingConfig) == {
         *("log_dir", "logs_root", "steps_per_log", "steps_per_checkpoint", "steps_per_save_output", "steps_per_eval"),
         *("checkpoint_minutes", "keep_last", "keep_every", "steps_per_FD", "FD_samples", "FD_features", "profile"),

@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -166,7 +167,7 @@ def encoded(
     """The codes (n, V, h, w) of a chunk whose images come as `lists`, zeros for unreadable ones, and why these are."""
     images = file.images(chunk)
     ids, unreadable = np.zeros((len(images), *file.shape), file.dtype), {}
-    for wanted, batch in zip(lists, loaded, strict=False):  # what comes after are other chunks
+    for wanted, batch in zip(lists, islice(loaded, len(lists)), strict=True):  # after them come other chunks
         kept = set(batch["index"].tolist())
         unreadable |= zip([image for image in wanted if image not in kept], batch["skipped"], strict=True)
         if kept:

@@ -6,7 +6,7 @@ convolutions alone gives the very same where the overlap is four times as long a
 """
 
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def ramps(size: int, tile: int, overlap: int, scale: int) -> list[tuple[float, f
     sees zeros where the image goes on, and has no share there.
     """
     starts = tile_starts(size, tile, overlap)
-    middles = [(start + before + tile) / 2 for before, start in zip(starts, starts[1:], strict=False)]
+    middles = [(start + before + tile) / 2 for before, start in pairwise(starts)]
     return [((middle - overlap / 4) * scale, (middle + overlap / 4) * scale) for middle in middles]
 
 

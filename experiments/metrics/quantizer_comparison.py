@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class Bench:
         with tqdm(total=steps, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0) as bar:
             hooks = [("bar", 1, lambda *_: bar.update()), ("time", 1, lambda *_: ends.append(time.perf_counter()))]
             fit(state, batches, step, steps=steps, world=self.world, seed=training.seed, hooks=hooks, skipped=bad)
-        return [after - before for before, after in zip(ends, ends[1:], strict=False)]
+        return [after - before for before, after in pairwise(ends)]
 
 
 def prepare(config, folder: Path) -> Bench:
