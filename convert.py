@@ -59,24 +59,10 @@ class FirstStageConfig(VQGANRunConfig):
 
 @functools.lru_cache(maxsize=2)
 def read_weights(path: str) -> "dict[str, Tensor]":
-    """Tensors by name; ValueError for a file that holds anything else, of which nothing is run."""
-    import pickle
-    import struct
+    """The tensors of a file, read once."""
+    from vq.plain_tensors import read_tensors
 
-    import torch
-
-    damaged = (AttributeError, EOFError, LookupError, OverflowError, RuntimeError, TypeError, ValueError, struct.error)
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} not found: pass the file of weights as --weights PATH.pt")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, *damaged) as error:
-        code = re.search("GLOBAL ([^ ]+)", str(error))
-        reason = f"it asks for {code[1]}, which is code" if code else "it is damaged, or of another kind"
-        raise ValueError(f"{path} is no file of plain tensors, nothing in it was run: {reason}") from error
-    if not (isinstance(weights, dict) and weights and all(isinstance(v, torch.Tensor) for v in weights.values())):
-        raise ValueError(f"{path} holds a {type(weights).__name__}, wanted tensors by name (a state dict, bare)")
-    return weights
+    return read_tensors(Path(path), "wanted tensors by name; pass the file of weights as --weights PATH")
 
 
 def read_said(path: str | None) -> dict[str, Any]:

@@ -43,8 +43,11 @@ class NanGradient:
             def spoil(gradient):
                 return gradient * float("nan") if state.step == self.step else None
 
+            def spoil_behind(module, given, answer):
+                answer.register_hook(spoil)
+
             if is_sharded(module):
-                module.register_forward_hook(lambda module, given, answer: answer.register_hook(spoil) and None)
+                module.register_forward_hook(spoil_behind)
             else:
                 parameter = list(module.parameters())[0]
                 learns = parameter.requires_grad

@@ -1,7 +1,5 @@
 """Learned distances of images, frozen: LPIPS (Zhang et al. 2018) and logits of a classifier (Weber et al. 2024)."""
 
-import pickle
-import struct
 import urllib.error
 import warnings
 from pathlib import Path
@@ -10,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vq.plain_tensors import read_tensors
+
 SMALLEST = {"vgg": 16, "alex": 31, "squeeze": 17, "resnet50": 1}  # images, pixels along each side
 BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1", "resnet50": "resnet50"}  # in torchvision
-UNREADABLE = (  # what torch.load raises, by the kind of damage
-    *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError),
-    *(LookupError, AttributeError, AssertionError, TypeError, ValueError),
-)
 
 
 class LogitDistance(nn.Module):
@@ -58,7 +54,8 @@ class Perceptual(nn.Module):
         if weights is not None and not trained:
             raise ValueError(f"got the weights {weights} for a network that is to be random: leave one of them out")
         self.net = net
-        tensors = None if weights is None else read_tensors(Path(weights), net)
+        wanted = f"wanted torchvision's ImageNet weights of {BACKBONES[net]}; pass --perceptual_weights FILE"
+        tensors = None if weights is None else read_tensors(Path(weights), wanted)
         downloaded = trained and weights is None
         if net == "resnet50":
             self.distance = LogitDistance(downloaded)
@@ -97,23 +94,6 @@ def lpips_distance(net: str, linear: bool, pretrained: bool) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision by its old `pretrained` argument
         return lpips.LPIPS(net=net, verbose=False, pretrained=linear, pnet_rand=not pretrained)
-
-
-def read_tensors(path: Path, net: str) -> dict[str, Tensor]:
-    """Named tensors of a file, on the CPU; FileNotFoundError without one, ValueError where it holds anything else."""
-    wanted = f"wanted torchvision's ImageNet weights of {BACKBONES[net]} (a .pth file)"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} not found: {wanted}; pass --perceptual_weights FILE")
-    if not path.is_file():
-        raise ValueError(f"{path} is no file: {wanted}; pass --perceptual_weights FILE")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is no plain file of tensors, nothing in it was run ({reason}): {wanted}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds something else than named tensors: {wanted}")
-    return state
 
 
 @torch.no_grad()

@@ -1,7 +1,5 @@
 """The features of the FID: the 2048-wide layer of the field's InceptionV3, as ported by torch-fidelity."""
 
-import pickle
-import struct
 import tempfile
 import urllib.error
 from collections.abc import Callable
@@ -10,11 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vq.plain_tensors import read_tensors
+
 METRIC = "FID"
-UNREADABLE = (  # what torch.load raises, by the kind of damage
-    *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError),
-    *(LookupError, AttributeError, AssertionError, TypeError, ValueError),
-)
 
 
 def build(device: torch.device | str, weights: str | Path | None = None) -> Callable[[Tensor], Tensor]:
@@ -51,7 +47,7 @@ def _download() -> nn.Module:
 
 def _from_file(path: Path) -> nn.Module:
     """The extractor with the tensors of a checked copy, as torch-fidelity unpickles whatever path it is given."""
-    state = _read_tensors(path)
+    state = read_tensors(path, "wanted torch-fidelity's Inception weights (a .pth file)")
     with tempfile.TemporaryDirectory() as folder:
         checked = Path(folder) / "inception.pth"
         torch.save(state, checked)
@@ -59,16 +55,3 @@ def _from_file(path: Path) -> nn.Module:
             return _extractor(checked)
         except RuntimeError as error:  # load_state_dict's, which names the keys
             raise ValueError(f"{path} does not hold torch-fidelity's Inception weights: {error}") from error
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: wanted torch-fidelity's Inception weights (a .pth file)")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is not a plain file of tensors; nothing in it was run ({reason})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds something else than named tensors: wanted torch-fidelity's Inception weights")
-    return state
