@@ -1,11 +1,11 @@
 """Absorbing (masked) discrete diffusion: every code is kept, or replaced by the mask.
 
-Time t lies in [0, 1] and is the probability that a code is masked: 0 is data, 1 is all mask. The T-step process of the
-papers visits t = i/T (Austin et al. 2021, D3PM; Bond-Taylor et al. 2022, "Unleashing Transformers").
+Time t lies in [0, 1]: 0 is data, 1 is all mask. `masked(t)` is the probability that a code is masked, t itself in the
+linear schedule. The T-step process of the papers visits t = i/T (Austin et al. 2021, D3PM; Bond-Taylor et al. 2022,
+"Unleashing Transformers"); in continuous time T has gone to infinity (Sahoo et al. 2024, MDLM; Shi et al. 2024, MD4).
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -13,49 +13,90 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.guidance import Denoiser
 from diffusion.loss import Loss
-from diffusion.rng import Streams
+from diffusion.masking import MASKINGS
+from diffusion.rng import Streams, drawn
 
 LossType = Literal["elbo", "reweighted_elbo", "mlm"]
 
 
 @dataclass(frozen=True)
 class AbsorbingDiffusion:
-    """`codes` K is the number of codes, ids 0..K-1; the mask is id K. `steps` T; None is continuous time."""
+    """`codes` K is the number of codes, ids 0..K-1; the mask is id K. `steps` T; None is continuous time.
+
+    `schedule`, of diffusion/masking.py, says how masks grow.
+    """
 
     codes: int
     steps: int | None = 256
+    schedule: str = "linear"
 
     def __post_init__(self):
         if self.codes < 1 or (self.steps is not None and self.steps < 1):
             raise ValueError(f"got codes={self.codes}, steps={self.steps}: both must be at least 1 (or steps None)")
+        if self.schedule not in MASKINGS:
+            raise ValueError(f"got masking schedule {self.schedule!r}: choose one of {', '.join(MASKINGS)}")
 
     @property
     def mask(self) -> int:
         return self.codes
 
-    def times(self, rng: Streams) -> Tensor:
-        """t (B,), uniform over {1/T, ..., 1}, or over (0, 1] in continuous time."""
-        u = 1 - rng.uniform((len(rng),))  # (0, 1]
+    def masked(self, t: Tensor) -> Tensor:
+        """The probability that a code is masked at t, of any shape."""
+        return MASKINGS[self.schedule].share(t)
+
+    def time_at(self, share: Tensor) -> Tensor:
+        """The inverse of `masked`."""
+        return MASKINGS[self.schedule].time(share)
+
+    def stays(self, t: float, s: float) -> float:
+        """The probability that a code masked at t is masked at s < t."""
+        shares = self.masked(torch.tensor([s, t], dtype=torch.float64))
+        return (shares[0] / shares[1]).item()
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Training times: u (B,) uniform on (0, 1] -> t (B,), uniform over {1/T, ..., 1}, or over (0, 1]."""
         return u if self.steps is None else (u * self.steps).ceil() / self.steps
 
+    def times(self, rng: Streams) -> Tensor:
+        """t (B,) to train on, one draw of each stream."""
+        return self.quantile(1 - rng.uniform((len(rng),)))  # (0, 1]
+
     def corrupt(self, x0: Tensor, t: Tensor, rng: Streams) -> Tensor:
-        """q(x_t | x_0): each code is masked with probability t, independently. x0 (B, H, W), t (B,) -> (B, H, W)."""
-        return torch.where(rng.uniform(x0.shape) < t.view(-1, 1, 1), self.mask, x0)
+        """q(x_t | x_0): each code is masked with probability m(t), independently. x0 (B, H, W), t (B,)."""
+        return torch.where(rng.uniform(x0.shape) < self.masked(t).view(-1, 1, 1), self.mask, x0)
 
     def corrupt_fixed(self, x0: Tensor, t: Tensor, rng: Streams) -> Tensor:
-        """Masks exactly round(t N) codes of each example, at least one, in random places (`--mask_schedule fixed`)."""
-        count = (t * x0[0].numel()).round().clamp(min=1)  # (B,)
+        """Masks exactly round(m(t) N) codes of each example, at least one, in random places."""
+        count = (self.masked(t) * x0[0].numel()).round().clamp(min=1)  # (B,)
+        return self.corrupt_count(x0, count, rng)
+
+    def corrupt_count(self, x0: Tensor, count: Tensor, rng: Streams) -> Tensor:
+        """Masks `count` (B,) codes of each example x0 (B, H, W), in random places."""
         rank = rng.uniform(x0.shape).flatten(1).argsort(1).argsort(1).view_as(x0)
         return torch.where(rank < count.view(-1, 1, 1), self.mask, x0)
+
+    def elbo_weight(self, t: Tensor) -> Tensor:
+        """What the cross-entropy of the masked codes at t (B,) weighs in the negative ELBO, for t of `times`.
+
+        In continuous time m'(t) / m(t); of T steps T (m(t) - m(t - 1/T)) / m(t). Both are 1/t in the linear schedule.
+        """
+        if self.schedule == "linear":
+            return 1 / t
+        exact = t if t.device.type == "mps" else t.double()  # a difference of neighbours; Metal has no float64
+        if self.steps is None:
+            weight = MASKINGS[self.schedule].slope(exact) / self.masked(exact)
+        else:
+            i = (exact * self.steps).round().clamp(min=1)  # float32 has no thirds, and arccos is steep at 0
+            weight = self.steps * (1 - self.masked((i - 1) / self.steps) / self.masked(i / self.steps))
+        return weight.to(t.dtype)
 
     def loss(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, kind: LossType = "reweighted_elbo") -> Loss:
         """Logits (B, H, W, K) of x_0 given x_t, codes x0 and x_t (B, H, W), t (B,) -> Loss.
 
         CE is the cross-entropy summed over masked positions, N = H W.
-        elbo: CE / (t N ln 2), bits per code; its mean over t is the negative ELBO (of T steps for t = i/T).
-        reweighted_elbo: (1 - t) CE / (N ln 2), the lower-variance weight of Bond-Taylor et al.'s code.
+        elbo: w(t) CE / (N ln 2), bits per code; its mean over t is the negative ELBO. w is `elbo_weight`.
+        reweighted_elbo: (1 - m(t)) CE / (N ln 2), the lower-variance weight of Bond-Taylor et al.'s code.
         mlm: CE / number of masked codes, nats.
         """
         if kind not in get_args(LossType):
@@ -64,90 +105,48 @@ class AbsorbingDiffusion:
         nll = F.cross_entropy(logits.float().flatten(0, 2), x0.flatten(), reduction="none").view(x0.shape)
         ce = (nll * masked).sum((1, 2))  # (B,) nats
         bits = ce / (x0[0].numel() * math.log(2))
+        bound = self.elbo_weight(t) * bits
         per_example = {
-            "elbo": bits / t,
-            "reweighted_elbo": (1 - t) * bits,
+            "elbo": bound,
+            "reweighted_elbo": (1 - self.masked(t)) * bits,
             "mlm": ce / masked.sum((1, 2)).clamp(min=1),
         }[kind]
-        return Loss(per_example, {"bits_per_code": (bits / t).detach()})
+        return Loss(per_example, {"bits_per_code": bound.detach()})
 
-    def reverse_probabilities(self, x_t: Tensor, logits: Tensor, t: float, s: float) -> Tensor:
+    def reverse_probabilities(
+        self, x_t: Tensor, logits: Tensor, t: float, s: float, sigma: Tensor | float = 0.0
+    ) -> Tensor:
         """p(x_s | x_t) for s < t, position by position: (B, H, W), (B, H, W, K) -> (B, H, W, K + 1), the mask last.
 
-        A masked code stays masked with probability s/t, else is drawn from the prediction; a revealed one stays.
+        A masked code stays masked with probability m(s)/m(t), else is drawn from the prediction; a revealed one stays.
+        With `sigma`, a number or (B, H, W), a revealed code is masked again with that probability, and masked ones are
+        revealed as much more often as keeps the marginals (Wang et al. 2025, ReMDM, eq. 4).
         """
-        revealed = F.one_hot(x_t, self.codes + 1).to(logits.dtype)
-        drawn = F.pad(logits.softmax(-1) * (1 - s / t), (0, 1), value=s / t)
-        return torch.where((x_t == self.mask).unsqueeze(-1), drawn, revealed)
+        sigma = torch.as_tensor(sigma, dtype=logits.dtype, device=logits.device).expand(x_t.shape).unsqueeze(-1)
+        revealed = F.pad((1 - sigma) * F.one_hot(x_t, self.codes + 1)[..., :-1].to(logits.dtype), (0, 1)) + F.pad(
+            sigma, (self.codes, 0)
+        )
+        staying = self.staying(t, s, sigma)
+        drawn_or_not = torch.cat([logits.softmax(-1) * (1 - staying), staying], -1)
+        return torch.where((x_t == self.mask).unsqueeze(-1), drawn_or_not, revealed)
+
+    def staying(self, t: float, s: float, sigma: Tensor | float) -> Tensor | float:
+        """The probability that a code masked at t stays masked where revealed ones are masked again with `sigma`."""
+        now, then = self.masked(torch.tensor([t, s], dtype=torch.float64)).tolist()
+        return (then - sigma * (1 - now)) / now
+
+    def most_remasked(self, t: float, s: float) -> float:
+        """The largest sigma that a step from t to s allows (ReMDM, eq. 5)."""
+        now, then = self.masked(torch.tensor([t, s], dtype=torch.float64)).tolist()
+        return 1.0 if now == 1 else min(1.0, then / (1 - now))
 
     def reverse(self, x_t: Tensor, logits: Tensor, t: float, s: float, rng: Streams) -> Tensor:
-        """Draws x_s (B, H, W) from `reverse_probabilities`."""
-        stays = rng.uniform(x_t.shape) < s / t
-        return torch.where((x_t == self.mask) & ~stays, rng.categorical(logits), x_t)
+        """Draws x_s (B, H, W) from `reverse_probabilities` with sigma 0."""
+        revealed = (x_t == self.mask) & (rng.uniform(x_t.shape, torch.float64) >= self.stays(t, s))
+        return filled(x_t, revealed, logits, rng)
 
 
-OnStep = Callable[[int, float, float, Tensor, Tensor], Tensor]  # (i, t, s, x_s, logits) -> x_s
-
-
-def check_sampling(steps: int | None, temperature: float) -> None:
-    if steps is None or steps < 1:
-        raise ValueError(f"got {steps} sampling steps, wanted at least 1: pass --sample_steps N")
-    if not temperature > 0:
-        raise ValueError(f"got temperature {temperature}, wanted a number above 0: pass --temp T")
-
-
-@torch.no_grad()
-def ancestral(
-    denoise: Denoiser,
-    process: AbsorbingDiffusion,
-    x: Tensor,
-    *,
-    steps: int | None = None,
-    rng: Streams,
-    temperature: float = 1.0,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """The reverse process in `steps` equal steps (the process's own T if left out): masked x (B, H, W) -> codes.
-
-    x is all mask, or has codes to keep.
-    `denoise(x, t (B,))` gives logits (B, H, W, K), divided by `temperature`. No mask is left, whatever `steps`.
-    """
-    steps = process.steps if steps is None else steps
-    check_sampling(steps, temperature)
-    times = [i / steps for i in range(steps, -1, -1)]
-    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        logits = denoise(x, torch.full((len(x),), t, device=x.device)) / temperature
-        x = process.reverse(x, logits, t, s, rng)
-        x = x if on_step is None else on_step(i, t, s, x, logits)
-    return x
-
-
-@torch.no_grad()
-def one_by_one(
-    denoise: Denoiser,
-    process: AbsorbingDiffusion,
-    x: Tensor,
-    *,
-    steps: int | None = None,
-    rng: Streams,
-    temperature: float = 1.0,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """Reveals one code per network call, in random order (the any-order autoregressive reading, Hoogeboom et al. 2022).
-
-    No two codes are drawn independently of each other, so a perfect denoiser samples the joint itself.
-    `steps` is the number of codes and may be left out.
-    """
-    count = x[0].numel()
-    if steps not in (None, count):
-        raise ValueError(f"one_by_one takes {count} steps on this grid, got {steps}: pass --sample_steps {count}")
-    check_sampling(count, temperature)
-    order = (
-        rng.uniform(x.shape).flatten(1).argsort(1).argsort(1).view_as(x)
-    )  # (B, H, W): when each position has its turn
-    for i in range(count):
-        t, s = 1 - i / count, 1 - (i + 1) / count
-        logits = denoise(x, torch.full((len(x),), t, device=x.device)) / temperature
-        x = torch.where((x == process.mask) & (order == i), rng.categorical(logits), x)
-        x = x if on_step is None else on_step(i, t, s, x, logits)
-    return x
+def filled(x: Tensor, places: Tensor, logits: Tensor, rng: Streams) -> Tensor:
+    """x (B, H, W) with the codes at `places` (B, H, W) drawn from logits (B, H, W, K); others cost nothing."""
+    u = rng.uniform(x.shape, torch.float64)
+    return x.masked_scatter(places, drawn(logits[places], u[places]))

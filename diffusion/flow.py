@@ -20,6 +20,7 @@ class RectifiedFlow(Gaussian):
     shift: float = 1.0
     mean: float = 0.0
     deviation: float = 1.0
+    start: float = 1.0
     end: float = 1e-3
 
     def __post_init__(self):

@@ -20,11 +20,13 @@ LossType = Literal["simple", "min_snr", "hybrid", "vlb"]
 
 @dataclass(frozen=True, eq=False)
 class GaussianDiffusion(Gaussian):
-    """`abar` (T + 1,) float64 of diffusion/schedules.py; what the network predicts; how wide a reverse step is."""
+    """`abar` (T + 1,) float64 of diffusion/schedules.py; what the network predicts; how wide a reverse step is; where
+    sampling begins."""
 
     abar: Tensor
     prediction: PredictionType = "eps"
     variance: Variance = "fixed_large"
+    start: float = 1.0
 
     def __post_init__(self):
         for name, choice, choices in (

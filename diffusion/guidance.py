@@ -9,7 +9,15 @@ from torch import Tensor
 
 from diffusion.kernels import Gaussian, Prediction
 
-Denoiser = Callable[[Tensor, Tensor], Any]  # (x_t, t (B,)) -> logits (B, H, W, K), or a Prediction
+# (x_t, t (B,)) -> a Prediction; of codes (x_t, t (B,), rows (B,) or None) -> logits (B, H, W, K): `rows` says which
+# examples the rows of x_t are, None all of them in order
+Denoiser = Callable[..., Any]
+
+GUIDANCE_SCHEDULES = {  # t (B,) from 1 to 0 -> the share of guidance, (B,)
+    "constant": torch.ones_like,
+    "linear": lambda t: 1 - t,
+    "cosine": lambda t: (1 + (math.pi * t).cos()) / 2,
+}
 
 
 def guided(
@@ -19,32 +27,38 @@ def guided(
     scale: float,
     *,
     interval: tuple[float, float] | None = None,
+    schedule: str = "constant",
     rescale: float = 0.0,
     process: Gaussian | None = None,
 ) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022) of logits or a Prediction: weaker + scale * (conditional - weaker).
 
-    scale 1 is the conditional model and calls it once; 0 the weaker one. Conditions are passed through untouched. Of a
+    scale 1 is the conditional model and calls it once; 0 the weaker one. Conditions are passed through untouched, but
+    for tensors with a row per example (B,): of these, the rows asked for are passed, both conditions in one call. Of a
     Prediction, x0 and eps are guided; a learned variance stays the conditional's.
 
     interval: guided where lo <= t <= hi alone, else conditional, in one call (Kynkaanniemi et al. 2024).
+    schedule: how guidance grows from t = 1 to 0: the scale at t is 1 + (scale - 1) times GUIDANCE_SCHEDULES' share.
     rescale: 0 to 1, how far the standard deviation of the guided x0, over all numbers of an example, is pulled to that
     of the conditional x0 by a factor on x0; eps follows by `process`. Lin et al. 2024, section 3.4, do so to the
     network's output, whichever that is.
     """
     if rescale and process is None:
         raise ValueError("rescaled guidance needs the process, to keep eps in step with x0: pass process=")
+    if schedule not in GUIDANCE_SCHEDULES:
+        raise ValueError(f"got guidance schedule {schedule!r}: choose one of {', '.join(GUIDANCE_SCHEDULES)}")
     if scale == 1:
-        return lambda x, t: denoise(x, t, condition)
-    if scale == 0 and interval is None and not rescale:
-        return lambda x, t: denoise(x, t, weaker)
+        return lambda x, t, rows=None: denoise(x, t, picked(condition, rows))
+    if scale == 0 and interval is None and schedule == "constant" and not rescale:
+        return lambda x, t, rows=None: denoise(x, t, picked(weaker, rows))
 
-    def on(x: Tensor, t: Tensor) -> Any:
-        strong = denoise(x, t, condition)
+    def on(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Any:
         inside = None if interval is None else (interval[0] <= t) & (t <= interval[1])
         if inside is not None and not inside.any():
-            return strong
-        result = blend(denoise(x, t, weaker), strong, scale)
+            return denoise(x, t, picked(condition, rows))
+        strong, weak = both(denoise, x, t, picked(condition, rows), picked(weaker, rows))
+        now = scale if schedule == "constant" else 1 + (scale - 1) * GUIDANCE_SCHEDULES[schedule](t)
+        result = blend(weak, strong, now)
         if rescale:
             spread = strong.x0.flatten(1).std(1) / result.x0.flatten(1).std(1)  # (B,)
             factor = 1 + rescale * (spread - 1)
@@ -52,6 +66,18 @@ def guided(
         return result if inside is None else blend(strong, result, inside.float())
 
     return on
+
+
+def picked(condition: Any, rows: Tensor | None) -> Any:
+    """The condition of these examples."""
+    return condition[rows] if isinstance(condition, Tensor) and rows is not None else condition
+
+
+def both(denoise: Callable, x: Tensor, t: Tensor, strong: Any, weak: Any) -> tuple[Any, Any]:
+    """What is said under either condition, in one call where both are tensors."""
+    if isinstance(strong, Tensor) and isinstance(weak, Tensor):
+        return denoise(torch.cat([x, x]), torch.cat([t, t]), torch.cat([strong, weak])).chunk(2)
+    return denoise(x, t, strong), denoise(x, t, weak)
 
 
 def blend(weak: Any, strong: Any, weight: float | Tensor) -> Any:

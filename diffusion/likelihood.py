@@ -1,5 +1,6 @@
 """Variational bounds on -log2 p(x_0), one image at a time: the sum over the process's steps, or an estimate of it."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ class Bound(NamedTuple):
 
     total: Tensor  # (B,), prior and all terms
     prior: Tensor  # (B,)
-    terms: Tensor  # (B, T), term i of the step from (i + 1)/T to i/T; where it is estimated, most are 0
+    terms: Tensor  # (B, T), term i of the step from (i + 1)/T to i/T; where it is estimated, most are 0; (B, 0): exact
 
 
 def visits(steps: int, calls: int | None, rng: Streams) -> Iterator[tuple[Tensor, int]]:
@@ -75,7 +76,19 @@ def bits_per_code(
     rng: Streams,
     calls: int | None = None,
 ) -> Bound:
-    """The bound of Austin et al. 2021 of codes x0 (B, h, w), each term at one x_t; there is no prior term."""
+    """The bound of Austin et al. 2021 of codes x0 (B, h, w), each term at one x_t; there is no prior term.
+
+    In continuous time it does not depend on the schedule, and is that of all orders in which codes can be revealed
+    (Ou et al. 2025): term k has exactly k of the N codes masked, and their mean cross-entropy.
+    """
+    count = x0[0].numel()
+
+    def any_order() -> Iterator[tuple[Tensor, Tensor]]:
+        for k, weight in visits(count, calls, rng):
+            x_t = process.corrupt_count(x0, k.to(x0.device), rng)
+            share = (k / count).to(x0.device)
+            found = process.loss(denoise(x_t, process.time_at(share)), x0, x_t, share, "mlm").per_example
+            yield k, weight * found / (count * math.log(2))
 
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
         for i, weight in visits(process.steps, calls, rng):
@@ -84,4 +97,7 @@ def bits_per_code(
             loss = process.loss(denoise(x_t, t), x0, x_t, t, "elbo").per_example
             yield i, weight * loss / process.steps
 
-    return summed(torch.zeros(len(x0), device=x0.device), process.steps, parts())
+    prior = torch.zeros(len(x0), device=x0.device)
+    if process.steps is None:
+        return summed(prior, count, any_order())
+    return summed(prior, process.steps, parts())

@@ -31,7 +31,9 @@ class Streams:
         self._check(shape)
         draws = [torch.rand(shape[1:], generator=generator, dtype=dtype) for generator in self.generators]
         drawn = torch.stack(draws)
-        return (drawn.float() if self.device.type == "mps" else drawn).to(self.device)  # Metal has no float64
+        if self.device.type == "mps":  # Metal has no float64; rounding must not reach 1
+            drawn = drawn.float().clamp(max=1 - 2**-24)
+        return drawn.to(self.device)
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """Independent N(0, 1) numbers (B, ...)."""
@@ -41,18 +43,29 @@ class Streams:
         )
 
     def categorical(self, logits: Tensor) -> Tensor:
-        """One draw from softmax(logits) along the last axis: (B, ..., K) -> (B, ...) int64.
+        """One draw from softmax(logits) along the last axis: (B, ..., K) -> (B, ...) int64."""
+        return drawn(logits, self.uniform(logits.shape[:-1], torch.float64))
 
-        Inverts the cumulative distribution in float64: float32 Gumbel noise is truncated and draws rare classes at a
-        wrong rate. Metal has no float64 and gets float32.
-        """
-        precision = torch.float32 if logits.device.type == "mps" else torch.float64
-        cdf = logits.to(precision).softmax(-1).cumsum(-1)
-        u = self.uniform(logits.shape[:-1], torch.float64).to(precision).unsqueeze(-1) * cdf[..., -1:]
-        return torch.searchsorted(cdf, u, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    def of(self, rows: list[int]) -> "Streams":
+        """The streams of some examples, going on where they are."""
+        some = Streams([], self.device)
+        some.generators = [self.generators[row] for row in rows]
+        return some
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if shape[0] != len(self.generators):
             raise ValueError(
                 f"got a batch of {shape[0]} for {len(self.generators)} random streams: give one seed per example"
             )
+
+
+def drawn(logits: Tensor, u: Tensor) -> Tensor:
+    """Draws from softmax(logits) along the last axis, by uniform numbers u: (..., K), (...) in [0, 1) -> (...) int64.
+
+    Inverts the cumulative distribution in float64: float32 Gumbel noise is truncated and draws rare classes at a wrong
+    rate. Metal has no float64 and gets float32.
+    """
+    precision = torch.float32 if logits.device.type == "mps" else torch.float64
+    cdf = logits.to(precision).softmax(-1).cumsum(-1)
+    u = u.to(precision).unsqueeze(-1) * cdf[..., -1:]
+    return torch.searchsorted(cdf, u, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)

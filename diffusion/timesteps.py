@@ -1,10 +1,11 @@
-"""Which times a Gaussian process is trained on."""
+"""Which times a process is trained on."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.gaussian import GaussianDiffusion
 from diffusion.kernels import Gaussian
 from diffusion.rng import Streams
@@ -17,13 +18,15 @@ class Times(NamedTuple):
     weight: Tensor  # (B,), on each example's loss
 
 
-def uniform(process: Gaussian, rng: Streams) -> Times:
+def uniform(process: Gaussian | AbsorbingDiffusion, rng: Streams) -> Times:
     """Independent times, as the process has them: each a function of its example's stream."""
     t = process.times(rng)
     return Times(t, torch.ones_like(t))
 
 
-def low_discrepancy(process: Gaussian, shared: Streams, count: int, first: int = 0, batch: int | None = None) -> Times:
+def low_discrepancy(
+    process: Gaussian | AbsorbingDiffusion, shared: Streams, count: int, first: int = 0, batch: int | None = None
+) -> Times:
     """Times spread evenly over a batch (Kingma et al. 2021, section 4): each is as likely as before, not independent.
 
     One offset serves the whole batch, so `shared` is one stream, seeded by the step and by no example. An example's

@@ -15,49 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attend import attend, attention_map, widened
+from models.attend import widened
 from models.embeddings import RelativeBias, Rotary
-
-
-class FullAttention(nn.Module):
-    """Softmax attention of every query to every key. `causal`: to those before it and itself."""
-
-    def __init__(self, causal: bool = False, bias: RelativeBias | None = None):
-        super().__init__()
-        self.causal, self.bias = causal, bias
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask=None, scale=None, dropout: float = 0.0) -> Tensor:
-        """q (B, *grid, G heads, d), k (B, *places, heads, d), v (B, *places, heads, e) -> (B, *grid, G heads, e).
-
-        G queries in a row share a key. `mask`: (B, M), (B, N, M) or (B, heads, N, M), see `attend`.
-        """
-        grid = q.shape[1:-2]
-        mask = self.mask(q, mask)
-        q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (q, *shared(q, k, v)))
-        out = attend(q, k, v, mask=mask, scale=scale, dropout=dropout, causal=self.causal)
-        return out.transpose(1, 2).unflatten(1, grid)
-
-    def map(self, q: Tensor, k: Tensor, *, mask=None, scale=None) -> Tensor:
-        """The weights of `forward`: (B, G heads, N, M)."""
-        mask = self.mask(q, mask)
-        q, k = (x.flatten(1, -3).transpose(1, 2) for x in (q, *shared(q, k)))
-        return attention_map(q, k, mask=mask, scale=scale, causal=self.causal)
-
-    def mask(self, q: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The mask with four axes, the bias added to it."""
-        if mask is not None and mask.ndim < 4:
-            mask = mask[:, None] if mask.ndim == 3 else mask[:, None, None]  # (B, 1, N or 1, M)
-        if self.bias is None:
-            return mask
-        bias = self.bias(q.shape[1:-2])[None]  # (1, heads, N, N)
-        if mask is None:
-            return bias
-        return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
-
-
-def shared(q: Tensor, *others: Tensor) -> list[Tensor]:
-    """Repeats the heads of the others so that each of q's has its own."""
-    return [x.repeat_interleave(q.shape[-2] // x.shape[-2], dim=-2) for x in others]
+from models.full_attention import FullAttention, shared
+from models.memory import Cache
 
 
 class Layout(NamedTuple):
@@ -75,7 +36,9 @@ class Attention(nn.Module):
 
     Keys and values come from x, or, with `context_width`, from a context (B, M, context_width). `core` says which keys
     a query sees (all, if left out), `rotary` turns queries and keys. `dropout` acts on the weights while training.
-    `scale` multiplies the logits, 1/sqrt(head width) if left out.
+    `scale` multiplies the logits, 1/sqrt(head width) if left out. `qk_norm` divides each query and key by its root mean
+    square, times a learned number per channel, before it is turned (Dehghani et al. 2023): logits cannot grow
+    without bound.
     """
 
     def __init__(
@@ -88,6 +51,7 @@ class Attention(nn.Module):
         context_width: int | None = None,
         dropout: float = 0.0,
         scale: float | None = None,
+        qk_norm: bool = False,
     ):
         super().__init__()
         if rotary is not None and context_width is not None:
@@ -104,6 +68,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(self.sizes[2], width)
         self.core = FullAttention() if core is None else core
         self.rotary = rotary
+        self.norm_q, self.norm_k = (nn.RMSNorm(n.width, eps=1e-6) if qk_norm else None for _ in "qk")
         self.recorded: list[list[Tensor]] = []  # where `record_maps` keeps what this layer looked at
 
     @staticmethod
@@ -112,15 +77,18 @@ class Attention(nn.Module):
             raise ValueError(f"width {width} does not split over {heads} heads: choose a divisor of {width}")
         return Layout(heads, heads, heads, width // heads, width // heads)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
         """`mask` (B, M), (B, N, M) or (B, heads, N, M): bool, True where a token may be seen, or added to the logits.
 
         It acts before every softmax; a token that sees nothing gets zeros (before the output projection).
+        `cache`: x (B, n, D) are the next tokens of its grid in raster order; keys before them come from it.
         """
         if (context is None) != (self.context_width is None):
             got, wanted = ("no context", "one") if context is None else ("a context", "none: build with context_width")
             raise ValueError(f"got {got}, this layer takes {wanted}")
-        q, k, v = self.project(x, context)
+        q, k, v = self.project(x, context, cache)
         if mask is not None and mask.ndim == 4 and mask.shape[1] == self.heads:  # both maps of a head
             mask = mask.repeat_interleave(self.divided.queries // self.heads, 1)
         dropout = self.dropout if self.training else 0.0
@@ -131,7 +99,7 @@ class Attention(nn.Module):
                 maps.append(seen)
         return self.proj(self.combine(out, x).flatten(-2))
 
-    def project(self, x: Tensor, context: Tensor | None) -> list[Tensor]:
+    def project(self, x: Tensor, context: Tensor | None, cache: Cache | None = None) -> list[Tensor]:
         """Queries (B, *grid, queries, d), keys (B, *places, keys, d), values (B, *places, keys, e)."""
         n = self.divided
         if context is None:
@@ -139,9 +107,13 @@ class Attention(nn.Module):
         else:
             q, (k, v) = self.q(x), self.kv(context).split(self.sizes[1:], dim=-1)
         q, k, v = (part.unflatten(-1, (heads, -1)) for part, heads in ((q, n.queries), (k, n.keys), (v, n.values)))
+        if self.norm_q is not None:
+            q, k = normed(q, self.norm_q), normed(k, self.norm_k)
         if self.rotary is not None:
-            q, k = self.rotary(q), self.rotary(k)
-        return [q, k, *shared(k, v)]
+            where = () if cache is None else (cache.grid, cache.length)
+            q, k = self.rotary(q, *where), self.rotary(k, *where)
+        (v,) = shared(k, v)
+        return [q, k, v] if cache is None else [q, *cache.extended(k, v)]
 
     def combine(self, out: Tensor, x: Tensor) -> Tensor:
         """What the maps gathered (B, *grid, queries, e) -> what the heads say (B, *grid, heads, e)."""
@@ -150,6 +122,12 @@ class Attention(nn.Module):
     def combine_maps(self, maps: Tensor, x: Tensor) -> Tensor:
         """(B, queries, N, M) -> (B, heads, N, M)."""
         return maps
+
+
+def normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """In float32, whatever the type of x and of the weights."""
+    wide = widened(x)
+    return F.rms_norm(wide, norm.normalized_shape, norm.weight.to(wide.dtype), norm.eps).to(x.dtype)
 
 
 class DifferentialAttention(Attention):
@@ -208,8 +186,7 @@ class DiffAttentionV1(DifferentialAttention):
     def finish(self, out: Tensor) -> Tensor:
         if self.norm is None:
             return out
-        normed = F.rms_norm(out, self.norm.normalized_shape, self.norm.weight.to(out.dtype), self.norm.eps)
-        return normed * (1 - self.lambda_init)
+        return normed(out, self.norm) * (1 - self.lambda_init)  # out is wide already
 
 
 class DiffAttentionV2(DifferentialAttention):
@@ -255,8 +232,10 @@ def differential_from_softmax(layer: Attention, kind: str = "diff_v2") -> DiffAt
         if isinstance(module, RelativeBias):  # both queries of a pair begin with the bias of the trained one
             module.table = nn.Parameter(module.table.repeat_interleave(2, 0))
     options = {name: getattr(layer, name) for name in ("rotary", "context_width", "dropout", "scale")}
+    options["qk_norm"] = layer.norm_q is not None
     made = DiffAttentionV2(layer.width, layer.heads, gated=True, core=core, **options).to(layer.proj.weight)
-    made.proj.load_state_dict(layer.proj.state_dict())
+    for name in ("proj", "norm_q", "norm_k") if options["qk_norm"] else ("proj",):
+        getattr(made, name).load_state_dict(getattr(layer, name).state_dict())
     old, new = (layer.qkv, made.qkv) if layer.context_width is None else (layer.q, made.q)
     queries = layer.sizes[0]
     for trained, fresh in ((old.weight, new.weight), (old.bias, new.bias)):

@@ -28,12 +28,17 @@ class Rotary(nn.Module):
             )
         self.axes, self.base, self.pairs = axes, base, head_width // (2 * axes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, *grid, heads, d) -> the same shape and type, turned."""
-        grid = x.shape[1:-2]
+    def forward(self, x: Tensor, grid: tuple[int, ...] | None = None, first: int = 0) -> Tensor:
+        """(B, *grid, heads, d) -> the same shape and type, turned.
+
+        With `grid`, x (B, n, heads, d) are n of its places from number `first` on, counted in raster order.
+        """
+        part, grid = grid is not None, x.shape[1:-2] if grid is None else grid
         if len(grid) != self.axes:
             raise ValueError(f"got a grid of {len(grid)} axes, wanted {self.axes}: build Rotary with axes={len(grid)}")
         cos, sin = kept(turns, grid, self.pairs, self.base, device=x.device)
+        if part:
+            cos, sin = (table.flatten(0, -3)[first : first + x.shape[1]] for table in (cos, sin))
         a, b = widened(x).chunk(2, dim=-1)  # bfloat16 cannot tell far places apart
         return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import KINDS, Attention, FullAttention
-from models.blocks import initial_normal
+from models.blocks import initial_normal, zeroed
 from models.embeddings import RelativeBias, Rotary
 from models.hydra import HydraAttention
+from models.memory import Cache
 from models.neighborhood import Backend
 
 
@@ -35,14 +36,17 @@ class TransformerBlock(nn.Module):
     def mlp(self, x: Tensor) -> Tensor:
         return self.contract(F.gelu(self.expand(x)))
 
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """x (B, *grid, D), condition (B, D) where the block is adaptive -> (B, *grid, D)."""
+    def forward(self, x: Tensor, condition: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """x (B, *grid, D), condition (B, D) where the block is adaptive -> (B, *grid, D).
+
+        `cache`: x (B, n, D) are the next tokens of its grid.
+        """
         if self.modulation is None:
-            x = x + self.dropout(self.attention(self.norm1(x)))
+            x = x + self.dropout(self.attention(self.norm1(x), cache=cache))
             return x + self.dropout(self.mlp(self.norm2(x)))
         modulation = self.modulation(F.silu(condition)).view(len(x), *[1] * (x.ndim - 2), -1)  # (B, 1..., 6 D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x = x + gate1 * self.dropout(self.attention(self.norm1(x) * (1 + scale1) + shift1))
+        x = x + gate1 * self.dropout(self.attention(self.norm1(x) * (1 + scale1) + shift1, cache=cache))
         return x + gate2 * self.dropout(self.mlp(self.norm2(x) * (1 + scale2) + shift2))
 
 
@@ -57,6 +61,8 @@ class AttentionConfig:
     dilations: tuple[int, ...] = (1,)
     na_backend: Backend = "auto"
     dropout: float = 0.0  # of attention weights
+    qk_norm: bool = False
+    causal: bool = False  # a place sees those before it, in raster order, and itself
 
 
 def attention_layer(config: AttentionConfig, width: int, heads: int, grid: tuple[int, int], depth: int) -> Attention:
@@ -65,6 +71,12 @@ def attention_layer(config: AttentionConfig, width: int, heads: int, grid: tuple
     `heads` is what softmax attention has: diff_v1 makes half as many of twice the width, which keeps the number of
     parameters; diff_v2 keeps the heads and asks two queries each.
     """
+    if config.causal and (config.attention == "neighborhood" or config.position == "bias"):
+        named = f"attention {config.attention} and position {config.position}"
+        raise ValueError(
+            f"got {named} for a causal transformer: a neighbourhood lies all around a code, and a bias is made for "
+            "whole maps where sampling takes a row at a time: choose full attention, and position learned, rope or none"
+        )
     kind, v1 = KINDS[config.attention_type], config.attention_type == "diff_v1"
     if v1 and heads % 2:
         raise ValueError(f"got {heads} heads, diff_v1 pairs them: wanted an even number")
@@ -72,7 +84,7 @@ def attention_layer(config: AttentionConfig, width: int, heads: int, grid: tuple
     parts = kind.layout(width, heads)
     biased = config.position == "bias"
     if config.attention == "full":
-        core = FullAttention(bias=RelativeBias(parts.queries, grid) if biased else None)
+        core = FullAttention(config.causal, RelativeBias(parts.queries, grid) if biased else None)
     else:
         core = HydraAttention(
             heads,
@@ -85,7 +97,7 @@ def attention_layer(config: AttentionConfig, width: int, heads: int, grid: tuple
         )
         core.groups(grid)  # raises where a window does not fit
     rotary = Rotary(parts.width) if config.position == "rope" else None
-    options = {"depth": depth} if v1 else {}
+    options = {"qk_norm": config.qk_norm} | ({"depth": depth} if v1 else {})
     return kind(width, heads, core=core, rotary=rotary, dropout=config.dropout, **options)
 
 
@@ -95,6 +107,10 @@ class Transformer(nn.Module):
     Ids run over [0, K]; K is the mask. The network sees no time: the best prediction of a masked code does not
     depend on it (Ou et al. 2025). With `n_classes`, labels lie in [0, n_classes]; `n_classes` is the null class.
     Without classes, layers and parameter count are those of Bond-Taylor et al. 2022.
+
+    `zero_init`: what blocks add to the residual stream starts at zero by its last layers; gates of adaptive blocks
+    start at 1 then, for what is zero twice does not learn. `tied_head`: logits are products with the embeddings of the
+    codes, which start as large as a head's weights would.
     """
 
     def __init__(
@@ -110,6 +126,8 @@ class Transformer(nn.Module):
         mlp_ratio: float = 4.0,
         embd_dropout: float = 0.0,
         resid_dropout: float = 0.0,
+        zero_init: bool = False,
+        tied_head: bool = False,
     ):
         super().__init__()
         self.codes, self.grid, self.n_classes = codes, tuple(grid), n_classes
@@ -127,10 +145,10 @@ class Transformer(nn.Module):
             for depth in range(layers)
         )
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, codes, bias=False)
-        self.initialise()
+        self.head = None if tied_head else nn.Linear(width, codes, bias=False)
+        self.initialise(zero_init)
 
-    def initialise(self) -> None:
+    def initialise(self, zero_init: bool) -> None:
         """N(0, 0.02^2); writers into the residual stream shrink with depth (GPT-2); adaptive norms start at zero."""
         self.apply(initial_normal)
         if self.position is not None:
@@ -138,24 +156,44 @@ class Transformer(nn.Module):
         for block in self.blocks:
             for writer in (block.attention.proj, block.contract):
                 nn.init.normal_(writer.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
+                if zero_init:
+                    zeroed(writer)
             if block.modulation is not None:
                 nn.init.zeros_(block.modulation.weight)
+                if zero_init:
+                    for gate in block.modulation.bias.detach().chunk(6)[2::3]:
+                        nn.init.ones_(gate)
 
     def forward(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
         """ids (B, H, W) int64, labels (B,) int64 or None for the null class -> logits (B, H, W, K)."""
-        B, H, W = ids.shape
-        if self.position is not None and (H, W) != self.grid:
-            raise ValueError(
-                f"positions are learned for a grid of {self.grid}, got {(H, W)}: sample larger canvases by windows"
-            )
-        if labels is not None and self.label is None:
-            raise ValueError("got labels for a transformer without classes: build it with n_classes, or leave them out")
-        condition = None
-        if self.label is not None:
-            labels = ids.new_full((B,), self.n_classes) if labels is None else labels
-            condition = self.label(labels)  # (B, D)
-        x = self.code(ids)  # (B, H, W, D)
-        x = self.dropout(x if self.position is None else x + self.position)
+        self.check_grid(ids.shape[1:])
+        condition = self.condition(ids, labels)
+        x = self.embedded(ids, self.position)
         for block in self.blocks:
             x = block(x, condition)
-        return self.head(self.norm(x))  # (B, H, W, K)
+        return self.logits(x)
+
+    def check_grid(self, grid: tuple[int, ...]) -> None:
+        if self.position is not None and tuple(grid) != self.grid:
+            raise ValueError(
+                f"positions are learned for a grid of {self.grid}, got {tuple(grid)}: sample larger canvases by windows"
+            )
+
+    def condition(self, ids: Tensor, labels: Tensor | None) -> Tensor | None:
+        """What blocks adapt to: (B, D), None without classes."""
+        if self.label is None:
+            if labels is not None:
+                why = "got labels for a transformer without classes"
+                raise ValueError(f"{why}: build it with n_classes, or leave them out")
+            return None
+        return self.label(ids.new_full((len(ids),), self.n_classes) if labels is None else labels)
+
+    def embedded(self, ids: Tensor, position: Tensor | None) -> Tensor:
+        """ids (B, *grid), position (*grid, D) or None -> (B, *grid, D)."""
+        x = self.code(ids)
+        return self.dropout(x if position is None else x + position)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., K)."""
+        x = self.norm(x)
+        return F.linear(x, self.code.weight[: self.codes]) if self.head is None else self.head(x)

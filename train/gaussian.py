@@ -16,6 +16,7 @@ from diffusion.gaussian import GaussianDiffusion
 from diffusion.gaussian_solvers import OnStep
 from diffusion.guidance import Denoiser, guided, thresholded
 from diffusion.kernels import Gaussian, Prediction
+from diffusion.known import begun_at, known, steps_left
 from diffusion.likelihood import Bound, bits_per_dimension
 from diffusion.loss import Loss
 from diffusion.probability_flow import flow_bits_per_dimension
@@ -27,6 +28,7 @@ from models.unet import UNet
 from models.unet_config import UNetConfig
 from train.data import Draws
 from train.registry import plugin
+from train.start import Start
 
 FEW_STEPS = 20  # of the solvers that need few
 HALF_LEVEL = 1 / 255  # of 8 bits on [-1, 1]
@@ -99,6 +101,11 @@ class GaussianSampler:
             self.process.check_loss(kind)
             self.loss_options = {"kind": kind, "gamma": config.min_snr_gamma}
         self.sources = {name: plugin("models.conditions", name, "condition").FIELD for name in self.network.encoders}
+
+    @property
+    def likelihood(self) -> str:
+        """What `log_likelihood` gives."""
+        return "variational bound" if isinstance(self.process, GaussianDiffusion) else "probability flow"
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -176,25 +183,43 @@ class GaussianSampler:
         options,
         shape: tuple[int, int] | None = None,
         window_stride: int | None = None,
+        start: Start | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """x (B, C, H, W) for the B streams of `rng`, by `options`; `batch` holds the fields of its conditions, or None.
+        """x (B, C, H, W) for the B streams of `rng`, by `options`; `batch` holds the fields of its conditions, or none.
 
-        `shape` is another height and width than trained on.
+        `shape` is another height and width than trained on. `start` holds known numbers, see train/start.py; where t
+        is below 1, all others begin from x0 as well, under noise (Meng et al. 2022, SDEdit), with as many of the
+        steps as are left from there.
         """
         if window_stride is not None:
             raise ValueError(f"got window_stride {window_stride}: a UNet takes any canvas whole, leave it out")
         if options.guidance != 1 and not self.fields:
             raise ValueError(f"got guidance {options.guidance} for a model without conditions: pass --guidance 1")
-        x = self.process.prior((len(rng), self.shape[0], *(shape or self.shape[1:])), rng)
+        if options.guidance != 1 and not batch:
+            raise ValueError(f"got guidance {options.guidance} for samples without a condition: pass --guidance 1")
+        process, x = self.begin(start, (len(rng), self.shape[0], *(shape or self.shape[1:])), rng)
+        if process.start <= process.end:  # less noise than networks know: nothing is forgotten
+            return start.x0
         null = network.encode({}, x)
-        condition = null if batch is None else network.encode(self.conditions(batch), x)
+        condition = network.encode(self.conditions(batch), x) if batch else null
         guidance = {"interval": options.guidance_interval, "rescale": options.guidance_rescale}
         denoise = guided(self.denoiser(network), condition, null, options.guidance, **guidance, process=self.process)
         if self.pixels and (options.clip or options.dynamic_threshold is not None):
             denoise = thresholded(denoise, self.process, options.dynamic_threshold)
         solve, settings = self.solver(options)
-        return solve(denoise, self.process, x, rng=rng, on_step=on_step, **settings)
+        if start is not None:
+            denoise = known(denoise, self.process, start.x0, start.keep)
+            settings["steps"] = steps_left(self.process, process, settings["steps"], settings["spacing"])
+        return solve(denoise, process, x, rng=rng, on_step=on_step, **settings)
+
+    def begin(self, start: Start | None, shape: tuple[int, ...], rng: Streams) -> tuple[Gaussian, Tensor]:
+        """The process from where it begins, and x (B, C, H, W) there: noise, on what is known or remembered."""
+        if start is None:
+            return self.process, self.process.prior(shape, rng)
+        process, noise = begun_at(self.process, start.t), rng.normal(shape)
+        remembered = start.x0 if start.t < 1 else start.x0.masked_fill(~start.keep.unsqueeze(1), 0)
+        return process, process.corrupt(remembered, torch.tensor(process.start), noise)
 
     def solver(self, options) -> tuple[Callable, dict[str, Any]]:
         """The function that `options` name, and its settings."""

@@ -27,6 +27,7 @@ from train.precision import autocast
 from train.registry import dotted, plugin
 from train.runs import read_run
 from train.spaces import Space
+from train.start import Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class TrainedSampler:
         adapt = dotted(path, "--adapt") if path else None
         return self.space.source(self.dataset(split), split, self.data, 0, self.world, adapt)
 
-    def conditions(self, seed: int, indices: list[int], held_out: Positions | None) -> Batch | None:
+    def conditions(self, seed: int, indices: list[int], held_out: Positions | None = None) -> Batch | None:
         """What the images of these indices are conditioned on, None for nothing.
 
         Classes are as frequent as in the training data; other conditions come from held-out images, in turn.
@@ -111,7 +112,9 @@ class TrainedSampler:
         seed: int,
         options: SamplingConfig,
         *,
-        held_out: Positions | None,
+        held_out: Positions | None = None,
+        given: Batch | None = None,
+        start: Start | None = None,
         network: nn.Module | None = None,
         shape: tuple[int, int] | None = None,
         window_stride: int | None = None,
@@ -119,10 +122,11 @@ class TrainedSampler:
     ) -> Batch:
         """{"image": uint8 (B, C, H, W), and "codes" (B, h, w), "label" (B,) where there are such}.
 
-        Image i of a seed is the same in whatever batch. `network` stands in for the sampler's own; `on_step` sees the
-        batch on its way, in the sampler's space.
+        Image i of a seed is the same in whatever batch. `given` are conditions in the place of drawn ones ({}: none);
+        `start` is known data that it begins from. `network` stands in for the sampler's own; `on_step` sees the batch on its way,
+        in the sampler's space.
         """
-        batch = self.conditions(seed, indices, held_out)
+        batch = self.conditions(seed, indices, held_out) if given is None else on_device(given, self.device)
         rng = Streams([seed_of(seed, "sample", i) for i in indices], self.device)
         with autocast(self.device, self.amp):
             x = self.sampler.sample(
@@ -132,6 +136,7 @@ class TrainedSampler:
                 options=options,
                 shape=shape,
                 window_stride=window_stride,
+                start=start,
                 on_step=on_step,
             )
         made = {"image": self.space.decode(x).cpu()} | self.space.kept(x)

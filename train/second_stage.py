@@ -125,6 +125,8 @@ class SamplerReports:
     """Validation, losses by noise level and pictures of samples, as hooks for `fit`. All processes take part."""
 
     def __init__(self, step: SamplerStep, validation: Positions, sampling: SamplingConfig, logger: Logger):
+        if sampling.guidance != 1 and not step.sampler.fields:  # before training, not at its first pictures
+            raise ValueError(f"got guidance {sampling.guidance} for a sampler without conditions: pass --guidance 1")
         self.step, self.validation, self.sampling, self.logger = step, validation, sampling, logger
         self.tallied = [self.by_level]
 

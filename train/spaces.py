@@ -7,16 +7,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from diffusion.rng import Streams
 from train.cli import from_dict
 from train.config import DataConfig
 from train.data import Adapt, ImageSource, Positions, TrainingCodes, TrainingImages
 from train.datasets import Dataset
 from train.distributed import World
+from train.filling import any_in_cells, filled_in
 from train.first_stage import FirstStage, load_first_stage
 from train.loop import Batch
 from train.registry import plugin
 from train.runs import origin_of, run_folder
-from train.transforms import to_uint8
+from train.start import Start
+from train.transforms import to_float, to_uint8
 
 MEASURED_IMAGES = 1024  # whose latents say how large latents are
 
@@ -26,6 +29,11 @@ class Space(Protocol):
 
     first: FirstStage | None
     tokens: int  # codes that an image is; 0 where it is none
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a side that one place of its grid stands for."""
+        ...
 
     @property
     def facts(self) -> dict[str, Any]: ...
@@ -57,6 +65,17 @@ class Space(Protocol):
         """Images of what a solver has on its way, and of what it predicts."""
         ...
 
+    def begun(self, images: Tensor, hidden: Tensor) -> Start:
+        """uint8 images (B, C, H, W) of which pixels are hidden, (B, H, W) bool -> what sampling begins from.
+
+        A place is known only if none of its pixels is hidden, and no hidden pixel has a part in it.
+        """
+        ...
+
+    def between(self, a: Tensor, b: Tensor, share: float, rng: Streams) -> Tensor:
+        """What lies between two of its x, (B, ...) each: a where the share of b is 0, b where it is 1."""
+        ...
+
 
 class Continuous:
     """What pixels and latents share: training batches are images."""
@@ -79,6 +98,10 @@ class Continuous:
     def shown(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
         return self.decode(x), self.decode(predicted)
 
+    def between(self, a: Tensor, b: Tensor, share: float, rng: Streams) -> Tensor:
+        """The straight line (Ho et al. 2020, section 4.5)."""
+        return torch.lerp(a, b, share)
+
 
 @dataclass(frozen=True)
 class Pixels(Continuous):
@@ -86,6 +109,7 @@ class Pixels(Continuous):
 
     data: DataConfig
     first: None = None
+    factor = 1
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -101,6 +125,9 @@ class Pixels(Continuous):
     def decode(self, x: Tensor) -> Tensor:
         return to_uint8(x)
 
+    def begun(self, images: Tensor, hidden: Tensor) -> Start:
+        return Start(to_float(images.masked_fill(hidden.unsqueeze(1), 128)), ~hidden)
+
 
 @dataclass(frozen=True)
 class Latents(Continuous):
@@ -108,6 +135,10 @@ class Latents(Continuous):
 
     first: FirstStage
     scale: float
+
+    @property
+    def factor(self) -> int:
+        return self.first.vqgan.config.factor
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -124,12 +155,20 @@ class Latents(Continuous):
     def decode(self, x: Tensor) -> Tensor:
         return self.first.decode_latents(x / self.scale)
 
+    def begun(self, images: Tensor, hidden: Tensor) -> Start:
+        x0 = self.first.encode_latents(to_float(filled_in(images, hidden))) * self.scale
+        return Start(x0, ~any_in_cells(hidden, self.factor).to(x0.device))
+
 
 @dataclass(frozen=True)
 class Codes:
     """Ids of a VQGAN's codes (B, h, w)."""
 
     first: FirstStage
+
+    @property
+    def factor(self) -> int:
+        return self.first.vqgan.config.factor
 
     @property
     def tokens(self) -> int:
@@ -160,6 +199,14 @@ class Codes:
 
     def decode(self, x: Tensor) -> Tensor:
         return self.first.decode(x)
+
+    def begun(self, images: Tensor, hidden: Tensor) -> Start:
+        x0 = self.first.encode(filled_in(images, hidden))
+        return Start(x0, ~any_in_cells(hidden, self.factor).to(x0.device))
+
+    def between(self, a: Tensor, b: Tensor, share: float, rng: Streams) -> Tensor:
+        """Each place takes the code of one of them; for the same `rng`, what is b's stays so as the share grows."""
+        return torch.where(rng.uniform(a.shape) < share, b, a)
 
     def kept(self, x: Tensor) -> dict[str, Tensor]:
         return {"codes": x.cpu()}

@@ -1,15 +1,23 @@
 """Weights of others, one file each: the file's name is the layout's name on the command line (`--from guided`).
 
-A file `train/converters/<name>.py` defines `is_first_stage(weights)`. Of a UNet of pixels it then gives
-`settings(weights, said)`, the flags of those weights and of what the JSON beside them says, and
-`converted(weights, config, new_attention_order)`, the tensors of our UNet by name. Of a VQGAN it gives
-`first_stage_settings(weights, img_size)` and `first_stage_converted(weights)`, with what was left out and why.
+A file `train/converters/<name>.py` defines `kind(weights)`: the sampler whose weights they are, a file of
+train/samplers, or FIRST_STAGE; ValueError where they are neither. And what that kind needs:
+
+of a VQGAN: `first_stage_settings(weights, img_size)`, flags, and `first_stage_converted(weights)`.
+of a sampler of pixels: `settings(weights, said)`, flags of the weights and of what the JSON beside them says, and
+`converted(weights, config, new_attention_order)`, the tensors of our UNet by name.
+of a sampler of codes: `code_settings(weights)`, flags but for the heads, `check_codes(weights, codes, grid)`, which
+refuses another VQGAN's codes, and `code_converted(weights, grid)`.
+
+`first_stage_converted` and `code_converted` give our tensors by name, and why others were left out.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+FIRST_STAGE = "vqgan"
 
 
 class Converted(NamedTuple):

@@ -73,8 +73,8 @@ OTHERS = {  # keys with a rule of their own
 }
 
 
-def is_first_stage(weights: dict[str, Tensor]) -> bool:
-    return False
+def kind(weights: dict[str, Tensor]) -> str:
+    return "ddpm"
 
 
 def settings(weights: dict[str, Tensor], said: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""The VQGAN of the public unleashing-transformers code: its settings and its weights in our words.
+"""The VQGAN and the samplers of the public unleashing-transformers code: settings and weights in our words.
 
 Its files vqgan_<step>.th and vqgan_ema_<step>.th hold bare state dicts. Its networks, the discriminator too, are given
 images in [0, 1], which at zero-padded borders is not what images in [-1, 1] are: `unit_range` keeps that. What comes
 out is brought to [-1, 1] by the last layer. Its beta weighs the codebook (`legacy_beta`), its discriminator has batch
-norms.
+norms. Samplers, absorbing_<step>.th and the like, are read in _unleashing_sampler.py.
 """
 
 import re
@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from train.converters import Converted
+from train.converters import FIRST_STAGE, Converted
+from train.converters import _unleashing_sampler as samplers
 
 # What has no counterpart here, and why that changes nothing of what the network computes.
 LEFT_OUT = {
@@ -40,8 +41,33 @@ class Stack(NamedTuple):
         return found if "encoder" in self.path else found[::-1]
 
 
-def is_first_stage(weights: dict[str, Tensor]) -> bool:
-    return any(name.startswith("ae.") for name in weights)
+def kind(weights: dict[str, Tensor]) -> str:
+    """What the weights are of; ValueError where they are of nothing, or of several things, of that code."""
+    prefixes = {FIRST_STAGE: "ae."} | samplers.TRUNKS
+    found = [kind for kind, prefix in prefixes.items() if any(name.startswith(prefix) for name in weights)]
+    if len(found) != 1:
+        said = " and of ".join(found) or "nothing that is known"
+        there = ", ".join(list(weights)[:3]) or "nothing"
+        raise ValueError(
+            f"got weights of {said} (the file begins with {there}): wanted vqgan_<step>.th, absorbing_<step>.th or "
+            "autoregressive_<step>.th of unleashing-transformers, as --weights PATH"
+        )
+    return found[0]
+
+
+def code_settings(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Our flags for a sampler of codes, but for its heads."""
+    return samplers.settings(weights, kind(weights))
+
+
+def check_codes(weights: dict[str, Tensor], codes: int, grid: tuple[int, int]) -> None:
+    """ValueError where the codes of a VQGAN are not those of the weights."""
+    samplers.check_fits(weights, kind(weights), codes, grid)
+
+
+def code_converted(weights: dict[str, Tensor], grid: tuple[int, int]) -> tuple[dict[str, Converted], dict[str, str]]:
+    """The tensors of our transformer by name, and what was left out: its name and why."""
+    return samplers.converted(weights, kind(weights), grid)
 
 
 def first_stage_settings(weights: dict[str, Tensor], img_size: int) -> dict[str, Any]:

@@ -1,0 +1,259 @@
+"""Solvers of the absorbing process: from masked codes to codes.
+
+x (B, H, W) is all mask, or has codes to keep: none of them ever changes. `denoise(x, t (B,), rows)` gives logits
+(B, H, W, K) of x_0; `rows` (n,) int64 says which examples the rows of x are, None all of them in order. Nothing is
+evaluated that cannot change: an example goes through the network only where codes of it are drawn from what it says.
+
+`on_step(i, t, s, x_s, logits) -> x_s` may change what the next step begins with, and mask no code again; t and s run
+evenly from 1 to 0. Who watches sees every example at every step, so all are evaluated; what is drawn stays the same.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from diffusion.absorbing import AbsorbingDiffusion, drawn, filled
+from diffusion.guidance import Denoiser
+from diffusion.halton import halton_order
+from diffusion.rng import Streams
+
+Remasking = Literal["cap", "rescale", "conf"]
+OnStep = Callable[[int, float, float, Tensor, Tensor], Tensor]  # (i, t, s, x_s, logits) -> x_s
+
+
+def step_times(steps: int | None) -> list[float]:
+    """steps + 1 times from 1 to 0."""
+    if steps is None or steps < 1:
+        raise ValueError(f"got {steps} sampling steps, wanted at least 1: pass --sample_steps N")
+    return [i / steps for i in range(steps, -1, -1)]
+
+
+def reveal(
+    denoise: Denoiser, mask: int, x: Tensor, turns: Tensor, times: Tensor, rng: Streams, on_step: OnStep | None
+) -> Tensor:
+    """Draws each masked code at its turn, those of a turn together and independently of each other.
+
+    `turns` (B, H, W) int64 in [0, steps); `times` (B, steps) is what the network is told. An example makes a call for
+    each turn at which codes of it are drawn; calls of different examples, at whatever turns, go together.
+    """
+    steps = times.shape[1]
+    of_masked = turns.masked_fill(x != mask, steps).flatten(1)
+    taken = torch.zeros(len(x), steps + 1, dtype=torch.bool, device=x.device).scatter_(1, of_masked, True)[:, :-1]
+    calls = steps if on_step is not None else int(taken.sum(1).max())
+    plan = (~taken).long().argsort(dim=1, stable=True) if on_step is None else torch.arange(steps, device=x.device)
+    plan = plan.expand(len(x), steps)
+    for i in range(calls):
+        turn = plan[:, i]  # (B,)
+        due = (x == mask) & (turns == turn.view(-1, 1, 1))
+        answer = ask(denoise, x, due, times.gather(1, turn[:, None])[:, 0], on_step is not None)
+        x = drawn_at(x, due, answer, rng)
+        x = x if on_step is None else on_step(i, 1 - i / calls, 1 - (i + 1) / calls, x, answer.everything)
+    return x
+
+
+class Answer(NamedTuple):
+    """What the network says where something is to be drawn."""
+
+    rows: Tensor  # (n,) int64, the examples of which something is drawn
+    logits: Tensor | None  # (n, H, W, K), theirs; None where n is 0
+    everything: Tensor | None  # (B, H, W, K), where someone watches
+
+
+def ask(denoise: Denoiser, x: Tensor, due: Tensor, t: Tensor, watched: bool) -> Answer:
+    """Evaluates the examples of x (B, H, W) in which a code is `due` (B, H, W), at t (B,), or all that are watched."""
+    rows = due.flatten(1).any(1).nonzero()[:, 0]
+    if watched or len(rows) == len(x):
+        everything = denoise(x, t)
+        return Answer(rows, everything if len(rows) == len(x) else everything[rows], everything)
+    return Answer(rows, denoise(x[rows], t[rows], rows) if len(rows) else None, None)
+
+
+def drawn_at(x: Tensor, due: Tensor, answer: Answer, rng: Streams) -> Tensor:
+    """x with the codes at `due` (B, H, W) drawn from the answer."""
+    rows = answer.rows
+    if not len(rows):
+        return x
+    return x.index_copy(0, rows, filled(x[rows], due[rows], answer.logits, rng.of(rows.tolist())))
+
+
+@torch.no_grad()
+def ancestral(
+    denoise: Denoiser,
+    process: AbsorbingDiffusion,
+    x: Tensor,
+    *,
+    steps: int | None = None,
+    rng: Streams,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """The reverse process in `steps` equal steps of t (the process's own T if left out).
+
+    A code is revealed in the step from t to s with probability m(t) - m(s), whatever the others do, so the steps are
+    drawn first; those in which nothing is revealed cost nothing. At most min(steps, N) network calls.
+    """
+    times = step_times(process.steps if steps is None else steps)
+    u = rng.uniform(x.shape, torch.float64)
+    after = process.masked(torch.tensor(times[1:], dtype=torch.float64)).to(u.dtype).to(x.device)  # m(s), falling
+    turns = (u.unsqueeze(-1) < after).sum(-1)  # it is still masked after the steps whose m(s) lies above u
+    return reveal(denoise, process.mask, x, turns, shared(times, x), rng, on_step)
+
+
+@torch.no_grad()
+def first_hitting(
+    denoise: Denoiser,
+    process: AbsorbingDiffusion,
+    x: Tensor,
+    *,
+    steps: int | None = None,
+    rng: Streams,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """The reverse process in continuous time, exactly: one network call per masked code, at the time of its reveal.
+
+    A code's time has the distribution function m(t) (Zheng et al. 2025). No two codes are drawn independently of each
+    other, so a perfect denoiser samples the joint itself. `steps` is the number of codes and may be left out.
+    """
+    count = x[0].numel()
+    if steps not in (None, count):
+        raise ValueError(f"first_hitting takes {count} steps on this grid, got {steps}: pass --sample_steps {count}")
+    u = rng.uniform(x.shape, torch.float64).flatten(1).masked_fill((x != process.mask).flatten(1), -1.0)
+    order = u.argsort(dim=1, descending=True, stable=True)
+    turns = order.argsort(1).view_as(x)
+    share = u.gather(1, order).clamp(min=0)
+    times = process.time_at(share).float().to(x.device)
+    return reveal(denoise, process.mask, x, turns, times, rng, on_step)
+
+
+@torch.no_grad()
+def halton(
+    denoise: Denoiser,
+    process: AbsorbingDiffusion,
+    x: Tensor,
+    *,
+    steps: int | None = None,
+    rng: Streams,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Reveals codes in Halton's order (Besnier et al. 2025), shifted at random, cyclically, for each example.
+
+    After the step to s, m(s) of the codes are masked, rounded down, and at least one more than before is revealed.
+    Codes drawn together lie far apart, and are nearly independent. At most min(steps, N) network calls.
+    """
+    B, H, W = x.shape
+    times = step_times(process.steps if steps is None else steps)
+    by = (rng.uniform((B, 2), torch.float64).cpu() * torch.tensor([H, W])).long()
+    order = halton_order(H, W)
+    order = torch.stack([order.roll(shift, (0, 1)) for shift in map(tuple, by.tolist())]).to(x.device)
+    hidden = (x == process.mask).flatten(1)
+    rank = order.flatten(1).masked_fill(~hidden, H * W).argsort(dim=1, stable=True).argsort(1)
+    counts = torch.stack([revealed(process, hidden.sum(1), times, i) for i in range(1, len(times))], 1)  # (B, steps)
+    turns = torch.searchsorted(counts, rank, right=True).clamp(max=len(times) - 2).view_as(x)
+    return reveal(denoise, process.mask, x, turns, shared(times, x), rng, on_step)
+
+
+def revealed(process: AbsorbingDiffusion, hidden: Tensor, times: list[float], i: int) -> Tensor:
+    """How many of `hidden` (B,) codes are known after i steps: all but the share m(s), at least one a step."""
+    share = process.masked(torch.tensor(times[i], dtype=torch.float64)).item()
+    return (hidden - (hidden * share).floor().long()).clamp(min=i).minimum(hidden)
+
+
+def shared(times: list[float], x: Tensor) -> Tensor:
+    """What the network is told at each step: (B, steps) float32, the same for all."""
+    return torch.tensor(times[:-1], device=x.device).expand(len(x), -1)
+
+
+@torch.no_grad()
+def confidence(
+    denoise: Denoiser,
+    process: AbsorbingDiffusion,
+    x: Tensor,
+    *,
+    steps: int | None = None,
+    rng: Streams,
+    choice_temperature: float = 4.5,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Draws all masked codes at each step and keeps the surest (Chang et al. 2022, MaskGIT).
+
+    A draw's score is log p of it, plus Gumbel noise times `choice_temperature` times s, which ends at 0. After the step
+    to s, m(s) of the codes are masked, rounded down, and at least one more than before is kept.
+    """
+    if choice_temperature < 0:
+        raise ValueError(f"got choice temperature {choice_temperature}, wanted 0 or more: pass --choice_temp X")
+    times = step_times(process.steps if steps is None else steps)
+    hidden = (x == process.mask).flatten(1).sum(1)  # (B,)
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        masked = x == process.mask
+        answer = ask(denoise, x, masked, torch.full((len(x),), t, device=x.device), on_step is not None)
+        rows = answer.rows
+        if len(rows):
+            known = hidden - masked.flatten(1).sum(1)
+            more = (revealed(process, hidden, times, i + 1) - known)[rows]
+            kept = surest(x[rows], masked[rows], answer.logits, more, choice_temperature * s, rng.of(rows.tolist()))
+            x = x.index_copy(0, rows, kept)
+        elif on_step is None:
+            break
+        x = x if on_step is None else on_step(i, t, s, x, answer.everything)
+    return x
+
+
+def surest(x: Tensor, masked: Tensor, logits: Tensor, count: Tensor, noise: float, rng: Streams) -> Tensor:
+    """x (B, H, W) with draws at the `count` (B,) masked places whose log p, plus `noise` times Gumbel's, is highest."""
+    precision = torch.float32 if logits.device.type == "mps" else torch.float64
+    u, v = rng.uniform(x.shape, torch.float64), rng.uniform(x.shape, torch.float64)
+    said = logits[masked].to(precision)  # (n, K)
+    codes = drawn(said, u[masked])
+    scores = said.log_softmax(-1).gather(-1, codes[:, None])[:, 0]
+    scores = scores - noise * (-(-v[masked].to(precision)).log1p()).clamp(min=1e-20).log()  # -log Exp(1) is Gumbel's
+    everywhere = torch.full(x.shape, -torch.inf, dtype=precision, device=x.device).masked_scatter(masked, scores)
+    rank = everywhere.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).view_as(x)
+    chosen = masked & (rank < count.view(-1, 1, 1))
+    return torch.where(chosen, x.masked_scatter(masked, codes), x)
+
+
+@torch.no_grad()
+def remask(
+    denoise: Denoiser,
+    process: AbsorbingDiffusion,
+    x: Tensor,
+    *,
+    steps: int | None = None,
+    rng: Streams,
+    strategy: Remasking = "rescale",
+    eta: float = 0.05,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Reveals codes and masks some of the revealed again, so that errors can be mended (Wang et al. 2025, ReMDM).
+
+    A revealed code is masked with probability sigma. cap: min(eta, the most that the step allows); rescale: eta times
+    the most; conf: that on average, dealt out to the revealed codes by softmax(-p), p the probability with which each
+    was drawn. They keep the share that is masked, conf while no code's probability would exceed 1. (In the paper those
+    of conf add up to sigma, so that at most about one code a step is masked, and masked codes are not balanced.)
+    """
+    if strategy not in get_args(Remasking) or not 0 <= eta <= 1:
+        wanted = f"one of {', '.join(get_args(Remasking))}, and eta in [0, 1]"
+        raise ValueError(f"got remasking {strategy!r}, eta {eta}: wanted {wanted}; pass --remasking, --remask_eta")
+    times = step_times(process.steps if steps is None else steps)
+    given, p = x != process.mask, torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        most, masked, u = process.most_remasked(t, s), x == process.mask, rng.uniform(x.shape, torch.float64)
+        share = min(eta, most) if strategy == "cap" else eta * most
+        sigma = dealt(share, p, ~masked & ~given) if strategy == "conf" else share
+        due, again = masked & (u >= process.staying(t, s, share)), ~masked & ~given & (u < sigma)
+        answer = ask(denoise, x, due, torch.full((len(x),), t, device=x.device), on_step is not None)
+        x = drawn_at(x, due, answer, rng)
+        if len(answer.rows):
+            codes = x[answer.rows].clamp(max=process.codes - 1).unsqueeze(-1)
+            p_now = answer.logits.float().softmax(-1).gather(-1, codes)[..., 0]
+            p = p.index_copy(0, answer.rows, torch.where(due[answer.rows], p_now, p[answer.rows]))
+        x = x.masked_fill(again, process.mask)
+        x = x if on_step is None else on_step(i, t, s, x, answer.everything)
+    return x
+
+
+def dealt(share: float, p: Tensor, revealed: Tensor) -> Tensor:
+    """A probability for each revealed code, `share` on average (less where one would exceed 1): (B, H, W)."""
+    weights = (-p).masked_fill(~revealed, -torch.inf).flatten(1).softmax(1).nan_to_num().view_as(p)
+    return (share * revealed.flatten(1).sum(1).view(-1, 1, 1) * weights).clamp(max=1)

@@ -1,0 +1,106 @@
+"""Codes one after the other: log p(x) = sum over i of log p(code i | codes before i), in raster order.
+
+Nothing is corrupted and nothing bounded: training sees all codes at once, the likelihood is exact, sampling takes a
+network call per code (van den Oord et al. 2016; Esser et al. 2021, "Taming Transformers", for codes of a VQGAN).
+
+The denoiser of this process is `denoise(x (n, m), t (n,), rows (n,)) -> logits (n, K)` of code m, where x holds the m
+codes before it; `rows` says which examples the rows of x are. t is 1 - m/N, from 1 to 1/N, for what changes on the way.
+Calls come with growing m, and with rows that may drop out and do not come back: so it may remember what it has read.
+Guidance and tempering wrap it as they wrap any other.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion.guidance import Denoiser
+from diffusion.likelihood import Bound
+from diffusion.loss import Loss
+from diffusion.rng import Streams, drawn
+
+OnStep = Callable[[int, float, float, Tensor, Tensor], Tensor]  # (i, t, s, x_s, logits) -> x_s
+
+
+@dataclass(frozen=True)
+class Autoregression:
+    """`codes` K is the number of codes, ids 0..K-1; id K stands where a code is not known yet."""
+
+    codes: int
+
+    def __post_init__(self):
+        if self.codes < 1:
+            raise ValueError(f"got codes={self.codes}, wanted at least 1")
+
+    @property
+    def mask(self) -> int:
+        return self.codes
+
+    def forget(self, x0: Tensor, share: float, rng: Streams) -> Tensor:
+        """Each code of x0 (B, H, W) becomes unknown with this probability, independently."""
+        return torch.where(rng.uniform(x0.shape) < share, self.mask, x0)
+
+    def loss(self, logits: Tensor, x0: Tensor) -> Loss:
+        """Logits (B, H, W, K) of each code given those before it, x0 (B, H, W) -> Loss: -log2 p(x0) / N."""
+        nll = F.cross_entropy(logits.float().flatten(0, 2), x0.flatten(), reduction="none")  # nats
+        bits = nll.view(len(x0), -1).mean(1) / math.log(2)
+        return Loss(bits, {"bits_per_code": bits.detach()})
+
+    def likelihood(self, logits: Tensor, x0: Tensor) -> Bound:
+        """-log2 p(x0) per code, exactly: logits and x0 as `loss` takes them. There is no prior and no term apart."""
+        bits = self.loss(logits, x0).per_example.detach()
+        return Bound(bits, torch.zeros_like(bits), bits.new_zeros(len(bits), 0))
+
+
+@torch.no_grad()
+def raster(
+    denoise: Denoiser,
+    process: Autoregression,
+    x: Tensor,
+    *,
+    steps: int | None = None,
+    rng: Streams,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Draws the unknown codes of x (B, H, W) in raster order; known ones never change.
+
+    A code follows from those before it alone: known ones behind it have no say. A call is made for each place at which
+    some example has a code to be drawn: codes known before it are read along with it, those behind an example's last
+    unknown one never. An example's draws depend on its stream alone. `steps`, the number of codes, may be left out.
+
+    `on_step(i, t, s, x, logits) -> x` sees after each call x (B, H, W) and logits (B, H, W, K): at places not reached
+    yet what is said of the newest one. It may fill in unknown codes, and change no others: they have been read.
+    """
+    shape, count = x.shape, x[0].numel()
+    if steps not in (None, count):
+        raise ValueError(
+            f"raster takes {count} steps on this grid, got {steps}: pass --sample_steps {count}, or leave it out"
+        )
+    u = rng.uniform(shape, torch.float64).flatten(1)
+    x = x.flatten(1)
+    unknown = x == process.mask
+    last = (unknown * torch.arange(1, count + 1, device=x.device)).amax(1) - 1  # -1: all are known
+    places, said = unknown.any(0).nonzero()[:, 0].tolist(), None
+    for i, place in enumerate(places):
+        rows = (last >= place).nonzero()[:, 0]
+        before = x[rows]
+        logits = denoise(before[:, :place], torch.full((len(rows),), 1 - place / count, device=x.device), rows)
+        due = before[:, place] == process.mask
+        before[due, place] = drawn(logits[due], u[rows[due], place])
+        x = x.index_copy(0, rows, before)
+        if on_step is not None:
+            said = logits.new_zeros(len(x), count, logits.shape[-1]) if said is None else said
+            said[rows, place:] = logits[:, None]
+            times = 1 - i / len(places), 1 - (i + 1) / len(places)
+            x = filled_in(x, on_step(i, *times, x.view(shape), said.view(*shape, -1)).flatten(1), process.mask)
+    return x.view(shape)
+
+
+def filled_in(x: Tensor, changed: Tensor, mask: int) -> Tensor:
+    """`changed` (B, N), by one who watches; ValueError where codes of x that are known became others."""
+    if ((x != changed) & (x != mask)).any():
+        raise ValueError("on_step may fill in codes that are still to be drawn, got other known ones: they were read")
+    return changed
