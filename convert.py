@@ -4,21 +4,23 @@ import functools
 import json
 import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from train.cli import in_one_line, peek, run_script
+from train.cli import first_stage_data, in_one_line, peek, run_script
 from train.config import SecondStageConfig
+from train.converters import FIRST_STAGE
 from train.registry import plugin
 from train.vqgan_config import VQGANRunConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 LAYOUTS = "train.converters"
+HEADS = "8"  # of the released samplers of codes; weights do not tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +29,14 @@ class ConversionConfig:
 
     source: Annotated[str, tyro.conf.arg(name="from")] = "guided"
     """Whose weights: a file of train/converters. guided: improved-diffusion's and guided-diffusion's UNet; unleashing:
-    the VQGAN of unleashing-transformers."""
+    the VQGAN of unleashing-transformers, then its absorbing or autoregressive samplers (--bert_n_head, if not 8)."""
     weights: str | None = None
-    """Their file of weights, .pt or .th; it is read without running code. Of vqgan_<step>.th and vqgan_ema_<step>.th
+    """Their file of weights, .pt or .th; it is read without running code. Of NAME_<step>.th and NAME_ema_<step>.th
     either names both, where they lie side by side."""
     config_json: str | None = None
-    """JSON file of the flags, or of the arguments of the network, that they were trained with."""
+    """guided: JSON file of the flags, or of the arguments of the network, that they were trained with."""
     new_attention_order: bool = False
-    """Attention splits q, k, v before heads (use_new_attention_order in the JSON)."""
+    """guided: attention splits q, k, v before heads (use_new_attention_order in the JSON)."""
     step: int | None = None
     """Step that the checkpoint gets, training steps so far; left out, that in the name of a .th, or 0."""
 
@@ -42,10 +44,16 @@ class ConversionConfig:
         if self.step is not None and self.step < 0:
             raise ValueError(f"got step {self.step}, wanted at least 0: pass --step N")
 
+    @property
+    def reached(self) -> int:
+        """The step, or that in the name of a .th file."""
+        found = re.search(r"_(\d+)\.th$", self.weights)
+        return self.step if self.step is not None else int(found[1]) if found else 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(SecondStageConfig):
-    """Makes a run, as train_sampler.py would have left it, of weights that other code trained on pixels."""
+    """Makes a run, as train_sampler.py would have left it, of weights that other code trained."""
 
     conversion: ConversionConfig
 
@@ -80,13 +88,16 @@ def read_said(path: str | None) -> dict[str, Any]:
     return said
 
 
+def layout_of(argv: list[str], weights: str) -> tuple[Any, str]:
+    """The file of train/converters that reads the weights, and what they are of."""
+    layout = plugin(LAYOUTS, peek(argv, "from") or ConversionConfig.source, "layout")
+    return layout, layout.kind(read_weights(weights))
+
+
 def chosen(argv: list[str]) -> type:
     """The config of what is to be made, by what the weights are of."""
     weights = peek(argv, "weights")
-    if weights is None:
-        return Config
-    layout = plugin(LAYOUTS, peek(argv, "from") or ConversionConfig.source, "layout")
-    return FirstStageConfig if layout.is_first_stage(read_weights(weights)) else Config
+    return FirstStageConfig if weights is not None and layout_of(argv, weights)[1] == FIRST_STAGE else Config
 
 
 def described(argv: list[str], section: str) -> dict[str, Any]:
@@ -94,62 +105,41 @@ def described(argv: list[str], section: str) -> dict[str, Any]:
     weights = peek(argv, "weights")
     if weights is None:
         return {"sampler": "ddpm"}
-    layout = plugin(LAYOUTS, peek(argv, "from") or ConversionConfig.source, "layout")
-    if layout.is_first_stage(read_weights(weights)):
+    layout, kind = layout_of(argv, weights)
+    tensors = read_weights(weights)
+    if kind == FIRST_STAGE:
         size = peek(argv, "img_size") or ""
         if not size.isdigit():
             raise ValueError(
                 f"{weights} does not tell the size of its images: pass --img_size N (the released ones: 256)"
             )
-        return layout.first_stage_settings(read_weights(weights), int(size))
-    flags = layout.settings(read_weights(weights), read_said(peek(argv, "config_json")))
+        return layout.first_stage_settings(tensors, int(size))
+    if of_codes(kind):
+        flags, heads = layout.code_settings(tensors), peek(argv, "bert_n_head") or HEADS
+        if not heads.isdigit() or int(heads) == 0 or flags["bert_n_emb"] % int(heads):
+            raise ValueError(
+                f"{weights} is {flags['bert_n_emb']} wide, which {heads} heads do not divide, and does not tell how "
+                "many it has: pass --bert_n_head N"
+            )
+        said = {"sampler": kind, "bert_n_head": int(heads)} | flags
+        return first_stage_data(["--sampler", kind, *argv], section) | said
+    flags = layout.settings(tensors, read_said(peek(argv, "config_json")))
     typed = peek(argv, "heads") or peek(argv, "head_width")
     if typed is None and not {"heads", "head_width"} & set(flags):
         raise ValueError(f"{weights} does not tell its attention heads: pass --config_json PATH.json, or --heads N")
-    return {"sampler": "ddpm"} | flags
+    return {"sampler": kind} | flags
 
 
-def fill(network: "nn.Module", made: dict, source: str) -> None:
-    """Loads what was converted; ValueError names what has no place, what is missing and what has another shape."""
-    wanted = network.state_dict()
-    odd = [f"{made[name].source} has no place here" for name in made if name not in wanted]
-    odd += [f"nothing for {name} {tuple(value.shape)}" for name, value in wanted.items() if name not in made]
-    for name in made.keys() & wanted.keys():
-        got, shape = tuple(made[name].value.shape), tuple(wanted[name].shape)
-        odd += [] if got == shape else [f"{made[name].source} is {got} as converted, {shape} here"]
-    if odd:
-        raise ValueError(f"{source} does not fit this network ({len(odd)} differ): {'; '.join(sorted(odd)[:5])}")
-    network.load_state_dict({name: each.value for name, each in made.items()})
-
-
-def keep(config, base: type, state, run: Path, origin: dict[str, Any], step: int) -> Path:
-    """The run's folder with its one checkpoint; ValueError where it was trained on."""
-    from train.checkpoint import save, saved_steps
-    from train.runs import open_run
-
-    state.step = step
-    open_run(run, base(**{field.name: getattr(config, field.name) for field in fields(base)}), origin)
-    later = [saved for saved in saved_steps(run) if saved > step]
-    if later:
-        raise ValueError(f"{run} was trained on to step {later[-1]}: convert into another --log_dir")
-    return save(run, state)
-
-
-def of_both(weights: str) -> tuple[str, str]:
-    """The files of plain and of averaged weights, by the name of one; where there is one alone, it twice."""
-    path = Path(weights)
-    plain = path.with_name(path.name.replace("_ema_", "_", 1))
-    averaged = path.with_name(re.sub(r"_(\d+\.th)$", r"_ema_\1", plain.name))
-    there = [str(each) for each in (plain, averaged) if each.is_file()] or [weights]
-    return there[0], there[-1]
+def of_codes(kind: str) -> bool:
+    return plugin("train.samplers", kind, "sampler").SPACE == "codes"
 
 
 def make_first_stage(config: FirstStageConfig) -> None:
     import torch
     from torch import nn
 
+    from train.converters._filling import fill, fingerprint, keep, of_both, report
     from train.distributed import World
-    from train.files import sha256
     from train.runs import run_folder
     from train.vqgan import build_state
 
@@ -164,21 +154,67 @@ def make_first_stage(config: FirstStageConfig) -> None:
         for autoencoder in several:  # theirs is the discriminator that trains on
             both = {"autoencoder": autoencoder, "discriminator": state.modules["discriminator"]}
             fill(nn.ModuleDict(both), made, path)
-        print(f"{path}: {len(made)} tensors", flush=True)
-        for why in dict.fromkeys(left.values()):
-            print(f"  left out {sum(why == other for other in left.values())}: {why}", flush=True)
-    found = re.search(r"_(\d+)\.th$", given.weights)
-    step = given.step if given.step is not None else int(found[1]) if found else 0
+        report(path, made, left)
     run = run_folder(logging.logs_root, logging.log_dir or f"vqgan_{config.data.dataset}")
-    weights = [sha256(Path(path)) for path in dict.fromkeys(files)]
-    print(keep(config, VQGANRunConfig, state, run, {"load_weights": "+".join(weights)}, step), flush=True)
+    origin = {"load_weights": fingerprint(files)}
+    print(keep(config, VQGANRunConfig, state, run, origin, given.reached), flush=True)
+
+
+def make_code_sampler(config: Config, layout) -> None:
+    import torch
+
+    from train.converters._filling import fill, fingerprint, keep, of_both, report
+    from train.distributed import World
+    from train.runs import run_folder
+    from train.second_stage import build_state
+
+    given, sampler, files = config.conversion, config.sampler, of_both(config.conversion.weights)
+    (kind, said), *other = [(layout.kind(w), layout.code_settings(w)) for w in map(read_weights, files)]
+    if other != [(kind, said)]:
+        raise ValueError(f"{files[0]} and {files[1]} are of different samplers: move one of them away")
+    if sampler.sampler != kind or config.training.load_dir is not None:
+        raise ValueError(f"{given.weights} is a whole {kind} sampler: leave --sampler and --load_dir out")
+    space, here = codes_of(config), World(torch.device("cpu"))
+    built, state = build_state(sampler, config.training, space, 0, here)
+    averages = [average.module for average in [*state.averages.values(), *state.profiles.values()]]
+    for path, networks in ((files[1], averages), (files[0], [built.network])):
+        weights = read_weights(path)
+        layout.check_codes(weights, **space.facts)
+        made, left = layout.code_converted(weights, space.facts["grid"])
+        for network in networks:
+            fill(network, made, path)
+        report(path, made, left)
+    run = run_folder(config.logging.logs_root, config.logging.log_dir or f"{kind}_{config.data.dataset}")
+    origin = space.origin | {"class_frequencies": [], "load_weights": fingerprint(files)}
+    print(keep(config, SecondStageConfig, state, run, origin, given.reached), flush=True)
+    steps = f", {sampler.total_steps} time steps" if kind == "absorbing" else ""
+    print(f"{sampler.bert_n_head} heads (weights do not tell; --bert_n_head){steps}, codes of {space.first.run}")
+
+
+def codes_of(config: Config):
+    """The codes that a sampler was trained on: those of the VQGAN that is named, or of the data set's."""
+    import torch
+
+    from train.first_stage import load_first_stage
+    from train.runs import run_folder
+    from train.spaces import Codes
+
+    folder = run_folder(config.logging.logs_root, config.first.ae_load_dir or f"vqgan_{config.data.dataset}")
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(
+            f"no VQGAN in {folder}, whose codes the sampler knows: convert vqgan_<step>.th first, for the same "
+            "--dataset, or name its run as --ae_load_dir RUN"
+        )
+    first = load_first_stage(folder, config.first.ae_load_step, torch.device("cpu"), amp=False)
+    first.check_fits(config.data)
+    return Codes(first)
 
 
 def make_sampler(config: Config) -> None:
     import torch
 
+    from train.converters._filling import fill, fingerprint, keep
     from train.distributed import World
-    from train.files import sha256
     from train.runs import run_folder
     from train.second_stage import build_state
     from train.spaces import Pixels
@@ -196,16 +232,26 @@ def make_sampler(config: Config) -> None:
         fill(network, made, given.weights)
     run = run_folder(logging.logs_root, logging.log_dir or f"{sampler.sampler}_{config.data.dataset}")
     shares = [1 / n_classes for _ in range(n_classes)]  # nobody knows how frequent they were
-    origin = {"class_frequencies": shares, "load_weights": sha256(Path(given.weights))}
+    origin = {"class_frequencies": shares, "load_weights": fingerprint((given.weights,))}
     path = keep(config, SecondStageConfig, state, run, origin, given.step or 0)
     process = f"{sampler.schedule} schedule of {sampler.total_steps} steps, predicts {sampler.prediction}"
     print(f"{path}\n{process}, variance {sampler.variance}, {n_classes or 'no'} classes", flush=True)
 
 
 def main(config: Config | FirstStageConfig) -> None:
-    if config.conversion.weights is None:
+    given = config.conversion
+    if given.weights is None:
         raise ValueError("got no weights: pass --weights PATH.pt, and what describes them as --config_json PATH.json")
-    make_sampler(config) if hasattr(config, "sampler") else make_first_stage(config)
+    layout = plugin(LAYOUTS, given.source, "layout")
+    kind = layout.kind(read_weights(given.weights))
+    if kind != "ddpm" and (given.config_json is not None or given.new_attention_order):
+        raise ValueError(f"{given.weights} tells all but heads: leave --config_json and --new_attention_order out")
+    if kind == FIRST_STAGE:
+        make_first_stage(config)
+    elif of_codes(kind):
+        make_code_sampler(config, layout)
+    else:
+        make_sampler(config)
 
 
 if __name__ == "__main__":
