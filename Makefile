@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo demo-ddpm test test-all lint
+.PHONY: help setup demo demo-ddpm app test test-all lint
 
 help:  ## these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/  /'
@@ -33,6 +33,9 @@ demo-ddpm: setup  ## train Gaussian diffusion on real digits, sample, measure
 	$(RUN) experiments/calc_FID.py --sampler ddpm
 	$(RUN) experiments/calc_approximate_ELBO.py --sampler ddpm
 	$(RUN) experiments/check_digits.py --sampler ddpm
+
+app: setup  ## a page in the browser over what `make demo` trained: http://127.0.0.1:7860
+	$(RUN) demo.py
 
 test: setup  ## the test suite (under 6 minutes on 2 CPU cores)
 	$(RUN) -m pytest

@@ -2,6 +2,7 @@
 
 python experiments/benchmark.py --dataset ffhq --batch_size 4
 python experiments/benchmark.py --dataset ffhq --stage vqgan
+python experiments/benchmark.py --dataset ffhq --batch_size 4 --measure sampling --solver halton --sample_steps 12
 
 Weights and batches are random, of the preset's shapes: nothing is read but the images whose loading is measured, and
 nothing is written.
@@ -39,10 +40,14 @@ class BenchmarkConfig:
     """What is measured; sampling of a VQGAN is encoding and decoding."""
     repeats: int = 7
     """Counted steps of each kind, after two that are not counted; no draw begins after a minute of them."""
+    full_steps: int = 256
+    """Codes: sampling is compared with so many ancestral steps in float32 that evaluate everything; 0: it is not."""
 
     def __post_init__(self):
         if self.repeats < 1:
             raise ValueError(f"got repeats {self.repeats}, wanted at least 1: pass --repeats N")
+        if self.full_steps < 0:
+            raise ValueError(f"got full_steps {self.full_steps}, wanted 0 or more: pass --full_steps N")
         if not self.measure:
             raise ValueError(f"got nothing to measure: pass --measure with some of {', '.join(MEASURES)}")
 
@@ -124,7 +129,7 @@ def measure_sampler(config, here: "World") -> None:
         works = [workloads.work_of(each, workloads.in_parts(batch, training.accumulate), here) for each in trainees]
         consumed = report_steps(works, config, here, space.tokens)
     if "sampling" in config.benchmark.measure:
-        report_draws(plain(trainees), batch, config)
+        report_draws(trainees, batch, config)
     if "loading" in config.benchmark.measure:
         if space.tokens:
             source = workloads.codes_source(space, n_classes, training.seed)
@@ -186,19 +191,31 @@ def report_steps(works: list, config, here: "World", tokens: int) -> float:
     return size / min(speed.median for speed in speeds)
 
 
-def report_draws(trainee: "Trainee", batch: "Batch", config) -> None:
-    """Images per second, and network calls for each."""
-    from experiments.metrics.throughput import calls_per_image, several, spread
-    from experiments.metrics.workloads import draw
+def report_draws(trainees: list["Trainee"], batch: "Batch", config) -> None:
+    """Images per second and network calls; of codes beside ancestral steps in float32 that evaluate everything."""
+    from diffusion.solvers import solvers_of
+    from experiments.metrics.calls import counted
+    from experiments.metrics.throughput import full_steps_report, several, short, spread
+    from experiments.metrics.workloads import decoding, full_steps, sampled
 
-    def run():
-        return draw(trainee, batch, config.sampling)
-
-    size, network = len(batch["position"]), trainee.state.averaged("network")
-    calls = calls_per_image(network, run, size)
-    seconds = several(run, config.benchmark.repeats, trainee.step.world.device)
-    print(f"sampling by {config.sampling.solver}, {trainee.name}, {size} images at once: ", end="")
-    print(f"{spread(seconds, size)}, {calls:g} network calls per image", flush=True)
+    exact, trainee, repeats, size = trainees[0], plain(trainees), config.benchmark.repeats, len(batch["position"])
+    device, options, step = trainee.step.world.device, config.sampling, trainee.step
+    full = config.benchmark.full_steps > 0 and "ancestral" in solvers_of(step.sampler.process)
+    steps = full_steps(exact, batch, options, repeats) if full else []
+    with counted(trainee.state.averaged("network")) as cost:
+        x = sampled(trainee, batch, options)
+    seconds = several(lambda: sampled(trainee, batch, options), repeats, device)
+    spent = f"{cost.calls} network calls, {short(cost.evaluations / size)} evaluations per image"
+    print(f"sampling by {options.solver}, {trainee.name}, {size} images at once: {spread(seconds, size)}, {spent}")
+    decoded = {}
+    if step.space.first is not None:
+        for each in {way.name: way for way in (exact, trainee)}.values():
+            decoded[each.name] = decoding(each, x, repeats)
+            print(f"decoding, {each.name}, {size} images at once: {spread(decoded[each.name], size)}", flush=True)
+    if full:  # half of the steps before and half after, so that noise hits all alike
+        steps += full_steps(exact, batch, options, repeats)
+        ends = [decoded[exact.name], decoded[trainee.name]]
+        print(full_steps_report(steps, config.benchmark.full_steps, seconds, ends, size), flush=True)
 
 
 def report_loading(

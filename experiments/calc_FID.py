@@ -1,4 +1,4 @@
-"""Frechet distance of a trained sampler's images to the real ones, with what makes the number readable."""
+"""Frechet and kernel distance (FID, KID) of a sampler's images to the real ones, with what makes them readable."""
 
 import sys
 from dataclasses import dataclass
@@ -27,11 +27,17 @@ class DistanceConfig:
     split: Literal["train", "val"] = "train"
     """Real images that are the reference."""
     ref_stats: str | None = None
-    """Reference statistics (.npz with mu and sigma) instead of a split's."""
+    """Reference statistics (.npz with mu and sigma) instead of a split's; KID needs features (n x D) in it, too."""
+    kid_subsets: int = 100
+    """KID: pairs of random subsets whose mean and deviation it gives."""
+    kid_subset_size: int = 1000
+    """KID: images of each, or as many as there are."""
 
     def __post_init__(self):
-        if self.n_samples < 2:
-            raise ValueError(f"got n_samples {self.n_samples}, wanted at least 2: pass --n_samples N")
+        for name, low in (("n_samples", 2), ("kid_subsets", 1), ("kid_subset_size", 2)):
+            value = getattr(self, name)
+            if value < low:
+                raise ValueError(f"got {name} {value}, wanted at least {low}: pass --{name} N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +52,20 @@ class Config:
 
 def main(config: Config) -> None:
     from experiments.experiment import load_model, open_results
-    from experiments.metrics.report import measure, print_report, saved_report
+    from experiments.kept import forget
+    from experiments.metrics.report import given_files, measure, print_report, saved_report
     from experiments.processes import experiment_world
 
     with experiment_world(config.output.device) as world:
         trained = load_model(config.model, config.output, world)
         folder = open_results("FID", config, trained)
-        results = saved_report(folder) or measure(config, trained, folder)
-        if results is not None:
+        results = saved_report(folder)
+        given = given_files(config.distance)  # whose content may be another by now
+        if results is None or not given.items() <= results["run"].get("files", {}).items():
+            results = measure(config, trained, folder)
+        if world.is_main:
             print_report(results, folder)
+            forget(folder)
 
 
 if __name__ == "__main__":

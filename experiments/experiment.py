@@ -148,15 +148,18 @@ def results_folder(name: str, model: ModelConfig, output: OutputConfig, trained:
     return Path(os.path.expanduser(output.logs_root)).resolve() / f"{name}_{trained.run.name}_{trained.step}{length}"
 
 
-def open_results(name: str, config, trained: TrainedSampler) -> Path:
-    """The folder of this experiment's results, opened as a run: nothing of another experiment can be in it."""
+def open_results(name: str, config, trained: TrainedSampler, also: dict[str, Any] | None = None) -> Path:
+    """The folder of this experiment's results, opened as a run: nothing of another experiment can be in it.
+
+    `also` is what makes the run this run beside its config and the model's weights, such as the content of files.
+    """
     from train.runs import open_run, run_folder
 
     output, folder = config.output, results_folder(name, config.model, config.output, trained)
     if output.log_dir:
         folder = run_folder(output.logs_root, output.log_dir)
     if trained.world.is_main:
-        open_run(folder, config, trained.origin)
+        open_run(folder, config, trained.origin | (also or {}))
     trained.world.barrier()
     print(f"results: {folder}", flush=True)
     return folder

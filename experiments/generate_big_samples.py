@@ -18,7 +18,8 @@ class CanvasConfig:
     shape: tuple[int, int] = (32, 16)
     """Height and width in codes or latents, or in pixels of models of pixels."""
     window_stride: int | None = None
-    """Codes between windows; if left out, the whole canvas at once where positions are relative, else half the grid."""
+    """Codes from one window to the next; left out, the whole canvas at once where positions are relative, else half the
+    grid."""
     n_samples: int = 4
     """Number of images."""
 
@@ -29,7 +30,7 @@ class CanvasConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Samples larger canvases; each becomes <logs_root>/<log_dir>/big_<number>.png."""
+    """Samples larger canvases; each becomes <logs_root>/<log_dir>/big_<number>.png, which holds its settings."""
 
     canvas: CanvasConfig
     model: ModelConfig
@@ -38,30 +39,19 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from experiments.experiment import load_model, open_results, write_results
-    from experiments.images import save_grid
-    from experiments.progress import progress
-    from train.cli import to_dict
+    from experiments.big_samples import cost_table, sample
+    from experiments.experiment import load_model, open_results
+    from experiments.metrics.report import saved_report
+    from experiments.processes import experiment_world
 
-    trained = load_model(config.model, config.output)
-    folder = open_results("big_samples", config, trained)
-    canvas, output = config.canvas, config.output
-
-    batches = trained.sample(
-        canvas.n_samples,
-        output.seed,
-        config.sampling,
-        batch_size=output.batch_size,
-        shape=canvas.shape,
-        window_stride=canvas.window_stride,
-    )
-    written = 0
-    for batch in progress(batches, canvas.n_samples, "sampling"):
-        for image in batch["image"]:
-            save_grid(folder / f"big_{written:03d}.png", image[None])
-            written += 1
-    write_results(folder, {"n_samples": canvas.n_samples, "run": to_dict(config)})
-    print(f"{canvas.n_samples} images of {canvas.shape[0]} x {canvas.shape[1]}: {folder}")
+    canvas = config.canvas
+    with experiment_world(config.output.device) as world:
+        trained = load_model(config.model, config.output, world)
+        folder = open_results("big_samples", config, trained)
+        results = saved_report(folder) or sample(config, trained, folder)
+        if results is not None:
+            size = " x ".join(map(str, canvas.shape))
+            print(f"\n{canvas.n_samples} images of {size}\n{cost_table(results)}\n\n{folder}")
 
 
 if __name__ == "__main__":

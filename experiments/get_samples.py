@@ -17,6 +17,8 @@ class SamplesConfig:
 
     n_samples: int = 100
     """Number of images."""
+    label: int | None = None
+    """The class of all of them; left out, classes as frequent as in the training data."""
     save_individually: bool = False
     """Also write each image as images/<number>.png."""
     save_process: bool = False
@@ -40,27 +42,33 @@ class Config:
 def main(config: Config) -> None:
     from contextlib import nullcontext
 
+    from experiments.classes import images_of_class
     from experiments.experiment import load_model, open_results, write_results
     from experiments.images import SampleWriter, save_grid
+    from experiments.kept import forget, kept_batches
     from experiments.process import STRIPS, save_process
-    from experiments.processes import experiment_world, in_order
+    from experiments.processes import experiment_world
     from experiments.progress import progress
 
-    count, output = config.samples.n_samples, config.output
+    samples, output = config.samples, config.output
+    count = samples.n_samples
     with experiment_world(output.device) as world:
         trained = load_model(config.model, output, world)
+        draw = images_of_class(trained, samples.label, output.seed, config.sampling)
         folder = open_results("samples", config, trained)
         if not (folder / "results.json").is_file():
-            own = trained.sample(count, output.seed, config.sampling, batch_size=output.batch_size)
-            writer = SampleWriter(folder, count, png_files=config.samples.save_individually)
+            made = kept_batches(folder, "samples", list(range(count)), output.batch_size, draw, world)
+            writer = SampleWriter(folder, count, png_files=samples.save_individually)
             with writer if world.is_main else nullcontext():
-                for batch in progress(in_order(world, own), count, "sampling", world.is_main):
+                for batch in progress(made, count, "sampling", world.is_main):
                     writer.add(batch)
-            if config.samples.save_process:
-                save_process(folder / "process.png", trained, min(count, STRIPS), output.seed, config.sampling)
             if world.is_main:
+                if samples.save_process:
+                    save_process(folder / "process.png", trained, list(range(min(count, STRIPS))), draw)
                 save_grid(folder / "samples.png", writer.first)
-                write_results(folder, {"n_samples": count, "seed": output.seed})
+                write_results(folder, {"n_samples": count, "seed": output.seed, "label": samples.label})
+        if world.is_main:
+            forget(folder)
         print(f"{count} images: {folder / 'samples.npz'}\ngrid: {folder / 'samples.png'}")
 
 

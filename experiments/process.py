@@ -1,13 +1,14 @@
 """Strips of images on their way from noise: what a solver has, and what the network predicts of it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from experiments.images import save_grid
-from train.config import SamplingConfig
 from train.generate import TrainedSampler
+from train.loop import Batch
 
 STRIPS, MOMENTS = 6, 10  # images, and steps of each that are shown
 
@@ -28,16 +29,13 @@ class Recorder:
         return x
 
 
-def save_process(path: Path, trained: TrainedSampler, count: int, seed: int, options: SamplingConfig) -> None:
+def save_process(path: Path, trained: TrainedSampler, indices: list[int], draw: Callable[..., Batch]) -> None:
     """A PNG of two rows per image: x at about ten moments from noise to data, and below it the predicted image.
 
-    It draws the first `count` images of the seed once more, in the main process; all must ask.
+    `draw` makes the images of `indices` once more, in one batch, and hands what it sees to an `on_step`.
     """
     recorder = Recorder(trained)
-    for _ in trained.sample(count, seed, options, batch_size=count, on_step=recorder):
-        pass
-    if not trained.world.is_main:
-        return
+    draw(indices, on_step=recorder)
     last = len(recorder.steps) - 1
     moments = sorted({round(last * k / (MOMENTS - 1)) for k in range(MOMENTS)})
     rows = [torch.stack([recorder.steps[m][kind] for m in moments], 1) for kind in (0, 1)]  # (B, moments, C, H, W)

@@ -15,6 +15,7 @@ from train.transforms import training_views
 GOALS = {
     "classifier's accuracy on held-out real digits": (">=", 0.97),
     "share of samples it is 0.9 sure of": (">=", 0.85),
+    "samples whose class the classifier gives as asked": (">=", 0.97),
     "classes that occur": (">=", 10),
     "rarest class, relative to its share of the data": (">=", 1 / 3),
     "reconstructions that keep its answer": (">=", 0.95),
@@ -36,9 +37,10 @@ def all_of(source: ImageSource) -> Tensor:
 
 
 def figures(samples: dict[str, Tensor], trained: TrainedSampler) -> dict[str, float]:
-    """A figure for each of GOALS, of samples with "image" uint8 (N, 3, S, S) and "codes" (N, h, w) of models of codes.
+    """A figure for each of GOALS, of samples with "image" uint8 (N, 3, S, S), "codes" (N, h, w) of models of codes, and
+    "labels" (N,) of models that were told a class.
 
-    Without a VQGAN there are no reconstructions to judge.
+    Without a VQGAN there are no reconstructions to judge, without labels nothing was asked.
     """
     generated = samples["image"].float().mean(1, keepdim=True).round().byte()  # grey, (N, 1, S, S)
     (training, labels), (held_out, _) = split_images(trained, "train"), split_images(trained, "val")
@@ -50,6 +52,7 @@ def figures(samples: dict[str, Tensor], trained: TrainedSampler) -> dict[str, fl
     found = [
         accuracy(classifier, "val"),
         share_sure(logits),
+        share_as_asked(logits, samples.get("labels")),
         float((shares > 0).sum()),
         float((shares / (class_balance(labels, 10) / len(labels))).min()),
         kept_by_reconstructions(trained, classifier, held_out, real_logits),
@@ -59,6 +62,11 @@ def figures(samples: dict[str, Tensor], trained: TrainedSampler) -> dict[str, fl
         coverage(training_features, features),
     ]
     return {name: value for name, value in zip(GOALS, found, strict=True) if value is not None}
+
+
+def share_as_asked(logits: Tensor, asked: Tensor | None) -> float | None:
+    """The share in [0, 1] of images whose likeliest class by logits (N, K) is the one asked for (N,)."""
+    return None if asked is None else (logits.argmax(1) == asked).double().mean().item()
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from experiments.metrics.atomic import whole_file
 
+WANTED = "wanted an .npz file with the arrays mu and sigma (and n, if known)"
+
 
 class Statistics:
     """Count, mean (D,) and covariance (D, D) of features that arrive in batches, in float64 on the CPU.
@@ -90,9 +92,9 @@ class Statistics:
             raise ValueError(f"{self.count} features: the covariance needs at least 2, so measure more images")
         return self._scatter / (self.count - 1)
 
-    def save(self, path: str | Path) -> None:
-        """Writes `mu` (D,), `sigma` (D, D) and, where it is known, `n` to an .npz file, whole or not at all."""
-        arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
+    def save(self, path: str | Path, **more: np.ndarray) -> None:
+        """Writes `mu` (D,), `sigma` (D, D), where it is known `n`, and `more` to an .npz file, whole or not at all."""
+        arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy(), **more}
         if self.count is not None:
             arrays["n"] = np.int64(self.count)
         with whole_file(path) as scratch, scratch.open("wb") as file:
@@ -106,7 +108,9 @@ class Statistics:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} not found: wanted an .npz file with the arrays mu and sigma")
-        arrays = _read_arrays(path)
+        arrays = read_arrays(path, ("mu", "sigma", "n"))
+        if not {"mu", "sigma"} <= arrays.keys():
+            raise ValueError(f"{path} lacks mu or sigma: {WANTED}")
         mean, covariance = (torch.from_numpy(arrays[key].astype(np.float64)) for key in ("mu", "sigma"))
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             shapes = f"mu {tuple(mean.shape)}, sigma {tuple(covariance.shape)}"
@@ -120,16 +124,13 @@ class Statistics:
         return loaded
 
 
-def _read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    wanted = "wanted an .npz file with the arrays mu and sigma (and n, if known)"
+def read_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Those of these arrays that an .npz file holds. ValueError: it is not such a file."""
     try:
         with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in ("mu", "sigma", "n") if key in archive}
+            return {key: archive[key] for key in names if key in archive}
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read ({error}): {wanted}") from error
-    if not {"mu", "sigma"} <= arrays.keys():
-        raise ValueError(f"{path} lacks mu or sigma: {wanted}")
-    return arrays
+        raise ValueError(f"{path} cannot be read ({error}): {WANTED}") from error
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:

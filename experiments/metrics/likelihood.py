@@ -1,7 +1,7 @@
 """How many bits a trained sampler takes for an image, in the mean over a split, and at which steps they are spent."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from diffusion.likelihood import visits
 from diffusion.rng import Streams
 from experiments.experiment import write_results
+from experiments.kept import kept_batches
 from experiments.metrics.atomic import whole_file
 from experiments.metrics.image_likelihood import DecoderBits, of_images, report_rows
-from experiments.processes import in_order
 from experiments.progress import progress
 from experiments.table import table
 from train.cli import to_dict
@@ -26,54 +26,60 @@ from train.loop import Batch
 def bounds(
     trained: TrainedSampler,
     source: Positions,
-    count: int,
     seed: int,
     calls: int | None,
-    batch_size: int,
     decoder: Callable[[Batch], Tensor] | None = None,
-) -> Iterator[dict[str, Tensor]]:
-    """The Bound of the first `count` positions, in float64 on the CPU; no image's depends on the batch size.
+) -> Callable[[list[int]], dict[str, Tensor]]:
+    """A function from positions to their Bound, in float64 on the CPU; no image's depends on those beside it.
 
-    With it "decoder" (B,), where there is one. Of several processes, each gives every so manieth batch.
+    With it "decoder" (B,), where there is one.
     """
-    for first in trained.world.share_of(list(range(0, count, batch_size))):
-        batch = source[list(range(first, min(first + batch_size, count)))]
+
+    def of(positions: list[int]) -> dict[str, Tensor]:
+        batch = source[positions]
         bound = trained.log_likelihood(batch, seed, calls)
         found = bound._asdict() | ({} if decoder is None else {"decoder": decoder(batch)})
-        yield {name: part.cpu().double() for name, part in found.items()}
+        return {name: part.cpu().double() for name, part in found.items()}
+
+    return of
 
 
 def measure(config, trained: TrainedSampler, head: TrainedHead | None, folder: Path) -> dict[str, Any] | None:
     """All that one report says, written to results.json; terms.png where there are terms. In the main process alone,
-    while the others take part."""
-    c, output = config.likelihood, config.output
+    while the others take part. What an earlier start measured is not measured again."""
+    c, output, world = config.likelihood, config.output, trained.world
     source = trained.batches(c.split)
-    count = min(c.n_images, len(source))  # beyond an epoch images come again
+    count = len(source) if c.n_images is None else min(c.n_images, len(source))  # beyond an epoch images come again
     totals, prior, terms, of_decoder = [], 0.0, 0.0, []
     decoder = None if head is None else DecoderBits(head, trained, c.split, source)
-    found = bounds(trained, source, count, output.seed, c.calls, output.batch_size, decoder)
-    for bound in progress(in_order(trained.world, found), count, "measuring", trained.world.is_main):
+    name = "bounds" if head is None else f"bounds_{head.weights[:16]}"  # it may be trained on between two starts
+    make = bounds(trained, source, output.seed, c.calls, decoder)
+    found = kept_batches(folder, name, list(range(count)), output.batch_size, make, world)
+    for bound in progress(found, count, "measuring", world.is_main):
         totals.append(bound["total"])
         prior += bound["prior"].sum().item() / count
         terms = terms + bound["terms"].sum(0) / count  # (T,)
         if head is not None:
             of_decoder.append(bound["decoder"])
-    if not trained.world.is_main:
+    if not world.is_main:
         return None
     total, steps = torch.cat(totals), len(terms)
     widths = stretches(steps, c.calls)
     curve = levelled(terms, widths).tolist() if steps else []
+    sampler = trained.sampler
+    of_times = steps > 0 and sampler.process.steps is not None  # in continuous time, of numbers of masked codes
     results = {
-        "unit": trained.sampler.unit,
-        "method": "variational bound" if steps else "probability flow",
+        "unit": sampler.unit,
+        "method": sampler.likelihood,
         "value": total.mean().item(),
         "standard_error": total.std().item() / count**0.5 if count > 1 else None,  # over images and draws
         "prior": prior,
-        "decoder": curve[0] if widths[:1] == [1] else None,
+        "decoder": curve[0] if of_times and widths[:1] == [1] else None,
         "n_images": count,
         "split": c.split,
-        "calls": len(widths) if steps else c.calls,
+        "calls": len(widths) if steps else 1 if sampler.likelihood == "exact" else c.calls,
         "terms": curve,
+        "terms_of": ("times" if of_times else "number of masked codes") if steps else None,
         "run": to_dict(config) | {"step": trained.step} | trained.origin,
     }
     if head is not None:
@@ -116,16 +122,20 @@ def print_report(results: dict[str, Any], folder: Path) -> None:
 
 
 def plot(path: Path, results: dict[str, Any]) -> None:
-    """The bound's terms against t, as in Nichol & Dhariwal 2021, figure 2; flat where one stands for others."""
+    """The bound's terms against what they are of, as in Nichol & Dhariwal 2021, figure 2; flat where one stands for
+    others."""
     from matplotlib.figure import Figure  # without pyplot: a PNG is drawn by Agg, and no window is asked for
 
     terms = torch.tensor(results["terms"], dtype=torch.float64)
-    edges = torch.arange(len(terms) + 1) / len(terms)
+    edges, xlabel = torch.arange(len(terms) + 1) / len(terms), "t"
+    if results["terms_of"] != "times":  # term i is of i + 1 masked codes
+        edges, xlabel = torch.arange(len(terms) + 1) + 0.5, results["terms_of"]
     figure = Figure(figsize=(6.5, 4.2), dpi=150, layout="constrained")
     panel = figure.subplots()
     shown = terms.where(terms > 0, torch.nan)  # what is not positive has no place on a logarithmic scale
     panel.stairs(shown.numpy(), edges.numpy(), baseline=None, color="#0072b2")
-    panel.set(yscale="log", xlim=(0, 1), xlabel="t", ylabel=f"{results['unit']}, per step")
+    ylabel = f"{results['unit']}, per {'step' if results['terms_of'] == 'times' else 'number'}"
+    panel.set(yscale="log", xlim=(edges[0].item(), edges[-1].item()), xlabel=xlabel, ylabel=ylabel)
     panel.grid(color="0.9")
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)

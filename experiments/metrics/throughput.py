@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from experiments.metrics.cost import WARM_UPS, peak_extra_bytes
 from train.config import DataConfig, TrainingConfig
@@ -99,17 +98,6 @@ def short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{float(f'{value:.3g}'):g}"
 
 
-def calls_per_image(network: nn.Module, run: Callable[[], object], images: int) -> float:
-    """How often `run` calls the network for each of its images: two together in a batch are two calls."""
-    seen = []
-    handle = network.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
-    try:
-        run()
-    finally:
-        handle.remove()
-    return sum(seen) / images
-
-
 def several(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
     """Seconds of up to `repeats` runs, of which none begins when a minute is over."""
     seconds = []
@@ -123,6 +111,25 @@ def spread(seconds: Sequence[float], images: int) -> str:
     low, median, high = (short(each) for each in (min(seconds), statistics.median(seconds), max(seconds)))
     rate = short(images / statistics.median(seconds))
     return f"{median} s (median of {len(seconds)}, {low} to {high}), {rate} images/s"
+
+
+def full_steps_report(
+    steps: Sequence[float], count: int, sampling: Sequence[float], decoding: Sequence[Sequence[float]], images: int
+) -> str:
+    """What `count` steps take, from seconds of some of them, and how many times as fast sampling is: two lines.
+
+    `decoding` is in seconds: in float32, which belongs to those steps, and in what sampling computes in.
+    """
+    one, fast = statistics.median(steps), statistics.median(sampling)
+    before, after = map(statistics.median, decoding)
+    low, high = short(min(steps)), short(max(steps))
+    of = f"{count} times {short(one)} s, the median of {len(steps)}, {low} to {high}"
+    ratio, whole = short(count * one / fast), short((count * one + before) / (fast + after))
+    return (
+        f"sampling in {count} float32 steps that evaluate everything: {short(count * one)} s ({of}), "
+        f"{short(images / (count * one))} images/s\n"
+        f"sampling is {ratio} times as fast as these, {whole} times with decoding"
+    )
 
 
 def loading_rate(

@@ -1,8 +1,9 @@
 """What a run does in a training step, in a draw and in loading: the real thing, on random weights and random data."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from diffusion.rng import Streams, seed_of
-from experiments.metrics.throughput import Work
+from experiments.metrics.cost import WARM_UPS
+from experiments.metrics.throughput import Work, several
 from train import second_stage, vqgan
 from train.assembly import training_dtype
 from train.config import DataConfig, TrainingConfig
@@ -21,12 +23,14 @@ from train.first_stage import FirstStage
 from train.loop import Batch, State, fit
 from train.registry import plugin
 from train.spaces import Codes, Latents, Pixels, Space
+from train.start import Start
 from train.transforms import to_uint8
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
 from vq.perceptual import Perceptual
 
 SOME_CODES = 4096  # grids of codes to load batches from: they lie in memory, however many
+OF_OTHER_SOLVERS = {"reveal": "auto", "choice_temp": None, "remasking": None, "remask_eta": None}  # left out
 
 
 @dataclass(frozen=True)
@@ -150,14 +154,41 @@ def in_parts(batch: Batch, accumulate: int) -> list[Batch]:
 
 
 @torch.no_grad()
-def draw(trainee: Trainee, batch: Batch, options: Any) -> Tensor:
-    """As many uint8 images as the batch has, of its conditions, as training shows them."""
+def sampled(trainee: Trainee, batch: Batch, options: Any, **how: Any) -> Tensor:
+    """As many examples as the batch has, of its conditions, in the sampler's space; `how` is of its `sample`."""
     step, size = trainee.step, len(batch["position"])
     rng = Streams([seed_of(0, "show", i) for i in range(size)], step.world.device)
     conditions = {name: batch[name] for name in step.sampler.fields} or None
+    network = trainee.state.averaged("network").eval()
     with step.autocast():
-        x = step.sampler.sample(trainee.state.averaged("network").eval(), rng, batch=conditions, options=options)
-    return step.space.decode(x)
+        return step.sampler.sample(network, rng, batch=conditions, options=options, **how)
+
+
+def full_steps(trainee: Trainee, batch: Batch, options: Any, repeats: int) -> list[float]:
+    """Seconds of `repeats` steps of ancestral sampling of codes that evaluate every grid, after two that do not count.
+
+    From half of the batch's codes on, since grids that are equal, as empty ones are, would be evaluated once; watched,
+    since one in which nothing is drawn would not be evaluated.
+    """
+    start = Start(batch["codes"], torch.zeros_like(batch["codes"], dtype=torch.bool), 0.5)
+    wait, moments = torch.get_device_module(trainee.step.world.device).synchronize, []
+
+    def clock(i: int, t: float, s: float, x: Tensor, logits: Tensor) -> Tensor:
+        wait()
+        moments.append(time.perf_counter())
+        return x
+
+    options = replace(options, solver="ancestral", sample_steps=WARM_UPS + repeats, **OF_OTHER_SOLVERS)
+    sampled(trainee, batch, options, start=start, on_step=clock)
+    return [after - before for before, after in pairwise(moments)][WARM_UPS - 1 :]
+
+
+@torch.no_grad()
+def decoding(trainee: Trainee, x: Tensor, repeats: int) -> list[float]:
+    """Seconds of making images of what was sampled, up to `repeats` times, after one that does not count."""
+    space = trainee.step.space
+    space.decode(x)
+    return several(lambda: space.decode(x), repeats, trainee.step.world.device)
 
 
 def there_and_back(trainee: Trainee, config, images: Tensor) -> dict[str, Callable[[], Tensor]]:

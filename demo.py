@@ -1,0 +1,275 @@
+"""A page in the browser over a trained run: sample it, watch the mask or the noise dissolve, draw parts anew."""
+
+import math
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from experiments.experiment import ModelConfig, OutputConfig, settings_of_run
+from train.cli import run_script
+from train.config import SamplingConfig
+
+if TYPE_CHECKING:
+    from experiments.controls import Control
+    from experiments.playground import Playground, Request
+
+HOST = "127.0.0.1"  # the page is for this machine alone
+MAIN = ("solver", "sample_steps", "temp", "guidance")  # settings that are always in sight
+FONTS = ("Roboto", "system-ui", "sans-serif")  # of the reader's machine: nothing is fetched
+STYLE = "img {image-rendering: pixelated} footer {display: none !important}"
+IMAGES, COLUMNS = 12, 6  # that are drawn if nothing else is asked for, and in a row of the gallery
+KEPT = (600, 3600)  # seconds between looks for pictures of the page that are old, and how old those are
+SIDE = 384  # pixels that an image is enlarged to for the brush
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageConfig:
+    """Page."""
+
+    port: int = 7860
+    """The page is http://127.0.0.1:PORT."""
+
+    def __post_init__(self):
+        if not 1 <= self.port <= 65535:
+            raise ValueError(f"got port {self.port}, wanted one of 1 to 65535: pass --port N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Opens a page on which a trained model is sampled, watched and asked to draw parts of an image anew."""
+
+    page: PageConfig
+    model: ModelConfig
+    sampling: SamplingConfig
+    output: OutputConfig
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """What a user can mend is a message on the page."""
+    import gradio as gr
+
+    from experiments.controls import in_words
+
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise gr.Error(in_words(str(error)), print_exception=False) from error
+
+
+def component(control: "Control", *, brief: bool = False) -> Any:
+    """The gradio component of one setting, with its note unless it shall be brief."""
+    import gradio as gr
+
+    said = {"label": control.label, "info": None if brief else control.note, "value": control.value, "min_width": 110}
+    if control.kind == "choice":
+        choices = [("default", ""), *control.choices] if control.optional else control.choices
+        return gr.Dropdown(choices, **said | {"value": "" if control.value is None else control.value})
+    if control.kind == "switch":
+        return gr.Checkbox(**said)
+    if control.kind == "numbers":
+        return gr.Textbox(**said, placeholder="none")
+    how = {"precision": 0} if control.kind == "whole" else {"step": 0.1}
+    return gr.Number(**said, **how, placeholder="default")
+
+
+def settings_column(play: "Playground", config: Config) -> tuple[list, Callable[..., "Request"]]:
+    """The components, and the function from what stands in them to a request."""
+    import gradio as gr
+
+    from experiments.playground import AS_IN_DATA, Request
+
+    in_sight = sorted((each for each in play.controls if each.name in MAIN), key=lambda each: MAIN.index(each.name))
+    others = [each for each in play.controls if each.name not in MAIN]
+    names = [each.name for each in in_sight + others]
+    classes, most = play.classes, config.output.batch_size
+    with gr.Row():
+        label = gr.Dropdown(
+            classes or [AS_IN_DATA], value=AS_IN_DATA, label="class", visible=bool(classes), min_width=240
+        )
+        shown = [component(each, brief=True) for each in in_sight]
+        count = gr.Number(
+            min(IMAGES, most), label=f"images (up to {most})", precision=0, minimum=1, maximum=most, min_width=110
+        )
+        seed = gr.Number(config.output.seed, label="seed", precision=0, minimum=0, min_width=110)
+    with gr.Accordion("more settings", open=False, visible=bool(others)):
+        shown += [component(each) for each in others]
+
+    def asked(label: str, count: int | None, seed: int | None, *values: Any) -> Request:
+        if count is None or seed is None:
+            raise ValueError("images or seed is empty: give a number")
+        return Request(
+            options=play.settings(dict(zip(names, values, strict=True))), label=label, count=count, seed=seed
+        )
+
+    return [label, count, seed, *shown], asked
+
+
+def sample_tab(play: "Playground", shown: list, asked: Callable) -> tuple[Any, Any]:
+    """Its gallery, of which an image can be chosen, and the state that holds its pictures."""
+    import gradio as gr
+
+    from experiments.playground import enlarged_picture
+
+    button = gr.Button("Sample", variant="primary")
+    gallery = gr.Gallery(
+        columns=COLUMNS,
+        show_label=False,
+        format="png",
+        object_fit="contain",
+        interactive=False,
+        buttons=["download_all"],
+        height=560,
+    )
+    pictures = gr.State([])
+
+    def sample(*values: Any) -> tuple[list, list]:
+        with readable():
+            made = [enlarged_picture(image, SIDE) for image in play.draw(asked(*values))]
+            return made, made
+
+    button.click(sample, shown, [gallery, pictures])
+    return gallery, pictures
+
+
+def watch_tab(play: "Playground", shown: list, asked: Callable) -> None:
+    """Frames as they come; afterwards a slider goes back and forth among them."""
+    import gradio as gr
+
+    from train.logging import grid_image
+
+    with gr.Row():
+        button, stop = gr.Button("Watch", variant="primary"), gr.Button("Stop")
+    step = gr.Slider(1, 2, value=1, step=1, label="step", interactive=False)
+    with gr.Row():
+        kept = {"format": "png", "interactive": False, "show_label": False, "buttons": ["download"]}
+        with gr.Column():
+            gr.Markdown("what the solver has")
+            now = gr.Image(**kept)
+        with gr.Column():
+            gr.Markdown("what the network predicts")
+            meant = gr.Image(**kept)
+    frames = gr.State([])
+
+    def watch(*values: Any) -> Iterator[tuple]:
+        seen = []
+        with readable():
+            for moment in play.watch(asked(*values)):
+                size = SIDE // math.ceil(math.sqrt(len(moment.now)))
+                seen.append(tuple(grid_image(images, enlarge_to=size) for images in moment[2:]))
+                yield gr.Slider(maximum=max(2, len(seen)), value=len(seen), interactive=False), *seen[-1], seen
+        yield gr.Slider(maximum=max(2, len(seen)), value=len(seen), interactive=True), *seen[-1], seen
+
+    def look(number: float | None, seen: list) -> Any:
+        return seen[min(max(int(number or 1), 1), len(seen)) - 1] if seen else (gr.skip(), gr.skip())
+
+    watching = button.click(watch, shown, [step, now, meant, frames])
+    stop.click(lambda: gr.Slider(interactive=True), None, step, cancels=[watching])
+    step.input(look, [step, frames], [now, meant])
+
+
+def inpaint_tab(play: "Playground", shown: list, asked: Callable, gallery: Any, pictures: Any) -> None:
+    """An image, chosen, drawn or uploaded, and what is brushed over drawn anew."""
+    import gradio as gr
+    from PIL import Image
+
+    from experiments.playground import enlarged_picture
+
+    gr.Markdown(
+        "Take a sample, click one on the first tab, or upload an image; brush over what shall be drawn anew. "
+        "Class *as in the data* is none here, unguided."
+    )
+    with gr.Row():
+        take, button = gr.Button("Take a sample"), gr.Button("Inpaint", variant="primary")
+    with gr.Row():
+        brush = gr.Brush(default_size=40, colors=["#e4572e"], color_mode="fixed")
+        tools = {"brush": brush, "transforms": (), "layers": False, "sources": ("upload",), "type": "pil"}
+        editor = gr.ImageEditor(show_label=False, canvas_size=(SIDE, SIDE), format="png", height=520, **tools)
+        results = gr.Gallery(columns=3, show_label=False, format="png", object_fit="contain", height=520, buttons=[])
+
+    def taken(*values: Any) -> Image.Image:
+        with readable():
+            return enlarged_picture(play.draw(replace(asked(*values), count=1))[0], SIDE)
+
+    def picked(there: list, event: gr.SelectData) -> Image.Image:
+        return there[event.index]
+
+    def inpaint(drawn: dict | None, *values: Any) -> list:
+        with readable():
+            if drawn is None or drawn["background"] is None:
+                raise ValueError("there is no image: take a sample, or upload one")
+            picture, brushed = drawn["background"], Image.new("L", drawn["background"].size)
+            for layer in drawn["layers"]:
+                brushed.paste(255, mask=layer.getchannel("A"))
+            found = play.redraw(asked(*values), picture, brushed)
+            return [enlarged_picture(image) for image in (found.hidden, *found.results)]
+
+    take.click(taken, shown, editor)
+    gallery.select(picked, pictures, editor)
+    button.click(inpaint, [editor, *shown], results)
+
+
+def lay_out(play: "Playground", config: Config) -> Any:
+    """The page, gradio's Blocks."""
+    import gradio as gr
+
+    trained = play.trained
+    height, width = trained.data.size
+    with gr.Blocks(
+        title=f"{trained.run.name}: samples", analytics_enabled=False, fill_width=True, delete_cache=KEPT
+    ) as page:
+        gr.Markdown(
+            "# Discrete and continuous diffusion\n"
+            f"**{trained.run.name}**, step {trained.step:,}: images of {height}x{width} pixels"
+        )
+        with gr.Row():
+            with gr.Column(scale=1, min_width=320):
+                shown, asked = settings_column(play, config)
+            with gr.Column(scale=3):
+                with gr.Tab("Sample"):
+                    gallery, pictures = sample_tab(play, shown, asked)
+                with gr.Tab("Watch"):
+                    watch_tab(play, shown, asked)
+                with gr.Tab("Inpaint"):
+                    inpaint_tab(play, shown, asked, gallery, pictures)
+    return page
+
+
+def open_page(play: "Playground", config: Config) -> None:
+    """Serves the page on this machine until Ctrl-C."""
+    import gradio as gr
+
+    look = {"theme": gr.themes.Base(font=FONTS, font_mono=("monospace",)), "css": STYLE, "footer_links": []}
+    where = {"server_name": HOST, "server_port": config.page.port, "share": False, "ssr_mode": False, "quiet": True}
+    lay_out(play, config).launch(**look, **where)
+
+
+def check_free(port: int) -> None:
+    """ValueError where something listens at the port."""
+    try:
+        socket.create_server((HOST, port)).close()
+    except OSError as error:
+        raise ValueError(f"port {port} of {HOST} cannot be had ({error.strerror}): pass --port N") from error
+
+
+def main(config: Config) -> None:
+    if config.output.log_dir is not None:
+        raise ValueError(f"got log_dir {config.output.log_dir}, but the page keeps no results: leave --log_dir out")
+    check_free(config.page.port)
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise ValueError("the page needs the package gradio: pip install -r requirements-extra.txt") from error
+
+    from experiments.experiment import load_model
+    from experiments.playground import Playground
+
+    trained = load_model(config.model, config.output)
+    print(f"http://{HOST}:{config.page.port}  (Ctrl-C ends it)", flush=True)
+    open_page(Playground(trained, config.sampling, trained.held_out()), config)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, "playground", under=settings_of_run)

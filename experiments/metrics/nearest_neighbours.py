@@ -1,0 +1,144 @@
+"""The training images nearest to given ones: by features over the whole split, the best of them ranked anew."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from experiments.kept import kept_batches
+from experiments.metrics.closeness import Closeness
+from experiments.metrics.features import Features
+from experiments.metrics.measured import Batches, shared
+from experiments.metrics.neighbours import nearest
+from experiments.progress import progress
+from train.data import ImageSource, images_in_order
+from train.distributed import World
+from train.transforms import View, training_views
+
+CHUNK = 1000  # training images searched at a time, and kept of
+
+
+class Candidates(NamedTuple):
+    """The training images nearest to each of n queries, from the nearest on; each once, in its nearest view."""
+
+    distances: Tensor  # (n, c) float64, of features
+    images: Tensor  # (n, c) int64: indices in the training split
+    views: Tensor  # (n, c) int64: of `training_views`
+
+
+def merged(parts: list[Candidates], most: int) -> Candidates:
+    """Of all parts together the `most` nearest images, or as many as there are, each once, in its nearest view.
+
+    A part that leaves images out holds at least `most`, so that no image is missing here.
+    """
+    distances, images, views = (torch.cat(each, 1) for each in zip(*parts, strict=True))
+    order = distances.argsort(dim=1, stable=True)
+    found = Candidates(*(each.gather(1, order) for each in (distances, images, views)))
+    by_image = found.images.argsort(dim=1, stable=True)  # of one image the nearest view comes first
+    same = found.images.gather(1, by_image)
+    again = torch.zeros_like(same, dtype=torch.bool)
+    again[:, 1:] = same[:, 1:] == same[:, :-1]
+    again = torch.zeros_like(again).scatter(1, by_image, again)  # back in the order of distances
+    most = min(most, int((~again).sum(1).min()) if len(again) else 0)
+    kept = again.long().argsort(dim=1, stable=True)[:, :most]
+    return Candidates(*(each.gather(1, kept) for each in found))
+
+
+def searched(
+    queries: Tensor, images: Tensor, index: Tensor, views: list[View], extract: Callable[[Tensor], Tensor], most: int
+) -> Candidates:
+    """Of training images uint8 (m, C, H, W) with indices (m,) those nearest to queries (n, D), in any of the views."""
+    parts = []
+    for i, view in enumerate(views):
+        near = nearest(queries, extract(view(images)), min(most, len(images)))
+        seen = torch.full_like(near.indices, i)
+        parts.append(Candidates(near.distances.cpu(), index[near.indices.cpu()], seen.cpu()))
+    return merged(parts, most)
+
+
+def candidates(
+    queries: Tensor,
+    source: ImageSource,
+    features: Features,
+    most: int,
+    batch_size: int,
+    world: World,
+    folder: Path,
+    name: str,
+) -> Candidates:
+    """The `most` nearest training images to queries (n, D) by features, of the whole source in all its training views;
+    in every process. What an earlier start searched is read."""
+    views, here = training_views(source.config), torch.device("cpu") if world.device.type == "mps" else world.device
+    queries = queries.to(here)
+
+    def extract(images: Tensor) -> Tensor:
+        parts = [features.extract(part.expand(-1, 3, -1, -1)) for part in images.split(batch_size)]
+        return torch.cat(parts).to(here)
+
+    def make(indices: list[int]) -> dict[str, Tensor]:
+        read = list(images_in_order(source, batch_size, indices))
+        if not read:  # none of them can be read
+            return {"index": torch.zeros(0, dtype=torch.long)}
+        images, index = (torch.cat([batch[key] for batch in read]) for key in ("image", "index"))
+        return {"index": index} | searched(queries, images, index, views, extract, most)._asdict()
+
+    best = None
+    chunks = kept_batches(folder, name, list(range(len(source))), CHUNK, make, world)
+    for chunk in progress(chunks, len(source), "training images", world.is_main):
+        if "distances" in chunk:
+            found = Candidates(*(chunk[field] for field in Candidates._fields))
+            best = found if best is None else merged([best, found], most)
+    return shared(world, best)
+
+
+class Ranked(NamedTuple):
+    """The k nearest training images of each of n queries, by the closeness they were ranked by."""
+
+    distances: Tensor  # (n, k) float64
+    images: Tensor  # (n, k) int64
+    views: Tensor  # (n, k) int64
+    feature_distances: Tensor  # (n, k) float64
+    equal: Tensor  # (n,) bool: some candidate is the query, pixel by pixel
+
+
+def ranked(query: Tensor, shown: Tensor, found: Candidates, closeness: Closeness, k: int) -> Ranked:
+    """Of one query uint8 (C, H, W), candidates uint8 (c, C, H, W) and what was found of them, (1, c): n is 1."""
+    distances = closeness.distances(query, shown)
+    order = distances.argsort(stable=True)[:k]
+    near = [each[:, order] for each in (found.images, found.views, found.distances)]
+    return Ranked(distances[order][None], *near, (shown == query).flatten(1).all(1).any()[None])
+
+
+def reranked(
+    queries: Tensor,
+    table: Candidates,
+    source: ImageSource,
+    closeness: Closeness,
+    k: int,
+    batch_size: int,
+    world: World,
+    folder: Path,
+    name: str,
+) -> Batches:
+    """`Ranked` of images uint8 (n, C, H, W) in batches, as dicts: in the main process alone, while all make them."""
+    views = training_views(source.config)
+
+    def make(indices: list[int]) -> dict[str, Tensor]:
+        rows = []
+        for i in indices:
+            own = Candidates(*(each[i : i + 1] for each in table))
+            shown = torch.stack(
+                [in_view(source, views, *each) for each in zip(own.images[0], own.views[0], strict=True)]
+            )
+            rows.append(ranked(queries[i], shown, own, closeness, k))
+        return Ranked(*map(torch.cat, zip(*rows, strict=True)))._asdict()
+
+    batches = kept_batches(folder, name, list(range(len(queries))), batch_size, make, world)
+    return progress(batches, len(queries), "ranking", world.is_main)
+
+
+def in_view(source: ImageSource, views: list[View], image: Tensor, view: Tensor) -> Tensor:
+    """uint8 (C, H, W): a training image as it was trained on."""
+    return views[int(view)](source[int(image)]["image"].as_subclass(Tensor))

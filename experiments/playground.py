@@ -1,0 +1,190 @@
+"""What a page can ask of a trained sampler: images, their way from noise, and parts of an image drawn anew.
+
+From settings to images, without a browser; demo.py lays out the page.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusion.solvers import solvers_of
+from experiments.controls import Control, controls_of, taken
+from train.config import SamplingConfig
+from train.data import Positions
+from train.generate import TrainedSampler
+from train.images import to_grey_or_rgb
+from train.loop import Batch
+from train.start import Start
+from train.transforms import to_item
+
+AS_IN_DATA, NO_CLASS = "as in the data", "none"
+GREY = 128
+
+
+class Moment(NamedTuple):
+    """Images on their way: uint8 (B, C, H, W)."""
+
+    step: int  # that was just made, from 1
+    t: float  # where it ended, as the process has it; 0 is data
+    now: Tensor  # what the solver has: masked codes are grey
+    predicted: Tensor  # what the network predicts of it
+
+
+class Redrawn(NamedTuple):
+    """uint8 images."""
+
+    hidden: Tensor  # (C, H, W), grey where it is drawn anew
+    results: Tensor  # (B, C, H, W)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to draw, and how."""
+
+    options: SamplingConfig
+    label: str = AS_IN_DATA  # one of `Playground.classes`
+    count: int = 1  # images
+    seed: int = 0  # image i of a seed is always the same
+
+    def __post_init__(self):
+        if self.count < 1 or self.seed < 0:
+            raise ValueError(f"got {self.count} images of seed {self.seed}, wanted at least 1, of a seed of 0 or more")
+
+
+class Abandoned(Exception):
+    """Nobody reads on."""
+
+
+@dataclass(frozen=True)
+class Playground:
+    """A trained sampler with the settings that its page begins with."""
+
+    trained: TrainedSampler
+    options: SamplingConfig
+    held_out: Positions | None  # where conditions other than classes come from: trained.held_out()
+
+    @property
+    def classes(self) -> list[str]:
+        """Empty for a model without classes."""
+        count = self.trained.sampler.n_classes
+        return [AS_IN_DATA, NO_CLASS, *map(str, range(count))] if count else []
+
+    @property
+    def controls(self) -> list[Control]:
+        """The settings that the model has: guidance only with conditions, and its own process's solvers."""
+        solvers = sorted(solvers_of(self.trained.sampler.process))
+        return controls_of(self.options, solvers, conditional=bool(self.trained.sampler.fields))
+
+    def settings(self, values: dict[str, Any]) -> SamplingConfig:
+        """The options with what stands in the controls of these names; ValueError for what is no value of theirs."""
+        known = {each.name: each for each in self.controls}
+        return replace(self.options, **{name: taken(known[name], value) for name, value in values.items()})
+
+    def given(self, request: Request) -> Batch | None:
+        """The conditions of its images, None where they are drawn as in the data."""
+        if request.label == AS_IN_DATA:
+            return None
+        if request.label not in self.classes:
+            raise ValueError(
+                f"got class {request.label!r}, wanted one of: {', '.join(self.classes) or 'none there is'}"
+            )
+        drawn = self.trained.conditions(request.seed, list(range(request.count)), self.held_out)
+        rest = {name: value for name, value in drawn.items() if name != "label"}
+        if request.label == NO_CLASS and not rest:
+            return {}
+        label = self.trained.sampler.n_classes if request.label == NO_CLASS else int(request.label)
+        return rest | {"label": torch.full((request.count,), label)}
+
+    def draw(self, request: Request, **how) -> Tensor:
+        """uint8 (B, C, H, W); `how` as `TrainedSampler.draw` has it."""
+        conditions = {"held_out": self.held_out, "given": self.given(request)}
+        indices = list(range(request.count))
+        return self.trained.draw(indices, request.seed, request.options, **conditions, **how)["image"]
+
+    def watch(self, request: Request) -> Iterator[Moment]:
+        """Every step of the same images, as it is made; closing the iterator ends the work."""
+
+        def work(put: Callable[[Moment], None]) -> None:
+            def on_step(i: int, t: float, s: float, x: Tensor, predicted: Tensor) -> Tensor:
+                now, meant = self.trained.space.shown(x, predicted)
+                put(Moment(i + 1, s, now.cpu(), meant.cpu()))
+                return x
+
+            self.draw(request, on_step=on_step)
+
+        return as_it_comes(work)
+
+    def redraw(self, request: Request, picture: Image.Image, brushed: Image.Image) -> Redrawn:
+        """Several fillings of what is brushed over (255 in an L image of the picture's size; 0 is kept).
+
+        The picture is brought to the size and channels that the model knows. Classes `as in the data` are none here,
+        unguided: what is kept says what it is. ValueError where nothing is brushed.
+        """
+        image, hidden = fitted(picture, brushed, self.trained.data.size, self.trained.data.n_channels)
+        if not hidden.any():
+            raise ValueError("nothing is hidden: paint with the brush over what shall be drawn anew")
+        if request.label == AS_IN_DATA and self.classes:
+            request = replace(request, label=NO_CLASS, options=replace(request.options, guidance=1.0))
+        begun = self.trained.space.begun(image[None], hidden[None])
+        several = [each.expand(request.count, *each.shape[1:]) for each in (begun.x0, begun.keep)]
+        shown = torch.where(enlarged(~begun.keep[0].cpu(), hidden.shape), GREY, image)
+        return Redrawn(shown, self.draw(request, start=Start(*several)))
+
+
+def as_it_comes(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
+    """What `work(put)` puts, while it goes on in a thread of its own; what it raises, is raised here.
+
+    Once the iterator is closed, the next `put` ends the work.
+    """
+    handed, closed, end = queue.SimpleQueue(), threading.Event(), object()
+
+    def put(item: Any) -> None:
+        if closed.is_set():
+            raise Abandoned
+        handed.put(item)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        working = pool.submit(work, put)
+        working.add_done_callback(lambda _: handed.put(end))
+        try:
+            while (item := handed.get()) is not end:
+                yield item
+            working.result()
+        finally:
+            closed.set()
+
+
+def fitted(picture: Image.Image, brushed: Image.Image, size: tuple[int, int], n_channels: int) -> tuple[Tensor, Tensor]:
+    """uint8 (C, H, W) and bool (H, W): both resized to cover `size` and cut at the centre alike.
+
+    A pixel is hidden where at least half of it is brushed over.
+    """
+    if picture.size != brushed.size:
+        raise ValueError(f"got a picture of {picture.size} and a mask of {brushed.size} pixels: wanted the same size")
+    picture = to_grey_or_rgb(picture)
+    if picture.width * size[0] == picture.height * size[1]:  # an image that was enlarged comes back as it was
+        small = picture.resize(size[::-1], Image.Resampling.NEAREST)
+        same = small.resize(picture.size, Image.Resampling.NEAREST).tobytes() == picture.tobytes()
+        picture = small if same else picture
+    image = to_item({"image": picture}, size, n_channels)["image"].as_subclass(Tensor)
+    return image, to_item({"image": brushed}, size, 1)["image"][0].as_subclass(Tensor) >= GREY
+
+
+def enlarged(places: Tensor, size: tuple[int, int]) -> Tensor:
+    """Places (h, w) as pixels (H, W)."""
+    (h, w), (H, W) = places.shape, size
+    return places.repeat_interleave(H // h, 0).repeat_interleave(W // w, 1)
+
+
+def enlarged_picture(image: Tensor, side: int = 256) -> Image.Image:
+    """An image (C, H, W) uint8, enlarged whole-numbered as far as its longer side stays within `side` pixels."""
+    scale = max(1, side // max(image.shape[1:]))
+    image = image.expand(3, -1, -1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
