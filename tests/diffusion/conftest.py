@@ -1,6 +1,8 @@
 """Small distributions of codes that are known exactly, and what follows from them by enumeration."""
 
 import math
+from collections.abc import Callable
+from itertools import permutations
 
 import pytest
 import torch
@@ -10,15 +12,25 @@ from torch import Tensor
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.rng import Streams
 
+# The share of codes that is masked, in MaskGIT's own time r = 1 - t (Chang et al. 2022, section 3.3)
+SHARES = {
+    "linear": lambda r: 1 - r,
+    "cosine": lambda r: math.cos(math.pi * r / 2),
+    "arccos": lambda r: math.acos(r) / (math.pi / 2),
+    "square": lambda r: 1 - r**2,
+}
+
 
 class Joint:
     """p(x_0) over rows of N codes out of K, and the forward process on its (K + 1)^N partly masked states.
 
-    Everything is float64 and built from the forward kernel alone, so that it can judge the reverse one.
+    Everything is float64 and built from the forward kernel alone, so that it can judge the reverse one. `denoise` of
+    the methods is what a sampler believes, the perfect denoiser if left out.
     """
 
-    def __init__(self, table: list):
+    def __init__(self, table: list, schedule: str = "linear"):
         p = torch.tensor(table, dtype=torch.float64)  # (K, ..., K), N axes
+        self.table, self.schedule = table, schedule
         self.codes, self.count = p.shape[0], p.ndim
         self.grids = self.rows(self.codes)  # (K^N, 1, N)
         self.states = self.rows(self.codes + 1)  # ((K + 1)^N, 1, N), the last of them all mask
@@ -27,6 +39,16 @@ class Joint:
         self.one_hot = F.one_hot(self.states[:, 0]).double()  # (S, N, K + 1)
         self.data = torch.zeros(len(self.states), dtype=torch.float64)  # p as a distribution over states
         self.data[self.index(self.grids)] = self.p
+
+    def under(self, schedule: str) -> "Joint":
+        """The same codes, masked by another schedule."""
+        return Joint(self.table, schedule)
+
+    def process(self, steps: int | None = 256) -> AbsorbingDiffusion:
+        return AbsorbingDiffusion(self.codes, steps, self.schedule)
+
+    def masked(self, t: float) -> float:
+        return SHARES[self.schedule](1 - t)
 
     def rows(self, codes: int) -> Tensor:
         return torch.cartesian_prod(*[torch.arange(codes)] * self.count).view(-1, 1, self.count)
@@ -38,16 +60,27 @@ class Joint:
     def all_mask(self, batch: int) -> Tensor:
         return self.states[-1:].repeat(batch, 1, 1)
 
-    def denoise(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+    def drawn(self, n: int) -> Tensor:
+        """n grids of p: (n, 1, N)."""
+        return self.grids[torch.multinomial(self.p, n, replacement=True, generator=torch.Generator().manual_seed(5))]
+
+    def denoise(self, x: Tensor, t: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """The perfect denoiser: log p(x_0 | the revealed codes of x), code by code. (B, 1, N) -> (B, 1, N, K)"""
         agrees = ((x[:, None] == self.grids) | (x[:, None] == self.codes)).all(-1).all(-1)  # (B, K^N)
         marginals = torch.einsum("bg,ghnk->bhnk", self.p * agrees, F.one_hot(self.grids).double())
         return marginals.clamp(min=1e-300).log()  # finite even where no data agrees
 
+    def mistaken(self, x: Tensor, t: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """A denoiser that is wrong, by what it sees and by place."""
+        places = torch.arange(1.0, self.count + 1, dtype=torch.float64).view(1, 1, -1, 1)
+        classes = torch.arange(self.codes, dtype=torch.float64)
+        return self.denoise(x).clamp(min=-3) + (places * (1 + x.sum((1, 2)).view(-1, 1, 1, 1)) + 2 * classes).cos()
+
     def forward(self, s: float, t: float) -> Tensor:
-        """q(x_t | x_s), s < t: a code not yet masked is masked with probability (t - s) / (1 - s). (S, S)"""
-        one = torch.eye(self.codes + 1, dtype=torch.float64) * (1 - t) / (1 - s)
-        one[:, -1] = (t - s) / (1 - s)
+        """q(x_t | x_s), s < t: a code not yet masked is masked with probability (m(t) - m(s)) / (1 - m(s)). (S, S)"""
+        then, now = self.masked(s), self.masked(t)
+        one = torch.eye(self.codes + 1, dtype=torch.float64) * (1 - now) / (1 - then)
+        one[:, -1] = (now - then) / (1 - then)
         one[-1] = torch.eye(self.codes + 1)[-1]  # a mask stays
         return torch.einsum("anv,vw,bnw->nab", self.one_hot, one, self.one_hot).prod(0)
 
@@ -56,40 +89,70 @@ class Joint:
         both = (self.data @ self.forward(0, s))[:, None] * self.forward(s, t)  # q(x_s, x_t)
         return (both / both.sum(0)).T
 
-    def step(self, process: AbsorbingDiffusion, t: float, s: float) -> Tensor:
+    def step(self, t: float, s: float, sigma: float = 0.0, denoise: Callable | None = None) -> Tensor:
         """The sampler's p(x_s | x_t), one factor per position, as a matrix. (S, S), rows x_t"""
-        p = process.reverse_probabilities(self.states, self.denoise(self.states), t, s)[:, 0]  # (S, N, K + 1)
+        logits = (denoise or self.denoise)(self.states)
+        p = self.process().reverse_probabilities(self.states, logits, t, s, sigma)[:, 0]  # (S, N, K + 1)
         return torch.einsum("anv,bnv->nab", p, self.one_hot).prod(0)
 
-    def sampled(self, steps: int) -> Tensor:
+    def sampled(self, steps: int, sigmas: list[float] | None = None, denoise: Callable | None = None) -> Tensor:
         """What the sampler of `steps` steps draws from all mask, exactly: a distribution over states. (S,)"""
-        p, process = self.data.new_zeros(len(self.states)), AbsorbingDiffusion(self.codes, steps)
+        p = self.data.new_zeros(len(self.states))
         p[-1] = 1
-        for i in range(steps, 0, -1):
-            p = p @ self.step(process, i / steps, (i - 1) / steps)
+        for i, sigma in zip(range(steps, 0, -1), sigmas or [0.0] * steps, strict=True):
+            p = p @ self.step(i / steps, (i - 1) / steps, sigma, denoise)
         return p
 
-    def bound(self, steps: int) -> float:
+    def in_turns(self, turns: list[int], denoise: Callable | None = None) -> Tensor:
+        """What is drawn where code i has turn turns[i], and those of a turn do not see each other: over states. (S,)"""
+        x, p, where = (
+            self.all_mask(len(self.grids)),
+            torch.ones(len(self.grids), dtype=torch.float64),
+            torch.tensor(turns),
+        )
+        for turn in sorted(set(turns)):
+            said = (denoise or self.denoise)(x).softmax(-1)[:, 0]  # (K^N, N, K)
+            each = said.gather(-1, self.grids[:, 0, :, None])[..., 0]  # (K^N, N)
+            p = p * torch.where(where == turn, each, 1).prod(1)
+            x = torch.where(where == turn, self.grids, x)
+        return self.data.new_zeros(len(self.states)).index_copy(0, self.index(self.grids), p)
+
+    def bound(self, steps: int, denoise: Callable | None = None) -> float:
         """The negative ELBO in bits: sum over steps of E[log q(x_s | x_t, x_0) - log p(x_s | x_t)]."""
-        process, total, start = AbsorbingDiffusion(self.codes, steps), 0.0, self.index(self.grids)
+        total, start = 0.0, self.index(self.grids)
         for i in range(1, steps + 1):
             t, s = i / steps, (i - 1) / steps
             both = self.forward(0, s)[start][:, :, None] * self.forward(s, t)  # q(x_s, x_t | x_0): (K^N, S, S)
-            ratio = both / both.sum(1, keepdim=True) / self.step(process, t, s).T
+            ratio = both / both.sum(1, keepdim=True) / self.step(t, s, denoise=denoise).T
             weight = self.p[:, None, None] * both
             total += torch.where(weight > 0, weight * ratio.log2(), 0).sum().item()
         return total
 
-    def expected_loss(self, t: float, kind: str = "elbo", steps: int | None = None) -> float:
+    def any_order(self, denoise: Callable | None = None) -> float:
+        """What codes cost in bits where they are revealed one by one, on average over all orders."""
+        total, orders = 0.0, list(permutations(range(self.count)))
+        for order in orders:
+            x = self.all_mask(len(self.grids))
+            for place in order:
+                said = (denoise or self.denoise)(x)[:, 0, place].log_softmax(-1)  # (K^N, K)
+                code = self.grids[:, 0, place]
+                total -= (self.p * said.gather(1, code[:, None])[:, 0]).sum().item() / math.log(2)
+                x = torch.where(torch.arange(self.count) == place, self.grids, x)
+        return total / len(orders)
+
+    def expected_loss(
+        self, t: float, kind: str = "elbo", steps: int | None = None, denoise: Callable | None = None
+    ) -> float:
         """E[loss | t] of the process's own loss, over all data and all masks: per code, in the loss's unit."""
         masks = self.rows(2)[:, None].bool()  # (2^N, 1, 1, N)
         x0 = self.grids.expand(len(masks), -1, -1, -1)
         x_t = torch.where(masks, self.codes, x0)
-        weight = self.p * torch.where(masks, t, 1 - t).double().flatten(1).prod(1)[:, None]  # (2^N, K^N)
+        now = self.masked(t)
+        weight = self.p * torch.where(masks, now, 1 - now).double().flatten(1).prod(1)[:, None]  # (2^N, K^N)
         x0, x_t = x0.flatten(0, 1), x_t.flatten(0, 1)
         times = torch.full((len(x0),), t, dtype=torch.float64)
-        process = AbsorbingDiffusion(self.codes, steps)
-        return (weight.flatten() * process.loss(self.denoise(x_t), x0, x_t, times, kind).per_example).sum().item()
+        loss = self.process(steps).loss((denoise or self.denoise)(x_t), x0, x_t, times, kind).per_example
+        return (weight.flatten() * loss).sum().item()
 
 
 JOINTS = {
@@ -104,6 +167,12 @@ JOINTS = {
 def joint(request) -> Joint:
     """Dependent codes: two of three values, three of two."""
     return Joint(JOINTS[request.param])
+
+
+@pytest.fixture(params=SHARES)
+def schedule(request) -> str:
+    """Every schedule by which masks grow."""
+    return request.param
 
 
 @pytest.fixture

@@ -6,9 +6,8 @@ import pytest
 import torch
 from gaussians import NORMAL
 
-from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.gaussian import GaussianDiffusion
-from diffusion.likelihood import bits_per_code, bits_per_dimension, visits
+from diffusion.likelihood import bits_per_dimension, visits
 from diffusion.rng import Streams
 from diffusion.schedules import cosine
 
@@ -33,11 +32,6 @@ class Evenly:
 
     def normal(self, shape):
         return torch.full(shape, 0.3)
-
-
-def near(found, wanted):
-    """Within 4 standard errors of the mean of (B,) found."""
-    return abs(found.mean() - wanted) < 4 * found.std() / len(found) ** 0.5
 
 
 # Which steps
@@ -144,46 +138,3 @@ def test_the_bound_of_an_image_is_the_same_whatever_the_batch(process):
     together = bits_per_dimension(wrong(process), process, x0, Streams([3, 4, 5]), 6)
     alone = bits_per_dimension(wrong(process), process, x0[1:2], Streams([4]), 6)
     assert torch.allclose(together.terms[1:2], alone.terms) and torch.allclose(together.total[1:2], alone.total)
-
-
-# Codes
-
-
-def drawn(joint, n):
-    """n grids of the joint."""
-    return joint.grids[torch.multinomial(joint.p, n, replacement=True, generator=torch.Generator().manual_seed(5))]
-
-
-@pytest.mark.parametrize("steps", [1, 3, 16])
-@pytest.mark.parametrize("calls", [None, 2])
-def test_the_bound_of_independent_codes_is_their_entropy(streams, steps, calls):
-    n, p = 3000, torch.tensor([5.0, 2.0, 1.0]) / 8
-    x0 = torch.multinomial(p, n * 4, replacement=True, generator=torch.Generator().manual_seed(5)).view(n, 2, 2)
-    process = AbsorbingDiffusion(3, steps)
-    bound = bits_per_code(lambda x, t: p.log().expand(*x.shape, 3), process, x0, streams(n), calls)
-    assert bound.terms.shape == (n, steps) and (bound.prior == 0).all()
-    assert torch.allclose(bound.total, bound.terms.sum(1))
-    entropy = torch.special.entr(p).sum() / math.log(2)
-    assert near(bound.total, entropy)
-    assert near(bound.terms[:, 0], entropy / steps)  # each step reveals as many
-
-
-@pytest.mark.parametrize("steps", [1, 2, 8])
-@pytest.mark.parametrize("calls", [None, 2])
-def test_equal_bits_cost_one_bit_and_another_where_one_step_reveals_both(equal_bits, streams, steps, calls):
-    n = 3000
-    bound = bits_per_code(equal_bits.denoise, AbsorbingDiffusion(2, steps), drawn(equal_bits, n), streams(n), calls)
-    if steps == 1:
-        assert torch.allclose(bound.total, torch.ones(n))
-    else:
-        assert near(bound.total, (1 + 1 / steps) / 2)
-
-
-@pytest.mark.parametrize("calls", [1, 4, 8, None])
-def test_the_bound_of_dependent_codes_is_that_of_enumeration(joint, streams, calls):
-    steps, n = 8, 3000
-    process, t_of_terms = AbsorbingDiffusion(joint.codes, steps), torch.arange(1, steps + 1) / steps
-    bound = bits_per_code(joint.denoise, process, drawn(joint, n), streams(n), calls)
-    assert near(bound.total, joint.bound(steps) / joint.count)
-    for term, t in zip(bound.terms.T, t_of_terms.tolist(), strict=True):
-        assert near(term, joint.expected_loss(t, steps=steps) / steps)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusion.rng import Streams, seed_of
+from diffusion.rng import Streams, drawn, seed_of
 
 
 class Fixed(Streams):
@@ -85,6 +85,23 @@ def test_logits_need_not_be_normalised_and_may_be_half_precision():
     logits, rng = torch.tensor([[300.0, 300.0, -300.0]]), Fixed(torch.tensor([0.499]))
     for same in (logits, logits - 1000, logits.bfloat16()):
         assert rng.categorical(same) == 0
+
+
+def test_the_streams_of_some_examples_go_on_where_they_are_and_others_stand_still():
+    rng, alone = Streams([1, 2, 3]), Streams([3])
+    assert torch.equal(rng.of([2, 0]).uniform((2, 4))[:1], alone.uniform((1, 4)))
+    assert torch.equal(rng.uniform((3, 4))[2:], alone.uniform((1, 4)))  # the stream itself went on
+    assert torch.equal(rng.of([1]).uniform((1, 4)), Streams([2]).uniform((1, 8))[:, 4:])
+    assert len(rng.of([])) == 0 and rng.of([1]).device == rng.device
+
+
+def test_draws_by_given_numbers_go_along_the_cumulative_distribution():
+    logits = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]).log()
+    u = torch.tensor([[0.0, 0.49, 0.51, 0.74, 0.76], [0.05, 0.15, 0.21, 0.5, 0.999]], dtype=torch.float64)
+    assert drawn(logits[:, None].expand(2, 5, 3), u).tolist() == [[0, 0, 1, 1, 2], [0, 1, 2, 2, 2]]
+    assert drawn(torch.zeros(0, 3), torch.zeros(0)).shape == (0,)
+    rng = Streams([5])
+    assert torch.equal(Streams([5]).categorical(logits[None]), drawn(logits[None], rng.uniform((1, 2), torch.float64)))
 
 
 @pytest.mark.parametrize("verb", ["uniform", "normal", "categorical"])

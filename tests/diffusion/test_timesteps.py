@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion
 from diffusion.rng import Streams
@@ -20,9 +21,10 @@ def filled(**options):
     return resampler
 
 
-def test_uniform_times_are_the_process_s_own(streams):
-    t, weight = uniform(PROCESS, streams(100))
-    assert torch.equal(t, PROCESS.times(streams(100))) and torch.equal(weight, torch.ones(100))
+@pytest.mark.parametrize("process", [PROCESS, AbsorbingDiffusion(3, None)])
+def test_uniform_times_are_the_process_s_own(streams, process):
+    t, weight = uniform(process, streams(100))
+    assert torch.equal(t, process.times(streams(100))) and torch.equal(weight, torch.ones(100))
 
 
 # Low discrepancy
@@ -44,6 +46,20 @@ def test_each_place_of_a_low_discrepancy_batch_is_uniform_over_batches(p_value):
     t = torch.stack([low_discrepancy(PROCESS, Streams([seed]), 3).t for seed in range(3000)])
     for place in range(3):
         assert p_value((8 * t[:, place]).round().long() - 1, torch.full((8,), 1 / 8)) > 1e-4
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_low_discrepancy_times_of_the_absorbing_process_are_spread_over_its_own(p_value, schedule):
+    """Uniform in t, whatever the schedule; in continuous time above 0, and one in each of as many equal parts."""
+    stepwise, continuous = AbsorbingDiffusion(2, 8, schedule), AbsorbingDiffusion(2, None, schedule)
+    t = low_discrepancy(stepwise, Streams([3]), 64).t
+    assert (8 * t).long().bincount(minlength=9).tolist() == [0] + [8] * 8 and torch.equal(8 * t, (8 * t).round())
+    batches = torch.stack([low_discrepancy(continuous, Streams([seed]), 20).t for seed in range(500)])
+    assert 0 < batches.min() and batches.max() <= 1
+    gaps = batches.sort(1).values.diff(dim=1)
+    assert torch.allclose(gaps, torch.tensor(1 / 20), atol=1e-6)
+    for place in (0, 7, 19):
+        assert p_value((batches[:, place] * 10).ceil().long() - 1, torch.full((10,), 0.1)) > 1e-4
 
 
 def test_low_discrepancy_times_do_not_depend_on_how_many_processes_share_the_batch():

@@ -3,12 +3,16 @@
 import pytest
 import torch
 
+from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.solvers import solvers_of
 from diffusion.windows import window_starts, windowed
 
 CODES = 5
+PROCESS = AbsorbingDiffusion(CODES)
+SOLVERS = solvers_of(PROCESS)
 
 
-def denoise(x, t):
+def denoise(x, t, rows=None):
     """Logits that depend on the time, on every code of the window and on the place in it."""
     places = torch.arange(x[0].numel() * CODES).view(*x.shape[1:], CODES)  # (h, w, K)
     content = x.flatten(1).float() @ torch.arange(x[0].numel()).float().cos()  # (B,)
@@ -36,7 +40,7 @@ def test_a_canvas_of_one_window_is_the_plain_denoiser():
 def test_two_windows_over_three_codes_by_hand():
     p = {0: [[0.2, 0.8], [0.4, 0.6]], 1: [[0.1, 0.9], [0.9, 0.1]]}  # by the first code of the crop
 
-    def by_first(x, t):
+    def by_first(x, t, rows=None):
         return torch.tensor([[p[int(row[0])] for row in crop] for crop in x]).log()
 
     logits = windowed(by_first, (1, 2))(torch.tensor([[[0, 1, 2]]]), torch.ones(1))
@@ -58,19 +62,88 @@ def test_the_mixture_against_a_loop(stride):
     assert torch.allclose(wanted.sum(-1), torch.ones(2, 5, 7))
 
 
+def by_row(x, t, rows):
+    """Depends on which canvas it is, too."""
+    return denoise(x, t + 10 * rows)
+
+
 @pytest.mark.parametrize("batch", [1, 5, 1000])
-def test_windows_come_in_whole_copies_of_the_batch(batch):
+@pytest.mark.parametrize("rows", [None, [4, 1]])
+def test_windows_are_batched_freely_and_each_has_the_time_and_the_row_of_its_canvas(batch, rows):
     x, t, sizes = canvas(2, 4, 5), torch.tensor([0.25, 0.75]), []
+    whose = torch.arange(2) if rows is None else torch.tensor(rows)
 
-    def recording(crops, times):
+    def recording(crops, times, rows):
         sizes.append(len(crops))
-        assert torch.equal(times, t.repeat(len(crops) // 2))  # row i belongs to canvas i mod B
-        return denoise(crops, times)
+        assert torch.equal(times, t[(rows[:, None] == whose).int().argmax(1)])
+        return by_row(crops, times, rows)
 
-    together = windowed(recording, (2, 3), batch=batch)(x, t)
-    assert sum(sizes) == 2 * 3 * 3 and max(sizes) <= max(2, batch) and all(size % 2 == 0 for size in sizes)
-    alone = torch.cat([windowed(denoise, (2, 3))(x[i : i + 1], t[i : i + 1]) for i in range(2)])
-    assert torch.allclose(together, alone, atol=1e-5)
+    together = windowed(recording, (2, 3), batch=batch)(x, t, rows if rows is None else whose)
+    assert sum(sizes) == 2 * 3 * 3 and len(sizes) == -(-18 // batch)
+    assert all(size == batch for size in sizes[:-1])
+    alone = [windowed(by_row, (2, 3))(x[i : i + 1], t[i : i + 1], whose[i : i + 1]) for i in range(2)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+
+
+# Windows in which nothing is masked
+
+
+def half_known(*shape):
+    """Masks in the first columns alone; the second canvas is complete."""
+    x = canvas(*shape).clamp(max=CODES - 1)
+    x[:, :, :3] = torch.where(canvas(*shape)[:, :, :3] > 1, CODES, x[:, :, :3])
+    x[1] = x[1].clamp(max=CODES - 1)
+    return x
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_known_windows_are_left_out_and_masked_codes_are_told_the_same(stride):
+    x, t, seen = half_known(3, 5, 8), torch.rand(3), []
+
+    def recording(crops, times, rows):
+        seen.append((crops, rows))
+        return by_row(crops, times, rows)
+
+    every, some = windowed(by_row, (3, 4), stride)(x, t), windowed(recording, (3, 4), stride, mask=CODES)(x, t)
+    assert torch.allclose(some[x == CODES], every[x == CODES], atol=1e-6)
+    crops, rows = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert (crops == CODES).flatten(1).any(1).all() and 1 not in rows
+    windows = len(window_starts(5, 3, stride)) * len(window_starts(8, 4, stride))
+    assert 0 < len(crops) < 2 * windows
+
+
+def test_of_a_complete_canvas_one_window_says_how_many_codes_there_are():
+    x, sizes = canvas(2, 4, 6).clamp(max=CODES - 1), []
+    said = windowed(lambda x, t, rows: sizes.append(len(x)) or denoise(x, t), (2, 3), mask=CODES)(x, torch.ones(2))
+    assert said.shape == (2, 4, 6, CODES) and sizes == [1]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("known", [False, True])
+def test_what_is_drawn_does_not_depend_on_leaving_them_out(name, known, streams):
+    x = half_known(3, 4, 6) if known else torch.full((3, 4, 6), CODES)
+    draws = [
+        SOLVERS[name](windowed(by_row, (2, 3), 2, mask=mask), PROCESS, x, steps=24, rng=streams(3))
+        for mask in (None, CODES)
+    ]
+    assert torch.equal(*draws) and (draws[0] < CODES).all() and torch.equal(draws[0][x < CODES], x[x < CODES])
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("steps", [3, 24])
+def test_a_canvas_of_one_window_is_sampled_as_without_windows(name, steps, streams):
+    if name == "first_hitting" and steps != 24:
+        return
+    x = torch.cat([torch.full((2, 4, 6), CODES), half_known(2, 4, 6)])
+
+    def plain(x, t, rows=None):
+        return by_row(x, t, torch.arange(4) if rows is None else rows)
+
+    draws = [
+        SOLVERS[name](each, PROCESS, x, steps=steps, rng=streams(4))
+        for each in (plain, windowed(by_row, (4, 6), 2, mask=CODES))
+    ]
+    assert torch.equal(*draws)
 
 
 @pytest.mark.parametrize("stride", [0, -1, 4])

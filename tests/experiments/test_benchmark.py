@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import ROOT, call, parsed
 
-from experiments.metrics import throughput
+from experiments.metrics import throughput, workloads
 from train import cli
 from train.config import DataConfig
 from train.precision import has_native_bf16
@@ -93,7 +93,11 @@ def test_a_sampler_of_codes_has_a_row_per_precision_and_the_rest_a_line_each(pri
         )
     assert "absorbing of digits: 4 images of 1x16x16 a step" in out
     assert "peak, the best matrix product here in float32: 1 TFLOP/s" in out
-    assert re.search(r"^sampling by ancestral, .* 4 images at once: .*, 6 network calls per image$", out, re.M)
+    cost = r"3 network calls, [\d.]+ evaluations per image"
+    assert re.search(rf"^sampling by ancestral, {found[-1][0]}, 4 images at once: .*, {cost}$", out, re.M)
+    assert len(re.findall("^decoding, .* 4 images at once: .* images/s$", out, re.M)) == 1 + len(HALVES)
+    assert re.search(r"^sampling in 256 float32 steps that evaluate everything: .* s \(256 times .* s, ", out, re.M)
+    assert re.search(r"^sampling is [\d.]+ times as fast as these, [\d.]+ times with decoding$", out, re.M)
     assert re.search(r"^loading codes by the training process itself: .* times what the fastest step", out, re.M)
 
 
@@ -112,8 +116,28 @@ def test_a_vqgan_has_a_row_before_and_after_its_discriminator_starts(printed):
 def test_a_sampler_of_pixels_counts_its_solvers_calls(printed):
     for solver, calls in {"dpmpp_2m": 3, "heun": 5}.items():  # heun's last step is a plain one
         out, table = printed(f"--sampler ddpm --solver {solver} --measure sampling --no_amp")
-        assert re.search(rf"^sampling by {solver}, float32, .* {calls} network calls per image$", out, re.M)
-        assert not table and "loading" not in out
+        cost = f"{calls} network calls, {calls} evaluations per image"
+        assert re.search(rf"^sampling by {solver}, float32, .* {cost}$", out, re.M)
+        assert not table and "loading" not in out and "decoding" not in out and "evaluate everything" not in out
+
+
+@pytest.mark.skipif(not HALVES, reason="there is no half precision here to be told apart")
+def test_steps_that_evaluate_everything_are_in_float32_and_sampling_is_not(printed, monkeypatch):
+    times = {"float32": [50.0], "bfloat16": [1.0]}
+    monkeypatch.setattr(throughput, "several", lambda run, repeats, device: [2.0])
+    monkeypatch.setattr(workloads, "full_steps", lambda trainee, *args: times[trainee.name])
+    monkeypatch.setattr(workloads, "decoding", lambda trainee, *args: times[trainee.name])
+    out, _ = printed("--measure sampling --full_steps 10")
+    assert "sampling is 250 times as fast as these, 183 times with decoding" in out  # 500 / 2 and 550 / 3
+
+
+def test_steps_that_evaluate_everything_can_be_left_out_and_are_of_the_absorbing_process(printed):
+    out, _ = printed("--measure sampling --full_steps 0 --solver halton --no_amp")
+    assert "sampling by halton, float32" in out and "evaluate everything" not in out
+    out, _ = printed("--measure sampling --full_steps 10 --solver confidence --choice_temp 1 --no_amp")
+    assert "sampling in 10 float32 steps" in out
+    out, _ = printed("--measure sampling --sampler autoregressive --bert_n_emb 16 --bert_n_head 2 --bert_n_layers 1")
+    assert "sampling by raster" in out and "evaluate everything" not in out
 
 
 def test_images_that_are_not_square_are_timed_at_their_size(printed):
@@ -124,7 +148,7 @@ def test_images_that_are_not_square_are_timed_at_their_size(printed):
 
 def test_latents_stand_on_the_vqgan_of_the_file_and_no_run_is_read(printed):
     out, (heading, *_) = printed("--sampler ddpm --ae_load_dir no_such_run --measure step sampling")
-    assert "tokens/s" not in heading and "3 network calls" in out
+    assert "tokens/s" not in heading and "3 network calls" in out and "decoding, float32" in out
 
 
 def test_missing_data_are_one_line(printed, tmp_path):
@@ -134,11 +158,12 @@ def test_missing_data_are_one_line(printed, tmp_path):
     (line,) = re.findall("^loading .*$", out, re.M)
     assert line.startswith("loading is left out: ") and "nowhere" in line
     out, _ = printed(f"{flags} --guidance 2 --measure sampling")  # between classes, of which nothing is known
-    assert "6 network calls per image" in out
+    assert "6 evaluations per image" in out
 
 
 REFUSED = {  # flags -> what the message must hold
     "--repeats 0": ["repeats 0", "--repeats"],
+    "--full_steps -1": ["full_steps -1", "--full_steps"],
     "--measure stepp": ["stepp", "sampling"],
     "--measure": ["--measure"],
     "--accumulate 3": ["batch_size 4", "3 parts"],

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import SAMPLER, call, run
+from tiny import call, run
 
 from experiments.experiment import ModelConfig, OutputConfig, load_model
 from experiments.images import SampleWriter, read_samples
 from experiments.metrics.frechet import Statistics, frechet_distance
-from models.transformer import Transformer
 
 
 def results(logs, name):
@@ -110,29 +109,6 @@ def test_auto_features_without_a_network_are_pixels_with_one_warning(trained, sa
     assert len(caught) == 1
     with pytest.raises(FileNotFoundError):  # asked for by name, it does not become something else
         all_features.choose("inception", DataConfig(), torch.device("cpu"))
-
-
-def test_big_samples_are_written(trained):
-    flags = "--shape 5 7 --n_samples 3 --batch_size 2 --log_dir big"
-    call("experiments/generate_big_samples.py", f"--logs_root {trained} {flags}")
-    pictures = sorted((trained / "big").glob("big_*.png"))
-    assert len(pictures) == 3
-    with Image.open(pictures[0]) as picture:
-        assert picture.size == (2 * 7 * 4 + 4, 2 * 5 * 4 + 4)  # enlarged twice, framed
-
-
-def test_a_network_with_relative_positions_samples_a_larger_canvas_in_one_pass_a_step(trained, monkeypatch):
-    flags = "--attention neighborhood --kernel_sizes 3 1 --attention_type diff_v2 --position rope --log_dir native"
-    call("train_sampler.py", f"--logs_root {trained} --train_steps 2 --no_amp {SAMPLER} {flags}")
-    asked, forward = [], Transformer.forward
-    monkeypatch.setattr(
-        Transformer, "forward", lambda net, x, *a: asked.append(tuple(x.shape[1:])) or forward(net, x, *a)
-    )
-    flags = "--load_dir native --shape 6 9 --n_samples 2 --sample_steps 3 --log_dir native_big"
-    call("experiments/generate_big_samples.py", f"--logs_root {trained} {flags}")
-    assert asked == [(6, 9)] * 6  # with and without the class
-    with Image.open(trained / "native_big" / "big_001.png") as picture:
-        assert picture.size == (9 * 4 + 4, 6 * 4 + 4)  # framed
 
 
 def test_digits_can_be_checked(trained, capsys):

@@ -6,21 +6,26 @@ import shutil
 import socket
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from tiny import DDPM, ROOT, call
 
+from experiments.kept import FOLDER
 from experiments.processes import in_order, only_process, own_indices
 from train.distributed import World
+from train.generate import TrainedSampler
 
 FD = "--FD_features pixels --steps_per_FD 1 --FD_samples 5"
 EXPERIMENTS = {  # by the folder of its results; as many batches as processes, or more, or fewer
     "samples": "experiments/get_samples.py --n_samples 10 --batch_size 3 --save_individually --save_process",
     "one_batch": "experiments/get_samples.py --n_samples 2",
-    "FID": "experiments/calc_FID.py --n_samples 90 --batch_size 40 --features pixels",
+    "FID": "experiments/calc_FID.py --n_samples 90 --batch_size 40 --features digits --kid_subsets 3",
     "ELBO": "experiments/calc_approximate_ELBO.py --n_images 7 --batch_size 2 --calls 5 --no_decoder",
+    "cut_samples": "experiments/get_samples.py --n_samples 10 --batch_size 2",  # after two batches of one process
+    "cut_FID": "experiments/calc_FID.py --n_samples 90 --batch_size 20 --features digits --kid_subsets 3",
     "fsdp": f"train_sampler.py --train_steps 1 {DDPM} --parallel fsdp {FD}",
 }
 PROCESS = """
@@ -48,6 +53,24 @@ def free_ports(count):
     return ports
 
 
+def cut_off(logs):
+    """Makes two batches of what is to be gone on with."""
+    draw, batches = TrainedSampler.draw, []
+
+    def twice(model, *args, **kwargs):
+        batches.append(args)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return draw(model, *args, **kwargs)
+
+    for name, (script, flags) in zip(EXPERIMENTS, commands(logs), strict=True):
+        batches.clear()
+        if name.startswith("cut_"):
+            with mock.patch.object(TrainedSampler, "draw", twice), pytest.raises(SystemExit):
+                call(script, flags)
+            assert len(list((logs / name / FOLDER).iterdir())) == 2
+
+
 @pytest.fixture(scope="module")
 def made(trained, tmp_path_factory):
     """The logs of one process, those of two, and what each of the two said: (stdout, stderr)."""
@@ -57,6 +80,7 @@ def made(trained, tmp_path_factory):
             shutil.copytree(trained / run, logs / run, ignore=shutil.ignore_patterns("codes"))
     for script, flags in commands(one):
         call(script, flags)
+    cut_off(two)
     lines = [
         f"{port} {script} {flags}"
         for port, (script, flags) in zip(free_ports(len(EXPERIMENTS)), commands(two), strict=True)
@@ -84,12 +108,14 @@ def numbers(found):
     for key, value in found.items():
         if isinstance(value, list):
             flat |= {f"{key}/{i}": each for i, each in enumerate(value)}
+        elif key == "kernel":
+            flat |= {f"{kind}/{name}": each for kind in value.keys() - {"metric"} for name, each in value[kind].items()}
         elif key != "run":
             flat[key] = value
     return flat
 
 
-@pytest.mark.parametrize("name", ["samples", "one_batch"])
+@pytest.mark.parametrize("name", ["samples", "one_batch", "cut_samples"])
 def test_the_samples_are_those_of_one_process(made, name):
     one, two, _ = made
     with np.load(one / name / "samples.npz") as wanted, np.load(two / name / "samples.npz") as got:
@@ -102,14 +128,17 @@ def test_the_samples_are_those_of_one_process(made, name):
     assert all((one / path).read_bytes() == (two / path).read_bytes() for path in pictures)
 
 
-@pytest.mark.parametrize("name", ["FID", "ELBO"])
+@pytest.mark.parametrize("name", ["FID", "ELBO", "cut_FID"])
 def test_the_report_is_that_of_one_process(made, name):
     one, two, _ = made
     wanted, got = (numbers(results(logs, name)) for logs in (one, two))
     told = {"reference"}
     assert wanted.keys() == got.keys() and len(wanted) > 8
     for key, value in wanted.items():
-        assert got[key] == (value if key in told or not isinstance(value, float) else pytest.approx(value, rel=1e-6))
+        assert got[key] == (
+            value if key in told or not isinstance(value, float) else pytest.approx(value, rel=1e-6, abs=1e-9)
+        )
+    assert not (two / name / FOLDER).exists()
     same = {"sampler_weights", "ae_weights", "step"}
     runs = [results(logs, name)["run"] for logs in (one, two)]
     assert all(runs[0][key] == runs[1][key] for key in same)

@@ -8,7 +8,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.attention import KINDS, DiffAttentionV1, DiffAttentionV2, FullAttention, record_maps
+from models.attention import (
+    KINDS,
+    DiffAttentionV1,
+    DiffAttentionV2,
+    FullAttention,
+    differential_from_softmax,
+    record_maps,
+)
 from models.embeddings import RelativeBias, Rotary
 from models.hydra import HydraAttention
 
@@ -112,6 +119,51 @@ def test_each_kind_is_its_formula(kind, cross, shape, mask):
 @every_kind
 def test_a_scale_of_its_own_multiplies_the_logits(kind):
     assert_is_its_formula(layer_of(kind, scale=0.3), tokens(N))
+
+
+@every_kind
+@pytest.mark.parametrize("rotary", [False, True])
+def test_queries_and_keys_are_normed_before_they_are_turned(kind, rotary):
+    d = WIDTH // HEADS // KEYS[kind]
+    layer = layer_of(kind, qk_norm=True, rotary=Rotary(d) if rotary else None)
+    layer.norm_k.weight = layer.norm_q.weight
+
+    def turn(part):
+        part = part / (part.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.norm_q.weight
+        return layer.rotary(part.view(2, *GRID, 1, d)).view_as(part) if rotary else part
+
+    assert_is_its_formula(layer, tokens(*GRID), turn=turn)
+
+
+@every_kind
+def test_keys_have_a_norm_of_their_own_and_keep_their_type(kind):
+    layer, x = layer_of(kind, torch.float32, qk_norm=True), tokens(N, dtype=torch.float32)
+    before = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        assert torch.allclose(layer(x).float(), before, atol=0.03 * before.abs().max().item())
+    nn.init.zeros_(layer.norm_k.weight)
+    with record_maps(layer) as maps:
+        layer(x)
+    assert (maps[""][0].std(-1) < 1e-6).all()  # every key looks the same
+
+
+def test_a_trained_layer_with_norms_becomes_a_differential_one_of_the_same_function():
+    layer, x = layer_of("softmax", qk_norm=True, rotary=Rotary(WIDTH // HEADS)), tokens(*GRID)
+    made = differential_from_softmax(layer)
+    assert (made(x) - layer(x)).abs().max() < 1e-12
+    assert made.norm_q is not layer.norm_q and torch.equal(made.norm_k.weight, layer.norm_k.weight)
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "added"])
+def test_with_more_keys_than_queries_these_are_the_last_of_the_tokens(mask):
+    core, q, k, v = FullAttention(causal=True), *(tokens(N, HEADS, width=4) for _ in range(3))
+    mask = mask and mask_of(mask, N, N)
+    whole, maps = core(q, k, v, mask=mask), core.map(q, k, mask=mask)
+    for few in (1, 2, N - 1):
+        rows = mask if mask is None else mask[:, -few:]
+        assert torch.allclose(core(q[:, -few:], k, v, mask=rows), whole[:, -few:], atol=1e-12)
+        assert torch.allclose(core.map(q[:, -few:], k, mask=rows), maps[:, :, -few:], atol=1e-6)
 
 
 def bias_between(table, grid, step=1):

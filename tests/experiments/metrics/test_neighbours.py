@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.metrics.neighbours import coverage, nearest_distances
+from experiments.metrics import neighbours
+from experiments.metrics.neighbours import coverage, nearest, nearest_distances
 
 
 def points(count, width, seed, grid=3):
@@ -29,6 +30,40 @@ def test_a_point_is_not_its_own_neighbour(n, k, chunk, seed):
     data = points(n, 3, seed)
     wanted = [sorted_distances(data[i], [*data[:i], *data[i + 1 :]])[k - 1] for i in range(n)]
     assert nearest_distances(data, data, k, exclude_self=True, chunk=chunk).tolist() == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("block", [1, 5, 100])
+@pytest.mark.parametrize("own", [False, True])
+def test_the_nearest_with_their_indices_whatever_the_blocks(monkeypatch, block, own):
+    """More references than a block and than the product proposes, so that both have to choose."""
+    monkeypatch.setattr(neighbours, "BLOCK", block)
+    rng, seen = torch.Generator().manual_seed(0), []
+    references = torch.randn(40, 3, generator=rng)
+    queries = references if own else torch.randn(9, 3, generator=rng)
+    found = nearest(queries, references, 6, exclude_self=own, chunk=4, advance=seen.append)
+    wanted = (queries[:, None] - references).double().norm(dim=-1)
+    if own:
+        wanted.fill_diagonal_(torch.inf)
+    values, indices = wanted.sort(1)
+    assert torch.equal(found.indices, indices[:, :6]) and sum(seen) == len(queries)
+    torch.testing.assert_close(found.distances, values[:, :6], rtol=1e-6, atol=0)
+
+
+def test_ties_are_told_in_the_order_of_the_references():
+    references = torch.tensor([[2.0], [-1.0], [1.0], [1.0], [-1.0]])
+    found = nearest(torch.zeros(1, 1), references, 5)
+    assert found.indices.tolist() == [[1, 2, 3, 4, 0]] and found.distances.tolist() == [[1, 1, 1, 1, 2]]
+
+
+def test_the_product_errs_about_near_ones_but_the_answer_does_not():
+    """Around their middle these still have squares that hide differences of 1e-5: the product alone guesses."""
+    rng = torch.Generator().manual_seed(0)
+    far = torch.randn(2, 50, generator=rng, dtype=torch.float64) * 1e4
+    references = torch.cat([far, torch.zeros(8, 50, dtype=torch.float64)])
+    references[2:, 0] = 1e-5 * torch.arange(8, 0, -1)
+    found = nearest(torch.zeros(1, 50, dtype=torch.float64), references, 3)
+    assert found.indices.tolist() == [[9, 8, 7]]
+    torch.testing.assert_close(found.distances, torch.tensor([[1e-5, 2e-5, 3e-5]]).double(), rtol=1e-9, atol=0)
 
 
 def test_duplicates_lie_at_exactly_zero():
@@ -91,5 +126,9 @@ def test_wrong_points():
         nearest_distances(torch.zeros(2, 3), torch.zeros(2, 3), k=0)
     with pytest.raises(ValueError, match="same set"):
         nearest_distances(torch.zeros(2, 3), torch.zeros(3, 3), exclude_self=True)
+    for broken in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="nan or inf"):
+            nearest_distances(torch.zeros(2, 3), torch.full((3, 3), broken))
+    assert nearest_distances(torch.zeros(2, 3), torch.full((3, 3), 6e4, dtype=torch.float16)).isfinite().all()
     with pytest.raises(ValueError, match="0 generated"):
         coverage(torch.zeros(9, 3), torch.zeros(0, 3))

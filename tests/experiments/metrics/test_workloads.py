@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from experiments.metrics import throughput, workloads
+from experiments.metrics.calls import counted
 from experiments.metrics.throughput import measured
 from train.config import DataConfig, TrainingConfig
 from train.datasets import digits
@@ -112,7 +113,8 @@ def test_the_discriminator_is_part_of_the_steps_that_come_after_its_first():
 def test_labels_are_learned_where_there_are_classes():
     _, trainee, batch, _ = trained(second_stage(), n_classes=3)
     assert batch["label"].max() < 3 and trainee.step.sampler.fields == ("label",)
-    image = workloads.draw(trainee, batch, absorbing.Sampling(guidance=2.0, sample_steps=2))
+    codes = workloads.sampled(trainee, batch, absorbing.Sampling(guidance=2.0, sample_steps=2))
+    image = trainee.step.space.decode(codes)
     assert image.shape == (4, 1, 16, 16) and image.dtype == torch.uint8
 
 
@@ -160,3 +162,16 @@ def test_an_untrained_perceptual_network_downloads_nothing(monkeypatch):
     assert distance.shape == (2,)
     distance.sum().backward()
     assert x.grad.abs().sum() > 0 and not any(p.requires_grad for p in perceptual.parameters())
+
+
+@pytest.mark.parametrize(("guidance", "evaluations"), [(1.0, 5 * 4), (2.0, 5 * 8)])
+def test_full_steps_evaluate_every_grid_at_each_and_the_first_two_do_not_count(guidance, evaluations, monkeypatch):
+    used, sampled = [], workloads.sampled
+    monkeypatch.setattr(workloads, "sampled", lambda *args, **how: used.append(args[2]) or sampled(*args, **how))
+    _, trainee, batch, _ = trained(second_stage(), n_classes=3)
+    options = absorbing.Sampling(solver="confidence", choice_temp=2.0, sample_steps=50, guidance=guidance)
+    with counted(trainee.state.averaged("network")) as cost:
+        seconds = workloads.full_steps(trainee, batch, options, repeats=3)
+    assert (cost.calls, cost.evaluations) == (5, evaluations)
+    assert len(seconds) == 3 and min(seconds) > 0
+    assert (used[0].solver, used[0].guidance) == ("ancestral", guidance)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.rng import Streams, seed_of
 from models.attention import KINDS as KIND_CLASSES
+from train.data import Draws
 from train.samplers import absorbing
 
 GRID = (2, 3)
@@ -49,9 +51,46 @@ def test_without_classes_labels_are_not_looked_at():
         recorder = Recorder()
         batch = {"codes": torch.zeros(2, *GRID, dtype=torch.long), "label": torch.tensor([3, 4])}
         built.loss(recorder, batch, draws(0, 2))
+        assert built.fields == ()
         assert recorder.asked[0][1] is None and built.n_classes == 0
-        with pytest.raises(ValueError, match="without classes"):
+        with pytest.raises(ValueError, match="without a class: pass --guidance 1"):
             built.sample(built.network, Streams([0]), options=absorbing.Sampling(guidance=2.0))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "arccos", "square"])
+@pytest.mark.parametrize("total_steps", [8, None])
+def test_the_process_is_the_one_asked_for(schedule, total_steps):
+    built = sampler(schedule=schedule, total_steps=total_steps)
+    assert built.process == AbsorbingDiffusion(4, total_steps, schedule)
+    t = torch.tensor([0.25, 0.5, 1.0])
+    assert torch.equal(built.noise_level(t), built.process.masked(t))
+
+
+def test_times_are_independent_or_spread_over_the_whole_batch_whichever_part_of_it_this_is():
+    def times(kind, first, count=6):
+        batch = {"position": torch.arange(first, first + count)}
+        return sampler(time_sampler=kind, total_steps=None).times(Draws(0, batch, 12, torch.device("cpu")), count)
+
+    spread = torch.cat([times("low_discrepancy", 24), times("low_discrepancy", 30)])
+    assert torch.allclose(spread.sort().values.diff(), torch.tensor(1 / 12), atol=1e-6)
+    assert torch.equal(spread, times("low_discrepancy", 24, 12))
+    assert not torch.equal(times("low_discrepancy", 36, 12), spread)
+    alone = times("uniform", 24)
+    assert torch.equal(alone, times("uniform", 24, 12)[:6]) and not torch.allclose(
+        alone.sort().values.diff(), torch.tensor(1 / 12), atol=1e-3
+    )
+
+
+def test_the_loss_is_that_of_the_masked_codes_it_was_shown():
+    built, recorder, n = sampler(n_classes=0, loss_type="elbo", schedule="square", total_steps=None), Recorder(), 64
+    batch = {"codes": torch.arange(n * 6).view(n, *GRID) % 4}
+    loss = built.loss(recorder, batch, draws(3, n))
+    seen = loss.outputs
+    assert torch.equal(seen["x_t"], recorder.asked[0][0]) and torch.equal(seen["x0"], batch["codes"])
+    wanted = built.process.loss(seen["prediction"], seen["x0"], seen["x_t"], seen["t"], "elbo").per_example
+    assert torch.equal(loss.per_example, wanted)
+    guess = built.x0_hat(seen)  # code 0 is the likeliest everywhere
+    assert torch.equal(guess, torch.where(seen["x_t"] == 4, 0, seen["x_t"]))
 
 
 @pytest.mark.parametrize(("schedule", "counts"), [("fixed", {3}), ("random", {0, 1, 2, 3, 4, 5, 6})])
@@ -62,39 +101,6 @@ def test_the_mask_schedule_is_the_one_asked_for(schedule, counts):
     batch = {"codes": torch.zeros(n, *GRID, dtype=torch.long), "label": torch.zeros(n, dtype=torch.long)}
     built.loss(recorder, batch, draws(2, n))
     assert set((recorder.asked[0][0] == 4).sum((1, 2)).tolist()) == counts
-
-
-def test_guidance_asks_with_and_without_the_label():
-    recorder, labels = Recorder(), torch.tensor([1, 4])
-    options = absorbing.Sampling(guidance=2.0, sample_steps=1)
-    sampler().sample(recorder, Streams([0, 1]), batch={"label": labels}, options=options)
-    asked = [label for _, label in recorder.asked]
-    assert len(asked) == 2 and any(label is None for label in asked)
-    assert any(label is not None and torch.equal(label, labels) for label in asked)
-
-
-def test_a_larger_canvas_is_asked_for_in_windows_that_keep_each_images_label():
-    recorder, labels = Recorder(), torch.tensor([1, 4])
-    options = absorbing.Sampling(sample_steps=1)
-    batch, rng = {"label": labels}, Streams([0, 1])
-    ids = sampler().sample(recorder, rng, batch=batch, options=options, shape=(3, 5), window_stride=1)
-    assert ids.shape == (2, 3, 5)
-    for windows, label in recorder.asked:
-        assert windows.shape[1:] == GRID
-        assert torch.equal(label, labels.repeat(len(windows) // 2))
-
-
-@pytest.mark.parametrize("position", ["rope", "bias", "none"])
-def test_with_relative_positions_a_canvas_is_one_pass_a_step(position):
-    recorder, options = Recorder(), absorbing.Sampling(sample_steps=2)
-    built = sampler(position=position)
-    batch = {"label": torch.tensor([1, 4])}
-    ids = built.sample(recorder, Streams([0, 1]), batch=batch, options=options, shape=(5, 4))
-    assert ids.shape == (2, 5, 4)
-    assert [tuple(asked.shape) for asked, _ in recorder.asked] == [(2, 5, 4)] * 2
-    batch = {"label": torch.tensor([1])}
-    built.sample(recorder, Streams([0]), batch=batch, options=options, shape=(5, 4), window_stride=1)
-    assert recorder.asked[-1][0].shape[1:] == GRID  # windows are still to be had
 
 
 KINDS = [

@@ -14,6 +14,7 @@ from train.registry import names_in, plugin
 
 SMALL = {  # settings that make a sampler small; a new one may add its own
     "absorbing": {"bert_n_emb": 8, "bert_n_head": 2, "bert_n_layers": 1, "total_steps": 8},
+    "autoregressive": {"bert_n_emb": 8, "bert_n_head": 2, "bert_n_layers": 1},
     "ddpm": {"channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_factors": (2,), "heads": 1}
     | {"total_steps": 8},
 }
@@ -24,6 +25,7 @@ SPACES = {  # SPACE -> the facts that `build` may be told
 SAMPLERS = names_in("train.samplers")
 CASES = [(name, facts) for name in SAMPLERS for facts in SPACES[plugin("train.samplers", name, "").SPACE]]
 CLASSES = 3
+STEPS = {"autoregressive": 8}  # of those that leave no choice: one per code
 
 
 def case(name, facts):
@@ -90,7 +92,7 @@ def test_without_classes_no_field_is_needed(made):
     batch = data(facts)
     del batch["label"]
     assert sampler.loss(sampler.network, batch, draws(batch)).per_example.isfinite().all()
-    drawn = sampler.sample(sampler.network, Streams([0]), options=module.Sampling(sample_steps=2))
+    drawn = sampler.sample(sampler.network, Streams([0]), options=module.Sampling(sample_steps=STEPS.get(name, 2)))
     assert drawn.shape == (1, *drawn_shape(facts))
 
 
@@ -132,8 +134,8 @@ def test_gradients_reach_every_parameter(made):
 
 def test_what_is_drawn_has_the_shape_and_the_range_of_the_data(made):
     sampler, module, facts = made
-    options, shape = module.Sampling(sample_steps=3), drawn_shape(facts)
-    seen = []
+    steps = STEPS.get(module.__name__.rpartition(".")[2], 3)
+    options, shape, seen = module.Sampling(sample_steps=steps), drawn_shape(facts), []
 
     def on_step(i, t, s, x, predicted):
         seen.append((i, t, s, x.shape))
@@ -142,7 +144,7 @@ def test_what_is_drawn_has_the_shape_and_the_range_of_the_data(made):
     batch = {"label": torch.tensor([0, 2])}
     drawn = sampler.sample(sampler.network.eval(), Streams([0, 1]), batch=batch, options=options, on_step=on_step)
     assert drawn.shape == (2, *shape) and not drawn.requires_grad
-    assert len(seen) == 3 and all(t > s for _, t, s, _ in seen) and seen[-1][2] == 0
+    assert len(seen) == steps and all(t > s for _, t, s, _ in seen) and seen[-1][2] == 0
     if "codes" in facts:
         assert drawn.dtype == torch.int64 and 0 <= drawn.min() and drawn.max() < facts["codes"]
     else:

@@ -1,0 +1,215 @@
+"""Codes one after the other: exact likelihoods, draws that follow the model, and nothing read in vain."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.autoregressive import Autoregression, raster
+from diffusion.guidance import guided
+from diffusion.rng import Streams
+from diffusion.solvers import solvers_of
+from diffusion.tempering import tempered
+
+K, GRID, N = 3, (2, 2), 4
+PROCESS, MASK = Autoregression(K), K
+SEQUENCES = torch.tensor(list(itertools.product(range(K), repeat=N)))  # (81, 4)
+
+
+def logits_after(x, seed=0):
+    """(n, m) -> (n, K): what a fixed model says of code m, different for each x."""
+    name = (x * K ** torch.arange(x.shape[1])).sum(1) + K ** x.shape[1] + seed
+    return 1.5 * torch.sin(name[:, None] * torch.tensor([1.7, 2.9, 4.3], dtype=torch.float64))
+
+
+class Model:
+    """A denoiser that keeps what it is asked, and refuses what the contract rules out."""
+
+    def __init__(self):
+        self.asked, self.rows = [], None
+
+    def __call__(self, x, t, rows):
+        assert (x < K).all() and torch.allclose(t, torch.full_like(t, 1 - x.shape[1] / N))
+        assert self.rows is None or {*rows.tolist()} <= self.rows and x.shape[1] > self.asked[-1][1]
+        self.rows = {*rows.tolist()}
+        self.asked.append(tuple(x.shape))
+        return logits_after(x)
+
+
+def everywhere(x):
+    """(n, N) -> (n, *GRID, K): what the model says of each code."""
+    return torch.stack([logits_after(x[:, :m]) for m in range(N)], 1).view(-1, *GRID, K)
+
+
+def draw(x, seeds, denoise=None, **how):
+    return raster(denoise or Model(), PROCESS, x, rng=Streams(seeds), **how)
+
+
+def unknown(count):
+    return torch.full((count, *GRID), MASK)
+
+
+def probabilities():
+    """Of each sequence, (81,)."""
+    x = SEQUENCES.view(-1, *GRID)
+    return everywhere(SEQUENCES).softmax(-1).gather(-1, x[..., None]).flatten(1).prod(1)
+
+
+def chi_square(codes, p):
+    """(statistic - its mean) / its deviation."""
+    found = torch.zeros(len(SEQUENCES)).index_add(0, name(codes), torch.ones(len(codes)))
+    wanted, free = len(codes) * p[p > 0], (p > 0).sum().item() - 1
+    assert found[p == 0].sum() == 0
+    return ((found[p > 0] - wanted).square().div(wanted).sum().item() - free) / math.sqrt(2 * free)
+
+
+def name(codes):
+    return (codes.flatten(1) * K ** torch.arange(N - 1, -1, -1)).sum(1)
+
+
+def test_the_likelihood_is_that_of_a_distribution_and_its_mean_the_entropy():
+    bound = PROCESS.likelihood(everywhere(SEQUENCES), SEQUENCES.view(-1, *GRID))
+    p = probabilities()
+    assert torch.allclose((-N * bound.total.double()).exp2(), p, rtol=1e-5)
+    assert (-N * bound.total.double()).exp2().sum().item() == pytest.approx(1, abs=1e-6)
+    assert (p * bound.total).sum().item() == pytest.approx(-(p * p.log2()).sum().item() / N, rel=1e-6)
+    assert not bound.prior.any() and bound.prior.shape == (81,) and bound.terms.shape == (81, 0)
+
+
+def test_the_loss_is_in_bits_per_code_of_each_example():
+    logits, x0 = torch.randn(5, *GRID, K, requires_grad=True), torch.randint(K, (5, *GRID))
+    loss = PROCESS.loss(logits, x0)
+    p = logits.softmax(-1).gather(-1, x0[..., None])[..., 0]
+    assert torch.allclose(loss.per_example, -p.log2().mean((1, 2)), atol=1e-6)
+    assert torch.equal(loss.metrics["bits_per_code"], loss.per_example) and loss.per_example.requires_grad
+    assert not loss.metrics["bits_per_code"].requires_grad
+
+
+def test_draws_follow_the_model():
+    n = 6000
+    assert abs(chi_square(draw(unknown(n), list(range(n))), probabilities())) < 4
+
+
+def test_known_codes_stay_and_what_is_drawn_follows_the_codes_before_it():
+    n = 4000
+    x = unknown(n)
+    x[:, 0, 1], x[:, 1, 1] = 2, 0
+    codes = draw(x, list(range(n)))
+    assert (codes[:, 0, 1] == 2).all() and (codes[:, 1, 1] == 0).all()
+    said = everywhere(SEQUENCES).softmax(-1).flatten(1, 2).gather(-1, SEQUENCES[..., None])[..., 0]
+    fits = (SEQUENCES[:, 1] == 2) & (SEQUENCES[:, 3] == 0)
+    assert abs(chi_square(codes, said[:, 0] * said[:, 2] * fits)) < 4  # codes 0 and 2 alone are drawn
+
+
+def test_an_image_is_the_same_whatever_its_batch_holds():
+    x = unknown(6)
+    x[1, 0, 0], x[2, 1, 1], x[3, :, 0], x[4] = 1, 2, 0, 1
+    together = draw(x, list(range(6)))
+    for i in range(6):
+        assert torch.equal(draw(x[i : i + 1], [i])[0], together[i])
+    assert torch.equal(draw(x.flip(0), list(range(5, -1, -1))).flip(0), together)
+
+
+@pytest.mark.parametrize(
+    "known, asked",
+    [
+        ([], [(2, 0), (2, 1), (2, 2), (2, 3)]),
+        ([(0, 0), (0, 1)], [(2, 2), (2, 3)]),  # a run at the beginning is read in one call
+        ([(0, 1), (1, 1)], [(2, 0), (2, 2)]),  # so is one on the way, and the end is not read
+        ([(0, 0), (0, 1), (1, 0), (1, 1)], []),
+    ],
+)
+def test_a_call_is_made_for_unknown_codes_alone(known, asked):
+    x, model = unknown(2), Model()
+    for i, j in known:
+        x[:, i, j] = 1
+    assert (draw(x, [0, 1], model) < K).all() and model.asked == asked
+
+
+def test_an_example_is_asked_for_as_long_as_a_code_of_it_is_unknown():
+    x, model = unknown(3), Model()
+    x[0, 1], x[1] = 1, 2  # the last of 0 is place 1; 1 has none; 2 is all unknown
+    draw(x, [0, 1, 2], model)
+    assert model.asked == [(2, 0), (2, 1), (1, 2), (1, 3)]
+
+
+def test_x_itself_is_left_as_it_is():
+    x = unknown(2)
+    assert (draw(x, [0, 1]) < K).all() and (x == MASK).all()
+
+
+T = 1 - torch.arange(N) / N  # what the denoiser is told at each place
+
+
+def follows(denoise, said, n=3000):
+    """Whether draws follow logits `said` (81, N, K) of each code after those before it."""
+    p = said.softmax(-1).gather(-1, SEQUENCES[..., None]).flatten(1).prod(1)
+    return abs(chi_square(draw(unknown(n), list(range(n)), denoise), p)) < 4
+
+
+def test_tempering_wraps_it():
+    plain = everywhere(SEQUENCES).flatten(1, 2)
+    assert follows(tempered(Model(), 0.5, last=2.0), plain / (2.0 - 1.5 * T)[:, None])
+    assert follows(tempered(Model(), top_k=2), plain.masked_fill(plain < plain.median(-1, keepdim=True)[0], -math.inf))
+    assert not follows(Model(), plain / 1.3)
+
+
+def test_guidance_wraps_it():
+    n, away = 3000, torch.tensor([1.0, 0.0, -1.0])
+    strong, weak = torch.zeros(n, dtype=torch.long), torch.ones(n, dtype=torch.long)
+
+    def by_class(x, t, condition):
+        return logits_after(x) + condition[:, None] * away
+
+    plain = everywhere(SEQUENCES).flatten(1, 2)
+    assert follows(guided(by_class, strong, weak, 2.0), plain - away)
+    assert follows(guided(by_class, strong, weak, 2.0, schedule="linear"), plain - (1 - T)[:, None] * away)
+    assert follows(guided(by_class, strong, weak, 1.0), plain)
+
+
+def test_who_watches_sees_codes_come_and_what_is_said_of_them():
+    x, seen = unknown(2), []
+    x[1, 0] = 1
+
+    def watch(i, t, s, x, logits):
+        seen.append((i, t, s, x.clone(), logits.clone()))
+        return x
+
+    codes = draw(x, [0, 1], on_step=watch)
+    assert torch.equal(codes, draw(x, [0, 1]))
+    assert [(i, t, s) for i, t, s, *_ in seen] == [(i, 1 - i / 4, 1 - (i + 1) / 4) for i in range(4)]
+    for i, *_, now, logits in seen:
+        assert (now[0] == MASK).sum() == 3 - i and logits.shape == (2, *GRID, K)
+        assert torch.equal(logits.flatten(1, 2)[0, : i + 1], everywhere(codes.flatten(1)).flatten(1, 2)[0, : i + 1])
+        assert (logits.flatten(1, 2)[0, i:] == logits.flatten(1, 2)[0, i]).all()
+    assert torch.equal(seen[-1][3], codes)
+
+
+def test_who_watches_may_fill_in_codes_and_change_no_others():
+    def fill(i, t, s, x, logits):
+        return x.index_put((torch.arange(2), torch.tensor(1), torch.tensor(0)), torch.tensor(2)) if i == 0 else x
+
+    codes, plain = draw(unknown(2), [0, 1], on_step=fill), draw(unknown(2), [0, 1])
+    assert (codes[:, 1, 0] == 2).all() and torch.equal(codes[:, 0], plain[:, 0])
+    for wrong in (lambda i, t, s, x, logits: (x + 1) % K, lambda i, t, s, x, logits: torch.full_like(x, MASK)):
+        with pytest.raises(ValueError, match="on_step may fill in codes that are still to be drawn"):
+            draw(unknown(2), [0, 1], on_step=wrong)
+
+
+def test_codes_are_forgotten_with_the_probability_asked_for():
+    x0 = torch.randint(K, (500, *GRID))
+    assert torch.equal(PROCESS.forget(x0, 0.0, Streams(list(range(500)))), x0)
+    assert (PROCESS.forget(x0, 1.0, Streams(list(range(500)))) == MASK).all()
+    some = PROCESS.forget(x0, 0.3, Streams(list(range(500))))
+    assert 0.26 < (some == MASK).double().mean() < 0.34 and (some[some != MASK] == x0[some != MASK]).all()
+
+
+def test_the_registry_finds_it_for_its_own_process_and_steps_are_the_codes():
+    assert solvers_of(PROCESS) == {"raster": raster} and "raster" not in solvers_of(AbsorbingDiffusion(K))
+    assert (draw(unknown(1), [0], steps=N) < K).all()
+    with pytest.raises(ValueError, match="raster takes 4 steps on this grid, got 3: pass --sample_steps 4, or leave"):
+        draw(unknown(1), [0], steps=3)
+    with pytest.raises(ValueError, match="got codes=0"):
+        Autoregression(0)

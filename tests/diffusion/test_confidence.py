@@ -1,0 +1,142 @@
+"""MaskGIT's solver: what it draws with one reveal per step, enumerated by the law of Gumbel's maximum."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.absorbing_solvers import confidence, surest
+from diffusion.rng import Streams
+
+
+def one_a_step(known, denoise, choice_temperature):
+    """The distribution over states where step i of N keeps one code: all masked ones are drawn, and of those one is
+    kept with probability proportional to p^(1 / noise), noise = choice_temperature * s, or the likeliest if that is 0.
+    """
+    p = known.data.new_zeros(len(known.states))
+    p[-1] = 1
+    for i in range(known.count):
+        noise, after = choice_temperature * (1 - (i + 1) / known.count), torch.zeros_like(p)
+        for row in p.nonzero()[:, 0].tolist():
+            x = known.states[row, 0]
+            places = (x == known.codes).nonzero()[:, 0].tolist()
+            said = denoise(known.states[[row]])[0, 0].double().softmax(-1)
+            for codes in itertools.product(range(known.codes), repeat=len(places)):
+                each = torch.stack([said[place, code] for place, code in zip(places, codes, strict=True)])
+                first = torch.nn.functional.one_hot(each.argmax(), len(each)).double()
+                kept = first if noise == 0 else (each.log() / noise).softmax(0)
+                for place, code, share in zip(places, codes, kept.tolist(), strict=True):
+                    then = x.clone()
+                    then[place] = code
+                    after[known.index(then[None, None])] += p[row] * each.prod() * share
+        p = after
+    return p
+
+
+@pytest.mark.parametrize("choice_temperature", [0.0, 0.5, 4.5])
+@pytest.mark.parametrize("denoiser", ["denoise", "mistaken"])
+def test_it_draws_what_the_law_of_the_maximum_says(joint, streams, p_value, choice_temperature, denoiser):
+    denoise, n = getattr(joint, denoiser), 8000
+    x = confidence(
+        denoise, joint.process(), joint.all_mask(n), steps=joint.count, rng=streams(n),
+        choice_temperature=choice_temperature,
+    )  # fmt: skip
+    wanted = one_a_step(joint, denoise, choice_temperature)
+    assert wanted.sum() == pytest.approx(1) and p_value(joint.index(x), wanted) > 1e-4
+    if choice_temperature == 0:
+        assert p_value(joint.index(x), one_a_step(joint, denoise, 4.5)) < 1e-4
+
+
+def test_the_noise_is_four_and_a_half_times_s_if_left_out(joint, streams):
+    x = joint.all_mask(200)
+    plain = confidence(joint.mistaken, joint.process(), x, steps=2, rng=streams(200))
+    told = confidence(joint.mistaken, joint.process(), x, steps=2, rng=streams(200), choice_temperature=4.5)
+    other = confidence(joint.mistaken, joint.process(), x, steps=2, rng=streams(200), choice_temperature=0.1)
+    assert torch.equal(plain, told) and not torch.equal(plain, other)
+
+
+def test_one_step_draws_all_at_once(joint, streams, p_value):
+    x = confidence(joint.denoise, joint.process(), joint.all_mask(6000), steps=1, rng=streams(6000))
+    assert p_value(joint.index(x), joint.sampled(1)) > 1e-4
+
+
+def test_without_noise_the_surest_are_kept_in_order():
+    """Codes that are certain to some degree, by place: those of the last places first."""
+    logits = torch.zeros(4, 6, 5).index_fill(-1, torch.tensor(2), 1.0) * torch.arange(20, 26).view(6, 1)
+    x = torch.full((4, 1, 6), 5)
+    x[1, 0, 5], x[2, 0, 0] = 0, 0  # known
+    rng = Streams([1, 2, 3, 4])
+    out = surest(x, x == 5, logits.view(4, 1, 6, 5), torch.tensor([2, 2, 6, 0]), 0.0, rng)
+    assert out[:, 0].tolist() == [
+        [5, 5, 5, 5, 2, 2],
+        [5, 5, 5, 2, 2, 0],
+        [0, 2, 2, 2, 2, 2],
+        [5, 5, 5, 5, 5, 5],
+    ]
+
+
+def test_codes_that_are_as_sure_are_kept_from_the_first_on():
+    out = surest(
+        torch.full((1, 2, 3), 1),
+        torch.ones(1, 2, 3).bool(),
+        torch.zeros(1, 2, 3, 1),
+        torch.tensor([4]),
+        0.0,
+        Streams([0]),
+    )
+    assert out.tolist() == [[[0, 0, 0], [0, 1, 1]]]
+
+
+def test_a_code_s_score_is_the_probability_of_what_was_drawn_not_of_the_likeliest(streams, p_value):
+    """Two places alike: the one that drew its likely code is kept, where the two differ."""
+    logits, n = torch.tensor([0.8, 0.2]).log(), 4000
+    x = torch.full((n, 1, 2), 2)
+    out = surest(x, x == 2, logits.expand(n, 1, 2, 2), torch.ones(n).long(), 0.0, streams(n))
+    wanted = {(0, 2): 0.8 * 0.8 + 0.8 * 0.2, (2, 0): 0.2 * 0.8, (1, 2): 0.2 * 0.2, (2, 1): 0.0}
+    found = torch.tensor([list(wanted).index(tuple(row)) for row in out[:, 0].tolist()])
+    assert p_value(found, torch.tensor(list(wanted.values()))) > 1e-4
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.0])
+def test_the_noise_is_gumbel_s_and_not_its_mirror_image(streams, p_value, noise):
+    """Of two places the difference alone counts, which is symmetric; of four it is not."""
+    likely, n = torch.tensor([0.98, 0.9, 0.7, 0.5], dtype=torch.float64), 6000
+    logits, wanted = torch.stack([likely, 1 - likely], -1).log(), torch.zeros(4, dtype=torch.float64)
+    for codes in itertools.product([0, 1], repeat=4):
+        p = torch.where(torch.tensor(codes) == 0, likely, 1 - likely)
+        wanted += p.prod() * (p.log() / noise).softmax(0)
+    x = torch.full((n, 1, 4), 2)
+    out = surest(x, x == 2, logits.expand(n, 1, 4, 2), torch.ones(n).long(), noise, streams(n))
+    assert p_value((out[:, 0] != 2).int().argmax(1), wanted) > 1e-4
+
+
+def test_large_noise_keeps_places_at_random(streams, p_value):
+    logits, n = torch.zeros(4000, 1, 4, 3), 4000
+    logits[:, 0, 2, 0] = 9.0
+    x = torch.full((n, 1, 4), 3)
+    out = surest(x, x == 3, logits, torch.ones(n).long(), 1e4, streams(n))
+    assert p_value((out[:, 0] != 3).int().argmax(1), torch.full((4,), 0.25)) > 1e-4
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8, 40])
+def test_after_each_step_the_schedule_s_share_is_masked(schedule, steps, streams):
+    process, seen = AbsorbingDiffusion(3, schedule=schedule), []
+    x = torch.cat([torch.full((2, 5, 6), 3), torch.randint(2, 4, (3, 5, 6), generator=torch.manual_seed(0))])
+    confidence(
+        lambda x, t, rows=None: torch.zeros(*x.shape, 3), process, x, steps=steps, rng=streams(5),
+        on_step=lambda i, t, s, x, logits: seen.append((x == 3).sum((1, 2))) or x,
+    )  # fmt: skip
+    hidden, before = (x == 3).sum((1, 2)), (x == 3).sum((1, 2))
+    for i, left in enumerate(seen):
+        share = process.masked(torch.tensor(1 - (i + 1) / steps, dtype=torch.float64).clamp(min=0))
+        wanted = torch.minimum((hidden * share + 1e-9).floor().long(), (hidden - i - 1).clamp(min=0))
+        assert torch.equal(left, wanted) and ((left < before) | (before == 0)).all()
+        before = left
+
+
+@pytest.mark.parametrize("wrong", [-0.1, -math.inf])
+def test_a_negative_choice_temperature_is_refused(joint, streams, wrong):
+    with pytest.raises(ValueError, match="wanted 0 or more: pass --choice_temp"):
+        confidence(joint.denoise, joint.process(), joint.all_mask(1), steps=1, rng=streams(1), choice_temperature=wrong)

@@ -1,0 +1,122 @@
+"""Nothing is evaluated that cannot change: which examples go through the network, when, and how often."""
+
+import pytest
+import torch
+
+from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.solvers import solvers_of
+
+PROCESS = AbsorbingDiffusion(3)
+SOLVERS = solvers_of(PROCESS)
+ANY_STEPS = [name for name in SOLVERS if name != "first_hitting"]
+
+
+class Watching:
+    """A denoiser whose answer depends on the whole canvas and on which example it is; remembers what it was asked."""
+
+    def __init__(self, count):
+        self.count, self.calls = count, []
+
+    def __call__(self, x, t, rows=None):
+        of = torch.arange(self.count) if rows is None else rows
+        assert len(of) == len(x) == len(t)
+        self.calls.append(
+            [(i, round(time, 5), canvas) for i, time, canvas in zip(of.tolist(), t.tolist(), x.clone(), strict=True)]
+        )
+        places = torch.arange(x[0].numel() * 3).view(1, *x.shape[1:], 3)
+        weights = torch.arange(1, x[0].numel() + 1).view(x[0].shape)
+        return 2 * (places * (1 + (x * weights).sum((1, 2)) + of).view(-1, 1, 1, 1)).cos()
+
+
+def canvases():
+    """All mask, complete, and between the two."""
+    some = torch.randint(0, 4, (5, 2, 3), generator=torch.Generator().manual_seed(0))
+    return torch.cat([torch.full((2, 2, 3), 3), some, torch.ones(1, 2, 3, dtype=torch.long)])
+
+
+def settings(name):
+    return {"strategy": "conf", "eta": 0.8} if name == "remask" else {}
+
+
+def run(name, steps, streams, on_step=None, schedule="linear"):
+    x = canvases()
+    denoise, process = Watching(len(x)), AbsorbingDiffusion(3, schedule=schedule)
+    out = SOLVERS[name](denoise, process, x, steps=steps, rng=streams(len(x)), on_step=on_step, **settings(name))
+    return out, denoise.calls
+
+
+def cases():
+    return [(name, steps) for name in SOLVERS for steps in ((6,) if name == "first_hitting" else (1, 2, 4, 6, 50))]
+
+
+@pytest.mark.parametrize("name, steps", cases())
+def test_calls_are_at_most_the_steps_and_the_codes(name, steps, schedule, streams):
+    calls = run(name, steps, streams, schedule=schedule)[1]
+    assert len(calls) <= (steps if name == "remask" else min(steps, 6))
+    of_example = [sum(i == example for call in calls for i, _, _ in call) for example in range(8)]
+    hidden = (canvases() == 3).sum((1, 2)).tolist()
+    if name != "remask":
+        assert all(n <= min(steps, left) for n, left in zip(of_example, hidden, strict=True))
+        assert name == "ancestral" or max(of_example) == min(steps, 6)  # one a step at least, while there are masks
+    assert name != "first_hitting" or of_example == hidden
+    assert of_example[-1] == 0  # it was complete
+
+
+@pytest.mark.parametrize("name, steps", cases())
+def test_who_watches_changes_nothing_that_is_drawn(name, steps, schedule, streams):
+    plain = run(name, steps, streams, schedule=schedule)[0]
+    seen = []
+    watched, calls = run(name, steps, streams, lambda i, t, s, x, logits: seen.append(x) or x, schedule)
+    assert torch.equal(plain, watched) and torch.equal(watched, seen[-1])
+    assert len(calls) == len(seen) == steps and all(len(call) == 8 for call in calls)
+
+
+@pytest.mark.parametrize("name, steps", cases())
+def test_an_example_is_evaluated_exactly_where_codes_of_it_are_drawn(name, steps, streams):
+    """The steps at which something is drawn, as a watcher sees them, with the canvas that they begin from."""
+    calls, states = run(name, steps, streams)[1], [canvases()]
+    watched = run(name, steps, streams, lambda i, t, s, x, logits: states.append(x) or x)[1]
+    wanted = []
+    for call, before, after in zip(watched, states[:-1], states[1:], strict=True):
+        drawn = ((before == 3) & (after != 3)).flatten(1).any(1)
+        for i, t, canvas in call:
+            assert torch.equal(canvas, before[i])
+            wanted += [(i, t, canvas.flatten().tolist())] if drawn[i] else []
+    found = [(i, t, canvas.flatten().tolist()) for call in calls for i, t, canvas in call]
+    assert sorted(found) == sorted(wanted)
+
+
+@pytest.mark.parametrize("name, steps", cases())
+def test_a_complete_canvas_costs_nothing(name, steps, streams):
+    x = torch.randint(0, 3, (4, 2, 3), generator=torch.Generator().manual_seed(1))
+    if name == "remask":  # given codes are not masked again either
+        x = torch.zeros_like(x)
+
+    def denoise(*_):
+        raise AssertionError("nothing is to be drawn")
+
+    assert torch.equal(SOLVERS[name](denoise, PROCESS, x, steps=steps, rng=streams(4), **settings(name)), x)
+
+
+@pytest.mark.parametrize("name", ["ancestral", "halton"])
+def test_the_network_is_told_the_times_of_steps(name, streams):
+    calls = run(name, 4, streams, lambda i, t, s, x, logits: x)[1]
+    assert [{t for _, t, _ in call} for call in calls] == [{1.0}, {0.75}, {0.5}, {0.25}]
+
+
+def test_few_codes_in_many_steps_cost_few_evaluations(streams):
+    """256 steps of six codes: the network is called six times at most, whatever turns the examples are at."""
+    x, denoise = torch.full((64, 2, 3), 3), Watching(64)
+    SOLVERS["ancestral"](denoise, PROCESS, x, steps=256, rng=streams(64))
+    assert len(denoise.calls) == 6
+    assert 64 * 5.8 < sum(map(len, denoise.calls)) <= 64 * 6
+    assert len({t for _, t, _ in denoise.calls[0]}) > 20  # of different times, in one call
+
+
+@pytest.mark.parametrize("name", ["ancestral", "first_hitting", "halton"])
+def test_one_unknown_code_each_is_one_call_for_all(name, streams):
+    """Wherever it lies, and whenever its turn is."""
+    x, denoise = torch.ones(20, 2, 3, dtype=torch.long), Watching(20)
+    x.view(20, 6)[torch.arange(20), torch.arange(20) % 6] = 3
+    SOLVERS[name](denoise, PROCESS, x, steps=6 if name == "first_hitting" else 50, rng=streams(20))
+    assert [len(call) for call in denoise.calls] == [20]

@@ -1,0 +1,126 @@
+"""The kernel distance: torch-fidelity's, sums written out, and distributions whose distance is known."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.metric_kid import kernel_mmd, kid_features_to_metric
+
+from experiments.metrics import kid
+from experiments.metrics.kid import KeptFeatures, kernel_distance, squared_discrepancy
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+def normal(*shape, rng):
+    return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+
+def test_of_two_sets_it_is_the_sum_written_out(rng):
+    x, y = normal(5, 3, rng=rng), normal(4, 3, rng=rng) + 0.5
+
+    def kernel(a, b):
+        return (a @ b / 3 + 1).item() ** 3
+
+    wanted = sum(kernel(a, b) for a, b in itertools.permutations(x, 2)) / (5 * 4)
+    wanted += sum(kernel(a, b) for a, b in itertools.permutations(y, 2)) / (4 * 3)
+    wanted -= 2 * sum(kernel(a, b) for a, b in itertools.product(x, y)) / (5 * 4)
+    assert squared_discrepancy(x, y).item() == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("width", [7, 64])
+def test_it_is_torch_fidelitys(rng, width):
+    x, y = normal(60, width, rng=rng).relu(), normal(60, width, rng=rng).relu() * 1.3 + 0.2
+    assert squared_discrepancy(x, y).item() == pytest.approx(kernel_mmd(x.numpy(), y.numpy(), verbose=False), rel=1e-10)
+    whole = kernel_distance(x, y, 3, 60)
+    theirs = kid_features_to_metric(x, y, kid_subsets=3, kid_subset_size=60, verbose=False)
+    assert whole.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-10)
+    assert whole.deviation == pytest.approx(0, abs=1e-9)  # all subsets are the set
+
+
+def test_over_subsets_mean_and_deviation_are_torch_fidelitys(rng):
+    x, y = normal(400, 16, rng=rng), normal(300, 16, rng=rng) + 0.3
+    ours = kernel_distance(x, y, 400, 50)
+    theirs = kid_features_to_metric(x, y, kid_subsets=400, kid_subset_size=50, rng_seed=1, verbose=False)
+    mean, deviation = (theirs[f"kernel_inception_distance_{name}"] for name in ("mean", "std"))
+    assert (ours.subsets, ours.size) == (400, 50)
+    assert ours.mean == pytest.approx(mean, abs=5 * deviation / 400**0.5)
+    assert ours.deviation == pytest.approx(deviation, rel=0.2)
+
+
+def test_the_deviation_is_that_of_the_subsets(monkeypatch, rng):
+    values = iter([1.0, 2.0, 6.0])
+    monkeypatch.setattr(kid, "squared_discrepancy", lambda x, y: torch.tensor(next(values)))
+    found = kernel_distance(normal(4, 2, rng=rng), normal(4, 2, rng=rng), 3, 2)
+    assert (found.mean, found.deviation) == (3.0, pytest.approx(np.std([1, 2, 6])))
+    values = iter([5.0])
+    assert kernel_distance(normal(4, 2, rng=rng), normal(4, 2, rng=rng), 1, 2).deviation == 0
+
+
+def test_it_is_unbiased(rng):
+    """With x = 1 and -1 by the toss of a coin and y the same, the mean over tosses is 0; with pairs of a feature with
+    itself among the sums it is not."""
+    found = torch.stack(
+        [squared_discrepancy(*normal(2, 4, 1, rng=rng).sign()) for _ in range(4000)]
+    )  # of 4 tosses each
+    error = found.std().item() / 4000**0.5
+    assert abs(found.mean().item()) < 4 * error
+    assert error < 0.1 < 2 * (8 - 4) / 4  # which the biased one would find: kernel 8 of equals, 4 in the mean
+
+
+def test_subsets_are_drawn_without_repetition_from_each_set_apart(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(kid, "squared_discrepancy", lambda x, y: drawn.append((x, y)) or torch.zeros(()))
+    x, y = torch.arange(20.0)[:, None], torch.arange(100.0, 130.0)[:, None]
+    kernel_distance(x, y, 5, 12)
+    for ours, theirs in drawn:
+        assert len(ours.unique()) == len(theirs.unique()) == 12 and ours.max() < 20 and theirs.min() >= 100
+    assert len({tuple(ours.flatten().tolist()) for ours, _ in drawn}) == 5
+    assert {*torch.cat([ours for ours, _ in drawn]).flatten().tolist()} == {*range(20)}
+
+
+def test_the_same_seed_is_the_same_value_and_subsets_are_no_larger_than_the_sets(rng):
+    x, y = normal(30, 4, rng=rng), normal(12, 4, rng=rng)
+    found = kernel_distance(x, y, 4, 1000)
+    assert found.size == 12 and found == kernel_distance(x, y, 4, 12) != kernel_distance(x, y, 4, 12, seed=1)
+    assert kernel_distance(x, y, 4, 7).size == 7
+
+
+def test_float32_features_are_summed_in_float64(rng):
+    x, y = normal(20, 3, rng=rng).float(), normal(20, 3, rng=rng).float() + 100
+    assert squared_discrepancy(x, y) == squared_discrepancy(x.double(), y.double())
+
+
+def test_wrong_features(rng):
+    two = torch.eye(2)
+    for wrong in (torch.eye(3), torch.ones(2)):
+        with pytest.raises(ValueError, match=r"wanted \(N, D\) and \(M, D\)"):
+            kernel_distance(two, wrong, 1, 2)
+    for x, size in ((two[:1], 2), (two, 1)):
+        with pytest.raises(ValueError, match="at least 2"):
+            kernel_distance(x, two, 1, size)
+
+
+def batches(*sizes):
+    begun = 0
+    for size in sizes:
+        index = torch.arange(begun, begun + size)
+        yield {"features": index[:, None].float().expand(-1, 2), "index": index}
+        begun += size
+
+
+def test_the_first_features_stay_and_all_batches_pass(monkeypatch):
+    monkeypatch.setattr(kid, "MOST", 5)
+    kept = KeptFeatures(batches(2, 2, 2, 2))
+    assert [batch["index"].tolist() for batch in kept] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert kept.features.tolist() == [[i, i] for i in range(5)]
+
+
+def test_or_those_that_were_chosen(monkeypatch):
+    kept = KeptFeatures(batches(4, 1, 4), [8, 0, 7, 3])
+    assert len(list(kept)) == 3
+    assert kept.features[:, 0].tolist() == [0, 3, 7, 8]

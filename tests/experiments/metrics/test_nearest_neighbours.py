@@ -1,0 +1,155 @@
+"""The search for training images near to others: each image once, in its nearest view, whatever the chunks."""
+
+import pytest
+import torch
+
+from experiments.metrics import nearest_neighbours
+from experiments.metrics.closeness import Closeness
+from experiments.metrics.features import Features
+from experiments.metrics.nearest_neighbours import Candidates, candidates, in_view, merged, ranked, reranked
+from experiments.metrics.neighbours_report import evenly, figures
+from train.config import DataConfig
+from train.data import ImageSource
+from train.datasets import ArrayDataset, UnreadableImage
+from train.distributed import World
+from train.transforms import training_views
+
+ALONE = World(torch.device("cpu"))
+FEATURES = Features("raw", None, lambda images: images[:, 0].flatten(1).float())
+
+
+def part(*rows):
+    """Candidates of one query from (distance, image, view)."""
+    distances, images, views = (torch.tensor([each]) for each in zip(*rows, strict=True))
+    return Candidates(distances.double(), images, views)
+
+
+def test_an_image_comes_once_in_its_nearest_view():
+    one, two = part((3.0, 7, 0), (4.0, 5, 0)), part((1.0, 5, 1), (9.0, 7, 1))
+    found = merged([one, two], 2)
+    assert (found.images.tolist(), found.views.tolist(), found.distances.tolist()) == ([[5, 7]], [[1, 0]], [[1, 3]])
+    assert merged([one, two], 1).images.tolist() == [[5]]
+    assert merged([one, two], 9).images.tolist() == [[5, 7]]  # as many as there are
+    assert merged([merged([one], 1), part((3.5, 8, 0))], 5).images.tolist() == [[7, 8]]
+
+
+class Images(ArrayDataset):
+    """Random images, of which some cannot be read."""
+
+    broken = ()
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise UnreadableImage(f"image {index}")
+        return super().__getitem__(index)
+
+
+def source_of(count, broken=(), **data):
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 4, 4), generator=rng, dtype=torch.uint8).numpy()
+    images = Images(pixels, torch.zeros(count).long().numpy(), 1)
+    object.__setattr__(images, "broken", broken)
+    config = DataConfig(img_size=4, n_channels=1, **data)
+    return ImageSource(images, config, margin=config.crop_margin)
+
+
+def plainly(queries, source, most):
+    """Distances, images, views of the nearest by a plain search."""
+    found = []
+    for query in queries:
+        rows = []
+        for image in set(range(len(source))) - set(source.dataset.broken):
+            seen = [view(source[image]["image"].as_subclass(torch.Tensor)) for view in training_views(source.config)]
+            each = [(query.double() - one[0].flatten().double()).norm().item() for one in seen]
+            rows.append((min(each), image, each.index(min(each))))
+        found.append(sorted(rows)[:most])
+    return found
+
+
+@pytest.mark.parametrize("data", [{}, {"horizontal_flip": True}, {"shift": 1}, {"crop_margin": 2}])
+@pytest.mark.parametrize("most", [1, 4, 100])
+def test_against_a_plain_search_in_all_views(tmp_path, monkeypatch, data, most):
+    monkeypatch.setattr(nearest_neighbours, "CHUNK", 5)
+    source = source_of(13, **data)
+    queries = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(1)).float()
+    found = candidates(queries, source, FEATURES, most, 3, ALONE, tmp_path, "c")
+    wanted = plainly(queries, source, most)
+    assert found.images.tolist() == [[image for _, image, _ in rows] for rows in wanted]
+    assert found.views.tolist() == [[view for _, _, view in rows] for rows in wanted]
+    assert found.distances.flatten().tolist() == pytest.approx([d for rows in wanted for d, _, _ in rows])
+    assert found.images.shape == (3, min(most, 13))
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_what_cannot_be_read_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(nearest_neighbours, "CHUNK", 3)
+    source = source_of(10, broken=(1, 3, 4, 5))  # a whole chunk among them
+    queries = torch.zeros(2, 16)
+    found = candidates(queries, source, FEATURES, 100, 2, ALONE, tmp_path, "c")
+    assert found.images.tolist() == [[image for _, image, _ in rows] for rows in plainly(queries, source, 100)]
+    assert sorted(found.images[0].tolist()) == [0, 2, 6, 7, 8, 9]
+
+
+def test_a_search_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(nearest_neighbours, "CHUNK", 4)
+    source, asked = source_of(12), []
+
+    def failing(images):
+        asked.append(len(images))
+        if len(asked) == 2:
+            raise RuntimeError("cut off")
+        return FEATURES.extract(images)
+
+    queries = torch.zeros(2, 16)
+    with pytest.raises(RuntimeError, match="cut off"):
+        candidates(queries, source, FEATURES._replace(extract=failing), 3, 9, ALONE, tmp_path, "c")
+    found = candidates(queries, source, FEATURES._replace(extract=failing), 3, 9, ALONE, tmp_path, "c")
+    assert asked == [4, 4, 4, 4]  # the first chunk is not searched again
+    assert torch.equal(found.images, candidates(queries, source, FEATURES, 3, 9, ALONE, tmp_path, "other").images)
+
+
+def test_candidates_are_ranked_anew():
+    query = torch.zeros(1, 2, 2, dtype=torch.uint8)
+    shown = torch.tensor([4, 0, 9])[:, None, None, None].expand(-1, 1, 2, 2).byte()
+    own = part((1.0, 11, 0), (2.0, 12, 1), (3.0, 13, 0))
+    by_mean = Closeness("mean", lambda image, others: others.double().mean((1, 2, 3)))
+    found = ranked(query, shown, own, by_mean, 2)
+    assert found.images.tolist() == [[12, 11]] and found.views.tolist() == [[1, 0]]
+    assert found.distances.tolist() == [[0, 4]] and found.feature_distances.tolist() == [[2, 1]]
+    assert found.equal.tolist() == [True]
+    assert ranked(query + 1, shown, own, by_mean, 2).equal.tolist() == [False]
+    almost = query.clone()
+    almost[0, 0, 0] = 1
+    assert ranked(almost, shown, own, by_mean, 2).equal.tolist() == [False]
+
+
+def test_a_mirrored_training_image_is_found_as_a_copy(tmp_path):
+    source = source_of(9, horizontal_flip=True)
+    image = source[4]["image"].as_subclass(torch.Tensor)
+    queries = torch.stack([image.flip(2), 255 - image])
+    near = candidates(FEATURES.extract(queries), source, FEATURES, 5, 3, ALONE, tmp_path, "c")
+    by_pixels = Closeness("l1", lambda one, others: (others.double() - one.double()).abs().sum((1, 2, 3)))
+    (found,) = reranked(queries, near, source, by_pixels, 3, 8, ALONE, tmp_path, "r")
+    assert found["images"][0, 0] == 4 and found["views"][0, 0] == 1 and found["distances"][0, 0] == 0
+    assert found["equal"].tolist() == [True, False]
+    assert found["distances"].shape == (2, 3) and found["distances"].diff(dim=1).ge(0).all()
+    shown = in_view(source, training_views(source.config), found["images"][0, 0], found["views"][0, 0])
+    assert torch.equal(shown, image.flip(2))
+
+
+def test_figures_by_hand():
+    nearest = torch.tensor([0.0, 3.0, 5.0, 2.0, 4.0, 6.0])  # three samples, three held-out images
+    blank = torch.zeros(6, 1)
+    equal = torch.tensor([True, False, False, False, False, False])
+    ranking = nearest_neighbours.Ranked(nearest[:, None].double(), blank.long(), blank.long(), blank, equal)
+    found = figures(ranking, 3)
+    assert (found["median"], found["median_held_out"], found["ratio"]) == (3, 4, 0.75)
+    assert found["nearer_than_usual"] == pytest.approx(2 / 3) and found["closer_than_held_out"] == pytest.approx(1 / 3)
+    assert found["equal_pixels"] == pytest.approx(1 / 3) and found["equal_pixels_held_out"] == 0
+    ranking.distances[3:] = 0  # held-out images that are training images
+    assert figures(ranking, 3)["ratio"] is None
+
+
+def test_rows_of_the_picture_are_spread_evenly():
+    assert evenly([], 3) == [] and evenly([1, 2], 3) == [1, 2]
+    assert evenly(list(range(9)), 3) == [0, 4, 8] and evenly(list(range(9)), 1) == [0]

@@ -1,0 +1,145 @@
+"""Precision, recall, density and coverage, against their authors' package and by hand."""
+
+import contextlib
+import io
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.metrics import neighbours
+from experiments.metrics import prdc as own
+from experiments.metrics.neighbours import coverage, squared_distances
+from experiments.metrics.prdc import PRDC, closer, prdc, radii
+
+
+def authors(real, fake, k):
+    """The four numbers as the package prdc finds them."""
+    package = pytest.importorskip("prdc")
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = package.compute_prdc(real.double().numpy(), fake.double().numpy(), k)
+    return PRDC(**found)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """Several blocks of rows and columns, and several pieces of pairs, with few points."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (neighbours, own):
+            patch.setattr(module, "CHUNK", 16)
+            patch.setattr(module, "BLOCK", 11)
+        patch.setattr(own, "PAIRS", 3)
+        yield
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(9, 40), m=st.integers(9, 40), k=st.integers(1, 7), seed=st.integers(0, 999), grid=st.booleans())
+def test_against_the_authors_package(n, m, k, seed, grid):
+    rng = torch.Generator().manual_seed(seed)
+    if grid:  # ties and duplicates, whose squares no rounding blurs
+        real, fake = (torch.randint(0, 3, (count, 4), generator=rng).float() for count in (n, m))
+    else:
+        real, fake = torch.randn(n, 5, generator=rng), 0.7 * torch.randn(m, 5, generator=rng) + 0.3
+    found = prdc(real, fake, k)
+    assert found == pytest.approx(authors(real, fake, k), abs=1e-12)
+    assert all(type(value) is float for value in found)
+
+
+@pytest.mark.parametrize("width", [3, 300])
+def test_many_features_against_the_authors_package(width):
+    real, fake = normal(300, width), normal(200, width, seed=1)
+    assert prdc(real, fake, 3) == pytest.approx(authors(real, fake, 3), abs=1e-12)
+
+
+def test_by_hand():
+    real, fake = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.5], [3.5], [9.0]])
+    # k = 1; real radii 1, 1, 2; fake radii 3, 3, 5.5. |real - fake|: .5 3.5 9; .5 2.5 8; 2.5 .5 6
+    assert prdc(real, fake, 1) == pytest.approx(PRDC(2 / 3, 1, 3 / 3, 1))
+    # real radii 5, fake radii 1: 5 lies at exactly 5 from no fake, 4 at exactly 1 from 5, 0 and 10 at 4 and 5
+    assert prdc(torch.tensor([[0.0], [5.0], [10.0]]), torch.tensor([[4.0], [5.0]]), 1) == PRDC(1, 1 / 3, 3 / 2, 2 / 3)
+
+
+def test_each_number_has_its_own_direction():
+    spread, narrow = 3 * normal(60, 4), 0.2 * normal(60, 4, seed=1)
+    few_kinds, too_many = prdc(spread, narrow, 3), prdc(narrow, spread, 3)
+    assert few_kinds.precision > 0.9 and few_kinds.recall < 0.2 and few_kinds.coverage < 0.7
+    assert too_many.recall > 0.9 and too_many.precision < 0.2
+    assert few_kinds.density > 1 > too_many.density
+
+
+def test_two_draws_of_one_normal_distribution():
+    """1 - 2^-k of the balls are covered (Naeem et al. 2020, section 3.2)."""
+    found = prdc(normal(300, 4), normal(300, 4, seed=1), 5)
+    assert found.coverage == pytest.approx(1 - 2**-5, abs=0.02)
+    assert found.density == pytest.approx(1, abs=0.1)
+    assert coverage(normal(300, 4), normal(300, 4, seed=1), 5) == found.coverage
+
+
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_copies_lie_inside_but_on_no_border(offset):
+    """The k-th neighbour is not closer than it is: inside each ball are its centre and the k - 1 nearest others."""
+    real = normal(50, 64) + offset
+    assert prdc(real, real.flip(0), 4) == PRDC(1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.3])
+def test_many_duplicates_are_at_zero_and_never_nan(offset):
+    """Balls of radius 0 hold nothing, not even their centre."""
+    point = normal(1, 512) + offset
+    assert prdc(point.expand(20, -1), point.expand(12, -1), 3) == PRDC(0, 0, 0, 0)
+    assert radii(point.expand(20, -1), 3).eq(0).all()
+
+
+def test_numbers_do_not_depend_on_the_blocks(monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    real, fake = (torch.randint(0, 3, (40, 3), generator=rng) * 0.1 + 7 for _ in range(2))  # ties that rounding blurs
+    found = prdc(real, fake, 3)
+    for size in (1, 64):
+        monkeypatch.setattr(own, "CHUNK", size)
+        monkeypatch.setattr(own, "BLOCK", size)
+        assert prdc(real, fake, 3) == found
+
+
+def test_what_the_product_cannot_tell_is_compared_exactly():
+    x, y = normal(6, 64).double() + 1000, normal(5, 64, seed=1).double() + 1000
+    squares = squared_distances(x, y, torch.zeros(64).double())
+    exact = (x[:, None] - y).square().sum(-1)
+    assert 0 < (squares.values - exact).abs().max() < squares.error  # it is blurred, by less than it says
+    limits = exact.sqrt()
+    assert not closer(squares, limits, x, y).any()
+    assert closer(squares, limits * (1 + 1e-12), x, y).all()
+
+
+def test_the_error_bound_holds():
+    for seed, scale, width in ((0, 1.0, 3), (1, 1e4, 200), (2, 1e-3, 50)):
+        x, y = normal(30, width, seed=seed) * scale, normal(20, width, seed=seed + 9) * scale
+        squares = squared_distances(x.double(), y, torch.full((width,), 5 * scale).double())
+        exact = (x.double()[:, None] - y.double()).square().sum(-1)
+        assert (squares.values - exact).abs().max() <= squares.error < 1e-9 * exact.max()
+
+
+def test_radii_that_are_given_and_rows_that_are_counted():
+    real, fake, seen = normal(20, 3), normal(15, 3, seed=1), []
+    known = radii(real, 2, seen.append)
+    assert sum(seen) == 20
+    assert prdc(real, fake, 2, known) == prdc(real, fake, 2, advance=seen.append)
+    assert sum(seen) == 20 + 20 + 15 + 20
+
+
+def test_wrong_features():
+    good = torch.zeros(9, 3)
+    with pytest.raises(ValueError, match="wanted"):
+        prdc(good, torch.zeros(9, 4))
+    with pytest.raises(ValueError, match="k = 5 with 4 neighbours"):
+        prdc(good, good[:5])
+    with pytest.raises(ValueError, match="k = 5 with 4 neighbours"):
+        prdc(good[:5], good)
+    with pytest.raises(ValueError, match="nan or inf"):
+        prdc(good, torch.full((9, 3), torch.nan))
+    with pytest.raises(ValueError, match="nan or inf"):
+        prdc(good / 0, good)

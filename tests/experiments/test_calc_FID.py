@@ -1,0 +1,213 @@
+"""calc_FID.py on a tiny trained model: its distances are those of the images it drew, cut off or not."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import call
+
+from experiments.experiment import ModelConfig, OutputConfig, load_model
+from experiments.images import read_samples
+from experiments.metrics import features as all_features
+from experiments.metrics import report
+from experiments.metrics.features import digits
+from experiments.metrics.frechet import Statistics, frechet_distance
+from experiments.metrics.kid import kernel_distance
+from experiments.metrics.reference import Reference
+from train.data import ImageSource, build_dataset, fixed_subset, images_in_order
+from train.generate import TrainedSampler
+
+FLAGS = "--n_samples 90 --batch_size 20 --features digits --kid_subsets 5 --kid_subset_size 50 --no_amp"
+
+
+@pytest.fixture
+def calc(trained):
+    """calc(log_dir, flags): the results of the script's run in a folder."""
+
+    def go(log_dir, flags=FLAGS):
+        call("experiments/calc_FID.py", f"--logs_root {trained} --log_dir {log_dir} {flags}")
+        return json.loads((trained / log_dir / "results.json").read_text())
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def whole(trained):
+    call("experiments/calc_FID.py", f"--logs_root {trained} --log_dir fid_whole {FLAGS}")
+    return json.loads((trained / "fid_whole" / "results.json").read_text())
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The indices of every batch that is drawn."""
+    batches, draw = [], TrainedSampler.draw
+
+    def watched(model, indices, *args, **kwargs):
+        batches.append(indices)
+        return draw(model, indices, *args, **kwargs)
+
+    monkeypatch.setattr(TrainedSampler, "draw", watched)
+    return batches
+
+
+def stops():
+    raise KeyboardInterrupt
+
+
+def features_of(images):
+    return digits.build("cpu")(images.expand(-1, 3, -1, -1))
+
+
+def real_features(trained, split):
+    """(n, D), as the files lie."""
+    model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained), amp=False))
+    source = ImageSource(build_dataset(model.data, model.reader, split), model.data)
+    return features_of(torch.cat([batch["image"] for batch in images_in_order(source, 500)]))
+
+
+def test_its_distances_are_those_of_the_images_of_that_seed(trained, whole):
+    flags = "--n_samples 90 --batch_size 20 --no_amp --log_dir fid_samples"
+    call("experiments/get_samples.py", f"--logs_root {trained} {flags}")
+    found = features_of(read_samples(trained / "fid_samples" / "samples.npz")["image"])
+    real, held_out = (real_features(trained, split) for split in ("train", "val"))
+    reference = Statistics().update(real)
+    assert whole["value"] == pytest.approx(frechet_distance(Statistics().update(found), reference), rel=1e-5)
+    real = real[sorted(fixed_subset(len(real), 10_000))]
+    assert len(real) == 1438  # all: there are fewer
+    kernel = whole["kernel"]
+    assert kernel["metric"] == "KD(digits)" and kernel.keys() == {
+        "metric", "generated", "real_vs_real", "reconstructions"
+    }  # fmt: skip
+    assert kernel["generated"] == pytest.approx(kernel_distance(found, real, 5, 50)._asdict(), rel=1e-5)
+    again = held_out[fixed_subset(len(held_out), 90)]
+    wanted = kernel_distance(again, real, 5, 50)._asdict()
+    assert kernel["real_vs_real"] == pytest.approx(wanted, rel=1e-4)
+    assert abs(kernel["real_vs_real"]["mean"]) < kernel["generated"]["mean"] / 10
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_cut_off_and_typed_again_it_tells_the_same(trained, whole, calc, drawn, monkeypatch, after):
+    name, draw = f"fid_cut_{after}", TrainedSampler.draw
+
+    def fails(model, indices, *args, **kwargs):
+        if len(drawn) == after:
+            raise KeyboardInterrupt
+        return draw(model, indices, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(TrainedSampler, "draw", fails)
+        calc(name)
+    assert stop.value.code == 130 and not (trained / name / "results.json").exists()
+    drawn.clear()
+    found = calc(name)
+    assert drawn == [list(range(first, min(first + 20, 90))) for first in range(20 * after, 90, 20)]
+    for one in (found, whole):
+        one["run"]["output"].pop("log_dir", None)
+    assert found == whole  # to the last digit
+    assert (trained / name / "samples.png").read_bytes() == (trained / "fid_whole" / "samples.png").read_bytes()
+    assert {path.name for path in (trained / name).iterdir()} == {
+        "config.yaml", "results.json", "samples.png", "reconstructions.png"
+    }  # fmt: skip
+
+
+def test_features_of_one_kind_never_stand_for_those_of_another(calc, whole, drawn, monkeypatch):
+    """`--features auto` may find Inception's weights at one start and not at the next."""
+    choose = all_features.choose
+
+    def other(name, data, device, weights):
+        return choose("pixels", data, device, weights)
+
+    flags = FLAGS.replace("--features digits", "--features auto")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(all_features, "choose", other)
+        patch.setattr(report, "generated_statistics", lambda found, *args: [*found, stops()])
+        calc("fid_auto", flags)
+    assert len(drawn) == 5
+    monkeypatch.setattr(all_features, "choose", lambda name, *rest: choose("digits", *rest))
+    assert calc("fid_auto", flags)["value"] == whole["value"]
+    assert len(drawn) == 10
+
+
+def test_the_table_has_both_distances(calc, whole, drawn, capsys):
+    capsys.readouterr()
+    calc("fid_whole")  # typed again, it prints what is there
+    out = capsys.readouterr().out
+    assert drawn == []
+    (line,) = (line for line in out.splitlines() if line.startswith("generated "))
+    kernel = whole["kernel"]["generated"]
+    assert line.split() == [
+        "generated", "90", f"{whole['value']:.4g}", f"{kernel['mean']:.3g}", "±", f"{kernel['deviation']:.2g}"
+    ]  # fmt: skip
+    assert "FD(digits)" in out and "KD(digits)" in out and "5 subsets of 50 images" in out
+
+
+def test_a_reference_without_features_has_no_kernel_distance(calc, trained, whole, tmp_path, capsys):
+    stats, full = tmp_path / "stats.npz", tmp_path / "full.npz"
+    real = real_features(trained, "train")
+    reference = Reference(Statistics().update(real), real)
+    reference.statistics.save(stats)
+    reference.save(full)
+    found = calc("fid_stats", f"{FLAGS} --ref_stats {stats}")
+    assert found["kernel"] is None and found["value"] == pytest.approx(whole["value"], rel=1e-5)
+    out = capsys.readouterr().out
+    assert "no kernel distance (KID)" in out and "statistics alone" in out and "KD(" not in out
+    found = calc("fid_full", f"{FLAGS} --ref_stats {full}")
+    assert found["kernel"]["generated"] == pytest.approx(whole["kernel"]["generated"], rel=1e-5)
+
+
+def test_a_file_with_other_content_is_measured_anew(calc, trained, tmp_path, drawn):
+    """The path is the same, and so is the folder of the results."""
+    path, rng = tmp_path / "samples.npz", np.random.default_rng(0)
+    values = []
+    for spread in (256, 100):
+        np.savez(path, arr_0=rng.integers(0, spread, (30, 16, 16, 3), dtype=np.uint8))
+        values += [calc("fid_file", f"--features digits --samples {path} --kid_subsets 2")["value"]] * 2
+        assert calc("fid_file", f"--features digits --samples {path} --kid_subsets 2")["value"] == values[-1]
+    assert values[0] != values[-1] and drawn == []
+    path.unlink()  # what was measured of it stands
+    assert calc("fid_file", f"--features digits --samples {path} --kid_subsets 2")["value"] == values[-1]
+
+
+def test_a_file_with_other_content_between_two_starts_is_measured_whole(calc, tmp_path, monkeypatch):
+    path, rng = tmp_path / "samples.npz", np.random.default_rng(0)
+    flags = f"--features digits --samples {path} --kid_subsets 2"
+    np.savez(path, arr_0=rng.integers(0, 256, (30, 16, 16, 3), dtype=np.uint8))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(report, "generated_statistics", lambda found, *args: [*found, stops()])
+        calc("fid_replaced", flags)
+    np.savez(path, arr_0=rng.integers(0, 100, (30, 16, 16, 3), dtype=np.uint8))
+    assert calc("fid_replaced", flags)["value"] == calc("fid_fresh", flags)["value"]
+
+
+def test_another_experiment_in_the_same_folder_is_refused(calc, whole, capsys):
+    with pytest.raises(SystemExit) as stop:
+        calc("fid_whole", FLAGS.replace("90", "80"))
+    assert stop.value.code == 2 and "n_samples: 90 there, 80 now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "low"), [("n_samples", 2), ("kid_subsets", 1), ("kid_subset_size", 2)])
+def test_too_few_are_refused(calc, flag, low, capsys):
+    with pytest.raises(SystemExit) as stop:
+        calc("fid_few", f"--{flag} {low - 1}")
+    assert stop.value.code == 2
+    message = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert f"got {flag} {low - 1}, wanted at least {low}: pass --{flag} N" in message
+
+
+def test_of_many_real_images_a_random_part_is_kept(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "MOST", 100)
+    model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained), amp=False))
+    features = all_features.named("digits", model.device)
+    args = model.dataset("train"), model.data, features, None, tmp_path, 300, model.world
+    made, read = report.real_reference(*args), report.real_reference(*args)
+    real = real_features(trained, "train")
+    wanted = real[sorted(fixed_subset(1438, 100))]
+    assert torch.equal(made.features, read.features)
+    torch.testing.assert_close(made.features, wanted)
+    assert made.statistics.count == read.statistics.count == 1438
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    monkeypatch.setattr(report, "MOST", 50)
+    report.real_statistics(*args)
+    assert next(tmp_path.iterdir()).name != path.name  # a file with fewer features is another one

@@ -1,0 +1,123 @@
+"""Precision, recall, density and coverage of a trained model, end to end."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import call, run
+
+from experiments.experiment import ModelConfig, OutputConfig, load_model
+from experiments.images import read_samples
+from experiments.kept import FOLDER
+from experiments.metrics.features import pixels
+from experiments.metrics.measured import together
+from experiments.metrics.prdc import PRDC, prdc
+from train.data import ImageSource, fixed_subset, images_in_order
+from train.generate import TrainedSampler
+
+SCRIPT = "experiments/calc_PRDC.py"
+
+
+def results(logs, name):
+    return json.loads((logs / name / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    """A samples.npz of 400 images of noise, brighter and brighter."""
+    path = tmp_path_factory.mktemp("noise") / "samples.npz"
+    brightness = np.linspace(10, 255, 400).reshape(-1, 1, 1, 1)
+    np.savez(path, arr_0=(np.random.default_rng(0).random((400, 8, 8, 3)) * brightness).astype(np.uint8))
+    return path
+
+
+def test_the_numbers_are_those_of_the_images(trained_ddpm, noise, capsys):
+    flags = f"--logs_root {trained_ddpm} --sampler ddpm --samples {noise} --features pixels --nearest_k 4 --log_dir n"
+    call(SCRIPT, flags)
+    found, out = results(trained_ddpm, "n"), capsys.readouterr().out
+    model = load_model(ModelConfig(sampler="ddpm"), OutputConfig(logs_root=str(trained_ddpm)))
+    extract = pixels.build("cpu")
+
+    def real(split, count):
+        source = ImageSource(model.dataset(split), model.data)
+        (batch,) = images_in_order(source, count, fixed_subset(len(source), count))
+        return extract(batch["image"].expand(-1, 3, -1, -1))
+
+    real, held_out, fake = real("train", 400), real("val", 359), extract(read_samples(noise)["image"])
+    for kind, features in {"generated": fake, "generated_at_n_held_out": fake[:359], "held_out": held_out}.items():
+        assert found[kind] == pytest.approx(prdc(real, features, 4)._asdict())
+    assert (found["n_real"], found["n_generated"], found["n_held_out"], found["k"]) == (400, 400, 359, 4)
+    assert found["held_out"]["coverage"] > 0.8 > found["generated"]["coverage"]
+    for name in PRDC._fields:
+        assert name in out and f"{found['generated'][name]:.3f}" in out and f"{found['held_out'][name]:.3f}" in out
+    assert "of digits, train split" in out and (trained_ddpm / "n" / "samples.png").is_file()
+    assert not (trained_ddpm / "n" / FOLDER).exists()
+    call(SCRIPT, flags)
+    assert capsys.readouterr().out.endswith(out[out.index("\nagainst") :])  # typed again, it tells the same
+
+
+def test_no_more_images_than_the_split_has(trained_ddpm, noise, capsys):
+    flags = f"--logs_root {trained_ddpm} --sampler ddpm --samples {noise} --features pixels"
+    call(SCRIPT, f"{flags} --split val --log_dir val")
+    found = results(trained_ddpm, "val")
+    assert found["n_real"] == found["n_generated"] == found["n_held_out"] == 359
+    assert "the val split has no more" in capsys.readouterr().out
+    assert found["generated"] == found["generated_at_n_held_out"]
+
+
+def test_other_samples_under_the_same_name_are_measured_anew(trained_ddpm, noise, tmp_path):
+    path = tmp_path / "samples.npz"
+    path.write_bytes(noise.read_bytes())
+    flags = f"--logs_root {trained_ddpm} --sampler ddpm --samples {path} --features pixels --log_dir other"
+    call(SCRIPT, flags)
+    assert results(trained_ddpm, "other")["n_generated"] == 400
+    np.savez(path, arr_0=np.zeros((30, 8, 8, 3), np.uint8))
+    call(SCRIPT, flags)
+    assert results(trained_ddpm, "other")["n_generated"] == 30
+
+
+def test_a_cut_off_start_goes_on_to_the_same_numbers(trained, monkeypatch):
+    flags = f"--logs_root {trained} --n_samples 14 --batch_size 4 --nearest_k 2 --features pixels --no_amp"
+    call(SCRIPT, f"{flags} --log_dir whole")
+    draw, asked = TrainedSampler.draw, []
+
+    def failing(model, indices, *args, **how):
+        asked.append(indices)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return draw(model, indices, *args, **how)
+
+    monkeypatch.setattr(TrainedSampler, "draw", failing)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        call(SCRIPT, f"{flags} --log_dir cut")
+    call(SCRIPT, f"{flags} --log_dir cut")
+    assert [indices[0] for indices in asked] == [0, 4, 8, 8, 12]
+    whole, cut = results(trained, "whole"), results(trained, "cut")
+    assert all(whole[key] == cut[key] for key in ("generated", "held_out", "n_generated"))
+    assert (trained / "whole" / "samples.png").read_bytes() == (trained / "cut" / "samples.png").read_bytes()
+
+
+@pytest.mark.parametrize("flags, said", [("--nearest_k 20", "nearest_k 20"), ("--nearest_k 0", "at least 1")])
+def test_what_cannot_be_measured_is_refused_in_one_line(trained, capfd, flags, said):
+    with pytest.raises(SystemExit) as stop:
+        call(SCRIPT, f"--logs_root {trained} --n_samples 9 --features pixels --log_dir refused {flags}")
+    assert stop.value.code == 2
+    assert said in capfd.readouterr().err
+
+
+def test_parts_are_put_together_as_they_come():
+    batches = [{"a": torch.full((n, 2), n), "b": torch.arange(n)} for n in (3, 2)]
+    whole = together(iter(batches), 9, ("a", "b", "missing"))
+    assert whole["a"].tolist() == [[3, 3]] * 3 + [[2, 2]] * 2 and whole["b"].tolist() == [0, 1, 2, 0, 1]
+    assert whole.keys() == {"a", "b"} and together(iter([]), 4) == {}
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(trained_ddpm):
+    flags = f"--logs_root {trained_ddpm} --sampler ddpm --n_samples 30 --batch_size 4 --features pixels --no_amp"
+    for name, processes in (("one", 1), ("two", 2)):
+        done = run(SCRIPT, f"{flags} --log_dir {name}", processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = results(trained_ddpm, "one"), results(trained_ddpm, "two")
+    assert all(one[key] == two[key] for key in one.keys() - {"run"}) and one["n_generated"] == 30

@@ -1,0 +1,155 @@
+"""Nearest training images of a trained model's images, end to end."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import call, run
+
+from experiments.experiment import ModelConfig, OutputConfig, load_model
+from experiments.kept import FOLDER
+from experiments.metrics import nearest_neighbours
+from experiments.metrics.neighbours_picture import Row, save_picture, shown_size
+from experiments.metrics.neighbours_report import like_data
+from train.config import DataConfig
+from train.data import ImageSource, images_in_order
+
+SCRIPT = "experiments/calc_nearest_neighbours.py"
+MANY = "--features pixels --rerank pixels --candidates 200 --neighbours 3"
+QUICK = "--features pixels --rerank pixels --candidates 5 --neighbours 3"
+
+
+def results(logs, name):
+    return json.loads((logs / name / "results.json").read_text())
+
+
+def training_images(logs, sampler):
+    model = load_model(ModelConfig(sampler=sampler), OutputConfig(logs_root=str(logs)))
+    source = ImageSource(model.dataset("train"), model.data)
+    return torch.cat([batch["image"] for batch in images_in_order(source, 500)])
+
+
+def saved(path, images):
+    """A samples.npz of grey images uint8 (N, 1, H, W)."""
+    np.savez(path, arr_0=images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
+    return path
+
+
+def test_copies_are_found_and_told(trained_ddpm, tmp_path, capsys):
+    images = training_images(trained_ddpm, "ddpm")
+    samples = torch.cat([images[[5, 700]], 255 - images[[5, 700]]])
+    path = saved(tmp_path / "samples.npz", samples)
+    call(SCRIPT, f"--logs_root {trained_ddpm} --sampler ddpm --samples {path} {MANY} --log_dir copies")
+    found, out = results(trained_ddpm, "copies"), capsys.readouterr().out
+    assert [row[0] for row in found["neighbours"][:2]] == [5, 700]
+    assert found["distances"][0][0] == found["distances"][1][0] == found["feature_distances"][1][0] == 0
+    assert all(len(row) == 3 and row == sorted(row) for row in found["distances"])
+    far = (samples[2].double() - images.double()).square().sum((1, 2, 3)).sqrt() / 255
+    assert found["distances"][2] == pytest.approx(far.sort().values[:3].tolist())
+    assert (found["equal_pixels"], found["equal_codes"], found["n_samples"]) == (0.5, None, 4)
+    assert (found["n_held_out"], found["n_training"], found["candidates"]) == (4, 1438, 200)
+    assert "copies, pixel by pixel" in out and "50.0 %" in out and "code by code" not in out
+    assert not (trained_ddpm / "copies" / FOLDER).exists()
+    with Image.open(trained_ddpm / "copies" / "neighbours.png") as picture:
+        pixels = np.asarray(picture).reshape(-1, 3)
+    assert (pixels == (210, 0, 0)).all(1).sum() > 2 * 64 * 4  # two copies are framed
+
+
+def test_codes_of_a_model_of_codes_are_compared(trained, capsys):
+    flags = f"--logs_root {trained} --n_samples 6 --batch_size 4 --no_amp {QUICK}"
+    call(SCRIPT, f"{flags} --log_dir codes")
+    found, out = results(trained, "codes"), capsys.readouterr().out
+    assert 0 <= found["equal_codes"] <= 1 and "copies, code by code" in out
+    assert found["ranked_by"] == "pixels" and len(found["views"]) == 9  # as it was trained
+    assert found["ratio"] == pytest.approx(found["median"] / found["median_held_out"])
+    call(SCRIPT, f"{flags} --log_dir codes")
+    assert capsys.readouterr().out.endswith(out[out.index("\n6 generated") :])  # typed again, it tells the same
+
+
+def test_a_cut_off_start_goes_on_to_the_same_answer(trained_ddpm, monkeypatch):
+    flags = f"--logs_root {trained_ddpm} --sampler ddpm --n_samples 5 --batch_size 2 --no_amp {QUICK}"
+    call(SCRIPT, f"{flags} --log_dir whole")
+    ranked, asked = nearest_neighbours.ranked, []
+
+    def failing(*args):
+        asked.append(1)
+        if len(asked) == 6:
+            raise KeyboardInterrupt
+        return ranked(*args)
+
+    monkeypatch.setattr(nearest_neighbours, "ranked", failing)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        call(SCRIPT, f"{flags} --log_dir cut")
+    monkeypatch.setattr("train.generate.TrainedSampler.draw", None)  # nothing is drawn again
+    call(SCRIPT, f"{flags} --log_dir cut")
+    assert len(asked) == 6 + 6  # 10 images in batches of 2, of which two were done
+    whole, cut = results(trained_ddpm, "whole"), results(trained_ddpm, "cut")
+    assert all(whole[key] == cut[key] for key in whole.keys() - {"run"})
+
+
+@pytest.mark.skipif("LPIPS_SQUEEZE" not in os.environ, reason="LPIPS_SQUEEZE names no folder with squeeze.backbone.pth")
+def test_lpips_ranks_with_the_weights_of_a_file(trained_ddpm):
+    flags = "--n_samples 2 --candidates 4 --neighbours 2 --features pixels --perceptual_net squeeze --log_dir lpips"
+    weights = f"{os.environ['LPIPS_SQUEEZE']}/squeeze.backbone.pth"
+    call(SCRIPT, f"--logs_root {trained_ddpm} --sampler ddpm {flags} --perceptual_weights {weights}")
+    found = results(trained_ddpm, "lpips")
+    assert found["ranked_by"] == "LPIPS (squeeze)" and found["run"]["files"].keys() == {"perceptual_weights"}
+    assert all(0 < row[0] <= row[1] for row in found["distances"])
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--candidates 2", "candidates 2, wanted at least 10"),
+        ("--rerank pixels --perceptual_weights x.pth", "needs none"),
+        ("--perceptual_weights missing.pth", "missing.pth"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_in_one_line(trained_ddpm, capfd, flags, said):
+    with pytest.raises(SystemExit) as stop:
+        call(SCRIPT, f"--logs_root {trained_ddpm} --sampler ddpm --features pixels --log_dir refused {flags}")
+    assert stop.value.code == 2
+    assert said in capfd.readouterr().err
+
+
+def test_samples_become_as_the_data_are():
+    colour = torch.randint(0, 256, (2, 3, 4, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    grey = like_data(colour, DataConfig(img_size=4, img_width=6, n_channels=1))
+    assert torch.equal(grey, colour.float().mean(1, keepdim=True).round().byte())
+    assert torch.equal(like_data(colour, DataConfig(img_size=4, img_width=6)), colour)
+    assert like_data(grey, DataConfig(img_size=4, img_width=6)).shape == colour.shape
+    with pytest.raises(ValueError, match="4x6 pixels, wanted 6x4"):
+        like_data(colour, DataConfig(img_size=6, img_width=4))
+
+
+@pytest.mark.parametrize(
+    "size, shown", [((8, 8), (64, 64)), ((28, 20), (40, 56)), ((100, 90), (90, 100)), ((256, 128), (64, 128))]
+)
+def test_images_are_shown_large_enough_and_no_larger(size, shown):
+    assert shown_size(torch.zeros(3, *size)) == shown
+
+
+def test_the_picture_has_an_image_and_its_neighbours_in_a_row(tmp_path):
+    near = torch.tensor([10, 200, 30])[:, None, None].expand(5, 3, 64, 64).byte()
+    row = Row(torch.zeros(1, 64, 64).byte(), "sample 0", near, [0.5] * 5)
+    save_picture(tmp_path / "p.png", {"one": [row], "two": [row, row]}, "title")
+    with Image.open(tmp_path / "p.png") as picture:
+        pixels = np.asarray(picture)
+    green = (pixels == (10, 200, 30)).all(-1)
+    assert green.sum() == 15 * 64 * 64 and green.any(1).sum() == 3 * 64 and green.any(0).sum() == 5 * 64
+    assert not (pixels == (210, 0, 0)).all(-1).any()
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(trained):
+    for name, processes in (("one", 1), ("two", 2)):
+        flags = f"--logs_root {trained} --n_samples 9 --batch_size 2 --no_amp {QUICK} --log_dir {name}"
+        done = run(SCRIPT, flags, processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = results(trained, "one"), results(trained, "two")
+    assert all(one[key] == two[key] for key in one.keys() - {"run"}) and len(one["neighbours"]) == 9
+    pictures = [(trained / name / "neighbours.png").read_bytes() for name in ("one", "two")]
+    assert pictures[0] == pictures[1]

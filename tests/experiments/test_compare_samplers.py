@@ -1,0 +1,233 @@
+"""Solvers of one trained model against each other: which are run, what is measured, and what is not made twice."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import call, run
+
+from experiments.metrics.sampler_comparison import costs, explained, summed_up
+from experiments.metrics.solver_plot import plot
+from experiments.solver_runs import SolverRun, read_entry, runs_of
+
+SCRIPT = "experiments/compare_samplers.py"
+TINY = "--n_samples 6 --batch_size 4 --features pixels --no_amp"
+
+
+def results(logs, name):
+    return json.loads((logs / name / "results.json").read_text())
+
+
+def test_entries_are_read_and_written_as_they_are_typed():
+    wanted = {
+        "halton": SolverRun("halton", None),
+        "halton:12": SolverRun("halton", 12),
+        "halton:temp=0.9": SolverRun("halton", None, (("temp", "0.9"),)),
+        "remask:8:remasking=cap,remask_eta=0.1": SolverRun("remask", 8, (("remasking", "cap"), ("remask_eta", "0.1"))),
+    }
+    for entry, each in wanted.items():
+        assert read_entry(entry) == each and str(each) == entry
+    assert wanted["halton"].series == wanted["halton:12"].series == "halton"
+    assert wanted["halton:temp=0.9"].series == "halton temp=0.9"
+
+
+BROKEN = ["", ":4", "halton:", "halton:0", "halton:-1", "halton:x", "halton:4:temp", "halton:4:", "a:4:t=1:2", "a:t=1,"]
+
+
+@pytest.mark.parametrize("entry", [*BROKEN, "auto:4", "auto:temp=0.9", "a:4:t=1=2"])
+def test_other_entries_are_refused(entry):
+    with pytest.raises(ValueError, match="name:steps:key=value"):
+        read_entry(entry)
+
+
+def test_runs_are_each_entry_at_each_number_of_steps_once():
+    found = runs_of(["a:9", "a", "first_hitting", "b:t=1"], [4, 9], [], 16)
+    assert list(map(str, found)) == ["a:9", "a:4", "first_hitting", "b:4:t=1", "b:9:t=1"]
+
+
+def test_auto_is_what_the_process_has_after_its_yardstick():
+    absorbing = {"ancestral", "first_hitting", "halton", "confidence", "remask"}
+    found = list(map(str, runs_of(["auto"], [4, 32], absorbing, 16)))
+    assert found[:5] == ["ancestral:256", "ancestral:4", "ancestral:32", "halton:4", "confidence:4"]
+    assert found[5:] == ["remask:4", "remask:32", "first_hitting"]  # in turn, 16 codes have no use for 32 steps
+    assert "halton:32" in map(str, runs_of(["halton"], [4, 32], absorbing, 16))  # asked for by name
+    assert list(map(str, runs_of(["auto"], [5], {"ddpm", "heun"}, 1))) == ["ddpm:250", "heun:5"]
+    assert list(map(str, runs_of(["auto"], [5], {"raster"}, 16))) == ["raster"]
+
+
+def test_costs_are_per_batch_and_per_image():
+    spent = torch.tensor([[3, 40, 8.0, 10], [5, 20, 2.0, 10], [4, 18, 2.0, 4]], dtype=torch.float64)
+    assert costs(spent) == {"calls_per_batch": 4, "evaluations_per_image": 3.25, "seconds_per_image": 0.5}
+
+
+SETS = {
+    "a:9/0": {"distance": 4.0, "calls_per_batch": 9, "evaluations_per_image": 9, "seconds_per_image": 1.0},
+    "a:9/1": {"distance": 6.0, "calls_per_batch": 9, "evaluations_per_image": 9, "seconds_per_image": 3.0},
+    "b:2:t=1/0": {"distance": 5.0, "calls_per_batch": 2, "evaluations_per_image": 2, "seconds_per_image": 0.5},
+    "b:2:t=1/1": {"distance": 5.8, "calls_per_batch": 2, "evaluations_per_image": 2, "seconds_per_image": 0.5},
+    "c/0": {"distance": 20.0, "calls_per_batch": 1, "evaluations_per_image": 1, "seconds_per_image": 0.1},
+    "c/1": {"distance": 20.0, "calls_per_batch": 1, "evaluations_per_image": 1, "seconds_per_image": 0.1},
+}
+RUNS = [read_entry(entry) for entry in ("a:9", "b:2:t=1", "c")]
+
+
+def test_ratios_are_of_mean_distances_to_the_first():
+    first, second, third = summed_up(SETS, RUNS)
+    assert (first["distance"], first["relative"], first["seconds_per_image"]) == (5.0, 1.0, 2.0)
+    assert second["relative"] == pytest.approx(1.08) and second["solver"] == "b t=1" and second["steps"] == 2
+    assert third["relative"] == 4.0 and third["steps"] is None
+
+
+def test_the_cheapest_that_comes_near_is_named(tmp_path):
+    rows = summed_up(SETS, RUNS)
+    rows.append(rows[1] | {"solver": "d", "distance": 5.0, "relative": 1.0, "evaluations_per_image": 8})
+    comparison = type("Comparison", (), {"seeds": 2, "n_samples": 10})
+    text = explained({"metric": "FD(pixels)", "summary": rows}, comparison)
+    assert "2 sets of 10 images" in text and "b t=1 in 2 steps, 4 times as fast" in text
+    assert "5.400 ± 0.566" in text and "1.080" in text
+    assert "times as fast" not in explained({"metric": "FD(pixels)", "summary": [rows[0], rows[2]]}, comparison)
+    plot(tmp_path / "plot.png", rows, "FD(pixels)", "title")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+SOLVERS = "ancestral:5 halton:2:temp=0.5 first_hitting confidence:3:choice_temp=2"
+KEYS = ["ancestral:5", "halton:2:temp=0.5", "first_hitting", "confidence:3:choice_temp=2"]
+
+
+def test_a_comparison_of_codes_tells_distance_and_cost_and_goes_on(trained, capfd):
+    flags = f"--logs_root {trained} {TINY} --log_dir compared --guidance 1 --solvers {SOLVERS} --seeds 2"
+    call(SCRIPT, flags)
+    out, path = capfd.readouterr().out, trained / "compared" / "results.json"
+    found = results(trained, "compared")
+    assert list(found["sets"]) == [f"{key}/{seed}" for seed in (0, 1) for key in KEYS]
+    one = found["sets"]["first_hitting/0"]
+    assert one["calls_per_batch"] == 16 and 15 < one["evaluations_per_image"] <= 16 and one["seconds_per_image"] > 0
+    assert found["sets"]["halton:2:temp=0.5/0"]["calls_per_batch"] == 2
+    assert len({each["distance"] for each in found["sets"].values()}) == 8
+    assert all(key.replace(":", "_") + f"_{seed}.png" in names(path.parent) for key in KEYS for seed in (0, 1))
+    assert "compare_samplers.png" in names(path.parent) and ".kept" not in names(path.parent)
+    assert "relative to ancestral" in out and "halton temp=0.5" in out
+
+    kept, lost = found["sets"]["ancestral:5/0"], found["sets"].pop("confidence:3:choice_temp=2/1")
+    kept["seconds_per_image"] = 1e6
+    path.write_text(json.dumps(found))
+    call(SCRIPT, flags)
+    again = results(trained, "compared")
+    assert again["sets"]["ancestral:5/0"] == kept  # not measured again
+    assert again["sets"]["confidence:3:choice_temp=2/1"]["distance"] == pytest.approx(lost["distance"])
+    assert again["summary"][0]["seconds_per_image"] > 1e5
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_set_goes_on_within(trained, monkeypatch):
+    from train.generate import TrainedSampler
+
+    flags = f"--logs_root {trained} {TINY} --solvers ancestral:3 --log_dir"
+    call(SCRIPT, f"{flags} whole")
+    draw, drawn = TrainedSampler.draw, []
+
+    def cut_off(self, indices, *args, **how):
+        drawn.append(indices)
+        if len(drawn) == 3:  # of the run's check, and of its two batches
+            raise KeyboardInterrupt
+        return draw(self, indices, *args, **how)
+
+    monkeypatch.setattr(TrainedSampler, "draw", cut_off)
+    with pytest.raises(SystemExit):
+        call(SCRIPT, f"{flags} cut")
+    call(SCRIPT, f"{flags} cut")
+    assert drawn == [[0], [0, 1, 2, 3], [4, 5], [0], [4, 5]]
+    one, two = (results(trained, name)["sets"]["ancestral:3/0"] for name in ("whole", "cut"))
+    assert one["distance"] == two["distance"] and one["evaluations_per_image"] == two["evaluations_per_image"]
+
+
+def test_one_solver_is_measured_as_calc_fid_measures_it(trained):
+    call(SCRIPT, f"--logs_root {trained} {TINY} --solvers halton:3:temp=0.7 --seed 5 --log_dir one")
+    flags = "--solver halton --sample_steps 3 --temp 0.7 --seed 5 --log_dir one_fid"
+    call("experiments/calc_FID.py", f"--logs_root {trained} {TINY} {flags}")
+    found = results(trained, "one")["sets"]["halton:3:temp=0.7/5"]["distance"]
+    assert found == pytest.approx(results(trained, "one_fid")["value"], rel=1e-9)
+
+
+def test_time_is_that_of_drawing_alone(trained, monkeypatch):
+    from experiments.metrics import sampler_comparison
+    from experiments.metrics.features import pixels
+    from train.generate import TrainedSampler
+
+    clock, draw, build = SimpleNamespace(now=0.0), TrainedSampler.draw, pixels.build
+
+    def passes(seconds, function):
+        def later(*args, **how):
+            clock.now += seconds
+            return function(*args, **how)
+
+        return later
+
+    monkeypatch.setattr(sampler_comparison, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(TrainedSampler, "draw", passes(8.0, draw))
+    monkeypatch.setattr(pixels, "build", lambda device: passes(100.0, build(device)))
+    call(SCRIPT, f"--logs_root {trained} {TINY} --batch_size 3 --solvers ancestral:1 --log_dir timed")
+    assert results(trained, "timed")["sets"]["ancestral:1/0"]["seconds_per_image"] == pytest.approx(8 / 3)
+
+
+def test_other_features_are_measured_anew(trained):
+    flags = f"--logs_root {trained} {TINY} --solvers ancestral:2 --log_dir other_features"
+    call(SCRIPT, flags)
+    path = trained / "other_features" / "results.json"
+    found = results(trained, "other_features")
+    path.write_text(json.dumps(found | {"features_code": "older", "sets": {"ancestral:2/0": {"distance": 0.0}}}))
+    call(SCRIPT, flags)
+    assert results(trained, "other_features")["sets"]["ancestral:2/0"]["distance"] > 0
+
+
+def test_every_gaussian_solver_is_measured(trained_ddpm, capfd):
+    flags = f"--logs_root {trained_ddpm} --sampler ddpm {TINY} --log_dir solvers --steps 2"
+    call(SCRIPT, f"{flags} --solvers ddpm:5 ddim dpmpp_2m unipc heun:3 --guidance 1")
+    found = results(trained_ddpm, "solvers")["sets"]
+    assert list(found) == ["ddpm:5/0", "ddim:2/0", "dpmpp_2m:2/0", "unipc:2/0", "heun:3/0"]
+    assert found["heun:3/0"]["calls_per_batch"] == found["heun:3/0"]["evaluations_per_image"] == 5
+    assert "relative to ddpm" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(trained):
+    flags = f"--logs_root {trained} {TINY} --solvers ancestral:3 halton:2 --log_dir"
+    call(SCRIPT, f"{flags} of_one")
+    done = run(SCRIPT, f"{flags} of_two", processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = (results(trained, name)["summary"] for name in ("of_one", "of_two"))
+    for mine, other in zip(one, two, strict=True):
+        assert mine.keys() == other.keys()
+        for key in ("distance", "relative", "calls_per_batch", "evaluations_per_image"):
+            assert other[key] == pytest.approx(mine[key], rel=1e-6)
+
+
+REFUSED = {  # flags -> what the message must hold
+    "--solvers ancestral:4 haltom:4": ["haltom", "halton"],
+    "--solvers halton:0": ["'halton:0'", "name:steps"],
+    "--solvers": ["no solvers", "--solvers"],
+    "--solvers ancestral:4:choice_temp=2": ["--solvers ancestral:4:choice_temp=2", "choice_temp 2.0"],
+    "--solvers ancestral:4:tempp=2": ["tempp"],
+    "--solvers ancestral:4:temp=-1": ["--solvers ancestral:4:temp=-1", "temp"],
+    "--solvers first_hitting:4": ["first_hitting takes 16 steps"],
+    "--steps 0": ["steps [0]", "--steps"],
+    "--seeds 0": ["seeds 0", "--seeds"],
+    "--n_samples 1": ["n_samples 1", "--n_samples"],
+    "--solver halton": ["solver halton", "--solvers"],
+    "--sample_steps 8": ["sample_steps 8", "--solvers"],
+    "--choice_temp 2": ["choice_temp 2.0", "key=value"],
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_what_cannot_be_is_refused_before_anything_is_sampled(flags, trained, capfd):
+    with pytest.raises(SystemExit) as stop:
+        call(SCRIPT, f"--logs_root {trained} --log_dir refused {flags}")
+    message = " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert stop.value.code == 2 and "Traceback" not in message
+    assert all(word in message for word in REFUSED[flags]), message
+    assert not (trained / "refused").exists()

@@ -1,0 +1,124 @@
+"""Class-changing edits end to end on tiny models."""
+
+import json
+
+import pytest
+import torch
+from tiny import call
+
+from experiments.experiment import ModelConfig, OutputConfig, load_model
+from experiments.given_images import given_images
+from train.generate import TrainedSampler
+
+
+def edit(logs, flags):
+    call("experiments/edit.py", f"--logs_root {logs} --no_amp --device cpu {flags}")
+
+
+def results_in(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """(seeds, given, options, start, made) of every batch."""
+    seen, draw = [], TrainedSampler.draw
+
+    def watched(self, indices, seed, options, *, given, start, **how):
+        made = draw(self, indices, seed, options, given=given, start=start, **how)
+        seen.append((indices, given, options, start, made))
+        return made
+
+    monkeypatch.setattr(TrainedSampler, "draw", watched)
+    return seen
+
+
+@pytest.mark.parametrize("sampler", ["absorbing", "ddpm"])
+def test_each_image_becomes_each_class(sampler, request, drawn, capsys):
+    logs = request.getfixturevalue("trained" if sampler == "absorbing" else "trained_ddpm")
+    edit(logs, f"--sampler {sampler} --n_images 2 --label 3 7 8 --sample_steps 2 --guidance 2 --log_dir edited")
+    ((indices, given, options, start, made),) = drawn
+    assert given["label"].tolist() == [3, 7, 8] * 2 and options.guidance == 2
+    assert indices == [0, 0, 0, 1, 1, 1]  # an image forgets the same whatever it becomes
+    assert start.t == 0.7 and not start.keep.any() and torch.equal(start.x0[0], start.x0[2])
+    found = results_in(logs / "edited")
+    assert found["labels"] == [3, 7, 8] and all(0 <= row["asked"]["value"] <= 1 for row in found["of_label"])
+    names = sorted(path.name for path in (logs / "edited" / "images").glob("*.png"))
+    assert len(names) == 6 and names[0].endswith("_as_3.png") and names[-1].endswith("_as_8.png")
+    assert "redrawn as" in capsys.readouterr().out and (logs / "edited" / "edited.png").is_file()
+    drawn.clear()
+    edit(logs, f"--sampler {sampler} --n_images 2 --label 3 7 8 --sample_steps 2 --guidance 2 --log_dir edited")
+    assert not drawn and not (logs / "edited" / ".kept").exists()
+
+
+def test_less_forgotten_is_nearer(trained, trained_ddpm):
+    for logs, sampler in ((trained, "absorbing"), (trained_ddpm, "ddpm")):
+        far = []
+        for strength in (0.1, 1.0):
+            flags = f"--sampler {sampler} --n_images 6 --label 1 --strength {strength} --sample_steps 20"
+            edit(logs, f"{flags} --log_dir at_{strength}")
+            (row,) = results_in(logs / f"at_{strength}")["of_label"]
+            far.append(row["distance"])
+        if sampler == "ddpm":  # of codes, the untrained decoder decides
+            assert far[0] < far[1]
+
+
+def test_a_share_of_the_codes_stays_as_it_was(trained, drawn):
+    edit(trained, "--n_images 40 --label 1 --strength 0.4 --sample_steps 4 --log_dir share")
+    *_, start, made = drawn[0]
+    assert 0.6 <= (made["codes"] == start.x0).float().mean() < 0.8  # some are drawn as they were
+
+
+def test_an_edit_cut_off_goes_on(trained, monkeypatch, drawn):
+    flags = "--n_images 4 --label 1 --batch_size 2 --sample_steps 2"
+    edit(trained, f"{flags} --log_dir whole")
+    watched, calls = TrainedSampler.draw, []
+
+    def cut(self, *args, **how):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return watched(self, *args, **how)
+
+    monkeypatch.setattr(TrainedSampler, "draw", cut)
+    with pytest.raises(SystemExit):
+        edit(trained, f"{flags} --log_dir again")
+    drawn.clear()
+    edit(trained, f"{flags} --log_dir again")
+    assert len(drawn) == 1  # the first batch was kept
+    one, two = ({k: v for k, v in results_in(trained / name).items() if k != "run"} for name in ("whole", "again"))
+    assert one == two
+
+
+def test_other_pictures_are_another_run(trained, tmp_path, capsys):
+    model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained)))
+    image = given_images((), 1, model).image[0, 0]
+    from PIL import Image
+
+    path = tmp_path / "a.png"
+    for k in (0, 1):
+        Image.fromarray((image // (k + 1)).numpy()).save(path)
+        flags = f"--image {path} --label 1 --sample_steps 2 --log_dir same_name"
+        if k == 0:
+            edit(trained, flags)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        edit(trained, flags)
+    assert "given_images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("--strength 0", "0 changes nothing"),
+        ("--strength 1.5", "--strength"),
+        ("--label 12", "--label 12, wanted 0 to 9"),
+        ("--n_images 0", "--n_images"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(trained, capsys, flags, wanted):
+    with pytest.raises(SystemExit) as stop:
+        edit(trained, f"{flags} --log_dir refused")
+    assert stop.value.code == 2
+    assert wanted in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not (trained / "refused").exists()

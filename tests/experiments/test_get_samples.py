@@ -1,0 +1,149 @@
+"""get_samples.py on tiny trained models: images of one class, and starts that were cut off."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import DDPM, SAMPLER, call
+
+from experiments.images import read_samples
+from experiments.metrics.digits import GOALS, share_as_asked
+from train.generate import TrainedSampler
+
+
+def samples(logs, flags):
+    call("experiments/get_samples.py", f"--logs_root {logs} --no_amp --batch_size 4 {flags}")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What every batch was drawn with."""
+    batches, draw = [], TrainedSampler.draw
+
+    def watched(model, indices, *args, **how):
+        batches.append({"indices": indices, **how})
+        return draw(model, indices, *args, **how)
+
+    monkeypatch.setattr(TrainedSampler, "draw", watched)
+    return batches
+
+
+def test_cut_off_and_typed_again_it_writes_the_same_files(trained, drawn, monkeypatch):
+    flags = "--n_samples 10 --save_individually --save_process"
+    samples(trained, f"{flags} --log_dir samples_whole")
+    whole, cut = trained / "samples_whole", trained / "samples_cut"
+    drawn.clear()
+    draw = TrainedSampler.draw
+
+    def fails(model, indices, *args, **how):
+        if indices[0] == 8:
+            raise KeyboardInterrupt
+        return draw(model, indices, *args, **how)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(TrainedSampler, "draw", fails)
+        samples(trained, f"{flags} --log_dir samples_cut")
+    assert stop.value.code == 130
+    assert not any((cut / name).exists() for name in ("results.json", "samples.npz", "samples.png"))
+    drawn.clear()
+    samples(trained, f"{flags} --log_dir samples_cut")
+    assert [batch["indices"] for batch in drawn] == [[8, 9], [0, 1, 2, 3, 4, 5]]  # the last are those of process.png
+    assert "on_step" in drawn[1]
+    files = {path.relative_to(whole) for path in whole.rglob("*")}
+    assert {path.relative_to(cut) for path in cut.rglob("*")} == files and len(files) == 6 + 10
+    for path in files - {whole.relative_to(whole) / "config.yaml"}:
+        if path.suffix in (".png", ".json"):
+            assert (whole / path).read_bytes() == (cut / path).read_bytes()
+    with np.load(whole / "samples.npz") as one, np.load(cut / "samples.npz") as other:
+        assert one.files == other.files
+        assert all(np.array_equal(one[name], other[name]) for name in one.files)
+
+
+def test_all_images_of_one_class(trained, drawn):
+    flags = "--n_samples 6 --label 7 --guidance 3"
+    samples(trained, f"{flags} --log_dir samples_seven --save_process")
+    assert read_samples(trained / "samples_seven" / "samples.npz")["labels"].tolist() == [7] * 6
+    assert [batch["given"]["label"].tolist() for batch in drawn] == [[7] * 4, [7] * 2, [7] * 6]
+    samples(trained, "--n_samples 24 --guidance 3 --log_dir samples_any")
+    own = read_samples(trained / "samples_any" / "samples.npz")
+    samples(trained, "--n_samples 24 --guidance 3 --label 7 --log_dir samples_sevens")
+    sevens = read_samples(trained / "samples_sevens" / "samples.npz")
+    same = (own["codes"] == sevens["codes"]).flatten(1).all(1)
+    assert len(own["labels"].unique()) > 5 and 0 < (own["labels"] == 7).sum() < 24
+    assert same[own["labels"] == 7].all()  # the noise of an image is its own whatever is asked of others
+
+
+def test_the_class_is_part_of_the_experiment(trained, capsys):
+    samples(trained, "--n_samples 2 --label 1 --log_dir samples_one")
+    with pytest.raises(SystemExit) as stop:
+        samples(trained, "--n_samples 2 --label 2 --log_dir samples_one")
+    assert stop.value.code == 2 and "label: 1 there, 2 now" in capsys.readouterr().err
+    found = json.loads((trained / "samples_one" / "results.json").read_text())
+    assert found == {"n_samples": 2, "seed": 0, "label": 1}
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_a_class_that_is_not_there_is_refused(trained, label, capsys):
+    with pytest.raises(SystemExit) as stop:
+        samples(trained, f"--n_samples 2 --label {label} --log_dir samples_none")
+    assert stop.value.code == 2
+    assert f"got --label {label}" in (err := capsys.readouterr().err) and "a class from 0 to 9: pass --label N" in err
+    assert not (trained / "samples_none").exists()
+
+
+def test_a_model_without_classes_has_none(trained, capsys):
+    flags = f"--train_steps 1 --no_amp {SAMPLER} --no_class_conditional --guidance 1 --log_dir classless"
+    call("train_sampler.py", f"--logs_root {trained} {flags}")
+    with pytest.raises(SystemExit) as stop:
+        samples(trained, "--n_samples 2 --label 0 --load_dir classless --log_dir samples_none")
+    assert stop.value.code == 2 and "wanted a model of classes: leave it out" in capsys.readouterr().err
+    samples(trained, "--n_samples 2 --load_dir classless --log_dir samples_classless")
+    assert "labels" not in read_samples(trained / "samples_classless" / "samples.npz")
+
+
+def test_a_class_of_pixels(trained_ddpm, drawn):
+    samples(trained_ddpm, "--sampler ddpm --n_samples 3 --label 4 --log_dir samples_four")
+    assert read_samples(trained_ddpm / "samples_four" / "samples.npz")["labels"].tolist() == [4, 4, 4]
+    assert drawn[0]["given"].keys() == {"label"}
+
+
+def test_other_conditions_stay_beside_the_class(trained_ddpm, drawn, monkeypatch):
+    """A network that is told another image, too, is told those it would be without --label."""
+    flags = "--adapt my_grey.grey --conditions image --condition_channels 1 --log_dir grey"
+    folder = trained_ddpm / "code"
+    folder.mkdir()
+    (folder / "my_grey.py").write_text(
+        "def grey(item):\n    return item | {'condition_image': item['image'].float().mean(0, keepdim=True).byte()}\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    call("train_sampler.py", f"--logs_root {trained_ddpm} --train_steps 1 --no_amp {DDPM} {flags}")
+    flags = "--sampler ddpm --load_dir grey --allow my_grey.grey --n_samples 3 --log_dir"
+    samples(trained_ddpm, f"{flags} grey_any")
+    samples(trained_ddpm, f"{flags} grey_two --label 2")
+    assert drawn[1]["given"]["label"].tolist() == [2, 2, 2]
+    (images,) = (value for name, value in drawn[1]["given"].items() if name != "label")
+    assert torch.equal(images, drawn[0]["held_out"][[0, 1, 2]]["condition_image"])
+
+
+def test_agreement_is_of_the_classes_that_were_asked_for():
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0], [0.0, 5.0, 1.0], [1.0, 0.0, 0.0]])
+    assert share_as_asked(logits, torch.tensor([0, 2, 0, 1])) == 0.5
+    assert share_as_asked(logits, None) is None
+    assert GOALS["samples whose class the classifier gives as asked"] == (">=", 0.97)
+
+
+def test_digits_are_checked_against_the_classes_asked_for(trained, capsys):
+    words = "samples whose class the classifier gives as asked"
+    samples(trained, "--n_samples 20 --log_dir samples_twenty")
+    path = trained / "samples_twenty" / "samples.npz"
+    call("experiments/check_digits.py", f"--logs_root {trained} --samples {path} --log_dir checked")
+    told = json.loads((trained / "checked" / "results.json").read_text())
+    assert 0 <= told[words] <= 1 and words in capsys.readouterr().out
+    with np.load(path) as arrays:
+        unasked = {name: arrays[name] for name in ("arr_0", "codes")}
+    np.savez(trained / "unasked.npz", **unasked)
+    flags = f"--logs_root {trained} --samples {trained / 'unasked.npz'} --log_dir checked_unasked"
+    call("experiments/check_digits.py", flags)
+    without = json.loads((trained / "checked_unasked" / "results.json").read_text())
+    assert without == {name: value for name, value in told.items() if name != words}

@@ -1,0 +1,177 @@
+"""Inpainting end to end on tiny models: what is visible stays, what is hidden is not looked at, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import call
+
+from experiments.experiment import ModelConfig, OutputConfig, load_model
+from experiments.given_images import centred, given_images, with_margins, with_part
+from experiments.metrics.survival import agreement
+from train.generate import TrainedSampler
+
+
+def inpaint(logs, flags):
+    call("experiments/inpaint.py", f"--logs_root {logs} --no_amp --device cpu {flags}")
+
+
+def results_in(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image))[..., 0]
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """What every batch was drawn from, and what came of it."""
+    seen, draw = [], TrainedSampler.draw
+
+    def watched(self, *args, start, **how):
+        made = draw(self, *args, start=start, **how)
+        seen.append((start, made))
+        return made
+
+    monkeypatch.setattr(TrainedSampler, "draw", watched)
+    return seen
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A grey picture, 16x16, and a mask of another size that hides its lower half."""
+    image = (torch.arange(256).view(16, 16)).to(torch.uint8).numpy()
+    Image.fromarray(image).save(tmp_path / "one.png")
+    mask = np.zeros((8, 32), np.uint8)
+    mask[4:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("solver", ["ancestral", "halton", "confidence", "remask"])
+def test_a_kept_code_is_never_altered(trained, starts, solver):
+    flags = f"--n_images 2 --results 2 --hide left --solver {solver} --sample_steps 3"
+    inpaint(trained, f"{flags} --log_dir kept_{solver}")
+    start, made = starts[0]
+    assert start.keep.sum() == 4 * 8 and len(starts) == 2  # the second time all is hidden, for chance
+    assert torch.equal(made["codes"][start.keep], start.x0[start.keep])
+    assert made["codes"].max() < 16 and not starts[1][0].keep.any()
+
+
+@pytest.mark.parametrize("logs", ["trained", "trained_ddpm"])
+def test_without_flags_the_lower_half_of_held_out_images_is_hidden(logs, request, starts, capsys):
+    logs = request.getfixturevalue(logs)
+    model = "--sampler ddpm" if logs.name.startswith("ddpm") else ""
+    flags = f"{model} --n_images 3 --results 2 --sample_steps 2 --batch_size 4 --log_dir lower"
+    inpaint(logs, flags)
+    found = results_in(logs / "lower")
+    assert found["hidden_share"] == 0.5 and found["n_images"] == 3 and found["results_per_image"] == 2
+    assert 0 <= found["survival"]["value"] <= 1 and 0 <= found["chance"]["value"] <= 1
+    assert "as often with all hidden" in capsys.readouterr().out
+    trained = load_model(ModelConfig(sampler="ddpm" if model else "absorbing"), OutputConfig(logs_root=str(logs)))
+    given = given_images((), 3, trained)
+    pictures = sorted((logs / "lower" / "images").glob("*.png"))
+    assert len(pictures) == 6
+    half = trained.data.size[0] // 2
+    first = pixels(pictures[0])
+    assert torch.equal(first[:half], given.image[0, 0, :half]) and not torch.equal(first, pixels(pictures[1]))
+    assert not (logs / "lower" / ".kept").exists() and (logs / "lower" / "inpainted.png").is_file()
+    starts.clear()
+    inpaint(logs, flags)
+    assert not starts  # typed again, it tells what it found
+
+
+def test_what_is_hidden_is_not_looked_at(trained, picture):
+    """A mask of any size, resized; another picture below it, the same results."""
+    image = np.array(Image.open(picture / "one.png"))
+    other = image.copy()
+    other[8:] = 255 - image[8:]
+    Image.fromarray(other).save(picture / "two.png")
+    for name in ("one", "two"):
+        flags = f"--image {picture / name}.png --mask {picture / 'mask.png'} --results 2 --log_dir of_{name}"
+        inpaint(trained, f"{flags} --sample_steps 2")
+    one, two = (trained / f"of_{name}" / "images" / f"000_{name}_1.png" for name in ("one", "two"))
+    assert torch.equal(pixels(one), pixels(two))
+    assert torch.equal(pixels(one)[:8], torch.from_numpy(image)[:8])
+
+
+def test_a_transparent_part_is_filled_in(trained, picture):
+    image = Image.open(picture / "one.png").convert("RGBA")
+    alpha = np.full((16, 16), 255, np.uint8)
+    alpha[:, 12:] = 200  # what shines through is not the picture any more
+    image.putalpha(Image.fromarray(alpha))
+    image.save(picture / "clear.png")
+    inpaint(trained, f"--image {picture / 'clear.png'} --results 1 --sample_steps 2 --log_dir clear")
+    assert results_in(trained / "clear")["hidden_share"] == 0.25
+
+
+def test_the_models_own_rendering_can_be_had(trained):
+    flags = "--n_images 1 --results 1 --sample_steps 2"
+    inpaint(trained, f"{flags} --log_dir pasted")
+    inpaint(trained, f"{flags} --no_paste --log_dir rendered")
+    one, two = (next((trained / name / "images").glob("*.png")) for name in ("pasted", "rendered"))
+    assert torch.equal(pixels(one)[8:], pixels(two)[8:]) and not torch.equal(pixels(one)[:8], pixels(two)[:8])
+    assert "renders" in results_in(trained / "rendered")["visible_pixels"]
+
+
+def test_a_larger_canvas_goes_on_around_the_picture(trained, trained_ddpm, starts):
+    flags = "--n_images 1 --results 1 --sample_steps 2"
+    inpaint(trained, f"{flags} --outpaint 1 0 0 2 --log_dir around")
+    start, made = starts.pop()
+    assert made["image"].shape[2:] == (20, 24) and start.keep[0, 1:, 2:].all() and start.keep.sum() == 16
+    assert torch.equal(made["codes"][start.keep], start.x0[start.keep])
+    assert not starts and "survival" not in results_in(trained / "around")
+    inpaint(trained_ddpm, f"{flags} --sampler ddpm --shape 12 8 --hide top --log_dir taller")
+    start, made = starts.pop()
+    assert made["image"].shape[2:] == (12, 8) and start.keep[0, 6:10].all() and start.keep.sum() == 4 * 8
+
+
+def test_margins_put_a_grid_into_the_middle():
+    assert centred((4, 4), (7, 4)) == (1, 0, 2, 0) and centred((4, 4), (4, 5)) == (0, 1, 0, 0)
+    with pytest.raises(ValueError, match="--shape"):
+        centred((4, 4), (3, 8))
+
+
+def test_a_part_and_margins_hide_what_they_say(trained):
+    model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained)))
+    given = given_images((), 2, model)
+    assert with_part(given, "centre").hidden[0, 4:12, 4:12].all() and with_part(given, "centre").hidden[0].sum() == 64
+    assert with_part(given, "right").hidden[:, :, 8:].all() and not with_part(given, "right").hidden[:, :, :8].any()
+    larger = with_margins(given, (1, 2, 3, 4))
+    assert larger.hidden.shape == (2, 20, 22) and torch.equal(larger.image[:, :, 1:17, 4:20], given.image)
+    assert larger.hidden[0].sum() == 20 * 22 - 16 * 16 and not larger.hidden[:, 1:17, 4:20].any()
+
+
+def test_survival_is_a_share_with_the_error_of_independent_images():
+    share = agreement(torch.tensor([1, 2]), torch.tensor([[1, 1, 1, 0], [2, 0, 0, 0]]))
+    assert share.value == 0.5 and share.error == pytest.approx(0.25)
+    assert agreement(torch.tensor([1]), torch.tensor([[1]])) == (1.0, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("--image {one}", ["one.png is opaque everywhere", "--mask"]),
+        ("--image nowhere.png --hide top", ["nowhere.png not found"]),
+        ("--mask {mask}", ["--mask without --image"]),
+        ("--image {one} --mask {mask} {mask}", ["got 2 masks for 1 images"]),
+        ("--image {one} --mask {one} --hide top --label 10", ["--label 10", "0 to 9"]),
+        ("--results 0", ["results 0", "--results"]),
+        ("--outpaint 1 1 1 1 --shape 8 8", ["pass one of them"]),
+        ("--shape 3 8", ["shape (3, 8)", "--shape"]),
+        ("--image {black} --mask {black}", ["nothing of black.png is hidden"]),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(trained, picture, capsys, flags, wanted):
+    Image.new("L", (16, 16)).save(picture / "black.png")
+    files = {name: picture / f"{name}.png" for name in ("one", "mask", "black")}
+    with pytest.raises(SystemExit) as stop:
+        inpaint(trained, f"{flags.format(**files)} --log_dir refused")
+    assert stop.value.code == 2
+    message = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert all(word in message for word in wanted), message
+    assert not (trained / "refused").exists()

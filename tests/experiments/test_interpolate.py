@@ -1,0 +1,66 @@
+"""Interpolation end to end on tiny models."""
+
+import json
+
+import pytest
+import torch
+from tiny import call
+
+from experiments.experiment import ModelConfig, OutputConfig, load_model
+from experiments.given_images import given_images
+from experiments.redrawing import encoded
+from train.generate import TrainedSampler
+
+
+def interpolate(logs, flags):
+    call("experiments/interpolate.py", f"--logs_root {logs} --no_amp --device cpu {flags}")
+
+
+@pytest.mark.parametrize("sampler", ["absorbing", "ddpm"])
+def test_the_path_leads_from_one_to_the_other(sampler, request, monkeypatch, capsys):
+    logs = request.getfixturevalue("trained" if sampler == "absorbing" else "trained_ddpm")
+    seen, draw = [], TrainedSampler.draw
+
+    def watched(self, indices, seed, options, *, given, start, **how):
+        seen.append((indices, given, options, start))
+        return draw(self, indices, seed, options, given=given, start=start, **how)
+
+    monkeypatch.setattr(TrainedSampler, "draw", watched)
+    flags = f"--sampler {sampler} --n_images 4 --points 5 --strength 0.6 --sample_steps 2 --batch_size 7 --log_dir path"
+    interpolate(logs, flags)
+    indices, x0 = sum((batch[0] for batch in seen), []), torch.cat([batch[3].x0 for batch in seen])
+    assert indices == [0] * 5 + [1] * 5  # one noise for all points of a pair
+    assert all(not batch[1] and batch[2].guidance == 1 and batch[3].t == 0.6 for batch in seen)
+    model = load_model(ModelConfig(sampler=sampler), OutputConfig(logs_root=str(logs), amp=False, device="cpu"))
+    ends = encoded(given_images((), 4, model).image, model)
+    for pair in (0, 1):
+        path = x0[5 * pair : 5 * pair + 5]
+        assert torch.allclose(path[[0, 4]].double(), ends[2 * pair : 2 * pair + 2].double())
+        from_first = (path - path[:1]).double().abs().flatten(1).sum(1)
+        assert (from_first.diff() >= 0).all() and from_first[0] < from_first[2] < from_first[4]
+        if sampler == "ddpm":
+            assert torch.allclose(path[2], (path[0] + path[4]) / 2, atol=1e-6)
+        else:  # whatever comes from the second image stays
+            of_second = path == path[4:]
+            assert (of_second[1:] | ~of_second[:-1]).all()
+    found = json.loads((logs / "path" / "results.json").read_text())
+    assert found["n_pairs"] == 2 and [row["share"] for row in found["points"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert len(list((logs / "path" / "images").glob("*.png"))) == 10 and (logs / "path" / "interpolated.png").is_file()
+    assert "distance to the first" in capsys.readouterr().out
+
+
+def test_with_nothing_forgotten_the_ends_are_the_images_themselves(trained_ddpm):
+    interpolate(trained_ddpm, "--sampler ddpm --n_images 2 --points 3 --strength 0 --log_dir ends")
+    first, _, last = json.loads((trained_ddpm / "ends" / "results.json").read_text())["points"]
+    assert first["to_first"] == last["to_last"] == 0 < first["to_last"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"), [("--n_images 3", "--n_images"), ("--points 1", "--points"), ("--strength 2", "--strength")]
+)
+def test_what_cannot_be_done_is_refused(trained, capsys, flags, wanted):
+    with pytest.raises(SystemExit) as stop:
+        interpolate(trained, f"{flags} --log_dir refused")
+    assert stop.value.code == 2
+    assert wanted in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not (trained / "refused").exists()

@@ -1,0 +1,246 @@
+"""What a page can ask of a trained sampler, without the page."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from diffusion.solvers import solvers_of
+from experiments.experiment import ModelConfig, OutputConfig, load_model
+from experiments.playground import (
+    AS_IN_DATA,
+    NO_CLASS,
+    Playground,
+    Request,
+    as_it_comes,
+    enlarged_picture,
+    fitted,
+)
+
+
+def opened(logs, **model):
+    return load_model(ModelConfig(**model), OutputConfig(logs_root=str(logs), device="cpu", amp=False))
+
+
+@pytest.fixture(scope="module")
+def play(trained):
+    from train.samplers.absorbing import Sampling
+
+    return Playground(opened(trained), Sampling(sample_steps=4), None)
+
+
+@pytest.fixture(scope="module")
+def gaussian(trained_ddpm):
+    from train.samplers.ddpm import Sampling
+
+    return Playground(opened(trained_ddpm, sampler="ddpm"), Sampling(sample_steps=4), None)
+
+
+@pytest.fixture(params=["play", "gaussian"])
+def each(request):
+    return request.getfixturevalue(request.param)
+
+
+def asked(play, **how):
+    options = replace(play.options, **how.pop("options", {}))
+    return Request(options=options, **{"count": 3} | how)
+
+
+def without_classes(play):
+    """The same model as if its data had none."""
+    trained = replace(play.trained, class_frequencies=None)
+    sampler = type("Unconditional", (), {"n_classes": 0, "fields": (), "process": trained.sampler.process})()
+    return replace(play, trained=replace(trained, sampler=sampler))
+
+
+def test_it_offers_what_the_model_has(each):
+    found = {control.name: control for control in each.controls}
+    assert found["solver"].choices == tuple(sorted(solvers_of(each.trained.sampler.process)))
+    assert ("eta" in found) is ("top_k" not in found)  # Gaussian, or of codes
+    assert each.classes == [AS_IN_DATA, NO_CLASS, *"0123456789"]
+    bare = without_classes(each)
+    assert bare.classes == [] and not [name for name in bare.controls if name.name.startswith("guidance")]
+
+
+def test_settings_are_the_options_with_what_stands_in_the_controls(play):
+    found = play.settings({"solver": "halton", "top_k": 5, "guidance_interval": "0 0.5"})
+    assert found == replace(play.options, solver="halton", top_k=5, guidance_interval=(0.0, 0.5))
+    with pytest.raises(ValueError, match="wanted at least 1"):
+        play.settings({"sample_steps": 0})
+
+
+def test_images_are_those_that_the_experiments_draw(each):
+    own = each.trained.draw([0, 1, 2], 5, each.options)
+    assert torch.equal(each.draw(asked(each, seed=5)), own["image"])
+    assert torch.equal(each.draw(asked(each, seed=5, count=2)), own["image"][:2])
+    assert not torch.equal(each.draw(asked(each, seed=6)), own["image"])
+
+
+def test_a_class_is_given_to_all_images_and_none_to_none(each):
+    assert each.given(asked(each)) is None
+    assert each.given(asked(each, label=NO_CLASS)) == {}
+    assert each.given(asked(each, label="7"))["label"].tolist() == [7, 7, 7]
+    seven = each.trained.draw([0, 1, 2], 0, each.options, given={"label": torch.tensor([7, 7, 7])})
+    assert torch.equal(each.draw(asked(each, label="7")), seven["image"])
+    with pytest.raises(ValueError, match="got class '10', wanted one of: as in the data, none, 0, 1"):
+        each.given(asked(each, label="10"))
+
+
+def test_conditions_beside_the_class_stay_as_they_are_drawn(play):
+    image = torch.arange(3.0)
+
+    class Told(type(play.trained)):
+        def conditions(self, seed, indices, held_out=None):
+            return {"condition_image": image, "label": torch.tensor([1, 2, 3])}
+
+    told = replace(play, trained=Told(**vars(play.trained)))
+    assert told.given(asked(told, label="4")) == {"condition_image": image, "label": pytest.approx([4, 4, 4])}
+    assert told.given(asked(told, label=NO_CLASS))["label"].tolist() == [10, 10, 10]  # the null
+
+
+def test_guidance_without_a_class_is_refused(each):
+    with pytest.raises(ValueError, match="got guidance 2.0 for samples without"):
+        each.draw(asked(each, label=NO_CLASS, options={"guidance": 2.0}))
+
+
+@pytest.mark.parametrize("wrong", [{"count": 0}, {"seed": -1}])
+def test_a_request_without_images_or_a_seed_is_refused(play, wrong):
+    with pytest.raises(ValueError, match="wanted at least 1, of a seed of 0 or more"):
+        asked(play, **wrong)
+
+
+@pytest.mark.parametrize("solver", ["ancestral", "first_hitting", "halton", "confidence", "remask"])
+def test_the_mask_dissolves_to_the_images_that_sampling_gives(play, solver):
+    steps = None if solver == "first_hitting" else 4
+    request = asked(play, options={"solver": solver, "sample_steps": steps}, seed=2)
+    moments = list(play.watch(request))
+    assert [moment.step for moment in moments] == list(range(1, (steps or 16) + 1))
+    assert [moment.t for moment in moments] == sorted((moment.t for moment in moments), reverse=True)
+    assert all(moment.now.shape == moment.predicted.shape == (3, 1, 16, 16) for moment in moments)
+    grey = [(moment.now == 128).float().mean() for moment in moments]
+    assert grey[0] > 0.5 and grey[-1] < 0.1  # not 0: images may be grey somewhere
+    assert torch.equal(moments[-1].now, play.draw(request))
+
+
+def test_noise_dissolves_too(gaussian):
+    request = asked(gaussian)
+    moments = list(gaussian.watch(request))
+    assert [moment.step for moment in moments] == [1, 2, 3, 4] and moments[-1].t == 0
+    assert torch.equal(moments[-1].now, gaussian.draw(request))
+    assert not torch.equal(moments[0].now, moments[0].predicted)
+
+
+def test_what_goes_wrong_while_one_watches_is_raised(play):
+    with pytest.raises(ValueError, match="got eta"):
+        list(as_it_comes(lambda put: (_ for _ in ()).throw(ValueError("got eta"))))
+    with pytest.raises(ValueError, match="first_hitting takes 16 steps"):
+        list(play.watch(asked(play, options={"solver": "first_hitting"})))
+
+
+def test_work_that_nobody_reads_ends():
+    put_so_far, more, ended = [], threading.Event(), threading.Event()
+
+    def work(put):
+        try:
+            for number in range(3):
+                put(number)
+                put_so_far.append(number)
+                more.wait(20)
+        finally:
+            ended.set()
+
+    reading = as_it_comes(work)
+    assert next(reading) == 0
+    threading.Timer(0.2, more.set).start()  # while the reader closes, the work is not asked again
+    reading.close()
+    assert ended.is_set() and put_so_far == [0]
+
+
+def brush(size, box):
+    brushed = Image.new("L", size)
+    brushed.paste(255, box)
+    return brushed
+
+
+def test_what_is_not_brushed_over_is_kept(each):
+    side = each.trained.data.size[0]
+    image = each.draw(asked(each, seed=9, count=1))[0]
+    picture = enlarged_picture(image, 4 * side)
+    brushed = brush(picture.size, (0, 0, 4 * side, 2 * side))  # the upper half
+    found = each.redraw(asked(each, count=4), picture, brushed)
+    half = side // 2
+    assert found.hidden[:, :half].unique().tolist() == [128]
+    assert torch.equal(found.hidden[:, half:], image[:, half:])
+    assert found.results.shape == (4, *image.shape)
+    assert len(found.results[:, :, :half].flatten(1).unique(dim=0)) == 4  # several results
+    again = each.redraw(asked(each, count=2), picture, brushed)
+    assert torch.equal(again.results, found.results[:2])
+    start = each.trained.space.begun(image[None], torch.arange(side).lt(half)[None, :, None].expand(1, side, side))
+    assert start.keep.float().mean() == 0.5
+    if each.trained.space.first is None:
+        assert torch.equal(found.results[:, :, half:], image[None, :, half:].expand(4, -1, -1, -1))
+
+
+def test_kept_codes_never_change(play, monkeypatch):
+    drawn, real = [], type(play.trained).draw
+
+    def draw(*args, **how):
+        drawn.append((real(*args, **how), how))
+        return drawn[-1][0]
+
+    monkeypatch.setattr(type(play.trained), "draw", draw)
+    picture = enlarged_picture(torch.arange(256, dtype=torch.uint8).view(1, 16, 16))
+    found = play.redraw(asked(play, label="3"), picture, brush(picture.size, (0, 0, 80, 80)))
+    assert (found.hidden == 128).sum() >= 64 and found.hidden[:, :8, :8].unique().tolist() == [128]  # whole cells
+    made, how = drawn[0]
+    start, codes = how["start"], made["codes"]
+    assert start.t == 1 and (~start.keep).sum((1, 2)).tolist() == [4, 4, 4]  # five of 16 pixels: two cells a side
+    assert torch.equal(codes[start.keep], start.x0[start.keep])
+    assert how["given"]["label"].tolist() == [3, 3, 3]
+
+
+def test_classes_as_in_the_data_are_none_where_an_image_is_given(each, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Playground, "draw", lambda self, request, **how: seen.append(request))
+    picture = Image.new("L", each.trained.data.size)
+    options = {"guidance": 3.0}
+    each.redraw(asked(each, options=options), picture, brush(picture.size, (0, 0, 4, 4)))
+    assert (seen[0].label, seen[0].options.guidance) == (NO_CLASS, 1.0)
+    each.redraw(asked(each, options=options, label="1"), picture, brush(picture.size, (0, 0, 4, 4)))
+    assert (seen[1].label, seen[1].options.guidance) == ("1", 3.0)
+
+
+def test_nothing_brushed_is_refused(play):
+    with pytest.raises(ValueError, match="nothing is hidden"):
+        play.redraw(asked(play), Image.new("L", (16, 16)), Image.new("L", (16, 16)))
+    with pytest.raises(ValueError, match="wanted the same size"):
+        play.redraw(asked(play), Image.new("L", (16, 16)), Image.new("L", (8, 8)))
+
+
+def test_an_uploaded_picture_and_its_mask_are_cut_alike():
+    wide = Image.new("RGBA", (96, 32), "red")
+    wide.paste("blue", (48, 0, 96, 32))
+    image, hidden = fitted(wide, brush(wide.size, (48, 0, 96, 32)), (8, 8), 3)
+    assert image.shape == (3, 8, 8) and hidden.shape == (8, 8)
+    assert hidden[:, 4:].all() and not hidden[:, :4].any()
+    assert torch.equal(image[2] > 128, hidden)  # the blue is what is hidden
+
+
+def test_a_picture_that_was_enlarged_comes_back_exactly():
+    image = torch.randint(256, (1, 6, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    picture = enlarged_picture(image, 43)
+    assert picture.size == (40, 30)  # five times, within 43 pixels
+    assert torch.equal(fitted(picture, Image.new("L", picture.size), (6, 8), 1)[0], image)
+    assert enlarged_picture(torch.zeros(3, 300, 200, dtype=torch.uint8)).size == (200, 300)
+
+
+def test_any_other_picture_is_cut_at_the_centre_and_smoothed():
+    bands = Image.new("L", (96, 32))
+    for k, level in enumerate((250, 100, 200, 250)):
+        bands.paste(level, (24 * k, 0, 24 * k + 24, 32))
+    image = fitted(bands, Image.new("L", bands.size), (8, 8), 1)[0].float()
+    assert image[:, :, :3].sub(100).abs().max() < 20 and image[:, :, 5:].sub(200).abs().max() < 20
+    checks = Image.fromarray((255 * (torch.arange(16) + torch.arange(16)[:, None]).remainder(2)).byte().numpy())
+    assert fitted(checks, Image.new("L", checks.size), (8, 8), 1)[0].float().sub(127.5).abs().max() < 60

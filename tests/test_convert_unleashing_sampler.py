@@ -1,0 +1,265 @@
+"""Samplers in the layout of unleashing-transformers become runs: the same logits and losses; misfits are refused."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny import call
+from unleashing_layout import SIZE, made, sampler_logits, sampler_weights, theirs
+
+from diffusion.absorbing import AbsorbingDiffusion
+from train.checkpoint import checkpoint_path
+from train.converters import unleashing
+from train.converters._filling import fill
+from train.first_stage import load_first_stage
+from train.generate import load_sampler
+from train.spaces import Codes
+
+FIXTURE = Path(os.environ.get("UT_FIXTURES", ""))
+CPU = torch.device("cpu")
+TRUNKS = {"absorbing": "_denoise_fn.", "autoregressive": "net."}
+
+
+def ids_of(kind, shape=(3, 16), codes=32):
+    """Codes of which some are masked, where there are masks."""
+    rng = torch.Generator().manual_seed(5)
+    return torch.randint(codes + (kind == "absorbing"), shape, generator=rng)
+
+
+def loaded(logs, name, ema=True):
+    first = load_first_stage(logs / "vqgan_folder", None, CPU, amp=False)
+    return load_sampler(logs / name, None, Codes(first), CPU, ema=ema, amp=False)
+
+
+@torch.no_grad()
+def logits_of(logs, name, ids, ema=True):
+    return loaded(logs, name, ema).sampler.network(ids.unflatten(1, (4, 4))).flatten(1, 2)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A folder with a VQGAN's run, and of each kind plain and averaged weights and their run."""
+    folder = tmp_path_factory.mktemp("theirs")
+    torch.save(theirs(*made()), folder / "vqgan_1200.th")
+    flags = f"--from unleashing --logs_root {folder}/logs --dataset folder"
+    call("convert.py", f"{flags} --weights {folder}/vqgan_1200.th --img_size {SIZE}")
+    for kind in TRUNKS:
+        torch.save(sampler_weights(kind, seed=1), folder / f"{kind}_700.th")
+        torch.save(sampler_weights(kind, seed=2), folder / f"{kind}_ema_700.th")
+        call("convert.py", f"{flags} --weights {folder}/{kind}_ema_700.th --bert_n_head 3")
+    return folder, flags
+
+
+@pytest.mark.parametrize("kind", TRUNKS)
+def test_a_run_says_what_its_weights_say(kind, converted):
+    logs, ids = converted[0] / "logs", ids_of(kind)
+    plain, averaged = (sampler_logits(sampler_weights(kind, seed=seed), 3, ids) for seed in (1, 2))
+    assert averaged.std() > 0.5 and (plain - averaged).abs().max() > 0.5
+    assert (logits_of(logs, f"{kind}_folder", ids) - averaged).abs().max() < 1e-5
+    assert (logits_of(logs, f"{kind}_folder", ids, ema=False) - plain).abs().max() < 1e-5
+    assert loaded(logs, f"{kind}_folder").step == 700
+
+
+def test_the_oracle_sees_heads_norms_and_places():
+    """What the test before would miss if none of them mattered."""
+    weights, ids = sampler_weights("absorbing"), ids_of("absorbing")
+    right = sampler_logits(weights, 3, ids)
+    assert (sampler_logits(weights, 6, ids) - right).abs().max() > 0.01
+    other = weights | {"_denoise_fn.pos_emb": weights["_denoise_fn.pos_emb"].flip(1)}
+    assert (sampler_logits(other, 3, ids) - right).abs().max() > 0.01
+    smaller = {k: 0.5 * v if k[12:19] in ("pos_emb", "tok_emb") else v for k, v in weights.items()}
+    assert (sampler_logits(smaller, 3, ids) - right).abs().max() > 0.01  # norms without eps would see no difference
+
+
+def test_codes_lie_row_by_row():
+    weights = sampler_weights("absorbing")
+    position = unleashing.code_converted(weights, (2, 8))[0]["position"].value
+    assert torch.equal(position[1, 3], weights["_denoise_fn.pos_emb"][0, 11])
+
+
+@pytest.mark.parametrize("kind", TRUNKS)
+def test_a_run_has_what_a_trained_one_has(kind, converted):
+    content = yaml.safe_load((converted[0] / "logs" / f"{kind}_folder" / "config.yaml").read_text())
+    groups = ["sampler", "first", "data", "reader", "training", "sampling", "logging", "origin"]
+    assert list(content) == groups
+    sampler, origin = content["sampler"], content["origin"]
+    wanted = {"sampler": kind, "bert_n_emb": 12, "bert_n_head": 3, "bert_n_layers": 2, "mlp_ratio": 4.0}
+    wanted |= {"total_steps": 8, "schedule": "linear"} if kind == "absorbing" else {}
+    assert wanted.items() <= sampler.items() and not sampler["class_conditional"]
+    first = load_first_stage(converted[0] / "logs" / "vqgan_folder", None, CPU, amp=False)
+    assert first.origin.items() <= origin.items() and origin["class_frequencies"] == []
+    assert origin.keys() == {*first.origin, "class_frequencies", "load_weights"}
+    assert (content["data"]["dataset"], content["data"]["img_size"]) == ("folder", SIZE)
+    step = checkpoint_path(converted[0] / "logs" / f"{kind}_folder", 700)
+    files = {"model.safetensors", "ema.safetensors", "state.pt", "manifest.json"}
+    assert {path.name for path in step.iterdir()} == files
+
+
+@pytest.mark.parametrize(("kind", "options"), [("absorbing", "--sample_steps 3"), ("autoregressive", "")])
+def test_experiments_sample_it(kind, options, converted):
+    logs = converted[0] / "logs"
+    flags = f"--logs_root {logs} --sampler {kind} --dataset folder --n_samples 2 --log_dir samples_{kind}"
+    call("experiments/get_samples.py", f"{flags} {options}")
+    assert np.load(logs / f"samples_{kind}" / "samples.npz")["arr_0"].shape == (2, SIZE, SIZE, 3)
+
+
+def test_it_is_trained_on(converted, tmp_path):
+    logs, data, ids = converted[0] / "logs", tmp_path / "images", ids_of("absorbing")
+    data.mkdir()
+    for i in range(30):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (20, 20, 3), np.uint8)).save(data / f"{i}.png")
+    network = "--bert_n_emb 12 --bert_n_head 3 --bert_n_layers 2 --total_steps 8"
+    flags = f"--logs_root {logs} --log_dir on --load_dir absorbing_folder --train_steps 1 --batch_size 2 --lr 1e-9"
+    call("train_sampler.py", f"--dataset folder --data_dir {data} {network} {flags} --no_amp --steps_per_eval 0")
+    plain = sampler_logits(sampler_weights("absorbing", seed=1), 3, ids)
+    assert (logits_of(logs, "on", ids, ema=False) - plain).abs().max() < 1e-3
+
+
+def test_every_tensor_is_spoken_for(converted, tmp_path, capfd):
+    folder, flags = converted
+    for kind in TRUNKS:
+        made, left = unleashing.code_converted(weights := sampler_weights(kind), (4, 4))
+        assert len(made) + len(left) + 8 + (kind == "autoregressive") == len(weights)  # keys, values; start token
+        call("convert.py", f"{flags} --weights {folder}/{kind}_700.th --bert_n_head 3 --log_dir again_{kind}")
+        said = capfd.readouterr().out
+        assert f"{kind}_700.th" in said and f"{kind}_ema_700.th" in said and "3 heads" in said
+        for why in left.values():
+            assert why in said
+        one, two = (
+            checkpoint_path(folder / "logs" / f"{run}_{n}", 700) for run, n in (("again", kind), (kind, "folder"))
+        )
+        assert all((one / f).read_bytes() == (two / f).read_bytes() for f in ("model.safetensors", "ema.safetensors"))
+
+
+def test_one_file_stands_for_both_and_eight_heads_for_none_typed(converted, tmp_path):
+    folder, flags = converted
+    weights = sampler_weights("absorbing", width=16, mlp=3, layers=1)
+    torch.save(weights, tmp_path / "absorbing_ema_9.th")
+    call("convert.py", f"{flags} --weights {tmp_path}/absorbing_ema_9.th --log_dir alone")
+    ids = ids_of("absorbing")
+    for ema in (True, False):
+        assert torch.allclose(logits_of(folder / "logs", "alone", ids, ema), sampler_logits(weights, 8, ids), atol=1e-5)
+
+
+def refused(flags, capfd, *wanted):
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call("convert.py", flags)
+    message = " ".join(capfd.readouterr().err.split())
+    assert stop.value.code == 2 and "Traceback" not in message and len(message) < 900
+    for word in wanted:
+        assert word in message, message
+
+
+BLOCK = "_denoise_fn.blocks.1."
+CHANGES = {
+    "missing": (lambda w: w.pop(f"{BLOCK}ln2.bias"), ["nothing for blocks.1.norm2.bias", "(12,)"]),
+    "no key": (lambda w: w.pop(f"{BLOCK}attn.key.bias"), ["attn.key.bias is missing"]),
+    "no query": (lambda w: w.pop(f"{BLOCK}attn.query.bias"), ["attn.query.bias is missing"]),
+    "extra": (lambda w: w.update({f"{BLOCK}attn.norm.bias": torch.zeros(2)}), ["attn.norm.bias has no place"]),
+    "outside": (lambda w: w.update({"start_tok": torch.zeros(2)}), ["start_tok has no place"]),
+    "masks": (lambda w: w.update({f"{BLOCK}attn.mask": torch.ones(1, 1, 16, 16)}), ["attn.mask has no place"]),
+    "twice": (lambda w: w.update({"norm.bias": torch.zeros(12)}), ["ln_f.bias and norm.bias"]),
+    "shape": (
+        lambda w: w.update({f"{BLOCK}attn.value.bias": torch.zeros(3)}),
+        ["value.bias is of shape (3,)", "(12,)"],
+    ),
+    "empty": (lambda w: w.update({"_denoise_fn.head.weight": torch.zeros(0, 0)}), ["head.weight is of shape (0, 0)"]),
+    "a number": (lambda w: w.update({"Lt_history": torch.tensor(3.0)}), ["Lt_history is of shape ()"]),
+    "no head": (lambda w: w.pop("_denoise_fn.head.weight"), ["head.weight is missing"]),
+    "no mask id": (lambda w: w.update({"_denoise_fn.tok_emb.weight": torch.zeros(32, 12)}), ["32 codes", "the mask"]),
+    "a block": (lambda w: [w.pop(k) for k in list(w) if "blocks.0" in k], ["got blocks [1]"]),
+    "two kinds": (lambda w: w.update({"net.x": torch.zeros(1)}), ["absorbing and of autoregressive"]),
+    "nothing known": (lambda w: [w.pop(k) for k in list(w) if "_den" in k], ["nothing that is known", "Lt_history"]),
+}
+
+
+OF_THE_OTHER = {
+    "sees all": (lambda w: w.update({"net.blocks.0.attn.mask": torch.ones(1, 1, 16, 16)}), ["0.attn.mask", "causal"]),
+    "no start": (lambda w: w.pop("net.start_tok"), ["net.start_tok is missing"]),
+    "mask id": (lambda w: w.update({"net.tok_emb.weight": torch.zeros(33, 12)}), ["33 codes", "as many"]),
+    "losses": (lambda w: w.update({"Lt_count": torch.zeros(3)}), ["Lt_count has no place"]),
+}
+CASES = [("absorbing", *case) for case in CHANGES.values()] + [("autoregressive", *c) for c in OF_THE_OTHER.values()]
+
+
+@pytest.mark.parametrize(("kind", "change", "wanted"), CASES, ids=[*CHANGES, *OF_THE_OTHER])
+def test_weights_that_do_not_fit_are_named(kind, change, wanted, converted):
+    change(weights := sampler_weights(kind))
+    with pytest.raises(ValueError) as error:
+        unleashing.code_settings(weights)
+        found, _ = unleashing.code_converted(weights, (4, 4))
+        fill(loaded(converted[0] / "logs", f"{kind}_folder").sampler.network, found, "the file")
+    for word in wanted:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(("sizes", "wanted"), [({"codes": 31}, "out of 31"), ({"tokens": 25}, "25 codes an image")])
+def test_another_vqgan_is_refused(sizes, wanted):
+    with pytest.raises(ValueError, match=f"{wanted}.*4 x 4, out of 32.*--ae_load_dir"):
+        unleashing.check_codes(sampler_weights("absorbing", **sizes), 32, (4, 4))
+
+
+def test_what_is_refused_leaves_nothing(converted, tmp_path, capfd):
+    flags = f"{converted[1]} --weights {tmp_path}/absorbing_1.th --bert_n_head 3 --log_dir no"
+    for weights, wanted in (
+        (sampler_weights("absorbing") | {"more": torch.zeros(1)}, "more has no place"),
+        (sampler_weights("absorbing", tokens=25), "25 codes an image"),
+    ):
+        torch.save(weights, tmp_path / "absorbing_1.th")
+        refused(flags, capfd, wanted)
+    assert not (converted[0] / "logs" / "no").exists()
+
+
+def test_flags_that_do_not_fit_are_refused(converted, tmp_path, capfd):
+    folder, flags = converted
+    flags += f" --weights {folder}/absorbing_700.th --log_dir no"
+    for typed, heads in (("", "8"), ("--bert_n_head 5", "5"), ("--bert_n_head=0", "0"), ("--bert_n_head x", "x")):
+        refused(f"{flags} {typed}", capfd, f"12 wide, which {heads} heads do not divide", "--bert_n_head")
+    flags += " --bert_n_head 3"
+    refused(f"{flags} --sampler autoregressive", capfd, "whole absorbing sampler", "--sampler")
+    refused(f"{flags} --load_dir other", capfd, "--load_dir")
+    refused(f"{flags} --config_json x.json", capfd, "--config_json")
+    refused(f"{flags} --ae_load_dir none", capfd, "logs/none", "vqgan_<step>.th", "--ae_load_dir")
+    refused(f"{flags} --ae_load_dir absorbing_folder", capfd, "absorbing_folder is no VQGAN run")
+    refused(f"{flags} --img_size 32", capfd, "img_size 32", f"trained with {SIZE}")
+    refused(f"{flags} --from guided", capfd, "guided-diffusion")
+    torch.save(sampler_weights("absorbing", steps=5), tmp_path / "absorbing_2.th")
+    torch.save(sampler_weights("absorbing"), tmp_path / "absorbing_ema_2.th")
+    refused(f"{flags} --weights {tmp_path}/absorbing_2.th", capfd, "absorbing_ema_2.th are of different samplers")
+    assert not (folder / "logs" / "no").exists()
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory):
+    """The logs folder of runs of the public weights, and what they were given and said."""
+    if not (FIXTURE / "absorbing_100.th").is_file():
+        pytest.skip("UT_FIXTURES names no folder with absorbing_100.th, public weights")
+    logs = tmp_path_factory.mktemp("public")
+    flags = f"--from unleashing --dataset folder --logs_root {logs}"
+    call("convert.py", f"{flags} --weights {FIXTURE}/vqgan_100.th --img_size 64")
+    call("convert.py", f"{flags} --weights {FIXTURE}/absorbing_100.th --bert_n_head 4")
+    return logs, {name: torch.from_numpy(value) for name, value in np.load(FIXTURE / "absorbing_io.npz").items()}
+
+
+@torch.no_grad()
+def test_public_weights_give_their_own_logits_and_losses(public):
+    logs, io = public
+    trained = loaded(logs, "absorbing_folder")
+    assert trained.sampler.process == AbsorbingDiffusion(64, 256)
+    x0, x_t = (io[name].unflatten(1, (16, 16)) for name in ("x0", "x_t"))
+    logits = trained.sampler.network(x_t)
+    assert (logits.flatten(1, 2) - io["logits"]).abs().max() < 1e-4
+    t = io["t"] / 256
+    for kind, name in (("elbo", "elbo_bits_per_token"), ("reweighted_elbo",) * 2, ("mlm",) * 2):
+        found = trained.sampler.process.loss(logits, x0, x_t, t, kind).per_example
+        assert torch.allclose(found, io[name], rtol=1e-5), kind
+
+
+def test_the_oracle_says_what_public_weights_say(public):
+    weights = torch.load(FIXTURE / "absorbing_100.th", weights_only=True)
+    assert (sampler_logits(weights, 4, public[1]["x_t"]) - public[1]["logits"]).abs().max() < 1e-4

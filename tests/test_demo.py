@@ -1,0 +1,260 @@
+"""The page: what it shows of a model, what it says when it cannot start, and its use in a real browser."""
+
+import importlib.util
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import ROOT, SAMPLER, call
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_gradio = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None, reason="no gradio: pip install -r requirements-extra.txt"
+)
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None or importlib.util.find_spec("playwright") is None,
+    reason="no Chromium, or no playwright: apt-get install chromium; pip install playwright",
+)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def refused(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call("demo.py", flags)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip()
+
+
+def test_what_keeps_the_page_from_opening_is_one_line(tmp_path, capsys, monkeypatch):
+    port = free_port()
+    flags = f"--logs_root {tmp_path} --port {port}"
+    said = [refused(f"{flags} --log_dir mine", capsys)]
+    with socket.create_server(("127.0.0.1", port)):
+        said.append(refused(flags, capsys))
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    said.append(refused(flags, capsys))
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace())
+    said.append(refused(flags, capsys))
+    remedies = ["leave --log_dir out", "pass --port N", "pip install -r requirements-extra.txt", "no run in"]
+    assert all(remedy in line and len(line.splitlines()) == 1 for remedy, line in zip(remedies, said, strict=True))
+    assert "wanted one of 1 to 65535: pass --port N" in refused("--port 70000", capsys)
+
+
+@contextmanager
+def served(logs, flags):
+    """The address of the page, in a process of its own: gradio leaves sockets and event loops behind."""
+    port = free_port()
+    command = [sys.executable, str(ROOT / "demo.py"), "--logs_root", str(logs), "--port", str(port), *flags.split()]
+    address, until = f"http://127.0.0.1:{port}", time.monotonic() + 300  # seconds: the machine may be busy
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=said)
+        try:
+            while True:
+                assert process.poll() is None and time.monotonic() < until, said.seek(0) or said.read()
+                try:
+                    urllib.request.urlopen(address, timeout=5).close()
+                    break
+                except OSError:
+                    time.sleep(0.2)
+            yield address
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+        said.seek(0)
+        assert "Traceback" not in (text := said.read()), text
+
+
+def labels(address):
+    """The labels of all components in sight, from the page's own description."""
+    with urllib.request.urlopen(f"{address}/config", timeout=30) as answer:
+        components = [each["props"] for each in json.load(answer)["components"]]
+    return [each["label"] for each in components if each.get("label") and each.get("visible", True)]
+
+
+@needs_gradio
+def test_the_page_shows_what_the_model_has(trained):
+    with served(trained, "--no_amp --sample_steps 4 --batch_size 9") as address:
+        there = labels(address)
+    in_sight = ["class", "solver", "steps", "temperature", "guidance scale", "images (up to 9)", "seed"]
+    assert there[: len(in_sight)] == in_sight
+    assert {"top-k", "reveal", "guidance interval", "Sample", "Watch", "Inpaint"} <= {*there}
+
+
+@pytest.mark.slow
+@needs_gradio
+def test_a_model_without_classes_is_asked_for_none(trained):
+    flags = f"--train_steps 1 --no_amp --no_class_conditional --guidance 1 --log_dir bare {SAMPLER}"
+    call("train_sampler.py", f"--logs_root {trained} {flags}")
+    with served(trained, "--no_amp --load_dir bare") as address:
+        there = labels(address)
+    assert "temperature" in there and not [label for label in there if label == "class" or "guidance" in label]
+
+
+@contextmanager
+def tab_at(address):
+    """A tab of a browser; asking anything of another machine fails the test."""
+    from playwright.sync_api import sync_playwright
+
+    strangers = []
+
+    def note(request):
+        if request.url.startswith(("http", "ws")) and not request.url.startswith(address):
+            strangers.append(request.url)
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = chromium.new_page(viewport={"width": 1200, "height": 800})
+        tab.set_default_timeout(60_000)
+        tab.on("request", note)
+        tab.goto(address)
+        yield tab
+        chromium.close()
+    assert strangers == []
+
+
+@pytest.fixture(scope="module", params=["absorbing", "ddpm"])
+def address(request):
+    logs = request.getfixturevalue("trained" if request.param == "absorbing" else "trained_ddpm")
+    with served(logs, f"--sampler {request.param} --no_amp --sample_steps 4 --batch_size 9") as found:
+        yield found
+
+
+@pytest.fixture
+def tab(address):
+    with tab_at(address) as found:
+        yield found
+
+
+def press(tab, name):
+    tab.get_by_role("button", name=name, exact=True).click()
+
+
+def turn_to(tab, name):
+    tab.get_by_role("tab", name=name).click()
+
+
+def enter(tab, label, value):
+    tab.get_by_label(label, exact=True).fill(str(value))
+
+
+def choose(tab, label, value):
+    tab.get_by_label(label, exact=True).click()
+    tab.get_by_role("option", name=value, exact=True).click()
+
+
+def content(tab, image):
+    """The pixels of an image on the page, as often as they were enlarged."""
+    with urllib.request.urlopen(image.get_attribute("src"), timeout=30) as answer:
+        return np.asarray(Image.open(io.BytesIO(answer.read())).convert("L"))
+
+
+def new_images(tab, count, but=()):
+    """So many images in the gallery in sight, all of them others than `but`."""
+    shown = tab.locator(".thumbnail-item img:visible")
+    until = time.monotonic() + 60
+    while True:
+        sources = shown.evaluate_all("images => images.map(image => image.src)")
+        if len(sources) == count and not {*sources} & {*but}:
+            return shown.all(), sources
+        assert time.monotonic() < until, sources
+        tab.wait_for_timeout(50)
+
+
+@pytest.mark.slow
+@needs_gradio
+@needs_browser
+def test_a_visitor_samples(tab):
+    enter(tab, "images (up to 9)", 3)
+    press(tab, "Sample")
+    shown, sources = new_images(tab, 3)
+    first = [content(tab, each) for each in shown]
+    assert len({each.tobytes() for each in first}) == 3
+    enter(tab, "seed", 1)
+    press(tab, "Sample")
+    other = content(tab, new_images(tab, 3, sources)[0][0])
+    assert not np.array_equal(first[0], other)
+    enter(tab, "seed", 0)
+    enter(tab, "images (up to 9)", 1)
+    press(tab, "Sample")
+    assert np.array_equal(content(tab, new_images(tab, 1)[0][0]), first[0])  # the same seed, the same image
+
+
+@pytest.mark.slow
+@needs_gradio
+@needs_browser
+def test_a_visitor_watches(tab):
+    enter(tab, "images (up to 9)", 2)
+    enter(tab, "steps", 7)
+    turn_to(tab, "Watch")
+    seen = []
+    tab.on("request", lambda request: seen.append(request.url) if request.url.endswith(".png") else None)
+    press(tab, "Watch")
+    step = tab.get_by_label("number input for step")
+    tab.wait_for_function("box => box.value === '7' && !box.disabled", arg=step.element_handle())
+    assert len({*seen}) >= 4  # frames came while it went on
+    now = tab.locator(".image-frame img:visible").first
+    last = content(tab, now)
+    source = now.get_attribute("src")
+    step.fill("1")
+    step.press("Enter")
+    tab.wait_for_function("([image, was]) => image.src !== was", arg=[now.element_handle(), source])
+    assert not np.array_equal(content(tab, now), last)
+
+
+@pytest.mark.slow
+@needs_gradio
+@needs_browser
+def test_a_visitor_inpaints_with_a_brush(tab):
+    enter(tab, "images (up to 9)", 2)
+    press(tab, "Sample")
+    shown, sources = new_images(tab, 2)
+    chosen = content(tab, shown[1])
+    shown[1].click()
+    turn_to(tab, "Inpaint")
+    canvas = tab.locator("canvas:visible").first
+    canvas.wait_for()
+    tab.wait_for_timeout(2000)  # until the image lies on it
+    press(tab, "Inpaint")
+    tab.get_by_text("nothing is hidden").wait_for()
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    tab.mouse.move(x - 100, y)
+    tab.mouse.down()
+    tab.mouse.move(x + 100, y, steps=10)
+    tab.mouse.up()
+    tab.wait_for_timeout(500)
+    press(tab, "Inpaint")
+    hidden, *results = (content(tab, each) for each in new_images(tab, 3, sources)[0])
+    chosen = np.asarray(Image.fromarray(chosen).resize(hidden.shape[::-1], Image.Resampling.NEAREST))
+    grey = hidden == 128
+    assert 0.1 < grey.mean() < 0.7
+    assert np.array_equal(hidden[~grey], chosen[~grey])  # the image came through the brush as it was
+    assert not np.array_equal(results[0], results[1])
+
+
+@pytest.mark.slow
+@needs_gradio
+@needs_browser
+def test_bad_settings_are_a_message_on_the_page(tab):
+    choose(tab, "class", "none")
+    enter(tab, "guidance scale", 3)
+    press(tab, "Sample")
+    tab.get_by_text("got guidance 3").wait_for()
+    assert tab.get_by_text("pass guidance scale 1").count() == 1
+    assert tab.get_by_text("Traceback").count() == 0

@@ -1,0 +1,84 @@
+"""Which flags there are: a list changes on purpose or not at all."""
+
+import yaml
+from tiny import ROOT
+
+from train import cli
+from train.config import DataConfig, LoggingConfig, TrainingConfig
+from train.registry import names_in
+from train.samplers import absorbing, ddpm
+from train.transformer_config import TransformerConfig
+from vq.config import VQGANConfig, VQGANLossConfig
+
+
+def test_flags_of_data_and_of_stage_one_are_the_agreed_ones():
+    """A flag is a promise: this list changes on purpose or not at all."""
+    assert cli.fields_of(DataConfig) == {
+        *("dataset", "reader", "img_size", "img_width", "n_channels", "horizontal_flip", "shift", "crop_margin"),
+        *("in_memory", "cache_images", "num_workers", "prefetch"),
+    }
+    assert cli.fields_of(VQGANConfig) == {
+        *("nf", "ch_mult", "res_blocks", "attn_resolutions", "quantizer", "codebook_size", "emb_dim"),
+        *("beta", "legacy_beta", "codebook_decay", "revive_below", "fsq_levels", "entropy_weight"),
+        *("entropy_temperature", "gumbel_kl_weight", "gumbel_straight_through", "gumbel_decay_steps", "unit_range"),
+    }
+    assert cli.fields_of(VQGANLossConfig) == {
+        *("recon_loss", "recon_weight", "perceptual_net", "perceptual_weights", "perceptual_weight"),
+        *("disc_start_step", "disc_warmup_steps", "disc_ramp_steps", "disc_loss", "disc_weight", "adaptive_weight"),
+        *("disc_weight_max", "lecam_weight", "disc_layers", "ndf", "disc_norm", "disc_spectral_norm", "disc_blur"),
+        "diff_aug",
+    }
+
+
+def test_flags_of_samplers_and_of_training_are_the_agreed_ones():
+    assert cli.fields_of(LoggingConfig) == {
+        *("log_dir", "logs_root", "steps_per_log", "steps_per_checkpoint", "steps_per_save_output", "steps_per_eval"),
+        *("checkpoint_minutes", "keep_last", "keep_every", "steps_per_FD", "FD_samples", "FD_features", "profile"),
+    }
+    assert cli.fields_of(TransformerConfig) == {
+        *("sampler", "bert_n_emb", "bert_n_head", "bert_n_layers", "mlp_ratio", "attention", "kernel_sizes"),
+        *("dilations", "na_backend", "attention_type", "position", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
+        *("qk_norm", "zero_init", "tied_head", "class_conditional", "label_drop"),
+    }
+    assert cli.fields_of(absorbing.Config) - cli.fields_of(TransformerConfig) == {
+        *("loss_type", "mask_schedule", "schedule", "total_steps", "time_sampler"),
+    }
+    assert cli.fields_of(ddpm.Config) == {
+        *("sampler", "process", "total_steps", "schedule", "first_beta", "last_beta", "zero_terminal_snr"),
+        *("prediction", "variance", "loss_type", "min_snr_gamma", "time_sampler", "time_embedding", "time_scale"),
+        *(
+            "sigma_data",
+            "time_mean",
+            "time_deviation",
+            "time_shift",
+            "channels",
+            "channel_mults",
+            "res_blocks",
+            "attn_factors",
+        ),
+        *("heads", "head_width", "dropout", "resblock_updown", "scale_shift", "scale_skip"),
+        *("res_block_type", "attn_block_type", "middle_attn_block_type"),
+        *("kernel_sizes", "dilations", "na_backend", "transformer_attention", "feed_forward"),
+        *("class_conditional", "label_drop", "conditions", "condition_channels", "condition_drop", "adapt"),
+    }
+    assert cli.fields_of(absorbing.Sampling) == {
+        *("solver", "sample_steps", "guidance", "guidance_schedule", "guidance_interval", "reveal"),
+        *("temp", "last_temp", "top_k", "top_p", "choice_temp", "remasking", "remask_eta"),
+    }
+    assert cli.fields_of(ddpm.Sampling) == {
+        *("solver", "sample_steps", "guidance", "spacing", "eta", "guidance_interval", "guidance_rescale", "clip"),
+        "dynamic_threshold",
+    }
+    assert cli.fields_of(TrainingConfig) == {
+        *("train_steps", "batch_size", "accumulate", "lr", "warmup_iters", "weight_decay", "grad_clip", "amp"),
+        *("ema", "ema_beta", "seed", "device", "load_dir", "load_step", "load_optim"),
+        *("optimizer", "betas", "lr_schedule", "decay_steps", "lr_end", "amp_dtype", "max_bad_steps", "ema_profiles"),
+        *("steps_per_ema_snapshot", "parallel", "timeout_minutes", "compile", "channels_last", "tf32"),
+        *("activation_checkpointing", "deterministic", "hooks", "resume"),
+    }
+
+
+def test_registries_list_files():
+    assert {"digits", "mnist", "fashion_mnist", "cifar10", "folder", "lsun"} <= set(names_in("train.datasets"))
+    assert names_in("train.samplers") == ["absorbing", "autoregressive", "ddpm"]
+    assert set(yaml.safe_load((ROOT / "datasets.yaml").read_text())) >= {"ffhq", "churches", "bedrooms", "faces140k"}

@@ -1,0 +1,296 @@
+"""What the absorbing sampler makes of its options: guidance, canvases, known codes, solvers and their settings."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.absorbing_solvers import confidence
+from diffusion.rng import Streams
+from diffusion.solvers import solvers_of
+from train.absorbing import once_each
+from train.samplers import absorbing
+from train.start import Start
+
+GRID, CODES, CLASSES = (3, 4), 6, 5
+SOLVERS = sorted(solvers_of(AbsorbingDiffusion(2)))
+LABELS = torch.tensor([1, 4, 1, 0])
+BATCH = {"label": LABELS}
+
+
+class Recorder(nn.Module):
+    """In the place of a network: remembers what it was asked; a row's answer depends on its codes and its label."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def forward(self, ids, labels=None):
+        self.asked.append((ids.clone(), None if labels is None else labels.clone()))
+        labels = ids.new_full((len(ids),), CLASSES) if labels is None else labels
+        places = torch.arange(float(ids[0].numel() * CODES)).view(*ids.shape[1:], CODES)
+        return (places * (1 + labels + ids.sum((1, 2))).view(-1, 1, 1, 1)).cos()
+
+
+def built(n_classes=CLASSES, **settings):
+    small = {"bert_n_emb": 16, "bert_n_head": 2, "bert_n_layers": 2}
+    return absorbing.build(absorbing.Config(**small | settings), codes=CODES, grid=GRID, n_classes=n_classes)
+
+
+def options(name="ancestral", **settings):
+    steps = {"first_hitting": None}.get(name, 4)
+    return absorbing.Sampling(**{"solver": name, "sample_steps": steps} | settings)
+
+
+def known(*shape, seed=0):
+    return torch.randint(0, CODES, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_guidance_asks_with_and_without_the_label_in_one_call():
+    recorder = Recorder()
+    built().sample(
+        recorder, Streams([0, 1]), batch={"label": LABELS[:2]}, options=options(guidance=2.0, sample_steps=1)
+    )
+    (ids, labels), *others = recorder.asked
+    assert not others and labels.tolist() == [1, 4, CLASSES] and (ids == CODES).all()  # the empty canvas has one null
+
+
+def test_without_a_batch_the_null_class_is_asked_for_and_guidance_refused():
+    recorder = Recorder()
+    built().sample(recorder, Streams([0]), options=options())
+    assert all(labels is None for _, labels in recorder.asked)
+    for batch in (None, {}):
+        with pytest.raises(ValueError, match="got guidance 2.0 for samples without a class: pass --guidance 1"):
+            built().sample(recorder, Streams([0]), batch=batch, options=options(guidance=2.0))
+
+
+def test_guidance_follows_its_schedule_and_its_interval():
+    ids, t = torch.full((4, *GRID), CODES), torch.tensor([1.0, 0.5, 0.2, 0.0])
+    strong, weak = Recorder()(ids, LABELS), Recorder()(ids)
+    for settings, scales in (
+        ({}, [3, 3, 3, 3]),
+        ({"guidance_schedule": "linear"}, [1, 2, 2.6, 3]),
+        ({"guidance_interval": (0.1, 0.6)}, [1, 3, 3, 1]),
+    ):
+        said = built().denoiser(Recorder(), BATCH, options(guidance=3.0, **settings))(ids, t)
+        assert torch.allclose(said, weak + torch.tensor(scales).view(-1, 1, 1, 1) * (strong - weak), atol=1e-5)
+
+
+# Larger canvases
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_larger_canvas_is_asked_for_in_windows_that_keep_each_images_label(guidance):
+    """Each window that the network sees is one of a canvas of that label."""
+    recorder, canvases = Recorder(), []
+    ids = built().sample(
+        recorder, Streams([0, 1]), batch={"label": LABELS[:2]}, options=options(guidance=guidance), shape=(5, 7),
+        window_stride=1, on_step=lambda i, t, s, x, logits: canvases.append(x) or x,
+    )  # fmt: skip
+    assert ids.shape == (2, 5, 7) and (ids < CODES).all()
+    states = [torch.full_like(ids, CODES), *canvases]
+    for windows, labels in recorder.asked:
+        assert windows.shape[1:] == GRID and (windows == CODES).flatten(1).any(1).all()
+        for window, label in zip(windows, labels.tolist(), strict=True):
+            owners = [0, 1] if label == CLASSES else [LABELS[:2].tolist().index(label)]
+            crops = torch.stack([x[owners].unfold(1, 3, 1).unfold(2, 4, 1) for x in states])
+            assert (crops == window).flatten(-2).all(-1).any()
+
+
+def test_windows_are_half_a_grid_apart_where_nothing_is_said():
+    stride_1 = built(n_classes=0).sample(Recorder(), Streams([0]), options=options(), shape=(5, 7), window_stride=1)
+    default = built(n_classes=0).sample(Recorder(), Streams([0]), options=options(), shape=(5, 7))
+    assert torch.equal(default, stride_1)  # half of 3, rounded down
+    wide = built(n_classes=0).sample(Recorder(), Streams([0]), options=options(), shape=(5, 7), window_stride=3)
+    assert not torch.equal(default, wide)
+
+
+@pytest.mark.parametrize("position", ["rope", "bias", "none"])
+def test_with_relative_positions_a_canvas_is_one_pass_a_step(position):
+    recorder, sampler = Recorder(), built(position=position)
+    ids = sampler.sample(
+        recorder, Streams([0, 1]), batch={"label": LABELS[:2]}, options=options("halton"), shape=(5, 6)
+    )
+    assert ids.shape == (2, 5, 6)
+    assert len(recorder.asked) == 4 and all(asked.shape[1:] == (5, 6) for asked, _ in recorder.asked)
+    sampler.sample(recorder, Streams([0]), options=options(), shape=(5, 6), window_stride=1)
+    assert recorder.asked[-1][0].shape[1:] == GRID  # windows are still to be had
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_canvas_of_the_grid_in_windows_is_the_plain_sample(name):
+    sampler, given = built(), options(name, guidance=2.0, temp=0.8)
+    torch.manual_seed(0)
+    network = sampler.network.eval()
+    for parameter in network.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    draws = [
+        sampler.sample(network, Streams([1, 2, 3, 4]), batch=BATCH, options=given, window_stride=stride)
+        for stride in (None, 2)
+    ]
+    assert torch.equal(*draws)
+
+
+# The same image whatever the batch, and whatever is evaluated together
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A real one, in float64, with weights that say something."""
+    torch.manual_seed(0)
+    made = built().network.double().eval().requires_grad_(False)
+    for parameter in made.parameters():
+        parameter.add_(0.2 * torch.randn_like(parameter))
+    return made
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"guidance": 2.5, "guidance_schedule": "cosine"},
+        {"top_k": 3, "temp": 1.3, "last_temp": 0.6},
+        {"top_p": 0.7},
+    ],
+)
+def test_codes_do_not_depend_on_the_batch(network, name, settings):
+    sampler, seeds = built(), [11, 12, 13, 14]
+    keep = known(4, *GRID, seed=2) < 2
+    start = Start(known(4, *GRID), keep & (torch.arange(4) > 1).view(4, 1, 1))  # two of the four begin with some
+
+    def draw(rows, **how):
+        part = Start(start.x0[rows], start.keep[rows])
+        rng = Streams([seeds[row] for row in rows])
+        given = options(name, **settings)
+        return sampler.sample(network, rng, batch={"label": LABELS[rows]}, options=given, start=part, **how)
+
+    together = draw([0, 1, 2, 3])
+    assert all(torch.equal(draw([row])[0], together[row]) for row in range(4))
+    assert torch.equal(draw([3, 1]), together[[3, 1]])
+    assert torch.equal(draw([0, 1, 2, 3], on_step=lambda i, t, s, x, logits: x), together)
+    assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([0, 0, 1, 0, 1, 1])])
+def test_equal_rows_are_evaluated_once_and_rows_of_other_labels_are_not_equal(labels):
+    x = known(3, *GRID)[[0, 1, 0, 0, 1, 2]]
+    recorder = Recorder()
+    said = once_each(recorder, x, labels)
+    assert torch.equal(said, Recorder()(x, labels))
+    assert len(recorder.asked) == 1 and len(recorder.asked[0][0]) == (3 if labels is None else 5)
+    different = known(5, *GRID, seed=3)
+    assert torch.equal(once_each(recorder, different, None), Recorder()(different))
+    assert torch.equal(recorder.asked[-1][0], different)  # in their own order, uncopied
+
+
+# Known codes
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("shape", [None, (5, 7)])
+def test_known_codes_are_kept_and_the_rest_is_drawn(name, shape):
+    x0 = known(4, *(shape or GRID))
+    keep = known(4, *(shape or GRID), seed=5) > 2
+    given = options(name, remasking="cap", remask_eta=1.0) if name == "remask" else options(name)
+    out = built().sample(
+        Recorder(), Streams([0, 1, 2, 3]), batch=BATCH, options=given, start=Start(x0, keep), shape=shape
+    )
+    assert torch.equal(out[keep], x0[keep]) and (out < CODES).all() and (out[~keep] != x0[~keep]).any()
+
+
+@pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
+def test_so_much_of_the_rest_is_forgotten_as_the_start_says(t):
+    x0, seen, n = known(200, *GRID), [], 200
+    recorder, start = Recorder(), Start(x0, torch.zeros_like(x0).bool(), t)
+    built(schedule="cosine", n_classes=0).sample(
+        recorder, Streams(list(range(n))), options=options(sample_steps=1), start=start,
+        on_step=lambda i, t, s, x, logits: seen.append(x) or x,
+    )  # fmt: skip
+    begun = recorder.asked[0][0]
+    share = AbsorbingDiffusion(CODES, schedule="cosine").masked(torch.tensor(t)).item()
+    assert (begun == CODES).float().mean().item() == pytest.approx(share, abs=0.03)
+    assert ((begun == x0) | (begun == CODES)).all() and (seen[0] < CODES).all()
+
+
+# Solvers and their settings
+
+
+AUTO = {
+    "ancestral": "square",
+    "first_hitting": "square",
+    "remask": "square",
+    "halton": "arccos",
+    "confidence": "cosine",
+}
+REVEALS = [(name, "auto", own) for name, own in AUTO.items()] + [(name, "linear", "linear") for name in AUTO]
+
+
+@pytest.mark.parametrize("name, reveal, wanted", REVEALS)
+def test_codes_are_revealed_by_the_schedule_asked_for_or_the_solver_s_own(name, reveal, wanted):
+    sampler = built(schedule="square", total_steps=77)
+    process, solve, settings = sampler.solver(options(name, reveal=reveal))
+    assert process == AbsorbingDiffusion(CODES, 77, wanted) and solve.__name__ == name
+    assert settings == {"steps": None if name == "first_hitting" else 4}
+    assert sampler.process.schedule == "square"
+
+
+def test_the_settings_of_solvers_reach_them():
+    assert built().solver(options("confidence", choice_temp=0.0))[1:] == (
+        confidence,
+        {"steps": 4, "choice_temperature": 0.0},
+    )
+    settings = built().solver(options("remask", remasking="conf", remask_eta=0.2))[2]
+    assert settings == {"steps": 4, "strategy": "conf", "eta": 0.2}
+
+
+@pytest.mark.parametrize("flag, value", [("choice_temp", 1.0), ("remasking", "cap"), ("remask_eta", 0.1)])
+def test_settings_of_another_solver_are_refused(flag, value):
+    owner = "confidence" if flag == "choice_temp" else "remask"
+    for name in SOLVERS:
+        asked = options(name, **{flag: value})
+        if name == owner:
+            built().sample(Recorder(), Streams([0]), options=asked)
+        else:
+            with pytest.raises(
+                ValueError, match=f"got {flag} {value} for solver {name}, which has none: leave --{flag}"
+            ):
+                built().sample(Recorder(), Streams([0]), options=asked)
+
+
+@pytest.mark.parametrize("settings", [{"temp": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_temperature_top_k_and_top_p_reach_every_solver(name, settings):
+    class Certain(nn.Module):
+        def forward(self, ids, labels=None):
+            return torch.tensor([0.0, 0.1, 0.3, 0.2, 0.1, 0.0]).expand(*ids.shape, CODES)
+
+    out = built().sample(Certain(), Streams([0, 1]), options=options(name, **settings))
+    assert (out == 2).all()
+
+
+def test_the_last_temperature_is_that_of_the_end():
+    seen = []
+
+    class Flat(nn.Module):
+        def forward(self, ids, labels=None):
+            return torch.arange(6.0).expand(*ids.shape, CODES)
+
+    built().sample(
+        Flat(), Streams([0]), options=options(temp=2.0, last_temp=1.0),
+        on_step=lambda i, t, s, x, logits: seen.append((t, logits[0, 0, 0, 1].item())) or x,
+    )  # fmt: skip
+    assert seen == [(t, pytest.approx(1 / (1 + t))) for t in (1.0, 0.75, 0.5, 0.25)]
+
+
+def test_every_option_is_used_by_the_sampler():
+    """A flag that nothing reads would be a lie."""
+    import inspect
+
+    import train.absorbing as module
+
+    source = inspect.getsource(module)
+    for field in dataclasses.fields(absorbing.Sampling):
+        assert f"options.{field.name}" in source or f'"{field.name}"' in source, field.name

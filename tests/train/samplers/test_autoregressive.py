@@ -1,0 +1,227 @@
+"""How network, memory, process and codes meet in the autoregressive sampler."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from diffusion.autoregressive import raster
+from diffusion.guidance import guided
+from diffusion.rng import Streams, seed_of
+from diffusion.tempering import tempered
+from models.causal_transformer import CausalTransformer
+from train.samplers import autoregressive
+from train.start import Start
+
+GRID, CODES, N, CLASSES = (2, 3), 4, 6, 5
+SMALL = {"bert_n_emb": 16, "bert_n_head": 2, "bert_n_layers": 2}
+
+
+def sampler(n_classes=CLASSES, **settings):
+    """Its weights away from their start, in float64."""
+    torch.manual_seed(0)
+    config = autoregressive.Config(**SMALL | settings)
+    made = autoregressive.build(config, codes=CODES, grid=GRID, n_classes=n_classes)
+    for p in made.network.parameters():
+        nn.init.normal_(p, std=0.5)
+    made.network.double().eval()
+    return made
+
+
+def options(**settings):
+    return autoregressive.Sampling(**settings)
+
+
+def draws(seed, n):
+    return lambda purpose: Streams([seed_of(seed, purpose, i) for i in range(n)])
+
+
+def batch(n):
+    codes = torch.randint(CODES, (n, *GRID), generator=torch.manual_seed(1))
+    return {"codes": codes, "label": torch.arange(n) % CLASSES}
+
+
+def drawn(made, seeds, labels=None, **how):
+    given = None if labels is None else {"label": torch.tensor(labels)}
+    how = {"options": options()} | how
+    return made.sample(made.network, Streams(seeds), batch=given, **how)
+
+
+def test_a_share_of_labels_becomes_the_null_class_and_the_rest_stay():
+    n, asked = 4000, []
+    made, data = sampler(label_drop=0.1), batch(4000)
+
+    def network(ids, labels):
+        asked.append((ids, labels))
+        return torch.zeros(*ids.shape, CODES)
+
+    loss = made.loss(network, data, draws(1, n))
+    ids, labels = asked[0]
+    dropped = labels == CLASSES
+    assert torch.equal(ids, data["codes"]) and 0.08 < dropped.float().mean() < 0.12
+    assert torch.equal(labels[~dropped], data["label"][~dropped])
+    assert torch.allclose(loss.per_example, torch.full((n,), 2.0))  # log2 of four codes
+    assert not loss.outputs["t"].any() and not made.noise_level(loss.outputs["t"]).any()
+    sampler(label_drop=0.0).loss(network, data, draws(1, n))
+    assert torch.equal(asked[1][1], data["label"])
+
+
+def test_without_classes_labels_are_not_looked_at():
+    for made in (sampler(n_classes=0), sampler(class_conditional=False)):
+        assert made.n_classes == 0 and made.fields == ()
+        made.loss(made.network, batch(2), draws(0, 2))  # would refuse labels
+        assert drawn(made, [0, 1], [3, 4]).shape == (2, *GRID)
+        with pytest.raises(ValueError, match="without a class: pass --guidance 1"):
+            drawn(made, [0], [3], options=options(guidance=2.0))
+
+
+def without_memory(made, seeds, labels, settings):
+    """What `sample` should draw: the whole grid goes through the network for every code, once for each condition."""
+    labels = torch.tensor(labels)
+
+    def denoise(x, t, label):
+        whole = torch.cat([x, torch.zeros(len(x), N - x.shape[1], dtype=torch.long)], 1).view(-1, *GRID)
+        return made.network(whole, label).flatten(1, 2)[:, x.shape[1]]
+
+    null = torch.full_like(labels, CLASSES)
+    free = guided(denoise, labels, null, settings.guidance, schedule=settings.guidance_schedule)
+    free = tempered(free, settings.temp, last=settings.last_temp, top_k=settings.top_k, top_p=settings.top_p)
+    x = torch.full((len(seeds), *GRID), CODES)
+    return raster(free, made.process, x, rng=Streams(seeds))
+
+
+FREE = [
+    {},
+    {"guidance": 3.0},
+    {"guidance": 0.0},
+    {"guidance": 3.0, "guidance_schedule": "linear"},
+    {"temp": 0.5},
+    {"temp": 0.5, "last_temp": 3.0},
+    {"top_k": 2},
+    {"top_p": 0.6},
+]
+
+
+def test_every_option_acts_and_the_memory_changes_none_of_the_codes():
+    made, seeds, labels = sampler(), list(range(40)), [i % CLASSES for i in range(40)]
+    found = []
+    for settings in FREE:
+        codes = drawn(made, seeds, labels, options=options(**settings))
+        assert torch.equal(codes, without_memory(made, seeds, labels, options(**settings)))
+        assert not any(torch.equal(codes, other) for other in found)
+        found.append(codes)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "diff_v1", "diff_v2"])
+@pytest.mark.parametrize("position", ["learned", "rope", "none"])
+def test_an_image_of_a_seed_is_the_same_in_whatever_batch(kind, position):
+    made, settings = sampler(attention_type=kind, position=position), options(guidance=2.0)
+    labels = [i % CLASSES for i in range(7)]
+    together = drawn(made, list(range(7)), labels, options=settings)
+    assert torch.equal(together, without_memory(made, list(range(7)), labels, settings))
+    for some in ([3], [6, 0], [1, 2, 4, 5]):
+        assert torch.equal(drawn(made, some, [labels[i] for i in some], options=settings), together[some])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_known_codes_stay_and_examples_that_are_done_drop_out(guidance):
+    made, settings, seeds = sampler(), options(guidance=guidance), list(range(6))
+    labels, x0 = [i % CLASSES for i in range(6)], batch(6)["codes"]
+    keep = torch.rand(6, *GRID, generator=torch.manual_seed(2)) < 0.5
+    keep[0], keep[1], keep[2, 1] = True, False, True  # nothing to draw, all, the first row
+    codes = drawn(made, seeds, labels, options=settings, start=Start(x0, keep))
+    assert torch.equal(codes[keep], x0[keep]) and torch.equal(codes[0], x0[0]) and codes.max() < CODES
+    for i in range(6):
+        start = Start(x0[i : i + 1], keep[i : i + 1])
+        assert torch.equal(drawn(made, [i], labels[i : i + 1], options=settings, start=start)[0], codes[i])
+
+
+def test_some_of_what_is_not_kept_is_forgotten_and_the_rest_stays():
+    made, x0, seeds = sampler(), batch(200)["codes"], list(range(200))
+    keep = torch.zeros(200, *GRID, dtype=torch.bool)
+    keep[:, 0, 0] = True
+    labels = [0] * 200
+    assert torch.equal(drawn(made, seeds, labels, start=Start(x0, keep, 0.0)), x0)
+    seen = []
+    watch = {"on_step": lambda i, t, s, x, logits: seen.append(x) or x}
+    drawn(made, seeds, labels, start=Start(x0, keep, 0.4), **watch)
+    # the first call draws place 1 at the latest; what is unknown after it was forgotten
+    assert 0.35 < (seen[0][:, 1] == CODES).double().mean() < 0.45 and not (seen[0][:, 0, 0] == CODES).any()
+
+
+def test_a_likelihood_is_exact_in_one_call_and_what_training_lowers():
+    made, data, calls = sampler(label_drop=0.0), batch(3), []
+    made.network.register_forward_hook(lambda *args: calls.append(1))
+    bound = made.log_likelihood(made.network, data, Streams([0, 1, 2]), 5)
+    assert len(calls) == 1 and bound.terms.shape == (3, 0) and made.likelihood == "exact"
+    loss = made.loss(made.network, data, draws(0, 3))
+    assert torch.equal(bound.total, loss.per_example.detach()) and not bound.total.requires_grad
+    own = made.network(data["codes"], data["label"]).log_softmax(-1).gather(-1, data["codes"][..., None])
+    assert torch.allclose(bound.total.double(), -own.flatten(1).mean(1) / torch.tensor(2.0).log(), atol=1e-5)
+    assert torch.equal(made.x0_hat(loss.outputs), loss.outputs["prediction"].argmax(-1))
+
+
+def test_settings_reach_the_network():
+    made = sampler(qk_norm=True, zero_init=True, tied_head=True, attention_type="diff_v1", position="rope")
+    layer = made.network.blocks[0].attention
+    assert type(made.network) is CausalTransformer and made.network.head is None
+    assert layer.norm_q is not None and layer.rotary is not None and layer.core.causal
+    fresh = autoregressive.build(autoregressive.Config(**SMALL, zero_init=True), codes=4, grid=GRID, n_classes=0)
+    assert not fresh.network.blocks[0].contract.weight.any()
+
+
+def test_it_learns_what_follows_what():
+    torch.manual_seed(0)
+    made = autoregressive.build(autoregressive.Config(**SMALL), codes=CODES, grid=GRID, n_classes=0)
+    optimizer = torch.optim.Adam(made.network.parameters(), lr=0.01)
+    first = torch.arange(16) % CODES
+    data = {"codes": ((first[:, None] + torch.arange(N)) % CODES).view(16, *GRID)}  # each code is one more
+    for step in range(60):
+        loss = made.loss(made.network, data, draws(step, 16)).per_example.mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 1.1 * 2 / N  # the first code alone is a surprise, of two bits
+    codes = drawn(made, list(range(32))).flatten(1)
+    assert ((codes[:, 1:] - codes[:, :-1]) % CODES == 1).double().mean() > 0.9
+
+
+REFUSED = {"shape": {"shape": (3, 3)}, "windows": {"window_stride": 1}}
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_other_canvases_are_refused(how):
+    with pytest.raises(ValueError, match="rows are as long as .*or pass --sampler absorbing"):
+        drawn(sampler(), [0], [0], **REFUSED[how])
+    assert drawn(sampler(), [0], [0], shape=GRID).shape == (1, *GRID)
+
+
+@pytest.mark.parametrize("wrong", [{"attention": "neighborhood"}, {"position": "bias"}, {"bert_n_head": 3}])
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(ValueError, match="got"):
+        autoregressive.Config(**SMALL | wrong)
+
+
+def test_steps_are_the_codes():
+    with pytest.raises(ValueError, match="raster takes 6 steps on this grid, got 5"):
+        drawn(sampler(), [0], [0], options=options(sample_steps=5))
+
+
+@pytest.mark.slow
+def test_it_is_trained_resumed_and_measured_with_the_scripts(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    flags = f"--sampler autoregressive --logs_root {tmp_path}"
+    size = f"--no_amp --batch_size 4 --bert_n_emb 16 --bert_n_head 2 --bert_n_layers 2 --steps_per_eval 2 {flags}"
+    for steps in (2, 4):
+        tiny.call("train_sampler.py", f"--train_steps {steps} --steps_per_save_output 2 {size}")
+    run = tmp_path / "autoregressive_digits"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines if "val/bits_per_code" in line} == {2, 4}
+    tiny.call("experiments/get_samples.py", f"--n_samples 3 --save_process {flags}")
+    tiny.call("experiments/calc_approximate_ELBO.py", f"--n_images 8 --no_decoder {flags}")
+    results = json.loads((tmp_path / "ELBO_autoregressive_digits_4" / "results.json").read_text())
+    assert results["method"] == "exact" and results["terms"] == [] and results["n_images"] == 8
+    assert (tmp_path / "samples_autoregressive_digits_4" / "process.png").is_file()
