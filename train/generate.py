@@ -123,8 +123,8 @@ class TrainedSampler:
         """{"image": uint8 (B, C, H, W), and "codes" (B, h, w), "label" (B,) where there are such}.
 
         Image i of a seed is the same in whatever batch. `given` are conditions in the place of drawn ones ({}: none);
-        `start` is known data that it begins from. `network` stands in for the sampler's own; `on_step` sees the batch on its way,
-        in the sampler's space.
+        `start` is known data that it begins from. `network` stands in for the sampler's own; `on_step` sees the batch
+        on its way, in the sampler's space.
         """
         batch = self.conditions(seed, indices, held_out) if given is None else on_device(given, self.device)
         rng = Streams([seed_of(seed, "sample", i) for i in indices], self.device)
