@@ -272,4 +272,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "playground", under=settings_of_run)
+    run_script(main, Config, "demo", under=settings_of_run)

@@ -49,11 +49,6 @@ class AbsorbingDiffusion:
         """The inverse of `masked`."""
         return MASKINGS[self.schedule].time(share)
 
-    def stays(self, t: float, s: float) -> float:
-        """The probability that a code masked at t is masked at s < t."""
-        shares = self.masked(torch.tensor([s, t], dtype=torch.float64))
-        return (shares[0] / shares[1]).item()
-
     def quantile(self, u: Tensor) -> Tensor:
         """Training times: u (B,) uniform on (0, 1] -> t (B,), uniform over {1/T, ..., 1}, or over (0, 1]."""
         return u if self.steps is None else (u * self.steps).ceil() / self.steps
@@ -142,8 +137,13 @@ class AbsorbingDiffusion:
 
     def reverse(self, x_t: Tensor, logits: Tensor, t: float, s: float, rng: Streams) -> Tensor:
         """Draws x_s (B, H, W) from `reverse_probabilities` with sigma 0."""
-        revealed = (x_t == self.mask) & (rng.uniform(x_t.shape, torch.float64) >= self.stays(t, s))
+        revealed = (x_t == self.mask) & (rng.uniform(x_t.shape, torch.float64) >= self.staying(t, s, 0.0))
         return filled(x_t, revealed, logits, rng)
+
+
+def forgotten(x0: Tensor, share: float, mask: int, rng: Streams) -> Tensor:
+    """Each code of x0 (B, H, W) becomes the mask with this probability, independently."""
+    return torch.where(rng.uniform(x0.shape) < share, mask, x0)
 
 
 def filled(x: Tensor, places: Tensor, logits: Tensor, rng: Streams) -> Tensor:

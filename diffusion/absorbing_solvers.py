@@ -14,10 +14,10 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from diffusion.absorbing import AbsorbingDiffusion, drawn, filled
+from diffusion.absorbing import AbsorbingDiffusion, filled
 from diffusion.guidance import Denoiser
 from diffusion.halton import halton_order
-from diffusion.rng import Streams
+from diffusion.rng import Streams, drawn
 
 Remasking = Literal["cap", "rescale", "conf"]
 OnStep = Callable[[int, float, float, Tensor, Tensor], Tensor]  # (i, t, s, x_s, logits) -> x_s

@@ -39,10 +39,6 @@ class Autoregression:
     def mask(self) -> int:
         return self.codes
 
-    def forget(self, x0: Tensor, share: float, rng: Streams) -> Tensor:
-        """Each code of x0 (B, H, W) becomes unknown with this probability, independently."""
-        return torch.where(rng.uniform(x0.shape) < share, self.mask, x0)
-
     def loss(self, logits: Tensor, x0: Tensor) -> Loss:
         """Logits (B, H, W, K) of each code given those before it, x0 (B, H, W) -> Loss: -log2 p(x0) / N."""
         nll = F.cross_entropy(logits.float().flatten(0, 2), x0.flatten(), reduction="none")  # nats

@@ -56,7 +56,7 @@ def main(config: Config) -> None:
     with experiment_world(config.output.device) as world:
         trained = load_model(config.model, config.output, world)
         folder = open_results("PRDC", config, trained)
-        results = saved_report(folder)
+        results = saved_report(folder, world)
         given = files_of(config)  # whose content may be another by now
         if results is None or not given.items() <= results["run"].get("files", {}).items():
             results = measure(config, trained, folder)

@@ -72,7 +72,7 @@ def main(config: Config) -> None:
         name, perceptual = chosen_perceptual(c.lpips_net, c.perceptual_weights, first.run)
         if any(world.any(perceptual is None)):  # all measure the same, also where one machine lacks the weights
             name, perceptual = "none", None
-        results = saved_report(folder)
+        results = saved_report(folder, world)
         if results is None or results["lpips_net"] != name:
             results = measure(config, first, dataset, name, perceptual, folder, world)
         if results is not None:

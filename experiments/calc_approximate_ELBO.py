@@ -91,7 +91,7 @@ def main(config: Config) -> None:
             raise ValueError(f"{why}: {trained.run} is no model of pixels")
         head = head_for(config, trained)
         folder, weights = open_results("ELBO", config, trained), None if head is None else head.weights
-        results = saved_report(folder)
+        results = saved_report(folder, world)
         if results is None or results["run"].get("head_weights") != weights:  # the head was trained on since
             results = measure(config, trained, head, folder)
         if world.is_main:

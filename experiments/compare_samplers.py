@@ -12,11 +12,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.experiment import ModelConfig, OutputConfig, settings_of_run  # noqa: E402
-from experiments.solver_runs import read_entry  # noqa: E402
+from experiments.solver_runs import OF_ONE_SOLVER, read_entry  # noqa: E402
 from train.cli import run_script  # noqa: E402
 from train.config import SamplingConfig  # noqa: E402
 
-OF_ONE_SOLVER = ("solver", "sample_steps", "reveal", "eta", "choice_temp", "remasking", "remask_eta")
+OWN = ("solver", *OF_ONE_SOLVER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +59,12 @@ class Config:
 
 def shared_settings(argv: list[str], section: str) -> dict:
     """What a run was trained with, without what is of its own solver."""
-    return {key: value for key, value in settings_of_run(argv, section).items() if key not in OF_ONE_SOLVER}
+    return {key: value for key, value in settings_of_run(argv, section).items() if key not in OWN}
 
 
 def check_shared(sampling: SamplingConfig) -> None:
     """ValueError for a setting that belongs into an entry of --solvers."""
-    for name in OF_ONE_SOLVER:
+    for name in OWN:
         default = sampling.__dataclass_fields__[name].default if hasattr(sampling, name) else None
         value = getattr(sampling, name, None)
         if value != default:

@@ -49,7 +49,7 @@ def main(config: Config) -> None:
         labels = asked_labels(config, trained)
         given = given_images(config.given.image, config.given.n_images, trained)
         folder = open_results("edited", config, trained, {"given_images": given.fingerprint})
-        found = saved_report(folder) or edit(config, labels, trained, given, folder)
+        found = saved_report(folder, world) or edit(config, labels, trained, given, folder)
         if found is not None:
             asked = f"{found['n_images']} images, {100 * found['strength']:.0f} % forgotten"
             print(f"\n{asked}\n{edits_in_words(found)}\n\n{folder / 'edited.png'}\n{folder / 'images'}")

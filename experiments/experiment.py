@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from experiments.solver_runs import OF_ONE_SOLVER
 from train.cli import file_content, peek, read_groups, section_of
 from train.config import LoggingConfig
 
@@ -86,7 +87,10 @@ def settings_of_run(argv: list[str], section: str) -> dict[str, Any]:
         return {}
     content = read_groups(path)
     named = {name: content.get(group, {}).get(name) for name, group in (("sampler", "sampler"), ("dataset", "data"))}
-    return content.get("sampling", {}) | {name: value for name, value in named.items() if value is not None}
+    sampling = content.get("sampling", {})
+    if peek(argv, "solver") not in (None, sampling.get("solver")):  # steps and the like were another's
+        sampling = {key: value for key, value in sampling.items() if key not in OF_ONE_SOLVER}
+    return sampling | {name: value for name, value in named.items() if value is not None}
 
 
 def load_model(model: ModelConfig, output: OutputConfig, world: World | None = None) -> TrainedSampler:
@@ -148,10 +152,11 @@ def results_folder(name: str, model: ModelConfig, output: OutputConfig, trained:
     return Path(os.path.expanduser(output.logs_root)).resolve() / f"{name}_{trained.run.name}_{trained.step}{length}"
 
 
-def open_results(name: str, config, trained: TrainedSampler, also: dict[str, Any] | None = None) -> Path:
+def open_results(name: str, config, trained: TrainedSampler, also: dict[str, Any] | None = None, **how) -> Path:
     """The folder of this experiment's results, opened as a run: nothing of another experiment can be in it.
 
-    `also` is what makes the run this run beside its config and the model's weights, such as the content of files.
+    `also` is what makes the run this run beside its config and the model's weights, such as the content of files. What
+    the sampler cannot do is refused before there is a folder: `how` goes to its `try_out`.
     """
     from train.runs import open_run, run_folder
 
@@ -159,6 +164,8 @@ def open_results(name: str, config, trained: TrainedSampler, also: dict[str, Any
     if output.log_dir:
         folder = run_folder(output.logs_root, output.log_dir)
     if trained.world.is_main:
+        if hasattr(config, "sampling") and not folder.exists():
+            trained.try_out(config.sampling, **how)
         open_run(folder, config, trained.origin | (also or {}))
     trained.world.barrier()
     print(f"results: {folder}", flush=True)

@@ -45,10 +45,11 @@ def main(config: Config) -> None:
     from experiments.processes import experiment_world
 
     canvas = config.canvas
+    how = {"shape": canvas.shape, "window_stride": canvas.window_stride}
     with experiment_world(config.output.device) as world:
         trained = load_model(config.model, config.output, world)
-        folder = open_results("big_samples", config, trained)
-        results = saved_report(folder) or sample(config, trained, folder)
+        folder = open_results("big_samples", config, trained, **how)
+        results = saved_report(folder, world) or sample(config, trained, folder)
         if results is not None:
             size = " x ".join(map(str, canvas.shape))
             print(f"\n{canvas.n_samples} images of {size}\n{cost_table(results)}\n\n{folder}")

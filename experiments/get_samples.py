@@ -46,6 +46,7 @@ def main(config: Config) -> None:
     from experiments.experiment import load_model, open_results, write_results
     from experiments.images import SampleWriter, save_grid
     from experiments.kept import forget, kept_batches
+    from experiments.metrics.report import saved_report
     from experiments.process import STRIPS, save_process
     from experiments.processes import experiment_world
     from experiments.progress import progress
@@ -56,7 +57,7 @@ def main(config: Config) -> None:
         trained = load_model(config.model, output, world)
         draw = images_of_class(trained, samples.label, output.seed, config.sampling)
         folder = open_results("samples", config, trained)
-        if not (folder / "results.json").is_file():
+        if saved_report(folder, world) is None:
             made = kept_batches(folder, "samples", list(range(count)), output.batch_size, draw, world)
             writer = SampleWriter(folder, count, png_files=samples.save_individually)
             with writer if world.is_main else nullcontext():
@@ -67,8 +68,7 @@ def main(config: Config) -> None:
                     save_process(folder / "process.png", trained, list(range(min(count, STRIPS))), draw)
                 save_grid(folder / "samples.png", writer.first)
                 write_results(folder, {"n_samples": count, "seed": output.seed, "label": samples.label})
-        if world.is_main:
-            forget(folder)
+                forget(folder)
         print(f"{count} images: {folder / 'samples.npz'}\ngrid: {folder / 'samples.png'}")
 
 

@@ -16,7 +16,6 @@ from train.generate import TrainedSampler
 from train.images import DAMAGED, decode
 from train.transforms import covering, to_item
 
-HALVES = ("left", "right", "top", "bottom", "centre")
 OPAQUE = 255  # of an alpha channel: pixels that are less have lost what they were
 
 
@@ -39,9 +38,6 @@ class Given:
         for array in (seen, self.hidden):
             digest.update(array.numpy().tobytes())
         return digest.hexdigest()
-
-    def rows(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.image[indices], self.hidden[indices]
 
 
 def given_images(files: tuple[str, ...], count: int, trained: TrainedSampler) -> Given:

@@ -58,7 +58,7 @@ class Config:
 def main(config: Config) -> None:
     from experiments.editing import check_label
     from experiments.experiment import load_model, open_results
-    from experiments.inpainting import inpaint, inputs, told_in_words
+    from experiments.inpainting import canvas_of, inpaint, inputs, told_in_words
     from experiments.metrics.report import saved_report
     from experiments.processes import experiment_world
 
@@ -66,8 +66,9 @@ def main(config: Config) -> None:
         trained = load_model(config.model, config.output, world)
         check_label(trained, config.inpainting.label, config.sampling)
         given = inputs(config, trained)
-        folder = open_results("inpainted", config, trained, {"given_images": given.fingerprint})
-        found = saved_report(folder) or inpaint(config, trained, given, folder)
+        how = {"shape": canvas_of(given, trained), "window_stride": config.inpainting.window_stride}
+        folder = open_results("inpainted", config, trained, {"given_images": given.fingerprint}, **how)
+        found = saved_report(folder, world) or inpaint(config, trained, given, folder)
         if found is not None:
             print(f"\n{told_in_words(found)}\n\n{folder / 'inpainted.png'}\n{folder / 'images'}")
 

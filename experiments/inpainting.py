@@ -40,6 +40,12 @@ def inputs(config: Any, trained: TrainedSampler) -> Given:
     return given
 
 
+def canvas_of(given: Given, trained: TrainedSampler) -> tuple[int, int]:
+    """Height and width of what is drawn, in the sampler's space."""
+    height, width = (side // trained.space.factor for side in given.hidden.shape[1:])
+    return height, width
+
+
 def inpaint(config: Any, trained: TrainedSampler, given: Given, folder: Path) -> dict[str, Any] | None:
     """The pictures, results.json and its content, in the main process; the others take part."""
     count, label = config.inpainting.results, config.inpainting.label

@@ -68,7 +68,7 @@ def main(config: Config) -> None:
         check_label(trained, config.path.label, config.sampling)
         given = given_images(config.given.image, config.given.n_images, trained)
         folder = open_results("interpolated", config, trained, {"given_images": given.fingerprint})
-        found = saved_report(folder) or interpolate(config, trained, given, folder)
+        found = saved_report(folder, world) or interpolate(config, trained, given, folder)
         if found is not None:
             asked = f"{found['n_pairs']} pairs, {100 * found['strength']:.0f} % forgotten"
             print(f"\n{asked}\n{path_in_words(found)}\n\n{folder / 'interpolated.png'}\n{folder / 'images'}")

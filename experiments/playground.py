@@ -103,10 +103,11 @@ class Playground:
         return rest | {"label": torch.full((request.count,), label)}
 
     def draw(self, request: Request, **how) -> Tensor:
-        """uint8 (B, C, H, W); `how` as `TrainedSampler.draw` has it."""
-        conditions = {"held_out": self.held_out, "given": self.given(request)}
-        indices = list(range(request.count))
-        return self.trained.draw(indices, request.seed, request.options, **conditions, **how)["image"]
+        """uint8 (B, C, H, W); `how` as `TrainedSampler.draw` has it. Where nothing is told, nothing guides."""
+        given, indices = self.given(request), list(range(request.count))
+        options = replace(request.options, guidance=1.0) if given == {} else request.options
+        conditions = {"held_out": self.held_out, "given": given}
+        return self.trained.draw(indices, request.seed, options, **conditions, **how)["image"]
 
     def watch(self, request: Request) -> Iterator[Moment]:
         """Every step of the same images, as it is made; closing the iterator ends the work."""
@@ -132,7 +133,8 @@ class Playground:
             raise ValueError("nothing is hidden: paint with the brush over what shall be drawn anew")
         if request.label == AS_IN_DATA and self.classes:
             request = replace(request, label=NO_CLASS, options=replace(request.options, guidance=1.0))
-        begun = self.trained.space.begun(image[None], hidden[None])
+        device = self.trained.device
+        begun = self.trained.space.begun(image[None].to(device), hidden[None].to(device))
         several = [each.expand(request.count, *each.shape[1:]) for each in (begun.x0, begun.keep)]
         shown = torch.where(enlarged(~begun.keep[0].cpu(), hidden.shape), GREY, image)
         return Redrawn(shown, self.draw(request, start=Start(*several)))

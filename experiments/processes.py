@@ -59,3 +59,12 @@ def gathered(here: World, thing: T) -> list[T]:
     everything = [None] * here.size if here.is_main else None
     dist.gather_object(thing, everything)
     return everything or []
+
+
+def shared(here: World, thing: T) -> T:
+    """What the main process has, in all of them."""
+    if here.size == 1:
+        return thing
+    box = [thing]
+    dist.broadcast_object_list(box)
+    return box[0]

@@ -1,14 +1,15 @@
 """What a comparison of solvers runs: its --solvers and --steps as solvers, steps and settings. Free of torch."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-AUTO = (  # the first that a process has is the yardstick
+AUTO = (  # in this order, and after them any other; the first that a process has is the yardstick
     *("ancestral:256", "ancestral", "halton", "confidence", "remask", "first_hitting", "raster"),
     *("ddpm:250", "ddim", "dpmpp_2m", "unipc", "heun"),
 )
 OWN_STEPS = ("first_hitting", "raster")  # a step for each code
 IN_TURN = ("halton", "confidence")  # reveal a code or more at each step
+OF_ONE_SOLVER = ("sample_steps", "reveal", "eta", "choice_temp", "remasking", "remask_eta")  # flags that go with one
 
 
 class SolverRun(NamedTuple):
@@ -46,14 +47,14 @@ def read_entry(entry: str) -> SolverRun:
     return SolverRun(name, None if steps is None else int(steps), settings)
 
 
-def runs_of(entries: Sequence[str], steps: Sequence[int], there: Container[str], codes: int) -> list[SolverRun]:
-    """Every run that entries mean, each once: one without steps takes each of `steps`, and auto is those of AUTO that
-    are `there`, no solver IN_TURN with more steps than `codes`, of which it would make no use."""
-    found = []
+def runs_of(entries: Sequence[str], steps: Sequence[int], there: Collection[str], codes: int) -> list[SolverRun]:
+    """Every run that entries mean, each once: one without steps takes each of `steps`, and auto is all solvers that
+    are `there`, none IN_TURN with more steps than `codes`, of which it would make no use."""
+    found, known = [], [read_entry(entry) for entry in AUTO]
+    every = [run for run in known if run.solver in there]
+    every += [SolverRun(name, None) for name in sorted({*there} - {run.solver for run in known})]
     for run in map(read_entry, entries):
-        for each in map(read_entry, AUTO) if run.solver == "auto" else [run]:
-            if run.solver == "auto" and each.solver not in there:
-                continue
+        for each in every if run.solver == "auto" else [run]:
             alone = each.steps is not None or each.solver in OWN_STEPS
             most = codes if run.solver == "auto" and each.solver in IN_TURN else max(steps)
             found += [each] if alone else [each._replace(steps=count) for count in steps if count <= most]

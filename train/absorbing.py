@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.absorbing import AbsorbingDiffusion, forgotten
 from diffusion.absorbing_solvers import OnStep
 from diffusion.guidance import Denoiser, guided
 from diffusion.likelihood import Bound, bits_per_code
@@ -100,8 +100,7 @@ class AbsorbingSampler:
         shape = tuple(shape or self.grid)
         x = torch.full((len(rng), *shape), self.process.mask, device=rng.device)
         if start is not None:
-            t = torch.full((len(rng),), start.t, device=rng.device)
-            x = torch.where(start.keep, start.x0, self.process.corrupt(start.x0, t, rng))
+            x = torch.where(start.keep, start.x0, forgotten(start.x0, start.t, self.process.mask, rng))
         denoise = self.denoiser(network, batch, options)
         if shape != self.grid and self.config.position == "learned" or window_stride is not None:
             stride = max(1, min(self.grid) // 2) if window_stride is None else window_stride

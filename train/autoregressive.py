@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion.absorbing import forgotten
 from diffusion.autoregressive import Autoregression, OnStep
 from diffusion.guidance import Denoiser, guided
 from diffusion.likelihood import Bound
@@ -80,14 +81,13 @@ class AutoregressiveSampler:
         `start` holds known codes, see train/start.py.
         """
         if tuple(shape or self.grid) != self.grid or window_stride is not None:
-            asked = f"shape {tuple(shape or self.grid)}" + ("" if window_stride is None else " by windows")
             raise ValueError(
-                f"got {asked} of an autoregressive sampler, whose rows are as long as the {self.grid} codes it was "
-                "trained on: leave --shape and --window_stride out, or pass --sampler absorbing"
+                f"an autoregressive sampler draws grids of {self.grid} codes and no larger canvases: "
+                "pass --sampler absorbing, or a --shape of its own and no --window_stride"
             )
         x = torch.full((len(rng), *self.grid), self.process.mask, device=rng.device)
         if start is not None:
-            x = torch.where(start.keep, start.x0, self.process.forget(start.x0, start.t, rng))
+            x = torch.where(start.keep, start.x0, forgotten(start.x0, start.t, self.process.mask, rng))
         denoise = self.denoiser(network, batch, options, rng)
         temperature = {"last": options.last_temp, "top_k": options.top_k, "top_p": options.top_p}
         denoise = tempered(denoise, options.temp, **temperature)

@@ -61,7 +61,7 @@ def layer(path: Path, content: dict[str, Any], cls, section: str) -> dict[str, A
     data_keys = fields_of(DataConfig).union(
         *(fields_of(plugin("train.datasets", n, "reader").Config) for n in names_in("train.datasets"))
     )
-    sections = {"vqgan", *names_in("train.samplers"), *names_in("experiments")}
+    sections = {"vqgan", "demo", *names_in("train.samplers"), *names_in("experiments")}
     values = {}
     for key, value in content.items():
         if isinstance(value, dict):

@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -142,6 +143,17 @@ class TrainedSampler:
         made = {"image": self.space.decode(x).cpu()} | self.space.kept(x)
         return made if batch is None or "label" not in batch else made | {"label": batch["label"].cpu()}
 
+    @torch.no_grad()
+    def try_out(self, options: SamplingConfig, **how) -> None:
+        """Samples one image up to its first step; `how` goes to the sampler. ValueError where it cannot do that."""
+
+        def stop(*step: Any) -> Tensor:
+            raise _TriedOut
+
+        batch, rng = self.conditions(0, [0], self.held_out()), Streams([0], self.device)
+        with suppress(_TriedOut), autocast(self.device, self.amp):
+            self.sampler.sample(self.sampler.network, rng, batch=batch, options=options, on_step=stop, **how)
+
     def log_likelihood(self, batch: Batch, seed: int = 0, calls: int | None = None) -> Bound:
         """-log2 p of a batch of `batches`, in the sampler's `unit`, in `calls` network calls per image or all.
 
@@ -151,6 +163,10 @@ class TrainedSampler:
         batch = self.space.prepared(on_device(batch, self.device))
         with autocast(self.device, self.amp):
             return self.sampler.log_likelihood(self.sampler.network, batch, rng, calls)
+
+
+class _TriedOut(Exception):
+    """The first step of a draw is done, which is all that was asked for."""
 
 
 def load_sampler(

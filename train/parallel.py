@@ -5,6 +5,7 @@ torch's sharding is imported where it is used: that takes a second, which a run 
 
 import inspect
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -54,6 +55,14 @@ def synchronized(replica: nn.Module, last: bool) -> AbstractContextManager:
 def is_sharded(thing: nn.Module | Tensor) -> bool:
     """Whether a module, or a tensor, is cut over processes."""
     return hasattr(thing, "unshard") or hasattr(thing, "to_local")
+
+
+def in_step(network: nn.Module) -> Callable[..., Tensor] | None:
+    """What processes that share a network sample with: an `on_step` that changes nothing. A forward needs all of them,
+    and a solver that is watched calls the network at every step, however little there is to draw. None: each may do
+    as it likes.
+    """
+    return (lambda i, t, s, x, said: x) if is_sharded(network) else None
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from train.distributed import World
 from train.execution import to_channels_last
 from train.logging import Logger
 from train.loop import Batch, Outputs, State
-from train.parallel import synchronized
+from train.parallel import in_step, synchronized
 from train.precision import autocast, poisoned
 from train.registry import plugin
 from train.schedule import learning_rate
@@ -165,5 +165,7 @@ class SamplerReports:
         elif sampler.fields:
             batch = on_device(self.validation[indices], world.device)
         with self.step.autocast():
-            x = sampler.sample(state.averaged("network").eval(), rng, batch=batch, options=self.sampling)
+            network = state.averaged("network").eval()
+            how = {"batch": batch, "options": self.sampling, "on_step": in_step(network)}
+            x = sampler.sample(network, rng, **how)
         return self.step.space.decode(x)

@@ -107,7 +107,8 @@ def print_report(results: dict[str, Any], folder: Path) -> None:
     steps, error, decoder = len(results["terms"]), results["standard_error"], results["decoder"]
     rows = [("", results["unit"])]
     rows.append(("total", f"{results['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")))
-    rows.append(("prior term", f"{results['prior']:.4f}"))
+    if results["method"] != "exact":
+        rows.append(("prior term", f"{results['prior']:.4f}"))
     if decoder is not None:
         rows.append((f"decoder's term (t = 1/{steps})", f"{decoder:.4f}"))
     rows.append(("images", str(results["n_images"])))

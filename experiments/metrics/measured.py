@@ -4,9 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
 
-import torch.distributed as dist
 from torch import Tensor
 
 from experiments.images import read_samples
@@ -20,7 +18,6 @@ from train.distributed import World
 from train.files import sha256
 from train.generate import TrainedSampler
 
-T = TypeVar("T")
 Batches = Iterable[dict[str, Tensor]]
 Images = Callable[[list[int]], dict[str, Tensor]]
 
@@ -92,12 +89,3 @@ def together(batches: Batches, count: int, names: tuple[str, ...] = ("features",
             each[filled : filled + size] = batch[name]
         filled += size
     return {name: each[:filled] for name, each in whole.items()}
-
-
-def shared(world: World, thing: T) -> T:
-    """What the main process has, in all of them."""
-    if world.size == 1:
-        return thing
-    box = [thing]
-    dist.broadcast_object_list(box)
-    return box[0]

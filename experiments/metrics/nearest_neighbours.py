@@ -10,8 +10,9 @@ from torch import Tensor
 from experiments.kept import kept_batches
 from experiments.metrics.closeness import Closeness
 from experiments.metrics.features import Features
-from experiments.metrics.measured import Batches, shared
+from experiments.metrics.measured import Batches
 from experiments.metrics.neighbours import nearest
+from experiments.processes import shared
 from experiments.progress import progress
 from train.data import ImageSource, images_in_order
 from train.distributed import World

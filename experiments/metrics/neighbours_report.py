@@ -16,13 +16,13 @@ from experiments.metrics.measured import (
     measured,
     real_features,
     sampled_features,
-    shared,
     together,
 )
 from experiments.metrics.memorization import exact_copies
 from experiments.metrics.nearest_neighbours import Ranked, candidates, in_view, reranked
 from experiments.metrics.neighbours_picture import Row, save_picture
 from experiments.metrics.report import code_of
+from experiments.processes import shared
 from experiments.table import table
 from train.cli import to_dict
 from train.config import DataConfig

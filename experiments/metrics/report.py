@@ -12,13 +12,13 @@ from torch import Tensor
 
 from experiments.experiment import write_results
 from experiments.images import GRID, read_samples, save_grid
-from experiments.kept import kept_batches
+from experiments.kept import forget, kept_batches
 from experiments.metrics import features as all_features
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
 from experiments.metrics.kid import MOST, KeptFeatures, kernel_distance
 from experiments.metrics.reference import Reference
-from experiments.processes import in_order, own_indices
+from experiments.processes import in_order, own_indices, shared
 from experiments.progress import progress
 from experiments.table import table
 from train.cli import to_dict
@@ -234,10 +234,13 @@ def save_reconstructions(path: Path, first: FirstStage, held_out: ImageSource, c
     save_grid(path, torch.cat([shown, first.decode(first.encode(shown)).cpu()]), columns=len(shown))
 
 
-def saved_report(folder: Path) -> dict[str, Any] | None:
-    """The results of this very experiment, if it was finished before."""
+def saved_report(folder: Path, world: World) -> dict[str, Any] | None:
+    """The results of this very experiment, if it was finished before: what the main process finds, in all of them."""
     path = folder / "results.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    there = world.is_main and path.is_file()
+    if there:
+        forget(folder)  # what a start that was cut off then has left
+    return shared(world, json.loads(path.read_text()) if there else None)
 
 
 def print_report(results: dict[str, Any], folder: Path) -> None:

@@ -34,13 +34,9 @@ Plan = dict[SolverRun, SamplingConfig]
 Row = dict[str, Any]  # of the table: what `summed_up` makes
 
 
-class Begun(Exception):
-    """The first step of a draw is done, which is all that was asked for."""
-
-
 def planned(config: Any, trained: TrainedSampler) -> Plan:
     """Every run of --solvers with its options, each begun on one image. ValueError: one that the sampler cannot do."""
-    comparison, held_out = config.comparison, trained.held_out()
+    comparison = config.comparison
     plan, codes = {}, math.prod(trained.space.facts.get("grid", ()))
     for run in runs_of(comparison.solvers, comparison.steps, solvers_of(trained.sampler.process), codes):
         options = replace(config.sampling, solver=run.solver, sample_steps=run.steps)
@@ -48,15 +44,11 @@ def planned(config: Any, trained: TrainedSampler) -> Plan:
         if words:
             options = interpret(type(options), words, default=options, source=f"--solvers {run}")
 
-        def stop(*step: Any) -> Tensor:
-            raise Begun
-
         try:
-            trained.draw([0], config.output.seed, options, held_out=held_out, on_step=stop)
-        except Begun:
-            plan[run] = options
+            trained.try_out(options)
         except ValueError as error:
             raise ValueError(f"--solvers {run}: {error}") from error
+        plan[run] = options
     return plan
 
 

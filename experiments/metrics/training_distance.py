@@ -23,6 +23,7 @@ from train.first_stage import FirstStage
 from train.generate import TrainedSampler
 from train.logging import Logger
 from train.loop import Hook, Outputs, State
+from train.parallel import in_step
 from train.spaces import Space
 
 LEAST = 2  # images that have a covariance
@@ -105,7 +106,8 @@ def of_samples(
         def images(state: State) -> Iterator[tuple[Tensor, bool]]:
             with evaluated(state.averaged("network")) as network:
                 for indices, counts in world.rounds(world.share_of(batches)):
-                    made = model.draw(indices, seed, config.sampling, held_out=held_out, network=network)
+                    how = {"held_out": held_out, "network": network, "on_step": in_step(network)}
+                    made = model.draw(indices, seed, config.sampling, **how)
                     yield made["image"], counts
 
         return Distance(logger, f"{count}_samples", images, real, config, world, size)

@@ -92,7 +92,7 @@ def test_the_reverse_kernel_of_one_code_is_bayes_rule(one_code, schedule, t, s):
     reachable = one_code.data @ one_code.forward(0, t) > 0
     assert torch.allclose(kernel[reachable], bayes[reachable], atol=1e-12)
     stays = one_code.masked(s) / one_code.masked(t)
-    assert bayes[-1, -1] == pytest.approx(stays) == pytest.approx(one_code.process().stays(t, s))
+    assert bayes[-1, -1] == pytest.approx(stays) == pytest.approx(one_code.process().staying(t, s, 0.0))
     if 0 < s and t < 1:
         assert stays != pytest.approx(one_code.masked(s))
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.absorbing import AbsorbingDiffusion, forgotten
 from diffusion.autoregressive import Autoregression, raster
 from diffusion.guidance import guided
 from diffusion.rng import Streams
@@ -200,9 +200,9 @@ def test_who_watches_may_fill_in_codes_and_change_no_others():
 
 def test_codes_are_forgotten_with_the_probability_asked_for():
     x0 = torch.randint(K, (500, *GRID))
-    assert torch.equal(PROCESS.forget(x0, 0.0, Streams(list(range(500)))), x0)
-    assert (PROCESS.forget(x0, 1.0, Streams(list(range(500)))) == MASK).all()
-    some = PROCESS.forget(x0, 0.3, Streams(list(range(500))))
+    assert torch.equal(forgotten(x0, 0.0, MASK, Streams(list(range(500)))), x0)
+    assert (forgotten(x0, 1.0, MASK, Streams(list(range(500)))) == MASK).all()
+    some = forgotten(x0, 0.3, MASK, Streams(list(range(500))))
     assert 0.26 < (some == MASK).double().mean() < 0.34 and (some[some != MASK] == x0[some != MASK]).all()
 
 

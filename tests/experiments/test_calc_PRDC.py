@@ -79,7 +79,7 @@ def test_other_samples_under_the_same_name_are_measured_anew(trained_ddpm, noise
 
 def test_a_cut_off_start_goes_on_to_the_same_numbers(trained, monkeypatch):
     flags = f"--logs_root {trained} --n_samples 14 --batch_size 4 --nearest_k 2 --features pixels --no_amp"
-    call(SCRIPT, f"{flags} --log_dir whole")
+    call(SCRIPT, f"{flags} --log_dir prdc_whole")
     draw, asked = TrainedSampler.draw, []
 
     def failing(model, indices, *args, **how):
@@ -90,12 +90,12 @@ def test_a_cut_off_start_goes_on_to_the_same_numbers(trained, monkeypatch):
 
     monkeypatch.setattr(TrainedSampler, "draw", failing)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        call(SCRIPT, f"{flags} --log_dir cut")
-    call(SCRIPT, f"{flags} --log_dir cut")
+        call(SCRIPT, f"{flags} --log_dir prdc_cut")
+    call(SCRIPT, f"{flags} --log_dir prdc_cut")
     assert [indices[0] for indices in asked] == [0, 4, 8, 8, 12]
-    whole, cut = results(trained, "whole"), results(trained, "cut")
+    whole, cut = results(trained, "prdc_whole"), results(trained, "prdc_cut")
     assert all(whole[key] == cut[key] for key in ("generated", "held_out", "n_generated"))
-    assert (trained / "whole" / "samples.png").read_bytes() == (trained / "cut" / "samples.png").read_bytes()
+    assert (trained / "prdc_whole" / "samples.png").read_bytes() == (trained / "prdc_cut" / "samples.png").read_bytes()
 
 
 @pytest.mark.parametrize("flags, said", [("--nearest_k 20", "nearest_k 20"), ("--nearest_k 0", "at least 1")])

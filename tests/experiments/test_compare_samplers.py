@@ -127,21 +127,21 @@ def test_a_set_goes_on_within(trained, monkeypatch):
     from train.generate import TrainedSampler
 
     flags = f"--logs_root {trained} {TINY} --solvers ancestral:3 --log_dir"
-    call(SCRIPT, f"{flags} whole")
+    call(SCRIPT, f"{flags} set_whole")
     draw, drawn = TrainedSampler.draw, []
 
     def cut_off(self, indices, *args, **how):
         drawn.append(indices)
-        if len(drawn) == 3:  # of the run's check, and of its two batches
+        if len(drawn) == 2:
             raise KeyboardInterrupt
         return draw(self, indices, *args, **how)
 
     monkeypatch.setattr(TrainedSampler, "draw", cut_off)
     with pytest.raises(SystemExit):
-        call(SCRIPT, f"{flags} cut")
-    call(SCRIPT, f"{flags} cut")
-    assert drawn == [[0], [0, 1, 2, 3], [4, 5], [0], [4, 5]]
-    one, two = (results(trained, name)["sets"]["ancestral:3/0"] for name in ("whole", "cut"))
+        call(SCRIPT, f"{flags} set_cut")
+    call(SCRIPT, f"{flags} set_cut")
+    assert drawn == [[0, 1, 2, 3], [4, 5], [4, 5]]
+    one, two = (results(trained, name)["sets"]["ancestral:3/0"] for name in ("set_whole", "set_cut"))
     assert one["distance"] == two["distance"] and one["evaluations_per_image"] == two["evaluations_per_image"]
 
 

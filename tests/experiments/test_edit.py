@@ -118,7 +118,7 @@ def test_other_pictures_are_another_run(trained, tmp_path, capsys):
 )
 def test_what_cannot_be_done_is_refused(trained, capsys, flags, wanted):
     with pytest.raises(SystemExit) as stop:
-        edit(trained, f"{flags} --log_dir refused")
+        edit(trained, f"{flags} --log_dir edit_refused")
     assert stop.value.code == 2
     assert wanted in " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert not (trained / "refused").exists()
+    assert not (trained / "edit_refused").exists()

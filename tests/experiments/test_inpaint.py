@@ -170,8 +170,8 @@ def test_what_cannot_be_done_is_refused_in_one_line(trained, picture, capsys, fl
     Image.new("L", (16, 16)).save(picture / "black.png")
     files = {name: picture / f"{name}.png" for name in ("one", "mask", "black")}
     with pytest.raises(SystemExit) as stop:
-        inpaint(trained, f"{flags.format(**files)} --log_dir refused")
+        inpaint(trained, f"{flags.format(**files)} --log_dir inpaint_refused")
     assert stop.value.code == 2
     message = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert all(word in message for word in wanted), message
-    assert not (trained / "refused").exists()
+    assert not (trained / "inpaint_refused").exists()

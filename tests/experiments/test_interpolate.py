@@ -60,7 +60,7 @@ def test_with_nothing_forgotten_the_ends_are_the_images_themselves(trained_ddpm)
 )
 def test_what_cannot_be_done_is_refused(trained, capsys, flags, wanted):
     with pytest.raises(SystemExit) as stop:
-        interpolate(trained, f"{flags} --log_dir refused")
+        interpolate(trained, f"{flags} --log_dir interpolate_refused")
     assert stop.value.code == 2
     assert wanted in " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert not (trained / "refused").exists()
+    assert not (trained / "interpolate_refused").exists()

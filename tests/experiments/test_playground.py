@@ -100,9 +100,9 @@ def test_conditions_beside_the_class_stay_as_they_are_drawn(play):
     assert told.given(asked(told, label=NO_CLASS))["label"].tolist() == [10, 10, 10]  # the null
 
 
-def test_guidance_without_a_class_is_refused(each):
-    with pytest.raises(ValueError, match="got guidance 2.0 for samples without"):
-        each.draw(asked(each, label=NO_CLASS, options={"guidance": 2.0}))
+def test_without_a_class_nothing_guides(each):
+    drawn = [each.draw(asked(each, label=NO_CLASS, options={"guidance": scale})) for scale in (1.0, 2.0)]
+    assert torch.equal(*drawn)
 
 
 @pytest.mark.parametrize("wrong", [{"count": 0}, {"seed": -1}])

@@ -210,3 +210,13 @@ def test_fewer_batches_of_validation_images_than_processes(tmp_path, two):
     two.run("train_sampler.py", f"{flags} --log_dir two --parallel fsdp")
     call("train_sampler.py", f"{flags} --log_dir one")
     assert_same_losses(tmp_path / "one", tmp_path / "two")
+
+
+def test_shards_sample_in_step_where_one_process_has_less_to_draw(logs, two):
+    """Of 40 steps on 16 codes, each process would call the network as often as its own images have codes to draw."""
+    flags = f"--logs_root {logs} {STAGE_2} --sample_steps 40 --seed 3 --timeout_minutes 0.3"
+    two.run("train_sampler.py", f"{flags} --log_dir in_step --parallel fsdp")
+    call("train_sampler.py", f"{flags} --log_dir alone")
+    shown = [sorted((logs / name).rglob("*.png")) for name in ("in_step", "alone")]
+    assert [path.name for path in shown[0]] == [path.name for path in shown[1]]
+    assert_same_losses(logs / "in_step", logs / "alone")
