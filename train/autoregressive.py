@@ -83,7 +83,7 @@ class AutoregressiveSampler:
         if tuple(shape or self.grid) != self.grid or window_stride is not None:
             raise ValueError(
                 f"an autoregressive sampler draws grids of {self.grid} codes and no larger canvases: "
-                "pass --sampler absorbing, or a --shape of its own and no --window_stride"
+                "pass --sampler absorbing"
             )
         x = torch.full((len(rng), *self.grid), self.process.mask, device=rng.device)
         if start is not None:
