@@ -92,6 +92,6 @@ def test_two_processes_make_the_canvases_of_one(trained):
 
 def test_a_canvas_smaller_than_the_grid_is_refused(trained, capsys):
     with pytest.raises(SystemExit) as stopped:
-        big(trained, "--shape 3 8 --log_dir small")
+        big(trained, "--shape 3 8 --log_dir big_small")
     assert stopped.value.code == 2
     assert "smaller than the window of 4" in capsys.readouterr().err

@@ -71,7 +71,7 @@ def test_a_share_of_the_codes_stays_as_it_was(trained, drawn):
 
 def test_an_edit_cut_off_goes_on(trained, monkeypatch, drawn):
     flags = "--n_images 4 --label 1 --batch_size 2 --sample_steps 2"
-    edit(trained, f"{flags} --log_dir whole")
+    edit(trained, f"{flags} --log_dir edit_whole")
     watched, calls = TrainedSampler.draw, []
 
     def cut(self, *args, **how):
@@ -82,11 +82,13 @@ def test_an_edit_cut_off_goes_on(trained, monkeypatch, drawn):
 
     monkeypatch.setattr(TrainedSampler, "draw", cut)
     with pytest.raises(SystemExit):
-        edit(trained, f"{flags} --log_dir again")
+        edit(trained, f"{flags} --log_dir edit_again")
     drawn.clear()
-    edit(trained, f"{flags} --log_dir again")
+    edit(trained, f"{flags} --log_dir edit_again")
     assert len(drawn) == 1  # the first batch was kept
-    one, two = ({k: v for k, v in results_in(trained / name).items() if k != "run"} for name in ("whole", "again"))
+    one, two = (
+        {k: v for k, v in results_in(trained / name).items() if k != "run"} for name in ("edit_whole", "edit_again")
+    )
     assert one == two
 
 

@@ -210,8 +210,7 @@ def test_so_much_of_the_rest_is_forgotten_as_the_start_says(t):
         on_step=lambda i, t, s, x, logits: seen.append(x) or x,
     )  # fmt: skip
     begun = recorder.asked[0][0]
-    share = AbsorbingDiffusion(CODES, schedule="cosine").masked(torch.tensor(t)).item()
-    assert (begun == CODES).float().mean().item() == pytest.approx(share, abs=0.03)
+    assert (begun == CODES).float().mean().item() == pytest.approx(t, abs=0.03)  # whatever the schedule
     assert ((begun == x0) | (begun == CODES)).all() and (seen[0] < CODES).all()
 
 
