@@ -80,6 +80,7 @@ def test_typed_again_it_makes_nothing_and_says_the_same(trained, asked, capsys):
     assert told.splitlines()[-8:] == capsys.readouterr().out.splitlines()[-8:]
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_canvases_of_one(trained):
     flags = f"--logs_root {trained} --shape 5 4 --n_samples 3 --batch_size 1 --no_amp --device cpu"
     for processes in (1, 2):
