@@ -6,14 +6,39 @@ from collections.abc import Callable
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 SIZES = {"cpu": (256, 512, 768), "cuda": (2048, 4096, 8192)}  # sides of the square matrices, smallest first
 REPEATS, SECONDS = 5, 0.35
 
+Shape = tuple[int, ...]
+
+
+def attention_flops(query: Shape, key: Shape, value: Shape, *options: object, out_shape: object = None, **named) -> int:
+    """q k^T and its product with v, of (B, heads, N, d), (B, heads, M, d) and (B, heads, M, e)."""
+    B, heads, N, d = query
+    M, e = value[-2:]
+    return 2 * B * heads * N * M * (d + e)
+
+
+def attention_backward_flops(
+    out: Shape, query: Shape, key: Shape, value: Shape, *options: object, out_shape: object = None, **named
+) -> int:
+    """q k^T once more, and four products for the gradients of q, k, v and the weights."""
+    B, heads, N, d = query
+    M, e = value[-2:]
+    return 2 * B * heads * N * M * (3 * d + 2 * e)
+
+
+# The kernels that torch's registry leaves out: the CPU's before torch 2.15.
+FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+
 
 class Count(TorchDispatchMode):
-    """Adds up, by torch's own formulas, the operations of what is called within.
+    """Adds up, by torch's own formulas and those it lacks, the operations of what is called within.
 
     torch's FlopCounterMode also takes apart what has no formula, the backward pass of SiLU for one, and so changes the
     last bits of gradients. Here every operation runs as it would uncounted.
@@ -26,7 +51,10 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = flop_registry.get(getattr(func, "overloadpacket", None))
+        operation = getattr(func, "overloadpacket", None)
+        formula = flop_registry.get(operation)
+        if formula is None and operation in FORMULAS:
+            formula = shape_wrapper(FORMULAS[operation])
         if formula is not None:
             self.total += formula(*args, **kwargs, out_val=out)
         return out

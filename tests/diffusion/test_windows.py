@@ -13,10 +13,11 @@ SOLVERS = solvers_of(PROCESS)
 
 
 def denoise(x, t, rows=None):
-    """Logits that depend on the time, on every code of the window and on the place in it."""
+    """Logits that depend on the time, on every code of the window and on the place in it: in float64, since the sine
+    of a large number would show in which order a processor sums."""
     places = torch.arange(x[0].numel() * CODES).view(*x.shape[1:], CODES)  # (h, w, K)
-    content = x.flatten(1).float() @ torch.arange(x[0].numel()).float().cos()  # (B,)
-    return 2 * torch.sin(places * (content + t)[:, None, None, None])
+    content = x.flatten(1).double() @ torch.arange(x[0].numel()).double().cos()  # (B,)
+    return (2 * torch.sin(places * (content + t)[:, None, None, None])).float()
 
 
 def canvas(*shape):

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from models.transformer import Transformer
 from models.unet import UNet, UNetConfig
 from train.execution import checkpoint_activations
-from train.flops import count_flops, matmul_peak
+from train.flops import FORMULAS, count_flops, matmul_peak
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
 
@@ -44,6 +44,23 @@ def test_attention():
     with torch.no_grad():
         assert count_flops(lambda: F.scaled_dot_product_attention(q, k, v)) == 2 * product
     assert count_flops(lambda: F.scaled_dot_product_attention(q, k, v).sum().backward()) == (2 + 5) * product
+
+
+def test_attention_from_n_queries_to_m_keys_of_another_width():
+    q, k, v = torch.randn(2, 4, 16, 8), torch.randn(2, 4, 12, 8), torch.randn(2, 4, 12, 24)
+    shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+    forward, backward = FORMULAS.values()
+    pairs = 2 * 2 * 4 * 16 * 12
+    assert forward(*shapes) == pairs * (8 + 24)
+    assert backward((2, 4, 16, 24), *shapes) == pairs * (3 * 8 + 2 * 24)
+
+
+@pytest.mark.parametrize("operation", [each for each in FORMULAS if each in flop_registry], ids=str)
+def test_the_formulas_are_torchs_where_it_has_them(operation):
+    q, k, v, out = (2, 4, 16, 8), (2, 4, 12, 8), (2, 4, 12, 8), (2, 4, 16, 8)
+    shapes = (out, q, k, v) if "backward" in str(operation) else (q, k, v)
+    tensors = [torch.empty(shape) for shape in shapes]
+    assert FORMULAS[operation](*shapes) == flop_registry[operation](*tensors, out_val=None)
 
 
 def transformer():
@@ -100,7 +117,8 @@ def test_a_counted_step_is_the_uncounted_one_bit_for_bit(case, half):
 
 def test_torchs_own_counter_agrees_about_the_number(case):
     run, _ = step(*case, half=False)
-    with FlopCounterMode(display=False) as counter:
+    missing = {operation: formula for operation, formula in FORMULAS.items() if operation not in flop_registry}
+    with FlopCounterMode(display=False, custom_mapping=missing) as counter:
         run()
     assert count_flops(run) == counter.get_total_flops()
 
