@@ -86,7 +86,7 @@ def test_some_images_are_the_same_ones_each_time_and_the_reference_stays_the_spl
     some, again = results(logs, "some"), results(logs, "again")
     assert (some["n_images"], some["n_reference"], some["metric"]) == (20, 359, "FD(pixels)")
     for name in ("rfd", "psnr", "ssim", "l1", "perplexity", "codebook_usage"):
-        assert some[name] == pytest.approx(again[name], rel=1e-5)
+        assert some[name] == pytest.approx(again[name], rel=1e-5, abs=1e-4)  # a pixel rounds this way or that way
     assert some["l1"] != measured["l1"]
 
 

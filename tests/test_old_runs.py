@@ -1,0 +1,92 @@
+"""Runs made before the house was rebuilt (commit f133647) load, sample and go on as they would have there.
+
+tests/fixtures/old_runs/runs holds a run of each kind at step 4, made by the commands below; beside it lie the weights
+and the lines of metrics.jsonl that the same commands led to at step 8, and six samples of each at step 4.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from same_runs import assert_close, weights
+from safetensors.torch import load_file
+from tiny import ROOT, call
+
+from train.checkpoint import saved_steps
+
+OLD = ROOT / "tests" / "fixtures" / "old_runs"
+COMMON = (
+    "--no_amp --steps_per_log 1 --steps_per_eval 4 --steps_per_save_output 100 --checkpoint_minutes 0 "
+    "--val_fraction 0.03"
+)
+CODES = "--bert_n_emb 16 --bert_n_head 2 --bert_n_layers 2 --batch_size 4 --resid_pdrop 0.1"
+UNET = (
+    "--sampler ddpm --channels 4 --channel_mults 1 2 --res_blocks 1 --attn_factors 2 --heads 1 --batch_size 4 "
+    "--sample_steps 4 --total_steps 20"
+)
+COMMANDS = {
+    "vqgan": (
+        "train_vqgan.py",
+        "--nf 4 --ch_mult 1 2 2 --emb_dim 4 --codebook_size 16 --batch_size 4 --img_size 16 --shift 0 --ndf 4 "
+        "--disc_layers 1 --disc_start_step 3 --diff_aug --perceptual_net none --quantizer ema --lecam_weight 0.1 "
+        "--ema_profiles 0.1",
+    ),
+    "absorbing": ("train_sampler.py", f"{CODES} --sample_steps 4"),
+    "autoregressive": ("train_sampler.py", f"--sampler autoregressive {CODES}"),
+    "ddpm": ("train_sampler.py", f"{UNET} --img_size 8 --time_sampler loss_second_moment --loss_type vlb"),
+    "latents": ("train_sampler.py", f"{UNET} --log_dir latents_digits --ae_load_dir vqgan_digits"),
+}
+SAMPLED = {
+    "absorbing": "",
+    "autoregressive": "--sampler autoregressive",
+    "ddpm": "--sampler ddpm",
+    "latents": "--sampler ddpm --load_dir latents_digits",
+}
+
+
+@pytest.fixture
+def logs(tmp_path):
+    """The old runs, where they can go on."""
+    shutil.copytree(OLD / "runs", tmp_path / "logs")
+    return tmp_path / "logs"
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_an_old_run_goes_on(kind, logs):
+    script, flags = COMMANDS[kind]
+    run = logs / f"{kind}_digits"
+    call(script, f"{flags} {COMMON} --logs_root {logs} --train_steps 8")
+    assert saved_steps(run) == [4, 8]
+    wanted = {k.partition(".")[2]: v for k, v in load_file(OLD / "later.safetensors").items() if k.startswith(kind)}
+    assert_close(wanted, weights(run, 8), rtol=1e-4)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
+    for line, old in zip(lines, json.loads((OLD / "metrics.json").read_text())[kind], strict=True):
+        assert line == pytest.approx(old, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", SAMPLED)
+def test_an_old_run_is_sampled(kind, logs):
+    call(
+        "experiments/get_samples.py",
+        f"{SAMPLED[kind]} --logs_root {logs} --n_samples 6 --batch_size 6 --no_amp --log_dir samples",
+    )
+    with np.load(logs / "samples" / "samples.npz") as found, np.load(OLD / "samples.npz") as old:
+        assert np.array_equal(found["labels"], old[f"{kind}_labels"])
+        if "codes" in found.files:
+            assert np.array_equal(found["codes"], old[kind])
+        else:
+            assert np.abs(found["arr_0"].astype(int) - old[kind]).max() <= 1  # of 255: rounding alone
+
+
+def test_codes_that_are_made_anew_are_the_old_ones(logs):
+    script, flags = COMMANDS["absorbing"]
+    old = {path: path.read_bytes() for path in (logs / "vqgan_digits" / "codes").glob("*.codes")}
+    for path in (logs / "vqgan_digits" / "codes").iterdir():
+        path.unlink()
+    call(script, f"{flags} {COMMON} --logs_root {logs} --train_steps 5")
+    for split in ("train", "val"):
+        (found,) = (logs / "vqgan_digits" / "codes").glob(f"digits_{split}_*.codes")
+        (wanted,) = (content for path, content in old.items() if f"_{split}_" in path.name)
+        assert found.read_bytes() == wanted
