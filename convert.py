@@ -4,20 +4,28 @@ import functools
 import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import tyro
+from torch import Tensor, nn
 
-from train.cli import first_stage_data, in_one_line, peek, run_script
-from train.config import SecondStageConfig
-from train.converters import FIRST_STAGE
+from train.checkpoint import save, saved_steps
+from train.cli.parse import first_stage_data, in_one_line, run_script
+from train.cli.values import peek
+from train.config import SecondStageConfig, VQGANRunConfig
+from train.converters import FIRST_STAGE, Converted
+from train.distributed import World
+from train.files import sha256
+from train.first_stage import load_first_stage
 from train.registry import plugin
-from train.vqgan_config import VQGANRunConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from train.runs import open_run, run_folder
+from train.sampler import build_state as build_sampler_state
+from train.spaces import Codes, Pixels
+from train.vqgan import build_state as build_vqgan_state
+from vq.weights import read_tensors
 
 LAYOUTS = "train.converters"
 HEADS = "8"  # of the released samplers of codes; weights do not tell
@@ -66,10 +74,8 @@ class FirstStageConfig(VQGANRunConfig):
 
 
 @functools.lru_cache(maxsize=2)
-def read_weights(path: str) -> "dict[str, Tensor]":
+def read_weights(path: str) -> dict[str, Tensor]:
     """The tensors of a file, read once."""
-    from vq.plain_tensors import read_tensors
-
     return read_tensors(Path(path), "wanted tensors by name; pass the file of weights as --weights PATH")
 
 
@@ -135,19 +141,11 @@ def of_codes(kind: str) -> bool:
 
 
 def make_first_stage(config: FirstStageConfig) -> None:
-    import torch
-    from torch import nn
-
-    from train.converters._filling import fill, fingerprint, keep, of_both, report
-    from train.distributed import World
-    from train.runs import run_folder
-    from train.vqgan import build_state
-
     given, training, logging = config.conversion, config.training, config.logging
     if training.load_dir is not None:
         raise ValueError("what is converted starts from its own weights: leave --load_dir out")
     layout, files = plugin(LAYOUTS, given.source, "layout"), of_both(given.weights)
-    state = build_state(config.network, config.loss, config.data, training, World(torch.device("cpu")))
+    state = build_vqgan_state(config.network, config.loss, config.data, training, World(torch.device("cpu")))
     autoencoders = [average.module for average in [*state.averages.values(), *state.profiles.values()]]
     for path, several in ((files[1], autoencoders), (files[0], [state.modules["autoencoder"]])):  # plain ones last:
         made, left = layout.first_stage_converted(read_weights(path))
@@ -161,13 +159,6 @@ def make_first_stage(config: FirstStageConfig) -> None:
 
 
 def make_code_sampler(config: Config, layout) -> None:
-    import torch
-
-    from train.converters._filling import fill, fingerprint, keep, of_both, report
-    from train.distributed import World
-    from train.runs import run_folder
-    from train.second_stage import build_state
-
     given, sampler, files = config.conversion, config.sampler, of_both(config.conversion.weights)
     (kind, said), *other = [(layout.kind(w), layout.code_settings(w)) for w in map(read_weights, files)]
     if other != [(kind, said)]:
@@ -175,7 +166,7 @@ def make_code_sampler(config: Config, layout) -> None:
     if sampler.sampler != kind or config.training.load_dir is not None:
         raise ValueError(f"{given.weights} is a whole {kind} sampler: leave --sampler and --load_dir out")
     space, here = codes_of(config), World(torch.device("cpu"))
-    built, state = build_state(sampler, config.training, space, 0, here)
+    built, state = build_sampler_state(sampler, config.training, space, 0, here)
     averages = [average.module for average in [*state.averages.values(), *state.profiles.values()]]
     for path, networks in ((files[1], averages), (files[0], [built.network])):
         weights = read_weights(path)
@@ -193,12 +184,6 @@ def make_code_sampler(config: Config, layout) -> None:
 
 def codes_of(config: Config):
     """The codes that a sampler was trained on: those of the VQGAN that is named, or of the data set's."""
-    import torch
-
-    from train.first_stage import load_first_stage
-    from train.runs import run_folder
-    from train.spaces import Codes
-
     folder = run_folder(config.logging.logs_root, config.first.ae_load_dir or f"vqgan_{config.data.dataset}")
     if not (folder / "config.yaml").is_file():
         raise FileNotFoundError(
@@ -211,21 +196,13 @@ def codes_of(config: Config):
 
 
 def make_sampler(config: Config) -> None:
-    import torch
-
-    from train.converters._filling import fill, fingerprint, keep
-    from train.distributed import World
-    from train.runs import run_folder
-    from train.second_stage import build_state
-    from train.spaces import Pixels
-
     given, sampler, logging = config.conversion, config.sampler, config.logging
     if sampler.sampler != "ddpm" or config.first.ae_load_dir is not None or config.training.load_dir is not None:
         raise ValueError("what is converted is a ddpm of pixels: leave --sampler, --ae_load_dir and --load_dir out")
     layout, weights = plugin(LAYOUTS, given.source, "layout"), read_weights(given.weights)
     n_classes = layout.settings(weights, read_said(given.config_json))["n_classes"]
     here = World(torch.device("cpu"))
-    built, state = build_state(sampler, config.training, Pixels(config.data), n_classes, here)
+    built, state = build_sampler_state(sampler, config.training, Pixels(config.data), n_classes, here)
     made = layout.converted(weights, built.network.config, given.new_attention_order)
     averages = [average.module for average in [*state.averages.values(), *state.profiles.values()]]
     for network in [built.network, *averages]:
@@ -252,6 +229,50 @@ def main(config: Config | FirstStageConfig) -> None:
         make_code_sampler(config, layout)
     else:
         make_sampler(config)
+
+
+def fill(network: nn.Module, made: dict[str, Converted], source: str) -> None:
+    """Loads what was converted; ValueError names what has no place, what is missing and what has another shape."""
+    wanted = network.state_dict()
+    odd = [f"{made[name].source} has no place here" for name in made if name not in wanted]
+    odd += [f"nothing for {name} {tuple(value.shape)}" for name, value in wanted.items() if name not in made]
+    for name in made.keys() & wanted.keys():
+        got, shape = tuple(made[name].value.shape), tuple(wanted[name].shape)
+        odd += [] if got == shape else [f"{made[name].source} is {got} as converted, {shape} here"]
+    if odd:
+        raise ValueError(f"{source} does not fit this network ({len(odd)} differ): {'; '.join(sorted(odd)[:5])}")
+    network.load_state_dict({name: each.value for name, each in made.items()})
+
+
+def keep(config, base: type, state, run: Path, origin: dict[str, Any], step: int) -> Path:
+    """The run's folder with its one checkpoint; ValueError where it was trained on."""
+    state.step = step
+    open_run(run, base(**{field.name: getattr(config, field.name) for field in fields(base)}), origin)
+    later = [saved for saved in saved_steps(run) if saved > step]
+    if later:
+        raise ValueError(f"{run} was trained on to step {later[-1]}: convert into another --log_dir")
+    return save(run, state)
+
+
+def of_both(weights: str) -> tuple[str, str]:
+    """The files of plain and of averaged weights, by the name of one; where there is one alone, it twice."""
+    path = Path(weights)
+    plain = path.with_name(path.name.replace("_ema_", "_", 1))
+    averaged = path.with_name(re.sub(r"_(\d+\.th)$", r"_ema_\1", plain.name))
+    there = [str(each) for each in (plain, averaged) if each.is_file()] or [weights]
+    return there[0], there[-1]
+
+
+def report(path: str, made: dict[str, Converted], left: dict[str, str]) -> None:
+    """What became of the tensors of a file."""
+    print(f"{path}: {len(made)} tensors", flush=True)
+    for why in dict.fromkeys(left.values()):
+        print(f"  left out {sum(why == other for other in left.values())}: {why}", flush=True)
+
+
+def fingerprint(files: tuple[str, ...]) -> str:
+    """SHA-256 of what the files hold; one that stands for both counts once."""
+    return "+".join(sha256(Path(path)) for path in dict.fromkeys(files))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,15 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from experiments.experiment import ModelConfig, OutputConfig, settings_of_run
-from train.cli import run_script
+from PIL import Image
+
+from experiments.harness.experiment import ModelConfig, OutputConfig, load_model, settings_of_run
+from experiments.playground import AS_IN_DATA, Control, Playground, Request, enlarged_picture, in_words
+from train.cli.parse import run_script
 from train.config import SamplingConfig
-
-if TYPE_CHECKING:
-    from experiments.controls import Control
-    from experiments.playground import Playground, Request
+from train.logging import grid_image
 
 HOST = "127.0.0.1"  # the page is for this machine alone
 MAIN = ("solver", "sample_steps", "temp", "guidance")  # settings that are always in sight
@@ -51,15 +51,13 @@ def readable() -> Iterator[None]:
     """What a user can mend is a message on the page."""
     import gradio as gr
 
-    from experiments.controls import in_words
-
     try:
         yield
     except (ValueError, OSError) as error:
         raise gr.Error(in_words(str(error)), print_exception=False) from error
 
 
-def component(control: "Control", *, brief: bool = False) -> Any:
+def component(control: Control, *, brief: bool = False) -> Any:
     """The gradio component of one setting, with its note unless it shall be brief."""
     import gradio as gr
 
@@ -75,11 +73,9 @@ def component(control: "Control", *, brief: bool = False) -> Any:
     return gr.Number(**said, **how, placeholder="default")
 
 
-def settings_column(play: "Playground", config: Config) -> tuple[list, Callable[..., "Request"]]:
+def settings_column(play: Playground, config: Config) -> tuple[list, Callable[..., Request]]:
     """The components, and the function from what stands in them to a request."""
     import gradio as gr
-
-    from experiments.playground import AS_IN_DATA, Request
 
     in_sight = sorted((each for each in play.controls if each.name in MAIN), key=lambda each: MAIN.index(each.name))
     others = [each for each in play.controls if each.name not in MAIN]
@@ -107,11 +103,9 @@ def settings_column(play: "Playground", config: Config) -> tuple[list, Callable[
     return [label, count, seed, *shown], asked
 
 
-def sample_tab(play: "Playground", shown: list, asked: Callable) -> tuple[Any, Any]:
+def sample_tab(play: Playground, shown: list, asked: Callable) -> tuple[Any, Any]:
     """Its gallery, of which an image can be chosen, and the state that holds its pictures."""
     import gradio as gr
-
-    from experiments.playground import enlarged_picture
 
     button = gr.Button("Sample", variant="primary")
     gallery = gr.Gallery(
@@ -134,11 +128,9 @@ def sample_tab(play: "Playground", shown: list, asked: Callable) -> tuple[Any, A
     return gallery, pictures
 
 
-def watch_tab(play: "Playground", shown: list, asked: Callable) -> None:
+def watch_tab(play: Playground, shown: list, asked: Callable) -> None:
     """Frames as they come; afterwards a slider goes back and forth among them."""
     import gradio as gr
-
-    from train.logging import grid_image
 
     with gr.Row():
         button, stop = gr.Button("Watch", variant="primary"), gr.Button("Stop")
@@ -170,12 +162,9 @@ def watch_tab(play: "Playground", shown: list, asked: Callable) -> None:
     step.input(look, [step, frames], [now, meant])
 
 
-def inpaint_tab(play: "Playground", shown: list, asked: Callable, gallery: Any, pictures: Any) -> None:
+def inpaint_tab(play: Playground, shown: list, asked: Callable, gallery: Any, pictures: Any) -> None:
     """An image, chosen, drawn or uploaded, and what is brushed over drawn anew."""
     import gradio as gr
-    from PIL import Image
-
-    from experiments.playground import enlarged_picture
 
     gr.Markdown(
         "Take a sample, click one on the first tab, or upload an image; brush over what shall be drawn anew. "
@@ -211,7 +200,7 @@ def inpaint_tab(play: "Playground", shown: list, asked: Callable, gallery: Any, 
     button.click(inpaint, [editor, *shown], results)
 
 
-def lay_out(play: "Playground", config: Config) -> Any:
+def lay_out(play: Playground, config: Config) -> Any:
     """The page, gradio's Blocks."""
     import gradio as gr
 
@@ -237,7 +226,7 @@ def lay_out(play: "Playground", config: Config) -> Any:
     return page
 
 
-def open_page(play: "Playground", config: Config) -> None:
+def open_page(play: Playground, config: Config) -> None:
     """Serves the page on this machine until Ctrl-C."""
     import gradio as gr
 
@@ -262,9 +251,6 @@ def main(config: Config) -> None:
         import gradio  # noqa: F401
     except ImportError as error:
         raise ValueError("the page needs the package gradio: pip install -r requirements-extra.txt") from error
-
-    from experiments.experiment import load_model
-    from experiments.playground import Playground
 
     trained = load_model(config.model, config.output)
     print(f"http://{HOST}:{config.page.port}  (Ctrl-C ends it)", flush=True)

@@ -1,9 +1,18 @@
 """Stage 2: codes, latents or pixels -> a learned sampler of images. `python train_sampler.py --sampler ddpm --help`"""
 
 from dataclasses import dataclass
+from functools import partial
 
-from train.cli import first_stage_data, run_script
+from experiments.metrics.training_distance import of_samples
+from train.cli.parse import first_stage_data, run_script
 from train.config import SecondStageConfig
+from train.data.loading import build_dataset
+from train.inference import class_frequencies
+from train.registry import dotted
+from train.runs import begin, origin_of, run_folder, workplace
+from train.sampler import SamplerReports, SamplerStep, build_state
+from train.spaces import open_space
+from train.trainer import make_hooks, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,17 +21,6 @@ class Config(SecondStageConfig):
 
 
 def main(config: Config) -> None:
-    from functools import partial
-
-    from train.assembly import make_hooks
-    from train.data import build_dataset
-    from train.generate import class_frequencies
-    from train.registry import dotted
-    from train.runs import begin, origin_of, run_folder, workplace
-    from train.second_stage import SamplerReports, SamplerStep, build_state
-    from train.session import train
-    from train.spaces import open_space
-
     data, training, logging = config.data, config.training, config.logging
     run = run_folder(logging.logs_root, logging.log_dir or f"{config.sampler.sampler}_{data.dataset}")
     adapt = dotted(config.sampler.adapt, "--adapt") if getattr(config.sampler, "adapt", "") else None
@@ -33,8 +31,6 @@ def main(config: Config) -> None:
         sampler, state = build_state(config.sampler, training, space, len(frequencies), here)
         hooks, distance = make_hooks(training.hooks, state), None
         if logging.steps_per_FD:
-            from experiments.metrics.training_distance import of_samples
-
             distance = of_samples(config, sampler, space, images["train"], frequencies, here, run)
         begin(run, config, state, here, space.origin | {"class_frequencies": frequencies})
         seeds = {"train": training.seed, "val": 0}  # every run validates on the same images

@@ -2,9 +2,16 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
-from train.cli import run_script
-from train.vqgan_config import VQGANRunConfig
+from experiments.metrics.training_distance import of_reconstructions
+from train.cli.parse import run_script
+from train.config import VQGANRunConfig
+from train.data.loading import ImageSource, TrainingImages, build_dataset
+from train.runs import begin, perceptual_origin, run_folder, workplace
+from train.trainer import make_hooks, train
+from train.vqgan import VQGANReports, VQGANStep, build_state
+from vq.perceptual import load_perceptual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,15 +20,6 @@ class Config(VQGANRunConfig):
 
 
 def main(config: Config) -> None:
-    from functools import partial
-
-    from train.assembly import make_hooks
-    from train.data import ImageSource, TrainingImages, build_dataset
-    from train.runs import begin, perceptual_origin, run_folder, workplace
-    from train.session import train
-    from train.vqgan import VQGANReports, VQGANStep, build_state
-    from vq.perceptual import load_perceptual
-
     data, training, logging = config.data, config.training, config.logging
     run = run_folder(logging.logs_root, logging.log_dir or f"vqgan_{data.dataset}")
     with workplace(run, training) as here:
@@ -37,8 +35,6 @@ def main(config: Config) -> None:
         state = build_state(config.network, config.loss, data, training, here)
         hooks, distance = make_hooks(training.hooks, state), None
         if logging.steps_per_FD:
-            from experiments.metrics.training_distance import of_reconstructions
-
             distance = of_reconstructions(config, images.dataset, validation, here, run)
         begin(run, config, state, here, perceptual_origin(weights))
         step = VQGANStep(config.loss, training, here, perceptual, watched=bool(hooks))

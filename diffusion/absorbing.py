@@ -3,19 +3,52 @@
 Time t lies in [0, 1]: 0 is data, 1 is all mask. `masked(t)` is the probability that a code is masked, t itself in the
 linear schedule. The T-step process of the papers visits t = i/T (Austin et al. 2021, D3PM; Bond-Taylor et al. 2022,
 "Unleashing Transformers"); in continuous time T has gone to infinity (Sahoo et al. 2024, MDLM; Shi et al. 2024, MD4).
+
+The schedules are those of Chang et al. 2022, MaskGIT. Generation goes from t = 1 to 0; MaskGIT counts the other way, so
+its cosine of r is ours of t = 1 - r. Cosine and square keep more masked while most is unknown: the first steps reveal
+little.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.loss import Loss
-from diffusion.masking import MASKINGS
 from diffusion.rng import Streams, drawn
+from diffusion.types import Loss
+
+
+class Masking(NamedTuple):
+    """Functions of a tensor of any shape and real type."""
+
+    share: Callable[[Tensor], Tensor]  # t -> the share m(t) that is masked; m(0) = 0, m(1) = 1
+    time: Callable[[Tensor], Tensor]  # its inverse
+    slope: Callable[[Tensor], Tensor]  # dm/dt
+
+
+MASKINGS = {
+    "linear": Masking(lambda t: t, lambda m: m, lambda t: t**0),
+    "cosine": Masking(
+        lambda t: (t * (math.pi / 2)).sin(),
+        lambda m: m.asin() * (2 / math.pi),
+        lambda t: (t * (math.pi / 2)).cos() * (math.pi / 2),
+    ),
+    "arccos": Masking(
+        lambda t: (1 - t).acos() * (2 / math.pi),
+        lambda m: 1 - (m * (math.pi / 2)).cos(),
+        lambda t: (2 / math.pi) * (t * (2 - t)).rsqrt(),
+    ),
+    "square": Masking(
+        lambda t: t * (2 - t),
+        lambda m: 1 - (1 - m).sqrt(),
+        lambda t: 2 * (1 - t),
+    ),
+}
+
 
 LossType = Literal["elbo", "reweighted_elbo", "mlm"]
 
@@ -24,7 +57,7 @@ LossType = Literal["elbo", "reweighted_elbo", "mlm"]
 class AbsorbingDiffusion:
     """`codes` K is the number of codes, ids 0..K-1; the mask is id K. `steps` T; None is continuous time.
 
-    `schedule`, of diffusion/masking.py, says how masks grow.
+    `schedule`, of diffusion/absorbing.py, says how masks grow.
     """
 
     codes: int

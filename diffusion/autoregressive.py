@@ -10,19 +10,14 @@ Guidance and tempering wrap it as they wrap any other.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.guidance import Denoiser
-from diffusion.likelihood import Bound
-from diffusion.loss import Loss
 from diffusion.rng import Streams, drawn
-
-OnStep = Callable[[int, float, float, Tensor, Tensor], Tensor]  # (i, t, s, x_s, logits) -> x_s
+from diffusion.types import Bound, Denoiser, Loss, OnStep
 
 
 @dataclass(frozen=True)

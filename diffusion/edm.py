@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.kernels import Gaussian, Prediction, full, like
-from diffusion.loss import Loss
+from diffusion.process import Gaussian, full, like
+from diffusion.types import Loss, Prediction
 
 
 @dataclass(frozen=True)

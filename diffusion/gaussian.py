@@ -1,7 +1,10 @@
-"""Gaussian diffusion in T steps (Ho et al. 2020), with learned variances (Nichol & Dhariwal 2021).
+"""Gaussian diffusion in T steps (Ho et al. 2020), with learned variances (Nichol & Dhariwal 2021), and its schedules.
 
 Time t lies in [0, 1]; the T-step process of the papers visits t = i/T. alpha^2 + sigma^2 = 1. Between steps alpha is
 linear in t, so solvers may stop anywhere.
+
+A schedule is abar (T + 1,) float64, what is left of the data's variance: abar[i] is prod (1 - beta_j) over the first i
+steps, and abar[0] = 1. Betas are the papers' for T = 1000 and are scaled so that any T ends at about the same noise.
 """
 
 import math
@@ -11,8 +14,57 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from diffusion.kernels import Gaussian, Normal, Prediction, Variance, full, like
-from diffusion.loss import Loss
+from diffusion.process import Gaussian, Variance, full, like
+from diffusion.types import Loss, Normal, Prediction
+
+
+def linear(steps: int, first: float = 1e-4, last: float = 0.02) -> Tensor:
+    """beta rises linearly (Ho et al. 2020)."""
+    return from_betas(torch.linspace(first, last, steps, dtype=torch.float64) * 1000 / steps)
+
+
+def scaled_linear(steps: int, first: float = 0.00085, last: float = 0.012) -> Tensor:
+    """sqrt(beta) rises linearly (Rombach et al. 2022, whose code calls it "linear")."""
+    roots = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64)
+    return from_betas(roots.square() * 1000 / steps)
+
+
+def cosine(steps: int, offset: float = 0.008, largest: float = 0.999) -> Tensor:
+    """abar falls as cos^2, no beta above `largest` (Nichol & Dhariwal 2021, eq. 17)."""
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    left = ((u + offset) / (1 + offset) * math.pi / 2).cos().square()
+    return from_betas((1 - left[1:] / left[:-1]).clamp(max=largest))
+
+
+def sigmoid(steps: int, start: float = -3.0, end: float = 3.0, temperature: float = 1.0, least: float = 1e-9) -> Tensor:
+    """abar falls as a sigmoid, not below `least` (Jabri et al. 2022)."""
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    values = ((u * (end - start) + start) / temperature).sigmoid()
+    return ((values[-1] - values) / (values[-1] - values[0])).clamp(min=least)
+
+
+SCHEDULES = {"linear": linear, "scaled_linear": scaled_linear, "cosine": cosine, "sigmoid": sigmoid}
+
+
+def from_betas(betas: Tensor) -> Tensor:
+    """(T,) variances that each step adds -> abar (T + 1,). ValueError where a step adds nothing, or leaves nothing."""
+    if not ((betas > 0) & (betas < 1)).all():
+        raise ValueError(
+            f"got betas from {betas.min():.3g} to {betas.max():.3g} in {len(betas)} steps, wanted them in (0, 1): "
+            "take more steps, or smaller betas"
+        )
+    return torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)])
+
+
+def with_zero_terminal_snr(abar: Tensor) -> Tensor:
+    """The schedule shifted and scaled so that nothing is left of the data at T (Lin et al. 2024, algorithm 1).
+
+    sqrt(abar) keeps its value after the first step. Predicting eps then has no meaning at T: choose v or x0.
+    """
+    roots = abar.sqrt()
+    scaled = (roots[1:] - roots[-1]) * roots[1] / (roots[1] - roots[-1])
+    return torch.cat([abar[:1], scaled.square()])
+
 
 PredictionType = Literal["eps", "x0", "v"]
 LossType = Literal["simple", "min_snr", "hybrid", "vlb"]
@@ -20,7 +72,7 @@ LossType = Literal["simple", "min_snr", "hybrid", "vlb"]
 
 @dataclass(frozen=True, eq=False)
 class GaussianDiffusion(Gaussian):
-    """`abar` (T + 1,) float64 of diffusion/schedules.py; what the network predicts; how wide a reverse step is; where
+    """`abar` (T + 1,) float64 of diffusion/gaussian.py; what the network predicts; how wide a reverse step is; where
     sampling begins."""
 
     abar: Tensor
@@ -36,7 +88,7 @@ class GaussianDiffusion(Gaussian):
             if choice not in choices:
                 raise ValueError(f"{name} {choice!r}: choose one of {', '.join(choices)}")
         if len(self.abar) < 2 or self.abar[0] != 1 or self.abar[-1] < 0 or not (self.abar.diff() < 0).all():
-            raise ValueError("abar must fall from 1 without a halt, not below 0: take one of diffusion/schedules.py")
+            raise ValueError("abar must fall from 1 without a halt, not below 0: take one of diffusion/gaussian.py")
         if self.prediction == "eps" and self.abar[-1] == 0:
             raise ValueError(
                 "eps cannot be predicted at zero terminal SNR, where x_T says nothing of the data: choose v or x0"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.gaussian import GaussianDiffusion
-from diffusion.kernels import Gaussian
+from diffusion.process import Gaussian
 from diffusion.rng import Streams
 
 

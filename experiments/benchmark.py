@@ -10,22 +10,30 @@ nothing is written.
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _root
+import torch
 
-from experiments.table import table  # noqa: E402
-from train.cli import file_content, parse, peek, run_script, section_of, without_config  # noqa: E402
-from train.config import ROOT, DataConfig, LoggingConfig, SecondStageConfig, TrainingConfig  # noqa: E402
-from train.datasets import DatasetConfig  # noqa: E402
-from vq.config import VQGANConfig, VQGANLossConfig  # noqa: E402
-
-if TYPE_CHECKING:
-    from experiments.metrics.workloads import Trainee
-    from train.data import Positions
-    from train.distributed import World
-    from train.loop import Batch
+from diffusion.solvers import solvers_of
+from experiments.harness.batches import only_process
+from experiments.harness.report import table
+from experiments.metrics import workloads
+from experiments.metrics.cost import counted, machine
+from experiments.metrics.throughput import full_steps_report, loading_rate, measured, rows, several, short, spread
+from experiments.metrics.workloads import Trainee, decoding, full_steps, sampled
+from models.blocks import count_parameters
+from train.cli.files import section_of
+from train.cli.parse import file_content, parse, run_script
+from train.cli.values import peek, without_config
+from train.config import ROOT, DataConfig, LoggingConfig, SecondStageConfig, TrainingConfig
+from train.data.loading import Positions
+from train.datasets import DatasetConfig
+from train.distributed import World
+from train.execution import set_deterministic, set_tf32, training_dtype
+from train.loop import Batch
+from train.registry import dotted
+from vq.config import VQGANConfig, VQGANLossConfig
 
 MEASURES = ("step", "sampling", "loading")
 
@@ -73,9 +81,6 @@ class VQGANBenchmark:
 
 
 def main(config) -> None:
-    from experiments.processes import only_process
-    from train.execution import set_deterministic, set_tf32
-
     of_vqgan, training = config.benchmark.stage == "vqgan", config.training
     if of_vqgan != hasattr(config, "network"):
         raise ValueError("the stage is chosen before a file is read: pass --stage on the command line")
@@ -85,13 +90,8 @@ def main(config) -> None:
         (measure_vqgan if of_vqgan else measure_sampler)(config, here)
 
 
-def introduce(config, here: "World") -> None:
+def introduce(config, here: World) -> None:
     """The machine, and what stands for the preset."""
-    import torch
-
-    from experiments.metrics.cost import machine
-    from train.assembly import training_dtype
-
     training, device = config.training, here.device
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     tf32 = f", TF32 {'on' if training.tf32 else 'off'} in float32" if device.type == "cuda" else ""
@@ -104,13 +104,7 @@ def introduce(config, here: "World") -> None:
         print(f"{device} has no native half precision, which is left out")
 
 
-def measure_sampler(config, here: "World") -> None:
-    import torch
-
-    from experiments.metrics import workloads
-    from models.blocks import count_parameters
-    from train.registry import dotted
-
+def measure_sampler(config, here: World) -> None:
     data, training = config.data, config.training
     images, why = workloads.present_images(data, config.reader)
     # Guidance is between classes; how many there are costs no time.
@@ -136,11 +130,7 @@ def measure_sampler(config, here: "World") -> None:
         report_loading(source, why, config, space.workers(data), here, consumed, "codes" if space.tokens else "images")
 
 
-def measure_vqgan(config, here: "World") -> None:
-    from experiments.metrics import workloads
-    from experiments.metrics.throughput import several, spread
-    from models.blocks import count_parameters
-
+def measure_vqgan(config, here: World) -> None:
     trainees, size = workloads.vqgan_trainees(config, here), config.training.batch_size
     for name, module in trainees[0].state.modules.items():
         print(f"{name}: {count_parameters(module):,} parameters", flush=True)
@@ -175,15 +165,13 @@ def vqgan_of(data: DataConfig, argv: list[str]) -> VQGANConfig:
     return parse(VQGANBenchmark, "vqgan", ["--config", file]).network
 
 
-def plain(trainees: list["Trainee"]) -> "Trainee":
+def plain(trainees: list[Trainee]) -> Trainee:
     """What draws: the last that is not compiled, since averages are not."""
     return [each for each in trainees if not each.step.training.compile][-1]
 
 
-def report_steps(works: list, config, here: "World", tokens: int) -> float:
+def report_steps(works: list, config, here: World, tokens: int) -> float:
     """A table of them; the images per second of the fastest."""
-    from experiments.metrics.throughput import measured, rows
-
     speeds, size = measured(works, config.benchmark.repeats, here.device), config.training.batch_size
     print(f"\n{table(list(rows(speeds, size, tokens)))}\n")
     for dtype, peak in {speed.dtype: speed.peak for speed in speeds if speed.peak is not None}.items():
@@ -191,13 +179,8 @@ def report_steps(works: list, config, here: "World", tokens: int) -> float:
     return size / min(speed.median for speed in speeds)
 
 
-def report_draws(trainees: list["Trainee"], batch: "Batch", config) -> None:
+def report_draws(trainees: list[Trainee], batch: Batch, config) -> None:
     """Images per second and network calls; of codes beside ancestral steps in float32 that evaluate everything."""
-    from diffusion.solvers import solvers_of
-    from experiments.metrics.calls import counted
-    from experiments.metrics.throughput import full_steps_report, several, short, spread
-    from experiments.metrics.workloads import decoding, full_steps, sampled
-
     exact, trainee, repeats, size = trainees[0], plain(trainees), config.benchmark.repeats, len(batch["position"])
     device, options, step = trainee.step.world.device, config.sampling, trainee.step
     full = config.benchmark.full_steps > 0 and "ancestral" in solvers_of(step.sampler.process)
@@ -219,11 +202,9 @@ def report_draws(trainees: list["Trainee"], batch: "Batch", config) -> None:
 
 
 def report_loading(
-    source: "Positions | None", why: str, config, workers: int, here: "World", consumed: float | None, what: str
+    source: Positions | None, why: str, config, workers: int, here: World, consumed: float | None, what: str
 ) -> None:
     """Training batches' images per second, against what the fastest step takes in; or why there are none."""
-    from experiments.metrics.throughput import loading_rate, short
-
     if source is None:
         print(f"loading is left out: {why}")
         return

@@ -1,15 +1,33 @@
 """Precision, recall, density and coverage of a sampler's images, beside those of held-out real ones."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _root
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
-from experiments.experiment import ModelConfig, OutputConfig, settings_of_run  # noqa: E402
-from train.cli import run_script  # noqa: E402
-from train.config import SamplingConfig  # noqa: E402
+from experiments.harness.batches import experiment_world, forget
+from experiments.harness.experiment import (
+    ModelConfig,
+    OutputConfig,
+    load_model,
+    open_results,
+    saved_report,
+    settings_of_run,
+    write_results,
+)
+from experiments.harness.images import GRID, save_grid
+from experiments.harness.report import table
+from experiments.metrics import features as all_features
+from experiments.metrics.distances import Batches, contents, measured, real_features, sampled_features, together
+from experiments.metrics.prdc import PRDC, prdc, radii
+from train.cli.parse import run_script, to_dict
+from train.config import SamplingConfig
+from train.data.loading import ImageSource, fixed_subset
+from train.inference import TrainedSampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +65,6 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from experiments.experiment import load_model, open_results
-    from experiments.kept import forget
-    from experiments.metrics.prdc_report import files_of, measure, print_report
-    from experiments.metrics.report import saved_report
-    from experiments.processes import experiment_world
-
     with experiment_world(config.output.device) as world:
         trained = load_model(config.model, config.output, world)
         folder = open_results("PRDC", config, trained)
@@ -63,6 +75,102 @@ def main(config: Config) -> None:
         if world.is_main:
             print_report(results, folder)
             forget(folder)
+
+
+def files_of(config) -> dict[str, str]:
+    """The content of the files that the flags name."""
+    return contents(samples=config.prdc.samples, inception_weights=config.prdc.inception_weights)
+
+
+def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any] | None:
+    """All the numbers of one report, written to results.json. In the main process alone; the others take part."""
+    chosen, size, data, world = config.prdc, config.output.batch_size, trained.data, trained.world
+    features = all_features.choose(chosen.features, data, trained.device, chosen.inception_weights)
+    source = ImageSource(trained.dataset(chosen.split), data)
+    held_out = ImageSource(trained.dataset("val" if chosen.split == "train" else "train"), data)
+    given, images_of = measured(chosen.samples, chosen.n_samples, config, trained)
+    count = min(given, len(source))  # as many generated as real ones: with more of one kind the numbers rise or fall
+    same = min(count, len(held_out))
+    check_counts({"generated and real": count, "held-out": same}, chosen.nearest_k)
+    if count < given:
+        print(f"{count} images of each kind: the {chosen.split} split has no more", flush=True)
+
+    real = together(real_features(source, fixed_subset(len(source), count), features, size, world, "real"), count)
+    subset = fixed_subset(len(held_out), same)
+    others = together(real_features(held_out, subset, features, size, world, "held-out"), same)
+    found = sampled_features(images_of, count, GRID, features, config, world, folder, files_of(config))
+    generated = together(with_grid(found, folder / "samples.png"), count)
+    if not world.is_main:
+        return None
+    sets = {"generated": generated["features"], "held_out": others["features"], "real": real["features"]}
+    results = {
+        **against_real(sets, chosen.nearest_k, trained.device),
+        "k": chosen.nearest_k,
+        "features": features.name,
+        "n_real": len(sets["real"]),
+        "n_generated": len(sets["generated"]),
+        "n_held_out": len(sets["held_out"]),
+        "reference": f"{data.dataset}, {chosen.split} split",
+        "run": to_dict(config) | {"step": trained.step, "files": files_of(config)} | trained.origin,
+    }
+    write_results(folder, results)
+    return results
+
+
+def check_counts(counts: dict[str, int], k: int) -> None:
+    """ValueError where features have fewer than k neighbours of their own kind."""
+    for kind, count in counts.items():
+        if count <= k:
+            raise ValueError(
+                f"got {count} {kind} images for --nearest_k {k}: pass a smaller one, or measure more images"
+            )
+
+
+def with_grid(batches: Batches, path: Path) -> Batches:
+    """Batches as they are; the first 64 images become a grid."""
+    shown = []
+    for batch in batches:
+        if "image" in batch:
+            shown.append(batch["image"])
+        yield batch
+    if shown:
+        save_grid(path, torch.cat(shown)[:GRID])
+
+
+def against_real(sets: dict[str, Tensor], k: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Of "generated" features, of as many of them as there are held-out ones, and of "held_out" ones: the four numbers
+    against the "real" ones. A bar counts rows of distances."""
+    here = torch.device("cpu") if device.type == "mps" else device
+    sets = {name: each.to(here) for name, each in sets.items()}
+    real, count, same = sets["real"], len(sets["generated"]), len(sets["held_out"])
+    fakes = {"generated": sets["generated"], "held_out": sets["held_out"]}
+    if same < count:
+        fakes["generated_at_n_held_out"] = sets["generated"][:same]
+    rows = len(real) + sum(len(each) + len(real) for each in fakes.values())
+    with tqdm(total=rows, desc="distances", unit="row", dynamic_ncols=True, mininterval=1.0) as bar:
+        real_radii = radii(real, k, bar.update)
+        found = {name: prdc(real, each, k, real_radii, bar.update)._asdict() for name, each in fakes.items()}
+    return found | {"generated_at_n_held_out": found.get("generated_at_n_held_out", found["generated"])}
+
+
+def print_report(results: dict[str, Any], folder: Path) -> None:
+    """The table a person reads."""
+    names = PRDC._fields
+
+    def row(words: str, count: int, kind: str) -> tuple[str, ...]:
+        return (words, str(count), *(f"{results[kind][name]:.3f}" for name in names))
+
+    rows = [("images", "count", *names), row("generated", results["n_generated"], "generated")]
+    if results["n_held_out"] != results["n_generated"]:
+        rows.append(row("generated, as many as held out", results["n_held_out"], "generated_at_n_held_out"))
+    rows.append(row("held-out real images", results["n_held_out"], "held_out"))
+    against = f"{results['n_real']} of {results['reference']}"
+    print(f"\nagainst {against}; k = {results['k']}, features: {results['features']}\n{table(rows)}")
+    print(
+        "precision, density: do generated images look real? recall, coverage: are all kinds of real images among them?"
+    )
+    print("Held-out real images are what a perfect model would make: read the others beside as many of them")
+    print(f"\n{folder / 'results.json'}\n{folder / 'samples.png'}")
 
 
 if __name__ == "__main__":

@@ -3,19 +3,24 @@
 python experiments/calc_VQGAN_FID.py --dataset digits
 """
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _root
 
-from experiments.first_stage_experiment import (  # noqa: E402
+from experiments.harness.batches import experiment_world
+from experiments.harness.experiment import (
     FirstStageModelConfig,
     FirstStageOutputConfig,
+    load_vqgan,
+    open_vqgan_results,
+    saved_report,
     settings_of_vqgan_run,
 )
-from train.cli import run_script  # noqa: E402
+from experiments.metrics.reconstruction import chosen_perceptual, measure, print_report
+from train.cli.parse import run_script
+from train.data.loading import build_dataset
+from train.runs import perceptual_origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +61,6 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from experiments.first_stage_experiment import load_vqgan, open_vqgan_results
-    from experiments.metrics.reconstruction import chosen_perceptual, measure, print_report
-    from experiments.metrics.report import saved_report
-    from experiments.processes import experiment_world
-    from train.data import build_dataset
-    from train.runs import perceptual_origin
-
     c, output = config.reconstruction, config.output
     with experiment_world(output.device) as world:
         first = load_vqgan(config.model, output.logs_root, world.device, output.amp)

@@ -1,15 +1,43 @@
 """The training images nearest to a sampler's images: does it copy? A picture and distances."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _root
+import torch
+from torch import Tensor
 
-from experiments.experiment import ModelConfig, OutputConfig, settings_of_run  # noqa: E402
-from train.cli import run_script  # noqa: E402
-from train.config import SamplingConfig  # noqa: E402
+from experiments.harness.batches import experiment_world, forget, shared
+from experiments.harness.experiment import (
+    ModelConfig,
+    OutputConfig,
+    load_model,
+    open_results,
+    saved_report,
+    settings_of_run,
+    write_results,
+)
+from experiments.harness.report import table
+from experiments.metrics import features as all_features
+from experiments.metrics import image_pairs as all_closeness
+from experiments.metrics.classifier import exact_copies
+from experiments.metrics.distances import (
+    code_of,
+    contents,
+    kept_name,
+    measured,
+    real_features,
+    sampled_features,
+    together,
+)
+from experiments.metrics.image_pairs import Closeness
+from experiments.metrics.nearest_neighbours import Ranked, Row, candidates, in_view, reranked, save_picture
+from train.cli.parse import run_script, to_dict
+from train.config import DataConfig, SamplingConfig
+from train.data.loading import ImageSource, fixed_subset
+from train.data.transforms import training_views
+from train.inference import TrainedSampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +87,6 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from experiments.experiment import load_model, open_results
-    from experiments.kept import forget
-    from experiments.metrics.neighbours_report import files_of, measure, print_report
-    from experiments.metrics.report import saved_report
-    from experiments.processes import experiment_world
-
     with experiment_world(config.output.device) as world:
         trained = load_model(config.model, config.output, world)
         folder = open_results("neighbours", config, trained)
@@ -75,6 +97,164 @@ def main(config: Config) -> None:
         if world.is_main:
             print_report(results, folder)
             forget(folder)
+
+
+CLOSE = 0.05  # a quantile of the held-out images' distances: nearer than that is suspicious
+
+
+def files_of(config) -> dict[str, str]:
+    """The content of the files that the flags name."""
+    named = config.neighbours
+    paths = (named.samples, named.inception_weights, named.perceptual_weights)
+    return contents(**dict(zip(("samples", "inception_weights", "perceptual_weights"), paths, strict=True)))
+
+
+def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any] | None:
+    """Everything of one report, written to results.json and neighbours.png. In the main process alone; the others take
+    part."""
+    named, size, data, world = config.neighbours, config.output.batch_size, trained.data, trained.world
+    features = all_features.choose(named.features, data, trained.device, named.inception_weights)
+    closeness = all_closeness.choose(named.rerank, named.perceptual_net, named.perceptual_weights, world, size)
+    training = ImageSource(trained.dataset("train"), data, margin=data.crop_margin)
+    held_out = ImageSource(trained.dataset("val"), data)
+    images, codes, n_samples, vectors = queries(config, trained, features, held_out, folder)
+    made_of = [training.dataset.fingerprint(), files_of(config), *code_of(features, named.inception_weights)]
+    name = kept_name("candidates", *made_of)
+    near = candidates(vectors, training, features, named.candidates, size, world, folder, name)
+    name = kept_name("ranked", *made_of, closeness.name)
+    batches = reranked(images, near, training, closeness, named.neighbours, size, world, folder, name)
+    found = together(batches, len(images), Ranked._fields)
+    same_codes = None if codes is None else shares_codes(codes, trained, size)
+    if not world.is_main:
+        return None
+    ranking = Ranked(**found)
+    results = figures(ranking, n_samples) | {
+        "equal_codes": same_codes,
+        "ranked_by": closeness.name,
+        "features": features.name,
+        "n_samples": n_samples,
+        "n_held_out": len(images) - n_samples,
+        "n_training": len(training),
+        "candidates": near.images.shape[1],
+        "data": data.dataset,
+        "views": [view.describe() for view in training_views(data)],  # mirrored, moved right and down, cut
+        **neighbours_of(ranking, n_samples),
+        "run": to_dict(config) | {"step": trained.step, "files": files_of(config)} | trained.origin,
+    }
+    save_picture(
+        folder / "neighbours.png", sections(ranking, images, n_samples, training, named.rows), title(closeness)
+    )
+    write_results(folder, results)
+    return results
+
+
+def queries(config, trained: TrainedSampler, features, held_out: ImageSource, folder: Path):
+    """Images uint8 (n + m, C, H, W) whose neighbours are looked for, n samples and up to as many held-out ones; codes
+    (n, h, w) of the samples, or None; n; features (n + m, D) of all. In every process."""
+    named, size, world = config.neighbours, config.output.batch_size, trained.world
+    count, images_of = measured(named.samples, named.n_samples, config, trained)
+    own = sampled_features(images_of, count, count, features, config, world, folder, files_of(config))
+    samples = together(own, count, ("features", "image", "codes"))
+    same = min(count, len(held_out))
+    real = real_features(held_out, fixed_subset(len(held_out), same), features, size, world, "held-out")
+    real = together(real, same, ("features", "image"))
+    samples, real = shared(world, (samples, real))
+    images = torch.cat([like_data(samples["image"], trained.data), real["image"]])
+    return images, samples.get("codes"), count, torch.cat([samples["features"], real["features"]])
+
+
+def like_data(images: Tensor, data: DataConfig) -> Tensor:
+    """Images uint8 (N, C, H, W) in the channels of the training data; ValueError where their size is another."""
+    if tuple(images.shape[2:]) != data.size:
+        got, wanted = ("x".join(map(str, each)) for each in (images.shape[2:], data.size))
+        raise ValueError(f"got samples of {got} pixels, wanted {wanted} as in training: pass other --samples")
+    if images.shape[1] == data.n_channels:
+        return images
+    if data.n_channels == 3:
+        return images.expand(-1, 3, -1, -1)
+    return images.float().mean(1, keepdim=True).round().byte()
+
+
+def shares_codes(codes: Tensor, trained: TrainedSampler, batch_size: int) -> float:
+    """The share in [0, 1] of samples with the codes of a training image in some view. All processes take part."""
+    known = trained.space.first.codes(trained.dataset("train"), "train", trained.data, batch_size, trained.world)
+    return exact_copies(codes, known.ids[:].flatten(0, 1))
+
+
+def figures(found: Ranked, n_samples: int) -> dict[str, Any]:
+    """How near to training images samples are, the first of `found`, and held-out images, the rest."""
+    samples, real = found.distances[:n_samples, 0], found.distances[n_samples:, 0]
+    usual, close = real.quantile(0.5), real.quantile(CLOSE)
+    return {
+        "median": samples.quantile(0.5).item(),
+        "median_held_out": usual.item(),
+        "ratio": None if usual == 0 else (samples.quantile(0.5) / usual).item(),
+        "nearer_than_usual": (samples < usual).double().mean().item(),
+        "closer_than_held_out": (samples < close).double().mean().item(),
+        "equal_pixels": found.equal[:n_samples].double().mean().item(),
+        "equal_pixels_held_out": found.equal[n_samples:].double().mean().item(),
+    }
+
+
+def neighbours_of(found: Ranked, n_samples: int) -> dict[str, Any]:
+    """Of each sample, from the nearest on: indices in the training split, numbers of their views, distances."""
+    tensors = found._asdict()
+    tensors.pop("equal")
+    names = {"images": "neighbours", "views": "neighbour_views"}
+    return {names.get(name, name): tensor[:n_samples].tolist() for name, tensor in tensors.items()}
+
+
+def title(closeness: Closeness) -> str:
+    words = "Euclidean, of pixels" if closeness.name == "pixels" else closeness.name
+    return f"left: the image; right: its nearest training images with their distances: {words}"
+
+
+def sections(found: Ranked, images: Tensor, n_samples: int, source: ImageSource, rows: int) -> dict[str, list[Row]]:
+    """Rows of the picture: the samples nearest to a training image, others, and held-out images, evenly by distance."""
+    views = training_views(source.config)
+    order = found.distances[:n_samples, 0].argsort(stable=True).tolist()
+    real = (found.distances[n_samples:, 0].argsort(stable=True) + n_samples).tolist()
+
+    def row(i: int) -> Row:
+        near = [in_view(source, views, *each) for each in zip(found.images[i], found.views[i], strict=True)]
+        words = f"sample {i}" if i < n_samples else "held out"
+        return Row(images[i], words, torch.stack(near), found.distances[i].tolist())
+
+    chosen = {
+        "generated: those nearest to a training image": order[:rows],
+        "generated: others, from near to far": evenly(order[rows:], rows),
+        "held-out real images, from near to far": evenly(real, rows),
+    }
+    return {heading: [row(i) for i in indices] for heading, indices in chosen.items() if indices}
+
+
+def evenly(things: list[int], count: int) -> list[int]:
+    """Up to `count` of them, the first and the last among them, at even steps."""
+    if len(things) <= count:
+        return things
+    return [things[round(i * (len(things) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def print_report(results: dict[str, Any], folder: Path) -> None:
+    """The table a person reads."""
+    n, m, held = results["n_samples"], results["n_held_out"], "expected of new images"
+
+    def share(name: str) -> str:
+        return f"{100 * results[name]:.1f} %"
+
+    ratio = "-" if results["ratio"] is None else f"{results['ratio']:.3g}"
+    rows = [("to the nearest training image", "generated", held)]
+    rows.append(("median distance", f"{results['median']:.3g}", f"{results['median_held_out']:.3g}"))
+    rows.append(("... over that of held-out images", ratio, "1"))
+    rows.append(("nearer than half of the held-out images", share("nearer_than_usual"), "50 %"))
+    rows.append(("nearer than 95 % of them", share("closer_than_held_out"), f"{100 * CLOSE:.0f} %"))
+    rows.append(("copies, pixel by pixel", share("equal_pixels"), share("equal_pixels_held_out")))
+    if results["equal_codes"] is not None:
+        rows.append(("copies, code by code", share("equal_codes"), "-"))
+    print(f"\n{n} generated and {m} held-out images of {results['data']} among {results['n_training']} training images")
+    print(f"in {len(results['views'])} views; ", end="")
+    print(f"{results['candidates']} found by features ({results['features']}), ranked by {results['ranked_by']}")
+    print(f"{table(rows)}\n\n{folder / 'results.json'}\n{folder / 'neighbours.png'}")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,31 @@
 It reads a samples.npz of experiments/get_samples.py and holds its figures against goals.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _root
+import torch
+from torch import Tensor
 
-from experiments.experiment import ModelConfig, OutputConfig  # noqa: E402
-from train.cli import run_script  # noqa: E402
+from experiments.harness.experiment import (
+    ModelConfig,
+    OutputConfig,
+    load_model,
+    open_results,
+    results_folder,
+    write_results,
+)
+from experiments.harness.images import read_samples, save_grid
+from experiments.harness.report import table
+from experiments.metrics.classifier import class_balance, exact_copies, nearest_ratio, share_kept, share_sure
+from experiments.metrics.features.digits import DigitsClassifier, accuracy, load_classifier
+from experiments.metrics.neighbours import coverage
+from train.cli.parse import run_script
+from train.data.loading import ImageSource, images_in_order
+from train.data.transforms import training_views
+from train.distributed import World
+from train.inference import TrainedSampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +48,6 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from experiments.experiment import load_model, open_results, results_folder, write_results
-    from experiments.images import read_samples, save_grid
-    from experiments.metrics.digits import GOALS, figures, picture
-    from experiments.table import table
-
     trained = load_model(config.model, config.output)
     folder = open_results("check_digits", config, trained)
     default = results_folder("samples", config.model, config.output, trained) / "samples.npz"
@@ -50,6 +62,91 @@ def main(config: Config) -> None:
         rows.append((name, f"{found[name]:.3f}", f"{sign} {goal:.3g}{'' if met else '  (missed)'}"))
     print(f"\n{len(samples['image'])} generated digits\n{table(rows)}")
     print(f"\n{folder / 'results.json'}\n{folder / 'digits.png'}")
+
+
+GOALS = {
+    "classifier's accuracy on held-out real digits": (">=", 0.97),
+    "share of samples it is 0.9 sure of": (">=", 0.85),
+    "samples whose class the classifier gives as asked": (">=", 0.97),
+    "classes that occur": (">=", 10),
+    "rarest class, relative to its share of the data": (">=", 1 / 3),
+    "reconstructions that keep its answer": (">=", 0.95),
+    "samples equal to a training image (codes, or pixels)": ("<=", 0.10),
+    "distance to the nearest training image, relative to real": (">=", 0.7),
+    "coverage (k = 5) in pixels": (">=", 0.5),
+    "coverage (k = 5) in its features": (">=", 0.5),
+}
+
+
+def split_images(trained: TrainedSampler, split: str) -> tuple[Tensor, Tensor]:
+    """uint8 images (N, C, S, S) and labels (N,) of one split of the digits."""
+    dataset = trained.dataset(split)
+    return all_of(ImageSource(dataset, trained.data)), torch.from_numpy(dataset.labels)
+
+
+def all_of(source: ImageSource) -> Tensor:
+    return torch.cat([batch["image"] for batch in images_in_order(source, 500)])
+
+
+def figures(samples: dict[str, Tensor], trained: TrainedSampler) -> dict[str, float]:
+    """A figure for each of GOALS, of samples with "image" uint8 (N, 3, S, S), "codes" (N, h, w) of models of codes, and
+    "labels" (N,) of models that were told a class.
+
+    Without a VQGAN there are no reconstructions to judge, without labels nothing was asked.
+    """
+    generated = samples["image"].float().mean(1, keepdim=True).round().byte()  # grey, (N, 1, S, S)
+    (training, labels), (held_out, _) = split_images(trained, "train"), split_images(trained, "val")
+    classifier = load_classifier("cpu")
+    with torch.no_grad():
+        logits, real_logits = classifier(generated), classifier(held_out)
+        features, training_features = classifier.features(generated), classifier.features(training)
+    shares = class_balance(logits.argmax(1), 10) / len(generated)
+    found = [
+        accuracy(classifier, "val"),
+        share_sure(logits),
+        share_as_asked(logits, samples.get("labels")),
+        float((shares > 0).sum()),
+        float((shares / (class_balance(labels, 10) / len(labels))).min()),
+        kept_by_reconstructions(trained, classifier, held_out, real_logits),
+        copies(samples, generated, trained),
+        nearest_ratio(generated.float(), held_out.float(), training.float()),
+        coverage(training.flatten(1).float(), generated.flatten(1).float()),
+        coverage(training_features, features),
+    ]
+    return {name: value for name, value in zip(GOALS, found, strict=True) if value is not None}
+
+
+def share_as_asked(logits: Tensor, asked: Tensor | None) -> float | None:
+    """The share in [0, 1] of images whose likeliest class by logits (N, K) is the one asked for (N,)."""
+    return None if asked is None else (logits.argmax(1) == asked).double().mean().item()
+
+
+@torch.no_grad()
+def kept_by_reconstructions(
+    trained: TrainedSampler, classifier: DigitsClassifier, held_out: Tensor, real_logits: Tensor
+) -> float | None:
+    first = trained.space.first
+    if first is None:
+        return None
+    return share_kept(real_logits, classifier(first.decode(first.encode(held_out)).cpu()))
+
+
+def copies(samples: dict[str, Tensor], generated: Tensor, trained: TrainedSampler) -> float:
+    """Share of samples that are a training image in one of its views: by their codes, or pixel by pixel."""
+    dataset, data = trained.dataset("train"), trained.data
+    if "codes" in samples:
+        table = trained.space.first.codes(dataset, "train", data, 500, World(trained.device))
+        return exact_copies(samples["codes"], table.ids[:].flatten(0, 1))
+    training = all_of(ImageSource(dataset, data, margin=data.crop_margin))
+    seen = torch.cat([view(training) for view in training_views(data)])
+    return exact_copies(generated.flatten(1), seen.flatten(1))
+
+
+def picture(samples: dict[str, Tensor], trained: TrainedSampler, columns: int = 20, rows: int = 5) -> Tensor:
+    """Held-out real digits, then as many generated ones, (2 * rows * columns, 3, S, S)."""
+    real, _ = split_images(trained, "val")
+    count = columns * rows
+    return torch.cat([real[:count].expand(-1, 3, -1, -1), samples["image"][:count]])
 
 
 if __name__ == "__main__":

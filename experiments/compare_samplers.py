@@ -5,16 +5,98 @@ python experiments/compare_samplers.py --sampler ddpm --steps 10 20 50
 python experiments/compare_samplers.py --solvers ancestral:256 halton:12:temp=0.9 confidence:8:choice_temp=2
 """
 
-import sys
-from dataclasses import dataclass
+import json
+import math
+import statistics
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _root
+import torch
+from torch import Tensor
 
-from experiments.experiment import ModelConfig, OutputConfig, settings_of_run  # noqa: E402
-from experiments.solver_runs import OF_ONE_SOLVER, read_entry  # noqa: E402
-from train.cli import run_script  # noqa: E402
-from train.config import SamplingConfig  # noqa: E402
+from diffusion.solvers import solvers_of
+from experiments.harness.batches import experiment_world, forget, kept_batches
+from experiments.harness.experiment import (
+    OF_ONE_SOLVER,
+    ModelConfig,
+    OutputConfig,
+    load_model,
+    open_results,
+    settings_of_run,
+    write_results,
+)
+from experiments.harness.images import GRID
+from experiments.harness.report import mean_and_deviation, progress, table
+from experiments.metrics import features as all_features
+from experiments.metrics.cost import counted
+from experiments.metrics.distances import generated_statistics, real_statistics, statistics_cache
+from experiments.metrics.features import Features
+from experiments.metrics.frechet import Statistics, frechet_distance
+from train.cli.parse import interpret, run_script, to_dict
+from train.config import SamplingConfig
+from train.files import sha256, whole_file
+from train.inference import TrainedSampler
+
+AUTO = (  # in this order, and after them any other; the first that a process has is the yardstick
+    *("ancestral:256", "ancestral", "halton", "confidence", "remask", "first_hitting", "raster"),
+    *("ddpm:250", "ddim", "dpmpp_2m", "unipc", "heun"),
+)
+OWN_STEPS = ("first_hitting", "raster")  # a step for each code
+IN_TURN = ("halton", "confidence")  # reveal a code or more at each step
+
+
+class SolverRun(NamedTuple):
+    """One solver with its steps (None: its own number) and its own settings, as they were typed."""
+
+    solver: str
+    steps: int | None
+    settings: tuple[tuple[str, str], ...] = ()  # (flag, value)
+
+    @property
+    def own(self) -> str:
+        """The settings as --solvers has them."""
+        return ",".join(f"{key}={value}" for key, value in self.settings)
+
+    @property
+    def series(self) -> str:
+        """What stays the same when the steps change: the name of a line in a plot."""
+        return " ".join(filter(None, [self.solver, self.own]))
+
+    def __str__(self) -> str:
+        steps = "" if self.steps is None else str(self.steps)
+        return ":".join(filter(None, [self.solver, steps, self.own]))
+
+
+def read_entry(entry: str) -> SolverRun:
+    """name, name:steps, name:key=value,key=value or name:steps:key=value,key=value. ValueError: anything else."""
+    name, *rest = entry.split(":")
+    steps = rest.pop(0) if rest and "=" not in rest[0] else None
+    settings = tuple(tuple(each.split("=")) for each in rest.pop(0).split(",")) if rest else ()
+    counted = steps is None or steps.isdecimal() and int(steps) > 0
+    told = all(len(each) == 2 and all(each) for each in settings)
+    if not (name and counted and told) or rest or (name == "auto" and entry != name):
+        wanted = "name, name:steps or name:steps:key=value,key=value, such as halton:12:temp=0.9"
+        raise ValueError(f"got solvers entry {entry!r}, wanted {wanted}")
+    return SolverRun(name, None if steps is None else int(steps), settings)
+
+
+def runs_of(entries: Sequence[str], steps: Sequence[int], there: Collection[str], codes: int) -> list[SolverRun]:
+    """Every run that entries mean, each once: one without steps takes each of `steps`, and auto is all solvers that
+    are `there`, none IN_TURN with more steps than `codes`, of which it would make no use."""
+    found, known = [], [read_entry(entry) for entry in AUTO]
+    every = [run for run in known if run.solver in there]
+    every += [SolverRun(name, None) for name in sorted({*there} - {run.solver for run in known})]
+    for run in map(read_entry, entries):
+        for each in every if run.solver == "auto" else [run]:
+            alone = each.steps is not None or each.solver in OWN_STEPS
+            most = codes if run.solver == "auto" and each.solver in IN_TURN else max(steps)
+            found += [each] if alone else [each._replace(steps=count) for count in steps if count <= most]
+    return list(dict.fromkeys(found))
+
 
 OWN = ("solver", *OF_ONE_SOLVER)
 
@@ -75,15 +157,226 @@ def check_shared(sampling: SamplingConfig) -> None:
 
 
 def main(config: Config) -> None:
-    from experiments.experiment import load_model, open_results
-    from experiments.metrics.sampler_comparison import compare, planned
-    from experiments.processes import experiment_world
-
     check_shared(config.sampling)
     with experiment_world(config.output.device) as world:
         trained = load_model(config.model, config.output, world)
         runs = planned(config, trained)  # what cannot be is refused before a folder is opened
         compare(config, trained, runs, open_results("compare_samplers", config, trained))
+
+
+Plan = dict[SolverRun, SamplingConfig]
+Row = dict[str, Any]  # of the table: what `summed_up` makes
+
+
+def planned(config: Any, trained: TrainedSampler) -> Plan:
+    """Every run of --solvers with its options, each begun on one image. ValueError: one that the sampler cannot do."""
+    comparison = config.comparison
+    plan, codes = {}, math.prod(trained.space.facts.get("grid", ()))
+    for run in runs_of(comparison.solvers, comparison.steps, solvers_of(trained.sampler.process), codes):
+        options = replace(config.sampling, solver=run.solver, sample_steps=run.steps)
+        words = [f"--{key}={value}" for key, value in run.settings]
+        if words:
+            options = interpret(type(options), words, default=options, source=f"--solvers {run}")
+
+        try:
+            trained.try_out(options)
+        except ValueError as error:
+            raise ValueError(f"--solvers {run}: {error}") from error
+        plan[run] = options
+    return plan
+
+
+def compare(config: Any, trained: TrainedSampler, plan: Plan, folder: Path) -> None:
+    """Measures what is missing in results.json, set by set; then the table and the plot. All processes take part."""
+    comparison, output, world = config.comparison, config.output, trained.world
+    features = all_features.choose(comparison.features, trained.data, trained.device)
+    cache, real = statistics_cache(output.logs_root), trained.dataset("train")
+    reference = real_statistics(real, trained.data, features, None, cache, output.batch_size, world)
+    results = opened(folder, features, config, trained)
+    for seed in range(output.seed, output.seed + comparison.seeds):
+        for run, options in plan.items():
+            key = f"{run}/{seed}"
+            if any(world.any(world.is_main and key in results["sets"])):
+                continue
+            found = measured(config, trained, run, options, seed, features, reference, folder)
+            if world.is_main:
+                results["sets"][key] = found
+                write_results(folder, results)  # a comparison that is cut off goes on with the next set
+                forget(folder)
+    if world.is_main:
+        results["summary"] = summed_up(results["sets"], list(plan))
+        write_results(folder, results)
+        what = f"{trained.run.name}, step {trained.step}: {results['metric']} of {comparison.n_samples} samples"
+        plot(folder / "compare_samplers.png", results["summary"], results["metric"], what)
+        print(f"\n{explained(results, comparison)}\n\n{folder / 'results.json'}\n{folder / 'compare_samplers.png'}")
+
+
+def opened(folder: Path, features: Features, config: Any, trained: TrainedSampler) -> dict[str, Any]:
+    """The results so far of these features, or none. Features may have changed though the flags have not."""
+    path = folder / "results.json"
+    made_of = {"features": features.name, "features_code": code_of(features)}
+    if path.is_file():
+        results = json.loads(path.read_text())
+        if made_of.items() <= results.items():
+            return results
+    run = to_dict(config) | {"step": trained.step} | trained.origin
+    return {"metric": features.module.METRIC, **made_of, "sets": {}, "run": run}
+
+
+def code_of(features: Features) -> str:
+    """SHA-256 of the file that makes them."""
+    return sha256(Path(features.module.__file__))
+
+
+def measured(
+    config: Any,
+    trained: TrainedSampler,
+    run: SolverRun,
+    options: SamplingConfig,
+    seed: int,
+    features: Features,
+    reference: Statistics,
+    folder: Path,
+) -> dict[str, float] | None:
+    """Distance and cost of one set of images; 64 of them become a picture. In the main process alone.
+
+    Seconds are those of sampling and decoding, not of features: the median over batches, by process.
+    """
+    n, size, world = config.comparison.n_samples, config.output.batch_size, trained.world
+    held_out, file = trained.held_out(), f"{run}_{seed}".replace(":", "_")
+
+    def make(indices: list[int]) -> dict[str, Tensor]:
+        begun = time.perf_counter()
+        with counted(trained.sampler.network) as cost:
+            images = trained.draw(indices, seed, options, held_out=held_out)["image"]
+        seconds = time.perf_counter() - begun  # the images are on the CPU: the device has done its work
+        spent = [cost.calls, cost.evaluations, seconds, len(indices)]
+        found = {
+            "features": features.extract(images.expand(-1, 3, -1, -1)),
+            "spent": torch.tensor([spent], dtype=torch.float64),
+        }
+        return found | ({"image": images} if indices[0] < GRID else {})
+
+    name = f"{features.name}_{code_of(features)[:16]}_{file}"
+    batches = kept_batches(folder, name, list(range(n)), size, make, world)
+    spent = []
+
+    def noted():
+        for batch in progress(batches, n, str(run), world.is_main):
+            spent.append(batch["spent"])
+            yield batch
+
+    generated, _ = generated_statistics(noted(), 0, folder / f"{file}.png")
+    if not world.is_main:
+        return None
+    return {"distance": frechet_distance(generated, reference)} | costs(torch.cat(spent))
+
+
+def costs(spent: Tensor) -> dict[str, float]:
+    """Of batches (B, 4), each with its calls, evaluations, seconds and images."""
+    calls, evaluations, seconds, images = spent.unbind(1)
+    return {
+        "calls_per_batch": calls.mean().item(),
+        "evaluations_per_image": (evaluations.sum() / images.sum()).item(),
+        "seconds_per_image": statistics.median((seconds / images).tolist()),
+    }
+
+
+def summed_up(sets: dict[str, dict[str, float]], runs: list[SolverRun]) -> list[Row]:
+    """A row for each run over its seeds; ratios are of mean distances, to the first run's."""
+    rows = []
+    for run in runs:
+        mine = [found for key, found in sets.items() if key.rpartition("/")[0] == str(run)]
+        row = {"solver": run.series, "steps": run.steps, "distances": [found["distance"] for found in mine]}
+        for key in ("calls_per_batch", "evaluations_per_image"):
+            row[key] = statistics.mean(found[key] for found in mine)
+        row["seconds_per_image"] = statistics.median(found["seconds_per_image"] for found in mine)
+        row["distance"] = statistics.mean(row["distances"])
+        row["relative"] = row["distance"] / (rows[0] if rows else row)["distance"]
+        rows.append(row)
+    return rows
+
+
+def explained(results: dict[str, Any], comparison: Any) -> str:
+    """The table that a person reads."""
+    cost = ("network calls per batch", "evaluations per image", "s per image")
+    rows = [("solver", "steps", *cost, results["metric"], f"relative to {results['summary'][0]['solver']}")]
+    for row in results["summary"]:
+        spent = (
+            f"{row['calls_per_batch']:.4g}",
+            f"{row['evaluations_per_image']:.4g}",
+            f"{row['seconds_per_image']:.2g}",
+        )
+        steps = "-" if row["steps"] is None else str(row["steps"])
+        rows.append((row["solver"], steps, *spent, mean_and_deviation(row["distances"]), f"{row['relative']:.3f}"))
+    sets = f"{comparison.seeds} sets" if comparison.seeds > 1 else "one set"
+    first = results["summary"][0]
+    near = [row for row in results["summary"][1:] if row["relative"] <= 1.1]
+    best = min(near, key=lambda row: row["evaluations_per_image"], default=None)
+    lines = [f"{sets} of {comparison.n_samples} images of each", table(rows)]
+    if best is not None:
+        times = first["seconds_per_image"] / best["seconds_per_image"]
+        steps = "" if best["steps"] is None else f" in {best['steps']} steps"
+        within = f"at most 10 % above {first['solver']} for the fewest evaluations: {best['solver']}{steps}"
+        lines.append(f"{within}, {times:.3g} times as fast")
+    return "\n".join(lines)
+
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by all eyes
+MARKERS = "osD^vPX"
+NEAR = 1.1  # of the first row's distance
+
+
+def plot(path: Path, rows: list[dict[str, Any]], metric: str, title: str) -> None:
+    """PNG of `summed_up` rows: the first row's distance is a dashed line, and a band reaches 10 % above it.
+
+    Solvers that choose their number of steps stand where their network calls per batch are.
+    """
+    from matplotlib.figure import Figure  # without pyplot: a PNG is drawn by Agg, and no window is asked for
+
+    figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    panels = figure.subplots(1, 2, sharey=True)
+    first, lines = rows[0], {}
+    for row in rows:
+        lines.setdefault(row["solver"], []).append(row)
+    across = (
+        ("sampling steps", lambda row: row["calls_per_batch"] if row["steps"] is None else row["steps"]),
+        ("seconds per image", lambda row: row["seconds_per_image"]),
+    )
+    for panel, (name, of) in zip(panels, across, strict=True):
+        panel.axhspan(first["distance"], NEAR * first["distance"], color="0.88", zorder=0)
+        steps = "" if first["steps"] is None else f" of {first['steps']} steps"
+        label = f"{first['solver']}{steps}, + 10 %"
+        panel.axhline(first["distance"], color="0.3", linestyle="--", linewidth=1, label=label)
+        for i, (solver, mine) in enumerate(lines.items()):
+            style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+            mine = sorted(mine, key=of)
+            panel.plot([of(row) for row in mine], [row["distance"] for row in mine], label=solver, **style)
+            for row in mine:  # each seed's, where there are several
+                if len(row["distances"]) > 1:
+                    panel.plot([of(row)] * len(row["distances"]), row["distances"], "_", color=style["color"])
+        panel.set(xscale="log", yscale="log", xlabel=name)
+        panel.grid(color="0.92")
+        panel.spines[["top", "right"]].set_visible(False)
+        plain_numbers(panel.xaxis, [of(row) for row in rows])
+        plain_numbers(panel.yaxis, [row["distance"] for row in rows])
+    shown = sorted({across[0][1](row) for row in rows})
+    panels[0].set_xticks(shown, [f"{x:g}" for x in shown])
+    panels[0].set_ylabel(f"{metric}, less is better")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    with whole_file(path) as scratch:
+        figure.savefig(scratch, format="png")
+
+
+def plain_numbers(axis: Any, values: list[float]) -> None:
+    """Some round numbers as the ticks of a logarithmic axis of positive values."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    wide = max(values) > 10 * min(values)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,28 @@
 """Images from a trained sampler: samples.npz as the field's evaluators read it, a PNG grid, PNG files on wish."""
 
-import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _root
+import torch
 
-from experiments.experiment import ModelConfig, OutputConfig, settings_of_run  # noqa: E402
-from train.cli import run_script  # noqa: E402
-from train.config import SamplingConfig  # noqa: E402
+from experiments.harness.batches import experiment_world, forget, kept_batches
+from experiments.harness.experiment import (
+    ModelConfig,
+    OutputConfig,
+    load_model,
+    open_results,
+    saved_report,
+    settings_of_run,
+    write_results,
+)
+from experiments.harness.images import STRIPS, SampleWriter, save_grid, save_process
+from experiments.harness.report import progress
+from train.cli.parse import run_script
+from train.config import SamplingConfig
+from train.inference import TrainedSampler
+from train.loop import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +54,6 @@ class Config:
 
 
 def main(config: Config) -> None:
-    from contextlib import nullcontext
-
-    from experiments.classes import images_of_class
-    from experiments.experiment import load_model, open_results, write_results
-    from experiments.images import SampleWriter, save_grid
-    from experiments.kept import forget, kept_batches
-    from experiments.metrics.report import saved_report
-    from experiments.process import STRIPS, save_process
-    from experiments.processes import experiment_world
-    from experiments.progress import progress
-
     samples, output = config.samples, config.output
     count = samples.n_samples
     with experiment_world(output.device) as world:
@@ -70,6 +73,29 @@ def main(config: Config) -> None:
                 write_results(folder, {"n_samples": count, "seed": output.seed, "label": samples.label})
                 forget(folder)
         print(f"{count} images: {folder / 'samples.npz'}\ngrid: {folder / 'samples.png'}")
+
+
+def images_of_class(
+    trained: TrainedSampler, label: int | None, seed: int, options: SamplingConfig
+) -> Callable[..., Batch]:
+    """A function from indices to images, as `TrainedSampler.draw` makes them, all of one class where one is named.
+
+    Conditions beside the class are those that are drawn without it. All processes must ask. ValueError: there is no
+    such class.
+    """
+    classes = trained.sampler.n_classes
+    if label is not None and not 0 <= label < classes:
+        wanted = f"a class from 0 to {classes - 1}: pass --label N" if classes else "a model of classes: leave it out"
+        raise ValueError(f"got --label {label} for {trained.run}, wanted {wanted}")
+    held_out = trained.held_out()
+
+    def draw(indices: list[int], **how) -> Batch:
+        if label is None:
+            return trained.draw(indices, seed, options, held_out=held_out, **how)
+        given = trained.conditions(seed, indices, held_out) | {"label": torch.full((len(indices),), label)}
+        return trained.draw(indices, seed, options, given=given, **how)
+
+    return draw
 
 
 if __name__ == "__main__":

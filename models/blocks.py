@@ -1,4 +1,4 @@
-"""Convolutional building blocks and the two contracts (EmbedBlock, ConditionBlock) that networks route by.
+"""Building blocks and the two contracts (EmbedBlock, ConditionBlock) that networks route by.
 
 Shapes everywhere: B batch, C channels, H W image or grid, N tokens, D width, E embedding width.
 """
@@ -9,8 +9,6 @@ from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from models.attend import attend
 
 Resample = Literal["up", "down"]
 
@@ -135,26 +133,6 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class AttentionBlock(nn.Module):
-    """Self-attention over the positions of a feature map, beside a skip: (B, C, H, W) -> (B, C, H, W)."""
-
-    def __init__(self, channels: int, heads: int = 1):
-        super().__init__()
-        if channels % heads:
-            raise ValueError(f"{channels} channels do not split over {heads} heads: choose a divisor of {channels}")
-        self.heads = heads
-        self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
-        q, k, v = qkv.unbind(1)  # (B, heads, HW, C/heads) each
-        out = attend(q, k, v)
-        return x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W))
-
-
 def count_parameters(module: nn.Module) -> int:
     """How many numbers training can change."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -166,3 +144,33 @@ def initial_normal(module: nn.Module, std: float = 0.02) -> None:
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU, linear; the hidden layer is `ratio` times as wide."""
+
+    def __init__(self, width: int, ratio: float = 4.0):
+        super().__init__()
+        hidden = int(ratio * width)
+        self.expand = nn.Linear(width, hidden)
+        self.contract = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.contract(F.gelu(self.expand(x)))
+
+
+class GEGLU(nn.Module):
+    """The hidden layer is a product, value * GELU(gate), both linear in x (Shazeer 2020)."""
+
+    def __init__(self, width: int, ratio: float = 4.0):
+        super().__init__()
+        hidden = int(ratio * width)
+        self.expand = nn.Linear(width, 2 * hidden)
+        self.contract = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.expand(x).chunk(2, dim=-1)
+        return self.contract(value * F.gelu(gate))
+
+
+FEED_FORWARDS = {"gelu": FeedForward, "geglu": GEGLU}

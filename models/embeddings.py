@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor, nn
 
-from models.attend import widened
+from models.sdpa import widened
 from models.tables import digits, joined, kept
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor
 
-from models.attend import attend
+from models.sdpa import attend
 from models.tables import digits, joined, kept
 
 TILE = 64  # queries; 8 x 8 in two dimensions: on 2 cores 6 x 6 and 11 x 11 took 1.2 times, 16 x 16 1.7 times as long

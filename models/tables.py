@@ -18,7 +18,6 @@ def kept(make: Callable[..., tuple[ndarray, ...]], grid: Sequence[int], *options
     return constants(make, tuple(map(index, grid)), *plain, device=device)  # what torch.compile takes as constants
 
 
-@torch.compiler.assume_constant_result
 def constants(make: Callable[..., tuple[ndarray, ...]], *shape, device: torch.device) -> tuple[Tensor, ...]:
     """Fake tensors, which tracers and FakeTensorMode make, are not kept: they hold no numbers."""
     name = (make, shape, device)
@@ -31,6 +30,10 @@ def constants(make: Callable[..., tuple[ndarray, ...]], *shape, device: torch.de
             CACHE.pop(next(iter(CACHE)))  # the oldest
         CACHE[name] = tables
     return CACHE[name]
+
+
+# What torch.compiler.assume_constant_result sets. Called, it would import torch's compiler at every start: 1.5 s.
+constants._dynamo_marked_constant = True
 
 
 def joined(outer: ndarray, inner: ndarray, combine: Callable[[ndarray, ndarray], ndarray]) -> ndarray:

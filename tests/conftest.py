@@ -6,15 +6,16 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes run tests, and many of these start more
 
 import pytest  # noqa: E402
-import tiny  # noqa: E402
+
+from helpers import tiny_runs  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """A logs folder with a VQGAN and an absorbing sampler, trained for a few steps on 16x16 digits."""
     logs = tmp_path_factory.mktemp("logs")
-    tiny.call("train_vqgan.py", f"--logs_root {logs} --train_steps 5 --no_amp {tiny.VQGAN} {tiny.GAN}")
-    tiny.call("train_sampler.py", f"--logs_root {logs} --train_steps 3 --no_amp {tiny.SAMPLER}")
+    tiny_runs.call("train_vqgan.py", f"--logs_root {logs} --train_steps 5 --no_amp {tiny_runs.VQGAN} {tiny_runs.GAN}")
+    tiny_runs.call("train_sampler.py", f"--logs_root {logs} --train_steps 3 --no_amp {tiny_runs.SAMPLER}")
     return logs
 
 
@@ -22,5 +23,5 @@ def trained(tmp_path_factory) -> Path:
 def trained_ddpm(tmp_path_factory) -> Path:
     """A logs folder with a Gaussian sampler of pixels, trained for a few steps on 8x8 digits."""
     logs = tmp_path_factory.mktemp("ddpm_logs")
-    tiny.call("train_sampler.py", f"--logs_root {logs} --train_steps 3 --no_amp {tiny.DDPM}")
+    tiny_runs.call("train_sampler.py", f"--logs_root {logs} --train_steps 3 --no_amp {tiny_runs.DDPM}")
     return logs

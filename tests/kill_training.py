@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from tiny import DDPM, GAN, ROOT, SAMPLER, VQGAN  # noqa: E402
 
+from helpers.tiny_runs import DDPM, GAN, ROOT, SAMPLER, VQGAN  # noqa: E402
 from train.checkpoint import MANIFEST, OPTIMIZERS, checkpoint_path, saved_steps  # noqa: E402
 
 PROGRESS = "KILL_TRAINING_PROGRESS"  # environment variable: the file where a run notes its newest step

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from guided_layout import FLAGS, made, theirs
-from tiny import ROOT, call, run
 
+from helpers.guided_layout import FLAGS, made, theirs
+from helpers.tiny_runs import ROOT, call, run
 from train.checkpoint import checkpoint_path, read_tensors
 from train.config import DataConfig
 from train.converters import guided
-from train.generate import load_sampler
+from train.inference import load_sampler
 from train.spaces import Pixels
 
 FIXTURE = Path(os.environ.get("GUIDED_FIXTURES", ""))

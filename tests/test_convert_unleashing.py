@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny import call
-from unleashing_layout import CONFIG, SIZE, made, theirs
 
+from helpers.tiny_runs import call
+from helpers.unleashing_layout import CONFIG, SIZE, made, theirs
 from train.checkpoint import checkpoint_path, load_weights
 from train.first_stage import load_first_stage
 from vq.autoencoder import VQGAN

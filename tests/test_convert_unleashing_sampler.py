@@ -8,15 +8,15 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny import call
-from unleashing_layout import SIZE, made, sampler_logits, sampler_weights, theirs
 
+from convert import fill
 from diffusion.absorbing import AbsorbingDiffusion
+from helpers.tiny_runs import call
+from helpers.unleashing_layout import SIZE, made, sampler_logits, sampler_weights, theirs
 from train.checkpoint import checkpoint_path
 from train.converters import unleashing
-from train.converters._filling import fill
 from train.first_stage import load_first_stage
-from train.generate import load_sampler
+from train.inference import load_sampler
 from train.spaces import Codes
 
 FIXTURE = Path(os.environ.get("UT_FIXTURES", ""))

@@ -17,7 +17,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import ROOT, SAMPLER, call
+
+from helpers.tiny_runs import ROOT, SAMPLER, call
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_gradio = pytest.mark.skipif(

@@ -21,7 +21,7 @@ from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
 from vq.discriminator import PatchDiscriminator
 from vq.losses import ADVERSARIAL, adaptive_weight
-from vq.quantize import count, perplexity, usage
+from vq.quantizer import count, perplexity, usage
 
 CODES, GRID, BATCH = 16, (4, 4), 2
 PROCESS = AbsorbingDiffusion(CODES, steps=3)

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffusion.likelihood import bits_per_dimension
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
-from train.data import Draws
+from train.data.loading import Draws
 from train.samplers import ddpm
 
 UNET = {"channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_factors": (2,), "heads": 2}

@@ -1,13 +1,13 @@
 """Which flags there are: a list changes on purpose or not at all."""
 
 import yaml
-from tiny import ROOT
 
-from train import cli
+from helpers.tiny_runs import ROOT
+from train.cli import parse as cli
 from train.config import DataConfig, LoggingConfig, TrainingConfig
 from train.registry import names_in
 from train.samplers import absorbing, ddpm
-from train.transformer_config import TransformerConfig
+from train.samplers._transformer import TransformerConfig
 from vq.config import VQGANConfig, VQGANLossConfig
 
 

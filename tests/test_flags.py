@@ -2,8 +2,8 @@
 
 import pytest
 import yaml
-from tiny import ROOT, call, parsed, run
 
+from helpers.tiny_runs import ROOT, call, parsed, run
 from train.config import DataConfig, TrainingConfig
 from train.samplers import ddpm
 

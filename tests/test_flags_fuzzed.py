@@ -17,11 +17,12 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ROOT
 
-from train import cli, config_files
+from helpers.tiny_runs import ROOT
+from train.cli import files as config_files
+from train.cli import parse as cli
+from train.cli.json_config import read_json
 from train.datasets import DatasetConfig
-from train.json_config import read_json
 from train.registry import names_in, plugin
 
 EXPERIMENTS = sorted(p.name for p in (ROOT / "experiments").glob("*.py") if "run_script(" in p.read_text())

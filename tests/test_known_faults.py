@@ -15,14 +15,14 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import GAN, ROOT, SAMPLER, VQGAN, call
 
-from train.cli import from_dict
+from helpers.tiny_runs import GAN, ROOT, SAMPLER, VQGAN, call
+from train.cli.parse import from_dict
 from train.config import DataConfig
-from train.data import ImageSource, TrainingImages, build_dataset
+from train.data.loading import ImageSource, TrainingImages, build_dataset
 from train.datasets import digits
+from train.execution import autocast
 from train.first_stage import VQGANRun, load_first_stage
-from train.precision import autocast
 from train.samplers import absorbing
 from vq.perceptual import load_perceptual
 
@@ -141,7 +141,7 @@ def test_autocast_leaves_losses_and_distances_in_float32(trained):
 
 def test_sampling_settings_of_training_are_the_defaults_of_experiments(trained, monkeypatch):
     """Nobody types them twice: the tiny run was trained with 4 sampling steps and the preset's guidance."""
-    from train import cli
+    from train.cli import parse as cli
 
     seen = []
     monkeypatch.setattr(cli, "run_main", lambda main, config: seen.append(config.sampling))

@@ -9,10 +9,10 @@ import shutil
 
 import numpy as np
 import pytest
-from same_runs import assert_close, weights
 from safetensors.torch import load_file
-from tiny import ROOT, call
 
+from helpers.run_asserts import assert_close, weights
+from helpers.tiny_runs import ROOT, call
 from train.checkpoint import saved_steps
 
 OLD = ROOT / "tests" / "fixtures" / "old_runs"

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import yaml
-from tiny import ROOT, parsed
 
 from experiments.compare_attention import VARIANTS
-from train import cli
+from helpers.tiny_runs import ROOT, parsed
+from train.cli import parse as cli
 from train.samplers import absorbing
 from vq.config import VQGANConfig
 

@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from train.distributed import World
+from train.distributed import World, sharded_like, whole
 from train.files import refused, sha256, sync, write_text
 from train.loop import HOOK, State
-from train.parallel import sharded_like, whole
 
 WEIGHTS, AVERAGED, PROFILES = "model.safetensors", "ema.safetensors", "profiles.safetensors"
 OPTIMIZERS, MANIFEST = "state.pt", "manifest.json"

@@ -1,11 +1,12 @@
-"""The settings of every script, as typed dataclasses: a field is a flag. Free of torch, so `--help` is quick."""
+"""The settings of the training scripts, as typed dataclasses: a field is a flag."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from train.datasets import DatasetConfig
-from train.schedule import learning_rate
+from train.lr_schedule import learning_rate
+from vq.config import VQGANConfig, VQGANLossConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -271,4 +272,26 @@ class SecondStageConfig:
     reader: DatasetConfig
     training: SamplerTrainingConfig
     sampling: SamplingConfig
+    logging: LoggingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQGANTrainingConfig(TrainingConfig):
+    """Training."""
+
+    lr: float = 1.8e-5
+    """Learning rate (the reference takes 4.5e-6 per image of the batch)."""
+    train_steps: int = 1_400_000
+    """Steps in all, those before a resume included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQGANRunConfig:
+    """All that a run of a VQGAN is made of."""
+
+    data: DataConfig
+    reader: DatasetConfig
+    network: VQGANConfig
+    loss: VQGANLossConfig
+    training: VQGANTrainingConfig
     logging: LoggingConfig

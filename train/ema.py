@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from train.parallel import is_sharded, local
+from train.distributed import is_sharded, local
 
 FUSED = 2**24  # elements, after which a group is full: what an operation needs beside it stays small
 

@@ -1,12 +1,13 @@
-"""How a network is run: recomputed, compiled, in another memory format, in TF32, deterministically.
+"""How a network is run: recomputed, compiled, in another memory format, in half precision or TF32, deterministically.
 
-Nothing here changes what is computed, beyond the last digits. Names and values of a `state_dict` stay what they are.
+Nothing here changes what is computed, beyond the digits that a number format has. Names and values of a `state_dict`
+stay what they are.
 """
 
 import os
 import types
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import Attention
+from train.config import TrainingConfig
+
+
+def training_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:
+    """What matrix products of the forward pass are computed in."""
+    half = half_dtype(device, training.amp_dtype) if training.amp else None
+    return torch.float32 if half is None else half
+
+
+def in_channels_last(training: TrainingConfig, device: torch.device) -> bool:
+    """Whether convolutions are given images channels last; ValueError together with shards, which it does not suit."""
+    if training.parallel == "fsdp":
+        if training.channels_last == "yes":
+            raise ValueError("got --channels_last yes with --parallel fsdp, whose shards are rows: leave it out")
+        return False
+    if training.channels_last == "auto":
+        return device.type == "cuda" and training_dtype(training, device) != torch.float32
+    return training.channels_last == "yes"
 
 
 def checkpoint_activations(module: nn.Module) -> int:
@@ -154,3 +173,98 @@ def set_deterministic(enabled: bool) -> ExitStack:
     torch.use_deterministic_algorithms(True)
     cudnn.benchmark = False
     return undo
+
+
+HALF_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products run in hardware on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def half_dtype(device: torch.device, choice: str = "auto") -> torch.dtype | None:
+    """The type that autocast computes in; None: float32.
+
+    auto: bfloat16 where it is native, else float16 on CUDA (whose tensor cores had it first), else None. A type that
+    is named is taken as it is, also where it is emulated. float16 trains with a `LossScale`.
+    """
+    if choice in HALF_DTYPES:
+        return HALF_DTYPES[choice]
+    if choice != "auto":
+        raise ValueError(f"unknown amp dtype {choice!r}; there are: auto, {', '.join(HALF_DTYPES)}")
+    if has_native_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else None
+
+
+def autocast(device: torch.device, enabled: bool, dtype: torch.dtype | None = None) -> AbstractContextManager:
+    """Autocast to `dtype`; without one, to bfloat16 where `has_native_bf16`, so that nothing is emulated unasked."""
+    if dtype is None:
+        dtype, enabled = torch.bfloat16, enabled and has_native_bf16(device)
+    return torch.autocast(device.type, dtype=dtype, enabled=enabled)
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """The loss, its gradients bit for bit the same; where it is not finite, the gradients of all it reaches are NaN.
+
+    An infinite term that no parameter moves leaves finite gradients behind: then the process that saw it would be the
+    only one to know. A NaN survives the average over processes, so all see it in the gradients' norm. Nothing waits
+    for the device.
+    """
+    return loss * poison(loss)
+
+
+def poison(loss: Tensor) -> Tensor:
+    """The factor () that does so: 1, or NaN where a loss of any shape is not finite."""
+    return torch.where(loss.detach().isfinite().all(), 1.0, float("nan")).to(loss.dtype)
+
+
+class LossScale:
+    """Dynamic loss scaling (Micikevicius et al. 2018, "Mixed Precision Training", section 3.2) for float16.
+
+    The loss is multiplied by `value` and the gradients divided by it before they are used, which lifts small ones out
+    of float16's zeros (below 6e-8). Values are powers of two, so nothing is rounded. A step whose gradients' norm is
+    not finite halves it, 2,000 good ones in a row double it, within [1, 2^24]. All processes decide by the same global
+    norm, so all keep the same value.
+    """
+
+    FIRST, FLOOR, CEILING, PATIENCE = 2.0**16, 1.0, 2.0**24, 2000
+
+    def __init__(self):
+        self.value = self.FIRST
+        self.good_steps = 0  # since the value last changed
+        self.exhausted = False  # whether the last step that was not finite met the floor
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss, in float32 at least, for `backward`."""
+        return loss.to(torch.promote_types(loss.dtype, torch.float32)) * self.value
+
+    def good(self) -> None:
+        """Counts a step whose gradients were finite."""
+        self.good_steps += 1
+        if self.good_steps == self.PATIENCE:
+            self.value, self.good_steps = min(2 * self.value, self.CEILING), 0
+
+    def overflowed(self) -> bool:
+        """Counts a step whose gradients were not finite, and halves the value.
+
+        True: a smaller value may serve, the step is skipped and nothing is wrong. False: it stood at its floor, so the
+        fault is not the scale's.
+        """
+        self.exhausted, self.good_steps = self.value == self.FLOOR, 0
+        self.value = max(self.value / 2, self.FLOOR)
+        return not self.exhausted
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            "value": torch.tensor(self.value, dtype=torch.float64),
+            "good_steps": torch.tensor(self.good_steps, dtype=torch.int64),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.value, self.good_steps = state["value"].item(), int(state["good_steps"].item())

@@ -7,20 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train import image_cache
 from train.checkpoint import AVERAGED, checkpoint_path, load_weights, resolve_step, verify
-from train.cli import from_dict
-from train.code_cache import code_table
-from train.code_file import CHUNK, CodeFile
+from train.cli.parse import from_dict
 from train.config import DataConfig
-from train.data import ImageSource
+from train.data import image_cache
+from train.data.code_cache import CHUNK, CodeFile, CodeTable, cache_key, code_table
+from train.data.loading import ImageSource
+from train.data.transforms import to_float, to_uint8, training_views
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import World
-from train.precision import autocast, has_native_bf16
+from train.execution import autocast, has_native_bf16
 from train.runs import read_run
-from train.transforms import to_float, to_uint8, training_views
 from vq.autoencoder import VQGAN
-from vq.codes import CodeTable, cache_key
 from vq.config import VQGANConfig
 
 

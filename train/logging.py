@@ -4,19 +4,17 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from train.distributed import World
+from train.data.transforms import to_uint8
+from train.distributed import World, is_sharded
 from train.files import sync, write_text
 from train.loop import Outputs, State
-from train.meter import Meter
-from train.parallel import is_sharded
-from train.transforms import to_uint8
+from train.perf import Meter
 
 
 def grid_image(images: Tensor, columns: int | None = None, enlarge_to: int = 64) -> Image.Image:
@@ -41,6 +39,8 @@ class Logger:
     """
 
     def __init__(self, folder: Path, world: World, meter: Meter, *, every: int, start: int, steps: int):
+        from torch.utils.tensorboard import SummaryWriter
+
         self.folder, self.world, self.meter, self.every, self.steps = folder, world, meter, every, steps
         self.read_at = start
         if world.is_main:
@@ -102,7 +102,7 @@ class Logger:
         path = self.folder / "images" / f"{name}_{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
-        self.writer.add_image(name, pil_to_tensor(picture), step)
+        self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def histogram(self, name: str, step: int, counts: Tensor) -> None:
         """How often each of K things was chosen, as a TensorBoard histogram; counts (K,) (main process only)."""

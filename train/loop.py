@@ -1,7 +1,10 @@
-"""The one loop that trains everything."""
+"""The one loop that trains everything, its state, and where its time goes."""
 
 import random
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,11 +14,68 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diffusion.rng import seed_of
-from train.clock import Clock
 from train.distributed import World
 from train.ema import EMA
-from train.power_ema import PowerEMA
-from train.tally import Tally
+from train.posthoc_ema import PowerEMA
+
+
+class Clock:
+    """Seconds by name. Work that a GPU does later counts for whoever waits for it: a step waits for its own."""
+
+    def __init__(self):
+        self.seconds: Counter[str] = Counter()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - begun
+
+    def since(self, earlier: Counter[str]) -> dict[str, float]:
+        """Shares of the time since `earlier`, a copy of `seconds`; they sum to 1."""
+        spent = {name: self.seconds[name] - earlier[name] for name in self.seconds}
+        total = sum(spent.values())
+        return {name: each / total for name, each in spent.items()} if total > 0 else {}
+
+    def __str__(self) -> str:
+        """step 96.1 %, validation 2.0 %, ..., largest first."""
+        shares = sorted(self.since(Counter()).items(), key=lambda each: -each[1])
+        return ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares)
+
+
+class Tally:
+    """Named sums over steps and processes; all of one dtype, the same names in each process."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Adds a tensor, always of one shape, to what this process has under a name."""
+        value = value.detach()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+
+    def take(self) -> dict[str, Tensor]:
+        """The sums over all processes since the last call."""
+        if not self.sums:
+            return {}
+        flat = self.world.sum(torch.cat([value.flatten() for value in self.sums.values()]))
+        parts = flat.split([value.numel() for value in self.sums.values()])
+        found = {name: part.view_as(value) for (name, value), part in zip(self.sums.items(), parts, strict=True)}
+        self.sums = {}
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What each process has, by rank: (size, ...). All processes must ask."""
+        return {name: self.world.gather(value.unsqueeze(0)) for name, value in self.sums.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """As many processes as then get their own sums again; of another number, the first has all of them."""
+        self.sums = {}
+        for name, rows in state.items():
+            own = rows[self.world.rank] if len(rows) == self.world.size else rows.sum(0) * self.world.is_main
+            self.sums[name] = own.to(self.world.device)
+
 
 Batch = dict[str, Tensor]
 Outputs = dict[str, Tensor]  # of a step: its averages as scalars; whatever else was seen, with the examples first

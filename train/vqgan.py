@@ -6,25 +6,22 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.rng import seed_of
-from train.assembly import assemble, in_channels_last, training_dtype
 from train.config import DataConfig, TrainingConfig
-from train.data import ImageSource, fixed_subset, images_in_order, streams
-from train.distributed import World
-from train.execution import to_channels_last
+from train.data.loading import ImageSource, fixed_subset, images_in_order, streams
+from train.data.transforms import to_float
+from train.distributed import World, synchronized
+from train.execution import autocast, in_channels_last, poison, poisoned, to_channels_last, training_dtype
 from train.logging import Logger
 from train.loop import Batch, Outputs, State
-from train.parallel import synchronized
-from train.precision import autocast, poison, poisoned
-from train.schedule import learning_rate
-from train.transforms import to_float
-from train.update import update
+from train.lr_schedule import learning_rate
+from train.optim import update
+from train.trainer import assemble
 from vq.augment import Augmentation
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig, VQGANLossConfig
 from vq.discriminator import PatchDiscriminator
-from vq.lecam import LeCAM
-from vq.losses import ADVERSARIAL, adaptive_weight
-from vq.quantize import Codes, Training, count, perplexity, usage
+from vq.losses import ADVERSARIAL, LeCAM, adaptive_weight
+from vq.quantizer import Codes, Training, count, perplexity, usage
 
 VALIDATION_IMAGES = 1024  # enough for two digits, and quick
 SHOWN_IMAGES = 16

@@ -3,9 +3,30 @@
 import torch
 from torch import Tensor, nn
 
-from models.blocks import AttentionBlock, Downsample, ResBlock, Upsample, group_norm
+from models.blocks import Downsample, ResBlock, Upsample, group_norm
+from models.sdpa import attend
 from vq.config import VQGANConfig
-from vq.quantize import Codes, Training, make_quantizer
+from vq.quantizer import Codes, Training, make_quantizer
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the positions of a feature map, beside a skip: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int, heads: int = 1):
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"{channels} channels do not split over {heads} heads: choose a divisor of {channels}")
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
+        q, k, v = qkv.unbind(1)  # (B, heads, HW, C/heads) each
+        out = attend(q, k, v)
+        return x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W))
 
 
 def middle(channels: int) -> list[nn.Module]:

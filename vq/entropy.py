@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vq.quantize import Training, whole_factors
+from vq.quantizer import Training, whole_factors
 
 CERTAIN = 1e3  # logits beyond it have probabilities of 0 and 1, in float64 too
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vq.plain_tensors import read_tensors
+from vq.weights import read_tensors
 
 SMALLEST = {"vgg": 16, "alex": 31, "squeeze": 17, "resnet50": 1}  # images, pixels along each side
 BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1", "resnet50": "resnet50"}  # in torchvision

@@ -1,14 +1,17 @@
-"""What a computation costs on this machine: seconds, and memory at its peak."""
+"""What a computation costs: seconds and memory on this machine, network calls and evaluations on any."""
 
 import ctypes
 import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 WARM_UPS = 2
 PROCESS = Path("/proc/self")
@@ -71,3 +74,33 @@ def resident(field: str) -> int | None:
     lines = (PROCESS / "status").read_text().splitlines()
     found = [int(line.split()[1]) for line in lines if line.startswith(f"{field}:")]  # kB, which are KiB
     return 1024 * found[0] if found else None
+
+
+@dataclass
+class Calls:
+    """Of a network, so far. An evaluation is one grid or image that goes through it; a call takes a batch of them.
+
+    Guidance evaluates each image twice. Of an autoregressive network that remembers, an evaluation is of the new codes.
+    """
+
+    calls: int = 0
+    evaluations: int = 0
+
+
+@contextmanager
+def counted(network: nn.Module) -> Iterator[Calls]:
+    """Counts while it is open: `with counted(network) as cost: ...`, then cost.calls and cost.evaluations.
+
+    Its forward must take the batch first, as all networks here do.
+    """
+    cost = Calls()
+
+    def count(module: nn.Module, args: tuple, output: object) -> None:
+        cost.calls += 1
+        cost.evaluations += len(args[0])
+
+    handle = network.register_forward_hook(count)
+    try:
+        yield cost
+    finally:
+        handle.remove()

@@ -1,13 +1,14 @@
-"""The Fréchet distance between two sets of features, from their streamed means and covariances."""
+"""The Fréchet distance between two sets of features, from their streamed means and covariances, and their files."""
 
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.metrics.atomic import whole_file
+from train.files import whole_file
 
 WANTED = "wanted an .npz file with the arrays mu and sigma (and n, if known)"
 
@@ -153,3 +154,32 @@ def _factor(covariance: Tensor) -> Tensor:
     """F (D, D) with F F^T the covariance; eigenvalues that rounding pushed below zero count as zero."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     return vectors * values.clamp(min=0).sqrt()
+
+
+class Reference(NamedTuple):
+    """Of real images."""
+
+    statistics: Statistics  # of all their features
+    features: Tensor | None  # (n, D) float32, those of some of them; None where a file does not tell
+
+    def save(self, path: str | Path) -> None:
+        """Writes an .npz file of statistics that also holds `features`, whole or not at all."""
+        self.statistics.save(path, features=self.features.float().numpy())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Reference":
+        """Reads an .npz file of statistics, with or without features; no code in it is run.
+
+        FileNotFoundError: no such file. ValueError: not such a file, or what it holds are not statistics or features.
+        """
+        statistics = Statistics.load(path)
+        found = read_arrays(path, ("features",)).get("features")
+        if found is None:
+            return cls(statistics, None)
+        if found.ndim != 2 or found.dtype.kind != "f" or found.shape[1] != len(statistics.mean):
+            wanted = f"(n, {len(statistics.mean)}), as mu is"
+            raise ValueError(f"{path} holds features of shape {found.shape}, {found.dtype}: wanted floats {wanted}")
+        features = torch.from_numpy(found).float()
+        if not features.isfinite().all():
+            raise ValueError(f"{path} holds features that are nan or inf: compute them again")
+        return cls(statistics, features)

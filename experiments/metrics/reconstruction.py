@@ -6,78 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.experiment import write_results
+from experiments.harness.batches import in_order, own_indices
+from experiments.harness.experiment import write_results
+from experiments.harness.report import progress, table
 from experiments.metrics import features as all_features
-from experiments.metrics.atomic import whole_file
+from experiments.metrics.distances import Batches, real_statistics, save_reconstructions, statistics_cache
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
-from experiments.metrics.report import Batches, real_statistics, save_reconstructions, statistics_cache
-from experiments.processes import in_order, own_indices
-from experiments.progress import progress
-from experiments.table import table
-from train.cli import to_dict
-from train.data import ImageSource, fixed_subset, images_in_order
+from experiments.metrics.image_pairs import WINDOW, l1, psnr, ssim
+from train.cli.parse import to_dict
+from train.data.loading import ImageSource, fixed_subset, images_in_order
+from train.data.transforms import to_float
 from train.datasets import Dataset
 from train.distributed import World
+from train.files import whole_file
 from train.first_stage import FirstStage
 from train.runs import read_run
-from train.transforms import to_float
 from vq.perceptual import load_perceptual
-from vq.quantize import count, perplexity, usage
+from vq.quantizer import count, perplexity, usage
 
-RANGE = 255.0  # of the uint8 images that are compared
-WINDOW, SIGMA = 11, 1.5  # side and deviation of SSIM's Gaussian window, pixels
-AT_ONCE = 2**21  # values of images that SSIM takes at once: it keeps some ten times as many, in float64
 SHOWN = 16  # columns of the grid of reconstructions
 LPIPS = ("vgg", "alex", "squeeze")
-
-
-def psnr(real: Tensor, fake: Tensor) -> Tensor:
-    """uint8 (B, C, H, W) twice -> (B,) dB: 10 log10(255^2 / mean squared error) of each image; inf of equal ones."""
-    return 10 * (RANGE**2 / (real.float() - fake.float()).square().mean((1, 2, 3))).log10()
-
-
-def ssim(real: Tensor, fake: Tensor) -> Tensor:
-    """uint8 (B, C, H, W) twice -> (B,) in [-1, 1]: structural similarity, 1 of equal images.
-
-    Wang et al. 2004, eq. 13, with data range 255, K1 0.01, K2 0.03 and a Gaussian window of 11x11; images are reflected
-    at the border, and the mean is over pixels and channels. In float64: float32 loses the small variances of bright
-    areas, TF32 all but large ones. ValueError where a side is smaller than the window.
-    """
-    height, width = real.shape[2:]
-    if min(height, width) < WINDOW:
-        raise ValueError(f"got images of {height}x{width} for SSIM, wanted at least {WINDOW}x{WINDOW}: its window")
-    size = max(1, AT_ONCE // real[0].numel())
-    return torch.cat([similarity(a, b) for a, b in zip(real.split(size), fake.split(size), strict=True)])
-
-
-def similarity(real: Tensor, fake: Tensor) -> Tensor:
-    """SSIM of images that are taken at once."""
-    if real.device.type == "mps":  # has no float64
-        real, fake = real.cpu(), fake.cpu()
-    a, b = (images.flatten(0, 1)[:, None].double() for images in (real, fake))  # (B C, 1, H, W)
-    mean_a, mean_b, aa, bb, ab = local_means(torch.cat([a, b, a * a, b * b, a * b])).chunk(5)
-    c1, c2 = (0.01 * RANGE) ** 2, (0.03 * RANGE) ** 2
-    variances, covariance = aa - mean_a**2 + bb - mean_b**2, ab - mean_a * mean_b
-    index = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))
-    return index.view(len(real), -1).mean(1)
-
-
-def local_means(x: Tensor) -> Tensor:
-    """(N, 1, H, W) -> the same shape: means under SSIM's window, one axis after the other."""
-    radius = WINDOW // 2
-    window = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device).to(x) / SIGMA) ** 2)
-    window = window / window.sum()
-    padded = F.pad(x, [radius] * 4, mode="reflect")
-    return F.conv2d(F.conv2d(padded, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
-
-
-def l1(real: Tensor, fake: Tensor) -> Tensor:
-    """uint8 (B, C, H, W) twice -> (B,) in [0, 2]: mean absolute difference of images in [-1, 1], as in training."""
-    return (to_float(real) - to_float(fake)).abs().mean((1, 2, 3))
 
 
 def rebuilt(

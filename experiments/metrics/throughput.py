@@ -9,9 +9,9 @@ import torch
 
 from experiments.metrics.cost import WARM_UPS, peak_extra_bytes
 from train.config import DataConfig, TrainingConfig
-from train.data import Positions, training_batches
+from train.data.loading import Positions, training_batches
 from train.distributed import World
-from train.flops import SIZES, count_flops, matmul_peak, seconds_of
+from train.perf import SIZES, count_flops, matmul_peak, seconds_of
 
 MOST_SECONDS = 60.0  # after which nothing that is slow is done once more
 

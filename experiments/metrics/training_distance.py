@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.harness.batches import gathered, own_indices
 from experiments.metrics import features as all_features
+from experiments.metrics.distances import real_statistics, statistics_cache
 from experiments.metrics.frechet import Statistics, frechet_distance
-from experiments.metrics.report import real_statistics, statistics_cache
-from experiments.processes import gathered, own_indices
-from train.data import ImageSource, fixed_subset, images_in_order
+from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.datasets import Dataset
-from train.distributed import World
+from train.distributed import World, in_step
 from train.first_stage import FirstStage
-from train.generate import TrainedSampler
+from train.inference import TrainedSampler
 from train.logging import Logger
 from train.loop import Hook, Outputs, State
-from train.parallel import in_step
 from train.spaces import Space
 
 LEAST = 2  # images that have a covariance

@@ -13,18 +13,20 @@ from torch import Tensor
 from diffusion.rng import Streams, seed_of
 from experiments.metrics.cost import WARM_UPS
 from experiments.metrics.throughput import Work, several
-from train import second_stage, vqgan
-from train.assembly import training_dtype
 from train.config import DataConfig, TrainingConfig
-from train.data import Adapt, ImageSource, Positions, TrainingCodes, TrainingImages, build_dataset, on_device
+from train.data.loading import Adapt, ImageSource, Positions, TrainingCodes, TrainingImages, build_dataset, on_device
+from train.data.transforms import to_uint8
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import World
+from train.execution import training_dtype
 from train.first_stage import FirstStage
 from train.loop import Batch, State, fit
 from train.registry import plugin
-from train.spaces import Codes, Latents, Pixels, Space
-from train.start import Start
-from train.transforms import to_uint8
+from train.sampler import SamplerStep
+from train.sampler import build_state as build_sampler_state
+from train.spaces import Codes, Latents, Pixels, Space, Start
+from train.vqgan import VQGANStep
+from train.vqgan import build_state as build_vqgan_state
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
 from vq.perceptual import Perceptual
@@ -38,7 +40,7 @@ class Trainee:
     """One way to train: its step, and the state that it trains."""
 
     name: str
-    step: second_stage.SamplerStep | vqgan.VQGANStep
+    step: SamplerStep | VQGANStep
     state: State
 
 
@@ -83,8 +85,8 @@ def sampler_trainees(config, space: Space, n_classes: int, world: World) -> list
     found = []
     for name, training in ways(config.training, world.device).items():
         own = in_precision(space, training.amp)
-        sampler, state = second_stage.build_state(config.sampler, training, own, n_classes, world)
-        found.append(Trainee(name, second_stage.SamplerStep(sampler, own, training, world), state))
+        sampler, state = build_sampler_state(config.sampler, training, own, n_classes, world)
+        found.append(Trainee(name, SamplerStep(sampler, own, training, world), state))
     return found
 
 
@@ -95,8 +97,8 @@ def vqgan_trainees(config, world: World) -> list[Trainee]:
     perceptual = Perceptual(net, trained=False) if needed else None
     found = []
     for name, training in ways(config.training, world.device).items():
-        state = vqgan.build_state(config.network, config.loss, config.data, training, world)
-        found.append(Trainee(name, vqgan.VQGANStep(config.loss, training, world, perceptual), state))
+        state = build_vqgan_state(config.network, config.loss, config.data, training, world)
+        found.append(Trainee(name, VQGANStep(config.loss, training, world, perceptual), state))
     return found
 
 

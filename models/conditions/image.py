@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.condition import ConditionEncoder, Map
+from models.conditioning import ConditionEncoder, Map
 
 FIELD = "condition_image"  # of a batch, from which it is made
 

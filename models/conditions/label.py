@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.condition import ConditionEncoder, Vector
+from models.conditioning import ConditionEncoder, Vector
 
 FIELD = "label"  # of a batch, from which it is made
 

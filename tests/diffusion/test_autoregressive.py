@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from diffusion.absorbing import AbsorbingDiffusion, forgotten
+from diffusion.absorbing_solvers import tempered
 from diffusion.autoregressive import Autoregression, raster
-from diffusion.guidance import guided
+from diffusion.denoisers import guided
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
-from diffusion.tempering import tempered
 
 K, GRID, N = 3, (2, 2), 4
 PROCESS, MASK = Autoregression(K), K

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from gaussians import noised
 
-from diffusion.absorbing import Loss
-from diffusion.gaussian import GaussianDiffusion
-from diffusion.kernels import Prediction
-from diffusion.schedules import cosine, linear, with_zero_terminal_snr
+from diffusion.gaussian import GaussianDiffusion, cosine, linear, with_zero_terminal_snr
+from diffusion.types import Loss, Prediction
+from helpers.toy_gaussians import noised
 
 LINEAR = linear(1000)
 PREDICTIONS = ("eps", "x0", "v")

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from gaussians import Mixture, noised
 
-from diffusion.gaussian import GaussianDiffusion, discretized_log_likelihood, kl
-from diffusion.kernels import Normal, Prediction, like
+from diffusion.gaussian import GaussianDiffusion, discretized_log_likelihood, kl, linear, with_zero_terminal_snr
 from diffusion.likelihood import bits_per_dimension
-from diffusion.schedules import linear, with_zero_terminal_snr
+from diffusion.process import like
+from diffusion.types import Normal, Prediction
+from helpers.toy_gaussians import Mixture, noised
 
 LINEAR = linear(1000)
 

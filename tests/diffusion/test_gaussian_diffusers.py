@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from diffusion import gaussian_solvers as solvers
-from diffusion.gaussian import GaussianDiffusion
-from diffusion.kernels import Prediction, like
+from diffusion.gaussian import GaussianDiffusion, cosine, linear, scaled_linear, with_zero_terminal_snr
+from diffusion.gaussian_solvers import step_times
+from diffusion.process import like
 from diffusion.rng import Streams
-from diffusion.schedules import cosine, linear, scaled_linear, with_zero_terminal_snr
-from diffusion.spacing import step_times
+from diffusion.types import Prediction
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle here: pip install diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")

@@ -2,19 +2,17 @@
 
 import pytest
 import torch
-from gaussians import NORMAL, TWO, Circle, Mixture, sampled_variance, slope
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
-from diffusion.gaussian import GaussianDiffusion
-from diffusion.gaussian_solvers import ddim, ddim_inversion
-from diffusion.kernels import Prediction
+from diffusion.gaussian import GaussianDiffusion, cosine, linear, with_zero_terminal_snr
+from diffusion.gaussian_solvers import SPACINGS, ddim, ddim_inversion, step_times
 from diffusion.rng import Streams
-from diffusion.schedules import cosine, linear, with_zero_terminal_snr
 from diffusion.solvers import solver, solvers_of
-from diffusion.spacing import SPACINGS, step_times
+from diffusion.types import Prediction
+from helpers.toy_gaussians import NORMAL, TWO, Circle, Mixture, sampled_variance, slope
 
 PROCESS = GaussianDiffusion(linear(1000), variance="fixed_small")
 SOLVERS = solvers_of(PROCESS)

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.gaussian import GaussianDiffusion
-from diffusion.kernels import like
-from diffusion.schedules import cosine, linear
+from diffusion.gaussian import GaussianDiffusion, cosine, linear
+from diffusion.process import like
 
 TABLES = Path(os.environ.get("GUIDED_FIXTURES", "")) / "process.npz"
 needs_tables = pytest.mark.skipif(

@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from gaussians import NORMAL
 
-from diffusion.gaussian import GaussianDiffusion
+from diffusion.gaussian import GaussianDiffusion, cosine
 from diffusion.likelihood import bits_per_dimension, visits
 from diffusion.rng import Streams
-from diffusion.schedules import cosine
+from helpers.toy_gaussians import NORMAL
 
 CASES = [(20, 7), (20, 6), (20, 1), (15, 2), (20, 3), (20, 19), (3, 2), (9, 4)]  # (T, calls)
 IMAGE = (torch.tensor([-1.0, -0.2, 0.1, 0.7]).view(1, 1, 2, 2) * 127.5 + 127.5).round() / 127.5 - 1

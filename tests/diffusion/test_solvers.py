@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from diffusion.absorbing import AbsorbingDiffusion
-from diffusion.absorbing_solvers import ancestral
+from diffusion.absorbing_solvers import ancestral, tempered
 from diffusion.rng import Streams
 from diffusion.solvers import solver, solvers_of
-from diffusion.tempering import tempered
 
 PROCESS = AbsorbingDiffusion(3)
 SOLVERS = solvers_of(PROCESS)

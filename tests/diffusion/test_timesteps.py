@@ -5,9 +5,8 @@ import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.flow import RectifiedFlow
-from diffusion.gaussian import GaussianDiffusion
+from diffusion.gaussian import GaussianDiffusion, cosine
 from diffusion.rng import Streams
-from diffusion.schedules import cosine
 from diffusion.timesteps import LossSecondMoment, low_discrepancy, uniform
 
 PROCESS = GaussianDiffusion(cosine(8))

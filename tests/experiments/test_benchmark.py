@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-from tiny import ROOT, call, parsed
 
 from experiments.metrics import throughput, workloads
-from train import cli
+from helpers.tiny_runs import ROOT, call, parsed
+from train.cli import parse as cli
 from train.config import DataConfig
-from train.precision import has_native_bf16
+from train.execution import has_native_bf16
 from vq.config import VQGANConfig
 
 SCRIPT = "experiments/benchmark.py"

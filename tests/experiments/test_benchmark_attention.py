@@ -7,20 +7,12 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from tiny import call
 from torch.nn.attention.flex_attention import create_mask
 
-from experiments.metrics import attention_speed
-from experiments.metrics.attention_speed import (
-    Case,
-    Cost,
-    compare,
-    contestants,
-    make_inputs,
-    relative_error,
-    window_mask,
-)
+from experiments import benchmark_attention
+from experiments.benchmark_attention import Case, Cost, compare, contestants, make_inputs, relative_error, window_mask
 from experiments.metrics.cost import peak_extra_bytes
+from helpers.tiny_runs import call
 from models.neighborhood import dense_visible, window_of
 
 SCRIPT = "experiments/benchmark_attention.py"
@@ -123,7 +115,7 @@ def test_a_backend_that_refuses_a_shape_is_left_out_with_its_reason(monkeypatch,
         raise NotImplementedError("no such width\nand more")
 
     makers = contestants(Case(8, 3, 1), CPU) | {"natten": lambda: refuse}
-    monkeypatch.setattr(attention_speed, "contestants", lambda case, device: makers)
+    monkeypatch.setattr(benchmark_attention, "contestants", lambda case, device: makers)
     costs = compare(Case(8, 3, 1), make_inputs(8, 1, 1, 4, torch.float32, CPU), dense_limit=64, repeats=1)
     assert costs["natten"] == Cost()
     assert costs["tiled"].both > 0

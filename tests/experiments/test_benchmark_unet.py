@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from tiny import call
 
-from experiments.metrics.unet_speed import networks, rows, timed, training_steps
+from experiments.benchmark_unet import networks, rows, timed, training_steps
+from helpers.tiny_runs import call
 from models.blocks import count_parameters
-from models.unet_config import UNetConfig
+from models.unet import UNetConfig
 from train.distributed import World
-from train.precision import has_native_bf16
+from train.execution import has_native_bf16
 
 SCRIPT = "experiments/benchmark_unet.py"
 TINY = "--channels 16 --channel_mults 1 2 --res_blocks 1 --attn_factors 2 --img_size 8 --batch_size 2 --repeats 1"

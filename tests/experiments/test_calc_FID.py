@@ -5,18 +5,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import call
 
-from experiments.experiment import ModelConfig, OutputConfig, load_model
-from experiments.images import read_samples
+from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
+from experiments.harness.images import read_samples
+from experiments.metrics import distances
 from experiments.metrics import features as all_features
-from experiments.metrics import report
 from experiments.metrics.features import digits
-from experiments.metrics.frechet import Statistics, frechet_distance
+from experiments.metrics.frechet import Reference, Statistics, frechet_distance
 from experiments.metrics.kid import kernel_distance
-from experiments.metrics.reference import Reference
-from train.data import ImageSource, build_dataset, fixed_subset, images_in_order
-from train.generate import TrainedSampler
+from helpers.tiny_runs import call
+from train.data.loading import ImageSource, build_dataset, fixed_subset, images_in_order
+from train.inference import TrainedSampler
 
 FLAGS = "--n_samples 90 --batch_size 20 --features digits --kid_subsets 5 --kid_subset_size 50 --no_amp"
 
@@ -121,7 +120,7 @@ def test_features_of_one_kind_never_stand_for_those_of_another(calc, whole, draw
     flags = FLAGS.replace("--features digits", "--features auto")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(all_features, "choose", other)
-        patch.setattr(report, "generated_statistics", lambda found, *args: [*found, stops()])
+        patch.setattr(distances, "generated_statistics", lambda found, *args: [*found, stops()])
         calc("fid_auto", flags)
     assert len(drawn) == 5
     monkeypatch.setattr(all_features, "choose", lambda name, *rest: choose("digits", *rest))
@@ -174,7 +173,7 @@ def test_a_file_with_other_content_between_two_starts_is_measured_whole(calc, tm
     flags = f"--features digits --samples {path} --kid_subsets 2"
     np.savez(path, arr_0=rng.integers(0, 256, (30, 16, 16, 3), dtype=np.uint8))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(report, "generated_statistics", lambda found, *args: [*found, stops()])
+        patch.setattr(distances, "generated_statistics", lambda found, *args: [*found, stops()])
         calc("fid_replaced", flags)
     np.savez(path, arr_0=rng.integers(0, 100, (30, 16, 16, 3), dtype=np.uint8))
     assert calc("fid_replaced", flags)["value"] == calc("fid_fresh", flags)["value"]
@@ -196,11 +195,11 @@ def test_too_few_are_refused(calc, flag, low, capsys):
 
 
 def test_of_many_real_images_a_random_part_is_kept(trained, monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "MOST", 100)
+    monkeypatch.setattr(distances, "MOST", 100)
     model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained), amp=False))
     features = all_features.named("digits", model.device)
     args = model.dataset("train"), model.data, features, None, tmp_path, 300, model.world
-    made, read = report.real_reference(*args), report.real_reference(*args)
+    made, read = distances.real_reference(*args), distances.real_reference(*args)
     real = real_features(trained, "train")
     wanted = real[sorted(fixed_subset(1438, 100))]
     assert torch.equal(made.features, read.features)
@@ -208,6 +207,6 @@ def test_of_many_real_images_a_random_part_is_kept(trained, monkeypatch, tmp_pat
     assert made.statistics.count == read.statistics.count == 1438
     (path,) = tmp_path.iterdir()
     path.unlink()
-    monkeypatch.setattr(report, "MOST", 50)
-    report.real_statistics(*args)
+    monkeypatch.setattr(distances, "MOST", 50)
+    distances.real_statistics(*args)
     assert next(tmp_path.iterdir()).name != path.name  # a file with fewer features is another one

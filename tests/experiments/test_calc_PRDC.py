@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import call, run
 
-from experiments.experiment import ModelConfig, OutputConfig, load_model
-from experiments.images import read_samples
-from experiments.kept import FOLDER
+from experiments.harness.batches import FOLDER
+from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
+from experiments.harness.images import read_samples
+from experiments.metrics.distances import together
 from experiments.metrics.features import pixels
-from experiments.metrics.measured import together
 from experiments.metrics.prdc import PRDC, prdc
-from train.data import ImageSource, fixed_subset, images_in_order
-from train.generate import TrainedSampler
+from helpers.tiny_runs import call, run
+from train.data.loading import ImageSource, fixed_subset, images_in_order
+from train.inference import TrainedSampler
 
 SCRIPT = "experiments/calc_PRDC.py"
 

@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
-from crew import Crew
 from PIL import Image
-from tiny import call
 
-from experiments.first_stage_experiment import FirstStageModelConfig, load_vqgan
-from experiments.metrics.reconstruction import l1, psnr, ssim
-from train.data import ImageSource, build_dataset, images_in_order
+from experiments.harness.experiment import FirstStageModelConfig, load_vqgan
+from experiments.metrics.image_pairs import l1, psnr, ssim
+from helpers.process_pool import Crew
+from helpers.tiny_runs import call
+from train.data.loading import ImageSource, build_dataset, images_in_order
 
 SCRIPT = "experiments/calc_VQGAN_FID.py"
 FILES = {"config.yaml", "results.json", "reconstructions.png", "codes.png"}

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import call, run
 
-from experiments.experiment import ModelConfig, OutputConfig, load_model
-from experiments.kept import FOLDER
+from experiments.calc_nearest_neighbours import like_data
+from experiments.harness.batches import FOLDER
+from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.metrics import nearest_neighbours
-from experiments.metrics.neighbours_picture import Row, save_picture, shown_size
-from experiments.metrics.neighbours_report import like_data
+from experiments.metrics.nearest_neighbours import Row, save_picture, shown_size
+from helpers.tiny_runs import call, run
 from train.config import DataConfig
-from train.data import ImageSource, images_in_order
+from train.data.loading import ImageSource, images_in_order
 
 SCRIPT = "experiments/calc_nearest_neighbours.py"
 MANY = "--features pixels --rerank pixels --candidates 200 --neighbours 3"
@@ -83,7 +83,7 @@ def test_a_cut_off_start_goes_on_to_the_same_answer(trained_ddpm, monkeypatch):
     monkeypatch.setattr(nearest_neighbours, "ranked", failing)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         call(SCRIPT, f"{flags} --log_dir cut")
-    monkeypatch.setattr("train.generate.TrainedSampler.draw", None)  # nothing is drawn again
+    monkeypatch.setattr("train.inference.TrainedSampler.draw", None)  # nothing is drawn again
     call(SCRIPT, f"{flags} --log_dir cut")
     assert len(asked) == 6 + 6  # 10 images in batches of 2, of which two were done
     whole, cut = results(trained_ddpm, "whole"), results(trained_ddpm, "cut")

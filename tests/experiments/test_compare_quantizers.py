@@ -7,12 +7,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny import ROOT, VQGAN, call, parsed
 
-from experiments.compare_quantizers import VARIANTS, networks
-from experiments.metrics import quantizer_comparison
-from experiments.metrics.quantizer_comparison import Bench, plot, spread, summary
-from train import cli
+from experiments import compare_quantizers
+from experiments.compare_quantizers import VARIANTS, Bench, networks, plot, spread, summary
+from helpers.tiny_runs import ROOT, VQGAN, call, parsed
+from train.cli import parse as cli
 from vq.config import VQGANConfig
 
 SCRIPT = "experiments/compare_quantizers.py"
@@ -96,7 +95,7 @@ class Zero(torch.nn.Module):
 @pytest.mark.parametrize("net", ["squeeze", "resnet50"])
 def test_lpips_is_measured_where_it_was_trained_with(net, tmp_path, monkeypatch):
     """The logits of resnet50 are another distance."""
-    monkeypatch.setattr(quantizer_comparison, "load_perceptual", lambda net, weights: (net, Zero()))
+    monkeypatch.setattr(compare_quantizers, "load_perceptual", lambda net, weights: (net, Zero()))
     flags = TINY.replace("nearest ema", "nearest").replace("--perceptual_net none", f"--perceptual_net {net}")
     call(SCRIPT, f"--logs_root {tmp_path} {flags} --log_dir lpips")
     assert results(tmp_path / "lpips")["nearest_0"]["lpips"] == (0.0 if net == "squeeze" else None)
@@ -104,13 +103,13 @@ def test_lpips_is_measured_where_it_was_trained_with(net, tmp_path, monkeypatch)
 
 def test_the_averaged_weights_are_measured(tmp_path, monkeypatch):
     """With an average that moves by nothing the weights are those of the beginning."""
-    seen, rebuilt = [], quantizer_comparison.rebuilt
+    seen, rebuilt = [], compare_quantizers.rebuilt
 
     def watched(first, *args):
         seen.append([p.detach().clone() for p in first.vqgan.parameters()])
         return rebuilt(first, *args)
 
-    monkeypatch.setattr(quantizer_comparison, "rebuilt", watched)
+    monkeypatch.setattr(compare_quantizers, "rebuilt", watched)
     monkeypatch.setattr("train.ema.EMA.decay", lambda self, step: 1.0)
     one = TINY.replace("nearest ema", "nearest")
     call(SCRIPT, f"--logs_root {tmp_path} {one} --log_dir one")

@@ -5,11 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import call, run
 
-from experiments.metrics.sampler_comparison import costs, explained, summed_up
-from experiments.metrics.solver_plot import plot
-from experiments.solver_runs import SolverRun, read_entry, runs_of
+from experiments import compare_samplers
+from experiments.compare_samplers import SolverRun, costs, explained, plot, read_entry, runs_of, summed_up
+from helpers.tiny_runs import call, run
 
 SCRIPT = "experiments/compare_samplers.py"
 TINY = "--n_samples 6 --batch_size 4 --features pixels --no_amp"
@@ -124,7 +123,7 @@ def names(folder):
 
 
 def test_a_set_goes_on_within(trained, monkeypatch):
-    from train.generate import TrainedSampler
+    from train.inference import TrainedSampler
 
     flags = f"--logs_root {trained} {TINY} --solvers ancestral:3 --log_dir"
     call(SCRIPT, f"{flags} set_whole")
@@ -154,9 +153,8 @@ def test_one_solver_is_measured_as_calc_fid_measures_it(trained):
 
 
 def test_time_is_that_of_drawing_alone(trained, monkeypatch):
-    from experiments.metrics import sampler_comparison
     from experiments.metrics.features import pixels
-    from train.generate import TrainedSampler
+    from train.inference import TrainedSampler
 
     clock, draw, build = SimpleNamespace(now=0.0), TrainedSampler.draw, pixels.build
 
@@ -167,7 +165,7 @@ def test_time_is_that_of_drawing_alone(trained, monkeypatch):
 
         return later
 
-    monkeypatch.setattr(sampler_comparison, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(compare_samplers, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(TrainedSampler, "draw", passes(8.0, draw))
     monkeypatch.setattr(pixels, "build", lambda device: passes(100.0, build(device)))
     call(SCRIPT, f"--logs_root {trained} {TINY} --batch_size 3 --solvers ancestral:1 --log_dir timed")

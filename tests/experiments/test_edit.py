@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from tiny import call
 
-from experiments.experiment import ModelConfig, OutputConfig, load_model
-from experiments.given_images import given_images
-from train.generate import TrainedSampler
+from experiments.harness.editing import given_images
+from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
+from helpers.tiny_runs import call
+from train.inference import TrainedSampler
 
 
 def edit(logs, flags):

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import DDPM, call
 
-from experiments.experiment import ModelConfig, OutputConfig, load_model
-from train.power_ema import reconstruct, snapshot_path
+from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
+from helpers.tiny_runs import DDPM, call
+from train.posthoc_ema import reconstruct, snapshot_path
 
 PROFILES = "--ema_profiles 0.05 0.1 --steps_per_ema_snapshot 2 --keep_last 0"
 

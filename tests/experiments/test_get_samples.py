@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import DDPM, SAMPLER, call
 
-from experiments.images import read_samples
-from experiments.metrics.digits import GOALS, share_as_asked
-from train.generate import TrainedSampler
+from experiments.check_digits import GOALS, share_as_asked
+from experiments.harness.images import read_samples
+from helpers.tiny_runs import DDPM, SAMPLER, call
+from train.inference import TrainedSampler
 
 
 def samples(logs, flags):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import call
 
-from experiments.experiment import ModelConfig, OutputConfig, load_model
-from experiments.given_images import centred, given_images, with_margins, with_part
-from experiments.metrics.survival import agreement
-from train.generate import TrainedSampler
+from experiments.harness.editing import centred, given_images, with_margins, with_part
+from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
+from experiments.metrics.classifier import agreement
+from helpers.tiny_runs import call
+from train.inference import TrainedSampler
 
 
 def inpaint(logs, flags):

@@ -4,12 +4,11 @@ import json
 
 import pytest
 import torch
-from tiny import call
 
-from experiments.experiment import ModelConfig, OutputConfig, load_model
-from experiments.given_images import given_images
-from experiments.redrawing import encoded
-from train.generate import TrainedSampler
+from experiments.harness.editing import encoded, given_images
+from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
+from helpers.tiny_runs import call
+from train.inference import TrainedSampler
 
 
 def interpolate(logs, flags):

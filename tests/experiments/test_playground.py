@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from diffusion.solvers import solvers_of
-from experiments.experiment import ModelConfig, OutputConfig, load_model
+from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.playground import (
     AS_IN_DATA,
     NO_CLASS,

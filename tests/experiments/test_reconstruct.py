@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import call
 
-from experiments.first_stage_experiment import FirstStageModelConfig, load_vqgan, settings_of_vqgan_run
-from experiments.metrics.reconstructed_images import fitted, picture_names
-from experiments.metrics.reconstruction_pictures import THUMBNAIL, colour_table, error_map, panels, thumbnail
+from experiments.harness.experiment import FirstStageModelConfig, load_vqgan, settings_of_vqgan_run
+from experiments.reconstruct import THUMBNAIL, colour_table, error_map, fitted, panels, picture_names, thumbnail
+from helpers.tiny_runs import call
 from vq.tiles import seam_ratio, seams
 
 CPU = torch.device("cpu")

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import call, run
 
-from experiments.experiment import ModelConfig, OutputConfig, load_model
-from experiments.images import SampleWriter, read_samples
+from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
+from experiments.harness.images import SampleWriter, read_samples
 from experiments.metrics.frechet import Statistics, frechet_distance
+from helpers.tiny_runs import call, run
 
 
 def results(logs, name):
@@ -65,7 +65,7 @@ def test_a_report_says_what_makes_its_number_readable(trained, samples, capsys):
 
 def test_the_reported_value_is_the_distance_of_those_images(trained, samples):
     from experiments.metrics.features import pixels
-    from train.data import ImageSource, build_dataset, images_in_order
+    from train.data.loading import ImageSource, build_dataset, images_in_order
 
     model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained), amp=False))
     features = pixels.build("cpu")

@@ -11,12 +11,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from tiny import DDPM, ROOT, call
 
-from experiments.kept import FOLDER
-from experiments.processes import in_order, only_process, own_indices
+from experiments.harness.batches import FOLDER, in_order, only_process, own_indices
+from helpers.tiny_runs import DDPM, ROOT, call
 from train.distributed import World
-from train.generate import TrainedSampler
+from train.inference import TrainedSampler
 
 FD = "--FD_features pixels --steps_per_FD 1 --FD_samples 5"
 EXPERIMENTS = {  # by the folder of its results; as many batches as processes, or more, or fewer
@@ -177,7 +176,9 @@ class Main(World):
 def test_batches_come_in_turn_until_all_have_run_out(monkeypatch):
     world = Main(torch.device("cpu"), 0, 2)
     world.__class__.others = others = ["b", None, "d"]
-    monkeypatch.setattr("experiments.processes.gathered", lambda world, made: [made, others.pop(0) if others else None])
+    monkeypatch.setattr(
+        "experiments.harness.batches.gathered", lambda world, made: [made, others.pop(0) if others else None]
+    )
     assert list(in_order(world, iter("ac"))) == ["a", "b", "c", "d"]
     assert list(in_order(World(torch.device("cpu")), iter("ac"))) == ["a", "c"]
 

@@ -35,6 +35,7 @@ UNET = (
     "--dropout 0.1"
 )
 TRAINING = "--no_amp --train_steps 5 --steps_per_log 1 --steps_per_eval 5 --val_fraction 0.03"
+EDM, FLOW = (f"--sampler ddpm --process {name} --prediction eps" for name in ("edm", "flow"))
 TRAININGS = {  # in this order: those below stand on those above
     "vqgan": f"train_vqgan.py {VQGAN} {TRAINING} --steps_per_FD 5 --FD_samples 8 --ema_profiles 0.1 --cache_images",
     "absorbing": f"train_sampler.py {CODES} {TRAINING} --attention neighborhood --kernel_sizes 3 --position rope",
@@ -42,8 +43,8 @@ TRAININGS = {  # in this order: those below stand on those above
     "autoregressive": f"train_sampler.py --sampler autoregressive {CODES} --sample_steps None {TRAINING}",
     "ddpm": f"train_sampler.py --sampler ddpm --img_size 8 --total_steps 20 {UNET} {TRAINING}",
     "latents": f"train_sampler.py --sampler ddpm --log_dir latents --ae_load_dir vqgan_digits {UNET} {TRAINING}",
-    "edm": f"train_sampler.py --sampler ddpm --process edm --prediction eps --log_dir edm --img_size 8 {UNET} {TRAINING}",
-    "flow": f"train_sampler.py --sampler ddpm --process flow --prediction eps --log_dir flow --img_size 8 {UNET} {TRAINING}",
+    "edm": f"train_sampler.py {EDM} --log_dir edm --img_size 8 {UNET} {TRAINING}",
+    "flow": f"train_sampler.py {FLOW} --log_dir flow --img_size 8 {UNET} {TRAINING}",
 }
 FEW = "--batch_size 4 --no_amp"
 EXPERIMENTS = {
@@ -131,7 +132,7 @@ def facts_of(root: Path, file: Path) -> dict[str, Any]:
 def collect(root: Path, file: Path) -> None:
     """Writes everything that is compared of one checkout, by name, in a process whose imports are that checkout's."""
     logs = Path(tempfile.mkdtemp(prefix="pins_logs_"))
-    facts = flags(root) | preset_keys(root) | {f"{k}": v for k, v in runs(root, logs).items()}
+    facts = flags(root) | preset_keys(root) | runs(root, logs)
     file.write_text(json.dumps(facts))
 
 
@@ -140,6 +141,7 @@ def call(root: Path, command: str) -> str:
     script, *words = command.split()
     argv, path, out = sys.argv, list(sys.path), io.StringIO()
     sys.argv = [str(root / script), *words]
+    sys.path.insert(0, str((root / script).parent))  # as Python does
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             runpy.run_path(sys.argv[0], run_name="__main__")
@@ -246,7 +248,7 @@ def keys_of(network: Any) -> list[str]:
 def runs(root: Path, logs: Path) -> dict[str, Any]:
     """Tiny runs and experiments on them: what they print, and the content of what they write."""
     facts = {}
-    for name, command in TRAININGS.items():
+    for command in TRAININGS.values():
         call(root, f"{command} --logs_root {logs}")
     again = {name: command.replace("--train_steps 5", "--train_steps 7") for name, command in TRAININGS.items()}
     for name in ("absorbing", "ddpm"):
@@ -258,7 +260,8 @@ def runs(root: Path, logs: Path) -> dict[str, Any]:
         if script == "check_digits.py":
             folder = f"--samples {logs / 'samples_of_absorbing' / 'samples.npz'}"
         printed = call(root, f"experiments/{script} {flags} --logs_root {logs} {folder}")
-        facts[f"printed: {name}"] = plain_lines(printed, logs)
+        if not script.startswith("compare"):  # whose tables have seconds among their columns
+            facts[f"printed: {name}"] = plain_lines(printed, logs)
     for path in sorted(p for p in logs.rglob("*") if p.is_file() and ".cache" not in p.parts):
         content = content_of(path, logs)
         if content is not None:
@@ -296,8 +299,12 @@ def content_of(path: Path, logs: Path) -> Any:
         import torch
 
         return leaves(torch.load(path, weights_only=True))
+    if path.suffix == ".safetensors":  # its header is in no order
+        from safetensors.torch import load_file
+
+        return leaves(load_file(path))
     data = path.read_bytes()
-    if path.suffix == ".png" and path.name.startswith("big_"):  # says in which folder it was made
+    if path.suffix == ".png":  # may say in which folder it was made
         from PIL import Image
 
         data = Image.open(path).tobytes()

@@ -17,7 +17,7 @@ from models.attention import (
     record_maps,
 )
 from models.embeddings import RelativeBias, Rotary
-from models.hydra import HydraAttention
+from models.neighborhood import HydraAttention
 
 WIDTH, HEADS, DEPTH, CONTEXT = 24, 3, 3, 10
 N, M, GRID = 5, 7, (6, 7)

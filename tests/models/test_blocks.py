@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.blocks import (
-    AttentionBlock,
     ConditionBlock,
     Downsample,
     EmbedBlock,
@@ -18,6 +17,7 @@ from models.blocks import (
     group_norm,
     initial_normal,
 )
+from vq.autoencoder import AttentionBlock
 
 
 def maps(*shape):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import models.conditions
-from models.condition import Condition, ConditionEncoder, Map, Tokens, Vector
+from models.conditioning import Condition, ConditionEncoder, Map, Tokens, Vector
 from models.conditions import image, label
 
 B, WIDTH = 4, 12

@@ -8,8 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import neighborhood
-from models.hydra import hydra_attention
-from models.neighborhood import Group, choose, natten_is_compiled, window_of
+from models.neighborhood import Group, choose, hydra_attention, natten_is_compiled, window_of
 from models.neighborhood import neighborhood_attention_1d as attention_1d
 from models.neighborhood import neighborhood_attention_2d as attention_2d
 from models.neighborhood_tiles import Tables, compared, tables_of

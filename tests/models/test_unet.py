@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.attention import DiffAttentionV2, record_maps
-from models.attention_block import ATTENTION_BLOCKS
-from models.blocks import Downsample, ResBlock, Upsample, count_parameters
-from models.feed_forward import FeedForward
+from models.blocks import Downsample, FeedForward, ResBlock, Upsample, count_parameters
 from models.unet import UNet, UNetConfig
+from models.unet_attention import ATTENTION_BLOCKS
 
 SMALL = {"channels": 40, "channel_mults": (1, 2), "res_blocks": 1, "attn_factors": (2,), "kernel_sizes": (3,)}
 SIZE = (8, 12)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from models.blocks import ConditionBlock, EmbedBlock, ResBlock
-from models.condition import Condition, ConditionEncoder, Tokens
+from models.conditioning import Condition, ConditionEncoder, Tokens
 from models.conditions import image, label
 from models.unet import UNet, UNetConfig
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from same_runs import assert_equal_bits, checkpoint, manifest_of, weights
-from tiny import DDPM, GAN, SAMPLER, VQGAN, call
 from torch import nn
 
+from helpers.run_asserts import assert_equal_bits, checkpoint, manifest_of, weights
+from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call
 from train.checkpoint import load, load_weights, save, saved_steps
 from train.config import DataConfig
 from train.ema import EMA
-from train.generate import load_sampler
+from train.inference import load_sampler
 from train.loop import State
 from train.spaces import Pixels
 
@@ -136,7 +136,7 @@ def with_state(saved, change):
 @pytest.mark.parametrize("name", STATES)
 def test_a_state_that_is_not_of_such_a_training_is_refused(tmp_path, name):
     from train.distributed import World
-    from train.tally import Tally
+    from train.loop import Tally
 
     path = save(tmp_path, state_of())
     rewrite(path, STATES[name])

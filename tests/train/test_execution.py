@@ -11,6 +11,7 @@ from models.attention import record_maps
 from models.transformer import Transformer
 from models.unet import UNet, UNetConfig
 from train.execution import (
+    autocast,
     blocks_of,
     channels_last,
     checkpoint_activations,
@@ -19,7 +20,6 @@ from train.execution import (
     set_tf32,
     to_channels_last,
 )
-from train.precision import autocast
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
 from vq.losses import adaptive_weight

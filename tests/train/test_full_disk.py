@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from same_runs import assert_equal_bits, checkpoint, weights
-from tiny import DDPM, VQGAN, call
 from torch import nn
 
+from helpers.run_asserts import assert_equal_bits, checkpoint, weights
+from helpers.tiny_runs import DDPM, VQGAN, call
 from train import checkpoint as module
-from train.bad_steps import BadSteps
 from train.checkpoint import load, save, saved_steps, verify
 from train.distributed import World
 from train.ema import EMA
 from train.loop import State
-from train.power_ema import save_snapshot
+from train.optim import BadSteps
+from train.posthoc_ema import save_snapshot
 
 
 def state_of(width: int = 3) -> State:

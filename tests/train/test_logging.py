@@ -5,12 +5,10 @@ import json
 import pytest
 import torch
 
-from train.clock import Clock
 from train.distributed import World
 from train.logging import Logger, grid_image, keep_lines_until
-from train.loop import State
-from train.meter import Meter
-from train.tally import Tally
+from train.loop import Clock, State, Tally
+from train.perf import Meter
 
 HERE = World(torch.device("cpu"))
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import DDPM, GAN, SAMPLER, UNET, VQGAN, call, parsed
 
-from experiments.metrics import kid, report
+from experiments.metrics import distances, kid
 from experiments.metrics.features import named, pixels
+from helpers.tiny_runs import DDPM, GAN, SAMPLER, UNET, VQGAN, call, parsed
 from train import spaces
 from train.config import DataConfig
-from train.data import ImageSource, TrainingImages, build_dataset
+from train.data.loading import ImageSource, TrainingImages, build_dataset
+from train.data.transforms import training_views
 from train.distributed import World
 from train.first_stage import load_first_stage
-from train.transforms import training_views
 
 CPU = torch.device("cpu")
 HERE = World(CPU)
@@ -243,7 +243,7 @@ def test_statistics_of_real_images_are_kept_by_height_and_width_and_squares_by_o
     def kept(**size):
         before = set(tmp_path.glob("*"))
         data = dataclasses.replace(first.data, **size)
-        found = report.real_statistics(digits, data, named("pixels", CPU), None, tmp_path, 4, HERE)
+        found = distances.real_statistics(digits, data, named("pixels", CPU), None, tmp_path, 4, HERE)
         assert found.count == 6
         (made,) = set(tmp_path.glob("*")) - before
         return made.stem.rpartition("_")[2]

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torchvision
 import yaml
-from tiny import GAN, SAMPLER, VQGAN, call
+
+from helpers.tiny_runs import GAN, SAMPLER, VQGAN, call
 
 
 def refused(capfd, script, flags):

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import GAN, SAMPLER, UNET, VQGAN, call
 
+from helpers.tiny_runs import GAN, SAMPLER, UNET, VQGAN, call
 from train import spaces
 from train.config import DataConfig, FirstStageConfig
-from train.data import ImageSource, TrainingImages, build_dataset
+from train.data.code_cache import CodeTable
+from train.data.loading import ImageSource, TrainingImages, build_dataset
+from train.data.transforms import to_float
 from train.distributed import World
 from train.first_stage import load_first_stage
 from train.samplers import absorbing, ddpm
-from train.transforms import to_float
-from vq.codes import CodeTable
 
 CPU = torch.device("cpu")
 LATENT = f"--sampler ddpm --batch_size 4 --total_steps 20 --sample_steps 3 --no_amp {UNET}"

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from models.blocks import AttentionBlock, Downsample, ResBlock, Upsample, count_parameters
-from vq.autoencoder import VQGAN, Decoder
+from models.blocks import Downsample, ResBlock, Upsample, count_parameters
+from vq.autoencoder import VQGAN, AttentionBlock, Decoder
 from vq.config import VQGANConfig
 
 SMALL = VQGANConfig(nf=8, ch_mult=(1, 2, 2), res_blocks=1, attn_resolutions=(4,), emb_dim=6, codebook_size=16)

@@ -12,10 +12,9 @@ refuses another VQGAN's codes, and `code_converted(weights, grid)`.
 `first_stage_converted` and `code_converted` give our tensors by name, and why others were left out.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 FIRST_STAGE = "vqgan"
 
@@ -23,5 +22,5 @@ FIRST_STAGE = "vqgan"
 class Converted(NamedTuple):
     """A tensor of ours, and what it was called."""
 
-    value: "Tensor"
+    value: Tensor
     source: str

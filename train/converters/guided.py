@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.unet_config import UNetConfig
+from models.unet import UNetConfig
 from train.converters import Converted
 from train.registry import did_you_mean
 

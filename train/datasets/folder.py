@@ -8,16 +8,8 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from train.datasets import (
-    SPLITS,
-    DatasetConfig,
-    check_split,
-    data_root,
-    files_fingerprint,
-    held_out,
-    require_readable,
-)
-from train.images import decode
+from train.datasets import SPLITS, DatasetConfig, check_split, data_root, files_fingerprint, held_out, require_readable
+from train.datasets._decode import decode
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VAL_FOLDERS = ("valid", "val", "validation", "test")  # the first that exists

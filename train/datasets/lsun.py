@@ -17,7 +17,7 @@ from train.datasets import (
     folder,
     require_readable,
 )
-from train.images import decode
+from train.datasets._decode import decode
 
 DOWNLOAD = "http://dl.yf.io/lsun/scenes/"
 

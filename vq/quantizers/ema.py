@@ -4,17 +4,7 @@ import torch
 from torch import Tensor
 
 from vq.config import VQGANConfig
-from vq.quantize import (
-    Codes,
-    Quantizer,
-    Training,
-    count,
-    looked_up,
-    nearest,
-    per_example,
-    promoted,
-    straight_through,
-)
+from vq.quantizer import Codes, Quantizer, Training, count, looked_up, nearest, per_example, promoted, straight_through
 
 JITTER = 0.01  # of the batch's standard deviation: tells apart codes put on the same vector
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vq.config import VQGANConfig
-from vq.quantize import Codes, Quantizer, Training, promoted
+from vq.quantizer import Codes, Quantizer, Training, promoted
 
 INWARDS = 1e-3  # share by which bounds stay within the outermost levels
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vq.config import VQGANConfig
-from vq.quantize import (
+from vq.quantizer import (
     Codes,
     Quantizer,
     Training,

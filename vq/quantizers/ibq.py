@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from vq.config import VQGANConfig
 from vq.entropy import entropy, whole_batch
-from vq.quantize import Codes, Quantizer, Training, highest, looked_up, nearest, per_example, promoted, whole_factors
+from vq.quantizer import Codes, Quantizer, Training, highest, looked_up, nearest, per_example, promoted, whole_factors
 
 
 class IBQQuantizer(Quantizer):

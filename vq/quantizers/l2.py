@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vq.config import VQGANConfig
-from vq.quantize import Codes, Quantizer, Training, looked_up, nearest, per_example, promoted, straight_through
+from vq.quantizer import Codes, Quantizer, Training, looked_up, nearest, per_example, promoted, straight_through
 
 
 class L2Quantizer(Quantizer):

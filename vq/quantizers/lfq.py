@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vq.config import VQGANConfig
 from vq.entropy import entropy, entropy_of_bits, mean_of_outcomes, whole_batch
-from vq.quantize import Codes, Quantizer, Training, per_example, promoted
+from vq.quantizer import Codes, Quantizer, Training, per_example, promoted
 
 
 class LFQQuantizer(Quantizer):

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from vq.config import VQGANConfig
-from vq.quantize import Codes, Quantizer, Training, looked_up, nearest, per_example, promoted, straight_through
+from vq.quantizer import Codes, Quantizer, Training, looked_up, nearest, per_example, promoted, straight_through
 
 
 class NearestQuantizer(Quantizer):

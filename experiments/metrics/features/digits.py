@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.metrics.atomic import whole_file
+from train.data.transforms import to_item
 from train.datasets import Dataset, digits
-from train.transforms import to_item
+from train.files import whole_file
 
 METRIC = "FD(digits)"
 SIDE = 32  # pixels; the size the digits are enlarged to

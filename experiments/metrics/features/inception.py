@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vq.plain_tensors import read_tensors
+from vq.weights import read_tensors
 
 METRIC = "FID"
 

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
+from experiments.calc_nearest_neighbours import evenly, figures
 from experiments.metrics import nearest_neighbours
-from experiments.metrics.closeness import Closeness
 from experiments.metrics.features import Features
+from experiments.metrics.image_pairs import Closeness
 from experiments.metrics.nearest_neighbours import Candidates, candidates, in_view, merged, ranked, reranked
-from experiments.metrics.neighbours_report import evenly, figures
 from train.config import DataConfig
-from train.data import ImageSource
+from train.data.loading import ImageSource
+from train.data.transforms import training_views
 from train.datasets import ArrayDataset, UnreadableImage
 from train.distributed import World
-from train.transforms import training_views
 
 ALONE = World(torch.device("cpu"))
 FEATURES = Features("raw", None, lambda images: images[:, 0].flatten(1).float())

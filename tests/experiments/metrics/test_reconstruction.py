@@ -11,7 +11,8 @@ import yaml
 
 from experiments.metrics import reconstruction
 from experiments.metrics.frechet import Statistics, frechet_distance
-from experiments.metrics.reconstruction import chosen_perceptual, l1, plot, print_report, psnr, rebuilt, ssim, summed_up
+from experiments.metrics.image_pairs import l1, psnr, ssim
+from experiments.metrics.reconstruction import chosen_perceptual, plot, print_report, rebuilt, summed_up
 
 K, PIXELS = 8, 16 * 16
 

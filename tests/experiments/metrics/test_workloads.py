@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from experiments.metrics import throughput, workloads
-from experiments.metrics.calls import counted
+from experiments.metrics.cost import counted
 from experiments.metrics.throughput import measured
 from train.config import DataConfig, TrainingConfig
 from train.datasets import digits
 from train.distributed import World
+from train.sampler import SamplerStep
 from train.samplers import absorbing
-from train.second_stage import SamplerStep
 from train.spaces import Codes, Latents, Pixels
 from vq.config import VQGANConfig, VQGANLossConfig
 from vq.perceptual import Perceptual

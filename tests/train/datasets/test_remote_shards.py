@@ -9,10 +9,11 @@ import threading
 import pytest
 
 from train.config import DataConfig
-from train.data import ImageSource, TrainingImages, images_in_order
-from train.datasets import SPLITS, _shards, _store
-from train.datasets._store import Store, digest
-from train.datasets.webdataset import Config, build
+from train.data.loading import ImageSource, TrainingImages, images_in_order
+from train.datasets import SPLITS
+from train.datasets.webdataset import Config, build, shards
+from train.datasets.webdataset import store as stores
+from train.datasets.webdataset.store import Store, digest
 
 pytest.importorskip("webdataset", reason="needs the optional package webdataset")
 
@@ -112,14 +113,14 @@ def bring_together(barrier, config, answers):
 
 
 def test_processes_that_start_together_index_each_shard_once(away, shard_cache, tmp_path, monkeypatch):
-    scan = _shards._tar.scan
+    scan = shards._tar.scan
 
     def noted(file, name, wanted):
         with (tmp_path / "scanned").open("a") as log:
             log.write(f"{name[-1]}\n")
         return scan(file, name, wanted)
 
-    monkeypatch.setattr(_shards._tar, "scan", noted)
+    monkeypatch.setattr(shards._tar, "scan", noted)
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(3), context.Queue()
     config = config_of(away, "{0..2}", val_fraction=0.34)
@@ -152,7 +153,7 @@ def test_what_cannot_be_brought_is_named_and_leaves_nothing(away, shard_cache, u
 
 
 def test_what_a_killed_process_left_gives_its_room_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(_store, "WAIT", 0.001)
+    monkeypatch.setattr(stores, "WAIT", 0.001)
     store = Store(tmp_path, 1)
     (tmp_path / f"{digest('pipe:gone')}.part").write_bytes(b"half a shard")
     (tmp_path / "source").write_bytes(b"whole")

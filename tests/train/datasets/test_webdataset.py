@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from train import cli
+from train.cli import parse as cli
 from train.config import DataConfig, SecondStageConfig
-from train.data import ImageSource, TrainingImages, training_batches
-from train.datasets import SPLITS, UnreadableImage, _shards
-from train.datasets.webdataset import Config, build
+from train.data.loading import ImageSource, TrainingImages, training_batches
+from train.datasets import SPLITS, UnreadableImage
+from train.datasets.webdataset import Config, build, tar
 from train.distributed import World
 
 pytest.importorskip("webdataset", reason="needs the optional package webdataset")
@@ -202,8 +202,8 @@ def test_a_missing_package_is_a_message_with_the_pip_line(shards, monkeypatch):
 @pytest.fixture
 def scanned(monkeypatch):
     """The shards that were indexed."""
-    names, scan = [], _shards._tar.scan
-    monkeypatch.setattr(_shards._tar, "scan", lambda file, name, wanted: names.append(name) or scan(file, name, wanted))
+    names, scan = [], tar.scan
+    monkeypatch.setattr(tar, "scan", lambda file, name, wanted: names.append(name) or scan(file, name, wanted))
     return names
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.rng import Streams, seed_of
 from models.attention import KINDS as KIND_CLASSES
-from train.data import Draws
+from train.data.loading import Draws
 from train.samplers import absorbing
 
 GRID = (2, 3)

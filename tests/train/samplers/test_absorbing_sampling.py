@@ -10,9 +10,10 @@ from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import confidence
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
-from train.absorbing import once_each
 from train.samplers import absorbing
-from train.start import Start
+from train.samplers import absorbing as module
+from train.samplers.absorbing import once_each
+from train.spaces import Start
 
 GRID, CODES, CLASSES = (3, 4), 6, 5
 SOLVERS = sorted(solvers_of(AbsorbingDiffusion(2)))
@@ -287,8 +288,6 @@ def test_the_last_temperature_is_that_of_the_end():
 def test_every_option_is_used_by_the_sampler():
     """A flag that nothing reads would be a lie."""
     import inspect
-
-    import train.absorbing as module
 
     source = inspect.getsource(module)
     for field in dataclasses.fields(absorbing.Sampling):

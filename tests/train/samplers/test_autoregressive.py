@@ -4,17 +4,17 @@ import json
 import shutil
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
+from diffusion.absorbing_solvers import tempered
 from diffusion.autoregressive import raster
-from diffusion.guidance import guided
+from diffusion.denoisers import guided
 from diffusion.rng import Streams, seed_of
-from diffusion.tempering import tempered
-from models.causal_transformer import CausalTransformer
+from helpers import tiny_runs
+from models.transformer import CausalTransformer
 from train.samplers import autoregressive
-from train.start import Start
+from train.spaces import Start
 
 GRID, CODES, N, CLASSES = (2, 3), 4, 6, 5
 SMALL = {"bert_n_emb": 16, "bert_n_head": 2, "bert_n_layers": 2}
@@ -216,12 +216,12 @@ def test_it_is_trained_resumed_and_measured_with_the_scripts(trained, tmp_path):
     flags = f"--sampler autoregressive --logs_root {tmp_path}"
     size = f"--no_amp --batch_size 4 --bert_n_emb 16 --bert_n_head 2 --bert_n_layers 2 --steps_per_eval 2 {flags}"
     for steps in (2, 4):
-        tiny.call("train_sampler.py", f"--train_steps {steps} --steps_per_save_output 2 {size}")
+        tiny_runs.call("train_sampler.py", f"--train_steps {steps} --steps_per_save_output 2 {size}")
     run = tmp_path / "autoregressive_digits"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines if "val/bits_per_code" in line} == {2, 4}
-    tiny.call("experiments/get_samples.py", f"--n_samples 3 --save_process {flags}")
-    tiny.call("experiments/calc_approximate_ELBO.py", f"--n_images 8 --no_decoder {flags}")
+    tiny_runs.call("experiments/get_samples.py", f"--n_samples 3 --save_process {flags}")
+    tiny_runs.call("experiments/calc_approximate_ELBO.py", f"--n_images 8 --no_decoder {flags}")
     results = json.loads((tmp_path / "ELBO_autoregressive_digits_4" / "results.json").read_text())
     assert results["method"] == "exact" and results["terms"] == [] and results["n_images"] == 8
     assert (tmp_path / "samples_autoregressive_digits_4" / "process.png").is_file()

@@ -5,11 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from diffusion.likelihood import Bound
-from diffusion.loss import Loss
 from diffusion.rng import Streams
+from diffusion.types import Bound, Loss
 from train.config import SamplerConfig, SamplingConfig
-from train.data import Draws
+from train.data.loading import Draws
 from train.registry import names_in, plugin
 
 SMALL = {  # settings that make a sampler small; a new one may add its own

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from gaussian_recorder import CLASSES, SHAPE, Recorder, drawn, draws, images, moved, recorded, sampler
 
-from diffusion.kernels import like
+from diffusion.process import like
+from helpers.gaussian_recorder import CLASSES, SHAPE, Recorder, drawn, draws, images, moved, recorded, sampler
 
 # what the network is told and shown
 

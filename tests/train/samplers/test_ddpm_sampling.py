@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from gaussian_recorder import SHAPE, Call, Recorder, drawn, images, moved, sampler
 from torch import Tensor
 
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
+from helpers.gaussian_recorder import SHAPE, Call, Recorder, drawn, images, moved, sampler
 from train.samplers import ddpm
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from gaussian_recorder import Recorder, draws, images, recorded, sampler
 from torch import Tensor
 
 from diffusion.timesteps import uniform
+from helpers.gaussian_recorder import Recorder, draws, images, recorded, sampler
 
 
 def recorded_times(built, batch, batch_size):

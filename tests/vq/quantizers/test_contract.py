@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from diffusion.rng import Streams
 from train.registry import names_in
 from vq.config import VQGANConfig
-from vq.quantize import Codes, Quantizer, Training, make_quantizer
+from vq.quantizer import Codes, Quantizer, Training, make_quantizer
 
 NAMES = names_in("vq.quantizers")
 OF_THE_BATCH = {"lfq", "ibq"}  # whose loss holds the entropy of the codes that a batch uses

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vq.config import VQGANConfig
-from vq.quantize import Training, count, make_quantizer, perplexity, usage
+from vq.quantizer import Training, count, make_quantizer, perplexity, usage
 from vq.quantizers.ema import EMAQuantizer
 
 K, D, DECAY, BETA = 6, 3, 0.9, 0.25

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vq.config import VQGANConfig
-from vq.quantize import make_quantizer
+from vq.quantizer import make_quantizer
 from vq.quantizers.fsq import FSQQuantizer, bounded
 
 LEVELS = (8, 5, 2, 3)

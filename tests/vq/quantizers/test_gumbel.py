@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from diffusion.rng import Streams
 from vq.config import VQGANConfig
-from vq.quantize import Training, make_quantizer
+from vq.quantizer import Training, make_quantizer
 from vq.quantizers.gumbel import GumbelQuantizer
 
 K, D, STEPS = 7, 3, 1000

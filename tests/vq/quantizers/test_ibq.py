@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from largest import Largest
 
-from vq import quantize
+import vq.quantizer
+from helpers.peak_tensor import Largest
 from vq.config import VQGANConfig
-from vq.quantize import Training, make_quantizer
+from vq.quantizer import Training, make_quantizer
 from vq.quantizers.ibq import IBQQuantizer
 
 K, D = 12, 5
@@ -141,7 +141,7 @@ def test_products_are_float32_under_autocast():
 
 def test_only_forward_holds_positions_times_codes(monkeypatch):
     q, z = IBQQuantizer(2**8, 2), torch.randn(1, 2, 16, 16)
-    monkeypatch.setattr(quantize, "COMPARED", 2**12)
+    monkeypatch.setattr(vq.quantizer, "COMPARED", 2**12)
     with Largest() as of_assign:
         q.assign(z)
     with Largest() as of_forward:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from vq.config import VQGANConfig
-from vq.quantize import make_quantizer
+from vq.quantizer import make_quantizer
 from vq.quantizers.l2 import L2Quantizer
 
 K, D, BETA = 13, 4, 0.3

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vq.config import VQGANConfig
-from vq.quantize import Training, make_quantizer
+from vq.quantizer import Training, make_quantizer
 from vq.quantizers.lfq import LFQQuantizer
 
 D = 5

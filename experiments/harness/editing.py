@@ -1,0 +1,245 @@
+"""What scripts that edit images share: the images given, what is hidden of them, how results are made and shown."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from experiments.harness.batches import kept_batches
+from experiments.harness.images import save_grid, save_with_settings
+from experiments.harness.report import progress
+from train.config import SamplingConfig
+from train.data.loading import ImageSource, fixed_subset, images_in_order
+from train.data.transforms import covering, to_item
+from train.datasets._decode import DAMAGED, decode
+from train.inference import TrainedSampler
+from train.loop import Batch
+from train.spaces import Start
+
+
+def forgotten(x0: Tensor, trained: TrainedSampler, strength: float) -> Start:
+    """Nothing is kept for certain; `strength` of it is forgotten."""
+    grid = x0.shape[-2:]
+    return Start(x0, torch.zeros(len(x0), *grid, dtype=torch.bool, device=trained.device), strength)
+
+
+def encoded(images: Tensor, trained: TrainedSampler) -> Tensor:
+    """Images (B, C, H, W) uint8 in the sampler's space."""
+    images = images.to(trained.device)
+    return trained.space.begun(images, torch.zeros_like(images[:, 0], dtype=torch.bool)).x0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenConfig:
+    """Images to begin from."""
+
+    image: tuple[str, ...] = ()
+    """Image files, cut as in training; left out, held-out images of the data set."""
+    n_images: int = 64
+    """So many held-out images, drawn at random, always the same."""
+
+    def __post_init__(self):
+        if self.n_images < 1:
+            raise ValueError(f"got n_images {self.n_images}, wanted at least 1: pass --n_images N")
+
+
+def check_strength(strength: float, least: str = "") -> None:
+    """ValueError for a strength outside [0, 1]; with `least`, what 0 would be, for 0 too."""
+    if not 0 <= strength <= 1 or (least and strength == 0):
+        wanted = f"more than 0 ({least}) and up to 1" if least else "0 (nothing is drawn anew) to 1 (everything)"
+        raise ValueError(f"got strength {strength}, wanted {wanted}: pass --strength X")
+
+
+OPAQUE = 255  # of an alpha channel: pixels that are less have lost what they were
+
+
+@dataclass(frozen=True)
+class Given:
+    """uint8 images (N, C, H, W), the pixels of them that are hidden (N, H, W) bool, and what they are called."""
+
+    image: Tensor
+    hidden: Tensor
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what is seen of them."""
+        seen = self.image.masked_fill(self.hidden.unsqueeze(1), 0)
+        digest = hashlib.sha256(repr(tuple(seen.shape)).encode())
+        for array in (seen, self.hidden):
+            digest.update(array.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def given_images(files: tuple[str, ...], count: int, trained: TrainedSampler) -> Given:
+    """The images of files, as training would have cut them, or `count` held-out ones; nothing is hidden.
+
+    Held-out ones are drawn at random, always the same. FileNotFoundError, ValueError: a file cannot be used.
+    """
+    if files:
+        images = torch.stack([fitted(upright(Path(name)), trained) for name in files])
+        names = tuple(Path(name).name for name in files)
+    else:
+        source = ImageSource(trained.dataset("val"), trained.data)
+        batches = list(images_in_order(source, 100, sorted(fixed_subset(len(source), count))))
+        images = torch.cat([batch["image"] for batch in batches])
+        names = tuple(f"val_{i:06d}" for batch in batches for i in batch["index"].tolist())
+    return Given(images, torch.zeros(len(images), *images.shape[2:], dtype=torch.bool), names)
+
+
+def upright(path: Path) -> Image.Image:
+    """An image file as it is decoded for training; FileNotFoundError where there is none."""
+    path = path.expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found: pass image files as --image, a mask as --mask")
+    return decode(path)
+
+
+def fitted(image: Image.Image, trained: TrainedSampler) -> Tensor:
+    """uint8 (C, H, W) of the size that the sampler was trained on."""
+    return to_item({"image": image}, trained.data.size, trained.data.n_channels)["image"].as_subclass(Tensor)
+
+
+def fitted_mask(mask: Image.Image, image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """bool (H, W), True where a mask of any size is white, cut as its image is."""
+    from torchvision.transforms.v2 import functional as resizing
+
+    nearest = {"interpolation": resizing.InterpolationMode.NEAREST}
+    mask = resizing.resize(mask.convert("L"), [image.height, image.width], **nearest)
+    mask = resizing.resize(mask, covering(image.height, image.width, size), **nearest)
+    return resizing.to_image(resizing.center_crop(mask, [*size])).as_subclass(Tensor)[0] >= 128
+
+
+def transparent(path: Path) -> Image.Image | None:
+    """A mask that is white where an image file is not opaque; None where it has no transparency."""
+    try:
+        with Image.open(path.expanduser()) as image:
+            if not image.has_transparency_data:
+                return None
+            alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+    except DAMAGED as error:
+        raise ValueError(f"{path} cannot be read ({error}): pass another file as --image") from error
+    return alpha.point(lambda level: 0 if level == OPAQUE else 255)
+
+
+def with_masks(given: Given, files: tuple[str, ...], masks: tuple[str, ...], size: tuple[int, int]) -> Given:
+    """Hidden where masks are white, one for all files or one for each; without masks, where files are transparent.
+
+    ValueError where there is neither, or the numbers do not fit.
+    """
+    if masks and not files:
+        raise ValueError("got --mask without --image: name the images it belongs to, or pass --hide")
+    if masks and len(masks) not in (1, len(files)):
+        raise ValueError(f"got {len(masks)} masks for {len(files)} images, wanted one, or one for each: see --mask")
+    drawn = [upright(Path(name)) for name in masks] or [transparent(Path(name)) for name in files]
+    drawn = drawn * len(files) if len(drawn) == 1 else drawn
+    missing = [name for name, mask in zip(files, drawn, strict=True) if mask is None]
+    if missing:
+        raise ValueError(f"{missing[0]} is opaque everywhere: say what to fill in by --mask, --hide or --outpaint")
+    hidden = [fitted_mask(mask, upright(Path(name)), size) for name, mask in zip(files, drawn, strict=True)]
+    return Given(given.image, given.hidden | torch.stack(hidden), given.names)
+
+
+def with_part(given: Given, part: str) -> Given:
+    """Half of each image hidden, or the middle: half its height and width."""
+    H, W = given.hidden.shape[1:]
+    places = {
+        "left": (slice(None), slice(0, W // 2)),
+        "right": (slice(None), slice(W // 2, W)),
+        "top": (slice(0, H // 2), slice(None)),
+        "bottom": (slice(H // 2, H), slice(None)),
+        "centre": (slice(H // 4, H - H // 4), slice(W // 4, W - W // 4)),
+    }
+    hidden = given.hidden.clone()
+    hidden[(slice(None), *places[part])] = True
+    return Given(given.image, hidden, given.names)
+
+
+def with_margins(given: Given, margins: tuple[int, int, int, int]) -> Given:
+    """Larger canvases with the images on them: so many hidden pixels more at the top, right, bottom and left."""
+    top, right, bottom, left = margins
+    around = (left, right, top, bottom)
+    image, hidden = F.pad(given.image, around), F.pad(given.hidden, around, value=True)
+    return Given(image, hidden, given.names)
+
+
+def centred(grid: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The margins, in places, that put a grid into the middle of a larger one; ValueError where it is not larger."""
+    (h, w), (H, W) = grid, shape
+    if H < h or W < w:
+        raise ValueError(f"got shape {shape}, wanted one that holds the image, {grid}: pass a larger --shape")
+    return (H - h) // 2, W - w - (W - w) // 2, H - h - (H - h) // 2, (W - w) // 2
+
+
+ROWS = 8  # images in a grid
+Make = Callable[[list[int]], Tensor]  # places in a plan (n,) -> uint8 images (n, C, H, W)
+
+
+def told(trained: TrainedSampler, labels: list[int] | None, options: SamplingConfig) -> tuple[Batch, SamplingConfig]:
+    """The conditions of so many images, and options that go with them: without labels the model is told nothing, and
+    there is nothing to guide by. ValueError for classes that there are not, and for models of other conditions."""
+    n_classes, others = trained.sampler.n_classes, sorted({*trained.sampler.fields} - {"label"})
+    if others:
+        raise ValueError(f"{trained.run} is conditioned on {', '.join(others)}, which cannot be given here")
+    if labels is None:
+        return {}, dataclasses.replace(options, guidance=1.0)
+    if wrong := [label for label in labels if not 0 <= label < n_classes]:
+        there = f"wanted 0 to {n_classes - 1}" if n_classes else "but the sampler has no classes: leave it out"
+        raise ValueError(f"got --label {wrong[0]}, {there}")
+    return {"label": torch.tensor(labels)}, options
+
+
+def check_label(trained: TrainedSampler, label: int | None, options: SamplingConfig) -> None:
+    """ValueError, before a folder is opened, where `told` would refuse it."""
+    told(trained, None if label is None else [label], options)
+
+
+def draw(
+    trained: TrainedSampler, config: Any, start: Start, seeds: list[int], labels: list[int] | None, **how: Any
+) -> Tensor:
+    """uint8 images (B, C, H, W) drawn from where they start: images of one seed get the same noise."""
+    given, options = told(trained, labels, config.sampling)
+    return trained.draw(seeds, config.output.seed, options, given=given, start=start, **how)["image"]
+
+
+def in_batches(name: str, count: int, make: Make, config: Any, trained: TrainedSampler, folder: Path) -> Tensor | None:
+    """What `make` makes of 0 ... count - 1, in batches that all processes share and that are kept until `forget`:
+    uint8 (count, C, H, W) in the main process, None in others."""
+
+    def made(places: list[int]) -> dict[str, Tensor]:
+        return {"image": make(places)}
+
+    world, batch_size = trained.world, config.output.batch_size
+    batches = kept_batches(folder, name, list(range(count)), batch_size, made, world)
+    images = [batch["image"] for batch in progress(batches, count, name, world.is_main)]
+    return torch.cat(images) if world.is_main else None
+
+
+def save_pictures(folder: Path, names: tuple[str, ...], images: Tensor, columns: list[str], settings: dict) -> None:
+    """images/<number>_<name>_<column>.png of images (N, columns, C, H, W), each with its settings."""
+    for i, (name, row) in enumerate(zip(names, images, strict=True)):
+        for column, image in zip(columns, row, strict=True):
+            path = folder / "images" / f"{i:03d}_{Path(name).stem}_{column}.png"
+            save_with_settings(path, image, settings | {"of": name, "column": column})
+
+
+def save_rows(path: Path, *parts: Tensor) -> None:
+    """A grid with a row for each of the first images: parts (N, C, H, W), or (N, columns, C, H, W), side by side."""
+    wide = [part if part.ndim == 5 else part.unsqueeze(1) for part in parts]
+    rows = torch.cat([part[:ROWS] for part in wide], 1)
+    save_grid(path, rows.flatten(0, 1), columns=rows.shape[1])
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """The mean absolute difference of uint8 images, as a share of the range."""
+    return (a.float() - b.float()).abs().mean().item() / 255

@@ -1,0 +1,135 @@
+"""Generated images on disk: the .npz that evaluators read, PNG files, PNG grids, strips on their way from noise."""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from train.files import whole_file
+from train.inference import TrainedSampler
+from train.logging import grid_image
+from train.loop import Batch
+
+
+def save_with_settings(path: Path, image: Tensor, settings: dict[str, Any]) -> None:
+    """A PNG of an image (C, H, W) uint8 that holds, as its text "settings", the JSON of what made it."""
+    notes = PngInfo()
+    notes.add_text("settings", json.dumps(settings))
+    with whole_file(path) as scratch:
+        picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+        picture.save(scratch, format="PNG", pnginfo=notes)
+
+
+GRID = 64  # images in a grid
+
+
+def save_grid(path: Path, images: Tensor, columns: int | None = None) -> None:
+    """A PNG grid of images (B, C, H, W) uint8."""
+    with whole_file(path) as scratch:
+        grid_image(images, columns).save(scratch, format="PNG")
+
+
+class SampleWriter:
+    """Writes `count` images as they come; samples.npz appears, whole, at the end.
+
+    arr_0 is uint8 (N, H, W, 3); beside it stand `codes` (N, h, w) and, of models with classes, `labels` (N,). Images
+    pass through a file on disk, so that their number is not bounded by memory.
+    """
+
+    def __init__(self, folder: Path, count: int, png_files: bool = False):
+        self.folder, self.count, self.png_files = folder, count, png_files
+        self.raw = folder / ".samples"
+        self.written, self.images, self.others, self.first = 0, None, {}, None
+
+    def __enter__(self) -> "SampleWriter":
+        shutil.rmtree(self.raw, ignore_errors=True)
+        self.raw.mkdir(parents=True)
+        return self
+
+    def add(self, batch: dict[str, Tensor]) -> None:
+        """{"image": uint8 (B, C, H, W), "codes": (B, h, w), "label": (B,) or absent}."""
+        images = batch["image"].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+        if self.images is None:
+            shape = (self.count, *images.shape[1:])
+            self.images = np.lib.format.open_memmap(self.raw / "arr_0.npy", mode="w+", dtype=np.uint8, shape=shape)
+        self.images[self.written : self.written + len(images)] = images
+        for name, key in (("codes", "codes"), ("labels", "label")):
+            if key in batch:
+                self.others.setdefault(name, []).append(batch[key])
+        if self.png_files:
+            (self.folder / "images").mkdir(exist_ok=True)
+            for i, image in enumerate(images):
+                Image.fromarray(image).save(self.folder / "images" / f"{self.written + i:06d}.png")
+        if self.first is None or len(self.first) < GRID:
+            kept = batch["image"] if self.first is None else torch.cat([self.first, batch["image"]])
+            self.first = kept[:GRID]
+        self.written += len(images)
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            if self.written != self.count:
+                raise ValueError(f"got {self.written} images, wanted {self.count}")
+            self.images.flush()
+            for name, parts in self.others.items():
+                np.save(self.raw / f"{name}.npy", torch.cat(parts).numpy())
+            aside = self.raw / "samples.npz"
+            with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
+                for file in sorted(self.raw.glob("*.npy")):
+                    archive.write(file, file.name)
+            aside.replace(self.folder / "samples.npz")
+        shutil.rmtree(self.raw, ignore_errors=True)
+
+
+def read_samples(path: Path) -> dict[str, Tensor]:
+    """The arrays of a samples.npz: "image" uint8 (N, 3, H, W), and "codes", "labels" where it has them."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found: make it with `python experiments/get_samples.py`")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            content = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a plain .npz file: {error}") from error
+    images = content.pop("arr_0", None)
+    if images is None or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) < 2:
+        raise ValueError(f"{path}: wanted arr_0, uint8 (N, H, W, 3) with at least 2 images")
+    return {"image": images.permute(0, 3, 1, 2), **content}
+
+
+STRIPS, MOMENTS = 6, 10  # images, and steps of each that are shown
+
+
+class Recorder:
+    """An `on_step` that keeps x and prediction, decoded to images (B, C, H, W) uint8, of the last step and of up to
+    `most` before it, evenly spaced."""
+
+    def __init__(self, trained: TrainedSampler, most: int = 64):
+        self.trained, self.most = trained, most
+        self.steps, self.stride = [], 1
+
+    def __call__(self, i: int, t: float, s: float, x: Tensor, predicted: Tensor) -> Tensor:
+        if i % self.stride == 0 or s == 0:
+            self.steps.append(tuple(image.cpu() for image in self.trained.space.shown(x, predicted)))
+        if len(self.steps) > self.most and s > 0:
+            self.steps, self.stride = self.steps[::2], 2 * self.stride
+        return x
+
+
+def save_process(path: Path, trained: TrainedSampler, indices: list[int], draw: Callable[..., Batch]) -> None:
+    """A PNG of two rows per image: x at about ten moments from noise to data, and below it the predicted image.
+
+    `draw` makes the images of `indices` once more, in one batch, and hands what it sees to an `on_step`.
+    """
+    recorder = Recorder(trained)
+    draw(indices, on_step=recorder)
+    last = len(recorder.steps) - 1
+    moments = sorted({round(last * k / (MOMENTS - 1)) for k in range(MOMENTS)})
+    rows = [torch.stack([recorder.steps[m][kind] for m in moments], 1) for kind in (0, 1)]  # (B, moments, C, H, W)
+    save_grid(path, torch.stack(rows, 1).flatten(0, 2), columns=len(moments))

@@ -1,0 +1,110 @@
+"""What a classifier predicts of images, how balanced and how well kept that is, and copies of training images."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from experiments.metrics.neighbours import nearest_distances
+from train.config import DataConfig
+from train.registry import plugin
+
+
+def class_balance(labels: Tensor, n_classes: int) -> Tensor:
+    """How often each class occurs: labels (N,) in [0, n_classes) -> counts (n_classes,) int64. ValueError: others."""
+    if len(labels) and not (0 <= labels.min() and labels.max() < n_classes):
+        got = f"{labels.min().item()} to {labels.max().item()}"
+        raise ValueError(f"labels from {got}: wanted 0 to {n_classes - 1}")
+    return torch.bincount(labels.long(), minlength=n_classes)
+
+
+def share_sure(logits: Tensor, confidence: float = 0.9) -> float:
+    """The share in [0, 1] of images whose most likely class has at least this probability; logits (N, K), N >= 1."""
+    _check_some(logits)
+    return (logits.double().softmax(1).amax(1) >= confidence).double().mean().item()
+
+
+def share_kept(before: Tensor, after: Tensor) -> float:
+    """The share in [0, 1] of images with the same most likely class in both sets of logits (N, K), N >= 1."""
+    _check_some(before)
+    if before.shape != after.shape:
+        raise ValueError(f"logits of shapes {tuple(before.shape)} and {tuple(after.shape)}: wanted the same images")
+    return (before.argmax(1) == after.argmax(1)).double().mean().item()
+
+
+def _check_some(logits: Tensor) -> None:
+    if logits.ndim != 2 or len(logits) == 0:
+        raise ValueError(f"logits of shape {tuple(logits.shape)}: wanted (N, K) with at least one image")
+
+
+Classifier = Callable[[Tensor], Tensor]  # uint8 (B, C, H, W) -> logits (B, K)
+
+
+class Share(NamedTuple):
+    """A share in [0, 1], and its standard error (None of one image)."""
+
+    value: float
+    error: float | None
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} %" + ("" if self.error is None else f" +- {100 * self.error:.1f}")
+
+
+def classifier_of(data: DataConfig) -> Classifier | None:
+    """The classifier that the features of a data set are made of, where they have one, on the CPU."""
+    reader = plugin("train.datasets", data.reader or data.dataset, "data set")
+    if not hasattr(reader, "FEATURES"):
+        return None
+    load = getattr(plugin("experiments.metrics.features", reader.FEATURES, "features"), "load_classifier", None)
+    return None if load is None else load("cpu")
+
+
+@torch.no_grad()
+def answers(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
+    """The likeliest class of each of uint8 images (..., C, H, W): (...) int64."""
+    flat = images.flatten(0, -4)
+    found = [classifier(part).argmax(1) for part in flat.split(batch_size)]
+    return torch.cat(found).view(images.shape[:-3])
+
+
+def agreement(wanted: Tensor, found: Tensor) -> Share:
+    """How often found (N, R) is wanted (N,). Of R results of one image, the N means are what is independent."""
+    means = (found == wanted.unsqueeze(1)).double().mean(1)
+    error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None
+    return Share(means.mean().item(), error)
+
+
+def nearest_ratio(generated: Tensor, held_out: Tensor, training: Tensor) -> float:
+    """Median distance of generated images to their nearest training image, over the same median of held-out real ones.
+
+    Images (N, C, H, W) of one shape and one scale; the distance is Euclidean over pixels. About 1: as far from the
+    training images as new real images are; 0: copies. ValueError: an empty set, other shapes, or held-out images that
+    are themselves in the training set (their median distance is 0).
+    """
+    for name, images in (("generated", generated), ("held-out", held_out), ("training", training)):
+        if len(images) == 0 or images.shape[1:] != training.shape[1:]:
+            wanted = tuple(training.shape[1:])
+            raise ValueError(f"{name} images of shape {tuple(images.shape)}: wanted at least one of shape {wanted}")
+    medians = [
+        nearest_distances(images.flatten(1), training.flatten(1)).quantile(0.5).item()
+        for images in (generated, held_out)
+    ]
+    if medians[1] == 0:
+        raise ValueError("most held-out images are training images: wanted a split without common images")
+    return medians[0] / medians[1]
+
+
+def exact_copies(codes: Tensor, train_codes: Tensor) -> float:
+    """The share in [0, 1] of samples whose whole code grid (N, h, w) is that of some training image (M, h, w).
+
+    ValueError: the grids differ in shape, or there are no samples.
+    """
+    if len(codes) == 0 or codes.shape[1:] != train_codes.shape[1:]:
+        raise ValueError(
+            f"code grids of shapes {tuple(codes.shape)} and {tuple(train_codes.shape)}: wanted (N, h, w) and (M, h, w)"
+        )
+    grids = torch.cat([codes, train_codes.to(codes)]).flatten(1)  # (N + M, h * w)
+    _, identity = grids.unique(dim=0, return_inverse=True)  # equal grids share a number
+    return torch.isin(identity[: len(codes)], identity[len(codes) :]).double().mean().item()

@@ -1,0 +1,259 @@
+"""Bits that a VQGAN's decoder takes for images given their codes: a log-variance head, trained where it is missing.
+
+An image x is 8-bit. p(x | z) gives each of its values the mass that a Gaussian has in the value's bin, in [-1, 1], the
+outermost bins reaching to infinity (Ho et al. 2020, eq. 13): a probability of what is stored, without dequantisation.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.gaussian import discretized_log_likelihood
+from diffusion.types import Normal
+from train.checkpoint import load_weights, resolve_step, saved_steps
+from train.cli.parse import plain
+from train.config import DataConfig, LoggingConfig, TrainingConfig
+from train.data.loading import ImageSource, TrainingCodes, TrainingImages, build_dataset, fixed_subset, images_in_order
+from train.data.transforms import to_float, to_uint8, training_views
+from train.datasets import DatasetConfig
+from train.distributed import World, synchronized
+from train.execution import autocast, poisoned, set_tf32
+from train.first_stage import FirstStage
+from train.inference import TrainedSampler, check_allowed
+from train.logging import Logger
+from train.loop import Batch, Outputs, State
+from train.lr_schedule import learning_rate
+from train.optim import update
+from train.runs import begin, open_run, origin_of, owned, read_run, run_folder
+from train.trainer import assemble, train
+from vq.likelihood import Reconstruction, head_of, reconstruct
+
+VALIDATION_IMAGES = 1024
+SHOWN_IMAGES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadRun:
+    """All that a run of a head is made of, beside the VQGAN."""
+
+    data: DataConfig
+    reader: DatasetConfig
+    training: TrainingConfig
+    logging: LoggingConfig
+
+
+@torch.no_grad()
+def reconstruction(first: FirstStage, ids: Tensor) -> Reconstruction:
+    """What the VQGAN's decoder makes of ids (B, h, w)."""
+    with autocast(first.device, first.amp):
+        return reconstruct(first.vqgan.decoder, first.vqgan.quantizer.vectors(ids.to(first.device)))
+
+
+def bits_per_dim(first: FirstStage, head: nn.Module, ids: Tensor, images: Tensor) -> Tensor:
+    """-log2 p(x | z) of 8-bit images x (B, C, H, W), given scaled to [-1, 1], and ids z (B, h, w), by number of the
+    image: (B,) float32, with gradients to the head."""
+    mean, features = reconstruction(first, ids)
+    nats = discretized_log_likelihood(images.to(first.device), Normal(mean, head(features)))
+    return -nats.flatten(1).mean(1) / math.log(2)
+
+
+@dataclass(frozen=True)
+class TrainedHead:
+    """A head as a run left it, for the VQGAN it was trained on."""
+
+    run: Path
+    step: int
+    weights: str  # SHA-256 of the file they came from
+    first: FirstStage
+    head: nn.Module
+
+    @torch.no_grad()
+    def bits_per_dim(self, ids: Tensor, images: Tensor) -> Tensor:
+        """ids (B, h, w) and uint8 images (B, C, H, W) -> (B,), as the function of this name."""
+        return bits_per_dim(self.first, self.head, ids, to_float(images))
+
+
+class HeadStep:
+    """One training step of the head. A `step_fn` for `fit`; gives the loss, bits per dimension, grad_norm and lr."""
+
+    def __init__(self, first: FirstStage, training: TrainingConfig, world: World):
+        self.first, self.training, self.world = first, training, world
+
+    def __call__(self, state: State, parts: Sequence[Batch]) -> Outputs | None:
+        head, total = state.replica("head").train(), 0.0
+        for i, batch in enumerate(parts):
+            ids = self.first.encode(to_uint8(batch["image"]))
+            with synchronized(head, last=i == len(parts) - 1):
+                loss = bits_per_dim(self.first, head, ids, batch["image"]).mean() / len(parts)
+                poisoned(loss).backward()
+            total = total + loss.detach()
+        lr = learning_rate(state.step, **self.training.schedule)
+        norms = update(state, ["head"], self.world, lr=lr, clip=self.training.grad_clip)
+        if norms is None:
+            return None
+        return {"loss": total, "grad_norm": norms[0], "lr": torch.tensor(lr, device=self.world.device)}
+
+
+class HeadReports:
+    """Validation and pictures, as hooks for `fit`. All processes take part."""
+
+    def __init__(self, step: HeadStep, validation: ImageSource, logger: Logger):
+        self.step, self.validation, self.logger = step, validation, logger
+        self.tallied = []
+
+    @torch.no_grad()
+    def validate(self, state: State, outputs: Outputs) -> None:
+        """Bits per dimension of a fixed part of the validation split, by the averaged head."""
+        first, world, head = self.step.first, self.step.world, state.averaged("head").eval()
+        indices = world.share_of(fixed_subset(len(self.validation), VALIDATION_IMAGES))
+        batches = images_in_order(self.validation, self.step.training.batch_size, indices)
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in batches:
+            bits = bits_per_dim(first, head, first.encode(batch["image"]), to_float(batch["image"])).cpu().double()
+            sums += torch.stack([bits.sum(), torch.tensor(len(bits)).double()])
+        total, count = world.sum(sums).tolist()
+        self.logger.scalars(state.step, {"val/bits_per_dim": total / count})
+        self.logger.best(state, "val/bits_per_dim", total / count)
+
+    @torch.no_grad()
+    def show(self, state: State, outputs: Outputs) -> None:
+        """A grid of validation images, their reconstructions, and the deviations that the head gives these."""
+        first, shown = self.step.first, fixed_subset(len(self.validation), SHOWN_IMAGES)
+        for batch in images_in_order(self.validation, SHOWN_IMAGES, shown):  # few: each process makes them all
+            mean, features = reconstruction(first, first.encode(batch["image"]))
+            deviation = (0.5 * state.averaged("head").eval()(features)).exp()
+            rows = [to_float(batch["image"]), mean.clamp(-1, 1).cpu(), (2 * deviation / deviation.amax() - 1).cpu()]
+            self.logger.images("likelihood", state.step, torch.cat(rows), columns=len(mean))
+
+
+def build_state(first: FirstStage, training: TrainingConfig, world: World) -> State:
+    """A new head and its optimizer."""
+    torch.manual_seed(training.seed)
+    return assemble({"head": head_of(first.vqgan.decoder)}, training, world, averaged=["head"])
+
+
+def train_head(run: Path, first: FirstStage, config: HeadRun, world: World) -> None:
+    """Trains a head on the images that `config` names, or goes on; all processes of `world` take part.
+
+    ValueError where the run in that folder is another: of other weights of the VQGAN, data or settings.
+    """
+    data, training = config.data, config.training
+    with set_tf32(world.device, training.tf32), owned(run) if world.is_main else nullcontext():
+        images, validation = (
+            ImageSource(build_dataset(data, config.reader, split), data, margin=margin)
+            for split, margin in (("train", data.crop_margin), ("val", 0))
+        )
+        state = build_state(first, training, world)
+        begin(run, config, state, world, first.origin)
+        step = HeadStep(first, training, world)
+        source, reports = TrainingImages(images, training.seed), partial(HeadReports, step, validation)
+        train(run, config, state, world, source, step, reports, hooks=[], workers=data.num_workers)
+
+
+def load_head(run: Path, first: FirstStage) -> TrainedHead:
+    """The newest head of a run, its averaged weights; ValueError where it was trained on another VQGAN's weights."""
+    read_run(run)  # says what runs there are, where this is none
+    origin: dict[str, Any] = origin_of(run)
+    if origin.get("ae_weights") != first.weights:
+        raise ValueError(
+            f"{run} was trained on other VQGAN weights than those of {first.run} at step {first.step}: "
+            "pass another --head_dir, to train a head for these"
+        )
+    step, head = resolve_step(run, None, "--head_dir"), head_of(first.vqgan.decoder)
+    weights = load_weights(run, step, {"head": head}, ema=True)
+    return TrainedHead(run, step, weights, first, head.to(first.device).eval().requires_grad_(False))
+
+
+def head_for(config, trained: TrainedSampler) -> TrainedHead | None:
+    """The head of the VQGAN that a sampler of codes stands on, trained first as far as it is not; None without codes,
+    or where none is asked for. All processes take part."""
+    if not config.decoder.decoder or not trained.space.tokens:
+        return None
+    first, world = trained.space.first, trained.world
+    name = config.decoder.head_dir or f"likelihood_{first.run.name}_{first.step}"
+    run = run_folder(config.output.logs_root, name)
+    wanted, done = head_run(config, trained, run), max(saved_steps(run), default=0)
+    world.barrier()  # all have looked before one trains
+    try:
+        if done < wanted.training.train_steps:
+            print(f"training the decoder's head, {done} of {wanted.training.train_steps} steps are done", flush=True)
+            train_head(run, first, wanted, world)
+        elif world.is_main:
+            open_run(run, wanted, first.origin)
+        world.barrier()
+        return load_head(run, first)
+    except ValueError as error:
+        raise ValueError(f"the decoder's head, whose folder is --head_dir: {error}") from error
+
+
+def head_run(config, trained: TrainedSampler, run: Path) -> HeadRun:
+    """The run of a head, on the images that its VQGAN was trained on.
+
+    ValueError where these are brought by a command that --allow does not name.
+    """
+    first, c, output = trained.space.first, config.decoder, config.output
+    reader = first.reader
+    if config.model.data_dir is not None:
+        reader = replace(reader, data_dir=config.model.data_dir)
+    check_allowed(first.run, {"sampler": {}, "reader": plain(reader)}, config.model.allow)
+    training = TrainingConfig(
+        train_steps=c.train_steps, batch_size=c.train_batch_size, lr=c.lr, amp=False, device=output.device
+    )
+    logging = LoggingConfig(log_dir=run.name, logs_root=output.logs_root, steps_per_eval=c.steps_per_eval)
+    return HeadRun(data=first.data, reader=reader, training=training, logging=logging)
+
+
+class DecoderBits:
+    """Bits per dimension of the images, in their views, that codes of a split were made of, given these codes."""
+
+    def __init__(self, head: TrainedHead, trained: TrainedSampler, split: str, codes: TrainingCodes):
+        dataset, data = trained.dataset(split), trained.data
+        if split != "train":
+            data = data.in_one_view
+        self.head, self.codes, self.views = head, codes, training_views(data)
+        self.images = ImageSource(dataset, data, margin=data.crop_margin)
+        self.index = head.first.codes(dataset, split, data, 1, trained.world).index  # in the cache already
+
+    def image(self, position: int) -> Tensor:
+        """uint8 (C, H, W)."""
+        view, row = divmod(self.codes.order[position], len(self.index))
+        return self.views[view](self.images[int(self.index[row])]["image"]).as_subclass(Tensor)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """A batch of the codes -> (B,)."""
+        images = torch.stack([self.image(position) for position in batch["position"].tolist()])
+        return self.head.bits_per_dim(batch["codes"], images)
+
+
+def of_images(codes: Tensor, decoder: Tensor, tokens: int, dimensions: int, head: TrainedHead) -> dict[str, Any]:
+    """What results.json says of whole images: -log2 p(x) <= -log2 p(x | z) - log2 p(z), z the codes of x.
+
+    codes (n,) bits per code, of `tokens` codes; decoder (n,) bits per dimension, of `dimensions` numbers.
+    """
+    of_codes = codes * tokens / dimensions
+    total = of_codes + decoder
+    return {
+        "bits_per_dim": total.mean().item(),
+        "bits_per_dim_standard_error": total.std().item() / len(total) ** 0.5 if len(total) > 1 else None,
+        "codes_bits_per_dim": of_codes.mean().item(),
+        "decoder_bits_per_dim": decoder.mean().item(),
+        "head": {"run": head.run.name, "step": head.step},
+    }
+
+
+def report_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """The rows that a person reads of it."""
+    error = results["bits_per_dim_standard_error"]
+    return [
+        ("", "bits per dimension"),
+        ("codes, by the sampler", f"{results['codes_bits_per_dim']:.4f}"),
+        ("image given its codes, by the decoder", f"{results['decoder_bits_per_dim']:.4f}"),
+        ("image", f"{results['bits_per_dim']:.4f}" + ("" if error is None else f" ± {error:.4f}")),
+    ]

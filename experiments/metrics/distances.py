@@ -1,0 +1,197 @@
+"""The images that an experiment measures, and their features: a sampler's or a file's, real ones, reconstructions."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from experiments.harness.batches import in_order, kept_batches, own_indices
+from experiments.harness.images import GRID, read_samples, save_grid
+from experiments.harness.report import progress
+from experiments.metrics.features import Features
+from experiments.metrics.frechet import Reference, Statistics
+from experiments.metrics.kid import MOST, KeptFeatures
+from train.config import DataConfig
+from train.data.loading import ImageSource, fixed_subset, images_in_order
+from train.datasets import Dataset
+from train.distributed import World
+from train.files import sha256
+from train.first_stage import FirstStage
+from train.inference import TrainedSampler
+
+Batches = Iterable[dict[str, Tensor]]
+
+
+def with_features(features: Features, own: Batches, world: World) -> Iterator[dict[str, Tensor]]:
+    """Batches of "image" uint8 (B, C, H, W) that each process makes, and their "features" (B, D) beside them: of all
+    processes in order in the main one, nothing in others."""
+
+    def extracted() -> Iterator[dict[str, Tensor]]:
+        for batch in own:
+            yield batch | {"features": features.extract(batch["image"].expand(-1, 3, -1, -1)).cpu()}
+
+    return in_order(world, extracted())
+
+
+def statistics_of(batches: Batches) -> Statistics:
+    """Streams features into their statistics."""
+    statistics = Statistics()
+    for batch in batches:
+        statistics.update(batch["features"])
+    return statistics
+
+
+def code_of(features: Features, weights: str | None) -> list[str | None]:
+    """What makes the features, by content: their file's, and that of their weights where a file of these is named."""
+    return [sha256(Path(features.module.__file__)), weights and sha256(Path(weights))]
+
+
+def real_reference(
+    dataset: Dataset,
+    data: DataConfig,
+    features: Features,
+    weights: str | None,
+    cache: Path,
+    batch_size: int,
+    world: World,
+) -> Reference:
+    """Of a whole split, cached by the content of the images and of what makes the features. Of larger splits, features
+    of `MOST` images drawn at random, always the same.
+
+    All processes take part; the main one writes them, and where they were not cached, it alone is given them.
+    """
+    made_of = [dataset.fingerprint(), *data.sides, data.n_channels, *code_of(features, weights), MOST]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    path = cache / f"{data.dataset}_{features.name}_{key}.npz"
+    if not any(world.any(not path.is_file())):
+        return Reference.load(path)
+    source = ImageSource(dataset, data)
+    own = images_in_order(source, batch_size, own_indices(world, list(range(len(source))), batch_size))
+    found = KeptFeatures(with_features(features, own, world), fixed_subset(len(source), MOST))
+    statistics = statistics_of(progress(found, len(source), "reference", world.is_main))
+    if not world.is_main:
+        return Reference(statistics, None)
+    reference = Reference(statistics, found.features)
+    reference.save(path)
+    return reference
+
+
+def real_statistics(
+    dataset: Dataset,
+    data: DataConfig,
+    features: Features,
+    weights: str | None,
+    cache: Path,
+    batch_size: int,
+    world: World,
+) -> Statistics:
+    """The statistics of `real_reference`."""
+    return real_reference(dataset, data, features, weights, cache, batch_size, world).statistics
+
+
+def reconstructed(first: FirstStage, batches: Batches) -> Iterator[dict[str, Tensor]]:
+    """The VQGAN's reconstructions of batches of images."""
+    for batch in batches:
+        yield {"image": first.decode(first.encode(batch["image"])).cpu()}
+
+
+def generated_statistics(batches: Batches, same: int, grid: Path) -> tuple[Statistics, Statistics]:
+    """Statistics of all generated images, and of the first `same`; the first 64 images become a grid."""
+    everything, first, shown = Statistics(), Statistics(), []
+    for batch in batches:
+        everything.update(batch["features"])
+        if (missing := same - (first.count or 0)) > 0:
+            first.update(batch["features"][:missing])
+        if sum(map(len, shown)) < GRID:
+            shown.append(batch["image"])
+    if shown:
+        save_grid(grid, torch.cat(shown)[:GRID])
+    return everything, first
+
+
+def statistics_cache(logs_root: str) -> Path:
+    return Path(os.path.expanduser(logs_root)) / ".cache" / "statistics"
+
+
+def save_reconstructions(path: Path, first: FirstStage, held_out: ImageSource, count: int) -> None:
+    """A grid of held-out images above their reconstructions."""
+    batches = images_in_order(held_out, count, fixed_subset(len(held_out), count))
+    shown = torch.cat([batch["image"] for batch in batches])
+    save_grid(path, torch.cat([shown, first.decode(first.encode(shown)).cpu()]), columns=len(shown))
+
+
+Batches = Iterable[dict[str, Tensor]]
+Images = Callable[[list[int]], dict[str, Tensor]]
+
+
+def contents(**paths: str | None) -> dict[str, str]:
+    """The content, as SHA-256, of the files there are that a report is made of: a path alone does not tell."""
+    found = {name: Path(path) for name, path in paths.items() if path is not None}
+    return {name: sha256(path) for name, path in found.items() if path.is_file()}
+
+
+def kept_name(kind: str, *made_of) -> str:
+    """A name for `kept_batches` that changes with what they are made of."""
+    return f"{kind}_{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}"
+
+
+def measured(samples: str | None, n_samples: int, config, trained: TrainedSampler) -> tuple[int, Images]:
+    """How many images there are to measure, and a function from indices to "image" uint8 (B, C, H, W) and, of models of
+    codes, "codes" (B, h, w): those of the file `samples`, else `n_samples` new ones."""
+    if samples is not None:
+        content = read_samples(Path(samples))
+        told = {name: content[name] for name in ("image", "codes") if name in content}
+        return len(told["image"]), lambda indices: {name: each[indices] for name, each in told.items()}
+    held_out = trained.held_out()
+
+    def drawn(indices: list[int]) -> dict[str, Tensor]:
+        made = trained.draw(indices, config.output.seed, config.sampling, held_out=held_out)
+        return {name: made[name] for name in ("image", "codes") if name in made}
+
+    return n_samples, drawn
+
+
+def sampled_features(
+    images_of: Images, count: int, shown: int, features: Features, config, world: World, folder: Path, files: dict
+) -> Batches:
+    """ "features" (B, D) of the first `count` images to measure and, of the batches that begin before image `shown`,
+    what `images_of` gives: in the main process alone, while all make them.
+
+    `files` are what the run's config does not tell of how they were made. What an earlier start made is read.
+    """
+
+    def make(indices: list[int]) -> dict[str, Tensor]:
+        made = images_of(indices)
+        found = {"features": features.extract(made["image"].expand(-1, 3, -1, -1))}
+        return found | (made if indices[0] < shown else {})
+
+    name = kept_name(features.name, files, *code_of(features, None))
+    batches = kept_batches(folder, name, list(range(count)), config.output.batch_size, make, world)
+    return progress(batches, count, "sampling", world.is_main)
+
+
+def real_features(
+    source: ImageSource, chosen: list[int], features: Features, batch_size: int, world: World, name: str
+) -> Batches:
+    """ "image", "features" of those real images: in the main process alone, while all make them."""
+    own = images_in_order(source, batch_size, own_indices(world, chosen, batch_size))
+    return progress(with_features(features, own, world), len(chosen), name, world.is_main)
+
+
+def together(batches: Batches, count: int, names: tuple[str, ...] = ("features",)) -> dict[str, Tensor]:
+    """What batches hold under these names, as tensors (n, ...) with n up to `count`: filled as they come, so that
+    nothing is twice in memory. A name that the first batch lacks is left out."""
+    whole, filled = {}, 0
+    for batch in batches:
+        if not filled:
+            whole = {name: batch[name].new_zeros(count, *batch[name].shape[1:]) for name in names if name in batch}
+        size = 0
+        for name, each in whole.items():
+            size = len(batch[name])
+            each[filled : filled + size] = batch[name]
+        filled += size
+    return {name: each[:filled] for name, each in whole.items()}

@@ -1,0 +1,167 @@
+"""Halton's order: Halton's points by exact fractions, evenly spread, and what the solver draws by it, enumerated."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+
+from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.absorbing_solvers import halton, halton_order, radical_inverse
+
+SIZES = [(1, 1), (1, 2), (3, 1), (2, 3), (5, 4), (8, 8), (9, 27), (1, 64), (64, 1), (12, 12), (16, 16), (32, 16)]
+
+
+def mirrored(n, base):
+    """n's digits behind the point, exactly."""
+    value, scale = Fraction(0), Fraction(1, base)
+    while n:
+        value, n, scale = value + scale * (n % base), n // base, scale / base
+    return value
+
+
+def by_definition(height, width):
+    """Walks along the points, and gives each cell its turn when it is first met."""
+    order, n = {}, 0
+    while len(order) < height * width:
+        cell = int(mirrored(n, 2) * height), int(mirrored(n, 3) * width)
+        order.setdefault(cell, len(order))
+        n += 1
+    return torch.tensor([[order[i, j] for j in range(width)] for i in range(height)])
+
+
+# The order
+
+
+def test_the_sequence_by_hand():
+    assert radical_inverse(6, 2).tolist() == [0, 1 / 2, 1 / 4, 3 / 4, 1 / 8, 5 / 8]
+    assert radical_inverse(6, 3).tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1 / 9, 4 / 9, 7 / 9])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_order_is_that_of_the_points_and_a_permutation(size):
+    order = halton_order(*size)
+    assert order.shape == size and sorted(order.flatten().tolist()) == list(range(math.prod(size)))
+    assert torch.equal(order, by_definition(*size))
+
+
+def test_every_small_grid_has_a_permutation():
+    for height in range(1, 11):
+        for width in range(1, 11):
+            assert halton_order(height, width).flatten().sort().values.tolist() == list(range(height * width))
+
+
+def discrepancy(order, n):
+    """The worst excess or lack of the first n positions in a rectangle with a corner at the origin, as a share."""
+    chosen = (order < n).double()
+    inside = chosen.cumsum(0).cumsum(1) / n
+    height, width = order.shape
+    area = torch.arange(1, height + 1)[:, None] * torch.arange(1, width + 1) / (height * width)
+    return (inside - area).abs().max().item()
+
+
+def empty_square(order, n):
+    """The side of the largest square without any of the first n positions."""
+    taken, side = (order < n).float()[None, None], 0
+    while side < min(order.shape):
+        if torch.nn.functional.max_pool2d(taken, side + 1, stride=1).min() == 1:
+            break
+        side += 1
+    return side
+
+
+@pytest.mark.parametrize("n", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("size", [(16, 16), (32, 16)])
+def test_the_first_positions_are_spread_more_evenly_than_random_ones(size, n):
+    order = halton_order(*size)
+    random = [
+        torch.randperm(math.prod(size), generator=torch.Generator().manual_seed(seed)).view(size) for seed in range(20)
+    ]
+    assert discrepancy(order, n) < 0.75 * sum(discrepancy(each, n) for each in random) / 20
+    assert empty_square(order, n) < sum(empty_square(each, n) for each in random) / 20
+
+
+@pytest.mark.parametrize("size", [(0, 3), (3, 0), (-1, 2)])
+def test_a_grid_without_cells_is_refused(size):
+    with pytest.raises(ValueError, match=f"grid of {size[0]} x {size[1]}, wanted at least 1 x 1"):
+        halton_order(*size)
+
+
+# The solver
+
+
+def flat(x, t, rows=None):
+    return torch.zeros(*x.shape, 3)
+
+
+def turns_of(process, steps, streams, x):
+    """After how many steps each code was known."""
+    seen = []
+    halton(flat, process, x, steps=steps, rng=streams(len(x)), on_step=lambda i, t, s, x, logits: seen.append(x) or x)
+    return sum((state == 3).long() for state in seen)
+
+
+def counts_by_hand(schedule, hidden, steps):
+    """How many are known after each step: all but m(s) of them, rounded down, and at least one a step."""
+    shares = {
+        "linear": lambda t: t,
+        "cosine": lambda t: math.sin(math.pi * t / 2),
+        "arccos": lambda t: math.acos(1 - t) * 2 / math.pi,
+        "square": lambda t: 1 - (1 - t) ** 2,
+    }
+    known = [0]
+    for i in range(1, steps + 1):
+        left = math.floor(hidden * shares[schedule](1 - i / steps) + 1e-9)
+        known.append(min(hidden, max(hidden - left, known[-1] + 1)))
+    return known[1:]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8, 12, 40])
+@pytest.mark.parametrize("size", [(4, 6), (8, 8)])
+def test_as_many_codes_as_the_schedule_says_are_revealed_in_the_shifted_order(size, steps, schedule, streams):
+    n, (height, width) = 6, size
+    turns = turns_of(AbsorbingDiffusion(3, schedule=schedule), steps, streams, torch.full((n, *size), 3))
+    counts = counts_by_hand(schedule, height * width, steps)
+    assert [(turns[0] < i + 1).sum().item() for i in range(steps)] == counts
+    order, shifts = halton_order(*size), set()
+    for each in turns:
+        of_rank = torch.searchsorted(torch.tensor(counts), order, right=True)
+        fits = {(i, j) for i in range(height) for j in range(width) if torch.equal(of_rank.roll((i, j), (0, 1)), each)}
+        assert fits
+        shifts |= fits if len(fits) == 1 else set()
+    assert len(shifts) > 3 or steps in (1, 3)  # each example has its own
+
+
+def test_of_a_canvas_with_known_codes_the_rest_follows_the_order_and_the_schedule(streams, schedule):
+    x = torch.randint(2, 4, (5, 6, 6), generator=torch.Generator().manual_seed(3))
+    hidden = (x == 3).sum((1, 2))
+    turns = turns_of(AbsorbingDiffusion(3, schedule=schedule), 5, streams, x)
+    for each, canvas, count in zip(turns, x, hidden.tolist(), strict=True):
+        known = [(each[canvas == 3] < i + 1).sum().item() for i in range(5)]
+        assert known == counts_by_hand(schedule, count, 5)
+
+
+def test_shifts_are_uniform(streams, p_value):
+    """The first code of all in a step of its own says which shift it was."""
+    n = 4000
+    turns = turns_of(AbsorbingDiffusion(3), 12, streams, torch.full((n, 3, 4), 3))
+    assert p_value((turns == 0).flatten(1).int().argmax(1), torch.full((12,), 1 / 12)) > 1e-4
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("denoiser", ["denoise", "mistaken"])
+def test_it_draws_the_product_over_turns_on_average_over_shifts(joint, schedule, streams, p_value, steps, denoiser):
+    known, n = joint.under(schedule), 4000
+    denoise, order = getattr(joint, denoiser), halton_order(1, joint.count)
+    counts = torch.tensor(counts_by_hand(schedule, joint.count, steps))
+    of_rank = torch.searchsorted(counts, order[0], right=True)
+    wanted = torch.stack([joint.in_turns(of_rank.roll(shift).tolist(), denoise) for shift in range(joint.count)]).mean(
+        0
+    )
+    x = halton(denoise, known.process(), joint.all_mask(n), steps=steps, rng=streams(n, steps))
+    assert p_value(joint.index(x), wanted) > 1e-4
+
+
+def test_with_a_step_for_each_code_a_perfect_denoiser_gives_the_joint(joint, streams, p_value):
+    x = halton(joint.denoise, joint.process(), joint.all_mask(6000), steps=joint.count, rng=streams(6000))
+    assert p_value(joint.index(x), joint.data) > 1e-4

@@ -1,0 +1,133 @@
+"""Guidance and thresholds on predictions of Gaussian processes."""
+
+import pytest
+import torch
+
+from diffusion.denoisers import guided, thresholded
+from diffusion.types import Prediction
+from helpers.toy_gaussians import Circle
+
+PROCESS = Circle()
+GENERATOR = torch.Generator().manual_seed(0)
+X, STRONG, WEAK, SHARE, OTHER = torch.randn(5, 3, 2, 4, 4, generator=GENERATOR, dtype=torch.float64)
+T = torch.tensor([0.2, 0.5, 0.8])
+
+
+class Denoiser:
+    """Says STRONG's x0 under condition "strong", WEAK's under "weak", and counts its calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x, t, condition):
+        self.calls.append(condition)
+        x0, share = (STRONG, SHARE) if condition == "strong" else (WEAK, OTHER)
+        return PROCESS.with_x0(Prediction(x0, x0, share), x0, x, t)
+
+
+def outcome(scale, t=T, **options):
+    denoise = Denoiser()
+    said = guided(denoise, "strong", "weak", scale, **options)(X, t)
+    assert torch.allclose(PROCESS.corrupt(said.x0, t, said.eps), X)  # x0 and eps still make up x_t
+    assert torch.equal(said.share, OTHER if scale == 0 else SHARE)
+    return said, denoise.calls
+
+
+def test_scale_one_is_the_identity_with_one_call():
+    said, calls = outcome(1)
+    assert torch.equal(said.x0, STRONG) and calls == ["strong"]
+    said, calls = outcome(1, interval=(0.3, 0.6), rescale=0.7, process=PROCESS)
+    assert torch.equal(said.x0, STRONG) and calls == ["strong"]
+
+
+def test_scale_zero_is_the_weaker_prediction_with_one_call():
+    said, calls = outcome(0)
+    assert torch.equal(said.x0, WEAK) and calls == ["weak"]
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_data_and_noise_are_guided_and_the_variance_is_the_conditional_one_s(scale):
+    said, calls = outcome(scale)
+    assert torch.allclose(said.x0, WEAK + scale * (STRONG - WEAK)) and sorted(calls) == ["strong", "weak"]
+    eps = [PROCESS.with_x0(said, x0, X, T).eps for x0 in (WEAK, STRONG)]
+    assert torch.allclose(said.eps, eps[0] + scale * (eps[1] - eps[0]))
+
+
+def test_guidance_without_a_learned_variance_makes_none():
+    said = guided(lambda x, t, c: Prediction(x, x), 0, 1, 2.0)(X, T)
+    assert said.share is None
+
+
+# Interval
+
+
+def test_outside_its_interval_guidance_is_the_conditional_prediction():
+    said, calls = outcome(3.0, interval=(0.5, 0.7))  # of the three examples the second alone is inside
+    assert torch.equal(said.x0[[0, 2]], STRONG[[0, 2]])
+    assert torch.allclose(said.x0[1], WEAK[1] + 3 * (STRONG[1] - WEAK[1]))
+    assert sorted(calls) == ["strong", "weak"]
+    said, calls = outcome(3.0, interval=(0.81, 1.0))
+    assert torch.equal(said.x0, STRONG) and calls == ["strong"]
+
+
+def test_the_ends_belong_to_the_interval():
+    said, _ = outcome(3.0, interval=(0.2, 0.8))
+    assert torch.allclose(said.x0, WEAK + 3 * (STRONG - WEAK))
+
+
+def test_an_interval_works_on_logits_too():
+    def denoise(x, t, condition):
+        return STRONG if condition else WEAK
+
+    logits = guided(denoise, True, False, 2.0, interval=(0.4, 0.6))(X, T)
+    assert torch.equal(logits[[0, 2]], STRONG[[0, 2]]) and torch.allclose(logits[1], 2 * STRONG[1] - WEAK[1])
+
+
+# Rescaling
+
+
+@pytest.mark.parametrize("rescale", [0.7, 1.0])
+def test_rescaling_pulls_the_deviation_of_the_data_to_the_conditional_one_s(rescale):
+    said, _ = outcome(4.0, rescale=rescale, process=PROCESS)
+    plain = WEAK + 4 * (STRONG - WEAK)
+    before, wanted = plain.flatten(1).std(1), STRONG.flatten(1).std(1)
+    assert torch.allclose(said.x0.flatten(1).std(1), rescale * wanted + (1 - rescale) * before)
+    assert torch.allclose(said.x0 / plain, (said.x0 / plain)[:, :1, :1, :1].expand_as(plain))  # by one factor each
+
+
+def test_rescaling_without_the_process_is_refused():
+    with pytest.raises(ValueError, match="pass process="):
+        guided(Denoiser(), "strong", "weak", 2.0, rescale=0.5)
+
+
+# Thresholds
+
+
+def held(x0, percentile=None):
+    said = thresholded(lambda x, t: Prediction(x0, x, SHARE), PROCESS, percentile)(X, T)
+    assert torch.allclose(PROCESS.corrupt(said.x0, T, said.eps), X) and said.share is SHARE
+    return said.x0
+
+
+def test_a_threshold_clips_to_minus_one_and_one():
+    assert torch.equal(held(STRONG), STRONG.clamp(-1, 1))
+    assert torch.equal(held(STRONG / 10), STRONG / 10)
+
+
+def test_a_dynamic_threshold_clips_at_each_example_s_percentile_and_divides_by_it():
+    x0 = held(3 * STRONG, 0.75)
+    sizes = (3 * STRONG).abs().flatten(1).sort(1).values  # (3, 32)
+    bound = sizes[:, 23].view(3, 1, 1, 1)  # 24 of 32 numbers are at most as large
+    assert (bound > 1).all() and torch.allclose(x0, (3 * STRONG / bound).clamp(-1, 1))
+    assert ((x0.abs() == 1).flatten(1).sum(1) == 9).all()
+
+
+def test_a_dynamic_threshold_leaves_small_examples_as_they_are():
+    assert torch.equal(held(STRONG / 10, 0.9), STRONG / 10)
+    assert torch.equal(held(STRONG, 0.01), STRONG.clamp(-1, 1))  # never a bound below 1
+
+
+@pytest.mark.parametrize("percentile", [0.0, 99.5])
+def test_a_percentile_is_a_share(percentile):
+    with pytest.raises(ValueError, match="wanted a share above 0 and up to 1"):
+        thresholded(Denoiser(), PROCESS, percentile)

@@ -1,0 +1,112 @@
+"""Gaussian sampling from data that are known, and from the middle: the arithmetic, for every process and solver."""
+
+import pytest
+import torch
+
+from diffusion.denoisers import begun_at, known, steps_left
+from diffusion.edm import EDM
+from diffusion.flow import RectifiedFlow
+from diffusion.gaussian import GaussianDiffusion, cosine, linear, with_zero_terminal_snr
+from diffusion.gaussian_solvers import SPACINGS, step_times
+from diffusion.rng import Streams
+from diffusion.solvers import solvers_of
+from diffusion.types import Prediction
+
+PROCESSES = {
+    "cosine": GaussianDiffusion(cosine(100), variance="fixed_small"),
+    "fixed_large": GaussianDiffusion(linear(100)),
+    "learned_range": GaussianDiffusion(cosine(100), variance="learned_range"),
+    "zero_terminal_snr": GaussianDiffusion(with_zero_terminal_snr(linear(100)), "v"),
+    "edm": EDM(),
+    "flow": RectifiedFlow(shift=2.0),
+}
+CASES = [(name, solver) for name, process in PROCESSES.items() for solver in solvers_of(process)]
+KEEP = torch.tensor([[[True, False], [False, True]], [[False, False], [True, False]]])
+X0 = torch.tensor([[[[0.3, 9.0], [9.0, -0.7]]], [[[9.0, 9.0], [0.9, 9.0]]]])  # 9: whatever it is, nobody may see it
+
+
+def wrong(process, share=0.4):
+    """A denoiser that believes in 0.1 everywhere."""
+
+    def denoise(x, t):
+        said = Prediction(x, x, torch.full_like(x, share) if process.variance == "learned_range" else None)
+        return process.with_x0(said, torch.full_like(x, 0.1), x, t)
+
+    return denoise
+
+
+@pytest.mark.parametrize(("name", "solver"), CASES)
+def test_every_solver_ends_with_what_is_known(name, solver):
+    process = PROCESSES[name]
+    x = process.prior((2, 1, 2, 2), Streams([0, 1]))
+    spacing = "karras" if name == "edm" else "uniform"
+    solve, denoise = solvers_of(process)[solver], known(wrong(process), process, X0, KEEP)
+    made = solve(denoise, process, x, steps=4, rng=Streams([2, 3]), spacing=spacing)
+    assert torch.equal(made[KEEP.unsqueeze(1)], X0[KEEP.unsqueeze(1)])
+    assert torch.allclose(made[~KEEP.unsqueeze(1)], torch.tensor(0.1), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_known_number_takes_its_noise_along_and_others_are_as_they_were_said(name):
+    process, t = PROCESSES[name], torch.tensor([0.3, 0.8])
+    x = process.prior((2, 1, 2, 2), Streams([0, 1]))
+    plain, said = wrong(process)(x, t), known(wrong(process), process, X0, KEEP)(x, t)
+    there = KEEP.unsqueeze(1)
+    alpha, sigma = (c.float().view(2, 1, 1, 1) for c in (process.alpha(t), process.sigma(t)))
+    assert torch.equal(said.x0[there], X0[there])
+    assert torch.allclose((alpha * said.x0 + sigma * said.eps)[there], x[there], atol=1e-5)
+    assert torch.equal(said.x0[~there], plain.x0[~there]) and torch.equal(said.eps[~there], plain.eps[~there])
+    if plain.share is not None:  # the posterior's variance, where the posterior is known
+        assert (said.share[there] == 0).all() and torch.equal(said.share[~there], plain.share[~there])
+
+
+@pytest.mark.parametrize("name", ["cosine", "learned_range", "flow"])
+def test_on_the_way_a_known_number_is_distributed_as_the_process_makes_it(name):
+    """Ancestral steps from q(x_1 | x_0) stay in q(x_s | x_0): mean alpha x_0, deviation sigma."""
+    process, n, seen = PROCESSES[name], 4000, {}
+    x0, keep = torch.full((1, 1, 1, n), 0.5), torch.ones(1, 1, n, dtype=torch.bool)
+    rng = Streams([0])
+    x = process.corrupt(x0, torch.ones(1), rng.normal(x0.shape))
+
+    def on_step(i, t, s, x, predicted):
+        seen[s] = x.mean().item(), x.std().item()
+        return x
+
+    denoise = known(wrong(process, share=1.0), process, x0, keep)
+    solvers_of(process)["ddpm"](denoise, process, x, steps=5, rng=rng, on_step=on_step)
+    for s, (mean, deviation) in seen.items():
+        wanted = process.alpha(torch.tensor(s)).item() * 0.5, process.sigma(torch.tensor(s)).item()
+        assert (mean, deviation) == pytest.approx(wanted, abs=0.05)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_process_begins_where_so_much_is_noise(name, share):
+    part = begun_at(PROCESSES[name], share)
+    start = torch.tensor(part.start, dtype=torch.float64)
+    alpha, sigma = part.alpha(start), part.sigma(start)
+    assert (sigma / (alpha + sigma)).item() == pytest.approx(share, abs=1e-6)
+    for spacing in SPACINGS:
+        times = step_times(part, 3, spacing)
+        assert len(times) == 4 and times[-1] == 0 and all(a > b for a, b in zip(times, times[1:], strict=False))
+        assert times[0] <= part.start + part.end
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_all_noise_is_the_process_itself_and_none_lies_below_what_networks_know(name):
+    process = PROCESSES[name]
+    assert begun_at(process, 1.0) is process
+    assert begun_at(process, 1 - 1e-9).start <= process.start
+    assert begun_at(process, 0.0).start <= process.end
+    for share in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="share of noise"):
+            begun_at(process, share)
+
+
+def test_the_steps_that_are_left_are_those_from_there():
+    process = RectifiedFlow()  # the share of noise is t
+    assert [steps_left(process, begun_at(process, share), 20, "uniform") for share in (1.0, 0.5, 0.26)] == [20, 10, 5]
+    assert steps_left(process, begun_at(process, 0.001), 20, "uniform") == 1
+    edm = EDM()
+    times = step_times(edm, 18, "karras")[:-1]
+    assert steps_left(edm, begun_at(edm, 0.5), 18, "karras") == sum(t <= 1 for t in times)

@@ -1,0 +1,70 @@
+"""Where solvers stop."""
+
+import pytest
+import torch
+
+from diffusion.edm import EDM
+from diffusion.flow import RectifiedFlow
+from diffusion.gaussian import GaussianDiffusion, cosine, linear, with_zero_terminal_snr
+from diffusion.gaussian_solvers import SPACINGS, step_times
+from helpers.toy_gaussians import Circle
+
+PROCESS = GaussianDiffusion(linear(1000))
+PROCESSES = {
+    "linear": PROCESS,
+    "zero_terminal_snr": GaussianDiffusion(with_zero_terminal_snr(cosine(1000)), "v"),
+    "circle": Circle(),
+    "flow": RectifiedFlow(),
+    "edm": EDM(),
+}
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_times_fall_from_noise_to_zero(process, spacing, steps):
+    times = step_times(process, steps, spacing)
+    assert len(times) == steps + 1 and times[-1] == 0
+    assert all(t > s for t, s in zip(times[:-1], times[1:], strict=True))
+    if spacing == "leading":
+        assert times[0] == pytest.approx(process.start * (1 - 1 / steps) + process.end)
+    else:
+        assert times[0] == process.start
+    if spacing in ("linspace", "quadratic", "logsnr", "karras") and steps > 1:
+        assert times[-2] == pytest.approx(process.end, rel=1e-3)
+
+
+def test_uniform_spacing_visits_the_steps_themselves():
+    assert step_times(PROCESS, 1000) == [i / 1000 for i in range(1000, -1, -1)]
+    assert step_times(PROCESS, 4) == [1, 0.75, 0.5, 0.25, 0]
+    assert step_times(PROCESS, 4, "leading") == pytest.approx([0.751, 0.501, 0.251, 0.001, 0])
+
+
+@pytest.mark.parametrize(
+    "spacing, transform",
+    [
+        ("linspace", lambda process, t: t),
+        ("quadratic", lambda process, t: t.sqrt()),
+        ("logsnr", lambda process, t: process.half_logsnr(t)),
+        ("karras", lambda process, t: (-process.half_logsnr(t) / 7).exp()),
+    ],
+)
+@pytest.mark.parametrize("process", [EDM(), RectifiedFlow(), PROCESS])
+def test_spacings_are_even_in_what_they_say(spacing, transform, process):
+    steps = transform(process, torch.tensor(step_times(process, 11, spacing)[1:-1], dtype=torch.float64)).diff()
+    assert torch.allclose(steps, steps.mean(), rtol=0.01)
+
+
+def test_karras_spacing_is_karras_s():
+    roots = torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), 18, dtype=torch.float64)
+    assert step_times(EDM(), 18, "karras")[:-1] == pytest.approx((roots**7).tolist(), rel=1e-6)
+
+
+def test_wrong_steps_and_spacings_are_refused():
+    for steps, spacing, message in (
+        (0, "uniform", "got 0 sampling steps"),
+        (3, "cosine", "step spacing 'cosine': choose one of uniform, leading"),
+        (1001, "leading", "at most 1000 steps, got 1001"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            step_times(PROCESS, steps, spacing)

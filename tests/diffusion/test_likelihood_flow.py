@@ -1,0 +1,313 @@
+"""The likelihood by the probability flow: against densities that are known, and what its parts must not change."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion.edm import EDM
+from diffusion.flow import RectifiedFlow
+from diffusion.gaussian import GaussianDiffusion, cosine, discretized_log_likelihood, linear, with_zero_terminal_snr
+from diffusion.gaussian_solvers import SPACINGS
+from diffusion.likelihood import BIN, dequantized, flow_bits_per_dimension, motion, places
+from diffusion.process import like
+from diffusion.rng import Streams
+from diffusion.solvers import solvers_of
+from diffusion.types import Normal, Prediction
+from helpers.toy_gaussians import NORMAL, TWO, Circle, Mixture, slope
+
+PROCESSES = {
+    "edm": EDM(),
+    "flow": RectifiedFlow(),
+    "shifted": RectifiedFlow(shift=3.0),
+    "linear": GaussianDiffusion(linear(1000)),
+    "cosine": GaussianDiffusion(cosine(1000)),
+    "zero_terminal_snr": GaussianDiffusion(with_zero_terminal_snr(cosine(1000)), "v"),
+    "learned_range": GaussianDiffusion(linear(300), "x0", "learned_range"),
+}
+EMPTY_AT_START = [name for name in PROCESSES if PROCESSES[name].alpha(torch.tensor(PROCESSES[name].start)) == 0]
+every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+
+
+class Correlated:
+    """Images (1, 2, 2) of a Gaussian: each number its mean and variance, and by `turned` all of them correlated."""
+
+    def __init__(self, turned: bool):
+        generator = torch.Generator().manual_seed(1)
+        self.mean = torch.tensor([0.3, -0.2, 0.1, -0.4]).double()
+        self.variances = torch.tensor([0.15, 0.02, 0.05, 0.004]).double()
+        mixed = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64)).Q
+        self.axes = mixed if turned else torch.eye(4).double()
+
+    def draw(self, count: int) -> torch.Tensor:
+        noise = torch.randn(count, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        return (self.mean + (noise * self.variances.sqrt()) @ self.axes.T).clamp(-1, 1).view(count, 1, 2, 2)
+
+    def denoiser(self, process):
+        def denoise(x, t):
+            alpha, sigma = (c.to(x).view(-1, 1) for c in (process.alpha(t), process.sigma(t)))
+            mean, axes, variances = self.mean.to(x), self.axes.to(x), self.variances.to(x)
+            whitened = (x.flatten(1) - alpha * mean) @ axes / (alpha**2 * variances + sigma**2)
+            x0, eps = mean + (alpha * variances * whitened) @ axes.T, (sigma * whitened) @ axes.T
+            return Prediction(x0.view(x.shape), eps.view(x.shape))
+
+        return denoise
+
+    def bits(self, x, process=None):
+        """Of the data's own density at x; with a process, of its model's: what the flow makes of N(0, sigma_T^2)."""
+        mean, variances = self.mean @ self.axes, self.variances
+        if process:
+            (a, v), (a_T, v_T) = (
+                (alpha, alpha**2 * variances + process.sigma(t) ** 2)
+                for t in (torch.tensor(process.end), torch.tensor(process.start))
+                for alpha in [process.alpha(t)]
+            )
+            spread = (v / v_T).sqrt()
+            mean, variances = (
+                (a - spread * a_T) * mean / a,
+                (spread * process.sigma(torch.tensor(process.start)) / a) ** 2,
+            )
+        normal = torch.distributions.Normal(mean, variances.sqrt())
+        return -normal.log_prob(x.flatten(1) @ self.axes).mean(1) / math.log(2) - math.log2(2 / 255)
+
+
+def smoothed_bits(data: Mixture, process, x):
+    """Of the density of x_end / alpha, data being a mixture for each number."""
+    t = torch.tensor(process.end)
+    spread = (data.variance + (process.sigma(t) / process.alpha(t)) ** 2).sqrt()
+    parts = torch.distributions.Normal(torch.tensor(data.means).double(), spread).log_prob(x.unsqueeze(-1))
+    density = (parts + torch.tensor(data.weights).double().log()).logsumexp(-1)
+    return -density.flatten(1).mean(1) / math.log(2) - math.log2(2 / 255)
+
+
+@pytest.fixture
+def x0():
+    return NORMAL.draw(3, 1, 2, 2).clamp(-1, 1)
+
+
+# Known densities
+
+
+@every_process
+@pytest.mark.parametrize("turned", [False, True], ids=["diagonal", "correlated"])
+def test_the_likelihood_of_a_gaussian_is_met_at_second_order(process, turned, streams):
+    data = Correlated(turned)
+    x0 = data.draw(3)
+    truth, errors = data.bits(dequantized(x0, streams(3)), process), {}
+    for steps in (20, 40, 80, 160):
+        found = flow_bits_per_dimension(data.denoiser(process), process, x0, streams(3), steps=steps, exact=True)
+        errors[steps] = (found.total - truth).abs().max().item()
+    assert slope(errors) == pytest.approx(2, abs=0.2) and errors[160] < 2e-3
+
+
+@pytest.mark.parametrize("name", EMPTY_AT_START)
+def test_the_likelihood_of_a_mixture_is_met_at_second_order(name, streams):
+    process, x0 = PROCESSES[name], TWO.draw(3, 1, 2, 2).clamp(-1, 1)
+    truth, errors = smoothed_bits(TWO, process, dequantized(x0, streams(3))), {}
+    for steps in (50, 100, 200):
+        found = flow_bits_per_dimension(TWO.denoiser(process), process, x0, streams(3), steps=steps, exact=True)
+        errors[steps] = (found.total - truth).abs().max().item()
+    assert slope(errors) == pytest.approx(2, abs=0.25) and errors[200] < 2e-3
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_spacing_goes_from_the_least_noise_to_pure_noise(spacing, streams):
+    process, data = Circle(), Correlated(False)
+    path = places(process, 40, spacing)
+    assert len(path) == 41 and (path[0].t, path[-1].t) == (process.end, process.start)
+    assert all(a.along < b.along for a, b in zip(path[:-1], path[1:], strict=True))
+    x0, truth = data.draw(3), data.bits(dequantized(data.draw(3), streams(3)), process)
+    found = flow_bits_per_dimension(data.denoiser(process), process, x0, streams(3), steps=400, spacing=spacing)
+    assert (found.total - truth).abs().max() < 3e-3
+
+
+@every_process
+def test_the_bias_of_stopping_at_the_least_noise_is_the_blur_left_there(process, streams):
+    """On average over data KL(p_0 || p_end), of variances v and v + (sigma / alpha)^2: second order in their ratio."""
+    data, t = Correlated(False), torch.tensor(process.end)
+    blur = (process.sigma(t) / process.alpha(t)) ** 2 / data.variances
+    expected = 0.5 * (blur.log1p() - blur / (1 + blur)).mean().item() / math.log(2)
+    x = data.mean + data.variances.sqrt() * torch.tensor(
+        [[1, 1, 1, 1], [-1, -1, -1, -1]]
+    )  # their variance is the data's
+    bias = (data.bits(x, process) - data.bits(x)).mean().item()
+    assert bias == pytest.approx(expected, abs=1e-4) and bias < 3e-3
+    x0 = x.view(2, 1, 2, 2)
+    found = flow_bits_per_dimension(data.denoiser(process), process, x0, streams(2), steps=200)
+    truth = data.bits(dequantized(x0, streams(2)))  # knows neither end nor start
+    assert found.total.mean().item() == pytest.approx(truth.mean().item(), abs=2e-3)
+
+
+# Bins
+
+
+def test_uniform_images_have_eight_bits(streams):
+    """The bins of 256 levels fill [-c, c], on which the density is constant: each has the mass 1 / 256."""
+    process, c = EDM(), 256 / 255
+    normal = torch.distributions.Normal(torch.zeros(()).double(), 1)
+
+    def denoise(x, t):
+        sigma = like(process.sigma(t), x)
+        low, high = (-c - x) / sigma, (c - x) / sigma
+        pull = (normal.log_prob(low).exp() - normal.log_prob(high).exp()) / (normal.cdf(high) - normal.cdf(low))
+        return Prediction(x + sigma * pull, -pull)
+
+    x0 = (torch.tensor([3, 60, 128, 255 - 3]) / 127.5 - 1).view(1, 1, 2, 2).double()
+    found = flow_bits_per_dimension(denoise, process, x0, streams(1), steps=200, exact=True)
+    assert found.total.item() == pytest.approx(8, abs=1e-3)
+
+
+def test_the_mean_density_in_a_bin_times_its_width_is_its_mass(streams):
+    data, process = Mixture((1.0,), (0.2,), 0.004**2), Circle()
+    t = torch.tensor(process.end)
+    spread = (data.variance + (process.sigma(t) / process.alpha(t)) ** 2).sqrt()
+    level = torch.tensor(153 / 127.5 - 1).double()
+    x0 = level.expand(1000, 1, 1, 1)
+    mass = discretized_log_likelihood(level, Normal(torch.tensor(0.2).double(), 2 * spread.log())).exp()
+    found = flow_bits_per_dimension(data.denoiser(process), process, x0, streams(1000), steps=150)
+    masses = (-found.total).exp2()
+    assert masses.mean().item() == pytest.approx(mass.item(), abs=4 * masses.std().item() / 1000**0.5 + 1e-3)
+    assert 2 ** -found.total.mean().item() < mass.item()  # Jensen: an upper bound on the bits
+
+
+def test_dequantized_numbers_fill_their_bins_and_no_more(streams):
+    x0 = torch.full((2, 1, 100, 100), 0.5, dtype=torch.float64)
+    away = (dequantized(x0, streams(2)) - x0) * 127.5
+    assert BIN == 2 / 255 and away.abs().max() <= 0.5
+    assert away.mean().abs() < 0.01 and away.var().item() == pytest.approx(1 / 12, rel=0.03)
+
+
+@pytest.mark.parametrize("end, extra", [(0.001, 1.73), (0.002, 0.07), (0.005, 0.0)])
+def test_a_network_that_knows_the_levels_pays_for_points_between_them(end, extra, streams):
+    process = RectifiedFlow(end=end)
+    levels = Mixture((1 / 256,) * 256, tuple(i / 127.5 - 1 for i in range(256)), 0.0)
+    x0 = (torch.arange(50, 200, dtype=torch.float64) / 127.5 - 1).view(1, 1, 10, 15)
+    found = flow_bits_per_dimension(levels.denoiser(process), process, x0, streams(1), steps=200)
+    assert found.total.item() == pytest.approx(8 + extra, abs=0.1 if extra > 1 else 0.03)
+
+
+# Hutchinson's estimate
+
+
+@pytest.mark.parametrize("probes", [1, 3])
+def test_the_estimate_is_unbiased_and_more_probes_spread_less(probes, streams):
+    data, process, count = Correlated(True), PROCESSES["cosine"], 3000
+    place, y = places(process, 10, "logsnr")[3], data.draw(1).expand(count, 1, 2, 2)
+    measure = partial(motion, data.denoiser(process), place)
+    exact = measure(y[:1], streams(1), 1, True).divergence.item()
+    found = measure(y, streams(count), probes, False).divergence
+    error = found.std().item() / count**0.5
+    assert 0 < error and abs(found.mean().item() - exact) < 4 * error
+    one = measure(y, streams(count, 1), 1, False).divergence
+    assert (found.std() / one.std()).item() == pytest.approx(probes**-0.5, rel=0.1)
+
+
+def test_the_estimated_total_is_the_exact_one_on_average(streams):
+    data, process, count = Correlated(True), PROCESSES["flow"], 2000
+    x0 = data.draw(1).expand(count, 1, 2, 2)
+    bits = partial(flow_bits_per_dimension, data.denoiser(process), process, x0, steps=10)
+    gap = bits(streams(count)).total - bits(streams(count), exact=True).total  # of the same dequantization
+    error = gap.std().item() / count**0.5
+    assert 0 < error < 0.01 and abs(gap.mean().item()) < 4 * error
+
+
+def test_the_exact_divergence_is_the_trace_of_the_jacobian(streams):
+    process = PROCESSES["flow"]
+    place, y = places(process, 10, "logsnr")[4], TWO.draw(2, 1, 2, 2)
+
+    def velocity(y):
+        return motion(TWO.denoiser(process), place, y, streams(len(y)), 1, True).velocity
+
+    shifted = torch.eye(4).double().view(4, 1, 2, 2) * 1e-5
+    traces = [((velocity(each + shifted) - velocity(each - shifted)) / 2e-5).flatten(1).trace().item() for each in y]
+    assert motion(TWO.denoiser(process), place, y, streams(2), 1, True).divergence.tolist() == pytest.approx(traces)
+
+
+# What it must not change
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_bits_of_an_image_do_not_depend_on_its_batch(exact, streams):
+    data, process = Correlated(True), PROCESSES["cosine"]
+    bits = partial(flow_bits_per_dimension, data.denoiser(process), process, steps=5, exact=exact)
+    together, alone = bits(data.draw(3), streams(3)), bits(data.draw(3)[:1], streams(1))
+    assert together.total.shape == (3,) and torch.allclose(together.total[:1], alone.total, rtol=1e-12)
+    assert torch.allclose(together.total, together.prior + together.volume + math.log2(127.5))
+    assert not torch.equal(together.total, bits(data.draw(3), streams(3, 1)).total)
+
+
+def test_no_gradient_leaks_and_a_caller_may_be_without(x0, streams):
+    process, network = PROCESSES["zero_terminal_snr"], nn.Conv2d(1, 1, 3, padding=1).double()
+
+    def denoise(x, t):
+        return process.predict(network(x), x, t)
+
+    x0.requires_grad_()
+    found = flow_bits_per_dimension(denoise, process, x0, streams(3), steps=3)
+    moves = motion(denoise, places(process, 3, "logsnr")[1], x0, streams(3), 1, False)
+    assert not any(part.requires_grad for part in (*found, *moves)) and torch.is_grad_enabled()
+    assert x0.grad is None and network.weight.grad is None and network.weight.requires_grad
+    with torch.no_grad():
+        network.requires_grad_(False)
+        assert torch.equal(flow_bits_per_dimension(denoise, process, x0, streams(3), steps=3).total, found.total)
+        assert not torch.is_grad_enabled()
+
+
+@every_process
+def test_precision_is_the_images_own(process, streams):
+    data = Correlated(False)  # whose Jacobian is diagonal: signs are exact
+    x0 = data.draw(3)
+    bits = partial(flow_bits_per_dimension, data.denoiser(process), process)
+    for x in (x0, x0.float()):
+        found, truth = bits(x, streams(3), steps=160), data.bits(dequantized(x, streams(3)).double(), process)
+        assert all(part.dtype == x.dtype for part in found) and (found.total - truth).abs().max() < 5e-3
+    assert bits(x0.half(), streams(3), steps=2).total.dtype == torch.float32
+
+
+def test_it_asks_at_both_ends_of_each_step_from_end_to_start_and_is_no_solver(x0, streams):
+    asked, process = [], EDM()
+
+    def denoise(x, t):
+        assert x.dtype == torch.float64 and t.shape == (3,) and t.dtype == torch.float32
+        asked.append(t[0].item())
+        return NORMAL.denoiser(process)(x, t)
+
+    flow_bits_per_dimension(denoise, process, x0, streams(3), steps=3)
+    assert asked[::5] == pytest.approx([0.002, 80]) and asked[1::2][:-1] == asked[2::2] and asked == sorted(asked)
+    assert not {"flow_bits_per_dimension", "motion"} & solvers_of(process).keys()
+
+
+def test_nothing_is_left_on_another_device():
+    y, rng = torch.zeros(2, 1, 4, 4, device="meta"), Streams([1, 2], "meta")  # no numbers, but a device
+    for exact in (False, True):
+        moves = motion(lambda x, t: Prediction(x * t[0], x), places(EDM(), 5, "logsnr")[2], y, rng, 2, exact)
+        assert moves.velocity.device == moves.divergence.device == dequantized(y, rng).device == y.device
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"steps": 0}, "got 0 steps and 1 probes, wanted at least 1"),
+        ({"probes": 0}, "got 50 steps and 0 probes, wanted at least 1"),
+        ({"spacing": "even"}, "step spacing 'even': choose one of"),
+    ],
+)
+def test_bad_options_are_refused(options, message, x0, streams):
+    with pytest.raises(ValueError, match=message):
+        flow_bits_per_dimension(NORMAL.denoiser(EDM()), EDM(), x0, streams(3), **options)
+
+
+def test_what_is_no_scaled_image_is_refused_and_too_few_streams(x0, streams):
+    bits = partial(flow_bits_per_dimension, NORMAL.denoiser(EDM()), EDM())
+    for wrong in (x0.byte(), x0 * 127.5, x0[0]):
+        with pytest.raises(ValueError, match=r"wanted images \(B, C, H, W\) in \[-1, 1\]: take x / 127.5 - 1"):
+            bits(wrong, streams(3))
+    with pytest.raises(ValueError, match="one seed per example"):
+        bits(x0, streams(2))
+
+
+def test_a_denoiser_without_a_gradient_is_refused(x0, streams):
+    with pytest.raises(ValueError, match="got a prediction without a gradient"):
+        flow_bits_per_dimension(torch.no_grad()(NORMAL.denoiser(EDM())), EDM(), x0, streams(3))

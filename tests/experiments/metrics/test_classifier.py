@@ -1,0 +1,34 @@
+import math
+
+import pytest
+import torch
+
+from experiments.metrics.classifier import class_balance, share_kept, share_sure
+
+
+def test_class_balance_counts_every_class():
+    assert class_balance(torch.tensor([0, 2, 2, 0, 2]), 4).tolist() == [2, 0, 3, 0]
+    assert class_balance(torch.tensor([], dtype=torch.long), 2).tolist() == [0, 0]
+    for wrong in (4, -1):
+        with pytest.raises(ValueError, match="wanted 0 to 3"):
+            class_balance(torch.tensor([0, wrong]), 4)
+
+
+def test_share_sure_by_hand():
+    logits = torch.tensor([[math.log(19.0), 0.0], [0.0, 0.0], [0.0, math.log(4.0)], [-50.0, 50.0]])  # .95 .5 .8 1
+    assert share_sure(logits) == 0.5
+    assert share_sure(logits, confidence=0.7) == 0.75
+    assert share_sure(logits + 100) == 0.5
+
+
+def test_share_kept_by_hand():
+    before = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 2.0]])
+    after = torch.tensor([[9.0, 0.0], [2.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    assert share_kept(before, after) == 0.75
+
+
+def test_wrong_logits():
+    with pytest.raises(ValueError, match="at least one"):
+        share_sure(torch.zeros(0, 10))
+    with pytest.raises(ValueError, match="same images"):
+        share_kept(torch.zeros(2, 10), torch.zeros(3, 10))

@@ -1,0 +1,29 @@
+"""What sampling costs is what goes through the network."""
+
+import pytest
+import torch
+from torch import nn
+
+from experiments.metrics.cost import counted
+
+
+def test_calls_and_evaluations_are_counted_while_it_is_open():
+    network = nn.Linear(2, 2)
+    network(torch.zeros(7, 2))
+    with counted(network) as cost:
+        assert (cost.calls, cost.evaluations) == (0, 0)
+        network(torch.zeros(6, 2))  # three images and their guidance in one batch
+        network(torch.zeros(3, 2))
+    network(torch.zeros(1, 2))
+    assert (cost.calls, cost.evaluations) == (2, 9)
+
+
+def test_counts_may_lie_in_each_other_and_none_stays_after_an_error():
+    network = nn.Linear(2, 2)
+    with counted(network) as outer:
+        with pytest.raises(RuntimeError, match="stopped"), counted(network) as inner:
+            network(torch.zeros(2, 2))
+            raise RuntimeError("stopped")
+        network(torch.zeros(3, 2))
+    assert (inner.calls, inner.evaluations, outer.calls, outer.evaluations) == (1, 2, 2, 5)
+    assert not network._forward_hooks

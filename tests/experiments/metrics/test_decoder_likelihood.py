@@ -1,0 +1,248 @@
+"""The likelihood of images given their codes: it is one, its head finds the true deviations, and its run goes on."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion.gaussian import discretized_log_likelihood
+from diffusion.types import Normal
+from experiments.metrics.decoder_likelihood import (
+    HeadRun,
+    HeadStep,
+    TrainedHead,
+    bits_per_dim,
+    build_state,
+    load_head,
+    reconstruction,
+    train_head,
+)
+from helpers.run_asserts import assert_equal_bits, lines, weights
+from train.config import LoggingConfig, TrainingConfig
+from train.data.loading import ImageSource, build_dataset, images_in_order
+from train.data.transforms import to_float, to_uint8
+from train.distributed import World
+from train.first_stage import load_first_stage
+from vq.autoencoder import Decoder
+from vq.likelihood import FIRST, HIGHEST, LOWEST
+
+CPU = torch.device("cpu")
+LEVELS = torch.arange(256).float() / 127.5 - 1
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def first(trained):
+    return load_first_stage(trained / "vqgan_digits", None, CPU, amp=False)
+
+
+# the likelihood
+
+
+@pytest.mark.parametrize("log_variance", [LOWEST, -8.0, FIRST, 0.0, HIGHEST])
+@pytest.mark.parametrize("mean", [-1.4, -1.0, -0.5, 0.0031, 0.77, 1.0, 3.0])
+def test_the_masses_of_all_levels_sum_to_one(mean, log_variance):
+    nats = discretized_log_likelihood(LEVELS, Normal(torch.full((256,), mean), torch.tensor(log_variance)))
+    assert nats.exp().double().sum() == pytest.approx(1, abs=2e-4)  # float32
+    assert (nats <= 0).all()
+
+
+def test_far_out_it_stays_finite_and_so_do_gradients():
+    mean = torch.tensor([-30.0, -2.0, -1.0, 0.0, 1.0, 30.0]).view(-1, 1, 1)
+    log_variance = torch.tensor([LOWEST, FIRST, HIGHEST]).view(-1, 1).requires_grad_()
+    nats = discretized_log_likelihood(LEVELS, Normal(mean, log_variance))
+    nats.sum().backward()
+    assert nats.isfinite().all() and log_variance.grad.isfinite().all()
+
+
+def test_it_is_the_mass_between_the_borders_of_a_level(first):
+    ids = torch.randint(16, (3, *first.vqgan.grid))
+    mean, _ = reconstruction(first, ids)
+    images = to_uint8(mean + 0.1 * torch.randn_like(mean))
+    images[0] = 255 * torch.randint(2, images[0].shape)
+    found = bits_per_dim(first, lambda features: torch.full_like(mean, 2 * math.log(0.3)), ids, to_float(images))
+    borders = (torch.arange(255).double() + 0.5) / 127.5 - 1
+    below = torch.special.ndtr((borders - mean.double().unsqueeze(-1)) / 0.3)
+    below = torch.cat([torch.zeros_like(below[..., :1]), below, torch.ones_like(below[..., :1])], -1)
+    mass = below.diff().gather(-1, images.long().unsqueeze(-1)).squeeze(-1)
+    assert found.shape == (3,)
+    assert torch.allclose(found.double(), -mass.log2().mean((1, 2, 3)), rtol=1e-3)
+
+
+class PlainDecoder(Decoder):
+    """One of layers that are given."""
+
+    def __init__(self, *layers):
+        nn.Sequential.__init__(self, *layers)
+
+
+class Flat:
+    """A first stage of images 1 x width: code 0 where the left half is darker than the right half, else code 1."""
+
+    device, amp, weights = CPU, False, "flat"
+
+    def __init__(self, width, channels=2):
+        self.vqgan = SimpleNamespace(quantizer=self, decoder=PlainDecoder(nn.Identity(), nn.Conv2d(channels, 1, 1)))
+        self.width = width
+
+    def encode(self, images):
+        left, right = images.float().flatten(1).chunk(2, 1)
+        return (left.mean(1) >= right.mean(1)).long().view(-1, 1, 1)
+
+    def vectors(self, ids):
+        return nn.functional.one_hot(ids, 2).float().movedim(-1, 1).expand(-1, -1, 1, self.width)
+
+
+def test_bits_of_codes_and_of_images_given_codes_bound_every_image_at_once():
+    """One code for each image: the probabilities of all 65,536 images of two pixels sum to less than one, so no source
+    of images has a larger entropy than the bits that it is given."""
+    first, prior = Flat(2), torch.tensor([0.25, 0.75]).double()
+    with torch.no_grad():
+        first.vqgan.decoder[-1].weight.zero_()
+        first.vqgan.decoder[-1].bias.zero_()
+    dark, bright = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    images = torch.stack([dark, bright], -1).view(-1, 1, 1, 2).to(torch.uint8)
+    ids = first.encode(images)
+    head = TrainedHead(None, 0, "", first, lambda features: torch.full_like(features[:, :1], -1))
+    of_decoder, of_codes = 2 * head.bits_per_dim(ids, images).double(), -prior.log2()[ids.flatten()]
+    halves = torch.stack([(-of_decoder[ids.flatten() == code]).exp2().sum() for code in (0, 1)])  # those of each code
+    assert halves[0] == pytest.approx(0.5, abs=0.01) and halves.sum() == pytest.approx(1, abs=1e-4)
+    total = (-of_codes - of_decoder).exp2().sum()
+    assert total == pytest.approx((halves * prior).sum().item()) and total <= 1
+
+
+# training
+
+
+class Noise(Flat):
+    """Code 0 is mean 0 and deviation 0.1, code 1 mean 0.2 and deviation 0.4; they come in turn."""
+
+    def __init__(self):
+        super().__init__(16)
+        with torch.no_grad():
+            self.vqgan.decoder[-1].weight.copy_(torch.tensor([0.0, 0.2]).view(1, 2, 1, 1))
+            self.vqgan.decoder[-1].bias.zero_()
+
+    def encode(self, images):
+        return (torch.arange(len(images)) % 2).view(-1, 1, 1)
+
+    def draw(self, n):
+        mean, deviation = (torch.tensor(each).repeat(n // 2).view(-1, 1, 1, 1) for each in ((0.0, 0.2), (0.1, 0.4)))
+        return to_float(to_uint8(mean + deviation * torch.randn(n, 1, 1, 16)))
+
+
+def test_the_head_finds_the_true_deviations():
+    first, training = Noise(), TrainingConfig(train_steps=300, batch_size=64, lr=2e-2, amp=False, ema_beta=0.9)
+    state, step = build_state(first, training, World(CPU)), HeadStep(first, training, World(CPU))
+    losses = []
+    for state.step in range(300):
+        losses.append(step(state, [{"image": first.draw(32)}, {"image": first.draw(32)}])["loss"].item())
+    head, images = state.modules["head"].eval(), first.draw(2000)
+    ids = first.encode(images)
+    deviations = (0.5 * head(reconstruction(first, ids[:2]).features)).exp()[..., 1:-1]
+    assert torch.allclose(deviations[0], torch.tensor(0.1), rtol=0.1)
+    assert torch.allclose(deviations[1], torch.tensor(0.4), rtol=0.1)
+    found = bits_per_dim(first, head, ids, images).mean().item()
+    entropy = sum(math.log2(d * 127.5 * math.sqrt(2 * math.pi * math.e)) for d in (0.1, 0.4)) / 2  # of the levels
+    assert found == pytest.approx(entropy, abs=0.08)
+    for constant in (0.0, 2 * math.log(0.29)):  # the second: the best that is one for all
+        worse = bits_per_dim(first, lambda features, c=constant: torch.full_like(features[:, :1], c), ids, images)
+        assert found < worse.mean().item() - 0.1
+    assert losses[-1] < losses[0] and losses[-1] == pytest.approx(found, abs=0.3)
+
+
+def test_the_loss_is_that_of_images_and_their_own_codes():
+    first, training = Flat(4), TrainingConfig(train_steps=3, batch_size=3, amp=False)
+    state, step = build_state(first, training, World(CPU)), HeadStep(first, training, World(CPU))
+    images = to_float(torch.tensor([[9, 8, 200, 190], [90, 80, 7, 6], [255, 255, 255, 0]]).view(3, 1, 1, 4).byte())
+    ids = torch.tensor([0, 1, 1]).view(3, 1, 1)
+    wanted = bits_per_dim(first, state.modules["head"], ids, images).mean().item()
+    assert step(state, [{"image": images}])["loss"].item() == pytest.approx(wanted, rel=1e-6)
+    assert step(state, [{"image": images}])["loss"].item() < wanted
+
+
+def test_a_step_that_is_not_finite_moves_nothing():
+    first, training = Noise(), TrainingConfig(train_steps=3, batch_size=4, amp=False)
+    state, step = build_state(first, training, World(CPU)), HeadStep(first, training, World(CPU))
+    before = {name: value.clone() for name, value in state.modules["head"].state_dict().items()}
+    good = first.draw(4)
+    first.vqgan.decoder[-1].bias.data.fill_(float("nan"))
+    assert step(state, [{"image": good}]) is None
+    assert_equal_bits(before, state.modules["head"].state_dict())
+
+
+def head_run(first, run, steps, **changes):
+    settings = {"batch_size": 4, "lr": 1e-3, "amp": False, "device": "cpu"} | changes
+    training = TrainingConfig(train_steps=steps, **settings)
+    logging = LoggingConfig(log_dir=run.name, logs_root=str(run.parent), steps_per_eval=2, steps_per_log=1)
+    return HeadRun(data=first.data, reader=first.reader, training=training, logging=logging)
+
+
+def trained_head(first, run, steps, **changes):
+    train_head(run, first, head_run(first, run, steps, **changes), World(CPU))
+    return load_head(run, first)
+
+
+@pytest.fixture(scope="module")
+def whole(first, tmp_path_factory):
+    """A head trained for five steps."""
+    return trained_head(first, tmp_path_factory.mktemp("heads") / "whole", 5)
+
+
+def test_training_moves_the_head_alone_and_validates(first, whole, tmp_path):
+    assert whole.step == 5 and not any(p.requires_grad or p.grad is not None for p in first.vqgan.parameters())
+    assert not whole.head.training and not any(p.requires_grad for p in whole.head.parameters())
+    again = load_first_stage(first.run, None, CPU, amp=False)
+    assert_equal_bits(again.vqgan.state_dict(), first.vqgan.state_dict())
+    assert [row["step"] for row in lines(whole.run) if "val/bits_per_dim" in row] == [2, 4, 5]
+    assert {path.name for path in (whole.run / "images").iterdir()} == {"likelihood_00000005.png"}
+    held_out, bits = ImageSource(build_dataset(first.data, first.reader, "val"), first.data), []
+    for batch in images_in_order(held_out, 100):
+        bits.append(whole.bits_per_dim(first.encode(batch["image"]), batch["image"]))
+    logged = [row["val/bits_per_dim"] for row in lines(whole.run) if "val/bits_per_dim" in row]
+    assert logged[-1] == pytest.approx(torch.cat(bits).double().mean().item(), abs=1e-5)
+    assert logged[-1] < logged[0]
+
+
+def test_what_is_loaded_are_the_averaged_weights(whole):
+    averaged, plain = (weights(whole.run, 5, name) for name in ("ema.safetensors", "model.safetensors"))
+    assert_equal_bits({f"head.{name}": value for name, value in whole.head.state_dict().items()}, averaged)
+    assert any(not torch.equal(averaged[name], plain[name]) for name in plain)
+
+
+def test_resumed_it_is_bitwise_the_one_that_never_stopped(first, whole, tmp_path):
+    trained_head(first, tmp_path / "parts", 2)
+    parts = trained_head(first, tmp_path / "parts", 5)
+    assert parts.step == 5
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert_equal_bits(weights(whole.run, 5, name), weights(parts.run, 5, name))
+    assert [row for row in lines(whole.run) if "loss" in row] == [row for row in lines(parts.run) if "loss" in row]
+
+
+def test_parts_of_a_batch_are_the_whole(first, whole, tmp_path):
+    parts = trained_head(first, tmp_path / "parts", 5, accumulate=2)
+    rows = zip(lines(whole.run), lines(parts.run), strict=True)
+    assert all(row == pytest.approx(twin, rel=1e-4, abs=1e-6) for row, twin in rows)
+
+
+def test_a_head_of_other_weights_or_settings_is_refused(first, whole, trained):
+    stranger = dataclasses.replace(first, weights="0" * 64)
+    with pytest.raises(ValueError, match="other VQGAN weights than those of .* at step 5: pass another --head_dir"):
+        load_head(whole.run, stranger)
+    with pytest.raises(ValueError, match="holds another run .*ae_weights"):
+        trained_head(stranger, whole.run, 5)
+    with pytest.raises(ValueError, match="holds another run .*lr: 0.001 there, 0.002 now"):
+        trained_head(first, whole.run, 5, lr=2e-3)
+    with pytest.raises(ValueError, match="does not fit this head"):
+        load_head(trained / "absorbing_digits", first)  # it stands on the same VQGAN
+    with pytest.raises(ValueError, match="other VQGAN weights"):
+        load_head(trained / "vqgan_digits", first)
+    with pytest.raises(FileNotFoundError, match="no run in"):
+        load_head(trained / "nowhere", first)

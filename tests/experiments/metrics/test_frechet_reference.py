@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+import torch
+
+from experiments.metrics.frechet import Reference, Statistics
+
+FEATURES = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def reference():
+    return Reference(Statistics().update(FEATURES), FEATURES[:7])
+
+
+def test_it_is_read_as_it_was_written_and_its_statistics_alone_too(tmp_path, reference):
+    path = tmp_path / "new folder" / "real.npz"
+    reference.save(path)
+    found = Reference.load(path)
+    assert torch.equal(found.features, FEATURES[:7]) and found.features.dtype == torch.float32
+    for statistics in (found.statistics, Statistics.load(path)):
+        assert torch.equal(statistics.mean, reference.statistics.mean) and statistics.count == 30
+        torch.testing.assert_close(statistics.covariance, reference.statistics.covariance)
+    assert [file.name for file in path.parent.iterdir()] == ["real.npz"]
+
+
+def test_statistics_of_the_field_have_no_features(tmp_path, reference):
+    path = tmp_path / "real.npz"
+    reference.statistics.save(path)
+    assert Reference.load(path).features is None
+    with pytest.raises(FileNotFoundError, match="mu and sigma"):
+        Reference.load(tmp_path / "none.npz")
+
+
+WRONG = {
+    "width": (np.zeros((3, 5), np.float32), r"features of shape \(3, 5\)"),
+    "shape": (np.zeros(4, np.float32), r"wanted floats \(n, 4\), as mu is"),
+    "words": (np.full((3, 4), "x"), "wanted floats"),
+    "nan": (np.full((3, 4), np.nan), "nan or inf"),
+    "objects": (np.array([[{}] * 4] * 3), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_features_that_are_none_are_refused(tmp_path, reference, name):
+    features, message = WRONG[name]
+    path = tmp_path / "real.npz"
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(4), features=features)
+    with pytest.raises(ValueError, match=message):
+        Reference.load(path)

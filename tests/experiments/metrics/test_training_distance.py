@@ -1,0 +1,95 @@
+"""The distance while a run trains: the number calc_FID finds, and nothing of it in the weights."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from experiments.metrics.training_distance import evaluated
+from helpers.tiny_runs import DDPM, GAN, VQGAN, call
+
+FD = "--FD_features pixels --steps_per_FD 2 --FD_samples 7"
+WEIGHTS = "checkpoints/step_00000004/model.safetensors"
+OPTIMIZERS = "checkpoints/step_00000004/state.pt"
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """A sampler of pixels and a VQGAN, each trained with distances and without, the sampler also without averages."""
+    logs = tmp_path_factory.mktemp("distance")
+    ddpm = f"--logs_root {logs} --train_steps 4 --no_amp {DDPM} --dropout 0.1"
+    vqgan = f"--logs_root {logs} --train_steps 4 --no_amp {VQGAN} {GAN}"
+    call("train_sampler.py", f"{ddpm} {FD} --log_dir sampler_with")
+    call("train_sampler.py", f"{ddpm} --log_dir sampler_without")
+    call("train_sampler.py", f"{ddpm} {FD} --no_ema --log_dir plain_with")
+    call("train_vqgan.py", f"{vqgan} {FD} --log_dir vqgan_with")
+    call("train_vqgan.py", f"{vqgan} --log_dir vqgan_without")
+    return logs
+
+
+def logged(run, name):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+@pytest.mark.parametrize("kind", ["sampler", "vqgan"])
+def test_training_is_bit_for_bit_what_it_is_without(logs, kind):
+    one, other = (load_file(logs / f"{kind}_{way}" / WEIGHTS) for way in ("with", "without"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_without_averages_too(logs):
+    """The network that is measured is the one in training then."""
+    one, other = (load_file(logs / run / WEIGHTS) for run in ("plain_with", "sampler_without"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(("run", "flags"), [("sampler_with", "--ema"), ("plain_with", "--no_ema")])
+def test_it_is_what_an_experiment_finds_for_the_same_images(logs, run, flags):
+    found = logged(logs / run, "FD(pixels)/7_samples")
+    assert list(found) == [2, 4] and found[2] != found[4]
+    which = f"--logs_root {logs} --sampler ddpm --load_dir {run} --log_dir f_{run} {flags}"
+    call("experiments/calc_FID.py", f"{which} --n_samples 7 --sample_steps 4 --features pixels --no_amp")
+    results = json.loads((logs / f"f_{run}" / "results.json").read_text())
+    assert found[4] == pytest.approx(results["value"], rel=1e-5)
+    assert results["n_reference"] == 1438
+
+
+def test_reconstructions_are_those_of_held_out_images(logs):
+    found = logged(logs / "vqgan_with", "FD(pixels)/7_reconstructions")
+    assert list(found) == [2, 4]
+    flags = "--bert_n_emb 16 --bert_n_head 2 --bert_n_layers 1 --train_steps 1 --no_amp --log_dir codes"
+    call("train_sampler.py", f"--logs_root {logs} --sampler absorbing --ae_load_dir vqgan_with {flags}")
+    which = f"--logs_root {logs} --load_dir codes --log_dir f_codes --no_amp"
+    call("experiments/calc_FID.py", f"{which} --n_samples 7 --sample_steps 1 --features pixels")
+    results = json.loads((logs / "f_codes" / "results.json").read_text())
+    assert found[4] == pytest.approx(results["reconstructions"], rel=1e-5)
+
+
+def test_the_least_is_kept(logs):
+    found, best = (logged(logs / "sampler_with", f"FD(pixels)/7_samples{end}") for end in ("", "_best"))
+    assert best == {2: found[2], 4: min(found.values())}
+    rest = torch.load(logs / "sampler_with" / OPTIMIZERS, weights_only=True)
+    least = min(found, key=found.get)
+    assert rest["best"]["FD(pixels)/7_samples"] == (found[least], least)
+
+
+def test_the_statistics_of_the_training_images_are_kept_once(logs):
+    files = [path.name for path in (logs / ".cache" / "statistics").glob("*.npz")]
+    assert len(files) == 2 and all(name.startswith("digits_pixels_") for name in files)  # of 8x8 and of 16x16 images
+
+
+def test_too_few_images_are_refused_before_training(tmp_path, capfd):
+    with pytest.raises(SystemExit):
+        call("train_sampler.py", f"--logs_root {tmp_path} --train_steps 2 {DDPM} {FD} --FD_samples 1")
+    assert "--FD_samples" in capfd.readouterr().err
+
+
+def test_each_part_of_a_network_goes_back_to_its_mode():
+    network = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(3), nn.Sequential(nn.Dropout()))
+    network[1].eval()
+    with evaluated(network):
+        assert not any(module.training for module in network.modules())
+    assert [module.training for module in network.modules()] == [True, True, False, True, True]

@@ -1,0 +1,290 @@
+"""The script of likelihoods end to end on tiny trained models: what it writes, and what must not move its number."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from experiments.calc_approximate_ELBO import levelled, stretches
+from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
+from experiments.metrics.decoder_likelihood import DecoderBits, TrainedHead, load_head, of_images
+from helpers.process_pool import Crew
+from helpers.run_asserts import assert_same_losses, lines
+from helpers.tiny_runs import DDPM, ROOT, UNET, call, run
+from train.data.loading import ImageSource, Order
+
+SCRIPT = "experiments/calc_approximate_ELBO.py"
+HEAD = "--train_steps 3 --train_batch_size 4 --steps_per_eval 2"
+OF_IMAGES = {
+    "bits_per_dim", "bits_per_dim_standard_error", "codes_bits_per_dim", "decoder_bits_per_dim", "head"
+}  # fmt: skip
+MODELS = {  # flags, and the calls per image: fewer than there are terms
+    "absorbing": (HEAD, 9),
+    "ddpm": ("--sampler ddpm", 6),
+    "edm": ("--sampler ddpm --load_dir edm", 3),
+    "flow": ("--sampler ddpm --load_dir flow", 3),
+}
+STEPS = {"absorbing": 256, "ddpm": 20, "edm": 0, "flow": 0}
+
+
+def results(logs, name):
+    return json.loads((logs / name / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def logs_of(trained, trained_ddpm):
+    """The logs folder of each kind of model."""
+    data = f"--config {ROOT / 'configs' / 'digits.yaml'}"  # not ddpm_digits.yaml, whose prediction these do not have
+    for process in ("edm", "flow"):
+        flags = f"--logs_root {trained_ddpm} --train_steps 2 --no_amp {DDPM} --process {process} --log_dir {process}"
+        call("train_sampler.py", f"{data} {flags}")
+    return {name: trained if name == "absorbing" else trained_ddpm for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def measure(logs_of):
+    """measure(model, flags): the results of the script's run in a folder `log_dir`."""
+
+    def go(model, log_dir, flags=""):
+        own, calls = MODELS[model]
+        flags = f"--n_images 7 --batch_size 4 --no_amp --calls {calls} --log_dir {log_dir} {flags}"
+        call(SCRIPT, f"--logs_root {logs_of[model]} {own} {flags}")
+        return results(logs_of[model], log_dir)
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def measured(measure):
+    return {model: measure(model, f"elbo_{model}") for model in MODELS}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_value_is_the_mean_bound_of_the_first_positions(model, measured, logs_of):
+    found, load_dir = measured[model], model if model in ("edm", "flow") else None
+    sampler = "absorbing" if model == "absorbing" else "ddpm"
+    settings = ModelConfig(sampler=sampler, load_dir=load_dir)
+    trained = load_model(settings, OutputConfig(logs_root=str(logs_of[model]), amp=False))
+    bound = trained.log_likelihood(trained.batches("val")[list(range(7))], 0, MODELS[model][1])
+    assert found["value"] == pytest.approx(bound.total.double().mean().item(), abs=1e-5)
+    assert found["standard_error"] == pytest.approx(bound.total.double().std().item() / 7**0.5, abs=1e-5)
+    assert found["prior"] == pytest.approx(bound.prior.double().mean().item(), abs=1e-5)
+    assert found["unit"] == trained.sampler.unit and found["n_images"] == 7 and found["split"] == "val"
+    assert found["run"]["sampler_weights"] == trained.weights and found["calls"] == MODELS[model][1]
+
+
+@pytest.mark.parametrize("model", ["absorbing", "ddpm"])
+def test_the_terms_of_a_bound_add_up_and_are_drawn(model, measured, logs_of):
+    found, calls, steps = measured[model], MODELS[model][1], STEPS[model]
+    assert found["method"] == "variational bound" and len(found["terms"]) == steps
+    assert found["prior"] + sum(found["terms"]) == pytest.approx(found["value"], abs=1e-4)
+    assert found["decoder"] == found["terms"][0]
+    assert len(set(found["terms"][calls // 2 :])) == calls - calls // 2  # one level for each stretch
+    with Image.open(logs_of[model] / f"elbo_{model}" / "terms.png") as picture:
+        assert picture.size[0] > 500 and len(picture.convert("RGB").getcolors(1 << 20)) > 3
+
+
+def test_the_values_are_those_of_models_that_know_nothing_yet(measured):
+    assert 3 < measured["absorbing"]["value"] < 5  # of 16 codes
+    assert all(4 < measured[model]["value"] < 15 for model in ("ddpm", "edm", "flow"))  # of 256 levels
+
+
+@pytest.mark.parametrize("model", ["edm", "flow"])
+def test_a_likelihood_by_the_flow_has_no_terms(model, measured, logs_of):
+    found = measured[model]
+    assert (found["method"], found["terms"], found["decoder"]) == ("probability flow", [], None)
+    assert {path.name for path in (logs_of[model] / f"elbo_{model}").iterdir()} == {"config.yaml", "results.json"}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_batch_size_moves_nothing_and_the_seed_does(model, measure, measured):
+    again = measure(model, f"elbo_{model}_batch", "--batch_size 3")
+    for name in ("value", "standard_error", "prior", "terms"):
+        assert again[name] == pytest.approx(measured[model][name], abs=1e-5)
+    for name in OF_IMAGES & again.keys() - {"head"}:
+        assert again[name] == pytest.approx(measured[model][name], rel=1e-5)
+    assert measure(model, f"elbo_{model}_seed", "--seed 1")["value"] != measured[model]["value"]
+
+
+def test_all_terms_can_be_asked_for_and_no_image_comes_twice(measure, trained_ddpm, capsys):
+    found = measure("ddpm", "elbo_whole", "--calls None --n_images 10000 --batch_size 200")
+    by_default = measure("ddpm", "elbo_default", "--calls None --n_images None --batch_size 200")
+    assert (by_default["value"], by_default["n_images"]) == (found["value"], 359)
+    assert found["n_images"] == 359 and found["calls"] == 20 and len(set(found["terms"])) == 20
+    assert measure("ddpm", "elbo_one", "--calls 1 --n_images 1")["standard_error"] is None
+    assert results(trained_ddpm, "elbo_one")["decoder"] is None  # its level is that of all steps
+    estimate = measure("ddpm", "elbo_few", "--calls 6 --n_images 359 --batch_size 200")
+    assert abs(found["value"] - estimate["value"]) < 4 * estimate["standard_error"]  # of the same images
+    assert estimate["terms"][:3] == pytest.approx(found["terms"][:3], abs=1e-5)
+    train = measure("ddpm", "elbo_train", "--split train")
+    assert train["split"] == "train" and train["value"] != pytest.approx(found["value"], abs=1e-4)
+
+
+def test_typed_again_it_prints_the_saved_report(measure, measured, logs_of, capsys, monkeypatch):
+    monkeypatch.setattr("train.inference.TrainedSampler.log_likelihood", None)  # nothing is measured
+    capsys.readouterr()
+    assert measure("absorbing", "elbo_absorbing") == measured["absorbing"]
+    out = capsys.readouterr().out
+    value, error = (f"{measured['absorbing'][name]:.4f}" for name in ("value", "standard_error"))
+    assert f"{value} ± {error}" in out and "bits per code" in out and "9 of 256 terms" in out
+    assert "decoder's term (t = 1/256)" in out and "terms.png" in out
+    total, error = (f"{measured['absorbing'][name]:.4f}" for name in ("bits_per_dim", "bits_per_dim_standard_error"))
+    assert f"{total} ± {error}" in out and "bits per dimension" in out and "8-bit images" in out
+    measure("edm", "elbo_edm")
+    out = capsys.readouterr().out
+    assert "probability flow" in out and "bits per dimension" in out and "decoder" not in out and ".png" not in out
+
+
+def test_what_fails_leaves_no_results(measure, logs_of, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", fail)
+        with pytest.raises(RuntimeError, match="stopped"):
+            measure("ddpm", "elbo_stopped")
+    folder = logs_of["ddpm"] / "elbo_stopped"
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", ".kept"}
+    monkeypatch.setattr("train.inference.TrainedSampler.log_likelihood", None)
+    measure("ddpm", "elbo_stopped")  # the next run goes through, with what was measured
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "results.json", "terms.png"}
+
+
+# what the decoder adds
+
+
+@pytest.fixture(scope="module")
+def codes(trained):
+    """The trained sampler of codes."""
+    return load_model(ModelConfig(), OutputConfig(logs_root=str(trained), amp=False))
+
+
+@pytest.fixture(scope="module")
+def head(measured, codes, trained):
+    """The head that the script trained."""
+    return load_head(trained / f"likelihood_vqgan_digits_{codes.space.first.step}", codes.space.first)
+
+
+def test_bits_of_an_image_are_those_of_its_codes_and_of_it_given_them(measured, codes, head):
+    found, order = measured["absorbing"], Order(359, 0)
+    held_out = ImageSource(codes.dataset("val"), codes.data)
+    images = torch.stack([held_out[order[k]]["image"] for k in range(7)])
+    batch = codes.batches("val")[list(range(7))]
+    assert torch.equal(codes.space.first.encode(images), batch["codes"])
+    given = head.bits_per_dim(batch["codes"], images).double()
+    of_codes = codes.log_likelihood(batch, 0, 9).total.double() * 4 * 4 / (16 * 16)
+    assert found["codes_bits_per_dim"] == pytest.approx(of_codes.mean().item(), abs=1e-5)
+    assert found["decoder_bits_per_dim"] == pytest.approx(given.mean().item(), rel=1e-5)
+    assert found["bits_per_dim"] == pytest.approx((of_codes + given).mean().item(), rel=1e-5)
+    error = (of_codes + given).std().item() / 7**0.5
+    assert found["bits_per_dim_standard_error"] == pytest.approx(error, rel=1e-4)
+    assert found["head"] == {"run": head.run.name, "step": 3} and found["run"]["head_weights"] == head.weights
+
+
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_the_decoder_is_asked_for_the_images_in_their_views(codes, head, split):
+    source, positions = codes.batches(split), [0, 5, 7, 11, 400, 9000, 9001, 9002]
+    bits = DecoderBits(head, codes, split, source)
+    batch, images = source[positions], torch.stack([bits.image(k) for k in positions])
+    assert torch.equal(codes.space.first.encode(images), batch["codes"])
+    assert len(bits.views) == (9 if split == "train" else 1)
+    assert torch.allclose(bits(batch), head.bits_per_dim(batch["codes"], images))
+
+
+def test_images_that_could_not_be_read_shift_no_other(codes, head, monkeypatch):
+    whole = codes.space.first.codes(codes.dataset("val"), "val", codes.data, 1, codes.world)
+    kept = torch.tensor([i for i in range(359) if i not in (0, 17, 200)])
+    table = whole._replace(ids=whole.ids[torch.zeros_like(kept), kept].unsqueeze(0), index=kept)
+    monkeypatch.setattr("train.first_stage.FirstStage.codes", lambda *args: table)
+    source = codes.batches("val")
+    bits = DecoderBits(head, codes, "val", source)
+    batch = source[list(range(40))]
+    images = torch.stack([bits.image(k) for k in range(40)])
+    assert len(source) == 356 and torch.equal(codes.space.first.encode(images), batch["codes"])
+
+
+def test_the_report_adds_up():
+    of_codes, given = torch.tensor([2.0, 4.0, 6.0]).double(), torch.tensor([1.0, 3.0, 2.0]).double()
+    head = TrainedHead(SimpleNamespace(name="likelihood"), 7, "", None, None)
+    found = of_images(of_codes, given, tokens=4, dimensions=64, head=head)
+    assert found.keys() == OF_IMAGES and found["head"] == {"run": "likelihood", "step": 7}
+    assert found["codes_bits_per_dim"] == 4 * 4 / 64 and found["decoder_bits_per_dim"] == 2
+    assert found["bits_per_dim"] == found["codes_bits_per_dim"] + found["decoder_bits_per_dim"]
+    of_each = torch.tensor([1.125, 3.25, 2.375])
+    assert found["bits_per_dim_standard_error"] == pytest.approx(of_each.std().item() / 3**0.5)
+    assert of_images(of_codes[:1], given[:1], 4, 64, head)["bits_per_dim_standard_error"] is None
+
+
+def test_without_the_decoder_it_is_the_bound_on_codes(measure, measured, monkeypatch, capsys):
+    monkeypatch.setattr("experiments.metrics.decoder_likelihood.load_head", None)  # none is needed
+    monkeypatch.setattr("experiments.metrics.decoder_likelihood.train_head", None)
+    found = measure("absorbing", "elbo_codes", "--no_decoder")
+    with_it = measured["absorbing"]
+    assert OF_IMAGES <= with_it.keys() and found.keys() == with_it.keys() - OF_IMAGES
+    assert all(found[name] == with_it[name] for name in found if name != "run")
+    assert "bits per dimension" not in capsys.readouterr().out
+    assert not any(OF_IMAGES & measured[model].keys() for model in ("ddpm", "edm", "flow"))
+
+
+def test_a_trained_head_is_taken_as_it_is_and_a_longer_training_goes_on(measure, trained, codes, capsys):
+    own = "--head_dir head_of_mine"
+    first = measure("absorbing", "elbo_head", own)
+    assert "training the decoder's head, 0 of 3 steps are done" in capsys.readouterr().out
+    measure("absorbing", "elbo_head_again", f"{own} --batch_size 7")
+    out = capsys.readouterr().out
+    assert "training the decoder's head" not in out and "head: head_of_mine, step 3" in out
+    longer = measure("absorbing", "elbo_head", f"{own} --train_steps 5")  # the same folder: its report is out of date
+    out = capsys.readouterr().out
+    assert "3 of 5 steps are done" in out and "head: head_of_mine, step 5" in out
+    assert longer["head"]["step"] == 5 and longer["value"] == first["value"]
+    assert longer["decoder_bits_per_dim"] != first["decoder_bits_per_dim"]
+    assert longer["run"]["head_weights"] == load_head(trained / "head_of_mine", codes.space.first).weights
+    with pytest.raises(SystemExit):
+        measure("absorbing", "elbo_head_other", f"{own} --train_steps 5 --lr 0.5")
+    assert "whose folder is --head_dir" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_head_of_one_and_report_what_it_does(trained, measured, tmp_path):
+    logs = tmp_path / "logs"
+    for name in ("vqgan_digits", "absorbing_digits"):
+        shutil.copytree(trained / name, logs / name)
+    crew = Crew(2)
+    crew.run(SCRIPT, f"--logs_root {logs} --n_images 7 --batch_size 2 --no_amp --calls 9 {HEAD} --log_dir elbo")
+    crew.close()
+    name = measured["absorbing"]["head"]["run"]
+    assert_same_losses(logs / name, trained / name)
+    assert [row["step"] for row in lines(logs / name) if "val/bits_per_dim" in row] == [2, 3]
+    found = results(logs, "elbo")
+    assert found["head"] == measured["absorbing"]["head"] and OF_IMAGES <= found.keys()
+    for name in (OF_IMAGES | {"value", "standard_error"}) - {"head"}:
+        assert found[name] == pytest.approx(measured["absorbing"][name], rel=1e-4)
+
+
+def test_latents_are_refused(trained, capfd):
+    flags = "--sampler ddpm --ae_load_dir vqgan_digits --batch_size 4 --total_steps 20 --log_dir latent"
+    call("train_sampler.py", f"--logs_root {trained} --train_steps 2 --no_amp {flags} {UNET}")
+    with pytest.raises(SystemExit) as stop:
+        call(SCRIPT, f"--logs_root {trained} --sampler ddpm --load_dir latent --n_images 4 --no_amp")
+    assert stop.value.code == 2
+    assert "latents are continuous" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["n_images", "calls", "train_steps", "train_batch_size"])
+def test_nothing_to_measure_is_refused(flag, trained_ddpm):
+    done = run(SCRIPT, f"--logs_root {trained_ddpm} --sampler ddpm --{flag} 0")
+    assert done.returncode == 2
+    assert f"got {flag} 0, wanted at least 1: pass --{flag} N" in " ".join(done.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(("steps", "calls", "widths"), [(5, None, [1] * 5), (9, 4, [1, 1, 3, 4]), (0, 3, [])])
+def test_a_stretch_shows_its_mean_and_keeps_the_sum(steps, calls, widths):
+    assert stretches(steps, calls) == widths
+    if steps:
+        terms = torch.arange(float(steps)) ** 2
+        shown = levelled(terms, widths)
+        assert shown.sum() == terms.sum() and len(shown) == steps
+        assert len(shown.unique()) == len(widths) and torch.equal(shown[:2], terms[:2])

@@ -1,0 +1,158 @@
+"""calc_approximate_ELBO.py for models of codes whose likelihood has another form, and for starts that were cut off."""
+
+import json
+
+import matplotlib.figure
+import pytest
+import torch
+
+from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
+from experiments.metrics.decoder_likelihood import TrainedHead
+from helpers.tiny_runs import SAMPLER, call
+from train.inference import TrainedSampler
+
+SCRIPT = "experiments/calc_approximate_ELBO.py"
+SIZES = SAMPLER.replace(" --sample_steps 4", "")
+HEAD = "--train_steps 3 --train_batch_size 4 --steps_per_eval 2"
+RUNS = {  # the flags of their training, and of what measures them
+    "autoregressive": ("--sampler autoregressive --log_dir causal", "--sampler autoregressive --load_dir causal"),
+    "continuous": ("--total_steps None --log_dir continuous", "--load_dir continuous"),
+}
+
+
+@pytest.fixture(scope="module")
+def logs(trained):
+    for flags, _ in RUNS.values():
+        call("train_sampler.py", f"--logs_root {trained} --train_steps 2 --no_amp {SIZES} {flags}")
+    return trained
+
+
+@pytest.fixture
+def measure(logs):
+    """measure(run, log_dir, flags): the results of the script's run in a folder."""
+
+    def go(run, log_dir, flags=""):
+        own = f"{RUNS[run][1]} --n_images 7 --batch_size 2 --no_amp {HEAD} --log_dir {log_dir} {flags}"
+        call(SCRIPT, f"--logs_root {logs} {own}")
+        return json.loads((logs / log_dir / "results.json").read_text())
+
+    return go
+
+
+def bound_of(logs, model, calls=None):
+    trained = load_model(model, OutputConfig(logs_root=str(logs), amp=False))
+    return trained.log_likelihood(trained.batches("val")[list(range(7))], 0, calls)
+
+
+def test_an_autoregressive_model_is_measured_exactly(measure, logs, capsys):
+    found = measure("autoregressive", "elbo_causal")
+    total = bound_of(logs, ModelConfig(sampler="autoregressive", load_dir="causal")).total.double()
+    assert found["value"] == pytest.approx(total.mean().item(), abs=1e-5)
+    assert found["standard_error"] == pytest.approx(total.std().item() / 7**0.5, abs=1e-5)
+    assert (found["method"], found["calls"], found["terms"], found["terms_of"]) == ("exact", 1, [], None)
+    assert found["decoder"] is None and found["prior"] == 0
+    assert found["bits_per_dim"] > found["decoder_bits_per_dim"]  # the codes are paid for
+    out = capsys.readouterr().out
+    assert "val split, exact\n" in out and "bits per dimension" in out and "terms" not in out
+    assert {path.name for path in (logs / "elbo_causal").iterdir()} == {"config.yaml", "results.json"}
+    again = measure("autoregressive", "elbo_causal_calls", "--calls 3 --seed 5")  # nothing is drawn
+    assert (again["value"], again["standard_error"]) == (found["value"], found["standard_error"])
+
+
+def test_in_continuous_time_terms_are_of_numbers_of_masked_codes(measure, logs, capsys, monkeypatch):
+    panels, subplots = [], matplotlib.figure.Figure.subplots
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "subplots", lambda figure: panels.append(subplots(figure)) or panels[-1]
+    )
+    found = measure("continuous", "elbo_continuous", "--no_decoder --calls None")
+    bound = bound_of(logs, ModelConfig(load_dir="continuous"))
+    assert found["terms"] == pytest.approx(bound.terms.double().mean(0).tolist(), abs=1e-5)
+    assert len(found["terms"]) == found["calls"] == 16 and found["terms_of"] == "number of masked codes"
+    assert sum(found["terms"]) == pytest.approx(found["value"], abs=1e-5)
+    assert found["method"] == "variational bound" and found["decoder"] is None
+    assert all(term == pytest.approx(found["value"] / 16, rel=0.5) for term in found["terms"])  # it knows nothing yet
+    (panel,) = panels
+    (stairs,) = panel.patches
+    assert stairs.get_data().edges.tolist() == [k + 0.5 for k in range(17)]  # the step of k masked codes is around k
+    assert stairs.get_data().values.tolist() == pytest.approx(found["terms"])
+    assert panel.get_xlabel() == "number of masked codes" and panel.get_ylabel() == "bits per code, per number"
+    out = capsys.readouterr().out
+    assert "16 of 16 terms" in out and "decoder's term" not in out and "terms.png" in out
+    few = measure("continuous", "elbo_continuous_few", "--no_decoder --calls 6")
+    assert few["calls"] == 6 and few["terms"][:3] == pytest.approx(found["terms"][:3], abs=1e-5)
+
+
+def test_in_steps_the_plot_is_over_t(logs, monkeypatch):
+    panels, subplots = [], matplotlib.figure.Figure.subplots
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "subplots", lambda figure: panels.append(subplots(figure)) or panels[-1]
+    )
+    call(SCRIPT, f"--logs_root {logs} --n_images 2 --calls 3 --no_amp --no_decoder --log_dir elbo_steps")
+    found = json.loads((logs / "elbo_steps" / "results.json").read_text())
+    (stairs,) = panels[0].patches
+    assert found["terms_of"] == "times" and panels[0].get_xlabel() == "t"
+    assert stairs.get_data().edges.tolist() == pytest.approx([k / 256 for k in range(257)])
+    assert found["decoder"] == found["terms"][0]
+
+
+class Stops:
+    """Scores batches until it has scored so many, and notes their positions."""
+
+    def __init__(self, monkeypatch, after=None):
+        self.asked, self.after, self.score = [], after, TrainedSampler.log_likelihood
+        monkeypatch.setattr(TrainedSampler, "log_likelihood", lambda model, *args: self(model, *args))
+
+    def __call__(self, model, batch, *args):
+        if len(self.asked) == self.after:
+            raise KeyboardInterrupt
+        self.asked.append(batch["position"].tolist())
+        return self.score(model, batch, *args)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_cut_off_and_typed_again_it_tells_the_same(measure, logs, monkeypatch, run):
+    whole = measure(run, f"elbo_{run}_whole", "--calls 5")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        Stops(patch, after=2)
+        measure(run, f"elbo_{run}_cut", "--calls 5")
+    assert stop.value.code == 130 and not (logs / f"elbo_{run}_cut" / "results.json").exists()
+    again = Stops(monkeypatch)
+    found = measure(run, f"elbo_{run}_cut", "--calls 5")
+    assert again.asked == [[4, 5], [6]]
+    for one in (found, whole):
+        del one["run"]["output"]["log_dir"]
+    assert found == whole  # to the last digit
+    assert not (logs / f"elbo_{run}_cut" / ".kept").exists()
+
+
+def test_a_head_trained_on_between_two_starts_measures_all_images(measure, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        Stops(patch, after=2)
+        measure("autoregressive", "elbo_head_between", "--head_dir head_between")
+    longer = HEAD.replace("--train_steps 3", "--train_steps 5")
+    asked, bits = [], TrainedHead.bits_per_dim
+    monkeypatch.setattr(
+        TrainedHead, "bits_per_dim", lambda head, codes, images: asked.append(len(codes)) or bits(head, codes, images)
+    )
+    found = measure("autoregressive", "elbo_head_between", f"--head_dir head_between {longer}")
+    assert asked == [2, 2, 2, 1] and found["head"]["step"] == 5
+
+
+def test_another_experiment_in_the_same_folder_is_refused(measure, capsys):
+    measure("autoregressive", "elbo_refused", "--no_decoder")
+    with pytest.raises(SystemExit) as stop:
+        measure("autoregressive", "elbo_refused", "--no_decoder --n_images 8")
+    assert stop.value.code == 2 and "n_images: 7 there, 8 now" in capsys.readouterr().err
+
+
+def test_by_default_all_images_of_the_validation_split_are_measured(logs):
+    flags = f"{RUNS['autoregressive'][1]} --batch_size 200 --no_amp --no_decoder --log_dir elbo_all"
+    call(SCRIPT, f"--logs_root {logs} {flags}")
+    found = json.loads((logs / "elbo_all" / "results.json").read_text())
+    trained = load_model(ModelConfig(sampler="autoregressive", load_dir="causal"), OutputConfig(logs_root=str(logs)))
+    codes = trained.batches("val")
+    totals = torch.cat([trained.log_likelihood(codes[[k]]).total for k in range(0, 359, 7)])
+    assert found["n_images"] == len(codes) == 359
+    assert found["value"] == pytest.approx(
+        totals.double().mean().item(), abs=4 * totals.std().item() / len(totals) ** 0.5
+    )

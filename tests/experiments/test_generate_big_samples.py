@@ -1,0 +1,98 @@
+"""Canvases larger than the training grid: by windows and natively, what they cost, and the settings in the PNG."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from helpers.tiny_runs import SAMPLER, call, run
+from models.transformer import Transformer
+from train.inference import TrainedSampler
+
+
+def big(logs, flags):
+    call("experiments/generate_big_samples.py", f"--logs_root {logs} {flags}")
+
+
+def results_in(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The shape of every grid that goes through a transformer, by call."""
+    shapes, forward = [], Transformer.forward
+
+    def watched(network, x, *others):
+        shapes.append(tuple(x.shape))
+        return forward(network, x, *others)
+
+    monkeypatch.setattr(Transformer, "forward", watched)
+    monkeypatch.setattr(TrainedSampler, "try_out", lambda *a, **how: None)  # its one call is none of a canvas
+    return shapes
+
+
+@pytest.mark.parametrize("solver", ["ancestral", "halton", "confidence", "remask"])
+def test_any_solver_fills_a_canvas_by_windows(trained, solver, asked):
+    name = f"big_{solver}"
+    flags = f"--solver {solver} --sample_steps 3 --shape 5 7 --n_samples 3 --batch_size 2 --log_dir {name}"
+    big(trained, flags)
+    pictures = sorted((trained / name).glob("big_*.png"))
+    assert len(pictures) == 3
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert image.size == (7 * 4, 5 * 4)
+    assert {shape[1:] for shape in asked} == {(4, 4)}
+    found = results_in(trained / name)
+    assert found["evaluations_per_image"] == pytest.approx(sum(shape[0] for shape in asked) / 3)
+    assert not (trained / name / ".kept").exists()
+
+
+def test_a_network_with_relative_positions_takes_one_pass_a_step(trained, asked):
+    flags = "--attention neighborhood --kernel_sizes 3 1 --attention_type diff_v2 --position rope --log_dir native"
+    call("train_sampler.py", f"--logs_root {trained} --train_steps 2 --no_amp {SAMPLER} {flags}")
+    asked.clear()
+    flags = "--load_dir native --shape 6 9 --n_samples 2 --solver halton --sample_steps 3 --guidance 1"
+    big(trained, f"{flags} --log_dir native_big")
+    assert [shape[1:] for shape in asked] == [(6, 9)] * 3
+    assert results_in(trained / "native_big")["network_calls_per_batch"] == 3
+    asked.clear()
+    big(trained, f"{flags} --window_stride 2 --log_dir native_windows")
+    assert {shape[1:] for shape in asked} == {(4, 4)}  # windows, where they are asked for
+
+
+def test_the_picture_tells_what_made_it(trained):
+    big(trained, "--shape 5 4 --n_samples 1 --temp 0.9 --log_dir told")
+    with Image.open(trained / "told" / "big_000.png") as picture:
+        settings = json.loads(picture.text["settings"])
+    assert settings["canvas"]["shape"] == [5, 4] and settings["sampling"]["temp"] == 0.9
+    assert settings["number"] == 0 and settings["sampler_weights"]
+
+
+def test_typed_again_it_makes_nothing_and_says_the_same(trained, asked, capsys):
+    flags = "--shape 5 4 --n_samples 2 --log_dir big_again"
+    big(trained, flags)
+    told = capsys.readouterr().out
+    asked.clear()
+    big(trained, flags)
+    assert not asked
+    assert told.splitlines()[-8:] == capsys.readouterr().out.splitlines()[-8:]
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_canvases_of_one(trained):
+    flags = f"--logs_root {trained} --shape 5 4 --n_samples 3 --batch_size 1 --no_amp --device cpu"
+    for processes in (1, 2):
+        done = run("experiments/generate_big_samples.py", f"{flags} --log_dir of_{processes}", processes=processes)
+        assert done.returncode == 0, done.stderr
+    for number in range(3):
+        pair = [Image.open(trained / f"of_{n}" / f"big_{number:03d}.png") for n in (1, 2)]
+        assert torch.equal(*(torch.tensor(list(image.get_flattened_data())) for image in pair))
+
+
+def test_a_canvas_smaller_than_the_grid_is_refused(trained, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        big(trained, "--shape 3 8 --log_dir big_small")
+    assert stopped.value.code == 2
+    assert "smaller than the window of 4" in capsys.readouterr().err

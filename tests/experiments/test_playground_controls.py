@@ -1,0 +1,101 @@
+"""The controls of a page: one for each setting of a sampler, and what may stand in it."""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import pytest
+
+from experiments.playground import controls_of, in_words, notes, taken
+from train.config import SamplingConfig
+from train.registry import names_in, plugin
+
+SAMPLERS = names_in("train.samplers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(SamplingConfig):
+    """Of a sampler of one's own."""
+
+    temp: float = 0.9
+    """How freely."""
+    top_k: int | None = None
+    """How many."""
+    order: Literal["first", "last"] = "last"
+    strategy: Literal["one", "two"] | None = None
+    exact: bool = True
+    span: tuple[float, float] | None = (0.25, 1.0)
+    files: dict[str, str] | None = None
+    guidance_schedule: str = "constant"
+
+
+def by_name(options, conditional=True):
+    return {each.name: each for each in controls_of(options, ["ancestral", "mine"], conditional)}
+
+
+def test_each_setting_has_the_control_of_its_type():
+    found = by_name(Sampling(sample_steps=7))
+    kinds = {name: (each.kind, each.optional) for name, each in found.items()}
+    assert kinds == {
+        "solver": ("choice", False),
+        "sample_steps": ("whole", True),
+        "guidance": ("number", False),
+        "temp": ("number", False),
+        "top_k": ("whole", True),
+        "order": ("choice", False),
+        "strategy": ("choice", True),
+        "exact": ("switch", False),
+        "span": ("numbers", True),
+    }  # and none for what a page cannot hold
+    assert found["solver"].choices == ("ancestral", "mine")
+    assert found["order"].choices == ("first", "last") and found["strategy"].choices == ("one", "two")
+    assert (found["sample_steps"].value, found["temp"].value, found["span"].value) == (7, 0.9, "0.25 1")
+    assert (found["temp"].label, found["sample_steps"].label) == ("temperature", "steps")
+    assert (found["temp"].note, found["order"].note) == ("How freely.", "")
+    assert found["sample_steps"].note == notes(SamplingConfig)["sample_steps"] != ""  # of the class it builds on
+
+
+def test_a_model_without_conditions_has_no_guidance():
+    assert not [name for name in by_name(Sampling(), conditional=False) if "guidance" in name]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_setting_of_every_sampler_has_a_control_with_a_note(sampler):
+    options = plugin("train.samplers", sampler, "sampler").Sampling()
+    found = by_name(options)
+    assert found.keys() == {field.name for field in fields(options)}
+    assert all(each.note for each in found.values())
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_what_the_controls_begin_with_is_what_the_options_hold(sampler):
+    options = plugin("train.samplers", sampler, "sampler").Sampling()
+    assert {name: taken(each, each.value) for name, each in by_name(options).items()} == vars(options)
+
+
+def test_what_stands_in_a_control_becomes_a_value_of_its_field():
+    found = by_name(Sampling())
+    assert taken(found["span"], " 0.1  0.5 ") == (0.1, 0.5)
+    assert taken(found["strategy"], "") is taken(found["top_k"], None) is None
+    assert type(taken(found["top_k"], 5.0)) is int and type(taken(found["temp"], 1)) is float
+    assert taken(found["exact"], False) is False
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("temp", None, "temperature is empty"),
+        ("solver", "", "solver is empty"),
+        ("top_k", 2.5, "got 2.5 for top-k, wanted a whole number"),
+        ("span", "0.5", "got '0.5' for span, wanted 2 numbers"),
+        ("span", "a b", "wanted 2 numbers"),
+    ],
+)
+def test_what_is_no_value_is_refused(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        taken(by_name(Sampling())[name], value)
+
+
+def test_an_error_speaks_of_controls_and_not_of_flags():
+    said = "got 0 for solver ddim, which has none: leave --eta out, or pass --sample_steps 3"
+    assert in_words(said) == "got 0 for solver ddim, which has none: leave eta out, or pass steps 3"
+    assert in_words("--guidance_schedule") == "guidance schedule"

@@ -1,0 +1,119 @@
+"""What goes wrong in training, at chosen steps and in chosen processes: for --adapt, --hooks and `Crew.call`."""
+
+import os
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+
+from diffusion.rng import seed_of
+from helpers import tiny_runs
+from train.data.loading import TrainingImages
+from train.data.transforms import to_float
+from train.distributed import is_sharded
+from train.execution import LossScale
+from train.sampler import SamplerStep
+
+BATCH = 4
+AT = 2  # the step that goes wrong
+LAST = BATCH * AT + BATCH - 1  # its last sample, the second process's where there are two
+
+
+def nan_image(item):
+    """For --adapt: one pixel of one sample is no number. (Which sample this is shows in the seed.)"""
+    image = to_float(item["image"])
+    if torch.initial_seed() == seed_of(0, "adapt", LAST):
+        image[0, 0, 0] = float("nan")
+    return item | {"image": image}
+
+
+class NanGradient:
+    """For --hooks: a parameter of a module gets a gradient that is no number, at one step; of a sharded module, whose
+    parameters are not what autograd sees, what it answered does."""
+
+    module, step, ranks = "network", AT, {"0", "1"}
+
+    def __init__(self):
+        self.set = False
+
+    def __call__(self, state, outputs):
+        if not self.set and os.environ.get("RANK", "0") in self.ranks:
+            module = state.modules[self.module]
+
+            def spoil(gradient):
+                return gradient * float("nan") if state.step == self.step else None
+
+            def spoil_behind(module, given, answer):
+                answer.register_hook(spoil)
+
+            if is_sharded(module):
+                module.register_forward_hook(spoil_behind)
+            else:
+                parameter = list(module.parameters())[0]
+                learns = parameter.requires_grad
+                parameter.requires_grad_(True).register_hook(spoil)
+                parameter.requires_grad_(learns)
+        self.set = True
+
+
+class NanGradientInTheSecond(NanGradient):
+    ranks = {"1"}
+
+
+class NanGradientOfAutoencoder(NanGradient):
+    module, step = "autoencoder", 4
+
+
+class NanGradientOfDiscriminator(NanGradient):
+    module, step = "discriminator", 4
+
+
+@contextmanager
+def added_to_loss(number: float, positions: set[int], seen: list | None = None):
+    """Adds a number that no parameter moves to the loss of these samples; notes all samples of each step in `seen`."""
+    loss = SamplerStep.loss
+
+    def changed(self, network, batch, times_of=None):
+        found = loss(self, network, batch, times_of)
+        if seen is not None:
+            seen.append(batch["position"].tolist())
+        chosen = torch.tensor([p in positions for p in batch["position"].tolist()])
+        per_example = found.per_example + torch.where(chosen, number, 0.0).to(found.per_example)
+        return found._replace(per_example=per_example)
+
+    with mock.patch.object(SamplerStep, "loss", changed):
+        yield
+
+
+@contextmanager
+def nan_images(positions: set[int]):
+    """Samples whose image is no number."""
+    images = TrainingImages.__getitem__
+
+    def changed(self, asked):
+        batch = images(self, asked)
+        for i, position in enumerate(asked):
+            if position in positions:
+                batch["image"][i] = float("nan")
+        return batch
+
+    with mock.patch.object(TrainingImages, "__getitem__", changed):
+        yield
+
+
+def run_with_infinite_loss(flags: str) -> None:
+    with added_to_loss(float("inf"), {LAST}):
+        tiny_runs.call("train_sampler.py", flags)
+
+
+@contextmanager
+def first_scale(value: float):
+    """float16's loss scale begins here."""
+    with mock.patch.object(LossScale, "FIRST", value):
+        yield
+
+
+def raises_in_the_second(state, outputs):
+    """For --hooks: what one process alone cannot go on from."""
+    if os.environ["RANK"] == "1" and state.step == 3:
+        raise ValueError("not one image can be read any more")

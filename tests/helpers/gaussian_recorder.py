@@ -1,0 +1,86 @@
+"""A Gaussian sampler with a network that remembers what it was asked."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.rng import Streams, seed_of
+from train.data.loading import Draws
+from train.samplers import ddpm
+
+SHAPE, CLASSES = (1, 4, 4), 5
+SMALL = {"channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_factors": (2,), "heads": 1, "total_steps": 20}
+CPU = torch.device("cpu")
+
+
+class Call(NamedTuple):
+    x: Tensor
+    t: Tensor
+    condition: Any
+    drop: Any
+
+
+class Recorder(nn.Module):
+    """Remembers what it was shown and told. Answers with `answer`: a number, a tensor, or a function of the call."""
+
+    def __init__(self, answer=0.0, channels: int = 1):
+        super().__init__()
+        self.answer, self.channels, self.calls = answer, channels, []
+
+    def encode(self, fields, x, drop=None):
+        return {"told": dict(fields)}
+
+    def forward(self, x, t, condition=None, drop=None):
+        self.calls.append(Call(x.clone(), t.clone(), condition, drop))
+        answer = self.answer(self.calls[-1]) if callable(self.answer) else self.answer
+        if isinstance(answer, Tensor):
+            return answer
+        return torch.full((len(x), self.channels, *x.shape[2:]), float(answer))
+
+
+def sampler(n_classes: int = CLASSES, pixels: bool = True, **settings):
+    torch.manual_seed(0)
+    return ddpm.build(ddpm.Config(**SMALL | settings), shape=SHAPE, pixels=pixels, n_classes=n_classes)
+
+
+def moved(built):
+    """Its network off the constant 0 that it begins as."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in built.network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return built, built.network.eval()
+
+
+def images(n: int, first: int = 0) -> dict[str, Tensor]:
+    """A batch at those positions; an image is a function of its position."""
+    places = range(first, first + n)
+    x0 = Streams([seed_of("image", i) for i in places]).uniform((n, *SHAPE)) * 2 - 1
+    return {"x0": x0, "label": torch.tensor(places) % CLASSES, "position": torch.tensor(places)}
+
+
+def draws(batch, seed: int = 0, batch_size: int | None = None):
+    return Draws(seed, batch, batch_size or len(batch["position"]), CPU)
+
+
+def recorded(built, n=40, training=True, answer=0.0, batch=None):
+    """A loss at a recording network, and its one call."""
+    channels = 2 if built.process.variance == "learned_range" else 1
+    recorder, batch = Recorder(answer, channels).train(training), batch or images(n)
+    loss = built.loss(recorder, batch, draws(batch))
+    (call,) = recorder.calls
+    return loss, call
+
+
+def drawn(built, recorder, labels=(2, 2), seeds=(0, 1), seen=None, **options):
+    """What it samples; `seen` is filled with (t, predicted x0) of each step."""
+
+    def on_step(i, t, s, x, predicted):
+        if seen is not None:
+            seen.append((t, predicted.clone()))
+        return x
+
+    batch = {"label": torch.tensor(labels)}
+    options = ddpm.Sampling(**options)
+    return built.sample(recorder, Streams(list(seeds)), batch=batch, options=options, on_step=on_step)

@@ -1,0 +1,103 @@
+"""The layout of the public UNet's weights, made of our own network by looking at its modules, for tests."""
+
+import torch
+
+from models.blocks import Downsample, ResBlock, Upsample
+from models.unet import UNet, UNetConfig
+
+FLAGS = {  # of the reference's scripts, for the network of `made`
+    "image_size": 8,
+    "num_channels": 8,
+    "num_res_blocks": 1,
+    "num_heads": 2,
+    "num_heads_upsample": -1,
+    "num_head_channels": -1,
+    "attention_resolutions": "4",
+    "channel_mult": "1,2",
+    "dropout": 0.0,
+    "class_cond": True,
+    "use_checkpoint": False,
+    "use_scale_shift_norm": True,
+    "resblock_updown": False,
+    "use_fp16": True,
+    "use_new_attention_order": False,
+    "learn_sigma": True,
+    "sigma_small": False,
+    "diffusion_steps": 1000,
+    "noise_schedule": "cosine",
+    "timestep_respacing": "",
+    "use_kl": False,
+    "predict_xstart": False,
+    "rescale_timesteps": True,
+    "rescale_learned_sigmas": True,
+}
+
+
+def made(flags, n_classes=10):
+    """Our network for flags of theirs, no weight of it 0."""
+    sizes = [int(size) for size in flags["attention_resolutions"].split(",")]
+    mults = tuple(float(mult) for mult in flags["channel_mult"].split(","))
+    width = flags["num_head_channels"]
+    config = UNetConfig(
+        in_channels=1,
+        out_channels=2 if flags["learn_sigma"] else 1,
+        channels=flags["num_channels"],
+        channel_mults=mults,
+        res_blocks=flags["num_res_blocks"],
+        attn_factors=tuple(8 // size for size in sizes if 8 // size < 2 ** len(mults)),
+        heads=flags["num_heads"],
+        head_width=None if width == -1 else width,
+        resblock_updown=flags["resblock_updown"],
+        scale_shift=flags["use_scale_shift_norm"],
+        n_classes=n_classes if flags["class_cond"] else 0,
+    )
+    torch.manual_seed(0)
+    network = UNet(config).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return network
+
+
+def named(prefix, **modules):
+    """Weights of modules by their names there; 1 x 1 convolutions over places have a third axis."""
+    return {
+        f"{prefix}{name.replace('_', '.')}.{k}": v for name, m in modules.items() for k, v in m.state_dict().items()
+    }
+
+
+def block_of_theirs(prefix, block, heads_of, new_order):
+    """One block under the names, and in the shapes, that the public code has for it."""
+    if isinstance(block, Downsample):
+        return named(prefix, op=block.conv)
+    if isinstance(block, Upsample):
+        return named(prefix, conv=block.conv)
+    if isinstance(block, ResBlock):
+        said = {f"{prefix}skip_connection.{k}": v for k, v in block.skip.state_dict().items()}
+        said |= {f"{prefix}in_layers.{k}": v for k, v in named("", **{"0": block.norm1, "2": block.conv1}).items()}
+        said |= {f"{prefix}out_layers.{k}": v for k, v in named("", **{"0": block.norm2, "3": block.conv2}).items()}
+        return said | {f"{prefix}emb_layers.1.{k}": v for k, v in block.embed.state_dict().items()}
+    qkv, proj = block.attention.qkv, block.attention.proj
+    width = qkv.in_features
+    heads = heads_of(width)
+    part, head, row = torch.meshgrid(torch.arange(3), torch.arange(heads), torch.arange(width // heads), indexing="ij")
+    place = (part * heads + head if new_order else head * 3 + part) * (width // heads) + row  # where a row stands there
+    weight, bias = torch.empty(3 * width, width, 1), torch.empty(3 * width)
+    weight[place.flatten()], bias[place.flatten()] = qkv.weight.detach()[..., None], qkv.bias.detach()
+    out = {f"{prefix}qkv.weight": weight, f"{prefix}qkv.bias": bias}
+    out |= {f"{prefix}proj_out.weight": proj.weight.detach()[..., None], f"{prefix}proj_out.bias": proj.bias.detach()}
+    return out | named(prefix, norm=block.norm)
+
+
+def theirs(network, new_order=False):
+    """The state dict that the public code would have for our network."""
+    out = named("time_embed.", **{"0": network.time.expand, "2": network.time.contract})
+    if network.config.n_classes:
+        out["label_emb.weight"] = network.encoders["label"].embedding.weight.detach()[:-1]
+    out |= named("input_blocks.0.", **{"0": network.conv_in})
+    places = {f"input_blocks.{i + 1}": blocks for i, blocks in enumerate(network.down_blocks)}
+    places |= {"middle_block": network.middle_blocks}
+    places |= {f"output_blocks.{i}": blocks for i, blocks in enumerate(network.up_blocks)}
+    for prefix, blocks in places.items():
+        for i, block in enumerate(blocks):
+            out |= block_of_theirs(f"{prefix}.{i}.", block, network.config.heads_of, new_order)
+    return out | named("out.", **{"0": network.norm, "2": network.conv_out})

@@ -1,0 +1,43 @@
+"""Tiny runs of the scripts, in seconds, for many tests."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+from train.cli import parse as cli
+
+ROOT = Path(__file__).resolve().parents[2]
+VQGAN = "--nf 4 --ch_mult 1 2 2 --emb_dim 4 --codebook_size 16 --batch_size 4 --img_size 16 --ndf 4 --disc_layers 1"
+GAN = "--disc_start_step 3 --diff_aug --perceptual_net none"
+SAMPLER = "--bert_n_emb 16 --bert_n_head 2 --bert_n_layers 2 --batch_size 4 --sample_steps 4"
+UNET = "--channels 8 --channel_mults 1 2 --res_blocks 1 --attn_factors 2 --heads 1"
+DDPM = f"--sampler ddpm --img_size 8 --batch_size 4 --total_steps 20 --sample_steps 4 {UNET}"
+
+
+def call(script: str, flags: str) -> None:
+    """A script in this process, as if its command line had been typed; SystemExit where it exits with an error."""
+    argv, path = sys.argv, list(sys.path)
+    sys.argv = [str(ROOT / script), *flags.split()]
+    sys.path.insert(0, str((ROOT / script).parent))  # as Python does
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.argv, sys.path[:] = argv, path
+
+
+def run(script: str, flags: str = "", *, processes: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """A script in a process of its own, or in several under torchrun, on one thread each."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *flags.split()]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+
+
+def parsed(script, flags, monkeypatch):
+    """The config that a script would hand to its main."""
+    seen = []
+    monkeypatch.setattr(cli, "run_main", lambda main, config: seen.append(config))
+    call(script, flags)
+    return {key: value for group in cli.to_dict(seen[0]).values() for key, value in group.items()}

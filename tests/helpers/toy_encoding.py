@@ -1,0 +1,134 @@
+"""A small data set and what stands for an encoder, in this process or in two."""
+
+import multiprocessing
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from helpers.process_pool import free_port, variables
+from train.config import DataConfig
+from train.data import code_cache
+from train.data.code_cache import CodeFile, CodeTable, code_table
+from train.data.loading import ImageSource
+from train.datasets import ArrayDataset, UnreadableImage
+from train.distributed import World, world
+
+COUNT, CHUNK = 11, 3  # four chunks, the last one shorter
+CONFIG = DataConfig(dataset="mine", img_size=4, n_channels=1)
+PIXELS = np.random.default_rng(0).integers(0, 256, (COUNT, 4, 4), np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class Broken(ArrayDataset):
+    broken: tuple[int, ...] = ()
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise UnreadableImage(f"image {index}: cut short")
+        return super().__getitem__(index)
+
+
+def encode(images):
+    """uint8 (B, 1, 4, 4) -> (B, 2, 2, 2): a view, and one that is mirrored and has other codes."""
+    assert images.dtype == torch.uint8 and images.shape[1:] == (1, 4, 4)
+    ids = images[:, 0, ::2, ::2].long()
+    return torch.stack([ids, ids.flip(-1) + 1000], 1)
+
+
+EVERYTHING = encode(torch.from_numpy(PIXELS)[:, None]).transpose(0, 1)  # (V, N, h, w)
+
+
+def same(table: CodeTable, index: Sequence[int] = range(COUNT)) -> bool:
+    """Whether a table is of these images."""
+    return table.index.tolist() == list(index) and torch.equal(table.ids[:], EVERYTHING[:, list(index)])
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.suffix for path in folder.iterdir())
+
+
+@dataclass
+class Encoder:
+    """Counts the images that it is given; fails when it is given the `fails_at`-th batch."""
+
+    fails_at: int | None = None
+    error: type[BaseException] = KeyboardInterrupt
+    images: int = 0
+    batches: int = 0
+    sizes: list[int] = field(default_factory=list)
+
+    def __call__(self, images):
+        self.batches += 1
+        if self.batches == self.fails_at:
+            raise self.error(28, "No space left on device")
+        self.images += len(images)
+        self.sizes.append(len(images))
+        return encode(images)
+
+
+def code_file(folder: Path, key: str = "key", codebook_size: int = 2000, chunk: int = CHUNK) -> CodeFile:
+    return CodeFile(folder, "mine", key, COUNT, (2, 2, 2), codebook_size, chunk)
+
+
+def codes_in(
+    folder: Path,
+    encoder=encode,
+    *,
+    batch_size: int = 2,
+    here: World | None = None,
+    broken: tuple[int, ...] = (),
+    workers: int = 0,
+    file: CodeFile | None = None,
+) -> CodeTable:
+    dataset = Broken(PIXELS, np.arange(COUNT), COUNT, broken)
+    config = replace(CONFIG, num_workers=workers)
+    here = here or World(torch.device("cpu"))
+    return code_table(file or code_file(folder), lambda: ImageSource(dataset, config), encoder, batch_size, here)
+
+
+def shown(bars: list, **settings) -> tqdm:
+    bars.append(tqdm(**settings))
+    return bars[-1]
+
+
+def one_process(rank: int, port: int, folder: Path, fails_at: tuple, broken: tuple, queue) -> None:
+    """What one of two processes encodes, and gets, or which error."""
+    os.environ.update(variables(rank, 2, port))
+    bars = []
+    with (
+        mock.patch.object(code_cache, "tqdm", partial(shown, bars)),
+        world("cpu", 1) as here,
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        encoder = Encoder(fails_at[rank], OSError)
+        try:
+            table = codes_in(folder, encoder, here=here, broken=broken)
+            found = {"ids": table.ids[:].tolist(), "index": table.index.tolist()}
+        except ValueError as error:
+            found = {"error": str(error)}
+        counted = {"images": encoder.images, "warnings": len(caught), "shown": [bar.n for bar in bars]}
+        queue.put((rank, found | counted))
+
+
+def by_two(folder: Path, fails_at: tuple = (None, None), broken: tuple[int, ...] = ()) -> list[dict]:
+    """The answers of two processes that encode together, by rank. Forked, since starting two takes seconds."""
+    context, port = multiprocessing.get_context("fork"), free_port()
+    queue = context.Queue()
+    processes = [
+        context.Process(target=one_process, args=(rank, port, folder, fails_at, broken, queue)) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    answers = dict(queue.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    return [answers[rank] for rank in (0, 1)]

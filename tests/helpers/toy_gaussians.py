@@ -1,0 +1,100 @@
+"""Data that is known exactly and the perfect denoiser of it; a process without steps; noise that can be followed."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion.process import Gaussian, like
+from diffusion.types import Prediction
+
+
+class Circle(Gaussian):
+    """alpha = cos, sigma = sin: smooth from data to noise, both ends exact."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        t = t.cpu().double()
+        return torch.where(t == 1, 0.0, (t * math.pi / 2).cos())
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (t.cpu().double() * math.pi / 2).sin()
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return u
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Independent numbers, each of a mixture of Gaussians of one variance."""
+
+    weights: tuple[float, ...] = (1.0,)
+    means: tuple[float, ...] = (0.3,)
+    variance: float = 0.25
+
+    def draw(self, *shape: int, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        which = torch.multinomial(torch.tensor(self.weights), math.prod(shape), replacement=True, generator=generator)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.tensor(self.means, dtype=torch.float64)[which].view(shape) + self.variance**0.5 * noise
+
+    def denoiser(self, process: Gaussian) -> Callable[[Tensor, Tensor], Prediction]:
+        """E[x_0 | x_t] and E[eps | x_t]."""
+
+        def denoise(x: Tensor, t: Tensor) -> Prediction:
+            a, s = (like(c, x).unsqueeze(-1) for c in (process.alpha(t), process.sigma(t)))
+            means, weights = (torch.tensor(numbers, dtype=x.dtype) for numbers in (self.means, self.weights))
+            spread = a**2 * self.variance + s**2
+            away = x.unsqueeze(-1) - a * means  # (..., K)
+            share = (weights.log() - away**2 / (2 * spread)).softmax(-1)
+            x0 = share * (means + a * self.variance / spread * away)
+            return Prediction(x0.sum(-1), (share * s / spread * away).sum(-1))
+
+        return denoise
+
+    def moments(self) -> tuple[float, float]:
+        """Mean and variance."""
+        mean = sum(w * m for w, m in zip(self.weights, self.means, strict=True))
+        return mean, self.variance + sum(w * (m - mean) ** 2 for w, m in zip(self.weights, self.means, strict=True))
+
+
+NORMAL = Mixture()
+TWO = Mixture((0.3, 0.7), (-1.0, 0.5), 0.04)
+
+
+class Impulses:
+    """Stands in for random streams: example 0 gets no noise, example k a 1 in the k-th draw alone.
+
+    What a linear sampler makes of them is how much each draw weighs in its result.
+    """
+
+    def __init__(self):
+        self.calls = 0
+
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        self.calls += 1
+        noise = torch.zeros(shape, dtype=torch.float64)
+        noise[self.calls : self.calls + 1] = 1
+        return noise
+
+
+def sampled_variance(solve: Callable, process: Gaussian, data: Mixture, steps: int, **options) -> float:
+    """The variance of what a solver makes of N(0, 1), by Impulses. Data of mean 0 keep it linear."""
+    x = torch.zeros(steps + 1, 1, 1, 1, dtype=torch.float64)
+    x[0] = 1
+    return solve(data.denoiser(process), process, x, steps=steps, rng=Impulses(), **options).square().sum().item()
+
+
+def slope(errors: dict[int, float]) -> float:
+    """The power of 1 / steps that errors fall with, by least squares on a log scale."""
+    x, y = (torch.tensor(list(v), dtype=torch.float64).log() for v in (errors.keys(), errors.values()))
+    x, y = x - x.mean(), y - y.mean()
+    return -(x @ y / (x @ x)).item()
+
+
+def noised() -> tuple[Tensor, Tensor, Tensor]:
+    """x0 in [-1, 1] and noise (6, 2, 4, 4) float64; t (6,), of 1,000 steps the first and the last among them."""
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 6, 2, 4, 4, generator=generator, dtype=torch.float64)
+    return x0.clamp(-1, 1), noise, torch.tensor([1, 2, 100, 500, 900, 1000]) / 1000

@@ -1,0 +1,137 @@
+"""The causal transformer: what each code may know, and that a memory changes nothing but the work."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from models.attention import record_maps
+from models.kv_cache import Memory
+from models.transformer import AttentionConfig, CausalTransformer
+
+CODES, GRID, CLASSES, N = 7, (3, 4), 3, 12
+EVERY = [
+    AttentionConfig(attention_type=kind, position=position)
+    for kind, position in itertools.product(["softmax", "diff_v1", "diff_v2"], ["learned", "rope", "none"])
+]
+every_kind = pytest.mark.parametrize("attention", EVERY, ids=lambda a: f"{a.attention_type}-{a.position}")
+
+
+def trained(n_classes=CLASSES, **changes):
+    """Every weight away from its start, in float64."""
+    options = {"codes": CODES, "grid": GRID, "width": 16, "heads": 2, "layers": 2, "n_classes": n_classes}
+    network = CausalTransformer(**(options | changes))
+    for p in network.parameters():
+        nn.init.normal_(p, std=0.4)
+    return network.double().eval()
+
+
+def codes(batch=3):
+    return torch.randint(0, CODES, (batch, *GRID), generator=torch.manual_seed(0))
+
+
+def step_by_step(network, ids, labels, stops, memory=None):
+    """Logits of the codes at `stops`, each from those before it: (B, len(stops), K)."""
+    memory = Memory(GRID) if memory is None else memory
+    return torch.stack([network(ids.flatten(1)[:, :stop], labels, memory) for stop in stops], 1)
+
+
+@every_kind
+def test_a_code_is_predicted_from_those_before_it_and_from_all_of_them(attention):
+    network, ids = trained(attention=attention), codes(1)
+    before = network(ids).flatten(1, 2)
+    for place in range(N):
+        changed = ids.clone()
+        changed.view(-1)[place] = (changed.view(-1)[place] + 1) % CODES
+        moved = (network(changed).flatten(1, 2) - before).abs().amax(-1)[0]
+        assert not moved[: place + 1].any() and (moved[place + 1 :] > 1e-7).all()
+
+
+def test_the_first_code_is_predicted_from_the_start_token_and_the_class():
+    network, ids = trained(), codes()
+    first = network(ids, torch.arange(3))[:, 0, 0]
+    assert torch.equal(network(codes(3).flip(0), torch.arange(3))[:, 0, 0], first) and torch.pdist(first).min() > 0.01
+    nn.init.zeros_(network.code.weight[CODES])
+    assert not torch.allclose(network(ids, torch.arange(3))[:, 0, 0], first)
+
+
+def test_at_each_place_stands_the_code_before_it_beside_the_position_of_the_place():
+    network, ids = trained(layers=1), codes(1)
+    seen = []
+    network.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    network(ids)
+    line, positions = ids.flatten(), network.position.flatten(0, 1)
+    for place, code in enumerate([CODES, *line[:-1].tolist()]):
+        assert torch.equal(seen[0].flatten(1, 2)[0, place], network.code.weight[code] + positions[place])
+
+
+@every_kind
+@pytest.mark.parametrize("stops", [list(range(N)), [0, 1, 5, 6, 11], [4, 11]], ids=["one by one", "some", "few"])
+def test_with_a_memory_logits_are_those_of_the_whole(attention, stops):
+    network, ids, labels = trained(attention=attention), codes(), torch.tensor([0, 2, CLASSES])
+    wanted = network(ids, labels).flatten(1, 2)[:, stops]
+    assert torch.allclose(step_by_step(network, ids, labels, stops), wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{"attention": AttentionConfig(qk_norm=True, position="rope")}, {"n_classes": 0}])
+def test_so_they_are_with_other_options(options):
+    network, ids = trained(tied_head=True, **options), codes()
+    wanted = network(ids).flatten(1, 2)
+    assert torch.allclose(step_by_step(network, ids, None, range(N)), wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("n_classes", [0, CLASSES])
+def test_with_a_memory_nothing_is_read_twice_and_nothing_made_anew(n_classes):
+    network, ids, read, kept = trained(n_classes), codes(), [], set()
+    memory = Memory(GRID)
+    network.blocks[1].register_forward_pre_hook(lambda block, args: read.append(args[0].shape[1]))
+    for stop in (2, 3, 7, 11):
+        network(ids.flatten(1)[:, :stop], None, memory)
+        kept.add(tuple(x.data_ptr() for cache in memory.layers for x in (cache.keys, cache.values)))
+    assert read == [3, 1, 4, 4] and len(kept) == 1 and memory.length == N
+    assert [cache.keys.shape for cache in memory.layers] == [(3, N, 2, 8)] * 2
+
+
+def test_sequences_may_drop_out_of_a_memory_and_the_others_do_not_notice():
+    network, ids, labels = trained(), codes(4), torch.arange(4)
+    wanted, memory = network(ids, labels).flatten(1, 2), Memory(GRID)
+    names = torch.tensor([10, 11, 12, 13])
+    for stop, rows in enumerate([[0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 3], [0, 2, 3], [3, 0], [3, 0], [0]]):
+        found = network(ids.flatten(1)[rows, :stop], labels[rows], memory.keep(names[rows]))
+        assert torch.allclose(found, wanted[rows, stop], rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match=r"got sequences \[10, 11\], this memory holds \[10\]: make a new one"):
+        memory.keep(names[:2])
+
+
+def test_what_a_step_looks_at_is_a_row_of_the_whole_map():
+    network, ids = trained(), codes()
+    with record_maps(network) as whole:
+        network(ids)
+    with record_maps(network) as steps:
+        step_by_step(network, ids, None, [3, 4, 8])
+    for name, maps in whole.items():
+        assert torch.allclose(steps[name][1], maps[0][:, :, 4:5, :5], atol=1e-6)
+        assert torch.allclose(steps[name][2], maps[0][:, :, 5:9, :9], atol=1e-6)
+
+
+def test_every_weight_is_trained():
+    network = trained()
+    network(codes(4), torch.arange(4)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in network.parameters())
+
+
+@pytest.mark.parametrize("wrong", [{"attention": "neighborhood", "kernel_sizes": (3,)}, {"position": "bias"}])
+def test_what_cannot_be_causal_is_refused(wrong):
+    with pytest.raises(ValueError, match="for a causal transformer: .*choose full attention"):
+        trained(attention=AttentionConfig(**wrong))
+
+
+def test_a_memory_wants_more_codes_than_it_has_and_the_grid_of_the_positions():
+    network, line, memory = trained(), codes().flatten(1), Memory(GRID)
+    network(line[:, :4], None, memory)
+    for count in (4, 3, 12):
+        with pytest.raises(ValueError, match=rf"got {count} codes of a grid of \(3, 4\), of which 5 are read"):
+            network(line[:, :count], None, memory)
+    with pytest.raises(ValueError, match=r"grid of \(3, 4\), got \(4, 3\)"):
+        network(line[:, :1], None, Memory((4, 3)))

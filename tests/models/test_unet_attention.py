@@ -1,0 +1,141 @@
+"""Attention over feature maps: where it starts, what it computes, what a condition's tokens do."""
+
+import math
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.attention import record_maps
+from models.blocks import FEED_FORWARDS, GEGLU, FeedForward, count_parameters
+from models.conditioning import Condition, Tokens
+from models.unet_attention import ATTENTION_BLOCKS, SELF_ATTENTION, AttentionOptions, FeatureTransformerBlock
+
+C, HEADS, M, D = 40, 4, 5, 6
+
+
+def feature_map():
+    return torch.randn(2, C, 8, 7, generator=torch.Generator().manual_seed(0))
+
+
+def condition(mask=None):
+    return Condition({"text": Tokens(torch.randn(2, M, D, generator=torch.Generator().manual_seed(1)), mask)})
+
+
+def block_of(name, **changes):
+    return ATTENTION_BLOCKS[name](C, AttentionOptions(**({"heads": HEADS, "kernel_sizes": (3,)} | changes)))
+
+
+def woken(block):
+    """Every weight away from its start, so that nothing is hidden by a zero."""
+    for p in block.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    return block
+
+
+@pytest.mark.parametrize("name", ATTENTION_BLOCKS)
+def test_every_block_starts_as_the_identity_and_then_is_something_else(name):
+    block, x = block_of(name), feature_map()
+    assert torch.equal(block(x, None), x)
+    assert torch.equal(woken(block)(x, None), x) == (name == "none")
+
+
+@pytest.mark.parametrize("name", [name for name in ATTENTION_BLOCKS if name != "none"])
+def test_every_weight_is_trained(name):
+    block = woken(block_of(name, context_width=D))
+    block(feature_map(), condition()).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 1e-4 for p in block.parameters())
+
+
+def test_a_softmax_block_is_its_formula():
+    block, x = woken(block_of("softmax")), feature_map()
+    tokens = block.norm(x).flatten(2).mT  # (B, N, C)
+    q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in block.attention.qkv(tokens).chunk(3, -1))
+    mixed = (q @ k.mT / math.sqrt(C / HEADS)).softmax(-1) @ v
+    wanted = x + block.attention.proj(mixed.transpose(1, 2).flatten(2)).mT.view_as(x)
+    assert torch.allclose(block(x), wanted, atol=1e-4) and block.norm.eps == 1e-5
+
+
+@pytest.mark.parametrize("name", ["softmax", "diff_v1", "diff_v2", "transformer"])
+def test_full_attention_does_not_know_where_a_pixel_is(name):
+    block, x = woken(block_of(name)), feature_map()
+    assert torch.allclose(block(x.mT).mT, block(x), atol=1e-4)
+
+
+def test_neighbourhood_attention_sees_its_window_alone():
+    block, x = woken(block_of("neighborhood", kernel_sizes=(3, 5), dilations=(1,))), feature_map()
+    with record_maps(block) as maps:
+        block(x)
+    (seen,) = maps["attention"]  # (B, heads, N, N)
+    per_query = (seen > 0).sum(-1)
+    assert (per_query[:, :2] == 9).all() and (per_query[:, 2:] == 25).all()
+
+
+def test_diff_v1_pairs_the_heads_and_knows_its_depth():
+    layer = block_of("diff_v1", depth=4).attention
+    assert layer.heads == HEADS // 2 and layer.lambda_init == pytest.approx(0.8 - 0.6 * math.exp(-1.2))
+    more = 4 * C // HEADS + 2 * C // HEADS  # the four vectors, and the norm
+    assert count_parameters(block_of("diff_v1")) == count_parameters(block_of("softmax")) + more
+    with pytest.raises(ValueError, match="got 1 heads of 40 channels, diff_v1 pairs them"):
+        block_of("diff_v1", heads=1)
+
+
+@pytest.mark.parametrize("kind", SELF_ATTENTION)
+def test_a_transformer_has_any_self_attention(kind):
+    block = woken(block_of("transformer", transformer_attention=kind))
+    assert type(block.attention) is type(block_of(kind).attention)
+    assert block(feature_map()).isfinite().all()
+    with pytest.raises(ValueError, match="got self-attention 'linear', there are softmax, diff_v1"):
+        block_of("transformer", transformer_attention="linear")
+
+
+def test_a_transformer_is_its_formula():
+    block, x, said = woken(block_of("transformer", context_width=D)), feature_map(), condition()
+    h = block.proj_in(block.norm(x).permute(0, 2, 3, 1))
+    h = h + block.attention(block.norm1(h))
+    h = h + block.cross(block.cross_norm(h), said.streams["text"].values)
+    h = h + block.feed_forward(block.norm2(h))
+    assert torch.allclose(block(x, said), x + block.proj_out(h).permute(0, 3, 1, 2), atol=1e-5)
+
+
+def test_a_hidden_token_says_nothing_and_a_seen_one_does():
+    block, x = woken(block_of("transformer", context_width=D)), feature_map()
+    said, mask = condition().streams["text"].values, torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
+    changed = said.clone()
+    changed[:, 3] += 1
+    before, after = (block(x, Condition({"text": Tokens(values, mask)})) for values in (said, changed))
+    assert (before[0] - after[0]).abs().max() > 1e-3 and torch.equal(before[1], after[1])
+
+
+def test_cross_attention_without_tokens_is_refused():
+    block = block_of("transformer", context_width=D)
+    for said in (None, Condition()):
+        with pytest.raises(ValueError, match="got no tokens for a block with cross-attention"):
+            block(feature_map(), said)
+
+
+def test_feed_forward_layers_are_their_formulas():
+    x = torch.randn(2, 3, 8)
+    plain, gated = FeedForward(8, ratio=2), GEGLU(8, ratio=2)
+    assert torch.allclose(plain(x), plain.contract(F.gelu(plain.expand(x))))
+    hidden = gated.expand(x)
+    assert hidden.shape[-1] == 32 and plain.expand.out_features == 16
+    assert torch.allclose(gated(x), gated.contract(hidden[..., :16] * F.gelu(hidden[..., 16:])))
+
+
+def test_the_feed_forward_of_a_transformer_is_named(monkeypatch):
+    class Mine(nn.Linear):
+        def __init__(self, width):
+            super().__init__(width, width)
+
+    module = types.ModuleType("mine")
+    module.Mine = Mine
+    monkeypatch.setitem(sys.modules, "mine", module)
+    for name, kind in {**FEED_FORWARDS, "mine.Mine": Mine}.items():
+        block = block_of("transformer", feed_forward=name)
+        assert isinstance(block, FeatureTransformerBlock) and type(block.feed_forward) is kind
+    with pytest.raises(ValueError, match="got feed_forward 'relu': there are gelu, geglu"):
+        block_of("transformer", feed_forward="relu")

@@ -1,0 +1,126 @@
+"""What looks at numbers runs on tensors that lie elsewhere (see elsewhere.py), and gives what it gives on the CPU."""
+
+import pytest
+import torch
+
+from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.absorbing_solvers import tempered
+from diffusion.denoisers import guided, windowed
+from diffusion.likelihood import bits_per_code
+from diffusion.rng import Streams
+from diffusion.solvers import solvers_of
+from helpers.fake_device import DEVICE, Elsewhere, TwoPlaces
+from models.transformer import Transformer
+from train.samplers import absorbing
+from train.spaces import Start
+
+CODES, GRID, CLASSES = 16, (4, 4), 3
+PROCESS = AbsorbingDiffusion(CODES, steps=3)
+SOLVERS = solvers_of(PROCESS)
+
+
+def on(place, function):
+    """function(to), where to(...) brings a network or a tensor to a place and `to.device` is it."""
+
+    def to(value):
+        return value.to(place)
+
+    to.device = torch.device(place)
+    torch.manual_seed(0)
+    with TwoPlaces():
+        result = function(to)
+        assert isinstance(result, Elsewhere) == (to.device == DEVICE)
+        return result.cpu()
+
+
+def alike(function):
+    """The same here and there."""
+    here, there = on("cpu", function), on(DEVICE, function)
+    assert torch.equal(here, there) if here.dtype == torch.int64 else torch.allclose(here, there)
+    return here
+
+
+def test_a_tensor_left_behind_is_seen():
+    with TwoPlaces():
+        with pytest.raises(RuntimeError, match="more than one device"):
+            torch.zeros(3, device=DEVICE) + torch.zeros(3)
+        with pytest.raises(RuntimeError, match="more than one device"):
+            torch.zeros(3, 2, device=DEVICE)[torch.tensor([0, 1])]
+        x = torch.zeros(3, device=DEVICE)
+        x[1] = 5
+        assert x.tolist() == [0, 5, 0] and (x + torch.tensor(1.0)).device == DEVICE
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("watched", [False, True])
+def test_every_solver_guided_and_tempered_on_a_larger_canvas(name, watched):
+    on_step = (lambda i, t, s, x, logits: x) if watched else None
+
+    def function(to):
+        network = to(Transformer(codes=CODES, grid=GRID, width=16, heads=2, layers=1, n_classes=CLASSES))
+        labels = to(torch.tensor([0, 2]))
+        denoise = guided(
+            lambda x, t, label: network(x, label), labels, torch.full_like(labels, CLASSES), 2.0, schedule="cosine"
+        )
+        denoise = tempered(windowed(denoise, GRID, 2, mask=CODES), 0.9, last=0.5, top_k=9, top_p=0.95)
+        canvas = torch.full((2, 5, 4), PROCESS.mask, device=to.device)
+        canvas[1, 2:] = 3
+        rng = Streams([1, 2], to.device)
+        return SOLVERS[name](
+            denoise, PROCESS, canvas, steps=20 if name == "first_hitting" else 4, rng=rng, on_step=on_step
+        )
+
+    assert (alike(function)[1, 2:] == 3).all()
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_sampler_from_known_codes(name):
+    def function(to):
+        config = absorbing.Config(bert_n_emb=16, bert_n_head=2, bert_n_layers=1, position="rope")
+        built = absorbing.build(config, codes=CODES, grid=GRID, n_classes=CLASSES)
+        x0, keep = torch.arange(16).view(1, 4, 4).expand(3, 4, 4), torch.arange(16).view(1, 4, 4).expand(3, 4, 4) < 8
+        options = absorbing.Sampling(
+            solver=name, guidance=2.0, sample_steps=16 if name == "first_hitting" else 4, temp=0.8
+        )
+        batch, rng = {"label": to(torch.tensor([0, 0, 2]))}, Streams([1, 2, 3], to.device)
+        start = Start(to(x0), to(keep), 0.7)
+        return built.sample(to(built.network), rng, batch=batch, options=options, start=start)
+
+    assert torch.equal(alike(function)[:, :2], torch.arange(8).view(1, 2, 4).expand(3, 2, 4))
+
+
+def steps_of_training(to):
+    """A process, codes, and the same partly masked."""
+    process, codes = AbsorbingDiffusion(CODES, schedule="arccos"), to(torch.arange(32).view(2, 4, 4) % CODES)
+    rng = Streams([1, 2], to.device)
+    x_t = process.corrupt(codes, process.times(rng), rng)
+    return process, process.corrupt_count(x_t, torch.full((2,), 9, device=to.device), rng), rng
+
+
+def test_a_draw_of_the_reverse_kernel():
+    def function(to):
+        process, x_t, rng = steps_of_training(to)
+        return process.reverse(x_t, torch.zeros(2, 4, 4, CODES, device=to.device), 0.5, 0.25, rng)
+
+    assert (alike(function) == CODES).any()
+
+
+@pytest.mark.parametrize("sigma", [0.1, torch.linspace(0, 0.1, 32).view(2, 4, 4)])
+def test_the_reverse_kernel(sigma):
+    def function(to):
+        process, x_t, _ = steps_of_training(to)
+        logits = torch.zeros(2, 4, 4, CODES, device=to.device)
+        return process.reverse_probabilities(x_t, logits, 0.5, 0.25, to(sigma) if torch.is_tensor(sigma) else sigma)
+
+    alike(function)
+
+
+@pytest.mark.parametrize("steps", [3, None])
+@pytest.mark.parametrize("calls", [2, None])
+def test_likelihoods(steps, calls):
+    def function(to):
+        network = to(Transformer(codes=CODES, grid=GRID, width=16, heads=2, layers=1))
+        x0, rng = to(torch.arange(32).view(2, 4, 4) % CODES), Streams([1, 2], to.device)
+        return bits_per_code(lambda x, t: network(x), AbsorbingDiffusion(CODES, steps, "cosine"), x0, rng, calls).total
+
+    assert (alike(function) > 0).all()

@@ -1,0 +1,263 @@
+"""Files and flags: what is read as it was meant, what is refused, and how a script ends."""
+
+import dataclasses
+import errno
+
+import pytest
+import yaml
+
+from helpers.tiny_runs import call, parsed
+from train.cli import files as config_files
+from train.cli import parse as cli
+from train.config import DataConfig
+from train.datasets.digits import Config as Digits
+from train.first_stage import VQGANRun
+from train.samplers import absorbing, ddpm
+from vq.config import VQGANConfig
+
+READ = {  # text of a file -> key and value; train_vqgan.py reads it
+    "a float that is whole": ("vqgan:\n  train_steps: 1e6\n", "train_steps", 1_000_000),
+    "no float that YAML knows": ("vqgan:\n  lr: 1e-4\n", "lr", 1e-4),
+    "a quoted number": ("vqgan:\n  nf: '16'\n", "nf", 16),
+    "no octal number": ("vqgan:\n  seed: 010\n", "seed", 10),
+    "a name of digits": ("vqgan:\n  log_dir: 007\n", "log_dir", "007"),
+    "a name with a point": ("vqgan:\n  log_dir: 1.10\n", "log_dir", "1.10"),
+    "a name that is a date": ("vqgan:\n  log_dir: 2024-13-45\n", "log_dir", "2024-13-45"),
+    "a name that means true": ("vqgan:\n  log_dir: yes\n", "log_dir", "yes"),
+    "a name like a flag": ("vqgan:\n  log_dir: --help\n", "log_dir", "--help"),
+    "a name with an equals sign": ("vqgan:\n  log_dir: a=b\n", "log_dir", "a=b"),
+    "a switch": ("vqgan:\n  ema: off\n", "ema", False),
+    "nothing, where that is a value": ("vqgan:\n  log_dir:\n", "log_dir", None),
+    "one number for a list": ("vqgan:\n  attn_resolutions: 8\n", "attn_resolutions", [8]),
+    "an empty list": ("vqgan:\n  attn_resolutions: []\n", "attn_resolutions", []),
+    "a section goes above the top": ("vqgan:\n  img_size: 16\nimg_size: 32\n", "img_size", 16),
+    "a data set in the section": ("vqgan:\n  dataset: fashion_mnist\n", "dataset", "fashion_mnist"),
+    "a byte order mark": ("\ufeffimg_size: 16\n", "img_size", 16),
+    "a merge": ("absorbing: &a\n  seed: 5\n  lr: 1\nvqgan:\n  <<: *a\n  lr: 2\n", "seed", 5),
+    "a tag that fits": ("vqgan:\n  lr: !!float 1e-3\n", "lr", 1e-3),
+}
+REFUSED = {  # text of a file -> what the message must hold
+    "a word for a number": ("vqgan:\n  lr: yes\n", ["lr", "yes", "number"]),
+    "nan": ("vqgan:\n  lr: .nan\n", ["lr", ".nan", "finite"]),
+    "nan as Python says it": ("vqgan:\n  lr: nan\n", ["lr", "nan", "finite"]),
+    "inf": ("vqgan:\n  lr: inf\n", ["lr", "inf", "finite"]),
+    "too large": ("vqgan:\n  lr: 1e400\n", ["lr", "1e400", "finite"]),
+    "too large for a tensor": ("vqgan:\n  seed: 99999999999999999999\n", ["seed", "whole number"]),
+    "no whole number": ("vqgan:\n  train_steps: 1.5\n", ["train_steps", "1.5", "whole number"]),
+    "nothing for a number": ("vqgan:\n  lr:\n", ["lr", "None", "number"]),
+    "nothing for a word": ("vqgan:\n  logs_root: null\n", ["logs_root", "None", "word"]),
+    "nothing for data": ("img_size:\n", ["img_size", "None", "whole number"]),
+    "a list in a word": ("vqgan:\n  ch_mult: 1 2 2\n", ["ch_mult", "1 2 2", "[1, 2]"]),
+    "a list for one": ("vqgan:\n  nf: [1, 2]\n", ["nf", "whole number"]),
+    "a list of lists": ("vqgan:\n  ch_mult: [[1], 2]\n", ["ch_mult", "list"]),
+    "a flag in a list": ("vqgan:\n  ch_mult: [1, --seed, 3]\n", ["ch_mult", "--seed", "list"]),
+    "a list of itself": ("vqgan:\n  ch_mult: &a [*a]\n", ["ch_mult", "list"]),
+    "keys for a value": ("vqgan:\n  lr: {a: 1}\n", ["lr", "number"]),
+    "a number for a switch": ("vqgan:\n  ema: 1\n", ["ema", "true or false"]),
+    "a key twice": ("vqgan:\n  lr: 1\n  lr: 2\n", ["'lr'", "twice", "line 3"]),
+    "a section twice": ("vqgan:\n  lr: 1\nvqgan:\n  seed: 2\n", ["'vqgan'", "twice"]),
+    "a key that is none": ("null: 1\n", ["key: value"]),
+    "a key that is none, in a section": ("vqgan:\n  null: 1\n", ["unknown key None"]),
+    "a number for a key": ("vqgan:\n  1: 1\n", ["unknown key '1'"]),
+    "a list for a key": ("vqgan:\n  ? [a]\n  : 1\n", ["not a YAML file"]),
+    "a list for a name": ("dataset: [digits]\n", ["dataset", "a word"]),
+    "keys for a name": ("vqgan:\n  logs_root: {a: 1}\n", ["logs_root", "a word"]),
+    "code": ("vqgan: !!python/object/apply:os.system [ls]\n", ["not a YAML file", "python/object"]),
+    "a tag that does not fit": ("vqgan:\n  lr: !!set {a}\n", ["lr", "number"]),
+    "nesting": ("[" * 5000, ["not a YAML file", "recursion"]),
+    "a tab": ("vqgan:\n\tlr: 1\n", ["not a YAML file"]),
+    "bytes": (b"\xff\xfe\x00", ["not a YAML file"]),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_main(monkeypatch):
+    monkeypatch.setattr(cli, "run_main", lambda main, config: None)
+
+
+def written(tmp_path, content, name="mine.yaml"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def refused(capfd, script, flags):
+    with pytest.raises(SystemExit) as stop:
+        call(script, flags)
+    assert stop.value.code == 2
+    message = " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert "Traceback" not in message and len(message) < 900
+    return message
+
+
+@pytest.mark.parametrize("case", READ)
+def test_a_value_is_read_as_it_is_written(case, tmp_path, monkeypatch):
+    text, key, value = READ[case]
+    config = parsed("train_vqgan.py", f"--config {written(tmp_path, text)}", monkeypatch)
+    assert config[key] == value and type(config[key]) is type(value)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_value_of_another_kind_is_named(case, tmp_path, capfd):
+    text, words = REFUSED[case]
+    message = refused(capfd, "train_vqgan.py", f"--config {written(tmp_path, text)}")
+    assert "mine.yaml" in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--lr nan", ["--lr", "nan", "finite"]),
+        ("--lr=-inf", ["--lr", "-inf", "finite"]),
+        ("--seed 1e30", ["--seed", "whole number"]),
+        ("--train_steps 1e6.", ["--train_steps", "1e6.", "whole number"]),
+        ("--config a.yaml --config b.yaml", ["--config 2 times", "one file"]),
+        ("__config a.yaml", ["__config"]),
+        ("--lr 1 --config", ["--config alone", "one file"]),
+        ("--config .", ["is no file"]),
+        ("--dataset=", ["unknown data set ''"]),
+    ],
+)
+def test_a_flag_of_another_kind_is_named(flags, words, capfd):
+    message = refused(capfd, "train_vqgan.py", flags)
+    assert all(word in message for word in words), message
+
+
+def test_a_flag_may_write_a_whole_number_as_a_float(monkeypatch):
+    config = parsed("train_vqgan.py", "--train_steps 1.5e3 --disc_start_step 1_000 --n_channels 1", monkeypatch)
+    assert (config["train_steps"], config["disc_start_step"], config["n_channels"]) == (1500, 1000, 1)
+
+
+def test_a_section_cannot_name_another_sampler_than_its_own(tmp_path, capfd, monkeypatch):
+    file = written(tmp_path, "sampler: ddpm\nddpm:\n  sampler: absorbing\n")
+    assert "'ddpm'" in refused(capfd, "train_sampler.py", f"--config {file} --logs_root {tmp_path}")
+    file = written(tmp_path, "calc_FID:\n  sampler: ddpm\n")  # but that of an experiment chooses
+    config = parsed("experiments/calc_FID.py", f"--config {file} --logs_root {tmp_path}", monkeypatch)
+    assert config["sampler"] == "ddpm" and "eta" in config
+    assert "unknown sampler ''" in refused(capfd, "train_sampler.py", "--sampler=")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("data: 3\n", ["config.yaml", "'data'", "key: value"]),
+        ("data:\n  dataset: digits\n  img_size: .nan\n", ["img_size", "whole number", "config.yaml of the run"]),
+        ("reader: []\n", ["'reader'"]),
+        ("data: !!bool x\n", ["config.yaml", "not a YAML file"]),
+        ("data: 2024-13-45\n", ["config.yaml", "not a YAML file"]),
+    ],
+)
+def test_a_damaged_config_of_a_first_stage_is_named(text, words, tmp_path, capfd):
+    (tmp_path / "vqgan_digits").mkdir()
+    written(tmp_path / "vqgan_digits", text, "config.yaml")
+    message = refused(capfd, "train_sampler.py", f"--logs_root {tmp_path}")
+    assert all(word in message for word in words), message
+
+
+def test_datasets_yaml_holds_paths(tmp_path, monkeypatch):
+    monkeypatch.setattr(config_files, "ROOT", tmp_path)
+    paths = 'ffhq: 2024\nchurches: ~nobody_of_that_name/x\nfaces: [a]\nbedrooms:\nmnist: "\\0"\n'
+    written(tmp_path, paths, "datasets.yaml")
+    assert cli.data_dir_of("ffhq", None) == str(tmp_path / "2024")
+    assert cli.data_dir_of("churches", None) == str(tmp_path / "~nobody_of_that_name" / "x")
+    assert cli.data_dir_of("lsun", None) is None
+    for name in ("faces", "bedrooms", "mnist"):
+        with pytest.raises(ValueError, match=f"datasets.yaml.* for {name}"):
+            cli.data_dir_of(name, None)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"max_epochs": 1' + "0" * 400 + "}", "[" * 100_000, "\ufeff{}"])
+def test_json_is_refused_in_words(text, tmp_path, capfd):
+    message = refused(capfd, "train_sampler.py", f"--config {written(tmp_path, text, 'mine.json')}")
+    assert "mine.json" in message and "BOM" not in message
+
+
+def stored(config):
+    return yaml.safe_load(yaml.safe_dump(cli.to_dict(config)))
+
+
+def test_a_run_made_before_a_flag_existed_takes_its_default():
+    config = VQGANRun(data=DataConfig(img_size=16), reader=Digits(), network=VQGANConfig(nf=4))
+    content = stored(config)
+    del content["network"]["beta"], content["data"]["shift"], content["reader"]
+    assert cli.to_dict(cli.from_dict(VQGANRun, content, "old")) == cli.to_dict(config)
+
+
+def test_a_run_made_with_a_flag_that_is_gone_is_refused():
+    content = stored(VQGANRun(data=DataConfig(), reader=Digits(), network=VQGANConfig()))
+    content["network"]["gone"] = 3
+    with pytest.raises(ValueError, match="old was written by another version.*unknown now: gone"):
+        cli.from_dict(VQGANRun, content, "old")
+    with pytest.raises(ValueError, match="old: group 'data' holds 3"):
+        cli.from_dict(VQGANRun, content | {"data": 3}, "old")
+    with pytest.raises(ValueError, match="old: got nf None, wanted a whole number"):
+        cli.from_dict(VQGANRun, content | {"network": {"nf": None}}, "old")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    sampler: absorbing.Config | ddpm.Config
+    data: DataConfig
+
+
+def test_an_old_run_is_completed_with_what_was_done_then():
+    now = Run(sampler=absorbing.Config(bert_n_layers=3), data=DataConfig(shift=2))
+    old = stored(now) | {"origin": {"ae_weights": "abc"}}
+    assert cli.completed(old, now) == old
+    del old["data"]["shift"]
+    assert cli.completed(old, now)["data"]["shift"] == 0  # the flag's default, not what is asked for now
+    assert "shift" not in old["data"]
+    assert cli.completed({"origin": old["origin"]}, now) == stored(
+        Run(sampler=absorbing.Config(), data=DataConfig())
+    ) | {"origin": old["origin"]}
+    other = stored(Run(sampler=ddpm.Config(), data=DataConfig()))
+    assert cli.completed(other, now) == other  # nothing of absorbing is put beside what is ddpm's
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 2, "train_vqgan.py: Permission denied: /a/b\n"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/a"), 2, "train_vqgan.py: Is a directory: /a\n"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/a/b"), 2, "train_vqgan.py: Not a directory: /a/b\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a"), 2, "train_vqgan.py: No space left on device: /a\n"),
+        (FileNotFoundError("x not found: make it"), 2, "train_vqgan.py: x not found: make it\n"),
+        (ValueError("two\nlines"), 2, "train_vqgan.py: two lines\n"),
+        (ValueError(), 2, "train_vqgan.py: ValueError\n"),
+        (KeyboardInterrupt(), 130, "train_vqgan.py: interrupted\n"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(error, code, words, monkeypatch, capfd):
+    def fails(main, config):
+        raise error
+
+    monkeypatch.setattr(cli, "run_main", fails)
+    with pytest.raises(SystemExit) as stop:
+        call("train_vqgan.py", "")
+    assert (stop.value.code, capfd.readouterr().err) == (code, words)
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "run_main", lambda main, config: {}["key"])
+    with pytest.raises(KeyError):
+        call("train_vqgan.py", "")
+
+
+@pytest.mark.parametrize("flags", ["--lr fast", "--dataset nothing", "--help"])
+def test_under_torchrun_the_first_process_alone_speaks_of_the_command_line(flags, monkeypatch, capfd):
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            call("train_vqgan.py", flags)
+        assert stop.value.code == (0 if flags == "--help" else 2)
+        said.append("".join(capfd.readouterr()))
+    assert said[0] and not said[1]
+
+
+def test_what_goes_wrong_on_one_machine_alone_is_said_by_it(monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(cli, "run_main", lambda main, config: open("/nowhere/at/all"))
+    with pytest.raises(SystemExit):
+        call("train_vqgan.py", "")
+    assert capfd.readouterr().err == "train_vqgan.py (rank 3): No such file or directory: /nowhere/at/all\n"

@@ -1,0 +1,263 @@
+"""A data set's codes are encoded once: what comes out, by whom, and that a VQGAN's key holds all that made them."""
+
+import dataclasses
+import multiprocessing
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.toy_encoding import COUNT, EVERYTHING, Encoder, by_two, code_file, codes_in, encode, files, same
+from train import first_stage
+from train.config import DataConfig
+from train.data import code_cache
+from train.data.loading import ImageSource, TrainingCodes
+from train.data.transforms import View, training_views
+from train.datasets import ArrayDataset, DatasetConfig
+from train.distributed import World
+from train.first_stage import FirstStage
+from vq.autoencoder import VQGAN
+from vq.config import VQGANConfig
+
+CPU = torch.device("cpu")
+
+# what comes out
+
+
+@pytest.mark.parametrize(("batch_size", "chunk", "workers"), [(1, 3, 0), (2, 3, 2), (5, 4, 0), (100, 3, 0), (2, 50, 0)])
+def test_codes_are_those_of_the_images_whatever_the_batches_and_chunks(tmp_path, batch_size, chunk, workers):
+    encoder = Encoder()
+    file = code_file(tmp_path, chunk=chunk)
+    assert same(codes_in(tmp_path, encoder, batch_size=batch_size, workers=workers, file=file))
+    assert encoder.images == COUNT and max(encoder.sizes) == min(batch_size, chunk, COUNT)
+    assert files(tmp_path) == [".codes", ".lock", ".note"]
+
+
+def test_they_are_encoded_once(tmp_path):
+    codes_in(tmp_path)
+    assert same(codes_in(tmp_path, lambda images: 1 / 0))
+    refused = code_cache.code_table(code_file(tmp_path), lambda: 1 / 0, encode, 1, World(CPU))  # not even opened
+    assert same(refused)
+
+
+def test_ids_index_as_a_tensor_does(tmp_path):
+    with pytest.warns(UserWarning, match="skipped"):
+        ids = codes_in(tmp_path, broken=(0, 4)).ids
+    left = EVERYTHING[:, [1, 2, 3, 5, 6, 7, 8, 9, 10]]
+    views, rows = torch.tensor([0, 1, 1, 0]), torch.tensor([8, 0, 3, 4])
+    assert tuple(ids.shape) == left.shape and len(ids) == 2
+    for place in [
+        (views, rows),
+        (0, rows),
+        (slice(None), rows),
+        (1, 3),
+        (slice(1, 2), slice(2, 7, 2)),
+        1,
+        views,
+        (1, -1),
+    ]:
+        assert torch.equal(ids[place], left[place]) and ids[place].dtype == torch.int64, place
+    ids[0].zero_()  # in memory
+    assert torch.equal(ids[:], left)
+
+
+@pytest.mark.parametrize(("codebook_size", "size"), [(2**16, 2), (2**16 + 1, 4)])
+def test_a_code_takes_two_bytes_where_they_suffice(tmp_path, codebook_size, size):
+    file = code_file(tmp_path, codebook_size=codebook_size)
+    table = codes_in(tmp_path, lambda images: encode(images) - encode(images) + codebook_size - 1, file=file)
+    assert (table.ids[:] == codebook_size - 1).all()
+    assert file.path.stat().st_size == COUNT * 8 * size
+
+
+def test_ids_are_mapped_and_a_pickle_carries_none(tmp_path):
+    table = codes_in(tmp_path)
+    before = len(pickle.dumps(table))
+    assert same(table) and isinstance(table.ids.mapped, np.memmap) and table.ids.mapped.mode == "r"
+    assert len(pickle.dumps(table)) == before
+    assert same(pickle.loads(pickle.dumps(table)))
+
+
+def test_batches_of_mapped_codes_are_those_of_codes_in_memory(tmp_path):
+    mapped = TrainingCodes(codes_in(tmp_path).ids, torch.arange(COUNT), seed=3)
+    kept = TrainingCodes(EVERYTHING.int(), torch.arange(COUNT), seed=3)
+    assert len(mapped) == len(kept) == 2 * COUNT
+    for positions in ([0, 5, 21], list(range(22)), list(range(20, 50))):
+        one, other = pickle.loads(pickle.dumps(mapped))[positions], kept[positions]
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    chosen = [kept.order[k] for k in (4, 1)]
+    assert torch.equal(kept[[4, 1]]["codes"], EVERYTHING.flatten(0, 1)[chosen])
+
+
+def in_a_fork(queue, source):
+    queue.put(source[[1, 2, 3]]["codes"].tolist())
+
+
+def test_a_fork_reads_what_its_parent_has_mapped(tmp_path):
+    source = TrainingCodes(codes_in(tmp_path).ids, None, seed=3)
+    wanted, context = source[[1, 2, 3]]["codes"].tolist(), multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=in_a_fork, args=(queue, source))
+    process.start()
+    assert queue.get(timeout=20) == wanted
+    process.join()
+
+
+# several processes, several jobs
+
+
+def test_two_processes_encode_what_one_does_and_each_its_share(tmp_path):
+    answers = by_two(tmp_path)
+    assert [answer["images"] for answer in answers] == [6, 5]  # chunks 0 and 2, 1 and 3
+    assert all(answer["ids"] == EVERYTHING.tolist() for answer in answers)
+    codes_in(tmp_path / "alone")
+    whole, alone = (code_file(folder).path.read_bytes() for folder in (tmp_path, tmp_path / "alone"))
+    assert whole == alone and same(codes_in(tmp_path, lambda images: 1 / 0))
+    assert [answer["images"] for answer in by_two(tmp_path)] == [0, 0]
+
+
+def test_two_go_on_where_one_was_stopped_and_one_where_two_were(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        codes_in(tmp_path / "one", Encoder(fails_at=3))
+    answers = by_two(tmp_path / "one")
+    assert [answer["images"] for answer in answers] == [5, 3]  # chunks 1 and 3, 2
+    assert [answer["shown"] for answer in answers] == [[11], [3]]  # the progress; the second process shows none
+    assert all(answer["ids"] == EVERYTHING.tolist() for answer in answers)
+
+    stopped, encoder = by_two(tmp_path / "two", fails_at=(3, None)), Encoder()
+    assert "[Errno 28] No space left" in stopped[0]["error"] and "see the other processes" in stopped[1]["error"]
+    assert same(codes_in(tmp_path / "two", encoder)) and encoder.images == 3  # the chunk of the one that failed
+
+
+def test_what_two_cannot_read_is_named_once_and_left_out(tmp_path):
+    answers = by_two(tmp_path / "some", broken=(0, 4, 10))
+    left = [i for i in range(COUNT) if i not in (0, 4, 10)]
+    assert all(answer["index"] == left and answer["ids"] == EVERYTHING[:, left].tolist() for answer in answers)
+    assert [answer["warnings"] for answer in answers] == [1, 0]
+    nothing = by_two(tmp_path / "none", broken=tuple(range(COUNT)))
+    assert all("not one of 11 images can be read; the first is image 0" in answer["error"] for answer in nothing)
+    assert files(tmp_path / "none") == [".lock"]
+
+
+def encode_together(barrier, folder, log, queue):
+    def logged(images):
+        with log.open("a") as file:
+            file.write("x\n" * len(images))
+        return encode(images)
+
+    barrier.wait()
+    queue.put(codes_in(folder, logged).ids[:].tolist())
+
+
+def test_jobs_that_start_together_encode_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier, queue, log = context.Barrier(3), context.Queue(), tmp_path / "log"
+    arguments = (barrier, tmp_path / "codes", log, queue)
+    processes = [context.Process(target=encode_together, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = [queue.get(timeout=30) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found == [EVERYTHING.tolist()] * 3 and log.read_text().count("x") == COUNT
+
+
+def test_a_job_that_waits_says_so(tmp_path, capsys):
+    lock, tries = code_cache.FileLock(code_file(tmp_path).beside("lock")), []
+    acquire = code_cache.FileLock.acquire
+
+    def until_the_third(self, timeout):
+        tries.append(timeout)
+        if len(tries) == 3:
+            lock.release()
+        return acquire(self, timeout=0.01)
+
+    lock.acquire()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code_cache.FileLock, "acquire", until_the_third)
+        assert same(codes_in(tmp_path))
+    assert len(tries) == 3 and capsys.readouterr().out.count("another job is encoding into") == 1
+    lock.acquire(timeout=0)  # it was given back
+    lock.release()
+
+
+# of a VQGAN
+
+NETWORK = VQGANConfig(nf=4, ch_mult=(1, 2), res_blocks=1, attn_resolutions=(), codebook_size=16, emb_dim=4)
+IMAGES = ArrayDataset(np.random.default_rng(1).integers(0, 256, (7, 8, 8), np.uint8), np.arange(7), 7)
+DATA = DataConfig(dataset="mine", img_size=8, n_channels=1)
+
+
+CHANGES = [
+    {"horizontal_flip": True},
+    {"shift": 1},
+    {"shift": 2},
+    {"crop_margin": 2},
+    {"crop_margin": 4},
+    {"img_size": 16},
+    {"img_size": 12, "crop_margin": 4},
+    {"img_width": 16},
+    {"n_channels": 3},
+]
+
+
+def first_of(folder, **changes):
+    torch.manual_seed(0)
+    fields = {"weights": "abc", "amp": False} | changes
+    vqgan = VQGAN(NETWORK, DATA.size, 1).eval()
+    torch.nn.init.normal_(vqgan.quantizer.codebook.weight)
+    return FirstStage(folder, vqgan, DATA, DatasetConfig(), 0, device=CPU, **fields)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"horizontal_flip": True, "shift": 1}, {"horizontal_flip": True, "crop_margin": 4}]
+)
+def test_a_split_is_encoded_in_all_its_views_and_validation_in_none(tmp_path, changes):
+    first, data = first_of(tmp_path), dataclasses.replace(DATA, **changes)
+    table = first.codes(IMAGES, "train", data, 3, World(CPU))
+    source = ImageSource(IMAGES, data, margin=data.crop_margin)
+    images = torch.stack([source[i]["image"] for i in range(7)])
+    wanted = torch.stack([first.encode(view(images)) for view in training_views(data)])
+    assert torch.equal(table.ids[:], wanted) and len(wanted) in (1, 18, 10) and len(wanted.unique()) > 4
+    for batch_size in (1, 100):
+        again = first_of(tmp_path / str(batch_size)).codes(IMAGES, "train", data, batch_size, World(CPU))
+        assert torch.equal(again.ids[:], wanted)
+    plain = torch.stack([ImageSource(IMAGES, DATA)[i]["image"] for i in range(7)])
+    assert torch.equal(first.codes(IMAGES, "val", data, 3, World(CPU)).ids[:], first.encode(plain)[None])
+
+
+def test_any_ingredient_makes_another_key(tmp_path, monkeypatch):
+    keys = []
+    monkeypatch.setattr(first_stage, "code_table", lambda file, *rest: keys.append((file.key, file.path)))
+    monkeypatch.setattr(first_stage, "has_native_bf16", lambda device: True)
+    first, world = first_of(tmp_path), World(CPU)
+    pixels = IMAGES.images.copy()
+    pixels[3, 0, 0] ^= 1
+    first.codes(IMAGES, "train", DATA, 3, world)
+    first.codes(dataclasses.replace(IMAGES, images=pixels), "train", DATA, 3, world)
+    for changes in CHANGES:
+        first.codes(IMAGES, "train", dataclasses.replace(DATA, **changes), 3, world)
+    first_of(tmp_path, weights="abd").codes(IMAGES, "train", DATA, 3, world)
+    first_of(tmp_path, amp=True).codes(IMAGES, "train", DATA, 3, world)
+    other = first_of(tmp_path)
+    other.vqgan.config = dataclasses.replace(NETWORK, unit_range=True)
+    other.codes(IMAGES, "train", DATA, 3, world)
+    for view in (View(flip=True), View(dx=1), View(dy=1), View(crop=(0, 0, 8, 8))):  # as many as before
+        monkeypatch.setattr(first_stage, "training_views", lambda data, view=view: [view])
+        first.codes(IMAGES, "train", DATA, 3, world)
+    monkeypatch.setattr(first_stage, "training_views", training_views)
+    monkeypatch.setattr(first_stage, "CHUNK", 513)
+    first.codes(IMAGES, "train", DATA, 3, world)
+    assert len({key for key, _ in keys}) == len({path for _, path in keys}) == len(keys) == 19
+
+
+def test_what_does_not_change_codes_is_no_ingredient(tmp_path, monkeypatch):
+    keys = []
+    monkeypatch.setattr(first_stage, "code_table", lambda file, *rest: keys.append(file.path))
+    first = first_of(tmp_path)
+    first.codes(IMAGES, "train", DATA, 3, World(CPU))
+    first.codes(IMAGES, "train", dataclasses.replace(DATA, num_workers=3, in_memory=True), 5, World(CPU))
+    first_of(tmp_path, amp=True).codes(IMAGES, "train", DATA, 3, World(CPU))  # a CPU without bfloat16 has no such
+    assert len(set(keys)) == 1 or first_stage.has_native_bf16(CPU)
+    first.codes(IMAGES, "val", DATA, 3, World(CPU))
+    assert len(set(keys[:2])) == 1 and keys[-1] != keys[0]  # by name: the splits' fingerprints differ besides

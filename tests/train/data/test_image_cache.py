@@ -1,0 +1,202 @@
+"""Decoded images on disk are what was decoded, or they are decoded again."""
+
+import dataclasses
+import json
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from train.config import DataConfig
+from train.data import image_cache
+from train.data.loading import ImageSource, TrainingImages
+from train.datasets import ArrayDataset, UnreadableImage
+
+CONFIG = DataConfig(dataset="mine", img_size=8, n_channels=3, cache_images=True)
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 11, 9, 3), np.uint8)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Counted(ArrayDataset):
+    """Counts in a file how often an image is decoded; some are broken."""
+
+    log: str = ""
+    broken: tuple[int, ...] = ()
+
+    def __getitem__(self, index):
+        with open(self.log, "a") as file:
+            file.write(f"{index}\n")
+        if index in self.broken:
+            raise UnreadableImage(f"image {index}: cut short")
+        return super().__getitem__(index)
+
+    def decoded(self) -> int:
+        return len(Path(self.log).read_text().split())
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return Counted(PIXELS, np.arange(6), 6, log=str(tmp_path / "log"))
+
+
+def same_as_decoded(source: ImageSource) -> bool:
+    plain = ImageSource(source.dataset, dataclasses.replace(source.config, cache_images=False), margin=source.margin)
+    items = [(source[i], plain[i]) for i in range(len(plain))]
+    return all(
+        torch.equal(a["image"], b["image"]) and type(a["image"]) is type(b["image"]) and a["label"] == b["label"]
+        for a, b in items
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cached_images_are_the_decoded_ones_with_their_fields_and_are_decoded_once(dataset, tmp_path, workers):
+    config = dataclasses.replace(CONFIG, num_workers=workers)
+    source = ImageSource(dataset, config, tmp_path)
+    assert dataset.decoded() == 6
+    again = ImageSource(dataset, config, tmp_path)
+    assert list(again[3]) == ["image", "label"] and type(again[3]["label"]) is int and again[3]["image"].shape[0] == 3
+    assert dataset.decoded() == 6
+    assert same_as_decoded(source) and same_as_decoded(again)
+
+
+def test_what_is_done_to_an_item_does_not_reach_the_file(dataset, tmp_path):
+    source = ImageSource(dataset, CONFIG, tmp_path)
+    source[2]["image"].zero_()
+    assert same_as_decoded(source)
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "gone", "note cut", "note gone"])
+def test_a_cache_that_is_not_whole_is_made_again(dataset, tmp_path, damage):
+    path = ImageSource(dataset, CONFIG, tmp_path).on_disk.path
+    note = path.with_suffix(".json")
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "longer":
+        path.write_bytes(path.read_bytes() + b"1")
+    elif damage == "note cut":
+        note.write_text(note.read_text()[:-9])
+    else:
+        (path if damage == "gone" else note).unlink()
+    assert same_as_decoded(ImageSource(dataset, CONFIG, tmp_path))
+    assert dataset.decoded() == 6 + 6 + 6
+
+
+def test_a_cache_that_was_interrupted_leaves_nothing_to_be_trusted(dataset, tmp_path, monkeypatch):
+    def stop(numbers, index, item):
+        if index == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(image_cache, "keep", stop)
+        ImageSource(dataset, CONFIG, tmp_path)
+    assert not list(tmp_path.glob("*.p*")) and not list(tmp_path.glob("*.json"))
+    assert same_as_decoded(ImageSource(dataset, CONFIG, tmp_path))
+
+
+def test_other_data_sizes_channels_and_code_are_other_caches(dataset, tmp_path, monkeypatch):
+    other = PIXELS.copy()
+    other[0, 0, 0, 0] ^= 1
+    variants = [
+        (dataset, CONFIG),
+        (dataclasses.replace(dataset, images=other), CONFIG),
+        (dataset, dataclasses.replace(CONFIG, img_size=7)),
+        (dataset, dataclasses.replace(CONFIG, n_channels=1)),
+    ]
+    paths = {ImageSource(data, config, tmp_path).on_disk.path for data, config in variants}
+    monkeypatch.setattr(image_cache, "CODE", image_cache.CODE[:1])
+    paths.add(ImageSource(dataset, CONFIG, tmp_path).on_disk.path)
+    assert len(paths) == 5
+
+
+def test_caches_of_sizes_that_are_not_square_and_of_margins_hold_what_was_decoded(dataset, tmp_path):
+    wide = dataclasses.replace(CONFIG, img_width=12)
+    cut = dataclasses.replace(wide, crop_margin=4)
+    sources = [
+        *(ImageSource(dataset, config, tmp_path) for config in (CONFIG, wide, cut)),
+        ImageSource(dataset, cut, tmp_path, margin=4),
+        ImageSource(dataset, dataclasses.replace(CONFIG, img_size=12, img_width=16), tmp_path),
+    ]
+    shapes = [source[0]["image"].shape[1:] for source in sources]
+    assert shapes == [(8, 8), (8, 12), (8, 12), (12, 16), (12, 16)]
+    paths = [source.on_disk.path for source in sources]
+    assert paths[1] == paths[2] and paths[3] == paths[4] and len(set(paths)) == 3  # a size is a size, however asked for
+    assert dataset.decoded() == 3 * 6 and all(same_as_decoded(source) for source in sources)
+    batch = TrainingImages(sources[3], 0)[list(range(6))]
+    assert batch["image"].shape == (6, 3, 8, 12)
+
+
+def test_a_square_is_the_same_cache_whether_its_width_is_said_or_not(dataset, tmp_path):
+    same = [CONFIG, dataclasses.replace(CONFIG, img_width=8)]
+    assert len({ImageSource(dataset, config, tmp_path).on_disk.path for config in same}) == 1
+    assert image_cache.cache_key(dataset, (3, 8, 12)) != image_cache.cache_key(dataset, (3, 12, 8))
+
+
+def test_an_unreadable_image_is_named_from_the_cache_as_from_the_file(dataset, tmp_path):
+    broken = dataclasses.replace(dataset, broken=(0, 4))
+    for _ in range(2):
+        source = ImageSource(broken, CONFIG, tmp_path)
+        with pytest.raises(UnreadableImage, match="^image 4: cut short$"):
+            source[4]
+        assert source[5]["label"] == 5
+    assert broken.decoded() == 6
+    with pytest.warns(UserWarning, match="skipped unreadable"):
+        TrainingImages(source, 0)[list(range(6))]
+    nothing = dataclasses.replace(dataset, images=PIXELS[:2], labels=np.arange(2), broken=(0, 1))
+    with pytest.raises(ValueError, match="not one of 2 images can be read; the first is image 0"):
+        ImageSource(nothing, CONFIG, tmp_path)
+
+
+def test_items_with_more_than_numbers_are_refused(dataset, tmp_path):
+    class Boxes(Counted):
+        def __getitem__(self, index):
+            return super().__getitem__(index) | {"boxes": torch.zeros(4)}
+
+    with pytest.raises(ValueError, match="item 0 has boxes: .*--in_memory"):
+        ImageSource(Boxes(**vars(dataset)), CONFIG, tmp_path)
+
+
+def test_a_disk_without_room_is_an_error_before_anything_is_decoded(dataset, tmp_path, monkeypatch):
+    class Full:
+        free = 3
+
+    monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: Full)
+    with pytest.raises(ValueError, match="make room"):
+        ImageSource(dataset, CONFIG, tmp_path)
+    assert not (tmp_path / "log").exists()
+
+
+def open_together(barrier, dataset, folder, answers):
+    barrier.wait()
+    source = ImageSource(dataset, CONFIG, folder)
+    answers.put([source[i]["image"].sum().item() for i in range(6)])
+
+
+def test_processes_that_start_together_make_it_once(dataset, tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier, answers = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=open_together, args=(barrier, dataset, tmp_path, answers)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = [answers.get(timeout=20) for _ in processes]
+    for process in processes:
+        process.join()
+    assert dataset.decoded() == 6
+    source = ImageSource(dataset, CONFIG, tmp_path)
+    assert found == [[source[i]["image"].sum().item() for i in range(6)]] * 3
+
+
+def test_a_pickled_cache_carries_no_pixels(dataset, tmp_path):
+    cache = ImageSource(dataset, CONFIG, tmp_path).on_disk
+    before = len(pickle.dumps(cache))
+    assert torch.equal(cache[1]["image"], pickle.loads(pickle.dumps(cache))[1]["image"])
+    assert len(pickle.dumps(cache)) == before
+
+
+def test_the_note_is_written_last(dataset, tmp_path):
+    path = ImageSource(dataset, CONFIG, tmp_path).on_disk.path
+    note = json.loads(path.with_suffix(".json").read_text())
+    assert note["count"] == 6 and path.stat().st_size == 6 * 3 * 8 * 8
+    assert note["numbers"] == {"label": list(range(6))}

@@ -1,0 +1,240 @@
+"""Sizes and channels of items, the views of them, and the one range of floats."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from train.config import DataConfig
+from train.data.transforms import View, covering, five_crops, to_float, to_item, to_uint8, training_views, views
+
+
+def boxed(image, box, size):
+    boxes = tv_tensors.BoundingBoxes(torch.tensor([box]), format="XYXY", canvas_size=size)
+    return {"image": image, "label": 3, "boxes": boxes, "name": "a", "vector": torch.arange(4)}
+
+
+@pytest.mark.parametrize("n_channels", [1, 3])
+@pytest.mark.parametrize("shape", [(8, 8), (50, 20), (20, 50, 3), (32, 32, 3)])
+@pytest.mark.parametrize("pil", [False, True])
+def test_every_image_becomes_a_square_of_the_wanted_channels(n_channels, shape, pil):
+    array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    item = {"image": Image.fromarray(array) if pil else array, "label": 5}
+    result = to_item(item, (32, 32), n_channels)
+    assert isinstance(result["image"], tv_tensors.Image)
+    assert result["image"].shape == (n_channels, 32, 32) and result["image"].dtype == torch.uint8
+    assert result["label"] == 5
+    assert item["image"] is not result["image"]
+
+
+def test_grey_and_colour_turn_into_each_other_without_loss():
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert np.array_equal(to_item({"image": grey}, (16, 16), 1)["image"][0], grey)
+    colour = to_item({"image": grey}, (16, 16), 3)["image"]
+    assert all(np.array_equal(plane, grey) for plane in colour)
+    back = to_item({"image": colour.permute(1, 2, 0).numpy()}, (16, 16), 1)["image"]
+    assert np.array_equal(back[0], grey)
+
+
+def test_the_centre_of_the_long_side_is_kept():
+    image = np.zeros((10, 30), np.uint8)
+    image[:, 10:20] = 255
+    assert (to_item({"image": image}, (10, 10), 1)["image"] == 255).all()
+    assert (to_item({"image": image.T.copy()}, (10, 10), 1)["image"] == 255).all()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 24), (24, 16), (7, 30)])
+@pytest.mark.parametrize("height, width", [(40, 40), (33, 77), (77, 33), (5, 9), (16, 24), (1, 200)])
+def test_an_image_is_resized_to_just_cover_the_size_and_keeps_its_aspect(size, height, width):
+    high, wide = covering(height, width, size)
+    assert high >= size[0] and wide >= size[1] and (high == size[0] or wide == size[1])
+    scale = max(size[0] / height, size[1] / width)
+    assert abs(high - scale * height) < 1 and abs(wide - scale * width) < 1
+
+
+@pytest.mark.parametrize("shape", [(50, 20, 3), (20, 50, 3), (37, 23, 3), (11, 90, 3)])
+def test_the_pixels_of_squares_are_those_of_the_short_side_fitted(shape):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+    fitted = F.center_crop(F.resize(image, [16], F.InterpolationMode.BICUBIC, antialias=True), [16])
+    assert torch.equal(to_item({"image": image}, (16, 16), 3)["image"], F.to_image(fitted))
+
+
+def test_an_image_that_is_not_square_keeps_the_centre_of_what_does_not_fit():
+    image = np.zeros((10, 30), np.uint8)
+    image[:, 5:25] = 255
+    for size, pixels in [((10, 20), image), ((20, 10), image.T.copy())]:
+        item = to_item({"image": pixels}, size, 1)["image"]
+        assert item.shape == (1, *size) and (item == 255).all()
+    rows = np.arange(40, dtype=np.uint8)[:, None].repeat(20, 1)  # higher than wanted: rows are cut, columns are not
+    assert to_item({"image": rows}, (10, 20), 1)["image"][0, :, 7].tolist() == list(range(15, 25))
+
+
+def test_masks_and_boxes_follow_an_image_that_is_not_square():
+    item = boxed(np.zeros((20, 40, 3), np.uint8), [20, 0, 30, 10], (20, 40)) | {
+        "mask": tv_tensors.Mask(torch.arange(40).expand(20, 40).clone())
+    }
+    result = to_item(item, (20, 30), 3)
+    assert result["image"].shape == (3, 20, 30)
+    assert result["boxes"].tolist() == [[15, 0, 25, 10]] and result["boxes"].canvas_size == (20, 30)
+    assert result["mask"][3].tolist() == list(range(5, 35))
+
+
+def test_shrinking_averages_and_does_not_pick_pixels():
+    stripes = np.zeros((64, 64), np.uint8)
+    stripes[:, ::2] = 255
+    image = to_item({"image": stripes}, (8, 8), 1)["image"].float()
+    assert (image - 127.5).abs().max() < 20
+
+
+def test_boxes_follow_their_image():
+    item = boxed(np.zeros((20, 40, 3), np.uint8), [20, 0, 30, 10], (20, 40))
+    result = to_item(item, (10, 10), 3)
+    assert result["boxes"].tolist() == [[5, 0, 10, 5]]
+    assert result["boxes"].canvas_size == (10, 10)
+    assert result["vector"].tolist() == [0, 1, 2, 3] and result["name"] == "a"
+
+
+@pytest.mark.parametrize(
+    "size, channels, message",
+    [((8, 0), 3, r"size is \(8, 0\)"), ((0, 8), 3, r"size is \(0, 8\)"), ((8, 8), 2, "n_channels is 2: give 1")],
+)
+def test_impossible_sizes_and_channels_are_refused(size, channels, message):
+    with pytest.raises(ValueError, match=message):
+        to_item({"image": np.zeros((8, 8), np.uint8)}, size, channels)
+
+
+PIXELS = torch.arange(1, 13, dtype=torch.uint8).view(1, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "view, rows",
+    [
+        (View(), [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]),
+        (View(flip=True), [[4, 3, 2, 1], [8, 7, 6, 5], [12, 11, 10, 9]]),
+        (View(dx=1), [[0, 1, 2, 3], [0, 5, 6, 7], [0, 9, 10, 11]]),
+        (View(dy=-1), [[5, 6, 7, 8], [9, 10, 11, 12], [0, 0, 0, 0]]),
+        (View(flip=True, dx=1, dy=1), [[0, 0, 0, 0], [0, 4, 3, 2], [0, 8, 7, 6]]),
+    ],
+)
+def test_a_view_mirrors_first_and_then_moves(view, rows):
+    image = tv_tensors.Image(PIXELS)
+    moved = view({"image": image, "label": 1})
+    assert moved["image"].tolist() == [rows] and isinstance(moved["image"], tv_tensors.Image)
+    assert moved["label"] == 1
+    assert image.tolist() == PIXELS.tolist()
+
+
+def test_boxes_and_masks_move_with_their_image():
+    item = boxed(tv_tensors.Image(torch.zeros(3, 8, 10)), [1, 2, 4, 5], (8, 10))
+    item["image"][:, 2:5, 1:4] = 1
+    item["mask"] = tv_tensors.Mask(item["image"][0].long())
+    moved = View(flip=True, dx=1, dy=2)(item)
+    assert moved["boxes"].tolist() == [[7, 4, 10, 7]]
+    assert (moved["image"][:, 4:7, 7:10] == 1).all() and moved["image"].sum() == 27
+    assert torch.equal(moved["mask"], moved["image"][0].long())
+    assert moved["vector"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("flip, shift, count", [(False, 0, 1), (True, 0, 2), (False, 1, 9), (True, 2, 50)])
+def test_all_views_are_different_and_the_first_changes_nothing(flip, shift, count):
+    image = torch.arange(1, 65, dtype=torch.uint8).view(1, 8, 8)
+    seen = [view(image) for view in views(flip, shift)]
+    assert len(seen) == count == len({tuple(view.flatten().tolist()) for view in seen})
+    assert torch.equal(seen[0], image)
+
+
+def test_a_negative_shift_is_refused():
+    with pytest.raises(ValueError, match="shift is -1"):
+        views(False, -1)
+
+
+def of_margin(image, margin, size, flip=False):
+    """What an image looks like in each training view."""
+    data = DataConfig(img_size=size[0], img_width=size[1], crop_margin=margin, horizontal_flip=flip)
+    return [view(image) for view in training_views(data)]
+
+
+@pytest.mark.parametrize("margin", [2, 3, 4])
+def test_crops_are_the_centre_and_the_four_corners(margin):
+    image = torch.arange(1, 1 + (6 + margin) * (8 + margin)).view(1, 6 + margin, 8 + margin)
+    seen = of_margin(image, margin, (6, 8))
+    middle = image[:, margin // 2 :, margin // 2 :][:, :6, :8]
+    corners = [image[:, :6, :8], image[:, :6, margin:], image[:, margin:, :8], image[:, margin:, margin:]]
+    assert len(seen) == 5 and all(torch.equal(a, b) for a, b in zip(seen, [middle, *corners], strict=True))
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_with_flips_there_are_ten_crops_each_with_its_mirror_image():
+    image = torch.arange(1, 131).view(1, 10, 13)
+    seen = of_margin(image, 4, (6, 9), flip=True)
+    assert len(seen) == 10 == len({tuple(view.flatten().tolist()) for view in seen})
+    assert all(torch.equal(seen[5 + i], seen[i].flip(-1)) for i in range(5))
+
+
+def test_a_crop_is_cut_before_it_is_mirrored_and_moved():
+    view = View(flip=True, dx=1, crop=(1, 2, 2, 2))
+    assert view(tv_tensors.Image(PIXELS)).tolist() == [[[0, 8], [0, 12]]]
+
+
+def test_boxes_and_masks_are_cut_with_their_image():
+    item = boxed(tv_tensors.Image(torch.zeros(3, 8, 10)), [3, 2, 6, 5], (8, 10))
+    item["image"][:, 2:5, 3:6] = 1
+    item["mask"] = tv_tensors.Mask(item["image"][0].long())
+    for flip, left in [(False, 1), (True, 3)]:
+        part = View(flip=flip, crop=(1, 2, 6, 7))(item)
+        assert part["boxes"].tolist() == [[left, 1, left + 3, 4]] and part["boxes"].canvas_size == (6, 7)
+        assert part["image"].shape == (3, 6, 7) and (part["image"][:, 1:4, left : left + 3] == 1).all()
+        assert part["image"].sum() == 27 and torch.equal(part["mask"], part["image"][0].long())
+        assert part["label"] == 3
+
+
+@pytest.mark.parametrize("view", [View(crop=(0, 0, 3, 4)), View(crop=(1, 1, 2, 2)), View()])
+def test_a_view_is_a_copy(view):
+    image = tv_tensors.Image(PIXELS.clone())
+    view({"image": image})["image"].zero_()
+    view(image).zero_()
+    assert torch.equal(image, PIXELS)
+
+
+@pytest.mark.parametrize("crop", [(0, 0, 4, 4), (0, 1, 3, 4), (1, 0, 3, 4), (-1, 0, 3, 4), (0, -1, 3, 4)])
+def test_a_crop_of_what_an_image_does_not_have_is_refused(crop):
+    with pytest.raises(ValueError, match="got 3x4 pixels to cut .*--crop_margin"):
+        View(crop=crop)(PIXELS)
+
+
+def test_images_without_the_margin_are_refused_by_the_views_that_cut_it():
+    cutting = training_views(DataConfig(img_size=3, img_width=4, crop_margin=2))
+    for view in cutting[:1] + cutting[2:]:  # all but the corner at the top left
+        with pytest.raises(ValueError, match="got 3x4 pixels"):
+            view(PIXELS)
+
+
+def test_what_says_which_view_it_is_keeps_its_meaning_where_nothing_is_cut():
+    assert [view.describe() for view in views(True, 1)[::9]] == [[False, 0, 0], [True, 0, 0]]
+    assert View(True, 2, -1).describe() == [True, 2, -1]
+    assert View(crop=(1, 2, 3, 4)).describe() == [False, 0, 0, 1, 2, 3, 4] and not View(crop=(0, 0, 3, 4)).identity
+    data = [DataConfig(img_size=8, img_width=w, crop_margin=m, horizontal_flip=True) for w in (8, 9) for m in (0, 2, 4)]
+    described = [[tuple(view.describe()) for view in training_views(each)] for each in data]
+    assert described[0] == described[3] == [(False, 0, 0), (True, 0, 0)]
+    assert all(len(set(each)) == len(each) for each in described) and len(set(map(tuple, described))) == 5
+    assert five_crops((8, 9), 0) == [None]
+
+
+def test_all_256_values_survive_the_round_trip():
+    values = torch.arange(256, dtype=torch.uint8)
+    floats = to_float(values)
+    assert floats.dtype == torch.float32
+    assert floats[0] == -1 and floats[255] == 1
+    assert torch.equal(to_uint8(floats), values)
+
+
+def test_to_uint8_rounds_and_clamps():
+    floats = torch.tensor([-3.0, -1.0, (99.6 / 127.5) - 1, (100.4 / 127.5) - 1, 1.0, 1.2])
+    assert to_uint8(floats).tolist() == [0, 0, 100, 100, 255, 255]
+
+
+def test_to_float_refuses_what_has_been_scaled():
+    with pytest.raises(ValueError, match="image is torch.float32"):
+        to_float(torch.zeros(3))

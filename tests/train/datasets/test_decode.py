@@ -1,0 +1,144 @@
+"""Every kind of pixel ends as eight-bit grey or RGB, the right way up; what is broken is named."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from train.datasets import UnreadableImage
+from train.datasets._decode import decode
+
+GREY = np.arange(0, 252, 12, dtype=np.uint8).reshape(3, 7)
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP"])
+def test_eight_bit_images_come_back_as_they_are(kind):
+    rgb = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    image = decode(encoded(Image.fromarray(rgb), kind, **options))
+    assert image.mode == "RGB" and np.array_equal(np.asarray(image), rgb)
+
+
+def test_grey_and_black_and_white_stay_grey():
+    image = decode(encoded(Image.fromarray(GREY)))
+    assert image.mode == "L" and np.array_equal(np.asarray(image), GREY)
+    image = decode(encoded(Image.fromarray(GREY).convert("1")))
+    assert image.mode == "L" and set(np.unique(np.asarray(image))) <= {0, 255}
+
+
+@pytest.mark.parametrize("kind, mode", [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B")])
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(kind, mode):
+    levels = np.array([[0, 128, 129, 257, 32896, 65406, 65407, 65535]], np.uint16)
+    data = levels.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
+    image = decode(encoded(Image.frombytes(mode, (8, 1), data), kind))
+    assert image.mode == "L"
+    assert np.asarray(image).tolist() == [[0, 0, 1, 1, 128, 254, 255, 255]]
+
+
+def test_thirty_two_bit_grey_holding_sixteen_bits_is_scaled_alike():
+    image = decode(encoded(Image.fromarray(np.array([[-5, 0, 257, 65535, 70000]], np.int32)), "TIFF"))
+    assert np.asarray(image).tolist() == [[0, 0, 1, 255, 255]]
+
+
+def test_a_palette_is_resolved():
+    rgb = Image.new("RGB", (4, 3), (10, 200, 30))
+    image = decode(encoded(rgb.quantize(4)))
+    assert image.mode == "RGB" and image.getpixel((1, 1)) == (10, 200, 30)
+
+
+def test_cmyk_becomes_rgb():
+    image = decode(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100))
+    red, green, blue = image.getpixel((8, 8))
+    assert image.mode == "RGB" and red > 250 and green < 5 and blue < 5
+
+
+def test_alpha_is_laid_on_white():
+    pixels = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 0, 51]]], np.uint8)
+    image = decode(encoded(Image.fromarray(pixels)))
+    assert image.mode == "RGB"
+    assert np.asarray(image).tolist() == [[[255, 0, 0], [255, 255, 255], [204, 204, 204]]]
+
+
+def test_grey_alpha_is_laid_on_white_and_stays_grey():
+    pixels = np.array([[[77, 255], [77, 0], [0, 51]]], np.uint8)
+    image = decode(encoded(Image.fromarray(pixels)))
+    assert image.mode == "L" and np.asarray(image).tolist() == [[77, 255, 204]]
+
+
+@pytest.mark.parametrize("transparency", [1, bytes([255, 0])])
+def test_a_transparent_palette_entry_is_laid_on_white(transparency):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    decoded = decode(encoded(image, transparency=transparency))
+    assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(10, 20, 30), (255, 255, 255)]
+
+
+def test_a_transparent_colour_is_laid_on_white():
+    image = Image.new("RGB", (2, 1), (1, 2, 3))
+    image.putpixel((1, 0), (9, 9, 9))
+    decoded = decode(encoded(image, transparency=(9, 9, 9)))
+    assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(1, 2, 3), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_the_exif_orientation_is_applied(kind):
+    image = Image.new("L", (32, 16))
+    image.paste(255, (0, 0, 16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned a quarter clockwise
+    upright = decode(encoded(image.convert("RGB"), kind, exif=exif.tobytes()))
+    assert upright.size == (16, 32)
+    assert upright.getpixel((8, 4))[0] > 200 and upright.getpixel((8, 28))[0] < 50
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_a_truncated_file_is_named(kind, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    whole = encoded(Image.fromarray(noise), kind).getvalue()
+    path = tmp_path / "cut.img"
+    for length in (0, 10, len(whole) // 2, len(whole) - 200):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UnreadableImage, match=r"cut.img: .+"):
+            decode(path)
+
+
+def test_a_missing_file_a_text_and_floats_are_named(tmp_path):
+    with pytest.raises(UnreadableImage, match="gone.png"):
+        decode(tmp_path / "gone.png")
+    with pytest.raises(UnreadableImage, match="archive entry 7: "):
+        decode(io.BytesIO(b"just words"), name="archive entry 7")
+    with pytest.raises(UnreadableImage, match="floats of unknown range"):
+        decode(encoded(Image.new("F", (2, 2)), "TIFF"), name="depth.tif")
+
+
+def test_an_image_too_large_to_be_true_is_named(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UnreadableImage, match="bomb.png: "):
+        decode(encoded(Image.fromarray(GREY)), name="bomb.png")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_flipped_bytes_give_an_image_or_the_one_error(kind):
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {} if kind == "BMP" else {"exif": exif.tobytes()}
+    whole = encoded(Image.fromarray(rng.integers(0, 256, (9, 8, 3), np.uint8)), kind, **options).getvalue()
+    for _ in range(300):
+        data = bytearray(whole)
+        for position in rng.integers(0, min(len(data), 300), 3):
+            data[position] = rng.integers(256)
+        try:
+            assert decode(io.BytesIO(bytes(data)), name="fuzzed").mode in ("L", "RGB")
+        except UnreadableImage as error:
+            assert str(error).startswith("fuzzed: ")

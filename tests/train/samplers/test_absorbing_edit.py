@@ -1,0 +1,42 @@
+"""Editing absorbing models: the share that is forgotten, and windows in which nothing is to be drawn."""
+
+import pytest
+import torch
+
+from diffusion.rng import Streams
+from train.samplers.absorbing import AbsorbingSampler, Config, Sampling
+from train.spaces import Start
+
+
+def built(schedule="linear", grid=(8, 8)):
+    config = Config(bert_n_emb=8, bert_n_head=2, bert_n_layers=1, total_steps=4, schedule=schedule)
+    return AbsorbingSampler(config, codes=5, grid=grid, n_classes=0)
+
+
+class Asked(torch.nn.Module):
+    """A network that knows nothing, and remembers what it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids = []
+
+    def forward(self, ids, labels=None):
+        self.ids.append(ids.clone())
+        return torch.zeros(*ids.shape, 5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "arccos", "square"])
+def test_strength_is_the_share_of_forgotten_codes_whatever_the_schedule(schedule):
+    x0, network = torch.zeros(50, 8, 8, dtype=torch.long), Asked()
+    start = Start(x0, torch.zeros(50, 8, 8, dtype=torch.bool), 0.7)
+    built(schedule).sample(network, Streams(list(range(50))), options=Sampling(sample_steps=1), start=start)
+    share = (network.ids[0] == 5).float().mean().item()
+    assert share == pytest.approx(0.7, abs=5 * (0.21 / 3200) ** 0.5)
+
+
+def test_windows_of_known_codes_are_not_evaluated():
+    x0, keep, network = torch.zeros(1, 9, 12, dtype=torch.long), torch.ones(1, 9, 12, dtype=torch.bool), Asked()
+    keep[0, 0, 0] = False  # in one window alone
+    options, where = Sampling(sample_steps=2), {"shape": (9, 12), "window_stride": 1}
+    built().sample(network, Streams([0]), options=options, start=Start(x0, keep), **where)
+    assert [len(ids) for ids in network.ids] == [1]

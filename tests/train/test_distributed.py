@@ -1,0 +1,222 @@
+"""Several processes, replicas or shards, equal one: losses, gradient norms, weights, averages, checkpoints."""
+
+import shutil
+
+import pytest
+import torch
+
+from helpers.process_pool import Crew
+from helpers.run_asserts import (
+    assert_close,
+    assert_same_checkpoints,
+    assert_same_ddpm,
+    assert_same_losses,
+    checkpoint,
+    lines,
+    weights,
+)
+from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call, run
+from train.distributed import World
+from train.loop import Tally
+
+FLAGS = "--no_amp --weight_decay 0.01 --steps_per_log 1 --ema_profiles 0.1"
+STAGE_1 = f"{FLAGS} {VQGAN} {GAN} --disc_weight_max 1000 --lr 1e-4 --steps_per_eval 3"
+STAGE_2 = f"{FLAGS} {SAMPLER} --warmup_iters 2 --steps_per_eval 2 --train_steps 4 --ae_load_dir whole"
+SPREAD = "--time_sampler low_discrepancy"  # over the whole batch
+BY_LOSS = "--time_sampler loss_second_moment --loss_type vlb --total_steps 4 --batch_size 8"
+WAYS = ["ddp", "fsdp"]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Two processes that wait for something to train."""
+    crew = Crew(2)
+    yield crew
+    crew.close()
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """A folder with `whole`, a VQGAN that one process trained, and `codes`, an absorbing sampler of one process."""
+    logs = tmp_path_factory.mktemp("parallel")
+    call("train_vqgan.py", f"--logs_root {logs} --log_dir whole --train_steps {STEPS} {STAGE_1}")
+    call("train_sampler.py", f"--logs_root {logs} --log_dir codes {STAGE_2}")
+    return logs
+
+
+def assert_same(one, other, step):
+    assert_same_losses(one, other)
+    assert_same_checkpoints(one, other, step)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_train_the_vqgan_of_one(logs, two, way):
+    two.run("train_vqgan.py", f"--logs_root {logs} --log_dir {way} --train_steps {STEPS} {STAGE_1} --parallel {way}")
+    assert_same(logs / "whole", logs / way, STEPS)
+    logged = [row for row in lines(logs / way) if "adaptive_weight" in row]
+    assert logged and 0 < logged[-1]["adaptive_weight"] < 1000  # the clamp must not hide the weight
+    assert {"grad_norm", "disc_grad_norm", "disc_loss", "lr"} <= logged[-1].keys()
+    assert any("val/l1" in row for row in lines(logs / way))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_train_the_absorbing_sampler_of_one(logs, two, way):
+    codes = logs / "whole" / "codes"
+    by_one = {path.name: path.read_bytes() for path in codes.iterdir()}
+    shutil.rmtree(codes)
+    two.run("train_sampler.py", f"--logs_root {logs} --log_dir codes_{way} {STAGE_2} --parallel {way}")
+    assert {path.name: path.read_bytes() for path in codes.iterdir()} == by_one
+    assert_same(logs / "codes", logs / f"codes_{way}", 4)
+    assert any("val/loss" in row for row in lines(logs / f"codes_{way}"))
+
+
+DDPM_CASES = [(BY_LOSS, "ddp"), (SPREAD, "fsdp"), (BY_LOSS, "fsdp"), (SPREAD, "ddp")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "way"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (i > 1)) for i, case in enumerate(DDPM_CASES)],
+)
+def test_two_processes_train_the_ddpm_of_one(tmp_path, two, flags, way):
+    flags = f"--logs_root {tmp_path} --no_amp --steps_per_log 1 --steps_per_eval 0 --train_steps 10 {DDPM} {flags}"
+    two.run("train_sampler.py", f"{flags} --log_dir two --parallel {way}")
+    call("train_sampler.py", f"{flags} --log_dir one")
+    assert_same_ddpm(tmp_path / "one", tmp_path / "two", 10)
+
+
+def test_a_checkpoint_goes_on_in_every_other_way(logs, two):
+    """One process, shards, replicas, one process: two steps each, from the checkpoint before."""
+    flags = f"--logs_root {logs} --log_dir chain {STAGE_1}"
+    call("train_vqgan.py", f"{flags} --train_steps 1")
+    two.run("train_vqgan.py", f"{flags} --train_steps 4 --parallel fsdp")  # the discriminator sets in here
+    two.run("train_vqgan.py", f"{flags} --train_steps 5 --parallel ddp")
+    call("train_vqgan.py", f"{flags} --train_steps {STEPS}")
+    assert_same_checkpoints(logs / "whole", logs / "chain", STEPS, best=False)  # each start validates at its end
+    steps = [{row["step"]: row for row in lines(logs / name) if "loss" in row} for name in ("whole", "chain")]
+    assert steps[0].keys() == steps[1].keys() == set(range(1, STEPS + 1))
+    for step, row in steps[0].items():
+        assert row == pytest.approx(steps[1][step], rel=1e-5, abs=1e-7)
+
+
+def test_averages_on_their_way_to_the_log_go_on_in_two_processes(tmp_path, two):
+    """A checkpoint between two logged lines, made by one process: its steps weigh as much as those of two."""
+    flags = f"--logs_root {tmp_path} --no_amp {VQGAN} --perceptual_net none --steps_per_log 4 --train_steps 4"
+    call("train_vqgan.py", f"{flags} --log_dir one --steps_per_checkpoint 2")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(checkpoint(tmp_path / "two", 4))
+    two.run("train_vqgan.py", f"{flags} --log_dir two --parallel fsdp")
+    assert_same_losses(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_gradients_are_exchanged_once_for_all_parts_of_a_batch(tmp_path, two, way):
+    flags = f"--logs_root {tmp_path} {DDPM} --no_amp --batch_size 8 --train_steps 1 --steps_per_eval 0 --parallel {way}"
+    counts = []
+    for parts in (1, 4):
+        command = f"train_sampler.py {flags} --log_dir {way}_{parts} --accumulate {parts}"
+        counts.append(two.call("helpers.per_rank.collectives", command)[0])
+    for kind in counts[0].keys() | counts[1].keys():
+        if "gather" not in kind:  # shards are put together for each part
+            assert counts[1].get(kind, 0) == counts[0].get(kind, 0) > 0, counts
+    assert any("reduce" in kind for kind in counts[0])
+    assert_close(*(weights(tmp_path / f"{way}_{parts}", 1) for parts in (1, 4)))
+
+
+def test_processes_share_lists_that_do_not_divide(two):
+    first, second = two.call("helpers.per_rank.shares")
+    assert (first["own"], second["own"]) == ([0, 2, 4], [1, 3])
+    assert first["rounds"] == [[[0], True], [[2], True], [[4], True]]
+    assert second["rounds"] == [[[1], True], [[3], True], [[3], False]]  # its last again, which does not count
+    squares = [[i * i, i * i] for i in range(5)]
+    wanted = {"any": [False, True, True], "none": [], "collected": squares, "one": [[0, 0]], "gathered": [0, 7, 1, 7]}
+    for answer in (first, second):
+        assert {key: answer[key] for key in wanted} == wanted
+        assert (answer["mean"], answer["share"]) == (0.5, 3)
+
+
+def test_a_process_without_a_batch_goes_along_in_every_round(two):
+    first, second = two.call("helpers.per_rank.rounds_without_a_batch")
+    assert len(first) == len(second) == 1  # else the forward of a sharded network waits for it for ever
+    assert [first[0][1], second[0][1]] == [True, False]
+
+
+def test_truth_values_are_gathered(two):
+    """A user's batches may hold masks, and a bad step saves them."""
+    assert two.call("helpers.per_rank.gathered_masks") == [[True, True, True, False]] * 2
+
+
+def test_tallies_of_two_processes_are_saved_and_go_on_in_any_number(two):
+    first, second = two.call("helpers.per_rank.tallies")
+    assert first["state"] == second["state"]
+    assert first["state"]["loss"] == [[3.0, 3.0], [33.0, 3.0]]
+    assert first["state"]["table"] == [[[0.0, 0.0]] * 2, [[1.0, 1.0]] * 2]
+    for answer in (first, second):
+        assert answer["again"] == {"loss": True, "table": True}
+        assert answer["taken"] == [[36.0, 6.0], [36.0, 6.0], [9.0, 3.0], [7.0, 3.0]]
+        assert answer["after"] == [{}, {}]
+    assert (first["own"], second["own"]) == ({"one": [9, 3], "three": [7, 3]}, {"one": [0, 0], "three": [0, 0]})
+    alone = Tally(World(torch.device("cpu")))
+    alone.load_state_dict({name: torch.tensor(value) for name, value in first["state"].items()})
+    assert alone.take()["loss"].tolist() == [36.0, 6.0]
+
+
+QUANTIZERS = ["l2", "gumbel", "fsq", "lfq", "ibq"]
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) if way == "fsdp" else way for way in WAYS])
+@pytest.mark.parametrize("quantizer", ["ema", *(pytest.param(q, marks=pytest.mark.slow) for q in QUANTIZERS)])
+def test_two_processes_learn_the_codes_of_one(tmp_path, two, quantizer, way):
+    """Averages and entropies over the batch are those of all processes' parts of it."""
+    flags = f"--logs_root {tmp_path} --train_steps 4 {STAGE_1} --quantizer {quantizer} --revive_below 0.5"
+    flags += " --lecam_weight 0.1 --disc_spectral_norm --disc_blur --disc_loss non_saturating"
+    flags += " --entropy_temperature 1"  # a colder one makes more of rounding than is allowed here
+    call("train_vqgan.py", f"{flags} --log_dir one")
+    two.run("train_vqgan.py", f"{flags} --log_dir two --parallel {way}")
+    assert_same(tmp_path / "one", tmp_path / "two", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_four_processes_under_torchrun_equal_one(logs, way):
+    """Shards of four leave processes without a part of the smaller tensors."""
+    flags = f"--logs_root {logs} --parallel {way}"
+    made = run("train_vqgan.py", f"{flags} --log_dir four_{way} --train_steps {STEPS} {STAGE_1}", processes=4)
+    assert made.returncode == 0, made.stderr
+    assert_same(logs / "whole", logs / f"four_{way}", STEPS)
+    made = run("train_sampler.py", f"{flags} --log_dir four_codes_{way} {STAGE_2}", processes=4)
+    assert made.returncode == 0, made.stderr
+    assert_same(logs / "codes", logs / f"four_codes_{way}", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_parts_of_a_batch_with_a_gan_in_two_processes(tmp_path, two, way):
+    """The adaptive weight is a part's own, and the parts of two processes are others than those of one: before the GAN
+    sets in all is the same."""
+    flags = f"--logs_root {tmp_path} {STAGE_1} --accumulate 2"
+    call("train_vqgan.py", f"{flags} --log_dir one --train_steps 3")
+    two.run("train_vqgan.py", f"{flags} --log_dir two --train_steps 3 --parallel {way}")
+    assert_same(tmp_path / "one", tmp_path / "two", 3)
+    two.run("train_vqgan.py", f"{flags} --log_dir two --train_steps {STEPS} --parallel {way}")
+    last = [row for row in lines(tmp_path / "two") if "adaptive_weight" in row][-1]
+    assert last["step"] == STEPS and 0 < last["adaptive_weight"] < 1000
+
+
+def test_fewer_batches_of_validation_images_than_processes(tmp_path, two):
+    """One batch takes them all: the second process has none."""
+    flags = f"--logs_root {tmp_path} {DDPM} --no_amp --batch_size 512 --train_steps 1 --steps_per_eval 1"
+    flags += " --timeout_minutes 0.2"
+    two.run("train_sampler.py", f"{flags} --log_dir two --parallel fsdp")
+    call("train_sampler.py", f"{flags} --log_dir one")
+    assert_same_losses(tmp_path / "one", tmp_path / "two")
+
+
+def test_shards_sample_in_step_where_one_process_has_less_to_draw(logs, two):
+    """Of 40 steps on 16 codes, each process would call the network as often as its own images have codes to draw."""
+    flags = f"--logs_root {logs} {STAGE_2} --sample_steps 40 --seed 3 --timeout_minutes 0.3"
+    two.run("train_sampler.py", f"{flags} --log_dir in_step --parallel fsdp")
+    call("train_sampler.py", f"{flags} --log_dir alone")
+    shown = [sorted((logs / name).rglob("*.png")) for name in ("in_step", "alone")]
+    assert [path.name for path in shown[0]] == [path.name for path in shown[1]]
+    assert_same_losses(logs / "in_step", logs / "alone")

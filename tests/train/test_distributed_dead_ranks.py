@@ -1,0 +1,115 @@
+"""No process waits for ever for one that died, stands still or gave up: all end with an error."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers.process_pool import ROOT, free_port, quiet_end, variables
+from helpers.tiny_runs import VQGAN
+
+PATIENCE = 150  # seconds, against hanging; nothing here is timed
+
+
+def command(logs: Path, flags: str) -> list[str]:
+    steps = "--train_steps 1000000 --steps_per_log 1 --steps_per_checkpoint 1000000"
+    words = f"--logs_root {logs} --log_dir run --no_amp {steps} --perceptual_net none {VQGAN} {flags}"
+    return [str(ROOT / "train_vqgan.py"), *words.split()]
+
+
+def start(logs: Path, rank: int, port: int, flags: str) -> subprocess.Popen:
+    with (logs / f"said_{rank}").open("w") as said:
+        return subprocess.Popen(
+            [sys.executable, *command(logs, flags)],
+            env={**os.environ, **variables(rank, 2, port)},
+            stdout=said,
+            stderr=said,
+        )
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Starts two processes that train together, by hand; ends what is left of them."""
+    started = []
+
+    def begin(flags: str = "") -> list[subprocess.Popen]:
+        port = free_port()
+        started.extend(start(tmp_path, rank, port, flags) for rank in (0, 1))
+        return started
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_until_it_trains(logs: Path) -> None:
+    metrics, end = logs / "run" / "metrics.jsonl", time.monotonic() + PATIENCE
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 2):
+        assert time.monotonic() < end, [path.read_text() for path in logs.glob("said_*")]
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_the_other_process_of_a_killed_one_ends_with_an_error(tmp_path, pair, victim):
+    processes = pair()
+    wait_until_it_trains(tmp_path)
+    processes[victim].kill()
+    assert quiet_end(processes[1 - victim], PATIENCE)
+    assert processes[1 - victim].returncode not in (0, -signal.SIGKILL)
+
+
+def test_the_other_process_of_one_that_stands_still_ends_after_its_timeout(tmp_path, pair):
+    processes = pair("--timeout_minutes 0.2")
+    wait_until_it_trains(tmp_path)
+    processes[1].send_signal(signal.SIGSTOP)
+    assert quiet_end(processes[0], PATIENCE)
+    assert processes[0].returncode != 0
+    assert processes[1].poll() is None  # it stands still all the while
+
+
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_one_process_that_gives_up_ends_all(tmp_path, pair, way):
+    processes = pair(f"--hooks helpers.fault_injection.raises_in_the_second --parallel {way}")
+    assert all(quiet_end(process, PATIENCE) for process in processes)
+    assert processes[1].returncode == 2 and processes[0].returncode != 0
+    said = (tmp_path / "said_1").read_text()
+    assert "train_vqgan.py (rank 1): not one image can be read any more\n" in said and "Traceback" not in said
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(word) for word in found.stdout.split()]
+
+
+def test_torchrun_ends_with_an_error_where_a_worker_was_killed(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "said_0").open("w") as said:
+        job = subprocess.Popen([*torchrun, *command(tmp_path, "")], env=variables, stdout=said, stderr=said)
+    workers = []
+    try:
+        wait_until_it_trains(tmp_path)
+        workers = children(job.pid)
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGKILL)
+        assert quiet_end(job, PATIENCE)
+        assert job.returncode != 0
+        assert not any(alive(pid) for pid in workers)
+    finally:
+        job.kill()
+        job.wait()
+        for pid in filter(alive, workers):
+            os.kill(pid, signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,175 @@
+"""SIGTERM and Ctrl-C end a run between two steps, saved, and the same command goes on from there."""
+
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from kill_training import differences, progress, started, undisturbed, until
+
+from helpers.tiny_runs import DDPM, call
+from train import distributed, trainer
+from train.checkpoint import saved_steps, verify
+from train.distributed import StopSignals
+
+STEPS = 36
+HOOKS = """
+import os
+import signal
+from train import stopping
+
+def terminate(state, outputs):
+    if state.step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def interrupt_twice(state, outputs):
+    if state.step == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # torchrun's and the terminal's
+
+def interrupt_again_later(state, outputs):
+    if state.step == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+        distributed.REPEATED = 0.0
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the second one came too late")
+"""
+
+
+@pytest.fixture
+def hooks(tmp_path, monkeypatch):
+    """The module `signalling`, for one test."""
+    (tmp_path / "signalling.py").write_text(HOOKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(distributed, "REPEATED", distributed.REPEATED)  # a hook changes it
+
+
+@pytest.fixture
+def handlers():
+    """Those of SIGTERM and SIGINT; the test must leave them as they were."""
+    kinds = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(kind) for kind in kinds]
+    yield
+    after = [signal.getsignal(kind) for kind in kinds]
+    for kind, handler in zip(kinds, before, strict=True):
+        signal.signal(kind, handler)
+    assert after == before
+
+
+def stopped(logs: Path, number: int, at_step: int) -> tuple[int, int, str]:
+    """Starts the run and signals its whole group, as a terminal does, once it has done so many steps: exit code, newest
+    checkpoint, output."""
+    with started("vqgan", logs, STEPS) as process:
+        until(process, lambda: progress(logs) >= at_step)
+        os.killpg(process.pid, number)
+        code = process.wait()
+    return code, saved_steps(logs / "run")[-1], (logs / "output").read_text()
+
+
+@pytest.fixture
+def whole(tmp_path_factory) -> Path:
+    """The run left alone, shared with test_kill.py where that came first."""
+    alone = tmp_path_factory.getbasetemp() / f"undisturbed_{STEPS}"
+    if not (alone / "run").exists():
+        alone.mkdir()
+        undisturbed("vqgan", alone, STEPS)
+    return alone / "run"
+
+
+def test_a_real_run_is_signalled_twice_and_ends_as_one_left_alone(tmp_path, whole):
+    """With loading processes beside it, whose ends must not be heard of."""
+    logs, begun = tmp_path / "signalled", 0
+    logs.mkdir()
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        got, step, output = stopped(logs, number, begun + 3)
+        assert got == code, output
+        assert step >= begun + 3
+        assert f"{number.name}: finishing this step, then saving" in output
+        assert f"stopped at step {step} and saved: the same command goes on from there" in output
+        assert "Traceback" not in output and "Error" not in output
+        verify(logs / "run" / "checkpoints" / f"step_{step:08d}")
+        begun = step
+    other = undisturbed("vqgan", logs, STEPS)
+    assert f"going on from step {begun} of {STEPS}" in (logs / "output").read_text()
+    found = differences(whole, other, STEPS)
+    found.pop("kept checkpoints")  # those of the stops are others
+    assert not any(found.values()), found
+
+
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep finds the loading processes")
+def test_sigterm_to_all_processes_of_a_job_is_one_to_the_training_process(tmp_path):
+    """As schedulers, containers and systemd send it: loading processes serve until they are not needed any more."""
+    with started("vqgan", tmp_path, STEPS) as process:
+        until(process, lambda: progress(tmp_path) >= 3)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        for child in [*map(int, children), process.pid]:
+            os.kill(child, signal.SIGTERM)
+        code = process.wait()
+    output = (tmp_path / "output").read_text()
+    assert len(children) == 2
+    assert code == 143 and "Traceback" not in output, output
+    assert f"stopped at step {saved_steps(tmp_path / 'run')[-1]} and saved" in output
+
+
+@pytest.mark.parametrize(("hook", "code"), [("terminate", 143), ("interrupt_twice", 130)])
+def test_the_step_is_finished_and_saved(tmp_path, capfd, hooks, handlers, hook, code):
+    flags = f"--logs_root {tmp_path} --log_dir run {DDPM} --train_steps 4 --steps_per_eval 0"
+    with pytest.raises(SystemExit) as stop:
+        call("train_sampler.py", f"{flags} --hooks signalling.{hook}")
+    assert stop.value.code == code
+    assert saved_steps(tmp_path / "run") == [2]
+    said = capfd.readouterr()
+    assert "finishing this step, then saving" in said.err and "stopped at step 2 and saved" in said.out
+    call("train_sampler.py", flags)
+    assert saved_steps(tmp_path / "run") == [2, 4]
+
+
+def test_a_second_ctrl_c_later_ends_at_once(tmp_path, capfd, hooks, handlers):
+    with pytest.raises(SystemExit) as stop:
+        flags = f"--logs_root {tmp_path} --log_dir run {DDPM} --train_steps 4 --num_workers 2"
+        call("train_sampler.py", f"{flags} --hooks signalling.interrupt_again_later")
+    assert stop.value.code == 130
+    assert saved_steps(tmp_path / "run") == []
+    said = capfd.readouterr().err
+    assert "train_sampler.py: interrupted" in said and "Traceback" not in said
+
+
+def test_handlers_are_restored_after_whatever_ends_the_run(handlers):
+    with StopSignals() as stop:
+        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == stop.note
+    with pytest.raises(ZeroDivisionError), StopSignals():
+        raise ZeroDivisionError
+
+
+def test_a_second_ctrl_c_counts_only_later_and_sigterm_never(monkeypatch, capfd, handlers):
+    now = [100.0]
+    monkeypatch.setattr(distributed, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        now[0] += distributed.REPEATED / 2
+        signal.raise_signal(signal.SIGINT)
+        now[0] += distributed.REPEATED
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err.count("finishing this step") == 1
+
+
+def test_checkpoint_minutes_saves_by_time(tmp_path, monkeypatch):
+    """A clock that moves by 25 seconds each time it is read, of which a save reads it twice more."""
+    now = [0.0]
+
+    def monotonic():
+        now[0] += 25
+        return now[0]
+
+    flags = f"--logs_root {tmp_path} {DDPM} --steps_per_eval 0 --keep_last 0 --train_steps 7"
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=monotonic))
+    call("train_sampler.py", f"{flags} --log_dir timed --checkpoint_minutes 1")
+    call("train_sampler.py", f"{flags} --log_dir by_steps --checkpoint_minutes 0")
+    assert saved_steps(tmp_path / "timed") == [3, 6, 7]
+    assert saved_steps(tmp_path / "by_steps") == [7]

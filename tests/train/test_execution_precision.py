@@ -1,0 +1,152 @@
+"""Half precision, the loss scale, and losses that are not finite."""
+
+import pytest
+import torch
+from torch import nn
+
+from train import execution
+from train.execution import LossScale, autocast, half_dtype, poisoned
+
+CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+
+
+@pytest.mark.parametrize(
+    "device, native, wanted",
+    [
+        (CPU, True, torch.bfloat16),
+        (CPU, False, None),
+        (CUDA, True, torch.bfloat16),
+        (CUDA, False, torch.float16),
+        (MPS, False, None),
+    ],
+)
+def test_auto_takes_what_the_machine_computes(device, native, wanted, monkeypatch):
+    monkeypatch.setattr(execution, "has_native_bf16", lambda _: native)
+    assert half_dtype(device) == half_dtype(device, "auto") == wanted
+
+
+def test_a_type_that_is_named_is_taken(monkeypatch):
+    monkeypatch.setattr(execution, "has_native_bf16", lambda _: False)
+    assert half_dtype(CPU, "bfloat16") == torch.bfloat16
+    assert half_dtype(CPU, "float16") == torch.float16
+    with pytest.raises(ValueError, match="auto, bfloat16, float16"):
+        half_dtype(CPU, "half")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_the_type_it_is_given(dtype, monkeypatch):
+    monkeypatch.setattr(execution, "has_native_bf16", lambda _: False)
+    x = torch.ones(2, 2)
+    with autocast(CPU, True, dtype):
+        assert (x @ x).dtype == dtype
+    with autocast(CPU, False, dtype):
+        assert (x @ x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_without_a_type_autocast_is_bfloat16_where_it_is_native(native, monkeypatch):
+    monkeypatch.setattr(execution, "has_native_bf16", lambda _: native)
+    x = torch.ones(2, 2)
+    with autocast(CPU, True):
+        assert (x @ x).dtype == (torch.bfloat16 if native else torch.float32)
+    with autocast(CPU, False):
+        assert (x @ x).dtype == torch.float32
+
+
+def network_and_loss():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.LayerNorm(7), nn.Linear(7, 3))
+    return network, network(torch.randn(4, 5)).square().mean()
+
+
+def gradients(network):
+    return [p.grad for p in network.parameters()]
+
+
+def test_a_finite_loss_keeps_its_bits():
+    (plain, loss), (other, same) = network_and_loss(), network_and_loss()
+    loss.backward()
+    assert torch.equal(poisoned(same), same)
+    poisoned(same).backward()
+    assert all(torch.equal(a, b) for a, b in zip(gradients(plain), gradients(other), strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_a_loss_that_is_not_finite_poisons_every_parameter(bad):
+    network, loss = network_and_loss()
+    (loss + bad).backward()  # a term that no parameter moves
+    assert all(g.isfinite().all() for g in gradients(network)), "alone, it would have gone unseen"
+    network, loss = network_and_loss()
+    poisoned(loss + bad).backward()
+    assert all(g.isnan().all() for g in gradients(network))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_poisoned_loss_keeps_its_type(dtype):
+    assert poisoned(torch.ones(3, dtype=dtype)).dtype == dtype
+
+
+def test_scaling_and_dividing_again_changes_no_bit():
+    (plain, loss), (other, same) = network_and_loss(), network_and_loss()
+    loss.backward()
+    scale = LossScale()
+    assert scale.value == 2.0**16
+    scale.scale(same).backward()
+    assert all(torch.equal(a, b / scale.value) for a, b in zip(gradients(plain), gradients(other), strict=True))
+
+
+def test_a_float16_loss_is_scaled_in_float32():
+    assert LossScale().scale(torch.tensor(2.0, dtype=torch.float16)).item() == 2.0**17
+
+
+def test_gradients_that_float16_would_round_to_zero_survive():
+    weight = torch.full((1, 1), 1.0, requires_grad=True)
+    found = []
+    for scale in (1.0, LossScale().value):
+        with autocast(CPU, True, torch.float16):
+            loss = (torch.ones(1, 1) @ weight).float().sum() * 1e-9
+        found.append(torch.autograd.grad(loss * scale, weight)[0].item() / scale)
+    assert found == [0.0, pytest.approx(1e-9, rel=1e-3)]
+
+
+def test_it_halves_down_to_one_and_then_says_so():
+    scale = LossScale()
+    assert [scale.overflowed() for _ in range(17)] == [True] * 16 + [False]
+    assert scale.value == 1
+
+
+def test_it_doubles_after_2000_good_steps_in_a_row():
+    scale = LossScale()
+    for _ in range(1999):
+        scale.good()
+    assert scale.value == 2.0**16
+    scale.overflowed()
+    for _ in range(1999):
+        scale.good()
+    assert scale.value == 2.0**15, "an overflow begins the count anew"
+    scale.good()
+    assert scale.value == 2.0**16
+
+
+def test_it_stops_doubling():
+    scale = LossScale()
+    for _ in range(20 * 2000):
+        scale.good()
+    assert scale.value == 2.0**24
+
+
+def test_a_resumed_scale_goes_on_as_the_unbroken_one():
+    events = torch.zeros(5000, dtype=torch.bool)  # which steps overflow
+    events[[3, 100, 4000]] = True
+
+    def follow(scale, part):
+        return [scale.overflowed() if bad else scale.good() or scale.value for bad in part.tolist()]
+
+    unbroken, first, second = LossScale(), LossScale(), LossScale()
+    whole = follow(unbroken, events)
+    before = follow(first, events[:1234])
+    state = first.state_dict()
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    second.load_state_dict(state)
+    assert before + follow(second, events[1234:]) == whole
+    assert second.state_dict() == unbroken.state_dict()

@@ -1,0 +1,107 @@
+"""Learning rates against their formulas."""
+
+import itertools
+import math
+import subprocess
+import sys
+
+import pytest
+
+from train.lr_schedule import SCHEDULES, learning_rate
+
+LR = 0.3
+RUNS = {  # name: what it takes beside lr
+    "constant": {"steps": 50, "warmup": 7},
+    "cosine": {"steps": 50, "warmup": 7, "end": 0.1},
+    "decay_tail": {"steps": 50, "warmup": 7, "decay_steps": 20, "end": 0.1},
+}
+
+
+def rates(schedule, **options):
+    return [learning_rate(step, lr=LR, schedule=schedule, **options) for step in range(options["steps"])]
+
+
+def test_every_schedule_is_tried_here():
+    assert set(RUNS) == set(SCHEDULES)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warm_up_is_linear_and_ends_at_lr(schedule):
+    found = rates(schedule, **RUNS[schedule])
+    assert found[:7] == pytest.approx([LR * (step + 1) / 7 for step in range(7)], rel=1e-12)
+    assert found[6] == LR == max(found)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "decay_tail"])
+@pytest.mark.parametrize("end", [0.0, 0.1, 1.0])
+def test_the_last_step_takes_the_end(schedule, end):
+    found = rates(schedule, **RUNS[schedule] | {"end": end})
+    assert found[-1] == pytest.approx(end * LR, abs=1e-15)
+    assert min(found) >= 0
+    assert (
+        learning_rate(1000, lr=LR, schedule=schedule, **RUNS[schedule] | {"end": end}) == found[-1]
+    )  # and so it stays
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_step_jumps(schedule):
+    """Continuous: with ten times the steps no change between neighbours is more than a tenth."""
+    coarse, fine = (
+        rates(schedule, **{key: value * k if key != "end" else value for key, value in RUNS[schedule].items()})
+        for k in (1, 10)
+    )
+    widest, finest = (max(abs(a - b) for a, b in itertools.pairwise(found)) for found in (coarse, fine))
+    assert finest <= 0.11 * widest
+
+
+def test_cosine_is_half_way_in_the_middle():
+    found = rates("cosine", steps=101, end=0.2)
+    assert found[0] == LR and found[50] == pytest.approx(0.6 * LR)
+    assert found[25] == pytest.approx(LR * (0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2))
+    assert all(a + b == pytest.approx(1.2 * LR) for a, b in zip(found, reversed(found), strict=True))
+
+
+def test_the_tail_falls_by_equal_amounts_and_before_it_nothing_depends_on_the_length():
+    short, long = rates("decay_tail", **RUNS["decay_tail"]), rates("decay_tail", **RUNS["decay_tail"] | {"steps": 90})
+    assert short[:30] == long[:30] and short[7:30] == [LR] * 23
+    tail = [LR, *short[30:]]
+    assert all(a - b == pytest.approx(0.9 * LR / 20) for a, b in itertools.pairwise(tail))
+    assert len(tail) == 21
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_run_of_one_step_takes_lr(schedule):
+    assert rates(schedule, steps=1) == [LR]
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"schedule": "cosin"}, "constant, cosine, decay_tail"),
+        ({"schedule": "decay_tail"}, "0 decay_steps"),
+        ({"schedule": "decay_tail", "decay_steps": 6, "warmup": 5}, "shorten one"),
+        ({"schedule": "cosine", "warmup": 10}, "leaves the cosine none"),
+        ({"lr": -1.0}, "got lr -1"),
+        ({"lr": math.nan}, "got lr nan"),
+        ({"end": 1.5}, "end 1.5"),
+        ({"steps": 0}, "got 0 steps"),
+        ({"warmup": -1}, "warm-up -1"),
+        ({"step": -1}, "got step -1"),
+    ],
+)
+def test_numbers_that_do_not_fit(options, said):
+    with pytest.raises(ValueError, match=said):
+        learning_rate(**{"step": 0, "lr": LR, "steps": 10} | options)
+
+
+def test_numbers_that_just_fit():
+    assert rates("decay_tail", steps=10, warmup=5, decay_steps=5)[4:6] == [LR, pytest.approx(0.8 * LR)]
+    assert rates("cosine", steps=10, warmup=9)[8:] == [LR, 0]
+    assert rates("constant", steps=2, warmup=10_000)[0] == pytest.approx(
+        LR / 10_000
+    )  # short runs keep their long warm-up
+
+
+def test_it_is_free_of_torch():
+    done = subprocess.run([sys.executable, "-c", "import sys, train.schedule; sys.exit('torch' in sys.modules)"])
+    assert done.returncode == 0

@@ -1,0 +1,136 @@
+"""Optimizers by name against their first step by hand, and their states in any memory format."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from train.optim import OPTIMIZERS, make_optimizer
+
+LR, DECAY, BETAS = 0.01, 0.1, (0.8, 0.95)
+START, GRADIENT = 2.0, 0.5
+
+
+def after_one_step(name):
+    p = nn.Parameter(torch.tensor([[START]], dtype=torch.float64))
+    optimizer = make_optimizer(name, [p], lr=LR, weight_decay=DECAY, betas=BETAS)
+    p.grad = torch.full_like(p, GRADIENT)
+    optimizer.step()
+    return p.item()
+
+
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("adamw", START * (1 - LR * DECAY) - LR),  # the first step is lr times the gradient's sign
+        ("adam", START - LR),
+        ("sgd", START - LR * (GRADIENT + DECAY * START)),
+        ("radam", START * (1 - LR * DECAY) - LR * GRADIENT),  # not yet rectified: the averaged gradient
+        ("torch.optim.Adagrad", START - LR),
+    ],
+)
+def test_first_step(name, wanted):
+    assert after_one_step(name) == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_minimizes(name):
+    torch.manual_seed(0)
+    target, p = torch.randn(4, 3), nn.Parameter(torch.zeros(4, 3))
+    optimizer = make_optimizer(name, [p], lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (p - target).square().sum().backward()
+        optimizer.step()
+    assert (p - target).square().sum() < 0.05 * target.square().sum()
+
+
+def test_betas_are_heard():
+    def options(name):
+        return make_optimizer(name, [nn.Parameter(torch.zeros(1))], lr=LR, betas=BETAS).param_groups[0]
+
+    for name in ("adamw", "adam", "radam", "nadam"):
+        assert options(name)["betas"] == BETAS
+    assert options("sgd")["momentum"] == BETAS[0]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_fused_where_there_is_a_kernel(name):
+    assert make_optimizer(name, [nn.Parameter(torch.zeros(1))], lr=LR).param_groups[0]["fused"] is True
+    on_meta = make_optimizer(name, [nn.Parameter(torch.zeros(1, device="meta"))], lr=LR)
+    assert not on_meta.param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("nadan", "did you mean 'nadam'.*there are: adamw, adam, radam"),
+        ("zzz", "unknown optimizer 'zzz'; there are"),
+        ("torch.optim.Nothing", "no function Nothing"),
+        ("no_such_module.Adam", "no module no_such_module"),
+        ("collections.Counter", "which made a Counter"),
+    ],
+)
+def test_unknown_names(name, said, monkeypatch):
+    monkeypatch.setattr("collections.Counter.__init__", lambda self, parameters, **options: None)
+    with pytest.raises(ValueError, match=said):
+        make_optimizer(name, [nn.Parameter(torch.zeros(1))], lr=LR)
+
+
+def trained(network, x, optimizer, steps):
+    for i in range(steps):
+        optimizer.zero_grad()
+        network(x * (i + 1)).square().mean().backward()
+        optimizer.step()
+    return network.weight.detach().clone()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_saved_in_one_memory_format_goes_on_in_another(name):
+    """The fused kernels pair numbers by their place in memory; a loaded state lies as its parameter does."""
+    torch.manual_seed(0)
+    network, x = nn.Conv2d(4, 8, 3), torch.randn(2, 4, 8, 8)
+    optimizer = make_optimizer(name, network.parameters(), lr=LR)
+    trained(network, x, optimizer, 3)
+    other, saved = copy.deepcopy(network).to(memory_format=torch.channels_last), copy.deepcopy(optimizer.state_dict())
+    wanted = trained(network, x, optimizer, 3)
+    resumed = make_optimizer(name, other.parameters(), lr=LR)
+    resumed.load_state_dict(saved)
+    found = trained(other, x.to(memory_format=torch.channels_last), resumed, 3)
+    assert (found - wanted).abs().max() < 1e-5  # three steps of 0.01 in another direction would be far
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def sharded(module):
+    return fully_shard(copy.deepcopy(module), mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adafactor"])
+def test_shards_are_stepped_as_whole_parameters_are(name, one_process):
+    torch.manual_seed(0)
+    plain, x = nn.Linear(6, 4), torch.randn(5, 6)
+    shards = sharded(plain)
+    assert isinstance(shards.weight, DTensor)
+    networks = {net: make_optimizer(name, net.parameters(), lr=LR, weight_decay=DECAY) for net in (plain, shards)}
+    for network, optimizer in networks.items():
+        for _ in range(2):
+            network(x).square().mean().backward()
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.zero_grad()
+    assert torch.allclose(plain.weight, shards.weight.full_tensor(), atol=1e-6)
+
+
+def test_adafactor_refuses_shards(one_process):
+    with pytest.raises(ValueError, match="choose adamw, or replicas"):
+        make_optimizer("adafactor", sharded(nn.Linear(6, 4)).parameters(), lr=LR)

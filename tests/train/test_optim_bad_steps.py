@@ -1,0 +1,220 @@
+"""A step whose loss or gradient is not finite changes nothing, in any process, and is kept to be looked at."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers.fault_injection import AT, BATCH, LAST, added_to_loss, first_scale, nan_images
+from helpers.process_pool import Crew
+from helpers.run_asserts import (
+    assert_equal_bits,
+    assert_same_checkpoints,
+    assert_same_losses,
+    distance,
+    extras,
+    lines,
+    moments,
+    rest,
+    weights,
+)
+from helpers.tiny_runs import DDPM, GAN, VQGAN, call
+from train.distributed import World
+from train.optim import BadSteps
+
+FAULTS = "helpers.fault_injection"
+EACH = "--no_amp --steps_per_checkpoint 1 --keep_last 0 --steps_per_eval 0 --steps_per_save_output 100"
+SAMPLER = f"{EACH} {DDPM} --time_sampler loss_second_moment --total_steps 4 --loss_type vlb"
+STAGE_1 = f"{EACH} {VQGAN} {GAN}"
+WHOLE_BATCH = list(range(BATCH * AT, BATCH * AT + BATCH))
+
+
+@pytest.fixture(scope="module")
+def two():
+    crew = Crew(2)
+    yield crew
+    crew.close()
+
+
+def assert_skipped(run, step):
+    """The checkpoint after the step holds what the one before did, but for its number; averages come nearer to that."""
+    model = weights(run, step)
+    assert_equal_bits(model, weights(run, step + 1))
+    averages = [weights(run, at, "ema.safetensors") for at in (step, step + 1)]
+    averaged = {key: model[key] for key in averages[0]}
+    assert distance(averages[1], averaged) < distance(averages[0], averaged)
+    assert_equal_bits(moments(run, step), moments(run, step + 1))
+    before, after = rest(run, step), rest(run, step + 1)
+    for kind in ("extras", "counters"):
+        assert before[kind].keys() == after[kind].keys()
+        for name in before[kind]:
+            assert_equal_bits(before[kind][name], after[kind][name])
+    assert (before["step"], after["step"], before["bad_steps"], after["bad_steps"]) == (step, step + 1, [], [step])
+
+
+def assert_kept(run, positions):
+    batch = load_file(run / "bad_steps" / f"step_{AT:08d}.safetensors")
+    assert sorted(batch["position"].tolist()) == positions and batch["image"].shape[0] == len(positions)
+    return batch
+
+
+def assert_went_on(run, step):
+    mine, yours = weights(run, step), weights(run, step + 1)
+    assert any(not torch.equal(mine[key], yours[key]) for key in mine)
+    assert all(bool(value.isfinite().all()) for value in yours.values())
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is(tmp_path, number, capsys):
+    """The number is added to the loss: the gradient does not see it."""
+    seen = []
+    with added_to_loss(float(number), {LAST}, seen):
+        call("train_sampler.py", f"--logs_root {tmp_path} --log_dir bad --train_steps 4 --steps_per_log 4 {SAMPLER}")
+    run = tmp_path / "bad"
+    assert_skipped(run, AT)
+    assert_went_on(run, AT + 1)
+    assert seen == [list(range(first, first + BATCH)) for first in range(0, 4 * BATCH, BATCH)]  # none comes twice
+    assert_kept(run, WHOLE_BATCH)
+    assert [row["skipped_steps"] for row in lines(run) if "loss" in row] == [1.0]
+    assert f"step {AT} skipped" in capsys.readouterr().out
+    assert extras(run, 4)["times"]["count"].sum() == 3 * BATCH  # the losses of the bad step were not shown to it
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
+    flags = f"--logs_root {tmp_path} --log_dir bad --train_steps 4 {SAMPLER} --hooks {FAULTS}.NanGradient"
+    call("train_sampler.py", flags)
+    assert_skipped(tmp_path / "bad", AT)
+    assert_went_on(tmp_path / "bad", AT + 1)
+    assert_kept(tmp_path / "bad", WHOLE_BATCH)
+
+
+def test_a_bad_image_in_a_part_of_the_batch_changes_nothing_and_is_kept(tmp_path):
+    flags = f"--logs_root {tmp_path} --log_dir bad --train_steps 4 {SAMPLER} --accumulate 2 --adapt {FAULTS}.nan_image"
+    call("train_sampler.py", flags)
+    assert_skipped(tmp_path / "bad", AT)
+    assert_went_on(tmp_path / "bad", AT + 1)
+    batch = assert_kept(tmp_path / "bad", WHOLE_BATCH)
+    bad = batch["position"][batch["image"].flatten(1).isnan().any(1)]
+    assert bad.tolist() == [LAST]
+
+
+@pytest.mark.parametrize("stop", [AT, AT + 1])
+def test_a_run_resumed_around_a_bad_step_is_bitwise_the_one_that_never_stopped(tmp_path, stop):
+    flags = f"--logs_root {tmp_path} {SAMPLER} --adapt {FAULTS}.nan_image --dropout 0.1 --steps_per_log 1"
+    call("train_sampler.py", f"{flags} --log_dir whole --train_steps 5")
+    call("train_sampler.py", f"{flags} --log_dir parts --train_steps {stop}")
+    call("train_sampler.py", f"{flags} --log_dir parts --train_steps 5")
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert_equal_bits(weights(tmp_path / "whole", 5, name), weights(tmp_path / "parts", 5, name))
+    assert_equal_bits(moments(tmp_path / "whole", 5), moments(tmp_path / "parts", 5))
+    assert rest(tmp_path / "whole", 5)["bad_steps"] == rest(tmp_path / "parts", 5)["bad_steps"] == [AT]
+    assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("fault", ["image", "loss", pytest.param("gradient", marks=pytest.mark.slow)])
+def test_what_one_of_two_processes_meets_both_skip(tmp_path, two, fault, way):
+    flags = f"--logs_root {tmp_path} --train_steps 4 --steps_per_log 1 {SAMPLER} --parallel {way}"
+    if fault == "loss":
+        two.call(f"{FAULTS}.run_with_infinite_loss", f"{flags} --log_dir bad")
+    else:
+        more = f"--adapt {FAULTS}.nan_image" if fault == "image" else f"--hooks {FAULTS}.NanGradientInTheSecond"
+        two.run("train_sampler.py", f"{flags} --log_dir bad {more}")
+    assert_skipped(tmp_path / "bad", AT)
+    assert_went_on(tmp_path / "bad", AT + 1)
+    assert_kept(tmp_path / "bad", WHOLE_BATCH)
+    with added_to_loss(float("nan"), {LAST}):
+        call("train_sampler.py", f"{flags} --log_dir one")
+    assert_same_losses(tmp_path / "one", tmp_path / "bad")
+    assert_same_checkpoints(tmp_path / "one", tmp_path / "bad", 4)
+
+
+def test_too_many_bad_steps_end_all_processes_with_one_line_each(tmp_path, two):
+    flags = (
+        f"--logs_root {tmp_path} --log_dir bad --train_steps 4 {SAMPLER} --adapt {FAULTS}.nan_image --max_bad_steps 0"
+    )
+    answers = two.ask("run", "train_sampler.py", flags)
+    assert [answer["code"] for answer in answers] == [2, 2]
+    said = [[line for line in answer["stderr"].splitlines() if "max_bad_steps" in line] for answer in answers]
+    assert [len(each) for each in said] == [1, 1]
+    assert "train_sampler.py: 1 of the last 1000 steps were not finite, --max_bad_steps allows 0" in said[0][0]
+    assert "Traceback" not in answers[0]["stderr"] + answers[1]["stderr"]
+    assert_kept(tmp_path / "bad", WHOLE_BATCH)
+
+
+def test_too_many_are_counted_among_the_last_thousand(tmp_path):
+    state = SimpleNamespace(step=1000, bad_steps=[0, 3, 5], extras={})
+    parts = [{"position": torch.arange(2), "image": torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)}] * 2
+    bad = BadSteps(tmp_path, World(torch.device("cpu")), most=3)
+    bad(state, parts)  # that of step 0 is forgotten
+    assert state.bad_steps == [0, 3, 5, 1000]
+    assert load_file(tmp_path / "bad_steps" / "step_00001000.safetensors")["image"].shape == (4, 3, 4, 4)
+    state.step = 1001
+    with pytest.raises(ValueError, match="4 of the last 1000 steps"):
+        bad(state, parts)
+
+
+@pytest.mark.parametrize("which", ["Autoencoder", "Discriminator"])
+def test_neither_network_of_the_first_stage_moves_where_one_is_bad(tmp_path, which):
+    flags = f"--logs_root {tmp_path} --log_dir bad --train_steps 6 {STAGE_1} --hooks {FAULTS}.NanGradientOf{which}"
+    call("train_vqgan.py", flags)
+    assert_skipped(tmp_path / "bad", 4)
+    assert_went_on(tmp_path / "bad", 5)
+
+
+def test_a_bad_step_leaves_the_running_statistics_of_batch_norms_alone(tmp_path):
+    with nan_images({4 * BATCH}):
+        flags = f"--logs_root {tmp_path} --log_dir bad --train_steps 6 {STAGE_1} --disc_norm batch --disc_layers 2"
+        call("train_vqgan.py", flags)
+    assert_skipped(tmp_path / "bad", 4)
+
+
+HALF = SAMPLER.replace("--no_amp", "--amp_dtype float16")
+
+
+def test_an_overflow_of_float16_lowers_the_scale_and_is_no_bad_step(tmp_path):
+    flags = f"--logs_root {tmp_path} {HALF} --max_bad_steps 0 --train_steps 12"
+    with first_scale(2.0**24):
+        call("train_sampler.py", f"{flags} --log_dir half")
+    run = tmp_path / "half"
+    scales = [extras(run, step)["loss_scale"]["value"].item() for step in range(1, 13)]
+    assert scales[0] == 2.0**23 and scales == sorted(scales, reverse=True)
+    kept = [now == before for before, now in pairwise(scales)]
+    assert any(kept) and not all(kept), scales
+    for step, moved in enumerate(kept, start=1):
+        assert_went_on(run, step) if moved else assert_equal_bits(weights(run, step), weights(run, step + 1))
+    assert rest(run, 12)["bad_steps"] == [] and not (run / "bad_steps").exists()
+
+
+@pytest.mark.parametrize("stop", [2, 10])
+def test_float16_resumes_exactly(tmp_path, stop):
+    flags = f"--logs_root {tmp_path} {HALF} --steps_per_log 1"
+    with first_scale(2.0**24):
+        call("train_sampler.py", f"{flags} --log_dir whole --train_steps 12")
+        call("train_sampler.py", f"{flags} --log_dir parts --train_steps {stop}")
+        call("train_sampler.py", f"{flags} --log_dir parts --train_steps 12")
+    assert_equal_bits(weights(tmp_path / "whole", 12), weights(tmp_path / "parts", 12))
+    assert_equal_bits(*(extras(tmp_path / name, 12)["loss_scale"] for name in ("whole", "parts")))
+    assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
+
+
+def test_a_nan_in_float16_is_a_bad_step_once_the_scale_cannot_be_lowered(tmp_path):
+    with first_scale(1.0), nan_images({LAST}):
+        call("train_sampler.py", f"--logs_root {tmp_path} --log_dir bad --train_steps 4 {HALF}")
+    assert rest(tmp_path / "bad", 4)["bad_steps"] == [AT]
+    assert_kept(tmp_path / "bad", WHOLE_BATCH)
+
+
+def test_a_new_run_from_the_optimizer_of_another_begins_without_its_bad_steps(tmp_path):
+    """Nor with its least validation loss, nor with what it had summed up for its next line in the log."""
+    flags = f"--logs_root {tmp_path} {SAMPLER} --steps_per_log 100"
+    call("train_sampler.py", f"{flags} --log_dir bad --train_steps 4 --adapt {FAULTS}.nan_image")
+    call("train_sampler.py", f"{flags} --log_dir new --train_steps 1 --load_dir bad --load_step 3 --load_optim")
+    assert rest(tmp_path / "new", 1)["bad_steps"] == [] and rest(tmp_path / "new", 1)["best"] == {}
+    (row,) = [row for row in lines(tmp_path / "new") if "loss" in row]
+    assert "skipped_steps" not in row
+    call("train_sampler.py", f"{flags} --log_dir weights --train_steps 1 --load_dir bad --load_step 3")
+    (twin,) = [row for row in lines(tmp_path / "weights") if "loss" in row]
+    assert row["loss"] == twin["loss"]  # of one step, not of three

@@ -1,0 +1,68 @@
+"""A profile holds the steps that were asked for, and is written whole or not at all."""
+
+import gzip
+import json
+
+import pytest
+import torch
+
+from train.loop import State
+from train.perf import Profile
+
+
+def run(profile, steps, start=0):
+    state = State({}, {}, step=start)
+    for _ in range(steps):
+        torch.ones(4, 4) @ torch.ones(4, 4)
+        state.step += 1
+        profile(state, {})
+    return state
+
+
+def products(path):
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    return sum(event["name"] == "aten::mm" for event in events)
+
+
+@pytest.mark.parametrize("first, count", [(2, 1), (2, 3), (5, 1), (5, 4)])
+def test_it_holds_the_steps_asked_for(tmp_path, first, count):
+    profile = Profile(tmp_path, 0, first, count)
+    run(profile, first + count - 2)
+    assert not (tmp_path / "profile").exists()
+    run(profile, 5, start=first + count - 2)
+    names = [f"trace_step_{first:08d}_rank0.{end}" for end in ("json.gz", "txt")]
+    assert sorted(f.name for f in (tmp_path / "profile").iterdir()) == names
+    assert products(tmp_path / "profile" / names[0]) == count
+    assert "aten::mm" in (tmp_path / "profile" / names[1]).read_text()
+
+
+def test_it_records_once(tmp_path):
+    profile = Profile(tmp_path, 3, 2, 1)
+    run(profile, 2)
+    trace = tmp_path / "profile" / "trace_step_00000002_rank3.json.gz"
+    before = trace.stat().st_mtime_ns
+    run(profile, 5, start=2)
+    profile.close()
+    assert trace.stat().st_mtime_ns == before
+
+
+def test_a_run_that_begins_later_records_nothing(tmp_path):
+    profile = Profile(tmp_path, 0, 3, 2)
+    run(profile, 5, start=3)
+    profile.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_ends_early_leaves_what_there_was(tmp_path):
+    profile = Profile(tmp_path, 0, 3, 10)
+    run(profile, 6)
+    assert list(tmp_path.iterdir()) == []
+    profile.close()
+    assert products(tmp_path / "profile" / "trace_step_00000003_rank0.json.gz") == 4
+
+
+@pytest.mark.parametrize("first, count", [(1, 1), (2, 0)])
+def test_what_cannot_be_recorded(tmp_path, first, count):
+    with pytest.raises(ValueError, match="wanted at least 1, from 2"):
+        Profile(tmp_path, 0, first, count)

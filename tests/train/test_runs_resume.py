@@ -1,0 +1,108 @@
+"""A run that was stopped and resumed equals one that never stopped; a batch in parts equals the whole."""
+
+import json
+
+import pytest
+import torch
+
+from helpers.run_asserts import assert_close, assert_equal_bits, assert_same_ddpm, extras, lines, manifest_of, weights
+from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call
+
+MORE = "--quantizer ema --revive_below 0.5 --lecam_weight 0.1 --disc_spectral_norm --disc_blur"
+
+
+@pytest.mark.parametrize(("stop", "more"), [(2, ""), (5, ""), (5, MORE), (2, "--quantizer gumbel")])
+def test_vqgan_resumed_is_bitwise_the_one_that_never_stopped(tmp_path, stop, more):
+    flags = f"{VQGAN} {GAN} --steps_per_log 1 --warmup_iters 5 {more}"
+    call("train_vqgan.py", f"--logs_root {tmp_path} --log_dir whole --train_steps 7 {flags}")
+    call("train_vqgan.py", f"--logs_root {tmp_path} --log_dir parts --train_steps {stop} {flags}")
+    call("train_vqgan.py", f"--logs_root {tmp_path} --log_dir parts --train_steps 7 {flags}")
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert_equal_bits(weights(tmp_path / "whole", 7, name), weights(tmp_path / "parts", 7, name))
+    training_lines = [[row for row in lines(tmp_path / run) if "loss" in row] for run in ("whole", "parts")]
+    assert training_lines[0] == training_lines[1]
+
+
+def test_sampler_resumed_is_bitwise_the_one_that_never_stopped_with_dropout(trained):
+    flags = f"--logs_root {trained} {SAMPLER} --resid_pdrop 0.1 --attn_pdrop 0.1 --warmup_iters 5"
+    call("train_sampler.py", f"--log_dir whole --train_steps 5 {flags}")
+    call("train_sampler.py", f"--log_dir parts --train_steps 2 {flags}")
+    call("train_sampler.py", f"--log_dir parts --train_steps 5 {flags}")
+    assert_equal_bits(weights(trained / "whole", 5), weights(trained / "parts", 5))
+
+
+SPREAD = "--time_sampler low_discrepancy"  # over the whole batch
+BY_LOSS = "--time_sampler loss_second_moment --loss_type vlb --total_steps 4 --batch_size 8"
+
+
+@pytest.mark.parametrize(("flags", "stop", "steps"), [("--dropout 0.1", 2, 5), (BY_LOSS, 4, 11), (BY_LOSS, 9, 11)])
+def test_ddpm_resumed_is_bitwise_the_one_that_never_stopped(tmp_path, flags, stop, steps):
+    flags = f"--logs_root {tmp_path} {DDPM} --warmup_iters 5 --steps_per_log 1 --steps_per_eval 0 {flags}"
+    call("train_sampler.py", f"{flags} --log_dir whole --train_steps {steps}")
+    call("train_sampler.py", f"{flags} --log_dir parts --train_steps {stop}")
+    call("train_sampler.py", f"{flags} --log_dir parts --train_steps {steps}")
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert_equal_bits(weights(tmp_path / "whole", steps, name), weights(tmp_path / "parts", steps, name))
+    assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
+    one, other = (extras(tmp_path / name, steps) for name in ("whole", "parts"))
+    assert one.keys() == other.keys() == ({"times"} if "loss_second_moment" in flags else set())
+    for name in one:
+        assert_equal_bits(one[name], other[name])
+        assert one[name]["count"].sum() == 8 * steps  # every loss was seen
+        assert (one[name]["count"] >= 10).all()  # so the last times went by the losses
+
+
+def test_resume_needs_the_losses_that_times_go_by(tmp_path):
+    """Without them times are uniform again, and the next weights are others."""
+    flags = f"--logs_root {tmp_path} {DDPM} --steps_per_eval 0 {BY_LOSS}"
+    call("train_sampler.py", f"{flags} --log_dir whole --train_steps 11")
+    call("train_sampler.py", f"{flags} --log_dir parts --train_steps 9")
+    path = tmp_path / "parts" / "checkpoints" / "step_00000009"
+    state = torch.load(path / "state.pt", weights_only=True)
+    for values in state["extras"]["times"].values():
+        values.zero_()
+    torch.save(state, path / "state.pt")
+    (path / "manifest.json").write_text(json.dumps(manifest_of(path)))
+    call("train_sampler.py", f"{flags} --log_dir parts --train_steps 11")
+    whole, parts = weights(tmp_path / "whole", 11), weights(tmp_path / "parts", 11)
+    assert any(not torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_resume_needs_the_optimizer(tmp_path):
+    """The fault of the reference: without the optimizer's state the next weights are others."""
+    flags = f"--logs_root {tmp_path} {VQGAN} {GAN}"
+    call("train_vqgan.py", f"--log_dir whole --train_steps 4 {flags}")
+    call("train_vqgan.py", f"--log_dir half --train_steps 2 {flags}")
+    path = tmp_path / "half" / "checkpoints" / "step_00000002"
+    state = torch.load(path / "state.pt", weights_only=True)
+    for optimizer in state["optimizers"].values():
+        for moments in optimizer["state"].values():
+            moments["exp_avg"].zero_()
+    torch.save(state, path / "state.pt")
+    (path / "manifest.json").write_text(json.dumps(manifest_of(path)))
+    call("train_vqgan.py", f"--log_dir half --train_steps 4 {flags}")
+    whole, half = weights(tmp_path / "whole", 4), weights(tmp_path / "half", 4)
+    assert any(not torch.equal(whole[key], half[key]) for key in whole)
+
+
+@pytest.mark.parametrize("flags", [SPREAD, BY_LOSS])
+def test_a_batch_in_parts_equals_the_whole_for_ddpm(tmp_path, flags):
+    flags = f"--logs_root {tmp_path} --no_amp --steps_per_log 1 --steps_per_eval 0 --train_steps 10 {DDPM} {flags}"
+    call("train_sampler.py", f"{flags} --log_dir one")
+    call("train_sampler.py", f"{flags} --log_dir parts --accumulate 4")
+    assert_same_ddpm(tmp_path / "one", tmp_path / "parts", 10)
+
+
+def test_accumulation_equals_the_whole_batch_without_gan(tmp_path):
+    flags = f"--logs_root {tmp_path} --train_steps 3 --no_amp {VQGAN} --perceptual_net none"
+    call("train_vqgan.py", f"{flags} --log_dir whole")
+    call("train_vqgan.py", f"{flags} --log_dir parts --accumulate 2")
+    assert_close(weights(tmp_path / "whole", 3), weights(tmp_path / "parts", 3))
+
+
+def test_load_dir_starts_from_weights_and_not_from_the_step(tmp_path):
+    flags = f"--logs_root {tmp_path} {VQGAN} --perceptual_net none"
+    call("train_vqgan.py", f"{flags} --log_dir first --train_steps 2")
+    call("train_vqgan.py", f"{flags} --log_dir second --train_steps 1 --load_dir first --lr 1e-12")
+    start, after = weights(tmp_path / "first", 2), weights(tmp_path / "second", 1)
+    assert all(torch.allclose(start[key], after[key], atol=1e-6) for key in start)

@@ -1,0 +1,282 @@
+"""Code of a user's own, by its dotted path: functions that watch training, and one that makes the batches."""
+
+import importlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from diffusion.gaussian import cosine
+from helpers.tiny_runs import DDPM, SAMPLER, call
+from train.inference import check_allowed
+from train.registry import dotted
+
+WATCH = """
+seen = []
+
+def keep(state, outputs):
+    seen.append((state.step, {name: value.clone() for name, value in outputs.items()}))
+
+def count(state, outputs):
+    seen.append(("counted", dict(outputs)))
+
+constant = 3
+"""
+
+ADAPT = """
+asked = []
+
+def upper(item):
+    asked.append(dict(item))
+    image = item["image"].clone()
+    image[:, image.shape[1] // 2 :] = 0
+    return item | {"condition_image": image}
+
+def forgets(item):
+    return {"image": item["image"], "label": item["label"]}
+
+def nothing(item):
+    pass
+
+def words(item):
+    return item | {"name": "a.png"}
+
+def crops(item):
+    crops.side = getattr(crops, "side", 4) + 1
+    return item | {"condition_image": item["image"][:, : crops.side]}
+
+def unlabelled(item):
+    return {"image": item["image"], "condition_image": item["image"]}
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Modules of a user's own, on the path for one test."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_own").mkdir()
+    (tmp_path / "my_own" / "__init__.py").write_text("")
+    (tmp_path / "my_own" / "watching.py").write_text(WATCH)
+    (tmp_path / "my_own" / "adapting.py").write_text(ADAPT)
+    (tmp_path / "my_own" / "needy.py").write_text("import a_module_that_is_not_there\n")
+    (tmp_path / "my-own.py").write_text("def upper(item):\n    return item\n")
+    importlib.invalidate_caches()
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("my_own", "my-own")]:
+        del sys.modules[name]
+
+
+def refused(script, flags, capfd):
+    """The message of a script that exits with code 2."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(script, flags)
+    assert stop.value.code == 2
+    message = capfd.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+# --hooks
+
+
+EPS = "--prediction eps --variance learned_range --schedule cosine"  # whatever the preset says
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "absorbing"])
+def test_watchers_are_given_every_step_what_was_seen_and_said(kind, mine, trained, tmp_path):
+    flags = f"{SAMPLER} --logs_root {trained}" if kind == "absorbing" else f"{DDPM} {EPS} --logs_root {tmp_path}"
+    watch = "--hooks my_own.watching.keep my_own.watching.count"
+    call("train_sampler.py", f"{flags} --train_steps 3 --no_amp --log_dir watched_{kind} --accumulate 2 {watch}")
+    from my_own.watching import seen
+
+    kept = seen[::2]
+    assert [step for step, _ in kept] == [1, 2, 3] and [step for step, _ in seen[1::2]] == ["counted"] * 3
+    for _, outputs in kept:
+        assert {"loss", "losses", "x_t", "t", "prediction", "x0_hat", "x0"} <= outputs.keys()
+        assert outputs["losses"].shape == outputs["t"].shape == (4,)  # both parts of the batch
+        assert torch.allclose(outputs["loss"], outputs["losses"].mean()) or "times" in flags
+        assert outputs["losses"].isfinite().all() and not any(value.requires_grad for value in outputs.values())
+        assert outputs["x_t"].shape == outputs["x0"].shape == outputs["x0_hat"].shape
+        if kind == "absorbing":
+            hidden = outputs["x_t"] == 16
+            assert torch.equal(outputs["x_t"][~hidden], outputs["x0"][~hidden])
+            assert torch.equal(outputs["x0_hat"][~hidden], outputs["x0"][~hidden])
+            assert (outputs["x0_hat"] < 16).all() and outputs["prediction"].shape[-1] == 16
+        else:
+            assert outputs["x0"].shape == (4, 1, 8, 8) and outputs["prediction"].shape == (4, 2, 8, 8)
+    if kind == "ddpm":  # the network begins as 0: eps is 0, and x0 is what is then left of x_t
+        first = kept[0][1]
+        alpha = cosine(20)[(20 * first["t"]).round().long()].sqrt().float().view(-1, 1, 1, 1)
+        assert torch.allclose(first["x_t"], alpha * first["x0_hat"], atol=1e-5)
+        assert not torch.equal(kept[1][1]["prediction"], first["prediction"])  # it has learned
+
+
+def test_watching_changes_nothing(mine, tmp_path):
+    flags = f"{DDPM} --logs_root {tmp_path} --train_steps 2 --no_amp"
+    call("train_sampler.py", f"{flags} --log_dir one")
+    call("train_sampler.py", f"{flags} --log_dir two --hooks my_own.watching.keep")
+    one, two = (
+        (tmp_path / name / "checkpoints" / "step_00000002" / "model.safetensors").read_bytes()
+        for name in ("one", "two")
+    )
+    assert one == two
+    call("train_sampler.py", f"{flags} --log_dir two")  # and a run may go on without
+
+
+WRONG = {
+    "my_own.watching.nothing": "my_own.watching has no function nothing",
+    "my_own.watching.constant": "my_own.watching has no function constant",
+    "my_own.wathing.keep": "there is no module my_own.wathing",
+    "nobodys.module.keep": "there is no module nobodys",
+    "keep": "wanted package.module.function",
+}
+
+
+@pytest.mark.parametrize("flag", ["--hooks", "--adapt"])
+@pytest.mark.parametrize("path", WRONG)
+def test_a_wrong_dotted_path_is_refused_in_one_line(path, flag, mine, tmp_path, capfd):
+    message = refused("train_sampler.py", f"{DDPM} --logs_root {tmp_path} --train_steps 1 {flag} {path}", capfd)
+    assert message.startswith("train_sampler.py: got ") and message.count("\n") == 1
+    assert f"{flag} {path!r}" in message and WRONG[path] in message
+    assert not (tmp_path / "ddpm_digits").exists()
+
+
+@pytest.mark.parametrize("path", ["", ".keep", "my_own..keep", "my_own.", "my_own.watching."])
+def test_what_is_no_dotted_path_is_a_message_and_no_crash(path, mine):
+    with pytest.raises(ValueError, match="got --hooks"):
+        dotted(path, "--hooks")
+
+
+def test_what_a_users_module_needs_is_not_our_error(mine):
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
+        dotted("my_own.needy.function", "--hooks")
+
+
+# --adapt
+
+IMAGE = "--conditions image --condition_channels 1 --n_channels 1"
+
+
+@pytest.fixture
+def adapted(mine, tmp_path):
+    """Digits told their upper half, trained for two steps."""
+    flags = f"{DDPM} {IMAGE} --logs_root {tmp_path} --no_amp --adapt my_own.adapting.upper"
+    call("train_sampler.py", f"{flags} --train_steps 2 --log_dir upper")
+    return tmp_path
+
+
+def test_adapt_makes_the_fields_that_the_conditions_need(adapted, monkeypatch):
+    from my_own.adapting import asked
+
+    assert {"image", "label"} <= asked[0].keys()
+    assert asked[0]["image"].dtype == torch.uint8 and asked[0]["image"].shape == (1, 8, 8)
+    content = yaml.safe_load((adapted / "upper" / "config.yaml").read_text())
+    assert content["sampler"]["adapt"] == "my_own.adapting.upper"
+    told = []
+    from models.conditions.image import ImageEncoder
+
+    forward = ImageEncoder.forward
+    monkeypatch.setattr(
+        ImageEncoder, "forward", lambda self, raw, x, drop=None: told.append(raw) or forward(self, raw, x, drop)
+    )
+    flags = "--load_dir upper --n_samples 5 --batch_size 3 --sample_steps 2 --no_amp --guidance 2.0"
+    allow = "--allow my_own.adapting.upper"
+    call("experiments/get_samples.py", f"--logs_root {adapted} {flags} {allow} --log_dir s5")
+    with np.load(adapted / "s5" / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (5, 8, 8, 3) and arrays["labels"].shape == (5,)
+    shown = [raw for raw in told if raw is not None]
+    assert [len(raw) for raw in shown] == [1, 3, 2]  # one image to try it out, then the batches
+    assert {tuple(raw.shape[1:]) for raw in shown} == {(1, 8, 8)}
+    assert all((raw[:, :, 4:] == -1).all() and raw[:, :, :4].max() > 0 for raw in shown)
+    assert sum(raw is None for raw in told) == 3  # the null, once a batch
+
+
+def test_samples_of_adapted_conditions_do_not_depend_on_the_batch(adapted):
+    flags = "--load_dir upper --n_samples 3 --sample_steps 2 --no_amp --allow my_own.adapting.upper"
+    for size in (3, 1):
+        call("experiments/get_samples.py", f"--logs_root {adapted} {flags} --batch_size {size} --log_dir b{size}")
+    with np.load(adapted / "b3" / "samples.npz") as one, np.load(adapted / "b1" / "samples.npz") as other:
+        assert np.array_equal(one["arr_0"], other["arr_0"]) and np.array_equal(one["labels"], other["labels"])
+
+
+def test_a_report_of_a_model_that_adapts_needs_its_code_too(adapted, capfd):
+    flags = f"--logs_root {adapted} --load_dir upper --n_samples 2 --sample_steps 1 --log_dir x"
+    message = refused("experiments/get_samples.py", flags, capfd)
+    assert "was trained with --adapt my_own.adapting.upper, which is code" in message
+    assert "--allow my_own.adapting.upper" in message and message.count("\n") == 1
+    message = refused("experiments/get_samples.py", f"{flags} --allow my_own.adapting.forgets", capfd)
+    assert "--allow my_own.adapting.upper" in message
+    assert not (adapted / "x").exists()
+
+
+@pytest.mark.parametrize(("function", "field"), [("forgets", "condition_image"), ("unlabelled", "label")])
+def test_an_adapt_that_leaves_a_field_out_is_refused_by_its_name(function, field, mine, tmp_path, capfd):
+    flags = f"{DDPM} {IMAGE} --logs_root {tmp_path} --no_amp --train_steps 1 --adapt my_own.adapting.{function}"
+    message = refused("train_sampler.py", flags, capfd)  # the last line, after the progress bar's
+    assert f"conditions need {field}: write them in the function of --adapt" in message
+
+
+@pytest.mark.parametrize(
+    ("function", "wanted"), [("nothing", "NoneType"), ("words", "'name'"), ("crops", "'condition_image'")]
+)
+def test_an_adapt_whose_items_make_no_batch_is_refused(function, wanted, mine, tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        call("train_sampler.py", f"--logs_root {tmp_path} {DDPM} --train_steps 1 --adapt my_own.adapting.{function}")
+    assert stop.value.code == 2 and wanted in capfd.readouterr().err
+
+
+def test_a_condition_without_an_adapt_is_refused(tmp_path, capfd):
+    message = refused("train_sampler.py", f"{DDPM} {IMAGE} --logs_root {tmp_path} --train_steps 1", capfd)
+    assert "condition_image" in message and "--adapt" in message
+
+
+def test_an_adapt_that_has_changed_since_training_is_refused_by_name_too(adapted, monkeypatch, capfd):
+    from my_own import adapting
+
+    monkeypatch.setattr(adapting, "upper", adapting.forgets)
+    flags = "--load_dir upper --n_samples 2 --sample_steps 1 --allow my_own.adapting.upper --log_dir x"
+    message = refused("experiments/get_samples.py", f"--logs_root {adapted} {flags}", capfd)
+    assert "condition_image" in message and "--adapt" in message
+
+
+# loading a run runs no code unasked
+
+
+def test_every_setting_of_a_run_that_names_code_must_be_allowed(tmp_path):
+    settings = {"sampler": "ddpm", "res_block_type": "my.blocks.Block", "adapt": "my_own.adapting.upper"}
+    with pytest.raises(ValueError, match="--res_block_type my.blocks.Block, which is code: pass --allow my.blocks"):
+        check_allowed(tmp_path, {"sampler": settings, "reader": {}}, ())
+    with pytest.raises(ValueError, match="--adapt my_own.adapting.upper, which is code"):
+        check_allowed(tmp_path, {"sampler": settings, "reader": {}}, ("my.blocks.Block",))
+    check_allowed(tmp_path, {"sampler": settings, "reader": {}}, ("my.blocks.Block", "my_own.adapting.upper"))
+    plain = {"adapt": "", "attn_block_type": "softmax", "first_beta": 0.001, "channels": 8}
+    check_allowed(tmp_path, {"sampler": plain, "reader": {"data_dir": "/data/birds.v2"}}, ())
+
+
+@pytest.mark.parametrize("shards", ["pipe:cat a.tar", "a.tar::pipe:touch b", "{pipe:touch b,c.tar}", "${WDS_MINE}"])
+def test_a_command_that_brings_the_data_must_be_allowed(shards, tmp_path):
+    groups = {"sampler": {}, "reader": {"data_dir": shards}}
+    with pytest.raises(ValueError, match="pass --allow '"):
+        check_allowed(tmp_path, groups, ())
+    check_allowed(tmp_path, groups, (shards,))
+
+
+@pytest.mark.parametrize("path", ["my-own.upper", "über.f", "_mine.f", "my_own.adapting.upper", "my_own.2.f"])
+def test_whatever_can_be_imported_must_be_allowed(path, tmp_path):
+    """importlib takes module names that are no identifiers, so the check may not look for identifiers alone."""
+    with pytest.raises(ValueError, match="--allow"):
+        check_allowed(tmp_path, {"sampler": {"adapt": path}, "reader": {}}, ())
+
+
+def test_a_run_whose_config_was_changed_runs_no_code_either(adapted, monkeypatch, capfd):
+    path = adapted / "upper" / "config.yaml"
+    path.write_text(path.read_text().replace("my_own.adapting.upper", "my-own.upper"))
+    flags = f"--logs_root {adapted} --load_dir upper --n_samples 2 --sample_steps 1 --log_dir x"
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        call("experiments/get_samples.py", flags)
+    assert "my-own" not in sys.modules
+    assert "--allow my-own.upper" in capfd.readouterr().err

@@ -1,0 +1,235 @@
+"""One step of the VQGAN: its gradients are those of the whole loss, and no work is done that does not count."""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from train import vqgan as module
+from train.config import DataConfig, TrainingConfig
+from train.distributed import World
+from train.execution import LossScale
+from train.vqgan import VQGANStep, build_state
+from vq.config import VQGANConfig, VQGANLossConfig
+from vq.losses import ADVERSARIAL
+
+HERE = World(torch.device("cpu"))
+NETWORK = VQGANConfig(nf=8, ch_mult=(1, 2), res_blocks=1, attn_resolutions=(), emb_dim=4, codebook_size=16)
+DATA = DataConfig(img_size=16, n_channels=3)
+TRAINING = TrainingConfig(amp=False, lr=1e-3, grad_clip=0.0)
+LOSS = {"perceptual_net": "none", "disc_start_step": 0, "ndf": 4, "disc_layers": 1, "disc_weight_max": 1e4}
+
+
+class Distance(nn.Module):
+    """A perceptual loss that counts how often it is gone through backwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.backward_passes = 0
+
+    def forward(self, images, others):
+        if others.requires_grad:
+            others = others * 1
+            others.register_hook(self.passed)
+        return (images.tanh() - others.tanh()).square().mean((1, 2, 3))
+
+    def passed(self, gradient):
+        self.backward_passes += 1
+
+
+def batch(seed=0, size=4):
+    images = torch.rand(size, 3, 16, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return {"image": images * 2 - 1, "position": torch.arange(size)}
+
+
+def begun(perceptual=None, network=NETWORK, **changes):
+    """A state in float64, so that two ways to the same gradient can be told from two gradients."""
+    loss = VQGANLossConfig(**(LOSS | changes))
+    state = build_state(network, loss, DATA, TRAINING, HERE)
+    for part in state.modules.values():
+        part.double()
+    state.modules["autoencoder"].quantizer.codebook.weight.data.normal_()
+    return state, VQGANStep(loss, TRAINING, HERE, perceptual)
+
+
+def close(one, other):
+    """Equal to the rounding of what is computed in float32 whatever else is."""
+    return (one - other).abs().max() <= 1e-5 * other.abs().max() + 1e-12
+
+
+def gradients(state, step, parts):
+    """What the optimizers would be given, by parameter, and what the step told."""
+    found = {}
+
+    def instead(state, names, world, **how):
+        for name in names:
+            for key, parameter in state.modules[name].named_parameters():
+                found[f"{name}.{key}"] = parameter.grad.clone()
+                parameter.grad = None
+        return [torch.zeros(()) for _ in names]
+
+    with mock.patch.object(module, "update", instead):
+        return found, step(state, parts)
+
+
+def of_the_whole_loss(state, step, images):
+    """The autoencoder's gradients by the book: one loss, the weight from two gradients at the last layer."""
+    c, autoencoder = step.loss, state.modules["autoencoder"]
+    fake, codes = autoencoder(images)
+    reconstruction = c.recon_weight * ((images - fake).abs() if c.recon_loss == "l1" else (images - fake) ** 2).mean()
+    if step.perceptual is not None:
+        reconstruction = reconstruction + c.perceptual_weight * step.perceptual(images, fake).mean()
+    loss, share = reconstruction + codes.loss.mean(), c.adversarial_share(state.step)
+    if share:
+        g = ADVERSARIAL[c.disc_loss][1](state.modules["discriminator"](fake))
+        weight = share * c.disc_weight
+        if c.adaptive_weight:
+            last = autoencoder.decoder.last_layer
+            one, two = (torch.autograd.grad(each, last, retain_graph=True)[0].norm() for each in (reconstruction, g))
+            weight = weight * (one / (two + 1e-4)).clamp(0, c.disc_weight_max)
+        loss = loss + weight * g
+    names = [f"autoencoder.{name}" for name, _ in autoencoder.named_parameters()]
+    return dict(zip(names, torch.autograd.grad(loss, list(autoencoder.parameters())), strict=True)), loss.detach()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"adaptive_weight": False, "disc_weight": 0.3},
+        {"recon_loss": "l2", "recon_weight": 4.0, "perceptual_weight": 0.1},
+        {"disc_loss": "non_saturating", "disc_ramp_steps": 3},
+        {"disc_start_step": 5},
+        {"disc_warmup_steps": 2},
+        {"disc_weight_max": 1e-3},
+    ],
+)
+def test_the_gradients_are_those_of_the_whole_loss(changes):
+    state, step = begun(Distance(), **changes)
+    given = batch()
+    wanted, loss = of_the_whole_loss(state, step, given["image"])
+    found, told = gradients(state, step, [given])
+    own = {name: value for name, value in found.items() if name.startswith("autoencoder")}
+    assert own.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert close(own[name], value), name
+    assert torch.allclose(told["loss"].double(), loss)
+
+
+def test_the_perceptual_network_is_gone_through_backwards_once():
+    state, step = begun(Distance())
+    gradients(state, step, [batch()])
+    assert step.perceptual.backward_passes == 1
+
+
+def counted(state):
+    """How often the discriminator is called."""
+    calls = []
+    state.modules["discriminator"].register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("at", "autoencoder", "discriminator"), [(2, False, False), (3, False, True), (5, False, True), (6, True, True)]
+)
+def test_nothing_is_done_before_its_time(at, autoencoder, discriminator):
+    state, step = begun(disc_start_step=3, disc_warmup_steps=3)
+    state.step, calls = at, counted(state)
+    balance = mock.Mock(wraps=step.balance)
+    with mock.patch.object(step, "balance", balance):
+        found, told = gradients(state, step, [batch()])
+    assert len(calls) == autoencoder + 2 * discriminator and balance.called == autoencoder
+    assert ("adversarial" in told, "adaptive_weight" in told, "disc_loss" in told) == (autoencoder,) * 2 + (
+        discriminator,
+    )
+    assert any(name.startswith("discriminator") for name in found) == discriminator
+
+
+def test_the_weight_rises_to_what_it_is():
+    loss = VQGANLossConfig(disc_start_step=10, disc_warmup_steps=5, disc_ramp_steps=4)
+    assert [loss.adversarial_share(k) for k in (0, 14, 15, 16, 18, 19, 1000)] == [0, 0, 0.2, 0.4, 0.8, 1, 1]
+    assert VQGANLossConfig(disc_start_step=2).adversarial_share(2) == 1
+
+
+def test_the_discriminators_gradients_are_those_of_its_loss():
+    state, step = begun(lecam_weight=0.5)
+    state.extras["lecam"].follow(torch.tensor(3.0), torch.tensor(-2.0))
+    given, discriminator = batch(), state.modules["discriminator"]
+    fake = state.modules["autoencoder"](given["image"])[0].detach()
+    real_logits, fake_logits = discriminator(given["image"]), discriminator(fake)
+    loss = ADVERSARIAL["hinge"][0](real_logits, fake_logits) + 0.5 * state.extras["lecam"](real_logits, fake_logits)
+    wanted = torch.autograd.grad(loss, list(discriminator.parameters()))
+    before = state.extras["lecam"].state_dict()
+    found, told = gradients(state, step, [given])
+    for (name, _), value in zip(discriminator.named_parameters(), wanted, strict=True):
+        assert close(found[f"discriminator.{name}"], value), name
+    assert told["lecam"] > 0 and torch.allclose(told["disc_loss"].double(), loss, rtol=1e-5)
+    assert state.extras["lecam"].state_dict() != before
+
+
+def test_a_loss_that_is_not_finite_leaves_no_finite_gradient_and_no_trace():
+    state, step = begun(lecam_weight=0.5)
+    given = batch()
+    given["image"][0, 0, 0, 0] = float("inf")
+    found, _ = gradients(state, step, [given])
+    assert all(value.isnan().any() for value in found.values())
+
+    state, step = begun(lecam_weight=0.5)
+    before = {key: value.clone() for key, value in state.extras["lecam"].state_dict().items()}
+    learn = mock.Mock()
+    with mock.patch.object(state.modules["autoencoder"].quantizer, "learn", learn):
+        assert step(state, [given]) is None
+    learn.assert_called_once_with(None)
+    assert state.extras["lecam"].state_dict() == before
+    assert not state.counters["codes"].sums
+
+
+def test_parts_of_a_batch_give_the_gradients_of_the_whole_before_the_discriminator():
+    state, step = begun(Distance(), disc_start_step=9)
+    whole = batch(size=4)
+    parts = [{name: value[rows] for name, value in whole.items()} for rows in (slice(0, 2), slice(2, 4))]
+    one, _ = gradients(state, step, [whole])
+    two, _ = gradients(state, step, parts)
+    for name, value in one.items():
+        assert close(two[name], value), name
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_a_loss_scale_changes_no_gradient(scale):
+    """float16's: gradients are that many times larger, and the weights between losses are what they were."""
+    state, step = begun(Distance())
+    plain, told = gradients(state, step, [batch()])
+    state.extras["loss_scale"] = LossScale()
+    state.extras["loss_scale"].value = scale
+    scaled, again = gradients(state, step, [batch()])
+    for name, value in plain.items():
+        assert close(scaled[name] / scale, value), name
+    assert torch.allclose(again["adaptive_weight"], told["adaptive_weight"])
+
+
+def test_codes_of_an_epoch_are_those_of_all_processes():
+    """After a resume the first process may have all that was counted, and the others nothing."""
+    state, step = begun(disc_start_step=9)
+    counts = state.counters["codes"]
+    counts.add("chosen", torch.zeros(16))
+    counts.add("images", torch.tensor(0.0))
+    counts.world = step.world = mock.Mock(wraps=HERE, sum=lambda x: x + (12 if x.ndim == 0 else 1))
+    logger = mock.Mock()
+    module.VQGANReports(step, [], 4, epoch=12, logger=logger).codes(state, {})
+    assert logger.scalars.call_count == 1
+
+
+def test_codes_are_told_once_an_epoch_over_all_of_it():
+    state, step = begun(disc_start_step=9)
+    logger = mock.Mock()
+    reports = module.VQGANReports(step, [], 4, epoch=10, logger=logger)
+    for k in range(6):  # 4 images a step: the epoch is over after the third and the sixth
+        told = step(state, [batch(seed=k)])
+        assert told is not None
+        reports.codes(state, {})
+        assert logger.scalars.call_count == (k + 1) // 3
+    (_, used), _ = logger.scalars.call_args
+    assert 0 < used["codes/usage"] <= 1 <= used["codes/perplexity"] <= 16
+    (_, _, chosen), _ = logger.histogram.call_args
+    assert chosen.sum() == 3 * 4 * 64 and used["codes/usage"] == (chosen > 0).float().mean()

@@ -1,0 +1,365 @@
+"""The code cache: a data set encoded once, by all processes together, chunk by chunk, into one memory-mapped file.
+
+Beside <name>.codes lies <name>.note, which says what is whole in it, and, while it is being made, a folder
+<name>.chunks with a note of each chunk. Notes carry the key of everything that made the codes, and checksums. A process
+that is killed loses no more than the chunks that were on their way; any number of processes resumes.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from train.data.loading import Grids, ImageSource, InOrder, apart
+from train.distributed import World
+from train.files import sync, write_text
+
+
+class CodeTable(NamedTuple):
+    """The codes of a data set in all its views."""
+
+    ids: Grids  # (V, n, h, w) integers; view 0 is the first of the views that were asked for
+    index: Tensor  # (n,) int64: which image of the data set each is (unreadable ones are left out)
+
+
+def cache_key(**made_of: object) -> str:
+    """Hexadecimal key of what the codes were made of: weights, data, size, views; any change is another key."""
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+CHUNK = 512  # images; with uint16 codes on a grid of even sides, two chunks share no page of 4096 bytes
+
+Note = dict[str, Any]  # of a chunk: {"crc32": int, "unreadable": {image: message}}
+
+
+class MappedCodes:
+    """Codes (V, n, h, w) of the readable images, from a file (N, V, h, w) of all; `index` (n,) says which these are.
+
+    `ids[views, rows]` gives int64 in memory, as a tensor would; both may be numbers, slices or tensors.
+    """
+
+    def __init__(self, path: Path, whole: tuple[int, ...], dtype: str, index: Tensor):
+        self.path, self.whole, self.dtype, self.images = path, whole, dtype, index.numpy()
+        self.shape = whole[1], len(index), *whole[2:]
+        self.mapped: np.memmap | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"mapped": None}  # a pickled memmap would carry all its codes
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, places: Any) -> Tensor:
+        views, rows = places if isinstance(places, tuple) else (places, slice(None))
+        if self.mapped is None:
+            self.mapped = np.memmap(self.path, self.dtype, "r", shape=self.whole)
+        if isinstance(views, Tensor) and isinstance(rows, slice):
+            views = views[:, None]  # each of them with each of the rows
+        found = self.mapped.swapaxes(0, 1)[as_index(views), self.images[as_index(rows)]]
+        return torch.from_numpy(np.array(found, dtype=np.int64))
+
+
+def as_index(place: Any) -> Any:
+    return place.numpy() if isinstance(place, Tensor) else place
+
+
+@dataclass(frozen=True)
+class CodeFile:
+    """The codes of `count` images, each of `shape` (V, h, w), on disk: in `folder`, under a name and a key."""
+
+    folder: Path
+    name: str
+    key: str
+    count: int
+    shape: tuple[int, int, int]
+    codebook_size: int
+    chunk: int = CHUNK
+
+    def beside(self, suffix: str) -> Path:
+        return self.folder / f"{self.name}_{hashlib.sha256(self.key.encode()).hexdigest()[:16]}.{suffix}"
+
+    @property
+    def path(self) -> Path:
+        return self.beside("codes")
+
+    @property
+    def dtype(self) -> str:
+        return "<u2" if self.codebook_size <= 2**16 else "<i4"
+
+    @property
+    def image_bytes(self) -> int:
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.count // self.chunk)
+
+    def images(self, chunk: int) -> range:
+        """The images of a chunk."""
+        return range(chunk * self.chunk, min((chunk + 1) * self.chunk, self.count))
+
+    def noted(self) -> dict[int, Note]:
+        """What the note says of chunks; ValueError where it speaks of other codes."""
+        return self.chunks_in(self.beside("note"))
+
+    def left(self) -> dict[int, Note]:
+        """The same, with what a process that did not come to the end has noted of single chunks."""
+        found = self.noted()
+        for path in sorted(self.beside("chunks").glob("[0-9]*.note")):
+            found |= self.chunks_in(path)
+        return found
+
+    def chunks_in(self, path: Path) -> dict[int, Note]:
+        note = read_note(path)
+        if note is None:
+            return {}
+        if note["key"] != self.key:
+            raise ValueError(
+                f"{path} was made by other weights or data (key {note['key']}, wanted {self.key}): "
+                f"delete {self.beside('*')}"
+            )
+        return {int(chunk): each for chunk, each in note["chunks"].items()}
+
+    def note(self, path: Path, chunks: dict[int, Note]) -> None:
+        write_note(path, {"key": self.key, "chunks": chunks})
+
+    def intact(self, chunk: int, note: Note) -> bool:
+        """Whether a chunk is on disk as it was noted, and nothing behind the last one."""
+        images = self.images(chunk)
+        size, last = len(images) * self.image_bytes, images.stop == self.count
+        try:
+            with self.path.open("rb") as file:
+                file.seek(images.start * self.image_bytes)
+                codes = file.read(size + last)
+        except FileNotFoundError:
+            return False
+        return len(codes) == size and zlib.crc32(codes) == note["crc32"]
+
+    def begin(self, notes: dict[int, Note]) -> None:
+        """Makes the file as long as it will be, and gathers the notes that there are; checksums tell what is not so."""
+        with self.path.open("ab") as file:
+            file.truncate(self.count * self.image_bytes)
+            os.fsync(file.fileno())
+        for unfinished in self.folder.glob(f".{self.beside('note').name}.*"):  # by a process that was killed
+            unfinished.unlink()
+        self.gather(notes)
+        self.beside("chunks").mkdir()
+
+    def gather(self, notes: dict[int, Note]) -> None:
+        """Writes one note of all chunks in the place of many."""
+        self.note(self.beside("note"), notes)
+        sync(self.folder)
+        if self.beside("chunks").exists():
+            shutil.rmtree(self.beside("chunks"))
+
+    def write(self, chunk: int, ids: np.ndarray, unreadable: dict[int, str]) -> None:
+        """Puts a chunk on disk, and only then the note that it is there. Written, not mapped: a full disk is then an
+        error and no bus fault."""
+        codes = ids.tobytes()
+        with self.path.open("r+b") as file:
+            file.seek(self.images(chunk).start * self.image_bytes)
+            file.write(codes)
+            file.flush()
+            os.fsync(file.fileno())
+        note = {"crc32": zlib.crc32(codes), "unreadable": unreadable}
+        self.note(self.beside("chunks") / f"{chunk:08d}.note", {chunk: note})
+
+    def delete(self) -> None:
+        self.beside("note").unlink()
+        self.path.unlink()
+
+    def table(self, notes: dict[int, Note]) -> CodeTable:
+        index = torch.tensor(sorted(set(range(self.count)) - unreadable_in(notes).keys()))
+        return CodeTable(MappedCodes(self.path, (self.count, *self.shape), self.dtype, index), index)
+
+
+def unreadable_in(notes: dict[int, Note]) -> dict[int, str]:
+    """Why an image is left out, by image in order."""
+    return {int(image): why for chunk in sorted(notes) for image, why in notes[chunk]["unreadable"].items()}
+
+
+def write_note(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content) + "\n"
+    write_text(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """What was written; None where nothing was, and, with a warning, where it is no longer that."""
+    try:
+        digest, _, text = path.read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        return None
+    if digest != hashlib.sha256(text).hexdigest().encode():
+        warnings.warn(f"{path} is damaged: what it notes is encoded again", stacklevel=2)
+        return None
+    return json.loads(text)
+
+
+Encode = Callable[[Tensor], Tensor]  # uint8 (B, C, H, W) -> ids (B, V, h, w)
+
+
+def code_table(
+    file: CodeFile, images: Callable[[], ImageSource], encode: Encode, batch_size: int, world: World
+) -> CodeTable:
+    """The codes in a file, made first as far as they are not there as they were noted. All processes take part.
+
+    Other jobs that want the same wait, and take what this one made. Unreadable images are left out, and named in one
+    warning when the last chunk is done. ValueError where the file was made by other weights, not one image can be
+    read, or the disk has no room; what is done until then stays.
+    """
+    if file.count == 0:
+        raise ValueError(f"nothing was encoded for {file.name}: the data set is empty")
+    notes = file.noted()
+    if lacking(file, notes, world) or any(world.any(file.beside("chunks").exists())):
+        file.folder.mkdir(parents=True, exist_ok=True)
+        with held(file, world):
+            notes = made(file, images, encode, batch_size, world)
+    return file.table(notes)
+
+
+def lacking(file: CodeFile, notes: dict[int, Note], world: World) -> list[int]:
+    """Chunks that are not noted, or not as noted; each process reads its share, and all get the same list."""
+    own = set(world.share_of(list(range(file.chunks))))
+    lost = [
+        chunk not in notes or (chunk in own and not file.intact(chunk, notes[chunk])) for chunk in range(file.chunks)
+    ]
+    return [chunk for chunk, anywhere in enumerate(world.any(*lost)) if anywhere]
+
+
+@contextmanager
+def held(file: CodeFile, world: World) -> Iterator[None]:
+    """Keeps other jobs from writing the same file. The processes of this one ask together, so that none of them waits
+    longer for another than their timeout."""
+    lock, waiting = FileLock(file.beside("lock")), False  # the system frees it when a process dies
+    try:
+        while not any(world.any(world.is_main and taken(lock))):
+            if world.is_main and not waiting:
+                print(f"another job is encoding into {file.path}: waiting for it", flush=True)
+            waiting = True
+        yield
+    finally:
+        lock.release()
+
+
+def taken(lock: FileLock) -> bool:
+    """Whether the lock could be had within a second."""
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        return False
+    return True
+
+
+@contextmanager
+def none_left_behind(file: CodeFile, world: World) -> Iterator[None]:
+    """ValueError in every process where the system refused something to one; else all go on together."""
+    problem = None
+    try:
+        yield
+    except OSError as error:
+        problem = error
+    if any(world.any(problem is not None)):
+        raise ValueError(
+            f"could not encode into {file.path}: {problem or 'see the other processes'}; what is done stays: "
+            "make room or mend the folder, then give the same command again"
+        ) from problem
+
+
+def made(
+    file: CodeFile, images: Callable[[], ImageSource], encode: Encode, batch_size: int, world: World
+) -> dict[int, Note]:
+    """Encodes what is not in a file, and returns its notes."""
+    notes = file.left()
+    todo = lacking(file, notes, world)
+    damaged = [chunk for chunk in todo if chunk in notes]
+    if damaged and world.is_main:
+        warnings.warn(f"{file.path} is damaged: {len(damaged)} of {len(notes)} chunks are encoded again", stacklevel=3)
+    check_room(file, todo, world)
+    with none_left_behind(file, world):  # all have looked before one writes
+        if world.is_main:
+            file.begin(notes)
+    if todo:
+        fill(file, todo, images(), encode, batch_size, world)
+    with none_left_behind(file, world):
+        if world.is_main:
+            file.gather(file.left())
+    notes = file.noted()
+    unreadable = unreadable_in(notes)
+    if len(unreadable) == file.count:
+        world.barrier()  # all have read before one deletes
+        if world.is_main:
+            file.delete()
+        first = unreadable[min(unreadable)]
+        raise ValueError(
+            f"nothing was encoded for {file.name}: not one of {file.count} images can be read; the first is {first}"
+        )
+    if unreadable and world.is_main:
+        warnings.warn(f"skipped {len(unreadable)} unreadable images: {'; '.join(unreadable.values())}", stacklevel=3)
+    return notes
+
+
+def check_room(file: CodeFile, todo: list[int], world: World) -> None:
+    """ValueError in every process where the disk has no room for the chunks."""
+    size = sum(len(file.images(chunk)) for chunk in todo) * file.image_bytes
+    free = shutil.disk_usage(file.folder).free
+    if any(world.any(size > free)):
+        raise ValueError(
+            f"the codes of {file.name} need {size / 1e9:.3f} GB in {file.folder}, which has {free / 1e9:.3f} GB free: "
+            "make room"
+        )
+
+
+def fill(file: CodeFile, todo: list[int], source: ImageSource, encode: Encode, batch_size: int, world: World) -> None:
+    """Encodes chunks, as many at a time as there are processes, so that all hear at once of one's failure."""
+    own = {
+        chunk: [list(file.images(chunk)[i : i + batch_size]) for i in range(0, len(file.images(chunk)), batch_size)]
+        for chunk in world.share_of(todo)
+    }
+    lists = [each for batches in own.values() for each in batches]
+    workers = source.config.num_workers
+    loaded = iter(
+        DataLoader(InOrder(source), batch_size=None, sampler=lists, num_workers=workers, worker_init_fn=apart)
+    )
+    there = file.count - sum(len(file.images(chunk)) for chunk in todo)
+    with tqdm(
+        desc=f"encoding {file.name}", total=file.count, initial=there, unit="img", dynamic_ncols=True, mininterval=1.0,
+        disable=not world.is_main,
+    ) as bar:  # fmt: skip
+        for first in range(0, len(todo), world.size):
+            chunks = todo[first : first + world.size]
+            with none_left_behind(file, world):
+                if world.rank < len(chunks):
+                    chunk = chunks[world.rank]
+                    file.write(chunk, *encoded(file, chunk, own[chunk], loaded, encode, bar))
+            bar.update(sum(len(file.images(chunk)) for chunk in chunks[1:]))  # the other processes'
+
+
+def encoded(
+    file: CodeFile, chunk: int, lists: list[list[int]], loaded: Iterator[dict[str, Any]], encode: Encode, bar: tqdm
+) -> tuple[np.ndarray, dict[int, str]]:
+    """The codes (n, V, h, w) of a chunk whose images come as `lists`, zeros for unreadable ones, and why these are."""
+    images = file.images(chunk)
+    ids, unreadable = np.zeros((len(images), *file.shape), file.dtype), {}
+    for wanted, batch in zip(lists, islice(loaded, len(lists)), strict=True):  # after them come other chunks
+        kept = set(batch["index"].tolist())
+        unreadable |= zip([image for image in wanted if image not in kept], batch["skipped"], strict=True)
+        if kept:
+            rows = [image - images.start for image in wanted if image in kept]
+            ids[rows] = encode(batch["image"]).cpu().numpy()
+        bar.update(len(wanted))
+    return ids, unreadable

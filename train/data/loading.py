@@ -1,0 +1,384 @@
+"""From data sets to batches: which sample comes when, in which view, is a function of (seed, position) alone.
+
+Position k counts samples over the whole run: step s of a run with batch size B takes positions s B ... (s + 1) B - 1,
+whatever the number of processes. So the same images come after any resume and for any split over processes.
+"""
+
+import dataclasses
+import os
+import random
+import signal
+import threading
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from diffusion.rng import Streams, seed_of
+from train.cli.files import data_dir_of
+from train.config import DataConfig
+from train.data.image_cache import cached_images
+from train.data.transforms import to_float, to_item, training_views
+from train.datasets import Blocks, Dataset, DatasetConfig, UnreadableImage
+from train.distributed import World
+from train.loop import Batch
+from train.registry import plugin
+
+
+class Grids(Protocol):
+    """Codes (V, n, h, w): a tensor, or what reads from a file as one: `ids[views, rows]` gives those in memory."""
+
+    shape: Sequence[int]
+
+    def __getitem__(self, places: Any) -> Tensor: ...
+
+
+def apart(worker: int) -> None:
+    """Takes a loading process out of the reach of signals to the whole group, such as Ctrl-C.
+
+    The training process saves before it ends on a signal, and needs its batch until then; a worker leaves when that
+    process ends it, or is gone. A job manager sends SIGTERM to each process: only the one that the training process
+    sends counts. The handlers of that process, inherited, would keep the worker.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgrp()
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_with_parent, daemon=True).start()
+    else:  # macOS does not tell who sends a signal
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def end_with_parent() -> None:
+    """Ends this process when its parent sends it SIGTERM."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+class Order:
+    """A shuffle of n samples, anew in each epoch: position k -> index in [0, n).
+
+    Where the samples lie in `blocks`, each epoch shuffles the blocks, takes `window` of them at a time, and shuffles
+    their samples together: whoever reads in this order needs no more than `window` blocks at hand, and the shuffle no
+    more memory than one index per block and per sample of a window.
+    """
+
+    def __init__(self, n: int, seed: int, blocks: Blocks | None = None):
+        sizes = (n,) if blocks is None else blocks.sizes
+        if sum(sizes) != n or (n and min(sizes) < 1) or (blocks is not None and blocks.window < 1):
+            raise ValueError(f"got blocks of {sum(sizes)} samples for {n}, wanted each in one block, none empty")
+        self.n, self.seed, self.blocks = n, seed, blocks
+        self.firsts = [0, *accumulate(sizes)]  # first index of each block, and the end
+        self.epoch, self.permutation = -1, None  # without blocks
+
+    def __getitem__(self, position: int) -> int:
+        epoch, place = divmod(position, self.n)
+        if self.blocks is not None:
+            return self.in_blocks(epoch, place)
+        if epoch != self.epoch:
+            self.epoch, self.permutation = epoch, self.shuffled(self.n, epoch)
+        return int(self.permutation[place])
+
+    def shuffled(self, n: int, *words: int | str) -> torch.Tensor:
+        """A permutation (n,) made of the seed and the words."""
+        return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(self.seed, "order", *words)))
+
+    def in_blocks(self, epoch: int, place: int) -> int:
+        if epoch != self.epoch:
+            self.epoch, self.window = epoch, -1
+            self.sequence = self.shuffled(len(self.blocks.sizes), epoch).tolist()
+            self.places = [0, *accumulate(self.blocks.sizes[block] for block in self.sequence)]
+        nth = bisect_right(self.places, place) - 1  # block of the epoch's sequence that the place falls into
+        window = nth // self.blocks.window
+        first = window * self.blocks.window
+        last = min(first + self.blocks.window, len(self.sequence))
+        start = self.places[first]
+        if window != self.window:
+            self.window = window
+            self.permutation = self.shuffled(self.places[last] - start, epoch, "window", window)
+        drawn = start + int(self.permutation[place - start])  # a place of the unmixed sequence
+        nth = bisect_right(self.places, drawn) - 1
+        return self.firsts[self.sequence[nth]] + drawn - self.places[nth]
+
+
+@dataclass(frozen=True)
+class PositionLists:
+    """For each first position, `parts` lists of `part` consecutive positions."""
+
+    firsts: range
+    part: int
+    parts: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for first in self.firsts:
+            for i in range(self.parts):
+                yield list(range(first + i * self.part, first + (i + 1) * self.part))
+
+
+def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Dataset:
+    """The images of one split, by the reader that the config names."""
+    module = plugin("train.datasets", data.reader or data.dataset, "data set")
+    return module.build(dataclasses.replace(reader, data_dir=data_dir_of(data.dataset, reader.data_dir)), split)
+
+
+class Positions(Protocol):
+    """What `training_batches` draws from: a list of positions -> one batch of tensors. An epoch has `len()` of them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, positions: list[int]) -> Batch: ...
+
+
+class ImageSource:
+    """Images of a data set by index, decoded and resized; kept in memory, or in a file of `cache` (logs/.cache/images),
+    if the config says so.
+
+    They are `margin` pixels higher and wider than the config says: to train on, its crop_margin; else 0.
+    """
+
+    def __init__(self, dataset: Dataset, config: DataConfig, cache: Path | None = None, *, margin: int = 0):
+        self.dataset, self.config, self.margin = dataset, config, margin
+        self.size = config.size[0] + margin, config.size[1] + margin
+        self.kept: dict[int, dict[str, Any]] = {}
+        self.on_disk = None
+        if config.cache_images:
+            shape = config.n_channels, *self.size
+            self.on_disk = cached_images(dataset, config.dataset, shape, config.num_workers, cache)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"image": uint8 (C, H, W), ...}; UnreadableImage for a broken file."""
+        if index in self.kept:
+            return self.kept[index]
+        if self.on_disk is not None:
+            item = self.on_disk[index]
+        else:
+            item = to_item(self.dataset[index], self.size, self.config.n_channels)
+        if self.config.in_memory:
+            self.kept[index] = item
+        return item
+
+
+Adapt = Callable[[dict[str, Any]], dict[str, Any]] | None  # an item in its view -> the fields of a batch
+
+
+class TrainingImages:
+    """Shuffled images, each in a random view; a broken file is named once and replaced by the next image.
+
+    `adapt` turns an item into what a batch is made of: its image uint8 (C, H, W), tensors of equal shapes, numbers. It
+    may draw from the global generators of Python, numpy and torch: they are seeded for each position.
+    ValueError for a source whose margin is not the config's crop_margin.
+    """
+
+    def __init__(self, source: ImageSource, seed: int, adapt: Adapt = None):
+        wanted = source.config.crop_margin
+        if source.margin != wanted:
+            raise ValueError(
+                f"got images with a margin of {source.margin} pixels for crop_margin {wanted}: "
+                f"wanted ImageSource(..., margin={wanted}) to train on"
+            )
+        self.source, self.seed, self.adapt = source, seed, adapt
+        self.order = Order(len(source), seed, getattr(source.dataset, "blocks", None))
+        self.views = training_views(source.config)
+        self.skipped: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def readable(self, index: int) -> dict[str, Any]:
+        for offset in range(len(self.source)):
+            candidate = (index + offset) % len(self.source)
+            try:
+                return self.source[candidate]
+            except UnreadableImage as error:
+                if candidate not in self.skipped:
+                    self.skipped.add(candidate)
+                    warnings.warn(f"skipped unreadable image {len(self.skipped)}: {error}", stacklevel=2)
+        raise ValueError("not one image can be read any more: is the data folder still there?")
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        items = []
+        for position in positions:
+            view = self.views[seed_of(self.seed, "view", position) % len(self.views)]
+            item = self.readable(self.order[position])
+            if self.adapt is not None or not view.identity:  # what is not changed need not be copied
+                item = view(item)
+            if self.adapt is not None:
+                with seeded(seed_of(self.seed, "adapt", position)):
+                    item = adapted(self.adapt, item)
+            items.append(item)
+        return stack(items) | {"position": torch.tensor(positions)}
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds the global generators of Python, numpy and torch's CPU inside, and leaves them as they were."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.default_generator.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
+
+
+def adapted(adapt: Callable, item: dict[str, Any]) -> dict[str, Any]:
+    """What a user's function makes of an item; ValueError where it makes no fields of a batch."""
+    made = adapt(item)
+    if not isinstance(made, dict) or "image" not in made:
+        raise ValueError(f"the function of --adapt gave {type(made).__name__}, wanted a dict with image and the rest")
+    return made
+
+
+def stack(items: list[dict[str, Any]]) -> Batch:
+    """Items to one batch: uint8 tensors, which are images, to float in [-1, 1]; numbers to tensors (B,)."""
+    return {name: stacked(name, [item[name] for item in items]) for name in items[0]}
+
+
+def stacked(name: str, values: list[Any]) -> Tensor:
+    if not isinstance(values[0], Tensor | int | float):
+        raise ValueError(f"field {name!r} of an item is {type(values[0]).__name__}, wanted a tensor or a number")
+    if not isinstance(values[0], Tensor):
+        return torch.tensor(values)
+    shapes = {tuple(value.shape) for value in values}
+    if len(shapes) > 1:
+        raise ValueError(f"field {name!r} of the items of a batch has shapes {sorted(shapes)}, wanted one")
+    together = torch.stack([value.as_subclass(Tensor) for value in values])
+    return to_float(together) if together.dtype == torch.uint8 else together
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch on the device, but for its positions: seeds are made of them, and reading them back would wait for it."""
+    return {k: v if k == "position" else v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def training_batches(
+    source: Positions,
+    *,
+    start: int,
+    steps: int,
+    batch_size: int,
+    accumulate: int,
+    world: World,
+    workers: int,
+    prefetch: int = 2,
+) -> Iterator[tuple[Batch, ...]]:
+    """For each step from `start` to `steps`: this process's share of the batch, in `accumulate` parts, there.
+
+    `workers` processes live through the whole run and keep `prefetch` parts each ready, in pinned memory for CUDA.
+    """
+    share = world.share(batch_size, "batch_size")
+    if share % accumulate:
+        raise ValueError(
+            f"got batch_size {batch_size} for {world.size} processes in {accumulate} parts: they must divide it"
+        )
+    firsts = range(start * batch_size + world.rank * share, steps * batch_size, batch_size)
+    loader = DataLoader(
+        source,
+        batch_size=None,
+        sampler=PositionLists(firsts, share // accumulate, accumulate),
+        num_workers=workers,
+        pin_memory=world.device.type == "cuda",
+        prefetch_factor=prefetch if workers else None,
+        worker_init_fn=apart,
+    )
+    parts = (on_device(batch, world.device) for batch in loader)
+    return zip(*[parts] * accumulate, strict=True)
+
+
+class InOrder:
+    """Lists of indices -> batches of uint8 images in the data set's order, without broken ones, which are named."""
+
+    def __init__(self, source: ImageSource):
+        self.source = source
+
+    def __getitem__(self, indices: list[int]) -> dict[str, Any]:
+        items, kept, skipped = [], [], []
+        for index in indices:
+            try:
+                items.append(self.source[index])
+                kept.append(index)
+            except UnreadableImage as error:
+                skipped.append(str(error))
+        images = torch.stack([item["image"].as_subclass(Tensor) for item in items]) if items else None
+        return {"image": images, "index": torch.tensor(kept), "skipped": skipped}
+
+
+def images_in_order(
+    source: ImageSource, batch_size: int, indices: list[int] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """{"image": uint8 (B, C, H, W), "index": (B,)} over the data set, or over `indices`; unreadable ones are left out,
+    counted and named in one warning at the end."""
+    indices = list(range(len(source))) if indices is None else indices
+    lists = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    skipped = []
+    workers = source.config.num_workers
+    for batch in DataLoader(InOrder(source), batch_size=None, sampler=lists, num_workers=workers, worker_init_fn=apart):
+        skipped += batch.pop("skipped")
+        if batch["image"] is not None:
+            yield batch
+    if skipped:
+        warnings.warn(f"skipped {len(skipped)} unreadable images: {'; '.join(skipped)}", stacklevel=2)
+
+
+def fixed_subset(n: int, count: int) -> list[int]:
+    """`count` of n indices (all, where there are fewer), always the same, drawn at random: files are often sorted by
+    class or by writer, so the first ones would not stand for the rest."""
+    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("subset")))[:count]
+    return chosen.tolist()
+
+
+class TrainingCodes:
+    """Shuffled code grids of all views: ids (V, n, h, w), a tensor or read from a file as one; labels (n,) or None."""
+
+    def __init__(self, ids: Grids, labels: Tensor | None, seed: int):
+        self.ids, self.labels = ids, labels
+        self.order = Order(ids.shape[0] * ids.shape[1], seed)
+
+    def __len__(self) -> int:
+        return self.order.n
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        chosen = torch.tensor([self.order[k] for k in positions])
+        view, row = chosen // self.ids.shape[1], chosen % self.ids.shape[1]
+        batch = {"codes": self.ids[view, row].long(), "position": torch.tensor(positions)}
+        return batch if self.labels is None else batch | {"label": self.labels[row]}
+
+
+def streams(seed: int, purpose: str, batch: Batch, device: torch.device) -> Streams:
+    """The random streams of a training batch: a function of (seed, purpose, position of each sample)."""
+    return Streams([seed_of(seed, purpose, position) for position in batch["position"].tolist()], device)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random streams of one training batch, or of this process's part of it, by purpose."""
+
+    seed: int
+    batch: Batch
+    batch_size: int  # of the whole batch
+    device: torch.device
+
+    def __call__(self, purpose: str, device: torch.device | str | None = None) -> Streams:
+        """One stream per sample, that draws to `device`, or to the batch's."""
+        return streams(self.seed, purpose, self.batch, self.device if device is None else device)
+
+    def shared(self, purpose: str) -> tuple[Streams, int]:
+        """One stream for the whole step, and the place of this part's first sample in the step's batch."""
+        step, place = divmod(int(self.batch["position"][0]), self.batch_size)
+        return Streams([seed_of(self.seed, purpose, "step", step)]), place

@@ -1,0 +1,139 @@
+"""WebDataset: images in tar shards, here or at URLs, for data that outgrow a disk."""
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from train.datasets import SPLITS, Blocks, DatasetConfig, check_split, held_out, require_readable
+from train.datasets._decode import decode
+from train.datasets.webdataset.shards import Shard, indexed, names_of, require_distinct
+from train.datasets.webdataset.store import Store, is_remote, library
+from train.datasets.webdataset.tar import Wanted
+
+CACHE_DIR = Path(__file__).resolve().parents[2] / "logs" / ".cache" / "webdataset"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DatasetConfig):
+    """As DatasetConfig; data_dir is a folder of .tar shards, a glob, a brace pattern ('shards-{000000..000099}.tar'),
+    or URLs of that kind: https:, gs:, hf:, and whatever else as pipe:COMMAND, which runs that command.
+
+    Without val_shards, whole shards are held out where val_fraction is at least one of them, else single images.
+    """
+
+    val_shards: str | None = None
+    """Shards for validation, named as in data_dir; they are left out of training."""
+    image_ext: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "bmp")
+    """Endings of the members that are images, from the first dot of the name on."""
+    label_from: Literal["none", "cls", "json"] = "none"
+    """cls: each sample has a member .cls with the number of its class; json: the field label_field of its .json."""
+    label_field: str = "label"
+    """Field of the .json members that holds the class."""
+    keys_per_shard: bool = False
+    """Sample names are unique in each shard only: one that two shards have is two images."""
+    mix_shards: int = 8
+    """Shards whose images are shuffled together; each epoch draws anew which ones."""
+    shards_on_disk: int = 32
+    """Shards of URLs that are kept on disk at most; at least twice mix_shards."""
+    shard_cache: str | None = None
+    """Folder for them and for the index of all shards; logs/.cache/webdataset if left out."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mix_shards < 1 or self.shards_on_disk < 2 * self.mix_shards:
+            raise ValueError(
+                f"got mix_shards {self.mix_shards} and shards_on_disk {self.shards_on_disk}, wanted at least 1 and "
+                "twice as many: the next shards arrive while the last are read"
+            )
+        if not self.image_ext:
+            raise ValueError("got no image_ext: name the endings of the images, such as --image_ext jpg png")
+
+
+class TarImages:
+    """A `Dataset` of the images in tar shards, each read at its place when it is asked for.
+
+    `chosen` (n,) are the sorted places of its samples among the rows of all shards, one shard behind the other.
+    """
+
+    def __init__(self, shards: Sequence[Shard], chosen: np.ndarray, split: str, config: Config, store: Store):
+        self.store, self.split = store, split
+        ends = np.cumsum([len(shard.rows) for shard in shards])
+        shard_of, sizes = np.unique(np.searchsorted(ends, chosen, side="right"), return_counts=True)
+        self.rows = np.concatenate([shard.rows for shard in shards])[chosen]
+        self.shards = [(shards[i].name, shards[i].stamp) for i in shard_of]
+        self.blocks = Blocks(tuple(sizes.tolist()), config.mix_shards)
+        self.ends = np.cumsum(sizes)
+        self.n_classes, self.labels = 0, None
+        if config.label_from != "none":
+            self.n_classes = 1 + max(int(shard.rows["label"].max()) for shard in shards)
+            self.labels = self.rows["label"].astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        name, stamp = self.shards[np.searchsorted(self.ends, index, side="right")]
+        with self.store.open(name, stamp) as file:
+            file.seek(row["offset"])
+            data = file.read(row["size"])
+        item: dict[str, Any] = {
+            "image": decode(io.BytesIO(data), name=f"{name} sample {row['key'].decode(errors='replace')}")
+        }
+        if self.labels is not None:
+            item["label"] = int(self.labels[index])
+        return item
+
+    def fingerprint(self) -> str:
+        content = hashlib.sha256(repr((self.split, self.n_classes, self.blocks.sizes)).encode())
+        for name, stamp in self.shards:
+            content.update(f"{name if is_remote(name) else Path(name).name!r} {stamp}\n".encode())
+        content.update(np.ascontiguousarray(self.rows).data)
+        return content.hexdigest()
+
+
+def build(config: Config, split: str) -> TarImages:
+    """The images of one split, in the order of the shards and of their places in them.
+
+    FileNotFoundError for shards that are missing or cannot be brought; ValueError for another split, a missing package,
+    shards that are no whole tars of samples, and a sample that is there twice.
+    """
+    check_split(split)
+    if config.data_dir is None:
+        raise ValueError("data set webdataset has no shards: pass --data_dir FOLDER, 'shards-{000..099}.tar' or URLs")
+    library()
+    cache = Path(os.path.expanduser(config.shard_cache)).absolute() if config.shard_cache else CACHE_DIR
+    store = Store(cache / "shards", config.shards_on_disk)
+    val = names_of(config.val_shards, "val_shards") if config.val_shards else []
+    train = [name for name in names_of(config.data_dir, "data_dir") if name not in set(val)]
+    apart = [name for name in train if Path(name).name.lower().startswith(("val", "test"))]
+    if not val and 0 < len(apart) < len(train):
+        raise ValueError(f"{apart[0]} lies among the shards to train on: name those for validation with --val_shards")
+    if not train:
+        raise ValueError(f"--val_shards {config.val_shards} are all the shards of {config.data_dir}: leave some")
+    wanted = Wanted(tuple(ext.lower().lstrip(".") for ext in config.image_ext), config.label_from, config.label_field)
+    shards = indexed([*train, *val], store, cache / "index", wanted)
+    if not config.keys_per_shard:
+        require_distinct(shards)
+    dataset = TarImages(shards, chosen(shards, len(train), config, split), split, config, store)
+    require_readable(dataset, Path(dataset.shards[0][0]))
+    return dataset
+
+
+def chosen(shards: Sequence[Shard], n_train: int, config: Config, split: str) -> np.ndarray:
+    """Sorted places of a split's samples among the rows of all shards, of which those from `n_train` on are for
+    validation; where there are none of those, the split is made here."""
+    sizes = [len(shard.rows) for shard in shards]
+    shard_of = np.repeat(np.arange(len(shards)), sizes)
+    if n_train < len(shards):
+        return np.flatnonzero((shard_of < n_train) == (split == "train"))
+    side = SPLITS.index(split)
+    if len(shards) * config.val_fraction >= 1:
+        return np.flatnonzero(np.isin(shard_of, held_out(len(shards), config.val_fraction, config.split_seed)[side]))
+    return held_out(len(shard_of), config.val_fraction, config.split_seed)[side]

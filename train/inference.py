@@ -1,0 +1,242 @@
+"""Trained runs to images: loads what training left, and draws from it one seed per image."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffusion.rng import Streams, seed_of
+from diffusion.types import Bound, OnStep
+from train.checkpoint import fill, load_weights, resolve_step, saved_steps
+from train.cli.parse import from_dict
+from train.config import DataConfig, SamplerConfig, SamplingConfig
+from train.data.loading import Positions, build_dataset, on_device
+from train.datasets import Dataset, DatasetConfig, is_command
+from train.distributed import World
+from train.execution import autocast
+from train.loop import Batch
+from train.posthoc_ema import opened, reconstruct, snapshot_path, snapshot_steps
+from train.registry import dotted, plugin
+from train.runs import read_run
+from train.spaces import Space, Start
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondStageRun:
+    """The part of a sampler run's config that experiments need."""
+
+    data: DataConfig
+    reader: DatasetConfig
+    sampler: SamplerConfig
+    sampling: SamplingConfig
+
+
+@dataclass(frozen=True)
+class TrainedSampler:
+    """A learned model of images. Experiments draw and score through `sample` and `log_likelihood` alone."""
+
+    run: Path
+    step: int
+    sampler: Any  # what train/samplers/<name>.py builds
+    space: Space
+    data: DataConfig
+    reader: DatasetConfig
+    class_frequencies: Tensor | None  # (n_classes,) in the training split
+    weights: str  # SHA-256 of the file they came from, or of what they were rebuilt from
+    world: World  # the processes that share an experiment
+    amp: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Which weights these are: the sampler's, and the VQGAN's where there is one."""
+        return {"sampler_weights": self.weights} | self.space.origin
+
+    def dataset(self, split: str) -> Dataset:
+        """A split of the data the sampler was trained on, found where datasets.yaml says it lies now."""
+        return build_dataset(self.data, self.reader, split)
+
+    def batches(self, split: str) -> Positions:
+        """That split in a shuffle that is always the same (train: in its views): positions -> a batch."""
+        path = getattr(self.sampler.config, "adapt", "")
+        adapt = dotted(path, "--adapt") if path else None
+        return self.space.source(self.dataset(split), split, self.data, 0, self.world, adapt)
+
+    def conditions(self, seed: int, indices: list[int], held_out: Positions | None = None) -> Batch | None:
+        """What the images of these indices are conditioned on, None for nothing.
+
+        Classes are as frequent as in the training data; other conditions come from held-out images, in turn.
+        """
+        if held_out is not None:
+            batch = held_out[[i % len(held_out) for i in indices]]
+            missing = sorted({*self.sampler.fields} - {*batch})
+            if missing:
+                raise ValueError(f"held-out images have no {', '.join(missing)}: --adapt gave them when it was trained")
+            return on_device({name: batch[name] for name in self.sampler.fields}, self.device)
+        if self.class_frequencies is None:
+            return None
+        draw = Streams([seed_of(seed, "label", i) for i in indices])
+        labels = draw.categorical(self.class_frequencies.log().expand(len(indices), -1))
+        return {"label": labels.to(self.device)}
+
+    def sample(self, n: int, seed: int, options: SamplingConfig, *, batch_size: int = 50, **how) -> Iterator[Batch]:
+        """n images of a seed in batches, each as `draw` makes it.
+
+        Of several processes, each gives every so manieth batch: together they are those of one process.
+        """
+        held_out = self.held_out()
+        for first in self.world.share_of(list(range(0, n, batch_size))):
+            indices = list(range(first, min(first + batch_size, n)))
+            yield self.draw(indices, seed, options, held_out=held_out, **how)
+
+    def held_out(self) -> Positions | None:
+        """The images that conditions are taken from, where there are others than classes. All processes must ask."""
+        return self.batches("val") if set(self.sampler.fields) - {"label"} else None
+
+    @torch.no_grad()
+    def draw(
+        self,
+        indices: list[int],
+        seed: int,
+        options: SamplingConfig,
+        *,
+        held_out: Positions | None = None,
+        given: Batch | None = None,
+        start: Start | None = None,
+        network: nn.Module | None = None,
+        shape: tuple[int, int] | None = None,
+        window_stride: int | None = None,
+        on_step: OnStep | None = None,
+    ) -> Batch:
+        """{"image": uint8 (B, C, H, W), and "codes" (B, h, w), "label" (B,) where there are such}.
+
+        Image i of a seed is the same in whatever batch. `given` are conditions in the place of drawn ones ({}: none);
+        `start` is known data that it begins from. `network` stands in for the sampler's own; `on_step` sees the batch
+        on its way, in the sampler's space.
+        """
+        batch = self.conditions(seed, indices, held_out) if given is None else on_device(given, self.device)
+        rng = Streams([seed_of(seed, "sample", i) for i in indices], self.device)
+        with autocast(self.device, self.amp):
+            x = self.sampler.sample(
+                network or self.sampler.network,
+                rng,
+                batch=batch,
+                options=options,
+                shape=shape,
+                window_stride=window_stride,
+                start=start,
+                on_step=on_step,
+            )
+        made = {"image": self.space.decode(x).cpu()} | self.space.kept(x)
+        return made if batch is None or "label" not in batch else made | {"label": batch["label"].cpu()}
+
+    @torch.no_grad()
+    def try_out(self, options: SamplingConfig, **how) -> None:
+        """Samples one image up to its first step; `how` goes to the sampler. ValueError where it cannot do that."""
+
+        def stop(*step: Any) -> Tensor:
+            raise _TriedOut
+
+        batch, rng = self.conditions(0, [0], self.held_out()), Streams([0], self.device)
+        with suppress(_TriedOut), autocast(self.device, self.amp):
+            self.sampler.sample(self.sampler.network, rng, batch=batch, options=options, on_step=stop, **how)
+
+    def log_likelihood(self, batch: Batch, seed: int = 0, calls: int | None = None) -> Bound:
+        """-log2 p of a batch of `batches`, in the sampler's `unit`, in `calls` network calls per image or all.
+
+        An image's draws are a function of the seed and its position.
+        """
+        rng = Streams([seed_of(seed, "likelihood", k) for k in batch["position"].tolist()], self.device)
+        batch = self.space.prepared(on_device(batch, self.device))
+        with autocast(self.device, self.amp):
+            return self.sampler.log_likelihood(self.sampler.network, batch, rng, calls)
+
+
+class _TriedOut(Exception):
+    """The first step of a draw is done, which is all that was asked for."""
+
+
+def load_sampler(
+    run: Path,
+    step: int | None,
+    space: Space,
+    device: torch.device,
+    *,
+    ema: bool,
+    amp: bool,
+    allow: tuple[str, ...] = (),
+    ema_length: float | None = None,
+) -> TrainedSampler:
+    """The sampler of a run, for the space that its origin names; see `check_allowed` for `allow`.
+
+    With `ema_length` its weights are an average of that relative length, rebuilt from the profiles that the run kept.
+    """
+    content = read_run(run)
+    step = resolve_step(run, step, "--load_step") if ema_length is None else kept_step(run, step)
+    groups = {name: content.get(name, {}) for name in SecondStageRun.__dataclass_fields__}
+    config = from_dict(SecondStageRun, groups, str(run / "config.yaml"))
+    check_allowed(run, groups, allow)
+    frequencies = content.get("origin", {}).get("class_frequencies")
+    if frequencies is None:
+        raise ValueError(f"{run / 'config.yaml'} does not say how frequent classes were: is it damaged?")
+    module = plugin("train.samplers", config.sampler.sampler, "sampler")
+    sampler = module.build(config.sampler, **space.facts, n_classes=len(frequencies))
+    if ema_length is None:
+        weights = load_weights(run, step, {"network": sampler.network}, ema=ema)
+    else:
+        weights = rebuild(run, step, "network", sampler.network, ema_length)
+    sampler.network.to(device).eval().requires_grad_(False)
+    shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
+    place = World(device)
+    return TrainedSampler(run, step, sampler, space, config.data, config.reader, shares, weights, place, amp)
+
+
+def kept_step(run: Path, step: int | None) -> int | None:
+    """`step`, or the newest one whose EMA profiles were kept and that the newest checkpoint does not lie before."""
+    newest = max(saved_steps(run), default=None)
+    kept = [each for each in snapshot_steps(run) if newest is None or each <= newest]
+    if step is None and not kept and snapshot_steps(run):
+        raise FileNotFoundError(f"{run} kept its first EMA profiles after its newest checkpoint, {newest}: train on")
+    return kept[-1] if step is None and kept else step
+
+
+def rebuild(run: Path, step: int | None, name: str, module: nn.Module, length: float) -> str:
+    """Fills a module with its average of a relative length; returns the SHA-256 of that length and of the checksums
+    of all that it was made of (not of the sum, whose last bits a machine's linear algebra decides)."""
+    tensors = reconstruct(run, step, name, length)
+    fill(module, {f"{name}.{key}": value for key, value in tensors.items()}, name, snapshot_path(run, step))
+    made_of = []
+    for kept in [kept for kept in snapshot_steps(run) if kept <= step]:
+        with opened(run, kept) as snapshot:
+            prefixes = tuple(snapshot.profiles(name))
+            made_of.append([kept, sorted(each for each in snapshot.checks.items() if each[0].startswith(prefixes))])
+    return sha256(json.dumps([length, made_of]).encode()).hexdigest()
+
+
+def check_allowed(run: Path, groups: dict[str, dict[str, Any]], allow: tuple[str, ...]) -> None:
+    """ValueError where a run names code of a user's own, or a command that brings its data, that `allow` does not:
+    loading a run runs nothing unasked."""
+    classes = {key: value for key, value in groups["sampler"].items() if "." in str(value)}
+    commands = {key: value for key, value in groups["reader"].items() if is_command(value)}
+    for key, value in (classes | commands).items():
+        if isinstance(value, str) and value not in allow:
+            typed = shlex.quote(value)
+            raise ValueError(f"{run} was trained with --{key} {value}, which is code: pass --allow {typed} to run it")
+
+
+def class_frequencies(dataset: Dataset) -> list[float]:
+    """Share of each class in a data set; empty without labels."""
+    if dataset.n_classes == 0:
+        return []
+    return (np.bincount(dataset.labels, minlength=dataset.n_classes) / len(dataset)).tolist()

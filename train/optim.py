@@ -1,0 +1,173 @@
+"""Optimizers, one step of all of them, and what is done where a loss or gradient is not finite."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import NAdam, Optimizer, RAdam
+
+from train.distributed import World, gradient_norm, gradients, is_sharded
+from train.execution import LossScale
+from train.files import refused
+from train.loop import Batch, State
+from train.registry import did_you_mean, dotted
+
+FUSED_DEVICES = ("cpu", "cuda", "mps")  # where torch has a kernel that steps all parameters at once
+
+
+def make_optimizer(
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> Optimizer:
+    """The optimizer `name`, or of the user's own class at a dotted path, called with (parameters, lr=, weight_decay=).
+
+    Weight decay is decoupled from the gradient's scale, w -= lr weight_decay w (Loshchilov & Hutter 2019), except in
+    adam and sgd, which add weight_decay w to the gradient. `betas` decay the averages of the gradient and of its
+    square; sgd takes the first as its momentum, adafactor and classes of one's own take neither. ValueError for an
+    unknown name, and for adafactor over shards, on which torch's does not run.
+
+    Muon is not here: it takes the matrices of hidden layers only, so a network needs two optimizers beside each other.
+    """
+    parameters = list(parameters)
+    if name in OPTIMIZERS:
+        optimizer = OPTIMIZERS[name](parameters, lr, weight_decay, betas)
+    elif "." in name:
+        optimizer = dotted(name, "optimizer")(parameters, lr=lr, weight_decay=weight_decay)
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(f"got optimizer {name!r}, which made a {type(optimizer).__name__}, not an Optimizer")
+    else:
+        known = ", ".join(OPTIMIZERS)
+        raise ValueError(
+            f"unknown optimizer {name!r}{did_you_mean(name, OPTIMIZERS)}; there are: {known}, "
+            "or package.module.Class of your own"
+        )
+    optimizer.register_load_state_dict_post_hook(lay_out_as_parameters)
+    return optimizer
+
+
+def fusible(parameters: list[nn.Parameter]) -> bool | None:
+    """True where one kernel can step all parameters; None leaves the choice (foreach on CUDA, or one by one) to torch.
+
+    torch itself never chooses the fused kernel.
+    """
+    return all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters) or None
+
+
+def sharded(parameters: list[nn.Parameter]) -> bool:
+    """Whether these are the shards of FSDP2."""
+    return any(is_sharded(p) for p in parameters)
+
+
+def sgd(parameters: list[nn.Parameter], lr: float, decay: float, betas: tuple[float, float]) -> Optimizer:
+    fused = None if sharded(parameters) else fusible(parameters)  # torch's kernel does not take shards; Adam's do
+    return torch.optim.SGD(parameters, lr, betas[0], weight_decay=decay, fused=fused)
+
+
+def adafactor(parameters: list[nn.Parameter], lr: float, decay: float, betas: tuple[float, float]) -> Optimizer:
+    if sharded(parameters):
+        raise ValueError("adafactor needs whole matrices, and parameters are sharded: choose adamw, or replicas")
+    return torch.optim.Adafactor(parameters, lr, weight_decay=decay)
+
+
+Build = Callable[[list[nn.Parameter], float, float, tuple[float, float]], Optimizer]
+
+OPTIMIZERS: dict[str, Build] = {
+    "adamw": lambda p, lr, decay, betas: torch.optim.AdamW(p, lr, betas, weight_decay=decay, fused=fusible(p)),
+    "adam": lambda p, lr, decay, betas: torch.optim.Adam(p, lr, betas, weight_decay=decay, fused=fusible(p)),
+    "radam": lambda p, lr, decay, betas: RAdam(p, lr, betas, weight_decay=decay, decoupled_weight_decay=True),
+    "nadam": lambda p, lr, decay, betas: NAdam(p, lr, betas, weight_decay=decay, decoupled_weight_decay=True),
+    "sgd": sgd,
+    "adafactor": adafactor,
+}
+
+
+@torch.no_grad()
+def lay_out_as_parameters(optimizer: Optimizer) -> None:
+    """Gives every loaded average the strides of its parameter.
+
+    A state saved by a run in another memory format keeps that run's strides. The fused kernels go through parameter,
+    gradient and averages as flat memory: on the CPU they would pair the wrong numbers without a word.
+    """
+    for parameter, state in optimizer.state.items():
+        for key, kept in state.items():
+            if isinstance(kept, Tensor) and kept.shape == parameter.shape and kept.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter, dtype=kept.dtype).copy_(kept)
+
+
+def update(state: State, names: list[str], world: World, *, lr: float, clip: float) -> list[Tensor] | None:
+    """Clips the gradients of each named optimizer to norm `clip` (0: does not), then takes a step with each.
+
+    Returns the norms before clipping. Where one is not finite no weight changes, and the answer is None: gradients are
+    those of all processes together, so all of them decide alike.
+    """
+    scale: LossScale | None = state.extras.get("loss_scale")
+    parameters = {name: [p for g in state.optimizers[name].param_groups for p in g["params"]] for name in names}
+    norms = torch.stack([gradient_norm(each, world) for each in parameters.values()])
+    if scale is not None:
+        norms = norms / scale.value
+    finite = bool(norms.isfinite().all())
+    for name, norm in zip(names, norms, strict=True):
+        optimizer = state.optimizers[name]
+        if finite:
+            factor = torch.ones_like(norm) if clip == 0 else (clip / (norm + 1e-6)).clamp(max=1)
+            if scale is not None:
+                factor = factor / scale.value
+            if clip > 0 or scale is not None:
+                torch._foreach_mul_(gradients(parameters[name]), factor)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        optimizer.zero_grad()
+    if scale is not None:
+        scale.good() if finite else scale.overflowed()
+    if not finite:
+        return None
+    return list(norms)
+
+
+RECENT = 1_000  # steps among which they are counted
+
+
+class BadSteps:
+    """What `fit` tells of a skipped step."""
+
+    def __init__(self, run: Path, world: World, most: int):
+        self.run, self.world, self.most = run, world, most
+
+    def __call__(self, state: State, parts: Sequence[Batch]) -> None:
+        """Saves the batch of all processes as bad_steps/step_<step>.safetensors; ValueError where there were too many.
+
+        A float16 loss scale that was too high is no bad step: it is lowered.
+        """
+        if "loss_scale" in state.extras and not state.extras["loss_scale"].exhausted:
+            return
+        state.bad_steps.append(state.step)
+        recent = [step for step in state.bad_steps if step > state.step - RECENT]
+        path = self.run / "bad_steps" / f"step_{state.step:08d}.safetensors"
+        self.keep(path, parts)
+        if self.world.is_main:
+            print(
+                f"step {state.step} skipped, loss or gradient is not finite ({len(recent)} lately): {path}", flush=True
+            )
+        if len(recent) > self.most:
+            raise ValueError(
+                f"{len(recent)} of the last {RECENT} steps were not finite, --max_bad_steps allows {self.most}: "
+                f"look at the batches in {path.parent}, lower --lr, or train with --no_amp"
+            )
+
+    def keep(self, path: Path, parts: Sequence[Batch]) -> None:
+        """The fields of the whole batch, in no particular order: "position" says which samples they are."""
+        device = self.world.device
+        batch = {
+            name: self.world.gather(torch.cat([part[name] for part in parts]).to(device)).cpu() for name in parts[0]
+        }
+        if self.world.is_main:
+            path.parent.mkdir(exist_ok=True)
+            with refused(path):
+                save_file({name: tensor.contiguous() for name, tensor in batch.items()}, path)

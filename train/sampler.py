@@ -1,0 +1,169 @@
+"""How the second stage is trained: what one step does with a batch, and what is looked at on the way."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion.rng import Streams, seed_of
+from train.config import SamplerConfig, SamplingConfig, TrainingConfig
+from train.data.loading import Draws, Positions, on_device
+from train.data.transforms import to_float
+from train.distributed import World, in_step, synchronized
+from train.execution import autocast, in_channels_last, poisoned, to_channels_last, training_dtype
+from train.logging import Logger
+from train.loop import Batch, Outputs, State
+from train.lr_schedule import learning_rate
+from train.optim import update
+from train.registry import plugin
+from train.spaces import Space
+from train.trainer import assemble
+
+VALIDATION_IMAGES = 1024  # enough for two digits, and quick
+SHOWN_IMAGES = 16
+LEVELS = 5  # of noise, whose losses are logged apart
+
+
+def build_state(
+    config: SamplerConfig, training: TrainingConfig, space: Space, n_classes: int, world: World
+) -> tuple[Any, State]:
+    """The sampler that the config names, for x of `space`, and the state that trains its network."""
+    torch.manual_seed(training.seed)
+    module = plugin("train.samplers", config.sampler, "sampler")
+    sampler = module.build(config, **space.facts, n_classes=n_classes)
+    modules = {"network": sampler.network}
+    state = assemble(modules, training, world, averaged=["network"], counters=["loss_by_level"], extras=sampler.extras)
+    return sampler, state
+
+
+class SamplerStep:
+    """One training step of a sampler's network. A `step_fn` for `fit`.
+
+    Gives loss, grad_norm, lr and the sampler's metrics; per example losses (B,) and t (B,), and, where someone looks
+    (`watched`), what was seen and said: x0, x_t, prediction, x0_hat.
+    """
+
+    def __init__(self, sampler: Any, space: Space, training: TrainingConfig, world: World, watched: bool = False):
+        self.sampler, self.space, self.training, self.world, self.watched = sampler, space, training, world, watched
+        self.dtype = training_dtype(training, world.device)
+        self.channels_last = in_channels_last(training, world.device)
+
+    def autocast(self):
+        return autocast(self.world.device, self.dtype != torch.float32, self.dtype)
+
+    def __call__(self, state: State, parts: Sequence[Batch]) -> Outputs | None:
+        network, scale = state.replica("network").train(), state.extras.get("loss_scale")
+        means, seen = {}, []
+        for i, batch in enumerate(parts):
+            with synchronized(network, last=i == len(parts) - 1):
+                loss = self.loss(network, batch)
+                mean = poisoned(loss.per_example.mean() / len(parts))
+                (mean if scale is None else scale.scale(mean)).backward()
+            for name, value in {"loss": loss.per_example, **loss.metrics}.items():
+                means[name] = means.get(name, 0.0) + value.detach().mean() / len(parts)
+            seen.append(loss.outputs if self.watched else {name: loss.outputs[name] for name in ("t", "loss")})
+        lr = learning_rate(state.step, **self.training.schedule)
+        norms = update(state, ["network"], self.world, lr=lr, clip=self.training.grad_clip)
+        if norms is None:
+            return None
+        tensors = {name: torch.cat([part[name] for part in seen]) for name in seen[0]}
+        tensors["losses"] = tensors.pop("loss")
+        self.observe(state, tensors)
+        return tensors | means | {"grad_norm": norms[0], "lr": torch.tensor(lr, device=self.world.device)}
+
+    def loss(self, network: torch.nn.Module, batch: Batch, times_of: int | None = None):
+        """The sampler's loss of a part of a batch; `times_of`: of validation, whose draws do not depend on the run."""
+        seed, size = (self.training.seed, self.training.batch_size) if times_of is None else (0, times_of)
+        draw = Draws(seed, batch, size, self.world.device)
+        prepared = self.space.prepared(batch)
+        if self.channels_last:
+            prepared = {name: to_channels_last(value) for name, value in prepared.items()}
+        with self.autocast():
+            return self.sampler.loss(network, prepared, draw)
+
+    @torch.no_grad()
+    def observe(self, state: State, outputs: Outputs) -> None:
+        """Shows what was seen and said to the sampler, whose times may depend on it, and sums losses by noise level."""
+        if self.sampler.extras:
+            device = self.world.device
+            t, losses = (self.world.gather(outputs[name].float().to(device)) for name in ("t", "losses"))
+            self.sampler.observe(t, losses)
+        level = (LEVELS * self.sampler.noise_level(outputs["t"])).long().clamp(max=LEVELS - 1).to(self.world.device)
+        member = F.one_hot(level, LEVELS).float()  # (B, LEVELS); nothing waits for the device
+        sums = torch.stack([(outputs["losses"].float().unsqueeze(1) * member).sum(0), member.sum(0)])
+        state.counters["loss_by_level"].add("loss", sums)
+        if self.watched:
+            outputs["x0_hat"] = self.sampler.x0_hat(outputs)
+
+
+@torch.no_grad()
+def validation_losses(step: SamplerStep, network: torch.nn.Module, source: Positions, count: int) -> dict[str, float]:
+    """Loss and metrics over the first `count` validation images, with times and noise that are always the same.
+
+    `network` is in eval mode. The processes share the batches, and all get the result.
+    """
+    size, world = step.training.batch_size, step.world
+    lists = [positions.tolist() for positions in torch.arange(count).split(size)]
+    batches = (source[positions] for positions in world.share_of(lists))
+    sums: dict[str, Tensor] = {}
+    for batch, counts in world.rounds(batches, spare=lambda: source[lists[0]]):
+        batch = on_device(batch, world.device)
+        loss = step.loss(network, batch, times_of=len(batch["position"]))  # spread over the last, smaller batch too
+        for name, value in {"loss": loss.per_example, **loss.metrics}.items():
+            value = value.float().cpu().double()
+            found = torch.stack([value.sum(), torch.tensor(value.numel()).double()]) * counts
+            sums[name] = sums.get(name, 0) + found
+    totals = world.sum(torch.stack(list(sums.values())))
+    return {name: (total / n).item() for name, (total, n) in zip(sums, totals, strict=True)}
+
+
+class SamplerReports:
+    """Validation, losses by noise level and pictures of samples, as hooks for `fit`. All processes take part."""
+
+    def __init__(self, step: SamplerStep, validation: Positions, sampling: SamplingConfig, logger: Logger):
+        if sampling.guidance != 1 and not step.sampler.fields:  # before training, not at its first pictures
+            raise ValueError(f"got guidance {sampling.guidance} for a sampler without conditions: pass --guidance 1")
+        self.step, self.validation, self.sampling, self.logger = step, validation, sampling, logger
+        self.tallied = [self.by_level]
+
+    @torch.no_grad()
+    def validate(self, state: State, outputs: Outputs) -> None:
+        """The loss on fixed validation images, times and noise, comparable from step to step and run to run."""
+        network = state.averaged("network").eval()
+        found = validation_losses(self.step, network, self.validation, min(len(self.validation), VALIDATION_IMAGES))
+        self.logger.scalars(state.step, {f"val/{name}": value for name, value in found.items()})
+        self.logger.best(state, "val/loss", found["loss"])
+
+    def by_level(self, state: State, outputs: Outputs) -> None:
+        """Losses by share of noise since the last call, one curve for each fifth."""
+        for sums, counts in state.counters["loss_by_level"].take().values():
+            means = (sums / counts).tolist()
+            found = {f"loss_by_level/{i / LEVELS:.1f}": mean for i, mean in enumerate(means) if mean == mean}
+            self.logger.scalars(state.step, found)
+
+    @torch.no_grad()
+    def show(self, state: State, outputs: Outputs) -> None:
+        """A grid of samples, the same noise each time; the classes in turn, other conditions of validation images."""
+        world = self.step.world
+        own = world.share_of(list(range(SHOWN_IMAGES)))
+        ((indices, counts),) = world.rounds([own] if own else [], spare=lambda: [0])
+        images = self.draw(state, indices)
+        shown = world.collect(images if counts else images[:0], SHOWN_IMAGES)
+        self.logger.images("samples", state.step, to_float(shown.cpu()))
+
+    def draw(self, state: State, indices: list[int]) -> Tensor:
+        """uint8 images (B, C, H, W) of these numbers, by the averaged network."""
+        sampler, world = self.step.sampler, self.step.world
+        rng = Streams([seed_of(self.step.training.seed, "show", i) for i in indices], world.device)
+        batch = None
+        if set(sampler.fields) == {"label"}:
+            batch = {"label": torch.tensor(indices, device=world.device) % sampler.n_classes}
+        elif sampler.fields:
+            batch = on_device(self.validation[indices], world.device)
+        with self.step.autocast():
+            network = state.averaged("network").eval()
+            how = {"batch": batch, "options": self.sampling, "on_step": in_step(network)}
+            x = sampler.sample(network, rng, **how)
+        return self.step.space.decode(x)

@@ -1,0 +1,99 @@
+"""The transformer that samplers of codes share: its settings, and how it is made of them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from models.transformer import AttentionConfig, CausalTransformer, Transformer
+from train.config import SamplerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(SamplerConfig):
+    """A transformer over a grid of codes."""
+
+    bert_n_emb: int = 512
+    """Width of the transformer."""
+    bert_n_head: int = 8
+    """Attention heads."""
+    bert_n_layers: int = 24
+    """Blocks."""
+    mlp_ratio: float = 4.0
+    """Width of the feed-forward layers, relative to the transformer's."""
+    attention: Literal["full", "neighborhood"] = "full"
+    """Whether a code sees all others, or those of its neighbourhood."""
+    kernel_sizes: tuple[int, ...] = (7,)
+    """Neighbourhood attention: codes seen along each side (odd), one number per group of heads or one for all."""
+    dilations: tuple[int, ...] = (1,)
+    """Neighbourhood attention: distance between the codes seen, one number per group of heads or one for all."""
+    na_backend: Literal["auto", "dense", "tiled", "natten"] = "auto"
+    """Neighbourhood attention: what computes it; all mean the same."""
+    attention_type: Literal["softmax", "diff_v1", "diff_v2"] = "softmax"
+    """Softmax or differential attention; diff_v1 pairs the heads, diff_v2 gives each a second query."""
+    position: Literal["learned", "rope", "bias", "none"] = "learned"
+    """How codes know their places: all but learned also serve canvases larger than the grid."""
+    qk_norm: bool = False
+    """Norm queries and keys, so that attention's logits cannot grow without bound."""
+    zero_init: bool = False
+    """Blocks start by adding nothing: the last layers of attention and feed-forward are zero."""
+    tied_head: bool = False
+    """Logits are products with the embeddings of the codes, in the place of weights of their own."""
+    attn_pdrop: float = 0.0
+    """Dropout of attention weights."""
+    embd_pdrop: float = 0.0
+    """Dropout of embeddings."""
+    resid_pdrop: float = 0.0
+    """Dropout of each block's outputs."""
+    class_conditional: bool = True
+    """Condition on the class where the data have labels."""
+    label_drop: float = 0.1
+    """Share of training labels replaced by the null class, for guidance."""
+
+    def __post_init__(self):
+        if min(self.bert_n_emb, self.bert_n_head, len(self.kernel_sizes), len(self.dilations)) < 1:
+            sizes = f"bert_n_emb {self.bert_n_emb}, bert_n_head {self.bert_n_head}"
+            raise ValueError(f"got {sizes}, {self.kernel_sizes=}, {self.dilations=}: wanted at least 1 of each")
+        if self.bert_n_emb % self.bert_n_head:
+            raise ValueError(
+                f"got bert_n_emb {self.bert_n_emb} and bert_n_head {self.bert_n_head}: the heads must divide it"
+            )
+        if self.bert_n_layers < 1:
+            raise ValueError(f"got bert_n_layers {self.bert_n_layers}, wanted at least 1: pass --bert_n_layers N")
+        if any(kernel < 1 or kernel % 2 == 0 for kernel in self.kernel_sizes) or min(self.dilations) < 1:
+            sizes = f"kernel_sizes {self.kernel_sizes}, dilations {self.dilations}"
+            raise ValueError(f"got {sizes}: wanted odd kernels, and dilations of at least 1")
+        groups = max(len(self.kernel_sizes), len(self.dilations))
+        if {len(self.kernel_sizes), len(self.dilations)} - {1, groups} or groups > self.bert_n_head:
+            sizes = f"{len(self.kernel_sizes)} kernel_sizes, {len(self.dilations)} dilations, {self.bert_n_head} heads"
+            raise ValueError(f"got {sizes}: wanted as many of both, or one for all, and a head for each")
+        for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "label_drop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"got {name} {getattr(self, name)}, wanted a share in [0, 1)")
+
+
+def make_network(
+    config: TransformerConfig, *, codes: int, grid: tuple[int, int], n_classes: int, causal: bool = False
+) -> Transformer:
+    """The transformer that a config describes, for `n_classes` classes or 0; `causal`: from codes before each alone."""
+    return (CausalTransformer if causal else Transformer)(
+        codes=codes,
+        grid=grid,
+        width=config.bert_n_emb,
+        heads=config.bert_n_head,
+        layers=config.bert_n_layers,
+        n_classes=n_classes,
+        mlp_ratio=config.mlp_ratio,
+        attention=AttentionConfig(
+            attention=config.attention,
+            attention_type=config.attention_type,
+            position=config.position,
+            kernel_sizes=config.kernel_sizes,
+            dilations=config.dilations,
+            na_backend=config.na_backend,
+            dropout=config.attn_pdrop,
+            qk_norm=config.qk_norm,
+        ),
+        embd_dropout=config.embd_pdrop,
+        resid_dropout=config.resid_pdrop,
+        zero_init=config.zero_init,
+        tied_head=config.tied_head,
+    )
