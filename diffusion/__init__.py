@@ -1,0 +1,43 @@
+"""The mathematics of diffusion: processes, losses, solvers, wrappers of denoisers, likelihoods."""
+
+from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.autoregressive import Autoregression
+from diffusion.denoisers import guided, thresholded, windowed
+from diffusion.edm import EDM
+from diffusion.flow import RectifiedFlow
+from diffusion.gaussian import SCHEDULES, GaussianDiffusion, with_zero_terminal_snr
+from diffusion.likelihood import bits_per_code, bits_per_dimension, flow_bits_per_dimension
+from diffusion.process import Gaussian
+from diffusion.rng import Streams, seed_of
+from diffusion.solvers import solver, solvers_of
+from diffusion.timesteps import LossSecondMoment, low_discrepancy, uniform
+from diffusion.types import Bound, Likelihood, Loss, Normal, Prediction
+
+__all__ = [
+    "AbsorbingDiffusion",
+    "Autoregression",
+    "Bound",
+    "EDM",
+    "Gaussian",
+    "GaussianDiffusion",
+    "Likelihood",
+    "Loss",
+    "LossSecondMoment",
+    "Normal",
+    "Prediction",
+    "RectifiedFlow",
+    "SCHEDULES",
+    "Streams",
+    "bits_per_code",
+    "bits_per_dimension",
+    "flow_bits_per_dimension",
+    "guided",
+    "low_discrepancy",
+    "seed_of",
+    "solver",
+    "solvers_of",
+    "thresholded",
+    "uniform",
+    "windowed",
+    "with_zero_terminal_snr",
+]

@@ -17,79 +17,6 @@ from diffusion.absorbing import AbsorbingDiffusion, filled
 from diffusion.rng import Streams, drawn
 from diffusion.types import Denoiser, OnStep
 
-
-def tempered(
-    denoise: Denoiser,
-    temperature: float = 1.0,
-    *,
-    last: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> Denoiser:
-    """Logits divided by the temperature, which goes from `temperature` at t = 1 to `last` at t = 0, evenly in t.
-
-    top_k: the k likeliest codes alone stay possible, and those as likely as the k-th. top_p: of these, the fewest whose
-    probabilities add up to at least top_p (Holtzman et al. 2020). The likeliest always stays.
-    """
-    last = temperature if last is None else last
-    if not (temperature > 0 and last > 0):
-        raise ValueError(f"got temperature {temperature}, at the end {last}: wanted numbers above 0; pass --temp T")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"got top_k {top_k}, wanted at least 1: pass --top_k K")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"got top_p {top_p}, wanted a share above 0 and up to 1: pass --top_p P")
-
-    def on(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
-        logits = denoise(x, t, rows)
-        if (temperature, last) != (1, 1):
-            now = last + (temperature - last) * t.float()  # (B,)
-            logits = logits.float() / now.view(-1, *[1] * (logits.ndim - 1))
-        return likeliest(logits, top_k, top_p)
-
-    return on
-
-
-def likeliest(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Logits (..., K) with -inf for the codes that are no longer possible."""
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p is not None and top_p < 1:
-        p, order = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
-        before = p.cumsum(-1) - p  # the probability of all likelier ones
-        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
-        logits = logits.masked_fill(dropped, -torch.inf)
-    return logits
-
-
-def radical_inverse(count: int, base: int) -> Tensor:
-    """The first `count` numbers of van der Corput's sequence, from that of 0 on: (count,) float64 in [0, 1)."""
-    rest, scale = torch.arange(count), 1.0 / base
-    total = torch.zeros(count, dtype=torch.float64)
-    while rest.any():
-        total += (rest % base) * scale
-        rest, scale = rest // base, scale / base
-    return total
-
-
-def halton_order(height: int, width: int) -> Tensor:
-    """When each position of a grid has its turn: (height, width) int64, a permutation of 0..height*width - 1.
-
-    Halton's points in bases 2 and 3, each standing for the cell that it falls into, the first time that it does.
-    """
-    if min(height, width) < 1:
-        raise ValueError(f"got a grid of {height} x {width}, wanted at least 1 x 1")
-    cells, count = height * width, 8 * height * width
-    while True:
-        rows = (radical_inverse(count, 2) * height).long()
-        columns = (radical_inverse(count, 3) * width).long()
-        places = rows * width + columns
-        first = torch.full((cells,), count).scatter_reduce(0, places, torch.arange(count), "amin")
-        if (first < count).all():
-            return first.argsort().argsort().view(height, width)
-        count *= 2
-
-
 Remasking = Literal["cap", "rescale", "conf"]
 
 
@@ -327,3 +254,75 @@ def dealt(share: float, p: Tensor, revealed: Tensor) -> Tensor:
     """A probability for each revealed code, `share` on average (less where one would exceed 1): (B, H, W)."""
     weights = (-p).masked_fill(~revealed, -torch.inf).flatten(1).softmax(1).nan_to_num().view_as(p)
     return (share * revealed.flatten(1).sum(1).view(-1, 1, 1) * weights).clamp(max=1)
+
+
+def tempered(
+    denoise: Denoiser,
+    temperature: float = 1.0,
+    *,
+    last: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Denoiser:
+    """Logits divided by the temperature, which goes from `temperature` at t = 1 to `last` at t = 0, evenly in t.
+
+    top_k: the k likeliest codes alone stay possible, and those as likely as the k-th. top_p: of these, the fewest whose
+    probabilities add up to at least top_p (Holtzman et al. 2020). The likeliest always stays.
+    """
+    last = temperature if last is None else last
+    if not (temperature > 0 and last > 0):
+        raise ValueError(f"got temperature {temperature}, at the end {last}: wanted numbers above 0; pass --temp T")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"got top_k {top_k}, wanted at least 1: pass --top_k K")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"got top_p {top_p}, wanted a share above 0 and up to 1: pass --top_p P")
+
+    def on(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
+        logits = denoise(x, t, rows)
+        if (temperature, last) != (1, 1):
+            now = last + (temperature - last) * t.float()  # (B,)
+            logits = logits.float() / now.view(-1, *[1] * (logits.ndim - 1))
+        return likeliest(logits, top_k, top_p)
+
+    return on
+
+
+def likeliest(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Logits (..., K) with -inf for the codes that are no longer possible."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p is not None and top_p < 1:
+        p, order = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
+        before = p.cumsum(-1) - p  # the probability of all likelier ones
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(dropped, -torch.inf)
+    return logits
+
+
+def radical_inverse(count: int, base: int) -> Tensor:
+    """The first `count` numbers of van der Corput's sequence, from that of 0 on: (count,) float64 in [0, 1)."""
+    rest, scale = torch.arange(count), 1.0 / base
+    total = torch.zeros(count, dtype=torch.float64)
+    while rest.any():
+        total += (rest % base) * scale
+        rest, scale = rest // base, scale / base
+    return total
+
+
+def halton_order(height: int, width: int) -> Tensor:
+    """When each position of a grid has its turn: (height, width) int64, a permutation of 0..height*width - 1.
+
+    Halton's points in bases 2 and 3, each standing for the cell that it falls into, the first time that it does.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"got a grid of {height} x {width}, wanted at least 1 x 1")
+    cells, count = height * width, 8 * height * width
+    while True:
+        rows = (radical_inverse(count, 2) * height).long()
+        columns = (radical_inverse(count, 3) * width).long()
+        places = rows * width + columns
+        first = torch.full((cells,), count).scatter_reduce(0, places, torch.arange(count), "amin")
+        if (first < count).all():
+            return first.argsort().argsort().view(height, width)
+        count *= 2

@@ -17,6 +17,9 @@ from torch import Tensor
 from diffusion.process import Gaussian, Variance, full, like
 from diffusion.types import Loss, Normal, Prediction
 
+PredictionType = Literal["eps", "x0", "v"]
+LossType = Literal["simple", "min_snr", "hybrid", "vlb"]
+
 
 def linear(steps: int, first: float = 1e-4, last: float = 0.02) -> Tensor:
     """beta rises linearly (Ho et al. 2020)."""
@@ -64,10 +67,6 @@ def with_zero_terminal_snr(abar: Tensor) -> Tensor:
     roots = abar.sqrt()
     scaled = (roots[1:] - roots[-1]) * roots[1] / (roots[1] - roots[-1])
     return torch.cat([abar[:1], scaled.square()])
-
-
-PredictionType = Literal["eps", "x0", "v"]
-LossType = Literal["simple", "min_snr", "hybrid", "vlb"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,8 @@ from diffusion.process import Gaussian, full
 from diffusion.rng import Streams
 from diffusion.types import Bound, Likelihood, Prediction
 
+BIN = 2 / 255  # width of a level of an 8-bit image scaled to [-1, 1]
+
 
 def visits(steps: int, calls: int | None, rng: Streams) -> Iterator[tuple[Tensor, int]]:
     """(i (B,) in 1..steps, how many steps it stands for): all of them, or `calls` that estimate their sum without bias.
@@ -102,9 +104,6 @@ def bits_per_code(
     if process.steps is None:
         return summed(prior, count, any_order())
     return summed(prior, process.steps, parts())
-
-
-BIN = 2 / 255  # width of a level of an 8-bit image scaled to [-1, 1]
 
 
 class Motion(NamedTuple):

@@ -6,6 +6,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 
+class Loss(NamedTuple):
+    """What a process returns to be trained on."""
+
+    per_example: Tensor  # (B,); the loop takes the mean
+    metrics: dict[str, Tensor]  # each (B,), for logging only
+    outputs: dict[str, Tensor] | None = None  # what was seen and said, for those who watch; no gradients
+
+
 class Prediction(NamedTuple):
     """What a network says about x_t, in both forms that solvers need: x_t = alpha x0 + sigma eps. (B, C, H, W) each."""
 
@@ -38,16 +46,6 @@ class Likelihood(NamedTuple):
 
 
 OnStep = Callable[[int, float, float, Tensor, Tensor], Tensor]  # (i, t, s, x_s, what is predicted of x_0) -> x_s
-
-
 # (x_t, t (B,)) -> a Prediction; of codes (x_t, t (B,), rows (B,) or None) -> logits (B, H, W, K): `rows` says which
 # examples the rows of x_t are, None all of them in order
 Denoiser = Callable[..., Any]
-
-
-class Loss(NamedTuple):
-    """What a process returns to be trained on."""
-
-    per_example: Tensor  # (B,); the loop takes the mean
-    metrics: dict[str, Tensor]  # each (B,), for logging only
-    outputs: dict[str, Tensor] | None = None  # what was seen and said, for those who watch; no gradients

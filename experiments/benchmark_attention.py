@@ -38,6 +38,7 @@ LEGEND = """
 scaled_dot_product_attention under the same mask (bfloat16 on a CPU: models/sdpa.py writes it out up to 1,024 tokens);
 peak extra: of forward+backward, above inputs and the tables that a shape needs once; max error: of the output against
 float64, over its largest value; -: left out, or cannot be done"""
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,9 +198,6 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     figure.suptitle(title, fontsize=11, x=0.01, horizontalalignment="left")
     with whole_file(path) as scratch:
         figure.savefig(scratch, format="png")
-
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Case(NamedTuple):

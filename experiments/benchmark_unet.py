@@ -25,6 +25,8 @@ from train.loop import State
 from train.optim import update
 
 HEADS = 4
+PROCESS = GaussianDiffusion(cosine(1000), variance="learned_range")
+Step = Callable[[], Tensor]  # one training step -> its loss, which the device may still be computing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +86,6 @@ def main(config: Config) -> None:
     if len(steps) == len(found):
         print("bfloat16 is not native to this machine, and left out")
     print(f"\n{table(list(rows(timed(steps, c.repeats), c.batch_size)))}")
-
-
-Step = Callable[[], Tensor]  # one training step -> its loss, which the device may still be computing
-PROCESS = GaussianDiffusion(cosine(1000), variance="learned_range")
 
 
 def networks(config: UNetConfig, img_size: int) -> dict[str, nn.Module]:

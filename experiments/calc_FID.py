@@ -1,16 +1,12 @@
 """Frechet and kernel distance (FID, KID) of a sampler's images to the real ones, with what makes them readable."""
 
-import hashlib
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import _root
-from torch import Tensor
 
-from experiments.harness.batches import experiment_world, forget, kept_batches, own_indices
+from experiments.harness.batches import experiment_world, forget, own_indices
 from experiments.harness.experiment import (
     ModelConfig,
     OutputConfig,
@@ -20,15 +16,16 @@ from experiments.harness.experiment import (
     settings_of_run,
     write_results,
 )
-from experiments.harness.images import GRID, read_samples
+from experiments.harness.images import GRID
 from experiments.harness.report import progress, table
 from experiments.metrics import features as all_features
 from experiments.metrics.distances import (
-    Batches,
-    code_of,
+    contents,
     generated_statistics,
+    measured,
     real_reference,
     reconstructed,
+    sampled_features,
     save_reconstructions,
     statistics_cache,
     statistics_of,
@@ -40,140 +37,7 @@ from experiments.metrics.kid import KeptFeatures, kernel_distance
 from train.cli.parse import run_script, to_dict
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
-from train.files import sha256
 from train.inference import TrainedSampler
-
-
-def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any] | None:
-    """All the distances of one report, written to results.json. In the main process alone; the others take part."""
-    distance, output, data = config.distance, config.output, trained.data
-    first, world = trained.space.first, trained.world
-    features = all_features.choose(distance.features, data, trained.device, distance.inception_weights)
-    reference = reference_of(config, trained, features)
-    held_out = ImageSource(trained.dataset("val" if distance.split == "train" else "train"), data)
-    count, found = generated(config, trained, features, folder)
-    same = min(count, len(held_out))  # as many images of each kind as there are held-out real ones
-    chosen = own_indices(world, fixed_subset(len(held_out), same), output.batch_size)
-
-    kept = {"generated": KeptFeatures(progress(found, count, "sampling", world.is_main))}
-    everything, as_many = generated_statistics(kept["generated"], same, folder / "samples.png")
-    real = images_in_order(held_out, output.batch_size, chosen)
-    kept["real_vs_real"] = KeptFeatures(with_features(features, real, world))
-    real_again, rebuilt = statistics_of(kept["real_vs_real"]), None
-    if first is not None:
-        own = reconstructed(first, images_in_order(held_out, output.batch_size, chosen))
-        kept["reconstructions"] = KeptFeatures(with_features(features, own, world))
-        rebuilt = statistics_of(progress(kept["reconstructions"], same, "reconstructing", world.is_main))
-    if not world.is_main:
-        return None
-    if first is not None:
-        save_reconstructions(folder / "reconstructions.png", first, held_out, min(same, 16))
-    results = {
-        "metric": features.module.METRIC,
-        "value": frechet_distance(everything, reference.statistics),
-        "real_vs_real": frechet_distance(real_again, reference.statistics),
-        "reconstructions": None if rebuilt is None else frechet_distance(rebuilt, reference.statistics),
-        "n_samples": count,
-        "features": features.name,
-        "n_compared": real_again.count,
-        "value_at_n_compared": frechet_distance(as_many, reference.statistics),
-        "reference": distance.ref_stats or f"{data.dataset}, {distance.split} split",
-        "n_reference": reference.statistics.count,
-        "kernel": kernel_distances(distance, features, kept, reference),
-        "run": to_dict(config) | {"step": trained.step, "files": given_files(distance)} | trained.origin,
-    }
-    write_results(folder, results)
-    return results
-
-
-def print_report(results: dict[str, Any], folder: Path) -> None:
-    """The table a person reads: the distances between what they would be for perfect codes and for real images."""
-    same, kernel = str(results["n_compared"]), results.get("kernel")
-
-    def row(words: str, count: str, value: str, kind: str = "") -> tuple[str, ...]:
-        return (words, count, f"{results[value]:.4g}", *([mean_and_deviation(kernel.get(kind))] if kernel else []))
-
-    rows = [("images", "count", results["metric"], *([kernel["metric"]] if kernel else []))]
-    rows.append(row("generated", str(results["n_samples"]), "value", "generated"))
-    if results["n_compared"] != results["n_samples"]:
-        rows.append(row("generated, as many as held out", same, "value_at_n_compared"))
-    if results["reconstructions"] is not None:
-        rows.append(row("reconstructions of held-out images", same, "reconstructions", "reconstructions"))
-    rows.append(row("held-out real images", same, "real_vs_real", "real_vs_real"))
-    to = f"to {results['reference']} ({results['n_reference']} images), features: {results['features']}"
-    print(f"\n{results['metric']} {to}\n{table(rows)}")
-    if kernel:
-        sizes = sorted({kernel[kind]["size"] for kind in kernel.keys() - {"metric"}})
-        of = f"{kernel['generated']['subsets']} subsets of {' or '.join(map(str, sizes))} images"
-        print(f"{kernel['metric']}: mean and deviation over {of}, 0 at best, below it by chance")
-    elif "kernel" in results:
-        print(f"no kernel distance (KID): {results['reference']} has statistics alone, no features")
-    print(f"\n{folder / 'results.json'}\n{folder / 'samples.png'}")
-
-
-def kernel_distances(
-    distance, features: Features, kept: dict[str, KeptFeatures], reference: Reference
-) -> dict[str, Any] | None:
-    """{"metric": its name, and of each kind of images its mean, deviation, subsets and size}; None where the reference
-    has no features."""
-    if reference.features is None:
-        return None
-    found: dict[str, Any] = {"metric": features.module.METRIC.replace("F", "K", 1)}  # FID, FD(pixels): KID, KD(pixels)
-    for kind, each in kept.items():
-        value = kernel_distance(each.features, reference.features, distance.kid_subsets, distance.kid_subset_size)
-        found[kind] = value._asdict()
-    return found
-
-
-def mean_and_deviation(found: dict[str, Any] | None) -> str:
-    return "" if found is None else f"{found['mean']:.3g} ± {found['deviation']:.2g}"
-
-
-def reference_of(config, trained: TrainedSampler, features: Features) -> Reference:
-    """What --ref_stats holds of the real images, else what a split does."""
-    distance, output = config.distance, config.output
-    if distance.ref_stats is not None:
-        return Reference.load(distance.ref_stats)
-    real, cache = trained.dataset(distance.split), statistics_cache(output.logs_root)
-    weights = distance.inception_weights
-    return real_reference(real, trained.data, features, weights, cache, output.batch_size, trained.world)
-
-
-def generated(config, trained: TrainedSampler, features: Features, folder: Path) -> tuple[int, Batches]:
-    """How many images are measured, and their "features" (B, D), with "image" (B, C, H, W) of the first: in the main
-    process alone, while all make them. What an earlier start made is not made again."""
-    count, images_of = measured_images(config, trained)
-
-    def make(indices: list[int]) -> dict[str, Tensor]:
-        images = images_of(indices)
-        found = {"features": features.extract(images.expand(-1, 3, -1, -1))}
-        return found | ({"image": images} if indices[0] < GRID else {})
-
-    distance = config.distance
-    made_of = [given_files(distance).get("samples"), *code_of(features, distance.inception_weights)]
-    name = f"{features.name}_{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}"
-    return count, kept_batches(folder, name, list(range(count)), config.output.batch_size, make, trained.world)
-
-
-def measured_images(config, trained: TrainedSampler) -> tuple[int, Callable[[list[int]], Tensor]]:
-    """How many images are measured, and a function from indices to uint8 (B, C, H, W): of --samples, else new ones."""
-    distance, output = config.distance, config.output
-    if distance.samples is not None:
-        images = read_samples(Path(distance.samples))["image"]
-        return len(images), lambda indices: images[indices]
-    held_out = trained.held_out()
-
-    def drawn(indices: list[int]) -> Tensor:
-        return trained.draw(indices, output.seed, config.sampling, held_out=held_out)["image"]
-
-    return distance.n_samples, drawn
-
-
-def given_files(distance) -> dict[str, str]:
-    """The content, as SHA-256, of the files there are that a report is made of: a path alone does not tell."""
-    named = {name: getattr(distance, name) for name in ("samples", "ref_stats", "inception_weights")}
-    paths = {name: Path(path) for name, path in named.items() if path is not None}
-    return {name: sha256(path) for name, path in paths.items() if path.is_file()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,12 +83,115 @@ def main(config: Config) -> None:
         trained = load_model(config.model, config.output, world)
         folder = open_results("FID", config, trained)
         results = saved_report(folder, world)
-        given = given_files(config.distance)  # whose content may be another by now
+        given = files_of(config)  # whose content may be another by now
         if results is None or not given.items() <= results["run"].get("files", {}).items():
             results = measure(config, trained, folder)
         if world.is_main:
             print_report(results, folder)
             forget(folder)
+
+
+def files_of(config: Config) -> dict[str, str]:
+    """The content of the files that the flags name."""
+    named = config.distance
+    return contents(samples=named.samples, ref_stats=named.ref_stats, inception_weights=named.inception_weights)
+
+
+def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any] | None:
+    """All the distances of one report, written to results.json. In the main process alone; the others take part."""
+    distance, output, data = config.distance, config.output, trained.data
+    first, world = trained.space.first, trained.world
+    features = all_features.choose(distance.features, data, trained.device, distance.inception_weights)
+    reference = reference_of(config, trained, features)
+    held_out = ImageSource(trained.dataset("val" if distance.split == "train" else "train"), data)
+    count, images_of = measured(distance.samples, distance.n_samples, config, trained)
+    files = {name: content for name, content in files_of(config).items() if name != "ref_stats"}
+    found = sampled_features(images_of, count, GRID, features, config, world, folder, files)
+    same = min(count, len(held_out))  # as many images of each kind as there are held-out real ones
+    chosen = own_indices(world, fixed_subset(len(held_out), same), output.batch_size)
+
+    kept = {"generated": KeptFeatures(found)}
+    everything, as_many = generated_statistics(kept["generated"], same, folder / "samples.png")
+    real = images_in_order(held_out, output.batch_size, chosen)
+    kept["real_vs_real"] = KeptFeatures(with_features(features, real, world))
+    real_again, rebuilt = statistics_of(kept["real_vs_real"]), None
+    if first is not None:
+        own = reconstructed(first, images_in_order(held_out, output.batch_size, chosen))
+        kept["reconstructions"] = KeptFeatures(with_features(features, own, world))
+        rebuilt = statistics_of(progress(kept["reconstructions"], same, "reconstructing", world.is_main))
+    if not world.is_main:
+        return None
+    if first is not None:
+        save_reconstructions(folder / "reconstructions.png", first, held_out, min(same, 16))
+    results = {
+        "metric": features.module.METRIC,
+        "value": frechet_distance(everything, reference.statistics),
+        "real_vs_real": frechet_distance(real_again, reference.statistics),
+        "reconstructions": None if rebuilt is None else frechet_distance(rebuilt, reference.statistics),
+        "n_samples": count,
+        "features": features.name,
+        "n_compared": real_again.count,
+        "value_at_n_compared": frechet_distance(as_many, reference.statistics),
+        "reference": distance.ref_stats or f"{data.dataset}, {distance.split} split",
+        "n_reference": reference.statistics.count,
+        "kernel": kernel_distances(distance, features, kept, reference),
+        "run": to_dict(config) | {"step": trained.step, "files": files_of(config)} | trained.origin,
+    }
+    write_results(folder, results)
+    return results
+
+
+def reference_of(config, trained: TrainedSampler, features: Features) -> Reference:
+    """What --ref_stats holds of the real images, else what a split does."""
+    distance, output = config.distance, config.output
+    if distance.ref_stats is not None:
+        return Reference.load(distance.ref_stats)
+    real, cache = trained.dataset(distance.split), statistics_cache(output.logs_root)
+    weights = distance.inception_weights
+    return real_reference(real, trained.data, features, weights, cache, output.batch_size, trained.world)
+
+
+def kernel_distances(
+    distance, features: Features, kept: dict[str, KeptFeatures], reference: Reference
+) -> dict[str, Any] | None:
+    """{"metric": its name, and of each kind of images its mean, deviation, subsets and size}; None where the reference
+    has no features."""
+    if reference.features is None:
+        return None
+    found: dict[str, Any] = {"metric": features.module.METRIC.replace("F", "K", 1)}  # FID, FD(pixels): KID, KD(pixels)
+    for kind, each in kept.items():
+        value = kernel_distance(each.features, reference.features, distance.kid_subsets, distance.kid_subset_size)
+        found[kind] = value._asdict()
+    return found
+
+
+def print_report(results: dict[str, Any], folder: Path) -> None:
+    """The table a person reads: the distances between what they would be for perfect codes and for real images."""
+    same, kernel = str(results["n_compared"]), results.get("kernel")
+
+    def row(words: str, count: str, value: str, kind: str = "") -> tuple[str, ...]:
+        return (words, count, f"{results[value]:.4g}", *([mean_and_deviation(kernel.get(kind))] if kernel else []))
+
+    rows = [("images", "count", results["metric"], *([kernel["metric"]] if kernel else []))]
+    rows.append(row("generated", str(results["n_samples"]), "value", "generated"))
+    if results["n_compared"] != results["n_samples"]:
+        rows.append(row("generated, as many as held out", same, "value_at_n_compared"))
+    if results["reconstructions"] is not None:
+        rows.append(row("reconstructions of held-out images", same, "reconstructions", "reconstructions"))
+    rows.append(row("held-out real images", same, "real_vs_real", "real_vs_real"))
+    to = f"to {results['reference']} ({results['n_reference']} images), features: {results['features']}"
+    print(f"\n{results['metric']} {to}\n{table(rows)}")
+    if kernel:
+        sizes = sorted({kernel[kind]["size"] for kind in kernel.keys() - {"metric"}})
+        of = f"{kernel['generated']['subsets']} subsets of {' or '.join(map(str, sizes))} images"
+        print(f"{kernel['metric']}: mean and deviation over {of}, 0 at best, below it by chance")
+    elif "kernel" in results:
+        print(f"no kernel distance (KID): {results['reference']} has statistics alone, no features")
+    print(f"\n{folder / 'results.json'}\n{folder / 'samples.png'}")
+
+
+def mean_and_deviation(found: dict[str, Any] | None) -> str:
+    return "" if found is None else f"{found['mean']:.3g} ± {found['deviation']:.2g}"
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ from experiments.metrics import features as all_features
 from experiments.metrics import image_pairs as all_closeness
 from experiments.metrics.classifier import exact_copies
 from experiments.metrics.distances import (
-    code_of,
     contents,
     kept_name,
     measured,
     real_features,
     sampled_features,
     together,
+    version_of,
 )
 from experiments.metrics.image_pairs import Closeness
 from experiments.metrics.nearest_neighbours import Ranked, Row, candidates, in_view, reranked, save_picture
@@ -38,6 +38,8 @@ from train.config import DataConfig, SamplingConfig
 from train.data.loading import ImageSource, fixed_subset
 from train.data.transforms import training_views
 from train.inference import TrainedSampler
+
+CLOSE = 0.05  # a quantile of the held-out images' distances: nearer than that is suspicious
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +101,6 @@ def main(config: Config) -> None:
             forget(folder)
 
 
-CLOSE = 0.05  # a quantile of the held-out images' distances: nearer than that is suspicious
-
-
 def files_of(config) -> dict[str, str]:
     """The content of the files that the flags name."""
     named = config.neighbours
@@ -118,7 +117,7 @@ def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any] | N
     training = ImageSource(trained.dataset("train"), data, margin=data.crop_margin)
     held_out = ImageSource(trained.dataset("val"), data)
     images, codes, n_samples, vectors = queries(config, trained, features, held_out, folder)
-    made_of = [training.dataset.fingerprint(), files_of(config), *code_of(features, named.inception_weights)]
+    made_of = [training.dataset.fingerprint(), files_of(config), *version_of(features, named.inception_weights)]
     name = kept_name("candidates", *made_of)
     near = candidates(vectors, training, features, named.candidates, size, world, folder, name)
     name = kept_name("ranked", *made_of, closeness.name)

@@ -29,6 +29,19 @@ from train.data.transforms import training_views
 from train.distributed import World
 from train.inference import TrainedSampler
 
+GOALS = {
+    "classifier's accuracy on held-out real digits": (">=", 0.97),
+    "share of samples it is 0.9 sure of": (">=", 0.85),
+    "samples whose class the classifier gives as asked": (">=", 0.97),
+    "classes that occur": (">=", 10),
+    "rarest class, relative to its share of the data": (">=", 1 / 3),
+    "reconstructions that keep its answer": (">=", 0.95),
+    "samples equal to a training image (codes, or pixels)": ("<=", 0.10),
+    "distance to the nearest training image, relative to real": (">=", 0.7),
+    "coverage (k = 5) in pixels": (">=", 0.5),
+    "coverage (k = 5) in its features": (">=", 0.5),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
@@ -62,20 +75,6 @@ def main(config: Config) -> None:
         rows.append((name, f"{found[name]:.3f}", f"{sign} {goal:.3g}{'' if met else '  (missed)'}"))
     print(f"\n{len(samples['image'])} generated digits\n{table(rows)}")
     print(f"\n{folder / 'results.json'}\n{folder / 'digits.png'}")
-
-
-GOALS = {
-    "classifier's accuracy on held-out real digits": (">=", 0.97),
-    "share of samples it is 0.9 sure of": (">=", 0.85),
-    "samples whose class the classifier gives as asked": (">=", 0.97),
-    "classes that occur": (">=", 10),
-    "rarest class, relative to its share of the data": (">=", 1 / 3),
-    "reconstructions that keep its answer": (">=", 0.95),
-    "samples equal to a training image (codes, or pixels)": ("<=", 0.10),
-    "distance to the nearest training image, relative to real": (">=", 0.7),
-    "coverage (k = 5) in pixels": (">=", 0.5),
-    "coverage (k = 5) in its features": (">=", 0.5),
-}
 
 
 def split_images(trained: TrainedSampler, split: str) -> tuple[Tensor, Tensor]:

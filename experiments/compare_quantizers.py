@@ -50,6 +50,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lfq": {"entropy_weight": 0.05},  # reconstructions count little beside more, where networks are small
     "ibq": {"entropy_weight": 0.05},
 }
+COLUMNS = (  # heading, key of a run, factor, decimals
+    ("PSNR", "psnr", 1, 2),
+    ("L1", "l1", 1, 4),
+    ("usage %", "codebook_usage", 100, 1),
+    ("perplexity", "perplexity", 1, 1),
+    ("bits/pixel", "bits_per_pixel", 1, 4),
+    ("entropy-coded", "entropy_coded_bits_per_pixel", 1, 4),
+)
+Results = dict[str, dict[str, Any]]  # by "<quantizer>_<seed>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,17 +137,6 @@ def main(config: Config) -> None:
     plot(folder / "comparison.png", results, c.quantizers, metric, f"{title}, seeds: {c.seeds}")
     print(f"\n{title}, seeds: {c.seeds}; measured on {len(bench.held_out)} validation images")
     print(f"{summary(results, c.quantizers, metric)}\n\n{path}\n{folder / 'comparison.png'}")
-
-
-Results = dict[str, dict[str, Any]]  # by "<quantizer>_<seed>"
-COLUMNS = (  # heading, key of a run, factor, decimals
-    ("PSNR", "psnr", 1, 2),
-    ("L1", "l1", 1, 4),
-    ("usage %", "codebook_usage", 100, 1),
-    ("perplexity", "perplexity", 1, 1),
-    ("bits/pixel", "bits_per_pixel", 1, 4),
-    ("entropy-coded", "entropy_coded_bits_per_pixel", 1, 4),
-)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
 from train.cli.parse import interpret, run_script, to_dict
 from train.config import SamplingConfig
-from train.files import sha256, whole_file
+from train.files import whole_file
 from train.inference import TrainedSampler
 
 AUTO = (  # in this order, and after them any other; the first that a process has is the yardstick
@@ -47,58 +47,10 @@ AUTO = (  # in this order, and after them any other; the first that a process ha
 )
 OWN_STEPS = ("first_hitting", "raster")  # a step for each code
 IN_TURN = ("halton", "confidence")  # reveal a code or more at each step
-
-
-class SolverRun(NamedTuple):
-    """One solver with its steps (None: its own number) and its own settings, as they were typed."""
-
-    solver: str
-    steps: int | None
-    settings: tuple[tuple[str, str], ...] = ()  # (flag, value)
-
-    @property
-    def own(self) -> str:
-        """The settings as --solvers has them."""
-        return ",".join(f"{key}={value}" for key, value in self.settings)
-
-    @property
-    def series(self) -> str:
-        """What stays the same when the steps change: the name of a line in a plot."""
-        return " ".join(filter(None, [self.solver, self.own]))
-
-    def __str__(self) -> str:
-        steps = "" if self.steps is None else str(self.steps)
-        return ":".join(filter(None, [self.solver, steps, self.own]))
-
-
-def read_entry(entry: str) -> SolverRun:
-    """name, name:steps, name:key=value,key=value or name:steps:key=value,key=value. ValueError: anything else."""
-    name, *rest = entry.split(":")
-    steps = rest.pop(0) if rest and "=" not in rest[0] else None
-    settings = tuple(tuple(each.split("=")) for each in rest.pop(0).split(",")) if rest else ()
-    counted = steps is None or steps.isdecimal() and int(steps) > 0
-    told = all(len(each) == 2 and all(each) for each in settings)
-    if not (name and counted and told) or rest or (name == "auto" and entry != name):
-        wanted = "name, name:steps or name:steps:key=value,key=value, such as halton:12:temp=0.9"
-        raise ValueError(f"got solvers entry {entry!r}, wanted {wanted}")
-    return SolverRun(name, None if steps is None else int(steps), settings)
-
-
-def runs_of(entries: Sequence[str], steps: Sequence[int], there: Collection[str], codes: int) -> list[SolverRun]:
-    """Every run that entries mean, each once: one without steps takes each of `steps`, and auto is all solvers that
-    are `there`, none IN_TURN with more steps than `codes`, of which it would make no use."""
-    found, known = [], [read_entry(entry) for entry in AUTO]
-    every = [run for run in known if run.solver in there]
-    every += [SolverRun(name, None) for name in sorted({*there} - {run.solver for run in known})]
-    for run in map(read_entry, entries):
-        for each in every if run.solver == "auto" else [run]:
-            alone = each.steps is not None or each.solver in OWN_STEPS
-            most = codes if run.solver == "auto" and each.solver in IN_TURN else max(steps)
-            found += [each] if alone else [each._replace(steps=count) for count in steps if count <= most]
-    return list(dict.fromkeys(found))
-
-
 OWN = ("solver", *OF_ONE_SOLVER)
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by all eyes
+MARKERS = "osD^vPX"
+NEAR = 1.1  # of the first row's distance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +116,55 @@ def main(config: Config) -> None:
         compare(config, trained, runs, open_results("compare_samplers", config, trained))
 
 
+class SolverRun(NamedTuple):
+    """One solver with its steps (None: its own number) and its own settings, as they were typed."""
+
+    solver: str
+    steps: int | None
+    settings: tuple[tuple[str, str], ...] = ()  # (flag, value)
+
+    @property
+    def own(self) -> str:
+        """The settings as --solvers has them."""
+        return ",".join(f"{key}={value}" for key, value in self.settings)
+
+    @property
+    def series(self) -> str:
+        """What stays the same when the steps change: the name of a line in a plot."""
+        return " ".join(filter(None, [self.solver, self.own]))
+
+    def __str__(self) -> str:
+        steps = "" if self.steps is None else str(self.steps)
+        return ":".join(filter(None, [self.solver, steps, self.own]))
+
+
+def read_entry(entry: str) -> SolverRun:
+    """name, name:steps, name:key=value,key=value or name:steps:key=value,key=value. ValueError: anything else."""
+    name, *rest = entry.split(":")
+    steps = rest.pop(0) if rest and "=" not in rest[0] else None
+    settings = tuple(tuple(each.split("=")) for each in rest.pop(0).split(",")) if rest else ()
+    counted = steps is None or steps.isdecimal() and int(steps) > 0
+    told = all(len(each) == 2 and all(each) for each in settings)
+    if not (name and counted and told) or rest or (name == "auto" and entry != name):
+        wanted = "name, name:steps or name:steps:key=value,key=value, such as halton:12:temp=0.9"
+        raise ValueError(f"got solvers entry {entry!r}, wanted {wanted}")
+    return SolverRun(name, None if steps is None else int(steps), settings)
+
+
+def runs_of(entries: Sequence[str], steps: Sequence[int], there: Collection[str], codes: int) -> list[SolverRun]:
+    """Every run that entries mean, each once: one without steps takes each of `steps`, and auto is all solvers that
+    are `there`, none IN_TURN with more steps than `codes`, of which it would make no use."""
+    found, known = [], [read_entry(entry) for entry in AUTO]
+    every = [run for run in known if run.solver in there]
+    every += [SolverRun(name, None) for name in sorted({*there} - {run.solver for run in known})]
+    for run in map(read_entry, entries):
+        for each in every if run.solver == "auto" else [run]:
+            alone = each.steps is not None or each.solver in OWN_STEPS
+            most = codes if run.solver == "auto" and each.solver in IN_TURN else max(steps)
+            found += [each] if alone else [each._replace(steps=count) for count in steps if count <= most]
+    return list(dict.fromkeys(found))
+
+
 Plan = dict[SolverRun, SamplingConfig]
 Row = dict[str, Any]  # of the table: what `summed_up` makes
 
@@ -214,18 +215,13 @@ def compare(config: Any, trained: TrainedSampler, plan: Plan, folder: Path) -> N
 def opened(folder: Path, features: Features, config: Any, trained: TrainedSampler) -> dict[str, Any]:
     """The results so far of these features, or none. Features may have changed though the flags have not."""
     path = folder / "results.json"
-    made_of = {"features": features.name, "features_code": code_of(features)}
+    made_of = {"features": features.name, "features_version": features.module.VERSION}
     if path.is_file():
         results = json.loads(path.read_text())
         if made_of.items() <= results.items():
             return results
     run = to_dict(config) | {"step": trained.step} | trained.origin
     return {"metric": features.module.METRIC, **made_of, "sets": {}, "run": run}
-
-
-def code_of(features: Features) -> str:
-    """SHA-256 of the file that makes them."""
-    return sha256(Path(features.module.__file__))
 
 
 def measured(
@@ -257,7 +253,7 @@ def measured(
         }
         return found | ({"image": images} if indices[0] < GRID else {})
 
-    name = f"{features.name}_{code_of(features)[:16]}_{file}"
+    name = f"{features.name}_{features.module.VERSION}_{file}"
     batches = kept_batches(folder, name, list(range(n)), size, make, world)
     spent = []
 
@@ -320,11 +316,6 @@ def explained(results: dict[str, Any], comparison: Any) -> str:
         within = f"at most 10 % above {first['solver']} for the fewest evaluations: {best['solver']}{steps}"
         lines.append(f"{within}, {times:.3g} times as fast")
     return "\n".join(lines)
-
-
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by all eyes
-MARKERS = "osD^vPX"
-NEAR = 1.1  # of the first row's distance
 
 
 def plot(path: Path, rows: list[dict[str, Any]], metric: str, title: str) -> None:

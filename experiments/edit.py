@@ -38,6 +38,45 @@ from train.cli.parse import run_script, to_dict
 from train.config import SamplingConfig
 from train.inference import TrainedSampler
 
+MOST = 10  # classes that are tried where none is named
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditingConfig:
+    """Editing."""
+
+    label: tuple[int, ...] = ()
+    """The classes that each image is redrawn as; left out, all (the first ten)."""
+    strength: float = 0.7
+    """How much of an image is forgotten first, above 0 and up to 1: the share of its codes, or of noise put on it."""
+
+    def __post_init__(self):
+        check_strength(self.strength, least="0 changes nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Redraws images as other classes; edited.png (original | as each class), images/ and results.json lie in
+    <logs_root>/<log_dir>. Where the data set has a classifier, it says how often it sees the class asked for."""
+
+    given: GivenConfig
+    editing: EditingConfig
+    model: ModelConfig
+    sampling: SamplingConfig
+    output: OutputConfig
+
+
+def main(config: Config) -> None:
+    with experiment_world(config.output.device) as world:
+        trained = load_model(config.model, config.output, world)
+        labels = asked_labels(config, trained)
+        given = given_images(config.given.image, config.given.n_images, trained)
+        folder = open_results("edited", config, trained, {"given_images": given.fingerprint})
+        found = saved_report(folder, world) or edit(config, labels, trained, given, folder)
+        if found is not None:
+            asked = f"{found['n_images']} images, {100 * found['strength']:.0f} % forgotten"
+            print(f"\n{asked}\n{edits_in_words(found)}\n\n{folder / 'edited.png'}\n{folder / 'images'}")
+
 
 def asked_labels(config: Any, trained: TrainedSampler) -> list[int]:
     """The classes that images are redrawn as. ValueError where the model does not know them."""
@@ -87,46 +126,6 @@ def edits_in_words(found: dict[str, Any]) -> str:
         shares = [str(Share(**row[name])) for name in ("asked", "stays")] if judged else []
         rows.append((str(label), f"{100 * row['distance']:.1f} %", *shares))
     return table(rows)
-
-
-MOST = 10  # classes that are tried where none is named
-
-
-@dataclass(frozen=True, kw_only=True)
-class EditingConfig:
-    """Editing."""
-
-    label: tuple[int, ...] = ()
-    """The classes that each image is redrawn as; left out, all (the first ten)."""
-    strength: float = 0.7
-    """How much of an image is forgotten first, above 0 and up to 1: the share of its codes, or of noise put on it."""
-
-    def __post_init__(self):
-        check_strength(self.strength, least="0 changes nothing")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Redraws images as other classes; edited.png (original | as each class), images/ and results.json lie in
-    <logs_root>/<log_dir>. Where the data set has a classifier, it says how often it sees the class asked for."""
-
-    given: GivenConfig
-    editing: EditingConfig
-    model: ModelConfig
-    sampling: SamplingConfig
-    output: OutputConfig
-
-
-def main(config: Config) -> None:
-    with experiment_world(config.output.device) as world:
-        trained = load_model(config.model, config.output, world)
-        labels = asked_labels(config, trained)
-        given = given_images(config.given.image, config.given.n_images, trained)
-        folder = open_results("edited", config, trained, {"given_images": given.fingerprint})
-        found = saved_report(folder, world) or edit(config, labels, trained, given, folder)
-        if found is not None:
-            asked = f"{found['n_images']} images, {100 * found['strength']:.0f} % forgotten"
-            print(f"\n{asked}\n{edits_in_words(found)}\n\n{folder / 'edited.png'}\n{folder / 'images'}")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ from train.cli.parse import run_script, to_dict
 from train.config import SamplingConfig
 from train.inference import TrainedSampler
 
+GREY = 128  # of what is hidden
+
 
 @dataclass(frozen=True, kw_only=True)
 class InpaintingConfig:
@@ -91,9 +93,6 @@ def main(config: Config) -> None:
         found = saved_report(folder, world) or inpaint(config, trained, given, folder)
         if found is not None:
             print(f"\n{told_in_words(found)}\n\n{folder / 'inpainted.png'}\n{folder / 'images'}")
-
-
-GREY = 128  # of what is hidden
 
 
 def inputs(config: Any, trained: TrainedSampler) -> Given:

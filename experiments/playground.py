@@ -38,6 +38,8 @@ WORDS = {  # where a flag's name is not the field's word
     "top_p": "top-p",
 }
 KINDS = {int: "whole", float: "number", bool: "switch"}
+AS_IN_DATA, NO_CLASS = "as in the data", "none"
+GREY = 128
 
 
 class Control(NamedTuple):
@@ -121,10 +123,6 @@ def in_words(message: str) -> str:
 
 def label_of(name: str) -> str:
     return WORDS.get(name, name.replace("_", " "))
-
-
-AS_IN_DATA, NO_CLASS = "as in the data", "none"
-GREY = 128
 
 
 class Moment(NamedTuple):

@@ -38,6 +38,13 @@ from train.first_stage import FirstStage
 from train.logging import grid_image
 from vq.tiles import decode_tiled, encode_tiled, seam_ratio, seams, tile_starts
 
+SHOWN = 16  # images in the overview, and validation images where no number is given
+LISTED = 40  # rows of the printed table
+ERROR_MAX = 0.25  # where the error map's colours end, a share of the range from black to white
+COLOURS = "inferno"
+THUMBNAIL = 192  # side, pixels
+LEGEND = 30  # height, pixels
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionConfig:
@@ -82,10 +89,6 @@ def main(config: Config) -> None:
     name = "reconstructions" if wanted.images is None else f"reconstructions_{Path(wanted.images).resolve().stem}"
     folder = open_vqgan_results(name, config, first, {"image_files": originals.fingerprint}, world)
     print_results(saved_results(folder) or reconstruct(wanted, tiles, first, originals, folder), folder)
-
-
-SHOWN = 16  # images in the overview, and validation images where no number is given
-LISTED = 40  # rows of the printed table
 
 
 class TooSmall(ValueError):
@@ -302,12 +305,6 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
     if results["skipped"]:
         print(f"{len(results['skipped'])} images left out")
     print(f"error maps: {results['error_map']}\n{folder / 'overview.png'}\n{folder / 'images'}")
-
-
-ERROR_MAX = 0.25  # where the error map's colours end, a share of the range from black to white
-COLOURS = "inferno"
-THUMBNAIL = 192  # side, pixels
-LEGEND = 30  # height, pixels
 
 
 @cache

@@ -1,0 +1,38 @@
+"""Networks and layers: tensors in, tensors out."""
+
+from models.attention import Attention, DiffAttentionV1, DiffAttentionV2, differential_from_softmax, record_maps
+from models.blocks import ConditionBlock, Downsample, EmbedBlock, ResBlock, Upsample, count_parameters
+from models.conditioning import Condition, ConditionEncoder, Map, Regions, Tokens, Vector
+from models.neighborhood import HydraAttention, hydra_attention, neighborhood_attention_1d, neighborhood_attention_2d
+from models.transformer import AttentionConfig, CausalTransformer, Transformer, TransformerBlock
+from models.unet import UNet, UNetConfig
+
+__all__ = [
+    "Attention",
+    "AttentionConfig",
+    "CausalTransformer",
+    "Condition",
+    "ConditionBlock",
+    "ConditionEncoder",
+    "DiffAttentionV1",
+    "DiffAttentionV2",
+    "Downsample",
+    "EmbedBlock",
+    "HydraAttention",
+    "Map",
+    "Regions",
+    "ResBlock",
+    "Tokens",
+    "Transformer",
+    "TransformerBlock",
+    "UNet",
+    "UNetConfig",
+    "Upsample",
+    "Vector",
+    "count_parameters",
+    "differential_from_softmax",
+    "hydra_attention",
+    "neighborhood_attention_1d",
+    "neighborhood_attention_2d",
+    "record_maps",
+]

@@ -23,6 +23,9 @@ from models.neighborhood_tiles import Window, compared, sees, tiled
 from models.sdpa import attend, attention_map
 from models.tables import digits, joined, kept
 
+Backend = Literal["auto", "dense", "tiled", "natten"]
+PerAxis = int | Sequence[int]
+
 
 class Group(NamedTuple):
     """Heads that share a window."""
@@ -30,10 +33,6 @@ class Group(NamedTuple):
     window: Window
     heads: int  # of key and value
     bias: Tensor | None = None  # (query heads, 2 kernel - 1 per axis), added to the logits
-
-
-Backend = Literal["auto", "dense", "tiled", "natten"]
-PerAxis = int | Sequence[int]
 
 
 def neighborhood_attention_1d(

@@ -1,10 +1,99 @@
-"""Parts of a network by name: those that are here, or a class of the user's own by its dotted path."""
+"""Classes and functions by name: those that are here, or the user's own by their dotted path."""
 
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
 
 from torch import nn
+
+# Where public classes and functions stood, and where they stand now: docs/extending.md has the same list.
+MOVED = {
+    "models.attend.attend": "models.sdpa.attend",
+    "models.attention_block.AttentionOptions": "models.unet_attention.AttentionOptions",
+    "models.attention_block.FeatureTransformerBlock": "models.unet_attention.FeatureTransformerBlock",
+    "models.attention_block.NoAttention": "models.unet_attention.NoAttention",
+    "models.attention_block.SelfAttentionBlock": "models.unet_attention.SelfAttentionBlock",
+    "models.blocks.AttentionBlock": "vq.autoencoder.AttentionBlock",
+    "models.causal_transformer.CausalTransformer": "models.transformer.CausalTransformer",
+    "models.condition.Condition": "models.conditioning.Condition",
+    "models.condition.ConditionEncoder": "models.conditioning.ConditionEncoder",
+    "models.condition.Map": "models.conditioning.Map",
+    "models.condition.Regions": "models.conditioning.Regions",
+    "models.condition.Tokens": "models.conditioning.Tokens",
+    "models.condition.Vector": "models.conditioning.Vector",
+    "models.feed_forward.FeedForward": "models.blocks.FeedForward",
+    "models.feed_forward.GEGLU": "models.blocks.GEGLU",
+    "models.full_attention.FullAttention": "models.attention.FullAttention",
+    "models.hydra.HydraAttention": "models.neighborhood.HydraAttention",
+    "models.hydra.hydra_attention": "models.neighborhood.hydra_attention",
+    "models.memory.Cache": "models.kv_cache.Cache",
+    "models.memory.Memory": "models.kv_cache.Memory",
+    "models.unet_config.UNetConfig": "models.unet.UNetConfig",
+    "diffusion.guidance.guided": "diffusion.denoisers.guided",
+    "diffusion.guidance.thresholded": "diffusion.denoisers.thresholded",
+    "diffusion.halton.halton_order": "diffusion.absorbing_solvers.halton_order",
+    "diffusion.kernels.Gaussian": "diffusion.process.Gaussian",
+    "diffusion.kernels.Normal": "diffusion.types.Normal",
+    "diffusion.kernels.Prediction": "diffusion.types.Prediction",
+    "diffusion.known.known": "diffusion.denoisers.known",
+    "diffusion.likelihood.Bound": "diffusion.types.Bound",
+    "diffusion.loss.Loss": "diffusion.types.Loss",
+    "diffusion.masking.MASKINGS": "diffusion.absorbing.MASKINGS",
+    "diffusion.probability_flow.flow_bits_per_dimension": "diffusion.likelihood.flow_bits_per_dimension",
+    "diffusion.schedules.SCHEDULES": "diffusion.gaussian.SCHEDULES",
+    "diffusion.spacing.SPACINGS": "diffusion.gaussian_solvers.SPACINGS",
+    "diffusion.tempering.tempered": "diffusion.absorbing_solvers.tempered",
+    "diffusion.windows.windowed": "diffusion.denoisers.windowed",
+    "vq.codes.CodeTable": "train.data.code_cache.CodeTable",
+    "vq.codes.Grids": "train.data.loading.Grids",
+    "vq.lecam.LeCAM": "vq.losses.LeCAM",
+    "vq.plain_tensors.read_tensors": "vq.weights.read_tensors",
+    "vq.quantize.Codes": "vq.quantizer.Codes",
+    "vq.quantize.Quantizer": "vq.quantizer.Quantizer",
+    "vq.quantize.Training": "vq.quantizer.Training",
+    "train.absorbing.AbsorbingSampler": "train.samplers.absorbing.AbsorbingSampler",
+    "train.assembly.assemble": "train.trainer.assemble",
+    "train.assembly.make_hooks": "train.trainer.make_hooks",
+    "train.autoregressive.AutoregressiveSampler": "train.samplers.autoregressive.AutoregressiveSampler",
+    "train.bad_steps.BadSteps": "train.optim.BadSteps",
+    "train.clock.Clock": "train.loop.Clock",
+    "train.cli.from_dict": "train.cli.parse.from_dict",
+    "train.cli.run_script": "train.cli.parse.run_script",
+    "train.code_file.CodeFile": "train.data.code_cache.CodeFile",
+    "train.data.ImageSource": "train.data.loading.ImageSource",
+    "train.data.TrainingCodes": "train.data.loading.TrainingCodes",
+    "train.data.TrainingImages": "train.data.loading.TrainingImages",
+    "train.data.build_dataset": "train.data.loading.build_dataset",
+    "train.decoder_likelihood.TrainedHead": "experiments.metrics.decoder_likelihood.TrainedHead",
+    "train.flops.count_flops": "train.perf.count_flops",
+    "train.flops.matmul_peak": "train.perf.matmul_peak",
+    "train.gaussian.GaussianSampler": "train.samplers.ddpm.GaussianSampler",
+    "train.generate.TrainedSampler": "train.inference.TrainedSampler",
+    "train.generate.load_sampler": "train.inference.load_sampler",
+    "train.images.decode": "train.datasets._decode.decode",
+    "train.meter.Meter": "train.perf.Meter",
+    "train.optimizers.make_optimizer": "train.optim.make_optimizer",
+    "train.order.Order": "train.data.loading.Order",
+    "train.power_ema.PowerEMA": "train.posthoc_ema.PowerEMA",
+    "train.precision.LossScale": "train.execution.LossScale",
+    "train.precision.autocast": "train.execution.autocast",
+    "train.profiling.Profile": "train.perf.Profile",
+    "train.saving.Saver": "train.trainer.Saver",
+    "train.schedule.learning_rate": "train.lr_schedule.learning_rate",
+    "train.second_stage.SamplerReports": "train.sampler.SamplerReports",
+    "train.second_stage.SamplerStep": "train.sampler.SamplerStep",
+    "train.session.train": "train.trainer.train",
+    "train.start.Start": "train.spaces.Start",
+    "train.stopping.StopSignals": "train.distributed.StopSignals",
+    "train.tally.Tally": "train.loop.Tally",
+    "train.transformer_config.TransformerConfig": "train.samplers._transformer.TransformerConfig",
+    "train.transforms.View": "train.data.transforms.View",
+    "train.transforms.to_float": "train.data.transforms.to_float",
+    "train.transforms.to_item": "train.data.transforms.to_item",
+    "train.transforms.to_uint8": "train.data.transforms.to_uint8",
+    "train.update.update": "train.optim.update",
+    "train.vqgan_config.VQGANRunConfig": "train.config.VQGANRunConfig",
+}
 
 
 def part(name: str, known: Mapping[str, Callable], contract: tuple[type, ...], option: str) -> Callable[..., nn.Module]:
@@ -18,17 +107,32 @@ def part(name: str, known: Mapping[str, Callable], contract: tuple[type, ...], o
     there_are = f"there are {', '.join(known)}, and any subclass of {wanted} as package.module.Class"
     if "." not in name:
         raise ValueError(f"got {option} {name!r}: {there_are}")
-    path, _, attribute = name.rpartition(".")
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
-            raise  # something that the user's module needs
-        raise ValueError(f"got {option} {name!r}: there is no module {error.name}; {there_are}") from error
-    cls = getattr(module, attribute, None)
+    cls = import_attribute(name, option, there_are)
     if not inspect.isclass(cls) or not issubclass(cls, contract):
         found = "has no such name" if cls is None else f"has {cls!r}, which is no subclass of {wanted}"
-        raise ValueError(f"got {option} {name!r}: {path} {found}; {there_are}")
+        raise ValueError(f"got {option} {name!r}: {name.rpartition('.')[0]} {found}; {there_are}")
     if inspect.isabstract(cls):
         raise ValueError(f"got {option} {name!r}: {cls.__name__} does not define {', '.join(cls.__abstractmethods__)}")
     return cls
+
+
+def import_attribute(path: str, option: str, remedy: str) -> object | None:
+    """What stands at `package.module.name`; None where the module has no such name.
+
+    ValueError, which ends with `remedy`, where there is no such module; one that names the new place of what moved.
+    """
+    if path in MOVED:
+        raise ValueError(f"got {option} {path!r}, which is {MOVED[path]} now: pass that")
+    module_name, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), name, None)
+    except ModuleNotFoundError as error:
+        missing = str(error.name)
+        moved = [new for old, new in MOVED.items() if old.rpartition(".")[0] == missing]
+        if moved:
+            raise ValueError(
+                f"got {option} {path!r}, which imports {missing}: what that had is {', '.join(moved)} now"
+            ) from error
+        if not f"{module_name}.".startswith(f"{missing}."):
+            raise  # something that the user's module needs
+        raise ValueError(f"got {option} {path!r}: there is no module {missing}; {remedy}") from error

@@ -16,6 +16,8 @@ from models.neighborhood import Backend
 from models.registry import part
 from models.unet_attention import ATTENTION_BLOCKS, EPS, AttentionOptions
 
+RES_BLOCKS = {"basic": ResBlock}
+
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
@@ -94,9 +96,6 @@ class UNetConfig:
             got = f"{self.heads} heads" if self.head_width is None else f"heads of width {self.head_width}"
             raise ValueError(f"a level of {width} channels does not split over {got}: choose a divisor of {width}")
         return heads
-
-
-RES_BLOCKS = {"basic": ResBlock}
 
 
 class Maker:

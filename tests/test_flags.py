@@ -1,5 +1,10 @@
 """The command line: what parses, what is refused, and how."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -226,17 +231,49 @@ def test_an_empty_section_says_nothing(tmp_path, monkeypatch):
         assert parsed(script, f"--config {file} --logs_root {tmp_path}", monkeypatch)["dataset"] == "digits"
 
 
-def test_help_needs_no_torch():
-    """What makes --help quick: nothing that is imported to print it imports torch."""
-    code = "import sys; sys.argv = ['train_vqgan.py', '--help']; sys.path.insert(0, '.'); import runpy\n"
-    code += "try:\n    runpy.run_path('train_vqgan.py', run_name='__main__')\n"
-    code += "except SystemExit as stop:\n    assert stop.code == 0\nprint('torch' in sys.modules)"
-    import subprocess
-    import sys
+SLOW = ("torch._dynamo", "torchvision", "sklearn", "matplotlib", "tensorboard", "scipy")
+HOW = """
+import runpy, sys
+script, *sys.argv[1:] = sys.argv[1:]
+sys.argv[0] = script
+sys.path.insert(0, script.rpartition("/")[0] or ".")
+code = None
+try:
+    runpy.run_path(script, run_name="__main__")
+except SystemExit as stop:
+    code = stop.code
+print("ended with", code, [name for name in %r if name in sys.modules])
+"""
 
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip().endswith("False"), done.stderr
-    assert "--codebook_size" in done.stdout and "--disc_start_step" in done.stdout
+
+@pytest.mark.parametrize("flag, code", [("--help", 0), ("--no_such_flag", 2)])
+@pytest.mark.parametrize("script", ["train_vqgan.py", "train_sampler.py", "experiments/calc_FID.py", "convert.py"])
+def test_help_and_refusals_wait_for_nothing_slower_than_torch(script, flag, code):
+    command = [sys.executable, "-c", HOW % (SLOW,), script, flag]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip().endswith(f"ended with {code} []"), done.stdout[-300:] + done.stderr[-300:]
+
+
+def copied_checkout(folder):
+    """A checkout whose configs and packages are another's, but for a word in its presets."""
+    for name in ("models", "diffusion", "vq", "train", "experiments", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "datasets.yaml", folder)
+    return folder
+
+
+def test_two_checkouts_that_share_one_environment_never_mix(tmp_path):
+    """Another checkout comes first on the path of imports, as an editable install may put it."""
+    other = copied_checkout(tmp_path / "other")
+    (other / "experiments" / "harness" / "experiment.py").write_text("raise SystemExit('the other checkout')")
+    variables = {**os.environ, "PYTHONPATH": str(other)}
+    for script, root, words in (
+        ("experiments/calc_FID.py", ROOT, "no run in"),
+        ("experiments/calc_FID.py", other, "the other checkout"),
+    ):
+        command = [sys.executable, str(root / script), "--logs_root", str(tmp_path)]
+        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120)
+        assert done.returncode != 0 and words in done.stderr, done.stderr
 
 
 def test_scripts_run_from_any_folder_by_path(tmp_path):

@@ -205,7 +205,7 @@ def test_any_datasets_yaml(scripts, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config_files, "ROOT", scripts.folder)
         try:
-            path = cli.data_dir_of("ffhq", None)
+            path = config_files.data_dir_of("ffhq", None)
         except ValueError as error:
             assert "datasets.yaml" in str(error)
         else:

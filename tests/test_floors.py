@@ -1,9 +1,11 @@
-"""The floors of the house: who may import whom."""
+"""The floors of the house: who may import whom, where imports stand, and which files are their own."""
 
 import ast
 from pathlib import Path
 
 import pytest
+
+from helpers.measure_structure import inner_imports, reached, read_source, single_importers
 
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
@@ -13,20 +15,63 @@ MAY_IMPORT = {
     "train": {"train", "vq", "models", "diffusion"},
     "experiments": {"experiments", "train", "vq", "models", "diffusion"},
 }
+SLOW = {  # packages that functions import: optional ones, and those that take longer than torch or pull its compiler
+    *("torchvision", "sklearn", "scipy", "matplotlib", "tensorboard", "torchmetrics", "torch_fidelity", "lpips"),
+    *("natten", "gradio", "webdataset", "lmdb", "diffusers"),
+}
+SLOW_OF_TORCH = (  # and parts of torch: its compiler, its sharding (half a second), what imports tensorboard
+    *("torch._dynamo", "torch.nn.attention.flex_attention", "torch.utils.tensorboard"),
+    *("torch.distributed.device_mesh", "torch.distributed.fsdp", "torch.distributed.tensor"),
+)
+# Files with one importer and under 150 lines, and why each is its own. The list may only shrink.
+CONCEPTS = {
+    "diffusion.autoregressive": "a process",
+    "diffusion.edm": "a process",
+    "diffusion.flow": "a process",
+    "experiments.metrics.prdc": "a metric",
+    "models.unet_attention": "the attention blocks of the UNet, with a registry of their own",
+    "train.converters._unleashing_sampler": "the second half of a layout, 330 lines with the first",
+    "train.datasets.webdataset.shards": "one part of a plug-in of 520 lines",
+    "vq.augment": "DiffAugment",
+    "vq.discriminator": "a network",
+    "vq.likelihood": "a network: the log-variance head",
+    "vq.losses": "the adversarial losses",
+    "vq.tiles": "tiled encoding and decoding of an autoencoder",
+}
+COMMANDS_THAT_MAY_BE_IMPORTED = {"experiments.playground"}  # what demo.py shows
 CANDIDATES = [*ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")]
 SCRIPTS = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in CANDIDATES if "__main__" in p.read_text()}
 FILES = sorted(path.relative_to(ROOT) for floor in MAY_IMPORT for path in (ROOT / floor).rglob("*.py"))
+SOURCE = read_source(ROOT)
+
+
+def imports_of(tree: ast.AST) -> list[tuple[str, list[str]]]:
+    """(module, names) of each import statement in a piece of code."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, []) for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            found.append((node.module, [alias.name for alias in node.names]))
+    return found
 
 
 def imported(path: Path) -> set[str]:
     """Dotted names of all modules a file imports, wherever in it."""
     names = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    for module, parts in imports_of(ast.parse((ROOT / path).read_text())):
+        names |= {module, *(f"{module}.{part}" for part in parts)}
     return names
+
+
+def is_slow(module: str) -> bool:
+    return module.partition(".")[0] in SLOW or any(f"{module}.".startswith(f"{each}.") for each in SLOW_OF_TORCH)
+
+
+def room(module: str) -> str:
+    """Where a file of experiments stands: among the commands, the metrics, or below them."""
+    below = module.split(".")[1:2]
+    return below[0] if below and below[0] in ("metrics", "harness") else "commands"
 
 
 def test_there_are_files_to_look_at():
@@ -45,10 +90,49 @@ def test_nothing_imports_a_script(path):
     assert not imported(path) & SCRIPTS
 
 
+def test_no_file_imports_itself_by_a_detour():
+    """`__init__` files gather what is public of the files beside them, which import one another all the same."""
+    files = {module for module, path in SOURCE.files.items() if path.name != "__init__.py"}
+    rings = {module for module in files if module in reached(module, files, SOURCE.imports)}
+    assert rings == set()
+
+
 @pytest.mark.parametrize("path", [f for f in FILES if f.parts[0] == "diffusion"], ids=str)
 def test_diffusion_imports_torch_alone(path):
     standard = {"collections", "dataclasses", "hashlib", "importlib", "inspect", "math", "pkgutil", "typing"}
     assert {name.partition(".")[0] for name in imported(path)} <= standard | {"torch", "diffusion"}
+
+
+@pytest.mark.parametrize("path", [*FILES, *(p.relative_to(ROOT) for p in ROOT.glob("*.py"))], ids=str)
+def test_slow_packages_are_imported_inside_functions_and_no_others(path):
+    tree = ast.parse((ROOT / path).read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inside = {module for function in functions for module, _ in imports_of(function)}
+    top = {
+        module
+        for node in tree.body
+        for module, _ in imports_of(node)
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    assert {module for module in inside if not is_slow(module)} == set()
+    assert {module for module in top if is_slow(module)} == set()
+
+
+def test_a_small_file_with_one_importer_lives_in_it():
+    alone = single_importers(SOURCE).keys() - COMMANDS_THAT_MAY_BE_IMPORTED
+    small = {module for module in alone if SOURCE.files[module].read_text().count("\n") < 150}
+    assert small == CONCEPTS.keys()  # one that is no longer alone or small leaves the list
+
+
+@pytest.mark.parametrize("module", [m for m in SOURCE.files if m.startswith("experiments.")])
+def test_experiments_import_downwards(module):
+    """Commands stand on metrics, metrics on the harness."""
+    order = ["harness", "metrics", "commands"]
+    mine = order.index(room(module))
+    ours = {name for name in SOURCE.imports[module] if name.startswith("experiments.")}
+    above = {name for name in ours if order.index(room(name)) > mine}
+    beside = {name for name in ours if room(name) == room(module) == "commands"} - COMMANDS_THAT_MAY_BE_IMPORTED
+    assert above == set() and beside - {"experiments._root"} == set()
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -60,3 +144,38 @@ def test_no_utils_and_no_swallowed_errors(path):
     assert "utils" not in path.stem
     assert not any(kind is None or ast.unparse(kind) in ("Exception", "BaseException") for kind in caught)
     assert not any("strict=False" in ast.unparse(call) for call in loads)
+
+
+# Each rule is seen to fail once, in a checkout of two or three files
+
+
+def checkout(tmp_path: Path, **files: str) -> Path:
+    for name, text in files.items():
+        path = tmp_path / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+def test_a_ring_and_its_floors_are_seen(tmp_path):
+    ring = {"train__a": "import train.b\n", "train__b": "from train import c\n", "train__c": "import train.a\n"}
+    source = read_source(checkout(tmp_path, **ring))
+    assert all(module in reached(module, set(source.files), source.imports) for module in source.files)
+
+
+def test_an_only_importer_is_seen_wherever_it_imports(tmp_path):
+    files = {"vq__a": "X = 1\n", "vq__b": "def f():\n    from vq.a import X\n", "vq__c": "import vq.b\nimport vq.a\n"}
+    assert single_importers(read_source(checkout(tmp_path, **files))) == {"vq.b": "vq.c"}
+    (tmp_path / "vq" / "c.py").write_text("")
+    assert single_importers(read_source(tmp_path)) == {"vq.a": "vq.b"}
+    assert inner_imports(tmp_path / "vq" / "b.py") == 1
+
+
+def test_slow_packages_are_known_by_their_first_names():
+    assert is_slow("torchvision.transforms.v2") and is_slow("torch._dynamo.exc") and is_slow("torch.distributed.fsdp")
+    assert not is_slow("torch") and not is_slow("torch.distributed") and not is_slow("train.distributed")
+
+
+def test_rooms_of_experiments_are_told_apart():
+    rooms = ["experiments.calc_FID", "experiments.metrics.features.digits", "experiments.harness", "experiments"]
+    assert [room(name) for name in rooms] == ["commands", "metrics", "harness", "commands"]

@@ -18,23 +18,6 @@ from models.attention import Attention
 from train.config import TrainingConfig
 
 
-def training_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:
-    """What matrix products of the forward pass are computed in."""
-    half = half_dtype(device, training.amp_dtype) if training.amp else None
-    return torch.float32 if half is None else half
-
-
-def in_channels_last(training: TrainingConfig, device: torch.device) -> bool:
-    """Whether convolutions are given images channels last; ValueError together with shards, which it does not suit."""
-    if training.parallel == "fsdp":
-        if training.channels_last == "yes":
-            raise ValueError("got --channels_last yes with --parallel fsdp, whose shards are rows: leave it out")
-        return False
-    if training.channels_last == "auto":
-        return device.type == "cuda" and training_dtype(training, device) != torch.float32
-    return training.channels_last == "yes"
-
-
 def checkpoint_activations(module: nn.Module) -> int:
     """From now on the blocks of a network are computed again in the backward pass; returns how many there are.
 
@@ -268,3 +251,20 @@ class LossScale:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.value, self.good_steps = state["value"].item(), int(state["good_steps"].item())
+
+
+def training_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:
+    """What matrix products of the forward pass are computed in."""
+    half = half_dtype(device, training.amp_dtype) if training.amp else None
+    return torch.float32 if half is None else half
+
+
+def in_channels_last(training: TrainingConfig, device: torch.device) -> bool:
+    """Whether convolutions are given images channels last; ValueError together with shards, which it does not suit."""
+    if training.parallel == "fsdp":
+        if training.channels_last == "yes":
+            raise ValueError("got --channels_last yes with --parallel fsdp, whose shards are rows: leave it out")
+        return False
+    if training.channels_last == "auto":
+        return device.type == "cuda" and training_dtype(training, device) != torch.float32
+    return training.channels_last == "yes"

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +33,14 @@ def write_text(path: Path, text: str) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def name_removable(what: str, paths: Sequence[Path]) -> None:
+    """Names files that an earlier version wrote and this one does not read, with their size."""
+    if paths:
+        size = sum(path.stat().st_size for path in paths) / 1e9
+        names = " ".join(map(str, paths))
+        print(f"{what} of an earlier version are not read any more; to free {size:.3g} GB, delete {names}", flush=True)
 
 
 @contextmanager

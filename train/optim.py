@@ -15,6 +15,7 @@ from train.loop import Batch, State
 from train.registry import did_you_mean, dotted
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")  # where torch has a kernel that steps all parameters at once
+RECENT = 1_000  # steps among which they are counted
 
 
 def make_optimizer(
@@ -76,7 +77,6 @@ def adafactor(parameters: list[nn.Parameter], lr: float, decay: float, betas: tu
 
 
 Build = Callable[[list[nn.Parameter], float, float, tuple[float, float]], Optimizer]
-
 OPTIMIZERS: dict[str, Build] = {
     "adamw": lambda p, lr, decay, betas: torch.optim.AdamW(p, lr, betas, weight_decay=decay, fused=fusible(p)),
     "adam": lambda p, lr, decay, betas: torch.optim.Adam(p, lr, betas, weight_decay=decay, fused=fusible(p)),
@@ -129,9 +129,6 @@ def update(state: State, names: list[str], world: World, *, lr: float, clip: flo
     if not finite:
         return None
     return list(norms)
-
-
-RECENT = 1_000  # steps among which they are counted
 
 
 class BadSteps:

@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
 
+from models.registry import import_attribute
 from train.config import ROOT
 
 
@@ -25,18 +26,13 @@ def plugin(package: str, name: str, flag: str):
 
 def dotted(path: str, flag: str) -> Callable:
     """The function or class at `package.module.name`, the user's own; ValueError says what is missing."""
-    module_name, _, name = path.rpartition(".")
-    if not module_name:
+    if "." not in path:
         raise ValueError(f"got {flag} {path!r}, wanted package.module.function")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # something that the user's module needs
-        raise ValueError(f"got {flag} {path!r}: there is no module {error.name} (is it on PYTHONPATH?)") from error
-    if not callable(getattr(module, name, None)):
+    found = import_attribute(path, flag, "is it on PYTHONPATH?")
+    if not callable(found):
+        module_name, _, name = path.rpartition(".")
         raise ValueError(f"got {flag} {path!r}: {module_name} has no function {name}")
-    return getattr(module, name)
+    return found
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

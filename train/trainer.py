@@ -36,6 +36,145 @@ from train.perf import Meter, Profile
 from train.posthoc_ema import PowerEMA, buffers_of, save_snapshot
 from train.registry import dotted
 
+PROFILED_FROM, PROFILED = 10, 5  # steps of a start that --profile records
+Hooks = list[tuple[str, int, Hook]]
+
+
+def assemble(
+    modules: dict[str, nn.Module],
+    training: TrainingConfig,
+    world: World,
+    *,
+    averaged: Sequence[str],
+    counters: Sequence[str] = (),
+    extras: dict[str, Stateful] | None = None,
+) -> State:
+    """The state that trains these modules, each with an optimizer of its own name, the same in every process.
+
+    Those in `averaged` are followed by what averages the config asks for.
+    """
+    for module in modules.values():
+        module.to(world.device)
+        if in_channels_last(training, world.device):
+            channels_last(module)
+        world.broadcast(module)
+    averages = {name: EMA(modules[name], training.ema_beta) for name in averaged if training.ema}
+    profiles = {f"{std}/{name}": PowerEMA(modules[name], std) for name in averaged for std in training.ema_profiles}
+    if training.activation_checkpointing:
+        for name in averaged:
+            checkpoint_activations(modules[name])
+    if training.compile:
+        for name in averaged:
+            compile_network(modules[name])
+    if training.parallel == "fsdp" and world.size > 1:
+        for module in [*modules.values(), *(a.module for a in [*averages.values(), *profiles.values()])]:
+            shard(module, world)
+    optimizers = {
+        name: make_optimizer(
+            training.optimizer,
+            module.parameters(),
+            lr=training.lr,
+            weight_decay=training.weight_decay,
+            betas=training.betas,
+        )
+        for name, module in modules.items()
+    }
+    replicas = {name: replicate(module, world) for name, module in modules.items()}
+    extras = dict(extras or {})
+    if training_dtype(training, world.device) == torch.float16:
+        extras["loss_scale"] = LossScale()
+    tallies = {name: Tally(world) for name in ("metrics", *counters)}
+    return State(modules, optimizers, averages, profiles, extras, tallies, replicas=replicas)
+
+
+def make_hooks(paths: Sequence[str], state: State) -> list[tuple[str, int, Hook]]:
+    """The user's own hooks, called after every step, or every `hook.every` steps.
+
+    A class is made without arguments. A hook with `state_dict` and `load_state_dict` is saved and resumed with the run.
+    """
+    hooks = []
+    for path in paths:
+        found: Callable = dotted(path, "--hooks")
+        hook = found() if inspect.isclass(found) else found
+        if not callable(hook):
+            raise ValueError(f"got --hooks {path}, whose objects have no __call__(self, state, outputs): give it one")
+        if hasattr(hook, "state_dict"):
+            state.extras[f"{HOOK}{path}"] = hook
+        hooks.append(("hooks", getattr(hook, "every", 1), hook))
+    return hooks
+
+
+class Reports(Protocol):
+    """What is looked at on the way: `tallied` at every log line, `validate` and `show` at their own steps."""
+
+    tallied: list[Hook]
+
+    def validate(self, state: State, outputs: dict) -> None: ...
+
+    def show(self, state: State, outputs: dict) -> None: ...
+
+
+def train(
+    run: Path,
+    config,
+    state: State,
+    world: World,
+    source: Positions,
+    step: Step,
+    reports: Callable[[Logger], Reports],
+    *,
+    hooks: Hooks,
+    distance: Callable[[Logger], Hook] | None = None,
+    workers: int = 0,
+    tokens: int = 0,
+) -> None:
+    """Trains to the last step: batches from `source`, logging, checkpoints, signals, the user's `hooks`, what
+    `reports(logger)` looks at, and `distance(logger)`, which measures images every --steps_per_FD steps.
+
+    `tokens` is how many codes an image is, 0 where it is none.
+    """
+    training, logging = config.training, config.logging
+    steps, size = training.train_steps, training.batch_size
+    batches = training_batches(
+        source,
+        start=state.step,
+        steps=steps,
+        batch_size=size,
+        accumulate=training.accumulate,
+        world=world,
+        workers=workers,
+        prefetch=config.data.prefetch,
+    )
+    clock, per_step = Clock(), {"images": size} | ({"tokens": size * tokens} if tokens else {})
+    meter = Meter(step, world, clock, per_step, training_dtype(training, world.device))
+    logger = Logger(run, world, meter, every=logging.steps_per_log, start=state.step, steps=steps)
+    looked_at = looking(logging, reports(logger), distance(logger) if distance else None)
+    options = {"steps": steps, "world": world, "seed": training.seed, "clock": clock}
+    profile = Profile(run, world.rank, state.step + PROFILED_FROM, PROFILED)
+    with StopSignals() as stop:
+        saver = Saver(run, world, stop, logger.flush, training=training, logging=logging)
+        every = [*hooks, ("profile", int(logging.profile), profile), ("logging", 1, logger), *looked_at]
+        every.append(("checkpoints", 1, saver))  # last: what the others count is saved with the step
+        try:
+            bad = BadSteps(run, world, training.max_bad_steps)
+            fit(state, batches, meter, hooks=every, skipped=bad, **options)
+            with clock("checkpoints"):
+                saver.finish()
+        finally:
+            logger.close()
+            profile.close()
+    if world.is_main and clock.seconds:
+        print(f"time: {clock}", flush=True)
+
+
+def looking(logging: LoggingConfig, reports: Reports, distance: Hook | None) -> Hooks:
+    """What is looked at, and how often."""
+    found = [("logging", logging.steps_per_log, hook) for hook in reports.tallied]
+    found += [("validation", logging.steps_per_eval, reports.validate)]
+    if distance is not None:
+        found += [("distances", logging.steps_per_FD, distance)]
+    return [*found, ("pictures", logging.steps_per_save_output, reports.show)]
+
 
 class Saver:
     """A hook for `fit`, called after every step: saves every `steps_per_checkpoint` steps, after `checkpoint_minutes`,
@@ -146,144 +285,3 @@ def steps_others_need(run: Path) -> set[int]:
         if origin.get("ae_load_dir") == run.name:
             needed.add(origin.get("ae_load_step"))
     return needed
-
-
-def assemble(
-    modules: dict[str, nn.Module],
-    training: TrainingConfig,
-    world: World,
-    *,
-    averaged: Sequence[str],
-    counters: Sequence[str] = (),
-    extras: dict[str, Stateful] | None = None,
-) -> State:
-    """The state that trains these modules, each with an optimizer of its own name, the same in every process.
-
-    Those in `averaged` are followed by what averages the config asks for.
-    """
-    for module in modules.values():
-        module.to(world.device)
-        if in_channels_last(training, world.device):
-            channels_last(module)
-        world.broadcast(module)
-    averages = {name: EMA(modules[name], training.ema_beta) for name in averaged if training.ema}
-    profiles = {f"{std}/{name}": PowerEMA(modules[name], std) for name in averaged for std in training.ema_profiles}
-    if training.activation_checkpointing:
-        for name in averaged:
-            checkpoint_activations(modules[name])
-    if training.compile:
-        for name in averaged:
-            compile_network(modules[name])
-    if training.parallel == "fsdp" and world.size > 1:
-        for module in [*modules.values(), *(a.module for a in [*averages.values(), *profiles.values()])]:
-            shard(module, world)
-    optimizers = {
-        name: make_optimizer(
-            training.optimizer,
-            module.parameters(),
-            lr=training.lr,
-            weight_decay=training.weight_decay,
-            betas=training.betas,
-        )
-        for name, module in modules.items()
-    }
-    replicas = {name: replicate(module, world) for name, module in modules.items()}
-    extras = dict(extras or {})
-    if training_dtype(training, world.device) == torch.float16:
-        extras["loss_scale"] = LossScale()
-    tallies = {name: Tally(world) for name in ("metrics", *counters)}
-    return State(modules, optimizers, averages, profiles, extras, tallies, replicas=replicas)
-
-
-def make_hooks(paths: Sequence[str], state: State) -> list[tuple[str, int, Hook]]:
-    """The user's own hooks, called after every step, or every `hook.every` steps.
-
-    A class is made without arguments. A hook with `state_dict` and `load_state_dict` is saved and resumed with the run.
-    """
-    hooks = []
-    for path in paths:
-        found: Callable = dotted(path, "--hooks")
-        hook = found() if inspect.isclass(found) else found
-        if not callable(hook):
-            raise ValueError(f"got --hooks {path}, whose objects have no __call__(self, state, outputs): give it one")
-        if hasattr(hook, "state_dict"):
-            state.extras[f"{HOOK}{path}"] = hook
-        hooks.append(("hooks", getattr(hook, "every", 1), hook))
-    return hooks
-
-
-PROFILED_FROM, PROFILED = 10, 5  # steps of a start that --profile records
-
-Hooks = list[tuple[str, int, Hook]]
-
-
-class Reports(Protocol):
-    """What is looked at on the way: `tallied` at every log line, `validate` and `show` at their own steps."""
-
-    tallied: list[Hook]
-
-    def validate(self, state: State, outputs: dict) -> None: ...
-
-    def show(self, state: State, outputs: dict) -> None: ...
-
-
-def train(
-    run: Path,
-    config,
-    state: State,
-    world: World,
-    source: Positions,
-    step: Step,
-    reports: Callable[[Logger], Reports],
-    *,
-    hooks: Hooks,
-    distance: Callable[[Logger], Hook] | None = None,
-    workers: int = 0,
-    tokens: int = 0,
-) -> None:
-    """Trains to the last step: batches from `source`, logging, checkpoints, signals, the user's `hooks`, what
-    `reports(logger)` looks at, and `distance(logger)`, which measures images every --steps_per_FD steps.
-
-    `tokens` is how many codes an image is, 0 where it is none.
-    """
-    training, logging = config.training, config.logging
-    steps, size = training.train_steps, training.batch_size
-    batches = training_batches(
-        source,
-        start=state.step,
-        steps=steps,
-        batch_size=size,
-        accumulate=training.accumulate,
-        world=world,
-        workers=workers,
-        prefetch=config.data.prefetch,
-    )
-    clock, per_step = Clock(), {"images": size} | ({"tokens": size * tokens} if tokens else {})
-    meter = Meter(step, world, clock, per_step, training_dtype(training, world.device))
-    logger = Logger(run, world, meter, every=logging.steps_per_log, start=state.step, steps=steps)
-    looked_at = looking(logging, reports(logger), distance(logger) if distance else None)
-    options = {"steps": steps, "world": world, "seed": training.seed, "clock": clock}
-    profile = Profile(run, world.rank, state.step + PROFILED_FROM, PROFILED)
-    with StopSignals() as stop:
-        saver = Saver(run, world, stop, logger.flush, training=training, logging=logging)
-        every = [*hooks, ("profile", int(logging.profile), profile), ("logging", 1, logger), *looked_at]
-        every.append(("checkpoints", 1, saver))  # last: what the others count is saved with the step
-        try:
-            bad = BadSteps(run, world, training.max_bad_steps)
-            fit(state, batches, meter, hooks=every, skipped=bad, **options)
-            with clock("checkpoints"):
-                saver.finish()
-        finally:
-            logger.close()
-            profile.close()
-    if world.is_main and clock.seconds:
-        print(f"time: {clock}", flush=True)
-
-
-def looking(logging: LoggingConfig, reports: Reports, distance: Hook | None) -> Hooks:
-    """What is looked at, and how often."""
-    found = [("logging", logging.steps_per_log, hook) for hook in reports.tallied]
-    found += [("validation", logging.steps_per_eval, reports.validate)]
-    if distance is not None:
-        found += [("distances", logging.steps_per_FD, distance)]
-    return [*found, ("pictures", logging.steps_per_save_output, reports.show)]

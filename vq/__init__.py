@@ -1,0 +1,30 @@
+"""The first stage: autoencoder, quantizers, discriminator, perceptual distances, losses."""
+
+from vq.augment import Augmentation
+from vq.autoencoder import VQGAN, Decoder, Encoder
+from vq.config import VQGANConfig, VQGANLossConfig
+from vq.discriminator import PatchDiscriminator
+from vq.losses import LeCAM, adaptive_weight
+from vq.perceptual import Perceptual, load_perceptual
+from vq.quantizer import Codes, Quantizer, Training, make_quantizer
+from vq.tiles import decode_tiled, encode_tiled
+
+__all__ = [
+    "Augmentation",
+    "Codes",
+    "Decoder",
+    "Encoder",
+    "LeCAM",
+    "PatchDiscriminator",
+    "Perceptual",
+    "Quantizer",
+    "Training",
+    "VQGAN",
+    "VQGANConfig",
+    "VQGANLossConfig",
+    "adaptive_weight",
+    "decode_tiled",
+    "encode_tiled",
+    "load_perceptual",
+    "make_quantizer",
+]

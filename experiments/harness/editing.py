@@ -23,17 +23,9 @@ from train.inference import TrainedSampler
 from train.loop import Batch
 from train.spaces import Start
 
-
-def forgotten(x0: Tensor, trained: TrainedSampler, strength: float) -> Start:
-    """Nothing is kept for certain; `strength` of it is forgotten."""
-    grid = x0.shape[-2:]
-    return Start(x0, torch.zeros(len(x0), *grid, dtype=torch.bool, device=trained.device), strength)
-
-
-def encoded(images: Tensor, trained: TrainedSampler) -> Tensor:
-    """Images (B, C, H, W) uint8 in the sampler's space."""
-    images = images.to(trained.device)
-    return trained.space.begun(images, torch.zeros_like(images[:, 0], dtype=torch.bool)).x0
+OPAQUE = 255  # of an alpha channel: pixels that are less have lost what they were
+ROWS = 8  # images in a grid
+Make = Callable[[list[int]], Tensor]  # places in a plan (n,) -> uint8 images (n, C, H, W)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +47,6 @@ def check_strength(strength: float, least: str = "") -> None:
     if not 0 <= strength <= 1 or (least and strength == 0):
         wanted = f"more than 0 ({least}) and up to 1" if least else "0 (nothing is drawn anew) to 1 (everything)"
         raise ValueError(f"got strength {strength}, wanted {wanted}: pass --strength X")
-
-
-OPAQUE = 255  # of an alpha channel: pixels that are less have lost what they were
 
 
 @dataclass(frozen=True)
@@ -181,10 +170,6 @@ def centred(grid: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, in
     return (H - h) // 2, W - w - (W - w) // 2, H - h - (H - h) // 2, (W - w) // 2
 
 
-ROWS = 8  # images in a grid
-Make = Callable[[list[int]], Tensor]  # places in a plan (n,) -> uint8 images (n, C, H, W)
-
-
 def told(trained: TrainedSampler, labels: list[int] | None, options: SamplingConfig) -> tuple[Batch, SamplingConfig]:
     """The conditions of so many images, and options that go with them: without labels the model is told nothing, and
     there is nothing to guide by. ValueError for classes that there are not, and for models of other conditions."""
@@ -223,6 +208,18 @@ def in_batches(name: str, count: int, make: Make, config: Any, trained: TrainedS
     batches = kept_batches(folder, name, list(range(count)), batch_size, made, world)
     images = [batch["image"] for batch in progress(batches, count, name, world.is_main)]
     return torch.cat(images) if world.is_main else None
+
+
+def forgotten(x0: Tensor, trained: TrainedSampler, strength: float) -> Start:
+    """Nothing is kept for certain; `strength` of it is forgotten."""
+    grid = x0.shape[-2:]
+    return Start(x0, torch.zeros(len(x0), *grid, dtype=torch.bool, device=trained.device), strength)
+
+
+def encoded(images: Tensor, trained: TrainedSampler) -> Tensor:
+    """Images (B, C, H, W) uint8 in the sampler's space."""
+    images = images.to(trained.device)
+    return trained.space.begun(images, torch.zeros_like(images[:, 0], dtype=torch.bool)).x0
 
 
 def save_pictures(folder: Path, names: tuple[str, ...], images: Tensor, columns: list[str], settings: dict) -> None:

@@ -25,15 +25,6 @@ from train.spaces import Space, reopened_space
 OF_ONE_SOLVER = ("sample_steps", "reveal", "eta", "choice_temp", "remasking", "remask_eta")  # flags that go with one
 
 
-def saved_report(folder: Path, world: World) -> dict[str, Any] | None:
-    """The results of this very experiment, if it was finished before: what the main process finds, in all of them."""
-    path = folder / "results.json"
-    there = world.is_main and path.is_file()
-    if there:
-        forget(folder)  # what a start that was cut off then has left
-    return shared(world, json.loads(path.read_text()) if there else None)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which trained model."""
@@ -84,6 +75,60 @@ class OutputConfig:
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"got batch_size {self.batch_size}, wanted at least 1: pass --batch_size N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstStageModelConfig:
+    """Which trained VQGAN."""
+
+    dataset: str = "digits"
+    """The data set it was trained on; the run's own where --load_dir names it."""
+    data_dir: str | None = None
+    """Folder of the data, where it is no longer the one trained on."""
+    load_dir: str | None = None
+    """Folder of the VQGAN's run; vqgan_<dataset> if left out."""
+    load_step: int | None = None
+    """Its step; the newest if left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstStageOutputConfig:
+    """Results."""
+
+    log_dir: str | None = None
+    """Folder of the results, below --logs_root; its default names the experiment, the run and the step."""
+    logs_root: str = LoggingConfig.logs_root
+    """Folder of all runs."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: cuda, else mps, else cpu."""
+    amp: bool = True
+    """bfloat16 autocast where the device computes it natively."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BriefTrainingConfig(TrainingConfig):
+    """Training."""
+
+    train_steps: int = 1000
+    """Steps of each run."""
+    batch_size: int = 32
+    """Images per step."""
+    lr: float = 1e-3
+    """Learning rate."""
+    warmup_iters: int = 100
+    """Steps over which the learning rate rises from 0."""
+    ema_beta: float = 0.99
+    """Decay of the averaged weights, which are the ones measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig:
+    """Results."""
+
+    log_dir: str | None = None
+    """Folder of the results, below --logs_root; its default names the experiment and what is compared on."""
+    logs_root: str = LoggingConfig.logs_root
+    """Folder of all runs."""
 
 
 def model_run(logs_root: str, model: ModelConfig) -> Path:
@@ -153,63 +198,6 @@ def space_of(run: Path, content: dict[str, Any], model: ModelConfig, output: Out
     return reopened_space(content, first)
 
 
-def results_folder(name: str, model: ModelConfig, output: OutputConfig, trained: TrainedSampler) -> Path:
-    """Where the results of an experiment lie if --log_dir does not say."""
-    length = "" if model.ema_length is None else f"_ema{model.ema_length}"
-    return Path(os.path.expanduser(output.logs_root)).resolve() / f"{name}_{trained.run.name}_{trained.step}{length}"
-
-
-def open_results(name: str, config, trained: TrainedSampler, also: dict[str, Any] | None = None, **how) -> Path:
-    """The folder of this experiment's results, opened as a run: nothing of another experiment can be in it.
-
-    `also` is what makes the run this run beside its config and the model's weights, such as the content of files. What
-    the sampler cannot do is refused before there is a folder: `how` goes to its `try_out`.
-    """
-    output, folder = config.output, results_folder(name, config.model, config.output, trained)
-    if output.log_dir:
-        folder = run_folder(output.logs_root, output.log_dir)
-    if trained.world.is_main:
-        if hasattr(config, "sampling") and not folder.exists():
-            trained.try_out(config.sampling, **how)
-        open_run(folder, config, trained.origin | (also or {}))
-    trained.world.barrier()
-    print(f"results: {folder}", flush=True)
-    return folder
-
-
-def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """results.json, whole or not at all."""
-    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FirstStageModelConfig:
-    """Which trained VQGAN."""
-
-    dataset: str = "digits"
-    """The data set it was trained on; the run's own where --load_dir names it."""
-    data_dir: str | None = None
-    """Folder of the data, where it is no longer the one trained on."""
-    load_dir: str | None = None
-    """Folder of the VQGAN's run; vqgan_<dataset> if left out."""
-    load_step: int | None = None
-    """Its step; the newest if left out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FirstStageOutputConfig:
-    """Results."""
-
-    log_dir: str | None = None
-    """Folder of the results, below --logs_root; its default names the experiment, the run and the step."""
-    logs_root: str = LoggingConfig.logs_root
-    """Folder of all runs."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: cuda, else mps, else cpu."""
-    amp: bool = True
-    """bfloat16 autocast where the device computes it natively."""
-
-
 def vqgan_run(logs_root: str, model: FirstStageModelConfig) -> Path:
     return Path(os.path.expanduser(logs_root)).resolve() / (model.load_dir or f"vqgan_{model.dataset}")
 
@@ -250,6 +238,30 @@ def load_vqgan(model: FirstStageModelConfig, output_root: str, device: torch.dev
     return first
 
 
+def results_folder(name: str, model: ModelConfig, output: OutputConfig, trained: TrainedSampler) -> Path:
+    """Where the results of an experiment lie if --log_dir does not say."""
+    length = "" if model.ema_length is None else f"_ema{model.ema_length}"
+    return Path(os.path.expanduser(output.logs_root)).resolve() / f"{name}_{trained.run.name}_{trained.step}{length}"
+
+
+def open_results(name: str, config, trained: TrainedSampler, also: dict[str, Any] | None = None, **how) -> Path:
+    """The folder of this experiment's results, opened as a run: nothing of another experiment can be in it.
+
+    `also` is what makes the run this run beside its config and the model's weights, such as the content of files. What
+    the sampler cannot do is refused before there is a folder: `how` goes to its `try_out`.
+    """
+    output, folder = config.output, results_folder(name, config.model, config.output, trained)
+    if output.log_dir:
+        folder = run_folder(output.logs_root, output.log_dir)
+    if trained.world.is_main:
+        if hasattr(config, "sampling") and not folder.exists():
+            trained.try_out(config.sampling, **how)
+        open_run(folder, config, trained.origin | (also or {}))
+    trained.world.barrier()
+    print(f"results: {folder}", flush=True)
+    return folder
+
+
 def open_vqgan_results(name: str, config: Any, first: FirstStage, origin: dict[str, Any], world: World) -> Path:
     """The folder of an experiment's results, opened as a run: nothing of another experiment can be in it.
 
@@ -265,27 +277,15 @@ def open_vqgan_results(name: str, config: Any, first: FirstStage, origin: dict[s
     return folder
 
 
-@dataclass(frozen=True, kw_only=True)
-class BriefTrainingConfig(TrainingConfig):
-    """Training."""
-
-    train_steps: int = 1000
-    """Steps of each run."""
-    batch_size: int = 32
-    """Images per step."""
-    lr: float = 1e-3
-    """Learning rate."""
-    warmup_iters: int = 100
-    """Steps over which the learning rate rises from 0."""
-    ema_beta: float = 0.99
-    """Decay of the averaged weights, which are the ones measured."""
+def saved_report(folder: Path, world: World) -> dict[str, Any] | None:
+    """The results of this very experiment, if it was finished before: what the main process finds, in all of them."""
+    path = folder / "results.json"
+    there = world.is_main and path.is_file()
+    if there:
+        forget(folder)  # what a start that was cut off then has left
+    return shared(world, json.loads(path.read_text()) if there else None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FolderConfig:
-    """Results."""
-
-    log_dir: str | None = None
-    """Folder of the results, below --logs_root; its default names the experiment and what is compared on."""
-    logs_root: str = LoggingConfig.logs_root
-    """Folder of all runs."""
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """results.json, whole or not at all."""
+    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")

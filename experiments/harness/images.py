@@ -18,6 +18,15 @@ from train.inference import TrainedSampler
 from train.logging import grid_image
 from train.loop import Batch
 
+GRID = 64  # images in a grid
+STRIPS, MOMENTS = 6, 10  # images, and steps of each that are shown
+
+
+def save_grid(path: Path, images: Tensor, columns: int | None = None) -> None:
+    """A PNG grid of images (B, C, H, W) uint8."""
+    with whole_file(path) as scratch:
+        grid_image(images, columns).save(scratch, format="PNG")
+
 
 def save_with_settings(path: Path, image: Tensor, settings: dict[str, Any]) -> None:
     """A PNG of an image (C, H, W) uint8 that holds, as its text "settings", the JSON of what made it."""
@@ -26,15 +35,6 @@ def save_with_settings(path: Path, image: Tensor, settings: dict[str, Any]) -> N
     with whole_file(path) as scratch:
         picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
         picture.save(scratch, format="PNG", pnginfo=notes)
-
-
-GRID = 64  # images in a grid
-
-
-def save_grid(path: Path, images: Tensor, columns: int | None = None) -> None:
-    """A PNG grid of images (B, C, H, W) uint8."""
-    with whole_file(path) as scratch:
-        grid_image(images, columns).save(scratch, format="PNG")
 
 
 class SampleWriter:
@@ -101,9 +101,6 @@ def read_samples(path: Path) -> dict[str, Tensor]:
     if images is None or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) < 2:
         raise ValueError(f"{path}: wanted arr_0, uint8 (N, H, W, 3) with at least 2 images")
     return {"image": images.permute(0, 3, 1, 2), **content}
-
-
-STRIPS, MOMENTS = 6, 10  # images, and steps of each that are shown
 
 
 class Recorder:

@@ -7,17 +7,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-def mean_and_deviation(values: list[float]) -> str:
-    """mean ± sample standard deviation, the mean alone where there is one value."""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
-
-
 def table(rows: list[tuple[str, ...]]) -> str:
     """Rows of words as aligned columns, the first row a heading."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    """mean ± sample standard deviation, the mean alone where there is one value."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
 
 
 def progress(

@@ -11,6 +11,11 @@ from train.data.transforms import to_float
 from train.distributed import World
 from vq.perceptual import Perceptual, load_perceptual
 
+RANGE = 255.0  # of the uint8 images that are compared
+WINDOW, SIGMA = 11, 1.5  # side and deviation of SSIM's Gaussian window, pixels
+AT_ONCE = 2**21  # values of images that SSIM takes at once: it keeps some ten times as many, in float64
+SIDE = 64  # pixels of the patches that LPIPS was fitted to (Zhang et al. 2018, section 3)
+
 
 def psnr(real: Tensor, fake: Tensor) -> Tensor:
     """uint8 (B, C, H, W) twice -> (B,) dB: 10 log10(255^2 / mean squared error) of each image; inf of equal ones."""
@@ -55,14 +60,6 @@ def local_means(x: Tensor) -> Tensor:
 def l1(real: Tensor, fake: Tensor) -> Tensor:
     """uint8 (B, C, H, W) twice -> (B,) in [0, 2]: mean absolute difference of images in [-1, 1], as in training."""
     return (to_float(real) - to_float(fake)).abs().mean((1, 2, 3))
-
-
-RANGE = 255.0  # of the uint8 images that are compared
-WINDOW, SIGMA = 11, 1.5  # side and deviation of SSIM's Gaussian window, pixels
-AT_ONCE = 2**21  # values of images that SSIM takes at once: it keeps some ten times as many, in float64
-
-
-SIDE = 64  # pixels of the patches that LPIPS was fitted to (Zhang et al. 2018, section 3)
 
 
 class Closeness(NamedTuple):

@@ -20,6 +20,9 @@ from train.distributed import World
 from train.files import whole_file
 
 CHUNK = 1000  # training images searched at a time, and kept of
+SMALLEST, LARGEST = 64, 128  # pixels of the longer side of an image in the picture
+GAP, TEXT, MARGIN = 4, 15, 12  # between images, for a line of text, around all and after the first column
+BLACK, GREY, RED = (0, 0, 0), (110, 110, 110), (210, 0, 0)
 
 
 class Candidates(NamedTuple):
@@ -144,11 +147,6 @@ def reranked(
 def in_view(source: ImageSource, views: list[View], image: Tensor, view: Tensor) -> Tensor:
     """uint8 (C, H, W): a training image as it was trained on."""
     return views[int(view)](source[int(image)]["image"].as_subclass(Tensor))
-
-
-SMALLEST, LARGEST = 64, 128  # pixels of the longer side of an image in the picture
-GAP, TEXT, MARGIN = 4, 15, 12  # between images, for a line of text, around all and after the first column
-BLACK, GREY, RED = (0, 0, 0), (110, 110, 110), (210, 0, 0)
 
 
 class Row(NamedTuple):

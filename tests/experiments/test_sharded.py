@@ -29,7 +29,7 @@ EXPERIMENTS = {  # by the folder of its results; as many batches as processes, o
 }
 PROCESS = """
 import os, sys
-from tiny import call
+from helpers.tiny_runs import call
 
 for line in sys.argv[1:]:
     os.environ["MASTER_PORT"], script, flags = line.split(" ", 2)

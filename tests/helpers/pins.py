@@ -278,10 +278,8 @@ def known_name(path: Path, logs: Path) -> str:
 def plain_lines(text: str, logs: Path) -> list[str]:
     """Lines that people read, without progress bars, warnings and times."""
     lines = [line.replace(str(logs), "<logs>") for line in text.replace("\r", "\n").splitlines()]
-    odd = ("it/s]", "img/s]", "row/s]", "s/img]", "Warning", "warn(", "time:", "?img", "?row", "s per image", "img]")
-    return [
-        line for line in lines if not any(each in line for each in (*odd, *TIMES)) and "training images:" not in line
-    ]
+    odd = ("/s]", "step/s", "s/img]", "?img", "?row", "img]", "Warning", "warn(", "time:", *TIMES)
+    return [line for line in lines if not any(each in line for each in odd)]
 
 
 def content_of(path: Path, logs: Path) -> Any:
@@ -322,7 +320,9 @@ def plain_content(path: Path, logs: Path) -> Any:
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            k: without_times(v) for k, v in value.items() if not any(word in k for word in (*TIMES, "features_code"))
+            k: without_times(v)
+            for k, v in value.items()
+            if not any(word in k for word in (*TIMES, "features_code", "features_version"))
         }
     return [without_times(each) for each in value] if isinstance(value, list) else value
 

@@ -19,7 +19,7 @@ STEPS = 36
 HOOKS = """
 import os
 import signal
-from train import stopping
+from train import distributed
 
 def terminate(state, outputs):
     if state.step == 2:

@@ -27,7 +27,18 @@ from tqdm import tqdm
 
 from train.data.loading import Grids, ImageSource, InOrder, apart
 from train.distributed import World
-from train.files import sync, write_text
+from train.files import name_removable, sync, write_text
+
+VERSION = 2  # raise it when the same images and weights become other codes: the cache goes by it
+KEY = 16  # digits of it in names of files
+CHUNK = 512  # images; with uint16 codes on a grid of even sides, two chunks share no page of 4096 bytes
+
+Note = dict[str, Any]  # of a chunk: {"crc32": int, "unreadable": {image: message}}
+
+
+def cache_key(**made_of: object) -> str:
+    """Hexadecimal key of what codes are made of: weights, data, size, views; any change is another key."""
+    return hashlib.sha256(json.dumps({"version": VERSION} | made_of, sort_keys=True).encode()).hexdigest()
 
 
 class CodeTable(NamedTuple):
@@ -35,16 +46,6 @@ class CodeTable(NamedTuple):
 
     ids: Grids  # (V, n, h, w) integers; view 0 is the first of the views that were asked for
     index: Tensor  # (n,) int64: which image of the data set each is (unreadable ones are left out)
-
-
-def cache_key(**made_of: object) -> str:
-    """Hexadecimal key of what the codes were made of: weights, data, size, views; any change is another key."""
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-
-
-CHUNK = 512  # images; with uint16 codes on a grid of even sides, two chunks share no page of 4096 bytes
-
-Note = dict[str, Any]  # of a chunk: {"crc32": int, "unreadable": {image: message}}
 
 
 class MappedCodes:
@@ -91,7 +92,7 @@ class CodeFile:
     chunk: int = CHUNK
 
     def beside(self, suffix: str) -> Path:
-        return self.folder / f"{self.name}_{hashlib.sha256(self.key.encode()).hexdigest()[:16]}.{suffix}"
+        return self.folder / f"{self.name}_{hashlib.sha256(self.key.encode()).hexdigest()[:KEY]}.{suffix}"
 
     @property
     def path(self) -> Path:
@@ -135,8 +136,15 @@ class CodeFile:
             )
         return {int(chunk): each for chunk, each in note["chunks"].items()}
 
+    def outdated(self) -> list[Path]:
+        """Codes of the same name that were kept by an earlier version."""
+        paths = [path for path in self.folder.glob(f"{self.name}_*.note") if len(path.stem) == len(self.name) + 1 + KEY]
+        notes = {path.with_suffix(".codes"): read_note(path) for path in sorted(paths)}
+        old = [path for path, note in notes.items() if note is not None and note.get("version") != VERSION]
+        return [path for path in old if path.is_file()]
+
     def note(self, path: Path, chunks: dict[int, Note]) -> None:
-        write_note(path, {"key": self.key, "chunks": chunks})
+        write_note(path, {"version": VERSION, "key": self.key, "chunks": chunks})
 
     def intact(self, chunk: int, note: Note) -> bool:
         """Whether a chunk is on disk as it was noted, and nothing behind the last one."""
@@ -229,6 +237,8 @@ def code_table(
         file.folder.mkdir(parents=True, exist_ok=True)
         with held(file, world):
             notes = made(file, images, encode, batch_size, world)
+        if world.is_main:
+            name_removable("codes", file.outdated())
     return file.table(notes)
 
 

@@ -16,13 +16,14 @@ from filelock import FileLock
 from torch.utils.data import DataLoader
 
 from train.config import ROOT
-from train.data import transforms
 from train.data.transforms import to_item
 from train.datasets import Dataset, UnreadableImage
-from train.datasets import _decode as images
+from train.files import name_removable
 
 CACHE_DIR = ROOT / "logs" / ".cache" / "images"
-CODE = (images, transforms)  # what decides how a file becomes pixels
+VERSION = 2  # raise it when the same file becomes other pixels, or they are kept in another way: the cache goes by it
+
+KEY = 24  # digits
 
 Shape = tuple[int, int, int]  # C, H, W
 
@@ -71,10 +72,9 @@ class CachedImages:
 
 
 def cache_key(dataset: Dataset, shape: Shape) -> str:
-    """Hexadecimal key of what the pixels are made of: the data, the size, the code that decodes and resizes."""
-    code = [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in CODE]
-    made_of = [dataset.fingerprint(), len(dataset), *shape, *code, PIL.__version__]
-    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
+    """Hexadecimal key of what the pixels are made of: the data, the size, the version of what decodes and resizes."""
+    made_of = [dataset.fingerprint(), len(dataset), *shape, VERSION, PIL.__version__]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:KEY]
 
 
 def cached_images(
@@ -92,7 +92,15 @@ def cached_images(
         note = read_note(path)
         if note is None:
             note = make(path, dataset, shape, workers)
+            name_removable("decoded images", outdated(folder, name))
     return CachedImages(path, note)
+
+
+def outdated(folder: Path, name: str) -> list[Path]:
+    """The pixels of a data set that were kept by an earlier version."""
+    paths = [path for path in sorted(folder.glob(f"{name}_*.pixels")) if len(path.stem) == len(name) + 1 + KEY]
+    notes = {path: read_note(path) for path in paths}
+    return [path for path, note in notes.items() if note is not None and note.get("version") != VERSION]
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
@@ -117,7 +125,9 @@ def make(path: Path, dataset: Dataset, shape: Shape, workers: int) -> dict[str, 
     print(f"decoding {len(dataset)} images once into {path} ({size / 1e9:.2f} GB)", flush=True)
     aside = path.with_suffix(".part")
     try:
-        note = {"count": len(dataset), "shape": shape} | write_pixels(aside, dataset, shape, workers)
+        note = {"version": VERSION, "count": len(dataset), "shape": shape} | write_pixels(
+            aside, dataset, shape, workers
+        )
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

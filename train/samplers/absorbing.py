@@ -22,6 +22,8 @@ from train.samplers._transformer import TransformerConfig, make_network
 from train.spaces import Start
 
 SPACE = "codes"
+OWN_SCHEDULES = {"halton": "arccos", "confidence": "cosine"}  # of --reveal auto
+FLAGS = {"choice_temp": "choice_temperature", "remasking": "strategy", "remask_eta": "eta"}  # settings of some solvers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +75,6 @@ class Sampling(SamplingConfig):
     """How guidance grows from the first step to the last."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only where t lies between these (0 is data, 1 all mask)."""
-
-
-def build(config: Config, *, codes: int, grid: tuple[int, int], n_classes: int):
-    """The contract of train/samplers: a file's `build` gives network, `loss` and `sample`."""
-    return AbsorbingSampler(config, codes=codes, grid=grid, n_classes=n_classes)
-
-
-OWN_SCHEDULES = {"halton": "arccos", "confidence": "cosine"}  # of --reveal auto
-FLAGS = {"choice_temp": "choice_temperature", "remasking": "strategy", "remask_eta": "eta"}  # settings of some solvers
 
 
 class AbsorbingSampler:
@@ -213,3 +206,8 @@ def once_each(network: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
     if len(first) == len(x):
         return network(x, labels)
     return network(x[first], None if labels is None else labels[first])[which]
+
+
+def build(config: Config, *, codes: int, grid: tuple[int, int], n_classes: int):
+    """The contract of train/samplers: a file's `build` gives network, `loss` and `sample`."""
+    return AbsorbingSampler(config, codes=codes, grid=grid, n_classes=n_classes)

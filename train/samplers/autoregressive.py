@@ -60,11 +60,6 @@ class Sampling(SamplingConfig):
     """How guidance grows from the first code to the last."""
 
 
-def build(config: Config, *, codes: int, grid: tuple[int, int], n_classes: int):
-    """The contract of train/samplers: a file's `build` gives network, `loss` and `sample`."""
-    return AutoregressiveSampler(config, codes=codes, grid=grid, n_classes=n_classes)
-
-
 class AutoregressiveSampler:
     """Network and process of a model of `codes` codes on a grid (h, w), one after the other, with `n_classes` or 0."""
 
@@ -167,3 +162,8 @@ class AutoregressiveSampler:
         labels = batch["label"] if self.n_classes else None
         with torch.no_grad():
             return self.process.likelihood(network(batch["codes"], labels), batch["codes"])
+
+
+def build(config: Config, *, codes: int, grid: tuple[int, int], n_classes: int):
+    """The contract of train/samplers: a file's `build` gives network, `loss` and `sample`."""
+    return AutoregressiveSampler(config, codes=codes, grid=grid, n_classes=n_classes)

@@ -36,6 +36,8 @@ OWN = {  # flags that one process has and others have not
     "flow": {"time_mean", "time_deviation", "time_shift"},
 }
 POSITIVE = ("sigma_data", "time_deviation", "time_shift", "min_snr_gamma", "time_scale", "first_beta", "last_beta")
+FEW_STEPS = 20  # of the solvers that need few
+HALF_LEVEL = 1 / 255  # of 8 bits on [-1, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,15 +172,6 @@ class Sampling(SamplingConfig):
     """Keep the predicted image in [-1, 1] at every step (pixels; latents are never clipped)."""
     dynamic_threshold: float | None = None
     """Instead, clip at this share of an image's numbers, such as 0.995, and divide by it."""
-
-
-def build(config: Config, *, shape: tuple[int, int, int], pixels: bool, n_classes: int):
-    """The contract of train/samplers; x is (C, H, W), pixels or latents."""
-    return GaussianSampler(config, shape=shape, pixels=pixels, n_classes=n_classes)
-
-
-FEW_STEPS = 20  # of the solvers that need few
-HALF_LEVEL = 1 / 255  # of 8 bits on [-1, 1]
 
 
 def make_process(config, pixels: bool) -> Gaussian:
@@ -407,3 +400,8 @@ class GaussianSampler:
         steps = {} if calls is None else {"steps": calls}
         found = flow_bits_per_dimension(denoise, process, x0, rng, **steps)
         return Bound(found.total, found.prior, found.total.new_zeros(len(x0), 0))
+
+
+def build(config: Config, *, shape: tuple[int, int, int], pixels: bool, n_classes: int):
+    """The contract of train/samplers; x is (C, H, W), pixels or latents."""
+    return GaussianSampler(config, shape=shape, pixels=pixels, n_classes=n_classes)

@@ -1,4 +1,8 @@
-"""Features that distances are measured in, one file each: `METRIC`, the distance's name, and `build(device)`."""
+"""Features that distances are measured in, one file each.
+
+A file defines `METRIC`, the distance's name, `build(device)`, and `VERSION`, a number that is raised when the same
+images get other features: what was measured before is then measured anew.
+"""
 
 import inspect
 import warnings

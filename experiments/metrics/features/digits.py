@@ -16,8 +16,8 @@ from train.datasets import Dataset, digits
 from train.files import whole_file
 
 METRIC = "FD(digits)"
+VERSION = 1  # raise it when anything below changes the trained weights: their cache goes by it, too
 SIDE = 32  # pixels; the size the digits are enlarged to
-RECIPE = "1"  # raise it when anything below changes the trained weights: the cache goes by it
 EPOCHS, BATCH, PEAK_LR, WEIGHT_DECAY, SEED = 20, 64, 4e-3, 0.05, 0
 CACHE_DIR = Path(__file__).resolve().parents[3] / "logs" / ".cache" / "classifiers"
 
@@ -74,7 +74,7 @@ def load_classifier(device: torch.device | str, cache_dir: str | Path = CACHE_DI
     ValueError: a damaged file.
     """
     training = digits.build(digits.Config(), "train")
-    key = hashlib.sha256(f"{training.fingerprint()} recipe {RECIPE}".encode()).hexdigest()
+    key = hashlib.sha256(f"{training.fingerprint()} recipe {VERSION}".encode()).hexdigest()
     path = Path(cache_dir) / f"digits-{key[:16]}.safetensors"
     if not path.is_file():
         trained = train_classifier(*_stacked(training), seed=SEED)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vq.weights import read_tensors
 
 METRIC = "FID"
+VERSION = 1
 
 
 def build(device: torch.device | str, weights: str | Path | None = None) -> Callable[[Tensor], Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 METRIC = "FD(pixels)"
+VERSION = 1
 SIDE = 16
 
 

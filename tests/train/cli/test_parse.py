@@ -158,12 +158,12 @@ def test_datasets_yaml_holds_paths(tmp_path, monkeypatch):
     monkeypatch.setattr(config_files, "ROOT", tmp_path)
     paths = 'ffhq: 2024\nchurches: ~nobody_of_that_name/x\nfaces: [a]\nbedrooms:\nmnist: "\\0"\n'
     written(tmp_path, paths, "datasets.yaml")
-    assert cli.data_dir_of("ffhq", None) == str(tmp_path / "2024")
-    assert cli.data_dir_of("churches", None) == str(tmp_path / "~nobody_of_that_name" / "x")
-    assert cli.data_dir_of("lsun", None) is None
+    assert config_files.data_dir_of("ffhq", None) == str(tmp_path / "2024")
+    assert config_files.data_dir_of("churches", None) == str(tmp_path / "~nobody_of_that_name" / "x")
+    assert config_files.data_dir_of("lsun", None) is None
     for name in ("faces", "bedrooms", "mnist"):
         with pytest.raises(ValueError, match=f"datasets.yaml.* for {name}"):
-            cli.data_dir_of(name, None)
+            config_files.data_dir_of(name, None)
 
 
 @pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"max_epochs": 1' + "0" * 400 + "}", "[" * 100_000, "\ufeff{}"])

@@ -15,7 +15,6 @@ import torch
 
 from helpers.toy_encoding import CHUNK, COUNT, EVERYTHING, Encoder, code_file, codes_in, encode, files, same
 from train.data import code_cache
-from train.data import code_cache as module
 from train.data.loading import TrainingCodes
 
 # interrupted
@@ -83,7 +82,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(tmp_path):
 
 
 def test_a_chunk_is_on_disk_before_it_is_noted(tmp_path, monkeypatch):
-    events, fsync, write_text = [], os.fsync, module.write_text
+    events, fsync, write_text = [], os.fsync, code_cache.write_text
 
     def synced(handle):
         events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
@@ -192,6 +191,21 @@ def test_codes_of_other_weights_are_refused(tmp_path):
     shutil.copytree(code_file(tmp_path / "part").beside("chunks"), code_file(tmp_path / "part", "x").beside("chunks"))
     with pytest.raises(ValueError, match="other weights"):
         codes_in(tmp_path / "part", file=code_file(tmp_path / "part", "x"))
+
+
+def test_codes_of_an_earlier_version_are_named_once_with_their_size(tmp_path, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        patch.setattr(code_cache, "VERSION", 1)
+        codes_in(tmp_path)
+    old = code_file(tmp_path)
+    capfd.readouterr()
+    for wanted in (True, False):  # the second time nothing is encoded
+        codes_in(tmp_path, file=code_file(tmp_path, key="new"))
+        said = capfd.readouterr().out
+        assert (f"to free {old.path.stat().st_size / 1e9:.3g} GB, delete {old.path}" in said) == wanted
+    old.delete()
+    codes_in(tmp_path, file=code_file(tmp_path, key="newer"))
+    assert "delete" not in capfd.readouterr().out  # what this version made stays
 
 
 def test_another_key_is_another_file(tmp_path):

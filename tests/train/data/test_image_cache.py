@@ -106,9 +106,25 @@ def test_other_data_sizes_channels_and_code_are_other_caches(dataset, tmp_path, 
         (dataset, dataclasses.replace(CONFIG, n_channels=1)),
     ]
     paths = {ImageSource(data, config, tmp_path).on_disk.path for data, config in variants}
-    monkeypatch.setattr(image_cache, "CODE", image_cache.CODE[:1])
+    monkeypatch.setattr(image_cache, "VERSION", image_cache.VERSION + 1)
     paths.add(ImageSource(dataset, CONFIG, tmp_path).on_disk.path)
     assert len(paths) == 5
+
+
+def test_a_cache_of_an_earlier_version_is_named_once_with_its_size(dataset, tmp_path, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        patch.setattr(image_cache, "VERSION", 1)
+        old = ImageSource(dataset, CONFIG, tmp_path).on_disk.path
+    note = old.with_suffix(".json")
+    note.write_text(json.dumps({key: value for key, value in json.loads(note.read_text()).items() if key != "version"}))
+    capfd.readouterr()
+    for wanted in (True, False):  # the second time nothing is made
+        new = ImageSource(dataset, CONFIG, tmp_path).on_disk.path
+        said = capfd.readouterr().out
+        assert (f"to free {6 * 3 * 8 * 8 / 1e9:.3g} GB, delete {old}" in said) == wanted
+    assert old.is_file() and new != old and image_cache.outdated(tmp_path, CONFIG.dataset) == [old]
+    ImageSource(dataset, dataclasses.replace(CONFIG, dataset="my"), tmp_path)
+    assert "delete" not in capfd.readouterr().out  # those of another data set are not its own
 
 
 def test_caches_of_sizes_that_are_not_square_and_of_margins_hold_what_was_decoded(dataset, tmp_path):

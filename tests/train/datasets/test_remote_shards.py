@@ -11,7 +11,7 @@ import pytest
 from train.config import DataConfig
 from train.data.loading import ImageSource, TrainingImages, images_in_order
 from train.datasets import SPLITS
-from train.datasets.webdataset import Config, build, shards
+from train.datasets.webdataset import Config, build, tar
 from train.datasets.webdataset import store as stores
 from train.datasets.webdataset.store import Store, digest
 
@@ -113,14 +113,14 @@ def bring_together(barrier, config, answers):
 
 
 def test_processes_that_start_together_index_each_shard_once(away, shard_cache, tmp_path, monkeypatch):
-    scan = shards._tar.scan
+    scan = tar.scan
 
     def noted(file, name, wanted):
         with (tmp_path / "scanned").open("a") as log:
             log.write(f"{name[-1]}\n")
         return scan(file, name, wanted)
 
-    monkeypatch.setattr(shards._tar, "scan", noted)
+    monkeypatch.setattr(tar, "scan", noted)
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(3), context.Queue()
     config = config_of(away, "{0..2}", val_fraction=0.34)

@@ -1,0 +1,98 @@
+"""How many files one training step and one sample pass through: `python tests/helpers/trace_files.py [ROOT ...]`.
+
+Of each checkout, counted by Python's profiler over calls of the project's functions: the files they lie in, and the
+changes of file, which are calls from a function of one file to a function of another, each pair of functions once, as
+a reader would follow them. The step is the second of an absorbing sampler of digits; the sample is that of
+`get_samples.py --n_samples 1` from start to end. Networks are tiny: sizes change neither number.
+"""
+
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
+
+VQGAN = "--nf 4 --ch_mult 1 2 2 --emb_dim 4 --codebook_size 16 --batch_size 4 --img_size 16 --perceptual_net none"
+SAMPLER = "--bert_n_emb 16 --bert_n_head 2 --bert_n_layers 2 --batch_size 4 --train_steps 4"
+COMMANDS = {
+    "vqgan": f"train_vqgan.py {VQGAN} --train_steps 2 --ndf 4 --disc_layers 1",
+    "step": f"train_sampler.py {SAMPLER}",
+    "sample": "experiments/get_samples.py --n_samples 1",
+}
+
+
+class Trace:
+    """A profile function; after `begin` it notes calls between functions of files below `root`, until `end`."""
+
+    def __init__(self, root: Path):
+        self.root, self.steps = str(root) + os.sep, None
+        self.calls: set[tuple[str, str, str, str]] = set()  # file and function of the caller, of the called
+        self.files: set[str] = set()
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> None:
+        if event != "call" or not self.known(frame):
+            return
+        if frame.f_code.co_name == "reseed":  # the loop does it once a step
+            self.steps = None if self.steps is None else self.steps + 1
+        if self.steps not in (None, 2):
+            return
+        caller = frame.f_back
+        while caller is not None and not self.known(caller):
+            caller = caller.f_back
+        self.files.add(frame.f_code.co_filename)
+        if caller is not None and caller.f_code.co_filename != frame.f_code.co_filename:
+            self.calls.add((*name_of(caller), *name_of(frame)))
+
+    def known(self, frame: FrameType) -> bool:
+        file = frame.f_code.co_filename
+        ours = file.startswith(self.root) and "site-packages" not in file
+        return ours and frame.f_code.co_name != "<module>"
+
+
+def name_of(frame: FrameType) -> tuple[str, str]:
+    return frame.f_code.co_filename, frame.f_code.co_qualname
+
+
+def trace(root: Path, logs: str, name: str) -> None:
+    """One command in this process, traced."""
+    script, *flags = COMMANDS[name].split()
+    sys.argv = [str(root / script), *flags, "--no_amp", "--logs_root", logs]
+    sys.path.insert(0, str((root / script).parent))
+    watch = Trace(root)
+    if name == "step":
+        watch.steps = 0
+    if name != "vqgan":
+        sys.setprofile(watch)
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.setprofile(None)
+    if name != "vqgan":
+        print(f"{name}: {len(watch.files)} files, {len(watch.calls)} changes of file")
+
+
+def main() -> None:
+    if len(sys.argv) == 4 and sys.argv[3] in COMMANDS:
+        trace(Path(sys.argv[1]), *sys.argv[2:])
+        return
+    for name in sys.argv[1:] or ["."]:
+        root = Path(name).resolve()
+        print(root, flush=True)
+        with tempfile.TemporaryDirectory() as logs:
+            for command in COMMANDS:
+                result = subprocess.run(
+                    [sys.executable, __file__, str(root), logs, command],
+                    cwd=root,
+                    env={**os.environ, "PYTHONPATH": str(root)},
+                    capture_output=True,
+                    text=True,
+                )
+                if result.returncode:
+                    sys.exit(result.stderr)
+                print(*(line for line in result.stdout.splitlines() if line.startswith(f"{command}:")), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Old dotted paths of public classes are errors that name the new ones."""
+
+import importlib
+import re
+
+import pytest
+
+from helpers.tiny_runs import DDPM, ROOT, call
+from models.blocks import EmbedBlock
+from models.registry import MOVED, part
+from train.registry import dotted
+
+
+@pytest.mark.parametrize("new", sorted(set(MOVED.values())))
+def test_what_moved_is_where_the_list_says(new):
+    module, _, name = new.rpartition(".")
+    assert hasattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_an_old_path_is_refused_with_the_new_one(old):
+    with pytest.raises(ValueError, match=re.escape(MOVED[old])):
+        dotted(old, "--hooks")
+    with pytest.raises(ValueError, match=re.escape(MOVED[old])):
+        part(old, {}, (EmbedBlock,), "res_block_type")
+
+
+def test_a_users_file_that_imports_an_old_module_is_told_of_the_new_ones(tmp_path, monkeypatch):
+    (tmp_path / "my_blocks.py").write_text("from models.attention_block import SelfAttentionBlock\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="imports models.attention_block.*models.unet_attention.SelfAttentionBlock"):
+        part("my_blocks.Mine", {}, (EmbedBlock,), "res_block_type")
+
+
+def test_a_flag_with_an_old_path_ends_with_one_line(tmp_path, capfd):
+    flags = f"--logs_root {tmp_path} {DDPM} --attn_block_type models.attention_block.SelfAttentionBlock"
+    with pytest.raises(SystemExit) as stop:
+        call("train_sampler.py", flags)
+    message = capfd.readouterr().err
+    assert stop.value.code == 2 and "which is models.unet_attention.SelfAttentionBlock now" in message
+
+
+def test_the_documentation_has_the_same_list():
+    text = (ROOT / "docs" / "extending.md").read_text()
+    assert dict(re.findall(r"^\| `([\w.]+)` \| `([\w.]+)` \|$", text, re.M)) == MOVED
