@@ -95,7 +95,7 @@ def test_a_chunk_is_on_disk_before_it_is_noted(tmp_path, monkeypatch):
     if not Path("/proc/self/fd").exists():
         pytest.skip("no /proc here to tell which file is flushed")
     monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(module, "write_text", noted)
+    monkeypatch.setattr(code_cache, "write_text", noted)
     codes_in(tmp_path)
     for chunk in range(4):
         noted = events.index(f"{chunk:08d}.note")
