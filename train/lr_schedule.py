@@ -1,4 +1,4 @@
-"""The learning rate of every step, from numbers alone. Free of torch."""
+"""The learning rate of every step, from numbers alone."""
 
 import math
 

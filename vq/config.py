@@ -1,4 +1,4 @@
-"""The settings of the first stage. Free of torch, so that `--help` answers at once."""
+"""The settings of the first stage."""
 
 import math
 from dataclasses import dataclass

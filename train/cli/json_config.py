@@ -1,4 +1,4 @@
-"""Configurations in the shape of LayoutDiffuse's MNIST.json, as our YAML files would say them. Free of torch.
+"""Configurations in the shape of LayoutDiffuse's MNIST.json, as our YAML files would say them.
 
 The code that read MNIST.json was never published. Its configs/palette/*.json have the same keys and its UNet comes from
 Palette's code (Janspiry's, of Saharia et al. 2022), so values mean what they mean there; but our network is told t, not

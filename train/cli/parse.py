@@ -1,4 +1,4 @@
-"""The command line: typed dataclasses, one flat list of flags, YAML files under them. Free of torch: `--help` is quick.
+"""The command line: typed dataclasses, one flat list of flags, YAML files under them.
 
 Precedence: dataclass default < --config FILE.yaml (else configs/<sampler>_<dataset>.yaml or configs/<dataset>.yaml) <
 flag. A file has the keys of the data and the sampler's name at its top level, and in sections (`vqgan:`, `absorbing:`,

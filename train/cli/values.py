@@ -1,4 +1,4 @@
-"""Words of flags and files, and the values they become: numbers are finite, whole where they must be. Free of torch."""
+"""Words of flags and files, and the values they become: numbers are finite, whole where they must be."""
 
 import re
 import reprlib

@@ -38,7 +38,7 @@ def test_the_second_load_reads_the_cache(classifier, cache, images, monkeypatch)
     assert len(list(cache.iterdir())) == 1
     again = digit_features.load_classifier("cpu", cache)
     assert torch.equal(again(images), classifier(images))
-    monkeypatch.setattr(digit_features, "RECIPE", "another")
+    monkeypatch.setattr(digit_features, "VERSION", 0)
     with pytest.raises(AssertionError, match="trained again"):
         digit_features.load_classifier("cpu", cache)
 
