@@ -26,7 +26,7 @@ def plugin(package: str, name: str, flag: str):
 
 def dotted(path: str, flag: str) -> Callable:
     """The function or class at `package.module.name`, the user's own; ValueError says what is missing."""
-    if "." not in path:
+    if not path.rpartition(".")[0]:
         raise ValueError(f"got {flag} {path!r}, wanted package.module.function")
     found = import_attribute(path, flag, "is it on PYTHONPATH?")
     if not callable(found):
