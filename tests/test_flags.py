@@ -246,8 +246,15 @@ print("ended with", code, [name for name in %r if name in sys.modules])
 """
 
 
-@pytest.mark.parametrize("flag, code", [("--help", 0), ("--no_such_flag", 2)])
-@pytest.mark.parametrize("script", ["train_vqgan.py", "train_sampler.py", "experiments/calc_FID.py", "convert.py"])
+@pytest.mark.parametrize(
+    "script, flag, code",
+    [
+        ("train_vqgan.py", "--help", 0),
+        ("train_sampler.py", "--no_such_flag", 2),
+        ("experiments/calc_FID.py", "--help", 0),
+        ("convert.py", "--no_such_flag", 2),
+    ],
+)
 def test_help_and_refusals_wait_for_nothing_slower_than_torch(script, flag, code):
     command = [sys.executable, "-c", HOW % (SLOW,), script, flag]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

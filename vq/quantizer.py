@@ -88,6 +88,7 @@ class Quantizer(nn.Module, ABC):
 
 
 def make_quantizer(config: VQGANConfig) -> Quantizer:
+    """The quantizer that a config names, a file of vq/quantizers, with random codes where it has any."""
     return importlib.import_module(f"vq.quantizers.{config.quantizer}").build(config)
 
 

@@ -13,7 +13,7 @@ from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.metrics.decoder_likelihood import DecoderBits, TrainedHead, load_head, of_images
 from helpers.process_pool import Crew
 from helpers.run_asserts import assert_same_losses, lines
-from helpers.tiny_runs import DDPM, ROOT, UNET, call, run
+from helpers.tiny_runs import DDPM, ROOT, UNET, call
 from train.data.loading import ImageSource, Order
 
 SCRIPT = "experiments/calc_approximate_ELBO.py"
@@ -229,6 +229,7 @@ def test_without_the_decoder_it_is_the_bound_on_codes(measure, measured, monkeyp
     assert not any(OF_IMAGES & measured[model].keys() for model in ("ddpm", "edm", "flow"))
 
 
+@pytest.mark.slow
 def test_a_trained_head_is_taken_as_it_is_and_a_longer_training_goes_on(measure, trained, codes, capsys):
     own = "--head_dir head_of_mine"
     first = measure("absorbing", "elbo_head", own)
@@ -274,10 +275,12 @@ def test_latents_are_refused(trained, capfd):
 
 
 @pytest.mark.parametrize("flag", ["n_images", "calls", "train_steps", "train_batch_size"])
-def test_nothing_to_measure_is_refused(flag, trained_ddpm):
-    done = run(SCRIPT, f"--logs_root {trained_ddpm} --sampler ddpm --{flag} 0")
-    assert done.returncode == 2
-    assert f"got {flag} 0, wanted at least 1: pass --{flag} N" in " ".join(done.stderr.replace("│", " ").split())
+def test_nothing_to_measure_is_refused(flag, trained_ddpm, capfd):
+    with pytest.raises(SystemExit) as stop:
+        call(SCRIPT, f"--logs_root {trained_ddpm} --sampler ddpm --{flag} 0")
+    assert stop.value.code == 2
+    message = " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert f"got {flag} 0, wanted at least 1: pass --{flag} N" in message
 
 
 @pytest.mark.parametrize(("steps", "calls", "widths"), [(5, None, [1] * 5), (9, 4, [1, 1, 3, 4]), (0, 3, [])])

@@ -10,7 +10,7 @@ from PIL import Image
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.harness.images import SampleWriter, read_samples
 from experiments.metrics.frechet import Statistics, frechet_distance
-from helpers.tiny_runs import call, run
+from helpers.tiny_runs import call
 
 
 def results(logs, name):
@@ -139,7 +139,8 @@ def test_foreign_archives_are_refused(tmp_path):
         read_samples(path)
 
 
-def test_a_dataset_that_is_not_the_models_is_refused(trained):
-    done = run("experiments/calc_FID.py", f"--logs_root {trained} --dataset mnist --load_dir absorbing_digits")
-    assert done.returncode == 2
-    assert "was trained with --dataset digits, got mnist" in done.stderr
+def test_a_dataset_that_is_not_the_models_is_refused(trained, capfd):
+    with pytest.raises(SystemExit) as stop:
+        call("experiments/calc_FID.py", f"--logs_root {trained} --dataset mnist --load_dir absorbing_digits")
+    assert stop.value.code == 2
+    assert "was trained with --dataset digits, got mnist" in capfd.readouterr().err

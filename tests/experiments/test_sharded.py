@@ -115,6 +115,7 @@ def numbers(found):
 
 
 @pytest.mark.parametrize("name", ["samples", "one_batch", "cut_samples"])
+@pytest.mark.slow
 def test_the_samples_are_those_of_one_process(made, name):
     one, two, _ = made
     with np.load(one / name / "samples.npz") as wanted, np.load(two / name / "samples.npz") as got:
@@ -128,6 +129,7 @@ def test_the_samples_are_those_of_one_process(made, name):
 
 
 @pytest.mark.parametrize("name", ["FID", "ELBO", "cut_FID"])
+@pytest.mark.slow
 def test_the_report_is_that_of_one_process(made, name):
     one, two, _ = made
     wanted, got = (numbers(results(logs, name)) for logs in (one, two))
@@ -143,6 +145,7 @@ def test_the_report_is_that_of_one_process(made, name):
     assert all(runs[0][key] == runs[1][key] for key in same)
 
 
+@pytest.mark.slow
 def test_the_distance_in_training_is_that_of_one_process(made):
     """Of shards too, which all processes must put together as often."""
     found = []
@@ -152,12 +155,14 @@ def test_the_distance_in_training_is_that_of_one_process(made):
     assert found == [pytest.approx(found[0], rel=1e-4)] * 2
 
 
+@pytest.mark.slow
 def test_the_real_images_are_measured_once_by_both(made):
     one, two, _ = made
     files = [sorted(path.name for path in (logs / ".cache" / "statistics").iterdir()) for logs in (one, two)]
     assert files[0] == files[1] and len(files[0]) == 2  # 16x16 and 8x8
 
 
+@pytest.mark.slow
 def test_the_main_process_alone_speaks(made):
     (out, bars), (other_out, other_bars) = made[2]
     assert "sampler:" in out and "results:" in out and "sampling" in bars

@@ -6,6 +6,7 @@ a reader would follow them. The step is the second of an absorbing sampler of di
 `get_samples.py --n_samples 1` from start to end. Networks are tiny: sizes change neither number.
 """
 
+import inspect
 import os
 import runpy
 import subprocess
@@ -47,8 +48,8 @@ class Trace:
 
     def known(self, frame: FrameType) -> bool:
         file = frame.f_code.co_filename
-        ours = file.startswith(self.root) and "site-packages" not in file
-        return ours and frame.f_code.co_name != "<module>"
+        function = frame.f_code.co_flags & inspect.CO_OPTIMIZED  # else the body of a module or a class, at its import
+        return bool(function) and file.startswith(self.root) and "site-packages" not in file
 
 
 def name_of(frame: FrameType) -> tuple[str, str]:
@@ -91,7 +92,11 @@ def main() -> None:
                 )
                 if result.returncode:
                     sys.exit(result.stderr)
-                print(*(line for line in result.stdout.splitlines() if line.startswith(f"{command}:")), sep="\n")
+                print(
+                    *(f"  {line}\n" for line in result.stdout.splitlines() if line.startswith(f"{command}:")),
+                    end="",
+                    sep="",
+                )
 
 
 if __name__ == "__main__":

@@ -213,6 +213,7 @@ def test_auto_works_under_autocast(grid, bias):
     assert close(found, with_gradients(lambda *x: case.attend("auto", *x), inputs), 0.02)
 
 
+@pytest.mark.slow
 @with_bias
 @with_backends
 def test_it_compiles_as_one_graph_also_for_other_batches_and_grids(backend, bias):

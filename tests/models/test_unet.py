@@ -219,6 +219,7 @@ def test_channels_last_changes_nothing(kind):
     assert torch.allclose(network(x.to(memory_format=torch.channels_last), t), wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["softmax", "transformer"])
 def test_compiling_changes_nothing(kind):
     network, (x, t) = woken(unet(attn_block_type=kind, n_classes=3)), batch()

@@ -50,6 +50,7 @@ def assert_same(one, other, step):
     assert_same_checkpoints(one, other, step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_train_the_vqgan_of_one(logs, two, way):
     two.run("train_vqgan.py", f"--logs_root {logs} --log_dir {way} --train_steps {STEPS} {STAGE_1} --parallel {way}")
@@ -85,6 +86,7 @@ def test_two_processes_train_the_ddpm_of_one(tmp_path, two, flags, way):
     assert_same_ddpm(tmp_path / "one", tmp_path / "two", 10)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_in_every_other_way(logs, two):
     """One process, shards, replicas, one process: two steps each, from the checkpoint before."""
     flags = f"--logs_root {logs} --log_dir chain {STAGE_1}"

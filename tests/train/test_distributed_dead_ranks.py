@@ -63,6 +63,7 @@ def test_the_other_process_of_a_killed_one_ends_with_an_error(tmp_path, pair, vi
     assert processes[1 - victim].returncode not in (0, -signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_the_other_process_of_one_that_stands_still_ends_after_its_timeout(tmp_path, pair):
     processes = pair("--timeout_minutes 0.2")
     wait_until_it_trains(tmp_path)
@@ -86,6 +87,7 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in found.stdout.split()]
 
 
+@pytest.mark.slow
 def test_torchrun_ends_with_an_error_where_a_worker_was_killed(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}

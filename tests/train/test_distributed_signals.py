@@ -79,6 +79,7 @@ def whole(tmp_path_factory) -> Path:
     return alone / "run"
 
 
+@pytest.mark.slow
 def test_a_real_run_is_signalled_twice_and_ends_as_one_left_alone(tmp_path, whole):
     """With loading processes beside it, whose ends must not be heard of."""
     logs, begun = tmp_path / "signalled", 0

@@ -26,6 +26,7 @@ def compared(stage, folder, steps, kills, alone=None):
     return {name: count for name, count in differences(one, attempt.run, steps).items() if count}, attempt
 
 
+@pytest.mark.slow
 def test_three_kills_change_no_bit(tmp_path, tmp_path_factory):
     alone = tmp_path_factory.getbasetemp() / "undisturbed_36"  # test_signals.py compares with it too
     different, attempt = compared("vqgan", tmp_path, 36, 3, alone)

@@ -79,6 +79,7 @@ def test_no_discriminator_work_before_its_start(tmp_path):
     assert [("disc_loss" in row) for row in rows if "loss" in row] == [False, False, True]
 
 
+@pytest.mark.slow
 def test_perceptual_weights_are_known_by_their_content(tmp_path, capfd):
     for name in ("one", "other"):
         torch.save(torchvision.models.squeezenet1_1(weights=None).features.state_dict(), tmp_path / f"{name}.pth")

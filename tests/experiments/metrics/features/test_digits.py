@@ -4,6 +4,8 @@ import torch
 from experiments.metrics.features import digits as digit_features
 from train.datasets import digits
 
+pytestmark = pytest.mark.slow  # the classifier is trained anew
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):

@@ -1,0 +1,30 @@
+"""`pip install -e .` is for code elsewhere that imports the packages; a wheel is refused with the line to type."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+
+from setuptools import find_packages
+
+from helpers.tiny_runs import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_packages_alone_are_installed_and_nothing_named_tests():
+    found = find_packages(str(ROOT), include=PROJECT["tool"]["setuptools"]["packages"]["find"]["include"])
+    assert {name.partition(".")[0] for name in found} == {"models", "diffusion", "vq", "train", "experiments"}
+    folders = {
+        p.parent for name in ("models", "diffusion", "vq", "train", "experiments") for p in (ROOT / name).rglob("*.py")
+    }
+    assert len(found) == len(folders)  # each folder of code is a package
+
+
+def test_a_wheel_is_refused_with_the_line_to_type(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "pip install -e ." in done.stderr
+    assert not list(tmp_path.rglob("*.whl"))
