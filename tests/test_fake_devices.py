@@ -2,7 +2,7 @@
 
 Fake tensors have a shape, a type and a device, and no numbers. Autograd does not run on fake CUDA tensors where there
 is no GPU, so what needs a gradient runs on "meta", which is just as far from the CPU. What looks at numbers cannot run
-on either: see test_elsewhere.py.
+on either: see test_fake_device.py.
 """
 
 import contextlib

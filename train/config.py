@@ -163,7 +163,7 @@ class TrainingConfig:
 
     @property
     def schedule(self) -> dict[str, Any]:
-        """The arguments of `train.schedule.learning_rate`, but for the step."""
+        """The arguments of `train.lr_schedule.learning_rate`, but for the step."""
         return {
             "lr": self.lr,
             "steps": self.train_steps,

@@ -1,6 +1,6 @@
 """The Frechet distance while a run trains: of what the averaged network draws or rebuilds now, to the real images.
 
-Each function here makes what `train.session.train` takes as `distance`. A distance is what calc_FID finds for the same
+Each function here makes what `train.trainer.train` takes as `distance`. A distance is what calc_FID finds for the same
 weights, seed and number of images. Of a thousand images it is greater than of many: compare it with its like alone.
 """
 

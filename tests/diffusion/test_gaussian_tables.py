@@ -1,6 +1,6 @@
 """Gaussian diffusion against outputs of the public improved-diffusion code.
 
-Where those are not at hand, test_schedules.py still holds its betas.
+Where those are not at hand, test_gaussian_schedules.py still holds its betas.
 """
 
 import os

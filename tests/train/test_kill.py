@@ -28,7 +28,7 @@ def compared(stage, folder, steps, kills, alone=None):
 
 @pytest.mark.slow
 def test_three_kills_change_no_bit(tmp_path, tmp_path_factory):
-    alone = tmp_path_factory.getbasetemp() / "undisturbed_36"  # test_signals.py compares with it too
+    alone = tmp_path_factory.getbasetemp() / "undisturbed_36"  # test_distributed_signals.py compares with it too
     different, attempt = compared("vqgan", tmp_path, 36, 3, alone)
     assert different == {}
     assert attempt.kills >= 2  # the last one may come too late

@@ -197,7 +197,7 @@ def test_it_can_be_built_without_memory(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_legacy_beta_is_of_nearest_alone(name):
-    """What it does there: test_quantize.py."""
+    """What it does there: test_quantizer.py."""
     if name == "nearest":
         assert VQGANConfig(quantizer=name, legacy_beta=True).legacy_beta
         return
