@@ -192,7 +192,7 @@ class Profile:
         """Begins to record with the next step, or, after a `warmup` of 1, with the one after it."""
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
         plan = schedule(wait=0, warmup=warmup, active=self.count, repeat=1) if warmup else None
-        self.running = profile(activities=activities, schedule=plan)
+        self.running = profile(activities=activities, schedule=plan, acc_events=True)  # older torch warns without
         self.running.start()
 
     def close(self) -> None:

@@ -163,6 +163,7 @@ def train(
         finally:
             logger.close()
             profile.close()
+            state.replicas.clear()  # freed after the process group, torch 2.11 deadlocks in their destructor
     if world.is_main and clock.seconds:
         print(f"time: {clock}", flush=True)
 

@@ -1,9 +1,12 @@
 """What tests have each process of a `Crew` do; answers are plain numbers and lists."""
 
+import gc
 from collections import Counter
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from helpers import tiny_runs
@@ -18,7 +21,7 @@ def collectives(command: str) -> dict[str, int]:
     counts, step = Counter(), SamplerStep.__call__
 
     def counted(self, state, parts):
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
             outputs = step(self, state, parts)
         names = [event.name for event in profiler.events()]
         counts.update(name.removeprefix("gloo:") for name in names if name.startswith("gloo:"))
@@ -27,6 +30,20 @@ def collectives(command: str) -> dict[str, int]:
     with mock.patch.object(SamplerStep, "__call__", counted):
         tiny_runs.call(script, flags)
     return dict(counts)
+
+
+def replicas_at_the_end(command: str) -> int:
+    """How many wrappers of DDP there are when the process group of a run is taken down."""
+    script, _, flags = command.partition(" ")
+    counts, destroy = [], dist.destroy_process_group
+
+    def counted(*args, **how):
+        counts.append(sum(type(thing) is DistributedDataParallel for thing in gc.get_objects()))
+        destroy(*args, **how)
+
+    with mock.patch.object(dist, "destroy_process_group", counted):
+        tiny_runs.call(script, flags)
+    return counts[0]
 
 
 def shares(_: str) -> dict:

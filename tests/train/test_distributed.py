@@ -125,6 +125,12 @@ def test_gradients_are_exchanged_once_for_all_parts_of_a_batch(tmp_path, two, wa
     assert_close(*(weights(tmp_path / f"{way}_{parts}", 1) for parts in (1, 4)))
 
 
+def test_no_wrapper_outlives_its_process_group(tmp_path, two):
+    """On torch 2.11 one that does deadlocks where it is freed, and the run never ends."""
+    flags = f"--logs_root {tmp_path} {DDPM} --no_amp --train_steps 1 --steps_per_eval 0"
+    assert two.call("helpers.per_rank.replicas_at_the_end", f"train_sampler.py {flags}") == [0, 0]
+
+
 def test_processes_share_lists_that_do_not_divide(two):
     first, second = two.call("helpers.per_rank.shares")
     assert (first["own"], second["own"]) == ([0, 2, 4], [1, 3])
