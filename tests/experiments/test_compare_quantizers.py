@@ -101,6 +101,7 @@ def test_lpips_is_measured_where_it_was_trained_with(net, tmp_path, monkeypatch)
     assert results(tmp_path / "lpips")["nearest_0"]["lpips"] == (0.0 if net == "squeeze" else None)
 
 
+@pytest.mark.slow
 def test_the_averaged_weights_are_measured(tmp_path, monkeypatch):
     """With an average that moves by nothing the weights are those of the beginning."""
     seen, rebuilt = [], reconstruction.rebuilt

@@ -181,6 +181,7 @@ def test_other_features_are_measured_anew(trained):
     assert results(trained, "other_features")["sets"]["ancestral:2/0"]["distance"] > 0
 
 
+@pytest.mark.slow
 def test_every_gaussian_solver_is_measured(trained_ddpm, capfd):
     flags = f"--logs_root {trained_ddpm} --sampler ddpm {TINY} --log_dir solvers --steps 2"
     call(SCRIPT, f"{flags} --solvers ddpm:5 ddim dpmpp_2m unipc heun:3 --guidance 1")

@@ -101,6 +101,7 @@ def test_a_checkpoint_goes_on_in_every_other_way(logs, two):
         assert row == pytest.approx(steps[1][step], rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_averages_on_their_way_to_the_log_go_on_in_two_processes(tmp_path, two):
     """A checkpoint between two logged lines, made by one process: its steps weigh as much as those of two."""
     flags = f"--logs_root {tmp_path} --no_amp {VQGAN} --perceptual_net none --steps_per_log 4 --train_steps 4"

@@ -73,6 +73,7 @@ def test_the_other_process_of_one_that_stands_still_ends_after_its_timeout(tmp_p
     assert processes[1].poll() is None  # it stands still all the while
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_one_process_that_gives_up_ends_all(tmp_path, pair, way):
     processes = pair(f"--hooks helpers.fault_injection.raises_in_the_second --parallel {way}")

@@ -100,6 +100,7 @@ def test_a_real_run_is_signalled_twice_and_ends_as_one_left_alone(tmp_path, whol
     assert not any(found.values()), found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep finds the loading processes")
 def test_sigterm_to_all_processes_of_a_job_is_one_to_the_training_process(tmp_path):
     """As schedulers, containers and systemd send it: loading processes serve until they are not needed any more."""

@@ -217,6 +217,7 @@ def test_a_window_that_fits_the_width_alone_is_refused(logs, capfd):
     assert "height of 4" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_gaussian_samplers_train_and_draw_on_latents_and_pixels_that_are_not_square(logs):
     latent = f"--sampler ddpm --batch_size 4 --total_steps 20 --sample_steps 3 --ae_load_dir vqgan_digits {UNET}"
     for name, flags in {"latents": latent, "pixels": f"{DDPM} --img_width 12 --shift 0 --crop_margin 2"}.items():

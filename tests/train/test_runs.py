@@ -18,6 +18,7 @@ def refused(capfd, script, flags):
     return capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_and_another_one_names_what_differs(tmp_path, capfd):
     flags = f"--logs_root {tmp_path} {VQGAN} {GAN}"
     call("train_vqgan.py", f"{flags} --train_steps 2")

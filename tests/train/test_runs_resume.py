@@ -9,9 +9,14 @@ from helpers.run_asserts import assert_close, assert_equal_bits, assert_same_ddp
 from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call
 
 MORE = "--quantizer ema --revive_below 0.5 --lecam_weight 0.1 --disc_spectral_norm --disc_blur"
+RESUMED = [
+    (2, ""),
+    (5, MORE),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((5, ""), (2, "--quantizer gumbel"))),
+]
 
 
-@pytest.mark.parametrize(("stop", "more"), [(2, ""), (5, ""), (5, MORE), (2, "--quantizer gumbel")])
+@pytest.mark.parametrize(("stop", "more"), RESUMED)
 def test_vqgan_resumed_is_bitwise_the_one_that_never_stopped(tmp_path, stop, more):
     flags = f"{VQGAN} {GAN} --steps_per_log 1 --warmup_iters 5 {more}"
     call("train_vqgan.py", f"--logs_root {tmp_path} --log_dir whole --train_steps 7 {flags}")

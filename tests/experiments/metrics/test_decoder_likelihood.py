@@ -226,6 +226,7 @@ def test_resumed_it_is_bitwise_the_one_that_never_stopped(first, whole, tmp_path
     assert [row for row in lines(whole.run) if "loss" in row] == [row for row in lines(parts.run) if "loss" in row]
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_are_the_whole(first, whole, tmp_path):
     parts = trained_head(first, tmp_path / "parts", 5, accumulate=2)
     rows = zip(lines(whole.run), lines(parts.run), strict=True)

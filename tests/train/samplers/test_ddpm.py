@@ -233,7 +233,12 @@ def test_the_losses_of_edm_and_flow_may_be_called_simple():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"prediction": "v"}, {"process": "edm"}, {"process": "flow", "time_sampler": "uniform"}]
+    "settings",
+    [
+        {"prediction": "v"},
+        pytest.param({"process": "edm"}, marks=pytest.mark.slow),
+        pytest.param({"process": "flow", "time_sampler": "uniform"}, marks=pytest.mark.slow),
+    ],
 )
 def test_it_learns_one_image_per_class(settings):
     """Constant images, -0.6 and 0.6 by class: samples of a class are its image."""
