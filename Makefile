@@ -17,7 +17,7 @@ $(VENV)/ready: requirements.txt requirements-extra.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
-	$(RUN) -m pip install --quiet "setuptools>=64" wheel "build>=1.3"
+	$(RUN) -m pip install --quiet "setuptools>=70.1" wheel "build>=1.3"
 	CUDA_VISIBLE_DEVICES= $(RUN) -m pip install --quiet --no-build-isolation natten || echo "natten did not install: everything runs without it"
 	touch $@
 

@@ -57,7 +57,7 @@ LossType = Literal["elbo", "reweighted_elbo", "mlm"]
 class AbsorbingDiffusion:
     """`codes` K is the number of codes, ids 0..K-1; the mask is id K. `steps` T; None is continuous time.
 
-    `schedule`, of diffusion/absorbing.py, says how masks grow.
+    `schedule`, of MASKINGS, says how masks grow.
     """
 
     codes: int

@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion.gaussian_solvers import step_times
 from diffusion.process import Gaussian
 from diffusion.types import Denoiser, Prediction
 
@@ -171,23 +169,3 @@ def known(denoise: Denoiser, process: Gaussian, x0: Tensor, keep: Tensor) -> Den
         return Prediction(*(torch.where(keep, a, b) for a, b in zip(exact[:2], said[:2], strict=True)), said.share)
 
     return on
-
-
-def begun_at(process: Gaussian, share: float) -> Gaussian:
-    """The process from where `share` of x is noise, sigma / (alpha + sigma): 0 is data, 1 the process as it is.
-
-    Share means the same for all processes, whatever their t is: half noise is sigma = alpha.
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"got a share of noise of {share}, wanted 0 (data) to 1 (pure noise)")
-    if share == 1:
-        return process
-    share = torch.tensor(share, dtype=torch.float64)
-    start = process.time_at(((1 - share) / share).log()).item()
-    return replace(process, start=min(start, process.start))
-
-
-def steps_left(whole: Gaussian, part: Gaussian, steps: int, spacing: str) -> int:
-    """How many of the steps from the start of one process begin where the other starts, or after; at least 1."""
-    times = step_times(whole, steps, spacing)[:-1]
-    return max(1, sum(t <= part.start * (1 + 1e-6) for t in times))

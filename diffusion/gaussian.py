@@ -71,7 +71,7 @@ def with_zero_terminal_snr(abar: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class GaussianDiffusion(Gaussian):
-    """`abar` (T + 1,) float64 of diffusion/gaussian.py; what the network predicts; how wide a reverse step is; where
+    """`abar` (T + 1,) float64 of SCHEDULES; what the network predicts; how wide a reverse step is; where
     sampling begins."""
 
     abar: Tensor
@@ -87,7 +87,7 @@ class GaussianDiffusion(Gaussian):
             if choice not in choices:
                 raise ValueError(f"{name} {choice!r}: choose one of {', '.join(choices)}")
         if len(self.abar) < 2 or self.abar[0] != 1 or self.abar[-1] < 0 or not (self.abar.diff() < 0).all():
-            raise ValueError("abar must fall from 1 without a halt, not below 0: take one of diffusion/gaussian.py")
+            raise ValueError("abar must fall from 1 without a halt, not below 0: take one of SCHEDULES")
         if self.prediction == "eps" and self.abar[-1] == 0:
             raise ValueError(
                 "eps cannot be predicted at zero terminal SNR, where x_T says nothing of the data: choose v or x0"

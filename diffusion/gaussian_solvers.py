@@ -7,6 +7,7 @@ where alpha = 0 (zero terminal SNR) and end at sigma = 0 with the last predicted
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,26 @@ def karras(process: Gaussian, steps: int, rho: float = 7.0) -> list[float]:
 
 
 SPACINGS = {f.__name__: f for f in (uniform, leading, linspace, quadratic, logsnr, karras)}
+
+
+def begun_at(process: Gaussian, share: float) -> Gaussian:
+    """The process from where `share` of x is noise, sigma / (alpha + sigma): 0 is data, 1 the process as it is.
+
+    Share means the same for all processes, whatever their t is: half noise is sigma = alpha.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"got a share of noise of {share}, wanted 0 (data) to 1 (pure noise)")
+    if share == 1:
+        return process
+    share = torch.tensor(share, dtype=torch.float64)
+    start = process.time_at(((1 - share) / share).log()).item()
+    return replace(process, start=min(start, process.start))
+
+
+def steps_left(whole: Gaussian, part: Gaussian, steps: int, spacing: str) -> int:
+    """How many of the steps from the start of one process begin where the other starts, or after; at least 1."""
+    times = step_times(whole, steps, spacing)[:-1]
+    return max(1, sum(t <= part.start * (1 + 1e-6) for t in times))
 
 
 def between(first: float, last: float, count: int) -> list[float]:

@@ -109,7 +109,7 @@ def main(config: Config) -> None:
 class Bench:
     """What all runs share."""
 
-    config: Any  # of experiments/compare_attention.py
+    config: Config
     space: Codes
     images: dict[str, Dataset]
     frequencies: list[float]

@@ -143,7 +143,7 @@ def main(config: Config) -> None:
 class Bench:
     """What all runs share."""
 
-    config: Any  # of experiments/compare_quantizers.py
+    config: Config
     folder: Path
     images: ImageSource
     held_out: ImageSource

@@ -169,7 +169,7 @@ Plan = dict[SolverRun, SamplingConfig]
 Row = dict[str, Any]  # of the table: what `summed_up` makes
 
 
-def planned(config: Any, trained: TrainedSampler) -> Plan:
+def planned(config: Config, trained: TrainedSampler) -> Plan:
     """Every run of --solvers with its options, each begun on one image. ValueError: one that the sampler cannot do."""
     comparison = config.comparison
     plan, codes = {}, math.prod(trained.space.facts.get("grid", ()))
@@ -187,7 +187,7 @@ def planned(config: Any, trained: TrainedSampler) -> Plan:
     return plan
 
 
-def compare(config: Any, trained: TrainedSampler, plan: Plan, folder: Path) -> None:
+def compare(config: Config, trained: TrainedSampler, plan: Plan, folder: Path) -> None:
     """Measures what is missing in results.json, set by set; then the table and the plot. All processes take part."""
     comparison, output, world = config.comparison, config.output, trained.world
     features = all_features.choose(comparison.features, trained.data, trained.device)
@@ -212,7 +212,7 @@ def compare(config: Any, trained: TrainedSampler, plan: Plan, folder: Path) -> N
         print(f"\n{explained(results, comparison)}\n\n{folder / 'results.json'}\n{folder / 'compare_samplers.png'}")
 
 
-def opened(folder: Path, features: Features, config: Any, trained: TrainedSampler) -> dict[str, Any]:
+def opened(folder: Path, features: Features, config: Config, trained: TrainedSampler) -> dict[str, Any]:
     """The results so far of these features, or none. Features may have changed though the flags have not."""
     path = folder / "results.json"
     made_of = {"features": features.name, "features_version": features.module.VERSION}
@@ -225,7 +225,7 @@ def opened(folder: Path, features: Features, config: Any, trained: TrainedSample
 
 
 def measured(
-    config: Any,
+    config: Config,
     trained: TrainedSampler,
     run: SolverRun,
     options: SamplingConfig,

@@ -78,7 +78,7 @@ def main(config: Config) -> None:
             print(f"\n{asked}\n{edits_in_words(found)}\n\n{folder / 'edited.png'}\n{folder / 'images'}")
 
 
-def asked_labels(config: Any, trained: TrainedSampler) -> list[int]:
+def asked_labels(config: Config, trained: TrainedSampler) -> list[int]:
     """The classes that images are redrawn as. ValueError where the model does not know them."""
     if not trained.sampler.n_classes:
         raise ValueError(f"{trained.run} was trained without classes: edit by inpaint.py, or pass another --load_dir")
@@ -88,7 +88,9 @@ def asked_labels(config: Any, trained: TrainedSampler) -> list[int]:
     return labels
 
 
-def edit(config: Any, labels: list[int], trained: TrainedSampler, given: Given, folder: Path) -> dict[str, Any] | None:
+def edit(
+    config: Config, labels: list[int], trained: TrainedSampler, given: Given, folder: Path
+) -> dict[str, Any] | None:
     """The pictures, results.json and its content, in the main process; the others take part."""
     strength = config.editing.strength
 

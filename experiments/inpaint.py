@@ -95,7 +95,7 @@ def main(config: Config) -> None:
             print(f"\n{told_in_words(found)}\n\n{folder / 'inpainted.png'}\n{folder / 'images'}")
 
 
-def inputs(config: Any, trained: TrainedSampler) -> Given:
+def inputs(config: Config, trained: TrainedSampler) -> Given:
     """The images that the flags name, and what of them is hidden. ValueError where nothing is."""
     wanted, files = config.inpainting, config.given.image
     given = given_images(files, config.given.n_images, trained)
@@ -123,7 +123,7 @@ def canvas_of(given: Given, trained: TrainedSampler) -> tuple[int, int]:
     return height, width
 
 
-def inpaint(config: Any, trained: TrainedSampler, given: Given, folder: Path) -> dict[str, Any] | None:
+def inpaint(config: Config, trained: TrainedSampler, given: Given, folder: Path) -> dict[str, Any] | None:
     """The pictures, results.json and its content, in the main process; the others take part."""
     count, label = config.inpainting.results, config.inpainting.label
     how = {"window_stride": config.inpainting.window_stride}

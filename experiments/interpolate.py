@@ -94,7 +94,7 @@ def main(config: Config) -> None:
             print(f"\n{asked}\n{path_in_words(found)}\n\n{folder / 'interpolated.png'}\n{folder / 'images'}")
 
 
-def interpolate(config: Any, trained: TrainedSampler, given: Given, folder: Path) -> dict[str, Any] | None:
+def interpolate(config: Config, trained: TrainedSampler, given: Given, folder: Path) -> dict[str, Any] | None:
     """Between images 0 and 1, 2 and 3, ...: the pictures, results.json and its content, in the main process."""
     points, strength, label = config.path.points, config.path.strength, config.path.label
     pairs = len(given) // 2

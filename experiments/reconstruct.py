@@ -103,7 +103,7 @@ class Tiles(NamedTuple):
     at_once: int = 1
 
 
-def tiles_of(config: Any, first: FirstStage) -> Tiles:
+def tiles_of(config: Config, first: FirstStage) -> Tiles:
     """What the flags say of tiles, the rest from the grid that the VQGAN was trained on; ValueError for no tiles."""
     tile = max(first.vqgan.grid) if config.tile is None else config.tile
     overlap = tile // 4 if config.overlap is None else config.overlap
@@ -119,7 +119,7 @@ class Originals(NamedTuple):
     fingerprint: str
 
 
-def find_originals(config: Any, first: FirstStage) -> Originals:
+def find_originals(config: Config, first: FirstStage) -> Originals:
     """The images that the flags name, or validation images."""
 
     def fit(image: Image.Image) -> Tensor:
@@ -222,7 +222,7 @@ def against_whole(first: FirstStage, image: Tensor, ids: Tensor, fake: Tensor) -
     return {"l1_to_whole": l1(whole[None], fake[None]).item(), "codes_as_whole": same}
 
 
-def reconstruct(config: Any, tiles: Tiles, first: FirstStage, originals: Originals, folder: Path) -> dict[str, Any]:
+def reconstruct(config: Config, tiles: Tiles, first: FirstStage, originals: Originals, folder: Path) -> dict[str, Any]:
     """Makes all pictures of an experiment and its results.json, which is returned.
 
     `config` is the group of flags of reconstruct.py. Images that cannot be read, or are too small, are named and left

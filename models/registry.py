@@ -2,16 +2,22 @@
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
+from types import ModuleType
 
 from torch import nn
 
 # Where public classes and functions stood, and where they stand now: docs/extending.md has the same list.
 MOVED = {
     "models.attend.attend": "models.sdpa.attend",
+    "models.attend.attention_map": "models.sdpa.attention_map",
+    "models.attend.masked_softmax": "models.sdpa.masked_softmax",
+    "models.attention_block.ATTENTION_BLOCKS": "models.unet_attention.ATTENTION_BLOCKS",
     "models.attention_block.AttentionOptions": "models.unet_attention.AttentionOptions",
     "models.attention_block.FeatureTransformerBlock": "models.unet_attention.FeatureTransformerBlock",
     "models.attention_block.NoAttention": "models.unet_attention.NoAttention",
+    "models.attention_block.SELF_ATTENTION": "models.unet_attention.SELF_ATTENTION",
     "models.attention_block.SelfAttentionBlock": "models.unet_attention.SelfAttentionBlock",
     "models.blocks.AttentionBlock": "vq.autoencoder.AttentionBlock",
     "models.causal_transformer.CausalTransformer": "models.transformer.CausalTransformer",
@@ -21,6 +27,7 @@ MOVED = {
     "models.condition.Regions": "models.conditioning.Regions",
     "models.condition.Tokens": "models.conditioning.Tokens",
     "models.condition.Vector": "models.conditioning.Vector",
+    "models.feed_forward.FEED_FORWARDS": "models.blocks.FEED_FORWARDS",
     "models.feed_forward.FeedForward": "models.blocks.FeedForward",
     "models.feed_forward.GEGLU": "models.blocks.GEGLU",
     "models.full_attention.FullAttention": "models.attention.FullAttention",
@@ -29,38 +36,61 @@ MOVED = {
     "models.memory.Cache": "models.kv_cache.Cache",
     "models.memory.Memory": "models.kv_cache.Memory",
     "models.unet_config.UNetConfig": "models.unet.UNetConfig",
+    "diffusion.guidance.Denoiser": "diffusion.types.Denoiser",
+    "diffusion.guidance.GUIDANCE_SCHEDULES": "diffusion.denoisers.GUIDANCE_SCHEDULES",
     "diffusion.guidance.guided": "diffusion.denoisers.guided",
     "diffusion.guidance.thresholded": "diffusion.denoisers.thresholded",
     "diffusion.halton.halton_order": "diffusion.absorbing_solvers.halton_order",
     "diffusion.kernels.Gaussian": "diffusion.process.Gaussian",
     "diffusion.kernels.Normal": "diffusion.types.Normal",
     "diffusion.kernels.Prediction": "diffusion.types.Prediction",
+    "diffusion.kernels.Variance": "diffusion.process.Variance",
     "diffusion.known.known": "diffusion.denoisers.known",
     "diffusion.likelihood.Bound": "diffusion.types.Bound",
     "diffusion.loss.Loss": "diffusion.types.Loss",
     "diffusion.masking.MASKINGS": "diffusion.absorbing.MASKINGS",
+    "diffusion.masking.Masking": "diffusion.absorbing.Masking",
+    "diffusion.probability_flow.Likelihood": "diffusion.types.Likelihood",
     "diffusion.probability_flow.flow_bits_per_dimension": "diffusion.likelihood.flow_bits_per_dimension",
     "diffusion.schedules.SCHEDULES": "diffusion.gaussian.SCHEDULES",
+    "diffusion.schedules.cosine": "diffusion.gaussian.cosine",
+    "diffusion.schedules.from_betas": "diffusion.gaussian.from_betas",
+    "diffusion.schedules.linear": "diffusion.gaussian.linear",
+    "diffusion.schedules.scaled_linear": "diffusion.gaussian.scaled_linear",
+    "diffusion.schedules.sigmoid": "diffusion.gaussian.sigmoid",
+    "diffusion.schedules.with_zero_terminal_snr": "diffusion.gaussian.with_zero_terminal_snr",
     "diffusion.spacing.SPACINGS": "diffusion.gaussian_solvers.SPACINGS",
     "diffusion.tempering.tempered": "diffusion.absorbing_solvers.tempered",
     "diffusion.windows.windowed": "diffusion.denoisers.windowed",
     "vq.codes.CodeTable": "train.data.code_cache.CodeTable",
     "vq.codes.Grids": "train.data.loading.Grids",
+    "vq.codes.cache_key": "train.data.code_cache.cache_key",
     "vq.lecam.LeCAM": "vq.losses.LeCAM",
     "vq.plain_tensors.read_tensors": "vq.weights.read_tensors",
     "vq.quantize.Codes": "vq.quantizer.Codes",
+    "vq.quantize.OneProcess": "vq.quantizer.OneProcess",
+    "vq.quantize.Processes": "vq.quantizer.Processes",
     "vq.quantize.Quantizer": "vq.quantizer.Quantizer",
     "vq.quantize.Training": "vq.quantizer.Training",
+    "vq.quantize.make_quantizer": "vq.quantizer.make_quantizer",
+    "vq.quantize.nearest": "vq.quantizer.nearest",
+    "vq.quantize.per_example": "vq.quantizer.per_example",
+    "vq.quantize.perplexity": "vq.quantizer.perplexity",
+    "vq.quantize.straight_through": "vq.quantizer.straight_through",
+    "vq.quantize.usage": "vq.quantizer.usage",
     "train.absorbing.AbsorbingSampler": "train.samplers.absorbing.AbsorbingSampler",
     "train.assembly.assemble": "train.trainer.assemble",
     "train.assembly.make_hooks": "train.trainer.make_hooks",
     "train.autoregressive.AutoregressiveSampler": "train.samplers.autoregressive.AutoregressiveSampler",
     "train.bad_steps.BadSteps": "train.optim.BadSteps",
-    "train.clock.Clock": "train.loop.Clock",
     "train.cli.from_dict": "train.cli.parse.from_dict",
     "train.cli.run_script": "train.cli.parse.run_script",
+    "train.clock.Clock": "train.loop.Clock",
     "train.code_file.CodeFile": "train.data.code_cache.CodeFile",
+    "train.data.Draws": "train.data.loading.Draws",
     "train.data.ImageSource": "train.data.loading.ImageSource",
+    "train.data.InOrder": "train.data.loading.InOrder",
+    "train.data.Positions": "train.data.loading.Positions",
     "train.data.TrainingCodes": "train.data.loading.TrainingCodes",
     "train.data.TrainingImages": "train.data.loading.TrainingImages",
     "train.data.build_dataset": "train.data.loading.build_dataset",
@@ -68,13 +98,20 @@ MOVED = {
     "train.flops.count_flops": "train.perf.count_flops",
     "train.flops.matmul_peak": "train.perf.matmul_peak",
     "train.gaussian.GaussianSampler": "train.samplers.ddpm.GaussianSampler",
+    "train.gaussian.make_encoders": "train.samplers.ddpm.make_encoders",
+    "train.gaussian.make_network": "train.samplers.ddpm.make_network",
+    "train.gaussian.make_process": "train.samplers.ddpm.make_process",
     "train.generate.TrainedSampler": "train.inference.TrainedSampler",
     "train.generate.load_sampler": "train.inference.load_sampler",
     "train.images.decode": "train.datasets._decode.decode",
+    "train.images.to_grey_or_rgb": "train.datasets._decode.to_grey_or_rgb",
     "train.meter.Meter": "train.perf.Meter",
     "train.optimizers.make_optimizer": "train.optim.make_optimizer",
     "train.order.Order": "train.data.loading.Order",
+    "train.power_ema.Fit": "train.posthoc_ema.Fit",
     "train.power_ema.PowerEMA": "train.posthoc_ema.PowerEMA",
+    "train.power_ema.Snapshot": "train.posthoc_ema.Snapshot",
+    "train.power_ema.reconstruct": "train.posthoc_ema.reconstruct",
     "train.precision.LossScale": "train.execution.LossScale",
     "train.precision.autocast": "train.execution.autocast",
     "train.profiling.Profile": "train.perf.Profile",
@@ -82,17 +119,21 @@ MOVED = {
     "train.schedule.learning_rate": "train.lr_schedule.learning_rate",
     "train.second_stage.SamplerReports": "train.sampler.SamplerReports",
     "train.second_stage.SamplerStep": "train.sampler.SamplerStep",
+    "train.session.Reports": "train.trainer.Reports",
     "train.session.train": "train.trainer.train",
     "train.start.Start": "train.spaces.Start",
     "train.stopping.StopSignals": "train.distributed.StopSignals",
     "train.tally.Tally": "train.loop.Tally",
     "train.transformer_config.TransformerConfig": "train.samplers._transformer.TransformerConfig",
+    "train.transformer_config.make_network": "train.samplers._transformer.make_network",
     "train.transforms.View": "train.data.transforms.View",
     "train.transforms.to_float": "train.data.transforms.to_float",
     "train.transforms.to_item": "train.data.transforms.to_item",
     "train.transforms.to_uint8": "train.data.transforms.to_uint8",
+    "train.transforms.training_views": "train.data.transforms.training_views",
     "train.update.update": "train.optim.update",
     "train.vqgan_config.VQGANRunConfig": "train.config.VQGANRunConfig",
+    "train.vqgan_config.VQGANTrainingConfig": "train.config.VQGANTrainingConfig",
 }
 
 
@@ -122,17 +163,27 @@ def import_attribute(path: str, option: str, remedy: str) -> object | None:
     ValueError, which ends with `remedy`, where there is no such module; one that names the new place of what moved.
     """
     if path in MOVED:
-        raise ValueError(f"got {option} {path!r}, which is {MOVED[path]} now: pass that")
+        raise ValueError(f"got {option} {path!r}, which is {MOVED[path]} now: write that, in a run's config.yaml too")
     module_name, _, name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module_name), name, None)
+        return getattr(import_file(module_name, f"{option} {path!r}"), name, None)
     except ModuleNotFoundError as error:
-        missing = str(error.name)
-        moved = [new for old, new in MOVED.items() if old.rpartition(".")[0] == missing]
-        if moved:
-            raise ValueError(
-                f"got {option} {path!r}, which imports {missing}: what that had is {', '.join(moved)} now"
-            ) from error
-        if not f"{module_name}.".startswith(f"{missing}."):
+        if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # something that the user's module needs
-        raise ValueError(f"got {option} {path!r}: there is no module {missing}; {remedy}") from error
+        raise ValueError(f"got {option} {path!r}: there is no module {error.name}; {remedy}") from error
+
+
+def import_file(module_name: str, got: str) -> ModuleType:
+    """A module that users may have written; ValueError names the new place of what it imports and has moved.
+
+    `got` is the flag and its value.
+    """
+    try:
+        return importlib.import_module(module_name)
+    except ImportError as error:
+        name = re.match(r"cannot import name '(\w+)'", str(error))
+        missing = f"{error.name}.{name[1]}" if name else str(error.name)
+        moved = [new for old, new in MOVED.items() if missing in (old, old.rpartition(".")[0])]
+        if not moved:
+            raise
+        raise ValueError(f"got {got}, which imports {missing}: what that had is {', '.join(moved)} now") from error

@@ -1,4 +1,4 @@
-"""What looks at numbers runs on tensors that lie elsewhere (see elsewhere.py), and gives what it gives on the CPU."""
+"""What looks at numbers runs on tensors elsewhere (helpers/fake_device.py), and gives what it gives on the CPU."""
 
 import pytest
 import torch

@@ -66,6 +66,7 @@ def test_data_dir_reaches_training_and_validation(tmp_path):
         assert np.array(build_dataset(config.data, config.reader, split)[0]["image"]).max() == grey
 
 
+@pytest.mark.slow
 def test_codes_are_made_anew_for_other_weights_and_other_data(tmp_path):
     """The reference's cache was named by data set and width alone."""
     data = folder_of_images(tmp_path / "data", {"train": 0, "valid": 240})

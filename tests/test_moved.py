@@ -2,13 +2,17 @@
 
 import importlib
 import re
+import sys
 
 import pytest
 
+import train.datasets
 from helpers.tiny_runs import DDPM, ROOT, call
 from models.blocks import EmbedBlock
 from models.registry import MOVED, part
+from train import registry
 from train.registry import dotted
+from train.runs import identity
 
 
 @pytest.mark.parametrize("new", sorted(set(MOVED.values())))
@@ -30,6 +34,43 @@ def test_a_users_file_that_imports_an_old_module_is_told_of_the_new_ones(tmp_pat
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="imports models.attention_block.*models.unet_attention.SelfAttentionBlock"):
         part("my_blocks.Mine", {}, (EmbedBlock,), "res_block_type")
+
+
+@pytest.mark.parametrize(
+    ("line", "new"),
+    [
+        ("from train.data import ImageSource", "train.data.loading.ImageSource"),
+        ("from models.blocks import AttentionBlock", "vq.autoencoder.AttentionBlock"),
+        ("from train.images import decode", "train.datasets._decode.decode"),
+    ],
+)
+def test_a_users_file_is_told_of_one_name_too_where_its_old_module_is_still_there(line, new, tmp_path, monkeypatch):
+    (tmp_path / "my_hooks.py").write_text(f"{line}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_hooks", raising=False)
+    with pytest.raises(ValueError, match=rf"my_hooks.Mine', which imports .*{re.escape(new)}.* now"):
+        dotted("my_hooks.Mine", "--hooks")
+
+
+def test_a_data_set_that_imports_an_old_module_is_told_of_the_new_one(tmp_path, monkeypatch):
+    (tmp_path / "birds.py").write_text("from train.images import decode\n")
+    monkeypatch.setattr(registry, "names_in", lambda package: ["birds"])
+    monkeypatch.setattr(train.datasets, "__path__", [str(tmp_path)])
+    with pytest.raises(ValueError, match="data set 'birds', which imports train.images.*train.datasets._decode.decode"):
+        registry.plugin("train.datasets", "birds", "data set")
+
+
+def test_an_import_error_of_anything_else_is_the_users_own(tmp_path, monkeypatch):
+    (tmp_path / "their_hooks.py").write_text("from math import no_such_function\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="no_such_function"):
+        dotted("their_hooks.Mine", "--hooks")
+
+
+def test_a_run_with_an_old_path_goes_on_with_the_new_one():
+    old, new = "models.attention_block.SelfAttentionBlock", "models.unet_attention.SelfAttentionBlock"
+    assert identity({"sampler": {"attn_block_type": old}}) == identity({"sampler": {"attn_block_type": new}})
+    assert identity({"sampler": {"attn_block_type": old}}) != identity({"sampler": {"attn_block_type": "mine.Block"}})
 
 
 def test_a_flag_with_an_old_path_ends_with_one_line(tmp_path, capfd):

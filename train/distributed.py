@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from train.execution import blocks_of
 
 T = TypeVar("T")
+REPEATED = 2.0  # seconds: torchrun and the terminal may both pass on one Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -221,9 +222,6 @@ def gradient_norm(parameters: list[nn.Parameter], world: World) -> Tensor:
     if any(is_sharded(p) for p in parameters):
         norm = world.sum(norm.square()).sqrt()
     return norm
-
-
-REPEATED = 2.0  # seconds: torchrun and the terminal may both pass on one Ctrl-C
 
 
 class StopSignals:

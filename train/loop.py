@@ -18,6 +18,11 @@ from train.distributed import World
 from train.ema import EMA
 from train.posthoc_ema import PowerEMA
 
+HOOK = "hook "  # begins the names of extras that are users' hooks
+
+Batch = dict[str, Tensor]
+Outputs = dict[str, Tensor]  # of a step: its averages as scalars; whatever else was seen, with the examples first
+
 
 class Clock:
     """Seconds by name. Work that a GPU does later counts for whoever waits for it: a step waits for its own."""
@@ -75,13 +80,6 @@ class Tally:
         for name, rows in state.items():
             own = rows[self.world.rank] if len(rows) == self.world.size else rows.sum(0) * self.world.is_main
             self.sums[name] = own.to(self.world.device)
-
-
-Batch = dict[str, Tensor]
-Outputs = dict[str, Tensor]  # of a step: its averages as scalars; whatever else was seen, with the examples first
-
-
-HOOK = "hook "  # begins the names of extras that are users' hooks
 
 
 class Stateful(Protocol):

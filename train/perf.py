@@ -18,7 +18,8 @@ from train.files import write_text
 from train.loop import Batch, Clock, Outputs, State, Step
 
 SIZES = {"cpu": (256, 512, 768), "cuda": (2048, 4096, 8192)}  # sides of the square matrices, smallest first
-REPEATS, SECONDS = 5, 0.35
+REPEATS, SECONDS = 5, 0.35  # of each measurement
+ROWS = 40  # of a profile's table
 
 Shape = tuple[int, ...]
 
@@ -159,9 +160,6 @@ class Meter:
             return torch.cuda.max_memory_allocated(self.world.device)
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-ROWS = 40
 
 
 class Profile:

@@ -1,11 +1,10 @@
 """The file name is the registry: `--dataset birds` is train/datasets/birds.py."""
 
 import difflib
-import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
 
-from models.registry import import_attribute
+from models.registry import import_attribute, import_file
 from train.config import ROOT
 
 
@@ -21,7 +20,7 @@ def plugin(package: str, name: str, flag: str):
     names = names_in(package)
     if name not in names:
         raise ValueError(f"unknown {flag} {name!r}{did_you_mean(name, names)}; there are: {', '.join(names)}")
-    return importlib.import_module(f"{package}.{name}")
+    return import_file(f"{package}.{name}", f"{flag} {name!r}")
 
 
 def dotted(path: str, flag: str) -> Callable:

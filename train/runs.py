@@ -13,6 +13,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
+from models.registry import MOVED
 from train.checkpoint import WEIGHTS, checkpoint_path, load, resolve_step, saved_steps, verify
 from train.cli.files import read_groups
 from train.cli.parse import completed, to_dict
@@ -57,9 +58,10 @@ def perceptual_origin(weights: str | None) -> dict[str, Any]:
 
 
 def identity(content: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same for a run to go on, by flat key."""
+    """What must be the same for a run to go on, by flat key; a class that has moved is the same one."""
     flat = {key: value for group in content.values() for key, value in group.items()}
-    return {key: value for key, value in flat.items() if key not in VOLATILE}
+    kept = {key: value for key, value in flat.items() if key not in VOLATILE}
+    return {key: MOVED.get(value, value) if isinstance(value, str) else value for key, value in kept.items()}
 
 
 def open_run(folder: Path, config, origin: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ from train.loop import Batch
 from train.registry import plugin
 from train.runs import origin_of, run_folder
 
+MEASURED_IMAGES = 1024  # whose latents say how large latents are
+
 
 class Start(NamedTuple):
     """In the sampler's own space: codes (B, h, w), or x (B, C, H, W)."""
@@ -26,40 +28,6 @@ class Start(NamedTuple):
     x0: Tensor
     keep: Tensor  # (B, h, w) bool: places that never change
     t: float = 1.0  # how much of the rest is forgotten first, 0 to 1: the share of codes masked, or of noise in x_t
-
-
-def filled_in(images: Tensor, hidden: Tensor) -> Tensor:
-    """uint8 images (B, C, H, W) with each hidden pixel, `hidden` (B, H, W) bool, given the nearest visible one's value;
-    128 where all are hidden.
-
-    An encoder sees far: of the codes of half-hidden digits, this leaves 63 % as they are in the whole image; a blurred
-    continuation 59 %, the mean of the visible pixels 51 %, black 48 %.
-    """
-    from scipy.ndimage import distance_transform_edt
-
-    made = images.clone()
-    for image, unseen in zip(made, hidden.cpu(), strict=True):
-        if unseen.all():
-            image.fill_(128)
-        elif unseen.any():
-            nearest = distance_transform_edt(unseen.numpy(), return_distances=False, return_indices=True)
-            rows, columns = torch.from_numpy(nearest).long().to(images.device)  # (H, W) each
-            image.copy_(image[:, rows, columns])
-    return made
-
-
-def any_in_cells(hidden: Tensor, factor: int) -> Tensor:
-    """hidden (B, H, W) -> (B, H / factor, W / factor): whether any pixel of a cell is hidden.
-
-    ValueError for sizes that are no multiples of the factor.
-    """
-    B, H, W = hidden.shape
-    if H % factor or W % factor:
-        raise ValueError(f"got a mask of {H}x{W} pixels, wanted multiples of {factor}")
-    return hidden.view(B, H // factor, factor, W // factor, factor).any(4).any(2)
-
-
-MEASURED_IMAGES = 1024  # whose latents say how large latents are
 
 
 class Space(Protocol):
@@ -113,6 +81,37 @@ class Space(Protocol):
     def between(self, a: Tensor, b: Tensor, share: float, rng: Streams) -> Tensor:
         """What lies between two of its x, (B, ...) each: a where the share of b is 0, b where it is 1."""
         ...
+
+
+def filled_in(images: Tensor, hidden: Tensor) -> Tensor:
+    """uint8 images (B, C, H, W) with each hidden pixel, `hidden` (B, H, W) bool, given the nearest visible one's value;
+    128 where all are hidden.
+
+    An encoder sees far: of the codes of half-hidden digits, this leaves 63 % as they are in the whole image; a blurred
+    continuation 59 %, the mean of the visible pixels 51 %, black 48 %.
+    """
+    from scipy.ndimage import distance_transform_edt
+
+    made = images.clone()
+    for image, unseen in zip(made, hidden.cpu(), strict=True):
+        if unseen.all():
+            image.fill_(128)
+        elif unseen.any():
+            nearest = distance_transform_edt(unseen.numpy(), return_distances=False, return_indices=True)
+            rows, columns = torch.from_numpy(nearest).long().to(images.device)  # (H, W) each
+            image.copy_(image[:, rows, columns])
+    return made
+
+
+def any_in_cells(hidden: Tensor, factor: int) -> Tensor:
+    """hidden (B, H, W) -> (B, H / factor, W / factor): whether any pixel of a cell is hidden.
+
+    ValueError for sizes that are no multiples of the factor.
+    """
+    B, H, W = hidden.shape
+    if H % factor or W % factor:
+        raise ValueError(f"got a mask of {H}x{W} pixels, wanted multiples of {factor}")
+    return hidden.view(B, H // factor, factor, W // factor, factor).any(4).any(2)
 
 
 class Continuous:

@@ -87,7 +87,7 @@ def assemble(
     return State(modules, optimizers, averages, profiles, extras, tallies, replicas=replicas)
 
 
-def make_hooks(paths: Sequence[str], state: State) -> list[tuple[str, int, Hook]]:
+def make_hooks(paths: Sequence[str], state: State) -> Hooks:
     """The user's own hooks, called after every step, or every `hook.every` steps.
 
     A class is made without arguments. A hook with `state_dict` and `load_state_dict` is saved and resumed with the run.

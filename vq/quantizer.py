@@ -1,6 +1,5 @@
 """What all quantizers are: continuous vectors on a grid become one of K codes each, and codes become vectors."""
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from models.registry import import_file
 from vq.config import VQGANConfig
 
 COMPARED = 2**24  # distances that are in memory at once, 64 MB
@@ -89,7 +89,7 @@ class Quantizer(nn.Module, ABC):
 
 def make_quantizer(config: VQGANConfig) -> Quantizer:
     """The quantizer that a config names, a file of vq/quantizers, with random codes where it has any."""
-    return importlib.import_module(f"vq.quantizers.{config.quantizer}").build(config)
+    return import_file(f"vq.quantizers.{config.quantizer}", f"--quantizer {config.quantizer!r}").build(config)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from train.distributed import World, pick_device, world
 from train.files import refused, sync, whole_file
 
 T = TypeVar("T")
+FOLDER = ".kept"  # in the folder of the results
 PATIENCE = 60.0  # minutes that processes wait for each other: a batch of large images may take many
 
 
@@ -76,9 +77,6 @@ def shared(here: World, thing: T) -> T:
     box = [thing]
     dist.broadcast_object_list(box)
     return box[0]
-
-
-FOLDER = ".kept"  # in the folder of the results
 
 
 def kept_batches(

@@ -1,4 +1,4 @@
-"""How close an image is to others, as a person would say it (LPIPS), or pixel by pixel."""
+"""How close two images are: PSNR, SSIM, L1; and how close one is to many, pixel by pixel or by LPIPS."""
 
 from collections.abc import Callable
 from typing import NamedTuple

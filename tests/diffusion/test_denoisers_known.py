@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from diffusion.denoisers import begun_at, known, steps_left
+from diffusion.denoisers import known
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, cosine, linear, with_zero_terminal_snr
-from diffusion.gaussian_solvers import SPACINGS, step_times
+from diffusion.gaussian_solvers import SPACINGS, begun_at, step_times, steps_left
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
 from diffusion.types import Prediction

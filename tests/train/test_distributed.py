@@ -212,6 +212,7 @@ def test_parts_of_a_batch_with_a_gan_in_two_processes(tmp_path, two, way):
     assert last["step"] == STEPS and 0 < last["adaptive_weight"] < 1000
 
 
+@pytest.mark.slow
 def test_fewer_batches_of_validation_images_than_processes(tmp_path, two):
     """One batch takes them all: the second process has none."""
     flags = f"--logs_root {tmp_path} {DDPM} --no_amp --batch_size 512 --train_steps 1 --steps_per_eval 1"

@@ -22,8 +22,7 @@ from train.files import name_removable
 
 CACHE_DIR = ROOT / "logs" / ".cache" / "images"
 VERSION = 2  # raise it when the same file becomes other pixels, or they are kept in another way: the cache goes by it
-
-KEY = 24  # digits
+KEY = 24  # digits of a file's name
 
 Shape = tuple[int, int, int]  # C, H, W
 

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffusion.denoisers import begun_at, guided, known, steps_left, thresholded
+from diffusion.denoisers import guided, known, thresholded
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import SCHEDULES, GaussianDiffusion, with_zero_terminal_snr
+from diffusion.gaussian_solvers import begun_at, steps_left
 from diffusion.likelihood import bits_per_dimension, flow_bits_per_dimension
 from diffusion.process import Gaussian
 from diffusion.rng import Streams

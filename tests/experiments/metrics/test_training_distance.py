@@ -34,18 +34,21 @@ def logged(run, name):
     return {line["step"]: line[name] for line in lines if name in line}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sampler", "vqgan"])
 def test_training_is_bit_for_bit_what_it_is_without(logs, kind):
     one, other = (load_file(logs / f"{kind}_{way}" / WEIGHTS) for way in ("with", "without"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_without_averages_too(logs):
     """The network that is measured is the one in training then."""
     one, other = (load_file(logs / run / WEIGHTS) for run in ("plain_with", "sampler_without"))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("run", "flags"), [("sampler_with", "--ema"), ("plain_with", "--no_ema")])
 def test_it_is_what_an_experiment_finds_for_the_same_images(logs, run, flags):
     found = logged(logs / run, "FD(pixels)/7_samples")
@@ -57,6 +60,7 @@ def test_it_is_what_an_experiment_finds_for_the_same_images(logs, run, flags):
     assert results["n_reference"] == 1438
 
 
+@pytest.mark.slow
 def test_reconstructions_are_those_of_held_out_images(logs):
     found = logged(logs / "vqgan_with", "FD(pixels)/7_reconstructions")
     assert list(found) == [2, 4]
@@ -68,6 +72,7 @@ def test_reconstructions_are_those_of_held_out_images(logs):
     assert found[4] == pytest.approx(results["reconstructions"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_least_is_kept(logs):
     found, best = (logged(logs / "sampler_with", f"FD(pixels)/7_samples{end}") for end in ("", "_best"))
     assert best == {2: found[2], 4: min(found.values())}
@@ -76,6 +81,7 @@ def test_the_least_is_kept(logs):
     assert rest["best"]["FD(pixels)/7_samples"] == (found[least], least)
 
 
+@pytest.mark.slow
 def test_the_statistics_of_the_training_images_are_kept_once(logs):
     files = [path.name for path in (logs / ".cache" / "statistics").glob("*.npz")]
     assert len(files) == 2 and all(name.startswith("digits_pixels_") for name in files)  # of 8x8 and of 16x16 images
