@@ -88,6 +88,7 @@ def labels(address):
     return [each["label"] for each in components if each.get("label") and each.get("visible", True)]
 
 
+@pytest.mark.slow
 @needs_gradio
 def test_the_page_shows_what_the_model_has(trained):
     with served(trained, "--no_amp --sample_steps 4 --batch_size 9") as address:

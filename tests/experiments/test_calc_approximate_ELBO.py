@@ -109,6 +109,7 @@ def test_the_batch_size_moves_nothing_and_the_seed_does(model, measure, measured
     assert measure(model, f"elbo_{model}_seed", "--seed 1")["value"] != measured[model]["value"]
 
 
+@pytest.mark.slow
 def test_all_terms_can_be_asked_for_and_no_image_comes_twice(measure, trained_ddpm, capsys):
     found = measure("ddpm", "elbo_whole", "--calls None --n_images 10000 --batch_size 200")
     by_default = measure("ddpm", "elbo_default", "--calls None --n_images None --batch_size 200")

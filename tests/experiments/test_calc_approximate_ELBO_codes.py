@@ -125,6 +125,7 @@ def test_cut_off_and_typed_again_it_tells_the_same(measure, logs, monkeypatch, r
     assert not (logs / f"elbo_{run}_cut" / ".kept").exists()
 
 
+@pytest.mark.slow
 def test_a_head_trained_on_between_two_starts_measures_all_images(measure, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         Stops(patch, after=2)

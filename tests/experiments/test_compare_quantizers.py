@@ -30,6 +30,7 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_quantizer_is_measured_with_every_seed(compared):
     found = results(compared)
     assert list(found) == ["nearest_0", "ema_0", "nearest_1", "ema_1"]
@@ -48,6 +49,7 @@ def test_every_quantizer_is_measured_with_every_seed(compared):
         assert grid.size == (16 * 66 + 2, 2 * 66 + 2)
 
 
+@pytest.mark.slow
 def test_what_was_cut_off_goes_on_with_the_runs_that_are_missing(compared, capsys):
     """The second run of ema is made again, from the same seed, to the same numbers; the others stay as they are."""
     found = results(compared)
@@ -79,6 +81,7 @@ def test_results_are_written_run_by_run(tmp_path, monkeypatch):
     assert stop.value.code == 130 and list(results(tmp_path / "cut")) == ["nearest_0"]
 
 
+@pytest.mark.slow
 def test_other_steps_or_settings_are_another_comparison(compared, capfd):
     """More steps may be gone on with in a run of training, not here: the runs there had fewer."""
     for flags in ("--train_steps 4", "--beta 0.5"):

@@ -108,6 +108,7 @@ def test_a_class_of_pixels(trained_ddpm, drawn):
     assert drawn[0]["given"].keys() == {"label"}
 
 
+@pytest.mark.slow
 def test_other_conditions_stay_beside_the_class(trained_ddpm, drawn, monkeypatch):
     """A network that is told another image, too, is told those it would be without --label."""
     flags = "--adapt my_grey.grey --conditions image --condition_channels 1 --log_dir grey"

@@ -173,8 +173,9 @@ def test_tallies_of_two_processes_are_saved_and_go_on_in_any_number(two):
 QUANTIZERS = ["l2", "gumbel", "fsq", "lfq", "ibq"]
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) if way == "fsdp" else way for way in WAYS])
-@pytest.mark.parametrize("quantizer", ["ema", *(pytest.param(q, marks=pytest.mark.slow) for q in QUANTIZERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("quantizer", ["ema", *QUANTIZERS])
 def test_two_processes_learn_the_codes_of_one(tmp_path, two, quantizer, way):
     """Averages and entropies over the batch are those of all processes' parts of it."""
     flags = f"--logs_root {tmp_path} --train_steps 4 {STAGE_1} --quantizer {quantizer} --revive_below 0.5"

@@ -206,6 +206,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_trained(copied, capfd):
 # what comes along
 
 
+@pytest.mark.slow
 def test_weights_and_optimizer_of_another_run_bring_no_counts_of_its_steps(tmp_path):
     flags = "--no_ema --steps_per_log 3 --steps_per_checkpoint 1"
     source = start(tmp_path, "source", 4, f"{flags} --steps_per_eval 2")

@@ -134,12 +134,14 @@ class Group(TrainingImages):
 
 
 def test_signals_to_the_group_of_the_training_process_do_not_reach_its_workers_which_it_can_end():
-    before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # as a training process has one
+    kinds = (signal.SIGTERM, signal.SIGINT)  # a training process has handlers of both, also one in the background
+    before = [signal.signal(kind, lambda number, frame: None) for kind in kinds]
     try:
         source = Group(ImageSource(numbered(10), CONFIG), 1)
         here, there = batches(source)[0], batches(source, workers=1)[0]
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
     assert here["group"] == os.getpgrp() != there["group"]
     assert there["handlers"].all() and not here["handlers"].any()
 
