@@ -4,11 +4,12 @@ R counts regions, M condition tokens, E the embedding's width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -37,19 +38,28 @@ AXES = {Vector: 2, Tokens: 3, Map: 4}
 
 
 class Regions(NamedTuple):
-    """Parts of the image, which may overlap."""
+    """Parts of the image, which may overlap. Behind those of an example with fewer than R lie empty ones of id -1."""
 
     masks: Tensor  # (B, R, H, W) bool
     class_ids: Tensor  # (B, R) int64
     instance_ids: Tensor  # (B, R) int64
 
+    def coverage(self, height: int, width: int) -> Tensor:
+        """(B, R, height, width) bool: the cells of another grid of which a region covers any share."""
+        flat = self.masks.flatten(0, 1).float()  # (B R, H, W): a batch may have no region at all
+        return F.adaptive_max_pool2d(flat, (height, width)).bool().unflatten(0, self.masks.shape[:2])
+
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """What the encoders of a network make of raw fields; blocks read it, processes and solvers never look inside."""
+    """What the encoders of a network make of raw fields; blocks read it, processes and solvers never look inside.
+
+    `condition[rows]` are the examples at `rows`: a slice, or a tensor (n,) of their numbers or of bools.
+    """
 
     streams: Mapping[str, Stream] = field(default_factory=dict)
     regions: Regions | None = None
+    attention_masks: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)  # by size
 
     def __post_init__(self):
         for name, stream in self.streams.items():
@@ -69,6 +79,39 @@ class Condition:
         if len(set(sizes.values())) > 1:
             raise ValueError(f"got streams for batches of {sizes}, wanted one size")
 
+    def __getitem__(self, rows: slice | Tensor) -> "Condition":
+        return self.map_tensors(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device | str) -> "Condition":
+        """The condition on a device."""
+        return self.map_tensors(lambda tensor: tensor.to(device))
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Condition":
+        """The condition with every tensor changed alike."""
+        streams = {name: _map_tensors(stream, change) for name, stream in self.streams.items()}
+        return Condition(streams, None if self.regions is None else _map_tensors(self.regions, change))
+
+    @classmethod
+    def cat(cls, conditions: Sequence["Condition"]) -> "Condition":
+        """The examples of all, one after the other; tokens and regions are padded to the most that one of them has.
+
+        ValueError where they have different streams.
+        """
+        names = {tuple(sorted(condition.streams)) for condition in conditions}
+        if len(names) != 1:
+            raise ValueError(f"got conditions with the streams {sorted(names)}, wanted the same in all")
+        streams = {name: _cat([condition.streams[name] for condition in conditions]) for name in conditions[0].streams}
+        return cls(streams, _cat_regions(conditions))
+
+    def row_ids(self) -> Tensor | None:
+        """(B,) int64, equal for examples of equal conditions; None without streams, where all are."""
+        parts = [*self.streams.values(), *([] if self.regions is None else [self.regions])]
+        tensors = [tensor.flatten(1) for part in parts for tensor in part if tensor is not None]
+        if not tensors:
+            return None
+        rows = torch.cat([tensor.cpu().double() for tensor in tensors], 1)
+        return rows.unique(dim=0, return_inverse=True)[1].to(tensors[0].device)
+
     def of(self, kind: type[Stream]) -> list[Stream]:
         """The streams of a kind, in their order."""
         return [stream for stream in self.streams.values() if isinstance(stream, kind)]
@@ -84,17 +127,95 @@ class Condition:
         return torch.cat(maps, 1) if maps else None
 
     def tokens(self) -> Tokens | None:
-        """All tokens as one sequence."""
+        """All tokens as one sequence; a mask or regions where one of the streams has them."""
         streams = self.of(Tokens)
         if len(streams) < 2:
             return streams[0] if streams else None
-        masks, regions = [], []
-        for values, mask, region in streams:
-            places, device = values.shape[:2], values.device
-            masks.append(torch.ones(places, dtype=torch.bool, device=device) if mask is None else mask)
-            regions.append(torch.full(places, -1, device=device) if region is None else region)
-        values = torch.cat([stream.values for stream in streams], 1)
-        return Tokens(values, torch.cat(masks, 1), torch.cat(regions, 1))
+        return _join(streams, 1)
+
+    def spans(self) -> dict[str, slice]:
+        """Where the tokens of each stream lie in `tokens`."""
+        spans, stop = {}, 0
+        for name, stream in self.streams.items():
+            if isinstance(stream, Tokens):
+                start, stop = stop, stop + stream.values.shape[1]
+                spans[name] = slice(start, stop)
+        return spans
+
+    def attention_mask(self, height: int, width: int) -> Tensor | None:
+        """Which of the M tokens each place of a grid may see: (B, height * width, M) bool, computed once for a size.
+
+        A token that speaks of a region is seen by the cells of which the region covers any share, one that speaks of
+        the whole image (-1) by all, a masked one by none. None where no token speaks of a region. A place may see
+        nothing at all: attention must give it zeros.
+        """
+        tokens = self.tokens()
+        if tokens is None or tokens.region is None:
+            return None
+        if (height, width) not in self.attention_masks:
+            if self.regions is None:
+                raise ValueError("got tokens that speak of regions, and no regions: pass Condition(..., regions=)")
+            covered = self.regions.coverage(height, width).flatten(2)  # (B, R, N)
+            covered = torch.cat(
+                [covered.new_ones(len(covered), 1, height * width), covered], 1
+            )  # the whole image first
+            index = (tokens.region + 1).unsqueeze(-1).expand(-1, -1, height * width)  # (B, M, N)
+            seen = covered.gather(1, index).mT
+            mask = seen if tokens.mask is None else seen & tokens.mask.unsqueeze(1)
+            self.attention_masks[height, width] = mask
+        return self.attention_masks[height, width]
+
+
+def _map_tensors(record: NamedTuple, change: Callable[[Tensor], Tensor]) -> NamedTuple:
+    return type(record)(*(None if tensor is None else change(tensor) for tensor in record))
+
+
+def _join(streams: Sequence[Tokens], axis: int) -> Tokens:
+    """Token sequences along the batch (0) or one behind the other (1)."""
+    masks, regions = [stream.mask for stream in streams], [stream.region for stream in streams]
+    if any(mask is not None for mask in masks):
+        masks = [s.values.new_ones(s.values.shape[:2], dtype=torch.bool) if s.mask is None else s.mask for s in streams]
+    if any(region is not None for region in regions):
+        everywhere = [torch.full(s.values.shape[:2], -1, device=s.values.device) for s in streams]
+        regions = [e if s.region is None else s.region for e, s in zip(everywhere, streams, strict=True)]
+    joined = (None if parts[0] is None else torch.cat(parts, axis) for parts in (masks, regions))
+    return Tokens(torch.cat([stream.values for stream in streams], axis), *joined)
+
+
+def _cat(streams: Sequence[Stream]) -> Stream:
+    """Streams of one kind along the batch."""
+    kind = type(streams[0])
+    if kind is not Tokens:
+        return kind(torch.cat([stream.values for stream in streams]))
+    longest = max(stream.values.shape[1] for stream in streams)
+    return _join([_pad_tokens(stream, longest) for stream in streams], 0)
+
+
+def _pad_tokens(tokens: Tokens, length: int) -> Tokens:
+    """Tokens with masked ones behind them, up to a length."""
+    missing = length - tokens.values.shape[1]
+    if missing == 0:
+        return tokens
+    mask = tokens.values.new_ones(tokens.values.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask
+    region = None if tokens.region is None else F.pad(tokens.region, (0, missing), value=-1)
+    return Tokens(F.pad(tokens.values, (0, 0, 0, missing)), F.pad(mask, (0, missing)), region)
+
+
+def _cat_regions(conditions: Sequence[Condition]) -> Regions | None:
+    """The regions of all along the batch; a condition without any has empty ones."""
+    there = [condition.regions for condition in conditions if condition.regions is not None]
+    if not there:
+        return None
+    most, parts = max(regions.masks.shape[1] for regions in there), []
+    for condition in conditions:
+        regions = condition.regions
+        if regions is None:
+            count = len(next(iter(condition.streams.values())).values)
+            regions = _map_tensors(there[0], lambda tensor, n=count: tensor.new_zeros(n, 0, *tensor.shape[2:]))
+        missing = most - regions.masks.shape[1]
+        ids = (F.pad(each, (0, missing), value=-1) for each in regions[1:])
+        parts.append(Regions(F.pad(regions.masks, (0, 0, 0, 0, 0, missing)), *ids))
+    return Regions(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 class ConditionEncoder(nn.Module, ABC):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import models.conditions
-from models.conditioning import Condition, ConditionEncoder, Map, Tokens, Vector
+from models.conditioning import Condition, ConditionEncoder, Map, Regions, Tokens, Vector
 from models.conditions import image, label
 
 B, WIDTH = 4, 12
@@ -134,3 +134,102 @@ BROKEN = {
 def test_streams_that_do_not_fit_are_refused(message):
     with pytest.raises(ValueError, match=message):
         Condition(BROKEN[message])
+
+
+def everything(regions=3):
+    """A condition with a stream of each kind, and regions."""
+    g = torch.Generator().manual_seed(2)
+    masks = torch.rand(B, regions, 8, 8, generator=g) < 0.2
+    ids = torch.arange(B * regions).view(B, regions)
+    token_regions = torch.randint(-1, regions, (B, 5), generator=g)
+    return Condition(
+        {
+            "vector": Vector(torch.randn(B, 6, generator=g)),
+            "words": Tokens(torch.randn(B, 5, 7, generator=g), torch.rand(B, 5, generator=g) < 0.7, token_regions),
+            "plain": Tokens(torch.randn(B, 2, 7, generator=g)),
+            "map": Map(torch.randn(B, 2, 8, 8, generator=g)),
+        },
+        Regions(masks, ids, 100 + ids),
+    )
+
+
+def tensors_of(condition):
+    records = [*condition.streams.values(), *([] if condition.regions is None else [condition.regions])]
+    return [tensor for record in records for tensor in record if tensor is not None]
+
+
+@pytest.mark.parametrize("rows", [torch.tensor([3, 1]), torch.tensor([False, True, False, True]), slice(2)], ids=str)
+def test_rows_of_every_stream(rows):
+    whole = everything()
+    part = whole[rows]
+    assert part.streams.keys() == whole.streams.keys()
+    for a, b in zip(tensors_of(part), tensors_of(whole), strict=True):
+        assert len(a) == 2 and torch.equal(a, b[rows])
+    assert torch.equal(part.attention_mask(4, 4), whole.attention_mask(4, 4)[rows])
+
+
+def test_cat_is_the_inverse_of_rows():
+    whole = everything()
+    again = Condition.cat([whole[:1], whole[1:]])
+    for a, b in zip(tensors_of(again), tensors_of(whole), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_cat_pads_tokens_and_regions_and_changes_no_mask():
+    long, short = everything(3), Condition({"words": Tokens(torch.randn(2, 1, 7))})
+    long = Condition({"words": long.streams["words"]}, long.regions)
+    both = Condition.cat([short, long])
+    assert both.streams["words"].values.shape == (2 + B, 5, 7) and both.regions.masks.shape == (2 + B, 3, 8, 8)
+    assert both.streams["words"].mask[:2].tolist() == [[True, False, False, False, False]] * 2
+    assert not both.regions.masks[:2].any() and (both.regions.class_ids[:2] == -1).all()
+    mask = both.attention_mask(2, 2)
+    assert torch.equal(mask[2:], long.attention_mask(2, 2))
+    assert mask[:2, :, 0].all() and not mask[:2, :, 1:].any()
+
+
+def test_cat_of_different_streams_is_refused():
+    with pytest.raises(ValueError, match="wanted the same in all"):
+        Condition.cat([Condition({"a": Vector(torch.zeros(1, 2))}), Condition({"b": Vector(torch.zeros(1, 2))})])
+
+
+def test_spans_are_where_the_tokens_of_a_stream_lie():
+    whole = everything()
+    assert whole.spans() == {"words": slice(0, 5), "plain": slice(5, 7)}
+    for name, span in whole.spans().items():
+        assert torch.equal(whole.tokens().values[:, span], whole.streams[name].values)
+
+
+def test_an_attention_mask_follows_the_coverage_of_cells():
+    masks = torch.zeros(1, 2, 8, 8, dtype=torch.bool)
+    masks[0, 0, 3, 4] = True  # one pixel, of the cell (0, 1) of a 2x2 grid
+    tokens = Tokens(torch.randn(1, 4, 3), torch.tensor([[True, True, True, False]]), torch.tensor([[-1, 0, 1, -1]]))
+    condition = Condition({"t": tokens}, Regions(masks, torch.zeros(1, 2).long(), torch.zeros(1, 2).long()))
+    assert condition.attention_mask(2, 2).int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]]
+    for size in [(1, 1), (3, 5), (8, 8), (16, 16)]:  # a pixel vanishes at no level
+        assert condition.attention_mask(*size)[..., 1].any() and not condition.attention_mask(*size)[..., 2].any()
+    assert condition.attention_mask(2, 2) is condition.attention_mask(2, 2)
+    assert Condition({"t": Tokens(torch.randn(1, 4, 3))}).attention_mask(2, 2) is None
+
+
+def test_tokens_of_regions_without_regions_are_refused():
+    with pytest.raises(ValueError, match="tokens that speak of regions, and no regions"):
+        Condition({"t": Tokens(torch.zeros(1, 1, 2), None, torch.zeros(1, 1).long())}).attention_mask(2, 2)
+
+
+def test_row_ids_are_equal_for_equal_conditions_alone():
+    whole = everything()
+    rows = torch.tensor([0, 1, 0, 2, 1])
+    ids = whole[rows].row_ids()
+    assert torch.equal(ids[:, None] == ids, rows[:, None] == rows)
+    assert whole.row_ids().unique().numel() == B
+    for name in whole.streams:  # one stream alone tells them apart
+        one = Condition({name: whole.streams[name]})
+        assert one.row_ids().unique().numel() == B
+    same = Condition({"vector": Vector(torch.ones(B, 2))}, whole.regions)
+    assert same.row_ids().unique().numel() == B
+    assert Condition().row_ids() is None
+
+
+def test_a_condition_moves_to_a_device():
+    moved = everything().to("meta")
+    assert all(tensor.device.type == "meta" for tensor in tensors_of(moved))
