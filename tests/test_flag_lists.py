@@ -72,6 +72,7 @@ def test_flags_of_samplers_and_of_training_are_the_agreed_ones():
     assert cli.fields_of(TrainingConfig) == {
         *("train_steps", "batch_size", "accumulate", "lr", "warmup_iters", "weight_decay", "grad_clip", "amp"),
         *("ema", "ema_beta", "seed", "device", "load_dir", "load_step", "load_optim"),
+        *("load_partial", "train_only"),
         *("optimizer", "betas", "lr_schedule", "decay_steps", "lr_end", "amp_dtype", "max_bad_steps", "ema_profiles"),
         *("steps_per_ema_snapshot", "parallel", "timeout_minutes", "compile", "channels_last", "tf32"),
         *("activation_checkpointing", "deterministic", "hooks", "resume"),

@@ -10,7 +10,7 @@ import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -185,6 +185,50 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], name: str, source: Path)
     module.load_state_dict({key: sharded_like(value, wanted[key]) for key, value in own.items()})
 
 
+class FillReport(NamedTuple):
+    """What became of each key where weights filled what they fit."""
+
+    taken: list[str]
+    grown: list[str]  # taken, and larger here than in the file
+    missing: list[str]  # not in the file: as they were
+    unexpected: list[str]  # in the file alone
+    misshapen: list[str]  # of another shape: as they were
+
+
+def fill_partially(module: nn.Module, tensors: dict[str, Tensor], name: str) -> FillReport:
+    """Loads those of the tensors of module `name` that fit; keys of the report begin with that name.
+
+    A tensor that is larger here along some axes takes the file's numbers first. Behind them, along its first axis
+    (outputs, rows of an embedding) it stays as it was; along the others (inputs) it becomes 0, so that what is computed
+    from the inputs there were stays the same.
+    """
+    wanted, filled, prefix = module.state_dict(), {}, f"{name}."
+    own = {key: value for key, value in tensors.items() if key.startswith(prefix)}
+    report = FillReport([], [], [], sorted(own.keys() - {prefix + key for key in wanted}), [])
+    for key, here in wanted.items():
+        there, shape = own.get(prefix + key), tuple(here.shape)
+        if there is None:
+            report.missing.append(prefix + key)
+        elif shape == tuple(there.shape):
+            report.taken.append(prefix + key)
+            filled[key] = there
+        elif len(shape) == there.ndim and all(new >= old for new, old in zip(shape, there.shape, strict=True)):
+            report.grown.append(f"{prefix}{key}: {tuple(there.shape)} -> {shape}")
+            filled[key] = grow(there, whole(here).cpu())
+        else:
+            report.misshapen.append(f"{prefix}{key}: {tuple(there.shape)} in the file, {shape} here")
+    module.load_state_dict(wanted | {key: sharded_like(value, wanted[key]) for key, value in filled.items()})
+    return report
+
+
+def grow(there: Tensor, here: Tensor) -> Tensor:
+    """A tensor of the shape of `here` that begins with `there`; see `fill_partially` for the rest of it."""
+    out = here.clone()
+    out[: len(there)] = 0
+    out[tuple(slice(size) for size in there.shape)] = there.to(out.dtype)
+    return out
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(
@@ -228,6 +272,26 @@ def load(run: Path, step: int, state: State, *, optimizers: bool = True) -> str:
     if optimizers:
         load_rest(path, state)
     return manifest[WEIGHTS]["sha256"]
+
+
+def load_partially(run: Path, step: int, state: State) -> tuple[str, FillReport]:
+    """Fills what a checkpoint's weights and averages fit, modules and averages alike, and leaves the rest as it is.
+
+    Returns the SHA-256 of the weights' file, and what became of each key. ValueError where nothing fits.
+    """
+    path = checkpoint_path(run, step)
+    manifest = verify(path)
+    tensors = read_tensors(path / WEIGHTS)
+    parts = [fill_partially(module, tensors, name) for name, module in state.modules.items()]
+    report = FillReport(*(sum(keys, []) for keys in zip(*parts, strict=True)))
+    if not report.taken and not report.grown:
+        raise ValueError(f"--load_partial found nothing in {path / WEIGHTS} that fits: name a run of a similar network")
+    averaged = read_tensors(path / AVERAGED) if AVERAGED in manifest else tensors
+    for name, average in state.averages.items():
+        fill_partially(average.module, averaged, name)
+    for name, profile in state.profiles.items():
+        fill_partially(profile.module, averaged, name.partition("/")[2])
+    return manifest[WEIGHTS]["sha256"], report
 
 
 def load_profiles(path: Path, state: State) -> None:

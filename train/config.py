@@ -144,6 +144,10 @@ class TrainingConfig:
     """Step to start from; the newest if left out."""
     load_optim: bool = False
     """Load the optimizers as well."""
+    load_partial: bool = False
+    """Take what fits of the weights of --load_dir; what does not is reported, not refused."""
+    train_only: tuple[str, ...] = ()
+    """Train only the parts of the network with these names (encoders up_blocks.0); left out, all of it."""
 
     def __post_init__(self):
         for name in ("train_steps", "batch_size", "accumulate"):
@@ -159,6 +163,9 @@ class TrainingConfig:
         if self.timeout_minutes <= 0 or self.steps_per_ema_snapshot < 1:
             got = f"timeout_minutes {self.timeout_minutes}, steps_per_ema_snapshot {self.steps_per_ema_snapshot}"
             raise ValueError(f"got {got}: wanted positive ones")
+        if self.load_partial and (self.load_dir is None or self.load_optim):
+            why = "needs --load_dir" if self.load_dir is None else "fits no optimizer's state: leave --load_optim out"
+            raise ValueError(f"got --load_partial, which {why}")
         learning_rate(0, **self.schedule)
 
     @property

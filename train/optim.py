@@ -52,6 +52,34 @@ def make_optimizer(
     return optimizer
 
 
+def is_selected(name: str, prefixes: Sequence[str]) -> bool:
+    """Whether a dotted name is one of the prefixes or lies below one; without prefixes, every name is."""
+    return not prefixes or any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def freeze_all_but(module: nn.Module, prefixes: Sequence[str]) -> None:
+    """Parameters whose dotted names are not selected by the prefixes stop learning: they get no gradient.
+
+    Without prefixes nothing is changed. ValueError for one that fits no parameter or buffer, and where no parameter is
+    left to learn.
+    """
+    if not prefixes:
+        return
+    names = [name for name, _ in module.named_parameters()]
+    there = [*names, *(name for name, _ in module.named_buffers())]
+    for prefix in prefixes:
+        if not any(is_selected(name, [prefix]) for name in there):
+            parts = {".".join(name.split(".")[:depth]) for name in there for depth in range(1, name.count(".") + 2)}
+            top = ", ".join(dict.fromkeys(name.partition(".")[0] for name in there))
+            raise ValueError(
+                f"got --train_only {prefix}, which fits no parameter{did_you_mean(prefix, parts)}; its parts are: {top}"
+            )
+    if not any(is_selected(name, prefixes) for name in names):
+        raise ValueError(f"got --train_only {' '.join(prefixes)}, which leaves nothing to train: name more parts")
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(is_selected(name, prefixes))
+
+
 def fusible(parameters: list[nn.Parameter]) -> bool | None:
     """True where one kernel can step all parameters; None leaves the choice (foreach on CUDA, or one by one) to torch.
 

@@ -14,7 +14,16 @@ import yaml
 from filelock import FileLock, Timeout
 
 from models.registry import MOVED
-from train.checkpoint import WEIGHTS, checkpoint_path, load, resolve_step, saved_steps, verify
+from train.checkpoint import (
+    WEIGHTS,
+    FillReport,
+    checkpoint_path,
+    load,
+    load_partially,
+    resolve_step,
+    saved_steps,
+    verify,
+)
 from train.cli.files import read_groups
 from train.cli.parse import completed, to_dict
 from train.distributed import World, world
@@ -118,9 +127,10 @@ def begin(run: Path, config, state: State, world: World, origin: dict[str, Any])
     training = config.training
     start = start_of(run, training.resume)
     if start is not None and start.run == run:
-        origin = origin | {name: value for name, value in origin_of(run).items() if name == "load_weights"}
+        noted = origin_of(run)
+        origin = origin | {name: noted[name] for name in ("load_weights", "load_report") if name in noted}
     elif training.load_dir is not None:
-        origin = origin | {"load_weights": begin_from(config, state)}
+        origin = origin | begin_from(config, state, world)
     origin = origin | branched_from(run, start, origin_of(run))
     world.barrier()  # all have looked before one writes
     if world.is_main:
@@ -135,16 +145,31 @@ def begin(run: Path, config, state: State, world: World, origin: dict[str, Any])
         print(f"going on from step {state.step} of {training.train_steps}{done}", flush=True)
 
 
-def begin_from(config, state: State) -> str:
-    """Fills a state from --load_dir, to be trained from step 0; returns the SHA-256 of the weights."""
+def begin_from(config, state: State, world: World) -> dict[str, Any]:
+    """Fills a state from --load_dir, to be trained from step 0; returns what a run notes of that: the SHA-256 of the
+    weights, and with --load_partial what became of each key."""
     training = config.training
     source = run_folder(config.logging.logs_root, training.load_dir)
     step = resolve_step(source, training.load_step, "--load_step")
-    weights = load(source, step, state, optimizers=training.load_optim)
+    if training.load_partial:
+        weights, report = load_partially(source, step, state)
+        origin = {"load_weights": weights, "load_report": report._asdict()}
+        if world.is_main:
+            print(f"weights of {source}, step {step}: {describe(report)}", flush=True)
+    else:
+        origin = {"load_weights": load(source, step, state, optimizers=training.load_optim)}
     state.step, state.best, state.bad_steps = 0, {}, []  # those of the other run
     for counter in state.counters.values():
         counter.load_state_dict({})
-    return weights
+    return origin
+
+
+def describe(report: FillReport) -> str:
+    """How many keys were taken, and each one that was not, or not as it was."""
+    lines = [f"{len(report.taken)} tensors taken"]
+    for kind in ("grown", "missing", "unexpected", "misshapen"):
+        lines += [f"  {kind}: {key}" for key in getattr(report, kind)]
+    return "\n".join(lines)
 
 
 class Start(NamedTuple):

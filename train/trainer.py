@@ -31,7 +31,7 @@ from train.execution import (
 )
 from train.logging import Logger
 from train.loop import HOOK, Clock, Hook, Outputs, State, Stateful, Step, Tally, fit
-from train.optim import BadSteps, make_optimizer
+from train.optim import BadSteps, freeze_all_but, make_optimizer
 from train.perf import Meter, Profile
 from train.posthoc_ema import PowerEMA, buffers_of, save_snapshot
 from train.registry import dotted
@@ -51,8 +51,10 @@ def assemble(
 ) -> State:
     """The state that trains these modules, each with an optimizer of its own name, the same in every process.
 
-    Those in `averaged` are followed by what averages the config asks for.
+    Those in `averaged` are followed by what averages the config asks for, and are what its `train_only` speaks of.
     """
+    for name in averaged:
+        freeze_all_but(modules[name], training.train_only)
     for module in modules.values():
         module.to(world.device)
         if in_channels_last(training, world.device):
@@ -72,7 +74,7 @@ def assemble(
     optimizers = {
         name: make_optimizer(
             training.optimizer,
-            module.parameters(),
+            [parameter for parameter in module.parameters() if parameter.requires_grad],
             lr=training.lr,
             weight_decay=training.weight_decay,
             betas=training.betas,

@@ -14,7 +14,7 @@ from train.execution import autocast, in_channels_last, poison, poisoned, to_cha
 from train.logging import Logger
 from train.loop import Batch, Outputs, State
 from train.lr_schedule import learning_rate
-from train.optim import update
+from train.optim import is_selected, update
 from train.trainer import assemble
 from vq.augment import Augmentation
 from vq.autoencoder import VQGAN
@@ -44,7 +44,13 @@ def build_state(
     )
     modules = {"autoencoder": autoencoder, "discriminator": discriminator}
     extras = {"lecam": LeCAM(world.device)} if loss.lecam_weight else {}
-    return assemble(modules, training, world, averaged=["autoencoder"], counters=["codes"], extras=extras)
+    state = assemble(modules, training, world, averaged=["autoencoder"], counters=["codes"], extras=extras)
+    if loss.adaptive_weight and not autoencoder.decoder.last_layer.requires_grad:
+        raise ValueError(
+            f"got --train_only {' '.join(training.train_only)} and --adaptive_weight, which compares gradients at the "
+            "last layer of the decoder: train that too, or pass --no_adaptive_weight"
+        )
+    return state
 
 
 class VQGANStep:
@@ -98,7 +104,8 @@ class VQGANStep:
             for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(old)  # batch norms have seen the bad batch
             return None
-        quantizer.learn(self.told(state, None))
+        learns = is_selected("quantizer", self.training.train_only)
+        quantizer.learn(self.told(state, None) if learns else None)
         if "lecam" in state.extras and judged:
             state.extras["lecam"].follow(*self.world.mean(torch.stack([totals["disc_real"], totals["disc_fake"]])))
         totals |= dict(zip(["grad_norm", "disc_grad_norm"][: len(norms)], norms, strict=True))
@@ -145,7 +152,9 @@ class VQGANStep:
                 weight = weight * metrics["adaptive_weight"]
             gradient, loss = gradient + weight * of_adversarial, loss + weight * g
         factor = poison(loss) * share
-        torch.autograd.backward([made, vq], [gradient * factor, factor * scale])
+        starts = [(made, gradient * factor), (vq, factor * scale)]
+        starts = [start for start in starts if start[0].requires_grad]  # --train_only may leave one of them without
+        torch.autograd.backward(*zip(*starts, strict=True))
         return fake.detach(), codes, {"loss": loss, "vq": vq} | metrics | codes.metrics
 
     def reconstruction_loss(self, images: Tensor, fake: Tensor) -> tuple[Tensor, Outputs]:

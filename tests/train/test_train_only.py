@@ -1,0 +1,187 @@
+"""--train_only: the parts that are named learn, and nothing else changes; and --load_partial, which fills them."""
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from helpers.process_pool import Crew
+from helpers.run_asserts import weights
+from helpers.tiny_runs import DDPM, GAN, VQGAN, call
+from train.checkpoint import checkpoint_path, fill_partially
+from train.optim import freeze_all_but, is_selected
+
+RUN = (
+    f"{DDPM} --dataset digits --no_amp --weight_decay 0.1 --lr 1e-2 --steps_per_eval 0 --keep_last 0 --steps_per_log 1"
+)
+FIRST_STAGE = (
+    f"{VQGAN} {GAN} --no_amp --steps_per_eval 0 --keep_last 0 --disc_start_step 1 --lr 1e-2 --weight_decay 0.1"
+)
+CHOSEN = "up_blocks encoders.label conv_out"
+
+
+def train(logs, name, flags, script="train_sampler.py", run=RUN):
+    call(script, f"--logs_root {logs} --log_dir {name} {run} {flags}")
+    return logs / name
+
+
+def changed(run, first, last, file="model.safetensors"):
+    """Which tensors differ between two steps of a run."""
+    one, other = (weights(run, step, file) for step in (first, last))
+    return {key for key in one if not torch.equal(one[key], other[key])}
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """A folder with `part`, a run of 3 steps in which a part of the UNet learned, and `whole`, one where all did."""
+    logs = tmp_path_factory.mktemp("train_only")
+    train(logs, "part", f"--steps_per_checkpoint 1 --train_steps 3 --train_only {CHOSEN}")
+    train(logs, "whole", "--train_steps 2")
+    return logs
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors"])
+def test_what_is_named_learns_and_nothing_else_changes(logs, file):
+    names = weights(logs / "part", 1, file)
+    chosen = {key for key in names if is_selected(key.removeprefix("network."), CHOSEN.split())}
+    learned = changed(logs / "part", 1, 3, file)
+    assert learned <= chosen and 0 < len(chosen) < len(names)
+    assert len(learned) > len(chosen) / 2  # what stands behind a layer that is still zero has no gradient yet
+
+
+def test_frozen_parts_have_no_optimizer_state(logs):
+    state = torch.load(checkpoint_path(logs / "part", 3) / "state.pt", weights_only=True)["optimizers"]["network"]
+    names = [key.removeprefix("network.") for key in weights(logs / "part", 3)]
+    chosen = [name for name in names if is_selected(name, CHOSEN.split())]
+    assert len(state["state"]) == len(state["param_groups"][0]["params"]) == len(chosen)
+
+
+def test_what_is_trained_is_part_of_the_run(logs, capfd):
+    with pytest.raises(SystemExit):
+        train(logs, "part", "--train_steps 4 --train_only up_blocks")
+    assert "train_only: ['up_blocks', 'encoders.label', 'conv_out'] there, ['up_blocks'] now" in capfd.readouterr().err
+    train(logs, "part", f"--train_steps 4 --train_only {CHOSEN}")
+    assert "going on from step 3 of 4" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_two_processes_freeze_as_one_does(logs, way):
+    crew = Crew(2)
+    flags = f"--logs_root {logs} --log_dir {way} {RUN} --train_steps 3 --steps_per_checkpoint 1 --parallel {way}"
+    try:
+        crew.run("train_sampler.py", f"{flags} --train_only {CHOSEN}")
+    finally:
+        crew.close()
+    assert changed(logs / way, 1, 3) == changed(logs / "part", 1, 3)
+    for key, one in weights(logs / "part", 3).items():
+        torch.testing.assert_close(weights(logs / way, 3)[key], one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_part_of_a_vqgan_learns(tmp_path, part):
+    flags = f"--train_steps 3 --steps_per_checkpoint 1 --train_only {part} --no_adaptive_weight"
+    run = train(tmp_path, part, flags, "train_vqgan.py", FIRST_STAGE)
+    learned = {key for key in changed(run, 1, 3) if key.startswith("autoencoder.")}
+    assert learned and all(key.startswith(f"autoencoder.{part}.") for key in learned)
+    assert any(key.startswith("discriminator.") for key in changed(run, 1, 3))
+
+
+def test_codes_that_follow_averages_are_frozen_too(tmp_path):
+    flags = "--quantizer ema --train_steps 3 --steps_per_checkpoint 1 --train_only decoder"
+    run = train(tmp_path, "ema", flags, "train_vqgan.py", FIRST_STAGE)
+    assert not any(key.startswith("autoencoder.quantizer") for key in changed(run, 1, 3))
+
+
+def test_an_adaptive_weight_needs_the_last_layer(tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, "odd", "--train_steps 1 --train_only encoder", "train_vqgan.py", FIRST_STAGE)
+    assert stop.value.code == 2 and "pass --no_adaptive_weight" in capfd.readouterr().err
+
+
+def net(classes=3, width=4):
+    torch.manual_seed(classes)
+    return nn.ModuleDict({"embed": nn.Embedding(classes, width), "out": nn.Linear(width, 2)})
+
+
+WRONG = {
+    "got --train_only ou, which fits no parameter, did you mean 'out'.; its parts are: embed, out": ["ou"],
+    "got --train_only embed.weight.x, which fits no parameter": ["embed.weight.x"],
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_prefix_that_fits_nothing_is_refused(message):
+    with pytest.raises(ValueError, match=message):
+        freeze_all_but(net(), WRONG[message])
+
+
+def test_a_part_without_parameters_leaves_nothing_to_train():
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        freeze_all_but(nn.ModuleDict({"norm": nn.BatchNorm1d(2, affine=False), "out": nn.Linear(2, 2)}), ["norm"])
+
+
+def test_prefixes_end_at_dots():
+    module = net()
+    freeze_all_but(module, ["embed", "out.bias"])
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == {"embed.weight", "out.bias"}
+
+
+def test_what_fits_is_taken_and_each_key_is_reported():
+    here, there = net(classes=5, width=6), net(classes=3, width=4)
+    file = {f"net.{key}": value for key, value in there.state_dict().items()}
+    file |= {"net.gone": torch.zeros(1), "other.out.bias": torch.zeros(2)}
+    file["net.out.bias"] = torch.zeros(2, 1)
+    before = {key: value.clone() for key, value in here.state_dict().items()}
+    report = fill_partially(here, file, "net")
+    assert report.taken == [] and report.missing == [] and report.unexpected == ["net.gone"]
+    assert report.grown == ["net.embed.weight: (3, 4) -> (5, 6)", "net.out.weight: (2, 4) -> (2, 6)"]
+    assert report.misshapen == ["net.out.bias: (2, 1) in the file, (2,) here"]
+    after = here.state_dict()
+    assert torch.equal(after["embed.weight"][:3, :4], there["embed"].weight)
+    assert not after["embed.weight"][:3, 4:].any() and torch.equal(
+        after["embed.weight"][3:], before["embed.weight"][3:]
+    )
+    assert torch.equal(after["out.bias"], before["out.bias"])
+    x = torch.randn(7, 6)  # what is new of the input changes nothing
+    same = x[:, :4] @ there["out"].weight.T
+    assert torch.allclose(x @ after["out.weight"].T, same, atol=1e-6)
+
+
+def test_a_run_starts_from_what_fits_of_another(logs, capfd):
+    """One whose last level is wider; it goes on as any run does."""
+    flags = "--train_steps 1 --channel_mults 1 3 --load_dir whole --load_partial"
+    run = train(logs, "wider", flags)
+    out = capfd.readouterr().out
+    noted = yaml.safe_load((run / "config.yaml").read_text())["origin"]["load_report"]
+    assert noted["taken"] and noted["grown"] and noted["missing"] == noted["unexpected"] == []
+    assert f"{len(noted['taken'])} tensors taken" in out
+    assert all(key in out for kind in ("grown", "misshapen") for key in noted[kind])
+    train(logs, "wider", flags.replace("--train_steps 1", "--train_steps 2"))
+    assert "going on from step 1 of 2" in capfd.readouterr().out
+
+
+def test_a_full_fit_is_a_strict_load(logs):
+    """Weights and averages: one step from them is the same step."""
+    for name, how in (("strict", ""), ("partial", "--load_partial")):
+        train(logs, name, f"--train_steps 1 --load_dir whole {how}")
+    for file in ("model.safetensors", "ema.safetensors"):
+        one, other = (weights(logs / name, 1, file) for name in ("strict", "partial"))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [("", "needs --load_dir"), ("--load_dir whole --load_optim", "leave --load_optim out")],
+)
+def test_a_partial_load_of_what_is_not_to_be_had_is_refused(logs, flags, message, capfd):
+    with pytest.raises(SystemExit) as stop:
+        train(logs, "refused", f"--train_steps 1 --load_partial {flags}")
+    assert stop.value.code == 2 and message in capfd.readouterr().err and not (logs / "refused").exists()
+
+
+def test_a_load_of_which_nothing_fits_is_refused(logs, capfd):
+    train(logs, "vqgan", "--train_steps 1", "train_vqgan.py", FIRST_STAGE)
+    with pytest.raises(SystemExit):
+        train(logs, "odd", "--train_steps 1 --load_dir vqgan --load_partial")
+    assert "found nothing in" in capfd.readouterr().err and not (logs / "odd").exists()
