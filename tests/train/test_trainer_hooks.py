@@ -41,7 +41,7 @@ def nothing(item):
     pass
 
 def words(item):
-    return item | {"name": "a.png"}
+    return item | {"name": ("a", "png")}
 
 def crops(item):
     crops.side = getattr(crops, "side", 4) + 1
