@@ -3,6 +3,7 @@
 Geometry is done on the whole item, so that boxes and masks (tv_tensors) follow their image.
 """
 
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,13 +144,13 @@ class View:
     def __call__(self, item: Any) -> Any:
         """An item, or images (..., H, W), in this view: a copy in any case."""
         if isinstance(item, dict):
-            return {name: self.copy(value, has_place(value)) for name, value in item.items()}
-        return self.copy(item, True)
+            return {name: self.moved(value, has_place(value)) for name, value in item.items()}
+        return self.moved(item, True)
 
-    def copy(self, value: Any, moves: bool) -> Any:
+    def moved(self, value: Any, moves: bool) -> Any:
         if moves and not self.identity:
             return self.move(value)
-        return value.clone() if isinstance(value, Tensor) else value
+        return value.clone() if isinstance(value, Tensor) else copy.copy(value)
 
     def move(self, inpt: Any) -> Any:
         """An image, or what lies in one (boxes, a mask), in this view."""

@@ -10,6 +10,7 @@ import torch
 from torchvision import tv_tensors
 
 from helpers.annotated_images import FIELDS, Annotated, annotated, assert_same_fields, counted, plain
+from helpers.toy_encoding import COUNT, by_two, captions, codes_in
 from train.config import DataConfig
 from train.data.annotations import Records, pack, unpack, write_records
 from train.data.code_cache import CodeFile, read_note, write_note
@@ -242,3 +243,12 @@ def test_unreadable_images_leave_the_others_their_annotations(tmp_path):
         caption == f"image {i}, été" for caption, i in zip(batch["caption"], batch["label"].tolist(), strict=True)
     )
     assert sorted(batch["label"].tolist()) == [1, 2, 3, 5, 6]
+
+
+def test_two_processes_keep_what_one_does(tmp_path):
+    answers = by_two(tmp_path, annotated=True)
+    assert [answer["images"] for answer in answers] == [6, 5]
+    assert all(answer["captions"] == [f"image {i}, été" for i in range(COUNT)] for answer in answers)
+    stopped = by_two(tmp_path / "again", fails_at=(2, None), annotated=True)
+    assert all("error" in answer for answer in stopped)
+    assert captions(codes_in(tmp_path / "again", annotated=True)) == answers[0]["captions"]

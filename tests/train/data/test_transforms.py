@@ -20,7 +20,7 @@ from train.data.transforms import (
     training_views,
     views,
 )
-from train.datasets import FloatImage
+from train.datasets import FloatImage, Ragged
 
 
 def boxed(image, box, size):
@@ -308,9 +308,13 @@ def test_boxes_and_masks_are_cut_with_their_image():
 @pytest.mark.parametrize("view", [View(crop=(0, 0, 3, 4)), View(crop=(1, 1, 2, 2)), View()])
 def test_a_view_is_a_copy(view):
     image = tv_tensors.Image(PIXELS.clone())
-    view({"image": image})["image"].zero_()
+    item = {"image": image, "words": ["a"], "ids": Ragged([1])}
+    made = view(item)
+    made["image"].zero_()
+    made["words"].append("b")
+    made["ids"].zero_()
     view(image).zero_()
-    assert torch.equal(image, PIXELS)
+    assert torch.equal(image, PIXELS) and item["words"] == ["a"] and item["ids"].tolist() == [1]
 
 
 @pytest.mark.parametrize("crop", [(0, 0, 4, 4), (0, 1, 3, 4), (1, 0, 3, 4), (-1, 0, 3, 4), (0, -1, 3, 4)])
