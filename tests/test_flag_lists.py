@@ -15,7 +15,7 @@ def test_flags_of_data_and_of_stage_one_are_the_agreed_ones():
     """A flag is a promise: this list changes on purpose or not at all."""
     assert cli.fields_of(DataConfig) == {
         *("dataset", "reader", "img_size", "img_width", "n_channels", "horizontal_flip", "shift", "crop_margin"),
-        *("in_memory", "cache_images", "num_workers", "prefetch"),
+        *("in_memory", "cache_images", "num_workers", "prefetch", "data_range"),
     }
     assert cli.fields_of(VQGANConfig) == {
         *("nf", "ch_mult", "res_blocks", "attn_resolutions", "quantizer", "codebook_size", "emb_dim"),

@@ -25,6 +25,8 @@ class DataConfig:
     """Width of the images, where they are not square; left out, img_size."""
     n_channels: Literal[1, 3] = 3
     """1 grey, 3 colour."""
+    data_range: tuple[float, float] | None = None
+    """Lowest and highest value of 16-bit or float images, which become -1 and 1; left out, 16 bits are scaled to 8."""
     horizontal_flip: bool = False
     """Also train on mirrored images."""
     shift: int = 0
@@ -46,6 +48,10 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"got {name} {value}, wanted at least {low}: pass --{name} N")
+        if self.data_range is not None and not self.data_range[0] < self.data_range[1]:
+            raise ValueError(
+                f"got data_range {self.data_range}, wanted the lower first: pass --data_range LOWEST HIGHEST"
+            )
         if self.crop_margin == 1:
             raise ValueError("got crop_margin 1, whose centre is a corner: pass --crop_margin 2 or more, or 0")
         if self.crop_margin and self.shift:

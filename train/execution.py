@@ -8,6 +8,7 @@ import os
 import types
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import Attention
 from train.config import TrainingConfig
+
+T = TypeVar("T")
 
 
 def checkpoint_activations(module: nn.Module) -> int:
@@ -117,9 +120,11 @@ def channels_last(module: nn.Module) -> nn.Module:
     return module.to(memory_format=torch.channels_last)
 
 
-def to_channels_last(tensor: Tensor) -> Tensor:
-    """(B, C, H, W) in the order NHWC in memory; other tensors as they are."""
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+def to_channels_last(field: T) -> T:
+    """A tensor (B, C, H, W) in the order NHWC in memory; other fields of a batch as they are."""
+    if isinstance(field, Tensor) and field.ndim == 4:
+        return field.contiguous(memory_format=torch.channels_last)
+    return field
 
 
 def set_tf32(device: torch.device, enabled: bool) -> ExitStack:

@@ -1,6 +1,6 @@
 """A trained VQGAN as what later stages stand on: images to codes or latents, and back."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from train.checkpoint import AVERAGED, checkpoint_path, load_weights, resolve_st
 from train.cli.parse import from_dict
 from train.config import DataConfig
 from train.data import image_cache
-from train.data.code_cache import CHUNK, CodeFile, CodeTable, cache_key, code_table
+from train.data.code_cache import CHUNK, CodeFile, CodeTable, cache_key, code_table, has_annotations
 from train.data.loading import ImageSource
 from train.data.transforms import to_float, to_uint8, training_views
 from train.datasets import Dataset, DatasetConfig
@@ -51,9 +51,10 @@ class FirstStage:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, S, S) -> ids (B, h, w) int64."""
+        """uint8, or floats in [-1, 1], (B, C, S, S) -> ids (B, h, w) int64."""
+        floats = images if images.is_floating_point() else to_float(images)
         with autocast(self.device, self.amp):
-            return self.vqgan.encode(to_float(images).to(self.device))
+            return self.vqgan.encode(floats.to(self.device))
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
@@ -74,8 +75,9 @@ class FirstStage:
 
     def check_fits(self, data: DataConfig) -> None:
         """ValueError where images of `data` are not what this VQGAN takes."""
-        names = ("n_channels", "img_size", "img_width")
-        for name, wanted, got in zip(names, self.data.shape, data.shape, strict=True):
+        names = ("n_channels", "img_size", "img_width", "data_range")
+        trained, asked = (*self.data.shape, self.data.data_range), (*data.shape, data.data_range)
+        for name, wanted, got in zip(names, trained, asked, strict=True):
             if got != wanted:
                 raise ValueError(
                     f"got {name} {got}, but the VQGAN in {self.run} was trained with {wanted}: leave --{name} out"
@@ -90,13 +92,16 @@ class FirstStage:
         key = cache_key(
             weights=self.weights,
             network=asdict(self.vqgan.config),
-            images=image_cache.cache_key(dataset, larger),
+            images=image_cache.cache_key(dataset, larger, data.data_range),
             views=[view.describe() for view in seen],
             amp=self.amp and has_native_bf16(self.device),
             chunk=CHUNK,
         )
         codebook_size, shape = self.vqgan.quantizer.codebook_size, (len(seen), *self.vqgan.grid)
-        file = CodeFile(self.run / "codes", f"{data.dataset}_{split}", key, len(dataset), shape, codebook_size)
+        folder, name = self.run / "codes", f"{data.dataset}_{split}"
+        file = CodeFile(folder, name, key, len(dataset), shape, codebook_size, views=tuple(seen))
+        if not file.says_all() and has_annotations(dataset):
+            file = replace(file, annotated=True)
         return code_table(
             file,
             lambda: ImageSource(dataset, data, margin=margin),

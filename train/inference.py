@@ -19,6 +19,7 @@ from train.checkpoint import fill, load_weights, resolve_step, saved_steps
 from train.cli.parse import from_dict
 from train.config import DataConfig, SamplerConfig, SamplingConfig
 from train.data.loading import Positions, build_dataset, on_device
+from train.data.transforms import check_8_bits
 from train.datasets import Dataset, DatasetConfig, is_command
 from train.distributed import World
 from train.execution import autocast
@@ -26,7 +27,7 @@ from train.loop import Batch
 from train.posthoc_ema import opened, reconstruct, snapshot_path, snapshot_steps
 from train.registry import dotted, plugin
 from train.runs import read_run
-from train.spaces import Space, Start
+from train.spaces import Pixels, Space, Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +156,11 @@ class TrainedSampler:
     def log_likelihood(self, batch: Batch, seed: int = 0, calls: int | None = None) -> Bound:
         """-log2 p of a batch of `batches`, in the sampler's `unit`, in `calls` network calls per image or all.
 
-        An image's draws are a function of the seed and its position.
+        An image's draws are a function of the seed and its position. ValueError for pixels that are not of 8 bits.
         """
         rng = Streams([seed_of(seed, "likelihood", k) for k in batch["position"].tolist()], self.device)
+        if isinstance(self.space, Pixels):
+            check_8_bits(batch["image"])
         batch = self.space.prepared(on_device(batch, self.device))
         with autocast(self.device, self.amp):
             return self.sampler.log_likelihood(self.sampler.network, batch, rng, calls)

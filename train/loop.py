@@ -20,7 +20,8 @@ from train.posthoc_ema import PowerEMA
 
 HOOK = "hook "  # begins the names of extras that are users' hooks
 
-Batch = dict[str, Tensor]
+Field = Tensor | list[str] | list[list[str]]  # (B, ...), or B strings or lists of strings
+Batch = dict[str, Field]
 Outputs = dict[str, Tensor]  # of a step: its averages as scalars; whatever else was seen, with the examples first
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import NAdam, Optimizer, RAdam
 
+from train.data.collate import as_tensor, pad
 from train.distributed import World, gradient_norm, gradients, is_sharded
 from train.execution import LossScale
 from train.files import refused
@@ -187,12 +188,20 @@ class BadSteps:
             )
 
     def keep(self, path: Path, parts: Sequence[Batch]) -> None:
-        """The fields of the whole batch, in no particular order: "position" says which samples they are."""
-        device = self.world.device
-        batch = {
-            name: self.world.gather(torch.cat([part[name] for part in parts]).to(device)).cpu() for name in parts[0]
-        }
+        """The fields of the whole batch, in no particular order: "position" says which samples they are.
+
+        What is padded is as long as in the part with the most; strings are JSON in UTF-8, (B, bytes) uint8.
+        """
+        batch = {name: self.joined([as_tensor(part[name]) for part in parts]).cpu() for name in parts[0]}
         if self.world.is_main:
             path.parent.mkdir(exist_ok=True)
             with refused(path):
                 save_file({name: tensor.contiguous() for name, tensor in batch.items()}, path)
+
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """(B, n, ...) of the parts of all processes as one; n may differ."""
+        if parts[0].ndim > 1:
+            longest = torch.tensor([max(part.shape[1] for part in parts)], device=self.world.device)
+            longest = int(self.world.gather(longest).max())
+            parts = [pad(part, longest, axis=1) for part in parts]
+        return self.world.gather(torch.cat(parts).to(self.world.device))

@@ -11,7 +11,7 @@ from diffusion.rng import Streams
 from train.cli.parse import from_dict
 from train.config import DataConfig
 from train.data.loading import Adapt, ImageSource, Positions, TrainingCodes, TrainingImages
-from train.data.transforms import to_float, to_uint8
+from train.data.transforms import from_unit_range, to_float, to_uint8
 from train.datasets import Dataset
 from train.distributed import World
 from train.first_stage import FirstStage, load_first_stage
@@ -162,6 +162,10 @@ class Pixels(Continuous):
     def decode(self, x: Tensor) -> Tensor:
         return to_uint8(x)
 
+    def kept(self, x: Tensor) -> dict[str, Tensor]:
+        """With --data_range, the values in the units of the data: 8 bits do not hold them."""
+        return {} if self.data.data_range is None else {"values": from_unit_range(x, self.data.data_range).cpu()}
+
     def begun(self, images: Tensor, hidden: Tensor) -> Start:
         return Start(to_float(images.masked_fill(hidden.unsqueeze(1), 128)), ~hidden)
 
@@ -226,7 +230,7 @@ class Codes:
         batch_size = max(1, 2**22 // math.prod(data.shape))  # about 16 MB of float images at once
         table = self.first.codes(images, split, data, batch_size, world)
         labels = None if images.n_classes == 0 else torch.from_numpy(images.labels)[table.index]
-        return TrainingCodes(table.ids, labels, seed)
+        return TrainingCodes(table.ids, labels, seed, table.annotations)
 
     def workers(self, data: DataConfig) -> int:
         return 0  # codes need no decoding

@@ -18,7 +18,7 @@ from experiments.harness.report import progress
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.data.transforms import covering, to_item
-from train.datasets._decode import DAMAGED, decode
+from train.datasets._decode import DAMAGED, decode, to_grey_or_rgb
 from train.inference import TrainedSampler
 from train.loop import Batch
 from train.spaces import Start
@@ -91,7 +91,7 @@ def upright(path: Path) -> Image.Image:
     path = path.expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: pass image files as --image, a mask as --mask")
-    return decode(path)
+    return to_grey_or_rgb(decode(path))
 
 
 def fitted(image: Image.Image, trained: TrainedSampler) -> Tensor:

@@ -55,13 +55,13 @@ class SampleWriter:
         return self
 
     def add(self, batch: dict[str, Tensor]) -> None:
-        """{"image": uint8 (B, C, H, W), "codes": (B, h, w), "label": (B,) or absent}."""
+        """{"image": uint8 (B, C, H, W)}, and "codes" (B, h, w), "values" (B, C, H, W), "label" (B,) where there are."""
         images = batch["image"].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
         if self.images is None:
             shape = (self.count, *images.shape[1:])
             self.images = np.lib.format.open_memmap(self.raw / "arr_0.npy", mode="w+", dtype=np.uint8, shape=shape)
         self.images[self.written : self.written + len(images)] = images
-        for name, key in (("codes", "codes"), ("labels", "label")):
+        for name, key in (("codes", "codes"), ("values", "values"), ("labels", "label")):
             if key in batch:
                 self.others.setdefault(name, []).append(batch[key])
         if self.png_files:

@@ -21,7 +21,7 @@ from train.checkpoint import load_weights, resolve_step, saved_steps
 from train.cli.parse import plain
 from train.config import DataConfig, LoggingConfig, TrainingConfig
 from train.data.loading import ImageSource, TrainingCodes, TrainingImages, build_dataset, fixed_subset, images_in_order
-from train.data.transforms import to_float, to_uint8, training_views
+from train.data.transforms import check_8_bits, to_float, to_uint8, training_views
 from train.datasets import DatasetConfig
 from train.distributed import World, synchronized
 from train.execution import autocast, poisoned, set_tf32
@@ -89,6 +89,7 @@ class HeadStep:
     def __call__(self, state: State, parts: Sequence[Batch]) -> Outputs | None:
         head, total = state.replica("head").train(), 0.0
         for i, batch in enumerate(parts):
+            check_8_bits(batch["image"])
             ids = self.first.encode(to_uint8(batch["image"]))
             with synchronized(head, last=i == len(parts) - 1):
                 loss = bits_per_dim(self.first, head, ids, batch["image"]).mean() / len(parts)

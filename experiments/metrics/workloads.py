@@ -151,8 +151,8 @@ def in_parts(batch: Batch, accumulate: int) -> list[Batch]:
     size = len(batch["position"])
     if size % accumulate:
         raise ValueError(f"got batch_size {size} in {accumulate} parts: they must divide it")
-    pieces = {name: value.chunk(accumulate) for name, value in batch.items()}
-    return [{name: each[i] for name, each in pieces.items()} for i in range(accumulate)]
+    starts = range(0, size, size // accumulate)
+    return [{name: field[i : i + starts.step] for name, field in batch.items()} for i in starts]
 
 
 @torch.no_grad()

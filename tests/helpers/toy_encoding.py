@@ -13,15 +13,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from helpers.annotated_images import Annotated
 from helpers.process_pool import free_port, variables
 from train.config import DataConfig
 from train.data import code_cache
 from train.data.code_cache import CodeFile, CodeTable, code_table
 from train.data.loading import ImageSource
+from train.data.transforms import View
 from train.datasets import ArrayDataset, UnreadableImage
 from train.distributed import World, world
 
 COUNT, CHUNK = 11, 3  # four chunks, the last one shorter
+VIEWS = (View(), View(flip=True))
 CONFIG = DataConfig(dataset="mine", img_size=4, n_channels=1)
 PIXELS = np.random.default_rng(0).integers(0, 256, (COUNT, 4, 4), np.uint8)
 
@@ -49,6 +52,15 @@ EVERYTHING = encode(torch.from_numpy(PIXELS)[:, None]).transpose(0, 1)  # (V, N,
 def same(table: CodeTable, index: Sequence[int] = range(COUNT)) -> bool:
     """Whether a table is of these images."""
     return table.index.tolist() == list(index) and torch.equal(table.ids[:], EVERYTHING[:, list(index)])
+
+
+def captions(table: CodeTable) -> list[str]:
+    """Of all images, of annotations of which some are mirrored with their view."""
+    for row in range(COUNT):
+        plain, mirrored = (table.annotations[view, row] for view in (0, 1))
+        assert torch.equal(plain["classes"].flip(-1), mirrored["classes"])
+        assert torch.equal(plain["classes"], torch.from_numpy(PIXELS[row] // 10))
+    return [table.annotations[0, row]["caption"] for row in range(COUNT)]
 
 
 def files(folder: Path) -> list[str]:
@@ -87,11 +99,14 @@ def codes_in(
     broken: tuple[int, ...] = (),
     workers: int = 0,
     file: CodeFile | None = None,
+    annotated: bool = False,
 ) -> CodeTable:
-    dataset = Broken(PIXELS, np.arange(COUNT), COUNT, broken)
+    dataset, file = Broken(PIXELS, np.arange(COUNT), COUNT, broken), file or code_file(folder)
+    if annotated:
+        dataset, file = Annotated(PIXELS, dataset.labels, COUNT), replace(file, views=VIEWS)
     config = replace(CONFIG, num_workers=workers)
     here = here or World(torch.device("cpu"))
-    return code_table(file or code_file(folder), lambda: ImageSource(dataset, config), encoder, batch_size, here)
+    return code_table(file, lambda: ImageSource(dataset, config), encoder, batch_size, here)
 
 
 def shown(bars: list, **settings) -> tqdm:
@@ -99,7 +114,7 @@ def shown(bars: list, **settings) -> tqdm:
     return bars[-1]
 
 
-def one_process(rank: int, port: int, folder: Path, fails_at: tuple, broken: tuple, queue) -> None:
+def one_process(rank: int, port: int, folder: Path, fails_at: tuple, broken: tuple, annotated: bool, queue) -> None:
     """What one of two processes encodes, and gets, or which error."""
     os.environ.update(variables(rank, 2, port))
     bars = []
@@ -111,20 +126,24 @@ def one_process(rank: int, port: int, folder: Path, fails_at: tuple, broken: tup
         warnings.simplefilter("always")
         encoder = Encoder(fails_at[rank], OSError)
         try:
-            table = codes_in(folder, encoder, here=here, broken=broken)
+            table = codes_in(folder, encoder, here=here, broken=broken, annotated=annotated)
             found = {"ids": table.ids[:].tolist(), "index": table.index.tolist()}
+            found |= {"captions": captions(table)} if annotated else {}
         except ValueError as error:
             found = {"error": str(error)}
         counted = {"images": encoder.images, "warnings": len(caught), "shown": [bar.n for bar in bars]}
         queue.put((rank, found | counted))
 
 
-def by_two(folder: Path, fails_at: tuple = (None, None), broken: tuple[int, ...] = ()) -> list[dict]:
+def by_two(
+    folder: Path, fails_at: tuple = (None, None), broken: tuple[int, ...] = (), annotated: bool = False
+) -> list[dict]:
     """The answers of two processes that encode together, by rank. Forked, since starting two takes seconds."""
     context, port = multiprocessing.get_context("fork"), free_port()
     queue = context.Queue()
     processes = [
-        context.Process(target=one_process, args=(rank, port, folder, fails_at, broken, queue)) for rank in (0, 1)
+        context.Process(target=one_process, args=(rank, port, folder, fails_at, broken, annotated, queue))
+        for rank in (0, 1)
     ]
     for process in processes:
         process.start()

@@ -1,5 +1,6 @@
 """A step whose loss or gradient is not finite changes nothing, in any process, and is kept to be looked at."""
 
+import json
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -154,6 +155,22 @@ def test_too_many_are_counted_among_the_last_thousand(tmp_path):
     state.step = 1001
     with pytest.raises(ValueError, match="4 of the last 1000 steps"):
         bad(state, parts)
+
+
+def test_strings_and_padded_fields_of_all_parts_are_kept(tmp_path):
+    state = SimpleNamespace(step=3, bad_steps=[], extras={})
+    parts = [
+        {"position": torch.tensor([i]), "ids": torch.full((1, n), 17), "ids_mask": torch.ones(1, n, dtype=torch.bool)}
+        | {"caption": ["é" * n], "words": [["a"] * n]}
+        for i, n in enumerate((2, 0, 3))
+    ]
+    BadSteps(tmp_path, World(torch.device("cpu")), most=3)(state, parts)
+    batch = load_file(tmp_path / "bad_steps" / "step_00000003.safetensors")
+    assert batch["ids"].tolist() == [[17, 17, 0], [0, 0, 0], [17, 17, 17]]
+    assert batch["ids_mask"].sum(1).tolist() == [2, 0, 3]
+    texts = {name: [bytes(row.tolist()).rstrip(b"\0") for row in batch[name]] for name in ("caption", "words")}
+    assert [json.loads(text) for text in texts["caption"]] == ["éé", "", "ééé"]
+    assert [json.loads(text) for text in texts["words"]] == [["a", "a"], [], ["a", "a", "a"]]
 
 
 @pytest.mark.parametrize("which", ["Autoencoder", "Discriminator"])

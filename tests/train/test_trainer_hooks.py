@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from diffusion.gaussian import cosine
 from helpers.tiny_runs import DDPM, SAMPLER, call
@@ -26,6 +27,10 @@ constant = 3
 """
 
 ADAPT = """
+import torch
+from torchvision import tv_tensors
+from train.datasets import Ragged
+
 asked = []
 
 def upper(item):
@@ -41,11 +46,17 @@ def nothing(item):
     pass
 
 def words(item):
-    return item | {"name": "a.png"}
+    return item | {"name": ("a", "png")}
 
 def crops(item):
     crops.side = getattr(crops, "side", 4) + 1
     return item | {"condition_image": item["image"][:, : crops.side]}
+
+def annotated(item):
+    n = int(item["label"]) % 3
+    classes, parts = (tv_tensors.Mask(item["image"][0].expand(*size, 8, 8)) for size in ((), (n,)))
+    made = {"caption": f"a {n}", "words": ["a"] * n, "ids": Ragged(torch.arange(n)), "classes": classes, "parts": parts}
+    return item | made
 
 def unlabelled(item):
     return {"image": item["image"], "condition_image": item["image"]}
@@ -210,6 +221,22 @@ def test_a_report_of_a_model_that_adapts_needs_its_code_too(adapted, capfd):
     message = refused("experiments/get_samples.py", f"{flags} --allow my_own.adapting.forgets", capfd)
     assert "--allow my_own.adapting.upper" in message
     assert not (adapted / "x").exists()
+
+
+@pytest.mark.parametrize("how", ["--accumulate 2 --channels_last yes", "--num_workers 1 --max_bad_steps 0 --lr 1e30"])
+def test_fields_that_nobody_asks_for_travel_along(how, mine, tmp_path, capfd):
+    """Through the loop, validation and, where weights explode, the batches of bad steps."""
+    flags = (
+        f"--logs_root {tmp_path} {DDPM} --n_channels 1 --no_amp --steps_per_eval 1 --adapt my_own.adapting.annotated"
+    )
+    if "lr" not in how:
+        call("train_sampler.py", f"{flags} --train_steps 2 --steps_per_eval 1 {how}")
+        return
+    with pytest.raises(SystemExit):
+        call("train_sampler.py", f"{flags} --train_steps 9 --warmup_iters 0 --grad_clip 0 {how}")
+    assert "were not finite" in capfd.readouterr().err
+    (path,) = tmp_path.rglob("bad_steps/*.safetensors")
+    assert {"caption", "words", "ids", "ids_mask", "parts_mask", "classes"} <= load_file(path).keys()
 
 
 @pytest.mark.parametrize(("function", "field"), [("forgets", "condition_image"), ("unlabelled", "label")])

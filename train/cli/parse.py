@@ -195,8 +195,8 @@ def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:
     stored = read_groups(path)
     values = stored.get("data", {}) | stored.get("reader", {})
     values = {key: value for key, value in values.items() if not is_command(value)}  # these are typed
-    same = values.get("dataset") == dataset
-    return values if same else {key: values[key] for key in ("img_size", "img_width", "n_channels") if key in values}
+    of_images = ("img_size", "img_width", "n_channels", "data_range")
+    return values if values.get("dataset") == dataset else {key: values[key] for key in of_images if key in values}
 
 
 def to_dict(config) -> dict[str, Any]:

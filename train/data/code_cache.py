@@ -3,6 +3,9 @@
 Beside <name>.codes lies <name>.note, which says what is whole in it, and, while it is being made, a folder
 <name>.chunks with a note of each chunk. Notes carry the key of everything that made the codes, and checksums. A process
 that is killed loses no more than the chunks that were on their way; any number of processes resumes.
+
+Where images have annotations beside their labels, a folder <name>.annotations holds a file of records of each chunk, as
+they are before any view: each view moves them when they are read, and no image is decoded for that.
 """
 
 import hashlib
@@ -11,7 +14,7 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -25,7 +28,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from train.data.loading import Grids, ImageSource, InOrder, apart
+from train.data.annotations import Records, write_records
+from train.data.loading import Annotations, Grids, ImageSource, InOrder, annotations_of, apart
+from train.data.transforms import View
+from train.datasets import Dataset, UnreadableImage
 from train.distributed import World
 from train.files import name_removable, sync, write_text
 
@@ -33,7 +39,8 @@ VERSION = 2  # raise it when the same images and weights become other codes: the
 KEY = 16  # digits of it in names of files
 CHUNK = 512  # images; with uint16 codes on a grid of even sides, two chunks share no page of 4096 bytes
 
-Note = dict[str, Any]  # of a chunk: {"crc32": int, "unreadable": {image: message}}
+# of a chunk: {"crc32": of its codes, "unreadable": {image: message}, "records": the CRC32 of its annotations or None}
+Note = dict[str, Any]
 
 
 def cache_key(**made_of: object) -> str:
@@ -46,6 +53,7 @@ class CodeTable(NamedTuple):
 
     ids: Grids  # (V, n, h, w) integers; view 0 is the first of the views that were asked for
     index: Tensor  # (n,) int64: which image of the data set each is (unreadable ones are left out)
+    annotations: Annotations | None = None  # by view and row, where the images have any
 
 
 class MappedCodes:
@@ -75,8 +83,29 @@ class MappedCodes:
         return torch.from_numpy(np.array(found, dtype=np.int64))
 
 
+class MappedAnnotations:
+    """The annotations of the readable images by (view, row), from records by chunk; boxes and masks as the view moves
+    them. `index` (n,) says which images these are, `chunk` how many have their records together."""
+
+    def __init__(self, records: dict[int, Records], chunk: int, index: Tensor, views: Sequence[View]):
+        self.records, self.chunk, self.images, self.views = records, chunk, index.tolist(), views
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
+        view, row = place
+        chunk, within = divmod(self.images[row], self.chunk)
+        return self.views[view](self.records[chunk][within] if chunk in self.records else {})
+
+
 def as_index(place: Any) -> Any:
     return place.numpy() if isinstance(place, Tensor) else place
+
+
+class Encoded(NamedTuple):
+    """What is made of the images of a chunk."""
+
+    ids: np.ndarray  # (n, V, h, w), zeros for an unreadable image
+    unreadable: dict[int, str]  # why, by image
+    records: list[bytes]  # n records of annotations, empty for an unreadable image
 
 
 @dataclass(frozen=True)
@@ -90,6 +119,8 @@ class CodeFile:
     shape: tuple[int, int, int]
     codebook_size: int
     chunk: int = CHUNK
+    views: tuple[View, ...] = ()  # V of them, which move annotations; without them none are kept
+    annotated: bool = False  # then notes of an earlier version, which say nothing of annotations, do not count
 
     def beside(self, suffix: str) -> Path:
         return self.folder / f"{self.name}_{hashlib.sha256(self.key.encode()).hexdigest()[:KEY]}.{suffix}"
@@ -134,7 +165,12 @@ class CodeFile:
                 f"{path} was made by other weights or data (key {note['key']}, wanted {self.key}): "
                 f"delete {self.beside('*')}"
             )
-        return {int(chunk): each for chunk, each in note["chunks"].items()}
+        chunks = {int(chunk): each for chunk, each in note["chunks"].items()}
+        return {chunk: each for chunk, each in chunks.items() if "records" in each or not self.annotated}
+
+    def says_all(self) -> bool:
+        """Whether what is noted says of all chunks if they have annotations; an earlier version's notes do not."""
+        return all("records" in note for note in self.left().values())
 
     def outdated(self) -> list[Path]:
         """Codes of the same name that were kept by an earlier version."""
@@ -148,15 +184,20 @@ class CodeFile:
 
     def intact(self, chunk: int, note: Note) -> bool:
         """Whether a chunk is on disk as it was noted, and nothing behind the last one."""
-        images = self.images(chunk)
+        images, records = self.images(chunk), note.get("records")
         size, last = len(images) * self.image_bytes, images.stop == self.count
         try:
             with self.path.open("rb") as file:
                 file.seek(images.start * self.image_bytes)
                 codes = file.read(size + last)
+            if records is not None and zlib.crc32(self.record_path(chunk).read_bytes()) != records:
+                return False
         except FileNotFoundError:
             return False
         return len(codes) == size and zlib.crc32(codes) == note["crc32"]
+
+    def record_path(self, chunk: int) -> Path:
+        return self.beside("annotations") / f"{chunk:08d}.records"
 
     def begin(self, notes: dict[int, Note]) -> None:
         """Makes the file as long as it will be, and gathers the notes that there are; checksums tell what is not so."""
@@ -175,16 +216,19 @@ class CodeFile:
         if self.beside("chunks").exists():
             shutil.rmtree(self.beside("chunks"))
 
-    def write(self, chunk: int, ids: np.ndarray, unreadable: dict[int, str]) -> None:
+    def write(self, chunk: int, encoded: Encoded) -> None:
         """Puts a chunk on disk, and only then the note that it is there. Written, not mapped: a full disk is then an
         error and no bus fault."""
-        codes = ids.tobytes()
+        codes, records = encoded.ids.tobytes(), None
+        if any(encoded.records):
+            self.beside("annotations").mkdir(exist_ok=True)
+            records = write_records(self.record_path(chunk), encoded.records)
         with self.path.open("r+b") as file:
             file.seek(self.images(chunk).start * self.image_bytes)
             file.write(codes)
             file.flush()
             os.fsync(file.fileno())
-        note = {"crc32": zlib.crc32(codes), "unreadable": unreadable}
+        note = {"crc32": zlib.crc32(codes), "unreadable": encoded.unreadable, "records": records}
         self.note(self.beside("chunks") / f"{chunk:08d}.note", {chunk: note})
 
     def delete(self) -> None:
@@ -193,7 +237,10 @@ class CodeFile:
 
     def table(self, notes: dict[int, Note]) -> CodeTable:
         index = torch.tensor(sorted(set(range(self.count)) - unreadable_in(notes).keys()))
-        return CodeTable(MappedCodes(self.path, (self.count, *self.shape), self.dtype, index), index)
+        ids = MappedCodes(self.path, (self.count, *self.shape), self.dtype, index)
+        chunks = [chunk for chunk, note in notes.items() if note.get("records") is not None]
+        records = {chunk: Records(self.record_path(chunk), len(self.images(chunk))) for chunk in chunks}
+        return CodeTable(ids, index, MappedAnnotations(records, self.chunk, index, self.views) if records else None)
 
 
 def unreadable_in(notes: dict[int, Note]) -> dict[int, str]:
@@ -218,7 +265,17 @@ def read_note(path: Path) -> dict[str, Any] | None:
     return json.loads(text)
 
 
-Encode = Callable[[Tensor], Tensor]  # uint8 (B, C, H, W) -> ids (B, V, h, w)
+Encode = Callable[[Tensor], Tensor]  # uint8, or floats in [-1, 1], (B, C, H, W) -> ids (B, V, h, w)
+
+
+def has_annotations(dataset: Dataset) -> bool:
+    """Whether the first image that can be read has fields beside image and label."""
+    for index in range(len(dataset)):
+        try:
+            return bool(annotations_of(dataset[index]))
+        except UnreadableImage:
+            continue
+    return False
 
 
 def code_table(
@@ -342,9 +399,8 @@ def fill(file: CodeFile, todo: list[int], source: ImageSource, encode: Encode, b
     }
     lists = [each for batches in own.values() for each in batches]
     workers = source.config.num_workers
-    loaded = iter(
-        DataLoader(InOrder(source), batch_size=None, sampler=lists, num_workers=workers, worker_init_fn=apart)
-    )
+    images = InOrder(source, annotated=bool(file.views))
+    loaded = iter(DataLoader(images, batch_size=None, sampler=lists, num_workers=workers, worker_init_fn=apart))
     there = file.count - sum(len(file.images(chunk)) for chunk in todo)
     with tqdm(
         desc=f"encoding {file.name}", total=file.count, initial=there, unit="img", dynamic_ncols=True, mininterval=1.0,
@@ -355,21 +411,24 @@ def fill(file: CodeFile, todo: list[int], source: ImageSource, encode: Encode, b
             with none_left_behind(file, world):
                 if world.rank < len(chunks):
                     chunk = chunks[world.rank]
-                    file.write(chunk, *encoded(file, chunk, own[chunk], loaded, encode, bar))
+                    file.write(chunk, encode_chunk(file, chunk, own[chunk], loaded, encode, bar))
             bar.update(sum(len(file.images(chunk)) for chunk in chunks[1:]))  # the other processes'
 
 
-def encoded(
+def encode_chunk(
     file: CodeFile, chunk: int, lists: list[list[int]], loaded: Iterator[dict[str, Any]], encode: Encode, bar: tqdm
-) -> tuple[np.ndarray, dict[int, str]]:
-    """The codes (n, V, h, w) of a chunk whose images come as `lists`, zeros for unreadable ones, and why these are."""
+) -> Encoded:
+    """The codes and annotations of a chunk whose images come as `lists`."""
     images = file.images(chunk)
-    ids, unreadable = np.zeros((len(images), *file.shape), file.dtype), {}
+    made = Encoded(np.zeros((len(images), *file.shape), file.dtype), {}, [b""] * len(images))
     for wanted, batch in zip(lists, islice(loaded, len(lists)), strict=True):  # after them come other chunks
-        kept = set(batch["index"].tolist())
-        unreadable |= zip([image for image in wanted if image not in kept], batch["skipped"], strict=True)
+        kept = batch["index"].tolist()
+        made.unreadable.update(zip([image for image in wanted if image not in kept], batch["skipped"], strict=True))
         if kept:
-            rows = [image - images.start for image in wanted if image in kept]
-            ids[rows] = encode(batch["image"]).cpu().numpy()
+            rows = [image - images.start for image in kept]
+            made.ids[rows] = encode(batch["image"]).cpu().numpy()
+            if file.views:
+                for row, record in zip(rows, batch["records"], strict=True):
+                    made.records[row] = record
         bar.update(len(wanted))
-    return ids, unreadable
+    return made

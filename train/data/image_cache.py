@@ -1,13 +1,13 @@
 """Decoded images on disk: one memory-mapped file for a data set at one size, read by all processes through the page
-cache, and kept under a key made of all that made it."""
+cache, and kept under a key made of all that made it. Numbers are noted beside it; boxes, masks, strings and other
+tensors lie in a file of records."""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -16,41 +16,61 @@ from filelock import FileLock
 from torch.utils.data import DataLoader
 
 from train.config import ROOT
-from train.data.transforms import to_item
+from train.data.annotations import Records, RecordWriter, pack
+from train.data.transforms import Range, to_item
 from train.datasets import Dataset, UnreadableImage
 from train.files import name_removable
 
 CACHE_DIR = ROOT / "logs" / ".cache" / "images"
 VERSION = 2  # raise it when the same file becomes other pixels, or they are kept in another way: the cache goes by it
 KEY = 24  # digits of a file's name
+RECORDS = ".records"  # ending of the file of what is neither pixels nor numbers
 
 Shape = tuple[int, int, int]  # C, H, W
 
 
-class Decoded:
+class Decoded(NamedTuple):
+    """What is kept of an item."""
+
+    image: np.ndarray  # (C, H, W) uint8 or float32
+    numbers: dict[str, int | float]
+    record: bytes  # of all other fields
+    fields: set[str]  # what there is, and of which kind
+
+
+class Decoding:
     """The items of a data set, resized; the message in the place of an unreadable one."""
 
-    def __init__(self, dataset: Dataset, shape: Shape):
-        self.dataset, self.shape = dataset, shape
+    def __init__(self, dataset: Dataset, shape: Shape, data_range: Range | None):
+        self.dataset, self.shape, self.data_range = dataset, shape, data_range
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | str:
+    def __getitem__(self, index: int) -> Decoded | str:
         try:
-            item = to_item(self.dataset[index], self.shape[1:], self.shape[0])
+            item = to_item(self.dataset[index], self.shape[1:], self.shape[0], self.data_range)
         except UnreadableImage as error:
             return str(error)
-        return item | {"image": item["image"].numpy()}
+        image = np.ascontiguousarray(item.pop("image").numpy())
+        numbers = {name: value for name, value in item.items() if isinstance(value, int | float)}
+        others = {name: value for name, value in item.items() if name not in numbers}
+        kinds = {
+            f"image of {image.dtype}",
+            *(f"number {name}" for name in numbers),
+            *(f"field {name}" for name in others),
+        }
+        return Decoded(image, numbers, pack(others), kinds)
 
 
 class CachedImages:
-    """The kept items by index: {"image": uint8 (C, H, W), and its numbers}; UnreadableImage for those that were."""
+    """The kept items by index, as `to_item` made them; UnreadableImage for those that were."""
 
     def __init__(self, path: Path, note: dict[str, Any]):
-        self.path, self.shape = path, (note["count"], *note["shape"])
+        self.path, self.shape, self.dtype = path, (note["count"], *note["shape"]), note.get("dtype", "uint8")
         self.unreadable = {int(index): message for index, message in note["unreadable"].items()}
         self.numbers: dict[str, list[int | float]] = note["numbers"]
+        self.records = Records(path.with_suffix(RECORDS), note["count"]) if "records" in note else None
         self.pixels: np.memmap | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,32 +85,40 @@ class CachedImages:
         if index in self.unreadable:
             raise UnreadableImage(self.unreadable[index])
         if self.pixels is None:
-            self.pixels = np.memmap(self.path, np.uint8, "r", shape=self.shape)
+            self.pixels = np.memmap(self.path, self.dtype, "r", shape=self.shape)
         image = torch.from_numpy(np.array(self.pixels[index]))
-        return {"image": tv_tensors.Image(image)} | {name: values[index] for name, values in self.numbers.items()}
+        item = {"image": tv_tensors.Image(image)} | {name: values[index] for name, values in self.numbers.items()}
+        return item if self.records is None else item | self.records[index]
 
 
-def cache_key(dataset: Dataset, shape: Shape) -> str:
-    """Hexadecimal key of what the pixels are made of: the data, the size, the version of what decodes and resizes."""
+def cache_key(dataset: Dataset, shape: Shape, data_range: Range | None = None) -> str:
+    """Hexadecimal key of what the pixels are made of: the data, the size, the range of values, the version of what
+    decodes and resizes."""
     made_of = [dataset.fingerprint(), len(dataset), *shape, VERSION, PIL.__version__]
+    made_of += [] if data_range is None else [*data_range]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:KEY]
 
 
 def cached_images(
-    dataset: Dataset, name: str, shape: Shape, workers: int = 0, folder: Path | None = None
+    dataset: Dataset,
+    name: str,
+    shape: Shape,
+    workers: int = 0,
+    folder: Path | None = None,
+    data_range: Range | None = None,
 ) -> CachedImages:
-    """The decoded images of a data set from `folder` (logs/.cache/images), made first where they are not there whole.
+    """The decoded items of a data set from `folder` (logs/.cache/images), made first where they are not there whole.
 
-    `shape` is what `to_item` brings them to. One process makes them while others that want the same wait. ValueError
-    where an item has other fields than numbers, or the disk has no room.
+    `shape` and `data_range` are what `to_item` brings them to. One process makes them while others that want the same
+    wait. ValueError where items do not have the same fields, or ones that no batch takes, or the disk has no room.
     """
     folder = folder or CACHE_DIR
-    path = folder / f"{name}_{cache_key(dataset, shape)}.pixels"
+    path = folder / f"{name}_{cache_key(dataset, shape, data_range)}.pixels"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         note = read_note(path)
         if note is None:
-            note = make(path, dataset, shape, workers)
+            note = make(path, Decoding(dataset, shape, data_range), workers)
             name_removable("decoded images", outdated(folder, name))
     return CachedImages(path, note)
 
@@ -103,70 +131,91 @@ def outdated(folder: Path, name: str) -> list[Path]:
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
-    """What is noted of a finished file of pixels; None where it is missing or not as long as it was."""
+    """What is noted of finished files; None where one is missing or not as long as it was."""
     try:
         note = json.loads(path.with_suffix(".json").read_text())
-        whole = path.stat().st_size == note["count"] * int(np.prod(note["shape"]))
+        dtype = np.dtype(note.get("dtype", "uint8"))
+        whole = path.stat().st_size == note["count"] * int(np.prod(note["shape"])) * dtype.itemsize
+        whole &= "records" not in note or path.with_suffix(RECORDS).stat().st_size == note["records"]
     except (FileNotFoundError, ValueError):
         return None
     return note if whole else None
 
 
-def make(path: Path, dataset: Dataset, shape: Shape, workers: int) -> dict[str, Any]:
-    """Writes the pixels aside, renames them, and notes last that they are whole."""
-    size = len(dataset) * int(np.prod(shape))
-    free = shutil.disk_usage(path.parent).free
-    if size > free:
-        raise ValueError(
-            f"--cache_images needs {size / 1e9:.1f} GB in {path.parent}, which has {free / 1e9:.1f} GB free: "
-            "make room, or leave it out"
-        )
-    print(f"decoding {len(dataset)} images once into {path} ({size / 1e9:.2f} GB)", flush=True)
-    aside = path.with_suffix(".part")
+def make(path: Path, items: Decoding, workers: int) -> dict[str, Any]:
+    """Writes the items aside, renames the files, and notes last that they are whole."""
+    size = len(items) * int(np.prod(items.shape)) * (1 if items.data_range is None else 4)
+    check_room(path.parent, size)
+    print(f"decoding {len(items)} images once into {path} ({size / 1e9:.2f} GB)", flush=True)
+    aside, records_aside = path.with_suffix(".part"), path.with_suffix(RECORDS + ".part")
     try:
-        note = {"version": VERSION, "count": len(dataset), "shape": shape} | write_pixels(
-            aside, dataset, shape, workers
-        )
+        note = {"version": VERSION, "count": len(items), "shape": items.shape}
+        note |= write_items(aside, records_aside, items, workers)
         aside.replace(path)
+        if "records" in note:
+            records_aside.replace(path.with_suffix(RECORDS))
     finally:
         aside.unlink(missing_ok=True)
+        records_aside.unlink(missing_ok=True)
     noted = path.with_suffix(".json.part")
     noted.write_text(json.dumps(note))
     noted.replace(path.with_suffix(".json"))
     return note
 
 
-def write_pixels(path: Path, dataset: Dataset, shape: Shape, workers: int) -> dict[str, Any]:
-    """Writes all images one behind the other, zeros for an unreadable one; {"unreadable": ..., "numbers": ...}."""
-    unreadable, numbers = {}, None
+def check_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise ValueError(
+            f"--cache_images needs {size / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free: "
+            "make room, or leave it out"
+        )
+
+
+def write_items(pixels: Path, records: Path, items: Decoding, workers: int) -> dict[str, Any]:
+    """Writes each image at its place, zeros for an unreadable one, and records of what items have beside numbers.
+
+    Returns what is noted: {"unreadable": {index: message}, "numbers": {name: [...]}}, "dtype" where it is not uint8,
+    and "records", the size of their file, where there are any.
+    """
+    unreadable, numbers, first = {}, {}, None
     # collate_fn: items as they are. Written, not mapped: a full disk is then an error and no bus fault.
-    items = DataLoader(Decoded(dataset, shape), batch_size=None, num_workers=workers, collate_fn=same)
-    with path.open("wb") as file:
-        for index, item in enumerate(items):
+    loader = DataLoader(items, batch_size=None, num_workers=workers, collate_fn=same)
+    with pixels.open("wb") as file, records.open("wb") as beside:
+        writer = RecordWriter(beside)
+        for index, item in enumerate(loader):
+            writer.add(b"" if isinstance(item, str) else item.record)
             if isinstance(item, str):
                 unreadable[str(index)] = item
-                file.write(bytes(int(np.prod(shape))))
                 continue
-            file.write(np.ascontiguousarray(item.pop("image")).data)
-            if numbers is None:
-                numbers = {name: [0] * len(dataset) for name in item}
-            keep(numbers, index, item)
+            if first is None:
+                first = item
+                numbers = {name: [0] * len(items) for name in item.numbers}
+                check_room(pixels.parent, len(items) * item.image.nbytes)
+            keep(numbers, index, item, first)
+            file.seek(index * item.image.nbytes)
+            file.write(item.image.data)
+        if first is None and unreadable:
+            raise ValueError(f"not one of {len(items)} images can be read; the first is {unreadable['0']}")
+        file.truncate(len(items) * first.image.nbytes if first is not None else 0)
+        writer.finish()
         file.flush()
         os.fsync(file.fileno())  # the note that trusts these pixels must not reach the disk before them
-    if numbers is None and unreadable:
-        raise ValueError(f"not one of {len(dataset)} images can be read; the first is {unreadable['0']}")
-    return {"unreadable": unreadable, "numbers": numbers or {}}
+        note: dict[str, Any] = {"unreadable": unreadable, "numbers": numbers}
+        if first is not None and first.image.dtype != np.uint8:
+            note["dtype"] = str(first.image.dtype)
+        return note | {"records": beside.tell()} if first is not None and first.record else note
 
 
-def keep(numbers: dict[str, list[int | float]], index: int, item: dict[str, Any]) -> None:
-    """Notes what an item has beside its image; ValueError where that is no number, or not what other items have."""
-    odd: Sequence[str] = [name for name, value in item.items() if not isinstance(value, int | float)]
-    if odd or numbers.keys() != item.keys():
+def keep(numbers: dict[str, list[int | float]], index: int, item: Decoded, first: Decoded) -> None:
+    """Notes the numbers of an item; ValueError where its fields are not those of the first."""
+    if item.fields != first.fields:
+        odd = ", ".join(sorted(item.fields ^ first.fields))
         raise ValueError(
-            f"--cache_images keeps images and numbers, but item {index} has {', '.join(odd or item) or 'none'}: "
-            "leave it out, or use --in_memory"
+            f"--cache_images keeps items that are alike, but item {index} and the first differ in {odd}: "
+            "give each the same fields, or leave it out"
         )
-    for name, value in item.items():
+    for name, value in item.numbers.items():
         numbers[name][index] = value
 
 

@@ -26,8 +26,10 @@ from torch.utils.data import DataLoader
 from diffusion.rng import Streams, seed_of
 from train.cli.files import data_dir_of
 from train.config import DataConfig
+from train.data.annotations import pack
+from train.data.collate import collate
 from train.data.image_cache import cached_images
-from train.data.transforms import to_float, to_item, training_views
+from train.data.transforms import to_item, to_uint8, training_views
 from train.datasets import Blocks, Dataset, DatasetConfig, UnreadableImage
 from train.distributed import World
 from train.loop import Batch
@@ -132,7 +134,7 @@ def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Datase
 
 
 class Positions(Protocol):
-    """What `training_batches` draws from: a list of positions -> one batch of tensors. An epoch has `len()` of them."""
+    """What `training_batches` draws from: a list of positions -> one batch. An epoch has `len()` of them."""
 
     def __len__(self) -> int: ...
 
@@ -153,19 +155,19 @@ class ImageSource:
         self.on_disk = None
         if config.cache_images:
             shape = config.n_channels, *self.size
-            self.on_disk = cached_images(dataset, config.dataset, shape, config.num_workers, cache)
+            self.on_disk = cached_images(dataset, config.dataset, shape, config.num_workers, cache, config.data_range)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": uint8 (C, H, W), ...}; UnreadableImage for a broken file."""
+        """{"image": uint8 (C, H, W), or floats in [-1, 1], ...}; UnreadableImage for a broken file."""
         if index in self.kept:
             return self.kept[index]
         if self.on_disk is not None:
             item = self.on_disk[index]
         else:
-            item = to_item(self.dataset[index], self.size, self.config.n_channels)
+            item = to_item(self.dataset[index], self.size, self.config.n_channels, self.config.data_range)
         if self.config.in_memory:
             self.kept[index] = item
         return item
@@ -177,8 +179,8 @@ Adapt = Callable[[dict[str, Any]], dict[str, Any]] | None  # an item in its view
 class TrainingImages:
     """Shuffled images, each in a random view; a broken file is named once and replaced by the next image.
 
-    `adapt` turns an item into what a batch is made of: its image uint8 (C, H, W), tensors of equal shapes, numbers. It
-    may draw from the global generators of Python, numpy and torch: they are seeded for each position.
+    `adapt` turns an item, its image uint8 (C, H, W) or floats in [-1, 1], into another, as `collate` takes them. It may
+    draw from the global generators of Python, numpy and torch: they are seeded for each position.
     ValueError for a source whose margin is not the config's crop_margin.
     """
 
@@ -219,7 +221,7 @@ class TrainingImages:
                 with seeded(seed_of(self.seed, "adapt", position)):
                     item = adapted(self.adapt, item)
             items.append(item)
-        return stack(items) | {"position": torch.tensor(positions)}
+        return collate(items) | {"position": torch.tensor(positions)}
 
 
 @contextmanager
@@ -245,26 +247,13 @@ def adapted(adapt: Callable, item: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def stack(items: list[dict[str, Any]]) -> Batch:
-    """Items to one batch: uint8 tensors, which are images, to float in [-1, 1]; numbers to tensors (B,)."""
-    return {name: stacked(name, [item[name] for item in items]) for name in items[0]}
-
-
-def stacked(name: str, values: list[Any]) -> Tensor:
-    if not isinstance(values[0], Tensor | int | float):
-        raise ValueError(f"field {name!r} of an item is {type(values[0]).__name__}, wanted a tensor or a number")
-    if not isinstance(values[0], Tensor):
-        return torch.tensor(values)
-    shapes = {tuple(value.shape) for value in values}
-    if len(shapes) > 1:
-        raise ValueError(f"field {name!r} of the items of a batch has shapes {sorted(shapes)}, wanted one")
-    together = torch.stack([value.as_subclass(Tensor) for value in values])
-    return to_float(together) if together.dtype == torch.uint8 else together
-
-
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch on the device, but for its positions: seeds are made of them, and reading them back would wait for it."""
-    return {k: v if k == "position" else v.to(device, non_blocking=True) for k, v in batch.items()}
+    """A batch with its tensors on the device, but for its positions: seeds are made of them, and reading them back
+    would wait for it."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and name != "position" else value
+        for name, value in batch.items()
+    }
 
 
 def training_batches(
@@ -302,10 +291,13 @@ def training_batches(
 
 
 class InOrder:
-    """Lists of indices -> batches of uint8 images in the data set's order, without broken ones, which are named."""
+    """Lists of indices -> batches of images in the data set's order, without broken ones, which are named.
 
-    def __init__(self, source: ImageSource):
-        self.source = source
+    With `annotated`, records of the fields that items have beside image and label come with them.
+    """
+
+    def __init__(self, source: ImageSource, annotated: bool = False):
+        self.source, self.annotated = source, annotated
 
     def __getitem__(self, indices: list[int]) -> dict[str, Any]:
         items, kept, skipped = [], [], []
@@ -316,14 +308,20 @@ class InOrder:
             except UnreadableImage as error:
                 skipped.append(str(error))
         images = torch.stack([item["image"].as_subclass(Tensor) for item in items]) if items else None
-        return {"image": images, "index": torch.tensor(kept), "skipped": skipped}
+        batch = {"image": images, "index": torch.tensor(kept), "skipped": skipped}
+        return batch | {"records": [pack(annotations_of(item)) for item in items]} if self.annotated else batch
+
+
+def annotations_of(item: dict[str, Any]) -> dict[str, Any]:
+    """What an item has beside image and label."""
+    return {name: value for name, value in item.items() if name not in ("image", "label")}
 
 
 def images_in_order(
     source: ImageSource, batch_size: int, indices: list[int] | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """{"image": uint8 (B, C, H, W), "index": (B,)} over the data set, or over `indices`; unreadable ones are left out,
-    counted and named in one warning at the end."""
+    counted and named in one warning at the end. Images of other ranges are shown in 8 bits."""
     indices = list(range(len(source))) if indices is None else indices
     lists = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     skipped = []
@@ -331,7 +329,8 @@ def images_in_order(
     for batch in DataLoader(InOrder(source), batch_size=None, sampler=lists, num_workers=workers, worker_init_fn=apart):
         skipped += batch.pop("skipped")
         if batch["image"] is not None:
-            yield batch
+            floats = batch["image"].is_floating_point()
+            yield batch | {"image": to_uint8(batch["image"])} if floats else batch
     if skipped:
         warnings.warn(f"skipped {len(skipped)} unreadable images: {'; '.join(skipped)}", stacklevel=2)
 
@@ -343,11 +342,20 @@ def fixed_subset(n: int, count: int) -> list[int]:
     return chosen.tolist()
 
 
-class TrainingCodes:
-    """Shuffled code grids of all views: ids (V, n, h, w), a tensor or read from a file as one; labels (n,) or None."""
+class Annotations(Protocol):
+    """What images have beside pixels and label: `annotations[view, row]` gives the fields of one, moved as it is."""
 
-    def __init__(self, ids: Grids, labels: Tensor | None, seed: int):
-        self.ids, self.labels = ids, labels
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]: ...
+
+
+class TrainingCodes:
+    """Shuffled code grids of all views: ids (V, n, h, w), a tensor or read from a file as one; labels (n,) or None.
+
+    Batches hold the annotations of the views that are drawn, where there are any.
+    """
+
+    def __init__(self, ids: Grids, labels: Tensor | None, seed: int, annotations: Annotations | None = None):
+        self.ids, self.labels, self.annotations = ids, labels, annotations
         self.order = Order(ids.shape[0] * ids.shape[1], seed)
 
     def __len__(self) -> int:
@@ -356,8 +364,13 @@ class TrainingCodes:
     def __getitem__(self, positions: list[int]) -> Batch:
         chosen = torch.tensor([self.order[k] for k in positions])
         view, row = chosen // self.ids.shape[1], chosen % self.ids.shape[1]
-        batch = {"codes": self.ids[view, row].long(), "position": torch.tensor(positions)}
-        return batch if self.labels is None else batch | {"label": self.labels[row]}
+        batch: Batch = {"codes": self.ids[view, row].long(), "position": torch.tensor(positions)}
+        if self.labels is not None:
+            batch["label"] = self.labels[row]
+        if self.annotations is None:
+            return batch
+        places = zip(view.tolist(), row.tolist(), strict=True)
+        return collate([self.annotations[place] for place in places]) | batch
 
 
 def streams(seed: int, purpose: str, batch: Batch, device: torch.device) -> Streams:

@@ -3,17 +3,20 @@
 Geometry is done on the whole item, so that boxes and masks (tv_tensors) follow their image.
 """
 
+import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from train.config import DataConfig
+from train.datasets import FloatImage
+from train.datasets._decode import to_8_bits, to_16_bits
 
 MODES = {1: "L", 3: "RGB"}
 
@@ -27,37 +30,101 @@ def covering(height: int, width: int, size: tuple[int, int]) -> list[int]:
     return [size[1] * height // width, size[1]]
 
 
-def to_item(item: dict[str, Any], size: tuple[int, int], n_channels: int) -> dict[str, Any]:
-    """A new item whose image is a `tv_tensors.Image` (n_channels, *size), uint8.
+Range = tuple[float, float]  # the lowest and the highest value of data
 
-    The image, PIL or uint8 array (h, w) or (h, w, 3), is brought to grey (n_channels 1) or RGB (3), resized so that it
-    covers `size` = (height, width) (bicubic, antialiased), and its centre is kept. ValueError for other sizes and
-    channels.
+
+def to_item(item: dict[str, Any], size: tuple[int, int], n_channels: int, data_range: Range | None = None) -> dict:
+    """A new item whose image is a `tv_tensors.Image` (n_channels, *size): uint8, or float32 in [-1, 1].
+
+    The image is brought to grey (n_channels 1) or RGB (3), resized so that it covers `size` = (height, width) (bicubic,
+    antialiased), and its centre is kept. Boxes, masks (nearest) and further images follow it; boxes that are then
+    partly or wholly out of sight are clamped, so that each keeps its row, and some have no area.
+
+    Images of 8 bits stay so. With `data_range`, those of 16 bits become floats in [-1, 1]; without, they are scaled to
+    8 bits. Floats go by `data_range`, or by the range that their `FloatImage` says. ValueError for other sizes,
+    channels, and images.
     """
-    from torchvision.transforms import v2
-    from torchvision.transforms.v2 import functional as F
-
     if n_channels not in MODES:
         raise ValueError(f"n_channels is {n_channels}: give 1 (grey) or 3 (RGB)")
     if min(size) < 1:
         raise ValueError(f"size is {size}: give a height and a width of at least 1 pixel")
-    image = item["image"] if isinstance(item["image"], Image.Image) else Image.fromarray(item["image"])
-    image = image.convert(MODES[n_channels])
-    resized = covering(image.height, image.width, size)
-    if all(isinstance(value, int | float) for key, value in item.items() if key != "image"):
-        larger = F.resize(image, resized, v2.InterpolationMode.BICUBIC, antialias=True)
-        fitted = {**item, "image": F.center_crop(larger, [*size])}
-    else:  # what else has a place in the image follows it; slower
-        fit = v2.Compose([v2.Resize(resized, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)])
-        fitted = fit({**item, "image": image})
-    return {**fitted, "image": F.to_image(fitted["image"])}
+    image = to_pixels(item["image"], n_channels, data_range)
+    height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
+    resized = covering(height, width, size)
+    return {
+        name: fit(value, resized, size) if has_place(value) else value
+        for name, value in {**item, "image": image}.items()
+    }
+
+
+def fit(inpt: Any, resized: list[int], size: tuple[int, int]) -> Any:
+    """An image, or what lies in one, resized, and the centre of it."""
+    from torchvision import tv_tensors
+    from torchvision.transforms.v2 import functional as F
+
+    larger = F.resize(inpt, resized, F.InterpolationMode.BICUBIC, antialias=True)
+    fitted = F.center_crop(larger, [*size])
+    if isinstance(fitted, tv_tensors.Image) and fitted.is_floating_point():
+        return tv_tensors.wrap(fitted.clamp(-1, 1), like=fitted)  # bicubic overshoots
+    return F.to_image(fitted) if isinstance(fitted, Image.Image) else fitted
+
+
+def has_place(value: Any) -> bool:
+    """Whether it is an image, or lies in one: boxes, a mask."""
+    if isinstance(value, Image.Image):
+        return True
+    if not isinstance(value, Tensor) or type(value) is Tensor:
+        return False
+    from torchvision import tv_tensors
+
+    return isinstance(value, tv_tensors.TVTensor)
+
+
+def to_pixels(image: Any, n_channels: int, data_range: Range | None) -> Image.Image | Tensor:
+    """An image of a data set as 8 bits, in PIL's mode L or RGB, or as floats in [-1, 1], a `tv_tensors.Image`."""
+    pixels = image.pixels if isinstance(image, FloatImage) else image
+    if isinstance(pixels, Image.Image) and pixels.mode.startswith("I;16"):
+        pixels = np.asarray(to_16_bits(pixels))
+    if isinstance(pixels, Image.Image) or (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8):
+        if data_range is not None:
+            raise ValueError("got an image of 8 bits, which are levels from 0 to 255 anyway: leave --data_range out")
+        pixels = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+        return pixels.convert(MODES[n_channels])
+    if not isinstance(pixels, np.ndarray) or (pixels.dtype != np.uint16 and pixels.dtype.kind != "f"):
+        kind = pixels.dtype if isinstance(pixels, np.ndarray | Tensor) else type(pixels).__name__
+        raise ValueError(f"got an image of {kind}, wanted a PIL image, an array of uint8 or uint16, or a FloatImage")
+    if data_range is None and pixels.dtype == np.uint16:
+        return to_pixels(to_8_bits(pixels), n_channels, None)
+    if data_range is None and isinstance(image, FloatImage):
+        data_range = image.value_range
+    if data_range is None:
+        raise ValueError("got an image of floats of unknown range: pass --data_range LOWEST HIGHEST")
+    return scale(pixels, data_range, n_channels)
+
+
+def scale(pixels: np.ndarray, value_range: Range, n_channels: int) -> Tensor:
+    """(H, W) or (H, W, 3) -> a `tv_tensors.Image` (n_channels, H, W), float32 in [-1, 1]; what is beyond is clamped."""
+    from torchvision import tv_tensors
+    from torchvision.transforms.v2 import functional as F
+
+    low, high = value_range
+    if not low < high:
+        raise ValueError(f"got values from {low} to {high}, wanted the lower first: pass --data_range LOWEST HIGHEST")
+    if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
+        raise ValueError(f"got an image {pixels.shape}, wanted (H, W) or (H, W, 3)")
+    levels = torch.from_numpy(((pixels.astype(np.float64) - low) * (2 / (high - low)) - 1).astype(np.float32))
+    levels = levels[None] if levels.ndim == 2 else levels.permute(2, 0, 1).contiguous()
+    if n_channels == 1 and len(levels) == 3:
+        levels = F.rgb_to_grayscale(levels)
+    return tv_tensors.Image(levels.expand(n_channels, -1, -1).clamp(-1, 1))
 
 
 @dataclass(frozen=True)
 class View:
     """A fixed view of an item: a crop is cut out, mirrored left to right if `flip`, then moved dx right and dy down.
 
-    What comes into sight at the border is 0. ValueError for items that a crop is not a part of.
+    What comes into sight at the border is black: 0, in float images -1. Boxes that are then partly or wholly out of
+    sight are clamped, so that each keeps its row. ValueError for items that a crop is not a part of.
     """
 
     flip: bool = False
@@ -76,14 +143,18 @@ class View:
 
     def __call__(self, item: Any) -> Any:
         """An item, or images (..., H, W), in this view: a copy in any case."""
-        if not self.identity:
-            return as_transform(self)(item)
-        if isinstance(item, Tensor):
-            return item.clone()
-        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in item.items()}
+        if isinstance(item, dict):
+            return {name: self.moved(value, has_place(value)) for name, value in item.items()}
+        return self.moved(item, True)
+
+    def moved(self, value: Any, moves: bool) -> Any:
+        if moves and not self.identity:
+            return self.move(value)
+        return value.clone() if isinstance(value, Tensor) else copy.copy(value)
 
     def move(self, inpt: Any) -> Any:
         """An image, or what lies in one (boxes, a mask), in this view."""
+        from torchvision import tv_tensors
         from torchvision.transforms.v2 import functional as F
 
         height, width = F.get_size(inpt)
@@ -92,15 +163,12 @@ class View:
             height, width = self.crop[2:]
         if self.flip:
             inpt = F.horizontal_flip(inpt)
-        return F.crop(inpt, top=-self.dy, left=-self.dx, height=height, width=width)
-
-
-@cache
-def as_transform(view: View) -> Callable[[Any], Any]:
-    """Moves what torchvision's transforms move: images, boxes, masks; a plain tensor where there is no image."""
-    from torchvision.transforms import v2
-
-    return v2.Lambda(view.move, Tensor, Image.Image)
+        top, left = -self.dy, -self.dx
+        image = isinstance(inpt, tv_tensors.Image) or type(inpt) is Tensor
+        if image and inpt.is_floating_point() and (top or left):
+            inpt = F.pad(inpt, [max(-left, 0), max(-top, 0), max(left, 0), max(top, 0)], fill=-1)
+            top, left = max(top, 0), max(left, 0)
+        return F.crop(inpt, top=top, left=left, height=height, width=width)
 
 
 def cut(inpt: Any, crop: Crop) -> Any:
@@ -150,3 +218,19 @@ def to_float(image: Tensor) -> Tensor:
 def to_uint8(image: Tensor) -> Tensor:
     """Floats in [-1, 1] of any shape -> uint8, rounded; values outside are clamped."""
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_unit_range(image: Tensor, value_range: Range) -> Tensor:
+    """Floats in [-1, 1] of any shape -> float32 in the units of the data, whose lowest and highest value these are."""
+    low, high = value_range
+    return ((image.double().clamp(-1, 1) + 1) * ((high - low) / 2) + low).float()
+
+
+def check_8_bits(image: Tensor) -> None:
+    """ValueError unless floats in [-1, 1] are those of 8-bit levels: a likelihood in bits is one of 256 levels."""
+    levels = (image.float() + 1) * 127.5
+    if (levels - levels.round()).abs().max() > 1e-3:
+        raise ValueError(
+            "got images that are not of 8 bits, for which bits per dimension are not defined: measure likelihoods of "
+            "models of 8-bit images, trained without --data_range"
+        )

@@ -1,7 +1,7 @@
 """Data sets, one file each: the file's name is the data set's name on the command line.
 
 A file `train/datasets/<name>.py` defines `Config`, a subclass of `DatasetConfig`, and `build(config, split)`, which
-returns a `Dataset`. It imports no heavy library at its top, because `--help` imports it.
+returns a `Dataset`. It imports no library at its top that is slower to import than torch, because `--help` imports it.
 """
 
 import hashlib
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 SPLITS = ("train", "val")
 
@@ -23,6 +25,26 @@ def is_command(value: Any) -> bool:
 
 class UnreadableImage(ValueError):
     """One broken image file, named with the reason; training skips and counts it."""
+
+
+class Ragged(Tensor):
+    """A tensor (n, ...) of an item, of which other items have more or fewer rows: class ids of boxes (n,), for example.
+
+    A batch holds it padded with zeros, beside a mask: see `train.data.collate`.
+    """
+
+    def __new__(cls, values: Any) -> "Ragged":
+        tensor = torch.as_tensor(values)
+        if tensor.ndim == 0:
+            raise ValueError("got a single number, wanted a tensor (n, ...) whose first axis may differ in length")
+        return tensor.as_subclass(cls)
+
+
+class FloatImage(NamedTuple):
+    """An image whose pixels are no 8-bit levels: floats of a known range, such as depths or densities."""
+
+    pixels: np.ndarray  # (H, W) or (H, W, 3), floating
+    value_range: tuple[float, float]  # what becomes -1 and 1; what lies beyond is clamped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +75,11 @@ class Blocks(NamedTuple):
 class Dataset(Protocol):
     """What `build` returns; it can be pickled, and read from forked and spawned workers.
 
-    `dataset[i]` is `{"image": ..., "label": int}`: the image a PIL image of mode L or RGB, or a uint8 array (H, W) or
-    (H, W, 3); no label where `n_classes` is 0. Raises `UnreadableImage` for a broken image file.
+    `dataset[i]` is an item, `{"image": ..., "label": int, **annotations}`; no label where `n_classes` is 0. The image
+    is a PIL image of mode L, RGB or I;16, an array (H, W) or (H, W, 3) of uint8 or uint16, or a `FloatImage`.
+    Annotations are `torchvision.tv_tensors` (BoundingBoxes, Mask, Image), which follow the image wherever it is
+    resized, cut, mirrored and moved; numbers, strings and lists of strings; tensors of one shape in all items, or
+    `Ragged`. Every item has the same fields. Raises `UnreadableImage` for a broken image file.
 
     A data set that is quick to read only where neighbours are read together has an attribute `blocks: Blocks` as well;
     the shuffle then keeps to a few blocks at a time.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.toy_encoding import CHUNK, COUNT, EVERYTHING, Encoder, code_file, codes_in, encode, files, same
+from helpers.toy_encoding import CHUNK, COUNT, EVERYTHING, Encoder, captions, code_file, codes_in, encode, files, same
 from train.data import code_cache
 from train.data.loading import TrainingCodes
 
@@ -52,7 +52,7 @@ def halves(folder):
     return code_file(folder, chunk=6)
 
 
-def killed_at(n, folder):
+def killed_at(n, folder, annotated):
     """A process that kills itself before its n-th event."""
     seen = []
 
@@ -62,20 +62,22 @@ def killed_at(n, folder):
             os.kill(os.getpid(), signal.SIGKILL)
 
     before_each_event(pytest.MonkeyPatch(), act)
-    codes_in(folder, file=halves(folder))
+    codes_in(folder, file=halves(folder), annotated=annotated)
 
 
-def test_killed_at_any_moment_the_same_command_goes_on(tmp_path):
+@pytest.mark.parametrize("annotated", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_the_same_command_goes_on(tmp_path, annotated):
     context, n, code, again = multiprocessing.get_context("fork"), 0, None, []
     while code != 0:
         n += 1
-        process = context.Process(target=killed_at, args=(n, tmp_path / str(n)))
+        process = context.Process(target=killed_at, args=(n, tmp_path / str(n), annotated))
         process.start()
         process.join(20)
         code, encoder = process.exitcode, Encoder()
         assert code in (0, -signal.SIGKILL)
-        assert same(codes_in(tmp_path / str(n), encoder, file=halves(tmp_path / str(n))))
-        assert files(tmp_path / str(n)) == [".codes", ".lock", ".note"], n
+        table = codes_in(tmp_path / str(n), encoder, file=halves(tmp_path / str(n)), annotated=annotated)
+        assert same(table) and (not annotated or captions(table) == [f"image {i}, été" for i in range(COUNT)])
+        assert files(tmp_path / str(n)) == [*[".annotations"] * annotated, ".codes", ".lock", ".note"], n
         assert not list((tmp_path / str(n)).glob(".*"))
         again.append(encoder.images)
     assert n > 25 and set(again) == {11, 5, 0} and again == sorted(again, reverse=True)

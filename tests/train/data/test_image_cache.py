@@ -85,7 +85,7 @@ def test_a_cache_that_is_not_whole_is_made_again(dataset, tmp_path, damage):
 
 
 def test_a_cache_that_was_interrupted_leaves_nothing_to_be_trusted(dataset, tmp_path, monkeypatch):
-    def stop(numbers, index, item):
+    def stop(numbers, index, item, first):
         if index == 4:
             raise KeyboardInterrupt
 
@@ -109,6 +109,8 @@ def test_other_data_sizes_channels_and_code_are_other_caches(dataset, tmp_path, 
     monkeypatch.setattr(image_cache, "VERSION", image_cache.VERSION + 1)
     paths.add(ImageSource(dataset, CONFIG, tmp_path).on_disk.path)
     assert len(paths) == 5
+    ranges = [(0.0, 255.0), (0.0, 4095.0)]
+    assert len({image_cache.cache_key(dataset, (3, 8, 8), each) for each in (None, *ranges)}) == 3
 
 
 def test_a_cache_of_an_earlier_version_is_named_once_with_its_size(dataset, tmp_path, monkeypatch, capfd):
@@ -165,13 +167,13 @@ def test_an_unreadable_image_is_named_from_the_cache_as_from_the_file(dataset, t
         ImageSource(nothing, CONFIG, tmp_path)
 
 
-def test_items_with_more_than_numbers_are_refused(dataset, tmp_path):
-    class Boxes(Counted):
+def test_items_with_what_no_batch_takes_are_refused(dataset, tmp_path):
+    class Arrays(Counted):
         def __getitem__(self, index):
-            return super().__getitem__(index) | {"boxes": torch.zeros(4)}
+            return super().__getitem__(index) | {"boxes": np.zeros(4)}
 
-    with pytest.raises(ValueError, match="item 0 has boxes: .*--in_memory"):
-        ImageSource(Boxes(**vars(dataset)), CONFIG, tmp_path)
+    with pytest.raises(ValueError, match="'boxes' of an item is ndarray, which no cache keeps: wanted a tensor"):
+        ImageSource(Arrays(**vars(dataset)), CONFIG, tmp_path)
 
 
 def test_a_disk_without_room_is_an_error_before_anything_is_decoded(dataset, tmp_path, monkeypatch):

@@ -8,7 +8,19 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from train.config import DataConfig
-from train.data.transforms import View, covering, five_crops, to_float, to_item, to_uint8, training_views, views
+from train.data.transforms import (
+    View,
+    check_8_bits,
+    covering,
+    five_crops,
+    from_unit_range,
+    to_float,
+    to_item,
+    to_uint8,
+    training_views,
+    views,
+)
+from train.datasets import FloatImage, Ragged
 
 
 def boxed(image, box, size):
@@ -96,6 +108,109 @@ def test_boxes_follow_their_image():
     assert result["vector"].tolist() == [0, 1, 2, 3] and result["name"] == "a"
 
 
+LABEL_MAP = torch.tensor([0, 1, 2, 17], dtype=torch.uint8).repeat_interleave(4).view(4, 4).repeat_interleave(3, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_label_maps_are_resized_without_new_labels(dtype):
+    item = {"image": np.zeros((12, 4), np.uint8), "classes": tv_tensors.Mask(LABEL_MAP.to(dtype))}
+    item["several"] = tv_tensors.Mask(torch.stack([LABEL_MAP == 17, LABEL_MAP == 1]))
+    result = to_item(item, (8, 8), 1)
+    assert result["classes"].shape == (8, 8) and result["classes"].dtype == dtype
+    assert set(result["classes"].unique().tolist()) <= set(LABEL_MAP.to(dtype).unique().tolist())
+    assert result["several"].shape == (2, 8, 8) and result["several"].dtype == torch.bool
+
+
+def test_boxes_out_of_sight_keep_their_rows():
+    """The centre of a wide image is kept: one box is cut, one is left of it, one is in it."""
+    item = boxed(np.zeros((10, 30), np.uint8), [5, 0, 15, 10], (10, 30))
+    rows = torch.tensor([[5, 0, 15, 10], [0, 2, 8, 4], [12, 1, 14, 3]])
+    item["boxes"] = tv_tensors.wrap(rows, like=item["boxes"])
+    kept = to_item(item, (10, 10), 1)["boxes"]
+    assert kept.tolist() == [[0, 0, 5, 10], [0, 2, 0, 4], [2, 1, 4, 3]]
+    moved = View(dx=7, dy=-2)({"boxes": kept})["boxes"]
+    assert moved.tolist() == [[7, 0, 10, 8], [7, 0, 7, 2], [9, 0, 10, 1]] and moved.canvas_size == (10, 10)
+
+
+@pytest.mark.parametrize("view", [View(), View(flip=True, dx=1), View(crop=(1, 1, 4, 4)), View(dy=-2, flip=True)])
+def test_nothing_in_an_image_moves_too(view):
+    boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(6, 6))
+    item = {"image": np.zeros((6, 6), np.uint8), "boxes": boxes, "masks": tv_tensors.Mask(torch.zeros(0, 6, 6))}
+    moved = view(to_item(item, (6, 6), 1))
+    size = (4, 4) if view.crop else (6, 6)
+    assert moved["boxes"].shape == (0, 4) and moved["boxes"].canvas_size == size
+    assert moved["masks"].shape == (0, *size)
+
+
+def test_a_view_moves_annotations_without_an_image_and_plain_tensors_not():
+    item = {"vector": torch.arange(6).view(2, 3), "classes": tv_tensors.Mask(torch.arange(6).view(2, 3)), "name": "a"}
+    moved = View(flip=True)(item)
+    assert moved["vector"].tolist() == [[0, 1, 2], [3, 4, 5]] and moved["name"] == "a"
+    assert moved["classes"].tolist() == [[2, 1, 0], [5, 4, 3]]
+
+
+SIXTEEN = np.array([[0, 2048, 4095, 5000]], np.uint16)
+
+
+@pytest.mark.parametrize("image", [SIXTEEN, Image.fromarray(SIXTEEN)])
+def test_sixteen_bits_go_by_the_range_of_the_data(image):
+    pixels = to_item({"image": image}, (1, 4), 1, (0, 4095))["image"]
+    assert isinstance(pixels, tv_tensors.Image) and pixels.dtype == torch.float32
+    assert torch.allclose(pixels[0, 0], torch.tensor([-1, 2048 / 4095 * 2 - 1, 1, 1]), atol=1e-6)
+    assert from_unit_range(pixels[0, 0, :3], (0, 4095)).round().tolist() == [0, 2048, 4095]
+    eight = to_item({"image": image}, (1, 4), 1)["image"]  # without a range
+    assert eight.dtype == torch.uint8 and eight.flatten().tolist() == [0, 8, 16, 19]
+
+
+@pytest.mark.parametrize("n_channels", [1, 3])
+@pytest.mark.parametrize("shape", [(8, 6), (6, 8, 3)])
+def test_floats_are_resized_as_eight_bits_are(n_channels, shape):
+    array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    eight = to_item({"image": array}, (12, 10), n_channels)["image"]
+    floats = to_item({"image": FloatImage(array / np.float32(255), (0.0, 1.0))}, (12, 10), n_channels)["image"]
+    assert floats.shape == eight.shape and floats.abs().max() <= 1
+    distance = (to_uint8(floats).float() - eight.float()).abs()
+    assert distance.max() <= 4 and distance.mean() < 0.5  # PIL rounds and clamps after each axis
+
+
+def test_a_given_range_goes_before_the_declared_one():
+    image = FloatImage(np.array([[0.0, 2.0]], np.float32), (0.0, 2.0))
+    assert to_item({"image": image}, (1, 2), 1)["image"].tolist() == [[[-1, 1]]]
+    assert to_item({"image": image}, (1, 2), 1, (0.0, 4.0))["image"].tolist() == [[[-1, 0]]]
+    assert to_item({"image": image.pixels}, (1, 2), 1, (0.0, 4.0))["image"].tolist() == [[[-1, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("image", "data_range", "message"),
+    [
+        (np.zeros((2, 2), np.uint8), (0, 9), "8 bits.*leave --data_range out"),
+        (Image.new("RGB", (2, 2)), (0, 9), "8 bits.*leave --data_range out"),
+        (np.zeros((2, 2), np.float32), None, "unknown range: pass --data_range"),
+        (np.zeros((2, 2), np.int64), None, "an image of int64, wanted"),
+        (torch.zeros(2, 2), None, "an image of torch.float32, wanted"),
+        (FloatImage(np.zeros((2, 2)), (1.0, 1.0)), None, "lower first"),
+        (FloatImage(np.zeros((2, 2, 4)), (0.0, 1.0)), None, r"\(2, 2, 4\), wanted \(H, W\)"),
+    ],
+)
+def test_images_of_unclear_values_are_refused(image, data_range, message):
+    with pytest.raises(ValueError, match=message):
+        to_item({"image": image}, (2, 2), 1, data_range)
+
+
+def test_black_comes_into_sight_in_floats_too():
+    image = tv_tensors.Image(torch.full((1, 3, 4), 0.5))
+    assert View(dx=1, dy=-1)({"image": image})["image"].tolist() == [[[-1, 0.5, 0.5, 0.5]] * 2 + [[-1] * 4]]
+    assert View(dx=-1)(image)[0, 0].tolist() == [0.5, 0.5, 0.5, -1]
+    depth = tv_tensors.Mask(torch.full((3, 4), 0.5))
+    assert View(dx=1)({"depth": depth})["depth"][0].tolist() == [0, 0.5, 0.5, 0.5]
+
+
+def test_likelihoods_in_bits_are_of_eight_bits():
+    check_8_bits(to_float(torch.arange(256, dtype=torch.uint8)))
+    with pytest.raises(ValueError, match="not of 8 bits"):
+        check_8_bits(torch.tensor([1000 / 32767.5 - 1]))
+
+
 @pytest.mark.parametrize(
     "size, channels, message",
     [((8, 0), 3, r"size is \(8, 0\)"), ((0, 8), 3, r"size is \(0, 8\)"), ((8, 8), 2, "n_channels is 2: give 1")],
@@ -127,7 +242,7 @@ def test_a_view_mirrors_first_and_then_moves(view, rows):
 
 
 def test_boxes_and_masks_move_with_their_image():
-    item = boxed(tv_tensors.Image(torch.zeros(3, 8, 10)), [1, 2, 4, 5], (8, 10))
+    item = boxed(tv_tensors.Image(torch.zeros(3, 8, 10, dtype=torch.uint8)), [1, 2, 4, 5], (8, 10))
     item["image"][:, 2:5, 1:4] = 1
     item["mask"] = tv_tensors.Mask(item["image"][0].long())
     moved = View(flip=True, dx=1, dy=2)(item)
@@ -193,9 +308,13 @@ def test_boxes_and_masks_are_cut_with_their_image():
 @pytest.mark.parametrize("view", [View(crop=(0, 0, 3, 4)), View(crop=(1, 1, 2, 2)), View()])
 def test_a_view_is_a_copy(view):
     image = tv_tensors.Image(PIXELS.clone())
-    view({"image": image})["image"].zero_()
+    item = {"image": image, "words": ["a"], "ids": Ragged([1])}
+    made = view(item)
+    made["image"].zero_()
+    made["words"].append("b")
+    made["ids"].zero_()
     view(image).zero_()
-    assert torch.equal(image, PIXELS)
+    assert torch.equal(image, PIXELS) and item["words"] == ["a"] and item["ids"].tolist() == [1]
 
 
 @pytest.mark.parametrize("crop", [(0, 0, 4, 4), (0, 1, 3, 4), (1, 0, 3, 4), (-1, 0, 3, 4), (0, -1, 3, 4)])

@@ -1,4 +1,4 @@
-"""Every kind of pixel ends as eight-bit grey or RGB, the right way up; what is broken is named."""
+"""Every kind of pixel ends as grey of 8 or 16 bits or RGB, the right way up; what is broken is named."""
 
 import io
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from train.data.transforms import to_item
 from train.datasets import UnreadableImage
-from train.datasets._decode import decode
+from train.datasets._decode import decode, to_grey_or_rgb
 
 GREY = np.arange(0, 252, 12, dtype=np.uint8).reshape(3, 7)
 
@@ -35,17 +36,19 @@ def test_grey_and_black_and_white_stay_grey():
 
 
 @pytest.mark.parametrize("kind, mode", [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B")])
-def test_sixteen_bit_grey_is_scaled_and_not_clipped(kind, mode):
+def test_sixteen_bit_grey_stays_and_is_scaled_where_eight_are_wanted(kind, mode):
     levels = np.array([[0, 128, 129, 257, 32896, 65406, 65407, 65535]], np.uint16)
     data = levels.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
     image = decode(encoded(Image.frombytes(mode, (8, 1), data), kind))
-    assert image.mode == "L"
-    assert np.asarray(image).tolist() == [[0, 0, 1, 1, 128, 254, 255, 255]]
+    assert image.mode == "I;16" and np.array_equal(np.asarray(image), levels)
+    for eight in (to_grey_or_rgb(image), to_item({"image": image}, (1, 8), 1)["image"][0]):
+        assert np.asarray(eight).tolist() == [[0, 0, 1, 1, 128, 254, 255, 255]]
 
 
 def test_thirty_two_bit_grey_holding_sixteen_bits_is_scaled_alike():
     image = decode(encoded(Image.fromarray(np.array([[-5, 0, 257, 65535, 70000]], np.int32)), "TIFF"))
-    assert np.asarray(image).tolist() == [[0, 0, 1, 255, 255]]
+    assert np.asarray(image).tolist() == [[0, 0, 257, 65535, 65535]]
+    assert np.asarray(to_grey_or_rgb(image)).tolist() == [[0, 0, 1, 255, 255]]
 
 
 def test_a_palette_is_resolved():
@@ -139,6 +142,6 @@ def test_flipped_bytes_give_an_image_or_the_one_error(kind):
         for position in rng.integers(0, min(len(data), 300), 3):
             data[position] = rng.integers(256)
         try:
-            assert decode(io.BytesIO(bytes(data)), name="fuzzed").mode in ("L", "RGB")
+            assert decode(io.BytesIO(bytes(data)), name="fuzzed").mode in ("L", "I;16", "RGB")
         except UnreadableImage as error:
             assert str(error).startswith("fuzzed: ")

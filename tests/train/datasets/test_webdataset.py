@@ -60,6 +60,45 @@ def test_shards_for_validation_are_left_out_of_training(shards):
         build(Config(data_dir=f"{shards}/shards-001.tar", val_shards=str(shards)), "train")
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fields_of_json_members_come_with_their_image(shards, workers, scanned):
+    config = Config(data_dir=str(shards), label_from="cls", json_fields=("text", "kind"))
+    source = TrainingImages(ImageSource(build(config, "train"), DATA), seed=3)
+    how = {"start": 0, "steps": 3, "batch_size": 4, "accumulate": 1, "workers": workers}
+    for (batch,) in training_batches(source, world=World(torch.device("cpu")), **how):
+        assert batch["text"] == ["a b"] * 4 and torch.equal(batch["kind"], batch["label"])
+    build(config, "val")
+    assert len(scanned) == 6
+    without = build(Config(data_dir=str(shards), label_from="cls"), "train")
+    assert len(scanned) == 12 and without[0].keys() == {"image", "label"}
+    assert without.fingerprint() != source.source.dataset.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"kind": 1}', "sample a: its .json has not all of kind, text .'text'.*--json_fields"),
+        (b'{"kind": 1, "text": null}', "field 'text' of its .json is None, wanted a number, a string"),
+        (b"[1]", "its .json has not all of"),
+        (b"cat", "its .json has not all of"),
+        (None, "sample a has no plain .json .*--json_fields"),
+    ],
+)
+def test_what_has_not_the_fields_is_named(tmp_path, tiny, content, message):
+    members = {"a.png": tiny.png()} | ({} if content is None else {"a.json": content})
+    members |= {"b.png": tiny.png(), "b.json": b'{"kind": 1, "text": ""}'}
+    tiny.save_shard(tmp_path / "one.tar", members)
+    with pytest.raises(ValueError, match=f"one.tar.*{message}"):
+        for split in SPLITS:
+            dataset = build(Config(data_dir=str(tmp_path), json_fields=("kind", "text")), split)
+            [dataset[i] for i in range(len(dataset))]
+
+
+def test_image_and_label_are_no_fields_of_json():
+    with pytest.raises(ValueError, match="an image has them anyway"):
+        Config(json_fields=("label",))
+
+
 def test_whole_shards_are_held_out_where_the_share_is_one_and_else_single_images(shards):
     val = build(Config(data_dir=str(shards), val_fraction=0.34), "val")
     assert val.blocks.sizes == (4, 4)

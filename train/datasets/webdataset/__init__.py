@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class Config(DatasetConfig):
     """cls: each sample has a member .cls with the number of its class; json: the field label_field of its .json."""
     label_field: str = "label"
     """Field of the .json members that holds the class."""
+    json_fields: tuple[str, ...] = ()
+    """Fields of the .json members that items have beside their image: numbers, strings, lists of strings."""
     keys_per_shard: bool = False
     """Sample names are unique in each shard only: one that two shards have is two images."""
     mix_shards: int = 8
@@ -51,6 +54,8 @@ class Config(DatasetConfig):
                 f"got mix_shards {self.mix_shards} and shards_on_disk {self.shards_on_disk}, wanted at least 1 and "
                 "twice as many: the next shards arrive while the last are read"
             )
+        if set(self.json_fields) & {"image", "label"}:
+            raise ValueError("got image or label as one of json_fields: an image has them anyway, see label_from")
         if not self.image_ext:
             raise ValueError("got no image_ext: name the endings of the images, such as --image_ext jpg png")
 
@@ -62,7 +67,7 @@ class TarImages:
     """
 
     def __init__(self, shards: Sequence[Shard], chosen: np.ndarray, split: str, config: Config, store: Store):
-        self.store, self.split = store, split
+        self.store, self.split, self.json_fields = store, split, config.json_fields
         ends = np.cumsum([len(shard.rows) for shard in shards])
         shard_of, sizes = np.unique(np.searchsorted(ends, chosen, side="right"), return_counts=True)
         self.rows = np.concatenate([shard.rows for shard in shards])[chosen]
@@ -83,19 +88,40 @@ class TarImages:
         with self.store.open(name, stamp) as file:
             file.seek(row["offset"])
             data = file.read(row["size"])
-        item: dict[str, Any] = {
-            "image": decode(io.BytesIO(data), name=f"{name} sample {row['key'].decode(errors='replace')}")
-        }
+            if self.json_fields:
+                file.seek(row["json_offset"])
+                annotations = file.read(row["json_size"])
+        where = f"{name} sample {row['key'].decode(errors='replace')}"
+        item: dict[str, Any] = {"image": decode(io.BytesIO(data), name=where)}
         if self.labels is not None:
             item["label"] = int(self.labels[index])
-        return item
+        return item | fields_of(annotations, self.json_fields, where) if self.json_fields else item
 
     def fingerprint(self) -> str:
-        content = hashlib.sha256(repr((self.split, self.n_classes, self.blocks.sizes)).encode())
+        content = hashlib.sha256(repr((self.split, self.n_classes, self.blocks.sizes, *self.json_fields)).encode())
         for name, stamp in self.shards:
             content.update(f"{name if is_remote(name) else Path(name).name!r} {stamp}\n".encode())
         content.update(np.ascontiguousarray(self.rows).data)
         return content.hexdigest()
+
+
+def fields_of(content: bytes, names: Sequence[str], where: str) -> dict[str, Any]:
+    """The fields of a .json member; ValueError where one is missing, or no number, string or list of strings."""
+    try:
+        found = json.loads(content)
+        fields = {name: found[name] for name in names}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{where}: its .json has not all of {', '.join(names)} ({error}): see --json_fields"
+        ) from error
+    for name, value in fields.items():
+        strings = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        if not strings and not isinstance(value, int | float | str):
+            raise ValueError(
+                f"{where}: field {name!r} of its .json is {str(value)[:60]}, wanted a number, a string or a list of "
+                "strings: for boxes and masks, write a reader of your own"
+            )
+    return fields
 
 
 def build(config: Config, split: str) -> TarImages:
@@ -117,7 +143,8 @@ def build(config: Config, split: str) -> TarImages:
         raise ValueError(f"{apart[0]} lies among the shards to train on: name those for validation with --val_shards")
     if not train:
         raise ValueError(f"--val_shards {config.val_shards} are all the shards of {config.data_dir}: leave some")
-    wanted = Wanted(tuple(ext.lower().lstrip(".") for ext in config.image_ext), config.label_from, config.label_field)
+    endings = tuple(ext.lower().lstrip(".") for ext in config.image_ext)
+    wanted = Wanted(endings, config.label_from, config.label_field, annotated=bool(config.json_fields))
     shards = indexed([*train, *val], store, cache / "index", wanted)
     if not config.keys_per_shard:
         require_distinct(shards)

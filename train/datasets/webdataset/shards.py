@@ -5,7 +5,6 @@ import json
 import os
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlparse
@@ -66,7 +65,7 @@ def indexed(names: list[str], store: Store, folder: Path, wanted: tar.Wanted) ->
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(THREADS) as pool:
         identities = pool.map(identity, names)
-        made_of = [[tar.VERSION, asdict(wanted), *which] for which in zip(names, identities, strict=True)]
+        made_of = [[tar.VERSION, wanted.key, *which] for which in zip(names, identities, strict=True)]
         paths = [folder / f"{digest(json.dumps(parts))}.npy" for parts in made_of]
         missing = sum(not path.is_file() for path in paths)
         if missing:

@@ -4,7 +4,7 @@ other, are one sample, as in the WebDataset format: 0007.jpg, 0007.cls, 0007.jso
 import itertools
 import json
 import tarfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -19,6 +19,12 @@ class Wanted:
     image_ext: tuple[str, ...]
     label_from: str  # none, cls, json
     label_field: str
+    annotated: bool = False  # whether each has a .json to be read with its image
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What an index is known by; that of plain images is as it was before there were annotations."""
+        return {name: value for name, value in asdict(self).items() if name != "annotated" or value}
 
 
 class Row(NamedTuple):
@@ -28,6 +34,8 @@ class Row(NamedTuple):
     offset: int
     size: int
     label: int  # 0 where no labels are asked for
+    json_offset: int = 0  # its .json, where annotations are asked for, is the `json_size` bytes from here on
+    json_size: int = 0
 
 
 def scan(file: BinaryIO, name: str, wanted: Wanted) -> np.ndarray:
@@ -48,7 +56,7 @@ def scan(file: BinaryIO, name: str, wanted: Wanted) -> np.ndarray:
         ) from error
     if not rows:
         raise ValueError(f"{name} holds no sample: wanted members such as 0000.{wanted.image_ext[0]}; or leave it out")
-    return table(rows, name)
+    return table(rows, name, wanted)
 
 
 def parts_of(member: str) -> tuple[str, str] | None:
@@ -79,9 +87,14 @@ def row_of(tar: tarfile.TarFile, where: str, key: str, group: list[tarfile.TarIn
     image = members[images[0]]
     if image.issparse():
         raise ValueError(f"{where} is stored as a sparse file: write the shard again with plain ones")
-    return Row(
+    row = Row(
         key.encode(errors="surrogateescape"), image.offset_data, image.size, label_of(tar, where, members, wanted)
     )
+    if not wanted.annotated:
+        return row
+    if "json" not in members or members["json"].issparse():
+        raise ValueError(f"{where} has no plain .json (its members: {has}): leave --json_fields out, or write it again")
+    return row._replace(json_offset=members["json"].offset_data, json_size=members["json"].size)
 
 
 def label_of(tar: tarfile.TarFile, where: str, members: dict[str, tarfile.TarInfo], wanted: Wanted) -> int:
@@ -102,11 +115,12 @@ def label_of(tar: tarfile.TarFile, where: str, members: dict[str, tarfile.TarInf
     return found
 
 
-def table(rows: list[Row], name: str) -> np.ndarray:
-    """Rows as one array; ValueError for a key that comes twice."""
+def table(rows: list[Row], name: str, wanted: Wanted) -> np.ndarray:
+    """Rows as one array, with places of .json members where they are wanted; ValueError for a key that comes twice."""
     width = max(len(row.key) for row in rows)
-    kinds = [("key", f"S{width}"), ("offset", np.int64), ("size", np.int64), ("label", np.int64)]
-    made = np.array(rows, dtype=kinds)
+    numbers = Row._fields[1:] if wanted.annotated else ("offset", "size", "label")
+    kinds = [("key", f"S{width}"), *((each, np.int64) for each in numbers)]
+    made = np.array([row[: len(kinds)] for row in rows], dtype=kinds)
     keys, counts = np.unique(made["key"], return_counts=True)
     if len(keys) < len(rows):
         twice = keys[counts > 1][0].decode(errors="replace")

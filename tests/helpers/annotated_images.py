@@ -1,0 +1,77 @@
+"""Images with everything that an item may hold beside them."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision import tv_tensors
+
+from train.datasets import ArrayDataset, Ragged
+
+CLASSES = (0, 1, 2, 17)  # of the label maps; the image is ten times its label map, so that both are seen to move alike
+FIELDS = {"label", "classes", "parts", "boxes", "ids", "caption", "words", "score", "vector"}
+
+
+@dataclass(frozen=True, eq=False)
+class Annotated(ArrayDataset):
+    """Item i has i % 3 boxes with ids and masks, a label map, a caption, words, a number and a vector."""
+
+    decoded: tuple[list[int], ...] = ()  # a list that notes which items were asked for
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        for seen in self.decoded:
+            seen.append(index)
+        classes = torch.from_numpy(self.images[index] // 10)
+        n = index % 3
+        boxes = torch.tensor([[1.0, 2, 5, 4], [3, 0, 8, 8]])[:n]
+        parts = torch.stack([classes == 1, classes == 17])[:n]
+        return super().__getitem__(index) | {
+            "classes": tv_tensors.Mask(classes),
+            "parts": tv_tensors.Mask(parts),
+            "boxes": tv_tensors.BoundingBoxes(boxes.view(n, 4), format="XYXY", canvas_size=tuple(classes.shape)),
+            "ids": Ragged(torch.arange(7, 7 + n)),
+            "caption": f"image {index}, été",
+            "words": [f"word {i}" for i in range(n)],
+            "score": index / 2,
+            "vector": torch.tensor([index, -1]),
+        }
+
+
+def annotated(count: int = 7, side: int = 8) -> Annotated:
+    rng = np.random.default_rng(0)
+    classes = rng.choice(np.array(CLASSES, np.uint8), (count, side, side))
+    return Annotated(classes * 10, np.arange(count), count)
+
+
+@dataclass(frozen=True, eq=False)
+class Plain(Annotated):
+    """The same images with nothing but a label."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = super().__getitem__(index)
+        return {"image": item["image"], "label": item["label"]}
+
+
+def plain() -> Plain:
+    return Plain(**vars(annotated()))
+
+
+def counted(dataset: Annotated) -> tuple[Annotated, list[int]]:
+    """The same, and a list of the items that are asked for from now on."""
+    seen: list[int] = []
+    return replace(dataset, decoded=(seen,)), seen
+
+
+def assert_same_fields(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Of items or batches: the same names, types, and numbers."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert type(value) is type(other[name]), name
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == other[name].dtype and torch.equal(value, other[name]), name
+        else:
+            assert value == other[name], name
+        if isinstance(value, tv_tensors.BoundingBoxes):
+            known = ("format", "canvas_size", "clamping_mode")
+            assert all(vars(value)[each] == vars(other[name])[each] for each in known)

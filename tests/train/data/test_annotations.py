@@ -1,0 +1,254 @@
+"""What items have beside their image comes out of both caches as it went in, and no image is decoded for it."""
+
+import dataclasses
+import pickle
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torchvision import tv_tensors
+
+from helpers.annotated_images import FIELDS, Annotated, annotated, assert_same_fields, counted, plain
+from helpers.toy_encoding import COUNT, by_two, captions, codes_in
+from train.config import DataConfig
+from train.data.annotations import Records, pack, unpack, write_records
+from train.data.code_cache import CodeFile, read_note, write_note
+from train.data.loading import ImageSource, TrainingImages, training_batches
+from train.datasets import DatasetConfig, FloatImage, UnreadableImage
+from train.distributed import World
+from train.first_stage import FirstStage
+from train.spaces import Codes
+from vq.autoencoder import VQGAN
+from vq.config import VQGANConfig
+
+HERE = World(torch.device("cpu"))
+DATA = DataConfig(dataset="mine", img_size=8, n_channels=1)
+VIEWS = [{}, {"horizontal_flip": True, "shift": 1}, {"horizontal_flip": True, "crop_margin": 2}]
+NETWORK = VQGANConfig(nf=4, ch_mult=(1, 2), res_blocks=1, attn_resolutions=(), codebook_size=16, emb_dim=4)
+
+
+def fields_of(item):
+    return {name: value for name, value in item.items() if name != "image"}
+
+
+# records
+
+
+def test_records_hold_every_type_of_field(tmp_path):
+    items = [fields_of(annotated()[i]) for i in range(4)]
+    items.append({"nan": float("inf"), "big": 2**60, "yes": True, "half": torch.ones(2, dtype=torch.float16), "no": []})
+    items.append(
+        {"sketch": tv_tensors.Image(torch.zeros(1, 2, 2)), "flat": torch.zeros(2, 3).t(), "one": torch.tensor(3)}
+    )
+    items.append({})
+    write_records(tmp_path / "records", map(pack, items))
+    records = Records(tmp_path / "records", len(items))
+    for i, item in [*enumerate(items), *reversed(list(enumerate(items)))]:
+        assert_same_fields(records[i], item)
+        assert list(records[i]) == list(item)
+    records[1]["vector"].zero_()  # a copy
+    before = len(pickle.dumps(records))
+    assert_same_fields(pickle.loads(pickle.dumps(records))[1], items[1])
+    assert len(pickle.dumps(records)) == before < 1000
+
+
+@pytest.mark.parametrize("value", [None, np.zeros(2), ("a",), {"b": 1}, [1, 2]])
+def test_what_no_batch_takes_no_record_keeps(value):
+    with pytest.raises(ValueError, match="field 'odd' of an item is .*, which no cache keeps"):
+        pack({"odd": value})
+
+
+def test_a_record_runs_no_code():
+    assert unpack(b"") == {} and b"pickle" not in pack(fields_of(annotated()[2]))
+    with pytest.raises(ValueError):
+        unpack(pickle.dumps({"a": 1}) + bytes(8))
+
+
+# the image cache
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_image_cache_keeps_every_field_and_decodes_once(tmp_path, workers):
+    dataset, seen = counted(annotated())
+    config = dataclasses.replace(DATA, cache_images=True, num_workers=workers, img_width=12)
+    plain = ImageSource(annotated(), dataclasses.replace(config, cache_images=False))
+    for source in (ImageSource(annotated(), config, tmp_path), ImageSource(dataset, config, tmp_path)):
+        for i in (6, *range(7)):
+            assert_same_fields(source[i], plain[i])
+    assert seen == []
+    source[2]["classes"].zero_()  # a copy
+    assert_same_fields(source[2], plain[2])
+
+
+@pytest.mark.parametrize("changes", VIEWS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_cached_items_are_those_of_decoded_ones(tmp_path, changes, workers):
+    config, margin = dataclasses.replace(DATA, **changes), changes.get("crop_margin", 0)
+    cached = ImageSource(annotated(), dataclasses.replace(config, cache_images=True), tmp_path, margin=margin)
+    plain = ImageSource(annotated(), config, margin=margin)
+    how = {"start": 1, "steps": 5, "batch_size": 3, "accumulate": 1, "world": HERE}
+    one = training_batches(TrainingImages(cached, seed=0), workers=workers, **how)
+    for (batch,), (other,) in zip(one, training_batches(TrainingImages(plain, seed=0), workers=0, **how), strict=True):
+        assert_same_fields(batch, other)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_cache_without_its_records_is_made_again(tmp_path, damage):
+    config = dataclasses.replace(DATA, cache_images=True)
+    path = ImageSource(annotated(), config, tmp_path).on_disk.path.with_suffix(".records")
+    path.write_bytes(path.read_bytes()[:-1]) if damage == "cut" else path.unlink()
+    assert_same_fields(ImageSource(annotated(), config, tmp_path)[2], ImageSource(annotated(), DATA)[2])
+
+
+def test_images_with_labels_alone_have_no_records(tmp_path):
+    source = ImageSource(plain(), dataclasses.replace(DATA, cache_images=True), tmp_path)
+    assert source[3].keys() == {"image", "label"}
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".lock", ".pixels"]
+
+
+def test_items_of_other_fields_than_the_first_are_refused(tmp_path):
+    class Odd(Annotated):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            return item if index < 2 else {name: value for name, value in item.items() if name != "caption"}
+
+    with pytest.raises(ValueError, match="item 2 and the first differ in field caption"):
+        ImageSource(Odd(**vars(annotated())), dataclasses.replace(DATA, cache_images=True), tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+
+
+class Depths(Annotated):
+    """Floats from 0 to 3; the first image cannot be read."""
+
+    def __getitem__(self, index):
+        if index == 0:
+            raise UnreadableImage("image 0: cut short")
+        return super().__getitem__(index) | {"image": FloatImage(self.images[index] / np.float32(60), (0.0, 3.0))}
+
+
+def test_float_images_are_cached_as_floats(tmp_path):
+    dataset = Depths(**vars(annotated()))
+    cached, plain = (ImageSource(dataset, dataclasses.replace(DATA, cache_images=c), tmp_path) for c in (True, False))
+    assert_same_fields(cached[3], plain[3])
+    assert cached[6]["image"].dtype == torch.float32 and cached.on_disk.path.stat().st_size == 7 * 64 * 4
+    with pytest.raises(UnreadableImage, match="image 0"):
+        cached[0]
+
+
+# the code cache
+
+
+def first_of(folder, data=DATA):
+    torch.manual_seed(0)
+    vqgan = VQGAN(NETWORK, data.size, 1).eval()
+    torch.nn.init.normal_(vqgan.quantizer.codebook.weight)
+    return FirstStage(folder, vqgan, data, DatasetConfig(), 0, device=HERE.device, weights="abc", amp=False)
+
+
+def codes_of(folder, dataset, data=DATA, split="train"):
+    return Codes(first_of(folder, data)).source(dataset, split, data, 3, HERE)
+
+
+@pytest.mark.parametrize("changes", VIEWS)
+def test_codes_come_with_the_annotations_of_their_view(tmp_path, changes, monkeypatch):
+    monkeypatch.setattr("train.first_stage.CodeFile", partial(CodeFile, chunk=3))
+    data = dataclasses.replace(DATA, **changes)
+    images = ImageSource(annotated(side=8 + data.crop_margin), data, margin=data.crop_margin)
+    codes_of(tmp_path, images.dataset, data)
+    dataset, decoded = counted(images.dataset)
+    source = codes_of(tmp_path, dataset, data)
+    views = TrainingImages(images, 0).views
+    for positions in ([0, 3, 50], list(range(len(source)))[:40]):
+        batch = source[positions]
+        assert batch.keys() == FIELDS | {"codes", "position", "boxes_mask", "ids_mask", "parts_mask"}
+        for i, position in enumerate(positions):
+            view, row = divmod(source.order[position], 7)
+            item, n = views[view](images[row]), row % 3
+            assert torch.equal(batch["classes"][i], item["classes"])
+            assert torch.equal(item["image"][0], 10 * item["classes"])  # and these lie where their image does
+            assert torch.equal(batch["boxes"][i, :n], item["boxes"]) and batch["boxes_mask"][i].sum() == n
+            assert torch.equal(batch["parts"][i, :n], item["parts"]) and batch["label"][i] == row
+            assert batch["caption"][i] == item["caption"] and batch["words"][i] == item["words"]
+            assert batch["ids"][i, :n].tolist() == item["ids"].tolist() and batch["score"][i] == item["score"]
+    assert decoded == []
+    assert codes_of(tmp_path, dataset, data, "val")[[1, 2]]["caption"] and len(decoded) == 7  # another split
+
+
+def test_codes_of_images_with_labels_alone_are_as_they_were(tmp_path):
+    source = codes_of(tmp_path, plain())
+    assert source[[0, 1]].keys() == {"codes", "position", "label"}
+
+
+def test_a_batch_of_codes_survives_a_pickle_and_a_resume(tmp_path):
+    source = codes_of(tmp_path, annotated())
+    how = {"steps": 6, "batch_size": 3, "accumulate": 1, "world": HERE}
+    whole = list(training_batches(source, start=0, workers=0, **how))[3:]
+    again = training_batches(pickle.loads(pickle.dumps(source)), start=3, workers=2, **how)
+    for (one,), (other,) in zip(whole, again, strict=True):
+        assert_same_fields(one, other)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_damaged_annotations_are_encoded_again(tmp_path, damage, monkeypatch):
+    monkeypatch.setattr("train.first_stage.CodeFile", partial(CodeFile, chunk=3))
+    wanted = codes_of(tmp_path, annotated())[list(range(7))]
+    path = sorted(tmp_path.rglob("*.records"))[1]
+    path.write_bytes(path.read_bytes()[:-9]) if damage == "cut" else path.unlink()
+    dataset, decoded = counted(annotated())
+    with pytest.warns(UserWarning, match="1 of 3 chunks are encoded again"):
+        assert_same_fields(codes_of(tmp_path, dataset)[list(range(7))], wanted)
+    assert decoded == [3, 4, 5]
+
+
+def as_an_earlier_version(folder):
+    """Takes what notes say of annotations, and these, away."""
+    (path,) = folder.rglob("*.note")
+    note = read_note(path)
+    for chunk in note["chunks"].values():
+        del chunk["records"]
+    write_note(path, note)
+    for records in folder.rglob("*.records"):
+        records.unlink()
+
+
+def test_codes_of_an_earlier_version_stay_where_nothing_is_missing(tmp_path):
+    wanted = codes_of(tmp_path, plain())[[0, 1, 2]]
+    as_an_earlier_version(tmp_path)
+    dataset, decoded = counted(plain())
+    assert_same_fields(codes_of(tmp_path, dataset)[[0, 1, 2]], wanted)
+    assert decoded == [0]  # to see that there is nothing but a label
+
+
+def test_codes_of_an_earlier_version_without_annotations_are_made_again(tmp_path):
+    wanted = codes_of(tmp_path, annotated())[[0, 1, 2]]
+    as_an_earlier_version(tmp_path)
+    assert_same_fields(codes_of(tmp_path, annotated())[[0, 1, 2]], wanted)
+    dataset, decoded = counted(annotated())
+    assert_same_fields(codes_of(tmp_path, dataset)[[0, 1, 2]], wanted)
+    assert decoded == []
+
+
+def test_unreadable_images_leave_the_others_their_annotations(tmp_path):
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Broken(Annotated):
+        def __getitem__(self, index):
+            if index in (0, 4):
+                raise UnreadableImage(f"image {index}: cut short")
+            return super().__getitem__(index)
+
+    with pytest.warns(UserWarning, match="skipped 2 unreadable"):
+        batch = codes_of(tmp_path, Broken(**vars(annotated())))[list(range(5))]
+    assert all(
+        caption == f"image {i}, été" for caption, i in zip(batch["caption"], batch["label"].tolist(), strict=True)
+    )
+    assert sorted(batch["label"].tolist()) == [1, 2, 3, 5, 6]
+
+
+def test_two_processes_keep_what_one_does(tmp_path):
+    answers = by_two(tmp_path, annotated=True)
+    assert [answer["images"] for answer in answers] == [6, 5]
+    assert all(answer["captions"] == [f"image {i}, été" for i in range(COUNT)] for answer in answers)
+    stopped = by_two(tmp_path / "again", fails_at=(2, None), annotated=True)
+    assert all("error" in answer for answer in stopped)
+    assert captions(codes_in(tmp_path / "again", annotated=True)) == answers[0]["captions"]

@@ -1,0 +1,169 @@
+"""A field becomes what its type says, and an example does not depend on its batch-mates."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from torchvision import tv_tensors
+
+from helpers.annotated_images import CLASSES, FIELDS, annotated, assert_same_fields
+from train.config import DataConfig
+from train.data.collate import as_tensor, collate
+from train.data.loading import ImageSource, TrainingImages, on_device, training_batches
+from train.data.transforms import to_float
+from train.datasets import FloatImage, Ragged
+from train.distributed import World
+
+HERE = World(torch.device("cpu"))
+CONFIG = DataConfig(dataset="mine", img_size=8, n_channels=1, horizontal_flip=True)
+
+
+def boxes(*rows, format="XYXY"):
+    numbers = torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+    return tv_tensors.BoundingBoxes(numbers, format=format, canvas_size=(8, 8))
+
+
+def test_images_with_labels_are_scaled_and_stacked():
+    images = torch.randint(0, 256, (3, 1, 4, 4), dtype=torch.uint8)
+    batch = collate([{"image": tv_tensors.Image(image), "label": i} for i, image in enumerate(images)])
+    assert list(batch) == ["image", "label"] and all(type(value) is torch.Tensor for value in batch.values())
+    assert torch.equal(batch["image"], images.float() / 127.5 - 1)
+    assert batch["label"].dtype == torch.int64 and batch["label"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.int16, torch.bool])
+@pytest.mark.parametrize("wrap", [lambda x: x, tv_tensors.Mask])
+def test_label_maps_and_ids_stay_integers(dtype, wrap):
+    maps = torch.tensor([[CLASSES, CLASSES[::-1]]] * 2).to(dtype)
+    batch = collate([{"classes": wrap(each)} for each in maps])
+    assert batch["classes"].dtype == dtype and torch.equal(batch["classes"], maps)
+    assert list(batch) == ["classes"]
+
+
+@pytest.mark.parametrize("name", ["image", "condition_image", "depth_image"])
+def test_a_plain_tensor_is_an_image_by_its_name(name):
+    pixels = torch.tensor([[[0, 255]]], dtype=torch.uint8)
+    assert collate([{name: pixels}])[name].tolist() == [[[[-1, 1]]]]
+    assert collate([{name: tv_tensors.Mask(pixels[0])}])[name].tolist() == [[[0, 255]]]  # a type says more than a name
+    assert collate([{"sketch": tv_tensors.Image(pixels)}])["sketch"].tolist() == [[[[-1, 1]]]]
+    assert collate([{"sketch": pixels}])["sketch"].tolist() == [[[[0, 255]]]]
+
+
+def test_float_images_are_in_their_range_already():
+    image = torch.tensor([[[-1.0, 0.25]]])
+    assert torch.equal(collate([{"image": tv_tensors.Image(image)}])["image"], image[None])
+
+
+def test_ragged_fields_are_padded_beside_a_mask():
+    items = [
+        {"boxes": boxes([1, 2, 3, 4], [5, 6, 7, 8]), "ids": Ragged([17, 2])},
+        {"boxes": boxes(), "ids": Ragged(torch.zeros(0, dtype=torch.int64))},
+        {"boxes": boxes([0, 0, 1, 1]), "ids": Ragged([1])},
+    ]
+    batch = collate(items)
+    assert batch["boxes"].tolist() == [[[1, 2, 3, 4], [5, 6, 7, 8]], [[0] * 4] * 2, [[0, 0, 1, 1], [0] * 4]]
+    assert batch["ids"].tolist() == [[17, 2], [0, 0], [1, 0]] and batch["ids"].dtype == torch.int64
+    for name in ("boxes_mask", "ids_mask"):
+        assert batch[name].tolist() == [[True, True], [False, False], [True, False]]
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (1, 1), (2, 0)])
+def test_a_mask_is_there_in_every_batch(counts):
+    items = [{"masks": tv_tensors.Mask(torch.ones(n, 3, 4, dtype=torch.bool))} for n in counts]
+    batch = collate(items)
+    assert batch["masks"].shape == (2, max(counts), 3, 4) and batch["masks_mask"].sum(1).tolist() == list(counts)
+    assert batch["masks"].dtype == torch.bool
+    assert list(collate([{"map": tv_tensors.Mask(torch.ones(3, 4))}])) == ["map"]
+
+
+def test_strings_stay_lists_and_numbers_keep_their_type():
+    items = [{"name": "a", "words": ["x", "y"], "age": 1.5, "seen": True}, {"name": "é", "words": [], "age": 2.0}]
+    items[1]["seen"] = False
+    batch = collate(items)
+    assert batch["name"] == ["a", "é"] and batch["words"] == [["x", "y"], []]
+    assert batch["age"].tolist() == [1.5, 2.0] and batch["seen"].dtype == torch.bool
+
+
+def test_an_example_does_not_depend_on_its_batch_mates():
+    source = TrainingImages(ImageSource(annotated(), CONFIG), seed=1)
+    together = source[list(range(6))]
+    for i in range(6):
+        alone = source[[i]]
+        assert alone.keys() == together.keys() == FIELDS | {"image", "position", "boxes_mask", "ids_mask", "parts_mask"}
+        for name, value in alone.items():
+            if isinstance(value, list):
+                assert value == together[name][i : i + 1], name
+            else:
+                same = together[name][i : i + 1, : value.shape[1]] if value.ndim > 1 else together[name][i : i + 1]
+                assert torch.equal(value, same) and value.dtype == same.dtype, name
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([{"a": 1, "b": 2}, {"a": 1}], "have b and some do not"),
+        ([{"a": torch.zeros(2)}, {"a": torch.zeros(3)}], r"'a' .* shapes \[\(2,\), \(3,\)\], wanted one .*Ragged"),
+        ([{"a": Ragged([[1, 2]])}, {"a": Ragged([[1]])}], "'a' .* wanted one after the first axis"),
+        ([{"a": 1}, {"a": 1.5}], "'a' .* float and int, wanted one type"),
+        ([{"a": torch.zeros(2)}, {"a": torch.zeros(2, dtype=torch.int64)}], "'a' .* wanted one type"),
+        ([{"a": Ragged([1])}, {"a": torch.tensor([1])}], "'a' .* wanted one type"),
+        ([{"a": boxes([1, 2, 3, 4])}, {"a": boxes([1, 2, 3, 4], format="XYWH")}], "XYWH and .* XYXY, wanted one type"),
+        ([{"a": np.zeros(3)}], "'a' of an item is ndarray, wanted a tensor"),
+        ([{"a": ["x", 3]}], "'a' of an item is list, wanted"),
+        ([{"a": None}], "'a' of an item is NoneType"),
+        ([{"a": Ragged([1]), "a_mask": 1}], "a_mask beside a, whose mask has that name"),
+        ([{"a_mask": 1, "a": Ragged([1])}], "a_mask beside a, whose mask has that name"),
+    ],
+)
+def test_items_that_make_no_batch_are_refused_by_field(items, message):
+    with pytest.raises(ValueError, match=message):
+        collate(items)
+
+
+def test_a_single_number_is_not_ragged():
+    with pytest.raises(ValueError, match="first axis"):
+        Ragged(3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fields_survive_workers_resumes_and_processes(workers):
+    def run(start, world=HERE, workers=workers):
+        source = TrainingImages(ImageSource(annotated(), dataclasses.replace(CONFIG, shift=1)), seed=1)
+        how = {"steps": 4, "batch_size": 4, "accumulate": 1, "workers": workers}
+        return [batch for (batch,) in training_batches(source, start=start, world=world, **how)]
+
+    whole, resumed = run(0, workers=0), run(2)
+    for one, other in zip(whole[2:], resumed, strict=True):
+        assert_same_fields(one, other)
+    second = run(0, World(HERE.device, rank=1, size=2))
+    for one, other in zip(whole, second, strict=True):
+        assert one["caption"][2:] == other["caption"] and torch.equal(one["classes"][2:], other["classes"])
+        assert torch.equal(one["image"], to_float((10 * one["classes"])[:, None]))
+        assert set(one["classes"].unique().tolist()) <= {*CLASSES}
+
+
+def test_fields_reach_the_device_and_strings_stay():
+    batch = {"position": torch.tensor([1]), "caption": ["a"], "words": [["b"]], "label": torch.tensor([3])}
+    moved = on_device(batch, torch.device("meta"))
+    assert moved["caption"] == ["a"] and moved["words"] == [["b"]]
+    assert moved["label"].device.type == "meta" and moved["position"].device.type == "cpu"
+
+
+def test_strings_as_numbers_can_be_read_again():
+    numbers = as_tensor(["é", "longer"])
+    assert [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in numbers] == ["é", "longer"]
+    lists = as_tensor([["a", "b"], []])
+    assert [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in lists] == [["a", "b"], []]
+
+
+def test_images_of_a_declared_range_train_as_floats():
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Depths(type(annotated())):
+        def __getitem__(self, index):
+            depth = np.full((8, 8), index / 2, np.float32)
+            return {"image": FloatImage(depth, (0.0, 3.0)), "label": index}
+
+    batch = TrainingImages(ImageSource(Depths(**vars(annotated())), CONFIG), seed=0)[list(range(7))]
+    assert torch.allclose(batch["image"][:, 0, 3, 3], batch["label"] / 3 - 1)

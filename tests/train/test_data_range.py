@@ -1,0 +1,79 @@
+"""Images of 16 bits from files to samples: trained on in [-1, 1], given back in their own units."""
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from helpers.tiny_runs import DDPM, SAMPLER, VQGAN, call
+
+DATA = "--dataset folder --n_channels 1 --val_fraction 0.5 --no_amp --horizontal_flip"
+RANGE = "--data_range 0 4095"
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """A folder of grey images of 12 bits."""
+    root = tmp_path_factory.mktemp("scans")
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 4096, (16, 16), np.uint16)).save(root / f"{i}.png")
+    return root
+
+
+def refused(script, flags, capfd):
+    with pytest.raises(SystemExit) as stop:
+        call(script, flags)
+    assert stop.value.code == 2
+    return capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def trained(scans, tmp_path_factory):
+    """A model of pixels after two steps, from decoded images that are kept."""
+    root = tmp_path_factory.mktemp("logs")
+    flags = f"{DDPM} {DATA} {RANGE} --data_dir {scans} --logs_root {root} --log_dir pixels --steps_per_eval 1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.data.image_cache.CACHE_DIR", root / "images")
+        call("train_sampler.py", f"{flags} --train_steps 2 --cache_images")
+    return root
+
+
+def test_samples_are_in_the_units_of_the_data(trained, scans):
+    assert yaml.safe_load((trained / "pixels" / "config.yaml").read_text())["data"]["data_range"] == [0, 4095]
+    flags = f"--logs_root {trained} --load_dir pixels --data_dir {scans} --n_samples 3 --sample_steps 2 --no_amp"
+    call("experiments/get_samples.py", f"{flags} --log_dir samples")
+    with np.load(trained / "samples" / "samples.npz") as arrays:
+        values, shown = arrays["values"], arrays["arr_0"][..., 0]
+    assert values.shape == (3, 1, 8, 8) and values.dtype == np.float32
+    assert values.min() >= 0 and 255 < values.max() <= 4095
+    assert np.abs(values[:, 0] / 4095 * 255 - shown).max() <= 0.51
+
+
+def test_bits_per_dimension_are_refused(trained, scans, capfd):
+    flags = f"--logs_root {trained} --load_dir pixels --data_dir {scans} --n_images 2 --no_amp --log_dir elbo"
+    assert "not of 8 bits" in refused("experiments/calc_approximate_ELBO.py", flags, capfd)
+
+
+def test_another_range_is_another_run(trained, scans, capfd):
+    flags = (
+        f"{DDPM} {DATA} --data_dir {scans} --logs_root {trained} --log_dir pixels --train_steps 3 --steps_per_eval 1"
+    )
+    assert "data_range: [0.0, 4095.0] there, None now" in refused("train_sampler.py", flags, capfd)
+    assert "data_range" in refused("train_sampler.py", f"{flags} --data_range 3 3", capfd)
+    call("train_sampler.py", f"{flags} {RANGE}")
+
+
+def test_images_of_eight_bits_have_no_range(tmp_path, capfd):
+    flags = f"{DDPM} --n_channels 1 --no_amp --logs_root {tmp_path} --train_steps 1 {RANGE}"
+    assert "leave --data_range out" in refused("train_sampler.py", flags, capfd)
+
+
+def test_codes_take_the_range_of_their_vqgan(scans, tmp_path, capfd):
+    vqgan = f"{VQGAN} {DATA} --data_dir {scans} --logs_root {tmp_path} --perceptual_net none"
+    call("train_vqgan.py", f"{vqgan} {RANGE} --train_steps 1")
+    flags = f"{SAMPLER} --dataset folder --data_dir {scans} --logs_root {tmp_path} --no_amp --train_steps 1"
+    call("train_sampler.py", f"{flags} --log_dir codes")
+    assert yaml.safe_load((tmp_path / "codes" / "config.yaml").read_text())["data"]["data_range"] == [0, 4095]
+    said = refused("train_sampler.py", f"{flags} --data_range 0 65535 --log_dir other", capfd)
+    assert "trained with (0.0, 4095.0): leave --data_range out" in said
