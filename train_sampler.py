@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from experiments.metrics.training_distance import of_samples
 from train.cli.parse import first_stage_data, run_script
 from train.config import SecondStageConfig
 from train.data.loading import build_dataset
-from train.inference import class_frequencies
+from train.inference import TrainedSampler, class_frequencies
 from train.registry import dotted
 from train.runs import begin, origin_of, run_folder, workplace
 from train.sampler import SamplerReports, SamplerStep, build_state
@@ -31,7 +33,9 @@ def main(config: Config) -> None:
         sampler, state = build_state(config.sampler, training, space, len(frequencies), here)
         hooks, distance = make_hooks(training.hooks, state), None
         if logging.steps_per_FD:
-            distance = of_samples(config, sampler, space, images["train"], frequencies, here, run)
+            shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
+            model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", here, training.amp)
+            distance = of_samples(model, images["train"], training, config.sampling, logging)
         begin(run, config, state, here, space.origin | {"class_frequencies": frequencies})
         seeds = {"train": training.seed, "val": 0}  # every run validates on the same images
         sources = {split: space.source(images[split], split, data, seed, here, adapt) for split, seed in seeds.items()}

@@ -35,7 +35,7 @@ def main(config: Config) -> None:
         state = build_state(config.network, config.loss, data, training, here)
         hooks, distance = make_hooks(training.hooks, state), None
         if logging.steps_per_FD:
-            distance = of_reconstructions(config, images.dataset, validation, here, run)
+            distance = of_reconstructions(run, images.dataset, validation, config.reader, training, logging, here)
         begin(run, config, state, here, perceptual_origin(weights))
         step = VQGANStep(config.loss, training, here, perceptual, watched=bool(hooks))
         reports = partial(VQGANReports, step, validation, training.batch_size, len(images))

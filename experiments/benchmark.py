@@ -8,6 +8,7 @@ Weights and batches are random, of the preset's shapes: nothing is read but the 
 nothing is written.
 """
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -20,14 +21,13 @@ from experiments.harness.batches import only_process
 from experiments.harness.report import table
 from experiments.metrics import workloads
 from experiments.metrics.cost import counted, machine
-from experiments.metrics.throughput import full_steps_report, loading_rate, measured, rows, several, short, spread
+from experiments.metrics.throughput import Work, full_steps_report, loading_rate, measured, rows, several, short, spread
 from experiments.metrics.workloads import Trainee, decoding, full_steps, sampled
 from models.blocks import count_parameters
 from train.cli.files import section_of
 from train.cli.parse import file_content, parse, run_script
 from train.cli.values import peek, without_config
-from train.config import ROOT, DataConfig, LoggingConfig, SecondStageConfig, TrainingConfig
-from train.data.loading import Positions
+from train.config import ROOT, DataConfig, LoggingConfig, SamplingConfig, SecondStageConfig, TrainingConfig
 from train.datasets import DatasetConfig
 from train.distributed import World
 from train.execution import set_deterministic, set_tf32, training_dtype
@@ -80,78 +80,85 @@ class VQGANBenchmark:
     logging: LoggingConfig
 
 
-def main(config) -> None:
+def main(config: SamplerBenchmark | VQGANBenchmark) -> None:
     of_vqgan, training = config.benchmark.stage == "vqgan", config.training
-    if of_vqgan != hasattr(config, "network"):
+    if of_vqgan != ("network" in {each.name for each in dataclasses.fields(config)}):
         raise ValueError("the stage is chosen before a file is read: pass --stage on the command line")
     here = only_process(training.device)
     with set_tf32(here.device, training.tf32), set_deterministic(training.deterministic):
-        introduce(config, here)
+        introduce("VQGAN" if of_vqgan else config.sampler.sampler, config.data, training, here)
         (measure_vqgan if of_vqgan else measure_sampler)(config, here)
 
 
-def introduce(config, here: World) -> None:
+def introduce(what: str, data: DataConfig, training: TrainingConfig, here: World) -> None:
     """The machine, and what stands for the preset."""
-    training, device = config.training, here.device
+    device = here.device
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     tf32 = f", TF32 {'on' if training.tf32 else 'off'} in float32" if device.type == "cuda" else ""
     print(f"{machine(device)}; torch {torch.__version__}{threads}{tf32}")
-    what = "VQGAN" if config.benchmark.stage == "vqgan" else config.sampler.sampler
     parts = f" in {training.accumulate} parts" if training.accumulate > 1 else ""
-    shape = "x".join(map(str, config.data.shape))
-    print(f"{what} of {config.data.dataset}: {training.batch_size} images of {shape} a step{parts}", flush=True)
+    shape = "x".join(map(str, data.shape))
+    print(f"{what} of {data.dataset}: {training.batch_size} images of {shape} a step{parts}", flush=True)
     if training.amp and training_dtype(training, device) == torch.float32:
         print(f"{device} has no native half precision, which is left out")
 
 
-def measure_sampler(config, here: World) -> None:
-    data, training = config.data, config.training
+def measure_sampler(config: SamplerBenchmark, here: World) -> None:
+    """All that --measure names, of a sampler."""
+    benchmark, data, training, sampling = config.benchmark, config.data, config.training, config.sampling
     images, why = workloads.present_images(data, config.reader)
     # Guidance is between classes; how many there are costs no time.
-    n_classes = images.n_classes if images is not None else int(config.sampling.guidance != 1)
+    n_classes = images.n_classes if images is not None else int(sampling.guidance != 1)
     torch.manual_seed(training.seed)
-    space = workloads.space_for(config, lambda: vqgan_of(data, sys.argv[1:]), here.device)
+    name, first = config.sampler.sampler, config.first.ae_load_dir
+    space = workloads.space_for(name, first, data, config.reader, lambda: vqgan_of(data, sys.argv[1:]), here.device)
     path = getattr(config.sampler, "adapt", "")
     adapt = dotted(path, "--adapt") if path else None
     source = None if images is None else workloads.images_source(images, data, training.seed, adapt)
-    trainees = workloads.sampler_trainees(config, space, n_classes, here)
+    trainees = workloads.sampler_trainees(config.sampler, training, space, n_classes, here)
     print(f"network: {count_parameters(trainees[0].state.modules['network']):,} parameters", flush=True)
     batch = workloads.random_batch(space, n_classes, training.batch_size, data, here.device)
     batch = workloads.with_conditions(batch, trainees[0].step.sampler.fields, source, here.device)
     consumed = None
-    if "step" in config.benchmark.measure:
+    if "step" in benchmark.measure:
         works = [workloads.work_of(each, workloads.in_parts(batch, training.accumulate), here) for each in trainees]
-        consumed = report_steps(works, config, here, space.tokens)
-    if "sampling" in config.benchmark.measure:
-        report_draws(trainees, batch, config)
-    if "loading" in config.benchmark.measure:
+        consumed = report_steps(works, benchmark.repeats, training.batch_size, space.tokens, here)
+    if "sampling" in benchmark.measure:
+        report_draws(trainees, batch, sampling, benchmark)
+    if "loading" in benchmark.measure:
         if space.tokens:
             source = workloads.codes_source(space, n_classes, training.seed)
-        report_loading(source, why, config, space.workers(data), here, consumed, "codes" if space.tokens else "images")
+        what, workers = "codes" if space.tokens else "images", space.workers(data)
+        found = None if source is None else loading_rate(source, data, training, workers, benchmark.repeats, here)
+        report_loading(found, why, what, workers, consumed)
 
 
-def measure_vqgan(config, here: World) -> None:
-    trainees, size = workloads.vqgan_trainees(config, here), config.training.batch_size
+def measure_vqgan(config: VQGANBenchmark, here: World) -> None:
+    """All that --measure names, of a VQGAN."""
+    benchmark, data, loss, training = config.benchmark, config.data, config.loss, config.training
+    trainees, size = workloads.vqgan_trainees(config.network, loss, data, training, here), training.batch_size
     for name, module in trainees[0].state.modules.items():
         print(f"{name}: {count_parameters(module):,} parameters", flush=True)
-    batch = workloads.random_batch(None, 0, size, config.data, here.device)
-    consumed, times = None, workloads.moments(config)
+    batch = workloads.random_batch(None, 0, size, data, here.device)
+    consumed, times = None, workloads.moments(loss, training.train_steps)
     if "discriminator" not in times:
-        print(f"--disc_start_step {config.loss.disc_start_step} is never reached: the discriminator is left out")
-    if "step" in config.benchmark.measure:
-        parts = workloads.in_parts(batch, config.training.accumulate)
+        print(f"--disc_start_step {loss.disc_start_step} is never reached: the discriminator is left out")
+    if "step" in benchmark.measure:
+        parts = workloads.in_parts(batch, training.accumulate)
         works = [workloads.work_of(each, parts, here, at, name) for each in trainees for name, at in times.items()]
-        consumed = report_steps(works, config, here, 0)
-    if "sampling" in config.benchmark.measure:
+        consumed = report_steps(works, benchmark.repeats, size, 0, here)
+    if "sampling" in benchmark.measure:
         trainee = plain(trainees)
-        for name, run in workloads.there_and_back(trainee, config, batch["image"]).items():
+        for name, run in workloads.there_and_back(trainee, data, config.reader, batch["image"]).items():
             run()
-            seconds = several(run, config.benchmark.repeats, here.device)
+            seconds = several(run, benchmark.repeats, here.device)
             print(f"{name}, {trainee.name}, {size} images at once: {spread(seconds, size)}", flush=True)
-    if "loading" in config.benchmark.measure:
-        images, why = workloads.present_images(config.data, config.reader)
-        source = None if images is None else workloads.images_source(images, config.data, config.training.seed)
-        report_loading(source, why, config, config.data.num_workers, here, consumed, "images")
+    if "loading" in benchmark.measure:
+        images, why = workloads.present_images(data, config.reader)
+        source = None if images is None else workloads.images_source(images, data, training.seed)
+        workers = data.num_workers
+        found = None if source is None else loading_rate(source, data, training, workers, benchmark.repeats, here)
+        report_loading(found, why, "images", workers, consumed)
 
 
 def vqgan_of(data: DataConfig, argv: list[str]) -> VQGANConfig:
@@ -170,20 +177,20 @@ def plain(trainees: list[Trainee]) -> Trainee:
     return [each for each in trainees if not each.step.training.compile][-1]
 
 
-def report_steps(works: list, config, here: World, tokens: int) -> float:
-    """A table of them; the images per second of the fastest."""
-    speeds, size = measured(works, config.benchmark.repeats, here.device), config.training.batch_size
+def report_steps(works: list[Work], repeats: int, size: int, tokens: int, here: World) -> float:
+    """A table of steps of `size` images, each of so many tokens; the images per second of the fastest."""
+    speeds = measured(works, repeats, here.device)
     print(f"\n{table(list(rows(speeds, size, tokens)))}\n")
     for dtype, peak in {speed.dtype: speed.peak for speed in speeds if speed.peak is not None}.items():
         print(f"peak, the best matrix product here in {str(dtype).removeprefix('torch.')}: {peak / 1e12:.3g} TFLOP/s")
     return size / min(speed.median for speed in speeds)
 
 
-def report_draws(trainees: list[Trainee], batch: Batch, config) -> None:
+def report_draws(trainees: list[Trainee], batch: Batch, options: SamplingConfig, benchmark: BenchmarkConfig) -> None:
     """Images per second and network calls; of codes beside ancestral steps in float32 that evaluate everything."""
-    exact, trainee, repeats, size = trainees[0], plain(trainees), config.benchmark.repeats, len(batch["position"])
-    device, options, step = trainee.step.world.device, config.sampling, trainee.step
-    full = config.benchmark.full_steps > 0 and "ancestral" in solvers_of(step.sampler.process)
+    exact, trainee, repeats, size = trainees[0], plain(trainees), benchmark.repeats, len(batch["position"])
+    device, step = trainee.step.world.device, trainee.step
+    full = benchmark.full_steps > 0 and "ancestral" in solvers_of(step.sampler.process)
     steps = full_steps(exact, batch, options, repeats) if full else []
     with counted(trainee.state.averaged("network")) as cost:
         x = sampled(trainee, batch, options)
@@ -198,17 +205,16 @@ def report_draws(trainees: list[Trainee], batch: Batch, config) -> None:
     if full:  # half of the steps before and half after, so that noise hits all alike
         steps += full_steps(exact, batch, options, repeats)
         ends = [decoded[exact.name], decoded[trainee.name]]
-        print(full_steps_report(steps, config.benchmark.full_steps, seconds, ends, size), flush=True)
+        print(full_steps_report(steps, benchmark.full_steps, seconds, ends, size), flush=True)
 
 
-def report_loading(
-    source: Positions | None, why: str, config, workers: int, here: World, consumed: float | None, what: str
-) -> None:
-    """Training batches' images per second, against what the fastest step takes in; or why there are none."""
-    if source is None:
+def report_loading(found: tuple[float, bool] | None, why: str, what: str, workers: int, consumed: float | None) -> None:
+    """Training batches' images per second, as `loading_rate` found them, against what the fastest step takes in; or why
+    there are none."""
+    if found is None:
         print(f"loading is left out: {why}")
         return
-    rate, warm = loading_rate(source, config.data, config.training, workers, config.benchmark.repeats, here)
+    rate, warm = found
     by = f"{workers} processes" if workers else "the training process itself"
     ratio = "" if consumed is None else f", {short(rate / consumed)} times what the fastest step takes in"
     cold = "" if warm else "; not all of --in_memory was there yet"

@@ -94,6 +94,36 @@ class Config:
     results: ResultsConfig
 
 
+class Case(NamedTuple):
+    """One grid and one window, both square."""
+
+    side: int  # tokens
+    kernel: int
+    dilation: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.side}x{self.side}, dilation {self.dilation}"
+
+
+class Inputs(NamedTuple):
+    """(B, H, W, heads, d) each."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    gradient: Tensor  # of the output
+
+
+class Cost(NamedTuple):
+    """What one backend takes; None where it was left out or cannot do it."""
+
+    forward: float | None = None  # seconds
+    both: float | None = None  # seconds, forward and backward
+    peak: int | None = None  # bytes, of both
+    error: float | None = None  # max |out - float64| / max |float64|
+
+
 def main(config: Config) -> None:
     c = config.benchmark
     device = pick_device(c.device)
@@ -124,7 +154,7 @@ def main(config: Config) -> None:
     print(f"\n{folder / 'results.json'}\n{folder / 'times.png'}")
 
 
-def row(case, name: str, costs: dict) -> dict[str, Any]:
+def row(case: Case, name: str, costs: dict[str, Cost]) -> dict[str, Any]:
     """One line of results.json: seconds, bytes, and None for what was not measured."""
     cost, dense, natten = costs[name], costs["dense"], costs.get("natten")
     return {
@@ -198,36 +228,6 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     figure.suptitle(title, fontsize=11, x=0.01, horizontalalignment="left")
     with whole_file(path) as scratch:
         figure.savefig(scratch, format="png")
-
-
-class Case(NamedTuple):
-    """One grid and one window, both square."""
-
-    side: int  # tokens
-    kernel: int
-    dilation: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.side}x{self.side}, dilation {self.dilation}"
-
-
-class Inputs(NamedTuple):
-    """(B, H, W, heads, d) each."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    gradient: Tensor  # of the output
-
-
-class Cost(NamedTuple):
-    """What one backend takes; None where it was left out or cannot do it."""
-
-    forward: float | None = None  # seconds
-    both: float | None = None  # seconds, forward and backward
-    peak: int | None = None  # bytes, of both
-    error: float | None = None  # max |out - float64| / max |float64|
 
 
 def make_inputs(side: int, batch: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Inputs:

@@ -6,26 +6,17 @@ from typing import Any, Literal
 
 import _root
 
-from experiments.harness.batches import experiment_world, forget, own_indices
-from experiments.harness.experiment import (
-    ModelConfig,
-    OutputConfig,
-    load_model,
-    open_results,
-    saved_report,
-    settings_of_run,
-    write_results,
-)
+from experiments.harness.batches import ResumableBatches, own_indices
+from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, run_experiment
 from experiments.harness.images import GRID
 from experiments.harness.report import progress, table
 from experiments.metrics import features as all_features
 from experiments.metrics.distances import (
-    contents,
     generated_statistics,
-    measured,
     real_reference,
     reconstructed,
     sampled_features,
+    sampled_images,
     save_reconstructions,
     statistics_cache,
     statistics_of,
@@ -34,9 +25,9 @@ from experiments.metrics.distances import (
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Reference, frechet_distance
 from experiments.metrics.kid import KeptFeatures, kernel_distance
-from train.cli.parse import run_script, to_dict
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
+from train.distributed import World
 from train.inference import TrainedSampler
 
 
@@ -78,52 +69,38 @@ class Config:
     output: OutputConfig
 
 
-def main(config: Config) -> None:
-    with experiment_world(config.output.device) as world:
-        trained = load_model(config.model, config.output, world)
-        folder = open_results("FID", config, trained)
-        results = saved_report(folder, world)
-        given = files_of(config)  # whose content may be another by now
-        if results is None or not given.items() <= results["run"].get("files", {}).items():
-            results = measure(config, trained, folder)
-        if world.is_main:
-            print_report(results, folder)
-            forget(folder)
+def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
+    """Where the statistics of real images are kept comes from --logs_root."""
+    return Prepared((config.distance, config.sampling, statistics_cache(config.output.logs_root)))
 
 
-def files_of(config: Config) -> dict[str, str]:
-    """The content of the files that the flags name."""
-    named = config.distance
-    return contents(samples=named.samples, ref_stats=named.ref_stats, inception_weights=named.inception_weights)
-
-
-def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any] | None:
-    """All the distances of one report, written to results.json. In the main process alone; the others take part."""
-    distance, output, data = config.distance, config.output, trained.data
-    first, world = trained.space.first, trained.world
-    features = all_features.choose(distance.features, data, trained.device, distance.inception_weights)
-    reference = reference_of(config, trained, features)
-    held_out = ImageSource(trained.dataset("val" if distance.split == "train" else "train"), data)
-    count, images_of = measured(distance.samples, distance.n_samples, config, trained)
-    files = {name: content for name, content in files_of(config).items() if name != "ref_stats"}
-    found = sampled_features(images_of, count, GRID, features, config, world, folder, files)
+def measure(
+    distance: DistanceConfig, sampling: SamplingConfig, cache: Path, model: TrainedSampler, batches: ResumableBatches
+) -> dict[str, Any] | None:
+    """All the distances of one report, and its pictures. On the main rank alone; the others take part."""
+    data, size, first, world = model.data, batches.batch_size, model.space.first, model.world
+    features = all_features.choose(distance.features, data, model.device, distance.inception_weights)
+    reference = reference_of(distance, model, features, cache, size)
+    held_out = ImageSource(model.dataset("val" if distance.split == "train" else "train"), data)
+    count, images_of = sampled_images(distance.samples, distance.n_samples, model, sampling, batches.seed)
+    files = {name: content for name, content in batches.files.items() if name != "ref_stats"}
+    found = sampled_features(images_of, count, GRID, features, batches, files)
     same = min(count, len(held_out))  # as many images of each kind as there are held-out real ones
-    chosen = own_indices(world, fixed_subset(len(held_out), same), output.batch_size)
+    chosen = own_indices(world, fixed_subset(len(held_out), same), size)
 
     kept = {"generated": KeptFeatures(found)}
-    everything, as_many = generated_statistics(kept["generated"], same, folder / "samples.png")
-    real = images_in_order(held_out, output.batch_size, chosen)
-    kept["real_vs_real"] = KeptFeatures(with_features(features, real, world))
+    everything, as_many = generated_statistics(kept["generated"], same, batches.folder / "samples.png")
+    kept["real_vs_real"] = KeptFeatures(with_features(features, images_in_order(held_out, size, chosen), world))
     real_again, rebuilt = statistics_of(kept["real_vs_real"]), None
     if first is not None:
-        own = reconstructed(first, images_in_order(held_out, output.batch_size, chosen))
+        own = reconstructed(first, images_in_order(held_out, size, chosen))
         kept["reconstructions"] = KeptFeatures(with_features(features, own, world))
         rebuilt = statistics_of(progress(kept["reconstructions"], same, "reconstructing", world.is_main))
     if not world.is_main:
         return None
     if first is not None:
-        save_reconstructions(folder / "reconstructions.png", first, held_out, min(same, 16))
-    results = {
+        save_reconstructions(batches.folder / "reconstructions.png", first, held_out, min(same, 16))
+    return {
         "metric": features.module.METRIC,
         "value": frechet_distance(everything, reference.statistics),
         "real_vs_real": frechet_distance(real_again, reference.statistics),
@@ -135,24 +112,22 @@ def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any] | N
         "reference": distance.ref_stats or f"{data.dataset}, {distance.split} split",
         "n_reference": reference.statistics.count,
         "kernel": kernel_distances(distance, features, kept, reference),
-        "run": to_dict(config) | {"step": trained.step, "files": files_of(config)} | trained.origin,
+        "run": batches.run,
     }
-    write_results(folder, results)
-    return results
 
 
-def reference_of(config, trained: TrainedSampler, features: Features) -> Reference:
+def reference_of(
+    distance: DistanceConfig, model: TrainedSampler, features: Features, cache: Path, batch_size: int
+) -> Reference:
     """What --ref_stats holds of the real images, else what a split does."""
-    distance, output = config.distance, config.output
     if distance.ref_stats is not None:
         return Reference.load(distance.ref_stats)
-    real, cache = trained.dataset(distance.split), statistics_cache(output.logs_root)
-    weights = distance.inception_weights
-    return real_reference(real, trained.data, features, weights, cache, output.batch_size, trained.world)
+    real, weights = model.dataset(distance.split), distance.inception_weights
+    return real_reference(real, model.data, features, weights, cache, batch_size, model.world)
 
 
 def kernel_distances(
-    distance, features: Features, kept: dict[str, KeptFeatures], reference: Reference
+    distance: DistanceConfig, features: Features, kept: dict[str, KeptFeatures], reference: Reference
 ) -> dict[str, Any] | None:
     """{"metric": its name, and of each kind of images its mean, deviation, subsets and size}; None where the reference
     has no features."""
@@ -165,7 +140,7 @@ def kernel_distances(
     return found
 
 
-def print_report(results: dict[str, Any], folder: Path) -> None:
+def report(results: dict[str, Any], folder: Path) -> str:
     """The table a person reads: the distances between what they would be for perfect codes and for real images."""
     same, kernel = str(results["n_compared"]), results.get("kernel")
 
@@ -180,14 +155,14 @@ def print_report(results: dict[str, Any], folder: Path) -> None:
         rows.append(row("reconstructions of held-out images", same, "reconstructions", "reconstructions"))
     rows.append(row("held-out real images", same, "real_vs_real", "real_vs_real"))
     to = f"to {results['reference']} ({results['n_reference']} images), features: {results['features']}"
-    print(f"\n{results['metric']} {to}\n{table(rows)}")
+    lines = [f"\n{results['metric']} {to}\n{table(rows)}"]
     if kernel:
         sizes = sorted({kernel[kind]["size"] for kind in kernel.keys() - {"metric"}})
         of = f"{kernel['generated']['subsets']} subsets of {' or '.join(map(str, sizes))} images"
-        print(f"{kernel['metric']}: mean and deviation over {of}, 0 at best, below it by chance")
+        lines.append(f"{kernel['metric']}: mean and deviation over {of}, 0 at best, below it by chance")
     elif "kernel" in results:
-        print(f"no kernel distance (KID): {results['reference']} has statistics alone, no features")
-    print(f"\n{folder / 'results.json'}\n{folder / 'samples.png'}")
+        lines.append(f"no kernel distance (KID): {results['reference']} has statistics alone, no features")
+    return "\n".join([*lines, f"\n{folder / 'results.json'}\n{folder / 'samples.png'}"])
 
 
 def mean_and_deviation(found: dict[str, Any] | None) -> str:
@@ -195,4 +170,5 @@ def mean_and_deviation(found: dict[str, Any] | None) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "calc_FID", under=settings_of_run)
+    files = ("samples", "ref_stats", "inception_weights")
+    run_experiment("FID", Config, measure, report, prepare=prepare, files=files)

@@ -9,22 +9,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.harness.batches import experiment_world, forget
-from experiments.harness.experiment import (
-    ModelConfig,
-    OutputConfig,
-    load_model,
-    open_results,
-    saved_report,
-    settings_of_run,
-    write_results,
-)
+from experiments.harness.batches import ResumableBatches
+from experiments.harness.experiment import ModelConfig, OutputConfig, run_experiment
 from experiments.harness.images import GRID, save_grid
 from experiments.harness.report import table
 from experiments.metrics import features as all_features
-from experiments.metrics.distances import Batches, contents, measured, real_features, sampled_features, together
+from experiments.metrics.distances import Batches, real_features, sampled_features, sampled_images, together
 from experiments.metrics.prdc import PRDC, prdc, radii
-from train.cli.parse import run_script, to_dict
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset
 from train.inference import TrainedSampler
@@ -37,7 +28,7 @@ class PRDCConfig:
     n_samples: int = 10_000
     """Number of generated images, and of real ones; as many as the split has, where that is fewer."""
     nearest_k: int = 5
-    """A feature's ball reaches to its so manieth neighbour; papers take 3 or 5."""
+    """A feature's ball reaches to its k-th nearest neighbour; papers take 3 or 5."""
     samples: str | None = None
     """Measure the images of this samples.npz instead of new ones."""
     features: str = "auto"
@@ -64,57 +55,39 @@ class Config:
     output: OutputConfig
 
 
-def main(config: Config) -> None:
-    with experiment_world(config.output.device) as world:
-        trained = load_model(config.model, config.output, world)
-        folder = open_results("PRDC", config, trained)
-        results = saved_report(folder, world)
-        given = files_of(config)  # whose content may be another by now
-        if results is None or not given.items() <= results["run"].get("files", {}).items():
-            results = measure(config, trained, folder)
-        if world.is_main:
-            print_report(results, folder)
-            forget(folder)
-
-
-def files_of(config) -> dict[str, str]:
-    """The content of the files that the flags name."""
-    return contents(samples=config.prdc.samples, inception_weights=config.prdc.inception_weights)
-
-
-def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any] | None:
-    """All the numbers of one report, written to results.json. In the main process alone; the others take part."""
-    chosen, size, data, world = config.prdc, config.output.batch_size, trained.data, trained.world
-    features = all_features.choose(chosen.features, data, trained.device, chosen.inception_weights)
-    source = ImageSource(trained.dataset(chosen.split), data)
-    held_out = ImageSource(trained.dataset("val" if chosen.split == "train" else "train"), data)
-    given, images_of = measured(chosen.samples, chosen.n_samples, config, trained)
+def measure(
+    settings: PRDCConfig, sampling: SamplingConfig, model: TrainedSampler, batches: ResumableBatches
+) -> dict[str, Any] | None:
+    """All the numbers of one report, and samples.png. On the main rank alone; the others take part."""
+    size, data, world = batches.batch_size, model.data, model.world
+    features = all_features.choose(settings.features, data, model.device, settings.inception_weights)
+    source = ImageSource(model.dataset(settings.split), data)
+    held_out = ImageSource(model.dataset("val" if settings.split == "train" else "train"), data)
+    given, images_of = sampled_images(settings.samples, settings.n_samples, model, sampling, batches.seed)
     count = min(given, len(source))  # as many generated as real ones: with more of one kind the numbers rise or fall
     same = min(count, len(held_out))
-    check_counts({"generated and real": count, "held-out": same}, chosen.nearest_k)
+    check_counts({"generated and real": count, "held-out": same}, settings.nearest_k)
     if count < given:
-        print(f"{count} images of each kind: the {chosen.split} split has no more", flush=True)
+        print(f"{count} images of each kind: the {settings.split} split has no more", flush=True)
 
     real = together(real_features(source, fixed_subset(len(source), count), features, size, world, "real"), count)
     subset = fixed_subset(len(held_out), same)
     others = together(real_features(held_out, subset, features, size, world, "held-out"), same)
-    found = sampled_features(images_of, count, GRID, features, config, world, folder, files_of(config))
-    generated = together(with_grid(found, folder / "samples.png"), count)
+    found = sampled_features(images_of, count, GRID, features, batches, batches.files)
+    generated = together(with_grid(found, batches.folder / "samples.png"), count)
     if not world.is_main:
         return None
     sets = {"generated": generated["features"], "held_out": others["features"], "real": real["features"]}
-    results = {
-        **against_real(sets, chosen.nearest_k, trained.device),
-        "k": chosen.nearest_k,
+    return {
+        **against_real(sets, settings.nearest_k, model.device),
+        "k": settings.nearest_k,
         "features": features.name,
         "n_real": len(sets["real"]),
         "n_generated": len(sets["generated"]),
         "n_held_out": len(sets["held_out"]),
-        "reference": f"{data.dataset}, {chosen.split} split",
-        "run": to_dict(config) | {"step": trained.step, "files": files_of(config)} | trained.origin,
+        "reference": f"{data.dataset}, {settings.split} split",
+        "run": batches.run,
     }
-    write_results(folder, results)
-    return results
 
 
 def check_counts(counts: dict[str, int], k: int) -> None:
@@ -153,7 +126,7 @@ def against_real(sets: dict[str, Tensor], k: int, device: torch.device) -> dict[
     return found | {"generated_at_n_held_out": found.get("generated_at_n_held_out", found["generated"])}
 
 
-def print_report(results: dict[str, Any], folder: Path) -> None:
+def report(results: dict[str, Any], folder: Path) -> str:
     """The table a person reads."""
     names = PRDC._fields
 
@@ -165,13 +138,15 @@ def print_report(results: dict[str, Any], folder: Path) -> None:
         rows.append(row("generated, as many as held out", results["n_held_out"], "generated_at_n_held_out"))
     rows.append(row("held-out real images", results["n_held_out"], "held_out"))
     against = f"{results['n_real']} of {results['reference']}"
-    print(f"\nagainst {against}; k = {results['k']}, features: {results['features']}\n{table(rows)}")
-    print(
-        "precision, density: do generated images look real? recall, coverage: are all kinds of real images among them?"
-    )
-    print("Held-out real images are what a perfect model would make: read the others beside as many of them")
-    print(f"\n{folder / 'results.json'}\n{folder / 'samples.png'}")
+    return f"""
+against {against}; k = {results["k"]}, features: {results["features"]}
+{table(rows)}
+precision, density: do generated images look real? recall, coverage: are all kinds of real images among them?
+Held-out real images are what a perfect model would make: read the others beside as many of them
+
+{folder / "results.json"}
+{folder / "samples.png"}"""
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "calc_PRDC", under=settings_of_run)
+    run_experiment("PRDC", Config, measure, report, files=("samples", "inception_weights"))

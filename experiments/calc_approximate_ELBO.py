@@ -12,23 +12,23 @@ from torch import Tensor
 
 from diffusion.likelihood import visits
 from diffusion.rng import Streams
-from experiments.harness.batches import experiment_world, forget, kept_batches
-from experiments.harness.experiment import (
-    ModelConfig,
-    OutputConfig,
-    load_model,
-    open_results,
-    saved_report,
-    settings_of_run,
-    write_results,
-)
+from experiments.harness.batches import ResumableBatches
+from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, run_experiment
 from experiments.harness.report import progress, table
-from experiments.metrics.decoder_likelihood import DecoderBits, TrainedHead, head_for, of_images, report_rows
-from train.cli.parse import run_script, to_dict
+from experiments.metrics.decoder_likelihood import (
+    DecoderBits,
+    DecoderConfig,
+    TrainedHead,
+    head_for,
+    of_images,
+    report_rows,
+)
 from train.data.loading import Positions
+from train.distributed import World
 from train.files import whole_file
 from train.inference import TrainedSampler
 from train.loop import Batch
+from train.spaces import Latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,32 +55,6 @@ class LikelihoodConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Decoder: of samplers of codes, what the images take beside their codes."""
-
-    decoder: bool = True
-    """Also give bits per dimension of the images: those of the codes and, by a Gaussian around the reconstruction,
-    those of the image given its codes. Its deviations come from a head that is trained where it is not there yet."""
-    head_dir: str | None = None
-    """Folder of the head's run; likelihood_<run of the VQGAN>_<its step> if left out."""
-    train_steps: int = 10_000
-    """Steps that the head is trained; more than it had go on from there."""
-    train_batch_size: int = 16
-    """Images of such a step, over all processes together."""
-    lr: float = 1e-3
-    """Its learning rate."""
-    steps_per_eval: int = 5_000
-    """Steps between its validations; 0 for none."""
-
-    def __post_init__(self):
-        for name, low in (("train_steps", 1), ("train_batch_size", 1), ("steps_per_eval", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted at least {low}: pass --{name} N")
-        if self.lr <= 0:
-            raise ValueError(f"got lr {self.lr}, wanted a positive one: pass --lr NUMBER")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """Measures bits per code and per dimension (absorbing, autoregressive), or per dimension (ddpm), into
     <logs_root>/<log_dir>.
@@ -96,20 +70,21 @@ class Config:
     output: OutputConfig
 
 
-def main(config: Config) -> None:
-    with experiment_world(config.output.device) as world:
-        trained = load_model(config.model, config.output, world)
-        if not getattr(trained.sampler, "pixels", True):
-            why = "latents are continuous and have no likelihood in bits"
-            raise ValueError(f"{why}: {trained.run} is no model of pixels")
-        head = head_for(config, trained)
-        folder, weights = open_results("ELBO", config, trained), None if head is None else head.weights
-        results = saved_report(folder, world)
-        if results is None or results["run"].get("head_weights") != weights:  # the head was trained on since
-            results = measure(config, trained, head, folder)
-        if world.is_main:
-            print_report(results, folder)
-            forget(folder)
+def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
+    """Trains the head of the decoder first, as far as it is not; a report of other weights of it is outdated.
+
+    ValueError for a model of latents.
+    """
+    if isinstance(model.space, Latents):
+        why = "latents are continuous and have no likelihood in bits"
+        raise ValueError(f"{why}: {model.run} is no model of pixels")
+    head = head_for(config.decoder, config.model, config.output, model)
+    weights = None if head is None else head.weights
+
+    def is_of_this_head(results: dict[str, Any]) -> bool:
+        return results["run"].get("head_weights") == weights
+
+    return Prepared((config.likelihood, head), is_current=is_of_this_head)
 
 
 def bounds(
@@ -133,18 +108,17 @@ def bounds(
     return of
 
 
-def measure(config, trained: TrainedSampler, head: TrainedHead | None, folder: Path) -> dict[str, Any] | None:
-    """All that one report says, written to results.json; terms.png where there are terms. In the main process alone,
-    while the others take part. What an earlier start measured is not measured again."""
-    c, output, world = config.likelihood, config.output, trained.world
-    source = trained.batches(c.split)
-    count = len(source) if c.n_images is None else min(c.n_images, len(source))  # beyond an epoch images come again
-    totals, prior, terms, of_decoder = [], 0.0, 0.0, []
-    decoder = None if head is None else DecoderBits(head, trained, c.split, source)
+def measure(
+    settings: LikelihoodConfig, head: TrainedHead | None, model: TrainedSampler, batches: ResumableBatches
+) -> dict[str, Any] | None:
+    """All that one report says, and terms.png where there are terms. On the main rank alone; the others take part."""
+    world, source = model.world, model.batches(settings.split)
+    count = min(settings.n_images or len(source), len(source))  # beyond an epoch images come again
+    decoder = None if head is None else DecoderBits(head, model, settings.split, source)
     name = "bounds" if head is None else f"bounds_{head.weights[:16]}"  # it may be trained on between two starts
-    make = bounds(trained, source, output.seed, c.calls, decoder)
-    found = kept_batches(folder, name, list(range(count)), output.batch_size, make, world)
-    for bound in progress(found, count, "measuring", world.is_main):
+    make = bounds(model, source, batches.seed, settings.calls, decoder)
+    totals, prior, terms, of_decoder = [], 0.0, 0.0, []
+    for bound in progress(batches.resume(name, range(count), make), count, "measuring", world.is_main):
         totals.append(bound["total"])
         prior += bound["prior"].sum().item() / count
         terms = terms + bound["terms"].sum(0) / count  # (T,)
@@ -152,10 +126,9 @@ def measure(config, trained: TrainedSampler, head: TrainedHead | None, folder: P
             of_decoder.append(bound["decoder"])
     if not world.is_main:
         return None
-    total, steps = torch.cat(totals), len(terms)
-    widths = stretches(steps, c.calls)
+    total, steps, sampler = torch.cat(totals), len(terms), model.sampler
+    widths = stretches(steps, settings.calls)
     curve = levelled(terms, widths).tolist() if steps else []
-    sampler = trained.sampler
     of_times = steps > 0 and sampler.process.steps is not None  # in continuous time, of numbers of masked codes
     results = {
         "unit": sampler.unit,
@@ -165,19 +138,17 @@ def measure(config, trained: TrainedSampler, head: TrainedHead | None, folder: P
         "prior": prior,
         "decoder": curve[0] if of_times and widths[:1] == [1] else None,
         "n_images": count,
-        "split": c.split,
-        "calls": len(widths) if steps else 1 if sampler.likelihood == "exact" else c.calls,
+        "split": settings.split,
+        "calls": len(widths) if steps else 1 if sampler.likelihood == "exact" else settings.calls,
         "terms": curve,
         "terms_of": ("times" if of_times else "number of masked codes") if steps else None,
-        "run": to_dict(config) | {"step": trained.step} | trained.origin,
+        "run": batches.run | ({} if head is None else {"head_weights": head.weights}),
     }
     if head is not None:
-        sizes = trained.space.tokens, math.prod(trained.data.shape)
+        sizes = model.space.tokens, math.prod(model.data.shape)
         results |= of_images(total, torch.cat(of_decoder), *sizes, head)
-        results["run"] |= {"head_weights": head.weights}
     if steps:
-        plot(folder / "terms.png", results)
-    write_results(folder, results)
+        plot(batches.folder / "terms.png", results)
     return results
 
 
@@ -191,7 +162,7 @@ def levelled(terms: Tensor, widths: list[int]) -> Tensor:
     return torch.cat([part.mean().expand(len(part)) for part in terms.split(widths)])
 
 
-def print_report(results: dict[str, Any], folder: Path) -> None:
+def report(results: dict[str, Any], folder: Path) -> str:
     """The table a person reads."""
     steps, error, decoder = len(results["terms"]), results["standard_error"], results["decoder"]
     rows = [("", results["unit"])]
@@ -202,13 +173,12 @@ def print_report(results: dict[str, Any], folder: Path) -> None:
         rows.append((f"decoder's term (t = 1/{steps})", f"{decoder:.4f}"))
     rows.append(("images", str(results["n_images"])))
     way = f", {results['calls']} of {steps} terms per image" if steps else ""
-    print(f"\n{results['split']} split, {results['method']}{way}\n{table(rows)}")
+    lines = [f"\n{results['split']} split, {results['method']}{way}\n{table(rows)}"]
     if "head" in results:
         head = "head: {run}, step {step}".format(**results["head"])
-        print(f"\n8-bit images: in each value's bin a Gaussian's mass ({head})\n{table(report_rows(results))}")
-    print(f"\n{folder / 'results.json'}")
-    if steps:
-        print(folder / "terms.png")
+        lines.append(f"\n8-bit images: in each value's bin a Gaussian's mass ({head})\n{table(report_rows(results))}")
+    lines.append(f"\n{folder / 'results.json'}")
+    return "\n".join([*lines, *([str(folder / "terms.png")] if steps else [])])
 
 
 def plot(path: Path, results: dict[str, Any]) -> None:
@@ -238,4 +208,4 @@ def plot(path: Path, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "calc_approximate_ELBO", under=settings_of_run)
+    run_experiment("ELBO", Config, measure, report, prepare=prepare)

@@ -2,38 +2,29 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import _root
 import torch
 from torch import Tensor
 
-from experiments.harness.batches import experiment_world, forget, shared
-from experiments.harness.experiment import (
-    ModelConfig,
-    OutputConfig,
-    load_model,
-    open_results,
-    saved_report,
-    settings_of_run,
-    write_results,
-)
+from experiments.harness.batches import ResumableBatches, shared
+from experiments.harness.experiment import ModelConfig, OutputConfig, run_experiment
 from experiments.harness.report import table
 from experiments.metrics import features as all_features
 from experiments.metrics import image_pairs as all_closeness
 from experiments.metrics.classifier import exact_copies
 from experiments.metrics.distances import (
-    contents,
     kept_name,
-    measured,
     real_features,
     sampled_features,
+    sampled_images,
     together,
     version_of,
 )
+from experiments.metrics.features import Features
 from experiments.metrics.image_pairs import Closeness
 from experiments.metrics.nearest_neighbours import Ranked, Row, candidates, in_view, reranked, save_picture
-from train.cli.parse import run_script, to_dict
 from train.config import DataConfig, SamplingConfig
 from train.data.loading import ImageSource, fixed_subset
 from train.data.transforms import training_views
@@ -88,46 +79,39 @@ class Config:
     output: OutputConfig
 
 
-def main(config: Config) -> None:
-    with experiment_world(config.output.device) as world:
-        trained = load_model(config.model, config.output, world)
-        folder = open_results("neighbours", config, trained)
-        results = saved_report(folder, world)
-        given = files_of(config)  # whose content may be another by now
-        if results is None or not given.items() <= results["run"].get("files", {}).items():
-            results = measure(config, trained, folder)
-        if world.is_main:
-            print_report(results, folder)
-            forget(folder)
+class Queries(NamedTuple):
+    """What nearest training images are looked for: n samples, then up to as many held-out real images."""
+
+    images: Tensor  # uint8 (n + m, C, H, W)
+    codes: Tensor | None  # (n, h, w), of samplers of codes
+    n_samples: int
+    features: Tensor  # (n + m, D)
 
 
-def files_of(config) -> dict[str, str]:
-    """The content of the files that the flags name."""
-    named = config.neighbours
-    paths = (named.samples, named.inception_weights, named.perceptual_weights)
-    return contents(**dict(zip(("samples", "inception_weights", "perceptual_weights"), paths, strict=True)))
-
-
-def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any] | None:
-    """Everything of one report, written to results.json and neighbours.png. In the main process alone; the others take
-    part."""
-    named, size, data, world = config.neighbours, config.output.batch_size, trained.data, trained.world
-    features = all_features.choose(named.features, data, trained.device, named.inception_weights)
-    closeness = all_closeness.choose(named.rerank, named.perceptual_net, named.perceptual_weights, world, size)
-    training = ImageSource(trained.dataset("train"), data, margin=data.crop_margin)
-    held_out = ImageSource(trained.dataset("val"), data)
-    images, codes, n_samples, vectors = queries(config, trained, features, held_out, folder)
-    made_of = [training.dataset.fingerprint(), files_of(config), *version_of(features, named.inception_weights)]
+def measure(
+    settings: NeighboursConfig, sampling: SamplingConfig, model: TrainedSampler, batches: ResumableBatches
+) -> dict[str, Any] | None:
+    """Everything of one report, and neighbours.png. On the main rank alone; the others take part."""
+    size, data, world = batches.batch_size, model.data, model.world
+    features = all_features.choose(settings.features, data, model.device, settings.inception_weights)
+    net, weights = settings.perceptual_net, settings.perceptual_weights
+    closeness = all_closeness.choose(settings.rerank, net, weights, world, size)
+    training = ImageSource(model.dataset("train"), data, margin=data.crop_margin)
+    held_out = ImageSource(model.dataset("val"), data)
+    images, codes, n_samples, vectors = make_queries(settings, sampling, model, features, held_out, batches)
+    made_of = [training.dataset.fingerprint(), batches.files, *version_of(features, settings.inception_weights)]
     name = kept_name("candidates", *made_of)
-    near = candidates(vectors, training, features, named.candidates, size, world, folder, name)
+    near = candidates(vectors, training, features, settings.candidates, batches, name)
     name = kept_name("ranked", *made_of, closeness.name)
-    batches = reranked(images, near, training, closeness, named.neighbours, size, world, folder, name)
-    found = together(batches, len(images), Ranked._fields)
-    same_codes = None if codes is None else shares_codes(codes, trained, size)
+    ranked = reranked(images, near, training, closeness, settings.neighbours, batches, name)
+    found = together(ranked, len(images), Ranked._fields)
+    same_codes = None if codes is None else shares_codes(codes, model, size)
     if not world.is_main:
         return None
     ranking = Ranked(**found)
-    results = figures(ranking, n_samples) | {
+    rows = sections(ranking, images, n_samples, training, settings.rows)
+    save_picture(batches.folder / "neighbours.png", rows, title(closeness))
+    return figures(ranking, n_samples) | {
         "equal_codes": same_codes,
         "ranked_by": closeness.name,
         "features": features.name,
@@ -138,28 +122,29 @@ def measure(config, trained: TrainedSampler, folder: Path) -> dict[str, Any] | N
         "data": data.dataset,
         "views": [view.describe() for view in training_views(data)],  # mirrored, moved right and down, cut
         **neighbours_of(ranking, n_samples),
-        "run": to_dict(config) | {"step": trained.step, "files": files_of(config)} | trained.origin,
+        "run": batches.run,
     }
-    save_picture(
-        folder / "neighbours.png", sections(ranking, images, n_samples, training, named.rows), title(closeness)
-    )
-    write_results(folder, results)
-    return results
 
 
-def queries(config, trained: TrainedSampler, features, held_out: ImageSource, folder: Path):
-    """Images uint8 (n + m, C, H, W) whose neighbours are looked for, n samples and up to as many held-out ones; codes
-    (n, h, w) of the samples, or None; n; features (n + m, D) of all. In every process."""
-    named, size, world = config.neighbours, config.output.batch_size, trained.world
-    count, images_of = measured(named.samples, named.n_samples, config, trained)
-    own = sampled_features(images_of, count, count, features, config, world, folder, files_of(config))
+def make_queries(
+    settings: NeighboursConfig,
+    sampling: SamplingConfig,
+    model: TrainedSampler,
+    features: Features,
+    held_out: ImageSource,
+    batches: ResumableBatches,
+) -> Queries:
+    """The same on every rank."""
+    size, world = batches.batch_size, model.world
+    count, images_of = sampled_images(settings.samples, settings.n_samples, model, sampling, batches.seed)
+    own = sampled_features(images_of, count, count, features, batches, batches.files)
     samples = together(own, count, ("features", "image", "codes"))
     same = min(count, len(held_out))
     real = real_features(held_out, fixed_subset(len(held_out), same), features, size, world, "held-out")
     real = together(real, same, ("features", "image"))
     samples, real = shared(world, (samples, real))
-    images = torch.cat([like_data(samples["image"], trained.data), real["image"]])
-    return images, samples.get("codes"), count, torch.cat([samples["features"], real["features"]])
+    images = torch.cat([like_data(samples["image"], model.data), real["image"]])
+    return Queries(images, samples.get("codes"), count, torch.cat([samples["features"], real["features"]]))
 
 
 def like_data(images: Tensor, data: DataConfig) -> Tensor:
@@ -174,9 +159,9 @@ def like_data(images: Tensor, data: DataConfig) -> Tensor:
     return images.float().mean(1, keepdim=True).round().byte()
 
 
-def shares_codes(codes: Tensor, trained: TrainedSampler, batch_size: int) -> float:
-    """The share in [0, 1] of samples with the codes of a training image in some view. All processes take part."""
-    known = trained.space.first.codes(trained.dataset("train"), "train", trained.data, batch_size, trained.world)
+def shares_codes(codes: Tensor, model: TrainedSampler, batch_size: int) -> float:
+    """The share in [0, 1] of samples with the codes of a training image in some view. All ranks take part."""
+    known = model.space.first.codes(model.dataset("train"), "train", model.data, batch_size, model.world)
     return exact_copies(codes, known.ids[:].flatten(0, 1))
 
 
@@ -234,7 +219,7 @@ def evenly(things: list[int], count: int) -> list[int]:
     return [things[round(i * (len(things) - 1) / max(1, count - 1))] for i in range(count)]
 
 
-def print_report(results: dict[str, Any], folder: Path) -> None:
+def report(results: dict[str, Any], folder: Path) -> str:
     """The table a person reads."""
     n, m, held = results["n_samples"], results["n_held_out"], "expected of new images"
 
@@ -250,11 +235,16 @@ def print_report(results: dict[str, Any], folder: Path) -> None:
     rows.append(("copies, pixel by pixel", share("equal_pixels"), share("equal_pixels_held_out")))
     if results["equal_codes"] is not None:
         rows.append(("copies, code by code", share("equal_codes"), "-"))
-    print(f"\n{n} generated and {m} held-out images of {results['data']} among {results['n_training']} training images")
-    print(f"in {len(results['views'])} views; ", end="")
-    print(f"{results['candidates']} found by features ({results['features']}), ranked by {results['ranked_by']}")
-    print(f"{table(rows)}\n\n{folder / 'results.json'}\n{folder / 'neighbours.png'}")
+    views = f"in {len(results['views'])} views; {results['candidates']} found by features ({results['features']})"
+    return f"""
+{n} generated and {m} held-out images of {results["data"]} among {results["n_training"]} training images
+{views}, ranked by {results["ranked_by"]}
+{table(rows)}
+
+{folder / "results.json"}
+{folder / "neighbours.png"}"""
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "calc_nearest_neighbours", under=settings_of_run)
+    files = ("samples", "inception_weights", "perceptual_weights")
+    run_experiment("neighbours", Config, measure, report, files=files)

@@ -10,20 +10,13 @@ import _root
 import torch
 from torch import Tensor
 
-from experiments.harness.experiment import (
-    ModelConfig,
-    OutputConfig,
-    load_model,
-    open_results,
-    results_folder,
-    write_results,
-)
+from experiments.harness.batches import ResumableBatches
+from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, results_folder, run_experiment
 from experiments.harness.images import read_samples, save_grid
 from experiments.harness.report import table
 from experiments.metrics.classifier import class_balance, exact_copies, nearest_ratio, share_kept, share_sure
 from experiments.metrics.features.digits import DigitsClassifier, accuracy, load_classifier
 from experiments.metrics.neighbours import coverage
-from train.cli.parse import run_script
 from train.data.loading import ImageSource, images_in_order
 from train.data.transforms import training_views
 from train.distributed import World
@@ -60,21 +53,29 @@ class Config:
     output: OutputConfig
 
 
-def main(config: Config) -> None:
-    trained = load_model(config.model, config.output)
-    folder = open_results("check_digits", config, trained)
-    default = results_folder("samples", config.model, config.output, trained) / "samples.npz"
-    samples = read_samples(Path(config.check.samples or default))
-    found = figures(samples, trained)
-    save_grid(folder / "digits.png", picture(samples, trained), columns=20)
-    write_results(folder, found)
+def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
+    """The samples, which are looked at anew each time."""
+    default = results_folder("samples", config.model, config.output.logs_root, model) / "samples.npz"
+    return Prepared((Path(config.check.samples or default),), is_current=lambda results: False)
+
+
+def measure(path: Path, model: TrainedSampler, batches: ResumableBatches) -> dict[str, float]:
+    """The figures, and digits.png."""
+    samples = read_samples(path)
+    found = figures(samples, model)
+    save_grid(batches.folder / "digits.png", picture(samples, model), columns=20)
+    print(f"\n{len(samples['image'])} generated digits", flush=True)
+    return found
+
+
+def report(results: dict[str, float], folder: Path) -> str:
+    """The figures beside their goals."""
     rows = [("figure", "found", "goal")]
-    for name in found:
+    for name, value in results.items():
         sign, goal = GOALS[name]
-        met = found[name] >= goal if sign == ">=" else found[name] <= goal
-        rows.append((name, f"{found[name]:.3f}", f"{sign} {goal:.3g}{'' if met else '  (missed)'}"))
-    print(f"\n{len(samples['image'])} generated digits\n{table(rows)}")
-    print(f"\n{folder / 'results.json'}\n{folder / 'digits.png'}")
+        met = value >= goal if sign == ">=" else value <= goal
+        rows.append((name, f"{value:.3f}", f"{sign} {goal:.3g}{'' if met else '  (missed)'}"))
+    return f"{table(rows)}\n\n{folder / 'results.json'}\n{folder / 'digits.png'}"
 
 
 def split_images(trained: TrainedSampler, split: str) -> tuple[Tensor, Tensor]:
@@ -149,4 +150,4 @@ def picture(samples: dict[str, Tensor], trained: TrainedSampler, columns: int = 
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "check_digits")
+    run_experiment("check_digits", Config, measure, report, prepare=prepare, one_process=True)

@@ -109,7 +109,12 @@ def main(config: Config) -> None:
 class Bench:
     """What all runs share."""
 
-    config: Config
+    comparison: ComparisonConfig
+    sampler: SamplerConfig
+    data: DataConfig
+    reader: DatasetConfig
+    training: TrainingConfig
+    sampling: SamplingConfig
     space: Codes
     images: dict[str, Dataset]
     frequencies: list[float]
@@ -118,13 +123,12 @@ class Bench:
     world: World
 
     def codes(self, split: str, seed: int) -> TrainingCodes:
-        return self.space.source(self.images[split], split, self.config.data, seed, self.world)
+        return self.space.source(self.images[split], split, self.data, seed, self.world)
 
     def run(self, variant: str, changes: dict[str, Any], seed: int, grid: Path) -> dict[str, float]:
         """Trains the sampler with `changes` and one seed, and measures it; 64 samples become the picture `grid`."""
-        c = self.config
-        training = replace(c.training, seed=seed)
-        settings = replace(c.sampler, **changes)
+        training = replace(self.training, seed=seed)
+        settings = replace(self.sampler, **changes)
         sampler, state = build_state(settings, training, self.space, len(self.frequencies), self.world)
         begun = time.perf_counter()
         self.train(f"{variant}, seed {seed}", sampler, state, training)
@@ -135,10 +139,10 @@ class Bench:
         losses = validation_losses(step, sampler.network, codes, len(codes))
         shares = torch.tensor(self.frequencies, dtype=torch.float64) if sampler.n_classes else None
         trained = TrainedSampler(
-            grid.parent, state.step, sampler, self.space, c.data, c.reader, shares, "", self.world, training.amp
+            grid.parent, state.step, sampler, self.space, self.data, self.reader, shares, "", self.world, training.amp
         )
-        n, at_once = c.comparison.n_samples, c.comparison.generated_at_once
-        batches = trained.sample(n, seed, c.sampling, batch_size=at_once)
+        n, at_once = self.comparison.n_samples, self.comparison.generated_at_once
+        batches = trained.sample(n, seed, self.sampling, batch_size=at_once)
         generated, _ = generated_statistics(with_features(self.features, batches, self.world), 0, grid)
         return {
             "parameters": sum(p.numel() for p in sampler.network.parameters()),
@@ -165,18 +169,30 @@ class Bench:
             fit(state, batches, step, steps=steps, world=self.world, seed=training.seed, hooks=hooks)
 
 
-def prepare(config) -> Bench:
+def prepare(config: Config) -> Bench:
     """Loads the first stage, encodes the data where that is not done yet, and takes the real images' statistics."""
-    data, output = config.data, config.output
+    comparison, data, output = config.comparison, config.data, config.output
     world = only_process(config.training.device)
     run = run_folder(output.logs_root, config.first.ae_load_dir or f"vqgan_{data.dataset}")
     first = load_first_stage(run, config.first.ae_load_step, world.device, config.training.amp)
     first.check_fits(data)
     images = {split: build_dataset(data, config.reader, split) for split in ("train", "val")}
-    features = all_features.choose(config.comparison.features, data, world.device)
-    cache, at_once = statistics_cache(output.logs_root), config.comparison.generated_at_once
-    reference = real_statistics(images["train"], data, features, None, cache, at_once, world)
-    return Bench(config, Codes(first), images, class_frequencies(images["train"]), features, reference, world)
+    features = all_features.choose(comparison.features, data, world.device)
+    cache, at_once = statistics_cache(output.logs_root), comparison.generated_at_once
+    return Bench(
+        comparison=comparison,
+        sampler=config.sampler,
+        data=data,
+        reader=config.reader,
+        training=config.training,
+        sampling=config.sampling,
+        space=Codes(first),
+        images=images,
+        frequencies=class_frequencies(images["train"]),
+        features=features,
+        reference=real_statistics(images["train"], data, features, None, cache, at_once, world),
+        world=world,
+    )
 
 
 def summary(results: dict[str, dict[str, float]], variants: tuple[str, ...], metric: str) -> str:

@@ -97,23 +97,21 @@ class Config:
     output: FolderConfig
 
 
-def networks(config: Config) -> dict[str, VQGANConfig]:
+def networks(network: VQGANConfig, quantizers: Sequence[str], train_steps: int) -> dict[str, VQGANConfig]:
     """The autoencoder with each quantizer; gumbel's temperature falls over the whole run.
 
     ValueError where a single quantizer was asked for, or one does not fit the number of codes.
     """
-    if config.network.quantizer != VQGANConfig.quantizer:
-        got = config.network.quantizer
+    if network.quantizer != VQGANConfig.quantizer:
+        got = network.quantizer
         raise ValueError(f"got --quantizer {got}, but a comparison has several: pass --quantizers {got}")
-    changes = {"gumbel_decay_steps": config.training.train_steps}
-    return {
-        name: dataclasses.replace(config.network, quantizer=name, **changes | VARIANTS[name])
-        for name in config.comparison.quantizers
-    }
+    changes = {"gumbel_decay_steps": train_steps}
+    return {name: dataclasses.replace(network, quantizer=name, **changes | VARIANTS[name]) for name in quantizers}
 
 
 def main(config: Config) -> None:
-    autoencoders, c, training = networks(config), config.comparison, config.training
+    c, training = config.comparison, config.training
+    autoencoders = networks(config.network, c.quantizers, training.train_steps)
     if training.load_dir is not None or training.hooks or training.resume != "auto":
         raise ValueError(
             "every run of a comparison begins anew, and is not watched: leave --load_dir, --hooks, --resume"
@@ -143,7 +141,10 @@ def main(config: Config) -> None:
 class Bench:
     """What all runs share."""
 
-    config: Config
+    comparison: ComparisonConfig
+    loss: VQGANLossConfig
+    reader: DatasetConfig
+    training: TrainingConfig
     folder: Path
     images: ImageSource
     held_out: ImageSource
@@ -155,16 +156,16 @@ class Bench:
 
     def run(self, name: str, network: VQGANConfig, seed: int) -> dict[str, Any]:
         """Trains a VQGAN with one seed and measures it; <name>.png shows images above their reconstructions."""
-        c, begun = self.config, time.perf_counter()
-        training = replace(c.training, seed=seed)
-        state = build_state(network, c.loss, c.data, training, self.world)
+        data, begun = self.images.config, time.perf_counter()
+        training = replace(self.training, seed=seed)
+        state = build_state(network, self.loss, data, training, self.world)
         seconds = self.train(name, state, training)
         autoencoder = state.averaged("autoencoder").eval().requires_grad_(False)
         device, amp = self.world.device, training.amp
-        first = FirstStage(self.folder, autoencoder, c.data, c.reader, state.step, "", device, amp)
-        batches = images_in_order(self.held_out, c.comparison.rebuilt_at_once)
+        first = FirstStage(self.folder, autoencoder, data, self.reader, state.step, "", device, amp)
+        batches = images_in_order(self.held_out, self.comparison.rebuilt_at_once)
         batches = progress(rebuilt(first, batches, self.features, self.lpips), len(self.held_out), "measuring")
-        numbers, _ = summed_up(batches, self.reference, network.codebook_size, math.prod(c.data.size))
+        numbers, _ = summed_up(batches, self.reference, network.codebook_size, math.prod(data.size))
         save_reconstructions(self.folder / f"{name}.png", first, self.held_out, min(SHOWN, len(self.held_out)))
         parameters = sum(p.numel() for p in state.modules["autoencoder"].parameters())
         took = {"seconds_per_step": statistics.median(seconds), "seconds": time.perf_counter() - begun}
@@ -172,7 +173,7 @@ class Bench:
 
     def train(self, name: str, state: State, training: TrainingConfig) -> list[float]:
         """Trains to the last step; seconds of each."""
-        c, steps = self.config, training.train_steps
+        data, steps = self.images.config, training.train_steps
         batches = training_batches(
             TrainingImages(self.images, training.seed),
             start=0,
@@ -180,10 +181,10 @@ class Bench:
             batch_size=training.batch_size,
             accumulate=training.accumulate,
             world=self.world,
-            workers=c.data.num_workers,
-            prefetch=c.data.prefetch,
+            workers=data.num_workers,
+            prefetch=data.prefetch,
         )
-        step = VQGANStep(c.loss, training, self.world, self.perceptual)
+        step = VQGANStep(self.loss, training, self.world, self.perceptual)
         bad = BadSteps(self.folder, self.world, training.max_bad_steps)
         ends = [time.perf_counter()]
         with tqdm(total=steps, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0) as bar:
@@ -192,7 +193,7 @@ class Bench:
         return [after - before for before, after in pairwise(ends)]
 
 
-def prepare(config, folder: Path) -> Bench:
+def prepare(config: Config, folder: Path) -> Bench:
     """Opens the data and takes the statistics of the held-out images, to which the reconstructions are compared."""
     data, at_once = config.data, config.comparison.rebuilt_at_once
     world = only_process(config.training.device)
@@ -205,8 +206,20 @@ def prepare(config, folder: Path) -> Bench:
     features = all_features.choose(config.comparison.features, data, world.device)
     cache = statistics_cache(config.output.logs_root)
     reference = real_statistics(held_out.dataset, data, features, None, cache, at_once, world)
-    lpips = perceptual if net in LPIPS else None
-    return Bench(config, folder, images, held_out, features, reference, perceptual, lpips, world)
+    return Bench(
+        comparison=config.comparison,
+        loss=config.loss,
+        reader=config.reader,
+        training=config.training,
+        folder=folder,
+        images=images,
+        held_out=held_out,
+        features=features,
+        reference=reference,
+        perceptual=perceptual,
+        lpips=perceptual if net in LPIPS else None,
+        world=world,
+    )
 
 
 def runs_of(results: Results, quantizer: str) -> list[dict[str, Any]]:

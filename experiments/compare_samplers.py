@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from diffusion.solvers import solvers_of
-from experiments.harness.batches import experiment_world, forget, kept_batches
+from experiments.harness.batches import ResumableBatches, experiment_world
 from experiments.harness.experiment import (
     OF_ONE_SOLVER,
     ModelConfig,
     OutputConfig,
+    Prepared,
+    batches_of,
     load_model,
     open_results,
     settings_of_run,
@@ -36,7 +38,7 @@ from experiments.metrics.cost import counted
 from experiments.metrics.distances import generated_statistics, real_statistics, statistics_cache
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
-from train.cli.parse import interpret, run_script, to_dict
+from train.cli.parse import interpret, run_script
 from train.config import SamplingConfig
 from train.files import whole_file
 from train.inference import TrainedSampler
@@ -112,8 +114,10 @@ def main(config: Config) -> None:
     check_shared(config.sampling)
     with experiment_world(config.output.device) as world:
         trained = load_model(config.model, config.output, world)
-        runs = planned(config, trained)  # what cannot be is refused before a folder is opened
-        compare(config, trained, runs, open_results("compare_samplers", config, trained))
+        plan = planned(config.comparison, config.sampling, trained)  # refuses what cannot be before there is a folder
+        folder = open_results("compare_samplers", config, trained, world, Prepared(()))
+        batches = batches_of(config, trained, world, folder, files=())
+        compare(config.comparison, trained, plan, statistics_cache(config.output.logs_root), batches)
 
 
 class SolverRun(NamedTuple):
@@ -169,12 +173,11 @@ Plan = dict[SolverRun, SamplingConfig]
 Row = dict[str, Any]  # of the table: what `summed_up` makes
 
 
-def planned(config: Config, trained: TrainedSampler) -> Plan:
+def planned(comparison: ComparisonConfig, sampling: SamplingConfig, trained: TrainedSampler) -> Plan:
     """Every run of --solvers with its options, each begun on one image. ValueError: one that the sampler cannot do."""
-    comparison = config.comparison
     plan, codes = {}, math.prod(trained.space.facts.get("grid", ()))
     for run in runs_of(comparison.solvers, comparison.steps, solvers_of(trained.sampler.process), codes):
-        options = replace(config.sampling, solver=run.solver, sample_steps=run.steps)
+        options = replace(sampling, solver=run.solver, sample_steps=run.steps)
         words = [f"--{key}={value}" for key, value in run.settings]
         if words:
             options = interpret(type(options), words, default=options, source=f"--solvers {run}")
@@ -187,23 +190,25 @@ def planned(config: Config, trained: TrainedSampler) -> Plan:
     return plan
 
 
-def compare(config: Config, trained: TrainedSampler, plan: Plan, folder: Path) -> None:
-    """Measures what is missing in results.json, set by set; then the table and the plot. All processes take part."""
-    comparison, output, world = config.comparison, config.output, trained.world
+def compare(
+    comparison: ComparisonConfig, trained: TrainedSampler, plan: Plan, cache: Path, batches: ResumableBatches
+) -> None:
+    """Measures what is missing in results.json, set by set; then the table and the plot. All ranks take part."""
+    folder, world = batches.folder, batches.world
     features = all_features.choose(comparison.features, trained.data, trained.device)
-    cache, real = statistics_cache(output.logs_root), trained.dataset("train")
-    reference = real_statistics(real, trained.data, features, None, cache, output.batch_size, world)
-    results = opened(folder, features, config, trained)
-    for seed in range(output.seed, output.seed + comparison.seeds):
+    real, size = trained.dataset("train"), batches.batch_size
+    reference = real_statistics(real, trained.data, features, None, cache, size, world)
+    results = opened(features, batches)
+    for seed in range(batches.seed, batches.seed + comparison.seeds):
         for run, options in plan.items():
             key = f"{run}/{seed}"
             if any(world.any(world.is_main and key in results["sets"])):
                 continue
-            found = measured(config, trained, run, options, seed, features, reference, folder)
+            found = measured(comparison.n_samples, trained, run, options, seed, features, reference, batches)
             if world.is_main:
                 results["sets"][key] = found
                 write_results(folder, results)  # a comparison that is cut off goes on with the next set
-                forget(folder)
+                batches.clear()
     if world.is_main:
         results["summary"] = summed_up(results["sets"], list(plan))
         write_results(folder, results)
@@ -212,33 +217,32 @@ def compare(config: Config, trained: TrainedSampler, plan: Plan, folder: Path) -
         print(f"\n{explained(results, comparison)}\n\n{folder / 'results.json'}\n{folder / 'compare_samplers.png'}")
 
 
-def opened(folder: Path, features: Features, config: Config, trained: TrainedSampler) -> dict[str, Any]:
+def opened(features: Features, batches: ResumableBatches) -> dict[str, Any]:
     """The results so far of these features, or none. Features may have changed though the flags have not."""
-    path = folder / "results.json"
+    path = batches.folder / "results.json"
     made_of = {"features": features.name, "features_version": features.module.VERSION}
     if path.is_file():
         results = json.loads(path.read_text())
         if made_of.items() <= results.items():
             return results
-    run = to_dict(config) | {"step": trained.step} | trained.origin
-    return {"metric": features.module.METRIC, **made_of, "sets": {}, "run": run}
+    return {"metric": features.module.METRIC, **made_of, "sets": {}, "run": batches.run}
 
 
 def measured(
-    config: Config,
+    n: int,
     trained: TrainedSampler,
     run: SolverRun,
     options: SamplingConfig,
     seed: int,
     features: Features,
     reference: Statistics,
-    folder: Path,
+    batches: ResumableBatches,
 ) -> dict[str, float] | None:
-    """Distance and cost of one set of images; 64 of them become a picture. In the main process alone.
+    """Distance and cost of one set of n images; 64 of them become a picture. On the main rank alone.
 
-    Seconds are those of sampling and decoding, not of features: the median over batches, by process.
+    Seconds are those of sampling and decoding, not of features: the median over batches, by rank.
     """
-    n, size, world = config.comparison.n_samples, config.output.batch_size, trained.world
+    world = batches.world
     held_out, file = trained.held_out(), f"{run}_{seed}".replace(":", "_")
 
     def make(indices: list[int]) -> dict[str, Tensor]:
@@ -254,15 +258,14 @@ def measured(
         return found | ({"image": images} if indices[0] < GRID else {})
 
     name = f"{features.name}_{features.module.VERSION}_{file}"
-    batches = kept_batches(folder, name, list(range(n)), size, make, world)
     spent = []
 
-    def noted():
-        for batch in progress(batches, n, str(run), world.is_main):
+    def noted() -> Iterator[dict[str, Tensor]]:
+        for batch in progress(batches.resume(name, range(n), make), n, str(run), world.is_main):
             spent.append(batch["spent"])
             yield batch
 
-    generated, _ = generated_statistics(noted(), 0, folder / f"{file}.png")
+    generated, _ = generated_statistics(noted(), 0, batches.folder / f"{file}.png")
     if not world.is_main:
         return None
     return {"distance": frechet_distance(generated, reference)} | costs(torch.cat(spent))
@@ -293,7 +296,7 @@ def summed_up(sets: dict[str, dict[str, float]], runs: list[SolverRun]) -> list[
     return rows
 
 
-def explained(results: dict[str, Any], comparison: Any) -> str:
+def explained(results: dict[str, Any], comparison: ComparisonConfig) -> str:
     """The table that a person reads."""
     cost = ("network calls per batch", "evaluations per image", "s per image")
     rows = [("solver", "steps", *cost, results["metric"], f"relative to {results['summary'][0]['solver']}")]

@@ -8,7 +8,7 @@ import _root
 import torch
 from torch import Tensor
 
-from experiments.harness.batches import experiment_world, forget
+from experiments.harness.batches import ResumableBatches
 from experiments.harness.editing import (
     Given,
     GivenConfig,
@@ -23,19 +23,11 @@ from experiments.harness.editing import (
     save_pictures,
     save_rows,
 )
-from experiments.harness.experiment import (
-    ModelConfig,
-    OutputConfig,
-    load_model,
-    open_results,
-    saved_report,
-    settings_of_run,
-    write_results,
-)
+from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, run_experiment
 from experiments.harness.report import table
 from experiments.metrics.classifier import Share, agreement, answers, classifier_of
-from train.cli.parse import run_script, to_dict
 from train.config import SamplingConfig
+from train.distributed import World
 from train.inference import TrainedSampler
 
 MOST = 10  # classes that are tried where none is named
@@ -66,47 +58,46 @@ class Config:
     output: OutputConfig
 
 
-def main(config: Config) -> None:
-    with experiment_world(config.output.device) as world:
-        trained = load_model(config.model, config.output, world)
-        labels = asked_labels(config, trained)
-        given = given_images(config.given.image, config.given.n_images, trained)
-        folder = open_results("edited", config, trained, {"given_images": given.fingerprint})
-        found = saved_report(folder, world) or edit(config, labels, trained, given, folder)
-        if found is not None:
-            asked = f"{found['n_images']} images, {100 * found['strength']:.0f} % forgotten"
-            print(f"\n{asked}\n{edits_in_words(found)}\n\n{folder / 'edited.png'}\n{folder / 'images'}")
+def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
+    """The images, and the classes they are redrawn as. ValueError where the model does not know these."""
+    editing, sampling = config.editing, config.sampling
+    labels = asked_labels(editing, sampling, model)
+    given = given_images(config.given.image, config.given.n_images, model)
+    return Prepared((given, labels, editing.strength, sampling), {"given_images": given.fingerprint})
 
 
-def asked_labels(config: Config, trained: TrainedSampler) -> list[int]:
+def asked_labels(editing: EditingConfig, sampling: SamplingConfig, model: TrainedSampler) -> list[int]:
     """The classes that images are redrawn as. ValueError where the model does not know them."""
-    if not trained.sampler.n_classes:
-        raise ValueError(f"{trained.run} was trained without classes: edit by inpaint.py, or pass another --load_dir")
-    labels = list(config.editing.label) or list(range(min(trained.sampler.n_classes, MOST)))
+    if not model.sampler.n_classes:
+        raise ValueError(f"{model.run} was trained without classes: edit by inpaint.py, or pass another --load_dir")
+    labels = list(editing.label) or list(range(min(model.sampler.n_classes, MOST)))
     for label in labels:
-        check_label(trained, label, config.sampling)
+        check_label(model, label, sampling)
     return labels
 
 
-def edit(
-    config: Config, labels: list[int], trained: TrainedSampler, given: Given, folder: Path
+def measure(
+    given: Given,
+    labels: list[int],
+    strength: float,
+    sampling: SamplingConfig,
+    model: TrainedSampler,
+    batches: ResumableBatches,
 ) -> dict[str, Any] | None:
-    """The pictures, results.json and its content, in the main process; the others take part."""
-    strength = config.editing.strength
+    """The pictures, and what a classifier sees in them. On the main rank alone; the others take part."""
 
     def redrawn(places: list[int]) -> Tensor:
         rows = [place // len(labels) for place in places]  # an image forgets the same whatever it becomes
-        start = forgotten(encoded(given.image[rows], trained), trained, strength)
-        return draw(trained, config, start, rows, [labels[place % len(labels)] for place in places])
+        start = forgotten(encoded(given.image[rows], model), model, strength)
+        return draw(model, sampling, batches.seed, start, rows, [labels[place % len(labels)] for place in places])
 
-    made = in_batches("edited", len(given) * len(labels), redrawn, config, trained, folder)
+    made = in_batches("edited", len(given) * len(labels), redrawn, batches)
     if made is None:
         return None
     made = made.view(len(given), len(labels), *made.shape[1:])
-    run = to_dict(config) | {"step": trained.step} | trained.origin
-    save_pictures(folder, given.names, made, [f"as_{label}" for label in labels], run)
-    save_rows(folder / "edited.png", given.image, made)
-    classifier = classifier_of(trained.data)
+    save_pictures(batches.folder, given.names, made, [f"as_{label}" for label in labels], batches.run)
+    save_rows(batches.folder / "edited.png", given.image, made)
+    classifier = classifier_of(model.data)
     found = {"n_images": len(given), "strength": strength, "labels": [], "of_label": []}
     for k, label in enumerate(labels):
         row = {"distance": distance(given.image, made[:, k])}
@@ -116,19 +107,19 @@ def edit(
             row["stays"] = agreement(answers(classifier, given.image), answer)._asdict()
         found["labels"].append(label)
         found["of_label"].append(row)
-    write_results(folder, found | {"run": run})
-    forget(folder)
-    return found
+    return found | {"run": batches.run}
 
 
-def edits_in_words(found: dict[str, Any]) -> str:
-    judged = "asked" in found["of_label"][0]
+def report(results: dict[str, Any], folder: Path) -> str:
+    """How far each class is from the originals, how often it is seen, and where the pictures are."""
+    judged = "asked" in results["of_label"][0]
     rows = [("redrawn as", "distance", *(("classifier sees it", "classifier sees what it was") if judged else ()))]
-    for label, row in zip(found["labels"], found["of_label"], strict=True):
+    for label, row in zip(results["labels"], results["of_label"], strict=True):
         shares = [str(Share(**row[name])) for name in ("asked", "stays")] if judged else []
         rows.append((str(label), f"{100 * row['distance']:.1f} %", *shares))
-    return table(rows)
+    asked = f"{results['n_images']} images, {100 * results['strength']:.0f} % forgotten"
+    return f"\n{asked}\n{table(rows)}\n\n{folder / 'edited.png'}\n{folder / 'images'}"
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "edit", under=settings_of_run)
+    run_experiment("edited", Config, measure, report, prepare=prepare)

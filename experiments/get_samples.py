@@ -1,26 +1,20 @@
 """Images from a trained sampler: samples.npz as the field's evaluators read it, a PNG grid, PNG files on wish."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import _root
 import torch
 
-from experiments.harness.batches import experiment_world, forget, kept_batches
-from experiments.harness.experiment import (
-    ModelConfig,
-    OutputConfig,
-    load_model,
-    open_results,
-    saved_report,
-    settings_of_run,
-    write_results,
-)
+from diffusion.types import OnStep
+from experiments.harness.batches import ResumableBatches
+from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, run_experiment
 from experiments.harness.images import STRIPS, SampleWriter, save_grid, save_process
 from experiments.harness.report import progress
-from train.cli.parse import run_script
 from train.config import SamplingConfig
+from train.distributed import World
 from train.inference import TrainedSampler
 from train.loop import Batch
 
@@ -53,26 +47,33 @@ class Config:
     output: OutputConfig
 
 
-def main(config: Config) -> None:
-    samples, output = config.samples, config.output
-    count = samples.n_samples
-    with experiment_world(output.device) as world:
-        trained = load_model(config.model, output, world)
-        draw = images_of_class(trained, samples.label, output.seed, config.sampling)
-        folder = open_results("samples", config, trained)
-        if saved_report(folder, world) is None:
-            made = kept_batches(folder, "samples", list(range(count)), output.batch_size, draw, world)
-            writer = SampleWriter(folder, count, png_files=samples.save_individually)
-            with writer if world.is_main else nullcontext():
-                for batch in progress(made, count, "sampling", world.is_main):
-                    writer.add(batch)
-            if world.is_main:
-                if samples.save_process:
-                    save_process(folder / "process.png", trained, list(range(min(count, STRIPS))), draw)
-                save_grid(folder / "samples.png", writer.first)
-                write_results(folder, {"n_samples": count, "seed": output.seed, "label": samples.label})
-                forget(folder)
-        print(f"{count} images: {folder / 'samples.npz'}\ngrid: {folder / 'samples.png'}")
+def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
+    """How images are drawn. ValueError for a class that the model does not have."""
+    draw = images_of_class(model, config.samples.label, config.output.seed, config.sampling)
+    return Prepared((config.samples, draw))
+
+
+def measure(
+    settings: SamplesConfig, draw: Callable[..., Batch], model: TrainedSampler, batches: ResumableBatches
+) -> dict[str, Any] | None:
+    """samples.npz and its pictures. On the main rank alone; the others take part."""
+    folder, count, is_main = batches.folder, settings.n_samples, batches.world.is_main
+    made = progress(batches.resume("samples", range(count), draw), count, "sampling", is_main)
+    if not is_main:
+        list(made)
+        return None
+    with SampleWriter(folder, count, png_files=settings.save_individually) as writer:
+        for batch in made:
+            writer.add(batch)
+    if settings.save_process:
+        save_process(folder / "process.png", model, list(range(min(count, STRIPS))), draw)
+    save_grid(folder / "samples.png", writer.first)
+    return {"n_samples": count, "seed": batches.seed, "label": settings.label}
+
+
+def report(results: dict[str, Any], folder: Path) -> str:
+    """Where the images are."""
+    return f"{results['n_samples']} images: {folder / 'samples.npz'}\ngrid: {folder / 'samples.png'}"
 
 
 def images_of_class(
@@ -80,7 +81,7 @@ def images_of_class(
 ) -> Callable[..., Batch]:
     """A function from indices to images, as `TrainedSampler.draw` makes them, all of one class where one is named.
 
-    Conditions beside the class are those that are drawn without it. All processes must ask. ValueError: there is no
+    Conditions beside the class are those that are drawn without it. All ranks must ask. ValueError: there is no
     such class.
     """
     classes = trained.sampler.n_classes
@@ -89,14 +90,14 @@ def images_of_class(
         raise ValueError(f"got --label {label} for {trained.run}, wanted {wanted}")
     held_out = trained.held_out()
 
-    def draw(indices: list[int], **how) -> Batch:
+    def draw(indices: list[int], on_step: OnStep | None = None) -> Batch:
         if label is None:
-            return trained.draw(indices, seed, options, held_out=held_out, **how)
+            return trained.draw(indices, seed, options, held_out=held_out, on_step=on_step)
         given = trained.conditions(seed, indices, held_out) | {"label": torch.full((len(indices),), label)}
-        return trained.draw(indices, seed, options, given=given, **how)
+        return trained.draw(indices, seed, options, given=given, on_step=on_step)
 
     return draw
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "get_samples", under=settings_of_run)
+    run_experiment("samples", Config, measure, report, prepare=prepare)

@@ -8,7 +8,7 @@ import _root
 import torch
 from torch import Tensor
 
-from experiments.harness.batches import experiment_world, forget
+from experiments.harness.batches import ResumableBatches
 from experiments.harness.editing import (
     Given,
     GivenConfig,
@@ -23,19 +23,11 @@ from experiments.harness.editing import (
     with_masks,
     with_part,
 )
-from experiments.harness.experiment import (
-    ModelConfig,
-    OutputConfig,
-    load_model,
-    open_results,
-    saved_report,
-    settings_of_run,
-    write_results,
-)
+from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, run_experiment
 from experiments.harness.report import table
 from experiments.metrics.classifier import Share, agreement, answers, classifier_of
-from train.cli.parse import run_script, to_dict
 from train.config import SamplingConfig
+from train.distributed import World
 from train.inference import TrainedSampler
 
 GREY = 128  # of what is hidden
@@ -83,32 +75,29 @@ class Config:
     output: OutputConfig
 
 
-def main(config: Config) -> None:
-    with experiment_world(config.output.device) as world:
-        trained = load_model(config.model, config.output, world)
-        check_label(trained, config.inpainting.label, config.sampling)
-        given = inputs(config, trained)
-        how = {"shape": canvas_of(given, trained), "window_stride": config.inpainting.window_stride}
-        folder = open_results("inpainted", config, trained, {"given_images": given.fingerprint}, **how)
-        found = saved_report(folder, world) or inpaint(config, trained, given, folder)
-        if found is not None:
-            print(f"\n{told_in_words(found)}\n\n{folder / 'inpainted.png'}\n{folder / 'images'}")
+def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
+    """The images, and what of them is hidden. ValueError where it cannot be filled in."""
+    inpainting, sampling = config.inpainting, config.sampling
+    check_label(model, inpainting.label, sampling)
+    given = inputs(config.given, inpainting, model)
+    origin, shape = {"given_images": given.fingerprint}, canvas_of(given, model)
+    return Prepared((given, inpainting, sampling), origin, shape=shape, window_stride=inpainting.window_stride)
 
 
-def inputs(config: Config, trained: TrainedSampler) -> Given:
+def inputs(images: GivenConfig, wanted: InpaintingConfig, model: TrainedSampler) -> Given:
     """The images that the flags name, and what of them is hidden. ValueError where nothing is."""
-    wanted, files = config.inpainting, config.given.image
-    given = given_images(files, config.given.n_images, trained)
+    files = images.image
+    given = given_images(files, images.n_images, model)
     larger = wanted.outpaint is not None or wanted.shape is not None
     if wanted.hide is not None:
         given = with_part(given, wanted.hide)
     if wanted.mask or (files and wanted.hide is None and not larger):
-        given = with_masks(given, files, wanted.mask, trained.data.size)
+        given = with_masks(given, files, wanted.mask, model.data.size)
     if not files and wanted.hide is None and not larger:
         given = with_part(given, "bottom")
     if larger:
-        factor = trained.space.factor
-        grid = tuple(side // factor for side in trained.data.size)
+        factor = model.space.factor
+        grid = tuple(side // factor for side in model.data.size)
         margins = wanted.outpaint or centred(grid, wanted.shape)
         given = with_margins(given, tuple(factor * margin for margin in margins))
     whole = [name for name, hidden in zip(given.names, given.hidden, strict=True) if not hidden.any()]
@@ -123,46 +112,48 @@ def canvas_of(given: Given, trained: TrainedSampler) -> tuple[int, int]:
     return height, width
 
 
-def inpaint(config: Config, trained: TrainedSampler, given: Given, folder: Path) -> dict[str, Any] | None:
-    """The pictures, results.json and its content, in the main process; the others take part."""
-    count, label = config.inpainting.results, config.inpainting.label
-    how = {"window_stride": config.inpainting.window_stride}
+def measure(
+    given: Given,
+    inpainting: InpaintingConfig,
+    sampling: SamplingConfig,
+    model: TrainedSampler,
+    batches: ResumableBatches,
+) -> dict[str, Any] | None:
+    """The pictures, and what a classifier says of them. On the main rank alone; the others take part."""
+    count, label = inpainting.results, inpainting.label
 
-    def filled(places: list[int], hidden: Tensor, first_seed: int) -> Tensor:
+    def filled(places: list[int], hidden: Tensor, first_index: int) -> Tensor:
         rows = [place // count for place in places]
-        start = trained.space.begun(given.image[rows].to(trained.device), hidden[rows].to(trained.device))
-        labels = None if label is None else [label] * len(places)
-        shape = tuple(start.keep.shape[1:])
-        return draw(trained, config, start, [first_seed + p for p in places], labels, shape=shape, **how)
+        start = model.space.begun(given.image[rows].to(model.device), hidden[rows].to(model.device))
+        labels, indices = None if label is None else [label] * len(places), [first_index + p for p in places]
+        how = {"shape": tuple(start.keep.shape[1:]), "window_stride": inpainting.window_stride}
+        return draw(model, sampling, batches.seed, start, indices, labels, **how)
 
     n = len(given) * count
-    made = in_batches("inpainted", n, lambda places: filled(places, given.hidden, 0), config, trained, folder)
-    same_size = tuple(given.hidden.shape[1:]) == trained.data.size  # a classifier knows no larger canvases
-    classifier, blank = classifier_of(trained.data) if same_size else None, None
+    made = in_batches("inpainted", n, lambda places: filled(places, given.hidden, 0), batches)
+    same_size = tuple(given.hidden.shape[1:]) == model.data.size  # a classifier knows no larger canvases
+    classifier, blank = classifier_of(model.data) if same_size else None, None
     if classifier is not None:
         nothing = torch.ones_like(given.hidden)
-        blank = in_batches("all hidden", n, lambda places: filled(places, nothing, n), config, trained, folder)
+        blank = in_batches("all hidden", n, lambda places: filled(places, nothing, n), batches)
     if made is None:
         return None
-    results = by_image(made, given, config.inpainting.paste)
-    run = to_dict(config) | {"step": trained.step} | trained.origin
-    save_pictures(folder, given.names, results, [str(i) for i in range(count)], run)
+    results = by_image(made, given, inpainting.paste)
+    save_pictures(batches.folder, given.names, results, [str(i) for i in range(count)], batches.run)
     masked = torch.where(given.hidden.unsqueeze(1), GREY, given.image)
-    save_rows(folder / "inpainted.png", given.image, masked, results)
+    save_rows(batches.folder / "inpainted.png", given.image, masked, results)
     found = {
         "n_images": len(given),
         "results_per_image": count,
         "hidden_share": given.hidden.float().mean().item(),
-        "visible_pixels": "those given" if config.inpainting.paste else "as the model renders them",
+        "visible_pixels": "those given" if inpainting.paste else "as the model renders them",
     }
     if classifier is not None:
         of_originals = answers(classifier, given.image)
         found["survival"] = agreement(of_originals, answers(classifier, results))._asdict()
         chance = answers(classifier, blank.view(len(given), count, *blank.shape[1:]))
         found["chance"] = agreement(of_originals, chance)._asdict()
-    write_results(folder, found | {"run": run})
-    forget(folder)
-    return found
+    return found | {"run": batches.run}
 
 
 def by_image(made: Tensor, given: Given, paste: bool) -> Tensor:
@@ -171,18 +162,19 @@ def by_image(made: Tensor, given: Given, paste: bool) -> Tensor:
     return torch.where(given.hidden[:, None, None], made, given.image.unsqueeze(1)) if paste else made
 
 
-def told_in_words(found: dict[str, Any]) -> str:
+def report(results: dict[str, Any], folder: Path) -> str:
+    """How often the classifier's answer survives, and where the pictures are."""
     rows = [
         ("inpainting", ""),
-        ("images, results of each", f"{found['n_images']}, {found['results_per_image']}"),
-        ("hidden", f"{100 * found['hidden_share']:.0f} % of the pixels"),
-        ("visible pixels in the pictures", found["visible_pixels"]),
+        ("images, results of each", f"{results['n_images']}, {results['results_per_image']}"),
+        ("hidden", f"{100 * results['hidden_share']:.0f} % of the pixels"),
+        ("visible pixels in the pictures", results["visible_pixels"]),
     ]
-    if "survival" in found:
-        rows.append(("the classifier's answer survives", str(Share(**found["survival"]))))
-        rows.append(("chance: as often with all hidden", str(Share(**found["chance"]))))
-    return table(rows)
+    if "survival" in results:
+        rows.append(("the classifier's answer survives", str(Share(**results["survival"]))))
+        rows.append(("chance: as often with all hidden", str(Share(**results["chance"]))))
+    return f"\n{table(rows)}\n\n{folder / 'inpainted.png'}\n{folder / 'images'}"
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "inpaint", under=settings_of_run)
+    run_experiment("inpainted", Config, measure, report, prepare=prepare)

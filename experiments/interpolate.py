@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion.rng import Streams, seed_of
-from experiments.harness.batches import experiment_world, forget
+from experiments.harness.batches import ResumableBatches
 from experiments.harness.editing import (
     Given,
     GivenConfig,
@@ -24,18 +24,10 @@ from experiments.harness.editing import (
     save_pictures,
     save_rows,
 )
-from experiments.harness.experiment import (
-    ModelConfig,
-    OutputConfig,
-    load_model,
-    open_results,
-    saved_report,
-    settings_of_run,
-    write_results,
-)
+from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, run_experiment
 from experiments.harness.report import table
-from train.cli.parse import run_script, to_dict
 from train.config import SamplingConfig
+from train.distributed import World
 from train.inference import TrainedSampler
 
 
@@ -82,42 +74,39 @@ class Config:
     output: OutputConfig
 
 
-def main(config: Config) -> None:
-    with experiment_world(config.output.device) as world:
-        trained = load_model(config.model, config.output, world)
-        check_label(trained, config.path.label, config.sampling)
-        given = given_images(config.given.image, config.given.n_images, trained)
-        folder = open_results("interpolated", config, trained, {"given_images": given.fingerprint})
-        found = saved_report(folder, world) or interpolate(config, trained, given, folder)
-        if found is not None:
-            asked = f"{found['n_pairs']} pairs, {100 * found['strength']:.0f} % forgotten"
-            print(f"\n{asked}\n{path_in_words(found)}\n\n{folder / 'interpolated.png'}\n{folder / 'images'}")
+def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
+    """The images. ValueError for a class that the model does not know."""
+    check_label(model, config.path.label, config.sampling)
+    given = given_images(config.given.image, config.given.n_images, model)
+    return Prepared((given, config.path, config.sampling), {"given_images": given.fingerprint})
 
 
-def interpolate(config: Config, trained: TrainedSampler, given: Given, folder: Path) -> dict[str, Any] | None:
-    """Between images 0 and 1, 2 and 3, ...: the pictures, results.json and its content, in the main process."""
-    points, strength, label = config.path.points, config.path.strength, config.path.label
-    pairs = len(given) // 2
+def measure(
+    given: Given, path: PathConfig, sampling: SamplingConfig, model: TrainedSampler, batches: ResumableBatches
+) -> dict[str, Any] | None:
+    """Between images 0 and 1, 2 and 3, ...: the pictures, and how far they are from their ends. On the main rank alone;
+    the others take part."""
+    points, strength, pairs = path.points, path.strength, len(given) // 2
 
     def between(places: list[int]) -> Tensor:
         rows, shares = [place // points for place in places], [place % points / (points - 1) for place in places]
-        ends = [encoded(given.image[[2 * row + side for row in rows]], trained) for side in (0, 1)]
+        ends = [encoded(given.image[[2 * row + side for row in rows]], model) for side in (0, 1)]
         x0 = []
         for i, (row, share) in enumerate(zip(rows, shares, strict=True)):  # all of a pair's points share its noise
-            rng = Streams([seed_of(config.output.seed, "between", row)], trained.device)
-            x0.append(trained.space.between(ends[0][i : i + 1], ends[1][i : i + 1], share, rng))
-        start = forgotten(torch.cat(x0), trained, strength)
-        return draw(trained, config, start, rows, None if label is None else [label] * len(places))
+            rng = Streams([seed_of(batches.seed, "between", row)], model.device)
+            x0.append(model.space.between(ends[0][i : i + 1], ends[1][i : i + 1], share, rng))
+        start = forgotten(torch.cat(x0), model, strength)
+        labels = None if path.label is None else [path.label] * len(places)
+        return draw(model, sampling, batches.seed, start, rows, labels)
 
-    made = in_batches("interpolated", pairs * points, between, config, trained, folder)
+    made = in_batches("interpolated", pairs * points, between, batches)
     if made is None:
         return None
     made = made.view(pairs, points, *made.shape[1:])
     first, last = given.image[0 : 2 * pairs : 2], given.image[1 : 2 * pairs : 2]
-    run = to_dict(config) | {"step": trained.step} | trained.origin
     names = tuple(f"{given.names[2 * i]}_{Path(given.names[2 * i + 1]).stem}" for i in range(pairs))
-    save_pictures(folder, names, made, [str(k) for k in range(points)], run)
-    save_rows(folder / "interpolated.png", first, made, last)
+    save_pictures(batches.folder, names, made, [str(k) for k in range(points)], batches.run)
+    save_rows(batches.folder / "interpolated.png", first, made, last)
     found = {"n_pairs": pairs, "strength": strength, "points": []}
     for k in range(points):
         row = {
@@ -126,20 +115,20 @@ def interpolate(config: Config, trained: TrainedSampler, given: Given, folder: P
             "to_last": distance(made[:, k], last),
         }
         found["points"].append(row | {"to_next": distance(made[:, k], made[:, k + 1]) if k + 1 < points else None})
-    write_results(folder, found | {"run": run})
-    forget(folder)
-    return found
+    return found | {"run": batches.run}
 
 
-def path_in_words(found: dict[str, Any]) -> str:
+def report(results: dict[str, Any], folder: Path) -> str:
+    """How far the points of the walks are from their ends and from each other, and where the pictures are."""
     rows = [("share of the second", "distance to the first", "to the second", "to the next point")]
-    for row in found["points"]:
+    for row in results["points"]:
         numbers = (
             "" if row[name] is None else f"{100 * row[name]:.1f} %" for name in ("to_first", "to_last", "to_next")
         )
         rows.append((f"{100 * row['share']:.0f} %", *numbers))
-    return table(rows)
+    asked = f"{results['n_pairs']} pairs, {100 * results['strength']:.0f} % forgotten"
+    return f"\n{asked}\n{table(rows)}\n\n{folder / 'interpolated.png'}\n{folder / 'images'}"
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "interpolate", under=settings_of_run)
+    run_experiment("interpolated", Config, measure, report, prepare=prepare)

@@ -1,6 +1,5 @@
 """Images through a trained VQGAN and back: originals, reconstructions and error maps, at any size."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,24 +13,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.harness.batches import only_process
-from experiments.harness.experiment import (
-    FirstStageModelConfig,
-    FirstStageOutputConfig,
-    load_vqgan,
-    open_vqgan_results,
-    settings_of_vqgan_run,
-    write_results,
-)
+from experiments.harness.batches import ResumableBatches
+from experiments.harness.experiment import FirstStageModelConfig, FirstStageOutputConfig, Prepared, run_experiment
 from experiments.harness.images import save_grid
 from experiments.harness.report import table
 from experiments.metrics.image_pairs import l1, psnr
-from train.cli.parse import run_script
 from train.data.loading import build_dataset
 from train.data.transforms import MODES, to_float, to_item, to_uint8
 from train.datasets import UnreadableImage, files_fingerprint
 from train.datasets._decode import decode
 from train.datasets.folder import SUFFIXES, list_images
+from train.distributed import World
 from train.execution import autocast
 from train.files import whole_file
 from train.first_stage import FirstStage
@@ -81,14 +73,13 @@ class Config:
     output: FirstStageOutputConfig
 
 
-def main(config: Config) -> None:
-    wanted, output = config.reconstruction, config.output
-    world = only_process(output.device)
-    first = load_vqgan(config.model, output.logs_root, world.device, output.amp)
-    tiles, originals = tiles_of(wanted, first), find_originals(wanted, first)
-    name = "reconstructions" if wanted.images is None else f"reconstructions_{Path(wanted.images).resolve().stem}"
-    folder = open_vqgan_results(name, config, first, {"image_files": originals.fingerprint}, world)
-    print_results(saved_results(folder) or reconstruct(wanted, tiles, first, originals, folder), folder)
+def prepare(config: Config, model: FirstStage, world: World) -> Prepared:
+    """The images, and how they are cut. ValueError, FileNotFoundError where there are none, or no such tiles."""
+    settings = config.reconstruction
+    tiles, originals = tiles_of(settings, model), find_originals(settings, model)
+    of = "" if settings.images is None else f"_{Path(settings.images).resolve().stem}"
+    origin = {"image_files": originals.fingerprint}
+    return Prepared((settings, tiles, originals), origin, f"reconstructions{of}")
 
 
 class TooSmall(ValueError):
@@ -103,7 +94,7 @@ class Tiles(NamedTuple):
     at_once: int = 1
 
 
-def tiles_of(config: Config, first: FirstStage) -> Tiles:
+def tiles_of(config: ReconstructionConfig, first: FirstStage) -> Tiles:
     """What the flags say of tiles, the rest from the grid that the VQGAN was trained on; ValueError for no tiles."""
     tile = max(first.vqgan.grid) if config.tile is None else config.tile
     overlap = tile // 4 if config.overlap is None else config.overlap
@@ -119,7 +110,7 @@ class Originals(NamedTuple):
     fingerprint: str
 
 
-def find_originals(config: Config, first: FirstStage) -> Originals:
+def find_originals(config: ReconstructionConfig, first: FirstStage) -> Originals:
     """The images that the flags name, or validation images."""
 
     def fit(image: Image.Image) -> Tensor:
@@ -222,29 +213,30 @@ def against_whole(first: FirstStage, image: Tensor, ids: Tensor, fake: Tensor) -
     return {"l1_to_whole": l1(whole[None], fake[None]).item(), "codes_as_whole": same}
 
 
-def reconstruct(config: Config, tiles: Tiles, first: FirstStage, originals: Originals, folder: Path) -> dict[str, Any]:
-    """Makes all pictures of an experiment and its results.json, which is returned.
+def measure(
+    settings: ReconstructionConfig, tiles: Tiles, originals: Originals, model: FirstStage, batches: ResumableBatches
+) -> dict[str, Any]:
+    """All pictures, and what is said of each.
 
-    `config` is the group of flags of reconstruct.py. Images that cannot be read, or are too small, are named and left
-    out; ValueError where none is left.
+    Images that cannot be read, or are too small, are named and left out; ValueError where none is left.
     """
     records, skipped, shown = [], [], []
     for name, picture, image in taken(originals, skipped):
-        ids, fake = reconstructed(first, image, tiles)
-        record = {"image": name, "picture": f"images/{picture}", **measured(first, image, ids, fake, tiles)}
-        if config.compare_whole:
-            record |= against_whole(first, image, ids, fake)
+        ids, fake = reconstructed(model, image, tiles)
+        record = {"image": name, "picture": f"images/{picture}", **measured(model, image, ids, fake, tiles)}
+        if settings.compare_whole:
+            record |= against_whole(model, image, ids, fake)
         panel = panels(image, fake)
-        save_panels(folder / "images" / picture, panel)
+        save_panels(batches.folder / "images" / picture, panel)
         if len(records) < SHOWN:
             shown += [thumbnail(part) for part in panel]
         records.append(record)
     if not records:
         image, reason = skipped[0].values()
         raise ValueError(f"not one of {len(skipped)} images can be used; the first, {image}: {reason}")
-    save_overview(folder / "overview.png", torch.stack(shown))
-    results = {
-        "vqgan": first.origin,
+    save_overview(batches.folder / "overview.png", torch.stack(shown))
+    return {
+        "vqgan": model.origin,
         "tile": tiles.tile,
         "overlap": tiles.overlap,
         "error_map": f"mean absolute error over channels, 0 to {ERROR_MAX} of the range",
@@ -252,8 +244,6 @@ def reconstruct(config: Config, tiles: Tiles, first: FirstStage, originals: Orig
         "images": records,
         "skipped": skipped,
     }
-    write_results(folder, results)
-    return results
 
 
 def taken(originals: Originals, skipped: list[dict[str, str]]) -> Iterator[tuple[str, str, Tensor]]:
@@ -275,12 +265,7 @@ def means(records: list[dict[str, Any]]) -> dict[str, float | None]:
     return {name: sum(values) / len(values) if values else None for name, values in found.items()}
 
 
-def saved_results(folder: Path) -> dict[str, Any] | None:
-    path = folder / "results.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def print_results(results: dict[str, Any], folder: Path) -> None:
+def report(results: dict[str, Any], folder: Path) -> str:
     """A table for people, and where the pictures lie."""
     whole = "l1_to_whole" in results["mean"]
     rows = [("image", "pixels", "codes", "bits/pixel", "PSNR dB", "L1", "seams", "of original")]
@@ -293,18 +278,18 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
         codes = f"{record['codes'][1]}x{record['codes'][0]}" if "codes" in record else ""
         numbers = ("-" if record[name] is None else f"{record[name]:.4g}" for name in names)
         rows.append((record["image"], size, codes, *numbers))
-    print(f"\n{table(rows)}\n")
+    lines = [f"\n{table(rows)}\n"]
     if len(listed) < len(results["images"]):
-        print(f"(the first {LISTED} images; all are in results.json)")
-    print(
+        lines.append(f"(the first {LISTED} images; all are in results.json)")
+    lines.append(
         "L1: images in [-1, 1]. seams: neighbouring pixels differ so many times as much across the borders of tiles as "
         "elsewhere; compare with the original's, at the same places."
     )
-    for skipped in results["skipped"]:
-        print(f"left out: {skipped['image']}: {skipped['reason']}")
+    lines += [f"left out: {skipped['image']}: {skipped['reason']}" for skipped in results["skipped"]]
     if results["skipped"]:
-        print(f"{len(results['skipped'])} images left out")
-    print(f"error maps: {results['error_map']}\n{folder / 'overview.png'}\n{folder / 'images'}")
+        lines.append(f"{len(results['skipped'])} images left out")
+    lines += [f"error maps: {results['error_map']}", str(folder / "overview.png"), str(folder / "images")]
+    return "\n".join(lines)
 
 
 @cache
@@ -374,4 +359,4 @@ def draw_legend(canvas: Image.Image) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "reconstruct", under=settings_of_vqgan_run)
+    run_experiment("reconstructions", Config, measure, report, prepare=prepare, one_process=True)

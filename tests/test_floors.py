@@ -179,3 +179,118 @@ def test_slow_packages_are_known_by_their_first_names():
 def test_rooms_of_experiments_are_told_apart():
     rooms = ["experiments.calc_FID", "experiments.metrics.features.digits", "experiments.harness", "experiments"]
     assert [room(name) for name in rooms] == ["commands", "metrics", "harness", "commands"]
+
+
+# Whole configs stop in main. In experiments: a command's main, its `prepare`, which sees it before there is a folder of
+# results, and these. In train: what there is. The lists may only shrink.
+TAKE_A_WHOLE_CONFIG = {
+    "experiments.benchmark.measure_sampler": "the main of one of two stages",
+    "experiments.benchmark.measure_vqgan": "the main of one of two stages",
+    "experiments.harness.experiment.batches_of": "notes the whole of it as what results are of",
+    "experiments.harness.experiment.groups_of": "takes it apart",
+    "experiments.harness.experiment.open_results": "writes config.yaml",
+    "experiments.harness.experiment.run_experiment.main": "of every experiment",
+    "experiments.harness.experiment.settings_of": "takes it apart",
+    "experiments.metrics.decoder_likelihood.train_head": "the main of a run within an experiment",
+    "train.cli.parse.completed": "reads and writes configs of any kind",
+    "train.cli.parse.to_dict": "reads and writes configs of any kind",
+    "train.runs.begin": "opens a run",
+    "train.runs.begin_from": "opens a run",
+    "train.runs.open_run": "writes config.yaml",
+    "train.samplers.absorbing.AbsorbingSampler.__init__": "not typed yet",
+    "train.samplers.autoregressive.AutoregressiveSampler.__init__": "not typed yet",
+    "train.samplers.ddpm.GaussianSampler.__init__": "not typed yet",
+    "train.samplers.ddpm.make_encoders": "not typed yet",
+    "train.samplers.ddpm.make_network": "not typed yet",
+    "train.samplers.ddpm.make_process": "not typed yet",
+    "train.spaces.open_space": "not typed yet",
+    "train.trainer.train": "not typed yet",
+}
+
+
+def whole_configs(trees: dict[str, ast.Module]) -> set[str]:
+    """Dotted names of classes whose fields are groups of flags, each a `...Config`, and of those built on them."""
+    found, bases = set(), {}
+    for module, tree in trees.items():
+        names = names_in(tree, module)
+        for each in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+            kinds = [ast.unparse(field.annotation) for field in each.body if isinstance(field, ast.AnnAssign)]
+            if kinds and all(kind.endswith("Config") for word in kinds for kind in word.split(" | ")):
+                found.add(f"{module}.{each.name}")
+            bases[f"{module}.{each.name}"] = {names.get(ast.unparse(base)) for base in each.bases}
+    return found | {name for name, those in bases.items() if those & found}
+
+
+def names_in(tree: ast.Module, module: str) -> dict[str, str]:
+    """What the names of a file's classes and imports stand for, dotted."""
+    own = {each.name: f"{module}.{each.name}" for each in tree.body if isinstance(each, ast.ClassDef)}
+    return {name: f"{other}.{name}" for other, names in imports_of(tree) for name in names} | own
+
+
+def takers_of_whole_configs(trees: dict[str, ast.Module]) -> set[str]:
+    """Dotted names of functions with a parameter of a whole config's class, or called `config` and of no class."""
+    whole, found = whole_configs(trees), set()
+
+    def visit(node: ast.AST, path: str, names: dict[str, str]) -> None:
+        for child in ast.iter_child_nodes(node):
+            name = f"{path}.{child.name}" if isinstance(child, ast.FunctionDef | ast.ClassDef) else path
+            if isinstance(child, ast.FunctionDef):
+                parameters = [*child.args.posonlyargs, *child.args.args, *child.args.kwonlyargs]
+                kinds = {p.arg: None if p.annotation is None else ast.unparse(p.annotation) for p in parameters}
+                words = {names.get(word) for kind in kinds.values() if kind for word in kind.split(" | ")}
+                if words & whole or kinds.get("config", "typed") in (None, "Any"):
+                    found.add(name)
+            visit(child, name, names)
+
+    for module, tree in trees.items():
+        visit(tree, module, names_in(tree, module))
+    return found
+
+
+def test_whole_configs_stop_in_main():
+    floors = ("experiments", "train")
+    trees = {m: ast.parse(p.read_text()) for m, p in SOURCE.files.items() if m.partition(".")[0] in floors}
+    takers = takers_of_whole_configs(trees)
+    commands = {f"{module}.{name}" for module in SCRIPTS for name in ("main", "prepare")}
+    assert len(takers & commands) > 5 and takers - commands - TAKE_A_WHOLE_CONFIG.keys() == set()
+    of_experiments = {name for name in TAKE_A_WHOLE_CONFIG if name.startswith("experiments.")}
+    assert of_experiments <= takers  # one that takes none any more leaves the list
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.parts[0] == "experiments"], ids=str)
+def test_every_parameter_of_an_experiment_is_annotated(path):
+    functions = [node for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, ast.FunctionDef)]
+    parameters = [(f.name, p) for f in functions for p in [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs]]
+    assert [(name, p.arg) for name, p in parameters if p.annotation is None and p.arg not in ("self", "cls")] == []
+
+
+def test_a_whole_config_is_seen_by_its_fields_and_by_its_name():
+    source = """
+from train.config import SecondStageConfig, DataConfig
+
+class Config:
+    data: DataConfig
+    other: VQGANConfig | UNetConfig
+
+class Longer(SecondStageConfig):
+    seed: int
+
+class Group:
+    data: DataConfig
+    seed: int
+
+def main(config: Config): ...
+def longer(settings: Longer | None): ...
+def untyped(config): ...
+def typed(config: Group, data: DataConfig): ...
+def outer(x: int):
+    def inner(config: Config): ...
+
+class Bench:
+    def run(self, *, config: SecondStageConfig): ...
+"""
+    config = "class SecondStageConfig:\n    data: DataConfig\n"
+    trees = {"experiments.a": ast.parse(source), "train.config": ast.parse(config)}
+    assert whole_configs(trees) == {"experiments.a.Config", "experiments.a.Longer", "train.config.SecondStageConfig"}
+    names = {"main", "longer", "untyped", "outer.inner", "Bench.run"}
+    assert takers_of_whole_configs(trees) == {f"experiments.a.{name}" for name in names}

@@ -1,13 +1,14 @@
-"""Batches that the processes of an experiment share, kept on disk until it is done: a start that is cut off loses at
-most one batch of each process."""
+"""Batches that the ranks of an experiment share, kept on disk until it is done: a start that is cut off loses at most
+one batch of each rank."""
 
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,13 +20,15 @@ from train.distributed import World, pick_device, world
 from train.files import refused, sync, whole_file
 
 T = TypeVar("T")
+Tensors = dict[str, Tensor]  # of a batch: each (B, ...)
+Make = Callable[[list[int]], Tensors]
 FOLDER = ".kept"  # in the folder of the results
-PATIENCE = 60.0  # minutes that processes wait for each other: a batch of large images may take many
+PATIENCE = 60.0  # minutes that ranks wait for each other: a batch of large images may take many
 
 
 @contextmanager
 def experiment_world(device_name: str) -> Iterator[World]:
-    """The processes of an experiment; the main one alone prints."""
+    """The ranks of an experiment; the main one alone prints."""
     with ExitStack() as quiet, world(device_name, PATIENCE) as here:
         if not here.is_main:
             quiet.enter_context(redirect_stdout(io.StringIO()))
@@ -40,14 +43,14 @@ def only_process(device_name: str) -> World:
 
 
 def own_indices(here: World, indices: list[int], batch_size: int) -> list[int]:
-    """This process's share of indices: whole batches of them, so that a batch is the same however many processes."""
+    """This rank's share of indices: whole batches of them, so that a batch is the same however many ranks."""
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
     return [index for batch in here.share_of(batches) for index in batch]
 
 
 def in_order(here: World, own: Iterable[T]) -> Iterator[T]:
-    """What all processes make, in turn: the first of each, the second of each ... In the main process alone; others
-    take part and are given nothing. One of each is in memory at a time."""
+    """What all ranks make, in turn: the first of each, the second of each ... On the main rank alone; others take part
+    and are given nothing. One of each is in memory at a time."""
     if here.size == 1:
         yield from own
         return
@@ -62,7 +65,7 @@ def in_order(here: World, own: Iterable[T]) -> Iterator[T]:
 
 
 def gathered(here: World, thing: T) -> list[T]:
-    """What each process has, by rank, in the main one; nothing in others."""
+    """What each rank has, in their order, on the main one; nothing on others."""
     if here.size == 1:
         return [thing]
     everything = [None] * here.size if here.is_main else None
@@ -71,7 +74,7 @@ def gathered(here: World, thing: T) -> list[T]:
 
 
 def shared(here: World, thing: T) -> T:
-    """What the main process has, in all of them."""
+    """What the main rank has, on all of them."""
     if here.size == 1:
         return thing
     box = [thing]
@@ -79,39 +82,54 @@ def shared(here: World, thing: T) -> T:
     return box[0]
 
 
-def kept_batches(
-    folder: Path,
-    name: str,
-    indices: list[int],
-    batch_size: int,
-    make: Callable[[list[int]], dict[str, Tensor]],
-    world: World,
-) -> Iterator[dict[str, Tensor]]:
-    """`make(some indices)` for all of them, in order: in the main process alone, while all take part in making them.
+@dataclass(frozen=True)
+class ResumableBatches:
+    """What the ranks of an experiment make together: batches kept below the folder of its results until it is done.
 
-    Each batch is kept in `folder`, which belongs to one run of one experiment, before it is handed out; a later start
-    with the same batch size, in any number of processes, reads those that an earlier one kept and makes the rest.
-    `name` is of what one experiment makes of several kinds, and of what made it that the run's config does not tell.
-    Tensors are moved to the CPU. ValueError: a kept batch is damaged.
+    A later start with the same batch size, on any number of ranks, reads those that an earlier one kept.
     """
-    batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
-    paths = [folder / FOLDER / f"{name}_{batch_size}_{i:06d}.safetensors" for i in range(len(batches))]
-    done = next((i for i, path in enumerate(paths) if not path.is_file()), len(paths)) if world.is_main else 0
-    done = int(world.sum(torch.tensor(float(done), device=world.device)))  # the main one alone is sure to see the files
-    if world.is_main:
-        for path in paths[:done]:
-            yield read(path)
 
-    def made() -> Iterator[dict[str, Tensor]]:
-        for batch in world.share_of(batches[done:]):
-            yield {key: value.detach().cpu() for key, value in make(batch).items()}
+    world: World  # the ranks
+    folder: Path  # of one run of one experiment
+    batch_size: int = 1
+    seed: int = 0  # of what is drawn
+    run: dict[str, Any] = field(default_factory=dict)  # what results are of: flags, step, content of files and weights
 
-    for batch, path in zip(in_order(world, made()), paths[done:], strict=False):  # other processes are given nothing
-        write(path, batch)
-        yield batch
+    @property
+    def files(self) -> dict[str, str]:
+        """SHA-256 of the files that flags name, by flag."""
+        return self.run.get("files", {})
+
+    def resume(self, name: str, indices: Sequence[int], make: Make, size: int | None = None) -> Iterator[Tensors]:
+        """`make(some indices)` for all of them, in order: on the main rank alone, while all take part in making them.
+
+        Each batch of `size` indices (left out, `batch_size`) is kept before it is handed out. `name` is of what one
+        experiment makes of several kinds, and of what made it that the run's config does not tell. Tensors are moved to
+        the CPU. ValueError: a kept batch is damaged.
+        """
+        world, size = self.world, size or self.batch_size
+        batches = [list(indices[first : first + size]) for first in range(0, len(indices), size)]
+        paths = [self.folder / FOLDER / f"{name}_{size}_{i:06d}.safetensors" for i in range(len(batches))]
+        done = next((i for i, path in enumerate(paths) if not path.is_file()), len(paths)) if world.is_main else 0
+        done = int(world.sum(torch.tensor(float(done), device=world.device)))  # the main one is sure to see the files
+        if world.is_main:
+            for path in paths[:done]:
+                yield read(path)
+
+        def made() -> Iterator[Tensors]:
+            for batch in world.share_of(batches[done:]):
+                yield {key: value.detach().cpu() for key, value in make(batch).items()}
+
+        for batch, path in zip(in_order(world, made()), paths[done:], strict=False):  # other ranks are given nothing
+            write(path, batch)
+            yield batch
+
+    def clear(self) -> None:
+        """Deletes what was kept, once the results are written."""
+        shutil.rmtree(self.folder / FOLDER, ignore_errors=True)
 
 
-def write(path: Path, batch: dict[str, Tensor]) -> None:
+def write(path: Path, batch: Tensors) -> None:
     """A file that is whole or not there, even after a power cut."""
     apart = {key: value.clone(memory_format=torch.contiguous_format) for key, value in batch.items()}
     with whole_file(path) as scratch, refused(path):
@@ -119,15 +137,10 @@ def write(path: Path, batch: dict[str, Tensor]) -> None:
         sync(scratch)
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read(path: Path) -> Tensors:
     """What `write` wrote, in its order."""
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.metadata()["names"].split()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, and it is made anew") from error
-
-
-def forget(folder: Path) -> None:
-    """Deletes what was kept, once the results are written."""
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)

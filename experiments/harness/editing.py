@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments.harness.batches import kept_batches
+from experiments.harness.batches import ResumableBatches
 from experiments.harness.images import save_grid, save_with_settings
 from experiments.harness.report import progress
 from train.config import SamplingConfig
@@ -190,24 +190,32 @@ def check_label(trained: TrainedSampler, label: int | None, options: SamplingCon
 
 
 def draw(
-    trained: TrainedSampler, config: Any, start: Start, seeds: list[int], labels: list[int] | None, **how: Any
+    trained: TrainedSampler,
+    options: SamplingConfig,
+    seed: int,
+    start: Start,
+    indices: list[int],
+    labels: list[int] | None,
+    *,
+    shape: tuple[int, int] | None = None,
+    window_stride: int | None = None,
 ) -> Tensor:
-    """uint8 images (B, C, H, W) drawn from where they start: images of one seed get the same noise."""
-    given, options = told(trained, labels, config.sampling)
-    return trained.draw(seeds, config.output.seed, options, given=given, start=start, **how)["image"]
+    """uint8 images (B, C, H, W) drawn from where they start: images of one index get the same noise."""
+    given, options = told(trained, labels, options)
+    how = {"given": given, "start": start, "shape": shape, "window_stride": window_stride}
+    return trained.draw(indices, seed, options, **how)["image"]
 
 
-def in_batches(name: str, count: int, make: Make, config: Any, trained: TrainedSampler, folder: Path) -> Tensor | None:
-    """What `make` makes of 0 ... count - 1, in batches that all processes share and that are kept until `forget`:
-    uint8 (count, C, H, W) in the main process, None in others."""
+def in_batches(name: str, count: int, make: Make, batches: ResumableBatches) -> Tensor | None:
+    """What `make` makes of 0 ... count - 1, in batches that all ranks share and that are kept until the results are
+    written: uint8 (count, C, H, W) on the main rank, None on others."""
 
     def made(places: list[int]) -> dict[str, Tensor]:
         return {"image": make(places)}
 
-    world, batch_size = trained.world, config.output.batch_size
-    batches = kept_batches(folder, name, list(range(count)), batch_size, made, world)
-    images = [batch["image"] for batch in progress(batches, count, name, world.is_main)]
-    return torch.cat(images) if world.is_main else None
+    is_main = batches.world.is_main
+    images = [batch["image"] for batch in progress(batches.resume(name, range(count), made), count, name, is_main)]
+    return torch.cat(images) if is_main else None
 
 
 def forgotten(x0: Tensor, trained: TrainedSampler, strength: float) -> Start:
@@ -222,7 +230,9 @@ def encoded(images: Tensor, trained: TrainedSampler) -> Tensor:
     return trained.space.begun(images, torch.zeros_like(images[:, 0], dtype=torch.bool)).x0
 
 
-def save_pictures(folder: Path, names: tuple[str, ...], images: Tensor, columns: list[str], settings: dict) -> None:
+def save_pictures(
+    folder: Path, names: tuple[str, ...], images: Tensor, columns: list[str], settings: dict[str, Any]
+) -> None:
     """images/<number>_<name>_<column>.png of images (N, columns, C, H, W), each with its settings."""
     for i, (name, row) in enumerate(zip(names, images, strict=True)):
         for column, image in zip(columns, row, strict=True):

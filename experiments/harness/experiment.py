@@ -1,28 +1,32 @@
-"""What every experiment begins with: which trained model, how to sample it, where results go."""
+"""What every experiment begins and ends with: which trained model, where results go, and what was measured before."""
 
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
-from experiments.harness.batches import forget, only_process, shared
+from experiments.harness.batches import ResumableBatches, experiment_world, only_process, shared
 from train.checkpoint import AVERAGED, checkpoint_path, read_manifest, resolve_step
 from train.cli.files import read_groups, section_of
-from train.cli.parse import file_content
+from train.cli.parse import file_content, plain, run_script, to_dict
 from train.cli.values import peek
-from train.config import LoggingConfig, TrainingConfig
+from train.config import LoggingConfig, SamplingConfig, TrainingConfig
 from train.distributed import World
-from train.files import write_text
+from train.files import sha256, write_text
 from train.first_stage import FirstStage, VQGANRun, load_first_stage
 from train.inference import TrainedSampler, load_sampler
 from train.runs import open_run, read_run, run_folder
 from train.spaces import Space, reopened_space
 
 OF_ONE_SOLVER = ("sample_steps", "reveal", "eta", "choice_temp", "remasking", "remask_eta")  # flags that go with one
+Loaded = TrainedSampler | FirstStage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +158,7 @@ def settings_of_run(argv: list[str], section: str) -> dict[str, Any]:
 
 
 def load_model(model: ModelConfig, output: OutputConfig, world: World | None = None) -> TrainedSampler:
-    """A sampler with all it stands on, for the processes of `world`, or for the only one.
+    """A sampler with all it stands on, for the ranks of `world`, or for the only one.
 
     ValueError where the run was trained on another data set than the one named.
     """
@@ -178,7 +182,9 @@ def load_model(model: ModelConfig, output: OutputConfig, world: World | None = N
     return trained
 
 
-def space_of(run: Path, content: dict[str, Any], model: ModelConfig, output: OutputConfig, device: Any) -> Space:
+def space_of(
+    run: Path, content: dict[str, Any], model: ModelConfig, output: OutputConfig, device: torch.device
+) -> Space:
     """What the sampler of a run works in: pixels, or the VQGAN that its origin or the flags name."""
     origin = content.get("origin", {})
     if "ae_weights" not in origin:
@@ -238,54 +244,147 @@ def load_vqgan(model: FirstStageModelConfig, output_root: str, device: torch.dev
     return first
 
 
-def results_folder(name: str, model: ModelConfig, output: OutputConfig, trained: TrainedSampler) -> Path:
+class ExperimentConfig(Protocol):
+    """The whole config of an experiment that has one trained model: its own groups stand beside these two."""
+
+    model: ModelConfig | FirstStageModelConfig
+    output: OutputConfig | FirstStageOutputConfig
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an experiment finds out before it has a folder of results, where its flags alone do not say it."""
+
+    settings: tuple[object, ...]  # what `measure` is given before the model
+    origin: dict[str, Any] = field(default_factory=dict)  # what makes it this run beside its config: content of files
+    name: str | None = None  # instead of the experiment's, in the name of the folder
+    shape: tuple[int, int] | None = None  # height and width of the canvas that is drawn, if not the model's own
+    window_stride: int | None = None
+    is_current: Callable[[dict[str, Any]], bool] = lambda results: True  # whether saved results still hold
+
+
+def groups_of(config: ExperimentConfig) -> dict[str, object]:
+    """The groups of flags of a config, by name."""
+    return {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
+
+
+def settings_of(config: ExperimentConfig) -> tuple[object, ...]:
+    """The groups that are an experiment's own, or say how to sample: what `measure` is given."""
+    return tuple(group for name, group in groups_of(config).items() if name not in ("model", "output"))
+
+
+def results_folder(name: str, model: ModelConfig | FirstStageModelConfig, logs_root: str, loaded: Loaded) -> Path:
     """Where the results of an experiment lie if --log_dir does not say."""
-    length = "" if model.ema_length is None else f"_ema{model.ema_length}"
-    return Path(os.path.expanduser(output.logs_root)).resolve() / f"{name}_{trained.run.name}_{trained.step}{length}"
+    averaged = isinstance(model, ModelConfig) and model.ema_length is not None
+    length = f"_ema{model.ema_length}" if averaged else ""
+    return run_folder(logs_root, f"{name}_{loaded.run.name}_{loaded.step}{length}")
 
 
-def open_results(name: str, config, trained: TrainedSampler, also: dict[str, Any] | None = None, **how) -> Path:
+def open_results(name: str, config: ExperimentConfig, loaded: Loaded, world: World, prepared: Prepared) -> Path:
     """The folder of this experiment's results, opened as a run: nothing of another experiment can be in it.
 
-    `also` is what makes the run this run beside its config and the model's weights, such as the content of files. What
-    the sampler cannot do is refused before there is a folder: `how` goes to its `try_out`.
+    All ranks take part. What the sampler cannot do is refused before there is a folder. ValueError where it holds
+    another experiment.
     """
-    output, folder = config.output, results_folder(name, config.model, config.output, trained)
+    output, sampling = config.output, groups_of(config).get("sampling")
+    folder = results_folder(prepared.name or name, config.model, output.logs_root, loaded)
     if output.log_dir:
         folder = run_folder(output.logs_root, output.log_dir)
-    if trained.world.is_main:
-        if hasattr(config, "sampling") and not folder.exists():
-            trained.try_out(config.sampling, **how)
-        open_run(folder, config, trained.origin | (also or {}))
-    trained.world.barrier()
-    print(f"results: {folder}", flush=True)
-    return folder
-
-
-def open_vqgan_results(name: str, config: Any, first: FirstStage, origin: dict[str, Any], world: World) -> Path:
-    """The folder of an experiment's results, opened as a run: nothing of another experiment can be in it.
-
-    `config` has the groups `model` and `output`; `origin` is what the results stand on beside the VQGAN. All processes
-    take part. ValueError where the folder holds another experiment.
-    """
-    output = config.output
-    folder = run_folder(output.logs_root, output.log_dir or f"{name}_{first.run.name}_{first.step}")
     if world.is_main:
-        open_run(folder, config, first.origin | origin)
+        if isinstance(sampling, SamplingConfig) and not folder.exists():
+            loaded.try_out(sampling, shape=prepared.shape, window_stride=prepared.window_stride)
+        open_run(folder, config, loaded.origin | prepared.origin)
     world.barrier()
     print(f"results: {folder}", flush=True)
     return folder
 
 
-def saved_report(folder: Path, world: World) -> dict[str, Any] | None:
-    """The results of this very experiment, if it was finished before: what the main process finds, in all of them."""
-    path = folder / "results.json"
+def saved_results(batches: ResumableBatches) -> dict[str, Any] | None:
+    """The results of this very experiment, if it was finished before: what the main rank finds, on all of them."""
+    path, world = batches.folder / "results.json", batches.world
     there = world.is_main and path.is_file()
     if there:
-        forget(folder)  # what a start that was cut off then has left
+        batches.clear()  # what a start that was cut off then has left
     return shared(world, json.loads(path.read_text()) if there else None)
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
     """results.json, whole or not at all."""
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+
+
+def contents(paths: dict[str, str | None]) -> dict[str, str]:
+    """SHA-256 of the files there are that results are made of, by flag: a path alone does not tell."""
+    found = {name: Path(path) for name, path in paths.items() if path is not None}
+    return {name: sha256(path) for name, path in found.items() if path.is_file()}
+
+
+def run_experiment(
+    name: str,
+    config_class: type,
+    measure: Callable[..., dict[str, Any] | None],
+    report: Callable[[dict[str, Any], Path], str],
+    *,
+    files: tuple[str, ...] = (),
+    prepare: Callable[..., Prepared] | None = None,
+    one_process: bool = False,
+) -> None:
+    """The main of an experiment: reads the command line, measures what was not measured before, prints the report.
+
+    `measure(*settings, model, batches)` gives the content of results.json on the main rank; on others, which help to
+    make the batches, None. The settings are the groups of the config but `model` and `output`, or what
+    `prepare(config, model, world)` makes of them; `model` is the sampler or first stage that the group `model` names.
+    `report(results, folder)` is what a person reads. Results that are there already are reported as they are, unless
+    a file that one of the flags `files` names has another content by now, or `prepare` says that they are outdated.
+    """
+
+    def main(config: ExperimentConfig) -> None:
+        output = config.output
+        with nullcontext(only_process(output.device)) if one_process else experiment_world(output.device) as world:
+            model = load(config.model, output, world)
+            prepared = Prepared(settings_of(config)) if prepare is None else prepare(config, model, world)
+            folder = open_results(name, config, model, world, prepared)
+            batches = batches_of(config, model, world, folder, files)
+            results = saved_results(batches)
+            if any(world.any(not still_hold(results, prepared, batches.files))):
+                results = measure(*prepared.settings, model, batches)
+                if world.is_main:
+                    write_results(folder, results)
+            if world.is_main:
+                batches.clear()
+                print(report(results, folder))
+
+    kinds = {each.name: each.type for each in dataclasses.fields(config_class)}
+    under = settings_of_vqgan_run if kinds["model"] is FirstStageModelConfig else settings_of_run
+    run_script(main, config_class, Path(sys.argv[0]).stem, under=under)
+
+
+def still_hold(results: dict[str, Any] | None, prepared: Prepared, files: dict[str, str]) -> bool:
+    """Whether there are results, and of what would be measured now."""
+    if results is None or not prepared.is_current(results):
+        return False
+    return files.items() <= results.get("run", {}).get("files", {}).items()
+
+
+def load(
+    model: ModelConfig | FirstStageModelConfig, output: OutputConfig | FirstStageOutputConfig, world: World
+) -> Loaded:
+    """The sampler or the first stage that a group of flags names."""
+    if isinstance(model, FirstStageModelConfig):
+        return load_vqgan(model, output.logs_root, world.device, output.amp)
+    return load_model(model, output, world)
+
+
+def batches_of(
+    config: ExperimentConfig, model: Loaded, world: World, folder: Path, files: tuple[str, ...]
+) -> ResumableBatches:
+    """An experiment's batches; with `files`, the content of what these flags name is part of what results are of."""
+    output = config.output
+    run = to_dict(config) | {"step": model.step}
+    if files:
+        flags = {key: value for group in settings_of(config) for key, value in plain(group).items()}
+        run["files"] = contents({name: flags[name] for name in files})
+    run |= model.origin
+    if isinstance(output, FirstStageOutputConfig):  # nothing is drawn
+        return ResumableBatches(world, folder, run=run)
+    return ResumableBatches(world, folder, output.batch_size, output.seed, run)

@@ -5,6 +5,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,9 @@ class SampleWriter:
             self.first = kept[:GRID]
         self.written += len(images)
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             if self.written != self.count:
                 raise ValueError(f"got {self.written} images, wanted {self.count}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffusion.gaussian import discretized_log_likelihood
 from diffusion.types import Normal
+from experiments.harness.experiment import ModelConfig, OutputConfig
 from train.checkpoint import load_weights, resolve_step, saved_steps
 from train.cli.parse import plain
 from train.config import DataConfig, LoggingConfig, TrainingConfig
@@ -37,6 +38,32 @@ from vq.likelihood import Reconstruction, head_of, reconstruct
 
 VALIDATION_IMAGES = 1024
 SHOWN_IMAGES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Decoder: of samplers of codes, what the images take beside their codes."""
+
+    decoder: bool = True
+    """Also give bits per dimension of the images: those of the codes and, by a Gaussian around the reconstruction,
+    those of the image given its codes. Its deviations come from a head that is trained where it is not there yet."""
+    head_dir: str | None = None
+    """Folder of the head's run; likelihood_<run of the VQGAN>_<its step> if left out."""
+    train_steps: int = 10_000
+    """Steps that the head is trained; more than it had go on from there."""
+    train_batch_size: int = 16
+    """Images of such a step, over all processes together."""
+    lr: float = 1e-3
+    """Its learning rate."""
+    steps_per_eval: int = 5_000
+    """Steps between its validations; 0 for none."""
+
+    def __post_init__(self):
+        for name, low in (("train_steps", 1), ("train_batch_size", 1), ("steps_per_eval", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"got {name} {getattr(self, name)}, wanted at least {low}: pass --{name} N")
+        if self.lr <= 0:
+            raise ValueError(f"got lr {self.lr}, wanted a positive one: pass --lr NUMBER")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,15 +199,21 @@ def load_head(run: Path, first: FirstStage) -> TrainedHead:
     return TrainedHead(run, step, weights, first, head.to(first.device).eval().requires_grad_(False))
 
 
-def head_for(config, trained: TrainedSampler) -> TrainedHead | None:
+def head_for(
+    decoder: DecoderConfig, model: ModelConfig, output: OutputConfig, trained: TrainedSampler
+) -> TrainedHead | None:
     """The head of the VQGAN that a sampler of codes stands on, trained first as far as it is not; None without codes,
-    or where none is asked for. All processes take part."""
-    if not config.decoder.decoder or not trained.space.tokens:
+    or where none is asked for. All ranks take part.
+
+    ValueError where the images to train on are brought by a command that --allow does not name.
+    """
+    if not decoder.decoder or not trained.space.tokens:
         return None
     first, world = trained.space.first, trained.world
-    name = config.decoder.head_dir or f"likelihood_{first.run.name}_{first.step}"
-    run = run_folder(config.output.logs_root, name)
-    wanted, done = head_run(config, trained, run), max(saved_steps(run), default=0)
+    run = run_folder(output.logs_root, decoder.head_dir or f"likelihood_{first.run.name}_{first.step}")
+    reader = first.reader if model.data_dir is None else replace(first.reader, data_dir=model.data_dir)
+    check_allowed(first.run, {"sampler": {}, "reader": plain(reader)}, model.allow)
+    wanted, done = head_run(decoder, output, first.data, reader, run.name), max(saved_steps(run), default=0)
     world.barrier()  # all have looked before one trains
     try:
         if done < wanted.training.train_steps:
@@ -194,21 +227,19 @@ def head_for(config, trained: TrainedSampler) -> TrainedHead | None:
         raise ValueError(f"the decoder's head, whose folder is --head_dir: {error}") from error
 
 
-def head_run(config, trained: TrainedSampler, run: Path) -> HeadRun:
-    """The run of a head, on the images that its VQGAN was trained on.
-
-    ValueError where these are brought by a command that --allow does not name.
-    """
-    first, c, output = trained.space.first, config.decoder, config.output
-    reader = first.reader
-    if config.model.data_dir is not None:
-        reader = replace(reader, data_dir=config.model.data_dir)
-    check_allowed(first.run, {"sampler": {}, "reader": plain(reader)}, config.model.allow)
+def head_run(
+    decoder: DecoderConfig, output: OutputConfig, data: DataConfig, reader: DatasetConfig, name: str
+) -> HeadRun:
+    """The run of a head, on the images that its VQGAN was trained on."""
     training = TrainingConfig(
-        train_steps=c.train_steps, batch_size=c.train_batch_size, lr=c.lr, amp=False, device=output.device
+        train_steps=decoder.train_steps,
+        batch_size=decoder.train_batch_size,
+        lr=decoder.lr,
+        amp=False,
+        device=output.device,
     )
-    logging = LoggingConfig(log_dir=run.name, logs_root=output.logs_root, steps_per_eval=c.steps_per_eval)
-    return HeadRun(data=first.data, reader=reader, training=training, logging=logging)
+    logging = LoggingConfig(log_dir=name, logs_root=output.logs_root, steps_per_eval=decoder.steps_per_eval)
+    return HeadRun(data=data, reader=reader, training=training, logging=logging)
 
 
 class DecoderBits:

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.harness.batches import in_order, kept_batches, own_indices
+from experiments.harness.batches import ResumableBatches, in_order, own_indices
 from experiments.harness.images import GRID, read_samples, save_grid
 from experiments.harness.report import progress
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Reference, Statistics
 from experiments.metrics.kid import MOST, KeptFeatures
-from train.config import DataConfig
+from train.config import DataConfig, SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.datasets import Dataset
 from train.distributed import World
@@ -27,23 +27,19 @@ Batches = Iterable[dict[str, Tensor]]
 Images = Callable[[list[int]], dict[str, Tensor]]
 
 
-def contents(**paths: str | None) -> dict[str, str]:
-    """The content, as SHA-256, of the files there are that a report is made of: a path alone does not tell."""
-    found = {name: Path(path) for name, path in paths.items() if path is not None}
-    return {name: sha256(path) for name, path in found.items() if path.is_file()}
-
-
 def version_of(features: Features, weights: str | None) -> list[str | int | None]:
     """What makes the features: their file's version, and the content of the file of weights where one is named."""
     return [features.module.VERSION, weights and sha256(Path(weights))]
 
 
-def kept_name(kind: str, *made_of) -> str:
-    """A name for `kept_batches` that changes with what they are made of."""
+def kept_name(kind: str, *made_of: object) -> str:
+    """A name for `ResumableBatches.resume` that changes with what they are made of."""
     return f"{kind}_{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}"
 
 
-def measured(samples: str | None, n_samples: int, config, trained: TrainedSampler) -> tuple[int, Images]:
+def sampled_images(
+    samples: str | None, n_samples: int, trained: TrainedSampler, options: SamplingConfig, seed: int
+) -> tuple[int, Images]:
     """How many images there are to measure, and a function from indices to "image" uint8 (B, C, H, W) and, of models of
     codes, "codes" (B, h, w): those of the file `samples`, else `n_samples` new ones."""
     if samples is not None:
@@ -53,17 +49,17 @@ def measured(samples: str | None, n_samples: int, config, trained: TrainedSample
     held_out = trained.held_out()
 
     def drawn(indices: list[int]) -> dict[str, Tensor]:
-        made = trained.draw(indices, config.output.seed, config.sampling, held_out=held_out)
+        made = trained.draw(indices, seed, options, held_out=held_out)
         return {name: made[name] for name in ("image", "codes") if name in made}
 
     return n_samples, drawn
 
 
 def sampled_features(
-    images_of: Images, count: int, shown: int, features: Features, config, world: World, folder: Path, files: dict
+    images_of: Images, count: int, shown: int, features: Features, batches: ResumableBatches, files: dict[str, str]
 ) -> Batches:
     """ "features" (B, D) of the first `count` images to measure and, of the batches that begin before image `shown`,
-    what `images_of` gives: in the main process alone, while all make them.
+    what `images_of` gives: on the main rank alone, while all make them.
 
     `files` are what the run's config does not tell of how they were made. What an earlier start made is read.
     """
@@ -74,13 +70,12 @@ def sampled_features(
         return found | (made if indices[0] < shown else {})
 
     name = kept_name(features.name, files, *version_of(features, None))
-    batches = kept_batches(folder, name, list(range(count)), config.output.batch_size, make, world)
-    return progress(batches, count, "sampling", world.is_main)
+    return progress(batches.resume(name, range(count), make), count, "sampling", batches.world.is_main)
 
 
 def with_features(features: Features, own: Batches, world: World) -> Iterator[dict[str, Tensor]]:
-    """Batches of "image" uint8 (B, C, H, W) that each process makes, and their "features" (B, D) beside them: of all
-    processes in order in the main one, nothing in others."""
+    """Batches of "image" uint8 (B, C, H, W) that each rank makes, and their "features" (B, D) beside them: of all ranks
+    in order on the main one, nothing on others."""
 
     def extracted() -> Iterator[dict[str, Tensor]]:
         for batch in own:
@@ -92,7 +87,7 @@ def with_features(features: Features, own: Batches, world: World) -> Iterator[di
 def real_features(
     source: ImageSource, chosen: list[int], features: Features, batch_size: int, world: World, name: str
 ) -> Batches:
-    """ "image", "features" of those real images: in the main process alone, while all make them."""
+    """ "image", "features" of those real images: on the main rank alone, while all make them."""
     own = images_in_order(source, batch_size, own_indices(world, chosen, batch_size))
     return progress(with_features(features, own, world), len(chosen), name, world.is_main)
 
@@ -136,7 +131,7 @@ def real_reference(
     """Of a whole split, cached by the content of the images and of what makes the features. Of larger splits, features
     of `MOST` images drawn at random, always the same.
 
-    All processes take part; the main one writes them, and where they were not cached, it alone is given them.
+    All ranks take part; the main one writes them, and where they were not cached, it alone is given them.
     """
     made_of = [dataset.fingerprint(), *data.sides, data.n_channels, *version_of(features, weights), MOST]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]

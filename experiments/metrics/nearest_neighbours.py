@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from experiments.harness.batches import kept_batches, shared
+from experiments.harness.batches import ResumableBatches, shared
 from experiments.harness.report import progress
 from experiments.metrics.distances import Batches
 from experiments.metrics.features import Features
@@ -16,7 +16,6 @@ from experiments.metrics.image_pairs import Closeness
 from experiments.metrics.neighbours import nearest
 from train.data.loading import ImageSource, images_in_order
 from train.data.transforms import View, training_views
-from train.distributed import World
 from train.files import whole_file
 
 CHUNK = 1000  # training images searched at a time, and kept of
@@ -68,14 +67,13 @@ def candidates(
     source: ImageSource,
     features: Features,
     most: int,
-    batch_size: int,
-    world: World,
-    folder: Path,
+    batches: ResumableBatches,
     name: str,
 ) -> Candidates:
     """The `most` nearest training images to queries (n, D) by features, of the whole source in all its training views;
-    in every process. What an earlier start searched is read."""
-    views, here = training_views(source.config), torch.device("cpu") if world.device.type == "mps" else world.device
+    on every rank. What an earlier start searched is read."""
+    views, world, batch_size = training_views(source.config), batches.world, batches.batch_size
+    here = torch.device("cpu") if world.device.type == "mps" else world.device
     queries = queries.to(here)
 
     def extract(images: Tensor) -> Tensor:
@@ -90,7 +88,7 @@ def candidates(
         return {"index": index} | searched(queries, images, index, views, extract, most)._asdict()
 
     best = None
-    chunks = kept_batches(folder, name, list(range(len(source))), CHUNK, make, world)
+    chunks = batches.resume(name, range(len(source)), make, size=CHUNK)
     for chunk in progress(chunks, len(source), "training images", world.is_main):
         if "distances" in chunk:
             found = Candidates(*(chunk[field] for field in Candidates._fields))
@@ -122,12 +120,10 @@ def reranked(
     source: ImageSource,
     closeness: Closeness,
     k: int,
-    batch_size: int,
-    world: World,
-    folder: Path,
+    batches: ResumableBatches,
     name: str,
 ) -> Batches:
-    """`Ranked` of images uint8 (n, C, H, W) in batches, as dicts: in the main process alone, while all make them."""
+    """`Ranked` of images uint8 (n, C, H, W) in batches, as dicts: on the main rank alone, while all make them."""
     views = training_views(source.config)
 
     def make(indices: list[int]) -> dict[str, Tensor]:
@@ -140,8 +136,7 @@ def reranked(
             rows.append(ranked(queries[i], shown, own, closeness, k))
         return Ranked(*map(torch.cat, zip(*rows, strict=True)))._asdict()
 
-    batches = kept_batches(folder, name, list(range(len(queries))), batch_size, make, world)
-    return progress(batches, len(queries), "ranking", world.is_main)
+    return progress(batches.resume(name, range(len(queries)), make), len(queries), "ranking", batches.world.is_main)
 
 
 def in_view(source: ImageSource, views: list[View], image: Tensor, view: Tensor) -> Tensor:
@@ -179,7 +174,7 @@ def save_picture(path: Path, sections: dict[str, list[Row]], title: str) -> None
         canvas.save(scratch, format="PNG")
 
 
-def draw_row(canvas: Image.Image, draw: ImageDraw.ImageDraw, font, row: Row, top: int) -> None:
+def draw_row(canvas: Image.Image, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, row: Row, top: int) -> None:
     width, height = shown_size(row.image)
     canvas.paste(shown(row.image), (MARGIN, top))
     draw.text((MARGIN, top + height + 1), row.words, GREY, font)

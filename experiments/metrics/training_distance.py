@@ -7,7 +7,6 @@ weights, seed and number of images. Of a thousand images it is greater than of m
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +15,14 @@ from experiments.harness.batches import gathered, own_indices
 from experiments.metrics import features as all_features
 from experiments.metrics.distances import real_statistics, statistics_cache
 from experiments.metrics.frechet import Statistics, frechet_distance
+from train.config import DataConfig, LoggingConfig, SamplingConfig, TrainingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
-from train.datasets import Dataset
+from train.datasets import Dataset, DatasetConfig
 from train.distributed import World, in_step
 from train.first_stage import FirstStage
 from train.inference import TrainedSampler
 from train.logging import Logger
 from train.loop import Hook, Outputs, State
-from train.spaces import Space
 
 LEAST = 2  # images that have a covariance
 
@@ -40,11 +39,11 @@ class Distance:
         name: str,
         images: Callable[[State], Iterator[tuple[Tensor, bool]]],
         real: Dataset,
-        config: Any,  # of a training script
+        data: DataConfig,
+        logging: LoggingConfig,
         world: World,
         batch_size: int,
     ):
-        data, logging = config.data, config.logging
         self.logger, self.images, self.world = logger, images, world
         self.features = all_features.choose(logging.FD_features, data, world.device)
         self.name = f"FD({self.features.name})/{name}"
@@ -78,25 +77,21 @@ def evaluated(network: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
-def at_once(config: Any, count: int, world: World) -> int:
+def at_once(training: TrainingConfig, count: int, world: World) -> int:
     """How many of `count` images each process makes at once: as many as it trains on, so that they fit, and so few
     that each has some, since a network in shards needs all processes. ValueError where there are too few for that."""
     least = max(LEAST, world.size)
     if count < least:
         raise ValueError(f"got {count} images for a distance, wanted {least} at least: pass a larger --FD_samples N")
-    training = config.training
     return max(1, min(training.batch_size // training.accumulate, count) // world.size)
 
 
 def of_samples(
-    config: Any, sampler: Any, space: Space, real: Dataset, frequencies: list[float], world: World, run: Path
+    model: TrainedSampler, real: Dataset, training: TrainingConfig, sampling: SamplingConfig, logging: LoggingConfig
 ) -> Callable[[Logger], Hook]:
     """The distance of --FD_samples images that a sampler draws, always of the same seeds, to its training images."""
-    count = config.logging.FD_samples
-    size = at_once(config, count, world)
-    shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
-    seed, amp = config.training.seed, config.training.amp
-    model = TrainedSampler(run, 0, sampler, space, config.data, config.reader, shares, "", world, amp)
+    count, world = logging.FD_samples, model.world
+    size = at_once(training, count, world)
 
     def make(logger: Logger) -> Hook:
         held_out = model.held_out()
@@ -106,30 +101,35 @@ def of_samples(
             with evaluated(state.averaged("network")) as network:
                 for indices, counts in world.rounds(world.share_of(batches)):
                     how = {"held_out": held_out, "network": network, "on_step": in_step(network)}
-                    made = model.draw(indices, seed, config.sampling, **how)
+                    made = model.draw(indices, training.seed, sampling, **how)
                     yield made["image"], counts
 
-        return Distance(logger, f"{count}_samples", images, real, config, world, size)
+        return Distance(logger, f"{count}_samples", images, real, model.data, logging, world, size)
 
     return make
 
 
 def of_reconstructions(
-    config: Any, real: Dataset, validation: ImageSource, world: World, run: Path
+    run: Path,
+    real: Dataset,
+    validation: ImageSource,
+    reader: DatasetConfig,
+    training: TrainingConfig,
+    logging: LoggingConfig,
+    world: World,
 ) -> Callable[[Logger], Hook]:
     """The distance of --FD_samples rebuilt held-out images, or of all there are, to the training images."""
-    count = min(config.logging.FD_samples, len(validation))
-    size = at_once(config, count, world)
+    count = min(logging.FD_samples, len(validation))
+    size = at_once(training, count, world)
     own = own_indices(world, fixed_subset(len(validation), count), size)
 
     def images(state: State) -> Iterator[tuple[Tensor, bool]]:
         with evaluated(state.averaged("autoencoder")) as network:
-            amp = config.training.amp
-            first = FirstStage(run, network, config.data, config.reader, state.step, "", world.device, amp)
+            first = FirstStage(run, network, validation.config, reader, state.step, "", world.device, training.amp)
             for batch, counts in world.rounds(images_in_order(validation, size, own)):
                 yield first.decode(first.encode(batch["image"])), counts
 
     def make(logger: Logger) -> Hook:
-        return Distance(logger, f"{count}_reconstructions", images, real, config, world, size)
+        return Distance(logger, f"{count}_reconstructions", images, real, validation.config, logging, world, size)
 
     return make

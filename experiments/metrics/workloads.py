@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusion.rng import Streams, seed_of
 from experiments.metrics.cost import WARM_UPS
 from experiments.metrics.throughput import Work, several
-from train.config import DataConfig, TrainingConfig
+from train.config import DataConfig, SamplerConfig, SamplingConfig, TrainingConfig
 from train.data.loading import Adapt, ImageSource, Positions, TrainingCodes, TrainingImages, build_dataset, on_device
 from train.data.transforms import to_uint8
 from train.datasets import Dataset, DatasetConfig
@@ -28,7 +28,7 @@ from train.spaces import Codes, Latents, Pixels, Space, Start
 from train.vqgan import VQGANStep
 from train.vqgan import build_state as build_vqgan_state
 from vq.autoencoder import VQGAN
-from vq.config import VQGANConfig
+from vq.config import VQGANConfig, VQGANLossConfig
 from vq.perceptual import Perceptual
 
 SOME_CODES = 4096  # grids of codes to load batches from: they lie in memory, however many
@@ -64,14 +64,21 @@ def present_images(data: DataConfig, reader: DatasetConfig) -> tuple[Dataset | N
         return None, " ".join(str(error).split())
 
 
-def space_for(config, network: Callable[[], VQGANConfig], device: torch.device) -> Space:
-    """What the sampler of a config works in, as `open_space` chooses it: pixels, or what a VQGAN with random weights
-    makes of them. `network()` is asked for where there is one."""
-    of_codes, data = plugin("train.samplers", config.sampler.sampler, "sampler").SPACE == "codes", config.data
-    if not of_codes and config.first.ae_load_dir is None:
+def space_for(
+    sampler: str,
+    ae_load_dir: str | None,
+    data: DataConfig,
+    reader: DatasetConfig,
+    network: Callable[[], VQGANConfig],
+    device: torch.device,
+) -> Space:
+    """What a sampler works in, as `open_space` chooses it: pixels, or what a VQGAN with random weights makes of them.
+    `network()` is asked for where there is one."""
+    of_codes = plugin("train.samplers", sampler, "sampler").SPACE == "codes"
+    if not of_codes and ae_load_dir is None:
         return Pixels(data)
     autoencoder = VQGAN(network(), data.size, data.n_channels).to(device).eval().requires_grad_(False)
-    first = FirstStage(Path(), autoencoder, data, config.reader, 0, "", device, False)
+    first = FirstStage(Path(), autoencoder, data, reader, 0, "", device, False)
     return Codes(first) if of_codes else Latents(first, 1.0)
 
 
@@ -80,32 +87,36 @@ def in_precision(space: Space, amp: bool) -> Space:
     return space if space.first is None else replace(space, first=replace(space.first, amp=amp))
 
 
-def sampler_trainees(config, space: Space, n_classes: int, world: World) -> list[Trainee]:
+def sampler_trainees(
+    settings: SamplerConfig, training: TrainingConfig, space: Space, n_classes: int, world: World
+) -> list[Trainee]:
     """Each way of training the sampler, with a network, an optimizer and averages of its own."""
     found = []
-    for name, training in ways(config.training, world.device).items():
-        own = in_precision(space, training.amp)
-        sampler, state = build_sampler_state(config.sampler, training, own, n_classes, world)
-        found.append(Trainee(name, SamplerStep(sampler, own, training, world), state))
+    for name, way in ways(training, world.device).items():
+        own = in_precision(space, way.amp)
+        sampler, state = build_sampler_state(settings, way, own, n_classes, world)
+        found.append(Trainee(name, SamplerStep(sampler, own, way, world), state))
     return found
 
 
-def vqgan_trainees(config, world: World) -> list[Trainee]:
+def vqgan_trainees(
+    network: VQGANConfig, loss: VQGANLossConfig, data: DataConfig, training: TrainingConfig, world: World
+) -> list[Trainee]:
     """Each way of training the VQGAN. The perceptual network has random weights, and costs what trained ones do."""
-    net = {"auto": "vgg"}.get(config.loss.perceptual_net, config.loss.perceptual_net)
-    needed = net != "none" and config.loss.perceptual_weight
+    net = {"auto": "vgg"}.get(loss.perceptual_net, loss.perceptual_net)
+    needed = net != "none" and loss.perceptual_weight
     perceptual = Perceptual(net, trained=False) if needed else None
     found = []
-    for name, training in ways(config.training, world.device).items():
-        state = build_vqgan_state(config.network, config.loss, config.data, training, world)
-        found.append(Trainee(name, VQGANStep(config.loss, training, world, perceptual), state))
+    for name, way in ways(training, world.device).items():
+        state = build_vqgan_state(network, loss, data, way, world)
+        found.append(Trainee(name, VQGANStep(loss, way, world, perceptual), state))
     return found
 
 
-def moments(config) -> dict[str, int]:
-    """Steps of a VQGAN's training that differ in their work, by name: those that its run comes to."""
-    start, steps = config.loss.disc_start_step, config.training.train_steps
-    minded = start + config.loss.disc_warmup_steps
+def moments(loss: VQGANLossConfig, steps: int) -> dict[str, int]:
+    """Of so many steps of a VQGAN's training, those that differ in their work, by name."""
+    start = loss.disc_start_step
+    minded = start + loss.disc_warmup_steps
     found = {"no discriminator": 0, "discriminator alone": start, "discriminator": minded}
     done = {"no discriminator": start > 0, "discriminator alone": start < minded, "discriminator": True}
     return {name: step for name, step in found.items() if done[name] and step < steps}
@@ -156,7 +167,7 @@ def in_parts(batch: Batch, accumulate: int) -> list[Batch]:
 
 
 @torch.no_grad()
-def sampled(trainee: Trainee, batch: Batch, options: Any, **how: Any) -> Tensor:
+def sampled(trainee: Trainee, batch: Batch, options: SamplingConfig, **how: Any) -> Tensor:
     """As many examples as the batch has, of its conditions, in the sampler's space; `how` is of its `sample`."""
     step, size = trainee.step, len(batch["position"])
     rng = Streams([seed_of(0, "show", i) for i in range(size)], step.world.device)
@@ -166,7 +177,7 @@ def sampled(trainee: Trainee, batch: Batch, options: Any, **how: Any) -> Tensor:
         return step.sampler.sample(network, rng, batch=conditions, options=options, **how)
 
 
-def full_steps(trainee: Trainee, batch: Batch, options: Any, repeats: int) -> list[float]:
+def full_steps(trainee: Trainee, batch: Batch, options: SamplingConfig, repeats: int) -> list[float]:
     """Seconds of `repeats` steps of ancestral sampling of codes that evaluate every grid, after two that do not count.
 
     From half of the batch's codes on, since grids that are equal, as empty ones are, would be evaluated once; watched,
@@ -193,11 +204,13 @@ def decoding(trainee: Trainee, x: Tensor, repeats: int) -> list[float]:
     return several(lambda: space.decode(x), repeats, trainee.step.world.device)
 
 
-def there_and_back(trainee: Trainee, config, images: Tensor) -> dict[str, Callable[[], Tensor]]:
+def there_and_back(
+    trainee: Trainee, data: DataConfig, reader: DatasetConfig, images: Tensor
+) -> dict[str, Callable[[], Tensor]]:
     """A VQGAN's two halves as later stages use them: images to codes, codes to images."""
     network = trainee.state.averaged("autoencoder").eval()
     amp = trainee.step.dtype != torch.float32
-    first = FirstStage(Path(), network, config.data, config.reader, 0, "", trainee.step.world.device, amp)
+    first = FirstStage(Path(), network, data, reader, 0, "", trainee.step.world.device, amp)
     pictures = to_uint8(images)
     codes = first.encode(pictures)
     return {"encoding": lambda: first.encode(pictures), "decoding": lambda: first.decode(codes)}

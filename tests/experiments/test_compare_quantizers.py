@@ -129,7 +129,7 @@ def test_each_quantizer_has_its_own_settings_and_gumbel_the_whole_run(monkeypatc
     monkeypatch.setattr(cli, "run_main", lambda main, config: configs.append(config))
     call(SCRIPT, f"--config {ROOT / 'configs' / 'mnist_quantizers.yaml'} --train_steps 777 --logs_root {tmp_path}")
     (config,) = configs
-    found = networks(config)
+    found = networks(config.network, config.comparison.quantizers, config.training.train_steps)
     assert list(found) == list(VARIANTS) and set(found) == set(get_args(VQGANConfig.__annotations__["quantizer"]))
     for name, network in found.items():
         assert network.quantizer == name and network.codebook_size == 512 and network.gumbel_decay_steps == 777

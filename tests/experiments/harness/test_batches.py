@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.harness.batches import FOLDER, forget, kept_batches
+from experiments.harness.batches import FOLDER, ResumableBatches
 from train.distributed import World
 
 ALONE = World(torch.device("cpu"))
@@ -29,7 +29,7 @@ class Maker:
 
 
 def go(folder, make, *, name="noise", count=10, size=3, world=ALONE):
-    return list(kept_batches(folder, name, list(range(count)), size, make, world))
+    return list(ResumableBatches(world, folder, size).resume(name, range(count), make))
 
 
 def cut_off(folder, make, **how):
@@ -63,7 +63,7 @@ def test_a_start_that_was_cut_off_is_gone_on_with(tmp_path, made_before):
 
 
 def test_a_batch_is_kept_before_it_is_handed_out(tmp_path):
-    next(kept_batches(tmp_path, "noise", list(range(10)), 3, Maker(), ALONE))
+    next(ResumableBatches(ALONE, tmp_path, 3).resume("noise", range(10), Maker()))
     again = Maker()
     go(tmp_path, again)
     assert len(again.asked) == 3
@@ -108,12 +108,22 @@ def test_a_damaged_batch_is_named(tmp_path):
     assert_same(go(tmp_path, again), go(tmp_path / "whole", Maker()))  # what follows it is made again, too
 
 
-def test_what_is_forgotten_is_made_anew_and_nothing_else_goes(tmp_path):
-    forget(tmp_path)  # nothing there
+def test_what_is_cleared_is_made_anew_and_nothing_else_goes(tmp_path):
+    batches = ResumableBatches(ALONE, tmp_path, 3)
+    batches.clear()  # nothing there
     go(tmp_path, Maker())
     (tmp_path / "results.json").touch()
-    forget(tmp_path)
+    batches.clear()
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_size_of_its_own_and_the_name_of_the_file_say_what_a_batch_is(tmp_path):
+    """Files of an earlier version of the code are read: their names stay."""
+    make = Maker()
+    list(ResumableBatches(ALONE, tmp_path, 3).resume("noise", range(10), make, size=6))
+    assert make.asked == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9]]
+    names = sorted(path.name for path in (tmp_path / ".kept").iterdir())
+    assert names == ["noise_6_000000.safetensors", "noise_6_000001.safetensors"]
 
 
 class OneOfTwo(World):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from experiments.calc_nearest_neighbours import evenly, figures
+from experiments.harness.batches import ResumableBatches
 from experiments.metrics import nearest_neighbours
 from experiments.metrics.features import Features
 from experiments.metrics.image_pairs import Closeness
@@ -72,7 +73,7 @@ def test_against_a_plain_search_in_all_views(tmp_path, monkeypatch, data, most):
     monkeypatch.setattr(nearest_neighbours, "CHUNK", 5)
     source = source_of(13, **data)
     queries = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(1)).float()
-    found = candidates(queries, source, FEATURES, most, 3, ALONE, tmp_path, "c")
+    found = candidates(queries, source, FEATURES, most, ResumableBatches(ALONE, tmp_path, 3), "c")
     wanted = plainly(queries, source, most)
     assert found.images.tolist() == [[image for _, image, _ in rows] for rows in wanted]
     assert found.views.tolist() == [[view for _, _, view in rows] for rows in wanted]
@@ -85,7 +86,7 @@ def test_what_cannot_be_read_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(nearest_neighbours, "CHUNK", 3)
     source = source_of(10, broken=(1, 3, 4, 5))  # a whole chunk among them
     queries = torch.zeros(2, 16)
-    found = candidates(queries, source, FEATURES, 100, 2, ALONE, tmp_path, "c")
+    found = candidates(queries, source, FEATURES, 100, ResumableBatches(ALONE, tmp_path, 2), "c")
     assert found.images.tolist() == [[image for _, image, _ in rows] for rows in plainly(queries, source, 100)]
     assert sorted(found.images[0].tolist()) == [0, 2, 6, 7, 8, 9]
 
@@ -100,12 +101,12 @@ def test_a_search_that_was_cut_off_goes_on(tmp_path, monkeypatch):
             raise RuntimeError("cut off")
         return FEATURES.extract(images)
 
-    queries = torch.zeros(2, 16)
+    queries, batches = torch.zeros(2, 16), ResumableBatches(ALONE, tmp_path, 9)
     with pytest.raises(RuntimeError, match="cut off"):
-        candidates(queries, source, FEATURES._replace(extract=failing), 3, 9, ALONE, tmp_path, "c")
-    found = candidates(queries, source, FEATURES._replace(extract=failing), 3, 9, ALONE, tmp_path, "c")
+        candidates(queries, source, FEATURES._replace(extract=failing), 3, batches, "c")
+    found = candidates(queries, source, FEATURES._replace(extract=failing), 3, batches, "c")
     assert asked == [4, 4, 4, 4]  # the first chunk is not searched again
-    assert torch.equal(found.images, candidates(queries, source, FEATURES, 3, 9, ALONE, tmp_path, "other").images)
+    assert torch.equal(found.images, candidates(queries, source, FEATURES, 3, batches, "other").images)
 
 
 def test_candidates_are_ranked_anew():
@@ -127,9 +128,9 @@ def test_a_mirrored_training_image_is_found_as_a_copy(tmp_path):
     source = source_of(9, horizontal_flip=True)
     image = source[4]["image"].as_subclass(torch.Tensor)
     queries = torch.stack([image.flip(2), 255 - image])
-    near = candidates(FEATURES.extract(queries), source, FEATURES, 5, 3, ALONE, tmp_path, "c")
+    near = candidates(FEATURES.extract(queries), source, FEATURES, 5, ResumableBatches(ALONE, tmp_path, 3), "c")
     by_pixels = Closeness("l1", lambda one, others: (others.double() - one.double()).abs().sum((1, 2, 3)))
-    (found,) = reranked(queries, near, source, by_pixels, 3, 8, ALONE, tmp_path, "r")
+    (found,) = reranked(queries, near, source, by_pixels, 3, ResumableBatches(ALONE, tmp_path, 8), "r")
     assert found["images"][0, 0] == 4 and found["views"][0, 0] == 1 and found["distances"][0, 0] == 0
     assert found["equal"].tolist() == [True, False]
     assert found["distances"].shape == (2, 3) and found["distances"].diff(dim=1).ge(0).all()

@@ -9,10 +9,11 @@ import pytest
 import torch
 import yaml
 
+from experiments.calc_VQGAN_FID import plot, report
 from experiments.metrics import image_pairs, reconstruction
 from experiments.metrics.frechet import Statistics, frechet_distance
 from experiments.metrics.image_pairs import l1, psnr, ssim
-from experiments.metrics.reconstruction import chosen_perceptual, plot, print_report, rebuilt, summed_up
+from experiments.metrics.reconstruction import chosen_perceptual, rebuilt, summed_up
 
 K, PIXELS = 8, 16 * 16
 
@@ -235,11 +236,10 @@ def test_the_histogram_is_drawn_of_even_and_of_collapsed_codes(counts, tmp_path)
     assert (tmp_path / "codes.png").stat().st_size > 5000
 
 
-def test_the_table_says_what_is_missing_and_what_was_left_out(capsys):
+def test_the_table_says_what_is_missing_and_what_was_left_out():
     results, _ = measured(First(), images(5, size=8))
     said = {"metric": "FID", "codebook_size": K, "lpips_net": "none", "split": "val", "n_reference": 5}
     said |= {"features": "inception", "run": {"model": {"dataset": "digits"}}}
-    print_report(results | said, Path("/somewhere"))
-    lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    lines = {line.split("  ")[0]: line for line in report(results | said, Path("/somewhere")).splitlines()}
     assert "rFID" in lines and "without 5 images rebuilt exactly" in lines["PSNR"]
     assert all(lines[name].split()[1] == "-" for name in ("PSNR", "SSIM", "LPIPS"))

@@ -35,9 +35,14 @@ def second_stage(sampler="absorbing", accumulate=1, **settings):
     )
 
 
+def space_of(config, network):
+    first = config.first.ae_load_dir
+    return workloads.space_for(config.sampler.sampler, first, config.data, config.reader, network, CPU)
+
+
 def trained(config, n_classes=0):
-    space = workloads.space_for(config, lambda: VQGANConfig(nf=4, ch_mult=(1, 2, 2), codebook_size=16), CPU)
-    (trainee,) = workloads.sampler_trainees(config, space, n_classes, HERE)
+    space = space_of(config, lambda: VQGANConfig(nf=4, ch_mult=(1, 2, 2), codebook_size=16))
+    (trainee,) = workloads.sampler_trainees(config.sampler, config.training, space, n_classes, HERE)
     batch = workloads.random_batch(space, n_classes, config.training.batch_size, config.data, CPU)
     work = workloads.work_of(trainee, workloads.in_parts(batch, config.training.accumulate), HERE)
     return space, trainee, batch, work
@@ -45,11 +50,11 @@ def trained(config, n_classes=0):
 
 def test_the_space_is_what_training_would_open():
     config, network = second_stage(), lambda: VQGANConfig(nf=4, ch_mult=(1, 2), codebook_size=16)
-    assert isinstance(workloads.space_for(config, network, CPU), Codes)
+    assert isinstance(space_of(config, network), Codes)
     config.sampler = replace(config.sampler, sampler="ddpm")
-    assert isinstance(workloads.space_for(config, None, CPU), Pixels)  # no VQGAN is asked for
+    assert isinstance(space_of(config, None), Pixels)  # no VQGAN is asked for
     config.first.ae_load_dir = "a_run"
-    latents = workloads.space_for(config, network, CPU)
+    latents = space_of(config, network)
     assert isinstance(latents, Latents) and latents.facts["shape"] == (256, 8, 8)
     assert workloads.in_precision(latents, True).first.amp and not latents.first.amp
 
@@ -81,16 +86,14 @@ def test_what_is_timed_trains_and_is_counted_by_the_formulas(accumulate, monkeyp
 
 
 def test_the_discriminator_is_part_of_the_steps_that_come_after_its_first():
-    config = SimpleNamespace(
-        network=VQGANConfig(nf=4, ch_mult=(1, 2), emb_dim=4, codebook_size=16, attn_resolutions=()),
-        loss=VQGANLossConfig(perceptual_net="none", disc_start_step=3, ndf=4, disc_layers=1),
-        data=DataConfig(img_size=8, n_channels=1),
-        training=TrainingConfig(batch_size=2, amp=False, train_steps=9),
-    )
-    times = workloads.moments(config)
+    network = VQGANConfig(nf=4, ch_mult=(1, 2), emb_dim=4, codebook_size=16, attn_resolutions=())
+    loss = VQGANLossConfig(perceptual_net="none", disc_start_step=3, ndf=4, disc_layers=1)
+    data = DataConfig(img_size=8, n_channels=1)
+    times = workloads.moments(loss, 9)
     assert times == {"no discriminator": 0, "discriminator": 3}
-    (trainee,) = workloads.vqgan_trainees(config, HERE)
-    batch = workloads.random_batch(None, 0, 2, config.data, CPU)
+    training = TrainingConfig(batch_size=2, amp=False, train_steps=9)
+    (trainee,) = workloads.vqgan_trainees(network, loss, data, training, HERE)
+    batch = workloads.random_batch(None, 0, 2, data, CPU)
     assert batch["image"].shape == (2, 1, 8, 8) and batch["image"].abs().max() <= 1
     calls, autoencoder_backward = [], trainee.step.autoencoder_backward
     trainee.step.autoencoder_backward = lambda *args: calls.append(args[0].step) or autoencoder_backward(*args)
@@ -102,12 +105,10 @@ def test_the_discriminator_is_part_of_the_steps_that_come_after_its_first():
         assert (work.name, trainee.state.step) == (f"float32, {name}", at + 1)
         moved.append(not torch.equal(before, weight))
     assert moved == [False, True] and calls == [0, 0, 3, 3]  # each run is one step
-    config.training = replace(config.training, train_steps=3)
-    assert list(workloads.moments(config)) == ["no discriminator"]
-    config.loss = replace(config.loss, disc_start_step=0)
-    assert list(workloads.moments(config)) == ["discriminator"]
-    config.loss = replace(config.loss, disc_start_step=0, disc_warmup_steps=1)
-    assert workloads.moments(config) == {"discriminator alone": 0, "discriminator": 1}
+    assert list(workloads.moments(loss, 3)) == ["no discriminator"]
+    assert list(workloads.moments(replace(loss, disc_start_step=0), 3)) == ["discriminator"]
+    loss = replace(loss, disc_start_step=0, disc_warmup_steps=1)
+    assert workloads.moments(loss, 3) == {"discriminator alone": 0, "discriminator": 1}
 
 
 def test_labels_are_learned_where_there_are_classes():

@@ -1,0 +1,197 @@
+"""Experiments are a Config, `measure` and `report` under one main: what is measured once is not measured again."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.harness.batches import FOLDER, ResumableBatches
+from experiments.harness.experiment import (
+    FirstStageModelConfig,
+    FirstStageOutputConfig,
+    ModelConfig,
+    OutputConfig,
+    Prepared,
+    run_experiment,
+)
+from helpers.tiny_runs import ROOT
+from train.distributed import World
+from train.files import sha256
+from train.first_stage import FirstStage
+from train.inference import TrainedSampler
+
+EXPERIMENTS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if "\n    run_experiment(" in p.read_text())
+
+
+def call_in(name: str) -> ast.Call:
+    """How a script calls run_experiment."""
+    calls = (node for node in ast.walk(ast.parse((ROOT / "experiments" / f"{name}.py").read_text())))
+    (call,) = (c for c in calls if isinstance(c, ast.Call) and ast.unparse(c.func) == "run_experiment")
+    return call
+
+
+def test_most_commands_are_experiments():
+    assert {"calc_FID", "calc_PRDC", "get_samples", "reconstruct", "inpaint"} <= set(EXPERIMENTS)
+    assert len({call_in(name).args[0].value for name in EXPERIMENTS}) == len(EXPERIMENTS) > 10  # folders of their own
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_is_a_config_a_measure_and_a_report(name):
+    module, call = importlib.import_module(f"experiments.{name}"), call_in(name)
+    assert [ast.unparse(arg) for arg in call.args[1:]] == ["Config", "measure", "report"] and module.Config.__doc__
+    groups = {field.name: field.type for field in dataclasses.fields(module.Config)}
+    first_stage = groups["model"] is FirstStageModelConfig
+    model = FirstStage if first_stage else TrainedSampler
+    assert groups["output"] is (FirstStageOutputConfig if first_stage else OutputConfig)
+
+    taken = [parameter.annotation for parameter in inspect.signature(module.measure).parameters.values()]
+    assert taken[-2:] == [model, ResumableBatches] and not {inspect.Parameter.empty, Any, module.Config} & set(taken)
+    if "prepare" in {keyword.arg for keyword in call.keywords}:
+        signature = inspect.signature(module.prepare)
+        assert [each.annotation for each in signature.parameters.values()] == [module.Config, model, World]
+        assert signature.return_annotation is Prepared
+    else:
+        assert taken[:-2] == [kind for key, kind in groups.items() if key not in ("model", "output")]
+
+    signature = inspect.signature(module.report)
+    assert list(signature.parameters) == ["results", "folder"] and signature.return_annotation is str
+    assert module.measure.__doc__ and module.report.__doc__ and not hasattr(module, "main")
+
+
+# a toy experiment on a tiny model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig:
+    """Toy."""
+
+    count: int = 5
+    """How many."""
+    file: str | None = None
+    """A file that results are of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Draws numbers."""
+
+    toy: ToyConfig
+    model: ModelConfig
+    output: OutputConfig
+
+
+class Toy:
+    """`measure`, which notes what is made and may be cut off; and its command line."""
+
+    def __init__(self, logs: Path, monkeypatch, fails_at: int | None = None):
+        self.logs, self.patch, self.fails_at, self.made = logs, monkeypatch, fails_at, []
+
+    def measure(self, toy: ToyConfig, model: TrainedSampler, batches: ResumableBatches) -> dict[str, Any]:
+        def make(indices: list[int]) -> dict[str, torch.Tensor]:
+            if len(self.made) == self.fails_at:
+                raise KeyboardInterrupt
+            self.made.append(indices)
+            return {"number": batches.seed + torch.tensor(indices)}
+
+        found = torch.cat([batch["number"] for batch in batches.resume("numbers", range(toy.count), make)])
+        return {"numbers": found.tolist(), "run": batches.run}
+
+    def report(self, results: dict[str, Any], folder: Path) -> str:
+        return f"sum: {sum(results['numbers'])} in {folder}"
+
+    def __call__(self, flags: str = "", folder: str = "toy", **how: Any) -> dict[str, Any]:
+        words = f"toy.py --logs_root {self.logs} --no_amp --batch_size 2 --seed 7 {flags}".split()
+        self.patch.setattr(sys, "argv", words)
+        run_experiment("toy", Config, self.measure, self.report, **how)
+        return json.loads((self.logs / f"{folder}_absorbing_digits_3" / "results.json").read_text())
+
+
+@pytest.fixture
+def toy(trained, tmp_path, monkeypatch):
+    for run in ("vqgan_digits", "absorbing_digits"):
+        (tmp_path / run).symlink_to(trained / run)
+    return Toy(tmp_path, monkeypatch)
+
+
+def test_a_finished_experiment_is_reported_and_not_measured_again(toy, capsys):
+    found = toy()
+    assert found["numbers"] == [7, 8, 9, 10, 11] and toy.made == [[0, 1], [2, 3], [4]]
+    assert found["run"]["toy"]["count"] == 5 and found["run"]["step"] == 3 and "sampler_weights" in found["run"]
+    folder = toy.logs / "toy_absorbing_digits_3"
+    first = capsys.readouterr().out
+    assert toy() == found and len(toy.made) == 3
+    assert first.endswith(f"results: {folder}\nsum: 45 in {folder}\n") and capsys.readouterr().out == first
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "results.json"]
+
+
+def test_one_that_was_cut_off_resumes(toy, capsys):
+    toy.fails_at = 2
+    with pytest.raises(SystemExit):
+        toy()
+    folder = toy.logs / "toy_absorbing_digits_3"
+    assert len(list((folder / FOLDER).iterdir())) == 2 and not (folder / "results.json").exists()
+    toy.fails_at, toy.made = None, []
+    assert toy()["numbers"] == [7, 8, 9, 10, 11] and toy.made == [[4]]
+    assert not (folder / FOLDER).exists()
+
+
+def test_a_file_with_another_content_is_measured_anew(toy, tmp_path):
+    path = tmp_path / "data.txt"
+    path.write_text("one")
+    flags = f"--file {path}"
+    assert toy(flags, files=("file",))["run"]["files"] == {"file": sha256(path)}
+    toy(flags, files=("file",))
+    assert len(toy.made) == 3
+    path.write_text("two")
+    assert toy(flags, files=("file",))["run"]["files"] == {"file": sha256(path)} and len(toy.made) == 6
+    path.unlink()  # what was measured of it stands
+    toy(flags, files=("file",))
+    assert len(toy.made) == 6
+
+
+def test_other_settings_in_the_same_folder_are_refused(toy, capfd):
+    toy()
+    with pytest.raises(SystemExit):
+        toy("--count 6")
+    assert "count: 5 there, 6 now" in capfd.readouterr().err and len(toy.made) == 3
+
+
+def test_what_is_prepared_names_the_folder_and_may_outdate_a_report(toy):
+    known = ["one"]
+
+    def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
+        current = known[0]
+        return Prepared((config.toy,), {"of": "this"}, "prepared", is_current=lambda results: current == "one")
+
+    toy(folder="prepared", prepare=prepare)
+    assert "of: this" in (toy.logs / "prepared_absorbing_digits_3" / "config.yaml").read_text()
+    toy(folder="prepared", prepare=prepare)
+    assert len(toy.made) == 3
+    known[0] = "another"
+    toy(folder="prepared", prepare=prepare)
+    assert len(toy.made) == 6
+
+
+def test_what_is_refused_beforehand_leaves_no_folder(toy, capfd):
+    def refuse(config: Config, model: TrainedSampler, world: World) -> Prepared:
+        raise ValueError("nothing to measure: pass --count N")
+
+    with pytest.raises(SystemExit) as stop:
+        toy(prepare=refuse)
+    assert stop.value.code == 2 and "toy.py: nothing to measure" in capfd.readouterr().err
+    assert not (toy.logs / "toy_absorbing_digits_3").exists()
+
+
+def test_one_process_refuses_several(toy, monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        toy(one_process=True)
+    assert "start it with python instead of torchrun" in capfd.readouterr().err
