@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -23,13 +24,14 @@ OFFSET = "<i8"
 
 
 def pack(fields: dict[str, Any]) -> bytes:
-    """Fields of an item as a record; b"" for none. ValueError for what is no number, string or tensor, nor strings."""
+    """Fields of an item as a record; b"" for none. ValueError for what `collate` does not take."""
     if not fields:
         return b""
     plain, types, tensors = {}, {}, {}
     for name, value in fields.items():
         if isinstance(value, Tensor):
-            tensors[name], types[name] = value.as_subclass(Tensor).contiguous(), type_of(name, value)
+            alone = value.as_subclass(Tensor).clone(memory_format=torch.contiguous_format)  # sharing none's memory
+            tensors[name], types[name] = alone, type_of(name, value)
         elif isinstance(value, bool | int | float | str) or (
             isinstance(value, list) and all(isinstance(each, str) for each in value)
         ):

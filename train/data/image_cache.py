@@ -55,12 +55,8 @@ class Decoding:
         image = np.ascontiguousarray(item.pop("image").numpy())
         numbers = {name: value for name, value in item.items() if isinstance(value, int | float)}
         others = {name: value for name, value in item.items() if name not in numbers}
-        kinds = {
-            f"image of {image.dtype}",
-            *(f"number {name}" for name in numbers),
-            *(f"field {name}" for name in others),
-        }
-        return Decoded(image, numbers, pack(others), kinds)
+        fields = {f"number {name}" for name in numbers} | {f"field {name}" for name in others}
+        return Decoded(image, numbers, pack(others), fields | {f"image of {image.dtype}"})
 
 
 class CachedImages:

@@ -41,6 +41,8 @@ def test_records_hold_every_type_of_field(tmp_path):
     items.append(
         {"sketch": tv_tensors.Image(torch.zeros(1, 2, 2)), "flat": torch.zeros(2, 3).t(), "one": torch.tensor(3)}
     )
+    grid = torch.arange(6).view(2, 3)
+    items.append({"grid": grid, "row": grid[0], "mask": tv_tensors.Mask(grid)})  # of one memory
     items.append({})
     write_records(tmp_path / "records", map(pack, items))
     records = Records(tmp_path / "records", len(items))
