@@ -3,7 +3,6 @@
 python experiments/compare_quantizers.py --config configs/mnist_quantizers.yaml
 """
 
-import dataclasses
 import json
 import math
 import statistics
@@ -27,6 +26,7 @@ from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics
 from experiments.metrics.reconstruction import LPIPS, SHOWN, rebuilt, summed_up
 from train.cli.parse import run_script
+from train.cli.plugins import flags_of, part_of
 from train.config import DataConfig, TrainingConfig
 from train.data.loading import ImageSource, TrainingImages, build_dataset, images_in_order, training_batches
 from train.datasets import DatasetConfig
@@ -35,12 +35,13 @@ from train.files import whole_file
 from train.first_stage import FirstStage
 from train.loop import State, fit
 from train.optim import BadSteps
+from train.registry import names_in, plugin
 from train.runs import open_run, perceptual_origin, run_folder
 from train.vqgan import VQGANStep, build_state
 from vq.config import VQGANConfig, VQGANLossConfig
 from vq.perceptual import load_perceptual
 
-# What each quantizer changes of the settings that all share. fsq and lfq choose their own width of a code.
+# What quantizers change of the settings that all share. fsq and lfq choose their own width of a code.
 VARIANTS: dict[str, dict[str, Any]] = {
     "nearest": {},
     "ema": {},
@@ -66,7 +67,7 @@ class ComparisonConfig:
     """Comparison."""
 
     quantizers: tuple[str, ...] = tuple(VARIANTS)
-    """Which of nearest, ema, l2, gumbel, fsq, lfq, ibq."""
+    """Which of them: files of vq/quantizers."""
     seeds: int = 1
     """Runs of each, of seeds from --seed on."""
     features: str = "auto"
@@ -75,9 +76,9 @@ class ComparisonConfig:
     """Validation images rebuilt together; no number depends on it."""
 
     def __post_init__(self):
-        unknown = [name for name in self.quantizers if name not in VARIANTS]
-        if unknown or not self.quantizers or len(set(self.quantizers)) < len(self.quantizers):
-            raise ValueError(f"got quantizers {list(self.quantizers)}, wanted some of {', '.join(VARIANTS)}, each once")
+        if not self.quantizers or len(set(self.quantizers)) < len(self.quantizers):
+            known = ", ".join(names_in("vq.quantizers"))
+            raise ValueError(f"got quantizers {list(self.quantizers)}, wanted some of {known}, each once")
         if self.seeds < 1 or self.rebuilt_at_once < 1:
             got = f"seeds {self.seeds}, rebuilt_at_once {self.rebuilt_at_once}"
             raise ValueError(f"got {got}: wanted at least 1 of each")
@@ -105,8 +106,16 @@ def networks(network: VQGANConfig, quantizers: Sequence[str], train_steps: int) 
     if network.quantizer != VQGANConfig.quantizer:
         got = network.quantizer
         raise ValueError(f"got --quantizer {got}, but a comparison has several: pass --quantizers {got}")
-    changes = {"gumbel_decay_steps": train_steps}
-    return {name: dataclasses.replace(network, quantizer=name, **changes | VARIANTS[name]) for name in quantizers}
+    return {name: with_quantizer(network, name, gumbel_decay_steps=train_steps) for name in quantizers}
+
+
+def with_quantizer(network: VQGANConfig, name: str, **options: Any) -> VQGANConfig:
+    """The network with one of the quantizers whose joined options it has; `options` are for those that have them."""
+    config, changes = plugin("vq.quantizers", name, "quantizer").Config, options | VARIANTS.get(name, {})
+    flags = flags_of(config)
+    own = replace(part_of(network.quantizer_config, config), **{k: v for k, v in changes.items() if k in flags})
+    shared = {k: v for k, v in changes.items() if k in flags_of(VQGANConfig)}
+    return replace(network, quantizer=name, quantizer_config=own, **shared)
 
 
 def main(config: Config) -> None:
@@ -119,7 +128,7 @@ def main(config: Config) -> None:
     steps, at_once = training.train_steps, training.batch_size
     folder = run_folder(config.output.logs_root, config.output.log_dir or f"compare_quantizers_{config.data.dataset}")
     bench = prepare(config, folder)
-    same = {"own_settings": {name: VARIANTS[name] for name in c.quantizers}, "steps_of_each": steps}
+    same = {"own_settings": {name: VARIANTS.get(name, {}) for name in c.quantizers}, "steps_of_each": steps}
     same |= perceptual_origin(None if bench.perceptual is None else config.loss.perceptual_weights)
     open_run(folder, config, same | {"images": bench.images.dataset.fingerprint()})
     print(f"results: {folder}", flush=True)

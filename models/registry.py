@@ -1,9 +1,11 @@
-"""Classes and functions by name: those that are here, or the user's own by their dotted path."""
+"""Classes, functions and files by name: those that are here, or the user's own."""
 
+import difflib
 import importlib
 import inspect
+import pkgutil
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 
 from torch import nn
@@ -67,17 +69,22 @@ MOVED = {
     "vq.codes.cache_key": "train.data.code_cache.cache_key",
     "vq.lecam.LeCAM": "vq.losses.LeCAM",
     "vq.plain_tensors.read_tensors": "vq.weights.read_tensors",
-    "vq.quantize.Codes": "vq.quantizer.Codes",
-    "vq.quantize.OneProcess": "vq.quantizer.OneProcess",
-    "vq.quantize.Processes": "vq.quantizer.Processes",
-    "vq.quantize.Quantizer": "vq.quantizer.Quantizer",
-    "vq.quantize.Training": "vq.quantizer.Training",
+    "vq.quantize.Codes": "vq.quantizers.Codes",
+    "vq.quantize.OneProcess": "vq.quantizers.OneProcess",
+    "vq.quantize.Processes": "vq.quantizers.Processes",
+    "vq.quantize.Quantizer": "vq.quantizers.Quantizer",
+    "vq.quantize.Training": "vq.quantizers.Training",
     "vq.quantize.make_quantizer": "vq.quantizer.make_quantizer",
     "vq.quantize.nearest": "vq.quantizer.nearest",
     "vq.quantize.per_example": "vq.quantizer.per_example",
     "vq.quantize.perplexity": "vq.quantizer.perplexity",
     "vq.quantize.straight_through": "vq.quantizer.straight_through",
     "vq.quantize.usage": "vq.quantizer.usage",
+    "vq.quantizer.Codes": "vq.quantizers.Codes",
+    "vq.quantizer.OneProcess": "vq.quantizers.OneProcess",
+    "vq.quantizer.Processes": "vq.quantizers.Processes",
+    "vq.quantizer.Quantizer": "vq.quantizers.Quantizer",
+    "vq.quantizer.Training": "vq.quantizers.Training",
     "train.absorbing.AbsorbingSampler": "train.samplers.absorbing.AbsorbingSampler",
     "train.assembly.assemble": "train.trainer.assemble",
     "train.assembly.make_hooks": "train.trainer.make_hooks",
@@ -187,3 +194,23 @@ def import_file(module_name: str, got: str) -> ModuleType:
         if not moved:
             raise
         raise ValueError(f"got {got}, which imports {missing}: what that had is {', '.join(moved)} now") from error
+
+
+def names_in(package: str) -> list[str]:
+    """The plug-ins of a package: the file name is the registry, `--dataset birds` is train/datasets/birds.py."""
+    files = pkgutil.iter_modules(importlib.import_module(package).__path__)
+    return sorted(file.name for file in files if not file.name.startswith("_"))
+
+
+def plugin(package: str, name: str, flag: str) -> ModuleType:
+    """The module `<package>.<name>`, or ValueError with the names there are."""
+    names = names_in(package)
+    if name not in names:
+        raise ValueError(f"unknown {flag} {name!r}{did_you_mean(name, names)}; there are: {', '.join(names)}")
+    return import_file(f"{package}.{name}", f"{flag} {name!r}")
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the known one nearest to it, if any is near."""
+    close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""

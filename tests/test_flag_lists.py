@@ -4,11 +4,15 @@ import yaml
 
 from helpers.tiny_runs import ROOT
 from train.cli import parse as cli
+from train.cli.plugins import PLUGIN_GROUPS
 from train.config import DataConfig, LoggingConfig, TrainingConfig
 from train.registry import names_in
 from train.samplers import absorbing, ddpm
 from train.samplers._transformer import TransformerConfig
 from vq.config import VQGANConfig, VQGANLossConfig
+from vq.quantizers import QuantizerConfig
+
+QUANTIZERS = PLUGIN_GROUPS[QuantizerConfig]
 
 
 def test_flags_of_data_and_of_stage_one_are_the_agreed_ones():
@@ -18,9 +22,13 @@ def test_flags_of_data_and_of_stage_one_are_the_agreed_ones():
         *("in_memory", "cache_images", "num_workers", "prefetch", "data_range"),
     }
     assert cli.fields_of(VQGANConfig) == {
-        *("nf", "ch_mult", "res_blocks", "attn_resolutions", "quantizer", "codebook_size", "emb_dim"),
-        *("beta", "legacy_beta", "codebook_decay", "revive_below", "fsq_levels", "entropy_weight"),
-        *("entropy_temperature", "gumbel_kl_weight", "gumbel_straight_through", "gumbel_decay_steps", "unit_range"),
+        *("nf", "ch_mult", "res_blocks", "attn_resolutions", "quantizer", "codebook_size", "emb_dim", "unit_range"),
+    }
+    entropies = {"beta", "entropy_weight", "entropy_temperature"}
+    assert {name: cli.fields_of(QUANTIZERS.config_of(name)) for name in names_in("vq.quantizers")} == {
+        **{"nearest": {"beta", "legacy_beta"}, "ema": {"beta", "codebook_decay", "revive_below"}, "l2": {"beta"}},
+        **{"fsq": {"fsq_levels"}, "lfq": entropies, "ibq": entropies},
+        "gumbel": {"gumbel_kl_weight", "gumbel_straight_through", "gumbel_decay_steps"},
     }
     assert cli.fields_of(VQGANLossConfig) == {
         *("recon_loss", "recon_weight", "perceptual_net", "perceptual_weights", "perceptual_weight"),

@@ -125,7 +125,7 @@ REFUSED = {  # script and flags -> what the message must hold
     "no width": ("train_vqgan.py", "--img_width 0", ["img_width 0", "at least 1"]),
     "shift and crops": ("train_vqgan.py", "--crop_margin 4", ["shift 1", "crop_margin 4", "leave one of them out"]),
     "width of the VQGAN": ("train_sampler.py", "--img_width 20", ["img_width 20", "trained with 16", "--img_width"]),
-    "quantizer": ("experiments/compare_quantizers.py", "--quantizers nearst", ["nearst", "nearest, ema"]),
+    "quantizer": ("experiments/compare_quantizers.py", "--quantizers nearst", ["nearst", "'nearest'"]),
     "heads": ("train_sampler.py", "--bert_n_head 7", ["bert_n_emb", "192", "7"]),
     "kernel": ("train_sampler.py", "--attention neighborhood --kernel_sizes 4", ["kernel_sizes", "(4,)", "odd"]),
     "window": ("train_sampler.py", "--attention neighborhood --kernel_sizes 5", ["5", "height of 4", "up to 3"]),

@@ -22,6 +22,7 @@ from helpers.tiny_runs import ROOT
 from train.cli import files as config_files
 from train.cli import parse as cli
 from train.cli.json_config import read_json
+from train.cli.plugins import chosen
 from train.datasets import DatasetConfig
 from train.registry import names_in, plugin
 
@@ -176,7 +177,7 @@ def test_any_value_of_a_real_flag(scripts, data):
     name = data.draw(st.sampled_from(NAMES))
     sampler = data.draw(st.sampled_from(names_in("train.samplers")))
     (_, cls, *section), _ = scripts.calls[name]
-    flag = data.draw(st.sampled_from(sorted(cli.fields_of(cli.chosen(cls, "digits", sampler)))))
+    flag = data.draw(st.sampled_from(sorted(cli.fields_of(chosen(cls, {"sampler": sampler}).config))))
     text, argv = data.draw(value), [f"--sampler={sampler}"] if "sampler" in cli.fields_of(cls) else []
     file = scripts.file(f"{[*section, sampler][0]}:\n  {flag}: {text}\n")
     scripts.check(name, data.draw(st.sampled_from([[f"--config={file}", *argv], [*argv, f"--{flag}", text]])))

@@ -1,26 +1,10 @@
-"""The file name is the registry: `--dataset birds` is train/datasets/birds.py."""
+"""Plug-ins by the names of their files, and the user's own functions by their dotted path."""
 
-import difflib
-import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-from models.registry import import_attribute, import_file
-from train.config import ROOT
+from models.registry import did_you_mean, import_attribute, names_in, plugin
 
-
-def names_in(package: str) -> list[str]:
-    """The files of a package that serves as a registry."""
-    return sorted(
-        m.name for m in pkgutil.iter_modules([str(ROOT / package.replace(".", "/"))]) if not m.name.startswith("_")
-    )
-
-
-def plugin(package: str, name: str, flag: str):
-    """The module `<package>.<name>`, or ValueError with the names there are."""
-    names = names_in(package)
-    if name not in names:
-        raise ValueError(f"unknown {flag} {name!r}{did_you_mean(name, names)}; there are: {', '.join(names)}")
-    return import_file(f"{package}.{name}", f"{flag} {name!r}")
+__all__ = ["did_you_mean", "dotted", "names_in", "plugin"]
 
 
 def dotted(path: str, flag: str) -> Callable:
@@ -32,8 +16,3 @@ def dotted(path: str, flag: str) -> Callable:
         module_name, _, name = path.rpartition(".")
         raise ValueError(f"got {flag} {path!r}: {module_name} has no function {name}")
     return found
-
-
-def did_you_mean(word: str, words: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""

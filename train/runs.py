@@ -82,7 +82,7 @@ def open_run(folder: Path, config, origin: dict[str, Any]) -> None:
     content = to_dict(config) | {"origin": origin}
     path = folder / "config.yaml"
     if path.is_file():
-        old, new = identity(completed(read_run(folder), config)), identity(content)
+        old, new = identity(completed(read_run(folder), config, str(path))), identity(content)
         longer = (new.get("train_steps") or 0) >= (old.get("train_steps") or 0)
         if longer and new.get("lr_schedule", "constant") == "constant":
             old.pop("train_steps", None), new.pop("train_steps", None)

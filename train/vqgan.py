@@ -21,7 +21,8 @@ from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig, VQGANLossConfig
 from vq.discriminator import PatchDiscriminator
 from vq.losses import ADVERSARIAL, LeCAM, adaptive_weight
-from vq.quantizer import Codes, Training, count, perplexity, usage
+from vq.quantizer import count, perplexity, usage
+from vq.quantizers import Codes, Training
 
 VALIDATION_IMAGES = 1024  # enough for two digits, and quick
 SHOWN_IMAGES = 16

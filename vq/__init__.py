@@ -6,7 +6,8 @@ from vq.config import VQGANConfig, VQGANLossConfig
 from vq.discriminator import PatchDiscriminator
 from vq.losses import LeCAM, adaptive_weight
 from vq.perceptual import Perceptual, load_perceptual
-from vq.quantizer import Codes, Quantizer, Training, make_quantizer
+from vq.quantizer import make_quantizer
+from vq.quantizers import Codes, Quantizer, QuantizerConfig, Training
 from vq.tiles import decode_tiled, encode_tiled
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PatchDiscriminator",
     "Perceptual",
     "Quantizer",
+    "QuantizerConfig",
     "Training",
     "VQGAN",
     "VQGANConfig",

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from models.blocks import Downsample, ResBlock, Upsample, group_norm
 from models.sdpa import attend
 from vq.config import VQGANConfig
-from vq.quantizer import Codes, Training, make_quantizer
+from vq.quantizer import make_quantizer
+from vq.quantizers import Codes, Training
 
 
 class AttentionBlock(nn.Module):

@@ -1,8 +1,10 @@
 """The settings of the first stage."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
+
+from models.registry import plugin
+from vq.quantizers import QuantizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,32 +19,13 @@ class VQGANConfig:
     """Residual blocks per level."""
     attn_resolutions: tuple[int, ...] = (16,)
     """Resolutions with self-attention (heights, where images are not square)."""
-    quantizer: Literal["nearest", "ema", "l2", "gumbel", "fsq", "lfq", "ibq"] = "nearest"
+    quantizer: str = "nearest"
     """How encoder outputs become codes: a file of vq/quantizers."""
     codebook_size: int = 1024
     """Number of codes."""
     emb_dim: int = 256
-    """Width of a code vector, for l2 better 8 or 16; fsq has a number for each level instead, lfq one for each bit."""
-    beta: float = 0.25
-    """Commitment weight: pulls the encoder to its codes (the codebook's own weight is 1); fsq and gumbel have none."""
-    legacy_beta: bool = False
-    """nearest: beta weighs the codebook instead, and the commitment counts in full, as in taming-transformers."""
-    codebook_decay: float = 0.99
-    """ema: decay per step of the averages that are the codes."""
-    revive_below: float = 0.05
-    """ema: a code chosen less than this share of its turn moves to a vector of the batch; 0: never."""
-    fsq_levels: tuple[int, ...] = ()
-    """fsq: levels of each number; left out, 8s (and 4s) whose product is codebook_size, a power of 2."""
-    entropy_weight: float = 0.1
-    """lfq, ibq: weight of the entropies that make single codes certain and the whole codebook used."""
-    entropy_temperature: float = 0.01
-    """lfq, ibq: temperature of the probabilities whose entropies these are."""
-    gumbel_kl_weight: float = 1e-8
-    """gumbel: weight of the distance of its probabilities to uniform ones."""
-    gumbel_straight_through: bool = False
-    """gumbel: decode one code per position in training too, not a mixture."""
-    gumbel_decay_steps: int = 160_000
-    """gumbel: steps in which its temperature falls from 1 towards 0, as far as 1/16."""
+    """Width of a code vector, for quantizers that leave it open."""
+    quantizer_config: QuantizerConfig = QuantizerConfig()
     unit_range: bool = False
     """The encoder is given images in [0, 1], as networks of Unleashing Transformers are; all else stays in [-1, 1]."""
 
@@ -51,49 +34,21 @@ class VQGANConfig:
             raise ValueError(
                 f"got ch_mult {self.ch_mult}, wanted one positive multiplier per level, e.g. --ch_mult 1 1 2 2 4"
             )
-        for name in ("nf", "res_blocks", "emb_dim", "codebook_size", "gumbel_decay_steps"):
+        for name in ("nf", "res_blocks", "emb_dim", "codebook_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1: pass --{name} N")
-        for name in ("beta", "revive_below", "entropy_weight", "gumbel_kl_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted 0 or more: pass --{name} NUMBER")
-        if not 0 <= self.codebook_decay < 1 or self.entropy_temperature <= 0:
-            got = f"codebook_decay {self.codebook_decay}, entropy_temperature {self.entropy_temperature}"
-            raise ValueError(f"got {got}: wanted a decay in [0, 1) and a positive temperature")
-        if self.legacy_beta and self.quantizer != "nearest":
-            raise ValueError(f"got --legacy_beta with --quantizer {self.quantizer}: it is of nearest alone")
-        if self.fsq_levels and self.quantizer != "fsq":
-            raise ValueError(f"got --fsq_levels with --quantizer {self.quantizer}: they are of fsq alone")
+        kind = plugin("vq.quantizers", self.quantizer, "quantizer").Config
+        if type(self.quantizer_config) is QuantizerConfig:  # left out: the defaults of the quantizer named
+            object.__setattr__(self, "quantizer_config", kind())
+        if not isinstance(self.quantizer_config, kind):
+            got = type(self.quantizer_config).__module__
+            raise ValueError(f"got options of {got} for quantizer {self.quantizer}: pass {kind.__module__}.Config")
         self.code_dim  # noqa: B018  refused where the codes do not fit their number
-
-    @property
-    def levels(self) -> tuple[int, ...]:
-        """Levels of fsq; ValueError where their product is not codebook_size."""
-        bits = self.codebook_size.bit_length() - 1
-        if not self.fsq_levels and (bits < 2 or 2**bits != self.codebook_size):
-            raise ValueError(
-                f"got codebook_size {self.codebook_size}, no power of 2 from 4 on, for fsq: pass its --fsq_levels"
-            )
-        eights, rest = divmod(bits, 3)
-        levels = self.fsq_levels or {0: (8,) * eights, 1: (8,) * (eights - 1) + (4, 4), 2: (8,) * eights + (4,)}[rest]
-        if min(levels) < 2 or math.prod(levels) != self.codebook_size:
-            raise ValueError(
-                f"got fsq_levels {levels}, whose product is {math.prod(levels)}, for codebook_size "
-                f"{self.codebook_size}: pass --codebook_size {math.prod(levels)}, and levels of 2 at least"
-            )
-        return levels
 
     @property
     def code_dim(self) -> int:
         """Width of a code's vector, and of what the encoder gives."""
-        if self.quantizer == "fsq":
-            return len(self.levels)
-        if self.quantizer != "lfq":
-            return self.emb_dim
-        bits = self.codebook_size.bit_length() - 1
-        if bits < 1 or 2**bits != self.codebook_size:
-            raise ValueError(f"got codebook_size {self.codebook_size} for lfq, wanted a power of 2: its codes are bits")
-        return bits
+        return self.quantizer_config.code_dim(self.codebook_size, self.emb_dim)
 
     @property
     def factor(self) -> int:

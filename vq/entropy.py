@@ -3,13 +3,33 @@
 The first makes every position certain of its code, the second makes the batch use all codes.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vq.quantizer import Training, whole_factors
+from vq.quantizer import whole_factors
+from vq.quantizers import CommitmentConfig, Training
 
 CERTAIN = 1e3  # logits beyond it have probabilities of 0 and 1, in float64 too
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyConfig(CommitmentConfig):
+    """Of quantizers whose loss holds the two entropies."""
+
+    entropy_weight: float = 0.1
+    """Weight of the entropies that make single codes certain and the whole codebook used."""
+    entropy_temperature: float = 0.01
+    """Temperature of the probabilities whose entropies these are."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_not_negative("entropy_weight")
+        if self.entropy_temperature <= 0:
+            got = self.entropy_temperature
+            raise ValueError(f"got entropy_temperature {got}, wanted a positive one: pass --entropy_temperature 0.01")
 
 
 def whole_batch(p: Tensor, training: Training | None) -> Tensor:

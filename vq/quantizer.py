@@ -1,95 +1,22 @@
-"""What all quantizers are: continuous vectors on a grid become one of K codes each, and codes become vectors."""
+"""What quantizers compute with: nearest codes, look-ups, straight-through gradients, and how evenly codes are used."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from models.registry import import_file
+from models.registry import plugin
 from vq.config import VQGANConfig
+from vq.quantizers import Quantizer
 
 COMPARED = 2**24  # distances that are in memory at once, 64 MB
 
 
-class Codes(NamedTuple):
-    """What a quantizer returns."""
-
-    ids: Tensor  # (B, h, w) int64
-    vectors: Tensor  # (B, D, h, w) float32, for the decoder; gradients pass through to the encoder
-    loss: Tensor  # (B,) what the quantizer itself asks of encoder and codebook
-    metrics: dict[str, Tensor]  # scalars without gradients, to be looked at
-
-
-class Processes(Protocol):
-    """The processes that train together (`train.distributed.World`)."""
-
-    rank: int
-    size: int
-
-    def sum(self, x: Tensor) -> Tensor: ...
-
-    def mean(self, x: Tensor) -> Tensor: ...
-
-
-class OneProcess:
-    """No one to wait for."""
-
-    rank, size = 0, 1
-
-    def sum(self, x: Tensor) -> Tensor:
-        return x
-
-    def mean(self, x: Tensor) -> Tensor:
-        return x
-
-
-class Training(NamedTuple):
-    """What a quantizer is told while it trains; without it nothing is drawn, and nothing learned by averages."""
-
-    step: int
-    seed: int = 0  # of this step, the same in all processes
-    rng: Any = None  # `rng.uniform((B, ...))` gives U[0, 1), from a stream of each example's own
-    processes: Processes = OneProcess()
-
-
-class Quantizer(nn.Module, ABC):
-    """Vectors z (B, D, h, w), as the encoder gives them, to codes and back.
-
-    A file vq/quantizers/<name>.py defines one and `build(config: VQGANConfig) -> Quantizer`.
-    """
-
-    codebook_size: int  # K
-    dim: int  # D, of z and of a code's vector
-
-    @abstractmethod
-    def forward(self, z: Tensor, training: Training | None = None) -> Codes:
-        """z (B, D, h, w) of any floating type -> Codes, computed in float32 whatever autocast says."""
-
-    @abstractmethod
-    def assign(self, z: Tensor) -> Tensor:
-        """z (B, D, h, w) -> ids (B, h, w), those of `forward` without `training`; no gradients."""
-
-    @abstractmethod
-    def vectors(self, ids: Tensor) -> Tensor:
-        """ids (B, h, w) -> the codes' vectors (B, D, h, w) float32."""
-
-    @abstractmethod
-    def ids_of(self, vectors: Tensor) -> Tensor:
-        """The inverse of `vectors`: (B, D, h, w) -> ids (B, h, w); of others, the code nearest to each."""
-
-    def learn(self, training: Training | None) -> None:
-        """Called after each training step, for codes that learn by averages of what `forward` saw in it.
-
-        All processes take part. None: the step was not taken, and what was seen is forgotten.
-        """
-
-
 def make_quantizer(config: VQGANConfig) -> Quantizer:
     """The quantizer that a config names, a file of vq/quantizers, with random codes where it has any."""
-    return import_file(f"vq.quantizers.{config.quantizer}", f"--quantizer {config.quantizer!r}").build(config)
+    file = plugin("vq.quantizers", config.quantizer, "quantizer")
+    return file.build(config.quantizer_config, config.codebook_size, config.code_dim)
 
 
 @contextmanager

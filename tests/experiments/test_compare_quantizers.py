@@ -1,7 +1,6 @@
 """Quantizers compared: tiny runs of those that are there, cut off and gone on with; the table and the plot."""
 
 import json
-from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +11,9 @@ from experiments.compare_quantizers import VARIANTS, networks, plot, spread, sum
 from experiments.metrics import reconstruction
 from helpers.tiny_runs import ROOT, VQGAN, call, parsed
 from train.cli import parse as cli
+from train.registry import names_in, plugin
 from vq.config import VQGANConfig
+from vq.quantizers import ema, fsq, lfq
 
 SCRIPT = "experiments/compare_quantizers.py"
 TINY = f"{VQGAN} --train_steps 3 --perceptual_net none --features pixels --no_amp --quantizers nearest ema"
@@ -130,13 +131,28 @@ def test_each_quantizer_has_its_own_settings_and_gumbel_the_whole_run(monkeypatc
     call(SCRIPT, f"--config {ROOT / 'configs' / 'mnist_quantizers.yaml'} --train_steps 777 --logs_root {tmp_path}")
     (config,) = configs
     found = networks(config.network, config.comparison.quantizers, config.training.train_steps)
-    assert list(found) == list(VARIANTS) and set(found) == set(get_args(VQGANConfig.__annotations__["quantizer"]))
+    assert list(found) == list(VARIANTS) and set(found) == set(names_in("vq.quantizers"))
     for name, network in found.items():
-        assert network.quantizer == name and network.codebook_size == 512 and network.gumbel_decay_steps == 777
+        assert network.quantizer == name and network.codebook_size == 512
+        assert type(network.quantizer_config) is plugin("vq.quantizers", name, "quantizer").Config
         assert (network.nf, network.ch_mult) == (config.network.nf, config.network.ch_mult)
     widths = {name: network.code_dim for name, network in found.items()}
     assert widths == {"nearest": 32, "ema": 32, "l2": 4, "gumbel": 32, "fsq": 3, "lfq": 9, "ibq": 32}
-    assert found["fsq"].levels == (8, 8, 8)
+    options = {name: network.quantizer_config for name, network in found.items()}
+    assert options["fsq"].levels(512) == (8, 8, 8)
+    assert (options["gumbel"].gumbel_decay_steps, options["gumbel"].gumbel_kl_weight) == (777, 5e-4)
+    assert {options[name].entropy_weight for name in ("lfq", "ibq")} == {0.05}
+
+
+def test_a_flag_that_quantizers_share_reaches_each_of_them(monkeypatch, tmp_path):
+    configs = []
+    monkeypatch.setattr(cli, "run_main", lambda main, config: configs.append(config))
+    flags = "--quantizers ema lfq fsq --beta 0.5 --revive_below 0.2 --fsq_levels 8 8 4 4 --entropy_temperature 1"
+    call(SCRIPT, f"{flags} --logs_root {tmp_path}")
+    options = {name: network.quantizer_config for name, network in networks(configs[0]).items()}
+    assert options["ema"] == ema.Config(beta=0.5, revive_below=0.2)
+    assert options["lfq"] == lfq.Config(beta=0.5, entropy_temperature=1.0, entropy_weight=0.05)
+    assert options["fsq"] == fsq.Config(fsq_levels=(8, 8, 4, 4))
 
 
 def test_the_preset_reaches_the_script(monkeypatch, tmp_path):
@@ -149,7 +165,7 @@ def test_the_preset_reaches_the_script(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
-        ("--quantizers nearst", "got quantizers ['nearst'], wanted some of nearest, ema"),
+        ("--quantizers nearst", "unknown quantizer 'nearst', did you mean 'nearest'"),
         ("--quantizers ema ema", "each once"),
         ("--seeds 0", "got seeds 0"),
         ("--quantizer ema", "pass --quantizers ema"),

@@ -154,15 +154,15 @@ def call(root: Path, command: str) -> str:
 
 
 @contextlib.contextmanager
-def tyro_watched(seen: Callable[[type, Any, Any], None]) -> Iterator[None]:
-    """Hands what tyro parses, its class, default and result, to `seen`."""
+def tyro_watched(seen: Callable[[type, str | None, Any], None]) -> Iterator[None]:
+    """Hands what tyro parses, its class, program and result, to `seen`."""
     import tyro
 
     parse = tyro.cli
 
     def watched(cls: type, **how: Any) -> Any:
         found = parse(cls, **how)
-        seen(cls, how.get("default"), found)
+        seen(cls, how.get("prog"), found)
         return found
 
     tyro.cli = watched
@@ -176,8 +176,8 @@ def config_of(root: Path, command: str) -> Any:
     """The config that a script would hand to its main."""
     found = []
 
-    def seen(cls: type, default: Any, config: Any) -> None:
-        if default is not None:  # the second time: what the files say, then what was typed
+    def seen(cls: type, prog: str | None, config: Any) -> None:
+        if prog is not None:  # the last time: what the files say, then what was typed
             found.append(config)
             raise Stopped
 
@@ -199,13 +199,21 @@ def flags(root: Path) -> dict[str, Any]:
     facts = {}
     for name, command in commands.items():
         for group in dataclasses.fields(config := config_of(root, command)):
-            kinds = typing.get_type_hints(type(getattr(config, group.name)))
-            for field in dataclasses.fields(getattr(config, group.name)):
-                value = getattr(getattr(config, group.name), field.name)
-                kind = str(kinds[field.name]).replace(str(root), "<root>")
-                shown = [kind, str(value).replace(str(root), "<root>")]
-                facts[f"flag of {name}: {group.name}.{field.name}"] = shown
+            for flag, kind, value in flags_in(getattr(config, group.name)):
+                shown = [str(each).replace(str(root), "<root>") for each in (kind, value)]
+                facts[f"flag of {name}: {group.name}.{flag}"] = shown
     return facts
+
+
+def flags_in(group: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Name, type and value of every field of a group, and of groups in it."""
+    kinds = typing.get_type_hints(type(group))
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from flags_in(value)
+        else:
+            yield field.name, kinds[field.name], value
 
 
 def is_script(path: Path) -> bool:

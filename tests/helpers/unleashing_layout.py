@@ -8,6 +8,7 @@ import torch
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
 from vq.discriminator import PatchDiscriminator
+from vq.quantizers import nearest
 
 SIZE = 16
 CONFIG = VQGANConfig(
@@ -18,7 +19,7 @@ CONFIG = VQGANConfig(
     emb_dim=6,
     codebook_size=32,
     unit_range=True,
-    legacy_beta=True,
+    quantizer_config=nearest.Config(legacy_beta=True),
 )
 
 

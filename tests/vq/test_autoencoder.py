@@ -9,6 +9,7 @@ import torch
 from models.blocks import Downsample, ResBlock, Upsample, count_parameters
 from vq.autoencoder import VQGAN, AttentionBlock, Decoder
 from vq.config import VQGANConfig
+from vq.quantizers import ema, fsq, gumbel, ibq, l2, lfq, nearest
 
 SMALL = VQGANConfig(nf=8, ch_mult=(1, 2, 2), res_blocks=1, attn_resolutions=(4,), emb_dim=6, codebook_size=16)
 
@@ -180,7 +181,11 @@ def test_the_last_layer_is_computed_in_float32_under_autocast():
         ({"quantizer": "fsq", "codebook_size": 256}, (8, 8, 4), 3),
         ({"quantizer": "fsq", "codebook_size": 4}, (4,), 1),
         ({"quantizer": "fsq", "codebook_size": 16}, (4, 4), 2),
-        ({"quantizer": "fsq", "codebook_size": 1000, "fsq_levels": (8, 5, 5, 5)}, (8, 5, 5, 5), 4),
+        (
+            {"quantizer": "fsq", "codebook_size": 1000, "quantizer_config": fsq.Config(fsq_levels=(8, 5, 5, 5))},
+            (8, 5, 5, 5),
+            4,
+        ),
         ({"quantizer": "lfq", "codebook_size": 1024}, None, 10),
         ({"quantizer": "lfq", "codebook_size": 2}, None, 1),
         ({"quantizer": "nearest", "emb_dim": 7, "codebook_size": 11}, None, 7),
@@ -190,7 +195,8 @@ def test_the_codes_are_as_wide_as_their_kind_makes_them(settings, levels, dim):
     config = VQGANConfig(**settings)
     assert config.code_dim == dim
     if levels is not None:
-        assert config.levels == levels and math.prod(levels) == config.codebook_size
+        assert config.quantizer_config.levels(config.codebook_size) == levels
+        assert math.prod(levels) == config.codebook_size
 
 
 @pytest.mark.parametrize(
@@ -198,20 +204,35 @@ def test_the_codes_are_as_wide_as_their_kind_makes_them(settings, levels, dim):
     [
         ({"quantizer": "fsq", "codebook_size": 1000}, "codebook_size 1000, no power of 2.*fsq_levels"),
         ({"quantizer": "fsq", "codebook_size": 2}, "codebook_size 2, no power of 2 from 4 on.*fsq_levels"),
-        ({"quantizer": "fsq", "fsq_levels": (8, 8)}, "product is 64, for codebook_size 1024: pass --codebook_size 64"),
-        ({"quantizer": "fsq", "fsq_levels": (1024, 1)}, "levels of 2 at least"),
+        (
+            {"quantizer": "fsq", "quantizer_config": fsq.Config(fsq_levels=(8, 8))},
+            "product is 64, for codebook_size 1024: pass --codebook_size 64",
+        ),
+        ({"quantizer": "fsq", "quantizer_config": fsq.Config(fsq_levels=(1024, 1))}, "levels of 2 at least"),
         ({"quantizer": "lfq", "codebook_size": 1000}, "codebook_size 1000 for lfq, wanted a power of 2"),
         ({"quantizer": "lfq", "codebook_size": 1}, "codebook_size 1 for lfq, wanted a power of 2"),
-        ({"fsq_levels": (8, 8)}, "--fsq_levels with --quantizer nearest"),
-        ({"quantizer": "ema", "legacy_beta": True}, "--legacy_beta with --quantizer ema"),
-        ({"codebook_decay": 1.0}, "codebook_decay 1.0"),
-        ({"entropy_temperature": 0.0}, "entropy_temperature 0.0"),
-        ({"revive_below": -0.1}, "revive_below -0.1.*--revive_below"),
+        ({"quantizer_config": fsq.Config()}, "options of vq.quantizers.fsq for quantizer nearest"),
+        ({"quantizer": "fsqq"}, "unknown quantizer 'fsqq', did you mean 'fsq'.*there are: ema, fsq"),
     ],
 )
 def test_codes_that_do_not_fit_their_kind_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         VQGANConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "config, wrong",
+    [
+        *((config, {"beta": -1.0}) for config in (nearest.Config, ema.Config, l2.Config, lfq.Config, ibq.Config)),
+        *((ema.Config, wrong) for wrong in ({"codebook_decay": 1.0}, {"codebook_decay": -0.1}, {"revive_below": -0.1})),
+        *((lfq.Config, wrong) for wrong in ({"entropy_weight": -0.1}, {"entropy_temperature": 0.0})),
+        *((gumbel.Config, wrong) for wrong in ({"gumbel_kl_weight": -1e-8}, {"gumbel_decay_steps": 0})),
+    ],
+)
+def test_options_of_a_quantizer_are_checked_at_birth(config, wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"got {name} {value}, wanted .*: pass --{name} "):
+        config(**wrong)
 
 
 @pytest.mark.parametrize(

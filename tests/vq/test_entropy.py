@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from vq import entropy as module
 from vq.entropy import entropy, entropy_of_bits, mean_of_outcomes, outcomes, whole_batch
-from vq.quantizer import Training
+from vq.quantizers import Training
 
 
 class Fixed:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from helpers.peak_tensor import Largest
 from vq import quantizer
 from vq.config import VQGANConfig
-from vq.quantizer import OneProcess, count, highest, looked_up, make_quantizer, nearest, perplexity, promoted, usage
-from vq.quantizers.nearest import NearestQuantizer
+from vq.quantizer import count, highest, looked_up, make_quantizer, nearest, perplexity, promoted, usage
+from vq.quantizers import OneProcess
+from vq.quantizers.nearest import Config, NearestQuantizer
 
 K, D, BETA = 11, 5, 0.25
 
@@ -155,10 +156,12 @@ def test_codes_start_small_and_uniform():
 
 
 def test_the_config_names_the_quantizer():
-    quantizer = make_quantizer(VQGANConfig(codebook_size=7, emb_dim=3, beta=0.5, legacy_beta=True))
+    quantizer = make_quantizer(
+        VQGANConfig(codebook_size=7, emb_dim=3, quantizer_config=Config(beta=0.5, legacy_beta=True))
+    )
     assert isinstance(quantizer, NearestQuantizer) and (quantizer.codebook_size, quantizer.dim) == (7, 3)
     assert (quantizer.of_codebook, quantizer.of_commitment) == (0.5, 1)
-    quantizer = make_quantizer(VQGANConfig(beta=0.5))
+    quantizer = make_quantizer(VQGANConfig(quantizer_config=Config(beta=0.5)))
     assert (quantizer.of_codebook, quantizer.of_commitment) == (1, 0.5)
 
 

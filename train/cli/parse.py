@@ -11,7 +11,6 @@ import io
 import os
 import reprlib
 import sys
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,13 +18,14 @@ from typing import Any, TypeVar
 import tyro
 
 from train.cli.files import check_groups, read_config, read_groups, section_of
-from train.cli.values import RULES, arguments, first, peek, without_config
-from train.config import ROOT, DataConfig, LoggingConfig, SamplerConfig, SamplingConfig
-from train.datasets import DatasetConfig, is_command
+from train.cli.plugins import NAMING, Foreign, Names, chosen, flags_of, foreign_flag
+from train.cli.values import RULES, arguments, first, peek, peek_all, without_config
+from train.config import ROOT, DataConfig, LoggingConfig, SamplerConfig
+from train.datasets import is_command
 from train.registry import did_you_mean, names_in, plugin
 
 OPTIONS = (tyro.conf.OmitArgPrefixes,)
-NAMES = {"sampler", "dataset", "reader", "logs_root", "load_dir", "ae_load_dir"}  # read before all flags are known
+NAMES = {"sampler", "dataset", "reader", "quantizer", "logs_root", "load_dir", "ae_load_dir"}  # read before all flags
 C = TypeVar("C")
 
 
@@ -46,16 +46,14 @@ def sampler_of(argv: list[str], below: dict[str, Any] | None = None) -> str:
     return first(peek(argv, "sampler"), said, (below or {}).get("sampler"), SamplerConfig.sampler)
 
 
-def fields_of(cls) -> set[str]:
-    """Flat names of a composed config class, or of one group."""
-    names = set()
-    for field in dataclasses.fields(cls):
-        names |= fields_of(field.type) if dataclasses.is_dataclass(field.type) else {field.name}
-    return names
+def fields_of(group: Any) -> set[str]:
+    """Flat names of a config, of a config class, or of one group."""
+    return set(flags_of(group))
 
 
-def layer(path: Path, content: dict[str, Any], cls, section: str) -> dict[str, Any]:
+def layer(path: Path, content: dict[str, Any], config: Any, names: Names, section: str) -> dict[str, Any]:
     """What one file says to one script: the keys of the data, above them those of its section; others are an error."""
+    known = fields_of(config)
     data_keys = fields_of(DataConfig).union(
         *(fields_of(plugin("train.datasets", n, "reader").Config) for n in names_in("train.datasets"))
     )
@@ -73,46 +71,68 @@ def layer(path: Path, content: dict[str, Any], cls, section: str) -> dict[str, A
             raise ValueError(f"{path}: section {key!r} holds {got}, wanted lines of `key: value`")
         elif key not in data_keys | {"sampler"}:
             raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(key, data_keys | sections)}")
-        elif key in fields_of(cls):
+        elif key in known:
             values[key] = value
-    own = section_of(content, section)
+    own = without_foreign(section_of(content, section), config, names, str(path))
     for key in own:
-        if key not in fields_of(cls):
-            raise ValueError(f"{path}: unknown key {key!r} in section {section!r}{did_you_mean(key, fields_of(cls))}")
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {key!r} in section {section!r}{did_you_mean(key, known)}")
     return values | own
 
 
-def as_arguments(values: dict[str, Any], cls, source: str) -> list[str]:
+def as_arguments(values: dict[str, Any], config: Any, source: str) -> list[str]:
     """What a file says as the words one would type, so that the flags' own parsers read them."""
-    groups = [field.type for field in dataclasses.fields(cls)]
-    kinds = {name: kind for group in groups for name, kind in typing.get_type_hints(group).items()}
+    flags = flags_of(config)
     try:
-        return [word for key, value in values.items() for word in arguments(key, value, kinds[key])]
+        return [word for key, value in values.items() for word in arguments(key, value, flags[key].kind)]
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
 
-def chosen(cls: type[C], reader: str | None, sampler: str | None) -> type[C]:
-    """The config class with the chosen data set's and sampler's own classes in the place of their bases."""
-    types = {}
-    for field in dataclasses.fields(cls):
-        kind = field.type
-        if kind is DatasetConfig:
-            kind = plugin("train.datasets", reader, "data set").Config
-        elif kind is SamplerConfig and sampler is not None:
-            kind = plugin("train.samplers", sampler, "sampler").Config
-        elif kind is SamplingConfig and sampler is not None:
-            kind = plugin("train.samplers", sampler, "sampler").Sampling
-        types[field.name] = kind
-    fields = [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in types.items()]
-    return dataclasses.make_dataclass(cls.__name__, fields, frozen=True, namespace={"__doc__": cls.__doc__})
+def without_foreign(values: dict[str, Any], config: Any, names: Names, source: str) -> dict[str, Any]:
+    """`values` of a file but for those of plug-ins that are not named, which change nothing where they are defaults.
+
+    ValueError where one is not its default.
+    """
+    kept = {}
+    for key, value in values.items():
+        found = None if key in fields_of(config) else foreign_flag(config, key)
+        if found is None:
+            kept[key] = value
+            continue
+        for name, flag in found.owners.items():
+            owner = found.group.config_of(name)()
+            read = interpret(type(owner), as_arguments({key: value}, owner, source), default=owner, source=source)
+            if getattr(read, key) == flag.default:
+                break
+        else:
+            raise ValueError(f"{source}: got {key} {value!r} {refusal(found, names)}")
+    return kept
 
 
-def interpret(
-    cls: type[C], words: list[str], *, default: C | None = None, source: str | None = None, prog: str = ""
-) -> C:
-    """Words to a config, by tyro; `source` names the file they came from in an error."""
-    kwargs = {} if default is None else {"default": default}
+def refuse_foreign(argv: list[str], config: Any, names: Names) -> None:
+    """ValueError where a flag is typed of plug-ins that are not named; who asks for help waits for none of them."""
+    known = fields_of(config)
+    typed = [word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+    for key in [] if {"--help", "-h"} & {*argv} else typed:
+        flag = key if key in known else key.removeprefix("no_")
+        found = None if flag in known else foreign_flag(config, flag)
+        if found is not None:
+            raise ValueError(f"got --{key} {refusal(found, names)}")
+
+
+def refusal(found: Foreign, names: Names) -> str:
+    """The end of a message about a flag of plug-ins that are not named."""
+    owners, flag = list(found.owners), found.group.flags[0]
+    typed = " ".join(f"--{each} {' '.join(names[each])}" for each in found.group.flags if each in names)
+    return f"with {typed}: it is of {', '.join(owners)}; leave it out, or pass --{flag} {owners[0]}"
+
+
+def interpret(cls: type[C], words: list[str], *, default: C, source: str | None = None, prog: str = "") -> C:
+    """Words to a config, by tyro; `source` names the file they came from in an error.
+
+    The groups of plug-ins are those that the default has.
+    """
     files = "default configs/<sampler>_<dataset>.yaml, else configs/<dataset>.yaml"
     about = f"{cls.__doc__}\n\n--config FILE.yaml (or .json) holds values for these flags ({files})."
     try:
@@ -124,7 +144,7 @@ def interpret(
             use_underscores=True,
             config=OPTIONS,
             registry=RULES,
-            **kwargs,
+            default=default,
         )
     except SystemExit as stop:
         if source is not None and stop.code:
@@ -147,12 +167,12 @@ def parse(cls: type[C], section: str | None, argv: list[str], under: Under | Non
     `under(argv, section)` gives values above the preset but below an explicit --config: what an earlier stage was
     trained with.
     """
-    named, section = section is not None, section or sampler_of(argv)
+    of_sampler, section = section is None, section or sampler_of(argv)
     below = under(argv, section) if under is not None else {}
     explicit, (file, argv) = file_content(argv), without_config(argv)
     said = explicit | {key: value for key, value in section_of(explicit, section).items() if value is not None}
     sampler = first(peek(argv, "sampler"), said.get("sampler"), below.get("sampler"), SamplerConfig.sampler)
-    if not named and section_of(explicit, section).get("sampler", section) != section:
+    if of_sampler and section_of(explicit, section).get("sampler", section) != section:
         raise ValueError(f"{file}: section {section!r} names the sampler {said['sampler']!r}: leave that out")
     dataset = first(peek(argv, "dataset"), said.get("dataset"), below.get("dataset"), DataConfig.dataset)
     path = Path(file) if file is not None else preset_of(cls, sampler, dataset)
@@ -164,15 +184,18 @@ def parse(cls: type[C], section: str | None, argv: list[str], under: Under | Non
             f"{', '.join(sorted({*known, *presets}))}; for a folder of images: --dataset folder --data_dir PATH"
         )
     content = explicit if file is not None else (read_config(path) if path.exists() else {})
-    reader = peek(argv, "reader") or (content | said).get("reader") or below.get("reader") or dataset
-    cls = chosen(cls, reader, sampler)
-    values = layer(path, content, cls, section) if content else {}
-    below = {k: v for k, v in below.items() if k in fields_of(cls)}
+    in_file = content | section_of(content, section)
+    said = below | in_file if file is not None else in_file | below
+    typed = {flag: words for flag in NAMING if (words := peek_all(argv, flag)) is not None}
+    config, names = chosen(cls, said | {"dataset": dataset, "sampler": sampler} | typed)
+    refuse_foreign(argv, config, names)
+    values = layer(path, content, config, names, section) if content else {}
+    below = {k: v for k, v in below.items() if k in fields_of(config)}
     values = below | values if file is not None else values | below
-    if "sampler" in fields_of(cls):
+    if "sampler" in fields_of(config):
         values["sampler"] = sampler
     source = f"{path}, or the config.yaml of the run that this builds on" if below else str(path)
-    base = interpret(cls, as_arguments(values, cls, source), source=source)
+    base = interpret(cls, as_arguments(values, config, source), default=config, source=source)
     return interpret(cls, argv, default=base, prog=Path(sys.argv[0]).name)
 
 
@@ -204,37 +227,46 @@ def to_dict(config) -> dict[str, Any]:
     return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
-def plain(group) -> dict[str, Any]:
-    """One group of a config as plain words, numbers and lists."""
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(group).items()}
+def plain(group: Any) -> dict[str, Any]:
+    """One group of a config as plain words, numbers and lists; groups in it are flat."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        inside = plain(value) if dataclasses.is_dataclass(value) else {field.name: value}
+        values |= {key: list(each) if isinstance(each, tuple) else each for key, each in inside.items()}
+    return values
 
 
 def from_dict(cls: type[C], content: dict[str, dict[str, Any]], source: str) -> C:
     """The inverse of `to_dict`; a key that is unknown is an error that names `source`.
 
-    One that is missing takes its default: a flag's default means what was done before there was the flag.
+    One that is missing takes its default: a flag's default means what was done before there was the flag. One of a
+    plug-in that the run does not name, as runs of before held them, is passed over where it is its default.
     """
     check_groups(content, source)
     flat = {key: value for group in content.values() for key, value in group.items()}
-    data = content.get("data", {})
-    cls = chosen(cls, data.get("reader") or data.get("dataset"), content.get("sampler", {}).get("sampler"))
-    odd = ", ".join(sorted(str(key) for key in flat.keys() - fields_of(cls)))
+    default, names = chosen(cls, flat)
+    flat = without_foreign(flat, default, names, source)
+    odd = ", ".join(sorted(str(key) for key in flat.keys() - fields_of(default)))
     if odd:
         raise ValueError(f"{source} was written by another version: these keys are unknown now: {odd}")
-    return interpret(cls, as_arguments(flat, cls, source), source=source)
+    return interpret(cls, as_arguments(flat, default, source), default=default, source=source)
 
 
-def completed(content: dict[str, dict[str, Any]], config) -> dict[str, dict[str, Any]]:
-    """What a run's config.yaml holds, with the defaults of the flags of `config` that were made after it.
+def completed(content: dict[str, dict[str, Any]], config: Any, source: str) -> dict[str, dict[str, Any]]:
+    """What the config.yaml of a run of `config`'s class holds, `source`, as it would be written today.
 
-    A group that holds an unknown key, of another sampler or of a flag that is gone, is left as it is.
+    Flags that were made after it have their defaults, those of plug-ins that the run does not name are left out;
+    ValueError where one of these is not its default. A group with a key that nobody knows is left as it is.
     """
+    groups = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    said = {key: value for name in groups for key, value in content.get(name, {}).items()}
+    defaults, names = chosen(dataclasses.make_dataclass("Run", list(groups.items())), said)
     full = dict(content)
-    for field in dataclasses.fields(config):
-        defaults = type(getattr(config, field.name))
-        old = content.get(field.name, {})
-        if old.keys() <= fields_of(defaults):
-            full[field.name] = plain(defaults()) | old
+    for name in groups:
+        default = getattr(defaults, name)
+        old = without_foreign(content.get(name, {}), default, names, source)
+        full[name] = plain(default) | old if old.keys() <= fields_of(default) else old
     return full
 
 

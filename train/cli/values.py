@@ -26,6 +26,20 @@ def peek(argv: list[str], flag: str) -> str | None:
     return value
 
 
+def peek_all(argv: list[str], flag: str) -> list[str] | None:
+    """The words that follow a flag of several, as far as the next flag; None where it is not typed."""
+    words, follow = None, False
+    for word in argv:
+        name, _, given = word.partition("=")
+        if word.startswith("--"):
+            follow = name.replace("-", "_") == f"__{flag}"
+            if follow:
+                words = [given] if "=" in word else []
+        elif follow:
+            words.append(word)
+    return words
+
+
 def without_config(argv: list[str]) -> tuple[str | None, list[str]]:
     """The file that --config names, and the other words."""
     places = [i for i, word in enumerate(argv) if peek([word, ""], "config") is not None]

@@ -35,7 +35,7 @@ from train.datasets import Dataset, UnreadableImage
 from train.distributed import World
 from train.files import name_removable, sync, write_text
 
-VERSION = 2  # raise it when the same images and weights become other codes: the cache goes by it
+VERSION = 3  # raise it when the same images and weights become other codes: the cache goes by it
 KEY = 16  # digits of it in names of files
 CHUNK = 512  # images; with uint16 codes on a grid of even sides, two chunks share no page of 4096 bytes
 

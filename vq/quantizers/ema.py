@@ -1,12 +1,30 @@
 """The nearest of K vectors, each an average of what chose it (van den Oord et al. 2017, VQ-VAE, appendix A.1)."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from vq.config import VQGANConfig
-from vq.quantizer import Codes, Quantizer, Training, count, looked_up, nearest, per_example, promoted, straight_through
+from vq.quantizer import count, looked_up, nearest, per_example, promoted, straight_through
+from vq.quantizers import Codes, CommitmentConfig, Quantizer, Training
 
 JITTER = 0.01  # of the batch's standard deviation: tells apart codes put on the same vector
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommitmentConfig):
+    """Nearest code, learned by running means."""
+
+    codebook_decay: float = 0.99
+    """Decay per step of the averages that are the codes."""
+    revive_below: float = 0.05
+    """A code chosen less than this share of its turn moves to a vector of the batch; 0: never."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_not_negative("revive_below")
+        if not 0 <= self.codebook_decay < 1:
+            raise ValueError(f"got codebook_decay {self.codebook_decay}, wanted [0, 1): pass --codebook_decay 0.99")
 
 
 class EMAQuantizer(Quantizer):
@@ -96,5 +114,5 @@ class EMAQuantizer(Quantizer):
         return substitutes + JITTER * substitutes.std(0, correction=0) * noise
 
 
-def build(config: VQGANConfig) -> EMAQuantizer:
-    return EMAQuantizer(config.codebook_size, config.code_dim, config.beta, config.codebook_decay, config.revive_below)
+def build(config: Config, codebook_size: int, dim: int) -> EMAQuantizer:
+    return EMAQuantizer(codebook_size, dim, config.beta, config.codebook_decay, config.revive_below)

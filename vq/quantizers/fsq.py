@@ -1,14 +1,42 @@
 """A few numbers, each rounded to one of a few levels: no codebook at all (Mentzer et al. 2023, FSQ)."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vq.config import VQGANConfig
-from vq.quantizer import Codes, Quantizer, Training, promoted
+from vq.quantizer import promoted
+from vq.quantizers import Codes, Quantizer, QuantizerConfig, Training
 
 INWARDS = 1e-3  # share by which bounds stay within the outermost levels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(QuantizerConfig):
+    """FSQ. A code has a number for each level: --emb_dim is not used."""
+
+    fsq_levels: tuple[int, ...] = ()
+    """Levels of each number; left out, 8s (and 4s) whose product is codebook_size, a power of 2."""
+
+    def levels(self, codebook_size: int) -> tuple[int, ...]:
+        """The levels of each number, whose product is codebook_size; ValueError where it is not."""
+        bits = codebook_size.bit_length() - 1
+        if not self.fsq_levels and (bits < 2 or 2**bits != codebook_size):
+            raise ValueError(
+                f"got codebook_size {codebook_size}, no power of 2 from 4 on, for fsq: pass its --fsq_levels"
+            )
+        eights, rest = divmod(bits, 3)
+        levels = self.fsq_levels or {0: (8,) * eights, 1: (8,) * (eights - 1) + (4, 4), 2: (8,) * eights + (4,)}[rest]
+        if min(levels) < 2 or math.prod(levels) != codebook_size:
+            raise ValueError(
+                f"got fsq_levels {levels}, whose product is {math.prod(levels)}, for codebook_size {codebook_size}: "
+                f"pass --codebook_size {math.prod(levels)}, and levels of 2 at least"
+            )
+        return levels
+
+    def code_dim(self, codebook_size: int, emb_dim: int) -> int:
+        return len(self.levels(codebook_size))
 
 
 class FSQQuantizer(Quantizer):
@@ -66,5 +94,5 @@ def bounded(z: Tensor, levels: int) -> Tensor:
     return half * (z + math.tan(offset / half)).tanh() - offset
 
 
-def build(config: VQGANConfig) -> FSQQuantizer:
-    return FSQQuantizer(config.levels)
+def build(config: Config, codebook_size: int, dim: int) -> FSQQuantizer:
+    return FSQQuantizer(config.levels(codebook_size))

@@ -1,25 +1,36 @@
 """Codes drawn from probabilities, relaxed so that gradients pass (Jang et al. 2017; Ramesh et al. 2021, DALL-E)."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vq.config import VQGANConfig
-from vq.quantizer import (
-    Codes,
-    Quantizer,
-    Training,
-    highest,
-    looked_up,
-    nearest,
-    promoted,
-    straight_through,
-    whole_factors,
-)
+from vq.quantizer import highest, looked_up, nearest, promoted, straight_through, whole_factors
+from vq.quantizers import Codes, Quantizer, QuantizerConfig, Training
 
 COLDEST = 1 / 16  # temperature
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(QuantizerConfig):
+    """Codes drawn by the Gumbel-softmax trick."""
+
+    gumbel_kl_weight: float = 1e-8
+    """Weight of the distance of its probabilities to uniform ones."""
+    gumbel_straight_through: bool = False
+    """Decode one code per position in training too, not a mixture."""
+    gumbel_decay_steps: int = 160_000
+    """Steps in which its temperature falls from 1 towards 0, as far as 1/16."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_not_negative("gumbel_kl_weight")
+        if self.gumbel_decay_steps < 1:
+            raise ValueError(
+                f"got gumbel_decay_steps {self.gumbel_decay_steps}, wanted at least 1: pass --gumbel_decay_steps N"
+            )
 
 
 class GumbelQuantizer(Quantizer):
@@ -97,11 +108,7 @@ class GumbelQuantizer(Quantizer):
         return nearest(vectors, self.codebook.weight)
 
 
-def build(config: VQGANConfig) -> GumbelQuantizer:
+def build(config: Config, codebook_size: int, dim: int) -> GumbelQuantizer:
     return GumbelQuantizer(
-        config.codebook_size,
-        config.code_dim,
-        config.gumbel_kl_weight,
-        config.gumbel_straight_through,
-        config.gumbel_decay_steps,
+        codebook_size, dim, config.gumbel_kl_weight, config.gumbel_straight_through, config.gumbel_decay_steps
     )

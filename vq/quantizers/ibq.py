@@ -1,11 +1,18 @@
 """Every code learns from every position, through the index (Shi et al. 2024, IBQ, arXiv 2412.02692)."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from vq.config import VQGANConfig
-from vq.entropy import entropy, whole_batch
-from vq.quantizer import Codes, Quantizer, Training, highest, looked_up, nearest, per_example, promoted, whole_factors
+from vq.entropy import EntropyConfig, entropy, whole_batch
+from vq.quantizer import highest, looked_up, nearest, per_example, promoted, whole_factors
+from vq.quantizers import Codes, Quantizer, Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(EntropyConfig):
+    """IBQ. --beta weighs the pull of the codes to the encoder's vectors; the commitment's own weight is 1."""
 
 
 class IBQQuantizer(Quantizer):
@@ -65,7 +72,5 @@ class IBQQuantizer(Quantizer):
         return nearest(vectors, self.codebook.weight)
 
 
-def build(config: VQGANConfig) -> IBQQuantizer:
-    return IBQQuantizer(
-        config.codebook_size, config.emb_dim, config.beta, config.entropy_weight, config.entropy_temperature
-    )
+def build(config: Config, codebook_size: int, dim: int) -> IBQQuantizer:
+    return IBQQuantizer(codebook_size, dim, config.beta, config.entropy_weight, config.entropy_temperature)

@@ -1,10 +1,17 @@
 """The nearest of K unit vectors (Yu et al. 2022, ViT-VQGAN, section 3.2: factorized and l2-normalized codes)."""
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vq.config import VQGANConfig
-from vq.quantizer import Codes, Quantizer, Training, looked_up, nearest, per_example, promoted, straight_through
+from vq.quantizer import looked_up, nearest, per_example, promoted, straight_through
+from vq.quantizers import Codes, CommitmentConfig, Quantizer, Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommitmentConfig):
+    """Nearest unit vector; --emb_dim 8 or 16 keeps a large codebook used."""
 
 
 class L2Quantizer(Quantizer):
@@ -48,5 +55,5 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x, dim=1)
 
 
-def build(config: VQGANConfig) -> L2Quantizer:
-    return L2Quantizer(config.codebook_size, config.code_dim, config.beta)
+def build(config: Config, codebook_size: int, dim: int) -> L2Quantizer:
+    return L2Quantizer(codebook_size, dim, config.beta)

@@ -1,11 +1,29 @@
 """The sign of each number is a bit of the code (Yu et al. 2023, MAGVIT-v2, section 3.1; Luo et al. 2024)."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from vq.config import VQGANConfig
-from vq.entropy import entropy, entropy_of_bits, mean_of_outcomes, whole_batch
-from vq.quantizer import Codes, Quantizer, Training, per_example, promoted
+from vq.entropy import EntropyConfig, entropy, entropy_of_bits, mean_of_outcomes, whole_batch
+from vq.quantizer import per_example, promoted
+from vq.quantizers import Codes, Quantizer, Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(EntropyConfig):
+    """LFQ. A code has a number for each bit: --emb_dim is not used."""
+
+    def code_dim(self, codebook_size: int, emb_dim: int) -> int:
+        return bits_of(codebook_size)
+
+
+def bits_of(codebook_size: int) -> int:
+    """log2 of the number of codes; ValueError where it is no power of 2."""
+    bits = codebook_size.bit_length() - 1
+    if bits < 1 or 2**bits != codebook_size:
+        raise ValueError(f"got codebook_size {codebook_size} for lfq, wanted a power of 2: its codes are bits")
+    return bits
 
 
 class LFQQuantizer(Quantizer):
@@ -21,9 +39,7 @@ class LFQQuantizer(Quantizer):
     def __init__(self, codebook_size: int, beta: float = 0.25, entropy_weight: float = 0.1, temperature: float = 0.01):
         """ValueError for a codebook_size that is no power of 2."""
         super().__init__()
-        self.codebook_size, self.dim = codebook_size, codebook_size.bit_length() - 1
-        if self.dim < 1 or 2**self.dim != codebook_size:
-            raise ValueError(f"got codebook_size {codebook_size} for lfq, wanted a power of 2: its codes are bits")
+        self.codebook_size, self.dim = codebook_size, bits_of(codebook_size)
         self.beta, self.entropy_weight, self.temperature = beta, entropy_weight, temperature
 
     def forward(self, z: Tensor, training: Training | None = None) -> Codes:
@@ -57,5 +73,5 @@ class LFQQuantizer(Quantizer):
         return self.assign(vectors)
 
 
-def build(config: VQGANConfig) -> LFQQuantizer:
-    return LFQQuantizer(config.codebook_size, config.beta, config.entropy_weight, config.entropy_temperature)
+def build(config: Config, codebook_size: int, dim: int) -> LFQQuantizer:
+    return LFQQuantizer(codebook_size, config.beta, config.entropy_weight, config.entropy_temperature)

@@ -1,9 +1,19 @@
 """The nearest of K vectors learned by gradient (van den Oord et al. 2017, VQ-VAE)."""
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
-from vq.config import VQGANConfig
-from vq.quantizer import Codes, Quantizer, Training, looked_up, nearest, per_example, promoted, straight_through
+from vq.quantizer import looked_up, nearest, per_example, promoted, straight_through
+from vq.quantizers import Codes, CommitmentConfig, Quantizer, Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CommitmentConfig):
+    """Nearest code, learned by gradient."""
+
+    legacy_beta: bool = False
+    """beta weighs the codebook instead, and the commitment counts in full, as in taming-transformers."""
 
 
 class NearestQuantizer(Quantizer):
@@ -38,5 +48,5 @@ class NearestQuantizer(Quantizer):
         return nearest(vectors, self.codebook.weight)
 
 
-def build(config: VQGANConfig) -> NearestQuantizer:
-    return NearestQuantizer(config.codebook_size, config.code_dim, config.beta, config.legacy_beta)
+def build(config: Config, codebook_size: int, dim: int) -> NearestQuantizer:
+    return NearestQuantizer(codebook_size, dim, config.beta, config.legacy_beta)

@@ -203,15 +203,15 @@ class Run:
 def test_an_old_run_is_completed_with_what_was_done_then():
     now = Run(sampler=absorbing.Config(bert_n_layers=3), data=DataConfig(shift=2))
     old = stored(now) | {"origin": {"ae_weights": "abc"}}
-    assert cli.completed(old, now) == old
+    assert cli.completed(old, now, "old") == old
     del old["data"]["shift"]
-    assert cli.completed(old, now)["data"]["shift"] == 0  # the flag's default, not what is asked for now
+    assert cli.completed(old, now, "old")["data"]["shift"] == 0  # the flag's default, not what is asked for now
     assert "shift" not in old["data"]
-    assert cli.completed({"origin": old["origin"]}, now) == stored(
+    assert cli.completed({"origin": old["origin"]}, now, "old") == stored(
         Run(sampler=absorbing.Config(), data=DataConfig())
     ) | {"origin": old["origin"]}
-    other = stored(Run(sampler=ddpm.Config(), data=DataConfig()))
-    assert cli.completed(other, now) == other  # nothing of absorbing is put beside what is ddpm's
+    other = stored(Run(sampler=ddpm.Config(sampler="ddpm"), data=DataConfig()))
+    assert cli.completed(other, now, "old") == other  # nothing of absorbing is put beside what is ddpm's
 
 
 @pytest.mark.parametrize(

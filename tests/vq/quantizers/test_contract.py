@@ -1,6 +1,11 @@
 """What every file of vq/quantizers promises to the autoencoder, to training, and to whoever reads codes."""
 
+import ast
 import copy
+import dataclasses
+import inspect
+import itertools
+import textwrap
 
 import pytest
 import torch
@@ -9,9 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from diffusion.rng import Streams
-from train.registry import names_in
+from train.cli.plugins import flags_of
+from train.config import VQGANRunConfig
+from train.registry import names_in, plugin
 from vq.config import VQGANConfig
-from vq.quantizer import Codes, Quantizer, Training, make_quantizer
+from vq.quantizer import make_quantizer
+from vq.quantizers import Codes, Quantizer, QuantizerConfig, Training
 
 NAMES = names_in("vq.quantizers")
 OF_THE_BATCH = {"lfq", "ibq"}  # whose loss holds the entropy of the codes that a batch uses
@@ -196,10 +204,38 @@ def test_it_can_be_built_without_memory(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_legacy_beta_is_of_nearest_alone(name):
-    """What it does there: test_quantizer.py."""
-    if name == "nearest":
-        assert VQGANConfig(quantizer=name, legacy_beta=True).legacy_beta
-        return
-    with pytest.raises(ValueError, match="of nearest alone"):
-        VQGANConfig(quantizer=name, legacy_beta=True, codebook_size=16)
+def test_its_options_are_a_frozen_config_of_documented_fields(name):
+    file = plugin("vq.quantizers", name, "quantizer")
+    fields = dataclasses.fields(file.Config)
+    assert issubclass(file.Config, QuantizerConfig) and file.Config.__dataclass_params__.frozen
+    assert file.Config.__doc__ and all(field.kw_only for field in fields)
+    notes = {note for cls in file.Config.__mro__[:-1] for note in noted(cls)}
+    assert {field.name for field in fields} <= notes
+    assert isinstance(file.build(file.Config(), 16, file.Config().code_dim(16, 4)), Quantizer)
+
+
+def noted(cls):
+    """The fields that a docstring follows in the source of a class."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    return [
+        field.target.id
+        for field, note in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant)
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_of_another_quantizer_are_refused(name):
+    other = next(plugin("vq.quantizers", each, "quantizer").Config() for each in NAMES if each != name)
+    with pytest.raises(ValueError, match=f"got options of .* for quantizer {name}: pass vq.quantizers.{name}.Config"):
+        VQGANConfig(quantizer=name, quantizer_config=other)
+
+
+def test_fields_of_one_name_are_one_flag():
+    """Of the same type and default, so that one value can be typed for several quantizers; and none of the network."""
+    seen = {}
+    for name in NAMES:
+        for key, flag in flags_of(plugin("vq.quantizers", name, "quantizer").Config).items():
+            assert seen.setdefault(key, flag) == flag, f"--{key} of {name}"
+    groups = [field.type for field in dataclasses.fields(VQGANRunConfig) if field.name != "reader"]
+    assert not seen.keys() & {flag for group in groups for flag in flags_of(group)}

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vq.config import VQGANConfig
-from vq.quantizer import Training, count, make_quantizer, perplexity, usage
+from vq.quantizer import count, make_quantizer, perplexity, usage
+from vq.quantizers import Training, ema
 from vq.quantizers.ema import EMAQuantizer
 
 K, D, DECAY, BETA = 6, 3, 0.9, 0.25
@@ -267,6 +268,6 @@ def test_only_the_encoder_is_asked_for_anything():
 
 
 def test_settings_arrive():
-    config = VQGANConfig(quantizer="ema", codebook_size=9, emb_dim=2, beta=0.5, codebook_decay=0.7, revive_below=0.2)
-    q = make_quantizer(config)
+    options = ema.Config(beta=0.5, codebook_decay=0.7, revive_below=0.2)
+    q = make_quantizer(VQGANConfig(quantizer="ema", codebook_size=9, emb_dim=2, quantizer_config=options))
     assert (q.codebook_size, q.dim, q.beta, q.decay, q.revive_below) == (9, 2, 0.5, 0.7, 0.2)

@@ -7,6 +7,7 @@ import torch
 
 from vq.config import VQGANConfig
 from vq.quantizer import make_quantizer
+from vq.quantizers import fsq
 from vq.quantizers.fsq import FSQQuantizer, bounded
 
 LEVELS = (8, 5, 2, 3)
@@ -125,6 +126,7 @@ def test_large_and_half_precision_vectors_are_finite():
 def test_the_config_gives_the_levels():
     quantizer = make_quantizer(VQGANConfig(quantizer="fsq", codebook_size=512))
     assert isinstance(quantizer, FSQQuantizer) and quantizer.levels == (8, 8, 8)
-    quantizer = make_quantizer(VQGANConfig(quantizer="fsq", codebook_size=1000, fsq_levels=(8, 5, 5, 5)))
+    options = fsq.Config(fsq_levels=(8, 5, 5, 5))
+    quantizer = make_quantizer(VQGANConfig(quantizer="fsq", codebook_size=1000, quantizer_config=options))
     assert quantizer.levels == (8, 5, 5, 5) and quantizer.codebook_size == 1000
     assert not list(quantizer.parameters()) and not quantizer.state_dict()

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from diffusion.rng import Streams
 from vq.config import VQGANConfig
-from vq.quantizer import Training, make_quantizer
+from vq.quantizer import make_quantizer
+from vq.quantizers import Training, gumbel
 from vq.quantizers.gumbel import GumbelQuantizer
 
 K, D, STEPS = 7, 3, 1000
@@ -153,7 +154,8 @@ def test_products_have_float32_under_autocast():
 
 
 def test_settings_arrive():
-    sizes = {"codebook_size": 9, "emb_dim": 2, "gumbel_decay_steps": 5}
-    q = make_quantizer(VQGANConfig(quantizer="gumbel", **sizes, gumbel_kl_weight=0.5, gumbel_straight_through=True))
+    sizes = {"codebook_size": 9, "emb_dim": 2}
+    options = gumbel.Config(gumbel_kl_weight=0.5, gumbel_straight_through=True, gumbel_decay_steps=5)
+    q = make_quantizer(VQGANConfig(quantizer="gumbel", **sizes, quantizer_config=options))
     assert (q.codebook_size, q.dim, q.kl_weight, q.hard, q.decay_steps) == (9, 2, 0.5, True, 5)
     assert not make_quantizer(VQGANConfig(quantizer="gumbel", **sizes)).hard

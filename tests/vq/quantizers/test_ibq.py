@@ -6,7 +6,8 @@ import torch
 import vq.quantizer
 from helpers.peak_tensor import Largest
 from vq.config import VQGANConfig
-from vq.quantizer import Training, make_quantizer
+from vq.quantizer import make_quantizer
+from vq.quantizers import Training, ibq
 from vq.quantizers.ibq import IBQQuantizer
 
 K, D = 12, 5
@@ -157,9 +158,7 @@ def test_codes_start_spread():
 
 
 def test_the_config_gives_size_weights_and_temperature():
-    config = VQGANConfig(
-        quantizer="ibq", codebook_size=9, emb_dim=4, beta=0.5, entropy_weight=0.2, entropy_temperature=0.3
-    )
-    q = make_quantizer(config)
+    options = ibq.Config(beta=0.5, entropy_weight=0.2, entropy_temperature=0.3)
+    q = make_quantizer(VQGANConfig(quantizer="ibq", codebook_size=9, emb_dim=4, quantizer_config=options))
     assert isinstance(q, IBQQuantizer) and (q.codebook_size, q.dim, q.codebook.weight.shape) == (9, 4, (9, 4))
     assert (q.beta, q.entropy_weight, q.temperature) == (0.5, 0.2, 0.3)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from vq.config import VQGANConfig
 from vq.quantizer import make_quantizer
+from vq.quantizers import l2
 from vq.quantizers.l2 import L2Quantizer
 
 K, D, BETA = 13, 4, 0.3
@@ -77,5 +78,5 @@ def test_codes_start_anywhere_on_the_sphere():
 
 
 def test_settings_arrive():
-    q = make_quantizer(VQGANConfig(quantizer="l2", codebook_size=9, emb_dim=2, beta=0.5))
+    q = make_quantizer(VQGANConfig(quantizer="l2", codebook_size=9, emb_dim=2, quantizer_config=l2.Config(beta=0.5)))
     assert (q.codebook_size, q.dim, q.beta) == (9, 2, 0.5)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vq.config import VQGANConfig
-from vq.quantizer import Training, make_quantizer
+from vq.quantizer import make_quantizer
+from vq.quantizers import Training, lfq
 from vq.quantizers.lfq import LFQQuantizer
 
 D = 5
@@ -154,7 +155,8 @@ def test_entropies_spread_codes_that_had_collapsed():
 
 
 def test_the_config_gives_weights_and_temperature():
-    config = VQGANConfig(quantizer="lfq", codebook_size=64, beta=0.5, entropy_weight=0.2, entropy_temperature=0.3)
+    options = lfq.Config(beta=0.5, entropy_weight=0.2, entropy_temperature=0.3)
+    config = VQGANConfig(quantizer="lfq", codebook_size=64, quantizer_config=options)
     q = make_quantizer(config)
     assert isinstance(q, LFQQuantizer) and (q.codebook_size, q.dim) == (64, 6) == (64, config.code_dim)
     assert (q.beta, q.entropy_weight, q.temperature) == (0.5, 0.2, 0.3)

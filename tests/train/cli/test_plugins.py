@@ -1,0 +1,314 @@
+"""Flags of plug-ins: those of the ones that are named are there, those of others are refused by name."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+import yaml
+
+import vq.quantizers
+from helpers.tiny_runs import GAN, ROOT, VQGAN, call, parsed
+from train.cli import parse as cli
+from train.cli import plugins
+from train.cli.plugins import PLUGIN_GROUPS, PluginGroup, chosen, flags_of, part_of
+from train.cli.values import peek_all
+from train.config import DataConfig, SecondStageConfig, VQGANRunConfig
+from train.datasets import lsun
+from train.first_stage import VQGANRun
+from train.registry import names_in
+from train.runs import open_run
+from train.samplers import ddpm
+from vq.config import VQGANConfig
+from vq.quantizer import make_quantizer
+from vq.quantizers import QuantizerConfig, ema, fsq, gumbel, nearest
+
+MINE = '''"""The nearest code, times a number."""
+
+from dataclasses import dataclass
+
+from vq.quantizers import Quantizer, QuantizerConfig
+from vq.quantizers.nearest import NearestQuantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(QuantizerConfig):
+    """Mine."""
+
+    mine_factor: float = 2.0
+    """What the vectors of codes are multiplied by."""
+
+
+class MineQuantizer(NearestQuantizer):
+    factor = 1.0
+
+    def vectors(self, ids):
+        return self.factor * super().vectors(ids)
+
+
+def build(config: Config, codebook_size: int, dim: int) -> Quantizer:
+    quantizer = MineQuantizer(codebook_size, dim)
+    quantizer.factor = config.mine_factor
+    return quantizer
+'''
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A quantizer of a user's own, as if its one file lay among the others."""
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "mine.py").write_text(MINE)
+    monkeypatch.setattr(vq.quantizers, "__path__", [*vq.quantizers.__path__, str(tmp_path / "plugins")])
+    monkeypatch.delitem(sys.modules, "vq.quantizers.mine", raising=False)
+
+
+def refused(capfd, flags, script="train_vqgan.py"):
+    with pytest.raises(SystemExit) as stop:
+        call(script, flags)
+    assert stop.value.code == 2
+    return " ".join(capfd.readouterr().err.replace("│", " ").split())
+
+
+def test_a_quantizer_with_an_option_is_one_new_file(mine, tmp_path, capfd, monkeypatch):
+    config = parsed("train_vqgan.py", "--quantizer mine --mine_factor 3", monkeypatch)
+    assert (config["quantizer"], config["mine_factor"]) == ("mine", 3.0) and "beta" not in config
+    quantizer = make_quantizer(VQGANConfig(quantizer="mine", codebook_size=8, emb_dim=3))
+    assert quantizer.factor == 2 and quantizer.vectors(torch.zeros(1, 2, 2, dtype=torch.int64)).shape == (1, 3, 2, 2)
+    message = refused(capfd, f"--logs_root {tmp_path} --mine_factor 3")
+    assert "got --mine_factor with --quantizer nearest: it is of mine" in message
+
+
+@pytest.mark.slow
+def test_a_run_with_a_quantizer_of_ones_own_goes_on(mine, tmp_path, capfd):
+    flags = f"{VQGAN} {GAN} --logs_root {tmp_path} --no_amp --steps_per_eval 0 --quantizer mine"
+    call("train_vqgan.py", f"{flags} --mine_factor 3 --train_steps 1")
+    stored = yaml.safe_load((tmp_path / "vqgan_digits" / "config.yaml").read_text())
+    assert {*stored["network"]} == cli.fields_of(VQGANConfig) | {"mine_factor"}
+    call("train_vqgan.py", f"{flags} --mine_factor 3 --train_steps 2")
+    assert "mine_factor: 3.0 there, 4.0 now" in refused(capfd, f"{flags} --mine_factor 4 --train_steps 2")
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "wanted"),
+    [
+        ("train_vqgan.py", "--fsq_levels 8 8", "--fsq_levels with --quantizer nearest: it is of fsq"),
+        ("train_vqgan.py", "--quantizer ema --legacy_beta", "--legacy_beta with --quantizer ema: it is of nearest"),
+        (
+            "train_vqgan.py",
+            "--quantizer fsq --beta=1",
+            "with --quantizer fsq: it is of ema, ibq, l2, lfq, nearest",
+        ),
+        ("train_vqgan.py", "--no-gumbel-straight-through", "it is of gumbel; leave it out, or pass --quantizer gumbel"),
+        ("train_vqgan.py", "--category bedroom", "--category with --reader digits: it is of lsun"),
+        ("train_sampler.py", "--eta 0.5", "--eta with --sampler absorbing: it is of ddpm"),
+        (
+            "train_sampler.py",
+            "--sampler ddpm --temp 1",
+            "with --sampler ddpm: it is of absorbing, autoregressive",
+        ),
+    ],
+)
+def test_a_flag_of_a_plugin_that_is_not_named_is_refused(script, flags, wanted, tmp_path, capfd):
+    assert wanted in refused(capfd, f"{flags} --logs_root {tmp_path}", script)
+
+
+def test_help_shows_the_flags_of_the_quantizer_that_is_named(tmp_path, capfd):
+    for name, flag in (("fsq", "--fsq_levels"), ("gumbel", "--gumbel_decay_steps")):
+        with pytest.raises(SystemExit):
+            call("train_vqgan.py", f"--quantizer {name} --help")
+        shown = capfd.readouterr().out
+        assert [each for each in ("--fsq_levels", "--gumbel_decay_steps", "--legacy_beta") if each in shown] == [flag]
+    assert "Steps in which its temperature falls" in " ".join(shown.replace("│", " ").split())
+
+
+def test_a_file_names_the_quantizer_and_a_flag_another(tmp_path, monkeypatch, capfd):
+    file = tmp_path / "mine.yaml"
+    file.write_text("vqgan:\n  quantizer: ema\n  revive_below: 0.2\n  beta: 0.25\n  fsq_levels: []\n")
+    config = parsed("train_vqgan.py", f"--config {file}", monkeypatch)  # defaults of others change nothing
+    assert config["quantizer"] == "ema" and config["revive_below"] == 0.2 and "fsq_levels" not in config
+    message = refused(capfd, f"--config {file} --quantizer l2")
+    assert "mine.yaml: got revive_below '0.2' with --quantizer l2: it is of ema" in message
+
+
+def old_groups():
+    """The config.yaml of a run that was made when every run held the keys of all quantizers."""
+    return yaml.safe_load((ROOT / "tests" / "fixtures" / "old_runs/runs/vqgan_digits/config.yaml").read_text())
+
+
+def groups_of(content):
+    return {name: content[name] for name in ("data", "reader", "network")}
+
+
+def test_a_run_with_the_keys_of_all_quantizers_loads():
+    config = cli.from_dict(VQGANRun, groups_of(old_groups()), "old")
+    assert config.network.quantizer_config == ema.Config()
+    assert {"legacy_beta", "gumbel_kl_weight", "fsq_levels"} <= old_groups()["network"].keys()
+    content = old_groups()
+    content["network"] |= {"quantizer": "gumbel", "gumbel_kl_weight": 0.5}
+    config = cli.from_dict(VQGANRun, groups_of(content), "old")
+    assert config.network.quantizer_config == gumbel.Config(gumbel_kl_weight=0.5)
+
+
+def test_a_run_with_options_that_its_quantizer_never_had_is_refused():
+    content = old_groups()
+    content["network"]["gumbel_kl_weight"] = 0.5
+    with pytest.raises(ValueError, match="old: got gumbel_kl_weight 0.5 with --quantizer ema: it is of gumbel"):
+        cli.from_dict(VQGANRun, groups_of(content), "old")
+    config = chosen(VQGANRunConfig, {"quantizer": "ema"}).config
+    with pytest.raises(ValueError, match="old: got gumbel_kl_weight 0.5"):
+        cli.completed(content, config, "old")
+
+
+def test_a_run_with_the_keys_of_all_quantizers_is_the_same_run(tmp_path):
+    content = old_groups()
+    flat = {key: value for group in content.values() for key, value in group.items()}
+    config = cli.from_dict(VQGANRunConfig, {k: v for k, v in content.items() if k != "origin"}, "old")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    open_run(tmp_path, config, content["origin"])
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert written["network"] == {key: flat[key] for key in written["network"]}
+    assert flat.keys() - {key for group in written.values() for key in group} == {
+        *("legacy_beta", "fsq_levels", "entropy_weight", "entropy_temperature"),
+        *("gumbel_kl_weight", "gumbel_straight_through", "gumbel_decay_steps"),
+    }
+    other = dataclasses.replace(config.network, quantizer="nearest", quantizer_config=nearest.Config())
+    with pytest.raises(ValueError, match="holds another run .*quantizer: 'ema' there, 'nearest' now"):
+        open_run(tmp_path, dataclasses.replace(config, network=other), content["origin"])
+
+
+def test_no_plugin_has_a_flag_that_another_group_has():
+    """Keys of a run are flat: each is there once."""
+    for cls in (VQGANRunConfig, SecondStageConfig):
+        for group in PLUGIN_GROUPS.values():
+            for name in names_in(group.package):
+                config = chosen(cls, {group.flags[0]: name}).config
+                parts = [getattr(config, field.name) for field in dataclasses.fields(config)]
+                assert sum(len(flags_of(part)) for part in parts) == len(flags_of(config)), name
+
+
+def test_the_groups_of_the_plugins_that_are_named_are_chosen():
+    config = chosen(SecondStageConfig, {"sampler": "ddpm", "dataset": "x", "reader": "lsun"}).config
+    assert (type(config.sampler), type(config.sampling)) == (ddpm.Config, ddpm.Sampling)
+    assert type(config.reader) is lsun.Config and type(config.data) is DataConfig
+    config = chosen(VQGANRunConfig, {"dataset": "lsun", "quantizer": "fsq"}).config
+    assert type(config.reader) is lsun.Config  # without a reader, the file of the data set's name
+    assert config.network == VQGANConfig(quantizer="fsq", quantizer_config=fsq.Config())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Several:
+    """A group of plug-ins that a list names."""
+
+    quantizers: tuple[str, ...] = ()
+    """Which."""
+    options: QuantizerConfig = QuantizerConfig()
+
+
+def test_a_list_names_several_plugins_whose_flags_are_joined():
+    config = chosen(Several, {"quantizers": ["ema", "fsq", "ema"]}).config
+    assert config.quantizers == ("ema", "fsq", "ema")
+    assert cli.fields_of(config) == {"quantizers", "beta", "codebook_decay", "revive_below", "fsq_levels"}
+    config = cli.interpret(Several, ["--beta", "1", "--fsq_levels", "8", "8"], default=config)
+    assert part_of(config.options, ema.Config) == ema.Config(beta=1.0)
+    assert part_of(config.options, fsq.Config) == fsq.Config(fsq_levels=(8, 8))
+    with pytest.raises(ValueError, match="got beta -1"):
+        dataclasses.replace(config.options, beta=-1.0)
+    assert chosen(Several, {}).config == Several()
+
+
+PARTS = {  # files of two packages: hosts, and the parts that a host's own flag names
+    "hosts/__init__": "",
+    "hosts/plain": "from test_plugins import Host\n\nConfig = Host\n",
+    "hosts/large": """from dataclasses import dataclass
+
+from test_plugins import Host, Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Host):
+    parts: tuple[str, ...] = ()
+    options: Part = Part()
+""",
+    "parts/__init__": "",
+    **{
+        f"parts/{name}": f"""from dataclasses import dataclass
+
+from test_plugins import Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Part):
+    {name}_size: int = {size}
+"""
+        for name, size in (("red", 1), ("blue", 2))
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Host:
+    """What hosts build on."""
+
+    host: str = "plain"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """What parts build on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfHost:
+    """A run."""
+
+    host: Host
+
+
+def test_the_flags_of_a_plugin_may_name_several_others(tmp_path, monkeypatch, capfd):
+    for name, text in PARTS.items():
+        (tmp_path / f"{name}.py").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "test_plugins", sys.modules[__name__])
+    monkeypatch.setitem(PLUGIN_GROUPS, Host, PluginGroup("hosts", ("host",), "host"))
+    monkeypatch.setitem(PLUGIN_GROUPS, Part, PluginGroup("parts", ("parts",), "part"))
+    for module in (plugins, cli):
+        monkeypatch.setattr(module, "NAMING", plugins.NAMING | {"host", "parts"})
+    monkeypatch.setattr(sys, "argv", ["script"])
+    config = cli.parse(OfHost, "demo", "--host large --parts red blue --blue_size 5".split())
+    assert cli.to_dict(config) == {"host": {"host": "large", "parts": ["red", "blue"], "red_size": 1, "blue_size": 5}}
+    assert cli.to_dict(cli.from_dict(OfHost, cli.to_dict(config), "here")) == cli.to_dict(config)
+    with pytest.raises(ValueError, match="got --red_size with --parts blue: it is of red"):
+        cli.parse(OfHost, "demo", "--host large --parts blue --red_size 5".split())
+    with pytest.raises(ValueError, match="unknown part 'rde', did you mean 'red'"):
+        cli.parse(OfHost, "demo", "--host large --parts rde".split())
+    with pytest.raises(ValueError, match="got --parts with --host plain: it is of large"):
+        cli.parse(OfHost, "demo", "--parts red".split())
+
+
+def test_joined_flags_keep_their_help(capfd):
+    config = chosen(Several, {"quantizers": ["ema", "fsq"]}).config
+    with pytest.raises(SystemExit):
+        cli.interpret(Several, ["--help"], default=config)
+    shown = " ".join(capfd.readouterr().out.replace("│", " ").split())
+    assert "Decay per step of the averages" in shown and "Levels of each number" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--seed 1", None),
+        ("--quantizers a b --seed 1 c", ["a", "b"]),
+        ("--quantizers=a --seed 1", ["a"]),
+        ("--quantizers --seed 1", []),
+        ("--quantizers a --quantizers b c", ["b", "c"]),
+    ],
+)
+def test_the_words_of_a_list_end_at_the_next_flag(line, words):
+    assert peek_all(line.split(), "quantizers") == words
+
+
+@pytest.mark.parametrize("base", PLUGIN_GROUPS)
+def test_every_plugins_flags_build_on_those_of_its_kind(base):
+    group = PLUGIN_GROUPS[base]
+    assert all(issubclass(group.config_of(name), base) for name in names_in(group.package))
