@@ -117,7 +117,7 @@ def test_what_is_cleared_is_made_anew_and_nothing_else_goes(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
-def test_a_size_of_its_own_and_the_name_of_the_file_say_what_a_batch_is(tmp_path):
+def test_a_file_is_named_by_kind_size_and_number(tmp_path):
     """Files of an earlier version of the code are read: their names stay."""
     make = Maker()
     list(ResumableBatches(ALONE, tmp_path, 3).resume("noise", range(10), make, size=6))

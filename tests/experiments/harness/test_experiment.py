@@ -121,7 +121,7 @@ def toy(trained, tmp_path, monkeypatch):
     return Toy(tmp_path, monkeypatch)
 
 
-def test_a_finished_experiment_is_reported_and_not_measured_again(toy, capsys):
+def test_a_finished_experiment_is_not_measured_again(toy, capsys):
     found = toy()
     assert found["numbers"] == [7, 8, 9, 10, 11] and toy.made == [[0, 1], [2, 3], [4]]
     assert found["run"]["toy"]["count"] == 5 and found["run"]["step"] == 3 and "sampler_weights" in found["run"]
@@ -164,7 +164,7 @@ def test_other_settings_in_the_same_folder_are_refused(toy, capfd):
     assert "count: 5 there, 6 now" in capfd.readouterr().err and len(toy.made) == 3
 
 
-def test_what_is_prepared_names_the_folder_and_may_outdate_a_report(toy):
+def test_what_is_prepared_names_and_may_outdate_a_report(toy):
     known = ["one"]
 
     def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
