@@ -111,13 +111,13 @@ def measure_sampler(config, here: World) -> None:
     n_classes = images.n_classes if images is not None else int(config.sampling.guidance != 1)
     torch.manual_seed(training.seed)
     space = workloads.space_for(config, lambda: vqgan_of(data, sys.argv[1:]), here.device)
-    path = getattr(config.sampler, "adapt", "")
+    path = config.sampler.adapt
     adapt = dotted(path, "--adapt") if path else None
     source = None if images is None else workloads.images_source(images, data, training.seed, adapt)
     trainees = workloads.sampler_trainees(config, space, n_classes, here)
     print(f"network: {count_parameters(trainees[0].state.modules['network']):,} parameters", flush=True)
     batch = workloads.random_batch(space, n_classes, training.batch_size, data, here.device)
-    batch = workloads.with_conditions(batch, trainees[0].step.sampler.fields, source, here.device)
+    batch = workloads.with_conditions(batch, trainees[0].step.sampler.conditions, source, here.device)
     consumed = None
     if "step" in config.benchmark.measure:
         works = [workloads.work_of(each, workloads.in_parts(batch, training.accumulate), here) for each in trainees]

@@ -21,7 +21,7 @@ from train.data.transforms import covering, to_item
 from train.datasets._decode import DAMAGED, decode
 from train.inference import TrainedSampler
 from train.loop import Batch
-from train.spaces import Start
+from train.spaces import EditInput
 
 OPAQUE = 255  # of an alpha channel: pixels that are less have lost what they were
 ROWS = 8  # images in a grid
@@ -173,7 +173,7 @@ def centred(grid: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, in
 def told(trained: TrainedSampler, labels: list[int] | None, options: SamplingConfig) -> tuple[Batch, SamplingConfig]:
     """The conditions of so many images, and options that go with them: without labels the model is told nothing, and
     there is nothing to guide by. ValueError for classes that there are not, and for models of other conditions."""
-    n_classes, others = trained.sampler.n_classes, sorted({*trained.sampler.fields} - {"label"})
+    n_classes, others = trained.sampler.n_classes, sorted({*trained.sampler.conditions} - {"label"})
     if others:
         raise ValueError(f"{trained.run} is conditioned on {', '.join(others)}, which cannot be given here")
     if labels is None:
@@ -190,11 +190,11 @@ def check_label(trained: TrainedSampler, label: int | None, options: SamplingCon
 
 
 def draw(
-    trained: TrainedSampler, config: Any, start: Start, seeds: list[int], labels: list[int] | None, **how: Any
+    trained: TrainedSampler, config: Any, edit: EditInput, seeds: list[int], labels: list[int] | None, **how: Any
 ) -> Tensor:
     """uint8 images (B, C, H, W) drawn from where they start: images of one seed get the same noise."""
     given, options = told(trained, labels, config.sampling)
-    return trained.draw(seeds, config.output.seed, options, given=given, start=start, **how)["image"]
+    return trained.draw(seeds, config.output.seed, options, given=given, edit=edit, **how)["image"]
 
 
 def in_batches(name: str, count: int, make: Make, config: Any, trained: TrainedSampler, folder: Path) -> Tensor | None:
@@ -210,10 +210,10 @@ def in_batches(name: str, count: int, make: Make, config: Any, trained: TrainedS
     return torch.cat(images) if world.is_main else None
 
 
-def forgotten(x0: Tensor, trained: TrainedSampler, strength: float) -> Start:
+def forgotten(x0: Tensor, trained: TrainedSampler, strength: float) -> EditInput:
     """Nothing is kept for certain; `strength` of it is forgotten."""
     grid = x0.shape[-2:]
-    return Start(x0, torch.zeros(len(x0), *grid, dtype=torch.bool, device=trained.device), strength)
+    return EditInput(x0, torch.zeros(len(x0), *grid, dtype=torch.bool, device=trained.device), strength)
 
 
 def encoded(images: Tensor, trained: TrainedSampler) -> Tensor:

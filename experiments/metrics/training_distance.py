@@ -23,6 +23,7 @@ from train.first_stage import FirstStage
 from train.inference import TrainedSampler
 from train.logging import Logger
 from train.loop import Hook, Outputs, State
+from train.samplers import LearnedSampler
 from train.spaces import Space
 
 LEAST = 2  # images that have a covariance
@@ -89,7 +90,7 @@ def at_once(config: Any, count: int, world: World) -> int:
 
 
 def of_samples(
-    config: Any, sampler: Any, space: Space, real: Dataset, frequencies: list[float], world: World, run: Path
+    config: Any, sampler: LearnedSampler, space: Space, real: Dataset, frequencies: list[float], world: World, run: Path
 ) -> Callable[[Logger], Hook]:
     """The distance of --FD_samples images that a sampler draws, always of the same seeds, to its training images."""
     count = config.logging.FD_samples
