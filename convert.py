@@ -170,8 +170,8 @@ def make_code_sampler(config: Config, layout) -> None:
     averages = [average.module for average in [*state.averages.values(), *state.profiles.values()]]
     for path, networks in ((files[1], averages), (files[0], [built.network])):
         weights = read_weights(path)
-        layout.check_codes(weights, **space.facts)
-        made, left = layout.code_converted(weights, space.facts["grid"])
+        layout.check_codes(weights, **space.model_args)
+        made, left = layout.code_converted(weights, space.model_args["grid"])
         for network in networks:
             fill(network, made, path)
         report(path, made, left)

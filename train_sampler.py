@@ -25,7 +25,7 @@ class Config(SecondStageConfig):
 def main(config: Config) -> None:
     data, training, logging = config.data, config.training, config.logging
     run = run_folder(logging.logs_root, logging.log_dir or f"{config.sampler.sampler}_{data.dataset}")
-    adapt = dotted(config.sampler.adapt, "--adapt") if getattr(config.sampler, "adapt", "") else None
+    adapt = dotted(config.sampler.adapt, "--adapt") if config.sampler.adapt else None
     with workplace(run, training) as here:
         images = {split: build_dataset(data, config.reader, split) for split in ("train", "val")}
         space = open_space(config, origin_of(run), images["train"], here)

@@ -3,11 +3,12 @@
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.autoregressive import Autoregression
 from diffusion.denoisers import guided, thresholded, windowed
+from diffusion.drawing import Drawing
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import SCHEDULES, GaussianDiffusion, with_zero_terminal_snr
 from diffusion.likelihood import bits_per_code, bits_per_dimension, flow_bits_per_dimension
-from diffusion.process import Gaussian
+from diffusion.process import ContinuousProcess, DiscreteProcess
 from diffusion.rng import Streams, seed_of
 from diffusion.solvers import solver, solvers_of
 from diffusion.timesteps import LossSecondMoment, low_discrepancy, uniform
@@ -17,8 +18,10 @@ __all__ = [
     "AbsorbingDiffusion",
     "Autoregression",
     "Bound",
+    "ContinuousProcess",
+    "DiscreteProcess",
+    "Drawing",
     "EDM",
-    "Gaussian",
     "GaussianDiffusion",
     "Likelihood",
     "Loss",

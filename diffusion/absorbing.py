@@ -12,12 +12,13 @@ little.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion.process import DiscreteProcess, weighted
 from diffusion.rng import Streams, drawn
 from diffusion.types import Loss
 
@@ -54,12 +55,14 @@ LossType = Literal["elbo", "reweighted_elbo", "mlm"]
 
 
 @dataclass(frozen=True)
-class AbsorbingDiffusion:
+class AbsorbingDiffusion(DiscreteProcess):
     """`codes` K is the number of codes, ids 0..K-1; the mask is id K. `steps` T; None is continuous time.
 
-    `schedule`, of MASKINGS, says how masks grow.
+    `schedule`, of MASKINGS, says how masks grow. The best prediction of a masked code does not depend on t (Ou et al.
+    2025): the codes that are left say all.
     """
 
+    prediction_depends_on_time: ClassVar[bool] = False
     codes: int
     steps: int | None = 256
     schedule: str = "linear"
@@ -82,13 +85,13 @@ class AbsorbingDiffusion:
         """The inverse of `masked`."""
         return MASKINGS[self.schedule].time(share)
 
-    def quantile(self, u: Tensor) -> Tensor:
-        """Training times: u (B,) uniform on (0, 1] -> t (B,), uniform over {1/T, ..., 1}, or over (0, 1]."""
-        return u if self.steps is None else (u * self.steps).ceil() / self.steps
+    def prior(self, shape: tuple[int, ...], rng: Streams) -> Tensor:
+        """All mask: (B, H, W)."""
+        return torch.full(shape, self.mask, device=rng.device)
 
-    def times(self, rng: Streams) -> Tensor:
-        """t (B,) to train on, one draw of each stream."""
-        return self.quantile(1 - rng.uniform((len(rng),)))  # (0, 1]
+    def may_change(self, x_t: Tensor, t: float, s: float) -> Tensor:
+        """Masked places: a revealed code stays."""
+        return x_t == self.mask
 
     def corrupt(self, x0: Tensor, t: Tensor, rng: Streams) -> Tensor:
         """q(x_t | x_0): each code is masked with probability m(t), independently. x0 (B, H, W), t (B,)."""
@@ -119,27 +122,56 @@ class AbsorbingDiffusion:
             weight = self.steps * (1 - self.masked((i - 1) / self.steps) / self.masked(i / self.steps))
         return weight.to(t.dtype)
 
-    def loss(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, kind: LossType = "reweighted_elbo") -> Loss:
+    def place_losses(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The cross-entropy of masked codes, 0 elsewhere: (B, H, W) nats."""
+        nll = F.cross_entropy(logits.float().flatten(0, 2), x0.flatten(), reduction="none").view(x0.shape)
+        return nll * (x_t == self.mask)
+
+    def loss(
+        self,
+        logits: Tensor,
+        x0: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        kind: LossType = "reweighted_elbo",
+        *,
+        loss_weight: Tensor | None = None,
+    ) -> Loss:
         """Logits (B, H, W, K) of x_0 given x_t, codes x0 and x_t (B, H, W), t (B,) -> Loss.
 
-        CE is the cross-entropy summed over masked positions, N = H W.
+        CE is the cross-entropy summed over masked positions, N = H W, each times `loss_weight` (B,) or (B, H, W).
         elbo: w(t) CE / (N ln 2), bits per code; its mean over t is the negative ELBO. w is `elbo_weight`.
         reweighted_elbo: (1 - m(t)) CE / (N ln 2), the lower-variance weight of Bond-Taylor et al.'s code.
         mlm: CE / number of masked codes, nats.
         """
         if kind not in get_args(LossType):
             raise ValueError(f"loss {kind!r}: choose one of {', '.join(get_args(LossType))}")
-        masked = x_t == self.mask  # (B, H, W)
-        nll = F.cross_entropy(logits.float().flatten(0, 2), x0.flatten(), reduction="none").view(x0.shape)
-        ce = (nll * masked).sum((1, 2))  # (B,) nats
-        bits = ce / (x0[0].numel() * math.log(2))
-        bound = self.elbo_weight(t) * bits
+        losses, weight = self.place_losses(logits, x0, x_t, t), self.elbo_weight(t)  # (B, H, W), (B,)
+        learned = weighted(losses, loss_weight)
         per_example = {
-            "elbo": bound,
-            "reweighted_elbo": (1 - self.masked(t)) * bits,
-            "mlm": ce / masked.sum((1, 2)).clamp(min=1),
+            "elbo": weight * self.bits(learned),
+            "reweighted_elbo": (1 - self.masked(t)) * self.bits(learned),
+            "mlm": learned.sum((1, 2)) / (x_t == self.mask).sum((1, 2)).clamp(min=1),
         }[kind]
-        return Loss(per_example, {"bits_per_code": bound.detach()})
+        return Loss(per_example, {"bits_per_code": (weight * self.bits(losses)).detach()})
+
+    def bound_terms(self, count: int) -> int:
+        """T; in continuous time N: the bound is then that of all orders in which codes can be revealed (Ou et al. 2025)
+        and does not depend on the schedule. Term k is the mean cross-entropy where exactly k of the codes are masked.
+        """
+        return count if self.steps is None else self.steps
+
+    def bound_sample(self, x0: Tensor, i: Tensor, rng: Streams) -> tuple[Tensor, Tensor]:
+        if self.steps is not None:
+            return super().bound_sample(x0, i, rng)
+        share = (i / x0[0].numel()).to(x0.device)
+        return self.corrupt_count(x0, i.to(x0.device), rng), self.time_at(share)
+
+    def bound_term(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, repeats: int = 1) -> Tensor:
+        if self.steps is not None:
+            return super().bound_term(logits, x0, x_t, t, repeats)
+        ce = self.place_losses(logits, x0, x_t, t).sum((1, 2)) / (x_t == self.mask).sum((1, 2)).clamp(min=1)
+        return repeats * ce / (x0[0].numel() * math.log(2))
 
     def reverse_probabilities(
         self, x_t: Tensor, logits: Tensor, t: float, s: float, sigma: Tensor | float = 0.0

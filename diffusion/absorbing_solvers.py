@@ -1,34 +1,38 @@
-"""Solvers of the absorbing process: from masked codes to codes, with the temperature they are drawn at.
+"""Solvers of the absorbing process alone: from masked codes to codes.
 
-x (B, H, W) is all mask, or has codes to keep: none of them ever changes. `denoise(x, t (B,), rows)` gives logits
-(B, H, W, K) of x_0; `rows` (n,) int64 says which examples the rows of x are, None all of them in order. Nothing is
-evaluated that cannot change: an example goes through the network only where codes of it are drawn from what it says.
-
-`on_step(i, t, s, x_s, logits) -> x_s` may change what the next step begins with, and mask no code again; t and s run
-evenly from 1 to 0. Who watches sees every example at every step, so all are evaluated; what is drawn stays the same.
+x (B, H, W) is all mask, or has codes to keep: none of them ever changes. For the rest see discrete_solvers; `on_step`
+may mask no code again here. Times fall evenly from 1 to 0. Where each code's turn is drawn ahead of its value, an
+example goes through the network only at the turns of its codes.
 """
 
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from diffusion.absorbing import AbsorbingDiffusion, filled
+from diffusion.discrete_solvers import Answer, ask
+from diffusion.drawing import AS_PREDICTED, Drawing
+from diffusion.process import at
 from diffusion.rng import Streams, drawn
+from diffusion.solvers import Solver, SolverOptions, one_per_place
 from diffusion.types import Denoiser, OnStep
 
 Remasking = Literal["cap", "rescale", "conf"]
 
 
-def step_times(steps: int | None) -> list[float]:
-    """steps + 1 times from 1 to 0."""
-    if steps is None or steps < 1:
-        raise ValueError(f"got {steps} sampling steps, wanted at least 1: pass --sample_steps N")
-    return [i / steps for i in range(steps, -1, -1)]
-
-
 def reveal(
-    denoise: Denoiser, mask: int, x: Tensor, turns: Tensor, times: Tensor, rng: Streams, on_step: OnStep | None
+    denoise: Denoiser,
+    mask: int,
+    x: Tensor,
+    turns: Tensor,
+    times: Tensor,
+    *,
+    rng: Streams,
+    on_step: OnStep | None,
+    drawing: Drawing,
 ) -> Tensor:
     """Draws each masked code at its turn, those of a turn together and independently of each other.
 
@@ -45,34 +49,18 @@ def reveal(
         turn = plan[:, i]  # (B,)
         due = (x == mask) & (turns == turn.view(-1, 1, 1))
         answer = ask(denoise, x, due, times.gather(1, turn[:, None])[:, 0], on_step is not None)
-        x = drawn_at(x, due, answer, rng)
+        x = drawn_at(x, due, answer, rng, drawing)
         x = x if on_step is None else on_step(i, 1 - i / calls, 1 - (i + 1) / calls, x, answer.everything)
     return x
 
 
-class Answer(NamedTuple):
-    """What the network says where something is to be drawn."""
-
-    rows: Tensor  # (n,) int64, the examples of which something is drawn
-    logits: Tensor | None  # (n, H, W, K), theirs; None where n is 0
-    everything: Tensor | None  # (B, H, W, K), where someone watches
-
-
-def ask(denoise: Denoiser, x: Tensor, due: Tensor, t: Tensor, watched: bool) -> Answer:
-    """Evaluates the examples of x (B, H, W) in which a code is `due` (B, H, W), at t (B,), or all that are watched."""
-    rows = due.flatten(1).any(1).nonzero()[:, 0]
-    if watched or len(rows) == len(x):
-        everything = denoise(x, t)
-        return Answer(rows, everything if len(rows) == len(x) else everything[rows], everything)
-    return Answer(rows, denoise(x[rows], t[rows], rows) if len(rows) else None, None)
-
-
-def drawn_at(x: Tensor, due: Tensor, answer: Answer, rng: Streams) -> Tensor:
+def drawn_at(x: Tensor, due: Tensor, answer: Answer, rng: Streams, drawing: Drawing) -> Tensor:
     """x with the codes at `due` (B, H, W) drawn from the answer."""
     rows = answer.rows
     if not len(rows):
         return x
-    return x.index_copy(0, rows, filled(x[rows], due[rows], answer.logits, rng.of(rows.tolist())))
+    logits = drawing.adjust(answer.logits, answer.t)
+    return x.index_copy(0, rows, filled(x[rows], due[rows], logits, rng.of(rows.tolist())))
 
 
 @torch.no_grad()
@@ -80,21 +68,21 @@ def ancestral(
     denoise: Denoiser,
     process: AbsorbingDiffusion,
     x: Tensor,
+    times: list[float],
     *,
-    steps: int | None = None,
     rng: Streams,
     on_step: OnStep | None = None,
+    drawing: Drawing = AS_PREDICTED,
 ) -> Tensor:
-    """The reverse process in `steps` equal steps of t (the process's own T if left out).
+    """The reverse process: what `discrete` draws, with fewer network calls.
 
     A code is revealed in the step from t to s with probability m(t) - m(s), whatever the others do, so the steps are
     drawn first; those in which nothing is revealed cost nothing. At most min(steps, N) network calls.
     """
-    times = step_times(process.steps if steps is None else steps)
     u = rng.uniform(x.shape, torch.float64)
     after = process.masked(torch.tensor(times[1:], dtype=torch.float64)).to(u.dtype).to(x.device)  # m(s), falling
     turns = (u.unsqueeze(-1) < after).sum(-1)  # it is still masked after the steps whose m(s) lies above u
-    return reveal(denoise, process.mask, x, turns, shared(times, x), rng, on_step)
+    return reveal(denoise, process.mask, x, turns, shared(times, x), rng=rng, on_step=on_step, drawing=drawing)
 
 
 @torch.no_grad()
@@ -102,25 +90,27 @@ def first_hitting(
     denoise: Denoiser,
     process: AbsorbingDiffusion,
     x: Tensor,
+    times: list[float],
     *,
-    steps: int | None = None,
     rng: Streams,
     on_step: OnStep | None = None,
+    drawing: Drawing = AS_PREDICTED,
 ) -> Tensor:
     """The reverse process in continuous time, exactly: one network call per masked code, at the time of its reveal.
 
     A code's time has the distribution function m(t) (Zheng et al. 2025). No two codes are drawn independently of each
-    other, so a perfect denoiser samples the joint itself. `steps` is the number of codes and may be left out.
+    other, so a perfect denoiser samples the joint itself. There are as many times as codes and one; the network is told
+    those of the reveals.
     """
-    count = x[0].numel()
-    if steps not in (None, count):
+    count, steps = x[0].numel(), len(times) - 1
+    if steps != count:
         raise ValueError(f"first_hitting takes {count} steps on this grid, got {steps}: pass --sample_steps {count}")
     u = rng.uniform(x.shape, torch.float64).flatten(1).masked_fill((x != process.mask).flatten(1), -1.0)
     order = u.argsort(dim=1, descending=True, stable=True)
     turns = order.argsort(1).view_as(x)
     share = u.gather(1, order).clamp(min=0)
-    times = process.time_at(share).float().to(x.device)
-    return reveal(denoise, process.mask, x, turns, times, rng, on_step)
+    told = process.time_at(share).float().to(x.device)
+    return reveal(denoise, process.mask, x, turns, told, rng=rng, on_step=on_step, drawing=drawing)
 
 
 def radical_inverse(count: int, base: int) -> Tensor:
@@ -156,10 +146,11 @@ def halton(
     denoise: Denoiser,
     process: AbsorbingDiffusion,
     x: Tensor,
+    times: list[float],
     *,
-    steps: int | None = None,
     rng: Streams,
     on_step: OnStep | None = None,
+    drawing: Drawing = AS_PREDICTED,
 ) -> Tensor:
     """Reveals codes in Halton's order (Besnier et al. 2025), shifted at random, cyclically, for each example.
 
@@ -167,7 +158,6 @@ def halton(
     Codes drawn together lie far apart, and are nearly independent. At most min(steps, N) network calls.
     """
     B, H, W = x.shape
-    times = step_times(process.steps if steps is None else steps)
     by = (rng.uniform((B, 2), torch.float64).cpu() * torch.tensor([H, W])).long()
     order = halton_order(H, W)
     order = torch.stack([order.roll(shift, (0, 1)) for shift in map(tuple, by.tolist())]).to(x.device)
@@ -175,7 +165,7 @@ def halton(
     rank = order.flatten(1).masked_fill(~hidden, H * W).argsort(dim=1, stable=True).argsort(1)
     counts = torch.stack([revealed(process, hidden.sum(1), times, i) for i in range(1, len(times))], 1)  # (B, steps)
     turns = torch.searchsorted(counts, rank, right=True).clamp(max=len(times) - 2).view_as(x)
-    return reveal(denoise, process.mask, x, turns, shared(times, x), rng, on_step)
+    return reveal(denoise, process.mask, x, turns, shared(times, x), rng=rng, on_step=on_step, drawing=drawing)
 
 
 def revealed(process: AbsorbingDiffusion, hidden: Tensor, times: list[float], i: int) -> Tensor:
@@ -189,34 +179,44 @@ def shared(times: list[float], x: Tensor) -> Tensor:
     return torch.tensor(times[:-1], device=x.device).expand(len(x), -1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConfidenceOptions(SolverOptions):
+    """Of `confidence`."""
+
+    choice_temp: float | None = None
+    """confidence: noise in which codes are kept, at the beginning (4.5)."""
+
+
 @torch.no_grad()
 def confidence(
     denoise: Denoiser,
     process: AbsorbingDiffusion,
     x: Tensor,
+    times: list[float],
     *,
-    steps: int | None = None,
     rng: Streams,
-    choice_temperature: float = 4.5,
     on_step: OnStep | None = None,
+    drawing: Drawing = AS_PREDICTED,
+    choice_temp: float = 4.5,
 ) -> Tensor:
     """Draws all masked codes at each step and keeps the surest (Chang et al. 2022, MaskGIT).
 
-    A draw's score is log p of it, plus Gumbel noise times `choice_temperature` times s, which ends at 0. After the step
-    to s, m(s) of the codes are masked, rounded down, and at least one more than before is kept.
+    A draw's score is log p of it, as the network says and whatever `drawing` makes of that, plus Gumbel noise times
+    `choice_temp` times s, which ends at 0. After the step to s, m(s) of the codes are masked, rounded down, and at
+    least one more than before is kept.
     """
-    if choice_temperature < 0:
-        raise ValueError(f"got choice temperature {choice_temperature}, wanted 0 or more: pass --choice_temp X")
-    times = step_times(process.steps if steps is None else steps)
+    if choice_temp < 0:
+        raise ValueError(f"got choice temperature {choice_temp}, wanted 0 or more: pass --choice_temp X")
     hidden = (x == process.mask).flatten(1).sum(1)  # (B,)
-    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, s) in enumerate(pairwise(times)):
         masked = x == process.mask
-        answer = ask(denoise, x, masked, torch.full((len(x),), t, device=x.device), on_step is not None)
+        answer = ask(denoise, x, masked, at(t, x), on_step is not None)
         rows = answer.rows
         if len(rows):
             known = hidden - masked.flatten(1).sum(1)
             more = (revealed(process, hidden, times, i + 1) - known)[rows]
-            kept = surest(x[rows], masked[rows], answer.logits, more, choice_temperature * s, rng.of(rows.tolist()))
+            tempered, noise = drawing.adjust(answer.logits, answer.t), choice_temp * s
+            kept = surest(x[rows], masked[rows], answer.logits, tempered, more, noise, rng.of(rows.tolist()))
             x = x.index_copy(0, rows, kept)
         elif on_step is None:
             break
@@ -224,13 +224,17 @@ def confidence(
     return x
 
 
-def surest(x: Tensor, masked: Tensor, logits: Tensor, count: Tensor, noise: float, rng: Streams) -> Tensor:
-    """x (B, H, W) with draws at the `count` (B,) masked places whose log p, plus `noise` times Gumbel's, is highest."""
+def surest(
+    x: Tensor, masked: Tensor, logits: Tensor, tempered: Tensor, count: Tensor, noise: float, rng: Streams
+) -> Tensor:
+    """x (B, H, W) with draws at the `count` (B,) masked places whose log p, plus `noise` times Gumbel's, is highest.
+
+    Codes are drawn from the tempered logits (B, H, W, K), and p is that of the plain ones.
+    """
     precision = torch.float32 if logits.device.type == "mps" else torch.float64
     u, v = rng.uniform(x.shape, torch.float64), rng.uniform(x.shape, torch.float64)
-    said = logits[masked].to(precision)  # (n, K)
-    codes = drawn(said, u[masked])
-    scores = said.log_softmax(-1).gather(-1, codes[:, None])[:, 0]
+    codes = drawn(tempered[masked].to(precision), u[masked])  # (n,)
+    scores = logits[masked].to(precision).log_softmax(-1).gather(-1, codes[:, None])[:, 0]
     scores = scores - noise * (-(-v[masked].to(precision)).log1p()).clamp(min=1e-20).log()  # -log Exp(1) is Gumbel's
     everywhere = torch.full(x.shape, -torch.inf, dtype=precision, device=x.device).masked_scatter(masked, scores)
     rank = everywhere.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).view_as(x)
@@ -238,37 +242,49 @@ def surest(x: Tensor, masked: Tensor, logits: Tensor, count: Tensor, noise: floa
     return torch.where(chosen, x.masked_scatter(masked, codes), x)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RemaskOptions(SolverOptions):
+    """Of `remask`."""
+
+    remasking: Remasking | None = None
+    """remask: how often codes are masked again (rescale)."""
+    remask_eta: float | None = None
+    """remask: the share per step, cap: at most; rescale, conf: of the most that is possible (0.05)."""
+
+
 @torch.no_grad()
 def remask(
     denoise: Denoiser,
     process: AbsorbingDiffusion,
     x: Tensor,
+    times: list[float],
     *,
-    steps: int | None = None,
     rng: Streams,
-    strategy: Remasking = "rescale",
-    eta: float = 0.05,
     on_step: OnStep | None = None,
+    drawing: Drawing = AS_PREDICTED,
+    remasking: Remasking = "rescale",
+    remask_eta: float = 0.05,
 ) -> Tensor:
     """Reveals codes and masks some of the revealed again, so that errors can be mended (Wang et al. 2025, ReMDM).
 
-    A revealed code is masked with probability sigma. cap: min(eta, the most that the step allows); rescale: eta times
-    the most; conf: that on average, dealt out to the revealed codes by softmax(-p), p the probability with which each
-    was drawn. They keep the share that is masked, conf while no code's probability would exceed 1. (In the paper those
-    of conf add up to sigma, so that at most about one code a step is masked, and masked codes are not balanced.)
+    A revealed code is masked with probability sigma. With eta `remask_eta`, cap: min(eta, the most that the step
+    allows); rescale: eta times the most; conf: that on average, dealt out to the revealed codes by softmax(-p), p the
+    probability that the network gave each when it was drawn, whatever `drawing` made of that. They keep the share that
+    is masked, conf while no code's probability would exceed 1. (In the paper those of conf add up to sigma, so that at
+    most about one code a step is masked, and masked codes are not balanced.)
     """
-    if strategy not in get_args(Remasking) or not 0 <= eta <= 1:
+    if remasking not in get_args(Remasking) or not 0 <= remask_eta <= 1:
         wanted = f"one of {', '.join(get_args(Remasking))}, and eta in [0, 1]"
-        raise ValueError(f"got remasking {strategy!r}, eta {eta}: wanted {wanted}; pass --remasking, --remask_eta")
-    times = step_times(process.steps if steps is None else steps)
+        got = f"remasking {remasking!r}, eta {remask_eta}"
+        raise ValueError(f"got {got}: wanted {wanted}; pass --remasking, --remask_eta")
     given, p = x != process.mask, torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, s) in enumerate(pairwise(times)):
         most, masked, u = process.most_remasked(t, s), x == process.mask, rng.uniform(x.shape, torch.float64)
-        share = min(eta, most) if strategy == "cap" else eta * most
-        sigma = dealt(share, p, ~masked & ~given) if strategy == "conf" else share
+        share = min(remask_eta, most) if remasking == "cap" else remask_eta * most
+        sigma = dealt(share, p, ~masked & ~given) if remasking == "conf" else share
         due, again = masked & (u >= process.staying(t, s, share)), ~masked & ~given & (u < sigma)
-        answer = ask(denoise, x, due, torch.full((len(x),), t, device=x.device), on_step is not None)
-        x = drawn_at(x, due, answer, rng)
+        answer = ask(denoise, x, due, at(t, x), on_step is not None)
+        x = drawn_at(x, due, answer, rng, drawing)
         if len(answer.rows):
             codes = x[answer.rows].clamp(max=process.codes - 1).unsqueeze(-1)
             p_now = answer.logits.float().softmax(-1).gather(-1, codes)[..., 0]
@@ -284,45 +300,10 @@ def dealt(share: float, p: Tensor, revealed: Tensor) -> Tensor:
     return (share * revealed.flatten(1).sum(1).view(-1, 1, 1) * weights).clamp(max=1)
 
 
-def tempered(
-    denoise: Denoiser,
-    temperature: float = 1.0,
-    *,
-    last: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> Denoiser:
-    """Logits divided by the temperature, which goes from `temperature` at t = 1 to `last` at t = 0, evenly in t.
-
-    top_k: the k likeliest codes alone stay possible, and those as likely as the k-th. top_p: of these, the fewest whose
-    probabilities add up to at least top_p (Holtzman et al. 2020). The likeliest always stays.
-    """
-    last = temperature if last is None else last
-    if not (temperature > 0 and last > 0):
-        raise ValueError(f"got temperature {temperature}, at the end {last}: wanted numbers above 0; pass --temp T")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"got top_k {top_k}, wanted at least 1: pass --top_k K")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"got top_p {top_p}, wanted a share above 0 and up to 1: pass --top_p P")
-
-    def on(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
-        logits = denoise(x, t, rows)
-        if (temperature, last) != (1, 1):
-            now = last + (temperature - last) * t.float()  # (B,)
-            logits = logits.float() / now.view(-1, *[1] * (logits.ndim - 1))
-        return likeliest(logits, top_k, top_p)
-
-    return on
-
-
-def likeliest(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Logits (..., K) with -inf for the codes that are no longer possible."""
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p is not None and top_p < 1:
-        p, order = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
-        before = p.cumsum(-1) - p  # the probability of all likelier ones
-        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
-        logits = logits.masked_fill(dropped, -torch.inf)
-    return logits
+SOLVERS = (
+    Solver(ancestral, AbsorbingDiffusion),
+    Solver(first_hitting, AbsorbingDiffusion, steps=one_per_place),
+    Solver(halton, AbsorbingDiffusion, schedule="arccos", in_turn=True),
+    Solver(confidence, AbsorbingDiffusion, ConfidenceOptions, schedule="cosine", in_turn=True),
+    Solver(remask, AbsorbingDiffusion, RemaskOptions),
+)

@@ -6,7 +6,7 @@ network call per code (van den Oord et al. 2016; Esser et al. 2021, "Taming Tran
 The denoiser of this process is `denoise(x (n, m), t (n,), rows (n,)) -> logits (n, K)` of code m, where x holds the m
 codes before it; `rows` says which examples the rows of x are. t is 1 - m/N, from 1 to 1/N, for what changes on the way.
 Calls come with growing m, and with rows that may drop out and do not come back: so it may remember what it has read.
-Guidance and tempering wrap it as they wrap any other.
+Guidance wraps it as it wraps any other.
 """
 
 import math
@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion.drawing import AS_PREDICTED, Drawing
+from diffusion.process import weighted
 from diffusion.rng import Streams, drawn
+from diffusion.solvers import Solver, one_per_place
 from diffusion.types import Bound, Denoiser, Loss, OnStep
 
 
@@ -34,11 +37,18 @@ class Autoregression:
     def mask(self) -> int:
         return self.codes
 
-    def loss(self, logits: Tensor, x0: Tensor) -> Loss:
-        """Logits (B, H, W, K) of each code given those before it, x0 (B, H, W) -> Loss: -log2 p(x0) / N."""
-        nll = F.cross_entropy(logits.float().flatten(0, 2), x0.flatten(), reduction="none")  # nats
-        bits = nll.view(len(x0), -1).mean(1) / math.log(2)
-        return Loss(bits, {"bits_per_code": bits.detach()})
+    def prior(self, shape: tuple[int, ...], rng: Streams) -> Tensor:
+        """Nothing is known: x (B, H, W) that sampling begins with."""
+        return torch.full(shape, self.mask, device=rng.device)
+
+    def loss(self, logits: Tensor, x0: Tensor, *, loss_weight: Tensor | None = None) -> Loss:
+        """Logits (B, H, W, K) of each code given those before it, x0 (B, H, W) -> Loss: -log2 p(x0) / N.
+
+        Each code's is multiplied by `loss_weight`, (B,) or (B, H, W); the metric is not.
+        """
+        nll = F.cross_entropy(logits.float().flatten(0, 2), x0.flatten(), reduction="none").view(x0.shape)  # nats
+        per_example, bits = (each.flatten(1).mean(1) / math.log(2) for each in (weighted(nll, loss_weight), nll))
+        return Loss(per_example, {"bits_per_code": bits.detach()})
 
     def likelihood(self, logits: Tensor, x0: Tensor) -> Bound:
         """-log2 p(x0) per code, exactly: logits and x0 as `loss` takes them. There is no prior and no term apart."""
@@ -51,22 +61,24 @@ def raster(
     denoise: Denoiser,
     process: Autoregression,
     x: Tensor,
+    times: list[float],
     *,
-    steps: int | None = None,
     rng: Streams,
     on_step: OnStep | None = None,
+    drawing: Drawing = AS_PREDICTED,
 ) -> Tensor:
     """Draws the unknown codes of x (B, H, W) in raster order; known ones never change.
 
     A code follows from those before it alone: known ones behind it have no say. A call is made for each place at which
     some example has a code to be drawn: codes known before it are read along with it, those behind an example's last
-    unknown one never. An example's draws depend on its stream alone. `steps`, the number of codes, may be left out.
+    unknown one never. An example's draws depend on its stream alone. There are as many times as codes and one; the
+    network is told its own.
 
     `on_step(i, t, s, x, logits) -> x` sees after each call x (B, H, W) and logits (B, H, W, K): at places not reached
     yet what is said of the newest one. It may fill in unknown codes, and change no others: they have been read.
     """
-    shape, count = x.shape, x[0].numel()
-    if steps not in (None, count):
+    shape, count, steps = x.shape, x[0].numel(), len(times) - 1
+    if steps != count:
         raise ValueError(
             f"raster takes {count} steps on this grid, got {steps}: pass --sample_steps {count}, or leave it out"
         )
@@ -78,15 +90,16 @@ def raster(
     for i, place in enumerate(places):
         rows = (last >= place).nonzero()[:, 0]
         before = x[rows]
-        logits = denoise(before[:, :place], torch.full((len(rows),), 1 - place / count, device=x.device), rows)
+        t = torch.full((len(rows),), 1 - place / count, device=x.device)
+        logits = denoise(before[:, :place], t, rows)
         due = before[:, place] == process.mask
-        before[due, place] = drawn(logits[due], u[rows[due], place])
+        before[due, place] = drawn(drawing.adjust(logits, t)[due], u[rows[due], place])
         x = x.index_copy(0, rows, before)
         if on_step is not None:
             said = logits.new_zeros(len(x), count, logits.shape[-1]) if said is None else said
             said[rows, place:] = logits[:, None]
-            times = 1 - i / len(places), 1 - (i + 1) / len(places)
-            x = filled_in(x, on_step(i, *times, x.view(shape), said.view(*shape, -1)).flatten(1), process.mask)
+            t, s = 1 - i / len(places), 1 - (i + 1) / len(places)
+            x = filled_in(x, on_step(i, t, s, x.view(shape), said.view(*shape, -1)).flatten(1), process.mask)
     return x.view(shape)
 
 
@@ -95,3 +108,6 @@ def filled_in(x: Tensor, changed: Tensor, mask: int) -> Tensor:
     if ((x != changed) & (x != mask)).any():
         raise ValueError("on_step may fill in codes that are still to be drawn, got other known ones: they were read")
     return changed
+
+
+SOLVERS = (Solver(raster, Autoregression, steps=one_per_place),)

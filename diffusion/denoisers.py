@@ -1,15 +1,27 @@
 """What wraps a denoiser and returns a denoiser, so that every solver gets it: guidance, windows, known numbers."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from diffusion.process import Gaussian
+from diffusion.process import ContinuousProcess
 from diffusion.types import Denoiser, Prediction
 
+
+class Rows(Protocol):
+    """A condition with a row per example."""
+
+    def __getitem__(self, rows: Tensor) -> "Rows": ...
+
+    @classmethod
+    def cat(cls, conditions: Sequence["Rows"]) -> "Rows": ...
+
+
+C = TypeVar("C", bound=Tensor | Rows | None)
 GUIDANCE_SCHEDULES = {  # t (B,) from 1 to 0 -> the share of guidance, (B,)
     "constant": torch.ones_like,
     "linear": lambda t: 1 - t,
@@ -18,76 +30,111 @@ GUIDANCE_SCHEDULES = {  # t (B,) from 1 to 0 -> the share of guidance, (B,)
 
 
 def guided(
-    denoise: Callable[[Tensor, Tensor, Any], Any],
-    condition: Any,
-    weaker: Any,
-    scale: float,
+    denoise: Callable[[Tensor, Tensor, C], Tensor | Prediction],
+    conditions: Sequence[C],
+    scales: Sequence[float],
     *,
     interval: tuple[float, float] | None = None,
     schedule: str = "constant",
     rescale: float = 0.0,
-    process: Gaussian | None = None,
+    process: ContinuousProcess | None = None,
 ) -> Denoiser:
-    """Classifier-free guidance (Ho & Salimans 2022) of logits or a Prediction: weaker + scale * (conditional - weaker).
+    """Guidance along a chain of conditions, weakest first, of logits or a Prediction:
 
-    scale 1 is the conditional model and calls it once; 0 the weaker one. Conditions are passed through untouched, but
-    for tensors with a row per example (B,): of these, the rows asked for are passed, both conditions in one call. Of a
-    Prediction, x0 and eps are guided; a learned variance stays the conditional's.
+    d(c_0) + sum over i of scales[i] (d(c_{i + 1}) - d(c_i)).
 
-    interval: guided where lo <= t <= hi alone, else conditional, in one call (Kynkaanniemi et al. 2024).
-    schedule: how guidance grows from t = 1 to 0: the scale at t is 1 + (scale - 1) times GUIDANCE_SCHEDULES' share.
+    ([null, c], [w]) is classifier-free guidance (Ho & Salimans 2022); ([null, image, both], [w_image, w_text]) guides
+    by two streams apart (Brooks et al. 2023). Where all scales are 1 the last is called alone, where 0 the first.
+    A condition is a tensor with a row per example, what can be indexed by rows and joined by its class's `cat`, or
+    None. There is one call for all that count, with x, t and the conditions one below the other; of these, the rows
+    asked for are passed. Of a Prediction, x0 and eps are guided; a learned variance stays the strongest one's.
+
+    interval: guided where lo <= t <= hi alone, else by the last condition as it is (Kynkaanniemi et al. 2024).
+    schedule: how guidance grows from t = 1 to 0: a scale at t is 1 + (scale - 1) times GUIDANCE_SCHEDULES' share.
     rescale: 0 to 1, how far the standard deviation of the guided x0, over all numbers of an example, is pulled to that
-    of the conditional x0 by a factor on x0; eps follows by `process`. Lin et al. 2024, section 3.4, do so to the
+    of the last condition's x0 by a factor on x0; eps follows by `process`. Lin et al. 2024, section 3.4, do so to the
     network's output, whichever that is.
     """
+    if len(conditions) != len(scales) + 1:
+        raise ValueError(f"got {len(conditions)} conditions and {len(scales)} scales, wanted one scale for each pair")
     if rescale and process is None:
         raise ValueError("rescaled guidance needs the process, to keep eps in step with x0: pass process=")
     if schedule not in GUIDANCE_SCHEDULES:
         raise ValueError(f"got guidance schedule {schedule!r}: choose one of {', '.join(GUIDANCE_SCHEDULES)}")
-    if scale == 1:
-        return lambda x, t, rows=None: denoise(x, t, picked(condition, rows))
-    if scale == 0 and interval is None and schedule == "constant" and not rescale:
-        return lambda x, t, rows=None: denoise(x, t, picked(weaker, rows))
+    needed = interval is not None or schedule != "constant" or rescale > 0
+    conditions, scales = counting(list(conditions), list(scales), keep_last=needed)
+    if not scales:
+        return lambda x, t, rows=None: denoise(x, t, picked(conditions[0], rows))
 
-    def on(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Any:
+    def on(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor | Prediction:
         inside = None if interval is None else (interval[0] <= t) & (t <= interval[1])
         if inside is not None and not inside.any():
-            return denoise(x, t, picked(condition, rows))
-        strong, weak = both(denoise, x, t, picked(condition, rows), picked(weaker, rows))
-        now = scale if schedule == "constant" else 1 + (scale - 1) * GUIDANCE_SCHEDULES[schedule](t)
-        result = blend(weak, strong, now)
+            return denoise(x, t, picked(conditions[-1], rows))
+        said = under_each(denoise, x, t, [picked(condition, rows) for condition in conditions])
+        share = None if schedule == "constant" else GUIDANCE_SCHEDULES[schedule](t)
+        result = along(said, [scale if share is None else 1 + (scale - 1) * share for scale in scales])
         if rescale:
-            spread = strong.x0.flatten(1).std(1) / result.x0.flatten(1).std(1)  # (B,)
+            spread = said[-1].x0.flatten(1).std(1) / result.x0.flatten(1).std(1)  # (B,)
             factor = 1 + rescale * (spread - 1)
             result = process.with_x0(result, result.x0 * factor.view(-1, *[1] * (x.ndim - 1)), x, t)
-        return result if inside is None else blend(strong, result, inside.float())
+        return result if inside is None else along([said[-1], result], [inside.float()])
 
     return on
 
 
-def picked(condition: Any, rows: Tensor | None) -> Any:
+def counting(conditions: list[C], scales: list[float], keep_last: bool) -> tuple[list[C], list[float]]:
+    """The chain without the conditions whose coefficient is 0; the last one stays where it must."""
+    for i in reversed(range(1, len(scales))):
+        if scales[i - 1] == scales[i]:
+            del conditions[i], scales[i]
+    if scales and scales[0] == 1:
+        del conditions[0], scales[0]
+    if scales and scales[-1] == 0 and not keep_last:
+        del conditions[-1], scales[-1]
+    return conditions, scales
+
+
+def picked(condition: C, rows: Tensor | None) -> C:
     """The condition of these examples."""
-    return condition[rows] if isinstance(condition, Tensor) and rows is not None else condition
+    return condition if rows is None or condition is None else condition[rows]
 
 
-def both(denoise: Callable, x: Tensor, t: Tensor, strong: Any, weak: Any) -> tuple[Any, Any]:
-    """What is said under either condition, in one call where both are tensors."""
-    if isinstance(strong, Tensor) and isinstance(weak, Tensor):
-        return denoise(torch.cat([x, x]), torch.cat([t, t]), torch.cat([strong, weak])).chunk(2)
-    return denoise(x, t, strong), denoise(x, t, weak)
+def joined(conditions: Sequence[C]) -> C:
+    """The examples of all, one after the other; None where all are. ValueError where some are None."""
+    if all(condition is None for condition in conditions):
+        return None
+    if any(condition is None for condition in conditions):
+        raise ValueError("got None beside other conditions: write what is not said as a null with a row per example")
+    return torch.cat(list(conditions)) if isinstance(conditions[0], Tensor) else type(conditions[0]).cat(conditions)
 
 
-def blend(weak: Any, strong: Any, weight: float | Tensor) -> Any:
-    """weak + weight * (strong - weak), a weight for all or (B,)."""
-    if isinstance(strong, Prediction):
-        x0, eps = (blend(a, b, weight) for a, b in zip(weak[:2], strong[:2], strict=True))
-        return Prediction(x0, eps, strong.share)
-    if isinstance(weight, Tensor):
-        weight = weight.to(strong.dtype).view(-1, *[1] * (strong.ndim - 1))
-    return weak.lerp(strong, weight)
+def under_each(denoise: Callable, x: Tensor, t: Tensor, conditions: list[C]) -> list[Tensor] | list[Prediction]:
+    """What is said under each condition, in one call."""
+    n = len(conditions)
+    said = denoise(torch.cat([x] * n), torch.cat([t] * n), joined(conditions))
+    if isinstance(said, Tensor):
+        return list(said.chunk(n))
+    parts = [[None] * n if each is None else each.chunk(n) for each in said]
+    return [Prediction(*each) for each in zip(*parts, strict=True)]
 
 
-def thresholded(denoise: Denoiser, process: Gaussian, percentile: float | None = None) -> Denoiser:
+def along(said: Sequence[Tensor | Prediction], weights: Sequence[float | Tensor]) -> Tensor | Prediction:
+    """said[0] + sum of weights[i] (said[i + 1] - said[i]); a weight is for all, or (B,)."""
+    if isinstance(said[0], Prediction):
+        x0, eps = (along([each[i] for each in said], weights) for i in (0, 1))
+        return Prediction(x0, eps, said[-1].share)
+    result = said[0].lerp(said[1], like_rows(weights[0], said[0]))
+    for (weak, strong), weight in zip(pairwise(said[1:]), weights[1:], strict=True):
+        result = result + like_rows(weight, weak) * (strong - weak)
+    return result
+
+
+def like_rows(weight: float | Tensor, x: Tensor) -> float | Tensor:
+    """A weight for each example as a factor of x (B, ...)."""
+    return weight.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) if isinstance(weight, Tensor) else weight
+
+
+def thresholded(denoise: Denoiser, process: ContinuousProcess, percentile: float | None = None) -> Denoiser:
     """A denoiser whose x0 stays in [-1, 1], with the eps that goes with it.
 
     percentile None clips. Else numbers above the given share of an example's |x0|, in (0, 1], are clipped to it and the
@@ -120,14 +167,18 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def windowed(
-    denoise: Denoiser, window: tuple[int, int], stride: int = 1, batch: int = 64, mask: int | None = None
+    denoise: Denoiser,
+    window: tuple[int, int],
+    stride: int = 1,
+    batch: int = 64,
+    may_change: Callable[[Tensor], Tensor] | None = None,
 ) -> Denoiser:
     """A denoiser for any canvas (B, H, W) out of one for `window`.
 
     The probabilities of all windows over a position are averaged (Bond-Taylor et al. 2022, section 3.4, "mixture").
 
     The inner denoiser gets up to `batch` windows at a time, (n, h, w), with `rows` (n,), the canvas of each. With
-    `mask`, windows in which nothing is masked are left out: what they say of known codes nobody asks for.
+    `may_change`, (B, H, W) -> (B, H, W) bool, windows of which no place may are left out: nobody asks what they say.
     """
     h, w = window
 
@@ -136,7 +187,8 @@ def windowed(
         rows = torch.arange(B, device=x.device) if rows is None else rows
         places = [(i, j) for i in window_starts(H, h, stride) for j in window_starts(W, w, stride)]
         crops = torch.stack([x[:, i : i + h, j : j + w] for i, j in places])  # (n, B, h, w)
-        wanted = crops.new_ones(crops.shape[:2]) if mask is None else (crops == mask).flatten(2).any(2)
+        may = torch.ones_like(x, dtype=torch.bool) if may_change is None else may_change(x)
+        wanted = torch.stack([may[:, i : i + h, j : j + w].flatten(1).any(1) for i, j in places])  # (n, B)
         wanted[0, 0] |= not wanted.any()  # someone must say how many codes there are
         total, count = None, x.new_zeros(B, H, W, 1, dtype=torch.float32)
         for part in wanted.nonzero().split(batch):  # (window, canvas)
@@ -152,7 +204,7 @@ def windowed(
     return on_canvas
 
 
-def known(denoise: Denoiser, process: Gaussian, x0: Tensor, keep: Tensor) -> Denoiser:
+def known(denoise: Denoiser, process: ContinuousProcess, x0: Tensor, keep: Tensor) -> Denoiser:
     """A denoiser that knows x0 (B, C, H, W) where `keep` (B, H, W) is True, and the eps that goes with it.
 
     Every solver then ends there with x0 itself, and passes through q(x_s | x_t, x_0) on the way (with a learned

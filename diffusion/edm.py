@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.process import Gaussian, full, like
+from diffusion.process import ContinuousProcess, full, like, weighted
 from diffusion.types import Loss, Prediction
 
 
 @dataclass(frozen=True)
-class EDM(Gaussian):
+class EDM(ContinuousProcess):
     """`sigma_data` is the data's deviation; training draws ln sigma from N(`mean`, `deviation`^2).
 
     Sample with spacing karras or logsnr: equal steps in sigma spend all on the noise.
@@ -55,6 +55,6 @@ class EDM(Gaussian):
     def loss(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, *, loss_weight: Tensor | None = None) -> Loss:
         """A network's output at corrupt(x0, t, noise) -> Loss: the error of x_0, weighted to that of the output."""
         error = (self.predict(output, self.corrupt(x0, t, noise), t).x0 - x0).square()
-        error = (error if loss_weight is None else error * loss_weight).flatten(1).mean(1)
+        error = weighted(error, loss_weight).flatten(1).mean(1)
         weight = (self.size(t) / (self.sigma(t) * self.sigma_data)) ** 2
         return Loss(error * like(weight, error), {"mse": error.detach()})

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.process import Gaussian, full, like
+from diffusion.process import ContinuousProcess, full, like, weighted
 from diffusion.types import Loss, Prediction
 
 
 @dataclass(frozen=True)
-class RectifiedFlow(Gaussian):
+class RectifiedFlow(ContinuousProcess):
     """x_t = (1 - w) x_0 + w eps with w = shift t / (1 + (shift - 1) t) (Esser et al. 2024).
 
     The network says eps - x_0 and is told w. Training draws logit t from N(`mean`, `deviation`^2). A shift above 1
@@ -49,5 +49,5 @@ class RectifiedFlow(Gaussian):
     def loss(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, *, loss_weight: Tensor | None = None) -> Loss:
         """A network's output at corrupt(x0, t, noise) -> Loss: its squared error, mean over an example's numbers."""
         error = (noise - x0 - full(output)).square()
-        error = (error if loss_weight is None else error * loss_weight).flatten(1).mean(1)
+        error = weighted(error, loss_weight).flatten(1).mean(1)
         return Loss(error, {"mse": error.detach()})

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from diffusion.process import Gaussian, Variance, full, like
+from diffusion.process import ContinuousProcess, Variance, full, like, weighted
 from diffusion.types import Loss, Normal, Prediction
 
 PredictionType = Literal["eps", "x0", "v"]
@@ -70,7 +70,7 @@ def with_zero_terminal_snr(abar: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class GaussianDiffusion(Gaussian):
+class GaussianDiffusion(ContinuousProcess):
     """`abar` (T + 1,) float64 of SCHEDULES; what the network predicts; how wide a reverse step is; where
     sampling begins."""
 
@@ -164,7 +164,8 @@ class GaussianDiffusion(Gaussian):
     ) -> Loss:
         """A network's output (B, C or 2 C, H, W) at corrupt(x0, t, noise) -> Loss; means over an example's numbers.
 
-        simple: |target - output|^2, times `loss_weight`, which broadcasts to (B, C, H, W).
+        Each number's is multiplied by `loss_weight`, (B,) or what broadcasts to (B, C, H, W), but in the metric vlb.
+        simple: |target - output|^2.
         min_snr: simple with the weight of Hang et al. 2023, which on x_0's error is min(SNR, gamma).
         vlb: T times the bound's term of step t, bits per dimension; its mean over t is the bound, prior term excepted.
         hybrid: simple, and 0.001 times vlb for the variance alone (Nichol & Dhariwal 2021, eq. 16).
@@ -172,7 +173,7 @@ class GaussianDiffusion(Gaussian):
         self.check_loss(kind)
         said, rest = full(output)[:, : x0.shape[1]], full(output)[:, x0.shape[1] :]
         error = (self.target(x0, noise, t) - said).square()
-        error = (error if loss_weight is None else error * loss_weight).flatten(1).mean(1)  # (B,)
+        error = weighted(error, loss_weight).flatten(1).mean(1)  # (B,)
         metrics = {"mse": error.detach()}
         if kind == "simple":
             return Loss(error, metrics)
@@ -180,8 +181,9 @@ class GaussianDiffusion(Gaussian):
             return Loss(error * like(self.min_snr_weight(t, gamma), error), metrics)
         held = torch.cat([said.detach(), rest], 1) if kind == "hybrid" else output
         x_t = self.corrupt(x0, t, noise)
-        bits = self.steps * self.bound_term(self.predict(held, x_t, t), x0, x_t, t)
-        metrics["vlb"] = bits.detach()
+        nats = self.bound_nats(self.predict(held, x_t, t), x0, x_t, t)
+        metrics["vlb"] = self.steps * mean_bits(nats).detach()
+        bits = self.steps * mean_bits(weighted(nats, loss_weight))
         return Loss(error + 0.001 * bits if kind == "hybrid" else bits, metrics)
 
     def check_loss(self, kind: str) -> None:
@@ -199,21 +201,27 @@ class GaussianDiffusion(Gaussian):
         return (alpha / sigma).square().clamp(max=gamma) * x0_per_output**2
 
     def bound_term(self, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The term of the variational bound of the step from t = i/T to (i - 1)/T: (B,) bits per dimension.
+        """The term of the variational bound of the step from t = i/T to (i - 1)/T: (B,) bits per dimension."""
+        return mean_bits(self.bound_nats(prediction, x0, x_t, t))
 
-        KL(q(x_s | x_t, x_0) || p(x_s | x_t)); at the last step the likelihood of x_0, an 8-bit image in [-1, 1].
-        """
+    def bound_nats(self, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The term for each number, (B, C, H, W) nats: KL(q(x_s | x_t, x_0) || p(x_s | x_t)); at the last step the
+        likelihood of x_0, an 8-bit image in [-1, 1]."""
         s = (self.place(t.cpu().double()) - 1) / self.steps
         reverse = self.reverse_kernel(x_t, prediction, t, s)
         truth = Normal(self.posterior_mean(x0, x_t, t, s), like(self.least_variance(t, s).log(), x_t))
-        nats = torch.where(like(s, x_t) > 0, kl(truth, reverse), -discretized_log_likelihood(x0, reverse))
-        return nats.flatten(1).mean(1) / math.log(2)
+        return torch.where(like(s, x_t) > 0, kl(truth, reverse), -discretized_log_likelihood(x0, reverse))
 
     def prior_term(self, x0: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || N(0, 1)), which no network can lower: (B,) bits per dimension."""
         t = torch.ones(())
         end = Normal(like(self.alpha(t), x0) * x0, like(2 * self.sigma(t).log(), x0))
-        return kl(end, Normal(torch.zeros_like(x0), torch.zeros_like(x0))).flatten(1).mean(1) / math.log(2)
+        return mean_bits(kl(end, Normal(torch.zeros_like(x0), torch.zeros_like(x0))))
+
+
+def mean_bits(nats: Tensor) -> Tensor:
+    """Nats of each number (B, ...) -> their mean in bits, (B,)."""
+    return nats.flatten(1).mean(1) / math.log(2)
 
 
 def kl(p: Normal, q: Normal) -> Tensor:

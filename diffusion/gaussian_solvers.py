@@ -1,26 +1,29 @@
 """Solvers of Gaussian processes: from noise x to data, in terms of alpha, sigma and a Prediction alone.
 
-`denoise(x, t (B,))` gives a Prediction. Each solver takes any number of steps, a `spacing`, which says at which times
-it stops, and `on_step(i, t, s, x_s, x0_hat) -> x_s`, which may change what the next step begins with. All are finite
-where alpha = 0 (zero terminal SNR) and end at sigma = 0 with the last predicted x_0 (ddpm: its mean).
+`denoise(x, t (B,))` gives a Prediction. Each solver takes the times at which it stops, falling to 0 as
+`step_times` makes them, and `on_step(i, t, s, x_s, x0_hat) -> x_s`, which may change what the next step begins with.
+All are finite where alpha = 0 (zero terminal SNR) and end at sigma = 0 with the last predicted x_0 (ddpm: its mean).
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffusion.process import Gaussian, like
+from diffusion.process import ContinuousProcess, at, like
 from diffusion.rng import Streams
+from diffusion.solvers import Solver, SolverOptions
 from diffusion.types import OnStep, Prediction
 
+FEW_STEPS = 20  # of the solvers that need few
 NOISIEST = -5.1  # log(alpha / sigma) beyond which there is nothing to see, as DPM-Solver++ clips the cosine schedule
 
 
-def step_times(process: Gaussian, steps: int, spacing: str = "uniform") -> list[float]:
+def step_times(process: ContinuousProcess, steps: int, spacing: str = "uniform") -> list[float]:
     """steps + 1 times, falling, the last 0."""
     if steps < 1:
         raise ValueError(f"got {steps} sampling steps, wanted at least 1: pass --sample_steps N")
@@ -29,34 +32,34 @@ def step_times(process: Gaussian, steps: int, spacing: str = "uniform") -> list[
     return [*SPACINGS[spacing](process, steps), 0.0]
 
 
-def uniform(process: Gaussian, steps: int) -> list[float]:
+def uniform(process: ContinuousProcess, steps: int) -> list[float]:
     """Equal steps in t from pure noise ("trailing", Lin et al. 2024)."""
     return [process.start * (steps - i) / steps for i in range(steps)]
 
 
-def leading(process: Gaussian, steps: int) -> list[float]:
+def leading(process: ContinuousProcess, steps: int) -> list[float]:
     """Equal steps in t that never see pure noise (DDIM's code): kept for networks that were tuned to it."""
     if steps * process.end > process.start * (1 + 1e-6):
         raise ValueError(f"leading spacing has at most {round(process.start / process.end)} steps, got {steps}")
     return [process.start * (steps - 1 - i) / steps + process.end for i in range(steps)]
 
 
-def linspace(process: Gaussian, steps: int) -> list[float]:
+def linspace(process: ContinuousProcess, steps: int) -> list[float]:
     """Equal steps in t from pure noise to the least noise, then 0 (respacing in Nichol & Dhariwal's code)."""
     return between(process.start, process.end, steps)
 
 
-def quadratic(process: Gaussian, steps: int) -> list[float]:
+def quadratic(process: ContinuousProcess, steps: int) -> list[float]:
     """Equal steps in sqrt(t), then 0: small steps near the data (Song et al. 2021, DDIM)."""
     return [process.start, *[root**2 for root in between(process.start**0.5, process.end**0.5, steps)][1:]]
 
 
-def logsnr(process: Gaussian, steps: int) -> list[float]:
+def logsnr(process: ContinuousProcess, steps: int) -> list[float]:
     """Equal steps in log(alpha / sigma), then 0 (Lu et al. 2022)."""
     return times_at(process, between(*logsnr_ends(process), steps))
 
 
-def karras(process: Gaussian, steps: int, rho: float = 7.0) -> list[float]:
+def karras(process: ContinuousProcess, steps: int, rho: float = 7.0) -> list[float]:
     """Equal steps in (sigma / alpha)^(1 / rho), then 0 (Karras et al. 2022, eq. 5)."""
     first, last = (math.exp(-end / rho) for end in logsnr_ends(process))
     roots = torch.tensor(between(first, last, steps), dtype=torch.float64)
@@ -66,7 +69,7 @@ def karras(process: Gaussian, steps: int, rho: float = 7.0) -> list[float]:
 SPACINGS = {f.__name__: f for f in (uniform, leading, linspace, quadratic, logsnr, karras)}
 
 
-def begun_at(process: Gaussian, share: float) -> Gaussian:
+def begun_at(process: ContinuousProcess, share: float) -> ContinuousProcess:
     """The process from where `share` of x is noise, sigma / (alpha + sigma): 0 is data, 1 the process as it is.
 
     Share means the same for all processes, whatever their t is: half noise is sigma = alpha.
@@ -80,7 +83,7 @@ def begun_at(process: Gaussian, share: float) -> Gaussian:
     return replace(process, start=min(start, process.start))
 
 
-def steps_left(whole: Gaussian, part: Gaussian, steps: int, spacing: str) -> int:
+def steps_left(whole: ContinuousProcess, part: ContinuousProcess, steps: int, spacing: str) -> int:
     """How many of the steps from the start of one process begin where the other starts, or after; at least 1."""
     times = step_times(whole, steps, spacing)[:-1]
     return max(1, sum(t <= part.start * (1 + 1e-6) for t in times))
@@ -91,13 +94,13 @@ def between(first: float, last: float, count: int) -> list[float]:
     return [first + (last - first) * i / max(count - 1, 1) for i in range(count)]
 
 
-def logsnr_ends(process: Gaussian) -> tuple[float, float]:
+def logsnr_ends(process: ContinuousProcess) -> tuple[float, float]:
     ends = torch.tensor([process.start, process.end], dtype=torch.float64)
     first, last = process.half_logsnr(ends).tolist()
     return max(first, NOISIEST), last
 
 
-def times_at(process: Gaussian, half_logsnrs: list[float]) -> list[float]:
+def times_at(process: ContinuousProcess, half_logsnrs: list[float]) -> list[float]:
     times = process.time_at(torch.tensor(half_logsnrs, dtype=torch.float64)).tolist()
     return [process.start, *times[1:]]
 
@@ -124,20 +127,9 @@ class Leg(NamedTuple):
         return -self.ratio.log()
 
 
-def leg(process: Gaussian, t: float, s: float) -> Leg:
+def leg(process: ContinuousProcess, t: float, s: float) -> Leg:
     now, then = torch.tensor(t), torch.tensor(s)
     return Leg(process.alpha(now), process.sigma(now), process.alpha(then), process.sigma(then))
-
-
-def walk(process: Gaussian, steps: int, spacing: str) -> Iterator[tuple[int, float, float]]:
-    """(i, t, s) of each step."""
-    times = step_times(process, steps, spacing)
-    return zip(range(steps), times[:-1], times[1:], strict=True)
-
-
-def at(t: float, x: Tensor) -> Tensor:
-    """t for each example: (B,) float32."""
-    return torch.full((len(x),), t, device=x.device)
 
 
 def toward(x: Tensor, x0: Tensor, ends: Leg, eta: float = 0.0) -> Tensor:
@@ -152,38 +144,44 @@ def toward(x: Tensor, x0: Tensor, ends: Leg, eta: float = 0.0) -> Tensor:
 @torch.no_grad()
 def ddpm(
     denoise: Denoise,
-    process: Gaussian,
+    process: ContinuousProcess,
     x: Tensor,
+    times: list[float],
     *,
-    steps: int,
     rng: Streams,
-    spacing: str = "uniform",
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020); with fewer steps than the process, respaced (Nichol & Dhariwal 2021)."""
-    for i, t, s in walk(process, steps, spacing):
+    for i, (t, s) in enumerate(pairwise(times)):
         said = denoise(x, at(t, x))
         x = process.reverse(x, said, torch.tensor(t), torch.tensor(s), rng)
         x = x if on_step is None else on_step(i, t, s, x, said.x0)
     return x
 
 
+@dataclass(frozen=True, kw_only=True)
+class EtaOptions(SolverOptions):
+    """Of the solvers that add as much noise as one likes."""
+
+    eta: float | None = None
+    """ddim, dpmpp_2m_sde: how much noise a step adds, 0 to 1; the solver's own (0 and 1) if left out."""
+
+
 @torch.no_grad()
 def ddim(
     denoise: Denoise,
-    process: Gaussian,
+    process: ContinuousProcess,
     x: Tensor,
+    times: list[float],
     *,
-    steps: int,
     rng: Streams,
-    spacing: str = "uniform",
     on_step: OnStep | None = None,
     eta: float = 0.0,
 ) -> Tensor:
     """DDIM (Song et al. 2021): eta 0 is deterministic, 1 is ddpm with fixed_small."""
     if not 0 <= eta <= 1:
         raise ValueError(f"got eta {eta}, wanted 0 (deterministic) to 1 (ancestral)")
-    for i, t, s in walk(process, steps, spacing):
+    for i, (t, s) in enumerate(pairwise(times)):
         said, ends = denoise(x, at(t, x)), leg(process, t, s)
         variance = eta**2 * process.posterior_variance(torch.tensor(t), torch.tensor(s)).clamp(min=0)
         direct = (ends.sigma_s**2 - variance).clamp(min=0).sqrt()
@@ -194,16 +192,13 @@ def ddim(
 
 
 @torch.no_grad()
-def ddim_inversion(
-    denoise: Denoise, process: Gaussian, x0: Tensor, *, steps: int, spacing: str = "uniform"
-) -> list[Tensor]:
-    """Data to the noise that ddim, eta 0, takes back to it: the trajectory x_0, ..., x_T of steps + 1 tensors.
+def ddim_inversion(denoise: Denoise, process: ContinuousProcess, x0: Tensor, times: list[float]) -> list[Tensor]:
+    """Data to the noise that ddim, eta 0, takes back to it by the same times: x_0, ..., x_T, one for each.
 
     Wrong by the order of a step, as each uses the eps of its cleaner end. Give it a denoiser that clips nothing.
     """
-    times = step_times(process, steps, spacing)[::-1]
     trajectory = [x0]
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times[::-1]):
         x, ends = trajectory[-1], leg(process, t, s)
         eps = denoise(x, at(max(t, process.end), x)).eps  # at t = 0, the least noise a network knows
         scale = ends.alpha_s / ends.alpha_t
@@ -214,12 +209,11 @@ def ddim_inversion(
 @torch.no_grad()
 def heun(
     denoise: Denoise,
-    process: Gaussian,
+    process: ContinuousProcess,
     x: Tensor,
+    times: list[float],
     *,
-    steps: int,
     rng: Streams,
-    spacing: str = "uniform",
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Heun's method, second order: two network calls per step, one for the last.
@@ -227,7 +221,7 @@ def heun(
     Averages eps along sigma / alpha where there is more data than noise, as Karras et al. 2022 do everywhere; and where
     there is more noise x_0 along alpha / sigma, since at alpha = 0 theirs is unbounded.
     """
-    for i, t, s in walk(process, steps, spacing):
+    for i, (t, s) in enumerate(pairwise(times)):
         first, ends = denoise(x, at(t, x)), leg(process, t, s)
         guess = toward(x, first.x0, ends)
         if s > 0:
@@ -256,17 +250,16 @@ def extrapolated(x0: Tensor, past: Past | None, ends: Leg, s: float) -> Tensor:
 @torch.no_grad()
 def dpmpp_2m(
     denoise: Denoise,
-    process: Gaussian,
+    process: ContinuousProcess,
     x: Tensor,
+    times: list[float],
     *,
-    steps: int,
     rng: Streams,
-    spacing: str = "uniform",
     on_step: OnStep | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M), second order at one network call per step (Lu et al. 2022, algorithm 2)."""
     past = None
-    for i, t, s in walk(process, steps, spacing):
+    for i, (t, s) in enumerate(pairwise(times)):
         x0, ends = denoise(x, at(t, x)).x0, leg(process, t, s)
         x = toward(x, extrapolated(x0, past, ends, s), ends)
         past = Past(x0, ends.h)
@@ -277,18 +270,17 @@ def dpmpp_2m(
 @torch.no_grad()
 def dpmpp_2m_sde(
     denoise: Denoise,
-    process: Gaussian,
+    process: ContinuousProcess,
     x: Tensor,
+    times: list[float],
     *,
-    steps: int,
     rng: Streams,
-    spacing: str = "uniform",
     on_step: OnStep | None = None,
     eta: float = 1.0,
 ) -> Tensor:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022): noise is added along the way; eta 0 is dpmpp_2m."""
     past = None
-    for i, t, s in walk(process, steps, spacing):
+    for i, (t, s) in enumerate(pairwise(times)):
         x0, ends = denoise(x, at(t, x)).x0, leg(process, t, s)
         deviation = ends.sigma_s * (1 - ends.ratio ** (2 * eta)).sqrt()
         noise = deviation * rng.normal(x.shape).to(x.dtype)
@@ -301,20 +293,19 @@ def dpmpp_2m_sde(
 @torch.no_grad()
 def unipc(
     denoise: Denoise,
-    process: Gaussian,
+    process: ContinuousProcess,
     x: Tensor,
+    times: list[float],
     *,
-    steps: int,
     rng: Streams,
-    spacing: str = "uniform",
     on_step: OnStep | None = None,
 ) -> Tensor:
     """UniPC of order 2 (Zhao et al. 2023): dpmpp_2m's step, corrected by the prediction where it arrives.
 
     That prediction is the next step's too, so there is one network call per step; where `on_step` changes x, one more.
     """
-    past, x0 = None, denoise(x, at(step_times(process, steps, spacing)[0], x)).x0
-    for i, t, s in walk(process, steps, spacing):
+    past, x0 = None, denoise(x, at(times[0], x)).x0
+    for i, (t, s) in enumerate(pairwise(times)):
         ends, said = leg(process, t, s), x0
         x_s = toward(x, extrapolated(x0, past, ends, s), ends)
         if s > 0:
@@ -339,3 +330,22 @@ def corrected(x: Tensor, x0: Tensor, ahead: Tensor, past: Past | None, ends: Leg
     r = -past.h / ends.h  # where the last step was
     bend = (first - second) / (1 - r)
     return toward(x, x0, ends) + ends.alpha_s * ((first - bend) * (ahead - x0) + bend / r * (past.x0 - x0))
+
+
+def every_step(process: ContinuousProcess, places: int) -> int:
+    """Those of the process, or a few where it has none."""
+    return FEW_STEPS if process.steps is None else process.steps
+
+
+def few_steps(process: ContinuousProcess, places: int) -> int:
+    return FEW_STEPS
+
+
+SOLVERS = (
+    Solver(ddpm, ContinuousProcess, steps=every_step),
+    Solver(ddim, ContinuousProcess, EtaOptions, steps=few_steps),
+    Solver(heun, ContinuousProcess, steps=few_steps),
+    Solver(dpmpp_2m, ContinuousProcess, steps=few_steps),
+    Solver(dpmpp_2m_sde, ContinuousProcess, EtaOptions, steps=few_steps),
+    Solver(unipc, ContinuousProcess, steps=few_steps),
+)

@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.gaussian import GaussianDiffusion
-from diffusion.gaussian_solvers import Denoise, at, step_times
-from diffusion.process import Gaussian, full
+from diffusion.gaussian_solvers import Denoise, step_times
+from diffusion.process import ContinuousProcess, DiscreteProcess, at, full
 from diffusion.rng import Streams
 from diffusion.types import Bound, Likelihood, Prediction
 
@@ -74,36 +73,23 @@ def bits_per_dimension(
 @torch.no_grad()
 def bits_per_code(
     denoise: Callable[[Tensor, Tensor], Tensor],
-    process: AbsorbingDiffusion,
+    process: DiscreteProcess,
     x0: Tensor,
     rng: Streams,
     calls: int | None = None,
 ) -> Bound:
-    """The bound of Austin et al. 2021 of codes x0 (B, h, w), each term at one x_t; there is no prior term.
+    """The bound of Austin et al. 2021 of codes x0 (B, h, w), each term at one x_t.
 
-    In continuous time it does not depend on the schedule, and is that of all orders in which codes can be revealed
-    (Ou et al. 2025): term k has exactly k of the N codes masked, and their mean cross-entropy.
+    `calls` network calls per image; all terms are computed if left out.
     """
-    count = x0[0].numel()
-
-    def any_order() -> Iterator[tuple[Tensor, Tensor]]:
-        for k, weight in visits(count, calls, rng):
-            x_t = process.corrupt_count(x0, k.to(x0.device), rng)
-            share = (k / count).to(x0.device)
-            found = process.loss(denoise(x_t, process.time_at(share)), x0, x_t, share, "mlm").per_example
-            yield k, weight * found / (count * math.log(2))
+    steps = process.bound_terms(x0[0].numel())
 
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
-        for i, weight in visits(process.steps, calls, rng):
-            t = (i / process.steps).to(x0.device)
-            x_t = process.corrupt(x0, t, rng)
-            loss = process.loss(denoise(x_t, t), x0, x_t, t, "elbo").per_example
-            yield i, weight * loss / process.steps
+        for i, repeats in visits(steps, calls, rng):
+            x_t, t = process.bound_sample(x0, i, rng)
+            yield i, process.bound_term(denoise(x_t, t), x0, x_t, t, repeats)
 
-    prior = torch.zeros(len(x0), device=x0.device)
-    if process.steps is None:
-        return summed(prior, count, any_order())
-    return summed(prior, process.steps, parts())
+    return summed(process.prior_term(x0), steps, parts())
 
 
 class Motion(NamedTuple):
@@ -127,7 +113,7 @@ class Place(NamedTuple):
         return (self.sin / (1 + self.cos)).log()
 
 
-def places(process: Gaussian, steps: int, spacing: str) -> list[Place]:
+def places(process: ContinuousProcess, steps: int, spacing: str) -> list[Place]:
     """steps + 1, from the least noise to pure noise, at whichever times the spacing begins and ends."""
     between = step_times(process, steps + 1, spacing)[-3:0:-1]
     found = []
@@ -178,7 +164,7 @@ def motion(denoise: Denoise, place: Place, y: Tensor, rng: Streams, probes: int,
 @torch.no_grad()
 def flow_bits_per_dimension(
     denoise: Denoise,
-    process: Gaussian,
+    process: ContinuousProcess,
     x0: Tensor,
     rng: Streams,
     *,

@@ -1,19 +1,21 @@
-"""What all Gaussian processes share: x_t = alpha(t) x_0 + sigma(t) eps, its kernels, and a network's prediction.
+"""What a process is: one of real numbers, x_t = alpha(t) x_0 + sigma(t) eps, or one of codes, each forgotten by itself.
 
-A process says what its time t is. At t = 0 there is no noise: alpha(0) = 1, sigma(0) = 0. Kernels take any t > s >= 0,
-so respacing needs nothing more. Times are (B,), or one number for the whole batch.
+A process says what its time t is; 0 is data, and at `start` (continuous) or 1 (discrete) nothing is left of it. Kernels
+take any t > s >= 0, so respacing needs nothing more. Times are (B,), or one number for the whole batch.
 
-Coefficients are computed on the CPU in float64 (Metal has none) and cast where they meet x: keep t on the CPU in
-training, and nothing waits for the device.
+Of continuous processes, coefficients are computed on the CPU in float64 (Metal has none) and cast where they meet x:
+keep t on the CPU in training, and nothing waits for the device.
 """
 
-from typing import Literal
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from diffusion.rng import Streams
-from diffusion.types import Normal, Prediction
+from diffusion.types import Loss, Normal, Prediction
 
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 
@@ -28,32 +30,45 @@ def full(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class Gaussian:
-    """A process. A kind of process defines the first five methods, and what it is trained on."""
+def at(t: float, x: Tensor) -> Tensor:
+    """t for each example of x: (B,) float32."""
+    return torch.full((len(x),), t, device=x.device)
 
+
+def weighted(losses: Tensor, loss_weight: Tensor | None) -> Tensor:
+    """Unreduced losses (B, ...) times a weight for each example (B,), or one that broadcasts to them; None is none."""
+    if loss_weight is None:
+        return losses
+    return losses * (like(loss_weight, losses) if loss_weight.ndim == 1 else loss_weight)
+
+
+class ContinuousProcess(ABC):
+    """x_t = alpha(t) x_0 + sigma(t) eps, alpha(0) = 1, sigma(0) = 0; what it is trained on is its own `loss`."""
+
+    steps: int | None = None  # T, where it has steps
     variance: Variance = "fixed_small"  # that of an ancestral reverse step
     start: float = 1.0  # t of pure noise, where sampling begins
     end: float = 1e-3  # the least t that networks are asked about; sampling then goes to 0
 
+    @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
         """What is left of the data: t, on any device -> its shape, float64 on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
         """Standard deviation of the noise: t, on any device -> its shape, float64 on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def quantile(self, u: Tensor) -> Tensor:
         """Training times: u (B,) uniform on (0, 1] -> t (B,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def network_time(self, t: Tensor) -> Tensor:
         """The number a network is told: (B,) -> (B,) float32, where t is."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """What a network's output (B, C or 2 C, H, W) at x_t (B, C, H, W), t (B,) means."""
-        raise NotImplementedError
 
     def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
         """What a network is shown of x_t."""
@@ -127,3 +142,87 @@ class Gaussian:
         mean, log_variance = self.reverse_kernel(x_t, prediction, t, s)
         noise = rng.normal(x_t.shape).to(x_t.dtype)
         return torch.where(like(self.sigma(s), x_t) > 0, mean + (0.5 * log_variance).exp() * noise, mean)
+
+
+class DiscreteProcess(ABC):
+    """A Markov chain on codes x (B, H, W), from data at t = 0 to `prior` at t = 1, at each place by itself.
+
+    Data are ids 0 ... K - 1. The chain may have states beside them, such as a mask: ids from K on. Where a network
+    predicts x_0, it gives logits (B, H, W, K).
+    """
+
+    codes: int  # K
+    steps: int | None  # T: t is one of 1/T, ..., 1 in training and in the bound; None: any in (0, 1]
+    mask: int | None = None  # the id that says nothing of a code, where there is one; other codes then never change
+    prediction_depends_on_time: ClassVar[bool] = True  # whether the best prediction of x_0 needs t beside x_t
+
+    @abstractmethod
+    def prior(self, shape: tuple[int, ...], rng: Streams) -> Tensor:
+        """x (B, H, W) that sampling begins with."""
+
+    @abstractmethod
+    def corrupt(self, x0: Tensor, t: Tensor, rng: Streams) -> Tensor:
+        """Draws x_t (B, H, W) from q(x_t | x_0), t (B,)."""
+
+    @abstractmethod
+    def may_change(self, x_t: Tensor, t: float, s: float) -> Tensor:
+        """Which places can hold another id at s < t: (B, H, W) bool. Elsewhere no prediction is asked for."""
+
+    @abstractmethod
+    def reverse_probabilities(self, x_t: Tensor, logits: Tensor, t: float, s: float) -> Tensor:
+        """p(x_s | x_t) for s < t, place by place: (B, H, W), (B, H, W, K) -> (B, H, W, number of states)."""
+
+    @abstractmethod
+    def place_losses(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """What each place costs in the bound, but for `elbo_weight`: (B, H, W) nats."""
+
+    @abstractmethod
+    def elbo_weight(self, t: Tensor) -> Tensor:
+        """What the sum of `place_losses` at t (B,), one of `times`, weighs in the negative ELBO: (B,)."""
+
+    def reverse(self, x_t: Tensor, logits: Tensor, t: float, s: float, rng: Streams) -> Tensor:
+        """Draws x_s (B, H, W) from `reverse_probabilities`."""
+        return rng.categorical(self.reverse_probabilities(x_t, logits, t, s).log())
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Training times: u (B,) uniform on (0, 1] -> t (B,), uniform over {1/T, ..., 1}, or over (0, 1]."""
+        return u if self.steps is None else (u * self.steps).ceil() / self.steps
+
+    def times(self, rng: Streams) -> Tensor:
+        """t (B,) to train on, one draw of each stream."""
+        return self.quantile(1 - rng.uniform((len(rng),)))  # (0, 1]
+
+    def bits(self, losses: Tensor) -> Tensor:
+        """Nats of each place (B, H, W) -> bits per code (B,)."""
+        return losses.sum((1, 2)) / (losses[0].numel() * math.log(2))
+
+    def loss(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, *, loss_weight: Tensor | None = None) -> Loss:
+        """An estimate of the negative ELBO, bits per code: its mean over `times` is the bound, less the prior's term.
+
+        Logits (B, H, W, K) of x_0 given x_t, codes x0 and x_t (B, H, W), t (B,). `loss_weight` (B,) or (B, H, W) is for
+        training; the metric `bits_per_code` is without.
+        """
+        losses, weight = self.place_losses(logits, x0, x_t, t), self.elbo_weight(t)
+        per_example = weight * self.bits(weighted(losses, loss_weight))
+        return Loss(per_example, {"bits_per_code": (weight * self.bits(losses)).detach()})
+
+    # The terms of the bound, which likelihood.bits_per_code adds up
+
+    def prior_term(self, x0: Tensor) -> Tensor:
+        """KL(q(x_1 | x_0) || prior), bits per code: (B,). It is 0 where nothing is left of the data at t = 1."""
+        return torch.zeros(len(x0), device=x0.device)
+
+    def bound_terms(self, count: int) -> int:
+        """How many terms the bound of `count` codes has: T. ValueError in continuous time, where it is an integral."""
+        if self.steps is None:
+            raise ValueError(f"{type(self).__name__} has a bound in steps alone: build it with a number of steps")
+        return self.steps
+
+    def bound_sample(self, x0: Tensor, i: Tensor, rng: Streams) -> tuple[Tensor, Tensor]:
+        """x_t (B, H, W) and t (B,) at which term i (B,), from 1 on, is estimated."""
+        t = (i / self.steps).to(x0.device)
+        return self.corrupt(x0, t, rng), t
+
+    def bound_term(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, repeats: int = 1) -> Tensor:
+        """The term at (x_t, t) of `bound_sample`, times `repeats`: (B,) bits per code."""
+        return repeats * (self.elbo_weight(t) * self.bits(self.place_losses(logits, x0, x_t, t))) / self.steps

@@ -5,9 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.gaussian import GaussianDiffusion
-from diffusion.process import Gaussian
+from diffusion.process import ContinuousProcess, DiscreteProcess
 from diffusion.rng import Streams
 
 
@@ -18,14 +17,14 @@ class Times(NamedTuple):
     weight: Tensor  # (B,), on each example's loss
 
 
-def uniform(process: Gaussian | AbsorbingDiffusion, rng: Streams) -> Times:
+def uniform(process: ContinuousProcess | DiscreteProcess, rng: Streams) -> Times:
     """Independent times, as the process has them: each a function of its example's stream."""
     t = process.times(rng)
     return Times(t, torch.ones_like(t))
 
 
 def low_discrepancy(
-    process: Gaussian | AbsorbingDiffusion, shared: Streams, count: int, first: int = 0, batch: int | None = None
+    process: ContinuousProcess | DiscreteProcess, shared: Streams, count: int, first: int = 0, batch: int | None = None
 ) -> Times:
     """Times spread evenly over a batch (Kingma et al. 2021, section 4): each is as likely as before, not independent.
 

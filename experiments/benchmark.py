@@ -112,13 +112,13 @@ def measure_sampler(config: SamplerBenchmark, here: World) -> None:
     torch.manual_seed(training.seed)
     name, first = config.sampler.sampler, config.first.ae_load_dir
     space = workloads.space_for(name, first, data, config.reader, lambda: vqgan_of(data, sys.argv[1:]), here.device)
-    path = getattr(config.sampler, "adapt", "")
+    path = config.sampler.adapt
     adapt = dotted(path, "--adapt") if path else None
     source = None if images is None else workloads.images_source(images, data, training.seed, adapt)
     trainees = workloads.sampler_trainees(config.sampler, training, space, n_classes, here)
     print(f"network: {count_parameters(trainees[0].state.modules['network']):,} parameters", flush=True)
     batch = workloads.random_batch(space, n_classes, training.batch_size, data, here.device)
-    batch = workloads.with_conditions(batch, trainees[0].step.sampler.fields, source, here.device)
+    batch = workloads.with_conditions(batch, trainees[0].step.sampler.conditions, source, here.device)
     consumed = None
     if "step" in benchmark.measure:
         works = [workloads.work_of(each, workloads.in_parts(batch, training.accumulate), here) for each in trainees]

@@ -31,6 +31,7 @@ from train.inference import TrainedSampler, class_frequencies
 from train.loop import State, fit
 from train.runs import open_run, run_folder
 from train.sampler import SamplerStep, build_state, validation_losses
+from train.samplers import LearnedSampler
 from train.spaces import Codes
 
 # What each variant changes of the sampler's own settings. diff_v2 has a second query per head; narrower feed-forward
@@ -152,7 +153,7 @@ class Bench:
             "seconds": time.perf_counter() - begun,
         }
 
-    def train(self, name: str, sampler: Any, state: State, training: TrainingConfig) -> None:
+    def train(self, name: str, sampler: LearnedSampler, state: State, training: TrainingConfig) -> None:
         codes, steps = self.codes("train", training.seed), training.train_steps
         batches = training_batches(
             codes,

@@ -6,11 +6,10 @@ python experiments/compare_samplers.py --solvers ancestral:256 halton:12:temp=0.
 """
 
 import json
-import math
 import statistics
 import time
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +17,9 @@ import _root
 import torch
 from torch import Tensor
 
-from diffusion.solvers import solvers_of
+from diffusion.solvers import Solver, solvers_of
 from experiments.harness.batches import ResumableBatches, experiment_world
 from experiments.harness.experiment import (
-    OF_ONE_SOLVER,
     ModelConfig,
     OutputConfig,
     Prepared,
@@ -38,18 +36,16 @@ from experiments.metrics.cost import counted
 from experiments.metrics.distances import generated_statistics, real_statistics, statistics_cache
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
-from train.cli.parse import interpret, run_script
+from train.cli.parse import interpret, run_script, sampler_of
 from train.config import SamplingConfig
 from train.files import whole_file
 from train.inference import TrainedSampler
+from train.registry import plugin
 
 AUTO = (  # in this order, and after them any other; the first that a process has is the yardstick
     *("ancestral:256", "ancestral", "halton", "confidence", "remask", "first_hitting", "raster"),
     *("ddpm:250", "ddim", "dpmpp_2m", "unipc", "heun"),
 )
-OWN_STEPS = ("first_hitting", "raster")  # a step for each code
-IN_TURN = ("halton", "confidence")  # reveal a code or more at each step
-OWN = ("solver", *OF_ONE_SOLVER)
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by all eyes
 MARKERS = "osD^vPX"
 NEAR = 1.1  # of the first row's distance
@@ -95,15 +91,17 @@ class Config:
 
 def shared_settings(argv: list[str], section: str) -> dict:
     """What a run was trained with, without what is of its own solver."""
-    return {key: value for key, value in settings_of_run(argv, section).items() if key not in OWN}
+    settings = settings_of_run(argv, section)
+    own = plugin("train.samplers", sampler_of(argv, settings), "sampler").Sampling.settings_of_solver()
+    return {key: value for key, value in settings.items() if key not in {"solver", *own}}
 
 
 def check_shared(sampling: SamplingConfig) -> None:
     """ValueError for a setting that belongs into an entry of --solvers."""
-    for name in OWN:
-        default = sampling.__dataclass_fields__[name].default if hasattr(sampling, name) else None
-        value = getattr(sampling, name, None)
-        if value != default:
+    own = {"solver"} | sampling.settings_of_solver()
+    for field in fields(sampling):
+        name, value = field.name, getattr(sampling, field.name)
+        if name in own and value != field.default:
             raise ValueError(
                 f"got {name} {value} for a comparison of solvers, which sets it for each: leave --{name} out, and "
                 "write --solvers NAME:STEPS or NAME:STEPS:key=value"
@@ -155,16 +153,18 @@ def read_entry(entry: str) -> SolverRun:
     return SolverRun(name, None if steps is None else int(steps), settings)
 
 
-def runs_of(entries: Sequence[str], steps: Sequence[int], there: Collection[str], codes: int) -> list[SolverRun]:
+def runs_of(entries: Sequence[str], steps: Sequence[int], there: Mapping[str, Solver], codes: int) -> list[SolverRun]:
     """Every run that entries mean, each once: one without steps takes each of `steps`, and auto is all solvers that
-    are `there`, none IN_TURN with more steps than `codes`, of which it would make no use."""
+    are `there`, none with more steps than `codes` where it would make no use of them."""
     found, known = [], [read_entry(entry) for entry in AUTO]
     every = [run for run in known if run.solver in there]
     every += [SolverRun(name, None) for name in sorted({*there} - {run.solver for run in known})]
     for run in map(read_entry, entries):
         for each in every if run.solver == "auto" else [run]:
-            alone = each.steps is not None or each.solver in OWN_STEPS
-            most = codes if run.solver == "auto" and each.solver in IN_TURN else max(steps)
+            known_by = there.get(each.solver)
+            alone = each.steps is not None or known_by is not None and not known_by.takes_any_steps
+            in_turn = known_by is not None and known_by.in_turn
+            most = codes if run.solver == "auto" and in_turn else max(steps)
             found += [each] if alone else [each._replace(steps=count) for count in steps if count <= most]
     return list(dict.fromkeys(found))
 
@@ -175,7 +175,7 @@ Row = dict[str, Any]  # of the table: what `summed_up` makes
 
 def planned(comparison: ComparisonConfig, sampling: SamplingConfig, trained: TrainedSampler) -> Plan:
     """Every run of --solvers with its options, each begun on one image. ValueError: one that the sampler cannot do."""
-    plan, codes = {}, math.prod(trained.space.facts.get("grid", ()))
+    plan, codes = {}, trained.space.tokens or 1
     for run in runs_of(comparison.solvers, comparison.steps, solvers_of(trained.sampler.process), codes):
         options = replace(sampling, solver=run.solver, sample_steps=run.steps)
         words = [f"--{key}={value}" for key, value in run.settings]

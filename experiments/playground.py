@@ -26,7 +26,7 @@ from train.data.transforms import to_item
 from train.datasets._decode import to_grey_or_rgb
 from train.inference import TrainedSampler
 from train.loop import Batch
-from train.spaces import Start
+from train.spaces import EditInput
 
 WORDS = {  # where a flag's name is not the field's word
     "sample_steps": "steps",
@@ -177,7 +177,7 @@ class Playground:
     def controls(self) -> list[Control]:
         """The settings that the model has: guidance only with conditions, and its own process's solvers."""
         solvers = sorted(solvers_of(self.trained.sampler.process))
-        return controls_of(self.options, solvers, conditional=bool(self.trained.sampler.fields))
+        return controls_of(self.options, solvers, conditional=bool(self.trained.sampler.conditions))
 
     def settings(self, values: dict[str, Any]) -> SamplingConfig:
         """The options with what stands in the controls of these names; ValueError for what is no value of theirs."""
@@ -234,7 +234,7 @@ class Playground:
         begun = self.trained.space.begun(image[None].to(device), hidden[None].to(device))
         several = [each.expand(request.count, *each.shape[1:]) for each in (begun.x0, begun.keep)]
         shown = torch.where(enlarged(~begun.keep[0].cpu(), hidden.shape), GREY, image)
-        return Redrawn(shown, self.draw(request, start=Start(*several)))
+        return Redrawn(shown, self.draw(request, edit=EditInput(*several)))
 
 
 def as_it_comes(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:

@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
-from diffusion.absorbing_solvers import tempered
 from diffusion.denoisers import guided, windowed
+from diffusion.drawing import Drawing
 from diffusion.likelihood import bits_per_code
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
 from helpers.fake_device import DEVICE, Elsewhere, TwoPlaces
+from helpers.solving import in_steps
 from models.transformer import Transformer
 from train.samplers import absorbing
-from train.spaces import Start
+from train.spaces import EditInput
 
 CODES, GRID, CLASSES = 16, (4, 4), 3
 PROCESS = AbsorbingDiffusion(CODES, steps=3)
@@ -59,15 +60,22 @@ def test_every_solver_guided_and_tempered_on_a_larger_canvas(name, watched):
     def function(to):
         network = to(Transformer(codes=CODES, grid=GRID, width=16, heads=2, layers=1, n_classes=CLASSES))
         labels = to(torch.tensor([0, 2]))
-        denoise = guided(
-            lambda x, t, label: network(x, label), labels, torch.full_like(labels, CLASSES), 2.0, schedule="cosine"
-        )
-        denoise = tempered(windowed(denoise, GRID, 2, mask=CODES), 0.9, last=0.5, top_k=9, top_p=0.95)
+        chain = [torch.full_like(labels, CLASSES), labels]
+        denoise = guided(lambda x, t, label: network(x, label), chain, [2.0], schedule="cosine")
+        denoise = windowed(denoise, GRID, 2, may_change=lambda x: x == CODES)
+        drawing = Drawing(temperature=0.9, last=0.0, top_k=9, top_p=0.95)
         canvas = torch.full((2, 5, 4), PROCESS.mask, device=to.device)
         canvas[1, 2:] = 3
         rng = Streams([1, 2], to.device)
-        return SOLVERS[name](
-            denoise, PROCESS, canvas, steps=20 if name == "first_hitting" else 4, rng=rng, on_step=on_step
+        return in_steps(
+            SOLVERS[name].solve,
+            denoise,
+            PROCESS,
+            canvas,
+            steps=20 if name == "first_hitting" else 4,
+            rng=rng,
+            on_step=on_step,
+            drawing=drawing,
         )
 
     assert (alike(function)[1, 2:] == 3).all()
@@ -83,8 +91,8 @@ def test_a_sampler_from_known_codes(name):
             solver=name, guidance=2.0, sample_steps=16 if name == "first_hitting" else 4, temp=0.8
         )
         batch, rng = {"label": to(torch.tensor([0, 0, 2]))}, Streams([1, 2, 3], to.device)
-        start = Start(to(x0), to(keep), 0.7)
-        return built.sample(to(built.network), rng, batch=batch, options=options, start=start)
+        edit = EditInput(to(x0), to(keep), 0.7)
+        return built.sample(to(built.network), rng, batch=batch, options=options, edit=edit)
 
     assert torch.equal(alike(function)[:, :2], torch.arange(8).view(1, 2, 4).expand(3, 2, 4))
 

@@ -144,7 +144,7 @@ REFUSED = {  # script and flags -> what the message must hold
     "weights": ("experiments/calc_FID.py", "--inception_weights none.pth", ["none.pth", "not found"]),
     "solver": ("experiments/get_samples.py", "--solver ancestrel --n_samples 2", ["ancestrel", "ancestral"]),
     "steps": ("experiments/get_samples.py", "--sample_steps 0 --n_samples 2", ["0", "at least 1", "--sample_steps"]),
-    "temperature": ("experiments/get_samples.py", "--temp 0 --n_samples 2", ["0", "--temp"]),
+    "temperature": ("experiments/get_samples.py", "--temp -1 --n_samples 2", ["-1", "--temp"]),
     "last temperature": ("experiments/get_samples.py", "--last_temp -1 --n_samples 2", ["-1", "--temp"]),
     "top-k": ("experiments/get_samples.py", "--top_k 0 --n_samples 2", ["top_k 0", "--top_k"]),
     "top-p": ("experiments/get_samples.py", "--top_p 1.5 --n_samples 2", ["top_p 1.5", "--top_p"]),

@@ -25,7 +25,6 @@ SLOW_OF_TORCH = (  # and parts of torch: its compiler, its sharding (half a seco
 )
 # Files with one importer and under 150 lines, and why each is its own. The list may only shrink.
 CONCEPTS = {
-    "diffusion.autoregressive": "a process",
     "diffusion.edm": "a process",
     "diffusion.flow": "a process",
     "experiments.metrics.prdc": "a metric",
@@ -99,7 +98,7 @@ def test_no_file_imports_itself_by_a_detour():
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.parts[0] == "diffusion"], ids=str)
 def test_diffusion_imports_torch_alone(path):
-    standard = {"collections", "dataclasses", "hashlib", "importlib", "inspect", "math", "pkgutil", "typing"}
+    standard = {"abc", "collections", "dataclasses", "hashlib", "importlib", "itertools", "math", "pkgutil", "typing"}
     assert {name.partition(".")[0] for name in imported(path)} <= standard | {"torch", "diffusion"}
 
 

@@ -1,9 +1,10 @@
 """The settings of the training scripts, as typed dataclasses: a field is a flag."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
+from diffusion.solvers import SolverOptions
 from train.datasets import DatasetConfig
 from train.lr_schedule import learning_rate
 from vq.config import VQGANConfig, VQGANLossConfig
@@ -235,6 +236,7 @@ class SamplerConfig:
 
     sampler: str = "absorbing"
     """The learned model of images: a file of train/samplers."""
+    adapt: ClassVar[str] = ""  # dotted path of what turns an item into a batch's fields; a Config may make it a flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +263,29 @@ class SamplingConfig:
     def __post_init__(self):
         if self.sample_steps is not None and self.sample_steps < 1:
             raise ValueError(f"got {self.sample_steps} sampling steps, wanted at least 1: pass --sample_steps N")
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """The options of its process's solvers: fields of the SolverOptions that it builds on."""
+        bases = [base for base in cls.__mro__ if issubclass(base, SolverOptions)]
+        own = [base for base in bases if not issubclass(base, SamplingConfig)]
+        return list(dict.fromkeys(field.name for base in own for field in fields(base)))
+
+    @classmethod
+    def settings_of_solver(cls) -> set[str]:
+        """What goes with the solver that is named: with another one, it is left to that."""
+        return {"sample_steps", *cls.option_names()}
+
+    @property
+    def solver_options(self) -> dict[str, Any]:
+        """The options of solvers that are given."""
+        values = {name: getattr(self, name) for name in self.option_names()}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def for_solver(self, solver: str, sample_steps: int | None = None) -> Self:
+        """The same settings for another solver, with what goes with a solver left to it."""
+        own = {field.name: field.default for field in fields(self) if field.name in self.settings_of_solver()}
+        return replace(self, **own | {"solver": solver, "sample_steps": sample_steps})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,8 @@ from train.loop import Batch
 from train.posthoc_ema import opened, reconstruct, snapshot_path, snapshot_steps
 from train.registry import dotted, plugin
 from train.runs import read_run
-from train.spaces import Pixels, Space, Start
+from train.samplers import Control, LearnedSampler
+from train.spaces import EditInput, Pixels, Space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class TrainedSampler:
 
     run: Path
     step: int
-    sampler: Any  # what train/samplers/<name>.py builds
+    sampler: LearnedSampler
     space: Space
     data: DataConfig
     reader: DatasetConfig
@@ -70,7 +71,7 @@ class TrainedSampler:
 
     def batches(self, split: str) -> Positions:
         """That split in a shuffle that is always the same (train: in its views): positions -> a batch."""
-        path = getattr(self.sampler.config, "adapt", "")
+        path = self.sampler.config.adapt
         adapt = dotted(path, "--adapt") if path else None
         return self.space.source(self.dataset(split), split, self.data, 0, self.world, adapt)
 
@@ -81,10 +82,10 @@ class TrainedSampler:
         """
         if held_out is not None:
             batch = held_out[[i % len(held_out) for i in indices]]
-            missing = sorted({*self.sampler.fields} - {*batch})
+            missing = sorted({*self.sampler.conditions} - {*batch})
             if missing:
                 raise ValueError(f"held-out images have no {', '.join(missing)}: --adapt gave them when it was trained")
-            return on_device({name: batch[name] for name in self.sampler.fields}, self.device)
+            return on_device({name: batch[name] for name in self.sampler.conditions}, self.device)
         if self.class_frequencies is None:
             return None
         draw = Streams([seed_of(seed, "label", i) for i in indices])
@@ -103,7 +104,7 @@ class TrainedSampler:
 
     def held_out(self) -> Positions | None:
         """The images that conditions are taken from, where there are others than classes. All processes must ask."""
-        return self.batches("val") if set(self.sampler.fields) - {"label"} else None
+        return self.batches("val") if set(self.sampler.conditions) - {"label"} else None
 
     @torch.no_grad()
     def draw(
@@ -114,17 +115,18 @@ class TrainedSampler:
         *,
         held_out: Positions | None = None,
         given: Batch | None = None,
-        start: Start | None = None,
+        edit: EditInput | None = None,
         network: nn.Module | None = None,
         shape: tuple[int, int] | None = None,
         window_stride: int | None = None,
         on_step: OnStep | None = None,
+        control: Control | None = None,
     ) -> Batch:
         """{"image": uint8 (B, C, H, W), and "codes" (B, h, w), "label" (B,) where there are such}.
 
         Image i of a seed is the same in whatever batch. `given` are conditions in the place of drawn ones ({}: none);
-        `start` is known data that it begins from. `network` stands in for the sampler's own; `on_step` sees the batch
-        on its way, in the sampler's space.
+        `edit` is known data that it begins from, `control` a branch beside the network. `network` stands in for the
+        sampler's own; `on_step` sees the batch on its way, in the sampler's space.
         """
         batch = self.conditions(seed, indices, held_out) if given is None else on_device(given, self.device)
         rng = Streams([seed_of(seed, "sample", i) for i in indices], self.device)
@@ -136,8 +138,9 @@ class TrainedSampler:
                 options=options,
                 shape=shape,
                 window_stride=window_stride,
-                start=start,
+                edit=edit,
                 on_step=on_step,
+                control=control,
             )
         made = {"image": self.space.decode(x).cpu()} | self.space.kept(x)
         return made if batch is None or "label" not in batch else made | {"label": batch["label"].cpu()}
@@ -194,7 +197,7 @@ def load_sampler(
     if frequencies is None:
         raise ValueError(f"{run / 'config.yaml'} does not say how frequent classes were: is it damaged?")
     module = plugin("train.samplers", config.sampler.sampler, "sampler")
-    sampler = module.build(config.sampler, **space.facts, n_classes=len(frequencies))
+    sampler = module.build(config.sampler, **space.model_args, n_classes=len(frequencies))
     if ema_length is None:
         weights = load_weights(run, step, {"network": sampler.network}, ema=ema)
     else:

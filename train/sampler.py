@@ -1,7 +1,6 @@
 """How the second stage is trained: what one step does with a batch, and what is looked at on the way."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from train.loop import Batch, Outputs, State
 from train.lr_schedule import learning_rate
 from train.optim import update
 from train.registry import plugin
+from train.samplers import Control, LearnedSampler
 from train.spaces import Space
 from train.trainer import assemble
 
@@ -28,11 +28,11 @@ LEVELS = 5  # of noise, whose losses are logged apart
 
 def build_state(
     config: SamplerConfig, training: TrainingConfig, space: Space, n_classes: int, world: World
-) -> tuple[Any, State]:
+) -> tuple[LearnedSampler, State]:
     """The sampler that the config names, for x of `space`, and the state that trains its network."""
     torch.manual_seed(training.seed)
     module = plugin("train.samplers", config.sampler, "sampler")
-    sampler = module.build(config, **space.facts, n_classes=n_classes)
+    sampler = module.build(config, **space.model_args, n_classes=n_classes)
     modules = {"network": sampler.network}
     state = assemble(modules, training, world, averaged=["network"], counters=["loss_by_level"], extras=sampler.extras)
     return sampler, state
@@ -45,8 +45,17 @@ class SamplerStep:
     (`watched`), what was seen and said: x0, x_t, prediction, x0_hat.
     """
 
-    def __init__(self, sampler: Any, space: Space, training: TrainingConfig, world: World, watched: bool = False):
+    def __init__(
+        self,
+        sampler: LearnedSampler,
+        space: Space,
+        training: TrainingConfig,
+        world: World,
+        watched: bool = False,
+        control: Control | None = None,
+    ):
         self.sampler, self.space, self.training, self.world, self.watched = sampler, space, training, world, watched
+        self.control = control
         self.dtype = training_dtype(training, world.device)
         self.channels_last = in_channels_last(training, world.device)
 
@@ -81,7 +90,7 @@ class SamplerStep:
         if self.channels_last:
             prepared = {name: to_channels_last(value) for name, value in prepared.items()}
         with self.autocast():
-            return self.sampler.loss(network, prepared, draw)
+            return self.sampler.loss(network, prepared, draw, control=self.control)
 
     @torch.no_grad()
     def observe(self, state: State, outputs: Outputs) -> None:
@@ -123,7 +132,7 @@ class SamplerReports:
     """Validation, losses by noise level and pictures of samples, as hooks for `fit`. All processes take part."""
 
     def __init__(self, step: SamplerStep, validation: Positions, sampling: SamplingConfig, logger: Logger):
-        if sampling.guidance != 1 and not step.sampler.fields:  # before training, not at its first pictures
+        if sampling.guidance != 1 and not step.sampler.conditions:  # before training, not at its first pictures
             raise ValueError(f"got guidance {sampling.guidance} for a sampler without conditions: pass --guidance 1")
         self.step, self.validation, self.sampling, self.logger = step, validation, sampling, logger
         self.tallied = [self.by_level]
@@ -158,12 +167,12 @@ class SamplerReports:
         sampler, world = self.step.sampler, self.step.world
         rng = Streams([seed_of(self.step.training.seed, "show", i) for i in indices], world.device)
         batch = None
-        if set(sampler.fields) == {"label"}:
+        if set(sampler.conditions) == {"label"}:
             batch = {"label": torch.tensor(indices, device=world.device) % sampler.n_classes}
-        elif sampler.fields:
+        elif sampler.conditions:
             batch = on_device(self.validation[indices], world.device)
         with self.step.autocast():
             network = state.averaged("network").eval()
-            how = {"batch": batch, "options": self.sampling, "on_step": in_step(network)}
+            how = {"batch": batch, "options": self.sampling, "on_step": in_step(network), "control": self.step.control}
             x = sampler.sample(network, rng, **how)
         return self.step.space.decode(x)

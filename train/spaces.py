@@ -22,8 +22,8 @@ from train.runs import origin_of, run_folder
 MEASURED_IMAGES = 1024  # whose latents say how large latents are
 
 
-class Start(NamedTuple):
-    """In the sampler's own space: codes (B, h, w), or x (B, C, H, W)."""
+class EditInput(NamedTuple):
+    """Known data that sampling begins from, in the sampler's own space: codes (B, h, w), or x (B, C, H, W)."""
 
     x0: Tensor
     keep: Tensor  # (B, h, w) bool: places that never change
@@ -31,7 +31,7 @@ class Start(NamedTuple):
 
 
 class Space(Protocol):
-    """`facts` is what a sampler's `build` is told, `origin` what a run notes of it to know it again."""
+    """`model_args` is what a sampler's `build` is told, `origin` what a run notes of it to know it again."""
 
     first: FirstStage | None
     tokens: int  # codes that an image is; 0 where it is none
@@ -42,7 +42,7 @@ class Space(Protocol):
         ...
 
     @property
-    def facts(self) -> dict[str, Any]: ...
+    def model_args(self) -> dict[str, Any]: ...
 
     @property
     def origin(self) -> dict[str, Any]: ...
@@ -71,7 +71,7 @@ class Space(Protocol):
         """Images of what a solver has on its way, and of what it predicts."""
         ...
 
-    def begun(self, images: Tensor, hidden: Tensor) -> Start:
+    def begun(self, images: Tensor, hidden: Tensor) -> EditInput:
         """uint8 images (B, C, H, W) of which pixels are hidden, (B, H, W) bool -> what sampling begins from.
 
         A place is known only if none of its pixels is hidden, and no hidden pixel has a part in it.
@@ -149,7 +149,7 @@ class Pixels(Continuous):
     factor = 1
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def model_args(self) -> dict[str, Any]:
         return {"shape": self.data.shape, "pixels": True}
 
     @property
@@ -166,8 +166,8 @@ class Pixels(Continuous):
         """With --data_range, the values in the units of the data: 8 bits do not hold them."""
         return {} if self.data.data_range is None else {"values": from_unit_range(x, self.data.data_range).cpu()}
 
-    def begun(self, images: Tensor, hidden: Tensor) -> Start:
-        return Start(to_float(images.masked_fill(hidden.unsqueeze(1), 128)), ~hidden)
+    def begun(self, images: Tensor, hidden: Tensor) -> EditInput:
+        return EditInput(to_float(images.masked_fill(hidden.unsqueeze(1), 128)), ~hidden)
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Latents(Continuous):
         return self.first.vqgan.config.factor
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def model_args(self) -> dict[str, Any]:
         vqgan = self.first.vqgan
         return {"shape": (vqgan.quantizer.dim, *vqgan.grid), "pixels": False}
 
@@ -196,9 +196,9 @@ class Latents(Continuous):
     def decode(self, x: Tensor) -> Tensor:
         return self.first.decode_latents(x / self.scale)
 
-    def begun(self, images: Tensor, hidden: Tensor) -> Start:
+    def begun(self, images: Tensor, hidden: Tensor) -> EditInput:
         x0 = self.first.encode_latents(to_float(filled_in(images, hidden))) * self.scale
-        return Start(x0, ~any_in_cells(hidden, self.factor).to(x0.device))
+        return EditInput(x0, ~any_in_cells(hidden, self.factor).to(x0.device))
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Codes:
         return math.prod(self.first.vqgan.grid)
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def model_args(self) -> dict[str, Any]:
         return {"codes": self.first.vqgan.quantizer.codebook_size, "grid": self.first.vqgan.grid}
 
     @property
@@ -241,9 +241,9 @@ class Codes:
     def decode(self, x: Tensor) -> Tensor:
         return self.first.decode(x)
 
-    def begun(self, images: Tensor, hidden: Tensor) -> Start:
+    def begun(self, images: Tensor, hidden: Tensor) -> EditInput:
         x0 = self.first.encode(filled_in(images, hidden))
-        return Start(x0, ~any_in_cells(hidden, self.factor).to(x0.device))
+        return EditInput(x0, ~any_in_cells(hidden, self.factor).to(x0.device))
 
     def between(self, a: Tensor, b: Tensor, share: float, rng: Streams) -> Tensor:
         """Each place takes the code of one of them; for the same `rng`, what is b's stays so as the share grows."""

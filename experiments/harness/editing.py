@@ -21,7 +21,7 @@ from train.data.transforms import covering, to_item
 from train.datasets._decode import DAMAGED, decode, to_grey_or_rgb
 from train.inference import TrainedSampler
 from train.loop import Batch
-from train.spaces import Start
+from train.spaces import EditInput
 
 OPAQUE = 255  # of an alpha channel: pixels that are less have lost what they were
 ROWS = 8  # images in a grid
@@ -173,7 +173,7 @@ def centred(grid: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, in
 def told(trained: TrainedSampler, labels: list[int] | None, options: SamplingConfig) -> tuple[Batch, SamplingConfig]:
     """The conditions of so many images, and options that go with them: without labels the model is told nothing, and
     there is nothing to guide by. ValueError for classes that there are not, and for models of other conditions."""
-    n_classes, others = trained.sampler.n_classes, sorted({*trained.sampler.fields} - {"label"})
+    n_classes, others = trained.sampler.n_classes, sorted({*trained.sampler.conditions} - {"label"})
     if others:
         raise ValueError(f"{trained.run} is conditioned on {', '.join(others)}, which cannot be given here")
     if labels is None:
@@ -193,7 +193,7 @@ def draw(
     trained: TrainedSampler,
     options: SamplingConfig,
     seed: int,
-    start: Start,
+    edit: EditInput,
     indices: list[int],
     labels: list[int] | None,
     *,
@@ -202,7 +202,7 @@ def draw(
 ) -> Tensor:
     """uint8 images (B, C, H, W) drawn from where they start: images of one index get the same noise."""
     given, options = told(trained, labels, options)
-    how = {"given": given, "start": start, "shape": shape, "window_stride": window_stride}
+    how = {"given": given, "edit": edit, "shape": shape, "window_stride": window_stride}
     return trained.draw(indices, seed, options, **how)["image"]
 
 
@@ -218,10 +218,10 @@ def in_batches(name: str, count: int, make: Make, batches: ResumableBatches) -> 
     return torch.cat(images) if is_main else None
 
 
-def forgotten(x0: Tensor, trained: TrainedSampler, strength: float) -> Start:
+def forgotten(x0: Tensor, trained: TrainedSampler, strength: float) -> EditInput:
     """Nothing is kept for certain; `strength` of it is forgotten."""
     grid = x0.shape[-2:]
-    return Start(x0, torch.zeros(len(x0), *grid, dtype=torch.bool, device=trained.device), strength)
+    return EditInput(x0, torch.zeros(len(x0), *grid, dtype=torch.bool, device=trained.device), strength)
 
 
 def encoded(images: Tensor, trained: TrainedSampler) -> Tensor:

@@ -22,10 +22,10 @@ from train.distributed import World
 from train.files import sha256, write_text
 from train.first_stage import FirstStage, VQGANRun, load_first_stage
 from train.inference import TrainedSampler, load_sampler
+from train.registry import plugin
 from train.runs import open_run, read_run, run_folder
 from train.spaces import Space, reopened_space
 
-OF_ONE_SOLVER = ("sample_steps", "reveal", "eta", "choice_temp", "remasking", "remask_eta")  # flags that go with one
 Loaded = TrainedSampler | FirstStage
 
 
@@ -153,7 +153,9 @@ def settings_of_run(argv: list[str], section: str) -> dict[str, Any]:
     named = {name: content.get(group, {}).get(name) for name, group in (("sampler", "sampler"), ("dataset", "data"))}
     sampling = content.get("sampling", {})
     if peek(argv, "solver") not in (None, sampling.get("solver")):  # steps and the like were another's
-        sampling = {key: value for key, value in sampling.items() if key not in OF_ONE_SOLVER}
+        sampler = named["sampler"] or model.sampler
+        own = plugin("train.samplers", sampler, "sampler").Sampling.settings_of_solver()
+        sampling = {key: value for key, value in sampling.items() if key not in own}
     return sampling | {name: value for name, value in named.items() if value is not None}
 
 

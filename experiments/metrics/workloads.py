@@ -24,7 +24,7 @@ from train.loop import Batch, State, fit
 from train.registry import plugin
 from train.sampler import SamplerStep
 from train.sampler import build_state as build_sampler_state
-from train.spaces import Codes, Latents, Pixels, Space, Start
+from train.spaces import Codes, EditInput, Latents, Pixels, Space
 from train.vqgan import VQGANStep
 from train.vqgan import build_state as build_vqgan_state
 from vq.autoencoder import VQGAN
@@ -32,7 +32,6 @@ from vq.config import VQGANConfig, VQGANLossConfig
 from vq.perceptual import Perceptual
 
 SOME_CODES = 4096  # grids of codes to load batches from: they lie in memory, however many
-OF_OTHER_SOLVERS = {"reveal": "auto", "choice_temp": None, "remasking": None, "remask_eta": None}  # left out
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def random_batch(space: Space | None, n_classes: int, size: int, data: DataConfi
     rng = torch.Generator().manual_seed(0)
     batch = {"position": torch.arange(size)}
     if isinstance(space, Codes):
-        batch["codes"] = torch.randint(space.facts["codes"], (size, *space.facts["grid"]), generator=rng)
+        batch["codes"] = torch.randint(space.model_args["codes"], (size, *space.model_args["grid"]), generator=rng)
     else:
         batch["image"] = 2 * torch.rand(size, *data.shape, generator=rng) - 1
     if n_classes:
@@ -171,7 +170,7 @@ def sampled(trainee: Trainee, batch: Batch, options: SamplingConfig, **how: Any)
     """As many examples as the batch has, of its conditions, in the sampler's space; `how` is of its `sample`."""
     step, size = trainee.step, len(batch["position"])
     rng = Streams([seed_of(0, "show", i) for i in range(size)], step.world.device)
-    conditions = {name: batch[name] for name in step.sampler.fields} or None
+    conditions = {name: batch[name] for name in step.sampler.conditions} or None
     network = trainee.state.averaged("network").eval()
     with step.autocast():
         return step.sampler.sample(network, rng, batch=conditions, options=options, **how)
@@ -183,7 +182,7 @@ def full_steps(trainee: Trainee, batch: Batch, options: SamplingConfig, repeats:
     From half of the batch's codes on, since grids that are equal, as empty ones are, would be evaluated once; watched,
     since one in which nothing is drawn would not be evaluated.
     """
-    start = Start(batch["codes"], torch.zeros_like(batch["codes"], dtype=torch.bool), 0.5)
+    edit = EditInput(batch["codes"], torch.zeros_like(batch["codes"], dtype=torch.bool), 0.5)
     wait, moments = torch.get_device_module(trainee.step.world.device).synchronize, []
 
     def clock(i: int, t: float, s: float, x: Tensor, logits: Tensor) -> Tensor:
@@ -191,8 +190,8 @@ def full_steps(trainee: Trainee, batch: Batch, options: SamplingConfig, repeats:
         moments.append(time.perf_counter())
         return x
 
-    options = replace(options, solver="ancestral", sample_steps=WARM_UPS + repeats, **OF_OTHER_SOLVERS)
-    sampled(trainee, batch, options, start=start, on_step=clock)
+    options = options.for_solver("ancestral", WARM_UPS + repeats)
+    sampled(trainee, batch, options, edit=edit, on_step=clock)
     return [after - before for before, after in pairwise(moments)][WARM_UPS - 1 :]
 
 
@@ -223,5 +222,5 @@ def images_source(images: Dataset, data: DataConfig, seed: int, adapt: Adapt = N
 
 def codes_source(space: Codes, n_classes: int, seed: int) -> TrainingCodes:
     """Training batches of codes, random ones."""
-    ids = torch.randint(space.facts["codes"], (1, SOME_CODES, *space.facts["grid"]), dtype=torch.int32)
+    ids = torch.randint(space.model_args["codes"], (1, SOME_CODES, *space.model_args["grid"]), dtype=torch.int32)
     return TrainingCodes(ids, torch.randint(n_classes, (SOME_CODES,)) if n_classes else None, seed)

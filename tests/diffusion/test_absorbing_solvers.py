@@ -7,6 +7,7 @@ import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import ancestral, first_hitting
+from helpers.solving import in_steps
 
 PROCESS = AbsorbingDiffusion(3)
 
@@ -26,7 +27,7 @@ def masks(*shape):
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_ancestral_sampling_draws_what_its_steps_make(joint, schedule, streams, p_value, steps):
     known, n = joint.under(schedule), 5000
-    x = ancestral(known.denoise, known.process(steps), joint.all_mask(n), rng=streams(n, steps))
+    x = in_steps(ancestral, known.denoise, known.process(steps), joint.all_mask(n), rng=streams(n, steps))
     assert p_value(joint.index(x), known.sampled(steps)) > 1e-4
     if steps == 1:
         assert p_value(joint.index(x), joint.data) < 1e-6  # one step draws the product of the marginals
@@ -35,7 +36,7 @@ def test_ancestral_sampling_draws_what_its_steps_make(joint, schedule, streams, 
 @pytest.mark.parametrize("denoiser", ["denoise", "mistaken"])
 def test_after_each_step_there_is_what_the_kernels_make(joint, schedule, streams, p_value, denoiser):
     known, n, seen = joint.under(schedule), 5000, []
-    ancestral(
+    in_steps(ancestral, 
         getattr(known, denoiser), known.process(3), joint.all_mask(n), rng=streams(n),
         on_step=lambda i, t, s, x, logits: seen.append(x) or x,
     )  # fmt: skip
@@ -46,7 +47,7 @@ def test_after_each_step_there_is_what_the_kernels_make(joint, schedule, streams
 
 
 def test_the_steps_may_differ_from_those_of_training(joint, streams, p_value):
-    x = ancestral(joint.denoise, joint.process(256), joint.all_mask(8000), steps=3, rng=streams(8000))
+    x = in_steps(ancestral, joint.denoise, joint.process(256), joint.all_mask(8000), steps=3, rng=streams(8000))
     assert p_value(joint.index(x), joint.sampled(3)) > 1e-4
 
 
@@ -69,13 +70,13 @@ def test_two_equal_bits_differ_with_probability_one_half_over_the_steps(equal_bi
 def test_first_hitting_meets_the_joint(joint, equal_bits, schedule, streams, p_value, steps):
     for known in (joint, equal_bits):
         process = AbsorbingDiffusion(known.codes, steps, schedule)
-        x = first_hitting(known.denoise, process, known.all_mask(5000), rng=streams(5000))
+        x = in_steps(first_hitting, known.denoise, process, known.all_mask(5000), rng=streams(5000))
         assert p_value(known.index(x), known.data) > 1e-4
         assert p_value(known.index(x), known.sampled(1)) < 1e-6
 
 
 def test_of_a_wrong_denoiser_it_draws_the_mean_over_all_orders(joint, streams, p_value):
-    x = first_hitting(joint.mistaken, joint.process(), joint.all_mask(8000), rng=streams(8000))
+    x = in_steps(first_hitting, joint.mistaken, joint.process(), joint.all_mask(8000), rng=streams(8000))
     orders = [joint.in_turns(list(order), joint.mistaken) for order in itertools.permutations(range(joint.count))]
     wanted = torch.stack(orders).mean(0)
     assert p_value(joint.index(x), wanted) > 1e-4
@@ -85,7 +86,7 @@ def test_of_a_wrong_denoiser_it_draws_the_mean_over_all_orders(joint, streams, p
 def test_with_given_codes_it_meets_the_conditional(joint, streams, p_value):
     n, x = 6000, joint.all_mask(6000)
     x[..., -1] = 1
-    x = first_hitting(joint.denoise, joint.process(), x, rng=streams(n))
+    x = in_steps(first_hitting, joint.denoise, joint.process(), x, rng=streams(n))
     given = joint.data * (joint.states[:, 0, -1] == 1)
     assert p_value(joint.index(x), given / given.sum()) > 1e-4
 
@@ -98,7 +99,7 @@ def test_it_reveals_one_code_per_step_in_every_order(streams, p_value):
         assert (paths[-1].sum((1, 2)) == 2 - i).all()
         return x
 
-    first_hitting(flat, PROCESS, masks(3000, 1, 3), rng=streams(3000), on_step=on_step)
+    in_steps(first_hitting, flat, PROCESS, masks(3000, 1, 3), rng=streams(3000), on_step=on_step)
     turn = torch.stack(paths).sum(0)[:, 0]  # (B, 3): after how many steps each position was still masked
     orders = torch.tensor(list(itertools.permutations(range(3))))
     which = (turn[:, None] == orders).all(-1).int().argmax(1)
@@ -108,7 +109,9 @@ def test_it_reveals_one_code_per_step_in_every_order(streams, p_value):
 def test_the_network_is_told_the_time_at_which_the_next_code_appears(schedule, streams, p_value):
     """With n codes masked, the latest of n times: m(t)^n is uniform, whatever was before."""
     process, told, n = AbsorbingDiffusion(3, schedule=schedule), [], 3000
-    first_hitting(lambda x, t, rows=None: told.append(t) or flat(x, t), process, masks(n, 1, 4), rng=streams(n))
+    in_steps(
+        first_hitting, lambda x, t, rows=None: told.append(t) or flat(x, t), process, masks(n, 1, 4), rng=streams(n)
+    )
     before = torch.ones(n, dtype=torch.float64)
     for left, t in zip([4, 3, 2, 1], told, strict=True):
         m = process.masked(t.double())
@@ -119,5 +122,5 @@ def test_the_network_is_told_the_time_at_which_the_next_code_appears(schedule, s
 
 def test_it_takes_as_many_steps_as_there_are_codes(streams):
     with pytest.raises(ValueError, match="takes 6 steps on this grid, got 5"):
-        first_hitting(flat, PROCESS, masks(1, 2, 3), steps=5, rng=streams(1))
-    assert (first_hitting(flat, AbsorbingDiffusion(3, None), masks(1, 2, 3), rng=streams(1)) < 3).all()
+        in_steps(first_hitting, flat, PROCESS, masks(1, 2, 3), steps=5, rng=streams(1))
+    assert (in_steps(first_hitting, flat, AbsorbingDiffusion(3, None), masks(1, 2, 3), rng=streams(1)) < 3).all()

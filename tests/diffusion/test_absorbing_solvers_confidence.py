@@ -8,7 +8,10 @@ import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import confidence, surest
+from diffusion.discrete_solvers import step_times
+from diffusion.drawing import Drawing
 from diffusion.rng import Streams
+from helpers.solving import in_steps
 
 
 def one_a_step(known, denoise, choice_temperature):
@@ -39,9 +42,9 @@ def one_a_step(known, denoise, choice_temperature):
 @pytest.mark.parametrize("denoiser", ["denoise", "mistaken"])
 def test_it_draws_what_the_law_of_the_maximum_says(joint, streams, p_value, choice_temperature, denoiser):
     denoise, n = getattr(joint, denoiser), 8000
-    x = confidence(
+    x = in_steps(confidence, 
         denoise, joint.process(), joint.all_mask(n), steps=joint.count, rng=streams(n),
-        choice_temperature=choice_temperature,
+        choice_temp=choice_temperature,
     )  # fmt: skip
     wanted = one_a_step(joint, denoise, choice_temperature)
     assert wanted.sum() == pytest.approx(1) and p_value(joint.index(x), wanted) > 1e-4
@@ -51,14 +54,14 @@ def test_it_draws_what_the_law_of_the_maximum_says(joint, streams, p_value, choi
 
 def test_the_noise_is_four_and_a_half_times_s_if_left_out(joint, streams):
     x = joint.all_mask(200)
-    plain = confidence(joint.mistaken, joint.process(), x, steps=2, rng=streams(200))
-    told = confidence(joint.mistaken, joint.process(), x, steps=2, rng=streams(200), choice_temperature=4.5)
-    other = confidence(joint.mistaken, joint.process(), x, steps=2, rng=streams(200), choice_temperature=0.1)
+    plain = in_steps(confidence, joint.mistaken, joint.process(), x, steps=2, rng=streams(200))
+    told = in_steps(confidence, joint.mistaken, joint.process(), x, steps=2, rng=streams(200), choice_temp=4.5)
+    other = in_steps(confidence, joint.mistaken, joint.process(), x, steps=2, rng=streams(200), choice_temp=0.1)
     assert torch.equal(plain, told) and not torch.equal(plain, other)
 
 
 def test_one_step_draws_all_at_once(joint, streams, p_value):
-    x = confidence(joint.denoise, joint.process(), joint.all_mask(6000), steps=1, rng=streams(6000))
+    x = in_steps(confidence, joint.denoise, joint.process(), joint.all_mask(6000), steps=1, rng=streams(6000))
     assert p_value(joint.index(x), joint.sampled(1)) > 1e-4
 
 
@@ -68,7 +71,7 @@ def test_without_noise_the_surest_are_kept_in_order():
     x = torch.full((4, 1, 6), 5)
     x[1, 0, 5], x[2, 0, 0] = 0, 0  # known
     rng = Streams([1, 2, 3, 4])
-    out = surest(x, x == 5, logits.view(4, 1, 6, 5), torch.tensor([2, 2, 6, 0]), 0.0, rng)
+    out = surest(x, x == 5, *[logits.view(4, 1, 6, 5)] * 2, torch.tensor([2, 2, 6, 0]), 0.0, rng)
     assert out[:, 0].tolist() == [
         [5, 5, 5, 5, 2, 2],
         [5, 5, 5, 2, 2, 0],
@@ -81,7 +84,7 @@ def test_codes_that_are_as_sure_are_kept_from_the_first_on():
     out = surest(
         torch.full((1, 2, 3), 1),
         torch.ones(1, 2, 3).bool(),
-        torch.zeros(1, 2, 3, 1),
+        *[torch.zeros(1, 2, 3, 1)] * 2,
         torch.tensor([4]),
         0.0,
         Streams([0]),
@@ -93,7 +96,7 @@ def test_a_code_s_score_is_the_probability_of_what_was_drawn_not_of_the_likelies
     """Two places alike: the one that drew its likely code is kept, where the two differ."""
     logits, n = torch.tensor([0.8, 0.2]).log(), 4000
     x = torch.full((n, 1, 2), 2)
-    out = surest(x, x == 2, logits.expand(n, 1, 2, 2), torch.ones(n).long(), 0.0, streams(n))
+    out = surest(x, x == 2, *[logits.expand(n, 1, 2, 2)] * 2, torch.ones(n).long(), 0.0, streams(n))
     wanted = {(0, 2): 0.8 * 0.8 + 0.8 * 0.2, (2, 0): 0.2 * 0.8, (1, 2): 0.2 * 0.2, (2, 1): 0.0}
     found = torch.tensor([list(wanted).index(tuple(row)) for row in out[:, 0].tolist()])
     assert p_value(found, torch.tensor(list(wanted.values()))) > 1e-4
@@ -108,7 +111,7 @@ def test_the_noise_is_gumbel_s_and_not_its_mirror_image(streams, p_value, noise)
         p = torch.where(torch.tensor(codes) == 0, likely, 1 - likely)
         wanted += p.prod() * (p.log() / noise).softmax(0)
     x = torch.full((n, 1, 4), 2)
-    out = surest(x, x == 2, logits.expand(n, 1, 4, 2), torch.ones(n).long(), noise, streams(n))
+    out = surest(x, x == 2, *[logits.expand(n, 1, 4, 2)] * 2, torch.ones(n).long(), noise, streams(n))
     assert p_value((out[:, 0] != 2).int().argmax(1), wanted) > 1e-4
 
 
@@ -116,7 +119,7 @@ def test_large_noise_keeps_places_at_random(streams, p_value):
     logits, n = torch.zeros(4000, 1, 4, 3), 4000
     logits[:, 0, 2, 0] = 9.0
     x = torch.full((n, 1, 4), 3)
-    out = surest(x, x == 3, logits, torch.ones(n).long(), 1e4, streams(n))
+    out = surest(x, x == 3, *[logits] * 2, torch.ones(n).long(), 1e4, streams(n))
     assert p_value((out[:, 0] != 3).int().argmax(1), torch.full((4,), 0.25)) > 1e-4
 
 
@@ -124,7 +127,7 @@ def test_large_noise_keeps_places_at_random(streams, p_value):
 def test_after_each_step_the_schedule_s_share_is_masked(schedule, steps, streams):
     process, seen = AbsorbingDiffusion(3, schedule=schedule), []
     x = torch.cat([torch.full((2, 5, 6), 3), torch.randint(2, 4, (3, 5, 6), generator=torch.manual_seed(0))])
-    confidence(
+    in_steps(confidence, 
         lambda x, t, rows=None: torch.zeros(*x.shape, 3), process, x, steps=steps, rng=streams(5),
         on_step=lambda i, t, s, x, logits: seen.append((x == 3).sum((1, 2))) or x,
     )  # fmt: skip
@@ -139,4 +142,19 @@ def test_after_each_step_the_schedule_s_share_is_masked(schedule, steps, streams
 @pytest.mark.parametrize("wrong", [-0.1, -math.inf])
 def test_a_negative_choice_temperature_is_refused(joint, streams, wrong):
     with pytest.raises(ValueError, match="wanted 0 or more: pass --choice_temp"):
-        confidence(joint.denoise, joint.process(), joint.all_mask(1), steps=1, rng=streams(1), choice_temperature=wrong)
+        in_steps(
+            confidence, joint.denoise, joint.process(), joint.all_mask(1), steps=1, rng=streams(1), choice_temp=wrong
+        )
+
+
+@pytest.mark.parametrize("drawing", [{"top_k": 1}, {"temperature": 0.0}])
+def test_it_ranks_by_what_the_network_says_however_codes_are_drawn(drawing):
+    """All draws are certain under top-k 1; the places that the network is surest of come first all the same."""
+    sure, seen = torch.tensor([1.0, 5.0, 3.0, 2.0, 4.0]), []
+    confidence(
+        lambda x, t, rows=None: (sure[:, None] * torch.tensor([0.0, 1.0])).expand(len(x), 1, 5, 2),
+        AbsorbingDiffusion(2), torch.full((1, 1, 5), 2), step_times(5), rng=Streams([0]), choice_temp=0.0,
+        drawing=Drawing(**drawing), on_step=lambda i, t, s, x, logits: seen.append((x != 2).flatten().tolist()) or x,
+    )  # fmt: skip
+    order = sorted(range(5), key=lambda place: -sure[place])
+    assert seen == [[place in order[: i + 1] for place in range(5)] for i in range(5)]

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.discrete_solvers import discrete
 from diffusion.solvers import solvers_of
+from helpers.solving import in_steps
 
 PROCESS = AbsorbingDiffusion(3)
-SOLVERS = solvers_of(PROCESS)
+SOLVERS = {name: entry for name, entry in solvers_of(PROCESS).items() if name != "discrete"}  # of absorbing alone
 ANY_STEPS = [name for name in SOLVERS if name != "first_hitting"]
 
 
@@ -35,13 +37,15 @@ def canvases():
 
 
 def settings(name):
-    return {"strategy": "conf", "eta": 0.8} if name == "remask" else {}
+    return {"remasking": "conf", "remask_eta": 0.8} if name == "remask" else {}
 
 
 def run(name, steps, streams, on_step=None, schedule="linear"):
     x = canvases()
     denoise, process = Watching(len(x)), AbsorbingDiffusion(3, schedule=schedule)
-    out = SOLVERS[name](denoise, process, x, steps=steps, rng=streams(len(x)), on_step=on_step, **settings(name))
+    out = in_steps(
+        SOLVERS[name].solve, denoise, process, x, steps=steps, rng=streams(len(x)), on_step=on_step, **settings(name)
+    )
     return out, denoise.calls
 
 
@@ -95,7 +99,9 @@ def test_a_complete_canvas_costs_nothing(name, steps, streams):
     def denoise(*_):
         raise AssertionError("nothing is to be drawn")
 
-    assert torch.equal(SOLVERS[name](denoise, PROCESS, x, steps=steps, rng=streams(4), **settings(name)), x)
+    assert torch.equal(
+        in_steps(SOLVERS[name].solve, denoise, PROCESS, x, steps=steps, rng=streams(4), **settings(name)), x
+    )
 
 
 @pytest.mark.parametrize("name", ["ancestral", "halton"])
@@ -107,7 +113,7 @@ def test_the_network_is_told_the_times_of_steps(name, streams):
 def test_few_codes_in_many_steps_cost_few_evaluations(streams):
     """256 steps of six codes: the network is called six times at most, whatever turns the examples are at."""
     x, denoise = torch.full((64, 2, 3), 3), Watching(64)
-    SOLVERS["ancestral"](denoise, PROCESS, x, steps=256, rng=streams(64))
+    in_steps(SOLVERS["ancestral"].solve, denoise, PROCESS, x, steps=256, rng=streams(64))
     assert len(denoise.calls) == 6
     assert 64 * 5.8 < sum(map(len, denoise.calls)) <= 64 * 6
     assert len({t for _, t, _ in denoise.calls[0]}) > 20  # of different times, in one call
@@ -118,5 +124,15 @@ def test_one_unknown_code_each_is_one_call_for_all(name, streams):
     """Wherever it lies, and whenever its turn is."""
     x, denoise = torch.ones(20, 2, 3, dtype=torch.long), Watching(20)
     x.view(20, 6)[torch.arange(20), torch.arange(20) % 6] = 3
-    SOLVERS[name](denoise, PROCESS, x, steps=6 if name == "first_hitting" else 50, rng=streams(20))
+    in_steps(SOLVERS[name].solve, denoise, PROCESS, x, steps=6 if name == "first_hitting" else 50, rng=streams(20))
     assert [len(call) for call in denoise.calls] == [20]
+
+
+def test_the_general_solver_evaluates_what_is_still_masked(streams):
+    x, denoise, states = canvases(), Watching(8), [canvases()]
+    in_steps(discrete, denoise, PROCESS, x, steps=4, rng=streams(8))
+    in_steps(
+        discrete, Watching(8), PROCESS, x, steps=4, rng=streams(8), on_step=lambda i, t, s, x, _: states.append(x) or x
+    )
+    wanted = [(x == 3).flatten(1).any(1).nonzero()[:, 0].tolist() for x in states[:4]]
+    assert [[i for i, _, _ in call] for call in denoise.calls] == wanted and 7 not in sum(wanted, [])

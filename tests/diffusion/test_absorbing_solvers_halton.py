@@ -8,6 +8,7 @@ import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import halton, halton_order, radical_inverse
+from helpers.solving import in_steps
 
 SIZES = [(1, 1), (1, 2), (3, 1), (2, 3), (5, 4), (8, 8), (9, 27), (1, 64), (64, 1), (12, 12), (16, 16), (32, 16)]
 
@@ -97,7 +98,15 @@ def flat(x, t, rows=None):
 def turns_of(process, steps, streams, x):
     """After how many steps each code was known."""
     seen = []
-    halton(flat, process, x, steps=steps, rng=streams(len(x)), on_step=lambda i, t, s, x, logits: seen.append(x) or x)
+    in_steps(
+        halton,
+        flat,
+        process,
+        x,
+        steps=steps,
+        rng=streams(len(x)),
+        on_step=lambda i, t, s, x, logits: seen.append(x) or x,
+    )
     return sum((state == 3).long() for state in seen)
 
 
@@ -158,10 +167,10 @@ def test_it_draws_the_product_over_turns_on_average_over_shifts(joint, schedule,
     wanted = torch.stack([joint.in_turns(of_rank.roll(shift).tolist(), denoise) for shift in range(joint.count)]).mean(
         0
     )
-    x = halton(denoise, known.process(), joint.all_mask(n), steps=steps, rng=streams(n, steps))
+    x = in_steps(halton, denoise, known.process(), joint.all_mask(n), steps=steps, rng=streams(n, steps))
     assert p_value(joint.index(x), wanted) > 1e-4
 
 
 def test_with_a_step_for_each_code_a_perfect_denoiser_gives_the_joint(joint, streams, p_value):
-    x = halton(joint.denoise, joint.process(), joint.all_mask(6000), steps=joint.count, rng=streams(6000))
+    x = in_steps(halton, joint.denoise, joint.process(), joint.all_mask(6000), steps=joint.count, rng=streams(6000))
     assert p_value(joint.index(x), joint.data) > 1e-4

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import dealt, remask
+from diffusion.drawing import Drawing
+from helpers.solving import in_steps
 
 STEPS_DOWN = [(1.0, 0.75), (1.0, 0.0), (0.75, 0.5), (0.5, 0.1), (0.3, 0.0)]  # (t, s)
 SHARES = [0.0, 0.3, 1.0]  # of the most that a step allows
@@ -101,9 +103,9 @@ def test_after_each_step_there_is_what_its_kernels_make(joint, equal_bits, strea
     cases = [(joint, "linear"), (joint, "cosine"), (equal_bits, "linear")]
     for seed, (known, schedule) in enumerate(cases):
         known, n, seen = known.under(schedule), 6000, []
-        x = remask(
-            known.mistaken, known.process(), known.all_mask(n), steps=3, rng=streams(n, seed), strategy=strategy,
-            eta=eta, on_step=lambda i, t, s, x, logits, seen=seen: seen.append(x) or x,
+        x = in_steps(remask, 
+            known.mistaken, known.process(), known.all_mask(n), steps=3, rng=streams(n, seed), remasking=strategy,
+            remask_eta=eta, on_step=lambda i, t, s, x, logits, seen=seen: seen.append(x) or x,
         )  # fmt: skip
         chosen = sigmas(known, 3, strategy, eta)
         p = torch.eye(len(known.states), dtype=torch.float64)[-1]
@@ -126,9 +128,9 @@ def test_the_share_that_is_masked_is_the_schedule_s(schedule, streams, strategy)
         shares.append(((x == 2).float().mean().item(), process.masked(torch.tensor(s)).item()))
         return x
 
-    remask(
-        lambda x, t, rows=None: logits.expand(*x.shape, 2), process, masks, steps=6, rng=streams(40), strategy=strategy,
-        eta=0.7, on_step=on_step,
+    in_steps(remask, 
+        lambda x, t, rows=None: logits.expand(*x.shape, 2), process, masks, steps=6, rng=streams(40),
+        remasking=strategy, remask_eta=0.7, on_step=on_step,
     )  # fmt: skip
     assert len(shares) == 6
     for found, wanted in shares:
@@ -159,9 +161,9 @@ def test_what_was_drawn_as_unlikely_is_masked_again_more_often(streams):
         x_before.append(x)
         return x
 
-    remask(
+    in_steps(remask, 
         lambda x, t, rows=None: logits.expand(*x.shape, 50), process, torch.full((500, 1, 20), 50), steps=4,
-        rng=streams(500), strategy="conf", eta=0.5, on_step=on_step,
+        rng=streams(500), remasking="conf", remask_eta=0.5, on_step=on_step,
     )  # fmt: skip
     assert (again[0] / again[1]).item() == pytest.approx(math.exp(0.98), rel=0.25)
 
@@ -173,8 +175,8 @@ def test_what_counts_is_the_probability_with_which_a_code_was_drawn(streams):
     def denoise(x, t, rows=None):
         return torch.zeros(*x.shape, 50).index_fill(-1, torch.tensor(0), 20.0) * (t == 1).view(-1, 1, 1, 1)
 
-    remask(
-        denoise, process, torch.full((400, 1, 20), 50), steps=4, rng=streams(400), strategy="conf", eta=0.8,
+    in_steps(remask, 
+        denoise, process, torch.full((400, 1, 20), 50), steps=4, rng=streams(400), remasking="conf", remask_eta=0.8,
         on_step=lambda i, t, s, x, said: seen.append(x == 50) or x,
     )  # fmt: skip
     of_first, of_second = ~seen[0] & ~seen[1], seen[0] & ~seen[1]
@@ -185,14 +187,15 @@ def test_what_counts_is_the_probability_with_which_a_code_was_drawn(streams):
 def test_equally_probable_codes_are_masked_again_alike(streams):
     def drawn(strategy):
         flat, x = AbsorbingDiffusion(3), torch.full((20, 3, 4), 3)
-        return remask(
+        return in_steps(
+            remask,
             lambda x, t, rows=None: torch.zeros(*x.shape, 3),
             flat,
             x,
             steps=5,
             rng=streams(20),
-            strategy=strategy,
-            eta=0.5,
+            remasking=strategy,
+            remask_eta=0.5,
         )
 
     assert torch.equal(drawn("conf"), drawn("rescale"))
@@ -200,12 +203,34 @@ def test_equally_probable_codes_are_masked_again_alike(streams):
 
 def test_rescale_of_a_twentieth_is_what_there_is_unasked(joint, streams):
     x = joint.all_mask(300)
-    plain = remask(joint.denoise, joint.process(), x, steps=9, rng=streams(300))
-    told = remask(joint.denoise, joint.process(), x, steps=9, rng=streams(300), strategy="rescale", eta=0.05)
+    plain = in_steps(remask, joint.denoise, joint.process(), x, steps=9, rng=streams(300))
+    told = in_steps(
+        remask, joint.denoise, joint.process(), x, steps=9, rng=streams(300), remasking="rescale", remask_eta=0.05
+    )
     assert torch.equal(plain, told)
 
 
-@pytest.mark.parametrize("wrong", [{"strategy": "caps"}, {"eta": -0.1}, {"eta": 1.5}])
+@pytest.mark.parametrize("wrong", [{"remasking": "caps"}, {"remask_eta": -0.1}, {"remask_eta": 1.5}])
 def test_wrong_settings_are_refused(joint, streams, wrong):
     with pytest.raises(ValueError, match=r"one of cap, rescale, conf, and eta in \[0, 1\]; pass --remasking"):
-        remask(joint.denoise, joint.process(), joint.all_mask(1), steps=2, rng=streams(1), **wrong)
+        in_steps(remask, joint.denoise, joint.process(), joint.all_mask(1), steps=2, rng=streams(1), **wrong)
+
+
+def test_how_codes_are_drawn_does_not_change_what_is_masked_again(streams):
+    """conf goes by what the network said: with codes that are all certain anyway, top-k 1 changes nothing."""
+    logits = torch.linspace(0.01, 6, 20)[:, None] * torch.tensor([1.0, 0.0])
+
+    def masked(drawing):
+        seen = []
+        in_steps(
+            remask, lambda x, t, rows=None: logits.expand(*x.shape, 2), AbsorbingDiffusion(2),
+            torch.full((400, 1, 20), 2), steps=4, rng=streams(400), remasking="conf", remask_eta=0.8, drawing=drawing,
+            on_step=lambda i, t, s, x, said: seen.append(x) or x,
+        )  # fmt: skip
+        return seen
+
+    greedy, forced = masked(Drawing(temperature=0.0)), masked(Drawing(top_k=1))
+    assert all(torch.equal(a, b) for a, b in zip(greedy, forced, strict=True))
+    lost = [((b == 2) & (a != 2)).sum((0, 1)) for a, b in zip(greedy[:-1], greedy[1:], strict=True)]
+    lost = sum(lost).double()
+    assert lost[:3].mean() > 1.12 * lost[10:].mean()  # p is 0.5 to 0.65 there, and nearly 1 behind

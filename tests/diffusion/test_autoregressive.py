@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from diffusion.absorbing import AbsorbingDiffusion, forgotten
-from diffusion.absorbing_solvers import tempered
 from diffusion.autoregressive import Autoregression, raster
 from diffusion.denoisers import guided
+from diffusion.drawing import Drawing
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
+from helpers.solving import in_steps
 
 K, GRID, N = 3, (2, 2), 4
 PROCESS, MASK = Autoregression(K), K
@@ -44,7 +45,7 @@ def everywhere(x):
 
 
 def draw(x, seeds, denoise=None, **how):
-    return raster(denoise or Model(), PROCESS, x, rng=Streams(seeds), **how)
+    return in_steps(raster, denoise or Model(), PROCESS, x, rng=Streams(seeds), **how)
 
 
 def unknown(count):
@@ -143,16 +144,16 @@ def test_x_itself_is_left_as_it_is():
 T = 1 - torch.arange(N) / N  # what the denoiser is told at each place
 
 
-def follows(denoise, said, n=3000):
+def follows(denoise, said, n=3000, **drawing):
     """Whether draws follow logits `said` (81, N, K) of each code after those before it."""
     p = said.softmax(-1).gather(-1, SEQUENCES[..., None]).flatten(1).prod(1)
-    return abs(chi_square(draw(unknown(n), list(range(n)), denoise), p)) < 4
+    return abs(chi_square(draw(unknown(n), list(range(n)), denoise, drawing=Drawing(**drawing)), p)) < 4
 
 
-def test_tempering_wraps_it():
+def test_codes_are_drawn_as_asked():
     plain = everywhere(SEQUENCES).flatten(1, 2)
-    assert follows(tempered(Model(), 0.5, last=2.0), plain / (2.0 - 1.5 * T)[:, None])
-    assert follows(tempered(Model(), top_k=2), plain.masked_fill(plain < plain.median(-1, keepdim=True)[0], -math.inf))
+    assert follows(Model(), plain / (2.0 - 1.5 * T)[:, None], temperature=0.5, last=2.0)
+    assert follows(Model(), plain.masked_fill(plain < plain.median(-1, keepdim=True)[0], -math.inf), top_k=2)
     assert not follows(Model(), plain / 1.3)
 
 
@@ -164,9 +165,9 @@ def test_guidance_wraps_it():
         return logits_after(x) + condition[:, None] * away
 
     plain = everywhere(SEQUENCES).flatten(1, 2)
-    assert follows(guided(by_class, strong, weak, 2.0), plain - away)
-    assert follows(guided(by_class, strong, weak, 2.0, schedule="linear"), plain - (1 - T)[:, None] * away)
-    assert follows(guided(by_class, strong, weak, 1.0), plain)
+    assert follows(guided(by_class, [weak, strong], [2.0]), plain - away)
+    assert follows(guided(by_class, [weak, strong], [2.0], schedule="linear"), plain - (1 - T)[:, None] * away)
+    assert follows(guided(by_class, [weak, strong], [1.0]), plain)
 
 
 def test_who_watches_sees_codes_come_and_what_is_said_of_them():
@@ -207,7 +208,7 @@ def test_codes_are_forgotten_with_the_probability_asked_for():
 
 
 def test_the_registry_finds_it_for_its_own_process_and_steps_are_the_codes():
-    assert solvers_of(PROCESS) == {"raster": raster} and "raster" not in solvers_of(AbsorbingDiffusion(K))
+    assert solvers_of(PROCESS).keys() == {"raster"} and "raster" not in solvers_of(AbsorbingDiffusion(K))
     assert (draw(unknown(1), [0], steps=N) < K).all()
     with pytest.raises(ValueError, match="raster takes 4 steps on this grid, got 3: pass --sample_steps 4, or leave"):
         draw(unknown(1), [0], steps=3)

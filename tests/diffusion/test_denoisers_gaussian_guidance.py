@@ -13,48 +13,53 @@ X, STRONG, WEAK, SHARE, OTHER = torch.randn(5, 3, 2, 4, 4, generator=GENERATOR, 
 T = torch.tensor([0.2, 0.5, 0.8])
 
 
+STRONGS, WEAKS = torch.ones(3, dtype=torch.long), torch.zeros(3, dtype=torch.long)  # conditions
+
+
 class Denoiser:
-    """Says STRONG's x0 under condition "strong", WEAK's under "weak", and counts its calls."""
+    """Says STRONG's x0 under condition 1, WEAK's under 0, and remembers the conditions of its calls."""
 
     def __init__(self):
         self.calls = []
 
     def __call__(self, x, t, condition):
-        self.calls.append(condition)
-        x0, share = (STRONG, SHARE) if condition == "strong" else (WEAK, OTHER)
+        self.calls.append(condition.tolist())
+        examples = torch.arange(len(x)) % 3
+        x0, share = (torch.stack(parts)[condition, examples] for parts in ((WEAK, STRONG), (OTHER, SHARE)))
         return PROCESS.with_x0(Prediction(x0, x0, share), x0, x, t)
 
 
 def outcome(scale, t=T, **options):
     denoise = Denoiser()
-    said = guided(denoise, "strong", "weak", scale, **options)(X, t)
+    said = guided(denoise, [WEAKS, STRONGS], [scale], **options)(X, t)
     assert torch.allclose(PROCESS.corrupt(said.x0, t, said.eps), X)  # x0 and eps still make up x_t
     assert torch.equal(said.share, OTHER if scale == 0 else SHARE)
-    return said, denoise.calls
+    (call,) = denoise.calls
+    return said, call
 
 
 def test_scale_one_is_the_identity_with_one_call():
     said, calls = outcome(1)
-    assert torch.equal(said.x0, STRONG) and calls == ["strong"]
+    assert torch.equal(said.x0, STRONG) and calls == [1] * 3
     said, calls = outcome(1, interval=(0.3, 0.6), rescale=0.7, process=PROCESS)
-    assert torch.equal(said.x0, STRONG) and calls == ["strong"]
+    assert torch.equal(said.x0, STRONG) and calls == [1] * 3
 
 
 def test_scale_zero_is_the_weaker_prediction_with_one_call():
     said, calls = outcome(0)
-    assert torch.equal(said.x0, WEAK) and calls == ["weak"]
+    assert torch.equal(said.x0, WEAK) and calls == [0] * 3
 
 
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 def test_data_and_noise_are_guided_and_the_variance_is_the_conditional_one_s(scale):
     said, calls = outcome(scale)
-    assert torch.allclose(said.x0, WEAK + scale * (STRONG - WEAK)) and sorted(calls) == ["strong", "weak"]
+    assert torch.allclose(said.x0, WEAK + scale * (STRONG - WEAK)) and calls == [0] * 3 + [1] * 3
     eps = [PROCESS.with_x0(said, x0, X, T).eps for x0 in (WEAK, STRONG)]
     assert torch.allclose(said.eps, eps[0] + scale * (eps[1] - eps[0]))
 
 
 def test_guidance_without_a_learned_variance_makes_none():
-    said = guided(lambda x, t, c: Prediction(x, x), 0, 1, 2.0)(X, T)
+    said = guided(lambda x, t, c: Prediction(x, x), [WEAKS, STRONGS], [2.0])(X, T)
     assert said.share is None
 
 
@@ -65,9 +70,9 @@ def test_outside_its_interval_guidance_is_the_conditional_prediction():
     said, calls = outcome(3.0, interval=(0.5, 0.7))  # of the three examples the second alone is inside
     assert torch.equal(said.x0[[0, 2]], STRONG[[0, 2]])
     assert torch.allclose(said.x0[1], WEAK[1] + 3 * (STRONG[1] - WEAK[1]))
-    assert sorted(calls) == ["strong", "weak"]
+    assert calls == [0] * 3 + [1] * 3
     said, calls = outcome(3.0, interval=(0.81, 1.0))
-    assert torch.equal(said.x0, STRONG) and calls == ["strong"]
+    assert torch.equal(said.x0, STRONG) and calls == [1] * 3
 
 
 def test_the_ends_belong_to_the_interval():
@@ -77,9 +82,9 @@ def test_the_ends_belong_to_the_interval():
 
 def test_an_interval_works_on_logits_too():
     def denoise(x, t, condition):
-        return STRONG if condition else WEAK
+        return torch.stack([WEAK, STRONG])[condition, torch.arange(len(x)) % 3]
 
-    logits = guided(denoise, True, False, 2.0, interval=(0.4, 0.6))(X, T)
+    logits = guided(denoise, [WEAKS, STRONGS], [2.0], interval=(0.4, 0.6))(X, T)
     assert torch.equal(logits[[0, 2]], STRONG[[0, 2]]) and torch.allclose(logits[1], 2 * STRONG[1] - WEAK[1])
 
 
@@ -97,7 +102,7 @@ def test_rescaling_pulls_the_deviation_of_the_data_to_the_conditional_one_s(resc
 
 def test_rescaling_without_the_process_is_refused():
     with pytest.raises(ValueError, match="pass process="):
-        guided(Denoiser(), "strong", "weak", 2.0, rescale=0.5)
+        guided(Denoiser(), [WEAKS, STRONGS], [2.0], rescale=0.5)
 
 
 # Thresholds

@@ -7,39 +7,89 @@ import torch
 
 from diffusion.denoisers import guided
 
-CONDITION, WEAKER = object(), object()
-OUTPUT = {CONDITION: torch.tensor([3.0, -1.0]), WEAKER: torch.tensor([1.0, 2.0])}
+OUTPUTS = torch.tensor([[1.0, 2.0], [3.0, -1.0], [-2.0, 5.0], [0.5, 0.25]])  # of conditions 0 to 3, weakest first
 
 
-def outcome(scale):
-    """The guided prediction, and the conditions the network was called with."""
+def outcome(*scales, **options):
+    """The prediction guided by conditions 0, 1, ..., and the conditions of each call of the network."""
     calls = []
 
     def denoise(x, t, condition):
-        calls.append(condition)
-        return OUTPUT[condition] + x + t
+        calls.append(condition.tolist())
+        return OUTPUTS[condition] + x + t[:, None]
 
-    x, t = torch.tensor([10.0, 20.0]), torch.tensor([0.5])
-    return guided(denoise, CONDITION, WEAKER, scale)(x, t) - x - t, calls
+    x, t = torch.tensor([[10.0, 20.0]]), torch.tensor([0.5])
+    chain = [torch.tensor([i]) for i in range(len(scales) + 1)]
+    return (guided(denoise, chain, scales, **options)(x, t) - x - t)[0], calls
 
 
 def test_scale_one_is_the_conditional_model_called_once():
     prediction, calls = outcome(1)
-    assert torch.equal(prediction, OUTPUT[CONDITION]) and calls == [CONDITION]
+    assert torch.equal(prediction, OUTPUTS[1]) and calls == [[1]]
 
 
 def test_scale_zero_is_the_weaker_model_called_once():
     prediction, calls = outcome(0)
-    assert torch.equal(prediction, OUTPUT[WEAKER]) and calls == [WEAKER]
+    assert torch.equal(prediction, OUTPUTS[0]) and calls == [[0]]
 
 
 @pytest.mark.parametrize("scale", [0.3, 2.0, 7.5])
 def test_other_scales_go_from_the_weaker_through_the_conditional(scale):
     prediction, calls = outcome(scale)
-    weaker, conditional = OUTPUT[WEAKER], OUTPUT[CONDITION]
+    weaker, conditional = OUTPUTS[:2]
     assert torch.allclose(prediction, weaker + scale * (conditional - weaker), atol=1e-5)
-    assert set(calls) == {CONDITION, WEAKER} and len(calls) == 2
+    assert calls == [[0, 1]]
     assert not torch.allclose(prediction, conditional + scale * (conditional - weaker))  # the other convention
+
+
+CHAINS = [  # scales -> the conditions that count
+    ((2.0, 7.5), [0, 1, 2]),
+    ((1.5, 0.5, 3.0), [0, 1, 2, 3]),
+    ((1.0, 3.0), [1, 2]),
+    ((3.0, 0.0), [0, 1]),
+    ((2.0, 2.0), [0, 2]),
+    ((1.0, 1.0, 1.0), [3]),
+    ((0.0, 0.0), [0]),
+    ((1.0, 0.0), [1]),
+    ((0.0, 1.0), [0, 1, 2]),
+]
+
+
+@pytest.mark.parametrize("scales, counting", CHAINS)
+def test_a_chain_is_its_formula_in_one_call_of_those_that_count(scales, counting):
+    prediction, calls = outcome(*scales)
+    wanted = OUTPUTS[0] + sum(scale * (OUTPUTS[i + 1] - OUTPUTS[i]) for i, scale in enumerate(scales))
+    assert torch.allclose(prediction, wanted, atol=1e-5) and calls == [counting]
+
+
+def test_a_chain_follows_its_schedule_and_its_interval():
+    """At t = 0.5 a linear schedule has half of the guidance; outside of the interval the last counts alone."""
+    half = [1 + (scale - 1) / 2 for scale in (3.0, 0.0)]
+    wanted = OUTPUTS[0] + half[0] * (OUTPUTS[1] - OUTPUTS[0]) + half[1] * (OUTPUTS[2] - OUTPUTS[1])
+    assert torch.allclose(outcome(3.0, 0.0, schedule="linear")[0], wanted)
+    prediction, calls = outcome(3.0, 0.0, interval=(0.6, 1.0))
+    assert torch.equal(prediction, OUTPUTS[2]) and calls == [[2]]
+
+
+def test_conditions_of_other_classes_are_joined_by_their_own_cat():
+    class Words(list):
+        @classmethod
+        def cat(cls, conditions):
+            return cls(sum(conditions, []))
+
+    def denoise(x, t, words):
+        assert words == ["", "a", "b"] and type(words) is Words
+        return torch.tensor([[float(len(word))] for word in words])
+
+    said = guided(denoise, [Words([""]), Words(["a"]), Words(["b"])], [2.0, 3.0])(torch.zeros(1, 1), torch.ones(1))
+    assert said.item() == 2.0
+
+
+def test_wrong_chains_are_refused():
+    with pytest.raises(ValueError, match="2 conditions and 2 scales, wanted one scale for each pair"):
+        guided(Network(), [NULL, LABELS], [1.0, 2.0])
+    with pytest.raises(ValueError, match="None beside other conditions"):
+        guided(Network(), [None, LABELS], [2.0])(X, T)
 
 
 # Of codes: conditions are labels, a row per example
@@ -72,7 +122,7 @@ def by_hand(scales, rows=slice(None)):
 @pytest.mark.parametrize("rows", [None, torch.tensor([2, 0])])
 def test_scale_one_changes_nothing_and_calls_once(schedule, rows):
     network, which = Network(), slice(None) if rows is None else rows
-    said = guided(network, LABELS, NULL, 1.0, schedule=schedule)(X[which], T[which], rows)
+    said = guided(network, [NULL, LABELS], [1.0], schedule=schedule)(X[which], T[which], rows)
     assert torch.equal(said, Network()(X[which], T[which], LABELS[which]))
     assert len(network.calls) == 1 and len(network.calls[0][0]) == len(X[which])
 
@@ -80,20 +130,16 @@ def test_scale_one_changes_nothing_and_calls_once(schedule, rows):
 @pytest.mark.parametrize("scale", [2.5, 0.4])
 def test_both_conditions_go_in_one_call_and_mean_the_same_as_two(scale):
     network = Network()
-    one = guided(network, LABELS, NULL, scale)(X, T)
+    one = guided(network, [NULL, LABELS], [scale])(X, T)
     assert len(network.calls) == 1 and len(network.calls[0][0]) == 8
-    assert torch.allclose(one, by_hand([scale] * 4), atol=1e-5)
-    network = Network()
-    two = guided(network, LABELS, None, scale)(X, T)  # nothing to put beside the labels
-    assert [None if labels is None else labels.tolist() for _, _, labels in network.calls] == [LABELS.tolist(), None]
-    assert torch.allclose(one, two, atol=1e-5)
+    assert torch.allclose(one, by_hand([scale] * 4), atol=1e-5)  # by_hand makes two
 
 
 @pytest.mark.parametrize("scale", [0.0, 2.5])
 @pytest.mark.parametrize("rows", [[2], [3, 1], [1, 1, 1, 0, 2]])
 def test_of_some_examples_their_own_conditions_are_passed(scale, rows):
     rows = torch.tensor(rows)
-    said = guided(Network(), LABELS, NULL, scale)(X[rows], T[rows], rows)
+    said = guided(Network(), [NULL, LABELS], [scale])(X[rows], T[rows], rows)
     assert torch.allclose(said, by_hand([scale] * len(rows), rows), atol=1e-5)
 
 
@@ -108,21 +154,21 @@ def test_of_some_examples_their_own_conditions_are_passed(scale, rows):
 @pytest.mark.parametrize("scale", [3.0, 0.5, 0.0])
 def test_guidance_grows_by_its_schedule_from_none_to_all(schedule, shares, scale):
     """The conditional model at t = 1, the scale at t = 0; each example by its own time."""
-    said = guided(Network(), LABELS, NULL, scale, schedule=schedule)(X, T)
+    said = guided(Network(), [NULL, LABELS], [scale], schedule=schedule)(X, T)
     assert torch.allclose(said, by_hand([1 + (scale - 1) * share for share in shares]), atol=1e-5)
 
 
 def test_outside_its_interval_nothing_is_guided():
-    said = guided(Network(), LABELS, NULL, 3.0, interval=(0.3, 0.6))(X, T)
+    said = guided(Network(), [NULL, LABELS], [3.0], interval=(0.3, 0.6))(X, T)
     assert torch.allclose(said, by_hand([1, 3, 3, 1]), atol=1e-5)
     network = Network()
-    guided(network, LABELS, NULL, 3.0, interval=(0.1, 0.2))(X, T)
+    guided(network, [NULL, LABELS], [3.0], interval=(0.1, 0.2))(X, T)
     assert len(network.calls) == 1 and torch.equal(network.calls[0][2], LABELS)
     rows = torch.tensor([3, 1])
-    said = guided(Network(), LABELS, NULL, 3.0, interval=(0.3, 0.6), schedule="linear")(X[rows], T[rows], rows)
+    said = guided(Network(), [NULL, LABELS], [3.0], interval=(0.3, 0.6), schedule="linear")(X[rows], T[rows], rows)
     assert torch.allclose(said, by_hand([1, 1 + 2 * 0.4], rows), atol=1e-5)
 
 
 def test_an_unknown_schedule_is_refused_with_the_names():
     with pytest.raises(ValueError, match="'sine': choose one of constant, linear, cosine"):
-        guided(Network(), LABELS, NULL, 2.0, schedule="sine")
+        guided(Network(), [NULL, LABELS], [2.0], schedule="sine")

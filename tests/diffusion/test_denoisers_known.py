@@ -11,6 +11,7 @@ from diffusion.gaussian_solvers import SPACINGS, begun_at, step_times, steps_lef
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
 from diffusion.types import Prediction
+from helpers.solving import in_steps
 
 PROCESSES = {
     "cosine": GaussianDiffusion(cosine(100), variance="fixed_small"),
@@ -40,8 +41,8 @@ def test_every_solver_ends_with_what_is_known(name, solver):
     process = PROCESSES[name]
     x = process.prior((2, 1, 2, 2), Streams([0, 1]))
     spacing = "karras" if name == "edm" else "uniform"
-    solve, denoise = solvers_of(process)[solver], known(wrong(process), process, X0, KEEP)
-    made = solve(denoise, process, x, steps=4, rng=Streams([2, 3]), spacing=spacing)
+    solve, denoise = solvers_of(process)[solver].solve, known(wrong(process), process, X0, KEEP)
+    made = in_steps(solve, denoise, process, x, steps=4, rng=Streams([2, 3]), spacing=spacing)
     assert torch.equal(made[KEEP.unsqueeze(1)], X0[KEEP.unsqueeze(1)])
     assert torch.allclose(made[~KEEP.unsqueeze(1)], torch.tensor(0.1), atol=1e-5)
 
@@ -73,7 +74,7 @@ def test_on_the_way_a_known_number_is_distributed_as_the_process_makes_it(name):
         return x
 
     denoise = known(wrong(process, share=1.0), process, x0, keep)
-    solvers_of(process)["ddpm"](denoise, process, x, steps=5, rng=rng, on_step=on_step)
+    in_steps(solvers_of(process)["ddpm"].solve, denoise, process, x, steps=5, rng=rng, on_step=on_step)
     for s, (mean, deviation) in seen.items():
         wanted = process.alpha(torch.tensor(s)).item() * 0.5, process.sigma(torch.tensor(s)).item()
         assert (mean, deviation) == pytest.approx(wanted, abs=0.05)

@@ -6,6 +6,7 @@ import torch
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.denoisers import window_starts, windowed
 from diffusion.solvers import solvers_of
+from helpers.solving import in_steps
 
 CODES = 5
 PROCESS = AbsorbingDiffusion(CODES)
@@ -89,6 +90,10 @@ def test_windows_are_batched_freely_and_each_has_the_time_and_the_row_of_its_can
 # Windows in which nothing is masked
 
 
+def masked(x):
+    return x == CODES
+
+
 def half_known(*shape):
     """Masks in the first columns alone; the second canvas is complete."""
     x = canvas(*shape).clamp(max=CODES - 1)
@@ -105,7 +110,7 @@ def test_known_windows_are_left_out_and_masked_codes_are_told_the_same(stride):
         seen.append((crops, rows))
         return by_row(crops, times, rows)
 
-    every, some = windowed(by_row, (3, 4), stride)(x, t), windowed(recording, (3, 4), stride, mask=CODES)(x, t)
+    every, some = windowed(by_row, (3, 4), stride)(x, t), windowed(recording, (3, 4), stride, may_change=masked)(x, t)
     assert torch.allclose(some[x == CODES], every[x == CODES], atol=1e-6)
     crops, rows = (torch.cat(parts) for parts in zip(*seen, strict=True))
     assert (crops == CODES).flatten(1).any(1).all() and 1 not in rows
@@ -115,7 +120,9 @@ def test_known_windows_are_left_out_and_masked_codes_are_told_the_same(stride):
 
 def test_of_a_complete_canvas_one_window_says_how_many_codes_there_are():
     x, sizes = canvas(2, 4, 6).clamp(max=CODES - 1), []
-    said = windowed(lambda x, t, rows: sizes.append(len(x)) or denoise(x, t), (2, 3), mask=CODES)(x, torch.ones(2))
+    said = windowed(lambda x, t, rows: sizes.append(len(x)) or denoise(x, t), (2, 3), may_change=masked)(
+        x, torch.ones(2)
+    )
     assert said.shape == (2, 4, 6, CODES) and sizes == [1]
 
 
@@ -124,8 +131,15 @@ def test_of_a_complete_canvas_one_window_says_how_many_codes_there_are():
 def test_what_is_drawn_does_not_depend_on_leaving_them_out(name, known, streams):
     x = half_known(3, 4, 6) if known else torch.full((3, 4, 6), CODES)
     draws = [
-        SOLVERS[name](windowed(by_row, (2, 3), 2, mask=mask), PROCESS, x, steps=24, rng=streams(3))
-        for mask in (None, CODES)
+        in_steps(
+            SOLVERS[name].solve,
+            windowed(by_row, (2, 3), 2, may_change=may_change),
+            PROCESS,
+            x,
+            steps=24,
+            rng=streams(3),
+        )
+        for may_change in (None, masked)
     ]
     assert torch.equal(*draws) and (draws[0] < CODES).all() and torch.equal(draws[0][x < CODES], x[x < CODES])
 
@@ -141,8 +155,8 @@ def test_a_canvas_of_one_window_is_sampled_as_without_windows(name, steps, strea
         return by_row(x, t, torch.arange(4) if rows is None else rows)
 
     draws = [
-        SOLVERS[name](each, PROCESS, x, steps=steps, rng=streams(4))
-        for each in (plain, windowed(by_row, (4, 6), 2, mask=CODES))
+        in_steps(SOLVERS[name].solve, each, PROCESS, x, steps=steps, rng=streams(4))
+        for each in (plain, windowed(by_row, (4, 6), 2, may_change=masked))
     ]
     assert torch.equal(*draws)
 

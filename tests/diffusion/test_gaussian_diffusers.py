@@ -14,6 +14,7 @@ from diffusion.gaussian_solvers import step_times
 from diffusion.process import like
 from diffusion.rng import Streams
 from diffusion.types import Prediction
+from helpers.solving import in_steps
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle here: pip install diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
@@ -81,7 +82,9 @@ def ours(solve, process, x, rng, steps, spacing, **options):
     seen = []
     network = Network(process)
     options["on_step"] = lambda i, t, s, x, x0: seen.append(x) or x
-    assert torch.equal(solve(network.denoise, process, x, steps=steps, rng=rng, spacing=spacing, **options), seen[-1])
+    assert torch.equal(
+        in_steps(solve, network.denoise, process, x, steps=steps, rng=rng, spacing=spacing, **options), seen[-1]
+    )
     return seen
 
 

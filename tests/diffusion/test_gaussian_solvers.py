@@ -12,6 +12,7 @@ from diffusion.gaussian_solvers import SPACINGS, ddim, ddim_inversion, step_time
 from diffusion.rng import Streams
 from diffusion.solvers import solver, solvers_of
 from diffusion.types import Prediction
+from helpers.solving import in_steps
 from helpers.toy_gaussians import NORMAL, TWO, Circle, Mixture, sampled_variance, slope
 
 PROCESS = GaussianDiffusion(linear(1000), variance="fixed_small")
@@ -29,7 +30,15 @@ GRID = torch.linspace(-2, 2, 25, dtype=torch.float64).view(1, 1, 5, 5)
 
 
 def solve(name, process, data, x, steps, **options):
-    return SOLVERS[name](data.denoiser(process), process, x, steps=steps, rng=Streams(list(range(len(x)))), **options)
+    return in_steps(
+        SOLVERS[name].solve,
+        data.denoiser(process),
+        process,
+        x,
+        steps=steps,
+        rng=Streams(list(range(len(x)))),
+        **options,
+    )
 
 
 # The registry
@@ -37,7 +46,7 @@ def solve(name, process, data, x, steps, **options):
 
 def test_the_solvers_are_found_and_what_is_none_is_not():
     assert SOLVERS.keys() == {"ddpm", "ddim", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"}
-    assert solver(PROCESS, "ddim") is ddim
+    assert solver(PROCESS, "ddim").solve is ddim
 
 
 def test_a_solver_serves_the_subclasses_of_its_process():
@@ -91,8 +100,8 @@ def test_samples_have_the_moments_of_a_mixture(name, steps, close):
 @every_solver
 def test_an_image_does_not_depend_on_its_batch(name):
     x, denoise = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)), TWO.denoiser(PROCESS)
-    together = SOLVERS[name](denoise, PROCESS, x, steps=4, rng=Streams([5, 6, 7]))
-    alone = SOLVERS[name](denoise, PROCESS, x[2:], steps=4, rng=Streams([7]))
+    together = in_steps(SOLVERS[name].solve, denoise, PROCESS, x, steps=4, rng=Streams([5, 6, 7]))
+    alone = in_steps(SOLVERS[name].solve, denoise, PROCESS, x[2:], steps=4, rng=Streams([7]))
     assert torch.allclose(together[2:], alone, atol=1e-6)
 
 
@@ -115,7 +124,7 @@ def test_a_solver_can_be_watched_and_corrected(name):
         return x
 
     noise = GRID.expand(2, 1, 5, 5)
-    x = SOLVERS[name](denoise, PROCESS, noise, steps=4, rng=Streams([1, 2]), on_step=on_step)
+    x = in_steps(SOLVERS[name].solve, denoise, PROCESS, noise, steps=4, rng=Streams([1, 2]), on_step=on_step)
     assert seen == [(0, 1, 0.75), (1, 0.75, 0.5), (2, 0.5, 0.25), (3, 0.25, 0)]
     assert (x[..., 0, 0] == 10).all()
     assert {7.0, 8.0, 9.0} <= {value for _, value in asked}  # the next step begins with what was handed back
@@ -130,7 +139,7 @@ def test_the_network_is_called_once_per_step_and_by_heun_twice(name, on_step):
         calls.append(t.item())
         return TWO.denoiser(PROCESS)(x, t)
 
-    SOLVERS[name](denoise, PROCESS, GRID, steps=4, rng=Streams([1]), on_step=on_step)
+    in_steps(SOLVERS[name].solve, denoise, PROCESS, GRID, steps=4, rng=Streams([1]), on_step=on_step)
     assert calls == ([1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25] if name == "heun" else [1, 0.75, 0.5, 0.25])
 
 
@@ -144,7 +153,7 @@ def test_a_solver_leaves_nothing_on_another_device(name):
             assert x.device == t.device == torch.device("cuda:0") and t.dtype == torch.float32
             return PROCESS.predict(x, x, t)
 
-        assert SOLVERS[name](denoise, PROCESS, x, steps=3, rng=rng).device == x.device
+        assert in_steps(SOLVERS[name].solve, denoise, PROCESS, x, steps=3, rng=rng).device == x.device
 
 
 # Orders
@@ -193,7 +202,9 @@ def test_second_order_solvers_are_better_than_ddim_in_forty_steps():
 )
 def test_the_variance_of_stochastic_samples_converges_with_order_one(name, options, order):
     data = Mixture((1.0,), (0.0,), 0.25)
-    errors = {n: abs(sampled_variance(SOLVERS[name], Circle(), data, n, **options) - 0.25) for n in (20, 40, 80, 160)}
+    errors = {
+        n: abs(sampled_variance(SOLVERS[name].solve, Circle(), data, n, **options) - 0.25) for n in (20, 40, 80, 160)
+    }
     assert slope(errors) > order - 0.2
     assert errors[160] < 0.015
 
@@ -205,7 +216,7 @@ def test_inversion_and_then_sampling_return_the_data_to_first_order():
     process, x0 = Circle(), NORMAL.draw(1, 1, 5, 5)
     errors = {}
     for steps in (20, 40, 80, 160):
-        trajectory = ddim_inversion(NORMAL.denoiser(process), process, x0, steps=steps)
+        trajectory = ddim_inversion(NORMAL.denoiser(process), process, x0, step_times(process, steps))
         assert len(trajectory) == steps + 1 and torch.equal(trajectory[0], x0)
         errors[steps] = (solve("ddim", process, NORMAL, trajectory[-1], steps) - x0).abs().max().item()
     assert slope(errors) == pytest.approx(1, abs=0.2) and errors[160] < 0.03
@@ -215,8 +226,9 @@ def test_inversion_and_then_sampling_return_the_data_to_first_order():
 def test_inversion_goes_along_the_flow(process):
     x0 = NORMAL.draw(1, 1, 5, 5)
     spacing = "karras" if isinstance(process, EDM) else "uniform"
-    trajectory = ddim_inversion(NORMAL.denoiser(process), process, x0, steps=300, spacing=spacing)
-    for t, x in zip(step_times(process, 300, spacing)[::-1], trajectory, strict=True):
+    times = step_times(process, 300, spacing)
+    trajectory = ddim_inversion(NORMAL.denoiser(process), process, x0, times)
+    for t, x in zip(times[::-1], trajectory, strict=True):
         alpha, sigma = process.alpha(torch.tensor(t)), process.sigma(torch.tensor(t))
         exact = 0.3 * alpha + (alpha**2 * 0.25 + sigma**2).sqrt() / 0.5 * (x0 - 0.3)
         assert torch.allclose(x, exact, atol=0.05 * (alpha**2 * 0.25 + sigma**2).sqrt().item())
@@ -230,7 +242,7 @@ def test_inversion_asks_no_network_about_time_zero_and_is_no_solver():
         asked.append(t.item())
         return Prediction(x, x)
 
-    ddim_inversion(denoise, process, GRID, steps=4)
+    ddim_inversion(denoise, process, GRID, step_times(process, 4))
     assert asked == pytest.approx([0.001, 0.25, 0.5, 0.75])
     assert "ddim_inversion" not in SOLVERS
 

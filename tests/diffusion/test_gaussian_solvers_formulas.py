@@ -7,6 +7,7 @@ from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, linear
 from diffusion.gaussian_solvers import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, heun, leg, step_times, toward, unipc
 from diffusion.rng import Streams
+from helpers.solving import in_steps
 from helpers.toy_gaussians import TWO, Mixture, sampled_variance
 
 LINEAR = linear(1000)
@@ -18,8 +19,8 @@ GRID = torch.linspace(-2, 2, 25, dtype=torch.float64).view(1, 1, 5, 5)
 def test_ddim_with_eta_one_is_ddpm_with_the_posterior_s_variance(steps):
     process = GaussianDiffusion(linear(50), variance="fixed_small")
     denoise = TWO.denoiser(process)
-    a = ddpm(denoise, process, GRID, steps=steps, rng=Streams([3]))
-    b = ddim(denoise, process, GRID, steps=steps, rng=Streams([3]), eta=1.0)
+    a = in_steps(ddpm, denoise, process, GRID, steps=steps, rng=Streams([3]))
+    b = in_steps(ddim, denoise, process, GRID, steps=steps, rng=Streams([3]), eta=1.0)
     assert torch.allclose(a, b)
     t, s = torch.tensor(0.5), torch.tensor(0.48)
     said, ends = denoise(GRID, t.view(1)), leg(process, 0.5, 0.48)
@@ -39,9 +40,8 @@ def test_ddim_is_equation_12_of_its_paper(eta, monkeypatch):
     expected = b**0.5 * (GRID - (1 - a) ** 0.5 * eps) / a**0.5 + (1 - b - sigma**2) ** 0.5 * eps + sigma * noise
     rng, seen = Streams([0]), []
     monkeypatch.setattr(rng, "normal", lambda shape: noise)
-    monkeypatch.setattr("diffusion.gaussian_solvers.step_times", lambda *_: [0.8, 0.4, 0.0])
     denoise = TWO.denoiser(PROCESS)
-    ddim(denoise, PROCESS, GRID, steps=2, rng=rng, eta=eta, on_step=lambda i, t, s, x, x0: seen.append(x) or x)
+    ddim(denoise, PROCESS, GRID, [0.8, 0.4, 0.0], rng=rng, eta=eta, on_step=lambda i, t, s, x, x0: seen.append(x) or x)
     assert torch.allclose(seen[0], expected)
 
 
@@ -78,10 +78,12 @@ def test_two_step_multistep_solvers_are_their_published_updates(eta):
         spread = sigma[i + 1] * (-torch.expm1(-2 * eta * h)).sqrt()
         x, before = x_s + spread * noise.normal(GRID.shape).double(), data
     expected = denoise(x, torch.tensor(times[5:6])).x0
-    result = dpmpp_2m_sde(denoise, PROCESS, GRID, steps=6, rng=Streams([4]), spacing="linspace", eta=eta)
+    result = in_steps(dpmpp_2m_sde, denoise, PROCESS, GRID, steps=6, rng=Streams([4]), spacing="linspace", eta=eta)
     assert torch.allclose(result, expected, atol=1e-9)
     if eta == 0:
-        assert torch.allclose(dpmpp_2m(denoise, PROCESS, GRID, steps=6, rng=Streams([4]), spacing="linspace"), expected)
+        assert torch.allclose(
+            in_steps(dpmpp_2m, denoise, PROCESS, GRID, steps=6, rng=Streams([4]), spacing="linspace"), expected
+        )
 
 
 def test_unipc_is_its_published_update():
@@ -105,7 +107,7 @@ def test_unipc_is_its_published_update():
         else:
             rho = torch.stack([torch.zeros_like(h), b[0]])
         x, before, data = plain - alpha[i + 1] * phi * (rho[0] * old + rho[1] * (ahead - data)), data, ahead
-    result = unipc(denoise, PROCESS, GRID, steps=6, rng=Streams([0]), spacing="linspace")
+    result = in_steps(unipc, denoise, PROCESS, GRID, steps=6, rng=Streams([0]), spacing="linspace")
     assert torch.allclose(result, data, atol=1e-9)
 
 
@@ -114,11 +116,13 @@ def test_heun_averages_data_where_there_is_more_noise_and_noise_where_there_is_m
     first, ends = denoise(GRID, torch.ones(1)), leg(PROCESS, 1.0, 0.5)
     second = denoise(toward(GRID, first.x0, ends), half)
     x = toward(GRID, (first.x0 + second.x0) / 2, ends)
-    assert torch.allclose(heun(denoise, PROCESS, GRID, steps=2, rng=Streams([0])), denoise(x, half).x0)
+    assert torch.allclose(in_steps(heun, denoise, PROCESS, GRID, steps=2, rng=Streams([0])), denoise(x, half).x0)
 
     flow, seen = RectifiedFlow(), []
     denoise = TWO.denoiser(flow)
-    heun(denoise, flow, GRID, steps=8, rng=Streams([0]), on_step=lambda i, t, s, x, x0_hat: seen.append(x) or x)
+    in_steps(
+        heun, denoise, flow, GRID, steps=8, rng=Streams([0]), on_step=lambda i, t, s, x, x0_hat: seen.append(x) or x
+    )
     t, s, x = 0.25, 0.125, seen[5]  # Karras et al. 2022, algorithm 1
     ratio = [v / (1 - v) for v in (t, s)]  # sigma / alpha, along which d(x / alpha) = eps
     slope = [denoise(x, torch.tensor([t])).eps]

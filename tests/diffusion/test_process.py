@@ -150,7 +150,7 @@ def test_a_perfect_output_has_no_loss_and_gives_back_data_and_noise(process):
     )
     wrong = process.loss(output + 0.1, x0, noise, t)  # a constant error costs the same at every time
     assert torch.allclose(wrong.per_example, torch.full((4,), 0.01, dtype=torch.float64))
-    masked = process.loss(output + 0.1, x0, noise, t, loss_weight=torch.tensor([1.0, 0, 2]))
+    masked = process.loss(output + 0.1, x0, noise, t, loss_weight=torch.tensor([1.0, 0, 2]).view(1, 1, 1, 3))
     assert torch.allclose(masked.per_example, wrong.per_example)
 
 

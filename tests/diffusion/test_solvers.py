@@ -5,13 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from diffusion.absorbing import AbsorbingDiffusion
-from diffusion.absorbing_solvers import ancestral, tempered
+from diffusion.absorbing_solvers import ancestral
+from diffusion.drawing import Drawing
 from diffusion.rng import Streams
 from diffusion.solvers import solver, solvers_of
+from helpers.solving import in_steps
 
 PROCESS = AbsorbingDiffusion(3)
 SOLVERS = solvers_of(PROCESS)
-NAMES = ["ancestral", "confidence", "first_hitting", "halton", "remask"]
+NAMES = ["ancestral", "confidence", "discrete", "first_hitting", "halton", "remask"]
 
 
 def flat(x, t, rows=None):
@@ -32,7 +34,7 @@ def some_known(*shape, seed=0):
 
 def test_the_solvers_are_found_by_name():
     assert sorted(SOLVERS) == NAMES
-    assert solver(PROCESS, "ancestral") is ancestral
+    assert solver(PROCESS, "ancestral").solve is ancestral
 
 
 def test_an_unknown_solver_is_refused_with_the_names():
@@ -51,7 +53,7 @@ def test_solvers_of_another_process_are_not_offered():
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 64])
 def test_no_mask_is_left(name, schedule, steps, streams):
     process = AbsorbingDiffusion(3, schedule=schedule)
-    x = SOLVERS[name](flat, process, masks(2, 1, steps), steps=steps, rng=streams(2))
+    x = in_steps(SOLVERS[name].solve, flat, process, masks(2, 1, steps), steps=steps, rng=streams(2))
     assert x.shape == (2, 1, steps) and x.min() >= 0 and x.max() < 3
 
 
@@ -59,7 +61,7 @@ def test_no_mask_is_left(name, schedule, steps, streams):
 @pytest.mark.parametrize("steps", [1, 2, 5, 40])
 def test_no_mask_is_left_whatever_the_steps(name, schedule, steps, streams):
     process, x = AbsorbingDiffusion(3, schedule=schedule), torch.cat([masks(1, 3, 4), some_known(3, 3, 4)])
-    out = SOLVERS[name](flat, process, x, steps=steps, rng=streams(4))
+    out = in_steps(SOLVERS[name].solve, flat, process, x, steps=steps, rng=streams(4))
     assert (out < 3).all() and torch.equal(out[x < 3], x[x < 3])
 
 
@@ -71,17 +73,17 @@ def test_given_codes_are_kept_at_every_step(name, streams):
         assert torch.equal(x_s[x < 3], x[x < 3])
         return x_s
 
-    settings = {"strategy": "cap", "eta": 1.0} if name == "remask" else {}
-    plain = SOLVERS[name](flat, PROCESS, x, steps=12, rng=streams(8), **settings)
+    settings = {"remasking": "cap", "remask_eta": 1.0} if name == "remask" else {}
+    plain = in_steps(SOLVERS[name].solve, flat, PROCESS, x, steps=12, rng=streams(8), **settings)
     assert torch.equal(plain[x < 3], x[x < 3]) and (plain < 3).all()
-    SOLVERS[name](flat, PROCESS, x, steps=12, rng=streams(8), on_step=on_step, **settings)
+    in_steps(SOLVERS[name].solve, flat, PROCESS, x, steps=12, rng=streams(8), on_step=on_step, **settings)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_canvas_that_was_given_is_not_written_to(name, streams):
     x = some_known(2, 3, 4)
     before = x.clone()
-    SOLVERS[name](flat, PROCESS, x, steps=12, rng=streams(2))
+    in_steps(SOLVERS[name].solve, flat, PROCESS, x, steps=12, rng=streams(2))
     assert torch.equal(x, before)
 
 
@@ -89,8 +91,10 @@ def test_the_canvas_that_was_given_is_not_written_to(name, streams):
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_codes_are_drawn_from_the_tempered_logits(name, temperature, streams, p_value):
     logits, n = torch.tensor([2.0, 1.0, 0.0, -1.0]), 3000
-    denoise = tempered(lambda x, t, rows=None: logits.expand(*x.shape, 4), temperature)
-    x = SOLVERS[name](denoise, AbsorbingDiffusion(4), torch.full((n, 1, 1), 4), steps=1, rng=streams(n)).flatten()
+    x = in_steps(
+        SOLVERS[name].solve, lambda x, t, rows=None: logits.expand(*x.shape, 4), AbsorbingDiffusion(4),
+        torch.full((n, 1, 1), 4), steps=1, rng=streams(n), drawing=Drawing(temperature=temperature),
+    ).flatten()  # fmt: skip
     assert p_value(x, F.softmax(logits / temperature, 0)) > 1e-4
     assert p_value(x, F.softmax(logits * temperature, 0)) < 1e-6
 
@@ -108,19 +112,19 @@ def test_a_solver_can_be_watched_and_corrected(name, streams):
         assert not seen or (x[:, :, 1] == 2).all()
         return flat(x, t)
 
-    x = SOLVERS[name](denoise, PROCESS, masks(2, 1, 4), steps=4, rng=streams(2), on_step=on_step)
+    x = in_steps(SOLVERS[name].solve, denoise, PROCESS, masks(2, 1, 4), steps=4, rng=streams(2), on_step=on_step)
     assert seen == [(0, 1, 0.75), (1, 0.75, 0.5), (2, 0.5, 0.25), (3, 0.25, 0)]
     assert (x[:, :, 1] == 2).all() and (x < 3).all()
 
 
-@pytest.mark.parametrize("name", ["confidence", "remask"])
+@pytest.mark.parametrize("name", ["confidence", "discrete", "remask"])
 def test_what_a_watcher_masks_again_is_drawn_again(name, streams):
     """These look at what is masked, not at a plan."""
 
     def on_step(i, t, s, x, logits):
         return masks(2, 1, 4) if i == 1 else x
 
-    x = SOLVERS[name](flat, PROCESS, masks(2, 1, 4), steps=4, rng=streams(2), on_step=on_step)
+    x = in_steps(SOLVERS[name].solve, flat, PROCESS, masks(2, 1, 4), steps=4, rng=streams(2), on_step=on_step)
     assert (x < 3).all()
 
 
@@ -129,12 +133,12 @@ def test_an_image_does_not_depend_on_its_batch(name):
     x = torch.cat([masks(1, 2, 3), some_known(2, 2, 3)])
 
     def draw(rows):
-        return SOLVERS[name](flat, PROCESS, x[rows], steps=6, rng=Streams([5 + row for row in rows]))
+        return in_steps(SOLVERS[name].solve, flat, PROCESS, x[rows], steps=6, rng=Streams([5 + row for row in rows]))
 
     together = draw([0, 1, 2])
     assert all(torch.equal(together[[row]], draw([row])) for row in range(3))
     assert torch.equal(together[[2, 0]], draw([2, 0]))
-    alike = SOLVERS[name](flat, PROCESS, masks(2, 2, 3), steps=6, rng=Streams([1, 2]))
+    alike = in_steps(SOLVERS[name].solve, flat, PROCESS, masks(2, 2, 3), steps=6, rng=Streams([1, 2]))
     assert not torch.equal(alike[0], alike[1])
 
 
@@ -142,17 +146,24 @@ def test_an_image_does_not_depend_on_its_batch(name):
 @pytest.mark.parametrize("steps", [0, -1])
 def test_wrong_steps_are_refused(name, steps, streams):
     with pytest.raises(ValueError, match=f"got {steps}.*--sample_steps"):
-        SOLVERS[name](flat, PROCESS, masks(1, 1, 2), rng=streams(1), steps=steps)
+        in_steps(SOLVERS[name].solve, flat, PROCESS, masks(1, 1, 2), rng=streams(1), steps=steps)
 
 
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name != "first_hitting"])
 def test_in_continuous_time_steps_must_be_given(name, streams):
     with pytest.raises(ValueError, match="got None sampling steps, wanted at least 1: pass --sample_steps"):
-        SOLVERS[name](flat, AbsorbingDiffusion(3, None), masks(1, 1, 2), rng=streams(1))
+        in_steps(SOLVERS[name].solve, flat, AbsorbingDiffusion(3, None), masks(1, 1, 2), rng=streams(1))
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_steps_left_out_are_those_of_the_process(name, streams):
     seen, process = [], AbsorbingDiffusion(3, steps=6)
-    SOLVERS[name](flat, process, masks(1, 2, 3), rng=streams(1), on_step=lambda i, t, s, x, logits: seen.append(i) or x)
+    in_steps(
+        SOLVERS[name].solve,
+        flat,
+        process,
+        masks(1, 2, 3),
+        rng=streams(1),
+        on_step=lambda i, t, s, x, logits: seen.append(i) or x,
+    )
     assert seen == [0, 1, 2, 3, 4, 5]

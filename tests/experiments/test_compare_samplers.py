@@ -6,10 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.autoregressive import Autoregression
+from diffusion.edm import EDM
+from diffusion.solvers import solvers_of
 from experiments.compare_samplers import SolverRun, costs, explained, plot, read_entry, runs_of, summed_up
 from helpers.tiny_runs import call, run
 
 SCRIPT = "experiments/compare_samplers.py"
+ABSORBING = solvers_of(AbsorbingDiffusion(2))
 TINY = "--n_samples 6 --batch_size 4 --features pixels --no_amp"
 
 
@@ -40,18 +45,19 @@ def test_other_entries_are_refused(entry):
 
 
 def test_runs_are_each_entry_at_each_number_of_steps_once():
-    found = runs_of(["a:9", "a", "first_hitting", "b:t=1"], [4, 9], [], 16)
+    found = runs_of(["a:9", "a", "first_hitting", "b:t=1"], [4, 9], ABSORBING, 16)
     assert list(map(str, found)) == ["a:9", "a:4", "first_hitting", "b:4:t=1", "b:9:t=1"]
 
 
 def test_auto_is_what_the_process_has_after_its_yardstick():
-    absorbing = {"ancestral", "first_hitting", "halton", "confidence", "remask"}
-    found = list(map(str, runs_of(["auto"], [4, 32], absorbing, 16)))
+    found = list(map(str, runs_of(["auto"], [4, 32], ABSORBING, 16)))
     assert found[:5] == ["ancestral:256", "ancestral:4", "ancestral:32", "halton:4", "confidence:4"]
-    assert found[5:] == ["remask:4", "remask:32", "first_hitting"]  # in turn, 16 codes have no use for 32 steps
-    assert "halton:32" in map(str, runs_of(["halton"], [4, 32], absorbing, 16))  # asked for by name
-    assert list(map(str, runs_of(["auto"], [5], {"ddpm", "heun"}, 1))) == ["ddpm:250", "heun:5"]
-    assert list(map(str, runs_of(["auto"], [5], {"raster"}, 16))) == ["raster"]
+    assert found[5:8] == ["remask:4", "remask:32", "first_hitting"]  # in turn, 16 codes have no use for 32 steps
+    assert found[8:] == ["discrete:4", "discrete:32"]  # any other
+    assert "halton:32" in map(str, runs_of(["halton"], [4, 32], ABSORBING, 16))  # asked for by name
+    two = {name: entry for name, entry in solvers_of(EDM()).items() if name in ("ddpm", "heun")}
+    assert list(map(str, runs_of(["auto"], [5], two, 1))) == ["ddpm:250", "heun:5"]
+    assert list(map(str, runs_of(["auto"], [5], solvers_of(Autoregression(2)), 16))) == ["raster"]
 
 
 def test_costs_are_per_batch_and_per_image():

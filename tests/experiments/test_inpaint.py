@@ -32,9 +32,9 @@ def starts(monkeypatch):
     """What every batch was drawn from, and what came of it."""
     seen, draw = [], TrainedSampler.draw
 
-    def watched(self, *args, start, **how):
-        made = draw(self, *args, start=start, **how)
-        seen.append((start, made))
+    def watched(self, *args, edit, **how):
+        made = draw(self, *args, edit=edit, **how)
+        seen.append((edit, made))
         return made
 
     monkeypatch.setattr(TrainedSampler, "draw", watched)

@@ -195,7 +195,7 @@ def test_kept_codes_never_change(play, monkeypatch):
     found = play.redraw(asked(play, label="3"), picture, brush(picture.size, (0, 0, 80, 80)))
     assert (found.hidden == 128).sum() >= 64 and found.hidden[:, :8, :8].unique().tolist() == [128]  # whole cells
     made, how = drawn[0]
-    start, codes = how["start"], made["codes"]
+    start, codes = how["edit"], made["codes"]
     assert start.t == 1 and (~start.keep).sum((1, 2)).tolist() == [4, 4, 4]  # five of 16 pixels: two cells a side
     assert torch.equal(codes[start.keep], start.x0[start.keep])
     assert how["given"]["label"].tolist() == [3, 3, 3]

@@ -21,6 +21,22 @@ class Call(NamedTuple):
     drop: Any
 
 
+class Told(dict):
+    """The fields that `encode` was given, as "told"; `rows` are the labels of all examples, None for a null."""
+
+    def __init__(self, rows: list[int | None], **fields: Any):
+        super().__init__(told=fields)
+        self.rows = rows
+
+    @classmethod
+    def cat(cls, conditions: "list[Told]") -> "Told":
+        return cls([label for condition in conditions for label in condition.rows])
+
+    def scaled(self, x: Tensor, numbers: dict[bool, float]) -> Tensor:
+        """x (B or 1, ...) times a number for each example, by whether it has a label."""
+        return x * torch.tensor([numbers[label is not None] for label in self.rows]).view(-1, 1, 1, 1)
+
+
 class Recorder(nn.Module):
     """Remembers what it was shown and told. Answers with `answer`: a number, a tensor, or a function of the call."""
 
@@ -29,7 +45,8 @@ class Recorder(nn.Module):
         self.answer, self.channels, self.calls = answer, channels, []
 
     def encode(self, fields, x, drop=None):
-        return {"told": dict(fields)}
+        labels = fields["label"].tolist() if "label" in fields else [None] * len(x)
+        return Told(labels, **fields)
 
     def forward(self, x, t, condition=None, drop=None):
         self.calls.append(Call(x.clone(), t.clone(), condition, drop))

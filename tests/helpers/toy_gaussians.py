@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.process import Gaussian, like
+from diffusion.process import ContinuousProcess, like
 from diffusion.types import Prediction
+from helpers.solving import in_steps
 
 
-class Circle(Gaussian):
+class Circle(ContinuousProcess):
     """alpha = cos, sigma = sin: smooth from data to noise, both ends exact."""
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -23,6 +24,13 @@ class Circle(Gaussian):
 
     def quantile(self, u: Tensor) -> Tensor:
         return u
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return t.float()
+
+    def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+        """Of a network that predicts x_0."""
+        return self.with_x0(Prediction(output, output), output, x_t, t)
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Mixture:
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         return torch.tensor(self.means, dtype=torch.float64)[which].view(shape) + self.variance**0.5 * noise
 
-    def denoiser(self, process: Gaussian) -> Callable[[Tensor, Tensor], Prediction]:
+    def denoiser(self, process: ContinuousProcess) -> Callable[[Tensor, Tensor], Prediction]:
         """E[x_0 | x_t] and E[eps | x_t]."""
 
         def denoise(x: Tensor, t: Tensor) -> Prediction:
@@ -79,11 +87,16 @@ class Impulses:
         return noise
 
 
-def sampled_variance(solve: Callable, process: Gaussian, data: Mixture, steps: int, **options) -> float:
+def sampled_variance(solve: Callable, process: ContinuousProcess, data: Mixture, steps: int, **options) -> float:
     """The variance of what a solver makes of N(0, 1), by Impulses. Data of mean 0 keep it linear."""
     x = torch.zeros(steps + 1, 1, 1, 1, dtype=torch.float64)
     x[0] = 1
-    return solve(data.denoiser(process), process, x, steps=steps, rng=Impulses(), **options).square().sum().item()
+    return (
+        in_steps(solve, data.denoiser(process), process, x, steps=steps, rng=Impulses(), **options)
+        .square()
+        .sum()
+        .item()
+    )
 
 
 def slope(errors: dict[int, float]) -> float:

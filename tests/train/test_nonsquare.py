@@ -158,7 +158,7 @@ def test_every_space_has_the_shape_of_its_images(kind, first, digits):
         "Codes": {"codes": 16, "grid": (4, 6)},
         "Latents": {"shape": (4, 4, 6), "pixels": False},
     }[kind]
-    assert space.facts == wanted
+    assert space.model_args == wanted
     for split in ("train", "val"):
         batch = space.prepared(space.source(digits, split, first.data, 0, HERE, None)[[0, 1, 2]])
         x = batch["codes" if kind == "Codes" else "x0"]

@@ -60,7 +60,7 @@ def images_of(digits, data, n=16):
 
 def test_pixels_are_the_images_themselves(digits, data):
     space = spaces.Pixels(data)
-    assert space.facts == {"shape": (1, 16, 16), "pixels": True} and space.origin == {} and space.first is None
+    assert space.model_args == {"shape": (1, 16, 16), "pixels": True} and space.origin == {} and space.first is None
     images, batch = images_of(digits, data)
     x0 = space.prepared(batch)["x0"]
     assert -1 <= x0.min() < -0.9 and 0.5 < x0.max() <= 1
@@ -75,7 +75,7 @@ def test_latents_decode_to_what_the_vqgan_makes_of_the_image(first, digits, data
     space = spaces.Latents(first, 3.0)
     images, batch = images_of(digits, data)
     x0 = space.prepared(batch)["x0"]
-    assert space.facts == {"shape": (4, 4, 4), "pixels": False} and x0.shape == (16, 4, 4, 4)
+    assert space.model_args == {"shape": (4, 4, 4), "pixels": False} and x0.shape == (16, 4, 4, 4)
     assert torch.equal(space.decode(x0), first.decode(first.encode(images)))
     assert torch.allclose(x0, 3 * spaces.Latents(first, 1.0).prepared(batch)["x0"])
     assert space.kept(x0) == {} and not x0.requires_grad
@@ -92,7 +92,7 @@ def test_every_code_comes_back_from_its_own_vector(first):
 
 def test_codes_are_those_of_the_images(first, digits, data):
     space = spaces.Codes(first)
-    assert space.facts == {"codes": 16, "grid": (4, 4)} and space.workers(data) == 0
+    assert space.model_args == {"codes": 16, "grid": (4, 4)} and space.workers(data) == 0
     data = dataclasses.replace(data, shift=0)
     source = space.source(digits, "train", data, 3, World(CPU))
     batch = space.prepared(source[list(range(8))])
@@ -182,7 +182,7 @@ def test_a_run_opens_in_the_space_it_was_trained_in(kind, first, data):
     space = {"Pixels": spaces.Pixels(data), "Codes": spaces.Codes(first), "Latents": spaces.Latents(first, 0.37)}[kind]
     content = yaml.safe_load(yaml.safe_dump({"data": vars(data), "origin": space.origin}))
     again = spaces.reopened_space(content, space.first)
-    assert again == space and again.facts == space.facts
+    assert again == space and again.model_args == space.model_args
 
 
 def test_images_that_the_vqgan_does_not_take_are_refused(digits, trained):

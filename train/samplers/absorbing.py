@@ -1,29 +1,19 @@
 """Absorbing diffusion on VQGAN codes: the transformer, the process, and how they meet."""
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusion.absorbing import AbsorbingDiffusion, forgotten
-from diffusion.absorbing_solvers import tempered
-from diffusion.denoisers import guided, windowed
-from diffusion.likelihood import bits_per_code
+from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.rng import Streams
-from diffusion.solvers import solver
+from diffusion.solvers import Solver, options_of
 from diffusion.timesteps import low_discrepancy
-from diffusion.types import Bound, Denoiser, Loss, OnStep
-from train.config import SamplingConfig
 from train.data.loading import Draws
+from train.samplers._codes import DiscreteSampler, DiscreteSampling
 from train.samplers._transformer import TransformerConfig, make_network
-from train.spaces import Start
 
 SPACE = "codes"
-OWN_SCHEDULES = {"halton": "arccos", "confidence": "cosine"}  # of --reveal auto
-FLAGS = {"choice_temp": "choice_temperature", "remasking": "strategy", "remask_eta": "eta"}  # settings of some solvers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +38,7 @@ class Config(TransformerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling(SamplingConfig):
+class Sampling(*options_of(AbsorbingDiffusion), DiscreteSampling):
     """Sampling."""
 
     solver: str = "ancestral"
@@ -57,157 +47,43 @@ class Sampling(SamplingConfig):
     """Steps per image: at most so many network calls. Left out, the steps of the process; first_hitting has its own."""
     reveal: Literal["auto", "linear", "cosine", "arccos", "square"] = "auto"
     """How many codes are still masked on the way; auto: halton arccos, confidence cosine, others as in training."""
-    temp: float = 1.0
-    """Temperature that logits are divided by."""
-    last_temp: float | None = None
-    """Temperature at the end, where it changes on the way."""
-    top_k: int | None = None
-    """Draw from the k likeliest codes alone."""
-    top_p: float | None = None
-    """Draw from the fewest codes whose probabilities add up to this."""
-    choice_temp: float | None = None
-    """confidence: noise in which codes are kept, at the beginning (4.5)."""
-    remasking: Literal["cap", "rescale", "conf"] | None = None
-    """remask: how often codes are masked again (rescale)."""
-    remask_eta: float | None = None
-    """remask: the share per step, cap: at most; rescale, conf: of the most that is possible (0.05)."""
-    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How guidance grows from the first step to the last."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only where t lies between these (0 is data, 1 all mask)."""
 
+    @classmethod
+    def settings_of_solver(cls) -> set[str]:
+        return super().settings_of_solver() | {"reveal"}
 
-class AbsorbingSampler:
+
+class AbsorbingSampler(DiscreteSampler):
     """Network and process of one absorbing model over `codes` codes on a grid (h, w), with `n_classes` classes or 0."""
 
-    unit = "bits per code"
-    likelihood = "variational bound"
-
-    def __init__(self, config: Any, *, codes: int, grid: tuple[int, int], n_classes: int):
-        self.config, self.grid = config, grid
-        self.n_classes = n_classes if config.class_conditional else 0
-        self.process = AbsorbingDiffusion(codes, config.total_steps, config.schedule)
-        self.extras = {}
-        self.network = make_network(config, codes=codes, grid=grid, n_classes=self.n_classes)
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The fields of a batch that the network is conditioned on."""
-        return ("label",) if self.n_classes else ()
+    def __init__(self, config: Config, *, codes: int, grid: tuple[int, int], n_classes: int):
+        n_classes = n_classes if config.class_conditional else 0
+        process = AbsorbingDiffusion(codes, config.total_steps, config.schedule)
+        network = make_network(config, codes=codes, grid=grid, n_classes=n_classes)
+        kind = {"kind": config.loss_type}
+        super().__init__(config, process, network, grid=grid, n_classes=n_classes, loss_options=kind)
 
     def times(self, draw: Draws, count: int) -> Tensor:
-        """Times of a batch: (count,)."""
         if self.config.time_sampler == "uniform":
             return self.process.times(draw("time"))
         shared, place = draw.shared("time")
         return low_discrepancy(self.process, shared, count, place, draw.batch_size).t
 
-    def loss(self, network: nn.Module, batch: dict[str, Tensor], draw: Draws) -> Loss:
-        """The loss of {"codes": (B, h, w), "label": (B,)}; `draw(purpose)` gives the batch's random streams."""
-        x0 = batch["codes"]
-        t = self.times(draw, len(x0)).to(x0.device)
+    def corrupt(self, x0: Tensor, t: Tensor, rng: Streams) -> Tensor:
         corrupt = self.process.corrupt if self.config.mask_schedule == "random" else self.process.corrupt_fixed
-        x_t = corrupt(x0, t, draw("mask"))
-        labels = None
-        if self.n_classes:
-            dropped = draw("label").uniform((len(x0),)) < self.config.label_drop
-            labels = batch["label"].masked_fill(dropped, self.n_classes)
-        logits = network(x_t, labels)
-        loss = self.process.loss(logits, x0, x_t, t, self.config.loss_type)
-        seen = {"x0": x0, "x_t": x_t, "t": t, "prediction": logits, "loss": loss.per_example}
-        return loss._replace(outputs={name: value.detach() for name, value in seen.items()})
-
-    def x0_hat(self, outputs: dict[str, Tensor]) -> Tensor:
-        """The codes that a prediction in training found likeliest; those that were not masked stay."""
-        said = outputs["prediction"].argmax(-1)
-        return torch.where(outputs["x_t"] == self.process.mask, said, outputs["x_t"])
-
-    def observe(self, t: Tensor, losses: Tensor) -> None:
-        """Times do not depend on losses."""
+        return corrupt(x0, t, rng)
 
     def noise_level(self, t: Tensor) -> Tensor:
         """The share of codes that is masked at t (B,), on average."""
         return self.process.masked(t)
 
-    def sample(
-        self,
-        network: nn.Module,
-        rng: Streams,
-        *,
-        batch: dict[str, Tensor] | None = None,
-        options: Any,
-        shape: tuple[int, int] | None = None,
-        window_stride: int | None = None,
-        start: Start | None = None,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
-        """Codes (B, *shape) for the B streams of `rng`, by `options`.
-
-        A shape that is not the grid is sampled natively, one pass a step, where positions are relative; else, or with a
-        `window_stride`, by windows of the grid (half a grid apart, if left out).
-        `batch` holds "label" (B,) int64 in [0, n_classes) where there are classes; without it, the null class.
-        `start` holds known codes, see train/spaces.py.
-        """
-        shape = tuple(shape or self.grid)
-        x = torch.full((len(rng), *shape), self.process.mask, device=rng.device)
-        if start is not None:
-            x = torch.where(start.keep, start.x0, forgotten(start.x0, start.t, self.process.mask, rng))
-        denoise = self.denoiser(network, batch, options)
-        if shape != self.grid and self.config.position == "learned" or window_stride is not None:
-            stride = max(1, min(self.grid) // 2) if window_stride is None else window_stride
-            denoise = windowed(denoise, self.grid, stride, mask=self.process.mask)
-        temperature = {"last": options.last_temp, "top_k": options.top_k, "top_p": options.top_p}
-        denoise = tempered(denoise, options.temp, **temperature)
-        process, solve, settings = self.solver(options)
-        return solve(denoise, process, x, rng=rng, on_step=on_step, **settings)
-
-    def denoiser(self, network: nn.Module, batch: dict[str, Tensor] | None, options: Any) -> Denoiser:
-        """What the network says, guided; the same grid of the same class is evaluated once."""
-        labels = batch.get("label") if batch is not None and self.n_classes else None
-        if options.guidance != 1 and labels is None:
-            raise ValueError(f"got guidance {options.guidance} for samples without a class: pass --guidance 1")
-        null = None if labels is None else torch.full_like(labels, self.n_classes)
-
-        def denoise(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:  # the network is told no time
-            return once_each(network, x, condition)
-
-        schedule = {"schedule": options.guidance_schedule, "interval": options.guidance_interval}
-        return guided(denoise, labels, null, options.guidance, **schedule)
-
-    def solver(self, options: Any) -> tuple[AbsorbingDiffusion, Callable, dict[str, Any]]:
-        """The process as it is revealed, the function that `options` name, and its settings."""
-        solve = solver(self.process, options.solver)
-        reveal = options.reveal
-        if reveal == "auto":
-            reveal = OWN_SCHEDULES.get(options.solver, self.process.schedule)
-        settings = {}
-        for flag, name in FLAGS.items():
-            value = getattr(options, flag)
-            if value is not None and name not in inspect.signature(solve).parameters:
-                raise ValueError(f"got {flag} {value} for solver {options.solver}, which has none: leave --{flag} out")
-            settings |= {} if value is None else {name: value}
-        return replace(self.process, schedule=reveal), solve, settings | {"steps": options.sample_steps}
-
-    def log_likelihood(
-        self, network: nn.Module, batch: dict[str, Tensor], rng: Streams, calls: int | None = None
-    ) -> Bound:
-        """-log2 p of {"codes": (B, h, w)}, by the variational bound in `calls` network calls per image, or all T."""
-        labels = batch["label"] if self.n_classes else None
-        return bits_per_code(lambda x, t: network(x, labels), self.process, batch["codes"], rng, calls)
+    def sampling_process(self, entry: Solver, options: Sampling) -> AbsorbingDiffusion:
+        """The process with the masking schedule that codes are revealed by: as asked for, the solver's, or its own."""
+        own = self.process.schedule if entry.schedule is None else entry.schedule
+        return replace(self.process, schedule=own if options.reveal == "auto" else options.reveal)
 
 
-def once_each(network: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
-    """network(x, labels), equal rows (the empty canvas of a class, windows alike) evaluated once: (B, H, W, K)."""
-    told = x.flatten(1) if labels is None else torch.cat([x.flatten(1), labels[:, None]], 1)
-    _, which = told.unique(dim=0, return_inverse=True)
-    places = torch.arange(len(x), device=x.device)
-    first = torch.full_like(which, len(x)).scatter_reduce(0, which, places, "amin")  # where each kind stands first
-    first = first[first < len(x)]
-    if len(first) == len(x):
-        return network(x, labels)
-    return network(x[first], None if labels is None else labels[first])[which]
-
-
-def build(config: Config, *, codes: int, grid: tuple[int, int], n_classes: int):
-    """The contract of train/samplers: a file's `build` gives network, `loss` and `sample`."""
+def build(config: Config, *, codes: int, grid: tuple[int, int], n_classes: int) -> AbsorbingSampler:
     return AbsorbingSampler(config, codes=codes, grid=grid, n_classes=n_classes)

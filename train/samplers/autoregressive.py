@@ -1,23 +1,21 @@
 """Autoregression on VQGAN codes: a causal transformer that draws them one after the other, in raster order."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from diffusion.absorbing import forgotten
-from diffusion.absorbing_solvers import tempered
 from diffusion.autoregressive import Autoregression
-from diffusion.denoisers import guided
+from diffusion.denoisers import guided, picked
 from diffusion.rng import Streams
-from diffusion.solvers import solver
-from diffusion.types import Bound, Denoiser, Loss, OnStep
+from diffusion.solvers import options_of
+from diffusion.types import Bound, Denoiser, Loss
 from models.kv_cache import Memory
-from train.config import SamplingConfig
 from train.data.loading import Draws
+from train.loop import Batch, Outputs
+from train.samplers import Control
+from train.samplers._codes import CodeSampler, CodeSampling
 from train.samplers._transformer import TransformerConfig, make_network
-from train.spaces import Start
 
 SPACE = "codes"
 
@@ -41,129 +39,75 @@ class Config(TransformerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling(SamplingConfig):
+class Sampling(*options_of(Autoregression), CodeSampling):
     """Sampling."""
 
     solver: str = "raster"
     """raster: row by row, one network call per code."""
     sample_steps: int | None = None
     """The number of codes, which may be left out."""
-    temp: float = 1.0
-    """Temperature that logits are divided by."""
-    last_temp: float | None = None
-    """Temperature at the end, where it changes on the way."""
-    top_k: int | None = None
-    """Draw from the k likeliest codes alone."""
-    top_p: float | None = None
-    """Draw from the fewest codes whose probabilities add up to this."""
-    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How guidance grows from the first code to the last."""
 
 
-class AutoregressiveSampler:
+class AutoregressiveSampler(CodeSampler):
     """Network and process of a model of `codes` codes on a grid (h, w), one after the other, with `n_classes` or 0."""
 
-    unit = "bits per code"
     likelihood = "exact"
 
-    def __init__(self, config: Any, *, codes: int, grid: tuple[int, int], n_classes: int):
-        self.config, self.grid = config, tuple(grid)
-        self.n_classes = n_classes if config.class_conditional else 0
-        self.process = Autoregression(codes)
-        self.extras = {}
-        self.network = make_network(config, codes=codes, grid=grid, n_classes=self.n_classes, causal=True)
+    def __init__(self, config: Config, *, codes: int, grid: tuple[int, int], n_classes: int):
+        n_classes = n_classes if config.class_conditional else 0
+        network = make_network(config, codes=codes, grid=grid, n_classes=n_classes, causal=True)
+        super().__init__(config, Autoregression(codes), network, grid=grid, n_classes=n_classes)
 
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The fields of a batch that the network is conditioned on."""
-        return ("label",) if self.n_classes else ()
-
-    def loss(self, network: nn.Module, batch: dict[str, Tensor], draw: Draws) -> Loss:
-        """The loss of {"codes": (B, h, w), "label": (B,)}; `draw(purpose)` gives the batch's random streams.
+    def loss(self, network: nn.Module, batch: Batch, draw: Draws, *, control: Control | None = None) -> Loss:
+        """The loss of {"codes": (B, h, w)} and the fields of its conditions.
 
         No code is hidden but by its place: what is seen is what is learned, and t is 0 for all.
         """
-        x0, labels = batch["codes"], None
-        if self.n_classes:
-            dropped = draw("label").uniform((len(x0),)) < self.config.label_drop
-            labels = batch["label"].masked_fill(dropped, self.n_classes)
-        logits = network(x0, labels)
-        loss = self.process.loss(logits, x0)
+        x0 = batch["codes"]
         t = torch.zeros(len(x0), device=x0.device)
+        logits = self.predict(network, x0, t, self.training_condition(batch, draw), control)
+        loss = self.process.loss(logits, x0, loss_weight=batch.get("loss_weight"))
         seen = {"x0": x0, "x_t": x0, "t": t, "prediction": logits, "loss": loss.per_example}
         return loss._replace(outputs={name: value.detach() for name, value in seen.items()})
 
-    def x0_hat(self, outputs: dict[str, Tensor]) -> Tensor:
+    def x0_hat(self, outputs: Outputs) -> Tensor:
         """The codes found likeliest in training, each given the true ones before it."""
         return outputs["prediction"].argmax(-1)
-
-    def observe(self, t: Tensor, losses: Tensor) -> None:
-        """There are no times."""
 
     def noise_level(self, t: Tensor) -> Tensor:
         """There is no noise: 0 (B,)."""
         return torch.zeros_like(t)
 
-    def sample(
-        self,
-        network: nn.Module,
-        rng: Streams,
-        *,
-        batch: dict[str, Tensor] | None = None,
-        options: Any,
-        shape: tuple[int, int] | None = None,
-        window_stride: int | None = None,
-        start: Start | None = None,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
-        """Codes (B, *grid) for the B streams of `rng`, by `options`. ValueError for another shape, or windows.
-
-        `batch` holds "label" (B,) int64 in [0, n_classes) where there are classes; without it, the null class.
-        `start` holds known codes, see train/spaces.py.
-        """
-        if tuple(shape or self.grid) != self.grid or window_stride is not None:
+    def by_windows(self, shape: tuple[int, int], window_stride: int | None) -> bool:
+        if shape != self.grid or window_stride is not None:
             raise ValueError(
                 f"an autoregressive sampler draws grids of {self.grid} codes and no larger canvases: "
                 "pass --sampler absorbing"
             )
-        x = torch.full((len(rng), *self.grid), self.process.mask, device=rng.device)
-        if start is not None:
-            x = torch.where(start.keep, start.x0, forgotten(start.x0, start.t, self.process.mask, rng))
-        denoise = self.denoiser(network, batch, options, rng)
-        temperature = {"last": options.last_temp, "top_k": options.top_k, "top_p": options.top_p}
-        denoise = tempered(denoise, options.temp, **temperature)
-        solve = solver(self.process, options.solver)
-        return solve(denoise, self.process, x, steps=options.sample_steps, rng=rng, on_step=on_step)
+        return False
 
-    def denoiser(self, network: nn.Module, batch: dict[str, Tensor] | None, options: Any, rng: Streams) -> Denoiser:
-        """What the network says of the next code, guided, for one run of a solver over the B streams.
+    def denoiser(
+        self, network: nn.Module, batch: Batch | None, options: Sampling, x: Tensor, control: Control | None = None
+    ) -> Denoiser:
+        """What the network says of the next code, guided. It remembers what it has read.
 
-        It remembers what it has read. A condition is a label and the number of a sequence: that of example i under its
-        own class is i, under the null class B + i.
+        A sequence has the number of its row of the conditions: that of example i is i under the weakest.
         """
-        labels = batch.get("label") if batch is not None and self.n_classes else None
-        if options.guidance != 1 and labels is None:
-            raise ValueError(f"got guidance {options.guidance} for samples without a class: pass --guidance 1")
-        null = torch.full((len(rng),), self.n_classes, device=rng.device)
-        sequences, memory = torch.arange(len(rng), device=rng.device), Memory(self.grid)
+        conditions, memory = self.chain(batch, options), Memory(self.grid)
+        sequences = torch.arange(2 * len(x), device=x.device)
 
-        def denoise(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:  # the network is told no time
-            told, of = condition.unbind(1)
-            return network(x, told if self.n_classes else None, memory.keep(of))
+        def denoise(x: Tensor, t: Tensor, of: Tensor) -> Tensor:
+            return self.predict(network, x, t, picked(conditions, of), control, memory=memory.keep(of))
 
-        strong = torch.stack([null if labels is None else labels, sequences], 1)
-        weak = torch.stack([null, len(rng) + sequences], 1)
-        return guided(denoise, strong, weak, options.guidance, schedule=options.guidance_schedule)
+        return guided(denoise, sequences.chunk(2), [options.guidance], schedule=options.guidance_schedule)
 
-    def log_likelihood(
-        self, network: nn.Module, batch: dict[str, Tensor], rng: Streams, calls: int | None = None
-    ) -> Bound:
+    def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, calls: int | None = None) -> Bound:
         """-log2 p of {"codes": (B, h, w)}: exact, in one network call whatever `calls` says."""
-        labels = batch["label"] if self.n_classes else None
+        x0 = batch["codes"]
         with torch.no_grad():
-            return self.process.likelihood(network(batch["codes"], labels), batch["codes"])
+            logits = self.predict(network, x0, torch.zeros(len(x0), device=x0.device), self.condition(batch))
+        return self.process.likelihood(logits, x0)
 
 
-def build(config: Config, *, codes: int, grid: tuple[int, int], n_classes: int):
-    """The contract of train/samplers: a file's `build` gives network, `loss` and `sample`."""
+def build(config: Config, *, codes: int, grid: tuple[int, int], n_classes: int) -> AutoregressiveSampler:
     return AutoregressiveSampler(config, codes=codes, grid=grid, n_classes=n_classes)

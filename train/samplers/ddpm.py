@@ -1,10 +1,9 @@
 """Gaussian diffusion and its kin, on pixels or on a VQGAN's latents: the UNet, the process, and how they meet."""
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +12,21 @@ from diffusion.denoisers import guided, known, thresholded
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import SCHEDULES, GaussianDiffusion, with_zero_terminal_snr
-from diffusion.gaussian_solvers import begun_at, steps_left
+from diffusion.gaussian_solvers import begun_at, step_times, steps_left
 from diffusion.likelihood import bits_per_dimension, flow_bits_per_dimension
-from diffusion.process import Gaussian
+from diffusion.process import ContinuousProcess
 from diffusion.rng import Streams
-from diffusion.solvers import solver
+from diffusion.solvers import options_of
 from diffusion.timesteps import LossSecondMoment, Times, low_discrepancy, uniform
 from diffusion.types import Bound, Denoiser, Loss, OnStep, Prediction
 from models.conditioning import ConditionEncoder
 from models.unet import UNet, UNetConfig
 from train.config import SamplerConfig, SamplingConfig
 from train.data.loading import Draws
+from train.loop import Batch, Outputs
 from train.registry import plugin
-from train.spaces import Start
+from train.samplers import Control, LearnedSampler, Told, chosen_solver
+from train.spaces import EditInput
 
 SPACE = "continuous"  # pixels; latents where --ae_load_dir names a VQGAN
 OWN = {  # flags that one process has and others have not
@@ -37,7 +38,6 @@ OWN = {  # flags that one process has and others have not
     "flow": {"time_mean", "time_deviation", "time_shift"},
 }
 POSITIVE = ("sigma_data", "time_deviation", "time_shift", "min_snr_gamma", "time_scale", "first_beta", "last_beta")
-FEW_STEPS = 20  # of the solvers that need few
 HALF_LEVEL = 1 / 255  # of 8 bits on [-1, 1]
 
 
@@ -154,7 +154,7 @@ class Config(SamplerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling(SamplingConfig):
+class Sampling(*options_of(ContinuousProcess), SamplingConfig):
     """Sampling."""
 
     solver: str = "dpmpp_2m"
@@ -163,8 +163,6 @@ class Sampling(SamplingConfig):
     """Steps per image; left out, 20, but for ddpm the steps of the process."""
     spacing: Literal["auto", "uniform", "leading", "linspace", "quadratic", "logsnr", "karras"] = "auto"
     """Where the steps lie; auto: karras for edm, else uniform."""
-    eta: float | None = None
-    """ddim, dpmpp_2m_sde: how much noise a step adds, 0 to 1; the solver's own (0 and 1) if left out."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only where t lies between these (t as the process has it: 0 is data)."""
     guidance_rescale: float = 0.0
@@ -175,7 +173,7 @@ class Sampling(SamplingConfig):
     """Instead, clip at this share of an image's numbers, such as 0.995, and divide by it."""
 
 
-def make_process(config, pixels: bool) -> Gaussian:
+def make_process(config: Config, pixels: bool) -> ContinuousProcess:
     """The process that a ddpm config describes, of pixels or of latents of unit variance."""
     spread = {"mean": config.time_mean, "deviation": config.time_deviation}
     spread = {name: value for name, value in spread.items() if value is not None}
@@ -194,7 +192,7 @@ def make_process(config, pixels: bool) -> Gaussian:
     return GaussianDiffusion(abar, config.prediction, variance)
 
 
-def make_encoders(config, width: int) -> dict[str, ConditionEncoder]:
+def make_encoders(config: Config, width: int) -> dict[str, ConditionEncoder]:
     """The encoders of --conditions; --condition_channels is the option `channels` of those that have it."""
     encoders = {}
     for name in config.conditions:
@@ -207,7 +205,7 @@ def make_encoders(config, width: int) -> dict[str, ConditionEncoder]:
     return encoders
 
 
-def make_network(config, process: Gaussian, channels: int, n_classes: int) -> UNet:
+def make_network(config: Config, process: ContinuousProcess, channels: int, n_classes: int) -> UNet:
     """The UNet that a ddpm config describes, for x of so many channels."""
     own = {field.name for field in fields(UNetConfig)} & {field.name for field in fields(config)} - {"time_scale"}
     counts = isinstance(process, GaussianDiffusion) and config.time_embedding == "time"
@@ -222,12 +220,12 @@ def make_network(config, process: Gaussian, channels: int, n_classes: int) -> UN
     return UNet(unet, make_encoders(config, unet.emb_dim))
 
 
-class GaussianSampler:
+class GaussianSampler(LearnedSampler):
     """Network and process of one Gaussian model of x (C, H, W): pixels in [-1, 1], or latents of unit variance."""
 
     unit = "bits per dimension"
 
-    def __init__(self, config, *, shape: tuple[int, int, int], pixels: bool, n_classes: int):
+    def __init__(self, config: Config, *, shape: tuple[int, int, int], pixels: bool, n_classes: int):
         self.config, self.shape, self.pixels = config, shape, pixels
         self.n_classes = n_classes if config.class_conditional else 0
         self.process = make_process(config, pixels)
@@ -249,14 +247,12 @@ class GaussianSampler:
         return "variational bound" if isinstance(self.process, GaussianDiffusion) else "probability flow"
 
     @property
-    def fields(self) -> tuple[str, ...]:
-        """The fields of a batch that the network is conditioned on."""
+    def conditions(self) -> tuple[str, ...]:
         return tuple(self.sources.values())
 
-    def conditions(self, batch: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    def raw_conditions(self, batch: Batch) -> dict[str, Tensor]:
         """Raw conditions by the names of their encoders; ValueError where the batch has no such field."""
-        batch = batch or {}
-        missing = sorted({*self.fields} - {*batch})
+        missing = sorted({*self.conditions} - {*batch})
         if missing:
             raise ValueError(
                 f"got a batch with the fields {', '.join(batch) or 'none'}, conditions need {', '.join(missing)}: "
@@ -264,13 +260,18 @@ class GaussianSampler:
             )
         return {name: batch[field] for name, field in self.sources.items()}
 
-    def said(self, network: nn.Module, x: Tensor, t: Tensor, condition: Any, drop: Any = None) -> Tensor:
-        """The network's output at x (B, C, H, W), t (B,) on any device."""
+    def predict(
+        self, network: nn.Module, x: Tensor, t: Tensor, condition: Told, control: Control | None = None, **how: object
+    ) -> Tensor:
+        """The network's output at x (B, C, H, W), t (B,) on any device; `how` is of its `forward`."""
         if self.config.time_embedding == "noise_level":
             told = self.process.alpha(t).float()
         else:
             told = self.process.network_time(t)
-        return network(self.process.network_input(x, t), told.to(x.device), condition, drop=drop)
+        x, told = self.process.network_input(x, t), told.to(x.device)
+        if control is not None:
+            how["skip_residuals"] = control(x, told, condition)
+        return network(x, told, condition, **how)
 
     def times(self, draw: Draws, count: int, training: bool) -> Times:
         """Times of a batch, on the CPU; those of validation no loss moves."""
@@ -282,23 +283,23 @@ class GaussianSampler:
             return self.extras["times"].draw(draw("time", "cpu"))
         return uniform(self.process, draw("time", "cpu"))
 
-    def loss(self, network: nn.Module, batch: dict[str, Tensor], draw: Draws) -> Loss:
+    def loss(self, network: nn.Module, batch: Batch, draw: Draws, *, control: Control | None = None) -> Loss:
         """The loss of {"x0": (B, C, H, W), and the fields of its conditions}, times unbiased by how they were drawn."""
         x0, (t, weight) = batch["x0"], self.times(draw, len(batch["x0"]), network.training)
         noise = draw("noise").normal(x0.shape)
         x_t = self.process.corrupt(x0, t, noise)
-        raw, drop = self.conditions(batch), {}
+        raw, drop = self.raw_conditions(batch), {}
         for name in raw:
             share = self.config.label_drop if name == "label" else self.config.condition_drop
             drop[name] = draw(name).uniform((len(x0),)) < share
-        output = self.said(network, x_t, t, raw, drop)
-        loss = self.process.loss(output, x0, noise, t, **self.loss_options)
+        output = self.predict(network, x_t, t, raw, control, drop=drop)
+        loss = self.process.loss(output, x0, noise, t, loss_weight=batch.get("loss_weight"), **self.loss_options)
         weight = weight.to(x0.device)
         seen = {"x0": x0, "x_t": x_t, "t": t, "noise": noise, "prediction": output, "loss": loss.per_example}
         outputs = {name: value.detach() for name, value in seen.items()}
         return Loss(loss.per_example * weight, {k: v * weight for k, v in loss.metrics.items()}, outputs)
 
-    def x0_hat(self, outputs: dict[str, Tensor]) -> Tensor:
+    def x0_hat(self, outputs: Outputs) -> Tensor:
         """The data that a prediction in training meant."""
         return self.process.predict(outputs["prediction"], outputs["x_t"], outputs["t"]).x0
 
@@ -312,80 +313,78 @@ class GaussianSampler:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         return sigma / (alpha + sigma)
 
-    def denoiser(self, network: nn.Module) -> Callable[[Tensor, Tensor, Any], Prediction]:
-        return lambda x, t, condition: self.process.predict(self.said(network, x, t, condition), x, t)
+    def denoiser(
+        self, network: nn.Module, control: Control | None = None
+    ) -> Callable[[Tensor, Tensor, Told], Prediction]:
+        """What the network predicts at (x, t) under a condition."""
+        return lambda x, t, condition: self.process.predict(self.predict(network, x, t, condition, control), x, t)
 
     def sample(
         self,
         network: nn.Module,
         rng: Streams,
         *,
-        batch: dict[str, Tensor] | None = None,
-        options,
+        options: Sampling,
+        batch: Batch | None = None,
         shape: tuple[int, int] | None = None,
         window_stride: int | None = None,
-        start: Start | None = None,
+        edit: EditInput | None = None,
         on_step: OnStep | None = None,
+        control: Control | None = None,
     ) -> Tensor:
-        """x (B, C, H, W) for the B streams of `rng`, by `options`; `batch` holds the fields of its conditions, or none.
+        """x (B, C, H, W) for the B streams of `rng`.
 
-        `shape` is another height and width than trained on. `start` holds known numbers, see train/spaces.py; where t
-        is below 1, all others begin from x0 as well, under noise (Meng et al. 2022, SDEdit), with as many of the
-        steps as are left from there.
+        Where t of `edit` is below 1, what is not kept begins from x0 as well, under noise (Meng et al. 2022, SDEdit),
+        with as many of the steps as are left from there.
         """
         if window_stride is not None:
             raise ValueError(f"got window_stride {window_stride}: a UNet takes any canvas whole, leave it out")
-        if options.guidance != 1 and not self.fields:
+        if options.guidance != 1 and not self.conditions:
             raise ValueError(f"got guidance {options.guidance} for a model without conditions: pass --guidance 1")
         if options.guidance != 1 and not batch:
             raise ValueError(f"got guidance {options.guidance} for samples without a condition: pass --guidance 1")
-        process, x = self.begin(start, (len(rng), self.shape[0], *(shape or self.shape[1:])), rng)
+        process, x = self.begin(edit, (len(rng), self.shape[0], *(shape or self.shape[1:])), rng)
         if process.start <= process.end:  # less noise than networks know: nothing is forgotten
-            return start.x0
+            return edit.x0
         null = network.encode({}, x)
-        condition = network.encode(self.conditions(batch), x) if batch else null
+        chain = [null, network.encode(self.raw_conditions(batch), x) if batch else null]
         guidance = {"interval": options.guidance_interval, "rescale": options.guidance_rescale}
-        denoise = guided(self.denoiser(network), condition, null, options.guidance, **guidance, process=self.process)
+        said = self.denoiser(network, control)
+        denoise = guided(said, chain, [options.guidance], **guidance, process=self.process)
         if self.pixels and (options.clip or options.dynamic_threshold is not None):
             denoise = thresholded(denoise, self.process, options.dynamic_threshold)
-        solve, settings = self.solver(options)
-        if start is not None:
-            denoise = known(denoise, self.process, start.x0, start.keep)
-            settings["steps"] = steps_left(self.process, process, settings["steps"], settings["spacing"])
-        return solve(denoise, process, x, rng=rng, on_step=on_step, **settings)
+        if edit is not None:
+            denoise = known(denoise, self.process, edit.x0, edit.keep)
+        entry, given = chosen_solver(self.process, options)
+        return entry.solve(denoise, process, x, self.step_times(process, options), rng=rng, on_step=on_step, **given)
 
-    def begin(self, start: Start | None, shape: tuple[int, ...], rng: Streams) -> tuple[Gaussian, Tensor]:
+    def begin(self, edit: EditInput | None, shape: tuple[int, ...], rng: Streams) -> tuple[ContinuousProcess, Tensor]:
         """The process from where it begins, and x (B, C, H, W) there: noise, on what is known or remembered."""
-        if start is None:
+        if edit is None:
             return self.process, self.process.prior(shape, rng)
-        process, noise = begun_at(self.process, start.t), rng.normal(shape)
-        remembered = start.x0 if start.t < 1 else start.x0.masked_fill(~start.keep.unsqueeze(1), 0)
+        process, noise = begun_at(self.process, edit.t), rng.normal(shape)
+        remembered = edit.x0 if edit.t < 1 else edit.x0.masked_fill(~edit.keep.unsqueeze(1), 0)
         return process, process.corrupt(remembered, torch.tensor(process.start), noise)
 
-    def solver(self, options) -> tuple[Callable, dict[str, Any]]:
-        """The function that `options` name, and its settings."""
-        solve, spacing = solver(self.process, options.solver), options.spacing
+    def step_times(self, process: ContinuousProcess, options: Sampling) -> list[float]:
+        """Where the steps lie from the start of `process`, which is the sampler's or begins later, with those left."""
+        entry, spacing = chosen_solver(self.process, options)[0], options.spacing
         if spacing == "auto":
             spacing = "karras" if isinstance(self.process, EDM) else "uniform"
         steps = options.sample_steps
         if steps is None:
-            steps = getattr(self.process, "steps", FEW_STEPS) if options.solver == "ddpm" else FEW_STEPS
-        settings = {"steps": steps, "spacing": spacing}
-        if options.eta is not None:
-            if "eta" not in inspect.signature(solve).parameters:
-                raise ValueError(f"got eta {options.eta} for solver {options.solver}, which has none: pass --eta None")
-            settings["eta"] = options.eta
-        return solve, settings
+            steps = entry.steps(self.process, math.prod(self.shape[1:]))
+        if process is not self.process:
+            steps = steps_left(self.process, process, steps, spacing)
+        return step_times(process, steps, spacing)
 
-    def log_likelihood(
-        self, network: nn.Module, batch: dict[str, Tensor], rng: Streams, calls: int | None = None
-    ) -> Bound:
+    def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, calls: int | None = None) -> Bound:
         """-log2 p(x0) of 8-bit images: the variational bound in `calls` network calls per image (all T if left out);
         of edm and flow along the probability-flow ODE, in as many steps. Conditions are told."""
         if not self.pixels:
             raise ValueError("latents are continuous and have no likelihood in bits: measure a model of pixels")
         x0 = batch["x0"]
-        condition, denoise = network.encode(self.conditions(batch), x0), self.denoiser(network)
+        condition, denoise = network.encode(self.raw_conditions(batch), x0), self.denoiser(network)
 
         def conditional(x: Tensor, t: Tensor) -> Prediction:
             return denoise(x, t, condition)
@@ -403,6 +402,5 @@ class GaussianSampler:
         return Bound(found.total, found.prior, found.total.new_zeros(len(x0), 0))
 
 
-def build(config: Config, *, shape: tuple[int, int, int], pixels: bool, n_classes: int):
-    """The contract of train/samplers; x is (C, H, W), pixels or latents."""
+def build(config: Config, *, shape: tuple[int, int, int], pixels: bool, n_classes: int) -> GaussianSampler:
     return GaussianSampler(config, shape=shape, pixels=pixels, n_classes=n_classes)

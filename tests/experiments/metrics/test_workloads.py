@@ -55,7 +55,7 @@ def test_the_space_is_what_training_would_open():
     assert isinstance(space_of(config, None), Pixels)  # no VQGAN is asked for
     config.first.ae_load_dir = "a_run"
     latents = space_of(config, network)
-    assert isinstance(latents, Latents) and latents.facts["shape"] == (256, 8, 8)
+    assert isinstance(latents, Latents) and latents.model_args["shape"] == (256, 8, 8)
     assert workloads.in_precision(latents, True).first.amp and not latents.first.amp
 
 
@@ -66,7 +66,7 @@ def test_images_that_are_not_square_and_crops_are_what_training_sees():
     assert workloads.images_source(images, data, 0)[[0, 1, 2]]["image"].shape == (3, 1, 8, 12)
     config = second_stage()
     config.data = replace(config.data, img_width=24)
-    assert trained(config)[0].facts["grid"] == (4, 6)
+    assert trained(config)[0].model_args["grid"] == (4, 6)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -113,7 +113,7 @@ def test_the_discriminator_is_part_of_the_steps_that_come_after_its_first():
 
 def test_labels_are_learned_where_there_are_classes():
     _, trainee, batch, _ = trained(second_stage(), n_classes=3)
-    assert batch["label"].max() < 3 and trainee.step.sampler.fields == ("label",)
+    assert batch["label"].max() < 3 and trainee.step.sampler.conditions == ("label",)
     codes = workloads.sampled(trainee, batch, absorbing.Sampling(guidance=2.0, sample_steps=2))
     image = trainee.step.space.decode(codes)
     assert image.shape == (4, 1, 16, 16) and image.dtype == torch.uint8

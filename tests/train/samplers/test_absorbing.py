@@ -51,7 +51,7 @@ def test_without_classes_labels_are_not_looked_at():
         recorder = Recorder()
         batch = {"codes": torch.zeros(2, *GRID, dtype=torch.long), "label": torch.tensor([3, 4])}
         built.loss(recorder, batch, draws(0, 2))
-        assert built.fields == ()
+        assert built.conditions == ()
         assert recorder.asked[0][1] is None and built.n_classes == 0
         with pytest.raises(ValueError, match="without a class: pass --guidance 1"):
             built.sample(built.network, Streams([0]), options=absorbing.Sampling(guidance=2.0))

@@ -5,7 +5,7 @@ import torch
 
 from diffusion.rng import Streams
 from train.samplers.absorbing import AbsorbingSampler, Config, Sampling
-from train.spaces import Start
+from train.spaces import EditInput
 
 
 def built(schedule="linear", grid=(8, 8)):
@@ -28,8 +28,8 @@ class Asked(torch.nn.Module):
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "arccos", "square"])
 def test_strength_is_the_share_of_forgotten_codes_whatever_the_schedule(schedule):
     x0, network = torch.zeros(50, 8, 8, dtype=torch.long), Asked()
-    start = Start(x0, torch.zeros(50, 8, 8, dtype=torch.bool), 0.7)
-    built(schedule).sample(network, Streams(list(range(50))), options=Sampling(sample_steps=1), start=start)
+    edit = EditInput(x0, torch.zeros(50, 8, 8, dtype=torch.bool), 0.7)
+    built(schedule).sample(network, Streams(list(range(50))), options=Sampling(sample_steps=1), edit=edit)
     share = (network.ids[0] == 5).float().mean().item()
     assert share == pytest.approx(0.7, abs=5 * (0.21 / 3200) ** 0.5)
 
@@ -38,5 +38,5 @@ def test_windows_of_known_codes_are_not_evaluated():
     x0, keep, network = torch.zeros(1, 9, 12, dtype=torch.long), torch.ones(1, 9, 12, dtype=torch.bool), Asked()
     keep[0, 0, 0] = False  # in one window alone
     options, where = Sampling(sample_steps=2), {"shape": (9, 12), "window_stride": 1}
-    built().sample(network, Streams([0]), options=options, start=Start(x0, keep), **where)
+    built().sample(network, Streams([0]), options=options, edit=EditInput(x0, keep), **where)
     assert [len(ids) for ids in network.ids] == [1]

@@ -1,19 +1,19 @@
 """What the absorbing sampler makes of its options: guidance, canvases, known codes, solvers and their settings."""
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
 from torch import nn
 
+import train.samplers
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import confidence
 from diffusion.rng import Streams
-from diffusion.solvers import solvers_of
-from train.samplers import absorbing
-from train.samplers import absorbing as module
-from train.samplers.absorbing import once_each
-from train.spaces import Start
+from diffusion.solvers import solver, solvers_of
+from train.samplers import _codes, absorbing, chosen_solver
+from train.spaces import EditInput
 
 GRID, CODES, CLASSES = (3, 4), 6, 5
 SOLVERS = sorted(solvers_of(AbsorbingDiffusion(2)))
@@ -75,7 +75,7 @@ def test_guidance_follows_its_schedule_and_its_interval():
         ({"guidance_schedule": "linear"}, [1, 2, 2.6, 3]),
         ({"guidance_interval": (0.1, 0.6)}, [1, 3, 3, 1]),
     ):
-        said = built().denoiser(Recorder(), BATCH, options(guidance=3.0, **settings))(ids, t)
+        said = built().denoiser(Recorder(), BATCH, options(guidance=3.0, **settings), ids)(ids, t)
         assert torch.allclose(said, weak + torch.tensor(scales).view(-1, 1, 1, 1) * (strong - weak), atol=1e-5)
 
 
@@ -160,13 +160,13 @@ def network():
 def test_codes_do_not_depend_on_the_batch(network, name, settings):
     sampler, seeds = built(), [11, 12, 13, 14]
     keep = known(4, *GRID, seed=2) < 2
-    start = Start(known(4, *GRID), keep & (torch.arange(4) > 1).view(4, 1, 1))  # two of the four begin with some
+    edit = EditInput(known(4, *GRID), keep & (torch.arange(4) > 1).view(4, 1, 1))  # two of the four begin with some
 
     def draw(rows, **how):
-        part = Start(start.x0[rows], start.keep[rows])
+        part = EditInput(edit.x0[rows], edit.keep[rows])
         rng = Streams([seeds[row] for row in rows])
         given = options(name, **settings)
-        return sampler.sample(network, rng, batch={"label": LABELS[rows]}, options=given, start=part, **how)
+        return sampler.sample(network, rng, batch={"label": LABELS[rows]}, options=given, edit=part, **how)
 
     together = draw([0, 1, 2, 3])
     assert all(torch.equal(draw([row])[0], together[row]) for row in range(4))
@@ -177,13 +177,13 @@ def test_codes_do_not_depend_on_the_batch(network, name, settings):
 
 @pytest.mark.parametrize("labels", [None, torch.tensor([0, 0, 1, 0, 1, 1])])
 def test_equal_rows_are_evaluated_once_and_rows_of_other_labels_are_not_equal(labels):
-    x = known(3, *GRID)[[0, 1, 0, 0, 1, 2]]
-    recorder = Recorder()
-    said = once_each(recorder, x, labels)
+    x, t = known(3, *GRID)[[0, 1, 0, 0, 1, 2]], torch.linspace(1, 0.5, 6)  # the network is told no time
+    recorder, batch = Recorder(), None if labels is None else {"label": labels}
+    said = built().denoiser(recorder, batch, options(), x)(x, t)
     assert torch.equal(said, Recorder()(x, labels))
     assert len(recorder.asked) == 1 and len(recorder.asked[0][0]) == (3 if labels is None else 5)
     different = known(5, *GRID, seed=3)
-    assert torch.equal(once_each(recorder, different, None), Recorder()(different))
+    assert torch.equal(built().denoiser(recorder, None, options(), different)(different, t[:5]), Recorder()(different))
     assert torch.equal(recorder.asked[-1][0], different)  # in their own order, uncopied
 
 
@@ -197,7 +197,7 @@ def test_known_codes_are_kept_and_the_rest_is_drawn(name, shape):
     keep = known(4, *(shape or GRID), seed=5) > 2
     given = options(name, remasking="cap", remask_eta=1.0) if name == "remask" else options(name)
     out = built().sample(
-        Recorder(), Streams([0, 1, 2, 3]), batch=BATCH, options=given, start=Start(x0, keep), shape=shape
+        Recorder(), Streams([0, 1, 2, 3]), batch=BATCH, options=given, edit=EditInput(x0, keep), shape=shape
     )
     assert torch.equal(out[keep], x0[keep]) and (out < CODES).all() and (out[~keep] != x0[~keep]).any()
 
@@ -205,9 +205,9 @@ def test_known_codes_are_kept_and_the_rest_is_drawn(name, shape):
 @pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
 def test_so_much_of_the_rest_is_forgotten_as_the_start_says(t):
     x0, seen, n = known(200, *GRID), [], 200
-    recorder, start = Recorder(), Start(x0, torch.zeros_like(x0).bool(), t)
+    recorder, edit = Recorder(), EditInput(x0, torch.zeros_like(x0).bool(), t)
     built(schedule="cosine", n_classes=0).sample(
-        recorder, Streams(list(range(n))), options=options(sample_steps=1), start=start,
+        recorder, Streams(list(range(n))), options=options(sample_steps=1), edit=edit,
         on_step=lambda i, t, s, x, logits: seen.append(x) or x,
     )  # fmt: skip
     begun = recorder.asked[0][0]
@@ -222,6 +222,7 @@ AUTO = {
     "ancestral": "square",
     "first_hitting": "square",
     "remask": "square",
+    "discrete": "square",
     "halton": "arccos",
     "confidence": "cosine",
 }
@@ -231,19 +232,27 @@ REVEALS = [(name, "auto", own) for name, own in AUTO.items()] + [(name, "linear"
 @pytest.mark.parametrize("name, reveal, wanted", REVEALS)
 def test_codes_are_revealed_by_the_schedule_asked_for_or_the_solver_s_own(name, reveal, wanted):
     sampler = built(schedule="square", total_steps=77)
-    process, solve, settings = sampler.solver(options(name, reveal=reveal))
-    assert process == AbsorbingDiffusion(CODES, 77, wanted) and solve.__name__ == name
-    assert settings == {"steps": None if name == "first_hitting" else 4}
+    process = sampler.sampling_process(solver(sampler.process, name), options(name, reveal=reveal))
+    assert process == AbsorbingDiffusion(CODES, 77, wanted)
     assert sampler.process.schedule == "square"
 
 
+@pytest.mark.parametrize("name", SOLVERS)
+def test_steps_left_out_are_those_of_the_process_or_one_for_each_code(name):
+    seen = []
+    built(total_steps=5).sample(
+        Recorder(), Streams([0]), options=options(name, sample_steps=None),
+        on_step=lambda i, t, s, x, logits: seen.append(i) or x,
+    )  # fmt: skip
+    assert len(seen) == (12 if name == "first_hitting" else 5)
+
+
 def test_the_settings_of_solvers_reach_them():
-    assert built().solver(options("confidence", choice_temp=0.0))[1:] == (
-        confidence,
-        {"steps": 4, "choice_temperature": 0.0},
-    )
-    settings = built().solver(options("remask", remasking="conf", remask_eta=0.2))[2]
-    assert settings == {"steps": 4, "strategy": "conf", "eta": 0.2}
+    process = built().process
+    entry, given = chosen_solver(process, options("confidence", choice_temp=0.0))
+    assert entry.solve is confidence and given == {"choice_temp": 0.0}
+    given = chosen_solver(process, options("remask", remasking="conf", remask_eta=0.2))[1]
+    assert given == {"remasking": "conf", "remask_eta": 0.2}
 
 
 @pytest.mark.parametrize("flag, value", [("choice_temp", 1.0), ("remasking", "cap"), ("remask_eta", 0.1)])
@@ -260,7 +269,10 @@ def test_settings_of_another_solver_are_refused(flag, value):
                 built().sample(Recorder(), Streams([0]), options=asked)
 
 
-@pytest.mark.parametrize("settings", [{"temp": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}])
+GREEDY = [{"temp": 1e-4}, {"temp": 0.0}, {"temp": 0.0, "last_temp": 0.0}, {"top_k": 1}, {"top_p": 1e-6}]
+
+
+@pytest.mark.parametrize("settings", GREEDY)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_temperature_top_k_and_top_p_reach_every_solver(name, settings):
     class Certain(nn.Module):
@@ -271,24 +283,22 @@ def test_temperature_top_k_and_top_p_reach_every_solver(name, settings):
     assert (out == 2).all()
 
 
-def test_the_last_temperature_is_that_of_the_end():
-    seen = []
-
+def test_who_watches_is_told_what_the_network_says_and_not_what_is_drawn_from():
     class Flat(nn.Module):
         def forward(self, ids, labels=None):
             return torch.arange(6.0).expand(*ids.shape, CODES)
 
+    seen = []
     built().sample(
-        Flat(), Streams([0]), options=options(temp=2.0, last_temp=1.0),
-        on_step=lambda i, t, s, x, logits: seen.append((t, logits[0, 0, 0, 1].item())) or x,
+        Flat(), Streams([0]), options=options(temp=2.0, last_temp=0.0, top_k=1),
+        on_step=lambda i, t, s, x, logits: seen.append(logits[0, 0, 0].tolist()) or x,
     )  # fmt: skip
-    assert seen == [(t, pytest.approx(1 / (1 + t))) for t in (1.0, 0.75, 0.5, 0.25)]
+    assert seen == [[0, 1, 2, 3, 4, 5]] * 4
 
 
 def test_every_option_is_used_by_the_sampler():
     """A flag that nothing reads would be a lie."""
-    import inspect
-
-    source = inspect.getsource(module)
+    source = "".join(map(inspect.getsource, (absorbing, _codes, train.samplers)))
     for field in dataclasses.fields(absorbing.Sampling):
-        assert f"options.{field.name}" in source or f'"{field.name}"' in source, field.name
+        named = f"options.{field.name}" in source or f"self.{field.name}" in source
+        assert named or field.name in absorbing.Sampling.option_names(), field.name

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.absorbing_solvers import tempered
 from diffusion.autoregressive import raster
 from diffusion.denoisers import guided
 from diffusion.rng import Streams, seed_of
 from helpers import tiny_runs
+from helpers.solving import in_steps
 from models.transformer import CausalTransformer
 from train.samplers import autoregressive
-from train.spaces import Start
+from train.spaces import EditInput
 
 GRID, CODES, N, CLASSES = (2, 3), 4, 6, 5
 SMALL = {"bert_n_emb": 16, "bert_n_head": 2, "bert_n_layers": 2}
@@ -71,7 +71,7 @@ def test_a_share_of_labels_becomes_the_null_class_and_the_rest_stay():
 
 def test_without_classes_labels_are_not_looked_at():
     for made in (sampler(n_classes=0), sampler(class_conditional=False)):
-        assert made.n_classes == 0 and made.fields == ()
+        assert made.n_classes == 0 and made.conditions == ()
         made.loss(made.network, batch(2), draws(0, 2))  # would refuse labels
         assert drawn(made, [0, 1], [3, 4]).shape == (2, *GRID)
         with pytest.raises(ValueError, match="without a class: pass --guidance 1"):
@@ -87,10 +87,9 @@ def without_memory(made, seeds, labels, settings):
         return made.network(whole, label).flatten(1, 2)[:, x.shape[1]]
 
     null = torch.full_like(labels, CLASSES)
-    free = guided(denoise, labels, null, settings.guidance, schedule=settings.guidance_schedule)
-    free = tempered(free, settings.temp, last=settings.last_temp, top_k=settings.top_k, top_p=settings.top_p)
+    free = guided(denoise, [null, labels], [settings.guidance], schedule=settings.guidance_schedule)
     x = torch.full((len(seeds), *GRID), CODES)
-    return raster(free, made.process, x, rng=Streams(seeds))
+    return in_steps(raster, free, made.process, x, rng=Streams(seeds), drawing=settings.drawing)
 
 
 FREE = [
@@ -99,6 +98,7 @@ FREE = [
     {"guidance": 0.0},
     {"guidance": 3.0, "guidance_schedule": "linear"},
     {"temp": 0.5},
+    {"temp": 0.0},
     {"temp": 0.5, "last_temp": 3.0},
     {"top_k": 2},
     {"top_p": 0.6},
@@ -132,11 +132,11 @@ def test_known_codes_stay_and_examples_that_are_done_drop_out(guidance):
     labels, x0 = [i % CLASSES for i in range(6)], batch(6)["codes"]
     keep = torch.rand(6, *GRID, generator=torch.manual_seed(2)) < 0.5
     keep[0], keep[1], keep[2, 1] = True, False, True  # nothing to draw, all, the first row
-    codes = drawn(made, seeds, labels, options=settings, start=Start(x0, keep))
+    codes = drawn(made, seeds, labels, options=settings, edit=EditInput(x0, keep))
     assert torch.equal(codes[keep], x0[keep]) and torch.equal(codes[0], x0[0]) and codes.max() < CODES
     for i in range(6):
-        start = Start(x0[i : i + 1], keep[i : i + 1])
-        assert torch.equal(drawn(made, [i], labels[i : i + 1], options=settings, start=start)[0], codes[i])
+        edit = EditInput(x0[i : i + 1], keep[i : i + 1])
+        assert torch.equal(drawn(made, [i], labels[i : i + 1], options=settings, edit=edit)[0], codes[i])
 
 
 def test_some_of_what_is_not_kept_is_forgotten_and_the_rest_stays():
@@ -144,10 +144,10 @@ def test_some_of_what_is_not_kept_is_forgotten_and_the_rest_stays():
     keep = torch.zeros(200, *GRID, dtype=torch.bool)
     keep[:, 0, 0] = True
     labels = [0] * 200
-    assert torch.equal(drawn(made, seeds, labels, start=Start(x0, keep, 0.0)), x0)
+    assert torch.equal(drawn(made, seeds, labels, edit=EditInput(x0, keep, 0.0)), x0)
     seen = []
     watch = {"on_step": lambda i, t, s, x, logits: seen.append(x) or x}
-    drawn(made, seeds, labels, start=Start(x0, keep, 0.4), **watch)
+    drawn(made, seeds, labels, edit=EditInput(x0, keep, 0.4), **watch)
     # the first call draws place 1 at the latest; what is unknown after it was forgotten
     assert 0.35 < (seen[0][:, 1] == CODES).double().mean() < 0.45 and not (seen[0][:, 0, 0] == CODES).any()
 

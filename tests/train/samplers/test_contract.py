@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from diffusion.rng import Streams
+from diffusion.solvers import solvers_of
 from diffusion.types import Bound, Loss
 from train.config import SamplerConfig, SamplingConfig
 from train.data.loading import Draws
 from train.registry import names_in, plugin
+from train.samplers import LearnedSampler, Process
 
 SMALL = {  # settings that make a sampler small; a new one may add its own
     "absorbing": {"bert_n_emb": 8, "bert_n_head": 2, "bert_n_layers": 1, "total_steps": 8},
@@ -79,15 +81,66 @@ def test_a_file_has_its_settings_its_space_and_build(name):
 
 def test_a_sampler_says_what_it_is(made):
     sampler, _, facts = made
+    assert isinstance(sampler, LearnedSampler) and isinstance(sampler.process, Process)
     assert isinstance(sampler.network, torch.nn.Module) and sampler.n_classes == CLASSES
-    assert sampler.fields == ("label",) and isinstance(sampler.unit, str)
+    assert sampler.conditions == ("label",) and isinstance(sampler.unit, str)
+    assert sampler.likelihood in ("exact", "variational bound", "probability flow")
     assert all(hasattr(extra, "state_dict") for extra in sampler.extras.values())
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_its_settings_have_the_options_of_the_solvers_of_its_process(name):
+    for facts in SPACES[plugin("train.samplers", name, "").SPACE]:
+        sampler, module = built(name, facts)
+        options = {option for entry in solvers_of(sampler.process).values() for option in entry.option_names}
+        assert {*module.Sampling.option_names()} == options
+        assert module.Sampling().solver_options == {}  # each solver's own
+        assert module.Sampling().solver in solvers_of(sampler.process)
+        assert options | {"sample_steps"} <= module.Sampling.settings_of_solver()
+
+
+def test_a_weight_of_each_example_multiplies_its_loss_and_no_bound(made):
+    sampler, _, facts = made
+    batch = data(facts)
+    plain = sampler.loss(sampler.network, batch, draws(batch))
+    weight = torch.arange(6.0)
+    place = "codes" if "codes" in facts else "x0"
+    for each in (weight, weight.view(-1, *[1] * (batch[place].ndim - 1)).expand_as(batch[place])):
+        weighted = sampler.loss(sampler.network, batch | {"loss_weight": each}, draws(batch))
+        assert torch.allclose(weighted.per_example, weight * plain.per_example, atol=1e-6)
+        for name in {"bits_per_code", "vlb"} & plain.metrics.keys():
+            assert torch.equal(weighted.metrics[name], plain.metrics[name])
+
+
+def test_a_control_branch_is_asked_in_training_and_in_sampling(made):
+    """It is given what the network is; what it gives is what the network adds inside."""
+    sampler, module, facts = made
+    batch, asked, handed = data(facts, n=2), [], []
+    name = "residual" if "codes" in facts else "skip_residuals"
+
+    class Network(torch.nn.Module):
+        encode = sampler.network.encode if "codes" not in facts else None
+
+        def forward(self, *args, **how):
+            handed.append(how.pop(name))
+            return sampler.network(*args, **how)
+
+    def control(x, t, condition):
+        asked.append((len(x), len(t)))
+        return "added"
+
+    sampler.loss(Network(), batch, draws(batch), control=control)
+    assert handed == ["added"] and asked == [(2, 2)]
+    steps, given = STEPS.get(module.__name__.rpartition(".")[2], 2), {"label": batch["label"]}
+    options = module.Sampling(sample_steps=steps, guidance=2.0)
+    drawn = sampler.sample(Network().eval(), Streams([0, 1]), batch=given, options=options, control=control)
+    assert set(handed) == {"added"} and len(asked) == len(handed) > 1 and drawn.shape == (2, *drawn_shape(facts))
 
 
 def test_without_classes_no_field_is_needed(made):
     facts, name = made[2], made[1].__name__.rpartition(".")[2]
     sampler, module = built(name, facts, n_classes=0)
-    assert sampler.fields == () and sampler.n_classes == 0
+    assert sampler.conditions == () and sampler.n_classes == 0
     batch = data(facts)
     del batch["label"]
     assert sampler.loss(sampler.network, batch, draws(batch)).per_example.isfinite().all()

@@ -93,7 +93,7 @@ def test_betas_are_those_asked_for():
 
 def test_each_condition_is_dropped_apart_in_its_own_share():
     n, built = 4000, sampler(conditions=("image",), condition_channels=2, label_drop=0.4, condition_drop=0.25)
-    assert built.fields == ("condition_image", "label")
+    assert built.conditions == ("condition_image", "label")
     batch = images(n) | {"condition_image": torch.rand(n, 2, 4, 4)}
     _, call = recorded(built, batch=batch)
     assert set(call.condition) == {"label", "image"}
@@ -120,7 +120,7 @@ def test_a_real_network_sees_the_null_where_a_label_is_dropped():
 
 def test_without_classes_labels_are_not_told():
     for built in (sampler(n_classes=0), sampler(class_conditional=False)):
-        assert built.fields == () and built.n_classes == 0
+        assert built.conditions == () and built.n_classes == 0
         _, call = recorded(built, n=4)
         assert call.condition == {} and call.drop == {}
 

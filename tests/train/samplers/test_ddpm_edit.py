@@ -6,7 +6,7 @@ import torch
 from diffusion.rng import Streams
 from helpers.gaussian_recorder import SHAPE, Recorder, moved, sampler
 from train.samplers import ddpm
-from train.spaces import Start
+from train.spaces import EditInput
 
 X0 = torch.linspace(-1, 1, 32).view(2, *SHAPE)
 KEEP = torch.zeros(2, *SHAPE[1:], dtype=torch.bool)
@@ -14,31 +14,31 @@ KEEP[:, :2] = True
 PROCESSES = ["gaussian", "edm", "flow"]
 
 
-def drawn(built, network, start, seeds=(0, 1), labels=(1, 2), **options):
+def drawn(built, network, edit, seeds=(0, 1), labels=(1, 2), **options):
     batch = {"label": torch.tensor(labels)} if labels else {}
     options = ddpm.Sampling(**{"sample_steps": 4} | options)
-    return built.sample(network, Streams(list(seeds)), batch=batch, options=options, start=start)
+    return built.sample(network, Streams(list(seeds)), batch=batch, options=options, edit=edit)
 
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_with_nothing_known_it_is_plain_sampling(process):
     built, network = moved(sampler(process=process))
     wanted = drawn(built, network, None)
-    assert torch.equal(drawn(built, network, Start(X0, torch.zeros_like(KEEP))), wanted)
-    assert not torch.equal(drawn(built, network, Start(X0, KEEP)), wanted)
+    assert torch.equal(drawn(built, network, EditInput(X0, torch.zeros_like(KEEP))), wanted)
+    assert not torch.equal(drawn(built, network, EditInput(X0, KEEP)), wanted)
 
 
 @pytest.mark.parametrize("pixels", [True, False])
 @pytest.mark.parametrize("process", PROCESSES)
 def test_known_numbers_stay_and_hidden_ones_are_not_looked_at(process, pixels):
     built, network = moved(sampler(process=process, pixels=pixels))
-    made = drawn(built, network, Start(X0, KEEP), guidance=2.0)
+    made = drawn(built, network, EditInput(X0, KEEP), guidance=2.0)
     there = KEEP.unsqueeze(1)
     assert torch.equal(made[there], X0[there]) and made.isfinite().all()
     other = torch.where(there, X0, 0.123)
-    assert torch.equal(drawn(built, network, Start(other, KEEP), guidance=2.0), made)
+    assert torch.equal(drawn(built, network, EditInput(other, KEEP), guidance=2.0), made)
     seen = torch.where(there, X0 * 0.5, X0)
-    assert not torch.allclose(drawn(built, network, Start(seen, KEEP), guidance=2.0)[~there], made[~there])
+    assert not torch.allclose(drawn(built, network, EditInput(seen, KEEP), guidance=2.0)[~there], made[~there])
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -47,7 +47,7 @@ def test_half_forgotten_it_begins_from_the_data_under_noise(process, share):
     built, recorder = sampler(process=process), Recorder(channels=2 if process == "gaussian" else 1)
     whole = Recorder(channels=recorder.channels)
     drawn(built, whole, None, sample_steps=20)
-    drawn(built, recorder, Start(X0, torch.zeros_like(KEEP), share), sample_steps=20)
+    drawn(built, recorder, EditInput(X0, torch.zeros_like(KEEP), share), sample_steps=20)
     assert 0 < len(recorder.calls) < len(whole.calls) == 20
     t = built.process.time_at(torch.tensor((1 - share) / share, dtype=torch.float64).log())
     noise = Streams([0, 1]).normal(X0.shape)
@@ -57,13 +57,13 @@ def test_half_forgotten_it_begins_from_the_data_under_noise(process, share):
 
 def test_nothing_forgotten_nothing_changes():
     built, recorder = sampler(), Recorder(channels=2)
-    assert torch.equal(drawn(built, recorder, Start(X0, torch.zeros_like(KEEP), 0.0)), X0)
+    assert torch.equal(drawn(built, recorder, EditInput(X0, torch.zeros_like(KEEP), 0.0)), X0)
     assert not recorder.calls
 
 
 def test_without_conditions_the_model_is_told_nothing():
     recorder = Recorder(channels=2)
-    drawn(sampler(), recorder, Start(X0, KEEP), labels=())
+    drawn(sampler(), recorder, EditInput(X0, KEEP), labels=())
     assert all(not call.condition["told"] for call in recorder.calls)
     with pytest.raises(ValueError, match="guidance 2.0 for samples without a condition.*--guidance 1"):
-        drawn(sampler(), recorder, Start(X0, KEEP), labels=(), guidance=2.0)
+        drawn(sampler(), recorder, EditInput(X0, KEEP), labels=(), guidance=2.0)

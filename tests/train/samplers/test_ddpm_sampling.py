@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion.gaussian_solvers import step_times
 from diffusion.rng import Streams
-from diffusion.solvers import solvers_of
 from helpers.gaussian_recorder import SHAPE, Call, Recorder, drawn, images, moved, sampler
 from train.samplers import ddpm
 
 
-def by_label(call: Call) -> float:
+def by_label(call: Call) -> Tensor:
     """0.1 for each class from 1 on, 0 for the null."""
-    label = call.condition["told"].get("label")
-    return 0.0 if label is None else 0.1 * (float(label[0]) + 1)
+    numbers = [0.0 if label is None else 0.1 * (label + 1) for label in call.condition.rows]
+    return torch.tensor(numbers).view(-1, 1, 1, 1).expand_as(call.x)
 
 
 def x0_sampler(**settings):
@@ -28,11 +28,10 @@ def test_without_guidance_the_condition_is_told_once_a_step():
     assert all(call.drop is None for call in recorder.calls)
 
 
-def test_guidance_asks_twice_and_goes_beyond_the_condition():
+def test_guidance_asks_for_both_at_once_and_goes_beyond():
     recorder, seen = Recorder(by_label), []
     drawn(x0_sampler(), recorder, sample_steps=3, guidance=2.0, seen=seen)
-    told = [call.condition["told"] for call in recorder.calls]
-    assert len(told) == 6 and sum(not each for each in told) == 3  # the null is what encode makes of nothing
+    assert [call.condition.rows for call in recorder.calls] == 3 * [[None, None, 2, 2]]  # in one call
     for _, predicted in seen:
         assert torch.allclose(predicted, torch.tensor(0.6))  # 0 + 2 (0.3 - 0)
 
@@ -42,12 +41,12 @@ def test_guidance_is_for_the_times_of_its_interval():
     drawn(x0_sampler(), recorder, sample_steps=5, guidance=2.0, guidance_interval=(0.3, 0.7), seen=seen)
     assert [round(t, 3) for t, _ in seen] == [1.0, 0.8, 0.6, 0.4, 0.2]
     assert [round(x0.mean().item(), 5) for _, x0 in seen] == pytest.approx([0.3, 0.3, 0.6, 0.6, 0.3])
-    assert len(recorder.calls) == 5 + 2
+    assert [len(call.x) for call in recorder.calls] == [2, 2, 4, 4, 2]
 
 
 def test_a_rescaled_guidance_has_the_spread_of_the_condition():
     pattern = torch.linspace(-0.1, 0.1, 16).view(1, 1, 4, 4).expand(2, -1, -1, -1)
-    recorder, seen = Recorder(lambda call: pattern * (3 if call.condition["told"] else 1)), []
+    recorder, seen = Recorder(lambda call: call.condition.scaled(pattern[:1], {True: 3, False: 1})), []
     drawn(x0_sampler(), recorder, sample_steps=1, guidance=2.0, guidance_rescale=1.0, seen=seen)
     assert torch.allclose(seen[0][1], 3 * pattern, atol=1e-6)  # 5 times, pulled back to 3
     drawn(x0_sampler(), recorder, sample_steps=1, guidance=2.0, seen=seen)
@@ -100,11 +99,9 @@ def test_steps_and_spacing_left_out_are_those_of_solver_and_process(process, sol
     built = sampler(process=process, total_steps=30)
     steps = 30 if (solver, process) == ("ddpm", "gaussian") else 20
     spacing = "karras" if process == "edm" else "uniform"
-    solve, settings = built.solver(ddpm.Sampling(solver=solver))
-    assert solve is solvers_of(built.process)[solver]
-    assert settings == {"steps": steps, "spacing": spacing}
-    given = built.solver(ddpm.Sampling(solver=solver, sample_steps=7, spacing="logsnr"))[1]
-    assert given == {"steps": 7, "spacing": "logsnr"}
+    assert built.step_times(built.process, ddpm.Sampling(solver=solver)) == step_times(built.process, steps, spacing)
+    given = built.step_times(built.process, ddpm.Sampling(solver=solver, sample_steps=7, spacing="logsnr"))
+    assert given == step_times(built.process, 7, "logsnr")
     seen = []
     drawn(built, Recorder(channels=2 if process == "gaussian" else 1), solver=solver, seen=seen)
     times = [t for t, _ in seen]

@@ -7,22 +7,27 @@ import pytest
 import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
-from diffusion.absorbing_solvers import ancestral, likeliest, tempered
+from diffusion.absorbing_solvers import ancestral
+from diffusion.drawing import Drawing, likeliest
 from diffusion.rng import Streams
+from helpers.solving import in_steps
 
 P = [0.05, 0.4, 0.1, 0.25, 0.2]
 
 
-def saying(p, dtype=torch.float32):
+def logits_of(p, dtype=torch.float32):
+    return torch.tensor(p, dtype=dtype).log() + 3.0  # logits need no normalisation
+
+
+def saying(p):
     """A denoiser that gives these probabilities, whatever it sees."""
-    logits = torch.tensor(p, dtype=dtype).log() + 3.0  # logits need no normalisation
-    return lambda x, t, rows=None: logits.expand(*x.shape, len(p))
+    return lambda x, t, rows=None: logits_of(p).expand(*x.shape, len(p))
 
 
 def told(t=(1.0,), p=P, **settings):
-    """What a tempered denoiser says of one code, as probabilities: (len(t), K)."""
-    x = torch.full((len(t), 1, 1), len(p))
-    return tempered(saying(p), **settings)(x, torch.tensor(t))[:, 0, 0].softmax(-1)
+    """What one code is drawn from at each time, as probabilities: (len(t), K)."""
+    logits = logits_of(p).expand(len(t), 1, 1, len(p))
+    return Drawing(**settings).adjust(logits, torch.tensor(t))[:, 0, 0].softmax(-1)
 
 
 def support(**settings):
@@ -48,24 +53,29 @@ def test_the_temperature_goes_evenly_from_the_first_to_the_last():
 
 
 def test_with_temperature_one_nothing_is_changed():
-    x, t = torch.full((2, 3, 4), 5), torch.tensor([0.3, 1.0])
-    said = saying(P)(x, t)
+    logits, t = logits_of(P).expand(2, 3, 4, 5), torch.tensor([0.3, 1.0])
     for settings in ({}, {"temperature": 1.0, "last": 1.0}, {"top_k": 5}, {"top_k": 99}, {"top_p": 1.0}):
-        assert tempered(saying(P), **settings)(x, t) is said or torch.equal(tempered(saying(P), **settings)(x, t), said)
+        assert torch.equal(Drawing(**settings).adjust(logits, t), logits)
 
 
-def test_rows_and_times_are_handed_on():
-    seen = []
-    denoise = tempered(lambda *asked: seen.append(asked) or torch.zeros(1, 1, 1, 2), 0.5, top_k=1)
-    asked = (torch.zeros(1, 1, 1).long(), torch.ones(1), torch.tensor([7]))
-    denoise(*asked)
-    assert all(a is b for a, b in zip(seen[0], asked, strict=True))
-    denoise(*asked[:2])
-    assert seen[1][2] is None
+def test_at_temperature_zero_the_likeliest_alone_is_left():
+    assert torch.equal(told(temperature=0.0)[0], torch.eye(5)[1])
+    ties = told(p=[0.1, 0.4, 0.4, 0.1], temperature=0.0)[0]
+    assert sorted(ties.tolist()) == [0, 0, 0, 1]  # one of them
+    cooling = told((1.0, 0.5, 0.0), temperature=1.0, last=0.0)
+    assert torch.allclose(cooling[0], torch.tensor(P)) and torch.equal(cooling[2], torch.eye(5)[1])
+    assert torch.allclose(cooling[1], told(temperature=0.5)[0])
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-45])
+def test_a_temperature_near_zero_gives_no_nan(temperature):
+    logits = torch.tensor([[2000.0, -2000.0, 1999.0, -torch.inf]])
+    p = Drawing(temperature=temperature).adjust(logits, torch.ones(1)).softmax(-1)
+    assert torch.equal(p, torch.tensor([[1.0, 0, 0, 0]]))
 
 
 def test_half_precision_logits_are_divided_in_float32():
-    p = tempered(saying(P, torch.bfloat16), 0.7)(torch.zeros(1, 1, 1).long(), torch.ones(1))
+    p = Drawing(temperature=0.7).adjust(logits_of(P, torch.bfloat16)[None], torch.ones(1))
     assert p.dtype == torch.float32
 
 
@@ -120,23 +130,24 @@ def test_against_a_search_over_all_sets():
 @pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_p": 0.6}, {"top_k": 3, "top_p": 0.5, "temperature": 0.6}])
 def test_what_is_possible_does_not_depend_on_the_batch(settings):
     logits = torch.randn(50, 4, 4, 300, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # many ties
-    denoise = tempered(lambda x, t, rows: logits[rows], **settings)
-    together = denoise(torch.zeros(50, 4, 4), torch.ones(50), torch.arange(50))
+    together = Drawing(**settings).adjust(logits, torch.ones(50))
     for row in (0, 7, 49):
-        assert torch.equal(denoise(torch.zeros(1, 4, 4), torch.ones(1), torch.tensor([row]))[0], together[row])
+        assert torch.equal(Drawing(**settings).adjust(logits[[row]], torch.ones(1))[0], together[row])
 
 
 # Draws
 
 
-@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-4}])
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-4}, {"temperature": 0.0}])
 def test_greedy_draws_are_the_likeliest_code(settings):
-    x = ancestral(
-        tempered(saying(P), **settings),
+    x = in_steps(
+        ancestral,
+        saying(P),
         AbsorbingDiffusion(5),
         torch.full((200, 1, 3), 5),
         steps=2,
         rng=Streams(list(range(200))),
+        drawing=Drawing(**settings),
     )
     assert (x == 1).all()
 
@@ -146,8 +157,14 @@ def test_greedy_draws_are_the_likeliest_code(settings):
 )
 def test_draws_follow_what_is_left(settings, wanted, streams, p_value):
     n = 4000
-    x = ancestral(
-        tempered(saying(P), **settings), AbsorbingDiffusion(5), torch.full((n, 1, 1), 5), steps=1, rng=streams(n)
+    x = in_steps(
+        ancestral,
+        saying(P),
+        AbsorbingDiffusion(5),
+        torch.full((n, 1, 1), 5),
+        steps=1,
+        rng=streams(n),
+        drawing=Drawing(**settings),
     )
     assert p_value(x.flatten(), torch.tensor(wanted) / sum(wanted)) > 1e-4
 
@@ -155,9 +172,8 @@ def test_draws_follow_what_is_left(settings, wanted, streams, p_value):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"temperature": 0.0}, "temperature 0.0, at the end 0.0: wanted numbers above 0; pass --temp"),
-        ({"temperature": -1.0}, "temperature -1.0"),
-        ({"last": 0.0}, "temperature 1.0, at the end 0.0"),
+        ({"temperature": -1.0}, r"temperature -1.0, at the end -1.0: wanted numbers of 0 .* or more; pass --temp"),
+        ({"last": -0.1}, "temperature 1.0, at the end -0.1"),
         ({"temperature": math.nan}, "temperature nan"),
         ({"last": math.nan}, "at the end nan"),
         ({"top_k": 0}, "top_k 0, wanted at least 1: pass --top_k"),
@@ -168,4 +184,4 @@ def test_draws_follow_what_is_left(settings, wanted, streams, p_value):
 )
 def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        tempered(saying(P), **wrong)
+        Drawing(**wrong)

@@ -1,0 +1,161 @@
+"""What every entry of SOLVERS promises, and what a solver of one's own brings along."""
+
+import importlib.util
+import inspect
+import sys
+from dataclasses import dataclass, fields, is_dataclass
+
+import pytest
+import torch
+
+import diffusion
+from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.autoregressive import Autoregression
+from diffusion.edm import EDM
+from diffusion.flow import RectifiedFlow
+from diffusion.gaussian import GaussianDiffusion, cosine
+from diffusion.process import ContinuousProcess, DiscreteProcess
+from diffusion.rng import Streams
+from diffusion.solvers import Solver, SolverOptions, all_solvers, options_of, solvers_of
+from diffusion.types import Prediction
+from experiments.playground import controls_of
+from helpers.solving import in_steps
+from train.cli import parse as cli
+from train.samplers import absorbing, chosen_solver
+
+ENTRIES = {f"{entry.process.__name__}-{entry.name}": entry for entry in all_solvers()}
+PROCESSES = [
+    *(AbsorbingDiffusion(3, 4), Autoregression(3), GaussianDiffusion(cosine(6)), EDM(), RectifiedFlow()),
+]
+every_entry = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+
+
+def solved_by(entry):
+    return [process for process in PROCESSES if isinstance(process, entry.process)]
+
+
+def denoiser(process):
+    """A denoiser of either kind that knows nothing."""
+    if isinstance(process, ContinuousProcess):
+        return lambda x, t: process.with_x0(Prediction(x, x), torch.zeros_like(x), x, t)
+    if isinstance(process, Autoregression):
+        return lambda x, t, rows: torch.zeros(len(x), process.codes)
+    return lambda x, t, rows=None: torch.zeros(*x.shape, process.codes)
+
+
+@every_entry
+def test_an_entry_declares_options_that_are_keywords_of_its_solver(entry):
+    parameters = inspect.signature(entry.solve).parameters
+    assert list(parameters)[:4] == ["denoise", "process", "x", "times"]
+    keywords = {name for name, each in parameters.items() if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    of_codes = not issubclass(entry.process, ContinuousProcess)
+    assert keywords == {"rng", "on_step", *entry.option_names} | ({"drawing"} if of_codes else set())
+    assert issubclass(entry.options, SolverOptions) and is_dataclass(entry.options)
+    assert all(field.default is None for field in fields(entry.options))  # which leaves it to the solver
+    assert entry.solve.__doc__
+
+
+@every_entry
+def test_an_entry_runs_by_its_own_number_of_steps(entry):
+    assert solved_by(entry)
+    for process in solved_by(entry):
+        shape = (2, 1, 2, 2) if isinstance(process, ContinuousProcess) else (2, 2, 2)
+        x = process.prior(shape, Streams([0, 1]))
+        made = in_steps(entry.solve, denoiser(process), process, x, rng=Streams([2, 3]))
+        assert made.shape == x.shape and made.isfinite().all()
+        if not isinstance(process, ContinuousProcess):
+            assert (made < process.codes).all()
+
+
+@every_entry
+def test_a_solver_that_leaves_no_choice_of_steps_says_so(entry):
+    for process in solved_by(entry) if not entry.takes_any_steps else []:
+        assert entry.steps(process, 12) == 12
+        x = process.prior((1, 2, 2), Streams([0]))
+        with pytest.raises(ValueError, match=f"{entry.name} takes 4 steps on this grid, got 3"):
+            in_steps(entry.solve, denoiser(process), process, x, steps=3, rng=Streams([0]))
+
+
+def test_a_name_that_is_used_twice_for_one_process_is_refused(monkeypatch):
+    def ancestral(denoise, process, x, times, *, rng, on_step=None):
+        return x
+
+    double = (*all_solvers(), Solver(ancestral, DiscreteProcess))
+    monkeypatch.setattr("diffusion.solvers.all_solvers", lambda: iter(double))
+    with pytest.raises(ValueError, match="have solvers ancestral of AbsorbingDiffusion: rename one"):
+        solvers_of(AbsorbingDiffusion(2))
+    assert "raster" in solvers_of(Autoregression(2))
+
+
+def test_an_option_that_two_classes_have_is_refused(monkeypatch):
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(SolverOptions):
+        eta: float | None = None
+
+    def mine(denoise, process, x, times, *, rng, on_step=None, eta=1.0):
+        return x
+
+    double = (*all_solvers(), Solver(mine, ContinuousProcess, Mine))
+    monkeypatch.setattr("diffusion.solvers.all_solvers", lambda: iter(double))
+    with pytest.raises(ValueError, match="EtaOptions and Mine have an option eta"):
+        options_of(ContinuousProcess)
+    assert len(options_of(AbsorbingDiffusion)) == 2
+
+
+MINE = '''
+from dataclasses import dataclass
+
+import torch
+
+from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.drawing import AS_PREDICTED
+from diffusion.solvers import Solver, SolverOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantOptions(SolverOptions):
+    """Of `constant`."""
+
+    constant_code: int | None = None
+    """constant: the code that is drawn everywhere (1)."""
+
+
+def constant(denoise, process, x, times, *, rng, on_step=None, drawing=AS_PREDICTED, constant_code=1):
+    """Draws one code everywhere."""
+    return torch.where(x == process.mask, constant_code, x)
+
+
+SOLVERS = (Solver(constant, AbsorbingDiffusion, ConstantOptions, schedule="square"),)
+'''
+
+
+@pytest.fixture
+def with_mine(tmp_path, monkeypatch):
+    """A file beside those of diffusion/, and the sampler's module as it then loads."""
+    (tmp_path / "constant_solver.py").write_text(MINE)
+    monkeypatch.setattr(diffusion, "__path__", [*diffusion.__path__, str(tmp_path)])
+    spec = importlib.util.spec_from_file_location("absorbing_anew", absorbing.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "absorbing_anew", module)
+    spec.loader.exec_module(module)
+    yield module
+    monkeypatch.delitem(sys.modules, "diffusion.constant_solver")
+
+
+def test_a_solver_with_an_option_is_one_file_with_flag_key_and_control(with_mine, capsys):
+    small = with_mine.Config(bert_n_emb=8, bert_n_head=2, bert_n_layers=1)
+    built = with_mine.build(small, codes=4, grid=(2, 3), n_classes=0)
+    options = cli.interpret(with_mine.Sampling, ["--solver", "constant", "--constant_code", "3"])
+    assert (built.sample(built.network, Streams([0]), options=options) == 3).all()
+    assert (built.sample(built.network, Streams([0]), options=with_mine.Sampling(solver="constant")) == 1).all()
+    assert cli.plain(options)["constant_code"] == 3  # config.yaml
+    (control,) = [each for each in controls_of(options, ["constant"], True) if each.name == "constant_code"]
+    assert (control.kind, control.value, control.optional) == ("whole", 3, True)
+    assert control.note == "constant: the code that is drawn everywhere (1)."
+    with pytest.raises(SystemExit):
+        cli.interpret(with_mine.Sampling, ["--help"])
+    assert "the code that is drawn everywhere" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    with pytest.raises(ValueError, match="got constant_code 3 for solver ancestral, which has none: leave --const"):
+        chosen_solver(built.process, with_mine.Sampling(constant_code=3))
+    assert options.for_solver("ancestral").constant_code is None  # it goes with its solver
+    assert built.sampling_process(chosen_solver(built.process, options)[0], options).schedule == "square"

@@ -1,0 +1,27 @@
+"""A solver by a number of steps, as samplers call it."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from diffusion import discrete_solvers, gaussian_solvers
+from diffusion.process import ContinuousProcess
+from diffusion.solvers import solver
+
+
+def in_steps(
+    solve: Callable,
+    denoise: Callable,
+    process: object,
+    x: Tensor,
+    *,
+    steps: int | None = None,
+    spacing: str = "uniform",
+    **how: object,
+) -> Tensor:
+    """What it makes of x in so many steps, or in its own number; `spacing` is of continuous processes."""
+    if steps is None:
+        steps = solver(process, solve.__name__).steps(process, x[0].numel())
+    if isinstance(process, ContinuousProcess):
+        return solve(denoise, process, x, gaussian_solvers.step_times(process, steps, spacing), **how)
+    return solve(denoise, process, x, discrete_solvers.step_times(steps), **how)

@@ -1,0 +1,79 @@
+"""A process in which codes become any others, and a sampler by it: what a new process of codes takes."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion.process import DiscreteProcess, like
+from diffusion.rng import Streams
+from diffusion.solvers import options_of
+from train.samplers._codes import DiscreteSampler, DiscreteSampling
+from train.samplers._transformer import TransformerConfig
+
+
+@dataclass(frozen=True)
+class UniformDiffusion(DiscreteProcess):
+    """With probability t a code has been replaced by one of all K, each as likely (Austin et al. 2021)."""
+
+    codes: int
+    steps: int | None = 8
+
+    def prior(self, shape: tuple[int, ...], rng: Streams) -> Tensor:
+        return (rng.uniform(shape) * self.codes).long()
+
+    def corrupt(self, x0: Tensor, t: Tensor, rng: Streams) -> Tensor:
+        return torch.where(rng.uniform(x0.shape) < t.view(-1, 1, 1), self.prior(x0.shape, rng), x0)
+
+    def may_change(self, x_t: Tensor, t: float, s: float) -> Tensor:
+        return torch.ones_like(x_t, dtype=torch.bool)
+
+    def reverse_probabilities(self, x_t: Tensor, logits: Tensor, t: float, s: float) -> Tensor:
+        """The sum over x_0 of q(x_s | x_t, x_0) p(x_0 | x_t); t and s may be (B,) too."""
+        t, s = (like(torch.as_tensor(each), logits) for each in (t, s))
+        kept, here = (1 - t) / (1 - s), F.one_hot(x_t, self.codes).to(logits.dtype)
+        share = logits.softmax(-1) / ((1 - t) * here + t / self.codes)  # p(x_0) / q(x_t | x_0)
+        to_x_t = kept * here + (1 - kept) / self.codes  # q(x_t | x_s), by x_s
+        return to_x_t * ((1 - s) * share + s / self.codes * share.sum(-1, keepdim=True))
+
+    def place_losses(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) of the step from t to t - 1/T."""
+        s = ((t * self.steps).round() - 1) / self.steps
+        certain = F.one_hot(x0, self.codes).to(logits.dtype).log()
+        truth = self.reverse_probabilities(x_t, certain, t, s)
+        found = self.reverse_probabilities(x_t, logits, t, s).clamp(min=1e-30)
+        return (torch.special.xlogy(truth, truth) - truth * found.log()).sum(-1)
+
+    def elbo_weight(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, self.steps)
+
+
+class TimedNetwork(nn.Module):
+    """Logits of each code from all codes of the grid and t."""
+
+    def __init__(self, codes: int, grid: tuple[int, int], width: int = 32):
+        super().__init__()
+        self.codes, places = codes, grid[0] * grid[1]
+        self.layers = nn.Sequential(nn.Linear(places * codes + 1, width), nn.GELU(), nn.Linear(width, places * codes))
+
+    def forward(self, ids: Tensor, condition: None = None, *, t: Tensor) -> Tensor:
+        seen = torch.cat([F.one_hot(ids, self.codes).float().flatten(1), t.float()[:, None]], 1)
+        return self.layers(seen).view(*ids.shape, self.codes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(*options_of(UniformDiffusion), DiscreteSampling):
+    """Sampling."""
+
+    solver: str = "discrete"
+
+
+class UniformSampler(DiscreteSampler):
+    """A sampler by it, of a network that is told the time."""
+
+    takes_time = True
+
+    def __init__(self, *, codes: int, grid: tuple[int, int], steps: int = 8):
+        network = TimedNetwork(codes, grid)
+        super().__init__(TransformerConfig(), UniformDiffusion(codes, steps), network, grid=grid, n_classes=0)
