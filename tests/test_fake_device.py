@@ -10,6 +10,7 @@ from diffusion.likelihood import bits_per_code
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
 from helpers.fake_device import DEVICE, Elsewhere, TwoPlaces
+from helpers.labels import label_encoders
 from models.transformer import Transformer
 from train.samplers import absorbing
 from train.spaces import Start
@@ -57,10 +58,16 @@ def test_every_solver_guided_and_tempered_on_a_larger_canvas(name, watched):
     on_step = (lambda i, t, s, x, logits: x) if watched else None
 
     def function(to):
-        network = to(Transformer(codes=CODES, grid=GRID, width=16, heads=2, layers=1, n_classes=CLASSES))
+        network = to(
+            Transformer(codes=CODES, grid=GRID, width=16, heads=2, layers=1, encoders=label_encoders(CLASSES, 16))
+        )
         labels = to(torch.tensor([0, 2]))
         denoise = guided(
-            lambda x, t, label: network(x, label), labels, torch.full_like(labels, CLASSES), 2.0, schedule="cosine"
+            lambda x, t, label: network(x, {"label": label}),
+            labels,
+            torch.full_like(labels, CLASSES),
+            2.0,
+            schedule="cosine",
         )
         denoise = tempered(windowed(denoise, GRID, 2, mask=CODES), 0.9, last=0.5, top_k=9, top_p=0.95)
         canvas = torch.full((2, 5, 4), PROCESS.mask, device=to.device)

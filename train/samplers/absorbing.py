@@ -16,8 +16,10 @@ from diffusion.rng import Streams
 from diffusion.solvers import solver
 from diffusion.timesteps import low_discrepancy
 from diffusion.types import Bound, Denoiser, Loss, OnStep
+from models.conditioning import Condition
 from train.config import SamplingConfig
 from train.data.loading import Draws
+from train.samplers._conditions import draw_drops, fields_by_condition, make_encoders, raw_conditions
 from train.samplers._transformer import TransformerConfig, make_network
 from train.spaces import Start
 
@@ -88,12 +90,14 @@ class AbsorbingSampler:
         self.n_classes = n_classes if config.class_conditional else 0
         self.process = AbsorbingDiffusion(codes, config.total_steps, config.schedule)
         self.extras = {}
-        self.network = make_network(config, codes=codes, grid=grid, n_classes=self.n_classes)
+        encoders = make_encoders(config, config.bert_n_emb, self.n_classes)
+        self.network = make_network(config, codes=codes, grid=grid, encoders=encoders)
+        self.field_of = fields_by_condition(encoders)
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields of a batch that the network is conditioned on."""
-        return ("label",) if self.n_classes else ()
+        return tuple(self.field_of.values())
 
     def times(self, draw: Draws, count: int) -> Tensor:
         """Times of a batch: (count,)."""
@@ -103,16 +107,13 @@ class AbsorbingSampler:
         return low_discrepancy(self.process, shared, count, place, draw.batch_size).t
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor], draw: Draws) -> Loss:
-        """The loss of {"codes": (B, h, w), "label": (B,)}; `draw(purpose)` gives the batch's random streams."""
+        """The loss of {"codes": (B, h, w), and the fields of its conditions}; `draw(purpose)` gives random streams."""
         x0 = batch["codes"]
         t = self.times(draw, len(x0)).to(x0.device)
         corrupt = self.process.corrupt if self.config.mask_schedule == "random" else self.process.corrupt_fixed
         x_t = corrupt(x0, t, draw("mask"))
-        labels = None
-        if self.n_classes:
-            dropped = draw("label").uniform((len(x0),)) < self.config.label_drop
-            labels = batch["label"].masked_fill(dropped, self.n_classes)
-        logits = network(x_t, labels)
+        raw = raw_conditions(self.field_of, batch)
+        logits = network(x_t, raw, drop=draw_drops(self.config, raw, draw, len(x0)))
         loss = self.process.loss(logits, x0, x_t, t, self.config.loss_type)
         seen = {"x0": x0, "x_t": x_t, "t": t, "prediction": logits, "loss": loss.per_example}
         return loss._replace(outputs={name: value.detach() for name, value in seen.items()})
@@ -145,15 +146,21 @@ class AbsorbingSampler:
 
         A shape that is not the grid is sampled natively, one pass a step, where positions are relative; else, or with a
         `window_stride`, by windows of the grid (half a grid apart, if left out).
-        `batch` holds "label" (B,) int64 in [0, n_classes) where there are classes; without it, the null class.
+        `batch` holds the fields of its conditions, or none: all null.
         `start` holds known codes, see train/spaces.py.
         """
         shape = tuple(shape or self.grid)
         x = torch.full((len(rng), *shape), self.process.mask, device=rng.device)
         if start is not None:
             x = torch.where(start.keep, start.x0, forgotten(start.x0, start.t, self.process.mask, rng))
-        denoise = self.denoiser(network, batch, options)
-        if shape != self.grid and self.config.position == "learned" or window_stride is not None:
+        by_windows = shape != self.grid and self.config.position == "learned" or window_stride is not None
+        if by_windows and self.network.encoders.map_channels:
+            raise ValueError(
+                f"got a canvas of {shape} codes in windows of {self.grid}, and an image as a condition, which belongs "
+                "to the whole canvas: leave --shape and --window_stride out, or train with --position rope"
+            )
+        denoise = self.denoiser(network, batch, options, x)
+        if by_windows:
             stride = max(1, min(self.grid) // 2) if window_stride is None else window_stride
             denoise = windowed(denoise, self.grid, stride, mask=self.process.mask)
         temperature = {"last": options.last_temp, "top_k": options.top_k, "top_p": options.top_p}
@@ -161,18 +168,23 @@ class AbsorbingSampler:
         process, solve, settings = self.solver(options)
         return solve(denoise, process, x, rng=rng, on_step=on_step, **settings)
 
-    def denoiser(self, network: nn.Module, batch: dict[str, Tensor] | None, options: Any) -> Denoiser:
-        """What the network says, guided; the same grid of the same class is evaluated once."""
-        labels = batch.get("label") if batch is not None and self.n_classes else None
-        if options.guidance != 1 and labels is None:
-            raise ValueError(f"got guidance {options.guidance} for samples without a class: pass --guidance 1")
-        null = None if labels is None else torch.full_like(labels, self.n_classes)
+    def denoiser(self, network: nn.Module, batch: dict[str, Tensor] | None, options: Any, x: Tensor) -> Denoiser:
+        """What the network says of grids like x (B, H, W), guided; one grid under one condition is evaluated once.
 
-        def denoise(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:  # the network is told no time
-            return once_each(network, x, condition)
+        A condition is the number of a row: that of example i under its own is i, under the null B + i.
+        """
+        raw = raw_conditions(self.field_of, batch) if batch else {}
+        if options.guidance != 1 and not raw:
+            raise ValueError(f"got guidance {options.guidance} for samples without a condition: pass --guidance 1")
+        null = network.encode({}, x)
+        conditions = Condition.cat([network.encode(raw, x) if raw else null, null])
+        kinds, examples = conditions.row_ids(), torch.arange(len(x), device=x.device)
+
+        def denoise(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:  # the network is told no time
+            return once_each(network, x, conditions[rows], None if kinds is None else kinds[rows])
 
         schedule = {"schedule": options.guidance_schedule, "interval": options.guidance_interval}
-        return guided(denoise, labels, null, options.guidance, **schedule)
+        return guided(denoise, examples, len(x) + examples, options.guidance, **schedule)
 
     def solver(self, options: Any) -> tuple[AbsorbingDiffusion, Callable, dict[str, Any]]:
         """The process as it is revealed, the function that `options` name, and its settings."""
@@ -192,20 +204,23 @@ class AbsorbingSampler:
         self, network: nn.Module, batch: dict[str, Tensor], rng: Streams, calls: int | None = None
     ) -> Bound:
         """-log2 p of {"codes": (B, h, w)}, by the variational bound in `calls` network calls per image, or all T."""
-        labels = batch["label"] if self.n_classes else None
-        return bits_per_code(lambda x, t: network(x, labels), self.process, batch["codes"], rng, calls)
+        condition = network.encode(raw_conditions(self.field_of, batch), batch["codes"])
+        return bits_per_code(lambda x, t: network(x, condition), self.process, batch["codes"], rng, calls)
 
 
-def once_each(network: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
-    """network(x, labels), equal rows (the empty canvas of a class, windows alike) evaluated once: (B, H, W, K)."""
-    told = x.flatten(1) if labels is None else torch.cat([x.flatten(1), labels[:, None]], 1)
+def once_each(network: nn.Module, x: Tensor, condition: Condition, kinds: Tensor | None) -> Tensor:
+    """network(x, condition), equal rows (the empty canvas of a class, windows alike) evaluated once: (B, H, W, K).
+
+    `kinds` (B,) are equal for rows of equal conditions; None: all are.
+    """
+    told = x.flatten(1) if kinds is None else torch.cat([x.flatten(1), kinds[:, None]], 1)
     _, which = told.unique(dim=0, return_inverse=True)
     places = torch.arange(len(x), device=x.device)
     first = torch.full_like(which, len(x)).scatter_reduce(0, which, places, "amin")  # where each kind stands first
     first = first[first < len(x)]
     if len(first) == len(x):
-        return network(x, labels)
-    return network(x[first], None if labels is None else labels[first])[which]
+        return network(x, condition)
+    return network(x[first], condition[first])[which]
 
 
 def build(config: Config, *, codes: int, grid: tuple[int, int], n_classes: int):

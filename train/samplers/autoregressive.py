@@ -13,9 +13,11 @@ from diffusion.denoisers import guided
 from diffusion.rng import Streams
 from diffusion.solvers import solver
 from diffusion.types import Bound, Denoiser, Loss, OnStep
+from models.conditioning import Condition
 from models.kv_cache import Memory
 from train.config import SamplingConfig
 from train.data.loading import Draws
+from train.samplers._conditions import draw_drops, fields_by_condition, make_encoders, raw_conditions
 from train.samplers._transformer import TransformerConfig, make_network
 from train.spaces import Start
 
@@ -71,23 +73,22 @@ class AutoregressiveSampler:
         self.n_classes = n_classes if config.class_conditional else 0
         self.process = Autoregression(codes)
         self.extras = {}
-        self.network = make_network(config, codes=codes, grid=grid, n_classes=self.n_classes, causal=True)
+        encoders = make_encoders(config, config.bert_n_emb, self.n_classes)
+        self.network = make_network(config, codes=codes, grid=grid, encoders=encoders, causal=True)
+        self.field_of = fields_by_condition(encoders)
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields of a batch that the network is conditioned on."""
-        return ("label",) if self.n_classes else ()
+        return tuple(self.field_of.values())
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor], draw: Draws) -> Loss:
-        """The loss of {"codes": (B, h, w), "label": (B,)}; `draw(purpose)` gives the batch's random streams.
+        """The loss of {"codes": (B, h, w), and the fields of its conditions}; `draw(purpose)` gives random streams.
 
         No code is hidden but by its place: what is seen is what is learned, and t is 0 for all.
         """
-        x0, labels = batch["codes"], None
-        if self.n_classes:
-            dropped = draw("label").uniform((len(x0),)) < self.config.label_drop
-            labels = batch["label"].masked_fill(dropped, self.n_classes)
-        logits = network(x0, labels)
+        x0, raw = batch["codes"], raw_conditions(self.field_of, batch)
+        logits = network(x0, raw, drop=draw_drops(self.config, raw, draw, len(x0)))
         loss = self.process.loss(logits, x0)
         t = torch.zeros(len(x0), device=x0.device)
         seen = {"x0": x0, "x_t": x0, "t": t, "prediction": logits, "loss": loss.per_example}
@@ -118,7 +119,7 @@ class AutoregressiveSampler:
     ) -> Tensor:
         """Codes (B, *grid) for the B streams of `rng`, by `options`. ValueError for another shape, or windows.
 
-        `batch` holds "label" (B,) int64 in [0, n_classes) where there are classes; without it, the null class.
+        `batch` holds the fields of its conditions, or none: all null.
         `start` holds known codes, see train/spaces.py.
         """
         if tuple(shape or self.grid) != self.grid or window_stride is not None:
@@ -129,39 +130,38 @@ class AutoregressiveSampler:
         x = torch.full((len(rng), *self.grid), self.process.mask, device=rng.device)
         if start is not None:
             x = torch.where(start.keep, start.x0, forgotten(start.x0, start.t, self.process.mask, rng))
-        denoise = self.denoiser(network, batch, options, rng)
+        denoise = self.denoiser(network, batch, options, x)
         temperature = {"last": options.last_temp, "top_k": options.top_k, "top_p": options.top_p}
         denoise = tempered(denoise, options.temp, **temperature)
         solve = solver(self.process, options.solver)
         return solve(denoise, self.process, x, steps=options.sample_steps, rng=rng, on_step=on_step)
 
-    def denoiser(self, network: nn.Module, batch: dict[str, Tensor] | None, options: Any, rng: Streams) -> Denoiser:
-        """What the network says of the next code, guided, for one run of a solver over the B streams.
+    def denoiser(self, network: nn.Module, batch: dict[str, Tensor] | None, options: Any, x: Tensor) -> Denoiser:
+        """What the network says of the next code of grids like x (B, *grid), guided, for one run of a solver.
 
-        It remembers what it has read. A condition is a label and the number of a sequence: that of example i under its
-        own class is i, under the null class B + i.
+        It remembers what it has read. A condition is the number of a sequence: that of example i under its own
+        condition is i, under the null B + i.
         """
-        labels = batch.get("label") if batch is not None and self.n_classes else None
-        if options.guidance != 1 and labels is None:
-            raise ValueError(f"got guidance {options.guidance} for samples without a class: pass --guidance 1")
-        null = torch.full((len(rng),), self.n_classes, device=rng.device)
-        sequences, memory = torch.arange(len(rng), device=rng.device), Memory(self.grid)
+        raw = raw_conditions(self.field_of, batch) if batch else {}
+        if options.guidance != 1 and not raw:
+            raise ValueError(f"got guidance {options.guidance} for samples without a condition: pass --guidance 1")
+        null = network.encode({}, x)
+        conditions = Condition.cat([network.encode(raw, x) if raw else null, null])
+        sequences, memory = torch.arange(len(x), device=x.device), Memory(self.grid)
 
-        def denoise(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:  # the network is told no time
-            told, of = condition.unbind(1)
-            return network(x, told if self.n_classes else None, memory.keep(of))
+        def denoise(x: Tensor, t: Tensor, of: Tensor) -> Tensor:  # the network is told no time
+            return network(x, conditions[of], memory.keep(of))
 
-        strong = torch.stack([null if labels is None else labels, sequences], 1)
-        weak = torch.stack([null, len(rng) + sequences], 1)
-        return guided(denoise, strong, weak, options.guidance, schedule=options.guidance_schedule)
+        schedule = options.guidance_schedule
+        return guided(denoise, sequences, len(x) + sequences, options.guidance, schedule=schedule)
 
     def log_likelihood(
         self, network: nn.Module, batch: dict[str, Tensor], rng: Streams, calls: int | None = None
     ) -> Bound:
         """-log2 p of {"codes": (B, h, w)}: exact, in one network call whatever `calls` says."""
-        labels = batch["label"] if self.n_classes else None
         with torch.no_grad():
-            return self.process.likelihood(network(batch["codes"], labels), batch["codes"])
+            logits = network(batch["codes"], raw_conditions(self.field_of, batch))
+            return self.process.likelihood(logits, batch["codes"])
 
 
 def build(config: Config, *, codes: int, grid: tuple[int, int], n_classes: int):

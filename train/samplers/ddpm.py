@@ -20,11 +20,10 @@ from diffusion.rng import Streams
 from diffusion.solvers import solver
 from diffusion.timesteps import LossSecondMoment, Times, low_discrepancy, uniform
 from diffusion.types import Bound, Denoiser, Loss, OnStep, Prediction
-from models.conditioning import ConditionEncoder
 from models.unet import UNet, UNetConfig
-from train.config import SamplerConfig, SamplingConfig
+from train.config import SamplingConfig
 from train.data.loading import Draws
-from train.registry import plugin
+from train.samplers._conditions import ConditionsConfig, draw_drops, fields_by_condition, make_encoders, raw_conditions
 from train.spaces import Start
 
 SPACE = "continuous"  # pixels; latents where --ae_load_dir names a VQGAN
@@ -42,7 +41,7 @@ HALF_LEVEL = 1 / 255  # of 8 bits on [-1, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SamplerConfig):
+class Config(ConditionsConfig):
     """Gaussian diffusion: a UNet that predicts noise, data or something between. Its defaults are improved DDPM's."""
 
     process: Literal["gaussian", "edm", "flow"] = "gaussian"
@@ -115,23 +114,11 @@ class Config(SamplerConfig):
     """attn_block_type transformer: its self-attention."""
     feed_forward: str = "geglu"
     """attn_block_type transformer: gelu, geglu, or the dotted path of a module built with a width."""
-    class_conditional: bool = True
-    """Condition on the class where the data have labels."""
-    label_drop: float = 0.1
-    """Share of training labels replaced by the null class, for guidance."""
-    conditions: tuple[str, ...] = ()
-    """Files of models/conditions beside the class: image joins the field condition_image to x."""
-    condition_channels: int = 3
-    """conditions image: channels of the field condition_image."""
-    condition_drop: float = 0.1
-    """Share of training conditions replaced by their null, each apart."""
     adapt: str = ""
     """Dotted path of a function that turns an item of the data set into the fields of a batch."""
 
     def __post_init__(self):
-        for name in ("label_drop", "condition_drop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted a share in [0, 1)")
+        super().__post_init__()
         if self.total_steps < 2:
             raise ValueError(f"got total_steps {self.total_steps}, wanted at least 2: pass --total_steps N")
         for name in POSITIVE:
@@ -194,19 +181,6 @@ def make_process(config, pixels: bool) -> Gaussian:
     return GaussianDiffusion(abar, config.prediction, variance)
 
 
-def make_encoders(config, width: int) -> dict[str, ConditionEncoder]:
-    """The encoders of --conditions; --condition_channels is the option `channels` of those that have it."""
-    encoders = {}
-    for name in config.conditions:
-        module = plugin("models.conditions", name, "condition")
-        if name == "label":
-            raise ValueError("got condition 'label' for --conditions: classes are --class_conditional")
-        own = [field.name for field in fields(module.Config) if hasattr(config, f"condition_{field.name}")]
-        options = {option: getattr(config, f"condition_{option}") for option in own}
-        encoders[name] = module.build(module.Config(**options), width)
-    return encoders
-
-
 def make_network(config, process: Gaussian, channels: int, n_classes: int) -> UNet:
     """The UNet that a ddpm config describes, for x of so many channels."""
     own = {field.name for field in fields(UNetConfig)} & {field.name for field in fields(config)} - {"time_scale"}
@@ -216,10 +190,9 @@ def make_network(config, process: Gaussian, channels: int, n_classes: int) -> UN
         **{name: getattr(config, name) for name in own},
         in_channels=channels,
         out_channels=2 * channels if process.variance == "learned_range" else channels,
-        n_classes=n_classes,
         time_scale=scale if config.time_scale is None else config.time_scale,
     )
-    return UNet(unet, make_encoders(config, unet.emb_dim))
+    return UNet(unet, make_encoders(config, unet.emb_dim, n_classes))
 
 
 class GaussianSampler:
@@ -241,7 +214,7 @@ class GaussianSampler:
             kind = auto if config.loss_type == "auto" else config.loss_type
             self.process.check_loss(kind)
             self.loss_options = {"kind": kind, "gamma": config.min_snr_gamma}
-        self.sources = {name: plugin("models.conditions", name, "condition").FIELD for name in self.network.encoders}
+        self.field_of = fields_by_condition(self.network.encoders)
 
     @property
     def likelihood(self) -> str:
@@ -251,18 +224,7 @@ class GaussianSampler:
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields of a batch that the network is conditioned on."""
-        return tuple(self.sources.values())
-
-    def conditions(self, batch: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """Raw conditions by the names of their encoders; ValueError where the batch has no such field."""
-        batch = batch or {}
-        missing = sorted({*self.fields} - {*batch})
-        if missing:
-            raise ValueError(
-                f"got a batch with the fields {', '.join(batch) or 'none'}, conditions need {', '.join(missing)}: "
-                "write them in the function of --adapt"
-            )
-        return {name: batch[field] for name, field in self.sources.items()}
+        return tuple(self.field_of.values())
 
     def said(self, network: nn.Module, x: Tensor, t: Tensor, condition: Any, drop: Any = None) -> Tensor:
         """The network's output at x (B, C, H, W), t (B,) on any device."""
@@ -287,10 +249,8 @@ class GaussianSampler:
         x0, (t, weight) = batch["x0"], self.times(draw, len(batch["x0"]), network.training)
         noise = draw("noise").normal(x0.shape)
         x_t = self.process.corrupt(x0, t, noise)
-        raw, drop = self.conditions(batch), {}
-        for name in raw:
-            share = self.config.label_drop if name == "label" else self.config.condition_drop
-            drop[name] = draw(name).uniform((len(x0),)) < share
+        raw = raw_conditions(self.field_of, batch)
+        drop = draw_drops(self.config, raw, draw, len(x0))
         output = self.said(network, x_t, t, raw, drop)
         loss = self.process.loss(output, x0, noise, t, **self.loss_options)
         weight = weight.to(x0.device)
@@ -343,7 +303,7 @@ class GaussianSampler:
         if process.start <= process.end:  # less noise than networks know: nothing is forgotten
             return start.x0
         null = network.encode({}, x)
-        condition = network.encode(self.conditions(batch), x) if batch else null
+        condition = network.encode(raw_conditions(self.field_of, batch), x) if batch else null
         guidance = {"interval": options.guidance_interval, "rescale": options.guidance_rescale}
         denoise = guided(self.denoiser(network), condition, null, options.guidance, **guidance, process=self.process)
         if self.pixels and (options.clip or options.dynamic_threshold is not None):
@@ -385,7 +345,7 @@ class GaussianSampler:
         if not self.pixels:
             raise ValueError("latents are continuous and have no likelihood in bits: measure a model of pixels")
         x0 = batch["x0"]
-        condition, denoise = network.encode(self.conditions(batch), x0), self.denoiser(network)
+        condition, denoise = network.encode(raw_conditions(self.field_of, batch), x0), self.denoiser(network)
 
         def conditional(x: Tensor, t: Tensor) -> Prediction:
             return denoise(x, t, condition)

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from torch import nn
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import confidence
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
+from helpers.labels import LabelNetwork
 from train.samplers import absorbing
 from train.samplers import absorbing as module
 from train.samplers.absorbing import once_each
@@ -21,16 +21,13 @@ LABELS = torch.tensor([1, 4, 1, 0])
 BATCH = {"label": LABELS}
 
 
-class Recorder(nn.Module):
-    """In the place of a network: remembers what it was asked; a row's answer depends on its codes and its label."""
+class Recorder(LabelNetwork):
+    """A row's answer depends on its codes and its label."""
 
     def __init__(self):
-        super().__init__()
-        self.asked = []
+        super().__init__(CLASSES)
 
-    def forward(self, ids, labels=None):
-        self.asked.append((ids.clone(), None if labels is None else labels.clone()))
-        labels = ids.new_full((len(ids),), CLASSES) if labels is None else labels
+    def answer(self, ids, labels):
         places = torch.arange(float(ids[0].numel() * CODES)).view(*ids.shape[1:], CODES)
         return (places * (1 + labels + ids.sum((1, 2))).view(-1, 1, 1, 1)).cos()
 
@@ -61,21 +58,21 @@ def test_guidance_asks_with_and_without_the_label_in_one_call():
 def test_without_a_batch_the_null_class_is_asked_for_and_guidance_refused():
     recorder = Recorder()
     built().sample(recorder, Streams([0]), options=options())
-    assert all(labels is None for _, labels in recorder.asked)
+    assert all((labels == CLASSES).all() for _, labels in recorder.asked)
     for batch in (None, {}):
-        with pytest.raises(ValueError, match="got guidance 2.0 for samples without a class: pass --guidance 1"):
+        with pytest.raises(ValueError, match="got guidance 2.0 for samples without a condition: pass --guidance 1"):
             built().sample(recorder, Streams([0]), batch=batch, options=options(guidance=2.0))
 
 
 def test_guidance_follows_its_schedule_and_its_interval():
     ids, t = torch.full((4, *GRID), CODES), torch.tensor([1.0, 0.5, 0.2, 0.0])
-    strong, weak = Recorder()(ids, LABELS), Recorder()(ids)
+    strong, weak = Recorder()(ids, BATCH), Recorder()(ids)
     for settings, scales in (
         ({}, [3, 3, 3, 3]),
         ({"guidance_schedule": "linear"}, [1, 2, 2.6, 3]),
         ({"guidance_interval": (0.1, 0.6)}, [1, 3, 3, 1]),
     ):
-        said = built().denoiser(Recorder(), BATCH, options(guidance=3.0, **settings))(ids, t)
+        said = built().denoiser(Recorder(), BATCH, options(guidance=3.0, **settings), ids)(ids, t)
         assert torch.allclose(said, weak + torch.tensor(scales).view(-1, 1, 1, 1) * (strong - weak), atol=1e-5)
 
 
@@ -98,6 +95,14 @@ def test_a_larger_canvas_is_asked_for_in_windows_that_keep_each_images_label(gui
             owners = [0, 1] if label == CLASSES else [LABELS[:2].tolist().index(label)]
             crops = torch.stack([x[owners].unfold(1, 3, 1).unfold(2, 4, 1) for x in states])
             assert (crops == window).flatten(-2).all(-1).any()
+
+
+def test_windows_of_an_image_as_condition_are_refused():
+    sampler, given = built(n_classes=0, conditions=("image",)), {"condition_image": torch.zeros(1, 3, 5, 7)}
+    with pytest.raises(ValueError, match=r"got a canvas of \(5, 7\) codes in windows of \(3, 4\), and an image"):
+        sampler.sample(sampler.network, Streams([0]), batch=given, options=options(), shape=(5, 7))
+    whole = built(n_classes=0, conditions=("image",), position="rope")
+    assert whole.sample(whole.network, Streams([0]), batch=given, options=options(), shape=(5, 7)).shape == (1, 5, 7)
 
 
 def test_windows_are_half_a_grid_apart_where_nothing_is_said():
@@ -179,11 +184,12 @@ def test_codes_do_not_depend_on_the_batch(network, name, settings):
 def test_equal_rows_are_evaluated_once_and_rows_of_other_labels_are_not_equal(labels):
     x = known(3, *GRID)[[0, 1, 0, 0, 1, 2]]
     recorder = Recorder()
-    said = once_each(recorder, x, labels)
-    assert torch.equal(said, Recorder()(x, labels))
+    condition = recorder.encode({} if labels is None else {"label": labels}, x)
+    said = once_each(recorder, x, condition, labels)
+    assert torch.equal(said, Recorder()(x, condition))
     assert len(recorder.asked) == 1 and len(recorder.asked[0][0]) == (3 if labels is None else 5)
     different = known(5, *GRID, seed=3)
-    assert torch.equal(once_each(recorder, different, None), Recorder()(different))
+    assert torch.equal(once_each(recorder, different, condition[:5], None), Recorder()(different, condition[:5]))
     assert torch.equal(recorder.asked[-1][0], different)  # in their own order, uncopied
 
 
@@ -263,23 +269,23 @@ def test_settings_of_another_solver_are_refused(flag, value):
 @pytest.mark.parametrize("settings", [{"temp": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_temperature_top_k_and_top_p_reach_every_solver(name, settings):
-    class Certain(nn.Module):
-        def forward(self, ids, labels=None):
+    class Certain(LabelNetwork):
+        def answer(self, ids, labels):
             return torch.tensor([0.0, 0.1, 0.3, 0.2, 0.1, 0.0]).expand(*ids.shape, CODES)
 
-    out = built().sample(Certain(), Streams([0, 1]), options=options(name, **settings))
+    out = built().sample(Certain(CLASSES), Streams([0, 1]), options=options(name, **settings))
     assert (out == 2).all()
 
 
 def test_the_last_temperature_is_that_of_the_end():
     seen = []
 
-    class Flat(nn.Module):
-        def forward(self, ids, labels=None):
+    class Flat(LabelNetwork):
+        def answer(self, ids, labels):
             return torch.arange(6.0).expand(*ids.shape, CODES)
 
     built().sample(
-        Flat(), Streams([0]), options=options(temp=2.0, last_temp=1.0),
+        Flat(CLASSES), Streams([0]), options=options(temp=2.0, last_temp=1.0),
         on_step=lambda i, t, s, x, logits: seen.append((t, logits[0, 0, 0, 1].item())) or x,
     )  # fmt: skip
     assert seen == [(t, pytest.approx(1 / (1 + t))) for t in (1.0, 0.75, 0.5, 0.25)]
