@@ -1,8 +1,15 @@
 """Networks and layers: tensors in, tensors out."""
 
-from models.attention import Attention, DiffAttentionV1, DiffAttentionV2, differential_from_softmax, record_maps
+from models.attention import (
+    Attention,
+    CrossAttention,
+    DiffAttentionV1,
+    DiffAttentionV2,
+    differential_from_softmax,
+    record_maps,
+)
 from models.blocks import ConditionBlock, Downsample, EmbedBlock, ResBlock, Upsample, count_parameters
-from models.conditioning import Condition, ConditionEncoder, Map, Regions, Tokens, Vector
+from models.conditioning import Condition, ConditionEncoder, Conditioner, Context, Map, Regions, Tokens, Vector
 from models.neighborhood import HydraAttention, hydra_attention, neighborhood_attention_1d, neighborhood_attention_2d
 from models.transformer import AttentionConfig, CausalTransformer, Transformer, TransformerBlock
 from models.unet import UNet, UNetConfig
@@ -14,6 +21,9 @@ __all__ = [
     "Condition",
     "ConditionBlock",
     "ConditionEncoder",
+    "Conditioner",
+    "Context",
+    "CrossAttention",
     "DiffAttentionV1",
     "DiffAttentionV2",
     "Downsample",

@@ -183,6 +183,22 @@ class Attention(nn.Module):
         return maps
 
 
+class CrossAttention(Attention):
+    """Attention of places to the tokens of a condition; a place that may see none of them gets exactly 0."""
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, *grid, D), context (B, M, context_width), mask (B, M) or (B, N, M) bool -> (B, *grid, D).
+
+        Without this, such a place would get the bias of the output projection.
+        """
+        out = super().forward(x, context, mask)
+        if mask is None:
+            return out
+        sees = mask.any(-1)  # (B,) or (B, N)
+        sees = sees.view(len(x), *(x.shape[1:-1] if mask.ndim == 3 else [1] * (x.ndim - 2)), 1)
+        return out.masked_fill(~sees, 0.0)
+
+
 def normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     """In float32, whatever the type of x and of the weights."""
     wide = widened(x)

@@ -149,24 +149,22 @@ def initial_normal(module: nn.Module, std: float = 0.02) -> None:
 class FeedForward(nn.Module):
     """Linear, GELU, linear; the hidden layer is `ratio` times as wide."""
 
+    branches = 1  # of the hidden layer, each as wide as it
+
     def __init__(self, width: int, ratio: float = 4.0):
         super().__init__()
         hidden = int(ratio * width)
-        self.expand = nn.Linear(width, hidden)
+        self.expand = nn.Linear(width, self.branches * hidden)
         self.contract = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.contract(F.gelu(self.expand(x)))
 
 
-class GEGLU(nn.Module):
+class GEGLU(FeedForward):
     """The hidden layer is a product, value * GELU(gate), both linear in x (Shazeer 2020)."""
 
-    def __init__(self, width: int, ratio: float = 4.0):
-        super().__init__()
-        hidden = int(ratio * width)
-        self.expand = nn.Linear(width, 2 * hidden)
-        self.contract = nn.Linear(hidden, width)
+    branches = 2
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.expand(x).chunk(2, dim=-1)

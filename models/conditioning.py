@@ -1,6 +1,6 @@
-"""What a network is told beside x and t: named streams, and the regions that they speak of.
+"""What a network is told beside x and t: named streams, the regions that they speak of, and the encoders of both.
 
-R counts regions, M condition tokens, E the embedding's width.
+R counts regions, M condition tokens, E the embedding's width, N the places of a grid.
 """
 
 from abc import ABC, abstractmethod
@@ -28,9 +28,21 @@ class Tokens(NamedTuple):
 
 
 class Map(NamedTuple):
-    """An image or a feature map, joined to x along the channels."""
+    """An image or a feature map: joined to x along the channels, or added to the embeddings of a grid."""
 
     values: Tensor  # (B, C, h, w)
+
+
+class Context(NamedTuple):
+    """What cross-attention at one size looks at: all tokens of a condition, and who may see which."""
+
+    values: Tensor  # (B, M, D)
+    mask: Tensor | None = None  # (B, M) or (B, N, M) bool, True where a place may see a token; None: everywhere
+
+    def at(self, places: slice) -> "Context":
+        """That of some of the N places, in raster order."""
+        per_place = self.mask is not None and self.mask.ndim == 3
+        return self._replace(mask=self.mask[:, places]) if per_place else self
 
 
 Stream = Vector | Tokens | Map
@@ -76,8 +88,17 @@ class Condition:
                         f"{tuple(part.shape)}, wanted {tuple(stream.values.shape[:2])}"
                     )
         sizes = {name: len(stream.values) for name, stream in self.streams.items()}
+        if self.regions is not None:
+            sizes["regions"] = len(self.regions.masks)
         if len(set(sizes.values())) > 1:
             raise ValueError(f"got streams for batches of {sizes}, wanted one size")
+
+    @property
+    def batch_size(self) -> int | None:
+        """B; None without streams and regions, where a condition fits any batch."""
+        parts = [stream.values for stream in self.streams.values()]
+        parts += [] if self.regions is None else [self.regions.masks]
+        return len(parts[0]) if parts else None
 
     def __getitem__(self, rows: slice | Tensor) -> "Condition":
         return self.map_tensors(lambda tensor: tensor[rows])
@@ -132,6 +153,17 @@ class Condition:
         if len(streams) < 2:
             return streams[0] if streams else None
         return _join(streams, 1)
+
+    def context(self, height: int, width: int) -> Context | None:
+        """The tokens and their mask for cross-attention from a grid, None without tokens.
+
+        Places differ in what they may see where tokens speak of regions, see `attention_mask`.
+        """
+        tokens = self.tokens()
+        if tokens is None:
+            return None
+        mask = self.attention_mask(height, width)
+        return Context(tokens.values, tokens.mask if mask is None else mask)
 
     def spans(self) -> dict[str, slice]:
         """Where the tokens of each stream lie in `tokens`."""
@@ -221,12 +253,14 @@ def _cat_regions(conditions: Sequence[Condition]) -> Regions | None:
 class ConditionEncoder(nn.Module, ABC):
     """Turns one raw field of a batch into one stream, and owns what stands for "not said", its learned null.
 
-    A file `models/conditions/<name>.py` defines one, its frozen `Config`, and `build(config, width)`, where `width` is
-    that of the network's embedding (E, for vectors).
+    A file `models/conditions/<name>.py` defines one, its frozen `Config`, the `FIELD` of a batch that it reads, and
+    `build(config, width)`, where `width` is that of the network's embedding (E, for vectors). It makes a Map where it
+    has `map_channels`, Tokens where it has a `token_width`, and a Vector where it has neither.
     """
 
     map_channels: int = 0  # C of the map it makes
     token_width: int = 0  # D of the tokens it makes
+    pretrained: bool = False  # its weights come from elsewhere: a network that it joins leaves them as they are
 
     @abstractmethod
     def forward(self, raw: Any, x: Tensor, drop: Tensor | None = None) -> Stream:
@@ -234,3 +268,64 @@ class ConditionEncoder(nn.Module, ABC):
 
         `raw=None` is the null for everyone.
         """
+
+
+class Conditioner(nn.ModuleDict):
+    """The encoders of a network by name, and what they make of raw fields: the Condition for a batch."""
+
+    def __init__(self, encoders: Mapping[str, ConditionEncoder] | None = None):
+        super().__init__(encoders)
+        if len(set(self._token_widths().values())) > 1:
+            raise ValueError(f"got encoders whose tokens have widths {self._token_widths()}, wanted one width for all")
+
+    def _token_widths(self) -> dict[str, int]:
+        return {name: encoder.token_width for name, encoder in self.items() if encoder.token_width}
+
+    @property
+    def token_width(self) -> int:
+        """D of the tokens that the encoders make, 0 if they make none."""
+        return next(iter(self._token_widths().values()), 0)
+
+    @property
+    def map_channels(self) -> int:
+        """C of all maps together."""
+        return sum(encoder.map_channels for encoder in self.values())
+
+    @property
+    def makes_vectors(self) -> bool:
+        """Whether one of the encoders makes a vector."""
+        return any(not (encoder.map_channels or encoder.token_width) for encoder in self.values())
+
+    def forward(
+        self, fields: Mapping[str, Any] | None, x: Tensor, drop: Mapping[str, Tensor] | None = None
+    ) -> Condition:
+        """Raw fields by the names of their encoders -> the condition for a batch like x (B, C, H, W).
+
+        What is left out is null. `drop` holds (B,) bools by name: the examples that get the null of that stream.
+        """
+        fields, drop = {} if fields is None else fields, {} if drop is None else drop
+        if not isinstance(fields, Mapping):
+            got = type(fields).__name__
+            raise ValueError(f"got a {got} as condition, wanted a Condition or raw fields such as {{'label': labels}}")
+        unknown = sorted({*fields, *drop} - {*self})
+        if unknown:
+            raise ValueError(f"got conditions {unknown}, this network takes: {', '.join(self) or 'none'}")
+        return Condition({name: encoder(fields.get(name), x, drop.get(name)) for name, encoder in self.items()})
+
+    def resolve(
+        self, condition: Condition | Mapping[str, Any] | None, x: Tensor, drop: Mapping[str, Tensor] | None = None
+    ) -> Condition:
+        """What a network was given as its condition, encoded: raw fields (None: all null) are encoded now.
+
+        ValueError where an encoded one lacks a stream or is of another batch than x.
+        """
+        if not isinstance(condition, Condition):
+            return self(condition, x, drop)
+        if drop is not None:
+            raise ValueError("got drop and an encoded condition: pass drop to encode")
+        missing = [name for name in self if name not in condition.streams]
+        if missing:
+            raise ValueError(f"got a condition without {', '.join(missing)}: make it by encode, nulls included")
+        if condition.batch_size not in (None, len(x)):
+            raise ValueError(f"got a condition of {condition.batch_size} examples for {len(x)}: take condition[rows]")
+        return condition

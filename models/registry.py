@@ -5,7 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import ModuleType
 
 from torch import nn
@@ -107,7 +107,7 @@ MOVED = {
     "train.flops.count_flops": "train.perf.count_flops",
     "train.flops.matmul_peak": "train.perf.matmul_peak",
     "train.gaussian.GaussianSampler": "train.samplers.ddpm.GaussianSampler",
-    "train.gaussian.make_encoders": "train.samplers.ddpm.make_encoders",
+    "train.gaussian.make_encoders": "train.samplers._conditions.make_encoders",
     "train.gaussian.make_network": "train.samplers.ddpm.make_network",
     "train.gaussian.make_process": "train.samplers.ddpm.make_process",
     "train.generate.TrainedSampler": "train.inference.TrainedSampler",
@@ -124,6 +124,7 @@ MOVED = {
     "train.precision.LossScale": "train.execution.LossScale",
     "train.precision.autocast": "train.execution.autocast",
     "train.profiling.Profile": "train.perf.Profile",
+    "train.samplers.ddpm.make_encoders": "train.samplers._conditions.make_encoders",
     "train.saving.Saver": "train.trainer.Saver",
     "train.schedule.learning_rate": "train.lr_schedule.learning_rate",
     "train.second_stage.SamplerReports": "train.sampler.SamplerReports",
@@ -145,6 +146,18 @@ MOVED = {
     "train.vqgan_config.VQGANRunConfig": "train.config.VQGANRunConfig",
     "train.vqgan_config.VQGANTrainingConfig": "train.config.VQGANTrainingConfig",
 }
+
+# Names of weights in a network's state_dict, as earlier versions saved them, and as they are now.
+RENAMED_WEIGHTS = {"label.weight": "encoders.label.embedding.weight"}  # of transformers
+
+
+def current_names(stored: Collection[str], wanted: Collection[str]) -> dict[str, str]:
+    """What each stored weight is called now: its own name where that is wanted, else the new name, if that one is.
+
+    So a network of a user's own may have weights of a name that others gave up.
+    """
+    renamed = {old: new for old, new in RENAMED_WEIGHTS.items() if old not in wanted and new in wanted}
+    return {name: renamed.get(name, name) for name in stored}
 
 
 def part(name: str, known: Mapping[str, Callable], contract: tuple[type, ...], option: str) -> Callable[..., nn.Module]:

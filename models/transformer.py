@@ -1,53 +1,94 @@
-"""A pre-norm transformer over a grid of discrete codes, optionally conditioned on a class by adaptive norms, and a
-causal one that predicts each code from those before it, in raster order."""
+"""A pre-norm transformer over a grid of discrete codes, under any condition (vectors by adaptive norms, tokens by
+cross-attention, maps beside the codes), and a causal one that predicts each code from those before it, in raster order.
+"""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import KINDS, Attention, FullAttention
-from models.blocks import initial_normal, zeroed
-from models.embeddings import RelativeBias, Rotary
+from models.attention import KINDS, Attention, CrossAttention, FullAttention
+from models.blocks import FEED_FORWARDS, FeedForward, initial_normal, zeroed
+from models.conditioning import Condition, ConditionEncoder, Conditioner, Context
+from models.embeddings import RelativeBias, Rotary, TimeEmbedding
 from models.kv_cache import Cache, Memory
 from models.neighborhood import Backend, HydraAttention
+from models.registry import part
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with `adaptive`, scale, shift and gate come from a vector.
+    """x + attention(norm(x)), then x + mlp(norm(x)), whatever the tokens of x are: codes, or patches of an image.
 
-    The adaptive form is adaLN-zero (Peebles & Xie 2023): its projection, so every block's change, starts at zero.
+    With `adaptive`, scale, shift and gate of both come from a vector (adaLN-zero, Peebles & Xie 2023): their
+    projection, so every block's change, starts at zero. With `cross`, the tokens of a condition are attended to between
+    them, behind a norm of its own. `feed_forward` is a module (..., D) -> (..., D); left out, the layers `expand` and
+    `contract` of the block itself, with a GELU between them.
     """
 
-    def __init__(self, attention: Attention, *, adaptive: bool, mlp_ratio: float = 4.0, dropout: float = 0.0):
+    def __init__(
+        self,
+        attention: Attention,
+        *,
+        adaptive: bool,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        cross: CrossAttention | None = None,
+        feed_forward: nn.Module | None = None,
+    ):
         super().__init__()
         width, hidden = attention.width, int(mlp_ratio * attention.width)
         self.norm1 = nn.LayerNorm(width, elementwise_affine=not adaptive)
         self.attention = attention
+        self.cross_norm = None if cross is None else nn.LayerNorm(width)
+        self.cross = cross
         self.norm2 = nn.LayerNorm(width, elementwise_affine=not adaptive)
-        self.expand = nn.Linear(width, hidden)
-        self.contract = nn.Linear(hidden, width)
+        self.feed_forward = feed_forward
+        if feed_forward is None:  # named as in the weights of earlier runs
+            self.expand = nn.Linear(width, hidden)
+            self.contract = nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
         self.modulation = nn.Linear(width, 6 * width) if adaptive else None
 
     def mlp(self, x: Tensor) -> Tensor:
-        return self.contract(F.gelu(self.expand(x)))
+        """The feed-forward layer: (..., D) -> (..., D)."""
+        return self.contract(F.gelu(self.expand(x))) if self.feed_forward is None else self.feed_forward(x)
 
-    def forward(self, x: Tensor, condition: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """x (B, *grid, D), condition (B, D) where the block is adaptive -> (B, *grid, D).
+    def writers(self) -> list[nn.Linear]:
+        """The last layers of attention and feed-forward, which write into the residual stream.
 
-        `cache`: x (B, n, D) are the next tokens of its grid.
+        A feed-forward layer of another class than `FeedForward` has none that is known.
+        """
+        last = self if self.feed_forward is None else self.feed_forward
+        return [self.attention.proj, *([last.contract] if last is self or isinstance(last, FeedForward) else [])]
+
+    def forward(
+        self, x: Tensor, emb: Tensor | None = None, context: Context | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """x (B, *grid, D) -> the same shape, with emb (B, D) where the block is adaptive, a context where it has cross.
+
+        `cache`: x (B, n, D) are the next tokens of its grid, and the context is that of their places.
         """
         if self.modulation is None:
             x = x + self.dropout(self.attention(self.norm1(x), cache=cache))
+            x = self.attend_to(x, context)
             return x + self.dropout(self.mlp(self.norm2(x)))
-        modulation = self.modulation(F.silu(condition)).view(len(x), *[1] * (x.ndim - 2), -1)  # (B, 1..., 6 D)
+        modulation = self.modulation(F.silu(emb)).view(len(x), *[1] * (x.ndim - 2), -1)  # (B, 1..., 6 D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.dropout(self.attention(self.norm1(x) * (1 + scale1) + shift1, cache=cache))
+        x = self.attend_to(x, context)
         return x + gate2 * self.dropout(self.mlp(self.norm2(x) * (1 + scale2) + shift2))
+
+    def attend_to(self, x: Tensor, context: Context | None) -> Tensor:
+        """x with what cross-attention adds; a place that may see no token stays as it is."""
+        if self.cross is None:
+            return x
+        if context is None:
+            raise ValueError("got no tokens for a block with cross-attention: encode the condition, nulls included")
+        return x + self.dropout(self.cross(self.cross_norm(x), *context))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +143,20 @@ def attention_layer(config: AttentionConfig, width: int, heads: int, grid: tuple
 
 
 class Transformer(nn.Module):
-    """Predicts every code of a grid from a partly masked one: ids (B, H, W) -> logits (B, H, W, K).
+    """Predicts every code of a grid from a corrupted one: ids (B, H, W) -> logits (B, H, W, K).
 
-    Ids run over [0, K]; K is the mask. The network sees no time: the best prediction of a masked code does not
-    depend on it (Ou et al. 2025). With `n_classes`, labels lie in [0, n_classes]; `n_classes` is the null class.
-    Without classes, layers and parameter count are those of Bond-Taylor et al. 2022.
+    Ids run over [0, K]; K is the mask. Without conditions, layers and parameter count are those of Bond-Taylor et al.
+    2022.
+
+    `encoders`, by name, turn raw fields into the streams of a `Condition` (see models/conditions): vectors, of the
+    transformer's width, go to adaptive norms as a sum, tokens to cross-attention in each block, which starts by adding
+    nothing, maps through a linear layer, zero at first, to the embeddings.
+
+    The network sees no time: the best prediction of a masked code does not depend on it (Ou et al. 2025). With a
+    `time_scale`, by which t is multiplied, it does (`takes_time`), for processes that change codes into other codes:
+    the embedding of t joins the vectors.
+
+    `feed_forward` is one of FEED_FORWARDS, or the dotted path of a module that is built with (width, mlp_ratio).
 
     `zero_init`: what blocks add to the residual stream starts at zero by its last layers; gates of adaptive blocks
     start at 1 then, for what is zero twice does not learn. `tied_head`: logits are products with the embeddings of the
@@ -121,26 +171,32 @@ class Transformer(nn.Module):
         width: int = 512,
         heads: int = 8,
         layers: int = 24,
-        n_classes: int = 0,
+        encoders: Mapping[str, ConditionEncoder] | None = None,
         attention: AttentionConfig = AttentionConfig(),  # noqa: B008 (it is frozen)
         mlp_ratio: float = 4.0,
+        feed_forward: str = "gelu",
+        time_scale: float | None = None,
         embd_dropout: float = 0.0,
         resid_dropout: float = 0.0,
         zero_init: bool = False,
         tied_head: bool = False,
     ):
         super().__init__()
-        self.codes, self.grid, self.n_classes = codes, tuple(grid), n_classes
+        self.codes, self.grid, self.takes_time = codes, tuple(grid), time_scale is not None
         self.code = nn.Embedding(codes + 1, width)
         self.position = nn.Parameter(torch.zeros(*self.grid, width)) if attention.position == "learned" else None
-        self.label = nn.Embedding(n_classes + 1, width) if n_classes else None
+        self.encoders = Conditioner(encoders)
+        self.time = TimeEmbedding(width, width, time_scale) if self.takes_time else None
+        self.map_in = nn.Linear(self.encoders.map_channels, width) if self.encoders.map_channels else None
         self.dropout = nn.Dropout(embd_dropout)
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 attention_layer(attention, width, heads, self.grid, depth),
-                adaptive=n_classes > 0,
+                adaptive=self.encoders.makes_vectors or self.takes_time,
                 mlp_ratio=mlp_ratio,
                 dropout=resid_dropout,
+                cross=cross_attention(attention, width, heads, self.encoders.token_width),
+                feed_forward=feed_forward_layer(feed_forward, width, mlp_ratio),
             )
             for depth in range(layers)
         )
@@ -149,49 +205,107 @@ class Transformer(nn.Module):
         self.initialise(zero_init)
 
     def initialise(self, zero_init: bool) -> None:
-        """N(0, 0.02^2); writers into the residual stream shrink with depth (GPT-2); adaptive norms start at zero."""
-        self.apply(initial_normal)
+        """N(0, 0.02^2); writers into the residual stream shrink with depth (GPT-2); adaptive norms start at zero, and
+        so does what tokens and maps add. Pretrained encoders are left alone."""
+        given = {module for encoder in self.encoders.values() if encoder.pretrained for module in encoder.modules()}
+        for module in self.modules():
+            if module not in given:
+                initial_normal(module)
         if self.position is not None:
             nn.init.normal_(self.position, std=0.02)
+        if self.map_in is not None:
+            zeroed(self.map_in)
         for block in self.blocks:
-            for writer in (block.attention.proj, block.contract):
+            for writer in block.writers():
                 nn.init.normal_(writer.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
                 if zero_init:
                     zeroed(writer)
+            if block.cross is not None:
+                zeroed(block.cross.proj)
             if block.modulation is not None:
                 nn.init.zeros_(block.modulation.weight)
                 if zero_init:
                     for gate in block.modulation.bias.detach().chunk(6)[2::3]:
                         nn.init.ones_(gate)
 
-    def forward(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
-        """ids (B, H, W) int64, labels (B,) int64 or None for the null class -> logits (B, H, W, K)."""
-        self.check_grid(ids.shape[1:])
-        condition = self.condition(ids, labels)
-        x = self.embedded(ids, self.position)
-        for block in self.blocks:
-            x = block(x, condition)
-        return self.logits(x)
+    def encode(
+        self, fields: Mapping[str, Any] | None, ids: Tensor, drop: Mapping[str, Tensor] | None = None
+    ) -> Condition:
+        """The condition for a batch like ids (B, H, W), of raw fields by name; see `Conditioner.forward`."""
+        return self.encoders(fields, canvas(ids, ids.shape[1:]), drop)
+
+    def forward(
+        self,
+        ids: Tensor,
+        condition: Condition | Mapping[str, Any] | None = None,
+        *,
+        t: Tensor | None = None,
+        residual: Tensor | None = None,
+        drop: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """ids (B, H, W) int64 -> logits (B, H, W, K).
+
+        `condition`: what `encode` made, or raw fields that are encoded here with `drop`; None: all null. t (B,) where
+        the network takes it. `residual` (B, H, W, D) is added to the embeddings (control branches).
+        """
+        grid = tuple(ids.shape[1:])
+        self.check_grid(grid)
+        condition = self.encoders.resolve(condition, canvas(ids, grid), drop)
+        x = self.embed(ids, grid, condition, residual)
+        return self.logits(self.run(x, self.embed_vectors(condition, t, len(ids)), condition.context(*grid)))
 
     def check_grid(self, grid: tuple[int, ...]) -> None:
+        """ValueError for a grid that has no positions."""
         if self.position is not None and tuple(grid) != self.grid:
             raise ValueError(
                 f"positions are learned for a grid of {self.grid}, got {tuple(grid)}: sample larger canvases by windows"
             )
 
-    def condition(self, ids: Tensor, labels: Tensor | None) -> Tensor | None:
-        """What blocks adapt to: (B, D), None without classes."""
-        if self.label is None:
-            if labels is not None:
-                why = "got labels for a transformer without classes"
-                raise ValueError(f"{why}: build it with n_classes, or leave them out")
-            return None
-        return self.label(ids.new_full((len(ids),), self.n_classes) if labels is None else labels)
+    def embed(
+        self,
+        ids: Tensor,
+        grid: tuple[int, int],
+        condition: Condition,
+        residual: Tensor | None = None,
+        places: slice | None = None,
+    ) -> Tensor:
+        """ids (B, *grid) -> (B, *grid, D): codes, positions, maps and the residual, all of the grid, as a sum.
 
-    def embedded(self, ids: Tensor, position: Tensor | None) -> Tensor:
-        """ids (B, *grid), position (*grid, D) or None -> (B, *grid, D)."""
+        With `places`, ids (B, n) are those of some places in raster order -> (B, n, D).
+        """
         x = self.code(ids)
-        return self.dropout(x if position is None else x + position)
+        for part_of_grid in (self.position, self.embed_maps(condition, grid), residual):
+            if part_of_grid is not None:
+                x = x + (part_of_grid if places is None else part_of_grid.flatten(-3, -2)[..., places, :])
+        return self.dropout(x)
+
+    def embed_maps(self, condition: Condition, grid: tuple[int, int]) -> Tensor | None:
+        """(B, *grid, D), None for a network without maps; maps of another size are averaged over the cells."""
+        if self.map_in is None:
+            return None
+        maps = condition.map()  # (B, C, h, w)
+        maps = maps if maps.shape[2:] == grid else F.adaptive_avg_pool2d(maps, grid)
+        return self.map_in(maps.permute(0, 2, 3, 1))
+
+    def embed_vectors(self, condition: Condition, t: Tensor | None, count: int) -> Tensor | None:
+        """What adaptive norms take: the sum of the vectors and of the embedding of t, (B, D), None without any."""
+        if self.takes_time and (t is None or t.shape != (count,)):
+            got = "no t" if t is None else f"t {tuple(t.shape)}"
+            raise ValueError(f"got {got} for {count} grids, wanted ({count},): t.expand({count})")
+        if not self.takes_time and t is not None:
+            raise ValueError("got t for a transformer that sees no time: build it with a time_scale, or leave t out")
+        vector = condition.vector()
+        if t is None:
+            return vector
+        return self.time(t) if vector is None else self.time(t) + vector
+
+    def run(
+        self, x: Tensor, emb: Tensor | None, context: Context | None, caches: Sequence[Cache] | None = None
+    ) -> Tensor:
+        """Each block in turn: (B, *grid, D) -> the same shape."""
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+            x = block(x, emb, context, cache)
+        return x
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., K)."""
@@ -199,32 +313,60 @@ class Transformer(nn.Module):
         return F.linear(x, self.code.weight[: self.codes]) if self.head is None else self.head(x)
 
 
+def canvas(ids: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What encoders are shown in the place of an image: zeros (B, 1, *grid), which take no memory."""
+    return ids.new_zeros(()).expand(len(ids), 1, *grid)
+
+
+def cross_attention(config: AttentionConfig, width: int, heads: int, token_width: int) -> CrossAttention | None:
+    """Softmax attention to a condition's tokens (B, M, token_width), None where there are none."""
+    if token_width == 0:
+        return None
+    return CrossAttention(width, heads, context_width=token_width, dropout=config.dropout, qk_norm=config.qk_norm)
+
+
+def feed_forward_layer(name: str, width: int, ratio: float) -> nn.Module | None:
+    """A block's feed-forward layer, None for "gelu", which blocks have of their own."""
+    return None if name == "gelu" else part(name, FEED_FORWARDS, (nn.Module,), "feed_forward")(width, ratio)
+
+
 class CausalTransformer(Transformer):
-    """p(code i | codes before i, class): ids (B, H, W) -> logits (B, H, W, K), raster order.
+    """p(code i | codes before i, condition): ids (B, H, W) -> logits (B, H, W, K), raster order.
 
     It is a Transformer of causal attention: at place i it is given code i - 1, at the first place a start token (id K,
-    learned as the codes are), and positions are those of the code that is predicted. Labels are Transformer's.
+    learned as the codes are), and positions, maps and regions are those of the code that is predicted.
     """
 
     def __init__(self, *, attention: AttentionConfig = AttentionConfig(), **options):  # noqa: B008 (it is frozen)
         super().__init__(attention=replace(attention, causal=True), **options)
 
-    def forward(self, ids: Tensor, labels: Tensor | None = None, memory: Memory | None = None) -> Tensor:
-        """ids (B, H, W) int64, labels (B,) int64 or None for the null class -> logits (B, H, W, K).
+    def forward(
+        self,
+        ids: Tensor,
+        condition: Condition | Mapping[str, Any] | None = None,
+        memory: Memory | None = None,
+        *,
+        t: Tensor | None = None,
+        residual: Tensor | None = None,
+        drop: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """ids (B, H, W) int64 -> logits (B, H, W, K); the rest as Transformer takes it.
 
         With `memory`, ids (B, m) are the codes before place m, 0 <= m < H W -> logits (B, K) of code m. What an
         earlier call has read of them comes out of the memory: it must be what it was, and is not looked at again.
+        Condition and residual stay those of the whole grid; keys of the condition's tokens are made anew in each call.
         """
         start = ids.new_full((len(ids), 1), self.codes)
         if memory is None:
-            return super().forward(torch.cat([start, ids.flatten(1)[:, :-1]], 1).view_as(ids), labels)
-        first, stop = memory.length, ids.shape[1] + 1
-        self.check_grid(memory.grid)
-        if not first < stop <= memory.grid[0] * memory.grid[1]:
-            raise ValueError(f"got {stop - 1} codes of a grid of {memory.grid}, of which {first} are read: wanted more")
-        tokens = torch.cat([start, ids], 1)[:, first:]
-        position = None if self.position is None else self.position.flatten(0, 1)[first:stop]
-        x, condition = self.embedded(tokens, position), self.condition(tokens, labels)  # (B, n, D), (B, D) or None
-        for block, cache in zip(self.blocks, memory.caches(len(self.blocks)), strict=True):
-            x = block(x, condition, cache)
+            before = torch.cat([start, ids.flatten(1)[:, :-1]], 1).view_as(ids)
+            return super().forward(before, condition, t=t, residual=residual, drop=drop)
+        grid, places = memory.grid, slice(memory.length, ids.shape[1] + 1)
+        self.check_grid(grid)
+        if not places.start < places.stop <= grid[0] * grid[1]:
+            read = f"got {places.stop - 1} codes of a grid of {grid}, of which {places.start} are read"
+            raise ValueError(f"{read}: wanted more")
+        condition = self.encoders.resolve(condition, canvas(ids, grid), drop)
+        emb, context = self.embed_vectors(condition, t, len(ids)), condition.context(*grid)
+        x = self.embed(torch.cat([start, ids], 1)[:, places], grid, condition, residual, places)  # (B, n, D)
+        x = self.run(x, emb, None if context is None else context.at(places), memory.caches(len(self.blocks)))
         return self.logits(x[:, -1])

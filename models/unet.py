@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import ConditionBlock, Downsample, EmbedBlock, Resample, ResBlock, Upsample, group_norm, zeroed
-from models.conditioning import Condition, ConditionEncoder
-from models.conditions import label
+from models.conditioning import Condition, ConditionEncoder, Conditioner
 from models.embeddings import TimeEmbedding
 from models.neighborhood import Backend
 from models.registry import part
@@ -38,7 +37,6 @@ class UNetConfig:
     resblock_updown: bool = False  # a ResBlock changes the size between levels, not a convolution
     scale_shift: bool = True  # what the embedding does in a ResBlock; False: it is added
     scale_skip: bool = False  # ResBlocks divide skip + h by sqrt(2)
-    n_classes: int = 0
     time_scale: float = 1.0  # t is multiplied by it: 1 where t counts up to 1,000 steps, 1000 where it lies in [0, 1]
     res_block_type: str = "basic"  # or the dotted path of a subclass of EmbedBlock, built as ResBlock is here
     attn_block_type: str = "softmax"  # one of ATTENTION_BLOCKS, or the dotted path of a ConditionBlock or EmbedBlock
@@ -63,8 +61,6 @@ class UNetConfig:
             raise ValueError(f"got attn_factors {self.attn_factors}, the factors of the levels are {known}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"got dropout {self.dropout}, wanted a share in [0, 1)")
-        if self.n_classes < 0:
-            raise ValueError(f"got n_classes {self.n_classes}, wanted 0 (no classes) or more")
         if self.time_scale <= 0:
             raise ValueError(f"got time_scale {self.time_scale}, wanted a positive number")
         if any(kernel < 1 or kernel % 2 == 0 for kernel in self.kernel_sizes) or min(self.dilations, default=0) < 1:
@@ -152,24 +148,20 @@ class Maker:
 class UNet(nn.Module):
     """Predicts from x_t, t and a condition: (B, C, H, W), (B,) -> (B, C', H, W). It begins as the constant 0.
 
-    `encoders`, by name, turn raw fields into the streams of a `Condition` (see models/conditions); with `n_classes`
-    there is one more, "label". EmbedBlocks are given the embedding, ConditionBlocks the condition, one that is both is
-    given both, in this order. Height and width are any multiples of the last factor.
+    `encoders`, by name, turn raw fields into the streams of a `Condition` (see models/conditions), vectors of width
+    `config.emb_dim`. EmbedBlocks are given the embedding, ConditionBlocks the condition, one that is both is given
+    both, in this order. Height and width are any multiples of the last factor.
     """
+
+    takes_time = True
 
     def __init__(self, config: UNetConfig, encoders: Mapping[str, ConditionEncoder] | None = None):
         super().__init__()
         self.config = config
-        encoders = dict(encoders or {})
-        if config.n_classes:
-            if "label" in encoders:
-                raise ValueError(f"got an encoder named label beside n_classes {config.n_classes}: leave one out")
-            encoders["label"] = label.build(label.Config(n_classes=config.n_classes), config.emb_dim)
-        self.encoders = nn.ModuleDict(encoders)
+        self.encoders = Conditioner(encoders)
         self.time = TimeEmbedding(config.channels, config.emb_dim, config.time_scale)
-        make, widths = Maker(config, token_width(self.encoders)), config.widths
-        maps = sum(encoder.map_channels for encoder in self.encoders.values())
-        self.conv_in = nn.Conv2d(config.in_channels + maps, widths[0], 3, padding=1)
+        make, widths = Maker(config, self.encoders.token_width), config.widths
+        self.conv_in = nn.Conv2d(config.in_channels + self.encoders.map_channels, widths[0], 3, padding=1)
         self.down_blocks, skips = build_down(make)
         self.middle_blocks = nn.ModuleList(
             [
@@ -185,16 +177,8 @@ class UNet(nn.Module):
     def encode(
         self, fields: Mapping[str, Any] | None, x: Tensor, drop: Mapping[str, Tensor] | None = None
     ) -> Condition:
-        """Raw fields by the names of their encoders -> the condition for a batch like x; what is left out is null.
-
-        `drop` holds (B,) bools by name: the examples that get the null of that stream.
-        """
-        fields, drop = fields or {}, drop or {}
-        unknown = sorted({*fields, *drop} - {*self.encoders})
-        if unknown:
-            raise ValueError(f"got conditions {unknown}, this network takes: {', '.join(self.encoders) or 'none'}")
-        named = self.encoders.items()
-        return Condition({name: encoder(fields.get(name), x, drop.get(name)) for name, encoder in named})
+        """The condition for a batch like x, of raw fields by name; see `Conditioner.forward`."""
+        return self.encoders(fields, x, drop)
 
     def forward(
         self,
@@ -217,17 +201,17 @@ class UNet(nn.Module):
             h, skips = added(h, skips, skip_residuals)
         return self.up(h, skips, emb, condition)
 
-    def embed(self, x: Tensor, t: Tensor, condition=None, drop=None) -> tuple[Tensor, Condition]:
+    def embed(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition | Mapping[str, Any] | None = None,
+        drop: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Condition]:
         """The embedding (B, E) and the condition that `down`, `middle` and `up` take; arguments as in `forward`."""
         if t.shape != x.shape[:1]:
             raise ValueError(f"got t {tuple(t.shape)} for {len(x)} images, wanted ({len(x)},): t.expand(len(x))")
-        if not isinstance(condition, Condition):
-            condition = self.encode(condition, x, drop)
-        elif drop is not None:
-            raise ValueError("got drop and an encoded condition: pass drop to encode")
-        missing = [name for name in self.encoders if name not in condition.streams]
-        if missing:
-            raise ValueError(f"got a condition without {', '.join(missing)}: make it by encode, nulls included")
+        condition = self.encoders.resolve(condition, x, drop)
         emb, vector = self.time(t), condition.vector()
         return emb if vector is None else emb + vector, condition
 
@@ -261,14 +245,6 @@ class UNet(nn.Module):
             given = [emb] * isinstance(block, EmbedBlock) + [condition] * isinstance(block, ConditionBlock)
             h = block(h, *given)
         return h
-
-
-def token_width(encoders: nn.ModuleDict) -> int:
-    """D of the tokens that the encoders make, 0 if they make none."""
-    widths = {name: encoder.token_width for name, encoder in encoders.items() if encoder.token_width}
-    if len(set(widths.values())) > 1:
-        raise ValueError(f"got encoders whose tokens have widths {widths}, wanted one width for all")
-    return next(iter(widths.values()), 0)
 
 
 def build_down(make: Maker) -> tuple[nn.ModuleList, list[int]]:

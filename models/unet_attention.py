@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from models.attention import KINDS, Attention
+from models.attention import KINDS, Attention, CrossAttention
 from models.blocks import FEED_FORWARDS, ConditionBlock, group_norm, zeroed
 from models.conditioning import Condition
 from models.neighborhood import Backend, HydraAttention
@@ -83,7 +83,7 @@ class FeatureTransformerBlock(ConditionBlock):
         self.cross = None
         if options.context_width:
             self.cross_norm = nn.LayerNorm(channels)
-            self.cross = Attention(channels, options.heads, context_width=options.context_width)
+            self.cross = CrossAttention(channels, options.heads, context_width=options.context_width)
         self.norm2 = nn.LayerNorm(channels)
         self.feed_forward = part(options.feed_forward, FEED_FORWARDS, (nn.Module,), "feed_forward")(channels)
         self.proj_out = zeroed(nn.Linear(channels, channels))
@@ -92,10 +92,10 @@ class FeatureTransformerBlock(ConditionBlock):
         h = self.proj_in(to_tokens(self.norm(x)))  # (B, H, W, C)
         h = h + self.attention(self.norm1(h))
         if self.cross is not None:
-            tokens = None if condition is None else condition.tokens()
-            if tokens is None:
+            context = None if condition is None else condition.context(*x.shape[2:])
+            if context is None:
                 raise ValueError("got no tokens for a block with cross-attention: encode the condition, nulls included")
-            h = h + self.cross(self.cross_norm(h), tokens.values, tokens.mask)
+            h = h + self.cross(self.cross_norm(h), *context)
         h = h + self.feed_forward(self.norm2(h))
         return x + to_map(self.proj_out(h))
 

@@ -52,7 +52,7 @@ def loaded(run, ema=True):
 def outputs(network, size=8):
     torch.manual_seed(1)
     x, t = torch.randn(3, network.config.in_channels, size, size), torch.tensor([0.0, 17.0, 999.0])
-    fields = {"label": torch.tensor([0, 3, 4])} if network.config.n_classes else None
+    fields = {"label": torch.tensor([0, 3, 4])} if "label" in network.encoders else None
     with torch.no_grad():
         return network(x, t, fields)
 

@@ -10,6 +10,7 @@ from diffusion.likelihood import bits_per_code
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
 from helpers.fake_device import DEVICE, Elsewhere, TwoPlaces
+from helpers.labels import label_encoders
 from helpers.solving import in_steps
 from models.transformer import Transformer
 from train.samplers import absorbing
@@ -58,10 +59,12 @@ def test_every_solver_guided_and_tempered_on_a_larger_canvas(name, watched):
     on_step = (lambda i, t, s, x, logits: x) if watched else None
 
     def function(to):
-        network = to(Transformer(codes=CODES, grid=GRID, width=16, heads=2, layers=1, n_classes=CLASSES))
+        network = to(
+            Transformer(codes=CODES, grid=GRID, width=16, heads=2, layers=1, encoders=label_encoders(CLASSES, 16))
+        )
         labels = to(torch.tensor([0, 2]))
         chain = [torch.full_like(labels, CLASSES), labels]
-        denoise = guided(lambda x, t, label: network(x, label), chain, [2.0], schedule="cosine")
+        denoise = guided(lambda x, t, label: network(x, {"label": label}), chain, [2.0], schedule="cosine")
         denoise = windowed(denoise, GRID, 2, may_change=lambda x: x == CODES)
         drawing = Drawing(temperature=0.9, last=0.0, top_k=9, top_p=0.95)
         canvas = torch.full((2, 5, 4), PROCESS.mask, device=to.device)

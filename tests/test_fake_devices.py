@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.rng import Streams
+from helpers.labels import label_encoders
 from models.attention import record_maps
 from models.transformer import AttentionConfig, Transformer
 from vq.augment import Augmentation
@@ -41,7 +42,7 @@ def networks():
         "group": PatchDiscriminator(3, ndf=8, layers=1, norm="group"),
         "batch": PatchDiscriminator(3, ndf=8, layers=1, norm="batch"),
         "unconditional": Transformer(**shape),
-        "conditional": Transformer(**shape, n_classes=3),
+        "conditional": Transformer(**shape, encoders=label_encoders(3, 16)),
         "neighborhood": Transformer(**shape, attention=attention("rope", kernel_sizes=(3,), attention_type="diff_v1")),
         "hydra": Transformer(**shape, attention=attention("bias", kernel_sizes=(3, 1), attention_type="diff_v2")),
         "dense": Transformer(**shape, attention=attention("bias", kernel_sizes=(1, 3), na_backend="dense")),
@@ -112,7 +113,7 @@ def test_the_discriminator(device, networks, images, norm):
 def test_the_transformer(device, networks, masks, codes):
     labels = torch.zeros(BATCH, dtype=torch.long, device=device)
     plain, conditional = networks["unconditional"], networks["conditional"]
-    assert all_on(device, plain(masks), conditional(codes), conditional(masks, labels))
+    assert all_on(device, plain(masks), conditional(codes), conditional(masks, {"label": labels}))
 
 
 @pytest.mark.parametrize("kind", ["neighborhood", "hydra", "dense", "biased"])

@@ -47,6 +47,7 @@ def test_flags_of_samplers_and_of_training_are_the_agreed_ones():
         *("sampler", "bert_n_emb", "bert_n_head", "bert_n_layers", "mlp_ratio", "attention", "kernel_sizes"),
         *("dilations", "na_backend", "attention_type", "position", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
         *("qk_norm", "zero_init", "tied_head", "class_conditional", "label_drop"),
+        *("conditions", "condition_channels", "condition_drop"),
     }
     assert cli.fields_of(absorbing.Config) - cli.fields_of(TransformerConfig) == {
         *("loss_type", "mask_schedule", "schedule", "total_steps", "time_sampler"),

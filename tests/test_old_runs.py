@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from helpers.run_asserts import assert_close, weights
+from helpers.labels import label_encoders
+from helpers.run_asserts import assert_close, assert_equal_bits, rest, weights
 from helpers.tiny_runs import ROOT, call
-from train.checkpoint import saved_steps
+from models.transformer import CausalTransformer, Transformer
+from train.checkpoint import load_weights, saved_steps
 
 OLD = ROOT / "tests" / "fixtures" / "old_runs"
 COMMON = (
@@ -44,6 +46,9 @@ SAMPLED = {
     "latents": "--sampler ddpm --load_dir latents_digits",
 }
 
+NAME = "encoders.label.embedding.weight"  # what is the label's weight in a transformer now
+NOW = {"network.label.weight": f"network.{NAME}"}
+
 
 @pytest.fixture
 def logs(tmp_path):
@@ -59,6 +64,7 @@ def test_an_old_run_goes_on(kind, logs):
     call(script, f"{flags} {COMMON} --logs_root {logs} --train_steps 8")
     assert saved_steps(run) == [4, 8]
     wanted = {k.partition(".")[2]: v for k, v in load_file(OLD / "later.safetensors").items() if k.startswith(kind)}
+    wanted = {NOW.get(name, name): value for name, value in wanted.items()}
     assert_close(wanted, weights(run, 8), rtol=1e-4)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
@@ -90,3 +96,30 @@ def test_codes_that_are_made_anew_are_the_old_ones(logs):
         (found,) = (logs / "vqgan_digits" / "codes").glob(f"digits_{split}_*.codes")
         (wanted,) = (content for path, content in old.items() if f"_{split}_" in path.name)
         assert found.read_bytes() == wanted
+
+
+TRANSFORMERS = {"absorbing": Transformer, "autoregressive": CausalTransformer}
+
+
+def transformer_of(kind):
+    return TRANSFORMERS[kind](codes=16, grid=(4, 4), width=16, heads=2, layers=2, encoders=label_encoders(10, 16))
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_an_old_transformer_keeps_its_order_of_parameters(kind):
+    """By which an optimizer's state knows them; the label's has another name, and nothing else."""
+    run, network = OLD / "runs" / f"{kind}_digits", transformer_of(kind)
+    names = [f"network.{name}" for name, _ in network.named_parameters()]
+    assert set(names) == {NOW.get(name, name) for name in weights(run, 4)}
+    assert names[:4] == [f"network.{n}" for n in ("position", "code.weight", NAME, "blocks.0.attention.qkv.weight")]
+    state = rest(run, 4)["optimizers"]["network"]["state"]
+    assert [state[i]["exp_avg"].shape for i in range(len(names))] == [p.shape for p in network.parameters()]
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors"])
+def test_an_old_transformer_has_its_weights(kind, file):
+    run, network = OLD / "runs" / f"{kind}_digits", transformer_of(kind)
+    load_weights(run, 4, {"network": network}, ema=file.startswith("ema"))
+    stored = {NOW.get(name, name): value for name, value in weights(run, 4, file).items()}
+    assert_equal_bits(stored, {f"network.{name}": value for name, value in network.state_dict().items()})

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from models.registry import current_names
 from train.distributed import World, sharded_like, whole
 from train.files import refused, sha256, sync, write_text
 from train.loop import HOOK, State
@@ -173,9 +174,14 @@ def verify(path: Path) -> dict[str, dict]:
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], name: str, source: Path) -> None:
-    """Loads the tensors that belong to module `name`, strictly; a mismatch names keys and shapes."""
+    """Loads the tensors that belong to module `name`, strictly; a mismatch names keys and shapes.
+
+    Those that an earlier version saved by another name are known by it.
+    """
     own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
     wanted = module.state_dict()
+    names = current_names(own, wanted)
+    own = {names[key]: value for key, value in own.items()}
     odd = sorted(own.keys() ^ wanted.keys())
     for key in sorted(own.keys() & wanted.keys()):
         if own[key].shape != wanted[key].shape:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models.registry import current_names
 from train.ema import Average
 from train.files import refused, sync
 
@@ -248,10 +249,11 @@ def combine(run: Path, basis: list[tuple[int, str]], shares: Tensor) -> dict[str
         if abs(share) < NEGLIGIBLE:
             continue
         with opened(run, step) as snapshot:
-            if snapshot.keys(prefix) != keys:
+            stored = {new: old for old, new in current_names(snapshot.keys(prefix), keys).items()}
+            if stored.keys() != set(keys):
                 raise ValueError(f"{snapshot.path} is of another network than step {basis[-1][0]}: move it elsewhere")
             for key in [key for key in keys if key not in buffers]:
-                tensor = snapshot.read(prefix + key)
+                tensor = snapshot.read(prefix + stored[key])
                 if key not in totals:
                     dtypes[key] = torch.promote_types(tensor.dtype, torch.float32)
                     totals[key] = torch.zeros(tensor.shape, dtype=torch.promote_types(tensor.dtype, torch.float64))

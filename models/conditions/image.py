@@ -16,6 +16,7 @@ class Config:
     """An image that x is joined to."""
 
     channels: int = 3
+    """Channels of the field condition_image."""
 
     def __post_init__(self):
         if self.channels < 1:

@@ -15,6 +15,7 @@ class Config:
     """Classes."""
 
     n_classes: int
+    """How many there are, the null not counted."""
 
     def __post_init__(self):
         if self.n_classes < 1:

@@ -24,9 +24,9 @@ def asked(monkeypatch):
     """The shape of every grid that goes through a transformer, by call."""
     shapes, forward = [], Transformer.forward
 
-    def watched(network, x, *others):
+    def watched(network, x, *others, **named):
         shapes.append(tuple(x.shape))
-        return forward(network, x, *others)
+        return forward(network, x, *others, **named)
 
     monkeypatch.setattr(Transformer, "forward", watched)
     monkeypatch.setattr(TrainedSampler, "try_out", lambda *a, **how: None)  # its one call is none of a canvas

@@ -2,6 +2,7 @@
 
 import torch
 
+from helpers.labels import label_encoders
 from models.blocks import Downsample, ResBlock, Upsample
 from models.unet import UNet, UNetConfig
 
@@ -49,10 +50,9 @@ def made(flags, n_classes=10):
         head_width=None if width == -1 else width,
         resblock_updown=flags["resblock_updown"],
         scale_shift=flags["use_scale_shift_norm"],
-        n_classes=n_classes if flags["class_cond"] else 0,
     )
     torch.manual_seed(0)
-    network = UNet(config).eval()
+    network = UNet(config, label_encoders(n_classes if flags["class_cond"] else 0, config.emb_dim)).eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return network
@@ -91,7 +91,7 @@ def block_of_theirs(prefix, block, heads_of, new_order):
 def theirs(network, new_order=False):
     """The state dict that the public code would have for our network."""
     out = named("time_embed.", **{"0": network.time.expand, "2": network.time.contract})
-    if network.config.n_classes:
+    if "label" in network.encoders:
         out["label_emb.weight"] = network.encoders["label"].embedding.weight.detach()[:-1]
     out |= named("input_blocks.0.", **{"0": network.conv_in})
     places = {f"input_blocks.{i + 1}": blocks for i, blocks in enumerate(network.down_blocks)}

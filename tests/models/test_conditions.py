@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import models.conditions
-from models.conditioning import Condition, ConditionEncoder, Map, Regions, Tokens, Vector
+from models.conditioning import Condition, ConditionEncoder, Conditioner, Map, Regions, Tokens, Vector
 from models.conditions import image, label
+from models.transformer import CausalTransformer, Transformer
+from models.unet import UNet, UNetConfig
 
 B, WIDTH = 4, 12
 NAMES = sorted(module.name for module in pkgutil.iter_modules(models.conditions.__path__))
@@ -24,10 +26,10 @@ def x():
     return torch.zeros(B, 3, 6, 8)
 
 
-def encoder(name):
+def encoder(name, width=WIDTH):
     """With a null that is not zero."""
     module = importlib.import_module(f"models.conditions.{name}")
-    made = module.build(module.Config(**RAW[name][0]), WIDTH)
+    made = module.build(module.Config(**RAW[name][0]), width)
     for p in made.parameters():
         p.data += torch.randn_like(p)
     return made
@@ -61,6 +63,51 @@ def test_the_null_is_learned(name):
     made = encoder(name)
     made(RAW[name][1], x(), DROP).values.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in made.parameters())
+
+
+def unet_of(encoders):
+    made = UNet(UNetConfig(channels=4, channel_mults=(1,), attn_factors=(), heads=1, res_blocks=1), encoders)
+    return made, lambda *args, **drop: made(x() + 1, torch.arange(B) * 100.0, *args, **drop)
+
+
+def transformer_of(kind, encoders):
+    made = kind(codes=5, grid=(6, 8), width=16, heads=2, layers=1, encoders=encoders)
+    ids = torch.randint(5, (B, 6, 8), generator=torch.manual_seed(0))
+    return made, lambda *args, **drop: made(ids, *args, **drop)
+
+
+NETWORKS = {  # each takes any condition, with embeddings of width 16
+    "unet": unet_of,
+    "transformer": lambda encoders: transformer_of(Transformer, encoders),
+    "causal": lambda encoders: transformer_of(CausalTransformer, encoders),
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_condition_reaches_every_network(name, kind):
+    made, run = NETWORKS[kind]({name: encoder(name, 16)})
+    for p in made.parameters():  # of which some start at zero
+        p.data += 0.3 * torch.randn(p.shape, generator=torch.manual_seed(p.numel()))
+    fields = {name: RAW[name][1]}
+    said, null, mixed = run(fields), run(), run(fields, drop={name: DROP})
+    assert torch.equal(run({name: None}), null) and torch.equal(run({}), null)
+    assert torch.allclose(mixed[DROP], null[DROP], atol=1e-5) and torch.allclose(mixed[~DROP], said[~DROP], atol=1e-5)
+    assert (said - null).flatten(1).abs().amax(1).min() > 1e-3
+    mixed.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in made.encoders.parameters())
+
+
+def test_a_conditioner_is_its_encoders_by_name():
+    conditioner = Conditioner({name: encoder(name) for name in ("image", "label")})
+    fields = {"label": RAW["label"][1], "image": RAW["image"][1]}
+    condition = conditioner(fields, x(), {"label": DROP})
+    assert [*condition.streams] == ["image", "label"]
+    assert torch.equal(condition.streams["image"].values, RAW["image"][1])
+    assert torch.equal(condition.vector(), conditioner["label"](RAW["label"][1], x(), DROP).values)
+    assert (conditioner.map_channels, conditioner.token_width, conditioner.makes_vectors) == (2, 0, True)
+    assert not Conditioner({"image": encoder("image")}).makes_vectors and Conditioner()(None, x()).streams == {}
+    assert conditioner.resolve(condition, x()) is condition
 
 
 def test_label_n_classes_is_the_null():
@@ -128,6 +175,13 @@ BROKEN = {
         "b": Map(torch.zeros(1, 1, 2, 2)),
     },
 }
+
+
+def test_regions_of_another_batch_are_refused():
+    regions = everything().regions
+    with pytest.raises(ValueError, match=r"got streams for batches of \{'a': 2, 'regions': 4\}, wanted one size"):
+        Condition({"a": Vector(torch.zeros(2, 2))}, regions)
+    assert (Condition({}, regions).batch_size, everything().batch_size, Condition().batch_size) == (B, B, None)
 
 
 @pytest.mark.parametrize("message", BROKEN)
@@ -209,6 +263,18 @@ def test_an_attention_mask_follows_the_coverage_of_cells():
         assert condition.attention_mask(*size)[..., 1].any() and not condition.attention_mask(*size)[..., 2].any()
     assert condition.attention_mask(2, 2) is condition.attention_mask(2, 2)
     assert Condition({"t": Tokens(torch.randn(1, 4, 3))}).attention_mask(2, 2) is None
+
+
+def test_a_context_is_the_tokens_and_their_mask_at_a_size():
+    whole = everything()
+    context = whole.context(2, 4)
+    assert torch.equal(context.values, whole.tokens().values)
+    assert torch.equal(context.mask, whole.attention_mask(2, 4)) and context.mask.shape == (B, 8, 7)
+    assert torch.equal(context.at(slice(3, 5)).mask, context.mask[:, 3:5])
+    words = whole.streams["words"]._replace(region=None)
+    context = Condition({"words": words}).context(2, 4)
+    assert torch.equal(context.mask, words.mask) and context.at(slice(3, 5)) is context
+    assert Condition().context(2, 4) is None
 
 
 def test_tokens_of_regions_without_regions_are_refused():

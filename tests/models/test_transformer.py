@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from helpers.labels import label_encoders
 from models.attention import Attention
 from models.blocks import count_parameters
 from models.transformer import AttentionConfig, Transformer, TransformerBlock
@@ -14,8 +15,9 @@ from models.transformer import AttentionConfig, Transformer, TransformerBlock
 CODES, GRID, CLASSES = 9, (3, 4), 3
 
 
-def transformer(**changes):
-    return Transformer(**({"codes": CODES, "grid": GRID, "width": 16, "heads": 2, "layers": 2} | changes))
+def transformer(n_classes=0, **changes):
+    options = {"codes": CODES, "grid": GRID, "width": 16, "heads": 2, "layers": 2} | changes
+    return Transformer(**options, encoders=label_encoders(n_classes, options["width"]))
 
 
 def trained(**changes):
@@ -80,16 +82,16 @@ def test_adaptive_blocks_start_as_the_identity():
 
 def test_no_label_is_the_null_class():
     network, ids = trained(n_classes=CLASSES), partly_masked()
-    assert torch.equal(network(ids), network(ids, torch.full((4,), CLASSES)))
-    assert not torch.allclose(network(ids), network(ids, torch.full((4,), CLASSES - 1)), atol=1e-3)
+    assert torch.equal(network(ids), network(ids, {"label": torch.full((4,), CLASSES)}))
+    assert not torch.allclose(network(ids), network(ids, {"label": torch.full((4,), CLASSES - 1)}), atol=1e-3)
 
 
 def test_each_example_follows_its_own_label():
     network, ids, labels = trained(n_classes=CLASSES), partly_masked(4), torch.arange(4)
-    together = network(ids, labels)
+    together = network(ids, {"label": labels})
     for i in range(4):
-        assert torch.allclose(together[i : i + 1], network(ids[i : i + 1], labels[i : i + 1]), atol=1e-4)
-    same = network(ids[:1].expand(4, -1, -1), labels)
+        assert torch.allclose(together[i : i + 1], network(ids[i : i + 1], {"label": labels[i : i + 1]}), atol=1e-4)
+    same = network(ids[:1].expand(4, -1, -1), {"label": labels})
     assert torch.pdist(same.flatten(1)).min() > 0.1  # every class, the null class too, says something else
 
 
@@ -119,7 +121,7 @@ def test_every_code_sees_every_other():
 @pytest.mark.parametrize("n_classes", [0, CLASSES])
 def test_every_weight_is_trained(n_classes):
     network, ids = trained(n_classes=n_classes), partly_masked()
-    network(ids, torch.arange(4) if n_classes else None).square().sum().backward()
+    network(ids, {"label": torch.arange(4)} if n_classes else None).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in network.parameters())
 
 
@@ -202,5 +204,5 @@ def test_a_window_larger_than_the_grid_is_refused_when_the_network_is_built():
 
 
 def test_labels_without_classes_are_refused():
-    with pytest.raises(ValueError, match="got labels for a transformer without classes"):
-        transformer()(partly_masked(), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"got conditions \['label'\], this network takes: none"):
+        transformer()(partly_masked(), {"label": torch.zeros(4, dtype=torch.long)})

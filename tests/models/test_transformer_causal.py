@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.labels import label_encoders
 from models.attention import record_maps
 from models.kv_cache import Memory
 from models.transformer import AttentionConfig, CausalTransformer
@@ -20,8 +21,8 @@ every_kind = pytest.mark.parametrize("attention", EVERY, ids=lambda a: f"{a.atte
 
 def trained(n_classes=CLASSES, **changes):
     """Every weight away from its start, in float64."""
-    options = {"codes": CODES, "grid": GRID, "width": 16, "heads": 2, "layers": 2, "n_classes": n_classes}
-    network = CausalTransformer(**(options | changes))
+    options = {"codes": CODES, "grid": GRID, "width": 16, "heads": 2, "layers": 2}
+    network = CausalTransformer(**(options | changes), encoders=label_encoders(n_classes, 16))
     for p in network.parameters():
         nn.init.normal_(p, std=0.4)
     return network.double().eval()
@@ -34,7 +35,9 @@ def codes(batch=3):
 def step_by_step(network, ids, labels, stops, memory=None):
     """Logits of the codes at `stops`, each from those before it: (B, len(stops), K)."""
     memory = Memory(GRID) if memory is None else memory
-    return torch.stack([network(ids.flatten(1)[:, :stop], labels, memory) for stop in stops], 1)
+    return torch.stack(
+        [network(ids.flatten(1)[:, :stop], {} if labels is None else {"label": labels}, memory) for stop in stops], 1
+    )
 
 
 @every_kind
@@ -50,10 +53,13 @@ def test_a_code_is_predicted_from_those_before_it_and_from_all_of_them(attention
 
 def test_the_first_code_is_predicted_from_the_start_token_and_the_class():
     network, ids = trained(), codes()
-    first = network(ids, torch.arange(3))[:, 0, 0]
-    assert torch.equal(network(codes(3).flip(0), torch.arange(3))[:, 0, 0], first) and torch.pdist(first).min() > 0.01
+    first = network(ids, {"label": torch.arange(3)})[:, 0, 0]
+    assert (
+        torch.equal(network(codes(3).flip(0), {"label": torch.arange(3)})[:, 0, 0], first)
+        and torch.pdist(first).min() > 0.01
+    )
     nn.init.zeros_(network.code.weight[CODES])
-    assert not torch.allclose(network(ids, torch.arange(3))[:, 0, 0], first)
+    assert not torch.allclose(network(ids, {"label": torch.arange(3)})[:, 0, 0], first)
 
 
 def test_at_each_place_stands_the_code_before_it_beside_the_position_of_the_place():
@@ -70,7 +76,7 @@ def test_at_each_place_stands_the_code_before_it_beside_the_position_of_the_plac
 @pytest.mark.parametrize("stops", [list(range(N)), [0, 1, 5, 6, 11], [4, 11]], ids=["one by one", "some", "few"])
 def test_with_a_memory_logits_are_those_of_the_whole(attention, stops):
     network, ids, labels = trained(attention=attention), codes(), torch.tensor([0, 2, CLASSES])
-    wanted = network(ids, labels).flatten(1, 2)[:, stops]
+    wanted = network(ids, {"label": labels}).flatten(1, 2)[:, stops]
     assert torch.allclose(step_by_step(network, ids, labels, stops), wanted, rtol=0, atol=1e-10)
 
 
@@ -95,10 +101,10 @@ def test_with_a_memory_nothing_is_read_twice_and_nothing_made_anew(n_classes):
 
 def test_sequences_may_drop_out_of_a_memory_and_the_others_do_not_notice():
     network, ids, labels = trained(), codes(4), torch.arange(4)
-    wanted, memory = network(ids, labels).flatten(1, 2), Memory(GRID)
+    wanted, memory = network(ids, {"label": labels}).flatten(1, 2), Memory(GRID)
     names = torch.tensor([10, 11, 12, 13])
     for stop, rows in enumerate([[0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 3], [0, 2, 3], [3, 0], [3, 0], [0]]):
-        found = network(ids.flatten(1)[rows, :stop], labels[rows], memory.keep(names[rows]))
+        found = network(ids.flatten(1)[rows, :stop], {"label": labels[rows]}, memory.keep(names[rows]))
         assert torch.allclose(found, wanted[rows, stop], rtol=0, atol=1e-10)
     with pytest.raises(ValueError, match=r"got sequences \[10, 11\], this memory holds \[10\]: make a new one"):
         memory.keep(names[:2])
@@ -117,7 +123,7 @@ def test_what_a_step_looks_at_is_a_row_of_the_whole_map():
 
 def test_every_weight_is_trained():
     network = trained()
-    network(codes(4), torch.arange(4)).square().sum().backward()
+    network(codes(4), {"label": torch.arange(4)}).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in network.parameters())
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from helpers.labels import label_encoders
 from models.blocks import count_parameters
 from models.transformer import AttentionConfig, Transformer
 
@@ -14,9 +15,10 @@ CODES, GRID, CLASSES = 9, (3, 4), 3
 NORMED = AttentionConfig(qk_norm=True)
 
 
-def transformer(**changes):
+def transformer(n_classes=0, **changes):
     torch.manual_seed(0)
-    return Transformer(**({"codes": CODES, "grid": GRID, "width": 16, "heads": 2, "layers": 2} | changes))
+    options = {"codes": CODES, "grid": GRID, "width": 16, "heads": 2, "layers": 2} | changes
+    return Transformer(**options, encoders=label_encoders(n_classes, options["width"]))
 
 
 def ids(batch=4):
@@ -56,7 +58,10 @@ def test_blocks_that_start_at_zero_add_nothing_and_yet_all_weights_learn(n_class
     network = transformer(zero_init=True, n_classes=n_classes)
     seen = network.code(ids()) + network.position
     assert torch.equal(network(ids()), network.head(network.norm(seen)))
-    labels, optimizer = torch.arange(4) % CLASSES if n_classes else None, torch.optim.Adam(network.parameters(), 1e-3)
+    labels, optimizer = (
+        {"label": torch.arange(4) % CLASSES} if n_classes else None,
+        torch.optim.Adam(network.parameters(), 1e-3),
+    )
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     for _ in range(4):  # at first the last layers alone have a gradient
         optimizer.zero_grad()

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from helpers.labels import label_encoders
 from models.attention import DiffAttentionV2, record_maps
 from models.blocks import Downsample, FeedForward, ResBlock, Upsample, count_parameters
 from models.unet import UNet, UNetConfig
@@ -25,8 +26,9 @@ def config(**changes):
     return UNetConfig(**(SMALL | changes))
 
 
-def unet(**changes):
-    return UNet(config(**changes))
+def unet(n_classes=0, **changes):
+    made = config(**changes)
+    return UNet(made, label_encoders(n_classes, made.emb_dim))
 
 
 def woken(network):
@@ -79,7 +81,8 @@ PUBLISHED = {
 def test_the_size_is_the_published_one(name):
     wanted, options = PUBLISHED[name]
     with torch.device("meta"):
-        count = count_parameters(UNet(UNetConfig(**options)))
+        made = UNetConfig(**{name: value for name, value in options.items() if name != "n_classes"})
+        count = count_parameters(UNet(made, label_encoders(options.get("n_classes", 0), made.emb_dim)))
     assert count == wanted if isinstance(wanted, int) else count == pytest.approx(wanted, rel=0.001)
 
 
@@ -93,7 +96,7 @@ def test_it_begins_as_the_constant_zero(name):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_weight_is_trained(name):
     network, (x, t) = woken(unet(**OPTIONS[name])), batch()
-    label = {"label": torch.tensor([0, 2])} if network.config.n_classes else None
+    label = {"label": torch.tensor([0, 2])} if "label" in network.encoders else None
     network(x, t, label).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 1e-5 for p in network.parameters())
 

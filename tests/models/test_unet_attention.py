@@ -11,7 +11,7 @@ from torch import nn
 
 from models.attention import record_maps
 from models.blocks import FEED_FORWARDS, GEGLU, FeedForward, count_parameters
-from models.conditioning import Condition, Tokens
+from models.conditioning import Condition, Regions, Tokens
 from models.unet_attention import ATTENTION_BLOCKS, SELF_ATTENTION, AttentionOptions, FeatureTransformerBlock
 
 C, HEADS, M, D = 40, 4, 5, 6
@@ -108,6 +108,20 @@ def test_a_hidden_token_says_nothing_and_a_seen_one_does():
     changed[:, 3] += 1
     before, after = (block(x, Condition({"text": Tokens(values, mask)})) for values in (said, changed))
     assert (before[0] - after[0]).abs().max() > 1e-3 and torch.equal(before[1], after[1])
+
+
+def test_pixels_see_the_tokens_of_their_regions_and_where_there_are_none_nothing_is_added():
+    block, x = woken(block_of("transformer", context_width=D)), feature_map()
+    masks = torch.zeros(2, 1, 16, 14, dtype=torch.bool)
+    masks[:, :, :8], masks[0, 0, 15, 13] = True, True  # of one image a pixel as well, in the last of 8 x 7 cells
+    tokens = condition().streams["text"]._replace(region=torch.zeros(2, M, dtype=torch.long))
+    said = Condition({"text": tokens}, Regions(masks, torch.zeros(2, 1).long(), torch.zeros(2, 1).long()))
+    added = []
+    block.cross.register_forward_hook(lambda layer, args, out: added.append(out))
+    block(x, said), block(x, condition())
+    seen = torch.zeros(2, 8, 7, dtype=torch.bool)
+    seen[:, :4], seen[0, 7, 6] = True, True
+    assert torch.equal(added[0].any(-1), seen) and torch.allclose(added[0][seen], added[1][seen], atol=1e-5)
 
 
 def test_cross_attention_without_tokens_is_refused():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.labels import label_encoders
 from models.blocks import count_parameters
 from models.unet import UNet, UNetConfig
 from train.converters import guided
@@ -28,7 +29,8 @@ def theirs():
 def network(theirs):
     flags = guided.settings(theirs, json.loads((FIXTURE / "unet_config.json").read_text()))
     own = {field.name: flags[field.name] for field in fields(UNetConfig) if field.name in flags}
-    made = UNet(UNetConfig(in_channels=3, out_channels=6, **own))
+    config = UNetConfig(in_channels=3, out_channels=6, **own)
+    made = UNet(config, label_encoders(flags["n_classes"], config.emb_dim))
     tensors = guided.converted(theirs, made.config, flags["new_attention_order"])
     made.load_state_dict({name: each.value for name, each in tensors.items()})
     return made

@@ -7,16 +7,18 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.labels import label_encoders
 from models.blocks import ConditionBlock, EmbedBlock, ResBlock
 from models.conditioning import Condition, ConditionEncoder, Tokens
-from models.conditions import image, label
+from models.conditions import image
 from models.unet import UNet, UNetConfig
 
 SMALL = {"channels": 40, "channel_mults": (1, 2), "res_blocks": 1, "attn_factors": (2,)}
 
 
-def unet(encoders=None, **changes):
-    network = UNet(UNetConfig(**(SMALL | changes)), encoders)
+def unet(encoders=None, n_classes=0, **changes):
+    config = UNetConfig(**(SMALL | changes))
+    network = UNet(config, (encoders or {}) | label_encoders(n_classes, config.emb_dim))
     for p in network.parameters():
         p.data += 0.05 * torch.randn_like(p)
     return network
@@ -102,8 +104,10 @@ def test_conditions_that_do_not_belong_to_the_network_are_refused():
         unet()(x, t, drop={"label": torch.zeros(3, dtype=torch.bool)})
     with pytest.raises(ValueError, match="got a condition without label: make it by encode"):
         network(x, t, Condition())
-    with pytest.raises(ValueError, match="got an encoder named label beside n_classes 3"):
-        unet({"label": label.build(label.Config(n_classes=3), 160)}, n_classes=3)
+    with pytest.raises(ValueError, match="got a condition of 2 examples for 3: take condition"):
+        network(x, t, network.encode({}, x)[:2])
+    with pytest.raises(ValueError, match="got a Tensor as condition, wanted a Condition or raw fields"):
+        network(x, t, torch.arange(3))
     with pytest.raises(ValueError, match=r"got encoders whose tokens have widths \{'a': 7, 'b': 8\}"):
         unet({"a": Words(7), "b": Words(8)})
     with pytest.raises(ValueError, match=r"got t \(\) for 3 images, wanted \(3,\)"):
@@ -190,7 +194,6 @@ REFUSED = {
     r"got channel_mults \(1, 0\)": {"channel_mults": (1, 0)},
     r"got attn_factors \(16, 8\), the factors of the levels are 1, 2": {"attn_factors": (16, 8)},
     "got dropout 1.0": {"dropout": 1.0},
-    "got n_classes -1": {"n_classes": -1},
     "got time_scale 0.0": {"time_scale": 0.0},
     r"got kernel_sizes \(4,\), dilations \(1,\)": {"kernel_sizes": (4,)},
     r"dilations \(0,\): wanted odd kernels": {"dilations": (0,)},

@@ -77,6 +77,21 @@ def test_another_networks_weights_are_refused_by_key_and_shape(tmp_path):
         load_weights(tmp_path, 7, {"network": nn.ModuleDict({"extra": nn.Linear(1, 1)})}, ema=False)
 
 
+class Labelled(nn.Module):
+    """A network of a user's own, which has a weight of a name that transformers gave up."""
+
+    def __init__(self):
+        super().__init__()
+        self.label = nn.Embedding(3, 4)
+
+
+def test_weights_of_a_users_own_keep_their_names(tmp_path):
+    saved, other = Labelled(), Labelled()
+    save(tmp_path, State({"network": saved}, {}, {}, step=7))
+    load_weights(tmp_path, 7, {"network": other}, ema=False)
+    assert torch.equal(other.label.weight, saved.label.weight)
+
+
 def test_a_poisoned_pickle_runs_nothing(tmp_path):
     path = save(tmp_path, state_of())
     trace = tmp_path / "it ran"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.labels import label_encoders
 from models.attention import record_maps
 from models.transformer import Transformer
 from models.unet import UNet, UNetConfig
@@ -28,13 +29,15 @@ CPU = torch.device("cpu")
 
 
 def transformer():
-    network = Transformer(codes=16, grid=(4, 4), width=16, heads=2, layers=2, n_classes=3, resid_dropout=0.3)
-    return network, (torch.randint(0, 16, (2, 4, 4)), torch.tensor([0, 1]))
+    network = Transformer(
+        codes=16, grid=(4, 4), width=16, heads=2, layers=2, encoders=label_encoders(3, 16), resid_dropout=0.3
+    )
+    return network, (torch.randint(0, 16, (2, 4, 4)), {"label": torch.tensor([0, 1])})
 
 
 def unet():
     shape = {"channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_factors": (2,), "heads": 1}
-    return UNet(UNetConfig(**shape, dropout=0.3, n_classes=3)), (
+    return UNet(UNetConfig(**shape, dropout=0.3), label_encoders(3, 32)), (
         torch.randn(2, 3, 8, 8),
         torch.rand(2),
         {"label": torch.tensor([0, 1])},

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from helpers.labels import label_encoders
 from models.transformer import Transformer
 from models.unet import UNet, UNetConfig
 from train.execution import checkpoint_activations
@@ -64,8 +65,10 @@ def test_the_formulas_are_torchs_where_it_has_them(operation):
 
 
 def transformer():
-    network = Transformer(codes=16, grid=(4, 4), width=16, heads=2, layers=2, n_classes=3, resid_dropout=0.3)
-    return network, (torch.randint(0, 16, (2, 4, 4)), torch.tensor([0, 1]))
+    network = Transformer(
+        codes=16, grid=(4, 4), width=16, heads=2, layers=2, encoders=label_encoders(3, 16), resid_dropout=0.3
+    )
+    return network, (torch.randint(0, 16, (2, 4, 4)), {"label": torch.tensor([0, 1])})
 
 
 def unet():

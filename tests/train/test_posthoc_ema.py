@@ -252,6 +252,21 @@ def test_a_foreign_snapshot_is_refused(tmp_path):
         reconstruct(tmp_path, None, "network", 0.07)
 
 
+def test_snapshots_from_before_weights_were_renamed_join_later_ones(tmp_path):
+    old, new = "label.weight", "encoders.label.embedding.weight"  # of transformers
+    for run, names in {"mixed": (old, new), "later": (new, new), "earlier": (old, old)}.items():
+        for step, name in zip((300, 600), names, strict=True):
+            tensors = {
+                f"{std}/network.{key}": torch.full((2,), step + std) for std in TRACKED for key in (name, "code")
+            }
+            save_snapshot(tmp_path / run, step, tensors)
+    mixed, later, earlier = (
+        reconstruct(tmp_path / run, None, "network", 0.07) for run in ("mixed", "later", "earlier")
+    )
+    assert mixed.keys() == later.keys() == {new, "code"} and earlier.keys() == {old, "code"}
+    assert torch.equal(mixed[new], later[new]) and torch.equal(mixed[new], earlier[old])
+
+
 def test_a_resumed_run_cuts_what_lies_after_its_checkpoint(tmp_path):
     assert drop_snapshots_after(tmp_path, 0) == []
     run_with(tmp_path, 150)

@@ -23,7 +23,7 @@ from train.loop import Batch, Outputs, Stateful
 from train.spaces import EditInput
 
 Process = ContinuousProcess | DiscreteProcess | Autoregression
-Told = Condition | Mapping[str, Tensor] | Tensor | None  # a condition as a network is given it
+Told = Condition | Mapping[str, Tensor] | None  # a condition as a network is given it: encoded, or raw fields
 # (x, t, condition), as the network is given them -> what is added inside of it: the UNet's skip_residuals, or a map
 # (B, h, w, D) beside a transformer's embeddings
 Control = Callable[[Tensor, Tensor, Told], Tensor | Sequence[Tensor]]

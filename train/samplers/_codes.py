@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffusion.absorbing import forgotten
 from diffusion.autoregressive import Autoregression
-from diffusion.denoisers import guided, joined, picked, windowed
+from diffusion.denoisers import guided, windowed
 from diffusion.discrete_solvers import step_times
 from diffusion.drawing import Drawing
 from diffusion.likelihood import bits_per_code
@@ -18,10 +18,12 @@ from diffusion.process import DiscreteProcess
 from diffusion.rng import Streams
 from diffusion.solvers import Solver
 from diffusion.types import Bound, Denoiser, Loss, OnStep
+from models.conditioning import Condition
 from train.config import SamplingConfig
 from train.data.loading import Draws
 from train.loop import Batch, Outputs
 from train.samplers import Control, LearnedSampler, Told, chosen_solver
+from train.samplers._conditions import draw_drops, fields_by_condition, raw_conditions
 from train.samplers._transformer import TransformerConfig
 from train.spaces import EditInput
 
@@ -47,10 +49,9 @@ class CodeSampling(SamplingConfig):
 
 
 class CodeSampler(LearnedSampler):
-    """A network of codes on a grid (h, w) that is told a class or the null class, where there are `n_classes`."""
+    """A network of codes on a grid (h, w), under conditions; `n_classes` is 0 where the class is none of them."""
 
     unit = "bits per code"
-    takes_time = False  # whether the network is told t
 
     def __init__(
         self,
@@ -63,39 +64,27 @@ class CodeSampler(LearnedSampler):
     ):
         self.config, self.process, self.network = config, process, network
         self.grid, self.n_classes, self.extras = tuple(grid), n_classes, {}
+        self.field_of = fields_by_condition(network.encoders)
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        return ("label",) if self.n_classes else ()
+        return tuple(self.field_of.values())
 
     # Conditions
 
-    def condition(self, batch: Batch) -> Tensor | None:
-        """What the network is told of a batch: its labels (B,) int64 in [0, n_classes), None without classes."""
-        return batch["label"] if self.n_classes else None
-
-    def training_condition(self, batch: Batch, draw: Draws) -> Tensor | None:
-        """The same with a share of nulls, for guidance."""
-        labels = self.condition(batch)
-        if labels is None:
-            return None
-        dropped = draw("label").uniform((len(labels),)) < self.config.label_drop
-        return labels.masked_fill(dropped, self.n_classes)
-
-    def chain(self, batch: Batch | None, options: CodeSampling) -> Told:
-        """The conditions that guidance goes along, weakest first, one below the other; None where nothing is told."""
-        labels = self.condition(batch) if batch and {*self.conditions} <= {*batch} else None
-        if labels is None:
-            if options.guidance != 1:
-                raise ValueError(f"got guidance {options.guidance} for samples without a class: pass --guidance 1")
-            return None
-        return joined([torch.full_like(labels, self.n_classes), labels])
+    def chain(self, network: nn.Module, batch: Batch | None, options: CodeSampling, x: Tensor) -> Condition:
+        """The conditions that guidance goes along for grids like x (B, H, W): the null, and below it what is known."""
+        raw = raw_conditions(self.field_of, batch) if batch else {}
+        if options.guidance != 1 and not raw:
+            raise ValueError(f"got guidance {options.guidance} for samples without a condition: pass --guidance 1")
+        null = network.encode({}, x)
+        return Condition.cat([null, network.encode(raw, x) if raw else null])
 
     def predict(
         self, network: nn.Module, x: Tensor, t: Tensor, condition: Told, control: Control | None = None, **how: object
     ) -> Tensor:
         """The network's logits at x, t (B,); `how` is of its `forward`."""
-        if self.takes_time:
+        if self.network.takes_time:
             how["t"] = t
         if control is not None:
             how["residual"] = control(x, t, condition)
@@ -122,6 +111,7 @@ class CodeSampler(LearnedSampler):
         x = self.begin(edit, (len(rng), *shape), rng)
         denoise = self.denoiser(network, batch, options, x, control)
         if by_windows:
+            self.check_windows(shape)
             stride = max(1, min(self.grid) // 2) if window_stride is None else window_stride
             denoise = windowed(denoise, self.grid, stride, may_change=lambda x: self.process.may_change(x, 1.0, 0.0))
         entry, given = chosen_solver(self.process, options)
@@ -129,6 +119,14 @@ class CodeSampler(LearnedSampler):
         steps = entry.steps(process, x[0].numel()) if options.sample_steps is None else options.sample_steps
         how = {"rng": rng, "on_step": on_step, "drawing": options.drawing} | given
         return entry.solve(denoise, process, x, step_times(steps), **how)
+
+    def check_windows(self, shape: tuple[int, int]) -> None:
+        """ValueError where a condition belongs to the whole canvas."""
+        if self.network.encoders.map_channels:
+            raise ValueError(
+                f"got a canvas of {shape} codes in windows of {self.grid}, and an image as a condition, which belongs "
+                "to the whole canvas: leave --shape and --window_stride out, or train with --position rope"
+            )
 
     @abstractmethod
     def by_windows(self, shape: tuple[int, int], window_stride: int | None) -> bool:
@@ -181,7 +179,7 @@ class DiscreteSampler(CodeSampler):
         """`loss_options` are further keywords of the process's loss."""
         super().__init__(config, process, network, grid=grid, n_classes=n_classes)
         self.loss_options = dict(loss_options or {})
-        if process.prediction_depends_on_time and not self.takes_time:
+        if process.prediction_depends_on_time and not network.takes_time:
             name = type(process).__name__
             raise ValueError(f"got a network that is told no time for {name}, whose predictions depend on it")
 
@@ -198,7 +196,8 @@ class DiscreteSampler(CodeSampler):
         x0 = batch["codes"]
         t = self.times(draw, len(x0)).to(x0.device)
         x_t = self.corrupt(x0, t, draw("mask"))
-        logits = self.predict(network, x_t, t, self.training_condition(batch, draw), control)
+        raw = raw_conditions(self.field_of, batch)
+        logits = self.predict(network, x_t, t, raw, control, drop=draw_drops(self.config, raw, draw, len(x0)))
         loss = self.process.loss(logits, x0, x_t, t, **self.loss_options, loss_weight=batch.get("loss_weight"))
         seen = {"x0": x0, "x_t": x_t, "t": t, "prediction": logits, "loss": loss.per_example}
         return loss._replace(outputs={name: value.detach() for name, value in seen.items()})
@@ -225,34 +224,25 @@ class DiscreteSampler(CodeSampler):
     ) -> Denoiser:
         """What the network says, guided; equal grids under equal conditions, and at one time where anything is told the
         time, are evaluated once."""
-        conditions, rows = self.chain(batch, options), torch.arange(2 * len(x), device=x.device)
-        kinds, by_time = row_ids(conditions), self.takes_time or control is not None
+        conditions, rows = self.chain(network, batch, options, x), torch.arange(2 * len(x), device=x.device)
+        kinds, by_time = conditions.row_ids(), self.network.takes_time or control is not None
 
         def denoise(x: Tensor, t: Tensor, of: Tensor) -> Tensor:  # of: rows of the conditions
             kind, time = None if kinds is None else kinds[of], t if by_time else None
             first, which = distinct(x, kind, time)
             if len(first) == len(x):
-                return self.predict(network, x, t, picked(conditions, of), control)
-            return self.predict(network, x[first], t[first], picked(conditions, of[first]), control)[which]
+                return self.predict(network, x, t, conditions[of], control)
+            return self.predict(network, x[first], t[first], conditions[of[first]], control)[which]
 
         how = {"schedule": options.guidance_schedule, "interval": options.guidance_interval}
         return guided(denoise, rows.chunk(2), [options.guidance], **how)
 
     def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, calls: int | None = None) -> Bound:
         """-log2 p of {"codes": (B, h, w)}, by the variational bound in `calls` network calls per example, or all T."""
-        condition = self.condition(batch)
+        condition = network.encode(raw_conditions(self.field_of, batch), batch["codes"])
         return bits_per_code(
             lambda x, t: self.predict(network, x, t, condition), self.process, batch["codes"], rng, calls
         )
-
-
-def row_ids(condition: Told) -> Tensor | None:
-    """(B,) int64, equal for examples of equal conditions; None where all are."""
-    if condition is None:
-        return None
-    if isinstance(condition, Tensor):
-        return condition.flatten(1).unique(dim=0, return_inverse=True)[1] if condition.ndim > 1 else condition
-    return condition.row_ids()
 
 
 def distinct(x: Tensor, kind: Tensor | None, t: Tensor | None) -> tuple[Tensor, Tensor]:

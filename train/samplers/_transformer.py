@@ -1,14 +1,16 @@
 """The transformer that samplers of codes share: its settings, and how it is made of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from models.conditioning import ConditionEncoder
 from models.transformer import AttentionConfig, CausalTransformer, Transformer
-from train.config import SamplerConfig
+from train.samplers._conditions import ConditionsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig(SamplerConfig):
+class TransformerConfig(ConditionsConfig):
     """A transformer over a grid of codes."""
 
     bert_n_emb: int = 512
@@ -43,12 +45,9 @@ class TransformerConfig(SamplerConfig):
     """Dropout of embeddings."""
     resid_pdrop: float = 0.0
     """Dropout of each block's outputs."""
-    class_conditional: bool = True
-    """Condition on the class where the data have labels."""
-    label_drop: float = 0.1
-    """Share of training labels replaced by the null class, for guidance."""
 
     def __post_init__(self):
+        super().__post_init__()
         if min(self.bert_n_emb, self.bert_n_head, len(self.kernel_sizes), len(self.dilations)) < 1:
             sizes = f"bert_n_emb {self.bert_n_emb}, bert_n_head {self.bert_n_head}"
             raise ValueError(f"got {sizes}, {self.kernel_sizes=}, {self.dilations=}: wanted at least 1 of each")
@@ -65,22 +64,27 @@ class TransformerConfig(SamplerConfig):
         if {len(self.kernel_sizes), len(self.dilations)} - {1, groups} or groups > self.bert_n_head:
             sizes = f"{len(self.kernel_sizes)} kernel_sizes, {len(self.dilations)} dilations, {self.bert_n_head} heads"
             raise ValueError(f"got {sizes}: wanted as many of both, or one for all, and a head for each")
-        for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "label_drop"):
+        for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted a share in [0, 1)")
 
 
 def make_network(
-    config: TransformerConfig, *, codes: int, grid: tuple[int, int], n_classes: int, causal: bool = False
+    config: TransformerConfig,
+    *,
+    codes: int,
+    grid: tuple[int, int],
+    encoders: Mapping[str, ConditionEncoder],
+    causal: bool = False,
 ) -> Transformer:
-    """The transformer that a config describes, for `n_classes` classes or 0; `causal`: from codes before each alone."""
+    """The transformer that a config describes, under some conditions; `causal`: from codes before each alone."""
     return (CausalTransformer if causal else Transformer)(
         codes=codes,
         grid=grid,
         width=config.bert_n_emb,
         heads=config.bert_n_head,
         layers=config.bert_n_layers,
-        n_classes=n_classes,
+        encoders=encoders,
         mlp_ratio=config.mlp_ratio,
         attention=AttentionConfig(
             attention=config.attention,

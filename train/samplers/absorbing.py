@@ -11,6 +11,7 @@ from diffusion.solvers import Solver, options_of
 from diffusion.timesteps import low_discrepancy
 from train.data.loading import Draws
 from train.samplers._codes import DiscreteSampler, DiscreteSampling
+from train.samplers._conditions import make_encoders
 from train.samplers._transformer import TransformerConfig, make_network
 
 SPACE = "codes"
@@ -61,7 +62,8 @@ class AbsorbingSampler(DiscreteSampler):
     def __init__(self, config: Config, *, codes: int, grid: tuple[int, int], n_classes: int):
         n_classes = n_classes if config.class_conditional else 0
         process = AbsorbingDiffusion(codes, config.total_steps, config.schedule)
-        network = make_network(config, codes=codes, grid=grid, n_classes=n_classes)
+        encoders = make_encoders(config, config.bert_n_emb, n_classes)
+        network = make_network(config, codes=codes, grid=grid, encoders=encoders)
         kind = {"kind": config.loss_type}
         super().__init__(config, process, network, grid=grid, n_classes=n_classes, loss_options=kind)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.autoregressive import Autoregression
-from diffusion.denoisers import guided, picked
+from diffusion.denoisers import guided
 from diffusion.rng import Streams
 from diffusion.solvers import options_of
 from diffusion.types import Bound, Denoiser, Loss
@@ -15,6 +15,7 @@ from train.data.loading import Draws
 from train.loop import Batch, Outputs
 from train.samplers import Control
 from train.samplers._codes import CodeSampler, CodeSampling
+from train.samplers._conditions import draw_drops, make_encoders, raw_conditions
 from train.samplers._transformer import TransformerConfig, make_network
 
 SPACE = "codes"
@@ -55,7 +56,8 @@ class AutoregressiveSampler(CodeSampler):
 
     def __init__(self, config: Config, *, codes: int, grid: tuple[int, int], n_classes: int):
         n_classes = n_classes if config.class_conditional else 0
-        network = make_network(config, codes=codes, grid=grid, n_classes=n_classes, causal=True)
+        encoders = make_encoders(config, config.bert_n_emb, n_classes)
+        network = make_network(config, codes=codes, grid=grid, encoders=encoders, causal=True)
         super().__init__(config, Autoregression(codes), network, grid=grid, n_classes=n_classes)
 
     def loss(self, network: nn.Module, batch: Batch, draw: Draws, *, control: Control | None = None) -> Loss:
@@ -65,7 +67,8 @@ class AutoregressiveSampler(CodeSampler):
         """
         x0 = batch["codes"]
         t = torch.zeros(len(x0), device=x0.device)
-        logits = self.predict(network, x0, t, self.training_condition(batch, draw), control)
+        raw = raw_conditions(self.field_of, batch)
+        logits = self.predict(network, x0, t, raw, control, drop=draw_drops(self.config, raw, draw, len(x0)))
         loss = self.process.loss(logits, x0, loss_weight=batch.get("loss_weight"))
         seen = {"x0": x0, "x_t": x0, "t": t, "prediction": logits, "loss": loss.per_example}
         return loss._replace(outputs={name: value.detach() for name, value in seen.items()})
@@ -93,11 +96,11 @@ class AutoregressiveSampler(CodeSampler):
 
         A sequence has the number of its row of the conditions: that of example i is i under the weakest.
         """
-        conditions, memory = self.chain(batch, options), Memory(self.grid)
+        conditions, memory = self.chain(network, batch, options, x), Memory(self.grid)
         sequences = torch.arange(2 * len(x), device=x.device)
 
         def denoise(x: Tensor, t: Tensor, of: Tensor) -> Tensor:
-            return self.predict(network, x, t, picked(conditions, of), control, memory=memory.keep(of))
+            return self.predict(network, x, t, conditions[of], control, memory=memory.keep(of))
 
         return guided(denoise, sequences.chunk(2), [options.guidance], schedule=options.guidance_schedule)
 
@@ -105,7 +108,8 @@ class AutoregressiveSampler(CodeSampler):
         """-log2 p of {"codes": (B, h, w)}: exact, in one network call whatever `calls` says."""
         x0 = batch["codes"]
         with torch.no_grad():
-            logits = self.predict(network, x0, torch.zeros(len(x0), device=x0.device), self.condition(batch))
+            t = torch.zeros(len(x0), device=x0.device)
+            logits = self.predict(network, x0, t, raw_conditions(self.field_of, batch))
         return self.process.likelihood(logits, x0)
 
 

@@ -19,13 +19,12 @@ from diffusion.rng import Streams
 from diffusion.solvers import options_of
 from diffusion.timesteps import LossSecondMoment, Times, low_discrepancy, uniform
 from diffusion.types import Bound, Denoiser, Loss, OnStep, Prediction
-from models.conditioning import ConditionEncoder
 from models.unet import UNet, UNetConfig
-from train.config import SamplerConfig, SamplingConfig
+from train.config import SamplingConfig
 from train.data.loading import Draws
 from train.loop import Batch, Outputs
-from train.registry import plugin
 from train.samplers import Control, LearnedSampler, Told, chosen_solver
+from train.samplers._conditions import ConditionsConfig, draw_drops, fields_by_condition, make_encoders, raw_conditions
 from train.spaces import EditInput
 
 SPACE = "continuous"  # pixels; latents where --ae_load_dir names a VQGAN
@@ -42,7 +41,7 @@ HALF_LEVEL = 1 / 255  # of 8 bits on [-1, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SamplerConfig):
+class Config(ConditionsConfig):
     """Gaussian diffusion: a UNet that predicts noise, data or something between. Its defaults are improved DDPM's."""
 
     process: Literal["gaussian", "edm", "flow"] = "gaussian"
@@ -115,23 +114,11 @@ class Config(SamplerConfig):
     """attn_block_type transformer: its self-attention."""
     feed_forward: str = "geglu"
     """attn_block_type transformer: gelu, geglu, or the dotted path of a module built with a width."""
-    class_conditional: bool = True
-    """Condition on the class where the data have labels."""
-    label_drop: float = 0.1
-    """Share of training labels replaced by the null class, for guidance."""
-    conditions: tuple[str, ...] = ()
-    """Files of models/conditions beside the class: image joins the field condition_image to x."""
-    condition_channels: int = 3
-    """conditions image: channels of the field condition_image."""
-    condition_drop: float = 0.1
-    """Share of training conditions replaced by their null, each apart."""
     adapt: str = ""
     """Dotted path of a function that turns an item of the data set into the fields of a batch."""
 
     def __post_init__(self):
-        for name in ("label_drop", "condition_drop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted a share in [0, 1)")
+        super().__post_init__()
         if self.total_steps < 2:
             raise ValueError(f"got total_steps {self.total_steps}, wanted at least 2: pass --total_steps N")
         for name in POSITIVE:
@@ -192,19 +179,6 @@ def make_process(config: Config, pixels: bool) -> ContinuousProcess:
     return GaussianDiffusion(abar, config.prediction, variance)
 
 
-def make_encoders(config: Config, width: int) -> dict[str, ConditionEncoder]:
-    """The encoders of --conditions; --condition_channels is the option `channels` of those that have it."""
-    encoders = {}
-    for name in config.conditions:
-        module = plugin("models.conditions", name, "condition")
-        if name == "label":
-            raise ValueError("got condition 'label' for --conditions: classes are --class_conditional")
-        own = [field.name for field in fields(module.Config) if hasattr(config, f"condition_{field.name}")]
-        options = {option: getattr(config, f"condition_{option}") for option in own}
-        encoders[name] = module.build(module.Config(**options), width)
-    return encoders
-
-
 def make_network(config: Config, process: ContinuousProcess, channels: int, n_classes: int) -> UNet:
     """The UNet that a ddpm config describes, for x of so many channels."""
     own = {field.name for field in fields(UNetConfig)} & {field.name for field in fields(config)} - {"time_scale"}
@@ -214,10 +188,9 @@ def make_network(config: Config, process: ContinuousProcess, channels: int, n_cl
         **{name: getattr(config, name) for name in own},
         in_channels=channels,
         out_channels=2 * channels if process.variance == "learned_range" else channels,
-        n_classes=n_classes,
         time_scale=scale if config.time_scale is None else config.time_scale,
     )
-    return UNet(unet, make_encoders(config, unet.emb_dim))
+    return UNet(unet, make_encoders(config, unet.emb_dim, n_classes))
 
 
 class GaussianSampler(LearnedSampler):
@@ -239,7 +212,7 @@ class GaussianSampler(LearnedSampler):
             kind = auto if config.loss_type == "auto" else config.loss_type
             self.process.check_loss(kind)
             self.loss_options = {"kind": kind, "gamma": config.min_snr_gamma}
-        self.sources = {name: plugin("models.conditions", name, "condition").FIELD for name in self.network.encoders}
+        self.field_of = fields_by_condition(self.network.encoders)
 
     @property
     def likelihood(self) -> str:
@@ -248,17 +221,7 @@ class GaussianSampler(LearnedSampler):
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        return tuple(self.sources.values())
-
-    def raw_conditions(self, batch: Batch) -> dict[str, Tensor]:
-        """Raw conditions by the names of their encoders; ValueError where the batch has no such field."""
-        missing = sorted({*self.conditions} - {*batch})
-        if missing:
-            raise ValueError(
-                f"got a batch with the fields {', '.join(batch) or 'none'}, conditions need {', '.join(missing)}: "
-                "write them in the function of --adapt"
-            )
-        return {name: batch[field] for name, field in self.sources.items()}
+        return tuple(self.field_of.values())
 
     def predict(
         self, network: nn.Module, x: Tensor, t: Tensor, condition: Told, control: Control | None = None, **how: object
@@ -288,10 +251,8 @@ class GaussianSampler(LearnedSampler):
         x0, (t, weight) = batch["x0"], self.times(draw, len(batch["x0"]), network.training)
         noise = draw("noise").normal(x0.shape)
         x_t = self.process.corrupt(x0, t, noise)
-        raw, drop = self.raw_conditions(batch), {}
-        for name in raw:
-            share = self.config.label_drop if name == "label" else self.config.condition_drop
-            drop[name] = draw(name).uniform((len(x0),)) < share
+        raw = raw_conditions(self.field_of, batch)
+        drop = draw_drops(self.config, raw, draw, len(x0))
         output = self.predict(network, x_t, t, raw, control, drop=drop)
         loss = self.process.loss(output, x0, noise, t, loss_weight=batch.get("loss_weight"), **self.loss_options)
         weight = weight.to(x0.device)
@@ -347,7 +308,7 @@ class GaussianSampler(LearnedSampler):
         if process.start <= process.end:  # less noise than networks know: nothing is forgotten
             return edit.x0
         null = network.encode({}, x)
-        chain = [null, network.encode(self.raw_conditions(batch), x) if batch else null]
+        chain = [null, network.encode(raw_conditions(self.field_of, batch), x) if batch else null]
         guidance = {"interval": options.guidance_interval, "rescale": options.guidance_rescale}
         said = self.denoiser(network, control)
         denoise = guided(said, chain, [options.guidance], **guidance, process=self.process)
@@ -384,7 +345,7 @@ class GaussianSampler(LearnedSampler):
         if not self.pixels:
             raise ValueError("latents are continuous and have no likelihood in bits: measure a model of pixels")
         x0 = batch["x0"]
-        condition, denoise = network.encode(self.raw_conditions(batch), x0), self.denoiser(network)
+        condition, denoise = network.encode(raw_conditions(self.field_of, batch), x0), self.denoiser(network)
 
         def conditional(x: Tensor, t: Tensor) -> Prediction:
             return denoise(x, t, condition)

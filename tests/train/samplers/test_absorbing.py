@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.rng import Streams, seed_of
+from helpers.labels import LabelNetwork
 from models.attention import KINDS as KIND_CLASSES
 from train.data.loading import Draws
 from train.samplers import absorbing
@@ -14,16 +14,14 @@ GRID = (2, 3)
 SMALL = {"bert_n_emb": 8, "bert_n_head": 2, "bert_n_layers": 1}
 
 
-class Recorder(nn.Module):
-    """In the place of a network: remembers what it was asked, answers with logits that prefer code 0."""
+class Recorder(LabelNetwork):
+    """Answers with logits that prefer code 0."""
 
-    def __init__(self, codes: int = 4):
-        super().__init__()
-        self.codes, self.asked = codes, []
+    def __init__(self):
+        super().__init__(n_classes=5)
 
-    def forward(self, ids, labels=None):
-        self.asked.append((ids.clone(), None if labels is None else labels.clone()))
-        return torch.zeros(*ids.shape, self.codes).index_fill(-1, torch.tensor(0), 3.0)
+    def answer(self, ids, labels):
+        return torch.zeros(*ids.shape, 4).index_fill(-1, torch.tensor(0), 3.0)
 
 
 def sampler(n_classes: int = 5, **settings):
@@ -52,8 +50,8 @@ def test_without_classes_labels_are_not_looked_at():
         batch = {"codes": torch.zeros(2, *GRID, dtype=torch.long), "label": torch.tensor([3, 4])}
         built.loss(recorder, batch, draws(0, 2))
         assert built.conditions == ()
-        assert recorder.asked[0][1] is None and built.n_classes == 0
-        with pytest.raises(ValueError, match="without a class: pass --guidance 1"):
+        assert recorder.asked[0][1].tolist() == [5, 5] and built.n_classes == 0  # the null
+        with pytest.raises(ValueError, match="without a condition: pass --guidance 1"):
             built.sample(built.network, Streams([0]), options=absorbing.Sampling(guidance=2.0))
 
 

@@ -5,13 +5,13 @@ import inspect
 
 import pytest
 import torch
-from torch import nn
 
 import train.samplers
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import confidence
 from diffusion.rng import Streams
 from diffusion.solvers import solver, solvers_of
+from helpers.labels import LabelNetwork
 from train.samplers import _codes, absorbing, chosen_solver
 from train.spaces import EditInput
 
@@ -21,16 +21,13 @@ LABELS = torch.tensor([1, 4, 1, 0])
 BATCH = {"label": LABELS}
 
 
-class Recorder(nn.Module):
-    """In the place of a network: remembers what it was asked; a row's answer depends on its codes and its label."""
+class Recorder(LabelNetwork):
+    """A row's answer depends on its codes and its label."""
 
     def __init__(self):
-        super().__init__()
-        self.asked = []
+        super().__init__(CLASSES)
 
-    def forward(self, ids, labels=None):
-        self.asked.append((ids.clone(), None if labels is None else labels.clone()))
-        labels = ids.new_full((len(ids),), CLASSES) if labels is None else labels
+    def answer(self, ids, labels):
         places = torch.arange(float(ids[0].numel() * CODES)).view(*ids.shape[1:], CODES)
         return (places * (1 + labels + ids.sum((1, 2))).view(-1, 1, 1, 1)).cos()
 
@@ -61,15 +58,15 @@ def test_guidance_asks_with_and_without_the_label_in_one_call():
 def test_without_a_batch_the_null_class_is_asked_for_and_guidance_refused():
     recorder = Recorder()
     built().sample(recorder, Streams([0]), options=options())
-    assert all(labels is None for _, labels in recorder.asked)
+    assert all((labels == CLASSES).all() for _, labels in recorder.asked)
     for batch in (None, {}):
-        with pytest.raises(ValueError, match="got guidance 2.0 for samples without a class: pass --guidance 1"):
+        with pytest.raises(ValueError, match="got guidance 2.0 for samples without a condition: pass --guidance 1"):
             built().sample(recorder, Streams([0]), batch=batch, options=options(guidance=2.0))
 
 
 def test_guidance_follows_its_schedule_and_its_interval():
     ids, t = torch.full((4, *GRID), CODES), torch.tensor([1.0, 0.5, 0.2, 0.0])
-    strong, weak = Recorder()(ids, LABELS), Recorder()(ids)
+    strong, weak = Recorder()(ids, BATCH), Recorder()(ids)
     for settings, scales in (
         ({}, [3, 3, 3, 3]),
         ({"guidance_schedule": "linear"}, [1, 2, 2.6, 3]),
@@ -98,6 +95,14 @@ def test_a_larger_canvas_is_asked_for_in_windows_that_keep_each_images_label(gui
             owners = [0, 1] if label == CLASSES else [LABELS[:2].tolist().index(label)]
             crops = torch.stack([x[owners].unfold(1, 3, 1).unfold(2, 4, 1) for x in states])
             assert (crops == window).flatten(-2).all(-1).any()
+
+
+def test_windows_of_an_image_as_condition_are_refused():
+    sampler, given = built(n_classes=0, conditions=("image",)), {"condition_image": torch.zeros(1, 3, 5, 7)}
+    with pytest.raises(ValueError, match=r"got a canvas of \(5, 7\) codes in windows of \(3, 4\), and an image"):
+        sampler.sample(sampler.network, Streams([0]), batch=given, options=options(), shape=(5, 7))
+    whole = built(n_classes=0, conditions=("image",), position="rope")
+    assert whole.sample(whole.network, Streams([0]), batch=given, options=options(), shape=(5, 7)).shape == (1, 5, 7)
 
 
 def test_windows_are_half_a_grid_apart_where_nothing_is_said():
@@ -180,7 +185,7 @@ def test_equal_rows_are_evaluated_once_and_rows_of_other_labels_are_not_equal(la
     x, t = known(3, *GRID)[[0, 1, 0, 0, 1, 2]], torch.linspace(1, 0.5, 6)  # the network is told no time
     recorder, batch = Recorder(), None if labels is None else {"label": labels}
     said = built().denoiser(recorder, batch, options(), x)(x, t)
-    assert torch.equal(said, Recorder()(x, labels))
+    assert torch.equal(said, Recorder()(x, {} if labels is None else {"label": labels}))
     assert len(recorder.asked) == 1 and len(recorder.asked[0][0]) == (3 if labels is None else 5)
     different = known(5, *GRID, seed=3)
     assert torch.equal(built().denoiser(recorder, None, options(), different)(different, t[:5]), Recorder()(different))
@@ -275,22 +280,22 @@ GREEDY = [{"temp": 1e-4}, {"temp": 0.0}, {"temp": 0.0, "last_temp": 0.0}, {"top_
 @pytest.mark.parametrize("settings", GREEDY)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_temperature_top_k_and_top_p_reach_every_solver(name, settings):
-    class Certain(nn.Module):
-        def forward(self, ids, labels=None):
+    class Certain(LabelNetwork):
+        def answer(self, ids, labels):
             return torch.tensor([0.0, 0.1, 0.3, 0.2, 0.1, 0.0]).expand(*ids.shape, CODES)
 
-    out = built().sample(Certain(), Streams([0, 1]), options=options(name, **settings))
+    out = built().sample(Certain(CLASSES), Streams([0, 1]), options=options(name, **settings))
     assert (out == 2).all()
 
 
 def test_who_watches_is_told_what_the_network_says_and_not_what_is_drawn_from():
-    class Flat(nn.Module):
-        def forward(self, ids, labels=None):
+    class Flat(LabelNetwork):
+        def answer(self, ids, labels):
             return torch.arange(6.0).expand(*ids.shape, CODES)
 
     seen = []
     built().sample(
-        Flat(), Streams([0]), options=options(temp=2.0, last_temp=0.0, top_k=1),
+        Flat(CLASSES), Streams([0]), options=options(temp=2.0, last_temp=0.0, top_k=1),
         on_step=lambda i, t, s, x, logits: seen.append(logits[0, 0, 0].tolist()) or x,
     )  # fmt: skip
     assert seen == [[0, 1, 2, 3, 4, 5]] * 4

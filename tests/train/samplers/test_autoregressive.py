@@ -11,6 +11,7 @@ from diffusion.autoregressive import raster
 from diffusion.denoisers import guided
 from diffusion.rng import Streams, seed_of
 from helpers import tiny_runs
+from helpers.labels import LabelNetwork
 from helpers.solving import in_steps
 from models.transformer import CausalTransformer
 from train.samplers import autoregressive
@@ -50,23 +51,25 @@ def drawn(made, seeds, labels=None, **how):
     return made.sample(made.network, Streams(seeds), batch=given, **how)
 
 
-def test_a_share_of_labels_becomes_the_null_class_and_the_rest_stay():
-    n, asked = 4000, []
-    made, data = sampler(label_drop=0.1), batch(4000)
+class Uniform(LabelNetwork):
+    """Finds all codes equally likely."""
 
-    def network(ids, labels):
-        asked.append((ids, labels))
+    def answer(self, ids, labels):
         return torch.zeros(*ids.shape, CODES)
 
+
+def test_a_share_of_labels_becomes_the_null_class_and_the_rest_stay():
+    n, network = 4000, Uniform(CLASSES)
+    made, data = sampler(label_drop=0.1), batch(4000)
     loss = made.loss(network, data, draws(1, n))
-    ids, labels = asked[0]
+    ids, labels = network.asked[0]
     dropped = labels == CLASSES
     assert torch.equal(ids, data["codes"]) and 0.08 < dropped.float().mean() < 0.12
     assert torch.equal(labels[~dropped], data["label"][~dropped])
     assert torch.allclose(loss.per_example, torch.full((n,), 2.0))  # log2 of four codes
     assert not loss.outputs["t"].any() and not made.noise_level(loss.outputs["t"]).any()
     sampler(label_drop=0.0).loss(network, data, draws(1, n))
-    assert torch.equal(asked[1][1], data["label"])
+    assert torch.equal(network.asked[1][1], data["label"])
 
 
 def test_without_classes_labels_are_not_looked_at():
@@ -74,7 +77,7 @@ def test_without_classes_labels_are_not_looked_at():
         assert made.n_classes == 0 and made.conditions == ()
         made.loss(made.network, batch(2), draws(0, 2))  # would refuse labels
         assert drawn(made, [0, 1], [3, 4]).shape == (2, *GRID)
-        with pytest.raises(ValueError, match="without a class: pass --guidance 1"):
+        with pytest.raises(ValueError, match="without a condition: pass --guidance 1"):
             drawn(made, [0], [3], options=options(guidance=2.0))
 
 
@@ -84,7 +87,7 @@ def without_memory(made, seeds, labels, settings):
 
     def denoise(x, t, label):
         whole = torch.cat([x, torch.zeros(len(x), N - x.shape[1], dtype=torch.long)], 1).view(-1, *GRID)
-        return made.network(whole, label).flatten(1, 2)[:, x.shape[1]]
+        return made.network(whole, {"label": label}).flatten(1, 2)[:, x.shape[1]]
 
     null = torch.full_like(labels, CLASSES)
     free = guided(denoise, [null, labels], [settings.guidance], schedule=settings.guidance_schedule)
@@ -159,7 +162,7 @@ def test_a_likelihood_is_exact_in_one_call_and_what_training_lowers():
     assert len(calls) == 1 and bound.terms.shape == (3, 0) and made.likelihood == "exact"
     loss = made.loss(made.network, data, draws(0, 3))
     assert torch.equal(bound.total, loss.per_example.detach()) and not bound.total.requires_grad
-    own = made.network(data["codes"], data["label"]).log_softmax(-1).gather(-1, data["codes"][..., None])
+    own = made.network(data["codes"], {"label": data["label"]}).log_softmax(-1).gather(-1, data["codes"][..., None])
     assert torch.allclose(bound.total.double(), -own.flatten(1).mean(1) / torch.tensor(2.0).log(), atol=1e-5)
     assert torch.equal(made.x0_hat(loss.outputs), loss.outputs["prediction"].argmax(-1))
 

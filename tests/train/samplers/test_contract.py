@@ -119,7 +119,7 @@ def test_a_control_branch_is_asked_in_training_and_in_sampling(made):
     name = "residual" if "codes" in facts else "skip_residuals"
 
     class Network(torch.nn.Module):
-        encode = sampler.network.encode if "codes" not in facts else None
+        encode = sampler.network.encode
 
         def forward(self, *args, **how):
             handed.append(how.pop(name))
@@ -203,6 +203,39 @@ def test_what_is_drawn_has_the_shape_and_the_range_of_the_data(made):
         assert drawn.isfinite().all() and (not facts["pixels"] or drawn.abs().max() <= 1)
     without = sampler.sample(sampler.network, Streams([0, 1]), options=options)  # the null's
     assert without.shape == drawn.shape
+
+
+@pytest.mark.parametrize("name, facts", CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_an_image_and_a_label_train_and_guide(name, facts):
+    module = plugin("train.samplers", name, "sampler")
+    torch.manual_seed(0)
+    config = module.Config(**SMALL.get(name, {}), conditions=("image",), condition_channels=1, condition_drop=0.3)
+    sampler = module.build(config, **facts, n_classes=CLASSES)
+    assert sampler.conditions == ("condition_image", "label")
+    image = Streams(list(range(6))).normal((6, 1, 4, 8))
+    batch = data(facts) | {"condition_image": image}
+    optimizer = torch.optim.Adam(sampler.network.parameters(), 0.02)
+    for step in range(3):  # what conditions add starts at zero
+        batch["position"] = torch.arange(6 * step, 6 * step + 6)
+        optimizer.zero_grad()
+        sampler.loss(sampler.network.train(), batch, draws(batch)).per_example.mean().backward()
+        optimizer.step()
+    assert sampler.network.encoders["image"].null.grad.any()
+    losses = [
+        sampler.loss(sampler.network.eval(), batch | {"condition_image": given}, draws(batch)).per_example
+        for given in (image, image + 3)
+    ]
+    assert (losses[0] != losses[1]).any()
+    given = {"condition_image": image[:2], "label": torch.tensor([0, 2])}
+    for guidance in (1.0, 2.0):
+        options = module.Sampling(sample_steps=STEPS.get(name, 2), guidance=guidance)
+        drawn = sampler.sample(sampler.network, Streams([0, 1]), batch=given, options=options)
+        alone = sampler.sample(
+            sampler.network, Streams([1]), batch={key: value[1:] for key, value in given.items()}, options=options
+        )
+        assert drawn.shape == (2, *drawn_shape(facts)) and torch.allclose(drawn[1:].float(), alone.float(), atol=1e-4)
+    with pytest.raises(ValueError, match="conditions need condition_image"):
+        sampler.sample(sampler.network, Streams([0, 1]), batch={"label": torch.tensor([0, 2])}, options=options)
 
 
 def test_guidance_wants_something_to_guide_by(made):

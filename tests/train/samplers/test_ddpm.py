@@ -74,9 +74,10 @@ def test_every_setting_of_the_network_reaches_it():
     settings = {"dropout": 0.2, "resblock_updown": True, "scale_shift": False, "scale_skip": True, "head_width": 4}
     settings |= {"attn_block_type": "neighborhood", "middle_attn_block_type": "none", "kernel_sizes": (3,)}
     settings |= {"dilations": (2,), "na_backend": "dense", "feed_forward": "gelu", "res_blocks": 2}
-    found = sampler(**settings).network.config
+    network = sampler(**settings).network
+    found = network.config
     assert {name: getattr(found, name) for name in settings} == settings
-    assert (found.in_channels, found.out_channels, found.n_classes) == (1, 2, CLASSES)
+    assert (found.in_channels, found.out_channels, network.encoders["label"].n_classes) == (1, 2, CLASSES)
 
 
 def test_betas_are_those_asked_for():

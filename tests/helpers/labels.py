@@ -1,0 +1,37 @@
+"""Networks under labels alone: the encoders to build one with, and one to look at what a sampler asks."""
+
+import torch
+from torch import Tensor, nn
+
+from models.conditioning import Condition, Vector
+from models.conditions.label import LabelEncoder
+
+
+def label_encoders(n_classes: int, width: int) -> dict[str, LabelEncoder]:
+    """Of a network of that embedding width; none for 0 classes."""
+    return {"label": LabelEncoder(n_classes, width)} if n_classes else {}
+
+
+class LabelNetwork(nn.Module):
+    """In the place of a network: remembers the ids and labels that it was asked for, null being `n_classes`.
+
+    A label stands in a condition as it is. Subclasses say `answer(ids, labels)`.
+    """
+
+    def __init__(self, n_classes: int):
+        super().__init__()
+        self.n_classes, self.asked = n_classes, []
+
+    def encode(self, fields, ids, drop=None) -> Condition:
+        labels = fields.get("label", torch.full((len(ids),), self.n_classes))
+        labels = labels.masked_fill(drop["label"], self.n_classes) if drop else labels
+        return Condition({"label": Vector(labels[:, None].double())})
+
+    def forward(self, ids, condition=None, *, drop=None) -> Tensor:
+        condition = condition if isinstance(condition, Condition) else self.encode(condition or {}, ids, drop)
+        labels = condition.vector()[:, 0].long()
+        self.asked.append((ids.clone(), labels))
+        return self.answer(ids, labels)
+
+    def answer(self, ids: Tensor, labels: Tensor) -> Tensor:
+        raise NotImplementedError
