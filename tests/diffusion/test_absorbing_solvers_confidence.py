@@ -148,7 +148,7 @@ def test_a_negative_choice_temperature_is_refused(joint, streams, wrong):
 
 
 @pytest.mark.parametrize("drawing", [{"top_k": 1}, {"temperature": 0.0}])
-def test_it_ranks_by_what_the_network_says_however_codes_are_drawn(drawing):
+def test_it_ranks_by_what_was_said_however_codes_are_drawn(drawing):
     """All draws are certain under top-k 1; the places that the network is surest of come first all the same."""
     sure, seen = torch.tensor([1.0, 5.0, 3.0, 2.0, 4.0]), []
     confidence(

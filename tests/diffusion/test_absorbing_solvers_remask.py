@@ -216,7 +216,7 @@ def test_wrong_settings_are_refused(joint, streams, wrong):
         in_steps(remask, joint.denoise, joint.process(), joint.all_mask(1), steps=2, rng=streams(1), **wrong)
 
 
-def test_how_codes_are_drawn_does_not_change_what_is_masked_again(streams):
+def test_remasking_goes_by_what_the_network_said(streams):
     """conf goes by what the network said: with codes that are all certain anyway, top-k 1 changes nothing."""
     logits = torch.linspace(0.01, 6, 20)[:, None] * torch.tensor([1.0, 0.0])
 

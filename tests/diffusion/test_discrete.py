@@ -72,7 +72,7 @@ def test_its_bound_is_what_enumeration_says():
     assert few.total.mean().item() == pytest.approx(found.total.mean().item(), abs=0.08)
 
 
-def test_the_loss_is_its_bound_and_a_weight_changes_the_loss_alone():
+def test_the_loss_is_its_bound_and_can_be_weighted():
     n = 2000
     x0 = GRIDS[torch.multinomial(P.flatten(), n, replacement=True, generator=torch.manual_seed(0))]
     t = uniform(PROCESS, Streams(list(range(n)))).t
@@ -183,7 +183,7 @@ def test_equal_rows_at_different_times_are_never_merged():
     assert not torch.equal(said[0], said[1])
 
 
-def test_a_network_that_is_told_no_time_is_refused_where_predictions_depend_on_it():
+def test_a_network_must_be_told_the_time_that_matters():
     class Untold(UniformSampler):
         takes_time = False
 

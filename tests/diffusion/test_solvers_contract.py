@@ -44,7 +44,7 @@ def denoiser(process):
 
 
 @every_entry
-def test_an_entry_declares_options_that_are_keywords_of_its_solver(entry):
+def test_options_of_an_entry_are_keywords_of_its_solver(entry):
     parameters = inspect.signature(entry.solve).parameters
     assert list(parameters)[:4] == ["denoise", "process", "x", "times"]
     keywords = {name for name, each in parameters.items() if each.kind is inspect.Parameter.KEYWORD_ONLY}
@@ -142,7 +142,7 @@ def with_mine(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "diffusion.constant_solver")
 
 
-def test_a_solver_with_an_option_is_one_file_with_flag_key_and_control(with_mine, capsys):
+def test_a_solver_with_an_option_is_one_file(with_mine, capsys):
     small = with_mine.Config(bert_n_emb=8, bert_n_head=2, bert_n_layers=1)
     built = with_mine.build(small, codes=4, grid=(2, 3), n_classes=0)
     options = cli.interpret(with_mine.Sampling, ["--solver", "constant", "--constant_code", "3"])

@@ -37,10 +37,10 @@ def drawn(monkeypatch):
 def test_each_image_becomes_each_class(sampler, request, drawn, capsys):
     logs = request.getfixturevalue("trained" if sampler == "absorbing" else "trained_ddpm")
     edit(logs, f"--sampler {sampler} --n_images 2 --label 3 7 8 --sample_steps 2 --guidance 2 --log_dir edited")
-    ((indices, given, options, edit, made),) = drawn
+    ((indices, given, options, begun, made),) = drawn
     assert given["label"].tolist() == [3, 7, 8] * 2 and options.guidance == 2
     assert indices == [0, 0, 0, 1, 1, 1]  # an image forgets the same whatever it becomes
-    assert edit.t == 0.7 and not edit.keep.any() and torch.equal(edit.x0[0], edit.x0[2])
+    assert begun.t == 0.7 and not begun.keep.any() and torch.equal(begun.x0[0], begun.x0[2])
     found = results_in(logs / "edited")
     assert found["labels"] == [3, 7, 8] and all(0 <= row["asked"]["value"] <= 1 for row in found["of_label"])
     names = sorted(path.name for path in (logs / "edited" / "images").glob("*.png"))
@@ -65,8 +65,8 @@ def test_less_forgotten_is_nearer(trained, trained_ddpm):
 
 def test_a_share_of_the_codes_stays_as_it_was(trained, drawn):
     edit(trained, "--n_images 40 --label 1 --strength 0.4 --sample_steps 4 --log_dir share")
-    *_, edit, made = drawn[0]
-    assert 0.6 <= (made["codes"] == edit.x0).float().mean() < 0.8  # some are drawn as they were
+    *_, begun, made = drawn[0]
+    assert 0.6 <= (made["codes"] == begun.x0).float().mean() < 0.8  # some are drawn as they were
 
 
 def test_an_edit_cut_off_goes_on(trained, monkeypatch, drawn):

@@ -51,7 +51,7 @@ def asked(play, **how):
 def without_classes(play):
     """The same model as if its data had none."""
     trained = replace(play.trained, class_frequencies=None)
-    sampler = type("Unconditional", (), {"n_classes": 0, "fields": (), "process": trained.sampler.process})()
+    sampler = type("Unconditional", (), {"n_classes": 0, "conditions": (), "process": trained.sampler.process})()
     return replace(play, trained=replace(trained, sampler=sampler))
 
 

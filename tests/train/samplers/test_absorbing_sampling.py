@@ -243,7 +243,7 @@ def test_codes_are_revealed_by_the_schedule_asked_for_or_the_solver_s_own(name, 
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_steps_left_out_are_those_of_the_process_or_one_for_each_code(name):
+def test_steps_left_out_are_the_solvers_own(name):
     seen = []
     built(total_steps=5).sample(
         Recorder(), Streams([0]), options=options(name, sample_steps=None),
@@ -288,7 +288,7 @@ def test_temperature_top_k_and_top_p_reach_every_solver(name, settings):
     assert (out == 2).all()
 
 
-def test_who_watches_is_told_what_the_network_says_and_not_what_is_drawn_from():
+def test_who_watches_is_told_what_the_network_says():
     class Flat(LabelNetwork):
         def answer(self, ids, labels):
             return torch.arange(6.0).expand(*ids.shape, CODES)

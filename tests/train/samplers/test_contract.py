@@ -89,7 +89,7 @@ def test_a_sampler_says_what_it_is(made):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_its_settings_have_the_options_of_the_solvers_of_its_process(name):
+def test_its_settings_have_the_options_of_its_solvers(name):
     for facts in SPACES[plugin("train.samplers", name, "").SPACE]:
         sampler, module = built(name, facts)
         options = {option for entry in solvers_of(sampler.process).values() for option in entry.option_names}
@@ -99,7 +99,7 @@ def test_its_settings_have_the_options_of_the_solvers_of_its_process(name):
         assert options | {"sample_steps"} <= module.Sampling.settings_of_solver()
 
 
-def test_a_weight_of_each_example_multiplies_its_loss_and_no_bound(made):
+def test_a_weight_multiplies_the_loss_and_no_bound(made):
     sampler, _, facts = made
     batch = data(facts)
     plain = sampler.loss(sampler.network, batch, draws(batch))
