@@ -254,7 +254,7 @@ def main(config: Config) -> None:
 
     trained = load_model(config.model, config.output)
     print(f"http://{HOST}:{config.page.port}  (Ctrl-C ends it)", flush=True)
-    open_page(Playground(trained, config.sampling, trained.held_out()), config)
+    open_page(Playground(trained, config.sampling, trained.condition_source(config.sampling)), config)
 
 
 if __name__ == "__main__":

@@ -243,12 +243,12 @@ def measured(
     Seconds are those of sampling and decoding, not of features: the median over batches, by rank.
     """
     world = batches.world
-    held_out, file = trained.held_out(), f"{run}_{seed}".replace(":", "_")
+    source, file = trained.condition_source(options), f"{run}_{seed}".replace(":", "_")
 
     def make(indices: list[int]) -> dict[str, Tensor]:
         begun = time.perf_counter()
         with counted(trained.sampler.network) as cost:
-            images = trained.draw(indices, seed, options, held_out=held_out)["image"]
+            images = trained.draw(indices, seed, options, source.draw(seed, indices))["image"]
         seconds = time.perf_counter() - begun  # the images are on the CPU: the device has done its work
         spent = [cost.calls, cost.evaluations, seconds, len(indices)]
         found = {

@@ -12,8 +12,9 @@ from experiments.harness.batches import ResumableBatches
 from experiments.harness.editing import (
     Given,
     GivenConfig,
-    check_label,
+    check_labels,
     check_strength,
+    conditions_for,
     distance,
     draw,
     encoded,
@@ -61,18 +62,18 @@ class Config:
 def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
     """The images, and the classes they are redrawn as. ValueError where the model does not know these."""
     editing, sampling = config.editing, config.sampling
-    labels = asked_labels(editing, sampling, model)
-    given = given_images(config.given.image, config.given.n_images, model)
+    labels = asked_labels(editing, model)
+    given = given_images(config.given.image, config.given.n_images, model, sampling.condition_file)
+    conditions_for(model, given, [0], labels[:1], sampling)
     return Prepared((given, labels, editing.strength, sampling), {"given_images": given.fingerprint})
 
 
-def asked_labels(editing: EditingConfig, sampling: SamplingConfig, model: TrainedSampler) -> list[int]:
+def asked_labels(editing: EditingConfig, model: TrainedSampler) -> list[int]:
     """The classes that images are redrawn as. ValueError where the model does not know them."""
     if not model.sampler.n_classes:
         raise ValueError(f"{model.run} was trained without classes: edit by inpaint.py, or pass another --load_dir")
     labels = list(editing.label) or list(range(min(model.sampler.n_classes, MOST)))
-    for label in labels:
-        check_label(model, label, sampling)
+    check_labels(labels, model.sampler.n_classes)
     return labels
 
 
@@ -89,7 +90,9 @@ def measure(
     def redrawn(places: list[int]) -> Tensor:
         rows = [place // len(labels) for place in places]  # an image forgets the same whatever it becomes
         start = forgotten(encoded(given.image[rows], model), model, strength)
-        return draw(model, sampling, batches.seed, start, rows, [labels[place % len(labels)] for place in places])
+        asked = [labels[place % len(labels)] for place in places]
+        conditions, options = conditions_for(model, given, rows, asked, sampling)
+        return draw(model, options, batches.seed, start, rows, conditions)
 
     made = in_batches("edited", len(given) * len(labels), redrawn, batches)
     if made is None:

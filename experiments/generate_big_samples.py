@@ -56,12 +56,12 @@ def measure(
     canvas: CanvasConfig, sampling: SamplingConfig, model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
     """big_<number>.png of each canvas, and what they cost. On the main rank alone; the others take part."""
-    held_out, how = model.held_out(), {"shape": canvas.shape, "window_stride": canvas.window_stride}
+    source, how = model.condition_source(sampling), {"shape": canvas.shape, "window_stride": canvas.window_stride}
 
     def made(indices: list[int]) -> dict[str, Tensor]:
         begun = time.perf_counter()
         with counted(model.sampler.network) as cost:
-            batch = model.draw(indices, batches.seed, sampling, held_out=held_out, **how)
+            batch = model.draw(indices, batches.seed, sampling, source.draw(batches.seed, indices), **how)
         seconds = time.perf_counter() - begun
         spent = torch.tensor([cost.calls, cost.evaluations, seconds], dtype=torch.float64)
         return {"image": batch["image"], "spent": spent}

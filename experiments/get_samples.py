@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import _root
-import torch
 
 from diffusion.types import OnStep
 from experiments.harness.batches import ResumableBatches
@@ -88,13 +87,11 @@ def images_of_class(
     if label is not None and not 0 <= label < classes:
         wanted = f"a class from 0 to {classes - 1}: pass --label N" if classes else "a model of classes: leave it out"
         raise ValueError(f"got --label {label} for {trained.run}, wanted {wanted}")
-    held_out = trained.held_out()
+    source = trained.condition_source(options)
+    source = source if label is None else source.with_values(label=label)
 
     def draw(indices: list[int], on_step: OnStep | None = None) -> Batch:
-        if label is None:
-            return trained.draw(indices, seed, options, held_out=held_out, on_step=on_step)
-        given = trained.conditions(seed, indices, held_out) | {"label": torch.full((len(indices),), label)}
-        return trained.draw(indices, seed, options, given=given, on_step=on_step)
+        return trained.draw(indices, seed, options, source.draw(seed, indices), on_step=on_step)
 
     return draw
 

@@ -13,7 +13,7 @@ from experiments.harness.editing import (
     Given,
     GivenConfig,
     centred,
-    check_label,
+    conditions_for,
     draw,
     given_images,
     in_batches,
@@ -78,16 +78,16 @@ class Config:
 def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
     """The images, and what of them is hidden. ValueError where it cannot be filled in."""
     inpainting, sampling = config.inpainting, config.sampling
-    check_label(model, inpainting.label, sampling)
-    given = inputs(config.given, inpainting, model)
+    given = inputs(config.given, inpainting, model, sampling.condition_file)
+    conditions_for(model, given, [0], None if inpainting.label is None else [inpainting.label], sampling)
     origin, shape = {"given_images": given.fingerprint}, canvas_of(given, model)
     return Prepared((given, inpainting, sampling), origin, shape=shape, window_stride=inpainting.window_stride)
 
 
-def inputs(images: GivenConfig, wanted: InpaintingConfig, model: TrainedSampler) -> Given:
+def inputs(images: GivenConfig, wanted: InpaintingConfig, model: TrainedSampler, condition_file: str | None) -> Given:
     """The images that the flags name, and what of them is hidden. ValueError where nothing is."""
     files = images.image
-    given = given_images(files, images.n_images, model)
+    given = given_images(files, images.n_images, model, condition_file)
     larger = wanted.outpaint is not None or wanted.shape is not None
     if wanted.hide is not None:
         given = with_part(given, wanted.hide)
@@ -127,7 +127,8 @@ def measure(
         start = model.space.begun(given.image[rows].to(model.device), hidden[rows].to(model.device))
         labels, indices = None if label is None else [label] * len(places), [first_index + p for p in places]
         how = {"shape": tuple(start.keep.shape[1:]), "window_stride": inpainting.window_stride}
-        return draw(model, sampling, batches.seed, start, indices, labels, **how)
+        conditions, options = conditions_for(model, given, rows, labels, sampling)
+        return draw(model, options, batches.seed, start, indices, conditions, **how)
 
     n = len(given) * count
     made = in_batches("inpainted", n, lambda places: filled(places, given.hidden, 0), batches)

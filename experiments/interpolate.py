@@ -13,8 +13,8 @@ from experiments.harness.batches import ResumableBatches
 from experiments.harness.editing import (
     Given,
     GivenConfig,
-    check_label,
     check_strength,
+    conditions_for,
     distance,
     draw,
     encoded,
@@ -76,8 +76,9 @@ class Config:
 
 def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
     """The images. ValueError for a class that the model does not know."""
-    check_label(model, config.path.label, config.sampling)
-    given = given_images(config.given.image, config.given.n_images, model)
+    label, sampling = config.path.label, config.sampling
+    given = given_images(config.given.image, config.given.n_images, model, sampling.condition_file)
+    conditions_for(model, given, [0], None if label is None else [label], sampling)
     return Prepared((given, config.path, config.sampling), {"given_images": given.fingerprint})
 
 
@@ -97,7 +98,8 @@ def measure(
             x0.append(model.space.between(ends[0][i : i + 1], ends[1][i : i + 1], share, rng))
         start = forgotten(torch.cat(x0), model, strength)
         labels = None if path.label is None else [path.label] * len(places)
-        return draw(model, sampling, batches.seed, start, rows, labels)
+        conditions, options = conditions_for(model, given, [2 * row for row in rows], labels, sampling)
+        return draw(model, options, batches.seed, start, rows, conditions)
 
     made = in_batches("interpolated", pairs * points, between, batches)
     if made is None:

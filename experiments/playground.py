@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.solvers import solvers_of
+from train.condition_source import ConditionSource
 from train.config import SamplingConfig
-from train.data.loading import Positions
 from train.data.transforms import to_item
 from train.datasets._decode import to_grey_or_rgb
 from train.inference import TrainedSampler
@@ -165,7 +165,7 @@ class Playground:
 
     trained: TrainedSampler
     options: SamplingConfig
-    held_out: Positions | None  # where conditions other than classes come from: trained.held_out()
+    source: ConditionSource  # of conditions, but for the class that is asked for
 
     @property
     def classes(self) -> list[str]:
@@ -184,27 +184,26 @@ class Playground:
         known = {each.name: each for each in self.controls}
         return replace(self.options, **{name: taken(known[name], value) for name, value in values.items()})
 
-    def given(self, request: Request) -> Batch | None:
-        """The conditions of its images, None where they are drawn as in the data."""
+    def conditions(self, request: Request) -> Batch | None:
+        """The conditions of its images, None for none."""
+        source = self.source
         if request.label == AS_IN_DATA:
-            return None
+            return source.draw(request.seed, range(request.count))
         if request.label not in self.classes:
             raise ValueError(
                 f"got class {request.label!r}, wanted one of: {', '.join(self.classes) or 'none there is'}"
             )
-        drawn = self.trained.conditions(request.seed, list(range(request.count)), self.held_out)
-        rest = {name: value for name, value in drawn.items() if name != "label"}
-        if request.label == NO_CLASS and not rest:
-            return {}
-        label = self.trained.sampler.n_classes if request.label == NO_CLASS else int(request.label)
-        return rest | {"label": torch.full((request.count,), label)}
+        if request.label == NO_CLASS and {*source.fields} == {"label"}:
+            return None
+        label = source.n_classes if request.label == NO_CLASS else int(request.label)
+        return source.with_values(label=label).draw(request.seed, range(request.count))
 
     def draw(self, request: Request, **how) -> Tensor:
         """uint8 (B, C, H, W); `how` as `TrainedSampler.draw` has it. Where nothing is told, nothing guides."""
-        given, indices = self.given(request), list(range(request.count))
-        options = replace(request.options, guidance=1.0) if given == {} else request.options
-        conditions = {"held_out": self.held_out, "given": given}
-        return self.trained.draw(indices, request.seed, options, **conditions, **how)["image"]
+        conditions, indices = self.conditions(request), list(range(request.count))
+        told_nothing = conditions is None and request.label == NO_CLASS
+        options = replace(request.options, guidance=1.0) if told_nothing else request.options
+        return self.trained.draw(indices, request.seed, options, conditions, **how)["image"]
 
     def watch(self, request: Request) -> Iterator[Moment]:
         """Every step of the same images, as it is made; closing the iterator ends the work."""

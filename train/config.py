@@ -259,6 +259,9 @@ class SamplingConfig:
     """Steps per image; the solver's own choice if left out."""
     guidance: float = 1.0
     """Classifier-free guidance scale; 1 is the plain conditional model."""
+    condition_file: str | None = None
+    """Conditions of generated images, .json or .csv, a row each, in turn; left out, classes as frequent as in training
+    and other conditions of held-out images."""
 
     def __post_init__(self):
         if self.sample_steps is not None and self.sample_steps < 1:

@@ -17,8 +17,9 @@ from diffusion.rng import Streams, seed_of
 from diffusion.types import Bound, OnStep
 from train.checkpoint import fill, load_weights, resolve_step, saved_steps
 from train.cli.parse import from_dict
+from train.condition_source import ConditionSource, Row, read_rows
 from train.config import DataConfig, SamplerConfig, SamplingConfig
-from train.data.loading import Positions, build_dataset, on_device
+from train.data.loading import Adapt, Positions, adapted, build_dataset, on_device, seeded
 from train.data.transforms import check_8_bits
 from train.datasets import Dataset, DatasetConfig, is_command
 from train.distributed import World
@@ -71,40 +72,44 @@ class TrainedSampler:
 
     def batches(self, split: str) -> Positions:
         """That split in a shuffle that is always the same (train: in its views): positions -> a batch."""
+        return self.space.source(self.dataset(split), split, self.data, 0, self.world, self.adapt)
+
+    @property
+    def adapt(self) -> Adapt:
+        """The user's function that makes the fields of a batch of an item, where it was trained with one."""
         path = self.sampler.config.adapt
-        adapt = dotted(path, "--adapt") if path else None
-        return self.space.source(self.dataset(split), split, self.data, 0, self.world, adapt)
+        return dotted(path, "--adapt") if path else None
 
-    def conditions(self, seed: int, indices: list[int], held_out: Positions | None = None) -> Batch | None:
-        """What the images of these indices are conditioned on, None for nothing.
+    def conditions_of(self, item: dict[str, Any], index: int) -> Row:
+        """The conditions of an item of its data set, but for the label; ValueError where it has them not."""
+        names = [name for name in self.sampler.conditions if name != "label"]
+        if names and self.adapt is not None:
+            with seeded(seed_of(0, "adapt", index)):
+                item = adapted(self.adapt, item)
+        if missing := sorted({*names} - {*item}):
+            raise ValueError(f"{self.run} is conditioned on {', '.join(missing)}: pass --condition_file with them")
+        return {name: item[name] for name in names}
 
-        Classes are as frequent as in the training data; other conditions come from held-out images, in turn.
+    def condition_source(self, options: SamplingConfig) -> ConditionSource:
+        """Where the conditions of its images come from; held-out images are read only where there is no other way.
+
+        All processes must ask. ValueError, FileNotFoundError for a --condition_file that does not fit.
         """
-        if held_out is not None:
-            batch = held_out[[i % len(held_out) for i in indices]]
-            missing = sorted({*self.sampler.conditions} - {*batch})
-            if missing:
-                raise ValueError(f"held-out images have no {', '.join(missing)}: --adapt gave them when it was trained")
-            return on_device({name: batch[name] for name in self.sampler.conditions}, self.device)
-        if self.class_frequencies is None:
-            return None
-        draw = Streams([seed_of(seed, "label", i) for i in indices])
-        labels = draw.categorical(self.class_frequencies.log().expand(len(indices), -1))
-        return {"label": labels.to(self.device)}
+        sampler, rows = self.sampler, read_rows(options.condition_file, self.data)
+        others = {*sampler.conditions} - {"label", *(rows[0] if rows else ())}
+        held_out = self.batches("val") if others else None
+        source = ConditionSource(sampler.conditions, sampler.n_classes, self.class_frequencies, held_out)
+        return source.with_rows(rows)
 
     def sample(self, n: int, seed: int, options: SamplingConfig, *, batch_size: int = 50, **how) -> Iterator[Batch]:
         """n images of a seed in batches, each as `draw` makes it.
 
         Of several processes, each gives every so manieth batch: together they are those of one process.
         """
-        held_out = self.held_out()
+        source = self.condition_source(options)
         for first in self.world.share_of(list(range(0, n, batch_size))):
             indices = list(range(first, min(first + batch_size, n)))
-            yield self.draw(indices, seed, options, held_out=held_out, **how)
-
-    def held_out(self) -> Positions | None:
-        """The images that conditions are taken from, where there are others than classes. All processes must ask."""
-        return self.batches("val") if set(self.sampler.conditions) - {"label"} else None
+            yield self.draw(indices, seed, options, source.draw(seed, indices), **how)
 
     @torch.no_grad()
     def draw(
@@ -112,9 +117,8 @@ class TrainedSampler:
         indices: list[int],
         seed: int,
         options: SamplingConfig,
+        conditions: Batch | None,
         *,
-        held_out: Positions | None = None,
-        given: Batch | None = None,
         edit: EditInput | None = None,
         network: nn.Module | None = None,
         shape: tuple[int, int] | None = None,
@@ -124,11 +128,12 @@ class TrainedSampler:
     ) -> Batch:
         """{"image": uint8 (B, C, H, W), and "codes" (B, h, w), "label" (B,) where there are such}.
 
-        Image i of a seed is the same in whatever batch. `given` are conditions in the place of drawn ones ({}: none);
-        `edit` is known data that it begins from, `control` a branch beside the network. `network` stands in for the
-        sampler's own; `on_step` sees the batch on its way, in the sampler's space.
+        Image i of a seed is the same in whatever batch. `conditions` are the raw fields that the sampler is conditioned
+        on, such as a `condition_source` draws; without them all are null. `edit` is known data that it begins from,
+        `control` a branch beside the network. `network` stands in for the sampler's own; `on_step` sees the batch on
+        its way, in the sampler's space.
         """
-        batch = self.conditions(seed, indices, held_out) if given is None else on_device(given, self.device)
+        batch = None if conditions is None else on_device(conditions, self.device)
         rng = Streams([seed_of(seed, "sample", i) for i in indices], self.device)
         with autocast(self.device, self.amp):
             x = self.sampler.sample(
@@ -152,7 +157,8 @@ class TrainedSampler:
         def stop(*step: Any) -> Tensor:
             raise _TriedOut
 
-        batch, rng = self.conditions(0, [0], self.held_out()), Streams([0], self.device)
+        drawn, rng = self.condition_source(options).draw(0, [0]), Streams([0], self.device)
+        batch = None if drawn is None else on_device(drawn, self.device)
         with suppress(_TriedOut), autocast(self.device, self.amp):
             self.sampler.sample(self.sampler.network, rng, batch=batch, options=options, on_step=stop, **how)
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion.rng import Streams, seed_of
+from train.condition_source import ConditionSource, Row
 from train.config import SamplerConfig, SamplingConfig, TrainingConfig
 from train.data.loading import Draws, Positions, on_device
 from train.data.transforms import to_float
@@ -129,12 +130,21 @@ def validation_losses(step: SamplerStep, network: torch.nn.Module, source: Posit
 
 
 class SamplerReports:
-    """Validation, losses by noise level and pictures of samples, as hooks for `fit`. All processes take part."""
+    """Validation, losses by noise level and pictures of samples, as hooks for `fit`. All processes take part.
 
-    def __init__(self, step: SamplerStep, validation: Positions, sampling: SamplingConfig, logger: Logger):
+    Pictures have the conditions of `rows`, in turn; without them the classes in turn, or those of validation images.
+    """
+
+    def __init__(
+        self, step: SamplerStep, validation: Positions, sampling: SamplingConfig, rows: Sequence[Row], logger: Logger
+    ):
         if sampling.guidance != 1 and not step.sampler.conditions:  # before training, not at its first pictures
             raise ValueError(f"got guidance {sampling.guidance} for a sampler without conditions: pass --guidance 1")
         self.step, self.validation, self.sampling, self.logger = step, validation, sampling, logger
+        self.source = ConditionSource(step.sampler.conditions, step.sampler.n_classes, held_out=validation)
+        in_turn = [{"label": label} for label in range(step.sampler.n_classes)]
+        if rows or {*step.sampler.conditions} == {"label"}:
+            self.source = self.source.with_rows(rows or in_turn)
         self.tallied = [self.by_level]
 
     @torch.no_grad()
@@ -154,7 +164,7 @@ class SamplerReports:
 
     @torch.no_grad()
     def show(self, state: State, outputs: Outputs) -> None:
-        """A grid of samples, the same noise each time; the classes in turn, other conditions of validation images."""
+        """A grid of samples, the same noise and conditions each time."""
         world = self.step.world
         own = world.share_of(list(range(SHOWN_IMAGES)))
         ((indices, counts),) = world.rounds([own] if own else [], spare=lambda: [0])
@@ -166,11 +176,8 @@ class SamplerReports:
         """uint8 images (B, C, H, W) of these numbers, by the averaged network."""
         sampler, world = self.step.sampler, self.step.world
         rng = Streams([seed_of(self.step.training.seed, "show", i) for i in indices], world.device)
-        batch = None
-        if set(sampler.conditions) == {"label"}:
-            batch = {"label": torch.tensor(indices, device=world.device) % sampler.n_classes}
-        elif sampler.conditions:
-            batch = on_device(self.validation[indices], world.device)
+        conditions = self.source.draw(self.step.training.seed, indices)
+        batch = None if conditions is None else on_device(conditions, world.device)
         with self.step.autocast():
             network = state.averaged("network").eval()
             how = {"batch": batch, "options": self.sampling, "on_step": in_step(network), "control": self.step.control}

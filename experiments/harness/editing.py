@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.images import save_grid, save_with_settings
 from experiments.harness.report import progress
+from train.condition_source import ConditionSource, Row, read_rows
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.data.transforms import covering, to_item
@@ -51,11 +52,13 @@ def check_strength(strength: float, least: str = "") -> None:
 
 @dataclass(frozen=True)
 class Given:
-    """uint8 images (N, C, H, W), the pixels of them that are hidden (N, H, W) bool, and what they are called."""
+    """uint8 images (N, C, H, W), the pixels of them that are hidden (N, H, W) bool, what they are called, and the
+    conditions they have, rows in turn, or none."""
 
     image: Tensor
     hidden: Tensor
     names: tuple[str, ...]
+    rows: tuple[Row, ...] = ()
 
     def __len__(self) -> int:
         return len(self.image)
@@ -70,11 +73,16 @@ class Given:
         return digest.hexdigest()
 
 
-def given_images(files: tuple[str, ...], count: int, trained: TrainedSampler) -> Given:
+def given_images(
+    files: tuple[str, ...], count: int, trained: TrainedSampler, condition_file: str | None = None
+) -> Given:
     """The images of files, as training would have cut them, or `count` held-out ones; nothing is hidden.
+
+    Their conditions are the rows of a file, in turn; without one, those that held-out items have.
 
     Held-out ones are drawn at random, always the same. FileNotFoundError, ValueError: a file cannot be used.
     """
+    rows = tuple(read_rows(condition_file, trained.data))
     if files:
         images = torch.stack([fitted(upright(Path(name)), trained) for name in files])
         names = tuple(Path(name).name for name in files)
@@ -82,8 +90,11 @@ def given_images(files: tuple[str, ...], count: int, trained: TrainedSampler) ->
         source = ImageSource(trained.dataset("val"), trained.data)
         batches = list(images_in_order(source, 100, sorted(fixed_subset(len(source), count))))
         images = torch.cat([batch["image"] for batch in batches])
-        names = tuple(f"val_{i:06d}" for batch in batches for i in batch["index"].tolist())
-    return Given(images, torch.zeros(len(images), *images.shape[2:], dtype=torch.bool), names)
+        indices = [i for batch in batches for i in batch["index"].tolist()]
+        names = tuple(f"val_{i:06d}" for i in indices)
+        if not rows and {*trained.sampler.conditions} - {"label"}:
+            rows = tuple(trained.conditions_of(source[i], i) for i in indices)
+    return Given(images, torch.zeros(len(images), *images.shape[2:], dtype=torch.bool), names, rows)
 
 
 def upright(path: Path) -> Image.Image:
@@ -136,7 +147,7 @@ def with_masks(given: Given, files: tuple[str, ...], masks: tuple[str, ...], siz
     if missing:
         raise ValueError(f"{missing[0]} is opaque everywhere: say what to fill in by --mask, --hide or --outpaint")
     hidden = [fitted_mask(mask, upright(Path(name)), size) for name, mask in zip(files, drawn, strict=True)]
-    return Given(given.image, given.hidden | torch.stack(hidden), given.names)
+    return dataclasses.replace(given, hidden=given.hidden | torch.stack(hidden))
 
 
 def with_part(given: Given, part: str) -> Given:
@@ -151,7 +162,7 @@ def with_part(given: Given, part: str) -> Given:
     }
     hidden = given.hidden.clone()
     hidden[(slice(None), *places[part])] = True
-    return Given(given.image, hidden, given.names)
+    return dataclasses.replace(given, hidden=hidden)
 
 
 def with_margins(given: Given, margins: tuple[int, int, int, int]) -> Given:
@@ -159,7 +170,7 @@ def with_margins(given: Given, margins: tuple[int, int, int, int]) -> Given:
     top, right, bottom, left = margins
     around = (left, right, top, bottom)
     image, hidden = F.pad(given.image, around), F.pad(given.hidden, around, value=True)
-    return Given(image, hidden, given.names)
+    return dataclasses.replace(given, image=image, hidden=hidden)
 
 
 def centred(grid: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -170,23 +181,32 @@ def centred(grid: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, in
     return (H - h) // 2, W - w - (W - w) // 2, H - h - (H - h) // 2, (W - w) // 2
 
 
-def told(trained: TrainedSampler, labels: list[int] | None, options: SamplingConfig) -> tuple[Batch, SamplingConfig]:
-    """The conditions of so many images, and options that go with them: without labels the model is told nothing, and
-    there is nothing to guide by. ValueError for classes that there are not, and for models of other conditions."""
-    n_classes, others = trained.sampler.n_classes, sorted({*trained.sampler.conditions} - {"label"})
-    if others:
-        raise ValueError(f"{trained.run} is conditioned on {', '.join(others)}, which cannot be given here")
-    if labels is None:
-        return {}, dataclasses.replace(options, guidance=1.0)
+def conditions_for(
+    trained: TrainedSampler, given: Given, images: list[int], labels: list[int] | None, options: SamplingConfig
+) -> tuple[Batch | None, SamplingConfig]:
+    """The conditions of images drawn from the given ones of these numbers, and options that go with them.
+
+    The label is the one asked for, else that of the given image's row, else null. Where there are no conditions at
+    all, nothing guides. ValueError for a class that there is not, and for conditions that are not to be had.
+    """
+    fields, rows = trained.sampler.conditions, given.rows
+    source = ConditionSource(fields, trained.sampler.n_classes).with_rows(rows)
+    chosen = [dict(rows[image % len(rows)]) if rows else {} for image in images]
+    if labels is not None:
+        check_labels(labels, trained.sampler.n_classes)
+        chosen = [{**row, "label": label} for row, label in zip(chosen, labels, strict=True)]
+    elif not any(chosen) and {*fields} <= {"label"}:
+        return None, dataclasses.replace(options, guidance=1.0)
+    elif "label" in fields:
+        chosen = [{"label": trained.sampler.n_classes, **row} for row in chosen]
+    return source.with_rows(chosen).draw(0, range(len(chosen))), options
+
+
+def check_labels(labels: list[int], n_classes: int) -> None:
+    """ValueError for a class that there is not."""
     if wrong := [label for label in labels if not 0 <= label < n_classes]:
         there = f"wanted 0 to {n_classes - 1}" if n_classes else "but the sampler has no classes: leave it out"
         raise ValueError(f"got --label {wrong[0]}, {there}")
-    return {"label": torch.tensor(labels)}, options
-
-
-def check_label(trained: TrainedSampler, label: int | None, options: SamplingConfig) -> None:
-    """ValueError, before a folder is opened, where `told` would refuse it."""
-    told(trained, None if label is None else [label], options)
 
 
 def draw(
@@ -195,15 +215,14 @@ def draw(
     seed: int,
     edit: EditInput,
     indices: list[int],
-    labels: list[int] | None,
+    conditions: Batch | None,
     *,
     shape: tuple[int, int] | None = None,
     window_stride: int | None = None,
 ) -> Tensor:
     """uint8 images (B, C, H, W) drawn from where they start: images of one index get the same noise."""
-    given, options = told(trained, labels, options)
-    how = {"given": given, "edit": edit, "shape": shape, "window_stride": window_stride}
-    return trained.draw(indices, seed, options, **how)["image"]
+    how = {"edit": edit, "shape": shape, "window_stride": window_stride}
+    return trained.draw(indices, seed, options, conditions, **how)["image"]
 
 
 def in_batches(name: str, count: int, make: Make, batches: ResumableBatches) -> Tensor | None:

@@ -17,6 +17,7 @@ from train.checkpoint import AVERAGED, checkpoint_path, read_manifest, resolve_s
 from train.cli.files import read_groups, section_of
 from train.cli.parse import file_content, plain, run_script, to_dict
 from train.cli.values import peek
+from train.condition_source import condition_origin
 from train.config import LoggingConfig, SamplingConfig, TrainingConfig
 from train.distributed import World
 from train.files import sha256, write_text
@@ -295,7 +296,8 @@ def open_results(name: str, config: ExperimentConfig, loaded: Loaded, world: Wor
     if world.is_main:
         if isinstance(sampling, SamplingConfig) and not folder.exists():
             loaded.try_out(sampling, shape=prepared.shape, window_stride=prepared.window_stride)
-        open_run(folder, config, loaded.origin | prepared.origin)
+        given = condition_origin(sampling.condition_file) if isinstance(sampling, SamplingConfig) else {}
+        open_run(folder, config, loaded.origin | prepared.origin | given)
     world.barrier()
     print(f"results: {folder}", flush=True)
     return folder

@@ -46,10 +46,10 @@ def sampled_images(
         content = read_samples(Path(samples))
         told = {name: content[name] for name in ("image", "codes") if name in content}
         return len(told["image"]), lambda indices: {name: each[indices] for name, each in told.items()}
-    held_out = trained.held_out()
+    source = trained.condition_source(options)
 
     def drawn(indices: list[int]) -> dict[str, Tensor]:
-        made = trained.draw(indices, seed, options, held_out=held_out)
+        made = trained.draw(indices, seed, options, source.draw(seed, indices))
         return {name: made[name] for name in ("image", "codes") if name in made}
 
     return n_samples, drawn

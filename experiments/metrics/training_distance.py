@@ -94,14 +94,15 @@ def of_samples(
     size = at_once(training, count, world)
 
     def make(logger: Logger) -> Hook:
-        held_out = model.held_out()
+        source = model.condition_source(sampling)
         batches = [list(range(first, min(first + size, count))) for first in range(0, count, size)]
 
         def images(state: State) -> Iterator[tuple[Tensor, bool]]:
             with evaluated(state.averaged("network")) as network:
                 for indices, counts in world.rounds(world.share_of(batches)):
-                    how = {"held_out": held_out, "network": network, "on_step": in_step(network)}
-                    made = model.draw(indices, training.seed, sampling, **how)
+                    how = {"network": network, "on_step": in_step(network)}
+                    conditions = source.draw(training.seed, indices)
+                    made = model.draw(indices, training.seed, sampling, conditions, **how)
                     yield made["image"], counts
 
         return Distance(logger, f"{count}_samples", images, real, model.data, logging, world, size)

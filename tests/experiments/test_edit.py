@@ -24,8 +24,8 @@ def drawn(monkeypatch):
     """(seeds, given, options, edit, made) of every batch."""
     seen, draw = [], TrainedSampler.draw
 
-    def watched(self, indices, seed, options, *, given, edit, **how):
-        made = draw(self, indices, seed, options, given=given, edit=edit, **how)
+    def watched(self, indices, seed, options, given, *, edit, **how):
+        made = draw(self, indices, seed, options, given, edit=edit, **how)
         seen.append((indices, given, options, edit, made))
         return made
 

@@ -21,9 +21,9 @@ def drawn(monkeypatch):
     """What every batch was drawn with."""
     batches, draw = [], TrainedSampler.draw
 
-    def watched(model, indices, *args, **how):
-        batches.append({"indices": indices, **how})
-        return draw(model, indices, *args, **how)
+    def watched(model, indices, seed, options, conditions, **how):
+        batches.append({"indices": indices, "conditions": conditions, **how})
+        return draw(model, indices, seed, options, conditions, **how)
 
     monkeypatch.setattr(TrainedSampler, "draw", watched)
     return batches
@@ -64,7 +64,7 @@ def test_all_images_of_one_class(trained, drawn):
     flags = "--n_samples 6 --label 7 --guidance 3"
     samples(trained, f"{flags} --log_dir samples_seven --save_process")
     assert read_samples(trained / "samples_seven" / "samples.npz")["labels"].tolist() == [7] * 6
-    assert [batch["given"]["label"].tolist() for batch in drawn] == [[7] * 4, [7] * 2, [7] * 6]
+    assert [batch["conditions"]["label"].tolist() for batch in drawn] == [[7] * 4, [7] * 2, [7] * 6]
     samples(trained, "--n_samples 24 --guidance 3 --log_dir samples_any")
     own = read_samples(trained / "samples_any" / "samples.npz")
     samples(trained, "--n_samples 24 --guidance 3 --label 7 --log_dir samples_sevens")
@@ -105,7 +105,7 @@ def test_a_model_without_classes_has_none(trained, capsys):
 def test_a_class_of_pixels(trained_ddpm, drawn):
     samples(trained_ddpm, "--sampler ddpm --n_samples 3 --label 4 --log_dir samples_four")
     assert read_samples(trained_ddpm / "samples_four" / "samples.npz")["labels"].tolist() == [4, 4, 4]
-    assert drawn[0]["given"].keys() == {"label"}
+    assert drawn[0]["conditions"].keys() == {"label"}
 
 
 @pytest.mark.slow
@@ -122,9 +122,8 @@ def test_other_conditions_stay_beside_the_class(trained_ddpm, drawn, monkeypatch
     flags = "--sampler ddpm --load_dir grey --allow my_grey.grey --n_samples 3 --log_dir"
     samples(trained_ddpm, f"{flags} grey_any")
     samples(trained_ddpm, f"{flags} grey_two --label 2")
-    assert drawn[1]["given"]["label"].tolist() == [2, 2, 2]
-    (images,) = (value for name, value in drawn[1]["given"].items() if name != "label")
-    assert torch.equal(images, drawn[0]["held_out"][[0, 1, 2]]["condition_image"])
+    assert drawn[1]["conditions"]["label"].tolist() == [2, 2, 2]
+    assert torch.equal(drawn[1]["conditions"]["condition_image"], drawn[0]["conditions"]["condition_image"])
 
 
 def test_agreement_is_of_the_classes_that_were_asked_for():

@@ -20,9 +20,9 @@ def test_the_path_leads_from_one_to_the_other(sampler, request, monkeypatch, cap
     logs = request.getfixturevalue("trained" if sampler == "absorbing" else "trained_ddpm")
     seen, draw = [], TrainedSampler.draw
 
-    def watched(self, indices, seed, options, *, given, edit, **how):
+    def watched(self, indices, seed, options, given, *, edit, **how):
         seen.append((indices, given, options, edit))
-        return draw(self, indices, seed, options, given=given, edit=edit, **how)
+        return draw(self, indices, seed, options, given, edit=edit, **how)
 
     monkeypatch.setattr(TrainedSampler, "draw", watched)
     flags = f"--sampler {sampler} --n_images 4 --points 5 --strength 0.6 --sample_steps 2 --batch_size 7 --log_dir path"

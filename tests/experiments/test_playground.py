@@ -28,14 +28,16 @@ def opened(logs, **model):
 def play(trained):
     from train.samplers.absorbing import Sampling
 
-    return Playground(opened(trained), Sampling(sample_steps=4), None)
+    model, options = opened(trained), Sampling(sample_steps=4)
+    return Playground(model, options, model.condition_source(options))
 
 
 @pytest.fixture(scope="module")
 def gaussian(trained_ddpm):
     from train.samplers.ddpm import Sampling
 
-    return Playground(opened(trained_ddpm, sampler="ddpm"), Sampling(sample_steps=4), None)
+    model, options = opened(trained_ddpm, sampler="ddpm"), Sampling(sample_steps=4)
+    return Playground(model, options, model.condition_source(options))
 
 
 @pytest.fixture(params=["play", "gaussian"])
@@ -72,32 +74,37 @@ def test_settings_are_the_options_with_what_stands_in_the_controls(play):
 
 
 def test_images_are_those_that_the_experiments_draw(each):
-    own = each.trained.draw([0, 1, 2], 5, each.options)
+    own = each.trained.draw([0, 1, 2], 5, each.options, each.source.draw(5, [0, 1, 2]))
     assert torch.equal(each.draw(asked(each, seed=5)), own["image"])
     assert torch.equal(each.draw(asked(each, seed=5, count=2)), own["image"][:2])
     assert not torch.equal(each.draw(asked(each, seed=6)), own["image"])
 
 
 def test_a_class_is_given_to_all_images_and_none_to_none(each):
-    assert each.given(asked(each)) is None
-    assert each.given(asked(each, label=NO_CLASS)) == {}
-    assert each.given(asked(each, label="7"))["label"].tolist() == [7, 7, 7]
-    seven = each.trained.draw([0, 1, 2], 0, each.options, given={"label": torch.tensor([7, 7, 7])})
+    drawn = each.source.draw(0, [0, 1, 2])
+    assert torch.equal(each.conditions(asked(each))["label"], drawn["label"])
+    assert each.conditions(asked(each, label=NO_CLASS)) is None
+    assert each.conditions(asked(each, label="7"))["label"].tolist() == [7, 7, 7]
+    seven = each.trained.draw([0, 1, 2], 0, each.options, {"label": torch.tensor([7, 7, 7])})
     assert torch.equal(each.draw(asked(each, label="7")), seven["image"])
     with pytest.raises(ValueError, match="got class '10', wanted one of: as in the data, none, 0, 1"):
-        each.given(asked(each, label="10"))
+        each.conditions(asked(each, label="10"))
 
 
 def test_conditions_beside_the_class_stay_as_they_are_drawn(play):
-    image = torch.arange(3.0)
+    class HeldOut:
+        def __len__(self):
+            return 5
 
-    class Told(type(play.trained)):
-        def conditions(self, seed, indices, held_out=None):
-            return {"condition_image": image, "label": torch.tensor([1, 2, 3])}
+        def __getitem__(self, positions):
+            return {"condition_image": torch.tensor(positions), "label": torch.tensor([1, 2, 3])}
 
-    told = replace(play, trained=Told(**vars(play.trained)))
-    assert told.given(asked(told, label="4")) == {"condition_image": image, "label": pytest.approx([4, 4, 4])}
-    assert told.given(asked(told, label=NO_CLASS))["label"].tolist() == [10, 10, 10]  # the null
+    source = replace(play.source, fields=("condition_image", "label"), held_out=HeldOut())
+    told = replace(play, source=source)
+    four = told.conditions(asked(told, label="4"))
+    assert {name: value.tolist() for name, value in four.items()} == {"condition_image": [0, 1, 2], "label": [4, 4, 4]}
+    assert told.conditions(asked(told, label=NO_CLASS))["label"].tolist() == [10, 10, 10]  # the null
+    assert told.conditions(asked(told))["label"].tolist() == [1, 2, 3]
 
 
 def test_without_a_class_nothing_guides(each):
@@ -187,7 +194,7 @@ def test_kept_codes_never_change(play, monkeypatch):
     drawn, real = [], type(play.trained).draw
 
     def draw(*args, **how):
-        drawn.append((real(*args, **how), how))
+        drawn.append((real(*args, **how), how | {"conditions": args[4]}))
         return drawn[-1][0]
 
     monkeypatch.setattr(type(play.trained), "draw", draw)
@@ -198,7 +205,7 @@ def test_kept_codes_never_change(play, monkeypatch):
     start, codes = how["edit"], made["codes"]
     assert start.t == 1 and (~start.keep).sum((1, 2)).tolist() == [4, 4, 4]  # five of 16 pixels: two cells a side
     assert torch.equal(codes[start.keep], start.x0[start.keep])
-    assert how["given"]["label"].tolist() == [3, 3, 3]
+    assert how["conditions"]["label"].tolist() == [3, 3, 3]
 
 
 def test_classes_as_in_the_data_are_none_where_an_image_is_given(each, monkeypatch):

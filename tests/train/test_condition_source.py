@@ -1,0 +1,150 @@
+"""Where the conditions of generated images come from: given rows, class frequencies, held-out items."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+from train.condition_source import ConditionSource, condition_origin, read_rows
+from train.config import DataConfig
+
+DATA = DataConfig(img_size=8)
+FREQUENCIES = torch.tensor([0.7, 0.0, 0.3])
+
+
+class HeldOut:
+    """Five items with an image, its label and some words."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, positions):
+        places = torch.tensor(positions)
+        words = [f"item {k}" for k in positions]
+        return {"condition_image": places.float(), "label": 10 + places, "words": words, "position": places}
+
+
+def of_classes(**how):
+    return ConditionSource(("label",), 3, FREQUENCIES, **how)
+
+
+def test_a_label_is_as_frequent_as_in_training_whatever_the_batch():
+    source = of_classes()
+    labels = source.draw(7, range(4000))["label"]
+    assert (labels == 1).sum() == 0 and abs((labels == 0).float().mean().item() - 0.7) < 0.04
+    assert torch.equal(torch.cat([source.draw(7, [i])["label"] for i in (3, 900)]), labels[[3, 900]])
+    assert not torch.equal(source.draw(8, range(4000))["label"], labels)
+
+
+def test_held_out_items_come_in_turn_with_all_their_fields():
+    source = ConditionSource(("condition_image", "label"), 20, torch.ones(20) / 20, HeldOut())
+    batch = source.draw(0, [3, 4, 5, 6])
+    assert batch.keys() == {"condition_image", "label"}
+    assert batch["condition_image"].tolist() == [3, 4, 0, 1] and batch["label"].tolist() == [13, 14, 10, 11]
+
+
+def test_rows_come_first_and_the_rest_from_where_it_always_did():
+    rows = [{"words": "a"}, {"words": "b"}]
+    source = ConditionSource(("words", "label"), 3, FREQUENCIES).with_rows(rows)
+    batch = source.draw(7, [0, 1, 2])
+    assert batch["words"] == ["a", "b", "a"] and torch.equal(batch["label"], of_classes().draw(7, [0, 1, 2])["label"])
+    both = ConditionSource(("condition_image", "label"), 20, None, HeldOut()).with_rows([{"label": 2}])
+    assert both.draw(7, [4, 5])["condition_image"].tolist() == [4, 0] and both.draw(7, [4])["label"].tolist() == [2]
+
+
+def test_typed_values_stand_above_rows():
+    source = ConditionSource(
+        ("words", "label"), 3, FREQUENCIES, rows=({"words": "a", "label": 0}, {"words": "b", "label": 1})
+    )
+    assert source.with_values(label=2).draw(0, [0, 1]) == {"words": ["a", "b"], "label": pytest.approx([2, 2])}
+    assert of_classes().with_values(label=2).draw(0, [5, 6])["label"].tolist() == [2, 2]
+
+
+def test_a_sampler_without_conditions_is_given_none():
+    assert ConditionSource(()).draw(0, [0, 1]) is None
+
+
+WRONG = {
+    "got the condition word, this sampler takes: label": {"word": "a"},
+    "got label 4, wanted a class from 0 to 2": {"label": 4},
+    "got label 'dog', wanted a class": {"label": "dog"},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_rows_that_the_sampler_does_not_take_are_refused(message):
+    with pytest.raises(ValueError, match=message):
+        of_classes().with_rows([WRONG[message]])
+
+
+def test_fields_that_are_nowhere_to_be_had_are_refused():
+    with pytest.raises(ValueError, match="got no words to sample with: pass --condition_file"):
+        ConditionSource(("words",)).draw(0, [0])
+    with pytest.raises(ValueError, match="held-out images have no boxes"):
+        ConditionSource(("boxes",), held_out=HeldOut()).draw(0, [0])
+
+
+@pytest.fixture
+def picture(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    return pixels
+
+
+def test_json_and_csv_say_the_same(tmp_path, picture):
+    rows = [{"label": 3, "size": 0.5, "words": "a, b", "condition_image": "a.png"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.csv").write_text('label,size,words,condition_image\n3,0.5,"a, b",a.png\n')
+    (one,), (other,) = (read_rows(str(tmp_path / f"rows.{kind}"), DATA) for kind in ("json", "csv"))
+    assert one.keys() == other.keys() and one["label"] == other["label"] == 3
+    assert one["size"] == other["size"] == 0.5 and one["words"] == other["words"] == "a, b"
+    for row in (one, other):
+        assert isinstance(row["condition_image"], tv_tensors.Image)
+        assert np.array_equal(row["condition_image"].permute(1, 2, 0).numpy(), picture)
+    source = ConditionSource(("label", "size", "words", "condition_image"), 4).with_rows([one])
+    batch = source.draw(0, [0, 1])
+    expected = torch.from_numpy(picture).permute(2, 0, 1) / 127.5 - 1
+    assert torch.allclose(batch["condition_image"], expected.expand(2, 3, 8, 8), atol=1e-6)
+
+
+def test_lists_of_numbers_are_tensors(tmp_path):
+    (tmp_path / "rows.json").write_text('[{"place": [0.5, 1, 2], "tags": ["a", "b"]}]')
+    (row,) = read_rows(str(tmp_path / "rows.json"), DATA)
+    assert row["place"].tolist() == [0.5, 1, 2] and row["tags"] == ["a", "b"]
+
+
+BROKEN = {
+    "rows.txt, wanted a .json or .csv file": ("rows.txt", "a"),
+    "holds no rows": ("rows.csv", "label\n"),
+    "is no JSON": ("rows.json", "[{"),
+    "holds no list of objects": ("rows.json", '{"label": 3}'),
+    "row 1 and the first differ in words": ("rows.json", '[{"label": 3}, {"label": 3, "words": "a"}]'),
+    "row 0 does not have as many columns as the header": ("rows.csv", "label,words\n3\n"),
+    "none.png not found, which .* names as its condition_image": ("rows.json", '[{"condition_image": "none.png"}]'),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_file_that_cannot_be_used_is_refused(tmp_path, message):
+    name, text = BROKEN[message]
+    (tmp_path / name).write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_rows(str(tmp_path / name), DATA)
+
+
+def test_a_file_that_is_missing_is_refused(tmp_path):
+    assert read_rows(None, DATA) == []
+    with pytest.raises(FileNotFoundError, match="pass a .json or .csv file as --condition_file"):
+        read_rows(str(tmp_path / "rows.json"), DATA)
+
+
+def test_results_note_the_content_of_a_file(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("label\n3\n")
+    first = condition_origin(str(path))
+    path.write_text("label\n4\n")
+    assert condition_origin(None) == {} and first.keys() == {"condition_sha256"} != condition_origin(str(path))
+    assert first != condition_origin(str(path))
