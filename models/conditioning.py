@@ -250,12 +250,21 @@ def _cat_regions(conditions: Sequence[Condition]) -> Regions | None:
     return Regions(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-class ConditionEncoder(nn.Module, ABC):
-    """Turns one raw field of a batch into one stream, and owns what stands for "not said", its learned null.
+@dataclass(frozen=True, kw_only=True)
+class ConditionConfig:
+    """Options of conditions."""  # every Config's own __post_init__ calls that of the class it builds on
 
-    A file `models/conditions/<name>.py` defines one, its frozen `Config`, the `FIELD` of a batch that it reads, and
-    `build(config, width)`, where `width` is that of the network's embedding (E, for vectors). It makes a Map where it
-    has `map_channels`, Tokens where it has a `token_width`, and a Vector where it has neither.
+    def __post_init__(self):
+        pass
+
+
+class ConditionEncoder(nn.Module, ABC):
+    """Turns one raw field of a batch into one stream, and owns its learned null.
+
+    A file `models/conditions/<name>.py` defines one; its `Config`, a `ConditionConfig` whose fields are flags, named
+    `<name>_...`; the `FIELD` of a batch that it reads; and `build(config, width, n_classes)`, for a network whose
+    embedding has a width (E, of vectors), and data of so many classes, or 0. It makes a Map where it has
+    `map_channels`, Tokens where it has a `token_width`, and a Vector where it has neither.
     """
 
     map_channels: int = 0  # C of the map it makes

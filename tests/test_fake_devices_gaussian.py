@@ -10,11 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffusion.likelihood import bits_per_dimension
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
+from models.conditions import image
 from train.data.loading import Draws
 from train.samplers import ddpm
 
 UNET = {"channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_factors": (2,), "heads": 2}
-CONDITIONS = {"conditions": ("image",), "condition_channels": 1}
+CONDITIONS = {"conditions": ("image",), "condition_options": image.Config(condition_channels=1)}
 KINDS = {
     "gaussian": {"total_steps": 8},
     "simple": {"total_steps": 8, "variance": "fixed_small", "prediction": "v", "time_embedding": "noise_level"},

@@ -47,7 +47,7 @@ def test_flags_of_samplers_and_of_training_are_the_agreed_ones():
         *("sampler", "bert_n_emb", "bert_n_head", "bert_n_layers", "mlp_ratio", "attention", "kernel_sizes"),
         *("dilations", "na_backend", "attention_type", "position", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
         *("qk_norm", "zero_init", "tied_head", "class_conditional", "label_drop"),
-        *("conditions", "condition_channels", "condition_drop"),
+        *("conditions", "condition_drop"),
     }
     assert cli.fields_of(absorbing.Config) - cli.fields_of(TransformerConfig) == {
         *("loss_type", "mask_schedule", "schedule", "total_steps", "time_sampler"),
@@ -68,14 +68,24 @@ def test_flags_of_samplers_and_of_training_are_the_agreed_ones():
         *("heads", "head_width", "dropout", "resblock_updown", "scale_shift", "scale_skip"),
         *("res_block_type", "attn_block_type", "middle_attn_block_type"),
         *("kernel_sizes", "dilations", "na_backend", "transformer_attention", "feed_forward"),
-        *("class_conditional", "label_drop", "conditions", "condition_channels", "condition_drop", "adapt"),
+        *("class_conditional", "label_drop", "conditions", "condition_drop", "adapt"),
     }
     assert cli.fields_of(absorbing.Sampling) == {
-        *("solver", "sample_steps", "guidance", "guidance_schedule", "guidance_interval", "reveal"),
+        *("solver", "sample_steps", "guidance", "condition_file", "guidance_schedule", "guidance_interval", "reveal"),
         *("temp", "last_temp", "top_k", "top_p", "choice_temp", "remasking", "remask_eta"),
     }
     assert cli.fields_of(ddpm.Sampling) == {
-        *("solver", "sample_steps", "guidance", "spacing", "eta", "guidance_interval", "guidance_rescale", "clip"),
+        *(
+            "solver",
+            "sample_steps",
+            "guidance",
+            "condition_file",
+            "spacing",
+            "eta",
+            "guidance_interval",
+            "guidance_rescale",
+            "clip",
+        ),
         "dynamic_threshold",
     }
     assert cli.fields_of(TrainingConfig) == {

@@ -6,21 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.conditioning import ConditionEncoder, Map
+from models.conditioning import ConditionConfig, ConditionEncoder, Map
 
 FIELD = "condition_image"  # of a batch, from which it is made
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(ConditionConfig):
     """An image that x is joined to."""
 
-    channels: int = 3
-    """Channels of the field condition_image."""
+    condition_channels: int = 3
+    """image: channels of the field condition_image."""
 
     def __post_init__(self):
-        if self.channels < 1:
-            raise ValueError(f"got channels {self.channels}, wanted at least 1")
+        super().__post_init__()
+        if self.condition_channels < 1:
+            raise ValueError(f"got condition_channels {self.condition_channels}, wanted at least 1")
 
 
 class ImageEncoder(ConditionEncoder):
@@ -43,6 +44,6 @@ class ImageEncoder(ConditionEncoder):
         return Map(raw if drop is None else torch.where(drop[:, None, None, None], null, raw))
 
 
-def build(config: Config, width: int) -> ImageEncoder:
-    """`width` is not used: a map needs no embedding."""
-    return ImageEncoder(config.channels)
+def build(config: Config, width: int, n_classes: int) -> ImageEncoder:
+    """A map needs no embedding, and knows of no classes."""
+    return ImageEncoder(config.condition_channels)

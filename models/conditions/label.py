@@ -5,21 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.conditioning import ConditionEncoder, Vector
+from models.conditioning import ConditionConfig, ConditionEncoder, Vector
 
 FIELD = "label"  # of a batch, from which it is made
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Classes."""
-
-    n_classes: int
-    """How many there are, the null not counted."""
-
-    def __post_init__(self):
-        if self.n_classes < 1:
-            raise ValueError(f"got n_classes {self.n_classes}, wanted at least 1: else leave the condition out")
+class Config(ConditionConfig):
+    """Classes: their number is that of the data."""
 
 
 class LabelEncoder(ConditionEncoder):
@@ -27,6 +20,8 @@ class LabelEncoder(ConditionEncoder):
 
     def __init__(self, n_classes: int, width: int):
         super().__init__()
+        if n_classes < 1:
+            raise ValueError(f"got n_classes {n_classes}, wanted at least 1: else leave the condition out")
         self.n_classes = n_classes
         self.embedding = nn.Embedding(n_classes + 1, width)
 
@@ -39,5 +34,5 @@ class LabelEncoder(ConditionEncoder):
         return Vector(self.embedding(labels))
 
 
-def build(config: Config, width: int) -> LabelEncoder:
-    return LabelEncoder(config.n_classes, width)
+def build(config: Config, width: int, n_classes: int) -> LabelEncoder:
+    return LabelEncoder(n_classes, width)

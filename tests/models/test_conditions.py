@@ -1,5 +1,6 @@
 """Conditions: the record, what every encoder promises, and the two that are here."""
 
+import dataclasses
 import importlib
 import pkgutil
 
@@ -8,16 +9,17 @@ import torch
 import torch.nn.functional as F
 
 import models.conditions
-from models.conditioning import Condition, ConditionEncoder, Conditioner, Map, Regions, Tokens, Vector
-from models.conditions import image, label
+from models.conditioning import Condition, ConditionConfig, ConditionEncoder, Conditioner, Map, Regions, Tokens, Vector
+from models.conditions import image
+from models.conditions.label import LabelEncoder
 from models.transformer import CausalTransformer, Transformer
 from models.unet import UNet, UNetConfig
 
 B, WIDTH = 4, 12
 NAMES = sorted(module.name for module in pkgutil.iter_modules(models.conditions.__path__))
 RAW = {  # the options of each encoder, and a batch of its raw field
-    "label": ({"n_classes": 3}, torch.tensor([0, 1, 2, 0])),
-    "image": ({"channels": 2}, torch.randn(B, 2, 6, 8, generator=torch.Generator().manual_seed(1))),
+    "label": ({}, torch.tensor([0, 1, 2, 0])),
+    "image": ({"condition_channels": 2}, torch.randn(B, 2, 6, 8, generator=torch.Generator().manual_seed(1))),
 }
 DROP = torch.tensor([False, True, False, True])
 
@@ -29,7 +31,7 @@ def x():
 def encoder(name, width=WIDTH):
     """With a null that is not zero."""
     module = importlib.import_module(f"models.conditions.{name}")
-    made = module.build(module.Config(**RAW[name][0]), width)
+    made = module.build(module.Config(**RAW[name][0]), width, n_classes=3)
     for p in made.parameters():
         p.data += torch.randn_like(p)
     return made
@@ -140,7 +142,7 @@ def test_a_field_of_another_shape_is_refused(message):
         encoder(name)(raw, x())
 
 
-@pytest.mark.parametrize("build", [lambda: label.Config(n_classes=0), lambda: image.Config(channels=0)])
+@pytest.mark.parametrize("build", [lambda: LabelEncoder(0, WIDTH), lambda: image.Config(condition_channels=0)])
 def test_a_config_of_nothing_is_refused(build):
     with pytest.raises(ValueError, match="0, wanted at least 1"):
         build()
@@ -299,3 +301,12 @@ def test_row_ids_are_equal_for_equal_conditions_alone():
 def test_a_condition_moves_to_a_device():
     moved = everything().to("meta")
     assert all(tensor.device.type == "meta" for tensor in tensors_of(moved))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_are_flags_of_their_own_name(name):
+    """So that those of several conditions can stand beside each other."""
+    config = importlib.import_module(f"models.conditions.{name}").Config
+    assert issubclass(config, ConditionConfig)
+    names = {field.name for field in dataclasses.fields(config)}
+    assert all(each.startswith(f"{name}_") for each in names - {"condition_channels"})  # older than the rule

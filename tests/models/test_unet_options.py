@@ -41,7 +41,7 @@ class Words(ConditionEncoder):
 
 
 def both():
-    return {"image": image.build(image.Config(channels=2), 160), "words": Words()}
+    return {"image": image.build(image.Config(condition_channels=2), 160, 0), "words": Words()}
 
 
 def test_no_label_is_the_null_class_and_every_class_says_something_else():
@@ -81,7 +81,7 @@ def test_a_condition_is_encoded_once_and_used_many_times():
 
 
 def test_an_image_reaches_the_first_convolution_beside_x():
-    network = unet({"image": image.build(image.Config(channels=2), 160)})
+    network = unet({"image": image.build(image.Config(condition_channels=2), 160, 0)})
     (x, t), beside = batch(), torch.randn(3, 2, 4, 6)
     emb, condition = network.embed(x, t, {"image": beside})
     _, skips = network.down(x, emb, condition)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, get_origin
 
+from models.conditioning import ConditionConfig
 from train.config import SamplerConfig, SamplingConfig
 from train.datasets import DatasetConfig
 from train.registry import names_in, plugin
@@ -37,6 +38,7 @@ PLUGIN_GROUPS: dict[type, PluginGroup] = {  # by the class that every plug-in's 
     DatasetConfig: PluginGroup("train.datasets", ("reader",), "data set"),
     SamplerConfig: PluginGroup("train.samplers", ("sampler",), "sampler"),
     SamplingConfig: PluginGroup("train.samplers", ("sampler",), "sampler", "Sampling"),
+    ConditionConfig: PluginGroup("models.conditions", ("conditions",), "condition"),
     QuantizerConfig: PluginGroup("vq.quantizers", ("quantizer", "quantizers"), "quantizer"),
 }
 NAMING = {"dataset", *(flag for group in PLUGIN_GROUPS.values() for flag in group.flags)}

@@ -1,13 +1,13 @@
 """What a learned sampler is conditioned on: the flags, the encoders they name, and the fields of a batch they read."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from diffusion.rng import Streams
-from models.conditioning import ConditionEncoder
-from models.conditions import label
+from models.conditioning import ConditionConfig, ConditionEncoder
+from train.cli.plugins import joined, part_of
 from train.config import SamplerConfig
 from train.loop import Batch
 from train.registry import plugin
@@ -23,32 +23,30 @@ class ConditionsConfig(SamplerConfig):
     """Share of training labels replaced by the null class, for guidance."""
     conditions: tuple[str, ...] = ()
     """Files of models/conditions beside the class: image takes the field condition_image."""
-    condition_channels: int = 3
-    """conditions image: channels of the field condition_image."""
+    condition_options: ConditionConfig = ConditionConfig()
     condition_drop: float = 0.1
     """Share of training conditions replaced by their null, each apart."""
 
     def __post_init__(self):
+        kinds = [plugin("models.conditions", name, "condition").Config for name in self.conditions]
+        if type(self.condition_options) is ConditionConfig:  # left out: the defaults of the conditions named
+            object.__setattr__(self, "condition_options", joined(kinds, ConditionConfig)())
+        if missing := [kind.__module__ for kind in kinds if not isinstance(self.condition_options, kind)]:
+            got = type(self.condition_options).__name__
+            raise ValueError(f"got {got} as condition_options, wanted those of {', '.join(missing)}")
         for name in ("label_drop", "condition_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted a share in [0, 1)")
 
 
 def make_encoders(config: ConditionsConfig, width: int, n_classes: int) -> dict[str, ConditionEncoder]:
-    """The encoders of --conditions, and that of the label where there are classes, for embeddings of a width.
-
-    --condition_channels is the option `channels` of those that have it.
-    """
+    """The encoders of --conditions, and that of the label where there are classes, for embeddings of a width."""
+    if "label" in config.conditions:
+        raise ValueError("got condition 'label' for --conditions: classes are --class_conditional")
     encoders = {}
-    for name in config.conditions:
+    for name in (*config.conditions, *(["label"] if n_classes else [])):
         module = plugin("models.conditions", name, "condition")
-        if module is label:
-            raise ValueError("got condition 'label' for --conditions: classes are --class_conditional")
-        own = [field.name for field in fields(module.Config) if hasattr(config, f"condition_{field.name}")]
-        options = {option: getattr(config, f"condition_{option}") for option in own}
-        encoders[name] = module.build(module.Config(**options), width)
-    if n_classes:
-        encoders["label"] = label.build(label.Config(n_classes=n_classes), width)
+        encoders[name] = module.build(part_of(config.condition_options, module.Config), width, n_classes)
     return encoders
 
 

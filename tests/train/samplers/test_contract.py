@@ -8,6 +8,7 @@ import torch
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
 from diffusion.types import Bound, Loss
+from models.conditions import image
 from train.config import SamplerConfig, SamplingConfig
 from train.data.loading import Draws
 from train.registry import names_in, plugin
@@ -23,6 +24,7 @@ SPACES = {  # SPACE -> the facts that `build` may be told
     "codes": [{"codes": 4, "grid": (2, 4)}],
     "continuous": [{"shape": (1, 4, 8), "pixels": True}, {"shape": (4, 2, 4), "pixels": False}],
 }
+GREY = image.Config(condition_channels=1)
 SAMPLERS = names_in("train.samplers")
 CASES = [(name, facts) for name in SAMPLERS for facts in SPACES[plugin("train.samplers", name, "").SPACE]]
 CLASSES = 3
@@ -209,7 +211,7 @@ def test_what_is_drawn_has_the_shape_and_the_range_of_the_data(made):
 def test_an_image_and_a_label_train_and_guide(name, facts):
     module = plugin("train.samplers", name, "sampler")
     torch.manual_seed(0)
-    config = module.Config(**SMALL.get(name, {}), conditions=("image",), condition_channels=1, condition_drop=0.3)
+    config = module.Config(**SMALL.get(name, {}), conditions=("image",), condition_options=GREY, condition_drop=0.3)
     sampler = module.build(config, **facts, n_classes=CLASSES)
     assert sampler.conditions == ("condition_image", "label")
     image = Streams(list(range(6))).normal((6, 1, 4, 8))

@@ -5,6 +5,9 @@ import torch
 
 from diffusion.process import like
 from helpers.gaussian_recorder import CLASSES, SHAPE, Recorder, drawn, draws, images, moved, recorded, sampler
+from models.conditions import image
+
+TWO_CHANNELS = image.Config(condition_channels=2)
 
 # what the network is told and shown
 
@@ -93,7 +96,7 @@ def test_betas_are_those_asked_for():
 
 
 def test_each_condition_is_dropped_apart_in_its_own_share():
-    n, built = 4000, sampler(conditions=("image",), condition_channels=2, label_drop=0.4, condition_drop=0.25)
+    n, built = 4000, sampler(conditions=("image",), condition_options=TWO_CHANNELS, label_drop=0.4, condition_drop=0.25)
     assert built.conditions == ("condition_image", "label")
     batch = images(n) | {"condition_image": torch.rand(n, 2, 4, 4)}
     _, call = recorded(built, batch=batch)
