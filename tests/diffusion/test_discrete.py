@@ -16,6 +16,7 @@ from diffusion.solvers import solvers_of
 from diffusion.timesteps import low_discrepancy, uniform
 from helpers.solving import in_steps
 from helpers.toy_uniform import Sampling, UniformDiffusion, UniformSampler
+from models.conditioning import Condition
 from train.spaces import EditInput
 
 T = 4
@@ -170,6 +171,9 @@ class Counting(torch.nn.Module):
         super().__init__()
         self.asked = []
 
+    def encode(self, fields, ids):
+        return Condition()
+
     def forward(self, ids, condition=None, *, t):
         self.asked.append(len(ids))
         return (ids + t.view(-1, 1, 1)).unsqueeze(-1) * torch.tensor([1.0, 2.0, -1.0])
@@ -184,12 +188,9 @@ def test_equal_rows_at_different_times_are_never_merged():
 
 
 def test_a_network_must_be_told_the_time_that_matters():
-    class Untold(UniformSampler):
-        takes_time = False
-
     assert UniformDiffusion.prediction_depends_on_time and not AbsorbingDiffusion.prediction_depends_on_time
     with pytest.raises(ValueError, match="told no time for UniformDiffusion"):
-        Untold(codes=3, grid=(1, 2))
+        UniformSampler(codes=3, grid=(1, 2), time_scale=None)
 
 
 def test_codes_that_all_change_can_not_be_kept():

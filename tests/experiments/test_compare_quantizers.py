@@ -149,7 +149,9 @@ def test_a_flag_that_quantizers_share_reaches_each_of_them(monkeypatch, tmp_path
     monkeypatch.setattr(cli, "run_main", lambda main, config: configs.append(config))
     flags = "--quantizers ema lfq fsq --beta 0.5 --revive_below 0.2 --fsq_levels 8 8 4 4 --entropy_temperature 1"
     call(SCRIPT, f"{flags} --logs_root {tmp_path}")
-    options = {name: network.quantizer_config for name, network in networks(configs[0]).items()}
+    (config,) = configs
+    made = networks(config.network, config.comparison.quantizers, config.training.train_steps)
+    options = {name: network.quantizer_config for name, network in made.items()}
     assert options["ema"] == ema.Config(beta=0.5, revive_below=0.2)
     assert options["lfq"] == lfq.Config(beta=0.5, entropy_temperature=1.0, entropy_weight=0.05)
     assert options["fsq"] == fsq.Config(fsq_levels=(8, 8, 4, 4))

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion.process import DiscreteProcess, like
 from diffusion.rng import Streams
 from diffusion.solvers import options_of
+from models.transformer import Transformer
 from train.samplers._codes import DiscreteSampler, DiscreteSampling
 from train.samplers._transformer import TransformerConfig
 
@@ -49,19 +50,6 @@ class UniformDiffusion(DiscreteProcess):
         return torch.full_like(t, self.steps)
 
 
-class TimedNetwork(nn.Module):
-    """Logits of each code from all codes of the grid and t."""
-
-    def __init__(self, codes: int, grid: tuple[int, int], width: int = 32):
-        super().__init__()
-        self.codes, places = codes, grid[0] * grid[1]
-        self.layers = nn.Sequential(nn.Linear(places * codes + 1, width), nn.GELU(), nn.Linear(width, places * codes))
-
-    def forward(self, ids: Tensor, condition: None = None, *, t: Tensor) -> Tensor:
-        seen = torch.cat([F.one_hot(ids, self.codes).float().flatten(1), t.float()[:, None]], 1)
-        return self.layers(seen).view(*ids.shape, self.codes)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sampling(*options_of(UniformDiffusion), DiscreteSampling):
     """Sampling."""
@@ -70,10 +58,9 @@ class Sampling(*options_of(UniformDiffusion), DiscreteSampling):
 
 
 class UniformSampler(DiscreteSampler):
-    """A sampler by it, of a network that is told the time."""
+    """A sampler by it, of a transformer that is told the time (`time_scale`), or not."""
 
-    takes_time = True
-
-    def __init__(self, *, codes: int, grid: tuple[int, int], steps: int = 8):
-        network = TimedNetwork(codes, grid)
-        super().__init__(TransformerConfig(), UniformDiffusion(codes, steps), network, grid=grid, n_classes=0)
+    def __init__(self, *, codes: int, grid: tuple[int, int], steps: int = 8, time_scale: float | None = 1000.0):
+        small = {"width": 32, "heads": 2, "layers": 1, "time_scale": time_scale}
+        network, process = Transformer(codes=codes, grid=grid, **small), UniformDiffusion(codes, steps)
+        super().__init__(TransformerConfig(), process, network, grid=grid, n_classes=0)
