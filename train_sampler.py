@@ -7,7 +7,7 @@ import torch
 
 from experiments.metrics.training_distance import of_samples
 from train.cli.parse import first_stage_data, run_script
-from train.condition_source import read_rows
+from train.condition_source import check_rows, read_rows
 from train.config import SecondStageConfig
 from train.data.loading import build_dataset
 from train.inference import TrainedSampler, class_frequencies
@@ -37,14 +37,16 @@ def main(config: Config) -> None:
             shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
             model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", here, training.amp)
             distance = of_samples(model, images["train"], training, config.sampling, logging)
-        begin(run, config, state, here, space.origin | {"class_frequencies": frequencies})
         rows = read_rows(config.sampling.condition_file, data)
+        check_rows(rows, sampler.conditions, sampler.n_classes)
+        begin(run, config, state, here, space.origin | {"class_frequencies": frequencies})
         seeds = {"train": training.seed, "val": 0}  # every run validates on the same images
         sources = {split: space.source(images[split], split, data, seed, here, adapt) for split, seed in seeds.items()}
         step = SamplerStep(sampler, space, training, here, watched=bool(hooks))
         reports = partial(SamplerReports, step, sources["val"], config.sampling, rows)
-        also = {"hooks": hooks, "distance": distance, "workers": space.workers(data), "tokens": space.tokens}
-        train(run, config, state, here, sources["train"], step, reports, **also)
+        loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}
+        also = {"hooks": hooks, "distance": distance} | loading
+        train(run, training, logging, state, here, sources["train"], step, reports, **also)
 
 
 if __name__ == "__main__":

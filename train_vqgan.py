@@ -40,8 +40,8 @@ def main(config: Config) -> None:
         step = VQGANStep(config.loss, training, here, perceptual, watched=bool(hooks))
         reports = partial(VQGANReports, step, validation, training.batch_size, len(images))
         source = TrainingImages(images, training.seed)
-        also = {"hooks": hooks, "distance": distance, "workers": data.num_workers}
-        train(run, config, state, here, source, step, reports, **also)
+        also = {"hooks": hooks, "distance": distance, "workers": data.num_workers, "prefetch": data.prefetch}
+        train(run, training, logging, state, here, source, step, reports, **also)
 
 
 if __name__ == "__main__":

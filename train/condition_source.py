@@ -38,14 +38,7 @@ class ConditionSource:
     rows: tuple[Row, ...] = ()
 
     def __post_init__(self):
-        for row in self.rows:
-            unknown = sorted(row.keys() - {*self.fields})
-            if unknown:
-                there = ", ".join(self.fields) or "none"
-                raise ValueError(f"got the condition {', '.join(unknown)}, this sampler takes: {there}")
-            label = row.get("label", 0)
-            if "label" in row and not (isinstance(label, int) and 0 <= label <= self.n_classes):
-                raise ValueError(f"got label {label!r}, wanted a class from 0 to {self.n_classes - 1}")
+        check_rows(self.rows, self.fields, self.n_classes)
 
     def with_rows(self, rows: Sequence[Row]) -> "ConditionSource":
         """The source with other rows: their fields come from there. ValueError for what the sampler does not take."""
@@ -78,6 +71,18 @@ class ConditionSource:
                 f"held-out images have no {', '.join(missing)}, which --adapt gave in training: pass --condition_file"
             )
         return {name: value for name, value in items.items() if name.removesuffix("_mask") in names or name in names}
+
+
+def check_rows(rows: Sequence[Row], fields: Sequence[str], n_classes: int) -> None:
+    """ValueError for a field that a sampler does not take, and for a class that there is not; n_classes is the null."""
+    for row in rows:
+        unknown = sorted(row.keys() - {*fields})
+        if unknown:
+            there = ", ".join(fields) or "none"
+            raise ValueError(f"got the condition {', '.join(unknown)}, this sampler takes: {there}")
+        label = row.get("label", 0)
+        if "label" in row and not (isinstance(label, int) and 0 <= label <= n_classes):
+            raise ValueError(f"got label {label!r}, wanted a class from 0 to {n_classes - 1}")
 
 
 def read_rows(condition_file: str | None, data: DataConfig) -> list[Row]:

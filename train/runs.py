@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import yaml
@@ -26,6 +26,7 @@ from train.checkpoint import (
 )
 from train.cli.files import read_groups
 from train.cli.parse import completed, to_dict
+from train.config import LoggingConfig, TrainingConfig
 from train.distributed import World, world
 from train.execution import set_deterministic, set_tf32, training_dtype
 from train.files import sha256, write_text
@@ -73,7 +74,14 @@ def identity(content: dict[str, Any]) -> dict[str, Any]:
     return {key: MOVED.get(value, value) if isinstance(value, str) else value for key, value in kept.items()}
 
 
-def open_run(folder: Path, config, origin: dict[str, Any]) -> None:
+class RunConfig(Protocol):
+    """The whole config of a training script: its own groups stand beside these two."""
+
+    training: TrainingConfig
+    logging: LoggingConfig
+
+
+def open_run(folder: Path, config: object, origin: dict[str, Any]) -> None:
     """Writes config.yaml into a new run's folder, or checks that what is asked for is the run that is there.
 
     `origin` is what the run starts from beside its config: SHA-256 of weights, facts of the data. ValueError lists
@@ -95,7 +103,7 @@ def open_run(folder: Path, config, origin: dict[str, Any]) -> None:
 
 
 @contextmanager
-def workplace(run: Path, training) -> Iterator[World]:
+def workplace(run: Path, training: TrainingConfig) -> Iterator[World]:
     """The World that trains this run: its processes and device, switched as the config says, the folder's only job."""
     with (
         world(training.device, training.timeout_minutes) as here,
@@ -122,7 +130,7 @@ def owned(run: Path) -> Iterator[None]:
         lock.release()
 
 
-def begin(run: Path, config, state: State, world: World, origin: dict[str, Any]) -> None:
+def begin(run: Path, config: RunConfig, state: State, world: World, origin: dict[str, Any]) -> None:
     """Opens the run's folder and fills `state`: from where --resume says, else from --load_dir, else not at all."""
     training = config.training
     start = start_of(run, training.resume)
@@ -130,7 +138,7 @@ def begin(run: Path, config, state: State, world: World, origin: dict[str, Any])
         noted = origin_of(run)
         origin = origin | {name: noted[name] for name in ("load_weights", "load_report") if name in noted}
     elif training.load_dir is not None:
-        origin = origin | begin_from(config, state, world)
+        origin = origin | begin_from(training, config.logging.logs_root, state, world)
     origin = origin | branched_from(run, start, origin_of(run))
     world.barrier()  # all have looked before one writes
     if world.is_main:
@@ -145,11 +153,10 @@ def begin(run: Path, config, state: State, world: World, origin: dict[str, Any])
         print(f"going on from step {state.step} of {training.train_steps}{done}", flush=True)
 
 
-def begin_from(config, state: State, world: World) -> dict[str, Any]:
+def begin_from(training: TrainingConfig, logs_root: str, state: State, world: World) -> dict[str, Any]:
     """Fills a state from --load_dir, to be trained from step 0; returns what a run notes of that: the SHA-256 of the
     weights, and with --load_partial what became of each key."""
-    training = config.training
-    source = run_folder(config.logging.logs_root, training.load_dir)
+    source = run_folder(logs_root, training.load_dir)
     step = resolve_step(source, training.load_step, "--load_step")
     if training.load_partial:
         weights, report = load_partially(source, step, state)

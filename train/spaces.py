@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion.rng import Streams
 from train.cli.parse import from_dict
-from train.config import DataConfig
+from train.config import DataConfig, SecondStageConfig
 from train.data.loading import Adapt, ImageSource, Positions, TrainingCodes, TrainingImages
 from train.data.transforms import from_unit_range, to_float, to_uint8
 from train.datasets import Dataset
@@ -261,7 +261,7 @@ class Codes:
         return torch.where(grey, 128, image), image
 
 
-def open_space(config, run_origin: dict[str, Any], images: Dataset, world: World) -> Space:
+def open_space(config: SecondStageConfig, run_origin: dict[str, Any], images: Dataset, world: World) -> Space:
     """The space that a training script's config asks for.
 
     The scale of latents is what an earlier start of the run noted, or the run that --load_dir names; else it is

@@ -118,7 +118,8 @@ class Reports(Protocol):
 
 def train(
     run: Path,
-    config,
+    training: TrainingConfig,
+    logging: LoggingConfig,
     state: State,
     world: World,
     source: Positions,
@@ -128,14 +129,14 @@ def train(
     hooks: Hooks,
     distance: Callable[[Logger], Hook] | None = None,
     workers: int = 0,
+    prefetch: int = 2,
     tokens: int = 0,
 ) -> None:
     """Trains to the last step: batches from `source`, logging, checkpoints, signals, the user's `hooks`, what
     `reports(logger)` looks at, and `distance(logger)`, which measures images every --steps_per_FD steps.
 
-    `tokens` is how many codes an image is, 0 where it is none.
+    `workers` load batches, `prefetch` each ahead of time. `tokens` is how many codes an image is, 0 where it is none.
     """
-    training, logging = config.training, config.logging
     steps, size = training.train_steps, training.batch_size
     batches = training_batches(
         source,
@@ -145,7 +146,7 @@ def train(
         accumulate=training.accumulate,
         world=world,
         workers=workers,
-        prefetch=config.data.prefetch,
+        prefetch=prefetch,
     )
     clock, per_step = Clock(), {"images": size} | ({"tokens": size * tokens} if tokens else {})
     meter = Meter(step, world, clock, per_step, training_dtype(training, world.device))

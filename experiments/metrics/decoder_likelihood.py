@@ -182,7 +182,8 @@ def train_head(run: Path, first: FirstStage, config: HeadRun, world: World) -> N
         begin(run, config, state, world, first.origin)
         step = HeadStep(first, training, world)
         source, reports = TrainingImages(images, training.seed), partial(HeadReports, step, validation)
-        train(run, config, state, world, source, step, reports, hooks=[], workers=data.num_workers)
+        loading = {"workers": data.num_workers, "prefetch": data.prefetch}
+        train(run, training, config.logging, state, world, source, step, reports, hooks=[], **loading)
 
 
 def load_head(run: Path, first: FirstStage) -> TrainedHead:
