@@ -76,8 +76,12 @@ def make_network(
     grid: tuple[int, int],
     encoders: Mapping[str, ConditionEncoder],
     causal: bool = False,
+    time_scale: float | None = None,
 ) -> Transformer:
-    """The transformer that a config describes, under some conditions; `causal`: from codes before each alone."""
+    """The transformer that a config describes, under some conditions; `causal`: from codes before each alone.
+
+    It is told the time, multiplied by `time_scale`, where there is one: processes in which that matters give it.
+    """
     return (CausalTransformer if causal else Transformer)(
         codes=codes,
         grid=grid,
@@ -85,6 +89,7 @@ def make_network(
         heads=config.bert_n_head,
         layers=config.bert_n_layers,
         encoders=encoders,
+        time_scale=time_scale,
         mlp_ratio=config.mlp_ratio,
         attention=AttentionConfig(
             attention=config.attention,
