@@ -56,14 +56,14 @@ class Control(NamedTuple):
 
 
 def controls_of(options: SamplingConfig, solvers: list[str], conditional: bool) -> list[Control]:
-    """One for each field whose type has one; those of guidance only for a conditional model."""
+    """One for each field whose type has one, but for the file of conditions; guidance only for a conditional model."""
     kinds, helps, found = typing.get_type_hints(type(options)), notes(type(options)), []
     for field in fields(options):
         name, value, (kind, optional) = field.name, getattr(options, field.name), optional_of(kinds[field.name])
         own = {"name": name, "label": label_of(name), "note": helps.get(name, "")}
         own |= {"value": value, "optional": optional}
-        if name.startswith("guidance") and not conditional:
-            continue
+        if name == "condition_file" or (name.startswith("guidance") and not conditional):
+            continue  # a file is read once, when the page opens
         if name == "solver":
             found.append(Control(**own, kind="choice", choices=tuple(solvers)))
         elif typing.get_origin(kind) is Literal:

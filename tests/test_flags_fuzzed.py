@@ -164,7 +164,7 @@ groups = st.builds(
 )
 
 
-@fuzz(50)
+@fuzz(25)
 @given(st.sampled_from(NAMES), documents | rubbish)
 def test_any_yaml_file(scripts, name, text):
     scripts.check(name, [f"--config={scripts.file(text)}"])

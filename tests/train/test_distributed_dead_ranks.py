@@ -54,7 +54,8 @@ def wait_until_it_trains(logs: Path) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_the_other_process_of_a_killed_one_ends_with_an_error(tmp_path, pair, victim):
     processes = pair()
     wait_until_it_trains(tmp_path)

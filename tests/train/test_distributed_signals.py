@@ -161,6 +161,7 @@ def test_a_second_ctrl_c_counts_only_later_and_sigterm_never(monkeypatch, capfd,
     assert capfd.readouterr().err.count("finishing this step") == 1
 
 
+@pytest.mark.slow
 def test_checkpoint_minutes_saves_by_time(tmp_path, monkeypatch):
     """A clock that moves by 25 seconds each time it is read, of which a save reads it twice more."""
     now = [0.0]

@@ -114,8 +114,9 @@ def test_a_run_resumed_around_a_bad_step_is_bitwise_the_one_that_never_stopped(t
     assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
 
 
-@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("fault", ["loss", *(pytest.param(f, marks=pytest.mark.slow) for f in ("image", "gradient"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("fault", ["loss", "image", "gradient"])
 def test_what_one_of_two_processes_meets_both_skip(tmp_path, two, fault, way):
     flags = f"--logs_root {tmp_path} --train_steps 4 --steps_per_log 1 {SAMPLER} --parallel {way}"
     if fault == "loss":
