@@ -36,10 +36,20 @@ def at(t: float, x: Tensor) -> Tensor:
 
 
 def weighted(losses: Tensor, loss_weight: Tensor | None) -> Tensor:
-    """Unreduced losses (B, ...) times a weight for each example (B,), or one that broadcasts to them; None is none."""
+    """Unreduced losses (B, ...) times a weight: (B,), (B, H, W), or a tensor that broadcasts to them axis by axis.
+
+    None is none. ValueError for another shape.
+    """
     if loss_weight is None:
         return losses
-    return losses * (like(loss_weight, losses) if loss_weight.ndim == 1 else loss_weight)
+    weight = like(loss_weight, losses) if loss_weight.ndim == 1 else loss_weight.to(losses)
+    if weight.ndim == 3 and losses.ndim == 4:
+        weight = weight.unsqueeze(1)  # (B, 1, H, W)
+    fits = weight.ndim == losses.ndim and len(weight) == len(losses)
+    if not fits or any(here not in (1, there) for here, there in zip(weight.shape, losses.shape, strict=True)):
+        wanted = f"({len(losses)},), or what broadcasts to {tuple(losses.shape)} axis by axis"
+        raise ValueError(f"got a loss_weight {tuple(loss_weight.shape)}, wanted {wanted}")
+    return losses * weight
 
 
 class ContinuousProcess(ABC):

@@ -8,6 +8,7 @@ kept), state.pt (optimizers, step and the like) and, written last, manifest.json
 import json
 import pickle
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,14 +175,9 @@ def verify(path: Path) -> dict[str, dict]:
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], name: str, source: Path) -> None:
-    """Loads the tensors that belong to module `name`, strictly; a mismatch names keys and shapes.
-
-    Those that an earlier version saved by another name are known by it.
-    """
-    own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    """Loads the tensors that belong to module `name`, strictly; a mismatch names keys and shapes."""
     wanted = module.state_dict()
-    names = current_names(own, wanted)
-    own = {names[key]: value for key, value in own.items()}
+    own = tensors_for(name, tensors, wanted)
     odd = sorted(own.keys() ^ wanted.keys())
     for key in sorted(own.keys() & wanted.keys()):
         if own[key].shape != wanted[key].shape:
@@ -189,6 +185,13 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], name: str, source: Path)
     if odd:
         raise ValueError(f"{source} does not fit this {name} ({len(odd)} keys differ): {'; '.join(odd[:5])}")
     module.load_state_dict({key: sharded_like(value, wanted[key]) for key, value in own.items()})
+
+
+def tensors_for(name: str, tensors: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of module `name` by the keys of its state_dict, `wanted`, as they are called now."""
+    own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    names = current_names(own, wanted)
+    return {names[key]: value for key, value in own.items()}
 
 
 class FillReport(NamedTuple):
@@ -204,35 +207,45 @@ class FillReport(NamedTuple):
 def fill_partially(module: nn.Module, tensors: dict[str, Tensor], name: str) -> FillReport:
     """Loads those of the tensors of module `name` that fit; keys of the report begin with that name.
 
-    A tensor that is larger here along some axes takes the file's numbers first. Behind them, along its first axis
-    (outputs, rows of an embedding) it stays as it was; along the others (inputs) it becomes 0, so that what is computed
-    from the inputs there were stays the same.
+    Two kinds of weights may have grown. A linear layer or convolution right in the module (the first one, of an image
+    and what is joined to it) takes 0 for inputs that are new: what it computes of the others stays the same. Deeper
+    ones may take several things joined, and are not grown. An embedding with more rows keeps its last one, the null or
+    the mask, last; new rows stay as they were.
     """
-    wanted, filled, prefix = module.state_dict(), {}, f"{name}."
-    own = {key: value for key, value in tensors.items() if key.startswith(prefix)}
-    report = FillReport([], [], [], sorted(own.keys() - {prefix + key for key in wanted}), [])
+    wanted, filled = module.state_dict(), {}
+    own = tensors_for(name, tensors, wanted)
+    report = FillReport([], [], [], sorted(f"{name}.{key}" for key in own.keys() - wanted.keys()), [])
     for key, here in wanted.items():
-        there, shape = own.get(prefix + key), tuple(here.shape)
+        there, shape = own.get(key), tuple(here.shape)
         if there is None:
-            report.missing.append(prefix + key)
+            report.missing.append(f"{name}.{key}")
         elif shape == tuple(there.shape):
-            report.taken.append(prefix + key)
+            report.taken.append(f"{name}.{key}")
             filled[key] = there
-        elif len(shape) == there.ndim and all(new >= old for new, old in zip(shape, there.shape, strict=True)):
-            report.grown.append(f"{prefix}{key}: {tuple(there.shape)} -> {shape}")
-            filled[key] = grow(there, whole(here).cpu())
+        elif (larger := grow(module, key, there, whole(here).cpu())) is not None:
+            report.grown.append(f"{name}.{key}: {tuple(there.shape)} -> {shape}")
+            filled[key] = larger
         else:
-            report.misshapen.append(f"{prefix}{key}: {tuple(there.shape)} in the file, {shape} here")
+            report.misshapen.append(f"{name}.{key}: {tuple(there.shape)} in the file, {shape} here")
     module.load_state_dict(wanted | {key: sharded_like(value, wanted[key]) for key, value in filled.items()})
     return report
 
 
-def grow(there: Tensor, here: Tensor) -> Tensor:
-    """A tensor of the shape of `here` that begins with `there`; see `fill_partially` for the rest of it."""
-    out = here.clone()
-    out[: len(there)] = 0
-    out[tuple(slice(size) for size in there.shape)] = there.to(out.dtype)
-    return out
+def grow(module: nn.Module, key: str, there: Tensor, here: Tensor) -> Tensor | None:
+    """A weight in the shape of `here` made of a smaller one; None where it is of no kind that may grow."""
+    owner, _, leaf = key.rpartition(".")
+    layer, (rows, *_), out = module.get_submodule(owner), there.shape, here.clone()
+    if leaf != "weight" or there.ndim != here.ndim:
+        return None
+    if isinstance(layer, nn.Linear | nn.Conv2d) and "." not in owner and there.shape[1] < here.shape[1]:
+        if there.select(1, 0).shape != here.select(1, 0).shape:
+            return None
+        out[:, : there.shape[1]], out[:, there.shape[1] :] = there, 0
+        return out
+    if isinstance(layer, nn.Embedding) and there.shape[1] == here.shape[1] and rows < len(here):
+        out[: rows - 1], out[-1] = there[:-1], there[-1]
+        return out
+    return None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

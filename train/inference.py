@@ -81,7 +81,7 @@ class TrainedSampler:
         return dotted(path, "--adapt") if path else None
 
     def conditions_of(self, item: dict[str, Any], index: int) -> Row:
-        """The conditions of an item of its data set, but for the label; ValueError where it has them not."""
+        """The conditions of an item of its data set, but for the label; ValueError where it lacks one."""
         names = [name for name in self.sampler.conditions if name != "label"]
         if names and self.adapt is not None:
             with seeded(seed_of(0, "adapt", index)):
@@ -104,7 +104,7 @@ class TrainedSampler:
     def sample(self, n: int, seed: int, options: SamplingConfig, *, batch_size: int = 50, **how) -> Iterator[Batch]:
         """n images of a seed in batches, each as `draw` makes it.
 
-        Of several processes, each gives every so manieth batch: together they are those of one process.
+        Of several processes each gives its share of the batches: together they are those of one process.
         """
         source = self.condition_source(options)
         for first in self.world.share_of(list(range(0, n, batch_size))):

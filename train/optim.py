@@ -75,10 +75,11 @@ def freeze_all_but(module: nn.Module, prefixes: Sequence[str]) -> None:
             raise ValueError(
                 f"got --train_only {prefix}, which fits no parameter{did_you_mean(prefix, parts)}; its parts are: {top}"
             )
-    if not any(is_selected(name, prefixes) for name in names):
+    if not any(is_selected(name, prefixes) and p.requires_grad for name, p in module.named_parameters()):
         raise ValueError(f"got --train_only {' '.join(prefixes)}, which leaves nothing to train: name more parts")
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(is_selected(name, prefixes))
+        if not is_selected(name, prefixes):  # what a module has frozen itself stays so
+            parameter.requires_grad_(False)
 
 
 def fusible(parameters: list[nn.Parameter]) -> bool | None:

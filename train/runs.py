@@ -39,7 +39,7 @@ VOLATILE = {
     "logs_root", "parallel", "timeout_minutes", "compile", "channels_last", "tf32", "activation_checkpointing",
     "deterministic", "max_bad_steps", "hooks", "resume", "steps_per_log", "steps_per_checkpoint", "checkpoint_minutes",
     "keep_last", "keep_every", "steps_per_save_output", "steps_per_eval", "steps_per_FD", "FD_samples", "FD_features",
-    "profile", "perceptual_weights",
+    "profile", "perceptual_weights", "condition_file",
 }  # fmt: skip
 
 
@@ -172,9 +172,9 @@ def begin_from(training: TrainingConfig, logs_root: str, state: State, world: Wo
 
 
 def describe(report: FillReport) -> str:
-    """How many keys were taken, and each one that was not, or not as it was."""
+    """What became of each key, a line each."""
     lines = [f"{len(report.taken)} tensors taken"]
-    for kind in ("grown", "missing", "unexpected", "misshapen"):
+    for kind in FillReport._fields:
         lines += [f"  {kind}: {key}" for key in getattr(report, kind)]
     return "\n".join(lines)
 

@@ -105,7 +105,8 @@ class VQGANStep:
             for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(old)  # batch norms have seen the bad batch
             return None
-        learns = is_selected("quantizer", self.training.train_only)
+        prefixes = self.training.train_only
+        learns = any(is_selected(f"quantizer.{name}", prefixes) for name in quantizer.state_dict())
         quantizer.learn(self.told(state, None) if learns else None)
         if "lecam" in state.extras and judged:
             state.extras["lecam"].follow(*self.world.mean(torch.stack([totals["disc_real"], totals["disc_fake"]])))

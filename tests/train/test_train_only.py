@@ -5,9 +5,11 @@ import torch
 import yaml
 from torch import nn
 
+from helpers.labels import label_encoders
 from helpers.process_pool import Crew
 from helpers.run_asserts import weights
 from helpers.tiny_runs import DDPM, GAN, VQGAN, call
+from models.transformer import Transformer
 from train.checkpoint import checkpoint_path, fill_partially
 from train.optim import freeze_all_but, is_selected
 
@@ -17,6 +19,7 @@ RUN = (
 FIRST_STAGE = (
     f"{VQGAN} {GAN} --no_amp --steps_per_eval 0 --keep_last 0 --disc_start_step 1 --lr 1e-2 --weight_decay 0.1"
 )
+BRIGHT = "--condition_channels 1 --adapt my_bright.bright"
 CHOSEN = "up_blocks encoders.label conv_out"
 
 
@@ -29,6 +32,17 @@ def changed(run, first, last, file="model.safetensors"):
     """Which tensors differ between two steps of a run."""
     one, other = (weights(run, step, file) for step in (first, last))
     return {key for key in one if not torch.equal(one[key], other[key])}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own(tmp_path_factory):
+    """A module of the user's own that brings a condition."""
+    folder = tmp_path_factory.mktemp("own")
+    code = "def bright(item):\n    return item | {'condition_image': item['image'] // 2}\n"
+    (folder / "my_bright.py").write_text(code)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +107,19 @@ def test_codes_that_follow_averages_are_frozen_too(tmp_path):
     assert not any(key.startswith("autoencoder.quantizer") for key in changed(run, 1, 3))
 
 
+def test_a_part_of_a_quantizer_that_has_no_parameter_learns(tmp_path):
+    flags = "--quantizer ema --train_steps 3 --steps_per_checkpoint 1 --train_only quantizer.codebook decoder"
+    run = train(tmp_path, "ema", flags, "train_vqgan.py", FIRST_STAGE)
+    assert "autoencoder.quantizer.codebook" in changed(run, 1, 3)
+
+
+def test_what_a_module_has_frozen_itself_stays_so():
+    module = net()
+    module["embed"].requires_grad_(False)
+    freeze_all_but(module, ["embed", "out.bias"])
+    assert [name for name, p in module.named_parameters() if p.requires_grad] == ["out.bias"]
+
+
 def test_an_adaptive_weight_needs_the_last_layer(tmp_path, capfd):
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, "odd", "--train_steps 1 --train_only encoder", "train_vqgan.py", FIRST_STAGE)
@@ -128,35 +155,54 @@ def test_prefixes_end_at_dots():
 
 
 def test_what_fits_is_taken_and_each_key_is_reported():
-    here, there = net(classes=5, width=6), net(classes=3, width=4)
+    here, there = net(classes=5), net(classes=3)
+    here["out"] = nn.Linear(6, 2)
     file = {f"net.{key}": value for key, value in there.state_dict().items()}
-    file |= {"net.gone": torch.zeros(1), "other.out.bias": torch.zeros(2)}
-    file["net.out.bias"] = torch.zeros(2, 1)
+    file |= {"net.gone": torch.zeros(1), "other.out.bias": torch.zeros(2), "net.out.bias": torch.zeros(2, 1)}
     before = {key: value.clone() for key, value in here.state_dict().items()}
     report = fill_partially(here, file, "net")
     assert report.taken == [] and report.missing == [] and report.unexpected == ["net.gone"]
-    assert report.grown == ["net.embed.weight: (3, 4) -> (5, 6)", "net.out.weight: (2, 4) -> (2, 6)"]
+    assert report.grown == ["net.embed.weight: (3, 4) -> (5, 4)", "net.out.weight: (2, 4) -> (2, 6)"]
     assert report.misshapen == ["net.out.bias: (2, 1) in the file, (2,) here"]
-    after = here.state_dict()
-    assert torch.equal(after["embed.weight"][:3, :4], there["embed"].weight)
-    assert not after["embed.weight"][:3, 4:].any() and torch.equal(
-        after["embed.weight"][3:], before["embed.weight"][3:]
-    )
+    after, old = here.state_dict(), there["embed"].weight
+    assert torch.equal(after["embed.weight"][:2], old[:2]) and torch.equal(after["embed.weight"][4], old[2])  # the null
+    assert torch.equal(after["embed.weight"][2:4], before["embed.weight"][2:4])
     assert torch.equal(after["out.bias"], before["out.bias"])
     x = torch.randn(7, 6)  # what is new of the input changes nothing
-    same = x[:, :4] @ there["out"].weight.T
-    assert torch.allclose(x @ after["out.weight"].T, same, atol=1e-6)
+    assert torch.allclose(x @ after["out.weight"].T, x[:, :4] @ there["out"].weight.T, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", ["deeper.conv", "norm"])
+def test_layers_whose_inputs_may_be_joined_do_not_grow(layer):
+    def made(width):
+        deeper = nn.ModuleDict({"conv": nn.Conv2d(width, 2, 1)})
+        return nn.ModuleDict({"deeper": deeper, "norm": nn.GroupNorm(1, width)})
+
+    file = {f"net.{key}": value for key, value in made(3).state_dict().items()}
+    report = fill_partially(made(4), file, "net")
+    assert report.grown == [] and any(key.startswith(f"net.{layer}.weight") for key in report.misshapen)
+
+
+def test_a_weight_that_was_renamed_is_taken_by_its_new_name():
+    encoders = label_encoders(3, 8)
+    network = Transformer(codes=4, grid=(2, 2), width=8, heads=2, layers=1, encoders=encoders)
+    file = {f"network.{key}": torch.full_like(value, 0.5) for key, value in network.state_dict().items()}
+    file["network.label.weight"] = file.pop("network.encoders.label.embedding.weight")
+    report = fill_partially(network, file, "network")
+    assert report.missing == report.unexpected == [] and (encoders["label"].embedding.weight == 0.5).all()
 
 
 def test_a_run_starts_from_what_fits_of_another(logs, capfd):
-    """One whose last level is wider; it goes on as any run does."""
-    flags = "--train_steps 1 --channel_mults 1 3 --load_dir whole --load_partial"
+    """One whose last level is wider, and that is joined to an image; it goes on as any run does."""
+    flags = f"--train_steps 1 --channel_mults 1 3 --conditions image {BRIGHT} --load_dir whole --load_partial"
     run = train(logs, "wider", flags)
     out = capfd.readouterr().out
     noted = yaml.safe_load((run / "config.yaml").read_text())["origin"]["load_report"]
-    assert noted["taken"] and noted["grown"] and noted["missing"] == noted["unexpected"] == []
-    assert f"{len(noted['taken'])} tensors taken" in out
-    assert all(key in out for kind in ("grown", "misshapen") for key in noted[kind])
+    assert noted["taken"] and noted["misshapen"] and noted["unexpected"] == []
+    assert noted["missing"] == ["network.encoders.image.null"]
+    (grown,) = noted["grown"]
+    assert grown.startswith("network.conv_in.weight: (8, 1, 3, 3) -> ")
+    assert all(f"{kind}: {key}" in out for kind in noted for key in noted[kind])
     train(logs, "wider", flags.replace("--train_steps 1", "--train_steps 2"))
     assert "going on from step 1 of 2" in capfd.readouterr().out
 
