@@ -78,6 +78,9 @@ EXPERIMENTS = {
     "solvers of ddpm": f"compare_samplers.py --sampler ddpm --n_samples 8 --steps 3 --features pixels {FEW}",
     "digits": "check_digits.py --no_amp",
 }
+RENAMED = {  # weights that are called otherwise since
+    f"{prefix}label.weight": f"{prefix}encoders.label.embedding.weight" for prefix in ("", "network.", "0.1/network.")
+}
 TIMES = ("seconds", "per_second", "perf/", "wall", "times as fast")  # in names of what differs from run to run
 
 
@@ -99,12 +102,22 @@ def main() -> None:
         parser.error("wanted BASE, a commit or a folder")
     with tempfile.TemporaryDirectory(prefix="pins_") as scratch, earlier(asked.base, Path(scratch)) as base:
         facts = [facts_of(root, Path(scratch) / f"{name}.json") for name, root in (("then", base), ("now", ROOT))]
-    odd = [name for name in sorted(facts[0].keys() | facts[1].keys()) if facts[0].get(name) != facts[1].get(name)]
+    names = sorted(facts[0].keys() | facts[1].keys())
+    odd = [name for name in names if not agree(*(each.get(name) for each in facts))]
     for name in odd:
         then, now = (json.dumps(each.get(name))[:300] for each in facts)
         print(f"{name}\n  then {then}\n  now  {now}")
     print(f"{len(facts[0])} facts then, {len(facts[1])} now, {len(odd)} differ")
     sys.exit(bool(odd))
+
+
+def agree(then: Any, now: Any) -> bool:
+    """Whether two facts say the same. Of settings, those that both have: which there are is told by the flags."""
+    if isinstance(then, dict) and isinstance(now, dict) and "settings" in then.keys() & now.keys():
+        both = then["settings"].keys() & now["settings"].keys()
+        same = all(then["settings"][key] == now["settings"][key] for key in both)
+        return same and all(then.get(key) == now.get(key) for key in (then.keys() | now.keys()) - {"settings"})
+    return then == now
 
 
 @contextlib.contextmanager
@@ -250,7 +263,7 @@ def preset_keys(root: Path) -> dict[str, Any]:
 
 
 def keys_of(network: Any) -> list[str]:
-    return [f"{name} {tuple(value.shape)}" for name, value in network.state_dict().items()]
+    return [f"{RENAMED.get(name, name)} {tuple(value.shape)}" for name, value in network.state_dict().items()]
 
 
 def runs(root: Path, logs: Path) -> dict[str, Any]:
@@ -320,9 +333,21 @@ def content_of(path: Path, logs: Path) -> Any:
 def plain_content(path: Path, logs: Path) -> Any:
     text = path.read_text().replace(str(logs), "<logs>")
     if path.suffix == ".yaml":
-        return text
-    lines = text.splitlines() if path.suffix == ".jsonl" else [text]
-    return [without_times(json.loads(line)) for line in lines]
+        import yaml
+
+        return {"settings": flat(yaml.safe_load(text))}
+    if path.suffix == ".jsonl":
+        return [without_times(json.loads(line)) for line in text.splitlines()]
+    content = without_times(json.loads(text))
+    return content | {"settings": flat(content.pop("run", {}))} if isinstance(content, dict) else content
+
+
+def flat(groups: dict[str, Any]) -> dict[str, Any]:
+    """Settings by "<group>.<key>"."""
+    found = {}
+    for name, group in groups.items():
+        found |= {f"{name}.{key}": value for key, value in group.items()} if isinstance(group, dict) else {name: group}
+    return found
 
 
 def without_times(value: Any) -> Any:
@@ -340,7 +365,7 @@ def leaves(value: Any) -> Any:
     import torch
 
     if isinstance(value, dict):
-        return {str(key): leaves(each) for key, each in value.items()}
+        return {RENAMED.get(str(key), str(key)): leaves(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [leaves(each) for each in value]
     if isinstance(value, torch.Tensor):
