@@ -7,13 +7,13 @@ import torch
 
 from experiments.metrics.training_distance import of_samples
 from train.cli.parse import first_stage_data, run_script
-from train.condition_source import check_rows, read_rows
+from train.condition_source import read_rows
 from train.config import SecondStageConfig
 from train.data.loading import build_dataset
 from train.inference import TrainedSampler, class_frequencies
 from train.registry import dotted
 from train.runs import begin, origin_of, run_folder, workplace
-from train.sampler import SamplerReports, SamplerStep, build_state
+from train.sampler import SamplerReports, SamplerStep, build_state, check_sampling
 from train.spaces import open_space
 from train.trainer import make_hooks, train
 
@@ -38,7 +38,7 @@ def main(config: Config) -> None:
             model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", here, training.amp)
             distance = of_samples(model, images["train"], training, config.sampling, logging)
         rows = read_rows(config.sampling.condition_file, data)
-        check_rows(rows, sampler.conditions, sampler.n_classes)
+        check_sampling(sampler, config.sampling, rows)
         begin(run, config, state, here, space.origin | {"class_frequencies": frequencies})
         seeds = {"train": training.seed, "val": 0}  # every run validates on the same images
         sources = {split: space.source(images[split], split, data, seed, here, adapt) for split, seed in seeds.items()}

@@ -45,7 +45,7 @@ def weighted(losses: Tensor, loss_weight: Tensor | None) -> Tensor:
     weight = like(loss_weight, losses) if loss_weight.ndim == 1 else loss_weight.to(losses)
     if weight.ndim == 3 and losses.ndim == 4:
         weight = weight.unsqueeze(1)  # (B, 1, H, W)
-    fits = weight.ndim == losses.ndim and len(weight) == len(losses)
+    fits = weight.ndim == losses.ndim
     if not fits or any(here not in (1, there) for here, there in zip(weight.shape, losses.shape, strict=True)):
         wanted = f"({len(losses)},), or what broadcasts to {tuple(losses.shape)} axis by axis"
         raise ValueError(f"got a loss_weight {tuple(loss_weight.shape)}, wanted {wanted}")

@@ -195,7 +195,7 @@ class Playground:
             )
         if request.label == NO_CLASS and {*source.fields} == {"label"}:
             return None
-        label = source.n_classes if request.label == NO_CLASS else int(request.label)
+        label = None if request.label == NO_CLASS else int(request.label)
         return source.with_values(label=label).draw(request.seed, range(request.count))
 
     def draw(self, request: Request, **how) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.attention import KINDS, Attention, CrossAttention, FullAttention
 from models.blocks import FEED_FORWARDS, FeedForward, initial_normal, zeroed
-from models.conditioning import Condition, ConditionEncoder, Conditioner, Context
+from models.conditioning import Condition, ConditionEncoder, Conditioner, Context, Map
 from models.embeddings import RelativeBias, Rotary, TimeEmbedding
 from models.kv_cache import Cache, Memory
 from models.neighborhood import Backend, HydraAttention
@@ -232,7 +232,26 @@ class Transformer(nn.Module):
         self, fields: Mapping[str, Any] | None, ids: Tensor, drop: Mapping[str, Tensor] | None = None
     ) -> Condition:
         """The condition for a batch like ids (B, H, W), of raw fields by name; see `Conditioner.forward`."""
-        return self.encoders(fields, canvas(ids, ids.shape[1:]), drop)
+        return self.encode_on(tuple(ids.shape[1:]), fields, ids, drop)
+
+    def encode_on(
+        self,
+        grid: tuple[int, int],
+        condition: Condition | Mapping[str, Any] | None,
+        ids: Tensor,
+        drop: Mapping[str, Tensor] | None,
+    ) -> Condition:
+        """The condition for a grid, of raw fields or encoded already; maps are averaged over its cells."""
+        if isinstance(condition, Condition):
+            return self.encoders.resolve(condition, canvas(ids, grid), drop)
+        images = [each for each in (condition or {}).values() if isinstance(each, Tensor) and each.ndim == 4]
+        height, width = map(max, zip(grid, *(each.shape[2:] for each in images), strict=True))  # no image is shrunk
+        encoded = self.encoders(condition, canvas(ids, (height, width)), drop)
+        streams = {
+            name: Map(F.adaptive_avg_pool2d(stream.values, grid)) if isinstance(stream, Map) else stream
+            for name, stream in encoded.streams.items()
+        }
+        return Condition(streams, encoded.regions)
 
     def forward(
         self,
@@ -250,7 +269,7 @@ class Transformer(nn.Module):
         """
         grid = tuple(ids.shape[1:])
         self.check_grid(grid)
-        condition = self.encoders.resolve(condition, canvas(ids, grid), drop)
+        condition = self.encode_on(grid, condition, ids, drop)
         x = self.embed(ids, grid, condition, residual)
         return self.logits(self.run(x, self.embed_vectors(condition, t, len(ids)), condition.context(*grid)))
 
@@ -280,7 +299,7 @@ class Transformer(nn.Module):
         return self.dropout(x)
 
     def embed_maps(self, condition: Condition, grid: tuple[int, int]) -> Tensor | None:
-        """(B, *grid, D), None for a network without maps; maps of another size are averaged over the cells."""
+        """(B, *grid, D), None for a network without maps; those of another grid are averaged over the cells."""
         if self.map_in is None:
             return None
         maps = condition.map()  # (B, C, h, w)
@@ -313,9 +332,9 @@ class Transformer(nn.Module):
         return F.linear(x, self.code.weight[: self.codes]) if self.head is None else self.head(x)
 
 
-def canvas(ids: Tensor, grid: tuple[int, int]) -> Tensor:
-    """What encoders are shown in the place of an image: zeros (B, 1, *grid), which take no memory."""
-    return ids.new_zeros(()).expand(len(ids), 1, *grid)
+def canvas(ids: Tensor, size: tuple[int, int]) -> Tensor:
+    """What encoders are shown in the place of an image: zeros (B, 1, *size), which take no memory."""
+    return ids.new_zeros(()).expand(len(ids), 1, *size)
 
 
 def cross_attention(config: AttentionConfig, width: int, heads: int, token_width: int) -> CrossAttention | None:
@@ -365,7 +384,7 @@ class CausalTransformer(Transformer):
         if not places.start < places.stop <= grid[0] * grid[1]:
             read = f"got {places.stop - 1} codes of a grid of {grid}, of which {places.start} are read"
             raise ValueError(f"{read}: wanted more")
-        condition = self.encoders.resolve(condition, canvas(ids, grid), drop)
+        condition = self.encode_on(grid, condition, ids, drop)
         emb, context = self.embed_vectors(condition, t, len(ids)), condition.context(*grid)
         x = self.embed(torch.cat([start, ids], 1)[:, places], grid, condition, residual, places)  # (B, n, D)
         x = self.run(x, emb, None if context is None else context.at(places), memory.caches(len(self.blocks)))

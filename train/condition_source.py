@@ -1,7 +1,9 @@
 """Where the conditions of generated images come from: one source for all scripts, the page, and reports in training."""
 
 import csv
+import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from train.config import DataConfig
 from train.data.collate import collate
 from train.data.loading import Positions
 from train.data.transforms import to_item
+from train.datasets import Ragged
 from train.datasets._decode import decode
 from train.files import sha256
 from train.loop import Batch
@@ -51,7 +54,11 @@ class ConditionSource:
 
     def draw(self, seed: int, indices: Sequence[int]) -> Batch | None:
         """{field: (B, ...)} for the images of these numbers, on the CPU; None without conditions."""
-        batch = collate([dict(self.rows[i % len(self.rows)]) for i in indices]) if self.rows else {}
+        rows = [dict(self.rows[i % len(self.rows)]) for i in indices] if self.rows else []
+        for row in rows:
+            if row.get("label", 0) is None:
+                row["label"] = self.n_classes
+        batch = collate(rows) if rows else {}
         left = [name for name in self.fields if name not in batch]
         if {*left} - {"label"} or (left and self.class_frequencies is None):
             batch |= self.of_held_out(left, indices)
@@ -74,15 +81,15 @@ class ConditionSource:
 
 
 def check_rows(rows: Sequence[Row], fields: Sequence[str], n_classes: int) -> None:
-    """ValueError for a field that a sampler does not take, and for a class that there is not; n_classes is the null."""
+    """ValueError for a field that a sampler does not take, and for a class that there is not; None is the null."""
     for row in rows:
         unknown = sorted(row.keys() - {*fields})
         if unknown:
             there = ", ".join(fields) or "none"
             raise ValueError(f"got the condition {', '.join(unknown)}, this sampler takes: {there}")
-        label = row.get("label", 0)
-        if "label" in row and not (isinstance(label, int) and 0 <= label <= n_classes):
-            raise ValueError(f"got label {label!r}, wanted a class from 0 to {n_classes - 1}")
+        label = row.get("label")
+        if label is not None and not (type(label) is int and 0 <= label < n_classes):
+            raise ValueError(f"got label {label!r}, wanted a class from 0 to {n_classes - 1}, or null for none")
 
 
 def read_rows(condition_file: str | None, data: DataConfig) -> list[Row]:
@@ -90,22 +97,30 @@ def read_rows(condition_file: str | None, data: DataConfig) -> list[Row]:
     without a file.
 
     What stands in a field named ..._image is the path of an image, from the file's folder on, cut as training would.
-    FileNotFoundError, ValueError: it cannot be used.
+    A list of lists of numbers is ragged, as boxes are. A column has one type: numbers where all its values are, else
+    words. FileNotFoundError, ValueError: it cannot be used.
     """
     if condition_file is None:
         return []
     path = Path(condition_file).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: pass a .json or .csv file as --condition_file")
+    rows = raw_rows(path)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    read = {name: read_column(path, name, values, data) for name, values in columns.items()}
+    return [{name: values[number] for name, values in read.items()} for number in range(len(rows))]
+
+
+def raw_rows(path: Path) -> list[Row]:
+    """The rows as they are written, all with the same fields."""
     rows = {".json": read_json, ".csv": read_csv}.get(path.suffix.lower(), refuse)(path)
     if not rows:
         raise ValueError(f"{path} holds no rows, wanted one at least")
-    names = rows[0].keys()
     for number, row in enumerate(rows):
-        if row.keys() != names:
-            odd = ", ".join(sorted(row.keys() ^ names))
+        if row.keys() != rows[0].keys():
+            odd = ", ".join(sorted(row.keys() ^ rows[0].keys()))
             raise ValueError(f"{path}: row {number} and the first differ in {odd}, wanted the same fields in each")
-    return [{name: read_value(path, name, value, data) for name, value in row.items()} for row in rows]
+    return rows
 
 
 def read_json(path: Path) -> list[Row]:
@@ -124,38 +139,72 @@ def read_csv(path: Path) -> list[Row]:
     for number, row in enumerate(rows):
         if None in row or None in row.values():
             raise ValueError(f"{path}: row {number} does not have as many columns as the header")
-    return [{name: as_number(value) for name, value in row.items()} for row in rows]
+    columns = {name: as_numbers([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+    return [{name: values[number] for name, values in columns.items()} for number in range(len(rows))]
 
 
 def refuse(path: Path) -> list[Row]:
     raise ValueError(f"got --condition_file {path}, wanted a .json or .csv file")
 
 
-def as_number(word: str) -> int | float | str:
-    """A word as a whole number, else as a number, else as it is."""
+def as_numbers(words: list[str]) -> list[int] | list[float] | list[str]:
+    """Words as whole numbers where all are, else as finite numbers, else as they are."""
     for kind in (int, float):
         try:
-            return kind(word)
+            numbers = [kind(word) for word in words]
         except ValueError:
             continue
-    return word
+        if all(map(math.isfinite, numbers)):
+            return numbers
+    return words
 
 
-def read_value(path: Path, name: str, value: Any, data: DataConfig) -> Any:
-    """A value of a row as an item of a data set has it: images decoded, lists of numbers as tensors."""
+def read_column(path: Path, name: str, values: list[Any], data: DataConfig) -> list[Any]:
+    """The values of a field as items of a data set have them: images decoded, lists of numbers as tensors."""
     if name.endswith("_image"):
-        file = path.parent / str(value)
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} not found, which {path} names as its {name}")
-        image = decode(file)
-        channels = 1 if image.mode in ("1", "L") else 3
-        return to_item({"image": image}, data.size, channels)["image"]
-    if isinstance(value, list) and not all(isinstance(each, str) for each in value):
-        return torch.tensor(value)
-    return value
+        images = [decode(image_file(path, name, value)) for value in values]
+        channels = 1 if all(image.mode in ("1", "L", "I;16") for image in images) else 3
+        return [to_item({"image": image}, data.size, channels, data.data_range)["image"] for image in images]
+    kinds = {type(value) for value in values}
+    if kinds == {int, float}:
+        return [float(value) for value in values]
+    if kinds != {list} or all(isinstance(each, str) for value in values for each in value):
+        return values
+    whole = all(isinstance(number, int) for value in values for number in leaves(value))
+    dtype, ragged = torch.int64 if whole else torch.float32, any(isinstance(e, list) for v in values for e in v)
+    try:
+        tensors = [torch.tensor(value, dtype=dtype) for value in values]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: field {name!r} holds lists that are no tensors ({error})") from error
+    if not ragged:
+        return tensors
+    width = next(tensor.shape[1] for tensor in tensors if tensor.ndim == 2)
+    return [Ragged(tensor.view(len(tensor), width)) for tensor in tensors]
+
+
+def leaves(value: Any) -> list[Any]:
+    """What stands in lists within lists."""
+    return [leaf for each in value for leaf in leaves(each)] if isinstance(value, list) else [value]
+
+
+def image_file(path: Path, name: str, value: Any) -> Path:
+    """The image that a row of a file names."""
+    file = path.parent / str(value)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found, which {path} names as its {name}")
+    return file
 
 
 def condition_origin(condition_file: str | None) -> dict[str, str]:
-    """What results note of a file of conditions: its content, wherever it lies."""
+    """What results note of a file of conditions: its content and that of its images, wherever they lie."""
     path = None if condition_file is None else Path(condition_file).expanduser()
-    return {} if path is None or not path.is_file() else {"condition_sha256": sha256(path)}
+    if path is None or not path.is_file():
+        return {}
+    rows = raw_rows(path)
+    named = [image_file(path, name, row[name]) for row in rows for name in row if name.endswith("_image")]
+    digests = [sha256(file) for file in (path, *dict.fromkeys(named))]
+    return {"condition_sha256": digests[0] if len(digests) == 1 else sha256_of(digests)}
+
+
+def sha256_of(words: Sequence[str]) -> str:
+    return hashlib.sha256("/".join(words).encode()).hexdigest()

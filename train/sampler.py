@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion.rng import Streams, seed_of
-from train.condition_source import ConditionSource, Row
+from train.condition_source import ConditionSource, Row, check_rows
 from train.config import SamplerConfig, SamplingConfig, TrainingConfig
 from train.data.loading import Draws, Positions, on_device
 from train.data.transforms import to_float
@@ -18,7 +18,7 @@ from train.loop import Batch, Outputs, State
 from train.lr_schedule import learning_rate
 from train.optim import update
 from train.registry import plugin
-from train.samplers import Control, LearnedSampler
+from train.samplers import Control, LearnedSampler, chosen_solver
 from train.spaces import Space
 from train.trainer import assemble
 
@@ -129,6 +129,14 @@ def validation_losses(step: SamplerStep, network: torch.nn.Module, source: Posit
     return {name: (total / n).item() for name, (total, n) in zip(sums, totals, strict=True)}
 
 
+def check_sampling(sampler: LearnedSampler, sampling: SamplingConfig, rows: Sequence[Row]) -> None:
+    """ValueError, before training and not at its first pictures, for what the sampler cannot draw."""
+    if sampling.guidance != 1 and not sampler.conditions:
+        raise ValueError(f"got guidance {sampling.guidance} for a sampler without conditions: pass --guidance 1")
+    check_rows(rows, sampler.conditions, sampler.n_classes)
+    chosen_solver(sampler.process, sampling)
+
+
 class SamplerReports:
     """Validation, losses by noise level and pictures of samples, as hooks for `fit`. All processes take part.
 
@@ -138,8 +146,6 @@ class SamplerReports:
     def __init__(
         self, step: SamplerStep, validation: Positions, sampling: SamplingConfig, rows: Sequence[Row], logger: Logger
     ):
-        if sampling.guidance != 1 and not step.sampler.conditions:  # before training, not at its first pictures
-            raise ValueError(f"got guidance {sampling.guidance} for a sampler without conditions: pass --guidance 1")
         self.step, self.validation, self.sampling, self.logger = step, validation, sampling, logger
         self.source = ConditionSource(step.sampler.conditions, step.sampler.n_classes, held_out=validation)
         in_turn = [{"label": label} for label in range(step.sampler.n_classes)]

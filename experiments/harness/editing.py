@@ -198,7 +198,7 @@ def conditions_for(
     elif not any(chosen) and {*fields} <= {"label"}:
         return None, dataclasses.replace(options, guidance=1.0)
     elif "label" in fields:
-        chosen = [{"label": trained.sampler.n_classes, **row} for row in chosen]
+        chosen = [{"label": None, **row} for row in chosen]
     return source.with_rows(chosen).draw(0, range(len(chosen))), options
 
 

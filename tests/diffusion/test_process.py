@@ -8,7 +8,7 @@ import torch
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, cosine, linear, with_zero_terminal_snr
-from diffusion.process import full, like
+from diffusion.process import full, like, weighted
 from diffusion.types import Prediction
 from helpers.toy_gaussians import NORMAL, TWO, Circle
 
@@ -183,3 +183,17 @@ def test_a_shift_moves_flow_towards_noise():
     assert shifted.network_time(t).tolist() == [0, 0.75, 1]
     with pytest.raises(ValueError, match="shift 0"):
         RectifiedFlow(shift=0)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1, 4, 4), (3, 3, 4, 4), (3, 4, 4)])
+def test_a_weight_of_each_example_place_or_number(shape):
+    losses, weight = torch.rand(3, 3, 4, 4), torch.rand(shape)
+    whole = weight.view(3, 1, 1, 1) if len(shape) == 1 else weight.unsqueeze(1) if len(shape) == 3 else weight
+    assert torch.equal(weighted(losses, weight), losses * whole)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 1), (4, 1, 4, 4), (3, 2, 4, 4), (4, 4)])
+def test_a_weight_that_would_meet_other_axes_is_refused(shape):
+    for losses in (torch.rand(3, 3, 4, 4), torch.rand(3, 4, 4)):
+        with pytest.raises(ValueError, match="got a loss_weight"):
+            weighted(losses, torch.rand(shape))

@@ -203,6 +203,18 @@ def test_regions_of_batch_mates_change_nothing(kind):
 # Maps, residuals, the time
 
 
+def test_an_image_counts_with_all_its_pixels():
+    """A line that bilinear samples of the image would miss; and an encoded condition is that of raw fields."""
+    network = woken(made(encoders={"image": ImageEncoder(1)}))
+    ids, image = codes(), torch.zeros(B, 1, 8 * GRID[0], 8 * GRID[1]).double()
+    image[:, :, ::8] = 1.0
+    condition = network.encode({"image": image}, ids)
+    assert torch.allclose(condition.map(), torch.full((B, 1, *GRID), 1 / 8).to(condition.map()))
+    assert torch.equal(network(ids, {"image": image}), network(ids, condition))
+    null = network.encode({}, ids)
+    assert Condition.cat([null, condition]).map().shape == (2 * B, 1, *GRID)
+
+
 def test_a_map_is_added_to_the_embeddings_and_averaged_over_cells():
     network, image = woken(made(encoders={"image": ImageEncoder(2)})), torch.randn(B, 2, *GRID).double()
     seen = []

@@ -63,13 +63,18 @@ def test_typed_values_stand_above_rows():
     assert of_classes().with_values(label=2).draw(0, [5, 6])["label"].tolist() == [2, 2]
 
 
+def test_no_class_is_the_null():
+    assert of_classes().with_rows([{"label": None}, {"label": 1}]).draw(0, [0, 1])["label"].tolist() == [3, 1]
+
+
 def test_a_sampler_without_conditions_is_given_none():
     assert ConditionSource(()).draw(0, [0, 1]) is None
 
 
 WRONG = {
     "got the condition word, this sampler takes: label": {"word": "a"},
-    "got label 4, wanted a class from 0 to 2": {"label": 4},
+    "got label 3, wanted a class from 0 to 2, or null for none": {"label": 3},
+    "got label True, wanted a class": {"label": True},
     "got label 'dog', wanted a class": {"label": "dog"},
 }
 
@@ -116,6 +121,37 @@ def test_lists_of_numbers_are_tensors(tmp_path):
     assert row["place"].tolist() == [0.5, 1, 2] and row["tags"] == ["a", "b"]
 
 
+def test_a_column_has_one_type_whatever_the_batch(tmp_path):
+    (tmp_path / "rows.csv").write_text("size,words\n1,1984\n0.5,nan\n")
+    rows = read_rows(str(tmp_path / "rows.csv"), DATA)
+    assert [type(row["size"]) for row in rows] == [float, float] and [row["words"] for row in rows] == ["1984", "nan"]
+    (tmp_path / "rows.json").write_text('[{"size": 1, "place": [1, 2]}, {"size": 0.5, "place": [0.5, 2]}]')
+    rows = read_rows(str(tmp_path / "rows.json"), DATA)
+    source = ConditionSource(("size", "place")).with_rows(rows)
+    whole = source.draw(0, [0, 1])
+    assert all(torch.equal(source.draw(0, [i])[name][0], whole[name][i]) for i in (0, 1) for name in whole)
+
+
+def test_lists_of_lists_are_ragged_and_may_be_empty(tmp_path):
+    (tmp_path / "rows.json").write_text(
+        '[{"boxes": [[0, 0, 4, 4]]}, {"boxes": []}, {"boxes": [[1, 1, 2, 2], [0, 0, 8, 8]]}]'
+    )
+    source = ConditionSource(("boxes",)).with_rows(read_rows(str(tmp_path / "rows.json"), DATA))
+    batch = source.draw(0, [0, 1, 2])
+    assert batch["boxes"].shape == (3, 2, 4) and batch["boxes_mask"].tolist() == [
+        [True, False],
+        [False] * 2,
+        [True] * 2,
+    ]
+
+
+def test_grey_and_colour_images_of_a_file_go_together(tmp_path, picture):
+    Image.fromarray(picture[..., 0]).save(tmp_path / "grey.png")
+    (tmp_path / "rows.csv").write_text("condition_image\na.png\ngrey.png\n")
+    rows = read_rows(str(tmp_path / "rows.csv"), DATA)
+    assert [tuple(row["condition_image"].shape) for row in rows] == [(3, 8, 8)] * 2
+
+
 BROKEN = {
     "rows.txt, wanted a .json or .csv file": ("rows.txt", "a"),
     "holds no rows": ("rows.csv", "label\n"),
@@ -147,4 +183,12 @@ def test_results_note_the_content_of_a_file(tmp_path):
     first = condition_origin(str(path))
     path.write_text("label\n4\n")
     assert condition_origin(None) == {} and first.keys() == {"condition_sha256"} != condition_origin(str(path))
+    assert first != condition_origin(str(path))
+
+
+def test_results_note_the_content_of_images_that_a_file_names(tmp_path, picture):
+    path = tmp_path / "rows.csv"
+    path.write_text("condition_image\na.png\n")
+    first = condition_origin(str(path))
+    Image.fromarray(255 - picture).save(tmp_path / "a.png")
     assert first != condition_origin(str(path))

@@ -123,9 +123,10 @@ def refuse_foreign(argv: list[str], config: Any, names: Names) -> None:
 
 def refusal(found: Foreign, names: Names) -> str:
     """The end of a message about a flag of plug-ins that are not named."""
-    owners, flag = list(found.owners), found.group.flags[0]
-    typed = " ".join(f"--{each} {' '.join(names[each])}" for each in found.group.flags if each in names)
-    return f"with {typed}: it is of {', '.join(owners)}; leave it out, or pass --{flag} {owners[0]}"
+    owners, there = list(found.owners), [each for each in found.group.flags if each in names]
+    typed = " ".join(f"--{each} {' '.join(names[each])}" for each in there if names[each])
+    with_them = f"with {typed}" if typed else f"without --{there[-1]}"
+    return f"{with_them}: it is of {', '.join(owners)}; leave it out, or name {owners[0]} in --{there[-1]}"
 
 
 def interpret(cls: type[C], words: list[str], *, default: C, source: str | None = None, prog: str = "") -> C:

@@ -118,6 +118,7 @@ def with_groups(cls: type, names: Names) -> Any:
 
 def joined(configs: Sequence[type], base: type) -> type:
     """One class with the flags of several plug-ins; a flag that more than one of them has is there once."""
+    configs = [each for each in configs if not any(other is not each and issubclass(other, each) for other in configs)]
     if len(configs) < 2:
         return configs[0] if configs else base
     return dataclass(frozen=True, kw_only=True)(type(base.__name__, tuple(configs), {"__doc__": base.__doc__}))

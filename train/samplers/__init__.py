@@ -24,9 +24,10 @@ from train.spaces import EditInput
 
 Process = ContinuousProcess | DiscreteProcess | Autoregression
 Told = Condition | Mapping[str, Tensor] | None  # a condition as a network is given it: encoded, or raw fields
-# (x, t, condition), as the network is given them -> what is added inside of it: the UNet's skip_residuals, or a map
-# (B, h, w, D) beside a transformer's embeddings
-Control = Callable[[Tensor, Tensor, Told], Tensor | Sequence[Tensor]]
+# (x, t, condition, drop), as the network is given them -> what is added inside of it: the UNet's skip_residuals, or a
+# map (B, h, w, D) beside a transformer's embeddings. In training the condition is raw fields, and `drop` says which
+# examples get the null of each; in sampling it is encoded, and drop is None.
+Control = Callable[[Tensor, Tensor, Told, Mapping[str, Tensor] | None], Tensor | Sequence[Tensor]]
 
 
 class LearnedSampler(ABC):

@@ -43,6 +43,10 @@ class CodeSampling(SamplingConfig):
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How guidance grows from the first step to the last."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.drawing  # noqa: B018  refused where its numbers are none to draw by
+
     @property
     def drawing(self) -> Drawing:
         return Drawing(temperature=self.temp, last=self.last_temp, top_k=self.top_k, top_p=self.top_p)
@@ -87,7 +91,7 @@ class CodeSampler(LearnedSampler):
         if self.network.takes_time:
             how["t"] = t
         if control is not None:
-            how["residual"] = control(x, t, condition)
+            how["residual"] = control(x, t, condition, how.get("drop"))
         return network(x, condition, **how)
 
     # Sampling
@@ -111,7 +115,7 @@ class CodeSampler(LearnedSampler):
         x = self.begin(edit, (len(rng), *shape), rng)
         denoise = self.denoiser(network, batch, options, x, control)
         if by_windows:
-            self.check_windows(shape)
+            self.check_windows(shape, control is not None)
             stride = max(1, min(self.grid) // 2) if window_stride is None else window_stride
             denoise = windowed(denoise, self.grid, stride, may_change=lambda x: self.process.may_change(x, 1.0, 0.0))
         entry, given = chosen_solver(self.process, options)
@@ -120,12 +124,12 @@ class CodeSampler(LearnedSampler):
         how = {"rng": rng, "on_step": on_step, "drawing": options.drawing} | given
         return entry.solve(denoise, process, x, step_times(steps), **how)
 
-    def check_windows(self, shape: tuple[int, int]) -> None:
+    def check_windows(self, shape: tuple[int, int], controlled: bool) -> None:
         """ValueError where a condition belongs to the whole canvas."""
-        if self.network.encoders.map_channels:
+        if controlled or self.network.encoders.map_channels:
             raise ValueError(
-                f"got a canvas of {shape} codes in windows of {self.grid}, and an image as a condition, which belongs "
-                "to the whole canvas: leave --shape and --window_stride out, or train with --position rope"
+                f"got a canvas of {shape} codes in windows of {self.grid}, and an image or a control branch, which "
+                "belongs to the whole canvas: leave --shape and --window_stride out, or train with --position rope"
             )
 
     @abstractmethod

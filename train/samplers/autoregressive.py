@@ -65,10 +65,11 @@ class AutoregressiveSampler(CodeSampler):
 
         No code is hidden but by its place: what is seen is what is learned, and t is 0 for all.
         """
+        refuse_control(control)
         x0 = batch["codes"]
         t = torch.zeros(len(x0), device=x0.device)
         raw = raw_conditions(self.field_of, batch)
-        logits = self.predict(network, x0, t, raw, control, drop=draw_drops(self.config, raw, draw, len(x0)))
+        logits = self.predict(network, x0, t, raw, drop=draw_drops(self.config, raw, draw, len(x0)))
         loss = self.process.loss(logits, x0, loss_weight=batch.get("loss_weight"))
         seen = {"x0": x0, "x_t": x0, "t": t, "prediction": logits, "loss": loss.per_example}
         return loss._replace(outputs={name: value.detach() for name, value in seen.items()})
@@ -96,11 +97,12 @@ class AutoregressiveSampler(CodeSampler):
 
         A sequence has the number of its row of the conditions: that of example i is i under the weakest.
         """
+        refuse_control(control)
         conditions, memory = self.chain(network, batch, options, x), Memory(self.grid)
         sequences = torch.arange(2 * len(x), device=x.device)
 
         def denoise(x: Tensor, t: Tensor, of: Tensor) -> Tensor:
-            return self.predict(network, x, t, conditions[of], control, memory=memory.keep(of))
+            return self.predict(network, x, t, conditions[of], memory=memory.keep(of))
 
         return guided(denoise, sequences.chunk(2), [options.guidance], schedule=options.guidance_schedule)
 
@@ -111,6 +113,12 @@ class AutoregressiveSampler(CodeSampler):
             t = torch.zeros(len(x0), device=x0.device)
             logits = self.predict(network, x0, t, raw_conditions(self.field_of, batch))
         return self.process.likelihood(logits, x0)
+
+
+def refuse_control(control: Control | None) -> None:
+    """ValueError for a branch: in training it would be given the very codes that are to be predicted."""
+    if control is not None:
+        raise ValueError("got a control branch for autoregressive, which would see the codes to predict: use absorbing")
 
 
 def build(config: Config, *, codes: int, grid: tuple[int, int], n_classes: int) -> AutoregressiveSampler:

@@ -233,7 +233,7 @@ class GaussianSampler(LearnedSampler):
             told = self.process.network_time(t)
         x, told = self.process.network_input(x, t), told.to(x.device)
         if control is not None:
-            how["skip_residuals"] = control(x, told, condition)
+            how["skip_residuals"] = control(x, told, condition, how.get("drop"))
         return network(x, told, condition, **how)
 
     def times(self, draw: Draws, count: int, training: bool) -> Times:

@@ -11,7 +11,7 @@ import vq.quantizers
 from helpers.tiny_runs import GAN, ROOT, VQGAN, call, parsed
 from train.cli import parse as cli
 from train.cli import plugins
-from train.cli.plugins import PLUGIN_GROUPS, PluginGroup, chosen, flags_of, part_of
+from train.cli.plugins import PLUGIN_GROUPS, PluginGroup, chosen, flags_of, joined, part_of
 from train.cli.values import peek_all
 from train.config import DataConfig, SecondStageConfig, VQGANRunConfig
 from train.datasets import lsun
@@ -98,7 +98,11 @@ def test_a_run_with_a_quantizer_of_ones_own_goes_on(mine, tmp_path, capfd):
             "--quantizer fsq --beta=1",
             "with --quantizer fsq: it is of ema, ibq, l2, lfq, nearest",
         ),
-        ("train_vqgan.py", "--no-gumbel-straight-through", "it is of gumbel; leave it out, or pass --quantizer gumbel"),
+        (
+            "train_vqgan.py",
+            "--no-gumbel-straight-through",
+            "it is of gumbel; leave it out, or name gumbel in --quantizer",
+        ),
         ("train_vqgan.py", "--category bedroom", "--category with --reader digits: it is of lsun"),
         ("train_sampler.py", "--eta 0.5", "--eta with --sampler absorbing: it is of ddpm"),
         (
@@ -214,6 +218,16 @@ def test_a_list_names_several_plugins_whose_flags_are_joined():
     with pytest.raises(ValueError, match="got beta -1"):
         dataclasses.replace(config.options, beta=-1.0)
     assert chosen(Several, {}).config == Several()
+
+
+def test_options_that_build_on_each_other_are_joined_in_any_order():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(ema.Config):
+        sharpness: float = 1.0
+
+    for kinds in ([ema.Config, Mine], [Mine, ema.Config], [QuantizerConfig, Mine, fsq.Config]):
+        both = joined(kinds, QuantizerConfig)()
+        assert both.sharpness == 1.0 and both.codebook_decay == ema.Config().codebook_decay
 
 
 PARTS = {  # files of two packages: hosts, and the parts that a host's own flag names

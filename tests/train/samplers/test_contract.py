@@ -8,11 +8,13 @@ import torch
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
 from diffusion.types import Bound, Loss
+from models.conditioning import Condition
 from models.conditions import image
 from train.config import SamplerConfig, SamplingConfig
 from train.data.loading import Draws
 from train.registry import names_in, plugin
 from train.samplers import LearnedSampler, Process
+from train.samplers.autoregressive import AutoregressiveSampler
 
 SMALL = {  # settings that make a sampler small; a new one may add its own
     "absorbing": {"bert_n_emb": 8, "bert_n_head": 2, "bert_n_layers": 1, "total_steps": 8},
@@ -117,6 +119,10 @@ def test_a_weight_multiplies_the_loss_and_no_bound(made):
 def test_a_control_branch_is_asked_in_training_and_in_sampling(made):
     """It is given what the network is; what it gives is what the network adds inside."""
     sampler, module, facts = made
+    if isinstance(sampler, AutoregressiveSampler):
+        with pytest.raises(ValueError, match="would see the codes to predict"):
+            sampler.loss(sampler.network, data(facts), draws(data(facts)), control=lambda *told: None)
+        return
     batch, asked, handed = data(facts, n=2), [], []
     name = "residual" if "codes" in facts else "skip_residuals"
 
@@ -127,7 +133,8 @@ def test_a_control_branch_is_asked_in_training_and_in_sampling(made):
             handed.append(how.pop(name))
             return sampler.network(*args, **how)
 
-    def control(x, t, condition):
+    def control(x, t, condition, drop):
+        assert (drop is None) is isinstance(condition, Condition)  # raw in training, with what is dropped of it
         asked.append((len(x), len(t)))
         return "added"
 
