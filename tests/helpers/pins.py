@@ -105,7 +105,7 @@ def main() -> None:
     names = sorted(facts[0].keys() | facts[1].keys())
     odd = [name for name in names if not agree(*(each.get(name) for each in facts))]
     for name in odd:
-        then, now = (json.dumps(each.get(name))[:300] for each in facts)
+        then, now = (json.dumps(each)[:300] for each in where_odd(*(each.get(name) for each in facts)))
         print(f"{name}\n  then {then}\n  now  {now}")
     print(f"{len(facts[0])} facts then, {len(facts[1])} now, {len(odd)} differ")
     sys.exit(bool(odd))
@@ -118,6 +118,17 @@ def agree(then: Any, now: Any) -> bool:
         same = all(then["settings"][key] == now["settings"][key] for key in both)
         return same and all(then.get(key) == now.get(key) for key in (then.keys() | now.keys()) - {"settings"})
     return then == now
+
+
+def where_odd(then: Any, now: Any) -> tuple[Any, Any]:
+    """What differs of two dicts; other facts as they are."""
+    if not isinstance(then, dict) or not isinstance(now, dict):
+        return then, now
+    odd = [key for key in then.keys() & now.keys() if not agree(then[key], now[key])]
+    parts = [where_odd(then[key], now[key]) for key in odd]
+    return {key: part[0] for key, part in zip(odd, parts, strict=True)}, dict(
+        zip(odd, (p[1] for p in parts), strict=True)
+    )
 
 
 @contextlib.contextmanager
