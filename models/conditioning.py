@@ -262,9 +262,10 @@ class ConditionEncoder(nn.Module, ABC):
     """Turns one raw field of a batch into one stream, and owns its learned null.
 
     A file `models/conditions/<name>.py` defines one; its `Config`, a `ConditionConfig` whose fields are flags, named
-    `<name>_...`; the `FIELD` of a batch that it reads; and `build(config, width, n_classes)`, for a network whose
-    embedding has a width (E, of vectors), and data of so many classes, or 0. It makes a Map where it has
-    `map_channels`, Tokens where it has a `token_width`, and a Vector where it has neither.
+    `<name>_...`; the `FIELDS` of a batch that it reads; and `build(config, width, n_classes)`, for a network whose
+    embedding has a width (E, of vectors), and data of so many classes, or 0. Its raw condition is the field, or where
+    there are several, or ragged ones, a dict of them and of their masks. It makes a Map where it has `map_channels`,
+    Tokens where it has a `token_width`, and a Vector where it has neither.
     """
 
     map_channels: int = 0  # C of the map it makes
@@ -277,6 +278,10 @@ class ConditionEncoder(nn.Module, ABC):
 
         `raw=None` is the null for everyone.
         """
+
+    def regions(self, raw: Any, x: Tensor) -> Regions | None:
+        """The regions that its tokens speak of, of a batch like x; None without any. `raw=None` is the null."""
+        return None
 
 
 class Conditioner(nn.ModuleDict):
@@ -319,7 +324,12 @@ class Conditioner(nn.ModuleDict):
         unknown = sorted({*fields, *drop} - {*self})
         if unknown:
             raise ValueError(f"got conditions {unknown}, this network takes: {', '.join(self) or 'none'}")
-        return Condition({name: encoder(fields.get(name), x, drop.get(name)) for name, encoder in self.items()})
+        streams = {name: encoder(fields.get(name), x, drop.get(name)) for name, encoder in self.items()}
+        found = {name: encoder.regions(fields.get(name), x) for name, encoder in self.items()}
+        found = {name: regions for name, regions in found.items() if regions is not None}
+        if len(found) > 1:
+            raise ValueError(f"got regions from {', '.join(found)}, wanted one condition of regions in a network")
+        return Condition(streams, next(iter(found.values()), None))
 
     def resolve(
         self, condition: Condition | Mapping[str, Any] | None, x: Tensor, drop: Mapping[str, Tensor] | None = None

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.conditioning import ConditionConfig, ConditionEncoder, Map
 
-FIELD = "condition_image"  # of a batch, from which it is made
+FIELDS = ("condition_image",)  # of a batch, from which it is made
 
 
 @dataclass(frozen=True, kw_only=True)

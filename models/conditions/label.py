@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.conditioning import ConditionConfig, ConditionEncoder, Vector
 
-FIELD = "label"  # of a batch, from which it is made
+FIELDS = ("label",)  # of a batch, from which it is made
 
 
 @dataclass(frozen=True, kw_only=True)

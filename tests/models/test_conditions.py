@@ -310,3 +310,37 @@ def test_options_are_flags_of_their_own_name(name):
     assert issubclass(config, ConditionConfig)
     names = {field.name for field in dataclasses.fields(config)}
     assert all(each.startswith(f"{name}_") for each in names - {"condition_channels"})  # older than the rule
+
+
+class Boxes(ConditionEncoder):
+    """A token for each box, which speaks of it."""
+
+    token_width = 4
+
+    def forward(self, raw, x, drop=None):
+        if raw is None:
+            return Tokens(torch.zeros(len(x), 1, 4))
+        count = raw["boxes"].shape[1]
+        return Tokens(raw["boxes"], raw["boxes_mask"], torch.arange(count).expand(len(x), count))
+
+    def regions(self, raw, x):
+        if raw is None:
+            return None
+        masks = torch.zeros(*raw["boxes"].shape[:2], *x.shape[2:], dtype=torch.bool)
+        for i, boxes in enumerate(raw["boxes"].int().tolist()):
+            for j, (left, top, right, bottom) in enumerate(boxes):
+                masks[i, j, top:bottom, left:right] = True
+        return Regions(masks, raw["ids"], raw["ids"])
+
+
+def test_an_encoder_brings_the_regions_that_its_tokens_speak_of():
+    boxes = torch.tensor([[[0.0, 0, 2, 2], [4, 4, 6, 6]], [[0, 0, 6, 6], [0, 0, 0, 0]]])
+    raw = {"boxes": boxes, "boxes_mask": torch.tensor([[True, True], [True, False]]), "ids": torch.zeros(2, 2).long()}
+    canvas, conditioner = torch.zeros(2, 1, 6, 6), Conditioner({"boxes": Boxes()})
+    mask = conditioner({"boxes": raw}, canvas).attention_mask(3, 3)
+    assert mask[0, :, 0].tolist() == [True] + [False] * 8 and mask[0, :, 1].tolist() == [False] * 8 + [True]
+    assert mask[1, :, 0].all() and not mask[1, :, 1].any()
+    both = Condition.cat([conditioner({}, canvas), conditioner({"boxes": raw}, canvas)])
+    assert both.attention_mask(3, 3)[:2, :, 0].all() and torch.equal(both.attention_mask(3, 3)[2:], mask)
+    with pytest.raises(ValueError, match="wanted one condition of regions"):
+        Conditioner({"boxes": Boxes(), "more": Boxes()})({"boxes": raw, "more": raw}, canvas)

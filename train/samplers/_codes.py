@@ -68,17 +68,17 @@ class CodeSampler(LearnedSampler):
     ):
         self.config, self.process, self.network = config, process, network
         self.grid, self.n_classes, self.extras = tuple(grid), n_classes, {}
-        self.field_of = fields_by_condition(network.encoders)
+        self.fields_of = fields_by_condition(network.encoders)
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        return tuple(self.field_of.values())
+        return tuple(field for fields in self.fields_of.values() for field in fields)
 
     # Conditions
 
     def chain(self, network: nn.Module, batch: Batch | None, options: CodeSampling, x: Tensor) -> Condition:
         """The conditions that guidance goes along for grids like x (B, H, W): the null, and below it what is known."""
-        raw = raw_conditions(self.field_of, batch) if batch else {}
+        raw = raw_conditions(self.fields_of, batch) if batch else {}
         if options.guidance != 1 and not raw:
             raise ValueError(f"got guidance {options.guidance} for samples without a condition: pass --guidance 1")
         null = network.encode({}, x)
@@ -200,7 +200,7 @@ class DiscreteSampler(CodeSampler):
         x0 = batch["codes"]
         t = self.times(draw, len(x0)).to(x0.device)
         x_t = self.corrupt(x0, t, draw("mask"))
-        raw = raw_conditions(self.field_of, batch)
+        raw = raw_conditions(self.fields_of, batch)
         logits = self.predict(network, x_t, t, raw, control, drop=draw_drops(self.config, raw, draw, len(x0)))
         loss = self.process.loss(logits, x0, x_t, t, **self.loss_options, loss_weight=batch.get("loss_weight"))
         seen = {"x0": x0, "x_t": x_t, "t": t, "prediction": logits, "loss": loss.per_example}
@@ -243,7 +243,7 @@ class DiscreteSampler(CodeSampler):
 
     def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, calls: int | None = None) -> Bound:
         """-log2 p of {"codes": (B, h, w)}, by the variational bound in `calls` network calls per example, or all T."""
-        condition = network.encode(raw_conditions(self.field_of, batch), batch["codes"])
+        condition = network.encode(raw_conditions(self.fields_of, batch), batch["codes"])
         return bits_per_code(
             lambda x, t: self.predict(network, x, t, condition), self.process, batch["codes"], rng, calls
         )

@@ -9,8 +9,10 @@ from diffusion.rng import Streams
 from models.conditioning import ConditionConfig, ConditionEncoder
 from train.cli.plugins import joined, part_of
 from train.config import SamplerConfig
-from train.loop import Batch
+from train.loop import Batch, Field
 from train.registry import plugin
+
+Raw = Field | dict[str, Field]  # a condition as its encoder takes it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +52,30 @@ def make_encoders(config: ConditionsConfig, width: int, n_classes: int) -> dict[
     return encoders
 
 
-def fields_by_condition(names: Collection[str]) -> dict[str, str]:
-    """The field of a batch that each condition reads, by the condition's name."""
-    return {name: plugin("models.conditions", name, "condition").FIELD for name in names}
+def fields_by_condition(names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The fields of a batch that each condition reads, by the condition's name."""
+    return {name: plugin("models.conditions", name, "condition").FIELDS for name in names}
 
 
-def raw_conditions(field_of: Mapping[str, str], batch: Batch | None) -> Batch:
-    """Raw conditions by name; ValueError where the batch has no such field."""
+def raw_conditions(fields_of: Mapping[str, tuple[str, ...]], batch: Batch | None) -> dict[str, Raw]:
+    """Raw conditions by name: a field, or a dict of several, and of the masks of ragged ones.
+
+    ValueError where the batch lacks a field.
+    """
     batch = batch or {}
-    missing = sorted({*field_of.values()} - {*batch})
+    missing = sorted({field for fields in fields_of.values() for field in fields} - {*batch})
     if missing:
         raise ValueError(
             f"got a batch with the fields {', '.join(batch) or 'none'}, conditions need {', '.join(missing)}: "
             "write them in the function of --adapt, or give the items of the data set such fields"
         )
-    return {name: batch[field] for name, field in field_of.items()}
+    raw = {}
+    for name, fields in fields_of.items():
+        masks = [f"{field}_mask" for field in fields if f"{field}_mask" in batch]
+        raw[name] = (
+            {field: batch[field] for field in (*fields, *masks)} if masks or len(fields) > 1 else batch[fields[0]]
+        )
+    return raw
 
 
 def draw_drops(

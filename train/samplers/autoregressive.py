@@ -68,7 +68,7 @@ class AutoregressiveSampler(CodeSampler):
         refuse_control(control)
         x0 = batch["codes"]
         t = torch.zeros(len(x0), device=x0.device)
-        raw = raw_conditions(self.field_of, batch)
+        raw = raw_conditions(self.fields_of, batch)
         logits = self.predict(network, x0, t, raw, drop=draw_drops(self.config, raw, draw, len(x0)))
         loss = self.process.loss(logits, x0, loss_weight=batch.get("loss_weight"))
         seen = {"x0": x0, "x_t": x0, "t": t, "prediction": logits, "loss": loss.per_example}
@@ -111,7 +111,7 @@ class AutoregressiveSampler(CodeSampler):
         x0 = batch["codes"]
         with torch.no_grad():
             t = torch.zeros(len(x0), device=x0.device)
-            logits = self.predict(network, x0, t, raw_conditions(self.field_of, batch))
+            logits = self.predict(network, x0, t, raw_conditions(self.fields_of, batch))
         return self.process.likelihood(logits, x0)
 
 

@@ -212,7 +212,7 @@ class GaussianSampler(LearnedSampler):
             kind = auto if config.loss_type == "auto" else config.loss_type
             self.process.check_loss(kind)
             self.loss_options = {"kind": kind, "gamma": config.min_snr_gamma}
-        self.field_of = fields_by_condition(self.network.encoders)
+        self.fields_of = fields_by_condition(self.network.encoders)
 
     @property
     def likelihood(self) -> str:
@@ -221,7 +221,7 @@ class GaussianSampler(LearnedSampler):
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        return tuple(self.field_of.values())
+        return tuple(field for fields in self.fields_of.values() for field in fields)
 
     def predict(
         self, network: nn.Module, x: Tensor, t: Tensor, condition: Told, control: Control | None = None, **how: object
@@ -251,7 +251,7 @@ class GaussianSampler(LearnedSampler):
         x0, (t, weight) = batch["x0"], self.times(draw, len(batch["x0"]), network.training)
         noise = draw("noise").normal(x0.shape)
         x_t = self.process.corrupt(x0, t, noise)
-        raw = raw_conditions(self.field_of, batch)
+        raw = raw_conditions(self.fields_of, batch)
         drop = draw_drops(self.config, raw, draw, len(x0))
         output = self.predict(network, x_t, t, raw, control, drop=drop)
         loss = self.process.loss(output, x0, noise, t, loss_weight=batch.get("loss_weight"), **self.loss_options)
@@ -308,7 +308,7 @@ class GaussianSampler(LearnedSampler):
         if process.start <= process.end:  # less noise than networks know: nothing is forgotten
             return edit.x0
         null = network.encode({}, x)
-        chain = [null, network.encode(raw_conditions(self.field_of, batch), x) if batch else null]
+        chain = [null, network.encode(raw_conditions(self.fields_of, batch), x) if batch else null]
         guidance = {"interval": options.guidance_interval, "rescale": options.guidance_rescale}
         said = self.denoiser(network, control)
         denoise = guided(said, chain, [options.guidance], **guidance, process=self.process)
@@ -345,7 +345,7 @@ class GaussianSampler(LearnedSampler):
         if not self.pixels:
             raise ValueError("latents are continuous and have no likelihood in bits: measure a model of pixels")
         x0 = batch["x0"]
-        condition, denoise = network.encode(raw_conditions(self.field_of, batch), x0), self.denoiser(network)
+        condition, denoise = network.encode(raw_conditions(self.fields_of, batch), x0), self.denoiser(network)
 
         def conditional(x: Tensor, t: Tensor) -> Prediction:
             return denoise(x, t, condition)
