@@ -72,9 +72,8 @@ def raw_conditions(fields_of: Mapping[str, tuple[str, ...]], batch: Batch | None
     raw = {}
     for name, fields in fields_of.items():
         masks = [f"{field}_mask" for field in fields if f"{field}_mask" in batch]
-        raw[name] = (
-            {field: batch[field] for field in (*fields, *masks)} if masks or len(fields) > 1 else batch[fields[0]]
-        )
+        alone = len(fields) == 1 and not masks
+        raw[name] = batch[fields[0]] if alone else {field: batch[field] for field in (*fields, *masks)}
     return raw
 
 

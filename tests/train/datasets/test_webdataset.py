@@ -9,6 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from train.cli import parse as cli
 from train.config import DataConfig, SecondStageConfig
@@ -78,7 +79,8 @@ def test_fields_of_json_members_come_with_their_image(shards, workers, scanned):
     ("content", "message"),
     [
         (b'{"kind": 1}', "sample a: its .json has not all of kind, text .'text'.*--json_fields"),
-        (b'{"kind": 1, "text": null}', "field 'text' of its .json is None, wanted a number, a string"),
+        (b'{"kind": 1, "text": null}', "field 'text' is None, wanted a number, a string"),
+        (b'{"kind": 1, "text": [[0, 1]]}', "for boxes --box_fields, for lists of any length --id_fields"),
         (b"[1]", "its .json has not all of"),
         (b"cat", "its .json has not all of"),
         (None, "sample a has no plain .json .*--json_fields"),
@@ -94,9 +96,75 @@ def test_what_has_not_the_fields_is_named(tmp_path, tiny, content, message):
             [dataset[i] for i in range(len(dataset))]
 
 
-def test_image_and_label_are_no_fields_of_json():
-    with pytest.raises(ValueError, match="an image has them anyway"):
-        Config(json_fields=("label",))
+TAKEN = [{"json_fields": ("label",)}, {"box_fields": ("image",)}, {"mask_ext": ("label.png",)}]
+
+
+@pytest.mark.parametrize("fields", TAKEN)
+def test_image_and_label_are_no_further_fields(fields):
+    with pytest.raises(ValueError, match="it has them anyway"):
+        Config(**fields)
+    with pytest.raises(ValueError, match="wanted each once"):
+        Config(json_fields=("seg",), mask_ext=("seg.png",))
+
+
+LEVELS = np.array([[0, 1], [2, 17]], np.uint8).repeat(4, 0).repeat(4, 1)
+
+
+def png_of(image):
+    file = io.BytesIO()
+    image.save(file, format="png")
+    return file.getvalue()
+
+
+@pytest.fixture
+def annotated(tmp_path, tiny):
+    """Two shards of two images with boxes, ids, a grey label map, one of a palette, and numbers."""
+    palette = Image.fromarray(LEVELS, mode="P")
+    palette.putpalette(list(range(256)) * 3)
+    for shard in range(2):
+        members = {}
+        for i in (2 * shard, 2 * shard + 1):
+            boxes = [[0, 0, 4, 4], [4, 4, 8, 8]][: i % 3]
+            told = {"boxes": boxes, "ids": list(range(len(boxes))), "where": [0.5, i], "tags": ["a"] * (i % 3)}
+            members |= {f"{i}.jpg": png_of(Image.new("L", (8, 8), 10 * i)), f"{i}.json": json.dumps(told).encode()}
+            members |= {f"{i}.seg.png": png_of(Image.fromarray(LEVELS)), f"{i}.part.png": png_of(palette)}
+        tiny.save_shard(tmp_path / f"shards-{shard}.tar", members)
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_boxes_and_label_maps_come_out_as_they_went_in(annotated, workers):
+    config = Config(
+        data_dir=str(annotated), image_ext=("jpg",), val_fraction=0.25, mask_ext=("seg.png", "part.png"),
+        json_fields=("where",), box_fields=("boxes",), id_fields=("ids",),
+    )  # fmt: skip
+    data = DataConfig(img_size=8, n_channels=1, horizontal_flip=True, num_workers=workers)
+    source = TrainingImages(ImageSource(build(config, "train"), data), seed=3)
+    how = {"start": 0, "steps": 6, "batch_size": 2, "accumulate": 1, "workers": workers}
+    seen, maps = set(), torch.from_numpy(LEVELS)
+    for (batch,) in training_batches(source, world=World(torch.device("cpu")), **how):
+        assert torch.equal(batch["ids_mask"], batch["boxes_mask"]) and batch["ids"].dtype == torch.int64
+        for seg, part, boxes, mask, where in zip(
+            batch["seg"], batch["part"], batch["boxes"], batch["boxes_mask"], batch["where"], strict=True
+        ):
+            flipped = not torch.equal(seg, maps)
+            assert torch.equal(seg, maps.flip(1) if flipped else maps) and torch.equal(part, seg)
+            count = int(where[1]) % 3
+            assert mask.sum() == count and where[0] == 0.5
+            left = [[4, 0, 8, 4], [0, 4, 4, 8]] if flipped else [[0, 0, 4, 4], [4, 4, 8, 8]]
+            assert boxes[:count].tolist() == left[:count]
+            seen.add((int(where[1]), flipped))
+    assert len({number for number, _ in seen}) == 3 and len({flipped for _, flipped in seen}) == 2
+
+
+def test_a_mask_of_colours_is_refused(tmp_path, tiny):
+    for key in "ab":
+        members = {f"{key}.jpg": tiny.png(), f"{key}.seg.png": png_of(Image.new("RGB", (8, 8)))}
+        tiny.save_shard(tmp_path / f"{key}.tar", members)
+    with pytest.raises(ValueError, match="mode RGB, wanted grey or a palette"):
+        build(Config(data_dir=str(tmp_path), image_ext=("jpg",), mask_ext=("seg.png",)), "train")
+    with pytest.raises(ValueError, match="has no plain .part.png .*--mask_ext"):
+        build(Config(data_dir=str(tmp_path), image_ext=("jpg",), mask_ext=("part.png",)), "train")
 
 
 def test_whole_shards_are_held_out_where_the_share_is_one_and_else_single_images(shards):

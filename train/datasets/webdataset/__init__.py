@@ -10,9 +10,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
-from train.datasets import SPLITS, Blocks, DatasetConfig, check_split, held_out, require_readable
-from train.datasets._decode import decode
+from train.datasets import (
+    SPLITS,
+    Blocks,
+    DatasetConfig,
+    Ragged,
+    UnreadableImage,
+    check_split,
+    held_out,
+    require_readable,
+)
+from train.datasets._decode import DAMAGED, decode
 from train.datasets.webdataset.shards import Shard, indexed, names_of, require_distinct
 from train.datasets.webdataset.store import Store, is_remote, library
 from train.datasets.webdataset.tar import Wanted
@@ -37,7 +49,13 @@ class Config(DatasetConfig):
     label_field: str = "label"
     """Field of the .json members that holds the class."""
     json_fields: tuple[str, ...] = ()
-    """Fields of the .json members that items have beside their image: numbers, strings, lists of strings."""
+    """Fields of the .json members that items have beside their image: numbers, strings, lists of them."""
+    id_fields: tuple[str, ...] = ()
+    """Fields of the .json members that are lists of any length of whole numbers, such as the classes of boxes."""
+    box_fields: tuple[str, ...] = ()
+    """Fields of the .json members that are boxes: lists of left, top, right and bottom in pixels."""
+    mask_ext: tuple[str, ...] = ()
+    """Endings of members that are label maps, grey or palette, such as seg.png, which is the field seg."""
     keys_per_shard: bool = False
     """Sample names are unique in each shard only: one that two shards have is two images."""
     mix_shards: int = 8
@@ -54,8 +72,11 @@ class Config(DatasetConfig):
                 f"got mix_shards {self.mix_shards} and shards_on_disk {self.shards_on_disk}, wanted at least 1 and "
                 "twice as many: the next shards arrive while the last are read"
             )
-        if set(self.json_fields) & {"image", "label"}:
-            raise ValueError("got image or label as one of json_fields: an image has them anyway, see label_from")
+        names = [*self.json_fields, *self.id_fields, *self.box_fields, *map(field_of, self.mask_ext)]
+        if {*names} & {"image", "label"}:
+            raise ValueError("got image or label as a field beside the image: it has them anyway, see label_from")
+        if len({*names}) < len(names):
+            raise ValueError(f"got {', '.join(names)} as fields beside the image, wanted each once")
         if not self.image_ext:
             raise ValueError("got no image_ext: name the endings of the images, such as --image_ext jpg png")
 
@@ -67,7 +88,8 @@ class TarImages:
     """
 
     def __init__(self, shards: Sequence[Shard], chosen: np.ndarray, split: str, config: Config, store: Store):
-        self.store, self.split, self.json_fields = store, split, config.json_fields
+        self.store, self.split, self.config = store, split, config
+        self.json_fields = (*config.json_fields, *config.id_fields, *config.box_fields)
         ends = np.cumsum([len(shard.rows) for shard in shards])
         shard_of, sizes = np.unique(np.searchsorted(ends, chosen, side="right"), return_counts=True)
         self.rows = np.concatenate([shard.rows for shard in shards])[chosen]
@@ -88,17 +110,24 @@ class TarImages:
         with self.store.open(name, stamp) as file:
             file.seek(row["offset"])
             data = file.read(row["size"])
-            if self.json_fields:
-                file.seek(row["json_offset"])
-                annotations = file.read(row["json_size"])
+            beside = {}
+            for ending in members_beside(self.config):
+                file.seek(row[f"{ending}_offset"])
+                beside[ending] = file.read(row[f"{ending}_size"])
         where = f"{name} sample {row['key'].decode(errors='replace')}"
         item: dict[str, Any] = {"image": decode(io.BytesIO(data), name=where)}
         if self.labels is not None:
             item["label"] = int(self.labels[index])
-        return item | fields_of(annotations, self.json_fields, where) if self.json_fields else item
+        if self.json_fields:
+            fields = fields_of(beside["json"], self.json_fields, where)
+            item |= {name: as_field(fields[name], f"{where}: field {name!r}") for name in self.config.json_fields}
+            item |= {name: as_ids(fields[name], f"{where}: field {name!r}") for name in self.config.id_fields}
+            item |= {name: as_boxes(fields[name], item["image"], where) for name in self.config.box_fields}
+        return item | {field_of(ending): as_mask(beside[ending], where) for ending in self.config.mask_ext}
 
     def fingerprint(self) -> str:
-        content = hashlib.sha256(repr((self.split, self.n_classes, self.blocks.sizes, *self.json_fields)).encode())
+        fields = (*self.json_fields, *self.config.mask_ext)
+        content = hashlib.sha256(repr((self.split, self.n_classes, self.blocks.sizes, *fields)).encode())
         for name, stamp in self.shards:
             content.update(f"{name if is_remote(name) else Path(name).name!r} {stamp}\n".encode())
         content.update(np.ascontiguousarray(self.rows).data)
@@ -106,22 +135,67 @@ class TarImages:
 
 
 def fields_of(content: bytes, names: Sequence[str], where: str) -> dict[str, Any]:
-    """The fields of a .json member; ValueError where one is missing, or no number, string or list of strings."""
+    """The fields of a .json member; ValueError where one is missing."""
     try:
         found = json.loads(content)
-        fields = {name: found[name] for name in names}
+        return {name: found[name] for name in names}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{where}: its .json has not all of {', '.join(names)} ({error}): see --json_fields"
         ) from error
-    for name, value in fields.items():
-        strings = isinstance(value, list) and all(isinstance(each, str) for each in value)
-        if not strings and not isinstance(value, int | float | str):
-            raise ValueError(
-                f"{where}: field {name!r} of its .json is {str(value)[:60]}, wanted a number, a string or a list of "
-                "strings: for boxes and masks, write a reader of your own"
-            )
-    return fields
+
+
+def as_field(value: Any, what: str) -> Any:
+    """A value of a .json as a field of an item."""
+    if isinstance(value, int | float | str):
+        return value
+    if isinstance(value, list) and value and all(isinstance(each, int | float) for each in value):
+        return torch.tensor(value)
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        wanted = "a number, a string, or a list of them (for boxes --box_fields, for lists of any length --id_fields)"
+        raise ValueError(f"{what} is {str(value)[:60]}, wanted {wanted}")
+    return value
+
+
+def as_ids(value: Any, what: str) -> Tensor:
+    """Whole numbers (n,) int64, in each item as many as there are."""
+    if not isinstance(value, list) or not all(type(each) is int for each in value):
+        raise ValueError(f"{what} is {str(value)[:60]}, wanted a list of whole numbers")
+    return Ragged(torch.tensor(value, dtype=torch.int64))
+
+
+def as_boxes(value: Any, image: Image.Image, where: str) -> Tensor:
+    """Boxes (n, 4) of an image, left, top, right, bottom in pixels; n may be 0."""
+    from torchvision import tv_tensors
+
+    boxes = torch.as_tensor(value, dtype=torch.float32)
+    if boxes.numel() and (boxes.ndim != 2 or boxes.shape[1] != 4):
+        raise ValueError(f"{where}: got boxes {tuple(boxes.shape)}, wanted (n, 4): left, top, right, bottom in pixels")
+    return tv_tensors.BoundingBoxes(boxes.reshape(-1, 4), format="XYXY", canvas_size=(image.height, image.width))
+
+
+def as_mask(content: bytes, where: str) -> Tensor:
+    """A label map (H, W) of whole numbers, those of the file: levels of grey, or places in a palette."""
+    from torchvision import tv_tensors
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.mode not in ("1", "L", "P", "I;16", "I"):
+                raise ValueError(f"{where}: its mask is of mode {image.mode}, wanted grey or a palette")
+            levels = np.array(image)
+    except DAMAGED as error:
+        raise UnreadableImage(f"{where}: its mask cannot be read ({error})") from error
+    return tv_tensors.Mask(torch.from_numpy(levels if levels.dtype == np.uint8 else levels.astype(np.int64)))
+
+
+def field_of(ending: str) -> str:
+    """seg.png -> seg."""
+    return ending.partition(".")[0]
+
+
+def members_beside(config: Config) -> tuple[str, ...]:
+    """Endings of the members that are read with each image."""
+    return (*(["json"] if config.json_fields or config.id_fields or config.box_fields else []), *config.mask_ext)
 
 
 def build(config: Config, split: str) -> TarImages:
@@ -144,7 +218,7 @@ def build(config: Config, split: str) -> TarImages:
     if not train:
         raise ValueError(f"--val_shards {config.val_shards} are all the shards of {config.data_dir}: leave some")
     endings = tuple(ext.lower().lstrip(".") for ext in config.image_ext)
-    wanted = Wanted(endings, config.label_from, config.label_field, annotated=bool(config.json_fields))
+    wanted = Wanted(endings, config.label_from, config.label_field, beside=members_beside(config))
     shards = indexed([*train, *val], store, cache / "index", wanted)
     if not config.keys_per_shard:
         require_distinct(shards)

@@ -19,12 +19,12 @@ class Wanted:
     image_ext: tuple[str, ...]
     label_from: str  # none, cls, json
     label_field: str
-    annotated: bool = False  # whether each has a .json to be read with its image
+    beside: tuple[str, ...] = ()  # endings of members that each has to be read with its image
 
     @property
     def key(self) -> dict[str, Any]:
         """What an index is known by; that of plain images is as it was before there were annotations."""
-        return {name: value for name, value in asdict(self).items() if name != "annotated" or value}
+        return {name: value for name, value in asdict(self).items() if name != "beside" or value}
 
 
 class Row(NamedTuple):
@@ -34,8 +34,7 @@ class Row(NamedTuple):
     offset: int
     size: int
     label: int  # 0 where no labels are asked for
-    json_offset: int = 0  # its .json, where annotations are asked for, is the `json_size` bytes from here on
-    json_size: int = 0
+    beside: tuple[int, ...] = ()  # offset and size of each other member that is asked for
 
 
 def scan(file: BinaryIO, name: str, wanted: Wanted) -> np.ndarray:
@@ -90,11 +89,12 @@ def row_of(tar: tarfile.TarFile, where: str, key: str, group: list[tarfile.TarIn
     row = Row(
         key.encode(errors="surrogateescape"), image.offset_data, image.size, label_of(tar, where, members, wanted)
     )
-    if not wanted.annotated:
-        return row
-    if "json" not in members or members["json"].issparse():
-        raise ValueError(f"{where} has no plain .json (its members: {has}): leave --json_fields out, or write it again")
-    return row._replace(json_offset=members["json"].offset_data, json_size=members["json"].size)
+    for ending in wanted.beside:
+        if ending not in members or members[ending].issparse():
+            flag = "--json_fields" if ending == "json" else "--mask_ext"
+            raise ValueError(f"{where} has no plain .{ending} (its members: {has}): leave {flag} out, or mend it")
+    places = [(members[ending].offset_data, members[ending].size) for ending in wanted.beside]
+    return row._replace(beside=tuple(number for place in places for number in place))
 
 
 def label_of(tar: tarfile.TarFile, where: str, members: dict[str, tarfile.TarInfo], wanted: Wanted) -> int:
@@ -116,11 +116,11 @@ def label_of(tar: tarfile.TarFile, where: str, members: dict[str, tarfile.TarInf
 
 
 def table(rows: list[Row], name: str, wanted: Wanted) -> np.ndarray:
-    """Rows as one array, with places of .json members where they are wanted; ValueError for a key that comes twice."""
+    """Rows as one array, with the places of other members that are wanted; ValueError for a key that comes twice."""
     width = max(len(row.key) for row in rows)
-    numbers = Row._fields[1:] if wanted.annotated else ("offset", "size", "label")
+    numbers = ["offset", "size", "label", *(f"{each}_{what}" for each in wanted.beside for what in ("offset", "size"))]
     kinds = [("key", f"S{width}"), *((each, np.int64) for each in numbers)]
-    made = np.array([row[: len(kinds)] for row in rows], dtype=kinds)
+    made = np.array([(*row[:4], *row.beside) for row in rows], dtype=kinds)
     keys, counts = np.unique(made["key"], return_counts=True)
     if len(keys) < len(rows):
         twice = keys[counts > 1][0].decode(errors="replace")
