@@ -56,10 +56,12 @@ def distance(one, other):
 
 
 def assert_same_losses(one, other):
-    """Every number of metrics.jsonl to 1e-5 relative, line by line."""
+    """Every number of metrics.jsonl to 1e-5 relative, or, as a mean of logits may be near 0, to a few float32 roundings
+    of 1, line by line; the learning rate exactly."""
     assert len(lines(one)) == len(lines(other)) > 0
     for row, twin in zip(lines(one), lines(other), strict=True):
-        assert row == pytest.approx(twin, rel=1e-5, abs=1e-7), (row, twin)
+        assert row == pytest.approx(twin, rel=1e-5, abs=5e-7), (row, twin)
+        assert row.get("lr") == twin.get("lr")
 
 
 def moments(run, step):
