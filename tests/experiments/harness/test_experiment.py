@@ -157,6 +157,19 @@ def test_a_file_with_another_content_is_measured_anew(toy, tmp_path):
     assert len(toy.made) == 6
 
 
+def test_a_second_measurement_that_was_cut_off_resumes(toy, tmp_path):
+    path = tmp_path / "data.txt"
+    path.write_text("one")
+    toy(f"--file {path}", files=("file",))
+    path.write_text("two")
+    toy.fails_at, toy.made = 2, []
+    with pytest.raises(SystemExit):
+        toy(f"--file {path}", files=("file",))
+    toy.fails_at, toy.made = None, []
+    toy(f"--file {path}", files=("file",))
+    assert toy.made == [[4]] and not (toy.logs / "toy_absorbing_digits_3" / FOLDER).exists()
+
+
 def test_other_settings_in_the_same_folder_are_refused(toy, capfd):
     toy()
     with pytest.raises(SystemExit):
