@@ -199,10 +199,10 @@ class Playground:
         return source.with_values(label=label).draw(request.seed, range(request.count))
 
     def draw(self, request: Request, **how) -> Tensor:
-        """uint8 (B, C, H, W); `how` as `TrainedSampler.draw` has it. Where nothing is told, nothing guides."""
+        """uint8 (B, C, H, W); `how` as `TrainedSampler.draw` has it. Without any condition, guidance is 1."""
         conditions, indices = self.conditions(request), list(range(request.count))
-        told_nothing = conditions is None and request.label == NO_CLASS
-        options = replace(request.options, guidance=1.0) if told_nothing else request.options
+        unconditional = conditions is None and request.label == NO_CLASS
+        options = replace(request.options, guidance=1.0) if unconditional else request.options
         return self.trained.draw(indices, request.seed, options, conditions, **how)["image"]
 
     def watch(self, request: Request) -> Iterator[Moment]:

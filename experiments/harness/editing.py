@@ -189,7 +189,7 @@ def conditions_for(
     """The conditions of images drawn from the given ones of these numbers, and options that go with them.
 
     The label is the one asked for, else that of the given image's row, else null. Where there are no conditions at
-    all, nothing guides. ValueError for a class that there is not, and for conditions that are not to be had.
+    all, nothing guides. ValueError for a class that there is not, and where a condition is missing.
     """
     fields, rows = trained.sampler.conditions, given.rows
     source = ConditionSource(fields, trained.sampler.n_classes).with_rows(rows)

@@ -80,7 +80,7 @@ def kind_of(name: str, value: Any) -> str:
 
 
 def box_format(value: Tensor) -> str:
-    """In which numbers boxes are told, such as XYXY; empty for other tensors."""
+    """The format of boxes, such as XYXY; empty for other tensors."""
     if type(value) is Tensor or isinstance(value, Ragged):
         return ""
     from torchvision import tv_tensors
