@@ -165,4 +165,4 @@ def plot(path: Path, chosen: Tensor, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_experiment("VQGAN_FID", Config, measure, report, prepare=prepare)
+    run_experiment("VQGAN_FID", Config, measure, report, files=("inception_weights",), prepare=prepare)

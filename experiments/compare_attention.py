@@ -18,7 +18,13 @@ from experiments.harness.batches import only_process
 from experiments.harness.experiment import BriefTrainingConfig, FolderConfig, write_results
 from experiments.harness.report import mean_and_deviation, table
 from experiments.metrics import features as all_features
-from experiments.metrics.distances import generated_statistics, real_statistics, statistics_cache, with_features
+from experiments.metrics.distances import (
+    features_origin,
+    generated_statistics,
+    real_statistics,
+    statistics_cache,
+    with_features,
+)
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
 from train.cli.parse import first_stage_data, run_script
@@ -91,7 +97,8 @@ def main(config: Config) -> None:
     bench = prepare(config)
     name = config.output.log_dir or f"compare_attention_{bench.space.first.run.name}_{bench.space.first.step}"
     folder = run_folder(config.output.logs_root, name)
-    open_run(folder, config, {"ae_weights": bench.space.first.weights})
+    origin = {"ae_weights": bench.space.first.weights, "images": bench.images["train"].fingerprint()}
+    open_run(folder, config, origin | features_origin(bench.features))
     print(f"results: {folder}", flush=True)
     path = folder / "results.json"
     results = json.loads(path.read_text()) if path.is_file() else {}

@@ -21,7 +21,7 @@ from experiments.harness.batches import only_process
 from experiments.harness.experiment import BriefTrainingConfig, FolderConfig, write_results
 from experiments.harness.report import progress, table
 from experiments.metrics import features as all_features
-from experiments.metrics.distances import real_statistics, save_reconstructions, statistics_cache
+from experiments.metrics.distances import features_origin, real_statistics, save_reconstructions, statistics_cache
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics
 from experiments.metrics.reconstruction import LPIPS, SHOWN, rebuilt, summed_up
@@ -130,7 +130,8 @@ def main(config: Config) -> None:
     bench = prepare(config, folder)
     same = {"own_settings": {name: VARIANTS.get(name, {}) for name in c.quantizers}, "steps_of_each": steps}
     same |= perceptual_origin(None if bench.perceptual is None else config.loss.perceptual_weights)
-    open_run(folder, config, same | {"images": bench.images.dataset.fingerprint()})
+    same |= {"images": bench.images.dataset.fingerprint()}
+    open_run(folder, config, same | features_origin(bench.features))
     print(f"results: {folder}", flush=True)
     path = folder / "results.json"
     results = json.loads(path.read_text()) if path.is_file() else {}

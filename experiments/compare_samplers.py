@@ -183,7 +183,7 @@ def planned(comparison: ComparisonConfig, sampling: SamplingConfig, trained: Tra
             options = interpret(type(options), words, default=options, source=f"--solvers {run}")
 
         try:
-            trained.try_out(options)
+            trained.try_out(options, trained.condition_source(options))
         except ValueError as error:
             raise ValueError(f"--solvers {run}: {error}") from error
         plan[run] = options

@@ -50,7 +50,8 @@ class InpaintingConfig:
     window_stride: int | None = None
     """Codes from one window of a larger canvas to the next; left out, see generate_big_samples.py."""
     label: int | None = None
-    """The class the model is told; left out it is told none, and guidance is 1."""
+    """The class to draw; left out, the one in the image's row of conditions, if any. With no condition at all,
+    guidance is 1."""
     results: int = 4
     """Results of each image."""
     paste: bool = True

@@ -54,7 +54,8 @@ class PathConfig:
     strength: float = 0.5
     """How much of a mixture is forgotten before it is drawn, 0 to 1: the share of its codes, or of noise put on it."""
     label: int | None = None
-    """The class the model is told; left out it is told none, and guidance is 1."""
+    """The class to draw; left out, the one in the image's row of conditions, if any. With no condition at all,
+    guidance is 1."""
 
     def __post_init__(self):
         check_strength(self.strength)

@@ -22,8 +22,8 @@ from torch import Tensor
 from diffusion.solvers import solvers_of
 from train.condition_source import ConditionSource
 from train.config import SamplingConfig
-from train.data.transforms import to_item
-from train.datasets._decode import to_grey_or_rgb
+from train.data.transforms import Range, in_8_bits, range_of_picture, to_item
+from train.datasets._decode import to_known_mode
 from train.inference import TrainedSampler
 from train.loop import Batch
 from train.spaces import EditInput
@@ -199,10 +199,10 @@ class Playground:
         return source.with_values(label=label).draw(request.seed, range(request.count))
 
     def draw(self, request: Request, **how) -> Tensor:
-        """uint8 (B, C, H, W); `how` as `TrainedSampler.draw` has it. Where nothing is told, nothing guides."""
+        """uint8 (B, C, H, W); `how` as `TrainedSampler.draw` has it. Without any condition, guidance is 1."""
         conditions, indices = self.conditions(request), list(range(request.count))
-        told_nothing = conditions is None and request.label == NO_CLASS
-        options = replace(request.options, guidance=1.0) if told_nothing else request.options
+        unconditional = conditions is None and request.label == NO_CLASS
+        options = replace(request.options, guidance=1.0) if unconditional else request.options
         return self.trained.draw(indices, request.seed, options, conditions, **how)["image"]
 
     def watch(self, request: Request) -> Iterator[Moment]:
@@ -224,7 +224,8 @@ class Playground:
         The picture is brought to the size and channels that the model knows. Classes `as in the data` are none here,
         unguided: what is kept says what it is. ValueError where nothing is brushed.
         """
-        image, hidden = fitted(picture, brushed, self.trained.data.size, self.trained.data.n_channels)
+        data = self.trained.data
+        image, hidden = fitted(picture, brushed, data.size, data.n_channels, data.data_range)
         if not hidden.any():
             raise ValueError("nothing is hidden: paint with the brush over what shall be drawn anew")
         if request.label == AS_IN_DATA and self.classes:
@@ -259,19 +260,26 @@ def as_it_comes(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
             closed.set()
 
 
-def fitted(picture: Image.Image, brushed: Image.Image, size: tuple[int, int], n_channels: int) -> tuple[Tensor, Tensor]:
+def fitted(
+    picture: Image.Image,
+    brushed: Image.Image,
+    size: tuple[int, int],
+    n_channels: int,
+    data_range: Range | None = None,
+) -> tuple[Tensor, Tensor]:
     """uint8 (C, H, W) and bool (H, W): both resized to cover `size` and cut at the centre alike.
 
     A pixel is hidden where at least half of it is brushed over.
     """
     if picture.size != brushed.size:
         raise ValueError(f"got a picture of {picture.size} and a mask of {brushed.size} pixels: wanted the same size")
-    picture = to_grey_or_rgb(picture)
+    picture = to_known_mode(picture)
     if picture.width * size[0] == picture.height * size[1]:  # an image that was enlarged comes back as it was
         small = picture.resize(size[::-1], Image.Resampling.NEAREST)
         same = small.resize(picture.size, Image.Resampling.NEAREST).tobytes() == picture.tobytes()
         picture = small if same else picture
-    image = to_item({"image": picture}, size, n_channels)["image"].as_subclass(Tensor)
+    item = to_item({"image": picture}, size, n_channels, range_of_picture(picture, data_range))
+    image = in_8_bits(item["image"].as_subclass(Tensor))
     return image, to_item({"image": brushed}, size, 1)["image"][0].as_subclass(Tensor) >= GREY
 
 

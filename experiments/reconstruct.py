@@ -19,7 +19,7 @@ from experiments.harness.images import save_grid
 from experiments.harness.report import table
 from experiments.metrics.image_pairs import l1, psnr
 from train.data.loading import build_dataset
-from train.data.transforms import MODES, to_float, to_item, to_uint8
+from train.data.transforms import Range, in_8_bits, range_of_picture, to_float, to_item, to_pixels, to_uint8
 from train.datasets import UnreadableImage, files_fingerprint
 from train.datasets._decode import decode
 from train.datasets.folder import SUFFIXES, list_images
@@ -113,15 +113,15 @@ class Originals(NamedTuple):
 def find_originals(config: ReconstructionConfig, first: FirstStage) -> Originals:
     """The images that the flags name, or validation images."""
 
-    def fit(image: Image.Image) -> Tensor:
-        return fitted(image, config.size, first.data.n_channels, first.vqgan.config.factor)
+    def fit(image: Any) -> Tensor:
+        return fitted(image, config.size, first.data.n_channels, first.vqgan.config.factor, first.data.data_range)
 
     if config.images is not None:
         return images_of_path(Path(config.images).expanduser(), config.n_images, fit)
     return validation_images(first, config.n_images or SHOWN, None if config.size is None else fit)
 
 
-def images_of_path(path: Path, count: int | None, fit: Callable[[Image.Image], Tensor]) -> Originals:
+def images_of_path(path: Path, count: int | None, fit: Callable[[Any], Tensor]) -> Originals:
     """One file, or the first `count` images of a folder, sorted by path; all of them without `count`.
 
     FileNotFoundError where there is no such path, ValueError for a folder without images.
@@ -138,15 +138,17 @@ def images_of_path(path: Path, count: int | None, fit: Callable[[Image.Image], T
     return Originals(names, lambda i: fit(decode(root / names[i])), files_fingerprint(root, names))
 
 
-def validation_images(first: FirstStage, count: int, fit: Callable[[Image.Image], Tensor] | None) -> Originals:
+def validation_images(first: FirstStage, count: int, fit: Callable[[Any], Tensor] | None) -> Originals:
     """The first images of the validation split, cut as in training without `fit`."""
     dataset = build_dataset(first.data, first.reader, "val")
 
     def read(index: int) -> Tensor:
-        image = dataset[index]["image"]
-        if fit is None:
-            return to_item({"image": image}, first.data.size, first.data.n_channels)["image"].as_subclass(Tensor)
-        return fit(image if isinstance(image, Image.Image) else Image.fromarray(image))
+        image, data = dataset[index]["image"], first.data
+        if fit is not None:
+            return fit(image)
+        return in_8_bits(
+            to_item({"image": image}, data.size, data.n_channels, data.data_range)["image"].as_subclass(Tensor)
+        )
 
     names = [f"val_{i:06d}" for i in range(min(len(dataset), count))]
     return Originals(names, read, dataset.fingerprint())
@@ -159,22 +161,22 @@ def picture_names(names: list[str]) -> list[str]:
     return [f"{name}.png" for name in (short if distinct else names)]
 
 
-def fitted(image: Image.Image, size: int | None, n_channels: int, factor: int) -> Tensor:
-    """A picture as uint8 (n_channels, H, W), H and W multiples of `factor`: its centre, at its own size.
+def fitted(image: Any, size: int | None, n_channels: int, factor: int, data_range: Range | None = None) -> Tensor:
+    """An image of a file or a data set as uint8 (n_channels, H, W), H and W multiples of `factor`: its centre, at its
+    own size.
 
     `size` is what its short side is resized to first. `TooSmall` for one that is smaller than `factor` pixels.
     """
     from torchvision.transforms.v2 import functional as F
 
-    image = image.convert(MODES[n_channels])
+    pixels = to_pixels(image, n_channels, range_of_picture(image, data_range))
     if size is not None:
-        image = F.resize(image, [size], F.InterpolationMode.BICUBIC, antialias=True)
-    height, width = image.height // factor * factor, image.width // factor * factor
-    if not height or not width:
-        raise TooSmall(
-            f"it is {image.width}x{image.height} pixels, wanted at least {factor}x{factor}: pass --size N to enlarge it"
-        )
-    return F.to_image(F.center_crop(image, [height, width])).as_subclass(Tensor)
+        pixels = F.resize(pixels, [size], F.InterpolationMode.BICUBIC, antialias=True)
+    height, width = F.get_size(pixels)
+    if height < factor or width < factor:
+        raise TooSmall(f"it is {width}x{height} pixels, wanted at least {factor}x{factor}: pass --size N to enlarge it")
+    cut = F.center_crop(pixels, [height // factor * factor, width // factor * factor])
+    return in_8_bits((F.to_image(cut) if isinstance(cut, Image.Image) else cut).as_subclass(Tensor))
 
 
 @torch.inference_mode()

@@ -36,9 +36,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def name_removable(what: str, paths: Sequence[Path]) -> None:
-    """Names files that an earlier version wrote and this one does not read, with their size."""
+    """Names files and folders that an earlier version wrote and this one does not read, with their size."""
     if paths:
-        size = sum(path.stat().st_size for path in paths) / 1e9
+        files = [file for path in paths for file in ((path,) if path.is_file() else path.rglob("*"))]
+        size = sum(file.stat().st_size for file in files) / 1e9
         names = " ".join(map(str, paths))
         print(f"{what} of an earlier version are not read any more; to free {size:.3g} GB, delete {names}", flush=True)
 

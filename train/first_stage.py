@@ -1,6 +1,6 @@
 """A trained VQGAN as what later stages stand on: images to codes or latents, and back."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from train.checkpoint import AVERAGED, checkpoint_path, load_weights, resolve_st
 from train.cli.parse import from_dict
 from train.config import DataConfig
 from train.data import image_cache
-from train.data.code_cache import CHUNK, CodeFile, CodeTable, cache_key, code_table, has_annotations
+from train.data.code_cache import CHUNK, CodeFile, CodeTable, cache_key, code_table
 from train.data.loading import ImageSource
 from train.data.transforms import to_float, to_uint8, training_views
 from train.datasets import Dataset, DatasetConfig
@@ -99,11 +99,8 @@ class FirstStage:
         )
         codebook_size, shape = self.vqgan.quantizer.codebook_size, (len(seen), *self.vqgan.grid)
         folder, name = self.run / "codes", f"{data.dataset}_{split}"
-        file = CodeFile(folder, name, key, len(dataset), shape, codebook_size, views=tuple(seen))
-        if not file.says_all() and has_annotations(dataset):
-            file = replace(file, annotated=True)
         return code_table(
-            file,
+            CodeFile(folder, name, key, len(dataset), shape, codebook_size, views=tuple(seen)),
             lambda: ImageSource(dataset, data, margin=margin),
             lambda images: torch.stack([self.encode(view(images)) for view in seen], 1),
             batch_size,

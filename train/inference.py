@@ -20,7 +20,7 @@ from train.cli.parse import from_dict
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import DataConfig, SamplerConfig, SamplingConfig
 from train.data.loading import Adapt, Positions, adapted, build_dataset, on_device, seeded
-from train.data.transforms import check_8_bits
+from train.data.transforms import View, check_8_bits
 from train.datasets import Dataset, DatasetConfig, is_command
 from train.distributed import World
 from train.execution import autocast
@@ -85,7 +85,7 @@ class TrainedSampler:
         names = [name for name in self.sampler.conditions if name != "label"]
         if names and self.adapt is not None:
             with seeded(seed_of(0, "adapt", index)):
-                item = adapted(self.adapt, item)
+                item = adapted(self.adapt, View()(item))  # a copy: the function may change it
         if missing := sorted({*names} - {*item}):
             raise ValueError(f"{self.run} is conditioned on {', '.join(missing)}: pass --condition_file with them")
         return {name: item[name] for name in names}
@@ -151,13 +151,16 @@ class TrainedSampler:
         return made if batch is None or "label" not in batch else made | {"label": batch["label"].cpu()}
 
     @torch.no_grad()
-    def try_out(self, options: SamplingConfig, **how) -> None:
-        """Samples one image up to its first step; `how` goes to the sampler. ValueError where it cannot do that."""
+    def try_out(self, options: SamplingConfig, source: ConditionSource, **how) -> None:
+        """Samples one image up to its first step; `how` goes to the sampler. ValueError where it cannot do that.
+
+        `source` is the `condition_source` of these options, which all processes ask for; one of them may try.
+        """
 
         def stop(*step: Any) -> Tensor:
             raise _TriedOut
 
-        drawn, rng = self.condition_source(options).draw(0, [0]), Streams([0], self.device)
+        drawn, rng = source.draw(0, [0]), Streams([0], self.device)
         batch = None if drawn is None else on_device(drawn, self.device)
         with suppress(_TriedOut), autocast(self.device, self.amp):
             self.sampler.sample(self.sampler.network, rng, batch=batch, options=options, on_step=stop, **how)

@@ -18,7 +18,7 @@ from experiments.harness.report import progress
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
-from train.data.transforms import covering, to_item
+from train.data.transforms import covering, in_8_bits, range_of_picture, to_item
 from train.datasets._decode import DAMAGED, decode, to_grey_or_rgb
 from train.inference import TrainedSampler
 from train.loop import Batch
@@ -98,16 +98,18 @@ def given_images(
 
 
 def upright(path: Path) -> Image.Image:
-    """An image file as it is decoded for training; FileNotFoundError where there is none."""
+    """An image file as it is decoded for training, of mode L, RGB or I;16; FileNotFoundError where there is none."""
     path = path.expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: pass image files as --image, a mask as --mask")
-    return to_grey_or_rgb(decode(path))
+    return decode(path)
 
 
 def fitted(image: Image.Image, trained: TrainedSampler) -> Tensor:
     """uint8 (C, H, W) of the size that the sampler was trained on."""
-    return to_item({"image": image}, trained.data.size, trained.data.n_channels)["image"].as_subclass(Tensor)
+    data = trained.data
+    item = to_item({"image": image}, data.size, data.n_channels, range_of_picture(image, data.data_range))
+    return in_8_bits(item["image"].as_subclass(Tensor))
 
 
 def fitted_mask(mask: Image.Image, image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -141,7 +143,7 @@ def with_masks(given: Given, files: tuple[str, ...], masks: tuple[str, ...], siz
         raise ValueError("got --mask without --image: name the images it belongs to, or pass --hide")
     if masks and len(masks) not in (1, len(files)):
         raise ValueError(f"got {len(masks)} masks for {len(files)} images, wanted one, or one for each: see --mask")
-    drawn = [upright(Path(name)) for name in masks] or [transparent(Path(name)) for name in files]
+    drawn = [to_grey_or_rgb(upright(Path(name))) for name in masks] or [transparent(Path(name)) for name in files]
     drawn = drawn * len(files) if len(drawn) == 1 else drawn
     missing = [name for name, mask in zip(files, drawn, strict=True) if mask is None]
     if missing:
@@ -187,7 +189,7 @@ def conditions_for(
     """The conditions of images drawn from the given ones of these numbers, and options that go with them.
 
     The label is the one asked for, else that of the given image's row, else null. Where there are no conditions at
-    all, nothing guides. ValueError for a class that there is not, and for conditions that are not to be had.
+    all, nothing guides. ValueError for a class that there is not, and where a condition is missing.
     """
     fields, rows = trained.sampler.conditions, given.rows
     source = ConditionSource(fields, trained.sampler.n_classes).with_rows(rows)

@@ -293,10 +293,13 @@ def open_results(name: str, config: ExperimentConfig, loaded: Loaded, world: Wor
     folder = results_folder(prepared.name or name, config.model, output.logs_root, loaded)
     if output.log_dir:
         folder = run_folder(output.logs_root, output.log_dir)
+    samples = isinstance(sampling, SamplingConfig)
+    if samples and any(world.any(world.is_main and not folder.exists())):
+        source = loaded.condition_source(sampling)  # may encode the data set, which all ranks do together
+        if world.is_main:
+            loaded.try_out(sampling, source, shape=prepared.shape, window_stride=prepared.window_stride)
     if world.is_main:
-        if isinstance(sampling, SamplingConfig) and not folder.exists():
-            loaded.try_out(sampling, shape=prepared.shape, window_stride=prepared.window_stride)
-        given = condition_origin(sampling.condition_file) if isinstance(sampling, SamplingConfig) else {}
+        given = condition_origin(sampling.condition_file) if samples else {}
         open_run(folder, config, loaded.origin | prepared.origin | given)
     world.barrier()
     print(f"results: {folder}", flush=True)
@@ -307,8 +310,6 @@ def saved_results(batches: ResumableBatches) -> dict[str, Any] | None:
     """The results of this very experiment, if it was finished before: what the main rank finds, on all of them."""
     path, world = batches.folder / "results.json", batches.world
     there = world.is_main and path.is_file()
-    if there:
-        batches.clear()  # what a start that was cut off then has left
     return shared(world, json.loads(path.read_text()) if there else None)
 
 

@@ -32,6 +32,11 @@ def version_of(features: Features, weights: str | None) -> list[str | int | None
     return [features.module.VERSION, weights and sha256(Path(weights))]
 
 
+def features_origin(features: Features) -> dict[str, str | int]:
+    """What results note of the features they are measured by, which may change while the flags stay."""
+    return {"features_name": features.name, "features_version": features.module.VERSION}
+
+
 def kept_name(kind: str, *made_of: object) -> str:
     """A name for `ResumableBatches.resume` that changes with what they are made of."""
     return f"{kind}_{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}"
@@ -44,8 +49,9 @@ def sampled_images(
     codes, "codes" (B, h, w): those of the file `samples`, else `n_samples` new ones."""
     if samples is not None:
         content = read_samples(Path(samples))
-        told = {name: content[name] for name in ("image", "codes") if name in content}
-        return len(told["image"]), lambda indices: {name: each[indices] for name, each in told.items()}
+        names = ("image", "codes") if trained.space.tokens else ("image",)  # codes of another model are not looked at
+        given = {name: content[name] for name in names if name in content}
+        return len(given["image"]), lambda indices: {name: each[indices] for name, each in given.items()}
     source = trained.condition_source(options)
 
     def drawn(indices: list[int]) -> dict[str, Tensor]:
@@ -134,6 +140,7 @@ def real_reference(
     All ranks take part; the main one writes them, and where they were not cached, it alone is given them.
     """
     made_of = [dataset.fingerprint(), *data.sides, data.n_channels, *version_of(features, weights), MOST]
+    made_of += [] if data.data_range is None else [*data.data_range]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     path = cache / f"{data.dataset}_{features.name}_{key}.npz"
     if not any(world.any(not path.is_file())):

@@ -14,7 +14,10 @@ from experiments.metrics.features import digits
 from experiments.metrics.frechet import Reference, Statistics, frechet_distance
 from experiments.metrics.kid import kernel_distance
 from helpers.tiny_runs import call
+from train.config import DataConfig
 from train.data.loading import ImageSource, build_dataset, fixed_subset, images_in_order
+from train.datasets import ArrayDataset
+from train.distributed import World
 from train.inference import TrainedSampler
 
 FLAGS = "--n_samples 90 --batch_size 20 --features digits --kid_subsets 5 --kid_subset_size 50 --no_amp"
@@ -210,3 +213,20 @@ def test_of_many_real_images_a_random_part_is_kept(trained, monkeypatch, tmp_pat
     monkeypatch.setattr(distances, "MOST", 50)
     distances.real_statistics(*args)
     assert next(tmp_path.iterdir()).name != path.name  # a file with fewer features is another one
+
+
+def test_another_range_of_values_has_statistics_of_its_own(tmp_path):
+    class Scans(ArrayDataset):
+        def __getitem__(self, index):
+            return {"image": self.images[index]}
+
+    images = np.random.default_rng(0).integers(0, 4096, (5, 8, 8), np.uint16)
+    here = World(torch.device("cpu"))
+
+    def mean(data_range):
+        data = DataConfig(dataset="scans", img_size=8, n_channels=1, data_range=data_range)
+        dataset, features = Scans(images, np.zeros(5, int), 0), all_features.named("pixels", here.device)
+        return distances.real_statistics(dataset, data, features, None, tmp_path, 5, here).mean.mean()
+
+    assert mean((0, 65535)) < 0.9 * mean((0, 4095)) and mean(None) != mean((0, 4095))
+    assert len(list(tmp_path.iterdir())) == 3

@@ -58,6 +58,14 @@ def test_copies_are_found_and_told(trained_ddpm, tmp_path, capsys):
     assert (pixels == (210, 0, 0)).all(1).sum() > 2 * 64 * 4  # two copies are framed
 
 
+def test_codes_of_samples_are_nothing_to_a_model_of_pixels(trained_ddpm, tmp_path):
+    images = training_images(trained_ddpm, "ddpm")[:3].expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    path = tmp_path / "coded.npz"
+    np.savez(path, arr_0=images.numpy(), codes=np.zeros((3, 2, 2), int))
+    call(SCRIPT, f"--logs_root {trained_ddpm} --sampler ddpm --samples {path} {QUICK} --log_dir coded")
+    assert results(trained_ddpm, "coded")["equal_codes"] is None
+
+
 def test_codes_of_a_model_of_codes_are_compared(trained, capsys):
     flags = f"--logs_root {trained} --n_samples 6 --batch_size 4 --no_amp {QUICK}"
     call(SCRIPT, f"{flags} --log_dir codes")

@@ -82,6 +82,18 @@ def test_results_are_written_run_by_run(tmp_path, monkeypatch):
     assert stop.value.code == 130 and list(results(tmp_path / "cut")) == ["nearest_0"]
 
 
+def test_other_images_or_features_are_another_comparison(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(reconstruction, "summed_up", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(SCRIPT, f"--logs_root {tmp_path} {TINY} --log_dir old --quantizers nearest")
+    origin = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())["origin"]
+    assert origin["features_name"] == "pixels" and len(origin["images"]) == 64
+    monkeypatch.setattr("experiments.metrics.features.pixels.VERSION", origin["features_version"] + 1)
+    with pytest.raises(SystemExit):
+        call(SCRIPT, f"--logs_root {tmp_path} {TINY} --log_dir old --quantizers nearest")
+    assert "features_version: 1 there, 2 now" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_other_steps_or_settings_are_another_comparison(compared, capfd):
     """More steps may be gone on with in a run of training, not here: the runs there had fewer."""

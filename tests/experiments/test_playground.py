@@ -3,6 +3,7 @@
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -224,6 +225,15 @@ def test_nothing_brushed_is_refused(play):
         play.redraw(asked(play), Image.new("L", (16, 16)), Image.new("L", (16, 16)))
     with pytest.raises(ValueError, match="wanted the same size"):
         play.redraw(asked(play), Image.new("L", (16, 16)), Image.new("L", (8, 8)))
+
+
+def test_a_picture_of_16_bits_goes_by_the_range_of_the_data():
+    levels = np.linspace(0, 4095, 64).reshape(8, 8).round().astype(np.uint16)
+    brushed = Image.new("L", (8, 8))
+    image = fitted(Image.fromarray(levels), brushed, (8, 8), 1, (0, 4095))[0]
+    assert np.abs(image[0].numpy() - levels / 4095 * 255).max() <= 0.51
+    grey = Image.fromarray(image[0].numpy())  # and one of 8 bits is as results are shown
+    assert torch.equal(fitted(grey, brushed, (8, 8), 1, (0, 4095))[0], image)
 
 
 def test_an_uploaded_picture_and_its_mask_are_cut_alike():

@@ -13,6 +13,7 @@ from PIL import Image
 from experiments.harness.experiment import FirstStageModelConfig, load_vqgan, settings_of_vqgan_run
 from experiments.reconstruct import THUMBNAIL, colour_table, error_map, fitted, panels, picture_names, thumbnail
 from helpers.tiny_runs import call
+from train.datasets import FloatImage
 from vq.tiles import seam_ratio, seams
 
 CPU = torch.device("cpu")
@@ -198,6 +199,10 @@ def test_the_run_says_which_data_it_is_of(trained, tmp_path):
 
 def test_an_image_is_cut_at_its_centre():
     image = noise(10, 14)
+    scan = np.arange(0, 4096, 64, dtype=np.uint16).reshape(8, 8)
+    shown = fitted(Image.fromarray(scan), None, 1, 4, (0, 4095))
+    assert np.abs(shown[0].numpy() - scan / 4095 * 255).max() <= 0.51
+    assert fitted(FloatImage(scan.astype(np.float32), (0, 4095)), 4, 1, 4).shape == (1, 4, 4)
     kept = fitted(image, None, 3, 4)
     assert torch.equal(kept, torch.from_numpy(np.array(image))[1:9, 1:13].permute(2, 0, 1))
     assert fitted(image, 21, 3, 4).shape == (3, 20, 28)

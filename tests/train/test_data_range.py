@@ -1,11 +1,15 @@
 """Images of 16 bits from files to samples: trained on in [-1, 1], given back in their own units."""
 
+import json
+
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
 from helpers.tiny_runs import DDPM, SAMPLER, VQGAN, call
+from train.data.transforms import to_item
+from train.datasets._decode import decode
 
 DATA = "--dataset folder --n_channels 1 --val_fraction 0.5 --no_amp --horizontal_flip"
 RANGE = "--data_range 0 4095"
@@ -77,3 +81,29 @@ def test_codes_take_the_range_of_their_vqgan(scans, tmp_path, capfd):
     assert yaml.safe_load((tmp_path / "codes" / "config.yaml").read_text())["data"]["data_range"] == [0, 4095]
     said = refused("train_sampler.py", f"{flags} --data_range 0 65535 --log_dir other", capfd)
     assert "trained with (0.0, 4095.0): leave --data_range out" in said
+    for name, flags in {"held_out": "", "resized": "--size 12", "files": f"--images {scans}"}.items():
+        flags = f"--logs_root {tmp_path} --load_dir vqgan_folder --data_dir {scans} --no_amp --n_images 1 {flags}"
+        call("experiments/reconstruct.py", f"{flags} --log_dir {name}")
+        (image,) = json.loads((tmp_path / name / "results.json").read_text())["images"]
+        assert image["psnr"] > 0 and image["width"] == (12 if name == "resized" else 16)
+
+
+@pytest.fixture(scope="module")
+def of_files(trained, scans):
+    return f"--logs_root {trained} --data_dir {scans} --no_amp --device cpu"
+
+
+def test_edits_take_files_in_the_range_of_the_data(trained, scans, of_files):
+    model = f"--load_dir pixels --sample_steps 2 {of_files} --hide left --results 1"
+    call("experiments/inpaint.py", f"{model} --image {scans}/0.png --log_dir filled")
+    with Image.open(next((trained / "filled" / "images").glob("*.png"))) as picture:
+        shown = np.asarray(picture)[:, 4:, 0]  # what is visible is put back
+    wanted = to_item({"image": decode(scans / "0.png")}, (8, 8), 1, (0, 4095))["image"][0, :, 4:]
+    assert np.abs(shown - (wanted.numpy() + 1) * 127.5).max() <= 0.51
+
+
+def test_neighbours_are_ranked_in_8_bits(trained, of_files):
+    flags = f"{of_files} --load_dir pixels --sample_steps 2 --n_samples 2 --candidates 3 --neighbours 2"
+    call("experiments/calc_nearest_neighbours.py", f"{flags} --features pixels --rerank pixels --log_dir near")
+    found = json.loads((trained / "near" / "results.json").read_text())
+    assert 0 < found["median_held_out"] and len(found["neighbours"]) == 2

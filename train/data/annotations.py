@@ -78,7 +78,7 @@ def type_of(name: str, value: Tensor) -> dict[str, Any]:
 
 
 def of_type(tensor: Tensor, kind: str, **known: Any) -> Tensor:
-    """A tensor as the class that `type_of` told."""
+    """A tensor as the class that `type_of` described."""
     if kind == "Tensor":
         return tensor
     if kind == "Ragged":

@@ -29,9 +29,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from train.data.annotations import Records, write_records
-from train.data.loading import Annotations, Grids, ImageSource, InOrder, annotations_of, apart
+from train.data.loading import Annotations, Grids, ImageSource, InOrder, apart
 from train.data.transforms import View
-from train.datasets import Dataset, UnreadableImage
 from train.distributed import World
 from train.files import name_removable, sync, write_text
 
@@ -120,7 +119,6 @@ class CodeFile:
     codebook_size: int
     chunk: int = CHUNK
     views: tuple[View, ...] = ()  # V of them, which move annotations; without them none are kept
-    annotated: bool = False  # then notes of an earlier version, which say nothing of annotations, do not count
 
     def beside(self, suffix: str) -> Path:
         return self.folder / f"{self.name}_{hashlib.sha256(self.key.encode()).hexdigest()[:KEY]}.{suffix}"
@@ -165,26 +163,22 @@ class CodeFile:
                 f"{path} was made by other weights or data (key {note['key']}, wanted {self.key}): "
                 f"delete {self.beside('*')}"
             )
-        chunks = {int(chunk): each for chunk, each in note["chunks"].items()}
-        return {chunk: each for chunk, each in chunks.items() if "records" in each or not self.annotated}
-
-    def says_all(self) -> bool:
-        """Whether what is noted says of all chunks if they have annotations; an earlier version's notes do not."""
-        return all("records" in note for note in self.left().values())
+        return {int(chunk): each for chunk, each in note["chunks"].items()}
 
     def outdated(self) -> list[Path]:
-        """Codes of the same name that were kept by an earlier version."""
+        """Codes of the same name that were kept by an earlier version, and the annotations beside them."""
         paths = [path for path in self.folder.glob(f"{self.name}_*.note") if len(path.stem) == len(self.name) + 1 + KEY]
         notes = {path.with_suffix(".codes"): read_note(path) for path in sorted(paths)}
         old = [path for path, note in notes.items() if note is not None and note.get("version") != VERSION]
-        return [path for path in old if path.is_file()]
+        beside = [path for codes in old for path in (codes, codes.with_suffix(".annotations"))]
+        return [path for path in beside if path.exists()]
 
     def note(self, path: Path, chunks: dict[int, Note]) -> None:
         write_note(path, {"version": VERSION, "key": self.key, "chunks": chunks})
 
     def intact(self, chunk: int, note: Note) -> bool:
         """Whether a chunk is on disk as it was noted, and nothing behind the last one."""
-        images, records = self.images(chunk), note.get("records")
+        images, records = self.images(chunk), note["records"]
         size, last = len(images) * self.image_bytes, images.stop == self.count
         try:
             with self.path.open("rb") as file:
@@ -238,7 +232,7 @@ class CodeFile:
     def table(self, notes: dict[int, Note]) -> CodeTable:
         index = torch.tensor(sorted(set(range(self.count)) - unreadable_in(notes).keys()))
         ids = MappedCodes(self.path, (self.count, *self.shape), self.dtype, index)
-        chunks = [chunk for chunk, note in notes.items() if note.get("records") is not None]
+        chunks = [chunk for chunk, note in notes.items() if note["records"] is not None]
         records = {chunk: Records(self.record_path(chunk), len(self.images(chunk))) for chunk in chunks}
         return CodeTable(ids, index, MappedAnnotations(records, self.chunk, index, self.views) if records else None)
 
@@ -266,16 +260,6 @@ def read_note(path: Path) -> dict[str, Any] | None:
 
 
 Encode = Callable[[Tensor], Tensor]  # uint8, or floats in [-1, 1], (B, C, H, W) -> ids (B, V, h, w)
-
-
-def has_annotations(dataset: Dataset) -> bool:
-    """Whether the first image that can be read has fields beside image and label."""
-    for index in range(len(dataset)):
-        try:
-            return bool(annotations_of(dataset[index]))
-        except UnreadableImage:
-            continue
-    return False
 
 
 def code_table(

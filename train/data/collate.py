@@ -21,7 +21,7 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
       their first axis: (B, n, ...), padded with zeros, beside <name>_mask (B, n) bool, which is True where an item has
       an entry. It is there in every batch.
     - Other tensors, such as a `tv_tensors.Mask` (H, W) or ids: (B, ...), of the dtype they have.
-    - Numbers: (B,) bool, int64 or float32.
+    - Numbers: (B,) float32 where one has a fraction, else int64; truth values: (B,) bool.
     - Strings and lists of strings: a list of B of them.
 
     So an example depends on its batch-mates for nothing but the length of its padding. ValueError where the items do
@@ -47,7 +47,7 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
 def collate_field(name: str, values: list[Any]) -> Batch:
     """The field of a batch, with its mask where it is ragged."""
     kinds = sorted({kind_of(name, value) for value in values})
-    if len(kinds) > 1:
+    if len(kinds) > 1 and kinds != ["float", "int"]:
         raise ValueError(
             f"field {name!r} of the items of a batch is {' and '.join(kinds)}, wanted one type in all items"
         )
@@ -80,7 +80,7 @@ def kind_of(name: str, value: Any) -> str:
 
 
 def box_format(value: Tensor) -> str:
-    """In which numbers boxes are told, such as XYXY; empty for other tensors."""
+    """The format of boxes, such as XYXY; empty for other tensors."""
     if type(value) is Tensor or isinstance(value, Ragged):
         return ""
     from torchvision import tv_tensors

@@ -29,7 +29,7 @@ from train.config import DataConfig
 from train.data.annotations import pack
 from train.data.collate import collate
 from train.data.image_cache import cached_images
-from train.data.transforms import to_item, to_uint8, training_views
+from train.data.transforms import in_8_bits, to_item, training_views
 from train.datasets import Blocks, Dataset, DatasetConfig, UnreadableImage
 from train.distributed import World
 from train.loop import Batch
@@ -221,7 +221,14 @@ class TrainingImages:
                 with seeded(seed_of(self.seed, "adapt", position)):
                     item = adapted(self.adapt, item)
             items.append(item)
-        return collate(items) | {"position": torch.tensor(positions)}
+        return with_fields(collate(items), {"position": torch.tensor(positions)})
+
+
+def with_fields(batch: Batch, added: Batch) -> Batch:
+    """A batch of items with what the loader adds; ValueError where items have a field of such a name."""
+    if twice := sorted(batch.keys() & added.keys()):
+        raise ValueError(f"the items have {', '.join(twice)}, which batches have beside them: name it otherwise")
+    return batch | added
 
 
 @contextmanager
@@ -329,8 +336,7 @@ def images_in_order(
     for batch in DataLoader(InOrder(source), batch_size=None, sampler=lists, num_workers=workers, worker_init_fn=apart):
         skipped += batch.pop("skipped")
         if batch["image"] is not None:
-            floats = batch["image"].is_floating_point()
-            yield batch | {"image": to_uint8(batch["image"])} if floats else batch
+            yield batch | {"image": in_8_bits(batch["image"])}
     if skipped:
         warnings.warn(f"skipped {len(skipped)} unreadable images: {'; '.join(skipped)}", stacklevel=2)
 
@@ -370,7 +376,7 @@ class TrainingCodes:
         if self.annotations is None:
             return batch
         places = zip(view.tolist(), row.tolist(), strict=True)
-        return collate([self.annotations[place] for place in places]) | batch
+        return with_fields(collate([self.annotations[place] for place in places]), batch)
 
 
 def streams(seed: int, purpose: str, batch: Batch, device: torch.device) -> Streams:

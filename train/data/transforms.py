@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from train.config import DataConfig
-from train.datasets import FloatImage
+from train.datasets import FloatImage, UnreadableImage
 from train.datasets._decode import to_8_bits, to_16_bits
 
 MODES = {1: "L", 3: "RGB"}
@@ -38,7 +38,8 @@ def to_item(item: dict[str, Any], size: tuple[int, int], n_channels: int, data_r
 
     The image is brought to grey (n_channels 1) or RGB (3), resized so that it covers `size` = (height, width) (bicubic,
     antialiased), and its centre is kept. Boxes, masks (nearest) and further images follow it; boxes that are then
-    partly or wholly out of sight are clamped, so that each keeps its row, and some have no area.
+    partly or wholly out of sight keep their rows: they are clamped, and some have no area; with a `clamping_mode` of
+    None they stay as they are.
 
     Images of 8 bits stay so. With `data_range`, those of 16 bits become floats in [-1, 1]; without, they are scaled to
     8 bits. Floats go by `data_range`, or by the range that their `FloatImage` says. ValueError for other sizes,
@@ -103,7 +104,10 @@ def to_pixels(image: Any, n_channels: int, data_range: Range | None) -> Image.Im
 
 
 def scale(pixels: np.ndarray, value_range: Range, n_channels: int) -> Tensor:
-    """(H, W) or (H, W, 3) -> a `tv_tensors.Image` (n_channels, H, W), float32 in [-1, 1]; what is beyond is clamped."""
+    """(H, W) or (H, W, 3) -> a `tv_tensors.Image` (n_channels, H, W), float32 in [-1, 1]; what is beyond is clamped.
+
+    `UnreadableImage` where a pixel is nan or infinite.
+    """
     from torchvision import tv_tensors
     from torchvision.transforms.v2 import functional as F
 
@@ -112,6 +116,8 @@ def scale(pixels: np.ndarray, value_range: Range, n_channels: int) -> Tensor:
         raise ValueError(f"got values from {low} to {high}, wanted the lower first: pass --data_range LOWEST HIGHEST")
     if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
         raise ValueError(f"got an image {pixels.shape}, wanted (H, W) or (H, W, 3)")
+    if not np.isfinite(pixels).all():
+        raise UnreadableImage("its field image has pixels that are nan or infinite, wanted finite ones: fill them in")
     levels = torch.from_numpy(((pixels.astype(np.float64) - low) * (2 / (high - low)) - 1).astype(np.float32))
     levels = levels[None] if levels.ndim == 2 else levels.permute(2, 0, 1).contiguous()
     if n_channels == 1 and len(levels) == 3:
@@ -124,7 +130,7 @@ class View:
     """A fixed view of an item: a crop is cut out, mirrored left to right if `flip`, then moved dx right and dy down.
 
     What comes into sight at the border is black: 0, in float images -1. Boxes that are then partly or wholly out of
-    sight are clamped, so that each keeps its row. ValueError for items that a crop is not a part of.
+    sight keep their rows, clamped as in `to_item`. ValueError for items that a crop is not a part of.
     """
 
     flip: bool = False
@@ -218,6 +224,18 @@ def to_float(image: Tensor) -> Tensor:
 def to_uint8(image: Tensor) -> Tensor:
     """Floats in [-1, 1] of any shape -> uint8, rounded; values outside are clamped."""
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def in_8_bits(image: Tensor) -> Tensor:
+    """An image of an item, any shape, as uint8: to show it, and to compare it with what a model gives."""
+    return to_uint8(image) if image.is_floating_point() else image
+
+
+def range_of_picture(picture: Any, data_range: Range | None) -> Range | None:
+    """The range by which a model of `data_range` takes a picture that it did not train on: none for one of 8 bits,
+    which is as the model's own images are shown."""
+    of_8_bits = isinstance(picture, Image.Image) and not picture.mode.startswith("I;16")
+    return None if of_8_bits else data_range
 
 
 def from_unit_range(image: Tensor, value_range: Range) -> Tensor:

@@ -5,14 +5,17 @@ import dataclasses
 import importlib
 import inspect
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from experiments import get_samples
 from experiments.harness.batches import FOLDER, ResumableBatches
 from experiments.harness.experiment import (
     FirstStageModelConfig,
@@ -20,9 +23,11 @@ from experiments.harness.experiment import (
     ModelConfig,
     OutputConfig,
     Prepared,
+    open_results,
     run_experiment,
 )
-from helpers.tiny_runs import ROOT
+from helpers.tiny_runs import ROOT, call
+from train.config import SamplingConfig
 from train.distributed import World
 from train.files import sha256
 from train.first_stage import FirstStage
@@ -64,6 +69,15 @@ def test_an_experiment_is_a_config_a_measure_and_a_report(name):
     signature = inspect.signature(module.report)
     assert list(signature.parameters) == ["results", "folder"] and signature.return_annotation is str
     assert module.measure.__doc__ and module.report.__doc__ and not hasattr(module, "main")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_weights_of_features_count_by_their_content(name):
+    groups = (field.type for field in dataclasses.fields(importlib.import_module(f"experiments.{name}").Config))
+    flags = {field.name for group in groups for field in dataclasses.fields(group)}
+    how = {keyword.arg: keyword.value for keyword in call_in(name).keywords}
+    files = ast.unparse(how["files"]) if "files" in how else ""
+    assert "inception_weights" not in flags or "inception_weights" in files or files == "files"
 
 
 # a toy experiment on a tiny model
@@ -155,6 +169,51 @@ def test_a_file_with_another_content_is_measured_anew(toy, tmp_path):
     path.unlink()  # what was measured of it stands
     toy(flags, files=("file",))
     assert len(toy.made) == 6
+
+
+def test_a_second_measurement_that_was_cut_off_resumes(toy, tmp_path):
+    path = tmp_path / "data.txt"
+    path.write_text("one")
+    toy(f"--file {path}", files=("file",))
+    path.write_text("two")
+    toy.fails_at, toy.made = 2, []
+    with pytest.raises(SystemExit):
+        toy(f"--file {path}", files=("file",))
+    toy.fails_at, toy.made = None, []
+    toy(f"--file {path}", files=("file",))
+    assert toy.made == [[4]] and not (toy.logs / "toy_absorbing_digits_3" / FOLDER).exists()
+
+
+def test_every_rank_asks_for_the_conditions_that_one_tries(tmp_path):
+    """The source may encode a data set, in which all ranks take part."""
+    asked, tried = [], []
+    model = SimpleNamespace(
+        run=tmp_path / "run",
+        step=3,
+        origin={},
+        condition_source=lambda options: asked.append(options) or "source",
+        try_out=lambda options, source, **how: tried.append(source),
+    )
+    config = get_samples.Config(
+        samples=get_samples.SamplesConfig(),
+        model=ModelConfig(),
+        sampling=SamplingConfig(),
+        output=OutputConfig(logs_root=str(tmp_path)),
+    )
+    for is_main in (False, True):  # any: of the main rank, the folder is not there
+        world = SimpleNamespace(is_main=is_main, any=lambda flag: [True], barrier=lambda: None)
+        open_results("samples", config, model, world, Prepared(()))
+    assert len(asked) == 2 and tried == ["source"]
+
+
+def test_the_example_of_the_docs_runs(trained, tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "extending.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "run_experiment(" in block)
+    (tmp_path / "calc_brightness.py").write_text(code)
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    call(tmp_path / "calc_brightness.py", f"--logs_root {trained} --no_amp --n_samples 2 --sample_steps 2")
+    results = json.loads((trained / "brightness_absorbing_digits_3" / "results.json").read_text())
+    assert 0 <= results["value"] <= 255
 
 
 def test_other_settings_in_the_same_folder_are_refused(toy, capfd):

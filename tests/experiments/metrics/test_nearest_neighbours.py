@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torchvision import tv_tensors
 
 from experiments.calc_nearest_neighbours import evenly, figures
 from experiments.harness.batches import ResumableBatches
@@ -11,7 +12,7 @@ from experiments.metrics.image_pairs import Closeness
 from experiments.metrics.nearest_neighbours import Candidates, candidates, in_view, merged, ranked, reranked
 from train.config import DataConfig
 from train.data.loading import ImageSource
-from train.data.transforms import training_views
+from train.data.transforms import to_float, to_uint8, training_views
 from train.datasets import ArrayDataset, UnreadableImage
 from train.distributed import World
 
@@ -136,6 +137,15 @@ def test_a_mirrored_training_image_is_found_as_a_copy(tmp_path):
     assert found["distances"].shape == (2, 3) and found["distances"].diff(dim=1).ge(0).all()
     shown = in_view(source, training_views(source.config), found["images"][0, 0], found["views"][0, 0])
     assert torch.equal(shown, image.flip(2))
+
+
+def test_a_training_image_of_floats_is_seen_in_8_bits():
+    source = source_of(3, shift=1)
+    floats = to_float(source[1]["image"].as_subclass(torch.Tensor))
+    source.kept[1] = {"image": tv_tensors.Image(floats)}
+    for view, seen in enumerate(training_views(source.config)):
+        shown = in_view(source, training_views(source.config), torch.tensor(1), torch.tensor(view))
+        assert shown.dtype == torch.uint8 and torch.equal(shown, seen(to_uint8(floats)))
 
 
 def test_figures_by_hand():

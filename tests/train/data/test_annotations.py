@@ -13,7 +13,7 @@ from helpers.annotated_images import FIELDS, Annotated, annotated, assert_same_f
 from helpers.toy_encoding import COUNT, by_two, captions, codes_in
 from train.config import DataConfig
 from train.data.annotations import Records, pack, unpack, write_records
-from train.data.code_cache import CodeFile, read_note, write_note
+from train.data.code_cache import CodeFile
 from train.data.loading import ImageSource, TrainingImages, training_batches
 from train.datasets import DatasetConfig, FloatImage, UnreadableImage
 from train.distributed import World
@@ -201,34 +201,6 @@ def test_damaged_annotations_are_encoded_again(tmp_path, damage, monkeypatch):
     with pytest.warns(UserWarning, match="1 of 3 chunks are encoded again"):
         assert_same_fields(codes_of(tmp_path, dataset)[list(range(7))], wanted)
     assert decoded == [3, 4, 5]
-
-
-def as_an_earlier_version(folder):
-    """Takes what notes say of annotations, and these, away."""
-    (path,) = folder.rglob("*.note")
-    note = read_note(path)
-    for chunk in note["chunks"].values():
-        del chunk["records"]
-    write_note(path, note)
-    for records in folder.rglob("*.records"):
-        records.unlink()
-
-
-def test_codes_of_an_earlier_version_stay_where_nothing_is_missing(tmp_path):
-    wanted = codes_of(tmp_path, plain())[[0, 1, 2]]
-    as_an_earlier_version(tmp_path)
-    dataset, decoded = counted(plain())
-    assert_same_fields(codes_of(tmp_path, dataset)[[0, 1, 2]], wanted)
-    assert decoded == [0]  # to see that there is nothing but a label
-
-
-def test_codes_of_an_earlier_version_without_annotations_are_made_again(tmp_path):
-    wanted = codes_of(tmp_path, annotated())[[0, 1, 2]]
-    as_an_earlier_version(tmp_path)
-    assert_same_fields(codes_of(tmp_path, annotated())[[0, 1, 2]], wanted)
-    dataset, decoded = counted(annotated())
-    assert_same_fields(codes_of(tmp_path, dataset)[[0, 1, 2]], wanted)
-    assert decoded == []
 
 
 def test_unreadable_images_leave_the_others_their_annotations(tmp_path):

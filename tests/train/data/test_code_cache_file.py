@@ -205,6 +205,12 @@ def test_codes_of_an_earlier_version_are_named_once_with_their_size(tmp_path, mo
         codes_in(tmp_path, file=code_file(tmp_path, key="new"))
         said = capfd.readouterr().out
         assert (f"to free {old.path.stat().st_size / 1e9:.3g} GB, delete {old.path}" in said) == wanted
+    records = old.beside("annotations")
+    records.mkdir()
+    (records / "00000000.records").write_bytes(b"1" * 10**7)
+    codes_in(tmp_path, file=code_file(tmp_path, key="newest"))
+    size = (old.path.stat().st_size + 10**7) / 1e9
+    assert f"to free {size:.3g} GB, delete {old.path} {records}" in capfd.readouterr().out
     old.delete()
     codes_in(tmp_path, file=code_file(tmp_path, key="newer"))
     assert "delete" not in capfd.readouterr().out  # what this version made stays

@@ -11,7 +11,7 @@ from torchvision import tv_tensors
 from helpers.annotated_images import CLASSES, FIELDS, annotated, assert_same_fields
 from train.config import DataConfig
 from train.data.collate import as_tensor, collate
-from train.data.loading import ImageSource, TrainingImages, on_device, training_batches
+from train.data.loading import ImageSource, TrainingCodes, TrainingImages, on_device, training_batches
 from train.data.transforms import to_float
 from train.datasets import FloatImage, Ragged
 from train.distributed import World
@@ -106,7 +106,8 @@ def test_an_example_does_not_depend_on_its_batch_mates():
         ([{"a": 1, "b": 2}, {"a": 1}], "have b and some do not"),
         ([{"a": torch.zeros(2)}, {"a": torch.zeros(3)}], r"'a' .* shapes \[\(2,\), \(3,\)\], wanted one .*Ragged"),
         ([{"a": Ragged([[1, 2]])}, {"a": Ragged([[1]])}], "'a' .* wanted one after the first axis"),
-        ([{"a": 1}, {"a": 1.5}], "'a' .* float and int, wanted one type"),
+        ([{"a": 1}, {"a": True}], "'a' .* bool and int, wanted one type"),
+        ([{"a": 1.5}, {"a": True}], "'a' .* bool and float, wanted one type"),
         ([{"a": torch.zeros(2)}, {"a": torch.zeros(2, dtype=torch.int64)}], "'a' .* wanted one type"),
         ([{"a": Ragged([1])}, {"a": torch.tensor([1])}], "'a' .* wanted one type"),
         ([{"a": boxes([1, 2, 3, 4])}, {"a": boxes([1, 2, 3, 4], format="XYWH")}], "XYWH and .* XYXY, wanted one type"),
@@ -120,6 +121,25 @@ def test_an_example_does_not_depend_on_its_batch_mates():
 def test_items_that_make_no_batch_are_refused_by_field(items, message):
     with pytest.raises(ValueError, match=message):
         collate(items)
+
+
+def test_whole_numbers_and_fractions_are_of_one_type():
+    batch = collate([{"score": 1}, {"score": 1.5}])
+    assert batch["score"].dtype == torch.float32 and batch["score"].tolist() == [1, 1.5]
+
+
+@pytest.mark.parametrize("name, source", [("position", "images"), ("position", "codes"), ("codes", "codes")])
+def test_a_field_that_the_loader_gives_is_refused_by_name(name, source):
+    class Odd(type(annotated())):
+        def __getitem__(self, index):
+            return {"image": self.images[index], "label": 0, name: 3}
+
+    sources = {
+        "images": TrainingImages(ImageSource(Odd(**vars(annotated())), CONFIG), seed=0),
+        "codes": TrainingCodes(torch.zeros(1, 7, 2, 2).long(), None, 0, {(0, row): {name: 3} for row in range(7)}),
+    }
+    with pytest.raises(ValueError, match=f"the items have {name}, .* name it otherwise"):
+        sources[source][[0, 1]]
 
 
 def test_a_single_number_is_not_ragged():

@@ -20,7 +20,7 @@ from train.data.transforms import (
     training_views,
     views,
 )
-from train.datasets import FloatImage, Ragged
+from train.datasets import FloatImage, Ragged, UnreadableImage
 
 
 def boxed(image, box, size):
@@ -178,6 +178,22 @@ def test_a_given_range_goes_before_the_declared_one():
     assert to_item({"image": image}, (1, 2), 1)["image"].tolist() == [[[-1, 1]]]
     assert to_item({"image": image}, (1, 2), 1, (0.0, 4.0))["image"].tolist() == [[[-1, 0]]]
     assert to_item({"image": image.pixels}, (1, 2), 1, (0.0, 4.0))["image"].tolist() == [[[-1, 0]]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_pixels_that_are_no_numbers_are_refused(value):
+    pixels = np.zeros((4, 4), np.float32)
+    pixels[1, 2] = value
+    for image, data_range in ((FloatImage(pixels, (0, 1)), None), (pixels, (0, 1))):
+        with pytest.raises(UnreadableImage, match="image has pixels that are nan or infinite"):
+            to_item({"image": image}, (4, 4), 1, data_range)
+
+
+def test_boxes_that_ask_for_no_clamping_are_not_clamped():
+    boxes = torch.tensor([[0, 0, 4, 4], [10, 4, 16, 8]])  # the centre of the wide image is x from 4 to 12
+    for mode, wanted in (("soft", [[0, 0, 0, 4], [6, 4, 8, 8]]), (None, [[-4, 0, 0, 4], [6, 4, 12, 8]])):
+        given = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(8, 16), clamping_mode=mode)
+        assert to_item({"image": np.zeros((8, 16), np.uint8), "boxes": given}, (8, 8), 1)["boxes"].tolist() == wanted
 
 
 @pytest.mark.parametrize(
