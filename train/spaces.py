@@ -31,7 +31,7 @@ class EditInput(NamedTuple):
 
 
 class Space(Protocol):
-    """`model_args` is what a sampler's `build` is told, `origin` what a run notes of it to know it again."""
+    """`model_args` is what a sampler's `build` takes, `origin` what a run notes of it to know it again."""
 
     first: FirstStage | None
     tokens: int  # codes that an image is; 0 where it is none
