@@ -49,7 +49,7 @@ def sampled_images(
     codes, "codes" (B, h, w): those of the file `samples`, else `n_samples` new ones."""
     if samples is not None:
         content = read_samples(Path(samples))
-        names = ("image", "codes") if trained.space.tokens else ("image",)  # codes of another model are not looked at
+        names = ("image", "codes") if trained.space.tokens else ("image",)  # a model of pixels has none to compare
         given = {name: content[name] for name in names if name in content}
         return len(given["image"]), lambda indices: {name: each[indices] for name, each in given.items()}
     source = trained.condition_source(options)

@@ -227,7 +227,7 @@ class TrainingImages:
 def with_fields(batch: Batch, added: Batch) -> Batch:
     """A batch of items with what the loader adds; ValueError where items have a field of such a name."""
     if twice := sorted(batch.keys() & added.keys()):
-        raise ValueError(f"the items have {', '.join(twice)}, which batches have beside them: name it otherwise")
+        raise ValueError(f"the items have {', '.join(twice)}, a name that batches use themselves: name it otherwise")
     return batch | added
 
 
