@@ -1,6 +1,6 @@
 """Stage 2: codes, latents or pixels -> a learned sampler of images. `python train_sampler.py --sampler ddpm --help`"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -9,7 +9,7 @@ from experiments.metrics.training_distance import of_samples
 from train.cli.parse import first_stage_data, run_script
 from train.condition_source import read_rows
 from train.config import SecondStageConfig
-from train.data.loading import build_dataset
+from train.data.loading import build_dataset, with_declared_range
 from train.inference import TrainedSampler, class_frequencies
 from train.registry import dotted
 from train.runs import begin, origin_of, run_folder, workplace
@@ -24,11 +24,13 @@ class Config(SecondStageConfig):
 
 
 def main(config: Config) -> None:
-    data, training, logging = config.data, config.training, config.logging
-    run = run_folder(logging.logs_root, logging.log_dir or f"{config.sampler.sampler}_{data.dataset}")
+    training, logging = config.training, config.logging
+    run = run_folder(logging.logs_root, logging.log_dir or f"{config.sampler.sampler}_{config.data.dataset}")
     adapt = dotted(config.sampler.adapt, "--adapt") if config.sampler.adapt else None
     with workplace(run, training) as here:
-        images = {split: build_dataset(data, config.reader, split) for split in ("train", "val")}
+        images = {split: build_dataset(config.data, config.reader, split) for split in ("train", "val")}
+        data = with_declared_range(config.data, images["train"])
+        config = replace(config, data=data)
         space = open_space(config, origin_of(run), images["train"], here)
         frequencies = class_frequencies(images["train"])
         sampler, state = build_state(config.sampler, training, space, len(frequencies), here)

@@ -7,7 +7,7 @@ from functools import partial
 from experiments.metrics.training_distance import of_reconstructions
 from train.cli.parse import run_script
 from train.config import VQGANRunConfig
-from train.data.loading import ImageSource, TrainingImages, build_dataset
+from train.data.loading import ImageSource, TrainingImages, build_dataset, with_declared_range
 from train.runs import begin, perceptual_origin, run_folder, workplace
 from train.trainer import make_hooks, train
 from train.vqgan import VQGANReports, VQGANStep, build_state
@@ -20,18 +20,18 @@ class Config(VQGANRunConfig):
 
 
 def main(config: Config) -> None:
-    data, training, logging = config.data, config.training, config.logging
-    run = run_folder(logging.logs_root, logging.log_dir or f"vqgan_{data.dataset}")
+    training, logging = config.training, config.logging
+    run = run_folder(logging.logs_root, logging.log_dir or f"vqgan_{config.data.dataset}")
     with workplace(run, training) as here:
-        images, validation = (
-            ImageSource(build_dataset(data, config.reader, split), data, margin=margin)
-            for split, margin in (("train", data.crop_margin), ("val", 0))
-        )
+        splits = {split: build_dataset(config.data, config.reader, split) for split in ("train", "val")}
+        data = with_declared_range(config.data, splits["train"])
+        margins = {"train": data.crop_margin, "val": 0}
+        images, validation = (ImageSource(splits[split], data, margin=margins[split]) for split in splits)
         net, weights = config.loss.perceptual_net, config.loss.perceptual_weights
         name, perceptual = load_perceptual(net if config.loss.perceptual_weight else "none", weights)
         weights = None if perceptual is None else weights
         loss = dataclasses.replace(config.loss, perceptual_net=name, perceptual_weights=weights)
-        config = dataclasses.replace(config, loss=loss)
+        config = dataclasses.replace(config, loss=loss, data=data)
         state = build_state(config.network, config.loss, data, training, here)
         hooks, distance = make_hooks(training.hooks, state), None
         if logging.steps_per_FD:

@@ -13,7 +13,7 @@ from train.config import DataConfig
 from train.data import image_cache
 from train.data.code_cache import CHUNK, CodeFile, CodeTable, cache_key, code_table
 from train.data.loading import ImageSource
-from train.data.transforms import to_float, to_uint8, training_views
+from train.data.transforms import from_unit_range, to_float, to_uint8, training_views
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import World
 from train.execution import autocast, has_native_bf16
@@ -59,8 +59,19 @@ class FirstStage:
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
         """ids (B, h, w) -> uint8 (B, C, H, W)."""
+        return to_uint8(self.decode_floats(ids))
+
+    @torch.no_grad()
+    def decode_floats(self, ids: Tensor) -> Tensor:
+        """ids (B, h, w) -> floats (B, C, H, W), in [-1, 1] but for what overshoots."""
         with autocast(self.device, self.amp):
-            return to_uint8(self.vqgan.decode(ids.to(self.device)))
+            return self.vqgan.decode(ids.to(self.device))
+
+    def values(self, ids: Tensor) -> dict[str, Tensor]:
+        """{"values": (B, C, H, W)} in the units of data with a --data_range, which 8 bits do not hold; {} of others."""
+        if self.data.data_range is None:
+            return {}
+        return {"values": from_unit_range(self.decode_floats(ids), self.data.data_range).cpu()}
 
     @torch.no_grad()
     def encode_latents(self, images: Tensor) -> Tensor:

@@ -163,7 +163,7 @@ class Pixels(Continuous):
         return to_uint8(x)
 
     def kept(self, x: Tensor) -> dict[str, Tensor]:
-        """With --data_range, the values in the units of the data: 8 bits do not hold them."""
+        """{"values": (B, C, H, W)} in the units of data with a --data_range, which 8 bits do not hold; {} of others."""
         return {} if self.data.data_range is None else {"values": from_unit_range(x, self.data.data_range).cpu()}
 
     def begun(self, images: Tensor, hidden: Tensor) -> EditInput:
@@ -195,6 +195,10 @@ class Latents(Continuous):
 
     def decode(self, x: Tensor) -> Tensor:
         return self.first.decode_latents(x / self.scale)
+
+    def kept(self, x: Tensor) -> dict[str, Tensor]:
+        """The values of its images, by way of the nearest codes."""
+        return self.first.values(self.first.vqgan.quantizer.assign(x / self.scale))
 
     def begun(self, images: Tensor, hidden: Tensor) -> EditInput:
         x0 = self.first.encode_latents(to_float(filled_in(images, hidden))) * self.scale
@@ -250,7 +254,7 @@ class Codes:
         return torch.where(rng.uniform(a.shape) < share, b, a)
 
     def kept(self, x: Tensor) -> dict[str, Tensor]:
-        return {"codes": x.cpu()}
+        return {"codes": x.cpu()} | self.first.values(x)
 
     def shown(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
         """Codes that are still masked become grey squares; `predicted` is logits."""

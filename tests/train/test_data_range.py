@@ -1,12 +1,14 @@
 """Images of 16 bits from files to samples: trained on in [-1, 1], given back in their own units."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+import train.datasets
 from helpers.tiny_runs import DDPM, SAMPLER, VQGAN, call
 from train.data.transforms import to_item
 from train.datasets._decode import decode
@@ -110,3 +112,70 @@ def test_neighbours_are_ranked_in_8_bits(trained, of_files):
     call("experiments/calc_nearest_neighbours.py", f"{flags} --features pixels --rerank pixels --log_dir near")
     found = json.loads((trained / "near" / "results.json").read_text())
     assert 0 < found["median_held_out"] and len(found["neighbours"]) == 2
+
+
+FLOATS = """
+from dataclasses import dataclass
+
+import numpy as np
+
+from train.datasets import DatasetConfig, FloatImage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DatasetConfig):
+    pass
+
+
+class Heights:
+    n_classes, labels = 0, None
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng(index)
+        return {"image": FloatImage(rng.uniform(-50, 2000, (8, 8)).astype(np.float32), (-50.0, 2000.0))}
+
+    def fingerprint(self):
+        return "heights"
+
+
+def build(config, split):
+    return Heights()
+"""
+
+
+@pytest.fixture
+def heights(tmp_path, monkeypatch):
+    """A data set of floats, which declares their range."""
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "heights.py").write_text(FLOATS)
+    monkeypatch.setattr(train.datasets, "__path__", [*train.datasets.__path__, str(tmp_path / "plugins")])
+    yield f"--dataset heights --n_channels 1 --img_size 8 --no_amp --logs_root {tmp_path} --steps_per_eval 0"
+    monkeypatch.delitem(sys.modules, "train.datasets.heights", raising=False)
+
+
+def test_a_run_keeps_the_range_that_its_data_declare(heights, tmp_path, capfd):
+    call("train_sampler.py", f"{DDPM} {heights} --log_dir own --train_steps 1")
+    assert yaml.safe_load((tmp_path / "own" / "config.yaml").read_text())["data"]["data_range"] == [-50.0, 2000.0]
+    call("train_sampler.py", f"{DDPM} {heights} --log_dir own --train_steps 2")
+    assert "going on from step 1 of 2" in capfd.readouterr().out
+    flags = f"--sampler ddpm --dataset heights --logs_root {tmp_path} --load_dir own --no_amp --log_dir samples"
+    call("experiments/get_samples.py", f"{flags} --n_samples 2 --sample_steps 2")
+    with np.load(tmp_path / "samples" / "samples.npz") as arrays:
+        values = arrays["values"]
+    assert values.min() >= -50 and 255 < values.max() <= 2000
+
+
+def test_codes_and_latents_of_a_range_give_values_too(heights, tmp_path):
+    call("train_vqgan.py", f"{VQGAN} {heights} --perceptual_net none --log_dir vqgan --train_steps 1 --img_size 16")
+    for name, sampler in (("codes", f"--sampler absorbing {SAMPLER}"), ("latents", DDPM.replace("--img_size 8", ""))):
+        flags = f"{heights.replace('--img_size 8', '')} --ae_load_dir vqgan --log_dir {name} --train_steps 1"
+        call("train_sampler.py", f"{sampler} {flags}")
+        flags = f"--dataset heights --logs_root {tmp_path} --load_dir {name} --n_samples 2 --sample_steps 2 --no_amp"
+        sampler = "absorbing" if name == "codes" else "ddpm"
+        call("experiments/get_samples.py", f"--sampler {sampler} {flags} --log_dir of_{name}")
+        with np.load(tmp_path / f"of_{name}" / "samples.npz") as arrays:
+            values, shown = arrays["values"], arrays["arr_0"][..., 0]
+        assert np.abs((values[:, 0] + 50) / 2050 * 255 - shown).max() <= 0.51 and values.max() > 255

@@ -30,7 +30,7 @@ from train.data.annotations import pack
 from train.data.collate import collate
 from train.data.image_cache import cached_images
 from train.data.transforms import in_8_bits, to_item, training_views
-from train.datasets import Blocks, Dataset, DatasetConfig, UnreadableImage
+from train.datasets import Blocks, Dataset, DatasetConfig, FloatImage, UnreadableImage
 from train.distributed import World
 from train.loop import Batch
 from train.registry import plugin
@@ -131,6 +131,20 @@ def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Datase
     """The images of one split, by the reader that the config names."""
     module = plugin("train.datasets", data.reader or data.dataset, "data set")
     return module.build(dataclasses.replace(reader, data_dir=data_dir_of(data.dataset, reader.data_dir)), split)
+
+
+def with_declared_range(data: DataConfig, images: Dataset) -> DataConfig:
+    """The config with the range of values that a data set of floats declares: so a run keeps it, and can invert it."""
+    if data.data_range is not None:
+        return data
+    for index in range(len(images)):
+        try:
+            image = images[index]["image"]
+        except UnreadableImage:
+            continue
+        low_high = tuple(map(float, image.value_range)) if isinstance(image, FloatImage) else None
+        return dataclasses.replace(data, data_range=low_high)
+    return data
 
 
 class Positions(Protocol):
