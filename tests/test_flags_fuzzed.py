@@ -170,7 +170,7 @@ def test_any_yaml_file(scripts, name, text):
     scripts.check(name, [f"--config={scripts.file(text)}"])
 
 
-@fuzz(70)
+@fuzz(35)
 @given(st.data())
 def test_any_value_of_a_real_flag(scripts, data):
     """In the section of a file, and typed."""
@@ -183,7 +183,7 @@ def test_any_value_of_a_real_flag(scripts, data):
     scripts.check(name, data.draw(st.sampled_from([[f"--config={file}", *argv], [*argv, f"--{flag}", text]])))
 
 
-@fuzz(50)
+@fuzz(25)
 @given(st.sampled_from(NAMES), commands)
 def test_any_command_line(scripts, name, argv):
     scripts.check(name, argv)
@@ -199,7 +199,7 @@ def test_any_config_of_a_run(scripts, name, run, text):
     path.unlink()
 
 
-@fuzz(200)
+@fuzz(100)
 @given(documents | rubbish | st.builds("ffhq: {}".format, value))
 def test_any_datasets_yaml(scripts, text):
     scripts.file(text).rename(scripts.folder / "datasets.yaml")
@@ -213,7 +213,7 @@ def test_any_datasets_yaml(scripts, text):
             assert path is None or path.startswith("/")
 
 
-@fuzz(150)
+@fuzz(75)
 @given(plain, st.data())
 def test_any_json_file(scripts, said, data):
     """One key of a file that is right, with another value."""

@@ -61,7 +61,7 @@ def test_two_processes_train_the_vqgan_of_one(logs, two, way):
     assert any("val/l1" in row for row in lines(logs / way))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_train_the_absorbing_sampler_of_one(logs, two, way):
     codes = logs / "whole" / "codes"
     by_one = {path.name: path.read_bytes() for path in codes.iterdir()}
@@ -112,7 +112,8 @@ def test_averages_on_their_way_to_the_log_go_on_in_two_processes(tmp_path, two):
     assert_same_losses(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_gradients_are_exchanged_once_for_all_parts_of_a_batch(tmp_path, two, way):
     flags = f"--logs_root {tmp_path} {DDPM} --no_amp --batch_size 8 --train_steps 1 --steps_per_eval 0 --parallel {way}"
     counts = []
