@@ -174,12 +174,13 @@ def read_column(path: Path, name: str, values: list[Any], data: DataConfig) -> l
     dtype, ragged = torch.int64 if whole else torch.float32, any(isinstance(e, list) for v in values for e in v)
     try:
         tensors = [torch.tensor(value, dtype=dtype) for value in values]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: field {name!r} holds lists that are no tensors ({error})") from error
-    if not ragged:
-        return tensors
-    width = next(tensor.shape[1] for tensor in tensors if tensor.ndim == 2)
-    return [Ragged(tensor.view(len(tensor), width)) for tensor in tensors]
+        if not ragged:
+            return tensors
+        (shape,) = {tensor.shape[1:] for tensor in tensors if len(tensor)}  # an empty list tells nothing of it
+        return [Ragged(tensor.view(len(tensor), *shape)) for tensor in tensors]
+    except (TypeError, ValueError, RuntimeError) as error:
+        wanted = "lists of numbers, or lists of as long lists of numbers"
+        raise ValueError(f"{path}: field {name!r} is no tensor ({error}): wanted {wanted}") from error
 
 
 def leaves(value: Any) -> list[Any]:
@@ -203,8 +204,4 @@ def condition_origin(condition_file: str | None) -> dict[str, str]:
     rows = raw_rows(path)
     named = [image_file(path, name, row[name]) for row in rows for name in row if name.endswith("_image")]
     digests = [sha256(file) for file in (path, *dict.fromkeys(named))]
-    return {"condition_sha256": digests[0] if len(digests) == 1 else sha256_of(digests)}
-
-
-def sha256_of(words: Sequence[str]) -> str:
-    return hashlib.sha256("/".join(words).encode()).hexdigest()
+    return {"condition_sha256": hashlib.sha256("/".join(digests).encode()).hexdigest()}

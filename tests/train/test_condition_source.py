@@ -157,6 +157,7 @@ BROKEN = {
     "holds no rows": ("rows.csv", "label\n"),
     "is no JSON": ("rows.json", "[{"),
     "holds no list of objects": ("rows.json", '{"label": 3}'),
+    "field 'boxes' is no tensor": ("rows.json", '[{"boxes": [[0, 0]]}, {"boxes": [[0, 0, 1]]}]'),
     "row 1 and the first differ in words": ("rows.json", '[{"label": 3}, {"label": 3, "words": "a"}]'),
     "row 0 does not have as many columns as the header": ("rows.csv", "label,words\n3\n"),
     "none.png not found, which .* names as its condition_image": ("rows.json", '[{"condition_image": "none.png"}]'),
