@@ -10,7 +10,7 @@ from types import ModuleType
 
 from torch import nn
 
-# Where public classes and functions stood, and where they stand now: docs/extending.md has the same list.
+# Where public classes and functions stood, and where they stand now: docs/moved.md has the same list.
 MOVED = {
     "models.attend.attend": "models.sdpa.attend",
     "models.attend.attention_map": "models.sdpa.attention_map",

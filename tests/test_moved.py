@@ -82,5 +82,5 @@ def test_a_flag_with_an_old_path_ends_with_one_line(tmp_path, capfd):
 
 
 def test_the_documentation_has_the_same_list():
-    text = (ROOT / "docs" / "extending.md").read_text()
+    text = (ROOT / "docs" / "moved.md").read_text()
     assert dict(re.findall(r"^\| `([\w.]+)` \| `([\w.]+)` \|$", text, re.M)) == MOVED
