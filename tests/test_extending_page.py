@@ -15,7 +15,13 @@ from helpers.tiny_runs import DDPM, GAN, ROOT, SAMPLER, UNET, VQGAN
 TEXT = (ROOT / "docs" / "extending.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
 COMMANDS = re.findall(r"^python (.+)$", TEXT, re.M)
-PLUGINS = ("train/datasets/", "vq/quantizers/", "models/conditions/", "train/samplers/", "experiments/metrics/features/")
+PLUGINS = (
+    "train/datasets/",
+    "vq/quantizers/",
+    "models/conditions/",
+    "train/samplers/",
+    "experiments/metrics/features/",
+)
 STEPS = "--train_steps 2 --steps_per_eval 0 --no_amp"
 TINY = {  # by script: what makes it a matter of seconds
     "train_vqgan.py": f"{VQGAN} {GAN} {STEPS}",
@@ -87,7 +93,7 @@ def run_command(root: Path, command: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_runs_with_the_files_of_the_page(command, checkout):
-    assert str(checkout) in typed(checkout, command)  # the copy's own logs: nothing of this checkout was used
+    assert str(checkout) in run_command(checkout, command)  # the copy's own logs: nothing of this checkout was used
 
 
 def test_every_file_of_the_page_has_a_command():

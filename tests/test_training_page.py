@@ -20,14 +20,15 @@ SLURM = {  # stand-ins for its commands; the training step takes a moment to sav
     "srun": 'echo "$@" > srun.words; trap "sleep 0.2; echo saved > saved; exit 1" TERM; echo $$ > pid; touch running\n'
     "for _ in $(seq 100); do if [ -e over ]; then exit $(cat over); fi; sleep 0.05; done; exit 9",
     "scancel": 'echo "$@" > scancel.words; kill -TERM "$(cat pid)"',
-    "scontrol": 'if [ "$1" = requeue ]; then cp saved requeued_after; echo "$@" > requeued; else echo node7; echo node8; fi',
+    "scontrol": 'if [ "$1" != requeue ]; then echo node7; echo node8; exit; fi\n'
+    'cp saved requeued_after; echo "$@" > requeued',
 }
 VARIABLES = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_NTASKS": "16"}
 
 
 @pytest.fixture
 def job(tmp_path):
-    """The script as Slurm starts it: a process, and the folder where the stand-ins leave the words they were called with."""
+    """The script as Slurm starts it: its process, and the folder where the stand-ins leave their arguments."""
     (tmp_path / "train.sbatch").write_text(SCRIPTS[0])
     (tmp_path / "bin").mkdir()
     for name, lines in SLURM.items():
