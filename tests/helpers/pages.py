@@ -83,8 +83,11 @@ def anchors(path: Path) -> set[str]:
 
 
 def flags_named(text: str) -> set[str]:
-    """The flags in code spans, and behind a script in commands; without dashes and a leading no_."""
+    """The flags in code spans, and behind a script in commands; without dashes and a leading no_.
+
+    Ours are written with underscores: those with a hyphen are another program's.
+    """
     said = [span for span in spans(text) if not re.match(r"(pip|git|sbatch|srun|torchrun|docker) ", span)]
     said += [command.flags for command in commands(text)]
-    found = {flag for each in said for flag in re.findall(r"(?:^|\s)--([A-Za-z_]\w*)", each)}
+    found = {flag for each in said for flag in re.findall(r"(?:^|\s)--([A-Za-z_]\w*)(?![\w-])", each)}
     return {flag.removeprefix("no_") for flag in found}
