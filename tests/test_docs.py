@@ -81,7 +81,7 @@ SMALL = {  # by script: what makes it a matter of seconds
     "experiments/edit.py": "--n_images 2 --sample_steps 2",
     "experiments/interpolate.py": "--n_images 2 --sample_steps 2 --points 3",
     "experiments/compare_samplers.py": "--n_samples 4 --steps 2 --features pixels",
-    "experiments/calc_approximate_ELBO.py": "--n_images 2 --calls 2",
+    "experiments/calc_approximate_ELBO.py": "--n_images 2 --calls 2 --train_steps 2",
     "experiments/generate_big_samples.py": "--n_samples 1 --shape 5 6 --sample_steps 2",
     "experiments/check_digits.py": "",
 }
@@ -125,6 +125,8 @@ class Runner:
             sampler = "ddpm" if "ddpm" in flags else "absorbing"
             call("experiments/get_samples.py", self.samples(sampler))
             small += f" --samples {logs / f'samples_{sampler}' / 'samples.npz'}"
+        if "autoregressive" in flags:  # which takes a step for each code
+            small = small.replace("--sample_steps 2", "")
         call(script, f"{flags} {small} --logs_root {logs} --no_amp")
 
     def samples(self, sampler: str) -> str:
