@@ -58,6 +58,12 @@ def commands(text: str) -> list[Command]:
     return found
 
 
+def files_written(text: str) -> set[Path]:
+    """The files that a page writes out: a Python block that begins with `# path/to/file.py`, from the root."""
+    first_lines = [code.partition("\n")[0] for code in blocks(text, "python")]
+    return {Path(found[1]) for line in first_lines if (found := re.match(r"# ([\w/.]+\.py)\b", line))}
+
+
 def spans(text: str) -> list[str]:
     """The code spans of the prose, tables included."""
     return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", prose(text))
