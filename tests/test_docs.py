@@ -234,13 +234,16 @@ def test_links_and_anchors_resolve(page):
 def test_files_named_exist(page):
     folders = [ROOT / name for name in (*PACKAGES, "configs", "tests", "docs")]
     names = {path.name for path in [*ROOT.iterdir(), *(file for folder in folders for file in folder.rglob("*"))]}
-    names |= {path.name for path in files_written(page.read_text())}
+    own = files_written(page.read_text())
+    names |= {path.name for path in own}
     words = {word for span in spans(page.read_text()) for word in span.split()}
     for word in sorted(word for word in words if re.fullmatch(r"[\w./-]+", word)):
         if re.search(r"(^|/)[A-Z_]+(\.\w+)?$", word) and not (ROOT / word).exists():  # configs/NAME.yaml
             continue
         if "/" in word and word.partition("/")[0] in (*PACKAGES, "configs", "tests", "docs", "assets"):
-            assert (ROOT / word).exists() or word.rpartition("/")[2] in NOT_HERE | names, f"{page.name}: {word}"
+            assert (ROOT / word).exists() or Path(word) in own or word.rpartition("/")[2] in NOT_HERE, (
+                f"{page.name}: {word}"
+            )
         elif re.fullmatch(r"[\w-]+\.(py|ya?ml|toml|md|txt)", word):
             assert word in names | NOT_HERE, f"{page.name}: {word}"
 

@@ -59,9 +59,9 @@ def commands(text: str) -> list[Command]:
 
 
 def files_written(text: str) -> set[Path]:
-    """The files that a page writes out: a Python block that begins with `# path/to/file.py`, from the root."""
+    """The files that a page writes out: Python blocks whose first line has the comment `# path/to/file.py`."""
     first_lines = [code.partition("\n")[0] for code in blocks(text, "python")]
-    return {Path(found[1]) for line in first_lines if (found := re.match(r"# ([\w/.]+\.py)\b", line))}
+    return {Path(found[1]) for line in first_lines if (found := re.search(r"# ([\w/.]+\.py)\b", line))}
 
 
 def spans(text: str) -> list[str]:
