@@ -12,7 +12,7 @@ from helpers.tiny_runs import ROOT, call, parsed, run
 from train.config import DataConfig, TrainingConfig
 from train.samplers import ddpm
 
-COMMANDS = {  # as the README has them
+COMMANDS = {  # as the docs have them
     "train_vqgan.py": "--dataset ffhq --log_dir vqgan_ffhq --amp --ema --batch_size 4 --diff_aug",
     "train_sampler.py": (
         "--sampler absorbing --dataset ffhq --log_dir absorbing_ffhq --ae_load_dir vqgan_ffhq --ae_load_step 2200000 "

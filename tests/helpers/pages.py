@@ -1,0 +1,99 @@
+"""The README and the pages of docs/ as tests read them: code blocks, commands, code spans, links, anchors."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+from helpers.tiny_runs import ROOT
+
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```([\w-]*)\n(.*?)^```", re.M | re.S)
+SHELL = ("", "sh", "bash", "shell", "console")
+
+
+class Command(NamedTuple):
+    """A script and the words behind it."""
+
+    script: str
+    flags: str
+
+    def __str__(self) -> str:
+        return f"{self.script} {self.flags}".strip()
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """The code blocks in these languages; "" is a block without one."""
+    return [code for language, code in FENCE.findall(text) if language in languages]
+
+
+def prose(text: str) -> str:
+    """The text without code blocks."""
+    return FENCE.sub("", text)
+
+
+def words(text: str) -> int:
+    """The number of words outside code blocks and tables."""
+    lines = [line for line in prose(text).splitlines() if not line.lstrip().startswith("|")]
+    return len(" ".join(lines).split())
+
+
+def shell_lines(text: str) -> list[str]:
+    """The lines of shell blocks, continued lines joined, comments left out."""
+    lines = "\n".join(blocks(text, *SHELL)).replace("\\\n", " ").splitlines()
+    return [
+        " ".join(shlex.split(line, comments=True)) for line in lines if re.match(r"(python|torchrun|make|pip) ", line)
+    ]
+
+
+def commands(text: str) -> list[Command]:
+    """What `python` and `torchrun` run, in the order of the page; `python -m` is left out."""
+    found = []
+    for line in shell_lines(text):
+        program, *rest = line.split()
+        place = next((i for i, word in enumerate(rest) if word.endswith(".py")), None)
+        if program in ("python", "torchrun") and place is not None:
+            found.append(Command(rest[place], " ".join(rest[place + 1 :])))
+    return found
+
+
+def files_written(text: str) -> set[Path]:
+    """The files that a page writes out: Python blocks whose first line has the comment `# path/to/file.py`."""
+    first_lines = [code.partition("\n")[0] for code in blocks(text, "python")]
+    return {Path(found[1]) for line in first_lines if (found := re.search(r"# ([\w/.]+\.py)\b", line))}
+
+
+def spans(text: str) -> list[str]:
+    """The code spans of the prose, tables included."""
+    return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", prose(text))
+
+
+def links(text: str) -> list[str]:
+    """The targets of links and pictures within the repository."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(text)))
+    return [target for target in targets if not re.match(r"\w+:", target)]
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", prose(path.read_text()), re.M):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        number = 1
+        while slug in found:
+            slug, number = f"{slug.removesuffix(f'-{number - 1}')}-{number}", number + 1
+        found.add(slug)
+    return found
+
+
+def flags_named(text: str) -> set[str]:
+    """The flags in code spans, and behind a script in commands; without dashes and a leading no_.
+
+    Ours are written with underscores: those with a hyphen are another program's.
+    """
+    said = [span for span in spans(text) if not re.match(r"(pip|git|sbatch|srun|torchrun|docker) ", span)]
+    said += [command.flags for command in commands(text)]
+    found = {flag for each in said for flag in re.findall(r"(?:^|\s)--([A-Za-z_]\w*)(?![\w-])", each)}
+    return {flag.removeprefix("no_") for flag in found}

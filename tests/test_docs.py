@@ -1,0 +1,320 @@
+"""The README and docs/: commands parse and run, code compiles, and what they link to or name exists."""
+
+import ast
+import importlib
+import re
+import runpy
+import subprocess
+from dataclasses import is_dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from helpers.pages import (
+    PAGES,
+    Command,
+    anchors,
+    blocks,
+    commands,
+    files_written,
+    flags_named,
+    links,
+    shell_lines,
+    spans,
+)
+from helpers.tiny_runs import ROOT, UNET, call, parsed
+from models import Transformer
+from models.registry import MOVED
+from train.cli import parse as cli
+from train.cli.plugins import PLUGIN_GROUPS
+from train.registry import names_in
+
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+
+
+def commands_to_test() -> list[tuple[str, int, Command]]:
+    """(page, number, command), without those that name a file which the page writes: its own test runs them."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        own = [path.stem for path in files_written(text)]
+        for number, command in enumerate(commands(text)):
+            if not any(name in str(command) for name in own):
+                found.append((page.stem, number, command))
+    return found
+
+
+ALL = commands_to_test()
+PACKAGES = ("models", "diffusion", "vq", "train", "experiments")
+
+# Flags that the pages name of other programs.
+FOREIGN = {
+    *(
+        "nproc_per_node",
+        "nnodes",
+        "standalone",
+        "node_rank",
+        "rdzv_backend",
+        "rdzv_endpoint",
+        "rdzv_id",
+        "max_restarts",
+    ),
+    *("signal", "requeue", "logdir", "port"),
+}
+# Files that a reader has or gets, and the repository does not.
+NOT_HERE = {
+    *("my.py", "mine.py", "birds.yaml", "config.yaml", "manifest.json", "results.json", "MNIST.json", "rows.json"),
+}
+
+WITHOUT_LOGS = {"experiments/benchmark_unet.py"}  # scripts that print, and write nothing
+
+
+# Commands
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(command for _, _, command in ALL), ids=str)
+def test_every_command_parses(command, monkeypatch, tmp_path, capfd):
+    script, flags = command
+    assert (ROOT / script).is_file()
+    if script.startswith("tests/"):  # a script of its own kind
+        assert {*re.findall(r"--(\w+)", flags)} <= own_flags(script)
+    elif script == "convert.py":  # reads the weights to know what they are
+        with pytest.raises(SystemExit):
+            call(script, flags)
+        assert "not found" in capfd.readouterr().err
+    else:
+        assert parsed(script, flags + ("" if script in WITHOUT_LOGS else f" --logs_root {tmp_path}"), monkeypatch)
+
+
+VQGAN = (
+    "--nf 4 --ch_mult 1 2 2 --emb_dim 4 --batch_size 4 --img_size 16 --ndf 4 --disc_layers 1 "
+    "--perceptual_net none --train_steps 2 --steps_per_eval 0 --num_workers 0"
+)
+CODES = "--bert_n_emb 16 --bert_n_head 2 --bert_n_layers 1 --batch_size 4 --train_steps 2 --steps_per_eval 0"
+PIXELS = f"{UNET} --img_size 8 --batch_size 4 --total_steps 20 --train_steps 2 --steps_per_eval 0"
+SMALL = {  # by script: what makes it a matter of seconds
+    "experiments/get_samples.py": "--n_samples 30 --sample_steps 2 --batch_size 30",
+    "experiments/calc_FID.py": "--n_samples 8 --sample_steps 2 --features pixels",
+    "experiments/calc_PRDC.py": "--n_samples 8 --sample_steps 2 --features pixels",
+    "experiments/calc_VQGAN_FID.py": "--n_images 8 --features pixels",
+    "experiments/calc_nearest_neighbours.py": "--n_samples 4 --sample_steps 2 --features pixels",
+    "experiments/reconstruct.py": "--n_images 1",
+    "experiments/inpaint.py": "--n_images 2 --sample_steps 2",
+    "experiments/edit.py": "--n_images 2 --sample_steps 2",
+    "experiments/interpolate.py": "--n_images 2 --sample_steps 2 --points 3",
+    "experiments/compare_samplers.py": "--n_samples 4 --steps 2 --features pixels",
+    "experiments/calc_approximate_ELBO.py": "--n_images 2 --calls 2 --train_steps 2",
+    "experiments/generate_big_samples.py": "--n_samples 1 --shape 5 6 --sample_steps 2",
+    "experiments/check_digits.py": "",
+}
+ELSEWHERE = {  # words of a command, and what it needs that is not here
+    **{name: "images to download" for name in ("ffhq", "churches", "bedrooms", "faces140k", "cifar10", "mnist")},
+    **{"webdataset": "shards", "convert.py": "released weights", "demo.py": "a browser"},
+    **{
+        "experiments/benchmark": "minutes of measuring",
+        "tests/": "minutes of training",
+        "vqgan_plus": "a large network's time",
+    },
+}
+
+
+class Runner:
+    """Runs commands on tiny networks in a folder of its own, which already holds runs of the embedded digits."""
+
+    def __init__(self, folder):
+        self.folder, self.count = folder, 0
+        for split in ("train", "val"):
+            (folder / "images" / split).mkdir(parents=True)
+            for i in range(12):
+                pixels = np.random.default_rng(i).integers(0, 255, (16, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "images" / split / f"{i}.png")
+        for line in ("train_vqgan.py", *(f"train_sampler.py --sampler {name}" for name in names_in("train.samplers"))):
+            self(Command(*(line + " ").split(" ", 1)))
+
+    def __call__(self, command: Command) -> None:
+        script, flags = command
+        self.count += 1
+        for name, folder in (("/path/to/images", "images"), ("/path/to/photographs", "images/val")):
+            flags = flags.replace(name, str(self.folder / folder))
+        logs = self.folder / "logs"
+        if script == "train_vqgan.py":
+            small = VQGAN + ("" if "--codebook_size" in flags else " --codebook_size 16")
+        elif script == "train_sampler.py":
+            small = PIXELS if "ddpm" in flags else CODES
+        else:
+            small = SMALL[script] + ("" if "--log_dir" in flags else f" --log_dir results_{self.count}")
+        if script == "experiments/check_digits.py":
+            sampler = "ddpm" if "ddpm" in flags else "absorbing"
+            call("experiments/get_samples.py", self.samples(sampler))
+            small += f" --samples {logs / f'samples_{sampler}' / 'samples.npz'}"
+        if "autoregressive" in flags:  # which takes a step for each code
+            small = small.replace("--sample_steps 2", "")
+        call(script, f"{flags} {small} --logs_root {logs} --no_amp")
+
+    def samples(self, sampler: str) -> str:
+        small = SMALL["experiments/get_samples.py"]
+        return f"--sampler {sampler} {small} --log_dir samples_{sampler} --logs_root {self.folder / 'logs'} --no_amp"
+
+
+@pytest.fixture(scope="module")
+def runner_of(tmp_path_factory):
+    """A runner for each page: its commands find what the earlier ones of the page left."""
+    return cache(lambda page: Runner(tmp_path_factory.mktemp(page)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page, number, command", ALL, ids=lambda each: str(each))
+def test_every_command_runs(page, number, command, runner_of):
+    missing = next((why for word, why in ELSEWHERE.items() if word in str(command)), None)
+    if missing is not None:
+        pytest.skip(f"needs {missing}")
+    runner_of(page)(command)
+
+
+# Code
+
+
+@by_page
+def test_python_blocks_compile(page):
+    for code in blocks(page.read_text(), "python"):
+        compile(code, page.name, "exec")
+
+
+@by_page
+def test_imports_in_python_blocks_exist(page):
+    for code in blocks(page.read_text(), "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in PACKAGES:
+                if Path(f"{node.module.replace('.', '/')}.py") in files_written(page.read_text()):
+                    continue
+                missing = [alias.name for alias in node.names if not exists(f"{node.module}.{alias.name}")]
+                assert not missing, f"{page.name}: from {node.module} import {', '.join(missing)}"
+
+
+@by_page
+def test_bash_scripts_have_no_syntax_error(page, tmp_path):
+    for code in blocks(page.read_text(), "bash", "sh"):
+        (tmp_path / "script.sh").write_text(code)
+        subprocess.run(["bash", "-n", tmp_path / "script.sh"], check=True)
+
+
+def test_the_maps_of_the_attention_page_are_recorded():
+    (code,) = blocks((ROOT / "docs" / "attention.md").read_text(), "python")
+    ids = torch.zeros(2, 4, 4, dtype=torch.long)
+    names = {"network": Transformer(codes=8, grid=(4, 4), width=16, heads=2, layers=1), "ids": ids}
+    exec(code, names)
+    assert names["maps"]["blocks.0.attention"][0].shape == (2, 2, 16, 16)
+
+
+def test_the_function_of_the_gaussian_page_greys_images():
+    (code,) = blocks((ROOT / "docs" / "gaussian.md").read_text(), "python")
+    names = {}
+    exec(code, names)
+    item = names["grey"]({"image": torch.full((3, 2, 2), 200, dtype=torch.uint8), "label": 1})
+    assert item["condition_image"].tolist() == [[[200, 200], [200, 200]]] and item["label"] == 1
+
+
+# Names
+
+
+@by_page
+def test_links_and_anchors_resolve(page):
+    for target in links(page.read_text()):
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        assert path.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(path), f"{page.name}: {target}"
+
+
+@by_page
+def test_files_named_exist(page):
+    folders = [ROOT / name for name in (*PACKAGES, "configs", "tests", "docs")]
+    names = {path.name for path in [*ROOT.iterdir(), *(file for folder in folders for file in folder.rglob("*"))]}
+    own = files_written(page.read_text())
+    names |= {path.name for path in own}
+    words = {word for span in spans(page.read_text()) for word in span.split()}
+    for word in sorted(word for word in words if re.fullmatch(r"[\w./-]+", word)):
+        if re.search(r"(^|/)[A-Z_]+(\.\w+)?$", word) and not (ROOT / word).exists():  # configs/NAME.yaml
+            continue
+        if "/" in word and word.partition("/")[0] in (*PACKAGES, "configs", "tests", "docs", "assets"):
+            assert (ROOT / word).exists() or Path(word) in own or word.rpartition("/")[2] in NOT_HERE, (
+                f"{page.name}: {word}"
+            )
+        elif re.fullmatch(r"[\w-]+\.(py|ya?ml|toml|md|txt)", word):
+            assert word in names | NOT_HERE, f"{page.name}: {word}"
+
+
+@by_page
+def test_dotted_names_exist(page):
+    dotted = re.compile(rf"({'|'.join(PACKAGES)})(\.\w+)+(?<!\.py)")
+    for span in {*spans(page.read_text())} - {*MOVED, *MOVED.values()}:  # test_moved.py looks after these
+        assert not dotted.fullmatch(span) or exists(span), f"{page.name}: {span}"
+
+
+@by_page
+def test_flags_named_exist(page):
+    text = page.read_text()
+    of_page = {*re.findall(r"^    (\w+): ", "\n".join(blocks(text, "python")), re.M)}  # fields of a Config of its own
+    unknown = flags_named(text) - every_flag() - FOREIGN - of_page
+    assert not unknown, f"{page.name}: {sorted(unknown)}"
+
+
+@by_page
+def test_make_targets_named_exist(page):
+    targets = {*re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)}
+    text = page.read_text()
+    named = {line.split()[1] for line in [*shell_lines(text), *spans(text)] if re.match(r"make [\w-]+$", line)}
+    assert named <= targets, f"{page.name}: {sorted(named - targets)}"
+
+
+def test_every_picture_is_shown_somewhere():
+    shown = {(page.parent / target).resolve() for page in PAGES for target in links(page.read_text())}
+    unseen = {path for path in (ROOT / "assets").iterdir() if path.resolve() not in shown}
+    assert not unseen
+
+
+def test_every_page_is_linked():
+    linked = {(page.parent / to.partition("#")[0]).resolve() for page in PAGES for to in links(page.read_text())}
+    assert {page.resolve() for page in PAGES[1:]} <= linked
+
+
+def exists(dotted: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[length:]:
+            if not hasattr(value, name):
+                return False
+            value = getattr(value, name)
+        return True
+    return False
+
+
+def own_flags(script: str) -> set[str]:
+    """The flags of a script with a parser of its own."""
+    return {*re.findall(r'add_argument\("--(\w+)"', (ROOT / script).read_text())}
+
+
+@cache
+def every_flag() -> frozenset[str]:
+    """The flags of all scripts, those of every plug-in included."""
+    names = {"help", "config", "from"} | own_flags("tests/kill_training.py")
+    for group in PLUGIN_GROUPS.values():
+        names = names.union(*(cli.fields_of(group.config_of(name)) for name in names_in(group.package)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "experiments")
+        for script in (*ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")):
+            if "__main__" not in script.read_text():
+                continue
+            for value in runpy.run_path(str(script), run_name="flags").values():
+                if isinstance(value, type) and is_dataclass(value) and value.__name__.endswith(("Config", "Benchmark")):
+                    names |= cli.fields_of(value)
+    return frozenset(names)
