@@ -259,11 +259,12 @@ def test_likelihood_by_seed_and_batch(codes, images):
     assert not torch.equal(codes.log_likelihood(images, nfe=4, seed=2).total, whole)
 
 
-def test_likelihood_without_a_label_is_of_the_null(pixels):
-    images = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)
-    pixels.model.sampler.network.encoders.label.embedding.weight.data.normal_()
-    default, null = pixels.log_likelihood(images, nfe=4), pixels.log_likelihood(images, nfe=4, label=None)
-    assert torch.equal(default.total, null.total)
+def test_likelihood_without_a_label_is_of_the_null(trained_ddpm):
+    images, run = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8), load(trained_ddpm / "ddpm_digits", device="cpu")
+    for module in (run.model.sampler.network.encoders.label.embedding, run.model.sampler.network.conv_out):
+        torch.nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(0))
+    totals = [run.log_likelihood(images, nfe=4, **label).total for label in ({}, {"label": None}, {"label": 3})]
+    assert torch.equal(totals[0], totals[1]) and not torch.equal(totals[0], totals[2])
 
 
 @pytest.mark.parametrize(
@@ -381,22 +382,21 @@ def test_runs_that_were_moved_keep_their_vqgan(trained, tmp_path, codes):
     assert torch.equal(renamed.sample(2), moved.sample(2))
 
 
-def test_averaged_or_plain_weights(trained_ddpm, pixels):
+def test_averaged_or_plain_weights(trained_ddpm, trained):
     path = trained_ddpm / "ddpm_digits"
     weights = {ema: load(path, ema=ema, device="cpu").model.weights for ema in (None, True, False)}
     assert weights[None] == weights[True] != weights[False]
-    plain, averaged = (load_vqgan_weights(path.parent, ema) for ema in (False, True))
-    assert plain is None and averaged is None  # there is no VQGAN in this folder
+    path = trained / "vqgan_digits"
+    weights = {ema: load_vqgan(path, ema=ema, device="cpu").first.weights for ema in (None, True, False)}
+    assert weights[None] == weights[True] != weights[False]
+
+
+def test_runs_without_an_average_give_plain_weights(trained_ddpm):
     flags = f"--train_steps 1 --no_amp --no_ema --steps_per_eval 0 {DDPM} --log_dir python_no_ema"
     call("train_sampler.py", f"--logs_root {trained_ddpm} {flags}")
     assert load("python_no_ema", logs_root=trained_ddpm, device="cpu").sample(1).shape == (1, 1, 8, 8)
     with pytest.raises(FileNotFoundError, match="has no averaged weights: pass ema=False"):
         load("python_no_ema", logs_root=trained_ddpm, device="cpu", ema=True)
-
-
-def load_vqgan_weights(logs, ema):
-    folder = logs / "vqgan_digits"
-    return load_vqgan(folder, ema=ema, device="cpu").first.weights if folder.is_dir() else None
 
 
 def test_a_step_by_its_number(trained_ddpm, trained):
