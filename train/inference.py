@@ -36,6 +36,7 @@ from train.python_values import (
 )
 from train.registry import did_you_mean
 from train.runs import read_run, run_folder
+from train.samplers._conditions import ConditionsConfig
 from train.spaces import Codes, Latents
 from train.trained_sampler import TrainedSampler, load_trained_sampler, read_stored_config
 
@@ -197,8 +198,9 @@ class SamplerRun:
         self._check_scored(images)
         if missing := [name for name in self.conditions if conditions.get(name) is None and name != "label"]:
             raise ValueError(f"got no {', '.join(missing)}, which {model.run.name} is conditioned on: pass them")
-        if self.n_classes:
-            conditions = {"label": None} | conditions
+        if self.n_classes and "label" not in conditions:
+            self._check_null()
+            conditions["label"] = None
         rows = self._rows(conditions, len(images)) if conditions else []
         source = ConditionSource(self.conditions, self.n_classes, rows=tuple(rows))
         bounds = []
@@ -206,6 +208,14 @@ class SamplerRun:
             data = self._data(images[indices]) | (source.draw(seed, indices.tolist()) or {})
             bounds.append(model.log_likelihood(data | {"position": indices}, seed, nfe))
         return Bound(*(torch.cat([part.cpu() for part in parts]) for parts in zip(*bounds, strict=True)))
+
+    def _check_null(self) -> None:
+        """ValueError if the null class was never seen in training."""
+        config = self.model.sampler.config
+        if isinstance(config, ConditionsConfig) and config.label_drop == 0:
+            raise ValueError(
+                f"{self.model.run.name} was trained with label_drop 0, so without a null class: pass label"
+            )
 
     def _check_scored(self, images: Tensor) -> None:
         """TypeError, ValueError unless these are images of the size and the kind that the model was trained on."""

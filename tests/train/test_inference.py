@@ -1,5 +1,6 @@
 """Trained runs from Python: what `load` and `load_vqgan` return, and what they refuse."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import torch
 import yaml
 
 from experiments.harness.images import read_samples
-from helpers.tiny_runs import DDPM, call
+from helpers.tiny_runs import DDPM, ROOT, call
 from train.data.transforms import to_float, to_uint8
 from train.inference import SamplerRun, load, load_vqgan
 from train.trained_sampler import TrainedSampler
@@ -267,6 +268,15 @@ def test_likelihood_without_a_label_is_of_the_null(trained_ddpm):
     assert torch.equal(totals[0], totals[1]) and not torch.equal(totals[0], totals[2])
 
 
+def test_a_null_class_that_was_never_trained_is_refused(pixels, monkeypatch):
+    config = dataclasses.replace(pixels.model.sampler.config, label_drop=0.0)
+    monkeypatch.setattr(pixels.model.sampler, "config", config)
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="label_drop 0 and has no null class: pass label"):
+        pixels.log_likelihood(images, nfe=2)
+    assert pixels.log_likelihood(images, nfe=2, label=3).total.shape == (2,)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -359,6 +369,20 @@ def test_grey_images_for_a_colour_model_are_refused(vqgan, images, monkeypatch):
 
 
 # Loading
+
+
+@pytest.mark.parametrize("name", ["absorbing", "autoregressive", "ddpm", "latents"])
+def test_every_kind_of_run(name):
+    run = load(ROOT / "tests/fixtures/old_runs/runs" / f"{name}_digits", device="cpu", amp=False)
+    images = run.sample(2, label=1)
+    assert images.shape == (2, *run.image_shape) and images.dtype == torch.uint8
+    assert (run.vqgan is None) == (name == "ddpm")
+    if name == "latents":
+        with pytest.raises(ValueError, match="latents are continuous and have no likelihood in bits"):
+            run.log_likelihood(images)
+    else:
+        bound = run.log_likelihood(images, label=1, nfe=3)
+        assert bound.total.shape == (2,) and (bound.terms.shape[1] == 0) == (name == "autoregressive")
 
 
 def test_runs_by_name_and_by_path(trained, tmp_path, monkeypatch):
