@@ -29,20 +29,20 @@ def predictor(network: Network, process: Process) -> Callable[..., Prediction | 
     depend on the time, and the result is logits (B, H, W, K). A condition is passed behind these.
     """
 
-    def predict(x: Tensor, t: Tensor, condition: Any = None) -> Prediction | Tensor:
+    def evaluate(x: Tensor, t: Tensor, condition: Any = None) -> Prediction | Tensor:
         conditions = () if condition is None else (condition,)
         if not isinstance(process, ContinuousProcess):
             return network(x, *conditions, **({"t": t} if process.prediction_depends_on_time else {}))
         time = process.network_time(t).to(x.device)
         return process.predict(network(process.network_input(x, t), time, *conditions), x, t)
 
-    return predict
+    return evaluate
 
 
 def denoiser(network: Network, process: Process) -> Denoiser:
     """The unconditional predictions of a network, as solvers and likelihoods call them."""
-    predict = predictor(network, process)
-    return lambda x, t, rows=None: predict(x, t)
+    evaluate = predictor(network, process)
+    return lambda x, t, rows=None: evaluate(x, t)
 
 
 def sample(

@@ -378,8 +378,8 @@ def find_run(run: str | Path, logs_root: str | Path | None = None) -> Path:
             return folder.resolve()
     folder = next((each for each in candidates if each.resolve().parent.is_dir()), below).resolve()
     runs = sorted(each.parent.name for each in folder.parent.glob("*/config.yaml"))
-    near, others = did_you_mean(folder.name, runs), ", ".join(runs) or "none"
-    raise FileNotFoundError(f"no run in {folder}{near}; runs beside it: {others}")
+    hint, others = did_you_mean(folder.name, runs), ", ".join(runs) or "none"
+    raise FileNotFoundError(f"no run in {folder}{hint}; runs beside it: {others}")
 
 
 def check_checkpoint(folder: Path, step: int | None, ema: bool | None) -> None:

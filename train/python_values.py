@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 
 from diffusion.solvers import solvers_of
-from train.cli.values import WANTED
 from train.config import SamplingConfig
 from train.distributed import pick_device
 from train.registry import did_you_mean
 from train.samplers import Process
+
+KINDS = {
+    **{bool: "True or False", int: "a whole number", float: "a number", str: "a string", NoneType: "None"},
+    **{tuple: "a list of numbers"},
+}
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -58,9 +62,9 @@ def check_keywords(
         if name == "label" and name not in names:
             raise ValueError("got a label for a run without classes: leave label out")
         if name not in names:
-            near = did_you_mean(name, {*names, *parameters})
+            hint = did_you_mean(name, {*names, *parameters})
             takes = ", ".join(sorted({*names, *parameters}))
-            raise TypeError(f"{function} got an unexpected keyword {name!r}{near}; it takes {takes}")
+            raise TypeError(f"{function} got an unexpected keyword {name!r}{hint}; it takes {takes}")
 
 
 def with_settings(sampling: SamplingConfig, process: Process, values: Mapping[str, Any]) -> SamplingConfig:
@@ -75,36 +79,35 @@ def with_settings(sampling: SamplingConfig, process: Process, values: Mapping[st
     if solver != sampling.solver:
         sampling = sampling.for_solver(solver)
     kinds = get_type_hints(type(sampling))
-    return replace(sampling, **{name: checked(name, value, kinds[name]) for name, value in values.items()})
+    return replace(sampling, **{name: convert_value(name, value, kinds[name]) for name, value in values.items()})
 
 
-def checked(name: str, value: Any, kind: Any) -> Any:
+def convert_value(name: str, value: Any, kind: Any) -> Any:
     """A value for a field of a config of an annotated type, lists as tuples; ValueError where it is of another."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     for option in options:
         if get_origin(option) is tuple and isinstance(value, list | tuple):
-            return checked_list(name, value, get_args(option))
+            return convert_list(name, value, get_args(option))
         if get_origin(option) is Literal and value in get_args(option):
             return value
-        if is_of(value, option):
+        if has_type(value, option):
             return float(value) if option is float else value
     words = [word for option in options if get_origin(option) is Literal for word in get_args(option)]
-    wanted = [f"one of {', '.join(map(str, words))}"] if words else []
-    wanted += [WANTED.get(get_origin(option) or option, str(option)) for option in options if not words]
-    near = did_you_mean(value, words) if isinstance(value, str) else ""
-    text = " or ".join("None" if word == "nothing" else word for word in dict.fromkeys(wanted))
-    raise ValueError(f"got {name} {value!r}{near}, wanted {text}")
+    expected = [f"one of {', '.join(map(str, words))}"] if words else []
+    expected += [KINDS.get(get_origin(option) or option, str(option)) for option in options if not words]
+    hint = did_you_mean(value, words) if isinstance(value, str) else ""
+    raise ValueError(f"got {name} {value!r}{hint}, wanted {' or '.join(expected)}")
 
 
-def checked_list(name: str, values: Sequence[Any], kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+def convert_list(name: str, values: Sequence[Any], kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     """The values of a field that is a tuple, each of its type."""
     kinds = (kinds[0],) * len(values) if kinds[-1] is Ellipsis else kinds
     if len(values) != len(kinds):
         raise ValueError(f"got {name} {values!r}, wanted {len(kinds)} values")
-    return tuple(checked(name, value, kind) for value, kind in zip(values, kinds, strict=True))
+    return tuple(convert_value(name, value, kind) for value, kind in zip(values, kinds, strict=True))
 
 
-def is_of(value: Any, kind: Any) -> bool:
+def has_type(value: Any, kind: Any) -> bool:
     """Whether a value is of a plain type; ints are floats, bools are neither, and floats are finite."""
     if kind in (None, NoneType):
         return value is None
@@ -123,9 +126,9 @@ def condition_rows(
 
     A label is a class number, a name, or None for the null class. ValueError, TypeError for others.
     """
-    columns = {name: spread(name, value, n) for name, value in given.items()}
+    columns = {name: per_image(name, value, n) for name, value in given.items()}
     if "label" in columns:
-        columns["label"] = [class_number(label, n_classes, class_names) for label in columns["label"]]
+        columns["label"] = [class_index(label, n_classes, class_names) for label in columns["label"]]
     for name, values in columns.items():
         for value in values if is_image_field(name) else ():
             check_images(value if not isinstance(value, Tensor) else value[None], None, name)
@@ -137,7 +140,7 @@ def is_image_field(name: str) -> bool:
     return name == "image" or name.endswith("_image")
 
 
-def spread(name: str, value: Any, n: int) -> list[Any]:
+def per_image(name: str, value: Any, n: int) -> list[Any]:
     """One value for each of n images: lists, label tensors and batches of images hold n, all else is one for all."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
@@ -151,7 +154,7 @@ def spread(name: str, value: Any, n: int) -> list[Any]:
     return list(value)
 
 
-def class_number(label: Any, n_classes: int, class_names: Sequence[str]) -> int | None:
+def class_index(label: Any, n_classes: int, class_names: Sequence[str]) -> int | None:
     """The number of a class, of its number or name; None is the null class. ValueError, TypeError for others."""
     if label is None:
         return None
@@ -159,8 +162,8 @@ def class_number(label: Any, n_classes: int, class_names: Sequence[str]) -> int 
         if not class_names:
             raise ValueError(f"got label {label!r}, but the classes have no names here: pass 0 to {n_classes - 1}")
         if label not in class_names:
-            near = did_you_mean(label, class_names)
-            raise ValueError(f"got label {label!r}{near}, wanted one of {', '.join(class_names)}")
+            hint = did_you_mean(label, class_names)
+            raise ValueError(f"got label {label!r}{hint}, wanted one of {', '.join(class_names)}")
         return class_names.index(label)
     if isinstance(label, bool | float) or not hasattr(type(label), "__index__"):
         raise TypeError(f"got label {label!r}, wanted a class number, a class name, None, or a list of them")
@@ -172,14 +175,14 @@ def class_number(label: Any, n_classes: int, class_names: Sequence[str]) -> int 
 
 def check_images(images: Tensor, channels: int | None, name: str = "images") -> None:
     """TypeError, ValueError unless images are (B, C, H, W), uint8 or floats in [-1, 1]; `channels` None: of any C."""
-    wanted = f"a tensor {'(B, C, H, W)' if name == 'images' else '(C, h, w)'}, uint8 or float in [-1, 1]"
+    expected = f"a tensor {'(B, C, H, W)' if name == 'images' else '(C, h, w)'}, uint8 or float in [-1, 1]"
     if not isinstance(images, Tensor):
-        raise TypeError(f"got {name} of type {type(images).__name__}, wanted {wanted}")
+        raise TypeError(f"got {name} of type {type(images).__name__}, wanted {expected}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise TypeError(f"got {name} of {images.dtype}, wanted {wanted}")
+        raise TypeError(f"got {name} of {images.dtype}, wanted {expected}")
     if images.ndim != 4 or not images.numel():
         shape = tuple(images.shape if name == "images" else images.shape[1:])
-        raise ValueError(f"got {name} {shape}, wanted {wanted}")
+        raise ValueError(f"got {name} {shape}, wanted {expected}")
     if channels is not None and images.shape[1] != channels:
         remedies = {1: "pass images.expand(-1, 3, -1, -1)", 3: "convert them to grey"}
         kinds = {1: "grey images (1 channel)", 3: "colour images (3 channels)"}

@@ -52,7 +52,7 @@ def test_lists_become_tuples(process):
         ({"temp": torch.ones(())}, "got temp tensor"),
         ({"guidance_interval": (0, 1, 2)}, "wanted 2 values"),
         ({"guidance_interval": "ab"}, "got guidance_interval 'ab', wanted a list"),
-        ({"condition_file": 3}, "got condition_file 3, wanted a word or None"),
+        ({"condition_file": 3}, "got condition_file 3, wanted a string or None"),
         ({"solver": None}, "got solver None; there are"),
         ({"top_p": 1.5}, "got top_p 1.5"),
     ],
