@@ -13,8 +13,7 @@ from diffusion.edm import EDM
 from diffusion.gaussian_solvers import step_times as continuous_step_times
 from diffusion.process import ContinuousProcess, DiscreteProcess
 from diffusion.rng import Streams, seed_of
-from diffusion.solvers import Solver
-from diffusion.solvers import solver as find_solver
+from diffusion.solvers import Solver, solvers_of
 from diffusion.types import Denoiser, OnStep, Prediction
 
 Network = Callable[..., Tensor]
@@ -71,7 +70,11 @@ def sample(
     """
     if guidance != 1 and condition is None:
         raise ValueError(f"got guidance {guidance} without a condition: pass condition, or guidance=1.0")
-    entry = find_solver(process, solver)
+    solvers = solvers_of(process)
+    if solver not in solvers:
+        names = ", ".join(sorted(solvers))
+        raise ValueError(f"unknown solver {solver!r} for {type(process).__name__}; there are: {names}")
+    entry = solvers[solver]
     rng = Streams([seed_of(seed, "sample", i) for i in range(shape[0])], device)
     x = process.prior(shape, rng)
     times = solver_times(entry, process, x[0].numel(), steps, spacing)

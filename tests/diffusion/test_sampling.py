@@ -14,7 +14,6 @@ from diffusion import (
     denoiser,
     sample,
     seed_of,
-    solver,
     solvers_of,
 )
 from diffusion.gaussian_solvers import step_times
@@ -67,7 +66,7 @@ def test_it_is_the_solver_called_by_hand(name):
     rng = Streams([seed_of(4, "sample", i) for i in range(3)])
     x = process.prior(shape, rng)
     times = step_times(process, 6, "karras" if name == "edm" else "uniform")
-    by_hand = solver(process, "ddim").solve(denoiser(Network(), process), process, x, times, rng=rng, eta=0.5)
+    by_hand = solvers_of(process)["ddim"].solve(denoiser(Network(), process), process, x, times, rng=rng, eta=0.5)
     in_one = sample(Network(), process, shape, solver="ddim", steps=6, seed=4, eta=0.5, clip=False)
     assert torch.equal(in_one, by_hand)
 
