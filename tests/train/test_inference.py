@@ -81,12 +81,27 @@ def test_images_do_not_depend_on_the_batch(codes):
     assert not torch.equal(codes.sample(5, seed=2), whole)
 
 
-def test_labels_may_differ_per_image(codes):
-    mixed = codes.sample(3, label=[1, None, 8], guidance=3.0)
-    for i, label in enumerate([1, None, 8]):
-        assert torch.equal(codes.sample(3, label=label, guidance=3.0)[i], mixed[i])
-    assert torch.equal(codes.sample(3, label=torch.tensor([1, 1, 8])), codes.sample(3, label=(1, 1, 8)))
-    assert torch.equal(codes.sample(2, label=torch.tensor(8)), codes.sample(2, label=8))
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ([1, None, 8], [1, 10, 8]),
+        ((1, 1, 8), [1, 1, 8]),
+        (torch.tensor([1, 2, 8]), [1, 2, 8]),
+        (torch.tensor(8), [8, 8, 8]),
+        (None, [10, 10, 10]),
+        (0, [0, 0, 0]),
+    ],
+)
+def test_each_image_is_drawn_with_its_label(codes, monkeypatch, label, expected):
+    labels, draw = [], TrainedSampler.draw
+
+    def record(model, indices, seed, options, conditions, **keywords):
+        labels.extend(conditions["label"].tolist())
+        return draw(model, indices, seed, options, conditions, **keywords)
+
+    monkeypatch.setattr(TrainedSampler, "draw", record)
+    codes.sample(3, label=label, batch_size=2, sample_steps=1)
+    assert labels == expected
 
 
 def test_settings_of_the_run_are_the_defaults(codes):
