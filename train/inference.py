@@ -213,9 +213,7 @@ class SamplerRun:
         """ValueError if the null class was never seen in training."""
         config = self.model.sampler.config
         if isinstance(config, ConditionsConfig) and config.label_drop == 0:
-            raise ValueError(
-                f"{self.model.run.name} was trained with label_drop 0, so without a null class: pass label"
-            )
+            raise ValueError(f"{self.model.run.name} was trained with label_drop 0 and has no null class: pass label")
 
     def _check_scored(self, images: Tensor) -> None:
         """TypeError, ValueError unless these are images of the size and the kind that the model was trained on."""
