@@ -10,11 +10,11 @@ from train.cli.parse import first_stage_data, run_script
 from train.condition_source import read_rows
 from train.config import SecondStageConfig
 from train.data.loading import build_dataset, with_declared_range
-from train.inference import TrainedSampler, class_frequencies
 from train.registry import dotted
 from train.runs import begin, origin_of, run_folder, workplace
 from train.sampler import SamplerReports, SamplerStep, build_state, check_sampling
 from train.spaces import open_space
+from train.trained_sampler import TrainedSampler, class_frequencies
 from train.trainer import make_hooks, train
 
 

@@ -10,6 +10,7 @@ from diffusion.gaussian import SCHEDULES, GaussianDiffusion, with_zero_terminal_
 from diffusion.likelihood import bits_per_code, bits_per_dimension, flow_bits_per_dimension
 from diffusion.process import ContinuousProcess, DiscreteProcess
 from diffusion.rng import Streams, seed_of
+from diffusion.sampling import denoiser, sample
 from diffusion.solvers import solver, solvers_of
 from diffusion.timesteps import LossSecondMoment, low_discrepancy, uniform
 from diffusion.types import Bound, Likelihood, Loss, Normal, Prediction
@@ -33,9 +34,11 @@ __all__ = [
     "Streams",
     "bits_per_code",
     "bits_per_dimension",
+    "denoiser",
     "flow_bits_per_dimension",
     "guided",
     "low_discrepancy",
+    "sample",
     "seed_of",
     "solver",
     "solvers_of",

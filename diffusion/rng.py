@@ -23,6 +23,11 @@ class Streams:
         self.device = torch.device(device)
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
+    @classmethod
+    def random(cls, count: int, device: torch.device | str = "cpu") -> "Streams":
+        """`count` streams, with seeds drawn from torch's global generator: `torch.manual_seed` fixes them."""
+        return cls(torch.randint(2**63 - 1, (count,)).tolist(), device)
+
     def __len__(self) -> int:
         return len(self.generators)
 

@@ -28,7 +28,7 @@ from experiments.metrics.kid import KeptFeatures, kernel_distance
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.distributed import World
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from experiments.metrics.distances import Batches, real_features, sampled_featur
 from experiments.metrics.prdc import PRDC, prdc, radii
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,9 +26,9 @@ from experiments.metrics.decoder_likelihood import (
 from train.data.loading import Positions
 from train.distributed import World
 from train.files import whole_file
-from train.inference import TrainedSampler
 from train.loop import Batch
 from train.spaces import Latents
+from train.trained_sampler import TrainedSampler
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from experiments.metrics.nearest_neighbours import Ranked, Row, candidates, in_v
 from train.config import DataConfig, SamplingConfig
 from train.data.loading import ImageSource, fixed_subset
 from train.data.transforms import training_views
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 CLOSE = 0.05  # a quantile of the held-out images' distances: nearer than that is suspicious
 

@@ -20,7 +20,7 @@ from experiments.metrics.neighbours import coverage
 from train.data.loading import ImageSource, images_in_order
 from train.data.transforms import training_views
 from train.distributed import World
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 GOALS = {
     "classifier's accuracy on held-out real digits": (">=", 0.97),

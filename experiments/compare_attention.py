@@ -33,12 +33,12 @@ from train.data.loading import TrainingCodes, build_dataset, training_batches
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import World
 from train.first_stage import load_first_stage
-from train.inference import TrainedSampler, class_frequencies
 from train.loop import State, fit
 from train.runs import open_run, run_folder
 from train.sampler import SamplerStep, build_state, validation_losses
 from train.samplers import LearnedSampler
 from train.spaces import Codes
+from train.trained_sampler import TrainedSampler, class_frequencies
 
 # What each variant changes of the sampler's own settings. diff_v2 has a second query per head; narrower feed-forward
 # layers (3.5 D in the place of 4 D) make up for its D x D weights.
@@ -150,7 +150,7 @@ class Bench:
             grid.parent, state.step, sampler, self.space, self.data, self.reader, shares, "", self.world, training.amp
         )
         n, at_once = self.comparison.n_samples, self.comparison.generated_at_once
-        batches = trained.sample(n, seed, self.sampling, batch_size=at_once)
+        batches = trained.sample_batches(n, seed, self.sampling, batch_size=at_once)
         generated, _ = generated_statistics(with_features(self.features, batches, self.world), 0, grid)
         return {
             "parameters": sum(p.numel() for p in sampler.network.parameters()),

@@ -39,8 +39,8 @@ from experiments.metrics.frechet import Statistics, frechet_distance
 from train.cli.parse import interpret, run_script, sampler_of
 from train.config import SamplingConfig
 from train.files import whole_file
-from train.inference import TrainedSampler
 from train.registry import plugin
+from train.trained_sampler import TrainedSampler
 
 AUTO = (  # in this order, and after them any other; the first that a process has is the yardstick
     *("ancestral:256", "ancestral", "halton", "confidence", "remask", "first_hitting", "raster"),
@@ -183,7 +183,7 @@ def planned(comparison: ComparisonConfig, sampling: SamplingConfig, trained: Tra
             options = interpret(type(options), words, default=options, source=f"--solvers {run}")
 
         try:
-            trained.try_out(options, trained.condition_source(options))
+            trained.dry_run(options, trained.condition_source(options))
         except ValueError as error:
             raise ValueError(f"--solvers {run}: {error}") from error
         plan[run] = options

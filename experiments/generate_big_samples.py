@@ -16,7 +16,7 @@ from experiments.harness.report import progress, table
 from experiments.metrics.cost import counted
 from train.config import SamplingConfig
 from train.distributed import World
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from experiments.harness.images import STRIPS, SampleWriter, save_grid, save_pro
 from experiments.harness.report import progress
 from train.config import SamplingConfig
 from train.distributed import World
-from train.inference import TrainedSampler
 from train.loop import Batch
+from train.trained_sampler import TrainedSampler
 
 
 @dataclass(frozen=True, kw_only=True)

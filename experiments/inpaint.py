@@ -28,7 +28,7 @@ from experiments.harness.report import table
 from experiments.metrics.classifier import Share, agreement, answers, classifier_of
 from train.config import SamplingConfig
 from train.distributed import World
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 GREY = 128  # of what is hidden
 

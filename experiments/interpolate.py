@@ -28,7 +28,7 @@ from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, 
 from experiments.harness.report import table
 from train.config import SamplingConfig
 from train.distributed import World
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 
 @dataclass(frozen=True, kw_only=True)

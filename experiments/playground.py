@@ -24,9 +24,9 @@ from train.condition_source import ConditionSource
 from train.config import SamplingConfig
 from train.data.transforms import Range, in_8_bits, range_of_picture, to_item
 from train.datasets._decode import to_known_mode
-from train.inference import TrainedSampler
 from train.loop import Batch
 from train.spaces import EditInput
+from train.trained_sampler import TrainedSampler
 
 WORDS = {  # where a flag's name is not the field's word
     "sample_steps": "steps",

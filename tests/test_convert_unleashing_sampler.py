@@ -16,8 +16,8 @@ from helpers.unleashing_layout import SIZE, made, sampler_logits, sampler_weight
 from train.checkpoint import checkpoint_path
 from train.converters import unleashing
 from train.first_stage import load_first_stage
-from train.inference import load_sampler
 from train.spaces import Codes
+from train.trained_sampler import load_sampler
 
 FIXTURE = Path(os.environ.get("UT_FIXTURES", ""))
 CPU = torch.device("cpu")

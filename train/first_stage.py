@@ -119,8 +119,10 @@ class FirstStage:
         )
 
 
-def load_first_stage(run: Path, step: int | None, device: torch.device, amp: bool) -> FirstStage:
-    """The VQGAN of a run: its averaged weights where it kept them, else the plain ones."""
+def load_first_stage(
+    run: Path, step: int | None, device: torch.device, amp: bool, *, ema: bool | None = None
+) -> FirstStage:
+    """The VQGAN of a run: its averaged weights where it kept them, else the plain ones, unless `ema` says which."""
     content = read_run(run)
     groups = VQGANRun.__dataclass_fields__
     missing = [name for name in groups if name not in content]
@@ -129,7 +131,7 @@ def load_first_stage(run: Path, step: int | None, device: torch.device, amp: boo
     step = resolve_step(run, step, "--ae_load_step")
     config = from_dict(VQGANRun, {name: content[name] for name in groups}, str(run / "config.yaml"))
     vqgan = VQGAN(config.network, config.data.size, config.data.n_channels)
-    ema = AVERAGED in verify(checkpoint_path(run, step))
+    ema = AVERAGED in verify(checkpoint_path(run, step)) if ema is None else ema
     weights = load_weights(run, step, {"autoencoder": vqgan}, ema=ema)
     vqgan.to(device).eval().requires_grad_(False)
     return FirstStage(run, vqgan, config.data, config.reader, step, weights, device, amp)

@@ -1,257 +1,392 @@
-"""Trained runs to images: loads what training left, and draws from it one seed per image."""
+"""Trained runs from Python: `load` gives a sampler, `load_vqgan` its first stage.
 
-import json
-import shlex
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from hashlib import sha256
+    run = load("logs/absorbing_mnist")
+    images = run.sample(16, label=7, seed=0)  # uint8 (16, C, H, W)
+    bits = run.log_likelihood(images, label=7).total  # (16,), in run.unit
+
+Images are uint8 in [0, 255] or, where documented, floats in [-1, 1]. Bad arguments are a ValueError or TypeError that
+names what is wanted; missing runs, checkpoints and data are a FileNotFoundError.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusion.rng import Streams, seed_of
 from diffusion.types import Bound, OnStep
-from train.checkpoint import fill, load_weights, resolve_step, saved_steps
-from train.cli.parse import from_dict
-from train.condition_source import ConditionSource, Row, read_rows
-from train.config import DataConfig, SamplerConfig, SamplingConfig
-from train.data.loading import Adapt, Positions, adapted, build_dataset, on_device, seeded
-from train.data.transforms import View, check_8_bits
-from train.datasets import Dataset, DatasetConfig, is_command
-from train.distributed import World
-from train.execution import autocast
+from train.checkpoint import AVERAGED, checkpoint_path, saved_steps
+from train.condition_source import ConditionSource
+from train.config import ROOT, LoggingConfig, SamplingConfig
+from train.data.transforms import to_float
+from train.first_stage import FirstStage, VQGANRun, load_first_stage
 from train.loop import Batch
-from train.posthoc_ema import opened, reconstruct, snapshot_path, snapshot_steps
-from train.registry import dotted, plugin
-from train.runs import read_run
-from train.samplers import Control, LearnedSampler
-from train.spaces import EditInput, Pixels, Space
+from train.python_values import (
+    check_images,
+    check_keywords,
+    check_shape,
+    check_whole_number,
+    condition_rows,
+    resolve_device,
+    setting_names,
+    with_settings,
+)
+from train.registry import did_you_mean
+from train.runs import read_run, run_folder
+from train.samplers._conditions import ConditionsConfig
+from train.spaces import Codes, Latents
+from train.trained_sampler import TrainedSampler, load_trained_sampler, read_stored_config
 
 
-@dataclass(frozen=True, kw_only=True)
-class SecondStageRun:
-    """The part of a sampler run's config that experiments need."""
+@runtime_checkable
+class NamesClasses(Protocol):
+    """A data set that knows the names of its classes, in the order of their numbers."""
 
-    data: DataConfig
-    reader: DatasetConfig
-    sampler: SamplerConfig
-    sampling: SamplingConfig
+    classes: Sequence[str]
 
 
-@dataclass(frozen=True)
-class TrainedSampler:
-    """A learned model of images. Experiments draw and score through `sample` and `log_likelihood` alone."""
+class SamplerRun:
+    """A trained sampler: `sample` draws images, `log_likelihood` scores them.
 
-    run: Path
-    step: int
-    sampler: LearnedSampler
-    space: Space
-    data: DataConfig
-    reader: DatasetConfig
-    class_frequencies: Tensor | None  # (n_classes,) in the training split
-    weights: str  # SHA-256 of the file they came from, or of what they were rebuilt from
-    world: World  # the processes that share an experiment
-    amp: bool
+    `model` is the same sampler at a lower level, as the experiments use it: batches, edits, control branches.
+    `settings` are the run's own sampling settings, the defaults of `sample`.
+    """
 
-    @property
-    def device(self) -> torch.device:
-        return self.world.device
+    def __init__(self, model: TrainedSampler, settings: SamplingConfig):
+        self.model, self.settings = model, settings
 
-    @property
-    def origin(self) -> dict[str, Any]:
-        """Which weights these are: the sampler's, and the VQGAN's where there is one."""
-        return {"sampler_weights": self.weights} | self.space.origin
-
-    def dataset(self, split: str) -> Dataset:
-        """A split of the data the sampler was trained on, found where datasets.yaml says it lies now."""
-        return build_dataset(self.data, self.reader, split)
-
-    def batches(self, split: str) -> Positions:
-        """That split in a shuffle that is always the same (train: in its views): positions -> a batch."""
-        return self.space.source(self.dataset(split), split, self.data, 0, self.world, self.adapt)
+    def __repr__(self) -> str:
+        vqgan = "" if self.vqgan is None else f", vqgan={self.vqgan.first.run.name!r}"
+        return f"{type(self).__name__}({self.model.run.name!r}, step={self.step}, conditions={self.conditions}{vqgan})"
 
     @property
-    def adapt(self) -> Adapt:
-        """The user's function that makes the fields of a batch of an item, where it was trained with one."""
-        path = self.sampler.config.adapt
-        return dotted(path, "--adapt") if path else None
+    def step(self) -> int:
+        """The training step of the checkpoint."""
+        return self.model.step
 
-    def conditions_of(self, item: dict[str, Any], index: int) -> Row:
-        """The conditions of an item of its data set, but for the label; ValueError where it lacks one."""
-        names = [name for name in self.sampler.conditions if name != "label"]
-        if names and self.adapt is not None:
-            with seeded(seed_of(0, "adapt", index)):
-                item = adapted(self.adapt, View()(item))  # a copy: the function may change it
-        if missing := sorted({*names} - {*item}):
-            raise ValueError(f"{self.run} is conditioned on {', '.join(missing)}: pass --condition_file with them")
-        return {name: item[name] for name in names}
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images it was trained on."""
+        return self.model.data.shape
 
-    def condition_source(self, options: SamplingConfig) -> ConditionSource:
-        """Where the conditions of its images come from; held-out images are read only where there is no other way.
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The conditions of the network, by which `sample` and `log_likelihood` take them as keywords."""
+        return self.model.sampler.conditions
 
-        All processes must ask. ValueError, FileNotFoundError for a --condition_file that does not fit.
+    @property
+    def n_classes(self) -> int:
+        """The number of classes; 0 for a sampler without them."""
+        return self.model.sampler.n_classes
+
+    @property
+    def unit(self) -> str:
+        """The unit of `log_likelihood`: "bits per dimension" of pixels, "bits per code" of codes."""
+        return self.model.sampler.unit
+
+    @cached_property
+    def vqgan(self) -> "TrainedVQGAN | None":
+        """The VQGAN whose codes or latents it models; None for a model of pixels."""
+        return None if self.model.space.first is None else TrainedVQGAN(self.model.space.first)
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, by number; empty if neither the run nor its data set has them.
+
+        Names that the run did not store are read from its data set, which has to be there.
         """
-        sampler, rows = self.sampler, read_rows(options.condition_file, self.data)
-        others = {*sampler.conditions} - {"label", *(rows[0] if rows else ())}
-        held_out = self.batches("val") if others else None
-        source = ConditionSource(sampler.conditions, sampler.n_classes, self.class_frequencies, held_out)
-        return source.with_rows(rows)
+        names = read_run(self.model.run).get("origin", {}).get("class_names", ())
+        if not names and self.n_classes:
+            try:
+                dataset = self.model.dataset("val")
+            except (OSError, ValueError):
+                return ()
+            names = dataset.classes if isinstance(dataset, NamesClasses) else ()
+        return tuple(names) if len(names) == self.n_classes else ()
 
-    def sample(self, n: int, seed: int, options: SamplingConfig, *, batch_size: int = 50, **how) -> Iterator[Batch]:
-        """n images of a seed in batches, each as `draw` makes it.
-
-        Of several processes each gives its share of the batches: together they are those of one process.
-        """
-        source = self.condition_source(options)
-        for first in self.world.share_of(list(range(0, n, batch_size))):
-            indices = list(range(first, min(first + batch_size, n)))
-            yield self.draw(indices, seed, options, source.draw(seed, indices), **how)
-
-    @torch.no_grad()
-    def draw(
+    def sample(
         self,
-        indices: list[int],
-        seed: int,
-        options: SamplingConfig,
-        conditions: Batch | None,
+        n: int = 1,
         *,
-        edit: EditInput | None = None,
-        network: nn.Module | None = None,
+        seed: int = 0,
+        batch_size: int = 50,
         shape: tuple[int, int] | None = None,
         window_stride: int | None = None,
         on_step: OnStep | None = None,
-        control: Control | None = None,
-    ) -> Batch:
-        """{"image": uint8 (B, C, H, W), and "codes" (B, h, w), "label" (B,) where there are such}.
+        **keywords: Any,
+    ) -> Tensor:
+        """Draws n images: uint8 (n, C, H, W) in [0, 255], on the CPU.
 
-        Image i of a seed is the same in whatever batch. `conditions` are the raw fields that the sampler is conditioned
-        on, such as a `condition_source` draws; without them all are null. `edit` is known data that it begins from,
-        `control` a branch beside the network. `network` stands in for the sampler's own; `on_step` sees the batch on
-        its way, in the sampler's space.
+        Image i of a seed is always the same, whatever n and `batch_size` (up to the rounding of the device), and the
+        one that experiments/get_samples.py writes. `shape` is another height and width of the canvas than trained on,
+        in codes for a model of codes and in pixels for others, `window_stride` the distance of the windows it is then
+        drawn in. `on_step(i, t, s, x, prediction)` is called after each step with a batch in the sampler's space and
+        returns the x that the next step starts from.
+
+        Further keywords are, by name:
+
+        - sampling settings, such as solver="halton", sample_steps=8, guidance=1.5: all flags of the sampling group.
+          Those left out are the run's own; with another `solver`, steps and solver options are that solver's.
+        - conditions: one value for all images, or a list of n values. `label` is the number or name of a class, or
+          None for the null class. Images such as `condition_image` are (C, h, w), or (n, C, h, w), uint8 or float in
+          [-1, 1]. Left out, classes are drawn as frequently as in the training data, and other conditions are taken
+          from held-out images. None for all conditions but the label samples without any.
         """
-        batch = None if conditions is None else on_device(conditions, self.device)
-        rng = Streams([seed_of(seed, "sample", i) for i in indices], self.device)
-        with autocast(self.device, self.amp):
-            x = self.sampler.sample(
-                network or self.sampler.network,
-                rng,
-                batch=batch,
-                options=options,
-                shape=shape,
-                window_stride=window_stride,
-                edit=edit,
-                on_step=on_step,
-                control=control,
-            )
-        made = {"image": self.space.decode(x).cpu()} | self.space.kept(x)
-        return made if batch is None or "label" not in batch else made | {"label": batch["label"].cpu()}
+        check_whole_number(1, n=n, batch_size=batch_size, window_stride=window_stride)
+        check_whole_number(None, seed=seed)
+        check_shape(shape)
+        names = setting_names(self.settings)
+        parameters = {"n", "seed", "batch_size", "shape", "window_stride", "on_step"}
+        check_keywords("sample", keywords, {*names, *self.conditions}, parameters)
+        settings = {name: value for name, value in keywords.items() if name in names}
+        conditions = {name: value for name, value in keywords.items() if name not in names}
+        options = with_settings(self.settings, self.model.sampler.process, settings)
+        source = self._condition_source(conditions, n, options)
+        if source is None and "guidance" not in settings:
+            options = dataclasses.replace(options, guidance=1.0)  # guidance from null to null changes nothing
+        canvas = {"shape": shape, "window_stride": window_stride, "on_step": on_step}
+        images = []
+        for indices in torch.arange(n).split(batch_size):
+            batch = None if source is None else source.draw(seed, indices.tolist())
+            images.append(self.model.draw(indices.tolist(), seed, options, batch, **canvas)["image"])
+        return torch.cat(images)
 
-    @torch.no_grad()
-    def try_out(self, options: SamplingConfig, source: ConditionSource, **how) -> None:
-        """Samples one image up to its first step; `how` goes to the sampler. ValueError where it cannot do that.
+    def _condition_source(
+        self, conditions: Mapping[str, Any], n: int, options: SamplingConfig
+    ) -> ConditionSource | None:
+        """The source of the conditions of n images, some of which are given; None samples without conditions."""
+        nulls = [name for name, value in conditions.items() if value is None and name != "label"]
+        if nulls:
+            if any(conditions.get(name, "missing") is not None for name in self.conditions):
+                raise ValueError(
+                    f"got {nulls[0]}=None beside other conditions: pass None for all of them "
+                    f"({', '.join(self.conditions)}), or leave {nulls[0]} out"
+                )
+            return None
+        source = self.model.condition_source(options, skip=conditions)
+        if not conditions:
+            return source
+        rows, file_rows = self._rows(conditions, n), source.rows or ({},)
+        return source.with_rows([{**file_rows[i % len(file_rows)], **row} for i, row in enumerate(rows)])
 
-        `source` is the `condition_source` of these options, which all processes ask for; one of them may try.
+    def _rows(self, conditions: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
+        """The conditions of each of n images."""
+        label = conditions.get("label")
+        has_names = any(isinstance(each, str) for each in (label if isinstance(label, list | tuple) else [label]))
+        return condition_rows(conditions, n, self.n_classes, self.class_names if has_names else ())
+
+    def log_likelihood(
+        self, images: Tensor, *, seed: int = 0, nfe: int | None = None, batch_size: int = 50, **conditions: Any
+    ) -> Bound:
+        """-log2 p of images (B, C, H, W), per dimension or per code (`unit`), as experiments/calc_approximate_ELBO.py
+        measures it: a `Bound` of total (B,), prior (B,) and terms (B, T), on the CPU.
+
+        A model of pixels takes uint8 images; one of codes takes what its VQGAN encodes, and scores their codes: a bound
+        on images needs the VQGAN's decoder as well. `nfe` is the number of network calls per image; None: all terms of
+        the bound. Conditions are keywords, as in `sample`; without a `label`, the null class is scored. The random
+        numbers of image i are a function of the seed and i. ValueError for a model of latents, which has none.
         """
+        model = self.model
+        if isinstance(model.space, Latents):
+            raise ValueError("latents are continuous and have no likelihood in bits: load a model of pixels or codes")
+        check_whole_number(1, nfe=nfe, batch_size=batch_size)
+        check_whole_number(None, seed=seed)
+        check_keywords("log_likelihood", conditions, {*self.conditions}, {"images", "seed", "nfe", "batch_size"})
+        self._check_scored(images)
+        if missing := [name for name in self.conditions if conditions.get(name) is None and name != "label"]:
+            raise ValueError(f"got no {', '.join(missing)}, which {model.run.name} is conditioned on: pass them")
+        if self.n_classes and "label" not in conditions:
+            self._check_null()
+            conditions["label"] = None
+        rows = self._rows(conditions, len(images)) if conditions else []
+        source = ConditionSource(self.conditions, self.n_classes, rows=tuple(rows))
+        bounds = []
+        for indices in torch.arange(len(images)).split(batch_size):
+            data = self._data(images[indices]) | (source.draw(seed, indices.tolist()) or {})
+            bounds.append(model.log_likelihood(data | {"position": indices}, seed, nfe))
+        return Bound(*(torch.cat([part.cpu() for part in parts]) for parts in zip(*bounds, strict=True)))
 
-        def stop(*step: Any) -> Tensor:
-            raise _TriedOut
+    def _check_null(self) -> None:
+        """ValueError if the null class was never seen in training."""
+        config = self.model.sampler.config
+        if isinstance(config, ConditionsConfig) and config.label_drop == 0:
+            raise ValueError(f"{self.model.run.name} was trained with label_drop 0 and has no null class: pass label")
 
-        drawn, rng = source.draw(0, [0]), Streams([0], self.device)
-        batch = None if drawn is None else on_device(drawn, self.device)
-        with suppress(_TriedOut), autocast(self.device, self.amp):
-            self.sampler.sample(self.sampler.network, rng, batch=batch, options=options, on_step=stop, **how)
+    def _check_scored(self, images: Tensor) -> None:
+        """TypeError, ValueError unless these are images of the size and the kind that the model was trained on."""
+        pixels = not isinstance(self.model.space, Codes)
+        if pixels and self.model.data.data_range is not None:
+            raise ValueError(f"{self.model.run.name} models no 8-bit images (--data_range): bits are not defined")
+        check_images(images, self.image_shape[0])
+        if pixels and images.dtype != torch.uint8:
+            raise TypeError(f"got images of {images.dtype}: bits per dimension are those of 8-bit images, pass uint8")
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(f"got images {tuple(images.shape)}, wanted (B, {', '.join(map(str, self.image_shape))})")
 
-    def log_likelihood(self, batch: Batch, seed: int = 0, calls: int | None = None) -> Bound:
-        """-log2 p of a batch of `batches`, in the sampler's `unit`, in `calls` network calls per image or all.
-
-        An image's draws are a function of the seed and its position. ValueError for pixels that are not of 8 bits.
-        """
-        rng = Streams([seed_of(seed, "likelihood", k) for k in batch["position"].tolist()], self.device)
-        if isinstance(self.space, Pixels):
-            check_8_bits(batch["image"])
-        batch = self.space.prepared(on_device(batch, self.device))
-        with autocast(self.device, self.amp):
-            return self.sampler.log_likelihood(self.sampler.network, batch, rng, calls)
-
-
-class _TriedOut(Exception):
-    """The first step of a draw is done, which is all that was asked for."""
+    def _data(self, images: Tensor) -> Batch:
+        """A batch of images as the sampler's space loads it."""
+        if isinstance(self.model.space, Codes):
+            return {"codes": self.model.space.first.encode(images)}
+        return {"image": to_float(images)}
 
 
-def load_sampler(
-    run: Path,
-    step: int | None,
-    space: Space,
-    device: torch.device,
+class TrainedVQGAN:
+    """A trained VQGAN: images to codes and back. `first` is the same at a lower level, as training uses it."""
+
+    def __init__(self, first: FirstStage):
+        self.first = first
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.first.run.name!r}, step={self.step}, codebook_size={self.codebook_size})"
+
+    @property
+    def step(self) -> int:
+        """The training step of the checkpoint."""
+        return self.first.step
+
+    @property
+    def codebook_size(self) -> int:
+        """K: codes are 0, ..., K - 1."""
+        return self.first.vqgan.quantizer.codebook_size
+
+    @property
+    def factor(self) -> int:
+        """Pixels per code, along each side."""
+        return self.first.vqgan.config.factor
+
+    @property
+    def channels(self) -> int:
+        """Channels of its images: 1 grey, 3 colour."""
+        return self.first.data.n_channels
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images it was trained on; it takes any multiples of `factor`."""
+        return self.first.data.size
+
+    def encode(self, images: Tensor, *, batch_size: int = 50) -> Tensor:
+        """images (B, C, H, W), uint8 or float in [-1, 1] -> codes (B, H / factor, W / factor) int64, on the device."""
+        check_whole_number(1, batch_size=batch_size)
+        check_images(images, self.channels)
+        height, width = images.shape[2:]
+        if height % self.factor or width % self.factor:
+            raise ValueError(f"got images of {height}x{width} pixels, wanted multiples of {self.factor}: resize them")
+        return torch.cat([self.first.encode(part) for part in images.split(batch_size)])
+
+    def decode(self, codes: Tensor, *, batch_size: int = 50) -> Tensor:
+        """codes (B, h, w) -> images uint8 (B, C, h * factor, w * factor), on the device."""
+        check_whole_number(1, batch_size=batch_size)
+        if not isinstance(codes, Tensor) or codes.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
+            got = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
+            raise TypeError(f"got codes of {got}, wanted a tensor of integers (B, h, w), as encode returns them")
+        if codes.ndim != 3 or not codes.numel():
+            raise ValueError(f"got codes {tuple(codes.shape)}, wanted (B, h, w), as encode returns them")
+        low, high = codes.min().item(), codes.max().item()
+        if low < 0 or high >= self.codebook_size:
+            raise ValueError(f"got codes from {low} to {high}, wanted 0 to {self.codebook_size - 1}")
+        return torch.cat([self.first.decode(part.long()) for part in codes.split(batch_size)])
+
+    def reconstruct(self, images: Tensor, *, batch_size: int = 50) -> Tensor:
+        """images (B, C, H, W), as `encode` takes them -> their reconstructions uint8 (B, C, H, W), on the device."""
+        return self.decode(self.encode(images, batch_size=batch_size), batch_size=batch_size)
+
+
+def load(
+    run: str | Path,
     *,
-    ema: bool,
-    amp: bool,
-    allow: tuple[str, ...] = (),
+    step: int | None = None,
+    ema: bool | None = None,
     ema_length: float | None = None,
-) -> TrainedSampler:
-    """The sampler of a run, for the space that its origin names; see `check_allowed` for `allow`.
+    device: str | torch.device = "auto",
+    amp: bool = True,
+    allow: Sequence[str] = (),
+    logs_root: str | Path | None = None,
+    ae_load_dir: str | None = None,
+    ae_load_step: int | None = None,
+) -> SamplerRun:
+    """Loads the sampler of a run of train_sampler.py, with the VQGAN it was trained on, if it has one.
 
-    With `ema_length` its weights are an average of that relative length, rebuilt from the profiles that the run kept.
+    Args:
+        run: a path, or the name of a folder below `logs_root`.
+        step: the training step of the checkpoint; the newest if left out.
+        ema: averaged or plain weights; if left out, averaged ones where the run kept them.
+        ema_length: instead, an average of this relative length, reconstructed from the EMA snapshots of the run.
+        device: "auto" (cuda, else mps, else cpu), "cpu", "cuda", "mps", or a torch.device.
+        amp: bfloat16 autocast where the device computes it natively, as in the experiments.
+        allow: dotted paths of your own classes and functions that the run may use: loading one runs no code unasked.
+        logs_root: the folder of all runs; logs/ of this repository if left out.
+        ae_load_dir: the run of the VQGAN, if it is no longer where it was in training.
+        ae_load_step: its step.
     """
-    content = read_run(run)
-    step = resolve_step(run, step, "--load_step") if ema_length is None else kept_step(run, step)
-    groups = {name: content.get(name, {}) for name in SecondStageRun.__dataclass_fields__}
-    config = from_dict(SecondStageRun, groups, str(run / "config.yaml"))
-    check_allowed(run, groups, allow)
-    frequencies = content.get("origin", {}).get("class_frequencies")
-    if frequencies is None:
-        raise ValueError(f"{run / 'config.yaml'} does not say how frequent classes were: is it damaged?")
-    module = plugin("train.samplers", config.sampler.sampler, "sampler")
-    sampler = module.build(config.sampler, **space.model_args, n_classes=len(frequencies))
+    folder = find_run(run, logs_root)
+    content = read_run(folder)
+    if "sampler" not in content:
+        remedy = "load_vqgan loads it" if "network" in content else "wanted a run of train_sampler.py"
+        raise ValueError(f"{folder} is no run of a sampler: {remedy}")
+    if ema is False and ema_length is not None:
+        raise ValueError(f"got ema=False and ema_length={ema_length}, which is an average: pass one of them")
     if ema_length is None:
-        weights = load_weights(run, step, {"network": sampler.network}, ema=ema)
-    else:
-        weights = rebuild(run, step, "network", sampler.network, ema_length)
-    sampler.network.to(device).eval().requires_grad_(False)
-    shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
-    place = World(device)
-    return TrainedSampler(run, step, sampler, space, config.data, config.reader, shares, weights, place, amp)
+        check_checkpoint(folder, step, ema)
+    model = load_trained_sampler(
+        folder,
+        step,
+        resolve_device(device),
+        ema=ema,
+        amp=amp,
+        logs_roots=(str(folder.parent), str(logs_root or LoggingConfig.logs_root)),
+        allow=(allow,) if isinstance(allow, str) else tuple(allow),
+        ema_length=ema_length,
+        ae_load_dir=ae_load_dir,
+        ae_load_step=ae_load_step,
+    )
+    return SamplerRun(model, read_stored_config(folder).sampling)
 
 
-def kept_step(run: Path, step: int | None) -> int | None:
-    """`step`, or the newest one whose EMA profiles were kept and that the newest checkpoint does not lie before."""
-    newest = max(saved_steps(run), default=None)
-    kept = [each for each in snapshot_steps(run) if newest is None or each <= newest]
-    if step is None and not kept and snapshot_steps(run):
-        raise FileNotFoundError(f"{run} kept its first EMA profiles after its newest checkpoint, {newest}: train on")
-    return kept[-1] if step is None and kept else step
+def load_vqgan(
+    run: str | Path,
+    *,
+    step: int | None = None,
+    ema: bool | None = None,
+    device: str | torch.device = "auto",
+    amp: bool = True,
+    logs_root: str | Path | None = None,
+) -> TrainedVQGAN:
+    """Loads the VQGAN of a run of train_vqgan.py; the arguments are those of `load`."""
+    folder = find_run(run, logs_root)
+    content = read_run(folder)
+    if any(name not in content for name in VQGANRun.__dataclass_fields__):
+        remedy = "load loads it" if "sampler" in content else "wanted a run of train_vqgan.py"
+        raise ValueError(f"{folder} is no run of a VQGAN: {remedy}")
+    check_checkpoint(folder, step, ema)
+    return TrainedVQGAN(load_first_stage(folder, step, resolve_device(device), amp, ema=ema))
 
 
-def rebuild(run: Path, step: int | None, name: str, module: nn.Module, length: float) -> str:
-    """Fills a module with its average of a relative length; returns the SHA-256 of that length and of the checksums
-    of all that it was made of (not of the sum, whose last bits a machine's linear algebra decides)."""
-    tensors = reconstruct(run, step, name, length)
-    fill(module, {f"{name}.{key}": value for key, value in tensors.items()}, name, snapshot_path(run, step))
-    made_of = []
-    for kept in [kept for kept in snapshot_steps(run) if kept <= step]:
-        with opened(run, kept) as snapshot:
-            prefixes = tuple(snapshot.profiles(name))
-            made_of.append([kept, sorted(each for each in snapshot.checks.items() if each[0].startswith(prefixes))])
-    return sha256(json.dumps([length, made_of]).encode()).hexdigest()
+def find_run(run: str | Path, logs_root: str | Path | None = None) -> Path:
+    """The folder of a run: a path, or a name below `logs_root`; FileNotFoundError with the nearest name there is."""
+    if not isinstance(run, str | Path):
+        raise TypeError(f"got run {run!r}, wanted the path or the name of a run's folder")
+    path = Path(run).expanduser()
+    below = run_folder(str(logs_root or LoggingConfig.logs_root), str(run))
+    candidates = [below, path, ROOT / path] if logs_root is not None else [path, below, ROOT / path]
+    for folder in candidates:
+        if (folder / "config.yaml").is_file():
+            return folder.resolve()
+    folder = next((each for each in candidates if each.resolve().parent.is_dir()), below).resolve()
+    runs = sorted(each.parent.name for each in folder.parent.glob("*/config.yaml"))
+    hint, others = did_you_mean(folder.name, runs), ", ".join(runs) or "none"
+    raise FileNotFoundError(f"no run in {folder}{hint}; runs beside it: {others}")
 
 
-def check_allowed(run: Path, groups: dict[str, dict[str, Any]], allow: tuple[str, ...]) -> None:
-    """ValueError where a run names code of a user's own, or a command that brings its data, that `allow` does not:
-    loading a run runs nothing unasked."""
-    classes = {key: value for key, value in groups["sampler"].items() if "." in str(value)}
-    commands = {key: value for key, value in groups["reader"].items() if is_command(value)}
-    for key, value in (classes | commands).items():
-        if isinstance(value, str) and value not in allow:
-            typed = shlex.quote(value)
-            raise ValueError(f"{run} was trained with --{key} {value}, which is code: pass --allow {typed} to run it")
-
-
-def class_frequencies(dataset: Dataset) -> list[float]:
-    """Share of each class in a data set; empty without labels."""
-    if dataset.n_classes == 0:
-        return []
-    return (np.bincount(dataset.labels, minlength=dataset.n_classes) / len(dataset)).tolist()
+def check_checkpoint(folder: Path, step: int | None, ema: bool | None) -> None:
+    """FileNotFoundError unless a run has a checkpoint of that step (None: any), with averaged weights if `ema`."""
+    check_whole_number(None, step=step)
+    steps = saved_steps(folder)
+    if not steps or (step is not None and step not in steps):
+        wanted = f"there are {', '.join(map(str, steps))}" if steps else "train the run first"
+        raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in {folder}: {wanted}")
+    path = checkpoint_path(folder, steps[-1] if step is None else step)
+    if ema and not (path / AVERAGED).is_file():
+        raise FileNotFoundError(f"{path} has no averaged weights: pass ema=False")

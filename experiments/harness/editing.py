@@ -20,9 +20,9 @@ from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.data.transforms import covering, in_8_bits, range_of_picture, to_item
 from train.datasets._decode import DAMAGED, decode, to_grey_or_rgb
-from train.inference import TrainedSampler
 from train.loop import Batch
 from train.spaces import EditInput
+from train.trained_sampler import TrainedSampler
 
 OPAQUE = 255  # of an alpha channel: pixels that are less have lost what they were
 ROWS = 8  # images in a grid

@@ -22,10 +22,9 @@ from train.config import LoggingConfig, SamplingConfig, TrainingConfig
 from train.distributed import World
 from train.files import sha256, write_text
 from train.first_stage import FirstStage, VQGANRun, load_first_stage
-from train.inference import TrainedSampler, load_sampler
 from train.registry import plugin
 from train.runs import open_run, read_run, run_folder
-from train.spaces import Space, reopened_space
+from train.trained_sampler import TrainedSampler, load_trained_sampler
 
 Loaded = TrainedSampler | FirstStage
 
@@ -172,9 +171,19 @@ def load_model(model: ModelConfig, output: OutputConfig, world: World | None = N
         trained_with = content.get(group, {}).get(key)
         if trained_with != getattr(model, key):
             raise ValueError(f"{run} was trained with --{key} {trained_with}, got {getattr(model, key)}: pass that")
-    space = space_of(run, content, model, output, world.device)
-    how = {"ema": model.ema, "amp": output.amp, "allow": model.allow, "ema_length": model.ema_length}
-    trained = dataclasses.replace(load_sampler(run, model.load_step, space, world.device, **how), world=world)
+    trained = load_trained_sampler(
+        run,
+        model.load_step,
+        world.device,
+        ema=model.ema,
+        amp=output.amp,
+        logs_roots=(output.logs_root,),
+        allow=model.allow,
+        ema_length=model.ema_length,
+        ae_load_dir=model.ae_load_dir,
+        ae_load_step=model.ae_load_step,
+    )
+    trained, space = dataclasses.replace(trained, world=world), trained.space
     if model.data_dir is not None:
         trained = dataclasses.replace(trained, reader=dataclasses.replace(trained.reader, data_dir=model.data_dir))
     weights = "averaged (EMA) weights" if model.ema else "plain weights"
@@ -183,28 +192,6 @@ def load_model(model: ModelConfig, output: OutputConfig, world: World | None = N
     on = "pixels" if space.first is None else f"VQGAN: {space.first.run}"
     print(f"sampler: {run}, step {trained.step}, {weights}; {on}", flush=True)
     return trained
-
-
-def space_of(
-    run: Path, content: dict[str, Any], model: ModelConfig, output: OutputConfig, device: torch.device
-) -> Space:
-    """What the sampler of a run works in: pixels, or the VQGAN that its origin or the flags name."""
-    origin = content.get("origin", {})
-    if "ae_weights" not in origin:
-        if model.ae_load_dir is not None or model.ae_load_step is not None:
-            raise ValueError(f"{run} was trained on pixels: leave --ae_load_dir and --ae_load_step out")
-        return reopened_space(content, None)
-    first_run = run_folder(output.logs_root, model.ae_load_dir or origin["ae_load_dir"])
-    first_step = model.ae_load_step
-    if first_step is None and model.ae_load_dir is None:
-        first_step = origin["ae_load_step"]
-    first = load_first_stage(first_run, first_step, device, output.amp)
-    if origin["ae_weights"] != first.weights:
-        raise ValueError(
-            f"{run} was trained on other VQGAN weights than those of {first.run}: "
-            "pass the --ae_load_dir and --ae_load_step that it was trained with"
-        )
-    return reopened_space(content, first)
 
 
 def vqgan_run(logs_root: str, model: FirstStageModelConfig) -> Path:
@@ -297,7 +284,7 @@ def open_results(name: str, config: ExperimentConfig, loaded: Loaded, world: Wor
     if samples and any(world.any(world.is_main and not folder.exists())):
         source = loaded.condition_source(sampling)  # may encode the data set, which all ranks do together
         if world.is_main:
-            loaded.try_out(sampling, source, shape=prepared.shape, window_stride=prepared.window_stride)
+            loaded.dry_run(sampling, source, shape=prepared.shape, window_stride=prepared.window_stride)
     if world.is_main:
         given = condition_origin(sampling.condition_file) if samples else {}
         open_run(folder, config, loaded.origin | prepared.origin | given)

@@ -15,9 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from train.files import whole_file
-from train.inference import TrainedSampler
 from train.logging import grid_image
 from train.loop import Batch
+from train.trained_sampler import TrainedSampler
 
 GRID = 64  # images in a grid
 STRIPS, MOMENTS = 6, 10  # images, and steps of each that are shown

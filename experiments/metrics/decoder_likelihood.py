@@ -27,12 +27,12 @@ from train.datasets import DatasetConfig
 from train.distributed import World, synchronized
 from train.execution import autocast, poisoned, set_tf32
 from train.first_stage import FirstStage
-from train.inference import TrainedSampler, check_allowed
 from train.logging import Logger
 from train.loop import Batch, Outputs, State
 from train.lr_schedule import learning_rate
 from train.optim import update
 from train.runs import begin, open_run, origin_of, owned, read_run, run_folder
+from train.trained_sampler import TrainedSampler, check_allowed
 from train.trainer import assemble, train
 from vq.likelihood import Reconstruction, head_of, reconstruct
 

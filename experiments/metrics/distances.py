@@ -21,7 +21,7 @@ from train.datasets import Dataset
 from train.distributed import World
 from train.files import sha256
 from train.first_stage import FirstStage
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 Batches = Iterable[dict[str, Tensor]]
 Images = Callable[[list[int]], dict[str, Tensor]]

@@ -20,9 +20,9 @@ from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import World, in_step
 from train.first_stage import FirstStage
-from train.inference import TrainedSampler
 from train.logging import Logger
 from train.loop import Hook, Outputs, State
+from train.trained_sampler import TrainedSampler
 
 LEAST = 2  # images that have a covariance
 

@@ -18,7 +18,7 @@ from train.config import DataConfig
 from train.data.loading import ImageSource, build_dataset, fixed_subset, images_in_order
 from train.datasets import ArrayDataset
 from train.distributed import World
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 FLAGS = "--n_samples 90 --batch_size 20 --features digits --kid_subsets 5 --kid_subset_size 50 --no_amp"
 

@@ -14,7 +14,7 @@ from experiments.metrics.features import pixels
 from experiments.metrics.prdc import PRDC, prdc
 from helpers.tiny_runs import call, run
 from train.data.loading import ImageSource, fixed_subset, images_in_order
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 SCRIPT = "experiments/calc_PRDC.py"
 

@@ -125,7 +125,7 @@ def test_all_terms_can_be_asked_for_and_no_image_comes_twice(measure, trained_dd
 
 
 def test_typed_again_it_prints_the_saved_report(measure, measured, logs_of, capsys, monkeypatch):
-    monkeypatch.setattr("train.inference.TrainedSampler.log_likelihood", None)  # nothing is measured
+    monkeypatch.setattr("train.trained_sampler.TrainedSampler.log_likelihood", None)  # nothing is measured
     capsys.readouterr()
     assert measure("absorbing", "elbo_absorbing") == measured["absorbing"]
     out = capsys.readouterr().out
@@ -149,7 +149,7 @@ def test_what_fails_leaves_no_results(measure, logs_of, monkeypatch):
             measure("ddpm", "elbo_stopped")
     folder = logs_of["ddpm"] / "elbo_stopped"
     assert {path.name for path in folder.iterdir()} == {"config.yaml", ".kept"}
-    monkeypatch.setattr("train.inference.TrainedSampler.log_likelihood", None)
+    monkeypatch.setattr("train.trained_sampler.TrainedSampler.log_likelihood", None)
     measure("ddpm", "elbo_stopped")  # the next run goes through, with what was measured
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "results.json", "terms.png"}
 

@@ -9,7 +9,7 @@ import torch
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.metrics.decoder_likelihood import TrainedHead
 from helpers.tiny_runs import SAMPLER, call
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 SCRIPT = "experiments/calc_approximate_ELBO.py"
 SIZES = SAMPLER.replace(" --sample_steps 4", "")

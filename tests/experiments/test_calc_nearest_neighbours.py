@@ -91,7 +91,7 @@ def test_a_cut_off_start_goes_on_to_the_same_answer(trained_ddpm, monkeypatch):
     monkeypatch.setattr(nearest_neighbours, "ranked", failing)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         call(SCRIPT, f"{flags} --log_dir cut")
-    monkeypatch.setattr("train.inference.TrainedSampler.draw", None)  # nothing is drawn again
+    monkeypatch.setattr("train.trained_sampler.TrainedSampler.draw", None)  # nothing is drawn again
     call(SCRIPT, f"{flags} --log_dir cut")
     assert len(asked) == 6 + 6  # 10 images in batches of 2, of which two were done
     whole, cut = results(trained_ddpm, "whole"), results(trained_ddpm, "cut")

@@ -128,7 +128,7 @@ def names(folder):
 
 
 def test_a_set_goes_on_within(trained, monkeypatch):
-    from train.inference import TrainedSampler
+    from train.trained_sampler import TrainedSampler
 
     flags = f"--logs_root {trained} {TINY} --solvers ancestral:3 --log_dir"
     call(SCRIPT, f"{flags} set_whole")
@@ -159,7 +159,7 @@ def test_one_solver_is_measured_as_calc_fid_measures_it(trained):
 
 def test_time_is_that_of_drawing_alone(trained, monkeypatch):
     from experiments.metrics.features import pixels
-    from train.inference import TrainedSampler
+    from train.trained_sampler import TrainedSampler
 
     clock, draw, build = SimpleNamespace(now=0.0), TrainedSampler.draw, pixels.build
 

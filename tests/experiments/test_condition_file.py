@@ -8,7 +8,7 @@ import torch
 
 from experiments.harness.images import read_samples
 from helpers.tiny_runs import call
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 
 @pytest.fixture

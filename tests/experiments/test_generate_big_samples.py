@@ -8,7 +8,7 @@ from PIL import Image
 
 from helpers.tiny_runs import SAMPLER, call, run
 from models.transformer import Transformer
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 
 def big(logs, flags):
@@ -29,7 +29,7 @@ def asked(monkeypatch):
         return forward(network, x, *others, **named)
 
     monkeypatch.setattr(Transformer, "forward", watched)
-    monkeypatch.setattr(TrainedSampler, "try_out", lambda *a, **how: None)  # its one call is none of a canvas
+    monkeypatch.setattr(TrainedSampler, "dry_run", lambda *a, **how: None)  # its one call is none of a canvas
     return shapes
 
 

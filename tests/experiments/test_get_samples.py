@@ -9,7 +9,7 @@ import torch
 from experiments.check_digits import GOALS, share_as_asked
 from experiments.harness.images import read_samples
 from helpers.tiny_runs import DDPM, SAMPLER, call
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 
 def samples(logs, flags):

@@ -11,7 +11,7 @@ from experiments.harness.editing import centred, given_images, with_margins, wit
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.metrics.classifier import agreement
 from helpers.tiny_runs import call
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 
 def inpaint(logs, flags):

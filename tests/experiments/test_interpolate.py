@@ -8,7 +8,7 @@ import torch
 from experiments.harness.editing import encoded, given_images
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from helpers.tiny_runs import call
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 
 def interpolate(logs, flags):

@@ -15,7 +15,7 @@ import torch
 from experiments.harness.batches import FOLDER, in_order, only_process, own_indices
 from helpers.tiny_runs import DDPM, ROOT, call
 from train.distributed import World
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 FD = "--FD_features pixels --steps_per_FD 1 --FD_samples 5"
 EXPERIMENTS = {  # by the folder of its results; as many batches as processes, or more, or fewer

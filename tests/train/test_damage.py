@@ -16,9 +16,9 @@ from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call
 from train.checkpoint import load, load_weights, save, saved_steps
 from train.config import DataConfig
 from train.ema import EMA
-from train.inference import load_sampler
 from train.loop import State
 from train.spaces import Pixels
+from train.trained_sampler import load_sampler
 
 FILES = ["model.safetensors", "ema.safetensors", "state.pt", "manifest.json"]
 STAGE_1 = f"--no_amp {VQGAN} {GAN}"

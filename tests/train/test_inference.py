@@ -1,20 +1,471 @@
-"""What a trained sampler takes from items of its data set."""
+"""Trained runs from Python: what `load` and `load_vqgan` return, and what they refuse."""
 
-from dataclasses import replace
+import dataclasses
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
+import yaml
 
-from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
+from experiments.harness.images import read_samples
+from helpers.tiny_runs import DDPM, ROOT, call
+from train.data.transforms import to_float, to_uint8
+from train.inference import SamplerRun, load, load_vqgan
+from train.trained_sampler import TrainedSampler
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def test_an_item_is_left_as_it_was_by_adapt(trained_ddpm, tmp_path, monkeypatch):
-    code = "def darker(item):\n    item['image'] //= 2\n    return item | {'dark_image': item['image']}\n"
-    (tmp_path / "my_darker.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    model = load_model(ModelConfig(sampler="ddpm"), OutputConfig(logs_root=str(trained_ddpm), amp=False))
-    sampler = SimpleNamespace(conditions=("label", "dark_image"), config=SimpleNamespace(adapt="my_darker.darker"))
-    item = {"image": torch.full((1, 8, 8), 100, dtype=torch.uint8), "label": 3}
-    row = replace(model, sampler=sampler).conditions_of(item, 0)
-    assert row.keys() == {"dark_image"} and row["dark_image"].unique().tolist() == [50]
-    assert item["image"].unique().tolist() == [100] and item.keys() == {"image", "label"}
+@pytest.fixture(scope="module")
+def codes(trained) -> SamplerRun:
+    """An absorbing sampler of codes of 16x16 digits, with classes."""
+    return load(trained / "absorbing_digits", device="cpu", amp=False)
+
+
+@pytest.fixture(scope="module")
+def pixels(trained_ddpm) -> SamplerRun:
+    """A Gaussian sampler of 8x8 digits, with classes."""
+    return load(trained_ddpm / "ddpm_digits", device="cpu", amp=False)
+
+
+@pytest.fixture(scope="module")
+def vqgan(trained):
+    return load_vqgan(trained / "vqgan_digits", device="cpu", amp=False)
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.randint(256, (5, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def with_names(codes, monkeypatch) -> SamplerRun:
+    """The sampler of codes, whose data set names its classes."""
+    monkeypatch.setattr(TrainedSampler, "dataset", lambda model, split: SimpleNamespace(classes=NAMES))
+    return SamplerRun(codes.model, codes.settings)
+
+
+# Sampling
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "keywords"),
+    [
+        ("own_settings", "", {}),
+        ("of_class", "--label 7 --guidance 3", {"label": 7, "guidance": 3}),
+        ("other_solver", "--solver halton --temp 0.5", {"solver": "halton", "temp": 0.5}),
+    ],
+)
+def test_images_are_those_of_get_samples(codes, trained, name, flags, keywords):
+    shared = f"--logs_root {trained} --no_amp --device cpu --n_samples 6 --seed 3"
+    call("experiments/get_samples.py", f"{shared} {flags} --batch_size 4 --log_dir python_{name}")
+    written = read_samples(trained / f"python_{name}" / "samples.npz")["image"]
+    assert torch.equal(codes.sample(6, seed=3, **keywords).expand(-1, 3, -1, -1), written)
+
+
+def test_pixels_are_those_of_get_samples(pixels, trained_ddpm):
+    flags = "--sampler ddpm --no_amp --device cpu --n_samples 4 --label 4 --solver ddim --sample_steps 3 --eta 0.5"
+    call("experiments/get_samples.py", f"--logs_root {trained_ddpm} {flags} --log_dir python_pixels")
+    written = read_samples(trained_ddpm / "python_pixels" / "samples.npz")["image"]
+    drawn = pixels.sample(4, label=4, solver="ddim", sample_steps=3, eta=0.5)
+    assert torch.equal(drawn.expand(-1, 3, -1, -1), written)
+
+
+def test_images_do_not_depend_on_the_batch(codes):
+    whole = codes.sample(5, seed=1)
+    assert whole.shape == (5, 1, 16, 16) and whole.dtype == torch.uint8
+    assert torch.equal(codes.sample(5, seed=1, batch_size=2), whole)
+    assert torch.equal(codes.sample(3, seed=1), whole[:3])
+    assert not torch.equal(codes.sample(5, seed=2), whole)
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ([1, None, 8], [1, 10, 8]),
+        ((1, 1, 8), [1, 1, 8]),
+        (torch.tensor([1, 2, 8]), [1, 2, 8]),
+        (torch.tensor(8), [8, 8, 8]),
+        (None, [10, 10, 10]),
+        (0, [0, 0, 0]),
+    ],
+)
+def test_each_image_is_drawn_with_its_label(codes, monkeypatch, label, expected):
+    labels, draw = [], TrainedSampler.draw
+
+    def record(model, indices, seed, options, conditions, **keywords):
+        labels.extend(conditions["label"].tolist())
+        return draw(model, indices, seed, options, conditions, **keywords)
+
+    monkeypatch.setattr(TrainedSampler, "draw", record)
+    codes.sample(3, label=label, batch_size=2, sample_steps=1)
+    assert labels == expected
+
+
+def test_settings_of_the_run_are_the_defaults(codes):
+    steps = []
+
+    def on_step(i, t, s, x, prediction):
+        steps.append(i)
+        return x
+
+    assert codes.settings.sample_steps == 4
+    codes.sample(1, on_step=on_step)
+    codes.sample(1, on_step=on_step, sample_steps=2)
+    assert steps == [0, 1, 2, 3, 0, 1]
+
+
+def test_another_canvas(codes, pixels):
+    assert codes.sample(2, shape=(5, 6)).shape == (2, 1, 20, 24)
+    assert pixels.sample(2, shape=(12, 8)).shape == (2, 1, 12, 8)
+
+
+def test_classes_by_name(with_names):
+    assert with_names.class_names == NAMES
+    assert torch.equal(with_names.sample(2, label="seven"), with_names.sample(2, label=7))
+    assert torch.equal(with_names.sample(2, label=["one", 3]), with_names.sample(2, label=[1, 3]))
+    with pytest.raises(ValueError, match="label 'sevn', did you mean 'seven'"):
+        with_names.sample(2, label="sevn")
+
+
+def test_names_that_the_run_stored_come_first(trained, tmp_path):
+    for name in ("vqgan_digits", "absorbing_digits"):
+        shutil.copytree(trained / name, tmp_path / name)
+    path = tmp_path / "absorbing_digits" / "config.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["origin"]["class_names"] = list(NAMES)
+    path.write_text(yaml.safe_dump(content))
+    run = load("absorbing_digits", logs_root=tmp_path, device="cpu", amp=False)
+    assert run.class_names == NAMES
+    assert torch.equal(run.sample(1, label="two"), run.sample(1, label=2))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"guidanc": 2}, TypeError, "unexpected keyword 'guidanc', did you mean 'guidance'"),
+        ({"lable": 2}, TypeError, "did you mean 'label'"),
+        ({"condition_image": torch.zeros(1, 8, 8)}, TypeError, "unexpected keyword 'condition_image'"),
+        ({"solver": "haltn"}, ValueError, "solver 'haltn', did you mean 'halton'"),
+        ({"reveal": "cosin"}, ValueError, "did you mean 'cosine'"),
+        ({"guidance": "much"}, ValueError, "got guidance 'much', wanted a number"),
+        ({"sample_steps": 0}, ValueError, "got 0 sampling steps"),
+        ({"remask_eta": 0.5}, ValueError, "got remask_eta 0.5 for solver ancestral"),
+        ({"label": 10}, ValueError, "got label 10, wanted a class from 0 to 9"),
+        ({"label": -1}, ValueError, "got label -1, wanted a class from 0 to 9"),
+        ({"label": True}, TypeError, "got label True, wanted a class number"),
+        ({"label": 7.0}, TypeError, "got label 7.0, wanted a class number"),
+        ({"label": "seven"}, ValueError, "the classes have no names here: pass 0 to 9"),
+        ({"label": [1, 2, 3]}, ValueError, "got 3 values of label for 2 images"),
+        ({"batch_size": 0}, ValueError, "got batch_size 0, wanted at least 1"),
+        ({"seed": 0.5}, TypeError, "got seed 0.5, wanted a whole number"),
+        ({"shape": (5,)}, TypeError, r"wanted \(height, width\)"),
+        ({"shape": (5, 0)}, ValueError, "got width 0, wanted at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused(codes, keywords, error, message):
+    with pytest.raises(error, match=message):
+        codes.sample(2, **keywords)
+
+
+@pytest.mark.parametrize(("n", "error"), [(0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError)])
+def test_bad_numbers_of_images_are_refused(codes, n, error):
+    with pytest.raises(error, match="got n"):
+        codes.sample(n)
+
+
+def test_draw_wants_the_options_of_its_sampler(codes, pixels):
+    with pytest.raises(ValueError, match=r"got train\.samplers\.ddpm\.Sampling.*wanted train\.samplers\.absorbing"):
+        codes.model.draw([0], 0, pixels.settings, None)
+
+
+# Other conditions
+
+
+@pytest.fixture(scope="module")
+def of_image(trained_ddpm, tmp_path_factory):
+    """A Gaussian sampler of classes and of an image, half as bright, and the folder of the code it was trained with."""
+    folder = tmp_path_factory.mktemp("code")
+    code = "def half(item):\n    return item | {'condition_image': item['image'] // 2}\n"
+    (folder / "my_half.py").write_text(code)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        flags = f"{DDPM} --steps_per_eval 0 --adapt my_half.half --conditions image --condition_channels 1"
+        call("train_sampler.py", f"--logs_root {trained_ddpm} --no_amp --train_steps 1 {flags} --log_dir python_image")
+        run = trained_ddpm / "python_image"
+        with pytest.raises(ValueError, match="pass --allow my_half.half"):
+            load(run, device="cpu")
+        model = load(run, device="cpu", amp=False, allow=["my_half.half"])
+        weight = model.model.sampler.network.conv_in.weight  # as if it had learned to look at the image
+        weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+        head = model.model.sampler.network.conv_out.weight
+        head.data.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(1)))
+        yield model
+
+
+def test_images_as_conditions(of_image):
+    assert set(of_image.conditions) == {"label", "condition_image"}
+    pictures = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8)
+    batch = of_image.sample(3, condition_image=pictures, label=2)
+    assert torch.equal(of_image.sample(3, condition_image=list(pictures), label=2), batch)
+    assert torch.equal(of_image.sample(3, condition_image=to_float(pictures), label=2), batch)
+    assert torch.equal(of_image.sample(3, condition_image=pictures[1], label=2)[1], batch[1])
+    assert not torch.equal(of_image.sample(3, condition_image=255 - pictures, label=2), batch)
+    of_held_out = of_image.sample(2, label=2)  # left out: held-out images
+    assert of_held_out.shape == (2, 1, 8, 8)
+
+
+def test_no_condition_at_all(of_image):
+    both = of_image.sample(2, condition_image=None, label=None)
+    assert torch.equal(both, of_image.model.draw([0, 1], 0, of_image.settings.__class__(sample_steps=4), None)["image"])
+    with pytest.raises(ValueError, match="condition_image=None beside other conditions: pass None for all"):
+        of_image.sample(2, condition_image=None, label=3)
+    with pytest.raises(ValueError, match="condition_image=None beside other conditions"):
+        of_image.sample(2, condition_image=None)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (torch.zeros(2, 1, 8, 8), ValueError, "got 2 values of condition_image for 3 images"),
+        (torch.zeros(8, 8), ValueError, r"got condition_image \(8, 8\), wanted a tensor \(C, h, w\)"),
+        (torch.full((1, 8, 8), 7.0), ValueError, r"from 7 to 7, wanted floats in \[-1, 1\]"),
+        (torch.zeros(1, 8, 8, dtype=torch.int64), TypeError, "condition_image of torch.int64"),
+        ("cat.png", TypeError, "condition_image of type str"),
+    ],
+)
+def test_bad_images_as_conditions_are_refused(of_image, image, error, message):
+    with pytest.raises(error, match=message):
+        of_image.sample(3, condition_image=image, label=1)
+
+
+def test_likelihood_needs_its_conditions(of_image):
+    pictures = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="got no condition_image, which python_image is conditioned on"):
+        of_image.log_likelihood(pictures, label=1)
+    one = of_image.log_likelihood(pictures, label=1, condition_image=pictures, nfe=2)
+    other = of_image.log_likelihood(pictures, label=1, condition_image=255 - pictures, nfe=2)
+    assert not torch.equal(one.total, other.total)
+
+
+# Likelihoods
+
+
+def test_likelihood_of_pixels_is_the_experiments(pixels):
+    batch = pixels.model.batches("val")[list(range(5))]
+    bound = pixels.log_likelihood(to_uint8(batch["image"]), label=batch["label"], nfe=6, batch_size=5)
+    expected = pixels.model.log_likelihood(batch, 0, 6)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(bound, expected, strict=True))
+    assert pixels.unit == "bits per dimension" and bound.terms.shape == (5, 20)
+
+
+def test_likelihood_of_codes_is_the_experiments(codes, images):
+    labels = torch.tensor([3, 1, 4, 1, 5])
+    batch = {"codes": codes.model.space.first.encode(images), "label": labels, "position": torch.arange(5)}
+    bound, expected = codes.log_likelihood(images, label=labels, nfe=9), codes.model.log_likelihood(batch, 0, 9)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(bound, expected, strict=True))
+    assert codes.unit == "bits per code"
+
+
+def test_likelihood_by_seed_and_batch(codes, images):
+    whole = codes.log_likelihood(images, nfe=4, seed=1).total
+    torch.testing.assert_close(codes.log_likelihood(images, nfe=4, seed=1, batch_size=2).total, whole)
+    assert not torch.equal(codes.log_likelihood(images, nfe=4, seed=2).total, whole)
+
+
+def test_likelihood_without_a_label_is_of_the_null(trained_ddpm):
+    images, run = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8), load(trained_ddpm / "ddpm_digits", device="cpu")
+    for module in (run.model.sampler.network.encoders.label.embedding, run.model.sampler.network.conv_out):
+        torch.nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(0))
+    totals = [run.log_likelihood(images, nfe=4, **label).total for label in ({}, {"label": None}, {"label": 3})]
+    assert torch.equal(totals[0], totals[1]) and not torch.equal(totals[0], totals[2])
+
+
+def test_a_null_class_that_was_never_trained_is_refused(pixels, monkeypatch):
+    config = dataclasses.replace(pixels.model.sampler.config, label_drop=0.0)
+    monkeypatch.setattr(pixels.model.sampler, "config", config)
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="label_drop 0 and has no null class: pass label"):
+        pixels.log_likelihood(images, nfe=2)
+    assert pixels.log_likelihood(images, nfe=2, label=3).total.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda images: images.float() / 127.5 - 1, TypeError, "8-bit images, pass uint8"),
+        (lambda images: images[..., :4], ValueError, r"wanted \(B, 1, 8, 8\)"),
+        (lambda images: images.expand(-1, 3, -1, -1), ValueError, "got colour images"),
+        (lambda images: images.numpy(), TypeError, "images of type ndarray"),
+    ],
+)
+def test_images_without_a_likelihood_are_refused(pixels, change, error, message):
+    with pytest.raises(error, match=message):
+        pixels.log_likelihood(change(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)))
+
+
+def test_bad_arguments_of_a_likelihood_are_refused(pixels):
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="got nfe 0, wanted at least 1"):
+        pixels.log_likelihood(images, nfe=0)
+    with pytest.raises(TypeError, match="unexpected keyword 'labels', did you mean 'label'"):
+        pixels.log_likelihood(images, labels=3)
+    with pytest.raises(ValueError, match="got 3 values of label for 2 images"):
+        pixels.log_likelihood(images, label=[1, 2, 3])
+
+
+# The VQGAN
+
+
+def test_encode_and_decode(vqgan, images):
+    ids = vqgan.encode(images)
+    assert ids.shape == (5, 4, 4) and ids.dtype == torch.int64
+    assert torch.equal(ids, vqgan.first.encode(images))
+    assert torch.equal(ids, vqgan.encode(to_float(images)))
+    decoded = vqgan.decode(ids)
+    assert decoded.dtype == torch.uint8 and torch.equal(decoded, vqgan.first.decode(ids))
+    assert torch.equal(vqgan.decode(ids.to(torch.int32)), decoded)
+    assert torch.equal(vqgan.reconstruct(images), decoded)
+    assert vqgan.encode(images[:1, :, :8].repeat(1, 1, 1, 2)).shape == (1, 2, 8)  # any multiples of the factor
+    assert torch.equal(vqgan.encode(images, batch_size=2), ids)
+
+
+def test_what_a_vqgan_is(vqgan, codes):
+    assert (vqgan.codebook_size, vqgan.factor, vqgan.channels, vqgan.image_size) == (16, 4, 1, (16, 16))
+    assert vqgan.step == 5 and codes.vqgan.codebook_size == 16
+    assert "vqgan_digits" in repr(vqgan) and "vqgan_digits" in repr(codes)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda images: images.expand(-1, 3, -1, -1), ValueError, r"got colour images .* takes grey .*: convert them"),
+        (lambda images: images.expand(-1, 4, -1, -1), ValueError, "got images of 4 channels"),
+        (lambda images: images[0], ValueError, r"got images \(1, 16, 16\), wanted a tensor \(B, C, H, W\)"),
+        (lambda images: images[:0], ValueError, r"got images \(0, 1, 16, 16\)"),
+        (lambda images: images[..., :15], ValueError, "16x15 pixels, wanted multiples of 4"),
+        (lambda images: images.float(), ValueError, r"from 0 to 255, wanted floats in \[-1, 1\], or uint8"),
+        (lambda images: to_float(images) * torch.nan, ValueError, "from nan to nan"),
+        (lambda images: to_float(images) / 0, ValueError, "inf"),
+        (lambda images: images.long(), TypeError, "images of torch.int64"),
+        (lambda images: images.bool(), TypeError, "images of torch.bool"),
+        (lambda images: [1, 2], TypeError, "images of type list"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(vqgan, images, change, error, message):
+    images = images.clone()
+    images[:, :, 0, 0], images[:, :, 0, 1] = 0, 255
+    with pytest.raises(error, match=message):
+        vqgan.encode(change(images))
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (torch.full((1, 4, 4), 16), ValueError, "got codes from 16 to 16, wanted 0 to 15"),
+        (torch.full((1, 4, 4), -1), ValueError, "got codes from -1 to -1, wanted 0 to 15"),
+        (torch.zeros(1, 4, 4), TypeError, "got codes of torch.float32"),
+        (torch.zeros(1, 4, 4, dtype=torch.bool), TypeError, "got codes of torch.bool"),
+        (torch.zeros(4, 4, dtype=torch.int64), ValueError, r"got codes \(4, 4\), wanted \(B, h, w\)"),
+        ([[0]], TypeError, "got codes of list"),
+    ],
+)
+def test_codes_that_do_not_fit_are_refused(vqgan, ids, error, message):
+    with pytest.raises(error, match=message):
+        vqgan.decode(ids)
+
+
+def test_grey_images_for_a_colour_model_are_refused(vqgan, images, monkeypatch):
+    monkeypatch.setattr(type(vqgan), "channels", 3)
+    with pytest.raises(ValueError, match=r"got grey images .* takes colour .*: pass images.expand"):
+        vqgan.encode(images)
+
+
+# Loading
+
+
+@pytest.mark.parametrize("name", ["absorbing", "autoregressive", "ddpm", "latents"])
+def test_every_kind_of_run(name):
+    run = load(ROOT / "tests/fixtures/old_runs/runs" / f"{name}_digits", device="cpu", amp=False)
+    images = run.sample(2, label=1)
+    assert images.shape == (2, *run.image_shape) and images.dtype == torch.uint8
+    assert (run.vqgan is None) == (name == "ddpm")
+    if name == "latents":
+        with pytest.raises(ValueError, match="latents are continuous and have no likelihood in bits"):
+            run.log_likelihood(images)
+    else:
+        bound = run.log_likelihood(images, label=1, nfe=3)
+        assert bound.total.shape == (2,) and (bound.terms.shape[1] == 0) == (name == "autoregressive")
+
+
+def test_runs_by_name_and_by_path(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained.parent)
+    relative = Path(trained.name) / "vqgan_digits"
+    for run in (str(trained / "vqgan_digits"), relative, str(relative)):
+        assert load_vqgan(run, device="cpu").first.run == trained / "vqgan_digits"
+    assert load_vqgan("vqgan_digits", logs_root=trained, device="cpu").first.run == trained / "vqgan_digits"
+    monkeypatch.setenv("HOME", str(trained))
+    assert load_vqgan("~/vqgan_digits", device=torch.device("cpu")).first.run == trained / "vqgan_digits"
+
+
+def test_runs_that_were_moved_keep_their_vqgan(trained, tmp_path, codes):
+    for name in ("vqgan_digits", "absorbing_digits"):
+        shutil.copytree(trained / name, tmp_path / name)
+    moved = load(tmp_path / "absorbing_digits", device="cpu", amp=False)
+    assert moved.vqgan.first.run == tmp_path / "vqgan_digits"
+    assert torch.equal(moved.sample(2), codes.sample(2))
+    (tmp_path / "vqgan_digits").rename(tmp_path / "tokenizer")
+    renamed = load(tmp_path / "absorbing_digits", device="cpu", amp=False, ae_load_dir="tokenizer")
+    assert torch.equal(renamed.sample(2), moved.sample(2))
+
+
+def test_averaged_or_plain_weights(trained_ddpm, trained):
+    path = trained_ddpm / "ddpm_digits"
+    weights = {ema: load(path, ema=ema, device="cpu").model.weights for ema in (None, True, False)}
+    assert weights[None] == weights[True] != weights[False]
+    path = trained / "vqgan_digits"
+    weights = {ema: load_vqgan(path, ema=ema, device="cpu").first.weights for ema in (None, True, False)}
+    assert weights[None] == weights[True] != weights[False]
+
+
+def test_runs_without_an_average_give_plain_weights(trained_ddpm):
+    flags = f"--train_steps 1 --no_amp --no_ema --steps_per_eval 0 {DDPM} --log_dir python_no_ema"
+    call("train_sampler.py", f"--logs_root {trained_ddpm} {flags}")
+    assert load("python_no_ema", logs_root=trained_ddpm, device="cpu").sample(1).shape == (1, 1, 8, 8)
+    with pytest.raises(FileNotFoundError, match="has no averaged weights: pass ema=False"):
+        load("python_no_ema", logs_root=trained_ddpm, device="cpu", ema=True)
+
+
+def test_a_step_by_its_number(trained_ddpm, trained):
+    assert load(trained_ddpm / "ddpm_digits", step=3, device="cpu").step == 3
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 7 in .*: there are 3"):
+        load(trained_ddpm / "ddpm_digits", step=7)
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 7"):
+        load_vqgan(trained / "vqgan_digits", step=7)
+    with pytest.raises(TypeError, match="got step '3', wanted a whole number"):
+        load(trained_ddpm / "ddpm_digits", step="3")
+
+
+@pytest.mark.parametrize("name", ["vqgan_digit", "VQGAN_digits"])
+def test_the_nearest_run_is_named(trained, name):
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'vqgan_digits'\?; runs beside it: .*absorbing_digits"):
+        load_vqgan(trained / name)
+    with pytest.raises(FileNotFoundError, match="did you mean 'vqgan_digits'"):
+        load(name, logs_root=trained)
+
+
+def test_runs_of_another_kind_are_refused(trained):
+    with pytest.raises(ValueError, match="vqgan_digits is no run of a sampler: load_vqgan loads it"):
+        load(trained / "vqgan_digits")
+    with pytest.raises(ValueError, match="absorbing_digits is no run of a VQGAN: load loads it"):
+        load_vqgan(trained / "absorbing_digits")
+    with pytest.raises(TypeError, match="got run 3, wanted the path or the name"):
+        load(3)
+
+
+@pytest.mark.parametrize("keywords", [{"device": "gpu"}, {"device": 0}, {"ema": False, "ema_length": 0.1}])
+def test_bad_arguments_of_load_are_refused(trained, keywords):
+    with pytest.raises(ValueError, match="got device|got ema=False and ema_length"):
+        load(trained / "absorbing_digits", **keywords)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from diffusion.gaussian import cosine
 from helpers.tiny_runs import DDPM, SAMPLER, call
-from train.inference import check_allowed
 from train.registry import dotted
+from train.trained_sampler import check_allowed
 
 WATCH = """
 seen = []

@@ -31,7 +31,7 @@ from train.config import SamplingConfig
 from train.distributed import World
 from train.files import sha256
 from train.first_stage import FirstStage
-from train.inference import TrainedSampler
+from train.trained_sampler import TrainedSampler
 
 EXPERIMENTS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if "\n    run_experiment(" in p.read_text())
 
@@ -192,7 +192,7 @@ def test_every_rank_asks_for_the_conditions_that_one_tries(tmp_path):
         step=3,
         origin={},
         condition_source=lambda options: asked.append(options) or "source",
-        try_out=lambda options, source, **how: tried.append(source),
+        dry_run=lambda options, source, **how: tried.append(source),
     )
     config = get_samples.Config(
         samples=get_samples.SamplesConfig(),

@@ -6,8 +6,8 @@ import inspect
 import pytest
 import torch
 
-import train.inference
 import train.samplers
+import train.trained_sampler
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import confidence
 from diffusion.rng import Streams
@@ -304,7 +304,7 @@ def test_who_watches_is_told_what_the_network_says():
 
 def test_every_option_is_used_by_the_sampler():
     """A flag that nothing reads would be a lie."""
-    source = "".join(map(inspect.getsource, (absorbing, _codes, train.samplers, train.inference)))
+    source = "".join(map(inspect.getsource, (absorbing, _codes, train.samplers, train.trained_sampler)))
     for field in dataclasses.fields(absorbing.Sampling):
         named = f"options.{field.name}" in source or f"self.{field.name}" in source
         assert named or field.name in absorbing.Sampling.option_names(), field.name

@@ -1,0 +1,61 @@
+"""Every config can be made in Python: its defaults are values, and fit together."""
+
+import dataclasses
+import importlib
+import pkgutil
+
+import pytest
+
+import diffusion
+import experiments
+import models
+import train
+import vq
+from train.config import SamplingConfig
+from train.registry import names_in, plugin
+
+PACKAGES = (models, diffusion, vq, train, experiments)
+
+
+def configs() -> list[type]:
+    """All dataclasses of settings: those whose every field has a default."""
+    found = {}
+    for package in PACKAGES:
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if info.name.startswith("experiments.") and info.name.count(".") == 1:
+                continue  # a command
+            for value in vars(importlib.import_module(info.name)).values():
+                if isinstance(value, type) and dataclasses.is_dataclass(value) and has_defaults(value):
+                    found[f"{value.__module__}.{value.__qualname__}"] = value
+    return [found[name] for name in sorted(found)]
+
+
+def has_defaults(config: type) -> bool:
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(config)
+    return bool(fields) and all(
+        field.default is not missing or field.default_factory is not missing for field in fields
+    )
+
+
+@pytest.mark.parametrize("config", configs(), ids=lambda config: f"{config.__module__}.{config.__qualname__}")
+def test_defaults_make_a_config(config):
+    settings = config()
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(config) if field.init}
+    again = config(**values)  # what is read from a config makes the same one
+    assert {name: getattr(again, name) for name in values} == values
+    assert not any(isinstance(value, dataclasses.Field | type) for value in values.values())
+
+
+def test_all_groups_of_the_scripts_are_among_them():
+    names = {config.__name__ for config in configs()}
+    groups = {"DataConfig", "TrainingConfig", "LoggingConfig", "SamplingConfig", "VQGANConfig", "ModelConfig"}
+    assert groups | {"OutputConfig", "UNetConfig", "Sampling", "Config"} <= names
+
+
+@pytest.mark.parametrize("name", names_in("train.samplers"))
+def test_sampling_defaults_draw(name):
+    """`Sampling()` of each sampler names a solver of its process, with options that the solver takes."""
+    module = plugin("train.samplers", name, "sampler")
+    assert issubclass(module.Sampling, SamplingConfig)
+    assert module.Sampling().solver_options == {}

@@ -1,0 +1,336 @@
+"""A trained sampler as experiments use it: loaded from its run, drawn from with one seed per image, and scored."""
+
+import json
+import shlex
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffusion.rng import Streams, seed_of
+from diffusion.types import Bound, OnStep
+from train.checkpoint import AVERAGED, checkpoint_path, fill, load_weights, resolve_step, saved_steps, verify
+from train.cli.parse import from_dict
+from train.condition_source import ConditionSource, Row, read_rows
+from train.config import DataConfig, SamplerConfig, SamplingConfig
+from train.data.loading import Adapt, Positions, adapted, build_dataset, on_device, seeded
+from train.data.transforms import View, check_8_bits
+from train.datasets import Dataset, DatasetConfig, is_command
+from train.distributed import World
+from train.execution import autocast
+from train.first_stage import load_first_stage
+from train.loop import Batch
+from train.posthoc_ema import opened, reconstruct, snapshot_path, snapshot_steps
+from train.registry import dotted, plugin
+from train.runs import read_run, run_folder
+from train.samplers import Control, LearnedSampler
+from train.spaces import EditInput, Pixels, Space, reopened_space
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredConfig:
+    """The part of a sampler run's config.yaml that inference needs."""
+
+    data: DataConfig
+    reader: DatasetConfig
+    sampler: SamplerConfig
+    sampling: SamplingConfig
+
+
+@dataclass(frozen=True)
+class TrainedSampler:
+    """A learned model of images, as experiments use it: `draw` and `sample_batches` sample, `log_likelihood` scores."""
+
+    run: Path
+    step: int
+    sampler: LearnedSampler
+    space: Space
+    data: DataConfig
+    reader: DatasetConfig
+    class_frequencies: Tensor | None  # (n_classes,) in the training split; None without classes
+    weights: str  # SHA-256 of the weights' file, or of the EMA snapshots that they were reconstructed from
+    world: World  # the ranks that share an experiment
+    amp: bool  # bfloat16 autocast where the device computes it natively
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """SHA-256 of the weights: the sampler's, and the VQGAN's if it has one."""
+        return {"sampler_weights": self.weights} | self.space.origin
+
+    def dataset(self, split: str) -> Dataset:
+        """A split of the training data, read from the folder that the run or datasets.yaml names."""
+        return build_dataset(self.data, self.reader, split)
+
+    def batches(self, split: str) -> Positions:
+        """A split in a fixed shuffle (train: with its augmentations): a list of positions -> a batch."""
+        return self.space.source(self.dataset(split), split, self.data, 0, self.world, self.adapt)
+
+    @property
+    def adapt(self) -> Adapt:
+        """The user's function from an item to the fields of a batch (--adapt); None without one."""
+        path = self.sampler.config.adapt
+        return dotted(path, "--adapt") if path else None
+
+    def conditions_of(self, item: dict[str, Any], index: int) -> Row:
+        """The conditions that an item of the data set holds, except the label; ValueError if one is missing."""
+        names = [name for name in self.sampler.conditions if name != "label"]
+        if names and self.adapt is not None:
+            with seeded(seed_of(0, "adapt", index)):
+                item = adapted(self.adapt, View()(item))  # a copy: the function may change it
+        if missing := sorted({*names} - {*item}):
+            raise ValueError(f"{self.run} is conditioned on {', '.join(missing)}: pass --condition_file with them")
+        return {name: item[name] for name in names}
+
+    def condition_source(self, options: SamplingConfig, skip: Collection[str] = ()) -> ConditionSource:
+        """The source of the conditions of generated images.
+
+        Held-out images are read only for conditions that are neither in the --condition_file nor in `skip`, the fields
+        that the caller fills in. Collective: all ranks must call it. ValueError, FileNotFoundError for a
+        --condition_file that cannot be used.
+        """
+        sampler, rows = self.sampler, read_rows(options.condition_file, self.data)
+        missing = {*sampler.conditions} - {"label", *skip, *(rows[0] if rows else ())}
+        held_out = self.batches("val") if missing else None
+        source = ConditionSource(sampler.conditions, sampler.n_classes, self.class_frequencies, held_out)
+        return source.with_rows(rows)
+
+    def sample_batches(
+        self, n: int, seed: int, options: SamplingConfig, *, batch_size: int = 50, **keywords: Any
+    ) -> Iterator[Batch]:
+        """Yields n images of a seed in batches, as `draw` returns them; `keywords` are those of `draw`.
+
+        Each rank yields its share of the batches: together they are those of a single process.
+        """
+        source = self.condition_source(options)
+        for first in self.world.share_of(list(range(0, n, batch_size))):
+            indices = list(range(first, min(first + batch_size, n)))
+            yield self.draw(indices, seed, options, source.draw(seed, indices), **keywords)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        indices: list[int],
+        seed: int,
+        options: SamplingConfig,
+        conditions: Batch | None,
+        *,
+        edit: EditInput | None = None,
+        network: nn.Module | None = None,
+        shape: tuple[int, int] | None = None,
+        window_stride: int | None = None,
+        on_step: OnStep | None = None,
+        control: Control | None = None,
+    ) -> Batch:
+        """Returns {"image": uint8 (B, C, H, W)}, with "codes" (B, h, w) and "label" (B,) where the model has them.
+
+        Image i of a seed does not depend on the batch it is drawn in. `conditions` are raw fields, as the `draw` of a
+        `condition_source` returns them; None: all null. `edit` is known data to begin from, `control` a branch beside
+        the network, `network` replaces the sampler's own. `on_step(i, t, s, x, prediction)` is called after each step,
+        with x in the sampler's space. ValueError for options of another sampler.
+        """
+        self.check_options(options)
+        batch = None if conditions is None else on_device(conditions, self.device)
+        rng = Streams([seed_of(seed, "sample", i) for i in indices], self.device)
+        with autocast(self.device, self.amp):
+            x = self.sampler.sample(
+                network or self.sampler.network,
+                rng,
+                batch=batch,
+                options=options,
+                shape=shape,
+                window_stride=window_stride,
+                edit=edit,
+                on_step=on_step,
+                control=control,
+            )
+        outputs = {"image": self.space.decode(x).cpu()} | self.space.kept(x)
+        return outputs if batch is None or "label" not in batch else outputs | {"label": batch["label"].cpu()}
+
+    def check_options(self, options: SamplingConfig) -> None:
+        """ValueError unless these are options of this sampler, such as a train.samplers.absorbing.Sampling."""
+        wanted = plugin("train.samplers", self.sampler.config.sampler, "sampler").Sampling
+        if not isinstance(options, wanted):
+            got = f"{type(options).__module__}.{type(options).__qualname__}"
+            raise ValueError(f"got {got} as sampling options, wanted {wanted.__module__}.{wanted.__qualname__}")
+
+    @torch.no_grad()
+    def dry_run(self, options: SamplingConfig, source: ConditionSource, **keywords: Any) -> None:
+        """Samples one image up to its first step. ValueError for what the sampler cannot do.
+
+        `source` is the `condition_source` of these options; `keywords` are those of `LearnedSampler.sample`.
+        """
+
+        def stop(*step: Any) -> Tensor:
+            raise _FirstStepDone
+
+        conditions, rng = source.draw(0, [0]), Streams([0], self.device)
+        batch = None if conditions is None else on_device(conditions, self.device)
+        with suppress(_FirstStepDone), autocast(self.device, self.amp):
+            self.sampler.sample(self.sampler.network, rng, batch=batch, options=options, on_step=stop, **keywords)
+
+    def log_likelihood(self, batch: Batch, seed: int = 0, nfe: int | None = None) -> Bound:
+        """-log2 p of a batch as `batches` gives it, in the sampler's `unit`.
+
+        `nfe` is the number of network calls per image; None: one for each term of the bound. The random numbers of an
+        image are a function of the seed and its position. ValueError for pixels that are not of 8 bits.
+        """
+        rng = Streams([seed_of(seed, "likelihood", k) for k in batch["position"].tolist()], self.device)
+        if isinstance(self.space, Pixels):
+            check_8_bits(batch["image"])
+        batch = self.space.prepared(on_device(batch, self.device))
+        with autocast(self.device, self.amp):
+            return self.sampler.log_likelihood(self.sampler.network, batch, rng, nfe)
+
+
+class _FirstStepDone(Exception):
+    """Ends a dry run after the first step."""
+
+
+def load_trained_sampler(
+    run: Path,
+    step: int | None,
+    device: torch.device,
+    *,
+    ema: bool | None,
+    amp: bool,
+    logs_roots: Sequence[str],
+    allow: tuple[str, ...] = (),
+    ema_length: float | None = None,
+    ae_load_dir: str | None = None,
+    ae_load_step: int | None = None,
+) -> TrainedSampler:
+    """The sampler of a run with its VQGAN, if it has one: `load_space`, then `load_sampler`."""
+    first = {"ae_load_dir": ae_load_dir, "ae_load_step": ae_load_step}
+    space = load_space(run, logs_roots, device, amp, **first)
+    return load_sampler(run, step, space, device, ema=ema, amp=amp, allow=allow, ema_length=ema_length)
+
+
+def load_space(
+    run: Path,
+    logs_roots: Sequence[str],
+    device: torch.device,
+    amp: bool,
+    *,
+    ae_load_dir: str | None = None,
+    ae_load_step: int | None = None,
+) -> Space:
+    """The space that the sampler of a run works in: pixels, or codes or latents of a VQGAN.
+
+    The VQGAN is the one that the sampler was trained on, in the first of `logs_roots` that has it, unless it is named.
+    ValueError if its weights differ from those in training.
+    """
+    content = read_run(run)
+    origin = content.get("origin", {})
+    if "ae_weights" not in origin:
+        if ae_load_dir is not None or ae_load_step is not None:
+            raise ValueError(f"{run} was trained on pixels: leave --ae_load_dir and --ae_load_step out")
+        return reopened_space(content, None)
+    candidates = [run_folder(root, ae_load_dir or origin["ae_load_dir"]) for root in logs_roots]
+    first_run = next((path for path in candidates if (path / "config.yaml").is_file()), candidates[0])
+    if ae_load_step is None and ae_load_dir is None:
+        ae_load_step = origin["ae_load_step"]
+    first = load_first_stage(first_run, ae_load_step, device, amp)
+    if origin["ae_weights"] != first.weights:
+        raise ValueError(
+            f"{run} was trained on other VQGAN weights than those of {first.run}: "
+            "pass the --ae_load_dir and --ae_load_step that it was trained with"
+        )
+    return reopened_space(content, first)
+
+
+def load_sampler(
+    run: Path,
+    step: int | None,
+    space: Space,
+    device: torch.device,
+    *,
+    ema: bool | None,
+    amp: bool,
+    allow: tuple[str, ...] = (),
+    ema_length: float | None = None,
+) -> TrainedSampler:
+    """The sampler of a run, for the space it was trained in; see `check_allowed` for `allow`.
+
+    `ema`: the averaged weights, the plain ones, or, if None, the averaged ones if the run kept them. With `ema_length`
+    the weights are an average of that relative length, reconstructed from the EMA snapshots of the run.
+    """
+    content = read_run(run)
+    step = resolve_step(run, step, "--load_step") if ema_length is None else resolve_snapshot_step(run, step)
+    config = read_stored_config(run)
+    check_allowed(run, content, allow)
+    frequencies = content.get("origin", {}).get("class_frequencies")
+    if frequencies is None:
+        raise ValueError(f"{run / 'config.yaml'} has no class_frequencies in its origin: is it damaged?")
+    module = plugin("train.samplers", config.sampler.sampler, "sampler")
+    sampler = module.build(config.sampler, **space.model_args, n_classes=len(frequencies))
+    if ema_length is None:
+        averaged = AVERAGED in verify(checkpoint_path(run, step)) if ema is None else ema
+        weights = load_weights(run, step, {"network": sampler.network}, ema=averaged)
+    else:
+        weights = load_posthoc_ema(run, step, "network", sampler.network, ema_length)
+    sampler.network.to(device).eval().requires_grad_(False)
+    frequencies = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
+    world = World(device)
+    return TrainedSampler(run, step, sampler, space, config.data, config.reader, frequencies, weights, world, amp)
+
+
+def read_stored_config(run: Path) -> StoredConfig:
+    """The config of a sampler's run; what its config.yaml leaves out has its default."""
+    content = read_run(run)
+    groups = {name: content.get(name, {}) for name in StoredConfig.__dataclass_fields__}
+    return from_dict(StoredConfig, groups, str(run / "config.yaml"))
+
+
+def resolve_snapshot_step(run: Path, step: int | None) -> int | None:
+    """`step`, or the newest step that has an EMA snapshot and is not after the newest checkpoint."""
+    newest = max(saved_steps(run), default=None)
+    usable = [each for each in snapshot_steps(run) if newest is None or each <= newest]
+    if step is None and not usable and snapshot_steps(run):
+        raise FileNotFoundError(f"{run} has no EMA snapshot up to its newest checkpoint, {newest}: train on")
+    return usable[-1] if step is None and usable else step
+
+
+def load_posthoc_ema(run: Path, step: int | None, name: str, module: nn.Module, length: float) -> str:
+    """Fills a module with its average of a relative length; returns a SHA-256 that identifies these weights.
+
+    It covers the length and the checksums of the snapshots used, not the result, whose last bits depend on the
+    machine's linear algebra.
+    """
+    tensors = reconstruct(run, step, name, length)
+    fill(module, {f"{name}.{key}": value for key, value in tensors.items()}, name, snapshot_path(run, step))
+    parts = []
+    for each in [each for each in snapshot_steps(run) if each <= step]:
+        with opened(run, each) as snapshot:
+            prefixes = tuple(snapshot.profiles(name))
+            parts.append([each, sorted(check for check in snapshot.checks.items() if check[0].startswith(prefixes))])
+    return sha256(json.dumps([length, parts]).encode()).hexdigest()
+
+
+def check_allowed(run: Path, groups: dict[str, dict[str, Any]], allow: tuple[str, ...]) -> None:
+    """ValueError if a run names a user's own code, or a shell command that fetches its data, that `allow` does not.
+
+    `groups` is the content of its config.yaml. Loading a run never executes code that was not allowed.
+    """
+    classes = {key: value for key, value in groups.get("sampler", {}).items() if "." in str(value)}
+    commands = {key: value for key, value in groups.get("reader", {}).items() if is_command(value)}
+    for key, value in (classes | commands).items():
+        if isinstance(value, str) and value not in allow:
+            typed = shlex.quote(value)
+            raise ValueError(f"{run} was trained with --{key} {value}, which is code: pass --allow {typed} to run it")
+
+
+def class_frequencies(dataset: Dataset) -> list[float]:
+    """The relative frequency of each class in a data set, n_classes numbers; empty without labels."""
+    if dataset.n_classes == 0:
+        return []
+    return (np.bincount(dataset.labels, minlength=dataset.n_classes) / len(dataset)).tolist()
