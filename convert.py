@@ -12,12 +12,12 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from train.checkpoint import save, saved_steps
-from train.cli.parse import first_stage_data, in_one_line, run_script
-from train.cli.values import peek
+from train.checkpoint import save_checkpoint, saved_steps
+from train.cli.parse import first_stage_data, one_line_errors, run_script
+from train.cli.values import peek_flag
 from train.config import SecondStageConfig, VQGANRunConfig
 from train.converters import FIRST_STAGE, Converted
-from train.distributed import World
+from train.distributed import DistContext
 from train.files import sha256
 from train.first_stage import load_first_stage
 from train.registry import plugin
@@ -96,32 +96,32 @@ def read_said(path: str | None) -> dict[str, Any]:
 
 def layout_of(argv: list[str], weights: str) -> tuple[Any, str]:
     """The file of train/converters that reads the weights, and what they are of."""
-    layout = plugin(LAYOUTS, peek(argv, "from") or ConversionConfig.source, "layout")
+    layout = plugin(LAYOUTS, peek_flag(argv, "from") or ConversionConfig.source, "layout")
     return layout, layout.kind(read_weights(weights))
 
 
 def chosen(argv: list[str]) -> type:
     """The config of what is to be made, by what the weights are of."""
-    weights = peek(argv, "weights")
+    weights = peek_flag(argv, "weights")
     return FirstStageConfig if weights is not None and layout_of(argv, weights)[1] == FIRST_STAGE else Config
 
 
 def described(argv: list[str], section: str) -> dict[str, Any]:
     """Flags that the weights and their JSON set; those typed go above them."""
-    weights = peek(argv, "weights")
+    weights = peek_flag(argv, "weights")
     if weights is None:
         return {"sampler": "ddpm"}
     layout, kind = layout_of(argv, weights)
     tensors = read_weights(weights)
     if kind == FIRST_STAGE:
-        size = peek(argv, "img_size") or ""
+        size = peek_flag(argv, "img_size") or ""
         if not size.isdigit():
             raise ValueError(
                 f"{weights} does not tell the size of its images: pass --img_size N (the released ones: 256)"
             )
         return layout.first_stage_settings(tensors, int(size))
     if of_codes(kind):
-        flags, heads = layout.code_settings(tensors), peek(argv, "bert_n_head") or HEADS
+        flags, heads = layout.code_settings(tensors), peek_flag(argv, "bert_n_head") or HEADS
         if not heads.isdigit() or int(heads) == 0 or flags["bert_n_emb"] % int(heads):
             raise ValueError(
                 f"{weights} is {flags['bert_n_emb']} wide, which {heads} heads do not divide, and does not tell how "
@@ -129,8 +129,8 @@ def described(argv: list[str], section: str) -> dict[str, Any]:
             )
         said = {"sampler": kind, "bert_n_head": int(heads)} | flags
         return first_stage_data(["--sampler", kind, *argv], section) | said
-    flags = layout.settings(tensors, read_said(peek(argv, "config_json")))
-    typed = peek(argv, "heads") or peek(argv, "head_width")
+    flags = layout.settings(tensors, read_said(peek_flag(argv, "config_json")))
+    typed = peek_flag(argv, "heads") or peek_flag(argv, "head_width")
     if typed is None and not {"heads", "head_width"} & set(flags):
         raise ValueError(f"{weights} does not tell its attention heads: pass --config_json PATH.json, or --heads N")
     return {"sampler": kind} | flags
@@ -145,8 +145,8 @@ def make_first_stage(config: FirstStageConfig) -> None:
     if training.load_dir is not None:
         raise ValueError("what is converted starts from its own weights: leave --load_dir out")
     layout, files = plugin(LAYOUTS, given.source, "layout"), of_both(given.weights)
-    state = build_vqgan_state(config.network, config.loss, config.data, training, World(torch.device("cpu")))
-    autoencoders = [average.module for average in [*state.averages.values(), *state.profiles.values()]]
+    state = build_vqgan_state(config.network, config.loss, config.data, training, DistContext(torch.device("cpu")))
+    autoencoders = [average.module for average in [*state.averages.values(), *state.posthoc_averages.values()]]
     for path, several in ((files[1], autoencoders), (files[0], [state.modules["autoencoder"]])):  # plain ones last:
         made, left = layout.first_stage_converted(read_weights(path))
         for autoencoder in several:  # theirs is the discriminator that trains on
@@ -165,9 +165,9 @@ def make_code_sampler(config: Config, layout) -> None:
         raise ValueError(f"{files[0]} and {files[1]} are of different samplers: move one of them away")
     if sampler.sampler != kind or config.training.load_dir is not None:
         raise ValueError(f"{given.weights} is a whole {kind} sampler: leave --sampler and --load_dir out")
-    space, here = codes_of(config), World(torch.device("cpu"))
+    space, here = codes_of(config), DistContext(torch.device("cpu"))
     built, state = build_sampler_state(sampler, config.training, space, 0, here)
-    averages = [average.module for average in [*state.averages.values(), *state.profiles.values()]]
+    averages = [average.module for average in [*state.averages.values(), *state.posthoc_averages.values()]]
     for path, networks in ((files[1], averages), (files[0], [built.network])):
         weights = read_weights(path)
         layout.check_codes(weights, **space.model_args)
@@ -201,10 +201,10 @@ def make_sampler(config: Config) -> None:
         raise ValueError("what is converted is a ddpm of pixels: leave --sampler, --ae_load_dir and --load_dir out")
     layout, weights = plugin(LAYOUTS, given.source, "layout"), read_weights(given.weights)
     n_classes = layout.settings(weights, read_said(given.config_json))["n_classes"]
-    here = World(torch.device("cpu"))
+    here = DistContext(torch.device("cpu"))
     built, state = build_sampler_state(sampler, config.training, Pixels(config.data), n_classes, here)
     made = layout.converted(weights, built.network.config, given.new_attention_order)
-    averages = [average.module for average in [*state.averages.values(), *state.profiles.values()]]
+    averages = [average.module for average in [*state.averages.values(), *state.posthoc_averages.values()]]
     for network in [built.network, *averages]:
         fill(network, made, given.weights)
     run = run_folder(logging.logs_root, logging.log_dir or f"{sampler.sampler}_{config.data.dataset}")
@@ -251,7 +251,7 @@ def keep(config, base: type, state, run: Path, origin: dict[str, Any], step: int
     later = [saved for saved in saved_steps(run) if saved > step]
     if later:
         raise ValueError(f"{run} was trained on to step {later[-1]}: convert into another --log_dir")
-    return save(run, state)
+    return save_checkpoint(run, state)
 
 
 def of_both(weights: str) -> tuple[str, str]:
@@ -276,6 +276,6 @@ def fingerprint(files: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    with in_one_line("convert.py"):
+    with one_line_errors("convert.py"):
         made = chosen(sys.argv[1:])
-    run_script(main, made, section="convert", under=described)
+    run_script(main, made, section="convert", base_values=described)

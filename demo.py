@@ -258,4 +258,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "demo", under=settings_of_run)
+    run_script(main, Config, "demo", base_values=settings_of_run)

@@ -10,8 +10,8 @@ from train.cli.parse import first_stage_data, run_script
 from train.condition_source import read_rows
 from train.config import SecondStageConfig
 from train.data.loading import build_dataset, with_declared_range
-from train.registry import dotted
-from train.runs import begin, origin_of, run_folder, workplace
+from train.registry import import_callable
+from train.runs import open_or_resume, read_provenance, run_context, run_folder
 from train.sampler import SamplerReports, SamplerStep, build_state, check_sampling
 from train.spaces import open_space
 from train.trained_sampler import TrainedSampler, class_frequencies
@@ -26,30 +26,30 @@ class Config(SecondStageConfig):
 def main(config: Config) -> None:
     training, logging = config.training, config.logging
     run = run_folder(logging.logs_root, logging.log_dir or f"{config.sampler.sampler}_{config.data.dataset}")
-    adapt = dotted(config.sampler.adapt, "--adapt") if config.sampler.adapt else None
-    with workplace(run, training) as here:
+    adapt = import_callable(config.sampler.adapt, "--adapt") if config.sampler.adapt else None
+    with run_context(run, training) as world:
         images = {split: build_dataset(config.data, config.reader, split) for split in ("train", "val")}
         data = with_declared_range(config.data, images["train"])
         config = replace(config, data=data)
-        space = open_space(config, origin_of(run), images["train"], here)
+        space = open_space(config, read_provenance(run), images["train"], world)
         frequencies = class_frequencies(images["train"])
-        sampler, state = build_state(config.sampler, training, space, len(frequencies), here)
+        sampler, state = build_state(config.sampler, training, space, len(frequencies), world)
         hooks, distance = make_hooks(training.hooks, state), None
         if logging.steps_per_FD:
             shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
-            model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", here, training.amp)
+            model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", world, training.amp)
             distance = of_samples(model, images["train"], training, config.sampling, logging)
         rows = read_rows(config.sampling.condition_file, data)
         check_sampling(sampler, config.sampling, rows)
-        begin(run, config, state, here, space.origin | {"class_frequencies": frequencies})
+        open_or_resume(run, config, state, world, space.origin | {"class_frequencies": frequencies})
         seeds = {"train": training.seed, "val": 0}  # every run validates on the same images
-        sources = {split: space.source(images[split], split, data, seed, here, adapt) for split, seed in seeds.items()}
-        step = SamplerStep(sampler, space, training, here, watched=bool(hooks))
+        sources = {split: space.source(images[split], split, data, seed, world, adapt) for split, seed in seeds.items()}
+        step = SamplerStep(sampler, space, training, world, watched=bool(hooks))
         reports = partial(SamplerReports, step, sources["val"], config.sampling, rows)
         loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}
         also = {"hooks": hooks, "distance": distance} | loading
-        train(run, training, logging, state, here, sources["train"], step, reports, **also)
+        train(run, training, logging, state, world, sources["train"], step, reports, **also)
 
 
 if __name__ == "__main__":
-    run_script(main, Config, under=first_stage_data)
+    run_script(main, Config, base_values=first_stage_data)

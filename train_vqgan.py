@@ -8,7 +8,7 @@ from experiments.metrics.training_distance import of_reconstructions
 from train.cli.parse import run_script
 from train.config import VQGANRunConfig
 from train.data.loading import ImageSource, TrainingImages, build_dataset, with_declared_range
-from train.runs import begin, perceptual_origin, run_folder, workplace
+from train.runs import open_or_resume, perceptual_provenance, run_context, run_folder
 from train.trainer import make_hooks, train
 from train.vqgan import VQGANReports, VQGANStep, build_state
 from vq.perceptual import load_perceptual
@@ -22,7 +22,7 @@ class Config(VQGANRunConfig):
 def main(config: Config) -> None:
     training, logging = config.training, config.logging
     run = run_folder(logging.logs_root, logging.log_dir or f"vqgan_{config.data.dataset}")
-    with workplace(run, training) as here:
+    with run_context(run, training) as world:
         splits = {split: build_dataset(config.data, config.reader, split) for split in ("train", "val")}
         data = with_declared_range(config.data, splits["train"])
         margins = {"train": data.crop_margin, "val": 0}
@@ -32,16 +32,16 @@ def main(config: Config) -> None:
         weights = None if perceptual is None else weights
         loss = dataclasses.replace(config.loss, perceptual_net=name, perceptual_weights=weights)
         config = dataclasses.replace(config, loss=loss, data=data)
-        state = build_state(config.network, config.loss, data, training, here)
+        state = build_state(config.network, config.loss, data, training, world)
         hooks, distance = make_hooks(training.hooks, state), None
         if logging.steps_per_FD:
-            distance = of_reconstructions(run, images.dataset, validation, config.reader, training, logging, here)
-        begin(run, config, state, here, perceptual_origin(weights))
-        step = VQGANStep(config.loss, training, here, perceptual, watched=bool(hooks))
+            distance = of_reconstructions(run, images.dataset, validation, config.reader, training, logging, world)
+        open_or_resume(run, config, state, world, perceptual_provenance(weights))
+        step = VQGANStep(config.loss, training, world, perceptual, keep_outputs=bool(hooks))
         reports = partial(VQGANReports, step, validation, training.batch_size, len(images))
         source = TrainingImages(images, training.seed)
         also = {"hooks": hooks, "distance": distance, "workers": data.num_workers, "prefetch": data.prefetch}
-        train(run, training, logging, state, here, source, step, reports, **also)
+        train(run, training, logging, state, world, source, step, reports, **also)
 
 
 if __name__ == "__main__":

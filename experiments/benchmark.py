@@ -24,15 +24,15 @@ from experiments.metrics.cost import counted, machine
 from experiments.metrics.throughput import Work, full_steps_report, loading_rate, measured, rows, several, short, spread
 from experiments.metrics.workloads import Trainee, decoding, full_steps, sampled
 from models.blocks import count_parameters
-from train.cli.files import section_of
-from train.cli.parse import file_content, parse, run_script
-from train.cli.values import peek, without_config
+from train.cli.files import get_section
+from train.cli.parse import parse, read_config_flag, run_script
+from train.cli.values import peek_flag, split_config_flag
 from train.config import ROOT, DataConfig, LoggingConfig, SamplingConfig, SecondStageConfig, TrainingConfig
 from train.datasets import DatasetConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.execution import set_deterministic, set_tf32, training_dtype
 from train.loop import Batch
-from train.registry import dotted
+from train.registry import import_callable
 from vq.config import VQGANConfig, VQGANLossConfig
 
 MEASURES = ("step", "sampling", "loading")
@@ -90,7 +90,7 @@ def main(config: SamplerBenchmark | VQGANBenchmark) -> None:
         (measure_vqgan if of_vqgan else measure_sampler)(config, here)
 
 
-def introduce(what: str, data: DataConfig, training: TrainingConfig, here: World) -> None:
+def introduce(what: str, data: DataConfig, training: TrainingConfig, here: DistContext) -> None:
     """The machine, and what stands for the preset."""
     device = here.device
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
@@ -103,7 +103,7 @@ def introduce(what: str, data: DataConfig, training: TrainingConfig, here: World
         print(f"{device} has no native half precision, which is left out")
 
 
-def measure_sampler(config: SamplerBenchmark, here: World) -> None:
+def measure_sampler(config: SamplerBenchmark, here: DistContext) -> None:
     """All that --measure names, of a sampler."""
     benchmark, data, training, sampling = config.benchmark, config.data, config.training, config.sampling
     images, why = workloads.present_images(data, config.reader)
@@ -113,7 +113,7 @@ def measure_sampler(config: SamplerBenchmark, here: World) -> None:
     name, first = config.sampler.sampler, config.first.ae_load_dir
     space = workloads.space_for(name, first, data, config.reader, lambda: vqgan_of(data, sys.argv[1:]), here.device)
     path = config.sampler.adapt
-    adapt = dotted(path, "--adapt") if path else None
+    adapt = import_callable(path, "--adapt") if path else None
     source = None if images is None else workloads.images_source(images, data, training.seed, adapt)
     trainees = workloads.sampler_trainees(config.sampler, training, space, n_classes, here)
     print(f"network: {count_parameters(trainees[0].state.modules['network']):,} parameters", flush=True)
@@ -133,7 +133,7 @@ def measure_sampler(config: SamplerBenchmark, here: World) -> None:
         report_loading(found, why, what, workers, consumed)
 
 
-def measure_vqgan(config: VQGANBenchmark, here: World) -> None:
+def measure_vqgan(config: VQGANBenchmark, here: DistContext) -> None:
     """All that --measure names, of a VQGAN."""
     benchmark, data, loss, training = config.benchmark, config.data, config.loss, config.training
     trainees, size = workloads.vqgan_trainees(config.network, loss, data, training, here), training.batch_size
@@ -163,9 +163,9 @@ def measure_vqgan(config: VQGANBenchmark, here: World) -> None:
 
 def vqgan_of(data: DataConfig, argv: list[str]) -> VQGANConfig:
     """The VQGAN that a sampler stands on: of the --config file where that has a section for it, else of the preset."""
-    file, _ = without_config(argv)
+    file, _ = split_config_flag(argv)
     preset = ROOT / "configs" / f"{data.dataset}.yaml"
-    if file is None or (preset.is_file() and not section_of(file_content(argv), "vqgan")):
+    if file is None or (preset.is_file() and not get_section(read_config_flag(argv), "vqgan")):
         file = str(preset) if preset.is_file() else None
     if file is None:  # a data set without a preset: the defaults
         return VQGANConfig()
@@ -177,7 +177,7 @@ def plain(trainees: list[Trainee]) -> Trainee:
     return [each for each in trainees if not each.step.training.compile][-1]
 
 
-def report_steps(works: list[Work], repeats: int, size: int, tokens: int, here: World) -> float:
+def report_steps(works: list[Work], repeats: int, size: int, tokens: int, here: DistContext) -> float:
     """A table of steps of `size` images, each of so many tokens; the images per second of the fastest."""
     speeds = measured(works, repeats, here.device)
     print(f"\n{table(list(rows(speeds, size, tokens)))}\n")
@@ -192,7 +192,7 @@ def report_draws(trainees: list[Trainee], batch: Batch, options: SamplingConfig,
     device, step = trainee.step.world.device, trainee.step
     full = benchmark.full_steps > 0 and "ancestral" in solvers_of(step.sampler.process)
     steps = full_steps(exact, batch, options, repeats) if full else []
-    with counted(trainee.state.averaged("network")) as cost:
+    with counted(trainee.state.eval_module("network")) as cost:
         x = sampled(trainee, batch, options)
     seconds = several(lambda: sampled(trainee, batch, options), repeats, device)
     spent = f"{cost.calls} network calls, {short(cost.evaluations / size)} evaluations per image"
@@ -222,7 +222,7 @@ def report_loading(found: tuple[float, bool] | None, why: str, what: str, worker
 
 
 if __name__ == "__main__":
-    if peek(sys.argv, "stage") == "vqgan":
+    if peek_flag(sys.argv, "stage") == "vqgan":
         run_script(main, VQGANBenchmark, "vqgan")
     else:
         run_script(main, SamplerBenchmark)

@@ -25,7 +25,7 @@ from models.neighborhood import Group, choose, natten_is_compiled, neighborhood_
 from train.cli.parse import run_script
 from train.config import LoggingConfig
 from train.distributed import pick_device
-from train.files import whole_file
+from train.files import atomic_write
 from train.runs import open_run, run_folder
 
 COLORS = {"dense": "#d55e00", "tiled": "#0072b2", "natten": "#009e73", "flex": "#cc79a7"}  # told apart by all eyes
@@ -226,7 +226,7 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     keys += [Line2D([], [], color="0.3", marker="o", **style) for style in styles.values()]
     figure.legend(handles=keys, loc="outside right center", frameon=False)
     figure.suptitle(title, fontsize=11, x=0.01, horizontalalignment="left")
-    with whole_file(path) as scratch:
+    with atomic_write(path) as scratch:
         figure.savefig(scratch, format="png")
 
 

@@ -19,10 +19,10 @@ from experiments.metrics.cost import WARM_UPS, machine
 from models.blocks import count_parameters
 from models.unet import UNet, UNetConfig
 from train.cli.parse import run_script
-from train.distributed import World, pick_device
+from train.distributed import DistContext, pick_device
 from train.execution import autocast, has_native_bf16
-from train.loop import State
-from train.optim import update
+from train.loop import TrainState
+from train.optim import clip_and_step
 
 HEADS = 4
 PROCESS = GaussianDiffusion(cosine(1000), variance="learned_range")
@@ -65,7 +65,7 @@ class Config:
 
 def main(config: Config) -> None:
     c = config.benchmark
-    world = World(pick_device(c.device))
+    world = DistContext(pick_device(c.device))
     shape = UNetConfig(
         out_channels=6,  # and a variance for each of 3
         channels=c.channels,
@@ -118,10 +118,10 @@ def in_diffusers(config: UNetConfig, img_size: int) -> nn.Module:
     )
 
 
-def training_steps(network: nn.Module, shape: tuple[int, ...], world: World) -> dict[str, Step]:
+def training_steps(network: nn.Module, shape: tuple[int, ...], world: DistContext) -> dict[str, Step]:
     """A step of one network by precision, which share its weights; bfloat16 where the machine computes it natively."""
     network = network.to(world.device).train()
-    state = State({"network": network}, {"network": torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)})
+    state = TrainState({"network": network}, {"network": torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)})
     step = partial(training_step, network, state, shape, Streams(list(range(shape[0])), world.device), world)
     precisions = {"float32": False} | ({"bfloat16": True} if has_native_bf16(world.device) else {})
     return {name: partial(step, amp) for name, amp in precisions.items()}
@@ -129,10 +129,10 @@ def training_steps(network: nn.Module, shape: tuple[int, ...], world: World) -> 
 
 def training_step(
     network: nn.Module,
-    state: State,
+    state: TrainState,
     shape: tuple[int, ...],
     rng: Streams,
-    world: World,
+    world: DistContext,
     amp: bool,
 ) -> Tensor:
     """Corrupt, forward, the hybrid loss, backward, clip, AdamW."""
@@ -142,7 +142,7 @@ def training_step(
     output = output if isinstance(output, Tensor) else output.sample  # diffusers names what it returns
     loss = PROCESS.loss(output, x0, noise, t, "hybrid").per_example.mean()
     loss.backward()
-    update(state, ["network"], world, lr=1e-4, clip=1.0)
+    clip_and_step(state, ["network"], world, lr=1e-4, clip=1.0)
     return loss.detach()
 
 

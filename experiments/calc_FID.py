@@ -27,7 +27,7 @@ from experiments.metrics.frechet import Reference, frechet_distance
 from experiments.metrics.kid import KeptFeatures, kernel_distance
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
-from train.distributed import World
+from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
 
 
@@ -69,7 +69,7 @@ class Config:
     output: OutputConfig
 
 
-def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
     """Where the statistics of real images are kept comes from --logs_root."""
     return Prepared((config.distance, config.sampling, statistics_cache(config.output.logs_root)))
 

@@ -21,10 +21,10 @@ from experiments.metrics.image_pairs import WINDOW
 from experiments.metrics.reconstruction import SHOWN, chosen_perceptual, rebuilt, summed_up
 from train.data.loading import ImageSource, build_dataset, fixed_subset, images_in_order
 from train.datasets import Dataset
-from train.distributed import World
-from train.files import whole_file
+from train.distributed import DistContext
+from train.files import atomic_write
 from train.first_stage import FirstStage
-from train.runs import perceptual_origin
+from train.runs import perceptual_provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +64,11 @@ class Config:
     output: FirstStageOutputConfig
 
 
-def prepare(config: Config, model: FirstStage, world: World) -> Prepared:
+def prepare(config: Config, model: FirstStage, world: DistContext) -> Prepared:
     """The images of the split and the network of LPIPS; a report by another network is outdated."""
     settings = config.reconstruction
     dataset = build_dataset(model.data, model.reader, settings.split)
-    origin = {"images": dataset.fingerprint()} | perceptual_origin(settings.perceptual_weights)
+    origin = {"images": dataset.fingerprint()} | perceptual_provenance(settings.perceptual_weights)
     net, perceptual = chosen_perceptual(settings.lpips_net, settings.perceptual_weights, model.run)
     if any(world.any(perceptual is None)):  # all measure the same, also where one machine lacks the weights
         net, perceptual = "none", None
@@ -160,7 +160,7 @@ def plot(path: Path, chosen: Tensor, results: dict[str, Any]) -> None:
     title = f"Codes: {100 * results['codebook_usage']:.4g} % of {K} used, perplexity {results['perplexity']:.4g}\n"
     title += f"{results['n_images']} images ({results['split']} split)"
     panel.set_title(title, fontsize=11, loc="left")
-    with whole_file(path) as scratch:
+    with atomic_write(path) as scratch:
         figure.savefig(scratch, format="png")
 
 

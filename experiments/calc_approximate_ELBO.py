@@ -24,8 +24,8 @@ from experiments.metrics.decoder_likelihood import (
     report_rows,
 )
 from train.data.loading import Positions
-from train.distributed import World
-from train.files import whole_file
+from train.distributed import DistContext
+from train.files import atomic_write
 from train.loop import Batch
 from train.spaces import Latents
 from train.trained_sampler import TrainedSampler
@@ -70,7 +70,7 @@ class Config:
     output: OutputConfig
 
 
-def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
     """Trains the head of the decoder first, as far as it is not; a report of other weights of it is outdated.
 
     ValueError for a model of latents.
@@ -203,7 +203,7 @@ def plot(path: Path, results: dict[str, Any]) -> None:
     count, calls = results["n_images"], results["calls"]
     title += f"{count} images ({results['split']} split), {calls} of {len(terms)} terms each"
     panel.set_title(title, fontsize=11, loc="left")
-    with whole_file(path) as scratch:
+    with atomic_write(path) as scratch:
         figure.savefig(scratch, format="png")
 
 

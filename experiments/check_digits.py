@@ -19,7 +19,7 @@ from experiments.metrics.features.digits import DigitsClassifier, accuracy, load
 from experiments.metrics.neighbours import coverage
 from train.data.loading import ImageSource, images_in_order
 from train.data.transforms import training_views
-from train.distributed import World
+from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
 
 GOALS = {
@@ -53,7 +53,7 @@ class Config:
     output: OutputConfig
 
 
-def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
     """The samples, which are looked at anew each time."""
     default = results_folder("samples", config.model, config.output.logs_root, model) / "samples.npz"
     return Prepared((Path(config.check.samples or default),), is_current=lambda results: False)
@@ -135,7 +135,7 @@ def copies(samples: dict[str, Tensor], generated: Tensor, trained: TrainedSample
     """Share of samples that are a training image in one of its views: by their codes, or pixel by pixel."""
     dataset, data = trained.dataset("train"), trained.data
     if "codes" in samples:
-        table = trained.space.first.codes(dataset, "train", data, 500, World(trained.device))
+        table = trained.space.first.codes(dataset, "train", data, 500, DistContext(trained.device))
         return exact_copies(samples["codes"], table.ids[:].flatten(0, 1))
     training = all_of(ImageSource(dataset, data, margin=data.crop_margin))
     seen = torch.cat([view(training) for view in training_views(data)])

@@ -31,9 +31,9 @@ from train.cli.parse import first_stage_data, run_script
 from train.config import DataConfig, FirstStageConfig, SamplerConfig, SamplingConfig, TrainingConfig
 from train.data.loading import TrainingCodes, build_dataset, training_batches
 from train.datasets import Dataset, DatasetConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.first_stage import load_first_stage
-from train.loop import State, fit
+from train.loop import TrainState, fit
 from train.runs import open_run, run_folder
 from train.sampler import SamplerStep, build_state, validation_losses
 from train.samplers import LearnedSampler
@@ -128,7 +128,7 @@ class Bench:
     frequencies: list[float]
     features: Features
     reference: Statistics
-    world: World
+    world: DistContext
 
     def codes(self, split: str, seed: int) -> TrainingCodes:
         return self.space.source(self.images[split], split, self.data, seed, self.world)
@@ -141,7 +141,7 @@ class Bench:
         begun = time.perf_counter()
         self.train(f"{variant}, seed {seed}", sampler, state, training)
         trained_for = time.perf_counter() - begun
-        sampler.network = state.averaged("network").eval()
+        sampler.network = state.eval_module("network").eval()
         codes = self.codes("val", seed=0)
         step = SamplerStep(sampler, self.space, training, self.world)
         losses = validation_losses(step, sampler.network, codes, len(codes))
@@ -160,7 +160,7 @@ class Bench:
             "seconds": time.perf_counter() - begun,
         }
 
-    def train(self, name: str, sampler: LearnedSampler, state: State, training: TrainingConfig) -> None:
+    def train(self, name: str, sampler: LearnedSampler, state: TrainState, training: TrainingConfig) -> None:
         codes, steps = self.codes("train", training.seed), training.train_steps
         batches = training_batches(
             codes,
@@ -221,4 +221,4 @@ def summary(results: dict[str, dict[str, float]], variants: tuple[str, ...], met
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "compare_attention", under=first_stage_data)
+    run_script(main, Config, "compare_attention", base_values=first_stage_data)

@@ -26,17 +26,17 @@ from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics
 from experiments.metrics.reconstruction import LPIPS, SHOWN, rebuilt, summed_up
 from train.cli.parse import run_script
-from train.cli.plugins import flags_of, part_of
+from train.cli.plugins import flags_of, plugin_options
 from train.config import DataConfig, TrainingConfig
 from train.data.loading import ImageSource, TrainingImages, build_dataset, images_in_order, training_batches
 from train.datasets import DatasetConfig
-from train.distributed import World
-from train.files import whole_file
+from train.distributed import DistContext
+from train.files import atomic_write
 from train.first_stage import FirstStage
-from train.loop import State, fit
-from train.optim import BadSteps
+from train.loop import TrainState, fit
+from train.optim import BadStepRecorder
 from train.registry import names_in, plugin
-from train.runs import open_run, perceptual_origin, run_folder
+from train.runs import open_run, perceptual_provenance, run_folder
 from train.vqgan import VQGANStep, build_state
 from vq.config import VQGANConfig, VQGANLossConfig
 from vq.perceptual import load_perceptual
@@ -113,7 +113,7 @@ def with_quantizer(network: VQGANConfig, name: str, **options: Any) -> VQGANConf
     """The network with one of the quantizers whose joined options it has; `options` are for those that have them."""
     config, changes = plugin("vq.quantizers", name, "quantizer").Config, options | VARIANTS.get(name, {})
     flags = flags_of(config)
-    own = replace(part_of(network.quantizer_config, config), **{k: v for k, v in changes.items() if k in flags})
+    own = replace(plugin_options(network.quantizer_config, config), **{k: v for k, v in changes.items() if k in flags})
     shared = {k: v for k, v in changes.items() if k in flags_of(VQGANConfig)}
     return replace(network, quantizer=name, quantizer_config=own, **shared)
 
@@ -129,7 +129,7 @@ def main(config: Config) -> None:
     folder = run_folder(config.output.logs_root, config.output.log_dir or f"compare_quantizers_{config.data.dataset}")
     bench = prepare(config, folder)
     same = {"own_settings": {name: VARIANTS.get(name, {}) for name in c.quantizers}, "steps_of_each": steps}
-    same |= perceptual_origin(None if bench.perceptual is None else config.loss.perceptual_weights)
+    same |= perceptual_provenance(None if bench.perceptual is None else config.loss.perceptual_weights)
     same |= {"images": bench.images.dataset.fingerprint()}
     open_run(folder, config, same | features_origin(bench.features))
     print(f"results: {folder}", flush=True)
@@ -162,7 +162,7 @@ class Bench:
     reference: Statistics
     perceptual: nn.Module | None  # trained with
     lpips: nn.Module | None  # measured with
-    world: World
+    world: DistContext
 
     def run(self, name: str, network: VQGANConfig, seed: int) -> dict[str, Any]:
         """Trains a VQGAN with one seed and measures it; <name>.png shows images above their reconstructions."""
@@ -170,7 +170,7 @@ class Bench:
         training = replace(self.training, seed=seed)
         state = build_state(network, self.loss, data, training, self.world)
         seconds = self.train(name, state, training)
-        autoencoder = state.averaged("autoencoder").eval().requires_grad_(False)
+        autoencoder = state.eval_module("autoencoder").eval().requires_grad_(False)
         device, amp = self.world.device, training.amp
         first = FirstStage(self.folder, autoencoder, data, self.reader, state.step, "", device, amp)
         batches = images_in_order(self.held_out, self.comparison.rebuilt_at_once)
@@ -181,7 +181,7 @@ class Bench:
         took = {"seconds_per_step": statistics.median(seconds), "seconds": time.perf_counter() - begun}
         return numbers | {"codebook_size": network.codebook_size, "parameters": parameters} | took
 
-    def train(self, name: str, state: State, training: TrainingConfig) -> list[float]:
+    def train(self, name: str, state: TrainState, training: TrainingConfig) -> list[float]:
         """Trains to the last step; seconds of each."""
         data, steps = self.images.config, training.train_steps
         batches = training_batches(
@@ -195,11 +195,11 @@ class Bench:
             prefetch=data.prefetch,
         )
         step = VQGANStep(self.loss, training, self.world, self.perceptual)
-        bad = BadSteps(self.folder, self.world, training.max_bad_steps)
+        bad = BadStepRecorder(self.folder, self.world, training.max_bad_steps)
         ends = [time.perf_counter()]
         with tqdm(total=steps, desc=name, unit="step", dynamic_ncols=True, mininterval=1.0) as bar:
             hooks = [("bar", 1, lambda *_: bar.update()), ("time", 1, lambda *_: ends.append(time.perf_counter()))]
-            fit(state, batches, step, steps=steps, world=self.world, seed=training.seed, hooks=hooks, skipped=bad)
+            fit(state, batches, step, steps=steps, world=self.world, seed=training.seed, hooks=hooks, on_skipped=bad)
         return [after - before for before, after in pairwise(ends)]
 
 
@@ -292,7 +292,7 @@ def plot(path: Path, results: Results, quantizers: Sequence[str], metric: str, t
     panels[2].set_xticks(range(0, 101, 25))
     panels[0].set_yticks(places, quantizers)
     panels[0].invert_yaxis()
-    with whole_file(path) as scratch:
+    with atomic_write(path) as scratch:
         figure.savefig(scratch, format="png")
 
 

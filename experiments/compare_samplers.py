@@ -36,9 +36,9 @@ from experiments.metrics.cost import counted
 from experiments.metrics.distances import generated_statistics, real_statistics, statistics_cache
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
-from train.cli.parse import interpret, run_script, sampler_of
+from train.cli.parse import parse_arguments, resolve_sampler, run_script
 from train.config import SamplingConfig
-from train.files import whole_file
+from train.files import atomic_write
 from train.registry import plugin
 from train.trained_sampler import TrainedSampler
 
@@ -92,13 +92,13 @@ class Config:
 def shared_settings(argv: list[str], section: str) -> dict:
     """What a run was trained with, without what is of its own solver."""
     settings = settings_of_run(argv, section)
-    own = plugin("train.samplers", sampler_of(argv, settings), "sampler").Sampling.settings_of_solver()
+    own = plugin("train.samplers", resolve_sampler(argv, settings), "sampler").Sampling.solver_setting_names()
     return {key: value for key, value in settings.items() if key not in {"solver", *own}}
 
 
 def check_shared(sampling: SamplingConfig) -> None:
     """ValueError for a setting that belongs into an entry of --solvers."""
-    own = {"solver"} | sampling.settings_of_solver()
+    own = {"solver"} | sampling.solver_setting_names()
     for field in fields(sampling):
         name, value = field.name, getattr(sampling, field.name)
         if name in own and value != field.default:
@@ -180,7 +180,7 @@ def planned(comparison: ComparisonConfig, sampling: SamplingConfig, trained: Tra
         options = replace(sampling, solver=run.solver, sample_steps=run.steps)
         words = [f"--{key}={value}" for key, value in run.settings]
         if words:
-            options = interpret(type(options), words, default=options, source=f"--solvers {run}")
+            options = parse_arguments(type(options), words, default=options, source=f"--solvers {run}")
 
         try:
             trained.dry_run(options, trained.condition_source(options))
@@ -359,7 +359,7 @@ def plot(path: Path, rows: list[dict[str, Any]], metric: str, title: str) -> Non
     panels[0].set_xticks(shown, [f"{x:g}" for x in shown])
     panels[0].set_ylabel(f"{metric}, less is better")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
-    with whole_file(path) as scratch:
+    with atomic_write(path) as scratch:
         figure.savefig(scratch, format="png")
 
 
@@ -374,4 +374,4 @@ def plain_numbers(axis: Any, values: list[float]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "compare_samplers", under=shared_settings)
+    run_script(main, Config, "compare_samplers", base_values=shared_settings)

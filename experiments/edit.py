@@ -28,7 +28,7 @@ from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, 
 from experiments.harness.report import table
 from experiments.metrics.classifier import Share, agreement, answers, classifier_of
 from train.config import SamplingConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
 
 MOST = 10  # classes that are tried where none is named
@@ -59,7 +59,7 @@ class Config:
     output: OutputConfig
 
 
-def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
     """The images, and the classes they are redrawn as. ValueError where the model does not know these."""
     editing, sampling = config.editing, config.sampling
     labels = asked_labels(editing, model)

@@ -15,7 +15,7 @@ from experiments.harness.images import save_with_settings
 from experiments.harness.report import progress, table
 from experiments.metrics.cost import counted
 from train.config import SamplingConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
 
 
@@ -46,7 +46,7 @@ class Config:
     output: OutputConfig
 
 
-def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
     """A canvas that the model cannot draw is refused before there is a folder."""
     canvas = config.canvas
     return Prepared((canvas, config.sampling), shape=canvas.shape, window_stride=canvas.window_stride)

@@ -13,7 +13,7 @@ from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, 
 from experiments.harness.images import STRIPS, SampleWriter, save_grid, save_process
 from experiments.harness.report import progress
 from train.config import SamplingConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.loop import Batch
 from train.trained_sampler import TrainedSampler
 
@@ -46,7 +46,7 @@ class Config:
     output: OutputConfig
 
 
-def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
     """How images are drawn. ValueError for a class that the model does not have."""
     draw = images_of_class(model, config.samples.label, config.output.seed, config.sampling)
     return Prepared((config.samples, draw))

@@ -27,7 +27,7 @@ from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, 
 from experiments.harness.report import table
 from experiments.metrics.classifier import Share, agreement, answers, classifier_of
 from train.config import SamplingConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
 
 GREY = 128  # of what is hidden
@@ -76,7 +76,7 @@ class Config:
     output: OutputConfig
 
 
-def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
     """The images, and what of them is hidden. ValueError where it cannot be filled in."""
     inpainting, sampling = config.inpainting, config.sampling
     given = inputs(config.given, inpainting, model, sampling.condition_file)

@@ -27,7 +27,7 @@ from experiments.harness.editing import (
 from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, run_experiment
 from experiments.harness.report import table
 from train.config import SamplingConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
 
 
@@ -75,7 +75,7 @@ class Config:
     output: OutputConfig
 
 
-def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
     """The images. ValueError for a class that the model does not know."""
     label, sampling = config.path.label, config.sampling
     given = given_images(config.given.image, config.given.n_images, model, sampling.condition_file)

@@ -23,9 +23,9 @@ from train.data.transforms import Range, in_8_bits, range_of_picture, to_float, 
 from train.datasets import UnreadableImage, files_fingerprint
 from train.datasets._decode import decode
 from train.datasets.folder import SUFFIXES, list_images
-from train.distributed import World
+from train.distributed import DistContext
 from train.execution import autocast
-from train.files import whole_file
+from train.files import atomic_write
 from train.first_stage import FirstStage
 from train.logging import grid_image
 from vq.tiles import decode_tiled, encode_tiled, seam_ratio, seams, tile_starts
@@ -73,7 +73,7 @@ class Config:
     output: FirstStageOutputConfig
 
 
-def prepare(config: Config, model: FirstStage, world: World) -> Prepared:
+def prepare(config: Config, model: FirstStage, world: DistContext) -> Prepared:
     """The images, and how they are cut. ValueError, FileNotFoundError where there are none, or no such tiles."""
     settings = config.reconstruction
     tiles, originals = tiles_of(settings, model), find_originals(settings, model)
@@ -342,7 +342,7 @@ def save_overview(path: Path, thumbnails: Tensor) -> None:
     canvas = Image.new("RGB", (grid.width, grid.height + LEGEND), "white")
     canvas.paste(grid, (0, LEGEND))
     draw_legend(canvas)
-    with whole_file(path) as scratch:
+    with atomic_write(path) as scratch:
         canvas.save(scratch, format="PNG")
 
 

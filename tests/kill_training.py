@@ -23,13 +23,13 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from helpers.tiny_runs import DDPM, GAN, ROOT, SAMPLER, VQGAN  # noqa: E402
-from train.checkpoint import MANIFEST, OPTIMIZERS, checkpoint_path, saved_steps  # noqa: E402
+from train.checkpoint import MANIFEST, STATE_FILE, checkpoint_path, saved_steps  # noqa: E402
 
 PROGRESS = "KILL_TRAINING_PROGRESS"  # environment variable: the file where a run notes its newest step
 STEPS_PER_KILL, FIRST_STEPS = 7, 20
 START = 4.0  # seconds: about what a start takes
 EVERYTHING = (
-    "--hooks kill_training.Watcher --ema_profiles 0.05 0.1 --steps_per_ema_snapshot 11 --steps_per_checkpoint 4 "
+    "--hooks kill_training.ProgressHook --ema_profiles 0.05 0.1 --steps_per_ema_snapshot 11 --steps_per_checkpoint 4 "
     "--checkpoint_minutes 0 --keep_last 2 --keep_every 0 --steps_per_log 7 --steps_per_eval 10 "
     "--steps_per_save_output 15 --val_fraction 0.03 --accumulate 2 --warmup_iters 5 --lr_schedule cosine "
     "--weight_decay 0.01 --lr 1e-3"
@@ -45,7 +45,7 @@ STAGES = {  # script, flags
 }
 
 
-class Watcher:
+class ProgressHook:
     """A user's hook with a state, which also tells how far a run is."""
 
     def __init__(self):
@@ -96,7 +96,7 @@ def typed(stage: str, logs: Path, steps: int) -> tuple[str, str]:
 
 
 @contextmanager
-def started(stage: str, logs: Path, steps: int) -> Iterator[subprocess.Popen]:
+def start_process(stage: str, logs: Path, steps: int) -> Iterator[subprocess.Popen]:
     """The one command of a run, in a group of its own; its words go to <logs>/output and its steps to <logs>/progress.
     It is killed at the end.
     """
@@ -127,9 +127,9 @@ def first_stage(logs: Path, other: Path | None = None) -> None:
     subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
 
 
-def undisturbed(stage: str, logs: Path, steps: int) -> Path:
+def run_uninterrupted(stage: str, logs: Path, steps: int) -> Path:
     """The folder of a run that nobody stopped; RuntimeError with its words where it failed."""
-    with started(stage, logs, steps) as process:
+    with start_process(stage, logs, steps) as process:
         if process.wait() != 0:
             raise RuntimeError(f"the undisturbed run failed:\n{(logs / 'output').read_text()}")
     return logs / "run"
@@ -178,7 +178,7 @@ def strike(process: subprocess.Popen, logs: Path, kind: str, target: int, rng: r
     return process.wait() < 0
 
 
-def killed(stage: str, logs: Path, steps: int, kills: int, rng: random.Random) -> Attempt:
+def run_with_kills(stage: str, logs: Path, steps: int, kills: int, rng: random.Random) -> Attempt:
     """A run that is killed so many times, spread over its steps, and started again until it is done.
 
     RuntimeError where a start ends with an error of its own.
@@ -189,7 +189,7 @@ def killed(stage: str, logs: Path, steps: int, kills: int, rng: random.Random) -
     targets = [round(steps * (i + rng.random()) / (kills + 1)) for i in range(kills)]
     for kind, target in [*zip(kinds, targets, strict=True), (None, steps)]:
         before = unfinished(attempt.run)
-        with started(stage, logs, steps) as process:
+        with start_process(stage, logs, steps) as process:
             hit = kind is not None and strike(process, logs, kind, target, rng)
             code = process.wait()
         attempt.outputs.append((logs / "output").read_text())
@@ -240,11 +240,11 @@ def differences(one: Path, other: Path, step: int) -> dict[str, int]:
     """Differing bytes of two runs at a step, by file; of a file that one lacks, all."""
     paths = [checkpoint_path(run, step) for run in (one, other)]
     found = {}
-    for name in sorted({f.name for path in paths for f in path.iterdir()} - {MANIFEST, OPTIMIZERS}):
+    for name in sorted({f.name for path in paths for f in path.iterdir()} - {MANIFEST, STATE_FILE}):
         found[name] = differing(*(f.read_bytes() if f.is_file() else b"" for f in (path / name for path in paths)))
-    states = [torch.load(path / OPTIMIZERS, weights_only=True) for path in paths]
+    states = [torch.load(path / STATE_FILE, weights_only=True) for path in paths]
     for name in sorted({*states[0], *states[1]}):
-        found[f"{OPTIMIZERS}: {name}"] = differing_values(*(state.get(name) for state in states))
+        found[f"{STATE_FILE}: {name}"] = differing_values(*(state.get(name) for state in states))
     found["metrics.jsonl"] = differing_values(metrics(one), metrics(other))
     for pattern, read in (("ema_profiles/step_*", load_file), ("images/*.png", lambda f: f.read_bytes())):
         folders = [{f.name: read(f) for f in run.glob(pattern)} for run in (one, other)]
@@ -262,8 +262,8 @@ def compare(stage: str, kills: int, folder: Path, seed: int) -> bool:
     if stage == "sampler":
         first_stage(alone)
         first_stage(restarted, alone)
-    one = undisturbed(stage, alone, steps)
-    attempt = killed(stage, restarted, steps, kills, random.Random(seed))
+    one = run_uninterrupted(stage, alone, steps)
+    attempt = run_with_kills(stage, restarted, steps, kills, random.Random(seed))
     found = differences(one, attempt.run, steps)
     rows = {
         "steps": steps,

@@ -12,7 +12,7 @@ from PIL import Image
 from helpers.tiny_runs import call
 from helpers.unleashing_layout import CONFIG, SIZE, made, theirs
 from train.checkpoint import checkpoint_path, load_weights
-from train.cli.parse import plain
+from train.cli.parse import flatten_group
 from train.first_stage import load_first_stage
 from vq.autoencoder import VQGAN
 from vq.discriminator import PatchDiscriminator
@@ -64,7 +64,7 @@ def test_the_run_gives_the_outputs_of_the_weights(converted):
 def test_the_config_says_what_the_weights_are(converted):
     content = yaml.safe_load((converted[0] / "logs/made/config.yaml").read_text())
     network, loss = content["network"], content["loss"]
-    assert network == plain(CONFIG)
+    assert network == flatten_group(CONFIG)
     assert (loss["ndf"], loss["disc_layers"], loss["disc_norm"]) == (4, 2, "batch")
     assert list(content) == ["data", "reader", "network", "loss", "training", "logging", "origin"]
 

@@ -26,7 +26,7 @@ from helpers.pages import (
     shell_lines,
     spans,
 )
-from helpers.tiny_runs import ROOT, UNET, call, parsed
+from helpers.tiny_runs import ROOT, UNET, call, parse_config
 from models import Transformer
 from models.registry import MOVED
 from train.cli import parse as cli
@@ -87,7 +87,7 @@ def test_every_command_parses(command, monkeypatch, tmp_path, capfd):
             call(script, flags)
         assert "not found" in capfd.readouterr().err
     else:
-        assert parsed(script, flags + ("" if script in WITHOUT_LOGS else f" --logs_root {tmp_path}"), monkeypatch)
+        assert parse_config(script, flags + ("" if script in WITHOUT_LOGS else f" --logs_root {tmp_path}"), monkeypatch)
 
 
 VQGAN = (

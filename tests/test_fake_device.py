@@ -9,7 +9,7 @@ from diffusion.drawing import Drawing
 from diffusion.likelihood import bits_per_code
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
-from helpers.fake_device import DEVICE, Elsewhere, TwoPlaces
+from helpers.fake_device import DEVICE, FakeDeviceMode, FakeDeviceTensor
 from helpers.labels import label_encoders
 from helpers.solving import in_steps
 from models.transformer import Transformer
@@ -29,9 +29,9 @@ def on(place, function):
 
     to.device = torch.device(place)
     torch.manual_seed(0)
-    with TwoPlaces():
+    with FakeDeviceMode():
         result = function(to)
-        assert isinstance(result, Elsewhere) == (to.device == DEVICE)
+        assert isinstance(result, FakeDeviceTensor) == (to.device == DEVICE)
         return result.cpu()
 
 
@@ -43,7 +43,7 @@ def alike(function):
 
 
 def test_a_tensor_left_behind_is_seen():
-    with TwoPlaces():
+    with FakeDeviceMode():
         with pytest.raises(RuntimeError, match="more than one device"):
             torch.zeros(3, device=DEVICE) + torch.zeros(3)
         with pytest.raises(RuntimeError, match="more than one device"):

@@ -17,20 +17,20 @@ QUANTIZERS = PLUGIN_GROUPS[QuantizerConfig]
 
 def test_flags_of_data_and_of_stage_one_are_the_agreed_ones():
     """A flag is a promise: this list changes on purpose or not at all."""
-    assert cli.fields_of(DataConfig) == {
+    assert cli.flag_names(DataConfig) == {
         *("dataset", "reader", "img_size", "img_width", "n_channels", "horizontal_flip", "shift", "crop_margin"),
         *("in_memory", "cache_images", "num_workers", "prefetch", "data_range"),
     }
-    assert cli.fields_of(VQGANConfig) == {
+    assert cli.flag_names(VQGANConfig) == {
         *("nf", "ch_mult", "res_blocks", "attn_resolutions", "quantizer", "codebook_size", "emb_dim", "unit_range"),
     }
     entropies = {"beta", "entropy_weight", "entropy_temperature"}
-    assert {name: cli.fields_of(QUANTIZERS.config_of(name)) for name in names_in("vq.quantizers")} == {
+    assert {name: cli.flag_names(QUANTIZERS.config_of(name)) for name in names_in("vq.quantizers")} == {
         **{"nearest": {"beta", "legacy_beta"}, "ema": {"beta", "codebook_decay", "revive_below"}, "l2": {"beta"}},
         **{"fsq": {"fsq_levels"}, "lfq": entropies, "ibq": entropies},
         "gumbel": {"gumbel_kl_weight", "gumbel_straight_through", "gumbel_decay_steps"},
     }
-    assert cli.fields_of(VQGANLossConfig) == {
+    assert cli.flag_names(VQGANLossConfig) == {
         *("recon_loss", "recon_weight", "perceptual_net", "perceptual_weights", "perceptual_weight"),
         *("disc_start_step", "disc_warmup_steps", "disc_ramp_steps", "disc_loss", "disc_weight", "adaptive_weight"),
         *("disc_weight_max", "lecam_weight", "disc_layers", "ndf", "disc_norm", "disc_spectral_norm", "disc_blur"),
@@ -39,20 +39,20 @@ def test_flags_of_data_and_of_stage_one_are_the_agreed_ones():
 
 
 def test_flags_of_samplers_and_of_training_are_the_agreed_ones():
-    assert cli.fields_of(LoggingConfig) == {
+    assert cli.flag_names(LoggingConfig) == {
         *("log_dir", "logs_root", "steps_per_log", "steps_per_checkpoint", "steps_per_save_output", "steps_per_eval"),
         *("checkpoint_minutes", "keep_last", "keep_every", "steps_per_FD", "FD_samples", "FD_features", "profile"),
     }
-    assert cli.fields_of(TransformerConfig) == {
+    assert cli.flag_names(TransformerConfig) == {
         *("sampler", "bert_n_emb", "bert_n_head", "bert_n_layers", "mlp_ratio", "attention", "kernel_sizes"),
         *("dilations", "na_backend", "attention_type", "position", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
         *("qk_norm", "zero_init", "tied_head", "class_conditional", "label_drop"),
         *("conditions", "condition_drop"),
     }
-    assert cli.fields_of(absorbing.Config) - cli.fields_of(TransformerConfig) == {
+    assert cli.flag_names(absorbing.Config) - cli.flag_names(TransformerConfig) == {
         *("loss_type", "mask_schedule", "schedule", "total_steps", "time_sampler"),
     }
-    assert cli.fields_of(ddpm.Config) == {
+    assert cli.flag_names(ddpm.Config) == {
         *("sampler", "process", "total_steps", "schedule", "first_beta", "last_beta", "zero_terminal_snr"),
         *("prediction", "variance", "loss_type", "min_snr_gamma", "time_sampler", "time_embedding", "time_scale"),
         *(
@@ -70,11 +70,11 @@ def test_flags_of_samplers_and_of_training_are_the_agreed_ones():
         *("kernel_sizes", "dilations", "na_backend", "transformer_attention", "feed_forward"),
         *("class_conditional", "label_drop", "conditions", "condition_drop", "adapt"),
     }
-    assert cli.fields_of(absorbing.Sampling) == {
+    assert cli.flag_names(absorbing.Sampling) == {
         *("solver", "sample_steps", "guidance", "condition_file", "guidance_schedule", "guidance_interval", "reveal"),
         *("temp", "last_temp", "top_k", "top_p", "choice_temp", "remasking", "remask_eta"),
     }
-    assert cli.fields_of(ddpm.Sampling) == {
+    assert cli.flag_names(ddpm.Sampling) == {
         *(
             "solver",
             "sample_steps",
@@ -88,7 +88,7 @@ def test_flags_of_samplers_and_of_training_are_the_agreed_ones():
         ),
         "dynamic_threshold",
     }
-    assert cli.fields_of(TrainingConfig) == {
+    assert cli.flag_names(TrainingConfig) == {
         *("train_steps", "batch_size", "accumulate", "lr", "warmup_iters", "weight_decay", "grad_clip", "amp"),
         *("ema", "ema_beta", "seed", "device", "load_dir", "load_step", "load_optim"),
         *("load_partial", "train_only"),

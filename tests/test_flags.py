@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from helpers.tiny_runs import ROOT, call, parsed, run
+from helpers.tiny_runs import ROOT, call, parse_config, run
 from train.config import DataConfig, TrainingConfig
 from train.samplers import ddpm
 
@@ -31,7 +31,7 @@ COMMANDS = {  # as the docs have them
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_the_four_commands_parse(script, monkeypatch, tmp_path):
-    config = parsed(script, f"{COMMANDS[script]} --logs_root {tmp_path}", monkeypatch)
+    config = parse_config(script, f"{COMMANDS[script]} --logs_root {tmp_path}", monkeypatch)
     words = COMMANDS[script].split()
     given = {word.removeprefix("--"): words[i + 1] for i, word in enumerate(words[:-1]) if word.startswith("--")}
     for flag in ("dataset", "log_dir", "ae_load_dir", "load_dir", "sampler"):
@@ -42,7 +42,7 @@ def test_the_four_commands_parse(script, monkeypatch, tmp_path):
 def test_precedence_is_default_then_file_then_flag(monkeypatch, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("dataset: digits\nimg_size: 16\nvqgan:\n  lr: 1e-4\n  ch_mult: [1, 2]\n  ema: false\n")
-    config = parsed("train_vqgan.py", f"--config {file} --ch_mult 1 1 1", monkeypatch)
+    config = parse_config("train_vqgan.py", f"--config {file} --ch_mult 1 1 1", monkeypatch)
     assert config["lr"] == 1e-4  # PyYAML reads 1e-4 as a word; the flag's parser makes it a number
     assert config["ema"] is False
     assert config["ch_mult"] == [1, 1, 1]
@@ -51,27 +51,29 @@ def test_precedence_is_default_then_file_then_flag(monkeypatch, tmp_path):
 
 
 def test_a_second_stage_takes_the_data_from_its_vqgan(trained, monkeypatch):
-    config = parsed("train_sampler.py", f"--logs_root {trained}", monkeypatch)
+    config = parse_config("train_sampler.py", f"--logs_root {trained}", monkeypatch)
     assert config["img_size"] == 16  # the digits preset says 32, that VQGAN was trained at 16
 
 
 def test_the_preset_of_a_sampler_is_read_where_that_sampler_is_asked_for(monkeypatch, tmp_path):
-    by_itself = parsed("train_sampler.py", f"--sampler ddpm --logs_root {tmp_path}", monkeypatch)
+    by_itself = parse_config("train_sampler.py", f"--sampler ddpm --logs_root {tmp_path}", monkeypatch)
     path = ROOT / "configs" / "ddpm_digits.yaml"
-    assert by_itself == parsed("train_sampler.py", f"--config {path} --logs_root {tmp_path}", monkeypatch)
+    assert by_itself == parse_config("train_sampler.py", f"--config {path} --logs_root {tmp_path}", monkeypatch)
     preset = yaml.safe_load(path.read_text())
     for key, value in {**preset, **preset["ddpm"]}.items():
         if not isinstance(value, dict):  # PyYAML reads 1e-3 as a word
             assert by_itself[key] == (float(value) if isinstance(by_itself[key], float) else value)
-    other = parsed("train_sampler.py", f"--logs_root {tmp_path}", monkeypatch)
+    other = parse_config("train_sampler.py", f"--logs_root {tmp_path}", monkeypatch)
     assert other["sampler"] == "absorbing" and other["img_size"] == 32 and "channels" not in other
-    vqgan = parsed("train_vqgan.py", f"--logs_root {tmp_path}", monkeypatch)
+    vqgan = parse_config("train_vqgan.py", f"--logs_root {tmp_path}", monkeypatch)
     assert vqgan["img_size"] == 32  # a script without samplers reads the data set's own
 
 
 def test_a_sampler_without_a_preset_of_its_own_takes_the_data_sets(monkeypatch, tmp_path):
     assert not (ROOT / "configs" / "ddpm_fashion_mnist.yaml").exists()
-    config = parsed("train_sampler.py", f"--sampler ddpm --dataset fashion_mnist --logs_root {tmp_path}", monkeypatch)
+    config = parse_config(
+        "train_sampler.py", f"--sampler ddpm --dataset fashion_mnist --logs_root {tmp_path}", monkeypatch
+    )
     assert (config["sampler"], config["n_channels"], config["channels"]) == ("ddpm", 1, ddpm.Config.channels)
 
 
@@ -82,25 +84,25 @@ def test_a_config_file_chooses_the_sampler_and_a_flag_another(monkeypatch, tmp_p
         "ddpm:\n  channels: 24\n  solver: ddim\n  eta: 0.5\n  lr: 3e-4\nabsorbing:\n  temp: 0.7\n  lr: 1e-3\n"
         "get_samples:\n  n_samples: 7\n"
     )
-    chosen = parsed("train_sampler.py", f"--config {file} --logs_root {tmp_path}", monkeypatch)
+    chosen = parse_config("train_sampler.py", f"--config {file} --logs_root {tmp_path}", monkeypatch)
     assert (chosen["sampler"], chosen["channels"], chosen["lr"]) == ("ddpm", 24, 3e-4)
     assert (chosen["solver"], chosen["eta"]) == ("ddim", 0.5) and "temp" not in chosen
-    other = parsed("train_sampler.py", f"--config {file} --sampler absorbing --logs_root {tmp_path}", monkeypatch)
+    other = parse_config("train_sampler.py", f"--config {file} --sampler absorbing --logs_root {tmp_path}", monkeypatch)
     assert (other["sampler"], other["temp"], other["lr"]) == ("absorbing", 0.7, 1e-3) and "channels" not in other
-    samples = parsed("experiments/get_samples.py", f"--config {file} --logs_root {tmp_path}", monkeypatch)
+    samples = parse_config("experiments/get_samples.py", f"--config {file} --logs_root {tmp_path}", monkeypatch)
     assert (samples["sampler"], samples["n_samples"], samples["solver"]) == ("ddpm", 7, ddpm.Sampling.solver)
 
 
 def test_a_runs_folder_alone_tells_an_experiment_sampler_and_data_set(trained_ddpm, monkeypatch):
     flags = f"--logs_root {trained_ddpm} --load_dir ddpm_digits"
     for script in ("experiments/get_samples.py", "experiments/calc_FID.py", "experiments/generate_big_samples.py"):
-        config = parsed(script, f"{flags} --shape 8 8" if "big" in script else flags, monkeypatch)
+        config = parse_config(script, f"{flags} --shape 8 8" if "big" in script else flags, monkeypatch)
         assert (config["sampler"], config["dataset"], config["load_dir"]) == ("ddpm", "digits", "ddpm_digits")
         assert config["sample_steps"] == 4 and "eta" in config and "temp" not in config  # as it was trained
-    by_name = parsed("experiments/get_samples.py", f"--logs_root {trained_ddpm} --sampler ddpm", monkeypatch)
+    by_name = parse_config("experiments/get_samples.py", f"--logs_root {trained_ddpm} --sampler ddpm", monkeypatch)
     assert by_name["sample_steps"] == 4
     flags = f"{flags} --sample_steps 9 --solver ddim"
-    config = parsed("experiments/get_samples.py", flags, monkeypatch)
+    config = parse_config("experiments/get_samples.py", flags, monkeypatch)
     assert (config["sample_steps"], config["solver"]) == (9, "ddim")
 
 
@@ -228,7 +230,7 @@ def test_an_empty_section_says_nothing(tmp_path, monkeypatch):
     file = tmp_path / "mine.yaml"
     file.write_text("img_size: 8\nvqgan:\nabsorbing:\ncalc_FID:\n")
     for script in ("train_vqgan.py", "train_sampler.py", "experiments/calc_FID.py"):
-        assert parsed(script, f"--config {file} --logs_root {tmp_path}", monkeypatch)["dataset"] == "digits"
+        assert parse_config(script, f"--config {file} --logs_root {tmp_path}", monkeypatch)["dataset"] == "digits"
 
 
 SLOW = ("torch._dynamo", "torchvision", "sklearn", "matplotlib", "tensorboard", "scipy")

@@ -22,7 +22,7 @@ from helpers.tiny_runs import ROOT
 from train.cli import files as config_files
 from train.cli import parse as cli
 from train.cli.json_config import read_json
-from train.cli.plugins import chosen
+from train.cli.plugins import make_default_config
 from train.datasets import DatasetConfig
 from train.registry import names_in, plugin
 
@@ -57,7 +57,7 @@ class Scripts:
         groups = [field.type for field in dataclasses.fields(args[1])]
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
             patch.setattr(cli, "run_main", lambda main, config: self.seen.append(config))
-            has_root = any("logs_root" in cli.fields_of(group) for group in groups)
+            has_root = any("logs_root" in cli.flag_names(group) for group in groups)
             patch.setattr(sys, "argv", [name, *(root if has_root else []), *argv])
             with contextlib.redirect_stdout(io.StringIO()):
                 try:
@@ -104,7 +104,7 @@ def places(content):
 
 
 def keys_of(groups):
-    return sorted({key for group in groups for key in cli.fields_of(group)})
+    return sorted({key for group in groups for key in cli.flag_names(group)})
 
 
 SAMPLERS = [plugin("train.samplers", name, "sampler") for name in names_in("train.samplers")]
@@ -177,8 +177,8 @@ def test_any_value_of_a_real_flag(scripts, data):
     name = data.draw(st.sampled_from(NAMES))
     sampler = data.draw(st.sampled_from(names_in("train.samplers")))
     (_, cls, *section), _ = scripts.calls[name]
-    flag = data.draw(st.sampled_from(sorted(cli.fields_of(chosen(cls, {"sampler": sampler}).config))))
-    text, argv = data.draw(value), [f"--sampler={sampler}"] if "sampler" in cli.fields_of(cls) else []
+    flag = data.draw(st.sampled_from(sorted(cli.flag_names(make_default_config(cls, {"sampler": sampler}).config))))
+    text, argv = data.draw(value), [f"--sampler={sampler}"] if "sampler" in cli.flag_names(cls) else []
     file = scripts.file(f"{[*section, sampler][0]}:\n  {flag}: {text}\n")
     scripts.check(name, data.draw(st.sampled_from([[f"--config={file}", *argv], [*argv, f"--{flag}", text]])))
 
@@ -206,7 +206,7 @@ def test_any_datasets_yaml(scripts, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config_files, "ROOT", scripts.folder)
         try:
-            path = config_files.data_dir_of("ffhq", None)
+            path = config_files.resolve_data_dir("ffhq", None)
         except ValueError as error:
             assert "datasets.yaml" in str(error)
         else:

@@ -11,7 +11,7 @@ from helpers.tiny_runs import DDPM, ROOT, call
 from models.blocks import EmbedBlock
 from models.registry import MOVED, part
 from train import registry
-from train.registry import dotted
+from train.registry import import_callable
 from train.runs import identity
 
 
@@ -24,7 +24,7 @@ def test_what_moved_is_where_the_list_says(new):
 @pytest.mark.parametrize("old", MOVED)
 def test_an_old_path_is_refused_with_the_new_one(old):
     with pytest.raises(ValueError, match=re.escape(MOVED[old])):
-        dotted(old, "--hooks")
+        import_callable(old, "--hooks")
     with pytest.raises(ValueError, match=re.escape(MOVED[old])):
         part(old, {}, (EmbedBlock,), "res_block_type")
 
@@ -49,7 +49,7 @@ def test_a_users_file_is_told_of_one_name_too_where_its_old_module_is_still_ther
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_hooks", raising=False)
     with pytest.raises(ValueError, match=rf"my_hooks.Mine', which imports .*{re.escape(new)}.* now"):
-        dotted("my_hooks.Mine", "--hooks")
+        import_callable("my_hooks.Mine", "--hooks")
 
 
 def test_a_data_set_that_imports_an_old_module_is_told_of_the_new_one(tmp_path, monkeypatch):
@@ -64,7 +64,7 @@ def test_an_import_error_of_anything_else_is_the_users_own(tmp_path, monkeypatch
     (tmp_path / "their_hooks.py").write_text("from math import no_such_function\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ImportError, match="no_such_function"):
-        dotted("their_hooks.Mine", "--hooks")
+        import_callable("their_hooks.Mine", "--hooks")
 
 
 def test_a_run_with_an_old_path_goes_on_with_the_new_one():

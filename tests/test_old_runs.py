@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from helpers.labels import label_encoders
-from helpers.run_asserts import assert_close, assert_equal_bits, rest, weights
+from helpers.run_asserts import assert_close, assert_equal_bits, saved_state, weights
 from helpers.tiny_runs import ROOT, call
 from models.transformer import CausalTransformer, Transformer
 from train.checkpoint import load_weights, saved_steps
@@ -112,7 +112,7 @@ def test_an_old_transformer_keeps_its_order_of_parameters(kind):
     names = [f"network.{name}" for name, _ in network.named_parameters()]
     assert set(names) == {NOW.get(name, name) for name in weights(run, 4)}
     assert names[:4] == [f"network.{n}" for n in ("position", "code.weight", NAME, "blocks.0.attention.qkv.weight")]
-    state = rest(run, 4)["optimizers"]["network"]["state"]
+    state = saved_state(run, 4)["optimizers"]["network"]["state"]
     assert [state[i]["exp_avg"].shape for i in range(len(names))] == [p.shape for p in network.parameters()]
 
 

@@ -5,7 +5,7 @@ import torch
 import yaml
 
 from experiments.compare_attention import VARIANTS
-from helpers.tiny_runs import ROOT, parsed
+from helpers.tiny_runs import ROOT, parse_config
 from train.cli import parse as cli
 from train.samplers import absorbing
 from vq.config import VQGANConfig
@@ -15,15 +15,15 @@ def test_presets_reach_both_stages_and_differ_as_the_reference_does(monkeypatch,
     """The reference's `dataset == "churches" or "bedrooms"` gave every data set one learning rate."""
     rates = {}
     for name in ("ffhq", "churches", "bedrooms", "faces140k"):
-        vqgan = parsed("train_vqgan.py", f"--dataset {name} --logs_root {tmp_path}", monkeypatch)
-        sampler = parsed("train_sampler.py", f"--dataset {name} --logs_root {tmp_path}", monkeypatch)
+        vqgan = parse_config("train_vqgan.py", f"--dataset {name} --logs_root {tmp_path}", monkeypatch)
+        sampler = parse_config("train_sampler.py", f"--dataset {name} --logs_root {tmp_path}", monkeypatch)
         assert (vqgan["nf"], vqgan["ch_mult"], vqgan["codebook_size"]) == (128, [1, 1, 2, 2, 4], 1024)
         assert (sampler["bert_n_layers"], sampler["bert_n_emb"], sampler["bert_n_head"]) == (24, 512, 8)
         rates[name] = (sampler["lr"], sampler["warmup_iters"])
     assert rates["ffhq"] == rates["faces140k"] == (1e-4, 30_000)
     assert rates["churches"] == rates["bedrooms"] == (2e-4, 10_000)
-    assert parsed("train_vqgan.py", "--dataset faces140k", monkeypatch)["only_folders"] == ["real"]
-    assert parsed("train_vqgan.py", "--dataset bedrooms", monkeypatch)["category"] == "bedroom"
+    assert parse_config("train_vqgan.py", "--dataset faces140k", monkeypatch)["only_folders"] == ["real"]
+    assert parse_config("train_vqgan.py", "--dataset bedrooms", monkeypatch)["category"] == "bedroom"
 
 
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -39,14 +39,14 @@ def test_every_preset_is_whole(path, monkeypatch, tmp_path):
     scripts = ["train_vqgan.py", "train_sampler.py", "experiments/calc_FID.py", "experiments/calc_VQGAN_FID.py"]
     compared = [f"experiments/compare_{what}.py" for what in ("attention", "quantizers")]
     for script in scripts if sampler == "ddpm" else [*scripts, *compared]:
-        assert parsed(script, flags, monkeypatch)["dataset"] == dataset
+        assert parse_config(script, flags, monkeypatch)["dataset"] == dataset
 
 
 def grid_of(path, monkeypatch, tmp_path):
     """The codes that a preset's images become, by its own VQGAN or that of its data set."""
     own = "vqgan" in yaml.safe_load(path.read_text())
     preset = path if own else ROOT / "configs" / f"{yaml.safe_load(path.read_text())['dataset']}.yaml"
-    config = parsed("train_vqgan.py", f"--config {preset} --logs_root {tmp_path}", monkeypatch)
+    config = parse_config("train_vqgan.py", f"--config {preset} --logs_root {tmp_path}", monkeypatch)
     return VQGANConfig(ch_mult=tuple(config["ch_mult"])).grid(config["img_size"])
 
 
@@ -54,8 +54,8 @@ def grid_of(path, monkeypatch, tmp_path):
 def test_the_attention_of_every_preset_fits_its_grid(path, monkeypatch, tmp_path):
     grid, content = grid_of(path, monkeypatch, tmp_path), yaml.safe_load(path.read_text())
     script = "train_sampler.py" if "absorbing" in content else "experiments/compare_attention.py"
-    flat = parsed(script, f"--config {path} --logs_root {tmp_path}", monkeypatch)
-    settings = {key: flat[key] for key in cli.fields_of(absorbing.Config)}
+    flat = parse_config(script, f"--config {path} --logs_root {tmp_path}", monkeypatch)
+    settings = {key: flat[key] for key in cli.flag_names(absorbing.Config)}
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     compared = VARIANTS.values() if "compare_attention" in content else [{}]
     for changes in compared:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from helpers.tiny_runs import ROOT, parsed
-from train.runs import VOLATILE
+from helpers.tiny_runs import ROOT, parse_config
+from train.runs import NOT_IDENTITY
 
 TEXT = (ROOT / "docs" / "training.md").read_text()
 SCRIPTS = re.findall(r"^```bash\n(.*?)^```", TEXT, re.M | re.S)
@@ -83,7 +83,7 @@ def test_the_words_of_the_job_parse(job, monkeypatch):
     torchrun = get_args_parser().parse_args(words)
     assert program == "torchrun" and torchrun.training_script == "train_sampler.py"
     assert (torchrun.nnodes, torchrun.nproc_per_node, torchrun.rdzv_endpoint) == ("2", "8", "node7:29500")
-    config = parsed(torchrun.training_script, " ".join(torchrun.training_script_args), monkeypatch)
+    config = parse_config(torchrun.training_script, " ".join(torchrun.training_script_args), monkeypatch)
     assert config["batch_size"] % 16 == 0
 
 
@@ -94,4 +94,4 @@ def test_the_script_has_the_slurm_options_of_the_page():
 def test_the_settings_that_may_change_are_those_of_the_code():
     (section,) = re.findall(r"^### What makes a run this run\n(.*?)^### ", TEXT, re.M | re.S)
     (listed,) = re.findall(r"These may change.*?:(.*?)\n\n", section, re.S)
-    assert {*re.findall(r"`--(\w+)`", listed)} == VOLATILE
+    assert {*re.findall(r"`--(\w+)`", listed)} == NOT_IDENTITY

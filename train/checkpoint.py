@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from models.registry import current_names
-from train.distributed import World, sharded_like, whole
-from train.files import refused, sha256, sync, write_text
-from train.loop import HOOK, State
+from train.distributed import DistContext, full_tensor, shard_like
+from train.files import fsync, sha256, write_errors_as_oserror, write_text
+from train.loop import HOOK_PREFIX, TrainState
 
-WEIGHTS, AVERAGED, PROFILES = "model.safetensors", "ema.safetensors", "profiles.safetensors"
-OPTIMIZERS, MANIFEST = "state.pt", "manifest.json"
-LIKE_PARAMETERS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # of torch's optimizers
-FILES = (WEIGHTS, AVERAGED, PROFILES, OPTIMIZERS)
+WEIGHTS, EMA_WEIGHTS, POSTHOC_WEIGHTS = "model.safetensors", "ema.safetensors", "profiles.safetensors"
+STATE_FILE, MANIFEST = "state.pt", "manifest.json"
+MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # of torch's optimizers
+FILES = (WEIGHTS, EMA_WEIGHTS, POSTHOC_WEIGHTS, STATE_FILE)
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -54,7 +54,7 @@ def resolve_step(run: Path, step: int | None, flag: str) -> int:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class CheckpointData:
     """What a checkpoint will hold, on the CPU and apart from what goes on changing."""
 
     step: int
@@ -62,32 +62,34 @@ class Snapshot:
     rest: dict[str, Any]  # tensors, numbers and words of state.pt
 
 
-def copied(value: Any, keep: bool) -> Any:
+def gather_to_cpu(value: Any, keep: bool) -> Any:
     """Tensors in dicts and lists, whole, as copies on the CPU; nothing where they are not to be kept.
 
     Leaf by leaf, so that a device holds but one whole tensor beside its shards.
     """
     if isinstance(value, dict):
-        return {key: copied(each, keep) for key, each in value.items()}
+        return {key: gather_to_cpu(each, keep) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(copied(each, keep) for each in value)
+        return type(value)(gather_to_cpu(each, keep) for each in value)
     if isinstance(value, Tensor):
-        value = whole(value)  # all processes take part
+        value = full_tensor(value)  # all processes take part
         return value.detach().to("cpu", copy=True).contiguous() if keep else None
     return value
 
 
-def tensors_of(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+def prefixed_state_dicts(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     return {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
 
 
-def snapshot(state: State, world: World | None = None) -> Snapshot | None:
+def collect_checkpoint(state: TrainState, world: DistContext | None = None) -> CheckpointData | None:
     """A copy of everything training changes, in the main process; None in others, which give their shards."""
-    files = {WEIGHTS: tensors_of(state.modules)}
+    files = {WEIGHTS: prefixed_state_dicts(state.modules)}
     if state.averages:
-        files[AVERAGED] = tensors_of({name: average.module for name, average in state.averages.items()})
-    if state.profiles:
-        files[PROFILES] = tensors_of({name: profile.module for name, profile in state.profiles.items()})
+        files[EMA_WEIGHTS] = prefixed_state_dicts({name: average.module for name, average in state.averages.items()})
+    if state.posthoc_averages:
+        files[POSTHOC_WEIGHTS] = prefixed_state_dicts(
+            {name: profile.module for name, profile in state.posthoc_averages.items()}
+        )
     rest = {
         "optimizers": {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()},
         "extras": {name: extra.state_dict() for name, extra in state.extras.items()},
@@ -97,24 +99,24 @@ def snapshot(state: State, world: World | None = None) -> Snapshot | None:
         "best": state.best,
     }
     keep = world is None or world.is_main
-    files, rest = copied(files, keep), copied(rest, keep)
-    return Snapshot(state.step, files, rest) if keep else None
+    files, rest = gather_to_cpu(files, keep), gather_to_cpu(rest, keep)
+    return CheckpointData(state.step, files, rest) if keep else None
 
 
-def save(run: Path, state: State) -> Path:
+def save_checkpoint(run: Path, state: TrainState) -> Path:
     """Writes the checkpoint of `state.step`."""
-    return write(run, snapshot(state))
+    return write_checkpoint(run, collect_checkpoint(state))
 
 
-def write(run: Path, taken: Snapshot) -> Path:
+def write_checkpoint(run: Path, data: CheckpointData) -> Path:
     """Writes a checkpoint aside, flushes it, and renames it into place."""
-    final = checkpoint_path(run, taken.step)
+    final = checkpoint_path(run, data.step)
     aside, replaced = final.with_name(f".{final.name}.new"), final.with_name(f".{final.name}.old")
     for unfinished in final.parent.glob(".step_*"):  # left by a process that was killed while it saved
         shutil.rmtree(unfinished)
     aside.mkdir(parents=True)
     try:
-        fill_folder(aside, taken)
+        write_files(aside, data)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its room back
         raise
@@ -127,25 +129,25 @@ def write(run: Path, taken: Snapshot) -> Path:
             replaced.rename(final)
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    sync(final.parent)
+    fsync(final.parent)
     write_text(final.parent / "latest", final.name + "\n")
     shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
-def fill_folder(folder: Path, taken: Snapshot) -> None:
+def write_files(folder: Path, data: CheckpointData) -> None:
     """The files of a checkpoint, its manifest last, all on disk."""
-    for name, tensors in taken.tensors.items():
-        with refused(folder / name):
+    for name, tensors in data.tensors.items():
+        with write_errors_as_oserror(folder / name):
             save_file(tensors, folder / name)
-    with refused(folder / OPTIMIZERS), (folder / OPTIMIZERS).open("wb") as file:
-        torch.save(taken.rest, file)
+    with write_errors_as_oserror(folder / STATE_FILE), (folder / STATE_FILE).open("wb") as file:
+        torch.save(data.rest, file)
     files = sorted(folder.iterdir())
     manifest = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
     for f in files:
-        sync(f)
+        fsync(f)
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
-    sync(folder)
+    fsync(folder)
 
 
 def read_manifest(path: Path) -> dict[str, dict]:
@@ -155,14 +157,14 @@ def read_manifest(path: Path) -> dict[str, dict]:
         sizes = {name: (int(wanted["bytes"]), str(wanted["sha256"])) for name, wanted in manifest.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no whole checkpoint ({error!r}): load an older --load_step") from error
-    there = {name for name in FILES if (path / name).is_file()} | {WEIGHTS, OPTIMIZERS}
+    there = {name for name in FILES if (path / name).is_file()} | {WEIGHTS, STATE_FILE}
     if sizes.keys() != there:
         odd = ", ".join(sorted(sizes.keys() ^ there))
         raise ValueError(f"{path / MANIFEST} and the files beside it differ ({odd}): load an older --load_step")
     return manifest
 
 
-def verify(path: Path) -> dict[str, dict]:
+def verify_checkpoint(path: Path) -> dict[str, dict]:
     """The manifest of a checkpoint; ValueError naming the file that is missing or damaged."""
     manifest = read_manifest(path)
     for name, wanted in manifest.items():
@@ -174,27 +176,27 @@ def verify(path: Path) -> dict[str, dict]:
     return manifest
 
 
-def fill(module: nn.Module, tensors: dict[str, Tensor], name: str, source: Path) -> None:
+def load_into_module(module: nn.Module, tensors: dict[str, Tensor], name: str, source: Path) -> None:
     """Loads the tensors that belong to module `name`, strictly; a mismatch names keys and shapes."""
     wanted = module.state_dict()
-    own = tensors_for(name, tensors, wanted)
+    own = module_tensors(name, tensors, wanted)
     odd = sorted(own.keys() ^ wanted.keys())
     for key in sorted(own.keys() & wanted.keys()):
         if own[key].shape != wanted[key].shape:
             odd.append(f"{key}: {tuple(own[key].shape)} in the file, {tuple(wanted[key].shape)} here")
     if odd:
         raise ValueError(f"{source} does not fit this {name} ({len(odd)} keys differ): {'; '.join(odd[:5])}")
-    module.load_state_dict({key: sharded_like(value, wanted[key]) for key, value in own.items()})
+    module.load_state_dict({key: shard_like(value, wanted[key]) for key, value in own.items()})
 
 
-def tensors_for(name: str, tensors: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+def module_tensors(name: str, tensors: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
     """The tensors of module `name` by the keys of its state_dict, `wanted`, as they are called now."""
     own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
     names = current_names(own, wanted)
     return {names[key]: value for key, value in own.items()}
 
 
-class FillReport(NamedTuple):
+class PartialLoadReport(NamedTuple):
     """What became of each key where weights filled what they fit."""
 
     taken: list[str]
@@ -204,7 +206,7 @@ class FillReport(NamedTuple):
     misshapen: list[str]  # of another shape: as they were
 
 
-def fill_partially(module: nn.Module, tensors: dict[str, Tensor], name: str) -> FillReport:
+def load_matching(module: nn.Module, tensors: dict[str, Tensor], name: str) -> PartialLoadReport:
     """Loads those of the tensors of module `name` that fit; keys of the report begin with that name.
 
     Two kinds of weights may have grown. A linear layer or convolution right in the module (the first one, of an image
@@ -213,8 +215,8 @@ def fill_partially(module: nn.Module, tensors: dict[str, Tensor], name: str) -> 
     the mask, last; new rows stay as they were.
     """
     wanted, filled = module.state_dict(), {}
-    own = tensors_for(name, tensors, wanted)
-    report = FillReport([], [], [], sorted(f"{name}.{key}" for key in own.keys() - wanted.keys()), [])
+    own = module_tensors(name, tensors, wanted)
+    report = PartialLoadReport([], [], [], sorted(f"{name}.{key}" for key in own.keys() - wanted.keys()), [])
     for key, here in wanted.items():
         there, shape = own.get(key), tuple(here.shape)
         if there is None:
@@ -222,12 +224,12 @@ def fill_partially(module: nn.Module, tensors: dict[str, Tensor], name: str) -> 
         elif shape == tuple(there.shape):
             report.taken.append(f"{name}.{key}")
             filled[key] = there
-        elif (larger := grow(module, key, there, whole(here).cpu())) is not None:
+        elif (larger := grow(module, key, there, full_tensor(here).cpu())) is not None:
             report.grown.append(f"{name}.{key}: {tuple(there.shape)} -> {shape}")
             filled[key] = larger
         else:
             report.misshapen.append(f"{name}.{key}: {tuple(there.shape)} in the file, {shape} here")
-    module.load_state_dict(wanted | {key: sharded_like(value, wanted[key]) for key, value in filled.items()})
+    module.load_state_dict(wanted | {key: shard_like(value, wanted[key]) for key, value in filled.items()})
     return report
 
 
@@ -251,7 +253,7 @@ def grow(module: nn.Module, key: str, there: Tensor, here: Tensor) -> Tensor | N
 def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} not found" + (": the run kept no EMA, pass --no_ema" if path.name == AVERAGED else "")
+            f"{path} not found" + (": the run kept no EMA, pass --no_ema" if path.name == EMA_WEIGHTS else "")
         )
     try:
         return load_file(path)
@@ -262,68 +264,70 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def load_weights(run: Path, step: int, modules: dict[str, nn.Module], *, ema: bool) -> str:
     """Fills modules from a checkpoint, averaged weights if `ema`; returns the SHA-256 of the file they came from."""
     path = checkpoint_path(run, step)
-    manifest = verify(path)
-    return manifest[read_into(modules, path / (AVERAGED if ema else WEIGHTS))]["sha256"]
+    manifest = verify_checkpoint(path)
+    return manifest[load_file_into(modules, path / (EMA_WEIGHTS if ema else WEIGHTS))]["sha256"]
 
 
-def read_into(modules: dict[str, nn.Module], file: Path) -> str:
+def load_file_into(modules: dict[str, nn.Module], file: Path) -> str:
     """Fills modules from a file of a checkpoint that was verified; returns its name."""
     tensors = read_tensors(file)
     for name, module in modules.items():
-        fill(module, tensors, name, file)
+        load_into_module(module, tensors, name, file)
     return file.name
 
 
-def load(run: Path, step: int, state: State, *, optimizers: bool = True) -> str:
+def load_checkpoint(run: Path, step: int, state: TrainState, *, optimizers: bool = True) -> str:
     """Fills the state from a checkpoint: weights, averages and step, and the optimizers and the rest if asked.
 
     Averages start from the plain weights where the checkpoint has none. Returns the SHA-256 of the weights' file.
     """
     path = checkpoint_path(run, step)
-    manifest = verify(path)
-    read_into(state.modules, path / WEIGHTS)
+    manifest = verify_checkpoint(path)
+    load_file_into(state.modules, path / WEIGHTS)
     if state.averages:
         averaged = {name: average.module for name, average in state.averages.items()}
-        read_into(averaged, path / (AVERAGED if AVERAGED in manifest else WEIGHTS))
-    if state.profiles:
-        load_profiles(path, state)
+        load_file_into(averaged, path / (EMA_WEIGHTS if EMA_WEIGHTS in manifest else WEIGHTS))
+    if state.posthoc_averages:
+        load_posthoc_averages(path, state)
     state.step = step
     if optimizers:
-        load_rest(path, state)
+        load_train_state(path, state)
     return manifest[WEIGHTS]["sha256"]
 
 
-def load_partially(run: Path, step: int, state: State) -> tuple[str, FillReport]:
+def load_partial_checkpoint(run: Path, step: int, state: TrainState) -> tuple[str, PartialLoadReport]:
     """Fills what a checkpoint's weights and averages fit, modules and averages alike, and leaves the rest as it is.
 
     Returns the SHA-256 of the weights' file, and what became of each key. ValueError where nothing fits.
     """
     path = checkpoint_path(run, step)
-    manifest = verify(path)
+    manifest = verify_checkpoint(path)
     tensors = read_tensors(path / WEIGHTS)
-    parts = [fill_partially(module, tensors, name) for name, module in state.modules.items()]
-    report = FillReport(*(sum(keys, []) for keys in zip(*parts, strict=True)))
+    parts = [load_matching(module, tensors, name) for name, module in state.modules.items()]
+    report = PartialLoadReport(*(sum(keys, []) for keys in zip(*parts, strict=True)))
     if not report.taken and not report.grown:
         raise ValueError(f"--load_partial found nothing in {path / WEIGHTS} that fits: name a run of a similar network")
-    averaged = read_tensors(path / AVERAGED) if AVERAGED in manifest else tensors
+    averaged = read_tensors(path / EMA_WEIGHTS) if EMA_WEIGHTS in manifest else tensors
     for name, average in state.averages.items():
-        fill_partially(average.module, averaged, name)
-    for name, profile in state.profiles.items():
-        fill_partially(profile.module, averaged, name.partition("/")[2])
+        load_matching(average.module, averaged, name)
+    for name, profile in state.posthoc_averages.items():
+        load_matching(profile.module, averaged, name.partition("/")[2])
     return manifest[WEIGHTS]["sha256"], report
 
 
-def load_profiles(path: Path, state: State) -> None:
+def load_posthoc_averages(path: Path, state: TrainState) -> None:
     """Power-function averages, from the plain weights where the checkpoint has none."""
-    file = path / (PROFILES if (path / PROFILES).is_file() else WEIGHTS)
+    file = path / (POSTHOC_WEIGHTS if (path / POSTHOC_WEIGHTS).is_file() else WEIGHTS)
     tensors = read_tensors(file)
-    for name, profile in state.profiles.items():
-        fill(profile.module, tensors, name if file.name == PROFILES else name.partition("/")[2], file)
+    for name, profile in state.posthoc_averages.items():
+        load_into_module(
+            profile.module, tensors, name if file.name == POSTHOC_WEIGHTS else name.partition("/")[2], file
+        )
 
 
-def load_rest(path: Path, state: State) -> None:
+def load_train_state(path: Path, state: TrainState) -> None:
     """Optimizers, extras, counters and the like, from state.pt, which is read without running code."""
-    file = path / OPTIMIZERS
+    file = path / STATE_FILE
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -331,17 +335,17 @@ def load_rest(path: Path, state: State) -> None:
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     try:
-        take_rest(saved, state, file)
+        restore_train_state(saved, state, file)
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{file} is not the state of such a training ({error!r}): leave --load_optim out") from error
 
 
-def take_rest(saved: dict[str, Any], state: State, file: Path) -> None:
+def restore_train_state(saved: dict[str, Any], state: TrainState, file: Path) -> None:
     for name, optimizer in state.optimizers.items():
         load_optimizer(optimizer, saved["optimizers"][name], file)
     for name, extra in state.extras.items():
         if name not in saved.get("extras", {}):
-            if name.startswith(HOOK) or name == "loss_scale":
+            if name.startswith(HOOK_PREFIX) or name == "loss_scale":
                 continue  # it joined the run later
             raise ValueError(f"{file} kept no state of {name!r}: leave --load_optim out, or train as that run was")
         extra.load_state_dict(saved["extras"][name])
@@ -360,9 +364,9 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], file: Path) -> N
 
     def cut(key: str, value: Any, parameter: nn.Parameter) -> Any:
         of_parameter = isinstance(value, Tensor) and value.shape == parameter.shape
-        if known and key in LIKE_PARAMETERS and value is not None and not of_parameter:  # read beyond its end, if fused
+        if known and key in MOMENTS and value is not None and not of_parameter:  # read beyond its end, if fused
             raise ValueError(f"{file} holds the optimizer of another network: leave --load_optim out")
-        return sharded_like(value, parameter) if of_parameter else value
+        return shard_like(value, parameter) if of_parameter else value
 
     state = {
         i: {key: cut(key, value, parameters[i]) for key, value in kept.items()} for i, kept in saved["state"].items()

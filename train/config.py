@@ -60,7 +60,7 @@ class DataConfig:
             raise ValueError(f"got {got}: a crop has pixels where a shift lets black in; leave one of them out")
 
     @property
-    def in_one_view(self) -> "DataConfig":
+    def without_augmentation(self) -> "DataConfig":
         """The same images, neither mirrored, shifted nor cut: what is validated on."""
         return replace(self, horizontal_flip=False, shift=0, crop_margin=0)
 
@@ -75,7 +75,7 @@ class DataConfig:
         return self.n_channels, *self.size
 
     @property
-    def sides(self) -> tuple[int, ...]:
+    def side_lengths(self) -> tuple[int, ...]:
         """What keys of caches name: the one side of a square, else height and width."""
         height, width = self.size
         return (height,) if height == width else (height, width)
@@ -275,7 +275,7 @@ class SamplingConfig:
         return list(dict.fromkeys(field.name for base in own for field in fields(base)))
 
     @classmethod
-    def settings_of_solver(cls) -> set[str]:
+    def solver_setting_names(cls) -> set[str]:
         """What goes with the solver that is named: with another one, it is left to that."""
         return {"sample_steps", *cls.option_names()}
 
@@ -285,9 +285,9 @@ class SamplingConfig:
         values = {name: getattr(self, name) for name in self.option_names()}
         return {name: value for name, value in values.items() if value is not None}
 
-    def for_solver(self, solver: str, sample_steps: int | None = None) -> Self:
+    def with_solver(self, solver: str, sample_steps: int | None = None) -> Self:
         """The same settings for another solver, with what goes with a solver left to it."""
-        own = {field.name: field.default for field in fields(self) if field.name in self.settings_of_solver()}
+        own = {field.name: field.default for field in fields(self) if field.name in self.solver_setting_names()}
         return replace(self, **own | {"solver": solver, "sample_steps": sample_steps})
 
 

@@ -1,6 +1,6 @@
 """Plain torch.distributed under torchrun, networks as replicas or shards, and signals that end a run between steps.
 
-`World` is passed on, never looked up; one process has one too. torch's sharding is imported where it is used: it takes
+`DistContext` is passed on, never looked up; one process has one too. torch's sharding is imported where it is used: it takes
 a second, which a run of one process need not wait for.
 """
 
@@ -22,14 +22,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from train.execution import blocks_of
+from train.execution import outermost_blocks
 
 T = TypeVar("T")
-REPEATED = 2.0  # seconds: torchrun and the terminal may both pass on one Ctrl-C
+DUPLICATE_SECONDS = 2.0  # seconds: torchrun and the terminal may both pass on one Ctrl-C
 
 
 @dataclass(frozen=True)
-class World:
+class DistContext:
     """The processes that train together, and this one's place and device."""
 
     device: torch.device
@@ -69,15 +69,15 @@ class World:
         dist.all_reduce(raised, op=dist.ReduceOp.MAX)
         return [bool(flag) for flag in raised]
 
-    def share_of(self, items: list[T]) -> list[T]:
+    def local_items(self, items: list[T]) -> list[T]:
         """Every `size`-th item from `rank` on: together the processes have each item once."""
         return items[self.rank :: self.size]
 
-    def rounds(self, batches: Iterable[T], spare: Callable[[], T] | None = None) -> Iterator[tuple[T, bool]]:
+    def padded_batches(self, batches: Iterable[T], fallback: Callable[[], T] | None = None) -> Iterator[tuple[T, bool]]:
         """(batch, whether it counts), as often in each process as in the one with the most.
 
         A process that has run out repeats its last batch, since the forward of a sharded network needs all of them; one
-        that had none takes what `spare` gives.
+        that had none takes what `fallback` gives.
         """
         own, batch = iter(batches), None
         while True:
@@ -85,18 +85,18 @@ class World:
             if not any(self.any(fresh is not None)):
                 return
             batch = batch if fresh is None else fresh
-            if batch is None and spare is not None:
-                batch = spare()
+            if batch is None and fallback is not None:
+                batch = fallback()
             if batch is not None:
                 yield batch, fresh is not None
 
-    def collect(self, x: Tensor, n: int) -> Tensor:
-        """What the processes made of their `share_of` n items, in the items' order: (n, ...) in each of them."""
+    def gather_items(self, x: Tensor, n: int) -> Tensor:
+        """What the processes made of their `local_items` n items, in the items' order: (n, ...) in each of them."""
         most = -(-n // self.size)
         padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
         return self.gather(padded).unflatten(0, (self.size, most)).transpose(0, 1).flatten(0, 1)[:n]
 
-    def broadcast(self, module: nn.Module) -> None:
+    def broadcast_module(self, module: nn.Module) -> None:
         """Gives every process the main one's parameters and buffers."""
         if self.size > 1:
             for tensor in [*module.parameters(), *module.buffers()]:
@@ -106,7 +106,7 @@ class World:
         """Waits for all processes, on the CPU."""
         self.any(True)
 
-    def share(self, total: int, name: str) -> int:
+    def per_rank(self, total: int, name: str) -> int:
         """This process's part of `total`; ValueError where it does not divide."""
         if total % self.size:
             raise ValueError(f"got {name} {total} for {self.size} processes, wanted a multiple of {self.size}")
@@ -126,30 +126,30 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def world(device_name: str, timeout_minutes: float = 10.0) -> Iterator[World]:
+def init_distributed(device_name: str, timeout_minutes: float = 10.0) -> Iterator[DistContext]:
     """The World of this process, set up from torchrun's variables and taken down at the end.
 
     A process that waits for another longer than `timeout_minutes` ends with an error; torchrun then ends the job.
     """
     device = pick_device(device_name)
     if "RANK" not in os.environ:
-        yield World(device)
+        yield DistContext(device)
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-    yield World(device, dist.get_rank(), dist.get_world_size())
+    yield DistContext(device, dist.get_rank(), dist.get_world_size())
     dist.destroy_process_group()  # not after an error: it would wait for processes that may be gone
 
 
-def shard(module: nn.Module, world: World) -> None:
+def shard(module: nn.Module, world: DistContext) -> None:
     """Cuts the parameters of a module over all processes, in place; each block is whole only while it is used."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for block in blocks_of(module):
+    for block in outermost_blocks(module):
         if any(True for _ in block.parameters()):
             fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
@@ -158,7 +158,7 @@ def shard(module: nn.Module, world: World) -> None:
             register_fsdp_forward_method(module, method)
 
 
-def replicate(module: nn.Module, world: World) -> nn.Module:
+def replicate(module: nn.Module, world: DistContext) -> nn.Module:
     """The module as a training step calls it: gradients are averaged over processes while they are computed."""
     if world.size == 1 or is_sharded(module):
         return module
@@ -170,7 +170,7 @@ def replicate(module: nn.Module, world: World) -> nn.Module:
     return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, **{own_buffers: False})
 
 
-def synchronized(replica: nn.Module, last: bool) -> AbstractContextManager:
+def gradient_sync(replica: nn.Module, last: bool) -> AbstractContextManager:
     """Around forward and backward of one part of a batch: processes exchange gradients at the last part alone."""
     if is_sharded(replica):
         replica.set_requires_gradient_sync(last)
@@ -184,7 +184,7 @@ def is_sharded(thing: nn.Module | Tensor) -> bool:
     return hasattr(thing, "unshard") or hasattr(thing, "to_local")
 
 
-def in_step(network: nn.Module) -> Callable[..., Tensor] | None:
+def lockstep_on_step(network: nn.Module) -> Callable[..., Tensor] | None:
     """What processes that share a network sample with: an `on_step` that changes nothing. A forward needs all of them,
     and a solver that is watched calls the network at every step, however little there is to draw. None: each may do
     as it likes.
@@ -192,17 +192,17 @@ def in_step(network: nn.Module) -> Callable[..., Tensor] | None:
     return (lambda i, t, s, x, said: x) if is_sharded(network) else None
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This process's shard of a tensor, or a whole tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor put together from its shards: all processes must ask. A whole one as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     """A whole tensor, the same in each process, cut as `other` is; as it is where that is whole."""
     if not is_sharded(other):
         return tensor
@@ -211,14 +211,14 @@ def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
-def gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+def local_grads(parameters: list[nn.Parameter]) -> list[Tensor]:
     """This process's gradients, shards where parameters are sharded."""
-    return [local(p.grad) for p in parameters if p.grad is not None]
+    return [local_shard(p.grad) for p in parameters if p.grad is not None]
 
 
-def gradient_norm(parameters: list[nn.Parameter], world: World) -> Tensor:
+def grad_norm(parameters: list[nn.Parameter], world: DistContext) -> Tensor:
     """The norm of all gradients together, those of other processes' shards included."""
-    norm = torch.nn.utils.get_total_norm(gradients(parameters))
+    norm = torch.nn.utils.get_total_norm(local_grads(parameters))
     if any(is_sharded(p) for p in parameters):
         norm = world.sum(norm.square()).sqrt()
     return norm
@@ -229,20 +229,20 @@ class StopSignals:
 
     def __init__(self):
         self.received: signal.Signals | None = None
-        self.at = 0.0
+        self.received_at = 0.0
 
     def __enter__(self) -> "StopSignals":
-        self.before = {kind: signal.signal(kind, self.note) for kind in (signal.SIGTERM, signal.SIGINT)}
+        self.previous_handlers = {kind: signal.signal(kind, self.handle) for kind in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *error) -> None:
-        for kind, handler in self.before.items():
+        for kind, handler in self.previous_handlers.items():
             signal.signal(kind, handler)
 
-    def note(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
-            self.received, self.at = signal.Signals(number), time.monotonic()
+            self.received, self.received_at = signal.Signals(number), time.monotonic()
             said = f"\n{self.received.name}: finishing this step, then saving\n"
             os.write(sys.stderr.fileno(), said.encode())  # print may be in the middle of something
-        elif number == signal.SIGINT and time.monotonic() - self.at > REPEATED:
+        elif number == signal.SIGINT and time.monotonic() - self.received_at > DUPLICATE_SECONDS:
             raise KeyboardInterrupt

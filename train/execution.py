@@ -30,7 +30,7 @@ def checkpoint_activations(module: nn.Module) -> int:
     A deep copy is treated as its original is. ValueError where there are no blocks, or where BatchNorm would count
     every batch twice.
     """
-    blocks = [block for block in blocks_of(module) if not is_recomputed(block)]
+    blocks = [block for block in outermost_blocks(module) if not is_checkpointed(block)]
     if not blocks:
         raise ValueError(f"{type(module).__name__} has no blocks to compute again, or they are already: leave it out")
     for block in blocks:
@@ -38,24 +38,26 @@ def checkpoint_activations(module: nn.Module) -> int:
         if norms:
             raise ValueError(f"{type(block).__name__} holds BatchNorm, whose running statistics would count twice")
     for block in blocks:
-        block.forward = types.MethodType(recomputed, block)  # hooks, type and names of the block stay what they are
+        block.forward = types.MethodType(
+            checkpointed_forward, block
+        )  # hooks, type and names of the block stay what they are
     return len(blocks)
 
 
-def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
+def outermost_blocks(module: nn.Module) -> Iterator[nn.Module]:
     """What stands in the outermost lists, itself no list and not a single layer."""
     for child in module.children():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or isinstance(child, nn.ModuleList | nn.Sequential):
-            yield from blocks_of(child)
+            yield from outermost_blocks(child)
         elif next(child.children(), None) is not None:
             yield child
 
 
-def is_recomputed(block: nn.Module) -> bool:
-    return getattr(block.forward, "__func__", None) is recomputed
+def is_checkpointed(block: nn.Module) -> bool:
+    return getattr(block.forward, "__func__", None) is checkpointed_forward
 
 
-def recomputed(block: nn.Module, *args, **kwargs):
+def checkpointed_forward(block: nn.Module, *args, **kwargs):
     """The forward of a block that is computed again in the backward pass."""
     forward = types.MethodType(type(block).forward, block)
     if not torch.is_grad_enabled():
@@ -65,13 +67,13 @@ def recomputed(block: nn.Module, *args, **kwargs):
     watched = {m: len(m.recorded) for m in block.modules() if isinstance(m, Attention)}
 
     def contexts():
-        return ExitStack(), unwatched(watched)
+        return ExitStack(), recording_suspended(watched)
 
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 @contextmanager
-def unwatched(watched: dict[Attention, int]) -> Iterator[None]:
+def recording_suspended(watched: dict[Attention, int]) -> Iterator[None]:
     """The second time round attention computes what it did the first time, and shows its maps to no one."""
     recorders = {layer: layer.recorded for layer in watched}
     for layer, count in watched.items():
@@ -96,22 +98,22 @@ def compile_network(module: nn.Module) -> None:
     device = next(module.parameters()).device
     x = torch.zeros(2, device=device)
     try:
-        torch.compile(one_more, fullgraph=True)(x)
+        torch.compile(add_one, fullgraph=True)(x)
     except RuntimeError as error:  # of which those of torch's compilers are subclasses
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"torch.compile does not work here on {device.type}: {reason}. On a CPU it takes a C++ compiler (g++, or "
             "the one that CXX names) and Python's headers, on CUDA triton: install them, or do not compile"
         ) from error
-    for block in blocks_of(module):
+    for block in outermost_blocks(module):
         block.compile()
 
 
-def one_more(x: Tensor) -> Tensor:
+def add_one(x: Tensor) -> Tensor:
     return x + 1
 
 
-def channels_last(module: nn.Module) -> nn.Module:
+def convert_to_channels_last(module: nn.Module) -> nn.Module:
     """The module itself, its 4-d weights (of convolutions) in the order NHWC; shapes and values stay what they are.
 
     Copies made for an average, and optimizers, come after it: their tensors take the order of the weights. Dropout
@@ -175,7 +177,7 @@ def has_native_bf16(device: torch.device) -> bool:
     return False
 
 
-def half_dtype(device: torch.device, choice: str = "auto") -> torch.dtype | None:
+def autocast_dtype(device: torch.device, choice: str = "auto") -> torch.dtype | None:
     """The type that autocast computes in; None: float32.
 
     auto: bfloat16 where it is native, else float16 on CUDA (whose tensor cores had it first), else None. A type that
@@ -197,17 +199,17 @@ def autocast(device: torch.device, enabled: bool, dtype: torch.dtype | None = No
     return torch.autocast(device.type, dtype=dtype, enabled=enabled)
 
 
-def poisoned(loss: Tensor) -> Tensor:
+def nan_grads_if_nonfinite(loss: Tensor) -> Tensor:
     """The loss, its gradients bit for bit the same; where it is not finite, the gradients of all it reaches are NaN.
 
     An infinite term that no parameter moves leaves finite gradients behind: then the process that saw it would be the
     only one to know. A NaN survives the average over processes, so all see it in the gradients' norm. Nothing waits
     for the device.
     """
-    return loss * poison(loss)
+    return loss * nan_if_nonfinite(loss)
 
 
-def poison(loss: Tensor) -> Tensor:
+def nan_if_nonfinite(loss: Tensor) -> Tensor:
     """The factor () that does so: 1, or NaN where a loss of any shape is not finite."""
     return torch.where(loss.detach().isfinite().all(), 1.0, float("nan")).to(loss.dtype)
 
@@ -221,10 +223,10 @@ class LossScale:
     norm, so all keep the same value.
     """
 
-    FIRST, FLOOR, CEILING, PATIENCE = 2.0**16, 1.0, 2.0**24, 2000
+    INITIAL, MIN, MAX, GROWTH_INTERVAL = 2.0**16, 1.0, 2.0**24, 2000
 
     def __init__(self):
-        self.value = self.FIRST
+        self.value = self.INITIAL
         self.good_steps = 0  # since the value last changed
         self.exhausted = False  # whether the last step that was not finite met the floor
 
@@ -232,20 +234,20 @@ class LossScale:
         """The loss, in float32 at least, for `backward`."""
         return loss.to(torch.promote_types(loss.dtype, torch.float32)) * self.value
 
-    def good(self) -> None:
+    def record_finite(self) -> None:
         """Counts a step whose gradients were finite."""
         self.good_steps += 1
-        if self.good_steps == self.PATIENCE:
-            self.value, self.good_steps = min(2 * self.value, self.CEILING), 0
+        if self.good_steps == self.GROWTH_INTERVAL:
+            self.value, self.good_steps = min(2 * self.value, self.MAX), 0
 
-    def overflowed(self) -> bool:
+    def record_overflow(self) -> bool:
         """Counts a step whose gradients were not finite, and halves the value.
 
         True: a smaller value may serve, the step is skipped and nothing is wrong. False: it stood at its floor, so the
         fault is not the scale's.
         """
-        self.exhausted, self.good_steps = self.value == self.FLOOR, 0
-        self.value = max(self.value / 2, self.FLOOR)
+        self.exhausted, self.good_steps = self.value == self.MIN, 0
+        self.value = max(self.value / 2, self.MIN)
         return not self.exhausted
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -260,11 +262,11 @@ class LossScale:
 
 def training_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:
     """What matrix products of the forward pass are computed in."""
-    half = half_dtype(device, training.amp_dtype) if training.amp else None
+    half = autocast_dtype(device, training.amp_dtype) if training.amp else None
     return torch.float32 if half is None else half
 
 
-def in_channels_last(training: TrainingConfig, device: torch.device) -> bool:
+def uses_channels_last(training: TrainingConfig, device: torch.device) -> bool:
     """Whether convolutions are given images channels last; ValueError together with shards, which it does not suit."""
     if training.parallel == "fsdp":
         if training.channels_last == "yes":

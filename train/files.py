@@ -15,7 +15,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Makes the operating system write a file, or a folder's list of names, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -29,13 +29,13 @@ def write_text(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_text(text)
-        sync(aside)
+        fsync(aside)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def name_removable(what: str, paths: Sequence[Path]) -> None:
+def print_removable(what: str, paths: Sequence[Path]) -> None:
     """Names files and folders that an earlier version wrote and this one does not read, with their size."""
     if paths:
         files = [file for path in paths for file in ((path,) if path.is_file() else path.rglob("*"))]
@@ -45,7 +45,7 @@ def name_removable(what: str, paths: Sequence[Path]) -> None:
 
 
 @contextmanager
-def refused(file: Path) -> Iterator[None]:
+def write_errors_as_oserror(file: Path) -> Iterator[None]:
     """OSError where the system refuses to write: safetensors, and torch where a file is large, say something else."""
     try:
         yield
@@ -54,7 +54,7 @@ def refused(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a scratch path beside `path`; it becomes `path` when the block ends well and vanishes when it raises.
 
     Missing folders are made. The scratch file lies in the same folder, as a rename is atomic on one file system only.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.checkpoint import AVERAGED, checkpoint_path, load_weights, resolve_step, verify
+from train.checkpoint import EMA_WEIGHTS, checkpoint_path, load_weights, resolve_step, verify_checkpoint
 from train.cli.parse import from_dict
 from train.config import DataConfig
 from train.data import image_cache
@@ -15,7 +15,7 @@ from train.data.code_cache import CHUNK, CodeFile, CodeTable, cache_key, code_ta
 from train.data.loading import ImageSource
 from train.data.transforms import from_unit_range, to_float, to_uint8, training_views
 from train.datasets import Dataset, DatasetConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.execution import autocast, has_native_bf16
 from train.runs import read_run
 from vq.autoencoder import VQGAN
@@ -94,10 +94,10 @@ class FirstStage:
                     f"got {name} {got}, but the VQGAN in {self.run} was trained with {wanted}: leave --{name} out"
                 )
 
-    def codes(self, dataset: Dataset, split: str, data: DataConfig, batch_size: int, world: World) -> CodeTable:
+    def codes(self, dataset: Dataset, split: str, data: DataConfig, batch_size: int, world: DistContext) -> CodeTable:
         """The codes of a split in all views that `data` asks for, from the cache, or made by all processes together."""
         if split != "train":
-            data = data.in_one_view
+            data = data.without_augmentation
         seen, margin = training_views(data), data.crop_margin
         larger = data.n_channels, data.size[0] + margin, data.size[1] + margin
         key = cache_key(
@@ -131,7 +131,7 @@ def load_first_stage(
     step = resolve_step(run, step, "--ae_load_step")
     config = from_dict(VQGANRun, {name: content[name] for name in groups}, str(run / "config.yaml"))
     vqgan = VQGAN(config.network, config.data.size, config.data.n_channels)
-    ema = AVERAGED in verify(checkpoint_path(run, step)) if ema is None else ema
+    ema = EMA_WEIGHTS in verify_checkpoint(checkpoint_path(run, step)) if ema is None else ema
     weights = load_weights(run, step, {"autoencoder": vqgan}, ema=ema)
     vqgan.to(device).eval().requires_grad_(False)
     return FirstStage(run, vqgan, config.data, config.reader, step, weights, device, amp)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffusion.types import Bound, OnStep
-from train.checkpoint import AVERAGED, checkpoint_path, saved_steps
+from train.checkpoint import EMA_WEIGHTS, checkpoint_path, saved_steps
 from train.condition_source import ConditionSource
 from train.config import ROOT, LoggingConfig, SamplingConfig
 from train.data.transforms import to_float
@@ -388,5 +388,5 @@ def check_checkpoint(folder: Path, step: int | None, ema: bool | None) -> None:
         wanted = f"there are {', '.join(map(str, steps))}" if steps else "train the run first"
         raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in {folder}: {wanted}")
     path = checkpoint_path(folder, steps[-1] if step is None else step)
-    if ema and not (path / AVERAGED).is_file():
+    if ema and not (path / EMA_WEIGHTS).is_file():
         raise FileNotFoundError(f"{path} has no averaged weights: pass ema=False")

@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.data.transforms import to_uint8
-from train.distributed import World, is_sharded
-from train.files import sync, write_text
-from train.loop import Outputs, State
-from train.perf import Meter
+from train.distributed import DistContext, is_sharded
+from train.files import fsync, write_text
+from train.loop import Outputs, TrainState
+from train.perf import PerfMonitor
 
 
 def grid_image(images: Tensor, columns: int | None = None, enlarge_to: int = 64) -> Image.Image:
@@ -38,19 +38,19 @@ class Logger:
     averages on their way are part of the state (`counters["metrics"]`), so that a resumed run writes the same lines.
     """
 
-    def __init__(self, folder: Path, world: World, meter: Meter, *, every: int, start: int, steps: int):
+    def __init__(self, folder: Path, world: DistContext, monitor: PerfMonitor, *, every: int, start: int, steps: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder, self.world, self.meter, self.every, self.steps = folder, world, meter, every, steps
-        self.read_at = start
+        self.folder, self.world, self.monitor, self.every, self.steps = folder, world, monitor, every, steps
+        self.last_read_step = start
         if world.is_main:
-            keep_lines_until(folder / "metrics.jsonl", start)
+            truncate_metrics(folder / "metrics.jsonl", start)
             self.writer = SummaryWriter(str(folder), purge_step=start + 1)
             self.bar = tqdm(
                 total=steps, initial=start, desc=folder.name, unit="step", dynamic_ncols=True, mininterval=1.0
             )
 
-    def __call__(self, state: State, outputs: Outputs) -> None:
+    def __call__(self, state: TrainState, outputs: Outputs) -> None:
         means = state.counters["metrics"]
         for name, value in outputs.items():
             if value.ndim == 0:
@@ -61,31 +61,31 @@ class Logger:
             self.bar.update()
         if state.step % self.every and state.step != self.steps:
             return
-        values = {name: (total / count).item() for name, (total, count) in means.take().items()}
-        values |= {f"ema_distance/{name}": self.distance(state, name) for name in state.averages}
+        values = {name: (total / count).item() for name, (total, count) in means.reduce_and_reset().items()}
+        values |= {f"ema_distance/{name}": self.ema_distance(state, name) for name in state.averages}
         if state.bad_steps:
             values["skipped_steps"] = float(len(state.bad_steps))
-        speed = self.meter.read(state.step - self.read_at)
-        self.read_at = state.step
+        speed = self.monitor.read(state.step - self.last_read_step)
+        self.last_read_step = state.step
         if self.world.is_main:
-            self.scalars(state.step, values | speed)
+            self.log_scalars(state.step, values | speed)
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if "/" not in k}, refresh=False)
 
-    def distance(self, state: State, name: str) -> float:
+    def ema_distance(self, state: TrainState, name: str) -> float:
         """How far the average lies behind its module, relative to the module's norm."""
-        squares = state.averages[name].distance(state.modules[name])
+        squares = state.averages[name].squared_norms(state.modules[name])
         if is_sharded(state.modules[name]):
             squares = self.world.sum(squares)
         return (squares[0] / squares[1]).sqrt().item()
 
-    def best(self, state: State, name: str, value: float) -> None:
+    def log_best(self, state: TrainState, name: str, value: float) -> None:
         """Notes the least value of a measure and its step, in the state and as a curve of its own."""
         if value < state.best.get(name, (float("inf"), 0))[0]:
             state.best[name] = (value, state.step)
         if name in state.best:  # a value that is not finite is none
-            self.scalars(state.step, {f"{name}_best": state.best[name][0]})
+            self.log_scalars(state.step, {f"{name}_best": state.best[name][0]})
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def log_scalars(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl and one point in each TensorBoard curve (main process only)."""
         if not self.world.is_main:
             return
@@ -94,7 +94,7 @@ class Logger:
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def images(self, name: str, step: int, images: Tensor, columns: int | None = None) -> None:
+    def log_images(self, name: str, step: int, images: Tensor, columns: int | None = None) -> None:
         """A PNG in images/ and the same grid in TensorBoard; images (B, C, H, W) in [-1, 1] (main process only)."""
         if not self.world.is_main:
             return
@@ -104,7 +104,7 @@ class Logger:
         picture.save(path)
         self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
-    def histogram(self, name: str, step: int, counts: Tensor) -> None:
+    def log_histogram(self, name: str, step: int, counts: Tensor) -> None:
         """How often each of K things was chosen, as a TensorBoard histogram; counts (K,) (main process only)."""
         if self.world.is_main:
             ids = torch.arange(len(counts), dtype=torch.float64)
@@ -119,7 +119,7 @@ class Logger:
         if self.world.is_main:
             self.writer.flush()
             if (self.folder / "metrics.jsonl").is_file():
-                sync(self.folder / "metrics.jsonl")
+                fsync(self.folder / "metrics.jsonl")
 
     def close(self) -> None:
         if self.world.is_main:
@@ -127,7 +127,7 @@ class Logger:
             self.writer.close()
 
 
-def keep_lines_until(path: Path, step: int) -> None:
+def truncate_metrics(path: Path, step: int) -> None:
     """Drops the lines of metrics.jsonl that come after `step`, and a last line that was cut short."""
     if not path.is_file():
         return

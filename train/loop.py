@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diffusion.rng import seed_of
-from train.distributed import World
+from train.distributed import DistContext
 from train.ema import EMA
-from train.posthoc_ema import PowerEMA
+from train.posthoc_ema import PosthocEMA
 
-HOOK = "hook "  # begins the names of extras that are users' hooks
+HOOK_PREFIX = "hook "  # begins the names of extras that are users' hooks
 
 Field = Tensor | list[str] | list[list[str]]  # (B, ...), or B strings or lists of strings
 Batch = dict[str, Field]
 Outputs = dict[str, Tensor]  # of a step: its averages as scalars; whatever else was seen, with the examples first
 
 
-class Clock:
+class Timer:
     """Seconds by name. Work that a GPU does later counts for whoever waits for it: a step waits for its own."""
 
     def __init__(self):
@@ -37,7 +37,7 @@ class Clock:
         yield
         self.seconds[name] += time.perf_counter() - begun
 
-    def since(self, earlier: Counter[str]) -> dict[str, float]:
+    def fractions_since(self, earlier: Counter[str]) -> dict[str, float]:
         """Shares of the time since `earlier`, a copy of `seconds`; they sum to 1."""
         spent = {name: self.seconds[name] - earlier[name] for name in self.seconds}
         total = sum(spent.values())
@@ -45,14 +45,14 @@ class Clock:
 
     def __str__(self) -> str:
         """step 96.1 %, validation 2.0 %, ..., largest first."""
-        shares = sorted(self.since(Counter()).items(), key=lambda each: -each[1])
+        shares = sorted(self.fractions_since(Counter()).items(), key=lambda each: -each[1])
         return ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares)
 
 
-class Tally:
+class RunningSums:
     """Named sums over steps and processes; all of one dtype, the same names in each process."""
 
-    def __init__(self, world: World):
+    def __init__(self, world: DistContext):
         self.world = world
         self.sums: dict[str, Tensor] = {}
 
@@ -61,7 +61,7 @@ class Tally:
         value = value.detach()
         self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
 
-    def take(self) -> dict[str, Tensor]:
+    def reduce_and_reset(self) -> dict[str, Tensor]:
         """The sums over all processes since the last call."""
         if not self.sums:
             return {}
@@ -92,67 +92,67 @@ class Stateful(Protocol):
 
 
 @dataclass
-class State:
+class TrainState:
     """Everything training changes, and all that a checkpoint holds."""
 
     modules: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
     averages: dict[str, EMA] = field(default_factory=dict)
-    profiles: dict[str, PowerEMA] = field(default_factory=dict)  # by "<relative length>/<module>"
+    posthoc_averages: dict[str, PosthocEMA] = field(default_factory=dict)  # by "<relative length>/<module>"
     extras: dict[str, Stateful] = field(default_factory=dict)  # whatever else training changes
-    counters: dict[str, Tally] = field(default_factory=dict)  # whatever is counted until it is logged
+    counters: dict[str, RunningSums] = field(default_factory=dict)  # whatever is counted until it is logged
     step: int = 0
     bad_steps: list[int] = field(default_factory=list)  # those that were skipped
     best: dict[str, tuple[float, int]] = field(default_factory=dict)  # least value of a measure, and its step
     replicas: dict[str, nn.Module] = field(default_factory=dict)  # modules as a step calls them, if not as they are
 
-    def averaged(self, name: str) -> nn.Module:
+    def eval_module(self, name: str) -> nn.Module:
         """The averaged weights of a module where they are kept, else the module itself."""
         return self.averages[name].module if name in self.averages else self.modules[name]
 
-    def replica(self, name: str) -> nn.Module:
+    def train_module(self, name: str) -> nn.Module:
         """A module as a training step calls it: wrapped where several processes share its batch."""
         return self.replicas.get(name, self.modules[name])
 
 
-Hook = Callable[[State, Outputs], None]
-Step = Callable[[State, Sequence[Batch]], Outputs | None]
+Hook = Callable[[TrainState, Outputs], None]
+StepFn = Callable[[TrainState, Sequence[Batch]], Outputs | None]
 
 
 def fit(
-    state: State,
+    state: TrainState,
     batches: Iterator[Sequence[Batch]],
-    step_fn: Step,
+    step_fn: StepFn,
     *,
     steps: int,
-    world: World,
+    world: DistContext,
     seed: int = 0,
     hooks: Sequence[tuple[str, int, Hook]] = (),
-    skipped: Callable[[State, Sequence[Batch]], None] = lambda state, parts: None,
-    clock: Clock | None = None,
+    on_skipped: Callable[[TrainState, Sequence[Batch]], None] = lambda state, micro_batches: None,
+    timer: Timer | None = None,
 ) -> None:
     """Trains until `state.step == steps`.
 
     `batches` begins at `state.step` and yields the parts of a step's batch; `step_fn` owns backward and optimizers,
-    and answers None where it left the weights alone because something was not finite: then `skipped` is told.
+    and answers None where it left the weights alone because something was not finite: then `on_skipped` is told.
     Each `(name, every, hook)` is called after every `every` steps and after the last, with what the step gave (nothing
-    of a skipped one). `clock` learns where the time goes.
+    of a skipped one). `timer` learns where the time goes.
     """
-    clock = clock or Clock()
+    timer = timer or Timer()
     while state.step < steps:
-        with clock("data"):
-            parts = next(batches)
+        with timer("data"):
+            micro_batches = next(batches)
         reseed(seed, state.step, world.rank)
-        with clock("step"):
-            outputs = step_fn(state, parts)
+        with timer("step"):
+            outputs = step_fn(state, micro_batches)
         if outputs is None:
-            skipped(state, parts)
+            on_skipped(state, micro_batches)
         state.step += 1
-        with clock("ema"):
-            follow(state)
+        with timer("ema"):
+            update_averages(state)
         for name, every, hook in hooks:
             if every and (state.step % every == 0 or state.step == steps):
-                with clock(name):
+                with timer(name):
                     hook(state, outputs or {})
 
 
@@ -165,9 +165,9 @@ def reseed(seed: int, step: int, rank: int) -> None:
     np.random.seed(number % 2**32)
 
 
-def follow(state: State) -> None:
+def update_averages(state: TrainState) -> None:
     """Moves all averages one step behind their modules."""
     for name, average in state.averages.items():
         average.update(state.modules[name], state.step)
-    for name, profile in state.profiles.items():
+    for name, profile in state.posthoc_averages.items():
         profile.update(state.modules[name.partition("/")[2]], state.step)

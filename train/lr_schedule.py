@@ -2,7 +2,7 @@
 
 import math
 
-SCHEDULES = ("constant", "cosine", "decay_tail")
+LR_SCHEDULES = ("constant", "cosine", "decay_tail")
 
 
 def learning_rate(
@@ -30,7 +30,7 @@ def learning_rate(
     `end` is a share of lr in [0, 1]; `decay_steps` matters to decay_tail alone. ValueError where the numbers do not
     fit, whatever the step.
     """
-    check(lr, steps, warmup, schedule, decay_steps, end)
+    validate_schedule(lr, steps, warmup, schedule, decay_steps, end)
     if step < 0:
         raise ValueError(f"got step {step}, wanted 0 or more")
     if step < warmup:
@@ -46,10 +46,10 @@ def learning_rate(
     return lr
 
 
-def check(lr: float, steps: int, warmup: int, schedule: str, decay_steps: int, end: float) -> None:
+def validate_schedule(lr: float, steps: int, warmup: int, schedule: str, decay_steps: int, end: float) -> None:
     """ValueError where a schedule does not fit into its run."""
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; there are: {', '.join(SCHEDULES)}")
+    if schedule not in LR_SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; there are: {', '.join(LR_SCHEDULES)}")
     if not 0 <= lr < math.inf or not 0 <= end <= 1:
         raise ValueError(f"got lr {lr}, end {end}: wanted a finite lr >= 0, and for its end a share of it in [0, 1]")
     if steps < 1 or warmup < 0 or decay_steps < 0:

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.optim import NAdam, Optimizer, RAdam
 
 from train.data.collate import as_tensor, pad
-from train.distributed import World, gradient_norm, gradients, is_sharded
+from train.distributed import DistContext, grad_norm, is_sharded, local_grads
 from train.execution import LossScale
-from train.files import refused
-from train.loop import Batch, State
-from train.registry import did_you_mean, dotted
+from train.files import write_errors_as_oserror
+from train.loop import Batch, TrainState
+from train.registry import did_you_mean, import_callable
 
 FUSED_DEVICES = ("cpu", "cuda", "mps")  # where torch has a kernel that steps all parameters at once
-RECENT = 1_000  # steps among which they are counted
+WINDOW = 1_000  # steps among which they are counted
 
 
 def make_optimizer(
@@ -40,7 +40,7 @@ def make_optimizer(
     if name in OPTIMIZERS:
         optimizer = OPTIMIZERS[name](parameters, lr, weight_decay, betas)
     elif "." in name:
-        optimizer = dotted(name, "optimizer")(parameters, lr=lr, weight_decay=weight_decay)
+        optimizer = import_callable(name, "optimizer")(parameters, lr=lr, weight_decay=weight_decay)
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"got optimizer {name!r}, which made a {type(optimizer).__name__}, not an Optimizer")
     else:
@@ -49,7 +49,7 @@ def make_optimizer(
             f"unknown optimizer {name!r}{did_you_mean(name, OPTIMIZERS)}; there are: {known}, "
             "or package.module.Class of your own"
         )
-    optimizer.register_load_state_dict_post_hook(lay_out_as_parameters)
+    optimizer.register_load_state_dict_post_hook(match_parameter_strides)
     return optimizer
 
 
@@ -82,7 +82,7 @@ def freeze_all_but(module: nn.Module, prefixes: Sequence[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def fusible(parameters: list[nn.Parameter]) -> bool | None:
+def can_fuse(parameters: list[nn.Parameter]) -> bool | None:
     """True where one kernel can step all parameters; None leaves the choice (foreach on CUDA, or one by one) to torch.
 
     torch itself never chooses the fused kernel.
@@ -90,26 +90,26 @@ def fusible(parameters: list[nn.Parameter]) -> bool | None:
     return all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters) or None
 
 
-def sharded(parameters: list[nn.Parameter]) -> bool:
+def any_sharded(parameters: list[nn.Parameter]) -> bool:
     """Whether these are the shards of FSDP2."""
     return any(is_sharded(p) for p in parameters)
 
 
 def sgd(parameters: list[nn.Parameter], lr: float, decay: float, betas: tuple[float, float]) -> Optimizer:
-    fused = None if sharded(parameters) else fusible(parameters)  # torch's kernel does not take shards; Adam's do
+    fused = None if any_sharded(parameters) else can_fuse(parameters)  # torch's kernel does not take shards; Adam's do
     return torch.optim.SGD(parameters, lr, betas[0], weight_decay=decay, fused=fused)
 
 
 def adafactor(parameters: list[nn.Parameter], lr: float, decay: float, betas: tuple[float, float]) -> Optimizer:
-    if sharded(parameters):
+    if any_sharded(parameters):
         raise ValueError("adafactor needs whole matrices, and parameters are sharded: choose adamw, or replicas")
     return torch.optim.Adafactor(parameters, lr, weight_decay=decay)
 
 
-Build = Callable[[list[nn.Parameter], float, float, tuple[float, float]], Optimizer]
-OPTIMIZERS: dict[str, Build] = {
-    "adamw": lambda p, lr, decay, betas: torch.optim.AdamW(p, lr, betas, weight_decay=decay, fused=fusible(p)),
-    "adam": lambda p, lr, decay, betas: torch.optim.Adam(p, lr, betas, weight_decay=decay, fused=fusible(p)),
+OptimizerFactory = Callable[[list[nn.Parameter], float, float, tuple[float, float]], Optimizer]
+OPTIMIZERS: dict[str, OptimizerFactory] = {
+    "adamw": lambda p, lr, decay, betas: torch.optim.AdamW(p, lr, betas, weight_decay=decay, fused=can_fuse(p)),
+    "adam": lambda p, lr, decay, betas: torch.optim.Adam(p, lr, betas, weight_decay=decay, fused=can_fuse(p)),
     "radam": lambda p, lr, decay, betas: RAdam(p, lr, betas, weight_decay=decay, decoupled_weight_decay=True),
     "nadam": lambda p, lr, decay, betas: NAdam(p, lr, betas, weight_decay=decay, decoupled_weight_decay=True),
     "sgd": sgd,
@@ -118,7 +118,7 @@ OPTIMIZERS: dict[str, Build] = {
 
 
 @torch.no_grad()
-def lay_out_as_parameters(optimizer: Optimizer) -> None:
+def match_parameter_strides(optimizer: Optimizer) -> None:
     """Gives every loaded average the strides of its parameter.
 
     A state saved by a run in another memory format keeps that run's strides. The fused kernels go through parameter,
@@ -130,7 +130,9 @@ def lay_out_as_parameters(optimizer: Optimizer) -> None:
                 state[key] = torch.empty_like(parameter, dtype=kept.dtype).copy_(kept)
 
 
-def update(state: State, names: list[str], world: World, *, lr: float, clip: float) -> list[Tensor] | None:
+def clip_and_step(
+    state: TrainState, names: list[str], world: DistContext, *, lr: float, clip: float
+) -> list[Tensor] | None:
     """Clips the gradients of each named optimizer to norm `clip` (0: does not), then takes a step with each.
 
     Returns the norms before clipping. Where one is not finite no weight changes, and the answer is None: gradients are
@@ -138,7 +140,7 @@ def update(state: State, names: list[str], world: World, *, lr: float, clip: flo
     """
     scale: LossScale | None = state.extras.get("loss_scale")
     parameters = {name: [p for g in state.optimizers[name].param_groups for p in g["params"]] for name in names}
-    norms = torch.stack([gradient_norm(each, world) for each in parameters.values()])
+    norms = torch.stack([grad_norm(each, world) for each in parameters.values()])
     if scale is not None:
         norms = norms / scale.value
     finite = bool(norms.isfinite().all())
@@ -149,25 +151,25 @@ def update(state: State, names: list[str], world: World, *, lr: float, clip: flo
             if scale is not None:
                 factor = factor / scale.value
             if clip > 0 or scale is not None:
-                torch._foreach_mul_(gradients(parameters[name]), factor)
+                torch._foreach_mul_(local_grads(parameters[name]), factor)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
         optimizer.zero_grad()
     if scale is not None:
-        scale.good() if finite else scale.overflowed()
+        scale.record_finite() if finite else scale.record_overflow()
     if not finite:
         return None
     return list(norms)
 
 
-class BadSteps:
+class BadStepRecorder:
     """What `fit` tells of a skipped step."""
 
-    def __init__(self, run: Path, world: World, most: int):
-        self.run, self.world, self.most = run, world, most
+    def __init__(self, run: Path, world: DistContext, max_bad_steps: int):
+        self.run, self.world, self.max_bad_steps = run, world, max_bad_steps
 
-    def __call__(self, state: State, parts: Sequence[Batch]) -> None:
+    def __call__(self, state: TrainState, micro_batches: Sequence[Batch]) -> None:
         """Saves the batch of all processes as bad_steps/step_<step>.safetensors; ValueError where there were too many.
 
         A float16 loss scale that was too high is no bad step: it is lowered.
@@ -175,34 +177,37 @@ class BadSteps:
         if "loss_scale" in state.extras and not state.extras["loss_scale"].exhausted:
             return
         state.bad_steps.append(state.step)
-        recent = [step for step in state.bad_steps if step > state.step - RECENT]
+        recent = [step for step in state.bad_steps if step > state.step - WINDOW]
         path = self.run / "bad_steps" / f"step_{state.step:08d}.safetensors"
-        self.keep(path, parts)
+        self.save_batch(path, micro_batches)
         if self.world.is_main:
             print(
                 f"step {state.step} skipped, loss or gradient is not finite ({len(recent)} lately): {path}", flush=True
             )
-        if len(recent) > self.most:
+        if len(recent) > self.max_bad_steps:
             raise ValueError(
-                f"{len(recent)} of the last {RECENT} steps were not finite, --max_bad_steps allows {self.most}: "
+                f"{len(recent)} of the last {WINDOW} steps were not finite, --max_bad_steps allows {self.max_bad_steps}: "
                 f"look at the batches in {path.parent}, lower --lr, or train with --no_amp"
             )
 
-    def keep(self, path: Path, parts: Sequence[Batch]) -> None:
+    def save_batch(self, path: Path, micro_batches: Sequence[Batch]) -> None:
         """The fields of the whole batch, in no particular order: "position" says which samples they are.
 
         What is padded is as long as in the part with the most; strings are JSON in UTF-8, (B, bytes) uint8.
         """
-        batch = {name: self.joined([as_tensor(part[name]) for part in parts]).cpu() for name in parts[0]}
+        batch = {
+            name: self.gather_micro_batches([as_tensor(part[name]) for part in micro_batches]).cpu()
+            for name in micro_batches[0]
+        }
         if self.world.is_main:
             path.parent.mkdir(exist_ok=True)
-            with refused(path):
+            with write_errors_as_oserror(path):
                 save_file({name: tensor.contiguous() for name, tensor in batch.items()}, path)
 
-    def joined(self, parts: list[Tensor]) -> Tensor:
+    def gather_micro_batches(self, micro_batches: list[Tensor]) -> Tensor:
         """(B, n, ...) of the parts of all processes as one; n may differ."""
-        if parts[0].ndim > 1:
-            longest = torch.tensor([max(part.shape[1] for part in parts)], device=self.world.device)
+        if micro_batches[0].ndim > 1:
+            longest = torch.tensor([max(part.shape[1] for part in micro_batches)], device=self.world.device)
             longest = int(self.world.gather(longest).max())
-            parts = [pad(part, longest, axis=1) for part in parts]
-        return self.world.gather(torch.cat(parts).to(self.world.device))
+            micro_batches = [pad(part, longest, axis=1) for part in micro_batches]
+        return self.world.gather(torch.cat(micro_batches).to(self.world.device))

@@ -13,9 +13,9 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from train.distributed import World
+from train.distributed import DistContext
 from train.files import write_text
-from train.loop import Batch, Clock, Outputs, State, Step
+from train.loop import Batch, Outputs, StepFn, Timer, TrainState
 
 SIZES = {"cpu": (256, 512, 768), "cuda": (2048, 4096, 8192)}  # sides of the square matrices, smallest first
 REPEATS, SECONDS = 5, 0.35  # of each measurement
@@ -47,7 +47,7 @@ FORMULAS = {
 }
 
 
-class Count(TorchDispatchMode):
+class FlopCounter(TorchDispatchMode):
     """Adds up, by torch's own formulas and those it lacks, the operations of what is called within.
 
     torch's FlopCounterMode also takes apart what has no formula, the backward pass of SiLU for one, and so changes the
@@ -78,7 +78,7 @@ def count_flops(function: Callable[[], object]) -> int:
     compiled runs as it is written meanwhile, because compiled kernels hide their products. The results are, bit for
     bit, those of an uncounted call. Not under `torch.inference_mode`, which hides products inside larger operations.
     """
-    with torch.compiler.set_stance("force_eager"), Count() as counter:
+    with torch.compiler.set_stance("force_eager"), FlopCounter() as counter:
         function()
     return counter.total
 
@@ -93,17 +93,17 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     rng = torch.Generator(device).manual_seed(0)  # of its own: what training draws stays what it is
     for size in SIZES.get(device.type, SIZES["cuda"]):
         a, b = (torch.randn(size, size, generator=rng, device=device).to(dtype) for _ in range(2))
-        spent = seconds_of(lambda a=a, b=b: a @ b, device)  # warm-up: the first call chooses its kernel
+        spent = time_call(lambda a=a, b=b: a @ b, device)  # warm-up: the first call chooses its kernel
         if time.perf_counter() - began + spent > SECONDS and best:
             break
         times = []
         while len(times) < REPEATS and (not times or time.perf_counter() - began < SECONDS):
-            times.append(seconds_of(lambda a=a, b=b: a @ b, device))
+            times.append(time_call(lambda a=a, b=b: a @ b, device))
         best = max(best, 2 * size**3 / statistics.median(times))
     return best
 
 
-def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+def time_call(function: Callable[[], object], device: torch.device) -> float:
     """Wall-clock time of one call, until the device has done it."""
     synchronize = torch.get_device_module(device).synchronize
     synchronize()
@@ -113,45 +113,53 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-COUNTED_FIRST, COUNTED_EVERY = 100, 1_000  # the operations of steps 100, 1,100, 2,100 and so on are counted
+FIRST_COUNTED_STEP, COUNT_EVERY = 100, 1_000  # the operations of steps 100, 1,100, 2,100 and so on are counted
 
 
-class Meter:
+class PerfMonitor:
     """Reads the gauges that a log line shows as perf/...; `step` is a training step whose operations it counts.
 
-    `per_step` says how many of what (images, tokens) a step takes in, over all processes. `dtype` is what matrix
+    `items_per_step` says how many of what (images, tokens) a step takes in, over all processes. `dtype` is what matrix
     products are computed in. Model FLOPs utilisation relates the counted operations to the best that this machine
     reaches in matrix products, both of this process; what is computed again (--activation_checkpointing) counts again.
     """
 
-    def __init__(self, step: Step, world: World, clock: Clock, per_step: dict[str, int], dtype: torch.dtype):
-        self.step, self.world, self.clock, self.per_step, self.dtype = step, world, clock, per_step, dtype
+    def __init__(
+        self, step: StepFn, world: DistContext, timer: Timer, items_per_step: dict[str, int], dtype: torch.dtype
+    ):
+        self.step_fn, self.world, self.timer, self.items_per_step, self.dtype = (
+            step,
+            world,
+            timer,
+            items_per_step,
+            dtype,
+        )
         self.flops, self.peak = 0, 0.0
-        self.steps, self.since, self.spent = 0, time.perf_counter(), clock.seconds.copy()
+        self.steps, self.last_read_time, self.seconds_at_last_read = 0, time.perf_counter(), timer.seconds.copy()
 
-    def __call__(self, state: State, parts: Sequence[Batch]) -> Outputs | None:
+    def __call__(self, state: TrainState, micro_batches: Sequence[Batch]) -> Outputs | None:
         """The training step, now and then under a counter, which changes none of its bits.
 
         Under --compile it does, in the last digits; so it is always the same steps, whatever was resumed.
         """
-        if state.step % COUNTED_EVERY != COUNTED_FIRST:
-            return self.step(state, parts)
+        if state.step % COUNT_EVERY != FIRST_COUNTED_STEP:
+            return self.step_fn(state, micro_batches)
         found = []
-        self.flops = count_flops(lambda: found.append(self.step(state, parts)))
+        self.flops = count_flops(lambda: found.append(self.step_fn(state, micro_batches)))
         return found[0]
 
     def read(self, steps: int) -> dict[str, float]:
         """Gauges over the `steps` steps since the last reading."""
         now = time.perf_counter()
-        rate = steps / (now - self.since)
+        rate = steps / (now - self.last_read_time)
         values = {"perf/steps_per_second": rate}
-        values |= {f"perf/{name}_per_second": rate * count for name, count in self.per_step.items()}
-        values["perf/data_wait"] = self.clock.since(self.spent).get("data", 0.0)
+        values |= {f"perf/{name}_per_second": rate * count for name, count in self.items_per_step.items()}
+        values["perf/data_wait"] = self.timer.fractions_since(self.seconds_at_last_read).get("data", 0.0)
         values["perf/memory_GB"] = self.memory() / 1e9
         if self.flops:
             self.peak = self.peak or matmul_peak(self.world.device, self.dtype)
             values["perf/mfu"] = self.flops * rate / self.peak
-        self.since, self.spent = time.perf_counter(), self.clock.seconds.copy()
+        self.last_read_time, self.seconds_at_last_read = time.perf_counter(), self.timer.seconds.copy()
         return values
 
     def memory(self) -> int:
@@ -162,7 +170,7 @@ class Meter:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class Profile:
+class StepProfiler:
     """Records the steps `first` to `first + count - 1`, counted from 1. A hook for `fit`, to be called at each step.
 
     Writes, below the run's folder, profile/trace_step_<first>_rank<rank>.json.gz for ui.perfetto.dev or
@@ -177,7 +185,7 @@ class Profile:
         self.folder, self.rank, self.first, self.count = Path(folder) / "profile", world_rank, first, count
         self.running: profile | None = None
 
-    def __call__(self, state: State, outputs: Outputs) -> None:
+    def __call__(self, state: TrainState, outputs: Outputs) -> None:
         if self.running is not None:
             if state.step >= self.first + self.count - 1:
                 self.close()

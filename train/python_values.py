@@ -77,7 +77,7 @@ def with_settings(sampling: SamplingConfig, process: Process, values: Mapping[st
         names = ", ".join(sorted(solvers))
         raise ValueError(f"got solver {solver!r}{did_you_mean(solver, solvers)}; there are: {names}")
     if solver != sampling.solver:
-        sampling = sampling.for_solver(solver)
+        sampling = sampling.with_solver(solver)
     kinds = get_type_hints(type(sampling))
     return replace(sampling, **{name: convert_value(name, value, kinds[name]) for name, value in values.items()})
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from models.registry import did_you_mean, import_attribute, names_in, plugin
 
-__all__ = ["did_you_mean", "dotted", "names_in", "plugin"]
+__all__ = ["did_you_mean", "import_callable", "names_in", "plugin"]
 
 
-def dotted(path: str, flag: str) -> Callable:
+def import_callable(path: str, flag: str) -> Callable:
     """The function or class at `package.module.name`, the user's own; ValueError says what is missing."""
     if not path.rpartition(".")[0]:
         raise ValueError(f"got {flag} {path!r}, wanted package.module.function")

@@ -11,16 +11,16 @@ from train.condition_source import ConditionSource, Row, check_rows
 from train.config import SamplerConfig, SamplingConfig, TrainingConfig
 from train.data.loading import Draws, Positions, on_device
 from train.data.transforms import to_float
-from train.distributed import World, in_step, synchronized
-from train.execution import autocast, in_channels_last, poisoned, to_channels_last, training_dtype
+from train.distributed import DistContext, gradient_sync, lockstep_on_step
+from train.execution import autocast, nan_grads_if_nonfinite, to_channels_last, training_dtype, uses_channels_last
 from train.logging import Logger
-from train.loop import Batch, Outputs, State
+from train.loop import Batch, Outputs, TrainState
 from train.lr_schedule import learning_rate
-from train.optim import update
+from train.optim import clip_and_step
 from train.registry import plugin
 from train.samplers import Control, LearnedSampler, chosen_solver
 from train.spaces import Space
-from train.trainer import assemble
+from train.trainer import build_train_state
 
 VALIDATION_IMAGES = 1024  # enough for two digits, and quick
 SHOWN_IMAGES = 16
@@ -28,14 +28,16 @@ LEVELS = 5  # of noise, whose losses are logged apart
 
 
 def build_state(
-    config: SamplerConfig, training: TrainingConfig, space: Space, n_classes: int, world: World
-) -> tuple[LearnedSampler, State]:
+    config: SamplerConfig, training: TrainingConfig, space: Space, n_classes: int, world: DistContext
+) -> tuple[LearnedSampler, TrainState]:
     """The sampler that the config names, for x of `space`, and the state that trains its network."""
     torch.manual_seed(training.seed)
     module = plugin("train.samplers", config.sampler, "sampler")
     sampler = module.build(config, **space.model_args, n_classes=n_classes)
     modules = {"network": sampler.network}
-    state = assemble(modules, training, world, averaged=["network"], counters=["loss_by_level"], extras=sampler.extras)
+    state = build_train_state(
+        modules, training, world, primary=["network"], counters=["loss_by_level"], extras=sampler.extras
+    )
     return sampler, state
 
 
@@ -51,31 +53,31 @@ class SamplerStep:
         sampler: LearnedSampler,
         space: Space,
         training: TrainingConfig,
-        world: World,
+        world: DistContext,
         watched: bool = False,
         control: Control | None = None,
     ):
         self.sampler, self.space, self.training, self.world, self.watched = sampler, space, training, world, watched
         self.control = control
         self.dtype = training_dtype(training, world.device)
-        self.channels_last = in_channels_last(training, world.device)
+        self.channels_last = uses_channels_last(training, world.device)
 
     def autocast(self):
         return autocast(self.world.device, self.dtype != torch.float32, self.dtype)
 
-    def __call__(self, state: State, parts: Sequence[Batch]) -> Outputs | None:
-        network, scale = state.replica("network").train(), state.extras.get("loss_scale")
+    def __call__(self, state: TrainState, micro_batches: Sequence[Batch]) -> Outputs | None:
+        network, scale = state.train_module("network").train(), state.extras.get("loss_scale")
         means, seen = {}, []
-        for i, batch in enumerate(parts):
-            with synchronized(network, last=i == len(parts) - 1):
+        for i, batch in enumerate(micro_batches):
+            with gradient_sync(network, last=i == len(micro_batches) - 1):
                 loss = self.loss(network, batch)
-                mean = poisoned(loss.per_example.mean() / len(parts))
+                mean = nan_grads_if_nonfinite(loss.per_example.mean() / len(micro_batches))
                 (mean if scale is None else scale.scale(mean)).backward()
             for name, value in {"loss": loss.per_example, **loss.metrics}.items():
-                means[name] = means.get(name, 0.0) + value.detach().mean() / len(parts)
+                means[name] = means.get(name, 0.0) + value.detach().mean() / len(micro_batches)
             seen.append(loss.outputs if self.watched else {name: loss.outputs[name] for name in ("t", "loss")})
         lr = learning_rate(state.step, **self.training.schedule)
-        norms = update(state, ["network"], self.world, lr=lr, clip=self.training.grad_clip)
+        norms = clip_and_step(state, ["network"], self.world, lr=lr, clip=self.training.grad_clip)
         if norms is None:
             return None
         tensors = {name: torch.cat([part[name] for part in seen]) for name in seen[0]}
@@ -94,7 +96,7 @@ class SamplerStep:
             return self.sampler.loss(network, prepared, draw, control=self.control)
 
     @torch.no_grad()
-    def observe(self, state: State, outputs: Outputs) -> None:
+    def observe(self, state: TrainState, outputs: Outputs) -> None:
         """Shows what was seen and said to the sampler, whose times may depend on it, and sums losses by noise level."""
         if self.sampler.extras:
             device = self.world.device
@@ -116,9 +118,9 @@ def validation_losses(step: SamplerStep, network: torch.nn.Module, source: Posit
     """
     size, world = step.training.batch_size, step.world
     lists = [positions.tolist() for positions in torch.arange(count).split(size)]
-    batches = (source[positions] for positions in world.share_of(lists))
+    batches = (source[positions] for positions in world.local_items(lists))
     sums: dict[str, Tensor] = {}
-    for batch, counts in world.rounds(batches, spare=lambda: source[lists[0]]):
+    for batch, counts in world.padded_batches(batches, fallback=lambda: source[lists[0]]):
         batch = on_device(batch, world.device)
         loss = step.loss(network, batch, times_of=len(batch["position"]))  # spread over the last, smaller batch too
         for name, value in {"loss": loss.per_example, **loss.metrics}.items():
@@ -151,41 +153,46 @@ class SamplerReports:
         in_turn = [{"label": label} for label in range(step.sampler.n_classes)]
         if rows or {*step.sampler.conditions} == {"label"}:
             self.source = self.source.with_rows(rows or in_turn)
-        self.tallied = [self.by_level]
+        self.on_log = [self.by_level]
 
     @torch.no_grad()
-    def validate(self, state: State, outputs: Outputs) -> None:
+    def validate(self, state: TrainState, outputs: Outputs) -> None:
         """The loss on fixed validation images, times and noise, comparable from step to step and run to run."""
-        network = state.averaged("network").eval()
+        network = state.eval_module("network").eval()
         found = validation_losses(self.step, network, self.validation, min(len(self.validation), VALIDATION_IMAGES))
-        self.logger.scalars(state.step, {f"val/{name}": value for name, value in found.items()})
-        self.logger.best(state, "val/loss", found["loss"])
+        self.logger.log_scalars(state.step, {f"val/{name}": value for name, value in found.items()})
+        self.logger.log_best(state, "val/loss", found["loss"])
 
-    def by_level(self, state: State, outputs: Outputs) -> None:
+    def by_level(self, state: TrainState, outputs: Outputs) -> None:
         """Losses by share of noise since the last call, one curve for each fifth."""
-        for sums, counts in state.counters["loss_by_level"].take().values():
+        for sums, counts in state.counters["loss_by_level"].reduce_and_reset().values():
             means = (sums / counts).tolist()
             found = {f"loss_by_level/{i / LEVELS:.1f}": mean for i, mean in enumerate(means) if mean == mean}
-            self.logger.scalars(state.step, found)
+            self.logger.log_scalars(state.step, found)
 
     @torch.no_grad()
-    def show(self, state: State, outputs: Outputs) -> None:
+    def log_images(self, state: TrainState, outputs: Outputs) -> None:
         """A grid of samples, the same noise and conditions each time."""
         world = self.step.world
-        own = world.share_of(list(range(SHOWN_IMAGES)))
-        ((indices, counts),) = world.rounds([own] if own else [], spare=lambda: [0])
+        own = world.local_items(list(range(SHOWN_IMAGES)))
+        ((indices, counts),) = world.padded_batches([own] if own else [], fallback=lambda: [0])
         images = self.draw(state, indices)
-        shown = world.collect(images if counts else images[:0], SHOWN_IMAGES)
-        self.logger.images("samples", state.step, to_float(shown.cpu()))
+        shown = world.gather_items(images if counts else images[:0], SHOWN_IMAGES)
+        self.logger.log_images("samples", state.step, to_float(shown.cpu()))
 
-    def draw(self, state: State, indices: list[int]) -> Tensor:
+    def draw(self, state: TrainState, indices: list[int]) -> Tensor:
         """uint8 images (B, C, H, W) of these numbers, by the averaged network."""
         sampler, world = self.step.sampler, self.step.world
         rng = Streams([seed_of(self.step.training.seed, "show", i) for i in indices], world.device)
         conditions = self.source.draw(self.step.training.seed, indices)
         batch = None if conditions is None else on_device(conditions, world.device)
         with self.step.autocast():
-            network = state.averaged("network").eval()
-            how = {"batch": batch, "options": self.sampling, "on_step": in_step(network), "control": self.step.control}
+            network = state.eval_module("network").eval()
+            how = {
+                "batch": batch,
+                "options": self.sampling,
+                "on_step": lockstep_on_step(network),
+                "control": self.step.control,
+            }
             x = sampler.sample(network, rng, **how)
         return self.step.space.decode(x)

@@ -13,11 +13,11 @@ from train.config import DataConfig, SecondStageConfig
 from train.data.loading import Adapt, ImageSource, Positions, TrainingCodes, TrainingImages
 from train.data.transforms import from_unit_range, to_float, to_uint8
 from train.datasets import Dataset
-from train.distributed import World
+from train.distributed import DistContext
 from train.first_stage import FirstStage, load_first_stage
 from train.loop import Batch
 from train.registry import plugin
-from train.runs import origin_of, run_folder
+from train.runs import read_provenance, run_folder
 
 MEASURED_IMAGES = 1024  # whose latents say how large latents are
 
@@ -47,7 +47,9 @@ class Space(Protocol):
     @property
     def origin(self) -> dict[str, Any]: ...
 
-    def source(self, images: Dataset, split: str, data: DataConfig, seed: int, world: World, adapt: Adapt) -> Positions:
+    def source(
+        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt
+    ) -> Positions:
         """Training batches of one split."""
         ...
 
@@ -120,10 +122,10 @@ class Continuous:
     tokens = 0
 
     def source(
-        self, images: Dataset, split: str, data: DataConfig, seed: int, world: World, adapt: Adapt
+        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt
     ) -> TrainingImages:
         if split == "val":
-            data = data.in_one_view
+            data = data.without_augmentation
         return TrainingImages(ImageSource(images, data, margin=data.crop_margin), seed, adapt)
 
     def workers(self, data: DataConfig) -> int:
@@ -228,7 +230,7 @@ class Codes:
         return self.first.origin
 
     def source(
-        self, images: Dataset, split: str, data: DataConfig, seed: int, world: World, adapt: Adapt = None
+        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt = None
     ) -> TrainingCodes:
         """The shuffled codes, from the cache or encoded now."""
         batch_size = max(1, 2**22 // math.prod(data.shape))  # about 16 MB of float images at once
@@ -265,7 +267,7 @@ class Codes:
         return torch.where(grey, 128, image), image
 
 
-def open_space(config: SecondStageConfig, run_origin: dict[str, Any], images: Dataset, world: World) -> Space:
+def open_space(config: SecondStageConfig, run_origin: dict[str, Any], images: Dataset, world: DistContext) -> Space:
     """The space that a training script's config asks for.
 
     The scale of latents is what an earlier start of the run noted, or the run that --load_dir names; else it is
@@ -281,7 +283,7 @@ def open_space(config: SecondStageConfig, run_origin: dict[str, Any], images: Da
     if of_codes:
         return Codes(first)
     start = config.training.load_dir  # weights that go on know latents of their scale
-    started = origin_of(run_folder(config.logging.logs_root, start)) if start else {}
+    started = read_provenance(run_folder(config.logging.logs_root, start)) if start else {}
     noted = run_origin.get("latent_scale") or started.get("latent_scale") or 0.0
     noted = world.sum(torch.tensor(noted if world.is_main else 0.0, dtype=torch.float32, device=world.device)).item()
     source = ImageSource(images, config.data, margin=config.data.crop_margin)
@@ -303,7 +305,7 @@ def reopened_space(content: dict[str, Any], first: FirstStage | None) -> Space:
     return Codes(first) if scale is None else Latents(first, scale)
 
 
-def measured_scale(first: FirstStage, source: ImageSource, world: World) -> float:
+def measured_scale(first: FirstStage, source: ImageSource, world: DistContext) -> float:
     """1 / the deviation of latents, over numbers and images alike (Rombach et al. 2022, appendix G)."""
     latents = []
     images = TrainingImages(source, seed=0)

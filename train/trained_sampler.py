@@ -15,19 +15,27 @@ from torch import Tensor, nn
 
 from diffusion.rng import Streams, seed_of
 from diffusion.types import Bound, OnStep
-from train.checkpoint import AVERAGED, checkpoint_path, fill, load_weights, resolve_step, saved_steps, verify
+from train.checkpoint import (
+    EMA_WEIGHTS,
+    checkpoint_path,
+    load_into_module,
+    load_weights,
+    resolve_step,
+    saved_steps,
+    verify_checkpoint,
+)
 from train.cli.parse import from_dict
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import DataConfig, SamplerConfig, SamplingConfig
 from train.data.loading import Adapt, Positions, adapted, build_dataset, on_device, seeded
 from train.data.transforms import View, check_8_bits
 from train.datasets import Dataset, DatasetConfig, is_command
-from train.distributed import World
+from train.distributed import DistContext
 from train.execution import autocast
 from train.first_stage import load_first_stage
 from train.loop import Batch
-from train.posthoc_ema import opened, reconstruct, snapshot_path, snapshot_steps
-from train.registry import dotted, plugin
+from train.posthoc_ema import open_snapshot, reconstruct_ema, snapshot_path, snapshot_steps
+from train.registry import import_callable, plugin
 from train.runs import read_run, run_folder
 from train.samplers import Control, LearnedSampler
 from train.spaces import EditInput, Pixels, Space, reopened_space
@@ -55,7 +63,7 @@ class TrainedSampler:
     reader: DatasetConfig
     class_frequencies: Tensor | None  # (n_classes,) in the training split; None without classes
     weights: str  # SHA-256 of the weights' file, or of the EMA snapshots that they were reconstructed from
-    world: World  # the ranks that share an experiment
+    world: DistContext  # the ranks that share an experiment
     amp: bool  # bfloat16 autocast where the device computes it natively
 
     @property
@@ -79,7 +87,7 @@ class TrainedSampler:
     def adapt(self) -> Adapt:
         """The user's function from an item to the fields of a batch (--adapt); None without one."""
         path = self.sampler.config.adapt
-        return dotted(path, "--adapt") if path else None
+        return import_callable(path, "--adapt") if path else None
 
     def conditions_of(self, item: dict[str, Any], index: int) -> Row:
         """The conditions that an item of the data set holds, except the label; ValueError if one is missing."""
@@ -112,7 +120,7 @@ class TrainedSampler:
         Each rank yields its share of the batches: together they are those of a single process.
         """
         source = self.condition_source(options)
-        for first in self.world.share_of(list(range(0, n, batch_size))):
+        for first in self.world.local_items(list(range(0, n, batch_size))):
             indices = list(range(first, min(first + batch_size, n)))
             yield self.draw(indices, seed, options, source.draw(seed, indices), **keywords)
 
@@ -274,13 +282,13 @@ def load_sampler(
     module = plugin("train.samplers", config.sampler.sampler, "sampler")
     sampler = module.build(config.sampler, **space.model_args, n_classes=len(frequencies))
     if ema_length is None:
-        averaged = AVERAGED in verify(checkpoint_path(run, step)) if ema is None else ema
+        averaged = EMA_WEIGHTS in verify_checkpoint(checkpoint_path(run, step)) if ema is None else ema
         weights = load_weights(run, step, {"network": sampler.network}, ema=averaged)
     else:
         weights = load_posthoc_ema(run, step, "network", sampler.network, ema_length)
     sampler.network.to(device).eval().requires_grad_(False)
     frequencies = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
-    world = World(device)
+    world = DistContext(device)
     return TrainedSampler(run, step, sampler, space, config.data, config.reader, frequencies, weights, world, amp)
 
 
@@ -306,11 +314,11 @@ def load_posthoc_ema(run: Path, step: int | None, name: str, module: nn.Module, 
     It covers the length and the checksums of the snapshots used, not the result, whose last bits depend on the
     machine's linear algebra.
     """
-    tensors = reconstruct(run, step, name, length)
-    fill(module, {f"{name}.{key}": value for key, value in tensors.items()}, name, snapshot_path(run, step))
+    tensors = reconstruct_ema(run, step, name, length)
+    load_into_module(module, {f"{name}.{key}": value for key, value in tensors.items()}, name, snapshot_path(run, step))
     parts = []
     for each in [each for each in snapshot_steps(run) if each <= step]:
-        with opened(run, each) as snapshot:
+        with open_snapshot(run, each) as snapshot:
             prefixes = tuple(snapshot.profiles(name))
             parts.append([each, sorted(check for check in snapshot.checks.items() if check[0].startswith(prefixes))])
     return sha256(json.dumps([length, parts]).encode()).hexdigest()

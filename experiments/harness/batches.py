@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from train.distributed import World, pick_device, world
-from train.files import refused, sync, whole_file
+from train.distributed import DistContext, init_distributed, pick_device
+from train.files import atomic_write, fsync, write_errors_as_oserror
 
 T = TypeVar("T")
 Tensors = dict[str, Tensor]  # of a batch: each (B, ...)
@@ -27,28 +27,28 @@ PATIENCE = 60.0  # minutes that ranks wait for each other: a batch of large imag
 
 
 @contextmanager
-def experiment_world(device_name: str) -> Iterator[World]:
+def experiment_world(device_name: str) -> Iterator[DistContext]:
     """The ranks of an experiment; the main one alone prints."""
-    with ExitStack() as quiet, world(device_name, PATIENCE) as here:
+    with ExitStack() as quiet, init_distributed(device_name, PATIENCE) as here:
         if not here.is_main:
             quiet.enter_context(redirect_stdout(io.StringIO()))
         yield here
 
 
-def only_process(device_name: str) -> World:
+def only_process(device_name: str) -> DistContext:
     """The World of an experiment that runs in one process; ValueError in one of several."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("this experiment runs in one process: start it with python instead of torchrun")
-    return World(pick_device(device_name))
+    return DistContext(pick_device(device_name))
 
 
-def own_indices(here: World, indices: list[int], batch_size: int) -> list[int]:
+def own_indices(here: DistContext, indices: list[int], batch_size: int) -> list[int]:
     """This rank's share of indices: whole batches of them, so that a batch is the same however many ranks."""
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
-    return [index for batch in here.share_of(batches) for index in batch]
+    return [index for batch in here.local_items(batches) for index in batch]
 
 
-def in_order(here: World, own: Iterable[T]) -> Iterator[T]:
+def in_order(here: DistContext, own: Iterable[T]) -> Iterator[T]:
     """What all ranks make, in turn: the first of each, the second of each ... On the main rank alone; others take part
     and are given nothing. One of each is in memory at a time."""
     if here.size == 1:
@@ -64,7 +64,7 @@ def in_order(here: World, own: Iterable[T]) -> Iterator[T]:
                 yield each
 
 
-def gathered(here: World, thing: T) -> list[T]:
+def gathered(here: DistContext, thing: T) -> list[T]:
     """What each rank has, in their order, on the main one; nothing on others."""
     if here.size == 1:
         return [thing]
@@ -73,7 +73,7 @@ def gathered(here: World, thing: T) -> list[T]:
     return everything or []
 
 
-def shared(here: World, thing: T) -> T:
+def shared(here: DistContext, thing: T) -> T:
     """What the main rank has, on all of them."""
     if here.size == 1:
         return thing
@@ -89,7 +89,7 @@ class ResumableBatches:
     A later start with the same batch size, on any number of ranks, reads those that an earlier one kept.
     """
 
-    world: World  # the ranks
+    world: DistContext  # the ranks
     folder: Path  # of one run of one experiment
     batch_size: int = 1
     seed: int = 0  # of what is drawn
@@ -117,7 +117,7 @@ class ResumableBatches:
                 yield read(path)
 
         def made() -> Iterator[Tensors]:
-            for batch in world.share_of(batches[done:]):
+            for batch in world.local_items(batches[done:]):
                 yield {key: value.detach().cpu() for key, value in make(batch).items()}
 
         for batch, path in zip(in_order(world, made()), paths[done:], strict=False):  # other ranks are given nothing
@@ -132,9 +132,9 @@ class ResumableBatches:
 def write(path: Path, batch: Tensors) -> None:
     """A file that is whole or not there, even after a power cut."""
     apart = {key: value.clone(memory_format=torch.contiguous_format) for key, value in batch.items()}
-    with whole_file(path) as scratch, refused(path):
+    with atomic_write(path) as scratch, write_errors_as_oserror(path):
         save_file(apart, scratch, {"names": " ".join(batch)})  # in the file they are sorted
-        sync(scratch)
+        fsync(scratch)
 
 
 def read(path: Path) -> Tensors:

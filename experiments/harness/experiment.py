@@ -13,13 +13,13 @@ from typing import Any, Literal, Protocol
 import torch
 
 from experiments.harness.batches import ResumableBatches, experiment_world, only_process, shared
-from train.checkpoint import AVERAGED, checkpoint_path, read_manifest, resolve_step
-from train.cli.files import read_groups, section_of
-from train.cli.parse import file_content, plain, run_script, to_dict
-from train.cli.values import peek
+from train.checkpoint import EMA_WEIGHTS, checkpoint_path, read_manifest, resolve_step
+from train.cli.files import get_section, read_run_config
+from train.cli.parse import flatten_group, read_config_flag, run_script, to_dict
+from train.cli.values import peek_flag
 from train.condition_source import condition_origin
 from train.config import LoggingConfig, SamplingConfig, TrainingConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.files import sha256, write_text
 from train.first_stage import FirstStage, VQGANRun, load_first_stage
 from train.registry import plugin
@@ -141,25 +141,25 @@ def model_run(logs_root: str, model: ModelConfig) -> Path:
 
 def settings_of_run(argv: list[str], section: str) -> dict[str, Any]:
     """What a run was trained with, as defaults below an experiment's own flags."""
-    content = file_content(argv)
-    content = content | section_of(content, section)
-    chosen = {name: peek(argv, name) or content.get(name) for name in ("sampler", "dataset", "load_dir")}
+    content = read_config_flag(argv)
+    content = content | get_section(content, section)
+    chosen = {name: peek_flag(argv, name) or content.get(name) for name in ("sampler", "dataset", "load_dir")}
     model = ModelConfig(**{name: value for name, value in chosen.items() if value is not None})
-    root = peek(argv, "logs_root") or content.get("logs_root", OutputConfig.logs_root)
+    root = peek_flag(argv, "logs_root") or content.get("logs_root", OutputConfig.logs_root)
     path = model_run(root, model) / "config.yaml"
     if not path.is_file():
         return {}
-    content = read_groups(path)
+    content = read_run_config(path)
     named = {name: content.get(group, {}).get(name) for name, group in (("sampler", "sampler"), ("dataset", "data"))}
     sampling = content.get("sampling", {})
-    if peek(argv, "solver") not in (None, sampling.get("solver")):  # steps and the like were another's
+    if peek_flag(argv, "solver") not in (None, sampling.get("solver")):  # steps and the like were another's
         sampler = named["sampler"] or model.sampler
-        own = plugin("train.samplers", sampler, "sampler").Sampling.settings_of_solver()
+        own = plugin("train.samplers", sampler, "sampler").Sampling.solver_setting_names()
         sampling = {key: value for key, value in sampling.items() if key not in own}
     return sampling | {name: value for name, value in named.items() if value is not None}
 
 
-def load_model(model: ModelConfig, output: OutputConfig, world: World | None = None) -> TrainedSampler:
+def load_model(model: ModelConfig, output: OutputConfig, world: DistContext | None = None) -> TrainedSampler:
     """A sampler with all it stands on, for the ranks of `world`, or for the only one.
 
     ValueError where the run was trained on another data set than the one named.
@@ -200,15 +200,15 @@ def vqgan_run(logs_root: str, model: FirstStageModelConfig) -> Path:
 
 def settings_of_vqgan_run(argv: list[str], section: str) -> dict[str, Any]:
     """The data set that the named run was trained on, as a default below an experiment's own flags."""
-    content = file_content(argv)
-    content = content | section_of(content, section)
-    chosen = {name: peek(argv, name) or content.get(name) for name in ("dataset", "load_dir")}
+    content = read_config_flag(argv)
+    content = content | get_section(content, section)
+    chosen = {name: peek_flag(argv, name) or content.get(name) for name in ("dataset", "load_dir")}
     model = FirstStageModelConfig(**{name: value for name, value in chosen.items() if value is not None})
-    root = peek(argv, "logs_root") or content.get("logs_root", FirstStageOutputConfig.logs_root)
+    root = peek_flag(argv, "logs_root") or content.get("logs_root", FirstStageOutputConfig.logs_root)
     path = vqgan_run(root, model) / "config.yaml"
     if not path.is_file():
         return {}
-    trained_on = read_groups(path).get("data", {}).get("dataset")
+    trained_on = read_run_config(path).get("data", {}).get("dataset")
     return {} if trained_on is None else {"dataset": trained_on}
 
 
@@ -229,7 +229,7 @@ def load_vqgan(model: FirstStageModelConfig, output_root: str, device: torch.dev
     first = load_first_stage(run, step, device, amp)
     if model.data_dir is not None:
         first = dataclasses.replace(first, reader=dataclasses.replace(first.reader, data_dir=model.data_dir))
-    weights = "averaged (EMA) weights" if AVERAGED in read_manifest(checkpoint_path(run, step)) else "plain weights"
+    weights = "averaged (EMA) weights" if EMA_WEIGHTS in read_manifest(checkpoint_path(run, step)) else "plain weights"
     print(f"VQGAN: {run}, step {step}, {weights}", flush=True)
     return first
 
@@ -270,7 +270,7 @@ def results_folder(name: str, model: ModelConfig | FirstStageModelConfig, logs_r
     return run_folder(logs_root, f"{name}_{loaded.run.name}_{loaded.step}{length}")
 
 
-def open_results(name: str, config: ExperimentConfig, loaded: Loaded, world: World, prepared: Prepared) -> Path:
+def open_results(name: str, config: ExperimentConfig, loaded: Loaded, world: DistContext, prepared: Prepared) -> Path:
     """The folder of this experiment's results, opened as a run: nothing of another experiment can be in it.
 
     All ranks take part. What the sampler cannot do is refused before there is a folder. ValueError where it holds
@@ -348,7 +348,7 @@ def run_experiment(
 
     kinds = {each.name: each.type for each in dataclasses.fields(config_class)}
     under = settings_of_vqgan_run if kinds["model"] is FirstStageModelConfig else settings_of_run
-    run_script(main, config_class, Path(sys.argv[0]).stem, under=under)
+    run_script(main, config_class, Path(sys.argv[0]).stem, base_values=under)
 
 
 def still_hold(results: dict[str, Any] | None, prepared: Prepared, files: dict[str, str]) -> bool:
@@ -359,7 +359,7 @@ def still_hold(results: dict[str, Any] | None, prepared: Prepared, files: dict[s
 
 
 def load(
-    model: ModelConfig | FirstStageModelConfig, output: OutputConfig | FirstStageOutputConfig, world: World
+    model: ModelConfig | FirstStageModelConfig, output: OutputConfig | FirstStageOutputConfig, world: DistContext
 ) -> Loaded:
     """The sampler or the first stage that a group of flags names."""
     if isinstance(model, FirstStageModelConfig):
@@ -368,13 +368,13 @@ def load(
 
 
 def batches_of(
-    config: ExperimentConfig, model: Loaded, world: World, folder: Path, files: tuple[str, ...]
+    config: ExperimentConfig, model: Loaded, world: DistContext, folder: Path, files: tuple[str, ...]
 ) -> ResumableBatches:
     """An experiment's batches; with `files`, the content of what these flags name is part of what results are of."""
     output = config.output
     run = to_dict(config) | {"step": model.step}
     if files:
-        flags = {key: value for group in settings_of(config) for key, value in plain(group).items()}
+        flags = {key: value for group in settings_of(config) for key, value in flatten_group(group).items()}
         run["files"] = contents({name: flags[name] for name in files})
     run |= model.origin
     if isinstance(output, FirstStageOutputConfig):  # nothing is drawn

@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from train.files import whole_file
+from train.files import atomic_write
 from train.logging import grid_image
 from train.loop import Batch
 from train.trained_sampler import TrainedSampler
@@ -25,7 +25,7 @@ STRIPS, MOMENTS = 6, 10  # images, and steps of each that are shown
 
 def save_grid(path: Path, images: Tensor, columns: int | None = None) -> None:
     """A PNG grid of images (B, C, H, W) uint8."""
-    with whole_file(path) as scratch:
+    with atomic_write(path) as scratch:
         grid_image(images, columns).save(scratch, format="PNG")
 
 
@@ -33,7 +33,7 @@ def save_with_settings(path: Path, image: Tensor, settings: dict[str, Any]) -> N
     """A PNG of an image (C, H, W) uint8 that holds, as its text "settings", the JSON of what made it."""
     notes = PngInfo()
     notes.add_text("settings", json.dumps(settings))
-    with whole_file(path) as scratch:
+    with atomic_write(path) as scratch:
         picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
         picture.save(scratch, format="PNG", pnginfo=notes)
 

@@ -19,21 +19,21 @@ from diffusion.gaussian import discretized_log_likelihood
 from diffusion.types import Normal
 from experiments.harness.experiment import ModelConfig, OutputConfig
 from train.checkpoint import load_weights, resolve_step, saved_steps
-from train.cli.parse import plain
+from train.cli.parse import flatten_group
 from train.config import DataConfig, LoggingConfig, TrainingConfig
 from train.data.loading import ImageSource, TrainingCodes, TrainingImages, build_dataset, fixed_subset, images_in_order
 from train.data.transforms import check_8_bits, to_float, to_uint8, training_views
 from train.datasets import DatasetConfig
-from train.distributed import World, synchronized
-from train.execution import autocast, poisoned, set_tf32
+from train.distributed import DistContext, gradient_sync
+from train.execution import autocast, nan_grads_if_nonfinite, set_tf32
 from train.first_stage import FirstStage
 from train.logging import Logger
-from train.loop import Batch, Outputs, State
+from train.loop import Batch, Outputs, TrainState
 from train.lr_schedule import learning_rate
-from train.optim import update
-from train.runs import begin, open_run, origin_of, owned, read_run, run_folder
+from train.optim import clip_and_step
+from train.runs import open_or_resume, open_run, read_provenance, read_run, run_folder, run_lock
 from train.trained_sampler import TrainedSampler, check_allowed
-from train.trainer import assemble, train
+from train.trainer import build_train_state, train
 from vq.likelihood import Reconstruction, head_of, reconstruct
 
 VALIDATION_IMAGES = 1024
@@ -110,20 +110,20 @@ class TrainedHead:
 class HeadStep:
     """One training step of the head. A `step_fn` for `fit`; gives the loss, bits per dimension, grad_norm and lr."""
 
-    def __init__(self, first: FirstStage, training: TrainingConfig, world: World):
+    def __init__(self, first: FirstStage, training: TrainingConfig, world: DistContext):
         self.first, self.training, self.world = first, training, world
 
-    def __call__(self, state: State, parts: Sequence[Batch]) -> Outputs | None:
-        head, total = state.replica("head").train(), 0.0
-        for i, batch in enumerate(parts):
+    def __call__(self, state: TrainState, micro_batches: Sequence[Batch]) -> Outputs | None:
+        head, total = state.train_module("head").train(), 0.0
+        for i, batch in enumerate(micro_batches):
             check_8_bits(batch["image"])
             ids = self.first.encode(to_uint8(batch["image"]))
-            with synchronized(head, last=i == len(parts) - 1):
-                loss = bits_per_dim(self.first, head, ids, batch["image"]).mean() / len(parts)
-                poisoned(loss).backward()
+            with gradient_sync(head, last=i == len(micro_batches) - 1):
+                loss = bits_per_dim(self.first, head, ids, batch["image"]).mean() / len(micro_batches)
+                nan_grads_if_nonfinite(loss).backward()
             total = total + loss.detach()
         lr = learning_rate(state.step, **self.training.schedule)
-        norms = update(state, ["head"], self.world, lr=lr, clip=self.training.grad_clip)
+        norms = clip_and_step(state, ["head"], self.world, lr=lr, clip=self.training.grad_clip)
         if norms is None:
             return None
         return {"loss": total, "grad_norm": norms[0], "lr": torch.tensor(lr, device=self.world.device)}
@@ -134,52 +134,52 @@ class HeadReports:
 
     def __init__(self, step: HeadStep, validation: ImageSource, logger: Logger):
         self.step, self.validation, self.logger = step, validation, logger
-        self.tallied = []
+        self.on_log = []
 
     @torch.no_grad()
-    def validate(self, state: State, outputs: Outputs) -> None:
+    def validate(self, state: TrainState, outputs: Outputs) -> None:
         """Bits per dimension of a fixed part of the validation split, by the averaged head."""
-        first, world, head = self.step.first, self.step.world, state.averaged("head").eval()
-        indices = world.share_of(fixed_subset(len(self.validation), VALIDATION_IMAGES))
+        first, world, head = self.step.first, self.step.world, state.eval_module("head").eval()
+        indices = world.local_items(fixed_subset(len(self.validation), VALIDATION_IMAGES))
         batches = images_in_order(self.validation, self.step.training.batch_size, indices)
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
             bits = bits_per_dim(first, head, first.encode(batch["image"]), to_float(batch["image"])).cpu().double()
             sums += torch.stack([bits.sum(), torch.tensor(len(bits)).double()])
         total, count = world.sum(sums).tolist()
-        self.logger.scalars(state.step, {"val/bits_per_dim": total / count})
-        self.logger.best(state, "val/bits_per_dim", total / count)
+        self.logger.log_scalars(state.step, {"val/bits_per_dim": total / count})
+        self.logger.log_best(state, "val/bits_per_dim", total / count)
 
     @torch.no_grad()
-    def show(self, state: State, outputs: Outputs) -> None:
+    def log_images(self, state: TrainState, outputs: Outputs) -> None:
         """A grid of validation images, their reconstructions, and the deviations that the head gives these."""
         first, shown = self.step.first, fixed_subset(len(self.validation), SHOWN_IMAGES)
         for batch in images_in_order(self.validation, SHOWN_IMAGES, shown):  # few: each process makes them all
             mean, features = reconstruction(first, first.encode(batch["image"]))
-            deviation = (0.5 * state.averaged("head").eval()(features)).exp()
+            deviation = (0.5 * state.eval_module("head").eval()(features)).exp()
             rows = [to_float(batch["image"]), mean.clamp(-1, 1).cpu(), (2 * deviation / deviation.amax() - 1).cpu()]
-            self.logger.images("likelihood", state.step, torch.cat(rows), columns=len(mean))
+            self.logger.log_images("likelihood", state.step, torch.cat(rows), columns=len(mean))
 
 
-def build_state(first: FirstStage, training: TrainingConfig, world: World) -> State:
+def build_state(first: FirstStage, training: TrainingConfig, world: DistContext) -> TrainState:
     """A new head and its optimizer."""
     torch.manual_seed(training.seed)
-    return assemble({"head": head_of(first.vqgan.decoder)}, training, world, averaged=["head"])
+    return build_train_state({"head": head_of(first.vqgan.decoder)}, training, world, primary=["head"])
 
 
-def train_head(run: Path, first: FirstStage, config: HeadRun, world: World) -> None:
+def train_head(run: Path, first: FirstStage, config: HeadRun, world: DistContext) -> None:
     """Trains a head on the images that `config` names, or goes on; all processes of `world` take part.
 
     ValueError where the run in that folder is another: of other weights of the VQGAN, data or settings.
     """
     data, training = config.data, config.training
-    with set_tf32(world.device, training.tf32), owned(run) if world.is_main else nullcontext():
+    with set_tf32(world.device, training.tf32), run_lock(run) if world.is_main else nullcontext():
         images, validation = (
             ImageSource(build_dataset(data, config.reader, split), data, margin=margin)
             for split, margin in (("train", data.crop_margin), ("val", 0))
         )
         state = build_state(first, training, world)
-        begin(run, config, state, world, first.origin)
+        open_or_resume(run, config, state, world, first.origin)
         step = HeadStep(first, training, world)
         source, reports = TrainingImages(images, training.seed), partial(HeadReports, step, validation)
         loading = {"workers": data.num_workers, "prefetch": data.prefetch}
@@ -189,7 +189,7 @@ def train_head(run: Path, first: FirstStage, config: HeadRun, world: World) -> N
 def load_head(run: Path, first: FirstStage) -> TrainedHead:
     """The newest head of a run, its averaged weights; ValueError where it was trained on another VQGAN's weights."""
     read_run(run)  # says what runs there are, where this is none
-    origin: dict[str, Any] = origin_of(run)
+    origin: dict[str, Any] = read_provenance(run)
     if origin.get("ae_weights") != first.weights:
         raise ValueError(
             f"{run} was trained on other VQGAN weights than those of {first.run} at step {first.step}: "
@@ -213,7 +213,7 @@ def head_for(
     first, world = trained.space.first, trained.world
     run = run_folder(output.logs_root, decoder.head_dir or f"likelihood_{first.run.name}_{first.step}")
     reader = first.reader if model.data_dir is None else replace(first.reader, data_dir=model.data_dir)
-    check_allowed(first.run, {"sampler": {}, "reader": plain(reader)}, model.allow)
+    check_allowed(first.run, {"sampler": {}, "reader": flatten_group(reader)}, model.allow)
     wanted, done = head_run(decoder, output, first.data, reader, run.name), max(saved_steps(run), default=0)
     world.barrier()  # all have looked before one trains
     try:
@@ -249,7 +249,7 @@ class DecoderBits:
     def __init__(self, head: TrainedHead, trained: TrainedSampler, split: str, codes: TrainingCodes):
         dataset, data = trained.dataset(split), trained.data
         if split != "train":
-            data = data.in_one_view
+            data = data.without_augmentation
         self.head, self.codes, self.views = head, codes, training_views(data)
         self.images = ImageSource(dataset, data, margin=data.crop_margin)
         self.index = head.first.codes(dataset, split, data, 1, trained.world).index  # in the cache already

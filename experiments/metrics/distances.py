@@ -18,7 +18,7 @@ from experiments.metrics.kid import MOST, KeptFeatures
 from train.config import DataConfig, SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.datasets import Dataset
-from train.distributed import World
+from train.distributed import DistContext
 from train.files import sha256
 from train.first_stage import FirstStage
 from train.trained_sampler import TrainedSampler
@@ -79,7 +79,7 @@ def sampled_features(
     return progress(batches.resume(name, range(count), make), count, "sampling", batches.world.is_main)
 
 
-def with_features(features: Features, own: Batches, world: World) -> Iterator[dict[str, Tensor]]:
+def with_features(features: Features, own: Batches, world: DistContext) -> Iterator[dict[str, Tensor]]:
     """Batches of "image" uint8 (B, C, H, W) that each rank makes, and their "features" (B, D) beside them: of all ranks
     in order on the main one, nothing on others."""
 
@@ -91,7 +91,7 @@ def with_features(features: Features, own: Batches, world: World) -> Iterator[di
 
 
 def real_features(
-    source: ImageSource, chosen: list[int], features: Features, batch_size: int, world: World, name: str
+    source: ImageSource, chosen: list[int], features: Features, batch_size: int, world: DistContext, name: str
 ) -> Batches:
     """ "image", "features" of those real images: on the main rank alone, while all make them."""
     own = images_in_order(source, batch_size, own_indices(world, chosen, batch_size))
@@ -132,14 +132,14 @@ def real_reference(
     weights: str | None,
     cache: Path,
     batch_size: int,
-    world: World,
+    world: DistContext,
 ) -> Reference:
     """Of a whole split, cached by the content of the images and of what makes the features. Of larger splits, features
     of `MOST` images drawn at random, always the same.
 
     All ranks take part; the main one writes them, and where they were not cached, it alone is given them.
     """
-    made_of = [dataset.fingerprint(), *data.sides, data.n_channels, *version_of(features, weights), MOST]
+    made_of = [dataset.fingerprint(), *data.side_lengths, data.n_channels, *version_of(features, weights), MOST]
     made_of += [] if data.data_range is None else [*data.data_range]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     path = cache / f"{data.dataset}_{features.name}_{key}.npz"
@@ -163,7 +163,7 @@ def real_statistics(
     weights: str | None,
     cache: Path,
     batch_size: int,
-    world: World,
+    world: DistContext,
 ) -> Statistics:
     """The statistics of `real_reference`."""
     return real_reference(dataset, data, features, weights, cache, batch_size, world).statistics

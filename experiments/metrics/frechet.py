@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.files import whole_file
+from train.files import atomic_write
 
 WANTED = "wanted an .npz file with the arrays mu and sigma (and n, if known)"
 
@@ -98,7 +98,7 @@ class Statistics:
         arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy(), **more}
         if self.count is not None:
             arrays["n"] = np.int64(self.count)
-        with whole_file(path) as scratch, scratch.open("wb") as file:
+        with atomic_write(path) as scratch, scratch.open("wb") as file:
             np.savez(file, **arrays)
 
     @classmethod

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from train.data.transforms import to_float
-from train.distributed import World
+from train.distributed import DistContext
 from vq.perceptual import Perceptual, load_perceptual
 
 RANGE = 255.0  # of the uint8 images that are compared
@@ -99,7 +99,7 @@ def enlarged(images: Tensor) -> Tensor:
     return images if factor == 1 else F.interpolate(images, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
-def choose(rerank: str, net: str, weights: str | None, world: World, batch_size: int) -> Closeness:
+def choose(rerank: str, net: str, weights: str | None, world: DistContext, batch_size: int) -> Closeness:
     """What --rerank names; auto is LPIPS, or pixels with one printed sentence where its weights are not to be had in
     one of the processes. ValueError, FileNotFoundError: LPIPS or its file was asked for, and is not there."""
     if rerank == "pixels":

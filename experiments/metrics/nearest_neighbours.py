@@ -16,7 +16,7 @@ from experiments.metrics.image_pairs import Closeness
 from experiments.metrics.neighbours import nearest
 from train.data.loading import ImageSource, images_in_order
 from train.data.transforms import View, in_8_bits, training_views
-from train.files import whole_file
+from train.files import atomic_write
 
 CHUNK = 1000  # training images searched at a time, and kept of
 SMALLEST, LARGEST = 64, 128  # pixels of the longer side of an image in the picture
@@ -170,7 +170,7 @@ def save_picture(path: Path, sections: dict[str, list[Row]], title: str) -> None
         for row in section:
             draw_row(canvas, draw, font, row, top)
             top += height + TEXT + GAP
-    with whole_file(path) as scratch:
+    with atomic_write(path) as scratch:
         canvas.save(scratch, format="PNG")
 
 

@@ -10,8 +10,8 @@ import torch
 from experiments.metrics.cost import WARM_UPS, peak_extra_bytes
 from train.config import DataConfig, TrainingConfig
 from train.data.loading import Positions, training_batches
-from train.distributed import World
-from train.perf import SIZES, count_flops, matmul_peak, seconds_of
+from train.distributed import DistContext
+from train.perf import SIZES, count_flops, matmul_peak, time_call
 
 MOST_SECONDS = 60.0  # after which nothing that is slow is done once more
 
@@ -63,7 +63,7 @@ def measured(works: Sequence[Work], repeats: int, device: torch.device) -> list[
     peaks, seconds = matmul_peaks(works, device), [[] for _ in works]
     for i in range(WARM_UPS + repeats):
         for work, times in zip(works, seconds, strict=True):
-            spent = seconds_of(work.run, device)
+            spent = time_call(work.run, device)
             times += [spent] if i >= WARM_UPS else []
     peaks = {dtype: max(peak, peaks[dtype]) for dtype, peak in matmul_peaks(works, device).items()}
     found = []
@@ -102,7 +102,7 @@ def several(run: Callable[[], object], repeats: int, device: torch.device) -> li
     """Seconds of up to `repeats` runs, of which none begins when a minute is over."""
     seconds = []
     while len(seconds) < repeats and sum(seconds) < MOST_SECONDS:
-        seconds.append(seconds_of(run, device))
+        seconds.append(time_call(run, device))
     return seconds
 
 
@@ -133,7 +133,7 @@ def full_steps_report(
 
 
 def loading_rate(
-    source: Positions, data: DataConfig, training: TrainingConfig, workers: int, repeats: int, world: World
+    source: Positions, data: DataConfig, training: TrainingConfig, workers: int, repeats: int, world: DistContext
 ) -> tuple[float, bool]:
     """Training batches' images per second, and whether all images that stay in memory were there before it began.
 
@@ -151,5 +151,5 @@ def loading_rate(
     while done < warm_ups and time.perf_counter() - began < MOST_SECONDS:
         next(batches)
         done += 1
-    seconds = seconds_of(lambda: [next(batches) for _ in range(counted)], world.device)
+    seconds = time_call(lambda: [next(batches) for _ in range(counted)], world.device)
     return counted * size / seconds, done == warm_ups

@@ -18,10 +18,10 @@ from experiments.metrics.frechet import Statistics, frechet_distance
 from train.config import DataConfig, LoggingConfig, SamplingConfig, TrainingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.datasets import Dataset, DatasetConfig
-from train.distributed import World, in_step
+from train.distributed import DistContext, lockstep_on_step
 from train.first_stage import FirstStage
 from train.logging import Logger
-from train.loop import Hook, Outputs, State
+from train.loop import Hook, Outputs, TrainState
 from train.trained_sampler import TrainedSampler
 
 LEAST = 2  # images that have a covariance
@@ -30,18 +30,18 @@ LEAST = 2  # images that have a covariance
 class Distance:
     """A hook for `fit` that logs the distance of the images which `images(state)` gives, as "FD(<features>)/<name>".
 
-    In each process `images` gives batches of uint8 (B, C, H, W) and whether they count (see `World.rounds`).
+    In each process `images` gives batches of uint8 (B, C, H, W) and whether they count (see `padded_batches`).
     """
 
     def __init__(
         self,
         logger: Logger,
         name: str,
-        images: Callable[[State], Iterator[tuple[Tensor, bool]]],
+        images: Callable[[TrainState], Iterator[tuple[Tensor, bool]]],
         real: Dataset,
         data: DataConfig,
         logging: LoggingConfig,
-        world: World,
+        world: DistContext,
         batch_size: int,
     ):
         self.logger, self.images, self.world = logger, images, world
@@ -51,7 +51,7 @@ class Distance:
         self.reference = real_statistics(real, data, self.features, None, cache, batch_size, world)
 
     @torch.no_grad()
-    def __call__(self, state: State, outputs: Outputs) -> None:
+    def __call__(self, state: TrainState, outputs: Outputs) -> None:
         own = Statistics()
         for images, counts in self.images(state):
             if counts:
@@ -61,8 +61,8 @@ class Distance:
         if self.world.is_main:
             found += frechet_distance(sum(parts, Statistics()), self.reference)
         value = self.world.sum(found).item()
-        self.logger.scalars(state.step, {self.name: value})
-        self.logger.best(state, self.name, value)
+        self.logger.log_scalars(state.step, {self.name: value})
+        self.logger.log_best(state, self.name, value)
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def evaluated(network: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
-def at_once(training: TrainingConfig, count: int, world: World) -> int:
+def at_once(training: TrainingConfig, count: int, world: DistContext) -> int:
     """How many of `count` images each process makes at once: as many as it trains on, so that they fit, and so few
     that each has some, since a network in shards needs all processes. ValueError where there are too few for that."""
     least = max(LEAST, world.size)
@@ -97,10 +97,10 @@ def of_samples(
         source = model.condition_source(sampling)
         batches = [list(range(first, min(first + size, count))) for first in range(0, count, size)]
 
-        def images(state: State) -> Iterator[tuple[Tensor, bool]]:
-            with evaluated(state.averaged("network")) as network:
-                for indices, counts in world.rounds(world.share_of(batches)):
-                    how = {"network": network, "on_step": in_step(network)}
+        def images(state: TrainState) -> Iterator[tuple[Tensor, bool]]:
+            with evaluated(state.eval_module("network")) as network:
+                for indices, counts in world.padded_batches(world.local_items(batches)):
+                    how = {"network": network, "on_step": lockstep_on_step(network)}
                     conditions = source.draw(training.seed, indices)
                     made = model.draw(indices, training.seed, sampling, conditions, **how)
                     yield made["image"], counts
@@ -117,17 +117,17 @@ def of_reconstructions(
     reader: DatasetConfig,
     training: TrainingConfig,
     logging: LoggingConfig,
-    world: World,
+    world: DistContext,
 ) -> Callable[[Logger], Hook]:
     """The distance of --FD_samples rebuilt held-out images, or of all there are, to the training images."""
     count = min(logging.FD_samples, len(validation))
     size = at_once(training, count, world)
     own = own_indices(world, fixed_subset(len(validation), count), size)
 
-    def images(state: State) -> Iterator[tuple[Tensor, bool]]:
-        with evaluated(state.averaged("autoencoder")) as network:
+    def images(state: TrainState) -> Iterator[tuple[Tensor, bool]]:
+        with evaluated(state.eval_module("autoencoder")) as network:
             first = FirstStage(run, network, validation.config, reader, state.step, "", world.device, training.amp)
-            for batch, counts in world.rounds(images_in_order(validation, size, own)):
+            for batch, counts in world.padded_batches(images_in_order(validation, size, own)):
                 yield first.decode(first.encode(batch["image"])), counts
 
     def make(logger: Logger) -> Hook:

@@ -17,10 +17,10 @@ from train.config import DataConfig, SamplerConfig, SamplingConfig, TrainingConf
 from train.data.loading import Adapt, ImageSource, Positions, TrainingCodes, TrainingImages, build_dataset, on_device
 from train.data.transforms import to_uint8
 from train.datasets import Dataset, DatasetConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.execution import training_dtype
 from train.first_stage import FirstStage
-from train.loop import Batch, State, fit
+from train.loop import Batch, TrainState, fit
 from train.registry import plugin
 from train.sampler import SamplerStep
 from train.sampler import build_state as build_sampler_state
@@ -40,7 +40,7 @@ class Trainee:
 
     name: str
     step: SamplerStep | VQGANStep
-    state: State
+    state: TrainState
 
 
 def ways(training: TrainingConfig, device: torch.device) -> dict[str, TrainingConfig]:
@@ -87,7 +87,7 @@ def in_precision(space: Space, amp: bool) -> Space:
 
 
 def sampler_trainees(
-    settings: SamplerConfig, training: TrainingConfig, space: Space, n_classes: int, world: World
+    settings: SamplerConfig, training: TrainingConfig, space: Space, n_classes: int, world: DistContext
 ) -> list[Trainee]:
     """Each way of training the sampler, with a network, an optimizer and averages of its own."""
     found = []
@@ -99,7 +99,7 @@ def sampler_trainees(
 
 
 def vqgan_trainees(
-    network: VQGANConfig, loss: VQGANLossConfig, data: DataConfig, training: TrainingConfig, world: World
+    network: VQGANConfig, loss: VQGANLossConfig, data: DataConfig, training: TrainingConfig, world: DistContext
 ) -> list[Trainee]:
     """Each way of training the VQGAN. The perceptual network has random weights, and costs what trained ones do."""
     net = {"auto": "vgg"}.get(loss.perceptual_net, loss.perceptual_net)
@@ -121,7 +121,7 @@ def moments(loss: VQGANLossConfig, steps: int) -> dict[str, int]:
     return {name: step for name, step in found.items() if done[name] and step < steps}
 
 
-def work_of(trainee: Trainee, parts: Sequence[Batch], world: World, at: int = 0, when: str = "") -> Work:
+def work_of(trainee: Trainee, parts: Sequence[Batch], world: DistContext, at: int = 0, when: str = "") -> Work:
     """Step `at` of the training loop, averages included, on these parts of a batch, as often as one likes."""
 
     def run() -> None:
@@ -171,7 +171,7 @@ def sampled(trainee: Trainee, batch: Batch, options: SamplingConfig, **how: Any)
     step, size = trainee.step, len(batch["position"])
     rng = Streams([seed_of(0, "show", i) for i in range(size)], step.world.device)
     conditions = {name: batch[name] for name in step.sampler.conditions} or None
-    network = trainee.state.averaged("network").eval()
+    network = trainee.state.eval_module("network").eval()
     with step.autocast():
         return step.sampler.sample(network, rng, batch=conditions, options=options, **how)
 
@@ -190,7 +190,7 @@ def full_steps(trainee: Trainee, batch: Batch, options: SamplingConfig, repeats:
         moments.append(time.perf_counter())
         return x
 
-    options = options.for_solver("ancestral", WARM_UPS + repeats)
+    options = options.with_solver("ancestral", WARM_UPS + repeats)
     sampled(trainee, batch, options, edit=edit, on_step=clock)
     return [after - before for before, after in pairwise(moments)][WARM_UPS - 1 :]
 
@@ -207,7 +207,7 @@ def there_and_back(
     trainee: Trainee, data: DataConfig, reader: DatasetConfig, images: Tensor
 ) -> dict[str, Callable[[], Tensor]]:
     """A VQGAN's two halves as later stages use them: images to codes, codes to images."""
-    network = trainee.state.averaged("autoencoder").eval()
+    network = trainee.state.eval_module("autoencoder").eval()
     amp = trainee.step.dtype != torch.float32
     first = FirstStage(Path(), network, data, reader, 0, "", trainee.step.world.device, amp)
     pictures = to_uint8(images)

@@ -146,7 +146,7 @@ def test_a_solver_with_an_option_is_one_file(with_mine, capsys):
     small = with_mine.Config(bert_n_emb=8, bert_n_head=2, bert_n_layers=1)
     built = with_mine.build(small, codes=4, grid=(2, 3), n_classes=0)
     words = ["--solver", "constant", "--constant_code", "3"]
-    options = cli.interpret(with_mine.Sampling, words, default=with_mine.Sampling())
+    options = cli.parse_arguments(with_mine.Sampling, words, default=with_mine.Sampling())
     assert (built.sample(built.network, Streams([0]), options=options) == 3).all()
     assert (built.sample(built.network, Streams([0]), options=with_mine.Sampling(solver="constant")) == 1).all()
     assert cli.plain(options)["constant_code"] == 3  # config.yaml
@@ -154,9 +154,9 @@ def test_a_solver_with_an_option_is_one_file(with_mine, capsys):
     assert (control.kind, control.value, control.optional) == ("whole", 3, True)
     assert control.note == "constant: the code that is drawn everywhere (1)."
     with pytest.raises(SystemExit):
-        cli.interpret(with_mine.Sampling, ["--help"], default=with_mine.Sampling())
+        cli.parse_arguments(with_mine.Sampling, ["--help"], default=with_mine.Sampling())
     assert "the code that is drawn everywhere" in " ".join(capsys.readouterr().out.replace("│", " ").split())
     with pytest.raises(ValueError, match="got constant_code 3 for solver ancestral, which has none: leave --const"):
         chosen_solver(built.process, with_mine.Sampling(constant_code=3))
-    assert options.for_solver("ancestral").constant_code is None  # it goes with its solver
+    assert options.with_solver("ancestral").constant_code is None  # it goes with its solver
     assert built.sampling_process(chosen_solver(built.process, options)[0], options).schedule == "square"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments.metrics import throughput, workloads
-from helpers.tiny_runs import ROOT, call, parsed
+from helpers.tiny_runs import ROOT, call, parse_config
 from train.cli import parse as cli
 from train.config import DataConfig
 from train.execution import has_native_bf16
@@ -192,11 +192,11 @@ def test_a_stage_in_a_file_is_refused(tmp_path, capfd):
 @pytest.mark.parametrize("preset", ["ffhq", "ddpm_latent_ffhq"])
 def test_a_preset_is_read_as_the_training_scripts_read_it(preset, monkeypatch, tmp_path):
     flags = f"--config {ROOT / 'configs' / preset}.yaml --batch_size 4 --logs_root {tmp_path}"
-    ours = parsed(SCRIPT, flags, monkeypatch)
-    assert parsed("train_sampler.py", flags, monkeypatch).items() <= ours.items()
+    ours = parse_config(SCRIPT, flags, monkeypatch)
+    assert parse_config("train_sampler.py", flags, monkeypatch).items() <= ours.items()
     assert preset != "ffhq" or (ours["bert_n_layers"], ours["bert_n_emb"]) == (24, 512)
-    theirs = parsed("train_vqgan.py", flags, monkeypatch)
-    ours = parsed(SCRIPT, f"--stage vqgan {flags}", monkeypatch)
+    theirs = parse_config("train_vqgan.py", flags, monkeypatch)
+    ours = parse_config(SCRIPT, f"--stage vqgan {flags}", monkeypatch)
     assert {key for key in theirs if ours[key] != theirs[key]} <= {"lr", "train_steps"}  # its own defaults
 
 

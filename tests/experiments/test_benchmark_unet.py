@@ -11,7 +11,7 @@ from experiments.benchmark_unet import networks, rows, timed, training_steps
 from helpers.tiny_runs import call
 from models.blocks import count_parameters
 from models.unet import UNetConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.execution import has_native_bf16
 
 SCRIPT = "experiments/benchmark_unet.py"
@@ -74,7 +74,7 @@ def test_without_diffusers_its_rows_are_left_out_and_how_to_get_it_is_said(monke
 def test_steps_train_every_weight(name, kind):
     torch.manual_seed(0)
     network = networks(SHAPE, 8)[name]
-    step = training_steps(network, (2, 3, 8, 8), World(CPU))[kind]
+    step = training_steps(network, (2, 3, 8, 8), DistContext(CPU))[kind]
     weights = [p for p in network.parameters() if p.ndim > 1]  # some biases do nothing before a norm or a softmax
     before = [p.detach().clone() for p in weights]
     losses = [step().item() for _ in range(6)]  # at first our zeros keep gradients from what is before them

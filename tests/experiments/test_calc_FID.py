@@ -17,7 +17,7 @@ from helpers.tiny_runs import call
 from train.config import DataConfig
 from train.data.loading import ImageSource, build_dataset, fixed_subset, images_in_order
 from train.datasets import ArrayDataset
-from train.distributed import World
+from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
 
 FLAGS = "--n_samples 90 --batch_size 20 --features digits --kid_subsets 5 --kid_subset_size 50 --no_amp"
@@ -221,7 +221,7 @@ def test_another_range_of_values_has_statistics_of_its_own(tmp_path):
             return {"image": self.images[index]}
 
     images = np.random.default_rng(0).integers(0, 4096, (5, 8, 8), np.uint16)
-    here = World(torch.device("cpu"))
+    here = DistContext(torch.device("cpu"))
 
     def mean(data_range):
         data = DataConfig(dataset="scans", img_size=8, n_channels=1, data_range=data_range)

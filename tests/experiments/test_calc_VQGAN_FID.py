@@ -9,7 +9,7 @@ from PIL import Image
 
 from experiments.harness.experiment import FirstStageModelConfig, load_vqgan
 from experiments.metrics.image_pairs import l1, psnr, ssim
-from helpers.process_pool import Crew
+from helpers.process_pool import ProcessPool
 from helpers.tiny_runs import call
 from train.data.loading import ImageSource, build_dataset, images_in_order
 
@@ -126,7 +126,7 @@ def test_what_fails_leaves_no_results(logs, monkeypatch):
 def test_two_processes_measure_what_one_does(measured, logs, tmp_path):
     """As many batches as do not divide, and a data set's statistics that neither has yet."""
     shutil.copytree(logs / "vqgan_digits", tmp_path / "vqgan_digits")
-    crew = Crew(2)
+    crew = ProcessPool(2)
     try:
         main, other = crew.run(SCRIPT, f"--logs_root {tmp_path} --no_amp")
     finally:

@@ -11,7 +11,7 @@ from PIL import Image
 from experiments.calc_approximate_ELBO import levelled, stretches
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.metrics.decoder_likelihood import DecoderBits, TrainedHead, load_head, of_images
-from helpers.process_pool import Crew
+from helpers.process_pool import ProcessPool
 from helpers.run_asserts import assert_same_losses, lines
 from helpers.tiny_runs import DDPM, ROOT, UNET, call
 from train.data.loading import ImageSource, Order
@@ -254,7 +254,7 @@ def test_two_processes_train_the_head_of_one_and_report_what_it_does(trained, me
     logs = tmp_path / "logs"
     for name in ("vqgan_digits", "absorbing_digits"):
         shutil.copytree(trained / name, logs / name)
-    crew = Crew(2)
+    crew = ProcessPool(2)
     crew.run(SCRIPT, f"--logs_root {logs} --n_images 7 --batch_size 2 --no_amp --calls 9 {HEAD} --log_dir elbo")
     crew.close()
     name = measured["absorbing"]["head"]["run"]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from experiments.compare_quantizers import VARIANTS, networks, plot, spread, summary
 from experiments.metrics import reconstruction
-from helpers.tiny_runs import ROOT, VQGAN, call, parsed
+from helpers.tiny_runs import ROOT, VQGAN, call, parse_config
 from train.cli import parse as cli
 from train.registry import names_in, plugin
 from vq.config import VQGANConfig
@@ -170,7 +170,9 @@ def test_a_flag_that_quantizers_share_reaches_each_of_them(monkeypatch, tmp_path
 
 
 def test_the_preset_reaches_the_script(monkeypatch, tmp_path):
-    flat = parsed(SCRIPT, f"--config {ROOT / 'configs' / 'mnist_quantizers.yaml'} --logs_root {tmp_path}", monkeypatch)
+    flat = parse_config(
+        SCRIPT, f"--config {ROOT / 'configs' / 'mnist_quantizers.yaml'} --logs_root {tmp_path}", monkeypatch
+    )
     assert flat["dataset"] == "mnist" and (flat["img_size"], flat["n_channels"]) == (32, 1)
     grid = VQGANConfig(ch_mult=tuple(flat["ch_mult"])).grid(32)
     assert grid == (8, 8) and flat["codebook_size"] == 512 and flat["disc_start_step"] > flat["train_steps"]

@@ -8,16 +8,16 @@ from safetensors.torch import load_file
 
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from helpers.tiny_runs import DDPM, call
-from train.posthoc_ema import reconstruct, snapshot_path
+from train.posthoc_ema import reconstruct_ema, snapshot_path
 
-PROFILES = "--ema_profiles 0.05 0.1 --steps_per_ema_snapshot 2 --keep_last 0"
+POSTHOC_WEIGHTS = "--ema_profiles 0.05 0.1 --steps_per_ema_snapshot 2 --keep_last 0"
 
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
     """A run of five steps with snapshots of 2, 4 and 5, and one that kept none."""
     logs = tmp_path_factory.mktemp("ema_length")
-    call("train_sampler.py", f"--logs_root {logs} --train_steps 5 --no_amp --lr 0.01 {DDPM} {PROFILES}")
+    call("train_sampler.py", f"--logs_root {logs} --train_steps 5 --no_amp --lr 0.01 {DDPM} {POSTHOC_WEIGHTS}")
     call("train_sampler.py", f"--logs_root {logs} --train_steps 2 --no_amp {DDPM} --log_dir without")
     return logs
 
@@ -33,7 +33,7 @@ def weights(trained):
 @pytest.mark.parametrize(("asked", "step"), [(None, 5), (2, 2), (4, 4)])
 def test_the_weights_are_the_rebuilt_average_of_a_kept_step(logs, asked, step, capfd):
     trained = model(logs, ema_length=0.08, load_step=asked)
-    wanted = reconstruct(logs / "ddpm_digits", step, "network", 0.08)
+    wanted = reconstruct_ema(logs / "ddpm_digits", step, "network", 0.08)
     assert trained.step == step
     assert all(torch.equal(value, wanted[key]) for key, value in weights(trained).items())
     assert f"step {step}, EMA rebuilt to relative length 0.08; pixels" in capfd.readouterr().out

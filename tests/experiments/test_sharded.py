@@ -14,7 +14,7 @@ import torch
 
 from experiments.harness.batches import FOLDER, in_order, only_process, own_indices
 from helpers.tiny_runs import DDPM, ROOT, call
-from train.distributed import World
+from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
 
 FD = "--FD_features pixels --steps_per_FD 1 --FD_samples 5"
@@ -169,7 +169,7 @@ def test_the_main_process_alone_speaks(made):
     assert other_out == "" and "img" not in other_bars
 
 
-class Main(World):
+class Main(DistContext):
     """The first of two processes; what the second says is given."""
 
     others = None
@@ -185,14 +185,14 @@ def test_batches_come_in_turn_until_all_have_run_out(monkeypatch):
         "experiments.harness.batches.gathered", lambda world, made: [made, others.pop(0) if others else None]
     )
     assert list(in_order(world, iter("ac"))) == ["a", "b", "c", "d"]
-    assert list(in_order(World(torch.device("cpu")), iter("ac"))) == ["a", "c"]
+    assert list(in_order(DistContext(torch.device("cpu")), iter("ac"))) == ["a", "c"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_each_index_has_one_owner_and_batches_stay_as_they_are(size):
     indices = list(range(20, 31))
     whole = [indices[i : i + 3] for i in range(0, 11, 3)]
-    owned = [own_indices(World(torch.device("cpu"), rank, size), indices, 3) for rank in range(size)]
+    owned = [own_indices(DistContext(torch.device("cpu"), rank, size), indices, 3) for rank in range(size)]
     assert sorted(sum(owned, [])) == indices
     assert sorted(own[i : i + 3] for own in owned for i in range(0, len(own), 3)) == whole
 

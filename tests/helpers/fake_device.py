@@ -12,7 +12,7 @@ DEVICE = torch.device("meta")  # the name of the other place; a name that needs 
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.ops.aten.to.device)
 
 
-class Elsewhere(torch.Tensor):
+class FakeDeviceTensor(torch.Tensor):
     """A tensor of that device around one of the CPU."""
 
     @staticmethod
@@ -31,14 +31,14 @@ class Elsewhere(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        return carried_out(function, args, kwargs or {})
+        return run_operation(function, args, kwargs or {})
 
 
-class TwoPlaces(TorchDispatchMode):
+class FakeDeviceMode(TorchDispatchMode):
     """While it is on, DEVICE is that of Elsewhere."""
 
     def __enter__(self):
-        self.data = FromData()
+        self.data = KeepValues()
         self.data.__enter__()
         return super().__enter__()
 
@@ -47,10 +47,10 @@ class TwoPlaces(TorchDispatchMode):
         self.data.__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return carried_out(function, args, kwargs or {})
+        return run_operation(function, args, kwargs or {})
 
 
-class FromData(TorchFunctionMode):
+class KeepValues(TorchFunctionMode):
     """torch.tensor(data, device=DEVICE) would lose the numbers on its way to a dispatch mode."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -60,20 +60,20 @@ class FromData(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def carried_out(function, args, kwargs):
+def run_operation(function, args, kwargs):
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    there = [each for each in given if isinstance(each, Elsewhere)]
-    if there and function not in COPIES and any(each.ndim for each in given if not isinstance(each, Elsewhere)):
+    there = [each for each in given if isinstance(each, FakeDeviceTensor)]
+    if there and function not in COPIES and any(each.ndim for each in given if not isinstance(each, FakeDeviceTensor)):
         raise RuntimeError(f"{function}: tensors on more than one device")
     wanted = kwargs.get("device")
     is_there = bool(there) if wanted is None else torch.device(wanted) == DEVICE
     if function is torch.ops.aten.copy_.default:
-        is_there = isinstance(args[0], Elsewhere)
+        is_there = isinstance(args[0], FakeDeviceTensor)
     if wanted is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
-    inner_args, inner_kwargs = tree_map_only(Elsewhere, lambda each: each.numbers, (args, kwargs))
+    inner_args, inner_kwargs = tree_map_only(FakeDeviceTensor, lambda each: each.numbers, (args, kwargs))
     result = function(*inner_args, **inner_kwargs)
     if not is_there:
         return result
     itself = {id(each.numbers): each for each in there}  # what is changed in place
-    return tree_map_only(torch.Tensor, lambda r: itself[id(r)] if id(r) in itself else Elsewhere(r), result)
+    return tree_map_only(torch.Tensor, lambda r: itself[id(r)] if id(r) in itself else FakeDeviceTensor(r), result)

@@ -1,4 +1,4 @@
-"""What goes wrong in training, at chosen steps and in chosen processes: for --adapt, --hooks and `Crew.call`."""
+"""What goes wrong in training, at chosen steps and in chosen processes: for --adapt, --hooks and `ProcessPool.call`."""
 
 import os
 from contextlib import contextmanager
@@ -56,7 +56,7 @@ class NanGradient:
         self.set = True
 
 
-class NanGradientInTheSecond(NanGradient):
+class NanGradientOnRank1(NanGradient):
     ranks = {"1"}
 
 
@@ -69,7 +69,7 @@ class NanGradientOfDiscriminator(NanGradient):
 
 
 @contextmanager
-def added_to_loss(number: float, positions: set[int], seen: list | None = None):
+def add_to_loss(number: float, positions: set[int], seen: list | None = None):
     """Adds a number that no parameter moves to the loss of these samples; notes all samples of each step in `seen`."""
     loss = SamplerStep.loss
 
@@ -86,7 +86,7 @@ def added_to_loss(number: float, positions: set[int], seen: list | None = None):
 
 
 @contextmanager
-def nan_images(positions: set[int]):
+def replace_images_by_nan(positions: set[int]):
     """Samples whose image is no number."""
     images = TrainingImages.__getitem__
 
@@ -102,18 +102,18 @@ def nan_images(positions: set[int]):
 
 
 def run_with_infinite_loss(flags: str) -> None:
-    with added_to_loss(float("inf"), {LAST}):
+    with add_to_loss(float("inf"), {LAST}):
         tiny_runs.call("train_sampler.py", flags)
 
 
 @contextmanager
-def first_scale(value: float):
+def initial_loss_scale(value: float):
     """float16's loss scale begins here."""
-    with mock.patch.object(LossScale, "FIRST", value):
+    with mock.patch.object(LossScale, "INITIAL", value):
         yield
 
 
-def raises_in_the_second(state, outputs):
+def raise_on_rank_1(state, outputs):
     """For --hooks: what one process alone cannot go on from."""
     if os.environ["RANK"] == "1" and state.step == 3:
         raise ValueError("not one image can be read any more")

@@ -1,4 +1,4 @@
-"""What tests have each process of a `Crew` do; answers are plain numbers and lists."""
+"""What tests have each process of a `ProcessPool` do; answers are plain numbers and lists."""
 
 import gc
 from collections import Counter
@@ -10,12 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from helpers import tiny_runs
-from train.distributed import World, world
-from train.loop import Tally
+from train.distributed import DistContext, init_distributed
+from train.loop import RunningSums
 from train.sampler import SamplerStep
 
 
-def collectives(command: str) -> dict[str, int]:
+def count_collectives(command: str) -> dict[str, int]:
     """How often each kind of collective runs in a sampler's training steps, DDP's and FSDP's own included."""
     script, _, flags = command.partition(" ")
     counts, step = Counter(), SamplerStep.__call__
@@ -32,7 +32,7 @@ def collectives(command: str) -> dict[str, int]:
     return dict(counts)
 
 
-def replicas_at_the_end(command: str) -> int:
+def count_ddp_wrappers(command: str) -> int:
     """How many wrappers of DDP there are when the process group of a run is taken down."""
     script, _, flags = command.partition(" ")
     counts, destroy = [], dist.destroy_process_group
@@ -46,59 +46,59 @@ def replicas_at_the_end(command: str) -> int:
     return counts[0]
 
 
-def shares(_: str) -> dict:
-    """What `World` does with lists that do not divide."""
-    with world("cpu", 1) as here:
+def share_lists(_: str) -> dict:
+    """What `DistContext` does with lists that do not divide."""
+    with init_distributed("cpu", 1) as world:
         items = list(range(5))
-        own = here.share_of(items)
+        own = world.local_items(items)
         squares = torch.tensor(own)[:, None] ** 2 * torch.ones(1, 2, dtype=torch.int64)
         return {
             "own": own,
-            "any": here.any(False, here.rank == 1, True),
-            "rounds": list(here.rounds([own[i : i + 1] for i in range(len(own))])),
-            "none": list(here.rounds([])),
-            "collected": here.collect(squares, 5).tolist(),
-            "one": here.collect(squares[:1] if here.is_main else squares[:0], 1).tolist(),
-            "gathered": here.gather(torch.tensor([here.rank, 7], dtype=torch.uint8)).tolist(),
-            "mean": here.mean(torch.tensor(float(here.rank))).item(),
-            "share": here.share(6, "batch_size"),
+            "any": world.any(False, world.rank == 1, True),
+            "rounds": list(world.padded_batches([own[i : i + 1] for i in range(len(own))])),
+            "none": list(world.padded_batches([])),
+            "collected": world.gather_items(squares, 5).tolist(),
+            "one": world.gather_items(squares[:1] if world.is_main else squares[:0], 1).tolist(),
+            "gathered": world.gather(torch.tensor([world.rank, 7], dtype=torch.uint8)).tolist(),
+            "mean": world.mean(torch.tensor(float(world.rank))).item(),
+            "share": world.per_rank(6, "batch_size"),
         }
 
 
-def rounds_without_a_batch(_: str) -> list:
+def pad_missing_batches(_: str) -> list:
     """The second process has nothing to do, and must go along all the same."""
-    with world("cpu", 1) as here:
-        return list(here.rounds(["only"] if here.is_main else [], spare=lambda: "spare"))
+    with init_distributed("cpu", 1) as world:
+        return list(world.padded_batches(["only"] if world.is_main else [], fallback=lambda: "spare"))
 
 
-def gathered_masks(_: str) -> list:
-    with world("cpu", 1) as here:
-        return here.gather(torch.tensor([True, here.is_main])).tolist()
+def gather_booleans(_: str) -> list:
+    with init_distributed("cpu", 1) as world:
+        return world.gather(torch.tensor([True, world.is_main])).tolist()
 
 
-def tallies(_: str) -> dict:
+def running_sums(_: str) -> dict:
     """Sums of two processes: saved, gone on with, loaded from one process and from three, taken."""
-    with world("cpu", 1) as here:
-        tally = filled(here)
-        state = tally.state_dict()
-        resumed = Tally(here)
+    with init_distributed("cpu", 1) as world:
+        sums = example_sums(world)
+        state = sums.state_dict()
+        resumed = RunningSums(world)
         resumed.load_state_dict(state)
-        from_one, from_three = Tally(here), Tally(here)
+        from_one, from_three = RunningSums(world), RunningSums(world)
         from_one.load_state_dict({"loss": torch.tensor([[9.0, 3.0]])})
         from_three.load_state_dict({"loss": torch.tensor([[1.0, 1.0], [2.0, 1.0], [4.0, 1.0]])})
         own = {"one": from_one.sums["loss"].tolist(), "three": from_three.sums["loss"].tolist()}
         return {
             "state": {name: value.tolist() for name, value in state.items()},
             "own": own,
-            "again": {name: torch.equal(value, tally.sums[name]) for name, value in resumed.sums.items()},
-            "taken": [t.take()["loss"].tolist() for t in (tally, resumed, from_one, from_three)],
-            "after": [t.take() for t in (tally, resumed)],
+            "again": {name: torch.equal(value, sums.sums[name]) for name, value in resumed.sums.items()},
+            "taken": [t.reduce_and_reset()["loss"].tolist() for t in (sums, resumed, from_one, from_three)],
+            "after": [t.reduce_and_reset() for t in (sums, resumed)],
         }
 
 
-def filled(here: World) -> Tally:
-    tally = Tally(here)
+def example_sums(world: DistContext) -> RunningSums:
+    sums = RunningSums(world)
     for step in range(3):
-        tally.add("loss", torch.tensor([10.0 * here.rank + step, 1.0]))
-    tally.add("table", torch.full((2, 2), float(here.rank)))
-    return tally
+        sums.add("loss", torch.tensor([10.0 * world.rank + step, 1.0]))
+    sums.add("table", torch.full((2, 2), float(world.rank)))
+    return sums

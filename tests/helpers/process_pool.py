@@ -30,7 +30,7 @@ def variables(rank: int, size: int, port: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-class Crew:
+class ProcessPool:
     """`size` processes that make a process group of their own for each task."""
 
     def __init__(self, size: int):
@@ -104,7 +104,7 @@ def work(task: dict) -> dict:
     import torch.distributed as dist
 
     from helpers import tiny_runs
-    from train.registry import dotted
+    from train.registry import import_callable
 
     os.environ["MASTER_PORT"] = str(task["port"])
     out, err = io.StringIO(), io.StringIO()
@@ -114,7 +114,7 @@ def work(task: dict) -> dict:
             if task["kind"] == "run":
                 tiny_runs.call(task["what"], task["flags"])
             else:
-                value = dotted(task["what"], "call")(task["flags"])
+                value = import_callable(task["what"], "call")(task["flags"])
         except SystemExit as stop:
             code = stop.code or 0
         except BaseException:  # whatever it was, the test is to see it

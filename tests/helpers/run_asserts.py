@@ -18,13 +18,13 @@ def weights(run, step, name="model.safetensors"):
     return load_file(checkpoint(run, step) / name)
 
 
-def rest(run, step):
+def saved_state(run, step):
     """The content of state.pt."""
     return torch.load(checkpoint(run, step) / "state.pt", weights_only=True)
 
 
 def extras(run, step):
-    return rest(run, step)["extras"]
+    return saved_state(run, step)["extras"]
 
 
 def manifest_of(path):
@@ -68,7 +68,7 @@ def moments(run, step):
     """Every tensor that the optimizers keep, by optimizer, parameter and name."""
     return {
         f"{name}/{i}/{key}": value
-        for name, optimizer in rest(run, step)["optimizers"].items()
+        for name, optimizer in saved_state(run, step)["optimizers"].items()
         for i, kept in optimizer["state"].items()
         for key, value in kept.items()
     }
@@ -81,7 +81,7 @@ def assert_same_checkpoints(one, other, step, best=True):
     for file in mine.glob("*.safetensors"):
         assert_close(weights(one, step, file.name), weights(other, step, file.name))
     assert_close(moments(one, step), moments(other, step), rtol=1e-3)  # gradients that rounding alone makes
-    mine, yours = rest(one, step), rest(other, step)
+    mine, yours = saved_state(one, step), saved_state(other, step)
     assert mine.keys() == yours.keys() and mine["step"] == yours["step"] and mine["bad_steps"] == yours["bad_steps"]
     for name, (value, at) in mine["best"].items() if best else ():
         assert yours["best"][name] == (pytest.approx(value, rel=1e-5), at)

@@ -35,7 +35,7 @@ def run(script: str, flags: str = "", *, processes: int = 1, cwd: Path = ROOT) -
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
 
 
-def parsed(script, flags, monkeypatch):
+def parse_config(script, flags, monkeypatch):
     """The config that a script would hand to its main."""
     seen = []
     monkeypatch.setattr(cli, "run_main", lambda main, config: seen.append(config))

@@ -21,7 +21,7 @@ from train.data.code_cache import CodeFile, CodeTable, code_table
 from train.data.loading import ImageSource
 from train.data.transforms import View
 from train.datasets import ArrayDataset, UnreadableImage
-from train.distributed import World, world
+from train.distributed import DistContext, init_distributed
 
 COUNT, CHUNK = 11, 3  # four chunks, the last one shorter
 VIEWS = (View(), View(flip=True))
@@ -95,7 +95,7 @@ def codes_in(
     encoder=encode,
     *,
     batch_size: int = 2,
-    here: World | None = None,
+    here: DistContext | None = None,
     broken: tuple[int, ...] = (),
     workers: int = 0,
     file: CodeFile | None = None,
@@ -105,7 +105,7 @@ def codes_in(
     if annotated:
         dataset, file = Annotated(PIXELS, dataset.labels, COUNT), replace(file, views=VIEWS)
     config = replace(CONFIG, num_workers=workers)
-    here = here or World(torch.device("cpu"))
+    here = here or DistContext(torch.device("cpu"))
     return code_table(file, lambda: ImageSource(dataset, config), encoder, batch_size, here)
 
 
@@ -120,7 +120,7 @@ def one_process(rank: int, port: int, folder: Path, fails_at: tuple, broken: tup
     bars = []
     with (
         mock.patch.object(code_cache, "tqdm", partial(shown, bars)),
-        world("cpu", 1) as here,
+        init_distributed("cpu", 1) as here,
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")

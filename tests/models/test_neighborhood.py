@@ -230,7 +230,7 @@ def test_it_compiles_as_one_graph_also_for_other_batches_and_grids(backend, bias
         assert close(with_gradients(graph, inputs), wanted, 1e-6)
 
 
-class Largest(TorchDispatchMode):
+class LargestTensor(TorchDispatchMode):
     """The bytes of the largest tensor that any operation returns."""
 
     bytes = 0
@@ -251,7 +251,7 @@ def test_memory_is_linear_in_the_tokens_with_tiles_and_quadratic_without(backend
         monkeypatch.setattr(tables, "CACHE", {})  # making the tables counts
         case = Case((side, side), (5, 5), (1, 1), (False, False), shared=2, bias=bias)
         inputs = case.inputs(torch.float32)
-        with Largest() as largest:
+        with LargestTensor() as largest:
             with_gradients(lambda *x, case=case: case.attend(backend, *x), inputs)
         sizes.append(largest.bytes)
     assert [b / a for a, b in itertools.pairwise(sizes)] == pytest.approx([growth] * (len(sizes) - 1), rel=0.1)

@@ -9,19 +9,19 @@ from safetensors.torch import save_file
 from torch import nn
 
 from train import checkpoint
-from train.checkpoint import checkpoint_path, load, load_weights, resolve_step, save, saved_steps
+from train.checkpoint import checkpoint_path, load_checkpoint, load_weights, resolve_step, save_checkpoint, saved_steps
 from train.ema import EMA
 from train.files import sha256
-from train.loop import State
+from train.loop import TrainState
 
 
-def state_of(width: int = 3) -> State:
+def state_of(width: int = 3) -> TrainState:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
     network(torch.randn(4, width)).square().sum().backward()
     optimizer.step()
-    return State({"network": network}, {"network": optimizer}, {"network": EMA(network, 0.9)}, step=7)
+    return TrainState({"network": network}, {"network": optimizer}, {"network": EMA(network, 0.9)}, step=7)
 
 
 def write_manifest(path):
@@ -32,12 +32,12 @@ def write_manifest(path):
 
 def test_everything_comes_back(tmp_path):
     saved, other = state_of(), state_of()
-    save(tmp_path, saved)
+    save_checkpoint(tmp_path, saved)
     with torch.no_grad():
         for parameter in other.modules["network"].parameters():
             parameter.zero_()
     other.step = 0
-    load(tmp_path, 7, other)
+    load_checkpoint(tmp_path, 7, other)
     assert other.step == 7
     for name in ("modules", "optimizers"):
         assert str(getattr(saved, name)["network"].state_dict()) == str(getattr(other, name)["network"].state_dict())
@@ -47,7 +47,7 @@ def test_everything_comes_back(tmp_path):
 
 def test_a_save_that_fails_leaves_the_older_checkpoint_and_no_new_one(tmp_path, monkeypatch):
     state = state_of()
-    save(tmp_path, state)
+    save_checkpoint(tmp_path, state)
     state.step = 8
 
     def full_disk(*args):
@@ -55,7 +55,7 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_and_no_new_one(tmp_path, 
 
     monkeypatch.setattr(checkpoint.torch, "save", full_disk)
     with pytest.raises(OSError, match="No space"):
-        save(tmp_path, state)
+        save_checkpoint(tmp_path, state)
     assert saved_steps(tmp_path) == [7]
     load_weights(tmp_path, 7, state.modules, ema=False)
 
@@ -63,16 +63,16 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_and_no_new_one(tmp_path, 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b""])
 @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "state.pt"])
 def test_a_truncated_or_flipped_file_is_named(tmp_path, name, damage):
-    path = save(tmp_path, state_of())
+    path = save_checkpoint(tmp_path, state_of())
     (path / name).write_bytes(damage((path / name).read_bytes()))
     with pytest.raises(ValueError, match=f"{name} is damaged"):
-        load(tmp_path, 7, state_of())
+        load_checkpoint(tmp_path, 7, state_of())
 
 
 def test_another_networks_weights_are_refused_by_key_and_shape(tmp_path):
-    save(tmp_path, state_of(width=3))
+    save_checkpoint(tmp_path, state_of(width=3))
     with pytest.raises(ValueError, match=r"0.weight: \(3, 3\) in the file, \(4, 4\) here"):
-        load(tmp_path, 7, state_of(width=4))
+        load_checkpoint(tmp_path, 7, state_of(width=4))
     with pytest.raises(ValueError, match="model.safetensors does not fit this network .* keys differ"):
         load_weights(tmp_path, 7, {"network": nn.ModuleDict({"extra": nn.Linear(1, 1)})}, ema=False)
 
@@ -87,13 +87,13 @@ class Labelled(nn.Module):
 
 def test_weights_of_a_users_own_keep_their_names(tmp_path):
     saved, other = Labelled(), Labelled()
-    save(tmp_path, State({"network": saved}, {}, {}, step=7))
+    save_checkpoint(tmp_path, TrainState({"network": saved}, {}, {}, step=7))
     load_weights(tmp_path, 7, {"network": other}, ema=False)
     assert torch.equal(other.label.weight, saved.label.weight)
 
 
 def test_a_poisoned_pickle_runs_nothing(tmp_path):
-    path = save(tmp_path, state_of())
+    path = save_checkpoint(tmp_path, state_of())
     trace = tmp_path / "it ran"
 
     class Poison:
@@ -103,22 +103,22 @@ def test_a_poisoned_pickle_runs_nothing(tmp_path):
     (path / "state.pt").write_bytes(pickle.dumps(Poison(), protocol=2))
     write_manifest(path)
     with pytest.raises(ValueError, match="nothing was run"):
-        load(tmp_path, 7, state_of())
+        load_checkpoint(tmp_path, 7, state_of())
     assert not trace.exists()
 
 
 def test_a_file_that_is_no_safetensors_is_named(tmp_path):
-    path = save(tmp_path, state_of())
+    path = save_checkpoint(tmp_path, state_of())
     (path / "model.safetensors").write_bytes(b"something else")
     write_manifest(path)
     with pytest.raises(ValueError, match="model.safetensors is not a safetensors file"):
-        load(tmp_path, 7, state_of())
+        load_checkpoint(tmp_path, 7, state_of())
 
 
 def test_missing_averages_say_so(tmp_path):
     state = state_of()
     state.averages = {}
-    save(tmp_path, state)
+    save_checkpoint(tmp_path, state)
     with pytest.raises(FileNotFoundError, match="--no_ema"):
         load_weights(tmp_path, 7, state.modules, ema=True)
 
@@ -135,7 +135,7 @@ def test_a_folder_without_manifest_is_no_checkpoint(tmp_path):
 def test_steps_left_out_mean_the_newest_and_a_wrong_one_names_those_there(tmp_path):
     state = state_of()
     for state.step in (100, 20, 3):
-        save(tmp_path, state)
+        save_checkpoint(tmp_path, state)
     assert resolve_step(tmp_path, None, "--load_step") == 100
     assert resolve_step(tmp_path, 20, "--load_step") == 20
     with pytest.raises(FileNotFoundError, match="there are 3, 20, 100"):

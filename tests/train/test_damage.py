@@ -13,10 +13,10 @@ from torch import nn
 
 from helpers.run_asserts import assert_equal_bits, checkpoint, manifest_of, weights
 from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call
-from train.checkpoint import load, load_weights, save, saved_steps
+from train.checkpoint import load_checkpoint, load_weights, save_checkpoint, saved_steps
 from train.config import DataConfig
 from train.ema import EMA
-from train.loop import State
+from train.loop import TrainState
 from train.spaces import Pixels
 from train.trained_sampler import load_sampler
 
@@ -24,13 +24,13 @@ FILES = ["model.safetensors", "ema.safetensors", "state.pt", "manifest.json"]
 STAGE_1 = f"--no_amp {VQGAN} {GAN}"
 
 
-def state_of(width: int = 3, optimizer=torch.optim.AdamW, layers: int = 1) -> State:
+def state_of(width: int = 3, optimizer=torch.optim.AdamW, layers: int = 1) -> TrainState:
     torch.manual_seed(0)
     network = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
     made = optimizer(network.parameters(), lr=0.1, **({"momentum": 0.9} if optimizer is torch.optim.SGD else {}))
     network(torch.randn(4, width)).square().sum().backward()
     made.step()
-    return State({"network": network}, {"network": made}, {"network": EMA(network, 0.9)}, step=7)
+    return TrainState({"network": network}, {"network": made}, {"network": EMA(network, 0.9)}, step=7)
 
 
 def seal(path: Path) -> None:
@@ -57,7 +57,7 @@ class Poison:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("run"), state_of())
+    return save_checkpoint(tmp_path_factory.mktemp("run"), state_of())
 
 
 @settings(max_examples=60, deadline=None)
@@ -73,10 +73,10 @@ def test_no_byte_of_any_file_can_change_unseen(saved, data):
     try:
         if file.name != "manifest.json":
             with pytest.raises(ValueError, match=f"{file.name} is damaged"):
-                load(saved.parents[1], 7, state_of())
+                load_checkpoint(saved.parents[1], 7, state_of())
             return
         try:  # white space, or the case of a name that JSON does not see, may change
-            load(saved.parents[1], 7, state_of())
+            load_checkpoint(saved.parents[1], 7, state_of())
         except ValueError as error:
             assert str(saved) in str(error)
         else:
@@ -104,11 +104,11 @@ MANIFESTS = {
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_a_manifest_that_does_not_list_the_files_is_refused(tmp_path, name):
-    path = save(tmp_path, state_of())
+    path = save_checkpoint(tmp_path, state_of())
     shutil.copy(path / "state.pt", tmp_path / "outside")
     content = MANIFESTS[name](json.loads((path / "manifest.json").read_text()))
     (path / "manifest.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    for read in (load, lambda run, step, state: load_weights(run, step, state.modules, ema=True)):
+    for read in (load_checkpoint, lambda run, step, state: load_weights(run, step, state.modules, ema=True)):
         with pytest.raises(ValueError, match="step_00000007"):
             read(tmp_path, 7, state_of())
 
@@ -135,53 +135,53 @@ def with_state(saved, change):
 
 @pytest.mark.parametrize("name", STATES)
 def test_a_state_that_is_not_of_such_a_training_is_refused(tmp_path, name):
-    from train.distributed import World
-    from train.loop import Tally
+    from train.distributed import DistContext
+    from train.loop import RunningSums
 
-    path = save(tmp_path, state_of())
+    path = save_checkpoint(tmp_path, state_of())
     rewrite(path, STATES[name])
     state = state_of()
-    state.counters = {"metrics": Tally(World(torch.device("cpu")))}
+    state.counters = {"metrics": RunningSums(DistContext(torch.device("cpu")))}
     with pytest.raises(ValueError, match="state.pt"):
-        load(tmp_path, 7, state)
+        load_checkpoint(tmp_path, 7, state)
 
 
 def test_the_momentum_of_another_network_is_refused(tmp_path):
-    path = save(tmp_path, state_of(3, torch.optim.SGD))
-    other = save(tmp_path / "other", state_of(4, torch.optim.SGD))
+    path = save_checkpoint(tmp_path, state_of(3, torch.optim.SGD))
+    other = save_checkpoint(tmp_path / "other", state_of(4, torch.optim.SGD))
     shutil.copy(other / "state.pt", path / "state.pt")
     seal(path)
     with pytest.raises(ValueError, match="state.pt holds the optimizer of another network"):
-        load(tmp_path, 7, state_of(3, torch.optim.SGD))
+        load_checkpoint(tmp_path, 7, state_of(3, torch.optim.SGD))
 
 
 def test_the_state_of_a_network_of_more_layers_is_refused(tmp_path):
-    path, other = save(tmp_path, state_of()), save(tmp_path / "other", state_of(layers=2))
+    path, other = save_checkpoint(tmp_path, state_of()), save_checkpoint(tmp_path / "other", state_of(layers=2))
     shutil.copy(other / "state.pt", path / "state.pt")
     seal(path)
     with pytest.raises(ValueError, match="state.pt holds the optimizer of another network"):
-        load(tmp_path, 7, state_of())
+        load_checkpoint(tmp_path, 7, state_of())
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # torch says so before it refuses
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize("name", FILES)
 def test_a_poisoned_file_runs_nothing(tmp_path, name, protocol):
-    path, trace = save(tmp_path, state_of()), tmp_path / "it ran"
+    path, trace = save_checkpoint(tmp_path, state_of()), tmp_path / "it ran"
     (path / name).write_bytes(pickle.dumps(Poison(trace), protocol=protocol))
     if name != "manifest.json":
         seal(path)
     with pytest.raises(ValueError, match=str(path)):
-        load(tmp_path, 7, state_of())
+        load_checkpoint(tmp_path, 7, state_of())
     assert not trace.exists()
 
 
 def test_a_poison_inside_a_file_of_torch_runs_nothing(tmp_path):
-    path, trace = save(tmp_path, state_of()), tmp_path / "it ran"
+    path, trace = save_checkpoint(tmp_path, state_of()), tmp_path / "it ran"
     torch.save({"step": 7, "optimizers": {"network": Poison(trace)}}, path / "state.pt")
     seal(path)
     with pytest.raises(ValueError, match="state.pt holds more than tensors and numbers; nothing was run"):
-        load(tmp_path, 7, state_of())
+        load_checkpoint(tmp_path, 7, state_of())
     assert not trace.exists()
 
 
@@ -265,7 +265,7 @@ def test_a_checkpoint_from_before_counters_goes_on(tmp_path):
 
 
 def test_folders_that_are_no_checkpoints_are_passed_over(tmp_path):
-    path = save(tmp_path, state_of())
+    path = save_checkpoint(tmp_path, state_of())
     for name in ("step_last", "step_7", "step_00000009.bak", "step_²"):
         shutil.copytree(path, path.with_name(name))
     assert saved_steps(tmp_path) == [7]

@@ -160,7 +160,7 @@ def test_a_run_keeps_the_range_that_its_data_declare(heights, tmp_path, capfd):
     call("train_sampler.py", f"{DDPM} {heights} --log_dir own --train_steps 1")
     assert yaml.safe_load((tmp_path / "own" / "config.yaml").read_text())["data"]["data_range"] == [-50.0, 2000.0]
     call("train_sampler.py", f"{DDPM} {heights} --log_dir own --train_steps 2")
-    assert "going on from step 1 of 2" in capfd.readouterr().out
+    assert "resuming from step 1 of 2" in capfd.readouterr().out
     flags = f"--sampler ddpm --dataset heights --logs_root {tmp_path} --load_dir own --no_amp --log_dir samples"
     call("experiments/get_samples.py", f"{flags} --n_samples 2 --sample_steps 2")
     with np.load(tmp_path / "samples" / "samples.npz") as arrays:

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from helpers.process_pool import Crew
+from helpers.process_pool import ProcessPool
 from helpers.run_asserts import (
     assert_close,
     assert_same_checkpoints,
@@ -16,8 +16,8 @@ from helpers.run_asserts import (
     weights,
 )
 from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call, run
-from train.distributed import World
-from train.loop import Tally
+from train.distributed import DistContext
+from train.loop import RunningSums
 
 FLAGS = "--no_amp --weight_decay 0.01 --steps_per_log 1 --ema_profiles 0.1"
 STAGE_1 = f"{FLAGS} {VQGAN} {GAN} --disc_weight_max 1000 --lr 1e-4 --steps_per_eval 3"
@@ -31,7 +31,7 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def two():
     """Two processes that wait for something to train."""
-    crew = Crew(2)
+    crew = ProcessPool(2)
     yield crew
     crew.close()
 
@@ -119,7 +119,7 @@ def test_gradients_are_exchanged_once_for_all_parts_of_a_batch(tmp_path, two, wa
     counts = []
     for parts in (1, 4):
         command = f"train_sampler.py {flags} --log_dir {way}_{parts} --accumulate {parts}"
-        counts.append(two.call("helpers.per_rank.collectives", command)[0])
+        counts.append(two.call("helpers.per_rank.count_collectives", command)[0])
     for kind in counts[0].keys() | counts[1].keys():
         if "gather" not in kind:  # shards are put together for each part
             assert counts[1].get(kind, 0) == counts[0].get(kind, 0) > 0, counts
@@ -130,11 +130,11 @@ def test_gradients_are_exchanged_once_for_all_parts_of_a_batch(tmp_path, two, wa
 def test_no_wrapper_outlives_its_process_group(tmp_path, two):
     """On torch 2.11 one that does deadlocks where it is freed, and the run never ends."""
     flags = f"--logs_root {tmp_path} {DDPM} --no_amp --train_steps 1 --steps_per_eval 0"
-    assert two.call("helpers.per_rank.replicas_at_the_end", f"train_sampler.py {flags}") == [0, 0]
+    assert two.call("helpers.per_rank.count_ddp_wrappers", f"train_sampler.py {flags}") == [0, 0]
 
 
 def test_processes_share_lists_that_do_not_divide(two):
-    first, second = two.call("helpers.per_rank.shares")
+    first, second = two.call("helpers.per_rank.share_lists")
     assert (first["own"], second["own"]) == ([0, 2, 4], [1, 3])
     assert first["rounds"] == [[[0], True], [[2], True], [[4], True]]
     assert second["rounds"] == [[[1], True], [[3], True], [[3], False]]  # its last again, which does not count
@@ -146,18 +146,18 @@ def test_processes_share_lists_that_do_not_divide(two):
 
 
 def test_a_process_without_a_batch_goes_along_in_every_round(two):
-    first, second = two.call("helpers.per_rank.rounds_without_a_batch")
+    first, second = two.call("helpers.per_rank.pad_missing_batches")
     assert len(first) == len(second) == 1  # else the forward of a sharded network waits for it for ever
     assert [first[0][1], second[0][1]] == [True, False]
 
 
 def test_truth_values_are_gathered(two):
     """A user's batches may hold masks, and a bad step saves them."""
-    assert two.call("helpers.per_rank.gathered_masks") == [[True, True, True, False]] * 2
+    assert two.call("helpers.per_rank.gather_booleans") == [[True, True, True, False]] * 2
 
 
 def test_tallies_of_two_processes_are_saved_and_go_on_in_any_number(two):
-    first, second = two.call("helpers.per_rank.tallies")
+    first, second = two.call("helpers.per_rank.running_sums")
     assert first["state"] == second["state"]
     assert first["state"]["loss"] == [[3.0, 3.0], [33.0, 3.0]]
     assert first["state"]["table"] == [[[0.0, 0.0]] * 2, [[1.0, 1.0]] * 2]
@@ -166,9 +166,9 @@ def test_tallies_of_two_processes_are_saved_and_go_on_in_any_number(two):
         assert answer["taken"] == [[36.0, 6.0], [36.0, 6.0], [9.0, 3.0], [7.0, 3.0]]
         assert answer["after"] == [{}, {}]
     assert (first["own"], second["own"]) == ({"one": [9, 3], "three": [7, 3]}, {"one": [0, 0], "three": [0, 0]})
-    alone = Tally(World(torch.device("cpu")))
+    alone = RunningSums(DistContext(torch.device("cpu")))
     alone.load_state_dict({name: torch.tensor(value) for name, value in first["state"].items()})
-    assert alone.take()["loss"].tolist() == [36.0, 6.0]
+    assert alone.reduce_and_reset()["loss"].tolist() == [36.0, 6.0]
 
 
 COLD = "--entropy_temperature 1"  # a colder one makes more of rounding than is allowed here

@@ -77,7 +77,7 @@ def test_the_other_process_of_one_that_stands_still_ends_after_its_timeout(tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_one_process_that_gives_up_ends_all(tmp_path, pair, way):
-    processes = pair(f"--hooks helpers.fault_injection.raises_in_the_second --parallel {way}")
+    processes = pair(f"--hooks helpers.fault_injection.raise_on_rank_1 --parallel {way}")
     assert all(quiet_end(process, PATIENCE) for process in processes)
     assert processes[1].returncode == 2 and processes[0].returncode != 0
     said = (tmp_path / "said_1").read_text()

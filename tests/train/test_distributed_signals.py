@@ -8,11 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from kill_training import differences, progress, started, undisturbed, until
+from kill_training import differences, progress, run_uninterrupted, start_process, until
 
 from helpers.tiny_runs import DDPM, call
 from train import distributed, trainer
-from train.checkpoint import saved_steps, verify
+from train.checkpoint import saved_steps, verify_checkpoint
 from train.distributed import StopSignals
 
 STEPS = 36
@@ -33,7 +33,7 @@ def interrupt_twice(state, outputs):
 def interrupt_again_later(state, outputs):
     if state.step == 2:
         os.kill(os.getpid(), signal.SIGINT)
-        distributed.REPEATED = 0.0
+        distributed.DUPLICATE_SECONDS = 0.0
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the second one came too late")
 """
@@ -44,7 +44,7 @@ def hooks(tmp_path, monkeypatch):
     """The module `signalling`, for one test."""
     (tmp_path / "signalling.py").write_text(HOOKS)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(distributed, "REPEATED", distributed.REPEATED)  # a hook changes it
+    monkeypatch.setattr(distributed, "DUPLICATE_SECONDS", distributed.DUPLICATE_SECONDS)  # a hook changes it
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def handlers():
 def stopped(logs: Path, number: int, at_step: int) -> tuple[int, int, str]:
     """Starts the run and signals its whole group, as a terminal does, once it has done so many steps: exit code, newest
     checkpoint, output."""
-    with started("vqgan", logs, STEPS) as process:
+    with start_process("vqgan", logs, STEPS) as process:
         until(process, lambda: progress(logs) >= at_step)
         os.killpg(process.pid, number)
         code = process.wait()
@@ -75,7 +75,7 @@ def whole(tmp_path_factory) -> Path:
     alone = tmp_path_factory.getbasetemp() / f"undisturbed_{STEPS}"
     if not (alone / "run").exists():
         alone.mkdir()
-        undisturbed("vqgan", alone, STEPS)
+        run_uninterrupted("vqgan", alone, STEPS)
     return alone / "run"
 
 
@@ -91,10 +91,10 @@ def test_a_real_run_is_signalled_twice_and_ends_as_one_left_alone(tmp_path, whol
         assert f"{number.name}: finishing this step, then saving" in output
         assert f"stopped at step {step} and saved: the same command goes on from there" in output
         assert "Traceback" not in output and "Error" not in output
-        verify(logs / "run" / "checkpoints" / f"step_{step:08d}")
+        verify_checkpoint(logs / "run" / "checkpoints" / f"step_{step:08d}")
         begun = step
-    other = undisturbed("vqgan", logs, STEPS)
-    assert f"going on from step {begun} of {STEPS}" in (logs / "output").read_text()
+    other = run_uninterrupted("vqgan", logs, STEPS)
+    assert f"resuming from step {begun} of {STEPS}" in (logs / "output").read_text()
     found = differences(whole, other, STEPS)
     found.pop("kept checkpoints")  # those of the stops are others
     assert not any(found.values()), found
@@ -104,7 +104,7 @@ def test_a_real_run_is_signalled_twice_and_ends_as_one_left_alone(tmp_path, whol
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep finds the loading processes")
 def test_sigterm_to_all_processes_of_a_job_is_one_to_the_training_process(tmp_path):
     """As schedulers, containers and systemd send it: loading processes serve until they are not needed any more."""
-    with started("vqgan", tmp_path, STEPS) as process:
+    with start_process("vqgan", tmp_path, STEPS) as process:
         until(process, lambda: progress(tmp_path) >= 3)
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
         for child in [*map(int, children), process.pid]:
@@ -141,7 +141,7 @@ def test_a_second_ctrl_c_later_ends_at_once(tmp_path, capfd, hooks, handlers):
 
 def test_handlers_are_restored_after_whatever_ends_the_run(handlers):
     with StopSignals() as stop:
-        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == stop.note
+        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == stop.handle
     with pytest.raises(ZeroDivisionError), StopSignals():
         raise ZeroDivisionError
 
@@ -151,9 +151,9 @@ def test_a_second_ctrl_c_counts_only_later_and_sigterm_never(monkeypatch, capfd,
     monkeypatch.setattr(distributed, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with StopSignals() as stop:
         signal.raise_signal(signal.SIGINT)
-        now[0] += distributed.REPEATED / 2
+        now[0] += distributed.DUPLICATE_SECONDS / 2
         signal.raise_signal(signal.SIGINT)
-        now[0] += distributed.REPEATED
+        now[0] += distributed.DUPLICATE_SECONDS
         signal.raise_signal(signal.SIGTERM)
         assert stop.received == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):

@@ -38,17 +38,17 @@ def disturb_with(module: nn.Module, value: float) -> None:
             parameter.mul_(1 + value)
 
 
-def expected(average: EMA, followed: nn.Module, step: int) -> list[torch.Tensor]:
+def expected(average: EMA, model: nn.Module, step: int) -> list[torch.Tensor]:
     """What the averaged parameters should become, each by itself."""
     weight = 1 - average.decay(step)
-    both = zip(average.module.parameters(), followed.parameters(), strict=True)
+    both = zip(average.module.parameters(), model.parameters(), strict=True)
     return [slow + weight * (fast.detach().to(slow) - slow) for slow, fast in both]
 
 
-def check_update(average: EMA, followed: nn.Module, step: int) -> None:
-    disturb(followed)
-    wanted = expected(average, followed, step)
-    average.update(followed, step)
+def check_update(average: EMA, model: nn.Module, step: int) -> None:
+    disturb(model)
+    wanted = expected(average, model, step)
+    average.update(model, step)
     for got, want in zip(average.module.parameters(), wanted, strict=True):
         torch.testing.assert_close(got.detach(), want)
 
@@ -56,14 +56,14 @@ def check_update(average: EMA, followed: nn.Module, step: int) -> None:
 def test_closed_form_with_warm_up_and_copied_buffers():
     """w_t = sum over n of (1 - d_n) d_(n + 1) ... d_t x_n, and d_1 ... d_t of the start."""
     start, steps = 0.3, 19
-    followed = scalar(start)
-    average = EMA(followed, beta=0.5)
+    model = scalar(start)
+    average = EMA(model, beta=0.5)
     decays = [min(0.5, (1 + step) / (10 + step)) for step in range(1, steps + 1)]
     assert decays[0] < decays[5] < decays[-1] == 0.5
     for step in range(1, steps + 1):
-        followed.w.data.fill_(step**0.5)
-        followed.seen.fill_(step)
-        average.update(followed, step)
+        model.w.data.fill_(step**0.5)
+        model.seen.fill_(step)
+        average.update(model, step)
         later = torch.tensor(decays[:step], dtype=torch.float64).flip(0).cumprod(0).flip(0).tolist() + [1.0]
         shares = [(1 - decays[n - 1]) * later[n] for n in range(1, step + 1)]
         wanted = start * later[0] + sum(share * n**0.5 for n, share in enumerate(shares, 1))
@@ -87,9 +87,9 @@ def test_pairs_by_name():
 
 
 def test_the_copy_is_frozen_and_apart():
-    followed = scalar(1.0)
-    average = EMA(followed, 0.9)
-    followed.w.data.fill_(5.0)
+    model = scalar(1.0)
+    average = EMA(model, 0.9)
+    model.w.data.fill_(5.0)
     assert average.module.w.item() == 1.0
     assert not average.module.w.requires_grad
 
@@ -108,15 +108,15 @@ def test_every_kind_of_buffer_is_copied():
         "turned": torch.zeros(2, 3).T,
         "nothing": None,
     }
-    followed = nn.Linear(2, 2)
+    model = nn.Linear(2, 2)
     for name, value in kinds.items():
-        followed.register_buffer(name, value, persistent=name != "real")
-    average = EMA(followed, 0.9)
+        model.register_buffer(name, value, persistent=name != "real")
+    average = EMA(model, 0.9)
     changed = {name: torch.ones_like(value, memory_format=torch.contiguous_format) for name, value in kinds.items()
                if value is not None}  # fmt: skip
     for name, value in changed.items():
-        setattr(followed, name, value)
-    average.update(followed, 1)
+        setattr(model, name, value)
+    average.update(model, 1)
     kept = dict(average.module.named_buffers())
     assert kept.keys() == changed.keys()
     for name, value in changed.items():
@@ -125,78 +125,78 @@ def test_every_kind_of_buffer_is_copied():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lower_precision_is_averaged_in_float32(dtype):
-    followed = nn.Linear(3, 3).to(dtype)
-    followed.register_parameter("codes", nn.Parameter(torch.tensor([1, 2]), requires_grad=False))  # copied
-    average = EMA(followed, 0.999)
+    model = nn.Linear(3, 3).to(dtype)
+    model.register_parameter("codes", nn.Parameter(torch.tensor([1, 2]), requires_grad=False))  # copied
+    average = EMA(model, 0.999)
     assert {p.dtype for p in (average.module.weight, average.module.bias)} == {torch.float32}
-    nn.init.ones_(followed.weight)
+    nn.init.ones_(model.weight)
     nn.init.zeros_(average.module.weight)
-    followed.codes.add_(1)
+    model.codes.add_(1)
     for step in range(10**6, 10**6 + 20):
-        average.update(followed, step)
+        average.update(model, step)
     torch.testing.assert_close(average.module.weight, torch.full((3, 3), 1 - 0.999**20))
     assert average.module.codes.tolist() == [2, 3]
     assert average.module(torch.zeros(1, 3)).dtype == torch.float32
 
 
 def test_a_shared_parameter_takes_one_step_and_a_complex_one_its_own():
-    followed = nn.Module()
-    followed.first = nn.Linear(2, 2, bias=False)
-    followed.second = nn.Linear(2, 2, bias=False)
-    followed.second.weight = followed.first.weight
-    followed.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
-    average = EMA(followed, 0.9)
+    model = nn.Module()
+    model.first = nn.Linear(2, 2, bias=False)
+    model.second = nn.Linear(2, 2, bias=False)
+    model.second.weight = model.first.weight
+    model.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    average = EMA(model, 0.9)
     assert average.module.second.weight is average.module.first.weight
     for step in (1, 2):
-        check_update(average, followed, step)
+        check_update(average, model, step)
 
 
 def test_names_are_paired_once(monkeypatch):
-    followed = network()
-    average = EMA(followed, 0.9)
-    average.update(followed, 1)
+    model = network()
+    average = EMA(model, 0.9)
+    average.update(model, 1)
 
     def never(*args):
         raise AssertionError("names were built again")
 
-    monkeypatch.setattr(followed, "named_parameters", never)
-    monkeypatch.setattr(followed, "named_buffers", never)
-    disturb(followed[0])
+    monkeypatch.setattr(model, "named_parameters", never)
+    monkeypatch.setattr(model, "named_buffers", never)
+    disturb(model[0])
     before = average.module[0].weight.clone()
-    average.update(followed, 2)
+    average.update(model, 2)
     assert not torch.equal(before, average.module[0].weight)
 
 
-def replaced_parameter(followed, average):
-    followed[0].weight = nn.Parameter(torch.randn(4, 3))
+def replaced_parameter(model, average):
+    model[0].weight = nn.Parameter(torch.randn(4, 3))
 
 
-def replaced_module(followed, average):
-    followed[2] = nn.Sequential(nn.Linear(4, 2))
+def replaced_module(model, average):
+    model[2] = nn.Sequential(nn.Linear(4, 2))
 
 
-def replaced_in_the_average(followed, average):
+def replaced_in_the_average(model, average):
     average.module[0].weight = nn.Parameter(torch.randn(4, 3), requires_grad=False)
 
 
-def new_data(followed, average):
-    followed[0].weight.data = torch.randn(4, 3)
+def new_data(model, average):
+    model[0].weight.data = torch.randn(4, 3)
 
 
-def moved_to_float64(followed, average):
-    followed.double()
+def moved_to_float64(model, average):
+    model.double()
 
 
-def moved_to_bfloat16(followed, average):
-    followed.bfloat16()
+def moved_to_bfloat16(model, average):
+    model.bfloat16()
 
 
-def moved_in_part(followed, average):
-    followed[2].bfloat16()
+def moved_in_part(model, average):
+    model[2].bfloat16()
 
 
-def both_moved(followed, average):
-    followed.double()
+def both_moved(model, average):
+    model.double()
     average.module.double()
 
 
@@ -206,37 +206,37 @@ CHANGES += [moved_to_float64, moved_to_bfloat16, moved_in_part, both_moved]
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_moved_or_replaced_is_followed(change):
-    followed = network()
-    average = EMA(followed, 0.9)
-    check_update(average, followed, 1)
-    change(followed, average)
-    check_update(average, followed, 2)
-    check_update(average, followed, 3)
+    model = network()
+    average = EMA(model, 0.9)
+    check_update(average, model, 1)
+    change(model, average)
+    check_update(average, model, 2)
+    check_update(average, model, 3)
 
 
 def test_what_no_longer_fits_is_refused_at_the_next_step_and_the_one_after():
-    followed = network()
-    average = EMA(followed, 0.9)
-    average.update(followed, 1)
-    followed[2].append(nn.Linear(2, 2))
+    model = network()
+    average = EMA(model, 0.9)
+    average.update(model, 1)
+    model[2].append(nn.Linear(2, 2))
     for step in (2, 3):
         with pytest.raises(ValueError, match=r"2\.1\.bias"):
-            average.update(followed, step)
+            average.update(model, step)
     check_update(average, network(), 4)  # another one of the same names
 
 
 def test_distance_is_the_sums_over_all_averaged_parameters():
-    followed = network()
-    followed[2].bfloat16()
-    average = EMA(followed, 0.9)
-    start = copy.deepcopy(followed)
-    torch.testing.assert_close(average.distance(followed)[0], torch.tensor(0.0))
-    disturb(followed)
-    followed[1].running_mean.fill_(1e6)  # no parameter
-    pairs = [(a.float(), b.float()) for a, b in zip(start.parameters(), followed.parameters(), strict=True)]
+    model = network()
+    model[2].bfloat16()
+    average = EMA(model, 0.9)
+    start = copy.deepcopy(model)
+    torch.testing.assert_close(average.squared_norms(model)[0], torch.tensor(0.0))
+    disturb(model)
+    model[1].running_mean.fill_(1e6)  # no parameter
+    pairs = [(a.float(), b.float()) for a, b in zip(start.parameters(), model.parameters(), strict=True)]
     wanted = [sum((a - b).square().sum() for a, b in pairs), sum(b.square().sum() for _, b in pairs)]
-    torch.testing.assert_close(average.distance(followed), torch.stack(wanted).detach())
-    assert not average.distance(followed).requires_grad
+    torch.testing.assert_close(average.squared_norms(model), torch.stack(wanted).detach())
+    assert not average.squared_norms(model).requires_grad
 
 
 @pytest.fixture
@@ -254,44 +254,44 @@ def test_shards_are_averaged_where_they_lie(mesh):
         for key, parameter in list(module.named_parameters(recurse=False)):
             module.register_parameter(key, nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(0)])))
 
-    followed, plain = network(), network()
-    average, wanted = EMA(followed, 0.9), EMA(plain, 0.9)
-    average.update(followed, 1)
+    model, plain = network(), network()
+    average, wanted = EMA(model, 0.9), EMA(plain, 0.9)
+    average.update(model, 1)
     wanted.update(plain, 1)
-    distribute_module(followed, mesh, cut)
+    distribute_module(model, mesh, cut)
     with pytest.raises(ValueError, match="0.weight split as .*Shard.* its own as None: shard both alike"):
-        average.update(followed, 2)
+        average.update(model, 2)
     distribute_module(average.module, mesh, cut)
     with torch.no_grad():
-        for some in (followed, plain):
+        for some in (model, plain):
             some[0].weight.mul_(2)
-    average.update(followed, 2)
+    average.update(model, 2)
     wanted.update(plain, 2)
     for got, want in zip(average.module.parameters(), wanted.module.parameters(), strict=True):
         torch.testing.assert_close(got.full_tensor(), want.data)
-    torch.testing.assert_close(average.distance(followed), wanted.distance(plain))
-    followed[0].weight = nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Replicate()]))
+    torch.testing.assert_close(average.squared_norms(model), wanted.squared_norms(plain))
+    model[0].weight = nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Replicate()]))
     with pytest.raises(ValueError, match="Replicate.* its own as .*Shard"):
-        average.update(followed, 3)
+        average.update(model, 3)
 
 
 def test_shards_that_lie_whole_after_a_forward_pass_are_averaged(mesh):
     """FSDP2 frees the outermost parameters after a backward pass alone; an average never sees one."""
     from torch.distributed.fsdp import fully_shard
 
-    followed, plain = network(), network()
-    average, wanted = EMA(followed, 0.9), EMA(plain, 0.9)
-    for module in (followed, average.module):
+    model, plain = network(), network()
+    average, wanted = EMA(model, 0.9), EMA(plain, 0.9)
+    for module in (model, average.module):
         fully_shard(module[2], mesh=mesh)
         fully_shard(module, mesh=mesh)
     for step in range(1, 4):
-        for module, slow in ((followed, average), (plain, wanted)):
+        for module, slow in ((model, average), (plain, wanted)):
             disturb_with(module, step)
             slow.update(module, step)
             with torch.no_grad():
                 slow.module(torch.ones(2, 3))
                 module.eval()(torch.ones(2, 3))
-    average.update(followed, 4)
+    average.update(model, 4)
     wanted.update(plain, 4)
     for got, want in zip(average.module.parameters(), wanted.module.parameters(), strict=True):
         torch.testing.assert_close(got.full_tensor(), want.data)

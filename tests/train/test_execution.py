@@ -13,10 +13,10 @@ from models.transformer import Transformer
 from models.unet import UNet, UNetConfig
 from train.execution import (
     autocast,
-    blocks_of,
-    channels_last,
     checkpoint_activations,
     compile_network,
+    convert_to_channels_last,
+    outermost_blocks,
     set_deterministic,
     set_tf32,
     to_channels_last,
@@ -96,7 +96,7 @@ def kept_elements(network, inputs):
 def test_gradients_stay_the_same_bit_for_bit(case, dtype):
     network, inputs = case
     again = copy.deepcopy(network)
-    assert checkpoint_activations(again) == len(list(blocks_of(network))) > 1
+    assert checkpoint_activations(again) == len(list(outermost_blocks(network))) > 1
     assert differing(step(again, inputs, dtype), step(network, inputs, dtype)) == []
 
 
@@ -193,7 +193,7 @@ def test_what_cannot_be_computed_again_is_refused():
 def test_channels_last_computes_the_same(build):
     network, inputs = made(build)
     other = copy.deepcopy(network.eval())  # dropout would draw in another order
-    assert channels_last(other) is other
+    assert convert_to_channels_last(other) is other
     images = to_channels_last(inputs[0])
     assert images.shape == inputs[0].shape and images.is_contiguous(memory_format=torch.channels_last)
     wanted, found = step(network, inputs), step(other, (images, *inputs[1:]))

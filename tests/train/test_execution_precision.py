@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from train import execution
-from train.execution import LossScale, autocast, half_dtype, poisoned
+from train.execution import LossScale, autocast, autocast_dtype, nan_grads_if_nonfinite
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
@@ -22,15 +22,15 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 )
 def test_auto_takes_what_the_machine_computes(device, native, wanted, monkeypatch):
     monkeypatch.setattr(execution, "has_native_bf16", lambda _: native)
-    assert half_dtype(device) == half_dtype(device, "auto") == wanted
+    assert autocast_dtype(device) == autocast_dtype(device, "auto") == wanted
 
 
 def test_a_type_that_is_named_is_taken(monkeypatch):
     monkeypatch.setattr(execution, "has_native_bf16", lambda _: False)
-    assert half_dtype(CPU, "bfloat16") == torch.bfloat16
-    assert half_dtype(CPU, "float16") == torch.float16
+    assert autocast_dtype(CPU, "bfloat16") == torch.bfloat16
+    assert autocast_dtype(CPU, "float16") == torch.float16
     with pytest.raises(ValueError, match="auto, bfloat16, float16"):
-        half_dtype(CPU, "half")
+        autocast_dtype(CPU, "half")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -66,8 +66,8 @@ def gradients(network):
 def test_a_finite_loss_keeps_its_bits():
     (plain, loss), (other, same) = network_and_loss(), network_and_loss()
     loss.backward()
-    assert torch.equal(poisoned(same), same)
-    poisoned(same).backward()
+    assert torch.equal(nan_grads_if_nonfinite(same), same)
+    nan_grads_if_nonfinite(same).backward()
     assert all(torch.equal(a, b) for a, b in zip(gradients(plain), gradients(other), strict=True))
 
 
@@ -77,13 +77,13 @@ def test_a_loss_that_is_not_finite_poisons_every_parameter(bad):
     (loss + bad).backward()  # a term that no parameter moves
     assert all(g.isfinite().all() for g in gradients(network)), "alone, it would have gone unseen"
     network, loss = network_and_loss()
-    poisoned(loss + bad).backward()
+    nan_grads_if_nonfinite(loss + bad).backward()
     assert all(g.isnan().all() for g in gradients(network))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_a_poisoned_loss_keeps_its_type(dtype):
-    assert poisoned(torch.ones(3, dtype=dtype)).dtype == dtype
+    assert nan_grads_if_nonfinite(torch.ones(3, dtype=dtype)).dtype == dtype
 
 
 def test_scaling_and_dividing_again_changes_no_bit():
@@ -111,27 +111,27 @@ def test_gradients_that_float16_would_round_to_zero_survive():
 
 def test_it_halves_down_to_one_and_then_says_so():
     scale = LossScale()
-    assert [scale.overflowed() for _ in range(17)] == [True] * 16 + [False]
+    assert [scale.record_overflow() for _ in range(17)] == [True] * 16 + [False]
     assert scale.value == 1
 
 
 def test_it_doubles_after_2000_good_steps_in_a_row():
     scale = LossScale()
     for _ in range(1999):
-        scale.good()
+        scale.record_finite()
     assert scale.value == 2.0**16
-    scale.overflowed()
+    scale.record_overflow()
     for _ in range(1999):
-        scale.good()
+        scale.record_finite()
     assert scale.value == 2.0**15, "an overflow begins the count anew"
-    scale.good()
+    scale.record_finite()
     assert scale.value == 2.0**16
 
 
 def test_it_stops_doubling():
     scale = LossScale()
     for _ in range(20 * 2000):
-        scale.good()
+        scale.record_finite()
     assert scale.value == 2.0**24
 
 
@@ -140,7 +140,7 @@ def test_a_resumed_scale_goes_on_as_the_unbroken_one():
     events[[3, 100, 4000]] = True
 
     def follow(scale, part):
-        return [scale.overflowed() if bad else scale.good() or scale.value for bad in part.tolist()]
+        return [scale.record_overflow() if bad else scale.record_finite() or scale.value for bad in part.tolist()]
 
     unbroken, first, second = LossScale(), LossScale(), LossScale()
     whole = follow(unbroken, events)

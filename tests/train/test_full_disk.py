@@ -13,21 +13,21 @@ from torch import nn
 from helpers.run_asserts import assert_equal_bits, checkpoint, weights
 from helpers.tiny_runs import DDPM, VQGAN, call
 from train import checkpoint as module
-from train.checkpoint import load, save, saved_steps, verify
-from train.distributed import World
+from train.checkpoint import load_checkpoint, save_checkpoint, saved_steps, verify_checkpoint
+from train.distributed import DistContext
 from train.ema import EMA
-from train.loop import State
-from train.optim import BadSteps
+from train.loop import TrainState
+from train.optim import BadStepRecorder
 from train.posthoc_ema import save_snapshot
 
 
-def state_of(width: int = 3) -> State:
+def state_of(width: int = 3) -> TrainState:
     torch.manual_seed(0)
     network = nn.Linear(width, width)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
     network(torch.randn(4, width)).square().sum().backward()
     optimizer.step()
-    return State({"network": network}, {"network": optimizer}, {"network": EMA(network, 0.9)}, step=7)
+    return TrainState({"network": network}, {"network": optimizer}, {"network": EMA(network, 0.9)}, step=7)
 
 
 class Full:
@@ -37,7 +37,7 @@ class Full:
         self.n, self.asked = n, 0
         system, torch_save = (lambda: OSError(errno.ENOSPC, "No space left on device")), torch.save
         self.wrap(monkeypatch, module, "save_file", lambda: SafetensorError("I/O error: No space left on device"))
-        self.wrap(monkeypatch, module, "sync", system)
+        self.wrap(monkeypatch, module, "fsync", system)
         self.wrap(monkeypatch, module, "write_text", system)
         self.wrap(monkeypatch, Path, "rename", system)
         self.wrap(monkeypatch, Path, "mkdir", system)
@@ -72,20 +72,20 @@ def test_whatever_is_refused_a_whole_checkpoint_stays(tmp_path, monkeypatch, ste
     while not done:
         n += 1
         run, state = tmp_path / str(n), state_of()
-        save(run, state)
+        save_checkpoint(run, state)
         state.step = step
         with monkeypatch.context() as patch:
             full = Full(patch, n)
             try:
-                save(run, state)
+                save_checkpoint(run, state)
                 done = True
             except OSError:
                 pass
         assert saved_steps(run) in ([7], sorted({7, step})), n
         for there in saved_steps(run):
-            verify(checkpoint(run, there))
-            load(run, there, state_of())
-        save(run, state)  # there is room again
+            verify_checkpoint(checkpoint(run, there))
+            load_checkpoint(run, there, state_of())
+        save_checkpoint(run, state)  # there is room again
         assert saved_steps(run) == sorted({7, step})
         assert [f.name for f in (run / "checkpoints").glob(".step_*")] == []
     assert full.asked == n - 1 >= 10  # all of them have been refused
@@ -122,30 +122,30 @@ def mounting(request):
 def test_a_full_disk_is_an_OSError_wherever_it_fills_up(mounting):
     """save_file and torch.save raise SafetensorError, RuntimeError or OSError, as they please."""
     state = state_of(100)  # each file some 40 to 80 KB
-    save(mounting, state)
+    save_checkpoint(mounting, state)
     size = sum(f.stat().st_size for f in checkpoint(mounting, 7).iterdir())
     state.step, refused = 8, 0
     for free in range(0, size + 32_768, 8_192):
         filler = leave(mounting, free)
         try:
-            save(mounting, state)
+            save_checkpoint(mounting, state)
         except OSError as error:
             refused += 1
             assert "No space left" in str(error)
             assert saved_steps(mounting) in ([7], [7, 8])  # both, where "latest" alone found no room
             for step in saved_steps(mounting):
-                verify(checkpoint(mounting, step))
+                verify_checkpoint(checkpoint(mounting, step))
             assert [f.name for f in (mounting / "checkpoints").iterdir() if f.name.startswith(".step")] == []
         filler.unlink()
         shutil.rmtree(checkpoint(mounting, 8), ignore_errors=True)
     assert refused > 10
-    save(mounting, state)
+    save_checkpoint(mounting, state)
     assert saved_steps(mounting) == [7, 8]
 
 
 def test_a_bad_batch_that_does_not_fit_on_the_disk_is_an_OSError(mounting):
     leave(mounting, 8_192)
-    bad = BadSteps(mounting, World(torch.device("cpu")), most=1)
+    bad = BadStepRecorder(mounting, DistContext(torch.device("cpu")), max_bad_steps=1)
     with pytest.raises(OSError, match="No space left"):
         bad(state_of(), [{"position": torch.arange(4), "image": torch.zeros(4, 3, 64, 64)}])
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import kill_training
 import pytest
 import torch
-from kill_training import Watcher, differences, first_stage, killed, undisturbed
+from kill_training import ProgressHook, differences, first_stage, run_uninterrupted, run_with_kills
 from safetensors.torch import save_file
 
 
@@ -20,8 +20,8 @@ def compared(stage, folder, steps, kills, alone=None):
         first_stage(alone)
         first_stage(restarted, alone)
     with ThreadPoolExecutor(1) as beside:
-        whole = beside.submit(undisturbed, stage, alone, steps)
-        attempt = killed(stage, restarted, steps, kills, random.Random(steps))
+        whole = beside.submit(run_uninterrupted, stage, alone, steps)
+        attempt = run_with_kills(stage, restarted, steps, kills, random.Random(steps))
         one = whole.result()
     return {name: count for name, count in differences(one, attempt.run, steps).items() if count}, attempt
 
@@ -85,7 +85,7 @@ def test_a_file_or_line_that_one_lacks_counts_whole(tmp_path):
 
 
 def test_the_watcher_keeps_its_state():
-    watcher, other = Watcher(), Watcher()
+    watcher, other = ProgressHook(), ProgressHook()
     watcher.total += 3
     other.load_state_dict(watcher.state_dict())
     assert torch.equal(other.total, watcher.total)

@@ -5,17 +5,17 @@ import json
 import pytest
 import torch
 
-from train.distributed import World
-from train.logging import Logger, grid_image, keep_lines_until
-from train.loop import Clock, State, Tally
-from train.perf import Meter
+from train.distributed import DistContext
+from train.logging import Logger, grid_image, truncate_metrics
+from train.loop import RunningSums, Timer, TrainState
+from train.perf import PerfMonitor
 
-HERE = World(torch.device("cpu"))
+HERE = DistContext(torch.device("cpu"))
 
 
 @pytest.fixture
 def logger(tmp_path):
-    meter = Meter(None, HERE, Clock(), {"images": 2}, torch.float32)
+    meter = PerfMonitor(None, HERE, Timer(), {"images": 2}, torch.float32)
     logger = Logger(tmp_path, HERE, meter, every=3, start=0, steps=4)
     yield logger
     logger.close()
@@ -23,10 +23,10 @@ def logger(tmp_path):
 
 def test_lines_hold_averages_each_over_its_own_steps(logger, tmp_path):
     steps = [{"loss": 1.0}, {"loss": 2.0}, {"loss": 6.0, "late": 5.0}, {"loss": 7.0}]
-    counters = {"metrics": Tally(HERE)}
+    counters = {"metrics": RunningSums(HERE)}
     for number, metrics in enumerate(steps, 1):
         outputs = {name: torch.tensor(value) for name, value in metrics.items()} | {"losses": torch.ones(2)}
-        logger(State({}, {}, counters=counters, step=number), outputs)
+        logger(TrainState({}, {}, counters=counters, step=number), outputs)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 4]  # every third, and the last
     assert (lines[0]["loss"], lines[0]["late"]) == (3.0, 5.0)
@@ -44,8 +44,8 @@ def test_a_grid_holds_the_images_in_reading_order_and_enlarges_small_ones():
 
 
 def test_pictures_and_histograms_reach_tensorboard(logger, tmp_path):
-    logger.images("samples", 3, torch.zeros(4, 3, 8, 8))
-    logger.histogram("codes", 3, torch.tensor([1.0, 0.0, 2.0]))
+    logger.log_images("samples", 3, torch.zeros(4, 3, 8, 8))
+    logger.log_histogram("codes", 3, torch.tensor([1.0, 0.0, 2.0]))
     logger.writer.flush()
     assert (tmp_path / "images" / "samples_00000003.png").is_file()
     (events,) = tmp_path.glob("events.out.tfevents.*")
@@ -55,5 +55,5 @@ def test_pictures_and_histograms_reach_tensorboard(logger, tmp_path):
 def test_a_line_cut_short_ends_what_is_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    keep_lines_until(path, 2)
+    truncate_metrics(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

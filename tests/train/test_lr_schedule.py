@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from train.lr_schedule import SCHEDULES, learning_rate
+from train.lr_schedule import LR_SCHEDULES, learning_rate
 
 LR = 0.3
 RUNS = {  # name: what it takes beside lr
@@ -20,10 +20,10 @@ def rates(schedule, **options):
 
 
 def test_every_schedule_is_tried_here():
-    assert set(RUNS) == set(SCHEDULES)
+    assert set(RUNS) == set(LR_SCHEDULES)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", LR_SCHEDULES)
 def test_warm_up_is_linear_and_ends_at_lr(schedule):
     found = rates(schedule, **RUNS[schedule])
     assert found[:7] == pytest.approx([LR * (step + 1) / 7 for step in range(7)], rel=1e-12)
@@ -41,7 +41,7 @@ def test_the_last_step_takes_the_end(schedule, end):
     )  # and so it stays
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", LR_SCHEDULES)
 def test_no_step_jumps(schedule):
     """Continuous: with ten times the steps no change between neighbours is more than a tenth."""
     coarse, fine = (

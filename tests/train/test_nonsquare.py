@@ -11,16 +11,16 @@ import yaml
 
 from experiments.metrics import distances, kid
 from experiments.metrics.features import named, pixels
-from helpers.tiny_runs import DDPM, GAN, SAMPLER, UNET, VQGAN, call, parsed
+from helpers.tiny_runs import DDPM, GAN, SAMPLER, UNET, VQGAN, call, parse_config
 from train import spaces
 from train.config import DataConfig
 from train.data.loading import ImageSource, TrainingImages, build_dataset
 from train.data.transforms import training_views
-from train.distributed import World
+from train.distributed import DistContext
 from train.first_stage import load_first_stage
 
 CPU = torch.device("cpu")
-HERE = World(CPU)
+HERE = DistContext(CPU)
 SIZE = "--img_size 16 --img_width 24"
 CODES = f"--train_steps 2 --no_amp --steps_per_eval 2 {SAMPLER}"
 
@@ -60,7 +60,7 @@ def digits(first):
 )
 def test_the_size_is_height_and_width(settings, size, sides):
     data = DataConfig(n_channels=1, **settings)
-    assert data.size == size and data.shape == (1, *size) and data.sides == sides
+    assert data.size == size and data.shape == (1, *size) and data.side_lengths == sides
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,12 @@ def test_sizes_and_margins_that_make_no_sense_are_refused(settings, message):
 
 
 def test_a_later_stage_takes_the_size_from_its_vqgan(logs, monkeypatch, tmp_path):
-    same = parsed("train_sampler.py", f"--logs_root {logs}", monkeypatch)
+    same = parse_config("train_sampler.py", f"--logs_root {logs}", monkeypatch)
     assert (same["img_size"], same["img_width"], same["crop_margin"], same["shift"]) == (16, 24, 4, 0)
     flags = f"--logs_root {logs} --dataset mnist --ae_load_dir vqgan_digits"  # other images: no more than their shape
-    other = parsed("train_sampler.py", flags, monkeypatch)
+    other = parse_config("train_sampler.py", flags, monkeypatch)
     assert (other["img_size"], other["img_width"], other["crop_margin"]) == (16, 24, 0)
-    preset = parsed("train_sampler.py", f"--logs_root {tmp_path}", monkeypatch)
+    preset = parse_config("train_sampler.py", f"--logs_root {tmp_path}", monkeypatch)
     assert (preset["img_size"], preset["img_width"]) == (32, None)
 
 

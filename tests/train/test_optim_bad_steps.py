@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.fault_injection import AT, BATCH, LAST, added_to_loss, first_scale, nan_images
-from helpers.process_pool import Crew
+from helpers.fault_injection import AT, BATCH, LAST, add_to_loss, initial_loss_scale, replace_images_by_nan
+from helpers.process_pool import ProcessPool
 from helpers.run_asserts import (
     assert_equal_bits,
     assert_same_checkpoints,
@@ -18,12 +18,12 @@ from helpers.run_asserts import (
     extras,
     lines,
     moments,
-    rest,
+    saved_state,
     weights,
 )
 from helpers.tiny_runs import DDPM, GAN, VQGAN, call
-from train.distributed import World
-from train.optim import BadSteps
+from train.distributed import DistContext
+from train.optim import BadStepRecorder
 
 FAULTS = "helpers.fault_injection"
 EACH = "--no_amp --steps_per_checkpoint 1 --keep_last 0 --steps_per_eval 0 --steps_per_save_output 100"
@@ -34,7 +34,7 @@ WHOLE_BATCH = list(range(BATCH * AT, BATCH * AT + BATCH))
 
 @pytest.fixture(scope="module")
 def two():
-    crew = Crew(2)
+    crew = ProcessPool(2)
     yield crew
     crew.close()
 
@@ -47,7 +47,7 @@ def assert_skipped(run, step):
     averaged = {key: model[key] for key in averages[0]}
     assert distance(averages[1], averaged) < distance(averages[0], averaged)
     assert_equal_bits(moments(run, step), moments(run, step + 1))
-    before, after = rest(run, step), rest(run, step + 1)
+    before, after = saved_state(run, step), saved_state(run, step + 1)
     for kind in ("extras", "counters"):
         assert before[kind].keys() == after[kind].keys()
         for name in before[kind]:
@@ -71,7 +71,7 @@ def assert_went_on(run, step):
 def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is(tmp_path, number, capsys):
     """The number is added to the loss: the gradient does not see it."""
     seen = []
-    with added_to_loss(float(number), {LAST}, seen):
+    with add_to_loss(float(number), {LAST}, seen):
         call("train_sampler.py", f"--logs_root {tmp_path} --log_dir bad --train_steps 4 --steps_per_log 4 {SAMPLER}")
     run = tmp_path / "bad"
     assert_skipped(run, AT)
@@ -110,7 +110,7 @@ def test_a_run_resumed_around_a_bad_step_is_bitwise_the_one_that_never_stopped(t
     for name in ("model.safetensors", "ema.safetensors"):
         assert_equal_bits(weights(tmp_path / "whole", 5, name), weights(tmp_path / "parts", 5, name))
     assert_equal_bits(moments(tmp_path / "whole", 5), moments(tmp_path / "parts", 5))
-    assert rest(tmp_path / "whole", 5)["bad_steps"] == rest(tmp_path / "parts", 5)["bad_steps"] == [AT]
+    assert saved_state(tmp_path / "whole", 5)["bad_steps"] == saved_state(tmp_path / "parts", 5)["bad_steps"] == [AT]
     assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
 
 
@@ -122,12 +122,12 @@ def test_what_one_of_two_processes_meets_both_skip(tmp_path, two, fault, way):
     if fault == "loss":
         two.call(f"{FAULTS}.run_with_infinite_loss", f"{flags} --log_dir bad")
     else:
-        more = f"--adapt {FAULTS}.nan_image" if fault == "image" else f"--hooks {FAULTS}.NanGradientInTheSecond"
+        more = f"--adapt {FAULTS}.nan_image" if fault == "image" else f"--hooks {FAULTS}.NanGradientOnRank1"
         two.run("train_sampler.py", f"{flags} --log_dir bad {more}")
     assert_skipped(tmp_path / "bad", AT)
     assert_went_on(tmp_path / "bad", AT + 1)
     assert_kept(tmp_path / "bad", WHOLE_BATCH)
-    with added_to_loss(float("nan"), {LAST}):
+    with add_to_loss(float("nan"), {LAST}):
         call("train_sampler.py", f"{flags} --log_dir one")
     assert_same_losses(tmp_path / "one", tmp_path / "bad")
     assert_same_checkpoints(tmp_path / "one", tmp_path / "bad", 4)
@@ -149,7 +149,7 @@ def test_too_many_bad_steps_end_all_processes_with_one_line_each(tmp_path, two):
 def test_too_many_are_counted_among_the_last_thousand(tmp_path):
     state = SimpleNamespace(step=1000, bad_steps=[0, 3, 5], extras={})
     parts = [{"position": torch.arange(2), "image": torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)}] * 2
-    bad = BadSteps(tmp_path, World(torch.device("cpu")), most=3)
+    bad = BadStepRecorder(tmp_path, DistContext(torch.device("cpu")), max_bad_steps=3)
     bad(state, parts)  # that of step 0 is forgotten
     assert state.bad_steps == [0, 3, 5, 1000]
     assert load_file(tmp_path / "bad_steps" / "step_00001000.safetensors")["image"].shape == (4, 3, 4, 4)
@@ -165,7 +165,7 @@ def test_strings_and_padded_fields_of_all_parts_are_kept(tmp_path):
         | {"caption": ["é" * n], "words": [["a"] * n]}
         for i, n in enumerate((2, 0, 3))
     ]
-    BadSteps(tmp_path, World(torch.device("cpu")), most=3)(state, parts)
+    BadStepRecorder(tmp_path, DistContext(torch.device("cpu")), max_bad_steps=3)(state, parts)
     batch = load_file(tmp_path / "bad_steps" / "step_00000003.safetensors")
     assert batch["ids"].tolist() == [[17, 17, 0], [0, 0, 0], [17, 17, 17]]
     assert batch["ids_mask"].sum(1).tolist() == [2, 0, 3]
@@ -183,7 +183,7 @@ def test_neither_network_of_the_first_stage_moves_where_one_is_bad(tmp_path, whi
 
 
 def test_a_bad_step_leaves_the_running_statistics_of_batch_norms_alone(tmp_path):
-    with nan_images({4 * BATCH}):
+    with replace_images_by_nan({4 * BATCH}):
         flags = f"--logs_root {tmp_path} --log_dir bad --train_steps 6 {STAGE_1} --disc_norm batch --disc_layers 2"
         call("train_vqgan.py", flags)
     assert_skipped(tmp_path / "bad", 4)
@@ -194,7 +194,7 @@ HALF = SAMPLER.replace("--no_amp", "--amp_dtype float16")
 
 def test_an_overflow_of_float16_lowers_the_scale_and_is_no_bad_step(tmp_path):
     flags = f"--logs_root {tmp_path} {HALF} --max_bad_steps 0 --train_steps 12"
-    with first_scale(2.0**24):
+    with initial_loss_scale(2.0**24):
         call("train_sampler.py", f"{flags} --log_dir half")
     run = tmp_path / "half"
     scales = [extras(run, step)["loss_scale"]["value"].item() for step in range(1, 13)]
@@ -203,13 +203,13 @@ def test_an_overflow_of_float16_lowers_the_scale_and_is_no_bad_step(tmp_path):
     assert any(kept) and not all(kept), scales
     for step, moved in enumerate(kept, start=1):
         assert_went_on(run, step) if moved else assert_equal_bits(weights(run, step), weights(run, step + 1))
-    assert rest(run, 12)["bad_steps"] == [] and not (run / "bad_steps").exists()
+    assert saved_state(run, 12)["bad_steps"] == [] and not (run / "bad_steps").exists()
 
 
 @pytest.mark.parametrize("stop", [2, 10])
 def test_float16_resumes_exactly(tmp_path, stop):
     flags = f"--logs_root {tmp_path} {HALF} --steps_per_log 1"
-    with first_scale(2.0**24):
+    with initial_loss_scale(2.0**24):
         call("train_sampler.py", f"{flags} --log_dir whole --train_steps 12")
         call("train_sampler.py", f"{flags} --log_dir parts --train_steps {stop}")
         call("train_sampler.py", f"{flags} --log_dir parts --train_steps 12")
@@ -219,9 +219,9 @@ def test_float16_resumes_exactly(tmp_path, stop):
 
 
 def test_a_nan_in_float16_is_a_bad_step_once_the_scale_cannot_be_lowered(tmp_path):
-    with first_scale(1.0), nan_images({LAST}):
+    with initial_loss_scale(1.0), replace_images_by_nan({LAST}):
         call("train_sampler.py", f"--logs_root {tmp_path} --log_dir bad --train_steps 4 {HALF}")
-    assert rest(tmp_path / "bad", 4)["bad_steps"] == [AT]
+    assert saved_state(tmp_path / "bad", 4)["bad_steps"] == [AT]
     assert_kept(tmp_path / "bad", WHOLE_BATCH)
 
 
@@ -230,7 +230,7 @@ def test_a_new_run_from_the_optimizer_of_another_begins_without_its_bad_steps(tm
     flags = f"--logs_root {tmp_path} {SAMPLER} --steps_per_log 100"
     call("train_sampler.py", f"{flags} --log_dir bad --train_steps 4 --adapt {FAULTS}.nan_image")
     call("train_sampler.py", f"{flags} --log_dir new --train_steps 1 --load_dir bad --load_step 3 --load_optim")
-    assert rest(tmp_path / "new", 1)["bad_steps"] == [] and rest(tmp_path / "new", 1)["best"] == {}
+    assert saved_state(tmp_path / "new", 1)["bad_steps"] == [] and saved_state(tmp_path / "new", 1)["best"] == {}
     (row,) = [row for row in lines(tmp_path / "new") if "loss" in row]
     assert "skipped_steps" not in row
     call("train_sampler.py", f"{flags} --log_dir weights --train_steps 1 --load_dir bad --load_step 3")

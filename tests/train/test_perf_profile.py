@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 
-from train.loop import State
-from train.perf import Profile
+from train.loop import TrainState
+from train.perf import StepProfiler
 
 
 def run(profile, steps, start=0):
-    state = State({}, {}, step=start)
+    state = TrainState({}, {}, step=start)
     for _ in range(steps):
         torch.ones(4, 4) @ torch.ones(4, 4)
         state.step += 1
@@ -27,7 +27,7 @@ def products(path):
 
 @pytest.mark.parametrize("first, count", [(2, 1), (2, 3), (5, 1), (5, 4)])
 def test_it_holds_the_steps_asked_for(tmp_path, first, count):
-    profile = Profile(tmp_path, 0, first, count)
+    profile = StepProfiler(tmp_path, 0, first, count)
     run(profile, first + count - 2)
     assert not (tmp_path / "profile").exists()
     run(profile, 5, start=first + count - 2)
@@ -38,7 +38,7 @@ def test_it_holds_the_steps_asked_for(tmp_path, first, count):
 
 
 def test_it_records_once(tmp_path):
-    profile = Profile(tmp_path, 3, 2, 1)
+    profile = StepProfiler(tmp_path, 3, 2, 1)
     run(profile, 2)
     trace = tmp_path / "profile" / "trace_step_00000002_rank3.json.gz"
     before = trace.stat().st_mtime_ns
@@ -48,14 +48,14 @@ def test_it_records_once(tmp_path):
 
 
 def test_a_run_that_begins_later_records_nothing(tmp_path):
-    profile = Profile(tmp_path, 0, 3, 2)
+    profile = StepProfiler(tmp_path, 0, 3, 2)
     run(profile, 5, start=3)
     profile.close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_ends_early_leaves_what_there_was(tmp_path):
-    profile = Profile(tmp_path, 0, 3, 10)
+    profile = StepProfiler(tmp_path, 0, 3, 10)
     run(profile, 6)
     assert list(tmp_path.iterdir()) == []
     profile.close()
@@ -65,4 +65,4 @@ def test_a_run_that_ends_early_leaves_what_there_was(tmp_path):
 @pytest.mark.parametrize("first, count", [(1, 1), (2, 0)])
 def test_what_cannot_be_recorded(tmp_path, first, count):
     with pytest.raises(ValueError, match="wanted at least 1, from 2"):
-        Profile(tmp_path, 0, first, count)
+        StepProfiler(tmp_path, 0, first, count)

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from train import posthoc_ema
 from train.posthoc_ema import (
-    LONGEST,
-    PowerEMA,
-    buffers_of,
+    MAX_STD,
+    PosthocEMA,
+    buffer_names,
     drop_snapshots_after,
-    fit,
-    gamma_of,
-    inner,
-    reconstruct,
+    fit_profile,
+    gamma_from_std,
+    inner_product,
+    reconstruct_ema,
     save_snapshot,
     snapshot_path,
     snapshot_steps,
-    std_of,
+    std_from_gamma,
 )
 
 STEPS, WIDTH, TRACKED = 600, 400, (0.05, 0.1)
@@ -46,7 +46,7 @@ class Walker(nn.Module):
             self.seen.fill_(self.count)
 
 
-def tensors_of(profiles: dict[str, PowerEMA]) -> dict[str, Tensor]:
+def tensors_of(profiles: dict[str, PosthocEMA]) -> dict[str, Tensor]:
     return {f"{name}.{key}": value for name, p in profiles.items() for key, value in p.module.state_dict().items()}
 
 
@@ -55,7 +55,7 @@ def walked() -> tuple[dict[int, dict[str, Tensor]], dict[tuple[int, float], Tens
     """Every 25 steps what a snapshot holds, and averages tracked directly; the last weights."""
     walker, generator = Walker(), torch.Generator().manual_seed(0)
     stds = [*TRACKED, 0.07, 0.15, 0.2]
-    profiles = {f"{std}/network": PowerEMA(walker, std) for std in stds}
+    profiles = {f"{std}/network": PosthocEMA(walker, std) for std in stds}
     kept, direct = {}, {}
     for step in range(1, STEPS + 1):
         walker.walk(generator)
@@ -65,7 +65,7 @@ def walked() -> tuple[dict[int, dict[str, Tensor]], dict[tuple[int, float], Tens
             tensors = tensors_of({f"{std}/network": profiles[f"{std}/network"] for std in TRACKED})
             kept[step] = {key: value.clone() for key, value in tensors.items()}
             direct |= {(step, std): profiles[f"{std}/network"].module.weight.data.clone() for std in stds}
-    assert buffers_of({"0.05/network": profiles["0.05/network"]}) == {"0.05/network.count", "0.05/network.seen"}
+    assert buffer_names({"0.05/network": profiles["0.05/network"]}) == {"0.05/network.count", "0.05/network.seen"}
     return kept, direct, walker.weight.data.clone()
 
 
@@ -81,32 +81,32 @@ def run_with(folder, every: int, **settings):
 
 @pytest.mark.parametrize(("std", "gamma"), [(0.05, 16.97), (0.10, 6.94), (12**-0.5, 0.0)])
 def test_published_pairs(std, gamma):
-    assert gamma_of(std) == pytest.approx(gamma, abs=0.005)
+    assert gamma_from_std(std) == pytest.approx(gamma, abs=0.005)
 
 
-@given(st.floats(0.001, LONGEST))
+@given(st.floats(0.001, MAX_STD))
 def test_gamma_is_the_greatest_root(std):
-    gamma = gamma_of(std)
-    assert std_of(gamma) == pytest.approx(std, rel=1e-9)
+    gamma = gamma_from_std(std)
+    assert std_from_gamma(gamma) == pytest.approx(std, rel=1e-9)
     assert gamma > (math.sqrt(5) - 3) / 2 - 1e-6
 
 
 @pytest.mark.parametrize("std", [0.0, -0.1, 0.301, 1.0, math.nan])
 def test_lengths_no_profile_has_are_refused(std):
     with pytest.raises(ValueError, match=f"got relative length {std} of an average, wanted above 0 and at most 0.3003"):
-        gamma_of(std)
+        gamma_from_std(std)
 
 
 @pytest.mark.parametrize("std", [0.05, 0.1, 0.25])
 def test_the_average_is_the_sum_under_the_profile(std):
     """The profile's integral over (n - 1, n], as the discrete product, and its standard deviation is std."""
-    steps, gamma = 50, gamma_of(std)
-    followed = nn.Linear(1, 1, bias=False).double()
-    average = PowerEMA(followed, std)
+    steps, gamma = 50, gamma_from_std(std)
+    model = nn.Linear(1, 1, bias=False).double()
+    average = PosthocEMA(model, std)
     values = torch.randn(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for step, value in enumerate(values.tolist(), 1):
-        followed.weight.data.fill_(value)
-        average.update(followed, step)
+        model.weight.data.fill_(value)
+        average.update(model, step)
         if step == 1:
             assert average.module.weight.item() == value
     n = torch.arange(steps + 1, dtype=torch.float64) / steps
@@ -116,33 +116,33 @@ def test_the_average_is_the_sum_under_the_profile(std):
     spread = (shares @ middle**2 - (shares @ middle) ** 2).sqrt()
     assert spread.item() == pytest.approx(average.std, rel=0.02)
     with pytest.raises(ValueError, match="step 0"):
-        average.update(followed, 0)
+        average.update(model, 0)
 
 
 @given(st.floats(0.05, 1), st.floats(0.02, 0.28), st.floats(0.05, 1), st.floats(0.02, 0.28))
 def test_inner_products_are_integrals(t_a, std_a, t_b, std_b):
-    a, b = gamma_of(std_a), gamma_of(std_b)
+    a, b = gamma_from_std(std_a), gamma_from_std(std_b)
     tau = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000 * min(t_a, t_b)
     product = (a + 1) * (tau / t_a) ** a / t_a * (b + 1) * (tau / t_b) ** b / t_b
     numeric = product.mean().item() * min(t_a, t_b)
-    assert inner(*map(torch.tensor, (t_a, a, t_b, b))).item() == pytest.approx(numeric, rel=2e-3)
+    assert inner_product(*map(torch.tensor, (t_a, a, t_b, b))).item() == pytest.approx(numeric, rel=2e-3)
 
 
 def test_a_tracked_profile_is_its_own_fit_and_shares_sum_to_one():
     steps = [step for step in (100, 200, 300, 400) for _ in TRACKED]
     stds = TRACKED * 4
-    shares, error = fit(steps, stds, 300, 0.1)
+    shares, error = fit_profile(steps, stds, 300, 0.1)
     assert error < 1e-6
     torch.testing.assert_close(shares, torch.eye(8, dtype=torch.float64)[5], rtol=0, atol=1e-9)
-    shares, error = fit(steps, stds, 400, 0.15)
+    shares, error = fit_profile(steps, stds, 400, 0.15)
     assert shares.sum().item() == pytest.approx(1, abs=1e-12)
     assert 0.05 < error < 0.15
-    assert fit(steps[:-2], stds[:-2], 400, 0.15).error > error
+    assert fit_profile(steps[:-2], stds[:-2], 400, 0.15).error > error
 
 
 def test_hundreds_of_snapshots_keep_the_system_solvable():
     steps = [step for step in range(10, 3001, 10) for _ in TRACKED]
-    shares, error = fit(steps, TRACKED * 300, 3000, 0.07)
+    shares, error = fit_profile(steps, TRACKED * 300, 3000, 0.07)
     assert error < 1e-4
     assert shares.abs().sum() < 3
 
@@ -157,7 +157,7 @@ def test_made_afterwards_is_close_to_tracked(tmp_path, every, std, bound):
     The bounds are about twice what was measured.
     """
     _, direct, last = walked()
-    made = reconstruct(run_with(tmp_path, every, dtype=torch.float64), None, "network", std)
+    made = reconstruct_ema(run_with(tmp_path, every, dtype=torch.float64), None, "network", std)
     wanted = direct[STEPS, std]
     error = ((made["weight"] - wanted).norm() / (wanted - last).norm()).item()
     assert bound / 10 < error < bound
@@ -167,12 +167,12 @@ def test_made_afterwards_is_close_to_tracked(tmp_path, every, std, bound):
 @pytest.mark.parametrize("std", TRACKED)
 @pytest.mark.parametrize("step", [300, 600, None])
 def test_a_tracked_length_comes_back(tmp_path, step, std):
-    made = reconstruct(run_with(tmp_path, 75), step, "network", std)
+    made = reconstruct_ema(run_with(tmp_path, 75), step, "network", std)
     torch.testing.assert_close(made["weight"], walked()[1][step or STEPS, std].float(), rtol=1e-6, atol=1e-6)
 
 
 def test_any_length_fits_the_module_with_the_buffers_of_its_step(tmp_path):
-    made = reconstruct(run_with(tmp_path, 75), 300, "network", 0.08)
+    made = reconstruct_ema(run_with(tmp_path, 75), 300, "network", 0.08)
     Walker().load_state_dict(made)
     assert {key: value.dtype for key, value in made.items()} == {
         "weight": torch.float32,
@@ -196,25 +196,25 @@ def test_half_precision_and_shared_tensors_are_kept(tmp_path):
     }
     path = save_snapshot(tmp_path, 3, tensors, dtype=torch.bfloat16)
     assert {value.dtype for value in load_file(path).values()} == {torch.bfloat16}
-    made = reconstruct(tmp_path, 3, "network", 0.1)
+    made = reconstruct_ema(tmp_path, 3, "network", 0.1)
     assert made.keys() == {"a", "b", "c"}
     torch.testing.assert_close(made["c"], shared.view(2, 2).T.bfloat16().float())
     save_snapshot(tmp_path, 3, tensors)
-    torch.testing.assert_close(reconstruct(tmp_path, None, "d", 0.1)["x"], shared)
+    torch.testing.assert_close(reconstruct_ema(tmp_path, None, "d", 0.1)["x"], shared)
 
 
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="train with --ema_profiles 0.05 0.1"):
-        reconstruct(tmp_path, None, "network", 0.07)
+        reconstruct_ema(tmp_path, None, "network", 0.07)
     run_with(tmp_path, 300)
     with pytest.raises(FileNotFoundError, match="of step 450; there are 300, 600: name one"):
-        reconstruct(tmp_path, 450, "network", 0.07)
+        reconstruct_ema(tmp_path, 450, "network", 0.07)
     with pytest.raises(ValueError, match="no profile of a module 'work'"):
-        reconstruct(tmp_path, 600, "work", 0.07)
+        reconstruct_ema(tmp_path, 600, "work", 0.07)
     with pytest.raises(ValueError, match=r"length 0.25 .* of lengths \[0.05, 0.1\] kept at 2 steps.* is 7\d% off"):
-        reconstruct(tmp_path, None, "network", 0.25)
+        reconstruct_ema(tmp_path, None, "network", 0.25)
     with pytest.raises(ValueError, match="at most 0.3003"):
-        reconstruct(tmp_path, None, "network", 0.5)
+        reconstruct_ema(tmp_path, None, "network", 0.5)
 
 
 @pytest.mark.parametrize(
@@ -224,32 +224,32 @@ def test_a_damaged_snapshot_is_named(tmp_path, damage):
     path = snapshot_path(run_with(tmp_path, 300), 300)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=f"{path.name} is damaged .*delete it"):
-        reconstruct(tmp_path, None, "network", 0.07)
+        reconstruct_ema(tmp_path, None, "network", 0.07)
     path.unlink()
-    reconstruct(tmp_path, None, "network", 0.07)
+    reconstruct_ema(tmp_path, None, "network", 0.07)
 
 
 def test_a_foreign_snapshot_is_refused(tmp_path):
     path = snapshot_path(run_with(tmp_path, 300), 300)
     path.rename(snapshot_path(tmp_path, 299))
     with pytest.raises(ValueError, match="step_00000299.* holds the profiles of step 300"):
-        reconstruct(tmp_path, None, "network", 0.07)
+        reconstruct_ema(tmp_path, None, "network", 0.07)
     snapshot_path(tmp_path, 299).unlink()
     for metadata in (None, {"step": "300", "copied": "{", "crc32": "{}"}):
         save_file({"0.05/network.weight": torch.zeros(1)}, path, metadata)
         with pytest.raises(ValueError, match="is no snapshot of EMA profiles"):
-            reconstruct(tmp_path, None, "network", 0.07)
+            reconstruct_ema(tmp_path, None, "network", 0.07)
     save_file({"0.05/network.weight": torch.zeros(1)}, path, {"step": "300", "copied": "[]", "crc32": "{}"})
     with pytest.raises(ValueError, match="its tensors are not those it lists"):
-        reconstruct(tmp_path, None, "network", 0.07)
+        reconstruct_ema(tmp_path, None, "network", 0.07)
     keys = [key for key in walked()[0][300] if key.endswith(".weight")]
     save_snapshot(tmp_path, 300, {key: torch.zeros(2) for key in keys})
     with pytest.raises(ValueError, match="step_00000300.* is of another network than step 600"):
-        reconstruct(tmp_path, None, "network", 0.07)
+        reconstruct_ema(tmp_path, None, "network", 0.07)
     wider = {key: value.expand(1, *value.shape) for key, value in walked()[0][300].items()}
     save_snapshot(tmp_path, 300, wider, copied=COPIED)
     with pytest.raises(ValueError, match="in another shape"):
-        reconstruct(tmp_path, None, "network", 0.07)
+        reconstruct_ema(tmp_path, None, "network", 0.07)
 
 
 def test_snapshots_from_before_weights_were_renamed_join_later_ones(tmp_path):
@@ -261,7 +261,7 @@ def test_snapshots_from_before_weights_were_renamed_join_later_ones(tmp_path):
             }
             save_snapshot(tmp_path / run, step, tensors)
     mixed, later, earlier = (
-        reconstruct(tmp_path / run, None, "network", 0.07) for run in ("mixed", "later", "earlier")
+        reconstruct_ema(tmp_path / run, None, "network", 0.07) for run in ("mixed", "later", "earlier")
     )
     assert mixed.keys() == later.keys() == {new, "code"} and earlier.keys() == {old, "code"}
     assert torch.equal(mixed[new], later[new]) and torch.equal(mixed[new], earlier[old])
@@ -283,7 +283,7 @@ def test_a_save_that_fails_leaves_the_older_snapshot(tmp_path, monkeypatch):
     def full_disk(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(posthoc_ema, "sync", full_disk)
+    monkeypatch.setattr(posthoc_ema, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         run_with(tmp_path, 600, dtype=torch.float16)
     assert path.read_bytes() == before
@@ -295,9 +295,9 @@ def test_a_save_that_fails_leaves_the_older_snapshot(tmp_path, monkeypatch):
 
 def test_what_was_made_may_be_changed(tmp_path):
     """It is no view of the files."""
-    made = reconstruct(run_with(tmp_path, 300), None, "network", 0.05)
+    made = reconstruct_ema(run_with(tmp_path, 300), None, "network", 0.05)
     for value in made.values():
         value.add_(1)
-    again = reconstruct(tmp_path, None, "network", 0.05)
+    again = reconstruct_ema(tmp_path, None, "network", 0.05)
     for key, value in again.items():
         torch.testing.assert_close(value + 1, made[key])

@@ -9,10 +9,10 @@ import yaml
 from kill_training import metrics
 
 from helpers.tiny_runs import DDPM, call, run
-from train.checkpoint import PROFILES, WEIGHTS, checkpoint_path, saved_steps
+from train.checkpoint import POSTHOC_WEIGHTS, WEIGHTS, checkpoint_path, saved_steps
 from train.files import sha256
 from train.posthoc_ema import snapshot_steps
-from train.runs import owned
+from train.runs import run_lock
 
 RUN = (
     f"{DDPM} --dropout 0.1 --steps_per_eval 0 --steps_per_checkpoint 2 --keep_last 0 --steps_per_log 1 "
@@ -64,7 +64,7 @@ def refused(logs: Path, name: str, steps: int, capfd, flags: str = "") -> str:
 
 
 def weights(path: Path) -> dict[str, bytes]:
-    return {name: (path / name).read_bytes() for name in (WEIGHTS, "ema.safetensors", PROFILES)}
+    return {name: (path / name).read_bytes() for name in (WEIGHTS, "ema.safetensors", POSTHOC_WEIGHTS)}
 
 
 def state_of(folder: Path, step: int) -> dict:
@@ -101,7 +101,7 @@ def test_a_named_checkpoint_of_its_own_rolls_a_run_back(whole, copied, capfd):
     for time in range(2):
         start(copied.parent, "run", 8, f"--resume {checkpoint_path(copied, 4)}")
         said = capfd.readouterr().out
-        assert "going on from step 4 of 8" in said
+        assert "resuming from step 4 of 8" in said
         for step in (6, 8):
             aside = copied / "set_aside" / f"step_{step:08d}.{time}"
             assert f"set aside: {aside}" in said and aside.is_dir()
@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_that_was_named_is_refused(copied, capfd):
 def test_a_branch_of_another_run_goes_on_as_that_one_and_then_from_its_own(whole, copied, capfd):
     source = checkpoint_path(copied, 4)
     branch = start(copied.parent, "branch", 6, f"--resume {source}")
-    assert "going on from step 4 of 6" in capfd.readouterr().out
+    assert "resuming from step 4 of 6" in capfd.readouterr().out
     assert weights(checkpoint_path(branch, 6)) == weights(checkpoint_path(whole, 6))
     assert saved_steps(branch) == [6] and saved_steps(copied) == [2, 4, 6, 8]
     assert metrics(branch) == [row for row in metrics(whole) if 4 < row["step"] <= 6]
@@ -144,7 +144,7 @@ def test_a_branch_of_another_run_goes_on_as_that_one_and_then_from_its_own(whole
     assert origin["resumed_weights"] == sha256(source / WEIGHTS)
     for flags in ("--resume auto", f"--resume {source}"):
         start(copied.parent, "branch", 6, flags)
-        assert "going on from step 6 of 6 (nothing left to do)" in capfd.readouterr().out
+        assert "resuming from step 6 of 6 (nothing left to do)" in capfd.readouterr().out
     start(copied.parent, "branch", 8, "--resume auto")
     assert weights(checkpoint_path(branch, 8)) == weights(checkpoint_path(whole, 8))
 
@@ -154,7 +154,7 @@ def test_a_branch_goes_on_by_the_same_command_when_what_it_began_from_is_pruned(
     start(copied.parent, "branch", 6, flags)
     shutil.rmtree(checkpoint_path(copied, 4))
     start(copied.parent, "branch", 6, flags)
-    assert "going on from step 6 of 6" in capfd.readouterr().out
+    assert "resuming from step 6 of 6" in capfd.readouterr().out
 
 
 def test_a_branch_without_a_checkpoint_of_its_own_never_begins_from_nothing(copied, own, capfd):
@@ -175,12 +175,12 @@ def test_never_begins_anew_or_not_at_all(copied, capfd):
 
 
 def test_two_processes_do_not_train_one_folder(copied):
-    with owned(copied):
+    with run_lock(copied):
         second = run("train_sampler.py", f"--logs_root {copied.parent} --log_dir run --train_steps 9 {RUN}")
     assert second.returncode == 2
     assert "another process is training" in second.stderr and "--log_dir" in second.stderr
     assert "Traceback" not in second.stderr and saved_steps(copied) == [2, 4, 6, 8]
-    with owned(copied):  # free again
+    with run_lock(copied):  # free again
         pass
 
 

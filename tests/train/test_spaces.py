@@ -15,7 +15,7 @@ from train.config import DataConfig, FirstStageConfig
 from train.data.code_cache import CodeTable
 from train.data.loading import ImageSource, TrainingImages, build_dataset
 from train.data.transforms import to_float
-from train.distributed import World
+from train.distributed import DistContext
 from train.first_stage import load_first_stage
 from train.samplers import absorbing, ddpm
 
@@ -94,7 +94,7 @@ def test_codes_are_those_of_the_images(first, digits, data):
     space = spaces.Codes(first)
     assert space.model_args == {"codes": 16, "grid": (4, 4)} and space.workers(data) == 0
     data = dataclasses.replace(data, shift=0)
-    source = space.source(digits, "train", data, 3, World(CPU))
+    source = space.source(digits, "train", data, 3, DistContext(CPU))
     batch = space.prepared(source[list(range(8))])
     images, twins = images_of(digits, data, 8)  # the same seed: the same order
     assert torch.equal(batch["codes"], first.encode(images))
@@ -123,8 +123,8 @@ def test_validation_images_are_neither_mirrored_nor_shifted(digits, data):
     views = dataclasses.replace(data, horizontal_flip=True, shift=2)
     space = spaces.Pixels(views)
     plain = TrainingImages(ImageSource(digits, dataclasses.replace(data, shift=0)), 0)[list(range(32))]["image"]
-    moved = space.source(digits, "train", views, 0, World(CPU), None)[list(range(32))]["image"]
-    still = space.source(digits, "val", views, 0, World(CPU), None)[list(range(32))]["image"]
+    moved = space.source(digits, "train", views, 0, DistContext(CPU), None)[list(range(32))]["image"]
+    still = space.source(digits, "val", views, 0, DistContext(CPU), None)[list(range(32))]["image"]
     assert torch.equal(still, plain) and not torch.equal(moved, plain)
 
 
@@ -143,13 +143,15 @@ def config(dataset, sampler, trained, **first):
 
 
 def test_the_scale_gives_latents_a_deviation_of_1(first, digits, data, trained):
-    space = spaces.open_space(config(data, ddpm.Config, trained, ae_load_dir="vqgan_digits"), {}, digits, World(CPU))
+    space = spaces.open_space(
+        config(data, ddpm.Config, trained, ae_load_dir="vqgan_digits"), {}, digits, DistContext(CPU)
+    )
     assert isinstance(space, spaces.Latents)
-    source = space.source(digits, "train", data, 9, World(CPU), None)
+    source = space.source(digits, "train", data, 9, DistContext(CPU), None)
     x0 = space.prepared(source[list(range(len(digits)))])["x0"]  # of all images, measured on some
     assert x0.std() == pytest.approx(1, abs=0.02)
     assert space.origin == first.origin | {"latent_scale": space.scale}
-    measured = spaces.measured_scale(first, ImageSource(digits, data), World(CPU))
+    measured = spaces.measured_scale(first, ImageSource(digits, data), DistContext(CPU))
     assert measured == space.scale
 
 
@@ -161,15 +163,18 @@ def test_an_untrained_vqgans_constant_latents_are_refused(first, digits, data):
             return torch.ones(len(images), 4, 4, 4)
 
     with pytest.raises(ValueError, match="deviate by 0: is that VQGAN trained"):
-        spaces.measured_scale(Constant(), ImageSource(digits, data), World(CPU))
+        spaces.measured_scale(Constant(), ImageSource(digits, data), DistContext(CPU))
 
 
 def test_a_sampler_of_codes_finds_its_vqgan_and_others_take_pixels(digits, data, trained):
     found = {
-        "codes": spaces.open_space(config(data, absorbing.Config, trained), {}, digits, World(CPU)),
-        "pixels": spaces.open_space(config(data, ddpm.Config, trained), {}, digits, World(CPU)),
+        "codes": spaces.open_space(config(data, absorbing.Config, trained), {}, digits, DistContext(CPU)),
+        "pixels": spaces.open_space(config(data, ddpm.Config, trained), {}, digits, DistContext(CPU)),
         "noted": spaces.open_space(
-            config(data, ddpm.Config, trained, ae_load_dir="vqgan_digits"), {"latent_scale": 5.0}, digits, World(CPU)
+            config(data, ddpm.Config, trained, ae_load_dir="vqgan_digits"),
+            {"latent_scale": 5.0},
+            digits,
+            DistContext(CPU),
         ),
     }
     assert isinstance(found["codes"], spaces.Codes) and found["codes"].first.run.name == "vqgan_digits"
@@ -188,14 +193,14 @@ def test_a_run_opens_in_the_space_it_was_trained_in(kind, first, data):
 def test_images_that_the_vqgan_does_not_take_are_refused(digits, trained):
     wrong = DataConfig(img_size=32, n_channels=1)
     with pytest.raises(ValueError, match="got img_size 32.*trained with 16: leave --img_size out"):
-        spaces.open_space(config(wrong, ddpm.Config, trained, ae_load_dir="vqgan_digits"), {}, digits, World(CPU))
+        spaces.open_space(config(wrong, ddpm.Config, trained, ae_load_dir="vqgan_digits"), {}, digits, DistContext(CPU))
 
 
 def test_codes_without_labels_have_none(first, digits, data, monkeypatch):
     table = CodeTable(torch.zeros(1, 5, 4, 4, dtype=torch.int32), torch.arange(5))
     monkeypatch.setattr(type(first), "codes", lambda *args: table)
     plain = SimpleNamespace(n_classes=0)
-    batch = spaces.Codes(first).source(plain, "train", data, 0, World(CPU))[[0, 1]]
+    batch = spaces.Codes(first).source(plain, "train", data, 0, DistContext(CPU))[[0, 1]]
     assert "label" not in batch and batch["codes"].dtype == torch.int64
 
 
@@ -213,7 +218,7 @@ def test_the_scale_is_noted_and_taken_again_on_resume(trained, latent_run, monke
     flags = f"{LATENT} --logs_root {trained} --ae_load_dir vqgan_digits"
     call("train_sampler.py", f"{flags} --train_steps 3")
     assert origin(latent_run) == noted
-    assert "going on from step 2 of 3" in capfd.readouterr().out
+    assert "resuming from step 2 of 3" in capfd.readouterr().out
     with pytest.raises(AssertionError, match="once more"):
         call("train_sampler.py", f"{flags} --train_steps 1 --log_dir ddpm_new")
 

@@ -6,11 +6,11 @@ import yaml
 from torch import nn
 
 from helpers.labels import label_encoders
-from helpers.process_pool import Crew
+from helpers.process_pool import ProcessPool
 from helpers.run_asserts import weights
 from helpers.tiny_runs import DDPM, GAN, VQGAN, call
 from models.transformer import Transformer
-from train.checkpoint import checkpoint_path, fill_partially
+from train.checkpoint import checkpoint_path, load_matching
 from train.optim import freeze_all_but, is_selected
 
 RUN = (
@@ -75,13 +75,13 @@ def test_what_is_trained_is_part_of_the_run(logs, capfd):
         train(logs, "part", "--train_steps 4 --train_only up_blocks")
     assert "train_only: ['up_blocks', 'encoders.label', 'conv_out'] there, ['up_blocks'] now" in capfd.readouterr().err
     train(logs, "part", f"--train_steps 4 --train_only {CHOSEN}")
-    assert "going on from step 3 of 4" in capfd.readouterr().out
+    assert "resuming from step 3 of 4" in capfd.readouterr().out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_two_processes_freeze_as_one_does(logs, way):
-    crew = Crew(2)
+    crew = ProcessPool(2)
     flags = f"--logs_root {logs} --log_dir {way} {RUN} --train_steps 3 --steps_per_checkpoint 1 --parallel {way}"
     try:
         crew.run("train_sampler.py", f"{flags} --train_only {CHOSEN}")
@@ -160,7 +160,7 @@ def test_what_fits_is_taken_and_each_key_is_reported():
     file = {f"net.{key}": value for key, value in there.state_dict().items()}
     file |= {"net.gone": torch.zeros(1), "other.out.bias": torch.zeros(2), "net.out.bias": torch.zeros(2, 1)}
     before = {key: value.clone() for key, value in here.state_dict().items()}
-    report = fill_partially(here, file, "net")
+    report = load_matching(here, file, "net")
     assert report.taken == [] and report.missing == [] and report.unexpected == ["net.gone"]
     assert report.grown == ["net.embed.weight: (3, 4) -> (5, 4)", "net.out.weight: (2, 4) -> (2, 6)"]
     assert report.misshapen == ["net.out.bias: (2, 1) in the file, (2,) here"]
@@ -179,7 +179,7 @@ def test_layers_whose_inputs_may_be_joined_do_not_grow(layer):
         return nn.ModuleDict({"deeper": deeper, "norm": nn.GroupNorm(1, width)})
 
     file = {f"net.{key}": value for key, value in made(3).state_dict().items()}
-    report = fill_partially(made(4), file, "net")
+    report = load_matching(made(4), file, "net")
     assert report.grown == [] and any(key.startswith(f"net.{layer}.weight") for key in report.misshapen)
 
 
@@ -188,7 +188,7 @@ def test_a_weight_that_was_renamed_is_taken_by_its_new_name():
     network = Transformer(codes=4, grid=(2, 2), width=8, heads=2, layers=1, encoders=encoders)
     file = {f"network.{key}": torch.full_like(value, 0.5) for key, value in network.state_dict().items()}
     file["network.label.weight"] = file.pop("network.encoders.label.embedding.weight")
-    report = fill_partially(network, file, "network")
+    report = load_matching(network, file, "network")
     assert report.missing == report.unexpected == [] and (encoders["label"].embedding.weight == 0.5).all()
 
 
@@ -204,7 +204,7 @@ def test_a_run_starts_from_what_fits_of_another(logs, capfd):
     assert grown.startswith("network.conv_in.weight: (8, 1, 3, 3) -> ")
     assert all(f"{kind}: {key}" in out for kind in noted for key in noted[kind])
     train(logs, "wider", flags.replace("--train_steps 1", "--train_steps 2"))
-    assert "going on from step 1 of 2" in capfd.readouterr().out
+    assert "resuming from step 1 of 2" in capfd.readouterr().out
 
 
 def test_a_full_fit_is_a_strict_load(logs):

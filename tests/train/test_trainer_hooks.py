@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from diffusion.gaussian import cosine
 from helpers.tiny_runs import DDPM, SAMPLER, call
-from train.registry import dotted
+from train.registry import import_callable
 from train.trained_sampler import check_allowed
 
 WATCH = """
@@ -158,12 +158,12 @@ def test_a_wrong_dotted_path_is_refused_in_one_line(path, flag, mine, tmp_path, 
 @pytest.mark.parametrize("path", ["", ".keep", "my_own..keep", "my_own.", "my_own.watching."])
 def test_what_is_no_dotted_path_is_a_message_and_no_crash(path, mine):
     with pytest.raises(ValueError, match="got --hooks"):
-        dotted(path, "--hooks")
+        import_callable(path, "--hooks")
 
 
 def test_what_a_users_module_needs_is_not_our_error(mine):
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
-        dotted("my_own.needy.function", "--hooks")
+        import_callable("my_own.needy.function", "--hooks")
 
 
 # --adapt

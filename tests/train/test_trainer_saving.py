@@ -10,27 +10,29 @@ import torch
 from torch import nn
 
 from train import checkpoint, trainer
-from train.checkpoint import WEIGHTS, checkpoint_path, load, save, saved_steps, verify
+from train.checkpoint import WEIGHTS, checkpoint_path, load_checkpoint, save_checkpoint, saved_steps, verify_checkpoint
 from train.config import LoggingConfig, TrainingConfig
-from train.distributed import StopSignals, World
-from train.loop import State
-from train.posthoc_ema import PowerEMA, snapshot_steps
-from train.trainer import Saver, prune
+from train.distributed import DistContext, StopSignals
+from train.loop import TrainState
+from train.posthoc_ema import PosthocEMA, snapshot_steps
+from train.trainer import Checkpointer, prune_checkpoints
 
 
-def state_at(step: int) -> State:
+def state_at(step: int) -> TrainState:
     network = nn.Linear(64, 64)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     network(torch.ones(1, 64)).sum().backward()
     optimizer.step()
-    return State({"network": network}, {"network": optimizer}, step=step)
+    return TrainState({"network": network}, {"network": optimizer}, step=step)
 
 
-def saver_of(folder: Path, every: int = 1, **logging) -> Saver:
+def checkpointer_of(folder: Path, every: int = 1, **logging) -> Checkpointer:
     (folder / "config.yaml").write_text("")
     logging = LoggingConfig(steps_per_checkpoint=every, checkpoint_minutes=0, **logging)
     training = TrainingConfig(train_steps=100, steps_per_ema_snapshot=5)
-    return Saver(folder, World(torch.device("cpu")), StopSignals(), lambda: None, training=training, logging=logging)
+    return Checkpointer(
+        folder, DistContext(torch.device("cpu")), StopSignals(), lambda: None, training=training, logging=logging
+    )
 
 
 def unfinished(folder: Path) -> list[Path]:
@@ -43,7 +45,7 @@ def unfinished(folder: Path) -> list[Path]:
 @pytest.fixture
 def gate(monkeypatch):
     """Writes wait for it; `gate.begun` are the steps of those that were begun."""
-    gate, real = threading.Event(), trainer.write
+    gate, real = threading.Event(), trainer.write_checkpoint
     gate.begun = []
 
     def slow(folder, taken):
@@ -51,22 +53,22 @@ def gate(monkeypatch):
         gate.wait()
         return real(folder, taken)
 
-    monkeypatch.setattr(trainer, "write", slow)
+    monkeypatch.setattr(trainer, "write_checkpoint", slow)
     yield gate
     gate.set()
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(tmp_path, gate):
-    saver, state = saver_of(tmp_path, every=3), state_at(3)
+    checkpointer, state = checkpointer_of(tmp_path, every=3), state_at(3)
     wanted = {f"network.{key}": value.clone() for key, value in state.modules["network"].state_dict().items()}
-    saver(state, {})
+    checkpointer(state, {})
     for state.step in (4, 5):
         with torch.no_grad():
             state.modules["network"].weight.zero_()
-        saver(state, {})
+        checkpointer(state, {})
     assert saved_steps(tmp_path) == []
     gate.set()
-    saver.finish()
+    checkpointer.wait()
     assert saved_steps(tmp_path) == [3]
     found = checkpoint.read_tensors(checkpoint_path(tmp_path, 3) / WEIGHTS)
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
@@ -74,15 +76,15 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(t
 
 
 def test_the_second_save_waits_for_the_first(tmp_path, gate):
-    saver = saver_of(tmp_path)
-    saver(state_at(1), {})
-    second = threading.Thread(target=saver, args=(state_at(2), {}))
+    checkpointer = checkpointer_of(tmp_path)
+    checkpointer(state_at(1), {})
+    second = threading.Thread(target=checkpointer, args=(state_at(2), {}))
     second.start()
     second.join(0.2)
     assert second.is_alive() and gate.begun == [1]
     gate.set()
     second.join()
-    saver.finish()
+    checkpointer.wait()
     assert gate.begun == [1, 2] and saved_steps(tmp_path) == [1, 2]
 
 
@@ -115,7 +117,7 @@ def full_disk(monkeypatch):
 
 def test_a_disk_that_fills_up_within_a_file_is_an_os_error_and_gets_its_room_back(tmp_path, full_disk):
     with pytest.raises(OSError):
-        save(tmp_path, state_at(1))
+        save_checkpoint(tmp_path, state_at(1))
     assert saved_steps(tmp_path) == [] and unfinished(tmp_path) == []
 
 
@@ -130,38 +132,38 @@ def crashed(*args):
 @pytest.mark.parametrize("problem", [failed, crashed])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_whatever_stopped_a_write_is_raised_after_the_next_step(tmp_path, monkeypatch, problem):
-    saver = saver_of(tmp_path, every=3)
-    saver(state_at(3), {})
-    saver.finish()
-    monkeypatch.setattr(checkpoint, "fill_folder", problem)
-    saver(state_at(6), {})
-    saver.writing.exception()  # waits
+    checkpointer = checkpointer_of(tmp_path, every=3)
+    checkpointer(state_at(3), {})
+    checkpointer.wait()
+    monkeypatch.setattr(checkpoint, "write_files", problem)
+    checkpointer(state_at(6), {})
+    checkpointer.pending.exception()  # waits
     with pytest.raises(ValueError, match="could not save to .*; step 3 is whole there: make room or mend the folder"):
-        saver(state_at(7), {})
+        checkpointer(state_at(7), {})
 
 
 def test_a_failed_write_leaves_nothing_half_done_and_finish_says_so(tmp_path, monkeypatch):
-    saver = saver_of(tmp_path)
-    monkeypatch.setattr(checkpoint, "fill_folder", failed)
-    saver(state_at(1), {})
+    checkpointer = checkpointer_of(tmp_path)
+    monkeypatch.setattr(checkpoint, "write_files", failed)
+    checkpointer(state_at(1), {})
     with pytest.raises(ValueError, match="No space left on device; no checkpoint is there"):
-        saver.finish()
+        checkpointer.wait()
     assert unfinished(tmp_path) == []
 
 
 def test_a_vanished_folder_is_not_made_anew(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    saver, state = saver_of(folder, every=100), state_at(5)
-    state.profiles = {"0.1/network": PowerEMA(state.modules["network"], 0.1)}
-    saver(state, {})
-    saver.finish()
+    checkpointer, state = checkpointer_of(folder, every=100), state_at(5)
+    state.posthoc_averages = {"0.1/network": PosthocEMA(state.modules["network"], 0.1)}
+    checkpointer(state, {})
+    checkpointer.wait()
     assert snapshot_steps(folder) == [5] and saved_steps(folder) == []
     shutil.rmtree(folder)
     state.step = 100
-    saver(state, {})
+    checkpointer(state, {})
     with pytest.raises(ValueError, match="has vanished; no checkpoint is there"):
-        saver.finish()
+        checkpointer.wait()
     assert not folder.exists()
 
 
@@ -169,7 +171,7 @@ class Killed(BaseException):
     """No clean-up is made for it."""
 
 
-WRITING = [(checkpoint, "save_file"), (checkpoint.torch, "save"), (checkpoint, "write_text"), (checkpoint, "sync")]
+WRITING = [(checkpoint, "save_file"), (checkpoint.torch, "save"), (checkpoint, "write_text"), (checkpoint, "fsync")]
 WRITING += [(Path, name) for name in ("mkdir", "rename", "replace")] + [(shutil, "rmtree")]
 
 
@@ -190,20 +192,20 @@ def test_a_kill_at_any_moment_of_a_write_leaves_a_whole_checkpoint(tmp_path, mon
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     for moment in range(1, 100):
         folder = tmp_path / str(moment)
-        save(folder, state_at(1))
-        save(folder, state_at(3))  # of a run that was rolled back by hand, say
+        save_checkpoint(folder, state_at(1))
+        save_checkpoint(folder, state_at(3))  # of a run that was rolled back by hand, say
         left[0] = moment
         try:
-            save(folder, state_at(3))
-            prune(folder, 1, 0)
+            save_checkpoint(folder, state_at(3))
+            prune_checkpoints(folder, 1, 0)
             break
         except Killed:
             found = saved_steps(folder)
             assert found
             for step in found:
-                verify(checkpoint_path(folder, step))
-            save(folder, state_at(3))
-            prune(folder, 1, 0)
+                verify_checkpoint(checkpoint_path(folder, step))
+            save_checkpoint(folder, state_at(3))
+            prune_checkpoints(folder, 1, 0)
             assert saved_steps(folder) == [3] and [p.name for p in unfinished(folder) if "step" in p.name] == []
     assert 15 < moment < 99
 
@@ -225,33 +227,33 @@ def test_a_kill_at_any_moment_of_a_write_leaves_a_whole_checkpoint(tmp_path, mon
 )
 def test_prune(tmp_path, keep_last, keep_every, best, kept):
     for step in (2, 4, 6, 8, 10):
-        save(tmp_path, state_at(step))
+        save_checkpoint(tmp_path, state_at(step))
     half = checkpoint_path(tmp_path, 12)
     half.mkdir()  # no manifest: it is none, and stands for none
-    prune(tmp_path, keep_last, keep_every, best)
+    prune_checkpoints(tmp_path, keep_last, keep_every, best)
     assert saved_steps(tmp_path) == kept and unfinished(tmp_path) == []
 
 
 def test_a_checkpoint_is_deleted_only_after_its_successor_is_whole(tmp_path, gate):
-    saver = saver_of(tmp_path, keep_last=1)
+    checkpointer = checkpointer_of(tmp_path, keep_last=1)
     gate.set()
-    saver(state_at(1), {})
-    saver.finish()
+    checkpointer(state_at(1), {})
+    checkpointer.wait()
     gate.clear()
-    saver(state_at(2), {})
+    checkpointer(state_at(2), {})
     assert saved_steps(tmp_path) == [1]
     gate.set()
-    saver.finish()
+    checkpointer.wait()
     assert saved_steps(tmp_path) == [2]
 
 
 def test_the_best_one_stays(tmp_path):
-    saver = saver_of(tmp_path, keep_last=1, keep_every=0)
+    checkpointer = checkpointer_of(tmp_path, keep_last=1, keep_every=0)
     for step in (1, 2, 3, 4):
         state = state_at(step)
         state.best = {"val/loss": (0.1, min(step, 2))}
-        saver(state, {})
-    saver.finish()
+        checkpointer(state, {})
+    checkpointer.wait()
     assert saved_steps(tmp_path) == [2, 4]
 
 
@@ -259,6 +261,6 @@ def test_the_best_and_the_skipped_steps_come_back(tmp_path):
     """A run killed again and again cannot show it where every validation is the best so far."""
     state, other = state_at(3), state_at(0)
     state.best, state.bad_steps = {"val/loss": (0.5, 2)}, [1]
-    save(tmp_path, state)
-    load(tmp_path, 3, other)
+    save_checkpoint(tmp_path, state)
+    load_checkpoint(tmp_path, 3, other)
     assert (other.step, other.best, other.bad_steps) == (3, {"val/loss": (0.5, 2)}, [1])

@@ -8,13 +8,13 @@ from torch import nn
 
 from train import vqgan as module
 from train.config import DataConfig, TrainingConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.execution import LossScale
 from train.vqgan import VQGANStep, build_state
 from vq.config import VQGANConfig, VQGANLossConfig
 from vq.losses import ADVERSARIAL
 
-HERE = World(torch.device("cpu"))
+HERE = DistContext(torch.device("cpu"))
 NETWORK = VQGANConfig(nf=8, ch_mult=(1, 2), res_blocks=1, attn_resolutions=(), emb_dim=4, codebook_size=16)
 DATA = DataConfig(img_size=16, n_channels=3)
 TRAINING = TrainingConfig(amp=False, lr=1e-3, grad_clip=0.0)
@@ -69,7 +69,7 @@ def gradients(state, step, parts):
                 parameter.grad = None
         return [torch.zeros(()) for _ in names]
 
-    with mock.patch.object(module, "update", instead):
+    with mock.patch.object(module, "clip_and_step", instead):
         return found, step(state, parts)
 
 
@@ -136,8 +136,8 @@ def counted(state):
 def test_nothing_is_done_before_its_time(at, autoencoder, discriminator):
     state, step = begun(disc_start_step=3, disc_warmup_steps=3)
     state.step, calls = at, counted(state)
-    balance = mock.Mock(wraps=step.balance)
-    with mock.patch.object(step, "balance", balance):
+    balance = mock.Mock(wraps=step.compute_adaptive_weight)
+    with mock.patch.object(step, "compute_adaptive_weight", balance):
         found, told = gradients(state, step, [batch()])
     assert len(calls) == autoencoder + 2 * discriminator and balance.called == autoencoder
     assert ("adversarial" in told, "adaptive_weight" in told, "disc_loss" in told) == (autoencoder,) * 2 + (
@@ -216,7 +216,7 @@ def test_codes_of_an_epoch_are_those_of_all_processes():
     counts.add("images", torch.tensor(0.0))
     counts.world = step.world = mock.Mock(wraps=HERE, sum=lambda x: x + (12 if x.ndim == 0 else 1))
     logger = mock.Mock()
-    module.VQGANReports(step, [], 4, epoch=12, logger=logger).codes(state, {})
+    module.VQGANReports(step, [], 4, epoch=12, logger=logger).log_code_usage(state, {})
     assert logger.scalars.call_count == 1
 
 
@@ -227,7 +227,7 @@ def test_codes_are_told_once_an_epoch_over_all_of_it():
     for k in range(6):  # 4 images a step: the epoch is over after the third and the sixth
         told = step(state, [batch(seed=k)])
         assert told is not None
-        reports.codes(state, {})
+        reports.log_code_usage(state, {})
         assert logger.scalars.call_count == (k + 1) // 3
     (_, used), _ = logger.scalars.call_args
     assert 0 < used["codes/usage"] <= 1 <= used["codes/perplexity"] <= 16

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.peak_tensor import Largest
+from helpers.peak_tensor import LargestTensor
 from vq import quantizer
 from vq.config import VQGANConfig
 from vq.quantizer import count, highest, looked_up, make_quantizer, nearest, perplexity, promoted, usage
@@ -64,7 +64,7 @@ def test_a_part_of_the_positions_at_a_time_changes_nothing(size, compared, heigh
 def test_not_all_distances_are_in_memory_at_once(monkeypatch):
     z, codebook = torch.randn(1, 2, 64, 64), torch.randn(2**10, 2)
     monkeypatch.setattr(quantizer, "COMPARED", 2**14)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         nearest(z, codebook)
     assert largest.made == 2**14 < z[:, 0].numel() * len(codebook) / 100
 

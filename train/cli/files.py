@@ -11,10 +11,10 @@ from train.cli.json_config import read_json
 from train.config import ROOT
 
 # What PyYAML raises beside its own errors, for dates that do not exist, tags on what they do not fit, deep nesting.
-UNREADABLE = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
 
 
-class Strict(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """YAML in which a mapping says each key once."""
 
     def compose_mapping_node(self, anchor):
@@ -26,7 +26,7 @@ class Strict(yaml.SafeLoader):
         return node
 
 
-class Words(Strict):
+class StringLoader(UniqueKeyLoader):
     """Scalars stay the words that were typed, for a flag's own parser: YAML takes 1e-4 for a word and 010 for 8."""
 
     yaml_implicit_resolvers = {
@@ -36,21 +36,21 @@ class Words(Strict):
 
 
 for kind in ("int", "float", "bool", "timestamp"):
-    Words.add_constructor(f"tag:yaml.org,2002:{kind}", yaml.SafeLoader.construct_yaml_str)
+    StringLoader.add_constructor(f"tag:yaml.org,2002:{kind}", yaml.SafeLoader.construct_yaml_str)
 
 
-def read_yaml(path: Path, loader: type[yaml.SafeLoader] = Strict) -> dict[str, Any]:
+def read_yaml(path: Path, loader: type[yaml.SafeLoader] = UniqueKeyLoader) -> dict[str, Any]:
     """The keys of a YAML file, with the types that YAML gives their values; ValueError where it is anything else."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), loader)  # a SafeLoader: runs nothing
-    except UNREADABLE as error:
+    except YAML_ERRORS as error:
         raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if content is not None and not (isinstance(content, dict) and all(isinstance(key, str) for key in content)):
         raise ValueError(f"{path}: got a {type(content).__name__}, wanted lines of `key: value`")
     return content or {}
 
 
-def read_groups(path: Path) -> dict[str, dict[str, Any]]:
+def read_run_config(path: Path) -> dict[str, dict[str, Any]]:
     """A run's config.yaml: groups of keys, with the types that YAML gives their values."""
     content = read_yaml(path)
     check_groups(content, str(path))
@@ -63,12 +63,12 @@ def check_groups(content: dict[str, Any], source: str) -> None:
             raise ValueError(f"{source}: group {name!r} holds {reprlib.repr(group)}, wanted lines of `key: value`")
 
 
-def worded(value: Any) -> Any:
+def as_yaml_strings(value: Any) -> Any:
     """What JSON says, in the words of YAML."""
     if isinstance(value, dict):
-        return {key: worded(below) for key, below in value.items()}
+        return {key: as_yaml_strings(below) for key, below in value.items()}
     if isinstance(value, list):
-        return [worded(below) for below in value]
+        return [as_yaml_strings(below) for below in value]
     return str(value).lower() if isinstance(value, bool) else value if value is None else str(value)
 
 
@@ -79,20 +79,20 @@ def read_config(path: Path) -> dict[str, Any]:
         what = "is no file" if path.exists() else "not found"
         raise FileNotFoundError(f"config file {path} {what}; the presets in configs/ are {', '.join(near)}")
     if path.suffix != ".json":
-        return read_yaml(path, Words)
-    return worded(read_json(path))
+        return read_yaml(path, StringLoader)
+    return as_yaml_strings(read_json(path))
 
 
-def section_of(content: dict[str, Any], name: str) -> dict[str, Any]:
+def get_section(content: dict[str, Any], name: str) -> dict[str, Any]:
     """A section of a file's content; what is there and none is refused by `layer`."""
     return content[name] if isinstance(content.get(name), dict) else {}
 
 
-def data_dir_of(dataset: str, data_dir: str | None) -> str | None:
+def resolve_data_dir(dataset: str, data_dir: str | None) -> str | None:
     """--data_dir, or the path that datasets.yaml has for the data set (relative to that file), or None."""
     if data_dir is not None:
         return data_dir
-    paths = read_yaml(ROOT / "datasets.yaml", Words)
+    paths = read_yaml(ROOT / "datasets.yaml", StringLoader)
     path = paths.get(dataset)
     if path is None and dataset in paths:
         raise ValueError(f"datasets.yaml has no path for {dataset} yet: write it there, or pass --data_dir PATH")

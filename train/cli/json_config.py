@@ -37,14 +37,14 @@ KINDS = {  # what a value must be, and how to tell
     "an object of flags": lambda value: isinstance(value, dict) and dict not in map(type, value.values()),
 }
 COUNT, AUTO, NUMBER, BETA, WORD, SWITCH, NUMBERS, COUNTS, FLAGS = KINDS
-OWN = "the section 'ddpm'"
+SECTION = "the section 'ddpm'"
 
 
 @dataclass(frozen=True)
 class Rule:
     """What a key may say: any value of a kind, or else one of `words` or of `values`; and the flag that takes it.
 
-    Without a flag it is used by `combined`, or changes no training. `steps` is the flag to write where it says epochs.
+    Without a flag it is used by `derive_flags`, or changes no training. `steps` is the flag to write where it says epochs.
     """
 
     kind: str | None = None
@@ -62,7 +62,7 @@ class Rule:
             raise ValueError(f"got {key} {json.dumps(value):.60}, wanted {wanted}{remedy}")
 
 
-def keys(kind: str, **names: str | None) -> dict[str, Rule]:
+def of_kind(kind: str, **names: str | None) -> dict[str, Rule]:
     return {key: Rule(kind, flag) for key, flag in names.items()}
 
 
@@ -72,65 +72,67 @@ def only(*values: Any, remedy: str) -> Rule:
 
 GPUS = only([], [0], 1, "auto", "ddp", remedy="for more, `torchrun --nproc_per_node N train_sampler.py --config ...`")
 LATER = only(remedy="this is of the code for latents: write what it has here into diffusion, schedule linear as quad")
-SOLVER = only(remedy=f"write solver, sample_steps and guidance into {OWN}")
-WEIGHTS = only({}, remedy=f"write load_dir or ae_load_dir into {OWN}")
-CONDITIONS = only(None, False, {}, remedy=f"write conditions and adapt into {OWN}, or for classes class_conditional")
-ADAM = Rule(values=(0, 0.0), flag="weight_decay", remedy=f"theirs is Adam's, write AdamW's into {OWN}")
+SOLVER = only(remedy=f"write solver, sample_steps and guidance into {SECTION}")
+WEIGHTS = only({}, remedy=f"write load_dir or ae_load_dir into {SECTION}")
+CONDITIONS = only(
+    None, False, {}, remedy=f"write conditions and adapt into {SECTION}, or for classes class_conditional"
+)
+ADAM = Rule(values=(0, 0.0), flag="weight_decay", remedy=f"theirs is Adam's, write AdamW's into {SECTION}")
 ALL = only(-1, remedy="every checkpoint is kept")
 SPLITS = "a data set is trained on all its training images, and validated on its test images or those held out"
 SHAPE: dict[str, Any] = {
-    **keys(WORD, expt_name="log_dir", expt_dir="logs_root"),
+    **of_kind(WORD, expt_name="log_dir", expt_dir="logs_root"),
     "gpu_ids": GPUS,
     "max_epochs": Rule(COUNT, steps="train_steps"),
     "denoising_model": {
         "model": only("UNet", remedy="other networks are not read from JSON"),
         "model_args": {
             "in_channel": Rule(values=(1, 3), flag="n_channels", remedy=f"the images' own; {CONDITIONS.remedy}"),
-            **keys(COUNT, out_channel=None, inner_channel="channels", res_blocks="res_blocks", num_heads="heads"),
-            **keys(NUMBERS, channel_mults="channel_mults"),
-            **keys(COUNTS, attn_res="attn_factors"),
+            **of_kind(COUNT, out_channel=None, inner_channel="channels", res_blocks="res_blocks", num_heads="heads"),
+            **of_kind(NUMBERS, channel_mults="channel_mults"),
+            **of_kind(COUNTS, attn_res="attn_factors"),
             "num_head_channels": Rule(AUTO, "head_width", {-1: None}),
             "res_block_type": Rule(WORD, "res_block_type"),
             "attn_block_type": Rule(WORD, "attn_block_type", {"basic": "softmax"}),
-            **keys(SWITCH, scale_skip_connection="scale_skip", resblock_updown="resblock_updown"),
+            **of_kind(SWITCH, scale_skip_connection="scale_skip", resblock_updown="resblock_updown"),
             "num_groups": only(32, remedy="norms have 32 groups, or the most that divide their channels"),
         },
     },
     "diffusion": {
         **dict.fromkeys(("model", "model_args", "scale_factor"), LATER),
         "training_target": Rule(words={"noise": "eps", "v": "v", "y_0": "x0"}, flag="prediction"),
-        "loss_fn": only("mse", "l2", remedy=f"for other weights of the squared error write loss_type into {OWN}"),
+        "loss_fn": only("mse", "l2", remedy=f"for other weights of the squared error write loss_type into {SECTION}"),
         "beta_schedule_args": {
             "schedule": Rule(words={"linear": "linear", "quad": "scaled_linear", "cosine": "cosine"}, flag="schedule"),
-            **keys(COUNT, n_timestep="total_steps"),
-            **keys(BETA, linear_start="first_beta", linear_end="last_beta"),
+            **of_kind(COUNT, n_timestep="total_steps"),
+            **of_kind(BETA, linear_start="first_beta", linear_end="last_beta"),
         },
-        "optim_args": {**keys(NUMBER, lr="lr"), "weight_decay": ADAM},
-        **keys(SWITCH, clip_denoised="clip"),
+        "optim_args": {**of_kind(NUMBER, lr="lr"), "weight_decay": ADAM},
+        **of_kind(SWITCH, clip_denoised="clip"),
         **dict.fromkeys(("use_fast_sampling", "fast_sampler", "fast_sampling_steps", "guidance_scale"), SOLVER),
         **dict.fromkeys(("unet_init_weights", "vqvae_init_weights", "freeze_pretrained_weights"), WEIGHTS),
     },
     "data": {
-        **keys(WORD, dataset="dataset", root="data_dir"),
-        **keys(COUNT, image_size="img_size", batch_size="batch_size", val_batch_size=None),
+        **of_kind(WORD, dataset="dataset", root="data_dir"),
+        **of_kind(COUNT, image_size="img_size", batch_size="batch_size", val_batch_size=None),
         **dict.fromkeys(("condition", "convert_mask2mesh", "convert_mask2onehot", "dataset_args"), CONDITIONS),
         "train_args": {"split": only("train", remedy=SPLITS), "data_len": only(-1, remedy=SPLITS)},
-        "val_args": {"split": only("test", "val", remedy=SPLITS), **keys(AUTO, data_len=None)},
+        "val_args": {"split": only("test", "val", remedy=SPLITS), **of_kind(AUTO, data_len=None)},
     },
     "trainer_args": {
         "max_epochs": Rule(COUNT, steps="train_steps"),
         "check_val_every_n_epoch": Rule(COUNT, steps="steps_per_eval"),
         "accelerator": Rule(words={"auto": "auto", "gpu": "cuda", "cuda": "cuda", "cpu": "cpu"}, flag="device"),
         **dict.fromkeys(("devices", "strategy"), GPUS),
-        **keys(NUMBER, limit_val_batches=None),
-        **keys(COUNT, accumulate_grad_batches="accumulate"),
+        **of_kind(NUMBER, limit_val_batches=None),
+        **of_kind(COUNT, accumulate_grad_batches="accumulate"),
     },
-    "callbacks": only([], remedy=f"write dotted paths of functions (state, outputs) as hooks into {OWN}"),
+    "callbacks": only([], remedy=f"write dotted paths of functions (state, outputs) as hooks into {SECTION}"),
     "save_model_config": {"every_n_epochs": Rule(COUNT, steps="steps_per_checkpoint"), "save_top_k": ALL},
     "sampling_args": only({}, remedy="they are flags of experiments/get_samples.py"),
     "vqvae_model": WEIGHTS,
     "text_model": CONDITIONS,
-    **keys(FLAGS, ddpm=None),
+    **of_kind(FLAGS, ddpm=None),
 }
 NEEDED = {
     *("in_channel", "out_channel", "inner_channel", "channel_mults", "res_blocks", "attn_res"),
@@ -139,17 +141,17 @@ NEEDED = {
 LEFT_OUT = {"resblock_updown": True, "heads": 1, "variance": "fixed_small", "class_conditional": False}
 
 
-def walk(content: Any, shape: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any, Rule]]:
+def iter_checked(content: Any, shape: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any, Rule]]:
     """What is said, each checked: its key without those above it, value and rule."""
     if not isinstance(content, dict):
         raise ValueError(f"got {above[:-1] or 'a file of'} {json.dumps(content):.60}, wanted an object of keys")
     for key in content:
         if key not in shape:
-            raise ValueError(f"unknown key {above + key!r}{did_you_mean(key, shape)}; flags of ours go into {OWN}")
+            raise ValueError(f"unknown key {above + key!r}{did_you_mean(key, shape)}; flags of ours go into {SECTION}")
     for key, rule in shape.items():
         value = content.get(key)
         if isinstance(rule, dict):
-            yield from walk({} if value is None else value, rule, f"{above}{key}.")
+            yield from iter_checked({} if value is None else value, rule, f"{above}{key}.")
         elif value is not None:
             rule.check(above + key, value)
             yield key, value, rule
@@ -157,7 +159,7 @@ def walk(content: Any, shape: dict[str, Any], above: str = "") -> Iterator[tuple
             raise ValueError(f"{above}{key} is missing: wanted {rule.kind or [*(rule.words or rule.values)]}")
 
 
-def combined(said: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+def derive_flags(said: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     """The flags, with what more than one key decides."""
     channels, out, schedule = said["in_channel"], said["out_channel"], said["schedule"]
     if out not in (channels, 2 * channels):
@@ -174,23 +176,23 @@ def combined(said: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     return flags | {"batch_size": said["batch_size"] * said.get("accumulate_grad_batches", 1)}
 
 
-def translated(content: Any) -> dict[str, Any]:
+def translate(content: Any) -> dict[str, Any]:
     """What YAML would hold: the sampler's name, flags of the data, and the section `ddpm`."""
-    rules, said = list(walk(content, SHAPE)), {}
+    rules, said = list(iter_checked(content, SHAPE)), {}
     flags, own = dict(LEFT_OUT), content.get("ddpm") or {}
     for key, value, rule in rules:
         said[key] = value
         if rule.steps is not None and rule.steps not in own:
-            raise ValueError(f"got {key} {value}, in epochs: write {rule.steps}, in steps, into {OWN}")
+            raise ValueError(f"got {key} {value}, in epochs: write {rule.steps}, in steps, into {SECTION}")
         if rule.flag is not None:
             flags[rule.flag] = value if rule.words is None else rule.words.get(value, value)
-    flags = combined(said, flags) | own
+    flags = derive_flags(said, flags) | own
     of_data = {field.name for group in (DataConfig, DatasetConfig) for field in fields(group)}
     top = {key: value for key, value in flags.items() if key in of_data}
     return {"sampler": "ddpm"} | top | {"ddpm": {key: value for key, value in flags.items() if key not in of_data}}
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object, whose keys must differ."""
     said = [key for key, _ in pairs]
     twice = next((key for key in said if said.count(key) > 1), None)
@@ -202,7 +204,7 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The file as YAML would say it; ValueError with the file and the key."""
     try:
-        return translated(json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once))
+        return translate(json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=reject_duplicate_keys))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     except ValueError as error:

@@ -17,7 +17,7 @@ from train.registry import names_in, plugin
 from vq.quantizers import QuantizerConfig
 
 C = TypeVar("C")
-Names = Mapping[str, Sequence[str]]  # the plug-ins that each flag names, by flag
+PluginNames = Mapping[str, Sequence[str]]  # the plug-ins that each flag names, by flag
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ PLUGIN_GROUPS: dict[type, PluginGroup] = {  # by the class that every plug-in's 
     ConditionConfig: PluginGroup("models.conditions", ("conditions",), "condition"),
     QuantizerConfig: PluginGroup("vq.quantizers", ("quantizer", "quantizers"), "quantizer"),
 }
-NAMING = {"dataset", *(flag for group in PLUGIN_GROUPS.values() for flag in group.flags)}
+NAMING_FLAGS = {"dataset", *(flag for group in PLUGIN_GROUPS.values() for flag in group.flags)}
 
 
 class Flag(NamedTuple):
@@ -62,61 +62,61 @@ def flags_of(group: Any) -> dict[str, Flag]:
     return flags
 
 
-def is_list(flag: Flag) -> bool:
+def takes_list(flag: Flag) -> bool:
     return get_origin(flag.kind) is tuple
 
 
-class Chosen(NamedTuple):
+class DefaultConfig(NamedTuple):
     """A config with the groups of the plug-ins named, and their names."""
 
     config: Any
-    names: Names
+    names: PluginNames
 
 
-def chosen(cls: type, said: Mapping[str, Any]) -> Chosen:
+def make_default_config(cls: type, said: Mapping[str, Any]) -> DefaultConfig:
     """A config of this class, all defaults, with the groups of the plug-ins that are named in what is said.
 
     `said` is by flat key; what names plug-ins and is not in it has its default. ValueError for an unknown plug-in.
     """
-    names, before = named(cls, said), None
+    names, before = plugin_names(cls, said), None
     while names != before:  # the flags of a plug-in may name others
-        config = with_groups(cls, names)
-        names, before = named(config, said), names
-    return Chosen(config, names)
+        config = build_config(cls, names)
+        names, before = plugin_names(config, said), names
+    return DefaultConfig(config, names)
 
 
-def named(group: Any, said: Mapping[str, Any]) -> Names:
+def plugin_names(group: Any, said: Mapping[str, Any]) -> PluginNames:
     """The plug-ins that each naming flag of a config, or of its class, names.
 
     Without a `reader` the data set's name is that of the file that reads it.
     """
     names = {}
     for name, flag in flags_of(group).items():
-        if name in NAMING:
+        if name in NAMING_FLAGS:
             value = flag.default if said.get(name) is None else said[name]
             words = [str(each) for each in value] if isinstance(value, list | tuple) else [str(value)]
-            names[name] = words if is_list(flag) else (words or [str(flag.default)])[-1:]
+            names[name] = words if takes_list(flag) else (words or [str(flag.default)])[-1:]
     if "dataset" in names and names.get("reader", [""]) == [""]:
         names["reader"] = names["dataset"]
     return names
 
 
-def with_groups(cls: type, names: Names) -> Any:
+def build_config(cls: type, names: PluginNames) -> Any:
     """A config of this class, all defaults, with the groups of these plug-ins; `cls` may be such a group itself."""
     for base, group in PLUGIN_GROUPS.items():
         if issubclass(cls, base):
             configs = [group.config_of(name) for flag in group.flags for name in names.get(flag, ())]
-            cls = joined(list(dict.fromkeys(configs)), base)
+            cls = merge_configs(list(dict.fromkeys(configs)), base)
     fields = dataclasses.fields(cls)
-    groups = {field.name: with_groups(field.type, names) for field in fields if dataclasses.is_dataclass(field.type)}
+    groups = {field.name: build_config(field.type, names) for field in fields if dataclasses.is_dataclass(field.type)}
     if not groups:
         return cls()
     flags, own = flags_of(cls), {field.name for field in fields} - groups.keys()
     said = {flag: names[flag] for flag in own & names.keys()}
-    return cls(**groups, **{flag: tuple(each) if is_list(flags[flag]) else each[0] for flag, each in said.items()})
+    return cls(**groups, **{flag: tuple(each) if takes_list(flags[flag]) else each[0] for flag, each in said.items()})
 
 
-def joined(configs: Sequence[type], base: type) -> type:
+def merge_configs(configs: Sequence[type], base: type) -> type:
     """One class with the flags of several plug-ins; a flag that more than one of them has is there once."""
     configs = [each for each in configs if not any(other is not each and issubclass(other, each) for other in configs)]
     if len(configs) < 2:
@@ -124,32 +124,32 @@ def joined(configs: Sequence[type], base: type) -> type:
     return dataclass(frozen=True, kw_only=True)(type(base.__name__, tuple(configs), {"__doc__": base.__doc__}))
 
 
-def part_of(options: Any, config: type[C]) -> C:
+def plugin_options(options: Any, config: type[C]) -> C:
     """What joined options say to one of their plug-ins, whose flags are those of `config`."""
     return config(**{field.name: getattr(options, field.name) for field in dataclasses.fields(config)})
 
 
-class Foreign(NamedTuple):
+class ForeignFlag(NamedTuple):
     """A flag that plug-ins have which are not named."""
 
     group: PluginGroup
     owners: dict[str, Flag]  # by the plug-in's name
 
 
-def foreign_flag(config: Any, key: str) -> Foreign | None:
+def find_foreign_flag(config: Any, key: str) -> ForeignFlag | None:
     """Whose flag this is, which is none of the config's own; None where no plug-in of its groups has it."""
-    for group in plugin_groups(config):
+    for group in iter_plugin_groups(config):
         flags = {name: flags_of(group.config_of(name)) for name in names_in(group.package)}
         owners = {name: found[key] for name, found in flags.items() if key in found}
         if owners:
-            return Foreign(group, owners)
+            return ForeignFlag(group, owners)
     return None
 
 
-def plugin_groups(config: Any) -> Iterator[PluginGroup]:
+def iter_plugin_groups(config: Any) -> Iterator[PluginGroup]:
     """The groups that plug-ins define in a config, itself one or not."""
     yield from (group for base, group in PLUGIN_GROUPS.items() if isinstance(config, base))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            yield from plugin_groups(value)
+            yield from iter_plugin_groups(value)

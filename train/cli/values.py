@@ -9,14 +9,14 @@ from typing import Any, Literal, Union, get_args, get_origin
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 SWITCHES = {"true": "", "yes": "", "on": "", "false": "no_", "no": "no_", "off": "no_"}
-WANTED = {
+KIND_NAMES = {
     **{bool: "true or false", int: "a whole number", float: "a number", str: "a word", Literal: "a word"},
     **{tuple: "a list such as [1, 2]", NoneType: "nothing"},
 }
 RULES = ConstructorRegistry()
 
 
-def peek(argv: list[str], flag: str) -> str | None:
+def peek_flag(argv: list[str], flag: str) -> str | None:
     """The last value of one flag, before the whole command line can be parsed."""
     value = None
     for i, word in enumerate(argv):
@@ -26,7 +26,7 @@ def peek(argv: list[str], flag: str) -> str | None:
     return value
 
 
-def peek_all(argv: list[str], flag: str) -> list[str] | None:
+def peek_flag_values(argv: list[str], flag: str) -> list[str] | None:
     """The words that follow a flag of several, as far as the next flag; None where it is not typed."""
     words, follow = None, False
     for word in argv:
@@ -40,24 +40,24 @@ def peek_all(argv: list[str], flag: str) -> list[str] | None:
     return words
 
 
-def without_config(argv: list[str]) -> tuple[str | None, list[str]]:
+def split_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
     """The file that --config names, and the other words."""
-    places = [i for i, word in enumerate(argv) if peek([word, ""], "config") is not None]
+    places = [i for i, word in enumerate(argv) if peek_flag([word, ""], "config") is not None]
     if not places:
         return None, argv
     start = places[0]
     end = start + (1 if "=" in argv[start] else 2)
     if len(places) > 1 or end > len(argv):
         raise ValueError(f"got --config {f'{len(places)} times' if len(places) > 1 else 'alone'}, wanted one file")
-    return peek(argv, "config"), argv[:start] + argv[end:]
+    return peek_flag(argv, "config"), argv[:start] + argv[end:]
 
 
-def first(*values: Any) -> Any:
+def first_given(*values: Any) -> Any:
     """The first that is not None."""
     return next((value for value in values if value is not None), None)
 
 
-def whole_number(word: str) -> int:
+def parse_int(word: str) -> int:
     """1000000, 1_000_000 and 1e6 are whole numbers, read exactly; 2.5 is none, nor is what no tensor can hold."""
     try:
         value = Decimal(word)
@@ -68,7 +68,7 @@ def whole_number(word: str) -> int:
     raise ValueError(f"got {reprlib.repr(word)}, wanted a whole number (below 2**63)")
 
 
-def finite_number(word: str) -> float:
+def parse_float(word: str) -> float:
     try:
         value = float(word)
         if abs(value) < float("inf"):
@@ -80,7 +80,7 @@ def finite_number(word: str) -> float:
 
 @RULES.primitive_rule
 def number_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    read = {int: whole_number, float: finite_number}.get(info.type)
+    read = {int: parse_int, float: parse_float}.get(info.type)
     return read and PrimitiveConstructorSpec(
         nargs=1,
         metavar=info.type.__name__.upper(),
@@ -90,20 +90,20 @@ def number_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     )
 
 
-def word_of(value: Any) -> str | None:
+def scalar_to_word(value: Any) -> str | None:
     """A scalar as the word for it, None for anything else."""
     if isinstance(value, bool):
         return str(value).lower()
     return str(value) if isinstance(value, str | int | float) else None
 
 
-def arguments(key: str, value: Any, kind: Any) -> list[str]:
+def flag_arguments(key: str, value: Any, kind: Any) -> list[str]:
     """What a file says of one flag, as the words one would type for it; ValueError where it is of another kind."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     kinds = {get_origin(option) or option for option in options}
-    word = word_of(value)
+    word = scalar_to_word(value)
     if isinstance(value, list | tuple):
-        words = [word_of(item) for item in value]
+        words = [scalar_to_word(item) for item in value]
         # a word in a list that begins as flags do would be read as one
         if tuple in kinds and not any(item is None or re.match(r"-[^\d.]", item) for item in words):
             return [f"--{key}", *words]
@@ -114,5 +114,5 @@ def arguments(key: str, value: Any, kind: Any) -> list[str]:
             return [f"--{SWITCHES[word.lower()]}{key}"]
     elif word is not None and not (tuple in kinds and re.search(r"\s", word)):
         return [f"--{key}={word}"]
-    wanted = " or ".join(dict.fromkeys(WANTED.get(each, each.__name__) for each in sorted(kinds, key=str)))
+    wanted = " or ".join(dict.fromkeys(KIND_NAMES.get(each, each.__name__) for each in sorted(kinds, key=str)))
     raise ValueError(f"got {key} {reprlib.repr(value)}, wanted {wanted}")

@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from train.datasets import Ragged
-from train.files import sync
+from train.files import fsync
 
 OFFSET = "<i8"
 
@@ -118,7 +118,7 @@ def write_records(path: Path, records: Iterable[bytes]) -> int:
         for record in records:
             writer.add(record)
         writer.finish()
-    sync(path.parent)
+    fsync(path.parent)
     return writer.crc32
 
 

@@ -31,8 +31,8 @@ from tqdm import tqdm
 from train.data.annotations import Records, write_records
 from train.data.loading import Annotations, Grids, ImageSource, InOrder, apart
 from train.data.transforms import View
-from train.distributed import World
-from train.files import name_removable, sync, write_text
+from train.distributed import DistContext
+from train.files import fsync, print_removable, write_text
 
 VERSION = 3  # raise it when the same images and weights become other codes: the cache goes by it
 KEY = 16  # digits of it in names of files
@@ -206,7 +206,7 @@ class CodeFile:
     def gather(self, notes: dict[int, Note]) -> None:
         """Writes one note of all chunks in the place of many."""
         self.note(self.beside("note"), notes)
-        sync(self.folder)
+        fsync(self.folder)
         if self.beside("chunks").exists():
             shutil.rmtree(self.beside("chunks"))
 
@@ -263,7 +263,7 @@ Encode = Callable[[Tensor], Tensor]  # uint8, or floats in [-1, 1], (B, C, H, W)
 
 
 def code_table(
-    file: CodeFile, images: Callable[[], ImageSource], encode: Encode, batch_size: int, world: World
+    file: CodeFile, images: Callable[[], ImageSource], encode: Encode, batch_size: int, world: DistContext
 ) -> CodeTable:
     """The codes in a file, made first as far as they are not there as they were noted. All processes take part.
 
@@ -279,13 +279,13 @@ def code_table(
         with held(file, world):
             notes = made(file, images, encode, batch_size, world)
         if world.is_main:
-            name_removable("codes", file.outdated())
+            print_removable("codes", file.outdated())
     return file.table(notes)
 
 
-def lacking(file: CodeFile, notes: dict[int, Note], world: World) -> list[int]:
+def lacking(file: CodeFile, notes: dict[int, Note], world: DistContext) -> list[int]:
     """Chunks that are not noted, or not as noted; each process reads its share, and all get the same list."""
-    own = set(world.share_of(list(range(file.chunks))))
+    own = set(world.local_items(list(range(file.chunks))))
     lost = [
         chunk not in notes or (chunk in own and not file.intact(chunk, notes[chunk])) for chunk in range(file.chunks)
     ]
@@ -293,7 +293,7 @@ def lacking(file: CodeFile, notes: dict[int, Note], world: World) -> list[int]:
 
 
 @contextmanager
-def held(file: CodeFile, world: World) -> Iterator[None]:
+def held(file: CodeFile, world: DistContext) -> Iterator[None]:
     """Keeps other jobs from writing the same file. The processes of this one ask together, so that none of them waits
     longer for another than their timeout."""
     lock, waiting = FileLock(file.beside("lock")), False  # the system frees it when a process dies
@@ -317,7 +317,7 @@ def taken(lock: FileLock) -> bool:
 
 
 @contextmanager
-def none_left_behind(file: CodeFile, world: World) -> Iterator[None]:
+def none_left_behind(file: CodeFile, world: DistContext) -> Iterator[None]:
     """ValueError in every process where the system refused something to one; else all go on together."""
     problem = None
     try:
@@ -332,7 +332,7 @@ def none_left_behind(file: CodeFile, world: World) -> Iterator[None]:
 
 
 def made(
-    file: CodeFile, images: Callable[[], ImageSource], encode: Encode, batch_size: int, world: World
+    file: CodeFile, images: Callable[[], ImageSource], encode: Encode, batch_size: int, world: DistContext
 ) -> dict[int, Note]:
     """Encodes what is not in a file, and returns its notes."""
     notes = file.left()
@@ -364,7 +364,7 @@ def made(
     return notes
 
 
-def check_room(file: CodeFile, todo: list[int], world: World) -> None:
+def check_room(file: CodeFile, todo: list[int], world: DistContext) -> None:
     """ValueError in every process where the disk has no room for the chunks."""
     size = sum(len(file.images(chunk)) for chunk in todo) * file.image_bytes
     free = shutil.disk_usage(file.folder).free
@@ -375,11 +375,13 @@ def check_room(file: CodeFile, todo: list[int], world: World) -> None:
         )
 
 
-def fill(file: CodeFile, todo: list[int], source: ImageSource, encode: Encode, batch_size: int, world: World) -> None:
+def fill(
+    file: CodeFile, todo: list[int], source: ImageSource, encode: Encode, batch_size: int, world: DistContext
+) -> None:
     """Encodes chunks, as many at a time as there are processes, so that all hear at once of one's failure."""
     own = {
         chunk: [list(file.images(chunk)[i : i + batch_size]) for i in range(0, len(file.images(chunk)), batch_size)]
-        for chunk in world.share_of(todo)
+        for chunk in world.local_items(todo)
     }
     lists = [each for batches in own.values() for each in batches]
     workers = source.config.num_workers

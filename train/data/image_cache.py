@@ -19,7 +19,7 @@ from train.config import ROOT
 from train.data.annotations import Records, RecordWriter, pack
 from train.data.transforms import Range, to_item
 from train.datasets import Dataset, UnreadableImage
-from train.files import name_removable
+from train.files import print_removable
 
 CACHE_DIR = ROOT / "logs" / ".cache" / "images"
 VERSION = 2  # raise it when the same file becomes other pixels, or they are kept in another way: the cache goes by it
@@ -115,7 +115,7 @@ def cached_images(
         note = read_note(path)
         if note is None:
             note = make(path, Decoding(dataset, shape, data_range), workers)
-            name_removable("decoded images", outdated(folder, name))
+            print_removable("decoded images", outdated(folder, name))
     return CachedImages(path, note)
 
 

@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from diffusion.rng import Streams, seed_of
-from train.cli.files import data_dir_of
+from train.cli.files import resolve_data_dir
 from train.config import DataConfig
 from train.data.annotations import pack
 from train.data.collate import collate
 from train.data.image_cache import cached_images
 from train.data.transforms import in_8_bits, to_item, training_views
 from train.datasets import Blocks, Dataset, DatasetConfig, FloatImage, UnreadableImage
-from train.distributed import World
+from train.distributed import DistContext
 from train.loop import Batch
 from train.registry import plugin
 
@@ -130,7 +130,7 @@ class PositionLists:
 def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Dataset:
     """The images of one split, by the reader that the config names."""
     module = plugin("train.datasets", data.reader or data.dataset, "data set")
-    return module.build(dataclasses.replace(reader, data_dir=data_dir_of(data.dataset, reader.data_dir)), split)
+    return module.build(dataclasses.replace(reader, data_dir=resolve_data_dir(data.dataset, reader.data_dir)), split)
 
 
 def with_declared_range(data: DataConfig, images: Dataset) -> DataConfig:
@@ -284,7 +284,7 @@ def training_batches(
     steps: int,
     batch_size: int,
     accumulate: int,
-    world: World,
+    world: DistContext,
     workers: int,
     prefetch: int = 2,
 ) -> Iterator[tuple[Batch, ...]]:
@@ -292,7 +292,7 @@ def training_batches(
 
     `workers` processes live through the whole run and keep `prefetch` parts each ready, in pinned memory for CUDA.
     """
-    share = world.share(batch_size, "batch_size")
+    share = world.per_rank(batch_size, "batch_size")
     if share % accumulate:
         raise ValueError(
             f"got batch_size {batch_size} for {world.size} processes in {accumulate} parts: they must divide it"

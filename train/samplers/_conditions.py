@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffusion.rng import Streams
 from models.conditioning import ConditionConfig, ConditionEncoder
-from train.cli.plugins import joined, part_of
+from train.cli.plugins import merge_configs, plugin_options
 from train.config import SamplerConfig
 from train.loop import Batch, Field
 from train.registry import plugin
@@ -32,7 +32,7 @@ class ConditionsConfig(SamplerConfig):
     def __post_init__(self):
         kinds = [plugin("models.conditions", name, "condition").Config for name in self.conditions]
         if type(self.condition_options) is ConditionConfig:  # left out: the defaults of the conditions named
-            object.__setattr__(self, "condition_options", joined(kinds, ConditionConfig)())
+            object.__setattr__(self, "condition_options", merge_configs(kinds, ConditionConfig)())
         if missing := [kind.__module__ for kind in kinds if not isinstance(self.condition_options, kind)]:
             got = type(self.condition_options).__name__
             raise ValueError(f"got {got} as condition_options, wanted those of {', '.join(missing)}")
@@ -48,7 +48,7 @@ def make_encoders(config: ConditionsConfig, width: int, n_classes: int) -> dict[
     encoders = {}
     for name in (*config.conditions, *(["label"] if n_classes else [])):
         module = plugin("models.conditions", name, "condition")
-        encoders[name] = module.build(part_of(config.condition_options, module.Config), width, n_classes)
+        encoders[name] = module.build(plugin_options(config.condition_options, module.Config), width, n_classes)
     return encoders
 
 

@@ -52,8 +52,8 @@ class Sampling(*options_of(AbsorbingDiffusion), DiscreteSampling):
     """Guide only where t lies between these (0 is data, 1 all mask)."""
 
     @classmethod
-    def settings_of_solver(cls) -> set[str]:
-        return super().settings_of_solver() | {"reveal"}
+    def solver_setting_names(cls) -> set[str]:
+        return super().solver_setting_names() | {"reveal"}
 
 
 class AbsorbingSampler(DiscreteSampler):

@@ -52,7 +52,7 @@ class Codes(NamedTuple):
 
 
 class Processes(Protocol):
-    """The processes that train together (`train.distributed.World`)."""
+    """The processes that train together (`train.distributed.DistContext`)."""
 
     rank: int
     size: int

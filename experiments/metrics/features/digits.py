@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from train.data.transforms import to_item
 from train.datasets import Dataset, digits
-from train.files import whole_file
+from train.files import atomic_write
 
 METRIC = "FD(digits)"
 VERSION = 1  # raise it when anything below changes the trained weights: their cache goes by it, too
@@ -78,7 +78,7 @@ def load_classifier(device: torch.device | str, cache_dir: str | Path = CACHE_DI
     path = Path(cache_dir) / f"digits-{key[:16]}.safetensors"
     if not path.is_file():
         trained = train_classifier(*_stacked(training), seed=SEED)
-        with whole_file(path) as scratch:
+        with atomic_write(path) as scratch:
             save_file(trained.state_dict(), scratch)
     with torch.device("meta"):  # no first weights: they would be drawn from the global generator
         classifier = DigitsClassifier()

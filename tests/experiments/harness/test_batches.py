@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from experiments.harness.batches import FOLDER, ResumableBatches
-from train.distributed import World
+from train.distributed import DistContext
 
-ALONE = World(torch.device("cpu"))
+ALONE = DistContext(torch.device("cpu"))
 
 
 class Maker:
@@ -126,7 +126,7 @@ def test_a_file_is_named_by_kind_size_and_number(tmp_path):
     assert names == ["noise_6_000000.safetensors", "noise_6_000001.safetensors"]
 
 
-class OneOfTwo(World):
+class OneOfTwo(DistContext):
     """One of two processes, where the other says `others`: numbers that are summed up, and batches."""
 
     def sum(self, x):

@@ -28,7 +28,7 @@ from experiments.harness.experiment import (
 )
 from helpers.tiny_runs import ROOT, call
 from train.config import SamplingConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.files import sha256
 from train.first_stage import FirstStage
 from train.trained_sampler import TrainedSampler
@@ -61,7 +61,7 @@ def test_an_experiment_is_a_config_a_measure_and_a_report(name):
     assert taken[-2:] == [model, ResumableBatches] and not {inspect.Parameter.empty, Any, module.Config} & set(taken)
     if "prepare" in {keyword.arg for keyword in call.keywords}:
         signature = inspect.signature(module.prepare)
-        assert [each.annotation for each in signature.parameters.values()] == [module.Config, model, World]
+        assert [each.annotation for each in signature.parameters.values()] == [module.Config, model, DistContext]
         assert signature.return_annotation is Prepared
     else:
         assert taken[:-2] == [kind for key, kind in groups.items() if key not in ("model", "output")]
@@ -226,7 +226,7 @@ def test_other_settings_in_the_same_folder_are_refused(toy, capfd):
 def test_what_is_prepared_names_and_may_outdate_a_report(toy):
     known = ["one"]
 
-    def prepare(config: Config, model: TrainedSampler, world: World) -> Prepared:
+    def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
         current = known[0]
         return Prepared((config.toy,), {"of": "this"}, "prepared", is_current=lambda results: current == "one")
 
@@ -240,7 +240,7 @@ def test_what_is_prepared_names_and_may_outdate_a_report(toy):
 
 
 def test_what_is_refused_beforehand_leaves_no_folder(toy, capfd):
-    def refuse(config: Config, model: TrainedSampler, world: World) -> Prepared:
+    def refuse(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
         raise ValueError("nothing to measure: pass --count N")
 
     with pytest.raises(SystemExit) as stop:

@@ -24,7 +24,7 @@ from helpers.run_asserts import assert_equal_bits, lines, weights
 from train.config import LoggingConfig, TrainingConfig
 from train.data.loading import ImageSource, build_dataset, images_in_order
 from train.data.transforms import to_float, to_uint8
-from train.distributed import World
+from train.distributed import DistContext
 from train.first_stage import load_first_stage
 from vq.autoencoder import Decoder
 from vq.likelihood import FIRST, HIGHEST, LOWEST
@@ -140,7 +140,7 @@ class Noise(Flat):
 
 def test_the_head_finds_the_true_deviations():
     first, training = Noise(), TrainingConfig(train_steps=300, batch_size=64, lr=2e-2, amp=False, ema_beta=0.9)
-    state, step = build_state(first, training, World(CPU)), HeadStep(first, training, World(CPU))
+    state, step = build_state(first, training, DistContext(CPU)), HeadStep(first, training, DistContext(CPU))
     losses = []
     for state.step in range(300):
         losses.append(step(state, [{"image": first.draw(32)}, {"image": first.draw(32)}])["loss"].item())
@@ -160,7 +160,7 @@ def test_the_head_finds_the_true_deviations():
 
 def test_the_loss_is_that_of_images_and_their_own_codes():
     first, training = Flat(4), TrainingConfig(train_steps=3, batch_size=3, amp=False)
-    state, step = build_state(first, training, World(CPU)), HeadStep(first, training, World(CPU))
+    state, step = build_state(first, training, DistContext(CPU)), HeadStep(first, training, DistContext(CPU))
     images = to_float(torch.tensor([[9, 8, 200, 190], [90, 80, 7, 6], [255, 255, 255, 0]]).view(3, 1, 1, 4).byte())
     ids = torch.tensor([0, 1, 1]).view(3, 1, 1)
     wanted = bits_per_dim(first, state.modules["head"], ids, images).mean().item()
@@ -170,7 +170,7 @@ def test_the_loss_is_that_of_images_and_their_own_codes():
 
 def test_a_step_that_is_not_finite_moves_nothing():
     first, training = Noise(), TrainingConfig(train_steps=3, batch_size=4, amp=False)
-    state, step = build_state(first, training, World(CPU)), HeadStep(first, training, World(CPU))
+    state, step = build_state(first, training, DistContext(CPU)), HeadStep(first, training, DistContext(CPU))
     before = {name: value.clone() for name, value in state.modules["head"].state_dict().items()}
     good = first.draw(4)
     first.vqgan.decoder[-1].bias.data.fill_(float("nan"))
@@ -186,7 +186,7 @@ def head_run(first, run, steps, **changes):
 
 
 def trained_head(first, run, steps, **changes):
-    train_head(run, first, head_run(first, run, steps, **changes), World(CPU))
+    train_head(run, first, head_run(first, run, steps, **changes), DistContext(CPU))
     return load_head(run, first)
 
 

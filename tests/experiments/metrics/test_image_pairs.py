@@ -10,9 +10,9 @@ from torch import nn
 
 from experiments.metrics import image_pairs
 from experiments.metrics.image_pairs import choose, enlarged, learned, pixels
-from train.distributed import World
+from train.distributed import DistContext
 
-ALONE = World(torch.device("cpu"))
+ALONE = DistContext(torch.device("cpu"))
 
 
 class Seen(nn.Module):
@@ -78,7 +78,7 @@ def test_without_weights_auto_is_pixels_and_says_so_once(monkeypatch, capsys):
     assert choose("pixels", "alex", None, ALONE, 9).name == "pixels" and capsys.readouterr().out == ""
 
 
-class OtherFailed(World):
+class OtherFailed(DistContext):
     """One of two processes, where the other has no weights."""
 
     def any(self, *flags):

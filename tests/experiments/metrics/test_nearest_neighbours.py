@@ -14,9 +14,9 @@ from train.config import DataConfig
 from train.data.loading import ImageSource
 from train.data.transforms import to_float, to_uint8, training_views
 from train.datasets import ArrayDataset, UnreadableImage
-from train.distributed import World
+from train.distributed import DistContext
 
-ALONE = World(torch.device("cpu"))
+ALONE = DistContext(torch.device("cpu"))
 FEATURES = Features("raw", None, lambda images: images[:, 0].flatten(1).float())
 
 

@@ -6,20 +6,20 @@ import torch
 from experiments.metrics import throughput
 from experiments.metrics.throughput import Speed, Work, full_steps_report, loading_rate, matmul_peaks, measured, rows
 from train.config import DataConfig, TrainingConfig
-from train.distributed import World
+from train.distributed import DistContext
 
 CPU = torch.device("cpu")
-HERE = World(CPU)
+HERE = DistContext(CPU)
 
 
 def test_a_fraction_is_counted_work_over_time_over_peak(monkeypatch):
     clock, calls = iter([9.0, 9.0, 9.0, 9.0, 2.0, 1.0, 4.0, 3.0, 3.0, 1.5]), []
 
-    def seconds_of(run, device):
+    def time_call(run, device):
         run()
         return next(clock)
 
-    monkeypatch.setattr(throughput, "seconds_of", seconds_of)
+    monkeypatch.setattr(throughput, "time_call", time_call)
     monkeypatch.setattr(throughput, "peak_extra_bytes", lambda run, device: 3 * 2**20)
     a, b = torch.ones(10, 20), torch.ones(20, 50)
 
@@ -75,12 +75,12 @@ class Asked:
 def test_loading_is_timed_after_a_warm_up_and_of_memory_after_an_epoch(in_memory, monkeypatch):
     source, seen = Asked(10), []
 
-    def seconds_of(run, device):
+    def time_call(run, device):
         seen.append(len(source.positions))
         run()
         return 0.5
 
-    monkeypatch.setattr(throughput, "seconds_of", seconds_of)
+    monkeypatch.setattr(throughput, "time_call", time_call)
     training = TrainingConfig(batch_size=4, accumulate=2)
     rate, warm = loading_rate(source, DataConfig(in_memory=in_memory), training, 0, 3, HERE)
     assert rate == 3 * 4 / 0.5 and warm

@@ -76,9 +76,9 @@ def test_reconstructions_are_those_of_held_out_images(logs):
 def test_the_least_is_kept(logs):
     found, best = (logged(logs / "sampler_with", f"FD(pixels)/7_samples{end}") for end in ("", "_best"))
     assert best == {2: found[2], 4: min(found.values())}
-    rest = torch.load(logs / "sampler_with" / OPTIMIZERS, weights_only=True)
+    saved_state = torch.load(logs / "sampler_with" / OPTIMIZERS, weights_only=True)
     least = min(found, key=found.get)
-    assert rest["best"]["FD(pixels)/7_samples"] == (found[least], least)
+    assert saved_state["best"]["FD(pixels)/7_samples"] == (found[least], least)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from experiments.metrics.cost import counted
 from experiments.metrics.throughput import measured
 from train.config import DataConfig, TrainingConfig
 from train.datasets import digits
-from train.distributed import World
+from train.distributed import DistContext
 from train.sampler import SamplerStep
 from train.samplers import absorbing
 from train.spaces import Codes, Latents, Pixels
@@ -20,7 +20,7 @@ from vq.config import VQGANConfig, VQGANLossConfig
 from vq.perceptual import Perceptual
 
 CPU = torch.device("cpu")
-HERE = World(CPU)
+HERE = DistContext(CPU)
 
 
 def second_stage(sampler="absorbing", accumulate=1, **settings):
@@ -171,7 +171,7 @@ def test_full_steps_evaluate_every_grid_at_each_and_the_first_two_do_not_count(g
     monkeypatch.setattr(workloads, "sampled", lambda *args, **how: used.append(args[2]) or sampled(*args, **how))
     _, trainee, batch, _ = trained(second_stage(), n_classes=3)
     options = absorbing.Sampling(solver="confidence", choice_temp=2.0, sample_steps=50, guidance=guidance)
-    with counted(trainee.state.averaged("network")) as cost:
+    with counted(trainee.state.eval_module("network")) as cost:
         seconds = workloads.full_steps(trainee, batch, options, repeats=3)
     assert (cost.calls, cost.evaluations) == (5, evaluations)
     assert len(seconds) == 3 and min(seconds) > 0

@@ -59,10 +59,10 @@ def written(tmp_path, changes=None):
     return path
 
 
-def parsed(path, *flags):
+def parse_config(path, *flags):
     """The config that train_sampler.py makes of the file."""
     words = ["--config", str(path), *flags]
-    return cli.parse(train_sampler.Config, None, words, under=cli.first_stage_data)
+    return cli.parse(train_sampler.Config, None, words, base_values=cli.first_stage_data)
 
 
 def test_the_file_of_configs_key_by_key():
@@ -99,14 +99,14 @@ def test_the_file_of_configs_key_by_key():
 
 
 def test_the_file_of_configs_runs_as_it_is(tmp_path):
-    config = parsed(FILE, "--data_dir", str(tmp_path), "--lr", "1e-3")
+    config = parse_config(FILE, "--data_dir", str(tmp_path), "--lr", "1e-3")
     assert config.sampler.sampler == "ddpm" and config.reader.data_dir == str(tmp_path)
     assert config.training.lr == 1e-3  # a flag goes above the file
     assert config.training.train_steps == json.loads(FILE.read_text())["ddpm"]["train_steps"]
 
 
 def test_the_published_shape_parses(tmp_path):
-    config = parsed(written(tmp_path))
+    config = parse_config(written(tmp_path))
     assert config.logging.log_dir == "mnist" and config.logging.logs_root == "experiments"
     assert config.reader.data_dir == "/data/mnist" and config.data.img_size == 32 and config.data.n_channels == 1
     assert config.training.train_steps == 375_000 and config.training.lr == 5e-5 and config.training.batch_size == 16
@@ -115,7 +115,7 @@ def test_the_published_shape_parses(tmp_path):
 @pytest.mark.parametrize("steps", [1000, 200])
 def test_betas_are_the_files_own_for_any_number_of_steps(steps, tmp_path):
     path = written(tmp_path, {f"{BETAS}.n_timestep": steps})
-    abar = make_process(parsed(path).sampler, pixels=True).abar
+    abar = make_process(parse_config(path).sampler, pixels=True).abar
     wanted = torch.linspace(1e-6, 0.01, steps, dtype=torch.float64)
     torch.testing.assert_close(abar[1:], (1 - wanted).cumprod(0), rtol=1e-12, atol=0)
     scaled = (1 - wanted * 1000 / steps).cumprod(0)  # what ours would make of unconverted betas
@@ -126,7 +126,7 @@ def test_betas_are_the_files_own_for_any_number_of_steps(steps, tmp_path):
 def test_quad_is_linear_in_the_root(steps, tmp_path):
     path = written(tmp_path, {f"{BETAS}.n_timestep": steps, f"{BETAS}.schedule": "quad"})
     wanted = torch.linspace(1e-6**0.5, 0.01**0.5, steps, dtype=torch.float64).square()
-    process = make_process(parsed(path).sampler, pixels=True)
+    process = make_process(parse_config(path).sampler, pixels=True)
     torch.testing.assert_close(process.abar[1:], (1 - wanted).cumprod(0), rtol=1e-12, atol=0)
 
 
@@ -134,7 +134,7 @@ def test_quad_is_linear_in_the_root(steps, tmp_path):
 def test_the_network_has_the_blocks_that_the_file_says(path, tmp_path):
     path = FILE if path == "configs" else written(tmp_path)
     model = json.loads(path.read_text())["denoising_model"]["model_args"]
-    config = parsed(path).sampler
+    config = parse_config(path).sampler
     process = make_process(config, pixels=True)
     with torch.device("meta"):
         network = make_network(config, process, model["in_channel"], 10 * config.class_conditional)
@@ -185,7 +185,7 @@ def test_values_become_flags(case, tmp_path):
     changes, wanted = MAPPED[case]
     section = read_json(written(tmp_path, changes))["ddpm"]
     assert {key: section.get(key, GONE) for key in wanted} == wanted
-    parsed(tmp_path / "mine.json")  # only flags that there are
+    parse_config(tmp_path / "mine.json")  # only flags that there are
 
 
 REFUSED = {  # a key and its value -> what the message must hold beside the file and the key
@@ -267,7 +267,7 @@ def test_the_latent_codes_shape_is_told_before_what_it_lacks(tmp_path):
 
 def test_a_wrong_flag_in_the_section_gets_the_nearest_name(tmp_path):
     with pytest.raises(ValueError, match="mine.json: unknown key 'train_step'.*'train_steps'"):
-        parsed(written(tmp_path, {"ddpm.train_step": 3}))
+        parse_config(written(tmp_path, {"ddpm.train_step": 3}))
 
 
 @pytest.mark.parametrize("text", ["{", "", "[1]", "3", '{"expt_name": }', "null"])

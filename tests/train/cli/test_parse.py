@@ -6,7 +6,7 @@ import errno
 import pytest
 import yaml
 
-from helpers.tiny_runs import call, parsed
+from helpers.tiny_runs import call, parse_config
 from train.cli import files as config_files
 from train.cli import parse as cli
 from train.config import DataConfig
@@ -93,7 +93,7 @@ def refused(capfd, script, flags):
 @pytest.mark.parametrize("case", READ)
 def test_a_value_is_read_as_it_is_written(case, tmp_path, monkeypatch):
     text, key, value = READ[case]
-    config = parsed("train_vqgan.py", f"--config {written(tmp_path, text)}", monkeypatch)
+    config = parse_config("train_vqgan.py", f"--config {written(tmp_path, text)}", monkeypatch)
     assert config[key] == value and type(config[key]) is type(value)
 
 
@@ -124,7 +124,7 @@ def test_a_flag_of_another_kind_is_named(flags, words, capfd):
 
 
 def test_a_flag_may_write_a_whole_number_as_a_float(monkeypatch):
-    config = parsed("train_vqgan.py", "--train_steps 1.5e3 --disc_start_step 1_000 --n_channels 1", monkeypatch)
+    config = parse_config("train_vqgan.py", "--train_steps 1.5e3 --disc_start_step 1_000 --n_channels 1", monkeypatch)
     assert (config["train_steps"], config["disc_start_step"], config["n_channels"]) == (1500, 1000, 1)
 
 
@@ -132,7 +132,7 @@ def test_a_section_cannot_name_another_sampler_than_its_own(tmp_path, capfd, mon
     file = written(tmp_path, "sampler: ddpm\nddpm:\n  sampler: absorbing\n")
     assert "'ddpm'" in refused(capfd, "train_sampler.py", f"--config {file} --logs_root {tmp_path}")
     file = written(tmp_path, "calc_FID:\n  sampler: ddpm\n")  # but that of an experiment chooses
-    config = parsed("experiments/calc_FID.py", f"--config {file} --logs_root {tmp_path}", monkeypatch)
+    config = parse_config("experiments/calc_FID.py", f"--config {file} --logs_root {tmp_path}", monkeypatch)
     assert config["sampler"] == "ddpm" and "eta" in config
     assert "unknown sampler ''" in refused(capfd, "train_sampler.py", "--sampler=")
 
@@ -158,12 +158,12 @@ def test_datasets_yaml_holds_paths(tmp_path, monkeypatch):
     monkeypatch.setattr(config_files, "ROOT", tmp_path)
     paths = 'ffhq: 2024\nchurches: ~nobody_of_that_name/x\nfaces: [a]\nbedrooms:\nmnist: "\\0"\n'
     written(tmp_path, paths, "datasets.yaml")
-    assert config_files.data_dir_of("ffhq", None) == str(tmp_path / "2024")
-    assert config_files.data_dir_of("churches", None) == str(tmp_path / "~nobody_of_that_name" / "x")
-    assert config_files.data_dir_of("lsun", None) is None
+    assert config_files.resolve_data_dir("ffhq", None) == str(tmp_path / "2024")
+    assert config_files.resolve_data_dir("churches", None) == str(tmp_path / "~nobody_of_that_name" / "x")
+    assert config_files.resolve_data_dir("lsun", None) is None
     for name in ("faces", "bedrooms", "mnist"):
         with pytest.raises(ValueError, match=f"datasets.yaml.* for {name}"):
-            config_files.data_dir_of(name, None)
+            config_files.resolve_data_dir(name, None)
 
 
 @pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"max_epochs": 1' + "0" * 400 + "}", "[" * 100_000, "\ufeff{}"])
@@ -203,15 +203,15 @@ class Run:
 def test_an_old_run_is_completed_with_what_was_done_then():
     now = Run(sampler=absorbing.Config(bert_n_layers=3), data=DataConfig(shift=2))
     old = stored(now) | {"origin": {"ae_weights": "abc"}}
-    assert cli.completed(old, now, "old") == old
+    assert cli.complete_config(old, now, "old") == old
     del old["data"]["shift"]
-    assert cli.completed(old, now, "old")["data"]["shift"] == 0  # the flag's default, not what is asked for now
+    assert cli.complete_config(old, now, "old")["data"]["shift"] == 0  # the flag's default, not what is asked for now
     assert "shift" not in old["data"]
-    assert cli.completed({"origin": old["origin"]}, now, "old") == stored(
+    assert cli.complete_config({"origin": old["origin"]}, now, "old") == stored(
         Run(sampler=absorbing.Config(), data=DataConfig())
     ) | {"origin": old["origin"]}
     other = stored(Run(sampler=ddpm.Config(sampler="ddpm"), data=DataConfig()))
-    assert cli.completed(other, now, "old") == other  # nothing of absorbing is put beside what is ddpm's
+    assert cli.complete_config(other, now, "old") == other  # nothing of absorbing is put beside what is ddpm's
 
 
 @pytest.mark.parametrize(

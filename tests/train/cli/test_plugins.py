@@ -8,11 +8,11 @@ import torch
 import yaml
 
 import vq.quantizers
-from helpers.tiny_runs import GAN, ROOT, VQGAN, call, parsed
+from helpers.tiny_runs import GAN, ROOT, VQGAN, call, parse_config
 from train.cli import parse as cli
 from train.cli import plugins
-from train.cli.plugins import PLUGIN_GROUPS, PluginGroup, chosen, flags_of, joined, part_of
-from train.cli.values import peek_all
+from train.cli.plugins import PLUGIN_GROUPS, PluginGroup, flags_of, make_default_config, merge_configs, plugin_options
+from train.cli.values import peek_flag_values
 from train.config import DataConfig, SecondStageConfig, VQGANRunConfig
 from train.datasets import lsun
 from train.first_stage import VQGANRun
@@ -70,7 +70,7 @@ def refused(capfd, flags, script="train_vqgan.py"):
 
 
 def test_a_quantizer_with_an_option_is_one_new_file(mine, tmp_path, capfd, monkeypatch):
-    config = parsed("train_vqgan.py", "--quantizer mine --mine_factor 3", monkeypatch)
+    config = parse_config("train_vqgan.py", "--quantizer mine --mine_factor 3", monkeypatch)
     assert (config["quantizer"], config["mine_factor"]) == ("mine", 3.0) and "beta" not in config
     quantizer = make_quantizer(VQGANConfig(quantizer="mine", codebook_size=8, emb_dim=3))
     assert quantizer.factor == 2 and quantizer.vectors(torch.zeros(1, 2, 2, dtype=torch.int64)).shape == (1, 3, 2, 2)
@@ -83,7 +83,7 @@ def test_a_run_with_a_quantizer_of_ones_own_goes_on(mine, tmp_path, capfd):
     flags = f"{VQGAN} {GAN} --logs_root {tmp_path} --no_amp --steps_per_eval 0 --quantizer mine"
     call("train_vqgan.py", f"{flags} --mine_factor 3 --train_steps 1")
     stored = yaml.safe_load((tmp_path / "vqgan_digits" / "config.yaml").read_text())
-    assert {*stored["network"]} == cli.fields_of(VQGANConfig) | {"mine_factor"}
+    assert {*stored["network"]} == cli.flag_names(VQGANConfig) | {"mine_factor"}
     call("train_vqgan.py", f"{flags} --mine_factor 3 --train_steps 2")
     assert "mine_factor: 3.0 there, 4.0 now" in refused(capfd, f"{flags} --mine_factor 4 --train_steps 2")
 
@@ -128,7 +128,7 @@ def test_help_shows_the_flags_of_the_quantizer_that_is_named(tmp_path, capfd):
 def test_a_file_names_the_quantizer_and_a_flag_another(tmp_path, monkeypatch, capfd):
     file = tmp_path / "mine.yaml"
     file.write_text("vqgan:\n  quantizer: ema\n  revive_below: 0.2\n  beta: 0.25\n  fsq_levels: []\n")
-    config = parsed("train_vqgan.py", f"--config {file}", monkeypatch)  # defaults of others change nothing
+    config = parse_config("train_vqgan.py", f"--config {file}", monkeypatch)  # defaults of others change nothing
     assert config["quantizer"] == "ema" and config["revive_below"] == 0.2 and "fsq_levels" not in config
     message = refused(capfd, f"--config {file} --quantizer l2")
     assert "mine.yaml: got revive_below '0.2' with --quantizer l2: it is of ema" in message
@@ -158,9 +158,9 @@ def test_a_run_with_options_that_its_quantizer_never_had_is_refused():
     content["network"]["gumbel_kl_weight"] = 0.5
     with pytest.raises(ValueError, match="old: got gumbel_kl_weight 0.5 with --quantizer ema: it is of gumbel"):
         cli.from_dict(VQGANRun, groups_of(content), "old")
-    config = chosen(VQGANRunConfig, {"quantizer": "ema"}).config
+    config = make_default_config(VQGANRunConfig, {"quantizer": "ema"}).config
     with pytest.raises(ValueError, match="old: got gumbel_kl_weight 0.5"):
-        cli.completed(content, config, "old")
+        cli.complete_config(content, config, "old")
 
 
 def test_a_run_with_the_keys_of_all_quantizers_is_the_same_run(tmp_path):
@@ -185,16 +185,16 @@ def test_no_plugin_has_a_flag_that_another_group_has():
     for cls in (VQGANRunConfig, SecondStageConfig):
         for group in PLUGIN_GROUPS.values():
             for name in names_in(group.package):
-                config = chosen(cls, {group.flags[0]: name}).config
+                config = make_default_config(cls, {group.flags[0]: name}).config
                 parts = [getattr(config, field.name) for field in dataclasses.fields(config)]
                 assert sum(len(flags_of(part)) for part in parts) == len(flags_of(config)), name
 
 
 def test_the_groups_of_the_plugins_that_are_named_are_chosen():
-    config = chosen(SecondStageConfig, {"sampler": "ddpm", "dataset": "x", "reader": "lsun"}).config
+    config = make_default_config(SecondStageConfig, {"sampler": "ddpm", "dataset": "x", "reader": "lsun"}).config
     assert (type(config.sampler), type(config.sampling)) == (ddpm.Config, ddpm.Sampling)
     assert type(config.reader) is lsun.Config and type(config.data) is DataConfig
-    config = chosen(VQGANRunConfig, {"dataset": "lsun", "quantizer": "fsq"}).config
+    config = make_default_config(VQGANRunConfig, {"dataset": "lsun", "quantizer": "fsq"}).config
     assert type(config.reader) is lsun.Config  # without a reader, the file of the data set's name
     assert config.network == VQGANConfig(quantizer="fsq", quantizer_config=fsq.Config())
 
@@ -209,15 +209,15 @@ class Several:
 
 
 def test_a_list_names_several_plugins_whose_flags_are_joined():
-    config = chosen(Several, {"quantizers": ["ema", "fsq", "ema"]}).config
+    config = make_default_config(Several, {"quantizers": ["ema", "fsq", "ema"]}).config
     assert config.quantizers == ("ema", "fsq", "ema")
-    assert cli.fields_of(config) == {"quantizers", "beta", "codebook_decay", "revive_below", "fsq_levels"}
-    config = cli.interpret(Several, ["--beta", "1", "--fsq_levels", "8", "8"], default=config)
-    assert part_of(config.options, ema.Config) == ema.Config(beta=1.0)
-    assert part_of(config.options, fsq.Config) == fsq.Config(fsq_levels=(8, 8))
+    assert cli.flag_names(config) == {"quantizers", "beta", "codebook_decay", "revive_below", "fsq_levels"}
+    config = cli.parse_arguments(Several, ["--beta", "1", "--fsq_levels", "8", "8"], default=config)
+    assert plugin_options(config.options, ema.Config) == ema.Config(beta=1.0)
+    assert plugin_options(config.options, fsq.Config) == fsq.Config(fsq_levels=(8, 8))
     with pytest.raises(ValueError, match="got beta -1"):
         dataclasses.replace(config.options, beta=-1.0)
-    assert chosen(Several, {}).config == Several()
+    assert make_default_config(Several, {}).config == Several()
 
 
 def test_options_that_build_on_each_other_are_joined_in_any_order():
@@ -226,7 +226,7 @@ def test_options_that_build_on_each_other_are_joined_in_any_order():
         sharpness: float = 1.0
 
     for kinds in ([ema.Config, Mine], [Mine, ema.Config], [QuantizerConfig, Mine, fsq.Config]):
-        both = joined(kinds, QuantizerConfig)()
+        both = merge_configs(kinds, QuantizerConfig)()
         assert both.sharpness == 1.0 and both.codebook_decay == ema.Config().codebook_decay
 
 
@@ -287,7 +287,7 @@ def test_the_flags_of_a_plugin_may_name_several_others(tmp_path, monkeypatch, ca
     monkeypatch.setitem(PLUGIN_GROUPS, Host, PluginGroup("hosts", ("host",), "host"))
     monkeypatch.setitem(PLUGIN_GROUPS, Part, PluginGroup("parts", ("parts",), "part"))
     for module in (plugins, cli):
-        monkeypatch.setattr(module, "NAMING", plugins.NAMING | {"host", "parts"})
+        monkeypatch.setattr(module, "NAMING_FLAGS", plugins.NAMING_FLAGS | {"host", "parts"})
     monkeypatch.setattr(sys, "argv", ["script"])
     config = cli.parse(OfHost, "demo", "--host large --parts red blue --blue_size 5".split())
     assert cli.to_dict(config) == {"host": {"host": "large", "parts": ["red", "blue"], "red_size": 1, "blue_size": 5}}
@@ -301,9 +301,9 @@ def test_the_flags_of_a_plugin_may_name_several_others(tmp_path, monkeypatch, ca
 
 
 def test_joined_flags_keep_their_help(capfd):
-    config = chosen(Several, {"quantizers": ["ema", "fsq"]}).config
+    config = make_default_config(Several, {"quantizers": ["ema", "fsq"]}).config
     with pytest.raises(SystemExit):
-        cli.interpret(Several, ["--help"], default=config)
+        cli.parse_arguments(Several, ["--help"], default=config)
     shown = " ".join(capfd.readouterr().out.replace("│", " ").split())
     assert "Decay per step of the averages" in shown and "Levels of each number" in shown
 
@@ -319,7 +319,7 @@ def test_joined_flags_keep_their_help(capfd):
     ],
 )
 def test_the_words_of_a_list_end_at_the_next_flag(line, words):
-    assert peek_all(line.split(), "quantizers") == words
+    assert peek_flag_values(line.split(), "quantizers") == words
 
 
 @pytest.mark.parametrize("base", PLUGIN_GROUPS)

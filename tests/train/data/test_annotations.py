@@ -16,13 +16,13 @@ from train.data.annotations import Records, pack, unpack, write_records
 from train.data.code_cache import CodeFile
 from train.data.loading import ImageSource, TrainingImages, training_batches
 from train.datasets import DatasetConfig, FloatImage, UnreadableImage
-from train.distributed import World
+from train.distributed import DistContext
 from train.first_stage import FirstStage
 from train.spaces import Codes
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
 
-HERE = World(torch.device("cpu"))
+HERE = DistContext(torch.device("cpu"))
 DATA = DataConfig(dataset="mine", img_size=8, n_channels=1)
 VIEWS = [{}, {"horizontal_flip": True, "shift": 1}, {"horizontal_flip": True, "crop_margin": 2}]
 NETWORK = VQGANConfig(nf=4, ch_mult=(1, 2), res_blocks=1, attn_resolutions=(), codebook_size=16, emb_dim=4)

@@ -15,7 +15,7 @@ from train.data import code_cache
 from train.data.loading import ImageSource, TrainingCodes
 from train.data.transforms import View, training_views
 from train.datasets import ArrayDataset, DatasetConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.first_stage import FirstStage
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
@@ -37,7 +37,7 @@ def test_codes_are_those_of_the_images_whatever_the_batches_and_chunks(tmp_path,
 def test_they_are_encoded_once(tmp_path):
     codes_in(tmp_path)
     assert same(codes_in(tmp_path, lambda images: 1 / 0))
-    refused = code_cache.code_table(code_file(tmp_path), lambda: 1 / 0, encode, 1, World(CPU))  # not even opened
+    refused = code_cache.code_table(code_file(tmp_path), lambda: 1 / 0, encode, 1, DistContext(CPU))  # not even opened
     assert same(refused)
 
 
@@ -214,23 +214,23 @@ def first_of(folder, **changes):
 )
 def test_a_split_is_encoded_in_all_its_views_and_validation_in_none(tmp_path, changes):
     first, data = first_of(tmp_path), dataclasses.replace(DATA, **changes)
-    table = first.codes(IMAGES, "train", data, 3, World(CPU))
+    table = first.codes(IMAGES, "train", data, 3, DistContext(CPU))
     source = ImageSource(IMAGES, data, margin=data.crop_margin)
     images = torch.stack([source[i]["image"] for i in range(7)])
     wanted = torch.stack([first.encode(view(images)) for view in training_views(data)])
     assert torch.equal(table.ids[:], wanted) and len(wanted) in (1, 18, 10) and len(wanted.unique()) > 4
     for batch_size in (1, 100):
-        again = first_of(tmp_path / str(batch_size)).codes(IMAGES, "train", data, batch_size, World(CPU))
+        again = first_of(tmp_path / str(batch_size)).codes(IMAGES, "train", data, batch_size, DistContext(CPU))
         assert torch.equal(again.ids[:], wanted)
     plain = torch.stack([ImageSource(IMAGES, DATA)[i]["image"] for i in range(7)])
-    assert torch.equal(first.codes(IMAGES, "val", data, 3, World(CPU)).ids[:], first.encode(plain)[None])
+    assert torch.equal(first.codes(IMAGES, "val", data, 3, DistContext(CPU)).ids[:], first.encode(plain)[None])
 
 
 def test_any_ingredient_makes_another_key(tmp_path, monkeypatch):
     keys = []
     monkeypatch.setattr(first_stage, "code_table", lambda file, *rest: keys.append((file.key, file.path)))
     monkeypatch.setattr(first_stage, "has_native_bf16", lambda device: True)
-    first, world = first_of(tmp_path), World(CPU)
+    first, world = first_of(tmp_path), DistContext(CPU)
     pixels = IMAGES.images.copy()
     pixels[3, 0, 0] ^= 1
     first.codes(IMAGES, "train", DATA, 3, world)
@@ -255,9 +255,9 @@ def test_what_does_not_change_codes_is_no_ingredient(tmp_path, monkeypatch):
     keys = []
     monkeypatch.setattr(first_stage, "code_table", lambda file, *rest: keys.append(file.path))
     first = first_of(tmp_path)
-    first.codes(IMAGES, "train", DATA, 3, World(CPU))
-    first.codes(IMAGES, "train", dataclasses.replace(DATA, num_workers=3, in_memory=True), 5, World(CPU))
-    first_of(tmp_path, amp=True).codes(IMAGES, "train", DATA, 3, World(CPU))  # a CPU without bfloat16 has no such
+    first.codes(IMAGES, "train", DATA, 3, DistContext(CPU))
+    first.codes(IMAGES, "train", dataclasses.replace(DATA, num_workers=3, in_memory=True), 5, DistContext(CPU))
+    first_of(tmp_path, amp=True).codes(IMAGES, "train", DATA, 3, DistContext(CPU))  # a CPU without bfloat16 has no such
     assert len(set(keys)) == 1 or first_stage.has_native_bf16(CPU)
-    first.codes(IMAGES, "val", DATA, 3, World(CPU))
+    first.codes(IMAGES, "val", DATA, 3, DistContext(CPU))
     assert len(set(keys[:2])) == 1 and keys[-1] != keys[0]  # by name: the splits' fingerprints differ besides

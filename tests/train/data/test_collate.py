@@ -14,9 +14,9 @@ from train.data.collate import as_tensor, collate
 from train.data.loading import ImageSource, TrainingCodes, TrainingImages, on_device, training_batches
 from train.data.transforms import to_float
 from train.datasets import FloatImage, Ragged
-from train.distributed import World
+from train.distributed import DistContext
 
-HERE = World(torch.device("cpu"))
+HERE = DistContext(torch.device("cpu"))
 CONFIG = DataConfig(dataset="mine", img_size=8, n_channels=1, horizontal_flip=True)
 
 
@@ -157,7 +157,7 @@ def test_fields_survive_workers_resumes_and_processes(workers):
     whole, resumed = run(0, workers=0), run(2)
     for one, other in zip(whole[2:], resumed, strict=True):
         assert_same_fields(one, other)
-    second = run(0, World(HERE.device, rank=1, size=2))
+    second = run(0, DistContext(HERE.device, rank=1, size=2))
     for one, other in zip(whole, second, strict=True):
         assert one["caption"][2:] == other["caption"] and torch.equal(one["classes"][2:], other["classes"])
         assert torch.equal(one["image"], to_float((10 * one["classes"])[:, None]))

@@ -22,7 +22,7 @@ from train.data.loading import (
     training_batches,
 )
 from train.datasets import ArrayDataset, Blocks
-from train.distributed import World
+from train.distributed import DistContext
 
 CPU = torch.device("cpu")
 CONFIG = DataConfig(img_size=4, n_channels=1, shift=1, horizontal_flip=True)
@@ -41,7 +41,7 @@ class Sharded(ArrayDataset):
 
 
 def batches(source, *, start=0, steps=6, size=4, world=None, accumulate=1, **options):
-    world, options = world or World(CPU), {"workers": 0} | options
+    world, options = world or DistContext(CPU), {"workers": 0} | options
     found = training_batches(
         source, start=start, steps=steps, batch_size=size, accumulate=accumulate, world=world, **options
     )
@@ -61,7 +61,9 @@ def test_an_epoch_visits_every_sample_once_and_the_next_in_another_order():
 def test_any_number_of_processes_and_workers_gives_the_same_batches(workers, accumulate):
     source = TrainingImages(ImageSource(numbered(10), CONFIG), seed=1)
     whole = batches(source)
-    halves = [batches(source, world=World(CPU, rank, 2), accumulate=accumulate, workers=workers) for rank in range(2)]
+    halves = [
+        batches(source, world=DistContext(CPU, rank, 2), accumulate=accumulate, workers=workers) for rank in range(2)
+    ]
     for step, batch in enumerate(whole):
         for key in batch:
             assert torch.equal(batch[key], torch.cat([half[step][key] for half in halves])), key
@@ -84,7 +86,7 @@ def test_blocks_come_in_one_order_for_any_processes_and_workers_and_from_any_ste
     assert torch.equal(epoch[:24], whole) and sorted(epoch.tolist()) == list(range(48))
     block = torch.bucketize(whole, torch.tensor([10, 24, 36]), right=True)
     assert len(set(block[:22].tolist())) == 2  # the smallest window has 22 samples
-    worlds = [World(CPU, rank, processes) for rank in range(processes)]
+    worlds = [DistContext(CPU, rank, processes) for rank in range(processes)]
     parts = [batches(source, start=start, world=world, workers=workers, prefetch=1) for world in worlds]
     together = [torch.cat([batch["label"] for batch in step]) for step in zip(*parts, strict=True)]
     assert torch.equal(torch.cat(together), whole[4 * start :])
@@ -163,7 +165,7 @@ def test_streams_follow_the_position_not_the_batch():
 def test_indivisible_batches_are_refused():
     source = TrainingImages(ImageSource(numbered(10), CONFIG), seed=1)
     with pytest.raises(ValueError, match="batch_size 5 for 2 processes"):
-        batches(source, size=5, world=World(CPU, 0, 2))
+        batches(source, size=5, world=DistContext(CPU, 0, 2))
     with pytest.raises(ValueError, match="in 3 parts"):
         batches(source, size=4, accumulate=3)
 

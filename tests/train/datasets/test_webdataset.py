@@ -16,7 +16,7 @@ from train.config import DataConfig, SecondStageConfig
 from train.data.loading import ImageSource, TrainingImages, training_batches
 from train.datasets import SPLITS, UnreadableImage
 from train.datasets.webdataset import Config, build, tar
-from train.distributed import World
+from train.distributed import DistContext
 
 pytest.importorskip("webdataset", reason="needs the optional package webdataset")
 
@@ -66,7 +66,7 @@ def test_fields_of_json_members_come_with_their_image(shards, workers, scanned):
     config = Config(data_dir=str(shards), label_from="cls", json_fields=("text", "kind"))
     source = TrainingImages(ImageSource(build(config, "train"), DATA), seed=3)
     how = {"start": 0, "steps": 3, "batch_size": 4, "accumulate": 1, "workers": workers}
-    for (batch,) in training_batches(source, world=World(torch.device("cpu")), **how):
+    for (batch,) in training_batches(source, world=DistContext(torch.device("cpu")), **how):
         assert batch["text"] == ["a b"] * 4 and torch.equal(batch["kind"], batch["label"])
     build(config, "val")
     assert len(scanned) == 6
@@ -142,7 +142,7 @@ def test_boxes_and_label_maps_come_out_as_they_went_in(annotated, workers):
     source = TrainingImages(ImageSource(build(config, "train"), data), seed=3)
     how = {"start": 0, "steps": 6, "batch_size": 2, "accumulate": 1, "workers": workers}
     seen, maps = set(), torch.from_numpy(LEVELS)
-    for (batch,) in training_batches(source, world=World(torch.device("cpu")), **how):
+    for (batch,) in training_batches(source, world=DistContext(torch.device("cpu")), **how):
         assert torch.equal(batch["ids_mask"], batch["boxes_mask"]) and batch["ids"].dtype == torch.int64
         for seg, part, boxes, mask, where in zip(
             batch["seg"], batch["part"], batch["boxes"], batch["boxes_mask"], batch["where"], strict=True
@@ -191,7 +191,7 @@ def test_every_sample_comes_once_in_an_order_of_its_own_for_any_processes_and_wo
     expected = [source.order[k] for k in range(40)]
     assert sorted(expected[:20]) == sorted(expected[20:]) == list(range(20)) and expected[:20] != expected[20:]
     options = {"start": start, "steps": 10, "batch_size": 4, "accumulate": 1, "workers": workers}
-    worlds = [World(torch.device("cpu"), rank, processes) for rank in range(processes)]
+    worlds = [DistContext(torch.device("cpu"), rank, processes) for rank in range(processes)]
     parts = zip(*(training_batches(source, world=world, **options) for world in worlds), strict=True)
     found = [label for step in parts for (batch,) in step for label in batch["label"].tolist()]
     assert found == expected[4 * start :]

@@ -100,7 +100,7 @@ def test_its_settings_have_the_options_of_its_solvers(name):
         assert {*module.Sampling.option_names()} == options
         assert module.Sampling().solver_options == {}  # each solver's own
         assert module.Sampling().solver in solvers_of(sampler.process)
-        assert options | {"sample_steps"} <= module.Sampling.settings_of_solver()
+        assert options | {"sample_steps"} <= module.Sampling.solver_setting_names()
 
 
 def test_a_weight_multiplies_the_loss_and_no_bound(made):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vq.quantizer
-from helpers.peak_tensor import Largest
+from helpers.peak_tensor import LargestTensor
 from vq.config import VQGANConfig
 from vq.quantizer import make_quantizer
 from vq.quantizers import Training, ibq
@@ -143,9 +143,9 @@ def test_products_are_float32_under_autocast():
 def test_only_forward_holds_positions_times_codes(monkeypatch):
     q, z = IBQQuantizer(2**8, 2), torch.randn(1, 2, 16, 16)
     monkeypatch.setattr(vq.quantizer, "COMPARED", 2**12)
-    with Largest() as of_assign:
+    with LargestTensor() as of_assign:
         q.assign(z)
-    with Largest() as of_forward:
+    with LargestTensor() as of_forward:
         q(z)
     assert of_assign.made == 2**12 and of_forward.made == 2**16
 
