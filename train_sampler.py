@@ -20,7 +20,7 @@ from train.trainer import make_hooks, train
 
 @dataclass(frozen=True, kw_only=True)
 class Config(SecondStageConfig):
-    """Trains a sampler of images. Results lie in <logs_root>/<log_dir>: logs/<sampler>_<dataset>."""
+    """Trains an image sampler. The run is saved in <logs_root>/<log_dir>, by default logs/<sampler>_<dataset>."""
 
 
 def main(config: Config) -> None:
@@ -42,13 +42,13 @@ def main(config: Config) -> None:
         rows = read_rows(config.sampling.condition_file, data)
         check_sampling(sampler, config.sampling, rows)
         open_or_resume(run, config, state, world, space.origin | {"class_frequencies": frequencies})
-        seeds = {"train": training.seed, "val": 0}  # every run validates on the same images
+        seeds = {"train": training.seed, "val": 0}  # all runs validate on the same images
         sources = {split: space.source(images[split], split, data, seed, world, adapt) for split, seed in seeds.items()}
         step = SamplerStep(sampler, space, training, world, watched=bool(hooks))
         reports = partial(SamplerReports, step, sources["val"], config.sampling, rows)
         loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}
-        also = {"hooks": hooks, "distance": distance} | loading
-        train(run, training, logging, state, world, sources["train"], step, reports, **also)
+        options = {"hooks": hooks, "distance": distance} | loading
+        train(run, training, logging, state, world, sources["train"], step, reports, **options)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from vq.perceptual import load_perceptual
 
 @dataclass(frozen=True, kw_only=True)
 class Config(VQGANRunConfig):
-    """Trains a VQGAN. Results lie in <logs_root>/<log_dir>: logs/vqgan_<dataset>."""
+    """Trains a VQGAN. The run is saved in <logs_root>/<log_dir>, by default logs/vqgan_<dataset>."""
 
 
 def main(config: Config) -> None:
@@ -40,8 +40,8 @@ def main(config: Config) -> None:
         step = VQGANStep(config.loss, training, world, perceptual, keep_outputs=bool(hooks))
         reports = partial(VQGANReports, step, validation, training.batch_size, len(images))
         source = TrainingImages(images, training.seed)
-        also = {"hooks": hooks, "distance": distance, "workers": data.num_workers, "prefetch": data.prefetch}
-        train(run, training, logging, state, world, source, step, reports, **also)
+        options = {"hooks": hooks, "distance": distance, "workers": data.num_workers, "prefetch": data.prefetch}
+        train(run, training, logging, state, world, source, step, reports, **options)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Kills training at random moments, half of them inside a checkpoint write, and types the same command again until it
-is done. What comes out must be, bit for bit, what a run left alone makes: `python tests/kill_training.py --kills 50`
+"""Kills training at random moments, half of them during a checkpoint write, and restarts it until it is finished.
+
+The result must be bitwise equal to that of an uninterrupted run: `python tests/kill_training.py --kills 50`.
 """
 
 import argparse
@@ -25,9 +26,9 @@ from safetensors.torch import load_file  # noqa: E402
 from helpers.tiny_runs import DDPM, GAN, ROOT, SAMPLER, VQGAN  # noqa: E402
 from train.checkpoint import MANIFEST, STATE_FILE, checkpoint_path, saved_steps  # noqa: E402
 
-PROGRESS = "KILL_TRAINING_PROGRESS"  # environment variable: the file where a run notes its newest step
+PROGRESS = "KILL_TRAINING_PROGRESS"  # environment variable: the file to which a run writes its newest step
 STEPS_PER_KILL, FIRST_STEPS = 7, 20
-START = 4.0  # seconds: about what a start takes
+START = 4.0  # approximate seconds of a start
 EVERYTHING = (
     "--hooks kill_training.ProgressHook --ema_profiles 0.05 0.1 --steps_per_ema_snapshot 11 --steps_per_checkpoint 4 "
     "--checkpoint_minutes 0 --keep_last 2 --keep_every 0 --steps_per_log 7 --steps_per_eval 10 "
@@ -46,7 +47,7 @@ STAGES = {  # script, flags
 
 
 class ProgressHook:
-    """A user's hook with a state, which also tells how far a run is."""
+    """A stateful user hook that also reports the progress of a run."""
 
     def __init__(self):
         self.total = torch.zeros(2, dtype=torch.float64)
@@ -66,39 +67,39 @@ class ProgressHook:
 
 
 def spoil(item: dict[str, Any]) -> dict[str, Any]:
-    """Now and then an image that is not finite, so that steps are skipped; with seed 0 never one of the first 64, whose
-    draws are those of validation."""
+    """Makes some images non-finite, so that steps are skipped; with seed 0, none of the 64 validation images."""
     image = item["image"].float() / 127.5 - 1
     return item | {"image": image * float("nan") if 0.2 < torch.rand(()) < 0.23 else image}
 
 
 def steps_for(kills: int) -> int:
-    """Steps of a run that leave room for so many kills."""
+    """Number of steps that a run needs for so many kills."""
     return FIRST_STEPS + STEPS_PER_KILL * kills
 
 
 @dataclass
 class Attempt:
-    """What one run, started again and again, went through."""
+    """The history of a run that is killed and restarted."""
 
     run: Path
     kills: int = 0
-    writing: int = 0  # of the kills, inside a write of a checkpoint or snapshot
-    starting: int = 0  # before the first step of a start
-    lost: int = 0  # steps done that had to be done again
+    writing: int = 0  # kills during a write of a checkpoint or snapshot
+    starting: int = 0  # kills before the first step after a start
+    lost: int = 0  # steps that had to be repeated
     outputs: list[str] = field(default_factory=list)
 
 
 def typed(stage: str, logs: Path, steps: int) -> tuple[str, str]:
-    """The script and the flags of the run <logs>/run."""
+    """The script and flags of the run <logs>/run."""
     script, flags = STAGES[stage]
     return script, f"{flags} {EVERYTHING} --logs_root {logs} --log_dir run --train_steps {steps}"
 
 
 @contextmanager
 def start_process(stage: str, logs: Path, steps: int) -> Iterator[subprocess.Popen]:
-    """The one command of a run, in a group of its own; its words go to <logs>/output and its steps to <logs>/progress.
-    It is killed at the end.
+    """Starts the command of a run in its own process group, and kills it at the end.
+
+    Its output goes to <logs>/output and its progress to <logs>/progress.
     """
     script, flags = typed(stage, logs, steps)
     paths = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
@@ -118,7 +119,7 @@ def start_process(stage: str, logs: Path, steps: int) -> Iterator[subprocess.Pop
 
 
 def first_stage(logs: Path, other: Path | None = None) -> None:
-    """A trained VQGAN in `logs` for a sampler of codes, the same as in `other`, without the codes made of it."""
+    """Trains a VQGAN in `logs` for a sampler of codes, or copies that of `other` without its cached codes."""
     if other is not None:
         shutil.copytree(other / "first", logs / "first", ignore=shutil.ignore_patterns("codes"))
         return
@@ -128,7 +129,7 @@ def first_stage(logs: Path, other: Path | None = None) -> None:
 
 
 def run_uninterrupted(stage: str, logs: Path, steps: int) -> Path:
-    """The folder of a run that nobody stopped; RuntimeError with its words where it failed."""
+    """Runs without interruption; returns the run folder. RuntimeError with the output if it fails."""
     with start_process(stage, logs, steps) as process:
         if process.wait() != 0:
             raise RuntimeError(f"the undisturbed run failed:\n{(logs / 'output').read_text()}")
@@ -136,7 +137,7 @@ def run_uninterrupted(stage: str, logs: Path, steps: int) -> Path:
 
 
 def progress(logs: Path) -> int:
-    """The newest step of this start, 0 before its first."""
+    """The newest step since the last start, 0 before the first."""
     try:
         return int((logs / "progress").read_text() or 0)
     except FileNotFoundError:
@@ -144,18 +145,18 @@ def progress(logs: Path) -> int:
 
 
 def unfinished(run: Path) -> set[tuple[str, int]]:
-    """What is being written or deleted, or was when a run was killed."""
+    """Temporary folders and files of writes and deletions, current or left by a kill."""
     found = set()
     for path in [*run.glob("checkpoints/.step_*"), *run.glob("ema_profiles/.step_*")]:
         try:
             found.add((path.name, path.stat().st_mtime_ns))
-        except FileNotFoundError:  # done meanwhile
+        except FileNotFoundError:  # finished meanwhile
             continue
     return found
 
 
 def until(process: subprocess.Popen, condition: Callable[[], bool]) -> bool:
-    """Waits for a condition; False where the process ended first."""
+    """Waits for a condition; False if the process ended first."""
     while not condition():
         if process.poll() is not None:
             return False
@@ -164,7 +165,7 @@ def until(process: subprocess.Popen, condition: Callable[[], bool]) -> bool:
 
 
 def strike(process: subprocess.Popen, logs: Path, kind: str, target: int, rng: random.Random) -> bool:
-    """Kills a start at a moment of some kind; False where it ended before."""
+    """Kills the process at a moment of the given kind; False if it ended before."""
     before = unfinished(logs / "run")
     if kind == "start":
         moment = time.monotonic() + rng.uniform(0, START)
@@ -179,9 +180,9 @@ def strike(process: subprocess.Popen, logs: Path, kind: str, target: int, rng: r
 
 
 def run_with_kills(stage: str, logs: Path, steps: int, kills: int, rng: random.Random) -> Attempt:
-    """A run that is killed so many times, spread over its steps, and started again until it is done.
+    """Runs with so many kills, spread over the steps, and restarts until the run is finished.
 
-    RuntimeError where a start ends with an error of its own.
+    RuntimeError if a start ends with an error of its own.
     """
     attempt = Attempt(logs / "run")
     kinds = (["write", "start", "write", "step"] * kills)[:kills]
@@ -206,12 +207,12 @@ def run_with_kills(stage: str, logs: Path, steps: int, kills: int, rng: random.R
 
 
 def differing(one: bytes, other: bytes) -> int:
-    """How many bytes differ, those that only one has included."""
+    """The number of differing bytes, including those that only one of them has."""
     return 0 if one == other else sum(a != b for a, b in zip(one, other, strict=False)) + abs(len(one) - len(other))
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, bytes]]:
-    """Tensors, numbers and words in dicts and lists, as bytes by their path."""
+    """Yields the tensors, numbers and strings in nested dicts and lists as (path, bytes)."""
     if isinstance(value, dict):
         for key in value:
             yield from flat(value[key], f"{path}/{key}")
@@ -231,13 +232,13 @@ def differing_values(one: Any, other: Any) -> int:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the machine's speed."""
+    """The lines of metrics.jsonl without the speed metrics."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows]
 
 
 def differences(one: Path, other: Path, step: int) -> dict[str, int]:
-    """Differing bytes of two runs at a step, by file; of a file that one lacks, all."""
+    """The number of differing bytes of two runs at a step, by file; all bytes of a missing file."""
     paths = [checkpoint_path(run, step) for run in (one, other)]
     found = {}
     for name in sorted({f.name for path in paths for f in path.iterdir()} - {MANIFEST, STATE_FILE}):
@@ -254,7 +255,7 @@ def differences(one: Path, other: Path, step: int) -> dict[str, int]:
 
 
 def compare(stage: str, kills: int, folder: Path, seed: int) -> bool:
-    """Runs both, prints a table, and says whether they are the same."""
+    """Runs with and without kills, prints a table, and returns whether the results are equal."""
     steps, begun = steps_for(kills), time.monotonic()
     alone, restarted = folder / stage / "undisturbed", folder / stage / "killed"
     for logs in (alone, restarted):
@@ -283,10 +284,10 @@ def compare(stage: str, kills: int, folder: Path, seed: int) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=50, help="of each stage")
-    parser.add_argument("--stage", choices=[*STAGES, "both"], default="both", help="both: vqgan and sampler")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--folder", type=Path, help="a new one to work in, which is kept")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills per stage")
+    parser.add_argument("--stage", choices=[*STAGES, "both"], default="both", help="stage to test")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the kills")
+    parser.add_argument("--folder", type=Path, help="new folder for the runs, which is kept")
     options = parser.parse_args()
     stages = ["vqgan", "sampler"] if options.stage == "both" else [options.stage]
     with tempfile.TemporaryDirectory() as temporary:

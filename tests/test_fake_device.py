@@ -1,4 +1,4 @@
-"""What looks at numbers runs on tensors elsewhere (helpers/fake_device.py), and gives what it gives on the CPU."""
+"""Code that reads values runs on a fake device (helpers/fake_device.py), with the same results as on the CPU."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ SOLVERS = solvers_of(PROCESS)
 
 
 def on(place, function):
-    """function(to), where to(...) brings a network or a tensor to a place and `to.device` is it."""
+    """Calls function(to), where to(...) moves a network or tensor to a device, and `to.device` is that device."""
 
     def to(value):
         return value.to(place)
@@ -36,13 +36,13 @@ def on(place, function):
 
 
 def alike(function):
-    """The same here and there."""
+    """The results on both devices must be equal."""
     here, there = on("cpu", function), on(DEVICE, function)
     assert torch.equal(here, there) if here.dtype == torch.int64 else torch.allclose(here, there)
     return here
 
 
-def test_a_tensor_left_behind_is_seen():
+def test_a_tensor_on_the_wrong_device_is_detected():
     with FakeDeviceMode():
         with pytest.raises(RuntimeError, match="more than one device"):
             torch.zeros(3, device=DEVICE) + torch.zeros(3)
@@ -55,7 +55,7 @@ def test_a_tensor_left_behind_is_seen():
 
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("watched", [False, True])
-def test_every_solver_guided_and_tempered_on_a_larger_canvas(name, watched):
+def test_every_solver_with_guidance_on_a_larger_canvas(name, watched):
     on_step = (lambda i, t, s, x, logits: x) if watched else None
 
     def function(to):
@@ -101,7 +101,7 @@ def test_a_sampler_from_known_codes(name):
 
 
 def steps_of_training(to):
-    """A process, codes, and the same partly masked."""
+    """A process, codes, and the same codes partly masked."""
     process, codes = AbsorbingDiffusion(CODES, schedule="arccos"), to(torch.arange(32).view(2, 4, 4) % CODES)
     rng = Streams([1, 2], to.device)
     x_t = process.corrupt(codes, process.times(rng), rng)

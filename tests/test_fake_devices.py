@@ -1,8 +1,8 @@
-"""Everything runs on fake CUDA tensors: one left on the wrong device fails here, without a GPU.
+"""Everything runs on fake CUDA tensors: a tensor on the wrong device fails here, without a GPU.
 
-Fake tensors have a shape, a type and a device, and no numbers. Autograd does not run on fake CUDA tensors where there
-is no GPU, so what needs a gradient runs on "meta", which is just as far from the CPU. What looks at numbers cannot run
-on either: see test_fake_device.py.
+Fake tensors have a shape, a dtype and a device, but no values. Autograd does not support fake CUDA tensors without a
+GPU, so gradients are computed on "meta", which is distinct from the CPU as well. Code that reads values cannot run on
+either: see test_fake_device.py.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def attention(position, **options):
 
 @pytest.fixture
 def networks():
-    """As users build them: on the CPU."""
+    """The networks, built on the CPU as users do."""
     config = VQGANConfig(nf=8, ch_mult=(1, 2), res_blocks=1, attn_resolutions=(4,), emb_dim=8, codebook_size=CODES)
     shape = {"codes": CODES, "grid": GRID, "width": 16, "heads": 2, "layers": 1}
     return {
@@ -54,7 +54,7 @@ def networks():
 def device(request, networks, monkeypatch):
     """The fake device, with the networks moved to it."""
     if request.param == "meta":
-        monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know "meta"
+        monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # not supported on "meta"
     with FakeTensorMode(allow_non_fake_inputs=True):
         for network in networks.values():
             network.to(request.param)
@@ -90,7 +90,7 @@ def all_on(device, *results):
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "meta"], indirect=True)
-def test_a_tensor_left_behind_is_seen(device, networks, codes):
+def test_a_tensor_on_the_wrong_device_is_detected(device, networks, codes):
     with pytest.raises(RuntimeError, match="device"):
         torch.zeros(3, device=device) + torch.zeros(3)
     networks["unconditional"].position = torch.nn.Parameter(torch.zeros(*GRID, 16))

@@ -1,4 +1,4 @@
-"""Gaussian samplers on fake CUDA tensors, as in test_fake_devices.py: one left on the wrong device fails here."""
+"""Gaussian samplers on fake CUDA tensors, as in test_fake_devices.py."""
 
 import contextlib
 
@@ -49,7 +49,7 @@ def batch_on(device):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training(kind, monkeypatch):
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know "meta"
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # not supported on "meta"
     built = sampler(kind)
     draw = Draws(0, {"position": torch.arange(2)}, 2, torch.device("meta"))
     first = draw.shared("time")  # read before tensors are fake
@@ -64,7 +64,7 @@ def test_training(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_sampling_with_guidance_in_an_interval(solver):
+def test_sampling_with_an_interval_of_guidance(solver):
     built = sampler("gaussian")
     with moved(built, "cuda:0") as device:
         options = ddpm.Sampling(solver=solver, sample_steps=3, guidance=2.0, dynamic_threshold=0.9)

@@ -1,4 +1,4 @@
-"""Which flags there are: a list changes on purpose or not at all."""
+"""The frozen list of flags: it changes only on purpose."""
 
 import yaml
 
@@ -15,8 +15,8 @@ from vq.quantizers import QuantizerConfig
 QUANTIZERS = PLUGIN_GROUPS[QuantizerConfig]
 
 
-def test_flags_of_data_and_of_stage_one_are_the_agreed_ones():
-    """A flag is a promise: this list changes on purpose or not at all."""
+def test_the_flags_of_data_and_stage_one_are_frozen():
+    """Flags are a public interface: this list changes only on purpose."""
     assert cli.flag_names(DataConfig) == {
         *("dataset", "reader", "img_size", "img_width", "n_channels", "horizontal_flip", "shift", "crop_margin"),
         *("in_memory", "cache_images", "num_workers", "prefetch", "data_range"),
@@ -38,7 +38,7 @@ def test_flags_of_data_and_of_stage_one_are_the_agreed_ones():
     }
 
 
-def test_flags_of_samplers_and_of_training_are_the_agreed_ones():
+def test_the_flags_of_samplers_and_training_are_frozen():
     assert cli.flag_names(LoggingConfig) == {
         *("log_dir", "logs_root", "steps_per_log", "steps_per_checkpoint", "steps_per_save_output", "steps_per_eval"),
         *("checkpoint_minutes", "keep_last", "keep_every", "steps_per_FD", "FD_samples", "FD_features", "profile"),
@@ -98,7 +98,7 @@ def test_flags_of_samplers_and_of_training_are_the_agreed_ones():
     }
 
 
-def test_registries_list_files():
+def test_registries_list_plugin_files():
     assert {"digits", "mnist", "fashion_mnist", "cifar10", "folder", "lsun"} <= set(names_in("train.datasets"))
     assert names_in("train.samplers") == ["absorbing", "autoregressive", "ddpm"]
     assert set(yaml.safe_load((ROOT / "datasets.yaml").read_text())) >= {"ffhq", "churches", "bedrooms", "faces140k"}

@@ -1,4 +1,4 @@
-"""The command line: what parses, what is refused, and how."""
+"""The command line: precedence, defaults from runs, and error messages."""
 
 import os
 import shutil
@@ -43,33 +43,33 @@ def test_precedence_is_default_then_file_then_flag(monkeypatch, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("dataset: digits\nimg_size: 16\nvqgan:\n  lr: 1e-4\n  ch_mult: [1, 2]\n  ema: false\n")
     config = parse_config("train_vqgan.py", f"--config {file} --ch_mult 1 1 1", monkeypatch)
-    assert config["lr"] == 1e-4  # PyYAML reads 1e-4 as a word; the flag's parser makes it a number
+    assert config["lr"] == 1e-4  # PyYAML reads 1e-4 as a string; the flag's parser makes it a number
     assert config["ema"] is False
     assert config["ch_mult"] == [1, 1, 1]
     assert config["weight_decay"] == TrainingConfig.weight_decay
-    assert config["shift"] == DataConfig.shift  # an explicit file stands in the place of the preset
+    assert config["shift"] == DataConfig.shift  # an explicit file replaces the preset
 
 
-def test_a_second_stage_takes_the_data_from_its_vqgan(trained, monkeypatch):
+def test_a_second_stage_takes_its_data_settings_from_its_vqgan(trained, monkeypatch):
     config = parse_config("train_sampler.py", f"--logs_root {trained}", monkeypatch)
-    assert config["img_size"] == 16  # the digits preset says 32, that VQGAN was trained at 16
+    assert config["img_size"] == 16  # the preset has 32, but the VQGAN was trained at 16
 
 
-def test_the_preset_of_a_sampler_is_read_where_that_sampler_is_asked_for(monkeypatch, tmp_path):
+def test_a_samplers_preset_is_read_for_that_sampler(monkeypatch, tmp_path):
     by_itself = parse_config("train_sampler.py", f"--sampler ddpm --logs_root {tmp_path}", monkeypatch)
     path = ROOT / "configs" / "ddpm_digits.yaml"
     assert by_itself == parse_config("train_sampler.py", f"--config {path} --logs_root {tmp_path}", monkeypatch)
     preset = yaml.safe_load(path.read_text())
     for key, value in {**preset, **preset["ddpm"]}.items():
-        if not isinstance(value, dict):  # PyYAML reads 1e-3 as a word
+        if not isinstance(value, dict):  # PyYAML reads 1e-3 as a string
             assert by_itself[key] == (float(value) if isinstance(by_itself[key], float) else value)
     other = parse_config("train_sampler.py", f"--logs_root {tmp_path}", monkeypatch)
     assert other["sampler"] == "absorbing" and other["img_size"] == 32 and "channels" not in other
     vqgan = parse_config("train_vqgan.py", f"--logs_root {tmp_path}", monkeypatch)
-    assert vqgan["img_size"] == 32  # a script without samplers reads the data set's own
+    assert vqgan["img_size"] == 32  # a script without samplers reads the preset of the data set
 
 
-def test_a_sampler_without_a_preset_of_its_own_takes_the_data_sets(monkeypatch, tmp_path):
+def test_a_sampler_without_a_preset_takes_the_data_sets(monkeypatch, tmp_path):
     assert not (ROOT / "configs" / "ddpm_fashion_mnist.yaml").exists()
     config = parse_config(
         "train_sampler.py", f"--sampler ddpm --dataset fashion_mnist --logs_root {tmp_path}", monkeypatch
@@ -77,7 +77,7 @@ def test_a_sampler_without_a_preset_of_its_own_takes_the_data_sets(monkeypatch, 
     assert (config["sampler"], config["n_channels"], config["channels"]) == ("ddpm", 1, ddpm.Config.channels)
 
 
-def test_a_config_file_chooses_the_sampler_and_a_flag_another(monkeypatch, tmp_path):
+def test_a_flag_overrides_the_sampler_of_the_config_file(monkeypatch, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(
         "dataset: digits\nimg_size: 16\nsampler: ddpm\n"
@@ -93,12 +93,12 @@ def test_a_config_file_chooses_the_sampler_and_a_flag_another(monkeypatch, tmp_p
     assert (samples["sampler"], samples["n_samples"], samples["solver"]) == ("ddpm", 7, ddpm.Sampling.solver)
 
 
-def test_a_runs_folder_alone_tells_an_experiment_sampler_and_data_set(trained_ddpm, monkeypatch):
+def test_experiments_read_sampler_and_data_set_from_the_run(trained_ddpm, monkeypatch):
     flags = f"--logs_root {trained_ddpm} --load_dir ddpm_digits"
     for script in ("experiments/get_samples.py", "experiments/calc_FID.py", "experiments/generate_big_samples.py"):
         config = parse_config(script, f"{flags} --shape 8 8" if "big" in script else flags, monkeypatch)
         assert (config["sampler"], config["dataset"], config["load_dir"]) == ("ddpm", "digits", "ddpm_digits")
-        assert config["sample_steps"] == 4 and "eta" in config and "temp" not in config  # as it was trained
+        assert config["sample_steps"] == 4 and "eta" in config and "temp" not in config  # as in training
     by_name = parse_config("experiments/get_samples.py", f"--logs_root {trained_ddpm} --sampler ddpm", monkeypatch)
     assert by_name["sample_steps"] == 4
     flags = f"{flags} --sample_steps 9 --solver ddim"
@@ -106,7 +106,7 @@ def test_a_runs_folder_alone_tells_an_experiment_sampler_and_data_set(trained_dd
     assert (config["sample_steps"], config["solver"]) == (9, "ddim")
 
 
-def test_a_run_of_another_sampler_than_the_one_named_is_refused(trained_ddpm, capfd):
+def test_a_run_of_another_sampler_is_refused(trained_ddpm, capfd):
     with pytest.raises(SystemExit) as stop:
         call(
             "experiments/get_samples.py",
@@ -116,7 +116,7 @@ def test_a_run_of_another_sampler_than_the_one_named_is_refused(trained_ddpm, ca
     assert "was trained with --sampler ddpm, got absorbing" in capfd.readouterr().err
 
 
-REFUSED = {  # script and flags -> what the message must hold
+REFUSED = {  # script and flags -> words that the message must contain
     "flag": ("train_vqgan.py", "--lrr 1", ["lrr", "--lr"]),
     "value": ("train_vqgan.py", "--lr fast", ["lr", "fast"]),
     "data set": ("train_vqgan.py", "--dataset ffqh", ["ffqh", "ffhq"]),
@@ -192,7 +192,7 @@ REFUSED = {  # script and flags -> what the message must hold
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused_gets_exit_code_2_and_a_short_message(case, trained, capfd, tmp_path):
+def test_errors_exit_with_code_2_and_a_short_message(case, trained, capfd, tmp_path):
     script, flags, wanted = REFUSED[case]
     with pytest.raises(SystemExit) as stop:
         call(script, f"{flags} --logs_root {trained} --log_dir {tmp_path.name}")
@@ -216,7 +216,7 @@ def test_what_is_refused_gets_exit_code_2_and_a_short_message(case, trained, cap
         ("a: [\n", ["not a YAML file"]),
     ],
 )
-def test_a_wrong_config_file_is_named_with_the_nearest_key(content, wanted, tmp_path, capfd):
+def test_an_invalid_config_file_is_named_with_the_nearest_key(content, wanted, tmp_path, capfd):
     file = tmp_path / "mine.yaml"
     file.write_text(content)
     with pytest.raises(SystemExit) as stop:
@@ -226,7 +226,7 @@ def test_a_wrong_config_file_is_named_with_the_nearest_key(content, wanted, tmp_
     assert all(word in message for word in wanted), message
 
 
-def test_an_empty_section_says_nothing(tmp_path, monkeypatch):
+def test_an_empty_section_is_ignored(tmp_path, monkeypatch):
     file = tmp_path / "mine.yaml"
     file.write_text("img_size: 8\nvqgan:\nabsorbing:\ncalc_FID:\n")
     for script in ("train_vqgan.py", "train_sampler.py", "experiments/calc_FID.py"):
@@ -257,14 +257,14 @@ print("ended with", code, [name for name in %r if name in sys.modules])
         ("convert.py", "--no_such_flag", 2),
     ],
 )
-def test_help_and_refusals_wait_for_nothing_slower_than_torch(script, flag, code):
+def test_help_and_errors_import_nothing_slower_than_torch(script, flag, code):
     command = [sys.executable, "-c", HOW % (SLOW,), script, flag]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip().endswith(f"ended with {code} []"), done.stdout[-300:] + done.stderr[-300:]
 
 
-def test_two_checkouts_that_share_one_environment_never_mix(tmp_path):
-    """Another checkout comes first on the path of imports, as an editable install may put it."""
+def test_two_checkouts_in_one_environment_never_mix(tmp_path):
+    """Another checkout comes first on the import path, as with an editable install."""
     other = tmp_path / "other"
     (other / "experiments").mkdir(parents=True)
     for name in ("__init__.py", "_root.py"):
@@ -272,7 +272,7 @@ def test_two_checkouts_that_share_one_environment_never_mix(tmp_path):
     for mine, theirs in ((ROOT, other), (other, ROOT)):
         code = f"import sys; sys.path[0] = {str(mine / 'experiments')!r}\nimport _root, experiments\n"
         variables = {**os.environ, "PYTHONPATH": str(theirs)}
-        command = [sys.executable, "-c", f"{code}print(experiments.__file__)"]  # as a script there begins
+        command = [sys.executable, "-c", f"{code}print(experiments.__file__)"]  # as a script there starts
         done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
         assert done.stdout.strip() == str(mine / "experiments" / "__init__.py"), done.stderr
 

@@ -1,6 +1,6 @@
-"""Whatever stands in a file or on a command line: a config, or a message and exit code 2; never a traceback.
+"""Any file and any command line give a config, or a message and exit code 2; never a traceback.
 
-`FUZZ=100 pytest tests/test_flags_fuzzed.py` tries a hundred times as many, others each time.
+`FUZZ=100 pytest tests/test_flags_fuzzed.py` tries a hundred times as many, different ones each time.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def fuzz(n):
 
 
 class Scripts:
-    """Every script's own call of run_script, made with other words; what main would have got is kept."""
+    """Runs every script's own call of run_script with other arguments, and records the config for main."""
 
     def __init__(self, folder):
         self.folder, self.seen, self.calls, self.files = folder, [], {}, count()
@@ -50,7 +50,7 @@ class Scripts:
                 runpy.run_path(sys.argv[0], run_name="__main__")
 
     def __call__(self, name, argv):
-        """The config, else the exit code, with what was written to stderr."""
+        """The config or the exit code, and the text written to stderr."""
         args, kwargs = self.calls[name]
         self.seen.clear()
         stderr, root = io.StringIO(), [f"--logs_root={self.folder}"]
@@ -96,7 +96,7 @@ def scripts(tmp_path_factory):
 
 
 def places(content):
-    """Every key of nested objects, with the object it stands in."""
+    """Every key of nested objects, with the object that contains it."""
     found = []
     for key, value in content.items():
         found += [(content, key), *(places(value) if isinstance(value, dict) else [])]
@@ -173,7 +173,7 @@ def test_any_yaml_file(scripts, name, text):
 @fuzz(35)
 @given(st.data())
 def test_any_value_of_a_real_flag(scripts, data):
-    """In the section of a file, and typed."""
+    """In the section of a file, and on the command line."""
     name = data.draw(st.sampled_from(NAMES))
     sampler = data.draw(st.sampled_from(names_in("train.samplers")))
     (_, cls, *section), _ = scripts.calls[name]
@@ -216,7 +216,7 @@ def test_any_datasets_yaml(scripts, text):
 @fuzz(75)
 @given(plain, st.data())
 def test_any_json_file(scripts, said, data):
-    """One key of a file that is right, with another value."""
+    """A valid file with another value for one key."""
     content = json.loads((ROOT / "configs" / "mnist_unet.json").read_text())
     place, key = data.draw(st.sampled_from(places(content)))
     place[key] = said

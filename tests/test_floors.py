@@ -1,4 +1,4 @@
-"""The floors of the house: who may import whom, where imports stand, and which files are their own."""
+"""The layers of the code: who may import whom, where imports stand, and which small files may exist."""
 
 import ast
 from pathlib import Path
@@ -15,15 +15,15 @@ MAY_IMPORT = {
     "train": {"train", "vq", "models", "diffusion"},
     "experiments": {"experiments", "train", "vq", "models", "diffusion"},
 }
-SLOW = {  # packages that functions import: optional ones, and those that take longer than torch or pull its compiler
+SLOW = {  # packages imported inside functions: optional ones, and those slower than torch or that load its compiler
     *("torchvision", "sklearn", "scipy", "matplotlib", "tensorboard", "torchmetrics", "torch_fidelity", "lpips"),
     *("natten", "gradio", "webdataset", "lmdb", "diffusers"),
 }
-SLOW_OF_TORCH = (  # and parts of torch: its compiler, its sharding (half a second), what imports tensorboard
+SLOW_OF_TORCH = (  # and parts of torch: its compiler, its sharding (half a second), tensorboard
     *("torch._dynamo", "torch.nn.attention.flex_attention", "torch.utils.tensorboard"),
     *("torch.distributed.device_mesh", "torch.distributed.fsdp", "torch.distributed.tensor"),
 )
-# Files with one importer and under 150 lines, and why each is its own. The list may only shrink.
+# Files of less than 150 lines with a single importer, and why each exists. The list may only shrink.
 CONCEPTS = {
     "diffusion.flow": "a process",
     "experiments.metrics.prdc": "a metric",
@@ -55,7 +55,7 @@ def imports_of(tree: ast.AST) -> list[tuple[str, list[str]]]:
 
 
 def imported(path: Path) -> set[str]:
-    """Dotted names of all modules a file imports, wherever in it."""
+    """Dotted names of all modules that a file imports, at the top or in functions."""
     names = set()
     for module, parts in imports_of(ast.parse((ROOT / path).read_text())):
         names |= {module, *(f"{module}.{part}" for part in parts)}
@@ -67,18 +67,18 @@ def is_slow(module: str) -> bool:
 
 
 def room(module: str) -> str:
-    """Where a file of experiments stands: among the commands, the metrics, or below them."""
+    """The layer of a file of experiments: commands, metrics or harness."""
     below = module.split(".")[1:2]
     return below[0] if below and below[0] in ("metrics", "harness") else "commands"
 
 
-def test_there_are_files_to_look_at():
+def test_the_tests_find_files():
     assert {"train_vqgan", "train_sampler", "experiments.calc_FID", "experiments.reconstruct"} <= SCRIPTS
     assert len(FILES) > 30
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_a_file_imports_its_own_floor_and_those_below(path):
+def test_files_import_their_own_layer_and_lower_ones(path):
     floors = {name.partition(".")[0] for name in imported(path)} & MAY_IMPORT.keys()
     assert floors <= MAY_IMPORT[path.parts[0]]
 
@@ -88,21 +88,21 @@ def test_nothing_imports_a_script(path):
     assert not imported(path) & SCRIPTS
 
 
-def test_no_file_imports_itself_by_a_detour():
-    """`__init__` files gather what is public of the files beside them, which import one another all the same."""
+def test_there_are_no_circular_imports():
+    """`__init__` files are excluded, since they re-export names of files that may import each other."""
     files = {module for module, path in SOURCE.files.items() if path.name != "__init__.py"}
     rings = {module for module in files if module in reached(module, files, SOURCE.imports)}
     assert rings == set()
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.parts[0] == "diffusion"], ids=str)
-def test_diffusion_imports_torch_alone(path):
+def test_diffusion_imports_only_torch_and_the_standard_library(path):
     standard = {"abc", "collections", "dataclasses", "hashlib", "importlib", "itertools", "math", "pkgutil", "typing"}
     assert {name.partition(".")[0] for name in imported(path)} <= standard | {"torch", "diffusion"}
 
 
 @pytest.mark.parametrize("path", [*FILES, *(p.relative_to(ROOT) for p in ROOT.glob("*.py"))], ids=str)
-def test_slow_packages_are_imported_inside_functions_and_no_others(path):
+def test_only_slow_packages_are_imported_inside_functions(path):
     tree = ast.parse((ROOT / path).read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     inside = {module for function in functions for module, _ in imports_of(function)}
@@ -116,15 +116,15 @@ def test_slow_packages_are_imported_inside_functions_and_no_others(path):
     assert {module for module in top if is_slow(module)} == set()
 
 
-def test_a_small_file_with_one_importer_lives_in_it():
+def test_small_files_with_one_importer_are_listed():
     alone = single_importers(SOURCE).keys() - COMMANDS_THAT_MAY_BE_IMPORTED
     small = {module for module in alone if SOURCE.files[module].read_text().count("\n") < 150}
-    assert small == CONCEPTS.keys()  # one that is no longer alone or small leaves the list
+    assert small == CONCEPTS.keys()  # remove files that no longer qualify
 
 
 @pytest.mark.parametrize("module", [m for m in SOURCE.files if m.startswith("experiments.")])
 def test_experiments_import_downwards(module):
-    """Commands stand on metrics, metrics on the harness."""
+    """Commands import metrics, metrics import the harness."""
     order = ["harness", "metrics", "commands"]
     mine = order.index(room(module))
     ours = {name for name in SOURCE.imports[module] if name.startswith("experiments.")}
@@ -144,7 +144,7 @@ def test_no_utils_and_no_swallowed_errors(path):
     assert not any("strict=False" in ast.unparse(call) for call in loads)
 
 
-# Each rule is seen to fail once, in a checkout of two or three files
+# Every rule is shown to fail, in checkouts of two or three files
 
 
 def checkout(tmp_path: Path, **files: str) -> Path:
@@ -155,13 +155,13 @@ def checkout(tmp_path: Path, **files: str) -> Path:
     return tmp_path
 
 
-def test_a_ring_and_its_floors_are_seen(tmp_path):
+def test_a_circular_import_is_detected(tmp_path):
     ring = {"train__a": "import train.b\n", "train__b": "from train import c\n", "train__c": "import train.a\n"}
     source = read_source(checkout(tmp_path, **ring))
     assert all(module in reached(module, set(source.files), source.imports) for module in source.files)
 
 
-def test_an_only_importer_is_seen_wherever_it_imports(tmp_path):
+def test_a_single_importer_is_detected_inside_functions_too(tmp_path):
     files = {"vq__a": "X = 1\n", "vq__b": "def f():\n    from vq.a import X\n", "vq__c": "import vq.b\nimport vq.a\n"}
     assert single_importers(read_source(checkout(tmp_path, **files))) == {"vq.b": "vq.c"}
     (tmp_path / "vq" / "c.py").write_text("")
@@ -169,18 +169,18 @@ def test_an_only_importer_is_seen_wherever_it_imports(tmp_path):
     assert inner_imports(tmp_path / "vq" / "b.py") == 1
 
 
-def test_slow_packages_are_known_by_their_first_names():
+def test_slow_packages_are_matched_by_prefix():
     assert is_slow("torchvision.transforms.v2") and is_slow("torch._dynamo.exc") and is_slow("torch.distributed.fsdp")
     assert not is_slow("torch") and not is_slow("torch.distributed") and not is_slow("train.distributed")
 
 
-def test_rooms_of_experiments_are_told_apart():
+def test_the_layers_of_experiments_are_distinguished():
     rooms = ["experiments.calc_FID", "experiments.metrics.features.digits", "experiments.harness", "experiments"]
     assert [room(name) for name in rooms] == ["commands", "metrics", "harness", "commands"]
 
 
-# Whole configs stop in main, in an experiment's `prepare`, which sees it before there is a folder of results, and in
-# these. The list may only shrink.
+# Full configs are passed to main, to an experiment's `prepare`, which runs before there is a results folder, and to
+# these functions only. The list may only shrink.
 TAKE_A_WHOLE_CONFIG = {
     "experiments.benchmark.measure_sampler": "the main of one of two stages",
     "experiments.benchmark.measure_vqgan": "the main of one of two stages",
@@ -204,7 +204,7 @@ TAKE_A_WHOLE_CONFIG = {
 
 
 def whole_configs(trees: dict[str, ast.Module]) -> set[str]:
-    """Dotted names of classes whose fields are groups of flags, each a `...Config`, and of those built on them."""
+    """Dotted names of classes whose fields are all groups of flags (`...Config`), and of their subclasses."""
     found, bases = set(), {}
     for module, tree in trees.items():
         names = names_in(tree, module)
@@ -217,13 +217,13 @@ def whole_configs(trees: dict[str, ast.Module]) -> set[str]:
 
 
 def names_in(tree: ast.Module, module: str) -> dict[str, str]:
-    """What the names of a file's classes and imports stand for, dotted."""
+    """The dotted paths of the classes and imports of a file, by name."""
     own = {each.name: f"{module}.{each.name}" for each in tree.body if isinstance(each, ast.ClassDef)}
     return {name: f"{other}.{name}" for other, names in imports_of(tree) for name in names} | own
 
 
 def takers_of_whole_configs(trees: dict[str, ast.Module]) -> set[str]:
-    """Dotted names of functions with a parameter of a whole config's class, or called `config` and of no class."""
+    """Dotted names of functions with a parameter of a full config class, or an untyped one called `config`."""
     whole, found = whole_configs(trees), set()
 
     def visit(node: ast.AST, path: str, names: dict[str, str]) -> None:
@@ -242,13 +242,13 @@ def takers_of_whole_configs(trees: dict[str, ast.Module]) -> set[str]:
     return found
 
 
-def test_whole_configs_stop_in_main():
+def test_only_main_takes_a_full_config():
     floors = ("experiments", "train")
     trees = {m: ast.parse(p.read_text()) for m, p in SOURCE.files.items() if m.partition(".")[0] in floors}
     takers = takers_of_whole_configs(trees)
     commands = {f"{module}.{name}" for module in SCRIPTS for name in ("main", "prepare")}
     assert len(takers & commands) > 5 and takers - commands - TAKE_A_WHOLE_CONFIG.keys() == set()
-    assert TAKE_A_WHOLE_CONFIG.keys() <= takers  # one that takes none any more leaves the list
+    assert TAKE_A_WHOLE_CONFIG.keys() <= takers  # remove functions that no longer qualify
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.parts[0] == "experiments"], ids=str)
@@ -258,7 +258,7 @@ def test_every_parameter_of_an_experiment_is_annotated(path):
     assert [(name, p.arg) for name, p in parameters if p.annotation is None and p.arg not in ("self", "cls")] == []
 
 
-def test_a_whole_config_is_seen_by_its_fields_and_by_its_name():
+def test_full_configs_are_detected_by_fields_and_by_name():
     source = """
 from train.config import SecondStageConfig, DataConfig
 

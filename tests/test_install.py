@@ -1,4 +1,4 @@
-"""`pip install -e .` is for code elsewhere that imports the packages; a wheel is refused with the line to type."""
+"""`pip install -e .` installs the packages; building a wheel is refused with a remedy."""
 
 import shutil
 import subprocess
@@ -12,16 +12,16 @@ from helpers.tiny_runs import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_packages_alone_are_installed_and_nothing_named_tests():
+def test_only_the_packages_are_installed():
     found = find_packages(str(ROOT), include=PROJECT["tool"]["setuptools"]["packages"]["find"]["include"])
     assert {name.partition(".")[0] for name in found} == {"models", "diffusion", "vq", "train", "experiments"}
     folders = {
         p.parent for name in ("models", "diffusion", "vq", "train", "experiments") for p in (ROOT / name).rglob("*.py")
     }
-    assert len(found) == len(folders)  # each folder of code is a package
+    assert len(found) == len(folders)  # every folder of code is a package
 
 
-def test_a_wheel_is_refused_with_the_line_to_type(tmp_path):
+def test_building_a_wheel_is_refused_with_a_remedy(tmp_path):
     for name in ("setup.py", "pyproject.toml", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
     command = [sys.executable, "setup.py", "-q", "bdist_wheel"]

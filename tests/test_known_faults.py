@@ -67,7 +67,7 @@ def test_data_dir_reaches_training_and_validation(tmp_path):
 
 
 @pytest.mark.slow
-def test_codes_are_made_anew_for_other_weights_and_other_data(tmp_path):
+def test_other_weights_or_data_get_new_codes(tmp_path):
     """The reference's cache was named by data set and width alone."""
     data = folder_of_images(tmp_path / "data", {"train": 0, "valid": 240})
     flags = f"--dataset folder --logs_root {tmp_path}"
@@ -100,21 +100,21 @@ def test_a_missing_average_is_an_error_with_a_remedy(tmp_path, trained, capfd):
     call("experiments/get_samples.py", f"--logs_root {logs} --n_samples 2 --no_ema --log_dir plain")
 
 
-def test_the_average_is_what_experiments_load(trained):
+def test_experiments_load_the_averaged_weights(trained):
     run = trained / "absorbing_digits" / "checkpoints" / "step_00000003"
     plain, averaged = load_file(run / "model.safetensors"), load_file(run / "ema.safetensors")
     assert plain.keys() == averaged.keys()
     assert any(not torch.equal(plain[key], averaged[key]) for key in plain)
 
 
-def test_perceptual_loss_gets_images_in_its_own_range():
+def test_the_perceptual_loss_gets_images_in_its_range():
     """The reference gave LPIPS images in [0, 1], it wants [-1, 1]: ours are in [-1, 1] from data set to loss."""
     source = ImageSource(digits.build(digits.Config(), "train"), DataConfig(img_size=32, n_channels=1))
     images = TrainingImages(source, seed=0)[list(range(8))]["image"]
     assert images.min() == -1 and images.max() > 0.9
 
 
-def test_perceptual_auto_without_weights_is_none_with_a_warning_and_by_name_an_error(monkeypatch):
+def test_perceptual_auto_falls_back_but_a_named_net_does_not(monkeypatch):
     import urllib.error
 
     def offline(net, weights=None):
@@ -127,7 +127,7 @@ def test_perceptual_auto_without_weights_is_none_with_a_warning_and_by_name_an_e
         load_perceptual("vgg")
 
 
-def test_no_device_is_written_into_the_lower_floors():
+def test_no_device_is_hard_coded_below_train():
     for floor in ("models", "diffusion", "vq"):
         for path in (ROOT / floor).rglob("*.py"):
             assert ".cuda(" not in path.read_text() and '"cuda"' not in path.read_text(), path
@@ -140,7 +140,7 @@ def test_autocast_leaves_losses_and_distances_in_float32(trained):
     assert codes.loss.dtype == codes.vectors.dtype == torch.float32
 
 
-def test_sampling_settings_of_training_are_the_defaults_of_experiments(trained, monkeypatch):
+def test_experiments_default_to_the_runs_sampling_settings(trained, monkeypatch):
     """Nobody types them twice: the tiny run was trained with 4 sampling steps and the preset's guidance."""
     from train.cli import parse as cli
 

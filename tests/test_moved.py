@@ -1,4 +1,4 @@
-"""Old dotted paths of public classes are errors that name the new ones."""
+"""Old dotted paths of public classes are errors that name the new paths."""
 
 import importlib
 import re
@@ -16,20 +16,20 @@ from train.runs import identity
 
 
 @pytest.mark.parametrize("new", sorted(set(MOVED.values())))
-def test_what_moved_is_where_the_list_says(new):
+def test_moved_names_exist_at_their_new_paths(new):
     module, _, name = new.rpartition(".")
     assert hasattr(importlib.import_module(module), name)
 
 
 @pytest.mark.parametrize("old", MOVED)
-def test_an_old_path_is_refused_with_the_new_one(old):
+def test_an_old_path_is_an_error_that_names_the_new_one(old):
     with pytest.raises(ValueError, match=re.escape(MOVED[old])):
         import_callable(old, "--hooks")
     with pytest.raises(ValueError, match=re.escape(MOVED[old])):
         part(old, {}, (EmbedBlock,), "res_block_type")
 
 
-def test_a_users_file_that_imports_an_old_module_is_told_of_the_new_ones(tmp_path, monkeypatch):
+def test_importing_an_old_module_names_the_new_ones(tmp_path, monkeypatch):
     (tmp_path / "my_blocks.py").write_text("from models.attention_block import SelfAttentionBlock\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="imports models.attention_block.*models.unet_attention.SelfAttentionBlock"):
@@ -44,7 +44,7 @@ def test_a_users_file_that_imports_an_old_module_is_told_of_the_new_ones(tmp_pat
         ("from train.images import decode", "train.datasets._decode.decode"),
     ],
 )
-def test_a_users_file_is_told_of_one_name_too_where_its_old_module_is_still_there(line, new, tmp_path, monkeypatch):
+def test_importing_a_moved_name_names_the_new_path(line, new, tmp_path, monkeypatch):
     (tmp_path / "my_hooks.py").write_text(f"{line}\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_hooks", raising=False)
@@ -52,7 +52,7 @@ def test_a_users_file_is_told_of_one_name_too_where_its_old_module_is_still_ther
         import_callable("my_hooks.Mine", "--hooks")
 
 
-def test_a_data_set_that_imports_an_old_module_is_told_of_the_new_one(tmp_path, monkeypatch):
+def test_a_data_set_importing_an_old_module_names_the_new_one(tmp_path, monkeypatch):
     (tmp_path / "birds.py").write_text("from train.images import decode\n")
     monkeypatch.setattr(registry, "names_in", lambda package: ["birds"])
     monkeypatch.setattr(train.datasets, "__path__", [str(tmp_path)])
@@ -60,20 +60,20 @@ def test_a_data_set_that_imports_an_old_module_is_told_of_the_new_one(tmp_path, 
         registry.plugin("train.datasets", "birds", "data set")
 
 
-def test_an_import_error_of_anything_else_is_the_users_own(tmp_path, monkeypatch):
+def test_other_import_errors_are_not_changed(tmp_path, monkeypatch):
     (tmp_path / "their_hooks.py").write_text("from math import no_such_function\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ImportError, match="no_such_function"):
         import_callable("their_hooks.Mine", "--hooks")
 
 
-def test_a_run_with_an_old_path_goes_on_with_the_new_one():
+def test_a_run_with_an_old_path_resumes_with_the_new_one():
     old, new = "models.attention_block.SelfAttentionBlock", "models.unet_attention.SelfAttentionBlock"
     assert identity({"sampler": {"attn_block_type": old}}) == identity({"sampler": {"attn_block_type": new}})
     assert identity({"sampler": {"attn_block_type": old}}) != identity({"sampler": {"attn_block_type": "mine.Block"}})
 
 
-def test_a_flag_with_an_old_path_ends_with_one_line(tmp_path, capfd):
+def test_a_flag_with_an_old_path_is_a_one_line_error(tmp_path, capfd):
     flags = f"--logs_root {tmp_path} {DDPM} --attn_block_type models.attention_block.SelfAttentionBlock"
     with pytest.raises(SystemExit) as stop:
         call("train_sampler.py", flags)

@@ -1,7 +1,7 @@
-"""Runs made before the house was rebuilt (commit f133647) load, sample and go on as they would have there.
+"""Runs from before the code was restructured (commit f133647) load, sample and resume with the same results.
 
-tests/fixtures/old_runs/runs holds a run of each kind at step 4, made by the commands below; beside it lie the weights
-and the lines of metrics.jsonl that the same commands led to at step 8, and six samples of each at step 4.
+tests/fixtures/old_runs/runs holds a run of each kind at step 4, made by the commands below; the other fixtures are the
+weights and metrics of the same commands at step 8, and six samples of each run at step 4.
 """
 
 import json
@@ -46,19 +46,19 @@ SAMPLED = {
     "latents": "--sampler ddpm --load_dir latents_digits",
 }
 
-NAME = "encoders.label.embedding.weight"  # what is the label's weight in a transformer now
+NAME = "encoders.label.embedding.weight"  # the current name of the label's weight in transformers
 NOW = {"network.label.weight": f"network.{NAME}"}
 
 
 @pytest.fixture
 def logs(tmp_path):
-    """The old runs, where they can go on."""
+    """A copy of the old runs, to be resumed."""
     shutil.copytree(OLD / "runs", tmp_path / "logs")
     return tmp_path / "logs"
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-def test_an_old_run_goes_on(kind, logs):
+def test_an_old_run_resumes(kind, logs):
     script, flags = COMMANDS[kind]
     run = logs / f"{kind}_digits"
     call(script, f"{flags} {COMMON} --logs_root {logs} --train_steps 8")
@@ -73,7 +73,7 @@ def test_an_old_run_goes_on(kind, logs):
 
 
 @pytest.mark.parametrize("kind", SAMPLED)
-def test_an_old_run_is_sampled(kind, logs):
+def test_an_old_run_can_be_sampled(kind, logs):
     call(
         "experiments/get_samples.py",
         f"{SAMPLED[kind]} --logs_root {logs} --n_samples 6 --batch_size 6 --no_amp --log_dir samples",
@@ -83,10 +83,10 @@ def test_an_old_run_is_sampled(kind, logs):
         if "codes" in found.files:
             assert np.array_equal(found["codes"], old[kind])
         else:
-            assert np.abs(found["arr_0"].astype(int) - old[kind]).max() <= 1  # of 255: rounding alone
+            assert np.abs(found["arr_0"].astype(int) - old[kind]).max() <= 1  # of 255: rounding
 
 
-def test_codes_that_are_made_anew_are_the_old_ones(logs):
+def test_recomputed_codes_match_the_old_ones(logs):
     script, flags = COMMANDS["absorbing"]
     old = {path: path.read_bytes() for path in (logs / "vqgan_digits" / "codes").glob("*.codes")}
     for path in (logs / "vqgan_digits" / "codes").iterdir():
@@ -106,8 +106,8 @@ def transformer_of(kind):
 
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)
-def test_an_old_transformer_keeps_its_order_of_parameters(kind):
-    """By which an optimizer's state knows them; the label's has another name, and nothing else."""
+def test_an_old_transformer_keeps_its_parameter_order(kind):
+    """Optimizer states refer to parameters by position; only the label's weight has a new name."""
     run, network = OLD / "runs" / f"{kind}_digits", transformer_of(kind)
     names = [f"network.{name}" for name, _ in network.named_parameters()]
     assert set(names) == {NOW.get(name, name) for name in weights(run, 4)}
@@ -118,7 +118,7 @@ def test_an_old_transformer_keeps_its_order_of_parameters(kind):
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 @pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors"])
-def test_an_old_transformer_has_its_weights(kind, file):
+def test_an_old_transformer_loads_its_weights(kind, file):
     run, network = OLD / "runs" / f"{kind}_digits", transformer_of(kind)
     load_weights(run, 4, {"network": network}, ema=file.startswith("ema"))
     stored = {NOW.get(name, name): value for name, value in weights(run, 4, file).items()}

@@ -1,4 +1,4 @@
-"""Every file of configs/: what it says reaches the scripts, and fits together."""
+"""Every preset in configs/ reaches the scripts, and its settings fit together."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from train.samplers import absorbing
 from vq.config import VQGANConfig
 
 
-def test_presets_reach_both_stages_and_differ_as_the_reference_does(monkeypatch, tmp_path):
+def test_presets_reach_both_stages_and_match_the_reference(monkeypatch, tmp_path):
     """The reference's `dataset == "churches" or "bedrooms"` gave every data set one learning rate."""
     rates = {}
     for name in ("ffhq", "churches", "bedrooms", "faces140k"):
@@ -31,7 +31,7 @@ OF_CODES = [path for path in PRESETS if "sampler: ddpm" not in path.read_text()]
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
-def test_every_preset_is_whole(path, monkeypatch, tmp_path):
+def test_every_preset_parses_in_every_script(path, monkeypatch, tmp_path):
     flags = f"--config {path} --logs_root {tmp_path}"
     content = yaml.safe_load(path.read_text())
     dataset, sampler = content["dataset"], content.get("sampler", "absorbing")
@@ -43,7 +43,7 @@ def test_every_preset_is_whole(path, monkeypatch, tmp_path):
 
 
 def grid_of(path, monkeypatch, tmp_path):
-    """The codes that a preset's images become, by its own VQGAN or that of its data set."""
+    """The grid of codes of a preset, by its own VQGAN or that of its data set."""
     own = "vqgan" in yaml.safe_load(path.read_text())
     preset = path if own else ROOT / "configs" / f"{yaml.safe_load(path.read_text())['dataset']}.yaml"
     config = parse_config("train_vqgan.py", f"--config {preset} --logs_root {tmp_path}", monkeypatch)

@@ -1,4 +1,4 @@
-"""What the packages name as public is there, and importing it waits for nothing slower than torch."""
+"""The public names of the packages exist, and importing them loads nothing slower than torch."""
 
 import importlib
 import subprocess
@@ -21,7 +21,7 @@ def test_public_names_are_documented_classes_and_functions(name):
         assert public.isupper() or getattr(package, public).__doc__, public
 
 
-def test_the_names_of_the_readme_come_from_their_packages():
+def test_the_names_in_the_readme_can_be_imported():
     from diffusion import AbsorbingDiffusion, GaussianDiffusion
     from models import Transformer, UNet, neighborhood_attention_2d
     from vq import VQGAN
@@ -31,7 +31,7 @@ def test_the_names_of_the_readme_come_from_their_packages():
     )
 
 
-def test_importing_them_imports_nothing_slow():
+def test_importing_the_packages_imports_nothing_slow():
     code = f"import sys, {', '.join(PACKAGES)}, train\nprint([name for name in {SLOW!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr

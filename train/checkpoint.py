@@ -1,8 +1,8 @@
-"""Checkpoints that appear whole or not at all, and load without running code.
+"""Checkpoints that are written atomically, verified on load, and loaded without running code.
 
-`<run>/checkpoints/step_00002000/` holds model.safetensors, ema.safetensors and profiles.safetensors (where averages are
-kept), state.pt (optimizers, step and the like) and, written last, manifest.json with the size and SHA-256 of each;
-`checkpoints/latest` names the newest. It is the same for one process, replicas and shards.
+`<run>/checkpoints/step_00002000/` holds model.safetensors, ema.safetensors and profiles.safetensors (if averages are
+kept), state.pt (optimizers, step and so on) and, written last, manifest.json with the size and SHA-256 of each file;
+`checkpoints/latest` names the newest. The format is the same for one process, DDP and FSDP.
 """
 
 import json
@@ -26,7 +26,7 @@ from train.loop import HOOK_PREFIX, TrainState
 
 WEIGHTS, EMA_WEIGHTS, POSTHOC_WEIGHTS = "model.safetensors", "ema.safetensors", "profiles.safetensors"
 STATE_FILE, MANIFEST = "state.pt", "manifest.json"
-MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # of torch's optimizers
+MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}  # per-parameter state of torch's optimizers
 FILES = (WEIGHTS, EMA_WEIGHTS, POSTHOC_WEIGHTS, STATE_FILE)
 
 
@@ -35,60 +35,61 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Steps of the whole checkpoints of a run, oldest first."""
+    """Steps of the complete checkpoints of a run, oldest first."""
     words = [f.name.removeprefix("step_") for f in (run / "checkpoints").glob("step_*")]
     numbers = {int(word) for word in words if word.isdecimal()}
     return sorted(n for n in numbers if (checkpoint_path(run, n) / MANIFEST).is_file())
 
 
 def resolve_step(run: Path, step: int | None, flag: str) -> int:
-    """`step`, or the newest; FileNotFoundError with the steps there are."""
+    """`step`, or the newest saved step if None; FileNotFoundError lists the steps that exist."""
     steps = saved_steps(run)
     if not steps:
-        raise FileNotFoundError(f"no checkpoint in {run}: train that run first, or name another folder")
+        raise FileNotFoundError(f"no checkpoint in {run}: train that run first, or pass another folder")
     if step is not None and step not in steps:
         raise FileNotFoundError(
-            f"no checkpoint of step {step} in {run}; there are {', '.join(map(str, steps))}: pass {flag}"
+            f"no checkpoint of step {step} in {run}; there are {', '.join(map(str, steps))}: pass one of them as {flag}"
         )
     return steps[-1] if step is None else step
 
 
 @dataclass(frozen=True)
 class CheckpointData:
-    """What a checkpoint will hold, on the CPU and apart from what goes on changing."""
+    """The contents of a checkpoint, copied to the CPU so that training can continue."""
 
     step: int
-    tensors: dict[str, dict[str, Tensor]]  # by file
-    rest: dict[str, Any]  # tensors, numbers and words of state.pt
+    tensors: dict[str, dict[str, Tensor]]  # of each safetensors file
+    rest: dict[str, Any]  # content of state.pt: tensors, numbers and strings
 
 
 def gather_to_cpu(value: Any, keep: bool) -> Any:
-    """Tensors in dicts and lists, whole, as copies on the CPU; nothing where they are not to be kept.
+    """Copies nested dicts and lists to the CPU, gathering sharded tensors; tensors become None unless `keep`.
 
-    Leaf by leaf, so that a device holds but one whole tensor beside its shards.
+    It gathers one tensor at a time, so that a device holds only one full tensor beside its shards. Collective.
     """
     if isinstance(value, dict):
-        return {key: gather_to_cpu(each, keep) for key, each in value.items()}
+        return {key: gather_to_cpu(item, keep) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(gather_to_cpu(each, keep) for each in value)
+        return type(value)(gather_to_cpu(item, keep) for item in value)
     if isinstance(value, Tensor):
-        value = full_tensor(value)  # all processes take part
+        value = full_tensor(value)  # collective
         return value.detach().to("cpu", copy=True).contiguous() if keep else None
     return value
 
 
 def prefixed_state_dicts(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The state_dicts of several modules in one, keys prefixed with "<module>."."""
     return {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
 
 
 def collect_checkpoint(state: TrainState, world: DistContext | None = None) -> CheckpointData | None:
-    """A copy of everything training changes, in the main process; None in others, which give their shards."""
+    """Copies everything that training changes, in the main process; other processes send their shards and get None."""
     files = {WEIGHTS: prefixed_state_dicts(state.modules)}
     if state.averages:
         files[EMA_WEIGHTS] = prefixed_state_dicts({name: average.module for name, average in state.averages.items()})
     if state.posthoc_averages:
         files[POSTHOC_WEIGHTS] = prefixed_state_dicts(
-            {name: profile.module for name, profile in state.posthoc_averages.items()}
+            {name: average.module for name, average in state.posthoc_averages.items()}
         )
     rest = {
         "optimizers": {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()},
@@ -104,30 +105,30 @@ def collect_checkpoint(state: TrainState, world: DistContext | None = None) -> C
 
 
 def save_checkpoint(run: Path, state: TrainState) -> Path:
-    """Writes the checkpoint of `state.step`."""
+    """Writes the checkpoint of `state.step`; returns its folder."""
     return write_checkpoint(run, collect_checkpoint(state))
 
 
 def write_checkpoint(run: Path, data: CheckpointData) -> Path:
-    """Writes a checkpoint aside, flushes it, and renames it into place."""
+    """Writes a checkpoint to a temporary folder, flushes it, and renames it into place; returns its folder."""
     final = checkpoint_path(run, data.step)
-    aside, replaced = final.with_name(f".{final.name}.new"), final.with_name(f".{final.name}.old")
-    for unfinished in final.parent.glob(".step_*"):  # left by a process that was killed while it saved
-        shutil.rmtree(unfinished)
-    aside.mkdir(parents=True)
+    temporary, replaced = final.with_name(f".{final.name}.new"), final.with_name(f".{final.name}.old")
+    for leftover in final.parent.glob(".step_*"):  # of a process that was killed while saving
+        shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
     try:
-        write_files(aside, data)
+        write_files(temporary, data)
     except OSError:
-        shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its room back
+        shutil.rmtree(temporary, ignore_errors=True)  # frees space on a full disk
         raise
     if final.exists():
         final.rename(replaced)
     try:
-        aside.rename(final)
+        temporary.rename(final)
     except OSError:
         if replaced.exists():
             replaced.rename(final)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync(final.parent)
     write_text(final.parent / "latest", final.name + "\n")
@@ -136,7 +137,7 @@ def write_checkpoint(run: Path, data: CheckpointData) -> Path:
 
 
 def write_files(folder: Path, data: CheckpointData) -> None:
-    """The files of a checkpoint, its manifest last, all on disk."""
+    """Writes the files of a checkpoint and flushes them to disk, the manifest last."""
     for name, tensors in data.tensors.items():
         with write_errors_as_oserror(folder / name):
             save_file(tensors, folder / name)
@@ -151,101 +152,103 @@ def write_files(folder: Path, data: CheckpointData) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, dict]:
-    """What manifest.json says of each file; ValueError where it is none, or leaves out a file that is there."""
+    """The entries of manifest.json by file name; ValueError if it is invalid or does not list the files beside it."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-        sizes = {name: (int(wanted["bytes"]), str(wanted["sha256"])) for name, wanted in manifest.items()}
+        entries = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is no whole checkpoint ({error!r}): load an older --load_step") from error
-    there = {name for name in FILES if (path / name).is_file()} | {WEIGHTS, STATE_FILE}
-    if sizes.keys() != there:
-        odd = ", ".join(sorted(sizes.keys() ^ there))
-        raise ValueError(f"{path / MANIFEST} and the files beside it differ ({odd}): load an older --load_step")
+        raise ValueError(f"{path} is not a complete checkpoint ({error!r}): load an older --load_step") from error
+    expected = {name for name in FILES if (path / name).is_file()} | {WEIGHTS, STATE_FILE}
+    if entries.keys() != expected:
+        differing = ", ".join(sorted(entries.keys() ^ expected))
+        raise ValueError(f"{path / MANIFEST} does not list the files there ({differing}): load an older --load_step")
     return manifest
 
 
 def verify_checkpoint(path: Path) -> dict[str, dict]:
-    """The manifest of a checkpoint; ValueError naming the file that is missing or damaged."""
+    """Checks all files of a checkpoint and returns its manifest; ValueError names a missing or damaged file."""
     manifest = read_manifest(path)
-    for name, wanted in manifest.items():
+    for name, entry in manifest.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != wanted["bytes"] or sha256(file) != wanted["sha256"]:
+        if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
             raise ValueError(
-                f"{file} is damaged (its size or SHA-256 is not the manifest's): load an older --load_step"
+                f"{file} is damaged (its size or SHA-256 differs from the manifest): load an older --load_step"
             )
     return manifest
 
 
 def load_into_module(module: nn.Module, tensors: dict[str, Tensor], name: str, source: Path) -> None:
-    """Loads the tensors that belong to module `name`, strictly; a mismatch names keys and shapes."""
-    wanted = module.state_dict()
-    own = module_tensors(name, tensors, wanted)
-    odd = sorted(own.keys() ^ wanted.keys())
-    for key in sorted(own.keys() & wanted.keys()):
-        if own[key].shape != wanted[key].shape:
-            odd.append(f"{key}: {tuple(own[key].shape)} in the file, {tuple(wanted[key].shape)} here")
-    if odd:
-        raise ValueError(f"{source} does not fit this {name} ({len(odd)} keys differ): {'; '.join(odd[:5])}")
-    module.load_state_dict({key: shard_like(value, wanted[key]) for key, value in own.items()})
+    """Loads the tensors of module `name`, strictly; ValueError names the keys and shapes that differ."""
+    current = module.state_dict()
+    saved = module_tensors(name, tensors, current)
+    differing = sorted(saved.keys() ^ current.keys())
+    for key in sorted(saved.keys() & current.keys()):
+        if saved[key].shape != current[key].shape:
+            differing.append(f"{key}: {tuple(saved[key].shape)} in the file, {tuple(current[key].shape)} here")
+    if differing:
+        raise ValueError(
+            f"{source} does not fit this {name} ({len(differing)} keys differ): {'; '.join(differing[:5])}"
+        )
+    module.load_state_dict({key: shard_like(value, current[key]) for key, value in saved.items()})
 
 
-def module_tensors(name: str, tensors: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-    """The tensors of module `name` by the keys of its state_dict, `wanted`, as they are called now."""
-    own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-    names = current_names(own, wanted)
-    return {names[key]: value for key, value in own.items()}
+def module_tensors(name: str, tensors: dict[str, Tensor], current: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of module `name`, by the `current` keys of its state_dict (old key names are translated)."""
+    saved = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    names = current_names(saved, current)
+    return {names[key]: value for key, value in saved.items()}
 
 
 class PartialLoadReport(NamedTuple):
-    """What became of each key where weights filled what they fit."""
+    """What happened to each key of a partial load."""
 
-    taken: list[str]
-    grown: list[str]  # taken, and larger here than in the file
-    missing: list[str]  # not in the file: as they were
-    unexpected: list[str]  # in the file alone
-    misshapen: list[str]  # of another shape: as they were
+    taken: list[str]  # loaded
+    grown: list[str]  # loaded into a larger tensor
+    missing: list[str]  # not in the file: unchanged
+    unexpected: list[str]  # only in the file
+    misshapen: list[str]  # of another shape in the file: unchanged
 
 
 def load_matching(module: nn.Module, tensors: dict[str, Tensor], name: str) -> PartialLoadReport:
-    """Loads those of the tensors of module `name` that fit; keys of the report begin with that name.
+    """Loads the tensors of module `name` that fit; the keys of the report start with that name.
 
-    Two kinds of weights may have grown. A linear layer or convolution right in the module (the first one, of an image
-    and what is joined to it) takes 0 for inputs that are new: what it computes of the others stays the same. Deeper
-    ones may take several things joined, and are not grown. An embedding with more rows keeps its last one, the null or
-    the mask, last; new rows stay as they were.
+    Two kinds of weights may be larger than in the file. A linear layer or convolution directly in the module (the input
+    layer, which sees the image and concatenated conditions) gets zeros for new input channels, so its output does not
+    change. Deeper layers are not grown, since their inputs may be concatenated in another order. An embedding with more
+    rows keeps its last row (the null or mask token) last; new rows keep their initial values.
     """
-    wanted, filled = module.state_dict(), {}
-    own = module_tensors(name, tensors, wanted)
-    report = PartialLoadReport([], [], [], sorted(f"{name}.{key}" for key in own.keys() - wanted.keys()), [])
-    for key, here in wanted.items():
-        there, shape = own.get(key), tuple(here.shape)
-        if there is None:
+    current, loaded = module.state_dict(), {}
+    saved = module_tensors(name, tensors, current)
+    report = PartialLoadReport([], [], [], sorted(f"{name}.{key}" for key in saved.keys() - current.keys()), [])
+    for key, value in current.items():
+        tensor, shape = saved.get(key), tuple(value.shape)
+        if tensor is None:
             report.missing.append(f"{name}.{key}")
-        elif shape == tuple(there.shape):
+        elif shape == tuple(tensor.shape):
             report.taken.append(f"{name}.{key}")
-            filled[key] = there
-        elif (larger := grow(module, key, there, full_tensor(here).cpu())) is not None:
-            report.grown.append(f"{name}.{key}: {tuple(there.shape)} -> {shape}")
-            filled[key] = larger
+            loaded[key] = tensor
+        elif (larger := grow(module, key, tensor, full_tensor(value).cpu())) is not None:
+            report.grown.append(f"{name}.{key}: {tuple(tensor.shape)} -> {shape}")
+            loaded[key] = larger
         else:
-            report.misshapen.append(f"{name}.{key}: {tuple(there.shape)} in the file, {shape} here")
-    module.load_state_dict(wanted | {key: shard_like(value, wanted[key]) for key, value in filled.items()})
+            report.misshapen.append(f"{name}.{key}: {tuple(tensor.shape)} in the file, {shape} here")
+    module.load_state_dict(current | {key: shard_like(value, current[key]) for key, value in loaded.items()})
     return report
 
 
-def grow(module: nn.Module, key: str, there: Tensor, here: Tensor) -> Tensor | None:
-    """A weight in the shape of `here` made of a smaller one; None where it is of no kind that may grow."""
+def grow(module: nn.Module, key: str, saved: Tensor, current: Tensor) -> Tensor | None:
+    """Expands a saved weight to the shape of the current one (see `load_matching`); None if it cannot be expanded."""
     owner, _, leaf = key.rpartition(".")
-    layer, (rows, *_), out = module.get_submodule(owner), there.shape, here.clone()
-    if leaf != "weight" or there.ndim != here.ndim:
+    layer, (rows, *_), out = module.get_submodule(owner), saved.shape, current.clone()
+    if leaf != "weight" or saved.ndim != current.ndim:
         return None
-    if isinstance(layer, nn.Linear | nn.Conv2d) and "." not in owner and there.shape[1] < here.shape[1]:
-        if there.select(1, 0).shape != here.select(1, 0).shape:
+    if isinstance(layer, nn.Linear | nn.Conv2d) and "." not in owner and saved.shape[1] < current.shape[1]:
+        if saved.select(1, 0).shape != current.select(1, 0).shape:
             return None
-        out[:, : there.shape[1]], out[:, there.shape[1] :] = there, 0
+        out[:, : saved.shape[1]], out[:, saved.shape[1] :] = saved, 0
         return out
-    if isinstance(layer, nn.Embedding) and there.shape[1] == here.shape[1] and rows < len(here):
-        out[: rows - 1], out[-1] = there[:-1], there[-1]
+    if isinstance(layer, nn.Embedding) and saved.shape[1] == current.shape[1] and rows < len(current):
+        out[: rows - 1], out[-1] = saved[:-1], saved[-1]
         return out
     return None
 
@@ -253,7 +256,7 @@ def grow(module: nn.Module, key: str, there: Tensor, here: Tensor) -> Tensor | N
 def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} not found" + (": the run kept no EMA, pass --no_ema" if path.name == EMA_WEIGHTS else "")
+            f"{path} not found" + (": the run has no EMA weights, pass --no_ema" if path.name == EMA_WEIGHTS else "")
         )
     try:
         return load_file(path)
@@ -262,14 +265,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(run: Path, step: int, modules: dict[str, nn.Module], *, ema: bool) -> str:
-    """Fills modules from a checkpoint, averaged weights if `ema`; returns the SHA-256 of the file they came from."""
+    """Loads modules from a checkpoint, EMA weights if `ema`; returns the SHA-256 of the weights' file."""
     path = checkpoint_path(run, step)
     manifest = verify_checkpoint(path)
     return manifest[load_file_into(modules, path / (EMA_WEIGHTS if ema else WEIGHTS))]["sha256"]
 
 
 def load_file_into(modules: dict[str, nn.Module], file: Path) -> str:
-    """Fills modules from a file of a checkpoint that was verified; returns its name."""
+    """Loads modules from a file of a verified checkpoint; returns the file name."""
     tensors = read_tensors(file)
     for name, module in modules.items():
         load_into_module(module, tensors, name, file)
@@ -277,9 +280,9 @@ def load_file_into(modules: dict[str, nn.Module], file: Path) -> str:
 
 
 def load_checkpoint(run: Path, step: int, state: TrainState, *, optimizers: bool = True) -> str:
-    """Fills the state from a checkpoint: weights, averages and step, and the optimizers and the rest if asked.
+    """Loads weights, averages and step from a checkpoint, and with `optimizers` also all other state.
 
-    Averages start from the plain weights where the checkpoint has none. Returns the SHA-256 of the weights' file.
+    Averages start from the plain weights if the checkpoint has none. Returns the SHA-256 of the weights' file.
     """
     path = checkpoint_path(run, step)
     manifest = verify_checkpoint(path)
@@ -296,82 +299,83 @@ def load_checkpoint(run: Path, step: int, state: TrainState, *, optimizers: bool
 
 
 def load_partial_checkpoint(run: Path, step: int, state: TrainState) -> tuple[str, PartialLoadReport]:
-    """Fills what a checkpoint's weights and averages fit, modules and averages alike, and leaves the rest as it is.
+    """Loads the weights and averages of a checkpoint that fit, and leaves the rest unchanged.
 
-    Returns the SHA-256 of the weights' file, and what became of each key. ValueError where nothing fits.
+    Returns the SHA-256 of the weights' file and a report of each key. ValueError if nothing fits.
     """
     path = checkpoint_path(run, step)
     manifest = verify_checkpoint(path)
     tensors = read_tensors(path / WEIGHTS)
-    parts = [load_matching(module, tensors, name) for name, module in state.modules.items()]
-    report = PartialLoadReport(*(sum(keys, []) for keys in zip(*parts, strict=True)))
+    reports = [load_matching(module, tensors, name) for name, module in state.modules.items()]
+    report = PartialLoadReport(*(sum(keys, []) for keys in zip(*reports, strict=True)))
     if not report.taken and not report.grown:
-        raise ValueError(f"--load_partial found nothing in {path / WEIGHTS} that fits: name a run of a similar network")
+        raise ValueError(f"--load_partial found nothing in {path / WEIGHTS} that fits: pass a run of a similar network")
     averaged = read_tensors(path / EMA_WEIGHTS) if EMA_WEIGHTS in manifest else tensors
     for name, average in state.averages.items():
         load_matching(average.module, averaged, name)
-    for name, profile in state.posthoc_averages.items():
-        load_matching(profile.module, averaged, name.partition("/")[2])
+    for name, average in state.posthoc_averages.items():
+        load_matching(average.module, averaged, name.partition("/")[2])
     return manifest[WEIGHTS]["sha256"], report
 
 
 def load_posthoc_averages(path: Path, state: TrainState) -> None:
-    """Power-function averages, from the plain weights where the checkpoint has none."""
+    """Loads the post-hoc averages, or starts them from the plain weights if the checkpoint has none."""
     file = path / (POSTHOC_WEIGHTS if (path / POSTHOC_WEIGHTS).is_file() else WEIGHTS)
     tensors = read_tensors(file)
-    for name, profile in state.posthoc_averages.items():
-        load_into_module(
-            profile.module, tensors, name if file.name == POSTHOC_WEIGHTS else name.partition("/")[2], file
-        )
+    for name, average in state.posthoc_averages.items():
+        key = name if file.name == POSTHOC_WEIGHTS else name.partition("/")[2]
+        load_into_module(average.module, tensors, key, file)
 
 
 def load_train_state(path: Path, state: TrainState) -> None:
-    """Optimizers, extras, counters and the like, from state.pt, which is read without running code."""
+    """Loads optimizers, extras, counters and so on from state.pt, which is read without running code."""
     file = path / STATE_FILE
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{file} holds more than tensors and numbers; nothing was run: {error}") from error
+        raise ValueError(f"{file} holds objects other than tensors and numbers; no code was run: {error}") from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     try:
         restore_train_state(saved, state, file)
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{file} is not the state of such a training ({error!r}): leave --load_optim out") from error
+        raise ValueError(f"{file} does not fit this training state ({error!r}): omit --load_optim") from error
 
 
 def restore_train_state(saved: dict[str, Any], state: TrainState, file: Path) -> None:
+    """Restores optimizers, extras, counters, bad steps and best values from the content of state.pt."""
     for name, optimizer in state.optimizers.items():
         load_optimizer(optimizer, saved["optimizers"][name], file)
     for name, extra in state.extras.items():
         if name not in saved.get("extras", {}):
             if name.startswith(HOOK_PREFIX) or name == "loss_scale":
-                continue  # it joined the run later
-            raise ValueError(f"{file} kept no state of {name!r}: leave --load_optim out, or train as that run was")
+                continue  # it was added to the run later
+            raise ValueError(f"{file} has no state of {name!r}: omit --load_optim, or use the settings of that run")
         extra.load_state_dict(saved["extras"][name])
     for name, counter in state.counters.items():
-        counter.load_state_dict(saved.get("counters", {}).get(name, {}))  # without it, counting begins anew
+        counter.load_state_dict(saved.get("counters", {}).get(name, {}))  # empty if there are none
     state.bad_steps, state.best = list(saved.get("bad_steps", [])), dict(saved.get("best", {}))
 
 
 def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], file: Path) -> None:
-    """The state of an optimizer, cut like its parameters; ValueError where it belongs to others."""
+    """Loads the state of an optimizer, sharded like its parameters; ValueError if it belongs to another network."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if sum(len(group["params"]) for group in saved["param_groups"]) != len(parameters):
-        raise ValueError(f"{file} holds the optimizer of another network: leave --load_optim out")
+        raise ValueError(f"{file} holds the optimizer state of another network: omit --load_optim")
 
-    known = type(optimizer).__module__.startswith("torch.optim")
+    is_torchs = type(optimizer).__module__.startswith("torch.optim")
 
-    def cut(key: str, value: Any, parameter: nn.Parameter) -> Any:
-        of_parameter = isinstance(value, Tensor) and value.shape == parameter.shape
-        if known and key in MOMENTS and value is not None and not of_parameter:  # read beyond its end, if fused
-            raise ValueError(f"{file} holds the optimizer of another network: leave --load_optim out")
-        return shard_like(value, parameter) if of_parameter else value
+    def shard(key: str, value: Any, parameter: nn.Parameter) -> Any:
+        has_shape = isinstance(value, Tensor) and value.shape == parameter.shape
+        if is_torchs and key in MOMENTS and value is not None and not has_shape:  # a fused kernel would overrun it
+            raise ValueError(f"{file} holds the optimizer state of another network: omit --load_optim")
+        return shard_like(value, parameter) if has_shape else value
 
     state = {
-        i: {key: cut(key, value, parameters[i]) for key, value in kept.items()} for i, kept in saved["state"].items()
+        i: {key: shard(key, value, parameters[i]) for key, value in entry.items()}
+        for i, entry in saved["state"].items()
     }
-    groups = optimizer.state_dict()["param_groups"]  # its own settings; a user's class may keep more than these there
-    if known and [group.keys() for group in groups] != [group.keys() for group in saved["param_groups"]]:
+    groups = optimizer.state_dict()["param_groups"]  # current settings; a user's class may store more than these there
+    if is_torchs and [group.keys() for group in groups] != [group.keys() for group in saved["param_groups"]]:
         raise ValueError(f"{file} holds the state of another optimizer: pass the --optimizer of that run")
-    optimizer.load_state_dict({"state": state, "param_groups": groups if known else saved["param_groups"]})
+    optimizer.load_state_dict({"state": state, "param_groups": groups if is_torchs else saved["param_groups"]})

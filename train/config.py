@@ -1,4 +1,4 @@
-"""The settings of the training scripts, as typed dataclasses: a field is a flag."""
+"""Settings of the training scripts, as typed dataclasses: each field is a flag."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,41 +14,41 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Data: which images, and how they are cut."""
+    """Data: images and preprocessing."""
 
     dataset: str = "digits"
-    """Name of the data: a file of train/datasets, or a preset of configs/ that says which of them reads it."""
+    """Name of the data set: a file in train/datasets, or a preset in configs/ that names its reader."""
     reader: str = ""
-    """File of train/datasets that reads the data; empty means the one named like the data set."""
+    """File in train/datasets that reads the data; by default the one named like the data set."""
     img_size: int = 256
-    """Height of the images, and their width unless --img_width says another, pixels."""
+    """Height of the images in pixels, and their width unless --img_width is given."""
     img_width: int | None = None
-    """Width of the images, where they are not square; left out, img_size."""
+    """Width of the images in pixels, if they are not square; defaults to img_size."""
     n_channels: Literal[1, 3] = 3
-    """1 grey, 3 colour."""
+    """1 for greyscale, 3 for colour."""
     data_range: tuple[float, float] | None = None
-    """Lowest and highest value of 16-bit or float images, which become -1 and 1; left out, 16 bits are scaled to 8."""
+    """Values of 16-bit or float images that are mapped to -1 and 1; by default 16-bit images are reduced to 8 bits."""
     horizontal_flip: bool = False
-    """Also train on mirrored images."""
+    """Also train on horizontally mirrored images."""
     shift: int = 0
-    """Also train on images shifted by up to this many pixels each way, black coming in (for digits and the like)."""
+    """Also train on images shifted by up to this many pixels in each direction, padded with black (for digits)."""
     crop_margin: int = 0
-    """Training images are resized so many pixels larger, and cut at the centre and the four corners; 0: not cut."""
+    """Resize training images this many pixels larger and take crops at the centre and the four corners; 0: no crops."""
     in_memory: bool = False
-    """Keep resized images in memory: for data sets of a few GB at most."""
+    """Keep resized images in memory; for data sets of up to a few GB."""
     cache_images: bool = False
-    """Keep decoded, resized images in one file in logs/.cache: height * width * n_channels bytes each."""
+    """Cache decoded, resized images in one file in logs/.cache: height * width * n_channels bytes per image."""
     num_workers: int = 0
-    """Processes that load images beside each training process."""
+    """Data-loading worker processes per training process."""
     prefetch: int = 2
-    """Batches that each of them keeps ready."""
+    """Batches that each worker loads in advance."""
 
     def __post_init__(self):
-        lowest = {"img_size": 1, "img_width": 1, "shift": 0, "crop_margin": 0, "num_workers": 0, "prefetch": 1}
-        for name, low in lowest.items():
+        minima = {"img_size": 1, "img_width": 1, "shift": 0, "crop_margin": 0, "num_workers": 0, "prefetch": 1}
+        for name, minimum in minima.items():
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"got {name} {value}, wanted at least {low}: pass --{name} N")
+            if value is not None and value < minimum:
+                raise ValueError(f"got {name} {value}, wanted at least {minimum}: pass --{name} N")
         if self.data_range is not None and not self.data_range[0] < self.data_range[1]:
             raise ValueError(
                 f"got data_range {self.data_range}, wanted the lower first: pass --data_range LOWEST HIGHEST"
@@ -57,11 +57,11 @@ class DataConfig:
             raise ValueError("got crop_margin 1, whose centre is a corner: pass --crop_margin 2 or more, or 0")
         if self.crop_margin and self.shift:
             got = f"shift {self.shift} and crop_margin {self.crop_margin}"
-            raise ValueError(f"got {got}: a crop has pixels where a shift lets black in; leave one of them out")
+            raise ValueError(f"got {got}: crops replace shifts, which pad with black; leave one of them out")
 
     @property
     def without_augmentation(self) -> "DataConfig":
-        """The same images, neither mirrored, shifted nor cut: what is validated on."""
+        """The same images, neither mirrored, shifted nor cropped, as validation uses them."""
         return replace(self, horizontal_flip=False, shift=0, crop_margin=0)
 
     @property
@@ -76,7 +76,7 @@ class DataConfig:
 
     @property
     def side_lengths(self) -> tuple[int, ...]:
-        """What keys of caches name: the one side of a square, else height and width."""
+        """The sizes in the keys of caches: one side of a square, otherwise height and width."""
         height, width = self.size
         return (height,) if height == width else (height, width)
 
@@ -86,75 +86,75 @@ class TrainingConfig:
     """Training."""
 
     train_steps: int = 1_000_000
-    """Steps in all, those before a resume included."""
+    """Total number of training steps, including those before a resume."""
     batch_size: int = 4
-    """Images per step over all processes and accumulated parts together."""
+    """Global batch size: images per step over all processes and micro-batches."""
     accumulate: int = 1
-    """Parts a step's batch is computed in, to save memory."""
+    """Number of micro-batches per step (gradient accumulation), to save memory."""
     lr: float = 1e-4
     """Learning rate."""
     warmup_iters: int = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps of linear learning-rate warm-up."""
     weight_decay: float = 0.0
-    """Decoupled weight decay (AdamW)."""
+    """Weight decay; decoupled (as in AdamW), except with adam and sgd."""
     grad_clip: float = 1.0
-    """Largest gradient norm; 0 does not clip."""
+    """Maximum gradient norm; 0 turns clipping off."""
     optimizer: str = "adamw"
     """adamw, adam, radam, nadam, adafactor, sgd, or a dotted path to your own class."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the optimizer's averages of the gradient and of its square (sgd: momentum, unused)."""
+    """Decay rates of the optimizer's averages of the gradient and of its square (sgd: momentum, unused)."""
     lr_schedule: Literal["constant", "cosine", "decay_tail"] = "constant"
-    """The learning rate after its warm-up: constant, a cosine to the last step, or constant with a linear tail."""
+    """Learning rate after the warm-up: constant, cosine decay, or constant and then a linear decay (decay_tail)."""
     decay_steps: int = 0
-    """Length of decay_tail's tail, steps."""
+    """Steps of the linear decay at the end (decay_tail)."""
     lr_end: float = 0.0
-    """Where cosine and decay_tail end, as a share of the learning rate."""
+    """Final learning rate of cosine and decay_tail, as a fraction of --lr."""
     amp: bool = True
-    """Half-precision autocast where the device computes it natively, else float32 and a message."""
+    """Mixed precision (autocast), if the device supports it natively; otherwise float32, with a message."""
     amp_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
-    """auto: bfloat16 where it is native, else float16 with loss scaling on CUDA."""
+    """auto: bfloat16 if the device supports it natively, otherwise float16 with loss scaling on CUDA."""
     max_bad_steps: int = 10
-    """Steps whose loss or gradient is not finite are skipped; more of them among 1,000 end the run."""
+    """Steps with a non-finite loss or gradient are skipped; more than this many in 1,000 steps end the run."""
     ema: bool = True
     """Keep an exponential moving average of the weights."""
     ema_beta: float = 0.999
-    """Its decay per step, reached after a warm-up."""
+    """Decay of the EMA per step, reached after a warm-up."""
     ema_profiles: tuple[float, ...] = ()
-    """Relative lengths of power-function averages to keep as well (0.05 0.1), for --ema_length afterwards."""
+    """Relative lengths of additional averages for post-hoc EMA (for example 0.05 0.1), for --ema_length afterwards."""
     steps_per_ema_snapshot: int = 5_000
-    """Steps between their snapshots on disk."""
+    """Steps between snapshots of the averages of --ema_profiles."""
     seed: int = 0
-    """Every random draw is a function of this, its purpose, the step and the sample."""
+    """Random seed."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: cuda, else mps, else cpu."""
+    """auto: cuda if available, otherwise mps, otherwise cpu."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Several processes: each keeps the whole network (ddp), or a shard of it, its averages and optimizer (fsdp)."""
+    """With several processes: ddp replicates the network; fsdp shards it, its averages and optimizer states."""
     timeout_minutes: float = 10.0
-    """Several processes: a job ends with an error when one of them has not been heard of for so long."""
+    """With several processes: the job fails if one of them does not respond for this many minutes."""
     compile: bool = False
     """Compile the networks with torch.compile."""
     channels_last: Literal["auto", "yes", "no"] = "auto"
-    """Memory format of images in convolutions; auto: yes on CUDA in half precision, where it is faster."""
+    """Channels-last memory format for convolutions; auto: yes on CUDA in half precision, where it is faster."""
     tf32: bool = True
-    """TF32 matrix products on CUDA wherever float32 is used."""
+    """Use TF32 for float32 matrix products on CUDA."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: slower, and needs far less memory."""
+    """Recompute each block in the backward pass: slower, but needs much less memory."""
     deterministic: bool = False
-    """Only operations that give the same bits each time on a GPU; an error where there is none."""
+    """Use deterministic algorithms only; an operation without one is an error."""
     hooks: tuple[str, ...] = ()
-    """Dotted paths of your own classes or functions, called as hook(state, outputs) after each step: see the README."""
+    """Dotted paths of your own classes or functions, called as hook(state, outputs) after each step."""
     resume: str = "auto"
-    """auto: go on from the run's newest whole checkpoint; never: only begin anew; PATH: go on from that checkpoint."""
+    """auto: resume from the newest intact checkpoint; never: start from scratch; PATH: resume from this checkpoint."""
     load_dir: str | None = None
-    """Start from the weights of this run."""
+    """Run whose weights to start from (fine-tuning)."""
     load_step: int | None = None
-    """Step to start from; the newest if left out."""
+    """Step of --load_dir; the newest by default."""
     load_optim: bool = False
-    """Load the optimizers as well."""
+    """Also load the optimizer states of --load_dir."""
     load_partial: bool = False
-    """Take what fits of the weights of --load_dir; what does not is reported, not refused."""
+    """Load only the weights of --load_dir that fit, and report the others, instead of requiring all to match."""
     train_only: tuple[str, ...] = ()
-    """Train only the parts of the network with these names (encoders up_blocks.0); left out, all of it."""
+    """Train only these parts of the network (for example encoders up_blocks.0); all of it by default."""
 
     def __post_init__(self):
         for name in ("train_steps", "batch_size", "accumulate"):
@@ -169,15 +169,15 @@ class TrainingConfig:
             raise ValueError(f"got lr {self.lr}, ema_beta {self.ema_beta}: wanted lr > 0 and ema_beta in [0, 1)")
         if self.timeout_minutes <= 0 or self.steps_per_ema_snapshot < 1:
             got = f"timeout_minutes {self.timeout_minutes}, steps_per_ema_snapshot {self.steps_per_ema_snapshot}"
-            raise ValueError(f"got {got}: wanted positive ones")
+            raise ValueError(f"got {got}: wanted both to be positive")
         if self.load_partial and (self.load_dir is None or self.load_optim):
-            why = "needs --load_dir" if self.load_dir is None else "fits no optimizer's state: leave --load_optim out"
-            raise ValueError(f"got --load_partial, which {why}")
+            reason = "needs --load_dir" if self.load_dir is None else "cannot load optimizers: leave --load_optim out"
+            raise ValueError(f"got --load_partial, which {reason}")
         learning_rate(0, **self.schedule)
 
     @property
     def schedule(self) -> dict[str, Any]:
-        """The arguments of `train.lr_schedule.learning_rate`, but for the step."""
+        """The arguments of `train.lr_schedule.learning_rate`, except the step."""
         return {
             "lr": self.lr,
             "steps": self.train_steps,
@@ -190,34 +190,34 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Logging and saving."""
+    """Logging and checkpoints."""
 
     log_dir: str | None = None
-    """Folder of the run, below --logs_root; its default names what is trained and the data set."""
+    """Folder of the run, below --logs_root; by default named after the model and the data set."""
     logs_root: str = str(ROOT / "logs")
     """Folder of all runs."""
     steps_per_log: int = 10
-    """Steps between logged lines (averages over those steps)."""
+    """Steps between log lines, which average over these steps."""
     steps_per_checkpoint: int = 25_000
-    """Steps between checkpoints; the last step always saves one."""
+    """Steps between checkpoints; the last step is always saved."""
     checkpoint_minutes: float = 30.0
-    """And at least every so many minutes; 0: by steps alone."""
+    """Maximum minutes between checkpoints; 0: no limit."""
     keep_last: int = 3
-    """Newest checkpoints that are kept; 0 keeps all."""
+    """Number of newest checkpoints to keep; 0: all."""
     keep_every: int = 100_000
-    """Checkpoints of multiples of so many steps are kept as well; 0: none."""
+    """Also keep the checkpoints of every multiple of this many steps; 0: none."""
     steps_per_save_output: int = 5_000
-    """Steps between pictures."""
+    """Steps between images of samples or reconstructions."""
     steps_per_eval: int = 5_000
-    """Steps between validations; 0 for none."""
+    """Steps between validations; 0: no validation."""
     steps_per_FD: int = 0
-    """Steps between distances of generated (stage one: reconstructed) to real images; 0 for none."""
+    """Steps between Frechet distances of generated (stage one: reconstructed) to real images; 0: none."""
     FD_samples: int = 1_000
-    """Images of which they are taken."""
+    """Number of images for --steps_per_FD."""
     FD_features: str = "auto"
-    """Their features: a file of experiments/metrics/features, or auto."""
+    """Features for --steps_per_FD: a file in experiments/metrics/features, or auto."""
     profile: bool = False
-    """Record steps 10 to 14 of this start with PyTorch's profiler, into profile/."""
+    """Profile five steps, from the 10th after the start or resume, with PyTorch's profiler; written to profile/."""
 
     def __post_init__(self):
         for name in ("steps_per_log", "steps_per_checkpoint", "steps_per_save_output"):
@@ -232,36 +232,35 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """What every learned sampler's own Config builds on."""
+    """Base class of every learned sampler's Config."""
 
     sampler: str = "absorbing"
-    """The learned model of images: a file of train/samplers."""
-    adapt: ClassVar[str] = ""  # dotted path of what turns an item into a batch's fields; a Config may make it a flag
+    """Learned sampler to train: a file in train/samplers."""
+    adapt: ClassVar[str] = ""  # dotted path of a function that maps items to batch fields; a Config may make it a flag
 
 
 @dataclass(frozen=True, kw_only=True)
 class FirstStageConfig:
-    """First stage: the trained VQGAN, where there is one."""
+    """First stage: the trained VQGAN, if any."""
 
     ae_load_dir: str | None = None
-    """Folder of its run. Left out: vqgan_<dataset> for samplers of codes; others work on pixels."""
+    """Run folder of the VQGAN; defaults to vqgan_<dataset> for samplers of codes, others then work on pixels."""
     ae_load_step: int | None = None
-    """Its step; the newest if left out."""
+    """Step of the VQGAN; the newest by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """What every learned sampler's own Sampling builds on."""
+    """Base class of every learned sampler's Sampling."""
 
     solver: str = "ancestral"
-    """The routine that draws from the sampler."""
+    """Sampling algorithm."""
     sample_steps: int | None = None
-    """Steps per image; the solver's own choice if left out."""
+    """Sampling steps per image; by default the solver's own choice."""
     guidance: float = 1.0
-    """Classifier-free guidance scale; 1 is the plain conditional model."""
+    """Classifier-free guidance scale; 1: no guidance."""
     condition_file: str | None = None
-    """Conditions of generated images, .json or .csv, a row each, in turn; left out, classes as frequent as in training
-    and other conditions of held-out images."""
+    """File (.json or .csv) of conditions, one row per image, used in turn; by default they are drawn from the data."""
 
     def __post_init__(self):
         if self.sample_steps is not None and self.sample_steps < 1:
@@ -269,24 +268,24 @@ class SamplingConfig:
 
     @classmethod
     def option_names(cls) -> list[str]:
-        """The options of its process's solvers: fields of the SolverOptions that it builds on."""
+        """Names of the solver options of its process: the fields of the SolverOptions it inherits from."""
         bases = [base for base in cls.__mro__ if issubclass(base, SolverOptions)]
         own = [base for base in bases if not issubclass(base, SamplingConfig)]
         return list(dict.fromkeys(field.name for base in own for field in fields(base)))
 
     @classmethod
     def solver_setting_names(cls) -> set[str]:
-        """What goes with the solver that is named: with another one, it is left to that."""
+        """Names of the settings that belong to the chosen solver, and are reset for another one."""
         return {"sample_steps", *cls.option_names()}
 
     @property
     def solver_options(self) -> dict[str, Any]:
-        """The options of solvers that are given."""
+        """The solver options that are set, by name."""
         values = {name: getattr(self, name) for name in self.option_names()}
         return {name: value for name, value in values.items() if value is not None}
 
     def with_solver(self, solver: str, sample_steps: int | None = None) -> Self:
-        """The same settings for another solver, with what goes with a solver left to it."""
+        """The same settings for another solver, with its default options."""
         own = {field.name: field.default for field in fields(self) if field.name in self.solver_setting_names()}
         return replace(self, **own | {"solver": solver, "sample_steps": sample_steps})
 
@@ -296,16 +295,16 @@ class SamplerTrainingConfig(TrainingConfig):
     """Training."""
 
     batch_size: int = 20
-    """Images per step over all processes and accumulated parts together."""
+    """Global batch size: images per step over all processes and micro-batches."""
     train_steps: int = 2_000_000
-    """Steps in all, those before a resume included."""
+    """Total number of training steps, including those before a resume."""
     warmup_iters: int = 10_000
-    """Steps over which the learning rate rises from 0."""
+    """Steps of linear learning-rate warm-up."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SecondStageConfig:
-    """All that a run of a sampler is made of."""
+    """The full config of a sampler run."""
 
     sampler: SamplerConfig
     first: FirstStageConfig
@@ -321,14 +320,14 @@ class VQGANTrainingConfig(TrainingConfig):
     """Training."""
 
     lr: float = 1.8e-5
-    """Learning rate (the reference takes 4.5e-6 per image of the batch)."""
+    """Learning rate (the reference uses 4.5e-6 per image in the batch)."""
     train_steps: int = 1_400_000
-    """Steps in all, those before a resume included."""
+    """Total number of training steps, including those before a resume."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VQGANRunConfig:
-    """All that a run of a VQGAN is made of."""
+    """The full config of a VQGAN run."""
 
     data: DataConfig
     reader: DatasetConfig

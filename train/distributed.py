@@ -1,7 +1,7 @@
-"""Plain torch.distributed under torchrun, networks as replicas or shards, and signals that end a run between steps.
+"""torch.distributed under torchrun, data-parallel (DDP) and sharded (FSDP2) networks, and signals that stop a run.
 
-`DistContext` is passed on, never looked up; one process has one too. torch's sharding is imported where it is used: it takes
-a second, which a run of one process need not wait for.
+`DistContext` is passed as an argument, never looked up globally; a single process has one too. torch's sharding modules
+are imported where they are used: importing them takes a second, which a run of one process need not wait for.
 """
 
 import inspect
@@ -25,12 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 from train.execution import outermost_blocks
 
 T = TypeVar("T")
-DUPLICATE_SECONDS = 2.0  # seconds: torchrun and the terminal may both pass on one Ctrl-C
+DUPLICATE_SECONDS = 2.0  # torchrun and the terminal may both deliver the same Ctrl-C
 
 
 @dataclass(frozen=True)
 class DistContext:
-    """The processes that train together, and this one's place and device."""
+    """The process group: this process's device and rank, and the world size."""
 
     device: torch.device
     rank: int = 0
@@ -38,98 +38,99 @@ class DistContext:
 
     @property
     def is_main(self) -> bool:
-        """True in the one process that writes and logs."""
+        """Whether this is rank 0, the one process that writes and logs."""
         return self.rank == 0
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum over all processes, in each of them; by way of where x lies, a GPU or the CPU."""
+        """All-reduced sum of x, computed on the device of x."""
         if self.size > 1:
             x = x.clone()
             dist.all_reduce(x)
         return x
 
     def mean(self, x: Tensor) -> Tensor:
+        """All-reduced mean of x."""
         return self.sum(x) / self.size
 
     def gather(self, x: Tensor) -> Tensor:
-        """(n, ...) of each process -> (size n, ...) in all, by rank."""
+        """Concatenates the (n, ...) of all ranks, in order of rank: (size n, ...) on each of them."""
         if self.size == 1:
             return x
-        if x.dtype == torch.bool:  # there is no sum of these
+        if x.dtype == torch.bool:  # booleans have no all-reduce
             return self.gather(x.to(torch.uint8)).bool()
-        everything = x.new_zeros(self.size, *x.shape)
-        everything[self.rank] = x
-        return self.sum(everything).flatten(0, 1)
+        gathered = x.new_zeros(self.size, *x.shape)
+        gathered[self.rank] = x
+        return self.sum(gathered).flatten(0, 1)
 
     def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is up in any process. Goes by way of the CPU: no GPU waits for it."""
+        """For each flag, whether it is true in any process. Communicates through the CPU, so that no GPU waits."""
         if self.size == 1:
             return list(flags)
-        raised = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in raised]
+        reduced = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in reduced]
 
     def local_items(self, items: list[T]) -> list[T]:
-        """Every `size`-th item from `rank` on: together the processes have each item once."""
+        """This rank's items: every `size`-th one, starting at `rank`."""
         return items[self.rank :: self.size]
 
     def padded_batches(self, batches: Iterable[T], fallback: Callable[[], T] | None = None) -> Iterator[tuple[T, bool]]:
-        """(batch, whether it counts), as often in each process as in the one with the most.
+        """Yields (batch, whether it counts), the same number of times in every process.
 
-        A process that has run out repeats its last batch, since the forward of a sharded network needs all of them; one
-        that had none takes what `fallback` gives.
+        A process that has run out of batches repeats its last one, which does not count, because the forward pass of a
+        sharded network needs all processes. One that had no batch at all uses `fallback()`.
         """
-        own, batch = iter(batches), None
+        iterator, batch = iter(batches), None
         while True:
-            fresh = next(own, None)
-            if not any(self.any(fresh is not None)):
+            new = next(iterator, None)
+            if not any(self.any(new is not None)):
                 return
-            batch = batch if fresh is None else fresh
+            batch = batch if new is None else new
             if batch is None and fallback is not None:
                 batch = fallback()
             if batch is not None:
-                yield batch, fresh is not None
+                yield batch, new is not None
 
     def gather_items(self, x: Tensor, n: int) -> Tensor:
-        """What the processes made of their `local_items` n items, in the items' order: (n, ...) in each of them."""
+        """Gathers the results x for each rank's `local_items` of n items: (n, ...), in the order of the items."""
         most = -(-n // self.size)
         padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
         return self.gather(padded).unflatten(0, (self.size, most)).transpose(0, 1).flatten(0, 1)[:n]
 
     def broadcast_module(self, module: nn.Module) -> None:
-        """Gives every process the main one's parameters and buffers."""
+        """Copies the parameters and buffers of rank 0 to all processes."""
         if self.size > 1:
             for tensor in [*module.parameters(), *module.buffers()]:
                 dist.broadcast(tensor.detach(), src=0)
 
     def barrier(self) -> None:
-        """Waits for all processes, on the CPU."""
+        """Waits for all processes (on the CPU)."""
         self.any(True)
 
     def per_rank(self, total: int, name: str) -> int:
-        """This process's part of `total`; ValueError where it does not divide."""
+        """`total` divided by the world size; ValueError if it is not a multiple."""
         if total % self.size:
             raise ValueError(f"got {name} {total} for {self.size} processes, wanted a multiple of {self.size}")
         return total // self.size
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a --device flag; under torchrun, LOCAL_RANK picks the GPU."""
+    """The device that --device names; under torchrun, LOCAL_RANK selects the GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[name]:
         raise ValueError(
-            f"got --device {name}, but torch {torch.__version__} finds none here: pass --device auto or cpu"
+            f"got --device {name}, which torch {torch.__version__} does not find here: pass --device auto or cpu"
         )
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
 @contextmanager
 def init_distributed(device_name: str, timeout_minutes: float = 10.0) -> Iterator[DistContext]:
-    """The World of this process, set up from torchrun's variables and taken down at the end.
+    """Initialises the process group from torchrun's environment variables, and destroys it at the end.
 
-    A process that waits for another longer than `timeout_minutes` ends with an error; torchrun then ends the job.
+    A process that waits for another for more than `timeout_minutes` raises an error; torchrun then ends the job.
     """
     device = pick_device(device_name)
     if "RANK" not in os.environ:
@@ -140,11 +141,11 @@ def init_distributed(device_name: str, timeout_minutes: float = 10.0) -> Iterato
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     yield DistContext(device, dist.get_rank(), dist.get_world_size())
-    dist.destroy_process_group()  # not after an error: it would wait for processes that may be gone
+    dist.destroy_process_group()  # not after an error: it would wait for processes that may have died
 
 
 def shard(module: nn.Module, world: DistContext) -> None:
-    """Cuts the parameters of a module over all processes, in place; each block is whole only while it is used."""
+    """Shards the parameters of a module over all processes in place (FSDP2), one group per block."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -153,25 +154,26 @@ def shard(module: nn.Module, world: DistContext) -> None:
         if any(True for _ in block.parameters()):
             fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
-    for method in ("encode", "decode"):  # what else than forward uses parameters
+    for method in ("encode", "decode"):  # methods besides forward that use parameters
         if hasattr(module, method):
             register_fsdp_forward_method(module, method)
 
 
 def replicate(module: nn.Module, world: DistContext) -> nn.Module:
-    """The module as a training step calls it: gradients are averaged over processes while they are computed."""
+    """Wraps a module in DDP, unless there is one process or the module is sharded."""
     if world.size == 1 or is_sharded(module):
         return module
     devices = [world.device] if world.device.type == "cuda" else None
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    own_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
-    # Kernels give gradients other strides along axes of length 1. DDP warns of it, and no copy is saved or made by it.
+    parameters = inspect.signature(DistributedDataParallel.__init__).parameters
+    # The flag was called broadcast_buffers in older versions of torch.
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    # Some kernels return gradients with other strides along axes of length 1, which is harmless, but DDP warns of it.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides", category=UserWarning)
-    return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, **{own_buffers: False})
+    return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, **{sync_buffers: False})
 
 
 def gradient_sync(replica: nn.Module, last: bool) -> AbstractContextManager:
-    """Around forward and backward of one part of a batch: processes exchange gradients at the last part alone."""
+    """A context for forward and backward of a micro-batch: gradients are synchronised only for the last one."""
     if is_sharded(replica):
         replica.set_requires_gradient_sync(last)
     elif isinstance(replica, DistributedDataParallel) and not last:
@@ -180,30 +182,31 @@ def gradient_sync(replica: nn.Module, last: bool) -> AbstractContextManager:
 
 
 def is_sharded(thing: nn.Module | Tensor) -> bool:
-    """Whether a module, or a tensor, is cut over processes."""
+    """Whether a module or tensor is sharded (FSDP2)."""
     return hasattr(thing, "unshard") or hasattr(thing, "to_local")
 
 
 def lockstep_on_step(network: nn.Module) -> Callable[..., Tensor] | None:
-    """What processes that share a network sample with: an `on_step` that changes nothing. A forward needs all of them,
-    and a solver that is watched calls the network at every step, however little there is to draw. None: each may do
-    as it likes.
+    """An `on_step` that changes nothing, for a sharded network; None for others.
+
+    The forward pass of a sharded network needs all processes. A solver with an `on_step` calls the network at every
+    step, even if nothing is left to sample, so that the processes stay in lockstep.
     """
-    return (lambda i, t, s, x, said: x) if is_sharded(network) else None
+    return (lambda i, t, s, x, x0_hat: x) if is_sharded(network) else None
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor, or a whole tensor as it is."""
+    """This process's shard of a sharded tensor; other tensors unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor put together from its shards: all processes must ask. A whole one as it is."""
+    """Gathers a sharded tensor (a collective call); other tensors unchanged."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, the same in each process, cut as `other` is; as it is where that is whole."""
+    """Shards a full tensor, identical in every process, like `other`; unchanged if `other` is not sharded."""
     if not is_sharded(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -212,12 +215,12 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def local_grads(parameters: list[nn.Parameter]) -> list[Tensor]:
-    """This process's gradients, shards where parameters are sharded."""
+    """This process's gradients: local shards for sharded parameters."""
     return [local_shard(p.grad) for p in parameters if p.grad is not None]
 
 
 def grad_norm(parameters: list[nn.Parameter], world: DistContext) -> Tensor:
-    """The norm of all gradients together, those of other processes' shards included."""
+    """() the global gradient norm, including the shards of other processes."""
     norm = torch.nn.utils.get_total_norm(local_grads(parameters))
     if any(is_sharded(p) for p in parameters):
         norm = world.sum(norm.square()).sqrt()
@@ -225,7 +228,7 @@ def grad_norm(parameters: list[nn.Parameter], world: DistContext) -> Tensor:
 
 
 class StopSignals:
-    """While it is entered, notes the first SIGTERM or SIGINT in `received`; a second Ctrl-C later on ends at once."""
+    """A context that records the first SIGTERM or SIGINT in `received`; a later second Ctrl-C interrupts at once."""
 
     def __init__(self):
         self.received: signal.Signals | None = None
@@ -242,7 +245,7 @@ class StopSignals:
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self.received_at = signal.Signals(number), time.monotonic()
-            said = f"\n{self.received.name}: finishing this step, then saving\n"
-            os.write(sys.stderr.fileno(), said.encode())  # print may be in the middle of something
+            message = f"\n{self.received.name}: finishing this step, then saving\n"
+            os.write(sys.stderr.fileno(), message.encode())  # print is not reentrant
         elif number == signal.SIGINT and time.monotonic() - self.received_at > DUPLICATE_SECONDS:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Averages of a network's weights that follow it while it trains."""
+"""Exponential moving averages of a network's weights during training."""
 
 import copy
 from collections.abc import Iterator
@@ -10,32 +10,32 @@ from torch import Tensor, nn
 
 from train.distributed import is_sharded, local_shard
 
-MAX_GROUP_ELEMENTS = 2**24  # elements, after which a group is full: what an operation needs beside it stays small
+MAX_GROUP_ELEMENTS = 2**24  # bounds the temporary memory of a fused operation
 
 
 class TensorGroup(NamedTuple):
-    """Tensors that one fused operation takes: on either side all of one dtype and on one device."""
+    """Pairs of tensors for one fused operation; the tensors of each list share a dtype and a device."""
 
-    averaged: bool  # else copied: buffers, and parameters of whole numbers
-    slow: list[Tensor]
-    fast: list[Tensor]
+    averaged: bool  # otherwise copied: buffers and integer parameters
+    ema: list[Tensor]
+    source: list[Tensor]
 
     def local_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What this process holds of each pair, to average in the precision and on the device of the average."""
-        slow, fast = [local_shard(s) for s in self.slow], [local_shard(f) for f in self.fast]
-        if self.averaged and (slow[0].dtype, slow[0].device) != (fast[0].dtype, fast[0].device):
-            near = [torch.empty_like(s) for s in slow]
-            torch._foreach_copy_(near, fast)
-            return slow, near
-        return slow, fast
+        """The local shards of each pair; sources that are averaged are cast to the dtype and device of the average."""
+        ema, source = [local_shard(e) for e in self.ema], [local_shard(s) for s in self.source]
+        if self.averaged and (ema[0].dtype, ema[0].device) != (source[0].dtype, source[0].device):
+            cast = [torch.empty_like(e) for e in ema]
+            torch._foreach_copy_(cast, source)
+            return ema, cast
+        return ema, source
 
 
 class WeightAverage:
-    """A frozen copy that follows a module with the decay of a step; buffers, the part nobody learns, are copied.
+    """A moving average of a model's parameters, in `module`, a frozen copy; buffers are copied at every update.
 
-    What the module keeps in less than float32 is kept in float32 here: small steps would round to nothing. The copy
-    stays on its own device, wherever the module goes. Sharded modules (FSDP2) are averaged shard by shard: build the
-    average before `fully_shard`, then shard `average.module` as the module.
+    Tensors of less than float32 precision are averaged in float32, since small updates would be rounded away. The copy
+    stays on its own device even if the model moves. Sharded models (FSDP2) are averaged shard by shard: build the
+    average before `fully_shard`, then shard `average.module` like the model.
     """
 
     def __init__(self, model: nn.Module):
@@ -44,53 +44,53 @@ class WeightAverage:
             if tensor.is_floating_point() and tensor.dtype.itemsize < 4:
                 tensor.data = tensor.data.float()
         for buffer in self.module.buffers():
-            buffer.data = buffer.data.contiguous()  # an expanded one cannot be written to
-        self._modules: list[nn.Module] = []  # of the followed one: these four say whether the groups still stand
+            buffer.data = buffer.data.contiguous()  # expanded tensors are not writable
+        self._modules: list[nn.Module] = []  # of the model; these four show whether the groups are still valid
         self._slots: list[tuple[nn.Module, str]] = []
         self._tensors: list[Tensor] = []
         self._layouts: list[tuple[torch.dtype, torch.device]] = []
         self._groups: list[TensorGroup] = []
 
     def decay(self, step: int) -> float:
-        """The share of itself that the average keeps at a step, the first being 1."""
+        """The decay at a step (the first is 1): the weight of the old average."""
         raise NotImplementedError
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """One step behind `model`: w <- decay w + (1 - decay) followed, for parameters paired by name."""
+        """Updates every parameter: average <- decay average + (1 - decay) parameter, paired by name."""
         weight = 1 - self.decay(step)
         for group in self.groups(model):
-            slow, fast = group.local_tensors()
+            ema, source = group.local_tensors()
             if group.averaged:
-                torch._foreach_lerp_(slow, fast, weight)
+                torch._foreach_lerp_(ema, source, weight)
             else:
-                torch._foreach_copy_(slow, fast)
+                torch._foreach_copy_(ema, source)
 
     @torch.no_grad()
     def squared_norms(self, model: nn.Module) -> Tensor:
-        """(2,): the sums of squares of average - followed and of followed, over all averaged parameters.
+        """(2,) the squared norms of average - model and of model, over all averaged parameters.
 
-        The root of their ratio is the relative distance. Of sharded parameters these are this process's terms: sum
-        them over all processes before dividing.
+        The square root of their ratio is the relative distance. For sharded parameters these are the terms of this
+        process: sum them over all processes before dividing.
         """
         sums = torch.zeros(2)
         for group in self.groups(model):
             if group.averaged:
-                slow, fast = group.local_tensors()
-                terms = torch.stack([sum_of_squares(torch._foreach_sub(slow, fast)), sum_of_squares(fast)])
+                ema, source = group.local_tensors()
+                terms = torch.stack([sum_of_squares(torch._foreach_sub(ema, source)), sum_of_squares(source)])
                 sums = sums.to(terms.device) + terms
         return sums
 
     def groups(self, model: nn.Module) -> list[TensorGroup]:
-        """The pairs with `model`, worked out by name once, and again after anything was moved or replaced.
+        """The groups of tensors paired with `model`, built once, and again after a tensor was moved or replaced.
 
-        Every step each tensor is looked up where it hangs, which takes less than a millisecond: names need not be built
-        for that. A parameter added beside others of its module is the one change that goes unseen.
+        Each call checks that every tensor is still in its place, in less than a millisecond, since no names are built.
+        It does not notice a parameter that was added to a module.
         """
         if not self._groups_are_current(model):
             for module in [*self.module.modules(), *model.modules()]:
-                if is_sharded(module):  # FSDP2 leaves the outermost parameters whole after a forward pass, as
-                    module.reshard()  # copies: what was written to them would be lost
+                if is_sharded(module):  # FSDP2 leaves the outermost parameters gathered after a forward pass,
+                    module.reshard()  # and changes to these copies would be lost
             if not self._groups_are_current(model):
                 self._build_groups(model)
         return self._groups
@@ -105,27 +105,28 @@ class WeightAverage:
         )
 
     def _build_groups(self, model: nn.Module) -> None:
-        found = list(pair_tensors(self.module, model))
-        self._slots = [ours for _, ours, _ in found] + [theirs for _, _, theirs in found]
+        pairs = list(pair_tensors(self.module, model))
+        self._slots = [ours for _, ours, _ in pairs] + [theirs for _, _, theirs in pairs]
         self._tensors = [getattr(owner, name) for owner, name in self._slots]
         self._layouts = [(t.dtype, t.device) for t in self._tensors]
         self._groups, latest = [], {}
-        ours, theirs = self._tensors[: len(found)], self._tensors[len(found) :]
-        for (is_parameter, _, _), slow, fast in zip(found, ours, theirs, strict=True):
-            averaged = is_parameter and (slow.is_floating_point() or slow.is_complex())
-            kind = (averaged, slow.dtype, slow.device, fast.dtype, fast.device)
-            if kind not in latest or sum(s.numel() for s in latest[kind].slow) > MAX_GROUP_ELEMENTS:
+        ours, theirs = self._tensors[: len(pairs)], self._tensors[len(pairs) :]
+        for (is_parameter, _, _), ema, source in zip(pairs, ours, theirs, strict=True):
+            averaged = is_parameter and (ema.is_floating_point() or ema.is_complex())
+            kind = (averaged, ema.dtype, ema.device, source.dtype, source.device)
+            if kind not in latest or sum(e.numel() for e in latest[kind].ema) > MAX_GROUP_ELEMENTS:
                 latest[kind] = TensorGroup(averaged, [], [])
                 self._groups.append(latest[kind])
-            latest[kind].slow.append(slow)
-            latest[kind].fast.append(fast)
+            latest[kind].ema.append(ema)
+            latest[kind].source.append(source)
         self._modules = list(model.modules())
 
 
 class EMA(WeightAverage):
-    """An average with decay min(beta, (1 + step) / (10 + step)).
+    """An exponential moving average with decay min(beta, (1 + step) / (10 + step)).
 
-    The warm-up lets short runs forget their random start (the schedule of TensorFlow's ExponentialMovingAverage).
+    The warm-up lets the average of a short run forget the random initialisation (the schedule of TensorFlow's
+    ExponentialMovingAverage).
     """
 
     def __init__(self, model: nn.Module, beta: float):
@@ -136,41 +137,42 @@ class EMA(WeightAverage):
         return min(self.beta, (1 + step) / (10 + step))
 
 
-Slot = tuple[nn.Module, str]  # a module and the name of a tensor right in it
+Slot = tuple[nn.Module, str]  # a module and the name of one of its own tensors
 
 
-def pair_tensors(slow: nn.Module, fast: nn.Module) -> Iterator[tuple[bool, Slot, Slot]]:
-    """Each parameter (True) and buffer (False) of both by name, one shared by several modules once.
+def pair_tensors(average: nn.Module, model: nn.Module) -> Iterator[tuple[bool, Slot, Slot]]:
+    """Pairs the parameters (True) and buffers (False) of two modules by name; shared tensors appear once.
 
-    ValueError where names, shapes or, of sharded ones, the ways they are split differ.
+    ValueError if their names, shapes or shardings differ.
     """
-    parameters = (True, dict(slow.named_parameters()), dict(fast.named_parameters()))
-    buffers = (False, dict(slow.named_buffers()), dict(fast.named_buffers()))
+    parameters = (True, dict(average.named_parameters()), dict(model.named_parameters()))
+    buffers = (False, dict(average.named_buffers()), dict(model.named_buffers()))
     for is_parameter, ours, theirs in (parameters, buffers):
         if ours.keys() != theirs.keys():
-            raise ValueError(f"EMA follows another network: {sorted(ours.keys() ^ theirs.keys())} differ")
-        for name, kept in ours.items():
-            if kept.shape != theirs[name].shape:
-                shapes = f"{tuple(kept.shape)} here, {tuple(theirs[name].shape)} there"
-                raise ValueError(f"EMA follows another network: {name} is {shapes}")
-            if sharding(kept) != sharding(theirs[name]):
+            raise ValueError(f"EMA of another network: {sorted(ours.keys() ^ theirs.keys())} differ")
+        for name, tensor in ours.items():
+            if tensor.shape != theirs[name].shape:
+                shapes = f"{tuple(tensor.shape)} in the average, {tuple(theirs[name].shape)} in the model"
+                raise ValueError(f"EMA of another network: {name} is {shapes}")
+            if sharding(tensor) != sharding(theirs[name]):
                 raise ValueError(
-                    f"EMA got {name} split as {sharding(theirs[name])}, its own as {sharding(kept)}: shard both alike"
+                    f"EMA got {name} sharded as {sharding(theirs[name])}, its own is sharded as {sharding(tensor)}: "
+                    "shard both alike"
                 )
             path, _, leaf = name.rpartition(".")
-            yield is_parameter, (slow.get_submodule(path), leaf), (fast.get_submodule(path), leaf)
+            yield is_parameter, (average.get_submodule(path), leaf), (model.get_submodule(path), leaf)
 
 
-def identical(some: list, others: list) -> bool:
-    """Whether two lists hold the very same objects."""
-    return len(some) == len(others) and all(map(is_, some, others))
+def identical(a: list, b: list) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(a) == len(b) and all(map(is_, a, b))
 
 
 def sharding(tensor: Tensor) -> tuple | None:
-    """How a DTensor lies over processes; None for other tensors."""
+    """Device mesh and placements of a DTensor; None for other tensors."""
     return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    """() over all elements of a group."""
+    """() the sum of squares over all elements of the tensors."""
     return torch.stack(torch._foreach_norm(tensors)).square().sum()

@@ -1,7 +1,6 @@
-"""How a network is run: recomputed, compiled, in another memory format, in half precision or TF32, deterministically.
+"""How a network is executed: activation checkpointing, compilation, memory format, precision, determinism.
 
-Nothing here changes what is computed, beyond the digits that a number format has. Names and values of a `state_dict`
-stay what they are.
+Nothing here changes what is computed beyond rounding, nor the names and values of a `state_dict`.
 """
 
 import os
@@ -22,30 +21,28 @@ T = TypeVar("T")
 
 
 def checkpoint_activations(module: nn.Module) -> int:
-    """From now on the blocks of a network are computed again in the backward pass; returns how many there are.
+    """Recomputes the blocks of a network in the backward pass; returns the number of blocks.
 
-    Memory holds what goes into each block, not what is inside (Chen et al. 2016, "Training Deep Nets with Sublinear
-    Memory Cost"), at the price of one more forward pass. A block is what stands in the outermost nn.ModuleLists and
-    nn.Sequentials, single layers apart. Gradients stay the same, dropout included; without gradients nothing is done.
-    A deep copy is treated as its original is. ValueError where there are no blocks, or where BatchNorm would count
-    every batch twice.
+    Only the input of each block is stored, not its activations (Chen et al. 2016, "Training Deep Nets with Sublinear
+    Memory Cost"), at the cost of one more forward pass. Blocks are the entries of the outermost nn.ModuleLists and
+    nn.Sequentials, except single layers. Gradients stay the same, with dropout too; without gradients nothing changes.
+    Deep copies are recomputed as well. ValueError if there are no blocks, or if a BatchNorm would update its statistics
+    twice per batch.
     """
     blocks = [block for block in outermost_blocks(module) if not is_checkpointed(block)]
     if not blocks:
-        raise ValueError(f"{type(module).__name__} has no blocks to compute again, or they are already: leave it out")
+        raise ValueError(f"{type(module).__name__} has no blocks to recompute, or they already are: leave it out")
     for block in blocks:
         norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         if norms:
-            raise ValueError(f"{type(block).__name__} holds BatchNorm, whose running statistics would count twice")
+            raise ValueError(f"{type(block).__name__} contains BatchNorm, which would update its statistics twice")
     for block in blocks:
-        block.forward = types.MethodType(
-            checkpointed_forward, block
-        )  # hooks, type and names of the block stay what they are
+        block.forward = types.MethodType(checkpointed_forward, block)  # keeps the type, names and hooks
     return len(blocks)
 
 
 def outermost_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """What stands in the outermost lists, itself no list and not a single layer."""
+    """The entries of the outermost nn.ModuleLists and nn.Sequentials that have submodules of their own."""
     for child in module.children():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or isinstance(child, nn.ModuleList | nn.Sequential):
             yield from outermost_blocks(child)
@@ -58,25 +55,25 @@ def is_checkpointed(block: nn.Module) -> bool:
 
 
 def checkpointed_forward(block: nn.Module, *args, **kwargs):
-    """The forward of a block that is computed again in the backward pass."""
+    """The forward of a block that is recomputed in the backward pass."""
     forward = types.MethodType(type(block).forward, block)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    if torch.compiler.is_compiling():  # it takes no contexts, and watches `recorded` itself
+    if torch.compiler.is_compiling():  # does not support context_fn, and guards on `recorded`
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    watched = {m: len(m.recorded) for m in block.modules() if isinstance(m, Attention)}
+    recorders = {m: len(m.recorded) for m in block.modules() if isinstance(m, Attention)}
 
     def contexts():
-        return ExitStack(), recording_suspended(watched)
+        return ExitStack(), recording_suspended(recorders)
 
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 @contextmanager
-def recording_suspended(watched: dict[Attention, int]) -> Iterator[None]:
-    """The second time round attention computes what it did the first time, and shows its maps to no one."""
-    recorders = {layer: layer.recorded for layer in watched}
-    for layer, count in watched.items():
+def recording_suspended(counts: dict[Attention, int]) -> Iterator[None]:
+    """Discards the attention maps of the recomputation, with as many recorders per layer as the first pass had."""
+    recorders = {layer: layer.recorded for layer in counts}
+    for layer, count in counts.items():
         layer.recorded = [[] for _ in range(count)]
     try:
         yield
@@ -86,24 +83,24 @@ def recording_suspended(watched: dict[Attention, int]) -> Iterator[None]:
 
 
 def compile_network(module: nn.Module) -> None:
-    """Compiles calls of the blocks of a network, in place, when they are first called; names and types stay.
+    """Compiles the blocks of a network in place, at their first call; names and types stay the same.
 
-    Blocks that are alike share what was compiled. What lies outside of them, such as the last layer, on which the
-    adaptive weight of a VQGAN takes gradients of its own, runs as it is written. Before `fully_shard`; deep copies are
-    not compiled. Results differ from the plain network's in the last digits.
+    Identical blocks share compiled code. Layers outside the blocks run eagerly, such as the last layer, for which the
+    adaptive weight of a VQGAN takes separate gradients. Call it before `fully_shard`; deep copies are not compiled.
+    Results differ from those of the eager network by rounding.
 
-    ValueError, before anything is trained, where this machine cannot compile: what that takes (a C++ compiler with
-    Python's headers on a CPU, triton on CUDA) shows by compiling one addition, in a few seconds.
+    ValueError if this machine cannot compile (it needs a C++ compiler and Python's headers on a CPU, triton on CUDA),
+    found by compiling one addition, which takes a few seconds.
     """
     device = next(module.parameters()).device
     x = torch.zeros(2, device=device)
     try:
         torch.compile(add_one, fullgraph=True)(x)
-    except RuntimeError as error:  # of which those of torch's compilers are subclasses
+    except RuntimeError as error:  # the base class of the errors of torch's compiler
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"torch.compile does not work here on {device.type}: {reason}. On a CPU it takes a C++ compiler (g++, or "
-            "the one that CXX names) and Python's headers, on CUDA triton: install them, or do not compile"
+            f"torch.compile does not work here on {device.type}: {reason}. On a CPU it needs a C++ compiler (g++, or "
+            "the one in CXX) and Python's headers, on CUDA it needs triton: install them, or leave --compile out"
         ) from error
     for block in outermost_blocks(module):
         block.compile()
@@ -114,55 +111,56 @@ def add_one(x: Tensor) -> Tensor:
 
 
 def convert_to_channels_last(module: nn.Module) -> nn.Module:
-    """The module itself, its 4-d weights (of convolutions) in the order NHWC; shapes and values stay what they are.
+    """Converts the 4-d weights (of convolutions) of a module to channels-last memory format, in place; returns it.
 
-    Copies made for an average, and optimizers, come after it: their tensors take the order of the weights. Dropout
-    draws in the order of memory, so what it drops is not what it dropped. FSDP2 does not take such weights.
+    Call it before copying the module for an average and before building optimizers, whose tensors inherit the format.
+    Dropout draws in memory order, so its masks change. FSDP2 does not support such weights.
     """
     return module.to(memory_format=torch.channels_last)
 
 
 def to_channels_last(field: T) -> T:
-    """A tensor (B, C, H, W) in the order NHWC in memory; other fields of a batch as they are."""
+    """A tensor (B, C, H, W) in channels-last memory format; other fields of a batch unchanged."""
     if isinstance(field, Tensor) and field.ndim == 4:
         return field.contiguous(memory_format=torch.channels_last)
     return field
 
 
 def set_tf32(device: torch.device, enabled: bool) -> ExitStack:
-    """Lets CUDA round the factors of float32 products and convolutions to TF32 (10 bits of mantissa), or forbids it.
+    """Allows or forbids TF32 (10 bits of mantissa) in float32 matrix products and convolutions on CUDA.
 
-    Left alone, torch allows it in convolutions only. It holds from the call on; `with set_tf32(...)` ends it. Other
-    devices have no TF32: nothing happens. (The older of torch's two switches: torch.compile still reads it, and raises
-    where only the newer was set.)
+    By default torch allows it in convolutions only. The setting takes effect at once; as a context manager it is undone
+    at the end. On other devices it does nothing. (This sets the older of torch's two switches: torch.compile still
+    reads it, and raises an error if only the newer one is set.)
     """
-    undo = ExitStack()
+    stack = ExitStack()
     if device.type == "cuda":
         for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
-            undo.callback(setattr, backend, "allow_tf32", backend.allow_tf32)
+            stack.callback(setattr, backend, "allow_tf32", backend.allow_tf32)
             backend.allow_tf32 = enabled
-    return undo
+    return stack
 
 
 def set_deterministic(enabled: bool) -> ExitStack:
-    """Chooses algorithms that give the same bits every time; an operation without one raises RuntimeError.
+    """Uses deterministic algorithms only; an operation that has none raises RuntimeError.
 
-    It holds from the call on; `with set_deterministic(True)` ends it. On CUDA, call it before the first matrix product
-    of the process, for cuBLAS reads its variable only then. False changes nothing.
+    The setting takes effect at once; as a context manager it is undone at the end. On CUDA, call it before the first
+    matrix product of the process, since cuBLAS reads its environment variable only then. False changes nothing.
     """
-    undo = ExitStack()
+    stack = ExitStack()
     if not enabled:
-        return undo
+        return stack
     variable, cudnn = "CUBLAS_WORKSPACE_CONFIG", torch.backends.cudnn
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    undo.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled(), warn_only=warn_only)
-    undo.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+    previous = torch.are_deterministic_algorithms_enabled()
+    stack.callback(torch.use_deterministic_algorithms, previous, warn_only=warn_only)
+    stack.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
     if variable not in os.environ:
-        undo.callback(os.environ.pop, variable, None)
+        stack.callback(os.environ.pop, variable, None)
         os.environ[variable] = ":4096:8"  # one of the two settings that cuBLAS documents as reproducible
     torch.use_deterministic_algorithms(True)
     cudnn.benchmark = False
-    return undo
+    return stack
 
 
 HALF_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -178,10 +176,10 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def autocast_dtype(device: torch.device, choice: str = "auto") -> torch.dtype | None:
-    """The type that autocast computes in; None: float32.
+    """The dtype for autocast; None means float32.
 
-    auto: bfloat16 where it is native, else float16 on CUDA (whose tensor cores had it first), else None. A type that
-    is named is taken as it is, also where it is emulated. float16 trains with a `LossScale`.
+    "auto" chooses bfloat16 if it is native, otherwise float16 on CUDA and None elsewhere. A named dtype is used even if
+    the device emulates it. float16 needs a `LossScale` for training.
     """
     if choice in HALF_DTYPES:
         return HALF_DTYPES[choice]
@@ -193,34 +191,34 @@ def autocast_dtype(device: torch.device, choice: str = "auto") -> torch.dtype | 
 
 
 def autocast(device: torch.device, enabled: bool, dtype: torch.dtype | None = None) -> AbstractContextManager:
-    """Autocast to `dtype`; without one, to bfloat16 where `has_native_bf16`, so that nothing is emulated unasked."""
+    """Autocast to `dtype`; the default is bfloat16 if it is native, otherwise no autocast."""
     if dtype is None:
         dtype, enabled = torch.bfloat16, enabled and has_native_bf16(device)
     return torch.autocast(device.type, dtype=dtype, enabled=enabled)
 
 
 def nan_grads_if_nonfinite(loss: Tensor) -> Tensor:
-    """The loss, its gradients bit for bit the same; where it is not finite, the gradients of all it reaches are NaN.
+    """Returns the loss with unchanged gradients if it is finite, and with NaN gradients otherwise.
 
-    An infinite term that no parameter moves leaves finite gradients behind: then the process that saw it would be the
-    only one to know. A NaN survives the average over processes, so all see it in the gradients' norm. Nothing waits
-    for the device.
+    An infinite term that does not depend on any parameter leaves the gradients finite, so only the process that
+    computed it would know. A NaN survives averaging over processes, so all of them see it in the gradient norm. It does
+    not synchronise with the device.
     """
     return loss * nan_if_nonfinite(loss)
 
 
 def nan_if_nonfinite(loss: Tensor) -> Tensor:
-    """The factor () that does so: 1, or NaN where a loss of any shape is not finite."""
+    """() 1 if all elements of the loss are finite, otherwise NaN."""
     return torch.where(loss.detach().isfinite().all(), 1.0, float("nan")).to(loss.dtype)
 
 
 class LossScale:
     """Dynamic loss scaling (Micikevicius et al. 2018, "Mixed Precision Training", section 3.2) for float16.
 
-    The loss is multiplied by `value` and the gradients divided by it before they are used, which lifts small ones out
-    of float16's zeros (below 6e-8). Values are powers of two, so nothing is rounded. A step whose gradients' norm is
-    not finite halves it, 2,000 good ones in a row double it, within [1, 2^24]. All processes decide by the same global
-    norm, so all keep the same value.
+    The loss is multiplied by `value`, and the gradients are divided by it before they are used, so that small ones
+    do not underflow in float16 (below 6e-8). Values are powers of two, so scaling is exact. A step with a non-finite
+    gradient norm halves the value, 2,000 finite ones in a row double it, within [1, 2^24]. All processes use the same
+    global norm, so their values agree.
     """
 
     INITIAL, MIN, MAX, GROWTH_INTERVAL = 2.0**16, 1.0, 2.0**24, 2000
@@ -228,23 +226,23 @@ class LossScale:
     def __init__(self):
         self.value = self.INITIAL
         self.good_steps = 0  # since the value last changed
-        self.exhausted = False  # whether the last step that was not finite met the floor
+        self.exhausted = False  # whether the last non-finite step was at the minimum
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss, in float32 at least, for `backward`."""
+        """The scaled loss for `backward`, in float32 or higher precision."""
         return loss.to(torch.promote_types(loss.dtype, torch.float32)) * self.value
 
     def record_finite(self) -> None:
-        """Counts a step whose gradients were finite."""
+        """Records a step with finite gradients."""
         self.good_steps += 1
         if self.good_steps == self.GROWTH_INTERVAL:
             self.value, self.good_steps = min(2 * self.value, self.MAX), 0
 
     def record_overflow(self) -> bool:
-        """Counts a step whose gradients were not finite, and halves the value.
+        """Records a step with non-finite gradients, and halves the value.
 
-        True: a smaller value may serve, the step is skipped and nothing is wrong. False: it stood at its floor, so the
-        fault is not the scale's.
+        Returns True if a smaller value may help, so that the step was only an overflow; False if the value was at its
+        minimum, so that the scale is not the cause.
         """
         self.exhausted, self.good_steps = self.value == self.MIN, 0
         self.value = max(self.value / 2, self.MIN)
@@ -261,16 +259,16 @@ class LossScale:
 
 
 def training_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:
-    """What matrix products of the forward pass are computed in."""
+    """The dtype of matrix products in the forward pass."""
     half = autocast_dtype(device, training.amp_dtype) if training.amp else None
     return torch.float32 if half is None else half
 
 
 def uses_channels_last(training: TrainingConfig, device: torch.device) -> bool:
-    """Whether convolutions are given images channels last; ValueError together with shards, which it does not suit."""
+    """Whether images and convolutions use channels-last format; ValueError together with FSDP, which lacks support."""
     if training.parallel == "fsdp":
         if training.channels_last == "yes":
-            raise ValueError("got --channels_last yes with --parallel fsdp, whose shards are rows: leave it out")
+            raise ValueError("got --channels_last yes with --parallel fsdp, which does not support it: leave it out")
         return False
     if training.channels_last == "auto":
         return device.type == "cuda" and training_dtype(training, device) != torch.float32

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and known by their content."""
+"""Atomic file writes and content hashes."""
 
 import hashlib
 import os
@@ -11,12 +11,13 @@ from safetensors import SafetensorError
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync(path: Path) -> None:
-    """Makes the operating system write a file, or a folder's list of names, to disk."""
+    """Flushes a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -25,28 +26,28 @@ def fsync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a small file at once: readers see the old text or the new."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Replaces a text file atomically: readers see the old text or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(text)
-        fsync(aside)
-        aside.replace(path)
+        temporary.write_text(text)
+        fsync(temporary)
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def print_removable(what: str, paths: Sequence[Path]) -> None:
-    """Names files and folders that an earlier version wrote and this one does not read, with their size."""
+    """Prints the files and folders of an earlier version that are no longer used, and their size."""
     if paths:
         files = [file for path in paths for file in ((path,) if path.is_file() else path.rglob("*"))]
         size = sum(file.stat().st_size for file in files) / 1e9
         names = " ".join(map(str, paths))
-        print(f"{what} of an earlier version are not read any more; to free {size:.3g} GB, delete {names}", flush=True)
+        print(f"{what} of an earlier version are no longer used; to free {size:.3g} GB, delete {names}", flush=True)
 
 
 @contextmanager
 def write_errors_as_oserror(file: Path) -> Iterator[None]:
-    """OSError where the system refuses to write: safetensors, and torch where a file is large, say something else."""
+    """Turns failed writes into OSError: safetensors, and torch for large files, raise errors of other types."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
@@ -55,18 +56,19 @@ def write_errors_as_oserror(file: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a scratch path beside `path`; it becomes `path` when the block ends well and vanishes when it raises.
+    """Yields a temporary path that replaces `path` if the block succeeds and is deleted if it raises.
 
-    Missing folders are made. The scratch file lies in the same folder, as a rename is atomic on one file system only.
+    Creates missing folders. The temporary file is in the same folder, since a rename is atomic only within one file
+    system.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
-    scratch = Path(name)
+    temporary = Path(name)
     try:
-        yield scratch
-        scratch.chmod(0o644)  # mkstemp's files are readable by their owner alone
-        os.replace(scratch, path)
+        yield temporary
+        temporary.chmod(0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
     finally:
-        scratch.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

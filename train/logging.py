@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard, metrics.jsonl, a progress bar and PNG grids, all from the main process."""
+"""Logging from the main process: TensorBoard, metrics.jsonl, a progress bar and PNG image grids."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from train.perf import PerfMonitor
 
 
 def grid_image(images: Tensor, columns: int | None = None, enlarge_to: int = 64) -> Image.Image:
-    """Images (B, C, H, W) uint8 side by side, row by row, two pixels apart; small ones enlarged whole-numbered."""
+    """A grid of uint8 images (B, C, H, W) in reading order, two pixels apart; small ones are enlarged by an integer."""
     B, C, H, W = images.shape
     columns = columns or math.ceil(math.sqrt(B))
     scale = max(1, enlarge_to // max(H, W))
@@ -32,10 +32,11 @@ def grid_image(images: Tensor, columns: int | None = None, enlarge_to: int = 64)
 
 
 class Logger:
-    """Averages what steps say and writes it every `every` steps; a hook for `fit`.
+    """A hook for `fit` that averages the scalar outputs of steps and writes them every `every` steps.
 
-    metrics.jsonl gets one object per logged step; lines after step `start`, left by a run cut off, are dropped. The
-    averages on their way are part of the state (`counters["metrics"]`), so that a resumed run writes the same lines.
+    metrics.jsonl gets one JSON object per logged step; lines after step `start`, left by an interrupted run, are
+    dropped. The running averages are part of the training state (`counters["metrics"]`), so that a resumed run writes
+    the same lines.
     """
 
     def __init__(self, folder: Path, world: DistContext, monitor: PerfMonitor, *, every: int, start: int, steps: int):
@@ -55,8 +56,8 @@ class Logger:
         for name, value in outputs.items():
             if value.ndim == 0:
                 value = value.detach().float()
-                counted = torch.stack([value, torch.ones_like(value)])  # what sets in late counts its own steps
-                means.add(name, counted / self.world.size)
+                sum_and_count = torch.stack([value, torch.ones_like(value)])  # some metrics start later than others
+                means.add(name, sum_and_count / self.world.size)
         if self.world.is_main:
             self.bar.update()
         if state.step % self.every and state.step != self.steps:
@@ -72,21 +73,21 @@ class Logger:
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if "/" not in k}, refresh=False)
 
     def ema_distance(self, state: TrainState, name: str) -> float:
-        """How far the average lies behind its module, relative to the module's norm."""
-        squares = state.averages[name].squared_norms(state.modules[name])
+        """Distance between an EMA and its module, relative to the norm of the module."""
+        norms = state.averages[name].squared_norms(state.modules[name])
         if is_sharded(state.modules[name]):
-            squares = self.world.sum(squares)
-        return (squares[0] / squares[1]).sqrt().item()
+            norms = self.world.sum(norms)
+        return (norms[0] / norms[1]).sqrt().item()
 
     def log_best(self, state: TrainState, name: str, value: float) -> None:
-        """Notes the least value of a measure and its step, in the state and as a curve of its own."""
+        """Updates the lowest value of a metric and its step in the state, and logs it as `<name>_best`."""
         if value < state.best.get(name, (float("inf"), 0))[0]:
             state.best[name] = (value, state.step)
-        if name in state.best:  # a value that is not finite is none
+        if name in state.best:  # absent while all values are non-finite
             self.log_scalars(state.step, {f"{name}_best": state.best[name][0]})
 
     def log_scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl and one point in each TensorBoard curve (main process only)."""
+        """Writes one line of metrics.jsonl and one point of each TensorBoard curve (main process only)."""
         if not self.world.is_main:
             return
         for name, value in values.items():
@@ -95,7 +96,7 @@ class Logger:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def log_images(self, name: str, step: int, images: Tensor, columns: int | None = None) -> None:
-        """A PNG in images/ and the same grid in TensorBoard; images (B, C, H, W) in [-1, 1] (main process only)."""
+        """Writes images (B, C, H, W) in [-1, 1] as a grid to images/ and to TensorBoard (main process only)."""
         if not self.world.is_main:
             return
         picture = grid_image(to_uint8(images), columns)
@@ -105,7 +106,7 @@ class Logger:
         self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def log_histogram(self, name: str, step: int, counts: Tensor) -> None:
-        """How often each of K things was chosen, as a TensorBoard histogram; counts (K,) (main process only)."""
+        """Writes counts (K,) of K categories as a TensorBoard histogram (main process only)."""
         if self.world.is_main:
             ids = torch.arange(len(counts), dtype=torch.float64)
             c = counts.double().cpu()
@@ -115,7 +116,7 @@ class Logger:
             )  # fmt: skip
 
     def flush(self) -> None:
-        """Puts curves and lines on disk, as far as they are written."""
+        """Flushes TensorBoard and metrics.jsonl to disk."""
         if self.world.is_main:
             self.writer.flush()
             if (self.folder / "metrics.jsonl").is_file():
@@ -128,7 +129,7 @@ class Logger:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drops the lines of metrics.jsonl that come after `step`, and a last line that was cut short."""
+    """Drops the lines of metrics.jsonl after `step`, and an incomplete last line."""
     if not path.is_file():
         return
     kept = []

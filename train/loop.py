@@ -1,4 +1,4 @@
-"""The one loop that trains everything, its state, and where its time goes."""
+"""The training loop shared by all models, its state, and a timer for its phases."""
 
 import random
 import time
@@ -18,65 +18,65 @@ from train.distributed import DistContext
 from train.ema import EMA
 from train.posthoc_ema import PosthocEMA
 
-HOOK_PREFIX = "hook "  # begins the names of extras that are users' hooks
+HOOK_PREFIX = "hook "  # of the names in `extras` that belong to user hooks
 
 Field = Tensor | list[str] | list[list[str]]  # (B, ...), or B strings or lists of strings
 Batch = dict[str, Field]
-Outputs = dict[str, Tensor]  # of a step: its averages as scalars; whatever else was seen, with the examples first
+Outputs = dict[str, Tensor]  # of a step: scalar means, and per-example tensors (B, ...)
 
 
 class Timer:
-    """Seconds by name. Work that a GPU does later counts for whoever waits for it: a step waits for its own."""
+    """Wall-clock seconds by phase. Asynchronous GPU work counts for the phase that waits for it."""
 
     def __init__(self):
         self.seconds: Counter[str] = Counter()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         yield
-        self.seconds[name] += time.perf_counter() - begun
+        self.seconds[name] += time.perf_counter() - start
 
     def fractions_since(self, earlier: Counter[str]) -> dict[str, float]:
-        """Shares of the time since `earlier`, a copy of `seconds`; they sum to 1."""
-        spent = {name: self.seconds[name] - earlier[name] for name in self.seconds}
-        total = sum(spent.values())
-        return {name: each / total for name, each in spent.items()} if total > 0 else {}
+        """Fraction of each phase in the time since `earlier`, a copy of `seconds`; they sum to 1."""
+        elapsed = {name: self.seconds[name] - earlier[name] for name in self.seconds}
+        total = sum(elapsed.values())
+        return {name: seconds / total for name, seconds in elapsed.items()} if total > 0 else {}
 
     def __str__(self) -> str:
-        """step 96.1 %, validation 2.0 %, ..., largest first."""
-        shares = sorted(self.fractions_since(Counter()).items(), key=lambda each: -each[1])
-        return ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares)
+        """For example "step 96.1 %, validation 2.0 %", largest first."""
+        fractions = sorted(self.fractions_since(Counter()).items(), key=lambda item: -item[1])
+        return ", ".join(f"{name} {100 * fraction:.1f} %" for name, fraction in fractions)
 
 
 class RunningSums:
-    """Named sums over steps and processes; all of one dtype, the same names in each process."""
+    """Named sums over steps and processes. All have one dtype, and every process uses the same names."""
 
     def __init__(self, world: DistContext):
         self.world = world
         self.sums: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor) -> None:
-        """Adds a tensor, always of one shape, to what this process has under a name."""
+        """Adds a tensor to the local sum of a name; its shape must not change."""
         value = value.detach()
         self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
 
     def reduce_and_reset(self) -> dict[str, Tensor]:
-        """The sums over all processes since the last call."""
+        """Returns the sums over all processes since the last call, and clears them."""
         if not self.sums:
             return {}
         flat = self.world.sum(torch.cat([value.flatten() for value in self.sums.values()]))
-        parts = flat.split([value.numel() for value in self.sums.values()])
-        found = {name: part.view_as(value) for (name, value), part in zip(self.sums.items(), parts, strict=True)}
+        chunks = flat.split([value.numel() for value in self.sums.values()])
+        totals = {name: chunk.view_as(value) for (name, value), chunk in zip(self.sums.items(), chunks, strict=True)}
         self.sums = {}
-        return found
+        return totals
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What each process has, by rank: (size, ...). All processes must ask."""
+        """The local sums of all ranks, each (world size, ...). A collective call."""
         return {name: self.world.gather(value.unsqueeze(0)) for name, value in self.sums.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """As many processes as then get their own sums again; of another number, the first has all of them."""
+        """Restores each rank's sums; with a different number of processes, rank 0 takes the total."""
         self.sums = {}
         for name, rows in state.items():
             own = rows[self.world.rank] if len(rows) == self.world.size else rows.sum(0) * self.world.is_main
@@ -84,7 +84,7 @@ class RunningSums:
 
 
 class Stateful(Protocol):
-    """Keeps something that training changes; its state is tensors."""
+    """An object with state that training changes. Its state_dict holds tensors."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -93,25 +93,25 @@ class Stateful(Protocol):
 
 @dataclass
 class TrainState:
-    """Everything training changes, and all that a checkpoint holds."""
+    """Everything that training changes, and that a checkpoint holds."""
 
     modules: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
     averages: dict[str, EMA] = field(default_factory=dict)
-    posthoc_averages: dict[str, PosthocEMA] = field(default_factory=dict)  # by "<relative length>/<module>"
+    posthoc_averages: dict[str, PosthocEMA] = field(default_factory=dict)  # by "<relative std>/<module>"
     extras: dict[str, Stateful] = field(default_factory=dict)  # whatever else training changes
-    counters: dict[str, RunningSums] = field(default_factory=dict)  # whatever is counted until it is logged
+    counters: dict[str, RunningSums] = field(default_factory=dict)  # accumulated until they are logged
     step: int = 0
-    bad_steps: list[int] = field(default_factory=list)  # those that were skipped
-    best: dict[str, tuple[float, int]] = field(default_factory=dict)  # least value of a measure, and its step
-    replicas: dict[str, nn.Module] = field(default_factory=dict)  # modules as a step calls them, if not as they are
+    bad_steps: list[int] = field(default_factory=list)  # skipped steps
+    best: dict[str, tuple[float, int]] = field(default_factory=dict)  # lowest value of each metric, and its step
+    replicas: dict[str, nn.Module] = field(default_factory=dict)  # modules wrapped for data-parallel training
 
     def eval_module(self, name: str) -> nn.Module:
-        """The averaged weights of a module where they are kept, else the module itself."""
+        """The module to evaluate: its EMA copy if there is one, otherwise the module itself."""
         return self.averages[name].module if name in self.averages else self.modules[name]
 
     def train_module(self, name: str) -> nn.Module:
-        """A module as a training step calls it: wrapped where several processes share its batch."""
+        """The module to call in a training step: its data-parallel wrapper if there is one."""
         return self.replicas.get(name, self.modules[name])
 
 
@@ -133,10 +133,10 @@ def fit(
 ) -> None:
     """Trains until `state.step == steps`.
 
-    `batches` begins at `state.step` and yields the parts of a step's batch; `step_fn` owns backward and optimizers,
-    and answers None where it left the weights alone because something was not finite: then `on_skipped` is told.
-    Each `(name, every, hook)` is called after every `every` steps and after the last, with what the step gave (nothing
-    of a skipped one). `timer` learns where the time goes.
+    `batches` starts at `state.step` and yields the micro-batches of one step at a time. `step_fn` runs backward and the
+    optimizers; it returns None if it left the weights unchanged because a loss or gradient was not finite, and
+    `on_skipped` is called. Each `(name, every, hook)` is called every `every` steps and after the last step, with the
+    outputs of the step (an empty dict if it was skipped). `timer` records the time of each phase.
     """
     timer = timer or Timer()
     while state.step < steps:
@@ -157,8 +157,8 @@ def fit(
 
 
 def reseed(seed: int, step: int, rank: int) -> None:
-    """Seeds every global generator (dropout, a user's own code) for one step, so that a resumed run draws what the
-    unbroken one would have drawn."""
+    """Seeds the global generators (used by dropout and user code) for one step, so that a resumed run draws the same
+    numbers as an uninterrupted one."""
     number = seed_of(seed, "dropout", step, rank)
     torch.manual_seed(number)
     random.seed(number)
@@ -166,7 +166,7 @@ def reseed(seed: int, step: int, rank: int) -> None:
 
 
 def update_averages(state: TrainState) -> None:
-    """Moves all averages one step behind their modules."""
+    """Updates every weight average with its module."""
     for name, average in state.averages.items():
         average.update(state.modules[name], state.step)
     for name, profile in state.posthoc_averages.items():

@@ -1,4 +1,4 @@
-"""Optimizers, one step of all of them, and what is done where a loss or gradient is not finite."""
+"""Optimizers, parameter freezing, gradient clipping and stepping, and the handling of non-finite steps."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,8 +15,8 @@ from train.files import write_errors_as_oserror
 from train.loop import Batch, TrainState
 from train.registry import did_you_mean, import_callable
 
-FUSED_DEVICES = ("cpu", "cuda", "mps")  # where torch has a kernel that steps all parameters at once
-WINDOW = 1_000  # steps among which they are counted
+FUSED_DEVICES = ("cpu", "cuda", "mps")  # with fused optimizer kernels in torch
+WINDOW = 1_000  # recent steps among which bad ones are counted
 
 
 def make_optimizer(
@@ -27,14 +27,14 @@ def make_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> Optimizer:
-    """The optimizer `name`, or of the user's own class at a dotted path, called with (parameters, lr=, weight_decay=).
+    """Builds the optimizer `name`, or the class at a dotted path, called with (parameters, lr=, weight_decay=).
 
-    Weight decay is decoupled from the gradient's scale, w -= lr weight_decay w (Loshchilov & Hutter 2019), except in
-    adam and sgd, which add weight_decay w to the gradient. `betas` decay the averages of the gradient and of its
-    square; sgd takes the first as its momentum, adafactor and classes of one's own take neither. ValueError for an
-    unknown name, and for adafactor over shards, on which torch's does not run.
+    Weight decay is decoupled, w -= lr weight_decay w (Loshchilov & Hutter 2019), except in adam and sgd, which add
+    weight_decay w to the gradient. `betas` are the decay rates of the averages of the gradient and of its square; sgd
+    uses the first as its momentum, adafactor and user classes use neither. ValueError for an unknown name, and for
+    adafactor with sharded parameters, which torch does not support.
 
-    Muon is not here: it takes the matrices of hidden layers only, so a network needs two optimizers beside each other.
+    Muon is not included: it applies to the matrices of hidden layers only, so a network would need two optimizers.
     """
     parameters = list(parameters)
     if name in OPTIMIZERS:
@@ -42,11 +42,11 @@ def make_optimizer(
     elif "." in name:
         optimizer = import_callable(name, "optimizer")(parameters, lr=lr, weight_decay=weight_decay)
         if not isinstance(optimizer, Optimizer):
-            raise ValueError(f"got optimizer {name!r}, which made a {type(optimizer).__name__}, not an Optimizer")
+            raise ValueError(f"got optimizer {name!r}, which returned a {type(optimizer).__name__}, not an Optimizer")
     else:
-        known = ", ".join(OPTIMIZERS)
+        names = ", ".join(OPTIMIZERS)
         raise ValueError(
-            f"unknown optimizer {name!r}{did_you_mean(name, OPTIMIZERS)}; there are: {known}, "
+            f"unknown optimizer {name!r}{did_you_mean(name, OPTIMIZERS)}; there are: {names}, "
             "or package.module.Class of your own"
         )
     optimizer.register_load_state_dict_post_hook(match_parameter_strides)
@@ -54,55 +54,56 @@ def make_optimizer(
 
 
 def is_selected(name: str, prefixes: Sequence[str]) -> bool:
-    """Whether a dotted name is one of the prefixes or lies below one; without prefixes, every name is."""
+    """Whether a dotted name equals or starts with one of the prefixes; without prefixes, every name is selected."""
     return not prefixes or any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def freeze_all_but(module: nn.Module, prefixes: Sequence[str]) -> None:
-    """Parameters whose dotted names are not selected by the prefixes stop learning: they get no gradient.
+    """Freezes all parameters whose dotted names do not start with one of the prefixes.
 
-    Without prefixes nothing is changed. ValueError for one that fits no parameter or buffer, and where no parameter is
-    left to learn.
+    Without prefixes nothing changes. ValueError for a prefix that matches no parameter or buffer, and if no trainable
+    parameter is left.
     """
     if not prefixes:
         return
     names = [name for name, _ in module.named_parameters()]
-    there = [*names, *(name for name, _ in module.named_buffers())]
+    names += [name for name, _ in module.named_buffers()]
     for prefix in prefixes:
-        if not any(is_selected(name, [prefix]) for name in there):
-            parts = {".".join(name.split(".")[:depth]) for name in there for depth in range(1, name.count(".") + 2)}
-            top = ", ".join(dict.fromkeys(name.partition(".")[0] for name in there))
+        if not any(is_selected(name, [prefix]) for name in names):
+            parts = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
+            top = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
             raise ValueError(
-                f"got --train_only {prefix}, which fits no parameter{did_you_mean(prefix, parts)}; its parts are: {top}"
+                f"got --train_only {prefix}, which matches no parameter{did_you_mean(prefix, parts)}; its parts are: "
+                f"{top}"
             )
     if not any(is_selected(name, prefixes) and p.requires_grad for name, p in module.named_parameters()):
         raise ValueError(f"got --train_only {' '.join(prefixes)}, which leaves nothing to train: name more parts")
     for name, parameter in module.named_parameters():
-        if not is_selected(name, prefixes):  # what a module has frozen itself stays so
+        if not is_selected(name, prefixes):  # never unfreezes what the module itself has frozen
             parameter.requires_grad_(False)
 
 
 def can_fuse(parameters: list[nn.Parameter]) -> bool | None:
-    """True where one kernel can step all parameters; None leaves the choice (foreach on CUDA, or one by one) to torch.
+    """True if a fused kernel can update all parameters; None lets torch choose (foreach on CUDA, otherwise a loop).
 
-    torch itself never chooses the fused kernel.
+    torch never chooses the fused kernel by itself.
     """
     return all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters) or None
 
 
 def any_sharded(parameters: list[nn.Parameter]) -> bool:
-    """Whether these are the shards of FSDP2."""
+    """Whether any of the parameters is sharded (FSDP2)."""
     return any(is_sharded(p) for p in parameters)
 
 
 def sgd(parameters: list[nn.Parameter], lr: float, decay: float, betas: tuple[float, float]) -> Optimizer:
-    fused = None if any_sharded(parameters) else can_fuse(parameters)  # torch's kernel does not take shards; Adam's do
+    fused = None if any_sharded(parameters) else can_fuse(parameters)  # unlike Adam's, SGD's does not support shards
     return torch.optim.SGD(parameters, lr, betas[0], weight_decay=decay, fused=fused)
 
 
 def adafactor(parameters: list[nn.Parameter], lr: float, decay: float, betas: tuple[float, float]) -> Optimizer:
     if any_sharded(parameters):
-        raise ValueError("adafactor needs whole matrices, and parameters are sharded: choose adamw, or replicas")
+        raise ValueError("adafactor needs unsharded parameters: pass --optimizer adamw or --parallel ddp")
     return torch.optim.Adafactor(parameters, lr, weight_decay=decay)
 
 
@@ -119,28 +120,28 @@ OPTIMIZERS: dict[str, OptimizerFactory] = {
 
 @torch.no_grad()
 def match_parameter_strides(optimizer: Optimizer) -> None:
-    """Gives every loaded average the strides of its parameter.
+    """Gives every loaded moment the strides of its parameter.
 
-    A state saved by a run in another memory format keeps that run's strides. The fused kernels go through parameter,
-    gradient and averages as flat memory: on the CPU they would pair the wrong numbers without a word.
+    A state saved in another memory format has other strides. The fused kernels treat parameter, gradient and moments
+    as flat memory: on the CPU they would silently pair the wrong numbers.
     """
     for parameter, state in optimizer.state.items():
-        for key, kept in state.items():
-            if isinstance(kept, Tensor) and kept.shape == parameter.shape and kept.stride() != parameter.stride():
-                state[key] = torch.empty_like(parameter, dtype=kept.dtype).copy_(kept)
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def clip_and_step(
     state: TrainState, names: list[str], world: DistContext, *, lr: float, clip: float
 ) -> list[Tensor] | None:
-    """Clips the gradients of each named optimizer to norm `clip` (0: does not), then takes a step with each.
+    """Clips the gradients of each named optimizer to norm `clip` (0: no clipping), then takes a step with each.
 
-    Returns the norms before clipping. Where one is not finite no weight changes, and the answer is None: gradients are
-    those of all processes together, so all of them decide alike.
+    Returns the norms before clipping. If one of them is not finite, no weight changes and None is returned; the norms
+    are global, so all processes decide alike.
     """
     scale: LossScale | None = state.extras.get("loss_scale")
     parameters = {name: [p for g in state.optimizers[name].param_groups for p in g["params"]] for name in names}
-    norms = torch.stack([grad_norm(each, world) for each in parameters.values()])
+    norms = torch.stack([grad_norm(group, world) for group in parameters.values()])
     if scale is not None:
         norms = norms / scale.value
     finite = bool(norms.isfinite().all())
@@ -164,15 +165,15 @@ def clip_and_step(
 
 
 class BadStepRecorder:
-    """What `fit` tells of a skipped step."""
+    """The `on_skipped` of `fit`: saves the batches of bad steps, and ends the run if there are too many."""
 
     def __init__(self, run: Path, world: DistContext, max_bad_steps: int):
         self.run, self.world, self.max_bad_steps = run, world, max_bad_steps
 
     def __call__(self, state: TrainState, micro_batches: Sequence[Batch]) -> None:
-        """Saves the batch of all processes as bad_steps/step_<step>.safetensors; ValueError where there were too many.
+        """Saves the global batch as bad_steps/step_<step>.safetensors; ValueError after too many bad steps.
 
-        A float16 loss scale that was too high is no bad step: it is lowered.
+        An overflow of the float16 loss scale is not a bad step: the scale is lowered.
         """
         if "loss_scale" in state.extras and not state.extras["loss_scale"].exhausted:
             return
@@ -182,21 +183,21 @@ class BadStepRecorder:
         self.save_batch(path, micro_batches)
         if self.world.is_main:
             print(
-                f"step {state.step} skipped, loss or gradient is not finite ({len(recent)} lately): {path}", flush=True
+                f"step {state.step} skipped, loss or gradient not finite ({len(recent)} recently): {path}", flush=True
             )
         if len(recent) > self.max_bad_steps:
             raise ValueError(
-                f"{len(recent)} of the last {WINDOW} steps were not finite, --max_bad_steps allows {self.max_bad_steps}: "
-                f"look at the batches in {path.parent}, lower --lr, or train with --no_amp"
+                f"{len(recent)} of the last {WINDOW} steps were not finite, --max_bad_steps allows "
+                f"{self.max_bad_steps}: look at the batches in {path.parent}, lower --lr, or train with --no_amp"
             )
 
     def save_batch(self, path: Path, micro_batches: Sequence[Batch]) -> None:
-        """The fields of the whole batch, in no particular order: "position" says which samples they are.
+        """Saves the fields of the global batch, in any order: "position" identifies the samples.
 
-        What is padded is as long as in the part with the most; strings are JSON in UTF-8, (B, bytes) uint8.
+        Padded fields have the length of the longest micro-batch; strings are stored as JSON in UTF-8, (B, bytes) uint8.
         """
         batch = {
-            name: self.gather_micro_batches([as_tensor(part[name]) for part in micro_batches]).cpu()
+            name: self.gather_micro_batches([as_tensor(batch[name]) for batch in micro_batches]).cpu()
             for name in micro_batches[0]
         }
         if self.world.is_main:
@@ -205,7 +206,7 @@ class BadStepRecorder:
                 save_file({name: tensor.contiguous() for name, tensor in batch.items()}, path)
 
     def gather_micro_batches(self, micro_batches: list[Tensor]) -> Tensor:
-        """(B, n, ...) of the parts of all processes as one; n may differ."""
+        """Concatenates (B, n, ...) of the micro-batches of all processes, padded to the largest n."""
         if micro_batches[0].ndim > 1:
             longest = torch.tensor([max(part.shape[1] for part in micro_batches)], device=self.world.device)
             longest = int(self.world.gather(longest).max())

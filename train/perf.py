@@ -1,4 +1,4 @@
-"""How fast a run goes, what it waits for, how much of the machine's arithmetic it uses; a profile of a few steps."""
+"""Speed, data waiting time, memory and FLOPs utilisation of a run, and a profiler for a few steps."""
 
 import os
 import resource
@@ -17,15 +17,15 @@ from train.distributed import DistContext
 from train.files import write_text
 from train.loop import Batch, Outputs, StepFn, Timer, TrainState
 
-SIZES = {"cpu": (256, 512, 768), "cuda": (2048, 4096, 8192)}  # sides of the square matrices, smallest first
-REPEATS, SECONDS = 5, 0.35  # of each measurement
-ROWS = 40  # of a profile's table
+SIZES = {"cpu": (256, 512, 768), "cuda": (2048, 4096, 8192)}  # of the square matrices, ascending
+REPEATS, SECONDS = 5, 0.35  # repetitions per size, and time limit of the whole measurement
+ROWS = 40  # of the table of operators
 
 Shape = tuple[int, ...]
 
 
 def attention_flops(query: Shape, key: Shape, value: Shape, *options: object, out_shape: object = None, **named) -> int:
-    """q k^T and its product with v, of (B, heads, N, d), (B, heads, M, d) and (B, heads, M, e)."""
+    """FLOPs of q k^T and its product with v; shapes (B, heads, N, d), (B, heads, M, d) and (B, heads, M, e)."""
     B, heads, N, d = query
     M, e = value[-2:]
     return 2 * B * heads * N * M * (d + e)
@@ -34,13 +34,13 @@ def attention_flops(query: Shape, key: Shape, value: Shape, *options: object, ou
 def attention_backward_flops(
     out: Shape, query: Shape, key: Shape, value: Shape, *options: object, out_shape: object = None, **named
 ) -> int:
-    """q k^T once more, and four products for the gradients of q, k, v and the weights."""
+    """FLOPs of recomputing q k^T, and of four products for the gradients of q, k, v and the attention weights."""
     B, heads, N, d = query
     M, e = value[-2:]
     return 2 * B * heads * N * M * (3 * d + 2 * e)
 
 
-# The kernels that torch's registry leaves out: the CPU's before torch 2.15.
+# Kernels missing from torch's registry: those of the CPU before torch 2.15.
 FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
@@ -48,10 +48,10 @@ FORMULAS = {
 
 
 class FlopCounter(TorchDispatchMode):
-    """Adds up, by torch's own formulas and those it lacks, the operations of what is called within.
+    """A mode that adds up the FLOPs of the operations within, by torch's formulas and `FORMULAS`.
 
-    torch's FlopCounterMode also takes apart what has no formula, the backward pass of SiLU for one, and so changes the
-    last bits of gradients. Here every operation runs as it would uncounted.
+    Unlike torch's FlopCounterMode it does not decompose operations without a formula (such as the backward pass of
+    SiLU), which would change the last bits of gradients.
     """
 
     def __init__(self):
@@ -71,12 +71,12 @@ class FlopCounter(TorchDispatchMode):
 
 
 def count_flops(function: Callable[[], object]) -> int:
-    """Floating-point operations of what `function` calls, backward passes included; a multiply-add counts as two.
+    """Counts the floating-point operations of a call, including backward passes; a multiply-add counts as two.
 
-    Matrix products, convolutions and attention count, at what the plain formulas say; all else (norms, activations,
-    the optimizer, kernels of other libraries) does not. Activations that are computed again count again. What is
-    compiled runs as it is written meanwhile, because compiled kernels hide their products. The results are, bit for
-    bit, those of an uncounted call. Not under `torch.inference_mode`, which hides products inside larger operations.
+    Matrix products, convolutions and attention are counted; everything else (norms, activations, optimizers, kernels
+    of other libraries) is not. Recomputed activations count again. Compiled code runs eagerly meanwhile, because
+    compiled kernels hide their products. The results are bitwise those of an uncounted call. It does not work under
+    `torch.inference_mode`, which hides products inside larger operations.
     """
     with torch.compiler.set_stance("force_eager"), FlopCounter() as counter:
         function()
@@ -84,44 +84,44 @@ def count_flops(function: Callable[[], object]) -> int:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest square matrix product in `dtype`: what this device reaches, not what its data sheet says.
+    """Measures the FLOP/s of the fastest square matrix product in `dtype` on this device.
 
-    The best of the median times of several sizes, after a warm-up, in about half a second at most. float32 is measured
-    with TF32 on CUDA where that is allowed at the moment.
+    The best median over several sizes, after a warm-up; it takes about half a second at most. On CUDA, float32 is
+    measured with TF32 if that is currently allowed.
     """
-    best, began = 0.0, time.perf_counter()
-    rng = torch.Generator(device).manual_seed(0)  # of its own: what training draws stays what it is
+    best, start = 0.0, time.perf_counter()
+    rng = torch.Generator(device).manual_seed(0)  # leaves the global generator unchanged
     for size in SIZES.get(device.type, SIZES["cuda"]):
         a, b = (torch.randn(size, size, generator=rng, device=device).to(dtype) for _ in range(2))
-        spent = time_call(lambda a=a, b=b: a @ b, device)  # warm-up: the first call chooses its kernel
-        if time.perf_counter() - began + spent > SECONDS and best:
+        seconds = time_call(lambda a=a, b=b: a @ b, device)  # warm-up: the first call selects the kernel
+        if time.perf_counter() - start + seconds > SECONDS and best:
             break
         times = []
-        while len(times) < REPEATS and (not times or time.perf_counter() - began < SECONDS):
+        while len(times) < REPEATS and (not times or time.perf_counter() - start < SECONDS):
             times.append(time_call(lambda a=a, b=b: a @ b, device))
         best = max(best, 2 * size**3 / statistics.median(times))
     return best
 
 
 def time_call(function: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of one call, until the device has done it."""
+    """Wall-clock seconds of one call, including the work it queues on the device."""
     synchronize = torch.get_device_module(device).synchronize
     synchronize()
-    began = time.perf_counter()
+    start = time.perf_counter()
     function()
     synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
-FIRST_COUNTED_STEP, COUNT_EVERY = 100, 1_000  # the operations of steps 100, 1,100, 2,100 and so on are counted
+FIRST_COUNTED_STEP, COUNT_EVERY = 100, 1_000  # counts the FLOPs of steps 100, 1,100, 2,100, ...
 
 
 class PerfMonitor:
-    """Reads the gauges that a log line shows as perf/...; `step` is a training step whose operations it counts.
+    """Wraps a `step_fn` to measure speed, memory and FLOPs utilisation, logged as perf/...
 
-    `items_per_step` says how many of what (images, tokens) a step takes in, over all processes. `dtype` is what matrix
-    products are computed in. Model FLOPs utilisation relates the counted operations to the best that this machine
-    reaches in matrix products, both of this process; what is computed again (--activation_checkpointing) counts again.
+    `items_per_step` are the global numbers of images and tokens per step, `dtype` is that of matrix products. Model
+    FLOPs utilisation is the rate of counted operations relative to the measured peak of matrix products, both of this
+    process; recomputed activations (--activation_checkpointing) count again.
     """
 
     def __init__(
@@ -135,21 +135,21 @@ class PerfMonitor:
             dtype,
         )
         self.flops, self.peak = 0, 0.0
-        self.steps, self.last_read_time, self.seconds_at_last_read = 0, time.perf_counter(), timer.seconds.copy()
+        self.last_read_time, self.seconds_at_last_read = time.perf_counter(), timer.seconds.copy()
 
     def __call__(self, state: TrainState, micro_batches: Sequence[Batch]) -> Outputs | None:
-        """The training step, now and then under a counter, which changes none of its bits.
+        """Runs the training step, at some steps under a FLOP counter, which changes no bit of the result.
 
-        Under --compile it does, in the last digits; so it is always the same steps, whatever was resumed.
+        With --compile it changes the last digits, so the counted steps are fixed and do not depend on resumes.
         """
         if state.step % COUNT_EVERY != FIRST_COUNTED_STEP:
             return self.step_fn(state, micro_batches)
-        found = []
-        self.flops = count_flops(lambda: found.append(self.step_fn(state, micro_batches)))
-        return found[0]
+        results = []
+        self.flops = count_flops(lambda: results.append(self.step_fn(state, micro_batches)))
+        return results[0]
 
     def read(self, steps: int) -> dict[str, float]:
-        """Gauges over the `steps` steps since the last reading."""
+        """Returns the metrics of the `steps` steps since the last call."""
         now = time.perf_counter()
         rate = steps / (now - self.last_read_time)
         values = {"perf/steps_per_second": rate}
@@ -163,7 +163,7 @@ class PerfMonitor:
         return values
 
     def memory(self) -> int:
-        """The most bytes used so far: of tensors on a GPU, of the whole process on a CPU."""
+        """Peak memory so far in bytes: of tensors on a GPU, of the process on a CPU."""
         if self.world.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.world.device)
         unit = 1 if sys.platform == "darwin" else 1024
@@ -171,12 +171,12 @@ class PerfMonitor:
 
 
 class StepProfiler:
-    """Records the steps `first` to `first + count - 1`, counted from 1. A hook for `fit`, to be called at each step.
+    """A hook for `fit` that profiles the steps `first` to `first + count - 1`, counted from 1; call it at each step.
 
-    Writes, below the run's folder, profile/trace_step_<first>_rank<rank>.json.gz for ui.perfetto.dev or
-    chrome://tracing, and beside it, as .txt, a table of the costliest operators. A file is there whole or not at all.
-    The step before the first warms the profiler up. A run that begins at `first` or later records nothing, one that
-    ends too early what there was if `close` is called.
+    Writes profile/trace_step_<first>_rank<rank>.json.gz in the run folder, for ui.perfetto.dev or chrome://tracing, and
+    a table of the most expensive operators as .txt; both atomically. The step before the first one warms up the
+    profiler. A run that starts at `first` or later records nothing; if a run ends early, `close` writes a partial
+    profile.
     """
 
     def __init__(self, folder: Path, world_rank: int, first: int, count: int):
@@ -195,22 +195,22 @@ class StepProfiler:
             self.start(warmup=self.first - 1 - state.step)
 
     def start(self, warmup: int) -> None:
-        """Begins to record with the next step, or, after a `warmup` of 1, with the one after it."""
+        """Starts recording with the next step or, with a `warmup` of 1, with the one after it."""
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
-        plan = schedule(wait=0, warmup=warmup, active=self.count, repeat=1) if warmup else None
-        self.running = profile(activities=activities, schedule=plan, acc_events=True)  # older torch warns without
+        steps = schedule(wait=0, warmup=warmup, active=self.count, repeat=1) if warmup else None
+        self.running = profile(activities=activities, schedule=steps, acc_events=True)  # older torch warns without
         self.running.start()
 
     def close(self) -> None:
-        """Ends the recording, if there is one, and writes it."""
+        """Stops the profiler, if it is running, and writes the profile."""
         if self.running is None:
             return
         recorded, self.running = self.running, None
         recorded.stop()
         name = f"trace_step_{self.first:08d}_rank{self.rank}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.folder / f".{name}.{os.getpid()}.json.gz"
-        recorded.export_chrome_trace(str(aside))
+        temporary = self.folder / f".{name}.{os.getpid()}.json.gz"
+        recorded.export_chrome_trace(str(temporary))
         key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         write_text(self.folder / f"{name}.txt", recorded.key_averages().table(sort_by=key, row_limit=ROWS))
-        aside.replace(self.folder / f"{name}.json.gz")
+        temporary.replace(self.folder / f"{name}.json.gz")

@@ -1,5 +1,8 @@
-"""A run is a folder, identified by its config and the content of the weights it starts from; it resumes from its newest
-whole checkpoint, or the one that --resume names."""
+"""Run folders: opening, locking, resuming and branching.
+
+A run is identified by its config and the content of the weights it starts from. It resumes from its newest intact
+checkpoint, or from the one that --resume names.
+"""
 
 import os
 import shutil
@@ -33,7 +36,7 @@ from train.files import sha256, write_text
 from train.loop import TrainState
 from train.posthoc_ema import drop_snapshots_after
 
-# Settings that say where, how fast or how often, not what: a run may go on with others.
+# Settings that do not change what is learned (where, how fast, how often): a run may be resumed with other values.
 NOT_IDENTITY = {
     "device", "num_workers", "prefetch", "in_memory", "cache_images", "shards_on_disk", "shard_cache", "log_dir",
     "logs_root", "parallel", "timeout_minutes", "compile", "channels_last", "tf32", "activation_checkpointing",
@@ -44,48 +47,49 @@ NOT_IDENTITY = {
 
 
 def run_folder(logs_root: str, name: str) -> Path:
+    """The absolute folder of a run: a name below logs_root, or a path."""
     return Path(os.path.expanduser(logs_root), name).resolve()
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The content of a run's config.yaml; FileNotFoundError with the runs there are."""
+    """The content of a run's config.yaml; FileNotFoundError lists the runs in the same folder."""
     path = folder / "config.yaml"
     if not path.is_file():
-        there = sorted(p.parent.name for p in folder.parent.glob("*/config.yaml"))
-        runs = ", ".join(there) or "none"
-        raise FileNotFoundError(f"no run in {folder}; runs beside it: {runs}: train it first, or name another")
+        names = sorted(p.parent.name for p in folder.parent.glob("*/config.yaml"))
+        runs = ", ".join(names) or "none"
+        raise FileNotFoundError(f"no run in {folder}; runs beside it: {runs}: train it first, or pass another")
     return read_run_config(path)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """What a run noted of what it starts from; nothing before its first start."""
+    """What a run recorded about the weights and data it starts from; empty before its first start."""
     return read_run(folder).get("origin", {}) if (folder / "config.yaml").is_file() else {}
 
 
 def perceptual_provenance(weights: str | None) -> dict[str, Any]:
-    """What a run notes of --perceptual_weights: their content counts, not where they lie."""
+    """The provenance of --perceptual_weights: the hash of their content, not their path."""
     return {} if weights is None else {"perceptual_sha256": sha256(Path(weights))}
 
 
 def identity(content: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same for a run to go on, by flat key; a class that has moved is the same one."""
+    """The settings that identify a run, by flat key. Dotted paths of moved classes are translated."""
     flat = {key: value for group in content.values() for key, value in group.items()}
-    kept = {key: value for key, value in flat.items() if key not in NOT_IDENTITY}
-    return {key: MOVED.get(value, value) if isinstance(value, str) else value for key, value in kept.items()}
+    flat = {key: value for key, value in flat.items() if key not in NOT_IDENTITY}
+    return {key: MOVED.get(value, value) if isinstance(value, str) else value for key, value in flat.items()}
 
 
 class RunConfig(Protocol):
-    """The whole config of a training script: its own groups stand beside these two."""
+    """The full config of a training script, which has these two groups among others."""
 
     training: TrainingConfig
     logging: LoggingConfig
 
 
 def open_run(folder: Path, config: object, provenance: dict[str, Any]) -> None:
-    """Writes config.yaml into a new run's folder, or checks that what is asked for is the run that is there.
+    """Writes the config.yaml of a run; if there is one already, checks that it describes the same run.
 
-    `provenance` is what the run starts from beside its config: SHA-256 of weights, facts of the data. ValueError lists
-    the keys that differ; a larger train_steps is no difference, where no learning rate depends on it.
+    `provenance` describes what the run starts from besides its config: SHA-256 of weights, facts about the data.
+    ValueError lists the keys that differ. A larger train_steps is allowed if the learning rate does not depend on it.
     """
     content = to_dict(config) | {"origin": provenance}
     path = folder / "config.yaml"
@@ -95,16 +99,16 @@ def open_run(folder: Path, config: object, provenance: dict[str, Any]) -> None:
         if longer and new.get("lr_schedule", "constant") == "constant":
             old.pop("train_steps", None), new.pop("train_steps", None)
         keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        odd = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
-        if odd:
-            raise ValueError(f"{folder} holds another run ({odd}): give another --log_dir, or the values there")
+        differing = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
+        if differing:
+            raise ValueError(f"{folder} holds another run ({differing}): pass another --log_dir, or the values there")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, yaml.safe_dump(content, sort_keys=False))
 
 
 @contextmanager
 def run_context(run: Path, training: TrainingConfig) -> Iterator[DistContext]:
-    """The World that trains this run: its processes and device, switched as the config says, the folder's only job."""
+    """Sets up processes, device, TF32 and determinism as the config says, and locks the run folder."""
     with (
         init_distributed(training.device, training.timeout_minutes) as world,
         set_tf32(world.device, training.tf32),
@@ -116,14 +120,14 @@ def run_context(run: Path, training: TrainingConfig) -> Iterator[DistContext]:
 
 @contextmanager
 def run_lock(run: Path) -> Iterator[None]:
-    """The folder of a run, for this job alone; ValueError where another is training it."""
+    """Locks a run folder; ValueError if another process is training in it."""
     path = run.parent / ".cache" / "locks" / f"{run.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=0)  # the system frees it when a process dies
+    lock = FileLock(path, timeout=0)  # the operating system releases it when the process dies
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(f"another process is training {run}: wait for it, or give another --log_dir") from error
+        raise ValueError(f"another process is training {run}: wait for it, or pass another --log_dir") from error
     try:
         yield
     finally:
@@ -133,23 +137,23 @@ def run_lock(run: Path) -> Iterator[None]:
 def open_or_resume(
     run: Path, config: RunConfig, state: TrainState, world: DistContext, provenance: dict[str, Any]
 ) -> None:
-    """Opens the run's folder and fills `state`: from where --resume says, else from --load_dir, else not at all."""
+    """Opens the run folder and restores `state` from the checkpoint to resume, or else from --load_dir, if any."""
     training = config.training
-    start = find_resume_point(run, training.resume)
-    if start is not None and start.run == run:
-        noted = read_provenance(run)
-        provenance = provenance | {name: noted[name] for name in ("load_weights", "load_report") if name in noted}
+    point = find_resume_point(run, training.resume)
+    if point is not None and point.run == run:
+        old = read_provenance(run)
+        provenance = provenance | {name: old[name] for name in ("load_weights", "load_report") if name in old}
     elif training.load_dir is not None:
         provenance = provenance | load_initial_weights(training, config.logging.logs_root, state, world)
-    provenance = provenance | branch_provenance(run, start, read_provenance(run))
-    world.barrier()  # all have looked before one writes
+    provenance = provenance | branch_provenance(run, point, read_provenance(run))
+    world.barrier()  # all processes have read the folder before one writes to it
     if world.is_main:
         open_run(run, config, provenance)
         print(f"run folder: {run}", flush=True)
         if training.amp and training_dtype(training, world.device) == torch.float32:
             print(f"{world.device} has no native half precision: training in float32", flush=True)
     world.barrier()
-    resume_from(run, start, state, world)
+    resume_from(run, point, state, world)
     if world.is_main and state.step:
         done = " (nothing left to do)" if state.step >= training.train_steps else ""
         print(f"resuming from step {state.step} of {training.train_steps}{done}", flush=True)
@@ -158,8 +162,10 @@ def open_or_resume(
 def load_initial_weights(
     training: TrainingConfig, logs_root: str, state: TrainState, world: DistContext
 ) -> dict[str, Any]:
-    """Fills a state from --load_dir, to be trained from step 0; returns what a run notes of that: the SHA-256 of the
-    weights, and with --load_partial what became of each key."""
+    """Loads the weights of --load_dir, to be trained from step 0.
+
+    Returns their provenance: the SHA-256 of the weights, and with --load_partial a report of each key.
+    """
     source = run_folder(logs_root, training.load_dir)
     step = resolve_step(source, training.load_step, "--load_step")
     if training.load_partial:
@@ -169,22 +175,22 @@ def load_initial_weights(
             print(f"weights of {source}, step {step}: {format_report(report)}", flush=True)
     else:
         provenance = {"load_weights": load_checkpoint(source, step, state, optimizers=training.load_optim)}
-    state.step, state.best, state.bad_steps = 0, {}, []  # those of the other run
+    state.step, state.best, state.bad_steps = 0, {}, []  # not those of the other run
     for counter in state.counters.values():
         counter.load_state_dict({})
     return provenance
 
 
 def format_report(report: PartialLoadReport) -> str:
-    """What became of each key, a line each."""
-    lines = [f"{len(report.taken)} tensors taken"]
+    """The report as text, one line per key."""
+    lines = [f"{len(report.taken)} tensors loaded"]
     for kind in PartialLoadReport._fields:
         lines += [f"  {kind}: {key}" for key in getattr(report, kind)]
     return "\n".join(lines)
 
 
 class ResumePoint(NamedTuple):
-    """A checkpoint to go on from."""
+    """A checkpoint to resume from."""
 
     run: Path
     step: int
@@ -195,15 +201,15 @@ class ResumePoint(NamedTuple):
 
 
 def find_resume_point(run: Path, resume: str) -> ResumePoint | None:
-    """The checkpoint that --resume asks this run to go on from: a named one, or its own newest whole one, else None.
+    """The checkpoint to resume from: the one that --resume names, or the newest intact one; None to start from scratch.
 
-    A damaged one is passed over with a warning. A run that began from another run's checkpoint goes on from its own
-    once it has one. ValueError where the run has checkpoints and none is whole, or is to begin anew.
+    A damaged checkpoint is skipped with a warning. A run that branched from another run's checkpoint resumes from its
+    own once it has one. ValueError if no checkpoint of the run is intact, or if it has some and --resume is "never".
     """
     steps = saved_steps(run)
     if resume == "never":
         if steps:
-            raise ValueError(f"{run} holds a run of {steps[-1]} steps, and --resume never begins anew: pass --log_dir")
+            raise ValueError(f"{run} holds a run of {steps[-1]} steps, got --resume never: pass another --log_dir")
         return None
     if resume != "auto":
         path = Path(os.path.expanduser(resume)).resolve()
@@ -218,16 +224,16 @@ def find_resume_point(run: Path, resume: str) -> ResumePoint | None:
         else:
             return ResumePoint(run, step)
     if steps:
-        raise ValueError(f"no checkpoint in {run} is whole: train anew in another --log_dir")
+        raise ValueError(f"no checkpoint in {run} is intact: start again with another --log_dir")
     return None
 
 
 def resume_point_at(path: Path, needed: bool) -> ResumePoint | None:
-    """The whole checkpoint at `path`, FileNotFoundError where there is none; nothing if it is not needed any more."""
+    """The verified checkpoint at `path`, or FileNotFoundError; None if it is gone and not needed any more."""
     word = path.name.removeprefix("step_")
     if path.parent.name != "checkpoints" or not word.isdigit() or (needed and not path.is_dir()):
         raise FileNotFoundError(
-            f"got --resume {path}, wanted auto, never or the folder of a checkpoint: <run>/checkpoints/step_00002000"
+            f"got --resume {path}, wanted auto, never or the folder of a checkpoint, <run>/checkpoints/step_00002000"
         )
     if not needed:
         return None
@@ -235,24 +241,24 @@ def resume_point_at(path: Path, needed: bool) -> ResumePoint | None:
     return ResumePoint(path.parents[1], int(word))
 
 
-def branch_provenance(run: Path, start: ResumePoint | None, provenance: dict[str, Any]) -> dict[str, Any]:
-    """What a run notes of the other run whose checkpoint it began from."""
-    if start is not None and start.run != run:
-        return {"resumed_weights": sha256(start.path / WEIGHTS)}
-    if start is None and "resumed_weights" in provenance:
+def branch_provenance(run: Path, point: ResumePoint | None, provenance: dict[str, Any]) -> dict[str, Any]:
+    """The provenance of a run that branched from another run's checkpoint; otherwise empty."""
+    if point is not None and point.run != run:
+        return {"resumed_weights": sha256(point.path / WEIGHTS)}
+    if point is None and "resumed_weights" in provenance:
         raise ValueError(
-            f"{run} began from another run's checkpoint and has none of its own yet: give that --resume PATH"
+            f"{run} branched from another run's checkpoint and has none of its own yet: pass that --resume PATH again"
         )
     return {name: provenance[name] for name in ("resumed_weights",) if name in provenance}
 
 
-def resume_from(run: Path, start: ResumePoint | None, state: TrainState, world: DistContext) -> None:
-    """Fills the state from a checkpoint; what the run has of later steps is moved to <run>/set_aside."""
-    if start is not None:
-        load_checkpoint(start.run, start.step, state)
-    steps = world.gather(torch.tensor([state.step])).tolist()  # and all have read before one moves
+def resume_from(run: Path, point: ResumePoint | None, state: TrainState, world: DistContext) -> None:
+    """Loads the checkpoint, and moves the run's later checkpoints to <run>/set_aside."""
+    if point is not None:
+        load_checkpoint(point.run, point.step, state)
+    steps = world.gather(torch.tensor([state.step])).tolist()  # also a barrier: all have read before one moves files
     if len(set(steps)) > 1:
-        raise ValueError(f"the processes would go on from different steps, {steps}: can all of them read {run}?")
+        raise ValueError(f"the processes would resume from different steps, {steps}: can all of them read {run}?")
     if world.is_main:
         for path in set_aside(run, state.step):
             print(f"set aside: {path}", flush=True)
@@ -261,8 +267,10 @@ def resume_from(run: Path, start: ResumePoint | None, state: TrainState, world: 
 
 
 def set_aside(run: Path, after: int) -> list[Path]:
-    """Moves checkpoints of later steps than `after` to <run>/set_aside, and says where they lie: a run that goes on
-    from an older one makes its own, and must not take these for its newest."""
+    """Moves checkpoints of later steps than `after` to <run>/set_aside, and returns their new paths.
+
+    A run that resumes from an older checkpoint writes new ones, and must not take these for its own.
+    """
     moved = []
     for step in [step for step in saved_steps(run) if step > after]:
         path, number = checkpoint_path(run, step), 0

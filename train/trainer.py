@@ -1,4 +1,4 @@
-"""One start of a run: its state, the loop with everything around it, and its checkpoints."""
+"""Training a run: builds its state, runs the loop with logging and hooks, and saves checkpoints."""
 
 import inspect
 import os
@@ -43,7 +43,7 @@ from train.perf import PerfMonitor, StepProfiler
 from train.posthoc_ema import PosthocEMA, buffer_names, save_snapshot
 from train.registry import import_callable
 
-PROFILE_START, PROFILE_STEPS = 10, 5  # steps of a start that --profile records
+PROFILE_START, PROFILE_STEPS = 10, 5  # steps that --profile records, counted from the start or resume
 Hooks = list[tuple[str, int, Hook]]
 
 
@@ -56,9 +56,10 @@ def build_train_state(
     counters: Sequence[str] = (),
     extras: dict[str, Stateful] | None = None,
 ) -> TrainState:
-    """The state that trains these modules, each with an optimizer of its own name, the same in every process.
+    """Builds the training state of these modules, each with its own optimizer, identical in every process.
 
-    Those in `primary` are followed by what averages the config asks for, and are what its `train_only` speaks of.
+    The modules named in `primary` are the ones that are averaged, compiled, checkpointed (activations) and selected by
+    `train_only`, as the config says.
     """
     for name in primary:
         freeze_all_but(modules[name], training.train_only)
@@ -68,7 +69,9 @@ def build_train_state(
             convert_to_channels_last(module)
         world.broadcast_module(module)
     averages = {name: EMA(modules[name], training.ema_beta) for name in primary if training.ema}
-    profiles = {f"{std}/{name}": PosthocEMA(modules[name], std) for name in primary for std in training.ema_profiles}
+    posthoc_averages = {
+        f"{std}/{name}": PosthocEMA(modules[name], std) for name in primary for std in training.ema_profiles
+    }
     if training.activation_checkpointing:
         for name in primary:
             checkpoint_activations(modules[name])
@@ -76,7 +79,7 @@ def build_train_state(
         for name in primary:
             compile_network(modules[name])
     if training.parallel == "fsdp" and world.size > 1:
-        for module in [*modules.values(), *(a.module for a in [*averages.values(), *profiles.values()])]:
+        for module in [*modules.values(), *(a.module for a in [*averages.values(), *posthoc_averages.values()])]:
             shard(module, world)
     optimizers = {
         name: make_optimizer(
@@ -92,21 +95,24 @@ def build_train_state(
     extras = dict(extras or {})
     if training_dtype(training, world.device) == torch.float16:
         extras["loss_scale"] = LossScale()
-    tallies = {name: RunningSums(world) for name in ("metrics", *counters)}
-    return TrainState(modules, optimizers, averages, profiles, extras, tallies, replicas=replicas)
+    sums = {name: RunningSums(world) for name in ("metrics", *counters)}
+    return TrainState(modules, optimizers, averages, posthoc_averages, extras, sums, replicas=replicas)
 
 
 def make_hooks(paths: Sequence[str], state: TrainState) -> Hooks:
-    """The user's own hooks, called after every step, or every `hook.every` steps.
+    """Loads the user's hooks, which are called after every step, or every `hook.every` steps.
 
-    A class is made without arguments. A hook with `state_dict` and `load_state_dict` is saved and resumed with the run.
+    A class is instantiated without arguments. A hook with `state_dict` and `load_state_dict` is saved and resumed with
+    the run.
     """
     hooks = []
     for path in paths:
-        found: Callable = import_callable(path, "--hooks")
-        hook = found() if inspect.isclass(found) else found
+        target: Callable = import_callable(path, "--hooks")
+        hook = target() if inspect.isclass(target) else target
         if not callable(hook):
-            raise ValueError(f"got --hooks {path}, whose objects have no __call__(self, state, outputs): give it one")
+            raise ValueError(
+                f"got --hooks {path}, whose instances are not callable: add __call__(self, state, outputs)"
+            )
         if hasattr(hook, "state_dict"):
             state.extras[f"{HOOK_PREFIX}{path}"] = hook
         hooks.append(("hooks", getattr(hook, "every", 1), hook))
@@ -114,7 +120,7 @@ def make_hooks(paths: Sequence[str], state: TrainState) -> Hooks:
 
 
 class Reports(Protocol):
-    """What is looked at on the way: `on_log` at every log line, `validate` and `show` at their own steps."""
+    """Evaluation hooks of a stage: `on_log` at every log line, `validate` and `log_images` at their own intervals."""
 
     on_log: list[Hook]
 
@@ -139,10 +145,11 @@ def train(
     prefetch: int = 2,
     tokens: int = 0,
 ) -> None:
-    """Trains to the last step: batches from `source`, logging, checkpoints, signals, the user's `hooks`, what
-    `reports(logger)` looks at, and `distance(logger)`, which measures images every --steps_per_FD steps.
+    """Trains to the last step, with logging, checkpoints, signal handling and hooks.
 
-    `workers` load batches, `prefetch` each ahead of time. `tokens` is how many codes an image is, 0 where it is none.
+    `source` supplies the batches; `reports(logger)` gives the evaluation hooks, and `distance(logger)` the hook that
+    measures images every --steps_per_FD steps. `workers` processes load batches, each `prefetch` batches ahead.
+    `tokens` is the number of codes per image, 0 for samplers of pixels or latents.
     """
     steps, size = training.train_steps, training.batch_size
     batches = training_batches(
@@ -158,43 +165,45 @@ def train(
     timer, items_per_step = Timer(), {"images": size} | ({"tokens": size * tokens} if tokens else {})
     monitor = PerfMonitor(step, world, timer, items_per_step, training_dtype(training, world.device))
     logger = Logger(run, world, monitor, every=logging.steps_per_log, start=state.step, steps=steps)
-    looked_at = evaluation_hooks(logging, reports(logger), distance(logger) if distance else None)
+    evaluation = evaluation_hooks(logging, reports(logger), distance(logger) if distance else None)
     options = {"steps": steps, "world": world, "seed": training.seed, "timer": timer}
     profile = StepProfiler(run, world.rank, state.step + PROFILE_START, PROFILE_STEPS)
     with StopSignals() as stop:
         checkpointer = Checkpointer(run, world, stop, logger.flush, training=training, logging=logging)
-        every = [*hooks, ("profile", int(logging.profile), profile), ("logging", 1, logger), *looked_at]
-        every.append(("checkpoints", 1, checkpointer))  # last: what the others count is saved with the step
+        all_hooks = [*hooks, ("profile", int(logging.profile), profile), ("logging", 1, logger), *evaluation]
+        all_hooks.append(
+            ("checkpoints", 1, checkpointer)
+        )  # last, so that the state of the others is saved with the step
         try:
-            bad = BadStepRecorder(run, world, training.max_bad_steps)
-            fit(state, batches, monitor, hooks=every, on_skipped=bad, **options)
+            bad_steps = BadStepRecorder(run, world, training.max_bad_steps)
+            fit(state, batches, monitor, hooks=all_hooks, on_skipped=bad_steps, **options)
             with timer("checkpoints"):
                 checkpointer.wait()
         finally:
             logger.close()
             profile.close()
-            state.replicas.clear()  # freed after the process group, torch 2.11 deadlocks in their destructor
+            state.replicas.clear()  # torch 2.11 deadlocks in their destructors after the process group
     if world.is_main and timer.seconds:
         print(f"time: {timer}", flush=True)
 
 
 def evaluation_hooks(logging: LoggingConfig, reports: Reports, distance: Hook | None) -> Hooks:
-    """What is looked at, and how often."""
-    found = [("logging", logging.steps_per_log, hook) for hook in reports.on_log]
-    found += [("validation", logging.steps_per_eval, reports.validate)]
+    """The evaluation hooks with their phase and interval."""
+    hooks = [("logging", logging.steps_per_log, hook) for hook in reports.on_log]
+    hooks += [("validation", logging.steps_per_eval, reports.validate)]
     if distance is not None:
-        found += [("distances", logging.steps_per_FD, distance)]
-    return [*found, ("pictures", logging.steps_per_save_output, reports.log_images)]
+        hooks += [("distances", logging.steps_per_FD, distance)]
+    return [*hooks, ("pictures", logging.steps_per_save_output, reports.log_images)]
 
 
 class Checkpointer:
-    """A hook for `fit`, called after every step: saves every `steps_per_checkpoint` steps, after `checkpoint_minutes`,
-    at the last step, at one that validated best so far, and where a signal asks one process to stop; snapshots of
-    power-function averages at their steps.
+    """A hook for `fit` that saves checkpoints in the background; call it after every step.
 
-    The state is copied at once and written by a thread of the main process while training goes on. What the thread
-    met is raised after the next step; `finish` waits for it. `flush` is called before each copy, so that curves on
-    disk are not behind the checkpoint.
+    It saves every `steps_per_checkpoint` steps, after `checkpoint_minutes`, at the last step, at each new best
+    validation, and when a process has received a stop signal; and it saves snapshots of the post-hoc averages at their
+    own interval. The state is copied immediately and written by a thread of the main process while training continues.
+    An error of that thread is raised after the next step, or by `wait`. `flush` is called before each copy, so that the
+    logs on disk are never behind the checkpoint.
     """
 
     def __init__(
@@ -214,85 +223,91 @@ class Checkpointer:
         self.pending: Future = self.executor.submit(lambda: None)
 
     def __call__(self, state: TrainState, outputs: Outputs) -> None:
-        """SystemExit with 128 + the signal's number once the state is safe, where a signal was received."""
+        """Saves if a checkpoint is due. After a signal, saves and raises SystemExit(128 + signal number)."""
         minutes = self.logging.checkpoint_minutes
-        late = minutes > 0 and time.monotonic() - self.last_save_time > 60 * minutes
+        overdue = minutes > 0 and time.monotonic() - self.last_save_time > 60 * minutes
         failed = self.pending.done() and self.pending.exception() is not None
-        stop, late, failed = self.world.any(self.stop.received is not None, late, failed)
+        stop, overdue, failed = self.world.any(self.stop.received is not None, overdue, failed)
         if failed:
             self.wait()
         last = state.step == self.training.train_steps
         best = state.step in (step for _, step in state.best.values())
-        due = stop or late or last or best or state.step % self.logging.steps_per_checkpoint == 0
-        profiles = bool(state.posthoc_averages) and (last or state.step % self.training.steps_per_ema_snapshot == 0)
-        if due or profiles:
-            self.save(state, due, profiles)
+        due = stop or overdue or last or best or state.step % self.logging.steps_per_checkpoint == 0
+        snapshot_due = bool(state.posthoc_averages) and (last or state.step % self.training.steps_per_ema_snapshot == 0)
+        if due or snapshot_due:
+            self.save(state, due, snapshot_due)
         if stop:
             self.wait()
             if self.world.is_main:
-                how = "" if self.training.resume == "auto" else " with --resume auto"
-                print(f"stopped at step {state.step} and saved: the same command{how} goes on from there", flush=True)
+                flag = "" if self.training.resume == "auto" else " with --resume auto"
+                print(f"stopped and saved at step {state.step}: run the same command{flag} to resume", flush=True)
             raise SystemExit(128 + (self.stop.received or signal.SIGTERM))
 
-    def save(self, state: TrainState, checkpoint: bool, profiles: bool) -> None:
-        """Copies the state and begins to write it."""
+    def save(self, state: TrainState, checkpoint: bool, ema_snapshot: bool) -> None:
+        """Copies the state and starts writing it in the background."""
         self.wait()
         self.flush()
         data = collect_checkpoint(state, self.world)
         self.last_save_time = time.monotonic() if checkpoint else self.last_save_time
         if data is not None:
             best, buffers = {step for _, step in state.best.values()}, buffer_names(state.posthoc_averages)
-            self.pending = self.executor.submit(self.write, data, checkpoint, profiles, best, buffers)
+            self.pending = self.executor.submit(self.write, data, checkpoint, ema_snapshot, best, buffers)
 
-    def write(self, data: CheckpointData, checkpoint: bool, profiles: bool, best: set[int], buffers: set[str]) -> None:
+    def write(
+        self, data: CheckpointData, checkpoint: bool, ema_snapshot: bool, best: set[int], buffers: set[str]
+    ) -> None:
+        """Writes a checkpoint, an EMA snapshot, or both (in the background thread)."""
         if not (self.run / "config.yaml").is_file():
-            raise FileNotFoundError(f"the folder {self.run} has vanished")
-        if profiles:
+            raise FileNotFoundError(f"the run folder {self.run} is gone")
+        if ema_snapshot:
             save_snapshot(self.run, data.step, data.tensors[POSTHOC_WEIGHTS], copied=buffers)
         if checkpoint:
             write_checkpoint(self.run, data)
             prune_checkpoints(self.run, self.logging.keep_last, self.logging.keep_every, best)
 
     def wait(self) -> None:
-        """Waits for what is being written; ValueError where it could not be, in every process."""
-        problem = self.pending.exception()
-        if any(self.world.any(problem is not None)):
-            safe = saved_steps(self.run)
+        """Waits for the pending write; raises ValueError in every process if it failed."""
+        error = self.pending.exception()
+        if any(self.world.any(error is not None)):
+            steps = saved_steps(self.run)
             raise ValueError(
-                f"could not save to {self.run}: {problem or 'see the main process'}; "
-                + (f"step {safe[-1]} is whole there" if safe else "no checkpoint is there")
-                + ": make room or mend the folder, then give the same command again"
-            ) from problem
+                f"could not save to {self.run}: {error or 'see the main process'}; "
+                + (f"the checkpoint of step {steps[-1]} is intact" if steps else "it has no checkpoint")
+                + ": free disk space or repair the folder, then run the same command again"
+            ) from error
 
 
 def lower_thread_priority() -> None:
-    """Lets this thread compute only where others leave room: on a CPU training would crawl beside it. On Linux alone,
-    where threads have priorities of their own."""
+    """Lowers the priority of the calling thread, so that it does not slow down training on a CPU. Linux only, where
+    threads have their own priorities."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def prune_checkpoints(run: Path, keep_last: int, keep_every: int, best: Collection[int] = ()) -> None:
-    """Deletes checkpoints but for the newest `keep_last` (0: all are kept), multiples of `keep_every` (0: none), those
-    of the `best` steps, and those that samplers beside this run stand on."""
+    """Deletes old checkpoints.
+
+    Keeps the newest `keep_last` (0: all), multiples of `keep_every` (0: none), the `best` steps, and those that sampler
+    runs in the same folder were trained on.
+    """
     steps = saved_steps(run)
     kept = {*best, *steps_used_by_other_runs(run)}
     for step in steps[:-keep_last] if keep_last > 0 else []:
         if step not in kept and (keep_every == 0 or step % keep_every):
             path = checkpoint_path(run, step)
-            gone = path.with_name(f".{path.name}.old")
-            path.rename(gone)  # at once: what is half deleted is no checkpoint
-            shutil.rmtree(gone)
+            trash = path.with_name(f".{path.name}.old")
+            path.rename(trash)  # atomic: a half-deleted folder must not look like a checkpoint
+            shutil.rmtree(trash)
 
 
 def steps_used_by_other_runs(run: Path) -> set[int]:
-    """Steps of this run whose codes or latents runs beside it were trained on, as their config.yaml says."""
-    needed = set()
+    """Steps of this run whose codes or latents other runs in the same folder were trained on (by their config.yaml)."""
+    used = set()
     for path in run.parent.glob("*/config.yaml"):
         try:
-            origin = read_run_config(path).get("origin", {})
+            provenance = read_run_config(path).get("origin", {})
         except ValueError:
-            continue  # not a run's: nobody can go on from it
-        if origin.get("ae_load_dir") == run.name:
-            needed.add(origin.get("ae_load_step"))
-    return needed
+            continue  # not a run: it cannot be resumed
+        if provenance.get("ae_load_dir") == run.name:
+            used.add(provenance.get("ae_load_step"))
+    return used

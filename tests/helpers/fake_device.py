@@ -1,6 +1,6 @@
-"""Tensors that say they lie on another device and have numbers all the same: what is done with both kinds fails.
+"""A fake device whose tensors have values: operations that mix its tensors with those of the CPU fail.
 
-FakeTensorMode has no numbers, so code that looks at some (`if`, `nonzero`, `tolist`) cannot run in it.
+FakeTensorMode has no values, so code that reads them (`if`, `nonzero`, `tolist`) cannot run in it.
 """
 
 import torch
@@ -8,12 +8,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-DEVICE = torch.device("meta")  # the name of the other place; a name that needs no driver
+DEVICE = torch.device("meta")  # needs no driver
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.ops.aten.to.device)
 
 
 class FakeDeviceTensor(torch.Tensor):
-    """A tensor of that device around one of the CPU."""
+    """A tensor on the fake device, wrapping one on the CPU."""
 
     @staticmethod
     def __new__(cls, numbers: torch.Tensor):
@@ -35,7 +35,7 @@ class FakeDeviceTensor(torch.Tensor):
 
 
 class FakeDeviceMode(TorchDispatchMode):
-    """While it is on, DEVICE is that of Elsewhere."""
+    """A mode in which DEVICE creates instances of FakeDeviceTensor."""
 
     def __enter__(self):
         self.data = KeepValues()
@@ -51,7 +51,7 @@ class FakeDeviceMode(TorchDispatchMode):
 
 
 class KeepValues(TorchFunctionMode):
-    """torch.tensor(data, device=DEVICE) would lose the numbers on its way to a dispatch mode."""
+    """Keeps the values in torch.tensor(data, device=DEVICE), which a dispatch mode would lose."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -61,19 +61,20 @@ class KeepValues(TorchFunctionMode):
 
 
 def run_operation(function, args, kwargs):
-    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    there = [each for each in given if isinstance(each, FakeDeviceTensor)]
-    if there and function not in COPIES and any(each.ndim for each in given if not isinstance(each, FakeDeviceTensor)):
+    """Runs an operation on the wrapped CPU tensors; RuntimeError if its tensors are on more than one device."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    fake = [tensor for tensor in tensors if isinstance(tensor, FakeDeviceTensor)]
+    if fake and function not in COPIES and any(t.ndim for t in tensors if not isinstance(t, FakeDeviceTensor)):
         raise RuntimeError(f"{function}: tensors on more than one device")
-    wanted = kwargs.get("device")
-    is_there = bool(there) if wanted is None else torch.device(wanted) == DEVICE
+    device = kwargs.get("device")
+    is_fake = bool(fake) if device is None else torch.device(device) == DEVICE
     if function is torch.ops.aten.copy_.default:
-        is_there = isinstance(args[0], FakeDeviceTensor)
-    if wanted is not None:
+        is_fake = isinstance(args[0], FakeDeviceTensor)
+    if device is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
-    inner_args, inner_kwargs = tree_map_only(FakeDeviceTensor, lambda each: each.numbers, (args, kwargs))
+    inner_args, inner_kwargs = tree_map_only(FakeDeviceTensor, lambda tensor: tensor.numbers, (args, kwargs))
     result = function(*inner_args, **inner_kwargs)
-    if not is_there:
+    if not is_fake:
         return result
-    itself = {id(each.numbers): each for each in there}  # what is changed in place
-    return tree_map_only(torch.Tensor, lambda r: itself[id(r)] if id(r) in itself else FakeDeviceTensor(r), result)
+    inputs = {id(tensor.numbers): tensor for tensor in fake}  # returned by in-place operations
+    return tree_map_only(torch.Tensor, lambda r: inputs[id(r)] if id(r) in inputs else FakeDeviceTensor(r), result)

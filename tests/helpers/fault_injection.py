@@ -1,4 +1,4 @@
-"""What goes wrong in training, at chosen steps and in chosen processes: for --adapt, --hooks and `ProcessPool.call`."""
+"""Faults for training at chosen steps and ranks, for --adapt, --hooks and `ProcessPool.call`."""
 
 import os
 from contextlib import contextmanager
@@ -15,12 +15,12 @@ from train.execution import LossScale
 from train.sampler import SamplerStep
 
 BATCH = 4
-AT = 2  # the step that goes wrong
-LAST = BATCH * AT + BATCH - 1  # its last sample, the second process's where there are two
+AT = 2  # the faulty step
+LAST = BATCH * AT + BATCH - 1  # its last sample, which rank 1 has if there are two
 
 
 def nan_image(item):
-    """For --adapt: one pixel of one sample is no number. (Which sample this is shows in the seed.)"""
+    """For --adapt: makes one pixel of one sample NaN. (The seed identifies the sample.)"""
     image = to_float(item["image"])
     if torch.initial_seed() == seed_of(0, "adapt", LAST):
         image[0, 0, 0] = float("nan")
@@ -28,8 +28,10 @@ def nan_image(item):
 
 
 class NanGradient:
-    """For --hooks: a parameter of a module gets a gradient that is no number, at one step; of a sharded module, whose
-    parameters are not what autograd sees, what it answered does."""
+    """For --hooks: makes the gradient of a parameter NaN at one step.
+
+    For a sharded module, whose parameters autograd does not see, it is the gradient of its output.
+    """
 
     module, step, ranks = "network", AT, {"0", "1"}
 
@@ -70,7 +72,7 @@ class NanGradientOfDiscriminator(NanGradient):
 
 @contextmanager
 def add_to_loss(number: float, positions: set[int], seen: list | None = None):
-    """Adds a number that no parameter moves to the loss of these samples; notes all samples of each step in `seen`."""
+    """Adds a constant to the loss of these samples; appends all samples of each step to `seen`."""
     loss = SamplerStep.loss
 
     def changed(self, network, batch, times_of=None):
@@ -87,7 +89,7 @@ def add_to_loss(number: float, positions: set[int], seen: list | None = None):
 
 @contextmanager
 def replace_images_by_nan(positions: set[int]):
-    """Samples whose image is no number."""
+    """Makes the images of these samples NaN."""
     images = TrainingImages.__getitem__
 
     def changed(self, asked):
@@ -108,12 +110,12 @@ def run_with_infinite_loss(flags: str) -> None:
 
 @contextmanager
 def initial_loss_scale(value: float):
-    """float16's loss scale begins here."""
+    """Sets the initial float16 loss scale."""
     with mock.patch.object(LossScale, "INITIAL", value):
         yield
 
 
 def raise_on_rank_1(state, outputs):
-    """For --hooks: what one process alone cannot go on from."""
+    """For --hooks: raises an error in rank 1 only."""
     if os.environ["RANK"] == "1" and state.step == 3:
         raise ValueError("not one image can be read any more")

@@ -1,9 +1,9 @@
-"""Size and shape of a checkout's source: `python tests/helpers/measure_structure.py [ROOT ...]`, a table of each.
+"""Measures the import structure of checkouts: `python tests/helpers/measure_structure.py [ROOT ...]`.
 
-An arrow is an import of one file by another, wherever in it; what a folder's `__init__` gathers of its files is none. A
-file's floor is the longest way down from it along arrows, 1 for a file that imports nothing of its folder; files that
-import each other in a ring share one. A single-importer file is one that exactly one other file of the project imports;
-plug-ins, scripts and `__init__` apart.
+An arrow is an import of one file by another, at the top or in a function, except the imports of an `__init__` from its
+own folder. A file's floor is the length of the longest chain of imports below it, 1 for a file that imports nothing of
+its folder; files in an import cycle share a floor. A single-importer file is imported by exactly one other file of the
+project; plug-ins, scripts and `__init__` are excluded.
 """
 
 import ast
@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDERS = ("models", "diffusion", "vq", "train", "experiments")
-PLUGINS = ("conditions", "quantizers", "datasets", "samplers", "converters", "features")  # found by their names
+PLUGINS = ("conditions", "quantizers", "datasets", "samplers", "converters", "features")  # loaded by file name
 
 
 class Source(NamedTuple):
-    """The files of a checkout by module, and what each imports of the others."""
+    """The files of a checkout by module name, and the modules that each imports."""
 
     files: dict[str, Path]
     imports: dict[str, set[str]]
 
 
 def read_source(root: Path) -> Source:
-    """Scripts at the root and the five folders, tests apart."""
+    """Reads the scripts in the root and the five folders, without the tests."""
     paths = [*root.glob("*.py"), *(path for folder in FOLDERS for path in (root / folder).rglob("*.py"))]
     files = {module_of(path.relative_to(root)): path for path in sorted(paths)}
     imports = {module: imported(path, files) - {module} for module, path in files.items()}
@@ -38,7 +38,7 @@ def module_of(path: Path) -> str:
 
 
 def imported(path: Path, files: dict[str, Path]) -> set[str]:
-    """The modules of `files` that a file imports, at its top or inside a function."""
+    """The modules of `files` that a file imports, at the top or in functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -50,7 +50,7 @@ def imported(path: Path, files: dict[str, Path]) -> set[str]:
 
 
 def single_importers(source: Source) -> dict[str, str]:
-    """Each file that exactly one other imports, and which that is."""
+    """The files that exactly one other file imports, with that file."""
     found = {}
     for module, path in source.files.items():
         importers = [other for other, names in source.imports.items() if module in names]
@@ -61,7 +61,7 @@ def single_importers(source: Source) -> dict[str, str]:
 
 
 def floors(modules: set[str], imports: dict[str, set[str]]) -> int:
-    """How many floors these modules stand on."""
+    """The number of floors of these modules."""
     reach = {module: reached(module, modules, imports) for module in modules}
     ring = {m: frozenset(n for n in modules if n in reach[m] and m in reach[n]) or frozenset({m}) for m in modules}
 
@@ -83,7 +83,7 @@ def reached(start: str, modules: set[str], imports: dict[str, set[str]]) -> set[
 
 
 def inner_imports(path: Path) -> int:
-    """Import statements inside functions."""
+    """The number of import statements inside functions."""
     functions = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef))
     inner = {id(n) for function in functions for n in ast.walk(function) if isinstance(n, ast.Import | ast.ImportFrom)}
     return len(inner)

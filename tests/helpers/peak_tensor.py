@@ -1,11 +1,11 @@
-"""How much memory an operation asks for at once."""
+"""The size of the largest tensor that code creates."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most elements of any tensor made inside it."""
+    """A mode that records the largest number of elements of any tensor created in it."""
 
     made = 0
 

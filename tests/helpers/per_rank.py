@@ -1,4 +1,4 @@
-"""What tests have each process of a `ProcessPool` do; answers are plain numbers and lists."""
+"""Functions that tests run in each process of a `ProcessPool`; they return numbers and lists."""
 
 import gc
 from collections import Counter
@@ -16,7 +16,7 @@ from train.sampler import SamplerStep
 
 
 def count_collectives(command: str) -> dict[str, int]:
-    """How often each kind of collective runs in a sampler's training steps, DDP's and FSDP's own included."""
+    """Counts the collectives of each kind in a sampler's training steps, including those of DDP and FSDP."""
     script, _, flags = command.partition(" ")
     counts, step = Counter(), SamplerStep.__call__
 
@@ -33,7 +33,7 @@ def count_collectives(command: str) -> dict[str, int]:
 
 
 def count_ddp_wrappers(command: str) -> int:
-    """How many wrappers of DDP there are when the process group of a run is taken down."""
+    """The number of DDP wrappers that exist when the process group of a run is destroyed."""
     script, _, flags = command.partition(" ")
     counts, destroy = [], dist.destroy_process_group
 
@@ -47,7 +47,7 @@ def count_ddp_wrappers(command: str) -> int:
 
 
 def share_lists(_: str) -> dict:
-    """What `DistContext` does with lists that do not divide."""
+    """The results of `DistContext` methods for lists that do not divide evenly."""
     with init_distributed("cpu", 1) as world:
         items = list(range(5))
         own = world.local_items(items)
@@ -66,7 +66,7 @@ def share_lists(_: str) -> dict:
 
 
 def pad_missing_batches(_: str) -> list:
-    """The second process has nothing to do, and must go along all the same."""
+    """Rank 1 has no batch, but must take part in every round."""
     with init_distributed("cpu", 1) as world:
         return list(world.padded_batches(["only"] if world.is_main else [], fallback=lambda: "spare"))
 
@@ -77,7 +77,7 @@ def gather_booleans(_: str) -> list:
 
 
 def running_sums(_: str) -> dict:
-    """Sums of two processes: saved, gone on with, loaded from one process and from three, taken."""
+    """Sums of two processes: saved, resumed, loaded from one process and from three, and reduced."""
     with init_distributed("cpu", 1) as world:
         sums = example_sums(world)
         state = sums.state_dict()

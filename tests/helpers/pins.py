@@ -1,8 +1,8 @@
-"""Holds this checkout against an earlier one, bit for bit: `python tests/helpers/pins.py BASE`, BASE a commit.
+"""Compares this checkout with an earlier one, bit for bit: `python tests/helpers/pins.py BASE`, BASE a commit.
 
-Both run the same commands on this machine: flags with their types and defaults, state-dict keys of every preset, tiny
-runs of each kind with what experiments make of them. Differences are printed; the exit code is 1 where there are any.
-Run it after a change that shall change nothing. It is no part of the suite: bits differ between processors.
+It compares flags with their types and defaults, state-dict keys of every preset, and tiny runs of each kind with their
+experiments, all computed on this machine. Differences are printed; the exit code is 1 if there are any. Run it after a
+refactoring. It is not part of the test suite, since bits differ between processors.
 """
 
 import argparse
@@ -36,7 +36,7 @@ UNET = (
 )
 TRAINING = "--no_amp --train_steps 5 --steps_per_log 1 --steps_per_eval 5 --val_fraction 0.03"
 EDM, FLOW = (f"--sampler ddpm --process {name} --prediction eps" for name in ("edm", "flow"))
-TRAININGS = {  # in this order: those below stand on those above
+TRAININGS = {  # in this order, since later runs build on earlier ones
     "vqgan": f"train_vqgan.py {VQGAN} {TRAINING} --steps_per_FD 5 --FD_samples 8 --ema_profiles 0.1 --cache_images",
     "absorbing": f"train_sampler.py {CODES} {TRAINING} --attention neighborhood --kernel_sizes 3 --position rope",
     "learned": f"train_sampler.py --log_dir learned {CODES} {TRAINING} --mask_schedule fixed --total_steps None",
@@ -78,21 +78,27 @@ EXPERIMENTS = {
     "solvers of ddpm": f"compare_samplers.py --sampler ddpm --n_samples 8 --steps 3 --features pixels {FEW}",
     "digits": "check_digits.py --no_amp",
 }
-RENAMED = {  # weights that are called otherwise since
+RENAMED = {  # weights that have been renamed
     f"{prefix}label.weight": f"{prefix}encoders.label.embedding.weight" for prefix in ("", "network.", "0.1/network.")
 }
-TIMES = ("seconds", "per_second", "perf/", "wall", "times as fast")  # in names of what differs from run to run
+TIMES = (
+    "seconds",
+    "per_second",
+    "perf/",
+    "wall",
+    "times as fast",
+)  # in the names of values that differ from run to run
 
 
 class Stopped(BaseException):
-    """A script has shown what was asked of it."""
+    """Stops a script once its config is known."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", nargs="?", help="commit or folder of the earlier checkout")
     parser.add_argument(
-        "--collect", nargs=2, metavar=("ROOT", "FILE"), help="used by itself: the facts of one checkout"
+        "--collect", nargs=2, metavar=("ROOT", "FILE"), help="internal: collect the facts of one checkout"
     )
     asked = parser.parse_args()
     if asked.collect:
@@ -112,7 +118,7 @@ def main() -> None:
 
 
 def agree(then: Any, now: Any) -> bool:
-    """Whether two facts say the same. Of settings, those that both have: which there are is told by the flags."""
+    """Whether two facts are equal. Settings are compared where both have them; flags are compared separately."""
     if isinstance(then, dict) and isinstance(now, dict) and "settings" in then.keys() & now.keys():
         both = then["settings"].keys() & now["settings"].keys()
         same = all(then["settings"][key] == now["settings"][key] for key in both)
@@ -121,7 +127,7 @@ def agree(then: Any, now: Any) -> bool:
 
 
 def where_odd(then: Any, now: Any) -> tuple[Any, Any]:
-    """What differs of two dicts; other facts as they are."""
+    """The differing parts of two dicts; other facts unchanged."""
     if not isinstance(then, dict) or not isinstance(now, dict):
         return then, now
     odd = [key for key in then.keys() & now.keys() if not agree(then[key], now[key])]
@@ -133,7 +139,7 @@ def where_odd(then: Any, now: Any) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def earlier(base: str, scratch: Path) -> Iterator[Path]:
-    """A folder with the earlier checkout."""
+    """Checks out the earlier commit in a temporary folder."""
     if Path(base).is_dir():
         yield Path(base).resolve()
         return
@@ -154,14 +160,14 @@ def facts_of(root: Path, file: Path) -> dict[str, Any]:
 
 
 def collect(root: Path, file: Path) -> None:
-    """Writes everything that is compared of one checkout, by name, in a process whose imports are that checkout's."""
+    """Writes all facts of one checkout, by name, in a process that imports that checkout."""
     logs = Path(tempfile.mkdtemp(prefix="pins_logs_"))
     facts = flags(root) | preset_keys(root) | runs(root, logs)
     file.write_text(json.dumps(facts))
 
 
 def call(root: Path, command: str) -> str:
-    """A command in this process; what it prints. An exit code that is not 0 is an error."""
+    """Runs a command in this process; returns its output. RuntimeError for a nonzero exit code."""
     script, *words = command.split()
     argv, path, out = sys.argv, list(sys.path), io.StringIO()
     sys.argv = [str(root / script), *words]
@@ -179,7 +185,7 @@ def call(root: Path, command: str) -> str:
 
 @contextlib.contextmanager
 def tyro_watched(seen: Callable[[type, str | None, Any], None]) -> Iterator[None]:
-    """Hands what tyro parses, its class, program and result, to `seen`."""
+    """Passes the class, program and result of every tyro parse to `seen`."""
     import tyro
 
     parse = tyro.cli
@@ -197,11 +203,11 @@ def tyro_watched(seen: Callable[[type, str | None, Any], None]) -> Iterator[None
 
 
 def config_of(root: Path, command: str) -> Any:
-    """The config that a script would hand to its main."""
+    """The config that a script would pass to main."""
     found = []
 
     def seen(cls: type, prog: str | None, config: Any) -> None:
-        if prog is not None:  # the last time: what the files say, then what was typed
+        if prog is not None:  # the last parse: files first, then the command line
             found.append(config)
             raise Stopped
 
@@ -211,7 +217,7 @@ def config_of(root: Path, command: str) -> Any:
 
 
 def flags(root: Path) -> dict[str, Any]:
-    """Every flag of every script: its type, with choices, and its default."""
+    """All flags of all scripts, with types, choices and defaults."""
     scripts = [p for p in sorted(root.glob("*.py")) + sorted(root.glob("experiments/*.py")) if is_script(p)]
     commands = {str(p.relative_to(root)): str(p.relative_to(root)) for p in scripts}
     samplers = [p.stem for p in sorted((root / "train" / "samplers").glob("[a-z]*.py"))]
@@ -245,7 +251,7 @@ def is_script(path: Path) -> bool:
 
 
 def preset_keys(root: Path) -> dict[str, Any]:
-    """Names and shapes of what the networks of each preset hold, in order."""
+    """Names and shapes in the state_dicts of each preset's networks, in order."""
     import torch
 
     vqgan = importlib.import_module("vq.autoencoder").VQGAN
@@ -262,7 +268,7 @@ def preset_keys(root: Path) -> dict[str, Any]:
                 continue
             config = config_of(root, f"train_sampler.py --sampler {name} --config {path}")
             build = importlib.import_module(f"train.samplers.{name}").build
-            if name == "ddpm":  # whose process is numbers: not on "meta"
+            if name == "ddpm":  # its process needs values: not on "meta"
                 network = build(
                     config.sampler, n_classes=10, shape=(config.data.n_channels, 32, 32), pixels=True
                 ).network
@@ -278,7 +284,7 @@ def keys_of(network: Any) -> list[str]:
 
 
 def runs(root: Path, logs: Path) -> dict[str, Any]:
-    """Tiny runs and experiments on them: what they print, and the content of what they write."""
+    """Tiny runs and experiments on them: their output and the content of their files."""
     facts = {}
     for command in TRAININGS.values():
         call(root, f"{command} --logs_root {logs}")
@@ -292,7 +298,7 @@ def runs(root: Path, logs: Path) -> dict[str, Any]:
         if script == "check_digits.py":
             folder = f"--samples {logs / 'samples_of_absorbing' / 'samples.npz'}"
         printed = call(root, f"experiments/{script} {flags} --logs_root {logs} {folder}")
-        if not script.startswith("compare"):  # whose tables have seconds among their columns
+        if not script.startswith("compare"):  # their tables have columns of seconds
             facts[f"printed: {name}"] = plain_lines(printed, logs)
     for path in sorted(p for p in logs.rglob("*") if p.is_file() and ".cache" not in p.parts):
         content = content_of(path, logs)
@@ -302,20 +308,20 @@ def runs(root: Path, logs: Path) -> dict[str, Any]:
 
 
 def known_name(path: Path, logs: Path) -> str:
-    """Names of codes end with a key of their own."""
+    """File names of cached codes without their key."""
     name = str(path.relative_to(logs))
     return f"{name.rpartition('_')[0]}.codes" if path.suffix == ".codes" else name
 
 
 def plain_lines(text: str, logs: Path) -> list[str]:
-    """Lines that people read, without progress bars, warnings and times."""
+    """The printed lines, without progress bars, warnings and times."""
     lines = [line.replace(str(logs), "<logs>") for line in text.replace("\r", "\n").splitlines()]
     odd = ("/s]", "step/s", "s/img]", "?img", "?row", "img]", "Warning", "warn(", "time:", *TIMES)
     return [line for line in lines if not any(each in line for each in odd)]
 
 
 def content_of(path: Path, logs: Path) -> Any:
-    """What a file holds, without times; None for what is of this start alone."""
+    """The content of a file, without times; None for files that differ from run to run."""
     if path.name.startswith("events.") or path.suffix in (".note", ".lock") or path.name == "manifest.json":
         return None
     if path.name == "compare_samplers.png":  # shows seconds
@@ -329,12 +335,12 @@ def content_of(path: Path, logs: Path) -> Any:
         import torch
 
         return leaves(torch.load(path, weights_only=True))
-    if path.suffix == ".safetensors":  # its header is in no order
+    if path.suffix == ".safetensors":  # the order of its header varies
         from safetensors.torch import load_file
 
         return leaves(load_file(path))
     data = path.read_bytes()
-    if path.suffix == ".png":  # may say in which folder it was made
+    if path.suffix == ".png":  # may contain the name of its folder
         from PIL import Image
 
         data = Image.open(path).tobytes()
@@ -372,7 +378,7 @@ def without_times(value: Any) -> Any:
 
 
 def leaves(value: Any) -> Any:
-    """Tensors by their content."""
+    """Tensors as hashes of their content."""
     import torch
 
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Processes that train together, started once: many short runs of several processes without their start-up."""
+"""A pool of distributed processes, so that many short runs share one start-up."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 120  # seconds, against hanging
+PATIENCE = 120  # seconds, against hanging tests
 
 
 def free_port() -> int:
@@ -22,7 +22,7 @@ def free_port() -> int:
 
 
 def variables(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun would tell a process."""
+    """The environment variables that torchrun would set."""
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
@@ -31,7 +31,7 @@ def variables(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 class ProcessPool:
-    """`size` processes that make a process group of their own for each task."""
+    """`size` processes that form a new process group for each task."""
 
     def __init__(self, size: int):
         command = [sys.executable, "-W", "error", "-W", "ignore::ImportWarning", __file__]
@@ -47,7 +47,7 @@ class ProcessPool:
         ]
 
     def ask(self, kind: str, what: str, flags: str) -> list[dict]:
-        """By rank: exit code, stdout and stderr of a script (`kind` "run"), or what a function (`call`) answers."""
+        """By rank: exit code, stdout and stderr of a script (`kind` "run"), or the result of a function ("call")."""
         task = {"kind": kind, "what": what, "flags": flags, "port": free_port()}
         for member in self.members:
             member.stdin.write(json.dumps(task) + "\n")
@@ -55,7 +55,7 @@ class ProcessPool:
         return [self.answer(member) for member in self.members]
 
     def answer(self, member: subprocess.Popen) -> dict:
-        """What a process says of its task; where it says nothing for too long, all are ended."""
+        """The answer of a process; if it takes too long, all processes are killed."""
         late = threading.Timer(PATIENCE, lambda: [each.kill() for each in self.members])
         late.start()
         line = member.stdout.readline()
@@ -64,7 +64,7 @@ class ProcessPool:
         return json.loads(line)
 
     def run(self, script: str, flags: str) -> list[dict]:
-        """A script in all processes, which must succeed."""
+        """Runs a script in all processes; it must succeed."""
         answers = self.ask("run", script, flags)
         assert [answer["code"] for answer in answers] == [0] * len(answers), (
             answers[0]["stderr"] + answers[-1]["stderr"]
@@ -72,7 +72,7 @@ class ProcessPool:
         return answers
 
     def call(self, function: str, argument: str = "") -> list:
-        """What the function at a dotted path gives in each process."""
+        """The results of the function at a dotted path, by rank."""
         answers = self.ask("call", function, argument)
         assert [answer["code"] for answer in answers] == [0] * len(answers), (
             answers[0]["stderr"] + answers[-1]["stderr"]
@@ -100,7 +100,7 @@ def quiet_end(process: subprocess.Popen, seconds: float = 20.0) -> bool:
 
 
 def work(task: dict) -> dict:
-    """One task of this process."""
+    """Runs one task in this process."""
     import torch.distributed as dist
 
     from helpers import tiny_runs
@@ -117,16 +117,16 @@ def work(task: dict) -> dict:
                 value = import_callable(task["what"], "call")(task["flags"])
         except SystemExit as stop:
             code = stop.code or 0
-        except BaseException:  # whatever it was, the test is to see it
+        except BaseException:  # reported to the test, whatever it is
             traceback.print_exc()
             code = 1
-    if dist.is_initialized():  # left so by an error
+    if dist.is_initialized():  # after an error
         dist.destroy_process_group()
     return {"code": code, "value": value, "stdout": out.getvalue(), "stderr": err.getvalue()}
 
 
 def main() -> None:
-    with os.fdopen(os.dup(1), "w") as answers:  # apart from what others print
+    with os.fdopen(os.dup(1), "w") as answers:  # separate from other output
         os.dup2(2, 1)
         for line in sys.stdin:
             answers.write(json.dumps(work(json.loads(line))) + "\n")

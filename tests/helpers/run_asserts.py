@@ -1,4 +1,4 @@
-"""What two runs have in common: their weights, numbers and files."""
+"""Comparisons of two runs: weights, metrics and checkpoint files."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def assert_equal_bits(one, other):
 
 
 def assert_close(one, other, rtol=1e-5):
-    """All weights together, relative: Adam turns the rounding of a zero gradient (a bias before a norm) into steps."""
+    """Compares all weights by their overall relative distance, since Adam amplifies the rounding of zero gradients."""
     assert one.keys() == other.keys()
     assert [key for key in one if one[key].shape != other[key].shape or one[key].dtype != other[key].dtype] == []
     difference = distance(one, other) / sum(one[key].double().square().sum() for key in one).sqrt()
@@ -56,8 +56,7 @@ def distance(one, other):
 
 
 def assert_same_losses(one, other):
-    """Every number of metrics.jsonl to 1e-5 relative, or, as a mean of logits may be near 0, to a few float32 roundings
-    of 1, line by line; the learning rate exactly."""
+    """Compares metrics.jsonl line by line, to 1e-5 relative or a few float32 roundings of 1; learning rates exactly."""
     assert len(lines(one)) == len(lines(other)) > 0
     for row, twin in zip(lines(one), lines(other), strict=True):
         assert row == pytest.approx(twin, rel=1e-5, abs=5e-7), (row, twin)
@@ -65,7 +64,7 @@ def assert_same_losses(one, other):
 
 
 def moments(run, step):
-    """Every tensor that the optimizers keep, by optimizer, parameter and name."""
+    """All tensors in the optimizer states, by optimizer, parameter and name."""
     return {
         f"{name}/{i}/{key}": value
         for name, optimizer in saved_state(run, step)["optimizers"].items()
@@ -75,12 +74,12 @@ def moments(run, step):
 
 
 def assert_same_checkpoints(one, other, step, best=True):
-    """The same files, and in them the same keys, shapes and, nearly, numbers; `best` where both validated as often."""
+    """Compares the files, keys, shapes and values; `best` too if both runs validated at the same steps."""
     mine, yours = checkpoint(one, step), checkpoint(other, step)
     assert sorted(f.name for f in mine.iterdir()) == sorted(f.name for f in yours.iterdir())
     for file in mine.glob("*.safetensors"):
         assert_close(weights(one, step, file.name), weights(other, step, file.name))
-    assert_close(moments(one, step), moments(other, step), rtol=1e-3)  # gradients that rounding alone makes
+    assert_close(moments(one, step), moments(other, step), rtol=1e-3)  # some gradients are pure rounding
     mine, yours = saved_state(one, step), saved_state(other, step)
     assert mine.keys() == yours.keys() and mine["step"] == yours["step"] and mine["bad_steps"] == yours["bad_steps"]
     for name, (value, at) in mine["best"].items() if best else ():
@@ -88,7 +87,7 @@ def assert_same_checkpoints(one, other, step, best=True):
 
 
 def assert_same_ddpm(one, other, step):
-    """Weights, losses, and what the times go by."""
+    """Compares weights, losses, and the statistics of the time sampler."""
     assert_close(weights(one, step), weights(other, step))
     assert_same_losses(one, other)
     mine, yours = extras(one, step), extras(other, step)

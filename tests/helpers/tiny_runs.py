@@ -1,4 +1,4 @@
-"""Tiny runs of the scripts, in seconds, for many tests."""
+"""Tiny runs of the scripts, which take seconds."""
 
 import os
 import runpy
@@ -17,7 +17,7 @@ DDPM = f"--sampler ddpm --img_size 8 --batch_size 4 --total_steps 20 --sample_st
 
 
 def call(script: str, flags: str) -> None:
-    """A script in this process, as if its command line had been typed; SystemExit where it exits with an error."""
+    """Runs a script in this process with the given flags; SystemExit if it exits with an error."""
     argv, path = sys.argv, list(sys.path)
     sys.argv = [str(ROOT / script), *flags.split()]
     sys.path.insert(0, str((ROOT / script).parent))  # as Python does
@@ -28,7 +28,7 @@ def call(script: str, flags: str) -> None:
 
 
 def run(script: str, flags: str = "", *, processes: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """A script in a process of its own, or in several under torchrun, on one thread each."""
+    """Runs a script in a subprocess, or in several under torchrun, with one thread each."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / script), *flags.split()]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -36,7 +36,7 @@ def run(script: str, flags: str = "", *, processes: int = 1, cwd: Path = ROOT) -
 
 
 def parse_config(script, flags, monkeypatch):
-    """The config that a script would hand to its main."""
+    """The config that a script would pass to main, as a flat dict."""
     seen = []
     monkeypatch.setattr(cli, "run_main", lambda main, config: seen.append(config))
     call(script, flags)

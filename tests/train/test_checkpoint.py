@@ -1,4 +1,4 @@
-"""Checkpoints appear whole or not at all, and loading runs no code."""
+"""Checkpoints are written atomically, and loading them runs no code."""
 
 import json
 import pickle
@@ -30,7 +30,7 @@ def write_manifest(path):
     (path / "manifest.json").write_text(json.dumps(content))
 
 
-def test_everything_comes_back(tmp_path):
+def test_save_and_load_round_trip(tmp_path):
     saved, other = state_of(), state_of()
     save_checkpoint(tmp_path, saved)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_everything_comes_back(tmp_path):
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000007\n"
 
 
-def test_a_save_that_fails_leaves_the_older_checkpoint_and_no_new_one(tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_older_checkpoint_alone(tmp_path, monkeypatch):
     state = state_of()
     save_checkpoint(tmp_path, state)
     state.step = 8
@@ -69,7 +69,7 @@ def test_a_truncated_or_flipped_file_is_named(tmp_path, name, damage):
         load_checkpoint(tmp_path, 7, state_of())
 
 
-def test_another_networks_weights_are_refused_by_key_and_shape(tmp_path):
+def test_weights_of_another_network_are_refused(tmp_path):
     save_checkpoint(tmp_path, state_of(width=3))
     with pytest.raises(ValueError, match=r"0.weight: \(3, 3\) in the file, \(4, 4\) here"):
         load_checkpoint(tmp_path, 7, state_of(width=4))
@@ -78,21 +78,21 @@ def test_another_networks_weights_are_refused_by_key_and_shape(tmp_path):
 
 
 class Labelled(nn.Module):
-    """A network of a user's own, which has a weight of a name that transformers gave up."""
+    """A user's network with a weight whose name transformers no longer use."""
 
     def __init__(self):
         super().__init__()
         self.label = nn.Embedding(3, 4)
 
 
-def test_weights_of_a_users_own_keep_their_names(tmp_path):
+def test_weights_of_user_modules_keep_their_names(tmp_path):
     saved, other = Labelled(), Labelled()
     save_checkpoint(tmp_path, TrainState({"network": saved}, {}, {}, step=7))
     load_weights(tmp_path, 7, {"network": other}, ema=False)
     assert torch.equal(other.label.weight, saved.label.weight)
 
 
-def test_a_poisoned_pickle_runs_nothing(tmp_path):
+def test_a_malicious_pickle_runs_nothing(tmp_path):
     path = save_checkpoint(tmp_path, state_of())
     trace = tmp_path / "it ran"
 
@@ -102,12 +102,12 @@ def test_a_poisoned_pickle_runs_nothing(tmp_path):
 
     (path / "state.pt").write_bytes(pickle.dumps(Poison(), protocol=2))
     write_manifest(path)
-    with pytest.raises(ValueError, match="nothing was run"):
+    with pytest.raises(ValueError, match="no code was run"):
         load_checkpoint(tmp_path, 7, state_of())
     assert not trace.exists()
 
 
-def test_a_file_that_is_no_safetensors_is_named(tmp_path):
+def test_an_invalid_safetensors_file_is_named(tmp_path):
     path = save_checkpoint(tmp_path, state_of())
     (path / "model.safetensors").write_bytes(b"something else")
     write_manifest(path)
@@ -115,7 +115,7 @@ def test_a_file_that_is_no_safetensors_is_named(tmp_path):
         load_checkpoint(tmp_path, 7, state_of())
 
 
-def test_missing_averages_say_so(tmp_path):
+def test_missing_ema_weights_are_reported(tmp_path):
     state = state_of()
     state.averages = {}
     save_checkpoint(tmp_path, state)
@@ -123,7 +123,7 @@ def test_missing_averages_say_so(tmp_path):
         load_weights(tmp_path, 7, state.modules, ema=True)
 
 
-def test_a_folder_without_manifest_is_no_checkpoint(tmp_path):
+def test_a_folder_without_a_manifest_is_not_a_checkpoint(tmp_path):
     path = checkpoint_path(tmp_path, 9)
     path.mkdir(parents=True)
     save_file({"network.x": torch.zeros(1)}, path / "model.safetensors")
@@ -132,7 +132,7 @@ def test_a_folder_without_manifest_is_no_checkpoint(tmp_path):
         resolve_step(tmp_path, None, "--load_step")
 
 
-def test_steps_left_out_mean_the_newest_and_a_wrong_one_names_those_there(tmp_path):
+def test_the_default_step_is_the_newest_and_errors_list_steps(tmp_path):
     state = state_of()
     for state.step in (100, 20, 3):
         save_checkpoint(tmp_path, state)

@@ -1,4 +1,4 @@
-"""A damaged, foreign or poisoned checkpoint is refused by name, and runs nothing, whoever reads it."""
+"""Damaged, foreign and malicious checkpoints are refused by name, and never run code."""
 
 import json
 import pickle
@@ -34,19 +34,19 @@ def state_of(width: int = 3, optimizer=torch.optim.AdamW, layers: int = 1) -> Tr
 
 
 def seal(path: Path) -> None:
-    """A manifest that fits what was put there."""
+    """Rewrites the manifest to match the files."""
     (path / "manifest.json").write_text(json.dumps(manifest_of(path)))
 
 
 def rewrite(path: Path, change) -> None:
-    """state.pt with another content, under a manifest that fits it."""
+    """Changes the content of state.pt, and the manifest accordingly."""
     content = torch.load(path / "state.pt", weights_only=True)
     torch.save(change(content), path / "state.pt")
     seal(path)
 
 
 class Poison:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, trace: Path):
         self.trace = trace
@@ -62,7 +62,7 @@ def saved(tmp_path_factory):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_no_byte_of_any_file_can_change_unseen(saved, data):
+def test_every_changed_byte_is_detected(saved, data):
     file = saved / data.draw(st.sampled_from(FILES))
     whole = file.read_bytes()
     place = data.draw(st.integers(0, len(whole) - 1))
@@ -75,7 +75,7 @@ def test_no_byte_of_any_file_can_change_unseen(saved, data):
             with pytest.raises(ValueError, match=f"{file.name} is damaged"):
                 load_checkpoint(saved.parents[1], 7, state_of())
             return
-        try:  # white space, or the case of a name that JSON does not see, may change
+        try:  # white space and some letter cases may change without effect
             load_checkpoint(saved.parents[1], 7, state_of())
         except ValueError as error:
             assert str(saved) in str(error)
@@ -103,7 +103,7 @@ MANIFESTS = {
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_a_manifest_that_does_not_list_the_files_is_refused(tmp_path, name):
+def test_a_manifest_must_list_the_files(tmp_path, name):
     path = save_checkpoint(tmp_path, state_of())
     shutil.copy(path / "state.pt", tmp_path / "outside")
     content = MANIFESTS[name](json.loads((path / "manifest.json").read_text()))
@@ -134,7 +134,7 @@ def with_state(saved, change):
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_a_state_that_is_not_of_such_a_training_is_refused(tmp_path, name):
+def test_the_state_of_another_kind_of_training_is_refused(tmp_path, name):
     from train.distributed import DistContext
     from train.loop import RunningSums
 
@@ -151,22 +151,22 @@ def test_the_momentum_of_another_network_is_refused(tmp_path):
     other = save_checkpoint(tmp_path / "other", state_of(4, torch.optim.SGD))
     shutil.copy(other / "state.pt", path / "state.pt")
     seal(path)
-    with pytest.raises(ValueError, match="state.pt holds the optimizer of another network"):
+    with pytest.raises(ValueError, match="state.pt holds the optimizer state of another network"):
         load_checkpoint(tmp_path, 7, state_of(3, torch.optim.SGD))
 
 
-def test_the_state_of_a_network_of_more_layers_is_refused(tmp_path):
+def test_the_state_of_a_deeper_network_is_refused(tmp_path):
     path, other = save_checkpoint(tmp_path, state_of()), save_checkpoint(tmp_path / "other", state_of(layers=2))
     shutil.copy(other / "state.pt", path / "state.pt")
     seal(path)
-    with pytest.raises(ValueError, match="state.pt holds the optimizer of another network"):
+    with pytest.raises(ValueError, match="state.pt holds the optimizer state of another network"):
         load_checkpoint(tmp_path, 7, state_of())
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # torch says so before it refuses
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # torch warns before it refuses
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize("name", FILES)
-def test_a_poisoned_file_runs_nothing(tmp_path, name, protocol):
+def test_a_malicious_file_runs_nothing(tmp_path, name, protocol):
     path, trace = save_checkpoint(tmp_path, state_of()), tmp_path / "it ran"
     (path / name).write_bytes(pickle.dumps(Poison(trace), protocol=protocol))
     if name != "manifest.json":
@@ -176,18 +176,18 @@ def test_a_poisoned_file_runs_nothing(tmp_path, name, protocol):
     assert not trace.exists()
 
 
-def test_a_poison_inside_a_file_of_torch_runs_nothing(tmp_path):
+def test_a_pickle_inside_a_torch_file_runs_nothing(tmp_path):
     path, trace = save_checkpoint(tmp_path, state_of()), tmp_path / "it ran"
     torch.save({"step": 7, "optimizers": {"network": Poison(trace)}}, path / "state.pt")
     seal(path)
-    with pytest.raises(ValueError, match="state.pt holds more than tensors and numbers; nothing was run"):
+    with pytest.raises(ValueError, match="state.pt holds objects other than tensors and numbers; no code"):
         load_checkpoint(tmp_path, 7, state_of())
     assert not trace.exists()
 
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A copy of a trained VQGAN's run, for damage."""
+    """A copy of a trained VQGAN run, to be damaged."""
     shutil.copytree(trained / "vqgan_digits", tmp_path / "vqgan_digits")
     return tmp_path / "vqgan_digits"
 
@@ -202,7 +202,7 @@ def assert_one_line(capsys, flags, *words, script="train_vqgan.py"):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
-def test_a_poison_is_refused_in_one_line_by_a_run_that_goes_on(run, tmp_path, capsys, name):
+def test_a_resuming_run_refuses_a_pickle_in_one_line(run, tmp_path, capsys, name):
     path, trace = checkpoint(run, 5), tmp_path / "it ran"
     (path / name).write_bytes(pickle.dumps(Poison(trace)))
     seal(path)
@@ -214,16 +214,16 @@ def test_a_poison_is_refused_in_one_line_by_a_run_that_goes_on(run, tmp_path, ca
     assert not trace.exists()
 
 
-def test_a_run_with_nothing_but_a_damaged_checkpoint_says_so(run, tmp_path, capsys):
+def test_a_run_with_only_a_damaged_checkpoint_reports_it(run, tmp_path, capsys):
     file = checkpoint(run, 5) / "state.pt"
     file.write_bytes(file.read_bytes()[:-1])
     flags = f"--logs_root {tmp_path} --train_steps 6 {STAGE_1}"
     with pytest.warns(UserWarning, match="state.pt is damaged"):
-        assert_one_line(capsys, flags, "no checkpoint in", "is whole")
+        assert_one_line(capsys, flags, "no checkpoint in", "is intact")
     assert_one_line(capsys, f"{flags} --resume {checkpoint(run, 5)}", "state.pt is damaged")
 
 
-def test_the_weights_of_another_kind_of_run_are_refused(trained, trained_ddpm, tmp_path, capsys):
+def test_weights_of_another_kind_of_run_are_refused(trained, trained_ddpm, tmp_path, capsys):
     shutil.copytree(trained / "absorbing_digits", tmp_path / "absorbing_digits")
     shutil.copytree(trained_ddpm / "ddpm_digits", tmp_path / "ddpm_digits")
     flags = f"--logs_root {tmp_path} --no_amp --train_steps 1 --log_dir new"
@@ -254,7 +254,7 @@ def test_experiments_refuse_damaged_weights(trained, trained_ddpm, tmp_path, dam
     assert not trace.exists()
 
 
-def test_a_checkpoint_from_before_counters_goes_on(tmp_path):
+def test_a_checkpoint_without_counters_resumes(tmp_path):
     flags = f"--logs_root {tmp_path} {STAGE_1}"
     call("train_vqgan.py", f"{flags} --log_dir whole --train_steps 5")
     call("train_vqgan.py", f"{flags} --log_dir old --train_steps 2")
@@ -264,7 +264,7 @@ def test_a_checkpoint_from_before_counters_goes_on(tmp_path):
     assert_equal_bits(weights(tmp_path / "whole", 5), weights(tmp_path / "old", 5))
 
 
-def test_folders_that_are_no_checkpoints_are_passed_over(tmp_path):
+def test_folders_that_are_not_checkpoints_are_ignored(tmp_path):
     path = save_checkpoint(tmp_path, state_of())
     for name in ("step_last", "step_7", "step_00000009.bak", "step_²"):
         shutil.copytree(path, path.with_name(name))

@@ -1,4 +1,4 @@
-"""Several processes, replicas or shards, equal one: losses, gradient norms, weights, averages, checkpoints."""
+"""Several processes (DDP or FSDP) match one: losses, gradient norms, weights, averages and checkpoints."""
 
 import shutil
 
@@ -22,7 +22,7 @@ from train.loop import RunningSums
 FLAGS = "--no_amp --weight_decay 0.01 --steps_per_log 1 --ema_profiles 0.1"
 STAGE_1 = f"{FLAGS} {VQGAN} {GAN} --disc_weight_max 1000 --lr 1e-4 --steps_per_eval 3"
 STAGE_2 = f"{FLAGS} {SAMPLER} --warmup_iters 2 --steps_per_eval 2 --train_steps 4 --ae_load_dir whole"
-SPREAD = "--time_sampler low_discrepancy"  # over the whole batch
+SPREAD = "--time_sampler low_discrepancy"  # over the global batch
 BY_LOSS = "--time_sampler loss_second_moment --loss_type vlb --total_steps 4 --batch_size 8"
 WAYS = ["ddp", "fsdp"]
 STEPS = 6
@@ -30,7 +30,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def two():
-    """Two processes that wait for something to train."""
+    """A pool of two processes."""
     crew = ProcessPool(2)
     yield crew
     crew.close()
@@ -38,7 +38,7 @@ def two():
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """A folder with `whole`, a VQGAN that one process trained, and `codes`, an absorbing sampler of one process."""
+    """Logs with `whole`, a VQGAN, and `codes`, an absorbing sampler, each trained by one process."""
     logs = tmp_path_factory.mktemp("parallel")
     call("train_vqgan.py", f"--logs_root {logs} --log_dir whole --train_steps {STEPS} {STAGE_1}")
     call("train_sampler.py", f"--logs_root {logs} --log_dir codes {STAGE_2}")
@@ -52,7 +52,7 @@ def assert_same(one, other, step):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_train_the_vqgan_of_one(logs, two, way):
+def test_two_processes_train_the_same_vqgan_as_one(logs, two, way):
     two.run("train_vqgan.py", f"--logs_root {logs} --log_dir {way} --train_steps {STEPS} {STAGE_1} --parallel {way}")
     assert_same(logs / "whole", logs / way, STEPS)
     logged = [row for row in lines(logs / way) if "adaptive_weight" in row]
@@ -62,7 +62,7 @@ def test_two_processes_train_the_vqgan_of_one(logs, two, way):
 
 
 @pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_two_processes_train_the_absorbing_sampler_of_one(logs, two, way):
+def test_two_processes_train_the_same_absorbing_sampler(logs, two, way):
     codes = logs / "whole" / "codes"
     by_one = {path.name: path.read_bytes() for path in codes.iterdir()}
     shutil.rmtree(codes)
@@ -79,7 +79,7 @@ DDPM_CASES = [(BY_LOSS, "ddp"), (SPREAD, "fsdp"), (BY_LOSS, "fsdp"), (SPREAD, "d
     ("flags", "way"),
     [pytest.param(*case, marks=[pytest.mark.slow] * (i > 0)) for i, case in enumerate(DDPM_CASES)],
 )
-def test_two_processes_train_the_ddpm_of_one(tmp_path, two, flags, way):
+def test_two_processes_train_the_same_ddpm_as_one(tmp_path, two, flags, way):
     flags = f"--logs_root {tmp_path} --no_amp --steps_per_log 1 --steps_per_eval 0 --train_steps 10 {DDPM} {flags}"
     two.run("train_sampler.py", f"{flags} --log_dir two --parallel {way}")
     call("train_sampler.py", f"{flags} --log_dir one")
@@ -87,14 +87,14 @@ def test_two_processes_train_the_ddpm_of_one(tmp_path, two, flags, way):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_in_every_other_way(logs, two):
-    """One process, shards, replicas, one process: two steps each, from the checkpoint before."""
+def test_checkpoints_resume_under_every_parallelism(logs, two):
+    """One process, FSDP, DDP, one process: two steps each, resumed from the previous checkpoint."""
     flags = f"--logs_root {logs} --log_dir chain {STAGE_1}"
     call("train_vqgan.py", f"{flags} --train_steps 1")
-    two.run("train_vqgan.py", f"{flags} --train_steps 4 --parallel fsdp")  # the discriminator sets in here
+    two.run("train_vqgan.py", f"{flags} --train_steps 4 --parallel fsdp")  # the discriminator starts here
     two.run("train_vqgan.py", f"{flags} --train_steps 5 --parallel ddp")
     call("train_vqgan.py", f"{flags} --train_steps {STEPS}")
-    assert_same_checkpoints(logs / "whole", logs / "chain", STEPS, best=False)  # each start validates at its end
+    assert_same_checkpoints(logs / "whole", logs / "chain", STEPS, best=False)  # every run validates at its end
     steps = [{row["step"]: row for row in lines(logs / name) if "loss" in row} for name in ("whole", "chain")]
     assert steps[0].keys() == steps[1].keys() == set(range(1, STEPS + 1))
     for step, row in steps[0].items():
@@ -102,8 +102,8 @@ def test_a_checkpoint_goes_on_in_every_other_way(logs, two):
 
 
 @pytest.mark.slow
-def test_averages_on_their_way_to_the_log_go_on_in_two_processes(tmp_path, two):
-    """A checkpoint between two logged lines, made by one process: its steps weigh as much as those of two."""
+def test_unlogged_averages_resume_in_two_processes(tmp_path, two):
+    """A checkpoint between two log lines, saved by one process: its steps count as much as those of two."""
     flags = f"--logs_root {tmp_path} --no_amp {VQGAN} --perceptual_net none --steps_per_log 4 --train_steps 4"
     call("train_vqgan.py", f"{flags} --log_dir one --steps_per_checkpoint 2")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
@@ -114,30 +114,30 @@ def test_averages_on_their_way_to_the_log_go_on_in_two_processes(tmp_path, two):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_gradients_are_exchanged_once_for_all_parts_of_a_batch(tmp_path, two, way):
+def test_gradients_are_reduced_once_per_batch(tmp_path, two, way):
     flags = f"--logs_root {tmp_path} {DDPM} --no_amp --batch_size 8 --train_steps 1 --steps_per_eval 0 --parallel {way}"
     counts = []
     for parts in (1, 4):
         command = f"train_sampler.py {flags} --log_dir {way}_{parts} --accumulate {parts}"
         counts.append(two.call("helpers.per_rank.count_collectives", command)[0])
     for kind in counts[0].keys() | counts[1].keys():
-        if "gather" not in kind:  # shards are put together for each part
+        if "gather" not in kind:  # FSDP gathers parameters for each micro-batch
             assert counts[1].get(kind, 0) == counts[0].get(kind, 0) > 0, counts
     assert any("reduce" in kind for kind in counts[0])
     assert_close(*(weights(tmp_path / f"{way}_{parts}", 1) for parts in (1, 4)))
 
 
-def test_no_wrapper_outlives_its_process_group(tmp_path, two):
-    """On torch 2.11 one that does deadlocks where it is freed, and the run never ends."""
+def test_no_ddp_wrapper_outlives_its_process_group(tmp_path, two):
+    """On torch 2.11 it would deadlock in its destructor, and the run would never end."""
     flags = f"--logs_root {tmp_path} {DDPM} --no_amp --train_steps 1 --steps_per_eval 0"
     assert two.call("helpers.per_rank.count_ddp_wrappers", f"train_sampler.py {flags}") == [0, 0]
 
 
-def test_processes_share_lists_that_do_not_divide(two):
+def test_uneven_lists_are_shared_among_processes(two):
     first, second = two.call("helpers.per_rank.share_lists")
     assert (first["own"], second["own"]) == ([0, 2, 4], [1, 3])
     assert first["rounds"] == [[[0], True], [[2], True], [[4], True]]
-    assert second["rounds"] == [[[1], True], [[3], True], [[3], False]]  # its last again, which does not count
+    assert second["rounds"] == [[[1], True], [[3], True], [[3], False]]  # its last batch again, which does not count
     squares = [[i * i, i * i] for i in range(5)]
     wanted = {"any": [False, True, True], "none": [], "collected": squares, "one": [[0, 0]], "gathered": [0, 7, 1, 7]}
     for answer in (first, second):
@@ -145,18 +145,18 @@ def test_processes_share_lists_that_do_not_divide(two):
         assert (answer["mean"], answer["share"]) == (0.5, 3)
 
 
-def test_a_process_without_a_batch_goes_along_in_every_round(two):
+def test_a_process_without_a_batch_joins_every_round(two):
     first, second = two.call("helpers.per_rank.pad_missing_batches")
-    assert len(first) == len(second) == 1  # else the forward of a sharded network waits for it for ever
+    assert len(first) == len(second) == 1  # otherwise the forward pass of a sharded network would hang
     assert [first[0][1], second[0][1]] == [True, False]
 
 
-def test_truth_values_are_gathered(two):
-    """A user's batches may hold masks, and a bad step saves them."""
+def test_booleans_are_gathered(two):
+    """User batches may contain masks, which bad steps save."""
     assert two.call("helpers.per_rank.gather_booleans") == [[True, True, True, False]] * 2
 
 
-def test_tallies_of_two_processes_are_saved_and_go_on_in_any_number(two):
+def test_running_sums_resume_with_any_number_of_processes(two):
     first, second = two.call("helpers.per_rank.running_sums")
     assert first["state"] == second["state"]
     assert first["state"]["loss"] == [[3.0, 3.0], [33.0, 3.0]]
@@ -171,15 +171,15 @@ def test_tallies_of_two_processes_are_saved_and_go_on_in_any_number(two):
     assert alone.reduce_and_reset()["loss"].tolist() == [36.0, 6.0]
 
 
-COLD = "--entropy_temperature 1"  # a colder one makes more of rounding than is allowed here
+COLD = "--entropy_temperature 1"  # lower temperatures amplify rounding too much
 QUANTIZERS = ["ema --revive_below 0.5", "l2", "gumbel", "fsq", f"lfq {COLD}", f"ibq {COLD}"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_two_processes_learn_the_codes_of_one(tmp_path, two, quantizer, way):
-    """Averages and entropies over the batch are those of all processes' parts of it."""
+def test_two_processes_learn_the_same_codebook_as_one(tmp_path, two, quantizer, way):
+    """Averages and entropies over the batch include the micro-batches of all processes."""
     flags = f"--logs_root {tmp_path} --train_steps 4 {STAGE_1} --quantizer {quantizer}"
     flags += " --lecam_weight 0.1 --disc_spectral_norm --disc_blur --disc_loss non_saturating"
     call("train_vqgan.py", f"{flags} --log_dir one")
@@ -189,8 +189,8 @@ def test_two_processes_learn_the_codes_of_one(tmp_path, two, quantizer, way):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_four_processes_under_torchrun_equal_one(logs, way):
-    """Shards of four leave processes without a part of the smaller tensors."""
+def test_four_processes_under_torchrun_match_one(logs, way):
+    """With four shards, some processes hold nothing of the smaller tensors."""
     flags = f"--logs_root {logs} --parallel {way}"
     made = run("train_vqgan.py", f"{flags} --log_dir four_{way} --train_steps {STEPS} {STAGE_1}", processes=4)
     assert made.returncode == 0, made.stderr
@@ -202,7 +202,7 @@ def test_four_processes_under_torchrun_equal_one(logs, way):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_parts_of_a_batch_with_a_gan_in_two_processes(tmp_path, two, way):
+def test_accumulation_with_a_gan_in_two_processes(tmp_path, two, way):
     """The adaptive weight is a part's own, and the parts of two processes are others than those of one: before the GAN
     sets in all is the same."""
     flags = f"--logs_root {tmp_path} {STAGE_1} --accumulate 2"
@@ -215,8 +215,8 @@ def test_parts_of_a_batch_with_a_gan_in_two_processes(tmp_path, two, way):
 
 
 @pytest.mark.slow
-def test_fewer_batches_of_validation_images_than_processes(tmp_path, two):
-    """One batch takes them all: the second process has none."""
+def test_fewer_validation_batches_than_processes(tmp_path, two):
+    """All images fit into one batch, so the second process has none."""
     flags = f"--logs_root {tmp_path} {DDPM} --no_amp --batch_size 512 --train_steps 1 --steps_per_eval 1"
     flags += " --timeout_minutes 0.2"
     two.run("train_sampler.py", f"{flags} --log_dir two --parallel fsdp")
@@ -224,8 +224,8 @@ def test_fewer_batches_of_validation_images_than_processes(tmp_path, two):
     assert_same_losses(tmp_path / "one", tmp_path / "two")
 
 
-def test_shards_sample_in_step_where_one_process_has_less_to_draw(logs, two):
-    """Of 40 steps on 16 codes, each process would call the network as often as its own images have codes to draw."""
+def test_sharded_sampling_stays_in_lockstep(logs, two):
+    """With 40 steps for 16 codes, each process would otherwise call the network only when it has codes to draw."""
     flags = f"--logs_root {logs} {STAGE_2} --sample_steps 40 --seed 3 --timeout_minutes 0.3"
     two.run("train_sampler.py", f"{flags} --log_dir in_step --parallel fsdp")
     call("train_sampler.py", f"{flags} --log_dir alone")

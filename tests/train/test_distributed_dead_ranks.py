@@ -1,4 +1,4 @@
-"""No process waits for ever for one that died, stands still or gave up: all end with an error."""
+"""No process waits forever for one that died, hangs or failed: all end with an error."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 from helpers.process_pool import ROOT, free_port, quiet_end, variables
 from helpers.tiny_runs import VQGAN
 
-PATIENCE = 150  # seconds, against hanging; nothing here is timed
+PATIENCE = 150  # seconds, against hanging tests; nothing is timed
 
 
 def command(logs: Path, flags: str) -> list[str]:
@@ -33,7 +33,7 @@ def start(logs: Path, rank: int, port: int, flags: str) -> subprocess.Popen:
 
 @pytest.fixture
 def pair(tmp_path):
-    """Starts two processes that train together, by hand; ends what is left of them."""
+    """Starts two processes that train together, without torchrun, and kills the remaining ones at the end."""
     started = []
 
     def begin(flags: str = "") -> list[subprocess.Popen]:
@@ -56,7 +56,7 @@ def wait_until_it_trains(logs: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_the_other_process_of_a_killed_one_ends_with_an_error(tmp_path, pair, victim):
+def test_a_killed_process_ends_the_other_with_an_error(tmp_path, pair, victim):
     processes = pair()
     wait_until_it_trains(tmp_path)
     processes[victim].kill()
@@ -65,18 +65,18 @@ def test_the_other_process_of_a_killed_one_ends_with_an_error(tmp_path, pair, vi
 
 
 @pytest.mark.slow
-def test_the_other_process_of_one_that_stands_still_ends_after_its_timeout(tmp_path, pair):
+def test_a_hanging_process_ends_the_other_after_the_timeout(tmp_path, pair):
     processes = pair("--timeout_minutes 0.2")
     wait_until_it_trains(tmp_path)
     processes[1].send_signal(signal.SIGSTOP)
     assert quiet_end(processes[0], PATIENCE)
     assert processes[0].returncode != 0
-    assert processes[1].poll() is None  # it stands still all the while
+    assert processes[1].poll() is None  # it hangs meanwhile
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_one_process_that_gives_up_ends_all(tmp_path, pair, way):
+def test_an_error_in_one_process_ends_all(tmp_path, pair, way):
     processes = pair(f"--hooks helpers.fault_injection.raise_on_rank_1 --parallel {way}")
     assert all(quiet_end(process, PATIENCE) for process in processes)
     assert processes[1].returncode == 2 and processes[0].returncode != 0
@@ -90,7 +90,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_torchrun_ends_with_an_error_where_a_worker_was_killed(tmp_path):
+def test_torchrun_fails_if_a_worker_is_killed(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (tmp_path / "said_0").open("w") as said:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run between two steps, saved, and the same command goes on from there."""
+"""SIGTERM and Ctrl-C stop a run between two steps and save it; the same command resumes it."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ def terminate(state, outputs):
 def interrupt_twice(state, outputs):
     if state.step == 2:
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)  # torchrun's and the terminal's
+        os.kill(os.getpid(), signal.SIGINT)  # one from torchrun, one from the terminal
 
 def interrupt_again_later(state, outputs):
     if state.step == 2:
@@ -41,7 +41,7 @@ def interrupt_again_later(state, outputs):
 
 @pytest.fixture
 def hooks(tmp_path, monkeypatch):
-    """The module `signalling`, for one test."""
+    """Makes the module `signalling` importable for one test."""
     (tmp_path / "signalling.py").write_text(HOOKS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(distributed, "DUPLICATE_SECONDS", distributed.DUPLICATE_SECONDS)  # a hook changes it
@@ -49,7 +49,7 @@ def hooks(tmp_path, monkeypatch):
 
 @pytest.fixture
 def handlers():
-    """Those of SIGTERM and SIGINT; the test must leave them as they were."""
+    """The handlers of SIGTERM and SIGINT; checks that the test restores them."""
     kinds = (signal.SIGTERM, signal.SIGINT)
     before = [signal.getsignal(kind) for kind in kinds]
     yield
@@ -71,7 +71,7 @@ def stopped(logs: Path, number: int, at_step: int) -> tuple[int, int, str]:
 
 @pytest.fixture
 def whole(tmp_path_factory) -> Path:
-    """The run left alone, shared with test_kill.py where that came first."""
+    """An uninterrupted run, shared with test_kill.py."""
     alone = tmp_path_factory.getbasetemp() / f"undisturbed_{STEPS}"
     if not (alone / "run").exists():
         alone.mkdir()
@@ -80,8 +80,8 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_real_run_is_signalled_twice_and_ends_as_one_left_alone(tmp_path, whole):
-    """With loading processes beside it, whose ends must not be heard of."""
+def test_a_run_stopped_twice_ends_like_an_uninterrupted_one(tmp_path, whole):
+    """With data-loading workers, which must end silently."""
     logs, begun = tmp_path / "signalled", 0
     logs.mkdir()
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
@@ -89,21 +89,21 @@ def test_a_real_run_is_signalled_twice_and_ends_as_one_left_alone(tmp_path, whol
         assert got == code, output
         assert step >= begun + 3
         assert f"{number.name}: finishing this step, then saving" in output
-        assert f"stopped at step {step} and saved: the same command goes on from there" in output
+        assert f"stopped and saved at step {step}: run the same command to resume" in output
         assert "Traceback" not in output and "Error" not in output
         verify_checkpoint(logs / "run" / "checkpoints" / f"step_{step:08d}")
         begun = step
     other = run_uninterrupted("vqgan", logs, STEPS)
     assert f"resuming from step {begun} of {STEPS}" in (logs / "output").read_text()
     found = differences(whole, other, STEPS)
-    found.pop("kept checkpoints")  # those of the stops are others
+    found.pop("kept checkpoints")  # stopping saves additional checkpoints
     assert not any(found.values()), found
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep finds the loading processes")
-def test_sigterm_to_all_processes_of_a_job_is_one_to_the_training_process(tmp_path):
-    """As schedulers, containers and systemd send it: loading processes serve until they are not needed any more."""
+def test_sigterm_to_the_whole_job_stops_training_once(tmp_path):
+    """As schedulers, containers and systemd send it: data-loading workers continue until they are not needed."""
     with start_process("vqgan", tmp_path, STEPS) as process:
         until(process, lambda: progress(tmp_path) >= 3)
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
@@ -117,7 +117,7 @@ def test_sigterm_to_all_processes_of_a_job_is_one_to_the_training_process(tmp_pa
 
 
 @pytest.mark.parametrize(("hook", "code"), [("terminate", 143), ("interrupt_twice", 130)])
-def test_the_step_is_finished_and_saved(tmp_path, capfd, hooks, handlers, hook, code):
+def test_the_current_step_is_finished_and_saved(tmp_path, capfd, hooks, handlers, hook, code):
     flags = f"--logs_root {tmp_path} --log_dir run {DDPM} --train_steps 4 --steps_per_eval 0"
     with pytest.raises(SystemExit) as stop:
         call("train_sampler.py", f"{flags} --hooks signalling.{hook}")
@@ -129,7 +129,7 @@ def test_the_step_is_finished_and_saved(tmp_path, capfd, hooks, handlers, hook, 
     assert saved_steps(tmp_path / "run") == [2, 4]
 
 
-def test_a_second_ctrl_c_later_ends_at_once(tmp_path, capfd, hooks, handlers):
+def test_a_later_second_ctrl_c_ends_at_once(tmp_path, capfd, hooks, handlers):
     with pytest.raises(SystemExit) as stop:
         flags = f"--logs_root {tmp_path} --log_dir run {DDPM} --train_steps 4 --num_workers 2"
         call("train_sampler.py", f"{flags} --hooks signalling.interrupt_again_later")
@@ -139,14 +139,14 @@ def test_a_second_ctrl_c_later_ends_at_once(tmp_path, capfd, hooks, handlers):
     assert "train_sampler.py: interrupted" in said and "Traceback" not in said
 
 
-def test_handlers_are_restored_after_whatever_ends_the_run(handlers):
+def test_signal_handlers_are_restored_after_any_exit(handlers):
     with StopSignals() as stop:
         assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == stop.handle
     with pytest.raises(ZeroDivisionError), StopSignals():
         raise ZeroDivisionError
 
 
-def test_a_second_ctrl_c_counts_only_later_and_sigterm_never(monkeypatch, capfd, handlers):
+def test_only_a_later_ctrl_c_interrupts(monkeypatch, capfd, handlers):
     now = [100.0]
     monkeypatch.setattr(distributed, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with StopSignals() as stop:
@@ -163,7 +163,7 @@ def test_a_second_ctrl_c_counts_only_later_and_sigterm_never(monkeypatch, capfd,
 
 @pytest.mark.slow
 def test_checkpoint_minutes_saves_by_time(tmp_path, monkeypatch):
-    """A clock that moves by 25 seconds each time it is read, of which a save reads it twice more."""
+    """A clock that advances 25 seconds per reading; a save reads it twice more."""
     now = [0.0]
 
     def monotonic():

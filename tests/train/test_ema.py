@@ -1,4 +1,4 @@
-"""The average against its closed form, for everything a module may hold, wherever it is moved."""
+"""Weight averages against their closed form, for all kinds of tensors, dtypes, devices and shards."""
 
 import copy
 
@@ -29,7 +29,7 @@ def disturb(module: nn.Module) -> None:
 
 
 def disturb_with(module: nn.Module, value: float) -> None:
-    """Multiplies: the same in shards and in what they are shards of."""
+    """A module that multiplies elementwise, with the same result when sharded."""
     for part in module.modules():
         if hasattr(part, "reshard"):
             part.reshard()
@@ -39,7 +39,7 @@ def disturb_with(module: nn.Module, value: float) -> None:
 
 
 def expected(average: EMA, model: nn.Module, step: int) -> list[torch.Tensor]:
-    """What the averaged parameters should become, each by itself."""
+    """The expected averages, one parameter at a time."""
     weight = 1 - average.decay(step)
     both = zip(average.module.parameters(), model.parameters(), strict=True)
     return [slow + weight * (fast.detach().to(slow) - slow) for slow, fast in both]
@@ -54,7 +54,7 @@ def check_update(average: EMA, model: nn.Module, step: int) -> None:
 
 
 def test_closed_form_with_warm_up_and_copied_buffers():
-    """w_t = sum over n of (1 - d_n) d_(n + 1) ... d_t x_n, and d_1 ... d_t of the start."""
+    """w_t = sum_n (1 - d_n) d_(n + 1) ... d_t x_n + d_1 ... d_t x_0."""
     start, steps = 0.3, 19
     model = scalar(start)
     average = EMA(model, beta=0.5)
@@ -71,22 +71,22 @@ def test_closed_form_with_warm_up_and_copied_buffers():
         assert average.module.seen.item() == step
 
 
-def test_long_runs_reach_beta():
+def test_the_decay_reaches_beta():
     assert EMA(scalar(0.0), 0.999).decay(10**6) == 0.999
 
 
-def test_pairs_by_name():
+def test_tensors_are_paired_by_name():
     other = nn.Module()
     other.register_parameter("v", nn.Parameter(torch.zeros(1)))
     with pytest.raises(ValueError, match="'v'"):
         EMA(scalar(0.0), 0.9).update(other, 1)
     wide = scalar(0.0)
     wide.w = nn.Parameter(torch.zeros(5, dtype=torch.float64))  # would broadcast
-    with pytest.raises(ValueError, match=r"w is \(1,\) here, \(5,\) there"):
+    with pytest.raises(ValueError, match=r"w is \(1,\) in the average, \(5,\) in the model"):
         EMA(scalar(0.0), 0.9).update(wide, 1)
 
 
-def test_the_copy_is_frozen_and_apart():
+def test_the_copy_is_frozen_and_independent():
     model = scalar(1.0)
     average = EMA(model, 0.9)
     model.w.data.fill_(5.0)
@@ -139,7 +139,7 @@ def test_lower_precision_is_averaged_in_float32(dtype):
     assert average.module(torch.zeros(1, 3)).dtype == torch.float32
 
 
-def test_a_shared_parameter_takes_one_step_and_a_complex_one_its_own():
+def test_shared_and_complex_parameters_are_averaged_once():
     model = nn.Module()
     model.first = nn.Linear(2, 2, bias=False)
     model.second = nn.Linear(2, 2, bias=False)
@@ -151,7 +151,7 @@ def test_a_shared_parameter_takes_one_step_and_a_complex_one_its_own():
         check_update(average, model, step)
 
 
-def test_names_are_paired_once(monkeypatch):
+def test_pairing_happens_once(monkeypatch):
     model = network()
     average = EMA(model, 0.9)
     average.update(model, 1)
@@ -205,7 +205,7 @@ CHANGES += [moved_to_float64, moved_to_bfloat16, moved_in_part, both_moved]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_moved_or_replaced_is_followed(change):
+def test_moved_and_replaced_tensors_are_followed(change):
     model = network()
     average = EMA(model, 0.9)
     check_update(average, model, 1)
@@ -214,7 +214,7 @@ def test_what_is_moved_or_replaced_is_followed(change):
     check_update(average, model, 3)
 
 
-def test_what_no_longer_fits_is_refused_at_the_next_step_and_the_one_after():
+def test_a_changed_network_is_refused_at_every_later_step():
     model = network()
     average = EMA(model, 0.9)
     average.update(model, 1)
@@ -222,17 +222,17 @@ def test_what_no_longer_fits_is_refused_at_the_next_step_and_the_one_after():
     for step in (2, 3):
         with pytest.raises(ValueError, match=r"2\.1\.bias"):
             average.update(model, step)
-    check_update(average, network(), 4)  # another one of the same names
+    check_update(average, network(), 4)  # another network with the same names
 
 
-def test_distance_is_the_sums_over_all_averaged_parameters():
+def test_squared_norms_sum_over_all_averaged_parameters():
     model = network()
     model[2].bfloat16()
     average = EMA(model, 0.9)
     start = copy.deepcopy(model)
     torch.testing.assert_close(average.squared_norms(model)[0], torch.tensor(0.0))
     disturb(model)
-    model[1].running_mean.fill_(1e6)  # no parameter
+    model[1].running_mean.fill_(1e6)  # not a parameter
     pairs = [(a.float(), b.float()) for a, b in zip(start.parameters(), model.parameters(), strict=True)]
     wanted = [sum((a - b).square().sum() for a, b in pairs), sum(b.square().sum() for _, b in pairs)]
     torch.testing.assert_close(average.squared_norms(model), torch.stack(wanted).detach())
@@ -241,13 +241,13 @@ def test_distance_is_the_sums_over_all_averaged_parameters():
 
 @pytest.fixture
 def mesh():
-    """A mesh of this process alone."""
+    """A device mesh of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.device_mesh.init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 
 
-def test_shards_are_averaged_where_they_lie(mesh):
+def test_shards_are_averaged_in_place(mesh):
     from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 
     def cut(name, module, mesh):
@@ -259,7 +259,7 @@ def test_shards_are_averaged_where_they_lie(mesh):
     average.update(model, 1)
     wanted.update(plain, 1)
     distribute_module(model, mesh, cut)
-    with pytest.raises(ValueError, match="0.weight split as .*Shard.* its own as None: shard both alike"):
+    with pytest.raises(ValueError, match="0.weight sharded as .*Shard.* its own is sharded as None: shard both alike"):
         average.update(model, 2)
     distribute_module(average.module, mesh, cut)
     with torch.no_grad():
@@ -271,12 +271,12 @@ def test_shards_are_averaged_where_they_lie(mesh):
         torch.testing.assert_close(got.full_tensor(), want.data)
     torch.testing.assert_close(average.squared_norms(model), wanted.squared_norms(plain))
     model[0].weight = nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Replicate()]))
-    with pytest.raises(ValueError, match="Replicate.* its own as .*Shard"):
+    with pytest.raises(ValueError, match="Replicate.* its own is sharded as .*Shard"):
         average.update(model, 3)
 
 
-def test_shards_that_lie_whole_after_a_forward_pass_are_averaged(mesh):
-    """FSDP2 frees the outermost parameters after a backward pass alone; an average never sees one."""
+def test_parameters_unsharded_by_forward_are_averaged(mesh):
+    """FSDP2 reshards the outermost parameters only after a backward pass, which an average never has."""
     from torch.distributed.fsdp import fully_shard
 
     model, plain = network(), network()

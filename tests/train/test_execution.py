@@ -1,4 +1,4 @@
-"""Ways to run a network that leave what it computes as it is."""
+"""Activation checkpointing, memory formats, compilation, determinism and TF32 do not change the results."""
 
 import copy
 import os
@@ -52,7 +52,7 @@ def vqgan():
 def made(build):
     torch.manual_seed(0)
     network, inputs = build()
-    for p in network.parameters():  # what starts at zero would hide what lies behind it
+    for p in network.parameters():  # zero-initialised layers would hide the layers before them
         if not p.any():
             nn.init.normal_(p, std=0.02)
     return network, inputs
@@ -64,7 +64,7 @@ def case(request):
 
 
 def step(network, inputs, dtype=None):
-    """Loss and gradients of one step, dropout drawn the same each time."""
+    """Loss and gradients of one step, with the same dropout masks each time."""
     network.zero_grad()
     torch.manual_seed(1)
     with autocast(CPU, dtype is not None, dtype):
@@ -79,7 +79,7 @@ def differing(found, wanted):
 
 
 def kept_elements(network, inputs):
-    """How many numbers the backward pass holds on to, parameters apart."""
+    """The number of elements saved for the backward pass, without parameters."""
     held, own = {}, {p.data_ptr() for p in network.parameters()}
 
     def pack(x):
@@ -93,7 +93,7 @@ def kept_elements(network, inputs):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_gradients_stay_the_same_bit_for_bit(case, dtype):
+def test_recomputation_gives_bitwise_equal_gradients(case, dtype):
     network, inputs = case
     again = copy.deepcopy(network)
     assert checkpoint_activations(again) == len(list(outermost_blocks(network))) > 1
@@ -101,14 +101,14 @@ def test_gradients_stay_the_same_bit_for_bit(case, dtype):
 
 
 @pytest.mark.parametrize("build", [transformer, unet, vqgan])
-def test_less_is_kept_for_the_backward_pass(build):
+def test_fewer_activations_are_stored(build):
     network, inputs = made(build)
     plain = kept_elements(network, inputs)[0]
     checkpoint_activations(network)
     assert kept_elements(network, inputs)[0] < 0.5 * plain
 
 
-def test_names_and_values_stay_what_they_are(case):
+def test_names_and_values_do_not_change(case):
     network, _ = case
     before = {name: value.clone() for name, value in network.state_dict().items()}
     types = [type(m) for m in network.modules()]
@@ -140,7 +140,7 @@ def test_maps_are_recorded_once_per_forward():
 
 
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
-def test_maps_may_be_recorded_in_one_direction_alone(forward):
+def test_maps_can_be_recorded_during_forward_alone(forward):
     network, inputs = made(transformer)
     wanted = step(network, inputs)
     checkpoint_activations(network)
@@ -156,8 +156,8 @@ def test_maps_may_be_recorded_in_one_direction_alone(forward):
     assert differing(found, wanted) == []
 
 
-def test_the_adaptive_weight_may_ask_first():
-    """It takes gradients of the last layer alone, twice, and the graph is used again."""
+def test_an_earlier_partial_backward_is_allowed():
+    """The adaptive weight takes gradients of the last layer twice before the graph is used again."""
     network, (images,) = made(vqgan)
     found = []
     for _ in range(2):
@@ -176,12 +176,12 @@ def test_the_adaptive_weight_may_ask_first():
     assert differing(*found) == []
 
 
-def test_what_cannot_be_computed_again_is_refused():
+def test_networks_that_cannot_be_recomputed_are_refused():
     with pytest.raises(ValueError, match="Linear has no blocks"):
         checkpoint_activations(nn.Linear(2, 2))
     block = nn.Module()
     block.norm = nn.BatchNorm2d(2)
-    with pytest.raises(ValueError, match="count twice"):
+    with pytest.raises(ValueError, match="statistics twice"):
         checkpoint_activations(nn.Sequential(block))
     network, _ = made(transformer)
     checkpoint_activations(network)
@@ -192,7 +192,7 @@ def test_what_cannot_be_computed_again_is_refused():
 @pytest.mark.parametrize("build", [unet, vqgan])
 def test_channels_last_computes_the_same(build):
     network, inputs = made(build)
-    other = copy.deepcopy(network.eval())  # dropout would draw in another order
+    other = copy.deepcopy(network.eval())  # dropout draws in memory order
     assert convert_to_channels_last(other) is other
     images = to_channels_last(inputs[0])
     assert images.shape == inputs[0].shape and images.is_contiguous(memory_format=torch.channels_last)
@@ -209,18 +209,18 @@ def test_only_images_change_their_memory_format():
     assert to_channels_last(ids) is ids
 
 
-def test_compiling_is_refused_where_there_is_no_compiler(monkeypatch, tmp_path):
+def test_compiling_without_a_compiler_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     torch.compiler.reset()
     network = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="does not work here on cpu.*install them, or do not compile"):
+    with pytest.raises(ValueError, match="does not work here on cpu.*install them, or leave --compile out"):
         compile_network(network)
     assert torch.equal(network(torch.ones(2)), nn.functional.linear(torch.ones(2), network.weight, network.bias))
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's tracer looks at it
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # accessed by torch's tracer
 @pytest.mark.parametrize("again", [False, True], ids=["plain", "checkpointed"])
 def test_a_compiled_network_computes_the_same(again):
     torch.compiler.reset()
@@ -246,7 +246,7 @@ def settings():
     )
 
 
-def test_determinism_holds_until_it_is_undone(monkeypatch):
+def test_determinism_holds_until_it_is_reset(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     before = settings()
@@ -260,7 +260,7 @@ def test_determinism_holds_until_it_is_undone(monkeypatch):
     assert settings() == before
 
 
-def test_the_users_own_workspace_stays(monkeypatch):
+def test_the_users_cublas_workspace_is_kept(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     with set_deterministic(True):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
@@ -268,11 +268,11 @@ def test_the_users_own_workspace_stays(monkeypatch):
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_tf32_holds_on_cuda_until_it_is_undone(enabled):
+def test_tf32_holds_on_cuda_until_it_is_reset(enabled):
     before = settings()
     with set_tf32(torch.device("cuda"), enabled):
         assert settings()[4:] == (enabled, enabled)
-        assert torch.get_float32_matmul_precision() == ("high" if enabled else "highest")  # what compilers ask
+        assert torch.get_float32_matmul_precision() == ("high" if enabled else "highest")  # as compilers see it
     assert settings() == before
     with set_tf32(CPU, enabled):
         assert settings() == before

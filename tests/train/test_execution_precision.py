@@ -1,4 +1,4 @@
-"""Half precision, the loss scale, and losses that are not finite."""
+"""Autocast dtypes, loss scaling and non-finite losses."""
 
 import pytest
 import torch
@@ -20,12 +20,12 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
         (MPS, False, None),
     ],
 )
-def test_auto_takes_what_the_machine_computes(device, native, wanted, monkeypatch):
+def test_auto_takes_the_native_dtype(device, native, wanted, monkeypatch):
     monkeypatch.setattr(execution, "has_native_bf16", lambda _: native)
     assert autocast_dtype(device) == autocast_dtype(device, "auto") == wanted
 
 
-def test_a_type_that_is_named_is_taken(monkeypatch):
+def test_an_explicit_dtype_is_used(monkeypatch):
     monkeypatch.setattr(execution, "has_native_bf16", lambda _: False)
     assert autocast_dtype(CPU, "bfloat16") == torch.bfloat16
     assert autocast_dtype(CPU, "float16") == torch.float16
@@ -34,7 +34,7 @@ def test_a_type_that_is_named_is_taken(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_computes_in_the_type_it_is_given(dtype, monkeypatch):
+def test_autocast_computes_in_the_given_dtype(dtype, monkeypatch):
     monkeypatch.setattr(execution, "has_native_bf16", lambda _: False)
     x = torch.ones(2, 2)
     with autocast(CPU, True, dtype):
@@ -44,7 +44,7 @@ def test_autocast_computes_in_the_type_it_is_given(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_without_a_type_autocast_is_bfloat16_where_it_is_native(native, monkeypatch):
+def test_autocast_defaults_to_native_bfloat16(native, monkeypatch):
     monkeypatch.setattr(execution, "has_native_bf16", lambda _: native)
     x = torch.ones(2, 2)
     with autocast(CPU, True):
@@ -72,9 +72,9 @@ def test_a_finite_loss_keeps_its_bits():
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-def test_a_loss_that_is_not_finite_poisons_every_parameter(bad):
+def test_a_nonfinite_loss_gives_every_parameter_nan(bad):
     network, loss = network_and_loss()
-    (loss + bad).backward()  # a term that no parameter moves
+    (loss + bad).backward()  # a term that does not depend on any parameter
     assert all(g.isfinite().all() for g in gradients(network)), "alone, it would have gone unseen"
     network, loss = network_and_loss()
     nan_grads_if_nonfinite(loss + bad).backward()
@@ -82,11 +82,11 @@ def test_a_loss_that_is_not_finite_poisons_every_parameter(bad):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_a_poisoned_loss_keeps_its_type(dtype):
+def test_the_checked_loss_keeps_its_dtype(dtype):
     assert nan_grads_if_nonfinite(torch.ones(3, dtype=dtype)).dtype == dtype
 
 
-def test_scaling_and_dividing_again_changes_no_bit():
+def test_scaling_and_unscaling_changes_no_bit():
     (plain, loss), (other, same) = network_and_loss(), network_and_loss()
     loss.backward()
     scale = LossScale()
@@ -99,7 +99,7 @@ def test_a_float16_loss_is_scaled_in_float32():
     assert LossScale().scale(torch.tensor(2.0, dtype=torch.float16)).item() == 2.0**17
 
 
-def test_gradients_that_float16_would_round_to_zero_survive():
+def test_gradients_below_float16_survive():
     weight = torch.full((1, 1), 1.0, requires_grad=True)
     found = []
     for scale in (1.0, LossScale().value):
@@ -109,13 +109,13 @@ def test_gradients_that_float16_would_round_to_zero_survive():
     assert found == [0.0, pytest.approx(1e-9, rel=1e-3)]
 
 
-def test_it_halves_down_to_one_and_then_says_so():
+def test_the_scale_halves_down_to_one_and_reports_it():
     scale = LossScale()
     assert [scale.record_overflow() for _ in range(17)] == [True] * 16 + [False]
     assert scale.value == 1
 
 
-def test_it_doubles_after_2000_good_steps_in_a_row():
+def test_the_scale_doubles_after_2000_finite_steps():
     scale = LossScale()
     for _ in range(1999):
         scale.record_finite()
@@ -128,14 +128,14 @@ def test_it_doubles_after_2000_good_steps_in_a_row():
     assert scale.value == 2.0**16
 
 
-def test_it_stops_doubling():
+def test_the_scale_has_a_maximum():
     scale = LossScale()
     for _ in range(20 * 2000):
         scale.record_finite()
     assert scale.value == 2.0**24
 
 
-def test_a_resumed_scale_goes_on_as_the_unbroken_one():
+def test_a_resumed_scale_continues_identically():
     events = torch.zeros(5000, dtype=torch.bool)  # which steps overflow
     events[[3, 100, 4000]] = True
 

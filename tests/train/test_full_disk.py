@@ -1,4 +1,4 @@
-"""A disk that fills up while a run saves: the older checkpoint stays, no half one counts, and the run can go on."""
+"""A disk that fills up during a save: the older checkpoint stays intact, and the run can resume."""
 
 import errno
 import shutil
@@ -31,7 +31,7 @@ def state_of(width: int = 3) -> TrainState:
 
 
 class Full:
-    """The n-th thing that a save asks of the system is refused, as each of them reports it."""
+    """Makes the n-th system call of a save fail, with the error that each of them raises."""
 
     def __init__(self, monkeypatch, n: int):
         self.n, self.asked = n, 0
@@ -66,8 +66,8 @@ class Full:
 
 
 @pytest.mark.parametrize("step", [7, 8])
-def test_whatever_is_refused_a_whole_checkpoint_stays(tmp_path, monkeypatch, step):
-    """Also where the checkpoint that is there is written once more (step 7)."""
+def test_any_failed_write_keeps_a_complete_checkpoint(tmp_path, monkeypatch, step):
+    """Also when the existing checkpoint (step 7) is overwritten."""
     n, done = 0, False
     while not done:
         n += 1
@@ -85,15 +85,15 @@ def test_whatever_is_refused_a_whole_checkpoint_stays(tmp_path, monkeypatch, ste
         for there in saved_steps(run):
             verify_checkpoint(checkpoint(run, there))
             load_checkpoint(run, there, state_of())
-        save_checkpoint(run, state)  # there is room again
+        save_checkpoint(run, state)  # there is space again
         assert saved_steps(run) == sorted({7, step})
         assert [f.name for f in (run / "checkpoints").glob(".step_*")] == []
-    assert full.asked == n - 1 >= 10  # all of them have been refused
+    assert full.asked == n - 1 >= 10  # every call has failed once
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of four megabytes."""
+    """A file system of four megabytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -106,7 +106,7 @@ def small_disk(tmp_path):
 
 
 def leave(disk: Path, free: int) -> Path:
-    """Fills a disk up to so many bytes, in whole pages."""
+    """Fills a file system except for so many bytes, in whole pages."""
     filler = disk / "filler"
     filler.write_bytes(b"0" * max(0, shutil.disk_usage(disk).free - free))
     return filler
@@ -119,9 +119,9 @@ def mounting(request):
     return request.getfixturevalue("small_disk")
 
 
-def test_a_full_disk_is_an_OSError_wherever_it_fills_up(mounting):
-    """save_file and torch.save raise SafetensorError, RuntimeError or OSError, as they please."""
-    state = state_of(100)  # each file some 40 to 80 KB
+def test_a_full_disk_is_always_an_oserror(mounting):
+    """save_file and torch.save raise SafetensorError, RuntimeError or OSError."""
+    state = state_of(100)  # 40 to 80 KB per file
     save_checkpoint(mounting, state)
     size = sum(f.stat().st_size for f in checkpoint(mounting, 7).iterdir())
     state.step, refused = 8, 0
@@ -132,7 +132,7 @@ def test_a_full_disk_is_an_OSError_wherever_it_fills_up(mounting):
         except OSError as error:
             refused += 1
             assert "No space left" in str(error)
-            assert saved_steps(mounting) in ([7], [7, 8])  # both, where "latest" alone found no room
+            assert saved_steps(mounting) in ([7], [7, 8])  # both if only "latest" did not fit
             for step in saved_steps(mounting):
                 verify_checkpoint(checkpoint(mounting, step))
             assert [f.name for f in (mounting / "checkpoints").iterdir() if f.name.startswith(".step")] == []
@@ -143,26 +143,26 @@ def test_a_full_disk_is_an_OSError_wherever_it_fills_up(mounting):
     assert saved_steps(mounting) == [7, 8]
 
 
-def test_a_bad_batch_that_does_not_fit_on_the_disk_is_an_OSError(mounting):
+def test_saving_a_bad_batch_to_a_full_disk_is_an_oserror(mounting):
     leave(mounting, 8_192)
     bad = BadStepRecorder(mounting, DistContext(torch.device("cpu")), max_bad_steps=1)
     with pytest.raises(OSError, match="No space left"):
         bad(state_of(), [{"position": torch.arange(4), "image": torch.zeros(4, 3, 64, 64)}])
 
 
-def test_a_snapshot_of_averages_that_does_not_fit_on_the_disk_is_an_OSError(mounting):
+def test_saving_an_ema_snapshot_to_a_full_disk_is_an_oserror(mounting):
     leave(mounting, 8_192)
-    with pytest.raises(OSError, match="No space left"):  # what else is raised ends the writing thread unheard
+    with pytest.raises(OSError, match="No space left"):  # other errors would end the writer thread silently
         save_snapshot(mounting, 1, {"0.1/network.weight": torch.zeros(100, 100)})
 
 
 @pytest.mark.parametrize("script", ["train_vqgan.py", "train_sampler.py"])
-def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_once_there_is_room(mounting, tmp_path, capsys, script):
+def test_a_run_on_a_full_disk_ends_cleanly_and_resumes_later(mounting, tmp_path, capsys, script):
     kind = f"{VQGAN} --perceptual_net none" if script == "train_vqgan.py" else f"{DDPM} --ema_profiles 0.1"
     flags = f"--no_amp --log_dir run --steps_per_eval 0 --steps_per_save_output 100 --steps_per_log 1 {kind}"
     call(script, f"--logs_root {mounting} --train_steps 2 {flags}")
     call(script, f"--logs_root {tmp_path} --train_steps 4 {flags}")
-    filler = leave(mounting, 60_000)  # for the curves
+    filler = leave(mounting, 60_000)  # for the logs
     with pytest.raises(SystemExit) as stop:
         call(script, f"--logs_root {mounting} --train_steps 4 {flags}")
     said = [line for line in capsys.readouterr().err.splitlines() if f"{script}: " in line]

@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends bit for bit as the one left alone: tests/kill_training.py in small."""
+"""A run that is killed repeatedly ends bitwise equal to an uninterrupted one (tests/kill_training.py, small)."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 
 def compared(stage, folder, steps, kills, alone=None):
-    """What differs after so many kills, and what they hit; the undisturbed run goes on meanwhile."""
+    """The differences after so many kills, and what they hit; the uninterrupted run goes on meanwhile."""
     alone, restarted = alone or folder / "undisturbed", folder / "killed"
     for logs in (alone, restarted):
         logs.mkdir()
@@ -28,10 +28,10 @@ def compared(stage, folder, steps, kills, alone=None):
 
 @pytest.mark.slow
 def test_three_kills_change_no_bit(tmp_path, tmp_path_factory):
-    alone = tmp_path_factory.getbasetemp() / "undisturbed_36"  # test_distributed_signals.py compares with it too
+    alone = tmp_path_factory.getbasetemp() / "undisturbed_36"  # also used by test_distributed_signals.py
     different, attempt = compared("vqgan", tmp_path, 36, 3, alone)
     assert different == {}
-    assert attempt.kills >= 2  # the last one may come too late
+    assert attempt.kills >= 2  # the last kill may come too late
     assert "Traceback" not in attempt.outputs[-1]
 
 
@@ -68,12 +68,12 @@ def fake_run(folder, weight=1.0, total=1.0, loss=1.0, speed=1.0):
         ({"speed": 2.0}, None),
     ],
 )
-def test_every_bit_is_compared_but_speed(tmp_path, change, file):
+def test_every_bit_but_speed_is_compared(tmp_path, change, file):
     found = differences(fake_run(tmp_path / "one"), fake_run(tmp_path / "other", **change), 3)
     assert {name for name, count in found.items() if count} == ({file} if file else set())
 
 
-def test_a_file_or_line_that_one_lacks_counts_whole(tmp_path):
+def test_a_missing_file_or_line_counts_in_full(tmp_path):
     one, other = fake_run(tmp_path / "one"), fake_run(tmp_path / "other")
     path = one / "checkpoints" / "step_00000003" / "ema.safetensors"
     save_file({"x": torch.zeros(1)}, path)
@@ -84,7 +84,7 @@ def test_a_file_or_line_that_one_lacks_counts_whole(tmp_path):
     assert found.keys() == {"ema.safetensors", "metrics.jsonl"}
 
 
-def test_the_watcher_keeps_its_state():
+def test_the_hook_restores_its_state():
     watcher, other = ProgressHook(), ProgressHook()
     watcher.total += 3
     other.load_state_dict(watcher.state_dict())

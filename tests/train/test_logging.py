@@ -1,4 +1,4 @@
-"""What is logged is what happened."""
+"""The logged metrics, images and histograms are correct."""
 
 import json
 
@@ -21,21 +21,21 @@ def logger(tmp_path):
     logger.close()
 
 
-def test_lines_hold_averages_each_over_its_own_steps(logger, tmp_path):
+def test_each_metric_is_averaged_over_its_own_steps(logger, tmp_path):
     steps = [{"loss": 1.0}, {"loss": 2.0}, {"loss": 6.0, "late": 5.0}, {"loss": 7.0}]
     counters = {"metrics": RunningSums(HERE)}
     for number, metrics in enumerate(steps, 1):
         outputs = {name: torch.tensor(value) for name, value in metrics.items()} | {"losses": torch.ones(2)}
         logger(TrainState({}, {}, counters=counters, step=number), outputs)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [3, 4]  # every third, and the last
+    assert [line["step"] for line in lines] == [3, 4]  # every third step, and the last
     assert (lines[0]["loss"], lines[0]["late"]) == (3.0, 5.0)
     assert lines[1]["loss"] == 7.0 and "late" not in lines[1]
-    assert not any("losses" in line for line in lines)  # per example: for hooks
+    assert not any("losses" in line for line in lines)  # per-example outputs are for hooks
     assert lines[0]["perf/images_per_second"] == pytest.approx(2 * lines[0]["perf/steps_per_second"])
 
 
-def test_a_grid_holds_the_images_in_reading_order_and_enlarges_small_ones():
+def test_a_grid_is_in_reading_order_and_enlarges_small_images():
     images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 1, 32, 32) * 10
     grid = grid_image(images, columns=3)
     assert grid.size == (3 * 66 + 2, 2 * 66 + 2)
@@ -43,7 +43,7 @@ def test_a_grid_holds_the_images_in_reading_order_and_enlarges_small_ones():
     assert grid.getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_pictures_and_histograms_reach_tensorboard(logger, tmp_path):
+def test_images_and_histograms_reach_tensorboard(logger, tmp_path):
     logger.log_images("samples", 3, torch.zeros(4, 3, 8, 8))
     logger.log_histogram("codes", 3, torch.tensor([1.0, 0.0, 2.0]))
     logger.writer.flush()
@@ -52,7 +52,7 @@ def test_pictures_and_histograms_reach_tensorboard(logger, tmp_path):
     assert b"samples" in events.read_bytes() and b"codes" in events.read_bytes()
 
 
-def test_a_line_cut_short_ends_what_is_kept(tmp_path):
+def test_a_truncated_line_ends_the_kept_metrics(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     truncate_metrics(path, 2)

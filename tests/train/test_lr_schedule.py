@@ -1,4 +1,4 @@
-"""Learning rates against their formulas."""
+"""Learning-rate schedules against their formulas."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import pytest
 from train.lr_schedule import LR_SCHEDULES, learning_rate
 
 LR = 0.3
-RUNS = {  # name: what it takes beside lr
+RUNS = {  # schedule -> its arguments besides lr
     "constant": {"steps": 50, "warmup": 7},
     "cosine": {"steps": 50, "warmup": 7, "end": 0.1},
     "decay_tail": {"steps": 50, "warmup": 7, "decay_steps": 20, "end": 0.1},
@@ -19,7 +19,7 @@ def rates(schedule, **options):
     return [learning_rate(step, lr=LR, schedule=schedule, **options) for step in range(options["steps"])]
 
 
-def test_every_schedule_is_tried_here():
+def test_every_schedule_is_tested():
     assert set(RUNS) == set(LR_SCHEDULES)
 
 
@@ -32,7 +32,7 @@ def test_warm_up_is_linear_and_ends_at_lr(schedule):
 
 @pytest.mark.parametrize("schedule", ["cosine", "decay_tail"])
 @pytest.mark.parametrize("end", [0.0, 0.1, 1.0])
-def test_the_last_step_takes_the_end(schedule, end):
+def test_the_last_step_takes_the_end_rate(schedule, end):
     found = rates(schedule, **RUNS[schedule] | {"end": end})
     assert found[-1] == pytest.approx(end * LR, abs=1e-15)
     assert min(found) >= 0
@@ -42,8 +42,8 @@ def test_the_last_step_takes_the_end(schedule, end):
 
 
 @pytest.mark.parametrize("schedule", LR_SCHEDULES)
-def test_no_step_jumps(schedule):
-    """Continuous: with ten times the steps no change between neighbours is more than a tenth."""
+def test_the_rate_is_continuous(schedule):
+    """With ten times the steps, the largest change between two steps is at most a tenth."""
     coarse, fine = (
         rates(schedule, **{key: value * k if key != "end" else value for key, value in RUNS[schedule].items()})
         for k in (1, 10)
@@ -59,7 +59,7 @@ def test_cosine_is_half_way_in_the_middle():
     assert all(a + b == pytest.approx(1.2 * LR) for a, b in zip(found, reversed(found), strict=True))
 
 
-def test_the_tail_falls_by_equal_amounts_and_before_it_nothing_depends_on_the_length():
+def test_the_tail_is_linear_and_earlier_steps_ignore_the_length():
     short, long = rates("decay_tail", **RUNS["decay_tail"]), rates("decay_tail", **RUNS["decay_tail"] | {"steps": 90})
     assert short[:30] == long[:30] and short[7:30] == [LR] * 23
     tail = [LR, *short[30:]]
@@ -78,7 +78,7 @@ def test_a_run_of_one_step_takes_lr(schedule):
         ({"schedule": "cosin"}, "constant, cosine, decay_tail"),
         ({"schedule": "decay_tail"}, "0 decay_steps"),
         ({"schedule": "decay_tail", "decay_steps": 6, "warmup": 5}, "shorten one"),
-        ({"schedule": "cosine", "warmup": 10}, "leaves the cosine none"),
+        ({"schedule": "cosine", "warmup": 10}, "leaves none for the cosine"),
         ({"lr": -1.0}, "got lr -1"),
         ({"lr": math.nan}, "got lr nan"),
         ({"end": 1.5}, "end 1.5"),
@@ -87,12 +87,12 @@ def test_a_run_of_one_step_takes_lr(schedule):
         ({"step": -1}, "got step -1"),
     ],
 )
-def test_numbers_that_do_not_fit(options, said):
+def test_invalid_schedules_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
         learning_rate(**{"step": 0, "lr": LR, "steps": 10} | options)
 
 
-def test_numbers_that_just_fit():
+def test_borderline_schedules_are_accepted():
     assert rates("decay_tail", steps=10, warmup=5, decay_steps=5)[4:6] == [LR, pytest.approx(0.8 * LR)]
     assert rates("cosine", steps=10, warmup=9)[8:] == [LR, 0]
     assert rates("constant", steps=2, warmup=10_000)[0] == pytest.approx(

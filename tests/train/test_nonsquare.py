@@ -1,4 +1,4 @@
-"""Images that are not square, and crops as training views, from the flags to the samples of a second stage."""
+"""Non-square images, and crops as training views, from the flags to the samples of a second stage."""
 
 import dataclasses
 import hashlib
@@ -27,7 +27,7 @@ CODES = f"--train_steps 2 --no_amp --steps_per_eval 2 {SAMPLER}"
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """Logs with a VQGAN trained for three steps on crops of 16x24 digits, mirrored too."""
+    """Logs with a VQGAN trained for three steps on crops of 16x24 digits and their mirror images."""
     folder = tmp_path_factory.mktemp("logs")
     flags = f"{VQGAN} {GAN} {SIZE} --shift 0 --crop_margin 4 --horizontal_flip --train_steps 3 --steps_per_eval 3"
     call("train_vqgan.py", f"--logs_root {folder} --no_amp {flags}")
@@ -73,7 +73,7 @@ def test_the_size_is_height_and_width(settings, size, sides):
         ({"crop_margin": 4, "shift": 2}, "got shift 2 and crop_margin 4: .* leave one of them out"),
     ],
 )
-def test_sizes_and_margins_that_make_no_sense_are_refused(settings, message):
+def test_invalid_sizes_and_margins_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**settings)
 
@@ -81,14 +81,14 @@ def test_sizes_and_margins_that_make_no_sense_are_refused(settings, message):
 def test_a_later_stage_takes_the_size_from_its_vqgan(logs, monkeypatch, tmp_path):
     same = parse_config("train_sampler.py", f"--logs_root {logs}", monkeypatch)
     assert (same["img_size"], same["img_width"], same["crop_margin"], same["shift"]) == (16, 24, 4, 0)
-    flags = f"--logs_root {logs} --dataset mnist --ae_load_dir vqgan_digits"  # other images: no more than their shape
+    flags = f"--logs_root {logs} --dataset mnist --ae_load_dir vqgan_digits"  # other images: only their shape is taken
     other = parse_config("train_sampler.py", flags, monkeypatch)
     assert (other["img_size"], other["img_width"], other["crop_margin"]) == (16, 24, 0)
     preset = parse_config("train_sampler.py", f"--logs_root {tmp_path}", monkeypatch)
     assert (preset["img_size"], preset["img_width"]) == (32, None)
 
 
-def test_a_run_that_was_made_before_there_was_a_width_is_square(trained, tmp_path):
+def test_a_run_without_a_width_is_square(trained, tmp_path):
     run, old = trained / "vqgan_digits", tmp_path / "old"
     old.mkdir()
     for path in run.iterdir():
@@ -120,7 +120,7 @@ def test_images_of_another_height_or_width_are_refused(first, change):
     first.check_fits(dataclasses.replace(first.data, crop_margin=0, horizontal_flip=False))
 
 
-def test_codes_to_train_on_are_those_of_the_crops_and_codes_to_validate_of_the_images(first, digits):
+def test_training_codes_come_from_crops_validation_from_images(first, digits):
     plain, larger = ImageSource(digits, first.data), ImageSource(digits, first.data, margin=4)
     seen = training_views(first.data)
     assert len(seen) == 10
@@ -134,7 +134,7 @@ def test_codes_to_train_on_are_those_of_the_crops_and_codes_to_validate_of_the_i
     assert torch.equal(validated.ids[0].long(), first.encode(whole)) and len(validated.ids) == 1
 
 
-def test_codes_of_other_margins_are_other_caches(first, digits):
+def test_each_crop_margin_has_its_own_cache(first, digits):
     def caches():
         return {path.stem for path in (first.run / "codes").glob("*")}
 
@@ -177,7 +177,7 @@ def test_validation_images_are_not_cut(first, digits):
     assert cut.shape == plain.shape and not torch.equal(cut, plain)
 
 
-def test_masked_codes_are_grey_where_they_lie(first):
+def test_masked_codes_are_shown_grey(first):
     x = torch.zeros(1, 4, 6, dtype=torch.int64)
     x[0, 1, 5] = first.vqgan.quantizer.codebook_size
     predicted = torch.nn.functional.one_hot(torch.zeros(1, 4, 6, dtype=torch.int64), 16).float()
@@ -202,7 +202,7 @@ def samples(logs, flags):
         ("neighbours", "--attention neighborhood --kernel_sizes 3 --position bias"),
     ],
 )
-def test_a_sampler_of_codes_trains_and_draws_on_a_grid_that_is_not_square(name, flags, logs):
+def test_a_code_sampler_trains_and_samples_on_a_nonsquare_grid(name, flags, logs):
     call("train_sampler.py", f"--logs_root {logs} --log_dir codes_{name} {CODES} {flags}")
     with samples(logs, f"--load_dir codes_{name} --log_dir s_{name}") as drawn:
         assert drawn["arr_0"].shape == (3, 16, 24, 3) and drawn["codes"].shape == (3, 4, 6)
@@ -210,7 +210,7 @@ def test_a_sampler_of_codes_trains_and_draws_on_a_grid_that_is_not_square(name, 
     call("experiments/generate_big_samples.py", f"--logs_root {logs} --load_dir codes_{name} --n_samples 1 {shape}")
 
 
-def test_a_window_that_fits_the_width_alone_is_refused(logs, capfd):
+def test_a_window_larger_than_the_height_is_refused(logs, capfd):
     flags = "--attention neighborhood --kernel_sizes 5"
     with pytest.raises(SystemExit):
         call("train_sampler.py", f"--logs_root {logs} --log_dir no {CODES} {flags}")
@@ -218,7 +218,7 @@ def test_a_window_that_fits_the_width_alone_is_refused(logs, capfd):
 
 
 @pytest.mark.slow
-def test_gaussian_samplers_train_and_draw_on_latents_and_pixels_that_are_not_square(logs):
+def test_gaussian_samplers_train_and_sample_nonsquare_images(logs):
     latent = f"--sampler ddpm --batch_size 4 --total_steps 20 --sample_steps 3 --ae_load_dir vqgan_digits {UNET}"
     for name, flags in {"latents": latent, "pixels": f"{DDPM} --img_width 12 --shift 0 --crop_margin 2"}.items():
         call("train_sampler.py", f"--logs_root {logs} --log_dir {name} --train_steps 2 --no_amp {flags}")
@@ -226,7 +226,7 @@ def test_gaussian_samplers_train_and_draw_on_latents_and_pixels_that_are_not_squ
             assert drawn["arr_0"].shape == ((3, 16, 24, 3) if name == "latents" else (3, 8, 12, 3))
 
 
-def test_a_width_that_does_not_divide_is_named(logs, capfd):
+def test_an_indivisible_width_is_named(logs, capfd):
     for script, flags, message in [
         ("train_sampler.py", f"{DDPM} --img_width 11 --train_steps 1 --no_amp --log_dir no", "8 x 11 pixels"),
         ("train_vqgan.py", f"{VQGAN} {GAN} --img_width 22 --train_steps 1 --log_dir no", "images of 16x22"),
@@ -239,7 +239,7 @@ def test_a_width_that_does_not_divide_is_named(logs, capfd):
 # what is measured
 
 
-def test_statistics_of_real_images_are_kept_by_height_and_width_and_squares_by_one_side(first, digits, tmp_path):
+def test_real_statistics_are_cached_by_height_and_width(first, digits, tmp_path):
     def kept(**size):
         before = set(tmp_path.glob("*"))
         data = dataclasses.replace(first.data, **size)

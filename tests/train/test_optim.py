@@ -1,4 +1,4 @@
-"""Optimizers by name against their first step by hand, and their states in any memory format."""
+"""Optimizers against their first step by hand, and their states in other memory formats."""
 
 import copy
 
@@ -33,7 +33,7 @@ def after_one_step(name):
         ("torch.optim.Adagrad", START - LR),
     ],
 )
-def test_first_step(name, wanted):
+def test_the_first_step_follows_the_formula(name, wanted):
     assert after_one_step(name) == pytest.approx(wanted, rel=1e-6)
 
 
@@ -49,7 +49,7 @@ def test_every_optimizer_minimizes(name):
     assert (p - target).square().sum() < 0.05 * target.square().sum()
 
 
-def test_betas_are_heard():
+def test_betas_reach_the_optimizer():
     def options(name):
         return make_optimizer(name, [nn.Parameter(torch.zeros(1))], lr=LR, betas=BETAS).param_groups[0]
 
@@ -59,7 +59,7 @@ def test_betas_are_heard():
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
-def test_fused_where_there_is_a_kernel(name):
+def test_the_fused_kernel_is_used_where_it_exists(name):
     assert make_optimizer(name, [nn.Parameter(torch.zeros(1))], lr=LR).param_groups[0]["fused"] is True
     on_meta = make_optimizer(name, [nn.Parameter(torch.zeros(1, device="meta"))], lr=LR)
     assert not on_meta.param_groups[0]["fused"]
@@ -72,10 +72,10 @@ def test_fused_where_there_is_a_kernel(name):
         ("zzz", "unknown optimizer 'zzz'; there are"),
         ("torch.optim.Nothing", "no function Nothing"),
         ("no_such_module.Adam", "no module no_such_module"),
-        ("collections.Counter", "which made a Counter"),
+        ("collections.Counter", "which returned a Counter"),
     ],
 )
-def test_unknown_names(name, said, monkeypatch):
+def test_unknown_optimizers_are_refused(name, said, monkeypatch):
     monkeypatch.setattr("collections.Counter.__init__", lambda self, parameters, **options: None)
     with pytest.raises(ValueError, match=said):
         make_optimizer(name, [nn.Parameter(torch.zeros(1))], lr=LR)
@@ -90,8 +90,8 @@ def trained(network, x, optimizer, steps):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_state_saved_in_one_memory_format_goes_on_in_another(name):
-    """The fused kernels pair numbers by their place in memory; a loaded state lies as its parameter does."""
+def test_a_state_resumes_in_another_memory_format(name):
+    """Fused kernels pair elements by memory position, so a loaded state must have the strides of its parameter."""
     torch.manual_seed(0)
     network, x = nn.Conv2d(4, 8, 3), torch.randn(2, 4, 8, 8)
     optimizer = make_optimizer(name, network.parameters(), lr=LR)
@@ -101,7 +101,7 @@ def test_a_state_saved_in_one_memory_format_goes_on_in_another(name):
     resumed = make_optimizer(name, other.parameters(), lr=LR)
     resumed.load_state_dict(saved)
     found = trained(other, x.to(memory_format=torch.channels_last), resumed, 3)
-    assert (found - wanted).abs().max() < 1e-5  # three steps of 0.01 in another direction would be far
+    assert (found - wanted).abs().max() < 1e-5  # three wrong steps of 0.01 would be far off
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def sharded(module):
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adafactor"])
-def test_shards_are_stepped_as_whole_parameters_are(name, one_process):
+def test_shards_are_updated_like_full_parameters(name, one_process):
     torch.manual_seed(0)
     plain, x = nn.Linear(6, 4), torch.randn(5, 6)
     shards = sharded(plain)
@@ -132,5 +132,5 @@ def test_shards_are_stepped_as_whole_parameters_are(name, one_process):
 
 
 def test_adafactor_refuses_shards(one_process):
-    with pytest.raises(ValueError, match="choose adamw, or replicas"):
+    with pytest.raises(ValueError, match="pass --optimizer adamw or --parallel ddp"):
         make_optimizer("adafactor", sharded(nn.Linear(6, 4)).parameters(), lr=LR)

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite changes nothing, in any process, and is kept to be looked at."""
+"""A step with a non-finite loss or gradient changes nothing in any process, and its batch is saved."""
 
 import json
 from itertools import pairwise
@@ -40,7 +40,7 @@ def two():
 
 
 def assert_skipped(run, step):
-    """The checkpoint after the step holds what the one before did, but for its number; averages come nearer to that."""
+    """The checkpoint after the step equals the one before it, except for the step and the averages."""
     model = weights(run, step)
     assert_equal_bits(model, weights(run, step + 1))
     averages = [weights(run, at, "ema.safetensors") for at in (step, step + 1)]
@@ -68,22 +68,22 @@ def assert_went_on(run, step):
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
-def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is(tmp_path, number, capsys):
-    """The number is added to the loss: the gradient does not see it."""
+def test_a_nonfinite_loss_with_finite_gradients_is_skipped(tmp_path, number, capsys):
+    """A constant is added to the loss, so the gradient is unchanged."""
     seen = []
     with add_to_loss(float(number), {LAST}, seen):
         call("train_sampler.py", f"--logs_root {tmp_path} --log_dir bad --train_steps 4 --steps_per_log 4 {SAMPLER}")
     run = tmp_path / "bad"
     assert_skipped(run, AT)
     assert_went_on(run, AT + 1)
-    assert seen == [list(range(first, first + BATCH)) for first in range(0, 4 * BATCH, BATCH)]  # none comes twice
+    assert seen == [list(range(first, first + BATCH)) for first in range(0, 4 * BATCH, BATCH)]  # no repeats
     assert_kept(run, WHOLE_BATCH)
     assert [row["skipped_steps"] for row in lines(run) if "loss" in row] == [1.0]
     assert f"step {AT} skipped" in capsys.readouterr().out
-    assert extras(run, 4)["times"]["count"].sum() == 3 * BATCH  # the losses of the bad step were not shown to it
+    assert extras(run, 4)["times"]["count"].sum() == 3 * BATCH  # it has not observed the losses of the bad step
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
+def test_a_nonfinite_gradient_changes_nothing(tmp_path):
     flags = f"--logs_root {tmp_path} --log_dir bad --train_steps 4 {SAMPLER} --hooks {FAULTS}.NanGradient"
     call("train_sampler.py", flags)
     assert_skipped(tmp_path / "bad", AT)
@@ -91,7 +91,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
     assert_kept(tmp_path / "bad", WHOLE_BATCH)
 
 
-def test_a_bad_image_in_a_part_of_the_batch_changes_nothing_and_is_kept(tmp_path):
+def test_a_bad_image_in_a_micro_batch_is_skipped_and_saved(tmp_path):
     flags = f"--logs_root {tmp_path} --log_dir bad --train_steps 4 {SAMPLER} --accumulate 2 --adapt {FAULTS}.nan_image"
     call("train_sampler.py", flags)
     assert_skipped(tmp_path / "bad", AT)
@@ -102,7 +102,7 @@ def test_a_bad_image_in_a_part_of_the_batch_changes_nothing_and_is_kept(tmp_path
 
 
 @pytest.mark.parametrize("stop", [AT, AT + 1])
-def test_a_run_resumed_around_a_bad_step_is_bitwise_the_one_that_never_stopped(tmp_path, stop):
+def test_resuming_around_a_bad_step_is_bitwise_exact(tmp_path, stop):
     flags = f"--logs_root {tmp_path} {SAMPLER} --adapt {FAULTS}.nan_image --dropout 0.1 --steps_per_log 1"
     call("train_sampler.py", f"{flags} --log_dir whole --train_steps 5")
     call("train_sampler.py", f"{flags} --log_dir parts --train_steps {stop}")
@@ -117,7 +117,7 @@ def test_a_run_resumed_around_a_bad_step_is_bitwise_the_one_that_never_stopped(t
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 @pytest.mark.parametrize("fault", ["loss", "image", "gradient"])
-def test_what_one_of_two_processes_meets_both_skip(tmp_path, two, fault, way):
+def test_a_bad_step_of_one_process_is_skipped_by_both(tmp_path, two, fault, way):
     flags = f"--logs_root {tmp_path} --train_steps 4 --steps_per_log 1 {SAMPLER} --parallel {way}"
     if fault == "loss":
         two.call(f"{FAULTS}.run_with_infinite_loss", f"{flags} --log_dir bad")
@@ -133,7 +133,7 @@ def test_what_one_of_two_processes_meets_both_skip(tmp_path, two, fault, way):
     assert_same_checkpoints(tmp_path / "one", tmp_path / "bad", 4)
 
 
-def test_too_many_bad_steps_end_all_processes_with_one_line_each(tmp_path, two):
+def test_too_many_bad_steps_end_every_process_in_one_line(tmp_path, two):
     flags = (
         f"--logs_root {tmp_path} --log_dir bad --train_steps 4 {SAMPLER} --adapt {FAULTS}.nan_image --max_bad_steps 0"
     )
@@ -146,11 +146,11 @@ def test_too_many_bad_steps_end_all_processes_with_one_line_each(tmp_path, two):
     assert_kept(tmp_path / "bad", WHOLE_BATCH)
 
 
-def test_too_many_are_counted_among_the_last_thousand(tmp_path):
+def test_bad_steps_are_counted_over_the_last_thousand(tmp_path):
     state = SimpleNamespace(step=1000, bad_steps=[0, 3, 5], extras={})
     parts = [{"position": torch.arange(2), "image": torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)}] * 2
     bad = BadStepRecorder(tmp_path, DistContext(torch.device("cpu")), max_bad_steps=3)
-    bad(state, parts)  # that of step 0 is forgotten
+    bad(state, parts)  # step 0 is no longer counted
     assert state.bad_steps == [0, 3, 5, 1000]
     assert load_file(tmp_path / "bad_steps" / "step_00001000.safetensors")["image"].shape == (4, 3, 4, 4)
     state.step = 1001
@@ -158,7 +158,7 @@ def test_too_many_are_counted_among_the_last_thousand(tmp_path):
         bad(state, parts)
 
 
-def test_strings_and_padded_fields_of_all_parts_are_kept(tmp_path):
+def test_strings_and_padded_fields_are_saved(tmp_path):
     state = SimpleNamespace(step=3, bad_steps=[], extras={})
     parts = [
         {"position": torch.tensor([i]), "ids": torch.full((1, n), 17), "ids_mask": torch.ones(1, n, dtype=torch.bool)}
@@ -175,14 +175,14 @@ def test_strings_and_padded_fields_of_all_parts_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("which", ["Autoencoder", "Discriminator"])
-def test_neither_network_of_the_first_stage_moves_where_one_is_bad(tmp_path, which):
+def test_one_bad_gradient_stops_both_first_stage_networks(tmp_path, which):
     flags = f"--logs_root {tmp_path} --log_dir bad --train_steps 6 {STAGE_1} --hooks {FAULTS}.NanGradientOf{which}"
     call("train_vqgan.py", flags)
     assert_skipped(tmp_path / "bad", 4)
     assert_went_on(tmp_path / "bad", 5)
 
 
-def test_a_bad_step_leaves_the_running_statistics_of_batch_norms_alone(tmp_path):
+def test_a_bad_step_restores_batch_norm_statistics(tmp_path):
     with replace_images_by_nan({4 * BATCH}):
         flags = f"--logs_root {tmp_path} --log_dir bad --train_steps 6 {STAGE_1} --disc_norm batch --disc_layers 2"
         call("train_vqgan.py", flags)
@@ -192,7 +192,7 @@ def test_a_bad_step_leaves_the_running_statistics_of_batch_norms_alone(tmp_path)
 HALF = SAMPLER.replace("--no_amp", "--amp_dtype float16")
 
 
-def test_an_overflow_of_float16_lowers_the_scale_and_is_no_bad_step(tmp_path):
+def test_a_float16_overflow_lowers_the_scale(tmp_path):
     flags = f"--logs_root {tmp_path} {HALF} --max_bad_steps 0 --train_steps 12"
     with initial_loss_scale(2.0**24):
         call("train_sampler.py", f"{flags} --log_dir half")
@@ -218,15 +218,15 @@ def test_float16_resumes_exactly(tmp_path, stop):
     assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
 
 
-def test_a_nan_in_float16_is_a_bad_step_once_the_scale_cannot_be_lowered(tmp_path):
+def test_a_float16_nan_at_the_lowest_scale_is_a_bad_step(tmp_path):
     with initial_loss_scale(1.0), replace_images_by_nan({LAST}):
         call("train_sampler.py", f"--logs_root {tmp_path} --log_dir bad --train_steps 4 {HALF}")
     assert saved_state(tmp_path / "bad", 4)["bad_steps"] == [AT]
     assert_kept(tmp_path / "bad", WHOLE_BATCH)
 
 
-def test_a_new_run_from_the_optimizer_of_another_begins_without_its_bad_steps(tmp_path):
-    """Nor with its least validation loss, nor with what it had summed up for its next line in the log."""
+def test_loading_an_optimizer_does_not_load_its_bad_steps(tmp_path):
+    """Nor its best validation loss, nor its running sums for the next log line."""
     flags = f"--logs_root {tmp_path} {SAMPLER} --steps_per_log 100"
     call("train_sampler.py", f"{flags} --log_dir bad --train_steps 4 --adapt {FAULTS}.nan_image")
     call("train_sampler.py", f"{flags} --log_dir new --train_steps 1 --load_dir bad --load_step 3 --load_optim")
@@ -235,4 +235,4 @@ def test_a_new_run_from_the_optimizer_of_another_begins_without_its_bad_steps(tm
     assert "skipped_steps" not in row
     call("train_sampler.py", f"{flags} --log_dir weights --train_steps 1 --load_dir bad --load_step 3")
     (twin,) = [row for row in lines(tmp_path / "weights") if "loss" in row]
-    assert row["loss"] == twin["loss"]  # of one step, not of three
+    assert row["loss"] == twin["loss"]  # the mean of one step, not of three

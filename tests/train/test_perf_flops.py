@@ -1,4 +1,4 @@
-"""Operations counted against formulas, and that counting changes nothing."""
+"""Counted FLOPs agree with formulas, and counting changes no result."""
 
 import copy
 import time
@@ -18,8 +18,8 @@ from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
 
 
-def test_linear_layer():
-    """2 B D E forward; backward again for the weight, and again where x asks for a gradient."""
+def test_flops_of_a_linear_layer():
+    """2 B D E forward; the same backward for the weight, and for x if it needs a gradient."""
     layer, x = nn.Linear(8, 16), torch.randn(4, 8)
     product = 2 * 4 * 8 * 16
     with torch.no_grad():
@@ -29,8 +29,8 @@ def test_linear_layer():
     assert count_flops(lambda: layer(x).sum().backward()) == 3 * product
 
 
-def test_convolution():
-    """2 B C' H' W' C k^2 forward, twice that backward."""
+def test_flops_of_a_convolution():
+    """2 B C' H' W' C k^2 forward, twice as much backward."""
     layer, x = nn.Conv2d(3, 5, 3, stride=2, padding=1), torch.randn(2, 3, 8, 8, requires_grad=True)
     product = 2 * 2 * 5 * 4 * 4 * 3 * 9
     with torch.no_grad():
@@ -38,8 +38,8 @@ def test_convolution():
     assert count_flops(lambda: layer(x).sum().backward()) == 3 * product
 
 
-def test_attention():
-    """Two products of 2 B heads N^2 d forward; backward five, the fused kernel making the first again."""
+def test_flops_of_attention():
+    """Two products of 2 B heads N^2 d forward, five backward (the fused kernel recomputes the first)."""
     q, k, v = torch.randn(3, 2, 4, 16, 8, requires_grad=True).unbind()
     product = 2 * 2 * 4 * 16 * 16 * 8
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_attention():
     assert count_flops(lambda: F.scaled_dot_product_attention(q, k, v).sum().backward()) == (2 + 5) * product
 
 
-def test_attention_from_n_queries_to_m_keys_of_another_width():
+def test_flops_of_attention_with_other_key_and_value_sizes():
     q, k, v = torch.randn(2, 4, 16, 8), torch.randn(2, 4, 12, 8), torch.randn(2, 4, 12, 24)
     shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
     forward, backward = FORMULAS.values()
@@ -57,7 +57,7 @@ def test_attention_from_n_queries_to_m_keys_of_another_width():
 
 
 @pytest.mark.parametrize("operation", [each for each in FORMULAS if each in flop_registry], ids=str)
-def test_the_formulas_are_torchs_where_it_has_them(operation):
+def test_our_formulas_agree_with_torchs(operation):
     q, k, v, out = (2, 4, 16, 8), (2, 4, 12, 8), (2, 4, 12, 8), (2, 4, 16, 8)
     shapes = (out, q, k, v) if "backward" in str(operation) else (q, k, v)
     tensors = [torch.empty(shape) for shape in shapes]
@@ -82,7 +82,7 @@ def vqgan():
 
 
 def step(network, inputs, half):
-    """A function that trains for one step, dropout drawn the same each time, and what came of it."""
+    """A function that trains for one step, with the same dropout masks each time, and its results."""
     found = {}
 
     def run():
@@ -102,14 +102,14 @@ def step(network, inputs, half):
 def case(request):
     torch.manual_seed(0)
     network, inputs = request.param()
-    for p in network.parameters():  # what starts at zero would hide what lies behind it
+    for p in network.parameters():  # zero-initialised layers would hide the layers before them
         if not p.any():
             nn.init.normal_(p, std=0.02)
     return network, inputs
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
-def test_a_counted_step_is_the_uncounted_one_bit_for_bit(case, half):
+def test_counting_changes_no_bit_of_a_step(case, half):
     run, found = step(*case, half)
     run()
     before = dict(found)
@@ -118,7 +118,7 @@ def test_a_counted_step_is_the_uncounted_one_bit_for_bit(case, half):
     assert [name for name in found if not torch.equal(found[name], before[name])] == []
 
 
-def test_torchs_own_counter_agrees_about_the_number(case):
+def test_torchs_own_counter_agrees(case):
     run, _ = step(*case, half=False)
     missing = {operation: formula for operation, formula in FORMULAS.items() if operation not in flop_registry}
     with FlopCounterMode(display=False, custom_mapping=missing) as counter:
@@ -126,7 +126,7 @@ def test_torchs_own_counter_agrees_about_the_number(case):
     assert count_flops(run) == counter.get_total_flops()
 
 
-def test_what_is_computed_again_counts_again(case):
+def test_recomputed_activations_count_again(case):
     plain, again = case[0], copy.deepcopy(case[0])
     checkpoint_activations(again)
     counts = []
@@ -138,22 +138,22 @@ def test_what_is_computed_again_counts_again(case):
     assert counts[0] < counts[1] <= counts[0] + forward
 
 
-def test_a_compiled_network_counts_as_the_plain_one():
+def test_a_compiled_network_counts_like_an_eager_one():
     plain = nn.Linear(8, 16)
     compiled = copy.deepcopy(plain)
-    compiled.compile()  # never called outside, so nothing is compiled here
+    compiled.compile()  # never called outside count_flops, so nothing is compiled here
     counts = [count_flops(lambda net=net: net(torch.ones(4, 8)).sum().backward()) for net in (plain, compiled)]
     assert counts == [2 * 2 * 4 * 8 * 16] * 2
 
 
-def test_a_failing_step_fails():
+def test_errors_of_the_counted_step_are_raised():
     with pytest.raises(ZeroDivisionError):
         count_flops(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_peak_is_reached_by_a_large_product_and_found_quickly(dtype):
+def test_the_matmul_peak_is_measured_quickly(dtype):
     began = time.perf_counter()
     peak = matmul_peak(torch.device("cpu"), dtype)
-    assert time.perf_counter() - began < 5  # half a second where nothing else runs
+    assert time.perf_counter() - began < 5  # half a second on an idle machine
     assert 1e8 < peak < 1e14

@@ -1,4 +1,4 @@
-"""A profile holds the steps that were asked for, and is written whole or not at all."""
+"""A profile holds the requested steps, and is written atomically."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ def products(path):
 
 
 @pytest.mark.parametrize("first, count", [(2, 1), (2, 3), (5, 1), (5, 4)])
-def test_it_holds_the_steps_asked_for(tmp_path, first, count):
+def test_a_profile_holds_the_requested_steps(tmp_path, first, count):
     profile = StepProfiler(tmp_path, 0, first, count)
     run(profile, first + count - 2)
     assert not (tmp_path / "profile").exists()
@@ -37,7 +37,7 @@ def test_it_holds_the_steps_asked_for(tmp_path, first, count):
     assert "aten::mm" in (tmp_path / "profile" / names[1]).read_text()
 
 
-def test_it_records_once(tmp_path):
+def test_a_profile_is_recorded_once(tmp_path):
     profile = StepProfiler(tmp_path, 3, 2, 1)
     run(profile, 2)
     trace = tmp_path / "profile" / "trace_step_00000002_rank3.json.gz"
@@ -47,14 +47,14 @@ def test_it_records_once(tmp_path):
     assert trace.stat().st_mtime_ns == before
 
 
-def test_a_run_that_begins_later_records_nothing(tmp_path):
+def test_a_run_that_starts_later_records_nothing(tmp_path):
     profile = StepProfiler(tmp_path, 0, 3, 2)
     run(profile, 5, start=3)
     profile.close()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_ends_early_leaves_what_there_was(tmp_path):
+def test_a_run_that_ends_early_writes_a_partial_profile(tmp_path):
     profile = StepProfiler(tmp_path, 0, 3, 10)
     run(profile, 6)
     assert list(tmp_path.iterdir()) == []
@@ -63,6 +63,6 @@ def test_a_run_that_ends_early_leaves_what_there_was(tmp_path):
 
 
 @pytest.mark.parametrize("first, count", [(1, 1), (2, 0)])
-def test_what_cannot_be_recorded(tmp_path, first, count):
+def test_invalid_profile_ranges_are_refused(tmp_path, first, count):
     with pytest.raises(ValueError, match="wanted at least 1, from 2"):
         StepProfiler(tmp_path, 0, first, count)

@@ -1,4 +1,4 @@
-"""Power-function averages against explicit sums, and those made afterwards against those tracked."""
+"""Power-function averages against explicit sums, and reconstructed averages against tracked ones."""
 
 import functools
 import math
@@ -30,7 +30,7 @@ STEPS, WIDTH, TRACKED = 600, 400, (0.05, 0.1)
 
 
 class Walker(nn.Module):
-    """Weights that walk at random around 3, in float64, and buffers of two kinds."""
+    """A random walk of weights around 3, in float64, and buffers of two kinds."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ def tensors_of(profiles: dict[str, PosthocEMA]) -> dict[str, Tensor]:
 
 @functools.cache
 def walked() -> tuple[dict[int, dict[str, Tensor]], dict[tuple[int, float], Tensor], Tensor]:
-    """Every 25 steps what a snapshot holds, and averages tracked directly; the last weights."""
+    """The content of a snapshot every 25 steps, averages tracked directly, and the last weights."""
     walker, generator = Walker(), torch.Generator().manual_seed(0)
     stds = [*TRACKED, 0.07, 0.15, 0.2]
     profiles = {f"{std}/network": PosthocEMA(walker, std) for std in stds}
@@ -80,7 +80,7 @@ def run_with(folder, every: int, **settings):
 
 
 @pytest.mark.parametrize(("std", "gamma"), [(0.05, 16.97), (0.10, 6.94), (12**-0.5, 0.0)])
-def test_published_pairs(std, gamma):
+def test_gamma_and_std_match_the_published_pairs(std, gamma):
     assert gamma_from_std(std) == pytest.approx(gamma, abs=0.005)
 
 
@@ -92,14 +92,15 @@ def test_gamma_is_the_greatest_root(std):
 
 
 @pytest.mark.parametrize("std", [0.0, -0.1, 0.301, 1.0, math.nan])
-def test_lengths_no_profile_has_are_refused(std):
-    with pytest.raises(ValueError, match=f"got relative length {std} of an average, wanted above 0 and at most 0.3003"):
+def test_impossible_lengths_are_refused(std):
+    wanted = "wanted more than 0 and at most 0.3003"
+    with pytest.raises(ValueError, match=f"got a relative length of {std} for an average, {wanted}"):
         gamma_from_std(std)
 
 
 @pytest.mark.parametrize("std", [0.05, 0.1, 0.25])
-def test_the_average_is_the_sum_under_the_profile(std):
-    """The profile's integral over (n - 1, n], as the discrete product, and its standard deviation is std."""
+def test_the_average_is_the_profile_weighted_sum(std):
+    """The weights equal the profile's integrals over (n - 1, n], and their standard deviation is std."""
     steps, gamma = 50, gamma_from_std(std)
     model = nn.Linear(1, 1, bias=False).double()
     average = PosthocEMA(model, std)
@@ -128,7 +129,7 @@ def test_inner_products_are_integrals(t_a, std_a, t_b, std_b):
     assert inner_product(*map(torch.tensor, (t_a, a, t_b, b))).item() == pytest.approx(numeric, rel=2e-3)
 
 
-def test_a_tracked_profile_is_its_own_fit_and_shares_sum_to_one():
+def test_a_tracked_profile_fits_itself_and_weights_sum_to_one():
     steps = [step for step in (100, 200, 300, 400) for _ in TRACKED]
     stds = TRACKED * 4
     shares, error = fit_profile(steps, stds, 300, 0.1)
@@ -140,7 +141,7 @@ def test_a_tracked_profile_is_its_own_fit_and_shares_sum_to_one():
     assert fit_profile(steps[:-2], stds[:-2], 400, 0.15).error > error
 
 
-def test_hundreds_of_snapshots_keep_the_system_solvable():
+def test_the_system_stays_solvable_with_many_snapshots():
     steps = [step for step in range(10, 3001, 10) for _ in TRACKED]
     shares, error = fit_profile(steps, TRACKED * 300, 3000, 0.07)
     assert error < 1e-4
@@ -151,8 +152,8 @@ def test_hundreds_of_snapshots_keep_the_system_solvable():
     ("every", "std", "bound"),
     [(150, 0.07, 0.04), (75, 0.07, 0.008), (75, 0.15, 0.008), (75, 0.2, 0.03), (25, 0.07, 0.0005), (25, 0.2, 0.003)],
 )
-def test_made_afterwards_is_close_to_tracked(tmp_path, every, std, bound):
-    """The error relative to how far the average lies from the weights, for snapshots each 1/4, 1/8 and 1/24 of the run.
+def test_a_reconstructed_average_is_close_to_a_tracked_one(tmp_path, every, std, bound):
+    """Errors relative to the distance between average and weights, for snapshots every 1/4, 1/8 and 1/24 of the run.
 
     The bounds are about twice what was measured.
     """
@@ -161,17 +162,17 @@ def test_made_afterwards_is_close_to_tracked(tmp_path, every, std, bound):
     wanted = direct[STEPS, std]
     error = ((made["weight"] - wanted).norm() / (wanted - last).norm()).item()
     assert bound / 10 < error < bound
-    torch.testing.assert_close(made["frozen"], torch.arange(3.0, dtype=torch.float64))  # the same in all: sum 1
+    torch.testing.assert_close(made["frozen"], torch.arange(3.0, dtype=torch.float64))  # weights of sum 1
 
 
 @pytest.mark.parametrize("std", TRACKED)
 @pytest.mark.parametrize("step", [300, 600, None])
-def test_a_tracked_length_comes_back(tmp_path, step, std):
+def test_a_tracked_length_is_reconstructed_exactly(tmp_path, step, std):
     made = reconstruct_ema(run_with(tmp_path, 75), step, "network", std)
     torch.testing.assert_close(made["weight"], walked()[1][step or STEPS, std].float(), rtol=1e-6, atol=1e-6)
 
 
-def test_any_length_fits_the_module_with_the_buffers_of_its_step(tmp_path):
+def test_any_length_loads_with_the_buffers_of_its_step(tmp_path):
     made = reconstruct_ema(run_with(tmp_path, 75), 300, "network", 0.08)
     Walker().load_state_dict(made)
     assert {key: value.dtype for key, value in made.items()} == {
@@ -186,7 +187,7 @@ def test_any_length_fits_the_module_with_the_buffers_of_its_step(tmp_path):
     assert not any(torch.equal(made["weight"], each) for each in between)
 
 
-def test_half_precision_and_shared_tensors_are_kept(tmp_path):
+def test_half_precision_and_shared_tensors_are_saved(tmp_path):
     shared = torch.randn(4)
     tensors = {
         "0.1/network.a": shared,
@@ -203,15 +204,15 @@ def test_half_precision_and_shared_tensors_are_kept(tmp_path):
     torch.testing.assert_close(reconstruct_ema(tmp_path, None, "d", 0.1)["x"], shared)
 
 
-def test_what_is_not_there_is_named(tmp_path):
+def test_missing_snapshots_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="train with --ema_profiles 0.05 0.1"):
         reconstruct_ema(tmp_path, None, "network", 0.07)
     run_with(tmp_path, 300)
-    with pytest.raises(FileNotFoundError, match="of step 450; there are 300, 600: name one"):
+    with pytest.raises(FileNotFoundError, match="of step 450; there are 300, 600: pass one"):
         reconstruct_ema(tmp_path, 450, "network", 0.07)
     with pytest.raises(ValueError, match="no profile of a module 'work'"):
         reconstruct_ema(tmp_path, 600, "work", 0.07)
-    with pytest.raises(ValueError, match=r"length 0.25 .* of lengths \[0.05, 0.1\] kept at 2 steps.* is 7\d% off"):
+    with pytest.raises(ValueError, match=r"length 0.25 .* of lengths \[0.05, 0.1\] saved at 2 steps.* error is 7\d%"):
         reconstruct_ema(tmp_path, None, "network", 0.25)
     with pytest.raises(ValueError, match="at most 0.3003"):
         reconstruct_ema(tmp_path, None, "network", 0.5)
@@ -237,7 +238,7 @@ def test_a_foreign_snapshot_is_refused(tmp_path):
     snapshot_path(tmp_path, 299).unlink()
     for metadata in (None, {"step": "300", "copied": "{", "crc32": "{}"}):
         save_file({"0.05/network.weight": torch.zeros(1)}, path, metadata)
-        with pytest.raises(ValueError, match="is no snapshot of EMA profiles"):
+        with pytest.raises(ValueError, match="is not a snapshot of EMA profiles"):
             reconstruct_ema(tmp_path, None, "network", 0.07)
     save_file({"0.05/network.weight": torch.zeros(1)}, path, {"step": "300", "copied": "[]", "crc32": "{}"})
     with pytest.raises(ValueError, match="its tensors are not those it lists"):
@@ -252,7 +253,7 @@ def test_a_foreign_snapshot_is_refused(tmp_path):
         reconstruct_ema(tmp_path, None, "network", 0.07)
 
 
-def test_snapshots_from_before_weights_were_renamed_join_later_ones(tmp_path):
+def test_snapshots_with_old_weight_names_combine_with_new_ones(tmp_path):
     old, new = "label.weight", "encoders.label.embedding.weight"  # of transformers
     for run, names in {"mixed": (old, new), "later": (new, new), "earlier": (old, old)}.items():
         for step, name in zip((300, 600), names, strict=True):
@@ -267,7 +268,7 @@ def test_snapshots_from_before_weights_were_renamed_join_later_ones(tmp_path):
     assert torch.equal(mixed[new], later[new]) and torch.equal(mixed[new], earlier[old])
 
 
-def test_a_resumed_run_cuts_what_lies_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_drops_later_snapshots(tmp_path):
     assert drop_snapshots_after(tmp_path, 0) == []
     run_with(tmp_path, 150)
     (tmp_path / "ema_profiles" / "step_notes.safetensors").write_text("mine")
@@ -276,7 +277,7 @@ def test_a_resumed_run_cuts_what_lies_after_its_checkpoint(tmp_path):
     assert (tmp_path / "ema_profiles" / "step_notes.safetensors").exists()
 
 
-def test_a_save_that_fails_leaves_the_older_snapshot(tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_older_snapshot(tmp_path, monkeypatch):
     path = snapshot_path(run_with(tmp_path, 600), 600)
     before = path.read_bytes()
 
@@ -287,14 +288,14 @@ def test_a_save_that_fails_leaves_the_older_snapshot(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         run_with(tmp_path, 600, dtype=torch.float16)
     assert path.read_bytes() == before
-    (path.parent / ".step_00000001.safetensors.new").touch()  # of a process that was killed
+    (path.parent / ".step_00000001.safetensors.new").touch()  # left by a killed process
     monkeypatch.undo()
     run_with(tmp_path, 600)
     assert [f.name for f in path.parent.iterdir()] == [path.name]
 
 
-def test_what_was_made_may_be_changed(tmp_path):
-    """It is no view of the files."""
+def test_the_reconstruction_can_be_modified_in_place(tmp_path):
+    """The tensors are not views of the files."""
     made = reconstruct_ema(run_with(tmp_path, 300), None, "network", 0.05)
     for value in made.values():
         value.add_(1)

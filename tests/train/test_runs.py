@@ -19,19 +19,19 @@ def refused(capfd, script, flags):
 
 
 @pytest.mark.slow
-def test_the_same_command_goes_on_and_another_one_names_what_differs(tmp_path, capfd):
+def test_the_same_command_resumes_and_others_name_differences(tmp_path, capfd):
     flags = f"--logs_root {tmp_path} {VQGAN} {GAN}"
     call("train_vqgan.py", f"{flags} --train_steps 2")
     call("train_vqgan.py", f"{flags} --train_steps 2")
     assert "nothing left to do" in capfd.readouterr().out
     message = refused(capfd, "train_vqgan.py", f"{flags} --train_steps 2 --beta 0.5 --seed 4")
     assert "beta: 0.25 there, 0.5 now" in message and "seed: 0 there, 4 now" in message and "--log_dir" in message
-    call("train_vqgan.py", f"{flags} --train_steps 3 --steps_per_log 1")  # more steps, other logging: the same run
+    call("train_vqgan.py", f"{flags} --train_steps 3 --steps_per_log 1")  # the same run
     assert yaml.safe_load((tmp_path / "vqgan_digits" / "config.yaml").read_text())["training"]["train_steps"] == 3
     assert "train_steps: 3 there, 1 now" in refused(capfd, "train_vqgan.py", f"{flags} --train_steps 1")
 
 
-def test_a_sampler_of_other_vqgan_weights_is_another_run(tmp_path, capfd):
+def test_other_vqgan_weights_make_another_run(tmp_path, capfd):
     call("train_vqgan.py", f"--logs_root {tmp_path} {VQGAN} {GAN} --train_steps 1")
     call("train_sampler.py", f"--logs_root {tmp_path} {SAMPLER} --train_steps 1")
     call("train_vqgan.py", f"--logs_root {tmp_path} {VQGAN} {GAN} --train_steps 2")
@@ -39,10 +39,10 @@ def test_a_sampler_of_other_vqgan_weights_is_another_run(tmp_path, capfd):
     flags = f"--logs_root {tmp_path} --ae_load_dir vqgan_digits --n_samples 2"
     message = refused(capfd, "experiments/get_samples.py", flags)
     assert "other VQGAN weights" in message
-    call("experiments/get_samples.py", f"--logs_root {tmp_path} --n_samples 2")  # it finds the ones it was trained on
+    call("experiments/get_samples.py", f"--logs_root {tmp_path} --n_samples 2")  # finds the weights it was trained on
 
 
-def test_metrics_of_a_run_cut_off_are_dropped(tmp_path):
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
     flags = f"--logs_root {tmp_path} {VQGAN} {GAN} --steps_per_log 1"
     call("train_vqgan.py", f"{flags} --train_steps 2")
     path = tmp_path / "vqgan_digits" / "metrics.jsonl"
@@ -53,7 +53,7 @@ def test_metrics_of_a_run_cut_off_are_dropped(tmp_path):
     assert steps == [1, 2, 3, 4]
 
 
-def test_what_a_run_leaves(trained):
+def test_the_files_that_a_run_writes(trained):
     for name in ("vqgan_digits", "absorbing_digits"):
         run = trained / name
         assert (run / "config.yaml").is_file() and (run / "metrics.jsonl").is_file()
@@ -65,7 +65,7 @@ def test_what_a_run_leaves(trained):
     assert {"perf/images_per_second", "lr"} <= logged
 
 
-def test_no_discriminator_work_before_its_start(tmp_path):
+def test_the_discriminator_costs_nothing_before_its_start(tmp_path):
     from safetensors.torch import load_file
 
     flags = f"--logs_root {tmp_path} {VQGAN} --perceptual_net none --steps_per_log 1 --steps_per_checkpoint 1"
@@ -81,7 +81,7 @@ def test_no_discriminator_work_before_its_start(tmp_path):
 
 
 @pytest.mark.slow
-def test_perceptual_weights_are_known_by_their_content(tmp_path, capfd):
+def test_perceptual_weights_are_identified_by_content(tmp_path, capfd):
     for name in ("one", "other"):
         torch.save(torchvision.models.squeezenet1_1(weights=None).features.state_dict(), tmp_path / f"{name}.pth")
     shutil.copy(tmp_path / "one.pth", tmp_path / "moved.pth")

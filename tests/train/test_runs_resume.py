@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed equals one that never stopped; a batch in parts equals the whole."""
+"""A resumed run equals an uninterrupted one; micro-batches equal the full batch."""
 
 import json
 
@@ -17,7 +17,7 @@ RESUMED = [
 
 
 @pytest.mark.parametrize(("stop", "more"), RESUMED)
-def test_vqgan_resumed_is_bitwise_the_one_that_never_stopped(tmp_path, stop, more):
+def test_a_resumed_vqgan_is_bitwise_equal(tmp_path, stop, more):
     flags = f"{VQGAN} {GAN} --steps_per_log 1 --warmup_iters 5 {more}"
     call("train_vqgan.py", f"--logs_root {tmp_path} --log_dir whole --train_steps 7 {flags}")
     call("train_vqgan.py", f"--logs_root {tmp_path} --log_dir parts --train_steps {stop} {flags}")
@@ -28,7 +28,7 @@ def test_vqgan_resumed_is_bitwise_the_one_that_never_stopped(tmp_path, stop, mor
     assert training_lines[0] == training_lines[1]
 
 
-def test_sampler_resumed_is_bitwise_the_one_that_never_stopped_with_dropout(trained):
+def test_a_resumed_sampler_with_dropout_is_bitwise_equal(trained):
     flags = f"--logs_root {trained} {SAMPLER} --resid_pdrop 0.1 --attn_pdrop 0.1 --warmup_iters 5"
     call("train_sampler.py", f"--log_dir whole --train_steps 5 {flags}")
     call("train_sampler.py", f"--log_dir parts --train_steps 2 {flags}")
@@ -36,12 +36,12 @@ def test_sampler_resumed_is_bitwise_the_one_that_never_stopped_with_dropout(trai
     assert_equal_bits(weights(trained / "whole", 5), weights(trained / "parts", 5))
 
 
-SPREAD = "--time_sampler low_discrepancy"  # over the whole batch
+SPREAD = "--time_sampler low_discrepancy"  # over the global batch
 BY_LOSS = "--time_sampler loss_second_moment --loss_type vlb --total_steps 4 --batch_size 8"
 
 
 @pytest.mark.parametrize(("flags", "stop", "steps"), [("--dropout 0.1", 2, 5), (BY_LOSS, 4, 11), (BY_LOSS, 9, 11)])
-def test_ddpm_resumed_is_bitwise_the_one_that_never_stopped(tmp_path, flags, stop, steps):
+def test_a_resumed_ddpm_is_bitwise_equal(tmp_path, flags, stop, steps):
     flags = f"--logs_root {tmp_path} {DDPM} --warmup_iters 5 --steps_per_log 1 --steps_per_eval 0 {flags}"
     call("train_sampler.py", f"{flags} --log_dir whole --train_steps {steps}")
     call("train_sampler.py", f"{flags} --log_dir parts --train_steps {stop}")
@@ -53,12 +53,12 @@ def test_ddpm_resumed_is_bitwise_the_one_that_never_stopped(tmp_path, flags, sto
     assert one.keys() == other.keys() == ({"times"} if "loss_second_moment" in flags else set())
     for name in one:
         assert_equal_bits(one[name], other[name])
-        assert one[name]["count"].sum() == 8 * steps  # every loss was seen
-        assert (one[name]["count"] >= 10).all()  # so the last times went by the losses
+        assert one[name]["count"].sum() == 8 * steps  # every loss was observed
+        assert (one[name]["count"] >= 10).all()  # so the last times were sampled by the losses
 
 
-def test_resume_needs_the_losses_that_times_go_by(tmp_path):
-    """Without them times are uniform again, and the next weights are others."""
+def test_resuming_needs_the_time_samplers_losses(tmp_path):
+    """Without them times are uniform again, and the weights differ."""
     flags = f"--logs_root {tmp_path} {DDPM} --steps_per_eval 0 {BY_LOSS}"
     call("train_sampler.py", f"{flags} --log_dir whole --train_steps 11")
     call("train_sampler.py", f"{flags} --log_dir parts --train_steps 9")
@@ -73,8 +73,8 @@ def test_resume_needs_the_losses_that_times_go_by(tmp_path):
     assert any(not torch.equal(whole[key], parts[key]) for key in whole)
 
 
-def test_resume_needs_the_optimizer(tmp_path):
-    """The fault of the reference: without the optimizer's state the next weights are others."""
+def test_resuming_needs_the_optimizer(tmp_path):
+    """The reference did not save the optimizer state, so its weights differ after a resume."""
     flags = f"--logs_root {tmp_path} {VQGAN} {GAN}"
     call("train_vqgan.py", f"--log_dir whole --train_steps 4 {flags}")
     call("train_vqgan.py", f"--log_dir half --train_steps 2 {flags}")
@@ -91,21 +91,21 @@ def test_resume_needs_the_optimizer(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [SPREAD, BY_LOSS])
-def test_a_batch_in_parts_equals_the_whole_for_ddpm(tmp_path, flags):
+def test_accumulation_equals_the_full_batch_for_ddpm(tmp_path, flags):
     flags = f"--logs_root {tmp_path} --no_amp --steps_per_log 1 --steps_per_eval 0 --train_steps 10 {DDPM} {flags}"
     call("train_sampler.py", f"{flags} --log_dir one")
     call("train_sampler.py", f"{flags} --log_dir parts --accumulate 4")
     assert_same_ddpm(tmp_path / "one", tmp_path / "parts", 10)
 
 
-def test_accumulation_equals_the_whole_batch_without_gan(tmp_path):
+def test_accumulation_equals_the_full_batch_without_gan(tmp_path):
     flags = f"--logs_root {tmp_path} --train_steps 3 --no_amp {VQGAN} --perceptual_net none"
     call("train_vqgan.py", f"{flags} --log_dir whole")
     call("train_vqgan.py", f"{flags} --log_dir parts --accumulate 2")
     assert_close(weights(tmp_path / "whole", 3), weights(tmp_path / "parts", 3))
 
 
-def test_load_dir_starts_from_weights_and_not_from_the_step(tmp_path):
+def test_load_dir_loads_weights_but_not_the_step(tmp_path):
     flags = f"--logs_root {tmp_path} {VQGAN} --perceptual_net none"
     call("train_vqgan.py", f"{flags} --log_dir first --train_steps 2")
     call("train_vqgan.py", f"{flags} --log_dir second --train_steps 1 --load_dir first --lr 1e-12")

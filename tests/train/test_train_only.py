@@ -1,4 +1,4 @@
-"""--train_only: the parts that are named learn, and nothing else changes; and --load_partial, which fills them."""
+"""--train_only trains the selected parts and nothing else; --load_partial loads the weights that fit."""
 
 import pytest
 import torch
@@ -29,14 +29,14 @@ def train(logs, name, flags, script="train_sampler.py", run=RUN):
 
 
 def changed(run, first, last, file="model.safetensors"):
-    """Which tensors differ between two steps of a run."""
+    """The tensors that differ between two steps of a run."""
     one, other = (weights(run, step, file) for step in (first, last))
     return {key for key in one if not torch.equal(one[key], other[key])}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def own(tmp_path_factory):
-    """A module of the user's own that brings a condition."""
+    """A user module that adds a condition."""
     folder = tmp_path_factory.mktemp("own")
     code = "def bright(item):\n    return item | {'condition_image': item['image'] // 2}\n"
     (folder / "my_bright.py").write_text(code)
@@ -47,7 +47,7 @@ def own(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """A folder with `part`, a run of 3 steps in which a part of the UNet learned, and `whole`, one where all did."""
+    """Logs with `part`, 3 steps of training a part of the UNet, and `whole`, 3 steps of training all of it."""
     logs = tmp_path_factory.mktemp("train_only")
     train(logs, "part", f"--steps_per_checkpoint 1 --train_steps 3 --train_only {CHOSEN}")
     train(logs, "whole", "--train_steps 2")
@@ -55,12 +55,12 @@ def logs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors"])
-def test_what_is_named_learns_and_nothing_else_changes(logs, file):
+def test_only_the_selected_parts_are_trained(logs, file):
     names = weights(logs / "part", 1, file)
     chosen = {key for key in names if is_selected(key.removeprefix("network."), CHOSEN.split())}
     learned = changed(logs / "part", 1, 3, file)
     assert learned <= chosen and 0 < len(chosen) < len(names)
-    assert len(learned) > len(chosen) / 2  # what stands behind a layer that is still zero has no gradient yet
+    assert len(learned) > len(chosen) / 2  # layers before a zero-initialised one have no gradient yet
 
 
 def test_frozen_parts_have_no_optimizer_state(logs):
@@ -70,7 +70,7 @@ def test_frozen_parts_have_no_optimizer_state(logs):
     assert len(state["state"]) == len(state["param_groups"][0]["params"]) == len(chosen)
 
 
-def test_what_is_trained_is_part_of_the_run(logs, capfd):
+def test_train_only_is_part_of_the_run_identity(logs, capfd):
     with pytest.raises(SystemExit):
         train(logs, "part", "--train_steps 4 --train_only up_blocks")
     assert "train_only: ['up_blocks', 'encoders.label', 'conv_out'] there, ['up_blocks'] now" in capfd.readouterr().err
@@ -80,7 +80,7 @@ def test_what_is_trained_is_part_of_the_run(logs, capfd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_two_processes_freeze_as_one_does(logs, way):
+def test_two_processes_freeze_the_same_parts(logs, way):
     crew = ProcessPool(2)
     flags = f"--logs_root {logs} --log_dir {way} {RUN} --train_steps 3 --steps_per_checkpoint 1 --parallel {way}"
     try:
@@ -93,7 +93,7 @@ def test_two_processes_freeze_as_one_does(logs, way):
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_a_part_of_a_vqgan_learns(tmp_path, part):
+def test_a_part_of_a_vqgan_can_be_trained(tmp_path, part):
     flags = f"--train_steps 3 --steps_per_checkpoint 1 --train_only {part} --no_adaptive_weight"
     run = train(tmp_path, part, flags, "train_vqgan.py", FIRST_STAGE)
     learned = {key for key in changed(run, 1, 3) if key.startswith("autoencoder.")}
@@ -101,19 +101,19 @@ def test_a_part_of_a_vqgan_learns(tmp_path, part):
     assert any(key.startswith("discriminator.") for key in changed(run, 1, 3))
 
 
-def test_codes_that_follow_averages_are_frozen_too(tmp_path):
+def test_ema_codebooks_are_frozen_too(tmp_path):
     flags = "--quantizer ema --train_steps 3 --steps_per_checkpoint 1 --train_only decoder"
     run = train(tmp_path, "ema", flags, "train_vqgan.py", FIRST_STAGE)
     assert not any(key.startswith("autoencoder.quantizer") for key in changed(run, 1, 3))
 
 
-def test_a_part_of_a_quantizer_that_has_no_parameter_learns(tmp_path):
+def test_a_codebook_without_parameters_can_be_selected(tmp_path):
     flags = "--quantizer ema --train_steps 3 --steps_per_checkpoint 1 --train_only quantizer.codebook decoder"
     run = train(tmp_path, "ema", flags, "train_vqgan.py", FIRST_STAGE)
     assert "autoencoder.quantizer.codebook" in changed(run, 1, 3)
 
 
-def test_what_a_module_has_frozen_itself_stays_so():
+def test_parameters_frozen_by_the_module_stay_frozen():
     module = net()
     module["embed"].requires_grad_(False)
     freeze_all_but(module, ["embed", "out.bias"])
@@ -132,13 +132,13 @@ def net(classes=3, width=4):
 
 
 WRONG = {
-    "got --train_only ou, which fits no parameter, did you mean 'out'.; its parts are: embed, out": ["ou"],
-    "got --train_only embed.weight.x, which fits no parameter": ["embed.weight.x"],
+    "got --train_only ou, which matches no parameter, did you mean 'out'.; its parts are: embed, out": ["ou"],
+    "got --train_only embed.weight.x, which matches no parameter": ["embed.weight.x"],
 }
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_a_prefix_that_fits_nothing_is_refused(message):
+def test_a_prefix_that_matches_nothing_is_refused(message):
     with pytest.raises(ValueError, match=message):
         freeze_all_but(net(), WRONG[message])
 
@@ -154,7 +154,7 @@ def test_prefixes_end_at_dots():
     assert {name for name, p in module.named_parameters() if p.requires_grad} == {"embed.weight", "out.bias"}
 
 
-def test_what_fits_is_taken_and_each_key_is_reported():
+def test_matching_weights_are_loaded_and_every_key_reported():
     here, there = net(classes=5), net(classes=3)
     here["out"] = nn.Linear(6, 2)
     file = {f"net.{key}": value for key, value in there.state_dict().items()}
@@ -165,15 +165,15 @@ def test_what_fits_is_taken_and_each_key_is_reported():
     assert report.grown == ["net.embed.weight: (3, 4) -> (5, 4)", "net.out.weight: (2, 4) -> (2, 6)"]
     assert report.misshapen == ["net.out.bias: (2, 1) in the file, (2,) here"]
     after, old = here.state_dict(), there["embed"].weight
-    assert torch.equal(after["embed.weight"][:2], old[:2]) and torch.equal(after["embed.weight"][4], old[2])  # the null
+    assert torch.equal(after["embed.weight"][:2], old[:2]) and torch.equal(after["embed.weight"][4], old[2])  # null
     assert torch.equal(after["embed.weight"][2:4], before["embed.weight"][2:4])
     assert torch.equal(after["out.bias"], before["out.bias"])
-    x = torch.randn(7, 6)  # what is new of the input changes nothing
+    x = torch.randn(7, 6)  # new input channels change nothing
     assert torch.allclose(x @ after["out.weight"].T, x[:, :4] @ there["out"].weight.T, atol=1e-6)
 
 
 @pytest.mark.parametrize("layer", ["deeper.conv", "norm"])
-def test_layers_whose_inputs_may_be_joined_do_not_grow(layer):
+def test_layers_with_concatenated_inputs_do_not_grow(layer):
     def made(width):
         deeper = nn.ModuleDict({"conv": nn.Conv2d(width, 2, 1)})
         return nn.ModuleDict({"deeper": deeper, "norm": nn.GroupNorm(1, width)})
@@ -183,7 +183,7 @@ def test_layers_whose_inputs_may_be_joined_do_not_grow(layer):
     assert report.grown == [] and any(key.startswith(f"net.{layer}.weight") for key in report.misshapen)
 
 
-def test_a_weight_that_was_renamed_is_taken_by_its_new_name():
+def test_a_renamed_weight_is_loaded_by_its_new_name():
     encoders = label_encoders(3, 8)
     network = Transformer(codes=4, grid=(2, 2), width=8, heads=2, layers=1, encoders=encoders)
     file = {f"network.{key}": torch.full_like(value, 0.5) for key, value in network.state_dict().items()}
@@ -192,8 +192,8 @@ def test_a_weight_that_was_renamed_is_taken_by_its_new_name():
     assert report.missing == report.unexpected == [] and (encoders["label"].embedding.weight == 0.5).all()
 
 
-def test_a_run_starts_from_what_fits_of_another(logs, capfd):
-    """One whose last level is wider, and that is joined to an image; it goes on as any run does."""
+def test_a_run_starts_from_a_partial_load(logs, capfd):
+    """A network with a wider last level and a concatenated image; it resumes like any run."""
     flags = f"--train_steps 1 --channel_mults 1 3 --conditions image {BRIGHT} --load_dir whole --load_partial"
     run = train(logs, "wider", flags)
     out = capfd.readouterr().out
@@ -207,8 +207,8 @@ def test_a_run_starts_from_what_fits_of_another(logs, capfd):
     assert "resuming from step 1 of 2" in capfd.readouterr().out
 
 
-def test_a_full_fit_is_a_strict_load(logs):
-    """Weights and averages: one step from them is the same step."""
+def test_a_partial_load_of_the_same_network_is_complete(logs):
+    """One step from the loaded weights and averages is the same step."""
     for name, how in (("strict", ""), ("partial", "--load_partial")):
         train(logs, name, f"--train_steps 1 --load_dir whole {how}")
     for file in ("model.safetensors", "ema.safetensors"):
@@ -220,13 +220,13 @@ def test_a_full_fit_is_a_strict_load(logs):
     "flags, message",
     [("", "needs --load_dir"), ("--load_dir whole --load_optim", "leave --load_optim out")],
 )
-def test_a_partial_load_of_what_is_not_to_be_had_is_refused(logs, flags, message, capfd):
+def test_a_partial_load_with_wrong_flags_is_refused(logs, flags, message, capfd):
     with pytest.raises(SystemExit) as stop:
         train(logs, "refused", f"--train_steps 1 --load_partial {flags}")
     assert stop.value.code == 2 and message in capfd.readouterr().err and not (logs / "refused").exists()
 
 
-def test_a_load_of_which_nothing_fits_is_refused(logs, capfd):
+def test_a_partial_load_that_matches_nothing_is_refused(logs, capfd):
     train(logs, "vqgan", "--train_steps 1", "train_vqgan.py", FIRST_STAGE)
     with pytest.raises(SystemExit):
         train(logs, "odd", "--train_steps 1 --load_dir vqgan --load_partial")

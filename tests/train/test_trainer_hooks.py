@@ -1,4 +1,4 @@
-"""Code of a user's own, by its dotted path: functions that watch training, and one that makes the batches."""
+"""User code by dotted path: hooks that observe training, and functions that adapt items."""
 
 import importlib
 import sys
@@ -65,7 +65,7 @@ def unlabelled(item):
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """Modules of a user's own, on the path for one test."""
+    """User modules, importable for one test."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_own").mkdir()
     (tmp_path / "my_own" / "__init__.py").write_text("")
@@ -80,7 +80,7 @@ def mine(tmp_path, monkeypatch):
 
 
 def refused(script, flags, capfd):
-    """The message of a script that exits with code 2."""
+    """The error message of a script that exits with code 2."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
         call(script, flags)
@@ -97,7 +97,7 @@ EPS = "--prediction eps --variance learned_range --schedule cosine"  # whatever 
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "absorbing"])
-def test_watchers_are_given_every_step_what_was_seen_and_said(kind, mine, trained, tmp_path):
+def test_hooks_get_inputs_and_predictions_at_every_step(kind, mine, trained, tmp_path):
     flags = f"{SAMPLER} --logs_root {trained}" if kind == "absorbing" else f"{DDPM} {EPS} --logs_root {tmp_path}"
     watch = "--hooks my_own.watching.keep my_own.watching.count"
     call("train_sampler.py", f"{flags} --train_steps 3 --no_amp --log_dir watched_{kind} --accumulate 2 {watch}")
@@ -107,7 +107,7 @@ def test_watchers_are_given_every_step_what_was_seen_and_said(kind, mine, traine
     assert [step for step, _ in kept] == [1, 2, 3] and [step for step, _ in seen[1::2]] == ["counted"] * 3
     for _, outputs in kept:
         assert {"loss", "losses", "x_t", "t", "prediction", "x0_hat", "x0"} <= outputs.keys()
-        assert outputs["losses"].shape == outputs["t"].shape == (4,)  # both parts of the batch
+        assert outputs["losses"].shape == outputs["t"].shape == (4,)  # both micro-batches
         assert torch.allclose(outputs["loss"], outputs["losses"].mean()) or "times" in flags
         assert outputs["losses"].isfinite().all() and not any(value.requires_grad for value in outputs.values())
         assert outputs["x_t"].shape == outputs["x0"].shape == outputs["x0_hat"].shape
@@ -118,14 +118,14 @@ def test_watchers_are_given_every_step_what_was_seen_and_said(kind, mine, traine
             assert (outputs["x0_hat"] < 16).all() and outputs["prediction"].shape[-1] == 16
         else:
             assert outputs["x0"].shape == (4, 1, 8, 8) and outputs["prediction"].shape == (4, 2, 8, 8)
-    if kind == "ddpm":  # the network begins as 0: eps is 0, and x0 is what is then left of x_t
+    if kind == "ddpm":  # the network starts at 0: eps is 0, which determines x0
         first = kept[0][1]
         alpha = cosine(20)[(20 * first["t"]).round().long()].sqrt().float().view(-1, 1, 1, 1)
         assert torch.allclose(first["x_t"], alpha * first["x0_hat"], atol=1e-5)
-        assert not torch.equal(kept[1][1]["prediction"], first["prediction"])  # it has learned
+        assert not torch.equal(kept[1][1]["prediction"], first["prediction"])  # the network has been trained
 
 
-def test_watching_changes_nothing(mine, tmp_path):
+def test_hooks_change_nothing(mine, tmp_path):
     flags = f"{DDPM} --logs_root {tmp_path} --train_steps 2 --no_amp"
     call("train_sampler.py", f"{flags} --log_dir one")
     call("train_sampler.py", f"{flags} --log_dir two --hooks my_own.watching.keep")
@@ -134,7 +134,7 @@ def test_watching_changes_nothing(mine, tmp_path):
         for name in ("one", "two")
     )
     assert one == two
-    call("train_sampler.py", f"{flags} --log_dir two")  # and a run may go on without
+    call("train_sampler.py", f"{flags} --log_dir two")  # a run can resume without hooks
 
 
 WRONG = {
@@ -156,12 +156,12 @@ def test_a_wrong_dotted_path_is_refused_in_one_line(path, flag, mine, tmp_path, 
 
 
 @pytest.mark.parametrize("path", ["", ".keep", "my_own..keep", "my_own.", "my_own.watching."])
-def test_what_is_no_dotted_path_is_a_message_and_no_crash(path, mine):
+def test_a_malformed_dotted_path_is_a_clean_error(path, mine):
     with pytest.raises(ValueError, match="got --hooks"):
         import_callable(path, "--hooks")
 
 
-def test_what_a_users_module_needs_is_not_our_error(mine):
+def test_import_errors_of_user_modules_are_named(mine):
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
         import_callable("my_own.needy.function", "--hooks")
 
@@ -173,13 +173,13 @@ IMAGE = "--conditions image --condition_channels 1 --n_channels 1"
 
 @pytest.fixture
 def adapted(mine, tmp_path):
-    """Digits told their upper half, trained for two steps."""
+    """A run conditioned on the upper half of digits, trained for two steps."""
     flags = f"{DDPM} {IMAGE} --logs_root {tmp_path} --no_amp --adapt my_own.adapting.upper"
     call("train_sampler.py", f"{flags} --train_steps 2 --log_dir upper")
     return tmp_path
 
 
-def test_adapt_makes_the_fields_that_the_conditions_need(adapted, monkeypatch):
+def test_adapt_adds_the_fields_that_conditions_need(adapted, monkeypatch):
     from my_own.adapting import asked
 
     assert {"image", "label"} <= asked[0].keys()
@@ -202,10 +202,10 @@ def test_adapt_makes_the_fields_that_the_conditions_need(adapted, monkeypatch):
     assert [len(raw) for raw in shown] == [1, 3, 2]  # one image to try it out, then the batches
     assert {tuple(raw.shape[1:]) for raw in shown} == {(1, 8, 8)}
     assert all((raw[:, :, 4:] == -1).all() and raw[:, :, :4].max() > 0 for raw in shown)
-    assert sum(raw is None for raw in told) == 3  # the null, once a batch
+    assert sum(raw is None for raw in told) == 3  # the null, once per batch
 
 
-def test_samples_of_adapted_conditions_do_not_depend_on_the_batch(adapted):
+def test_samples_with_adapt_do_not_depend_on_the_batch(adapted):
     flags = "--load_dir upper --n_samples 3 --sample_steps 2 --no_amp --allow my_own.adapting.upper"
     for size in (3, 1):
         call("experiments/get_samples.py", f"--logs_root {adapted} {flags} --batch_size {size} --log_dir b{size}")
@@ -213,7 +213,7 @@ def test_samples_of_adapted_conditions_do_not_depend_on_the_batch(adapted):
         assert np.array_equal(one["arr_0"], other["arr_0"]) and np.array_equal(one["labels"], other["labels"])
 
 
-def test_a_report_of_a_model_that_adapts_needs_its_code_too(adapted, capfd):
+def test_experiments_on_a_run_with_adapt_need_its_code(adapted, capfd):
     flags = f"--logs_root {adapted} --load_dir upper --n_samples 2 --sample_steps 1 --log_dir x"
     message = refused("experiments/get_samples.py", flags, capfd)
     assert "was trained with --adapt my_own.adapting.upper, which is code" in message
@@ -224,8 +224,8 @@ def test_a_report_of_a_model_that_adapts_needs_its_code_too(adapted, capfd):
 
 
 @pytest.mark.parametrize("how", ["--accumulate 2 --channels_last yes", "--num_workers 1 --max_bad_steps 0 --lr 1e30"])
-def test_fields_that_nobody_asks_for_travel_along(how, mine, tmp_path, capfd):
-    """Through the loop, validation and, where weights explode, the batches of bad steps."""
+def test_unused_fields_are_kept(how, mine, tmp_path, capfd):
+    """In the loop, validation and the saved batches of bad steps."""
     flags = (
         f"--logs_root {tmp_path} {DDPM} --n_channels 1 --no_amp --steps_per_eval 1 --adapt my_own.adapting.annotated"
     )
@@ -240,16 +240,16 @@ def test_fields_that_nobody_asks_for_travel_along(how, mine, tmp_path, capfd):
 
 
 @pytest.mark.parametrize(("function", "field"), [("forgets", "condition_image"), ("unlabelled", "label")])
-def test_an_adapt_that_leaves_a_field_out_is_refused_by_its_name(function, field, mine, tmp_path, capfd):
+def test_an_adapt_that_omits_a_field_is_refused(function, field, mine, tmp_path, capfd):
     flags = f"{DDPM} {IMAGE} --logs_root {tmp_path} --no_amp --train_steps 1 --adapt my_own.adapting.{function}"
-    message = refused("train_sampler.py", flags, capfd)  # the last line, after the progress bar's
+    message = refused("train_sampler.py", flags, capfd)  # the last line, after the progress bar
     assert f"conditions need {field}: write them in the function of --adapt" in message
 
 
 @pytest.mark.parametrize(
     ("function", "wanted"), [("nothing", "NoneType"), ("words", "'name'"), ("crops", "'condition_image'")]
 )
-def test_an_adapt_whose_items_make_no_batch_is_refused(function, wanted, mine, tmp_path, capfd):
+def test_an_adapt_whose_items_do_not_collate_is_refused(function, wanted, mine, tmp_path, capfd):
     with pytest.raises(SystemExit) as stop:
         call("train_sampler.py", f"--logs_root {tmp_path} {DDPM} --train_steps 1 --adapt my_own.adapting.{function}")
     assert stop.value.code == 2 and wanted in capfd.readouterr().err
@@ -260,7 +260,7 @@ def test_a_condition_without_an_adapt_is_refused(tmp_path, capfd):
     assert "condition_image" in message and "--adapt" in message
 
 
-def test_an_adapt_that_has_changed_since_training_is_refused_by_name_too(adapted, monkeypatch, capfd):
+def test_an_adapt_changed_since_training_is_refused(adapted, monkeypatch, capfd):
     from my_own import adapting
 
     monkeypatch.setattr(adapting, "upper", adapting.forgets)
@@ -272,7 +272,7 @@ def test_an_adapt_that_has_changed_since_training_is_refused_by_name_too(adapted
 # loading a run runs no code unasked
 
 
-def test_every_setting_of_a_run_that_names_code_must_be_allowed(tmp_path):
+def test_every_setting_that_names_code_must_be_allowed(tmp_path):
     settings = {"sampler": "ddpm", "res_block_type": "my.blocks.Block", "adapt": "my_own.adapting.upper"}
     with pytest.raises(ValueError, match="--res_block_type my.blocks.Block, which is code: pass --allow my.blocks"):
         check_allowed(tmp_path, {"sampler": settings, "reader": {}}, ())
@@ -292,13 +292,13 @@ def test_a_command_that_brings_the_data_must_be_allowed(shards, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["my-own.upper", "über.f", "_mine.f", "my_own.adapting.upper", "my_own.2.f"])
-def test_whatever_can_be_imported_must_be_allowed(path, tmp_path):
-    """importlib takes module names that are no identifiers, so the check may not look for identifiers alone."""
+def test_every_importable_path_must_be_allowed(path, tmp_path):
+    """importlib accepts module names that are not identifiers, so the check must not be limited to identifiers."""
     with pytest.raises(ValueError, match="--allow"):
         check_allowed(tmp_path, {"sampler": {"adapt": path}, "reader": {}}, ())
 
 
-def test_a_run_whose_config_was_changed_runs_no_code_either(adapted, monkeypatch, capfd):
+def test_an_edited_config_runs_no_code(adapted, monkeypatch, capfd):
     path = adapted / "upper" / "config.yaml"
     path.write_text(path.read_text().replace("my_own.adapting.upper", "my-own.upper"))
     flags = f"--logs_root {adapted} --load_dir upper --n_samples 2 --sample_steps 1 --log_dir x"

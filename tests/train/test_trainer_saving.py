@@ -1,4 +1,4 @@
-"""When checkpoints are written, what becomes of a write that fails, and which are kept."""
+"""When checkpoints are written, how failed writes are handled, and which checkpoints are kept."""
 
 import io
 import shutil
@@ -39,12 +39,12 @@ def unfinished(folder: Path) -> list[Path]:
     return [*folder.glob("checkpoints/.*"), *folder.glob("ema_profiles/.*")]
 
 
-# the thread that writes
+# the writer thread
 
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Writes wait for it; `gate.begun` are the steps of those that were begun."""
+    """An event that writes wait for; `gate.begun` lists the steps of the writes that have started."""
     gate, real = threading.Event(), trainer.write_checkpoint
     gate.begun = []
 
@@ -58,7 +58,7 @@ def gate(monkeypatch):
     gate.set()
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(tmp_path, gate):
+def test_training_continues_during_an_unaffected_write(tmp_path, gate):
     checkpointer, state = checkpointer_of(tmp_path, every=3), state_at(3)
     wanted = {f"network.{key}": value.clone() for key, value in state.modules["network"].state_dict().items()}
     checkpointer(state, {})
@@ -89,7 +89,7 @@ def test_the_second_save_waits_for_the_first(tmp_path, gate):
 
 
 class FullDisk(io.RawIOBase):
-    """A file that takes but so many bytes."""
+    """A file that accepts only so many bytes."""
 
     taken = 0
 
@@ -106,7 +106,7 @@ class FullDisk(io.RawIOBase):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """For what torch.save writes, which has an error of its own for it."""
+    """For torch.save, which raises an error of its own."""
     real = Path.open
 
     def opened(path, mode="r", *args, **kwargs):
@@ -115,7 +115,7 @@ def full_disk(monkeypatch):
     monkeypatch.setattr(Path, "open", opened)
 
 
-def test_a_disk_that_fills_up_within_a_file_is_an_os_error_and_gets_its_room_back(tmp_path, full_disk):
+def test_a_disk_filling_up_during_a_write_is_freed_again(tmp_path, full_disk):
     with pytest.raises(OSError):
         save_checkpoint(tmp_path, state_at(1))
     assert saved_steps(tmp_path) == [] and unfinished(tmp_path) == []
@@ -131,27 +131,27 @@ def crashed(*args):
 
 @pytest.mark.parametrize("problem", [failed, crashed])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_whatever_stopped_a_write_is_raised_after_the_next_step(tmp_path, monkeypatch, problem):
+def test_a_write_error_is_raised_after_the_next_step(tmp_path, monkeypatch, problem):
     checkpointer = checkpointer_of(tmp_path, every=3)
     checkpointer(state_at(3), {})
     checkpointer.wait()
     monkeypatch.setattr(checkpoint, "write_files", problem)
     checkpointer(state_at(6), {})
     checkpointer.pending.exception()  # waits
-    with pytest.raises(ValueError, match="could not save to .*; step 3 is whole there: make room or mend the folder"):
+    with pytest.raises(ValueError, match="could not save to .*; the checkpoint of step 3 is intact: free disk space"):
         checkpointer(state_at(7), {})
 
 
-def test_a_failed_write_leaves_nothing_half_done_and_finish_says_so(tmp_path, monkeypatch):
+def test_a_failed_write_is_cleaned_up_and_reported_by_wait(tmp_path, monkeypatch):
     checkpointer = checkpointer_of(tmp_path)
     monkeypatch.setattr(checkpoint, "write_files", failed)
     checkpointer(state_at(1), {})
-    with pytest.raises(ValueError, match="No space left on device; no checkpoint is there"):
+    with pytest.raises(ValueError, match="No space left on device; it has no checkpoint"):
         checkpointer.wait()
     assert unfinished(tmp_path) == []
 
 
-def test_a_vanished_folder_is_not_made_anew(tmp_path):
+def test_a_deleted_run_folder_is_not_recreated(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     checkpointer, state = checkpointer_of(folder, every=100), state_at(5)
@@ -162,21 +162,21 @@ def test_a_vanished_folder_is_not_made_anew(tmp_path):
     shutil.rmtree(folder)
     state.step = 100
     checkpointer(state, {})
-    with pytest.raises(ValueError, match="has vanished; no checkpoint is there"):
+    with pytest.raises(ValueError, match="is gone; it has no checkpoint"):
         checkpointer.wait()
     assert not folder.exists()
 
 
 class Killed(BaseException):
-    """No clean-up is made for it."""
+    """The process is killed: no clean-up runs."""
 
 
 WRITING = [(checkpoint, "save_file"), (checkpoint.torch, "save"), (checkpoint, "write_text"), (checkpoint, "fsync")]
 WRITING += [(Path, name) for name in ("mkdir", "rename", "replace")] + [(shutil, "rmtree")]
 
 
-def test_a_kill_at_any_moment_of_a_write_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
-    """Before the n-th thing done to the disk, for all n: what is there is whole, and the next save mends all."""
+def test_a_kill_at_any_point_of_a_write_keeps_a_checkpoint(tmp_path, monkeypatch):
+    """Killed before the n-th file operation, for all n: an intact checkpoint remains, and the next save cleans up."""
     left = [0]
 
     def counted(real):
@@ -193,7 +193,7 @@ def test_a_kill_at_any_moment_of_a_write_leaves_a_whole_checkpoint(tmp_path, mon
     for moment in range(1, 100):
         folder = tmp_path / str(moment)
         save_checkpoint(folder, state_at(1))
-        save_checkpoint(folder, state_at(3))  # of a run that was rolled back by hand, say
+        save_checkpoint(folder, state_at(3))  # for example after a manual rollback
         left[0] = moment
         try:
             save_checkpoint(folder, state_at(3))
@@ -210,7 +210,7 @@ def test_a_kill_at_any_moment_of_a_write_leaves_a_whole_checkpoint(tmp_path, mon
     assert 15 < moment < 99
 
 
-# which are kept
+# which checkpoints are kept
 
 
 @pytest.mark.parametrize(
@@ -225,16 +225,16 @@ def test_a_kill_at_any_moment_of_a_write_leaves_a_whole_checkpoint(tmp_path, mon
         (9, 0, (), [2, 4, 6, 8, 10]),
     ],
 )
-def test_prune(tmp_path, keep_last, keep_every, best, kept):
+def test_pruning_keeps_the_requested_checkpoints(tmp_path, keep_last, keep_every, best, kept):
     for step in (2, 4, 6, 8, 10):
         save_checkpoint(tmp_path, state_at(step))
     half = checkpoint_path(tmp_path, 12)
-    half.mkdir()  # no manifest: it is none, and stands for none
+    half.mkdir()  # without a manifest it is not a checkpoint
     prune_checkpoints(tmp_path, keep_last, keep_every, best)
     assert saved_steps(tmp_path) == kept and unfinished(tmp_path) == []
 
 
-def test_a_checkpoint_is_deleted_only_after_its_successor_is_whole(tmp_path, gate):
+def test_pruning_waits_for_the_next_complete_checkpoint(tmp_path, gate):
     checkpointer = checkpointer_of(tmp_path, keep_last=1)
     gate.set()
     checkpointer(state_at(1), {})
@@ -247,7 +247,7 @@ def test_a_checkpoint_is_deleted_only_after_its_successor_is_whole(tmp_path, gat
     assert saved_steps(tmp_path) == [2]
 
 
-def test_the_best_one_stays(tmp_path):
+def test_the_best_checkpoint_is_kept(tmp_path):
     checkpointer = checkpointer_of(tmp_path, keep_last=1, keep_every=0)
     for step in (1, 2, 3, 4):
         state = state_at(step)
@@ -257,8 +257,8 @@ def test_the_best_one_stays(tmp_path):
     assert saved_steps(tmp_path) == [2, 4]
 
 
-def test_the_best_and_the_skipped_steps_come_back(tmp_path):
-    """A run killed again and again cannot show it where every validation is the best so far."""
+def test_best_and_bad_steps_are_restored(tmp_path):
+    """Killed runs cannot test this if every validation is the best so far."""
     state, other = state_at(3), state_at(0)
     state.best, state.bad_steps = {"val/loss": (0.5, 2)}, [1]
     save_checkpoint(tmp_path, state)

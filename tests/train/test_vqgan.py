@@ -1,4 +1,4 @@
-"""One step of the VQGAN: its gradients are those of the whole loss, and no work is done that does not count."""
+"""The VQGAN's training step: gradients of the full loss, and no superfluous work."""
 
 from unittest import mock
 
@@ -22,7 +22,7 @@ LOSS = {"perceptual_net": "none", "disc_start_step": 0, "ndf": 4, "disc_layers":
 
 
 class Distance(nn.Module):
-    """A perceptual loss that counts how often it is gone through backwards."""
+    """A perceptual loss that counts its backward passes."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ def batch(seed=0, size=4):
 
 
 def begun(perceptual=None, network=NETWORK, **changes):
-    """A state in float64, so that two ways to the same gradient can be told from two gradients."""
+    """A state in float64, so that rounding does not hide differences."""
     loss = VQGANLossConfig(**(LOSS | changes))
     state = build_state(network, loss, DATA, TRAINING, HERE)
     for part in state.modules.values():
@@ -54,12 +54,12 @@ def begun(perceptual=None, network=NETWORK, **changes):
 
 
 def close(one, other):
-    """Equal to the rounding of what is computed in float32 whatever else is."""
+    """Equal up to the rounding of the parts that are always computed in float32."""
     return (one - other).abs().max() <= 1e-5 * other.abs().max() + 1e-12
 
 
 def gradients(state, step, parts):
-    """What the optimizers would be given, by parameter, and what the step told."""
+    """The gradients that the optimizers would get, by parameter, and the outputs of the step."""
     found = {}
 
     def instead(state, names, world, **how):
@@ -74,7 +74,7 @@ def gradients(state, step, parts):
 
 
 def of_the_whole_loss(state, step, images):
-    """The autoencoder's gradients by the book: one loss, the weight from two gradients at the last layer."""
+    """The autoencoder's gradients by definition: one loss, the adaptive weight from two gradients of the last layer."""
     c, autoencoder = step.loss, state.modules["autoencoder"]
     fake, codes = autoencoder(images)
     reconstruction = c.recon_weight * ((images - fake).abs() if c.recon_loss == "l1" else (images - fake) ** 2).mean()
@@ -117,14 +117,14 @@ def test_the_gradients_are_those_of_the_whole_loss(changes):
     assert torch.allclose(told["loss"].double(), loss)
 
 
-def test_the_perceptual_network_is_gone_through_backwards_once():
+def test_the_perceptual_network_has_one_backward_pass():
     state, step = begun(Distance())
     gradients(state, step, [batch()])
     assert step.perceptual.backward_passes == 1
 
 
 def counted(state):
-    """How often the discriminator is called."""
+    """Counts the calls of the discriminator."""
     calls = []
     state.modules["discriminator"].register_forward_hook(lambda *_: calls.append(1))
     return calls
@@ -133,7 +133,7 @@ def counted(state):
 @pytest.mark.parametrize(
     ("at", "autoencoder", "discriminator"), [(2, False, False), (3, False, True), (5, False, True), (6, True, True)]
 )
-def test_nothing_is_done_before_its_time(at, autoencoder, discriminator):
+def test_the_discriminator_is_idle_before_its_start(at, autoencoder, discriminator):
     state, step = begun(disc_start_step=3, disc_warmup_steps=3)
     state.step, calls = at, counted(state)
     balance = mock.Mock(wraps=step.compute_adaptive_weight)
@@ -146,7 +146,7 @@ def test_nothing_is_done_before_its_time(at, autoencoder, discriminator):
     assert any(name.startswith("discriminator") for name in found) == discriminator
 
 
-def test_the_weight_rises_to_what_it_is():
+def test_the_adversarial_weight_warms_up():
     loss = VQGANLossConfig(disc_start_step=10, disc_warmup_steps=5, disc_ramp_steps=4)
     assert [loss.adversarial_share(k) for k in (0, 14, 15, 16, 18, 19, 1000)] == [0, 0, 0.2, 0.4, 0.8, 1, 1]
     assert VQGANLossConfig(disc_start_step=2).adversarial_share(2) == 1
@@ -168,7 +168,7 @@ def test_the_discriminators_gradients_are_those_of_its_loss():
     assert state.extras["lecam"].state_dict() != before
 
 
-def test_a_loss_that_is_not_finite_leaves_no_finite_gradient_and_no_trace():
+def test_a_nonfinite_loss_leaves_no_trace():
     state, step = begun(lecam_weight=0.5)
     given = batch()
     given["image"][0, 0, 0, 0] = float("inf")
@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_leaves_no_finite_gradient_and_no_trace():
     assert not state.counters["codes"].sums
 
 
-def test_parts_of_a_batch_give_the_gradients_of_the_whole_before_the_discriminator():
+def test_micro_batches_give_the_gradients_of_the_full_batch():
     state, step = begun(Distance(), disc_start_step=9)
     whole = batch(size=4)
     parts = [{name: value[rows] for name, value in whole.items()} for rows in (slice(0, 2), slice(2, 4))]
@@ -197,7 +197,7 @@ def test_parts_of_a_batch_give_the_gradients_of_the_whole_before_the_discriminat
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**16])
 def test_a_loss_scale_changes_no_gradient(scale):
-    """float16's: gradients are that many times larger, and the weights between losses are what they were."""
+    """With the float16 loss scale, gradients are scaled by it, and loss weights are unchanged."""
     state, step = begun(Distance())
     plain, told = gradients(state, step, [batch()])
     state.extras["loss_scale"] = LossScale()
@@ -208,8 +208,8 @@ def test_a_loss_scale_changes_no_gradient(scale):
     assert torch.allclose(again["adaptive_weight"], told["adaptive_weight"])
 
 
-def test_codes_of_an_epoch_are_those_of_all_processes():
-    """After a resume the first process may have all that was counted, and the others nothing."""
+def test_code_usage_of_an_epoch_counts_all_processes():
+    """After a resume, rank 0 may have all the counts, and the others none."""
     state, step = begun(disc_start_step=9)
     counts = state.counters["codes"]
     counts.add("chosen", torch.zeros(16))
@@ -217,19 +217,19 @@ def test_codes_of_an_epoch_are_those_of_all_processes():
     counts.world = step.world = mock.Mock(wraps=HERE, sum=lambda x: x + (12 if x.ndim == 0 else 1))
     logger = mock.Mock()
     module.VQGANReports(step, [], 4, epoch=12, logger=logger).log_code_usage(state, {})
-    assert logger.scalars.call_count == 1
+    assert logger.log_scalars.call_count == 1
 
 
-def test_codes_are_told_once_an_epoch_over_all_of_it():
+def test_code_usage_is_logged_once_per_epoch():
     state, step = begun(disc_start_step=9)
     logger = mock.Mock()
     reports = module.VQGANReports(step, [], 4, epoch=10, logger=logger)
-    for k in range(6):  # 4 images a step: the epoch is over after the third and the sixth
+    for k in range(6):  # 4 images per step: epochs end after the third and sixth step
         told = step(state, [batch(seed=k)])
         assert told is not None
         reports.log_code_usage(state, {})
-        assert logger.scalars.call_count == (k + 1) // 3
-    (_, used), _ = logger.scalars.call_args
+        assert logger.log_scalars.call_count == (k + 1) // 3
+    (_, used), _ = logger.log_scalars.call_args
     assert 0 < used["codes/usage"] <= 1 <= used["codes/perplexity"] <= 16
-    (_, _, chosen), _ = logger.histogram.call_args
+    (_, _, chosen), _ = logger.log_histogram.call_args
     assert chosen.sum() == 3 * 4 * 64 and used["codes/usage"] == (chosen > 0).float().mean()

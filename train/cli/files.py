@@ -1,4 +1,4 @@
-"""What YAML and JSON files say, before any flag is known: for people's own files, the words as they were typed."""
+"""Reading YAML and JSON config files. Values in user files stay strings, to be parsed like flags."""
 
 import os
 import reprlib
@@ -10,28 +10,28 @@ import yaml
 from train.cli.json_config import read_json
 from train.config import ROOT
 
-# What PyYAML raises beside its own errors, for dates that do not exist, tags on what they do not fit, deep nesting.
+# PyYAML also raises other errors, for impossible dates, misplaced tags and deep nesting.
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a mapping says each key once."""
+    """A safe loader that refuses duplicate keys."""
 
     def compose_mapping_node(self, anchor):
-        node, said = super().compose_mapping_node(anchor), set()
+        node, keys = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in said:
-                raise yaml.YAMLError(f"key {key.value!r} is there twice, the second time {key.start_mark}")
-            said.add(key.value if isinstance(key, yaml.ScalarNode) else key)
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                raise yaml.YAMLError(f"duplicate key {key.value!r}, {key.start_mark}")
+            keys.add(key.value if isinstance(key, yaml.ScalarNode) else key)
         return node
 
 
 class StringLoader(UniqueKeyLoader):
-    """Scalars stay the words that were typed, for a flag's own parser: YAML takes 1e-4 for a word and 010 for 8."""
+    """Keeps scalars as strings for the parsers of flags: YAML reads 1e-4 as a string and 010 as 8."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in known if tag.endswith((":null", ":merge"))]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
@@ -40,7 +40,7 @@ for kind in ("int", "float", "bool", "timestamp"):
 
 
 def read_yaml(path: Path, loader: type[yaml.SafeLoader] = UniqueKeyLoader) -> dict[str, Any]:
-    """The keys of a YAML file, with the types that YAML gives their values; ValueError where it is anything else."""
+    """The mapping in a YAML file; ValueError if the file holds anything else."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), loader)  # a SafeLoader: runs nothing
     except YAML_ERRORS as error:
@@ -51,51 +51,52 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = UniqueKeyLoader) -> di
 
 
 def read_run_config(path: Path) -> dict[str, dict[str, Any]]:
-    """A run's config.yaml: groups of keys, with the types that YAML gives their values."""
+    """The groups of a run's config.yaml."""
     content = read_yaml(path)
     check_groups(content, str(path))
     return content
 
 
 def check_groups(content: dict[str, Any], source: str) -> None:
+    """ValueError if a value is not a group of keys."""
     for name, group in content.items():
         if not isinstance(group, dict):
             raise ValueError(f"{source}: group {name!r} holds {reprlib.repr(group)}, wanted lines of `key: value`")
 
 
 def as_yaml_strings(value: Any) -> Any:
-    """What JSON says, in the words of YAML."""
+    """JSON values with scalars as the strings that YAML would hold."""
     if isinstance(value, dict):
-        return {key: as_yaml_strings(below) for key, below in value.items()}
+        return {key: as_yaml_strings(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [as_yaml_strings(below) for below in value]
+        return [as_yaml_strings(item) for item in value]
     return str(value).lower() if isinstance(value, bool) else value if value is None else str(value)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A YAML file, or a JSON file of json_config.py's shape, as YAML would say it: words, lists, keys."""
+    """Reads a YAML config file, or a JSON file in the layout of json_config.py; scalars stay strings."""
     if not path.is_file():
-        near = sorted(p.name for p in (ROOT / "configs").iterdir())
-        what = "is no file" if path.exists() else "not found"
-        raise FileNotFoundError(f"config file {path} {what}; the presets in configs/ are {', '.join(near)}")
+        presets = sorted(p.name for p in (ROOT / "configs").iterdir())
+        problem = "is not a file" if path.exists() else "not found"
+        raise FileNotFoundError(f"config file {path} {problem}; the presets in configs/ are {', '.join(presets)}")
     if path.suffix != ".json":
         return read_yaml(path, StringLoader)
     return as_yaml_strings(read_json(path))
 
 
 def get_section(content: dict[str, Any], name: str) -> dict[str, Any]:
-    """A section of a file's content; what is there and none is refused by `layer`."""
+    """A section of a file's content, or {}; `file_values` refuses values that are not sections."""
     return content[name] if isinstance(content.get(name), dict) else {}
 
 
 def resolve_data_dir(dataset: str, data_dir: str | None) -> str | None:
-    """--data_dir, or the path that datasets.yaml has for the data set (relative to that file), or None."""
+    """--data_dir, or else the path of the data set in datasets.yaml (relative to that file), or None."""
     if data_dir is not None:
         return data_dir
     paths = read_yaml(ROOT / "datasets.yaml", StringLoader)
     path = paths.get(dataset)
     if path is None and dataset in paths:
-        raise ValueError(f"datasets.yaml has no path for {dataset} yet: write it there, or pass --data_dir PATH")
+        raise ValueError(f"datasets.yaml has no path for {dataset} yet: add it there, or pass --data_dir PATH")
     if path is not None and not (isinstance(path, str) and "\0" not in path):
         got = reprlib.repr(path)
         raise ValueError(f"datasets.yaml: got {got} for {dataset}, wanted `{dataset}: /path/to/the/images`")

@@ -1,8 +1,8 @@
-"""The command line: typed dataclasses, one flat list of flags, YAML files under them.
+"""The command line: typed dataclasses become a flat list of flags, with YAML files for values.
 
-Precedence: dataclass default < --config FILE.yaml (else configs/<sampler>_<dataset>.yaml or configs/<dataset>.yaml) <
-flag. A file has the keys of the data and the sampler's name at its top level, and in sections (`vqgan:`, `absorbing:`,
-`calc_FID:`) those of one script. Values pass through the flags' own parsers.
+Precedence: dataclass default < --config FILE.yaml (or else configs/<sampler>_<dataset>.yaml or configs/<dataset>.yaml)
+< flag. The top level of a file holds the keys of the data and the sampler's name, its sections (`vqgan:`, `absorbing:`,
+`calc_FID:`) those of one script. Values are parsed like flags.
 """
 
 import contextlib
@@ -25,42 +25,35 @@ from train.datasets import is_command
 from train.registry import did_you_mean, names_in, plugin
 
 TYRO_MARKERS = (tyro.conf.OmitArgPrefixes,)
-IDENTIFYING_FLAGS = {
-    "sampler",
-    "dataset",
-    "reader",
-    "quantizer",
-    "logs_root",
-    "load_dir",
-    "ae_load_dir",
-}  # read before all flags
+# Read before the other flags can be parsed.
+IDENTIFYING_FLAGS = {"sampler", "dataset", "reader", "quantizer", "logs_root", "load_dir", "ae_load_dir"}
 C = TypeVar("C")
 
 
 def read_config_flag(argv: list[str]) -> dict[str, Any]:
-    """What --config holds, nothing without it; what names the run and its data is a word."""
+    """The content of the --config file, or {}; checks that the keys that identify the run and its data are strings."""
     file, _ = split_config_flag(argv)
     content = {} if file is None else read_config(Path(file))
-    for values in (content, *(each for each in content.values() if isinstance(each, dict))):
+    for values in (content, *(section for section in content.values() if isinstance(section, dict))):
         for key in IDENTIFYING_FLAGS & values.keys():
             if not isinstance(values[key], str) and not (values[key] is None and key.endswith("load_dir")):
                 raise ValueError(f"{file}: got {key} {reprlib.repr(values[key])}, wanted a word")
     return content
 
 
-def resolve_sampler(argv: list[str], below: dict[str, Any] | None = None) -> str:
-    """The sampler that the flags name, else the config file, else what lies below."""
-    said = read_config_flag(argv).get("sampler")
-    return first_given(peek_flag(argv, "sampler"), said, (below or {}).get("sampler"), SamplerConfig.sampler)
+def resolve_sampler(argv: list[str], base: dict[str, Any] | None = None) -> str:
+    """The sampler named by the flags, else by the config file, else by the base values, else the default."""
+    in_file = read_config_flag(argv).get("sampler")
+    return first_given(peek_flag(argv, "sampler"), in_file, (base or {}).get("sampler"), SamplerConfig.sampler)
 
 
 def flag_names(group: Any) -> set[str]:
-    """Flat names of a config, of a config class, or of one group."""
+    """The names of all flags of a config, a config class or a group."""
     return set(flags_of(group))
 
 
 def file_values(path: Path, content: dict[str, Any], config: Any, names: PluginNames, section: str) -> dict[str, Any]:
-    """What one file says to one script: the keys of the data, above them those of its section; others are an error."""
+    """The values in a file for one script: data keys, overridden by its section. ValueError for unknown keys."""
     known = flag_names(config)
     data_keys = flag_names(DataConfig).union(
         *(flag_names(plugin("train.datasets", n, "reader").Config) for n in names_in("train.datasets"))
@@ -70,10 +63,10 @@ def file_values(path: Path, content: dict[str, Any], config: Any, names: PluginN
     for key, value in content.items():
         if isinstance(value, dict):
             if key not in sections:
-                there = ", ".join(sorted(sections))
-                raise ValueError(f"{path}: unknown section {key!r}{did_you_mean(key, sections)}; there are: {there}")
+                names = ", ".join(sorted(sections))
+                raise ValueError(f"{path}: unknown section {key!r}{did_you_mean(key, sections)}; there are: {names}")
         elif key in sections and value is None:
-            continue  # an empty section says nothing
+            continue  # an empty section
         elif key in sections:
             got = reprlib.repr(value)
             raise ValueError(f"{path}: section {key!r} holds {got}, wanted lines of `key: value`")
@@ -89,7 +82,7 @@ def file_values(path: Path, content: dict[str, Any], config: Any, names: PluginN
 
 
 def to_arguments(values: dict[str, Any], config: Any, source: str) -> list[str]:
-    """What a file says as the words one would type, so that the flags' own parsers read them."""
+    """Values of a file as command-line arguments, to be parsed like flags."""
     flags = flags_of(config)
     try:
         return [word for key, value in values.items() for word in flag_arguments(key, value, flags[key].kind)]
@@ -98,58 +91,56 @@ def to_arguments(values: dict[str, Any], config: Any, source: str) -> list[str]:
 
 
 def drop_foreign(values: dict[str, Any], config: Any, names: PluginNames, source: str) -> dict[str, Any]:
-    """`values` of a file but for those of plug-ins that are not named, which change nothing where they are defaults.
-
-    ValueError where one is not its default.
-    """
-    kept = {}
+    """Drops the values of plug-ins that are not in use, provided that they are defaults; ValueError otherwise."""
+    own = {}
     for key, value in values.items():
-        found = None if key in flag_names(config) else find_foreign_flag(config, key)
-        if found is None:
-            kept[key] = value
+        foreign = None if key in flag_names(config) else find_foreign_flag(config, key)
+        if foreign is None:
+            own[key] = value
             continue
-        for name, flag in found.owners.items():
-            owner = found.group.config_of(name)()
-            read = parse_arguments(type(owner), to_arguments({key: value}, owner, source), default=owner, source=source)
-            if getattr(read, key) == flag.default:
+        for name, flag in foreign.owners.items():
+            owner = foreign.group.config_of(name)()
+            words = to_arguments({key: value}, owner, source)
+            parsed = parse_arguments(type(owner), words, default=owner, source=source)
+            if getattr(parsed, key) == flag.default:
                 break
         else:
-            raise ValueError(f"{source}: got {key} {value!r} {foreign_flag_message(found, names)}")
-    return kept
+            raise ValueError(f"{source}: got {key} {value!r} {foreign_flag_message(foreign, names)}")
+    return own
 
 
 def reject_foreign(argv: list[str], config: Any, names: PluginNames) -> None:
-    """ValueError where a flag is typed of plug-ins that are not named; who asks for help waits for none of them."""
+    """ValueError if a flag of a plug-in that is not in use is given; skipped for --help, which needs no plug-ins."""
     known = flag_names(config)
     typed = [word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
     for key in [] if {"--help", "-h"} & {*argv} else typed:
         flag = key if key in known else key.removeprefix("no_")
-        found = None if flag in known else find_foreign_flag(config, flag)
-        if found is not None:
-            raise ValueError(f"got --{key} {foreign_flag_message(found, names)}")
+        foreign = None if flag in known else find_foreign_flag(config, flag)
+        if foreign is not None:
+            raise ValueError(f"got --{key} {foreign_flag_message(foreign, names)}")
 
 
-def foreign_flag_message(found: ForeignFlag, names: PluginNames) -> str:
-    """The end of a message about a flag of plug-ins that are not named."""
-    owners, there = list(found.owners), [each for each in found.group.flags if each in names]
-    typed = " ".join(f"--{each} {' '.join(names[each])}" for each in there if names[each])
-    with_them = f"with {typed}" if typed else f"without --{there[-1]}"
-    return f"{with_them}: it is of {', '.join(owners)}; leave it out, or name {owners[0]} in --{there[-1]}"
+def foreign_flag_message(foreign: ForeignFlag, names: PluginNames) -> str:
+    """The end of an error message about a flag of plug-ins that are not in use."""
+    owners, flags = list(foreign.owners), [flag for flag in foreign.group.flags if flag in names]
+    given = " ".join(f"--{flag} {' '.join(names[flag])}" for flag in flags if names[flag])
+    context = f"with {given}" if given else f"without --{flags[-1]}"
+    return f"{context}: it belongs to {', '.join(owners)}; leave it out, or pass --{flags[-1]} {owners[0]}"
 
 
 def parse_arguments(cls: type[C], words: list[str], *, default: C, source: str | None = None, prog: str = "") -> C:
-    """Words to a config, by tyro; `source` names the file they came from in an error.
+    """Parses command-line arguments to a config with tyro; errors name `source`, the file they came from.
 
-    The groups of plug-ins are those that the default has.
+    The groups of plug-ins are those of `default`.
     """
-    files = "default configs/<sampler>_<dataset>.yaml, else configs/<dataset>.yaml"
-    about = f"{cls.__doc__}\n\n--config FILE.yaml (or .json) holds values for these flags ({files})."
+    files = "by default configs/<sampler>_<dataset>.yaml or configs/<dataset>.yaml"
+    description = f"{cls.__doc__}\n\n--config FILE.yaml (or .json) sets values for these flags ({files})."
     try:
         return tyro.cli(
             cls,
             args=words,
             prog=prog or None,
-            description=about,
+            description=description,
             use_underscores=True,
             config=TYRO_MARKERS,
             registry=RULES,
@@ -162,7 +153,7 @@ def parse_arguments(cls: type[C], words: list[str], *, default: C, source: str |
 
 
 def preset_path(cls, sampler: str, dataset: str) -> Path:
-    """The file of configs/ that is read where no --config is given; it may not be there."""
+    """The preset in configs/ that is read if no --config is given; it may not exist."""
     own = ROOT / "configs" / f"{sampler}_{dataset}.yaml"
     return own if "sampler" in flag_names(cls) and own.exists() else ROOT / "configs" / f"{dataset}.yaml"
 
@@ -171,48 +162,48 @@ BaseValues = Callable[[list[str], str], dict[str, Any]]
 
 
 def parse(cls: type[C], section: str | None, argv: list[str], base_values: BaseValues | None = None) -> C:
-    """The whole configuration of a script, whose section of a file is named as the sampler if no name is given.
+    """Parses the full config of a script. Its section in config files is named after the sampler by default.
 
-    `base_values(argv, section)` gives values above the preset but below an explicit --config: what an earlier stage was
-    trained with.
+    `base_values(argv, section)` gives values that override the preset but not an explicit --config: the settings of an
+    earlier stage.
     """
     of_sampler, section = section is None, section or resolve_sampler(argv)
-    below = base_values(argv, section) if base_values is not None else {}
+    base = base_values(argv, section) if base_values is not None else {}
     explicit, (file, argv) = read_config_flag(argv), split_config_flag(argv)
-    said = explicit | {key: value for key, value in get_section(explicit, section).items() if value is not None}
-    sampler = first_given(peek_flag(argv, "sampler"), said.get("sampler"), below.get("sampler"), SamplerConfig.sampler)
+    given = explicit | {key: value for key, value in get_section(explicit, section).items() if value is not None}
+    sampler = first_given(peek_flag(argv, "sampler"), given.get("sampler"), base.get("sampler"), SamplerConfig.sampler)
     if of_sampler and get_section(explicit, section).get("sampler", section) != section:
-        raise ValueError(f"{file}: section {section!r} names the sampler {said['sampler']!r}: leave that out")
-    dataset = first_given(peek_flag(argv, "dataset"), said.get("dataset"), below.get("dataset"), DataConfig.dataset)
+        raise ValueError(f"{file}: section {section!r} names the sampler {given['sampler']!r}: leave that out")
+    dataset = first_given(peek_flag(argv, "dataset"), given.get("dataset"), base.get("dataset"), DataConfig.dataset)
     path = Path(file) if file is not None else preset_path(cls, sampler, dataset)
-    known = names_in("train.datasets")
-    if file is None and not path.exists() and dataset not in known:
+    readers = names_in("train.datasets")
+    if file is None and not path.exists() and dataset not in readers:
         presets = [p.stem for p in (ROOT / "configs").glob("*.yaml")]
         raise ValueError(
-            f"unknown data set {dataset!r}{did_you_mean(str(dataset), [*known, *presets])}; there are: "
-            f"{', '.join(sorted({*known, *presets}))}; for a folder of images: --dataset folder --data_dir PATH"
+            f"unknown data set {dataset!r}{did_you_mean(str(dataset), [*readers, *presets])}; there are: "
+            f"{', '.join(sorted({*readers, *presets}))}; for a folder of images: --dataset folder --data_dir PATH"
         )
     content = explicit if file is not None else (read_config(path) if path.exists() else {})
     in_file = content | get_section(content, section)
-    said = below | in_file if file is not None else in_file | below
+    given = base | in_file if file is not None else in_file | base
     typed = {flag: words for flag in NAMING_FLAGS if (words := peek_flag_values(argv, flag)) is not None}
-    config, names = make_default_config(cls, said | {"dataset": dataset, "sampler": sampler} | typed)
+    config, names = make_default_config(cls, given | {"dataset": dataset, "sampler": sampler} | typed)
     reject_foreign(argv, config, names)
     values = file_values(path, content, config, names, section) if content else {}
-    below = {k: v for k, v in below.items() if k in flag_names(config)}
-    values = below | values if file is not None else values | below
+    base = {k: v for k, v in base.items() if k in flag_names(config)}
+    values = base | values if file is not None else values | base
     if "sampler" in flag_names(config):
         values["sampler"] = sampler
-    source = f"{path}, or the config.yaml of the run that this builds on" if below else str(path)
-    base = parse_arguments(cls, to_arguments(values, config, source), default=config, source=source)
-    return parse_arguments(cls, argv, default=base, prog=Path(sys.argv[0]).name)
+    source = f"{path}, or the config.yaml of the run that this one builds on" if base else str(path)
+    default = parse_arguments(cls, to_arguments(values, config, source), default=config, source=source)
+    return parse_arguments(cls, argv, default=default, prog=Path(sys.argv[0]).name)
 
 
 def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:
-    """What the VQGAN that a second stage names was trained on, by flat key; empty where it names none that is there.
+    """The data settings of a second stage's VQGAN run, by flat key; empty if there is no such run.
 
-    It lies under the second stage's own --config and flags, so that nobody types the data twice. `section` of the
-    config file names the run.
+    They are base values below the second stage's own --config and flags, so that data settings are not typed twice.
+    `section` is the section of the config file that may name the run.
     """
     content, sampler = read_config_flag(argv), resolve_sampler(argv)
     values = get_section(content, section)
@@ -226,51 +217,51 @@ def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:
         return {}
     stored = read_run_config(path)
     values = stored.get("data", {}) | stored.get("reader", {})
-    values = {key: value for key, value in values.items() if not is_command(value)}  # these are typed
-    of_images = ("img_size", "img_width", "n_channels", "data_range")
-    return values if values.get("dataset") == dataset else {key: values[key] for key in of_images if key in values}
+    values = {key: value for key, value in values.items() if not is_command(value)}  # commands must be typed again
+    image_keys = ("img_size", "img_width", "n_channels", "data_range")
+    return values if values.get("dataset") == dataset else {key: values[key] for key in image_keys if key in values}
 
 
 def to_dict(config) -> dict[str, Any]:
-    """A config as plain words, numbers and lists, by group."""
+    """A config as strings, numbers and lists, by group."""
     return {field.name: flatten_group(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def flatten_group(group: Any) -> dict[str, Any]:
-    """One group of a config as plain words, numbers and lists; groups in it are flat."""
+    """A group of a config as strings, numbers and lists; nested groups are flattened."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
-        inside = flatten_group(value) if dataclasses.is_dataclass(value) else {field.name: value}
-        values |= {key: list(each) if isinstance(each, tuple) else each for key, each in inside.items()}
+        items = flatten_group(value) if dataclasses.is_dataclass(value) else {field.name: value}
+        values |= {key: list(item) if isinstance(item, tuple) else item for key, item in items.items()}
     return values
 
 
 def from_dict(cls: type[C], content: dict[str, dict[str, Any]], source: str) -> C:
-    """The inverse of `to_dict`; a key that is unknown is an error that names `source`.
+    """The inverse of `to_dict`. An unknown key is an error that names `source`.
 
-    One that is missing takes its default: a flag's default means what was done before there was the flag. One of a
-    plug-in that the run does not name, as runs of before held them, is passed over where it is its default.
+    A missing key takes its default, which always means the behaviour before the flag existed. A key of a plug-in that
+    is not in use, as in old runs, is ignored if it has its default value.
     """
     check_groups(content, source)
     flat = {key: value for group in content.values() for key, value in group.items()}
     default, names = make_default_config(cls, flat)
     flat = drop_foreign(flat, default, names, source)
-    odd = ", ".join(sorted(str(key) for key in flat.keys() - flag_names(default)))
-    if odd:
-        raise ValueError(f"{source} was written by another version: these keys are unknown now: {odd}")
+    unknown = ", ".join(sorted(str(key) for key in flat.keys() - flag_names(default)))
+    if unknown:
+        raise ValueError(f"{source} was written by another version, with keys that are unknown now: {unknown}")
     return parse_arguments(cls, to_arguments(flat, default, source), default=default, source=source)
 
 
 def complete_config(content: dict[str, dict[str, Any]], config: Any, source: str) -> dict[str, dict[str, Any]]:
-    """What the config.yaml of a run of `config`'s class holds, `source`, as it would be written today.
+    """Converts the content of an old config.yaml (`source`) to what would be written today for `config`'s class.
 
-    Flags that were made after it have their defaults, those of plug-ins that the run does not name are left out;
-    ValueError where one of these is not its default. A group with a key that nobody knows is left as it is.
+    Newer flags get their defaults, and keys of plug-ins that are not in use are dropped; ValueError if one of these is
+    not its default. A group with an unknown key is not changed.
     """
     groups = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    said = {key: value for name in groups for key, value in content.get(name, {}).items()}
-    defaults, names = make_default_config(dataclasses.make_dataclass("Run", list(groups.items())), said)
+    flat = {key: value for name in groups for key, value in content.get(name, {}).items()}
+    defaults, names = make_default_config(dataclasses.make_dataclass("Run", list(groups.items())), flat)
     full = dict(content)
     for name in groups:
         default = getattr(defaults, name)
@@ -280,17 +271,18 @@ def complete_config(content: dict[str, dict[str, Any]], config: Any, source: str
 
 
 def run_main(main: Callable[[C], None], config: C) -> None:
+    """Calls main(config); tests replace it."""
     main(config)
 
 
 @contextlib.contextmanager
 def one_line_errors(script: str):
-    """What a user can mend becomes one line and exit code 2."""
+    """Prints errors that a user can fix as one line, and exits with code 2."""
     try:
         yield
     except (ValueError, OSError) as error:
-        of_system = isinstance(error, OSError) and error.strerror and error.filename is not None
-        text = f"{error.strerror}: {error.filename}" if of_system else str(error) or type(error).__name__
+        is_system = isinstance(error, OSError) and error.strerror and error.filename is not None
+        text = f"{error.strerror}: {error.filename}" if is_system else str(error) or type(error).__name__
         print(f"{script}: {' '.join(text.splitlines())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -301,8 +293,8 @@ def one_line_errors(script: str):
 def run_script(main: Callable[[C], None], cls: type[C], section: str | None = None, **kwargs) -> None:
     """Parses the command line and calls main(config).
 
-    Under torchrun every process reads the same words, and the first alone speaks of them; what goes wrong later may be
-    of one machine only, and each speaks of it.
+    Under torchrun only rank 0 prints errors of the command line, which are the same for all; later errors may concern
+    one machine only, so every rank prints its own.
     """
     script, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
     with contextlib.ExitStack() as quiet:

@@ -1,7 +1,7 @@
-"""Flags of plug-ins: where a config has a group that plug-ins define, the plug-ins that flags name say what is in it.
+"""Flags of plug-ins: groups of a config whose fields depend on the plug-ins that other flags name.
 
-`--quantizer fsq` puts `vq.quantizers.fsq.Config` in the place of a `QuantizerConfig`, and its fields are flags.
-Groups may lie in groups; flags and keys of files are flat all the same.
+With `--quantizer fsq`, `vq.quantizers.fsq.Config` replaces `QuantizerConfig`, and its fields become flags. Groups may
+be nested; flags and keys of files are flat.
 """
 
 import dataclasses
@@ -17,24 +17,24 @@ from train.registry import names_in, plugin
 from vq.quantizers import QuantizerConfig
 
 C = TypeVar("C")
-PluginNames = Mapping[str, Sequence[str]]  # the plug-ins that each flag names, by flag
+PluginNames = Mapping[str, Sequence[str]]  # the plug-ins named by each flag
 
 
 @dataclass(frozen=True)
 class PluginGroup:
-    """A group whose flags are those of plug-ins, the files of a package."""
+    """A config group whose fields are defined by plug-ins, the files of a package."""
 
     package: str
-    flags: tuple[str, ...]  # that name plug-ins, one each or, where the flag is a list, several
-    noun: str  # what a plug-in is called in a message
-    attribute: str = "Config"  # of the file: its flags
+    flags: tuple[str, ...]  # that name plug-ins: one, or several if the flag is a list
+    noun: str  # for a plug-in, in messages
+    attribute: str = "Config"  # of the plug-in file: the class of its flags
 
     def config_of(self, name: str) -> type:
-        """The flags of one plug-in; ValueError with the names there are."""
+        """The config class of a plug-in; ValueError for an unknown name."""
         return getattr(plugin(self.package, name, self.noun), self.attribute)
 
 
-PLUGIN_GROUPS: dict[type, PluginGroup] = {  # by the class that every plug-in's own builds on
+PLUGIN_GROUPS: dict[type, PluginGroup] = {  # by the base class of the plug-ins' configs
     DatasetConfig: PluginGroup("train.datasets", ("reader",), "data set"),
     SamplerConfig: PluginGroup("train.samplers", ("sampler",), "sampler"),
     SamplingConfig: PluginGroup("train.samplers", ("sampler",), "sampler", "Sampling"),
@@ -45,20 +45,20 @@ NAMING_FLAGS = {"dataset", *(flag for group in PLUGIN_GROUPS.values() for flag i
 
 
 class Flag(NamedTuple):
-    """A field of a config that is no group."""
+    """A field of a config that is not a group."""
 
-    kind: Any  # its type
+    kind: Any  # type
     default: Any
 
 
 def flags_of(group: Any) -> dict[str, Flag]:
-    """The flags of a config class or of a config, by name; of a class, those of its plug-ins are not known yet."""
-    of_class, flags = isinstance(group, type), {}
-    kinds = typing.get_type_hints(group if of_class else type(group))
+    """The flags of a config or a config class, by name; a class does not include those of its plug-ins."""
+    is_class, flags = isinstance(group, type), {}
+    kinds = typing.get_type_hints(group if is_class else type(group))
     for field in dataclasses.fields(group):
-        inside = kinds[field.name] if of_class else getattr(group, field.name)
-        is_group = dataclasses.is_dataclass(inside)
-        flags |= flags_of(inside) if is_group else {field.name: Flag(kinds[field.name], field.default)}
+        value = kinds[field.name] if is_class else getattr(group, field.name)
+        is_group = dataclasses.is_dataclass(value)
+        flags |= flags_of(value) if is_group else {field.name: Flag(kinds[field.name], field.default)}
     return flags
 
 
@@ -67,34 +67,35 @@ def takes_list(flag: Flag) -> bool:
 
 
 class DefaultConfig(NamedTuple):
-    """A config with the groups of the plug-ins named, and their names."""
+    """A config with the groups of the named plug-ins, and their names."""
 
     config: Any
     names: PluginNames
 
 
-def make_default_config(cls: type, said: Mapping[str, Any]) -> DefaultConfig:
-    """A config of this class, all defaults, with the groups of the plug-ins that are named in what is said.
+def make_default_config(cls: type, values: Mapping[str, Any]) -> DefaultConfig:
+    """A config of this class with defaults, and with the groups of the plug-ins that `values` name.
 
-    `said` is by flat key; what names plug-ins and is not in it has its default. ValueError for an unknown plug-in.
+    `values` are by flat key; flags that name plug-ins and are missing have their defaults. ValueError for an unknown
+    plug-in.
     """
-    names, before = plugin_names(cls, said), None
-    while names != before:  # the flags of a plug-in may name others
+    names, previous = plugin_names(cls, values), None
+    while names != previous:  # the flags of a plug-in may name others
         config = build_config(cls, names)
-        names, before = plugin_names(config, said), names
+        names, previous = plugin_names(config, values), names
     return DefaultConfig(config, names)
 
 
-def plugin_names(group: Any, said: Mapping[str, Any]) -> PluginNames:
-    """The plug-ins that each naming flag of a config, or of its class, names.
+def plugin_names(group: Any, values: Mapping[str, Any]) -> PluginNames:
+    """The plug-ins named by each naming flag of a config or a config class.
 
-    Without a `reader` the data set's name is that of the file that reads it.
+    Without a `reader`, the data set is read by the file of the same name.
     """
     names = {}
     for name, flag in flags_of(group).items():
         if name in NAMING_FLAGS:
-            value = flag.default if said.get(name) is None else said[name]
-            words = [str(each) for each in value] if isinstance(value, list | tuple) else [str(value)]
+            value = flag.default if values.get(name) is None else values[name]
+            words = [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
             names[name] = words if takes_list(flag) else (words or [str(flag.default)])[-1:]
     if "dataset" in names and names.get("reader", [""]) == [""]:
         names["reader"] = names["dataset"]
@@ -102,7 +103,7 @@ def plugin_names(group: Any, said: Mapping[str, Any]) -> PluginNames:
 
 
 def build_config(cls: type, names: PluginNames) -> Any:
-    """A config of this class, all defaults, with the groups of these plug-ins; `cls` may be such a group itself."""
+    """A config of this class with defaults, with the groups of these plug-ins; `cls` may itself be such a group."""
     for base, group in PLUGIN_GROUPS.items():
         if issubclass(cls, base):
             configs = [group.config_of(name) for flag in group.flags for name in names.get(flag, ())]
@@ -112,42 +113,43 @@ def build_config(cls: type, names: PluginNames) -> Any:
     if not groups:
         return cls()
     flags, own = flags_of(cls), {field.name for field in fields} - groups.keys()
-    said = {flag: names[flag] for flag in own & names.keys()}
-    return cls(**groups, **{flag: tuple(each) if takes_list(flags[flag]) else each[0] for flag, each in said.items()})
+    named = {flag: names[flag] for flag in own & names.keys()}
+    values = {flag: tuple(words) if takes_list(flags[flag]) else words[0] for flag, words in named.items()}
+    return cls(**groups, **values)
 
 
 def merge_configs(configs: Sequence[type], base: type) -> type:
-    """One class with the flags of several plug-ins; a flag that more than one of them has is there once."""
-    configs = [each for each in configs if not any(other is not each and issubclass(other, each) for other in configs)]
+    """Merges the config classes of several plug-ins into one; shared flags appear once."""
+    configs = [c for c in configs if not any(other is not c and issubclass(other, c) for other in configs)]
     if len(configs) < 2:
         return configs[0] if configs else base
     return dataclass(frozen=True, kw_only=True)(type(base.__name__, tuple(configs), {"__doc__": base.__doc__}))
 
 
 def plugin_options(options: Any, config: type[C]) -> C:
-    """What joined options say to one of their plug-ins, whose flags are those of `config`."""
+    """The options of one plug-in, with config class `config`, from merged options."""
     return config(**{field.name: getattr(options, field.name) for field in dataclasses.fields(config)})
 
 
 class ForeignFlag(NamedTuple):
-    """A flag that plug-ins have which are not named."""
+    """A flag of plug-ins that are not in use."""
 
     group: PluginGroup
-    owners: dict[str, Flag]  # by the plug-in's name
+    owners: dict[str, Flag]  # by name of the plug-in
 
 
 def find_foreign_flag(config: Any, key: str) -> ForeignFlag | None:
-    """Whose flag this is, which is none of the config's own; None where no plug-in of its groups has it."""
+    """The owners of a flag that is not in the config; None if no plug-in of its groups has it."""
     for group in iter_plugin_groups(config):
         flags = {name: flags_of(group.config_of(name)) for name in names_in(group.package)}
-        owners = {name: found[key] for name, found in flags.items() if key in found}
+        owners = {name: own[key] for name, own in flags.items() if key in own}
         if owners:
             return ForeignFlag(group, owners)
     return None
 
 
 def iter_plugin_groups(config: Any) -> Iterator[PluginGroup]:
-    """The groups that plug-ins define in a config, itself one or not."""
+    """The plug-in groups in a config, which may itself be one."""
     yield from (group for base, group in PLUGIN_GROUPS.items() if isinstance(config, base))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -1,4 +1,4 @@
-"""Words of flags and files, and the values they become: numbers are finite, whole where they must be."""
+"""Parsing of flags and of values in files. Numbers must be finite, and integers whole."""
 
 import re
 import reprlib
@@ -27,21 +27,21 @@ def peek_flag(argv: list[str], flag: str) -> str | None:
 
 
 def peek_flag_values(argv: list[str], flag: str) -> list[str] | None:
-    """The words that follow a flag of several, as far as the next flag; None where it is not typed."""
-    words, follow = None, False
+    """The values after a flag that takes several, up to the next flag; None if it is not given."""
+    values, follows = None, False
     for word in argv:
         name, _, given = word.partition("=")
         if word.startswith("--"):
-            follow = name.replace("-", "_") == f"__{flag}"
-            if follow:
-                words = [given] if "=" in word else []
-        elif follow:
-            words.append(word)
-    return words
+            follows = name.replace("-", "_") == f"__{flag}"
+            if follows:
+                values = [given] if "=" in word else []
+        elif follows:
+            values.append(word)
+    return values
 
 
 def split_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The file that --config names, and the other words."""
+    """Splits the command line into the file of --config (or None) and the other arguments."""
     places = [i for i, word in enumerate(argv) if peek_flag([word, ""], "config") is not None]
     if not places:
         return None, argv
@@ -53,12 +53,12 @@ def split_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def first_given(*values: Any) -> Any:
-    """The first that is not None."""
+    """The first value that is not None."""
     return next((value for value in values if value is not None), None)
 
 
 def parse_int(word: str) -> int:
-    """1000000, 1_000_000 and 1e6 are whole numbers, read exactly; 2.5 is none, nor is what no tensor can hold."""
+    """Parses an integer: 1000000, 1_000_000 and 1e6 are read exactly; 2.5 and values of 64 bits or more are refused."""
     try:
         value = Decimal(word)
         if abs(value) < 2**63 and value == int(value):
@@ -69,6 +69,7 @@ def parse_int(word: str) -> int:
 
 
 def parse_float(word: str) -> float:
+    """Parses a finite number."""
     try:
         value = float(word)
         if abs(value) < float("inf"):
@@ -91,20 +92,20 @@ def number_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 
 def scalar_to_word(value: Any) -> str | None:
-    """A scalar as the word for it, None for anything else."""
+    """A scalar as a string, None for anything else."""
     if isinstance(value, bool):
         return str(value).lower()
     return str(value) if isinstance(value, str | int | float) else None
 
 
 def flag_arguments(key: str, value: Any, kind: Any) -> list[str]:
-    """What a file says of one flag, as the words one would type for it; ValueError where it is of another kind."""
+    """The value of a key in a file as command-line arguments; ValueError if it has the wrong type."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     kinds = {get_origin(option) or option for option in options}
     word = scalar_to_word(value)
     if isinstance(value, list | tuple):
         words = [scalar_to_word(item) for item in value]
-        # a word in a list that begins as flags do would be read as one
+        # a word in a list that starts like a flag would be parsed as one
         if tuple in kinds and not any(item is None or re.match(r"-[^\d.]", item) for item in words):
             return [f"--{key}", *words]
     elif value is None and NoneType in kinds:
@@ -114,5 +115,5 @@ def flag_arguments(key: str, value: Any, kind: Any) -> list[str]:
             return [f"--{SWITCHES[word.lower()]}{key}"]
     elif word is not None and not (tuple in kinds and re.search(r"\s", word)):
         return [f"--{key}={word}"]
-    wanted = " or ".join(dict.fromkeys(KIND_NAMES.get(each, each.__name__) for each in sorted(kinds, key=str)))
+    wanted = " or ".join(dict.fromkeys(KIND_NAMES.get(option, option.__name__) for option in sorted(kinds, key=str)))
     raise ValueError(f"got {key} {reprlib.repr(value)}, wanted {wanted}")

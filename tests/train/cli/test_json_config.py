@@ -1,4 +1,4 @@
-"""JSON files in the shape of the reference's MNIST.json: what they mean here, and what they may not say."""
+"""JSON configs in the layout of the reference's MNIST.json: what they become, and what is refused."""
 
 import json
 
@@ -43,7 +43,7 @@ GONE = object()
 
 
 def written(tmp_path, changes=None):
-    """A file of PUBLISHED with other values at dotted keys."""
+    """Writes PUBLISHED with other values at dotted keys."""
     content = json.loads(json.dumps(PUBLISHED))
     for dotted, value in (changes or {}).items():
         *above, key = dotted.split(".")
@@ -60,12 +60,12 @@ def written(tmp_path, changes=None):
 
 
 def parse_config(path, *flags):
-    """The config that train_sampler.py makes of the file."""
+    """The config that train_sampler.py parses from the file."""
     words = ["--config", str(path), *flags]
     return cli.parse(train_sampler.Config, None, words, base_values=cli.first_stage_data)
 
 
-def test_the_file_of_configs_key_by_key():
+def test_the_bundled_json_file_key_by_key():
     content = json.loads(FILE.read_text())
     model, data = content["denoising_model"]["model_args"], content["data"]
     diffusion, own = content["diffusion"], dict(content["ddpm"])
@@ -98,10 +98,10 @@ def test_the_file_of_configs_key_by_key():
     assert config == {"sampler": "ddpm", "dataset": "mnist", "img_size": 32, "n_channels": 1, "in_memory": True}
 
 
-def test_the_file_of_configs_runs_as_it_is(tmp_path):
+def test_the_bundled_json_file_runs(tmp_path):
     config = parse_config(FILE, "--data_dir", str(tmp_path), "--lr", "1e-3")
     assert config.sampler.sampler == "ddpm" and config.reader.data_dir == str(tmp_path)
-    assert config.training.lr == 1e-3  # a flag goes above the file
+    assert config.training.lr == 1e-3  # a flag overrides the file
     assert config.training.train_steps == json.loads(FILE.read_text())["ddpm"]["train_steps"]
 
 
@@ -113,17 +113,17 @@ def test_the_published_shape_parses(tmp_path):
 
 
 @pytest.mark.parametrize("steps", [1000, 200])
-def test_betas_are_the_files_own_for_any_number_of_steps(steps, tmp_path):
+def test_betas_match_the_file_for_any_number_of_steps(steps, tmp_path):
     path = written(tmp_path, {f"{BETAS}.n_timestep": steps})
     abar = make_process(parse_config(path).sampler, pixels=True).abar
     wanted = torch.linspace(1e-6, 0.01, steps, dtype=torch.float64)
     torch.testing.assert_close(abar[1:], (1 - wanted).cumprod(0), rtol=1e-12, atol=0)
-    scaled = (1 - wanted * 1000 / steps).cumprod(0)  # what ours would make of unconverted betas
+    scaled = (1 - wanted * 1000 / steps).cumprod(0)  # with unconverted betas
     assert steps == 1000 or not torch.allclose(abar[1:], scaled, rtol=1e-2)
 
 
 @pytest.mark.parametrize("steps", [1000, 200])
-def test_quad_is_linear_in_the_root(steps, tmp_path):
+def test_quad_is_linear_in_the_square_root(steps, tmp_path):
     path = written(tmp_path, {f"{BETAS}.n_timestep": steps, f"{BETAS}.schedule": "quad"})
     wanted = torch.linspace(1e-6**0.5, 0.01**0.5, steps, dtype=torch.float64).square()
     process = make_process(parse_config(path).sampler, pixels=True)
@@ -131,7 +131,7 @@ def test_quad_is_linear_in_the_root(steps, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["configs", "published"])
-def test_the_network_has_the_blocks_that_the_file_says(path, tmp_path):
+def test_the_network_has_the_blocks_of_the_file(path, tmp_path):
     path = FILE if path == "configs" else written(tmp_path)
     model = json.loads(path.read_text())["denoising_model"]["model_args"]
     config = parse_config(path).sampler
@@ -151,7 +151,7 @@ def test_the_network_has_the_blocks_that_the_file_says(path, tmp_path):
             assert blocks[0].conv2.out_channels == width and blocks[0].scale_skip is model["scale_skip_connection"]
             assert blocks[0].norm2.num_groups == model["num_groups"]
         if level < len(widths) - 1:
-            assert [block.resample for block in steps.pop(0)] == ["down"]  # a ResBlock, as Palette's has it
+            assert [block.resample for block in steps.pop(0)] == ["down"]  # a ResBlock, as in Palette
     assert not steps
     heads = {module.heads for module in network.modules() if hasattr(module, "heads")}
     assert heads == {widths[-1] // model["num_head_channels"]}
@@ -185,10 +185,10 @@ def test_values_become_flags(case, tmp_path):
     changes, wanted = MAPPED[case]
     section = read_json(written(tmp_path, changes))["ddpm"]
     assert {key: section.get(key, GONE) for key in wanted} == wanted
-    parse_config(tmp_path / "mine.json")  # only flags that there are
+    parse_config(tmp_path / "mine.json")  # only existing flags
 
 
-REFUSED = {  # a key and its value -> what the message must hold beside the file and the key
+REFUSED = {  # key and value -> words that the message must contain besides file and key
     **{(f"{MODEL}.in_channel", value): ["1 or 3", "conditions"] for value in (6, 0, "1", True)},
     (f"{MODEL}.out_channel", 3): ["3", "wanted 1", "learned variance"],
     (f"{MODEL}.num_groups", 16): ["16", "wanted 32"],
@@ -244,7 +244,7 @@ REFUSED = {  # a key and its value -> what the message must hold beside the file
 
 
 @pytest.mark.parametrize("key, value", REFUSED, ids=lambda part: "gone" if part is GONE else str(part)[:40])
-def test_what_is_refused_names_the_file_and_the_key(key, value, tmp_path):
+def test_errors_name_the_file_and_the_key(key, value, tmp_path):
     path = written(tmp_path, {key: value})
     with pytest.raises(ValueError) as error:
         read_json(path)
@@ -254,24 +254,24 @@ def test_what_is_refused_names_the_file_and_the_key(key, value, tmp_path):
         assert word in message, message
 
 
-def test_epochs_need_steps(tmp_path):
+def test_epochs_must_be_given_in_steps(tmp_path):
     with pytest.raises(ValueError, match="max_epochs 100.*write train_steps.*'ddpm'"):
         read_json(written(tmp_path, {"ddpm": GONE}))
 
 
-def test_the_latent_codes_shape_is_told_before_what_it_lacks(tmp_path):
+def test_the_latent_layout_is_reported_before_missing_keys(tmp_path):
     inner = {"loss_fn": "mse", "beta_schedule_args": PUBLISHED["diffusion"]["beta_schedule_args"]}
     with pytest.raises(ValueError, match="linear as quad"):
         read_json(written(tmp_path, {"diffusion": {"model": "DDIM_ldm.Some", "model_args": inner}}))
 
 
-def test_a_wrong_flag_in_the_section_gets_the_nearest_name(tmp_path):
+def test_an_unknown_flag_in_the_section_suggests_the_nearest(tmp_path):
     with pytest.raises(ValueError, match="mine.json: unknown key 'train_step'.*'train_steps'"):
         parse_config(written(tmp_path, {"ddpm.train_step": 3}))
 
 
 @pytest.mark.parametrize("text", ["{", "", "[1]", "3", '{"expt_name": }', "null"])
-def test_what_is_no_json_object_is_refused_with_the_file(text, tmp_path, capfd):
+def test_a_file_without_a_json_object_is_refused(text, tmp_path, capfd):
     path = tmp_path / "broken.json"
     path.write_text(text)
     with pytest.raises(ValueError, match="broken.json"):
@@ -281,13 +281,13 @@ def test_what_is_no_json_object_is_refused_with_the_file(text, tmp_path, capfd):
     assert stop.value.code == 2 and "broken.json" in capfd.readouterr().err
 
 
-def test_no_file_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.json"):
         read_json(tmp_path / "nowhere.json")
 
 
 def leaves(shape, content, above=""):
-    """The dotted keys of the published file that the table does not know."""
+    """The dotted keys of the published file that are missing from the table."""
     for key, value in content.items():
         if key not in shape:
             yield above + key

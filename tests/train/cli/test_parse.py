@@ -1,4 +1,4 @@
-"""Files and flags: what is read as it was meant, what is refused, and how a script ends."""
+"""Config files and flags: what is parsed, what is refused, and how a script exits."""
 
 import dataclasses
 import errno
@@ -15,7 +15,7 @@ from train.first_stage import VQGANRun
 from train.samplers import absorbing, ddpm
 from vq.config import VQGANConfig
 
-READ = {  # text of a file -> key and value; train_vqgan.py reads it
+READ = {  # text of a file -> key and value that train_vqgan.py reads
     "a float that is whole": ("vqgan:\n  train_steps: 1e6\n", "train_steps", 1_000_000),
     "no float that YAML knows": ("vqgan:\n  lr: 1e-4\n", "lr", 1e-4),
     "a quoted number": ("vqgan:\n  nf: '16'\n", "nf", 16),
@@ -36,7 +36,7 @@ READ = {  # text of a file -> key and value; train_vqgan.py reads it
     "a merge": ("absorbing: &a\n  seed: 5\n  lr: 1\nvqgan:\n  <<: *a\n  lr: 2\n", "seed", 5),
     "a tag that fits": ("vqgan:\n  lr: !!float 1e-3\n", "lr", 1e-3),
 }
-REFUSED = {  # text of a file -> what the message must hold
+REFUSED = {  # text of a file -> words that the message must contain
     "a word for a number": ("vqgan:\n  lr: yes\n", ["lr", "yes", "number"]),
     "nan": ("vqgan:\n  lr: .nan\n", ["lr", ".nan", "finite"]),
     "nan as Python says it": ("vqgan:\n  lr: nan\n", ["lr", "nan", "finite"]),
@@ -54,8 +54,8 @@ REFUSED = {  # text of a file -> what the message must hold
     "a list of itself": ("vqgan:\n  ch_mult: &a [*a]\n", ["ch_mult", "list"]),
     "keys for a value": ("vqgan:\n  lr: {a: 1}\n", ["lr", "number"]),
     "a number for a switch": ("vqgan:\n  ema: 1\n", ["ema", "true or false"]),
-    "a key twice": ("vqgan:\n  lr: 1\n  lr: 2\n", ["'lr'", "twice", "line 3"]),
-    "a section twice": ("vqgan:\n  lr: 1\nvqgan:\n  seed: 2\n", ["'vqgan'", "twice"]),
+    "a key twice": ("vqgan:\n  lr: 1\n  lr: 2\n", ["'lr'", "duplicate key", "line 3"]),
+    "a section twice": ("vqgan:\n  lr: 1\nvqgan:\n  seed: 2\n", ["'vqgan'", "duplicate key"]),
     "a key that is none": ("null: 1\n", ["key: value"]),
     "a key that is none, in a section": ("vqgan:\n  null: 1\n", ["unknown key None"]),
     "a number for a key": ("vqgan:\n  1: 1\n", ["unknown key '1'"]),
@@ -91,14 +91,14 @@ def refused(capfd, script, flags):
 
 
 @pytest.mark.parametrize("case", READ)
-def test_a_value_is_read_as_it_is_written(case, tmp_path, monkeypatch):
+def test_a_value_is_read_as_written(case, tmp_path, monkeypatch):
     text, key, value = READ[case]
     config = parse_config("train_vqgan.py", f"--config {written(tmp_path, text)}", monkeypatch)
     assert config[key] == value and type(config[key]) is type(value)
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_value_of_another_kind_is_named(case, tmp_path, capfd):
+def test_a_value_of_the_wrong_type_is_named(case, tmp_path, capfd):
     text, words = REFUSED[case]
     message = refused(capfd, "train_vqgan.py", f"--config {written(tmp_path, text)}")
     assert "mine.yaml" in message and all(word in message for word in words), message
@@ -114,24 +114,24 @@ def test_a_value_of_another_kind_is_named(case, tmp_path, capfd):
         ("--config a.yaml --config b.yaml", ["--config 2 times", "one file"]),
         ("__config a.yaml", ["__config"]),
         ("--lr 1 --config", ["--config alone", "one file"]),
-        ("--config .", ["is no file"]),
+        ("--config .", ["is not a file"]),
         ("--dataset=", ["unknown data set ''"]),
     ],
 )
-def test_a_flag_of_another_kind_is_named(flags, words, capfd):
+def test_a_flag_of_the_wrong_type_is_named(flags, words, capfd):
     message = refused(capfd, "train_vqgan.py", flags)
     assert all(word in message for word in words), message
 
 
-def test_a_flag_may_write_a_whole_number_as_a_float(monkeypatch):
+def test_whole_numbers_may_be_written_as_floats(monkeypatch):
     config = parse_config("train_vqgan.py", "--train_steps 1.5e3 --disc_start_step 1_000 --n_channels 1", monkeypatch)
     assert (config["train_steps"], config["disc_start_step"], config["n_channels"]) == (1500, 1000, 1)
 
 
-def test_a_section_cannot_name_another_sampler_than_its_own(tmp_path, capfd, monkeypatch):
+def test_a_section_cannot_name_another_sampler(tmp_path, capfd, monkeypatch):
     file = written(tmp_path, "sampler: ddpm\nddpm:\n  sampler: absorbing\n")
     assert "'ddpm'" in refused(capfd, "train_sampler.py", f"--config {file} --logs_root {tmp_path}")
-    file = written(tmp_path, "calc_FID:\n  sampler: ddpm\n")  # but that of an experiment chooses
+    file = written(tmp_path, "calc_FID:\n  sampler: ddpm\n")  # but an experiment's section may
     config = parse_config("experiments/calc_FID.py", f"--config {file} --logs_root {tmp_path}", monkeypatch)
     assert config["sampler"] == "ddpm" and "eta" in config
     assert "unknown sampler ''" in refused(capfd, "train_sampler.py", "--sampler=")
@@ -167,7 +167,7 @@ def test_datasets_yaml_holds_paths(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"max_epochs": 1' + "0" * 400 + "}", "[" * 100_000, "\ufeff{}"])
-def test_json_is_refused_in_words(text, tmp_path, capfd):
+def test_invalid_json_is_refused_with_a_message(text, tmp_path, capfd):
     message = refused(capfd, "train_sampler.py", f"--config {written(tmp_path, text, 'mine.json')}")
     assert "mine.json" in message and "BOM" not in message
 
@@ -176,14 +176,14 @@ def stored(config):
     return yaml.safe_load(yaml.safe_dump(cli.to_dict(config)))
 
 
-def test_a_run_made_before_a_flag_existed_takes_its_default():
+def test_a_run_older_than_a_flag_takes_its_default():
     config = VQGANRun(data=DataConfig(img_size=16), reader=Digits(), network=VQGANConfig(nf=4))
     content = stored(config)
     del content["network"]["beta"], content["data"]["shift"], content["reader"]
     assert cli.to_dict(cli.from_dict(VQGANRun, content, "old")) == cli.to_dict(config)
 
 
-def test_a_run_made_with_a_flag_that_is_gone_is_refused():
+def test_a_run_with_a_removed_flag_is_refused():
     content = stored(VQGANRun(data=DataConfig(), reader=Digits(), network=VQGANConfig()))
     content["network"]["gone"] = 3
     with pytest.raises(ValueError, match="old was written by another version.*unknown now: gone"):
@@ -200,18 +200,18 @@ class Run:
     data: DataConfig
 
 
-def test_an_old_run_is_completed_with_what_was_done_then():
+def test_an_old_config_is_completed_with_defaults():
     now = Run(sampler=absorbing.Config(bert_n_layers=3), data=DataConfig(shift=2))
     old = stored(now) | {"origin": {"ae_weights": "abc"}}
     assert cli.complete_config(old, now, "old") == old
     del old["data"]["shift"]
-    assert cli.complete_config(old, now, "old")["data"]["shift"] == 0  # the flag's default, not what is asked for now
+    assert cli.complete_config(old, now, "old")["data"]["shift"] == 0  # the flag's default, not its current value
     assert "shift" not in old["data"]
     assert cli.complete_config({"origin": old["origin"]}, now, "old") == stored(
         Run(sampler=absorbing.Config(), data=DataConfig())
     ) | {"origin": old["origin"]}
     other = stored(Run(sampler=ddpm.Config(sampler="ddpm"), data=DataConfig()))
-    assert cli.complete_config(other, now, "old") == other  # nothing of absorbing is put beside what is ddpm's
+    assert cli.complete_config(other, now, "old") == other  # no keys of absorbing are added to those of ddpm
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_an_old_run_is_completed_with_what_was_done_then():
         (KeyboardInterrupt(), 130, "train_vqgan.py: interrupted\n"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(error, code, words, monkeypatch, capfd):
+def test_user_errors_are_one_line(error, code, words, monkeypatch, capfd):
     def fails(main, config):
         raise error
 
@@ -237,14 +237,14 @@ def test_what_a_user_can_mend_is_one_line(error, code, words, monkeypatch, capfd
     assert (stop.value.code, capfd.readouterr().err) == (code, words)
 
 
-def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+def test_internal_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(cli, "run_main", lambda main, config: {}["key"])
     with pytest.raises(KeyError):
         call("train_vqgan.py", "")
 
 
 @pytest.mark.parametrize("flags", ["--lr fast", "--dataset nothing", "--help"])
-def test_under_torchrun_the_first_process_alone_speaks_of_the_command_line(flags, monkeypatch, capfd):
+def test_only_rank_0_reports_command_line_errors(flags, monkeypatch, capfd):
     said = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
@@ -255,7 +255,7 @@ def test_under_torchrun_the_first_process_alone_speaks_of_the_command_line(flags
     assert said[0] and not said[1]
 
 
-def test_what_goes_wrong_on_one_machine_alone_is_said_by_it(monkeypatch, capfd):
+def test_each_rank_reports_its_own_later_errors(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setattr(cli, "run_main", lambda main, config: open("/nowhere/at/all"))
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""Flags of plug-ins: those of the ones that are named are there, those of others are refused by name."""
+"""Flags of plug-ins: those of plug-ins in use exist, those of others are refused by name."""
 
 import dataclasses
 import sys
@@ -55,7 +55,7 @@ def build(config: Config, codebook_size: int, dim: int) -> Quantizer:
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """A quantizer of a user's own, as if its one file lay among the others."""
+    """A user's quantizer, as if its file were among the others."""
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins" / "mine.py").write_text(MINE)
     monkeypatch.setattr(vq.quantizers, "__path__", [*vq.quantizers.__path__, str(tmp_path / "plugins")])
@@ -75,11 +75,11 @@ def test_a_quantizer_with_an_option_is_one_new_file(mine, tmp_path, capfd, monke
     quantizer = make_quantizer(VQGANConfig(quantizer="mine", codebook_size=8, emb_dim=3))
     assert quantizer.factor == 2 and quantizer.vectors(torch.zeros(1, 2, 2, dtype=torch.int64)).shape == (1, 3, 2, 2)
     message = refused(capfd, f"--logs_root {tmp_path} --mine_factor 3")
-    assert "got --mine_factor with --quantizer nearest: it is of mine" in message
+    assert "got --mine_factor with --quantizer nearest: it belongs to mine" in message
 
 
 @pytest.mark.slow
-def test_a_run_with_a_quantizer_of_ones_own_goes_on(mine, tmp_path, capfd):
+def test_a_run_with_a_user_quantizer_resumes(mine, tmp_path, capfd):
     flags = f"{VQGAN} {GAN} --logs_root {tmp_path} --no_amp --steps_per_eval 0 --quantizer mine"
     call("train_vqgan.py", f"{flags} --mine_factor 3 --train_steps 1")
     stored = yaml.safe_load((tmp_path / "vqgan_digits" / "config.yaml").read_text())
@@ -91,32 +91,36 @@ def test_a_run_with_a_quantizer_of_ones_own_goes_on(mine, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("script", "flags", "wanted"),
     [
-        ("train_vqgan.py", "--fsq_levels 8 8", "--fsq_levels with --quantizer nearest: it is of fsq"),
-        ("train_vqgan.py", "--quantizer ema --legacy_beta", "--legacy_beta with --quantizer ema: it is of nearest"),
+        ("train_vqgan.py", "--fsq_levels 8 8", "--fsq_levels with --quantizer nearest: it belongs to fsq"),
+        (
+            "train_vqgan.py",
+            "--quantizer ema --legacy_beta",
+            "--legacy_beta with --quantizer ema: it belongs to nearest",
+        ),
         (
             "train_vqgan.py",
             "--quantizer fsq --beta=1",
-            "with --quantizer fsq: it is of ema, ibq, l2, lfq, nearest",
+            "with --quantizer fsq: it belongs to ema, ibq, l2, lfq, nearest",
         ),
         (
             "train_vqgan.py",
             "--no-gumbel-straight-through",
-            "it is of gumbel; leave it out, or name gumbel in --quantizer",
+            "it belongs to gumbel; leave it out, or pass --quantizer gumbel",
         ),
-        ("train_vqgan.py", "--category bedroom", "--category with --reader digits: it is of lsun"),
-        ("train_sampler.py", "--eta 0.5", "--eta with --sampler absorbing: it is of ddpm"),
+        ("train_vqgan.py", "--category bedroom", "--category with --reader digits: it belongs to lsun"),
+        ("train_sampler.py", "--eta 0.5", "--eta with --sampler absorbing: it belongs to ddpm"),
         (
             "train_sampler.py",
             "--sampler ddpm --temp 1",
-            "with --sampler ddpm: it is of absorbing, autoregressive",
+            "with --sampler ddpm: it belongs to absorbing, autoregressive",
         ),
     ],
 )
-def test_a_flag_of_a_plugin_that_is_not_named_is_refused(script, flags, wanted, tmp_path, capfd):
+def test_a_flag_of_an_unused_plugin_is_refused(script, flags, wanted, tmp_path, capfd):
     assert wanted in refused(capfd, f"{flags} --logs_root {tmp_path}", script)
 
 
-def test_help_shows_the_flags_of_the_quantizer_that_is_named(tmp_path, capfd):
+def test_help_shows_the_flags_of_the_chosen_quantizer(tmp_path, capfd):
     for name, flag in (("fsq", "--fsq_levels"), ("gumbel", "--gumbel_decay_steps")):
         with pytest.raises(SystemExit):
             call("train_vqgan.py", f"--quantizer {name} --help")
@@ -128,14 +132,14 @@ def test_help_shows_the_flags_of_the_quantizer_that_is_named(tmp_path, capfd):
 def test_a_file_names_the_quantizer_and_a_flag_another(tmp_path, monkeypatch, capfd):
     file = tmp_path / "mine.yaml"
     file.write_text("vqgan:\n  quantizer: ema\n  revive_below: 0.2\n  beta: 0.25\n  fsq_levels: []\n")
-    config = parse_config("train_vqgan.py", f"--config {file}", monkeypatch)  # defaults of others change nothing
+    config = parse_config("train_vqgan.py", f"--config {file}", monkeypatch)  # defaults of others are ignored
     assert config["quantizer"] == "ema" and config["revive_below"] == 0.2 and "fsq_levels" not in config
     message = refused(capfd, f"--config {file} --quantizer l2")
-    assert "mine.yaml: got revive_below '0.2' with --quantizer l2: it is of ema" in message
+    assert "mine.yaml: got revive_below '0.2' with --quantizer l2: it belongs to ema" in message
 
 
 def old_groups():
-    """The config.yaml of a run that was made when every run held the keys of all quantizers."""
+    """The config.yaml of an old run, which held the keys of all quantizers."""
     return yaml.safe_load((ROOT / "tests" / "fixtures" / "old_runs/runs/vqgan_digits/config.yaml").read_text())
 
 
@@ -153,17 +157,17 @@ def test_a_run_with_the_keys_of_all_quantizers_loads():
     assert config.network.quantizer_config == gumbel.Config(gumbel_kl_weight=0.5)
 
 
-def test_a_run_with_options_that_its_quantizer_never_had_is_refused():
+def test_a_run_with_options_of_another_quantizer_is_refused():
     content = old_groups()
     content["network"]["gumbel_kl_weight"] = 0.5
-    with pytest.raises(ValueError, match="old: got gumbel_kl_weight 0.5 with --quantizer ema: it is of gumbel"):
+    with pytest.raises(ValueError, match="old: got gumbel_kl_weight 0.5 with --quantizer ema: it belongs to gumbel"):
         cli.from_dict(VQGANRun, groups_of(content), "old")
     config = make_default_config(VQGANRunConfig, {"quantizer": "ema"}).config
     with pytest.raises(ValueError, match="old: got gumbel_kl_weight 0.5"):
         cli.complete_config(content, config, "old")
 
 
-def test_a_run_with_the_keys_of_all_quantizers_is_the_same_run(tmp_path):
+def test_the_keys_of_other_quantizers_do_not_change_a_run(tmp_path):
     content = old_groups()
     flat = {key: value for group in content.values() for key, value in group.items()}
     config = cli.from_dict(VQGANRunConfig, {k: v for k, v in content.items() if k != "origin"}, "old")
@@ -181,7 +185,7 @@ def test_a_run_with_the_keys_of_all_quantizers_is_the_same_run(tmp_path):
 
 
 def test_no_plugin_has_a_flag_that_another_group_has():
-    """Keys of a run are flat: each is there once."""
+    """The keys of a run are flat, so each must be unique."""
     for cls in (VQGANRunConfig, SecondStageConfig):
         for group in PLUGIN_GROUPS.values():
             for name in names_in(group.package):
@@ -190,7 +194,7 @@ def test_no_plugin_has_a_flag_that_another_group_has():
                 assert sum(len(flags_of(part)) for part in parts) == len(flags_of(config)), name
 
 
-def test_the_groups_of_the_plugins_that_are_named_are_chosen():
+def test_configs_take_the_groups_of_the_named_plugins():
     config = make_default_config(SecondStageConfig, {"sampler": "ddpm", "dataset": "x", "reader": "lsun"}).config
     assert (type(config.sampler), type(config.sampling)) == (ddpm.Config, ddpm.Sampling)
     assert type(config.reader) is lsun.Config and type(config.data) is DataConfig
@@ -208,7 +212,7 @@ class Several:
     options: QuantizerConfig = QuantizerConfig()
 
 
-def test_a_list_names_several_plugins_whose_flags_are_joined():
+def test_the_flags_of_several_named_plugins_are_merged():
     config = make_default_config(Several, {"quantizers": ["ema", "fsq", "ema"]}).config
     assert config.quantizers == ("ema", "fsq", "ema")
     assert cli.flag_names(config) == {"quantizers", "beta", "codebook_decay", "revive_below", "fsq_levels"}
@@ -220,7 +224,7 @@ def test_a_list_names_several_plugins_whose_flags_are_joined():
     assert make_default_config(Several, {}).config == Several()
 
 
-def test_options_that_build_on_each_other_are_joined_in_any_order():
+def test_configs_that_inherit_from_each_other_are_merged():
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Mine(ema.Config):
         sharpness: float = 1.0
@@ -230,7 +234,7 @@ def test_options_that_build_on_each_other_are_joined_in_any_order():
         assert both.sharpness == 1.0 and both.codebook_decay == ema.Config().codebook_decay
 
 
-PARTS = {  # files of two packages: hosts, and the parts that a host's own flag names
+PARTS = {  # files of two packages: hosts, and the parts that a flag of a host names
     "hosts/__init__": "",
     "hosts/plain": "from test_plugins import Host\n\nConfig = Host\n",
     "hosts/large": """from dataclasses import dataclass
@@ -261,14 +265,14 @@ class Config(Part):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Host:
-    """What hosts build on."""
+    """Base class of hosts."""
 
     host: str = "plain"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """What parts build on."""
+    """Base class of parts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -278,7 +282,7 @@ class OfHost:
     host: Host
 
 
-def test_the_flags_of_a_plugin_may_name_several_others(tmp_path, monkeypatch, capfd):
+def test_the_flags_of_a_plugin_may_name_other_plugins(tmp_path, monkeypatch, capfd):
     for name, text in PARTS.items():
         (tmp_path / f"{name}.py").parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.py").write_text(text)
@@ -292,15 +296,15 @@ def test_the_flags_of_a_plugin_may_name_several_others(tmp_path, monkeypatch, ca
     config = cli.parse(OfHost, "demo", "--host large --parts red blue --blue_size 5".split())
     assert cli.to_dict(config) == {"host": {"host": "large", "parts": ["red", "blue"], "red_size": 1, "blue_size": 5}}
     assert cli.to_dict(cli.from_dict(OfHost, cli.to_dict(config), "here")) == cli.to_dict(config)
-    with pytest.raises(ValueError, match="got --red_size with --parts blue: it is of red"):
+    with pytest.raises(ValueError, match="got --red_size with --parts blue: it belongs to red"):
         cli.parse(OfHost, "demo", "--host large --parts blue --red_size 5".split())
     with pytest.raises(ValueError, match="unknown part 'rde', did you mean 'red'"):
         cli.parse(OfHost, "demo", "--host large --parts rde".split())
-    with pytest.raises(ValueError, match="got --parts with --host plain: it is of large"):
+    with pytest.raises(ValueError, match="got --parts with --host plain: it belongs to large"):
         cli.parse(OfHost, "demo", "--parts red".split())
 
 
-def test_joined_flags_keep_their_help(capfd):
+def test_merged_flags_keep_their_help(capfd):
     config = make_default_config(Several, {"quantizers": ["ema", "fsq"]}).config
     with pytest.raises(SystemExit):
         cli.parse_arguments(Several, ["--help"], default=config)
@@ -318,11 +322,11 @@ def test_joined_flags_keep_their_help(capfd):
         ("--quantizers a --quantizers b c", ["b", "c"]),
     ],
 )
-def test_the_words_of_a_list_end_at_the_next_flag(line, words):
+def test_a_list_of_values_ends_at_the_next_flag(line, words):
     assert peek_flag_values(line.split(), "quantizers") == words
 
 
 @pytest.mark.parametrize("base", PLUGIN_GROUPS)
-def test_every_plugins_flags_build_on_those_of_its_kind(base):
+def test_every_plugin_config_has_the_base_class_of_its_group(base):
     group = PLUGIN_GROUPS[base]
     assert all(issubclass(group.config_of(name), base) for name in names_in(group.package))
