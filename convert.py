@@ -16,7 +16,7 @@ from train.checkpoint import save_checkpoint, saved_steps
 from train.cli.parse import first_stage_data, one_line_errors, run_script
 from train.cli.values import peek_flag
 from train.config import SecondStageConfig, VQGANRunConfig
-from train.converters import FIRST_STAGE, Converted
+from train.converters import FIRST_STAGE, ConvertedTensor
 from train.distributed import DistContext
 from train.files import sha256
 from train.first_stage import load_first_stage
@@ -53,7 +53,7 @@ class ConversionConfig:
             raise ValueError(f"got step {self.step}, wanted at least 0: pass --step N")
 
     @property
-    def reached(self) -> int:
+    def checkpoint_step(self) -> int:
         """The step, or that in the name of a .th file."""
         found = re.search(r"_(\d+)\.th$", self.weights)
         return self.step if self.step is not None else int(found[1]) if found else 0
@@ -79,7 +79,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     return read_tensors(Path(path), "wanted tensors by name; pass the file of weights as --weights PATH")
 
 
-def read_said(path: str | None) -> dict[str, Any]:
+def read_reference_flags(path: str | None) -> dict[str, Any]:
     """What the JSON beside the weights says; nothing without one."""
     if path is None:
         return {}
@@ -94,24 +94,24 @@ def read_said(path: str | None) -> dict[str, Any]:
     return said
 
 
-def layout_of(argv: list[str], weights: str) -> tuple[Any, str]:
+def find_layout(argv: list[str], weights: str) -> tuple[Any, str]:
     """The file of train/converters that reads the weights, and what they are of."""
     layout = plugin(LAYOUTS, peek_flag(argv, "from") or ConversionConfig.source, "layout")
-    return layout, layout.kind(read_weights(weights))
+    return layout, layout.model_kind(read_weights(weights))
 
 
-def chosen(argv: list[str]) -> type:
+def config_class(argv: list[str]) -> type:
     """The config of what is to be made, by what the weights are of."""
     weights = peek_flag(argv, "weights")
-    return FirstStageConfig if weights is not None and layout_of(argv, weights)[1] == FIRST_STAGE else Config
+    return FirstStageConfig if weights is not None and find_layout(argv, weights)[1] == FIRST_STAGE else Config
 
 
-def described(argv: list[str], section: str) -> dict[str, Any]:
+def flags_from_weights(argv: list[str], section: str) -> dict[str, Any]:
     """Flags that the weights and their JSON set; those typed go above them."""
     weights = peek_flag(argv, "weights")
     if weights is None:
         return {"sampler": "ddpm"}
-    layout, kind = layout_of(argv, weights)
+    layout, kind = find_layout(argv, weights)
     tensors = read_weights(weights)
     if kind == FIRST_STAGE:
         size = peek_flag(argv, "img_size") or ""
@@ -119,9 +119,9 @@ def described(argv: list[str], section: str) -> dict[str, Any]:
             raise ValueError(
                 f"{weights} does not tell the size of its images: pass --img_size N (the released ones: 256)"
             )
-        return layout.first_stage_settings(tensors, int(size))
-    if of_codes(kind):
-        flags, heads = layout.code_settings(tensors), peek_flag(argv, "bert_n_head") or HEADS
+        return layout.vqgan_settings(tensors, int(size))
+    if is_code_sampler(kind):
+        flags, heads = layout.code_sampler_settings(tensors), peek_flag(argv, "bert_n_head") or HEADS
         if not heads.isdigit() or int(heads) == 0 or flags["bert_n_emb"] % int(heads):
             raise ValueError(
                 f"{weights} is {flags['bert_n_emb']} wide, which {heads} heads do not divide, and does not tell how "
@@ -129,60 +129,60 @@ def described(argv: list[str], section: str) -> dict[str, Any]:
             )
         said = {"sampler": kind, "bert_n_head": int(heads)} | flags
         return first_stage_data(["--sampler", kind, *argv], section) | said
-    flags = layout.settings(tensors, read_said(peek_flag(argv, "config_json")))
+    flags = layout.pixel_sampler_settings(tensors, read_reference_flags(peek_flag(argv, "config_json")))
     typed = peek_flag(argv, "heads") or peek_flag(argv, "head_width")
     if typed is None and not {"heads", "head_width"} & set(flags):
         raise ValueError(f"{weights} does not tell its attention heads: pass --config_json PATH.json, or --heads N")
     return {"sampler": kind} | flags
 
 
-def of_codes(kind: str) -> bool:
+def is_code_sampler(kind: str) -> bool:
     return plugin("train.samplers", kind, "sampler").SPACE == "codes"
 
 
-def make_first_stage(config: FirstStageConfig) -> None:
-    given, training, logging = config.conversion, config.training, config.logging
+def make_vqgan_run(config: FirstStageConfig) -> None:
+    conversion, training, logging = config.conversion, config.training, config.logging
     if training.load_dir is not None:
         raise ValueError("what is converted starts from its own weights: leave --load_dir out")
-    layout, files = plugin(LAYOUTS, given.source, "layout"), of_both(given.weights)
+    layout, files = plugin(LAYOUTS, conversion.source, "layout"), plain_and_ema_files(conversion.weights)
     state = build_vqgan_state(config.network, config.loss, config.data, training, DistContext(torch.device("cpu")))
     autoencoders = [average.module for average in [*state.averages.values(), *state.posthoc_averages.values()]]
     for path, several in ((files[1], autoencoders), (files[0], [state.modules["autoencoder"]])):  # plain ones last:
-        made, left = layout.first_stage_converted(read_weights(path))
+        made, omitted = layout.convert_vqgan(read_weights(path))
         for autoencoder in several:  # theirs is the discriminator that trains on
             both = {"autoencoder": autoencoder, "discriminator": state.modules["discriminator"]}
-            fill(nn.ModuleDict(both), made, path)
-        report(path, made, left)
+            load_converted(nn.ModuleDict(both), made, path)
+        print_report(path, made, omitted)
     run = run_folder(logging.logs_root, logging.log_dir or f"vqgan_{config.data.dataset}")
-    origin = {"load_weights": fingerprint(files)}
-    print(keep(config, VQGANRunConfig, state, run, origin, given.reached), flush=True)
+    origin = {"load_weights": hash_files(files)}
+    print(save_run(config, VQGANRunConfig, state, run, origin, conversion.checkpoint_step), flush=True)
 
 
-def make_code_sampler(config: Config, layout) -> None:
-    given, sampler, files = config.conversion, config.sampler, of_both(config.conversion.weights)
-    (kind, said), *other = [(layout.kind(w), layout.code_settings(w)) for w in map(read_weights, files)]
+def make_code_sampler_run(config: Config, layout) -> None:
+    conversion, sampler, files = config.conversion, config.sampler, plain_and_ema_files(config.conversion.weights)
+    (kind, said), *other = [(layout.model_kind(w), layout.code_sampler_settings(w)) for w in map(read_weights, files)]
     if other != [(kind, said)]:
         raise ValueError(f"{files[0]} and {files[1]} are of different samplers: move one of them away")
     if sampler.sampler != kind or config.training.load_dir is not None:
-        raise ValueError(f"{given.weights} is a whole {kind} sampler: leave --sampler and --load_dir out")
-    space, here = codes_of(config), DistContext(torch.device("cpu"))
+        raise ValueError(f"{conversion.weights} is a whole {kind} sampler: leave --sampler and --load_dir out")
+    space, here = open_codes(config), DistContext(torch.device("cpu"))
     built, state = build_sampler_state(sampler, config.training, space, 0, here)
     averages = [average.module for average in [*state.averages.values(), *state.posthoc_averages.values()]]
     for path, networks in ((files[1], averages), (files[0], [built.network])):
         weights = read_weights(path)
-        layout.check_codes(weights, **space.model_args)
-        made, left = layout.code_converted(weights, space.model_args["grid"])
+        layout.check_vqgan_fits(weights, **space.model_args)
+        made, omitted = layout.convert_code_sampler(weights, space.model_args["grid"])
         for network in networks:
-            fill(network, made, path)
-        report(path, made, left)
+            load_converted(network, made, path)
+        print_report(path, made, omitted)
     run = run_folder(config.logging.logs_root, config.logging.log_dir or f"{kind}_{config.data.dataset}")
-    origin = space.origin | {"class_frequencies": [], "load_weights": fingerprint(files)}
-    print(keep(config, SecondStageConfig, state, run, origin, given.reached), flush=True)
+    origin = space.origin | {"class_frequencies": [], "load_weights": hash_files(files)}
+    print(save_run(config, SecondStageConfig, state, run, origin, conversion.checkpoint_step), flush=True)
     steps = f", {sampler.total_steps} time steps" if kind == "absorbing" else ""
     print(f"{sampler.bert_n_head} heads (weights do not tell; --bert_n_head){steps}, codes of {space.first.run}")
 
 
-def codes_of(config: Config):
+def open_codes(config: Config):
     """The codes that a sampler was trained on: those of the VQGAN that is named, or of the data set's."""
     folder = run_folder(config.logging.logs_root, config.first.ae_load_dir or f"vqgan_{config.data.dataset}")
     if not (folder / "config.yaml").is_file():
@@ -195,43 +195,43 @@ def codes_of(config: Config):
     return Codes(first)
 
 
-def make_sampler(config: Config) -> None:
-    given, sampler, logging = config.conversion, config.sampler, config.logging
+def make_pixel_sampler_run(config: Config) -> None:
+    conversion, sampler, logging = config.conversion, config.sampler, config.logging
     if sampler.sampler != "ddpm" or config.first.ae_load_dir is not None or config.training.load_dir is not None:
         raise ValueError("what is converted is a ddpm of pixels: leave --sampler, --ae_load_dir and --load_dir out")
-    layout, weights = plugin(LAYOUTS, given.source, "layout"), read_weights(given.weights)
-    n_classes = layout.settings(weights, read_said(given.config_json))["n_classes"]
+    layout, weights = plugin(LAYOUTS, conversion.source, "layout"), read_weights(conversion.weights)
+    n_classes = layout.pixel_sampler_settings(weights, read_reference_flags(conversion.config_json))["n_classes"]
     here = DistContext(torch.device("cpu"))
     built, state = build_sampler_state(sampler, config.training, Pixels(config.data), n_classes, here)
-    made = layout.converted(weights, built.network.config, given.new_attention_order)
+    made = layout.convert_pixel_sampler(weights, built.network.config, conversion.new_attention_order)
     averages = [average.module for average in [*state.averages.values(), *state.posthoc_averages.values()]]
     for network in [built.network, *averages]:
-        fill(network, made, given.weights)
+        load_converted(network, made, conversion.weights)
     run = run_folder(logging.logs_root, logging.log_dir or f"{sampler.sampler}_{config.data.dataset}")
     shares = [1 / n_classes for _ in range(n_classes)]  # nobody knows how frequent they were
-    origin = {"class_frequencies": shares, "load_weights": fingerprint((given.weights,))}
-    path = keep(config, SecondStageConfig, state, run, origin, given.step or 0)
+    origin = {"class_frequencies": shares, "load_weights": hash_files((conversion.weights,))}
+    path = save_run(config, SecondStageConfig, state, run, origin, conversion.step or 0)
     process = f"{sampler.schedule} schedule of {sampler.total_steps} steps, predicts {sampler.prediction}"
     print(f"{path}\n{process}, variance {sampler.variance}, {n_classes or 'no'} classes", flush=True)
 
 
 def main(config: Config | FirstStageConfig) -> None:
-    given = config.conversion
-    if given.weights is None:
+    conversion = config.conversion
+    if conversion.weights is None:
         raise ValueError("got no weights: pass --weights PATH.pt, and what describes them as --config_json PATH.json")
-    layout = plugin(LAYOUTS, given.source, "layout")
-    kind = layout.kind(read_weights(given.weights))
-    if kind != "ddpm" and (given.config_json is not None or given.new_attention_order):
-        raise ValueError(f"{given.weights} tells all but heads: leave --config_json and --new_attention_order out")
+    layout = plugin(LAYOUTS, conversion.source, "layout")
+    kind = layout.model_kind(read_weights(conversion.weights))
+    if kind != "ddpm" and (conversion.config_json is not None or conversion.new_attention_order):
+        raise ValueError(f"{conversion.weights} tells all but heads: leave --config_json and --new_attention_order out")
     if kind == FIRST_STAGE:
-        make_first_stage(config)
-    elif of_codes(kind):
-        make_code_sampler(config, layout)
+        make_vqgan_run(config)
+    elif is_code_sampler(kind):
+        make_code_sampler_run(config, layout)
     else:
-        make_sampler(config)
+        make_pixel_sampler_run(config)
 
 
-def fill(network: nn.Module, made: dict[str, Converted], source: str) -> None:
+def load_converted(network: nn.Module, made: dict[str, ConvertedTensor], source: str) -> None:
     """Loads what was converted; ValueError names what has no place, what is missing and what has another shape."""
     wanted = network.state_dict()
     odd = [f"{made[name].source} has no place here" for name in made if name not in wanted]
@@ -244,7 +244,7 @@ def fill(network: nn.Module, made: dict[str, Converted], source: str) -> None:
     network.load_state_dict({name: each.value for name, each in made.items()})
 
 
-def keep(config, base: type, state, run: Path, origin: dict[str, Any], step: int) -> Path:
+def save_run(config, base: type, state, run: Path, origin: dict[str, Any], step: int) -> Path:
     """The run's folder with its one checkpoint; ValueError where it was trained on."""
     state.step = step
     open_run(run, base(**{field.name: getattr(config, field.name) for field in fields(base)}), origin)
@@ -254,7 +254,7 @@ def keep(config, base: type, state, run: Path, origin: dict[str, Any], step: int
     return save_checkpoint(run, state)
 
 
-def of_both(weights: str) -> tuple[str, str]:
+def plain_and_ema_files(weights: str) -> tuple[str, str]:
     """The files of plain and of averaged weights, by the name of one; where there is one alone, it twice."""
     path = Path(weights)
     plain = path.with_name(path.name.replace("_ema_", "_", 1))
@@ -263,19 +263,19 @@ def of_both(weights: str) -> tuple[str, str]:
     return there[0], there[-1]
 
 
-def report(path: str, made: dict[str, Converted], left: dict[str, str]) -> None:
+def print_report(path: str, made: dict[str, ConvertedTensor], omitted: dict[str, str]) -> None:
     """What became of the tensors of a file."""
     print(f"{path}: {len(made)} tensors", flush=True)
-    for why in dict.fromkeys(left.values()):
-        print(f"  left out {sum(why == other for other in left.values())}: {why}", flush=True)
+    for why in dict.fromkeys(omitted.values()):
+        print(f"  left out {sum(why == other for other in omitted.values())}: {why}", flush=True)
 
 
-def fingerprint(files: tuple[str, ...]) -> str:
+def hash_files(files: tuple[str, ...]) -> str:
     """SHA-256 of what the files hold; one that stands for both counts once."""
     return "+".join(sha256(Path(path)) for path in dict.fromkeys(files))
 
 
 if __name__ == "__main__":
     with one_line_errors("convert.py"):
-        made = chosen(sys.argv[1:])
-    run_script(main, made, section="convert", base_values=described)
+        made = config_class(sys.argv[1:])
+    run_script(main, made, section="convert", base_values=flags_from_weights)

@@ -23,7 +23,7 @@ from experiments.metrics.decoder_likelihood import (
     of_images,
     report_rows,
 )
-from train.data.loading import Positions
+from train.data.loading import BatchSource
 from train.distributed import DistContext
 from train.files import atomic_write
 from train.loop import Batch
@@ -89,7 +89,7 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepar
 
 def bounds(
     trained: TrainedSampler,
-    source: Positions,
+    source: BatchSource,
     seed: int,
     calls: int | None,
     decoder: Callable[[Batch], Tensor] | None = None,

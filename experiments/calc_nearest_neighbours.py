@@ -120,7 +120,7 @@ def measure(
         "n_training": len(training),
         "candidates": near.images.shape[1],
         "data": data.dataset,
-        "views": [view.describe() for view in training_views(data)],  # mirrored, moved right and down, cut
+        "views": [view.to_list() for view in training_views(data)],  # mirrored, moved right and down, cut
         **neighbours_of(ranking, n_samples),
         "run": batches.run,
     }

@@ -22,8 +22,8 @@ from torch import Tensor
 from diffusion.solvers import solvers_of
 from train.condition_source import ConditionSource
 from train.config import SamplingConfig
-from train.data.transforms import Range, in_8_bits, range_of_picture, to_item
-from train.datasets._decode import to_known_mode
+from train.data.transforms import ValueRange, as_uint8, range_for_image, to_item
+from train.datasets._decode import to_supported_mode
 from train.loop import Batch
 from train.spaces import EditInput
 from train.trained_sampler import TrainedSampler
@@ -265,7 +265,7 @@ def fitted(
     brushed: Image.Image,
     size: tuple[int, int],
     n_channels: int,
-    data_range: Range | None = None,
+    data_range: ValueRange | None = None,
 ) -> tuple[Tensor, Tensor]:
     """uint8 (C, H, W) and bool (H, W): both resized to cover `size` and cut at the centre alike.
 
@@ -273,13 +273,13 @@ def fitted(
     """
     if picture.size != brushed.size:
         raise ValueError(f"got a picture of {picture.size} and a mask of {brushed.size} pixels: wanted the same size")
-    picture = to_known_mode(picture)
+    picture = to_supported_mode(picture)
     if picture.width * size[0] == picture.height * size[1]:  # an image that was enlarged comes back as it was
         small = picture.resize(size[::-1], Image.Resampling.NEAREST)
         same = small.resize(picture.size, Image.Resampling.NEAREST).tobytes() == picture.tobytes()
         picture = small if same else picture
-    item = to_item({"image": picture}, size, n_channels, range_of_picture(picture, data_range))
-    image = in_8_bits(item["image"].as_subclass(Tensor))
+    item = to_item({"image": picture}, size, n_channels, range_for_image(picture, data_range))
+    image = as_uint8(item["image"].as_subclass(Tensor))
     return image, to_item({"image": brushed}, size, 1)["image"][0].as_subclass(Tensor) >= GREY
 
 

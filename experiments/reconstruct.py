@@ -19,7 +19,7 @@ from experiments.harness.images import save_grid
 from experiments.harness.report import table
 from experiments.metrics.image_pairs import l1, psnr
 from train.data.loading import build_dataset
-from train.data.transforms import Range, in_8_bits, range_of_picture, to_float, to_item, to_pixels, to_uint8
+from train.data.transforms import ValueRange, as_uint8, range_for_image, to_float, to_item, to_pixels, to_uint8
 from train.datasets import UnreadableImage, files_fingerprint
 from train.datasets._decode import decode
 from train.datasets.folder import SUFFIXES, list_images
@@ -146,7 +146,7 @@ def validation_images(first: FirstStage, count: int, fit: Callable[[Any], Tensor
         image, data = dataset[index]["image"], first.data
         if fit is not None:
             return fit(image)
-        return in_8_bits(
+        return as_uint8(
             to_item({"image": image}, data.size, data.n_channels, data.data_range)["image"].as_subclass(Tensor)
         )
 
@@ -161,7 +161,7 @@ def picture_names(names: list[str]) -> list[str]:
     return [f"{name}.png" for name in (short if distinct else names)]
 
 
-def fitted(image: Any, size: int | None, n_channels: int, factor: int, data_range: Range | None = None) -> Tensor:
+def fitted(image: Any, size: int | None, n_channels: int, factor: int, data_range: ValueRange | None = None) -> Tensor:
     """An image of a file or a data set as uint8 (n_channels, H, W), H and W multiples of `factor`: its centre, at its
     own size.
 
@@ -169,14 +169,14 @@ def fitted(image: Any, size: int | None, n_channels: int, factor: int, data_rang
     """
     from torchvision.transforms.v2 import functional as F
 
-    pixels = to_pixels(image, n_channels, range_of_picture(image, data_range))
+    pixels = to_pixels(image, n_channels, range_for_image(image, data_range))
     if size is not None:
         pixels = F.resize(pixels, [size], F.InterpolationMode.BICUBIC, antialias=True)
     height, width = F.get_size(pixels)
     if height < factor or width < factor:
         raise TooSmall(f"it is {width}x{height} pixels, wanted at least {factor}x{factor}: pass --size N to enlarge it")
     cut = F.center_crop(pixels, [height // factor * factor, width // factor * factor])
-    return in_8_bits((F.to_image(cut) if isinstance(cut, Image.Image) else cut).as_subclass(Tensor))
+    return as_uint8((F.to_image(cut) if isinstance(cut, Image.Image) else cut).as_subclass(Tensor))
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from helpers.guided_layout import FLAGS, made, theirs
+from helpers.guided_layout import FLAGS, build_unet, to_guided_weights
 from helpers.tiny_runs import call, run
 from train.checkpoint import checkpoint_path, read_tensors
 from train.config import DataConfig
@@ -60,8 +60,8 @@ def outputs(network, size=8):
 @pytest.mark.parametrize("name", VARIATIONS)
 def test_a_converted_run_gives_the_outputs_of_its_weights(name, tmp_path):
     flags = FLAGS | VARIATIONS[name]
-    network = made(flags)
-    command = write(tmp_path, theirs(network, flags["use_new_attention_order"]), flags)
+    network = build_unet(flags)
+    command = write(tmp_path, to_guided_weights(network, flags["use_new_attention_order"]), flags)
     call("convert.py", f"{command} --dataset digits --log_dir made")
     wanted = outputs(network)
     assert wanted.std() > 0.1
@@ -74,24 +74,24 @@ def test_a_converted_run_gives_the_outputs_of_its_weights(name, tmp_path):
         assert trained.class_frequencies.tolist() == [0.1] * 10
 
 
-def test_the_two_orders_of_attention_differ():
+def test_old_and_new_attention_orders_differ():
     """What the parametrised test would miss if both were one."""
-    network = made(FLAGS)
-    old, new = theirs(network, new_order=False), theirs(network, new_order=True)
+    network = build_unet(FLAGS)
+    old, new = to_guided_weights(network, new_order=False), to_guided_weights(network, new_order=True)
     name = "middle_block.1.qkv.weight"
     assert not torch.equal(old[name], new[name]) and torch.equal(old[name].sort(0)[0], new[name].sort(0)[0])
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """Flags that made the run `made`, of step 7, in the folder logs beside the weights."""
+    """Flags that made the run `build_unet`, of step 7, in the folder logs beside the weights."""
     folder = tmp_path_factory.mktemp("theirs")
-    command = write(folder, theirs(made(FLAGS)), FLAGS | {"timestep_respacing": "ddim4"})
+    command = write(folder, to_guided_weights(build_unet(FLAGS)), FLAGS | {"timestep_respacing": "ddim4"})
     call("convert.py", f"{command} --dataset digits --log_dir made --step 7")
     return folder, command
 
 
-def test_a_converted_run_has_what_a_trained_one_has(converted, trained_ddpm):
+def test_a_converted_run_has_the_files_of_a_trained_run(converted, trained_ddpm):
     run = converted[0] / "logs" / "made"
     ours, other = (yaml.safe_load((path / "config.yaml").read_text()) for path in (run, trained_ddpm / "ddpm_digits"))
     assert ours.pop("origin").keys() == {"class_frequencies", "load_weights"}  # as a run that began from --load_dir
@@ -104,7 +104,7 @@ def test_a_converted_run_has_what_a_trained_one_has(converted, trained_ddpm):
     assert plain.keys() == averaged.keys() and all(torch.equal(plain[key], averaged[key]) for key in plain)
 
 
-def test_it_is_sampled_as_its_respacing_says_and_trained_on(converted):
+def test_a_converted_run_samples_with_its_respacing_and_trains(converted):
     logs = converted[0] / "logs"
     call("experiments/get_samples.py", f"--sampler ddpm --load_dir made --n_samples 2 --logs_root {logs} --log_dir s")
     sampling = yaml.safe_load((logs / "s" / "config.yaml").read_text())["sampling"]
@@ -113,24 +113,24 @@ def test_it_is_sampled_as_its_respacing_says_and_trained_on(converted):
     unet = "--channels 8 --channel_mults 1 2 --res_blocks 1 --attn_factors 2 --heads 2 --img_size 8 --no_amp"
     flags = f"--logs_root {logs} --log_dir on --load_dir made --train_steps 1 --batch_size 2 --lr 1e-9 --sample_steps 1"
     call("train_sampler.py", f"--sampler ddpm {flags} {unet}")
-    assert (outputs(loaded(logs / "on").sampler.network) - outputs(made(FLAGS))).abs().max() < 1e-3
+    assert (outputs(loaded(logs / "on").sampler.network) - outputs(build_unet(FLAGS))).abs().max() < 1e-3
 
 
-def test_typed_again_it_is_the_same_run_and_other_weights_are_another(converted, tmp_path, capfd):
+def test_converting_other_weights_into_the_same_run_is_refused(converted, tmp_path, capfd):
     folder, command = converted
     file = folder / "logs" / "made" / "config.yaml"
     before = file.read_text()
     call("convert.py", f"{command} --dataset digits --log_dir made --step 7")
-    other = theirs(made(FLAGS))
+    other = to_guided_weights(build_unet(FLAGS))
     other["out.2.bias"] += 1
     command = write(tmp_path, other, FLAGS | {"timestep_respacing": "ddim4"})
     refused(f"{command} --logs_root {folder}/logs --log_dir made", capfd, "holds another run", "load_weights")
     assert file.read_text() == before
 
 
-def test_arguments_of_the_network_say_what_the_flags_of_the_scripts_say():
-    weights = theirs(made(FLAGS))
-    said = {
+def test_unet_arguments_and_script_flags_give_equal_settings():
+    weights = to_guided_weights(build_unet(FLAGS))
+    reference_flags = {
         "image_size": 8,
         "in_channels": 1,
         "model_channels": 8,
@@ -142,10 +142,18 @@ def test_arguments_of_the_network_say_what_the_flags_of_the_scripts_say():
         "num_heads": 2,
         "use_scale_shift_norm": True,
     }
-    found, other = guided.settings(weights, said), guided.settings(weights, FLAGS)
-    assert (found["schedule"], found["total_steps"]) == ("linear", 1000)  # what that code has where nothing is said
-    assert all(found[key] == other[key] for key in found if key != "schedule")
-    assert guided.settings(weights, {}).items() <= found.items()  # weights tell the rest, but for sizes and heads
+    from_arguments, from_flags = (
+        guided.pixel_sampler_settings(weights, reference_flags),
+        guided.pixel_sampler_settings(weights, FLAGS),
+    )
+    assert (from_arguments["schedule"], from_arguments["total_steps"]) == (
+        "linear",
+        1000,
+    )  # what that code has where nothing is said
+    assert all(from_arguments[key] == from_flags[key] for key in from_arguments if key != "schedule")
+    assert (
+        guided.pixel_sampler_settings(weights, {}).items() <= from_arguments.items()
+    )  # weights tell the rest, but for sizes and heads
 
 
 @pytest.mark.parametrize(
@@ -163,9 +171,12 @@ def test_arguments_of_the_network_say_what_the_flags_of_the_scripts_say():
         ({"channel_mult": ""}, {"channel_mults": (1, 2)}),
     ],
 )
-def test_a_flag_of_theirs_is_one_of_ours(changes, wanted):
+def test_reference_flags_are_translated(changes, wanted):
     flags = FLAGS | changes
-    assert wanted.items() <= guided.settings(theirs(made({**flags, "channel_mult": "1,2"})), flags).items()
+    assert (
+        wanted.items()
+        <= guided.pixel_sampler_settings(to_guided_weights(build_unet({**flags, "channel_mult": "1,2"})), flags).items()
+    )
 
 
 def refused(flags, capfd, *wanted):
@@ -191,9 +202,9 @@ REFUSED_WEIGHTS = {
 
 
 @pytest.mark.parametrize("case", REFUSED_WEIGHTS)
-def test_weights_that_do_not_fit_are_named_and_leave_nothing(case, tmp_path, capfd):
+def test_unfit_weights_are_refused_and_leave_no_files(case, tmp_path, capfd):
     change, wanted = REFUSED_WEIGHTS[case]
-    weights = theirs(made(FLAGS))
+    weights = to_guided_weights(build_unet(FLAGS))
     change(weights)
     refused(f"{write(tmp_path, weights, FLAGS)} --log_dir made", capfd, *wanted)
     assert not (tmp_path / "logs").exists()
@@ -220,10 +231,10 @@ REFUSED_FLAGS = {  # changes of the JSON (... leaves a key out) -> what the mess
 
 
 @pytest.mark.parametrize("case", REFUSED_FLAGS)
-def test_a_json_that_is_not_understood_is_refused(case, tmp_path, capfd):
+def test_unsupported_reference_flags_are_refused(case, tmp_path, capfd):
     changes, wanted = REFUSED_FLAGS[case]
-    said = {key: value for key, value in (FLAGS | changes).items() if value is not ...}
-    refused(f"{write(tmp_path, theirs(made(FLAGS)), said)} --log_dir made", capfd, *wanted)
+    reference_flags = {key: value for key, value in (FLAGS | changes).items() if value is not ...}
+    refused(f"{write(tmp_path, to_guided_weights(build_unet(FLAGS)), reference_flags)} --log_dir made", capfd, *wanted)
     assert not (tmp_path / "logs").exists()
 
 
@@ -232,7 +243,7 @@ class Code:
         return os.mkdir, (os.environ["MADE_BY_CODE"],)
 
 
-def test_files_that_are_not_plain_tensors_are_not_run(tmp_path, monkeypatch, capfd):
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("MADE_BY_CODE", str(tmp_path / "ran"))
     command = write(tmp_path, {"out.0.weight": Code()}, FLAGS)
     refused(command, capfd, "unet.pt", "mkdir, which is code")
@@ -244,8 +255,8 @@ def test_files_that_are_not_plain_tensors_are_not_run(tmp_path, monkeypatch, cap
     refused(command, capfd, "unet.pt", "not found")
 
 
-def test_what_is_not_said_is_asked_for(tmp_path, capfd):
-    command = write(tmp_path, theirs(made(FLAGS)), FLAGS)
+def test_missing_settings_are_requested_by_flag(tmp_path, capfd):
+    command = write(tmp_path, to_guided_weights(build_unet(FLAGS)), FLAGS)
     without = command.replace(f"--config_json {tmp_path}/unet.json", "")
     refused(without, capfd, "attention heads", "--heads")
     refused(f"--logs_root {tmp_path}/logs", capfd, "--weights")
@@ -255,11 +266,11 @@ def test_what_is_not_said_is_asked_for(tmp_path, capfd):
     refused(command, capfd, "unet.json", "not JSON")
     assert not (tmp_path / "logs").exists()
     call("convert.py", f"{without} --heads 2 --img_size 8 --log_dir made")
-    assert torch.equal(outputs(loaded(tmp_path / "logs" / "made").sampler.network), outputs(made(FLAGS)))
+    assert torch.equal(outputs(loaded(tmp_path / "logs" / "made").sampler.network), outputs(build_unet(FLAGS)))
 
 
 @HAS_FIXTURE
-def test_a_run_of_the_public_weights_gives_their_outputs(tmp_path):
+def test_public_weights_reproduce_their_outputs(tmp_path):
     flags = f"--weights {FIXTURE}/unet.pt --config_json {FIXTURE}/unet_config.json --logs_root {tmp_path}"
     done = run("convert.py", f"--from guided {flags} --dataset cifar10 --log_dir public")
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from helpers.tiny_runs import call
-from helpers.unleashing_layout import CONFIG, SIZE, made, theirs
+from helpers.unleashing_layout import CONFIG, SIZE, build_vqgan, to_unleashing_weights
 from train.checkpoint import checkpoint_path, load_weights
 from train.cli.parse import flatten_group
 from train.first_stage import load_first_stage
@@ -37,16 +37,16 @@ def discriminator_of(run):
 def converted(tmp_path_factory):
     """A run of plain and averaged weights, and both networks."""
     folder = tmp_path_factory.mktemp("theirs")
-    plain, averaged = made(seed=0), made(seed=1)
-    torch.save(theirs(*plain), folder / "vqgan_1200.th")
-    torch.save(theirs(*averaged), folder / "vqgan_ema_1200.th")
+    plain, averaged = build_vqgan(seed=0), build_vqgan(seed=1)
+    torch.save(to_unleashing_weights(*plain), folder / "vqgan_1200.th")
+    torch.save(to_unleashing_weights(*averaged), folder / "vqgan_ema_1200.th")
     flags = f"--from unleashing --img_size {SIZE} --logs_root {folder}/logs --dataset folder"
     call("convert.py", f"{flags} --weights {folder}/vqgan_1200.th --log_dir made")
     return folder, flags, plain, averaged
 
 
 @torch.no_grad()
-def test_the_run_gives_the_outputs_of_the_weights(converted):
+def test_a_converted_run_gives_the_outputs_of_its_weights(converted):
     folder, _, (plain, discriminator), (averaged, _) = converted
     run = folder / "logs" / "made"
     first = load_first_stage(run, None, CPU, amp=False)
@@ -61,7 +61,7 @@ def test_the_run_gives_the_outputs_of_the_weights(converted):
     assert torch.equal(discriminator_of(run)(images()), discriminator(images()))
 
 
-def test_the_config_says_what_the_weights_are(converted):
+def test_the_config_describes_the_weights(converted):
     content = yaml.safe_load((converted[0] / "logs/made/config.yaml").read_text())
     network, loss = content["network"], content["loss"]
     assert network == flatten_group(CONFIG)
@@ -69,21 +69,21 @@ def test_the_config_says_what_the_weights_are(converted):
     assert list(content) == ["data", "reader", "network", "loss", "training", "logging", "origin"]
 
 
-def test_either_file_names_both_and_one_alone_stands_for_both(converted, tmp_path, capfd):
+def test_either_file_selects_both_and_one_file_serves_as_both(converted, tmp_path, capfd):
     folder, flags, _, (averaged, discriminator) = converted
     call("convert.py", f"{flags} --weights {folder}/vqgan_ema_1200.th --log_dir other")
-    said = capfd.readouterr().out
-    assert "vqgan_1200.th" in said and "vqgan_ema_1200.th" in said and "never uses" in said and "LPIPS" in said
+    output = capfd.readouterr().out
+    assert "vqgan_1200.th" in output and "vqgan_ema_1200.th" in output and "never uses" in output and "LPIPS" in output
     for name in ("model", "ema"):
         one, two = (checkpoint_path(folder / "logs" / run, 1200) / f"{name}.safetensors" for run in ("made", "other"))
         assert one.read_bytes() == two.read_bytes()
-    torch.save(theirs(averaged, discriminator), tmp_path / "vqgan_ema_7.th")
+    torch.save(to_unleashing_weights(averaged, discriminator), tmp_path / "vqgan_ema_7.th")
     call("convert.py", f"{flags} --weights {tmp_path}/vqgan_ema_7.th --log_dir alone")
     first = load_first_stage(folder / "logs" / "alone", None, CPU, amp=False)
     assert first.step == 7 and torch.equal(first.vqgan.encode(images()), averaged.encode(images()))
 
 
-def test_it_is_trained_on(converted, tmp_path):
+def test_a_converted_vqgan_trains_further(converted, tmp_path):
     folder, _, (plain, _), _ = converted
     data = tmp_path / "images"
     data.mkdir()
@@ -109,9 +109,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_weights_that_do_not_fit_are_named_and_leave_nothing(case, tmp_path, capfd):
+def test_unfit_weights_are_refused_and_leave_no_files(case, tmp_path, capfd):
     change, wanted = REFUSED[case]
-    weights = theirs(*made())
+    weights = to_unleashing_weights(*build_vqgan())
     change(weights)
     torch.save(weights, tmp_path / "vqgan_1.th")
     flags = f"--from unleashing --img_size {SIZE} --logs_root {tmp_path}/l"
@@ -128,7 +128,7 @@ def test_weights_that_do_not_fit_are_named_and_leave_nothing(case, tmp_path, cap
     not (FIXTURE / "vqgan_100.th").is_file(), reason="UT_FIXTURES names no folder with vqgan_100.th, public weights"
 )
 @torch.no_grad()
-def test_public_weights_give_their_own_outputs(tmp_path):
+def test_public_weights_reproduce_their_outputs(tmp_path):
     flags = f"--from unleashing --weights {FIXTURE}/vqgan_100.th --img_size 64 --logs_root {tmp_path} --dataset folder"
     call("convert.py", f"{flags} --log_dir public")
     first = load_first_stage(tmp_path / "public", 100, CPU, amp=False)

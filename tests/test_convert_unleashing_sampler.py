@@ -9,10 +9,10 @@ import torch
 import yaml
 from PIL import Image
 
-from convert import fill
+from convert import load_converted
 from diffusion.absorbing import AbsorbingDiffusion
 from helpers.tiny_runs import call
-from helpers.unleashing_layout import SIZE, made, sampler_logits, sampler_weights, theirs
+from helpers.unleashing_layout import SIZE, build_vqgan, sampler_logits, sampler_weights, to_unleashing_weights
 from train.checkpoint import checkpoint_path
 from train.converters import unleashing
 from train.first_stage import load_first_stage
@@ -21,7 +21,7 @@ from train.trained_sampler import load_sampler
 
 FIXTURE = Path(os.environ.get("UT_FIXTURES", ""))
 CPU = torch.device("cpu")
-TRUNKS = {"absorbing": "_denoise_fn.", "autoregressive": "net."}
+PREFIXES = {"absorbing": "_denoise_fn.", "autoregressive": "net."}
 
 
 def ids_of(kind, shape=(3, 16), codes=32):
@@ -44,18 +44,18 @@ def logits_of(logs, name, ids, ema=True):
 def converted(tmp_path_factory):
     """A folder with a VQGAN's run, and of each kind plain and averaged weights and their run."""
     folder = tmp_path_factory.mktemp("theirs")
-    torch.save(theirs(*made()), folder / "vqgan_1200.th")
+    torch.save(to_unleashing_weights(*build_vqgan()), folder / "vqgan_1200.th")
     flags = f"--from unleashing --logs_root {folder}/logs --dataset folder"
     call("convert.py", f"{flags} --weights {folder}/vqgan_1200.th --img_size {SIZE}")
-    for kind in TRUNKS:
+    for kind in PREFIXES:
         torch.save(sampler_weights(kind, seed=1), folder / f"{kind}_700.th")
         torch.save(sampler_weights(kind, seed=2), folder / f"{kind}_ema_700.th")
         call("convert.py", f"{flags} --weights {folder}/{kind}_ema_700.th --bert_n_head 3")
     return folder, flags
 
 
-@pytest.mark.parametrize("kind", TRUNKS)
-def test_a_run_says_what_its_weights_say(kind, converted):
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_a_converted_run_gives_the_logits_of_its_weights(kind, converted):
     logs, ids = converted[0] / "logs", ids_of(kind)
     plain, averaged = (sampler_logits(sampler_weights(kind, seed=seed), 3, ids) for seed in (1, 2))
     assert averaged.std() > 0.5 and (plain - averaged).abs().max() > 0.5
@@ -64,7 +64,7 @@ def test_a_run_says_what_its_weights_say(kind, converted):
     assert loaded(logs, f"{kind}_folder").step == 700
 
 
-def test_the_oracle_sees_heads_norms_and_places():
+def test_reference_logits_depend_on_heads_norms_and_positions():
     """What the test before would miss if none of them mattered."""
     weights, ids = sampler_weights("absorbing"), ids_of("absorbing")
     right = sampler_logits(weights, 3, ids)
@@ -75,14 +75,14 @@ def test_the_oracle_sees_heads_norms_and_places():
     assert (sampler_logits(smaller, 3, ids) - right).abs().max() > 0.01  # norms without eps would see no difference
 
 
-def test_codes_lie_row_by_row():
+def test_positions_are_in_raster_order():
     weights = sampler_weights("absorbing")
-    position = unleashing.code_converted(weights, (2, 8))[0]["position"].value
+    position = unleashing.convert_code_sampler(weights, (2, 8))[0]["position"].value
     assert torch.equal(position[1, 3], weights["_denoise_fn.pos_emb"][0, 11])
 
 
-@pytest.mark.parametrize("kind", TRUNKS)
-def test_a_run_has_what_a_trained_one_has(kind, converted):
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_a_converted_run_has_the_files_of_a_trained_run(kind, converted):
     content = yaml.safe_load((converted[0] / "logs" / f"{kind}_folder" / "config.yaml").read_text())
     groups = ["sampler", "first", "data", "reader", "training", "sampling", "logging", "origin"]
     assert list(content) == groups
@@ -100,14 +100,14 @@ def test_a_run_has_what_a_trained_one_has(kind, converted):
 
 
 @pytest.mark.parametrize(("kind", "options"), [("absorbing", "--sample_steps 3"), ("autoregressive", "")])
-def test_experiments_sample_it(kind, options, converted):
+def test_a_converted_run_can_be_sampled(kind, options, converted):
     logs = converted[0] / "logs"
     flags = f"--logs_root {logs} --sampler {kind} --dataset folder --n_samples 2 --log_dir samples_{kind}"
     call("experiments/get_samples.py", f"{flags} {options}")
     assert np.load(logs / f"samples_{kind}" / "samples.npz")["arr_0"].shape == (2, SIZE, SIZE, 3)
 
 
-def test_it_is_trained_on(converted, tmp_path):
+def test_a_converted_sampler_trains_further(converted, tmp_path):
     logs, data, ids = converted[0] / "logs", tmp_path / "images", ids_of("absorbing")
     data.mkdir()
     for i in range(30):
@@ -119,23 +119,23 @@ def test_it_is_trained_on(converted, tmp_path):
     assert (logits_of(logs, "on", ids, ema=False) - plain).abs().max() < 1e-3
 
 
-def test_every_tensor_is_spoken_for(converted, tmp_path, capfd):
+def test_every_tensor_is_converted_or_reported(converted, tmp_path, capfd):
     folder, flags = converted
-    for kind in TRUNKS:
-        made, left = unleashing.code_converted(weights := sampler_weights(kind), (4, 4))
-        assert len(made) + len(left) + 8 + (kind == "autoregressive") == len(weights)  # keys, values; start token
+    for kind in PREFIXES:
+        tensors, omitted = unleashing.convert_code_sampler(weights := sampler_weights(kind), (4, 4))
+        assert len(tensors) + len(omitted) + 8 + (kind == "autoregressive") == len(weights)  # keys, values; start token
         call("convert.py", f"{flags} --weights {folder}/{kind}_700.th --bert_n_head 3 --log_dir again_{kind}")
-        said = capfd.readouterr().out
-        assert f"{kind}_700.th" in said and f"{kind}_ema_700.th" in said and "3 heads" in said
-        for why in left.values():
-            assert why in said
+        output = capfd.readouterr().out
+        assert f"{kind}_700.th" in output and f"{kind}_ema_700.th" in output and "3 heads" in output
+        for reason in omitted.values():
+            assert reason in output
         one, two = (
             checkpoint_path(folder / "logs" / f"{run}_{n}", 700) for run, n in (("again", kind), (kind, "folder"))
         )
         assert all((one / f).read_bytes() == (two / f).read_bytes() for f in ("model.safetensors", "ema.safetensors"))
 
 
-def test_one_file_stands_for_both_and_eight_heads_for_none_typed(converted, tmp_path):
+def test_one_file_serves_as_both_and_heads_default_to_eight(converted, tmp_path):
     folder, flags = converted
     weights = sampler_weights("absorbing", width=16, mlp=3, layers=1)
     torch.save(weights, tmp_path / "absorbing_ema_9.th")
@@ -188,12 +188,12 @@ CASES = [("absorbing", *case) for case in CHANGES.values()] + [("autoregressive"
 
 
 @pytest.mark.parametrize(("kind", "change", "wanted"), CASES, ids=[*CHANGES, *OF_THE_OTHER])
-def test_weights_that_do_not_fit_are_named(kind, change, wanted, converted):
+def test_unfit_weights_are_refused_by_name(kind, change, wanted, converted):
     change(weights := sampler_weights(kind))
     with pytest.raises(ValueError) as error:
-        unleashing.code_settings(weights)
-        found, _ = unleashing.code_converted(weights, (4, 4))
-        fill(loaded(converted[0] / "logs", f"{kind}_folder").sampler.network, found, "the file")
+        unleashing.code_sampler_settings(weights)
+        tensors, _ = unleashing.convert_code_sampler(weights, (4, 4))
+        load_converted(loaded(converted[0] / "logs", f"{kind}_folder").sampler.network, tensors, "the file")
     for word in wanted:
         assert word in str(error.value)
 
@@ -201,10 +201,10 @@ def test_weights_that_do_not_fit_are_named(kind, change, wanted, converted):
 @pytest.mark.parametrize(("sizes", "wanted"), [({"codes": 31}, "out of 31"), ({"tokens": 25}, "25 codes an image")])
 def test_another_vqgan_is_refused(sizes, wanted):
     with pytest.raises(ValueError, match=f"{wanted}.*4 x 4, out of 32.*--ae_load_dir"):
-        unleashing.check_codes(sampler_weights("absorbing", **sizes), 32, (4, 4))
+        unleashing.check_vqgan_fits(sampler_weights("absorbing", **sizes), 32, (4, 4))
 
 
-def test_what_is_refused_leaves_nothing(converted, tmp_path, capfd):
+def test_refused_weights_leave_no_files(converted, tmp_path, capfd):
     flags = f"{converted[1]} --weights {tmp_path}/absorbing_1.th --bert_n_head 3 --log_dir no"
     for weights, wanted in (
         (sampler_weights("absorbing") | {"more": torch.zeros(1)}, "more has no place"),
@@ -215,7 +215,7 @@ def test_what_is_refused_leaves_nothing(converted, tmp_path, capfd):
     assert not (converted[0] / "logs" / "no").exists()
 
 
-def test_flags_that_do_not_fit_are_refused(converted, tmp_path, capfd):
+def test_conflicting_flags_are_refused(converted, tmp_path, capfd):
     folder, flags = converted
     flags += f" --weights {folder}/absorbing_700.th --log_dir no"
     for typed, heads in (("", "8"), ("--bert_n_head 5", "5"), ("--bert_n_head=0", "0"), ("--bert_n_head x", "x")):
@@ -247,7 +247,7 @@ def public(tmp_path_factory):
 
 
 @torch.no_grad()
-def test_public_weights_give_their_own_logits_and_losses(public):
+def test_public_weights_reproduce_their_logits_and_losses(public):
     logs, io = public
     trained = loaded(logs, "absorbing_folder")
     assert trained.sampler.process == AbsorbingDiffusion(64, 256)
@@ -256,10 +256,10 @@ def test_public_weights_give_their_own_logits_and_losses(public):
     assert (logits.flatten(1, 2) - io["logits"]).abs().max() < 1e-4
     t = io["t"] / 256
     for kind, name in (("elbo", "elbo_bits_per_token"), ("reweighted_elbo",) * 2, ("mlm",) * 2):
-        found = trained.sampler.process.loss(logits, x0, x_t, t, kind).per_example
-        assert torch.allclose(found, io[name], rtol=1e-5), kind
+        loss = trained.sampler.process.loss(logits, x0, x_t, t, kind).per_example
+        assert torch.allclose(loss, io[name], rtol=1e-5), kind
 
 
-def test_the_oracle_says_what_public_weights_say(public):
+def test_reference_logits_match_those_of_public_weights(public):
     weights = torch.load(FIXTURE / "absorbing_100.th", weights_only=True)
     assert (sampler_logits(weights, 4, public[1]["x_t"]) - public[1]["logits"]).abs().max() < 1e-4

@@ -11,7 +11,7 @@ from diffusion.likelihood import bits_per_dimension
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_of
 from models.conditions import image
-from train.data.loading import Draws
+from train.data.loading import TrainingStreams
 from train.samplers import ddpm
 
 UNET = {"channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_factors": (2,), "heads": 2}
@@ -51,10 +51,10 @@ def batch_on(device):
 def test_training(kind, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # not supported on "meta"
     built = sampler(kind)
-    draw = Draws(0, {"position": torch.arange(2)}, 2, torch.device("meta"))
-    first = draw.shared("time")  # read before tensors are fake
-    monkeypatch.setattr(Draws, "shared", lambda self, purpose: first)
-    monkeypatch.setattr(Draws, "__call__", lambda self, purpose, device="meta": Streams([1, 2], device))
+    draw = TrainingStreams(0, {"position": torch.arange(2)}, 2, torch.device("meta"))
+    first = draw.step_stream("time")  # read before tensors are fake
+    monkeypatch.setattr(TrainingStreams, "step_stream", lambda self, purpose: first)
+    monkeypatch.setattr(TrainingStreams, "__call__", lambda self, purpose, device="meta": Streams([1, 2], device))
     with moved(built, "meta") as device:
         loss = built.loss(built.network, batch_on(device), draw)
         loss.per_example.mean().backward()

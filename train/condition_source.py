@@ -15,7 +15,7 @@ from torch import Tensor
 from diffusion.rng import Streams, seed_of
 from train.config import DataConfig
 from train.data.collate import collate
-from train.data.loading import Positions
+from train.data.loading import BatchSource
 from train.data.transforms import to_item
 from train.datasets import Ragged
 from train.datasets._decode import decode
@@ -37,7 +37,7 @@ class ConditionSource:
     fields: tuple[str, ...]  # of a batch, that the sampler is conditioned on
     n_classes: int = 0
     class_frequencies: Tensor | None = None  # (n_classes,)
-    held_out: Positions | None = None
+    held_out: BatchSource | None = None
     rows: tuple[Row, ...] = ()
 
     def __post_init__(self):
@@ -61,13 +61,13 @@ class ConditionSource:
         batch = collate(rows) if rows else {}
         left = [name for name in self.fields if name not in batch]
         if {*left} - {"label"} or (left and self.class_frequencies is None):
-            batch |= self.of_held_out(left, indices)
+            batch |= self.from_held_out(left, indices)
         elif left:
             rng = Streams([seed_of(seed, "label", i) for i in indices])
             batch["label"] = rng.categorical(self.class_frequencies.log().expand(len(indices), -1))
         return batch or None
 
-    def of_held_out(self, names: Sequence[str], indices: Sequence[int]) -> Batch:
+    def from_held_out(self, names: Sequence[str], indices: Sequence[int]) -> Batch:
         """Fields of held-out items, in turn; ValueError where they have none of a name."""
         if self.held_out is None:
             raise ValueError(f"got no {', '.join(names)} to sample with: pass --condition_file, which gives them")
@@ -105,15 +105,15 @@ def read_rows(condition_file: str | None, data: DataConfig) -> list[Row]:
     path = Path(condition_file).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: pass a .json or .csv file as --condition_file")
-    rows = raw_rows(path)
+    rows = parse_rows(path)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     read = {name: read_column(path, name, values, data) for name, values in columns.items()}
     return [{name: values[number] for name, values in read.items()} for number in range(len(rows))]
 
 
-def raw_rows(path: Path) -> list[Row]:
+def parse_rows(path: Path) -> list[Row]:
     """The rows as they are written, all with the same fields."""
-    rows = {".json": read_json, ".csv": read_csv}.get(path.suffix.lower(), refuse)(path)
+    rows = {".json": read_json, ".csv": read_csv}.get(path.suffix.lower(), reject_suffix)(path)
     if not rows:
         raise ValueError(f"{path} holds no rows, wanted one at least")
     for number, row in enumerate(rows):
@@ -139,15 +139,15 @@ def read_csv(path: Path) -> list[Row]:
     for number, row in enumerate(rows):
         if None in row or None in row.values():
             raise ValueError(f"{path}: row {number} does not have as many columns as the header")
-    columns = {name: as_numbers([row[name] for row in rows]) for name in (rows[0] if rows else ())}
+    columns = {name: parse_column([row[name] for row in rows]) for name in (rows[0] if rows else ())}
     return [{name: values[number] for name, values in columns.items()} for number in range(len(rows))]
 
 
-def refuse(path: Path) -> list[Row]:
+def reject_suffix(path: Path) -> list[Row]:
     raise ValueError(f"got --condition_file {path}, wanted a .json or .csv file")
 
 
-def as_numbers(words: list[str]) -> list[int] | list[float] | list[str]:
+def parse_column(words: list[str]) -> list[int] | list[float] | list[str]:
     """Words as whole numbers where all are, else as finite numbers, else as they are."""
     for kind in (int, float):
         try:
@@ -170,7 +170,7 @@ def read_column(path: Path, name: str, values: list[Any], data: DataConfig) -> l
         return [float(value) for value in values]
     if kinds != {list} or all(isinstance(each, str) for value in values for each in value):
         return values
-    whole = all(isinstance(number, int) for value in values for number in leaves(value))
+    whole = all(isinstance(number, int) for value in values for number in flatten(value))
     dtype, ragged = torch.int64 if whole else torch.float32, any(isinstance(e, list) for v in values for e in v)
     try:
         tensors = [torch.tensor(value, dtype=dtype) for value in values]
@@ -183,9 +183,9 @@ def read_column(path: Path, name: str, values: list[Any], data: DataConfig) -> l
         raise ValueError(f"{path}: field {name!r} is no tensor ({error}): wanted {wanted}") from error
 
 
-def leaves(value: Any) -> list[Any]:
+def flatten(value: Any) -> list[Any]:
     """What stands in lists within lists."""
-    return [leaf for each in value for leaf in leaves(each)] if isinstance(value, list) else [value]
+    return [leaf for each in value for leaf in flatten(each)] if isinstance(value, list) else [value]
 
 
 def image_file(path: Path, name: str, value: Any) -> Path:
@@ -196,12 +196,12 @@ def image_file(path: Path, name: str, value: Any) -> Path:
     return file
 
 
-def condition_origin(condition_file: str | None) -> dict[str, str]:
+def condition_provenance(condition_file: str | None) -> dict[str, str]:
     """What results note of a file of conditions: its content and that of its images, wherever they lie."""
     path = None if condition_file is None else Path(condition_file).expanduser()
     if path is None or not path.is_file():
         return {}
-    rows = raw_rows(path)
+    rows = parse_rows(path)
     named = [image_file(path, name, row[name]) for row in rows for name in row if name.endswith("_image")]
     digests = [sha256(file) for file in (path, *dict.fromkeys(named))]
     return {"condition_sha256": hashlib.sha256("/".join(digests).encode()).hexdigest()}

@@ -11,7 +11,7 @@ from train.checkpoint import EMA_WEIGHTS, checkpoint_path, load_weights, resolve
 from train.cli.parse import from_dict
 from train.config import DataConfig
 from train.data import image_cache
-from train.data.code_cache import CHUNK, CodeFile, CodeTable, cache_key, code_table
+from train.data.code_cache import CHUNK_SIZE, CodeFile, CodeTable, code_cache_key, load_or_encode
 from train.data.loading import ImageSource
 from train.data.transforms import from_unit_range, to_float, to_uint8, training_views
 from train.datasets import Dataset, DatasetConfig
@@ -100,17 +100,17 @@ class FirstStage:
             data = data.without_augmentation
         seen, margin = training_views(data), data.crop_margin
         larger = data.n_channels, data.size[0] + margin, data.size[1] + margin
-        key = cache_key(
+        key = code_cache_key(
             weights=self.weights,
             network=asdict(self.vqgan.config),
-            images=image_cache.cache_key(dataset, larger, data.data_range),
-            views=[view.describe() for view in seen],
+            images=image_cache.image_cache_key(dataset, larger, data.data_range),
+            views=[view.to_list() for view in seen],
             amp=self.amp and has_native_bf16(self.device),
-            chunk=CHUNK,
+            chunk=CHUNK_SIZE,
         )
         codebook_size, shape = self.vqgan.quantizer.codebook_size, (len(seen), *self.vqgan.grid)
         folder, name = self.run / "codes", f"{data.dataset}_{split}"
-        return code_table(
+        return load_or_encode(
             CodeFile(folder, name, key, len(dataset), shape, codebook_size, views=tuple(seen)),
             lambda: ImageSource(dataset, data, margin=margin),
             lambda images: torch.stack([self.encode(view(images)) for view in seen], 1),

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import NAdam, Optimizer, RAdam
 
-from train.data.collate import as_tensor, pad
+from train.data.collate import field_to_tensor, pad
 from train.distributed import DistContext, grad_norm, is_sharded, local_grads
 from train.execution import LossScale
 from train.files import write_errors_as_oserror
@@ -197,7 +197,7 @@ class BadStepRecorder:
         Padded fields have the length of the longest micro-batch; strings are stored as JSON in UTF-8, (B, bytes) uint8.
         """
         batch = {
-            name: self.gather_micro_batches([as_tensor(batch[name]) for batch in micro_batches]).cpu()
+            name: self.gather_micro_batches([field_to_tensor(batch[name]) for batch in micro_batches]).cpu()
             for name in micro_batches[0]
         }
         if self.world.is_main:

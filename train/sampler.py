@@ -9,7 +9,7 @@ from torch import Tensor
 from diffusion.rng import Streams, seed_of
 from train.condition_source import ConditionSource, Row, check_rows
 from train.config import SamplerConfig, SamplingConfig, TrainingConfig
-from train.data.loading import Draws, Positions, on_device
+from train.data.loading import BatchSource, TrainingStreams, to_device
 from train.data.transforms import to_float
 from train.distributed import DistContext, gradient_sync, lockstep_on_step
 from train.execution import autocast, nan_grads_if_nonfinite, to_channels_last, training_dtype, uses_channels_last
@@ -88,7 +88,7 @@ class SamplerStep:
     def loss(self, network: torch.nn.Module, batch: Batch, times_of: int | None = None):
         """The sampler's loss of a part of a batch; `times_of`: of validation, whose draws do not depend on the run."""
         seed, size = (self.training.seed, self.training.batch_size) if times_of is None else (0, times_of)
-        draw = Draws(seed, batch, size, self.world.device)
+        draw = TrainingStreams(seed, batch, size, self.world.device)
         prepared = self.space.prepared(batch)
         if self.channels_last:
             prepared = {name: to_channels_last(value) for name, value in prepared.items()}
@@ -111,7 +111,7 @@ class SamplerStep:
 
 
 @torch.no_grad()
-def validation_losses(step: SamplerStep, network: torch.nn.Module, source: Positions, count: int) -> dict[str, float]:
+def validation_losses(step: SamplerStep, network: torch.nn.Module, source: BatchSource, count: int) -> dict[str, float]:
     """Loss and metrics over the first `count` validation images, with times and noise that are always the same.
 
     `network` is in eval mode. The processes share the batches, and all get the result.
@@ -121,7 +121,7 @@ def validation_losses(step: SamplerStep, network: torch.nn.Module, source: Posit
     batches = (source[positions] for positions in world.local_items(lists))
     sums: dict[str, Tensor] = {}
     for batch, counts in world.padded_batches(batches, fallback=lambda: source[lists[0]]):
-        batch = on_device(batch, world.device)
+        batch = to_device(batch, world.device)
         loss = step.loss(network, batch, times_of=len(batch["position"]))  # spread over the last, smaller batch too
         for name, value in {"loss": loss.per_example, **loss.metrics}.items():
             value = value.float().cpu().double()
@@ -146,7 +146,7 @@ class SamplerReports:
     """
 
     def __init__(
-        self, step: SamplerStep, validation: Positions, sampling: SamplingConfig, rows: Sequence[Row], logger: Logger
+        self, step: SamplerStep, validation: BatchSource, sampling: SamplingConfig, rows: Sequence[Row], logger: Logger
     ):
         self.step, self.validation, self.sampling, self.logger = step, validation, sampling, logger
         self.source = ConditionSource(step.sampler.conditions, step.sampler.n_classes, held_out=validation)
@@ -185,7 +185,7 @@ class SamplerReports:
         sampler, world = self.step.sampler, self.step.world
         rng = Streams([seed_of(self.step.training.seed, "show", i) for i in indices], world.device)
         conditions = self.source.draw(self.step.training.seed, indices)
-        batch = None if conditions is None else on_device(conditions, world.device)
+        batch = None if conditions is None else to_device(conditions, world.device)
         with self.step.autocast():
             network = state.eval_module("network").eval()
             how = {

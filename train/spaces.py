@@ -10,7 +10,7 @@ from torch import Tensor
 from diffusion.rng import Streams
 from train.cli.parse import from_dict
 from train.config import DataConfig, SecondStageConfig
-from train.data.loading import Adapt, ImageSource, Positions, TrainingCodes, TrainingImages
+from train.data.loading import Adapt, BatchSource, ImageSource, TrainingCodes, TrainingImages
 from train.data.transforms import from_unit_range, to_float, to_uint8
 from train.datasets import Dataset
 from train.distributed import DistContext
@@ -49,7 +49,7 @@ class Space(Protocol):
 
     def source(
         self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt
-    ) -> Positions:
+    ) -> BatchSource:
         """Training batches of one split."""
         ...
 

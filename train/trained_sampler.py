@@ -27,9 +27,9 @@ from train.checkpoint import (
 from train.cli.parse import from_dict
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import DataConfig, SamplerConfig, SamplingConfig
-from train.data.loading import Adapt, Positions, adapted, build_dataset, on_device, seeded
+from train.data.loading import Adapt, BatchSource, apply_adapt, build_dataset, temporary_seed, to_device
 from train.data.transforms import View, check_8_bits
-from train.datasets import Dataset, DatasetConfig, is_command
+from train.datasets import Dataset, DatasetConfig, is_shell_command
 from train.distributed import DistContext
 from train.execution import autocast
 from train.first_stage import load_first_stage
@@ -79,7 +79,7 @@ class TrainedSampler:
         """A split of the training data, read from the folder that the run or datasets.yaml names."""
         return build_dataset(self.data, self.reader, split)
 
-    def batches(self, split: str) -> Positions:
+    def batches(self, split: str) -> BatchSource:
         """A split in a fixed shuffle (train: with its augmentations): a list of positions -> a batch."""
         return self.space.source(self.dataset(split), split, self.data, 0, self.world, self.adapt)
 
@@ -93,8 +93,8 @@ class TrainedSampler:
         """The conditions that an item of the data set holds, except the label; ValueError if one is missing."""
         names = [name for name in self.sampler.conditions if name != "label"]
         if names and self.adapt is not None:
-            with seeded(seed_of(0, "adapt", index)):
-                item = adapted(self.adapt, View()(item))  # a copy: the function may change it
+            with temporary_seed(seed_of(0, "adapt", index)):
+                item = apply_adapt(self.adapt, View()(item))  # a copy: the function may change it
         if missing := sorted({*names} - {*item}):
             raise ValueError(f"{self.run} is conditioned on {', '.join(missing)}: pass --condition_file with them")
         return {name: item[name] for name in names}
@@ -147,7 +147,7 @@ class TrainedSampler:
         with x in the sampler's space. ValueError for options of another sampler.
         """
         self.check_options(options)
-        batch = None if conditions is None else on_device(conditions, self.device)
+        batch = None if conditions is None else to_device(conditions, self.device)
         rng = Streams([seed_of(seed, "sample", i) for i in indices], self.device)
         with autocast(self.device, self.amp):
             x = self.sampler.sample(
@@ -182,7 +182,7 @@ class TrainedSampler:
             raise _FirstStepDone
 
         conditions, rng = source.draw(0, [0]), Streams([0], self.device)
-        batch = None if conditions is None else on_device(conditions, self.device)
+        batch = None if conditions is None else to_device(conditions, self.device)
         with suppress(_FirstStepDone), autocast(self.device, self.amp):
             self.sampler.sample(self.sampler.network, rng, batch=batch, options=options, on_step=stop, **keywords)
 
@@ -195,7 +195,7 @@ class TrainedSampler:
         rng = Streams([seed_of(seed, "likelihood", k) for k in batch["position"].tolist()], self.device)
         if isinstance(self.space, Pixels):
             check_8_bits(batch["image"])
-        batch = self.space.prepared(on_device(batch, self.device))
+        batch = self.space.prepared(to_device(batch, self.device))
         with autocast(self.device, self.amp):
             return self.sampler.log_likelihood(self.sampler.network, batch, rng, nfe)
 
@@ -330,7 +330,7 @@ def check_allowed(run: Path, groups: dict[str, dict[str, Any]], allow: tuple[str
     `groups` is the content of its config.yaml. Loading a run never executes code that was not allowed.
     """
     classes = {key: value for key, value in groups.get("sampler", {}).items() if "." in str(value)}
-    commands = {key: value for key, value in groups.get("reader", {}).items() if is_command(value)}
+    commands = {key: value for key, value in groups.get("reader", {}).items() if is_shell_command(value)}
     for key, value in (classes | commands).items():
         if isinstance(value, str) and value not in allow:
             typed = shlex.quote(value)

@@ -25,7 +25,7 @@ from train.checkpoint import (
 )
 from train.cli.files import read_run_config
 from train.config import LoggingConfig, TrainingConfig
-from train.data.loading import Positions, training_batches
+from train.data.loading import BatchSource, training_batches
 from train.distributed import DistContext, StopSignals, replicate, shard
 from train.ema import EMA
 from train.execution import (
@@ -135,7 +135,7 @@ def train(
     logging: LoggingConfig,
     state: TrainState,
     world: DistContext,
-    source: Positions,
+    source: BatchSource,
     step: StepFn,
     reports: Callable[[Logger], Reports],
     *,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from diffusion.rng import seed_of
 from train.config import DataConfig, TrainingConfig
-from train.data.loading import ImageSource, fixed_subset, images_in_order, streams
+from train.data.loading import ImageSource, fixed_subset, images_in_order, sample_streams
 from train.data.transforms import to_float
 from train.distributed import DistContext, gradient_sync
 from train.execution import (
@@ -138,14 +138,14 @@ class VQGANStep:
     def step_context(self, state: TrainState, batch: Batch | None) -> Training:
         """The quantizer's view of a training step, with random streams if a micro-batch is given."""
         seed, device = self.training.seed, self.world.device
-        rng = None if batch is None else streams(seed, "quantizer", batch, device)
+        rng = None if batch is None else sample_streams(seed, "quantizer", batch, device)
         return Training(state.step, seed_of(seed, "quantizer", "step", state.step), rng, self.world)
 
     def augmentation(self, batch: Batch, purpose: str) -> Callable[[Tensor], Tensor]:
         """Draws one augmentation for both real images and reconstructions; the identity without --diff_aug."""
         if not self.loss.diff_aug:
             return identity
-        return Augmentation.draw(batch["image"], streams(self.training.seed, purpose, batch, self.world.device))
+        return Augmentation.draw(batch["image"], sample_streams(self.training.seed, purpose, batch, self.world.device))
 
     def autoencoder_backward(self, state: TrainState, batch: Batch, weight: float) -> tuple[Tensor, Codes, Outputs]:
         """Runs forward and backward of the autoencoder for a micro-batch, which counts `weight` in its batch.

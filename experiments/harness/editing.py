@@ -18,7 +18,7 @@ from experiments.harness.report import progress
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
-from train.data.transforms import covering, in_8_bits, range_of_picture, to_item
+from train.data.transforms import as_uint8, cover_size, range_for_image, to_item
 from train.datasets._decode import DAMAGED, decode, to_grey_or_rgb
 from train.loop import Batch
 from train.spaces import EditInput
@@ -108,8 +108,8 @@ def upright(path: Path) -> Image.Image:
 def fitted(image: Image.Image, trained: TrainedSampler) -> Tensor:
     """uint8 (C, H, W) of the size that the sampler was trained on."""
     data = trained.data
-    item = to_item({"image": image}, data.size, data.n_channels, range_of_picture(image, data.data_range))
-    return in_8_bits(item["image"].as_subclass(Tensor))
+    item = to_item({"image": image}, data.size, data.n_channels, range_for_image(image, data.data_range))
+    return as_uint8(item["image"].as_subclass(Tensor))
 
 
 def fitted_mask(mask: Image.Image, image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -118,7 +118,7 @@ def fitted_mask(mask: Image.Image, image: Image.Image, size: tuple[int, int]) ->
 
     nearest = {"interpolation": resizing.InterpolationMode.NEAREST}
     mask = resizing.resize(mask.convert("L"), [image.height, image.width], **nearest)
-    mask = resizing.resize(mask, covering(image.height, image.width, size), **nearest)
+    mask = resizing.resize(mask, cover_size(image.height, image.width, size), **nearest)
     return resizing.to_image(resizing.center_crop(mask, [*size])).as_subclass(Tensor)[0] >= 128
 
 

@@ -17,7 +17,7 @@ from train.checkpoint import EMA_WEIGHTS, checkpoint_path, read_manifest, resolv
 from train.cli.files import get_section, read_run_config
 from train.cli.parse import flatten_group, read_config_flag, run_script, to_dict
 from train.cli.values import peek_flag
-from train.condition_source import condition_origin
+from train.condition_source import condition_provenance
 from train.config import LoggingConfig, SamplingConfig, TrainingConfig
 from train.distributed import DistContext
 from train.files import sha256, write_text
@@ -286,7 +286,7 @@ def open_results(name: str, config: ExperimentConfig, loaded: Loaded, world: Dis
         if world.is_main:
             loaded.dry_run(sampling, source, shape=prepared.shape, window_stride=prepared.window_stride)
     if world.is_main:
-        given = condition_origin(sampling.condition_file) if samples else {}
+        given = condition_provenance(sampling.condition_file) if samples else {}
         open_run(folder, config, loaded.origin | prepared.origin | given)
     world.barrier()
     print(f"results: {folder}", flush=True)

@@ -15,7 +15,7 @@ from experiments.metrics.features import Features
 from experiments.metrics.image_pairs import Closeness
 from experiments.metrics.neighbours import nearest
 from train.data.loading import ImageSource, images_in_order
-from train.data.transforms import View, in_8_bits, training_views
+from train.data.transforms import View, as_uint8, training_views
 from train.files import atomic_write
 
 CHUNK = 1000  # training images searched at a time, and kept of
@@ -141,7 +141,7 @@ def reranked(
 
 def in_view(source: ImageSource, views: list[View], image: Tensor, view: Tensor) -> Tensor:
     """uint8 (C, H, W): a training image as it was trained on."""
-    return views[int(view)](in_8_bits(source[int(image)]["image"].as_subclass(Tensor)))
+    return views[int(view)](as_uint8(source[int(image)]["image"].as_subclass(Tensor)))
 
 
 class Row(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 
 from experiments.metrics.cost import WARM_UPS, peak_extra_bytes
 from train.config import DataConfig, TrainingConfig
-from train.data.loading import Positions, training_batches
+from train.data.loading import BatchSource, training_batches
 from train.distributed import DistContext
 from train.perf import SIZES, count_flops, matmul_peak, time_call
 
@@ -133,7 +133,7 @@ def full_steps_report(
 
 
 def loading_rate(
-    source: Positions, data: DataConfig, training: TrainingConfig, workers: int, repeats: int, world: DistContext
+    source: BatchSource, data: DataConfig, training: TrainingConfig, workers: int, repeats: int, world: DistContext
 ) -> tuple[float, bool]:
     """Training batches' images per second, and whether all images that stay in memory were there before it began.
 

@@ -14,7 +14,7 @@ from diffusion.rng import Streams, seed_of
 from experiments.metrics.cost import WARM_UPS
 from experiments.metrics.throughput import Work, several
 from train.config import DataConfig, SamplerConfig, SamplingConfig, TrainingConfig
-from train.data.loading import Adapt, ImageSource, Positions, TrainingCodes, TrainingImages, build_dataset, on_device
+from train.data.loading import Adapt, BatchSource, ImageSource, TrainingCodes, TrainingImages, build_dataset, to_device
 from train.data.transforms import to_uint8
 from train.datasets import Dataset, DatasetConfig
 from train.distributed import DistContext
@@ -141,15 +141,15 @@ def random_batch(space: Space | None, n_classes: int, size: int, data: DataConfi
         batch["image"] = 2 * torch.rand(size, *data.shape, generator=rng) - 1
     if n_classes:
         batch["label"] = torch.randint(n_classes, (size,), generator=rng)
-    return on_device(batch, device)
+    return to_device(batch, device)
 
 
-def with_conditions(batch: Batch, fields: Sequence[str], source: Positions | None, device: torch.device) -> Batch:
+def with_conditions(batch: Batch, fields: Sequence[str], source: BatchSource | None, device: torch.device) -> Batch:
     """The batch with the fields of the sampler's conditions; what is no class comes from the images."""
     missing = sorted({*fields} - {*batch})
     if missing and source is None:
         raise ValueError(f"{', '.join(missing)} is made of the images by --adapt, and they are not there")
-    real = on_device(source[batch["position"].tolist()], device) if missing else {}
+    real = to_device(source[batch["position"].tolist()], device) if missing else {}
     lacking = sorted({*missing} - {*real})
     if lacking:
         raise ValueError(f"the images have no {', '.join(lacking)}: write it in the function of --adapt")

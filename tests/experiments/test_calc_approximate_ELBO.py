@@ -14,7 +14,7 @@ from experiments.metrics.decoder_likelihood import DecoderBits, TrainedHead, loa
 from helpers.process_pool import ProcessPool
 from helpers.run_asserts import assert_same_losses, lines
 from helpers.tiny_runs import DDPM, ROOT, UNET, call
-from train.data.loading import ImageSource, Order
+from train.data.loading import EpochShuffle, ImageSource
 
 SCRIPT = "experiments/calc_approximate_ELBO.py"
 HEAD = "--train_steps 3 --train_batch_size 4 --steps_per_eval 2"
@@ -170,7 +170,7 @@ def head(measured, codes, trained):
 
 
 def test_bits_of_an_image_are_those_of_its_codes_and_of_it_given_them(measured, codes, head):
-    found, order = measured["absorbing"], Order(359, 0)
+    found, order = measured["absorbing"], EpochShuffle(359, 0)
     held_out = ImageSource(codes.dataset("val"), codes.data)
     images = torch.stack([held_out[order[k]]["image"] for k in range(7)])
     batch = codes.batches("val")[list(range(7))]

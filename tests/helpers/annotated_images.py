@@ -14,14 +14,14 @@ FIELDS = {"label", "classes", "parts", "boxes", "ids", "caption", "words", "scor
 
 
 @dataclass(frozen=True, eq=False)
-class Annotated(ArrayDataset):
+class AnnotatedDataset(ArrayDataset):
     """Item i has i % 3 boxes with ids and masks, a label map, a caption, words, a number and a vector."""
 
-    decoded: tuple[list[int], ...] = ()  # a list that notes which items were asked for
+    read_logs: tuple[list[int], ...] = ()  # a list that notes which items were asked for
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        for seen in self.decoded:
-            seen.append(index)
+        for read_indices in self.read_logs:
+            read_indices.append(index)
         classes = torch.from_numpy(self.images[index] // 10)
         n = index % 3
         boxes = torch.tensor([[1.0, 2, 5, 4], [3, 0, 8, 8]])[:n]
@@ -38,14 +38,14 @@ class Annotated(ArrayDataset):
         }
 
 
-def annotated(count: int = 7, side: int = 8) -> Annotated:
+def annotated_dataset(count: int = 7, side: int = 8) -> AnnotatedDataset:
     rng = np.random.default_rng(0)
     classes = rng.choice(np.array(CLASSES, np.uint8), (count, side, side))
-    return Annotated(classes * 10, np.arange(count), count)
+    return AnnotatedDataset(classes * 10, np.arange(count), count)
 
 
 @dataclass(frozen=True, eq=False)
-class Plain(Annotated):
+class PlainDataset(AnnotatedDataset):
     """The same images with nothing but a label."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -53,14 +53,14 @@ class Plain(Annotated):
         return {"image": item["image"], "label": item["label"]}
 
 
-def plain() -> Plain:
-    return Plain(**vars(annotated()))
+def plain_dataset() -> PlainDataset:
+    return PlainDataset(**vars(annotated_dataset()))
 
 
-def counted(dataset: Annotated) -> tuple[Annotated, list[int]]:
+def count_reads(dataset: AnnotatedDataset) -> tuple[AnnotatedDataset, list[int]]:
     """The same, and a list of the items that are asked for from now on."""
-    seen: list[int] = []
-    return replace(dataset, decoded=(seen,)), seen
+    read_indices: list[int] = []
+    return replace(dataset, read_logs=(read_indices,)), read_indices
 
 
 def assert_same_fields(one: dict[str, Any], other: dict[str, Any]) -> None:

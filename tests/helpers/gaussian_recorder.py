@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.rng import Streams, seed_of
-from train.data.loading import Draws
+from train.data.loading import TrainingStreams
 from train.samplers import ddpm
 
 SHAPE, CLASSES = (1, 4, 4), 5
@@ -78,7 +78,7 @@ def images(n: int, first: int = 0) -> dict[str, Tensor]:
 
 
 def draws(batch, seed: int = 0, batch_size: int | None = None):
-    return Draws(seed, batch, batch_size or len(batch["position"]), CPU)
+    return TrainingStreams(seed, batch, batch_size or len(batch["position"]), CPU)
 
 
 def recorded(built, n=40, training=True, answer=0.0, batch=None):

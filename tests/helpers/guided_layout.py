@@ -6,7 +6,7 @@ from helpers.labels import label_encoders
 from models.blocks import Downsample, ResBlock, Upsample
 from models.unet import UNet, UNetConfig
 
-FLAGS = {  # of the reference's scripts, for the network of `made`
+FLAGS = {  # of the reference's scripts, for the network of `build_unet`
     "image_size": 8,
     "num_channels": 8,
     "num_res_blocks": 1,
@@ -34,7 +34,7 @@ FLAGS = {  # of the reference's scripts, for the network of `made`
 }
 
 
-def made(flags, n_classes=10):
+def build_unet(flags, n_classes=10):
     """Our network for flags of theirs, no weight of it 0."""
     sizes = [int(size) for size in flags["attention_resolutions"].split(",")]
     mults = tuple(float(mult) for mult in flags["channel_mult"].split(","))
@@ -58,46 +58,51 @@ def made(flags, n_classes=10):
     return network
 
 
-def named(prefix, **modules):
+def prefixed_weights(prefix, **modules):
     """Weights of modules by their names there; 1 x 1 convolutions over places have a third axis."""
     return {
         f"{prefix}{name.replace('_', '.')}.{k}": v for name, m in modules.items() for k, v in m.state_dict().items()
     }
 
 
-def block_of_theirs(prefix, block, heads_of, new_order):
+def guided_block_weights(prefix, block, heads_of, new_order):
     """One block under the names, and in the shapes, that the public code has for it."""
     if isinstance(block, Downsample):
-        return named(prefix, op=block.conv)
+        return prefixed_weights(prefix, op=block.conv)
     if isinstance(block, Upsample):
-        return named(prefix, conv=block.conv)
+        return prefixed_weights(prefix, conv=block.conv)
     if isinstance(block, ResBlock):
-        said = {f"{prefix}skip_connection.{k}": v for k, v in block.skip.state_dict().items()}
-        said |= {f"{prefix}in_layers.{k}": v for k, v in named("", **{"0": block.norm1, "2": block.conv1}).items()}
-        said |= {f"{prefix}out_layers.{k}": v for k, v in named("", **{"0": block.norm2, "3": block.conv2}).items()}
-        return said | {f"{prefix}emb_layers.1.{k}": v for k, v in block.embed.state_dict().items()}
+        weights = {f"{prefix}skip_connection.{k}": v for k, v in block.skip.state_dict().items()}
+        weights |= {
+            f"{prefix}in_layers.{k}": v for k, v in prefixed_weights("", **{"0": block.norm1, "2": block.conv1}).items()
+        }
+        weights |= {
+            f"{prefix}out_layers.{k}": v
+            for k, v in prefixed_weights("", **{"0": block.norm2, "3": block.conv2}).items()
+        }
+        return weights | {f"{prefix}emb_layers.1.{k}": v for k, v in block.embed.state_dict().items()}
     qkv, proj = block.attention.qkv, block.attention.proj
     width = qkv.in_features
     heads = heads_of(width)
     part, head, row = torch.meshgrid(torch.arange(3), torch.arange(heads), torch.arange(width // heads), indexing="ij")
-    place = (part * heads + head if new_order else head * 3 + part) * (width // heads) + row  # where a row stands there
+    index = (part * heads + head if new_order else head * 3 + part) * (width // heads) + row  # where a row stands there
     weight, bias = torch.empty(3 * width, width, 1), torch.empty(3 * width)
-    weight[place.flatten()], bias[place.flatten()] = qkv.weight.detach()[..., None], qkv.bias.detach()
+    weight[index.flatten()], bias[index.flatten()] = qkv.weight.detach()[..., None], qkv.bias.detach()
     out = {f"{prefix}qkv.weight": weight, f"{prefix}qkv.bias": bias}
     out |= {f"{prefix}proj_out.weight": proj.weight.detach()[..., None], f"{prefix}proj_out.bias": proj.bias.detach()}
-    return out | named(prefix, norm=block.norm)
+    return out | prefixed_weights(prefix, norm=block.norm)
 
 
-def theirs(network, new_order=False):
+def to_guided_weights(network, new_order=False):
     """The state dict that the public code would have for our network."""
-    out = named("time_embed.", **{"0": network.time.expand, "2": network.time.contract})
+    out = prefixed_weights("time_embed.", **{"0": network.time.expand, "2": network.time.contract})
     if "label" in network.encoders:
         out["label_emb.weight"] = network.encoders["label"].embedding.weight.detach()[:-1]
-    out |= named("input_blocks.0.", **{"0": network.conv_in})
+    out |= prefixed_weights("input_blocks.0.", **{"0": network.conv_in})
     places = {f"input_blocks.{i + 1}": blocks for i, blocks in enumerate(network.down_blocks)}
     places |= {"middle_block": network.middle_blocks}
     places |= {f"output_blocks.{i}": blocks for i, blocks in enumerate(network.up_blocks)}
     for prefix, blocks in places.items():
         for i, block in enumerate(blocks):
-            out |= block_of_theirs(f"{prefix}.{i}.", block, network.config.heads_of, new_order)
-    return out | named("out.", **{"0": network.norm, "2": network.conv_out})
+            out |= guided_block_weights(f"{prefix}.{i}.", block, network.config.heads_of, new_order)
+    return out | prefixed_weights("out.", **{"0": network.norm, "2": network.conv_out})

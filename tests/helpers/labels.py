@@ -15,12 +15,12 @@ def label_encoders(n_classes: int, width: int) -> dict[str, LabelEncoder]:
 class LabelNetwork(nn.Module):
     """In the place of a network: remembers the ids and labels that it was asked for, null being `n_classes`.
 
-    A label stands in a condition as it is. Subclasses say `answer(ids, labels)`.
+    A label stands in a condition as it is. Subclasses say `predict(ids, labels)`.
     """
 
     def __init__(self, n_classes: int):
         super().__init__()
-        self.n_classes, self.asked = n_classes, []
+        self.n_classes, self.calls = n_classes, []
 
     def encode(self, fields, ids, drop=None) -> Condition:
         labels = fields.get("label", torch.full((len(ids),), self.n_classes))
@@ -30,8 +30,8 @@ class LabelNetwork(nn.Module):
     def forward(self, ids, condition=None, *, drop=None) -> Tensor:
         condition = condition if isinstance(condition, Condition) else self.encode(condition or {}, ids, drop)
         labels = condition.vector()[:, 0].long()
-        self.asked.append((ids.clone(), labels))
-        return self.answer(ids, labels)
+        self.calls.append((ids.clone(), labels))
+        return self.predict(ids, labels)
 
-    def answer(self, ids: Tensor, labels: Tensor) -> Tensor:
+    def predict(self, ids: Tensor, labels: Tensor) -> Tensor:
         raise NotImplementedError

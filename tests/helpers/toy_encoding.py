@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from helpers.annotated_images import Annotated
+from helpers.annotated_images import AnnotatedDataset
 from helpers.process_pool import free_port, variables
 from train.config import DataConfig
 from train.data import code_cache
-from train.data.code_cache import CodeFile, CodeTable, code_table
+from train.data.code_cache import CodeFile, CodeTable, load_or_encode
 from train.data.loading import ImageSource
 from train.data.transforms import View
 from train.datasets import ArrayDataset, UnreadableImage
@@ -30,7 +30,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (COUNT, 4, 4), np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
-class Broken(ArrayDataset):
+class BrokenDataset(ArrayDataset):
     broken: tuple[int, ...] = ()
 
     def __getitem__(self, index):
@@ -46,12 +46,12 @@ def encode(images):
     return torch.stack([ids, ids.flip(-1) + 1000], 1)
 
 
-EVERYTHING = encode(torch.from_numpy(PIXELS)[:, None]).transpose(0, 1)  # (V, N, h, w)
+ALL_CODES = encode(torch.from_numpy(PIXELS)[:, None]).transpose(0, 1)  # (V, N, h, w)
 
 
-def same(table: CodeTable, index: Sequence[int] = range(COUNT)) -> bool:
+def table_matches(table: CodeTable, index: Sequence[int] = range(COUNT)) -> bool:
     """Whether a table is of these images."""
-    return table.index.tolist() == list(index) and torch.equal(table.ids[:], EVERYTHING[:, list(index)])
+    return table.index.tolist() == list(index) and torch.equal(table.ids[:], ALL_CODES[:, list(index)])
 
 
 def captions(table: CodeTable) -> list[str]:
@@ -63,7 +63,7 @@ def captions(table: CodeTable) -> list[str]:
     return [table.annotations[0, row]["caption"] for row in range(COUNT)]
 
 
-def files(folder: Path) -> list[str]:
+def suffixes(folder: Path) -> list[str]:
     return sorted(path.suffix for path in folder.iterdir())
 
 
@@ -90,7 +90,7 @@ def code_file(folder: Path, key: str = "key", codebook_size: int = 2000, chunk: 
     return CodeFile(folder, "mine", key, COUNT, (2, 2, 2), codebook_size, chunk)
 
 
-def codes_in(
+def load_codes(
     folder: Path,
     encoder=encode,
     *,
@@ -101,53 +101,53 @@ def codes_in(
     file: CodeFile | None = None,
     annotated: bool = False,
 ) -> CodeTable:
-    dataset, file = Broken(PIXELS, np.arange(COUNT), COUNT, broken), file or code_file(folder)
+    dataset, file = BrokenDataset(PIXELS, np.arange(COUNT), COUNT, broken), file or code_file(folder)
     if annotated:
-        dataset, file = Annotated(PIXELS, dataset.labels, COUNT), replace(file, views=VIEWS)
+        dataset, file = AnnotatedDataset(PIXELS, dataset.labels, COUNT), replace(file, views=VIEWS)
     config = replace(CONFIG, num_workers=workers)
     here = here or DistContext(torch.device("cpu"))
-    return code_table(file, lambda: ImageSource(dataset, config), encoder, batch_size, here)
+    return load_or_encode(file, lambda: ImageSource(dataset, config), encoder, batch_size, here)
 
 
-def shown(bars: list, **settings) -> tqdm:
+def record_bar(bars: list, **settings) -> tqdm:
     bars.append(tqdm(**settings))
     return bars[-1]
 
 
-def one_process(rank: int, port: int, folder: Path, fails_at: tuple, broken: tuple, annotated: bool, queue) -> None:
+def run_rank(rank: int, port: int, folder: Path, fails_at: tuple, broken: tuple, annotated: bool, queue) -> None:
     """What one of two processes encodes, and gets, or which error."""
     os.environ.update(variables(rank, 2, port))
     bars = []
     with (
-        mock.patch.object(code_cache, "tqdm", partial(shown, bars)),
+        mock.patch.object(code_cache, "tqdm", partial(record_bar, bars)),
         init_distributed("cpu", 1) as here,
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")
         encoder = Encoder(fails_at[rank], OSError)
         try:
-            table = codes_in(folder, encoder, here=here, broken=broken, annotated=annotated)
-            found = {"ids": table.ids[:].tolist(), "index": table.index.tolist()}
-            found |= {"captions": captions(table)} if annotated else {}
+            table = load_codes(folder, encoder, here=here, broken=broken, annotated=annotated)
+            result = {"ids": table.ids[:].tolist(), "index": table.index.tolist()}
+            result |= {"captions": captions(table)} if annotated else {}
         except ValueError as error:
-            found = {"error": str(error)}
-        counted = {"images": encoder.images, "warnings": len(caught), "shown": [bar.n for bar in bars]}
-        queue.put((rank, found | counted))
+            result = {"error": str(error)}
+        statistics = {"images": encoder.images, "warnings": len(caught), "progress": [bar.n for bar in bars]}
+        queue.put((rank, result | statistics))
 
 
-def by_two(
+def run_two_ranks(
     folder: Path, fails_at: tuple = (None, None), broken: tuple[int, ...] = (), annotated: bool = False
 ) -> list[dict]:
     """The answers of two processes that encode together, by rank. Forked, since starting two takes seconds."""
     context, port = multiprocessing.get_context("fork"), free_port()
     queue = context.Queue()
     processes = [
-        context.Process(target=one_process, args=(rank, port, folder, fails_at, broken, annotated, queue))
+        context.Process(target=run_rank, args=(rank, port, folder, fails_at, broken, annotated, queue))
         for rank in (0, 1)
     ]
     for process in processes:
         process.start()
-    answers = dict(queue.get(timeout=60) for _ in processes)
+    results = dict(queue.get(timeout=60) for _ in processes)
     for process in processes:
         process.join()
-    return [answers[rank] for rank in (0, 1)]
+    return [results[rank] for rank in (0, 1)]

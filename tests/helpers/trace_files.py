@@ -33,20 +33,20 @@ class Trace:
         self.files: set[str] = set()
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
-        if event != "call" or not self.known(frame):
+        if event != "call" or not self.is_project_code(frame):
             return
         if frame.f_code.co_name == "reseed":  # the loop does it once a step
             self.steps = None if self.steps is None else self.steps + 1
         if self.steps not in (None, 2):
             return
         caller = frame.f_back
-        while caller is not None and not self.known(caller):
+        while caller is not None and not self.is_project_code(caller):
             caller = caller.f_back
         self.files.add(frame.f_code.co_filename)
         if caller is not None and caller.f_code.co_filename != frame.f_code.co_filename:
             self.calls.add((*name_of(caller), *name_of(frame)))
 
-    def known(self, frame: FrameType) -> bool:
+    def is_project_code(self, frame: FrameType) -> bool:
         file = frame.f_code.co_filename
         function = frame.f_code.co_flags & inspect.CO_OPTIMIZED  # else the body of a module or a class, at its import
         return bool(function) and file.startswith(self.root) and "site-packages" not in file

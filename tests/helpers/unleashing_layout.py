@@ -23,7 +23,7 @@ CONFIG = VQGANConfig(
 )
 
 
-def made(config=CONFIG, seed=0):
+def build_vqgan(config=CONFIG, seed=0):
     """An autoencoder and a discriminator with weights that all matter."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -37,7 +37,7 @@ def made(config=CONFIG, seed=0):
     return vqgan.eval(), discriminator.eval()
 
 
-def theirs(vqgan, discriminator):
+def to_unleashing_weights(vqgan, discriminator):
     """Their state dict: names, q, k and v apart, images in [0, 1], and tensors that nothing uses."""
     weights = {}
     last = len(vqgan.decoder) - 1
@@ -69,26 +69,26 @@ def sampler_weights(kind, *, codes=32, tokens=16, width=12, layers=2, mlp=4, ste
     rng = torch.Generator().manual_seed(seed)
     trunk = {"absorbing": "_denoise_fn.", "autoregressive": "net."}[kind]
 
-    def drawn(*shape, scale=0.3):
+    def randn(*shape, scale=0.3):
         return scale * torch.randn(shape, generator=rng)
 
     weights = {name: torch.rand(steps + 1, generator=rng) for name in ("Lt_history", "Lt_count", "loss_history")}
     weights = weights if kind == "absorbing" else {}
-    weights[f"{trunk}pos_emb"] = drawn(1, tokens, width, scale=0.003)  # variances near eps
-    weights[f"{trunk}start_tok"] = drawn(1, 1, width, scale=0.003)
-    weights[f"{trunk}tok_emb.weight"] = drawn(codes + (kind == "absorbing"), width, scale=0.003)
+    weights[f"{trunk}pos_emb"] = randn(1, tokens, width, scale=0.003)  # variances near eps
+    weights[f"{trunk}start_tok"] = randn(1, 1, width, scale=0.003)
+    weights[f"{trunk}tok_emb.weight"] = randn(codes + (kind == "absorbing"), width, scale=0.003)
     for i in range(layers):
         block = f"{trunk}blocks.{i}."
         for norm in ("ln1", "ln2"):
-            weights[f"{block}{norm}.weight"], weights[f"{block}{norm}.bias"] = 1 + drawn(width), drawn(width)
+            weights[f"{block}{norm}.weight"], weights[f"{block}{norm}.bias"] = 1 + randn(width), randn(width)
         if kind == "autoregressive":
             weights[f"{block}attn.mask"] = torch.ones(1, 1, tokens, tokens).tril()
         for name in ("attn.key", "attn.query", "attn.value", "attn.proj"):
-            weights[f"{block}{name}.weight"], weights[f"{block}{name}.bias"] = drawn(width, width), drawn(width)
-        weights[f"{block}mlp.0.weight"], weights[f"{block}mlp.0.bias"] = drawn(mlp * width, width), drawn(mlp * width)
-        weights[f"{block}mlp.2.weight"], weights[f"{block}mlp.2.bias"] = drawn(width, mlp * width), drawn(width)
-    weights[f"{trunk}ln_f.weight"], weights[f"{trunk}ln_f.bias"] = 1 + drawn(width), drawn(width)
-    return weights | {f"{trunk}head.weight": drawn(codes, width, scale=1.0)}
+            weights[f"{block}{name}.weight"], weights[f"{block}{name}.bias"] = randn(width, width), randn(width)
+        weights[f"{block}mlp.0.weight"], weights[f"{block}mlp.0.bias"] = randn(mlp * width, width), randn(mlp * width)
+        weights[f"{block}mlp.2.weight"], weights[f"{block}mlp.2.bias"] = randn(width, mlp * width), randn(width)
+    weights[f"{trunk}ln_f.weight"], weights[f"{trunk}ln_f.bias"] = 1 + randn(width), randn(width)
+    return weights | {f"{trunk}head.weight": randn(codes, width, scale=1.0)}
 
 
 def sampler_logits(weights, heads, ids):
@@ -111,13 +111,13 @@ def sampler_logits(weights, heads, ids):
     x = x + w["pos_emb"]
     hidden = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1) & (trunk == "net.")
     for i in range(layers):
-        seen = norm(x, f"blocks.{i}.ln1")
+        normed = norm(x, f"blocks.{i}.ln1")
         q, k, v = (
-            linear(seen, f"blocks.{i}.attn.{part}").unflatten(-1, (heads, -1)) for part in ("query", "key", "value")
+            linear(normed, f"blocks.{i}.attn.{part}").unflatten(-1, (heads, -1)) for part in ("query", "key", "value")
         )
         scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / math.sqrt(q.shape[-1])
-        told = scores.masked_fill(hidden, -math.inf).softmax(-1)
-        x = x + linear(torch.einsum("bhnm,bmhd->bnhd", told, v).flatten(2), f"blocks.{i}.attn.proj")
+        attention = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        x = x + linear(torch.einsum("bhnm,bmhd->bnhd", attention, v).flatten(2), f"blocks.{i}.attn.proj")
         inner = linear(norm(x, f"blocks.{i}.ln2"), f"blocks.{i}.mlp.0")
         x = x + linear(inner * (1 + (inner / math.sqrt(2)).erf()) / 2, f"blocks.{i}.mlp.2")
     return (norm(x, "ln_f") @ w["head.weight"].T).float()

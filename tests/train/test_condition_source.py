@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from train.condition_source import ConditionSource, condition_origin, read_rows
+from train.condition_source import ConditionSource, condition_provenance, read_rows
 from train.config import DataConfig
 
 DATA = DataConfig(img_size=8)
@@ -27,44 +27,44 @@ class HeldOut:
         return {"condition_image": places.float(), "label": 10 + places, "words": words, "position": places}
 
 
-def of_classes(**how):
-    return ConditionSource(("label",), 3, FREQUENCIES, **how)
+def label_source(**options):
+    return ConditionSource(("label",), 3, FREQUENCIES, **options)
 
 
-def test_a_label_is_as_frequent_as_in_training_whatever_the_batch():
-    source = of_classes()
+def test_labels_follow_class_frequencies_not_the_batch():
+    source = label_source()
     labels = source.draw(7, range(4000))["label"]
     assert (labels == 1).sum() == 0 and abs((labels == 0).float().mean().item() - 0.7) < 0.04
     assert torch.equal(torch.cat([source.draw(7, [i])["label"] for i in (3, 900)]), labels[[3, 900]])
     assert not torch.equal(source.draw(8, range(4000))["label"], labels)
 
 
-def test_held_out_items_come_in_turn_with_all_their_fields():
+def test_held_out_items_are_cycled_with_all_their_fields():
     source = ConditionSource(("condition_image", "label"), 20, torch.ones(20) / 20, HeldOut())
     batch = source.draw(0, [3, 4, 5, 6])
     assert batch.keys() == {"condition_image", "label"}
     assert batch["condition_image"].tolist() == [3, 4, 0, 1] and batch["label"].tolist() == [13, 14, 10, 11]
 
 
-def test_rows_come_first_and_the_rest_from_where_it_always_did():
+def test_rows_override_other_sources_field_by_field():
     rows = [{"words": "a"}, {"words": "b"}]
     source = ConditionSource(("words", "label"), 3, FREQUENCIES).with_rows(rows)
     batch = source.draw(7, [0, 1, 2])
-    assert batch["words"] == ["a", "b", "a"] and torch.equal(batch["label"], of_classes().draw(7, [0, 1, 2])["label"])
+    assert batch["words"] == ["a", "b", "a"] and torch.equal(batch["label"], label_source().draw(7, [0, 1, 2])["label"])
     both = ConditionSource(("condition_image", "label"), 20, None, HeldOut()).with_rows([{"label": 2}])
     assert both.draw(7, [4, 5])["condition_image"].tolist() == [4, 0] and both.draw(7, [4])["label"].tolist() == [2]
 
 
-def test_typed_values_stand_above_rows():
+def test_typed_values_override_rows():
     source = ConditionSource(
         ("words", "label"), 3, FREQUENCIES, rows=({"words": "a", "label": 0}, {"words": "b", "label": 1})
     )
     assert source.with_values(label=2).draw(0, [0, 1]) == {"words": ["a", "b"], "label": pytest.approx([2, 2])}
-    assert of_classes().with_values(label=2).draw(0, [5, 6])["label"].tolist() == [2, 2]
+    assert label_source().with_values(label=2).draw(0, [5, 6])["label"].tolist() == [2, 2]
 
 
-def test_no_class_is_the_null():
-    assert of_classes().with_rows([{"label": None}, {"label": 1}]).draw(0, [0, 1])["label"].tolist() == [3, 1]
+def test_label_none_is_the_null_class():
+    assert label_source().with_rows([{"label": None}, {"label": 1}]).draw(0, [0, 1])["label"].tolist() == [3, 1]
 
 
 def test_a_sampler_without_conditions_is_given_none():
@@ -82,10 +82,10 @@ WRONG = {
 @pytest.mark.parametrize("message", WRONG)
 def test_rows_that_the_sampler_does_not_take_are_refused(message):
     with pytest.raises(ValueError, match=message):
-        of_classes().with_rows([WRONG[message]])
+        label_source().with_rows([WRONG[message]])
 
 
-def test_fields_that_are_nowhere_to_be_had_are_refused():
+def test_fields_without_a_source_are_refused():
     with pytest.raises(ValueError, match="got no words to sample with: pass --condition_file"):
         ConditionSource(("words",)).draw(0, [0])
     with pytest.raises(ValueError, match="held-out images have no boxes"):
@@ -99,7 +99,7 @@ def picture(tmp_path):
     return pixels
 
 
-def test_json_and_csv_say_the_same(tmp_path, picture):
+def test_json_and_csv_give_the_same_rows(tmp_path, picture):
     rows = [{"label": 3, "size": 0.5, "words": "a, b", "condition_image": "a.png"}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (tmp_path / "rows.csv").write_text('label,size,words,condition_image\n3,0.5,"a, b",a.png\n')
@@ -145,7 +145,7 @@ def test_lists_of_lists_are_ragged_and_may_be_empty(tmp_path):
     ]
 
 
-def test_grey_and_colour_images_of_a_file_go_together(tmp_path, picture):
+def test_grey_and_colour_images_can_be_mixed(tmp_path, picture):
     Image.fromarray(picture[..., 0]).save(tmp_path / "grey.png")
     (tmp_path / "rows.csv").write_text("condition_image\na.png\ngrey.png\n")
     rows = read_rows(str(tmp_path / "rows.csv"), DATA)
@@ -178,18 +178,18 @@ def test_a_file_that_is_missing_is_refused(tmp_path):
         read_rows(str(tmp_path / "rows.json"), DATA)
 
 
-def test_results_note_the_content_of_a_file(tmp_path):
+def test_provenance_depends_on_the_content_of_a_file(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("label\n3\n")
-    first = condition_origin(str(path))
+    first = condition_provenance(str(path))
     path.write_text("label\n4\n")
-    assert condition_origin(None) == {} and first.keys() == {"condition_sha256"} != condition_origin(str(path))
-    assert first != condition_origin(str(path))
+    assert condition_provenance(None) == {} and first.keys() == {"condition_sha256"} != condition_provenance(str(path))
+    assert first != condition_provenance(str(path))
 
 
-def test_results_note_the_content_of_images_that_a_file_names(tmp_path, picture):
+def test_provenance_depends_on_the_images_a_file_names(tmp_path, picture):
     path = tmp_path / "rows.csv"
     path.write_text("condition_image\na.png\n")
-    first = condition_origin(str(path))
+    first = condition_provenance(str(path))
     Image.fromarray(255 - picture).save(tmp_path / "a.png")
-    assert first != condition_origin(str(path))
+    assert first != condition_provenance(str(path))

@@ -81,8 +81,8 @@ def test_codes_take_the_range_of_their_vqgan(scans, tmp_path, capfd):
     flags = f"{SAMPLER} --dataset folder --data_dir {scans} --logs_root {tmp_path} --no_amp --train_steps 1"
     call("train_sampler.py", f"{flags} --log_dir codes")
     assert yaml.safe_load((tmp_path / "codes" / "config.yaml").read_text())["data"]["data_range"] == [0, 4095]
-    said = refused("train_sampler.py", f"{flags} --data_range 0 65535 --log_dir other", capfd)
-    assert "trained with (0.0, 4095.0): leave --data_range out" in said
+    message = refused("train_sampler.py", f"{flags} --data_range 0 65535 --log_dir other", capfd)
+    assert "trained with (0.0, 4095.0): leave --data_range out" in message
     for name, flags in {"held_out": "", "resized": "--size 12", "files": f"--images {scans}"}.items():
         flags = f"--logs_root {tmp_path} --load_dir vqgan_folder --data_dir {scans} --no_amp --n_images 1 {flags}"
         call("experiments/reconstruct.py", f"{flags} --log_dir {name}")
@@ -98,7 +98,7 @@ def of_files(trained, scans):
     return f"--logs_root {trained} --data_dir {scans} --no_amp --device cpu"
 
 
-def test_edits_take_files_in_the_range_of_the_data(trained, scans, of_files):
+def test_edits_read_files_in_the_data_range(trained, scans, of_files):
     model = f"--load_dir pixels --sample_steps 2 {of_files} --hide left --results 1"
     call("experiments/inpaint.py", f"{model} --image {scans}/0.png --log_dir filled")
     with Image.open(next((trained / "filled" / "images").glob("*.png"))) as picture:
@@ -110,8 +110,8 @@ def test_edits_take_files_in_the_range_of_the_data(trained, scans, of_files):
 def test_neighbours_are_ranked_in_8_bits(trained, of_files):
     flags = f"{of_files} --load_dir pixels --sample_steps 2 --n_samples 2 --candidates 3 --neighbours 2"
     call("experiments/calc_nearest_neighbours.py", f"{flags} --features pixels --rerank pixels --log_dir near")
-    found = json.loads((trained / "near" / "results.json").read_text())
-    assert 0 < found["median_held_out"] and len(found["neighbours"]) == 2
+    results = json.loads((trained / "near" / "results.json").read_text())
+    assert 0 < results["median_held_out"] and len(results["neighbours"]) == 2
 
 
 FLOATS = """
@@ -156,7 +156,7 @@ def heights(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "train.datasets.heights", raising=False)
 
 
-def test_a_run_keeps_the_range_that_its_data_declare(heights, tmp_path, capfd):
+def test_a_run_stores_the_range_declared_by_its_data(heights, tmp_path, capfd):
     call("train_sampler.py", f"{DDPM} {heights} --log_dir own --train_steps 1")
     assert yaml.safe_load((tmp_path / "own" / "config.yaml").read_text())["data"]["data_range"] == [-50.0, 2000.0]
     call("train_sampler.py", f"{DDPM} {heights} --log_dir own --train_steps 2")
@@ -168,7 +168,7 @@ def test_a_run_keeps_the_range_that_its_data_declare(heights, tmp_path, capfd):
     assert values.min() >= -50 and 255 < values.max() <= 2000
 
 
-def test_codes_and_latents_of_a_range_give_values_too(heights, tmp_path):
+def test_codes_and_latents_with_a_range_give_values_too(heights, tmp_path):
     call("train_vqgan.py", f"{VQGAN} {heights} --perceptual_net none --log_dir vqgan --train_steps 1 --img_size 16")
     for name, sampler in (("codes", f"--sampler absorbing {SAMPLER}"), ("latents", DDPM.replace("--img_size 8", ""))):
         flags = f"{heights.replace('--img_size 8', '')} --ae_load_dir vqgan --log_dir {name} --train_steps 1"

@@ -21,7 +21,7 @@ from train.cli.files import check_groups, get_section, read_config, read_run_con
 from train.cli.plugins import NAMING_FLAGS, ForeignFlag, PluginNames, find_foreign_flag, flags_of, make_default_config
 from train.cli.values import RULES, first_given, flag_arguments, peek_flag, peek_flag_values, split_config_flag
 from train.config import ROOT, DataConfig, LoggingConfig, SamplerConfig
-from train.datasets import is_command
+from train.datasets import is_shell_command
 from train.registry import did_you_mean, names_in, plugin
 
 TYRO_MARKERS = (tyro.conf.OmitArgPrefixes,)
@@ -217,7 +217,9 @@ def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:
         return {}
     stored = read_run_config(path)
     values = stored.get("data", {}) | stored.get("reader", {})
-    values = {key: value for key, value in values.items() if not is_command(value)}  # commands must be typed again
+    values = {
+        key: value for key, value in values.items() if not is_shell_command(value)
+    }  # commands must be typed again
     image_keys = ("img_size", "img_width", "n_channels", "data_range")
     return values if values.get("dataset") == dataset else {key: values[key] for key in image_keys if key in values}
 

@@ -3,13 +3,13 @@
 A file `train/converters/<name>.py` defines `kind(weights)`: the sampler whose weights they are, a file of
 train/samplers, or FIRST_STAGE; ValueError where they are neither. And what that kind needs:
 
-of a VQGAN: `first_stage_settings(weights, img_size)`, flags, and `first_stage_converted(weights)`.
+of a VQGAN: `vqgan_settings(weights, img_size)`, flags, and `convert_vqgan(weights)`.
 of a sampler of pixels: `settings(weights, said)`, flags of the weights and of what the JSON beside them says, and
 `converted(weights, config, new_attention_order)`, the tensors of our UNet by name.
-of a sampler of codes: `code_settings(weights)`, flags but for the heads, `check_codes(weights, codes, grid)`, which
-refuses another VQGAN's codes, and `code_converted(weights, grid)`.
+of a sampler of codes: `code_sampler_settings(weights)`, flags but for the heads, `check_vqgan_fits(weights, codes, grid)`, which
+refuses another VQGAN's codes, and `convert_code_sampler(weights, grid)`.
 
-`first_stage_converted` and `code_converted` give our tensors by name, and why others were left out.
+`convert_vqgan` and `convert_code_sampler` give our tensors by name, and why others were left out.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor
 FIRST_STAGE = "vqgan"
 
 
-class Converted(NamedTuple):
+class ConvertedTensor(NamedTuple):
     """A tensor of ours, and what it was called."""
 
     value: Tensor

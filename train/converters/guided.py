@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from models.unet import UNetConfig
-from train.converters import Converted
+from train.converters import ConvertedTensor
 from train.registry import did_you_mean
 
-NAMES = [
+NAME_PATTERNS = [
     (r"^time_embed\.0\.", "time.expand."),
     (r"^time_embed\.2\.", "time.contract."),
     (r"^label_emb\.", "encoders.label.embedding."),
@@ -37,7 +37,7 @@ NAMES = [
     (r"\.proj_out\.", ".attention.proj."),
 ]
 
-PLAIN = {  # keys of the JSON that are ours by another name, and what they hold
+RENAMED_FLAGS = {  # keys of the JSON that are ours by another name, and what they hold
     "image_size": ("img_size", int),
     "in_channels": ("n_channels", int),
     "out_channels": ("out_channels", int),
@@ -57,7 +57,7 @@ PLAIN = {  # keys of the JSON that are ours by another name, and what they hold
     "diffusion_steps": ("total_steps", int),
     "noise_schedule": ("schedule", str),
 }
-OTHERS = {  # keys with a rule of their own
+OTHER_FLAGS = {  # keys with a rule of their own
     "num_heads": int,
     "num_head_channels": int,
     "num_heads_upsample": int,
@@ -73,16 +73,16 @@ OTHERS = {  # keys with a rule of their own
 }
 
 
-def kind(weights: dict[str, Tensor]) -> str:
+def model_kind(weights: dict[str, Tensor]) -> str:
     return "ddpm"
 
 
-def settings(weights: dict[str, Tensor], said: dict[str, Any]) -> dict[str, Any]:
+def pixel_sampler_settings(weights: dict[str, Tensor], reference_flags: dict[str, Any]) -> dict[str, Any]:
     """Our flags, and n_classes, for these weights and what their JSON says; ValueError where the two differ.
 
     Neither heads nor head_width is among them where the JSON is silent: weights cannot tell.
     """
-    seen, told = inferred(weights), translated(said)
+    seen, told = infer_from_weights(weights), translate_flags(reference_flags)
     if "attn_factors" in told:  # what names no level of the network does nothing there either
         told["attn_factors"] = tuple(f for f in told["attn_factors"] if f in seen["factors"])
     odd = [f"{k} is {told[k]} there, {seen[k]} in the weights" for k in seen if k in told and told[k] != seen[k]]
@@ -96,23 +96,23 @@ def settings(weights: dict[str, Tensor], said: dict[str, Any]) -> dict[str, Any]
     return flags
 
 
-def inferred(weights: dict[str, Tensor]) -> dict[str, Any]:
+def infer_from_weights(weights: dict[str, Tensor]) -> dict[str, Any]:
     """What names and shapes tell."""
-    channels = size(weights, "time_embed.0.weight", 1)
-    in_channels = size(weights, "input_blocks.0.0.weight", 1)
-    out_channels = size(weights, "out.2.weight", 0)
+    channels = dim_size(weights, "time_embed.0.weight", 1)
+    in_channels = dim_size(weights, "input_blocks.0.0.weight", 1)
+    out_channels = dim_size(weights, "out.2.weight", 0)
     if in_channels not in (1, 3) or out_channels not in (in_channels, 2 * in_channels):
         raise ValueError(
             f"got a network from {in_channels} to {out_channels} channels, wanted 1 or 3, and as many or twice as many "
             "out: networks that enlarge images or see latents cannot be converted"
         )
-    per_level, levels, by_res_block = ladder(weights)
+    per_level, levels, by_res_block = level_layout(weights)
     starts = [1 + level * per_level for level in range(levels)]
-    widths = [size(weights, f"input_blocks.{start}.0.in_layers.2.weight", 0) for start in starts]
+    widths = [dim_size(weights, f"input_blocks.{start}.0.in_layers.2.weight", 0) for start in starts]
     factors = tuple(2**level for level in range(levels))
     attended = [f"input_blocks.{start}.1.qkv.weight" in weights for start in starts]
-    n_classes = size(weights, "label_emb.weight", 0) if "label_emb.weight" in weights else 0
-    said = size(weights, "input_blocks.1.0.emb_layers.1.weight", 0)
+    n_classes = dim_size(weights, "label_emb.weight", 0) if "label_emb.weight" in weights else 0
+    said = dim_size(weights, "input_blocks.1.0.emb_layers.1.weight", 0)
     return {
         "n_channels": in_channels,
         "out_channels": out_channels,
@@ -128,7 +128,7 @@ def inferred(weights: dict[str, Tensor]) -> dict[str, Any]:
     } | ({} if levels == 1 else {"resblock_updown": by_res_block})
 
 
-def ladder(weights: dict[str, Tensor]) -> tuple[int, int, bool]:
+def level_layout(weights: dict[str, Tensor]) -> tuple[int, int, bool]:
     """Steps per level on the way up, levels, and whether ResBlocks change the size between them."""
     found = [re.match(r"output_blocks\.(\d+)\.(\d+)\.(\w+)\.", name) for name in weights]
     parts = {(int(m[1]), int(m[2]), m[3]) for m in found if m is not None}
@@ -144,7 +144,7 @@ def ladder(weights: dict[str, Tensor]) -> tuple[int, int, bool]:
     return per_level, levels, any(place > 0 and kind == "in_layers" for _, place, kind in parts)
 
 
-def size(weights: dict[str, Tensor], name: str, axis: int) -> int:
+def dim_size(weights: dict[str, Tensor], name: str, axis: int) -> int:
     if name not in weights or weights[name].ndim <= axis:
         shape = f"of shape {tuple(weights[name].shape)}" if name in weights else "missing"
         there = ", ".join(list(weights)[:3])
@@ -152,10 +152,10 @@ def size(weights: dict[str, Tensor], name: str, axis: int) -> int:
     return weights[name].shape[axis]
 
 
-def translated(said: dict[str, Any]) -> dict[str, Any]:
+def translate_flags(reference_flags: dict[str, Any]) -> dict[str, Any]:
     """The JSON's keys in our words; ValueError names one that is unknown or has no counterpart, and why."""
-    wanted = {key: kind for key, (_, kind) in PLAIN.items()} | OTHERS
-    for key, value in said.items():
+    wanted = {key: kind for key, (_, kind) in RENAMED_FLAGS.items()} | OTHER_FLAGS
+    for key, value in reference_flags.items():
         if key not in wanted:
             near = did_you_mean(key, wanted)
             raise ValueError(f"unknown key {key!r}{near} in the JSON: leave out what is not of model and diffusion")
@@ -163,64 +163,66 @@ def translated(said: dict[str, Any]) -> dict[str, Any]:
         if type(value) not in kinds:
             names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
             raise ValueError(f"got {key} {value!r} in the JSON, wanted {names}")
-    require_counterparts(said)
-    flags = {ours: said[key] for key, (ours, _) in PLAIN.items() if key in said}
+    check_supported(reference_flags)
+    flags = {ours: reference_flags[key] for key, (ours, _) in RENAMED_FLAGS.items() if key in reference_flags}
     if "n_classes" in flags:
         flags["n_classes"] = flags["n_classes"] or 0
-    if "predict_xstart" in said:
-        flags["prediction"] = "x0" if said["predict_xstart"] else "eps"
-    if said.get("rescale_timesteps") and said.get("diffusion_steps", 1000) != 1000:
-        flags["time_scale"] = 1000 / said["diffusion_steps"]
-    if said.get("channel_mult"):
-        flags["channel_mults"] = tuple(numbers("channel_mult", said["channel_mult"]))
-    if "attention_resolutions" in said:
-        flags["attn_factors"] = attention_factors(said)
-    return flags | heads(said) | respacing(said.get("timestep_respacing", ""))
+    if "predict_xstart" in reference_flags:
+        flags["prediction"] = "x0" if reference_flags["predict_xstart"] else "eps"
+    if reference_flags.get("rescale_timesteps") and reference_flags.get("diffusion_steps", 1000) != 1000:
+        flags["time_scale"] = 1000 / reference_flags["diffusion_steps"]
+    if reference_flags.get("channel_mult"):
+        flags["channel_mults"] = tuple(parse_numbers("channel_mult", reference_flags["channel_mult"]))
+    if "attention_resolutions" in reference_flags:
+        flags["attn_factors"] = attention_factors(reference_flags)
+    return flags | head_settings(reference_flags) | parse_respacing(reference_flags.get("timestep_respacing", ""))
 
 
-def require_counterparts(said: dict[str, Any]) -> None:
+def check_supported(reference_flags: dict[str, Any]) -> None:
     """ValueError for a setting that nothing of ours means, with the reason."""
-    steps = said.get("diffusion_steps", 1000)
-    if said.get("noise_schedule", "linear") not in ("linear", "cosine"):
-        raise ValueError(f"got noise_schedule {said['noise_schedule']!r}, wanted linear or cosine, as that code has")
-    if "rescale_timesteps" not in said and steps != 1000:
+    steps = reference_flags.get("diffusion_steps", 1000)
+    if reference_flags.get("noise_schedule", "linear") not in ("linear", "cosine"):
+        raise ValueError(
+            f"got noise_schedule {reference_flags['noise_schedule']!r}, wanted linear or cosine, as that code has"
+        )
+    if "rescale_timesteps" not in reference_flags and steps != 1000:
         raise ValueError(
             f"got diffusion_steps {steps} without rescale_timesteps: write true where the network was told "
             f"t * 1000 / {steps} (improved-diffusion's default), false where it was told t (guided-diffusion's)"
         )
-    if said.get("learn_sigma") and said.get("rescale_learned_sigmas") is False and steps != 1000:
+    if reference_flags.get("learn_sigma") and reference_flags.get("rescale_learned_sigmas") is False and steps != 1000:
         raise ValueError(
             f"got rescale_learned_sigmas false with diffusion_steps {steps}: it trained with 1 / {steps} of the bound, "
             "ours train with 1 / 1000; if that is of no matter, leave the key out"
         )
-    if said.get("conv_resample") is False:
+    if reference_flags.get("conv_resample") is False:
         raise ValueError("got conv_resample false: sizes change here by a convolution or a ResBlock")
-    if said.get("dims", 2) != 2:
-        raise ValueError(f"got dims {said['dims']}, wanted 2: images")
-    above = said.get("num_heads_upsample", -1)
-    if above not in (-1, said.get("num_heads")) and said.get("num_head_channels", -1) == -1:
+    if reference_flags.get("dims", 2) != 2:
+        raise ValueError(f"got dims {reference_flags['dims']}, wanted 2: images")
+    above = reference_flags.get("num_heads_upsample", -1)
+    if above not in (-1, reference_flags.get("num_heads")) and reference_flags.get("num_head_channels", -1) == -1:
         raise ValueError(f"got num_heads_upsample {above}: as many heads go up as down here, wanted -1")
 
 
-def heads(said: dict[str, Any]) -> dict[str, Any]:
+def head_settings(reference_flags: dict[str, Any]) -> dict[str, Any]:
     """The width of heads, which counts first there too, or their number."""
-    if said.get("num_head_channels", -1) != -1:
-        return {"head_width": said["num_head_channels"]}
-    return {"heads": said["num_heads"], "head_width": None} if "num_heads" in said else {}
+    if reference_flags.get("num_head_channels", -1) != -1:
+        return {"head_width": reference_flags["num_head_channels"]}
+    return {"heads": reference_flags["num_heads"], "head_width": None} if "num_heads" in reference_flags else {}
 
 
-def attention_factors(said: dict[str, Any]) -> tuple[int, ...]:
+def attention_factors(reference_flags: dict[str, Any]) -> tuple[int, ...]:
     """How many times smaller the levels with attention are than the image: the flags give the levels' sizes."""
-    sizes = numbers("attention_resolutions", said["attention_resolutions"])
-    if "model_channels" in said:
+    sizes = parse_numbers("attention_resolutions", reference_flags["attention_resolutions"])
+    if "model_channels" in reference_flags:
         return tuple(sorted(sizes))
-    side = said.get("image_size")
+    side = reference_flags.get("image_size")
     if side is None or min(sizes) < 1:
         raise ValueError(f"got attention_resolutions {sizes} and image_size {side}, wanted sizes, and the image's")
     return tuple(sorted({side // length for length in sizes}))
 
 
-def numbers(key: str, value: str | list) -> list[int | float]:
+def parse_numbers(key: str, value: str | list) -> list[int | float]:
     """A list, or the words "1,2,4" of a flag; whole numbers as such."""
     try:
         found = [float(word) for word in (value.split(",") if isinstance(value, str) else value)]
@@ -229,7 +231,7 @@ def numbers(key: str, value: str | list) -> list[int | float]:
     return [int(number) if number == int(number) else number for number in found]
 
 
-def respacing(words: str) -> dict[str, Any]:
+def parse_respacing(words: str) -> dict[str, Any]:
     """How to sample, of timestep_respacing: "", "250" or "ddim50"."""
     if not words:
         return {}
@@ -242,31 +244,33 @@ def respacing(words: str) -> dict[str, Any]:
     return (by_ddim if found[1] else {"solver": "ddpm", "spacing": "linspace"}) | {"sample_steps": int(found[2])}
 
 
-def converted(weights: dict[str, Tensor], config: UNetConfig, new_attention_order: bool) -> dict[str, Converted]:
+def convert_pixel_sampler(
+    weights: dict[str, Tensor], config: UNetConfig, new_attention_order: bool
+) -> dict[str, ConvertedTensor]:
     """The tensors of our UNet by name, float32."""
-    made = {}
+    converted = {}
     for source, value in weights.items():
-        name = renamed(source)
+        name = rename(source)
         value = value.float()
         if name.endswith((".attention.qkv.weight", ".attention.proj.weight")) and value.ndim == 3:
             value = value.flatten(1)  # 1 x 1 convolutions over pixels are linear
         if ".attention.qkv." in name and not new_attention_order:
-            value = heads_last(value, config)
+            value = reorder_qkv(value, config)
         if name == "encoders.label.embedding.weight":
             value = torch.cat([value, torch.zeros_like(value[:1])])  # they have no null class
-        if name in made:
-            raise ValueError(f"got {made[name].source} and {source}, which are one tensor here: leave one out")
-        made[name] = Converted(value, source)
-    return made
+        if name in converted:
+            raise ValueError(f"got {converted[name].source} and {source}, which are one tensor here: leave one out")
+        converted[name] = ConvertedTensor(value, source)
+    return converted
 
 
-def renamed(name: str) -> str:
-    for theirs, ours in NAMES:
+def rename(name: str) -> str:
+    for theirs, ours in NAME_PATTERNS:
         name = re.sub(theirs, ours, name)
     return name
 
 
-def heads_last(qkv: Tensor, config: UNetConfig) -> Tensor:
+def reorder_qkv(qkv: Tensor, config: UNetConfig) -> Tensor:
     """Rows by head, then q, k, v, as the older order of attention has them -> rows by q, k, v, then head."""
     count = config.heads_of(len(qkv) // 3)
     return qkv.unflatten(0, (count, 3, -1)).transpose(0, 1).flatten(0, 2)

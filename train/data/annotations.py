@@ -20,7 +20,7 @@ from torch import Tensor
 from train.datasets import Ragged
 from train.files import fsync
 
-OFFSET = "<i8"
+OFFSET_DTYPE = "<i8"
 
 
 def pack(fields: dict[str, Any]) -> bytes:
@@ -31,7 +31,7 @@ def pack(fields: dict[str, Any]) -> bytes:
     for name, value in fields.items():
         if isinstance(value, Tensor):
             alone = value.as_subclass(Tensor).clone(memory_format=torch.contiguous_format)  # sharing none's memory
-            tensors[name], types[name] = alone, type_of(name, value)
+            tensors[name], types[name] = alone, type_spec(name, value)
         elif isinstance(value, bool | int | float | str) or (
             isinstance(value, list) and all(isinstance(each, str) for each in value)
         ):
@@ -53,12 +53,12 @@ def unpack(record: bytes) -> dict[str, Any]:
     head, rest = json.loads(record[8 : 8 + length]), record[8 + length :]
     tensors = load(rest) if rest else {}
     return {
-        name: head["plain"][name] if kind is None else of_type(tensors[name].clone(), **kind)
+        name: head["plain"][name] if kind is None else restore_type(tensors[name].clone(), **kind)
         for name, kind in head["types"].items()
     }
 
 
-def type_of(name: str, value: Tensor) -> dict[str, Any]:
+def type_spec(name: str, value: Tensor) -> dict[str, Any]:
     """The class of a tensor, and what its class knows beside the numbers; ValueError for one that no cache knows."""
     if type(value) in (Tensor, Ragged):
         return {"kind": type(value).__name__}
@@ -77,8 +77,8 @@ def type_of(name: str, value: Tensor) -> dict[str, Any]:
     return known
 
 
-def of_type(tensor: Tensor, kind: str, **known: Any) -> Tensor:
-    """A tensor as the class that `type_of` described."""
+def restore_type(tensor: Tensor, kind: str, **known: Any) -> Tensor:
+    """A tensor as the class that `type_spec` described."""
     if kind == "Tensor":
         return tensor
     if kind == "Ragged":
@@ -102,7 +102,7 @@ class RecordWriter:
         self.offsets.append(self.offsets[-1] + len(record))
 
     def finish(self) -> None:
-        self.write(np.array(self.offsets, OFFSET).tobytes())
+        self.write(np.array(self.offsets, OFFSET_DTYPE).tobytes())
         self.file.flush()
         os.fsync(self.file.fileno())
 
@@ -127,13 +127,13 @@ class Records:
 
     def __init__(self, path: Path, count: int):
         self.path, self.count = path, count
-        self.mapped: np.memmap | None = None
+        self.memmap: np.memmap | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"mapped": None}  # a pickled memmap would carry all its records
+        return self.__dict__ | {"memmap": None}  # a pickled memmap would carry all its records
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if self.mapped is None:
-            self.mapped = np.memmap(self.path, np.uint8, "r")
-        offsets = self.mapped[len(self.mapped) - 8 * (self.count + 1) :].view(OFFSET)
-        return unpack(self.mapped[offsets[index] : offsets[index + 1]].tobytes())
+        if self.memmap is None:
+            self.memmap = np.memmap(self.path, np.uint8, "r")
+        offsets = self.memmap[len(self.memmap) - 8 * (self.count + 1) :].view(OFFSET_DTYPE)
+        return unpack(self.memmap[offsets[index] : offsets[index + 1]].tobytes())

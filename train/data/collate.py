@@ -46,7 +46,7 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
 
 def collate_field(name: str, values: list[Any]) -> Batch:
     """The field of a batch, with its mask where it is ragged."""
-    kinds = sorted({kind_of(name, value) for value in values})
+    kinds = sorted({describe_type(name, value) for value in values})
     if len(kinds) > 1 and kinds != ["float", "int"]:
         raise ValueError(
             f"field {name!r} of the items of a batch is {' and '.join(kinds)}, wanted one type in all items"
@@ -57,14 +57,14 @@ def collate_field(name: str, values: list[Any]) -> Batch:
         return {name: values}
     tensors = [value.as_subclass(Tensor) for value in values]
     if is_ragged(values[0]):
-        check_shapes(name, [tensor[0:0] for tensor in tensors], "after the first axis")
-        return pad_together(name, tensors)
-    check_shapes(name, tensors, "(what differs in its first axis is to be wrapped as train.datasets.Ragged)")
+        check_same_shape(name, [tensor[0:0] for tensor in tensors], "after the first axis")
+        return pad_ragged(name, tensors)
+    check_same_shape(name, tensors, "(what differs in its first axis is to be wrapped as train.datasets.Ragged)")
     together = torch.stack(tensors)
     return {name: to_float(together) if is_image(name, values[0]) and together.dtype == torch.uint8 else together}
 
 
-def kind_of(name: str, value: Any) -> str:
+def describe_type(name: str, value: Any) -> str:
     """What a value is, in words; two of one field may be stacked where these are equal."""
     if isinstance(value, Tensor):
         kind = "an image" if is_image(name, value) else "ragged" if is_ragged(value) else "a tensor"
@@ -107,13 +107,13 @@ def is_ragged(value: Tensor) -> bool:
     return several_masks or isinstance(value, tv_tensors.BoundingBoxes | tv_tensors.KeyPoints)
 
 
-def check_shapes(name: str, tensors: list[Tensor], which: str) -> None:
+def check_same_shape(name: str, tensors: list[Tensor], which: str) -> None:
     shapes = sorted({tuple(tensor.shape) for tensor in tensors})
     if len(shapes) > 1:
         raise ValueError(f"field {name!r} of the items of a batch has shapes {shapes}, wanted one {which}")
 
 
-def pad_together(name: str, tensors: list[Tensor]) -> Batch:
+def pad_ragged(name: str, tensors: list[Tensor]) -> Batch:
     """(n_i, ...) each -> (B, n, ...) and its mask (B, n)."""
     lengths = torch.tensor([len(tensor) for tensor in tensors])
     longest = int(lengths.max())
@@ -128,7 +128,7 @@ def pad(tensor: Tensor, length: int, axis: int = 0) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(missing)], axis)
 
 
-def as_tensor(field: Field) -> Tensor:
+def field_to_tensor(field: Field) -> Tensor:
     """A field of a batch as numbers: strings, and lists of them, as JSON in UTF-8 (B, bytes) uint8, zeros behind."""
     if isinstance(field, Tensor):
         return field

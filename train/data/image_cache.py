@@ -17,19 +17,19 @@ from torch.utils.data import DataLoader
 
 from train.config import ROOT
 from train.data.annotations import Records, RecordWriter, pack
-from train.data.transforms import Range, to_item
+from train.data.transforms import ValueRange, to_item
 from train.datasets import Dataset, UnreadableImage
 from train.files import print_removable
 
 CACHE_DIR = ROOT / "logs" / ".cache" / "images"
 VERSION = 2  # raise it when the same file becomes other pixels, or they are kept in another way: the cache goes by it
-KEY = 24  # digits of a file's name
-RECORDS = ".records"  # ending of the file of what is neither pixels nor numbers
+KEY_LENGTH = 24  # digits of a file's name
+RECORDS_SUFFIX = ".records"  # ending of the file of what is neither pixels nor numbers
 
 Shape = tuple[int, int, int]  # C, H, W
 
 
-class Decoded(NamedTuple):
+class DecodedItem(NamedTuple):
     """What is kept of an item."""
 
     image: np.ndarray  # (C, H, W) uint8 or float32
@@ -38,16 +38,16 @@ class Decoded(NamedTuple):
     fields: set[str]  # what there is, and of which kind
 
 
-class Decoding:
+class DecodedDataset:
     """The items of a data set, resized; the message in the place of an unreadable one."""
 
-    def __init__(self, dataset: Dataset, shape: Shape, data_range: Range | None):
+    def __init__(self, dataset: Dataset, shape: Shape, data_range: ValueRange | None):
         self.dataset, self.shape, self.data_range = dataset, shape, data_range
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Decoded | str:
+    def __getitem__(self, index: int) -> DecodedItem | str:
         try:
             item = to_item(self.dataset[index], self.shape[1:], self.shape[0], self.data_range)
         except UnreadableImage as error:
@@ -56,17 +56,21 @@ class Decoding:
         numbers = {name: value for name, value in item.items() if isinstance(value, int | float)}
         others = {name: value for name, value in item.items() if name not in numbers}
         fields = {f"number {name}" for name in numbers} | {f"field {name}" for name in others}
-        return Decoded(image, numbers, pack(others), fields | {f"image of {image.dtype}"})
+        return DecodedItem(image, numbers, pack(others), fields | {f"image of {image.dtype}"})
 
 
 class CachedImages:
     """The kept items by index, as `to_item` made them; UnreadableImage for those that were."""
 
-    def __init__(self, path: Path, note: dict[str, Any]):
-        self.path, self.shape, self.dtype = path, (note["count"], *note["shape"]), note.get("dtype", "uint8")
-        self.unreadable = {int(index): message for index, message in note["unreadable"].items()}
-        self.numbers: dict[str, list[int | float]] = note["numbers"]
-        self.records = Records(path.with_suffix(RECORDS), note["count"]) if "records" in note else None
+    def __init__(self, path: Path, metadata: dict[str, Any]):
+        self.path, self.shape, self.dtype = (
+            path,
+            (metadata["count"], *metadata["shape"]),
+            metadata.get("dtype", "uint8"),
+        )
+        self.unreadable = {int(index): message for index, message in metadata["unreadable"].items()}
+        self.numbers: dict[str, list[int | float]] = metadata["numbers"]
+        self.records = Records(path.with_suffix(RECORDS_SUFFIX), metadata["count"]) if "records" in metadata else None
         self.pixels: np.memmap | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,21 +91,21 @@ class CachedImages:
         return item if self.records is None else item | self.records[index]
 
 
-def cache_key(dataset: Dataset, shape: Shape, data_range: Range | None = None) -> str:
+def image_cache_key(dataset: Dataset, shape: Shape, data_range: ValueRange | None = None) -> str:
     """Hexadecimal key of what the pixels are made of: the data, the size, the range of values, the version of what
     decodes and resizes."""
-    made_of = [dataset.fingerprint(), len(dataset), *shape, VERSION, PIL.__version__]
-    made_of += [] if data_range is None else [*data_range]
-    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:KEY]
+    inputs = [dataset.fingerprint(), len(dataset), *shape, VERSION, PIL.__version__]
+    inputs += [] if data_range is None else [*data_range]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:KEY_LENGTH]
 
 
-def cached_images(
+def load_or_decode(
     dataset: Dataset,
     name: str,
     shape: Shape,
     workers: int = 0,
     folder: Path | None = None,
-    data_range: Range | None = None,
+    data_range: ValueRange | None = None,
 ) -> CachedImages:
     """The decoded items of a data set from `folder` (logs/.cache/images), made first where they are not there whole.
 
@@ -109,57 +113,57 @@ def cached_images(
     wait. ValueError where items do not have the same fields, or ones that no batch takes, or the disk has no room.
     """
     folder = folder or CACHE_DIR
-    path = folder / f"{name}_{cache_key(dataset, shape, data_range)}.pixels"
+    path = folder / f"{name}_{image_cache_key(dataset, shape, data_range)}.pixels"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        note = read_note(path)
-        if note is None:
-            note = make(path, Decoding(dataset, shape, data_range), workers)
-            print_removable("decoded images", outdated(folder, name))
-    return CachedImages(path, note)
+        metadata = read_metadata(path)
+        if metadata is None:
+            metadata = build_cache(path, DecodedDataset(dataset, shape, data_range), workers)
+            print_removable("decoded images", outdated_caches(folder, name))
+    return CachedImages(path, metadata)
 
 
-def outdated(folder: Path, name: str) -> list[Path]:
+def outdated_caches(folder: Path, name: str) -> list[Path]:
     """The pixels of a data set that were kept by an earlier version."""
-    paths = [path for path in sorted(folder.glob(f"{name}_*.pixels")) if len(path.stem) == len(name) + 1 + KEY]
-    notes = {path: read_note(path) for path in paths}
-    return [path for path, note in notes.items() if note is not None and note.get("version") != VERSION]
+    paths = [path for path in sorted(folder.glob(f"{name}_*.pixels")) if len(path.stem) == len(name) + 1 + KEY_LENGTH]
+    notes = {path: read_metadata(path) for path in paths}
+    return [path for path, metadata in notes.items() if metadata is not None and metadata.get("version") != VERSION]
 
 
-def read_note(path: Path) -> dict[str, Any] | None:
+def read_metadata(path: Path) -> dict[str, Any] | None:
     """What is noted of finished files; None where one is missing or not as long as it was."""
     try:
-        note = json.loads(path.with_suffix(".json").read_text())
-        dtype = np.dtype(note.get("dtype", "uint8"))
-        whole = path.stat().st_size == note["count"] * int(np.prod(note["shape"])) * dtype.itemsize
-        whole &= "records" not in note or path.with_suffix(RECORDS).stat().st_size == note["records"]
+        metadata = json.loads(path.with_suffix(".json").read_text())
+        dtype = np.dtype(metadata.get("dtype", "uint8"))
+        whole = path.stat().st_size == metadata["count"] * int(np.prod(metadata["shape"])) * dtype.itemsize
+        whole &= "records" not in metadata or path.with_suffix(RECORDS_SUFFIX).stat().st_size == metadata["records"]
     except (FileNotFoundError, ValueError):
         return None
-    return note if whole else None
+    return metadata if whole else None
 
 
-def make(path: Path, items: Decoding, workers: int) -> dict[str, Any]:
+def build_cache(path: Path, items: DecodedDataset, workers: int) -> dict[str, Any]:
     """Writes the items aside, renames the files, and notes last that they are whole."""
     size = len(items) * int(np.prod(items.shape)) * (1 if items.data_range is None else 4)
-    check_room(path.parent, size)
+    check_disk_space(path.parent, size)
     print(f"decoding {len(items)} images once into {path} ({size / 1e9:.2f} GB)", flush=True)
-    aside, records_aside = path.with_suffix(".part"), path.with_suffix(RECORDS + ".part")
+    partial, partial_records = path.with_suffix(".part"), path.with_suffix(RECORDS_SUFFIX + ".part")
     try:
-        note = {"version": VERSION, "count": len(items), "shape": items.shape}
-        note |= write_items(aside, records_aside, items, workers)
-        aside.replace(path)
-        if "records" in note:
-            records_aside.replace(path.with_suffix(RECORDS))
+        metadata = {"version": VERSION, "count": len(items), "shape": items.shape}
+        metadata |= write_items(partial, partial_records, items, workers)
+        partial.replace(path)
+        if "records" in metadata:
+            partial_records.replace(path.with_suffix(RECORDS_SUFFIX))
     finally:
-        aside.unlink(missing_ok=True)
-        records_aside.unlink(missing_ok=True)
-    noted = path.with_suffix(".json.part")
-    noted.write_text(json.dumps(note))
-    noted.replace(path.with_suffix(".json"))
-    return note
+        partial.unlink(missing_ok=True)
+        partial_records.unlink(missing_ok=True)
+    partial_metadata = path.with_suffix(".json.part")
+    partial_metadata.write_text(json.dumps(metadata))
+    partial_metadata.replace(path.with_suffix(".json"))
+    return metadata
 
 
-def check_room(folder: Path, size: int) -> None:
+def check_disk_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise ValueError(
@@ -168,7 +172,7 @@ def check_room(folder: Path, size: int) -> None:
         )
 
 
-def write_items(pixels: Path, records: Path, items: Decoding, workers: int) -> dict[str, Any]:
+def write_items(pixels: Path, records: Path, items: DecodedDataset, workers: int) -> dict[str, Any]:
     """Writes each image at its place, zeros for an unreadable one, and records of what items have beside numbers.
 
     Returns what is noted: {"unreadable": {index: message}, "numbers": {name: [...]}}, "dtype" where it is not uint8,
@@ -176,7 +180,7 @@ def write_items(pixels: Path, records: Path, items: Decoding, workers: int) -> d
     """
     unreadable, numbers, first = {}, {}, None
     # collate_fn: items as they are. Written, not mapped: a full disk is then an error and no bus fault.
-    loader = DataLoader(items, batch_size=None, num_workers=workers, collate_fn=same)
+    loader = DataLoader(items, batch_size=None, num_workers=workers, collate_fn=no_collate)
     with pixels.open("wb") as file, records.open("wb") as beside:
         writer = RecordWriter(beside)
         for index, item in enumerate(loader):
@@ -187,8 +191,8 @@ def write_items(pixels: Path, records: Path, items: Decoding, workers: int) -> d
             if first is None:
                 first = item
                 numbers = {name: [0] * len(items) for name in item.numbers}
-                check_room(pixels.parent, len(items) * item.image.nbytes)
-            keep(numbers, index, item, first)
+                check_disk_space(pixels.parent, len(items) * item.image.nbytes)
+            store_numbers(numbers, index, item, first)
             file.seek(index * item.image.nbytes)
             file.write(item.image.data)
         if first is None and unreadable:
@@ -197,13 +201,13 @@ def write_items(pixels: Path, records: Path, items: Decoding, workers: int) -> d
         writer.finish()
         file.flush()
         os.fsync(file.fileno())  # the note that trusts these pixels must not reach the disk before them
-        note: dict[str, Any] = {"unreadable": unreadable, "numbers": numbers}
+        metadata: dict[str, Any] = {"unreadable": unreadable, "numbers": numbers}
         if first is not None and first.image.dtype != np.uint8:
-            note["dtype"] = str(first.image.dtype)
-        return note | {"records": beside.tell()} if first is not None and first.record else note
+            metadata["dtype"] = str(first.image.dtype)
+        return metadata | {"records": beside.tell()} if first is not None and first.record else metadata
 
 
-def keep(numbers: dict[str, list[int | float]], index: int, item: Decoded, first: Decoded) -> None:
+def store_numbers(numbers: dict[str, list[int | float]], index: int, item: DecodedItem, first: DecodedItem) -> None:
     """Notes the numbers of an item; ValueError where its fields are not those of the first."""
     if item.fields != first.fields:
         odd = ", ".join(sorted(item.fields ^ first.fields))
@@ -215,5 +219,5 @@ def keep(numbers: dict[str, list[int | float]], index: int, item: Decoded, first
         numbers[name][index] = value
 
 
-def same(item: Any) -> Any:
+def no_collate(item: Any) -> Any:
     return item

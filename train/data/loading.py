@@ -28,15 +28,15 @@ from train.cli.files import resolve_data_dir
 from train.config import DataConfig
 from train.data.annotations import pack
 from train.data.collate import collate
-from train.data.image_cache import cached_images
-from train.data.transforms import in_8_bits, to_item, training_views
+from train.data.image_cache import load_or_decode
+from train.data.transforms import as_uint8, to_item, training_views
 from train.datasets import Blocks, Dataset, DatasetConfig, FloatImage, UnreadableImage
 from train.distributed import DistContext
 from train.loop import Batch
 from train.registry import plugin
 
 
-class Grids(Protocol):
+class CodeGrids(Protocol):
     """Codes (V, n, h, w): a tensor, or what reads from a file as one: `ids[views, rows]` gives those in memory."""
 
     shape: Sequence[int]
@@ -44,7 +44,7 @@ class Grids(Protocol):
     def __getitem__(self, places: Any) -> Tensor: ...
 
 
-def apart(worker: int) -> None:
+def init_worker(worker: int) -> None:
     """Takes a loading process out of the reach of signals to the whole group, such as Ctrl-C.
 
     The training process saves before it ends on a signal, and needs its batch until then; a worker leaves when that
@@ -55,19 +55,19 @@ def apart(worker: int) -> None:
     os.setpgrp()
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=end_with_parent, daemon=True).start()
+        threading.Thread(target=exit_on_parent_sigterm, daemon=True).start()
     else:  # macOS does not tell who sends a signal
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def end_with_parent() -> None:
+def exit_on_parent_sigterm() -> None:
     """Ends this process when its parent sends it SIGTERM."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
-class Order:
+class EpochShuffle:
     """A shuffle of n samples, anew in each epoch: position k -> index in [0, n).
 
     Where the samples lie in `blocks`, each epoch shuffles the blocks, takes `window` of them at a time, and shuffles
@@ -84,47 +84,47 @@ class Order:
         self.epoch, self.permutation = -1, None  # without blocks
 
     def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self.n)
+        epoch, offset = divmod(position, self.n)
         if self.blocks is not None:
-            return self.in_blocks(epoch, place)
+            return self.index_in_blocks(epoch, offset)
         if epoch != self.epoch:
-            self.epoch, self.permutation = epoch, self.shuffled(self.n, epoch)
-        return int(self.permutation[place])
+            self.epoch, self.permutation = epoch, self.draw_permutation(self.n, epoch)
+        return int(self.permutation[offset])
 
-    def shuffled(self, n: int, *words: int | str) -> torch.Tensor:
+    def draw_permutation(self, n: int, *words: int | str) -> torch.Tensor:
         """A permutation (n,) made of the seed and the words."""
         return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(self.seed, "order", *words)))
 
-    def in_blocks(self, epoch: int, place: int) -> int:
+    def index_in_blocks(self, epoch: int, offset: int) -> int:
         if epoch != self.epoch:
             self.epoch, self.window = epoch, -1
-            self.sequence = self.shuffled(len(self.blocks.sizes), epoch).tolist()
-            self.places = [0, *accumulate(self.blocks.sizes[block] for block in self.sequence)]
-        nth = bisect_right(self.places, place) - 1  # block of the epoch's sequence that the place falls into
+            self.block_order = self.draw_permutation(len(self.blocks.sizes), epoch).tolist()
+            self.block_starts = [0, *accumulate(self.blocks.sizes[block] for block in self.block_order)]
+        nth = bisect_right(self.block_starts, offset) - 1  # block of the epoch's sequence that the place falls into
         window = nth // self.blocks.window
         first = window * self.blocks.window
-        last = min(first + self.blocks.window, len(self.sequence))
-        start = self.places[first]
+        last = min(first + self.blocks.window, len(self.block_order))
+        start = self.block_starts[first]
         if window != self.window:
             self.window = window
-            self.permutation = self.shuffled(self.places[last] - start, epoch, "window", window)
-        drawn = start + int(self.permutation[place - start])  # a place of the unmixed sequence
-        nth = bisect_right(self.places, drawn) - 1
-        return self.firsts[self.sequence[nth]] + drawn - self.places[nth]
+            self.permutation = self.draw_permutation(self.block_starts[last] - start, epoch, "window", window)
+        shuffled_offset = start + int(self.permutation[offset - start])  # a place of the unmixed sequence
+        nth = bisect_right(self.block_starts, shuffled_offset) - 1
+        return self.firsts[self.block_order[nth]] + shuffled_offset - self.block_starts[nth]
 
 
 @dataclass(frozen=True)
-class PositionLists:
-    """For each first position, `parts` lists of `part` consecutive positions."""
+class PositionSampler:
+    """For each first position, `parts` lists of `part_size` consecutive positions."""
 
     firsts: range
-    part: int
+    part_size: int
     parts: int
 
     def __iter__(self) -> Iterator[list[int]]:
         for first in self.firsts:
             for i in range(self.parts):
-                yield list(range(first + i * self.part, first + (i + 1) * self.part))
+                yield list(range(first + i * self.part_size, first + (i + 1) * self.part_size))
 
 
 def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Dataset:
@@ -147,7 +147,7 @@ def with_declared_range(data: DataConfig, images: Dataset) -> DataConfig:
     return data
 
 
-class Positions(Protocol):
+class BatchSource(Protocol):
     """What `training_batches` draws from: a list of positions -> one batch. An epoch has `len()` of them."""
 
     def __len__(self) -> int: ...
@@ -165,25 +165,27 @@ class ImageSource:
     def __init__(self, dataset: Dataset, config: DataConfig, cache: Path | None = None, *, margin: int = 0):
         self.dataset, self.config, self.margin = dataset, config, margin
         self.size = config.size[0] + margin, config.size[1] + margin
-        self.kept: dict[int, dict[str, Any]] = {}
-        self.on_disk = None
+        self.memory_cache: dict[int, dict[str, Any]] = {}
+        self.disk_cache = None
         if config.cache_images:
             shape = config.n_channels, *self.size
-            self.on_disk = cached_images(dataset, config.dataset, shape, config.num_workers, cache, config.data_range)
+            self.disk_cache = load_or_decode(
+                dataset, config.dataset, shape, config.num_workers, cache, config.data_range
+            )
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """{"image": uint8 (C, H, W), or floats in [-1, 1], ...}; UnreadableImage for a broken file."""
-        if index in self.kept:
-            return self.kept[index]
-        if self.on_disk is not None:
-            item = self.on_disk[index]
+        if index in self.memory_cache:
+            return self.memory_cache[index]
+        if self.disk_cache is not None:
+            item = self.disk_cache[index]
         else:
             item = to_item(self.dataset[index], self.size, self.config.n_channels, self.config.data_range)
         if self.config.in_memory:
-            self.kept[index] = item
+            self.memory_cache[index] = item
         return item
 
 
@@ -206,14 +208,14 @@ class TrainingImages:
                 f"wanted ImageSource(..., margin={wanted}) to train on"
             )
         self.source, self.seed, self.adapt = source, seed, adapt
-        self.order = Order(len(source), seed, getattr(source.dataset, "blocks", None))
+        self.order = EpochShuffle(len(source), seed, getattr(source.dataset, "blocks", None))
         self.views = training_views(source.config)
         self.skipped: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def readable(self, index: int) -> dict[str, Any]:
+    def load_readable(self, index: int) -> dict[str, Any]:
         for offset in range(len(self.source)):
             candidate = (index + offset) % len(self.source)
             try:
@@ -228,17 +230,17 @@ class TrainingImages:
         items = []
         for position in positions:
             view = self.views[seed_of(self.seed, "view", position) % len(self.views)]
-            item = self.readable(self.order[position])
-            if self.adapt is not None or not view.identity:  # what is not changed need not be copied
+            item = self.load_readable(self.order[position])
+            if self.adapt is not None or not view.is_identity:  # what is not changed need not be copied
                 item = view(item)
             if self.adapt is not None:
-                with seeded(seed_of(self.seed, "adapt", position)):
-                    item = adapted(self.adapt, item)
+                with temporary_seed(seed_of(self.seed, "adapt", position)):
+                    item = apply_adapt(self.adapt, item)
             items.append(item)
-        return with_fields(collate(items), {"position": torch.tensor(positions)})
+        return merge_fields(collate(items), {"position": torch.tensor(positions)})
 
 
-def with_fields(batch: Batch, added: Batch) -> Batch:
+def merge_fields(batch: Batch, added: Batch) -> Batch:
     """A batch of items with what the loader adds; ValueError where items have a field of such a name."""
     if twice := sorted(batch.keys() & added.keys()):
         raise ValueError(f"the items have {', '.join(twice)}, a name that batches use themselves: name it otherwise")
@@ -246,7 +248,7 @@ def with_fields(batch: Batch, added: Batch) -> Batch:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def temporary_seed(seed: int) -> Iterator[None]:
     """Seeds the global generators of Python, numpy and torch's CPU inside, and leaves them as they were."""
     python, arrays = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
@@ -260,7 +262,7 @@ def seeded(seed: int) -> Iterator[None]:
             np.random.set_state(arrays)
 
 
-def adapted(adapt: Callable, item: dict[str, Any]) -> dict[str, Any]:
+def apply_adapt(adapt: Callable, item: dict[str, Any]) -> dict[str, Any]:
     """What a user's function makes of an item; ValueError where it makes no fields of a batch."""
     made = adapt(item)
     if not isinstance(made, dict) or "image" not in made:
@@ -268,7 +270,7 @@ def adapted(adapt: Callable, item: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
     """A batch with its tensors on the device, but for its positions: seeds are made of them, and reading them back
     would wait for it."""
     return {
@@ -278,7 +280,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def training_batches(
-    source: Positions,
+    source: BatchSource,
     *,
     start: int,
     steps: int,
@@ -301,24 +303,24 @@ def training_batches(
     loader = DataLoader(
         source,
         batch_size=None,
-        sampler=PositionLists(firsts, share // accumulate, accumulate),
+        sampler=PositionSampler(firsts, share // accumulate, accumulate),
         num_workers=workers,
         pin_memory=world.device.type == "cuda",
         prefetch_factor=prefetch if workers else None,
-        worker_init_fn=apart,
+        worker_init_fn=init_worker,
     )
-    parts = (on_device(batch, world.device) for batch in loader)
+    parts = (to_device(batch, world.device) for batch in loader)
     return zip(*[parts] * accumulate, strict=True)
 
 
-class InOrder:
+class ImageBatches:
     """Lists of indices -> batches of images in the data set's order, without broken ones, which are named.
 
-    With `annotated`, records of the fields that items have beside image and label come with them.
+    With `with_records`, records of the fields that items have beside image and label come with them.
     """
 
-    def __init__(self, source: ImageSource, annotated: bool = False):
-        self.source, self.annotated = source, annotated
+    def __init__(self, source: ImageSource, with_records: bool = False):
+        self.source, self.with_records = source, with_records
 
     def __getitem__(self, indices: list[int]) -> dict[str, Any]:
         items, kept, skipped = [], [], []
@@ -330,10 +332,10 @@ class InOrder:
                 skipped.append(str(error))
         images = torch.stack([item["image"].as_subclass(Tensor) for item in items]) if items else None
         batch = {"image": images, "index": torch.tensor(kept), "skipped": skipped}
-        return batch | {"records": [pack(annotations_of(item)) for item in items]} if self.annotated else batch
+        return batch | {"records": [pack(annotation_fields(item)) for item in items]} if self.with_records else batch
 
 
-def annotations_of(item: dict[str, Any]) -> dict[str, Any]:
+def annotation_fields(item: dict[str, Any]) -> dict[str, Any]:
     """What an item has beside image and label."""
     return {name: value for name, value in item.items() if name not in ("image", "label")}
 
@@ -347,10 +349,12 @@ def images_in_order(
     lists = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     skipped = []
     workers = source.config.num_workers
-    for batch in DataLoader(InOrder(source), batch_size=None, sampler=lists, num_workers=workers, worker_init_fn=apart):
+    for batch in DataLoader(
+        ImageBatches(source), batch_size=None, sampler=lists, num_workers=workers, worker_init_fn=init_worker
+    ):
         skipped += batch.pop("skipped")
         if batch["image"] is not None:
-            yield batch | {"image": in_8_bits(batch["image"])}
+            yield batch | {"image": as_uint8(batch["image"])}
     if skipped:
         warnings.warn(f"skipped {len(skipped)} unreadable images: {'; '.join(skipped)}", stacklevel=2)
 
@@ -374,9 +378,9 @@ class TrainingCodes:
     Batches hold the annotations of the views that are drawn, where there are any.
     """
 
-    def __init__(self, ids: Grids, labels: Tensor | None, seed: int, annotations: Annotations | None = None):
+    def __init__(self, ids: CodeGrids, labels: Tensor | None, seed: int, annotations: Annotations | None = None):
         self.ids, self.labels, self.annotations = ids, labels, annotations
-        self.order = Order(ids.shape[0] * ids.shape[1], seed)
+        self.order = EpochShuffle(ids.shape[0] * ids.shape[1], seed)
 
     def __len__(self) -> int:
         return self.order.n
@@ -390,16 +394,16 @@ class TrainingCodes:
         if self.annotations is None:
             return batch
         places = zip(view.tolist(), row.tolist(), strict=True)
-        return with_fields(collate([self.annotations[place] for place in places]), batch)
+        return merge_fields(collate([self.annotations[place] for place in places]), batch)
 
 
-def streams(seed: int, purpose: str, batch: Batch, device: torch.device) -> Streams:
+def sample_streams(seed: int, purpose: str, batch: Batch, device: torch.device) -> Streams:
     """The random streams of a training batch: a function of (seed, purpose, position of each sample)."""
     return Streams([seed_of(seed, purpose, position) for position in batch["position"].tolist()], device)
 
 
 @dataclass(frozen=True)
-class Draws:
+class TrainingStreams:
     """The random streams of one training batch, or of this process's part of it, by purpose."""
 
     seed: int
@@ -409,9 +413,9 @@ class Draws:
 
     def __call__(self, purpose: str, device: torch.device | str | None = None) -> Streams:
         """One stream per sample, that draws to `device`, or to the batch's."""
-        return streams(self.seed, purpose, self.batch, self.device if device is None else device)
+        return sample_streams(self.seed, purpose, self.batch, self.device if device is None else device)
 
-    def shared(self, purpose: str) -> tuple[Streams, int]:
+    def step_stream(self, purpose: str) -> tuple[Streams, int]:
         """One stream for the whole step, and the place of this part's first sample in the step's batch."""
         step, place = divmod(int(self.batch["position"][0]), self.batch_size)
         return Streams([seed_of(self.seed, purpose, "step", step)]), place

@@ -18,22 +18,22 @@ from train.config import DataConfig
 from train.datasets import FloatImage, UnreadableImage
 from train.datasets._decode import to_8_bits, to_16_bits
 
-MODES = {1: "L", 3: "RGB"}
+PIL_MODES = {1: "L", 3: "RGB"}
 
 Crop = tuple[int, int, int, int]  # top, left, height, width
 
 
-def covering(height: int, width: int, size: tuple[int, int]) -> list[int]:
+def cover_size(height: int, width: int, size: tuple[int, int]) -> list[int]:
     """Height and width of an image resized so that it just covers `size`: one side fits, the other is not less."""
     if size[0] * width >= size[1] * height:
         return [size[0], size[0] * width // height]
     return [size[1] * height // width, size[1]]
 
 
-Range = tuple[float, float]  # the lowest and the highest value of data
+ValueRange = tuple[float, float]  # the lowest and the highest value of data
 
 
-def to_item(item: dict[str, Any], size: tuple[int, int], n_channels: int, data_range: Range | None = None) -> dict:
+def to_item(item: dict[str, Any], size: tuple[int, int], n_channels: int, data_range: ValueRange | None = None) -> dict:
     """A new item whose image is a `tv_tensors.Image` (n_channels, *size): uint8, or float32 in [-1, 1].
 
     The image is brought to grey (n_channels 1) or RGB (3), resized so that it covers `size` = (height, width) (bicubic,
@@ -45,20 +45,20 @@ def to_item(item: dict[str, Any], size: tuple[int, int], n_channels: int, data_r
     8 bits. Floats go by `data_range`, or by the range that their `FloatImage` says. ValueError for other sizes,
     channels, and images.
     """
-    if n_channels not in MODES:
+    if n_channels not in PIL_MODES:
         raise ValueError(f"n_channels is {n_channels}: give 1 (grey) or 3 (RGB)")
     if min(size) < 1:
         raise ValueError(f"size is {size}: give a height and a width of at least 1 pixel")
     image = to_pixels(item["image"], n_channels, data_range)
     height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
-    resized = covering(height, width, size)
+    resized = cover_size(height, width, size)
     return {
-        name: fit(value, resized, size) if has_place(value) else value
+        name: resize_and_crop(value, resized, size) if is_spatial(value) else value
         for name, value in {**item, "image": image}.items()
     }
 
 
-def fit(inpt: Any, resized: list[int], size: tuple[int, int]) -> Any:
+def resize_and_crop(inpt: Any, resized: list[int], size: tuple[int, int]) -> Any:
     """An image, or what lies in one, resized, and the centre of it."""
     from torchvision import tv_tensors
     from torchvision.transforms.v2 import functional as F
@@ -70,7 +70,7 @@ def fit(inpt: Any, resized: list[int], size: tuple[int, int]) -> Any:
     return F.to_image(fitted) if isinstance(fitted, Image.Image) else fitted
 
 
-def has_place(value: Any) -> bool:
+def is_spatial(value: Any) -> bool:
     """Whether it is an image, or lies in one: boxes, a mask."""
     if isinstance(value, Image.Image):
         return True
@@ -81,7 +81,7 @@ def has_place(value: Any) -> bool:
     return isinstance(value, tv_tensors.TVTensor)
 
 
-def to_pixels(image: Any, n_channels: int, data_range: Range | None) -> Image.Image | Tensor:
+def to_pixels(image: Any, n_channels: int, data_range: ValueRange | None) -> Image.Image | Tensor:
     """An image of a data set as 8 bits, in PIL's mode L or RGB, or as floats in [-1, 1], a `tv_tensors.Image`."""
     pixels = image.pixels if isinstance(image, FloatImage) else image
     if isinstance(pixels, Image.Image) and pixels.mode.startswith("I;16"):
@@ -90,7 +90,7 @@ def to_pixels(image: Any, n_channels: int, data_range: Range | None) -> Image.Im
         if data_range is not None:
             raise ValueError("got an image of 8 bits, which are levels from 0 to 255 anyway: leave --data_range out")
         pixels = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-        return pixels.convert(MODES[n_channels])
+        return pixels.convert(PIL_MODES[n_channels])
     if not isinstance(pixels, np.ndarray) or (pixels.dtype != np.uint16 and pixels.dtype.kind != "f"):
         kind = pixels.dtype if isinstance(pixels, np.ndarray | Tensor) else type(pixels).__name__
         raise ValueError(f"got an image of {kind}, wanted a PIL image, an array of uint8 or uint16, or a FloatImage")
@@ -100,10 +100,10 @@ def to_pixels(image: Any, n_channels: int, data_range: Range | None) -> Image.Im
         data_range = image.value_range
     if data_range is None:
         raise ValueError("got an image of floats of unknown range: pass --data_range LOWEST HIGHEST")
-    return scale(pixels, data_range, n_channels)
+    return to_unit_range(pixels, data_range, n_channels)
 
 
-def scale(pixels: np.ndarray, value_range: Range, n_channels: int) -> Tensor:
+def to_unit_range(pixels: np.ndarray, value_range: ValueRange, n_channels: int) -> Tensor:
     """(H, W) or (H, W, 3) -> a `tv_tensors.Image` (n_channels, H, W), float32 in [-1, 1]; what is beyond is clamped.
 
     `UnreadableImage` where a pixel is nan or infinite.
@@ -139,33 +139,33 @@ class View:
     crop: Crop | None = None
 
     @property
-    def identity(self) -> bool:
+    def is_identity(self) -> bool:
         """Whether nothing is cut off, and nothing moves."""
         return not self.flip and self.dx == self.dy == 0 and self.crop is None
 
-    def describe(self) -> list[int]:
+    def to_list(self) -> list[int]:
         """Which view it is, in numbers for keys of caches: flip, dx and dy, and the crop where there is one."""
         return [self.flip, self.dx, self.dy, *(self.crop or ())]
 
     def __call__(self, item: Any) -> Any:
         """An item, or images (..., H, W), in this view: a copy in any case."""
         if isinstance(item, dict):
-            return {name: self.moved(value, has_place(value)) for name, value in item.items()}
-        return self.moved(item, True)
+            return {name: self.transform_or_copy(value, is_spatial(value)) for name, value in item.items()}
+        return self.transform_or_copy(item, True)
 
-    def moved(self, value: Any, moves: bool) -> Any:
-        if moves and not self.identity:
-            return self.move(value)
+    def transform_or_copy(self, value: Any, moves: bool) -> Any:
+        if moves and not self.is_identity:
+            return self.transform(value)
         return value.clone() if isinstance(value, Tensor) else copy.copy(value)
 
-    def move(self, inpt: Any) -> Any:
+    def transform(self, inpt: Any) -> Any:
         """An image, or what lies in one (boxes, a mask), in this view."""
         from torchvision import tv_tensors
         from torchvision.transforms.v2 import functional as F
 
         height, width = F.get_size(inpt)
         if self.crop is not None:
-            inpt = cut(inpt, self.crop)
+            inpt = crop_image(inpt, self.crop)
             height, width = self.crop[2:]
         if self.flip:
             inpt = F.horizontal_flip(inpt)
@@ -177,7 +177,7 @@ class View:
         return F.crop(inpt, top=top, left=left, height=height, width=width)
 
 
-def cut(inpt: Any, crop: Crop) -> Any:
+def crop_image(inpt: Any, crop: Crop) -> Any:
     """A copy of a part of an image, or of what lies in one."""
     from torchvision.transforms.v2 import functional as F
 
@@ -197,7 +197,7 @@ def five_crops(size: tuple[int, int], margin: int) -> list[Crop | None]:
     return [(top, left, *size) for top, left in places] if margin else [None]
 
 
-def views(horizontal_flip: bool, shift: int, crops: Sequence[Crop | None] = (None,)) -> list[View]:
+def all_views(horizontal_flip: bool, shift: int, crops: Sequence[Crop | None] = (None,)) -> list[View]:
     """All views of crops, with shifts up to `shift` pixels each way, mirrored too if asked.
 
     The first is the first crop, and neither mirrored nor moved; the identity, where nothing is cut.
@@ -211,7 +211,7 @@ def views(horizontal_flip: bool, shift: int, crops: Sequence[Crop | None] = (Non
 
 def training_views(data: DataConfig) -> list[View]:
     """The views to train on: with a crop_margin, of images that are so much larger."""
-    return views(data.horizontal_flip, data.shift, five_crops(data.size, data.crop_margin))
+    return all_views(data.horizontal_flip, data.shift, five_crops(data.size, data.crop_margin))
 
 
 def to_float(image: Tensor) -> Tensor:
@@ -226,19 +226,19 @@ def to_uint8(image: Tensor) -> Tensor:
     return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def in_8_bits(image: Tensor) -> Tensor:
+def as_uint8(image: Tensor) -> Tensor:
     """An image of an item, any shape, as uint8: to show it, and to compare it with what a model gives."""
     return to_uint8(image) if image.is_floating_point() else image
 
 
-def range_of_picture(picture: Any, data_range: Range | None) -> Range | None:
+def range_for_image(picture: Any, data_range: ValueRange | None) -> ValueRange | None:
     """The range by which a model of `data_range` takes a picture that it did not train on: none for one of 8 bits,
     which is as the model's own images are shown."""
     of_8_bits = isinstance(picture, Image.Image) and not picture.mode.startswith("I;16")
     return None if of_8_bits else data_range
 
 
-def from_unit_range(image: Tensor, value_range: Range) -> Tensor:
+def from_unit_range(image: Tensor, value_range: ValueRange) -> Tensor:
     """Floats in [-1, 1] of any shape -> float32 in the units of the data, whose lowest and highest value these are."""
     low, high = value_range
     return ((image.double().clamp(-1, 1) + 1) * ((high - low) / 2) + low).float()

@@ -18,7 +18,7 @@ from torch import Tensor
 SPLITS = ("train", "val")
 
 
-def is_command(value: Any) -> bool:
+def is_shell_command(value: Any) -> bool:
     """Whether a setting would have a shell command run, or the environment read, where it names shards."""
     return isinstance(value, str) and ("pipe:" in value or "${" in value)
 
@@ -135,7 +135,7 @@ def data_root(config: DatasetConfig, name: str) -> Path:
     return root
 
 
-def held_out(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def train_val_split(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted, disjoint indices (train, val) of n images, fixed by the seed; at least one image on each side."""
     if n < 2:
         raise ValueError(f"cannot hold images out of {n}: a split needs at least 2, or a val folder beside train")

@@ -33,12 +33,12 @@ def decode(file: str | Path | BinaryIO, name: str = "") -> Image.Image:
     """
     try:
         with Image.open(file) as image:
-            return to_known_mode(ImageOps.exif_transpose(image))
+            return to_supported_mode(ImageOps.exif_transpose(image))
     except DAMAGED as error:
         raise UnreadableImage(f"{name or file}: {error}") from error
 
 
-def to_known_mode(image: Image.Image) -> Image.Image:
+def to_supported_mode(image: Image.Image) -> Image.Image:
     """An image of any mode as L, RGB, or I;16 where it is grey of more than 8 bits."""
     return to_16_bits(image) if image.mode.startswith("I") else to_grey_or_rgb(image)
 

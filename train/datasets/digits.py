@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.datasets import SPLITS, ArrayDataset, DatasetConfig, check_split, held_out
+from train.datasets import SPLITS, ArrayDataset, DatasetConfig, check_split, train_val_split
 
 FEATURES = "digits"  # what `--features auto` measures this data set with
 
@@ -26,5 +26,5 @@ def build(config: Config, split: str) -> ArrayDataset:
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0..16
-    kept = held_out(len(images), config.val_fraction, config.split_seed)[SPLITS.index(split)]
+    kept = train_val_split(len(images), config.val_fraction, config.split_seed)[SPLITS.index(split)]
     return ArrayDataset(images[kept], digits.target[kept].astype(np.int64), n_classes=10)

@@ -8,7 +8,15 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from train.datasets import SPLITS, DatasetConfig, check_split, data_root, files_fingerprint, held_out, require_readable
+from train.datasets import (
+    SPLITS,
+    DatasetConfig,
+    check_split,
+    data_root,
+    files_fingerprint,
+    require_readable,
+    train_val_split,
+)
 from train.datasets._decode import decode
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -72,7 +80,7 @@ def build_split(config: Config, split: str, *, train: Path, val: Path | None) ->
     names = list_images(root, config.only_folders)
     classes = class_names(config, root, names)
     if val is None:
-        kept = held_out(len(names), config.val_fraction, config.split_seed)[SPLITS.index(split)]
+        kept = train_val_split(len(names), config.val_fraction, config.split_seed)[SPLITS.index(split)]
         names = [names[i] for i in kept]
     elif config.label_from == "folder":
         other = train if split == "val" else val

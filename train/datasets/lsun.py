@@ -41,7 +41,7 @@ class LMDBImages:
     # Not torchvision.datasets.LSUN: it unpickles a list of keys that it finds in the working directory.
     def __init__(self, path: Path, split: str):
         self.path, self.split = path.resolve(), split
-        with environment(self.path).begin() as transaction:
+        with open_environment(self.path).begin() as transaction:
             self.keys: Sequence[bytes] = list(transaction.cursor().iternext(keys=True, values=False))
         if not self.keys:
             raise ValueError(f"{path} is an empty LMDB: download it again from {DOWNLOAD}")
@@ -51,7 +51,7 @@ class LMDBImages:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         key = self.keys[index]
-        with environment(self.path).begin() as transaction:
+        with open_environment(self.path).begin() as transaction:
             data = transaction.get(key)
         return {"image": decode(io.BytesIO(data), name=f"{self.path} key {key.decode(errors='replace')}")}
 
@@ -62,7 +62,7 @@ class LMDBImages:
 _environments: dict[Path, tuple[int, Any]] = {}
 
 
-def environment(path: Path):
+def open_environment(path: Path):
     """The open LMDB at `path`, one for each process: LMDB may neither cross a fork nor be opened twice in a process."""
     process, opened = _environments.get(path, (None, None))
     if process == os.getpid():

@@ -18,7 +18,7 @@ from diffusion.solvers import Solver, solver
 from diffusion.types import Bound, Loss, OnStep
 from models.conditioning import Condition
 from train.config import SamplerConfig, SamplingConfig
-from train.data.loading import Draws
+from train.data.loading import TrainingStreams
 from train.loop import Batch, Outputs, Stateful
 from train.spaces import EditInput
 
@@ -51,7 +51,7 @@ class LearnedSampler(ABC):
         """The fields of a batch that the network is conditioned on."""
 
     @abstractmethod
-    def loss(self, network: nn.Module, batch: Batch, draw: Draws, *, control: Control | None = None) -> Loss:
+    def loss(self, network: nn.Module, batch: Batch, draw: TrainingStreams, *, control: Control | None = None) -> Loss:
         """The loss of a batch that the space prepared, with x0, x_t, t, prediction and loss as its outputs.
 
         `draw(purpose)` gives the batch's random streams. `network` is `self.network`, or what wraps it.

@@ -20,7 +20,7 @@ from diffusion.solvers import Solver
 from diffusion.types import Bound, Denoiser, Loss, OnStep
 from models.conditioning import Condition
 from train.config import SamplingConfig
-from train.data.loading import Draws
+from train.data.loading import TrainingStreams
 from train.loop import Batch, Outputs
 from train.samplers import Control, LearnedSampler, Told, chosen_solver
 from train.samplers._conditions import draw_drops, fields_by_condition, raw_conditions
@@ -187,7 +187,7 @@ class DiscreteSampler(CodeSampler):
             name = type(process).__name__
             raise ValueError(f"got a network that is told no time for {name}, whose predictions depend on it")
 
-    def times(self, draw: Draws, count: int) -> Tensor:
+    def times(self, draw: TrainingStreams, count: int) -> Tensor:
         """Times of a batch: (count,)."""
         return self.process.times(draw("time"))
 
@@ -195,7 +195,7 @@ class DiscreteSampler(CodeSampler):
         """What is trained on: (B, H, W)."""
         return self.process.corrupt(x0, t, rng)
 
-    def loss(self, network: nn.Module, batch: Batch, draw: Draws, *, control: Control | None = None) -> Loss:
+    def loss(self, network: nn.Module, batch: Batch, draw: TrainingStreams, *, control: Control | None = None) -> Loss:
         """The loss of {"codes": (B, h, w)} and the fields of its conditions."""
         x0 = batch["codes"]
         t = self.times(draw, len(x0)).to(x0.device)

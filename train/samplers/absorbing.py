@@ -9,7 +9,7 @@ from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.rng import Streams
 from diffusion.solvers import Solver, options_of
 from diffusion.timesteps import low_discrepancy
-from train.data.loading import Draws
+from train.data.loading import TrainingStreams
 from train.samplers._codes import DiscreteSampler, DiscreteSampling
 from train.samplers._conditions import make_encoders
 from train.samplers._transformer import TransformerConfig, make_network
@@ -67,10 +67,10 @@ class AbsorbingSampler(DiscreteSampler):
         kind = {"kind": config.loss_type}
         super().__init__(config, process, network, grid=grid, n_classes=n_classes, loss_options=kind)
 
-    def times(self, draw: Draws, count: int) -> Tensor:
+    def times(self, draw: TrainingStreams, count: int) -> Tensor:
         if self.config.time_sampler == "uniform":
             return self.process.times(draw("time"))
-        shared, place = draw.shared("time")
+        shared, place = draw.step_stream("time")
         return low_discrepancy(self.process, shared, count, place, draw.batch_size).t
 
     def corrupt(self, x0: Tensor, t: Tensor, rng: Streams) -> Tensor:

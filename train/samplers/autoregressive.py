@@ -11,7 +11,7 @@ from diffusion.rng import Streams
 from diffusion.solvers import options_of
 from diffusion.types import Bound, Denoiser, Loss
 from models.kv_cache import Memory
-from train.data.loading import Draws
+from train.data.loading import TrainingStreams
 from train.loop import Batch, Outputs
 from train.samplers import Control
 from train.samplers._codes import CodeSampler, CodeSampling
@@ -60,7 +60,7 @@ class AutoregressiveSampler(CodeSampler):
         network = make_network(config, codes=codes, grid=grid, encoders=encoders, causal=True)
         super().__init__(config, Autoregression(codes), network, grid=grid, n_classes=n_classes)
 
-    def loss(self, network: nn.Module, batch: Batch, draw: Draws, *, control: Control | None = None) -> Loss:
+    def loss(self, network: nn.Module, batch: Batch, draw: TrainingStreams, *, control: Control | None = None) -> Loss:
         """The loss of {"codes": (B, h, w)} and the fields of its conditions.
 
         No code is hidden but by its place: what is seen is what is learned, and t is 0 for all.

@@ -21,7 +21,7 @@ from diffusion.timesteps import LossSecondMoment, Times, low_discrepancy, unifor
 from diffusion.types import Bound, Denoiser, Loss, OnStep, Prediction
 from models.unet import UNet, UNetConfig
 from train.config import SamplingConfig
-from train.data.loading import Draws
+from train.data.loading import TrainingStreams
 from train.loop import Batch, Outputs
 from train.samplers import Control, LearnedSampler, Told, chosen_solver
 from train.samplers._conditions import ConditionsConfig, draw_drops, fields_by_condition, make_encoders, raw_conditions
@@ -236,17 +236,17 @@ class GaussianSampler(LearnedSampler):
             how["skip_residuals"] = control(x, told, condition, how.get("drop"))
         return network(x, told, condition, **how)
 
-    def times(self, draw: Draws, count: int, training: bool) -> Times:
+    def times(self, draw: TrainingStreams, count: int, training: bool) -> Times:
         """Times of a batch, on the CPU; those of validation no loss moves."""
         kind = self.config.time_sampler
         if kind == "low_discrepancy":
-            shared, place = draw.shared("time")
+            shared, place = draw.step_stream("time")
             return low_discrepancy(self.process, shared, count, place, draw.batch_size)
         if kind == "loss_second_moment" and training:
             return self.extras["times"].draw(draw("time", "cpu"))
         return uniform(self.process, draw("time", "cpu"))
 
-    def loss(self, network: nn.Module, batch: Batch, draw: Draws, *, control: Control | None = None) -> Loss:
+    def loss(self, network: nn.Module, batch: Batch, draw: TrainingStreams, *, control: Control | None = None) -> Loss:
         """The loss of {"x0": (B, C, H, W), and the fields of its conditions}, times unbiased by how they were drawn."""
         x0, (t, weight) = batch["x0"], self.times(draw, len(batch["x0"]), network.training)
         noise = draw("noise").normal(x0.shape)

@@ -142,7 +142,7 @@ def test_a_mirrored_training_image_is_found_as_a_copy(tmp_path):
 def test_a_training_image_of_floats_is_seen_in_8_bits():
     source = source_of(3, shift=1)
     floats = to_float(source[1]["image"].as_subclass(torch.Tensor))
-    source.kept[1] = {"image": tv_tensors.Image(floats)}
+    source.memory_cache[1] = {"image": tv_tensors.Image(floats)}
     for view, seen in enumerate(training_views(source.config)):
         shown = in_view(source, training_views(source.config), torch.tensor(1), torch.tensor(view))
         assert shown.dtype == torch.uint8 and torch.equal(shown, seen(to_uint8(floats)))

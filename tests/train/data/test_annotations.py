@@ -9,8 +9,15 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from helpers.annotated_images import FIELDS, Annotated, annotated, assert_same_fields, counted, plain
-from helpers.toy_encoding import COUNT, by_two, captions, codes_in
+from helpers.annotated_images import (
+    FIELDS,
+    AnnotatedDataset,
+    annotated_dataset,
+    assert_same_fields,
+    count_reads,
+    plain_dataset,
+)
+from helpers.toy_encoding import COUNT, captions, load_codes, run_two_ranks
 from train.config import DataConfig
 from train.data.annotations import Records, pack, unpack, write_records
 from train.data.code_cache import CodeFile
@@ -36,7 +43,7 @@ def fields_of(item):
 
 
 def test_records_hold_every_type_of_field(tmp_path):
-    items = [fields_of(annotated()[i]) for i in range(4)]
+    items = [fields_of(annotated_dataset()[i]) for i in range(4)]
     items.append({"nan": float("inf"), "big": 2**60, "yes": True, "half": torch.ones(2, dtype=torch.float16), "no": []})
     items.append(
         {"sketch": tv_tensors.Image(torch.zeros(1, 2, 2)), "flat": torch.zeros(2, 3).t(), "one": torch.tensor(3)}
@@ -56,13 +63,13 @@ def test_records_hold_every_type_of_field(tmp_path):
 
 
 @pytest.mark.parametrize("value", [None, np.zeros(2), ("a",), {"b": 1}, [1, 2]])
-def test_what_no_batch_takes_no_record_keeps(value):
+def test_types_that_cannot_be_batched_cannot_be_recorded(value):
     with pytest.raises(ValueError, match="field 'odd' of an item is .*, which no cache keeps"):
         pack({"odd": value})
 
 
 def test_a_record_runs_no_code():
-    assert unpack(b"") == {} and b"pickle" not in pack(fields_of(annotated()[2]))
+    assert unpack(b"") == {} and b"pickle" not in pack(fields_of(annotated_dataset()[2]))
     with pytest.raises(ValueError):
         unpack(pickle.dumps({"a": 1}) + bytes(8))
 
@@ -71,56 +78,58 @@ def test_a_record_runs_no_code():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_image_cache_keeps_every_field_and_decodes_once(tmp_path, workers):
-    dataset, seen = counted(annotated())
+def test_the_image_cache_stores_every_field_and_decodes_once(tmp_path, workers):
+    dataset, read_indices = count_reads(annotated_dataset())
     config = dataclasses.replace(DATA, cache_images=True, num_workers=workers, img_width=12)
-    plain = ImageSource(annotated(), dataclasses.replace(config, cache_images=False))
-    for source in (ImageSource(annotated(), config, tmp_path), ImageSource(dataset, config, tmp_path)):
+    plain = ImageSource(annotated_dataset(), dataclasses.replace(config, cache_images=False))
+    for source in (ImageSource(annotated_dataset(), config, tmp_path), ImageSource(dataset, config, tmp_path)):
         for i in (6, *range(7)):
             assert_same_fields(source[i], plain[i])
-    assert seen == []
+    assert read_indices == []
     source[2]["classes"].zero_()  # a copy
     assert_same_fields(source[2], plain[2])
 
 
 @pytest.mark.parametrize("changes", VIEWS)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_of_cached_items_are_those_of_decoded_ones(tmp_path, changes, workers):
+def test_cached_and_decoded_items_give_equal_batches(tmp_path, changes, workers):
     config, margin = dataclasses.replace(DATA, **changes), changes.get("crop_margin", 0)
-    cached = ImageSource(annotated(), dataclasses.replace(config, cache_images=True), tmp_path, margin=margin)
-    plain = ImageSource(annotated(), config, margin=margin)
-    how = {"start": 1, "steps": 5, "batch_size": 3, "accumulate": 1, "world": HERE}
-    one = training_batches(TrainingImages(cached, seed=0), workers=workers, **how)
-    for (batch,), (other,) in zip(one, training_batches(TrainingImages(plain, seed=0), workers=0, **how), strict=True):
+    cached = ImageSource(annotated_dataset(), dataclasses.replace(config, cache_images=True), tmp_path, margin=margin)
+    plain = ImageSource(annotated_dataset(), config, margin=margin)
+    options = {"start": 1, "steps": 5, "batch_size": 3, "accumulate": 1, "world": HERE}
+    one = training_batches(TrainingImages(cached, seed=0), workers=workers, **options)
+    for (batch,), (other,) in zip(
+        one, training_batches(TrainingImages(plain, seed=0), workers=0, **options), strict=True
+    ):
         assert_same_fields(batch, other)
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_cache_without_its_records_is_made_again(tmp_path, damage):
+def test_a_cache_without_its_records_is_rebuilt(tmp_path, damage):
     config = dataclasses.replace(DATA, cache_images=True)
-    path = ImageSource(annotated(), config, tmp_path).on_disk.path.with_suffix(".records")
+    path = ImageSource(annotated_dataset(), config, tmp_path).disk_cache.path.with_suffix(".records")
     path.write_bytes(path.read_bytes()[:-1]) if damage == "cut" else path.unlink()
-    assert_same_fields(ImageSource(annotated(), config, tmp_path)[2], ImageSource(annotated(), DATA)[2])
+    assert_same_fields(ImageSource(annotated_dataset(), config, tmp_path)[2], ImageSource(annotated_dataset(), DATA)[2])
 
 
-def test_images_with_labels_alone_have_no_records(tmp_path):
-    source = ImageSource(plain(), dataclasses.replace(DATA, cache_images=True), tmp_path)
+def test_images_with_only_labels_have_no_records(tmp_path):
+    source = ImageSource(plain_dataset(), dataclasses.replace(DATA, cache_images=True), tmp_path)
     assert source[3].keys() == {"image", "label"}
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".lock", ".pixels"]
 
 
-def test_items_of_other_fields_than_the_first_are_refused(tmp_path):
-    class Odd(Annotated):
+def test_items_with_differing_fields_cannot_be_cached(tmp_path):
+    class Odd(AnnotatedDataset):
         def __getitem__(self, index):
             item = super().__getitem__(index)
             return item if index < 2 else {name: value for name, value in item.items() if name != "caption"}
 
     with pytest.raises(ValueError, match="item 2 and the first differ in field caption"):
-        ImageSource(Odd(**vars(annotated())), dataclasses.replace(DATA, cache_images=True), tmp_path)
+        ImageSource(Odd(**vars(annotated_dataset())), dataclasses.replace(DATA, cache_images=True), tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
 
 
-class Depths(Annotated):
+class Depths(AnnotatedDataset):
     """Floats from 0 to 3; the first image cannot be read."""
 
     def __getitem__(self, index):
@@ -130,10 +139,10 @@ class Depths(Annotated):
 
 
 def test_float_images_are_cached_as_floats(tmp_path):
-    dataset = Depths(**vars(annotated()))
+    dataset = Depths(**vars(annotated_dataset()))
     cached, plain = (ImageSource(dataset, dataclasses.replace(DATA, cache_images=c), tmp_path) for c in (True, False))
     assert_same_fields(cached[3], plain[3])
-    assert cached[6]["image"].dtype == torch.float32 and cached.on_disk.path.stat().st_size == 7 * 64 * 4
+    assert cached[6]["image"].dtype == torch.float32 and cached.disk_cache.path.stat().st_size == 7 * 64 * 4
     with pytest.raises(UnreadableImage, match="image 0"):
         cached[0]
 
@@ -156,9 +165,9 @@ def codes_of(folder, dataset, data=DATA, split="train"):
 def test_codes_come_with_the_annotations_of_their_view(tmp_path, changes, monkeypatch):
     monkeypatch.setattr("train.first_stage.CodeFile", partial(CodeFile, chunk=3))
     data = dataclasses.replace(DATA, **changes)
-    images = ImageSource(annotated(side=8 + data.crop_margin), data, margin=data.crop_margin)
+    images = ImageSource(annotated_dataset(side=8 + data.crop_margin), data, margin=data.crop_margin)
     codes_of(tmp_path, images.dataset, data)
-    dataset, decoded = counted(images.dataset)
+    dataset, decoded = count_reads(images.dataset)
     source = codes_of(tmp_path, dataset, data)
     views = TrainingImages(images, 0).views
     for positions in ([0, 3, 50], list(range(len(source)))[:40]):
@@ -177,16 +186,16 @@ def test_codes_come_with_the_annotations_of_their_view(tmp_path, changes, monkey
     assert codes_of(tmp_path, dataset, data, "val")[[1, 2]]["caption"] and len(decoded) == 7  # another split
 
 
-def test_codes_of_images_with_labels_alone_are_as_they_were(tmp_path):
-    source = codes_of(tmp_path, plain())
+def test_codes_of_images_with_only_labels_have_no_annotations(tmp_path):
+    source = codes_of(tmp_path, plain_dataset())
     assert source[[0, 1]].keys() == {"codes", "position", "label"}
 
 
-def test_a_batch_of_codes_survives_a_pickle_and_a_resume(tmp_path):
-    source = codes_of(tmp_path, annotated())
-    how = {"steps": 6, "batch_size": 3, "accumulate": 1, "world": HERE}
-    whole = list(training_batches(source, start=0, workers=0, **how))[3:]
-    again = training_batches(pickle.loads(pickle.dumps(source)), start=3, workers=2, **how)
+def test_batches_of_codes_survive_pickling_and_resuming(tmp_path):
+    source = codes_of(tmp_path, annotated_dataset())
+    options = {"steps": 6, "batch_size": 3, "accumulate": 1, "world": HERE}
+    whole = list(training_batches(source, start=0, workers=0, **options))[3:]
+    again = training_batches(pickle.loads(pickle.dumps(source)), start=3, workers=2, **options)
     for (one,), (other,) in zip(whole, again, strict=True):
         assert_same_fields(one, other)
 
@@ -194,35 +203,35 @@ def test_a_batch_of_codes_survives_a_pickle_and_a_resume(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_damaged_annotations_are_encoded_again(tmp_path, damage, monkeypatch):
     monkeypatch.setattr("train.first_stage.CodeFile", partial(CodeFile, chunk=3))
-    wanted = codes_of(tmp_path, annotated())[list(range(7))]
+    wanted = codes_of(tmp_path, annotated_dataset())[list(range(7))]
     path = sorted(tmp_path.rglob("*.records"))[1]
     path.write_bytes(path.read_bytes()[:-9]) if damage == "cut" else path.unlink()
-    dataset, decoded = counted(annotated())
+    dataset, decoded = count_reads(annotated_dataset())
     with pytest.warns(UserWarning, match="1 of 3 chunks are encoded again"):
         assert_same_fields(codes_of(tmp_path, dataset)[list(range(7))], wanted)
     assert decoded == [3, 4, 5]
 
 
-def test_unreadable_images_leave_the_others_their_annotations(tmp_path):
+def test_annotations_stay_aligned_when_images_are_unreadable(tmp_path):
     @dataclasses.dataclass(frozen=True, eq=False)
-    class Broken(Annotated):
+    class Broken(AnnotatedDataset):
         def __getitem__(self, index):
             if index in (0, 4):
                 raise UnreadableImage(f"image {index}: cut short")
             return super().__getitem__(index)
 
     with pytest.warns(UserWarning, match="skipped 2 unreadable"):
-        batch = codes_of(tmp_path, Broken(**vars(annotated())))[list(range(5))]
+        batch = codes_of(tmp_path, Broken(**vars(annotated_dataset())))[list(range(5))]
     assert all(
         caption == f"image {i}, été" for caption, i in zip(batch["caption"], batch["label"].tolist(), strict=True)
     )
     assert sorted(batch["label"].tolist()) == [1, 2, 3, 5, 6]
 
 
-def test_two_processes_keep_what_one_does(tmp_path):
-    answers = by_two(tmp_path, annotated=True)
-    assert [answer["images"] for answer in answers] == [6, 5]
-    assert all(answer["captions"] == [f"image {i}, été" for i in range(COUNT)] for answer in answers)
-    stopped = by_two(tmp_path / "again", fails_at=(2, None), annotated=True)
-    assert all("error" in answer for answer in stopped)
-    assert captions(codes_in(tmp_path / "again", annotated=True)) == answers[0]["captions"]
+def test_two_ranks_store_the_same_annotations_as_one(tmp_path):
+    results = run_two_ranks(tmp_path, annotated=True)
+    assert [result["images"] for result in results] == [6, 5]
+    assert all(result["captions"] == [f"image {i}, été" for i in range(COUNT)] for result in results)
+    stopped = run_two_ranks(tmp_path / "again", fails_at=(2, None), annotated=True)
+    assert all("error" in result for result in stopped)
+    assert captions(load_codes(tmp_path / "again", annotated=True)) == results[0]["captions"]

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.toy_encoding import COUNT, EVERYTHING, Encoder, by_two, code_file, codes_in, encode, files, same
+from helpers.toy_encoding import (
+    ALL_CODES,
+    COUNT,
+    Encoder,
+    code_file,
+    encode,
+    load_codes,
+    run_two_ranks,
+    suffixes,
+    table_matches,
+)
 from train import first_stage
 from train.config import DataConfig
 from train.data import code_cache
@@ -26,28 +36,30 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("batch_size", "chunk", "workers"), [(1, 3, 0), (2, 3, 2), (5, 4, 0), (100, 3, 0), (2, 50, 0)])
-def test_codes_are_those_of_the_images_whatever_the_batches_and_chunks(tmp_path, batch_size, chunk, workers):
+def test_codes_do_not_depend_on_batch_or_chunk_size(tmp_path, batch_size, chunk, workers):
     encoder = Encoder()
     file = code_file(tmp_path, chunk=chunk)
-    assert same(codes_in(tmp_path, encoder, batch_size=batch_size, workers=workers, file=file))
+    assert table_matches(load_codes(tmp_path, encoder, batch_size=batch_size, workers=workers, file=file))
     assert encoder.images == COUNT and max(encoder.sizes) == min(batch_size, chunk, COUNT)
-    assert files(tmp_path) == [".codes", ".lock", ".note"]
+    assert suffixes(tmp_path) == [".codes", ".lock", ".note"]
 
 
-def test_they_are_encoded_once(tmp_path):
-    codes_in(tmp_path)
-    assert same(codes_in(tmp_path, lambda images: 1 / 0))
-    refused = code_cache.code_table(code_file(tmp_path), lambda: 1 / 0, encode, 1, DistContext(CPU))  # not even opened
-    assert same(refused)
+def test_codes_are_encoded_once(tmp_path):
+    load_codes(tmp_path)
+    assert table_matches(load_codes(tmp_path, lambda images: 1 / 0))
+    refused = code_cache.load_or_encode(
+        code_file(tmp_path), lambda: 1 / 0, encode, 1, DistContext(CPU)
+    )  # not even opened
+    assert table_matches(refused)
 
 
-def test_ids_index_as_a_tensor_does(tmp_path):
+def test_mapped_ids_index_like_a_tensor(tmp_path):
     with pytest.warns(UserWarning, match="skipped"):
-        ids = codes_in(tmp_path, broken=(0, 4)).ids
-    left = EVERYTHING[:, [1, 2, 3, 5, 6, 7, 8, 9, 10]]
+        ids = load_codes(tmp_path, broken=(0, 4)).ids
+    expected = ALL_CODES[:, [1, 2, 3, 5, 6, 7, 8, 9, 10]]
     views, rows = torch.tensor([0, 1, 1, 0]), torch.tensor([8, 0, 3, 4])
-    assert tuple(ids.shape) == left.shape and len(ids) == 2
-    for place in [
+    assert tuple(ids.shape) == expected.shape and len(ids) == 2
+    for key in [
         (views, rows),
         (0, rows),
         (slice(None), rows),
@@ -57,44 +69,44 @@ def test_ids_index_as_a_tensor_does(tmp_path):
         views,
         (1, -1),
     ]:
-        assert torch.equal(ids[place], left[place]) and ids[place].dtype == torch.int64, place
+        assert torch.equal(ids[key], expected[key]) and ids[key].dtype == torch.int64, key
     ids[0].zero_()  # in memory
-    assert torch.equal(ids[:], left)
+    assert torch.equal(ids[:], expected)
 
 
 @pytest.mark.parametrize(("codebook_size", "size"), [(2**16, 2), (2**16 + 1, 4)])
-def test_a_code_takes_two_bytes_where_they_suffice(tmp_path, codebook_size, size):
+def test_a_code_takes_two_bytes_if_they_suffice(tmp_path, codebook_size, size):
     file = code_file(tmp_path, codebook_size=codebook_size)
-    table = codes_in(tmp_path, lambda images: encode(images) - encode(images) + codebook_size - 1, file=file)
+    table = load_codes(tmp_path, lambda images: encode(images) - encode(images) + codebook_size - 1, file=file)
     assert (table.ids[:] == codebook_size - 1).all()
     assert file.path.stat().st_size == COUNT * 8 * size
 
 
-def test_ids_are_mapped_and_a_pickle_carries_none(tmp_path):
-    table = codes_in(tmp_path)
+def test_ids_are_memory_mapped_and_not_pickled(tmp_path):
+    table = load_codes(tmp_path)
     before = len(pickle.dumps(table))
-    assert same(table) and isinstance(table.ids.mapped, np.memmap) and table.ids.mapped.mode == "r"
+    assert table_matches(table) and isinstance(table.ids.memmap, np.memmap) and table.ids.memmap.mode == "r"
     assert len(pickle.dumps(table)) == before
-    assert same(pickle.loads(pickle.dumps(table)))
+    assert table_matches(pickle.loads(pickle.dumps(table)))
 
 
-def test_batches_of_mapped_codes_are_those_of_codes_in_memory(tmp_path):
-    mapped = TrainingCodes(codes_in(tmp_path).ids, torch.arange(COUNT), seed=3)
-    kept = TrainingCodes(EVERYTHING.int(), torch.arange(COUNT), seed=3)
-    assert len(mapped) == len(kept) == 2 * COUNT
+def test_mapped_and_in_memory_codes_give_equal_batches(tmp_path):
+    mapped = TrainingCodes(load_codes(tmp_path).ids, torch.arange(COUNT), seed=3)
+    in_memory = TrainingCodes(ALL_CODES.int(), torch.arange(COUNT), seed=3)
+    assert len(mapped) == len(in_memory) == 2 * COUNT
     for positions in ([0, 5, 21], list(range(22)), list(range(20, 50))):
-        one, other = pickle.loads(pickle.dumps(mapped))[positions], kept[positions]
+        one, other = pickle.loads(pickle.dumps(mapped))[positions], in_memory[positions]
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    chosen = [kept.order[k] for k in (4, 1)]
-    assert torch.equal(kept[[4, 1]]["codes"], EVERYTHING.flatten(0, 1)[chosen])
+    indices = [in_memory.order[k] for k in (4, 1)]
+    assert torch.equal(in_memory[[4, 1]]["codes"], ALL_CODES.flatten(0, 1)[indices])
 
 
 def in_a_fork(queue, source):
     queue.put(source[[1, 2, 3]]["codes"].tolist())
 
 
-def test_a_fork_reads_what_its_parent_has_mapped(tmp_path):
-    source = TrainingCodes(codes_in(tmp_path).ids, None, seed=3)
+def test_a_forked_process_reads_its_parents_memmap(tmp_path):
+    source = TrainingCodes(load_codes(tmp_path).ids, None, seed=3)
     wanted, context = source[[1, 2, 3]]["codes"].tolist(), multiprocessing.get_context("fork")
     queue = context.Queue()
     process = context.Process(target=in_a_fork, args=(queue, source))
@@ -106,37 +118,39 @@ def test_a_fork_reads_what_its_parent_has_mapped(tmp_path):
 # several processes, several jobs
 
 
-def test_two_processes_encode_what_one_does_and_each_its_share(tmp_path):
-    answers = by_two(tmp_path)
-    assert [answer["images"] for answer in answers] == [6, 5]  # chunks 0 and 2, 1 and 3
-    assert all(answer["ids"] == EVERYTHING.tolist() for answer in answers)
-    codes_in(tmp_path / "alone")
+def test_two_ranks_share_the_work_and_write_the_same_file(tmp_path):
+    results = run_two_ranks(tmp_path)
+    assert [result["images"] for result in results] == [6, 5]  # chunks 0 and 2, 1 and 3
+    assert all(result["ids"] == ALL_CODES.tolist() for result in results)
+    load_codes(tmp_path / "alone")
     whole, alone = (code_file(folder).path.read_bytes() for folder in (tmp_path, tmp_path / "alone"))
-    assert whole == alone and same(codes_in(tmp_path, lambda images: 1 / 0))
-    assert [answer["images"] for answer in by_two(tmp_path)] == [0, 0]
+    assert whole == alone and table_matches(load_codes(tmp_path, lambda images: 1 / 0))
+    assert [result["images"] for result in run_two_ranks(tmp_path)] == [0, 0]
 
 
-def test_two_go_on_where_one_was_stopped_and_one_where_two_were(tmp_path):
+def test_one_and_two_ranks_resume_each_others_encoding(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        codes_in(tmp_path / "one", Encoder(fails_at=3))
-    answers = by_two(tmp_path / "one")
-    assert [answer["images"] for answer in answers] == [5, 3]  # chunks 1 and 3, 2
-    assert [answer["shown"] for answer in answers] == [[11], [3]]  # the progress; the second process shows none
-    assert all(answer["ids"] == EVERYTHING.tolist() for answer in answers)
+        load_codes(tmp_path / "one", Encoder(fails_at=3))
+    results = run_two_ranks(tmp_path / "one")
+    assert [result["images"] for result in results] == [5, 3]  # chunks 1 and 3, 2
+    assert [result["progress"] for result in results] == [[11], [3]]  # the progress; the second process shows none
+    assert all(result["ids"] == ALL_CODES.tolist() for result in results)
 
-    stopped, encoder = by_two(tmp_path / "two", fails_at=(3, None)), Encoder()
+    stopped, encoder = run_two_ranks(tmp_path / "two", fails_at=(3, None)), Encoder()
     assert "[Errno 28] No space left" in stopped[0]["error"] and "see the other processes" in stopped[1]["error"]
-    assert same(codes_in(tmp_path / "two", encoder)) and encoder.images == 3  # the chunk of the one that failed
+    assert (
+        table_matches(load_codes(tmp_path / "two", encoder)) and encoder.images == 3
+    )  # the chunk of the one that failed
 
 
-def test_what_two_cannot_read_is_named_once_and_left_out(tmp_path):
-    answers = by_two(tmp_path / "some", broken=(0, 4, 10))
-    left = [i for i in range(COUNT) if i not in (0, 4, 10)]
-    assert all(answer["index"] == left and answer["ids"] == EVERYTHING[:, left].tolist() for answer in answers)
-    assert [answer["warnings"] for answer in answers] == [1, 0]
-    nothing = by_two(tmp_path / "none", broken=tuple(range(COUNT)))
-    assert all("not one of 11 images can be read; the first is image 0" in answer["error"] for answer in nothing)
-    assert files(tmp_path / "none") == [".lock"]
+def test_two_ranks_report_unreadable_images_once(tmp_path):
+    results = run_two_ranks(tmp_path / "some", broken=(0, 4, 10))
+    readable = [i for i in range(COUNT) if i not in (0, 4, 10)]
+    assert all(result["index"] == readable and result["ids"] == ALL_CODES[:, readable].tolist() for result in results)
+    assert [result["warnings"] for result in results] == [1, 0]
+    nothing = run_two_ranks(tmp_path / "none", broken=tuple(range(COUNT)))
+    assert all("not one of 11 images can be read; the first is image 0" in result["error"] for result in nothing)
+    assert suffixes(tmp_path / "none") == [".lock"]
 
 
 def encode_together(barrier, folder, log, queue):
@@ -146,7 +160,7 @@ def encode_together(barrier, folder, log, queue):
         return encode(images)
 
     barrier.wait()
-    queue.put(codes_in(folder, logged).ids[:].tolist())
+    queue.put(load_codes(folder, logged).ids[:].tolist())
 
 
 def test_jobs_that_start_together_encode_once(tmp_path):
@@ -156,14 +170,14 @@ def test_jobs_that_start_together_encode_once(tmp_path):
     processes = [context.Process(target=encode_together, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
-    found = [queue.get(timeout=30) for _ in processes]
+    results = [queue.get(timeout=30) for _ in processes]
     for process in processes:
         process.join()
-    assert found == [EVERYTHING.tolist()] * 3 and log.read_text().count("x") == COUNT
+    assert results == [ALL_CODES.tolist()] * 3 and log.read_text().count("x") == COUNT
 
 
-def test_a_job_that_waits_says_so(tmp_path, capsys):
-    lock, tries = code_cache.FileLock(code_file(tmp_path).beside("lock")), []
+def test_a_waiting_job_says_so(tmp_path, capsys):
+    lock, tries = code_cache.FileLock(code_file(tmp_path).sibling("lock")), []
     acquire = code_cache.FileLock.acquire
 
     def until_the_third(self, timeout):
@@ -175,7 +189,7 @@ def test_a_job_that_waits_says_so(tmp_path, capsys):
     lock.acquire()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(code_cache.FileLock, "acquire", until_the_third)
-        assert same(codes_in(tmp_path))
+        assert table_matches(load_codes(tmp_path))
     assert len(tries) == 3 and capsys.readouterr().out.count("another job is encoding into") == 1
     lock.acquire(timeout=0)  # it was given back
     lock.release()
@@ -212,7 +226,7 @@ def first_of(folder, **changes):
 @pytest.mark.parametrize(
     "changes", [{}, {"horizontal_flip": True, "shift": 1}, {"horizontal_flip": True, "crop_margin": 4}]
 )
-def test_a_split_is_encoded_in_all_its_views_and_validation_in_none(tmp_path, changes):
+def test_only_the_training_split_is_encoded_in_all_views(tmp_path, changes):
     first, data = first_of(tmp_path), dataclasses.replace(DATA, **changes)
     table = first.codes(IMAGES, "train", data, 3, DistContext(CPU))
     source = ImageSource(IMAGES, data, margin=data.crop_margin)
@@ -226,9 +240,9 @@ def test_a_split_is_encoded_in_all_its_views_and_validation_in_none(tmp_path, ch
     assert torch.equal(first.codes(IMAGES, "val", data, 3, DistContext(CPU)).ids[:], first.encode(plain)[None])
 
 
-def test_any_ingredient_makes_another_key(tmp_path, monkeypatch):
+def test_the_key_depends_on_everything_that_changes_codes(tmp_path, monkeypatch):
     keys = []
-    monkeypatch.setattr(first_stage, "code_table", lambda file, *rest: keys.append((file.key, file.path)))
+    monkeypatch.setattr(first_stage, "load_or_encode", lambda file, *rest: keys.append((file.key, file.path)))
     monkeypatch.setattr(first_stage, "has_native_bf16", lambda device: True)
     first, world = first_of(tmp_path), DistContext(CPU)
     pixels = IMAGES.images.copy()
@@ -246,14 +260,14 @@ def test_any_ingredient_makes_another_key(tmp_path, monkeypatch):
         monkeypatch.setattr(first_stage, "training_views", lambda data, view=view: [view])
         first.codes(IMAGES, "train", DATA, 3, world)
     monkeypatch.setattr(first_stage, "training_views", training_views)
-    monkeypatch.setattr(first_stage, "CHUNK", 513)
+    monkeypatch.setattr(first_stage, "CHUNK_SIZE", 513)
     first.codes(IMAGES, "train", DATA, 3, world)
     assert len({key for key, _ in keys}) == len({path for _, path in keys}) == len(keys) == 19
 
 
-def test_what_does_not_change_codes_is_no_ingredient(tmp_path, monkeypatch):
+def test_the_key_ignores_what_does_not_change_codes(tmp_path, monkeypatch):
     keys = []
-    monkeypatch.setattr(first_stage, "code_table", lambda file, *rest: keys.append(file.path))
+    monkeypatch.setattr(first_stage, "load_or_encode", lambda file, *rest: keys.append(file.path))
     first = first_of(tmp_path)
     first.codes(IMAGES, "train", DATA, 3, DistContext(CPU))
     first.codes(IMAGES, "train", dataclasses.replace(DATA, num_workers=3, in_memory=True), 5, DistContext(CPU))

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from helpers.annotated_images import CLASSES, FIELDS, annotated, assert_same_fields
+from helpers.annotated_images import CLASSES, FIELDS, annotated_dataset, assert_same_fields
 from train.config import DataConfig
-from train.data.collate import as_tensor, collate
-from train.data.loading import ImageSource, TrainingCodes, TrainingImages, on_device, training_batches
+from train.data.collate import collate, field_to_tensor
+from train.data.loading import ImageSource, TrainingCodes, TrainingImages, to_device, training_batches
 from train.data.transforms import to_float
 from train.datasets import FloatImage, Ragged
 from train.distributed import DistContext
@@ -70,7 +70,7 @@ def test_ragged_fields_are_padded_beside_a_mask():
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (1, 1), (2, 0)])
-def test_a_mask_is_there_in_every_batch(counts):
+def test_every_batch_has_a_mask(counts):
     items = [{"masks": tv_tensors.Mask(torch.ones(n, 3, 4, dtype=torch.bool))} for n in counts]
     batch = collate(items)
     assert batch["masks"].shape == (2, max(counts), 3, 4) and batch["masks_mask"].sum(1).tolist() == list(counts)
@@ -86,8 +86,8 @@ def test_strings_stay_lists_and_numbers_keep_their_type():
     assert batch["age"].tolist() == [1.5, 2.0] and batch["seen"].dtype == torch.bool
 
 
-def test_an_example_does_not_depend_on_its_batch_mates():
-    source = TrainingImages(ImageSource(annotated(), CONFIG), seed=1)
+def test_an_example_does_not_depend_on_the_rest_of_its_batch():
+    source = TrainingImages(ImageSource(annotated_dataset(), CONFIG), seed=1)
     together = source[list(range(6))]
     for i in range(6):
         alone = source[[i]]
@@ -118,41 +118,41 @@ def test_an_example_does_not_depend_on_its_batch_mates():
         ([{"a_mask": 1, "a": Ragged([1])}], "a_mask beside a, whose mask has that name"),
     ],
 )
-def test_items_that_make_no_batch_are_refused_by_field(items, message):
+def test_items_that_cannot_be_batched_are_refused_by_field(items, message):
     with pytest.raises(ValueError, match=message):
         collate(items)
 
 
-def test_whole_numbers_and_fractions_are_of_one_type():
+def test_integers_and_floats_can_be_mixed():
     batch = collate([{"score": 1}, {"score": 1.5}])
     assert batch["score"].dtype == torch.float32 and batch["score"].tolist() == [1, 1.5]
 
 
 @pytest.mark.parametrize("name, source", [("position", "images"), ("position", "codes"), ("codes", "codes")])
-def test_a_field_that_the_loader_gives_is_refused_by_name(name, source):
-    class Odd(type(annotated())):
+def test_field_names_reserved_by_the_loader_are_refused(name, source):
+    class Odd(type(annotated_dataset())):
         def __getitem__(self, index):
             return {"image": self.images[index], "label": 0, name: 3}
 
     sources = {
-        "images": TrainingImages(ImageSource(Odd(**vars(annotated())), CONFIG), seed=0),
+        "images": TrainingImages(ImageSource(Odd(**vars(annotated_dataset())), CONFIG), seed=0),
         "codes": TrainingCodes(torch.zeros(1, 7, 2, 2).long(), None, 0, {(0, row): {name: 3} for row in range(7)}),
     }
     with pytest.raises(ValueError, match=f"the items have {name}, .* name it otherwise"):
         sources[source][[0, 1]]
 
 
-def test_a_single_number_is_not_ragged():
+def test_a_scalar_is_not_ragged():
     with pytest.raises(ValueError, match="first axis"):
         Ragged(3)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_fields_survive_workers_resumes_and_processes(workers):
+def test_fields_survive_workers_resumes_and_ranks(workers):
     def run(start, world=HERE, workers=workers):
-        source = TrainingImages(ImageSource(annotated(), dataclasses.replace(CONFIG, shift=1)), seed=1)
-        how = {"steps": 4, "batch_size": 4, "accumulate": 1, "workers": workers}
-        return [batch for (batch,) in training_batches(source, start=start, world=world, **how)]
+        source = TrainingImages(ImageSource(annotated_dataset(), dataclasses.replace(CONFIG, shift=1)), seed=1)
+        options = {"steps": 4, "batch_size": 4, "accumulate": 1, "workers": workers}
+        return [batch for (batch,) in training_batches(source, start=start, world=world, **options)]
 
     whole, resumed = run(0, workers=0), run(2)
     for one, other in zip(whole[2:], resumed, strict=True):
@@ -166,24 +166,24 @@ def test_fields_survive_workers_resumes_and_processes(workers):
 
 def test_fields_reach_the_device_and_strings_stay():
     batch = {"position": torch.tensor([1]), "caption": ["a"], "words": [["b"]], "label": torch.tensor([3])}
-    moved = on_device(batch, torch.device("meta"))
+    moved = to_device(batch, torch.device("meta"))
     assert moved["caption"] == ["a"] and moved["words"] == [["b"]]
     assert moved["label"].device.type == "meta" and moved["position"].device.type == "cpu"
 
 
-def test_strings_as_numbers_can_be_read_again():
-    numbers = as_tensor(["é", "longer"])
+def test_strings_encoded_as_tensors_can_be_decoded():
+    numbers = field_to_tensor(["é", "longer"])
     assert [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in numbers] == ["é", "longer"]
-    lists = as_tensor([["a", "b"], []])
+    lists = field_to_tensor([["a", "b"], []])
     assert [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in lists] == [["a", "b"], []]
 
 
 def test_images_of_a_declared_range_train_as_floats():
     @dataclasses.dataclass(frozen=True, eq=False)
-    class Depths(type(annotated())):
+    class Depths(type(annotated_dataset())):
         def __getitem__(self, index):
             depth = np.full((8, 8), index / 2, np.float32)
             return {"image": FloatImage(depth, (0.0, 3.0)), "label": index}
 
-    batch = TrainingImages(ImageSource(Depths(**vars(annotated())), CONFIG), seed=0)[list(range(7))]
+    batch = TrainingImages(ImageSource(Depths(**vars(annotated_dataset())), CONFIG), seed=0)[list(range(7))]
     assert torch.allclose(batch["image"][:, 0, 3, 3], batch["label"] / 3 - 1)

@@ -52,7 +52,7 @@ def same_as_decoded(source: ImageSource) -> bool:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_cached_images_are_the_decoded_ones_with_their_fields_and_are_decoded_once(dataset, tmp_path, workers):
+def test_cached_items_equal_decoded_ones_and_are_decoded_once(dataset, tmp_path, workers):
     config = dataclasses.replace(CONFIG, num_workers=workers)
     source = ImageSource(dataset, config, tmp_path)
     assert dataset.decoded() == 6
@@ -62,15 +62,15 @@ def test_cached_images_are_the_decoded_ones_with_their_fields_and_are_decoded_on
     assert same_as_decoded(source) and same_as_decoded(again)
 
 
-def test_what_is_done_to_an_item_does_not_reach_the_file(dataset, tmp_path):
+def test_changing_an_item_does_not_change_the_cache(dataset, tmp_path):
     source = ImageSource(dataset, CONFIG, tmp_path)
     source[2]["image"].zero_()
     assert same_as_decoded(source)
 
 
 @pytest.mark.parametrize("damage", ["cut", "longer", "gone", "note cut", "note gone"])
-def test_a_cache_that_is_not_whole_is_made_again(dataset, tmp_path, damage):
-    path = ImageSource(dataset, CONFIG, tmp_path).on_disk.path
+def test_an_incomplete_cache_is_rebuilt(dataset, tmp_path, damage):
+    path = ImageSource(dataset, CONFIG, tmp_path).disk_cache.path
     note = path.with_suffix(".json")
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-1])
@@ -84,19 +84,19 @@ def test_a_cache_that_is_not_whole_is_made_again(dataset, tmp_path, damage):
     assert dataset.decoded() == 6 + 6 + 6
 
 
-def test_a_cache_that_was_interrupted_leaves_nothing_to_be_trusted(dataset, tmp_path, monkeypatch):
+def test_an_interrupted_build_leaves_no_files(dataset, tmp_path, monkeypatch):
     def stop(numbers, index, item, first):
         if index == 4:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(image_cache, "keep", stop)
+        patch.setattr(image_cache, "store_numbers", stop)
         ImageSource(dataset, CONFIG, tmp_path)
     assert not list(tmp_path.glob("*.p*")) and not list(tmp_path.glob("*.json"))
     assert same_as_decoded(ImageSource(dataset, CONFIG, tmp_path))
 
 
-def test_other_data_sizes_channels_and_code_are_other_caches(dataset, tmp_path, monkeypatch):
+def test_data_size_channels_and_version_have_separate_caches(dataset, tmp_path, monkeypatch):
     other = PIXELS.copy()
     other[0, 0, 0, 0] ^= 1
     variants = [
@@ -105,31 +105,31 @@ def test_other_data_sizes_channels_and_code_are_other_caches(dataset, tmp_path, 
         (dataset, dataclasses.replace(CONFIG, img_size=7)),
         (dataset, dataclasses.replace(CONFIG, n_channels=1)),
     ]
-    paths = {ImageSource(data, config, tmp_path).on_disk.path for data, config in variants}
+    paths = {ImageSource(data, config, tmp_path).disk_cache.path for data, config in variants}
     monkeypatch.setattr(image_cache, "VERSION", image_cache.VERSION + 1)
-    paths.add(ImageSource(dataset, CONFIG, tmp_path).on_disk.path)
+    paths.add(ImageSource(dataset, CONFIG, tmp_path).disk_cache.path)
     assert len(paths) == 5
     ranges = [(0.0, 255.0), (0.0, 4095.0)]
-    assert len({image_cache.cache_key(dataset, (3, 8, 8), each) for each in (None, *ranges)}) == 3
+    assert len({image_cache.image_cache_key(dataset, (3, 8, 8), each) for each in (None, *ranges)}) == 3
 
 
-def test_a_cache_of_an_earlier_version_is_named_once_with_its_size(dataset, tmp_path, monkeypatch, capfd):
+def test_caches_of_earlier_versions_are_listed_once_as_removable(dataset, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         patch.setattr(image_cache, "VERSION", 1)
-        old = ImageSource(dataset, CONFIG, tmp_path).on_disk.path
+        old = ImageSource(dataset, CONFIG, tmp_path).disk_cache.path
     note = old.with_suffix(".json")
     note.write_text(json.dumps({key: value for key, value in json.loads(note.read_text()).items() if key != "version"}))
     capfd.readouterr()
     for wanted in (True, False):  # the second time nothing is made
-        new = ImageSource(dataset, CONFIG, tmp_path).on_disk.path
-        said = capfd.readouterr().out
-        assert (f"to free {6 * 3 * 8 * 8 / 1e9:.3g} GB, delete {old}" in said) == wanted
-    assert old.is_file() and new != old and image_cache.outdated(tmp_path, CONFIG.dataset) == [old]
+        new = ImageSource(dataset, CONFIG, tmp_path).disk_cache.path
+        output = capfd.readouterr().out
+        assert (f"to free {6 * 3 * 8 * 8 / 1e9:.3g} GB, delete {old}" in output) == wanted
+    assert old.is_file() and new != old and image_cache.outdated_caches(tmp_path, CONFIG.dataset) == [old]
     ImageSource(dataset, dataclasses.replace(CONFIG, dataset="my"), tmp_path)
     assert "delete" not in capfd.readouterr().out  # those of another data set are not its own
 
 
-def test_caches_of_sizes_that_are_not_square_and_of_margins_hold_what_was_decoded(dataset, tmp_path):
+def test_caches_of_non_square_sizes_and_margins_are_correct(dataset, tmp_path):
     wide = dataclasses.replace(CONFIG, img_width=12)
     cut = dataclasses.replace(wide, crop_margin=4)
     sources = [
@@ -139,20 +139,20 @@ def test_caches_of_sizes_that_are_not_square_and_of_margins_hold_what_was_decode
     ]
     shapes = [source[0]["image"].shape[1:] for source in sources]
     assert shapes == [(8, 8), (8, 12), (8, 12), (12, 16), (12, 16)]
-    paths = [source.on_disk.path for source in sources]
+    paths = [source.disk_cache.path for source in sources]
     assert paths[1] == paths[2] and paths[3] == paths[4] and len(set(paths)) == 3  # a size is a size, however asked for
     assert dataset.decoded() == 3 * 6 and all(same_as_decoded(source) for source in sources)
     batch = TrainingImages(sources[3], 0)[list(range(6))]
     assert batch["image"].shape == (6, 3, 8, 12)
 
 
-def test_a_square_is_the_same_cache_whether_its_width_is_said_or_not(dataset, tmp_path):
+def test_a_square_has_one_cache_with_or_without_a_width(dataset, tmp_path):
     same = [CONFIG, dataclasses.replace(CONFIG, img_width=8)]
-    assert len({ImageSource(dataset, config, tmp_path).on_disk.path for config in same}) == 1
-    assert image_cache.cache_key(dataset, (3, 8, 12)) != image_cache.cache_key(dataset, (3, 12, 8))
+    assert len({ImageSource(dataset, config, tmp_path).disk_cache.path for config in same}) == 1
+    assert image_cache.image_cache_key(dataset, (3, 8, 12)) != image_cache.image_cache_key(dataset, (3, 12, 8))
 
 
-def test_an_unreadable_image_is_named_from_the_cache_as_from_the_file(dataset, tmp_path):
+def test_the_cache_reports_unreadable_images_like_the_file(dataset, tmp_path):
     broken = dataclasses.replace(dataset, broken=(0, 4))
     for _ in range(2):
         source = ImageSource(broken, CONFIG, tmp_path)
@@ -167,7 +167,7 @@ def test_an_unreadable_image_is_named_from_the_cache_as_from_the_file(dataset, t
         ImageSource(nothing, CONFIG, tmp_path)
 
 
-def test_items_with_what_no_batch_takes_are_refused(dataset, tmp_path):
+def test_fields_that_cannot_be_batched_cannot_be_cached(dataset, tmp_path):
     class Arrays(Counted):
         def __getitem__(self, index):
             return super().__getitem__(index) | {"boxes": np.zeros(4)}
@@ -176,7 +176,7 @@ def test_items_with_what_no_batch_takes_are_refused(dataset, tmp_path):
         ImageSource(Arrays(**vars(dataset)), CONFIG, tmp_path)
 
 
-def test_a_disk_without_room_is_an_error_before_anything_is_decoded(dataset, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_refused_before_decoding(dataset, tmp_path, monkeypatch):
     class Full:
         free = 3
 
@@ -186,35 +186,35 @@ def test_a_disk_without_room_is_an_error_before_anything_is_decoded(dataset, tmp
     assert not (tmp_path / "log").exists()
 
 
-def open_together(barrier, dataset, folder, answers):
+def open_together(barrier, dataset, folder, results):
     barrier.wait()
     source = ImageSource(dataset, CONFIG, folder)
-    answers.put([source[i]["image"].sum().item() for i in range(6)])
+    results.put([source[i]["image"].sum().item() for i in range(6)])
 
 
-def test_processes_that_start_together_make_it_once(dataset, tmp_path):
+def test_processes_that_start_together_build_it_once(dataset, tmp_path):
     context = multiprocessing.get_context("fork")
-    barrier, answers = context.Barrier(3), context.Queue()
-    processes = [context.Process(target=open_together, args=(barrier, dataset, tmp_path, answers)) for _ in range(3)]
+    barrier, results = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=open_together, args=(barrier, dataset, tmp_path, results)) for _ in range(3)]
     for process in processes:
         process.start()
-    found = [answers.get(timeout=20) for _ in processes]
+    sums = [results.get(timeout=20) for _ in processes]
     for process in processes:
         process.join()
     assert dataset.decoded() == 6
     source = ImageSource(dataset, CONFIG, tmp_path)
-    assert found == [[source[i]["image"].sum().item() for i in range(6)]] * 3
+    assert sums == [[source[i]["image"].sum().item() for i in range(6)]] * 3
 
 
-def test_a_pickled_cache_carries_no_pixels(dataset, tmp_path):
-    cache = ImageSource(dataset, CONFIG, tmp_path).on_disk
+def test_a_pickled_cache_contains_no_pixels(dataset, tmp_path):
+    cache = ImageSource(dataset, CONFIG, tmp_path).disk_cache
     before = len(pickle.dumps(cache))
     assert torch.equal(cache[1]["image"], pickle.loads(pickle.dumps(cache))[1]["image"])
     assert len(pickle.dumps(cache)) == before
 
 
-def test_the_note_is_written_last(dataset, tmp_path):
-    path = ImageSource(dataset, CONFIG, tmp_path).on_disk.path
+def test_the_metadata_describe_the_pixels(dataset, tmp_path):
+    path = ImageSource(dataset, CONFIG, tmp_path).disk_cache.path
     note = json.loads(path.with_suffix(".json").read_text())
     assert note["count"] == 6 and path.stat().st_size == 6 * 3 * 8 * 8
     assert note["numbers"] == {"label": list(range(6))}

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.toy_encoding import Broken
+from helpers.toy_encoding import BrokenDataset
 from train.config import DataConfig
 from train.data.loading import (
+    EpochShuffle,
     ImageSource,
-    Order,
     TrainingCodes,
     TrainingImages,
     fixed_subset,
     images_in_order,
-    streams,
+    sample_streams,
     training_batches,
 )
 from train.datasets import ArrayDataset, Blocks
@@ -42,23 +42,23 @@ class Sharded(ArrayDataset):
 
 def batches(source, *, start=0, steps=6, size=4, world=None, accumulate=1, **options):
     world, options = world or DistContext(CPU), {"workers": 0} | options
-    found = training_batches(
+    steps_of_parts = training_batches(
         source, start=start, steps=steps, batch_size=size, accumulate=accumulate, world=world, **options
     )
-    return [{key: torch.cat([part[key] for part in parts]) for key in parts[0]} for parts in found]
+    return [{key: torch.cat([part[key] for part in parts]) for key in parts[0]} for parts in steps_of_parts]
 
 
-def test_an_epoch_visits_every_sample_once_and_the_next_in_another_order():
-    order = Order(50, seed=3)
+def test_each_epoch_visits_every_sample_once_in_another_order():
+    order = EpochShuffle(50, seed=3)
     epochs = [[order[50 * e + i] for i in range(50)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(50))
     assert epochs[0] != epochs[1]
-    assert [Order(50, 3)[i] for i in range(50)] == epochs[0] != [Order(50, 4)[i] for i in range(50)]
+    assert [EpochShuffle(50, 3)[i] for i in range(50)] == epochs[0] != [EpochShuffle(50, 4)[i] for i in range(50)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_any_number_of_processes_and_workers_gives_the_same_batches(workers, accumulate):
+def test_batches_do_not_depend_on_ranks_and_workers(workers, accumulate):
     source = TrainingImages(ImageSource(numbered(10), CONFIG), seed=1)
     whole = batches(source)
     halves = [
@@ -69,7 +69,7 @@ def test_any_number_of_processes_and_workers_gives_the_same_batches(workers, acc
             assert torch.equal(batch[key], torch.cat([half[step][key] for half in halves])), key
 
 
-def test_a_resumed_run_gets_what_the_unbroken_one_would_have_got():
+def test_a_resumed_run_gets_the_batches_of_an_uninterrupted_one():
     source = TrainingImages(ImageSource(numbered(10), CONFIG), seed=1)
     whole, rest = batches(source), batches(TrainingImages(ImageSource(numbered(10), CONFIG), seed=1), start=4)
     assert [b["position"].tolist() for b in rest] == [b["position"].tolist() for b in whole[4:]]
@@ -78,7 +78,7 @@ def test_a_resumed_run_gets_what_the_unbroken_one_would_have_got():
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("processes, workers, start", [(1, 1, 0), (1, 3, 2), (2, 0, 5), (4, 1, 3)])
-def test_blocks_come_in_one_order_for_any_processes_and_workers_and_from_any_step(processes, workers, start):
+def test_block_order_does_not_depend_on_ranks_workers_and_start(processes, workers, start):
     dataset = Sharded(*dataclasses.astuple(numbered(48)), blocks=Blocks((10, 14, 12, 12), 2))
     source = TrainingImages(ImageSource(dataset, CONFIG), seed=1)
     whole = torch.cat([batch["label"] for batch in batches(source)])
@@ -92,7 +92,7 @@ def test_blocks_come_in_one_order_for_any_processes_and_workers_and_from_any_ste
     assert torch.equal(torch.cat(together), whole[4 * start :])
 
 
-def drawing(item):
+def draw_numbers(item):
     """What a user's function may do: draw from any of the global generators."""
     numbers = [random.random(), np.random.rand(), torch.rand(()).item()]
     return item | {"drawn": torch.tensor(numbers, dtype=torch.float64)}
@@ -100,21 +100,21 @@ def drawing(item):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("workers", [1, 3])
-def test_what_a_users_function_draws_follows_the_position_not_the_worker(workers):
-    source = TrainingImages(ImageSource(numbered(10), CONFIG), 1, drawing)
-    here, there = batches(source), batches(source, start=2, workers=workers)
+def test_random_numbers_in_adapt_depend_on_the_position_only(workers):
+    source = TrainingImages(ImageSource(numbered(10), CONFIG), 1, draw_numbers)
+    whole, resumed = batches(source), batches(source, start=2, workers=workers)
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     again = batches(source)
-    for a, b, c in zip(here[2:], there, again[2:], strict=True):
+    for a, b, c in zip(whole[2:], resumed, again[2:], strict=True):
         assert torch.equal(a["drawn"], b["drawn"]) and torch.equal(a["drawn"], c["drawn"])
-    drawn = torch.cat([batch["drawn"] for batch in here])
+    drawn = torch.cat([batch["drawn"] for batch in whole])
     assert all(len(set(column.tolist())) == len(drawn) for column in drawn.T)
-    other = batches(TrainingImages(ImageSource(numbered(10), CONFIG), 2, drawing))
-    assert not torch.equal(other[0]["drawn"], here[0]["drawn"])
+    other = batches(TrainingImages(ImageSource(numbered(10), CONFIG), 2, draw_numbers))
+    assert not torch.equal(other[0]["drawn"], whole[0]["drawn"])
 
 
-def test_a_users_function_leaves_the_global_generators_as_they_were():
-    source = TrainingImages(ImageSource(numbered(10), CONFIG), 1, drawing)
+def test_adapt_does_not_change_the_global_random_generators():
+    source = TrainingImages(ImageSource(numbered(10), CONFIG), 1, draw_numbers)
     states = []
     for positions in ([], [0, 1, 2]):
         random.seed(5), np.random.seed(5), torch.manual_seed(5)
@@ -135,17 +135,17 @@ class Group(TrainingImages):
         return batch | {"position": torch.tensor(positions)}
 
 
-def test_signals_to_the_group_of_the_training_process_do_not_reach_its_workers_which_it_can_end():
+def test_workers_ignore_signals_sent_to_the_process_group():
     kinds = (signal.SIGTERM, signal.SIGINT)  # a training process has handlers of both, also one in the background
     before = [signal.signal(kind, lambda number, frame: None) for kind in kinds]
     try:
         source = Group(ImageSource(numbered(10), CONFIG), 1)
-        here, there = batches(source)[0], batches(source, workers=1)[0]
+        in_process, in_worker = batches(source)[0], batches(source, workers=1)[0]
     finally:
         for kind, handler in zip(kinds, before, strict=True):
             signal.signal(kind, handler)
-    assert here["group"] == os.getpgrp() != there["group"]
-    assert there["handlers"].all() and not here["handlers"].any()
+    assert in_process["group"] == os.getpgrp() != in_worker["group"]
+    assert in_worker["handlers"].all() and not in_process["handlers"].any()
 
 
 def test_images_are_in_minus_one_to_one_and_keep_their_label():
@@ -155,11 +155,11 @@ def test_images_are_in_minus_one_to_one_and_keep_their_label():
         assert torch.allclose(grey, batch["label"].float(), atol=1e-3)
 
 
-def test_streams_follow_the_position_not_the_batch():
+def test_streams_depend_on_the_position_not_the_batch():
     batch = {"position": torch.tensor([4, 9])}
-    both = streams(0, "mask", batch, CPU).uniform((2, 3))
-    assert torch.equal(both[1:], streams(0, "mask", {"position": torch.tensor([9])}, CPU).uniform((1, 3)))
-    assert not torch.equal(both, streams(0, "time", batch, CPU).uniform((2, 3)))
+    both = sample_streams(0, "mask", batch, CPU).uniform((2, 3))
+    assert torch.equal(both[1:], sample_streams(0, "mask", {"position": torch.tensor([9])}, CPU).uniform((1, 3)))
+    assert not torch.equal(both, sample_streams(0, "time", batch, CPU).uniform((2, 3)))
 
 
 def test_indivisible_batches_are_refused():
@@ -170,26 +170,26 @@ def test_indivisible_batches_are_refused():
         batches(source, size=4, accumulate=3)
 
 
-def test_an_unreadable_image_is_skipped_counted_and_named_once():
-    dataset = Broken(*dataclasses.astuple(numbered(6)), broken=(2,))
+def test_an_unreadable_image_is_skipped_and_reported_once():
+    dataset = BrokenDataset(*dataclasses.astuple(numbered(6)), broken=(2,))
     source = TrainingImages(ImageSource(dataset, CONFIG), seed=0)
     with pytest.warns(UserWarning, match="skipped unreadable image 1: image 2: cut short") as caught:
-        found = batches(source, steps=6)
+        shuffled = batches(source, steps=6)
     assert len(caught) == 1
-    assert 2 not in torch.cat([batch["label"] for batch in found])
+    assert 2 not in torch.cat([batch["label"] for batch in shuffled])
     with pytest.warns(UserWarning, match="skipped 1 unreadable images: image 2"):
         in_order = list(images_in_order(ImageSource(dataset, CONFIG), 4))
     assert torch.cat([batch["index"] for batch in in_order]).tolist() == [0, 1, 3, 4, 5]
 
 
-def test_nothing_readable_is_an_error():
-    dataset = Broken(*dataclasses.astuple(numbered(3)), broken=(0, 1, 2))
+def test_no_readable_image_is_an_error():
+    dataset = BrokenDataset(*dataclasses.astuple(numbered(3)), broken=(0, 1, 2))
     source = TrainingImages(ImageSource(dataset, CONFIG), seed=0)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="not one image"):
         batches(source)
 
 
-def test_a_fixed_subset_is_no_prefix_and_always_the_same():
+def test_a_fixed_subset_is_always_the_same_and_not_a_prefix():
     subset = fixed_subset(1000, 100)
     assert subset == fixed_subset(1000, 100)
     assert len(set(subset)) == 100 and max(subset) > 900  # sorted data are met all over
@@ -201,59 +201,61 @@ def test_codes_keep_their_labels_in_every_view():
     source = TrainingCodes(ids, torch.arange(5), seed=0)
     for batch in batches(source, steps=5, size=2):
         assert torch.equal(batch["codes"].flatten() % 5, batch["label"])
-    seen = torch.cat([batch["codes"].flatten() for batch in batches(source, steps=5, size=2)])
-    assert sorted(seen.tolist()) == list(range(10))
+    codes = torch.cat([batch["codes"].flatten() for batch in batches(source, steps=5, size=2)])
+    assert sorted(codes.tolist()) == list(range(10))
 
 
-def test_kept_in_memory_is_what_was_read():
+def test_items_in_memory_equal_those_read():
     config = dataclasses.replace(CONFIG, in_memory=True)
-    kept, read = ImageSource(numbered(4), config), ImageSource(numbered(4), CONFIG)
+    cached, read = ImageSource(numbered(4), config), ImageSource(numbered(4), CONFIG)
     for index in (1, 1, 3):
-        assert torch.equal(kept[index]["image"], read[index]["image"])
-    assert sorted(kept.kept) == [1, 3]
+        assert torch.equal(cached[index]["image"], read[index]["image"])
+    assert sorted(cached.memory_cache) == [1, 3]
 
 
 CUT = DataConfig(img_size=4, img_width=6, n_channels=1, crop_margin=2, horizontal_flip=True)
 
 
-def places(n: int) -> ArrayDataset:
+def distinct_pixels(n: int) -> ArrayDataset:
     """n images 6 high and 8 wide, whose pixels all differ."""
     return ArrayDataset(np.arange(48, dtype=np.uint8).reshape(1, 6, 8).repeat(n, 0), np.arange(n), n)
 
 
-def test_every_crop_comes_equally_often_and_follows_the_position():
-    source = TrainingImages(ImageSource(places(7), CUT, margin=2), seed=1)
-    seen = torch.cat([batch["image"] for batch in batches(source, steps=400, size=10)])
-    assert seen.shape == (4000, 1, 4, 6)
-    counts = seen.unique(dim=0, return_counts=True)[1]
+def test_crops_are_equally_frequent_and_depend_on_the_position():
+    source = TrainingImages(ImageSource(distinct_pixels(7), CUT, margin=2), seed=1)
+    crops = torch.cat([batch["image"] for batch in batches(source, steps=400, size=10)])
+    assert crops.shape == (4000, 1, 4, 6)
+    counts = crops.unique(dim=0, return_counts=True)[1]
     assert len(counts) == 10 and (counts - 400).abs().max() < 5 * 19  # of a multinomial: deviation 19
     again = torch.cat([batch["image"] for batch in batches(source, start=200, steps=400, size=10, workers=2)])
-    assert torch.equal(again, seen[2000:])
+    assert torch.equal(again, crops[2000:])
 
 
-def test_training_images_need_the_margin_that_their_crops_are_cut_from():
+def test_training_images_need_the_margin_of_their_crops():
     for margin in (0, 1, 3):
         with pytest.raises(ValueError, match=f"margin of {margin} pixels for crop_margin 2: .*margin=2"):
-            TrainingImages(ImageSource(places(7), CUT, margin=margin), seed=1)
+            TrainingImages(ImageSource(distinct_pixels(7), CUT, margin=margin), seed=1)
     with pytest.raises(ValueError, match="margin of 2 pixels for crop_margin 0"):
-        TrainingImages(ImageSource(places(7), dataclasses.replace(CUT, crop_margin=0), margin=2), seed=1)
+        TrainingImages(ImageSource(distinct_pixels(7), dataclasses.replace(CUT, crop_margin=0), margin=2), seed=1)
 
 
-def test_images_in_order_have_no_margin_unless_they_are_to_be_cut():
-    plain, larger = ImageSource(places(2), CUT), ImageSource(places(2), CUT, margin=2)
+def test_images_in_order_have_no_margin_by_default():
+    plain, larger = ImageSource(distinct_pixels(2), CUT), ImageSource(distinct_pixels(2), CUT, margin=2)
     assert next(images_in_order(plain, 2))["image"].shape == (2, 1, 4, 6)
     assert next(images_in_order(larger, 2))["image"].tolist() == [[np.arange(48).reshape(6, 8).tolist()]] * 2
-    uncut = ImageSource(places(2), dataclasses.replace(CUT, crop_margin=0))
+    uncut = ImageSource(distinct_pixels(2), dataclasses.replace(CUT, crop_margin=0))
     assert torch.equal(plain[1]["image"], uncut[1]["image"])
 
 
-def test_what_is_kept_in_memory_is_the_larger_image_and_no_view_reaches_it():
+def test_views_and_adapt_do_not_change_images_in_memory():
     def erasing(item):
         item["image"].zero_()
         return item
 
-    source = ImageSource(places(3), dataclasses.replace(CUT, in_memory=True), margin=2)
+    source = ImageSource(distinct_pixels(3), dataclasses.replace(CUT, in_memory=True), margin=2)
     for adapt in (None, erasing):
         batches(TrainingImages(source, 1, adapt))
-    assert len(source.kept) == 3
-    assert all(item["image"].tolist() == [np.arange(48).reshape(6, 8).tolist()] for item in source.kept.values())
+    assert len(source.memory_cache) == 3
+    assert all(
+        item["image"].tolist() == [np.arange(48).reshape(6, 8).tolist()] for item in source.memory_cache.values()
+    )

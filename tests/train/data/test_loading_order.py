@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion.rng import seed_of
-from train.data.loading import Order, PositionLists
+from train.data.loading import EpochShuffle, PositionSampler
 from train.datasets import Blocks
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=8)
@@ -22,60 +22,60 @@ def block_of(index: int, blocks: tuple[int, ...]) -> int:
 @given(sizes=sizes, window=st.integers(1, 4), seed=st.integers(0, 3), epoch=st.integers(0, 3), plain=st.booleans())
 def test_every_epoch_is_a_permutation(sizes, window, seed, epoch, plain):
     n = sum(sizes)
-    order = Order(n, seed, None if plain else Blocks(tuple(sizes), window))
+    order = EpochShuffle(n, seed, None if plain else Blocks(tuple(sizes), window))
     assert sorted(order[epoch * n + k] for k in range(n)) == list(range(n))
 
 
 @settings(deadline=None, max_examples=60)
 @given(sizes=sizes, window=st.integers(1, 4), places=st.lists(st.integers(0, 200), min_size=1, max_size=12))
-def test_a_position_has_one_index_whatever_was_asked_before(sizes, window, places):
+def test_an_index_depends_on_the_position_not_on_earlier_reads(sizes, window, places):
     blocks = Blocks(tuple(sizes), window)
-    order = Order(sum(sizes), 1, blocks)
-    assert [order[k] for k in places] == [Order(sum(sizes), 1, blocks)[k] for k in places]
+    order = EpochShuffle(sum(sizes), 1, blocks)
+    assert [order[k] for k in places] == [EpochShuffle(sum(sizes), 1, blocks)[k] for k in places]
 
 
 @settings(deadline=None, max_examples=60)
 @given(sizes=sizes, window=st.integers(1, 4), seed=st.integers(0, 3))
-def test_no_more_blocks_are_at_hand_than_the_window(sizes, window, seed):
-    order = Order(sum(sizes), seed, Blocks(tuple(sizes), window))
+def test_no_more_blocks_are_open_than_the_window(sizes, window, seed):
+    order = EpochShuffle(sum(sizes), seed, Blocks(tuple(sizes), window))
     visited = [block_of(order[k], tuple(sizes)) for k in range(sum(sizes))]
     spans = {block: (visited.index(block), len(visited) - visited[::-1].index(block)) for block in visited}
     for k in range(len(visited)):
         assert sum(first <= k < end for first, end in spans.values()) <= window
 
 
-def test_blocks_are_mixed_within_the_window_and_come_in_another_sequence_each_epoch():
-    order = Order(80, 0, Blocks((10,) * 8, 4))
+def test_blocks_are_mixed_within_a_window_and_reshuffled():
+    order = EpochShuffle(80, 0, Blocks((10,) * 8, 4))
     visited = [[order[80 * epoch + k] // 10 for k in range(80)] for epoch in range(2)]
     first = visited[0][:40]
     assert len(set(first)) == 4 and sum(a != b for a, b in pairwise(first)) > 20
     assert set(first) != {0, 1, 2, 3} and set(first) != set(visited[1][:40])
-    one = Order(50, 0, Blocks((50,), 1))
+    one = EpochShuffle(50, 0, Blocks((50,), 1))
     assert [one[k] for k in range(50)] != [one[50 + k] for k in range(50)]
-    assert [order[k] for k in range(10)] != [Order(80, 1, Blocks((10,) * 8, 4))[k] for k in range(10)]
+    assert [order[k] for k in range(10)] != [EpochShuffle(80, 1, Blocks((10,) * 8, 4))[k] for k in range(10)]
 
 
-def test_the_memory_of_an_epoch_is_a_window():
-    order = Order(10**6, 0, Blocks((100,) * 10**4, 8))
+def test_memory_is_bounded_by_the_window():
+    order = EpochShuffle(10**6, 0, Blocks((100,) * 10**4, 8))
     assert len({order[k] for k in range(800)}) == 800
     assert len(order.permutation) == 800
 
 
-def test_the_order_without_blocks_is_the_one_that_runs_have_always_had():
+def test_the_order_without_blocks_has_not_changed():
     expected = torch.randperm(20, generator=torch.Generator().manual_seed(seed_of(5, "order", 2))).tolist()
-    assert [Order(20, 5)[40 + k] for k in range(20)] == expected
+    assert [EpochShuffle(20, 5)[40 + k] for k in range(20)] == expected
 
 
 @pytest.mark.parametrize("blocks", [Blocks((3, 4), 2), Blocks((3, 0, 5), 2), Blocks((3, 5), 0)])
-def test_blocks_that_do_not_hold_the_samples_are_refused(blocks):
+def test_blocks_that_do_not_cover_the_samples_are_refused(blocks):
     with pytest.raises(ValueError, match="wanted each in one block"):
-        Order(8, 0, blocks)
+        EpochShuffle(8, 0, blocks)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("start", [0, 3, 7])
-def test_the_processes_together_take_each_position_once_from_any_step_on(processes, start):
+def test_the_ranks_together_visit_each_position_once(processes, start):
     share, steps = 8 // processes, 12
-    lists = [PositionLists(range(8 * start + rank * share, 8 * steps, 8), share, 1) for rank in range(processes)]
+    lists = [PositionSampler(range(8 * start + rank * share, 8 * steps, 8), share, 1) for rank in range(processes)]
     together = [sum(parts, []) for parts in zip(*lists, strict=True)]
     assert together == [list(range(8 * step, 8 * step + 8)) for step in range(start, steps)]

@@ -10,15 +10,15 @@ from torchvision.transforms.v2 import functional as F
 from train.config import DataConfig
 from train.data.transforms import (
     View,
+    all_views,
     check_8_bits,
-    covering,
+    cover_size,
     five_crops,
     from_unit_range,
     to_float,
     to_item,
     to_uint8,
     training_views,
-    views,
 )
 from train.datasets import FloatImage, Ragged, UnreadableImage
 
@@ -31,7 +31,7 @@ def boxed(image, box, size):
 @pytest.mark.parametrize("n_channels", [1, 3])
 @pytest.mark.parametrize("shape", [(8, 8), (50, 20), (20, 50, 3), (32, 32, 3)])
 @pytest.mark.parametrize("pil", [False, True])
-def test_every_image_becomes_a_square_of_the_wanted_channels(n_channels, shape, pil):
+def test_every_image_becomes_a_square_with_the_wanted_channels(n_channels, shape, pil):
     array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     item = {"image": Image.fromarray(array) if pil else array, "label": 5}
     result = to_item(item, (32, 32), n_channels)
@@ -41,7 +41,7 @@ def test_every_image_becomes_a_square_of_the_wanted_channels(n_channels, shape, 
     assert item["image"] is not result["image"]
 
 
-def test_grey_and_colour_turn_into_each_other_without_loss():
+def test_grey_and_rgb_convert_without_loss():
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     assert np.array_equal(to_item({"image": grey}, (16, 16), 1)["image"][0], grey)
     colour = to_item({"image": grey}, (16, 16), 3)["image"]
@@ -59,21 +59,21 @@ def test_the_centre_of_the_long_side_is_kept():
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 24), (24, 16), (7, 30)])
 @pytest.mark.parametrize("height, width", [(40, 40), (33, 77), (77, 33), (5, 9), (16, 24), (1, 200)])
-def test_an_image_is_resized_to_just_cover_the_size_and_keeps_its_aspect(size, height, width):
-    high, wide = covering(height, width, size)
+def test_cover_size_keeps_the_aspect_and_just_covers(size, height, width):
+    high, wide = cover_size(height, width, size)
     assert high >= size[0] and wide >= size[1] and (high == size[0] or wide == size[1])
     scale = max(size[0] / height, size[1] / width)
     assert abs(high - scale * height) < 1 and abs(wide - scale * width) < 1
 
 
 @pytest.mark.parametrize("shape", [(50, 20, 3), (20, 50, 3), (37, 23, 3), (11, 90, 3)])
-def test_the_pixels_of_squares_are_those_of_the_short_side_fitted(shape):
+def test_squares_match_resizing_the_short_side(shape):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     fitted = F.center_crop(F.resize(image, [16], F.InterpolationMode.BICUBIC, antialias=True), [16])
     assert torch.equal(to_item({"image": image}, (16, 16), 3)["image"], F.to_image(fitted))
 
 
-def test_an_image_that_is_not_square_keeps_the_centre_of_what_does_not_fit():
+def test_non_square_sizes_are_cropped_at_the_centre():
     image = np.zeros((10, 30), np.uint8)
     image[:, 5:25] = 255
     for size, pixels in [((10, 20), image), ((20, 10), image.T.copy())]:
@@ -83,7 +83,7 @@ def test_an_image_that_is_not_square_keeps_the_centre_of_what_does_not_fit():
     assert to_item({"image": rows}, (10, 20), 1)["image"][0, :, 7].tolist() == list(range(15, 25))
 
 
-def test_masks_and_boxes_follow_an_image_that_is_not_square():
+def test_masks_and_boxes_follow_a_non_square_image():
     item = boxed(np.zeros((20, 40, 3), np.uint8), [20, 0, 30, 10], (20, 40)) | {
         "mask": tv_tensors.Mask(torch.arange(40).expand(20, 40).clone())
     }
@@ -93,7 +93,7 @@ def test_masks_and_boxes_follow_an_image_that_is_not_square():
     assert result["mask"][3].tolist() == list(range(5, 35))
 
 
-def test_shrinking_averages_and_does_not_pick_pixels():
+def test_downscaling_is_antialiased():
     stripes = np.zeros((64, 64), np.uint8)
     stripes[:, ::2] = 255
     image = to_item({"image": stripes}, (8, 8), 1)["image"].float()
@@ -121,19 +121,19 @@ def test_label_maps_are_resized_without_new_labels(dtype):
     assert result["several"].shape == (2, 8, 8) and result["several"].dtype == torch.bool
 
 
-def test_boxes_out_of_sight_keep_their_rows():
+def test_boxes_outside_the_image_keep_their_rows():
     """The centre of a wide image is kept: one box is cut, one is left of it, one is in it."""
     item = boxed(np.zeros((10, 30), np.uint8), [5, 0, 15, 10], (10, 30))
     rows = torch.tensor([[5, 0, 15, 10], [0, 2, 8, 4], [12, 1, 14, 3]])
     item["boxes"] = tv_tensors.wrap(rows, like=item["boxes"])
-    kept = to_item(item, (10, 10), 1)["boxes"]
-    assert kept.tolist() == [[0, 0, 5, 10], [0, 2, 0, 4], [2, 1, 4, 3]]
-    moved = View(dx=7, dy=-2)({"boxes": kept})["boxes"]
+    cropped = to_item(item, (10, 10), 1)["boxes"]
+    assert cropped.tolist() == [[0, 0, 5, 10], [0, 2, 0, 4], [2, 1, 4, 3]]
+    moved = View(dx=7, dy=-2)({"boxes": cropped})["boxes"]
     assert moved.tolist() == [[7, 0, 10, 8], [7, 0, 7, 2], [9, 0, 10, 1]] and moved.canvas_size == (10, 10)
 
 
 @pytest.mark.parametrize("view", [View(), View(flip=True, dx=1), View(crop=(1, 1, 4, 4)), View(dy=-2, flip=True)])
-def test_nothing_in_an_image_moves_too(view):
+def test_empty_boxes_and_masks_are_transformed(view):
     boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(6, 6))
     item = {"image": np.zeros((6, 6), np.uint8), "boxes": boxes, "masks": tv_tensors.Mask(torch.zeros(0, 6, 6))}
     moved = view(to_item(item, (6, 6), 1))
@@ -142,7 +142,7 @@ def test_nothing_in_an_image_moves_too(view):
     assert moved["masks"].shape == (0, *size)
 
 
-def test_a_view_moves_annotations_without_an_image_and_plain_tensors_not():
+def test_a_view_moves_tv_tensors_but_not_plain_tensors():
     item = {"vector": torch.arange(6).view(2, 3), "classes": tv_tensors.Mask(torch.arange(6).view(2, 3)), "name": "a"}
     moved = View(flip=True)(item)
     assert moved["vector"].tolist() == [[0, 1, 2], [3, 4, 5]] and moved["name"] == "a"
@@ -153,7 +153,7 @@ SIXTEEN = np.array([[0, 2048, 4095, 5000]], np.uint16)
 
 
 @pytest.mark.parametrize("image", [SIXTEEN, Image.fromarray(SIXTEEN)])
-def test_sixteen_bits_go_by_the_range_of_the_data(image):
+def test_sixteen_bit_images_are_scaled_by_the_data_range(image):
     pixels = to_item({"image": image}, (1, 4), 1, (0, 4095))["image"]
     assert isinstance(pixels, tv_tensors.Image) and pixels.dtype == torch.float32
     assert torch.allclose(pixels[0, 0], torch.tensor([-1, 2048 / 4095 * 2 - 1, 1, 1]), atol=1e-6)
@@ -164,7 +164,7 @@ def test_sixteen_bits_go_by_the_range_of_the_data(image):
 
 @pytest.mark.parametrize("n_channels", [1, 3])
 @pytest.mark.parametrize("shape", [(8, 6), (6, 8, 3)])
-def test_floats_are_resized_as_eight_bits_are(n_channels, shape):
+def test_floats_are_resized_like_eight_bit_images(n_channels, shape):
     array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     eight = to_item({"image": array}, (12, 10), n_channels)["image"]
     floats = to_item({"image": FloatImage(array / np.float32(255), (0.0, 1.0))}, (12, 10), n_channels)["image"]
@@ -173,7 +173,7 @@ def test_floats_are_resized_as_eight_bits_are(n_channels, shape):
     assert distance.max() <= 4 and distance.mean() < 0.5  # PIL rounds and clamps after each axis
 
 
-def test_a_given_range_goes_before_the_declared_one():
+def test_a_given_range_overrides_the_declared_one():
     image = FloatImage(np.array([[0.0, 2.0]], np.float32), (0.0, 2.0))
     assert to_item({"image": image}, (1, 2), 1)["image"].tolist() == [[[-1, 1]]]
     assert to_item({"image": image}, (1, 2), 1, (0.0, 4.0))["image"].tolist() == [[[-1, 0]]]
@@ -181,7 +181,7 @@ def test_a_given_range_goes_before_the_declared_one():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_pixels_that_are_no_numbers_are_refused(value):
+def test_nan_and_infinite_pixels_are_refused(value):
     pixels = np.zeros((4, 4), np.float32)
     pixels[1, 2] = value
     for image, data_range in ((FloatImage(pixels, (0, 1)), None), (pixels, (0, 1))):
@@ -189,7 +189,7 @@ def test_pixels_that_are_no_numbers_are_refused(value):
             to_item({"image": image}, (4, 4), 1, data_range)
 
 
-def test_boxes_that_ask_for_no_clamping_are_not_clamped():
+def test_boxes_with_clamping_mode_none_are_not_clamped():
     boxes = torch.tensor([[0, 0, 4, 4], [10, 4, 16, 8]])  # the centre of the wide image is x from 4 to 12
     for mode, wanted in (("soft", [[0, 0, 0, 4], [6, 4, 8, 8]]), (None, [[-4, 0, 0, 4], [6, 4, 12, 8]])):
         given = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(8, 16), clamping_mode=mode)
@@ -208,12 +208,12 @@ def test_boxes_that_ask_for_no_clamping_are_not_clamped():
         (FloatImage(np.zeros((2, 2, 4)), (0.0, 1.0)), None, r"\(2, 2, 4\), wanted \(H, W\)"),
     ],
 )
-def test_images_of_unclear_values_are_refused(image, data_range, message):
+def test_images_of_unknown_range_or_type_are_refused(image, data_range, message):
     with pytest.raises(ValueError, match=message):
         to_item({"image": image}, (2, 2), 1, data_range)
 
 
-def test_black_comes_into_sight_in_floats_too():
+def test_shifts_uncover_black_in_float_images_too():
     image = tv_tensors.Image(torch.full((1, 3, 4), 0.5))
     assert View(dx=1, dy=-1)({"image": image})["image"].tolist() == [[[-1, 0.5, 0.5, 0.5]] * 2 + [[-1] * 4]]
     assert View(dx=-1)(image)[0, 0].tolist() == [0.5, 0.5, 0.5, -1]
@@ -221,7 +221,7 @@ def test_black_comes_into_sight_in_floats_too():
     assert View(dx=1)({"depth": depth})["depth"][0].tolist() == [0, 0.5, 0.5, 0.5]
 
 
-def test_likelihoods_in_bits_are_of_eight_bits():
+def test_bits_per_dimension_need_eight_bit_images():
     check_8_bits(to_float(torch.arange(256, dtype=torch.uint8)))
     with pytest.raises(ValueError, match="not of 8 bits"):
         check_8_bits(torch.tensor([1000 / 32767.5 - 1]))
@@ -249,7 +249,7 @@ PIXELS = torch.arange(1, 13, dtype=torch.uint8).view(1, 3, 4)
         (View(flip=True, dx=1, dy=1), [[0, 0, 0, 0], [0, 4, 3, 2], [0, 8, 7, 6]]),
     ],
 )
-def test_a_view_mirrors_first_and_then_moves(view, rows):
+def test_a_view_mirrors_before_it_shifts(view, rows):
     image = tv_tensors.Image(PIXELS)
     moved = view({"image": image, "label": 1})
     assert moved["image"].tolist() == [rows] and isinstance(moved["image"], tv_tensors.Image)
@@ -271,17 +271,17 @@ def test_boxes_and_masks_move_with_their_image():
 @pytest.mark.parametrize("flip, shift, count", [(False, 0, 1), (True, 0, 2), (False, 1, 9), (True, 2, 50)])
 def test_all_views_are_different_and_the_first_changes_nothing(flip, shift, count):
     image = torch.arange(1, 65, dtype=torch.uint8).view(1, 8, 8)
-    seen = [view(image) for view in views(flip, shift)]
-    assert len(seen) == count == len({tuple(view.flatten().tolist()) for view in seen})
-    assert torch.equal(seen[0], image)
+    outputs = [view(image) for view in all_views(flip, shift)]
+    assert len(outputs) == count == len({tuple(view.flatten().tolist()) for view in outputs})
+    assert torch.equal(outputs[0], image)
 
 
 def test_a_negative_shift_is_refused():
     with pytest.raises(ValueError, match="shift is -1"):
-        views(False, -1)
+        all_views(False, -1)
 
 
-def of_margin(image, margin, size, flip=False):
+def in_training_views(image, margin, size, flip=False):
     """What an image looks like in each training view."""
     data = DataConfig(img_size=size[0], img_width=size[1], crop_margin=margin, horizontal_flip=flip)
     return [view(image) for view in training_views(data)]
@@ -290,26 +290,26 @@ def of_margin(image, margin, size, flip=False):
 @pytest.mark.parametrize("margin", [2, 3, 4])
 def test_crops_are_the_centre_and_the_four_corners(margin):
     image = torch.arange(1, 1 + (6 + margin) * (8 + margin)).view(1, 6 + margin, 8 + margin)
-    seen = of_margin(image, margin, (6, 8))
+    outputs = in_training_views(image, margin, (6, 8))
     middle = image[:, margin // 2 :, margin // 2 :][:, :6, :8]
     corners = [image[:, :6, :8], image[:, :6, margin:], image[:, margin:, :8], image[:, margin:, margin:]]
-    assert len(seen) == 5 and all(torch.equal(a, b) for a, b in zip(seen, [middle, *corners], strict=True))
-    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    assert len(outputs) == 5 and all(torch.equal(a, b) for a, b in zip(outputs, [middle, *corners], strict=True))
+    assert not any(torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
 
 
-def test_with_flips_there_are_ten_crops_each_with_its_mirror_image():
+def test_flips_double_the_five_crops():
     image = torch.arange(1, 131).view(1, 10, 13)
-    seen = of_margin(image, 4, (6, 9), flip=True)
-    assert len(seen) == 10 == len({tuple(view.flatten().tolist()) for view in seen})
-    assert all(torch.equal(seen[5 + i], seen[i].flip(-1)) for i in range(5))
+    outputs = in_training_views(image, 4, (6, 9), flip=True)
+    assert len(outputs) == 10 == len({tuple(view.flatten().tolist()) for view in outputs})
+    assert all(torch.equal(outputs[5 + i], outputs[i].flip(-1)) for i in range(5))
 
 
-def test_a_crop_is_cut_before_it_is_mirrored_and_moved():
+def test_a_view_crops_before_it_mirrors_and_shifts():
     view = View(flip=True, dx=1, crop=(1, 2, 2, 2))
     assert view(tv_tensors.Image(PIXELS)).tolist() == [[[0, 8], [0, 12]]]
 
 
-def test_boxes_and_masks_are_cut_with_their_image():
+def test_boxes_and_masks_are_cropped_with_their_image():
     item = boxed(tv_tensors.Image(torch.zeros(3, 8, 10)), [3, 2, 6, 5], (8, 10))
     item["image"][:, 2:5, 3:6] = 1
     item["mask"] = tv_tensors.Mask(item["image"][0].long())
@@ -334,24 +334,24 @@ def test_a_view_is_a_copy(view):
 
 
 @pytest.mark.parametrize("crop", [(0, 0, 4, 4), (0, 1, 3, 4), (1, 0, 3, 4), (-1, 0, 3, 4), (0, -1, 3, 4)])
-def test_a_crop_of_what_an_image_does_not_have_is_refused(crop):
+def test_a_crop_outside_the_image_is_refused(crop):
     with pytest.raises(ValueError, match="got 3x4 pixels to cut .*--crop_margin"):
         View(crop=crop)(PIXELS)
 
 
-def test_images_without_the_margin_are_refused_by_the_views_that_cut_it():
+def test_crops_of_images_without_a_margin_are_refused():
     cutting = training_views(DataConfig(img_size=3, img_width=4, crop_margin=2))
     for view in cutting[:1] + cutting[2:]:  # all but the corner at the top left
         with pytest.raises(ValueError, match="got 3x4 pixels"):
             view(PIXELS)
 
 
-def test_what_says_which_view_it_is_keeps_its_meaning_where_nothing_is_cut():
-    assert [view.describe() for view in views(True, 1)[::9]] == [[False, 0, 0], [True, 0, 0]]
-    assert View(True, 2, -1).describe() == [True, 2, -1]
-    assert View(crop=(1, 2, 3, 4)).describe() == [False, 0, 0, 1, 2, 3, 4] and not View(crop=(0, 0, 3, 4)).identity
+def test_the_key_of_a_view_without_a_crop_has_not_changed():
+    assert [view.to_list() for view in all_views(True, 1)[::9]] == [[False, 0, 0], [True, 0, 0]]
+    assert View(True, 2, -1).to_list() == [True, 2, -1]
+    assert View(crop=(1, 2, 3, 4)).to_list() == [False, 0, 0, 1, 2, 3, 4] and not View(crop=(0, 0, 3, 4)).is_identity
     data = [DataConfig(img_size=8, img_width=w, crop_margin=m, horizontal_flip=True) for w in (8, 9) for m in (0, 2, 4)]
-    described = [[tuple(view.describe()) for view in training_views(each)] for each in data]
+    described = [[tuple(view.to_list()) for view in training_views(each)] for each in data]
     assert described[0] == described[3] == [(False, 0, 0), (True, 0, 0)]
     assert all(len(set(each)) == len(each) for each in described) and len(set(map(tuple, described))) == 5
     assert five_crops((8, 9), 0) == [None]
@@ -370,6 +370,6 @@ def test_to_uint8_rounds_and_clamps():
     assert to_uint8(floats).tolist() == [0, 0, 100, 100, 255, 255]
 
 
-def test_to_float_refuses_what_has_been_scaled():
+def test_to_float_refuses_floats():
     with pytest.raises(ValueError, match="image is torch.float32"):
         to_float(torch.zeros(3))

@@ -10,7 +10,7 @@ import pytest
 from train.datasets import cifar10, digits, fashion_mnist, mnist
 
 
-def test_digits_are_all_there_once_and_use_the_full_range():
+def test_digits_are_complete_and_use_the_full_range():
     splits = [digits.build(digits.Config(), split) for split in ("train", "val")]
     assert [len(split) for split in splits] == [1438, 359]
     images = np.concatenate([split.images for split in splits])
@@ -44,7 +44,7 @@ def test_digits_read_no_folder(tmp_path):
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])
-def test_idx_files_are_read_raw_and_packed_in_every_documented_place(module, folder, packed, tmp_path, tiny):
+def test_idx_files_are_read_raw_and_gzipped_in_every_folder(module, folder, packed, tmp_path, tiny):
     tiny.save_mnist(tmp_path / folder)
     if packed:
         for path in list((tmp_path / folder).iterdir()):
@@ -57,29 +57,29 @@ def test_idx_files_are_read_raw_and_packed_in_every_documented_place(module, fol
     assert train.labels.tolist() == [0, 1, 2, 3, 4]
 
 
-def spoil_idx(path, how, idx):
+def spoil_idx(path, damage, idx):
     """Damages the training images at `path` in the named way."""
     whole = path.read_bytes()
     packed = path.with_name(f"{path.name}.gz")
-    if how == "wrong magic":
+    if damage == "wrong magic":
         path.write_bytes(b"\x00\x00\x0d\x03" + whole[4:])
-    elif how == "too short for a header":
+    elif damage == "too short for a header":
         path.write_bytes(whole[:6])
-    elif how == "truncated":
+    elif damage == "truncated":
         path.write_bytes(whole[:-1])
-    elif how == "too long":
+    elif damage == "too long":
         path.write_bytes(whole + b"\x00")
-    elif how == "no images":
+    elif damage == "no images":
         path.write_bytes(idx(np.zeros((0, 28, 28), np.uint8)))
         path.with_name("train-labels-idx1-ubyte").write_bytes(idx(np.zeros(0, np.uint8)))
     else:
         path.unlink()
         cut = gzip.compress(whole)[:-9]
-        packed.write_bytes({"truncated gzip": cut, "no gzip": whole, "broken gzip": cut[:10] + b"\xff" * 50}[how])
+        packed.write_bytes({"truncated gzip": cut, "no gzip": whole, "broken gzip": cut[:10] + b"\xff" * 50}[damage])
 
 
 @pytest.mark.parametrize(
-    "how, message",
+    "damage, message",
     [
         ("wrong magic", "begins with 00000d03, an IDX file with 00000803"),
         ("too short for a header", "begins with"),
@@ -91,14 +91,14 @@ def spoil_idx(path, how, idx):
         ("broken gzip", "no whole gzip file"),
     ],
 )
-def test_a_damaged_idx_file_is_named_with_the_reason(how, message, tmp_path, tiny):
+def test_a_damaged_idx_file_is_reported_with_the_reason(damage, message, tmp_path, tiny):
     tiny.save_mnist(tmp_path)
-    spoil_idx(tmp_path / "train-images-idx3-ubyte", how, tiny.idx)
+    spoil_idx(tmp_path / "train-images-idx3-ubyte", damage, tiny.idx)
     with pytest.raises(ValueError, match=f"train-images-idx3-ubyte.*{message}.*download it again"):
         mnist.build(mnist.Config(data_dir=str(tmp_path)), "train")
 
 
-def test_idx_labels_must_fit_the_images(tmp_path, tiny):
+def test_idx_labels_must_match_the_images(tmp_path, tiny):
     labels = tiny.save_mnist(tmp_path) / "train-labels-idx1-ubyte"
     labels.write_bytes(tiny.idx(np.zeros(4, np.uint8)))
     with pytest.raises(ValueError, match="5 images but .* 4 labels"):
@@ -109,13 +109,13 @@ def test_idx_labels_must_fit_the_images(tmp_path, tiny):
 
 
 @pytest.mark.parametrize("module", [mnist, fashion_mnist])
-def test_missing_idx_files_say_what_was_looked_for_where_and_whence(module, tmp_path):
+def test_missing_idx_files_name_folders_and_download(module, tmp_path):
     with pytest.raises(FileNotFoundError, match="no t10k-images-idx3-ubyte or .*gz in .*raw: download it from https"):
         module.build(module.Config(data_dir=str(tmp_path)), "val")
 
 
 @pytest.mark.parametrize("folder", ["", "cifar-10-batches-py"])
-def test_cifar_is_read_channels_last_in_every_documented_place(folder, tmp_path, tiny):
+def test_cifar_is_read_channels_last_in_every_folder(folder, tmp_path, tiny):
     tiny.save_cifar(tmp_path / folder)
     train, val = (cifar10.build(cifar10.Config(data_dir=str(tmp_path)), split) for split in ("train", "val"))
     assert (len(train), len(val)) == (20, 4)
@@ -140,7 +140,7 @@ def python2_batch(data: np.ndarray, labels: list[int]) -> bytes:
     return b"\x80\x02}(U\x06labels" + numbers + b"U\x04data" + array + b"u."
 
 
-def test_cifar_batches_written_by_python_2_are_read_without_a_warning(tmp_path):
+def test_python_2_cifar_batches_are_read_without_a_warning(tmp_path):
     data = np.random.default_rng(0).integers(0, 256, (3, 3072), np.uint8)
     path = tmp_path / "test_batch"
     path.write_bytes(python2_batch(data, [1, 2, 9]))
@@ -157,7 +157,7 @@ class Payload:
         return os.mkdir, (str(self.target),)
 
 
-def test_a_poisoned_cifar_batch_runs_nothing_and_is_named(tmp_path, tiny):
+def test_a_malicious_cifar_batch_is_refused_and_not_run(tmp_path, tiny):
     target = tmp_path / "taken"
     batch = tiny.cifar_batch() | {b"extra": Payload(target)}
     (tmp_path / "test_batch").write_bytes(pickle.dumps(batch))
@@ -169,7 +169,7 @@ def test_a_poisoned_cifar_batch_runs_nothing_and_is_named(tmp_path, tiny):
 
 
 @pytest.mark.parametrize("name", ["builtins eval", "os system", "numpy load", "_codecs encode", "builtins getattr"])
-def test_the_unpickler_admits_no_function(name, tmp_path):
+def test_the_unpickler_refuses_functions(name, tmp_path):
     module, attribute = name.split()
     (tmp_path / "test_batch").write_bytes(f"c{module}\n{attribute}\n.".encode())
     with pytest.raises(ValueError, match="which is not data"):
@@ -192,13 +192,13 @@ def test_the_unpickler_admits_no_function(name, tmp_path):
         pickle.dumps({b"data": np.zeros((0, 3072), np.uint8), b"labels": []}, protocol=4),
     ],
 )
-def test_a_malformed_cifar_batch_is_named(content, tmp_path):
+def test_a_malformed_cifar_batch_is_refused(content, tmp_path):
     (tmp_path / "test_batch").write_bytes(content)
     with pytest.raises(ValueError, match="test_batch .*unpack http"):
         cifar10.build(cifar10.Config(data_dir=str(tmp_path)), "val")
 
 
-def test_a_truncated_cifar_batch_is_named(tmp_path, tiny):
+def test_a_truncated_cifar_batch_is_refused(tmp_path, tiny):
     whole = pickle.dumps(tiny.cifar_batch(), protocol=4)
     for length in range(0, len(whole), 500):
         (tmp_path / "test_batch").write_bytes(whole[:length])
@@ -206,7 +206,7 @@ def test_a_truncated_cifar_batch_is_named(tmp_path, tiny):
             cifar10.build(cifar10.Config(data_dir=str(tmp_path)), "val")
 
 
-def test_missing_cifar_batches_say_what_was_looked_for_where_and_whence(tmp_path, tiny):
+def test_missing_cifar_batches_name_folders_and_download(tmp_path, tiny):
     (tiny.save_cifar(tmp_path) / "data_batch_3").unlink()
     with pytest.raises(FileNotFoundError, match="no data_batch_3 in .*cifar-10-batches-py: unpack https"):
         cifar10.build(cifar10.Config(data_dir=str(tmp_path)), "train")

@@ -87,7 +87,7 @@ def test_items_are_eight_bit_images_with_labels_in_range(module_and_config, spli
         assert dataset.labels is None
 
 
-def test_a_dataset_is_the_same_after_pickling_and_building_again(module_and_config):
+def test_a_dataset_survives_pickling_and_rebuilding(module_and_config):
     module, config = module_and_config
     dataset = module.build(config, "train")
     for twin in (pickle.loads(pickle.dumps(dataset)), module.build(config, "train")):
@@ -96,7 +96,7 @@ def test_a_dataset_is_the_same_after_pickling_and_building_again(module_and_conf
         assert twin.fingerprint() == dataset.fingerprint()
 
 
-def test_the_fingerprint_is_hexadecimal_and_tells_the_splits_apart(module_and_config):
+def test_fingerprints_are_hexadecimal_and_differ_by_split(module_and_config):
     module, config = module_and_config
     prints = {module.build(config, split).fingerprint() for split in SPLITS}
     assert len(prints) == len(SPLITS)
@@ -110,7 +110,7 @@ def test_another_split_is_refused(module_and_config):
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - EMBEDDED))
-def test_no_folder_and_a_missing_folder_are_named(name, tmp_path):
+def test_no_folder_and_a_missing_folder_are_refused(name, tmp_path):
     if name == "webdataset":
         pytest.importorskip("webdataset", reason="needs the optional package webdataset")
     module = importlib.import_module(f"train.datasets.{name}")
@@ -120,7 +120,7 @@ def test_no_folder_and_a_missing_folder_are_named(name, tmp_path):
         module.build(module.Config(data_dir=str(tmp_path / "nowhere")), "train")
 
 
-def test_no_data_set_imports_what_is_slower_than_torch():
+def test_no_data_set_imports_anything_slower_than_torch():
     script = (
         "import importlib, sys\n"
         "for name in sys.argv[1:]: importlib.import_module(f'train.datasets.{name}').Config()\n"

@@ -21,7 +21,7 @@ def encoded(image, kind="PNG", **options):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP"])
-def test_eight_bit_images_come_back_as_they_are(kind):
+def test_eight_bit_images_are_unchanged(kind):
     rgb = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
     options = {"lossless": True} if kind == "WEBP" else {}
     image = decode(encoded(Image.fromarray(rgb), kind, **options))
@@ -36,7 +36,7 @@ def test_grey_and_black_and_white_stay_grey():
 
 
 @pytest.mark.parametrize("kind, mode", [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B")])
-def test_sixteen_bit_grey_stays_and_is_scaled_where_eight_are_wanted(kind, mode):
+def test_sixteen_bit_grey_is_kept_and_scaled_to_eight_on_request(kind, mode):
     levels = np.array([[0, 128, 129, 257, 32896, 65406, 65407, 65535]], np.uint16)
     data = levels.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
     image = decode(encoded(Image.frombytes(mode, (8, 1), data), kind))
@@ -45,13 +45,13 @@ def test_sixteen_bit_grey_stays_and_is_scaled_where_eight_are_wanted(kind, mode)
         assert np.asarray(eight).tolist() == [[0, 0, 1, 1, 128, 254, 255, 255]]
 
 
-def test_thirty_two_bit_grey_holding_sixteen_bits_is_scaled_alike():
+def test_thirty_two_bit_grey_is_clamped_to_sixteen_bits():
     image = decode(encoded(Image.fromarray(np.array([[-5, 0, 257, 65535, 70000]], np.int32)), "TIFF"))
     assert np.asarray(image).tolist() == [[0, 0, 257, 65535, 65535]]
     assert np.asarray(to_grey_or_rgb(image)).tolist() == [[0, 0, 1, 255, 255]]
 
 
-def test_a_palette_is_resolved():
+def test_a_palette_becomes_rgb():
     rgb = Image.new("RGB", (4, 3), (10, 200, 30))
     image = decode(encoded(rgb.quantize(4)))
     assert image.mode == "RGB" and image.getpixel((1, 1)) == (10, 200, 30)
@@ -63,21 +63,21 @@ def test_cmyk_becomes_rgb():
     assert image.mode == "RGB" and red > 250 and green < 5 and blue < 5
 
 
-def test_alpha_is_laid_on_white():
+def test_alpha_is_composited_on_white():
     pixels = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 0, 51]]], np.uint8)
     image = decode(encoded(Image.fromarray(pixels)))
     assert image.mode == "RGB"
     assert np.asarray(image).tolist() == [[[255, 0, 0], [255, 255, 255], [204, 204, 204]]]
 
 
-def test_grey_alpha_is_laid_on_white_and_stays_grey():
+def test_grey_alpha_is_composited_on_white_and_stays_grey():
     pixels = np.array([[[77, 255], [77, 0], [0, 51]]], np.uint8)
     image = decode(encoded(Image.fromarray(pixels)))
     assert image.mode == "L" and np.asarray(image).tolist() == [[77, 255, 204]]
 
 
 @pytest.mark.parametrize("transparency", [1, bytes([255, 0])])
-def test_a_transparent_palette_entry_is_laid_on_white(transparency):
+def test_a_transparent_palette_entry_becomes_white(transparency):
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
@@ -85,7 +85,7 @@ def test_a_transparent_palette_entry_is_laid_on_white(transparency):
     assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(10, 20, 30), (255, 255, 255)]
 
 
-def test_a_transparent_colour_is_laid_on_white():
+def test_a_transparent_colour_becomes_white():
     image = Image.new("RGB", (2, 1), (1, 2, 3))
     image.putpixel((1, 0), (9, 9, 9))
     decoded = decode(encoded(image, transparency=(9, 9, 9)))
@@ -104,7 +104,7 @@ def test_the_exif_orientation_is_applied(kind):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
-def test_a_truncated_file_is_named(kind, tmp_path):
+def test_a_truncated_file_is_unreadable(kind, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     whole = encoded(Image.fromarray(noise), kind).getvalue()
     path = tmp_path / "cut.img"
@@ -114,7 +114,7 @@ def test_a_truncated_file_is_named(kind, tmp_path):
             decode(path)
 
 
-def test_a_missing_file_a_text_and_floats_are_named(tmp_path):
+def test_missing_files_texts_and_floats_are_unreadable(tmp_path):
     with pytest.raises(UnreadableImage, match="gone.png"):
         decode(tmp_path / "gone.png")
     with pytest.raises(UnreadableImage, match="archive entry 7: "):
@@ -123,7 +123,7 @@ def test_a_missing_file_a_text_and_floats_are_named(tmp_path):
         decode(encoded(Image.new("F", (2, 2)), "TIFF"), name="depth.tif")
 
 
-def test_an_image_too_large_to_be_true_is_named(monkeypatch):
+def test_a_decompression_bomb_is_unreadable(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(UnreadableImage, match="bomb.png: "):
         decode(encoded(Image.fromarray(GREY)), name="bomb.png")
@@ -131,7 +131,7 @@ def test_an_image_too_large_to_be_true_is_named(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
-def test_flipped_bytes_give_an_image_or_the_one_error(kind):
+def test_corrupted_bytes_give_an_image_or_unreadable_image(kind):
     rng = np.random.default_rng(0)
     exif = Image.Exif()
     exif[0x0112] = 6

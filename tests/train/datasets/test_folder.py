@@ -11,7 +11,7 @@ def splits(root, **options):
     return tuple(build(Config(data_dir=str(root), **options), split) for split in ("train", "val"))
 
 
-def test_every_format_and_spelling_is_found_in_sorted_order_and_hidden_files_are_not(tmp_path, tiny):
+def test_all_formats_are_listed_in_order_without_hidden_files(tmp_path, tiny):
     names = ["b/1.PNG", "a/2.jpg", "a/10.JPEG", "c.webp", "a/deep/er/0.bmp"]
     tiny.save_images(tmp_path, *names, ".hidden/0.png", "a/.hidden.png")
     (tmp_path / "notes.txt").write_text("no image")
@@ -21,7 +21,7 @@ def test_every_format_and_spelling_is_found_in_sorted_order_and_hidden_files_are
     assert all(item["image"].mode == "RGB" for split in (train, val) for item in split)
 
 
-def test_a_tree_without_split_folders_is_held_out_by_seed(tmp_path, tiny):
+def test_a_tree_without_split_folders_is_split_by_seed(tmp_path, tiny):
     tiny.save_images(tmp_path, *(f"{i:02}.png" for i in range(20)))
     train, val = splits(tmp_path, val_fraction=0.25)
     assert (len(train), len(val)) == (15, 5)
@@ -47,14 +47,14 @@ def test_existing_folders_are_the_split(folders, wanted, tmp_path, tiny):
     assert train.names == val.names == ["0.png", "1.png", "2.png"]
 
 
-def test_a_train_folder_alone_gives_the_held_out_images_too(tmp_path, tiny):
+def test_a_train_folder_alone_is_split(tmp_path, tiny):
     tiny.save_images(tmp_path, *(f"train/{i}.png" for i in range(4)))
     train, val = splits(tmp_path)
     assert train.root == val.root == tmp_path / "train"
     assert sorted([*train.names, *val.names]) == ["0.png", "1.png", "2.png", "3.png"]
 
 
-def test_numbered_folders_are_no_classes_unless_asked(tmp_path, tiny):
+def test_folders_are_no_classes_by_default(tmp_path, tiny):
     tiny.save_images(tmp_path, *(f"{thousand:05}/{thousand + i:05}.png" for thousand in (0, 1000) for i in range(3)))
     for split in splits(tmp_path):
         assert split.n_classes == 0 and split.labels is None
@@ -62,7 +62,7 @@ def test_numbered_folders_are_no_classes_unless_asked(tmp_path, tiny):
     assert splits(tmp_path, label_from="folder")[0].n_classes == 2
 
 
-def test_folders_become_classes_with_one_mapping_for_both_splits(tmp_path, tiny):
+def test_both_splits_have_the_same_class_ids(tmp_path, tiny):
     tiny.save_images(tmp_path, "train/cat/0.png", "train/ant/x/1.png", "train/bee/2.png", "valid/bee/3.png")
     tiny.save_images(tmp_path, "valid/cat/0.png", "valid/ant/0.png")
     train, val = splits(tmp_path, label_from="folder")
@@ -71,27 +71,27 @@ def test_folders_become_classes_with_one_mapping_for_both_splits(tmp_path, tiny)
     assert train.labels.dtype == np.int64
 
 
-def test_a_held_out_split_keeps_the_classes_of_the_whole_tree(tmp_path, tiny):
+def test_a_held_out_split_has_all_classes_of_the_tree(tmp_path, tiny):
     tiny.save_images(tmp_path, "a/0.png", "b/0.png", "c/0.png")
     train, val = splits(tmp_path, label_from="folder")
     assert train.classes == val.classes == ("a", "b", "c")
     assert sorted([*train.labels, *val.labels]) == [0, 1, 2]
 
 
-def test_classes_that_differ_between_the_splits_are_named(tmp_path, tiny):
+def test_differing_classes_of_the_splits_are_refused(tmp_path, tiny):
     tiny.save_images(tmp_path, "train/a/0.png", "train/b/0.png", "val/a/0.png", "val/c/0.png")
     for split in ("train", "val"):
         with pytest.raises(ValueError, match="same class folders, but b, c are in one only"):
             build(Config(data_dir=str(tmp_path), label_from="folder"), split)
 
 
-def test_an_image_outside_every_class_is_named(tmp_path, tiny):
+def test_an_image_outside_the_class_folders_is_refused(tmp_path, tiny):
     tiny.save_images(tmp_path, "a/0.png", "stray.png")
     with pytest.raises(ValueError, match="stray.png lies in no class folder"):
         splits(tmp_path, label_from="folder")
 
 
-def test_only_the_named_folders_are_kept(tmp_path, tiny):
+def test_only_folders_selects_images(tmp_path, tiny):
     folders = [f"{split}/{kind}" for split in ("train", "valid") for kind in ("real", "fake")]
     tiny.save_images(tmp_path, *(f"{folder}/{i}.png" for folder in folders for i in range(2)))
     tiny.save_images(tmp_path, "train/deep/real/x.png", "train/real.png")
@@ -117,14 +117,14 @@ def test_an_empty_validation_folder_is_refused(tmp_path, tiny):
         splits(tmp_path)
 
 
-def test_a_tree_without_one_readable_image_is_refused(tmp_path):
+def test_a_tree_without_a_readable_image_is_refused(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(b"broken")
     with pytest.raises(ValueError, match=f"{tmp_path}: not one of its 2 images can be read; the first is .*jpg"):
         build(Config(data_dir=str(tmp_path)), "train")
 
 
-def test_a_broken_image_is_named_when_it_is_asked_for(tmp_path, tiny):
+def test_a_broken_image_is_reported_on_access(tmp_path, tiny):
     tiny.save_images(tmp_path, "train/1.png", "val/1.png")
     (tmp_path / "train/0.png").write_bytes(b"broken")
     train, _ = splits(tmp_path)
@@ -133,7 +133,7 @@ def test_a_broken_image_is_named_when_it_is_asked_for(tmp_path, tiny):
     assert train[1]["image"].size == (6, 5)
 
 
-def test_a_changed_file_or_labelling_changes_the_fingerprint(tmp_path, tiny):
+def test_changed_files_or_labels_change_the_fingerprint(tmp_path, tiny):
     tiny.save_images(tmp_path, "train/a/0.png", "val/a/0.png")
     plain, labelled = splits(tmp_path)[0], splits(tmp_path, label_from="folder")[0]
     before = plain.fingerprint()

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from train.datasets import UnreadableImage
-from train.datasets.lsun import Config, build, environment
+from train.datasets.lsun import Config, build, open_environment
 
 
 @pytest.fixture
@@ -27,22 +27,22 @@ def test_the_lmdb_is_read_in_key_order(church):
     assert reds(build(church, "val")) == [0, 1]
 
 
-def test_two_data_sets_over_one_lmdb_live_side_by_side(church, tmp_path):
+def test_two_data_sets_share_one_lmdb(church, tmp_path):
     detour = Config(data_dir=str(tmp_path / "church_outdoor_val_lmdb" / ".."))
     assert reds(build(church, "train")) == reds(build(detour, "train"))
 
 
-def test_a_forked_process_opens_the_lmdb_anew(church, monkeypatch):
+def test_a_forked_process_reopens_the_lmdb(church, monkeypatch):
     path = build(church, "train").path
-    inherited = environment(path)
-    assert environment(path) is inherited
+    inherited = open_environment(path)
+    assert open_environment(path) is inherited
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    assert environment(path) is not inherited
+    assert open_environment(path) is not inherited
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 warns where other tests left threads
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_of_either_kind_read_while_the_parent_does(church, method):
+def test_forked_and_spawned_workers_read_with_the_parent(church, method):
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system cannot {method}")
     dataset = build(church, "train")
@@ -57,7 +57,7 @@ def test_an_open_data_set_can_be_pickled(church):
     assert reds(pickle.loads(pickle.dumps(dataset))) == [0, 1, 2]
 
 
-def test_a_broken_image_is_named_by_its_key(tmp_path, tiny):
+def test_a_broken_image_is_reported_by_its_key(tmp_path, tiny):
     tiny.save_lmdb(tmp_path / "tower_train_lmdb", [b"broken", tiny.png(1)])
     dataset = build(Config(data_dir=str(tmp_path), category="tower"), "train")
     with pytest.raises(UnreadableImage, match=f"tower_train_lmdb key {0:040x}: "):
@@ -80,13 +80,13 @@ def test_an_empty_and_a_damaged_lmdb_are_refused(tmp_path, tiny):
         build(Config(data_dir=str(tmp_path), category="bridge"), "train")
 
 
-def test_one_lmdb_without_the_other_says_what_to_download(tmp_path, tiny):
+def test_a_missing_lmdb_names_its_download(tmp_path, tiny):
     tiny.save_lmdb(tmp_path / "church_outdoor_train_lmdb", [tiny.png()])
     with pytest.raises(FileNotFoundError, match="val_lmdb is missing: download http.*church_outdoor_val_lmdb.zip"):
         build(Config(data_dir=str(tmp_path)), "val")
 
 
-def test_a_missing_lmdb_package_is_a_message_with_the_pip_line(tmp_path, monkeypatch):
+def test_a_missing_lmdb_package_names_the_pip_command(tmp_path, monkeypatch):
     (tmp_path / "church_outdoor_train_lmdb").mkdir()
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(ValueError, match="pip install lmdb"):
@@ -100,7 +100,7 @@ def test_exported_folders_of_the_category_are_the_split(tmp_path, tiny):
     assert [build(config, split).root.name for split in ("train", "val")] == ["bedroom_train", "bedroom_val"]
 
 
-def test_an_exported_train_folder_alone_is_held_out(tmp_path, tiny):
+def test_an_exported_train_folder_alone_is_split(tmp_path, tiny):
     tiny.save_images(tmp_path, *(f"bedroom_train/{i}.png" for i in range(4)))
     config = Config(data_dir=str(tmp_path), category="bedroom", val_fraction=0.5)
     assert [len(build(config, split)) for split in ("train", "val")] == [2, 2]
@@ -112,7 +112,7 @@ def test_any_other_tree_is_read_as_a_folder(tmp_path, tiny):
     assert dataset.root.name == "val" and dataset.labels is None
 
 
-def test_another_category_is_not_taken_for_the_wanted_one(tmp_path, tiny):
+def test_another_category_is_refused(tmp_path, tiny):
     tiny.save_images(tmp_path, "bedroom_train/0.png", "bedroom_val/0.png")
     with pytest.raises(FileNotFoundError, match="holds bedroom_train, bedroom_val but no church_outdoor_train"):
         build(Config(data_dir=str(tmp_path)), "train")

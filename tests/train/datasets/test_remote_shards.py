@@ -13,7 +13,7 @@ from train.data.loading import ImageSource, TrainingImages, images_in_order
 from train.datasets import SPLITS
 from train.datasets.webdataset import Config, build, tar
 from train.datasets.webdataset import store as stores
-from train.datasets.webdataset.store import Store, digest
+from train.datasets.webdataset.store import ShardStore, short_hash
 
 pytest.importorskip("webdataset", reason="needs the optional package webdataset")
 
@@ -21,7 +21,7 @@ LIMIT = 2
 
 
 @pytest.fixture
-def away(tmp_path, tiny):
+def remote(tmp_path, tiny):
     """Five shards of three samples in a folder that is only read through pipes."""
     for shard in range(5):
         members = {f"{number:02d}.png": tiny.png(number) for number in range(3 * shard, 3 * shard + 3)}
@@ -29,14 +29,14 @@ def away(tmp_path, tiny):
     return tmp_path / "away"
 
 
-def config_of(away, shards="{0..4}", **flags) -> Config:
+def config_of(remote, shards="{0..4}", **flags) -> Config:
     """Each shard that is brought leaves a line in a file beside them."""
-    url = f"pipe:sh -c 'echo $0 >> {away}/brought && cat {away}/$0.tar' {shards}"
+    url = f"pipe:sh -c 'echo $0 >> {remote}/brought && cat {remote}/$0.tar' {shards}"
     return Config(data_dir=url, mix_shards=1, shards_on_disk=LIMIT, **flags)
 
 
-def brought(away) -> list[int]:
-    return [int(line) for line in (away / "brought").read_text().split()]
+def downloaded(remote) -> list[int]:
+    return [int(line) for line in (remote / "brought").read_text().split()]
 
 
 def numbers(dataset) -> list[int]:
@@ -47,72 +47,72 @@ def on_disk(folder) -> int:
     return len([path for path in (folder / "shards").iterdir() if path.suffix in (".tar", ".part")])
 
 
-def test_all_samples_arrive_and_no_more_shards_are_kept_than_allowed(away, shard_cache, monkeypatch):
-    seen, real = [], Store.reserve
+def test_all_samples_are_read_within_the_disk_limit(remote, shard_cache, monkeypatch):
+    counts, real = [], ShardStore.reserve
 
     def reserve(store, aside):
         real(store, aside)
-        seen.append(on_disk(shard_cache))
+        counts.append(on_disk(shard_cache))
 
-    monkeypatch.setattr(Store, "reserve", reserve)
-    splits = [build(config_of(away, val_fraction=0.2), split) for split in SPLITS]
+    monkeypatch.setattr(ShardStore, "reserve", reserve)
+    splits = [build(config_of(remote, val_fraction=0.2), split) for split in SPLITS]
     assert sorted(numbers(splits[0]) + numbers(splits[1])) == list(range(15))
     assert splits[1].blocks.sizes == (3,)
-    assert len(seen) >= 5 and max(seen) <= LIMIT and on_disk(shard_cache) <= LIMIT
+    assert len(counts) >= 5 and max(counts) <= LIMIT and on_disk(shard_cache) <= LIMIT
 
 
-def test_a_shard_is_brought_once_for_its_turn_and_indexed_once_for_good(away):
-    dataset = build(config_of(away, val_fraction=0.2), "train")
-    assert sorted(set(brought(away))) == [0, 1, 2, 3, 4]
-    (away / "brought").write_text("")
+def test_a_shard_is_downloaded_once_per_pass_and_indexed_once(remote):
+    dataset = build(config_of(remote, val_fraction=0.2), "train")
+    assert sorted(set(downloaded(remote))) == [0, 1, 2, 3, 4]
+    (remote / "brought").write_text("")
     source = TrainingImages(ImageSource(dataset, DataConfig(img_size=4)), seed=0)
     for position in range(len(dataset)):
         source[[position]]
-    assert len(brought(away)) <= 4  # one block after the other: none comes twice
-    (away / "brought").write_text("")
-    build(config_of(away, val_fraction=0.2), "train")
-    assert len(brought(away)) <= 1  # the one whose first image is looked at
+    assert len(downloaded(remote)) <= 4  # one block after the other: none comes twice
+    (remote / "brought").write_text("")
+    build(config_of(remote, val_fraction=0.2), "train")
+    assert len(downloaded(remote)) <= 1  # the one whose first image is looked at
 
 
-def test_the_least_recently_used_shard_goes(away, shard_cache):
-    dataset = build(config_of(away), "train")
-    (away / "brought").write_text("")
+def test_the_least_recently_used_shard_is_evicted(remote, shard_cache):
+    dataset = build(config_of(remote), "train")
+    (remote / "brought").write_text("")
     of_shard = {int(row["key"]) // 3: i for i, row in enumerate(dataset.rows)}
     shutil.rmtree(shard_cache / "shards")
     for shard in (0, 1, 0, 2, 0, 1):
         dataset[of_shard[shard]]
-    assert brought(away) == [0, 1, 2, 1]
+    assert downloaded(remote) == [0, 1, 2, 1]
 
 
-def test_processes_share_what_is_kept(away, shard_cache):
-    dataset = build(config_of(away), "train")
+def test_processes_share_cached_shards(remote, shard_cache):
+    dataset = build(config_of(remote), "train")
     source = ImageSource(dataset, DataConfig(img_size=4, num_workers=2))
-    found = [i for batch in images_in_order(source, 2) for i in batch["index"].tolist()]
-    assert found == list(range(len(dataset)))
+    indices = [i for batch in images_in_order(source, 2) for i in batch["index"].tolist()]
+    assert indices == list(range(len(dataset)))
     assert on_disk(shard_cache) <= LIMIT
 
 
-def test_what_another_process_brought_meanwhile_is_not_brought_again(away, shard_cache, monkeypatch):
-    dataset = build(config_of(away), "train")
+def test_a_shard_downloaded_by_another_process_is_reused(remote, shard_cache, monkeypatch):
+    dataset = build(config_of(remote), "train")
     dataset[0]
-    (away / "brought").write_text("")
-    looks, kept = [], Store.kept
+    (remote / "brought").write_text("")
+    looks, real = [], ShardStore.open_cached
 
     def not_at_the_first_look(store, stamp):
         looks.append(stamp)
-        return kept(store, stamp) if len(looks) > 1 else None
+        return real(store, stamp) if len(looks) > 1 else None
 
-    monkeypatch.setattr(Store, "kept", not_at_the_first_look)
+    monkeypatch.setattr(ShardStore, "open_cached", not_at_the_first_look)
     dataset[0]
-    assert len(looks) == 2 and not brought(away)
+    assert len(looks) == 2 and not downloaded(remote)
 
 
-def bring_together(barrier, config, answers):
+def build_together(barrier, config, queue):
     barrier.wait()
-    answers.put(numbers(build(config, "train")))
+    queue.put(numbers(build(config, "train")))
 
 
-def test_processes_that_start_together_index_each_shard_once(away, shard_cache, tmp_path, monkeypatch):
+def test_processes_that_start_together_index_each_shard_once(remote, shard_cache, tmp_path, monkeypatch):
     scan = tar.scan
 
     def noted(file, name, wanted):
@@ -122,23 +122,23 @@ def test_processes_that_start_together_index_each_shard_once(away, shard_cache, 
 
     monkeypatch.setattr(tar, "scan", noted)
     context = multiprocessing.get_context("fork")
-    barrier, answers = context.Barrier(3), context.Queue()
-    config = config_of(away, "{0..2}", val_fraction=0.34)
-    processes = [context.Process(target=bring_together, args=(barrier, config, answers)) for _ in range(3)]
+    barrier, queue = context.Barrier(3), context.Queue()
+    config = config_of(remote, "{0..2}", val_fraction=0.34)
+    processes = [context.Process(target=build_together, args=(barrier, config, queue)) for _ in range(3)]
     for process in processes:
         process.start()
-    found = [answers.get(timeout=20) for _ in processes]
+    results = [queue.get(timeout=20) for _ in processes]
     for process in processes:
         process.join()
-    assert found[0] == found[1] == found[2] and len(found[0]) == 6
+    assert results[0] == results[1] == results[2] and len(results[0]) == 6
     assert sorted((tmp_path / "scanned").read_text().split()) == ["0", "1", "2"]
     assert on_disk(shard_cache) <= LIMIT and not list((shard_cache / "shards").glob("*.part"))
 
 
-def test_a_shard_that_is_no_longer_what_was_indexed_is_refused(away, shard_cache, tiny):
-    dataset = build(config_of(away), "train")
+def test_a_shard_that_changed_since_indexing_is_refused(remote, shard_cache, tiny):
+    dataset = build(config_of(remote), "train")
     for shard in range(5):
-        tiny.save_shard(away / f"{shard}.tar", {f"{i:02d}.png": tiny.png(100 + i) for i in range(3)})
+        tiny.save_shard(remote / f"{shard}.tar", {f"{i:02d}.png": tiny.png(100 + i) for i in range(3)})
     shutil.rmtree(shard_cache / "shards")
     with pytest.raises(ValueError, match="is no longer what was indexed.*--shard_cache"):
         dataset[0]
@@ -146,41 +146,43 @@ def test_a_shard_that_is_no_longer_what_was_indexed_is_refused(away, shard_cache
 
 
 @pytest.mark.parametrize("url", ["pipe:cat {away}/9.tar", "pipe:cat {away}/0.tar; exit 3", "nothing://here/0.tar"])
-def test_what_cannot_be_brought_is_named_and_leaves_nothing(away, shard_cache, url):
+def test_a_failed_download_is_reported_and_leaves_no_file(remote, shard_cache, url):
     with pytest.raises(FileNotFoundError, match="cannot be brought"):
-        build(Config(data_dir=url.replace("{away}", str(away))), "train")
+        build(Config(data_dir=url.replace("{away}", str(remote))), "train")
     assert on_disk(shard_cache) == 0 and not list(shard_cache.glob("index/*.npy"))
 
 
-def test_what_a_killed_process_left_gives_its_room_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "WAIT", 0.001)
-    store = Store(tmp_path, 1)
-    (tmp_path / f"{digest('pipe:gone')}.part").write_bytes(b"half a shard")
+def test_downloads_of_killed_processes_free_their_slots(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "POLL_SECONDS", 0.001)
+    store = ShardStore(tmp_path, 1)
+    (tmp_path / f"{short_hash('pipe:gone')}.part").write_bytes(b"half a shard")
     (tmp_path / "source").write_bytes(b"whole")
-    file, stamp = store.bring(f"pipe:cat {tmp_path}/source")
+    file, stamp = store.download(f"pipe:cat {tmp_path}/source")
     with file:
         assert file.read() == b"whole"
     assert [path.name for path in tmp_path.iterdir() if path.suffix in (".tar", ".part")] == [f"{stamp}.tar"]
 
 
-def test_file_urls_are_read_where_they_lie(away, shard_cache):
-    dataset = build(Config(data_dir=f"file:{away}/{{0..4}}.tar"), "train")
+def test_file_urls_are_read_in_place(remote, shard_cache):
+    dataset = build(Config(data_dir=f"file:{remote}/{{0..4}}.tar"), "train")
     assert len(numbers(dataset)) == len(dataset) and not (shard_cache / "shards").exists()
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset brings http by curl")
-def test_a_server_is_asked_whether_a_shard_was_rewritten(away, tiny):
+def test_a_rewritten_shard_on_a_server_is_reindexed(remote, tiny):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(away))) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(remote))) as server:
         threading.Thread(target=server.serve_forever).start()
         try:
             config = Config(data_dir=f"http://127.0.0.1:{server.server_port}/{{0..4}}.tar", val_fraction=0.2)
             before = [build(config, split) for split in SPLITS]
             assert sorted(numbers(before[0]) + numbers(before[1])) == list(range(15))
-            tiny.save_shard(away / "3.tar", {"new.png": tiny.png(99), **{f"n{i}.png": tiny.png(99) for i in range(20)}})
+            tiny.save_shard(
+                remote / "3.tar", {"new.png": tiny.png(99), **{f"n{i}.png": tiny.png(99) for i in range(20)}}
+            )
             after = [build(config, split) for split in SPLITS]
             assert sum(map(len, after)) == 12 + 21 and 99 in numbers(after[0]) + numbers(after[1])
             with pytest.raises(FileNotFoundError, match="cannot be brought"):

@@ -41,7 +41,7 @@ def numbers(dataset) -> list[int]:
 
 @pytest.mark.parametrize("name", ["", "/*.tar", "/shards-{000..005}.tar", "/shards-{000..004}.tar::{}/shards-005.tar"])
 @pytest.mark.parametrize("label_from", ["cls", "json"])
-def test_a_folder_a_glob_and_a_brace_pattern_name_the_same_shards(shards, name, label_from):
+def test_folders_globs_and_brace_patterns_are_equivalent(shards, name, label_from):
     pattern = str(shards) + name.replace("::{}", f"::{shards}")
     config = Config(data_dir=pattern, label_from=label_from, label_field="kind", mix_shards=2)
     train, val = (build(config, split) for split in SPLITS)
@@ -53,7 +53,7 @@ def test_a_folder_a_glob_and_a_brace_pattern_name_the_same_shards(shards, name, 
     assert train.blocks.sizes == tuple(np.bincount(train.labels // 4).tolist())
 
 
-def test_shards_for_validation_are_left_out_of_training(shards):
+def test_validation_shards_are_left_out_of_training(shards):
     config = Config(data_dir=str(shards), val_shards=f"{shards}/shards-00{{1,4}}.tar")
     assert numbers(build(config, "val")) == [4, 5, 6, 7, 16, 17, 18, 19]
     assert numbers(build(config, "train")) == [0, 1, 2, 3, *range(8, 16), *range(20, 24)]
@@ -62,11 +62,11 @@ def test_shards_for_validation_are_left_out_of_training(shards):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_fields_of_json_members_come_with_their_image(shards, workers, scanned):
+def test_json_fields_stay_with_their_image(shards, workers, scanned):
     config = Config(data_dir=str(shards), label_from="cls", json_fields=("text", "kind"))
     source = TrainingImages(ImageSource(build(config, "train"), DATA), seed=3)
-    how = {"start": 0, "steps": 3, "batch_size": 4, "accumulate": 1, "workers": workers}
-    for (batch,) in training_batches(source, world=DistContext(torch.device("cpu")), **how):
+    options = {"start": 0, "steps": 3, "batch_size": 4, "accumulate": 1, "workers": workers}
+    for (batch,) in training_batches(source, world=DistContext(torch.device("cpu")), **options):
         assert batch["text"] == ["a b"] * 4 and torch.equal(batch["kind"], batch["label"])
     build(config, "val")
     assert len(scanned) == 6
@@ -86,7 +86,7 @@ def test_fields_of_json_members_come_with_their_image(shards, workers, scanned):
         (None, "sample a has no plain .json .*--json_fields"),
     ],
 )
-def test_what_has_not_the_fields_is_named(tmp_path, tiny, content, message):
+def test_samples_without_the_fields_are_refused(tmp_path, tiny, content, message):
     members = {"a.png": tiny.png()} | ({} if content is None else {"a.json": content})
     members |= {"b.png": tiny.png(), "b.json": b'{"kind": 1, "text": ""}'}
     tiny.save_shard(tmp_path / "one.tar", members)
@@ -100,7 +100,7 @@ TAKEN = [{"json_fields": ("label",)}, {"box_fields": ("image",)}, {"mask_ext": (
 
 
 @pytest.mark.parametrize("fields", TAKEN)
-def test_image_and_label_are_no_further_fields(fields):
+def test_extra_fields_may_not_be_image_label_or_duplicates(fields):
     with pytest.raises(ValueError, match="it has them anyway"):
         Config(**fields)
     with pytest.raises(ValueError, match="wanted each once"):
@@ -125,24 +125,24 @@ def annotated(tmp_path, tiny):
         members = {}
         for i in (2 * shard, 2 * shard + 1):
             boxes = [[0, 0, 4, 4], [4, 4, 8, 8]][: i % 3]
-            told = {"boxes": boxes, "ids": list(range(len(boxes))), "where": [0.5, i], "tags": ["a"] * (i % 3)}
-            members |= {f"{i}.jpg": png_of(Image.new("L", (8, 8), 10 * i)), f"{i}.json": json.dumps(told).encode()}
+            content = {"boxes": boxes, "ids": list(range(len(boxes))), "where": [0.5, i], "tags": ["a"] * (i % 3)}
+            members |= {f"{i}.jpg": png_of(Image.new("L", (8, 8), 10 * i)), f"{i}.json": json.dumps(content).encode()}
             members |= {f"{i}.seg.png": png_of(Image.fromarray(LEVELS)), f"{i}.part.png": png_of(palette)}
         tiny.save_shard(tmp_path / f"shards-{shard}.tar", members)
     return tmp_path
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_boxes_and_label_maps_come_out_as_they_went_in(annotated, workers):
+def test_boxes_and_label_maps_round_trip(annotated, workers):
     config = Config(
         data_dir=str(annotated), image_ext=("jpg",), val_fraction=0.25, mask_ext=("seg.png", "part.png"),
         json_fields=("where",), box_fields=("boxes",), id_fields=("ids",),
     )  # fmt: skip
     data = DataConfig(img_size=8, n_channels=1, horizontal_flip=True, num_workers=workers)
     source = TrainingImages(ImageSource(build(config, "train"), data), seed=3)
-    how = {"start": 0, "steps": 6, "batch_size": 2, "accumulate": 1, "workers": workers}
-    seen, maps = set(), torch.from_numpy(LEVELS)
-    for (batch,) in training_batches(source, world=DistContext(torch.device("cpu")), **how):
+    options = {"start": 0, "steps": 6, "batch_size": 2, "accumulate": 1, "workers": workers}
+    combinations, maps = set(), torch.from_numpy(LEVELS)
+    for (batch,) in training_batches(source, world=DistContext(torch.device("cpu")), **options):
         assert torch.equal(batch["ids_mask"], batch["boxes_mask"]) and batch["ids"].dtype == torch.int64
         for seg, part, boxes, mask, where in zip(
             batch["seg"], batch["part"], batch["boxes"], batch["boxes_mask"], batch["where"], strict=True
@@ -151,13 +151,13 @@ def test_boxes_and_label_maps_come_out_as_they_went_in(annotated, workers):
             assert torch.equal(seg, maps.flip(1) if flipped else maps) and torch.equal(part, seg)
             count = int(where[1]) % 3
             assert mask.sum() == count and where[0] == 0.5
-            left = [[4, 0, 8, 4], [0, 4, 4, 8]] if flipped else [[0, 0, 4, 4], [4, 4, 8, 8]]
-            assert boxes[:count].tolist() == left[:count]
-            seen.add((int(where[1]), flipped))
-    assert len({number for number, _ in seen}) == 3 and len({flipped for _, flipped in seen}) == 2
+            expected = [[4, 0, 8, 4], [0, 4, 4, 8]] if flipped else [[0, 0, 4, 4], [4, 4, 8, 8]]
+            assert boxes[:count].tolist() == expected[:count]
+            combinations.add((int(where[1]), flipped))
+    assert len({number for number, _ in combinations}) == 3 and len({flipped for _, flipped in combinations}) == 2
 
 
-def test_a_mask_of_colours_is_refused(tmp_path, tiny):
+def test_an_rgb_mask_is_refused(tmp_path, tiny):
     for key in "ab":
         members = {f"{key}.jpg": tiny.png(), f"{key}.seg.png": png_of(Image.new("RGB", (8, 8)))}
         tiny.save_shard(tmp_path / f"{key}.tar", members)
@@ -167,14 +167,14 @@ def test_a_mask_of_colours_is_refused(tmp_path, tiny):
         build(Config(data_dir=str(tmp_path), image_ext=("jpg",), mask_ext=("part.png",)), "train")
 
 
-def test_whole_shards_are_held_out_where_the_share_is_one_and_else_single_images(shards):
+def test_whole_shards_or_single_images_are_held_out(shards):
     val = build(Config(data_dir=str(shards), val_fraction=0.34), "val")
     assert val.blocks.sizes == (4, 4)
     val = build(Config(data_dir=str(shards), val_fraction=0.1), "val")
     assert len(val) == 2 and max(val.blocks.sizes) <= 2
 
 
-def test_validation_shards_among_the_others_are_not_trained_on_unasked(shards, tiny):
+def test_validation_shards_among_training_shards_are_refused(shards, tiny):
     tiny.save_shard(shards / "val-000.tar", {"v.png": tiny.png(0)})
     with pytest.raises(ValueError, match="val-000.tar lies among .*--val_shards"):
         build(Config(data_dir=str(shards)), "train")
@@ -183,9 +183,7 @@ def test_validation_shards_among_the_others_are_not_trained_on_unasked(shards, t
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("processes, workers, start", [(1, 0, 0), (1, 3, 0), (2, 1, 2), (4, 0, 1)])
-def test_every_sample_comes_once_in_an_order_of_its_own_for_any_processes_and_workers(
-    shards, processes, workers, start
-):
+def test_sample_order_does_not_depend_on_ranks_and_workers(shards, processes, workers, start):
     config = Config(data_dir=str(shards), val_shards=f"{shards}/shards-005.tar", label_from="cls", mix_shards=2)
     source = TrainingImages(ImageSource(build(config, "train"), DATA), seed=3)
     expected = [source.order[k] for k in range(40)]
@@ -193,11 +191,11 @@ def test_every_sample_comes_once_in_an_order_of_its_own_for_any_processes_and_wo
     options = {"start": start, "steps": 10, "batch_size": 4, "accumulate": 1, "workers": workers}
     worlds = [DistContext(torch.device("cpu"), rank, processes) for rank in range(processes)]
     parts = zip(*(training_batches(source, world=world, **options) for world in worlds), strict=True)
-    found = [label for step in parts for (batch,) in step for label in batch["label"].tolist()]
-    assert found == expected[4 * start :]
+    labels = [label for step in parts for (batch,) in step for label in batch["label"].tolist()]
+    assert labels == expected[4 * start :]
 
 
-def test_a_broken_image_is_named_by_shard_and_sample(tmp_path, tiny):
+def test_a_broken_image_is_reported_by_shard_and_sample(tmp_path, tiny):
     members = {"a.png": tiny.png(1), "b.png": tiny.png(2)[:40], "c.png": tiny.png(3)}
     path = tiny.save_shard(tmp_path / "one.tar", members)
     dataset = build(
@@ -212,7 +210,7 @@ def test_a_broken_image_is_named_by_shard_and_sample(tmp_path, tiny):
 
 
 @pytest.mark.parametrize("cut", ["in an image", "between samples", "without its end", "compressed", "nothing", "text"])
-def test_what_is_no_whole_tar_is_named(shards, cut):
+def test_incomplete_tars_are_refused(shards, cut):
     path = shards / "shards-002.tar"
     content = path.read_bytes()
     with tarfile.open(path) as tar:
@@ -234,7 +232,7 @@ def test_what_is_no_whole_tar_is_named(shards, cut):
 
 
 PNG = "a.png"
-BAD = {  # members of a shard -> flags, and what the message must hold
+MALFORMED = {  # members of a shard -> flags, and what the message must hold
     "empty": ([], {}, "holds no sample: wanted members such as 0000.jpg"),
     "hidden": ([".png", "._a.png", "README"], {}, "holds no sample"),
     "no image": ([PNG, "a.cls", "b.cls", "b.txt"], {}, "sample b has no images .its members: cls, txt.*--image_ext"),
@@ -247,9 +245,9 @@ BAD = {  # members of a shard -> flags, and what the message must hold
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_what_is_no_sample_is_named(tmp_path, tiny, case):
-    names, flags, message = BAD[case]
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_samples_are_refused(tmp_path, tiny, case):
+    names, flags, message = MALFORMED[case]
     with tarfile.open(tmp_path / "one.tar", "w") as tar:
         for name in names:
             content = tiny.png() if name.endswith(("png", "jpg")) else b"cat"
@@ -261,20 +259,20 @@ def test_what_is_no_sample_is_named(tmp_path, tiny, case):
 
 
 @pytest.mark.parametrize("label", ["-1", "true", '"3"', "1.5", "null", "99999999999"])
-def test_what_is_no_class_is_named(tmp_path, tiny, label):
+def test_malformed_class_ids_are_refused(tmp_path, tiny, label):
     tiny.save_shard(tmp_path / "one.tar", {"a.png": tiny.png(), "a.json": f'{{"label": {label}}}'.encode()})
     with pytest.raises(ValueError, match="its .json field 'label' is .*wanted a class"):
         build(Config(data_dir=str(tmp_path), label_from="json"), "train")
 
 
-def test_one_image_of_several_is_chosen_by_its_ending(tmp_path, tiny):
+def test_image_ext_selects_one_of_several_images(tmp_path, tiny):
     members = {f"{i}.{kind}": tiny.png(value) for i in range(4) for kind, value in (("seg.png", 9), ("PNG", 5))}
     tiny.save_shard(tmp_path / "one.tar", members)
     assert set(numbers(build(Config(data_dir=str(tmp_path)), "train"))) == {5}
     assert set(numbers(build(Config(data_dir=str(tmp_path), image_ext=("seg.png",)), "train"))) == {9}
 
 
-def test_a_sample_in_two_shards_is_an_error_unless_they_are_said_to_be_two(shards, tiny):
+def test_a_sample_in_two_shards_needs_keys_per_shard(shards, tiny):
     tiny.save_shard(shards / "shards-006.tar", {"s/0009.png": tiny.png(200)})
     with pytest.raises(
         ValueError, match="sample s/0009 is in .*shards-002.tar and in .*shards-006.tar.*keys_per_shard"
@@ -284,7 +282,7 @@ def test_a_sample_in_two_shards_is_an_error_unless_they_are_said_to_be_two(shard
     assert sorted(numbers(both[0]) + numbers(both[1])) == [*range(24), 200]
 
 
-def test_missing_and_doubled_shards_are_named(shards):
+def test_missing_and_duplicate_shards_are_refused(shards):
     with pytest.raises(FileNotFoundError, match="shards-006.tar is no file.*--data_dir"):
         build(Config(data_dir=f"{shards}/shards-{{004..007}}.tar"), "train")
     with pytest.raises(FileNotFoundError, match="holds no .tar.*--val_shards"):
@@ -295,12 +293,12 @@ def test_missing_and_doubled_shards_are_named(shards):
 
 
 @pytest.mark.parametrize("flags", [{"mix_shards": 0}, {"mix_shards": 8, "shards_on_disk": 15}, {"image_ext": ()}])
-def test_flags_that_cannot_work_are_refused(flags):
+def test_invalid_flags_are_refused(flags):
     with pytest.raises(ValueError, match="got (mix_shards|no image_ext)"):
         Config(**flags)
 
 
-def test_a_missing_package_is_a_message_with_the_pip_line(shards, monkeypatch):
+def test_a_missing_package_names_the_pip_command(shards, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
     with pytest.raises(ValueError, match="pip install webdataset"):
         build(Config(data_dir=str(shards)), "train")
@@ -314,7 +312,7 @@ def scanned(monkeypatch):
     return names
 
 
-def test_shards_are_indexed_once_and_anew_when_one_is_rewritten(shards, tiny, scanned):
+def test_shards_are_indexed_once_and_again_when_rewritten(shards, tiny, scanned):
     config = Config(data_dir=str(shards), label_from="cls")
     before = build(config, "train").fingerprint()
     assert len(scanned) == 6
@@ -329,7 +327,7 @@ def test_shards_are_indexed_once_and_anew_when_one_is_rewritten(shards, tiny, sc
     assert len(scanned) == 13  # without labels the rows are others
 
 
-def test_an_index_that_is_not_whole_is_made_again(shards, shard_cache, scanned):
+def test_an_incomplete_index_is_rebuilt(shards, shard_cache, scanned):
     first = build(Config(data_dir=str(shards)), "train")
     for size, path in zip((0, 3, 150, 300), sorted(shard_cache.glob("index/*.npy")), strict=False):
         path.write_bytes(path.read_bytes()[:size])
@@ -337,7 +335,7 @@ def test_an_index_that_is_not_whole_is_made_again(shards, shard_cache, scanned):
     assert len(scanned) == 10
 
 
-def test_a_shard_that_changes_in_use_is_noticed(shards, tiny):
+def test_a_shard_that_changes_during_use_is_refused(shards, tiny):
     dataset = build(Config(data_dir=str(shards)), "train")
     for path in shards.glob("*.tar"):
         tiny.save_shard(path, {"other.png": tiny.png(1)})
@@ -345,7 +343,7 @@ def test_a_shard_that_changes_in_use_is_noticed(shards, tiny):
         dataset[0]
 
 
-def test_the_command_line_takes_it_without_a_preset(shards):
+def test_webdataset_flags_parse_without_a_preset(shards):
     words = f"--dataset webdataset --data_dir {shards} --label_from cls --mix_shards 2 --image_ext png jpg --prefetch 3"
     config = cli.parse(SecondStageConfig, None, words.split())
     assert (config.reader.mix_shards, config.reader.image_ext, config.data.prefetch) == (2, ("png", "jpg"), 3)

@@ -7,7 +7,7 @@ from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.rng import Streams, seed_of
 from helpers.labels import LabelNetwork
 from models.attention import KINDS as KIND_CLASSES
-from train.data.loading import Draws
+from train.data.loading import TrainingStreams
 from train.samplers import absorbing
 
 GRID = (2, 3)
@@ -20,7 +20,7 @@ class Recorder(LabelNetwork):
     def __init__(self):
         super().__init__(n_classes=5)
 
-    def answer(self, ids, labels):
+    def predict(self, ids, labels):
         return torch.zeros(*ids.shape, 4).index_fill(-1, torch.tensor(0), 3.0)
 
 
@@ -36,12 +36,12 @@ def test_a_share_of_labels_becomes_the_null_class_and_the_rest_stay():
     n, recorder = 4000, Recorder()
     batch = {"codes": torch.zeros(n, *GRID, dtype=torch.long), "label": torch.arange(n) % 5}
     sampler(label_drop=0.1).loss(recorder, batch, draws(1, n))
-    labels = recorder.asked[0][1]
+    labels = recorder.calls[0][1]
     dropped = labels == 5
     assert 0.08 < dropped.float().mean() < 0.12
     assert torch.equal(labels[~dropped], batch["label"][~dropped])
     sampler(label_drop=0.0).loss(recorder, batch, draws(1, n))
-    assert torch.equal(recorder.asked[1][1], batch["label"])
+    assert torch.equal(recorder.calls[1][1], batch["label"])
 
 
 def test_without_classes_labels_are_not_looked_at():
@@ -50,7 +50,7 @@ def test_without_classes_labels_are_not_looked_at():
         batch = {"codes": torch.zeros(2, *GRID, dtype=torch.long), "label": torch.tensor([3, 4])}
         built.loss(recorder, batch, draws(0, 2))
         assert built.conditions == ()
-        assert recorder.asked[0][1].tolist() == [5, 5] and built.n_classes == 0  # the null
+        assert recorder.calls[0][1].tolist() == [5, 5] and built.n_classes == 0  # the null
         with pytest.raises(ValueError, match="without a condition: pass --guidance 1"):
             built.sample(built.network, Streams([0]), options=absorbing.Sampling(guidance=2.0))
 
@@ -67,7 +67,9 @@ def test_the_process_is_the_one_asked_for(schedule, total_steps):
 def test_times_are_independent_or_spread_over_the_whole_batch_whichever_part_of_it_this_is():
     def times(kind, first, count=6):
         batch = {"position": torch.arange(first, first + count)}
-        return sampler(time_sampler=kind, total_steps=None).times(Draws(0, batch, 12, torch.device("cpu")), count)
+        return sampler(time_sampler=kind, total_steps=None).times(
+            TrainingStreams(0, batch, 12, torch.device("cpu")), count
+        )
 
     spread = torch.cat([times("low_discrepancy", 24), times("low_discrepancy", 30)])
     assert torch.allclose(spread.sort().values.diff(), torch.tensor(1 / 12), atol=1e-6)
@@ -84,7 +86,7 @@ def test_the_loss_is_that_of_the_masked_codes_it_was_shown():
     batch = {"codes": torch.arange(n * 6).view(n, *GRID) % 4}
     loss = built.loss(recorder, batch, draws(3, n))
     seen = loss.outputs
-    assert torch.equal(seen["x_t"], recorder.asked[0][0]) and torch.equal(seen["x0"], batch["codes"])
+    assert torch.equal(seen["x_t"], recorder.calls[0][0]) and torch.equal(seen["x0"], batch["codes"])
     wanted = built.process.loss(seen["prediction"], seen["x0"], seen["x_t"], seen["t"], "elbo").per_example
     assert torch.equal(loss.per_example, wanted)
     guess = built.x0_hat(seen)  # code 0 is the likeliest everywhere
@@ -98,7 +100,7 @@ def test_the_mask_schedule_is_the_one_asked_for(schedule, counts):
     built.process = type("Half", (type(built.process),), {"times": lambda self, rng: half})(4, 256)
     batch = {"codes": torch.zeros(n, *GRID, dtype=torch.long), "label": torch.zeros(n, dtype=torch.long)}
     built.loss(recorder, batch, draws(2, n))
-    assert set((recorder.asked[0][0] == 4).sum((1, 2)).tolist()) == counts
+    assert set((recorder.calls[0][0] == 4).sum((1, 2)).tolist()) == counts
 
 
 KINDS = [

@@ -20,7 +20,7 @@ class Asked(LabelNetwork):
     def __init__(self):
         super().__init__(n_classes=0)
 
-    def answer(self, ids, labels):
+    def predict(self, ids, labels):
         return torch.zeros(*ids.shape, 5)
 
 
@@ -29,7 +29,7 @@ def test_strength_is_the_share_of_forgotten_codes_whatever_the_schedule(schedule
     x0, network = torch.zeros(50, 8, 8, dtype=torch.long), Asked()
     edit = EditInput(x0, torch.zeros(50, 8, 8, dtype=torch.bool), 0.7)
     built(schedule).sample(network, Streams(list(range(50))), options=Sampling(sample_steps=1), edit=edit)
-    share = (network.asked[0][0] == 5).float().mean().item()
+    share = (network.calls[0][0] == 5).float().mean().item()
     assert share == pytest.approx(0.7, abs=5 * (0.21 / 3200) ** 0.5)
 
 
@@ -38,4 +38,4 @@ def test_windows_of_known_codes_are_not_evaluated():
     keep[0, 0, 0] = False  # in one window alone
     options, where = Sampling(sample_steps=2), {"shape": (9, 12), "window_stride": 1}
     built().sample(network, Streams([0]), options=options, edit=EditInput(x0, keep), **where)
-    assert [len(ids) for ids, _ in network.asked] == [1]
+    assert [len(ids) for ids, _ in network.calls] == [1]

@@ -28,7 +28,7 @@ class Recorder(LabelNetwork):
     def __init__(self):
         super().__init__(CLASSES)
 
-    def answer(self, ids, labels):
+    def predict(self, ids, labels):
         places = torch.arange(float(ids[0].numel() * CODES)).view(*ids.shape[1:], CODES)
         return (places * (1 + labels + ids.sum((1, 2))).view(-1, 1, 1, 1)).cos()
 
@@ -52,14 +52,14 @@ def test_guidance_asks_with_and_without_the_label_in_one_call():
     built().sample(
         recorder, Streams([0, 1]), batch={"label": LABELS[:2]}, options=options(guidance=2.0, sample_steps=1)
     )
-    (ids, labels), *others = recorder.asked
+    (ids, labels), *others = recorder.calls
     assert not others and labels.tolist() == [1, 4, CLASSES] and (ids == CODES).all()  # the empty canvas has one null
 
 
 def test_without_a_batch_the_null_class_is_asked_for_and_guidance_refused():
     recorder = Recorder()
     built().sample(recorder, Streams([0]), options=options())
-    assert all((labels == CLASSES).all() for _, labels in recorder.asked)
+    assert all((labels == CLASSES).all() for _, labels in recorder.calls)
     for batch in (None, {}):
         with pytest.raises(ValueError, match="got guidance 2.0 for samples without a condition: pass --guidance 1"):
             built().sample(recorder, Streams([0]), batch=batch, options=options(guidance=2.0))
@@ -90,7 +90,7 @@ def test_a_larger_canvas_is_asked_for_in_windows_that_keep_each_images_label(gui
     )  # fmt: skip
     assert ids.shape == (2, 5, 7) and (ids < CODES).all()
     states = [torch.full_like(ids, CODES), *canvases]
-    for windows, labels in recorder.asked:
+    for windows, labels in recorder.calls:
         assert windows.shape[1:] == GRID and (windows == CODES).flatten(1).any(1).all()
         for window, label in zip(windows, labels.tolist(), strict=True):
             owners = [0, 1] if label == CLASSES else [LABELS[:2].tolist().index(label)]
@@ -121,9 +121,9 @@ def test_with_relative_positions_a_canvas_is_one_pass_a_step(position):
         recorder, Streams([0, 1]), batch={"label": LABELS[:2]}, options=options("halton"), shape=(5, 6)
     )
     assert ids.shape == (2, 5, 6)
-    assert len(recorder.asked) == 4 and all(asked.shape[1:] == (5, 6) for asked, _ in recorder.asked)
+    assert len(recorder.calls) == 4 and all(asked.shape[1:] == (5, 6) for asked, _ in recorder.calls)
     sampler.sample(recorder, Streams([0]), options=options(), shape=(5, 6), window_stride=1)
-    assert recorder.asked[-1][0].shape[1:] == GRID  # windows are still to be had
+    assert recorder.calls[-1][0].shape[1:] == GRID  # windows are still to be had
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -187,10 +187,10 @@ def test_equal_rows_are_evaluated_once_and_rows_of_other_labels_are_not_equal(la
     recorder, batch = Recorder(), None if labels is None else {"label": labels}
     said = built().denoiser(recorder, batch, options(), x)(x, t)
     assert torch.equal(said, Recorder()(x, {} if labels is None else {"label": labels}))
-    assert len(recorder.asked) == 1 and len(recorder.asked[0][0]) == (3 if labels is None else 5)
+    assert len(recorder.calls) == 1 and len(recorder.calls[0][0]) == (3 if labels is None else 5)
     different = known(5, *GRID, seed=3)
     assert torch.equal(built().denoiser(recorder, None, options(), different)(different, t[:5]), Recorder()(different))
-    assert torch.equal(recorder.asked[-1][0], different)  # in their own order, uncopied
+    assert torch.equal(recorder.calls[-1][0], different)  # in their own order, uncopied
 
 
 # Known codes
@@ -216,7 +216,7 @@ def test_so_much_of_the_rest_is_forgotten_as_the_start_says(t):
         recorder, Streams(list(range(n))), options=options(sample_steps=1), edit=edit,
         on_step=lambda i, t, s, x, logits: seen.append(x) or x,
     )  # fmt: skip
-    begun = recorder.asked[0][0]
+    begun = recorder.calls[0][0]
     assert (begun == CODES).float().mean().item() == pytest.approx(t, abs=0.03)  # whatever the schedule
     assert ((begun == x0) | (begun == CODES)).all() and (seen[0] < CODES).all()
 
@@ -282,7 +282,7 @@ GREEDY = [{"temp": 1e-4}, {"temp": 0.0}, {"temp": 0.0, "last_temp": 0.0}, {"top_
 @pytest.mark.parametrize("name", SOLVERS)
 def test_temperature_top_k_and_top_p_reach_every_solver(name, settings):
     class Certain(LabelNetwork):
-        def answer(self, ids, labels):
+        def predict(self, ids, labels):
             return torch.tensor([0.0, 0.1, 0.3, 0.2, 0.1, 0.0]).expand(*ids.shape, CODES)
 
     out = built().sample(Certain(CLASSES), Streams([0, 1]), options=options(name, **settings))
@@ -291,7 +291,7 @@ def test_temperature_top_k_and_top_p_reach_every_solver(name, settings):
 
 def test_who_watches_is_told_what_the_network_says():
     class Flat(LabelNetwork):
-        def answer(self, ids, labels):
+        def predict(self, ids, labels):
             return torch.arange(6.0).expand(*ids.shape, CODES)
 
     seen = []

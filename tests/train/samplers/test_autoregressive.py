@@ -54,7 +54,7 @@ def drawn(made, seeds, labels=None, **how):
 class Uniform(LabelNetwork):
     """Finds all codes equally likely."""
 
-    def answer(self, ids, labels):
+    def predict(self, ids, labels):
         return torch.zeros(*ids.shape, CODES)
 
 
@@ -62,14 +62,14 @@ def test_a_share_of_labels_becomes_the_null_class_and_the_rest_stay():
     n, network = 4000, Uniform(CLASSES)
     made, data = sampler(label_drop=0.1), batch(4000)
     loss = made.loss(network, data, draws(1, n))
-    ids, labels = network.asked[0]
+    ids, labels = network.calls[0]
     dropped = labels == CLASSES
     assert torch.equal(ids, data["codes"]) and 0.08 < dropped.float().mean() < 0.12
     assert torch.equal(labels[~dropped], data["label"][~dropped])
     assert torch.allclose(loss.per_example, torch.full((n,), 2.0))  # log2 of four codes
     assert not loss.outputs["t"].any() and not made.noise_level(loss.outputs["t"]).any()
     sampler(label_drop=0.0).loss(network, data, draws(1, n))
-    assert torch.equal(network.asked[1][1], data["label"])
+    assert torch.equal(network.calls[1][1], data["label"])
 
 
 def test_without_classes_labels_are_not_looked_at():

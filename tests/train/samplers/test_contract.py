@@ -11,7 +11,7 @@ from diffusion.types import Bound, Loss
 from models.conditioning import Condition
 from models.conditions import image
 from train.config import SamplerConfig, SamplingConfig
-from train.data.loading import Draws
+from train.data.loading import TrainingStreams
 from train.registry import names_in, plugin
 from train.samplers import LearnedSampler, Process
 from train.samplers.autoregressive import AutoregressiveSampler
@@ -63,7 +63,7 @@ def drawn_shape(facts):
 
 
 def draws(batch, seed=0):
-    return Draws(seed, batch, len(batch["position"]), torch.device("cpu"))
+    return TrainingStreams(seed, batch, len(batch["position"]), torch.device("cpu"))
 
 
 @pytest.fixture(params=CASES, ids=lambda c: case(*c))

@@ -21,13 +21,13 @@ from train.datasets import (
     Ragged,
     UnreadableImage,
     check_split,
-    held_out,
     require_readable,
+    train_val_split,
 )
 from train.datasets._decode import DAMAGED, decode
-from train.datasets.webdataset.shards import Shard, indexed, names_of, require_distinct
-from train.datasets.webdataset.store import Store, is_remote, library
-from train.datasets.webdataset.tar import Wanted
+from train.datasets.webdataset.shards import Shard, index_shards, list_shards, require_distinct
+from train.datasets.webdataset.store import ShardStore, import_webdataset, is_remote
+from train.datasets.webdataset.tar import SampleSpec
 
 CACHE_DIR = Path(__file__).resolve().parents[2] / "logs" / ".cache" / "webdataset"
 
@@ -72,7 +72,7 @@ class Config(DatasetConfig):
                 f"got mix_shards {self.mix_shards} and shards_on_disk {self.shards_on_disk}, wanted at least 1 and "
                 "twice as many: the next shards arrive while the last are read"
             )
-        names = [*self.json_fields, *self.id_fields, *self.box_fields, *map(field_of, self.mask_ext)]
+        names = [*self.json_fields, *self.id_fields, *self.box_fields, *map(field_name, self.mask_ext)]
         if {*names} & {"image", "label"}:
             raise ValueError("got image or label as a field beside the image: it has them anyway, see label_from")
         if len({*names}) < len(names):
@@ -84,15 +84,15 @@ class Config(DatasetConfig):
 class TarImages:
     """A `Dataset` of the images in tar shards, each read at its place when it is asked for.
 
-    `chosen` (n,) are the sorted places of its samples among the rows of all shards, one shard behind the other.
+    `row_indices` (n,) are the sorted places of its samples among the rows of all shards, one shard behind the other.
     """
 
-    def __init__(self, shards: Sequence[Shard], chosen: np.ndarray, split: str, config: Config, store: Store):
+    def __init__(self, shards: Sequence[Shard], row_indices: np.ndarray, split: str, config: Config, store: ShardStore):
         self.store, self.split, self.config = store, split, config
         self.json_fields = (*config.json_fields, *config.id_fields, *config.box_fields)
         ends = np.cumsum([len(shard.rows) for shard in shards])
-        shard_of, sizes = np.unique(np.searchsorted(ends, chosen, side="right"), return_counts=True)
-        self.rows = np.concatenate([shard.rows for shard in shards])[chosen]
+        shard_of, sizes = np.unique(np.searchsorted(ends, row_indices, side="right"), return_counts=True)
+        self.rows = np.concatenate([shard.rows for shard in shards])[row_indices]
         self.shards = [(shards[i].name, shards[i].stamp) for i in shard_of]
         self.blocks = Blocks(tuple(sizes.tolist()), config.mix_shards)
         self.ends = np.cumsum(sizes)
@@ -110,20 +110,20 @@ class TarImages:
         with self.store.open(name, stamp) as file:
             file.seek(row["offset"])
             data = file.read(row["size"])
-            beside = {}
-            for ending in members_beside(self.config):
+            extra = {}
+            for ending in extra_members(self.config):
                 file.seek(row[f"{ending}_offset"])
-                beside[ending] = file.read(row[f"{ending}_size"])
+                extra[ending] = file.read(row[f"{ending}_size"])
         where = f"{name} sample {row['key'].decode(errors='replace')}"
         item: dict[str, Any] = {"image": decode(io.BytesIO(data), name=where)}
         if self.labels is not None:
             item["label"] = int(self.labels[index])
         if self.json_fields:
-            fields = fields_of(beside["json"], self.json_fields, where)
-            item |= {name: as_field(fields[name], f"{where}: field {name!r}") for name in self.config.json_fields}
-            item |= {name: as_ids(fields[name], f"{where}: field {name!r}") for name in self.config.id_fields}
-            item |= {name: as_boxes(fields[name], item["image"], where) for name in self.config.box_fields}
-        return item | {field_of(ending): as_mask(beside[ending], where) for ending in self.config.mask_ext}
+            fields = read_json_fields(extra["json"], self.json_fields, where)
+            item |= {name: parse_value(fields[name], f"{where}: field {name!r}") for name in self.config.json_fields}
+            item |= {name: parse_ids(fields[name], f"{where}: field {name!r}") for name in self.config.id_fields}
+            item |= {name: parse_boxes(fields[name], item["image"], where) for name in self.config.box_fields}
+        return item | {field_name(ending): decode_mask(extra[ending], where) for ending in self.config.mask_ext}
 
     def fingerprint(self) -> str:
         fields = (*self.json_fields, *self.config.mask_ext)
@@ -134,7 +134,7 @@ class TarImages:
         return content.hexdigest()
 
 
-def fields_of(content: bytes, names: Sequence[str], where: str) -> dict[str, Any]:
+def read_json_fields(content: bytes, names: Sequence[str], where: str) -> dict[str, Any]:
     """The fields of a .json member; ValueError where one is missing."""
     try:
         found = json.loads(content)
@@ -145,7 +145,7 @@ def fields_of(content: bytes, names: Sequence[str], where: str) -> dict[str, Any
         ) from error
 
 
-def as_field(value: Any, what: str) -> Any:
+def parse_value(value: Any, what: str) -> Any:
     """A value of a .json as a field of an item."""
     if isinstance(value, int | float | str):
         return value
@@ -157,14 +157,14 @@ def as_field(value: Any, what: str) -> Any:
     return value
 
 
-def as_ids(value: Any, what: str) -> Tensor:
+def parse_ids(value: Any, what: str) -> Tensor:
     """Whole numbers (n,) int64, in each item as many as there are."""
     if not isinstance(value, list) or not all(type(each) is int for each in value):
         raise ValueError(f"{what} is {str(value)[:60]}, wanted a list of whole numbers")
     return Ragged(torch.tensor(value, dtype=torch.int64))
 
 
-def as_boxes(value: Any, image: Image.Image, where: str) -> Tensor:
+def parse_boxes(value: Any, image: Image.Image, where: str) -> Tensor:
     """Boxes (n, 4) of an image, left, top, right, bottom in pixels; n may be 0."""
     from torchvision import tv_tensors
 
@@ -174,7 +174,7 @@ def as_boxes(value: Any, image: Image.Image, where: str) -> Tensor:
     return tv_tensors.BoundingBoxes(boxes.reshape(-1, 4), format="XYXY", canvas_size=(image.height, image.width))
 
 
-def as_mask(content: bytes, where: str) -> Tensor:
+def decode_mask(content: bytes, where: str) -> Tensor:
     """A label map (H, W) of whole numbers, those of the file: levels of grey, or places in a palette."""
     from torchvision import tv_tensors
 
@@ -188,12 +188,12 @@ def as_mask(content: bytes, where: str) -> Tensor:
     return tv_tensors.Mask(torch.from_numpy(levels if levels.dtype == np.uint8 else levels.astype(np.int64)))
 
 
-def field_of(ending: str) -> str:
+def field_name(ending: str) -> str:
     """seg.png -> seg."""
     return ending.partition(".")[0]
 
 
-def members_beside(config: Config) -> tuple[str, ...]:
+def extra_members(config: Config) -> tuple[str, ...]:
     """Endings of the members that are read with each image."""
     return (*(["json"] if config.json_fields or config.id_fields or config.box_fields else []), *config.mask_ext)
 
@@ -207,27 +207,29 @@ def build(config: Config, split: str) -> TarImages:
     check_split(split)
     if config.data_dir is None:
         raise ValueError("data set webdataset has no shards: pass --data_dir FOLDER, 'shards-{000..099}.tar' or URLs")
-    library()
+    import_webdataset()
     cache = Path(os.path.expanduser(config.shard_cache)).absolute() if config.shard_cache else CACHE_DIR
-    store = Store(cache / "shards", config.shards_on_disk)
-    val = names_of(config.val_shards, "val_shards") if config.val_shards else []
-    train = [name for name in names_of(config.data_dir, "data_dir") if name not in set(val)]
-    apart = [name for name in train if Path(name).name.lower().startswith(("val", "test"))]
-    if not val and 0 < len(apart) < len(train):
-        raise ValueError(f"{apart[0]} lies among the shards to train on: name those for validation with --val_shards")
+    store = ShardStore(cache / "shards", config.shards_on_disk)
+    val = list_shards(config.val_shards, "val_shards") if config.val_shards else []
+    train = [name for name in list_shards(config.data_dir, "data_dir") if name not in set(val)]
+    looks_like_val = [name for name in train if Path(name).name.lower().startswith(("val", "test"))]
+    if not val and 0 < len(looks_like_val) < len(train):
+        raise ValueError(
+            f"{looks_like_val[0]} lies among the shards to train on: name those for validation with --val_shards"
+        )
     if not train:
         raise ValueError(f"--val_shards {config.val_shards} are all the shards of {config.data_dir}: leave some")
     endings = tuple(ext.lower().lstrip(".") for ext in config.image_ext)
-    wanted = Wanted(endings, config.label_from, config.label_field, beside=members_beside(config))
-    shards = indexed([*train, *val], store, cache / "index", wanted)
+    spec = SampleSpec(endings, config.label_from, config.label_field, extra=extra_members(config))
+    shards = index_shards([*train, *val], store, cache / "index", spec)
     if not config.keys_per_shard:
         require_distinct(shards)
-    dataset = TarImages(shards, chosen(shards, len(train), config, split), split, config, store)
+    dataset = TarImages(shards, select_rows(shards, len(train), config, split), split, config, store)
     require_readable(dataset, Path(dataset.shards[0][0]))
     return dataset
 
 
-def chosen(shards: Sequence[Shard], n_train: int, config: Config, split: str) -> np.ndarray:
+def select_rows(shards: Sequence[Shard], n_train: int, config: Config, split: str) -> np.ndarray:
     """Sorted places of a split's samples among the rows of all shards, of which those from `n_train` on are for
     validation; where there are none of those, the split is made here."""
     sizes = [len(shard.rows) for shard in shards]
@@ -236,5 +238,7 @@ def chosen(shards: Sequence[Shard], n_train: int, config: Config, split: str) ->
         return np.flatnonzero((shard_of < n_train) == (split == "train"))
     side = SPLITS.index(split)
     if len(shards) * config.val_fraction >= 1:
-        return np.flatnonzero(np.isin(shard_of, held_out(len(shards), config.val_fraction, config.split_seed)[side]))
-    return held_out(len(shard_of), config.val_fraction, config.split_seed)[side]
+        return np.flatnonzero(
+            np.isin(shard_of, train_val_split(len(shards), config.val_fraction, config.split_seed)[side])
+        )
+    return train_val_split(len(shard_of), config.val_fraction, config.split_seed)[side]

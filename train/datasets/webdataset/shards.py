@@ -13,9 +13,9 @@ import numpy as np
 from filelock import FileLock
 
 from train.datasets.webdataset import tar
-from train.datasets.webdataset.store import Store, digest, is_remote, library, stamp_of
+from train.datasets.webdataset.store import ShardStore, file_stamp, import_webdataset, is_remote, short_hash
 
-THREADS = 8  # indexes made at a time
+INDEX_THREADS = 8  # indexes made at a time
 
 
 class Shard(NamedTuple):
@@ -26,10 +26,10 @@ class Shard(NamedTuple):
     rows: np.ndarray  # see tar.scan
 
 
-def names_of(pattern: str, flag: str) -> list[str]:
+def list_shards(pattern: str, flag: str) -> list[str]:
     """The shards of a brace pattern, glob, folder, file or URL, in order; FileNotFoundError for one that is missing."""
     names = []
-    for name in library().shardlists.expand_urls(pattern):
+    for name in import_webdataset().shardlists.expand_urls(pattern):
         if name.startswith("file:"):
             name = urllib.request.url2pathname(urlparse(name).path)
         if is_remote(name):
@@ -47,10 +47,10 @@ def names_of(pattern: str, flag: str) -> list[str]:
     return names
 
 
-def identity(name: str) -> str:
+def change_tag(name: str) -> str:
     """What tells one content of a shard from another without reading it; empty where only reading it can tell."""
     if not is_remote(name):
-        return stamp_of(os.stat(name))
+        return file_stamp(os.stat(name))
     if not name.startswith(("http://", "https://")):
         return ""
     try:
@@ -60,25 +60,25 @@ def identity(name: str) -> str:
         return ""
 
 
-def indexed(names: list[str], store: Store, folder: Path, wanted: tar.Wanted) -> list[Shard]:
+def index_shards(names: list[str], store: ShardStore, folder: Path, spec: tar.SampleSpec) -> list[Shard]:
     """The shards with their rows, from `folder` or read now: at a URL that takes a whole pass over the data, once."""
     folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(THREADS) as pool:
-        identities = pool.map(identity, names)
-        made_of = [[tar.VERSION, wanted.key, *which] for which in zip(names, identities, strict=True)]
-        paths = [folder / f"{digest(json.dumps(parts))}.npy" for parts in made_of]
+    with ThreadPoolExecutor(INDEX_THREADS) as pool:
+        tags = pool.map(change_tag, names)
+        made_of = [[tar.VERSION, spec.index_key, *which] for which in zip(names, tags, strict=True)]
+        paths = [folder / f"{short_hash(json.dumps(parts))}.npy" for parts in made_of]
         missing = sum(not path.is_file() for path in paths)
         if missing:
             print(f"indexing {missing} of {len(names)} shards once into {folder}", flush=True)
-        return list(pool.map(lambda name, path: index_of(name, path, store, wanted), names, paths))
+        return list(pool.map(lambda name, path: load_or_build_index(name, path, store, spec), names, paths))
 
 
-def index_of(name: str, path: Path, store: Store, wanted: tar.Wanted) -> Shard:
+def load_or_build_index(name: str, path: Path, store: ShardStore, spec: tar.SampleSpec) -> Shard:
     """One shard's index, kept in `path`; several processes that want it make it once."""
     shard = read_index(name, path)
     if shard is None:
         with FileLock(path.with_suffix(".lock")):
-            shard = read_index(name, path) or make_index(name, path, store, wanted)
+            shard = read_index(name, path) or build_index(name, path, store, spec)
     return shard
 
 
@@ -91,19 +91,19 @@ def read_index(name: str, path: Path) -> Shard | None:
         return None
 
 
-def make_index(name: str, path: Path, store: Store, wanted: tar.Wanted) -> Shard:
+def build_index(name: str, path: Path, store: ShardStore, spec: tar.SampleSpec) -> Shard:
     if is_remote(name):
-        file, stamp = store.bring(name)
+        file, stamp = store.download(name)
     else:
         file = open(name, "rb")
-        stamp = stamp_of(os.fstat(file.fileno()))
+        stamp = file_stamp(os.fstat(file.fileno()))
     with file:
-        shard = Shard(name, stamp, tar.scan(file, name, wanted))
-    aside = path.with_suffix(".part")  # whole or not at all
-    with aside.open("wb") as file:
+        shard = Shard(name, stamp, tar.scan(file, name, spec))
+    partial = path.with_suffix(".part")  # whole or not at all
+    with partial.open("wb") as file:
         np.save(file, np.array(stamp))
         np.save(file, shard.rows)
-    aside.replace(path)
+    partial.replace(path)
     return shard
 
 

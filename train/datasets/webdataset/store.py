@@ -13,10 +13,10 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-WAIT = 0.05  # seconds before another look for room
+POLL_SECONDS = 0.05  # seconds before another look for room
 
 
-def library():
+def import_webdataset():
     """The package webdataset; ValueError with the line that installs it."""
     try:
         import webdataset
@@ -29,16 +29,16 @@ def is_remote(name: str) -> bool:
     return name.startswith("pipe:") or "://" in name
 
 
-def stamp_of(status: os.stat_result) -> str:
+def file_stamp(status: os.stat_result) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def digest(text: str) -> str:
+def short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 @dataclass(frozen=True)
-class Store:
+class ShardStore:
     """Opens shards; those of URLs by way of at most `limit` files in `folder`, which many processes may share.
 
     A file is opened anew for each sample: nothing stays open that another process has dropped, and nothing is shared
@@ -51,9 +51,9 @@ class Store:
     def open(self, name: str, stamp: str) -> BinaryIO:
         """A shard's bytes; ValueError where they are no longer the indexed ones."""
         if is_remote(name):
-            return self.kept(stamp) or self.bring(name, stamp)[0]
+            return self.open_cached(stamp) or self.download(name, stamp)[0]
         file = open(name, "rb")
-        if stamp_of(os.fstat(file.fileno())) != stamp:
+        if file_stamp(os.fstat(file.fileno())) != stamp:
             file.close()
             raise ValueError(f"{name} was changed after it was indexed: start again")
         return file
@@ -61,7 +61,7 @@ class Store:
     def path(self, stamp: str) -> Path:
         return self.folder / f"{stamp}.tar"
 
-    def kept(self, stamp: str) -> BinaryIO | None:
+    def open_cached(self, stamp: str) -> BinaryIO | None:
         """The shard of this SHA-256, if it is here."""
         try:
             os.utime(self.path(stamp))  # used now: others are dropped first
@@ -69,51 +69,51 @@ class Store:
         except FileNotFoundError:
             return None
 
-    def bring(self, url: str, stamp: str | None = None) -> tuple[BinaryIO, str]:
+    def download(self, url: str, stamp: str | None = None) -> tuple[BinaryIO, str]:
         """Brings a URL's shard: its bytes and their SHA-256. ValueError where they are not those of `stamp`."""
-        with self.place(url) as aside:
-            if stamp is not None and (file := self.kept(stamp)) is not None:
+        with self.download_slot(url) as partial:
+            if stamp is not None and (file := self.open_cached(stamp)) is not None:
                 return file, stamp  # another process brought it while this one waited
-            self.reserve(aside)
-            found = copied(url, aside)
+            self.reserve(partial)
+            found = download_to(url, partial)
             if stamp not in (None, found):
                 raise ValueError(
                     f"{url} is no longer what was indexed: start again with another --shard_cache, or delete "
                     f"{self.folder.parent}"
                 )
-            file = aside.open("rb")
-            aside.replace(self.path(found))
+            file = partial.open("rb")
+            partial.replace(self.path(found))
             return file, found
 
     @contextmanager
-    def place(self, url: str) -> Iterator[Path]:
+    def download_slot(self, url: str) -> Iterator[Path]:
         """Where one process at a time may bring this URL to."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.folder / f"{digest(url)}.part"
-        with FileLock(aside.with_suffix(".lock")):
+        partial = self.folder / f"{short_hash(url)}.part"
+        with FileLock(partial.with_suffix(".lock")):
             try:
-                yield aside
+                yield partial
             finally:
-                aside.unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)
 
-    def reserve(self, aside: Path) -> None:
+    def reserve(self, partial: Path) -> None:
         """Creates the file, once there are fewer than `limit` others; the least recently used ones go."""
         while True:
             with FileLock(self.folder / "room.lock"):
-                arriving = list(self.folder.glob("*.part"))
-                here = sorted(self.folder.glob("*.tar"), key=lambda path: path.stat().st_mtime_ns)
-                while here and len(arriving) + len(here) >= self.limit:
-                    here.pop(0).unlink()
-                if len(arriving) + len(here) < self.limit:
-                    aside.touch()
+                downloads = list(self.folder.glob("*.part"))
+                cached = sorted(self.folder.glob("*.tar"), key=lambda path: path.stat().st_mtime_ns)
+                while cached and len(downloads) + len(cached) >= self.limit:
+                    cached.pop(0).unlink()
+                if len(downloads) + len(cached) < self.limit:
+                    partial.touch()
                     return
-                drop_orphans(arriving)
-            time.sleep(WAIT)
+                remove_orphans(downloads)
+            time.sleep(POLL_SECONDS)
 
 
-def drop_orphans(arriving: list[Path]) -> None:
+def remove_orphans(downloads: list[Path]) -> None:
     """Deletes what processes that are gone have left half brought: nobody holds its lock."""
-    for path in arriving:
+    for path in downloads:
         lock = FileLock(path.with_suffix(".lock"), timeout=0)
         try:
             with lock:
@@ -122,11 +122,11 @@ def drop_orphans(arriving: list[Path]) -> None:
             continue
 
 
-def copied(url: str, path: Path) -> str:
+def download_to(url: str, path: Path) -> str:
     """Writes what a URL gives to `path`: its SHA-256. FileNotFoundError where it cannot be brought."""
     content = hashlib.sha256()
     try:
-        with library().gopen(url, "rb") as source, path.open("wb") as file:
+        with import_webdataset().gopen(url, "rb") as source, path.open("wb") as file:
             while part := source.read(1 << 20):
                 content.update(part)
                 file.write(part)
