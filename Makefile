@@ -5,46 +5,46 @@ RUN := $(VENV)/bin/python
 
 .PHONY: help setup demo demo-ddpm app test test-all test-oldest lint
 
-help:  ## these targets
+help:  ## list these targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/  /'
 
-setup: $(VENV)/ready  ## a virtual environment with everything in requirements-dev.txt
+setup: $(VENV)/ready  ## create a virtual environment with all of requirements-dev.txt
 
-# natten comes as source: without --no-build-isolation pip would fetch a second torch to build it, and where it sees a GPU
-# it would compile CUDA kernels, so the GPU is hidden. Everything runs without natten, so a failure stops nothing.
+# natten is built from source: --no-build-isolation keeps pip from downloading a second torch for the build, and hiding the
+# GPU keeps it from compiling CUDA kernels. Everything runs without natten, so a failed build is ignored.
 $(VENV)/ready: requirements.txt requirements-extra.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	$(RUN) -m pip install --quiet "setuptools>=70.1" wheel "build>=1.3"
-	CUDA_VISIBLE_DEVICES= $(RUN) -m pip install --quiet --no-build-isolation natten || echo "natten did not install: everything runs without it"
+	CUDA_VISIBLE_DEVICES= $(RUN) -m pip install --quiet --no-build-isolation natten || echo "natten could not be installed: everything runs without it"
 	touch $@
 
-demo: setup  ## train both stages on real digits, sample, measure (minutes on 2 CPU cores)
+demo: setup  ## train both stages on handwritten digits, sample, evaluate (5 minutes on 2 CPU cores)
 	$(RUN) train_vqgan.py
 	$(RUN) train_sampler.py --sampler absorbing
 	$(RUN) experiments/get_samples.py
 	$(RUN) experiments/calc_FID.py
 	$(RUN) experiments/check_digits.py
 
-demo-ddpm: setup  ## train Gaussian diffusion on real digits, sample, measure
+demo-ddpm: setup  ## the same with Gaussian diffusion in pixel space
 	$(RUN) train_sampler.py --sampler ddpm
 	$(RUN) experiments/get_samples.py --sampler ddpm --save_process
 	$(RUN) experiments/calc_FID.py --sampler ddpm
 	$(RUN) experiments/calc_approximate_ELBO.py --sampler ddpm
 	$(RUN) experiments/check_digits.py --sampler ddpm
 
-app: setup  ## a page in the browser over what `make demo` trained: http://127.0.0.1:7860
+app: setup  ## serve a web page for the models of `make demo`: http://127.0.0.1:7860
 	$(RUN) demo.py
 
-test: setup  ## the test suite (under 8 minutes on 2 CPU cores)
+test: setup  ## run the test suite (under 8 minutes on 2 CPU cores)
 	$(RUN) -m pytest
 
-test-all: setup  ## the slow tests too
+test-all: setup  ## run all tests, including slow ones
 	$(RUN) -m pytest -m ""
 
-test-oldest: $(OLDEST)/ready  ## the test suite with the oldest torch that is supported, in an environment of its own
+test-oldest: $(OLDEST)/ready  ## run the test suite with the oldest supported torch, in a separate environment
 	$(OLDEST)/bin/python -m pytest
 
 $(OLDEST)/ready: requirements.txt requirements-extra.txt requirements-dev.txt
@@ -53,6 +53,6 @@ $(OLDEST)/ready: requirements.txt requirements-extra.txt requirements-dev.txt
 	$(OLDEST)/bin/python -m pip install --quiet "torch==2.11.*" "torchvision==0.26.*" -r requirements-dev.txt
 	touch $@
 
-lint: setup  ## ruff
+lint: setup  ## check style and formatting with ruff
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .

@@ -1,4 +1,4 @@
-"""Weights in the public layout become a run: the same outputs, sampled and trained on; what does not fit is refused."""
+"""Conversion of guided-diffusion weights: runs give the same outputs, sample and train; unfit weights are refused."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def write(folder, weights, flags):
 
 
 def loaded(run, ema=True):
-    """The sampler of a run, as experiments load it."""
+    """Load the sampler of a run as experiments do."""
     data = yaml.safe_load((run / "config.yaml").read_text())["data"]
     return load_sampler(run, None, Pixels(DataConfig(**data)), torch.device("cpu"), ema=ema, amp=False)
 
@@ -75,7 +75,7 @@ def test_a_converted_run_gives_the_outputs_of_its_weights(name, tmp_path):
 
 
 def test_old_and_new_attention_orders_differ():
-    """What the parametrised test would miss if both were one."""
+    """Otherwise the parametrised test could not tell the two orders apart."""
     network = build_unet(FLAGS)
     old, new = to_guided_weights(network, new_order=False), to_guided_weights(network, new_order=True)
     name = "middle_block.1.qkv.weight"
@@ -84,7 +84,7 @@ def test_old_and_new_attention_orders_differ():
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """Flags that made the run `build_unet`, of step 7, in the folder logs beside the weights."""
+    """The folder of the weights and of logs/made, a converted run of step 7, and the flags of its conversion."""
     folder = tmp_path_factory.mktemp("theirs")
     command = write(folder, to_guided_weights(build_unet(FLAGS)), FLAGS | {"timestep_respacing": "ddim4"})
     call("convert.py", f"{command} --dataset digits --log_dir made --step 7")
@@ -94,7 +94,7 @@ def converted(tmp_path_factory):
 def test_a_converted_run_has_the_files_of_a_trained_run(converted, trained_ddpm):
     run = converted[0] / "logs" / "made"
     ours, other = (yaml.safe_load((path / "config.yaml").read_text()) for path in (run, trained_ddpm / "ddpm_digits"))
-    assert ours.pop("origin").keys() == {"class_frequencies", "load_weights"}  # as a run that began from --load_dir
+    assert ours.pop("origin").keys() == {"class_frequencies", "load_weights"}  # like a run started with --load_dir
     assert {group: list(keys) for group, keys in ours.items()} == {g: list(k) for g, k in other.items() if g in ours}
     assert list(ours) == [group for group in other if group != "origin"]
     step = max((trained_ddpm / "ddpm_digits" / "checkpoints").glob("step_*"))
@@ -142,18 +142,13 @@ def test_unet_arguments_and_script_flags_give_equal_settings():
         "num_heads": 2,
         "use_scale_shift_norm": True,
     }
-    from_arguments, from_flags = (
-        guided.pixel_sampler_settings(weights, reference_flags),
-        guided.pixel_sampler_settings(weights, FLAGS),
-    )
-    assert (from_arguments["schedule"], from_arguments["total_steps"]) == (
-        "linear",
-        1000,
-    )  # what that code has where nothing is said
+    from_arguments = guided.pixel_sampler_settings(weights, reference_flags)
+    from_flags = guided.pixel_sampler_settings(weights, FLAGS)
+    defaults = (from_arguments["schedule"], from_arguments["total_steps"])
+    assert defaults == ("linear", 1000)  # the defaults of that code
     assert all(from_arguments[key] == from_flags[key] for key in from_arguments if key != "schedule")
-    assert (
-        guided.pixel_sampler_settings(weights, {}).items() <= from_arguments.items()
-    )  # weights tell the rest, but for sizes and heads
+    inferred = guided.pixel_sampler_settings(weights, {})  # all but the image size and heads
+    assert inferred.items() <= from_arguments.items()
 
 
 @pytest.mark.parametrize(
@@ -173,10 +168,8 @@ def test_unet_arguments_and_script_flags_give_equal_settings():
 )
 def test_reference_flags_are_translated(changes, wanted):
     flags = FLAGS | changes
-    assert (
-        wanted.items()
-        <= guided.pixel_sampler_settings(to_guided_weights(build_unet({**flags, "channel_mult": "1,2"})), flags).items()
-    )
+    weights = to_guided_weights(build_unet({**flags, "channel_mult": "1,2"}))
+    assert wanted.items() <= guided.pixel_sampler_settings(weights, flags).items()
 
 
 def refused(flags, capfd, *wanted):
@@ -192,7 +185,7 @@ MISSING = "input_blocks.1.0.out_layers.3.bias"
 REFUSED_WEIGHTS = {
     "missing": (lambda w: w.pop(MISSING), ["down_blocks.0.0.conv2.bias", "(8,)"]),
     "no such layout": (lambda w: [w.pop(name) for name in list(w) if "time" in name], ["time_embed.0.weight", "label"]),
-    "extra": (lambda w: w.update({"middle_block.3.bias": torch.zeros(2)}), ["middle_block.3.bias", "no place"]),
+    "extra": (lambda w: w.update({"middle_block.3.bias": torch.zeros(2)}), ["middle_block.3.bias", "unexpected"]),
     "twice": (lambda w: w.update({"norm.weight": torch.zeros(8)}), ["out.0.weight and norm.weight"]),
     "shape": (lambda w: w.update({MISSING: torch.zeros(3)}), [MISSING, "(3,)", "(8,)"]),
     "channels": (lambda w: w.update({"out.2.weight": torch.zeros(3, 8, 3, 3)}), ["from 1 to 3 channels"]),
@@ -210,11 +203,11 @@ def test_unfit_weights_are_refused_and_leave_no_files(case, tmp_path, capfd):
     assert not (tmp_path / "logs").exists()
 
 
-REFUSED_FLAGS = {  # changes of the JSON (... leaves a key out) -> what the message must hold
+REFUSED_FLAGS = {  # changes of the JSON (...: key left out) -> words of the message
     "unknown": ({"num_chanels": 8}, ["num_chanels", "'num_channels'"]),
     "type": ({"num_res_blocks": "1"}, ["num_res_blocks", "'1'", "int"]),
-    "other network": ({"num_res_blocks": 2}, ["res_blocks is 2 there, 1 in the weights"]),
-    "other attention": ({"attention_resolutions": "8"}, ["attn_factors is (1,) there, (2,) in the weights"]),
+    "other network": ({"num_res_blocks": 2}, ["res_blocks is 2 in the JSON, 1 in the weights"]),
+    "other attention": ({"attention_resolutions": "8"}, ["attn_factors is (1,) in the JSON, (2,) in the weights"]),
     "times": ({"diffusion_steps": 4000, "rescale_timesteps": ...}, ["rescale_timesteps", "4000"]),
     "no image size": ({"image_size": None}, ["image_size", "None", "int"]),
     "bound": (

@@ -1,4 +1,4 @@
-"""VQGANs in the layout of unleashing-transformers become runs: the same outputs; what does not fit is refused."""
+"""Conversion of the VQGAN of unleashing-transformers: the same outputs; unfit weights are refused."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ def images(seed=0, size=SIZE):
 
 
 def discriminator_of(run):
-    """The one that a run trains on with, and what it says of images."""
+    """Load the discriminator with which a run continues training."""
     config = yaml.safe_load((run / "config.yaml").read_text())["loss"]
     module = PatchDiscriminator(3, config["ndf"], config["disc_layers"], config["disc_norm"], unit_range=True)
     load_weights(run, 1200, {"discriminator": module}, ema=False)
@@ -35,7 +35,7 @@ def discriminator_of(run):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """A run of plain and averaged weights, and both networks."""
+    """A run converted from plain and averaged weights, its flags, and both networks."""
     folder = tmp_path_factory.mktemp("theirs")
     plain, averaged = build_vqgan(seed=0), build_vqgan(seed=1)
     torch.save(to_unleashing_weights(*plain), folder / "vqgan_1200.th")
@@ -100,10 +100,10 @@ def test_a_converted_vqgan_trains_further(converted, tmp_path):
 
 REFUSED = {
     "missing": (lambda w: w.pop("ae.encoder.blocks.1.norm2.bias"), ["encoder.1.norm2.bias", "(8,)"]),
-    "missing part": (lambda w: [w.pop(k) for k in list(w) if "blocks.1.norm2" in k], ["blocks.1 holds", "no block"]),
-    "extra": (lambda w: w.update({"ae.more": torch.zeros(2)}), ["ae.more has no place"]),
+    "missing part": (lambda w: [w.pop(k) for k in list(w) if "blocks.1.norm2" in k], ["blocks.1 has", "no block"]),
+    "extra": (lambda w: w.update({"ae.more": torch.zeros(2)}), ["ae.more is unexpected"]),
     "other width": (lambda w: w.update({"disc.main.0.bias": torch.zeros(3)}), ["disc.main.0.bias is (3,)", "(4,)"]),
-    "no generator": (lambda w: [w.pop(k) for k in list(w) if "generator" in k], ["ae.generator.blocks", "not there"]),
+    "no generator": (lambda w: [w.pop(k) for k in list(w) if "generator" in k], ["ae.generator.blocks", "incomplete"]),
     "no discriminator": (lambda w: [w.pop(k) for k in list(w) if "disc." in k], ["disc.main.0.weight is missing"]),
 }
 

@@ -1,4 +1,4 @@
-"""Samplers in the layout of unleashing-transformers become runs: the same logits and losses; misfits are refused."""
+"""Conversion of samplers of unleashing-transformers: the same logits and losses; unfit weights are refused."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ PREFIXES = {"absorbing": "_denoise_fn.", "autoregressive": "net."}
 
 
 def ids_of(kind, shape=(3, 16), codes=32):
-    """Codes of which some are masked, where there are masks."""
+    """Random codes, some of them masked for the absorbing sampler."""
     rng = torch.Generator().manual_seed(5)
     return torch.randint(codes + (kind == "absorbing"), shape, generator=rng)
 
@@ -42,7 +42,7 @@ def logits_of(logs, name, ids, ema=True):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """A folder with a VQGAN's run, and of each kind plain and averaged weights and their run."""
+    """A folder with a converted VQGAN, and plain and averaged weights and the converted run of each kind of sampler."""
     folder = tmp_path_factory.mktemp("theirs")
     torch.save(to_unleashing_weights(*build_vqgan()), folder / "vqgan_1200.th")
     flags = f"--from unleashing --logs_root {folder}/logs --dataset folder"
@@ -65,14 +65,14 @@ def test_a_converted_run_gives_the_logits_of_its_weights(kind, converted):
 
 
 def test_reference_logits_depend_on_heads_norms_and_positions():
-    """What the test before would miss if none of them mattered."""
+    """Otherwise the previous test could not find errors in them."""
     weights, ids = sampler_weights("absorbing"), ids_of("absorbing")
     right = sampler_logits(weights, 3, ids)
     assert (sampler_logits(weights, 6, ids) - right).abs().max() > 0.01
     other = weights | {"_denoise_fn.pos_emb": weights["_denoise_fn.pos_emb"].flip(1)}
     assert (sampler_logits(other, 3, ids) - right).abs().max() > 0.01
     smaller = {k: 0.5 * v if k[12:19] in ("pos_emb", "tok_emb") else v for k, v in weights.items()}
-    assert (sampler_logits(smaller, 3, ids) - right).abs().max() > 0.01  # norms without eps would see no difference
+    assert (sampler_logits(smaller, 3, ids) - right).abs().max() > 0.01  # norms without eps would not change
 
 
 def test_positions_are_in_raster_order():
@@ -123,7 +123,8 @@ def test_every_tensor_is_converted_or_reported(converted, tmp_path, capfd):
     folder, flags = converted
     for kind in PREFIXES:
         tensors, omitted = unleashing.convert_code_sampler(weights := sampler_weights(kind), (4, 4))
-        assert len(tensors) + len(omitted) + 8 + (kind == "autoregressive") == len(weights)  # keys, values; start token
+        merged = 8 + (kind == "autoregressive")  # keys and values; start token
+        assert len(tensors) + len(omitted) + merged == len(weights)
         call("convert.py", f"{flags} --weights {folder}/{kind}_700.th --bert_n_head 3 --log_dir again_{kind}")
         output = capfd.readouterr().out
         assert f"{kind}_700.th" in output and f"{kind}_ema_700.th" in output and "3 heads" in output
@@ -157,12 +158,12 @@ def refused(flags, capfd, *wanted):
 
 BLOCK = "_denoise_fn.blocks.1."
 CHANGES = {
-    "missing": (lambda w: w.pop(f"{BLOCK}ln2.bias"), ["nothing for blocks.1.norm2.bias", "(12,)"]),
+    "missing": (lambda w: w.pop(f"{BLOCK}ln2.bias"), ["blocks.1.norm2.bias (12,) is missing"]),
     "no key": (lambda w: w.pop(f"{BLOCK}attn.key.bias"), ["attn.key.bias is missing"]),
     "no query": (lambda w: w.pop(f"{BLOCK}attn.query.bias"), ["attn.query.bias is missing"]),
-    "extra": (lambda w: w.update({f"{BLOCK}attn.norm.bias": torch.zeros(2)}), ["attn.norm.bias has no place"]),
-    "outside": (lambda w: w.update({"start_tok": torch.zeros(2)}), ["start_tok has no place"]),
-    "masks": (lambda w: w.update({f"{BLOCK}attn.mask": torch.ones(1, 1, 16, 16)}), ["attn.mask has no place"]),
+    "extra": (lambda w: w.update({f"{BLOCK}attn.norm.bias": torch.zeros(2)}), ["attn.norm.bias is unexpected"]),
+    "outside": (lambda w: w.update({"start_tok": torch.zeros(2)}), ["start_tok is unexpected"]),
+    "masks": (lambda w: w.update({f"{BLOCK}attn.mask": torch.ones(1, 1, 16, 16)}), ["attn.mask is unexpected"]),
     "twice": (lambda w: w.update({"norm.bias": torch.zeros(12)}), ["ln_f.bias and norm.bias"]),
     "shape": (
         lambda w: w.update({f"{BLOCK}attn.value.bias": torch.zeros(3)}),
@@ -174,15 +175,15 @@ CHANGES = {
     "no mask id": (lambda w: w.update({"_denoise_fn.tok_emb.weight": torch.zeros(32, 12)}), ["32 codes", "the mask"]),
     "a block": (lambda w: [w.pop(k) for k in list(w) if "blocks.0" in k], ["got blocks [1]"]),
     "two kinds": (lambda w: w.update({"net.x": torch.zeros(1)}), ["absorbing and of autoregressive"]),
-    "nothing known": (lambda w: [w.pop(k) for k in list(w) if "_den" in k], ["nothing that is known", "Lt_history"]),
+    "nothing known": (lambda w: [w.pop(k) for k in list(w) if "_den" in k], ["an unknown model", "Lt_history"]),
 }
 
 
 OF_THE_OTHER = {
     "sees all": (lambda w: w.update({"net.blocks.0.attn.mask": torch.ones(1, 1, 16, 16)}), ["0.attn.mask", "causal"]),
     "no start": (lambda w: w.pop("net.start_tok"), ["net.start_tok is missing"]),
-    "mask id": (lambda w: w.update({"net.tok_emb.weight": torch.zeros(33, 12)}), ["33 codes", "as many"]),
-    "losses": (lambda w: w.update({"Lt_count": torch.zeros(3)}), ["Lt_count has no place"]),
+    "mask id": (lambda w: w.update({"net.tok_emb.weight": torch.zeros(33, 12)}), ["33 codes", "the same number"]),
+    "losses": (lambda w: w.update({"Lt_count": torch.zeros(3)}), ["Lt_count is unexpected"]),
 }
 CASES = [("absorbing", *case) for case in CHANGES.values()] + [("autoregressive", *c) for c in OF_THE_OTHER.values()]
 
@@ -198,7 +199,7 @@ def test_unfit_weights_are_refused_by_name(kind, change, wanted, converted):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize(("sizes", "wanted"), [({"codes": 31}, "out of 31"), ({"tokens": 25}, "25 codes an image")])
+@pytest.mark.parametrize(("sizes", "wanted"), [({"codes": 31}, "out of 31"), ({"tokens": 25}, "25 codes per image")])
 def test_another_vqgan_is_refused(sizes, wanted):
     with pytest.raises(ValueError, match=f"{wanted}.*4 x 4, out of 32.*--ae_load_dir"):
         unleashing.check_vqgan_fits(sampler_weights("absorbing", **sizes), 32, (4, 4))
@@ -207,8 +208,8 @@ def test_another_vqgan_is_refused(sizes, wanted):
 def test_refused_weights_leave_no_files(converted, tmp_path, capfd):
     flags = f"{converted[1]} --weights {tmp_path}/absorbing_1.th --bert_n_head 3 --log_dir no"
     for weights, wanted in (
-        (sampler_weights("absorbing") | {"more": torch.zeros(1)}, "more has no place"),
-        (sampler_weights("absorbing", tokens=25), "25 codes an image"),
+        (sampler_weights("absorbing") | {"more": torch.zeros(1)}, "more is unexpected"),
+        (sampler_weights("absorbing", tokens=25), "25 codes per image"),
     ):
         torch.save(weights, tmp_path / "absorbing_1.th")
         refused(flags, capfd, wanted)
@@ -219,9 +220,9 @@ def test_conflicting_flags_are_refused(converted, tmp_path, capfd):
     folder, flags = converted
     flags += f" --weights {folder}/absorbing_700.th --log_dir no"
     for typed, heads in (("", "8"), ("--bert_n_head 5", "5"), ("--bert_n_head=0", "0"), ("--bert_n_head x", "x")):
-        refused(f"{flags} {typed}", capfd, f"12 wide, which {heads} heads do not divide", "--bert_n_head")
+        refused(f"{flags} {typed}", capfd, f"is not a multiple of {heads} heads", "--bert_n_head")
     flags += " --bert_n_head 3"
-    refused(f"{flags} --sampler autoregressive", capfd, "whole absorbing sampler", "--sampler")
+    refused(f"{flags} --sampler autoregressive", capfd, "complete absorbing sampler", "--sampler")
     refused(f"{flags} --load_dir other", capfd, "--load_dir")
     refused(f"{flags} --config_json x.json", capfd, "--config_json")
     refused(f"{flags} --ae_load_dir none", capfd, "logs/none", "vqgan_<step>.th", "--ae_load_dir")
@@ -236,7 +237,7 @@ def test_conflicting_flags_are_refused(converted, tmp_path, capfd):
 
 @pytest.fixture(scope="module")
 def public(tmp_path_factory):
-    """The logs folder of runs of the public weights, and what they were given and said."""
+    """The logs folder of runs converted from public weights, and their recorded inputs and outputs."""
     if not (FIXTURE / "absorbing_100.th").is_file():
         pytest.skip("UT_FIXTURES names no folder with absorbing_100.th, public weights")
     logs = tmp_path_factory.mktemp("public")

@@ -1,4 +1,4 @@
-"""Where the conditions of generated images come from: one source for all scripts, the page, and reports in training."""
+"""The source of conditions for generated images, used by all scripts, the demo page and sampling during training."""
 
 import csv
 import hashlib
@@ -22,19 +22,19 @@ from train.datasets._decode import decode
 from train.files import sha256
 from train.loop import Batch
 
-Row = Mapping[str, Any]  # the fields of one image, as an item of a data set has them
+Row = Mapping[str, Any]  # the fields of one image, as in an item of a data set
 
 
 @dataclass(frozen=True)
 class ConditionSource:
-    """The raw conditions of the images of a seed; image i has the same whatever batch it is drawn in.
+    """Raw conditions of generated images; those of image i depend on the seed and i, not on the batch.
 
-    A field comes from the first of these that has it: `rows`, which are typed values or a file's, in turn; for the
-    label, the class frequencies of the training data, unless held-out items give other fields as well; `held_out`
-    items, in turn.
+    A field is taken from the first source that has it: `rows` (typed values or a file), cycled through; for the label,
+    the class frequencies of the training data, unless other fields come from held-out items too; `held_out` items,
+    cycled through.
     """
 
-    fields: tuple[str, ...]  # of a batch, that the sampler is conditioned on
+    fields: tuple[str, ...]  # batch fields the sampler is conditioned on
     n_classes: int = 0
     class_frequencies: Tensor | None = None  # (n_classes,)
     held_out: BatchSource | None = None
@@ -44,61 +44,60 @@ class ConditionSource:
         check_rows(self.rows, self.fields, self.n_classes)
 
     def with_rows(self, rows: Sequence[Row]) -> "ConditionSource":
-        """The source with other rows: their fields come from there. ValueError for what the sampler does not take."""
+        """A source with other rows. ValueError for fields that the sampler does not take."""
         return replace(self, rows=tuple(rows))
 
     def with_values(self, **values: Any) -> "ConditionSource":
-        """The source with these values in every image, above what its rows say."""
+        """A source with these values for every image; they override those of its rows."""
         rows = self.rows or ({},)
         return self.with_rows([{**row, **values} for row in rows])
 
     def draw(self, seed: int, indices: Sequence[int]) -> Batch | None:
-        """{field: (B, ...)} for the images of these numbers, on the CPU; None without conditions."""
+        """{field: (B, ...)} for the images of these indices, on the CPU; None without conditions."""
         rows = [dict(self.rows[i % len(self.rows)]) for i in indices] if self.rows else []
         for row in rows:
             if row.get("label", 0) is None:
                 row["label"] = self.n_classes
         batch = collate(rows) if rows else {}
-        left = [name for name in self.fields if name not in batch]
-        if {*left} - {"label"} or (left and self.class_frequencies is None):
-            batch |= self.from_held_out(left, indices)
-        elif left:
+        missing = [name for name in self.fields if name not in batch]
+        if {*missing} - {"label"} or (missing and self.class_frequencies is None):
+            batch |= self.from_held_out(missing, indices)
+        elif missing:
             rng = Streams([seed_of(seed, "label", i) for i in indices])
             batch["label"] = rng.categorical(self.class_frequencies.log().expand(len(indices), -1))
         return batch or None
 
     def from_held_out(self, names: Sequence[str], indices: Sequence[int]) -> Batch:
-        """Fields of held-out items, in turn; ValueError where they have none of a name."""
+        """Fields of held-out items, cycled through; ValueError if they do not have one."""
         if self.held_out is None:
-            raise ValueError(f"got no {', '.join(names)} to sample with: pass --condition_file, which gives them")
+            raise ValueError(f"got no {', '.join(names)} to sample with: pass them in a --condition_file")
         items = self.held_out[[i % len(self.held_out) for i in indices]]
         missing = sorted({*names} - {*items})
         if missing:
             raise ValueError(
-                f"held-out images have no {', '.join(missing)}, which --adapt gave in training: pass --condition_file"
+                f"held-out images have no {', '.join(missing)}, which --adapt added in training: pass --condition_file"
             )
         return {name: value for name, value in items.items() if name.removesuffix("_mask") in names or name in names}
 
 
 def check_rows(rows: Sequence[Row], fields: Sequence[str], n_classes: int) -> None:
-    """ValueError for a field that a sampler does not take, and for a class that there is not; None is the null."""
+    """ValueError for fields that the sampler does not take, and for labels out of range; None is the null class."""
     for row in rows:
         unknown = sorted(row.keys() - {*fields})
         if unknown:
-            there = ", ".join(fields) or "none"
-            raise ValueError(f"got the condition {', '.join(unknown)}, this sampler takes: {there}")
+            accepted = ", ".join(fields) or "none"
+            raise ValueError(f"got the condition {', '.join(unknown)}, this sampler takes: {accepted}")
         label = row.get("label")
         if label is not None and not (type(label) is int and 0 <= label < n_classes):
             raise ValueError(f"got label {label!r}, wanted a class from 0 to {n_classes - 1}, or null for none")
 
 
 def read_rows(condition_file: str | None, data: DataConfig) -> list[Row]:
-    """The rows of a file of conditions: JSON (a list of objects) or CSV (with a header), one for each image; none
-    without a file.
+    """Read a file of conditions, JSON (a list of objects) or CSV (with a header): one row per image; [] without a file.
 
-    What stands in a field named ..._image is the path of an image, from the file's folder on, cut as training would.
-    A list of lists of numbers is ragged, as boxes are. A column has one type: numbers where all its values are, else
-    words. FileNotFoundError, ValueError: it cannot be used.
+    A field named ..._image is the path of an image, relative to the file's folder; it is cropped as in training. A list
+    of lists of numbers becomes `Ragged`, like boxes. A column has one type: numbers if all its values are numbers, else
+    strings. Raises FileNotFoundError or ValueError if the file cannot be used.
     """
     if condition_file is None:
         return []
@@ -112,43 +111,46 @@ def read_rows(condition_file: str | None, data: DataConfig) -> list[Row]:
 
 
 def parse_rows(path: Path) -> list[Row]:
-    """The rows as they are written, all with the same fields."""
+    """Read the rows of a file as written; ValueError unless all have the same fields."""
     rows = {".json": read_json, ".csv": read_csv}.get(path.suffix.lower(), reject_suffix)(path)
     if not rows:
-        raise ValueError(f"{path} holds no rows, wanted one at least")
+        raise ValueError(f"{path} has no rows, wanted at least one")
     for number, row in enumerate(rows):
         if row.keys() != rows[0].keys():
-            odd = ", ".join(sorted(row.keys() ^ rows[0].keys()))
-            raise ValueError(f"{path}: row {number} and the first differ in {odd}, wanted the same fields in each")
+            differing = ", ".join(sorted(row.keys() ^ rows[0].keys()))
+            raise ValueError(f"{path}: row {number} and the first differ in {differing}, wanted the same fields in all")
     return rows
 
 
 def read_json(path: Path) -> list[Row]:
+    """Read a list of objects."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f'{path} holds no list of objects, wanted such as [{{"label": 3}}, {{"label": 5}}]')
+        raise ValueError(f'{path} is not a list of objects, wanted for example [{{"label": 3}}, {{"label": 5}}]')
     return rows
 
 
 def read_csv(path: Path) -> list[Row]:
+    """Read a table with a header; a column of numbers becomes numbers."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     for number, row in enumerate(rows):
         if None in row or None in row.values():
-            raise ValueError(f"{path}: row {number} does not have as many columns as the header")
+            raise ValueError(f"{path}: row {number} does not have the same number of columns as the header")
     columns = {name: parse_column([row[name] for row in rows]) for name in (rows[0] if rows else ())}
     return [{name: values[number] for name, values in columns.items()} for number in range(len(rows))]
 
 
 def reject_suffix(path: Path) -> list[Row]:
+    """ValueError for a file that is neither .json nor .csv."""
     raise ValueError(f"got --condition_file {path}, wanted a .json or .csv file")
 
 
 def parse_column(words: list[str]) -> list[int] | list[float] | list[str]:
-    """Words as whole numbers where all are, else as finite numbers, else as they are."""
+    """Convert a column of strings to integers, else to finite floats, else leave it."""
     for kind in (int, float):
         try:
             numbers = [kind(word) for word in words]
@@ -160,7 +162,7 @@ def parse_column(words: list[str]) -> list[int] | list[float] | list[str]:
 
 
 def read_column(path: Path, name: str, values: list[Any], data: DataConfig) -> list[Any]:
-    """The values of a field as items of a data set have them: images decoded, lists of numbers as tensors."""
+    """Convert the values of a field as in items of a data set: decode images, turn lists of numbers into tensors."""
     if name.endswith("_image"):
         images = [decode(image_file(path, name, value)) for value in values]
         channels = 1 if all(image.mode in ("1", "L", "I;16") for image in images) else 3
@@ -170,34 +172,34 @@ def read_column(path: Path, name: str, values: list[Any], data: DataConfig) -> l
         return [float(value) for value in values]
     if kinds != {list} or all(isinstance(each, str) for value in values for each in value):
         return values
-    whole = all(isinstance(number, int) for value in values for number in flatten(value))
-    dtype, ragged = torch.int64 if whole else torch.float32, any(isinstance(e, list) for v in values for e in v)
+    integers = all(isinstance(number, int) for value in values for number in flatten(value))
+    dtype, ragged = torch.int64 if integers else torch.float32, any(isinstance(e, list) for v in values for e in v)
     try:
         tensors = [torch.tensor(value, dtype=dtype) for value in values]
         if not ragged:
             return tensors
-        (shape,) = {tensor.shape[1:] for tensor in tensors if len(tensor)}  # an empty list tells nothing of it
+        (shape,) = {tensor.shape[1:] for tensor in tensors if len(tensor)}  # an empty list has no inner shape
         return [Ragged(tensor.view(len(tensor), *shape)) for tensor in tensors]
     except (TypeError, ValueError, RuntimeError) as error:
-        wanted = "lists of numbers, or lists of as long lists of numbers"
-        raise ValueError(f"{path}: field {name!r} is no tensor ({error}): wanted {wanted}") from error
+        wanted = "lists of numbers, or lists of lists of numbers with the same length"
+        raise ValueError(f"{path}: field {name!r} is not a tensor ({error}), wanted {wanted}") from error
 
 
 def flatten(value: Any) -> list[Any]:
-    """What stands in lists within lists."""
-    return [leaf for each in value for leaf in flatten(each)] if isinstance(value, list) else [value]
+    """All elements of nested lists."""
+    return [leaf for element in value for leaf in flatten(element)] if isinstance(value, list) else [value]
 
 
 def image_file(path: Path, name: str, value: Any) -> Path:
-    """The image that a row of a file names."""
+    """Path of an image that a row of a file names; FileNotFoundError if it does not exist."""
     file = path.parent / str(value)
     if not file.is_file():
-        raise FileNotFoundError(f"{file} not found, which {path} names as its {name}")
+        raise FileNotFoundError(f"{file} not found, which {path} names as {name}")
     return file
 
 
 def condition_provenance(condition_file: str | None) -> dict[str, str]:
-    """What results note of a file of conditions: its content and that of its images, wherever they lie."""
+    """{"condition_sha256": digest} of a file of conditions and the images it names; {} without a file."""
     path = None if condition_file is None else Path(condition_file).expanduser()
     if path is None or not path.is_file():
         return {}

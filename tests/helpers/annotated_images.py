@@ -1,4 +1,4 @@
-"""Images with everything that an item may hold beside them."""
+"""Images with every type of annotation that an item may have."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +9,7 @@ from torchvision import tv_tensors
 
 from train.datasets import ArrayDataset, Ragged
 
-CLASSES = (0, 1, 2, 17)  # of the label maps; the image is ten times its label map, so that both are seen to move alike
+CLASSES = (0, 1, 2, 17)  # of label maps; an image is 10 times its label map, which shows that both move together
 FIELDS = {"label", "classes", "parts", "boxes", "ids", "caption", "words", "score", "vector"}
 
 
@@ -17,7 +17,7 @@ FIELDS = {"label", "classes", "parts", "boxes", "ids", "caption", "words", "scor
 class AnnotatedDataset(ArrayDataset):
     """Item i has i % 3 boxes with ids and masks, a label map, a caption, words, a number and a vector."""
 
-    read_logs: tuple[list[int], ...] = ()  # a list that notes which items were asked for
+    read_logs: tuple[list[int], ...] = ()  # lists to which the indices of read items are appended
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for read_indices in self.read_logs:
@@ -39,6 +39,7 @@ class AnnotatedDataset(ArrayDataset):
 
 
 def annotated_dataset(count: int = 7, side: int = 8) -> AnnotatedDataset:
+    """`count` annotated images of `side` x `side` pixels."""
     rng = np.random.default_rng(0)
     classes = rng.choice(np.array(CLASSES, np.uint8), (count, side, side))
     return AnnotatedDataset(classes * 10, np.arange(count), count)
@@ -46,7 +47,7 @@ def annotated_dataset(count: int = 7, side: int = 8) -> AnnotatedDataset:
 
 @dataclass(frozen=True, eq=False)
 class PlainDataset(AnnotatedDataset):
-    """The same images with nothing but a label."""
+    """The same images with only a label."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = super().__getitem__(index)
@@ -54,17 +55,18 @@ class PlainDataset(AnnotatedDataset):
 
 
 def plain_dataset() -> PlainDataset:
+    """The images of `annotated_dataset` with only their labels."""
     return PlainDataset(**vars(annotated_dataset()))
 
 
 def count_reads(dataset: AnnotatedDataset) -> tuple[AnnotatedDataset, list[int]]:
-    """The same, and a list of the items that are asked for from now on."""
+    """A copy of a data set, and a list to which it appends the indices of the items read."""
     read_indices: list[int] = []
     return replace(dataset, read_logs=(read_indices,)), read_indices
 
 
 def assert_same_fields(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Of items or batches: the same names, types, and numbers."""
+    """Assert that two items or batches have the same fields, of the same types and values."""
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert type(value) is type(other[name]), name
@@ -73,5 +75,5 @@ def assert_same_fields(one: dict[str, Any], other: dict[str, Any]) -> None:
         else:
             assert value == other[name], name
         if isinstance(value, tv_tensors.BoundingBoxes):
-            known = ("format", "canvas_size", "clamping_mode")
-            assert all(vars(value)[each] == vars(other[name])[each] for each in known)
+            metadata = ("format", "canvas_size", "clamping_mode")
+            assert all(vars(value)[key] == vars(other[name])[key] for key in metadata)

@@ -1,4 +1,4 @@
-"""The layout of the public UNet's weights, made of our own network by looking at its modules, for tests."""
+"""Write weights of our UNet in the layout of guided-diffusion, for tests of the converter."""
 
 import torch
 
@@ -6,7 +6,7 @@ from helpers.labels import label_encoders
 from models.blocks import Downsample, ResBlock, Upsample
 from models.unet import UNet, UNetConfig
 
-FLAGS = {  # of the reference's scripts, for the network of `build_unet`
+FLAGS = {  # of the reference's scripts, for `build_unet`
     "image_size": 8,
     "num_channels": 8,
     "num_res_blocks": 1,
@@ -35,7 +35,7 @@ FLAGS = {  # of the reference's scripts, for the network of `build_unet`
 
 
 def build_unet(flags, n_classes=10):
-    """Our network for flags of theirs, no weight of it 0."""
+    """Our network for reference flags, with all weights nonzero."""
     sizes = [int(size) for size in flags["attention_resolutions"].split(",")]
     mults = tuple(float(mult) for mult in flags["channel_mult"].split(","))
     width = flags["num_head_channels"]
@@ -59,14 +59,14 @@ def build_unet(flags, n_classes=10):
 
 
 def prefixed_weights(prefix, **modules):
-    """Weights of modules by their names there; 1 x 1 convolutions over places have a third axis."""
+    """State dict of modules under the reference's names; underscores stand for dots."""
     return {
         f"{prefix}{name.replace('_', '.')}.{k}": v for name, m in modules.items() for k, v in m.state_dict().items()
     }
 
 
 def guided_block_weights(prefix, block, heads_of, new_order):
-    """One block under the names, and in the shapes, that the public code has for it."""
+    """One block with the reference's names and shapes."""
     if isinstance(block, Downsample):
         return prefixed_weights(prefix, op=block.conv)
     if isinstance(block, Upsample):
@@ -85,7 +85,7 @@ def guided_block_weights(prefix, block, heads_of, new_order):
     width = qkv.in_features
     heads = heads_of(width)
     part, head, row = torch.meshgrid(torch.arange(3), torch.arange(heads), torch.arange(width // heads), indexing="ij")
-    index = (part * heads + head if new_order else head * 3 + part) * (width // heads) + row  # where a row stands there
+    index = (part * heads + head if new_order else head * 3 + part) * (width // heads) + row  # row in the reference
     weight, bias = torch.empty(3 * width, width, 1), torch.empty(3 * width)
     weight[index.flatten()], bias[index.flatten()] = qkv.weight.detach()[..., None], qkv.bias.detach()
     out = {f"{prefix}qkv.weight": weight, f"{prefix}qkv.bias": bias}
@@ -94,15 +94,15 @@ def guided_block_weights(prefix, block, heads_of, new_order):
 
 
 def to_guided_weights(network, new_order=False):
-    """The state dict that the public code would have for our network."""
+    """The state dict of the reference for our network."""
     out = prefixed_weights("time_embed.", **{"0": network.time.expand, "2": network.time.contract})
     if "label" in network.encoders:
         out["label_emb.weight"] = network.encoders["label"].embedding.weight.detach()[:-1]
     out |= prefixed_weights("input_blocks.0.", **{"0": network.conv_in})
-    places = {f"input_blocks.{i + 1}": blocks for i, blocks in enumerate(network.down_blocks)}
-    places |= {"middle_block": network.middle_blocks}
-    places |= {f"output_blocks.{i}": blocks for i, blocks in enumerate(network.up_blocks)}
-    for prefix, blocks in places.items():
+    stages = {f"input_blocks.{i + 1}": blocks for i, blocks in enumerate(network.down_blocks)}
+    stages |= {"middle_block": network.middle_blocks}
+    stages |= {f"output_blocks.{i}": blocks for i, blocks in enumerate(network.up_blocks)}
+    for prefix, blocks in stages.items():
         for i, block in enumerate(blocks):
             out |= guided_block_weights(f"{prefix}.{i}.", block, network.config.heads_of, new_order)
     return out | prefixed_weights("out.", **{"0": network.norm, "2": network.conv_out})

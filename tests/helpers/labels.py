@@ -1,4 +1,4 @@
-"""Networks under labels alone: the encoders to build one with, and one to look at what a sampler asks."""
+"""Networks conditioned on labels: encoders to build them, and a network that records its inputs."""
 
 import torch
 from torch import Tensor, nn
@@ -8,14 +8,14 @@ from models.conditions.label import LabelEncoder
 
 
 def label_encoders(n_classes: int, width: int) -> dict[str, LabelEncoder]:
-    """Of a network of that embedding width; none for 0 classes."""
+    """Condition encoders of a network with that embedding width; {} for 0 classes."""
     return {"label": LabelEncoder(n_classes, width)} if n_classes else {}
 
 
 class LabelNetwork(nn.Module):
-    """In the place of a network: remembers the ids and labels that it was asked for, null being `n_classes`.
+    """A mock network that records the ids and labels of its calls; `n_classes` is the null class.
 
-    A label stands in a condition as it is. Subclasses say `predict(ids, labels)`.
+    The label itself is the condition's vector. Subclasses implement `predict(ids, labels)`.
     """
 
     def __init__(self, n_classes: int):

@@ -1,4 +1,4 @@
-"""A small data set and what stands for an encoder, in this process or in two."""
+"""A small data set and a toy encoder, run in this process or on two ranks."""
 
 import multiprocessing
 import os
@@ -40,7 +40,7 @@ class BrokenDataset(ArrayDataset):
 
 
 def encode(images):
-    """uint8 (B, 1, 4, 4) -> (B, 2, 2, 2): a view, and one that is mirrored and has other codes."""
+    """uint8 (B, 1, 4, 4) -> ids (B, 2, 2, 2) in two views, the second mirrored and with other codes."""
     assert images.dtype == torch.uint8 and images.shape[1:] == (1, 4, 4)
     ids = images[:, 0, ::2, ::2].long()
     return torch.stack([ids, ids.flip(-1) + 1000], 1)
@@ -50,12 +50,12 @@ ALL_CODES = encode(torch.from_numpy(PIXELS)[:, None]).transpose(0, 1)  # (V, N, 
 
 
 def table_matches(table: CodeTable, index: Sequence[int] = range(COUNT)) -> bool:
-    """Whether a table is of these images."""
+    """Whether a table has the codes of the images `index`."""
     return table.index.tolist() == list(index) and torch.equal(table.ids[:], ALL_CODES[:, list(index)])
 
 
 def captions(table: CodeTable) -> list[str]:
-    """Of all images, of annotations of which some are mirrored with their view."""
+    """Captions of all images; asserts that label maps are mirrored with their view."""
     for row in range(COUNT):
         plain, mirrored = (table.annotations[view, row] for view in (0, 1))
         assert torch.equal(plain["classes"].flip(-1), mirrored["classes"])
@@ -64,12 +64,13 @@ def captions(table: CodeTable) -> list[str]:
 
 
 def suffixes(folder: Path) -> list[str]:
+    """Sorted suffixes of the files in a folder."""
     return sorted(path.suffix for path in folder.iterdir())
 
 
 @dataclass
 class Encoder:
-    """Counts the images that it is given; fails when it is given the `fails_at`-th batch."""
+    """Encodes and counts images; raises `error` at batch number `fails_at`."""
 
     fails_at: int | None = None
     error: type[BaseException] = KeyboardInterrupt
@@ -115,7 +116,7 @@ def record_bar(bars: list, **settings) -> tqdm:
 
 
 def run_rank(rank: int, port: int, folder: Path, fails_at: tuple, broken: tuple, annotated: bool, queue) -> None:
-    """What one of two processes encodes, and gets, or which error."""
+    """Encode on one of two ranks; put the codes or the error, and statistics, in the queue."""
     os.environ.update(variables(rank, 2, port))
     bars = []
     with (
@@ -138,7 +139,7 @@ def run_rank(rank: int, port: int, folder: Path, fails_at: tuple, broken: tuple,
 def run_two_ranks(
     folder: Path, fails_at: tuple = (None, None), broken: tuple[int, ...] = (), annotated: bool = False
 ) -> list[dict]:
-    """The answers of two processes that encode together, by rank. Forked, since starting two takes seconds."""
+    """Encode on two ranks together; results by rank. Forked, since spawning takes seconds."""
     context, port = multiprocessing.get_context("fork"), free_port()
     queue = context.Queue()
     processes = [

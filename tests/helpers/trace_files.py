@@ -1,9 +1,9 @@
-"""How many files one training step and one sample pass through: `python tests/helpers/trace_files.py [ROOT ...]`.
+"""Count the files that a training step and a sample pass through: `python tests/helpers/trace_files.py [ROOT ...]`.
 
-Of each checkout, counted by Python's profiler over calls of the project's functions: the files they lie in, and the
-changes of file, which are calls from a function of one file to a function of another, each pair of functions once, as
-a reader would follow them. The step is the second of an absorbing sampler of digits; the sample is that of
-`get_samples.py --n_samples 1` from start to end. Networks are tiny: sizes change neither number.
+For each checkout, Python's profiler records calls of the project's functions: the files that define them, and the
+changes of file, which are calls from a function in one file to a function in another, each pair counted once. The step
+is the second of an absorbing sampler of digits; the sample is all of `get_samples.py --n_samples 1`. Networks are tiny:
+their sizes do not change the counts.
 """
 
 import inspect
@@ -25,17 +25,17 @@ COMMANDS = {
 
 
 class Trace:
-    """A profile function; after `begin` it notes calls between functions of files below `root`, until `end`."""
+    """A profile function that records calls between functions of files below `root`."""
 
     def __init__(self, root: Path):
         self.root, self.steps = str(root) + os.sep, None
-        self.calls: set[tuple[str, str, str, str]] = set()  # file and function of the caller, of the called
+        self.calls: set[tuple[str, str, str, str]] = set()  # file and function of caller and callee
         self.files: set[str] = set()
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
         if event != "call" or not self.is_project_code(frame):
             return
-        if frame.f_code.co_name == "reseed":  # the loop does it once a step
+        if frame.f_code.co_name == "reseed":  # once per training step
             self.steps = None if self.steps is None else self.steps + 1
         if self.steps not in (None, 2):
             return
@@ -48,7 +48,7 @@ class Trace:
 
     def is_project_code(self, frame: FrameType) -> bool:
         file = frame.f_code.co_filename
-        function = frame.f_code.co_flags & inspect.CO_OPTIMIZED  # else the body of a module or a class, at its import
+        function = frame.f_code.co_flags & inspect.CO_OPTIMIZED  # not the body of a module or class
         return bool(function) and file.startswith(self.root) and "site-packages" not in file
 
 
@@ -57,21 +57,21 @@ def name_of(frame: FrameType) -> tuple[str, str]:
 
 
 def trace(root: Path, logs: str, name: str) -> None:
-    """One command in this process, traced."""
+    """Run one command in this process and print its counts."""
     script, *flags = COMMANDS[name].split()
     sys.argv = [str(root / script), *flags, "--no_amp", "--logs_root", logs]
     sys.path.insert(0, str((root / script).parent))
-    watch = Trace(root)
+    profile = Trace(root)
     if name == "step":
-        watch.steps = 0
+        profile.steps = 0
     if name != "vqgan":
-        sys.setprofile(watch)
+        sys.setprofile(profile)
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         sys.setprofile(None)
     if name != "vqgan":
-        print(f"{name}: {len(watch.files)} files, {len(watch.calls)} changes of file")
+        print(f"{name}: {len(profile.files)} files, {len(profile.calls)} changes of file")
 
 
 def main() -> None:

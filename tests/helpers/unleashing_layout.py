@@ -1,4 +1,4 @@
-"""Weights as the public unleashing-transformers code writes them down: a VQGAN of ours, and samplers with an oracle."""
+"""Weights in the layout of unleashing-transformers: of our VQGAN, and of samplers with a reference forward pass."""
 
 import math
 import re
@@ -24,7 +24,7 @@ CONFIG = VQGANConfig(
 
 
 def build_vqgan(config=CONFIG, seed=0):
-    """An autoencoder and a discriminator with weights that all matter."""
+    """An autoencoder and a discriminator whose outputs depend on every weight."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vqgan, discriminator = VQGAN(config, (SIZE, SIZE), 3), PatchDiscriminator(3, 4, 2, "batch", unit_range=True)
@@ -38,7 +38,7 @@ def build_vqgan(config=CONFIG, seed=0):
 
 
 def to_unleashing_weights(vqgan, discriminator):
-    """Their state dict: names, q, k and v apart, images in [0, 1], and tensors that nothing uses."""
+    """The reference's state dict: its names, separate q, k and v, images in [0, 1], and unused tensors."""
     weights = {}
     last = len(vqgan.decoder) - 1
     for name, value in vqgan.state_dict().items():
@@ -52,8 +52,8 @@ def to_unleashing_weights(vqgan, discriminator):
         name = re.sub(r"^quantizer\.codebook\.", "ae.quantize.embedding.", name)
         name = name.replace(".skip.", ".conv_out.").replace(".proj.", ".proj_out.")
         if ".qkv." in name:
-            for part, own in zip("qkv", value.chunk(3), strict=True):
-                weights[name.replace(".qkv.", f".{part}.")] = own
+            for part, chunk in zip("qkv", value.chunk(3), strict=True):
+                weights[name.replace(".qkv.", f".{part}.")] = chunk
             continue
         weights[name] = value
         if name.endswith(".conv1.weight") and value.shape[0] == value.shape[1]:
@@ -65,7 +65,7 @@ def to_unleashing_weights(vqgan, discriminator):
 
 
 def sampler_weights(kind, *, codes=32, tokens=16, width=12, layers=2, mlp=4, steps=8, seed=0):
-    """The state dict of a sampler of theirs, with weights that all matter, eps of norms too."""
+    """The state dict of a reference sampler whose outputs depend on every weight, and on eps of the norms."""
     rng = torch.Generator().manual_seed(seed)
     trunk = {"absorbing": "_denoise_fn.", "autoregressive": "net."}[kind]
 
@@ -74,7 +74,7 @@ def sampler_weights(kind, *, codes=32, tokens=16, width=12, layers=2, mlp=4, ste
 
     weights = {name: torch.rand(steps + 1, generator=rng) for name in ("Lt_history", "Lt_count", "loss_history")}
     weights = weights if kind == "absorbing" else {}
-    weights[f"{trunk}pos_emb"] = randn(1, tokens, width, scale=0.003)  # variances near eps
+    weights[f"{trunk}pos_emb"] = randn(1, tokens, width, scale=0.003)  # variances near the eps of norms
     weights[f"{trunk}start_tok"] = randn(1, 1, width, scale=0.003)
     weights[f"{trunk}tok_emb.weight"] = randn(codes + (kind == "absorbing"), width, scale=0.003)
     for i in range(layers):
@@ -92,8 +92,10 @@ def sampler_weights(kind, *, codes=32, tokens=16, width=12, layers=2, mlp=4, ste
 
 
 def sampler_logits(weights, heads, ids):
-    """What a sampler of theirs says: ids (B, N) in raster order -> logits (B, N, K); of an autoregressive one, of each
-    code from those before it."""
+    """Forward pass of a reference sampler: ids (B, N) in raster order -> logits (B, N, K).
+
+    Those of an autoregressive sampler depend on earlier codes only.
+    """
     trunk = "net." if any(name.startswith("net.") for name in weights) else "_denoise_fn."
     w = {name.removeprefix(trunk): value.double() for name, value in weights.items()}
     layers = sum(name.endswith("ln1.bias") for name in w)

@@ -1,4 +1,4 @@
-"""Where the conditions of generated images come from: given rows, class frequencies, held-out items."""
+"""Conditions of generated images: from rows, class frequencies, or held-out items."""
 
 import json
 
@@ -16,7 +16,7 @@ FREQUENCIES = torch.tensor([0.7, 0.0, 0.3])
 
 
 class HeldOut:
-    """Five items with an image, its label and some words."""
+    """Five items with an image, a label and words."""
 
     def __len__(self):
         return 5
@@ -86,7 +86,7 @@ def test_rows_that_the_sampler_does_not_take_are_refused(message):
 
 
 def test_fields_without_a_source_are_refused():
-    with pytest.raises(ValueError, match="got no words to sample with: pass --condition_file"):
+    with pytest.raises(ValueError, match="got no words to sample with: pass them in a --condition_file"):
         ConditionSource(("words",)).draw(0, [0])
     with pytest.raises(ValueError, match="held-out images have no boxes"):
         ConditionSource(("boxes",), held_out=HeldOut()).draw(0, [0])
@@ -154,13 +154,13 @@ def test_grey_and_colour_images_can_be_mixed(tmp_path, picture):
 
 BROKEN = {
     "rows.txt, wanted a .json or .csv file": ("rows.txt", "a"),
-    "holds no rows": ("rows.csv", "label\n"),
-    "is no JSON": ("rows.json", "[{"),
-    "holds no list of objects": ("rows.json", '{"label": 3}'),
-    "field 'boxes' is no tensor": ("rows.json", '[{"boxes": [[0, 0]]}, {"boxes": [[0, 0, 1]]}]'),
+    "has no rows": ("rows.csv", "label\n"),
+    "is not JSON": ("rows.json", "[{"),
+    "is not a list of objects": ("rows.json", '{"label": 3}'),
+    "field 'boxes' is not a tensor": ("rows.json", '[{"boxes": [[0, 0]]}, {"boxes": [[0, 0, 1]]}]'),
     "row 1 and the first differ in words": ("rows.json", '[{"label": 3}, {"label": 3, "words": "a"}]'),
-    "row 0 does not have as many columns as the header": ("rows.csv", "label,words\n3\n"),
-    "none.png not found, which .* names as its condition_image": ("rows.json", '[{"condition_image": "none.png"}]'),
+    "row 0 does not have the same number of columns as the header": ("rows.csv", "label,words\n3\n"),
+    "none.png not found, which .* names as condition_image": ("rows.json", '[{"condition_image": "none.png"}]'),
 }
 
 

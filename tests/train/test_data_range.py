@@ -1,4 +1,4 @@
-"""Images of 16 bits from files to samples: trained on in [-1, 1], given back in their own units."""
+"""16-bit and float images from files to samples: trained on in [-1, 1], returned in the units of the data."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ RANGE = "--data_range 0 4095"
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
-    """A folder of grey images of 12 bits."""
+    """A folder of 12-bit grey images."""
     root = tmp_path_factory.mktemp("scans")
     rng = np.random.default_rng(0)
     for i in range(8):
@@ -36,7 +36,7 @@ def refused(script, flags, capfd):
 
 @pytest.fixture(scope="module")
 def trained(scans, tmp_path_factory):
-    """A model of pixels after two steps, from decoded images that are kept."""
+    """A sampler of pixels after two steps, trained on cached images."""
     root = tmp_path_factory.mktemp("logs")
     flags = f"{DDPM} {DATA} {RANGE} --data_dir {scans} --logs_root {root} --log_dir pixels --steps_per_eval 1"
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +58,7 @@ def test_samples_are_in_the_units_of_the_data(trained, scans):
 
 def test_bits_per_dimension_are_refused(trained, scans, capfd):
     flags = f"--logs_root {trained} --load_dir pixels --data_dir {scans} --n_images 2 --no_amp --log_dir elbo"
-    assert "not of 8 bits" in refused("experiments/calc_approximate_ELBO.py", flags, capfd)
+    assert "not 8-bit" in refused("experiments/calc_approximate_ELBO.py", flags, capfd)
 
 
 def test_another_range_is_another_run(trained, scans, capfd):
@@ -90,7 +90,7 @@ def test_codes_take_the_range_of_their_vqgan(scans, tmp_path, capfd):
         assert image["width"] == (12 if name == "resized" else 16)
         with Image.open(tmp_path / name / image["picture"]) as picture:
             shown = np.asarray(picture)[2:60, 2:60]  # the original
-        assert 100 < shown.mean() < 155 and (shown == 255).mean() < 0.05  # neither darkened nor cut off
+        assert 100 < shown.mean() < 155 and (shown == 255).mean() < 0.05  # neither darkened nor clipped
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_edits_read_files_in_the_data_range(trained, scans, of_files):
     model = f"--load_dir pixels --sample_steps 2 {of_files} --hide left --results 1"
     call("experiments/inpaint.py", f"{model} --image {scans}/0.png --log_dir filled")
     with Image.open(next((trained / "filled" / "images").glob("*.png"))) as picture:
-        shown = np.asarray(picture)[:, 4:, 0]  # what is visible is put back
+        shown = np.asarray(picture)[:, 4:, 0]  # visible pixels are restored
     wanted = to_item({"image": decode(scans / "0.png")}, (8, 8), 1, (0, 4095))["image"][0, :, 4:]
     assert np.abs(shown - (wanted.numpy() + 1) * 127.5).max() <= 0.51
 
@@ -148,7 +148,7 @@ def build(config, split):
 
 @pytest.fixture
 def heights(tmp_path, monkeypatch):
-    """A data set of floats, which declares their range."""
+    """A data set of floats that declares their range."""
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins" / "heights.py").write_text(FLOATS)
     monkeypatch.setattr(train.datasets, "__path__", [*train.datasets.__path__, str(tmp_path / "plugins")])

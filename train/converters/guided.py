@@ -1,9 +1,9 @@
-"""The UNet of the public improved-diffusion and guided-diffusion code: its settings and its weights in our words.
+"""Convert the UNet of improved-diffusion (Nichol & Dhariwal 2021) and guided-diffusion (Dhariwal & Nichol 2021).
 
-Its scripts' flags, or the arguments of its UNetModel (attention_resolutions are factors there, image sizes among the
-flags), lie in a JSON file. What names and shapes of the weights tell is read from them; the file may repeat it. Left
-out, noise_schedule is linear and diffusion_steps 1000, the defaults of that code. Networks with classes have no null
-class there and get one of zeros: guidance, which compares with the null, has no meaning until they are trained on.
+A JSON file contains the flags of their scripts, or the arguments of their UNetModel, whose attention_resolutions are
+downsampling factors instead of image sizes. Settings that follow from the names and shapes of the weights are inferred;
+the file may repeat them. Defaults are theirs: noise_schedule linear, diffusion_steps 1000. Class-conditional networks
+have no null class there and get one of zeros: classifier-free guidance is meaningless until they are trained further.
 """
 
 import re
@@ -21,7 +21,7 @@ NAME_PATTERNS = [
     (r"^time_embed\.2\.", "time.contract."),
     (r"^label_emb\.", "encoders.label.embedding."),
     (r"^input_blocks\.0\.0\.", "conv_in."),
-    (r"^input_blocks\.(\d+)", lambda found: f"down_blocks.{int(found[1]) - 1}"),
+    (r"^input_blocks\.(\d+)", lambda match: f"down_blocks.{int(match[1]) - 1}"),
     (r"^middle_block\.", "middle_blocks."),
     (r"^output_blocks\.", "up_blocks."),
     (r"^out\.0\.", "norm."),
@@ -37,7 +37,7 @@ NAME_PATTERNS = [
     (r"\.proj_out\.", ".attention.proj."),
 ]
 
-RENAMED_FLAGS = {  # keys of the JSON that are ours by another name, and what they hold
+RENAMED_FLAGS = {  # reference flag -> our flag, and its type
     "image_size": ("img_size", int),
     "in_channels": ("n_channels", int),
     "out_channels": ("out_channels", int),
@@ -57,7 +57,7 @@ RENAMED_FLAGS = {  # keys of the JSON that are ours by another name, and what th
     "diffusion_steps": ("total_steps", int),
     "noise_schedule": ("schedule", str),
 }
-OTHER_FLAGS = {  # keys with a rule of their own
+OTHER_FLAGS = {  # reference flags with rules of their own
     "num_heads": int,
     "num_head_channels": int,
     "num_heads_upsample": int,
@@ -67,28 +67,35 @@ OTHER_FLAGS = {  # keys with a rule of their own
     "timestep_respacing": str,
     "rescale_timesteps": bool,
     "rescale_learned_sigmas": bool,
-    "use_fp16": bool,  # says how they trained; what is converted is float32
+    "use_fp16": bool,  # concerns training only: converted weights are float32
     "conv_resample": bool,
     "dims": int,
 }
 
 
 def model_kind(weights: dict[str, Tensor]) -> str:
+    """The name of the sampler: this layout is only of UNets for ddpm."""
     return "ddpm"
 
 
 def pixel_sampler_settings(weights: dict[str, Tensor], reference_flags: dict[str, Any]) -> dict[str, Any]:
-    """Our flags, and n_classes, for these weights and what their JSON says; ValueError where the two differ.
+    """Our flags, and n_classes, for these weights and their reference flags; ValueError if the two disagree.
 
-    Neither heads nor head_width is among them where the JSON is silent: weights cannot tell.
+    heads and head_width are missing unless the reference flags give them: they cannot be inferred from weights.
     """
-    seen, told = infer_from_weights(weights), translate_flags(reference_flags)
-    if "attn_factors" in told:  # what names no level of the network does nothing there either
-        told["attn_factors"] = tuple(f for f in told["attn_factors"] if f in seen["factors"])
-    odd = [f"{k} is {told[k]} there, {seen[k]} in the weights" for k in seen if k in told and told[k] != seen[k]]
-    if odd:
-        raise ValueError(f"the JSON does not describe these weights: {'; '.join(odd)}: pass that of the same network")
-    flags = {"total_steps": 1000, "schedule": "linear", "label_drop": 0.0} | told | seen
+    inferred, from_json = infer_from_weights(weights), translate_flags(reference_flags)
+    if "attn_factors" in from_json:  # factors without a level have no effect there either
+        from_json["attn_factors"] = tuple(f for f in from_json["attn_factors"] if f in inferred["factors"])
+    differing = [
+        f"{key} is {from_json[key]} in the JSON, {inferred[key]} in the weights"
+        for key in inferred
+        if key in from_json and from_json[key] != inferred[key]
+    ]
+    if differing:
+        raise ValueError(
+            f"the JSON does not describe these weights: {'; '.join(differing)}: pass that of the same network"
+        )
+    flags = {"total_steps": 1000, "schedule": "linear", "label_drop": 0.0} | from_json | inferred
     fixed, learned = ("fixed_small" if flags.pop("sigma_small", False) else "fixed_large"), flags.pop("learn_sigma")
     flags["variance"] = "learned_range" if learned else fixed
     flags["loss_type"] = "vlb" if flags.pop("use_kl", False) else "hybrid" if learned else "simple"
@@ -97,14 +104,14 @@ def pixel_sampler_settings(weights: dict[str, Tensor], reference_flags: dict[str
 
 
 def infer_from_weights(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """What names and shapes tell."""
+    """Settings that follow from the names and shapes of the weights."""
     channels = dim_size(weights, "time_embed.0.weight", 1)
     in_channels = dim_size(weights, "input_blocks.0.0.weight", 1)
     out_channels = dim_size(weights, "out.2.weight", 0)
     if in_channels not in (1, 3) or out_channels not in (in_channels, 2 * in_channels):
         raise ValueError(
-            f"got a network from {in_channels} to {out_channels} channels, wanted 1 or 3, and as many or twice as many "
-            "out: networks that enlarge images or see latents cannot be converted"
+            f"got a network from {in_channels} to {out_channels} channels, wanted 1 or 3 in, and as many or twice as "
+            "many out: super-resolution and latent networks cannot be converted"
         )
     per_level, levels, by_res_block = level_layout(weights)
     starts = [1 + level * per_level for level in range(levels)]
@@ -112,7 +119,7 @@ def infer_from_weights(weights: dict[str, Tensor]) -> dict[str, Any]:
     factors = tuple(2**level for level in range(levels))
     attended = [f"input_blocks.{start}.1.qkv.weight" in weights for start in starts]
     n_classes = dim_size(weights, "label_emb.weight", 0) if "label_emb.weight" in weights else 0
-    said = dim_size(weights, "input_blocks.1.0.emb_layers.1.weight", 0)
+    emb_features = dim_size(weights, "input_blocks.1.0.emb_layers.1.weight", 0)
     return {
         "n_channels": in_channels,
         "out_channels": out_channels,
@@ -121,44 +128,45 @@ def infer_from_weights(weights: dict[str, Tensor]) -> dict[str, Any]:
         "channel_mults": tuple(w // channels if w % channels == 0 else w / channels for w in widths),
         "res_blocks": per_level - 1,
         "factors": factors,
-        "attn_factors": tuple(factor for factor, there in zip(factors, attended, strict=True) if there),
-        "scale_shift": said == 2 * widths[0],
+        "attn_factors": tuple(factor for factor, has_attention in zip(factors, attended, strict=True) if has_attention),
+        "scale_shift": emb_features == 2 * widths[0],
         "n_classes": n_classes,
         "class_conditional": n_classes > 0,
     } | ({} if levels == 1 else {"resblock_updown": by_res_block})
 
 
 def level_layout(weights: dict[str, Tensor]) -> tuple[int, int, bool]:
-    """Steps per level on the way up, levels, and whether ResBlocks change the size between them."""
-    found = [re.match(r"output_blocks\.(\d+)\.(\d+)\.(\w+)\.", name) for name in weights]
-    parts = {(int(m[1]), int(m[2]), m[3]) for m in found if m is not None}
-    steps = 1 + max((i for i, _, _ in parts), default=-1)
-    up = sorted({i for i, place, kind in parts if place > 0 and kind in ("in_layers", "conv")})
+    """Blocks per level on the way up, number of levels, and whether ResBlocks do the resampling."""
+    matches = [re.match(r"output_blocks\.(\d+)\.(\d+)\.(\w+)\.", name) for name in weights]
+    layers = {(int(m[1]), int(m[2]), m[3]) for m in matches if m is not None}
+    steps = 1 + max((i for i, _, _ in layers), default=-1)
+    up = sorted({i for i, index, kind in layers if index > 0 and kind in ("in_layers", "conv")})
     levels = len(up) + 1
     per_level = steps // levels
     if per_level < 2 or steps % levels or up != [per_level * (level + 1) - 1 for level in range(levels - 1)]:
         raise ValueError(
-            f"got output_blocks 0 to {steps - 1} that double the size after {up or 'none'}, wanted levels of equally "
-            "many steps, as UNetModel has them (a classifier has no output_blocks)"
+            f"got output_blocks 0 to {steps - 1} that upsample after {up or 'none'}, wanted the same number of blocks "
+            "in each level, as in UNetModel (a classifier has no output_blocks)"
         )
-    return per_level, levels, any(place > 0 and kind == "in_layers" for _, place, kind in parts)
+    return per_level, levels, any(index > 0 and kind == "in_layers" for _, index, kind in layers)
 
 
 def dim_size(weights: dict[str, Tensor], name: str, axis: int) -> int:
+    """Size of a tensor along an axis; ValueError if the tensor or the axis does not exist."""
     if name not in weights or weights[name].ndim <= axis:
-        shape = f"of shape {tuple(weights[name].shape)}" if name in weights else "missing"
-        there = ", ".join(list(weights)[:3])
-        raise ValueError(f"{name} is {shape}: the file is not of a guided-diffusion UNet; it begins with {there}")
+        got = f"of shape {tuple(weights[name].shape)}" if name in weights else "missing"
+        first_names = ", ".join(list(weights)[:3])
+        raise ValueError(f"{name} is {got}: not the weights of a guided-diffusion UNet; they begin with {first_names}")
     return weights[name].shape[axis]
 
 
 def translate_flags(reference_flags: dict[str, Any]) -> dict[str, Any]:
-    """The JSON's keys in our words; ValueError names one that is unknown or has no counterpart, and why."""
+    """Translate reference flags to ours; ValueError for unknown and unsupported ones, with the reason."""
     wanted = {key: kind for key, (_, kind) in RENAMED_FLAGS.items()} | OTHER_FLAGS
     for key, value in reference_flags.items():
         if key not in wanted:
             near = did_you_mean(key, wanted)
-            raise ValueError(f"unknown key {key!r}{near} in the JSON: leave out what is not of model and diffusion")
+            raise ValueError(f"unknown key {key!r}{near} in the JSON: wanted flags of the model and diffusion only")
         kinds = wanted[key] if isinstance(wanted[key], tuple) else (wanted[key],)
         if type(value) not in kinds:
             names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
@@ -179,24 +187,22 @@ def translate_flags(reference_flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_supported(reference_flags: dict[str, Any]) -> None:
-    """ValueError for a setting that nothing of ours means, with the reason."""
+    """ValueError, with the reason, for reference flags without a counterpart here."""
     steps = reference_flags.get("diffusion_steps", 1000)
     if reference_flags.get("noise_schedule", "linear") not in ("linear", "cosine"):
-        raise ValueError(
-            f"got noise_schedule {reference_flags['noise_schedule']!r}, wanted linear or cosine, as that code has"
-        )
+        raise ValueError(f"got noise_schedule {reference_flags['noise_schedule']!r}, wanted linear or cosine")
     if "rescale_timesteps" not in reference_flags and steps != 1000:
         raise ValueError(
-            f"got diffusion_steps {steps} without rescale_timesteps: write true where the network was told "
-            f"t * 1000 / {steps} (improved-diffusion's default), false where it was told t (guided-diffusion's)"
+            f"got diffusion_steps {steps} without rescale_timesteps: set it to true if the network's input was "
+            f"t * 1000 / {steps} (improved-diffusion's default), to false if it was t (guided-diffusion's)"
         )
     if reference_flags.get("learn_sigma") and reference_flags.get("rescale_learned_sigmas") is False and steps != 1000:
         raise ValueError(
             f"got rescale_learned_sigmas false with diffusion_steps {steps}: it trained with 1 / {steps} of the bound, "
-            "ours train with 1 / 1000; if that is of no matter, leave the key out"
+            "ours train with 1 / 1000; leave the key out if you accept that"
         )
     if reference_flags.get("conv_resample") is False:
-        raise ValueError("got conv_resample false: sizes change here by a convolution or a ResBlock")
+        raise ValueError("got conv_resample false, wanted true: resampling uses a convolution or a ResBlock here")
     if reference_flags.get("dims", 2) != 2:
         raise ValueError(f"got dims {reference_flags['dims']}, wanted 2: images")
     above = reference_flags.get("num_heads_upsample", -1)
@@ -205,72 +211,73 @@ def check_supported(reference_flags: dict[str, Any]) -> None:
 
 
 def head_settings(reference_flags: dict[str, Any]) -> dict[str, Any]:
-    """The width of heads, which counts first there too, or their number."""
+    """Channels per head, which has precedence there too, or the number of heads."""
     if reference_flags.get("num_head_channels", -1) != -1:
         return {"head_width": reference_flags["num_head_channels"]}
     return {"heads": reference_flags["num_heads"], "head_width": None} if "num_heads" in reference_flags else {}
 
 
 def attention_factors(reference_flags: dict[str, Any]) -> tuple[int, ...]:
-    """How many times smaller the levels with attention are than the image: the flags give the levels' sizes."""
+    """Downsampling factors of the levels with attention; the reference's script flags give image sizes instead."""
     sizes = parse_numbers("attention_resolutions", reference_flags["attention_resolutions"])
     if "model_channels" in reference_flags:
         return tuple(sorted(sizes))
     side = reference_flags.get("image_size")
     if side is None or min(sizes) < 1:
-        raise ValueError(f"got attention_resolutions {sizes} and image_size {side}, wanted sizes, and the image's")
+        raise ValueError(f"got attention_resolutions {sizes} and image_size {side}, wanted positive sizes of both")
     return tuple(sorted({side // length for length in sizes}))
 
 
 def parse_numbers(key: str, value: str | list) -> list[int | float]:
-    """A list, or the words "1,2,4" of a flag; whole numbers as such."""
+    """Parse a list, or a flag such as "1,2,4"; integers are returned as int."""
     try:
-        found = [float(word) for word in (value.split(",") if isinstance(value, str) else value)]
+        values = [float(word) for word in (value.split(",") if isinstance(value, str) else value)]
     except (TypeError, ValueError) as error:
         raise ValueError(f"got {key} {value!r} in the JSON, wanted numbers such as [1, 2, 4] or '1,2,4'") from error
-    return [int(number) if number == int(number) else number for number in found]
+    return [int(number) if number == int(number) else number for number in values]
 
 
 def parse_respacing(words: str) -> dict[str, Any]:
-    """How to sample, of timestep_respacing: "", "250" or "ddim50"."""
+    """Sampling flags for a timestep_respacing such as "", "250" or "ddim50"."""
     if not words:
         return {}
-    found = re.fullmatch(r"(ddim)?(\d+)", words)
-    if found is None:
-        raise ValueError(
-            f"got timestep_respacing {words!r}: steps lie evenly here, wanted '', or such as '250' or 'ddim50'"
-        )
-    by_ddim = {"solver": "ddim", "eta": 0.0, "spacing": "leading"}
-    return (by_ddim if found[1] else {"solver": "ddpm", "spacing": "linspace"}) | {"sample_steps": int(found[2])}
+    match = re.fullmatch(r"(ddim)?(\d+)", words)
+    if match is None:
+        raise ValueError(f"got timestep_respacing {words!r}, wanted one section: '', '250' or 'ddim50'")
+    ddim = {"solver": "ddim", "eta": 0.0, "spacing": "leading"}
+    return (ddim if match[1] else {"solver": "ddpm", "spacing": "linspace"}) | {"sample_steps": int(match[2])}
 
 
 def convert_pixel_sampler(
     weights: dict[str, Tensor], config: UNetConfig, new_attention_order: bool
 ) -> dict[str, ConvertedTensor]:
-    """The tensors of our UNet by name, float32."""
+    """Convert to the tensors of our UNet by name, float32."""
     converted = {}
     for source, value in weights.items():
         name = rename(source)
         value = value.float()
         if name.endswith((".attention.qkv.weight", ".attention.proj.weight")) and value.ndim == 3:
-            value = value.flatten(1)  # 1 x 1 convolutions over pixels are linear
+            value = value.flatten(1)  # a 1x1 convolution -> a linear layer
         if ".attention.qkv." in name and not new_attention_order:
             value = reorder_qkv(value, config)
         if name == "encoders.label.embedding.weight":
-            value = torch.cat([value, torch.zeros_like(value[:1])])  # they have no null class
+            value = torch.cat([value, torch.zeros_like(value[:1])])  # add the null class
         if name in converted:
-            raise ValueError(f"got {converted[name].source} and {source}, which are one tensor here: leave one out")
+            raise ValueError(
+                f"got {converted[name].source} and {source}, which are the same tensor here: leave one out"
+            )
         converted[name] = ConvertedTensor(value, source)
     return converted
 
 
 def rename(name: str) -> str:
+    """Our name of a tensor."""
     for theirs, ours in NAME_PATTERNS:
         name = re.sub(theirs, ours, name)
     return name
 
 
 def reorder_qkv(qkv: Tensor, config: UNetConfig) -> Tensor:
-    """Rows by head, then q, k, v, as the older order of attention has them -> rows by q, k, v, then head."""
+    """Reorder rows from (heads, q/k/v, ...), the older order of attention, to (q/k/v, heads, ...)."""
     count = config.heads_of(len(qkv) // 3)
     return qkv.unflatten(0, (count, 3, -1)).transpose(0, 1).flatten(0, 2)

@@ -1,7 +1,8 @@
-"""What items have beside their image, on disk: one record per item, read by its index, without running any code.
+"""Annotations on disk: all fields of an item except its image, one record per item, read by index.
 
-A record is the length of a JSON text, that text with numbers, strings and the types of tensors, and the tensors as
-safetensors. A file is records, one behind the other, and then where each begins and the last ends.
+A record is a JSON header (numbers, strings, tensor types) preceded by its length, followed by the tensors in
+safetensors format. A file of records is their concatenation followed by the array of their offsets. Reading runs no
+code.
 """
 
 import json
@@ -24,21 +25,21 @@ OFFSET_DTYPE = "<i8"
 
 
 def pack(fields: dict[str, Any]) -> bytes:
-    """Fields of an item as a record; b"" for none. ValueError for what `collate` does not take."""
+    """Serialise fields of an item as a record, b"" without fields. ValueError for types that `collate` rejects."""
     if not fields:
         return b""
     plain, types, tensors = {}, {}, {}
     for name, value in fields.items():
         if isinstance(value, Tensor):
-            alone = value.as_subclass(Tensor).clone(memory_format=torch.contiguous_format)  # sharing none's memory
-            tensors[name], types[name] = alone, type_spec(name, value)
+            copied = value.as_subclass(Tensor).clone(memory_format=torch.contiguous_format)  # safetensors refuses views
+            tensors[name], types[name] = copied, type_spec(name, value)
         elif isinstance(value, bool | int | float | str) or (
             isinstance(value, list) and all(isinstance(each, str) for each in value)
         ):
             plain[name], types[name] = value, None
         else:
             raise ValueError(
-                f"field {name!r} of an item is {type(value).__name__}, which no cache keeps: wanted a tensor, a "
+                f"field {name!r} of an item is {type(value).__name__}, which cannot be cached: wanted a tensor, a "
                 "number, a string or a list of strings"
             )
     head = json.dumps({"types": types, "plain": plain}).encode()
@@ -46,7 +47,7 @@ def pack(fields: dict[str, Any]) -> bytes:
 
 
 def unpack(record: bytes) -> dict[str, Any]:
-    """The fields that a record was made of, of the same types and in the same order; tensors of their own."""
+    """Restore the fields of a record, with their types and in their order; tensors are copies."""
     if not record:
         return {}
     (length,) = struct.unpack_from("<Q", record)
@@ -59,26 +60,29 @@ def unpack(record: bytes) -> dict[str, Any]:
 
 
 def type_spec(name: str, value: Tensor) -> dict[str, Any]:
-    """The class of a tensor, and what its class knows beside the numbers; ValueError for one that no cache knows."""
+    """Class name and metadata (such as the box format) of a tensor, for `restore_type`.
+
+    ValueError for a class that cannot be cached.
+    """
     if type(value) in (Tensor, Ragged):
         return {"kind": type(value).__name__}
     from torchvision import tv_tensors
 
-    known: dict[str, Any] = {"kind": type(value).__name__}
+    spec: dict[str, Any] = {"kind": type(value).__name__}
     if isinstance(value, tv_tensors.BoundingBoxes):
-        known |= {"format": value.format.name, "clamping_mode": value.clamping_mode}
+        spec |= {"format": value.format.name, "clamping_mode": value.clamping_mode}
     if isinstance(value, tv_tensors.BoundingBoxes | tv_tensors.KeyPoints):
-        known["canvas_size"] = list(value.canvas_size)
+        spec["canvas_size"] = list(value.canvas_size)
     elif not isinstance(value, tv_tensors.Image | tv_tensors.Mask):
         raise ValueError(
-            f"field {name!r} of an item is a {type(value).__name__}, which no cache keeps: wanted a plain tensor, a "
+            f"field {name!r} of an item is a {type(value).__name__}, which cannot be cached: wanted a plain tensor, a "
             "Ragged one, or an Image, Mask, BoundingBoxes or KeyPoints of torchvision.tv_tensors"
         )
-    return known
+    return spec
 
 
-def restore_type(tensor: Tensor, kind: str, **known: Any) -> Tensor:
-    """A tensor as the class that `type_spec` described."""
+def restore_type(tensor: Tensor, kind: str, **metadata: Any) -> Tensor:
+    """Cast a plain tensor to the class described by `type_spec`."""
     if kind == "Tensor":
         return tensor
     if kind == "Ragged":
@@ -86,13 +90,13 @@ def restore_type(tensor: Tensor, kind: str, **known: Any) -> Tensor:
     from torchvision import tv_tensors
 
     classes = (tv_tensors.Image, tv_tensors.Mask, tv_tensors.BoundingBoxes, tv_tensors.KeyPoints)
-    if "canvas_size" in known:
-        known["canvas_size"] = tuple(known["canvas_size"])
-    return {each.__name__: each for each in classes}[kind](tensor, **known)
+    if "canvas_size" in metadata:
+        metadata["canvas_size"] = tuple(metadata["canvas_size"])
+    return {cls.__name__: cls for cls in classes}[kind](tensor, **metadata)
 
 
 class RecordWriter:
-    """Writes records to an open file; `finish` writes where they are, and leaves the whole on disk."""
+    """Append records to an open file; `finish` appends their offsets and flushes the file to disk."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.offsets, self.crc32 = file, [0], 0
@@ -112,7 +116,7 @@ class RecordWriter:
 
 
 def write_records(path: Path, records: Iterable[bytes]) -> int:
-    """Writes a file of records to disk: its CRC32."""
+    """Write a file of records to disk. Returns its CRC32."""
     with path.open("wb") as file:
         writer = RecordWriter(file)
         for record in records:
@@ -123,14 +127,14 @@ def write_records(path: Path, records: Iterable[bytes]) -> int:
 
 
 class Records:
-    """The fields of `count` items by index, from a memory-mapped file of records."""
+    """Annotations of `count` items by index, read from a memory-mapped file of records."""
 
     def __init__(self, path: Path, count: int):
         self.path, self.count = path, count
         self.memmap: np.memmap | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"memmap": None}  # a pickled memmap would carry all its records
+        return self.__dict__ | {"memmap": None}  # a pickled memmap would contain all records
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self.memmap is None:

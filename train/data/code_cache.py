@@ -1,11 +1,11 @@
-"""The code cache: a data set encoded once, by all processes together, chunk by chunk, into one memory-mapped file.
+"""The code cache: a data set encoded once, by all ranks together, chunk by chunk, into one memory-mapped file.
 
-Beside <name>.codes lies <name>.note, which says what is whole in it, and, while it is being made, a folder
-<name>.chunks with a note of each chunk. Notes carry the key of everything that made the codes, and checksums. A process
-that is killed loses no more than the chunks that were on their way; any number of processes resumes.
+<name>.codes holds the codes; <name>.note lists its finished chunks. While encoding runs, a folder <name>.chunks holds
+one note per chunk. Notes contain a checksum of each chunk and the key of all inputs of the codes. A killed job loses
+only the chunks in progress, and may be resumed by any number of processes.
 
-Where images have annotations beside their labels, a folder <name>.annotations holds a file of records of each chunk, as
-they are before any view: each view moves them when they are read, and no image is decoded for that.
+If images have annotations other than labels, a folder <name>.annotations holds one file of records per chunk. Records
+precede any view: a view transforms them when they are read, without decoding an image.
 """
 
 import hashlib
@@ -34,31 +34,32 @@ from train.data.transforms import View
 from train.distributed import DistContext
 from train.files import fsync, print_removable, write_text
 
-VERSION = 3  # raise it when the same images and weights become other codes: the cache goes by it
-KEY_LENGTH = 16  # digits of it in names of files
-CHUNK_SIZE = 512  # images; with uint16 codes on a grid of even sides, two chunks share no page of 4096 bytes
+VERSION = 3  # raise it when the same images and weights give different codes: it is part of the cache key
+KEY_LENGTH = 16  # hexadecimal digits of the key in file names
+CHUNK_SIZE = 512  # images; uint16 codes on a grid with even sides: no two chunks share a 4096-byte page
 
-# of a chunk: {"crc32": of its codes, "unreadable": {image: message}, "records": the CRC32 of its annotations or None}
+# note of a chunk: {"crc32": of its codes, "unreadable": {image: message}, "records": CRC32 of its annotations or None}
 Note = dict[str, Any]
 
 
 def code_cache_key(**inputs: object) -> str:
-    """Hexadecimal key of what codes are made of: weights, data, size, views; any change is another key."""
+    """Hexadecimal key of everything the codes depend on: weights, data, size, views. Any change gives another key."""
     return hashlib.sha256(json.dumps({"version": VERSION} | inputs, sort_keys=True).encode()).hexdigest()
 
 
 class CodeTable(NamedTuple):
-    """The codes of a data set in all its views."""
+    """Codes of a data set in all its views."""
 
-    ids: CodeGrids  # (V, n, h, w) integers; view 0 is the first of the views that were asked for
-    index: Tensor  # (n,) int64: which image of the data set each is (unreadable ones are left out)
-    annotations: Annotations | None = None  # by view and row, where the images have any
+    ids: CodeGrids  # (V, n, h, w) integers; views in the requested order
+    index: Tensor  # (n,) int64: index in the data set (unreadable images are left out)
+    annotations: Annotations | None = None  # by (view, row), if the images have any
 
 
 class MappedCodes:
-    """Codes (V, n, h, w) of the readable images, from a file (N, V, h, w) of all; `index` (n,) says which these are.
+    """Codes (V, n, h, w) of the readable images, memory-mapped from a file (N, V, h, w) of all images.
 
-    `ids[views, rows]` gives int64 in memory, as a tensor would; both may be numbers, slices or tensors.
+    `index` (n,) holds the indices of the readable images. `ids[views, rows]` indexes like a tensor, with integers,
+    slices or tensors, and returns int64 in memory.
     """
 
     def __init__(self, path: Path, file_shape: tuple[int, ...], dtype: str, index: Tensor):
@@ -67,49 +68,53 @@ class MappedCodes:
         self.memmap: np.memmap | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"memmap": None}  # a pickled memmap would carry all its codes
+        return self.__dict__ | {"memmap": None}  # a pickled memmap would contain all codes
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, places: Any) -> Tensor:
-        views, rows = places if isinstance(places, tuple) else (places, slice(None))
+    def __getitem__(self, key: Any) -> Tensor:
+        views, rows = key if isinstance(key, tuple) else (key, slice(None))
         if self.memmap is None:
             self.memmap = np.memmap(self.path, self.dtype, "r", shape=self.file_shape)
         if isinstance(views, Tensor) and isinstance(rows, slice):
-            views = views[:, None]  # each of them with each of the rows
-        found = self.memmap.swapaxes(0, 1)[to_numpy_index(views), self.images[to_numpy_index(rows)]]
-        return torch.from_numpy(np.array(found, dtype=np.int64))
+            views = views[:, None]  # every view with every row
+        codes = self.memmap.swapaxes(0, 1)[to_numpy_index(views), self.images[to_numpy_index(rows)]]
+        return torch.from_numpy(np.array(codes, dtype=np.int64))
 
 
 class MappedAnnotations:
-    """The annotations of the readable images by (view, row), from records by chunk; boxes and masks as the view moves
-    them. `index` (n,) says which images these are, `chunk` how many have their records together."""
+    """Annotations of the readable images by (view, row), with boxes and masks transformed by the view.
+
+    `records` holds the annotations by chunk, `chunk` the images per chunk, `index` (n,) the indices of the readable
+    images.
+    """
 
     def __init__(self, records: dict[int, Records], chunk: int, index: Tensor, views: Sequence[View]):
         self.records, self.chunk, self.images, self.views = records, chunk, index.tolist(), views
 
-    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
-        view, row = place
-        chunk, within = divmod(self.images[row], self.chunk)
-        return self.views[view](self.records[chunk][within] if chunk in self.records else {})
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        view, row = key
+        chunk, offset = divmod(self.images[row], self.chunk)
+        return self.views[view](self.records[chunk][offset] if chunk in self.records else {})
 
 
-def to_numpy_index(place: Any) -> Any:
-    return place.numpy() if isinstance(place, Tensor) else place
+def to_numpy_index(index: Any) -> Any:
+    """Convert tensors to arrays; leave integers and slices."""
+    return index.numpy() if isinstance(index, Tensor) else index
 
 
 class EncodedChunk(NamedTuple):
-    """What is made of the images of a chunk."""
+    """Codes and annotations of a chunk of images."""
 
     ids: np.ndarray  # (n, V, h, w), zeros for an unreadable image
-    unreadable: dict[int, str]  # why, by image
-    records: list[bytes]  # n records of annotations, empty for an unreadable image
+    unreadable: dict[int, str]  # error message by image
+    records: list[bytes]  # n records of annotations, b"" for an unreadable image
 
 
 @dataclass(frozen=True)
 class CodeFile:
-    """The codes of `count` images, each of `shape` (V, h, w), on disk: in `folder`, under a name and a key."""
+    """A file of the codes of `count` images, each of `shape` (V, h, w), in `folder`, named by `name` and `key`."""
 
     folder: Path
     name: str
@@ -118,9 +123,10 @@ class CodeFile:
     shape: tuple[int, int, int]
     codebook_size: int
     chunk: int = CHUNK_SIZE
-    views: tuple[View, ...] = ()  # V of them, which move annotations; without them none are kept
+    views: tuple[View, ...] = ()  # V views, which transform annotations; without views no annotations are stored
 
     def sibling(self, suffix: str) -> Path:
+        """The path of this cache with another suffix."""
         return self.folder / f"{self.name}_{hashlib.sha256(self.key.encode()).hexdigest()[:KEY_LENGTH]}.{suffix}"
 
     @property
@@ -140,33 +146,34 @@ class CodeFile:
         return -(-self.count // self.chunk)
 
     def image_range(self, chunk: int) -> range:
-        """The images of a chunk."""
+        """Indices of the images of a chunk."""
         return range(chunk * self.chunk, min((chunk + 1) * self.chunk, self.count))
 
     def read_notes(self) -> dict[int, Note]:
-        """What the note says of chunks; ValueError where it speaks of other codes."""
+        """Notes of the finished chunks by chunk; ValueError if they belong to other codes."""
         return self.read_chunk_notes(self.sibling("note"))
 
     def read_all_notes(self) -> dict[int, Note]:
-        """The same, with what a process that did not come to the end has noted of single chunks."""
-        found = self.read_notes()
+        """As `read_notes`, with the notes of single chunks that an interrupted job left behind."""
+        notes = self.read_notes()
         for path in sorted(self.sibling("chunks").glob("[0-9]*.note")):
-            found |= self.read_chunk_notes(path)
-        return found
+            notes |= self.read_chunk_notes(path)
+        return notes
 
     def read_chunk_notes(self, path: Path) -> dict[int, Note]:
+        """Notes in one file by chunk, {} if it is missing or damaged; ValueError if they belong to other codes."""
         note = read_note(path)
         if note is None:
             return {}
         if note["key"] != self.key:
             raise ValueError(
-                f"{path} was made by other weights or data (key {note['key']}, wanted {self.key}): "
+                f"{path} belongs to other weights or data (key {note['key']}, wanted {self.key}): "
                 f"delete {self.sibling('*')}"
             )
-        return {int(chunk): each for chunk, each in note["chunks"].items()}
+        return {int(chunk): chunk_note for chunk, chunk_note in note["chunks"].items()}
 
     def outdated(self) -> list[Path]:
-        """Codes of the same name that were kept by an earlier version, and the annotations beside them."""
+        """Codes of the same name written by an earlier version, with their annotations."""
         paths = [
             path
             for path in self.folder.glob(f"{self.name}_*.note")
@@ -174,20 +181,21 @@ class CodeFile:
         ]
         notes = {path.with_suffix(".codes"): read_note(path) for path in sorted(paths)}
         old = [path for path, note in notes.items() if note is not None and note.get("version") != VERSION]
-        beside = [path for codes in old for path in (codes, codes.with_suffix(".annotations"))]
-        return [path for path in beside if path.exists()]
+        files = [path for codes in old for path in (codes, codes.with_suffix(".annotations"))]
+        return [path for path in files if path.exists()]
 
     def save_notes(self, path: Path, chunks: dict[int, Note]) -> None:
+        """Write notes of chunks to a file, with the version and the key."""
         write_note(path, {"version": VERSION, "key": self.key, "chunks": chunks})
 
     def is_intact(self, chunk: int, note: Note) -> bool:
-        """Whether a chunk is on disk as it was noted, and nothing behind the last one."""
+        """Whether a chunk on disk matches its checksums, and the file ends after the last chunk."""
         images, records = self.image_range(chunk), note["records"]
-        size, last = len(images) * self.image_bytes, images.stop == self.count
+        size, is_last = len(images) * self.image_bytes, images.stop == self.count
         try:
             with self.path.open("rb") as file:
                 file.seek(images.start * self.image_bytes)
-                codes = file.read(size + last)
+                codes = file.read(size + is_last)  # one byte more finds a file that is too long
             if records is not None and zlib.crc32(self.record_path(chunk).read_bytes()) != records:
                 return False
         except FileNotFoundError:
@@ -195,28 +203,28 @@ class CodeFile:
         return len(codes) == size and zlib.crc32(codes) == note["crc32"]
 
     def record_path(self, chunk: int) -> Path:
+        """The file of the annotations of a chunk."""
         return self.sibling("annotations") / f"{chunk:08d}.records"
 
     def prepare(self, notes: dict[int, Note]) -> None:
-        """Makes the file as long as it will be, and gathers the notes that there are; checksums tell what is not so."""
+        """Allocate the file and merge existing notes. Stale notes do no harm: checksums reveal them."""
         with self.path.open("ab") as file:
             file.truncate(self.count * self.image_bytes)
             os.fsync(file.fileno())
-        for unfinished in self.folder.glob(f".{self.sibling('note').name}.*"):  # by a process that was killed
+        for unfinished in self.folder.glob(f".{self.sibling('note').name}.*"):  # left by a killed process
             unfinished.unlink()
         self.merge_notes(notes)
         self.sibling("chunks").mkdir()
 
     def merge_notes(self, notes: dict[int, Note]) -> None:
-        """Writes one note of all chunks in the place of many."""
+        """Replace the notes of single chunks by one note of all chunks."""
         self.save_notes(self.sibling("note"), notes)
         fsync(self.folder)
         if self.sibling("chunks").exists():
             shutil.rmtree(self.sibling("chunks"))
 
     def write_chunk(self, chunk: int, encoded: EncodedChunk) -> None:
-        """Puts a chunk on disk, and only then the note that it is there. Written, not mapped: a full disk is then an
-        error and no bus fault."""
+        """Write a chunk to disk, then its note. Written, not memory-mapped: a full disk raises an error, not SIGBUS."""
         codes, records = encoded.ids.tobytes(), None
         if any(encoded.records):
             self.sibling("annotations").mkdir(exist_ok=True)
@@ -230,10 +238,12 @@ class CodeFile:
         self.save_notes(self.sibling("chunks") / f"{chunk:08d}.note", {chunk: note})
 
     def delete(self) -> None:
+        """Delete the codes and their note."""
         self.sibling("note").unlink()
         self.path.unlink()
 
     def open_table(self, notes: dict[int, Note]) -> CodeTable:
+        """Memory-map the codes and annotations of the readable images."""
         index = torch.tensor(sorted(set(range(self.count)) - unreadable_images(notes).keys()))
         ids = MappedCodes(self.path, (self.count, *self.shape), self.dtype, index)
         chunks = [chunk for chunk, note in notes.items() if note["records"] is not None]
@@ -242,23 +252,24 @@ class CodeFile:
 
 
 def unreadable_images(notes: dict[int, Note]) -> dict[int, str]:
-    """Why an image is left out, by image in order."""
-    return {int(image): why for chunk in sorted(notes) for image, why in notes[chunk]["unreadable"].items()}
+    """Error messages of the unreadable images, by image in ascending order."""
+    return {int(image): reason for chunk in sorted(notes) for image, reason in notes[chunk]["unreadable"].items()}
 
 
 def write_note(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file with its SHA-256 in the first line."""
     text = json.dumps(content) + "\n"
     write_text(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
-    """What was written; None where nothing was, and, with a warning, where it is no longer that."""
+    """Read what `write_note` wrote; None if the file is missing or, with a warning, damaged."""
     try:
         digest, _, text = path.read_bytes().partition(b"\n")
     except FileNotFoundError:
         return None
     if digest != hashlib.sha256(text).hexdigest().encode():
-        warnings.warn(f"{path} is damaged: what it notes is encoded again", stacklevel=2)
+        warnings.warn(f"{path} is damaged: its chunks are encoded again", stacklevel=2)
         return None
     return json.loads(text)
 
@@ -269,11 +280,11 @@ Encode = Callable[[Tensor], Tensor]  # uint8, or floats in [-1, 1], (B, C, H, W)
 def load_or_encode(
     file: CodeFile, images: Callable[[], ImageSource], encode: Encode, batch_size: int, world: DistContext
 ) -> CodeTable:
-    """The codes in a file, made first as far as they are not there as they were noted. All processes take part.
+    """Load the codes of a data set, encoding the chunks that are missing or damaged first. All ranks take part.
 
-    Other jobs that want the same wait, and take what this one made. Unreadable images are left out, and named in one
-    warning when the last chunk is done. ValueError where the file was made by other weights, not one image can be
-    read, or the disk has no room; what is done until then stays.
+    Other jobs that need the same codes wait, then use those of this job. Unreadable images are left out, and listed in
+    one warning after the last chunk. ValueError if the file belongs to other weights, no image can be read, or the disk
+    is full; finished chunks are kept.
     """
     if file.count == 0:
         raise ValueError(f"nothing was encoded for {file.name}: the data set is empty")
@@ -288,24 +299,26 @@ def load_or_encode(
 
 
 def missing_chunks(file: CodeFile, notes: dict[int, Note], world: DistContext) -> list[int]:
-    """Chunks that are not noted, or not as noted; each process reads its share, and all get the same list."""
+    """Chunks without a note, or that do not match it. Each rank checks its share; all return the same list."""
     own = set(world.local_items(list(range(file.n_chunks))))
-    lost = [
+    missing = [
         chunk not in notes or (chunk in own and not file.is_intact(chunk, notes[chunk]))
         for chunk in range(file.n_chunks)
     ]
-    return [chunk for chunk, anywhere in enumerate(world.any(*lost)) if anywhere]
+    return [chunk for chunk, on_any_rank in enumerate(world.any(*missing)) if on_any_rank]
 
 
 @contextmanager
 def exclusive_lock(file: CodeFile, world: DistContext) -> Iterator[None]:
-    """Keeps other jobs from writing the same file. The processes of this one ask together, so that none of them waits
-    longer for another than their timeout."""
-    lock, waiting = FileLock(file.sibling("lock")), False  # the system frees it when a process dies
+    """Keep other jobs from writing the same file.
+
+    The ranks of this job poll the lock together, so that no collective operation waits longer than its timeout.
+    """
+    lock, waiting = FileLock(file.sibling("lock")), False  # the operating system releases it if the process dies
     try:
         while not any(world.any(world.is_main and try_acquire(lock))):
             if world.is_main and not waiting:
-                print(f"another job is encoding into {file.path}: waiting for it", flush=True)
+                print(f"another job is encoding into {file.path}: waiting", flush=True)
             waiting = True
         yield
     finally:
@@ -313,7 +326,7 @@ def exclusive_lock(file: CodeFile, world: DistContext) -> Iterator[None]:
 
 
 def try_acquire(lock: FileLock) -> bool:
-    """Whether the lock could be had within a second."""
+    """Try for one second to acquire the lock. Returns whether it was acquired."""
     try:
         lock.acquire(timeout=1)
     except Timeout:
@@ -323,30 +336,30 @@ def try_acquire(lock: FileLock) -> bool:
 
 @contextmanager
 def raise_together(file: CodeFile, world: DistContext) -> Iterator[None]:
-    """ValueError in every process where the system refused something to one; else all go on together."""
-    problem = None
+    """Turn an OSError on one rank into a ValueError on all ranks."""
+    failure = None
     try:
         yield
     except OSError as error:
-        problem = error
-    if any(world.any(problem is not None)):
+        failure = error
+    if any(world.any(failure is not None)):
         raise ValueError(
-            f"could not encode into {file.path}: {problem or 'see the other processes'}; what is done stays: "
-            "make room or mend the folder, then give the same command again"
-        ) from problem
+            f"could not encode into {file.path}: {failure or 'see the other processes'}; finished chunks are kept: "
+            "free disk space or repair the folder, then run the same command again"
+        ) from failure
 
 
 def encode_missing(
     file: CodeFile, images: Callable[[], ImageSource], encode: Encode, batch_size: int, world: DistContext
 ) -> dict[int, Note]:
-    """Encodes what is not in a file, and returns its notes."""
+    """Encode the chunks that are missing in a file. Returns the notes of all chunks."""
     notes = file.read_all_notes()
     todo = missing_chunks(file, notes, world)
     damaged = [chunk for chunk in todo if chunk in notes]
     if damaged and world.is_main:
         warnings.warn(f"{file.path} is damaged: {len(damaged)} of {len(notes)} chunks are encoded again", stacklevel=3)
     check_disk_space(file, todo, world)
-    with raise_together(file, world):  # all have looked before one writes
+    with raise_together(file, world):  # all ranks have checked before one writes
         if world.is_main:
             file.prepare(notes)
     if todo:
@@ -357,12 +370,12 @@ def encode_missing(
     notes = file.read_notes()
     unreadable = unreadable_images(notes)
     if len(unreadable) == file.count:
-        world.barrier()  # all have read before one deletes
+        world.barrier()  # all ranks have read before one deletes
         if world.is_main:
             file.delete()
         first = unreadable[min(unreadable)]
         raise ValueError(
-            f"nothing was encoded for {file.name}: not one of {file.count} images can be read; the first is {first}"
+            f"nothing was encoded for {file.name}: none of its {file.count} images can be read; first error: {first}"
         )
     if unreadable and world.is_main:
         warnings.warn(f"skipped {len(unreadable)} unreadable images: {'; '.join(unreadable.values())}", stacklevel=3)
@@ -370,20 +383,20 @@ def encode_missing(
 
 
 def check_disk_space(file: CodeFile, todo: list[int], world: DistContext) -> None:
-    """ValueError in every process where the disk has no room for the chunks."""
+    """ValueError on every rank if the disk has too little space for the chunks."""
     size = sum(len(file.image_range(chunk)) for chunk in todo) * file.image_bytes
     free = shutil.disk_usage(file.folder).free
     if any(world.any(size > free)):
         raise ValueError(
             f"the codes of {file.name} need {size / 1e9:.3f} GB in {file.folder}, which has {free / 1e9:.3f} GB free: "
-            "make room"
+            "free disk space"
         )
 
 
 def encode_chunks(
     file: CodeFile, todo: list[int], source: ImageSource, encode: Encode, batch_size: int, world: DistContext
 ) -> None:
-    """Encodes chunks, as many at a time as there are processes, so that all hear at once of one's failure."""
+    """Encode chunks, one per rank at a time, so that a failure on one rank stops all."""
     own = {
         chunk: [
             list(file.image_range(chunk)[i : i + batch_size])
@@ -391,13 +404,14 @@ def encode_chunks(
         ]
         for chunk in world.local_items(todo)
     }
-    lists = [each for batches in own.values() for each in batches]
+    index_lists = [indices for batches in own.values() for indices in batches]
     workers = source.config.num_workers
     images = ImageBatches(source, with_records=bool(file.views))
-    batches = iter(DataLoader(images, batch_size=None, sampler=lists, num_workers=workers, worker_init_fn=init_worker))
-    there = file.count - sum(len(file.image_range(chunk)) for chunk in todo)
+    loader = DataLoader(images, batch_size=None, sampler=index_lists, num_workers=workers, worker_init_fn=init_worker)
+    batches = iter(loader)
+    done = file.count - sum(len(file.image_range(chunk)) for chunk in todo)
     with tqdm(
-        desc=f"encoding {file.name}", total=file.count, initial=there, unit="img", dynamic_ncols=True, mininterval=1.0,
+        desc=f"encoding {file.name}", total=file.count, initial=done, unit="img", dynamic_ncols=True, mininterval=1.0,
         disable=not world.is_main,
     ) as bar:  # fmt: skip
         for first in range(0, len(todo), world.size):
@@ -406,7 +420,7 @@ def encode_chunks(
                 if world.rank < len(chunks):
                     chunk = chunks[world.rank]
                     file.write_chunk(chunk, encode_chunk(file, chunk, own[chunk], batches, encode, bar))
-            bar.update(sum(len(file.image_range(chunk)) for chunk in chunks[1:]))  # the other processes'
+            bar.update(sum(len(file.image_range(chunk)) for chunk in chunks[1:]))  # chunks of the other ranks
 
 
 def encode_chunk(
@@ -417,19 +431,18 @@ def encode_chunk(
     encode: Encode,
     bar: tqdm,
 ) -> EncodedChunk:
-    """The codes and annotations of a chunk whose images come as `index_lists`."""
+    """Encode one chunk, whose images come in batches of the indices `index_lists`."""
     images = file.image_range(chunk)
     encoded = EncodedChunk(np.zeros((len(images), *file.shape), file.dtype), {}, [b""] * len(images))
-    for wanted, batch in zip(
-        index_lists, islice(batches, len(index_lists)), strict=True
-    ):  # after them come other chunks
-        kept = batch["index"].tolist()
-        encoded.unreadable.update(zip([image for image in wanted if image not in kept], batch["skipped"], strict=True))
-        if kept:
-            rows = [image - images.start for image in kept]
+    for indices, batch in zip(index_lists, islice(batches, len(index_lists)), strict=True):  # the rest: later chunks
+        readable = batch["index"].tolist()
+        skipped = [image for image in indices if image not in readable]
+        encoded.unreadable.update(zip(skipped, batch["skipped"], strict=True))
+        if readable:
+            rows = [image - images.start for image in readable]
             encoded.ids[rows] = encode(batch["image"]).cpu().numpy()
             if file.views:
                 for row, record in zip(rows, batch["records"], strict=True):
                     encoded.records[row] = record
-        bar.update(len(wanted))
+        bar.update(len(indices))
     return encoded

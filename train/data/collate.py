@@ -1,4 +1,4 @@
-"""From items to one batch: what a field becomes is a matter of its type."""
+"""Collate items into a batch: a field's type decides how it is batched."""
 
 import json
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ from train.loop import Batch, Field
 
 
 def collate(items: Sequence[dict[str, Any]]) -> Batch:
-    """One batch (B, ...) of items that have the same fields.
+    """Collate items with the same fields into a batch (B, ...).
 
-    - Images: uint8 -> float32 in [-1, 1]; float images are there already. An image is a `tv_tensors.Image`, or a plain
-      tensor in the field "image" or one whose name ends in "_image".
-    - `tv_tensors.BoundingBoxes` and `KeyPoints`, a `tv_tensors.Mask` (R, H, W), and `Ragged` tensors may differ in
-      their first axis: (B, n, ...), padded with zeros, beside <name>_mask (B, n) bool, which is True where an item has
-      an entry. It is there in every batch.
-    - Other tensors, such as a `tv_tensors.Mask` (H, W) or ids: (B, ...), of the dtype they have.
-    - Numbers: (B,) float32 where one has a fraction, else int64; truth values: (B,) bool.
-    - Strings and lists of strings: a list of B of them.
+    - Images: uint8 is converted to float32 in [-1, 1]; float images are in [-1, 1] already. An image is a
+      `tv_tensors.Image`, or a plain tensor in the field "image" or in one whose name ends in "_image".
+    - `tv_tensors.BoundingBoxes` and `KeyPoints`, a `tv_tensors.Mask` (R, H, W), and `Ragged` tensors may differ in the
+      length of their first axis. They are padded with zeros to (B, n, ...), and every batch has a mask <name>_mask
+      (B, n) bool, True for real entries and False for padding.
+    - Other tensors, such as a `tv_tensors.Mask` (H, W) or ids, are stacked to (B, ...) and keep their dtype.
+    - Numbers: (B,) int64, or float32 if any is a float; booleans: (B,) bool.
+    - Strings and lists of strings: a list of length B.
 
-    So an example depends on its batch-mates for nothing but the length of its padding. ValueError where the items do
-    not have the same fields, of the same types and shapes.
+    An example depends on the rest of its batch only in the length of its padding. ValueError unless all items have the
+    same fields, of the same types and shapes.
     """
     names = items[0].keys()
     for item in items:
@@ -34,18 +34,18 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
             raise ValueError(f"some items of a batch have {odd} and some do not, wanted the same fields in each item")
     batch: Batch = {}
     for name in names:
-        made = collate_field(name, [item[name] for item in items])
-        twice = made.keys() & (batch.keys() | (names - {name}))
-        if twice:
+        collated = collate_field(name, [item[name] for item in items])
+        taken = collated.keys() & (batch.keys() | (names - {name}))
+        if taken:
             raise ValueError(
-                f"the items have {', '.join(twice)} beside {name}, whose mask has that name: name it otherwise"
+                f"the items have a field {', '.join(taken)}, which is the name of the mask of {name}: rename the field"
             )
-        batch |= made
+        batch |= collated
     return batch
 
 
 def collate_field(name: str, values: list[Any]) -> Batch:
-    """The field of a batch, with its mask where it is ragged."""
+    """Batch one field; a ragged field comes with its mask."""
     kinds = sorted({describe_type(name, value) for value in values})
     if len(kinds) > 1 and kinds != ["float", "int"]:
         raise ValueError(
@@ -59,28 +59,28 @@ def collate_field(name: str, values: list[Any]) -> Batch:
     if is_ragged(values[0]):
         check_same_shape(name, [tensor[0:0] for tensor in tensors], "after the first axis")
         return pad_ragged(name, tensors)
-    check_same_shape(name, tensors, "(what differs in its first axis is to be wrapped as train.datasets.Ragged)")
-    together = torch.stack(tensors)
-    return {name: to_float(together) if is_image(name, values[0]) and together.dtype == torch.uint8 else together}
+    check_same_shape(name, tensors, "(wrap tensors that differ in their first axis in train.datasets.Ragged)")
+    stacked = torch.stack(tensors)
+    return {name: to_float(stacked) if is_image(name, values[0]) and stacked.dtype == torch.uint8 else stacked}
 
 
 def describe_type(name: str, value: Any) -> str:
-    """What a value is, in words; two of one field may be stacked where these are equal."""
+    """Describe the type of a value; values of a field can be batched if their descriptions are equal."""
     if isinstance(value, Tensor):
         kind = "an image" if is_image(name, value) else "ragged" if is_ragged(value) else "a tensor"
         return f"{kind} of {value.dtype}{box_format(value)}"
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         return "a list of strings"
-    for plain in (bool, int, float, str):
-        if isinstance(value, plain):
-            return plain.__name__
+    for scalar in (bool, int, float, str):
+        if isinstance(value, scalar):
+            return scalar.__name__
     raise ValueError(
         f"field {name!r} of an item is {type(value).__name__}, wanted a tensor, a number, a string or a list of strings"
     )
 
 
 def box_format(value: Tensor) -> str:
-    """The format of boxes, such as XYXY; empty for other tensors."""
+    """Format of bounding boxes, such as " in XYXY"; empty for other tensors."""
     if type(value) is Tensor or isinstance(value, Ragged):
         return ""
     from torchvision import tv_tensors
@@ -89,7 +89,7 @@ def box_format(value: Tensor) -> str:
 
 
 def is_image(name: str, value: Tensor) -> bool:
-    """Whether a tensor is one by its type; a plain one goes by its name."""
+    """Whether a tensor is an image, by its type or, for a plain tensor, by the name of its field."""
     if type(value) is Tensor:
         return name == "image" or name.endswith("_image")
     from torchvision import tv_tensors
@@ -98,7 +98,7 @@ def is_image(name: str, value: Tensor) -> bool:
 
 
 def is_ragged(value: Tensor) -> bool:
-    """Whether items may differ in the length of its first axis."""
+    """Whether the first axis may differ in length between items."""
     if type(value) is Tensor or isinstance(value, Ragged):
         return isinstance(value, Ragged)
     from torchvision import tv_tensors
@@ -107,14 +107,15 @@ def is_ragged(value: Tensor) -> bool:
     return several_masks or isinstance(value, tv_tensors.BoundingBoxes | tv_tensors.KeyPoints)
 
 
-def check_same_shape(name: str, tensors: list[Tensor], which: str) -> None:
+def check_same_shape(name: str, tensors: list[Tensor], hint: str) -> None:
+    """ValueError, ending in `hint`, unless all tensors of a field have the same shape."""
     shapes = sorted({tuple(tensor.shape) for tensor in tensors})
     if len(shapes) > 1:
-        raise ValueError(f"field {name!r} of the items of a batch has shapes {shapes}, wanted one {which}")
+        raise ValueError(f"field {name!r} of the items of a batch has shapes {shapes}, wanted one {hint}")
 
 
 def pad_ragged(name: str, tensors: list[Tensor]) -> Batch:
-    """(n_i, ...) each -> (B, n, ...) and its mask (B, n)."""
+    """Pad tensors (n_i, ...) to a batch (B, n, ...) with its mask (B, n)."""
     lengths = torch.tensor([len(tensor) for tensor in tensors])
     longest = int(lengths.max())
     padded = torch.stack([pad(tensor, longest) for tensor in tensors])
@@ -122,14 +123,14 @@ def pad_ragged(name: str, tensors: list[Tensor]) -> Batch:
 
 
 def pad(tensor: Tensor, length: int, axis: int = 0) -> Tensor:
-    """A tensor made `length` long in one axis, with zeros behind."""
+    """Pad one axis of a tensor with zeros at its end, to `length`."""
     missing = list(tensor.shape)
     missing[axis] = length - tensor.shape[axis]
     return torch.cat([tensor, tensor.new_zeros(missing)], axis)
 
 
 def field_to_tensor(field: Field) -> Tensor:
-    """A field of a batch as numbers: strings, and lists of them, as JSON in UTF-8 (B, bytes) uint8, zeros behind."""
+    """A field of a batch as a tensor: strings become JSON in UTF-8, (B, length) uint8, padded with zeros."""
     if isinstance(field, Tensor):
         return field
     texts = [torch.tensor(list(json.dumps(each, ensure_ascii=False).encode()), dtype=torch.uint8) for each in field]

@@ -1,6 +1,8 @@
-"""Decoded images on disk: one memory-mapped file for a data set at one size, read by all processes through the page
-cache, and kept under a key made of all that made it. Numbers are noted beside it; boxes, masks, strings and other
-tensors lie in a file of records."""
+"""Decoded images on disk: one memory-mapped file per data set and size, shared by all processes via the page cache.
+
+The file's name contains a key of everything the pixels depend on. Numeric fields are stored in a JSON file next to it;
+boxes, masks, strings and other tensors in a file of records.
+"""
 
 import hashlib
 import json
@@ -22,24 +24,24 @@ from train.datasets import Dataset, UnreadableImage
 from train.files import print_removable
 
 CACHE_DIR = ROOT / "logs" / ".cache" / "images"
-VERSION = 2  # raise it when the same file becomes other pixels, or they are kept in another way: the cache goes by it
-KEY_LENGTH = 24  # digits of a file's name
-RECORDS_SUFFIX = ".records"  # ending of the file of what is neither pixels nor numbers
+VERSION = 2  # raise it when the same file gives different pixels, or the format changes: it is part of the cache key
+KEY_LENGTH = 24  # hexadecimal digits of the key in file names
+RECORDS_SUFFIX = ".records"  # suffix of the file of fields that are neither pixels nor numbers
 
 Shape = tuple[int, int, int]  # C, H, W
 
 
 class DecodedItem(NamedTuple):
-    """What is kept of an item."""
+    """An item as it is cached."""
 
     image: np.ndarray  # (C, H, W) uint8 or float32
     numbers: dict[str, int | float]
-    record: bytes  # of all other fields
-    fields: set[str]  # what there is, and of which kind
+    record: bytes  # all other fields
+    fields: set[str]  # names and kinds of all fields
 
 
 class DecodedDataset:
-    """The items of a data set, resized; the message in the place of an unreadable one."""
+    """Decoded and resized items of a data set; for an unreadable one, the error message."""
 
     def __init__(self, dataset: Dataset, shape: Shape, data_range: ValueRange | None):
         self.dataset, self.shape, self.data_range = dataset, shape, data_range
@@ -60,21 +62,18 @@ class DecodedDataset:
 
 
 class CachedImages:
-    """The kept items by index, as `to_item` made them; UnreadableImage for those that were."""
+    """Cached items by index, equal to the output of `to_item`; raises UnreadableImage for unreadable ones."""
 
     def __init__(self, path: Path, metadata: dict[str, Any]):
-        self.path, self.shape, self.dtype = (
-            path,
-            (metadata["count"], *metadata["shape"]),
-            metadata.get("dtype", "uint8"),
-        )
+        self.path, self.dtype = path, metadata.get("dtype", "uint8")
+        self.shape = metadata["count"], *metadata["shape"]
         self.unreadable = {int(index): message for index, message in metadata["unreadable"].items()}
         self.numbers: dict[str, list[int | float]] = metadata["numbers"]
         self.records = Records(path.with_suffix(RECORDS_SUFFIX), metadata["count"]) if "records" in metadata else None
         self.pixels: np.memmap | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"pixels": None}  # a pickled memmap would carry all its pixels
+        return self.__dict__ | {"pixels": None}  # a pickled memmap would contain all pixels
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -92,8 +91,7 @@ class CachedImages:
 
 
 def image_cache_key(dataset: Dataset, shape: Shape, data_range: ValueRange | None = None) -> str:
-    """Hexadecimal key of what the pixels are made of: the data, the size, the range of values, the version of what
-    decodes and resizes."""
+    """Hexadecimal key of everything the pixels depend on: data, size, value range, version of this code and of PIL."""
     inputs = [dataset.fingerprint(), len(dataset), *shape, VERSION, PIL.__version__]
     inputs += [] if data_range is None else [*data_range]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:KEY_LENGTH]
@@ -107,10 +105,10 @@ def load_or_decode(
     folder: Path | None = None,
     data_range: ValueRange | None = None,
 ) -> CachedImages:
-    """The decoded items of a data set from `folder` (logs/.cache/images), made first where they are not there whole.
+    """Load the decoded items of a data set from `folder` (default logs/.cache/images), decoding them first if needed.
 
-    `shape` and `data_range` are what `to_item` brings them to. One process makes them while others that want the same
-    wait. ValueError where items do not have the same fields, or ones that no batch takes, or the disk has no room.
+    `shape` (C, H, W) and `data_range` are passed to `to_item`. One process decodes while others that need the same
+    cache wait. ValueError if the items differ in their fields, have fields that cannot be batched, or the disk is full.
     """
     folder = folder or CACHE_DIR
     path = folder / f"{name}_{image_cache_key(dataset, shape, data_range)}.pixels"
@@ -124,26 +122,26 @@ def load_or_decode(
 
 
 def outdated_caches(folder: Path, name: str) -> list[Path]:
-    """The pixels of a data set that were kept by an earlier version."""
+    """Pixel files of a data set written by an earlier version."""
     paths = [path for path in sorted(folder.glob(f"{name}_*.pixels")) if len(path.stem) == len(name) + 1 + KEY_LENGTH]
     notes = {path: read_metadata(path) for path in paths}
     return [path for path, metadata in notes.items() if metadata is not None and metadata.get("version") != VERSION]
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
-    """What is noted of finished files; None where one is missing or not as long as it was."""
+    """Read the metadata of a finished cache; None if one of its files is missing or has another size."""
     try:
         metadata = json.loads(path.with_suffix(".json").read_text())
         dtype = np.dtype(metadata.get("dtype", "uint8"))
-        whole = path.stat().st_size == metadata["count"] * int(np.prod(metadata["shape"])) * dtype.itemsize
-        whole &= "records" not in metadata or path.with_suffix(RECORDS_SUFFIX).stat().st_size == metadata["records"]
+        complete = path.stat().st_size == metadata["count"] * int(np.prod(metadata["shape"])) * dtype.itemsize
+        complete &= "records" not in metadata or path.with_suffix(RECORDS_SUFFIX).stat().st_size == metadata["records"]
     except (FileNotFoundError, ValueError):
         return None
-    return metadata if whole else None
+    return metadata if complete else None
 
 
 def build_cache(path: Path, items: DecodedDataset, workers: int) -> dict[str, Any]:
-    """Writes the items aside, renames the files, and notes last that they are whole."""
+    """Write the items to temporary files, rename them, and write the metadata last. Returns the metadata."""
     size = len(items) * int(np.prod(items.shape)) * (1 if items.data_range is None else 4)
     check_disk_space(path.parent, size)
     print(f"decoding {len(items)} images once into {path} ({size / 1e9:.2f} GB)", flush=True)
@@ -164,25 +162,26 @@ def build_cache(path: Path, items: DecodedDataset, workers: int) -> dict[str, An
 
 
 def check_disk_space(folder: Path, size: int) -> None:
+    """ValueError if the disk of a folder has less than `size` bytes free."""
     free = shutil.disk_usage(folder).free
     if size > free:
         raise ValueError(
             f"--cache_images needs {size / 1e9:.1f} GB in {folder}, which has {free / 1e9:.1f} GB free: "
-            "make room, or leave it out"
+            "free disk space, or leave the flag out"
         )
 
 
 def write_items(pixels: Path, records: Path, items: DecodedDataset, workers: int) -> dict[str, Any]:
-    """Writes each image at its place, zeros for an unreadable one, and records of what items have beside numbers.
+    """Write the pixels of all items (zeros for an unreadable image), and records of their fields except numbers.
 
-    Returns what is noted: {"unreadable": {index: message}, "numbers": {name: [...]}}, "dtype" where it is not uint8,
-    and "records", the size of their file, where there are any.
+    Returns metadata: {"unreadable": {index: message}, "numbers": {name: [...]}}, "dtype" if it is not uint8, and
+    "records", the size of the file of records, if there are any.
     """
     unreadable, numbers, first = {}, {}, None
-    # collate_fn: items as they are. Written, not mapped: a full disk is then an error and no bus fault.
+    # Written, not memory-mapped: a full disk raises an error, not SIGBUS.
     loader = DataLoader(items, batch_size=None, num_workers=workers, collate_fn=no_collate)
-    with pixels.open("wb") as file, records.open("wb") as beside:
-        writer = RecordWriter(beside)
+    with pixels.open("wb") as file, records.open("wb") as records_file:
+        writer = RecordWriter(records_file)
         for index, item in enumerate(loader):
             writer.add(b"" if isinstance(item, str) else item.record)
             if isinstance(item, str):
@@ -196,28 +195,29 @@ def write_items(pixels: Path, records: Path, items: DecodedDataset, workers: int
             file.seek(index * item.image.nbytes)
             file.write(item.image.data)
         if first is None and unreadable:
-            raise ValueError(f"not one of {len(items)} images can be read; the first is {unreadable['0']}")
+            raise ValueError(f"none of {len(items)} images can be read; first error: {unreadable['0']}")
         file.truncate(len(items) * first.image.nbytes if first is not None else 0)
         writer.finish()
         file.flush()
-        os.fsync(file.fileno())  # the note that trusts these pixels must not reach the disk before them
+        os.fsync(file.fileno())  # the metadata must not reach the disk before the pixels
         metadata: dict[str, Any] = {"unreadable": unreadable, "numbers": numbers}
         if first is not None and first.image.dtype != np.uint8:
             metadata["dtype"] = str(first.image.dtype)
-        return metadata | {"records": beside.tell()} if first is not None and first.record else metadata
+        return metadata | {"records": records_file.tell()} if first is not None and first.record else metadata
 
 
 def store_numbers(numbers: dict[str, list[int | float]], index: int, item: DecodedItem, first: DecodedItem) -> None:
-    """Notes the numbers of an item; ValueError where its fields are not those of the first."""
+    """Store the numbers of an item; ValueError unless its fields are those of the first."""
     if item.fields != first.fields:
-        odd = ", ".join(sorted(item.fields ^ first.fields))
+        differing = ", ".join(sorted(item.fields ^ first.fields))
         raise ValueError(
-            f"--cache_images keeps items that are alike, but item {index} and the first differ in {odd}: "
-            "give each the same fields, or leave it out"
+            f"--cache_images needs items with the same fields, but item {index} and the first differ in {differing}: "
+            "give all items the same fields, or leave the flag out"
         )
     for name, value in item.numbers.items():
         numbers[name][index] = value
 
 
 def no_collate(item: Any) -> Any:
+    """Return the item unchanged: DataLoader would turn arrays into tensors."""
     return item

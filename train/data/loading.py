@@ -1,7 +1,7 @@
-"""From data sets to batches: which sample comes when, in which view, is a function of (seed, position) alone.
+"""From data sets to batches: the sample at a position and its view depend on (seed, position) alone.
 
-Position k counts samples over the whole run: step s of a run with batch size B takes positions s B ... (s + 1) B - 1,
-whatever the number of processes. So the same images come after any resume and for any split over processes.
+Positions count samples over the whole run: step s with batch size B takes positions s B, ..., (s + 1) B - 1, whatever
+the number of ranks. So the data order survives any resume and any change of the number of ranks.
 """
 
 import dataclasses
@@ -37,51 +37,51 @@ from train.registry import plugin
 
 
 class CodeGrids(Protocol):
-    """Codes (V, n, h, w): a tensor, or what reads from a file as one: `ids[views, rows]` gives those in memory."""
+    """Codes (V, n, h, w): a tensor, or a file indexed like one; `ids[views, rows]` returns a tensor in memory."""
 
     shape: Sequence[int]
 
-    def __getitem__(self, places: Any) -> Tensor: ...
+    def __getitem__(self, key: Any) -> Tensor: ...
 
 
 def init_worker(worker: int) -> None:
-    """Takes a loading process out of the reach of signals to the whole group, such as Ctrl-C.
+    """`worker_init_fn` of a DataLoader: shield a worker from signals meant for the training process.
 
-    The training process saves before it ends on a signal, and needs its batch until then; a worker leaves when that
-    process ends it, or is gone. A job manager sends SIGTERM to each process: only the one that the training process
-    sends counts. The handlers of that process, inherited, would keep the worker.
+    On a signal the training process saves a checkpoint before it exits, and needs its batches until then. So a worker
+    leaves the process group, ignores Ctrl-C, and exits on SIGTERM only if its parent sent it: job schedulers send
+    SIGTERM to every process. The parent's signal handlers, which a fork inherits, would keep the worker alive.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.setpgrp()
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=exit_on_parent_sigterm, daemon=True).start()
-    else:  # macOS does not tell who sends a signal
+    else:  # macOS does not report the sender of a signal
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def exit_on_parent_sigterm() -> None:
-    """Ends this process when its parent sends it SIGTERM."""
+    """Wait for SIGTERM from the parent process, then exit."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 class EpochShuffle:
-    """A shuffle of n samples, anew in each epoch: position k -> index in [0, n).
+    """Map positions k = 0, 1, ... to indices in [0, n): a new permutation of n samples in each epoch.
 
-    Where the samples lie in `blocks`, each epoch shuffles the blocks, takes `window` of them at a time, and shuffles
-    their samples together: whoever reads in this order needs no more than `window` blocks at hand, and the shuffle no
-    more memory than one index per block and per sample of a window.
+    With `blocks`, each epoch shuffles the blocks, takes `window` of them at a time, and shuffles the samples of a
+    window together. A reader needs at most `window` blocks at a time, and the shuffle stores one index per block and
+    per sample of a window.
     """
 
     def __init__(self, n: int, seed: int, blocks: Blocks | None = None):
         sizes = (n,) if blocks is None else blocks.sizes
         if sum(sizes) != n or (n and min(sizes) < 1) or (blocks is not None and blocks.window < 1):
-            raise ValueError(f"got blocks of {sum(sizes)} samples for {n}, wanted each in one block, none empty")
+            raise ValueError(f"got blocks of {sum(sizes)} samples for {n}, wanted each in one block, no block empty")
         self.n, self.seed, self.blocks = n, seed, blocks
         self.firsts = [0, *accumulate(sizes)]  # first index of each block, and the end
-        self.epoch, self.permutation = -1, None  # without blocks
+        self.epoch, self.permutation = -1, None
 
     def __getitem__(self, position: int) -> int:
         epoch, offset = divmod(position, self.n)
@@ -92,15 +92,16 @@ class EpochShuffle:
         return int(self.permutation[offset])
 
     def draw_permutation(self, n: int, *words: int | str) -> torch.Tensor:
-        """A permutation (n,) made of the seed and the words."""
+        """A random permutation (n,), seeded by the seed and the words."""
         return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(self.seed, "order", *words)))
 
     def index_in_blocks(self, epoch: int, offset: int) -> int:
+        """Index of the sample at `offset` of an epoch that shuffles blocks, then the samples of a window of blocks."""
         if epoch != self.epoch:
             self.epoch, self.window = epoch, -1
             self.block_order = self.draw_permutation(len(self.blocks.sizes), epoch).tolist()
             self.block_starts = [0, *accumulate(self.blocks.sizes[block] for block in self.block_order)]
-        nth = bisect_right(self.block_starts, offset) - 1  # block of the epoch's sequence that the place falls into
+        nth = bisect_right(self.block_starts, offset) - 1  # the block, in this epoch's order, that holds the offset
         window = nth // self.blocks.window
         first = window * self.blocks.window
         last = min(first + self.blocks.window, len(self.block_order))
@@ -108,14 +109,14 @@ class EpochShuffle:
         if window != self.window:
             self.window = window
             self.permutation = self.draw_permutation(self.block_starts[last] - start, epoch, "window", window)
-        shuffled_offset = start + int(self.permutation[offset - start])  # a place of the unmixed sequence
+        shuffled_offset = start + int(self.permutation[offset - start])  # offset before the window is shuffled
         nth = bisect_right(self.block_starts, shuffled_offset) - 1
         return self.firsts[self.block_order[nth]] + shuffled_offset - self.block_starts[nth]
 
 
 @dataclass(frozen=True)
 class PositionSampler:
-    """For each first position, `parts` lists of `part_size` consecutive positions."""
+    """Yield, for each first position, `parts` lists of `part_size` consecutive positions."""
 
     firsts: range
     part_size: int
@@ -128,13 +129,13 @@ class PositionSampler:
 
 
 def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Dataset:
-    """The images of one split, by the reader that the config names."""
+    """Build one split of the data set that the config names."""
     module = plugin("train.datasets", data.reader or data.dataset, "data set")
     return module.build(dataclasses.replace(reader, data_dir=resolve_data_dir(data.dataset, reader.data_dir)), split)
 
 
 def with_declared_range(data: DataConfig, images: Dataset) -> DataConfig:
-    """The config with the range of values that a data set of floats declares: so a run keeps it, and can invert it."""
+    """The config with the value range that a data set of `FloatImage` declares, so that it is saved with the run."""
     if data.data_range is not None:
         return data
     for index in range(len(images)):
@@ -142,13 +143,13 @@ def with_declared_range(data: DataConfig, images: Dataset) -> DataConfig:
             image = images[index]["image"]
         except UnreadableImage:
             continue
-        low_high = tuple(map(float, image.value_range)) if isinstance(image, FloatImage) else None
-        return dataclasses.replace(data, data_range=low_high)
+        declared = tuple(map(float, image.value_range)) if isinstance(image, FloatImage) else None
+        return dataclasses.replace(data, data_range=declared)
     return data
 
 
 class BatchSource(Protocol):
-    """What `training_batches` draws from: a list of positions -> one batch. An epoch has `len()` of them."""
+    """What `training_batches` reads: a list of positions -> one batch. An epoch has `len(source)` positions."""
 
     def __len__(self) -> int: ...
 
@@ -156,10 +157,11 @@ class BatchSource(Protocol):
 
 
 class ImageSource:
-    """Images of a data set by index, decoded and resized; kept in memory, or in a file of `cache` (logs/.cache/images),
-    if the config says so.
+    """Decoded and resized items of a data set by index.
 
-    They are `margin` pixels higher and wider than the config says: to train on, its crop_margin; else 0.
+    With `in_memory` they are cached in memory, with `cache_images` on disk in the folder `cache` (default
+    logs/.cache/images). Images are `margin` pixels higher and wider than the config's size: its crop_margin for
+    training, 0 otherwise.
     """
 
     def __init__(self, dataset: Dataset, config: DataConfig, cache: Path | None = None, *, margin: int = 0):
@@ -177,7 +179,7 @@ class ImageSource:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": uint8 (C, H, W), or floats in [-1, 1], ...}; UnreadableImage for a broken file."""
+        """{"image": uint8 (C, H, W), or floats in [-1, 1], ...}; raises UnreadableImage for a broken file."""
         if index in self.memory_cache:
             return self.memory_cache[index]
         if self.disk_cache is not None:
@@ -189,14 +191,14 @@ class ImageSource:
         return item
 
 
-Adapt = Callable[[dict[str, Any]], dict[str, Any]] | None  # an item in its view -> the fields of a batch
+Adapt = Callable[[dict[str, Any]], dict[str, Any]] | None  # an item in its view -> an item
 
 
 class TrainingImages:
-    """Shuffled images, each in a random view; a broken file is named once and replaced by the next image.
+    """Shuffled images, each in a random view; a broken file is reported once and replaced by the next image.
 
-    `adapt` turns an item, its image uint8 (C, H, W) or floats in [-1, 1], into another, as `collate` takes them. It may
-    draw from the global generators of Python, numpy and torch: they are seeded for each position.
+    `adapt` maps an item, whose image is uint8 (C, H, W) or floats in [-1, 1], to another that `collate` accepts. It may
+    use the global random generators of Python, numpy and torch: they are seeded for each position.
     ValueError for a source whose margin is not the config's crop_margin.
     """
 
@@ -216,6 +218,7 @@ class TrainingImages:
         return len(self.source)
 
     def load_readable(self, index: int) -> dict[str, Any]:
+        """The item at `index`, or the next readable one; warns once of each unreadable image."""
         for offset in range(len(self.source)):
             candidate = (index + offset) % len(self.source)
             try:
@@ -224,14 +227,14 @@ class TrainingImages:
                 if candidate not in self.skipped:
                     self.skipped.add(candidate)
                     warnings.warn(f"skipped unreadable image {len(self.skipped)}: {error}", stacklevel=2)
-        raise ValueError("not one image can be read any more: is the data folder still there?")
+        raise ValueError("no image can be read any more: does the data folder still exist?")
 
     def __getitem__(self, positions: list[int]) -> Batch:
         items = []
         for position in positions:
             view = self.views[seed_of(self.seed, "view", position) % len(self.views)]
             item = self.load_readable(self.order[position])
-            if self.adapt is not None or not view.is_identity:  # what is not changed need not be copied
+            if self.adapt is not None or not view.is_identity:  # an unchanged item needs no copy
                 item = view(item)
             if self.adapt is not None:
                 with temporary_seed(seed_of(self.seed, "adapt", position)):
@@ -241,16 +244,16 @@ class TrainingImages:
 
 
 def merge_fields(batch: Batch, added: Batch) -> Batch:
-    """A batch of items with what the loader adds; ValueError where items have a field of such a name."""
-    if twice := sorted(batch.keys() & added.keys()):
-        raise ValueError(f"the items have {', '.join(twice)}, a name that batches use themselves: name it otherwise")
+    """Add the loader's own fields to a batch; ValueError if the items have a field of that name."""
+    if taken := sorted(batch.keys() & added.keys()):
+        raise ValueError(f"the items have a field {', '.join(taken)}, a name reserved for the loader: rename the field")
     return batch | added
 
 
 @contextmanager
 def temporary_seed(seed: int) -> Iterator[None]:
-    """Seeds the global generators of Python, numpy and torch's CPU inside, and leaves them as they were."""
-    python, arrays = random.getstate(), np.random.get_state()
+    """Seed the global generators of Python, numpy and torch (CPU), and restore their states on exit."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:
             random.seed(seed)
@@ -258,21 +261,21 @@ def temporary_seed(seed: int) -> Iterator[None]:
             torch.default_generator.manual_seed(seed)
             yield
         finally:
-            random.setstate(python)
-            np.random.set_state(arrays)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
 def apply_adapt(adapt: Callable, item: dict[str, Any]) -> dict[str, Any]:
-    """What a user's function makes of an item; ValueError where it makes no fields of a batch."""
-    made = adapt(item)
-    if not isinstance(made, dict) or "image" not in made:
-        raise ValueError(f"the function of --adapt gave {type(made).__name__}, wanted a dict with image and the rest")
-    return made
+    """Apply the function of --adapt to an item; ValueError unless it returns a dict with an image."""
+    adapted = adapt(item)
+    if not isinstance(adapted, dict) or "image" not in adapted:
+        got = f"a dict with {', '.join(map(str, adapted))}" if isinstance(adapted, dict) else type(adapted).__name__
+        raise ValueError(f"the function of --adapt returned {got}, wanted a dict with an image")
+    return adapted
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch with its tensors on the device, but for its positions: seeds are made of them, and reading them back
-    would wait for it."""
+    """Copy the tensors of a batch to a device, except positions: seeds derive from them on the CPU."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and name != "position" else value
         for name, value in batch.items()
@@ -290,14 +293,14 @@ def training_batches(
     workers: int,
     prefetch: int = 2,
 ) -> Iterator[tuple[Batch, ...]]:
-    """For each step from `start` to `steps`: this process's share of the batch, in `accumulate` parts, there.
+    """Yield, for each step from `start` to `steps`, this rank's share of the batch, in `accumulate` parts.
 
-    `workers` processes live through the whole run and keep `prefetch` parts each ready, in pinned memory for CUDA.
+    `workers` processes live for the whole run; each prefetches `prefetch` parts, into pinned memory on CUDA.
     """
     share = world.per_rank(batch_size, "batch_size")
     if share % accumulate:
         raise ValueError(
-            f"got batch_size {batch_size} for {world.size} processes in {accumulate} parts: they must divide it"
+            f"got batch_size {batch_size} for {world.size} processes in {accumulate} parts: wanted a multiple of both"
         )
     firsts = range(start * batch_size + world.rank * share, steps * batch_size, batch_size)
     loader = DataLoader(
@@ -314,37 +317,39 @@ def training_batches(
 
 
 class ImageBatches:
-    """Lists of indices -> batches of images in the data set's order, without broken ones, which are named.
+    """Batches of images by lists of indices, without unreadable images, whose errors are listed under "skipped".
 
-    With `with_records`, records of the fields that items have beside image and label come with them.
+    With `with_records`, a batch also has a record of each item's fields other than image and label.
     """
 
     def __init__(self, source: ImageSource, with_records: bool = False):
         self.source, self.with_records = source, with_records
 
     def __getitem__(self, indices: list[int]) -> dict[str, Any]:
-        items, kept, skipped = [], [], []
+        items, readable, skipped = [], [], []
         for index in indices:
             try:
                 items.append(self.source[index])
-                kept.append(index)
+                readable.append(index)
             except UnreadableImage as error:
                 skipped.append(str(error))
         images = torch.stack([item["image"].as_subclass(Tensor) for item in items]) if items else None
-        batch = {"image": images, "index": torch.tensor(kept), "skipped": skipped}
+        batch = {"image": images, "index": torch.tensor(readable), "skipped": skipped}
         return batch | {"records": [pack(annotation_fields(item)) for item in items]} if self.with_records else batch
 
 
 def annotation_fields(item: dict[str, Any]) -> dict[str, Any]:
-    """What an item has beside image and label."""
+    """The fields of an item other than image and label."""
     return {name: value for name, value in item.items() if name not in ("image", "label")}
 
 
 def images_in_order(
     source: ImageSource, batch_size: int, indices: list[int] | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """{"image": uint8 (B, C, H, W), "index": (B,)} over the data set, or over `indices`; unreadable ones are left out,
-    counted and named in one warning at the end. Images of other ranges are shown in 8 bits."""
+    """Yield batches {"image": uint8 (B, C, H, W), "index": (B,)} of the data set, or of `indices`, in order.
+
+    Unreadable images are left out, and listed in one warning at the end. Float images are converted to 8 bits.
+    """
     indices = list(range(len(source))) if indices is None else indices
     lists = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     skipped = []
@@ -360,22 +365,24 @@ def images_in_order(
 
 
 def fixed_subset(n: int, count: int) -> list[int]:
-    """`count` of n indices (all, where there are fewer), always the same, drawn at random: files are often sorted by
-    class or by writer, so the first ones would not stand for the rest."""
-    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("subset")))[:count]
-    return chosen.tolist()
+    """A fixed random subset of min(count, n) indices below n.
+
+    The first ones would not be representative: files are often sorted by class or by writer.
+    """
+    indices = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of("subset")))[:count]
+    return indices.tolist()
 
 
 class Annotations(Protocol):
-    """What images have beside pixels and label: `annotations[view, row]` gives the fields of one, moved as it is."""
+    """Fields of images other than pixels and label: `annotations[view, row]`, transformed like the image's view."""
 
-    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]: ...
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]: ...
 
 
 class TrainingCodes:
-    """Shuffled code grids of all views: ids (V, n, h, w), a tensor or read from a file as one; labels (n,) or None.
+    """Shuffled code grids of all views: ids (V, n, h, w), a tensor or a memory-mapped file; labels (n,) or None.
 
-    Batches hold the annotations of the views that are drawn, where there are any.
+    Batches have the annotations of each grid in its view, if there are any.
     """
 
     def __init__(self, ids: CodeGrids, labels: Tensor | None, seed: int, annotations: Annotations | None = None):
@@ -386,25 +393,25 @@ class TrainingCodes:
         return self.order.n
 
     def __getitem__(self, positions: list[int]) -> Batch:
-        chosen = torch.tensor([self.order[k] for k in positions])
-        view, row = chosen // self.ids.shape[1], chosen % self.ids.shape[1]
+        indices = torch.tensor([self.order[k] for k in positions])
+        view, row = indices // self.ids.shape[1], indices % self.ids.shape[1]
         batch: Batch = {"codes": self.ids[view, row].long(), "position": torch.tensor(positions)}
         if self.labels is not None:
             batch["label"] = self.labels[row]
         if self.annotations is None:
             return batch
-        places = zip(view.tolist(), row.tolist(), strict=True)
-        return merge_fields(collate([self.annotations[place] for place in places]), batch)
+        keys = zip(view.tolist(), row.tolist(), strict=True)
+        return merge_fields(collate([self.annotations[key] for key in keys]), batch)
 
 
 def sample_streams(seed: int, purpose: str, batch: Batch, device: torch.device) -> Streams:
-    """The random streams of a training batch: a function of (seed, purpose, position of each sample)."""
+    """One random stream per sample of a training batch, seeded by (seed, purpose, position of the sample)."""
     return Streams([seed_of(seed, purpose, position) for position in batch["position"].tolist()], device)
 
 
 @dataclass(frozen=True)
 class TrainingStreams:
-    """The random streams of one training batch, or of this process's part of it, by purpose."""
+    """The random streams of one training batch, or of this rank's part of it, by purpose."""
 
     seed: int
     batch: Batch
@@ -412,10 +419,10 @@ class TrainingStreams:
     device: torch.device
 
     def __call__(self, purpose: str, device: torch.device | str | None = None) -> Streams:
-        """One stream per sample, that draws to `device`, or to the batch's."""
+        """One stream per sample, which draws on `device` (default: that of the batch)."""
         return sample_streams(self.seed, purpose, self.batch, self.device if device is None else device)
 
     def step_stream(self, purpose: str) -> tuple[Streams, int]:
-        """One stream for the whole step, and the place of this part's first sample in the step's batch."""
-        step, place = divmod(int(self.batch["position"][0]), self.batch_size)
-        return Streams([seed_of(self.seed, purpose, "step", step)]), place
+        """One stream for the whole step, and the offset of this part's first sample in the step's batch."""
+        step, offset = divmod(int(self.batch["position"][0]), self.batch_size)
+        return Streams([seed_of(self.seed, purpose, "step", step)]), offset

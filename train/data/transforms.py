@@ -1,6 +1,6 @@
-"""From items of a data set to tensors, and the views of them that augmentation chooses from.
+"""Convert items of a data set to tensors, and the views that data augmentation chooses from.
 
-Geometry is done on the whole item, so that boxes and masks (tv_tensors) follow their image.
+Geometric transforms apply to the whole item, so that boxes and masks (tv_tensors) follow their image.
 """
 
 import copy
@@ -24,26 +24,26 @@ Crop = tuple[int, int, int, int]  # top, left, height, width
 
 
 def cover_size(height: int, width: int, size: tuple[int, int]) -> list[int]:
-    """Height and width of an image resized so that it just covers `size`: one side fits, the other is not less."""
+    """[height, width] of an image resized to just cover `size`, keeping its aspect ratio."""
     if size[0] * width >= size[1] * height:
         return [size[0], size[0] * width // height]
     return [size[1] * height // width, size[1]]
 
 
-ValueRange = tuple[float, float]  # the lowest and the highest value of data
+ValueRange = tuple[float, float]  # lowest and highest value of the data
 
 
 def to_item(item: dict[str, Any], size: tuple[int, int], n_channels: int, data_range: ValueRange | None = None) -> dict:
     """A new item whose image is a `tv_tensors.Image` (n_channels, *size): uint8, or float32 in [-1, 1].
 
-    The image is brought to grey (n_channels 1) or RGB (3), resized so that it covers `size` = (height, width) (bicubic,
-    antialiased), and its centre is kept. Boxes, masks (nearest) and further images follow it; boxes that are then
-    partly or wholly out of sight keep their rows: they are clamped, and some have no area; with a `clamping_mode` of
-    None they stay as they are.
+    The image is converted to grey (n_channels 1) or RGB (3), resized to cover `size` = (height, width) (bicubic,
+    antialiased), and cropped at the centre. Boxes, masks (nearest neighbour) and further images follow it. Boxes that
+    end up partly or wholly outside keep their rows: they are clamped, some to zero area, unless their `clamping_mode`
+    is None.
 
-    Images of 8 bits stay so. With `data_range`, those of 16 bits become floats in [-1, 1]; without, they are scaled to
-    8 bits. Floats go by `data_range`, or by the range that their `FloatImage` says. ValueError for other sizes,
-    channels, and images.
+    8-bit images stay 8-bit. 16-bit images are mapped from `data_range` to [-1, 1], or without it scaled to 8 bits.
+    Float images are mapped from `data_range`, or from the range of their `FloatImage`, to [-1, 1]. ValueError for
+    other sizes, channels or images.
     """
     if n_channels not in PIL_MODES:
         raise ValueError(f"n_channels is {n_channels}: give 1 (grey) or 3 (RGB)")
@@ -59,19 +59,19 @@ def to_item(item: dict[str, Any], size: tuple[int, int], n_channels: int, data_r
 
 
 def resize_and_crop(inpt: Any, resized: list[int], size: tuple[int, int]) -> Any:
-    """An image, or what lies in one, resized, and the centre of it."""
+    """Resize an image, mask or boxes, and crop the centre."""
     from torchvision import tv_tensors
     from torchvision.transforms.v2 import functional as F
 
-    larger = F.resize(inpt, resized, F.InterpolationMode.BICUBIC, antialias=True)
-    fitted = F.center_crop(larger, [*size])
-    if isinstance(fitted, tv_tensors.Image) and fitted.is_floating_point():
-        return tv_tensors.wrap(fitted.clamp(-1, 1), like=fitted)  # bicubic overshoots
-    return F.to_image(fitted) if isinstance(fitted, Image.Image) else fitted
+    out = F.resize(inpt, resized, F.InterpolationMode.BICUBIC, antialias=True)
+    out = F.center_crop(out, [*size])
+    if isinstance(out, tv_tensors.Image) and out.is_floating_point():
+        return tv_tensors.wrap(out.clamp(-1, 1), like=out)  # bicubic interpolation overshoots
+    return F.to_image(out) if isinstance(out, Image.Image) else out
 
 
 def is_spatial(value: Any) -> bool:
-    """Whether it is an image, or lies in one: boxes, a mask."""
+    """Whether a value is transformed with the image: an image, boxes, a mask."""
     if isinstance(value, Image.Image):
         return True
     if not isinstance(value, Tensor) or type(value) is Tensor:
@@ -82,13 +82,13 @@ def is_spatial(value: Any) -> bool:
 
 
 def to_pixels(image: Any, n_channels: int, data_range: ValueRange | None) -> Image.Image | Tensor:
-    """An image of a data set as 8 bits, in PIL's mode L or RGB, or as floats in [-1, 1], a `tv_tensors.Image`."""
+    """Convert an image of a data set to a PIL image (mode L or RGB), or to a `tv_tensors.Image` in [-1, 1]."""
     pixels = image.pixels if isinstance(image, FloatImage) else image
     if isinstance(pixels, Image.Image) and pixels.mode.startswith("I;16"):
         pixels = np.asarray(to_16_bits(pixels))
     if isinstance(pixels, Image.Image) or (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8):
         if data_range is not None:
-            raise ValueError("got an image of 8 bits, which are levels from 0 to 255 anyway: leave --data_range out")
+            raise ValueError("got an 8-bit image, whose range is always 0 to 255: leave --data_range out")
         pixels = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
         return pixels.convert(PIL_MODES[n_channels])
     if not isinstance(pixels, np.ndarray) or (pixels.dtype != np.uint16 and pixels.dtype.kind != "f"):
@@ -99,25 +99,25 @@ def to_pixels(image: Any, n_channels: int, data_range: ValueRange | None) -> Ima
     if data_range is None and isinstance(image, FloatImage):
         data_range = image.value_range
     if data_range is None:
-        raise ValueError("got an image of floats of unknown range: pass --data_range LOWEST HIGHEST")
+        raise ValueError("got a float image of unknown range: pass --data_range LOWEST HIGHEST")
     return to_unit_range(pixels, data_range, n_channels)
 
 
 def to_unit_range(pixels: np.ndarray, value_range: ValueRange, n_channels: int) -> Tensor:
-    """(H, W) or (H, W, 3) -> a `tv_tensors.Image` (n_channels, H, W), float32 in [-1, 1]; what is beyond is clamped.
+    """(H, W) or (H, W, 3) -> a `tv_tensors.Image` (n_channels, H, W), float32, mapped from `value_range` to [-1, 1].
 
-    `UnreadableImage` where a pixel is nan or infinite.
+    Values outside the range are clamped. `UnreadableImage` if a pixel is nan or infinite.
     """
     from torchvision import tv_tensors
     from torchvision.transforms.v2 import functional as F
 
     low, high = value_range
     if not low < high:
-        raise ValueError(f"got values from {low} to {high}, wanted the lower first: pass --data_range LOWEST HIGHEST")
+        raise ValueError(f"got the range {low} to {high}, wanted the lower first: pass --data_range LOWEST HIGHEST")
     if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
         raise ValueError(f"got an image {pixels.shape}, wanted (H, W) or (H, W, 3)")
     if not np.isfinite(pixels).all():
-        raise UnreadableImage("its field image has pixels that are nan or infinite, wanted finite ones: fill them in")
+        raise UnreadableImage("the field image has pixels that are nan or infinite: replace them by finite values")
     levels = torch.from_numpy(((pixels.astype(np.float64) - low) * (2 / (high - low)) - 1).astype(np.float32))
     levels = levels[None] if levels.ndim == 2 else levels.permute(2, 0, 1).contiguous()
     if n_channels == 1 and len(levels) == 3:
@@ -127,10 +127,10 @@ def to_unit_range(pixels: np.ndarray, value_range: ValueRange, n_channels: int) 
 
 @dataclass(frozen=True)
 class View:
-    """A fixed view of an item: a crop is cut out, mirrored left to right if `flip`, then moved dx right and dy down.
+    """A fixed view of an item: crop, then mirror left to right if `flip`, then shift by dx to the right and dy down.
 
-    What comes into sight at the border is black: 0, in float images -1. Boxes that are then partly or wholly out of
-    sight keep their rows, clamped as in `to_item`. ValueError for items that a crop is not a part of.
+    Pixels that a shift uncovers are black: 0, or -1 in float images. Boxes that end up partly or wholly outside keep
+    their rows, clamped as in `to_item`. ValueError for items that do not contain the crop.
     """
 
     flip: bool = False
@@ -140,26 +140,26 @@ class View:
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing is cut off, and nothing moves."""
+        """Whether the view changes nothing."""
         return not self.flip and self.dx == self.dy == 0 and self.crop is None
 
     def to_list(self) -> list[int]:
-        """Which view it is, in numbers for keys of caches: flip, dx and dy, and the crop where there is one."""
+        """The view as numbers, for cache keys: flip, dx, dy, and the crop if there is one."""
         return [self.flip, self.dx, self.dy, *(self.crop or ())]
 
     def __call__(self, item: Any) -> Any:
-        """An item, or images (..., H, W), in this view: a copy in any case."""
+        """An item, or images (..., H, W), in this view: always a copy."""
         if isinstance(item, dict):
             return {name: self.transform_or_copy(value, is_spatial(value)) for name, value in item.items()}
         return self.transform_or_copy(item, True)
 
-    def transform_or_copy(self, value: Any, moves: bool) -> Any:
-        if moves and not self.is_identity:
+    def transform_or_copy(self, value: Any, spatial: bool) -> Any:
+        if spatial and not self.is_identity:
             return self.transform(value)
         return value.clone() if isinstance(value, Tensor) else copy.copy(value)
 
     def transform(self, inpt: Any) -> Any:
-        """An image, or what lies in one (boxes, a mask), in this view."""
+        """An image, mask or boxes in this view."""
         from torchvision import tv_tensors
         from torchvision.transforms.v2 import functional as F
 
@@ -170,37 +170,37 @@ class View:
         if self.flip:
             inpt = F.horizontal_flip(inpt)
         top, left = -self.dy, -self.dx
-        image = isinstance(inpt, tv_tensors.Image) or type(inpt) is Tensor
-        if image and inpt.is_floating_point() and (top or left):
+        is_image = isinstance(inpt, tv_tensors.Image) or type(inpt) is Tensor
+        if is_image and inpt.is_floating_point() and (top or left):
             inpt = F.pad(inpt, [max(-left, 0), max(-top, 0), max(left, 0), max(top, 0)], fill=-1)
             top, left = max(top, 0), max(left, 0)
         return F.crop(inpt, top=top, left=left, height=height, width=width)
 
 
 def crop_image(inpt: Any, crop: Crop) -> Any:
-    """A copy of a part of an image, or of what lies in one."""
+    """Crop an image, mask or boxes; always a copy."""
     from torchvision.transforms.v2 import functional as F
 
     top, left, height, width = crop
-    whole = F.get_size(inpt)
-    if top < 0 or left < 0 or top + height > whole[0] or left + width > whole[1]:
+    full_height, full_width = F.get_size(inpt)
+    if top < 0 or left < 0 or top + height > full_height or left + width > full_width:
         raise ValueError(
-            f"got {whole[0]}x{whole[1]} pixels to cut {height}x{width} at ({top}, {left}) from: wanted images with the "
-            "margin that --crop_margin says"
+            f"cannot crop {height}x{width} pixels at ({top}, {left}) from {full_height}x{full_width}: wanted images "
+            "with the margin given by --crop_margin"
         )
     return F.crop(inpt, top, left, height, width).clone()
 
 
 def five_crops(size: tuple[int, int], margin: int) -> list[Crop | None]:
-    """The centre and the four corners, of this size, of images `margin` pixels larger; [None] without a margin."""
-    places = [(margin // 2, margin // 2), *itertools.product((0, margin), repeat=2)]
-    return [(top, left, *size) for top, left in places] if margin else [None]
+    """Crops of `size` at the centre and the four corners of images `margin` pixels larger; [None] without a margin."""
+    corners = [(margin // 2, margin // 2), *itertools.product((0, margin), repeat=2)]
+    return [(top, left, *size) for top, left in corners] if margin else [None]
 
 
 def all_views(horizontal_flip: bool, shift: int, crops: Sequence[Crop | None] = (None,)) -> list[View]:
-    """All views of crops, with shifts up to `shift` pixels each way, mirrored too if asked.
+    """All combinations of crops, shifts by up to `shift` pixels each way, and, if `horizontal_flip`, mirroring.
 
-    The first is the first crop, and neither mirrored nor moved; the identity, where nothing is cut.
+    The first view is the first crop, neither mirrored nor shifted: the identity if there are no crops.
     """
     if shift < 0:
         raise ValueError(f"shift is {shift}: give 0 or a positive number of pixels")
@@ -210,14 +210,14 @@ def all_views(horizontal_flip: bool, shift: int, crops: Sequence[Crop | None] = 
 
 
 def training_views(data: DataConfig) -> list[View]:
-    """The views to train on: with a crop_margin, of images that are so much larger."""
+    """The views to train on; with a crop_margin, of images larger by that margin."""
     return all_views(data.horizontal_flip, data.shift, five_crops(data.size, data.crop_margin))
 
 
 def to_float(image: Tensor) -> Tensor:
-    """uint8 of any shape -> float32 in [-1, 1]."""
+    """uint8 of any shape -> float32 in [-1, 1]. ValueError for other dtypes."""
     if image.dtype != torch.uint8:
-        raise ValueError(f"image is {image.dtype}: to_float takes torch.uint8, scaled once and no more")
+        raise ValueError(f"image is {image.dtype}, wanted torch.uint8: floats are scaled already")
     return image.float() / 127.5 - 1
 
 
@@ -227,28 +227,30 @@ def to_uint8(image: Tensor) -> Tensor:
 
 
 def as_uint8(image: Tensor) -> Tensor:
-    """An image of an item, any shape, as uint8: to show it, and to compare it with what a model gives."""
+    """An item's image of any shape as uint8, to display it or to compare it with generated images."""
     return to_uint8(image) if image.is_floating_point() else image
 
 
-def range_for_image(picture: Any, data_range: ValueRange | None) -> ValueRange | None:
-    """The range by which a model of `data_range` takes a picture that it did not train on: none for one of 8 bits,
-    which is as the model's own images are shown."""
-    of_8_bits = isinstance(picture, Image.Image) and not picture.mode.startswith("I;16")
-    return None if of_8_bits else data_range
+def range_for_image(image: Any, data_range: ValueRange | None) -> ValueRange | None:
+    """The value range in which to read a user's image for a model trained with `data_range`.
+
+    None for an 8-bit image: its levels are those in which the model's own images are displayed.
+    """
+    is_8_bit = isinstance(image, Image.Image) and not image.mode.startswith("I;16")
+    return None if is_8_bit else data_range
 
 
 def from_unit_range(image: Tensor, value_range: ValueRange) -> Tensor:
-    """Floats in [-1, 1] of any shape -> float32 in the units of the data, whose lowest and highest value these are."""
+    """Floats in [-1, 1] of any shape -> float32 in the units of the data, whose lowest and highest value are given."""
     low, high = value_range
     return ((image.double().clamp(-1, 1) + 1) * ((high - low) / 2) + low).float()
 
 
 def check_8_bits(image: Tensor) -> None:
-    """ValueError unless floats in [-1, 1] are those of 8-bit levels: a likelihood in bits is one of 256 levels."""
+    """ValueError unless floats in [-1, 1] are 8-bit levels: bits per dimension refer to 256 levels."""
     levels = (image.float() + 1) * 127.5
     if (levels - levels.round()).abs().max() > 1e-3:
         raise ValueError(
-            "got images that are not of 8 bits, for which bits per dimension are not defined: measure likelihoods of "
-            "models of 8-bit images, trained without --data_range"
+            "got images that are not 8-bit, for which bits per dimension are undefined: measure likelihoods of models "
+            "of 8-bit images, trained without --data_range"
         )

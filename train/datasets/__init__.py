@@ -1,7 +1,7 @@
-"""Data sets, one file each: the file's name is the data set's name on the command line.
+"""Data sets, one file each: the name of the file is the name of the data set on the command line.
 
 A file `train/datasets/<name>.py` defines `Config`, a subclass of `DatasetConfig`, and `build(config, split)`, which
-returns a `Dataset`. It imports no library at its top that is slower to import than torch, because `--help` imports it.
+returns a `Dataset`. Libraries slower to import than torch are imported inside functions: `--help` imports the file.
 """
 
 import hashlib
@@ -19,70 +19,70 @@ SPLITS = ("train", "val")
 
 
 def is_shell_command(value: Any) -> bool:
-    """Whether a setting would have a shell command run, or the environment read, where it names shards."""
+    """Whether a setting that names shards would run a shell command or read environment variables."""
     return isinstance(value, str) and ("pipe:" in value or "${" in value)
 
 
 class UnreadableImage(ValueError):
-    """One broken image file, named with the reason; training skips and counts it."""
+    """An image file cannot be decoded; the message names the file and the reason. Training skips such images."""
 
 
 class Ragged(Tensor):
-    """A tensor (n, ...) of an item, of which other items have more or fewer rows: class ids of boxes (n,), for example.
+    """A tensor (n, ...) whose first axis may differ in length between items, such as the class ids (n,) of boxes.
 
-    A batch holds it padded with zeros, beside a mask: see `train.data.collate`.
+    `train.data.collate` pads it with zeros and adds a mask.
     """
 
     def __new__(cls, values: Any) -> "Ragged":
         tensor = torch.as_tensor(values)
         if tensor.ndim == 0:
-            raise ValueError("got a single number, wanted a tensor (n, ...) whose first axis may differ in length")
+            raise ValueError("got a scalar, wanted a tensor (n, ...) whose first axis may differ in length")
         return tensor.as_subclass(cls)
 
 
 class FloatImage(NamedTuple):
-    """An image whose pixels are no 8-bit levels: floats of a known range, such as depths or densities."""
+    """An image of floats of a known range, such as depths or densities."""
 
     pixels: np.ndarray  # (H, W) or (H, W, 3), floating
-    value_range: tuple[float, float]  # what becomes -1 and 1; what lies beyond is clamped
+    value_range: tuple[float, float]  # mapped to -1 and 1; values outside are clamped
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
-    """What every data set is asked; a data set's own Config adds fields or changes defaults."""
+    """Options of every data set; its own Config adds fields or changes defaults."""
 
     data_dir: str | None = None
-    """Folder of the data; left out, the one that datasets.yaml names."""
+    """Folder of the data; None: the one given in datasets.yaml."""
     val_fraction: float = 0.05
-    """Share of the images held out for validation, in (0, 1), where the data bring no split of their own."""
+    """Fraction of the images held out for validation, in (0, 1), if the data have no validation split."""
     split_seed: int = 0
-    """Seed that fixes which images are held out."""
+    """Seed of the random choice of held-out images."""
 
     def __post_init__(self):
         if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction is {self.val_fraction}: give a share between 0 and 1, such as 0.05")
+            raise ValueError(f"val_fraction is {self.val_fraction}, wanted a number between 0 and 1, such as 0.05")
         if self.split_seed < 0:
-            raise ValueError(f"split_seed is {self.split_seed}: give 0 or a positive whole number")
+            raise ValueError(f"split_seed is {self.split_seed}, wanted an integer of at least 0")
 
 
 class Blocks(NamedTuple):
-    """Where a data set's samples lie together: the first `sizes[0]` indices, the next `sizes[1]`, ..."""
+    """Blocks of samples stored together, such as shards: the first `sizes[0]` indices, the next `sizes[1]`, ..."""
 
-    sizes: tuple[int, ...]  # each at least 1; their sum is the number of samples
-    window: int  # so many blocks may be read at a time
+    sizes: tuple[int, ...]  # each at least 1; they sum to the number of samples
+    window: int  # number of blocks that may be read at a time
 
 
 class Dataset(Protocol):
-    """What `build` returns; it can be pickled, and read from forked and spawned workers.
+    """What `build` returns. It must be picklable, and readable from forked and spawned workers.
 
-    `dataset[i]` is an item, `{"image": ..., "label": int, **annotations}`; no label where `n_classes` is 0. The image
-    is a PIL image of mode L, RGB or I;16, an array (H, W) or (H, W, 3) of uint8 or uint16, or a `FloatImage`.
-    Annotations are `torchvision.tv_tensors` (BoundingBoxes, Mask, Image), which follow the image wherever it is
-    resized, cut, mirrored and moved; numbers, strings and lists of strings; tensors of one shape in all items, or
-    `Ragged`. Every item has the same fields. Raises `UnreadableImage` for a broken image file.
+    `dataset[i]` is an item `{"image": ..., "label": int, **annotations}`, without a label if `n_classes` is 0. The
+    image is a PIL image of mode L, RGB or I;16, an array (H, W) or (H, W, 3) of uint8 or uint16, or a `FloatImage`.
+    Annotations are `torchvision.tv_tensors` (BoundingBoxes, Mask, Image), which are resized, cropped, mirrored and
+    shifted with the image; numbers, strings and lists of strings; tensors of the same shape in all items, or `Ragged`.
+    Every item has the same fields. Raises `UnreadableImage` for a broken image file.
 
-    A data set that is quick to read only where neighbours are read together has an attribute `blocks: Blocks` as well;
-    the shuffle then keeps to a few blocks at a time.
+    A data set that is fast to read only block by block has an attribute `blocks: Blocks` as well: the shuffle then
+    reads a few blocks at a time.
     """
 
     n_classes: int
@@ -93,7 +93,7 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def fingerprint(self) -> str:
-        """Hexadecimal identity of the content: it changes when an image, a label, their order or the split does."""
+        """Hexadecimal digest of the content; it changes if an image, a label, their order or the split changes."""
         ...
 
 
@@ -122,30 +122,30 @@ class ArrayDataset:
 def check_split(split: str) -> None:
     """ValueError unless `split` is one of SPLITS."""
     if split not in SPLITS:
-        raise ValueError(f"there is no split {split!r}: ask for one of {', '.join(SPLITS)}")
+        raise ValueError(f"there is no split {split!r}, wanted one of {', '.join(SPLITS)}")
 
 
 def data_root(config: DatasetConfig, name: str) -> Path:
-    """The existing folder of data set `name`; ValueError where none is named, FileNotFoundError where it is missing."""
+    """The folder of data set `name`; ValueError if none is set, FileNotFoundError if it does not exist."""
     if config.data_dir is None:
-        raise ValueError(f"data set {name} has no folder: pass --data_dir PATH or name it in datasets.yaml")
+        raise ValueError(f"data set {name} has no folder: pass --data_dir PATH, or add it to datasets.yaml")
     root = Path(os.path.expanduser(config.data_dir))
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder: pass the folder of {name} as --data_dir or in datasets.yaml")
+        raise FileNotFoundError(f"{root} is not a folder: pass that of {name} as --data_dir or set it in datasets.yaml")
     return root
 
 
 def train_val_split(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted, disjoint indices (train, val) of n images, fixed by the seed; at least one image on each side."""
+    """Random split of n indices into sorted (train, val), fixed by the seed, with at least one index in each."""
     if n < 2:
-        raise ValueError(f"cannot hold images out of {n}: a split needs at least 2, or a val folder beside train")
+        raise ValueError(f"cannot hold out images of {n}: wanted at least 2 images, or a val folder next to train")
     order = np.random.default_rng(seed).permutation(n)
     n_val = min(max(round(n * fraction), 1), n - 1)
     return np.sort(order[n_val:]), np.sort(order[:n_val])
 
 
 def files_fingerprint(root: Path, names: Iterable[str], *context: str) -> str:
-    """SHA-256, hexadecimal, of `context` and of the name, size and time of change of each file below `root`."""
+    """SHA-256 (hexadecimal) of `context` and of the name, size and modification time of each file below `root`."""
     digest = hashlib.sha256(repr(context).encode())
     for name in names:
         try:
@@ -158,16 +158,16 @@ def files_fingerprint(root: Path, names: Iterable[str], *context: str) -> str:
 
 
 def require_readable(dataset: Dataset, source: Path) -> None:
-    """Decodes images in order until one succeeds; ValueError with `source` where none does."""
-    first_reason = None
+    """Decode images in order until one succeeds; ValueError naming `source` if none does."""
+    first_error = None
     for index in range(len(dataset)):
         try:
             dataset[index]
         except UnreadableImage as error:
-            first_reason = first_reason or error
+            first_error = first_error or error
         else:
             return
     raise ValueError(
-        f"{source}: not one of its {len(dataset)} images can be read; the first is {first_reason}. "
+        f"{source}: none of its {len(dataset)} images can be read; first error: {first_error}. "
         "Check that the download is complete and that the files are images"
     )

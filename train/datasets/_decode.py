@@ -1,4 +1,4 @@
-"""From an image file to grey or colour: eight bits, or sixteen where it has them."""
+"""Decode image files to grey (8 or 16 bits) or RGB (8 bits)."""
 
 import struct
 import zlib
@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from train.datasets import UnreadableImage
 
-# What Pillow's parsers raise on damaged files, beside its own UnidentifiedImageError (an OSError).
+# What Pillow raises on damaged files; its UnidentifiedImageError is an OSError.
 DAMAGED = (
     OSError,
     SyntaxError,
@@ -26,10 +26,10 @@ DAMAGED = (
 
 
 def decode(file: str | Path | BinaryIO, name: str = "") -> Image.Image:
-    """The image in `file`, upright as its EXIF tag says, of mode L or, with 16 bits, I;16 if it is grey, else RGB.
+    """Decode an image to mode L, I;16 (grey of more than 8 bits) or RGB, rotated upright by its EXIF orientation.
 
-    Transparency is laid on white. `name` stands for an open file in the message of `UnreadableImage`, raised for a file
-    that is missing, truncated or no image.
+    Transparent pixels are composited on white. Raises `UnreadableImage` for a file that is missing, truncated or not
+    an image; `name` names an open file in its message.
     """
     try:
         with Image.open(file) as image:
@@ -39,17 +39,17 @@ def decode(file: str | Path | BinaryIO, name: str = "") -> Image.Image:
 
 
 def to_supported_mode(image: Image.Image) -> Image.Image:
-    """An image of any mode as L, RGB, or I;16 where it is grey of more than 8 bits."""
+    """Convert an image of any mode to L, RGB, or I;16 (grey of more than 8 bits)."""
     return to_16_bits(image) if image.mode.startswith("I") else to_grey_or_rgb(image)
 
 
 def to_grey_or_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as L or RGB, 16-bit grey scaled to 8 bits and transparency laid on white.
+    """Convert an image of any mode to L or RGB; 16-bit grey is scaled to 8 bits, transparency composited on white.
 
     ValueError for float pixels, whose range is unknown.
     """
     if image.mode == "F":
-        raise ValueError("its pixels are floats of unknown range: save it with 8 or 16 bits")
+        raise ValueError("its pixels are floats of unknown range: save it with 8 or 16 bits per pixel")
     if image.mode.startswith("I"):
         return Image.fromarray(to_8_bits(np.asarray(to_16_bits(image))))
     mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
@@ -60,10 +60,10 @@ def to_grey_or_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_16_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits as mode I;16; levels that it does not have are clamped."""
+    """Convert 16- or 32-bit grey to mode I;16; levels outside [0, 65535] are clamped."""
     return Image.fromarray(np.clip(np.asarray(image), 0, 65535).astype(np.uint16))
 
 
 def to_8_bits(levels: np.ndarray) -> np.ndarray:
-    """uint16 of any shape -> uint8: 65535 is 255, and what lies between is rounded to the nearest."""
+    """uint16 of any shape -> uint8: [0, 65535] is scaled to [0, 255] and rounded."""
     return ((levels.astype(np.int64) + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257

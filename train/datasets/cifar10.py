@@ -1,4 +1,4 @@
-"""CIFAR-10: 60,000 photographs, 32x32 colour, ten classes, from the official "python version"."""
+"""CIFAR-10 (Krizhevsky 2009): 60,000 RGB photographs of 32x32 pixels in ten classes, from the "python version"."""
 
 import pickle
 import struct
@@ -15,13 +15,13 @@ BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "val": ("test
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DatasetConfig):
-    """As DatasetConfig; data_dir holds the batch files, itself or in cifar-10-batches-py/."""
+    """Options of CIFAR-10; data_dir has the batch files, directly or in cifar-10-batches-py/."""
 
 
 def build(config: Config, split: str) -> ArrayDataset:
-    """Images (N, 32, 32, 3) uint8 with labels 0..9: the five training batches, or as val the test batch.
+    """Images (N, 32, 32, 3) uint8 with labels 0..9: the five training batches, or the test batch for val.
 
-    FileNotFoundError for missing files, ValueError for damaged or poisoned ones or another split.
+    FileNotFoundError for missing files; ValueError for damaged or malicious ones, or another split.
     """
     check_split(split)
     root = data_root(config, "cifar10")
@@ -31,39 +31,39 @@ def build(config: Config, split: str) -> ArrayDataset:
 
 
 def find_batch(root: Path, name: str) -> Path:
-    """The batch file `name`; FileNotFoundError says where it was looked for."""
-    places = (root, root / "cifar-10-batches-py")
-    for place in places:
-        if (place / name).is_file():
-            return place / name
-    raise FileNotFoundError(f"no {name} in {places[0]} or {places[1]}: unpack {DOWNLOAD} there")
+    """Path of the batch file `name`; FileNotFoundError names the folders searched."""
+    folders = (root, root / "cifar-10-batches-py")
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"no {name} in {folders[0]} or {folders[1]}: unpack {DOWNLOAD} there")
 
 
 def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 32, 32, 3) uint8 and labels (N,) int64 of one batch file, read without running any code in it."""
+    """Images (N, 32, 32, 3) uint8 and labels (N,) int64 of one batch file; code in the pickle is not run."""
     try:
         with path.open("rb") as file:
             batch = ArrayUnpickler(file, encoding="bytes").load()
         pixels, labels = batch[b"data"], np.asarray(batch[b"labels"])
         images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     except MALFORMED as error:
-        raise ValueError(f"{path} is no CIFAR-10 batch ({error}): unpack {DOWNLOAD} again") from error
-    sound = pixels.dtype == np.uint8 and labels.dtype.kind == "i" and labels.shape == (len(images),) and len(images)
-    if not sound or labels.min() < 0 or labels.max() > 9:
+        raise ValueError(f"{path} is not a CIFAR-10 batch ({error}): unpack {DOWNLOAD} again") from error
+    valid = pixels.dtype == np.uint8 and labels.dtype.kind == "i" and labels.shape == (len(images),) and len(images)
+    if not valid or labels.min() < 0 or labels.max() > 9:
         raise ValueError(
-            f"{path} holds {pixels.dtype} pixels {pixels.shape} and {labels.dtype} labels {labels.shape}: "
-            f"wanted uint8 (N, 3072) and N labels from 0 to 9, unpack {DOWNLOAD} again"
+            f"{path} has {pixels.dtype} pixels {pixels.shape} and {labels.dtype} labels {labels.shape}, "
+            f"wanted uint8 (N, 3072) and N labels from 0 to 9: unpack {DOWNLOAD} again"
         )
     return np.ascontiguousarray(images), labels.astype(np.int64)
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy arrays and built-in values, and so runs nothing that a file brings along."""
+    """Unpickle only numpy arrays and built-in values, so that a file cannot run code."""
 
-    # The official files name the first by its old home, numpy.core; numpy 2 writes numpy._core.
-    # They give dtype's align as the number 0, of which numpy 2.4.0 to 2.4.4 warn.
+    # The official files name numpy.core; numpy 2 writes numpy._core.
+    # They pass dtype's align as the integer 0, about which numpy 2.4.0 to 2.4.4 warns.
     RECONSTRUCT = np.empty(0).__reduce__()[0]
-    ADMITTED = {
+    ALLOWED = {
         ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
         ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,
         ("numpy", "ndarray"): np.ndarray,
@@ -72,12 +72,12 @@ class ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         try:
-            return self.ADMITTED[module, name]
+            return self.ALLOWED[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not data") from None
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not data") from None
 
 
-# What the unpickler, and a look into what it returned, raise on bytes of any kind.
+# What unpickling arbitrary bytes, or inspecting the result, may raise.
 MALFORMED = (
     pickle.UnpicklingError,
     EOFError,

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 70,000 pictures of clothes, 28x28 grey, in MNIST's file format."""
+"""Fashion-MNIST (Xiao et al. 2017): 70,000 images of clothes, 28x28 grey, in MNIST's file format."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,13 @@ DOWNLOAD = "https://github.com/zalandoresearch/fashion-mnist/tree/master/data/fa
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DatasetConfig):
-    """As DatasetConfig; data_dir holds the IDX files, raw or .gz, itself or in raw/ or FashionMNIST/raw/."""
+    """Options of Fashion-MNIST; data_dir has the IDX files (raw or .gz), directly, in raw/ or FashionMNIST/raw/."""
 
 
 def build(config: Config, split: str) -> ArrayDataset:
-    """Images (N, H, W) uint8 with labels 0..9: the 60,000 training images, or as val the 10,000 test images.
+    """Images (N, H, W) uint8 with labels 0..9: the 60,000 training images, or the 10,000 test images for val.
 
-    FileNotFoundError for missing files, ValueError for damaged ones or another split.
+    FileNotFoundError for missing files; ValueError for damaged ones or another split.
     """
     check_split(split)
     root = data_root(config, "fashion_mnist")

@@ -1,4 +1,4 @@
-"""Folder: your own images, any tree of jpg, png, webp and bmp files."""
+"""Folder: your own images, in any tree of jpg, png, webp and bmp files."""
 
 import os
 from collections.abc import Sequence
@@ -25,20 +25,20 @@ VAL_FOLDERS = ("valid", "val", "validation", "test")  # the first that exists
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DatasetConfig):
-    """As DatasetConfig; data_dir holds train and valid, val, validation or test folders, or images in any order.
+    """Options of folder; data_dir has split folders (train, and valid, val, validation or test), or images in any tree.
 
-    Where it holds a train folder, only the split folders are read; where it holds no validation folder, val_fraction of
-    the images is held out.
+    If there is a train folder, only the split folders are read. If there is no validation folder, val_fraction of the
+    images is held out.
     """
 
     label_from: Literal["none", "folder"] = "none"
-    """folder: the first folder below the split's is the class; none: the images have no classes."""
+    """folder: the first folder level of a split gives the class; none: the images have no classes."""
     only_folders: tuple[str, ...] = ()
-    """Keep only the images that lie, at any depth, in a folder of one of these names; empty keeps all."""
+    """Use only images in folders with one of these names, at any depth; empty: all images."""
 
 
 class ImageFolder:
-    """A `Dataset` of image files, decoded when they are asked for."""
+    """A `Dataset` of image files, decoded on access."""
 
     def __init__(self, root: Path, names: Sequence[str], classes: Sequence[str], split: str):
         self.root, self.names, self.classes, self.split = root, names, classes, split
@@ -62,8 +62,8 @@ class ImageFolder:
 def build(config: Config, split: str) -> ImageFolder:
     """The images of one split, sorted by path.
 
-    FileNotFoundError for a missing data_dir; ValueError for another split, for a tree without an image or without one
-    that can be read, and for classes that are unclear or differ between the splits.
+    FileNotFoundError for a missing data_dir; ValueError for another split, a tree without a readable image, and classes
+    that are ambiguous or differ between the splits.
     """
     root = data_root(config, "folder")
     folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
@@ -74,14 +74,14 @@ def build(config: Config, split: str) -> ImageFolder:
 
 
 def build_split(config: Config, split: str, *, train: Path, val: Path | None) -> ImageFolder:
-    """One split of the trees `train` and `val`; where `val` is None it is held out of `train`."""
+    """One split of the trees `train` and `val`; if `val` is None, part of `train` is held out."""
     check_split(split)
     root = val if split == "val" and val is not None else train
     names = list_images(root, config.only_folders)
     classes = class_names(config, root, names)
     if val is None:
-        kept = train_val_split(len(names), config.val_fraction, config.split_seed)[SPLITS.index(split)]
-        names = [names[i] for i in kept]
+        indices = train_val_split(len(names), config.val_fraction, config.split_seed)[SPLITS.index(split)]
+        names = [names[i] for i in indices]
     elif config.label_from == "folder":
         other = train if split == "val" else val
         other_classes = class_names(config, other, list_images(other, config.only_folders))
@@ -92,12 +92,12 @@ def build_split(config: Config, split: str, *, train: Path, val: Path | None) ->
 
 
 def list_images(root: Path, only_folders: Sequence[str] = ()) -> list[str]:
-    """Sorted paths, relative to `root`, with forward slashes; hidden files and folders are left out."""
+    """Sorted paths of images relative to `root`, with forward slashes; hidden files and folders are skipped."""
     names, visited = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_raise):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         if os.path.realpath(folder) in visited:
-            subfolders.clear()  # a link that leads back into the tree
+            subfolders.clear()  # a link back into the tree
             continue
         visited.add(os.path.realpath(folder))
         parts = Path(folder).relative_to(root).parts
@@ -107,31 +107,32 @@ def list_images(root: Path, only_folders: Sequence[str] = ()) -> list[str]:
         names += ["/".join((*parts, name)) for name in images]
     if not names:
         below = f" below a folder named {' or '.join(only_folders)}" if only_folders else ""
-        raise ValueError(f"{root} holds no image{below}: wanted {' '.join(SUFFIXES)} files, check --data_dir")
+        raise ValueError(f"{root} has no image{below}, wanted {' '.join(SUFFIXES)} files: check --data_dir")
     return sorted(names)
 
 
 def class_of(name: str) -> str:
-    """The first folder of a relative path."""
+    """Class name: the first folder of a relative path."""
     return name.partition("/")[0]
 
 
 def class_names(config: Config, root: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """Sorted class names, none without label_from; ValueError for an image that lies in no folder below `root`."""
+    """Sorted class names, () with label_from none; ValueError for an image directly in `root`."""
     if config.label_from == "none":
         return ()
     stray = next((name for name in names if "/" not in name), None)
     if stray is not None:
-        raise ValueError(f"{root / stray} lies in no class folder: move it into one, or use --label_from none")
+        raise ValueError(f"{root / stray} is not in a class folder: move it into one, or use --label_from none")
     return tuple(sorted({class_of(name) for name in names}))
 
 
 def require_same_classes(classes: dict[Path, tuple[str, ...]]) -> None:
+    """ValueError unless two folders have the same classes."""
     (one, ours), (two, theirs) = classes.items()
     if ours != theirs:
         raise ValueError(
-            f"{one} and {two} must hold the same class folders, but {', '.join(sorted(set(ours) ^ set(theirs)))} "
-            "are in one only: add or remove them, or use --label_from none"
+            f"{one} and {two} must have the same class folders, but {', '.join(sorted(set(ours) ^ set(theirs)))} "
+            "exist in only one of them: add or remove them, or use --label_from none"
         )
 
 

@@ -1,4 +1,4 @@
-"""LSUN scenes: the official LMDB of a category, or its images exported to folders."""
+"""LSUN scenes (Yu et al. 2015): the official LMDB of a category, or its images exported to folders."""
 
 import io
 import os
@@ -24,12 +24,12 @@ DOWNLOAD = "http://dl.yf.io/lsun/scenes/"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DatasetConfig):
-    """As DatasetConfig; data_dir holds <category>_train_lmdb and <category>_val_lmdb as they come from LSUN,
-    or <category>_train and <category>_val with image files, or image files in any layout that `folder` reads.
+    """Options of LSUN; data_dir contains the downloaded <category>_train_lmdb and <category>_val_lmdb, or folders
+    <category>_train and <category>_val of image files, or image files in any layout that `folder` reads.
     """
 
     category: str = "church_outdoor"
-    """Which scenes: church_outdoor, bedroom, tower, ..."""
+    """Scene category: church_outdoor, bedroom, tower, ..."""
 
 
 class LMDBImages:
@@ -38,7 +38,7 @@ class LMDBImages:
     n_classes = 0
     labels = None
 
-    # Not torchvision.datasets.LSUN: it unpickles a list of keys that it finds in the working directory.
+    # Not torchvision.datasets.LSUN, which unpickles a cached list of keys from the working directory.
     def __init__(self, path: Path, split: str):
         self.path, self.split = path.resolve(), split
         with open_environment(self.path).begin() as transaction:
@@ -63,29 +63,29 @@ _environments: dict[Path, tuple[int, Any]] = {}
 
 
 def open_environment(path: Path):
-    """The open LMDB at `path`, one for each process: LMDB may neither cross a fork nor be opened twice in a process."""
-    process, opened = _environments.get(path, (None, None))
-    if process == os.getpid():
-        return opened
+    """The LMDB environment at `path`, opened once per process: LMDB forbids use across a fork and opening it twice."""
+    pid, environment = _environments.get(path, (None, None))
+    if pid == os.getpid():
+        return environment
     try:
         import lmdb
     except ImportError as error:
         raise ValueError(f"{path} needs the package lmdb: pip install lmdb, or export its images") from error
-    if opened is not None:
-        opened.close()
+    if environment is not None:
+        environment.close()
     try:
-        opened = lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
+        environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
     except lmdb.Error as error:
         raise ValueError(f"{path} cannot be opened ({error}): download it again from {DOWNLOAD}") from error
-    _environments[path] = os.getpid(), opened
-    return opened
+    _environments[path] = os.getpid(), environment
+    return environment
 
 
 def build(config: Config, split: str) -> Dataset:
-    """The images of one split, from the LMDB if data_dir has it, else from image files.
+    """The images of one split, from the LMDB if data_dir contains one, else from image files.
 
-    FileNotFoundError where data_dir holds other categories or one split only; ValueError for another split, a broken or
-    empty LMDB, a missing lmdb package, and what `folder` raises.
+    FileNotFoundError if data_dir contains only other categories or one split; ValueError for another split, a damaged
+    or empty LMDB, or a missing lmdb package. Raises what `folder` raises.
     """
     check_split(split)
     root = data_root(config, "lsun")
@@ -96,6 +96,7 @@ def build(config: Config, split: str) -> Dataset:
 
 
 def build_database(path: Path, split: str) -> LMDBImages:
+    """One split from its LMDB; FileNotFoundError names the download if it is missing."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is missing: download {DOWNLOAD}{path.name}.zip and unpack it there")
     dataset = LMDBImages(path, split)
@@ -104,6 +105,7 @@ def build_database(path: Path, split: str) -> LMDBImages:
 
 
 def build_exported(config: Config, root: Path, split: str) -> folder.ImageFolder:
+    """One split from image files exported to folders."""
     images = folder.Config(data_dir=str(root), val_fraction=config.val_fraction, split_seed=config.split_seed)
     train, val = (root / f"{config.category}_{name}" for name in SPLITS)
     if train.is_dir():
@@ -112,7 +114,7 @@ def build_exported(config: Config, root: Path, split: str) -> folder.ImageFolder
     others = sorted(path.name for path in root.iterdir() if path.name.endswith(endings))
     if others:
         raise FileNotFoundError(
-            f"{root} holds {', '.join(others)} but no {train.name} or {train.name}_lmdb: "
+            f"{root} has {', '.join(others)} but no {train.name} or {train.name}_lmdb: "
             f"change --category or download {DOWNLOAD}{train.name}_lmdb.zip"
         )
     return folder.build(images, split)

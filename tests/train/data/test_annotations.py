@@ -1,4 +1,4 @@
-"""What items have beside their image comes out of both caches as it went in, and no image is decoded for it."""
+"""Annotations of items survive both caches unchanged, and are read without decoding images."""
 
 import dataclasses
 import pickle
@@ -49,7 +49,7 @@ def test_records_hold_every_type_of_field(tmp_path):
         {"sketch": tv_tensors.Image(torch.zeros(1, 2, 2)), "flat": torch.zeros(2, 3).t(), "one": torch.tensor(3)}
     )
     grid = torch.arange(6).view(2, 3)
-    items.append({"grid": grid, "row": grid[0], "mask": tv_tensors.Mask(grid)})  # of one memory
+    items.append({"grid": grid, "row": grid[0], "mask": tv_tensors.Mask(grid)})  # share memory
     items.append({})
     write_records(tmp_path / "records", map(pack, items))
     records = Records(tmp_path / "records", len(items))
@@ -64,7 +64,7 @@ def test_records_hold_every_type_of_field(tmp_path):
 
 @pytest.mark.parametrize("value", [None, np.zeros(2), ("a",), {"b": 1}, [1, 2]])
 def test_types_that_cannot_be_batched_cannot_be_recorded(value):
-    with pytest.raises(ValueError, match="field 'odd' of an item is .*, which no cache keeps"):
+    with pytest.raises(ValueError, match="field 'odd' of an item is .*, which cannot be cached"):
         pack({"odd": value})
 
 
@@ -97,10 +97,9 @@ def test_cached_and_decoded_items_give_equal_batches(tmp_path, changes, workers)
     cached = ImageSource(annotated_dataset(), dataclasses.replace(config, cache_images=True), tmp_path, margin=margin)
     plain = ImageSource(annotated_dataset(), config, margin=margin)
     options = {"start": 1, "steps": 5, "batch_size": 3, "accumulate": 1, "world": HERE}
-    one = training_batches(TrainingImages(cached, seed=0), workers=workers, **options)
-    for (batch,), (other,) in zip(
-        one, training_batches(TrainingImages(plain, seed=0), workers=0, **options), strict=True
-    ):
+    cached_batches = training_batches(TrainingImages(cached, seed=0), workers=workers, **options)
+    batches = training_batches(TrainingImages(plain, seed=0), workers=0, **options)
+    for (batch,), (other,) in zip(cached_batches, batches, strict=True):
         assert_same_fields(batch, other)
 
 
@@ -177,13 +176,13 @@ def test_codes_come_with_the_annotations_of_their_view(tmp_path, changes, monkey
             view, row = divmod(source.order[position], 7)
             item, n = views[view](images[row]), row % 3
             assert torch.equal(batch["classes"][i], item["classes"])
-            assert torch.equal(item["image"][0], 10 * item["classes"])  # and these lie where their image does
+            assert torch.equal(item["image"][0], 10 * item["classes"])  # moved like their image
             assert torch.equal(batch["boxes"][i, :n], item["boxes"]) and batch["boxes_mask"][i].sum() == n
             assert torch.equal(batch["parts"][i, :n], item["parts"]) and batch["label"][i] == row
             assert batch["caption"][i] == item["caption"] and batch["words"][i] == item["words"]
             assert batch["ids"][i, :n].tolist() == item["ids"].tolist() and batch["score"][i] == item["score"]
     assert decoded == []
-    assert codes_of(tmp_path, dataset, data, "val")[[1, 2]]["caption"] and len(decoded) == 7  # another split
+    assert codes_of(tmp_path, dataset, data, "val")[[1, 2]]["caption"] and len(decoded) == 7  # another split is encoded
 
 
 def test_codes_of_images_with_only_labels_have_no_annotations(tmp_path):

@@ -1,4 +1,4 @@
-"""A data set's codes are encoded once: what comes out, by whom, and that a VQGAN's key holds all that made them."""
+"""The code cache: contents, several ranks and jobs, and the key that a VQGAN uses."""
 
 import dataclasses
 import multiprocessing
@@ -32,7 +32,7 @@ from vq.config import VQGANConfig
 
 CPU = torch.device("cpu")
 
-# what comes out
+# contents
 
 
 @pytest.mark.parametrize(("batch_size", "chunk", "workers"), [(1, 3, 0), (2, 3, 2), (5, 4, 0), (100, 3, 0), (2, 50, 0)])
@@ -47,10 +47,10 @@ def test_codes_do_not_depend_on_batch_or_chunk_size(tmp_path, batch_size, chunk,
 def test_codes_are_encoded_once(tmp_path):
     load_codes(tmp_path)
     assert table_matches(load_codes(tmp_path, lambda images: 1 / 0))
-    refused = code_cache.load_or_encode(
+    table = code_cache.load_or_encode(
         code_file(tmp_path), lambda: 1 / 0, encode, 1, DistContext(CPU)
-    )  # not even opened
-    assert table_matches(refused)
+    )  # opens no images
+    assert table_matches(table)
 
 
 def test_mapped_ids_index_like_a_tensor(tmp_path):
@@ -70,7 +70,7 @@ def test_mapped_ids_index_like_a_tensor(tmp_path):
         (1, -1),
     ]:
         assert torch.equal(ids[key], expected[key]) and ids[key].dtype == torch.int64, key
-    ids[0].zero_()  # in memory
+    ids[0].zero_()  # a copy in memory
     assert torch.equal(ids[:], expected)
 
 
@@ -115,7 +115,7 @@ def test_a_forked_process_reads_its_parents_memmap(tmp_path):
     process.join()
 
 
-# several processes, several jobs
+# several ranks, several jobs
 
 
 def test_two_ranks_share_the_work_and_write_the_same_file(tmp_path):
@@ -133,14 +133,13 @@ def test_one_and_two_ranks_resume_each_others_encoding(tmp_path):
         load_codes(tmp_path / "one", Encoder(fails_at=3))
     results = run_two_ranks(tmp_path / "one")
     assert [result["images"] for result in results] == [5, 3]  # chunks 1 and 3, 2
-    assert [result["progress"] for result in results] == [[11], [3]]  # the progress; the second process shows none
+    assert [result["progress"] for result in results] == [[11], [3]]  # the second rank has no progress bar
     assert all(result["ids"] == ALL_CODES.tolist() for result in results)
 
     stopped, encoder = run_two_ranks(tmp_path / "two", fails_at=(3, None)), Encoder()
     assert "[Errno 28] No space left" in stopped[0]["error"] and "see the other processes" in stopped[1]["error"]
-    assert (
-        table_matches(load_codes(tmp_path / "two", encoder)) and encoder.images == 3
-    )  # the chunk of the one that failed
+    assert table_matches(load_codes(tmp_path / "two", encoder))
+    assert encoder.images == 3  # the chunk of the rank that failed
 
 
 def test_two_ranks_report_unreadable_images_once(tmp_path):
@@ -149,7 +148,7 @@ def test_two_ranks_report_unreadable_images_once(tmp_path):
     assert all(result["index"] == readable and result["ids"] == ALL_CODES[:, readable].tolist() for result in results)
     assert [result["warnings"] for result in results] == [1, 0]
     nothing = run_two_ranks(tmp_path / "none", broken=tuple(range(COUNT)))
-    assert all("not one of 11 images can be read; the first is image 0" in result["error"] for result in nothing)
+    assert all("none of its 11 images can be read; first error: image 0" in result["error"] for result in nothing)
     assert suffixes(tmp_path / "none") == [".lock"]
 
 
@@ -191,11 +190,11 @@ def test_a_waiting_job_says_so(tmp_path, capsys):
         patch.setattr(code_cache.FileLock, "acquire", until_the_third)
         assert table_matches(load_codes(tmp_path))
     assert len(tries) == 3 and capsys.readouterr().out.count("another job is encoding into") == 1
-    lock.acquire(timeout=0)  # it was given back
+    lock.acquire(timeout=0)  # it was released
     lock.release()
 
 
-# of a VQGAN
+# the key of a VQGAN's codes
 
 NETWORK = VQGANConfig(nf=4, ch_mult=(1, 2), res_blocks=1, attn_resolutions=(), codebook_size=16, emb_dim=4)
 IMAGES = ArrayDataset(np.random.default_rng(1).integers(0, 256, (7, 8, 8), np.uint8), np.arange(7), 7)
@@ -256,7 +255,7 @@ def test_the_key_depends_on_everything_that_changes_codes(tmp_path, monkeypatch)
     other = first_of(tmp_path)
     other.vqgan.config = dataclasses.replace(NETWORK, unit_range=True)
     other.codes(IMAGES, "train", DATA, 3, world)
-    for view in (View(flip=True), View(dx=1), View(dy=1), View(crop=(0, 0, 8, 8))):  # as many as before
+    for view in (View(flip=True), View(dx=1), View(dy=1), View(crop=(0, 0, 8, 8))):  # the same number of views
         monkeypatch.setattr(first_stage, "training_views", lambda data, view=view: [view])
         first.codes(IMAGES, "train", DATA, 3, world)
     monkeypatch.setattr(first_stage, "training_views", training_views)
@@ -271,7 +270,9 @@ def test_the_key_ignores_what_does_not_change_codes(tmp_path, monkeypatch):
     first = first_of(tmp_path)
     first.codes(IMAGES, "train", DATA, 3, DistContext(CPU))
     first.codes(IMAGES, "train", dataclasses.replace(DATA, num_workers=3, in_memory=True), 5, DistContext(CPU))
-    first_of(tmp_path, amp=True).codes(IMAGES, "train", DATA, 3, DistContext(CPU))  # a CPU without bfloat16 has no such
+    first_of(tmp_path, amp=True).codes(
+        IMAGES, "train", DATA, 3, DistContext(CPU)
+    )  # no effect on a CPU without bfloat16
     assert len(set(keys)) == 1 or first_stage.has_native_bf16(CPU)
     first.codes(IMAGES, "val", DATA, 3, DistContext(CPU))
-    assert len(set(keys[:2])) == 1 and keys[-1] != keys[0]  # by name: the splits' fingerprints differ besides
+    assert len(set(keys[:2])) == 1 and keys[-1] != keys[0]  # the split is in the name, and fingerprints differ

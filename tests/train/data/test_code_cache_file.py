@@ -1,4 +1,4 @@
-"""A code cache survives what happens to processes and disks: killed, full, damaged, of other weights, unreadable."""
+"""The code cache survives kills, full disks, damage, other weights and unreadable images."""
 
 import dataclasses
 import errno
@@ -36,7 +36,7 @@ def test_finished_chunks_are_not_encoded_again(tmp_path, fails_at):
     first, second = Encoder(fails_at), Encoder()
     with pytest.raises(KeyboardInterrupt):
         load_codes(tmp_path, first)
-    whole_chunks = (fails_at - 1) // 2  # of two batches each
+    whole_chunks = (fails_at - 1) // 2  # two batches per chunk
     assert table_matches(load_codes(tmp_path, second))
     assert second.images == COUNT - CHUNK * whole_chunks
     assert suffixes(tmp_path) == [".codes", ".lock", ".note"]
@@ -46,7 +46,7 @@ EVENTS = [(os, "fsync"), (Path, "open"), (Path, "replace"), (Path, "mkdir"), (sh
 
 
 def before_each_event(patch, act):
-    """Has `act` called before everything that changes the disk."""
+    """Patch every call that changes the disk to call `act` first."""
     for owner, name in EVENTS:
         real = getattr(owner, name)
 
@@ -59,12 +59,12 @@ def before_each_event(patch, act):
 
 
 def halves(folder):
-    """A file of two chunks."""
+    """A code file of two chunks."""
     return code_file(folder, chunk=6)
 
 
 def killed_at(n, folder, annotated):
-    """A process that kills itself before its n-th event."""
+    """Encode, but kill this process before the n-th change of the disk."""
     events = []
 
     def act():
@@ -112,7 +112,7 @@ def test_a_chunk_is_flushed_before_its_note(tmp_path, monkeypatch):
     load_codes(tmp_path)
     for chunk in range(4):
         noted = events.index(f"{chunk:08d}.note")
-        assert events[noted - 1].startswith(f".{chunk:08d}.note.")  # the note, aside
+        assert events[noted - 1].startswith(f".{chunk:08d}.note.")  # its temporary file
         assert events[noted - 2] == code_file(tmp_path).path.name
 
 
@@ -124,7 +124,10 @@ def test_too_little_disk_space_is_refused_before_encoding(tmp_path, monkeypatch)
         free = COUNT * 8 * 2 - 1
 
     encoder = Encoder()
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="codes of mine need 0.000 GB .*make room"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match="codes of mine need 0.000 GB .*free disk space"),
+    ):
         patch.setattr(code_cache.shutil, "disk_usage", lambda path: Full)
         load_codes(tmp_path, encoder)
     assert encoder.images == 0
@@ -151,10 +154,9 @@ def test_any_os_error_is_one_line_and_keeps_finished_chunks(tmp_path, monkeypatc
                 load_codes(folder, file=halves(folder))
                 done = True
             except ValueError as error:
-                assert (
-                    "could not encode into" in str(error) and "No space left" in str(error) and "\n" not in str(error)
-                )
-            except OSError as error:  # before the lock was had
+                assert "could not encode into" in str(error) and "No space left" in str(error)
+                assert "\n" not in str(error)
+            except OSError as error:  # before the lock is acquired
                 assert n < 3 and "No space left" in str(error)
         assert table_matches(load_codes(folder, encoder, file=halves(folder))), n
         assert suffixes(folder) == [".codes", ".lock", ".note"]
@@ -182,7 +184,7 @@ def test_a_disk_that_fills_up_meanwhile_ends_in_one_line(small_disk):
         return encode(images)
 
     with pytest.raises(
-        ValueError, match="could not encode into .*codes: .*No space left on device; what is done stays"
+        ValueError, match="could not encode into .*codes: .*No space left on device; finished chunks are kept"
     ):
         load_codes(small_disk / "codes", greedy)
     (small_disk / "filler").unlink()
@@ -224,15 +226,14 @@ def test_codes_of_earlier_versions_are_listed_once_as_removable(tmp_path, monkey
     assert f"to free {size:.3g} GB, delete {old.path} {records}" in capfd.readouterr().out
     old.delete()
     load_codes(tmp_path, file=code_file(tmp_path, key="newer"))
-    assert "delete" not in capfd.readouterr().out  # what this version made stays
+    assert "delete" not in capfd.readouterr().out  # caches of this version are kept
 
 
 def test_another_key_is_another_file(tmp_path):
     load_codes(tmp_path)
     encoder = Encoder()
-    assert (
-        table_matches(load_codes(tmp_path, encoder, file=code_file(tmp_path, key="other"))) and encoder.images == COUNT
-    )
+    assert table_matches(load_codes(tmp_path, encoder, file=code_file(tmp_path, key="other")))
+    assert encoder.images == COUNT
     assert table_matches(load_codes(tmp_path, lambda images: 1 / 0))
 
 
@@ -310,7 +311,7 @@ def test_damage_in_an_unfinished_file_is_re_encoded(tmp_path):
 
 
 def test_unreadable_images_are_left_out_and_reported_once(tmp_path):
-    broken, readable = (2, 3, 4, 5, 10), [0, 1, 6, 7, 8, 9]  # the whole of a chunk, and its neighbour
+    broken, readable = (2, 3, 4, 5, 10), [0, 1, 6, 7, 8, 9]  # a whole chunk and images of its neighbours
     with pytest.raises(KeyboardInterrupt):
         load_codes(tmp_path, Encoder(fails_at=4), broken=broken)
     with pytest.warns(UserWarning, match="skipped 5 unreadable images: image 2: .*; image 3: .*; image 10: ") as caught:
@@ -325,7 +326,7 @@ def test_unreadable_images_are_left_out_and_reported_once(tmp_path):
 
 
 def test_a_data_set_without_readable_images_leaves_no_file(tmp_path):
-    with pytest.raises(ValueError, match="nothing was encoded for mine: not one of 11 .*the first is image 0: cut"):
+    with pytest.raises(ValueError, match="nothing was encoded for mine: none of its 11 .*first error: image 0: cut"):
         load_codes(tmp_path, broken=tuple(range(COUNT)))
     assert suffixes(tmp_path) == [".lock"]
     with pytest.raises(ValueError, match="nothing was encoded for mine: the data set is empty"):

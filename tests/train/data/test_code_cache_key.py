@@ -1,4 +1,4 @@
-"""The key of codes: everything that made them, and nothing else."""
+"""The key of codes: it depends on all inputs and on nothing else."""
 
 from train.data.code_cache import code_cache_key
 

@@ -1,4 +1,4 @@
-"""A field becomes what its type says, and an example does not depend on its batch-mates."""
+"""Fields are batched by type, and an example does not depend on the rest of its batch."""
 
 import dataclasses
 import json
@@ -46,7 +46,8 @@ def test_label_maps_and_ids_stay_integers(dtype, wrap):
 def test_a_plain_tensor_is_an_image_by_its_name(name):
     pixels = torch.tensor([[[0, 255]]], dtype=torch.uint8)
     assert collate([{name: pixels}])[name].tolist() == [[[[-1, 1]]]]
-    assert collate([{name: tv_tensors.Mask(pixels[0])}])[name].tolist() == [[[0, 255]]]  # a type says more than a name
+    mask = tv_tensors.Mask(pixels[0])  # the type takes precedence over the name
+    assert collate([{name: mask}])[name].tolist() == [[[0, 255]]]
     assert collate([{"sketch": tv_tensors.Image(pixels)}])["sketch"].tolist() == [[[[-1, 1]]]]
     assert collate([{"sketch": pixels}])["sketch"].tolist() == [[[[0, 255]]]]
 
@@ -114,8 +115,8 @@ def test_an_example_does_not_depend_on_the_rest_of_its_batch():
         ([{"a": np.zeros(3)}], "'a' of an item is ndarray, wanted a tensor"),
         ([{"a": ["x", 3]}], "'a' of an item is list, wanted"),
         ([{"a": None}], "'a' of an item is NoneType"),
-        ([{"a": Ragged([1]), "a_mask": 1}], "a_mask beside a, whose mask has that name"),
-        ([{"a_mask": 1, "a": Ragged([1])}], "a_mask beside a, whose mask has that name"),
+        ([{"a": Ragged([1]), "a_mask": 1}], "a field a_mask, which is the name of the mask of a"),
+        ([{"a_mask": 1, "a": Ragged([1])}], "a field a_mask, which is the name of the mask of a"),
     ],
 )
 def test_items_that_cannot_be_batched_are_refused_by_field(items, message):
@@ -138,7 +139,7 @@ def test_field_names_reserved_by_the_loader_are_refused(name, source):
         "images": TrainingImages(ImageSource(Odd(**vars(annotated_dataset())), CONFIG), seed=0),
         "codes": TrainingCodes(torch.zeros(1, 7, 2, 2).long(), None, 0, {(0, row): {name: 3} for row in range(7)}),
     }
-    with pytest.raises(ValueError, match=f"the items have {name}, .* name it otherwise"):
+    with pytest.raises(ValueError, match=f"a field {name}, a name reserved .*rename the field"):
         sources[source][[0, 1]]
 
 

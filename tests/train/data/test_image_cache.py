@@ -1,4 +1,4 @@
-"""Decoded images on disk are what was decoded, or they are decoded again."""
+"""The image cache: cached items equal decoded ones, and damaged caches are rebuilt."""
 
 import dataclasses
 import json
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from train.config import DataConfig
+from train.config import ROOT, DataConfig
 from train.data import image_cache
 from train.data.loading import ImageSource, TrainingImages
-from train.datasets import ArrayDataset, UnreadableImage
+from train.datasets import ArrayDataset, UnreadableImage, webdataset
 
 CONFIG = DataConfig(dataset="mine", img_size=8, n_channels=3, cache_images=True)
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 11, 9, 3), np.uint8)
@@ -21,7 +21,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (6, 11, 9, 3), np.uint8)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Counted(ArrayDataset):
-    """Counts in a file how often an image is decoded; some are broken."""
+    """Counts decoded images in a file; images in `broken` are unreadable."""
 
     log: str = ""
     broken: tuple[int, ...] = ()
@@ -120,13 +120,13 @@ def test_caches_of_earlier_versions_are_listed_once_as_removable(dataset, tmp_pa
     note = old.with_suffix(".json")
     note.write_text(json.dumps({key: value for key, value in json.loads(note.read_text()).items() if key != "version"}))
     capfd.readouterr()
-    for wanted in (True, False):  # the second time nothing is made
+    for wanted in (True, False):  # the second time nothing is built
         new = ImageSource(dataset, CONFIG, tmp_path).disk_cache.path
         output = capfd.readouterr().out
         assert (f"to free {6 * 3 * 8 * 8 / 1e9:.3g} GB, delete {old}" in output) == wanted
     assert old.is_file() and new != old and image_cache.outdated_caches(tmp_path, CONFIG.dataset) == [old]
     ImageSource(dataset, dataclasses.replace(CONFIG, dataset="my"), tmp_path)
-    assert "delete" not in capfd.readouterr().out  # those of another data set are not its own
+    assert "delete" not in capfd.readouterr().out  # caches of other data sets are not listed
 
 
 def test_caches_of_non_square_sizes_and_margins_are_correct(dataset, tmp_path):
@@ -140,7 +140,7 @@ def test_caches_of_non_square_sizes_and_margins_are_correct(dataset, tmp_path):
     shapes = [source[0]["image"].shape[1:] for source in sources]
     assert shapes == [(8, 8), (8, 12), (8, 12), (12, 16), (12, 16)]
     paths = [source.disk_cache.path for source in sources]
-    assert paths[1] == paths[2] and paths[3] == paths[4] and len(set(paths)) == 3  # a size is a size, however asked for
+    assert paths[1] == paths[2] and paths[3] == paths[4] and len(set(paths)) == 3  # equal sizes share a cache
     assert dataset.decoded() == 3 * 6 and all(same_as_decoded(source) for source in sources)
     batch = TrainingImages(sources[3], 0)[list(range(6))]
     assert batch["image"].shape == (6, 3, 8, 12)
@@ -163,7 +163,7 @@ def test_the_cache_reports_unreadable_images_like_the_file(dataset, tmp_path):
     with pytest.warns(UserWarning, match="skipped unreadable"):
         TrainingImages(source, 0)[list(range(6))]
     nothing = dataclasses.replace(dataset, images=PIXELS[:2], labels=np.arange(2), broken=(0, 1))
-    with pytest.raises(ValueError, match="not one of 2 images can be read; the first is image 0"):
+    with pytest.raises(ValueError, match="none of 2 images can be read; first error: image 0"):
         ImageSource(nothing, CONFIG, tmp_path)
 
 
@@ -172,7 +172,7 @@ def test_fields_that_cannot_be_batched_cannot_be_cached(dataset, tmp_path):
         def __getitem__(self, index):
             return super().__getitem__(index) | {"boxes": np.zeros(4)}
 
-    with pytest.raises(ValueError, match="'boxes' of an item is ndarray, which no cache keeps: wanted a tensor"):
+    with pytest.raises(ValueError, match="'boxes' of an item is ndarray, which cannot be cached: wanted a tensor"):
         ImageSource(Arrays(**vars(dataset)), CONFIG, tmp_path)
 
 
@@ -181,7 +181,7 @@ def test_too_little_disk_space_is_refused_before_decoding(dataset, tmp_path, mon
         free = 3
 
     monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: Full)
-    with pytest.raises(ValueError, match="make room"):
+    with pytest.raises(ValueError, match="free disk space"):
         ImageSource(dataset, CONFIG, tmp_path)
     assert not (tmp_path / "log").exists()
 
@@ -211,6 +211,10 @@ def test_a_pickled_cache_contains_no_pixels(dataset, tmp_path):
     before = len(pickle.dumps(cache))
     assert torch.equal(cache[1]["image"], pickle.loads(pickle.dumps(cache))[1]["image"])
     assert len(pickle.dumps(cache)) == before
+
+
+def test_images_and_shards_are_cached_below_the_same_logs():
+    assert image_cache.CACHE_DIR.parent == webdataset.CACHE_DIR.parent == ROOT / "logs" / ".cache"
 
 
 def test_the_metadata_describe_the_pixels(dataset, tmp_path):

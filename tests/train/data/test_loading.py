@@ -1,4 +1,4 @@
-"""Which sample comes when: a function of seed and position, for any number of processes and after any resume."""
+"""Data order: a function of seed and position, for any number of ranks and after any resume."""
 
 import dataclasses
 import os
@@ -29,13 +29,13 @@ CONFIG = DataConfig(img_size=4, n_channels=1, shift=1, horizontal_flip=True)
 
 
 def numbered(n: int) -> ArrayDataset:
-    """n images, each of one grey of its own."""
+    """n images; image i has the constant value i."""
     return ArrayDataset(np.arange(n, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2), np.arange(n), n)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharded(ArrayDataset):
-    """The same, in blocks."""
+    """The same images, in blocks."""
 
     blocks: Blocks = Blocks((), 1)
 
@@ -93,7 +93,7 @@ def test_block_order_does_not_depend_on_ranks_workers_and_start(processes, worke
 
 
 def draw_numbers(item):
-    """What a user's function may do: draw from any of the global generators."""
+    """An `adapt` function that draws from all global generators."""
     numbers = [random.random(), np.random.rand(), torch.rand(()).item()]
     return item | {"drawn": torch.tensor(numbers, dtype=torch.float64)}
 
@@ -124,19 +124,19 @@ def test_adapt_does_not_change_the_global_random_generators():
 
 
 class Group(TrainingImages):
-    """Tells the process group of the process that loads, and what it does on Ctrl-C and on SIGTERM."""
+    """Batches report the loading process's group, and whether it ignores SIGINT and blocks SIGTERM."""
 
     def __getitem__(self, positions):
         handlers = [
             signal.getsignal(signal.SIGINT) == signal.SIG_IGN,
-            signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []),  # a thread of it looks who sent it
+            signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []),  # a thread checks the sender
         ]
         batch = {"group": torch.tensor([os.getpgrp()]), "handlers": torch.tensor([handlers])}
         return batch | {"position": torch.tensor(positions)}
 
 
 def test_workers_ignore_signals_sent_to_the_process_group():
-    kinds = (signal.SIGTERM, signal.SIGINT)  # a training process has handlers of both, also one in the background
+    kinds = (signal.SIGTERM, signal.SIGINT)  # set handlers of both, as a training process does, even in the background
     before = [signal.signal(kind, lambda number, frame: None) for kind in kinds]
     try:
         source = Group(ImageSource(numbered(10), CONFIG), 1)
@@ -185,14 +185,14 @@ def test_an_unreadable_image_is_skipped_and_reported_once():
 def test_no_readable_image_is_an_error():
     dataset = BrokenDataset(*dataclasses.astuple(numbered(3)), broken=(0, 1, 2))
     source = TrainingImages(ImageSource(dataset, CONFIG), seed=0)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="not one image"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no image can be read"):
         batches(source)
 
 
 def test_a_fixed_subset_is_always_the_same_and_not_a_prefix():
     subset = fixed_subset(1000, 100)
     assert subset == fixed_subset(1000, 100)
-    assert len(set(subset)) == 100 and max(subset) > 900  # sorted data are met all over
+    assert len(set(subset)) == 100 and max(subset) > 900  # it covers sorted data
     assert sorted(fixed_subset(7, 100)) == list(range(7))
 
 
@@ -217,7 +217,7 @@ CUT = DataConfig(img_size=4, img_width=6, n_channels=1, crop_margin=2, horizonta
 
 
 def distinct_pixels(n: int) -> ArrayDataset:
-    """n images 6 high and 8 wide, whose pixels all differ."""
+    """n images of 6 x 8 distinct pixels."""
     return ArrayDataset(np.arange(48, dtype=np.uint8).reshape(1, 6, 8).repeat(n, 0), np.arange(n), n)
 
 
@@ -226,7 +226,7 @@ def test_crops_are_equally_frequent_and_depend_on_the_position():
     crops = torch.cat([batch["image"] for batch in batches(source, steps=400, size=10)])
     assert crops.shape == (4000, 1, 4, 6)
     counts = crops.unique(dim=0, return_counts=True)[1]
-    assert len(counts) == 10 and (counts - 400).abs().max() < 5 * 19  # of a multinomial: deviation 19
+    assert len(counts) == 10 and (counts - 400).abs().max() < 5 * 19  # multinomial: standard deviation 19
     again = torch.cat([batch["image"] for batch in batches(source, start=200, steps=400, size=10, workers=2)])
     assert torch.equal(again, crops[2000:])
 

@@ -1,4 +1,4 @@
-"""A shuffle is a function of seed and position: a permutation in every epoch, a few blocks at a time."""
+"""EpochShuffle: a permutation in every epoch, a function of seed and position, reading a few blocks at a time."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""Sizes and channels of items, the views of them, and the one range of floats."""
+"""Conversion of items (size, channels, value range) and views."""
 
 import numpy as np
 import pytest
@@ -79,7 +79,7 @@ def test_non_square_sizes_are_cropped_at_the_centre():
     for size, pixels in [((10, 20), image), ((20, 10), image.T.copy())]:
         item = to_item({"image": pixels}, size, 1)["image"]
         assert item.shape == (1, *size) and (item == 255).all()
-    rows = np.arange(40, dtype=np.uint8)[:, None].repeat(20, 1)  # higher than wanted: rows are cut, columns are not
+    rows = np.arange(40, dtype=np.uint8)[:, None].repeat(20, 1)  # taller than wanted: rows are cropped, columns are not
     assert to_item({"image": rows}, (10, 20), 1)["image"][0, :, 7].tolist() == list(range(15, 25))
 
 
@@ -122,7 +122,7 @@ def test_label_maps_are_resized_without_new_labels(dtype):
 
 
 def test_boxes_outside_the_image_keep_their_rows():
-    """The centre of a wide image is kept: one box is cut, one is left of it, one is in it."""
+    """The centre of a wide image is cropped: one box is cut, one lies outside, one inside."""
     item = boxed(np.zeros((10, 30), np.uint8), [5, 0, 15, 10], (10, 30))
     rows = torch.tensor([[5, 0, 15, 10], [0, 2, 8, 4], [12, 1, 14, 3]])
     item["boxes"] = tv_tensors.wrap(rows, like=item["boxes"])
@@ -199,8 +199,8 @@ def test_boxes_with_clamping_mode_none_are_not_clamped():
 @pytest.mark.parametrize(
     ("image", "data_range", "message"),
     [
-        (np.zeros((2, 2), np.uint8), (0, 9), "8 bits.*leave --data_range out"),
-        (Image.new("RGB", (2, 2)), (0, 9), "8 bits.*leave --data_range out"),
+        (np.zeros((2, 2), np.uint8), (0, 9), "8-bit.*leave --data_range out"),
+        (Image.new("RGB", (2, 2)), (0, 9), "8-bit.*leave --data_range out"),
         (np.zeros((2, 2), np.float32), None, "unknown range: pass --data_range"),
         (np.zeros((2, 2), np.int64), None, "an image of int64, wanted"),
         (torch.zeros(2, 2), None, "an image of torch.float32, wanted"),
@@ -223,7 +223,7 @@ def test_shifts_uncover_black_in_float_images_too():
 
 def test_bits_per_dimension_need_eight_bit_images():
     check_8_bits(to_float(torch.arange(256, dtype=torch.uint8)))
-    with pytest.raises(ValueError, match="not of 8 bits"):
+    with pytest.raises(ValueError, match="not 8-bit"):
         check_8_bits(torch.tensor([1000 / 32767.5 - 1]))
 
 
@@ -282,7 +282,7 @@ def test_a_negative_shift_is_refused():
 
 
 def in_training_views(image, margin, size, flip=False):
-    """What an image looks like in each training view."""
+    """An image in each training view."""
     data = DataConfig(img_size=size[0], img_width=size[1], crop_margin=margin, horizontal_flip=flip)
     return [view(image) for view in training_views(data)]
 
@@ -335,14 +335,14 @@ def test_a_view_is_a_copy(view):
 
 @pytest.mark.parametrize("crop", [(0, 0, 4, 4), (0, 1, 3, 4), (1, 0, 3, 4), (-1, 0, 3, 4), (0, -1, 3, 4)])
 def test_a_crop_outside_the_image_is_refused(crop):
-    with pytest.raises(ValueError, match="got 3x4 pixels to cut .*--crop_margin"):
+    with pytest.raises(ValueError, match="cannot crop .* from 3x4: .*--crop_margin"):
         View(crop=crop)(PIXELS)
 
 
 def test_crops_of_images_without_a_margin_are_refused():
     cutting = training_views(DataConfig(img_size=3, img_width=4, crop_margin=2))
-    for view in cutting[:1] + cutting[2:]:  # all but the corner at the top left
-        with pytest.raises(ValueError, match="got 3x4 pixels"):
+    for view in cutting[:1] + cutting[2:]:  # all but the top left corner
+        with pytest.raises(ValueError, match="from 3x4"):
             view(PIXELS)
 
 

@@ -1,4 +1,4 @@
-"""Tiny files in the formats of the data sets."""
+"""Writers of tiny files in the formats of the data sets."""
 
 import io
 import pickle
@@ -73,7 +73,7 @@ def save_shard(path: Path, members: dict[str, bytes]) -> Path:
 
 @pytest.fixture(autouse=True)
 def shard_cache(tmp_path_factory, monkeypatch) -> Path:
-    """Where the index of tar shards goes in place of logs/.cache."""
+    """A temporary folder for the index of tar shards, instead of logs/.cache."""
     folder = tmp_path_factory.mktemp("shard_cache")
     monkeypatch.setattr(webdataset, "CACHE_DIR", folder)
     return folder
@@ -81,7 +81,7 @@ def shard_cache(tmp_path_factory, monkeypatch) -> Path:
 
 @pytest.fixture
 def tiny():
-    """The functions of this file, for tests in folders that are no packages."""
+    """The functions of this file, for tests in folders that are not packages."""
 
     class Tiny:
         png = staticmethod(png)

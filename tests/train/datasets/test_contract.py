@@ -1,4 +1,4 @@
-"""Every file in train/datasets keeps the promises of its package, a new one by existing."""
+"""Every data set in train/datasets, new ones included, keeps the contract of the package."""
 
 import dataclasses
 import importlib
@@ -21,7 +21,7 @@ LABELLED = {"folder": "folder", "webdataset": "cls"}  # --label_from
 
 
 def make_files(name, root, tiny):
-    """Files for the data set `name`; a name not known here gets a tree of images."""
+    """Write files for the data set `name`; for unknown names, a tree of images."""
     if name in ("mnist", "fashion_mnist"):
         tiny.save_mnist(root)
     elif name == "cifar10":

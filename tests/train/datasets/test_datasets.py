@@ -1,4 +1,4 @@
-"""What the data sets share: the config's checks, the held-out split, arrays in memory."""
+"""Shared parts of the data sets: checks of the config, random splits, arrays in memory, fingerprints."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_train_val_split_depends_on_its_seed_only():
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_train_val_split_needs_two_images(n):
-    with pytest.raises(ValueError, match=f"images out of {n}"):
+    with pytest.raises(ValueError, match=f"hold out images of {n}"):
         train_val_split(n, 0.5, 0)
 
 

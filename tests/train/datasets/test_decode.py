@@ -1,4 +1,4 @@
-"""Every kind of pixel ends as grey of 8 or 16 bits or RGB, the right way up; what is broken is named."""
+"""Images of any mode decode to grey (8 or 16 bits) or RGB, upright; broken files are unreadable."""
 
 import io
 
@@ -97,7 +97,7 @@ def test_the_exif_orientation_is_applied(kind):
     image = Image.new("L", (32, 16))
     image.paste(255, (0, 0, 16, 16))
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned a quarter clockwise
+    exif[0x0112] = 6  # displayed rotated by 90 degrees clockwise
     upright = decode(encoded(image.convert("RGB"), kind, exif=exif.tobytes()))
     assert upright.size == (16, 32)
     assert upright.getpixel((8, 4))[0] > 200 and upright.getpixel((8, 28))[0] < 50

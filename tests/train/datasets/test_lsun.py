@@ -40,7 +40,7 @@ def test_a_forked_process_reopens_the_lmdb(church, monkeypatch):
     assert open_environment(path) is not inherited
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 warns where other tests left threads
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 warns if other tests left threads
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_forked_and_spawned_workers_read_with_the_parent(church, method):
     if method not in multiprocessing.get_all_start_methods():
@@ -66,7 +66,7 @@ def test_a_broken_image_is_reported_by_its_key(tmp_path, tiny):
 
 def test_an_lmdb_without_a_readable_image_is_refused(tmp_path, tiny):
     tiny.save_lmdb(tmp_path / "tower_train_lmdb", [b"broken", b"too"])
-    with pytest.raises(ValueError, match="tower_train_lmdb: not one of its 2 images"):
+    with pytest.raises(ValueError, match="tower_train_lmdb: none of its 2 images"):
         build(Config(data_dir=str(tmp_path), category="tower"), "train")
 
 
@@ -114,5 +114,5 @@ def test_any_other_tree_is_read_as_a_folder(tmp_path, tiny):
 
 def test_another_category_is_refused(tmp_path, tiny):
     tiny.save_images(tmp_path, "bedroom_train/0.png", "bedroom_val/0.png")
-    with pytest.raises(FileNotFoundError, match="holds bedroom_train, bedroom_val but no church_outdoor_train"):
+    with pytest.raises(FileNotFoundError, match="has bedroom_train, bedroom_val but no church_outdoor_train"):
         build(Config(data_dir=str(tmp_path)), "train")

@@ -1,4 +1,4 @@
-"""Shards at URLs: brought when they are needed, a bounded number kept, and never others than were indexed."""
+"""Shards at URLs: downloaded on demand, a bounded number cached, and refused if they changed since indexing."""
 
 import functools
 import http.server
@@ -22,21 +22,21 @@ LIMIT = 2
 
 @pytest.fixture
 def remote(tmp_path, tiny):
-    """Five shards of three samples in a folder that is only read through pipes."""
+    """Five shards of three samples, in a folder that is read through pipes only."""
     for shard in range(5):
         members = {f"{number:02d}.png": tiny.png(number) for number in range(3 * shard, 3 * shard + 3)}
-        tiny.save_shard(tmp_path / "away" / f"{shard}.tar", members)
-    return tmp_path / "away"
+        tiny.save_shard(tmp_path / "remote" / f"{shard}.tar", members)
+    return tmp_path / "remote"
 
 
 def config_of(remote, shards="{0..4}", **flags) -> Config:
-    """Each shard that is brought leaves a line in a file beside them."""
-    url = f"pipe:sh -c 'echo $0 >> {remote}/brought && cat {remote}/$0.tar' {shards}"
+    """Each download appends the number of its shard to a file."""
+    url = f"pipe:sh -c 'echo $0 >> {remote}/downloaded && cat {remote}/$0.tar' {shards}"
     return Config(data_dir=url, mix_shards=1, shards_on_disk=LIMIT, **flags)
 
 
 def downloaded(remote) -> list[int]:
-    return [int(line) for line in (remote / "brought").read_text().split()]
+    return [int(line) for line in (remote / "downloaded").read_text().split()]
 
 
 def numbers(dataset) -> list[int]:
@@ -64,19 +64,19 @@ def test_all_samples_are_read_within_the_disk_limit(remote, shard_cache, monkeyp
 def test_a_shard_is_downloaded_once_per_pass_and_indexed_once(remote):
     dataset = build(config_of(remote, val_fraction=0.2), "train")
     assert sorted(set(downloaded(remote))) == [0, 1, 2, 3, 4]
-    (remote / "brought").write_text("")
+    (remote / "downloaded").write_text("")
     source = TrainingImages(ImageSource(dataset, DataConfig(img_size=4)), seed=0)
     for position in range(len(dataset)):
         source[[position]]
-    assert len(downloaded(remote)) <= 4  # one block after the other: none comes twice
-    (remote / "brought").write_text("")
+    assert len(downloaded(remote)) <= 4  # one block after the other: no download is repeated
+    (remote / "downloaded").write_text("")
     build(config_of(remote, val_fraction=0.2), "train")
-    assert len(downloaded(remote)) <= 1  # the one whose first image is looked at
+    assert len(downloaded(remote)) <= 1  # the one whose first image is decoded
 
 
 def test_the_least_recently_used_shard_is_evicted(remote, shard_cache):
     dataset = build(config_of(remote), "train")
-    (remote / "brought").write_text("")
+    (remote / "downloaded").write_text("")
     of_shard = {int(row["key"]) // 3: i for i, row in enumerate(dataset.rows)}
     shutil.rmtree(shard_cache / "shards")
     for shard in (0, 1, 0, 2, 0, 1):
@@ -95,7 +95,7 @@ def test_processes_share_cached_shards(remote, shard_cache):
 def test_a_shard_downloaded_by_another_process_is_reused(remote, shard_cache, monkeypatch):
     dataset = build(config_of(remote), "train")
     dataset[0]
-    (remote / "brought").write_text("")
+    (remote / "downloaded").write_text("")
     looks, real = [], ShardStore.open_cached
 
     def not_at_the_first_look(store, stamp):
@@ -140,15 +140,15 @@ def test_a_shard_that_changed_since_indexing_is_refused(remote, shard_cache, tin
     for shard in range(5):
         tiny.save_shard(remote / f"{shard}.tar", {f"{i:02d}.png": tiny.png(100 + i) for i in range(3)})
     shutil.rmtree(shard_cache / "shards")
-    with pytest.raises(ValueError, match="is no longer what was indexed.*--shard_cache"):
+    with pytest.raises(ValueError, match="has changed since it was indexed.*--shard_cache"):
         dataset[0]
     assert on_disk(shard_cache) == 0
 
 
-@pytest.mark.parametrize("url", ["pipe:cat {away}/9.tar", "pipe:cat {away}/0.tar; exit 3", "nothing://here/0.tar"])
+@pytest.mark.parametrize("url", ["pipe:cat {remote}/9.tar", "pipe:cat {remote}/0.tar; exit 3", "nothing://here/0.tar"])
 def test_a_failed_download_is_reported_and_leaves_no_file(remote, shard_cache, url):
-    with pytest.raises(FileNotFoundError, match="cannot be brought"):
-        build(Config(data_dir=url.replace("{away}", str(remote))), "train")
+    with pytest.raises(FileNotFoundError, match="cannot be downloaded"):
+        build(Config(data_dir=url.replace("{remote}", str(remote))), "train")
     assert on_disk(shard_cache) == 0 and not list(shard_cache.glob("index/*.npy"))
 
 
@@ -180,12 +180,11 @@ def test_a_rewritten_shard_on_a_server_is_reindexed(remote, tiny):
             config = Config(data_dir=f"http://127.0.0.1:{server.server_port}/{{0..4}}.tar", val_fraction=0.2)
             before = [build(config, split) for split in SPLITS]
             assert sorted(numbers(before[0]) + numbers(before[1])) == list(range(15))
-            tiny.save_shard(
-                remote / "3.tar", {"new.png": tiny.png(99), **{f"n{i}.png": tiny.png(99) for i in range(20)}}
-            )
+            members = {"new.png": tiny.png(99)} | {f"n{i}.png": tiny.png(99) for i in range(20)}
+            tiny.save_shard(remote / "3.tar", members)
             after = [build(config, split) for split in SPLITS]
             assert sum(map(len, after)) == 12 + 21 and 99 in numbers(after[0]) + numbers(after[1])
-            with pytest.raises(FileNotFoundError, match="cannot be brought"):
+            with pytest.raises(FileNotFoundError, match="cannot be downloaded"):
                 build(Config(data_dir=f"http://127.0.0.1:{server.server_port}/9.tar"), "train")
         finally:
             server.shutdown()

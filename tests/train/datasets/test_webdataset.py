@@ -1,4 +1,4 @@
-"""WebDataset: which samples tar shards hold, which split they are in, and in which order they come."""
+"""WebDataset: samples of tar shards, their split and order, annotations, and malformed shards."""
 
 import io
 import json
@@ -25,7 +25,7 @@ DATA = DataConfig(img_size=4, n_channels=3)
 
 @pytest.fixture
 def shards(tmp_path, tiny):
-    """Six shards of four samples, numbered through in their labels and in red; all of one size and age."""
+    """Six shards of four samples, numbered by their labels and red values; equal in size and modification time."""
     for shard in range(6):
         members = {}
         for number in range(4 * shard, 4 * shard + 4):
@@ -57,7 +57,7 @@ def test_validation_shards_are_left_out_of_training(shards):
     config = Config(data_dir=str(shards), val_shards=f"{shards}/shards-00{{1,4}}.tar")
     assert numbers(build(config, "val")) == [4, 5, 6, 7, 16, 17, 18, 19]
     assert numbers(build(config, "train")) == [0, 1, 2, 3, *range(8, 16), *range(20, 24)]
-    with pytest.raises(ValueError, match="are all the shards"):
+    with pytest.raises(ValueError, match="are all shards"):
         build(Config(data_dir=f"{shards}/shards-001.tar", val_shards=str(shards)), "train")
 
 
@@ -78,12 +78,12 @@ def test_json_fields_stay_with_their_image(shards, workers, scanned):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"kind": 1}', "sample a: its .json has not all of kind, text .'text'.*--json_fields"),
+        (b'{"kind": 1}', "sample a: its .json does not have all of kind, text .'text'.*--json_fields"),
         (b'{"kind": 1, "text": null}', "field 'text' is None, wanted a number, a string"),
-        (b'{"kind": 1, "text": [[0, 1]]}', "for boxes --box_fields, for lists of any length --id_fields"),
-        (b"[1]", "its .json has not all of"),
-        (b"cat", "its .json has not all of"),
-        (None, "sample a has no plain .json .*--json_fields"),
+        (b'{"kind": 1, "text": [[0, 1]]}', "boxes: --box_fields; lists of varying length: --id_fields"),
+        (b"[1]", "its .json does not have all of"),
+        (b"cat", "its .json does not have all of"),
+        (None, "sample a has no regular .json .*--json_fields"),
     ],
 )
 def test_samples_without_the_fields_are_refused(tmp_path, tiny, content, message):
@@ -101,7 +101,7 @@ TAKEN = [{"json_fields": ("label",)}, {"box_fields": ("image",)}, {"mask_ext": (
 
 @pytest.mark.parametrize("fields", TAKEN)
 def test_extra_fields_may_not_be_image_label_or_duplicates(fields):
-    with pytest.raises(ValueError, match="it has them anyway"):
+    with pytest.raises(ValueError, match="items have them already"):
         Config(**fields)
     with pytest.raises(ValueError, match="wanted each once"):
         Config(json_fields=("seg",), mask_ext=("seg.png",))
@@ -118,7 +118,7 @@ def png_of(image):
 
 @pytest.fixture
 def annotated(tmp_path, tiny):
-    """Two shards of two images with boxes, ids, a grey label map, one of a palette, and numbers."""
+    """Two shards of two images with boxes, ids, a grey and a palette label map, and numbers."""
     palette = Image.fromarray(LEVELS, mode="P")
     palette.putpalette(list(range(256)) * 3)
     for shard in range(2):
@@ -163,7 +163,7 @@ def test_an_rgb_mask_is_refused(tmp_path, tiny):
         tiny.save_shard(tmp_path / f"{key}.tar", members)
     with pytest.raises(ValueError, match="mode RGB, wanted grey or a palette"):
         build(Config(data_dir=str(tmp_path), image_ext=("jpg",), mask_ext=("seg.png",)), "train")
-    with pytest.raises(ValueError, match="has no plain .part.png .*--mask_ext"):
+    with pytest.raises(ValueError, match="has no regular .part.png .*--mask_ext"):
         build(Config(data_dir=str(tmp_path), image_ext=("jpg",), mask_ext=("part.png",)), "train")
 
 
@@ -176,7 +176,7 @@ def test_whole_shards_or_single_images_are_held_out(shards):
 
 def test_validation_shards_among_training_shards_are_refused(shards, tiny):
     tiny.save_shard(shards / "val-000.tar", {"v.png": tiny.png(0)})
-    with pytest.raises(ValueError, match="val-000.tar lies among .*--val_shards"):
+    with pytest.raises(ValueError, match="val-000.tar is among .*--val_shards"):
         build(Config(data_dir=str(shards)), "train")
     assert numbers(build(Config(data_dir=str(shards), val_shards=f"{shards}/val-*.tar"), "val")) == [0]
 
@@ -205,7 +205,7 @@ def test_a_broken_image_is_reported_by_shard_and_sample(tmp_path, tiny):
     with pytest.raises(UnreadableImage, match="one.tar sample b: "):
         dataset[1]
     tiny.save_shard(path, {"a.png": b"no", "b.png": b"images"})
-    with pytest.raises(ValueError, match="not one of its 1 images can be read"):
+    with pytest.raises(ValueError, match="none of its 1 images can be read"):
         build(Config(data_dir=str(path)), "val")
 
 
@@ -227,18 +227,18 @@ def test_incomplete_tars_are_refused(shards, cut):
             tar.addfile(tarfile.TarInfo("a.png"), io.BytesIO())
     else:
         path.write_bytes(b"just words" * 200 if cut == "text" else content[: lengths[cut]])
-    with pytest.raises(ValueError, match=r"shards-002.tar is no whole tar \(.+\): wanted"):
+    with pytest.raises(ValueError, match=r"shards-002.tar is not a complete, uncompressed tar \(.+\): download"):
         build(Config(data_dir=str(shards)), "train")
 
 
 PNG = "a.png"
-MALFORMED = {  # members of a shard -> flags, and what the message must hold
-    "empty": ([], {}, "holds no sample: wanted members such as 0000.jpg"),
-    "hidden": ([".png", "._a.png", "README"], {}, "holds no sample"),
+MALFORMED = {  # case -> members of a shard, flags, and words of the message
+    "empty": ([], {}, "has no sample, wanted members such as 0000.jpg"),
+    "hidden": ([".png", "._a.png", "README"], {}, "has no sample"),
     "no image": ([PNG, "a.cls", "b.cls", "b.txt"], {}, "sample b has no images .its members: cls, txt.*--image_ext"),
     "two images": ([PNG, "a.jpg"], {}, "sample a has 2 images"),
-    "twice": ([PNG, "b.png", PNG], {}, "holds sample a twice"),
-    "twice at once": ([PNG, PNG], {}, "sample a has two members of one name"),
+    "twice": ([PNG, "b.png", PNG], {}, "has sample a twice"),
+    "twice at once": ([PNG, PNG], {}, "sample a has two members with the same name"),
     "no label": ([PNG, "a.json"], {"label_from": "cls"}, "sample a has no .cls .*--label_from none"),
     "odd label": ([PNG, "a.cls"], {"label_from": "cls"}, "sample a: its .cls is b'cat', wanted a class"),
     "odd json": ([PNG, "a.json"], {"label_from": "json"}, "its .json field 'label' is b'cat'"),
@@ -283,9 +283,9 @@ def test_a_sample_in_two_shards_needs_keys_per_shard(shards, tiny):
 
 
 def test_missing_and_duplicate_shards_are_refused(shards):
-    with pytest.raises(FileNotFoundError, match="shards-006.tar is no file.*--data_dir"):
+    with pytest.raises(FileNotFoundError, match="shards-006.tar is not a file.*--data_dir"):
         build(Config(data_dir=f"{shards}/shards-{{004..007}}.tar"), "train")
-    with pytest.raises(FileNotFoundError, match="holds no .tar.*--val_shards"):
+    with pytest.raises(FileNotFoundError, match="has no .tar.*--val_shards"):
         (shards / "empty").mkdir()
         build(Config(data_dir=str(shards), val_shards=f"{shards}/empty"), "train")
     with pytest.raises(ValueError, match="names .*shards-001.tar twice"):
@@ -306,7 +306,7 @@ def test_a_missing_package_names_the_pip_command(shards, monkeypatch):
 
 @pytest.fixture
 def scanned(monkeypatch):
-    """The shards that were indexed."""
+    """A list of the shards that are indexed."""
     names, scan = [], tar.scan
     monkeypatch.setattr(tar, "scan", lambda file, name, wanted: names.append(name) or scan(file, name, wanted))
     return names
@@ -324,7 +324,7 @@ def test_shards_are_indexed_once_and_again_when_rewritten(shards, tiny, scanned)
     assert after.fingerprint() != before
     assert 77 in numbers(after) + numbers(build(config, "val"))
     build(Config(data_dir=str(shards)), "train")
-    assert len(scanned) == 13  # without labels the rows are others
+    assert len(scanned) == 13  # rows without labels differ
 
 
 def test_an_incomplete_index_is_rebuilt(shards, shard_cache, scanned):
@@ -339,7 +339,7 @@ def test_a_shard_that_changes_during_use_is_refused(shards, tiny):
     dataset = build(Config(data_dir=str(shards)), "train")
     for path in shards.glob("*.tar"):
         tiny.save_shard(path, {"other.png": tiny.png(1)})
-    with pytest.raises(ValueError, match="was changed after it was indexed"):
+    with pytest.raises(ValueError, match="has changed since it was indexed"):
         dataset[0]
 
 

@@ -1,4 +1,4 @@
-"""WebDataset: images in tar shards, here or at URLs, for data that outgrow a disk."""
+"""WebDataset: images in tar shards, local or at URLs, for data sets larger than a disk."""
 
 import hashlib
 import io
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from train.config import ROOT
 from train.datasets import (
     SPLITS,
     Blocks,
@@ -29,62 +30,62 @@ from train.datasets.webdataset.shards import Shard, index_shards, list_shards, r
 from train.datasets.webdataset.store import ShardStore, import_webdataset, is_remote
 from train.datasets.webdataset.tar import SampleSpec
 
-CACHE_DIR = Path(__file__).resolve().parents[2] / "logs" / ".cache" / "webdataset"
+CACHE_DIR = ROOT / "logs" / ".cache" / "webdataset"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DatasetConfig):
-    """As DatasetConfig; data_dir is a folder of .tar shards, a glob, a brace pattern ('shards-{000000..000099}.tar'),
-    or URLs of that kind: https:, gs:, hf:, and whatever else as pipe:COMMAND, which runs that command.
+    """Options of webdataset; data_dir is a folder of .tar shards, a glob, a brace pattern ('shards-{000..099}.tar'), or
+    URLs with such a pattern: https:, gs:, hf:, or pipe:COMMAND, which runs the command and reads its output.
 
-    Without val_shards, whole shards are held out where val_fraction is at least one of them, else single images.
+    Without val_shards, val_fraction is held out: whole shards if that is at least one shard, single images otherwise.
     """
 
     val_shards: str | None = None
-    """Shards for validation, named as in data_dir; they are left out of training."""
+    """Validation shards, in the same notation as data_dir; they are left out of training."""
     image_ext: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "bmp")
-    """Endings of the members that are images, from the first dot of the name on."""
+    """Extensions of image members (everything after the first dot of the name)."""
     label_from: Literal["none", "cls", "json"] = "none"
-    """cls: each sample has a member .cls with the number of its class; json: the field label_field of its .json."""
+    """Where the class id is stored: cls: in a member .cls; json: in the field label_field of the .json member."""
     label_field: str = "label"
-    """Field of the .json members that holds the class."""
+    """Field of the .json members that contains the class id."""
     json_fields: tuple[str, ...] = ()
-    """Fields of the .json members that items have beside their image: numbers, strings, lists of them."""
+    """Fields of the .json members to add to items: numbers, strings, or lists of them."""
     id_fields: tuple[str, ...] = ()
-    """Fields of the .json members that are lists of any length of whole numbers, such as the classes of boxes."""
+    """Fields of the .json members that are lists of integers of any length, such as the class ids of boxes."""
     box_fields: tuple[str, ...] = ()
-    """Fields of the .json members that are boxes: lists of left, top, right and bottom in pixels."""
+    """Fields of the .json members that are lists of boxes: left, top, right, bottom in pixels."""
     mask_ext: tuple[str, ...] = ()
-    """Endings of members that are label maps, grey or palette, such as seg.png, which is the field seg."""
+    """Extensions of members that are label maps (grey or palette), such as seg.png, which becomes the field seg."""
     keys_per_shard: bool = False
-    """Sample names are unique in each shard only: one that two shards have is two images."""
+    """Sample names are unique within a shard only: the same name in two shards means two images."""
     mix_shards: int = 8
-    """Shards whose images are shuffled together; each epoch draws anew which ones."""
+    """Number of shards whose images are shuffled together; each epoch groups the shards at random."""
     shards_on_disk: int = 32
-    """Shards of URLs that are kept on disk at most; at least twice mix_shards."""
+    """Maximum number of downloaded shards kept on disk; at least twice mix_shards."""
     shard_cache: str | None = None
-    """Folder for them and for the index of all shards; logs/.cache/webdataset if left out."""
+    """Folder for downloaded shards and the index of all shards; None: logs/.cache/webdataset."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.mix_shards < 1 or self.shards_on_disk < 2 * self.mix_shards:
             raise ValueError(
                 f"got mix_shards {self.mix_shards} and shards_on_disk {self.shards_on_disk}, wanted at least 1 and "
-                "twice as many: the next shards arrive while the last are read"
+                "twice as many: the next shards are downloaded while the current ones are read"
             )
         names = [*self.json_fields, *self.id_fields, *self.box_fields, *map(field_name, self.mask_ext)]
         if {*names} & {"image", "label"}:
-            raise ValueError("got image or label as a field beside the image: it has them anyway, see label_from")
+            raise ValueError("got image or label as an extra field: items have them already, see --label_from")
         if len({*names}) < len(names):
-            raise ValueError(f"got {', '.join(names)} as fields beside the image, wanted each once")
+            raise ValueError(f"got {', '.join(names)} as extra fields, wanted each once")
         if not self.image_ext:
-            raise ValueError("got no image_ext: name the endings of the images, such as --image_ext jpg png")
+            raise ValueError("got no image_ext: pass the extensions of the images, such as --image_ext jpg png")
 
 
 class TarImages:
-    """A `Dataset` of the images in tar shards, each read at its place when it is asked for.
+    """A `Dataset` of images in tar shards, each read from its shard on access.
 
-    `row_indices` (n,) are the sorted places of its samples among the rows of all shards, one shard behind the other.
+    `row_indices` (n,) are the sorted indices of its samples among the concatenated rows of all shards.
     """
 
     def __init__(self, shards: Sequence[Shard], row_indices: np.ndarray, split: str, config: Config, store: ShardStore):
@@ -135,37 +136,37 @@ class TarImages:
 
 
 def read_json_fields(content: bytes, names: Sequence[str], where: str) -> dict[str, Any]:
-    """The fields of a .json member; ValueError where one is missing."""
+    """Read fields of a .json member; ValueError if one is missing."""
     try:
-        found = json.loads(content)
-        return {name: found[name] for name in names}
+        fields = json.loads(content)
+        return {name: fields[name] for name in names}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{where}: its .json has not all of {', '.join(names)} ({error}): see --json_fields"
+            f"{where}: its .json does not have all of {', '.join(names)} ({error}): see --json_fields"
         ) from error
 
 
 def parse_value(value: Any, what: str) -> Any:
-    """A value of a .json as a field of an item."""
+    """Convert a JSON value to a field of an item."""
     if isinstance(value, int | float | str):
         return value
     if isinstance(value, list) and value and all(isinstance(each, int | float) for each in value):
         return torch.tensor(value)
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        wanted = "a number, a string, or a list of them (for boxes --box_fields, for lists of any length --id_fields)"
+        wanted = "a number, a string, or a list of them (boxes: --box_fields; lists of varying length: --id_fields)"
         raise ValueError(f"{what} is {str(value)[:60]}, wanted {wanted}")
     return value
 
 
 def parse_ids(value: Any, what: str) -> Tensor:
-    """Whole numbers (n,) int64, in each item as many as there are."""
+    """Convert a list of integers to a `Ragged` tensor (n,) int64."""
     if not isinstance(value, list) or not all(type(each) is int for each in value):
-        raise ValueError(f"{what} is {str(value)[:60]}, wanted a list of whole numbers")
+        raise ValueError(f"{what} is {str(value)[:60]}, wanted a list of integers")
     return Ragged(torch.tensor(value, dtype=torch.int64))
 
 
 def parse_boxes(value: Any, image: Image.Image, where: str) -> Tensor:
-    """Boxes (n, 4) of an image, left, top, right, bottom in pixels; n may be 0."""
+    """Convert boxes (n, 4), left, top, right, bottom in pixels, to `BoundingBoxes`; n may be 0."""
     from torchvision import tv_tensors
 
     boxes = torch.as_tensor(value, dtype=torch.float32)
@@ -175,13 +176,13 @@ def parse_boxes(value: Any, image: Image.Image, where: str) -> Tensor:
 
 
 def decode_mask(content: bytes, where: str) -> Tensor:
-    """A label map (H, W) of whole numbers, those of the file: levels of grey, or places in a palette."""
+    """Decode a label map (H, W): grey levels or palette indices, uint8 or int64."""
     from torchvision import tv_tensors
 
     try:
         with Image.open(io.BytesIO(content)) as image:
             if image.mode not in ("1", "L", "P", "I;16", "I"):
-                raise ValueError(f"{where}: its mask is of mode {image.mode}, wanted grey or a palette")
+                raise ValueError(f"{where}: its mask has mode {image.mode}, wanted grey or a palette")
             levels = np.array(image)
     except DAMAGED as error:
         raise UnreadableImage(f"{where}: its mask cannot be read ({error})") from error
@@ -189,20 +190,20 @@ def decode_mask(content: bytes, where: str) -> Tensor:
 
 
 def field_name(ending: str) -> str:
-    """seg.png -> seg."""
+    """Name of the field of an extra member: seg.png -> seg."""
     return ending.partition(".")[0]
 
 
 def extra_members(config: Config) -> tuple[str, ...]:
-    """Endings of the members that are read with each image."""
+    """Extensions of the members to read with each image."""
     return (*(["json"] if config.json_fields or config.id_fields or config.box_fields else []), *config.mask_ext)
 
 
 def build(config: Config, split: str) -> TarImages:
-    """The images of one split, in the order of the shards and of their places in them.
+    """The images of one split, in the order of the shards and of the members in them.
 
-    FileNotFoundError for shards that are missing or cannot be brought; ValueError for another split, a missing package,
-    shards that are no whole tars of samples, and a sample that is there twice.
+    FileNotFoundError for shards that are missing or cannot be downloaded; ValueError for another split, a missing
+    webdataset package, incomplete or malformed shards, and duplicate samples.
     """
     check_split(split)
     if config.data_dir is None:
@@ -214,11 +215,11 @@ def build(config: Config, split: str) -> TarImages:
     train = [name for name in list_shards(config.data_dir, "data_dir") if name not in set(val)]
     looks_like_val = [name for name in train if Path(name).name.lower().startswith(("val", "test"))]
     if not val and 0 < len(looks_like_val) < len(train):
-        raise ValueError(
-            f"{looks_like_val[0]} lies among the shards to train on: name those for validation with --val_shards"
-        )
+        raise ValueError(f"{looks_like_val[0]} is among the training shards: name validation shards with --val_shards")
     if not train:
-        raise ValueError(f"--val_shards {config.val_shards} are all the shards of {config.data_dir}: leave some")
+        raise ValueError(
+            f"--val_shards {config.val_shards} are all shards of {config.data_dir}: leave some for training"
+        )
     endings = tuple(ext.lower().lstrip(".") for ext in config.image_ext)
     spec = SampleSpec(endings, config.label_from, config.label_field, extra=extra_members(config))
     shards = index_shards([*train, *val], store, cache / "index", spec)
@@ -230,8 +231,10 @@ def build(config: Config, split: str) -> TarImages:
 
 
 def select_rows(shards: Sequence[Shard], n_train: int, config: Config, split: str) -> np.ndarray:
-    """Sorted places of a split's samples among the rows of all shards, of which those from `n_train` on are for
-    validation; where there are none of those, the split is made here."""
+    """Sorted indices of a split's samples among the rows of all shards.
+
+    Shards from `n_train` on are for validation; if there are none, shards or samples are held out.
+    """
     sizes = [len(shard.rows) for shard in shards]
     shard_of = np.repeat(np.arange(len(shards)), sizes)
     if n_train < len(shards):

@@ -1,4 +1,4 @@
-"""Which shards there are, and what is in them: indexed once, and anew when one was changed."""
+"""Find shards and index their samples; a shard is indexed once, and again if it changes."""
 
 import glob
 import json
@@ -15,19 +15,19 @@ from filelock import FileLock
 from train.datasets.webdataset import tar
 from train.datasets.webdataset.store import ShardStore, file_stamp, import_webdataset, is_remote, short_hash
 
-INDEX_THREADS = 8  # indexes made at a time
+INDEX_THREADS = 8  # shards indexed in parallel
 
 
 class Shard(NamedTuple):
     """One indexed shard."""
 
     name: str  # path or URL
-    stamp: str  # of a file, its size and time of change; of what came from a URL, its SHA-256
+    stamp: str  # of a local file: size and modification time; of a download: SHA-256
     rows: np.ndarray  # see tar.scan
 
 
 def list_shards(pattern: str, flag: str) -> list[str]:
-    """The shards of a brace pattern, glob, folder, file or URL, in order; FileNotFoundError for one that is missing."""
+    """List the shards of a brace pattern, glob, folder, file or URL, in order; FileNotFoundError for missing ones."""
     names = []
     for name in import_webdataset().shardlists.expand_urls(pattern):
         if name.startswith("file:"):
@@ -36,37 +36,37 @@ def list_shards(pattern: str, flag: str) -> list[str]:
             names.append(name)
             continue
         path = Path(os.path.expanduser(name))
-        found = sorted(path.glob("*.tar")) if path.is_dir() else sorted(map(Path, glob.glob(str(path))))
-        if not found:
-            what = "holds no .tar" if path.is_dir() else "is no file or folder"
-            raise FileNotFoundError(f"{path} {what}: pass a folder, 'shards-{{000..099}}.tar' or URLs as --{flag}")
-        names += [str(file.absolute()) for file in found]
-    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
-    if twice is not None:
-        raise ValueError(f"--{flag} names {twice} twice: each shard once")
+        files = sorted(path.glob("*.tar")) if path.is_dir() else sorted(map(Path, glob.glob(str(path))))
+        if not files:
+            problem = "has no .tar file" if path.is_dir() else "is not a file or folder"
+            raise FileNotFoundError(f"{path} {problem}: pass a folder, 'shards-{{000..099}}.tar' or URLs as --{flag}")
+        names += [str(file.absolute()) for file in files]
+    duplicate = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if duplicate is not None:
+        raise ValueError(f"--{flag} names {duplicate} twice, wanted each shard once")
     return names
 
 
 def change_tag(name: str) -> str:
-    """What tells one content of a shard from another without reading it; empty where only reading it can tell."""
+    """A string that changes with a shard's content, found without reading it; empty if that is impossible."""
     if not is_remote(name):
         return file_stamp(os.stat(name))
     if not name.startswith(("http://", "https://")):
         return ""
     try:
-        with urllib.request.urlopen(urllib.request.Request(name, method="HEAD"), timeout=30) as answer:
-            return json.dumps([answer.headers.get(field) for field in ("ETag", "Content-Length", "Last-Modified")])
-    except OSError:  # a server that does not answer HEAD may still give the file
+        with urllib.request.urlopen(urllib.request.Request(name, method="HEAD"), timeout=30) as response:
+            return json.dumps([response.headers.get(field) for field in ("ETag", "Content-Length", "Last-Modified")])
+    except OSError:  # a server that refuses HEAD may still serve the file
         return ""
 
 
 def index_shards(names: list[str], store: ShardStore, folder: Path, spec: tar.SampleSpec) -> list[Shard]:
-    """The shards with their rows, from `folder` or read now: at a URL that takes a whole pass over the data, once."""
+    """Index shards, or load their indexes from `folder`. For URLs, indexing takes a full pass over the data, once."""
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(INDEX_THREADS) as pool:
         tags = pool.map(change_tag, names)
-        made_of = [[tar.VERSION, spec.index_key, *which] for which in zip(names, tags, strict=True)]
-        paths = [folder / f"{short_hash(json.dumps(parts))}.npy" for parts in made_of]
+        keys = [[tar.VERSION, spec.index_key, *name_and_tag] for name_and_tag in zip(names, tags, strict=True)]
+        paths = [folder / f"{short_hash(json.dumps(key))}.npy" for key in keys]
         missing = sum(not path.is_file() for path in paths)
         if missing:
             print(f"indexing {missing} of {len(names)} shards once into {folder}", flush=True)
@@ -74,7 +74,7 @@ def index_shards(names: list[str], store: ShardStore, folder: Path, spec: tar.Sa
 
 
 def load_or_build_index(name: str, path: Path, store: ShardStore, spec: tar.SampleSpec) -> Shard:
-    """One shard's index, kept in `path`; several processes that want it make it once."""
+    """One shard with its index from `path`, built by one process if it does not exist."""
     shard = read_index(name, path)
     if shard is None:
         with FileLock(path.with_suffix(".lock")):
@@ -83,7 +83,7 @@ def load_or_build_index(name: str, path: Path, store: ShardStore, spec: tar.Samp
 
 
 def read_index(name: str, path: Path) -> Shard | None:
-    """None where there is no index, or none that is whole."""
+    """Load an index; None if it is missing or incomplete."""
     try:
         with path.open("rb") as file:
             return Shard(name, str(np.load(file, allow_pickle=False)), np.load(file, allow_pickle=False))
@@ -92,6 +92,7 @@ def read_index(name: str, path: Path) -> Shard | None:
 
 
 def build_index(name: str, path: Path, store: ShardStore, spec: tar.SampleSpec) -> Shard:
+    """Scan a shard and save its index to `path`."""
     if is_remote(name):
         file, stamp = store.download(name)
     else:
@@ -99,7 +100,7 @@ def build_index(name: str, path: Path, store: ShardStore, spec: tar.SampleSpec) 
         stamp = file_stamp(os.fstat(file.fileno()))
     with file:
         shard = Shard(name, stamp, tar.scan(file, name, spec))
-    partial = path.with_suffix(".part")  # whole or not at all
+    partial = path.with_suffix(".part")  # renamed when complete
     with partial.open("wb") as file:
         np.save(file, np.array(stamp))
         np.save(file, shard.rows)
@@ -108,15 +109,15 @@ def build_index(name: str, path: Path, store: ShardStore, spec: tar.SampleSpec) 
 
 
 def require_distinct(shards: list[Shard]) -> None:
-    """ValueError for a key in two shards."""
+    """ValueError if two shards have a sample of the same name."""
     keys = np.concatenate([shard.rows["key"] for shard in shards])
     order = np.argsort(keys, kind="stable")
-    again = np.flatnonzero(keys[order][1:] == keys[order][:-1])
-    if len(again):
+    duplicates = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+    if len(duplicates):
         ends = np.cumsum([len(shard.rows) for shard in shards])
-        pair = order[again[0] : again[0] + 2]
-        one, two = (shards[i].name for i in np.searchsorted(ends, pair, side="right"))
+        pair = order[duplicates[0] : duplicates[0] + 2]
+        first, second = (shards[i].name for i in np.searchsorted(ends, pair, side="right"))
         raise ValueError(
-            f"sample {keys[pair[0]].decode(errors='replace')} is in {one} and in {two}: leave one of them out, or pass "
-            "--keys_per_shard where these are two images"
+            f"sample {keys[pair[0]].decode(errors='replace')} is in {first} and in {second}: leave one out, or "
+            "pass --keys_per_shard if these are different images"
         )

@@ -1,5 +1,7 @@
-"""The bytes of shards. One on a disk is read where it lies; one at a URL is brought by webdataset's `gopen`, a bounded
-number of them is kept, and what arrives must be, to the byte, what was indexed."""
+"""Open shards: local files directly, URLs through a cache of downloads with a bounded number of files.
+
+Downloads use webdataset's `gopen`; their SHA-256 must be that of the indexed shard.
+"""
 
 import hashlib
 import os
@@ -13,11 +15,11 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-POLL_SECONDS = 0.05  # seconds before another look for room
+POLL_SECONDS = 0.05  # between checks for a free slot
 
 
 def import_webdataset():
-    """The package webdataset; ValueError with the line that installs it."""
+    """Import the package webdataset; ValueError with the pip command if it is missing."""
     try:
         import webdataset
     except ImportError as error:
@@ -26,68 +28,71 @@ def import_webdataset():
 
 
 def is_remote(name: str) -> bool:
+    """Whether a shard is a URL or a command, not a local file."""
     return name.startswith("pipe:") or "://" in name
 
 
 def file_stamp(status: os.stat_result) -> str:
+    """Size and modification time of a file, which change with its content."""
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def short_hash(text: str) -> str:
+    """The first 24 hexadecimal digits of the SHA-256 of a text, for file names."""
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 @dataclass(frozen=True)
 class ShardStore:
-    """Opens shards; those of URLs by way of at most `limit` files in `folder`, which many processes may share.
+    """Opens shards; downloads of URLs are cached in `folder`, at most `limit` files, shared by all processes.
 
-    A file is opened anew for each sample: nothing stays open that another process has dropped, and nothing is shared
-    over a fork.
+    A file is reopened for each sample: no process keeps a file open that another has evicted, and nothing is shared
+    across a fork.
     """
 
     folder: Path
     limit: int
 
     def open(self, name: str, stamp: str) -> BinaryIO:
-        """A shard's bytes; ValueError where they are no longer the indexed ones."""
+        """Open a shard; ValueError if it has changed since it was indexed."""
         if is_remote(name):
             return self.open_cached(stamp) or self.download(name, stamp)[0]
         file = open(name, "rb")
         if file_stamp(os.fstat(file.fileno())) != stamp:
             file.close()
-            raise ValueError(f"{name} was changed after it was indexed: start again")
+            raise ValueError(f"{name} has changed since it was indexed: restart the run")
         return file
 
     def path(self, stamp: str) -> Path:
         return self.folder / f"{stamp}.tar"
 
     def open_cached(self, stamp: str) -> BinaryIO | None:
-        """The shard of this SHA-256, if it is here."""
+        """Open the cached shard with this SHA-256; None if it is not cached."""
         try:
-            os.utime(self.path(stamp))  # used now: others are dropped first
+            os.utime(self.path(stamp))  # marks it as most recently used
             return self.path(stamp).open("rb")
         except FileNotFoundError:
             return None
 
     def download(self, url: str, stamp: str | None = None) -> tuple[BinaryIO, str]:
-        """Brings a URL's shard: its bytes and their SHA-256. ValueError where they are not those of `stamp`."""
+        """Download a shard. Returns the open file and its SHA-256; ValueError if that differs from `stamp`."""
         with self.download_slot(url) as partial:
             if stamp is not None and (file := self.open_cached(stamp)) is not None:
-                return file, stamp  # another process brought it while this one waited
+                return file, stamp  # another process downloaded it meanwhile
             self.reserve(partial)
-            found = download_to(url, partial)
-            if stamp not in (None, found):
+            sha256 = download_to(url, partial)
+            if stamp not in (None, sha256):
                 raise ValueError(
-                    f"{url} is no longer what was indexed: start again with another --shard_cache, or delete "
+                    f"{url} has changed since it was indexed: restart with another --shard_cache, or delete "
                     f"{self.folder.parent}"
                 )
             file = partial.open("rb")
-            partial.replace(self.path(found))
-            return file, found
+            partial.replace(self.path(sha256))
+            return file, sha256
 
     @contextmanager
     def download_slot(self, url: str) -> Iterator[Path]:
-        """Where one process at a time may bring this URL to."""
+        """Context manager: the temporary file of a download, locked for one process at a time."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"{short_hash(url)}.part"
         with FileLock(partial.with_suffix(".lock")):
@@ -97,7 +102,7 @@ class ShardStore:
                 partial.unlink(missing_ok=True)
 
     def reserve(self, partial: Path) -> None:
-        """Creates the file, once there are fewer than `limit` others; the least recently used ones go."""
+        """Create the file once the cache has fewer than `limit` files; the least recently used ones are deleted."""
         while True:
             with FileLock(self.folder / "room.lock"):
                 downloads = list(self.folder.glob("*.part"))
@@ -112,7 +117,7 @@ class ShardStore:
 
 
 def remove_orphans(downloads: list[Path]) -> None:
-    """Deletes what processes that are gone have left half brought: nobody holds its lock."""
+    """Delete incomplete downloads of killed processes: nobody holds their lock."""
     for path in downloads:
         lock = FileLock(path.with_suffix(".lock"), timeout=0)
         try:
@@ -123,13 +128,13 @@ def remove_orphans(downloads: list[Path]) -> None:
 
 
 def download_to(url: str, path: Path) -> str:
-    """Writes what a URL gives to `path`: its SHA-256. FileNotFoundError where it cannot be brought."""
+    """Download a URL to `path`. Returns its SHA-256; FileNotFoundError if it cannot be downloaded."""
     content = hashlib.sha256()
     try:
         with import_webdataset().gopen(url, "rb") as source, path.open("wb") as file:
-            while part := source.read(1 << 20):
-                content.update(part)
-                file.write(part)
+            while chunk := source.read(1 << 20):
+                content.update(chunk)
+                file.write(chunk)
     except (OSError, ValueError, ImportError, TimeoutExpired) as error:
-        raise FileNotFoundError(f"{url} cannot be brought ({error}): does it work by hand?") from error
+        raise FileNotFoundError(f"{url} cannot be downloaded ({error}): does it work outside this program?") from error
     return content.hexdigest()
