@@ -20,7 +20,7 @@ from train.converters import FIRST_STAGE, ConvertedTensor
 from train.distributed import DistContext
 from train.files import sha256
 from train.first_stage import load_first_stage
-from train.registry import plugin
+from train.registry import load_plugin
 from train.runs import open_run, run_folder
 from train.sampler import build_state as build_sampler_state
 from train.spaces import Codes, Pixels
@@ -96,7 +96,7 @@ def read_reference_flags(path: str | None) -> dict[str, Any]:
 
 def find_layout(argv: list[str], weights: str) -> tuple[Any, str]:
     """The module of train/converters for the weights, and the kind of their model."""
-    layout = plugin(LAYOUTS, peek_flag(argv, "from") or ConversionConfig.source, "layout")
+    layout = load_plugin(LAYOUTS, peek_flag(argv, "from") or ConversionConfig.source, "layout")
     return layout, layout.model_kind(read_weights(weights))
 
 
@@ -140,7 +140,7 @@ def flags_from_weights(argv: list[str], section: str) -> dict[str, Any]:
 
 def is_code_sampler(kind: str) -> bool:
     """Whether a sampler models codes of a VQGAN."""
-    return plugin("train.samplers", kind, "sampler").SPACE == "codes"
+    return load_plugin("train.samplers", kind, "sampler").SPACE == "codes"
 
 
 def make_vqgan_run(config: FirstStageConfig) -> None:
@@ -148,7 +148,7 @@ def make_vqgan_run(config: FirstStageConfig) -> None:
     conversion, training, logging = config.conversion, config.training, config.logging
     if training.load_dir is not None:
         raise ValueError("got --load_dir, but converted weights replace those of a run: leave it out")
-    layout, files = plugin(LAYOUTS, conversion.source, "layout"), plain_and_ema_files(conversion.weights)
+    layout, files = load_plugin(LAYOUTS, conversion.source, "layout"), plain_and_ema_files(conversion.weights)
     state = build_vqgan_state(config.network, config.loss, config.data, training, DistContext(torch.device("cpu")))
     autoencoders = [average.module for average in [*state.averages.values(), *state.posthoc_averages.values()]]
     # Plain weights last: the discriminator that training continues with is theirs.
@@ -207,7 +207,7 @@ def make_pixel_sampler_run(config: Config) -> None:
     conversion, sampler, logging = config.conversion, config.sampler, config.logging
     if sampler.sampler != "ddpm" or config.first.ae_load_dir is not None or config.training.load_dir is not None:
         raise ValueError("the weights are a ddpm sampler of pixels: leave --sampler, --ae_load_dir and --load_dir out")
-    layout, weights = plugin(LAYOUTS, conversion.source, "layout"), read_weights(conversion.weights)
+    layout, weights = load_plugin(LAYOUTS, conversion.source, "layout"), read_weights(conversion.weights)
     n_classes = layout.pixel_sampler_settings(weights, read_reference_flags(conversion.config_json))["n_classes"]
     world = DistContext(torch.device("cpu"))
     built, state = build_sampler_state(sampler, config.training, Pixels(config.data), n_classes, world)
@@ -227,7 +227,7 @@ def main(config: Config | FirstStageConfig) -> None:
     conversion = config.conversion
     if conversion.weights is None:
         raise ValueError("got no weights: pass --weights PATH.pt, and their flags as --config_json PATH.json")
-    layout = plugin(LAYOUTS, conversion.source, "layout")
+    layout = load_plugin(LAYOUTS, conversion.source, "layout")
     kind = layout.model_kind(read_weights(conversion.weights))
     if kind != "ddpm" and (conversion.config_json is not None or conversion.new_attention_order):
         raise ValueError(f"{conversion.weights} needs no flags: leave --config_json and --new_attention_order out")

@@ -21,7 +21,7 @@ from torch import Tensor
 from experiments.harness.experiment import write_results
 from experiments.harness.report import table
 from experiments.metrics.cost import machine, median_seconds, peak_extra_bytes
-from models.neighborhood import Group, choose, natten_is_compiled, neighborhood_attention_2d, window_of
+from models.neighborhood import Group, make_window, natten_is_compiled, neighborhood_attention_2d, resolve_backend
 from train.cli.parse import run_script
 from train.config import LoggingConfig
 from train.distributed import pick_device
@@ -129,7 +129,7 @@ def main(config: Config) -> None:
     device = pick_device(c.device)
     for side in c.sizes:
         for dilation in c.dilations:
-            window_of((side, side), c.kernel_size, dilation)  # ValueError where it does not fit, before anything runs
+            make_window((side, side), c.kernel_size, dilation)  # ValueError where it does not fit, before anything runs
     facts = {"machine": machine(device), "torch": str(torch.__version__), "threads": torch.get_num_threads()}
     folder = run_folder(config.results.logs_root, config.results.log_dir)
     open_run(folder, config, facts)
@@ -237,8 +237,8 @@ def make_inputs(side: int, batch: int, heads: int, width: int, dtype: torch.dtyp
 
 
 def chosen_by_auto(case: Case, inputs: Inputs) -> str:
-    window = window_of((case.side, case.side), case.kernel, case.dilation)
-    return choose("auto", inputs.query, Group(window, inputs.key.shape[-2]))
+    window = make_window((case.side, case.side), case.kernel, case.dilation)
+    return resolve_backend("auto", inputs.query, Group(window, inputs.key.shape[-2]))
 
 
 def compare(case: Case, inputs: Inputs, *, dense_limit: int, repeats: int) -> dict[str, Cost]:

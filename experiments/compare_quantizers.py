@@ -35,7 +35,7 @@ from train.files import atomic_write
 from train.first_stage import FirstStage
 from train.loop import TrainState, fit
 from train.optim import BadStepRecorder
-from train.registry import names_in, plugin
+from train.registry import load_plugin, plugin_names
 from train.runs import open_run, perceptual_provenance, run_folder
 from train.vqgan import VQGANStep, build_state
 from vq.config import VQGANConfig, VQGANLossConfig
@@ -77,7 +77,7 @@ class ComparisonConfig:
 
     def __post_init__(self):
         if not self.quantizers or len(set(self.quantizers)) < len(self.quantizers):
-            known = ", ".join(names_in("vq.quantizers"))
+            known = ", ".join(plugin_names("vq.quantizers"))
             raise ValueError(f"got quantizers {list(self.quantizers)}, wanted some of {known}, each once")
         if self.seeds < 1 or self.rebuilt_at_once < 1:
             got = f"seeds {self.seeds}, rebuilt_at_once {self.rebuilt_at_once}"
@@ -111,7 +111,7 @@ def networks(network: VQGANConfig, quantizers: Sequence[str], train_steps: int) 
 
 def with_quantizer(network: VQGANConfig, name: str, **options: Any) -> VQGANConfig:
     """The network with one of the quantizers whose joined options it has; `options` are for those that have them."""
-    config, changes = plugin("vq.quantizers", name, "quantizer").Config, options | VARIANTS.get(name, {})
+    config, changes = load_plugin("vq.quantizers", name, "quantizer").Config, options | VARIANTS.get(name, {})
     flags = flags_of(config)
     own = replace(plugin_options(network.quantizer_config, config), **{k: v for k, v in changes.items() if k in flags})
     shared = {k: v for k, v in changes.items() if k in flags_of(VQGANConfig)}

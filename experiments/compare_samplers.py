@@ -39,7 +39,7 @@ from experiments.metrics.frechet import Statistics, frechet_distance
 from train.cli.parse import parse_arguments, resolve_sampler, run_script
 from train.config import SamplingConfig
 from train.files import atomic_write
-from train.registry import plugin
+from train.registry import load_plugin
 from train.trained_sampler import TrainedSampler
 
 AUTO = (  # in this order, and after them any other; the first that a process has is the yardstick
@@ -92,7 +92,7 @@ class Config:
 def shared_settings(argv: list[str], section: str) -> dict:
     """What a run was trained with, without what is of its own solver."""
     settings = settings_of_run(argv, section)
-    own = plugin("train.samplers", resolve_sampler(argv, settings), "sampler").Sampling.solver_setting_names()
+    own = load_plugin("train.samplers", resolve_sampler(argv, settings), "sampler").Sampling.solver_setting_names()
     return {key: value for key, value in settings.items() if key not in {"solver", *own}}
 
 

@@ -188,8 +188,8 @@ def reconstructed(first: FirstStage, image: Tensor, tiles: Tiles | None) -> tupl
             ids = vqgan.encode(x.to(first.device))
             fake = vqgan.decode(ids)
         else:
-            ids = encode_tiled(vqgan, x, tiles.tile, tiles.overlap, at_once=tiles.at_once)
-            fake = decode_tiled(vqgan, ids, tiles.tile, tiles.overlap, at_once=tiles.at_once)
+            ids = encode_tiled(vqgan, x, tiles.tile, tiles.overlap, tiles_per_batch=tiles.at_once)
+            fake = decode_tiled(vqgan, ids, tiles.tile, tiles.overlap, tiles_per_batch=tiles.at_once)
     return ids[0].cpu(), to_uint8(fake[0]).cpu()
 
 

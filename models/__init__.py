@@ -11,7 +11,7 @@ from models.attention import (
 from models.blocks import ConditionBlock, Downsample, EmbedBlock, ResBlock, Upsample, count_parameters
 from models.conditioning import Condition, ConditionEncoder, Conditioner, Context, Map, Regions, Tokens, Vector
 from models.neighborhood import HydraAttention, hydra_attention, neighborhood_attention_1d, neighborhood_attention_2d
-from models.transformer import AttentionConfig, CausalTransformer, Transformer, TransformerBlock, attention_layer
+from models.transformer import AttentionConfig, CausalTransformer, Transformer, TransformerBlock, build_attention
 from models.unet import UNet, UNetConfig
 
 __all__ = [

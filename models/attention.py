@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.embeddings import RelativeBias, Rotary
-from models.kv_cache import Cache
-from models.sdpa import attend, attention_map, widened
+from models.kv_cache import LayerCache
+from models.sdpa import attend, attention_map, upcast
 
 
 class FullAttention(nn.Module):
@@ -38,16 +38,16 @@ class FullAttention(nn.Module):
         """
         grid = q.shape[1:-2]
         mask = self.mask(q, mask)
-        q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (q, *shared(q, k, v)))
-        mask, causal = self.hidden(q, k, mask)
+        q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (q, *repeat_kv(q, k, v)))
+        mask, causal = self.causal_mask(q, k, mask)
         out = attend(q, k, v, mask=mask, scale=scale, dropout=dropout, causal=causal)
         return out.transpose(1, 2).unflatten(1, grid)
 
-    def map(self, q: Tensor, k: Tensor, *, mask=None, scale=None) -> Tensor:
+    def attention_map(self, q: Tensor, k: Tensor, *, mask=None, scale=None) -> Tensor:
         """The weights of `forward`: (B, G heads, N, M)."""
         mask = self.mask(q, mask)
-        q, k = (x.flatten(1, -3).transpose(1, 2) for x in (q, *shared(q, k)))
-        mask, causal = self.hidden(q, k, mask)
+        q, k = (x.flatten(1, -3).transpose(1, 2) for x in (q, *repeat_kv(q, k)))
+        mask, causal = self.causal_mask(q, k, mask)
         return attention_map(q, k, mask=mask, scale=scale, causal=causal)
 
     def mask(self, q: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -61,7 +61,7 @@ class FullAttention(nn.Module):
             return bias
         return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
 
-    def hidden(self, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor | None, bool]:
+    def causal_mask(self, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor | None, bool]:
         """The mask, and whether what comes after a query is to be hidden besides; q (B, heads, N, d), k (..., M, d)."""
         n, m = q.shape[-2], k.shape[-2]
         if not self.causal or n == m:
@@ -74,13 +74,13 @@ class FullAttention(nn.Module):
         return mask.masked_fill(ahead, False if mask.dtype == torch.bool else float("-inf")), False
 
 
-def shared(q: Tensor, *others: Tensor) -> list[Tensor]:
+def repeat_kv(q: Tensor, *others: Tensor) -> list[Tensor]:
     """Repeats the heads of the others so that each of q's has its own."""
     times = [q.shape[-2] // x.shape[-2] for x in others]
     return [x if n == 1 else x.repeat_interleave(n, dim=-2) for x, n in zip(others, times, strict=True)]
 
 
-class Layout(NamedTuple):
+class HeadLayout(NamedTuple):
     """How the channels of a layer divide."""
 
     queries: int  # query heads: attention maps
@@ -117,8 +117,8 @@ class Attention(nn.Module):
             raise ValueError("rotary positions turn queries and keys of one grid: leave them out with a context")
         self.width, self.heads, self.dropout, self.scale = width, heads, dropout, scale
         self.context_width = context_width
-        self.divided = self.layout(width, heads)
-        n = self.divided
+        self.layout = self.head_layout(width, heads)
+        n = self.layout
         self.sizes = [n.queries * n.width, n.keys * n.width, n.values * n.value_width]
         if context_width is None:
             self.qkv = nn.Linear(width, sum(self.sizes))
@@ -128,16 +128,16 @@ class Attention(nn.Module):
         self.core = FullAttention() if core is None else core
         self.rotary = rotary
         self.norm_q, self.norm_k = (nn.RMSNorm(n.width, eps=1e-6) if qk_norm else None for _ in "qk")
-        self.recorded: list[list[Tensor]] = []  # where `record_maps` keeps what this layer looked at
+        self.map_lists: list[list[Tensor]] = []  # where `record_maps` keeps what this layer looked at
 
     @staticmethod
-    def layout(width: int, heads: int) -> Layout:
+    def head_layout(width: int, heads: int) -> HeadLayout:
         if width % heads:
             raise ValueError(f"width {width} does not split over {heads} heads: choose a divisor of {width}")
-        return Layout(heads, heads, heads, width // heads, width // heads)
+        return HeadLayout(heads, heads, heads, width // heads, width // heads)
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, cache: Cache | None = None
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """`mask` (B, M), (B, N, M) or (B, heads, N, M): bool, True where a token may be seen, or added to the logits.
 
@@ -149,30 +149,30 @@ class Attention(nn.Module):
             raise ValueError(f"got {got}, this layer takes {wanted}")
         q, k, v = self.project(x, context, cache)
         if mask is not None and mask.ndim == 4 and mask.shape[1] == self.heads:  # both maps of a head
-            mask = mask.repeat_interleave(self.divided.queries // self.heads, 1)
+            mask = mask.repeat_interleave(self.layout.queries // self.heads, 1)
         dropout = self.dropout if self.training else 0.0
         out = self.core(q, k, v, mask=mask, scale=self.scale, dropout=dropout)  # (B, *grid, queries, value_width)
-        if self.recorded:
-            seen = self.combine_maps(self.core.map(q, k, mask=mask, scale=self.scale), x)
-            for maps in self.recorded:
+        if self.map_lists:
+            seen = self.combine_maps(self.core.attention_map(q, k, mask=mask, scale=self.scale), x)
+            for maps in self.map_lists:
                 maps.append(seen)
         return self.proj(self.combine(out, x).flatten(-2))
 
-    def project(self, x: Tensor, context: Tensor | None, cache: Cache | None = None) -> list[Tensor]:
+    def project(self, x: Tensor, context: Tensor | None, cache: LayerCache | None = None) -> list[Tensor]:
         """Queries (B, *grid, queries, d), keys (B, *places, keys, d), values (B, *places, keys, e)."""
-        n = self.divided
+        n = self.layout
         if context is None:
             q, k, v = self.qkv(x).split(self.sizes, dim=-1)
         else:
             q, (k, v) = self.q(x), self.kv(context).split(self.sizes[1:], dim=-1)
         q, k, v = (part.unflatten(-1, (heads, -1)) for part, heads in ((q, n.queries), (k, n.keys), (v, n.values)))
         if self.norm_q is not None:
-            q, k = normed(q, self.norm_q), normed(k, self.norm_k)
+            q, k = rms_norm(q, self.norm_q), rms_norm(k, self.norm_k)
         if self.rotary is not None:
             where = () if cache is None else (cache.grid, cache.length)
             q, k = self.rotary(q, *where), self.rotary(k, *where)
-        (v,) = shared(k, v)
-        return [q, k, v] if cache is None else [q, *cache.extended(k, v)]
+        (v,) = repeat_kv(k, v)
+        return [q, k, v] if cache is None else [q, *cache.update(k, v)]
 
     def combine(self, out: Tensor, x: Tensor) -> Tensor:
         """What the maps gathered (B, *grid, queries, e) -> what the heads say (B, *grid, heads, e)."""
@@ -199,9 +199,9 @@ class CrossAttention(Attention):
         return out.masked_fill(~sees, 0.0)
 
 
-def normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+def rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     """In float32, whatever the type of x and of the weights."""
-    wide = widened(x)
+    wide = upcast(x)
     return F.rms_norm(wide, norm.normalized_shape, norm.weight.to(wide.dtype), norm.eps).to(x.dtype)
 
 
@@ -212,20 +212,20 @@ class DifferentialAttention(Attention):
     """
 
     def combine(self, out: Tensor, x: Tensor) -> Tensor:
-        first, second = widened(out).unflatten(-2, (self.heads, 2)).unbind(-2)  # (B, *grid, heads, e)
-        return self.finish(first - self.lam(x)[..., None] * second).to(out.dtype)
+        first, second = upcast(out).unflatten(-2, (self.heads, 2)).unbind(-2)  # (B, *grid, heads, e)
+        return self.normalize_heads(first - self.lambda_(x)[..., None] * second).to(out.dtype)
 
     def combine_maps(self, maps: Tensor, x: Tensor) -> Tensor:
         """A1 - lambda A2, which may be negative, before any norm."""
         first, second = maps.unflatten(1, (self.heads, 2)).unbind(2)
-        weight = self.lam(x).expand(*x.shape[:-1], self.heads).flatten(1, -2)  # (B, N, heads)
+        weight = self.lambda_(x).expand(*x.shape[:-1], self.heads).flatten(1, -2)  # (B, N, heads)
         return first - weight.transpose(1, 2)[..., None] * second
 
-    def lam(self, x: Tensor) -> Tensor:
+    def lambda_(self, x: Tensor) -> Tensor:
         """Lambda in float32, broadcastable to (B, *grid, heads)."""
         raise NotImplementedError
 
-    def finish(self, out: Tensor) -> Tensor:
+    def normalize_heads(self, out: Tensor) -> Tensor:
         return out
 
 
@@ -241,27 +241,27 @@ class DiffAttentionV1(DifferentialAttention):
         super().__init__(width, heads, **options)
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * depth)
         for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
-            setattr(self, name, nn.Parameter(0.1 * torch.randn(self.divided.width)))
-        self.norm = nn.RMSNorm(self.divided.value_width, eps=1e-5) if head_norm else None
+            setattr(self, name, nn.Parameter(0.1 * torch.randn(self.layout.width)))
+        self.norm = nn.RMSNorm(self.layout.value_width, eps=1e-5) if head_norm else None
 
     @staticmethod
-    def layout(width: int, heads: int) -> Layout:
+    def head_layout(width: int, heads: int) -> HeadLayout:
         if width % (2 * heads):
             raise ValueError(
                 f"width {width} does not split over {heads} differential heads of two maps each: "
                 f"choose heads whose double divides {width}"
             )
-        return Layout(2 * heads, 2 * heads, heads, width // (2 * heads), width // heads)
+        return HeadLayout(2 * heads, 2 * heads, heads, width // (2 * heads), width // heads)
 
-    def lam(self, x: Tensor) -> Tensor:
-        first = (widened(self.lambda_q1) * widened(self.lambda_k1)).sum().exp()  # autocast would round a product q @ k
-        second = (widened(self.lambda_q2) * widened(self.lambda_k2)).sum().exp()
+    def lambda_(self, x: Tensor) -> Tensor:
+        first = (upcast(self.lambda_q1) * upcast(self.lambda_k1)).sum().exp()  # autocast would round a product q @ k
+        second = (upcast(self.lambda_q2) * upcast(self.lambda_k2)).sum().exp()
         return (first - second + self.lambda_init).view(1)
 
-    def finish(self, out: Tensor) -> Tensor:
+    def normalize_heads(self, out: Tensor) -> Tensor:
         if self.norm is None:
             return out
-        return normed(out, self.norm) * (1 - self.lambda_init)  # out is wide already
+        return rms_norm(out, self.norm) * (1 - self.lambda_init)  # out is wide already
 
 
 class DiffAttentionV2(DifferentialAttention):
@@ -277,16 +277,16 @@ class DiffAttentionV2(DifferentialAttention):
         self.gate = nn.Parameter(torch.zeros(heads)) if gated else None
 
     @staticmethod
-    def layout(width: int, heads: int) -> Layout:
-        plain = Attention.layout(width, heads)
+    def head_layout(width: int, heads: int) -> HeadLayout:
+        plain = Attention.head_layout(width, heads)
         return plain._replace(queries=2 * heads)
 
-    def lam(self, x: Tensor) -> Tensor:
-        weight = widened(self.lambda_proj(x)).sigmoid()  # (B, *grid, heads)
-        return weight if self.gate is None else widened(self.gate) * weight
+    def lambda_(self, x: Tensor) -> Tensor:
+        weight = upcast(self.lambda_proj(x)).sigmoid()  # (B, *grid, heads)
+        return weight if self.gate is None else upcast(self.gate) * weight
 
 
-KINDS = {"softmax": Attention, "diff_v1": DiffAttentionV1, "diff_v2": DiffAttentionV2}
+ATTENTION_TYPES = {"softmax": Attention, "diff_v1": DiffAttentionV1, "diff_v2": DiffAttentionV2}
 
 
 @torch.no_grad()
@@ -296,7 +296,7 @@ def differential_from_softmax(layer: Attention, kind: str = "diff_v2") -> DiffAt
     O = o1 - g lambda o2 with the trained query first in each pair and g = 0, which has a gradient. ValueError for
     "diff_v1": the norm over each head changes the function whatever the weights.
     """
-    if kind not in KINDS:
+    if kind not in ATTENTION_TYPES:
         raise ValueError(f"got {kind}, wanted diff_v2")
     if kind != "diff_v2":
         raise ValueError(f"got {kind}: its norm over each head changes what a trained layer computes: choose diff_v2")
@@ -337,9 +337,9 @@ def record_maps(network: nn.Module, layers: Sequence[str] | None = None) -> Iter
     chosen = {name: known[name] for name in (known if layers is None else layers)}
     maps = {name: [] for name in chosen}
     for name, module in chosen.items():
-        module.recorded.append(maps[name])
+        module.map_lists.append(maps[name])
     try:
         yield maps
     finally:
         for name, module in chosen.items():
-            module.recorded = [kept for kept in module.recorded if kept is not maps[name]]
+            module.map_lists = [kept for kept in module.map_lists if kept is not maps[name]]

@@ -36,7 +36,7 @@ def group_norm(channels: int, groups: int = 32, eps: float = 1e-6) -> nn.GroupNo
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
-def zeroed(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+def zero_module(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
     """The layer, its weight and bias zero: what it ends starts as nothing beside a skip."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -73,11 +73,11 @@ class ResBlock(EmbedBlock):
         self.norm2 = group_norm(out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        said = 2 * out_channels if scale_shift else out_channels
-        self.embed = None if emb_dim is None else nn.Linear(emb_dim, said)
+        emb_channels = 2 * out_channels if scale_shift else out_channels
+        self.embed = None if emb_dim is None else nn.Linear(emb_dim, emb_channels)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         if zero_init:
-            zeroed(self.conv2)
+            zero_module(self.conv2)
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         if (emb is None) != (self.embed is None):
@@ -86,23 +86,23 @@ class ResBlock(EmbedBlock):
             )
         h = F.silu(self.norm1(x))
         if self.resample is not None:
-            x, h = resampled(x, self.resample), resampled(h, self.resample)
-        h = self.modulated(self.conv1(h), emb)  # (B, C', H', W')
+            x, h = resample_2x(x, self.resample), resample_2x(h, self.resample)
+        h = self.modulate(self.conv1(h), emb)  # (B, C', H', W')
         out = self.skip(x) + self.conv2(self.dropout(F.silu(h)))
         return out / math.sqrt(2) if self.scale_skip else out
 
-    def modulated(self, h: Tensor, emb: Tensor | None) -> Tensor:
+    def modulate(self, h: Tensor, emb: Tensor | None) -> Tensor:
         """The second norm, and what the embedding does about it."""
         if self.embed is None:
             return self.norm2(h)
-        said = self.embed(F.silu(emb))[:, :, None, None]  # (B, C' or 2 C', 1, 1)
+        params = self.embed(F.silu(emb))[:, :, None, None]  # (B, C' or 2 C', 1, 1)
         if not self.scale_shift:
-            return self.norm2(h + said)
-        scale, shift = said.chunk(2, dim=1)
+            return self.norm2(h + params)
+        scale, shift = params.chunk(2, dim=1)
         return self.norm2(h) * (1 + scale) + shift
 
 
-def resampled(x: Tensor, how: Resample) -> Tensor:
+def resample_2x(x: Tensor, how: Resample) -> Tensor:
     """(B, C, H, W) -> twice the height and width, every pixel repeated, or half, averaged."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest") if how == "up" else F.avg_pool2d(x, 2)
 
@@ -138,7 +138,7 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def initial_normal(module: nn.Module, std: float = 0.02) -> None:
+def init_normal(module: nn.Module, std: float = 0.02) -> None:
     """N(0, std^2) weights and zero biases in one Linear or Embedding (GPT-2's choice); other modules are left alone."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=std)

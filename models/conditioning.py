@@ -39,7 +39,7 @@ class Context(NamedTuple):
     values: Tensor  # (B, M, D)
     mask: Tensor | None = None  # (B, M) or (B, N, M) bool, True where a place may see a token; None: everywhere
 
-    def at(self, places: slice) -> "Context":
+    def at_positions(self, places: slice) -> "Context":
         """That of some of the N places, in raster order."""
         per_place = self.mask is not None and self.mask.ndim == 3
         return self._replace(mask=self.mask[:, places]) if per_place else self
@@ -133,23 +133,23 @@ class Condition:
         rows = torch.cat([tensor.cpu().double() for tensor in tensors], 1)
         return rows.unique(dim=0, return_inverse=True)[1].to(tensors[0].device)
 
-    def of(self, kind: type[Stream]) -> list[Stream]:
+    def streams_of(self, kind: type[Stream]) -> list[Stream]:
         """The streams of a kind, in their order."""
         return [stream for stream in self.streams.values() if isinstance(stream, kind)]
 
     def vector(self) -> Tensor | None:
         """The sum of the vectors, (B, E)."""
-        vectors = [stream.values for stream in self.of(Vector)]
+        vectors = [stream.values for stream in self.streams_of(Vector)]
         return sum(vectors[1:], vectors[0]) if vectors else None
 
     def map(self) -> Tensor | None:
         """The maps, joined along the channels: (B, C, h, w)."""
-        maps = [stream.values for stream in self.of(Map)]
+        maps = [stream.values for stream in self.streams_of(Map)]
         return torch.cat(maps, 1) if maps else None
 
     def tokens(self) -> Tokens | None:
         """All tokens as one sequence; a mask or regions where one of the streams has them."""
-        streams = self.of(Tokens)
+        streams = self.streams_of(Tokens)
         if len(streams) < 2:
             return streams[0] if streams else None
         return _join(streams, 1)

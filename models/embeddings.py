@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor, nn
 
-from models.sdpa import widened
-from models.tables import digits, joined, kept
+from models.sdpa import upcast
+from models.tables import cached_tables, kron, mixed_radix
 
 
 class Rotary(nn.Module):
@@ -33,21 +33,21 @@ class Rotary(nn.Module):
 
         With `grid`, x (B, n, heads, d) are n of its places from number `first` on, counted in raster order.
         """
-        part, grid = grid is not None, x.shape[1:-2] if grid is None else grid
+        partial, grid = grid is not None, x.shape[1:-2] if grid is None else grid
         if len(grid) != self.axes:
             raise ValueError(f"got a grid of {len(grid)} axes, wanted {self.axes}: build Rotary with axes={len(grid)}")
-        cos, sin = kept(turns, grid, self.pairs, self.base, device=x.device)
-        if part:
+        cos, sin = cached_tables(rotation_tables, grid, self.pairs, self.base, device=x.device)
+        if partial:
             cos, sin = (table.flatten(0, -3)[first : first + x.shape[1]] for table in (cos, sin))
-        a, b = widened(x).chunk(2, dim=-1)  # bfloat16 cannot tell far places apart
+        a, b = upcast(x).chunk(2, dim=-1)  # bfloat16 cannot tell far places apart
         return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
 
 
-def turns(grid: tuple[int, ...], pairs: int, base: float) -> tuple[ndarray, ndarray]:
+def rotation_tables(grid: tuple[int, ...], pairs: int, base: float) -> tuple[ndarray, ndarray]:
     """Cosine and sine of the angle of each place and pair of channels: (*grid, 1, axes * pairs) float32."""
-    speed = base ** -(np.arange(pairs) / pairs)
+    freqs = base ** -(np.arange(pairs) / pairs)
     places = np.meshgrid(*map(np.arange, grid), indexing="ij")
-    angle = np.concatenate([place[..., None] * speed for place in places], -1)[..., None, :]
+    angle = np.concatenate([place[..., None] * freqs for place in places], -1)[..., None, :]
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
@@ -66,30 +66,30 @@ class RelativeBias(nn.Module):
 
     def forward(self, grid: tuple[int, ...]) -> Tensor:
         """What is added to the logits of all pairs of a grid: (heads, N, N)."""
-        (rows,) = kept(offset_rows, grid, self.kernel, device=self.table.device)
+        (rows,) = cached_tables(bias_index, grid, self.kernel, device=self.table.device)
         return F.embedding(rows, self.table.flatten(1).t()).permute(2, 0, 1)
 
 
-def offset_rows(grid: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[ndarray]:
+def bias_index(grid: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[ndarray]:
     """(N, N) entry of the flattened table for each query and key."""
     rows = np.zeros((1, 1), dtype=np.int64)
     for length, k in zip(grid, kernel, strict=True):
         place = np.arange(length)
         offset = (place - place[:, None]).clip(1 - k, k - 1) + k - 1  # (query, key)
-        rows = joined(rows, offset, digits(2 * k - 1))
+        rows = kron(rows, offset, mixed_radix(2 * k - 1))
     return (rows,)
 
 
-def sinusoids(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+def sinusoidal_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
     """cos, then sin, of t at width / 2 speeds that fall from 1 towards 1 / max_period: (B,) -> (B, width).
 
     As in Nichol & Dhariwal 2021, for t in steps; any real t will do. Float32, or float64 where t is.
     """
     if width % 2:
         raise ValueError(f"got width {width}, wanted an even number: half are cosines, half sines")
-    t, pairs = widened(t), width // 2
-    speed = torch.exp(torch.arange(pairs, device=t.device, dtype=t.dtype) * (-math.log(max_period) / pairs))
-    angle = t[:, None] * speed  # (B, pairs)
+    t, pairs = upcast(t), width // 2
+    freqs = torch.exp(torch.arange(pairs, device=t.device, dtype=t.dtype) * (-math.log(max_period) / pairs))
+    angle = t[:, None] * freqs  # (B, pairs)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
@@ -106,5 +106,5 @@ class TimeEmbedding(nn.Module):
         self.contract = nn.Linear(emb_dim, emb_dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        waves = sinusoids(self.scale * widened(t), self.width).to(self.expand.weight.dtype)
+        waves = sinusoidal_embedding(self.scale * upcast(t), self.width).to(self.expand.weight.dtype)
         return self.contract(F.silu(self.expand(waves)))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class Cache:
+class LayerCache:
     """Keys and values of one layer for the tokens of a grid in raster order, in tensors made once for all places."""
 
     def __init__(self, grid: tuple[int, int]):
@@ -13,7 +13,7 @@ class Cache:
         self.keys: Tensor | None = None  # (n, H W, heads, d)
         self.values: Tensor | None = None  # (n, H W, heads, e)
 
-    def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Those of all tokens so far (n, length, heads, ...), these (n, m, heads, ...) being the newest."""
         if self.keys is None:
             places = self.grid[0] * self.grid[1]
@@ -23,15 +23,15 @@ class Cache:
         return self.keys[:, : self.length], self.values[:, : self.length]
 
 
-class Memory:
+class KVCache:
     """One cache for each layer of a network over a `grid`, for sequences that are read together.
 
-    A new one for each batch of sequences. Sequences may drop out on the way (`keep`), and do not come back.
+    A new one for each batch of sequences. Sequences may drop out on the way (`keep_rows`), and do not come back.
     """
 
     def __init__(self, grid: tuple[int, int]):
         self.grid = tuple(grid)
-        self.layers: list[Cache] = []
+        self.layers: list[LayerCache] = []
         self.rows: Tensor | None = None
 
     @property
@@ -39,13 +39,13 @@ class Memory:
         """Tokens that every layer has read."""
         return self.layers[-1].length if self.layers else 0
 
-    def caches(self, count: int) -> list[Cache]:
+    def layer_caches(self, count: int) -> list[LayerCache]:
         """Those of a network of `count` layers."""
         if not self.layers:
-            self.layers = [Cache(self.grid) for _ in range(count)]
+            self.layers = [LayerCache(self.grid) for _ in range(count)]
         return self.layers
 
-    def keep(self, rows: Tensor) -> "Memory":
+    def keep_rows(self, rows: Tensor) -> "KVCache":
         """Itself, of these sequences alone: `rows` (n,) int64, any numbers by which the caller tells them apart.
 
         ValueError for one that has dropped out, or was not there at the first call.

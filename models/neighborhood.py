@@ -19,9 +19,9 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from models.embeddings import RelativeBias
-from models.neighborhood_tiles import Window, compared, sees, tiled
+from models.neighborhood_tiles import Window, in_window, keys_per_tile, tiled_attention
 from models.sdpa import attend, attention_map
-from models.tables import digits, joined, kept
+from models.tables import cached_tables, kron, mixed_radix
 
 Backend = Literal["auto", "dense", "tiled", "natten"]
 PerAxis = int | Sequence[int]
@@ -84,25 +84,28 @@ def neighborhood_attention(
     query, key, value, kernel_size, dilation, is_causal, scale, backend, *, axes, bias, dropout
 ) -> Tensor:
     grid = check_tensors(query, key, value, axes)
-    group = Group(window_of(grid, kernel_size, dilation, is_causal), key.shape[-2], bias)
-    return by_group(query, key, value, [group], scale=scale, backend=backend, dropout=dropout)
+    group = Group(make_window(grid, kernel_size, dilation, is_causal), key.shape[-2], bias)
+    return attend_by_group(query, key, value, [group], scale=scale, backend=backend, dropout=dropout)
 
 
-def by_group(
+def attend_by_group(
     query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Group], *, scale, backend: Backend, dropout: float
 ) -> Tensor:
     """One call of a backend per group of heads, joined on the head axis; a single call where all are dense."""
-    shared = query.shape[-2] // key.shape[-2]
+    queries_per_key = query.shape[-2] // key.shape[-2]
     for group in groups:
-        check_bias(group, shared)
-    names = [choose(backend, query, group, dropout) for group in groups]
+        check_bias(group, queries_per_key)
+    names = [resolve_backend(backend, query, group, dropout) for group in groups]
     if set(names) == {"dense"}:
-        return dense(query, key, value, groups, scale=scale, dropout=dropout)
+        return attend_dense(query, key, value, groups, scale=scale, dropout=dropout)
     if len(groups) == 1:
         return BACKENDS[names[0]](query, key, value, groups, scale=scale, dropout=dropout)
     counts = [group.heads for group in groups]
     parts = zip(
-        query.split([n * shared for n in counts], -2), key.split(counts, -2), value.split(counts, -2), strict=True
+        query.split([n * queries_per_key for n in counts], -2),
+        key.split(counts, -2),
+        value.split(counts, -2),
+        strict=True,
     )
     outs = [
         BACKENDS[name](*part, [group], scale=scale, dropout=dropout)
@@ -126,7 +129,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, axes: int) -> tuple
     return tuple(query.shape[1:-2])
 
 
-def window_of(grid: tuple[int, ...], kernel_size: PerAxis, dilation: PerAxis, is_causal=False) -> Window:
+def make_window(grid: tuple[int, ...], kernel_size: PerAxis, dilation: PerAxis, is_causal=False) -> Window:
     """The window per axis; ValueError naming the axis that it does not fit, and what fits."""
     window = Window(*(per_axis(value, len(grid)) for value in (kernel_size, dilation, is_causal)))
     names = ("height", "width") if len(grid) == 2 else ("length",)
@@ -153,13 +156,13 @@ def per_axis(value, axes: int) -> tuple:
     return values
 
 
-def check_bias(group: Group, shared: int) -> None:
-    wanted = (group.heads * shared, *(2 * kernel - 1 for kernel in group.window.kernel))
+def check_bias(group: Group, queries_per_key: int) -> None:
+    wanted = (group.heads * queries_per_key, *(2 * kernel - 1 for kernel in group.window.kernel))
     if group.bias is not None and tuple(group.bias.shape) != wanted:
         raise ValueError(f"got bias {tuple(group.bias.shape)}, wanted {wanted}: heads, then 2 kernel_size - 1 per axis")
 
 
-def choose(backend: Backend, query: Tensor, group: Group, dropout: float = 0.0) -> str:
+def resolve_backend(backend: Backend, query: Tensor, group: Group, dropout: float = 0.0) -> str:
     """The backend that "auto" stands for.
 
     On CUDA NATTEN's fused kernels, where they are compiled in and can do it. Else tiles where they compare a small
@@ -175,7 +178,7 @@ def choose(backend: Backend, query: Tensor, group: Group, dropout: float = 0.0) 
     if query.is_cuda and fits and group.bias is None and dropout == 0 and natten_is_compiled():
         return "natten"
     grid = tuple(query.shape[1:-2])
-    share = compared(grid, group.window) / math.prod(grid)
+    share = keys_per_tile(grid, group.window) / math.prod(grid)
     return "tiled" if share < (1.0 if query.is_cpu and query.dtype == torch.float32 else 0.4) else "dense"
 
 
@@ -189,30 +192,30 @@ def natten_is_compiled() -> bool:
     return natten.HAS_LIBNATTEN
 
 
-def dense(
+def attend_dense(
     query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Group], *, scale: float | None, dropout: float
 ) -> Tensor:
     """The readable reference: all pairs of the grid, under one mask. Memory is quadratic in the number of tokens."""
-    grid, shared = tuple(query.shape[1:-2]), query.shape[-2] // key.shape[-2]
-    mask = dense_mask(grid, groups, shared, query.device)
+    grid, queries_per_key = tuple(query.shape[1:-2]), query.shape[-2] // key.shape[-2]
+    mask = dense_mask(grid, groups, queries_per_key, query.device)
     q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (query, key, value))  # (B, heads, N, d)
-    k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    k, v = k.repeat_interleave(queries_per_key, 1), v.repeat_interleave(queries_per_key, 1)
     out = attend(q, k, v, mask=mask, scale=scale, dropout=dropout)
     return out.transpose(1, 2).unflatten(1, grid)
 
 
-def dense_mask(grid: tuple[int, ...], groups: Sequence[Group], shared: int, device: torch.device) -> Tensor:
+def dense_mask(grid: tuple[int, ...], groups: Sequence[Group], queries_per_key: int, device: torch.device) -> Tensor:
     """(query heads, N, N), or (1, N, N) where all are alike: what a query sees, bool; with a bias, what is added."""
     masks, one_for_all = [], len(groups) == 1
     biased = any(group.bias is not None for group in groups)
     for window, heads, bias in groups:
-        (visible,) = kept(dense_visible, grid, window, device=device)
+        (visible,) = cached_tables(dense_visible, grid, window, device=device)
         if bias is None:
             if biased:  # beside masks that are added
                 visible = torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, float("-inf"))
-            masks.append(visible.expand(1 if one_for_all else heads * shared, -1, -1))
+            masks.append(visible.expand(1 if one_for_all else heads * queries_per_key, -1, -1))
         else:
-            (rows,) = kept(dense_rows, grid, window, device=device)
+            (rows,) = cached_tables(dense_bias_index, grid, window, device=device)
             by_pair = F.embedding(rows, bias.flatten(1).t()).permute(2, 0, 1)  # (query heads, N, N)
             masks.append(by_pair.masked_fill(~visible, float("-inf")))
     return torch.cat(masks)
@@ -224,38 +227,38 @@ def dense_visible(grid: tuple[int, ...], window: Window) -> tuple[ndarray]:
     for length, (kernel, step, causal) in zip(grid, zip(*window, strict=True), strict=True):
         query, key = np.arange(length)[:, None], np.arange(length)
         count = (length - 1 - query % step) // step + 1  # positions of the query's residue
-        near = sees(query // step, key // step, kernel, causal, count) & (query % step == key % step)
-        visible = joined(visible, near, np.logical_and)
+        near = in_window(query // step, key // step, kernel, causal, count) & (query % step == key % step)
+        visible = kron(visible, near, np.logical_and)
     return (visible,)
 
 
-def dense_rows(grid: tuple[int, ...], window: Window) -> tuple[ndarray]:
+def dense_bias_index(grid: tuple[int, ...], window: Window) -> tuple[ndarray]:
     """The row of the flattened bias table for each pair that sees each other: (N, N)."""
     rows, window = np.zeros((1, 1), dtype=np.int64), Window(*window)
     for length, kernel, step in zip(grid, window.kernel, window.dilation, strict=True):
         place = np.arange(length) // step
         offset = (place - place[:, None]).clip(1 - kernel, kernel - 1) + kernel - 1  # (query, key)
-        rows = joined(rows, offset, digits(2 * kernel - 1))
+        rows = kron(rows, offset, mixed_radix(2 * kernel - 1))
     return (rows,)
 
 
-def with_tiles(query, key, value, groups: Sequence[Group], *, scale: float | None, dropout: float) -> Tensor:
+def attend_tiled(query, key, value, groups: Sequence[Group], *, scale: float | None, dropout: float) -> Tensor:
     (group,) = groups
-    return tiled(query, key, value, group.window, scale=scale, bias=group.bias, dropout=dropout)
+    return tiled_attention(query, key, value, group.window, scale=scale, bias=group.bias, dropout=dropout)
 
 
-def with_natten(query, key, value, groups: Sequence[Group], *, scale: float | None, dropout: float) -> Tensor:
+def attend_natten(query, key, value, groups: Sequence[Group], *, scale: float | None, dropout: float) -> Tensor:
     """NATTEN's kernels; its flex path where they are not compiled in, which on a CPU has no backward."""
     try:
         import natten
     except ImportError as error:
         raise ValueError('backend "natten" needs the package: pip install natten, or choose "auto"') from error
-    (group,), shared, d = groups, query.shape[-2] // key.shape[-2], query.shape[-1]
+    (group,), queries_per_key, d = groups, query.shape[-2] // key.shape[-2], query.shape[-1]
     if group.bias is not None or dropout > 0:
         raise ValueError('backend "natten" has neither bias nor dropout of weights: choose "tiled", "dense" or "auto"')
     if query.is_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise ValueError('backend "natten" has no backward on a CPU: choose "tiled", "dense" or "auto"')
-    key, value = key.repeat_interleave(shared, -2), value.repeat_interleave(shared, -2)
+    key, value = key.repeat_interleave(queries_per_key, -2), value.repeat_interleave(queries_per_key, -2)
     query, key = (
         F.pad(x, (0, max(0, value.shape[-1] - d))) for x in (query, key)
     )  # zeros leave the logits as they are
@@ -269,7 +272,7 @@ def with_natten(query, key, value, groups: Sequence[Group], *, scale: float | No
         raise ValueError('backend "natten" cannot do it: choose "tiled", "dense" or "auto"') from error
 
 
-BACKENDS = {"dense": dense, "tiled": with_tiles, "natten": with_natten}
+BACKENDS = {"dense": attend_dense, "tiled": attend_tiled, "natten": attend_natten}
 
 
 def hydra_attention(
@@ -293,7 +296,7 @@ def hydra_attention(
     group, or once in all where every group is dense.
     """
     grid = check_tensors(query, key, value, query.ndim - 3)
-    pairs = paired(kernel_sizes, dilations)
+    pairs = pair_windows(kernel_sizes, dilations)
     heads = head_groups(key.shape[-2], len(pairs)) if heads is None else heads
     if len(heads) != len(pairs) or sum(heads) != key.shape[-2] or min(heads) < 1:
         raise ValueError(f"got heads {list(heads)}, wanted {len(pairs)} numbers that add up to {key.shape[-2]}")
@@ -301,13 +304,13 @@ def hydra_attention(
     if len(biases) != len(pairs):
         raise ValueError(f"got {len(biases)} biases, wanted {len(pairs)}, one per group")
     groups = [
-        Group(window_of(grid, kernel, dilation, is_causal), count, bias)
+        Group(make_window(grid, kernel, dilation, is_causal), count, bias)
         for (kernel, dilation), count, bias in zip(pairs, heads, biases, strict=True)
     ]
-    return by_group(query, key, value, groups, scale=scale, backend=backend, dropout=dropout)
+    return attend_by_group(query, key, value, groups, scale=scale, backend=backend, dropout=dropout)
 
 
-def paired(kernel_sizes: Sequence[PerAxis], dilations: Sequence[PerAxis]) -> list[tuple[PerAxis, PerAxis]]:
+def pair_windows(kernel_sizes: Sequence[PerAxis], dilations: Sequence[PerAxis]) -> list[tuple[PerAxis, PerAxis]]:
     """The (kernel, dilation) of each group; ValueError where the lists differ in length."""
     groups = max(len(kernel_sizes), len(dilations))
     lists = [list(values) * groups if len(values) == 1 else list(values) for values in (kernel_sizes, dilations)]
@@ -337,42 +340,42 @@ class HydraAttention(nn.Module):
         dilations: Sequence[PerAxis] = (1,),
         *,
         axes: int = 2,
-        keys: int = 1,
-        queries: int = 1,
+        keys_per_head: int = 1,
+        queries_per_head: int = 1,
         bias: bool = False,
         backend: Backend = "auto",
     ):
         super().__init__()
-        self.pairs, self.backend = paired(kernel_sizes, dilations), backend
+        self.pairs, self.backend = pair_windows(kernel_sizes, dilations), backend
         counts = head_groups(heads, len(self.pairs))
-        self.heads = [count * keys for count in counts]
+        self.heads = [count * keys_per_head for count in counts]
         kernels = [(kernel,) * axes if isinstance(kernel, int) else tuple(kernel) for kernel, _ in self.pairs]
-        tables = (RelativeBias(count * queries, kernel) for count, kernel in zip(counts, kernels, strict=True))
+        tables = (RelativeBias(count * queries_per_head, kernel) for count, kernel in zip(counts, kernels, strict=True))
         self.biases = nn.ModuleList(tables if bias else ())
 
     def groups(self, grid: tuple[int, ...]) -> list[Group]:
         """ValueError where a window does not fit the grid."""
         tables = [module.table for module in self.biases] or [None] * len(self.pairs)
         return [
-            Group(window_of(grid, *pair), count, table)
+            Group(make_window(grid, *pair), count, table)
             for pair, count, table in zip(self.pairs, self.heads, tables, strict=True)
         ]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask=None, scale=None, dropout: float = 0.0) -> Tensor:
         """q (B, *grid, query heads, d), k and v (B, *grid, key heads, d) -> (B, *grid, query heads, d)."""
-        self.refuse(mask)
+        self.reject_mask(mask)
         groups = self.groups(check_tensors(q, k, v, q.ndim - 3))
-        return by_group(q, k, v, groups, scale=scale, backend=self.backend, dropout=dropout)
+        return attend_by_group(q, k, v, groups, scale=scale, backend=self.backend, dropout=dropout)
 
-    def map(self, q: Tensor, k: Tensor, *, mask=None, scale=None) -> Tensor:
+    def attention_map(self, q: Tensor, k: Tensor, *, mask=None, scale=None) -> Tensor:
         """The weights over the whole grid, zero outside the windows: (B, query heads, N, N)."""
-        self.refuse(mask)
-        grid, shared = tuple(q.shape[1:-2]), q.shape[-2] // k.shape[-2]
-        seen = dense_mask(grid, self.groups(grid), shared, q.device)
-        q, k = (x.flatten(1, -3).transpose(1, 2) for x in (q, k.repeat_interleave(shared, -2)))
+        self.reject_mask(mask)
+        grid, queries_per_key = tuple(q.shape[1:-2]), q.shape[-2] // k.shape[-2]
+        seen = dense_mask(grid, self.groups(grid), queries_per_key, q.device)
+        q, k = (x.flatten(1, -3).transpose(1, 2) for x in (q, k.repeat_interleave(queries_per_key, -2)))
         return attention_map(q, k, mask=seen, scale=scale)
 
     @staticmethod
-    def refuse(mask: Tensor | None) -> None:
+    def reject_mask(mask: Tensor | None) -> None:
         if mask is not None:
             raise ValueError("got a mask for neighbourhood attention, whose windows are its mask: use full attention")

@@ -17,7 +17,7 @@ MOVED = {
     "models.attend.masked_softmax": "models.sdpa.masked_softmax",
     "models.attention_block.ATTENTION_BLOCKS": "models.unet_attention.ATTENTION_BLOCKS",
     "models.attention_block.AttentionOptions": "models.unet_attention.AttentionOptions",
-    "models.attention_block.FeatureTransformerBlock": "models.unet_attention.FeatureTransformerBlock",
+    "models.attention_block.FeatureTransformerBlock": "models.unet_attention.SpatialTransformer",
     "models.attention_block.NoAttention": "models.unet_attention.NoAttention",
     "models.attention_block.SELF_ATTENTION": "models.unet_attention.SELF_ATTENTION",
     "models.attention_block.SelfAttentionBlock": "models.unet_attention.SelfAttentionBlock",
@@ -35,8 +35,8 @@ MOVED = {
     "models.full_attention.FullAttention": "models.attention.FullAttention",
     "models.hydra.HydraAttention": "models.neighborhood.HydraAttention",
     "models.hydra.hydra_attention": "models.neighborhood.hydra_attention",
-    "models.memory.Cache": "models.kv_cache.Cache",
-    "models.memory.Memory": "models.kv_cache.Memory",
+    "models.memory.Cache": "models.kv_cache.LayerCache",
+    "models.memory.Memory": "models.kv_cache.KVCache",
     "models.unet_config.UNetConfig": "models.unet.UNetConfig",
     "diffusion.guidance.Denoiser": "diffusion.types.Denoiser",
     "diffusion.guidance.GUIDANCE_SCHEDULES": "diffusion.denoisers.GUIDANCE_SCHEDULES",
@@ -71,22 +71,22 @@ MOVED = {
     "vq.codes.cache_key": "train.data.code_cache.code_cache_key",
     "vq.lecam.LeCAM": "vq.losses.LeCAM",
     "vq.plain_tensors.read_tensors": "vq.weights.read_tensors",
-    "vq.quantize.Codes": "vq.quantizers.Codes",
-    "vq.quantize.OneProcess": "vq.quantizers.OneProcess",
-    "vq.quantize.Processes": "vq.quantizers.Processes",
+    "vq.quantize.Codes": "vq.quantizers.Quantized",
+    "vq.quantize.OneProcess": "vq.quantizers.SingleProcess",
+    "vq.quantize.Processes": "vq.quantizers.Collectives",
     "vq.quantize.Quantizer": "vq.quantizers.Quantizer",
-    "vq.quantize.Training": "vq.quantizers.Training",
+    "vq.quantize.Training": "vq.quantizers.StepContext",
     "vq.quantize.make_quantizer": "vq.quantizer.make_quantizer",
     "vq.quantize.nearest": "vq.quantizer.nearest",
-    "vq.quantize.per_example": "vq.quantizer.per_example",
+    "vq.quantize.per_example": "vq.quantizer.mse_per_example",
     "vq.quantize.perplexity": "vq.quantizer.perplexity",
     "vq.quantize.straight_through": "vq.quantizer.straight_through",
     "vq.quantize.usage": "vq.quantizer.usage",
-    "vq.quantizer.Codes": "vq.quantizers.Codes",
-    "vq.quantizer.OneProcess": "vq.quantizers.OneProcess",
-    "vq.quantizer.Processes": "vq.quantizers.Processes",
+    "vq.quantizer.Codes": "vq.quantizers.Quantized",
+    "vq.quantizer.OneProcess": "vq.quantizers.SingleProcess",
+    "vq.quantizer.Processes": "vq.quantizers.Collectives",
     "vq.quantizer.Quantizer": "vq.quantizers.Quantizer",
-    "vq.quantizer.Training": "vq.quantizers.Training",
+    "vq.quantizer.Training": "vq.quantizers.StepContext",
     "train.absorbing.AbsorbingSampler": "train.samplers.absorbing.AbsorbingSampler",
     "train.assembly.assemble": "train.trainer.build_train_state",
     "train.assembly.make_hooks": "train.trainer.make_hooks",
@@ -160,7 +160,9 @@ def current_names(stored: Collection[str], wanted: Collection[str]) -> dict[str,
     return {name: renamed.get(name, name) for name in stored}
 
 
-def part(name: str, known: Mapping[str, Callable], contract: tuple[type, ...], option: str) -> Callable[..., nn.Module]:
+def resolve_class(
+    name: str, known: Mapping[str, Callable], contract: tuple[type, ...], option: str
+) -> Callable[..., nn.Module]:
     """What `name` stands for: an entry of `known`, or the class at `package.module.Class`.
 
     A class of one's own must be a subclass of one of `contract`. ValueError says what there is, or what is wrong.
@@ -189,14 +191,14 @@ def import_attribute(path: str, option: str, remedy: str) -> object | None:
         raise ValueError(f"got {option} {path!r}, which is {MOVED[path]} now: write that, in a run's config.yaml too")
     module_name, _, name = path.rpartition(".")
     try:
-        return getattr(import_file(module_name, f"{option} {path!r}"), name, None)
+        return getattr(import_user_module(module_name, f"{option} {path!r}"), name, None)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # something that the user's module needs
         raise ValueError(f"got {option} {path!r}: there is no module {error.name}; {remedy}") from error
 
 
-def import_file(module_name: str, got: str) -> ModuleType:
+def import_user_module(module_name: str, got: str) -> ModuleType:
     """A module that users may have written; ValueError names the new place of what it imports and has moved.
 
     `got` is the flag and its value.
@@ -212,18 +214,18 @@ def import_file(module_name: str, got: str) -> ModuleType:
         raise ValueError(f"got {got}, which imports {missing}: what that had is {', '.join(moved)} now") from error
 
 
-def names_in(package: str) -> list[str]:
+def plugin_names(package: str) -> list[str]:
     """The plug-ins of a package: the file name is the registry, `--dataset birds` is train/datasets/birds.py."""
     files = pkgutil.iter_modules(importlib.import_module(package).__path__)
     return sorted(file.name for file in files if not file.name.startswith("_"))
 
 
-def plugin(package: str, name: str, flag: str) -> ModuleType:
+def load_plugin(package: str, name: str, flag: str) -> ModuleType:
     """The module `<package>.<name>`, or ValueError with the names there are."""
-    names = names_in(package)
+    names = plugin_names(package)
     if name not in names:
         raise ValueError(f"unknown {flag} {name!r}{did_you_mean(name, names)}; there are: {', '.join(names)}")
-    return import_file(f"{package}.{name}", f"{flag} {name!r}")
+    return import_user_module(f"{package}.{name}", f"{flag} {name!r}")
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WRITTEN_OUT_TOKENS = 1024  # beyond, the N x N weights cost more memory than the time they save
+MAX_UNFUSED_KEYS = 1024  # beyond, the N x N weights cost more memory than the time they save
 
 
 def attend(
@@ -27,14 +27,14 @@ def attend(
     against 57 (2 x 1,024) on 2 cores with AVX512-bf16, torch 2.15. In float32 the fused kernel is as fast or faster.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if q.is_cpu and q.dtype == torch.bfloat16 and k.shape[-2] <= WRITTEN_OUT_TOKENS:
-        weights, blind = masked_softmax((q * scale) @ k.transpose(-1, -2), mask, causal)
+    if q.is_cpu and q.dtype == torch.bfloat16 and k.shape[-2] <= MAX_UNFUSED_KEYS:
+        weights, fully_masked = masked_softmax((q * scale) @ k.transpose(-1, -2), mask, causal)
         out = F.dropout(weights, dropout) @ v
-        return out if blind is None else out.masked_fill(blind, 0.0)
+        return out if fully_masked is None else out.masked_fill(fully_masked, 0.0)
     if mask is not None and mask.ndim < 2:
         mask = mask[None]
     if mask is not None and causal:
-        mask, causal = hide_future(mask, q, k), False
+        mask, causal = add_causal_mask(mask, q, k), False
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
     if v.shape[-1] > q.shape[-1]:  # fused kernels want one width; zeros leave the logits as they are
@@ -45,8 +45,8 @@ def attend(
 def attention_map(q: Tensor, k: Tensor, *, mask: Tensor | None, scale: float | None, causal: bool = False) -> Tensor:
     """softmax(q k^T scale + mask), (B, heads, N, M) in float32; zeros where a query sees nothing."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    weights, blind = masked_softmax(widened((q * scale) @ k.transpose(-1, -2)), mask, causal)
-    return weights if blind is None else weights.masked_fill(blind, 0.0)
+    weights, fully_masked = masked_softmax(upcast((q * scale) @ k.transpose(-1, -2)), mask, causal)
+    return weights if fully_masked is None else weights.masked_fill(fully_masked, 0.0)
 
 
 def masked_softmax(logits: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor | None]:
@@ -56,21 +56,21 @@ def masked_softmax(logits: Tensor, mask: Tensor | None, causal: bool) -> tuple[T
     """
     if causal:
         everything = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device)
-        mask = hide_future(everything if mask is None else mask, logits, logits.mT)
+        mask = add_causal_mask(everything if mask is None else mask, logits, logits.mT)
     if mask is None:
         return logits.softmax(-1), None
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=logits.dtype).masked_fill(~mask, float("-inf"))
-    blind = (mask == float("-inf")).all(-1, keepdim=True)
-    return (logits + mask.masked_fill(blind, 0.0).to(logits.dtype)).softmax(-1), blind
+    fully_masked = (mask == float("-inf")).all(-1, keepdim=True)
+    return (logits + mask.masked_fill(fully_masked, 0.0).to(logits.dtype)).softmax(-1), fully_masked
 
 
-def hide_future(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+def add_causal_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """The mask, of its own kind, that also hides every key after its query."""
     ahead = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=mask.device).triu(1)
     return mask.masked_fill(ahead, False if mask.dtype == torch.bool else float("-inf"))
 
 
-def widened(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """In float32, or in float64 where it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import KINDS, Attention, CrossAttention, FullAttention
-from models.blocks import FEED_FORWARDS, FeedForward, initial_normal, zeroed
+from models.attention import ATTENTION_TYPES, Attention, CrossAttention, FullAttention
+from models.blocks import FEED_FORWARDS, FeedForward, init_normal, zero_module
 from models.conditioning import Condition, ConditionEncoder, Conditioner, Context, Map
 from models.embeddings import RelativeBias, Rotary, TimeEmbedding
-from models.kv_cache import Cache, Memory
+from models.kv_cache import KVCache, LayerCache
 from models.neighborhood import Backend, HydraAttention
-from models.registry import part
+from models.registry import resolve_class
 
 
 class TransformerBlock(nn.Module):
@@ -57,7 +57,7 @@ class TransformerBlock(nn.Module):
         """The feed-forward layer: (..., D) -> (..., D)."""
         return self.contract(F.gelu(self.expand(x))) if self.feed_forward is None else self.feed_forward(x)
 
-    def writers(self) -> list[nn.Linear]:
+    def residual_projections(self) -> list[nn.Linear]:
         """The last layers of attention and feed-forward, which write into the residual stream.
 
         A feed-forward layer of another class than `FeedForward` has none that is known.
@@ -66,7 +66,7 @@ class TransformerBlock(nn.Module):
         return [self.attention.proj, *([last.contract] if last is self or isinstance(last, FeedForward) else [])]
 
     def forward(
-        self, x: Tensor, emb: Tensor | None = None, context: Context | None = None, cache: Cache | None = None
+        self, x: Tensor, emb: Tensor | None = None, context: Context | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """x (B, *grid, D) -> the same shape, with emb (B, D) where the block is adaptive, a context where it has cross.
 
@@ -74,15 +74,15 @@ class TransformerBlock(nn.Module):
         """
         if self.modulation is None:
             x = x + self.dropout(self.attention(self.norm1(x), cache=cache))
-            x = self.attend_to(x, context)
+            x = self.cross_attend(x, context)
             return x + self.dropout(self.mlp(self.norm2(x)))
         modulation = self.modulation(F.silu(emb)).view(len(x), *[1] * (x.ndim - 2), -1)  # (B, 1..., 6 D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.dropout(self.attention(self.norm1(x) * (1 + scale1) + shift1, cache=cache))
-        x = self.attend_to(x, context)
+        x = self.cross_attend(x, context)
         return x + gate2 * self.dropout(self.mlp(self.norm2(x) * (1 + scale2) + shift2))
 
-    def attend_to(self, x: Tensor, context: Context | None) -> Tensor:
+    def cross_attend(self, x: Tensor, context: Context | None) -> Tensor:
         """x with what cross-attention adds; a place that may see no token stays as it is."""
         if self.cross is None:
             return x
@@ -93,7 +93,7 @@ class TransformerBlock(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """What the attention of a transformer is like; see `attention_layer`."""
+    """What the attention of a transformer is like; see `build_attention`."""
 
     attention: Literal["full", "neighborhood"] = "full"
     attention_type: Literal["softmax", "diff_v1", "diff_v2"] = "softmax"
@@ -106,7 +106,7 @@ class AttentionConfig:
     causal: bool = False  # a place sees those before it, in raster order, and itself
 
 
-def attention_layer(config: AttentionConfig, width: int, heads: int, grid: tuple[int, int], depth: int) -> Attention:
+def build_attention(config: AttentionConfig, width: int, heads: int, grid: tuple[int, int], depth: int) -> Attention:
     """Self-attention number `depth` (from 0) of a network over a grid; ValueError where something does not fit.
 
     `heads` is what softmax attention has: diff_v1 makes half as many of twice the width, which keeps the number of
@@ -118,11 +118,11 @@ def attention_layer(config: AttentionConfig, width: int, heads: int, grid: tuple
             f"got {named} for a causal transformer: a neighbourhood lies all around a code, and a bias is made for "
             "whole maps where sampling takes a row at a time: choose full attention, and position learned, rope or none"
         )
-    kind, v1 = KINDS[config.attention_type], config.attention_type == "diff_v1"
+    kind, v1 = ATTENTION_TYPES[config.attention_type], config.attention_type == "diff_v1"
     if v1 and heads % 2:
         raise ValueError(f"got {heads} heads, diff_v1 pairs them: wanted an even number")
     heads = heads // 2 if v1 else heads
-    parts = kind.layout(width, heads)
+    parts = kind.head_layout(width, heads)
     biased = config.position == "bias"
     if config.attention == "full":
         core = FullAttention(config.causal, RelativeBias(parts.queries, grid) if biased else None)
@@ -131,8 +131,8 @@ def attention_layer(config: AttentionConfig, width: int, heads: int, grid: tuple
             heads,
             config.kernel_sizes,
             config.dilations,
-            keys=parts.keys // heads,
-            queries=parts.queries // heads,
+            keys_per_head=parts.keys // heads,
+            queries_per_head=parts.queries // heads,
             bias=biased,
             backend=config.na_backend,
         )
@@ -191,37 +191,37 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(embd_dropout)
         self.blocks = nn.ModuleList(
             TransformerBlock(
-                attention_layer(attention, width, heads, self.grid, depth),
+                build_attention(attention, width, heads, self.grid, depth),
                 adaptive=self.encoders.makes_vectors or self.takes_time,
                 mlp_ratio=mlp_ratio,
                 dropout=resid_dropout,
-                cross=cross_attention(attention, width, heads, self.encoders.token_width),
-                feed_forward=feed_forward_layer(feed_forward, width, mlp_ratio),
+                cross=build_cross_attention(attention, width, heads, self.encoders.token_width),
+                feed_forward=build_feed_forward(feed_forward, width, mlp_ratio),
             )
             for depth in range(layers)
         )
         self.norm = nn.LayerNorm(width)
         self.head = None if tied_head else nn.Linear(width, codes, bias=False)
-        self.initialise(zero_init)
+        self.init_weights(zero_init)
 
-    def initialise(self, zero_init: bool) -> None:
+    def init_weights(self, zero_init: bool) -> None:
         """N(0, 0.02^2); writers into the residual stream shrink with depth (GPT-2); adaptive norms start at zero, and
         so does what tokens and maps add. Pretrained encoders are left alone."""
         given = {module for encoder in self.encoders.values() if encoder.pretrained for module in encoder.modules()}
         for module in self.modules():
             if module not in given:
-                initial_normal(module)
+                init_normal(module)
         if self.position is not None:
             nn.init.normal_(self.position, std=0.02)
         if self.map_in is not None:
-            zeroed(self.map_in)
+            zero_module(self.map_in)
         for block in self.blocks:
-            for writer in block.writers():
-                nn.init.normal_(writer.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
+            for projection in block.residual_projections():
+                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
                 if zero_init:
-                    zeroed(writer)
+                    zero_module(projection)
             if block.cross is not None:
-                zeroed(block.cross.proj)
+                zero_module(block.cross.proj)
             if block.modulation is not None:
                 nn.init.zeros_(block.modulation.weight)
                 if zero_init:
@@ -232,9 +232,9 @@ class Transformer(nn.Module):
         self, fields: Mapping[str, Any] | None, ids: Tensor, drop: Mapping[str, Tensor] | None = None
     ) -> Condition:
         """The condition for a batch like ids (B, H, W), of raw fields by name; see `Conditioner.forward`."""
-        return self.encode_on(tuple(ids.shape[1:]), fields, ids, drop)
+        return self.encode_for_grid(tuple(ids.shape[1:]), fields, ids, drop)
 
-    def encode_on(
+    def encode_for_grid(
         self,
         grid: tuple[int, int],
         condition: Condition | Mapping[str, Any] | None,
@@ -243,10 +243,10 @@ class Transformer(nn.Module):
     ) -> Condition:
         """The condition for a grid, of raw fields or encoded already; maps are averaged over its cells."""
         if isinstance(condition, Condition):
-            return self.encoders.resolve(condition, canvas(ids, grid), drop)
+            return self.encoders.resolve(condition, blank_image(ids, grid), drop)
         images = [each for each in (condition or {}).values() if isinstance(each, Tensor) and each.ndim == 4]
         height, width = map(max, zip(grid, *(each.shape[2:] for each in images), strict=True))  # no image is shrunk
-        encoded = self.encoders(condition, canvas(ids, (height, width)), drop)
+        encoded = self.encoders(condition, blank_image(ids, (height, width)), drop)
         streams = {
             name: Map(F.adaptive_avg_pool2d(stream.values, grid)) if isinstance(stream, Map) else stream
             for name, stream in encoded.streams.items()
@@ -269,9 +269,9 @@ class Transformer(nn.Module):
         """
         grid = tuple(ids.shape[1:])
         self.check_grid(grid)
-        condition = self.encode_on(grid, condition, ids, drop)
+        condition = self.encode_for_grid(grid, condition, ids, drop)
         x = self.embed(ids, grid, condition, residual)
-        return self.logits(self.run(x, self.embed_vectors(condition, t, len(ids)), condition.context(*grid)))
+        return self.logits(self.run_blocks(x, self.embed_vectors(condition, t, len(ids)), condition.context(*grid)))
 
     def check_grid(self, grid: tuple[int, ...]) -> None:
         """ValueError for a grid that has no positions."""
@@ -318,11 +318,11 @@ class Transformer(nn.Module):
             return vector
         return self.time(t) if vector is None else self.time(t) + vector
 
-    def run(
-        self, x: Tensor, emb: Tensor | None, context: Context | None, caches: Sequence[Cache] | None = None
+    def run_blocks(
+        self, x: Tensor, emb: Tensor | None, context: Context | None, layer_caches: Sequence[LayerCache] | None = None
     ) -> Tensor:
         """Each block in turn: (B, *grid, D) -> the same shape."""
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+        for block, cache in zip(self.blocks, layer_caches or [None] * len(self.blocks), strict=True):
             x = block(x, emb, context, cache)
         return x
 
@@ -332,21 +332,21 @@ class Transformer(nn.Module):
         return F.linear(x, self.code.weight[: self.codes]) if self.head is None else self.head(x)
 
 
-def canvas(ids: Tensor, size: tuple[int, int]) -> Tensor:
+def blank_image(ids: Tensor, size: tuple[int, int]) -> Tensor:
     """What encoders are shown in the place of an image: zeros (B, 1, *size), which take no memory."""
     return ids.new_zeros(()).expand(len(ids), 1, *size)
 
 
-def cross_attention(config: AttentionConfig, width: int, heads: int, token_width: int) -> CrossAttention | None:
+def build_cross_attention(config: AttentionConfig, width: int, heads: int, token_width: int) -> CrossAttention | None:
     """Softmax attention to a condition's tokens (B, M, token_width), None where there are none."""
     if token_width == 0:
         return None
     return CrossAttention(width, heads, context_width=token_width, dropout=config.dropout, qk_norm=config.qk_norm)
 
 
-def feed_forward_layer(name: str, width: int, ratio: float) -> nn.Module | None:
+def build_feed_forward(name: str, width: int, ratio: float) -> nn.Module | None:
     """A block's feed-forward layer, None for "gelu", which blocks have of their own."""
-    return None if name == "gelu" else part(name, FEED_FORWARDS, (nn.Module,), "feed_forward")(width, ratio)
+    return None if name == "gelu" else resolve_class(name, FEED_FORWARDS, (nn.Module,), "feed_forward")(width, ratio)
 
 
 class CausalTransformer(Transformer):
@@ -363,7 +363,7 @@ class CausalTransformer(Transformer):
         self,
         ids: Tensor,
         condition: Condition | Mapping[str, Any] | None = None,
-        memory: Memory | None = None,
+        kv_cache: KVCache | None = None,
         *,
         t: Tensor | None = None,
         residual: Tensor | None = None,
@@ -371,21 +371,23 @@ class CausalTransformer(Transformer):
     ) -> Tensor:
         """ids (B, H, W) int64 -> logits (B, H, W, K); the rest as Transformer takes it.
 
-        With `memory`, ids (B, m) are the codes before place m, 0 <= m < H W -> logits (B, K) of code m. What an
+        With `kv_cache`, ids (B, m) are the codes before place m, 0 <= m < H W -> logits (B, K) of code m. What an
         earlier call has read of them comes out of the memory: it must be what it was, and is not looked at again.
         Condition and residual stay those of the whole grid; keys of the condition's tokens are made anew in each call.
         """
         start = ids.new_full((len(ids), 1), self.codes)
-        if memory is None:
+        if kv_cache is None:
             before = torch.cat([start, ids.flatten(1)[:, :-1]], 1).view_as(ids)
             return super().forward(before, condition, t=t, residual=residual, drop=drop)
-        grid, places = memory.grid, slice(memory.length, ids.shape[1] + 1)
+        grid, places = kv_cache.grid, slice(kv_cache.length, ids.shape[1] + 1)
         self.check_grid(grid)
         if not places.start < places.stop <= grid[0] * grid[1]:
             read = f"got {places.stop - 1} codes of a grid of {grid}, of which {places.start} are read"
             raise ValueError(f"{read}: wanted more")
-        condition = self.encode_on(grid, condition, ids, drop)
+        condition = self.encode_for_grid(grid, condition, ids, drop)
         emb, context = self.embed_vectors(condition, t, len(ids)), condition.context(*grid)
         x = self.embed(torch.cat([start, ids], 1)[:, places], grid, condition, residual, places)  # (B, n, D)
-        x = self.run(x, emb, None if context is None else context.at(places), memory.caches(len(self.blocks)))
+        x = self.run_blocks(
+            x, emb, None if context is None else context.at_positions(places), kv_cache.layer_caches(len(self.blocks))
+        )
         return self.logits(x[:, -1])

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import ConditionBlock, Downsample, EmbedBlock, Resample, ResBlock, Upsample, group_norm, zeroed
+from models.blocks import ConditionBlock, Downsample, EmbedBlock, Resample, ResBlock, Upsample, group_norm, zero_module
 from models.conditioning import Condition, ConditionEncoder, Conditioner
 from models.embeddings import TimeEmbedding
 from models.neighborhood import Backend
-from models.registry import part
+from models.registry import resolve_class
 from models.unet_attention import ATTENTION_BLOCKS, EPS, AttentionOptions
 
 RES_BLOCKS = {"basic": ResBlock}
@@ -68,7 +68,7 @@ class UNetConfig:
             raise ValueError(f"got {sizes}: wanted odd kernels, and dilations of at least 1")
         for factor, width in zip(self.factors, self.widths, strict=True):
             if factor in (*self.attn_factors, self.factors[-1]):
-                self.heads_of(width)
+                self.num_heads(width)
 
     @property
     def widths(self) -> list[int]:
@@ -85,7 +85,7 @@ class UNetConfig:
         """E, the width of the embedding of time and condition."""
         return 4 * self.channels
 
-    def heads_of(self, width: int) -> int:
+    def num_heads(self, width: int) -> int:
         """Attention heads at a level of that width; ValueError where it does not split."""
         heads = self.heads if self.head_width is None else width // self.head_width
         if heads < 1 or width % heads or (self.head_width is not None and width != heads * self.head_width):
@@ -94,12 +94,12 @@ class UNetConfig:
         return heads
 
 
-class Maker:
+class BlockFactory:
     """Builds the blocks of one network; counts its attention blocks, whose depth differential attention asks for."""
 
     def __init__(self, config: UNetConfig, context_width: int):
         self.config, self.context_width, self.depth = config, context_width, 0
-        self.res_block = part(config.res_block_type, RES_BLOCKS, (EmbedBlock,), "res_block_type")
+        self.res_block = resolve_class(config.res_block_type, RES_BLOCKS, (EmbedBlock,), "res_block_type")
 
     def res(self, in_channels: int, out_channels: int, resample: Resample | None = None) -> nn.Module:
         return self.res_block(
@@ -116,9 +116,9 @@ class Maker:
 
     def attention(self, channels: int, kind: str | None = None) -> nn.Module:
         config, contracts = self.config, (ConditionBlock, EmbedBlock)
-        block = part(kind or config.attn_block_type, ATTENTION_BLOCKS, contracts, "attn_block_type")
+        block = resolve_class(kind or config.attn_block_type, ATTENTION_BLOCKS, contracts, "attn_block_type")
         options = AttentionOptions(
-            heads=config.heads_of(channels),
+            heads=config.num_heads(channels),
             emb_dim=config.emb_dim,
             depth=self.depth,
             context_width=self.context_width,
@@ -160,19 +160,19 @@ class UNet(nn.Module):
         self.config = config
         self.encoders = Conditioner(encoders)
         self.time = TimeEmbedding(config.channels, config.emb_dim, config.time_scale)
-        make, widths = Maker(config, self.encoders.token_width), config.widths
+        factory, widths = BlockFactory(config, self.encoders.token_width), config.widths
         self.conv_in = nn.Conv2d(config.in_channels + self.encoders.map_channels, widths[0], 3, padding=1)
-        self.down_blocks, skips = build_down(make)
+        self.down_blocks, skips = build_down(factory)
         self.middle_blocks = nn.ModuleList(
             [
-                make.res(widths[-1], widths[-1]),
-                make.attention(widths[-1], config.middle_attn_block_type),
-                make.res(widths[-1], widths[-1]),
+                factory.res(widths[-1], widths[-1]),
+                factory.attention(widths[-1], config.middle_attn_block_type),
+                factory.res(widths[-1], widths[-1]),
             ]
         )
-        self.up_blocks = build_up(make, skips)
+        self.up_blocks = build_up(factory, skips)
         self.norm = group_norm(widths[0], eps=EPS)
-        self.conv_out = zeroed(nn.Conv2d(widths[0], config.out_channels, 3, padding=1))
+        self.conv_out = zero_module(nn.Conv2d(widths[0], config.out_channels, 3, padding=1))
 
     def encode(
         self, fields: Mapping[str, Any] | None, x: Tensor, drop: Mapping[str, Tensor] | None = None
@@ -198,7 +198,7 @@ class UNet(nn.Module):
         h, skips = self.down(x, emb, condition)
         h = self.middle(h, emb, condition)
         if skip_residuals is not None:
-            h, skips = added(h, skips, skip_residuals)
+            h, skips = add_residuals(h, skips, skip_residuals)
         return self.up(h, skips, emb, condition)
 
     def embed(
@@ -226,20 +226,20 @@ class UNet(nn.Module):
         maps = condition.map()
         skips = [self.conv_in(x if maps is None else torch.cat([x, maps], 1))]
         for blocks in self.down_blocks:
-            skips.append(self.run(blocks, skips[-1], emb, condition))
+            skips.append(self.run_blocks(blocks, skips[-1], emb, condition))
         return skips[-1], skips
 
     def middle(self, h: Tensor, emb: Tensor, condition: Condition) -> Tensor:
         """(B, C, h, w) -> the same shape."""
-        return self.run(self.middle_blocks, h, emb, condition)
+        return self.run_blocks(self.middle_blocks, h, emb, condition)
 
     def up(self, h: Tensor, skips: Sequence[Tensor], emb: Tensor, condition: Condition) -> Tensor:
         """h at the last level and the skips of `down` -> the prediction (B, C', H, W)."""
         for blocks, skip in zip(self.up_blocks, reversed(skips), strict=True):
-            h = self.run(blocks, torch.cat([h, skip], 1), emb, condition)
+            h = self.run_blocks(blocks, torch.cat([h, skip], 1), emb, condition)
         return self.conv_out(F.silu(self.norm(h)))
 
-    def run(self, blocks: nn.ModuleList, h: Tensor, emb: Tensor, condition: Condition) -> Tensor:
+    def run_blocks(self, blocks: nn.ModuleList, h: Tensor, emb: Tensor, condition: Condition) -> Tensor:
         """Each block in turn, given what its contract asks for."""
         for block in blocks:
             given = [emb] * isinstance(block, EmbedBlock) + [condition] * isinstance(block, ConditionBlock)
@@ -247,34 +247,34 @@ class UNet(nn.Module):
         return h
 
 
-def build_down(make: Maker) -> tuple[nn.ModuleList, list[int]]:
+def build_down(factory: BlockFactory) -> tuple[nn.ModuleList, list[int]]:
     """The steps on the way down, and the channels of each skip."""
-    widths = make.config.widths
+    widths = factory.config.widths
     steps, skips = [], [widths[0]]
     for level, width in enumerate(widths):
-        for _ in range(make.config.res_blocks):
-            steps.append(make.step(skips[-1], width, level))
+        for _ in range(factory.config.res_blocks):
+            steps.append(factory.step(skips[-1], width, level))
             skips.append(width)
         if level < len(widths) - 1:
-            steps.append(nn.ModuleList([make.downsample(width)]))
+            steps.append(nn.ModuleList([factory.downsample(width)]))
             skips.append(width)
     return nn.ModuleList(steps), skips
 
 
-def build_up(make: Maker, skips: list[int]) -> nn.ModuleList:
+def build_up(factory: BlockFactory, skips: list[int]) -> nn.ModuleList:
     """The steps on the way up, each of which takes one skip; the last of a level doubles the size."""
     steps, channels, skips = [], skips[-1], list(skips)
-    for level, width in reversed(list(enumerate(make.config.widths))):
-        for i in range(make.config.res_blocks + 1):
-            blocks = make.step(channels + skips.pop(), width, level)
-            if level > 0 and i == make.config.res_blocks:
-                blocks.append(make.upsample(width))
+    for level, width in reversed(list(enumerate(factory.config.widths))):
+        for i in range(factory.config.res_blocks + 1):
+            blocks = factory.step(channels + skips.pop(), width, level)
+            if level > 0 and i == factory.config.res_blocks:
+                blocks.append(factory.upsample(width))
             steps.append(blocks)
             channels = width
     return nn.ModuleList(steps)
 
 
-def added(h: Tensor, skips: list[Tensor], residuals: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def add_residuals(h: Tensor, skips: list[Tensor], residuals: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """h and the skips, each with its residual."""
     if len(residuals) not in (len(skips), len(skips) + 1):
         raise ValueError(f"got {len(residuals)} skip_residuals, wanted {len(skips)}, or one more for the middle")

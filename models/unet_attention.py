@@ -5,14 +5,14 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from models.attention import KINDS, Attention, CrossAttention
-from models.blocks import FEED_FORWARDS, ConditionBlock, group_norm, zeroed
+from models.attention import ATTENTION_TYPES, Attention, CrossAttention
+from models.blocks import FEED_FORWARDS, ConditionBlock, group_norm, zero_module
 from models.conditioning import Condition
 from models.neighborhood import Backend, HydraAttention
-from models.registry import part
+from models.registry import resolve_class
 
 EPS = 1e-5  # of the norms in a UNet (Nichol & Dhariwal 2021)
-SELF_ATTENTION = (*KINDS, "neighborhood")
+SELF_ATTENTION = (*ATTENTION_TYPES, "neighborhood")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class AttentionOptions:
     feed_forward: str = "geglu"  # a transformer block's: one of FEED_FORWARDS, or a dotted path
 
 
-def self_attention(kind: str, channels: int, options: AttentionOptions) -> Attention:
+def build_self_attention(kind: str, channels: int, options: AttentionOptions) -> Attention:
     """diff_v1 makes half as many heads of twice the width, which keeps the number of parameters."""
     if kind not in SELF_ATTENTION:
         raise ValueError(f"got self-attention {kind!r}, there are {', '.join(SELF_ATTENTION)}")
@@ -39,10 +39,10 @@ def self_attention(kind: str, channels: int, options: AttentionOptions) -> Atten
         core = HydraAttention(heads, options.kernel_sizes, options.dilations, backend=options.na_backend)
         return Attention(channels, heads, core=core)
     if kind != "diff_v1":
-        return KINDS[kind](channels, heads)
+        return ATTENTION_TYPES[kind](channels, heads)
     if heads % 2:
         raise ValueError(f"got {heads} heads of {channels} channels, diff_v1 pairs them: wanted an even number")
-    return KINDS[kind](channels, heads // 2, depth=options.depth)
+    return ATTENTION_TYPES[kind](channels, heads // 2, depth=options.depth)
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -61,14 +61,14 @@ class SelfAttentionBlock(ConditionBlock):
     def __init__(self, channels: int, options: AttentionOptions, kind: str = "softmax"):
         super().__init__()
         self.norm = group_norm(channels, eps=EPS)
-        self.attention = self_attention(kind, channels, options)
-        zeroed(self.attention.proj)
+        self.attention = build_self_attention(kind, channels, options)
+        zero_module(self.attention.proj)
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
         return x + to_map(self.attention(to_tokens(self.norm(x))))
 
 
-class FeatureTransformerBlock(ConditionBlock):
+class SpatialTransformer(ConditionBlock):
     """Self-attention, cross-attention to the condition's tokens where there are any, and a feed-forward layer.
 
     They stand between two linear layers, beside a skip, as in Rombach et al. 2022; the last starts at zero.
@@ -79,14 +79,14 @@ class FeatureTransformerBlock(ConditionBlock):
         self.norm = group_norm(channels, eps=EPS)
         self.proj_in = nn.Linear(channels, channels)
         self.norm1 = nn.LayerNorm(channels)
-        self.attention = self_attention(options.transformer_attention, channels, options)
+        self.attention = build_self_attention(options.transformer_attention, channels, options)
         self.cross = None
         if options.context_width:
             self.cross_norm = nn.LayerNorm(channels)
             self.cross = CrossAttention(channels, options.heads, context_width=options.context_width)
         self.norm2 = nn.LayerNorm(channels)
-        self.feed_forward = part(options.feed_forward, FEED_FORWARDS, (nn.Module,), "feed_forward")(channels)
-        self.proj_out = zeroed(nn.Linear(channels, channels))
+        self.feed_forward = resolve_class(options.feed_forward, FEED_FORWARDS, (nn.Module,), "feed_forward")(channels)
+        self.proj_out = zero_module(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
         h = self.proj_in(to_tokens(self.norm(x)))  # (B, H, W, C)
@@ -112,6 +112,6 @@ class NoAttention(ConditionBlock):
 
 ATTENTION_BLOCKS = {
     **{kind: partial(SelfAttentionBlock, kind=kind) for kind in SELF_ATTENTION},
-    "transformer": FeatureTransformerBlock,
+    "transformer": SpatialTransformer,
     "none": NoAttention,
 }

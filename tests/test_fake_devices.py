@@ -21,8 +21,8 @@ from vq.augment import Augmentation
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
 from vq.discriminator import PatchDiscriminator
-from vq.losses import ADVERSARIAL, adaptive_weight
-from vq.quantizer import count, perplexity, usage
+from vq.losses import ADVERSARIAL_LOSSES, adaptive_weight
+from vq.quantizer import count_codes, perplexity, usage
 
 CODES, GRID, BATCH = 16, (4, 4), 2
 PROCESS = AbsorbingDiffusion(CODES, steps=3)
@@ -101,7 +101,7 @@ def test_a_tensor_on_the_wrong_device_is_detected(device, networks, codes):
 def test_the_autoencoder(device, networks, images, codes):
     vqgan = networks["vqgan"]
     assert all_on(device, list(vqgan.parameters()), vqgan(images), vqgan.encode(images), vqgan.decode(codes))
-    counts = count(vqgan(images)[1].ids, CODES)
+    counts = count_codes(vqgan(images)[1].ids, CODES)
     assert all_on(device, usage(counts), perplexity(counts))
 
 
@@ -146,10 +146,10 @@ def test_the_augmentation(device, images, rng):
 
 
 @with_autograd
-@pytest.mark.parametrize("loss", ADVERSARIAL)
+@pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
 def test_the_losses_of_the_first_stage_and_their_gradients(device, networks, images, rng, loss):
     vqgan, discriminator = networks["vqgan"], networks["group"]
-    of_discriminator, of_autoencoder = ADVERSARIAL[loss]
+    of_discriminator, of_autoencoder = ADVERSARIAL_LOSSES[loss]
     reconstructions, codes = vqgan(images)
     augmentation = Augmentation.draw(images, rng)
     fake = discriminator(augmentation(reconstructions))

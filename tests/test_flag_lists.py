@@ -6,7 +6,7 @@ from helpers.tiny_runs import ROOT
 from train.cli import parse as cli
 from train.cli.plugins import PLUGIN_GROUPS
 from train.config import DataConfig, LoggingConfig, TrainingConfig
-from train.registry import names_in
+from train.registry import plugin_names
 from train.samplers import absorbing, ddpm
 from train.samplers._transformer import TransformerConfig
 from vq.config import VQGANConfig, VQGANLossConfig
@@ -25,7 +25,7 @@ def test_the_flags_of_data_and_stage_one_are_frozen():
         *("nf", "ch_mult", "res_blocks", "attn_resolutions", "quantizer", "codebook_size", "emb_dim", "unit_range"),
     }
     entropies = {"beta", "entropy_weight", "entropy_temperature"}
-    assert {name: cli.flag_names(QUANTIZERS.config_of(name)) for name in names_in("vq.quantizers")} == {
+    assert {name: cli.flag_names(QUANTIZERS.config_of(name)) for name in plugin_names("vq.quantizers")} == {
         **{"nearest": {"beta", "legacy_beta"}, "ema": {"beta", "codebook_decay", "revive_below"}, "l2": {"beta"}},
         **{"fsq": {"fsq_levels"}, "lfq": entropies, "ibq": entropies},
         "gumbel": {"gumbel_kl_weight", "gumbel_straight_through", "gumbel_decay_steps"},
@@ -99,6 +99,6 @@ def test_the_flags_of_samplers_and_training_are_frozen():
 
 
 def test_registries_list_plugin_files():
-    assert {"digits", "mnist", "fashion_mnist", "cifar10", "folder", "lsun"} <= set(names_in("train.datasets"))
-    assert names_in("train.samplers") == ["absorbing", "autoregressive", "ddpm"]
+    assert {"digits", "mnist", "fashion_mnist", "cifar10", "folder", "lsun"} <= set(plugin_names("train.datasets"))
+    assert plugin_names("train.samplers") == ["absorbing", "autoregressive", "ddpm"]
     assert set(yaml.safe_load((ROOT / "datasets.yaml").read_text())) >= {"ffhq", "churches", "bedrooms", "faces140k"}

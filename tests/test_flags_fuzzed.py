@@ -24,7 +24,7 @@ from train.cli import parse as cli
 from train.cli.json_config import read_json
 from train.cli.plugins import make_default_config
 from train.datasets import DatasetConfig
-from train.registry import names_in, plugin
+from train.registry import load_plugin, plugin_names
 
 EXPERIMENTS = sorted(p.name for p in (ROOT / "experiments").glob("*.py") if "run_script(" in p.read_text())
 NAMES = ["train_vqgan.py", "train_sampler.py", "convert.py", *(f"experiments/{name}" for name in EXPERIMENTS)]
@@ -107,12 +107,12 @@ def keys_of(groups):
     return sorted({key for group in groups for key in cli.flag_names(group)})
 
 
-SAMPLERS = [plugin("train.samplers", name, "sampler") for name in names_in("train.samplers")]
+SAMPLERS = [load_plugin("train.samplers", name, "sampler") for name in plugin_names("train.samplers")]
 GROUPS = [cli.DataConfig, DatasetConfig, cli.LoggingConfig]
 GROUPS += [group for module in SAMPLERS for group in (module.Config, module.Sampling)]
 FLAGS = [*keys_of(GROUPS), *"lr train_steps batch_size ema watch load_dir ae_load_dir n_samples nf ch_mult".split()]
 FLAGS += "shape solvers grid from weights step allow seed calls sizes sampler dataset config logs_root".split()
-SECTIONS = ["vqgan", *names_in("train.samplers"), *(name.removesuffix(".py") for name in EXPERIMENTS)]
+SECTIONS = ["vqgan", *plugin_names("train.samplers"), *(name.removesuffix(".py") for name in EXPERIMENTS)]
 ODD = [
     *("", "~", "null", "None", "'None'", "yes", "off", "true", "False", "'16'", "1 2 2", "- a", "a: b", "\t1"),
     *("1", "0", "-1", "1e6", "1.5e1", "2.5", "010", "0x10", "1_000", "1:30", "2024-01-01", "2024-13-45"),
@@ -175,7 +175,7 @@ def test_any_yaml_file(scripts, name, text):
 def test_any_value_of_a_real_flag(scripts, data):
     """In the section of a file, and on the command line."""
     name = data.draw(st.sampled_from(NAMES))
-    sampler = data.draw(st.sampled_from(names_in("train.samplers")))
+    sampler = data.draw(st.sampled_from(plugin_names("train.samplers")))
     (_, cls, *section), _ = scripts.calls[name]
     flag = data.draw(st.sampled_from(sorted(cli.flag_names(make_default_config(cls, {"sampler": sampler}).config))))
     text, argv = data.draw(value), [f"--sampler={sampler}"] if "sampler" in cli.flag_names(cls) else []

@@ -9,7 +9,7 @@ import pytest
 import train.datasets
 from helpers.tiny_runs import DDPM, ROOT, call
 from models.blocks import EmbedBlock
-from models.registry import MOVED, part
+from models.registry import MOVED, resolve_class
 from train import registry
 from train.registry import import_callable
 from train.runs import identity
@@ -26,14 +26,14 @@ def test_an_old_path_is_an_error_that_names_the_new_one(old):
     with pytest.raises(ValueError, match=re.escape(MOVED[old])):
         import_callable(old, "--hooks")
     with pytest.raises(ValueError, match=re.escape(MOVED[old])):
-        part(old, {}, (EmbedBlock,), "res_block_type")
+        resolve_class(old, {}, (EmbedBlock,), "res_block_type")
 
 
 def test_importing_an_old_module_names_the_new_ones(tmp_path, monkeypatch):
     (tmp_path / "my_blocks.py").write_text("from models.attention_block import SelfAttentionBlock\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="imports models.attention_block.*models.unet_attention.SelfAttentionBlock"):
-        part("my_blocks.Mine", {}, (EmbedBlock,), "res_block_type")
+        resolve_class("my_blocks.Mine", {}, (EmbedBlock,), "res_block_type")
 
 
 @pytest.mark.parametrize(
@@ -54,10 +54,10 @@ def test_importing_a_moved_name_names_the_new_path(line, new, tmp_path, monkeypa
 
 def test_a_data_set_importing_an_old_module_names_the_new_one(tmp_path, monkeypatch):
     (tmp_path / "birds.py").write_text("from train.images import decode\n")
-    monkeypatch.setattr(registry, "names_in", lambda package: ["birds"])
+    monkeypatch.setattr(registry, "plugin_names", lambda package: ["birds"])
     monkeypatch.setattr(train.datasets, "__path__", [str(tmp_path)])
     with pytest.raises(ValueError, match="data set 'birds', which imports train.images.*train.datasets._decode.decode"):
-        registry.plugin("train.datasets", "birds", "data set")
+        registry.load_plugin("train.datasets", "birds", "data set")
 
 
 def test_other_import_errors_are_not_changed(tmp_path, monkeypatch):

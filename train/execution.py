@@ -59,9 +59,9 @@ def checkpointed_forward(block: nn.Module, *args, **kwargs):
     forward = types.MethodType(type(block).forward, block)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    if torch.compiler.is_compiling():  # does not support context_fn, and guards on `recorded`
+    if torch.compiler.is_compiling():  # does not support context_fn, and guards on `map_lists`
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    recorders = {m: len(m.recorded) for m in block.modules() if isinstance(m, Attention)}
+    recorders = {m: len(m.map_lists) for m in block.modules() if isinstance(m, Attention)}
 
     def contexts():
         return ExitStack(), recording_suspended(recorders)
@@ -72,14 +72,14 @@ def checkpointed_forward(block: nn.Module, *args, **kwargs):
 @contextmanager
 def recording_suspended(counts: dict[Attention, int]) -> Iterator[None]:
     """Discards the attention maps of the recomputation, with as many recorders per layer as the first pass had."""
-    recorders = {layer: layer.recorded for layer in counts}
+    recorders = {layer: layer.map_lists for layer in counts}
     for layer, count in counts.items():
-        layer.recorded = [[] for _ in range(count)]
+        layer.map_lists = [[] for _ in range(count)]
     try:
         yield
     finally:
         for layer, recorded in recorders.items():
-            layer.recorded = recorded
+            layer.map_lists = recorded
 
 
 def compile_network(module: nn.Module) -> None:

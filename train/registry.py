@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from models.registry import did_you_mean, import_attribute, names_in, plugin
+from models.registry import did_you_mean, import_attribute, load_plugin, plugin_names
 
-__all__ = ["did_you_mean", "import_callable", "names_in", "plugin"]
+__all__ = ["did_you_mean", "import_callable", "plugin_names", "load_plugin"]
 
 
 def import_callable(path: str, flag: str) -> Callable:

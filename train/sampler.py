@@ -17,7 +17,7 @@ from train.logging import Logger
 from train.loop import Batch, Outputs, TrainState
 from train.lr_schedule import learning_rate
 from train.optim import clip_and_step
-from train.registry import plugin
+from train.registry import load_plugin
 from train.samplers import Control, LearnedSampler, chosen_solver
 from train.spaces import Space
 from train.trainer import build_train_state
@@ -32,7 +32,7 @@ def build_state(
 ) -> tuple[LearnedSampler, TrainState]:
     """The sampler that the config names, for x of `space`, and the state that trains its network."""
     torch.manual_seed(training.seed)
-    module = plugin("train.samplers", config.sampler, "sampler")
+    module = load_plugin("train.samplers", config.sampler, "sampler")
     sampler = module.build(config, **space.model_args, n_classes=n_classes)
     modules = {"network": sampler.network}
     state = build_train_state(

@@ -16,7 +16,7 @@ from train.datasets import Dataset
 from train.distributed import DistContext
 from train.first_stage import FirstStage, load_first_stage
 from train.loop import Batch
-from train.registry import plugin
+from train.registry import load_plugin
 from train.runs import read_provenance, run_folder
 
 MEASURED_IMAGES = 1024  # whose latents say how large latents are
@@ -273,7 +273,7 @@ def open_space(config: SecondStageConfig, run_origin: dict[str, Any], images: Da
     The scale of latents is what an earlier start of the run noted, or the run that --load_dir names; else it is
     measured on `images`.
     """
-    of_codes = plugin("train.samplers", config.sampler.sampler, "sampler").SPACE == "codes"
+    of_codes = load_plugin("train.samplers", config.sampler.sampler, "sampler").SPACE == "codes"
     name = config.first.ae_load_dir or (f"vqgan_{config.data.dataset}" if of_codes else None)
     if name is None:
         return Pixels(config.data)

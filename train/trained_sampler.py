@@ -35,7 +35,7 @@ from train.execution import autocast
 from train.first_stage import load_first_stage
 from train.loop import Batch
 from train.posthoc_ema import open_snapshot, reconstruct_ema, snapshot_path, snapshot_steps
-from train.registry import import_callable, plugin
+from train.registry import import_callable, load_plugin
 from train.runs import read_run, run_folder
 from train.samplers import Control, LearnedSampler
 from train.spaces import EditInput, Pixels, Space, reopened_space
@@ -166,7 +166,7 @@ class TrainedSampler:
 
     def check_options(self, options: SamplingConfig) -> None:
         """ValueError unless these are options of this sampler, such as a train.samplers.absorbing.Sampling."""
-        wanted = plugin("train.samplers", self.sampler.config.sampler, "sampler").Sampling
+        wanted = load_plugin("train.samplers", self.sampler.config.sampler, "sampler").Sampling
         if not isinstance(options, wanted):
             got = f"{type(options).__module__}.{type(options).__qualname__}"
             raise ValueError(f"got {got} as sampling options, wanted {wanted.__module__}.{wanted.__qualname__}")
@@ -279,7 +279,7 @@ def load_sampler(
     frequencies = content.get("origin", {}).get("class_frequencies")
     if frequencies is None:
         raise ValueError(f"{run / 'config.yaml'} has no class_frequencies in its origin: is it damaged?")
-    module = plugin("train.samplers", config.sampler.sampler, "sampler")
+    module = load_plugin("train.samplers", config.sampler.sampler, "sampler")
     sampler = module.build(config.sampler, **space.model_args, n_classes=len(frequencies))
     if ema_length is None:
         averaged = EMA_WEIGHTS in verify_checkpoint(checkpoint_path(run, step)) if ema is None else ema

@@ -27,9 +27,9 @@ from vq.augment import Augmentation
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig, VQGANLossConfig
 from vq.discriminator import PatchDiscriminator
-from vq.losses import ADVERSARIAL, LeCAM, adaptive_weight
-from vq.quantizer import count, perplexity, usage
-from vq.quantizers import Codes, Training
+from vq.losses import ADVERSARIAL_LOSSES, LeCAM, adaptive_weight
+from vq.quantizer import count_codes, perplexity, usage
+from vq.quantizers import Quantized, StepContext
 
 VALIDATION_IMAGES = 1024  # quick, and accurate to about two digits
 SHOWN_IMAGES = 16
@@ -79,7 +79,7 @@ class VQGANStep:
         self.loss, self.training, self.world, self.keep_outputs = loss, training, world, keep_outputs
         self.perceptual = None if perceptual is None else perceptual.to(world.device)
         self.perceptual_name = "logits" if loss.perceptual_net == "resnet50" else "lpips"
-        self.discriminator_loss_fn, self.generator_loss_fn = ADVERSARIAL[loss.disc_loss]
+        self.discriminator_loss_fn, self.generator_loss_fn = ADVERSARIAL_LOSSES[loss.disc_loss]
         self.dtype = training_dtype(training, world.device)
         self.channels_last = uses_channels_last(training, world.device)
 
@@ -94,7 +94,7 @@ class VQGANStep:
         last, weight = len(micro_batches) - 1, 1 / len(micro_batches)
         state.modules["discriminator"].requires_grad_(False)
         totals: Outputs = {}
-        outputs: list[tuple[Tensor, Codes]] = []
+        outputs: list[tuple[Tensor, Quantized]] = []
         for i, batch in enumerate(micro_batches):
             with gradient_sync(state.train_module("autoencoder").train(), last=i == last):
                 fake, codes, metrics = self.autoencoder_backward(state, batch, weight)
@@ -109,24 +109,26 @@ class VQGANStep:
         names = ["autoencoder", "discriminator"] if discriminates else ["autoencoder"]
         norms = clip_and_step(state, names, self.world, lr=lr, clip=self.training.grad_clip)
         if norms is None:
-            quantizer.learn(None)
+            quantizer.update_codebook(None)
             for buffer, old in zip(buffers, old_buffers, strict=True):
                 buffer.copy_(old)  # the bad batch has updated the running statistics of batch norms
             return None
         prefixes = self.training.train_only
         learns = any(is_selected(f"quantizer.{name}", prefixes) for name in quantizer.state_dict())
-        quantizer.learn(self.step_context(state, None) if learns else None)
+        quantizer.update_codebook(self.step_context(state, None) if learns else None)
         if "lecam" in state.extras and discriminates:
-            state.extras["lecam"].follow(*self.world.mean(torch.stack([totals["disc_real"], totals["disc_fake"]])))
+            state.extras["lecam"].update_averages(
+                *self.world.mean(torch.stack([totals["disc_real"], totals["disc_fake"]]))
+            )
         totals |= dict(zip(["grad_norm", "disc_grad_norm"][: len(norms)], norms, strict=True))
         totals["lr"] = torch.tensor(lr, device=self.world.device)
         for batch, (_, codes) in zip(micro_batches, outputs, strict=True):
-            chosen = count(codes.ids, quantizer.codebook_size)
+            chosen = count_codes(codes.ids, quantizer.codebook_size)
             state.counters["codes"].add("chosen", chosen)
             state.counters["codes"].add("images", torch.full_like(chosen[0], len(batch["image"])))
         return totals | self.hook_outputs(micro_batches, outputs) if self.keep_outputs else totals
 
-    def hook_outputs(self, micro_batches: Sequence[Batch], outputs: list[tuple[Tensor, Codes]]) -> Outputs:
+    def hook_outputs(self, micro_batches: Sequence[Batch], outputs: list[tuple[Tensor, Quantized]]) -> Outputs:
         """The per-example outputs for the user's hooks."""
         tensors = {
             "image": [batch["image"] for batch in micro_batches],
@@ -135,11 +137,11 @@ class VQGANStep:
         }
         return {name: torch.cat(parts) for name, parts in tensors.items()}
 
-    def step_context(self, state: TrainState, batch: Batch | None) -> Training:
+    def step_context(self, state: TrainState, batch: Batch | None) -> StepContext:
         """The quantizer's view of a training step, with random streams if a micro-batch is given."""
         seed, device = self.training.seed, self.world.device
         rng = None if batch is None else sample_streams(seed, "quantizer", batch, device)
-        return Training(state.step, seed_of(seed, "quantizer", "step", state.step), rng, self.world)
+        return StepContext(state.step, seed_of(seed, "quantizer", "step", state.step), rng, self.world)
 
     def augmentation(self, batch: Batch, purpose: str) -> Callable[[Tensor], Tensor]:
         """Draws one augmentation for both real images and reconstructions; the identity without --diff_aug."""
@@ -147,7 +149,7 @@ class VQGANStep:
             return identity
         return Augmentation.draw(batch["image"], sample_streams(self.training.seed, purpose, batch, self.world.device))
 
-    def autoencoder_backward(self, state: TrainState, batch: Batch, weight: float) -> tuple[Tensor, Codes, Outputs]:
+    def autoencoder_backward(self, state: TrainState, batch: Batch, weight: float) -> tuple[Tensor, Quantized, Outputs]:
         """Runs forward and backward of the autoencoder for a micro-batch, which counts `weight` in its batch.
 
         Gradients of the losses are taken with respect to the reconstruction first, so that one backward pass through
@@ -161,7 +163,7 @@ class VQGANStep:
         vq = codes.loss.mean()
         scale = state.extras["loss_scale"].value if "loss_scale" in state.extras else 1.0
         (gradient,) = torch.autograd.grad(reconstruction_loss * scale, fake)
-        loss, warm_up = (reconstruction_loss + vq).detach(), self.loss.adversarial_share(state.step)
+        loss, warm_up = (reconstruction_loss + vq).detach(), self.loss.adversarial_ramp(state.step)
         if warm_up:
             g, g_gradient = self.adversarial_loss(state, batch, fake, scale)
             metrics["adversarial"], g_weight = g, self.loss.disc_weight * warm_up
@@ -276,7 +278,7 @@ class VQGANReports:
             for name, value in losses.items():
                 value = value.cpu().double()
                 sums[name] = sums.get(name, 0) + torch.stack([value.sum(), value.new_tensor(len(value))]) * counts
-            chosen += count(codes.ids, len(chosen)) * counts
+            chosen += count_codes(codes.ids, len(chosen)) * counts
         totals = world.sum(torch.stack(list(sums.values())))
         means = {f"val/{name}": (total / n).item() for name, (total, n) in zip(sums, totals, strict=True)}
         chosen = world.sum(chosen)

@@ -7,12 +7,12 @@ from vq.discriminator import PatchDiscriminator
 from vq.losses import LeCAM, adaptive_weight
 from vq.perceptual import Perceptual, load_perceptual
 from vq.quantizer import make_quantizer
-from vq.quantizers import Codes, Quantizer, QuantizerConfig, Training
+from vq.quantizers import Quantized, Quantizer, QuantizerConfig, StepContext
 from vq.tiles import decode_tiled, encode_tiled
 
 __all__ = [
     "Augmentation",
-    "Codes",
+    "Quantized",
     "Decoder",
     "Encoder",
     "LeCAM",
@@ -20,7 +20,7 @@ __all__ = [
     "Perceptual",
     "Quantizer",
     "QuantizerConfig",
-    "Training",
+    "StepContext",
     "VQGAN",
     "VQGANConfig",
     "VQGANLossConfig",

@@ -7,7 +7,7 @@ from models.blocks import Downsample, ResBlock, Upsample, group_norm
 from models.sdpa import attend
 from vq.config import VQGANConfig
 from vq.quantizer import make_quantizer
-from vq.quantizers import Codes, Training
+from vq.quantizers import Quantized, StepContext
 
 
 class AttentionBlock(nn.Module):
@@ -30,11 +30,11 @@ class AttentionBlock(nn.Module):
         return x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W))
 
 
-def middle(channels: int) -> list[nn.Module]:
+def middle_blocks(channels: int) -> list[nn.Module]:
     return [ResBlock(channels, channels), AttentionBlock(channels), ResBlock(channels, channels)]
 
 
-def level(in_channels: int, channels: int, count: int, attention: bool) -> list[nn.Module]:
+def level_blocks(in_channels: int, channels: int, count: int, attention: bool) -> list[nn.Module]:
     """`count` ResBlocks at one resolution, each followed by attention where `attention`."""
     layers: list[nn.Module] = []
     for i in range(count):
@@ -54,10 +54,10 @@ class Encoder(nn.Sequential):
         widths = [config.nf * m for m in config.ch_mult]
         layers: list[nn.Module] = [nn.Conv2d(n_channels, config.nf, 3, padding=1)]
         for i, (before, width) in enumerate(zip([config.nf, *widths[:-1]], widths, strict=True)):
-            layers += level(before, width, config.res_blocks, height >> i in config.attn_resolutions)
+            layers += level_blocks(before, width, config.res_blocks, height >> i in config.attn_resolutions)
             if i < len(widths) - 1:
                 layers.append(Downsample(width))
-        layers += middle(widths[-1])
+        layers += middle_blocks(widths[-1])
         layers += [group_norm(widths[-1]), nn.Conv2d(widths[-1], config.code_dim, 3, padding=1)]
         super().__init__(*layers)
 
@@ -67,10 +67,10 @@ class Decoder(nn.Sequential):
 
     def __init__(self, config: VQGANConfig, height: int, n_channels: int):
         widths = [config.nf * m for m in config.ch_mult]
-        layers: list[nn.Module] = [nn.Conv2d(config.code_dim, widths[-1], 3, padding=1), *middle(widths[-1])]
+        layers: list[nn.Module] = [nn.Conv2d(config.code_dim, widths[-1], 3, padding=1), *middle_blocks(widths[-1])]
         for i in reversed(range(len(widths))):
             before = widths[min(i + 1, len(widths) - 1)]
-            layers += level(before, widths[i], config.res_blocks, height >> i in config.attn_resolutions)
+            layers += level_blocks(before, widths[i], config.res_blocks, height >> i in config.attn_resolutions)
             if i > 0:
                 layers.append(Upsample(widths[i]))
         layers += [group_norm(widths[0]), nn.Conv2d(widths[0], n_channels, 3, padding=1)]
@@ -119,9 +119,9 @@ class VQGAN(nn.Module):
         self.config.grid(*images.shape[2:])
         return self.encoder((images + 1) / 2 if self.config.unit_range else images)
 
-    def forward(self, images: Tensor, training: Training | None = None) -> tuple[Tensor, Codes]:
+    def forward(self, images: Tensor, context: StepContext | None = None) -> tuple[Tensor, Quantized]:
         """images (B, C, H, W) in [-1, 1] -> reconstructions of the same shape, Codes."""
-        codes = self.quantizer(self.latents(images), training)
+        codes = self.quantizer(self.latents(images), context)
         return self.decoder(codes.vectors), codes
 
     @torch.no_grad()

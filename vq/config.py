@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from models.registry import plugin
+from models.registry import load_plugin
 from vq.quantizers import QuantizerConfig
 
 
@@ -37,7 +37,7 @@ class VQGANConfig:
         for name in ("nf", "res_blocks", "emb_dim", "codebook_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1: pass --{name} N")
-        kind = plugin("vq.quantizers", self.quantizer, "quantizer").Config
+        kind = load_plugin("vq.quantizers", self.quantizer, "quantizer").Config
         if type(self.quantizer_config) is QuantizerConfig:  # left out: the defaults of the quantizer named
             object.__setattr__(self, "quantizer_config", kind())
         if not isinstance(self.quantizer_config, kind):
@@ -121,7 +121,7 @@ class VQGANLossConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1: pass --{name} N")
 
-    def adversarial_share(self, step: int) -> float:
+    def adversarial_ramp(self, step: int) -> float:
         """How much of the adversarial loss the autoencoder minds at a step, in [0, 1]."""
         since = step - self.disc_start_step - self.disc_warmup_steps
         if since < 0:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vq.quantizer import whole_factors
-from vq.quantizers import CommitmentConfig, Training
+from vq.quantizer import full_precision_matmul
+from vq.quantizers import CommitmentConfig, StepContext
 
-CERTAIN = 1e3  # logits beyond it have probabilities of 0 and 1, in float64 too
+MAX_LOGIT = 1e3  # logits beyond it have probabilities of 0 and 1, in float64 too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +32,15 @@ class EntropyConfig(CommitmentConfig):
             raise ValueError(f"got entropy_temperature {got}, wanted a positive one: pass --entropy_temperature 0.01")
 
 
-def whole_batch(p: Tensor, training: Training | None) -> Tensor:
-    """Mean probabilities (K,) of one process' batch -> those of all processes together; without `training` p itself.
+def mean_over_processes(p: Tensor, context: StepContext | None) -> Tensor:
+    """Mean probabilities (K,) of one process' batch -> those of all processes together; without `context` p itself.
 
     The value is the mean over processes and the gradient that of p alone: averaged over processes, as DDP does, the
     gradients of H at the common value are the gradient of H of the whole. Processes have equally many positions each.
     """
-    if training is None:
+    if context is None:
         return p
-    return training.processes.mean(p.detach()) + (p - p.detach())
+    return context.dist.mean(p.detach()) + (p - p.detach())
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -48,13 +48,13 @@ def entropy(p: Tensor) -> Tensor:
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
 
 
-def entropy_of_bits(logits: Tensor) -> Tensor:
+def binary_entropy(logits: Tensor) -> Tensor:
     """Entropy of each bit that is 1 with probability sigmoid(logit), in [0, log 2], of any shape."""
-    x = logits.clamp(-CERTAIN, CERTAIN)
+    x = logits.clamp(-MAX_LOGIT, MAX_LOGIT)
     return -x.sigmoid() * F.logsigmoid(x) - (-x).sigmoid() * F.logsigmoid(-x)
 
 
-def outcomes(logits: Tensor) -> Tensor:
+def code_probs(logits: Tensor) -> Tensor:
     """Logits (N, D) of D independent bits -> probabilities (N, 2^D) of what they make; bit d counts 2^d."""
     p = logits.new_ones(len(logits), 1)
     for bit in logits.unbind(1):
@@ -62,12 +62,12 @@ def outcomes(logits: Tensor) -> Tensor:
     return p
 
 
-def mean_of_outcomes(logits: Tensor) -> Tensor:
+def mean_code_probs(logits: Tensor) -> Tensor:
     """Logits (N, D) of D independent bits -> probabilities (2^D,) of what they make, mean over N.
 
     As the product of outcomes of half the bits each: (N, 2^(D/2)) twice, for 2^16 of them N x 256, not N x 2^16.
     """
     half = logits.shape[1] // 2
-    low, high = outcomes(logits[:, :half]), outcomes(logits[:, half:])
-    with torch.autocast(logits.device.type, enabled=False), whole_factors():
+    low, high = code_probs(logits[:, :half]), code_probs(logits[:, half:])
+    with torch.autocast(logits.device.type, enabled=False), full_precision_matmul():
         return (high.t() @ low / len(logits)).flatten()

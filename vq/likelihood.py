@@ -5,11 +5,14 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import zeroed
+from models.blocks import zero_module
 from vq.autoencoder import Decoder
 
-LOWEST, HIGHEST = -14.0, 2.0  # log variances: deviations of a ninth of an 8-bit level, and of more than all levels
-FIRST = -4.0  # 17 levels: what all begin at
+MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = (
+    -14.0,
+    2.0,
+)  # log variances: deviations of a ninth of an 8-bit level, and of more than all levels
+INITIAL_LOG_VARIANCE = -4.0  # 17 levels: what all begin at
 
 
 class Reconstruction(NamedTuple):
@@ -32,21 +35,21 @@ class LogVarianceHead(nn.Sequential):
     """
 
     def __init__(self, channels: int, n_channels: int):
-        last = zeroed(nn.Conv2d(channels, n_channels, 1))
-        nn.init.constant_(last.bias, FIRST)
+        last = zero_module(nn.Conv2d(channels, n_channels, 1))
+        nn.init.constant_(last.bias, INITIAL_LOG_VARIANCE)
         super().__init__(nn.Conv2d(channels, channels, 3, padding=1), nn.SiLU(), last)
 
     def forward(self, features: Tensor) -> Tensor:
-        return bounded(super().forward(features))
+        return soft_clamp(super().forward(features))
 
 
-def bounded(log_variance: Tensor) -> Tensor:
+def soft_clamp(log_variance: Tensor) -> Tensor:
     """Any number to between LOWEST and HIGHEST, as it is well inside, smoothly (Chua et al. 2018, appendix A.1)."""
-    below = HIGHEST - F.softplus(HIGHEST - log_variance)
-    return LOWEST + F.softplus(below - LOWEST)
+    below = MAX_LOG_VARIANCE - F.softplus(MAX_LOG_VARIANCE - log_variance)
+    return MIN_LOG_VARIANCE + F.softplus(below - MIN_LOG_VARIANCE)
 
 
-def head_of(decoder: Decoder) -> LogVarianceHead:
+def build_head(decoder: Decoder) -> LogVarianceHead:
     """A new head for the features of this decoder."""
     last = decoder[-1]
     return LogVarianceHead(last.in_channels, last.out_channels)

@@ -31,19 +31,19 @@ def non_saturating_generator_loss(fake_logits: Tensor) -> Tensor:
     return F.softplus(-fake_logits).mean()
 
 
-ADVERSARIAL = {  # of the discriminator, of the autoencoder
+ADVERSARIAL_LOSSES = {  # of the discriminator, of the autoencoder
     "hinge": (hinge_loss, hinge_generator_loss),
     "non_saturating": (non_saturating_loss, non_saturating_generator_loss),
 }
 
 
-def adaptive_weight(of_reconstruction: Tensor, of_adversarial: Tensor, maximum: float) -> Tensor:
+def adaptive_weight(recon_grad: Tensor, adv_grad: Tensor, maximum: float) -> Tensor:
     """lambda = |of_reconstruction| / (|of_adversarial| + 1e-4), at most `maximum` (Esser et al. 2021, eq. 7).
 
     These are the gradients of the two losses with respect to the last layer, each the mean over all processes: norms
     are not linear in the batch. The paper adds 1e-6 below, its code 1e-4.
     """
-    return (of_reconstruction.norm() / (of_adversarial.norm() + 1e-4)).clamp(0, maximum)
+    return (recon_grad.norm() / (adv_grad.norm() + 1e-4)).clamp(0, maximum)
 
 
 class LeCAM:
@@ -66,7 +66,7 @@ class LeCAM:
         return F.relu(real_logits - self.fake).square().mean() + F.relu(self.real - fake_logits).square().mean()
 
     @torch.no_grad()
-    def follow(self, real: Tensor, fake: Tensor) -> None:
+    def update_averages(self, real: Tensor, fake: Tensor) -> None:
         """Takes a step's mean logits (), those of all processes together, into the averages."""
         self.real = torch.lerp(real, self.real, self.decay)
         self.fake = torch.lerp(fake, self.fake, self.decay)

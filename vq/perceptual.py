@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vq.weights import read_tensors
 
-SMALLEST = {"vgg": 16, "alex": 31, "squeeze": 17, "resnet50": 1}  # images, pixels along each side
+MIN_SIDE = {"vgg": 16, "alex": 31, "squeeze": 17, "resnet50": 1}  # images, pixels along each side
 BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1", "resnet50": "resnet50"}  # in torchvision
 
 
@@ -62,7 +62,7 @@ class Perceptual(nn.Module):
         else:
             self.distance = lpips_distance(net, linear=trained, pretrained=downloaded)
         if tensors is not None:
-            fill(self.distance.net, tensors, net, str(weights))
+            load_backbone(self.distance.net, tensors, net, str(weights))
         self.distance.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Perceptual":
@@ -70,9 +70,9 @@ class Perceptual(nn.Module):
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         height, width = images.shape[2:]
-        if min(height, width) < SMALLEST[self.net]:
+        if min(height, width) < MIN_SIDE[self.net]:
             raise ValueError(
-                f"got images of {height}x{width} for the perceptual network {self.net}, wanted {SMALLEST[self.net]} "
+                f"got images of {height}x{width} for the perceptual network {self.net}, wanted {MIN_SIDE[self.net]} "
                 "pixels at least: pass another --perceptual_net, or a larger --img_size"
             )
         with torch.autocast(images.device.type, enabled=False):
@@ -97,7 +97,7 @@ def lpips_distance(net: str, linear: bool, pretrained: bool) -> nn.Module:
 
 
 @torch.no_grad()
-def fill(network: nn.Module, tensors: dict[str, Tensor], net: str, source: str) -> None:
+def load_backbone(network: nn.Module, tensors: dict[str, Tensor], net: str, source: str) -> None:
     """Gives a backbone the weights of a state dict of torchvision's; ValueError where they are not all there.
 
     For LPIPS that may be the whole network's (`features.0.weight`), whose `classifier.` is no part of LPIPS and left

@@ -27,7 +27,7 @@ def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
     return [i * (size - tile) // (count - 1) for i in range(count)]
 
 
-def ramps(size: int, tile: int, overlap: int, scale: int) -> list[tuple[float, float]]:
+def blend_ramps(size: int, tile: int, overlap: int, scale: int) -> list[tuple[float, float]]:
     """Where, on an axis of `size * scale` values, each tile but the first takes over from the one before: from, to.
 
     The ramp is as long as half the overlap and lies in the middle of what the two tiles share: at its border a tile
@@ -45,7 +45,7 @@ def tile_weights(size: int, tile: int, overlap: int, scale: int) -> Tensor:
     """
     x = torch.arange(size * scale, dtype=torch.float64) + 0.5
     risen = [torch.ones_like(x)]
-    for low, high in ramps(size, tile, overlap, scale):
+    for low, high in blend_ramps(size, tile, overlap, scale):
         risen.append(((x - low) / (high - low)).clamp(0, 1) if high > low else (x > low).double())
     risen = torch.stack([*risen, torch.zeros_like(x)])
     return risen[:-1] - risen[1:]
@@ -53,22 +53,22 @@ def tile_weights(size: int, tile: int, overlap: int, scale: int) -> Tensor:
 
 def seams(size: int, tile: int, overlap: int, scale: int) -> list[int]:
     """The values of an axis of `size * scale` before which a tile sets in, reaches its full share, or is half way."""
-    places = {round(x) for low, high in ramps(size, tile, overlap, scale) for x in (low, (low + high) / 2, high)}
+    places = {round(x) for low, high in blend_ramps(size, tile, overlap, scale) for x in (low, (low + high) / 2, high)}
     return sorted(places)
 
 
-def in_tiles(
+def apply_tiled(
     function: Callable[[Tensor], Tensor],
     x: Tensor,
     tile: int,
     overlap: int,
     *,
     scales: tuple[int, int],
-    at_once: int = 1,
+    tiles_per_batch: int = 1,
 ) -> Tensor:
     """`function` of x (B, ..., H, W), a tile at a time, blended.
 
-    `scales` are the values per code along a side in x and in what the function gives. `at_once` tiles are computed
+    `scales` are the values per code along a side in x and in what the function gives. `tiles_per_batch` tiles are computed
     together. The outcome lies on the device of x.
     """
     into, out = scales
@@ -77,26 +77,26 @@ def in_tiles(
     places = list(product(*(enumerate(tile_starts(side, tile, overlap)) for side in grid)))
     height, width = (min(tile, side) for side in grid)
     result = None
-    for first in range(0, len(places), at_once):
-        some = places[first : first + at_once]
-        parts = [x[..., span(top, height, into), span(left, width, into)] for (_, top), (_, left) in some]
+    for first in range(0, len(places), tiles_per_batch):
+        some = places[first : first + tiles_per_batch]
+        parts = [x[..., tile_slice(top, height, into), tile_slice(left, width, into)] for (_, top), (_, left) in some]
         made = function(torch.cat(parts)).to(x.device)
         if result is None:
             shape = len(x), *made.shape[1:-2], *(side * out for side in grid)
             result = made.new_zeros(shape, dtype=torch.promote_types(made.dtype, torch.float32))
         for ((i, top), (j, left)), part in zip(some, made.split(len(x)), strict=True):
-            rows, columns = span(top, height, out), span(left, width, out)
+            rows, columns = tile_slice(top, height, out), tile_slice(left, width, out)
             share = shares[0][i, rows, None] * shares[1][j, columns]
             result[..., rows, columns] += share.to(result) * part
     return result
 
 
-def span(start: int, length: int, scale: int) -> slice:
+def tile_slice(start: int, length: int, scale: int) -> slice:
     return slice(start * scale, (start + length) * scale)
 
 
 @torch.no_grad()
-def encode_tiled(vqgan: VQGAN, images: Tensor, tile: int, overlap: int, *, at_once: int = 1) -> Tensor:
+def encode_tiled(vqgan: VQGAN, images: Tensor, tile: int, overlap: int, *, tiles_per_batch: int = 1) -> Tensor:
     """images (B, C, H, W) in [-1, 1] -> ids (B, h, w), on the device of the images.
 
     The latents are blended before they become codes, which leaves more codes as they are of the whole image than to
@@ -104,17 +104,24 @@ def encode_tiled(vqgan: VQGAN, images: Tensor, tile: int, overlap: int, *, at_on
     """
     vqgan.config.grid(*images.shape[2:])
     scales, device = (vqgan.config.factor, 1), device_of(vqgan)
-    latents = in_tiles(
-        lambda part: vqgan.latents(part.to(device)), images, tile, overlap, scales=scales, at_once=at_once
+    latents = apply_tiled(
+        lambda part: vqgan.latents(part.to(device)),
+        images,
+        tile,
+        overlap,
+        scales=scales,
+        tiles_per_batch=tiles_per_batch,
     )
     return vqgan.quantizer.assign(latents.to(device)).to(images.device)
 
 
 @torch.no_grad()
-def decode_tiled(vqgan: VQGAN, ids: Tensor, tile: int, overlap: int, *, at_once: int = 1) -> Tensor:
+def decode_tiled(vqgan: VQGAN, ids: Tensor, tile: int, overlap: int, *, tiles_per_batch: int = 1) -> Tensor:
     """ids (B, h, w) -> images (B, C, H, W) in [-1, 1], on the device of the ids."""
     scales, device = (1, vqgan.config.factor), device_of(vqgan)
-    return in_tiles(lambda part: vqgan.decode(part.to(device)), ids, tile, overlap, scales=scales, at_once=at_once)
+    return apply_tiled(
+        lambda part: vqgan.decode(part.to(device)), ids, tile, overlap, scales=scales, tiles_per_batch=tiles_per_batch
+    )
 
 
 def device_of(vqgan: VQGAN) -> torch.device:

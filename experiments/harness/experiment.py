@@ -22,7 +22,7 @@ from train.config import LoggingConfig, SamplingConfig, TrainingConfig
 from train.distributed import DistContext
 from train.files import sha256, write_text
 from train.first_stage import FirstStage, VQGANRun, load_first_stage
-from train.registry import plugin
+from train.registry import load_plugin
 from train.runs import open_run, read_run, run_folder
 from train.trained_sampler import TrainedSampler, load_trained_sampler
 
@@ -154,7 +154,7 @@ def settings_of_run(argv: list[str], section: str) -> dict[str, Any]:
     sampling = content.get("sampling", {})
     if peek_flag(argv, "solver") not in (None, sampling.get("solver")):  # steps and the like were another's
         sampler = named["sampler"] or model.sampler
-        own = plugin("train.samplers", sampler, "sampler").Sampling.solver_setting_names()
+        own = load_plugin("train.samplers", sampler, "sampler").Sampling.solver_setting_names()
         sampling = {key: value for key, value in sampling.items() if key not in own}
     return sampling | {name: value for name, value in named.items() if value is not None}
 

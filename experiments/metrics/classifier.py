@@ -9,7 +9,7 @@ from torch import Tensor
 
 from experiments.metrics.neighbours import nearest_distances
 from train.config import DataConfig
-from train.registry import plugin
+from train.registry import load_plugin
 
 
 def class_balance(labels: Tensor, n_classes: int) -> Tensor:
@@ -54,10 +54,10 @@ class Share(NamedTuple):
 
 def classifier_of(data: DataConfig) -> Classifier | None:
     """The classifier that the features of a data set are made of, where they have one, on the CPU."""
-    reader = plugin("train.datasets", data.reader or data.dataset, "data set")
+    reader = load_plugin("train.datasets", data.reader or data.dataset, "data set")
     if not hasattr(reader, "FEATURES"):
         return None
-    load = getattr(plugin("experiments.metrics.features", reader.FEATURES, "features"), "load_classifier", None)
+    load = getattr(load_plugin("experiments.metrics.features", reader.FEATURES, "features"), "load_classifier", None)
     return None if load is None else load("cpu")
 
 

@@ -34,7 +34,7 @@ from train.optim import clip_and_step
 from train.runs import open_or_resume, open_run, read_provenance, read_run, run_folder, run_lock
 from train.trained_sampler import TrainedSampler, check_allowed
 from train.trainer import build_train_state, train
-from vq.likelihood import Reconstruction, head_of, reconstruct
+from vq.likelihood import Reconstruction, build_head, reconstruct
 
 VALIDATION_IMAGES = 1024
 SHOWN_IMAGES = 16
@@ -164,7 +164,7 @@ class HeadReports:
 def build_state(first: FirstStage, training: TrainingConfig, world: DistContext) -> TrainState:
     """A new head and its optimizer."""
     torch.manual_seed(training.seed)
-    return build_train_state({"head": head_of(first.vqgan.decoder)}, training, world, primary=["head"])
+    return build_train_state({"head": build_head(first.vqgan.decoder)}, training, world, primary=["head"])
 
 
 def train_head(run: Path, first: FirstStage, config: HeadRun, world: DistContext) -> None:
@@ -195,7 +195,7 @@ def load_head(run: Path, first: FirstStage) -> TrainedHead:
             f"{run} was trained on other VQGAN weights than those of {first.run} at step {first.step}: "
             "pass another --head_dir, to train a head for these"
         )
-    step, head = resolve_step(run, None, "--head_dir"), head_of(first.vqgan.decoder)
+    step, head = resolve_step(run, None, "--head_dir"), build_head(first.vqgan.decoder)
     weights = load_weights(run, step, {"head": head}, ema=True)
     return TrainedHead(run, step, weights, first, head.to(first.device).eval().requires_grad_(False))
 

@@ -16,7 +16,7 @@ from train.data.transforms import to_float
 from train.first_stage import FirstStage
 from train.runs import read_run
 from vq.perceptual import load_perceptual
-from vq.quantizer import count, perplexity, usage
+from vq.quantizer import count_codes, perplexity, usage
 
 SHOWN = 16  # columns of the grid of reconstructions
 LPIPS = ("vgg", "alex", "squeeze")
@@ -56,7 +56,7 @@ def summed_up(
     parts: dict[str, list[Tensor]] = {"l1": [], "psnr": [], "ssim": [], "lpips": []}
     for batch in batches:
         statistics.update(batch["features"])
-        chosen += count(batch["ids"], codebook_size)
+        chosen += count_codes(batch["ids"], codebook_size)
         codes = batch["ids"].shape[1]
         for name in parts.keys() & batch.keys():
             parts[name].append(batch[name])

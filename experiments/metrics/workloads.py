@@ -21,7 +21,7 @@ from train.distributed import DistContext
 from train.execution import training_dtype
 from train.first_stage import FirstStage
 from train.loop import Batch, TrainState, fit
-from train.registry import plugin
+from train.registry import load_plugin
 from train.sampler import SamplerStep
 from train.sampler import build_state as build_sampler_state
 from train.spaces import Codes, EditInput, Latents, Pixels, Space
@@ -73,7 +73,7 @@ def space_for(
 ) -> Space:
     """What a sampler works in, as `open_space` chooses it: pixels, or what a VQGAN with random weights makes of them.
     `network()` is asked for where there is one."""
-    of_codes = plugin("train.samplers", sampler, "sampler").SPACE == "codes"
+    of_codes = load_plugin("train.samplers", sampler, "sampler").SPACE == "codes"
     if not of_codes and ae_load_dir is None:
         return Pixels(data)
     autoencoder = VQGAN(network(), data.size, data.n_channels).to(device).eval().requires_grad_(False)

@@ -13,7 +13,7 @@ from experiments import benchmark_attention
 from experiments.benchmark_attention import Case, Cost, compare, contestants, make_inputs, relative_error, window_mask
 from experiments.metrics.cost import peak_extra_bytes
 from helpers.tiny_runs import call
-from models.neighborhood import dense_visible, window_of
+from models.neighborhood import dense_visible, make_window
 
 SCRIPT = "experiments/benchmark_attention.py"
 TINY = "--sizes 8 12 --kernel_size 3 --heads 2 --head_width 8 --repeats 1 --device cpu"
@@ -145,7 +145,7 @@ def test_peak_memory_sees_what_was_allocated_and_freed():
 def test_flex_attention_is_given_the_same_window(case):
     tokens = case.side**2
     mask = create_mask(window_mask(case), None, None, tokens, tokens, device="cpu")[0, 0]
-    window = window_of((case.side, case.side), case.kernel, case.dilation)
+    window = make_window((case.side, case.side), case.kernel, case.dilation)
     assert torch.equal(mask, torch.from_numpy(dense_visible((case.side, case.side), window)[0]))
 
 

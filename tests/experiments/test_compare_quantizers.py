@@ -11,7 +11,7 @@ from experiments.compare_quantizers import VARIANTS, networks, plot, spread, sum
 from experiments.metrics import reconstruction
 from helpers.tiny_runs import ROOT, VQGAN, call, parse_config
 from train.cli import parse as cli
-from train.registry import names_in, plugin
+from train.registry import load_plugin, plugin_names
 from vq.config import VQGANConfig
 from vq.quantizers import ema, fsq, lfq
 
@@ -143,10 +143,10 @@ def test_each_quantizer_has_its_own_settings_and_gumbel_the_whole_run(monkeypatc
     call(SCRIPT, f"--config {ROOT / 'configs' / 'mnist_quantizers.yaml'} --train_steps 777 --logs_root {tmp_path}")
     (config,) = configs
     found = networks(config.network, config.comparison.quantizers, config.training.train_steps)
-    assert list(found) == list(VARIANTS) and set(found) == set(names_in("vq.quantizers"))
+    assert list(found) == list(VARIANTS) and set(found) == set(plugin_names("vq.quantizers"))
     for name, network in found.items():
         assert network.quantizer == name and network.codebook_size == 512
-        assert type(network.quantizer_config) is plugin("vq.quantizers", name, "quantizer").Config
+        assert type(network.quantizer_config) is load_plugin("vq.quantizers", name, "quantizer").Config
         assert (network.nf, network.ch_mult) == (config.network.nf, config.network.ch_mult)
     widths = {name: network.code_dim for name, network in found.items()}
     assert widths == {"nearest": 32, "ema": 32, "l2": 4, "gumbel": 32, "fsq": 3, "lfq": 9, "ibq": 32}

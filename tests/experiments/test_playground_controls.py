@@ -7,9 +7,9 @@ import pytest
 
 from experiments.playground import controls_of, in_words, notes, taken
 from train.config import SamplingConfig
-from train.registry import names_in, plugin
+from train.registry import load_plugin, plugin_names
 
-SAMPLERS = names_in("train.samplers")
+SAMPLERS = plugin_names("train.samplers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def test_a_model_without_conditions_has_no_guidance():
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_setting_of_every_sampler_has_a_control_with_a_note(sampler):
-    options = plugin("train.samplers", sampler, "sampler").Sampling()
+    options = load_plugin("train.samplers", sampler, "sampler").Sampling()
     found = by_name(options)
     assert found.keys() == {field.name for field in fields(options)} - {"condition_file"}
     assert all(each.note for each in found.values())
@@ -68,7 +68,7 @@ def test_every_setting_of_every_sampler_has_a_control_with_a_note(sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_what_the_controls_begin_with_is_what_the_options_hold(sampler):
-    options = plugin("train.samplers", sampler, "sampler").Sampling()
+    options = load_plugin("train.samplers", sampler, "sampler").Sampling()
     values = {name: taken(each, each.value) for name, each in by_name(options).items()}
     assert values | {"condition_file": None} == vars(options)
 

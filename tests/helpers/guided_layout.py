@@ -65,7 +65,7 @@ def prefixed_weights(prefix, **modules):
     }
 
 
-def guided_block_weights(prefix, block, heads_of, new_order):
+def guided_block_weights(prefix, block, num_heads, new_order):
     """One block with the reference's names and shapes."""
     if isinstance(block, Downsample):
         return prefixed_weights(prefix, op=block.conv)
@@ -83,7 +83,7 @@ def guided_block_weights(prefix, block, heads_of, new_order):
         return weights | {f"{prefix}emb_layers.1.{k}": v for k, v in block.embed.state_dict().items()}
     qkv, proj = block.attention.qkv, block.attention.proj
     width = qkv.in_features
-    heads = heads_of(width)
+    heads = num_heads(width)
     part, head, row = torch.meshgrid(torch.arange(3), torch.arange(heads), torch.arange(width // heads), indexing="ij")
     index = (part * heads + head if new_order else head * 3 + part) * (width // heads) + row  # row in the reference
     weight, bias = torch.empty(3 * width, width, 1), torch.empty(3 * width)
@@ -104,5 +104,5 @@ def to_guided_weights(network, new_order=False):
     stages |= {f"output_blocks.{i}": blocks for i, blocks in enumerate(network.up_blocks)}
     for prefix, blocks in stages.items():
         for i, block in enumerate(blocks):
-            out |= guided_block_weights(f"{prefix}.{i}.", block, network.config.heads_of, new_order)
+            out |= guided_block_weights(f"{prefix}.{i}.", block, network.config.num_heads, new_order)
     return out | prefixed_weights("out.", **{"0": network.norm, "2": network.conv_out})

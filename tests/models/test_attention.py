@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.attention import (
-    KINDS,
+    ATTENTION_TYPES,
     DiffAttentionV1,
     DiffAttentionV2,
     FullAttention,
@@ -24,13 +24,13 @@ N, M, GRID = 5, 7, (6, 7)
 BLIND = 2  # the token from which masks of (N, M) hide everything
 MAPS = {"softmax": 1, "diff_v1": 2, "diff_v2": 2}  # per head
 KEYS = {"softmax": 1, "diff_v1": 2, "diff_v2": 1}
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", ATTENTION_TYPES)
 
 
 def layer_of(kind, dtype=torch.float64, **options):
     """Every weight, norm and bias away from its start, so that nothing is hidden by a zero or a one."""
     depth = {"depth": DEPTH} if kind == "diff_v1" else {}
-    layer = KINDS[kind](WIDTH, HEADS, **depth, **options)
+    layer = ATTENTION_TYPES[kind](WIDTH, HEADS, **depth, **options)
     for p in layer.parameters():
         nn.init.normal_(p, std=0.5)
     return layer.to(dtype)
@@ -159,11 +159,11 @@ def test_a_trained_layer_with_norms_becomes_a_differential_one_of_the_same_funct
 def test_with_more_keys_than_queries_these_are_the_last_of_the_tokens(mask):
     core, q, k, v = FullAttention(causal=True), *(tokens(N, HEADS, width=4) for _ in range(3))
     mask = mask and mask_of(mask, N, N)
-    whole, maps = core(q, k, v, mask=mask), core.map(q, k, mask=mask)
+    whole, maps = core(q, k, v, mask=mask), core.attention_map(q, k, mask=mask)
     for few in (1, 2, N - 1):
         rows = mask if mask is None else mask[:, -few:]
         assert torch.allclose(core(q[:, -few:], k, v, mask=rows), whole[:, -few:], atol=1e-12)
-        assert torch.allclose(core.map(q[:, -few:], k, mask=rows), maps[:, :, -few:], atol=1e-6)
+        assert torch.allclose(core.attention_map(q[:, -few:], k, mask=rows), maps[:, :, -few:], atol=1e-6)
 
 
 def bias_between(table, grid, step=1):
@@ -206,7 +206,7 @@ def test_rotary_positions_turn_each_query_and_key(kind):
 @pytest.mark.parametrize("backend", ["dense", "tiled"])
 def test_both_maps_of_a_head_see_the_window_of_its_group(kind, bias, backend):
     heads, kernels, steps = (1, 2), (3, 5), (2, 1)  # three heads in two groups: pairs stay together
-    ways = {"keys": KEYS[kind], "queries": MAPS[kind], "bias": bias, "backend": backend}
+    ways = {"keys_per_head": KEYS[kind], "queries_per_head": MAPS[kind], "bias": bias, "backend": backend}
     core = HydraAttention(HEADS, kernels, steps, **ways)
     layer, added = layer_of(kind, core=core, scale=0.6), []
     for group, (count, kernel, step) in enumerate(zip(heads, kernels, steps, strict=True)):
@@ -283,7 +283,7 @@ def test_dropout_sleeps_outside_training(kind):
 @pytest.mark.parametrize("kind, heads", [("softmax", 5), ("diff_v1", 8), ("diff_v2", 5)])
 def test_a_width_that_does_not_split_over_the_heads_is_refused(kind, heads):
     with pytest.raises(ValueError, match=f"width 24 does not split over {heads} "):
-        KINDS[kind](24, heads, **({"depth": 0} if kind == "diff_v1" else {}))
+        ATTENTION_TYPES[kind](24, heads, **({"depth": 0} if kind == "diff_v1" else {}))
 
 
 @every_kind

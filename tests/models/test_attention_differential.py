@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from models.attention import (
-    KINDS,
+    ATTENTION_TYPES,
     Attention,
     DiffAttentionV1,
     DiffAttentionV2,
@@ -23,7 +23,7 @@ WIDTH, HEADS, N, GRID = 24, 3, 5, (4, 5)
 
 
 def layer_of(kind):
-    return KINDS[kind](WIDTH, HEADS, **({"depth": 3} if kind == "diff_v1" else {}))
+    return ATTENTION_TYPES[kind](WIDTH, HEADS, **({"depth": 3} if kind == "diff_v1" else {}))
 
 
 def randomised(layer, dtype=torch.float64):
@@ -39,22 +39,22 @@ def test_the_first_lambda_grows_with_depth(depth, wanted):
     assert torch.cat([layer.lambda_q1, layer.lambda_k1, layer.lambda_q2, layer.lambda_k2]).std() < 0.2
     for vector in (layer.lambda_q1, layer.lambda_q2):
         nn.init.zeros_(vector)
-    assert layer.lam(torch.zeros(1, N, WIDTH)).item() == pytest.approx(wanted, abs=5e-4)
+    assert layer.lambda_(torch.zeros(1, N, WIDTH)).item() == pytest.approx(wanted, abs=5e-4)
 
 
 @pytest.mark.parametrize("kind", ["diff_v1", "diff_v2"])
 def test_lambda_is_float32_whatever_the_type_of_the_layer(kind):
     layer, x = layer_of(kind), torch.randn(2, N, WIDTH)
     with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = layer.lam(x)
+        under_autocast = layer.lambda_(x)
     assert under_autocast.dtype == torch.float32
-    assert torch.allclose(under_autocast, layer.lam(x), rtol=0, atol=0 if kind == "diff_v1" else 0.01)
+    assert torch.allclose(under_autocast, layer.lambda_(x), rtol=0, atol=0 if kind == "diff_v1" else 0.01)
     rounded = copy.deepcopy(layer).bfloat16()
-    assert rounded.lam(x.bfloat16()).dtype == torch.float32
-    assert torch.allclose(rounded.lam(x.bfloat16()), layer.lam(x), rtol=0, atol=0.01)
+    assert rounded.lambda_(x.bfloat16()).dtype == torch.float32
+    assert torch.allclose(rounded.lambda_(x.bfloat16()), layer.lambda_(x), rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ATTENTION_TYPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_outputs_keep_their_type(kind, dtype):
     layer = randomised(layer_of(kind), torch.float32)
@@ -65,7 +65,7 @@ def test_outputs_keep_their_type(kind, dtype):
     assert torch.allclose(out.float(), wanted, rtol=0, atol=rounding)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ATTENTION_TYPES)
 def test_autocast_changes_no_more_than_rounding(kind):
     layer = randomised(layer_of(kind), torch.float32)
     x = torch.randn(2, N, WIDTH)

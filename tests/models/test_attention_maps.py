@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.attention import KINDS, FullAttention, record_maps
+from models.attention import ATTENTION_TYPES, FullAttention, record_maps
 from models.transformer import AttentionConfig, Transformer
 
 WIDTH, HEADS, N = 24, 3, 5
@@ -19,7 +19,7 @@ def tokens():
 def trio():
     """A norm, then an attention layer of each kind, named after it."""
     depth = {"diff_v1": {"depth": 3}}
-    layers = {kind: layer(WIDTH, HEADS, dropout=0.3, **depth.get(kind, {})) for kind, layer in KINDS.items()}
+    layers = {kind: layer(WIDTH, HEADS, dropout=0.3, **depth.get(kind, {})) for kind, layer in ATTENTION_TYPES.items()}
     network = nn.Sequential(OrderedDict(norm=nn.LayerNorm(WIDTH), **layers))
     for p in network.parameters():
         nn.init.normal_(p, std=0.5)
@@ -34,8 +34,8 @@ def test_maps_have_the_rows_of_their_kind_and_only_differential_ones_go_below_ze
     for recorded in (softmax, v1, v2):
         assert recorded.shape == (2, HEADS, N, N) and recorded.dtype == torch.float32
     assert torch.allclose(softmax.sum(-1), torch.ones(2, HEADS, N))
-    assert torch.allclose(v1.sum(-1), 1 - network.diff_v1.lam(x), atol=1e-5)
-    weight = network.diff_v2.lam(network[:-1](x))  # (B, N, heads)
+    assert torch.allclose(v1.sum(-1), 1 - network.diff_v1.lambda_(x), atol=1e-5)
+    weight = network.diff_v2.lambda_(network[:-1](x))  # (B, N, heads)
     assert torch.allclose(v2.sum(-1), 1 - weight.mT, atol=1e-5) and weight.std() > 0.1
     assert softmax.min() >= 0 > max(v1.min(), v2.min())
 
@@ -53,7 +53,7 @@ def test_each_forward_leaves_one_map_in_each_named_layer():
     network, x = trio(), tokens()
     with record_maps(network) as maps:
         network(x), network(x)
-    assert {name: len(kept) for name, kept in maps.items()} == dict.fromkeys(KINDS, 2)
+    assert {name: len(kept) for name, kept in maps.items()} == dict.fromkeys(ATTENTION_TYPES, 2)
     with record_maps(network, ["diff_v1"]) as maps:
         network(x)
     assert maps.keys() == {"diff_v1"} and len(maps["diff_v1"]) == 1
@@ -67,9 +67,9 @@ def test_nothing_is_recorded_after_the_context_even_if_it_broke(monkeypatch):
     with pytest.raises(KeyError), record_maps(network) as maps:
         network(x)
         raise KeyError
-    monkeypatch.setattr(FullAttention, "map", None)  # calling it would raise
+    monkeypatch.setattr(FullAttention, "attention_map", None)  # calling it would raise
     network(x)
-    assert {name: len(kept) for name, kept in maps.items()} == dict.fromkeys(KINDS, 1)
+    assert {name: len(kept) for name, kept in maps.items()} == dict.fromkeys(ATTENTION_TYPES, 1)
 
 
 def test_recording_within_recording_keeps_both():
@@ -95,7 +95,7 @@ def test_an_unknown_layer_is_refused_with_those_there_are():
         record_maps(trio(), ["softmax", "norm"]).__enter__()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ATTENTION_TYPES)
 def test_a_transformer_shows_the_maps_of_its_blocks(kind):
     config = AttentionConfig(attention_type=kind)
     network = Transformer(codes=9, grid=(3, 4), width=16, heads=2, layers=2, attention=config)

@@ -15,7 +15,7 @@ from models.blocks import (
     Upsample,
     count_parameters,
     group_norm,
-    initial_normal,
+    init_normal,
 )
 from vq.autoencoder import AttentionBlock
 
@@ -116,7 +116,7 @@ def test_initial_weights_are_narrow_and_biases_zero():
     linear, embedding, conv = nn.Linear(100, 100), nn.Embedding(100, 100), nn.Conv2d(2, 2, 1)
     before = conv.weight.clone()
     for module in (linear, embedding, conv):
-        initial_normal(module)
+        init_normal(module)
     for module in (linear, embedding):
         assert module.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert (linear.bias == 0).all() and torch.equal(conv.weight, before)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.blocks import Downsample, ResBlock, group_norm, zeroed
+from models.blocks import Downsample, ResBlock, group_norm, zero_module
 
 
 def maps(*shape):
@@ -80,4 +80,4 @@ def test_downsampling_may_pad_all_sides():
 
 def test_a_zeroed_layer_is_the_layer():
     layer = nn.Conv2d(2, 3, 1)
-    assert zeroed(layer) is layer and not layer.weight.any() and not layer.bias.any()
+    assert zero_module(layer) is layer and not layer.weight.any() and not layer.bias.any()

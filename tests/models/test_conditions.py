@@ -272,10 +272,10 @@ def test_a_context_is_the_tokens_and_their_mask_at_a_size():
     context = whole.context(2, 4)
     assert torch.equal(context.values, whole.tokens().values)
     assert torch.equal(context.mask, whole.attention_mask(2, 4)) and context.mask.shape == (B, 8, 7)
-    assert torch.equal(context.at(slice(3, 5)).mask, context.mask[:, 3:5])
+    assert torch.equal(context.at_positions(slice(3, 5)).mask, context.mask[:, 3:5])
     words = whole.streams["words"]._replace(region=None)
     context = Condition({"words": words}).context(2, 4)
-    assert torch.equal(context.mask, words.mask) and context.at(slice(3, 5)) is context
+    assert torch.equal(context.mask, words.mask) and context.at_positions(slice(3, 5)) is context
     assert Condition().context(2, 4) is None
 
 

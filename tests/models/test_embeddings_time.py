@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.embeddings import TimeEmbedding, sinusoids
+from models.embeddings import TimeEmbedding, sinusoidal_embedding
 
 
 def test_sinusoids_are_cosines_and_then_sines_at_falling_speeds():
-    t, waves = torch.tensor([0.0, 3.0, 250.5]), sinusoids(torch.tensor([0.0, 3.0, 250.5]), 8)
+    t, waves = torch.tensor([0.0, 3.0, 250.5]), sinusoidal_embedding(torch.tensor([0.0, 3.0, 250.5]), 8)
     for j in range(4):
         speed = 10_000 ** (-j / 4)
         for i in range(3):
@@ -20,18 +20,21 @@ def test_sinusoids_are_cosines_and_then_sines_at_falling_speeds():
 
 def test_whole_steps_are_times_as_any_other():
     steps = torch.tensor([0, 7, 999])
-    assert torch.equal(sinusoids(steps, 6), sinusoids(steps.float(), 6))
-    assert sinusoids(steps, 6).dtype == torch.float32 and sinusoids(steps.double(), 6).dtype == torch.float64
+    assert torch.equal(sinusoidal_embedding(steps, 6), sinusoidal_embedding(steps.float(), 6))
+    assert (
+        sinusoidal_embedding(steps, 6).dtype == torch.float32
+        and sinusoidal_embedding(steps.double(), 6).dtype == torch.float64
+    )
 
 
 def test_neighbouring_steps_of_four_thousand_are_told_apart():
-    waves = sinusoids(torch.arange(4000), 32)
+    waves = sinusoidal_embedding(torch.arange(4000), 32)
     assert (waves[1:] - waves[:-1]).norm(dim=1).min() > 0.5
 
 
 def test_the_embedding_is_two_layers_of_the_sinusoids():
     embed, t = TimeEmbedding(8, 20), torch.tensor([1.0, 500.0])
-    assert torch.allclose(embed(t), embed.contract(F.silu(embed.expand(sinusoids(t, 8)))))
+    assert torch.allclose(embed(t), embed.contract(F.silu(embed.expand(sinusoidal_embedding(t, 8)))))
     assert embed(t).shape == (2, 20)
 
 
@@ -50,4 +53,4 @@ def test_times_are_embedded_in_the_type_of_the_weights():
 
 def test_an_odd_width_is_refused():
     with pytest.raises(ValueError, match="got width 7, wanted an even number"):
-        sinusoids(torch.zeros(1), 7)
+        sinusoidal_embedding(torch.zeros(1), 7)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import neighborhood, neighborhood_tiles, tables
-from models.neighborhood import Group, dense_mask, window_of
+from models.neighborhood import Group, dense_mask, make_window
 from models.neighborhood import neighborhood_attention_1d as attention_1d
 from models.neighborhood import neighborhood_attention_2d as attention_2d
 
@@ -133,7 +133,7 @@ def test_so_many_tiles_at_a_time_change_nothing(part, monkeypatch):
     case = Case((23, 19), (5, 3), (1, 2), (False, True), batch=2, shared=2)
     inputs, found = case.inputs(), []
     for size in (part, 10**6):
-        monkeypatch.setattr(neighborhood_tiles, "PART", size)
+        monkeypatch.setattr(neighborhood_tiles, "TILES_PER_CHUNK", size)
         found.append(with_gradients(lambda *x: case.attend("tiled", *x), inputs))
     assert close(*found, 1e-12)
 
@@ -182,7 +182,7 @@ def test_every_query_sees_kernel_size_keys_per_axis(backend):
     seen = found > 0
     assert (seen.sum(-1) == 15).all() and torch.allclose(found[seen], torch.tensor(1 / 15))
     assert (seen.view(-1, *grid).any(2).sum(-1) == 5).all() and (seen.view(-1, *grid).any(1).sum(-1) == 3).all()
-    assert torch.equal(seen, dense_mask(grid, [Group(window_of(grid, *window), 1)], 1, CPU)[0])
+    assert torch.equal(seen, dense_mask(grid, [Group(make_window(grid, *window), 1)], 1, CPU)[0])
 
 
 @with_backends
@@ -245,7 +245,7 @@ class LargestTensor(TorchDispatchMode):
 @with_bias
 @pytest.mark.parametrize("backend, growth", [("tiled", 4), ("dense", 16)])
 def test_memory_is_linear_in_the_tokens_with_tiles_and_quadratic_without(backend, growth, bias, monkeypatch):
-    monkeypatch.setattr(neighborhood_tiles, "PART", 10**6)  # all tiles at once
+    monkeypatch.setattr(neighborhood_tiles, "TILES_PER_CHUNK", 10**6)  # all tiles at once
     sizes = []
     for side in (16, 32, 64)[: 3 if backend == "tiled" else 2]:
         monkeypatch.setattr(tables, "CACHE", {})  # making the tables counts
@@ -258,7 +258,7 @@ def test_memory_is_linear_in_the_tokens_with_tiles_and_quadratic_without(backend
 
 
 @pytest.mark.parametrize(
-    "module, make, backend", [(neighborhood, "dense_visible", "dense"), (neighborhood_tiles, "tables_of", "tiled")]
+    "module, make, backend", [(neighborhood, "dense_visible", "dense"), (neighborhood_tiles, "build_tables", "tiled")]
 )
 def test_tables_are_made_once_per_shape(module, make, backend, monkeypatch):
     monkeypatch.setattr(tables, "CACHE", {})
@@ -272,16 +272,18 @@ def test_tables_are_made_once_per_shape(module, make, backend, monkeypatch):
 
 def test_the_oldest_tables_make_room(monkeypatch):
     monkeypatch.setattr(tables, "CACHE", {})
-    made, latest = [], tables.KEPT + 1
+    made, latest = [], tables.MAX_CACHED + 1
 
     def table(grid):
         made.append(grid[0])
         return (np.full(2, grid[0]),)
 
     for n in [*range(latest + 1), latest, 2, 0]:
-        assert tables.kept(table, (n,), device=CPU)[0].tolist() == [n, n]
-    assert made == [*range(latest + 1), 0] and len(tables.CACHE) == tables.KEPT
-    assert tables.kept(table, (0,), device=torch.device("meta"))[0].is_meta  # a device of its own, tables of its own
+        assert tables.cached_tables(table, (n,), device=CPU)[0].tolist() == [n, n]
+    assert made == [*range(latest + 1), 0] and len(tables.CACHE) == tables.MAX_CACHED
+    assert tables.cached_tables(table, (0,), device=torch.device("meta"))[
+        0
+    ].is_meta  # a device of its own, tables of its own
 
 
 @with_backends

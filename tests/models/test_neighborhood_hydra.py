@@ -114,7 +114,7 @@ def test_grids_of_no_or_three_axes_are_refused(shape):
 def module(backend="auto", bias=True, **options):
     """Five heads of two queries each, split 1, 2, 2."""
     kernels, dilations = zip(*WINDOWS, strict=True)
-    return HydraAttention(5, kernels, dilations, queries=2, bias=bias, backend=backend, **options)
+    return HydraAttention(5, kernels, dilations, queries_per_head=2, bias=bias, backend=backend, **options)
 
 
 @with_backends
@@ -134,7 +134,7 @@ def test_the_module_gives_each_group_a_bias_of_its_own(backend):
 @pytest.mark.parametrize("bias", [False, True])
 def test_its_map_is_the_weights_that_it_uses(backend, bias):
     core, (q, k, v) = module(backend, bias), query_key_value(16, 17, heads=5, shared=2)
-    weights = core.map(q, k, scale=0.7)
+    weights = core.attention_map(q, k, scale=0.7)
     values = v.flatten(1, 2).transpose(1, 2).repeat_interleave(2, 1)
     assert weights.shape == (2, 10, 272, 272) and torch.allclose(weights.sum(-1), torch.ones(()))
     assert torch.allclose(
@@ -145,7 +145,7 @@ def test_its_map_is_the_weights_that_it_uses(backend, bias):
 
 
 def test_differential_heads_keep_their_two_keys_in_one_group():
-    core, x = HydraAttention(3, [3, 5], keys=2, queries=2, bias=True), query_key_value(9, 9, heads=6)
+    core, x = HydraAttention(3, [3, 5], keys_per_head=2, queries_per_head=2, bias=True), query_key_value(9, 9, heads=6)
     assert core.heads == [2, 4] and [len(p) for p in core.parameters()] == [2, 4]
     wanted = hydra_attention(*x, [3, 5], heads=[2, 4], biases=list(core.parameters()))
     assert torch.allclose(core(*x), wanted, atol=1e-6)
@@ -156,7 +156,7 @@ def test_the_module_also_works_along_one_axis():
     assert core(*x).shape == (2, 80, 2, 4) and [tuple(p.shape) for p in core.parameters()] == [(1, 5), (1, 9)]
 
 
-@pytest.mark.parametrize("method", ["forward", "map"])
+@pytest.mark.parametrize("method", ["forward", "attention_map"])
 def test_the_module_refuses_a_mask_and_a_window_that_does_not_fit(method):
     x = query_key_value(16, 14, heads=5, shared=2)
     call = getattr(module(), method)

@@ -8,10 +8,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import neighborhood
-from models.neighborhood import Group, choose, hydra_attention, natten_is_compiled, window_of
+from models.neighborhood import Group, hydra_attention, make_window, natten_is_compiled, resolve_backend
 from models.neighborhood import neighborhood_attention_1d as attention_1d
 from models.neighborhood import neighborhood_attention_2d as attention_2d
-from models.neighborhood_tiles import Tables, compared, tables_of
+from models.neighborhood_tiles import TileTables, build_tables, keys_per_tile
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_window_that_does_not_fit_says_which_does(name, axis, rank, length, ke
     def window(kernel, dilation):
         grid, kernels, dilations = [30] * rank, [3] * rank, [1] * rank
         grid[axis], kernels[axis], dilations[axis] = length, kernel, dilation
-        return window_of(tuple(grid), kernels, dilations)
+        return make_window(tuple(grid), kernels, dilations)
 
     with pytest.raises(ValueError, match=f"does not fit the {name} of {length}: choose") as refused:
         window(kernel, dilation)
@@ -106,21 +106,21 @@ def test_a_picture_is_no_sequence():
     ],
 )
 def test_auto_makes_tiles_where_they_compare_fewer_pairs_than_the_whole_grid(grid, kernel, single, half):
-    group, q = Group(window_of(grid, kernel, 1), 1), torch.zeros(1, *grid, 1, 1)
-    assert (choose("auto", q, group), choose("auto", q.bfloat16(), group)) == (single, half)
-    assert compared(grid, group.window) == Tables(*tables_of(grid, group.window)).visible.shape[-1]
+    group, q = Group(make_window(grid, kernel, 1), 1), torch.zeros(1, *grid, 1, 1)
+    assert (resolve_backend("auto", q, group), resolve_backend("auto", q.bfloat16(), group)) == (single, half)
+    assert keys_per_tile(grid, group.window) == TileTables(*build_tables(grid, group.window)).visible.shape[-1]
 
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_auto_leaves_a_gpu_to_natten_where_it_is_compiled_and_can_do_it(compiled, monkeypatch):
     monkeypatch.setattr(neighborhood, "natten_is_compiled", lambda: compiled)
-    window = window_of((16, 16), 3, 1)
+    window = make_window((16, 16), 3, 1)
     with FakeTensorMode():
         on_gpu, on_cpu = (torch.zeros(1, 16, 16, 1, 32, device=device) for device in ("cuda:0", "cpu"))
-    assert choose("auto", on_gpu, Group(window, 1)) == ("natten" if compiled else "tiled")
-    assert choose("auto", on_cpu, Group(window, 1)) == "tiled"
-    assert choose("auto", on_gpu, Group(window, 1), dropout=0.1) == "tiled"
-    assert choose("auto", on_gpu, Group(window, 1, torch.zeros(1, 5, 5))) == "tiled"
+    assert resolve_backend("auto", on_gpu, Group(window, 1)) == ("natten" if compiled else "tiled")
+    assert resolve_backend("auto", on_cpu, Group(window, 1)) == "tiled"
+    assert resolve_backend("auto", on_gpu, Group(window, 1), dropout=0.1) == "tiled"
+    assert resolve_backend("auto", on_gpu, Group(window, 1, torch.zeros(1, 5, 5))) == "tiled"
 
 
 def test_without_natten_its_backend_says_how_to_get_it(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from models.blocks import ConditionBlock, EmbedBlock, ResBlock
-from models.registry import part
+from models.registry import resolve_class
 
 KNOWN = {"basic": ResBlock}
 
@@ -31,7 +31,7 @@ def package(monkeypatch):
 
 
 def find(name, contract=(EmbedBlock,)):
-    return part(name, KNOWN, contract, "res_block_type")
+    return resolve_class(name, KNOWN, contract, "res_block_type")
 
 
 def test_a_known_name_is_its_class():

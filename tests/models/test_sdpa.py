@@ -74,7 +74,7 @@ def test_a_mask_acts_before_the_softmax_forward_and_backward(dtype, kind, shape,
 def test_the_two_paths_agree_forward_and_backward(kind, causal, monkeypatch):
     mask, results = None if kind == "none" else mask_of(kind, (B, 1, N, M)), []
     for longest in (0, 1024):  # the fused kernel, then the written-out products
-        monkeypatch.setattr("models.sdpa.WRITTEN_OUT_TOKENS", longest)
+        monkeypatch.setattr("models.sdpa.MAX_UNFUSED_KEYS", longest)
         inputs = query_key_value(WRITTEN)
         out = attend(*inputs, mask=mask, causal=causal)
         results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
@@ -89,7 +89,7 @@ def test_bfloat16_on_a_cpu_is_written_out_up_to_many_keys_and_float32_is_fused(m
     for dtype in (FUSED, WRITTEN):
         attend(*query_key_value(dtype))
     assert fused == [FUSED]
-    monkeypatch.setattr("models.sdpa.WRITTEN_OUT_TOKENS", M - 1)
+    monkeypatch.setattr("models.sdpa.MAX_UNFUSED_KEYS", M - 1)
     attend(*query_key_value(WRITTEN))
     assert fused == [FUSED, WRITTEN]
 

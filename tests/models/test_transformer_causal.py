@@ -8,7 +8,7 @@ from torch import nn
 
 from helpers.labels import label_encoders
 from models.attention import record_maps
-from models.kv_cache import Memory
+from models.kv_cache import KVCache
 from models.transformer import AttentionConfig, CausalTransformer
 
 CODES, GRID, CLASSES, N = 7, (3, 4), 3, 12
@@ -32,11 +32,11 @@ def codes(batch=3):
     return torch.randint(0, CODES, (batch, *GRID), generator=torch.manual_seed(0))
 
 
-def step_by_step(network, ids, labels, stops, memory=None):
+def step_by_step(network, ids, labels, stops, kv_cache=None):
     """Logits of the codes at `stops`, each from those before it: (B, len(stops), K)."""
-    memory = Memory(GRID) if memory is None else memory
+    kv_cache = KVCache(GRID) if kv_cache is None else kv_cache
     return torch.stack(
-        [network(ids.flatten(1)[:, :stop], {} if labels is None else {"label": labels}, memory) for stop in stops], 1
+        [network(ids.flatten(1)[:, :stop], {} if labels is None else {"label": labels}, kv_cache) for stop in stops], 1
     )
 
 
@@ -90,24 +90,24 @@ def test_so_they_are_with_other_options(options):
 @pytest.mark.parametrize("n_classes", [0, CLASSES])
 def test_with_a_memory_nothing_is_read_twice_and_nothing_made_anew(n_classes):
     network, ids, read, kept = trained(n_classes), codes(), [], set()
-    memory = Memory(GRID)
+    kv_cache = KVCache(GRID)
     network.blocks[1].register_forward_pre_hook(lambda block, args: read.append(args[0].shape[1]))
     for stop in (2, 3, 7, 11):
-        network(ids.flatten(1)[:, :stop], None, memory)
-        kept.add(tuple(x.data_ptr() for cache in memory.layers for x in (cache.keys, cache.values)))
-    assert read == [3, 1, 4, 4] and len(kept) == 1 and memory.length == N
-    assert [cache.keys.shape for cache in memory.layers] == [(3, N, 2, 8)] * 2
+        network(ids.flatten(1)[:, :stop], None, kv_cache)
+        kept.add(tuple(x.data_ptr() for cache in kv_cache.layers for x in (cache.keys, cache.values)))
+    assert read == [3, 1, 4, 4] and len(kept) == 1 and kv_cache.length == N
+    assert [cache.keys.shape for cache in kv_cache.layers] == [(3, N, 2, 8)] * 2
 
 
 def test_sequences_may_drop_out_of_a_memory_and_the_others_do_not_notice():
     network, ids, labels = trained(), codes(4), torch.arange(4)
-    wanted, memory = network(ids, {"label": labels}).flatten(1, 2), Memory(GRID)
+    wanted, kv_cache = network(ids, {"label": labels}).flatten(1, 2), KVCache(GRID)
     names = torch.tensor([10, 11, 12, 13])
     for stop, rows in enumerate([[0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 3], [0, 2, 3], [3, 0], [3, 0], [0]]):
-        found = network(ids.flatten(1)[rows, :stop], {"label": labels[rows]}, memory.keep(names[rows]))
+        found = network(ids.flatten(1)[rows, :stop], {"label": labels[rows]}, kv_cache.keep_rows(names[rows]))
         assert torch.allclose(found, wanted[rows, stop], rtol=0, atol=1e-10)
     with pytest.raises(ValueError, match=r"got sequences \[10, 11\], this memory holds \[10\]: make a new one"):
-        memory.keep(names[:2])
+        kv_cache.keep_rows(names[:2])
 
 
 def test_what_a_step_looks_at_is_a_row_of_the_whole_map():
@@ -134,10 +134,10 @@ def test_what_cannot_be_causal_is_refused(wrong):
 
 
 def test_a_memory_wants_more_codes_than_it_has_and_the_grid_of_the_positions():
-    network, line, memory = trained(), codes().flatten(1), Memory(GRID)
-    network(line[:, :4], None, memory)
+    network, line, kv_cache = trained(), codes().flatten(1), KVCache(GRID)
+    network(line[:, :4], None, kv_cache)
     for count in (4, 3, 12):
         with pytest.raises(ValueError, match=rf"got {count} codes of a grid of \(3, 4\), of which 5 are read"):
-            network(line[:, :count], None, memory)
+            network(line[:, :count], None, kv_cache)
     with pytest.raises(ValueError, match=r"grid of \(3, 4\), got \(4, 3\)"):
-        network(line[:, :1], None, Memory((4, 3)))
+        network(line[:, :1], None, KVCache((4, 3)))

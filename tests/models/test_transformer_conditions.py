@@ -7,10 +7,10 @@ from torch import nn
 
 from helpers.labels import label_encoders
 from models.attention import Attention, CrossAttention
-from models.blocks import FeedForward, initial_normal
+from models.blocks import FeedForward, init_normal
 from models.conditioning import Condition, ConditionEncoder, Context, Map, Regions, Tokens
 from models.conditions.image import ImageEncoder
-from models.kv_cache import Memory
+from models.kv_cache import KVCache
 from models.transformer import AttentionConfig, CausalTransformer, Transformer, TransformerBlock
 from models.unet import UNet
 
@@ -71,7 +71,7 @@ def reference(classes):
     blocks = [TransformerBlock(Attention(WIDTH, 2), adaptive=classes > 0) for _ in range(2)]
     head, position = nn.Linear(WIDTH, CODES, bias=False), nn.Parameter(torch.empty(*GRID, WIDTH))
     for module in [code, *([label] if classes else []), *blocks, head]:
-        module.apply(initial_normal)
+        module.apply(init_normal)
     nn.init.normal_(position, std=0.02)
     for block in blocks:
         for writer in (block.attention.proj, block.contract):
@@ -154,9 +154,9 @@ def test_a_block_attends_to_tokens_between_attention_and_mlp(adaptive):
 def test_a_place_sees_the_words_of_its_regions_and_where_there_are_none_nothing_is_added():
     block, condition = woken(made(encoders={"words": Words()})).blocks[0], region_condition()
     x = torch.randn(1, *GRID, WIDTH, dtype=torch.float64)
-    added = block.attend_to(x, condition.context(*GRID)) - x
+    added = block.cross_attend(x, condition.context(*GRID)) - x
     assert torch.equal(added[0].any(-1), seen_places())
-    left, corner = (block.attend_to(x, Context(condition.tokens().values[:, i : i + 1])) - x for i in (0, 1))
+    left, corner = (block.cross_attend(x, Context(condition.tokens().values[:, i : i + 1])) - x for i in (0, 1))
     assert torch.allclose(added[0, :, :2], left[0, :, :2]) and torch.allclose(added[0, 2, 3], corner[0, 2, 3])
 
 
@@ -278,10 +278,10 @@ def everything(network):
 @pytest.mark.parametrize("stops", [list(range(12)), [0, 1, 5, 6, 11]], ids=["one by one", "some"])
 def test_with_a_memory_logits_are_those_of_the_whole(position, stops):
     network = woken(made(CausalTransformer, attention=AttentionConfig(position=position), time_scale=10.0))
-    (condition, options), memory, ids = everything(network), Memory(GRID), codes()
+    (condition, options), kv_cache, ids = everything(network), KVCache(GRID), codes()
     wanted = network(ids, condition, **options).flatten(1, 2)
     for stop in stops:
-        found = network(ids.flatten(1)[:, :stop], condition, memory, **options)
+        found = network(ids.flatten(1)[:, :stop], condition, kv_cache, **options)
         assert torch.allclose(found, wanted[:, stop], rtol=0, atol=1e-10)
 
 
@@ -301,7 +301,7 @@ def test_feed_forward_layers_by_name(kind):
     network = made(encoders={}, feed_forward=kind)
     layer = network.blocks[0].feed_forward
     assert (layer is None) == (kind == "gelu")
-    last = network.blocks[0].writers()[1]
+    last = network.blocks[0].residual_projections()[1]
     assert last.weight.std().item() == pytest.approx(0.02 / 2, rel=0.2)
     assert kind == "gelu" or isinstance(layer, FeedForward) and layer.expand.out_features == 2 * 4 * WIDTH
     with pytest.raises(ValueError, match="got feed_forward 'relu': there are gelu, geglu"):

@@ -32,11 +32,11 @@ def test_an_option_left_out_changes_no_weight_and_taken_only_what_it_means(optio
     gone = {key for key in plain if key not in other}
     differing = {key for key in plain if key in other and not torch.equal(plain[key], other[key])}
     norms = {f"blocks.{i}.attention.norm_{part}.weight" for i in (0, 1) for part in "qk"}
-    writers = {f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("attention.proj", "contract")}
+    residual_projections = {f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("attention.proj", "contract")}
     assert new == (norms if "attention" in option else set())
     assert gone == ({"head.weight"} if "tied_head" in option else set())
     if "zero_init" in option:
-        assert differing == writers
+        assert differing == residual_projections
     if "attention" in option:
         assert not differing and all((other[key] == 1).all() for key in norms)
 
@@ -48,7 +48,7 @@ def test_with_normed_queries_and_keys_logits_stay_bounded_however_large_they_are
     with torch.no_grad():
         layer.qkv.weight[: sum(layer.sizes[:2])] *= 1e6
     q, k, _ = layer.project(torch.randn(2, *GRID, 16), None)
-    d = layer.divided.width
+    d = layer.layout.key_width
     assert (q.norm(dim=-1) / math.sqrt(d) - 1).abs().max() < 1e-3  # so that |q.k| / sqrt(d) is at most sqrt(d)
     assert (k.norm(dim=-1) / math.sqrt(d) - 1).abs().max() < 1e-3
 

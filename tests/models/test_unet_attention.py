@@ -12,7 +12,7 @@ from torch import nn
 from models.attention import record_maps
 from models.blocks import FEED_FORWARDS, GEGLU, FeedForward, count_parameters
 from models.conditioning import Condition, Regions, Tokens
-from models.unet_attention import ATTENTION_BLOCKS, SELF_ATTENTION, AttentionOptions, FeatureTransformerBlock
+from models.unet_attention import ATTENTION_BLOCKS, SELF_ATTENTION, AttentionOptions, SpatialTransformer
 
 C, HEADS, M, D = 40, 4, 5, 6
 
@@ -150,6 +150,6 @@ def test_the_feed_forward_of_a_transformer_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mine", module)
     for name, kind in {**FEED_FORWARDS, "mine.Mine": Mine}.items():
         block = block_of("transformer", feed_forward=name)
-        assert isinstance(block, FeatureTransformerBlock) and type(block.feed_forward) is kind
+        assert isinstance(block, SpatialTransformer) and type(block.feed_forward) is kind
     with pytest.raises(ValueError, match="got feed_forward 'relu': there are gelu, geglu"):
         block_of("transformer", feed_forward="relu")

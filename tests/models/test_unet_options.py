@@ -213,4 +213,4 @@ def test_a_config_that_cannot_be_is_refused(message):
 def test_levels_may_be_fractions_of_the_width_and_heads_are_counted_by_theirs():
     made = UNetConfig(channels=64, channel_mults=(0.5, 1, 2), attn_factors=(4,), head_width=16)
     assert made.widths == [32, 64, 128] and made.factors == [1, 2, 4]
-    assert [made.heads_of(width) for width in made.widths] == [2, 4, 8] and made.emb_dim == 256
+    assert [made.num_heads(width) for width in made.widths] == [2, 4, 8] and made.emb_dim == 256

@@ -12,7 +12,7 @@ import models
 import train
 import vq
 from train.config import SamplingConfig
-from train.registry import names_in, plugin
+from train.registry import load_plugin, plugin_names
 
 PACKAGES = (models, diffusion, vq, train, experiments)
 
@@ -53,9 +53,9 @@ def test_all_groups_of_the_scripts_are_among_them():
     assert groups | {"OutputConfig", "UNetConfig", "Sampling", "Config"} <= names
 
 
-@pytest.mark.parametrize("name", names_in("train.samplers"))
+@pytest.mark.parametrize("name", plugin_names("train.samplers"))
 def test_sampling_defaults_draw(name):
     """`Sampling()` of each sampler names a solver of its process, with options that the solver takes."""
-    module = plugin("train.samplers", name, "sampler")
+    module = load_plugin("train.samplers", name, "sampler")
     assert issubclass(module.Sampling, SamplingConfig)
     assert module.Sampling().solver_options == {}

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from train.python_values import check_images, check_whole_number, condition_rows, resolve_device, with_settings
-from train.registry import names_in, plugin
+from train.registry import load_plugin, plugin_names
 from train.samplers import absorbing, ddpm
 
-SAMPLERS = names_in("train.samplers")
+SAMPLERS = plugin_names("train.samplers")
 
 
 @pytest.fixture
@@ -21,9 +21,9 @@ def process():
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_setting_takes_its_default(name):
-    settings = plugin("train.samplers", name, "sampler").Sampling()
+    settings = load_plugin("train.samplers", name, "sampler").Sampling()
     process = {"absorbing": absorbing.AbsorbingDiffusion(8), "ddpm": ddpm.make_process(ddpm.Config(), True)}
-    process = process.get(name) or plugin("train.samplers", name, "sampler").Autoregression(8)
+    process = process.get(name) or load_plugin("train.samplers", name, "sampler").Autoregression(8)
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     assert with_settings(settings, process, values) == settings
     assert set(values) == set(get_type_hints(type(settings))) - {"adapt"}

@@ -12,7 +12,7 @@ from train.distributed import DistContext
 from train.execution import LossScale
 from train.vqgan import VQGANStep, build_state
 from vq.config import VQGANConfig, VQGANLossConfig
-from vq.losses import ADVERSARIAL
+from vq.losses import ADVERSARIAL_LOSSES
 
 HERE = DistContext(torch.device("cpu"))
 NETWORK = VQGANConfig(nf=8, ch_mult=(1, 2), res_blocks=1, attn_resolutions=(), emb_dim=4, codebook_size=16)
@@ -80,9 +80,9 @@ def of_the_whole_loss(state, step, images):
     reconstruction = c.recon_weight * ((images - fake).abs() if c.recon_loss == "l1" else (images - fake) ** 2).mean()
     if step.perceptual is not None:
         reconstruction = reconstruction + c.perceptual_weight * step.perceptual(images, fake).mean()
-    loss, share = reconstruction + codes.loss.mean(), c.adversarial_share(state.step)
+    loss, share = reconstruction + codes.loss.mean(), c.adversarial_ramp(state.step)
     if share:
-        g = ADVERSARIAL[c.disc_loss][1](state.modules["discriminator"](fake))
+        g = ADVERSARIAL_LOSSES[c.disc_loss][1](state.modules["discriminator"](fake))
         weight = share * c.disc_weight
         if c.adaptive_weight:
             last = autoencoder.decoder.last_layer
@@ -148,17 +148,19 @@ def test_the_discriminator_is_idle_before_its_start(at, autoencoder, discriminat
 
 def test_the_adversarial_weight_warms_up():
     loss = VQGANLossConfig(disc_start_step=10, disc_warmup_steps=5, disc_ramp_steps=4)
-    assert [loss.adversarial_share(k) for k in (0, 14, 15, 16, 18, 19, 1000)] == [0, 0, 0.2, 0.4, 0.8, 1, 1]
-    assert VQGANLossConfig(disc_start_step=2).adversarial_share(2) == 1
+    assert [loss.adversarial_ramp(k) for k in (0, 14, 15, 16, 18, 19, 1000)] == [0, 0, 0.2, 0.4, 0.8, 1, 1]
+    assert VQGANLossConfig(disc_start_step=2).adversarial_ramp(2) == 1
 
 
 def test_the_discriminators_gradients_are_those_of_its_loss():
     state, step = begun(lecam_weight=0.5)
-    state.extras["lecam"].follow(torch.tensor(3.0), torch.tensor(-2.0))
+    state.extras["lecam"].update_averages(torch.tensor(3.0), torch.tensor(-2.0))
     given, discriminator = batch(), state.modules["discriminator"]
     fake = state.modules["autoencoder"](given["image"])[0].detach()
     real_logits, fake_logits = discriminator(given["image"]), discriminator(fake)
-    loss = ADVERSARIAL["hinge"][0](real_logits, fake_logits) + 0.5 * state.extras["lecam"](real_logits, fake_logits)
+    loss = ADVERSARIAL_LOSSES["hinge"][0](real_logits, fake_logits) + 0.5 * state.extras["lecam"](
+        real_logits, fake_logits
+    )
     wanted = torch.autograd.grad(loss, list(discriminator.parameters()))
     before = state.extras["lecam"].state_dict()
     found, told = gradients(state, step, [given])
@@ -178,7 +180,7 @@ def test_a_nonfinite_loss_leaves_no_trace():
     state, step = begun(lecam_weight=0.5)
     before = {key: value.clone() for key, value in state.extras["lecam"].state_dict().items()}
     learn = mock.Mock()
-    with mock.patch.object(state.modules["autoencoder"].quantizer, "learn", learn):
+    with mock.patch.object(state.modules["autoencoder"].quantizer, "update_codebook", learn):
         assert step(state, [given]) is None
     learn.assert_called_once_with(None)
     assert state.extras["lecam"].state_dict() == before

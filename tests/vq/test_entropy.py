@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from vq import entropy as module
-from vq.entropy import entropy, entropy_of_bits, mean_of_outcomes, outcomes, whole_batch
-from vq.quantizers import Training
+from vq.entropy import binary_entropy, code_probs, entropy, mean_code_probs, mean_over_processes
+from vq.quantizers import StepContext
 
 
 class Fixed:
@@ -38,15 +38,15 @@ def brute_outcomes(logits):
 @pytest.mark.parametrize("d", [1, 2, 5, 8])
 def test_outcomes_are_products_of_their_bits(d):
     logits = 2 * torch.randn(7, d, dtype=torch.float64)
-    assert torch.allclose(outcomes(logits), brute_outcomes(logits), rtol=1e-12, atol=0)
-    assert torch.allclose(mean_of_outcomes(logits), brute_outcomes(logits).mean(0), rtol=1e-12, atol=0)
+    assert torch.allclose(code_probs(logits), brute_outcomes(logits), rtol=1e-12, atol=0)
+    assert torch.allclose(mean_code_probs(logits), brute_outcomes(logits).mean(0), rtol=1e-12, atol=0)
 
 
 def test_gradients_of_both_entropies_are_those_of_sums_over_all_codes():
     logits = (2 * torch.randn(9, 7, dtype=torch.float64)).requires_grad_()
     p = brute_outcomes(logits)
     each, whole = torch.special.entr(p).sum(1), torch.special.entr(p.mean(0)).sum()
-    ours = entropy_of_bits(logits).sum(1), entropy(mean_of_outcomes(logits))
+    ours = binary_entropy(logits).sum(1), entropy(mean_code_probs(logits))
     for a, b in zip(ours, (each, whole), strict=True):
         weights = torch.randn(a.shape, dtype=a.dtype)
         assert torch.allclose(a, b, rtol=1e-12)
@@ -60,14 +60,14 @@ def test_entropies_in_closed_form():
     assert entropy(torch.eye(4)).tolist() == [0] * 4
     logits = torch.tensor([0, math.log(3), -math.log(3)])
     h = math.log(4) - 0.75 * math.log(3)
-    assert entropy_of_bits(logits).tolist() == pytest.approx([math.log(2), h, h])
+    assert binary_entropy(logits).tolist() == pytest.approx([math.log(2), h, h])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [0, 1, 20, 110, 900, 1e5, 1e30, math.inf])
 def test_certain_bits_are_finite_with_their_gradients(dtype, size):
     logits = (size * torch.tensor([[1.0, -1, 1], [1, 1, -1]], dtype=dtype)).requires_grad_()
-    total = entropy_of_bits(logits).sum() + entropy(mean_of_outcomes(logits))
+    total = binary_entropy(logits).sum() + entropy(mean_code_probs(logits))
     (gradient,) = torch.autograd.grad(total, logits)
     assert total.isfinite() and gradient.isfinite().all()
     if size >= 900:
@@ -76,8 +76,8 @@ def test_certain_bits_are_finite_with_their_gradients(dtype, size):
 
 def test_what_is_cut_off_is_nothing():
     for dtype in (torch.float32, torch.float64):
-        at = torch.tensor([-module.CERTAIN, module.CERTAIN], dtype=dtype, requires_grad=True)
-        h = entropy_of_bits(at)
+        at = torch.tensor([-module.MAX_LOGIT, module.MAX_LOGIT], dtype=dtype, requires_grad=True)
+        h = binary_entropy(at)
         h.sum().backward()
         assert h.tolist() == [0, 0] == at.grad.tolist()
 
@@ -90,22 +90,22 @@ def test_a_code_that_nobody_chose_can_be_pulled_in():
 
 def test_uncertain_bits_near_one_are_not_lost():
     """1 - sigmoid(20) is 0 in float32, sigmoid(-20) is not."""
-    assert outcomes(torch.tensor([[20.0]]))[0, 0] == pytest.approx(math.exp(-20), rel=1e-4)
+    assert code_probs(torch.tensor([[20.0]]))[0, 0] == pytest.approx(math.exp(-20), rel=1e-4)
 
 
 def test_memory_is_of_half_the_bits(monkeypatch):
     """2^16 codes: two factors of N x 256."""
-    shapes, original = [], module.outcomes
-    monkeypatch.setattr(module, "outcomes", lambda logits: shapes.append(original(logits).shape) or original(logits))
-    assert mean_of_outcomes(torch.randn(10, 16)).shape == (2**16,)
+    shapes, original = [], module.code_probs
+    monkeypatch.setattr(module, "code_probs", lambda logits: shapes.append(original(logits).shape) or original(logits))
+    assert mean_code_probs(torch.randn(10, 16)).shape == (2**16,)
     assert shapes == [(10, 256), (10, 256)]
 
 
 def test_the_product_is_whole_float32_under_autocast():
     logits = torch.randn(50, 6)
-    expected = mean_of_outcomes(logits.double()).float()
+    expected = mean_code_probs(logits.double()).float()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.allclose(mean_of_outcomes(logits), expected, rtol=1e-5)
+        assert torch.allclose(mean_code_probs(logits), expected, rtol=1e-5)
 
 
 def test_products_have_all_bits(monkeypatch):
@@ -114,7 +114,7 @@ def test_products_have_all_bits(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__matmul__", note)
     torch.set_float32_matmul_precision("high")
     try:
-        mean_of_outcomes(torch.randn(5, 4))
+        mean_code_probs(torch.randn(5, 4))
         assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -122,14 +122,14 @@ def test_products_have_all_bits(monkeypatch):
 
 def test_without_training_a_process_is_by_itself():
     p = torch.rand(4, requires_grad=True)
-    assert whole_batch(p, None) is p
+    assert mean_over_processes(p, None) is p
 
 
 def test_the_value_is_that_of_all_processes_exactly_and_no_gradient_is_exchanged():
     p, mean = torch.rand(5, requires_grad=True), torch.rand(5)
-    processes = Fixed(mean)
-    whole = whole_batch(p, Training(0, processes=processes))
-    assert torch.equal(whole, mean) and not processes.asked[0].requires_grad
+    dist = Fixed(mean)
+    whole = mean_over_processes(p, StepContext(0, dist=dist))
+    assert torch.equal(whole, mean) and not dist.asked[0].requires_grad
     (gradient,) = torch.autograd.grad(whole, p, weights := torch.randn(5))
     assert torch.equal(gradient, weights)
 
@@ -145,11 +145,11 @@ def test_gradients_averaged_over_processes_are_those_of_the_whole(size):
         gradients = []
         for own in x:
             p = (own @ weight).softmax(1).mean(0)
-            gradients.append(torch.autograd.grad(entropy(whole_batch(p, told)), weight)[0])
+            gradients.append(torch.autograd.grad(entropy(mean_over_processes(p, told)), weight)[0])
         return torch.stack(gradients).mean(0)
 
     mean = (x.flatten(0, 1) @ weight).softmax(1).mean(0).detach()
-    assert torch.allclose(average(Training(0, processes=Fixed(mean))), whole, rtol=1e-10)
+    assert torch.allclose(average(StepContext(0, dist=Fixed(mean))), whole, rtol=1e-10)
     assert not torch.allclose(average(None), whole, rtol=0.1)
 
 

@@ -7,7 +7,15 @@ import torch
 
 from vq.autoencoder import Decoder
 from vq.config import VQGANConfig
-from vq.likelihood import FIRST, HIGHEST, LOWEST, LogVarianceHead, bounded, head_of, reconstruct
+from vq.likelihood import (
+    INITIAL_LOG_VARIANCE,
+    MAX_LOG_VARIANCE,
+    MIN_LOG_VARIANCE,
+    LogVarianceHead,
+    build_head,
+    reconstruct,
+    soft_clamp,
+)
 
 CONFIG = VQGANConfig(nf=4, ch_mult=(1, 2), res_blocks=1, attn_resolutions=(4,), emb_dim=3, codebook_size=8)
 
@@ -35,9 +43,9 @@ def test_the_last_layer_is_in_float32_under_autocast(decoder):
 
 def test_a_new_head_fits_its_decoder_and_says_the_same_everywhere(decoder):
     mean, features = reconstruct(decoder, torch.randn(2, 3, 4, 6))
-    said = head_of(decoder)(features)
+    said = build_head(decoder)(features)
     assert said.shape == mean.shape
-    assert torch.allclose(said, torch.full_like(said, FIRST), atol=1e-2)
+    assert torch.allclose(said, torch.full_like(said, INITIAL_LOG_VARIANCE), atol=1e-2)
 
 
 def test_the_head_has_the_size_of_the_reference():
@@ -56,15 +64,15 @@ def test_what_a_head_says_is_of_its_place_and_its_neighbours():
 
 def test_log_variances_are_bounded_smoothly():
     x = torch.linspace(-1000, 1000, 4001, requires_grad=True)
-    y = bounded(x)
-    assert y.min() >= LOWEST and y.max() <= HIGHEST + 1e-5
+    y = soft_clamp(x)
+    assert y.min() >= MIN_LOG_VARIANCE and y.max() <= MAX_LOG_VARIANCE + 1e-5
     assert (y.diff() >= 0).all()
-    inside = (x > LOWEST + 6) & (x < HIGHEST - 6)
+    inside = (x > MIN_LOG_VARIANCE + 6) & (x < MAX_LOG_VARIANCE - 6)
     assert (y - x)[inside].abs().max() < 1e-2
     (slope,) = torch.autograd.grad(y.sum(), x)
-    assert slope.isfinite().all() and (slope[(x > LOWEST - 10) & (x < HIGHEST + 10)] > 1e-5).all()
+    assert slope.isfinite().all() and (slope[(x > MIN_LOG_VARIANCE - 10) & (x < MAX_LOG_VARIANCE + 10)] > 1e-5).all()
 
 
 def test_the_bounds_are_those_of_8_bit_images():
     level = 2 / 255
-    assert math.exp(LOWEST / 2) < level / 8 and math.exp(HIGHEST / 2) > 255 * level
+    assert math.exp(MIN_LOG_VARIANCE / 2) < level / 8 and math.exp(MAX_LOG_VARIANCE / 2) > 255 * level

@@ -8,7 +8,7 @@ import torch
 
 from vq.config import VQGANLossConfig
 from vq.losses import (
-    ADVERSARIAL,
+    ADVERSARIAL_LOSSES,
     adaptive_weight,
     hinge_generator_loss,
     hinge_loss,
@@ -48,9 +48,9 @@ def test_the_non_saturating_loss_is_the_cross_entropy_of_real_or_not():
     assert torch.allclose(fake.grad, torch.tensor([p / 10 for p in s[1]], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", ADVERSARIAL)
+@pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
 def test_gradients_are_those_of_the_values(name):
-    of_discriminator, of_autoencoder = ADVERSARIAL[name]
+    of_discriminator, of_autoencoder = ADVERSARIAL_LOSSES[name]
     real, fake = logits()
     assert torch.autograd.gradcheck(of_discriminator, (real, fake))
     assert torch.autograd.gradcheck(of_autoencoder, fake)
@@ -74,9 +74,9 @@ def test_large_logits_stay_finite(x):
 
 
 def test_every_loss_that_the_flag_names_is_there_in_both_parts():
-    assert set(get_args(get_type_hints(VQGANLossConfig)["disc_loss"])) == set(ADVERSARIAL)
-    assert ADVERSARIAL["hinge"] == (hinge_loss, hinge_generator_loss)
-    assert ADVERSARIAL["non_saturating"] == (non_saturating_loss, non_saturating_generator_loss)
+    assert set(get_args(get_type_hints(VQGANLossConfig)["disc_loss"])) == set(ADVERSARIAL_LOSSES)
+    assert ADVERSARIAL_LOSSES["hinge"] == (hinge_loss, hinge_generator_loss)
+    assert ADVERSARIAL_LOSSES["non_saturating"] == (non_saturating_loss, non_saturating_generator_loss)
 
 
 def weight_of(of_reconstruction, of_adversarial, maximum):

@@ -41,31 +41,31 @@ def test_parts_of_a_batch_have_the_whole_ones_penalty():
 def test_the_averages_begin_at_zero_and_forget_geometrically():
     lecam = LeCAM(CPU, decay=0.75)
     for real, fake in [(16.0, -32.0), (8.0, 0.0)]:
-        lecam.follow(torch.tensor(real), torch.tensor(fake))
+        lecam.update_averages(torch.tensor(real), torch.tensor(fake))
     assert lecam.real.item() == 0.25 * (0.75 * 16 + 8) and lecam.fake.item() == 0.25 * 0.75 * -32
     assert LeCAM(CPU).decay == 0.999
 
 
 def test_the_averages_carry_no_graph():
     lecam = LeCAM(CPU)
-    lecam.follow(*torch.ones(2, requires_grad=True))
+    lecam.update_averages(*torch.ones(2, requires_grad=True))
     assert not lecam.real.requires_grad and not lecam.fake.requires_grad
 
 
 def test_a_run_goes_on_from_its_averages(tmp_path):
     lecam, again = LeCAM(CPU), LeCAM(CPU)
-    lecam.follow(torch.tensor(3.0), torch.tensor(-2.0))
+    lecam.update_averages(torch.tensor(3.0), torch.tensor(-2.0))
     torch.save(lecam.state_dict(), tmp_path / "state.pt")
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for each in (lecam, again):
-        each.follow(torch.tensor(0.5), torch.tensor(0.25))
+        each.update_averages(torch.tensor(0.5), torch.tensor(0.25))
     assert torch.equal(again.real, lecam.real) and torch.equal(again.fake, lecam.fake) and lecam.real != lecam.fake
 
 
 def test_what_was_saved_does_not_move_with_the_run():
     lecam = LeCAM(CPU)
     saved = lecam.state_dict()
-    lecam.follow(torch.tensor(3.0), torch.tensor(-2.0))
+    lecam.update_averages(torch.tensor(3.0), torch.tensor(-2.0))
     assert saved["real"] == 0 and saved["fake"] == 0
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from vq.config import VQGANLossConfig
-from vq.perceptual import BACKBONES, SMALLEST, LogitDistance, Perceptual, load_perceptual
+from vq.perceptual import BACKBONES, MIN_SIDE, LogitDistance, Perceptual, load_perceptual
 
 
 class Distance(nn.Module):
@@ -120,7 +120,7 @@ def test_images_that_are_too_small_are_refused_where_the_network_would_fail(fake
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         network = lpips.LPIPS(net=net, verbose=False, pretrained=False, pnet_rand=True).to("meta")
-        least = SMALLEST[net]
+        least = MIN_SIDE[net]
         assert network(torch.empty(2, 3, least, least), torch.empty(2, 3, least, least)).shape[0] == 2
         with pytest.raises(RuntimeError):
             network(torch.empty(2, 3, least, least - 1), torch.empty(2, 3, least, least - 1))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from helpers.peak_tensor import LargestTensor
 from vq import quantizer
 from vq.config import VQGANConfig
-from vq.quantizer import count, highest, looked_up, make_quantizer, nearest, perplexity, promoted, usage
-from vq.quantizers import OneProcess
+from vq.quantizer import argmax_linear, count_codes, lookup, make_quantizer, nearest, perplexity, upcast, usage
+from vq.quantizers import SingleProcess
 from vq.quantizers.nearest import Config, NearestQuantizer
 
 K, D, BETA = 11, 5, 0.25
@@ -54,7 +54,7 @@ def test_a_part_of_the_positions_at_a_time_changes_nothing(size, compared, heigh
     z = torch.randn(2, 3, height, width, generator=generator, dtype=dtype)
     codebook = torch.randn(size, 3, generator=generator, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantizer, "COMPARED", compared)
+        patch.setattr(quantizer, "MAX_SCORES", compared)
         ids = nearest(z, codebook)
     distances = (z[:, None] - codebook[:, :, None, None]).square().sum(2)
     chosen = distances.gather(1, ids[:, None]).squeeze(1)
@@ -63,34 +63,34 @@ def test_a_part_of_the_positions_at_a_time_changes_nothing(size, compared, heigh
 
 def test_not_all_distances_are_in_memory_at_once(monkeypatch):
     z, codebook = torch.randn(1, 2, 64, 64), torch.randn(2**10, 2)
-    monkeypatch.setattr(quantizer, "COMPARED", 2**14)
+    monkeypatch.setattr(quantizer, "MAX_SCORES", 2**14)
     with LargestTensor() as largest:
         nearest(z, codebook)
     assert largest.made == 2**14 < z[:, 0].numel() * len(codebook) / 100
 
 
 def test_distances_are_few_by_themselves_where_codes_are_many():
-    assert 4 * quantizer.COMPARED <= 2**26 and quantizer.COMPARED // 2**16 >= 64  # bytes; positions
+    assert 4 * quantizer.MAX_SCORES <= 2**26 and quantizer.MAX_SCORES // 2**16 >= 64  # bytes; positions
 
 
 def test_the_largest_linear_function():
     z, weight, bias = torch.randn(2, D, 3, 4), torch.randn(K, D), 3 * torch.randn(K)
     assert torch.equal(
-        highest(z, weight, bias), torch.nn.functional.conv2d(z, weight[:, :, None, None], bias).argmax(1)
+        argmax_linear(z, weight, bias), torch.nn.functional.conv2d(z, weight[:, :, None, None], bias).argmax(1)
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_half_types_are_promoted(dtype):
     z = torch.randn(2, D, 3, 4).to(dtype)
-    assert torch.equal(promoted(z), z) and promoted(z).dtype == max(dtype, torch.float32, key=lambda t: t.itemsize)
+    assert torch.equal(upcast(z), z) and upcast(z).dtype == max(dtype, torch.float32, key=lambda t: t.itemsize)
     assert torch.equal(nearest(z, torch.eye(D)), nearest(z.double(), torch.eye(D).double()))
 
 
 def test_float64_is_not_rounded():
     codebook = torch.tensor([[1.0], [1 + 1e-6]], dtype=torch.float64)
     ids = torch.tensor([[[0, 1, 0, 1, 1]]])
-    assert torch.equal(nearest(looked_up(ids, codebook), codebook), ids)
+    assert torch.equal(nearest(lookup(ids, codebook), codebook), ids)
     between = torch.tensor([[[[1e-5 - 1e-9, 1e-5 + 1e-9]]]], dtype=torch.float64)
     assert nearest(between, torch.tensor([[0.0], [2e-5]])).tolist() == [[[0, 1]]]
     quantizer, z = quantizer_and_vectors()
@@ -160,19 +160,19 @@ def test_the_config_names_the_quantizer():
         VQGANConfig(codebook_size=7, emb_dim=3, quantizer_config=Config(beta=0.5, legacy_beta=True))
     )
     assert isinstance(quantizer, NearestQuantizer) and (quantizer.codebook_size, quantizer.dim) == (7, 3)
-    assert (quantizer.of_codebook, quantizer.of_commitment) == (0.5, 1)
+    assert (quantizer.codebook_weight, quantizer.commitment_weight) == (0.5, 1)
     quantizer = make_quantizer(VQGANConfig(quantizer_config=Config(beta=0.5)))
-    assert (quantizer.of_codebook, quantizer.of_commitment) == (1, 0.5)
+    assert (quantizer.codebook_weight, quantizer.commitment_weight) == (1, 0.5)
 
 
 def test_one_process_is_its_own_sum_and_mean():
     x = torch.randn(3)
-    assert torch.equal(OneProcess().sum(x), x) and torch.equal(OneProcess().mean(x), x)
+    assert torch.equal(SingleProcess().sum(x), x) and torch.equal(SingleProcess().mean(x), x)
 
 
 def test_every_choice_is_counted():
     ids = torch.tensor([[[0, 3, 3], [1, 3, 0]]])
-    assert count(ids, 5).tolist() == [2, 1, 0, 3, 0] and count(ids, 5).dtype == torch.float32
+    assert count_codes(ids, 5).tolist() == [2, 1, 0, 3, 0] and count_codes(ids, 5).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import nn
 
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
-from vq.tiles import decode_tiled, encode_tiled, in_tiles, seam_ratio, seams, tile_starts, tile_weights
+from vq.tiles import apply_tiled, decode_tiled, encode_tiled, seam_ratio, seams, tile_starts, tile_weights
 
 SMALL = VQGANConfig(nf=8, ch_mult=(1, 2, 2), res_blocks=1, attn_resolutions=(4,), emb_dim=6, codebook_size=16)
 CASES = [(24, 8, 2), (23, 8, 2), (9, 8, 4), (40, 16, 4), (17, 16, 15), (31, 7, 3), (12, 4, 0), (5, 8, 2), (8, 8, 2)]
@@ -114,7 +114,7 @@ def test_an_overlap_too_short_for_the_convolutions_is_seen():
 @pytest.mark.parametrize("size", [(12, 20), (9, 17), (3, 21)])
 def test_tiles_of_convolutions_encode_as_the_whole(size):
     network, x = Convolutions(), images(*(4 * side for side in size), dtype=torch.float64)
-    blended = in_tiles(network.encoder, x, 8, 4, scales=(4, 1))
+    blended = apply_tiled(network.encoder, x, 8, 4, scales=(4, 1))
     assert torch.allclose(blended, network.encoder(x), rtol=0, atol=1e-12)
     assert torch.equal(encode_tiled(network, x, 8, 4), network.encode(x))
 
@@ -152,17 +152,17 @@ def test_only_tiles_are_computed_and_as_many_at_once_as_asked():
     one = decode_tiled(network, ids, 8, 4)
     assert network.seen == [(1, 8, 8)] * 8
     network.seen.clear()
-    three = decode_tiled(network, ids, 8, 4, at_once=3)
+    three = decode_tiled(network, ids, 8, 4, tiles_per_batch=3)
     assert network.seen == [(3, 8, 8), (3, 8, 8), (2, 8, 8)]
     assert torch.allclose(one, three, rtol=0, atol=1e-12)
     network.seen.clear()
     x = images(80, 48, dtype=torch.float64)
-    encode_tiled(network, x, 8, 4, at_once=2)
+    encode_tiled(network, x, 8, 4, tiles_per_batch=2)
     assert network.seen == [(4, 3, 32, 32)] * 4
 
 
 def test_latents_of_half_precision_are_blended_in_float32():
-    half = in_tiles(lambda part: part.bfloat16(), torch.rand(1, 1, 12, 12), 8, 4, scales=(1, 1))
+    half = apply_tiled(lambda part: part.bfloat16(), torch.rand(1, 1, 12, 12), 8, 4, scales=(1, 1))
     assert half.dtype == torch.float32
 
 
@@ -220,7 +220,7 @@ def test_a_tone_of_each_tile_is_seen_at_abutting_ones_only():
     surface = torch.linspace(-1, 1, 96).expand(1, 1, 96, 96)
 
     def seam(overlap):
-        tiled = in_tiles(lambda part: part - part.mean(), surface, 8, overlap, scales=(4, 4))
+        tiled = apply_tiled(lambda part: part - part.mean(), surface, 8, overlap, scales=(4, 4))
         places = seams(24, 8, overlap, 4)
         return seam_ratio(tiled, places, places, 4)
 

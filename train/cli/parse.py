@@ -22,7 +22,7 @@ from train.cli.plugins import NAMING_FLAGS, ForeignFlag, PluginNames, find_forei
 from train.cli.values import RULES, first_given, flag_arguments, peek_flag, peek_flag_values, split_config_flag
 from train.config import ROOT, DataConfig, LoggingConfig, SamplerConfig
 from train.datasets import is_shell_command
-from train.registry import did_you_mean, names_in, plugin
+from train.registry import did_you_mean, load_plugin, plugin_names
 
 TYRO_MARKERS = (tyro.conf.OmitArgPrefixes,)
 # Read before the other flags can be parsed.
@@ -56,9 +56,9 @@ def file_values(path: Path, content: dict[str, Any], config: Any, names: PluginN
     """The values in a file for one script: data keys, overridden by its section. ValueError for unknown keys."""
     known = flag_names(config)
     data_keys = flag_names(DataConfig).union(
-        *(flag_names(plugin("train.datasets", n, "reader").Config) for n in names_in("train.datasets"))
+        *(flag_names(load_plugin("train.datasets", n, "reader").Config) for n in plugin_names("train.datasets"))
     )
-    sections = {"vqgan", "demo", *names_in("train.samplers"), *names_in("experiments")}
+    sections = {"vqgan", "demo", *plugin_names("train.samplers"), *plugin_names("experiments")}
     values = {}
     for key, value in content.items():
         if isinstance(value, dict):
@@ -176,7 +176,7 @@ def parse(cls: type[C], section: str | None, argv: list[str], base_values: BaseV
         raise ValueError(f"{file}: section {section!r} names the sampler {given['sampler']!r}: leave that out")
     dataset = first_given(peek_flag(argv, "dataset"), given.get("dataset"), base.get("dataset"), DataConfig.dataset)
     path = Path(file) if file is not None else preset_path(cls, sampler, dataset)
-    readers = names_in("train.datasets")
+    readers = plugin_names("train.datasets")
     if file is None and not path.exists() and dataset not in readers:
         presets = [p.stem for p in (ROOT / "configs").glob("*.yaml")]
         raise ValueError(
@@ -210,7 +210,7 @@ def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:
     dataset = first_given(peek_flag(argv, "dataset"), content.get("dataset"), DataConfig.dataset)
     root = first_given(peek_flag(argv, "logs_root"), values.get("logs_root"), LoggingConfig.logs_root)
     run = peek_flag(argv, "ae_load_dir") or values.get("ae_load_dir")
-    if run is None and plugin("train.samplers", sampler, "sampler").SPACE != "codes":
+    if run is None and load_plugin("train.samplers", sampler, "sampler").SPACE != "codes":
         return {}
     path = Path(os.path.expanduser(root)) / (run or f"vqgan_{dataset}") / "config.yaml"
     if not path.is_file():

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar, get_origin
 from models.conditioning import ConditionConfig
 from train.config import SamplerConfig, SamplingConfig
 from train.datasets import DatasetConfig
-from train.registry import names_in, plugin
+from train.registry import load_plugin, plugin_names
 from vq.quantizers import QuantizerConfig
 
 C = TypeVar("C")
@@ -31,7 +31,7 @@ class PluginGroup:
 
     def config_of(self, name: str) -> type:
         """The config class of a plug-in; ValueError for an unknown name."""
-        return getattr(plugin(self.package, name, self.noun), self.attribute)
+        return getattr(load_plugin(self.package, name, self.noun), self.attribute)
 
 
 PLUGIN_GROUPS: dict[type, PluginGroup] = {  # by the base class of the plug-ins' configs
@@ -141,7 +141,7 @@ class ForeignFlag(NamedTuple):
 def find_foreign_flag(config: Any, key: str) -> ForeignFlag | None:
     """The owners of a flag that is not in the config; None if no plug-in of its groups has it."""
     for group in iter_plugin_groups(config):
-        flags = {name: flags_of(group.config_of(name)) for name in names_in(group.package)}
+        flags = {name: flags_of(group.config_of(name)) for name in plugin_names(group.package)}
         owners = {name: own[key] for name, own in flags.items() if key in own}
         if owners:
             return ForeignFlag(group, owners)

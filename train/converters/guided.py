@@ -279,5 +279,5 @@ def rename(name: str) -> str:
 
 def reorder_qkv(qkv: Tensor, config: UNetConfig) -> Tensor:
     """Reorder rows from (heads, q/k/v, ...), the older order of attention, to (q/k/v, heads, ...)."""
-    count = config.heads_of(len(qkv) // 3)
+    count = config.num_heads(len(qkv) // 3)
     return qkv.unflatten(0, (count, 3, -1)).transpose(0, 1).flatten(0, 2)

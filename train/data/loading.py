@@ -33,7 +33,7 @@ from train.data.transforms import as_uint8, to_item, training_views
 from train.datasets import Blocks, Dataset, DatasetConfig, FloatImage, UnreadableImage
 from train.distributed import DistContext
 from train.loop import Batch
-from train.registry import plugin
+from train.registry import load_plugin
 
 
 class CodeGrids(Protocol):
@@ -130,7 +130,7 @@ class PositionSampler:
 
 def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Dataset:
     """Build one split of the data set that the config names."""
-    module = plugin("train.datasets", data.reader or data.dataset, "data set")
+    module = load_plugin("train.datasets", data.reader or data.dataset, "data set")
     return module.build(dataclasses.replace(reader, data_dir=resolve_data_dir(data.dataset, reader.data_dir)), split)
 
 

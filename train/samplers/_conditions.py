@@ -10,7 +10,7 @@ from models.conditioning import ConditionConfig, ConditionEncoder
 from train.cli.plugins import merge_configs, plugin_options
 from train.config import SamplerConfig
 from train.loop import Batch, Field
-from train.registry import plugin
+from train.registry import load_plugin
 
 Raw = Field | dict[str, Field]  # a condition as its encoder takes it
 
@@ -30,7 +30,7 @@ class ConditionsConfig(SamplerConfig):
     """Share of training conditions replaced by their null, each apart."""
 
     def __post_init__(self):
-        kinds = [plugin("models.conditions", name, "condition").Config for name in self.conditions]
+        kinds = [load_plugin("models.conditions", name, "condition").Config for name in self.conditions]
         if type(self.condition_options) is ConditionConfig:  # left out: the defaults of the conditions named
             object.__setattr__(self, "condition_options", merge_configs(kinds, ConditionConfig)())
         if missing := [kind.__module__ for kind in kinds if not isinstance(self.condition_options, kind)]:
@@ -47,14 +47,14 @@ def make_encoders(config: ConditionsConfig, width: int, n_classes: int) -> dict[
         raise ValueError("got condition 'label' for --conditions: classes are --class_conditional")
     encoders = {}
     for name in (*config.conditions, *(["label"] if n_classes else [])):
-        module = plugin("models.conditions", name, "condition")
+        module = load_plugin("models.conditions", name, "condition")
         encoders[name] = module.build(plugin_options(config.condition_options, module.Config), width, n_classes)
     return encoders
 
 
 def fields_by_condition(names: Collection[str]) -> dict[str, tuple[str, ...]]:
     """The fields of a batch that each condition reads, by the condition's name."""
-    return {name: plugin("models.conditions", name, "condition").FIELDS for name in names}
+    return {name: load_plugin("models.conditions", name, "condition").FIELDS for name in names}
 
 
 def raw_conditions(fields_of: Mapping[str, tuple[str, ...]], batch: Batch | None) -> dict[str, Raw]:

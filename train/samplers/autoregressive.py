@@ -10,7 +10,7 @@ from diffusion.denoisers import guided
 from diffusion.rng import Streams
 from diffusion.solvers import options_of
 from diffusion.types import Bound, Denoiser, Loss
-from models.kv_cache import Memory
+from models.kv_cache import KVCache
 from train.data.loading import TrainingStreams
 from train.loop import Batch, Outputs
 from train.samplers import Control
@@ -98,11 +98,11 @@ class AutoregressiveSampler(CodeSampler):
         A sequence has the number of its row of the conditions: that of example i is i under the weakest.
         """
         refuse_control(control)
-        conditions, memory = self.chain(network, batch, options, x), Memory(self.grid)
+        conditions, kv_cache = self.chain(network, batch, options, x), KVCache(self.grid)
         sequences = torch.arange(2 * len(x), device=x.device)
 
         def denoise(x: Tensor, t: Tensor, of: Tensor) -> Tensor:
-            return self.predict(network, x, t, conditions[of], memory=memory.keep(of))
+            return self.predict(network, x, t, conditions[of], kv_cache=kv_cache.keep_rows(of))
 
         return guided(denoise, sequences.chunk(2), [options.guidance], schedule=options.guidance_schedule)
 

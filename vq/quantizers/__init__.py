@@ -42,7 +42,7 @@ class CommitmentConfig(QuantizerConfig):
         self.check_not_negative("beta")
 
 
-class Codes(NamedTuple):
+class Quantized(NamedTuple):
     """What a quantizer returns."""
 
     ids: Tensor  # (B, h, w) int64
@@ -51,7 +51,7 @@ class Codes(NamedTuple):
     metrics: dict[str, Tensor]  # scalars without gradients, to be looked at
 
 
-class Processes(Protocol):
+class Collectives(Protocol):
     """The processes that train together (`train.distributed.DistContext`)."""
 
     rank: int
@@ -62,7 +62,7 @@ class Processes(Protocol):
     def mean(self, x: Tensor) -> Tensor: ...
 
 
-class OneProcess:
+class SingleProcess:
     """No one to wait for."""
 
     rank, size = 0, 1
@@ -74,7 +74,7 @@ class OneProcess:
         return x
 
 
-class Uniforms(Protocol):
+class UniformStreams(Protocol):
     """A stream of random numbers for each example (`diffusion.rng.Streams`)."""
 
     def uniform(self, shape: tuple[int, ...]) -> Tensor:
@@ -82,13 +82,13 @@ class Uniforms(Protocol):
         ...
 
 
-class Training(NamedTuple):
+class StepContext(NamedTuple):
     """What a quantizer is told while it trains; without it nothing is drawn, and nothing learned by averages."""
 
     step: int
     seed: int = 0  # of this step, the same in all processes
-    rng: Uniforms | None = None  # of the batch in hand
-    processes: Processes = OneProcess()
+    rng: UniformStreams | None = None  # of the batch in hand
+    dist: Collectives = SingleProcess()
 
 
 class Quantizer(nn.Module, ABC):
@@ -98,12 +98,12 @@ class Quantizer(nn.Module, ABC):
     dim: int  # D, of z and of a code's vector
 
     @abstractmethod
-    def forward(self, z: Tensor, training: Training | None = None) -> Codes:
+    def forward(self, z: Tensor, context: StepContext | None = None) -> Quantized:
         """z (B, D, h, w) of any floating type -> Codes, computed in float32 whatever autocast says."""
 
     @abstractmethod
     def assign(self, z: Tensor) -> Tensor:
-        """z (B, D, h, w) -> ids (B, h, w), those of `forward` without `training`; no gradients."""
+        """z (B, D, h, w) -> ids (B, h, w), those of `forward` without `context`; no gradients."""
 
     @abstractmethod
     def vectors(self, ids: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class Quantizer(nn.Module, ABC):
     def ids_of(self, vectors: Tensor) -> Tensor:
         """The inverse of `vectors`: (B, D, h, w) -> ids (B, h, w); of others, the code nearest to each."""
 
-    def learn(self, training: Training | None) -> None:
+    def update_codebook(self, context: StepContext | None) -> None:
         """Called after each training step, for codes that learn by averages of what `forward` saw in it.
 
         All processes take part. None: the step was not taken, and what was seen is forgotten.

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vq.quantizer import count, looked_up, nearest, per_example, promoted, straight_through
-from vq.quantizers import Codes, CommitmentConfig, Quantizer, Training
+from vq.quantizer import count_codes, lookup, mse_per_example, nearest, straight_through, upcast
+from vq.quantizers import CommitmentConfig, Quantized, Quantizer, StepContext
 
 JITTER = 0.01  # of the batch's standard deviation: tells apart codes put on the same vector
 
@@ -53,65 +53,65 @@ class EMAQuantizer(Quantizer):
             "codebook", torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size)
         )
         self.register_buffer("chosen", torch.zeros(codebook_size))
-        self.seen: list[tuple[Tensor, Tensor]] = []  # vectors (n, D) and ids (n,) of each part of the step
+        self.assignments: list[tuple[Tensor, Tensor]] = []  # vectors (n, D) and ids (n,) of each part of the step
 
-    def forward(self, z: Tensor, training: Training | None = None) -> Codes:
-        z = promoted(z)
+    def forward(self, z: Tensor, context: StepContext | None = None) -> Quantized:
+        z = upcast(z)
         ids = self.assign(z)
         e = self.vectors(ids)
-        if training is not None:
-            self.seen.append((z.detach().movedim(1, -1).flatten(0, -2).to(e.dtype), ids.flatten()))
-        commitment = per_example(z - e)
+        if context is not None:
+            self.assignments.append((z.detach().movedim(1, -1).flatten(0, -2).to(e.dtype), ids.flatten()))
+        commitment = mse_per_example(z - e)
         metrics = {"commitment": commitment.detach().mean()}
-        return Codes(ids, straight_through(z, e), self.beta * commitment, metrics)
+        return Quantized(ids, straight_through(z, e), self.beta * commitment, metrics)
 
     def assign(self, z: Tensor) -> Tensor:
         return nearest(z, self.codebook)
 
     def vectors(self, ids: Tensor) -> Tensor:
-        return looked_up(ids, self.codebook)
+        return lookup(ids, self.codebook)
 
     def ids_of(self, vectors: Tensor) -> Tensor:
         return nearest(vectors, self.codebook)
 
     @torch.no_grad()
-    def learn(self, training: Training | None) -> None:
-        seen, self.seen = self.seen, []
-        if training is None or not seen:
+    def update_codebook(self, context: StepContext | None) -> None:
+        assignments, self.assignments = self.assignments, []
+        if context is None or not assignments:
             return
-        z, ids = (torch.cat(each) for each in zip(*seen, strict=True))
+        z, ids = (torch.cat(each) for each in zip(*assignments, strict=True))
         sums = z.new_zeros(self.codebook.shape).index_add_(0, ids, z)
-        own = torch.cat([count(ids, self.codebook_size)[:, None], sums, self.own_substitutes(z, training)], 1)
-        counts, sums, substitutes = training.processes.sum(own).split([1, self.dim, self.dim], 1)
-        counts, total = counts.squeeze(1), len(z) * training.processes.size
-        turn = total / self.codebook_size
-        unborn = ~self.chosen.any()
+        own = torch.cat([count_codes(ids, self.codebook_size)[:, None], sums, self.restart_candidates(z, context)], 1)
+        counts, sums, candidates = context.dist.sum(own).split([1, self.dim, self.dim], 1)
+        counts, total = counts.squeeze(1), len(z) * context.dist.size
+        expected_count = total / self.codebook_size
+        uninitialized = ~self.chosen.any()
         self.chosen.lerp_(counts, 1 - self.decay)
         share = (1 - self.decay) * counts / self.chosen.where(counts > 0, 1)  # of this step in the average
         means = sums / counts.clamp(min=1)[:, None]
         self.codebook.lerp_(means, share[:, None])
-        moved = unborn | (self.chosen < self.revive_below * turn)
-        self.codebook.copy_(self.told_apart(substitutes, total, training).where(moved[:, None], self.codebook))
-        self.chosen.masked_fill_(moved, turn)
+        moved = uninitialized | (self.chosen < self.revive_below * expected_count)
+        self.codebook.copy_(self.jitter_repeats(candidates, total, context).where(moved[:, None], self.codebook))
+        self.chosen.masked_fill_(moved, expected_count)
 
-    def own_substitutes(self, z: Tensor, training: Training) -> Tensor:
+    def restart_candidates(self, z: Tensor, context: StepContext) -> Tensor:
         """(K, D): for each code a random vector of all processes' together, 0 where it is not among z (n, D), our own.
 
         All processes have the same number of them, and draw alike; rank r has those from r n on.
         """
-        n, processes = len(z), training.processes
-        order = torch.randperm(n * processes.size, generator=torch.Generator().manual_seed(training.seed))
+        n, dist = len(z), context.dist
+        order = torch.randperm(n * dist.size, generator=torch.Generator().manual_seed(context.seed))
         places = order[torch.arange(self.codebook_size) % len(order)].to(z.device)
-        return z[places % n].where((places // n == processes.rank)[:, None], 0)
+        return z[places % n].where((places // n == dist.rank)[:, None], 0)
 
-    def told_apart(self, substitutes: Tensor, total: int, training: Training) -> Tensor:
+    def jitter_repeats(self, candidates: Tensor, total: int, context: StepContext) -> Tensor:
         """The substitutes (K, D), those beyond the `total` vectors there are, repetitions, moved by a little noise."""
         if total >= self.codebook_size:
-            return substitutes
-        generator = torch.Generator().manual_seed(training.seed)
-        noise = torch.randn(substitutes.shape, generator=generator).to(substitutes)
+            return candidates
+        generator = torch.Generator().manual_seed(context.seed)
+        noise = torch.randn(candidates.shape, generator=generator).to(candidates)
         noise[:total] = 0
-        return substitutes + JITTER * substitutes.std(0, correction=0) * noise
+        return candidates + JITTER * candidates.std(0, correction=0) * noise
 
 
 def build(config: Config, codebook_size: int, dim: int) -> EMAQuantizer:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vq.quantizer import promoted
-from vq.quantizers import Codes, Quantizer, QuantizerConfig, Training
+from vq.quantizer import upcast
+from vq.quantizers import Quantized, Quantizer, QuantizerConfig, StepContext
 
-INWARDS = 1e-3  # share by which bounds stay within the outermost levels
+BOUND_EPS = 1e-3  # share by which bounds stay within the outermost levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Config(QuantizerConfig):
 class FSQQuantizer(Quantizer):
     """Number d of z (D = len(levels)) becomes one of levels[d] multiples of 1 / (levels[d] // 2) in [-1, 1] (eq. 1, 2).
 
-    The gradient passes straight through the rounding, and so through `bounded`. There is nothing to learn: loss = 0.
+    The gradient passes straight through the rounding, and so through `bound`. There is nothing to learn: loss = 0.
     The id has the levels as digits, the first number's last: id = l_0 + L_0 (l_1 + L_1 (l_2 + ...)), l_d from 0.
     """
 
@@ -50,19 +50,19 @@ class FSQQuantizer(Quantizer):
         super().__init__()
         self.levels, self.codebook_size, self.dim = tuple(levels), math.prod(levels), len(levels)
 
-    def forward(self, z: Tensor, training: Training | None = None) -> Codes:
-        z = promoted(z)
-        numbers = [bounded(each, of) for each, of in zip(z.unbind(1), self.levels, strict=True)]
+    def forward(self, z: Tensor, context: StepContext | None = None) -> Quantized:
+        z = upcast(z)
+        numbers = [bound(each, of) for each, of in zip(z.unbind(1), self.levels, strict=True)]
         rounded = [x.detach().round() for x in numbers]
         passed = [x - x.detach() for x in numbers]  # 0, with the gradient
         vectors = [(r + p) / (of // 2) for r, p, of in zip(rounded, passed, self.levels, strict=True)]
         nothing = z[:, :0].sum((1, 2, 3))  # 0, and training can go through it backwards
-        return Codes(self.ids(rounded), torch.stack(vectors, 1), nothing, {})
+        return Quantized(self.ids(rounded), torch.stack(vectors, 1), nothing, {})
 
     @torch.no_grad()
     def assign(self, z: Tensor) -> Tensor:
-        z = promoted(z)
-        return self.ids([bounded(each, of).round() for each, of in zip(z.unbind(1), self.levels, strict=True)])
+        z = upcast(z)
+        return self.ids([bound(each, of).round() for each, of in zip(z.unbind(1), self.levels, strict=True)])
 
     def ids(self, rounded: list[Tensor]) -> Tensor:
         """Whole numbers, from -(L // 2) on, of each level (B, h, w) -> ids (B, h, w)."""
@@ -80,17 +80,17 @@ class FSQQuantizer(Quantizer):
 
     @torch.no_grad()
     def ids_of(self, vectors: Tensor) -> Tensor:
-        numbers = zip(promoted(vectors).unbind(1), self.levels, strict=True)
+        numbers = zip(upcast(vectors).unbind(1), self.levels, strict=True)
         return self.ids([(x * (of // 2)).round().clamp(-(of // 2), (of - 1) // 2) for x, of in numbers])
 
 
-def bounded(z: Tensor, levels: int) -> Tensor:
+def bound(z: Tensor, levels: int) -> Tensor:
     """z of any range -> within half a step of whole numbers from -(levels // 2) to (levels - 1) // 2 (appendix A.1).
 
     (L - 1) / 2 (1 - 1e-3) tanh(z + shift) - offset: an even number of levels lies half a step to one side, and the
     shift keeps 0 near 0. It is the tangent, as in the paper: the inverse, artanh, does not exist for two levels.
     """
-    half, offset = (levels - 1) / 2 * (1 - INWARDS), 0.0 if levels % 2 else 0.5
+    half, offset = (levels - 1) / 2 * (1 - BOUND_EPS), 0.0 if levels % 2 else 0.5
     return half * (z + math.tan(offset / half)).tanh() - offset
 
 

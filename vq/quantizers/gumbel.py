@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vq.quantizer import highest, looked_up, nearest, promoted, straight_through, whole_factors
-from vq.quantizers import Codes, Quantizer, QuantizerConfig, Training
+from vq.quantizer import argmax_linear, full_precision_matmul, lookup, nearest, straight_through, upcast
+from vq.quantizers import Quantized, Quantizer, QuantizerConfig, StepContext
 
-COLDEST = 1 / 16  # temperature
+MIN_TEMPERATURE = 1 / 16  # temperature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,26 +57,26 @@ class GumbelQuantizer(Quantizer):
         self.codebook = nn.Embedding(codebook_size, dim)  # variance 1, as the decoder wants its input
 
     def temperature(self, step: int) -> float:
-        return max(COLDEST, 1 - step / self.decay_steps)
+        return max(MIN_TEMPERATURE, 1 - step / self.decay_steps)
 
-    def forward(self, z: Tensor, training: Training | None = None) -> Codes:
-        """ValueError where `training` has no rng: its codes are drawn."""
-        if training is not None and training.rng is None:
+    def forward(self, z: Tensor, context: StepContext | None = None) -> Quantized:
+        """ValueError where `context` has no rng: its codes are drawn."""
+        if context is not None and context.rng is None:
             raise ValueError("got a Training without rng, wanted one stream per example: gumbel draws its codes")
-        z = promoted(z)
-        with torch.autocast(z.device.type, enabled=False), whole_factors():
+        z = upcast(z)
+        with torch.autocast(z.device.type, enabled=False), full_precision_matmul():
             logits = F.linear(z.movedim(1, -1), self.weight, self.logits.bias)  # (B, h, w, K)
             kl = self.kl(logits)
             metrics = {"kl": kl.detach().mean()}
-            if training is None:
+            if context is None:
                 ids = self.assign(z)
                 vectors = self.vectors(ids)
             else:
-                tau = self.temperature(training.step)
+                tau = self.temperature(context.step)
                 metrics["temperature"] = torch.tensor(tau, device=z.device)
-                ids, y = self.drawn(logits, tau, training)
+                ids, y = self.sample_codes(logits, tau, context)
                 vectors = (y @ self.codebook.weight).movedim(-1, 1).contiguous()
-        return Codes(ids, vectors, self.kl_weight * kl, metrics)
+        return Quantized(ids, vectors, self.kl_weight * kl, metrics)
 
     @property
     def weight(self) -> Tensor:
@@ -88,9 +88,9 @@ class GumbelQuantizer(Quantizer):
         log_p = logits.log_softmax(-1)
         return (log_p.exp() * (log_p + math.log(self.codebook_size))).sum(-1).mean((1, 2))
 
-    def drawn(self, logits: Tensor, tau: float, training: Training) -> tuple[Tensor, Tensor]:
+    def sample_codes(self, logits: Tensor, tau: float, context: StepContext) -> tuple[Tensor, Tensor]:
         """logits (B, h, w, K) -> the codes drawn (B, h, w), and how much of each is decoded (B, h, w, K)."""
-        u = training.rng.uniform(tuple(logits.shape)).to(logits)
+        u = context.rng.uniform(tuple(logits.shape)).to(logits)
         g = -(-u.clamp(min=torch.finfo(u.dtype).tiny).log()).log()  # u may be 0
         y = ((logits + g) / tau).softmax(-1)
         ids = y.argmax(-1)
@@ -99,10 +99,10 @@ class GumbelQuantizer(Quantizer):
         return ids, y
 
     def assign(self, z: Tensor) -> Tensor:
-        return highest(z, self.weight, self.logits.bias)
+        return argmax_linear(z, self.weight, self.logits.bias)
 
     def vectors(self, ids: Tensor) -> Tensor:
-        return looked_up(ids, self.codebook.weight)
+        return lookup(ids, self.codebook.weight)
 
     def ids_of(self, vectors: Tensor) -> Tensor:
         return nearest(vectors, self.codebook.weight)

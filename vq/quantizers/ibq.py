@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vq.entropy import EntropyConfig, entropy, whole_batch
-from vq.quantizer import highest, looked_up, nearest, per_example, promoted, whole_factors
-from vq.quantizers import Codes, Quantizer, Training
+from vq.entropy import EntropyConfig, entropy, mean_over_processes
+from vq.quantizer import argmax_linear, full_precision_matmul, lookup, mse_per_example, nearest, upcast
+from vq.quantizers import Quantized, Quantizer, StepContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,33 +40,33 @@ class IBQQuantizer(Quantizer):
         self.codebook = nn.Embedding(codebook_size, dim)
         nn.init.normal_(self.codebook.weight)  # spreads the products: where all are near 0, codes learn the same
 
-    def forward(self, z: Tensor, training: Training | None = None) -> Codes:
-        z, ids, codebook = promoted(z), self.assign(z), self.codebook.weight
+    def forward(self, z: Tensor, context: StepContext | None = None) -> Quantized:
+        z, ids, codebook = upcast(z), self.assign(z), self.codebook.weight
         z = z.to(torch.promote_types(z.dtype, codebook.dtype))
         codebook = codebook.to(z.dtype)
-        e = looked_up(ids, codebook)
-        with torch.autocast(z.device.type, enabled=False), whole_factors():
+        e = lookup(ids, codebook)
+        with torch.autocast(z.device.type, enabled=False), full_precision_matmul():
             logits = z.movedim(1, -1) @ codebook.t()  # (B, h, w, K)
             soft = (logits.softmax(-1) @ codebook.detach()).movedim(-1, 1).contiguous()
         z_q = e + (soft - soft.detach())  # Ind C, without Ind
-        commitment = per_example(z - e.detach())
-        certainty, of_codebook = self.entropies(logits / self.temperature, training)
-        squares = per_example(z_q - z) + commitment + self.beta * per_example(e - z.detach())
-        loss = squares + self.entropy_weight * (certainty - of_codebook)
-        metrics = {"commitment": commitment, "entropy": certainty, "codebook_entropy": of_codebook}
-        return Codes(ids, z_q, loss, {name: metric.detach().mean() for name, metric in metrics.items()})
+        commitment = mse_per_example(z - e.detach())
+        code_entropy, codebook_entropy = self.entropies(logits / self.temperature, context)
+        squares = mse_per_example(z_q - z) + commitment + self.beta * mse_per_example(e - z.detach())
+        loss = squares + self.entropy_weight * (code_entropy - codebook_entropy)
+        metrics = {"commitment": commitment, "entropy": code_entropy, "codebook_entropy": codebook_entropy}
+        return Quantized(ids, z_q, loss, {name: metric.detach().mean() for name, metric in metrics.items()})
 
-    def entropies(self, logits: Tensor, training: Training | None) -> tuple[Tensor, Tensor]:
+    def entropies(self, logits: Tensor, context: StepContext | None) -> tuple[Tensor, Tensor]:
         """logits (B, h, w, K) -> E[H(p)] of each example (B,), and H(E[p]) ()."""
         log_p = logits.log_softmax(-1)
         p = log_p.exp()
-        return -(p * log_p).sum(-1).mean((1, 2)), entropy(whole_batch(p.mean((0, 1, 2)), training))
+        return -(p * log_p).sum(-1).mean((1, 2)), entropy(mean_over_processes(p.mean((0, 1, 2)), context))
 
     def assign(self, z: Tensor) -> Tensor:
-        return highest(z, self.codebook.weight, self.codebook.weight.new_zeros(self.codebook_size))
+        return argmax_linear(z, self.codebook.weight, self.codebook.weight.new_zeros(self.codebook_size))
 
     def vectors(self, ids: Tensor) -> Tensor:
-        return looked_up(ids, self.codebook.weight)
+        return lookup(ids, self.codebook.weight)
 
     def ids_of(self, vectors: Tensor) -> Tensor:
         return nearest(vectors, self.codebook.weight)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vq.quantizer import looked_up, nearest, per_example, promoted, straight_through
-from vq.quantizers import Codes, CommitmentConfig, Quantizer, Training
+from vq.quantizer import lookup, mse_per_example, nearest, straight_through, upcast
+from vq.quantizers import CommitmentConfig, Quantized, Quantizer, StepContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,19 +32,19 @@ class L2Quantizer(Quantizer):
         """(K, D), of unit length."""
         return unit(self.codebook.weight)
 
-    def forward(self, z: Tensor, training: Training | None = None) -> Codes:
-        z, codes = unit(promoted(z)), self.codes()
+    def forward(self, z: Tensor, context: StepContext | None = None) -> Quantized:
+        z, codes = unit(upcast(z)), self.codes()
         ids = nearest(z, codes)
-        e = looked_up(ids, codes)
-        codebook, commitment = per_example(e - z.detach()), per_example(z - e.detach())
+        e = lookup(ids, codes)
+        codebook, commitment = mse_per_example(e - z.detach()), mse_per_example(z - e.detach())
         metrics = {"commitment": commitment.detach().mean()}
-        return Codes(ids, straight_through(z, e), codebook + self.beta * commitment, metrics)
+        return Quantized(ids, straight_through(z, e), codebook + self.beta * commitment, metrics)
 
     def assign(self, z: Tensor) -> Tensor:
-        return nearest(unit(promoted(z)), self.codes())
+        return nearest(unit(upcast(z)), self.codes())
 
     def vectors(self, ids: Tensor) -> Tensor:
-        return looked_up(ids, self.codes())
+        return lookup(ids, self.codes())
 
     def ids_of(self, vectors: Tensor) -> Tensor:
         return self.assign(vectors)

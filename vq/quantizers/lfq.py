@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vq.entropy import EntropyConfig, entropy, entropy_of_bits, mean_of_outcomes, whole_batch
-from vq.quantizer import per_example, promoted
-from vq.quantizers import Codes, Quantizer, Training
+from vq.entropy import EntropyConfig, binary_entropy, entropy, mean_code_probs, mean_over_processes
+from vq.quantizer import mse_per_example, upcast
+from vq.quantizers import Quantized, Quantizer, StepContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,10 +15,10 @@ class Config(EntropyConfig):
     """LFQ. A code has a number for each bit: --emb_dim is not used."""
 
     def code_dim(self, codebook_size: int, emb_dim: int) -> int:
-        return bits_of(codebook_size)
+        return num_bits(codebook_size)
 
 
-def bits_of(codebook_size: int) -> int:
+def num_bits(codebook_size: int) -> int:
     """log2 of the number of codes; ValueError where it is no power of 2."""
     bits = codebook_size.bit_length() - 1
     if bits < 1 or 2**bits != codebook_size:
@@ -39,21 +39,21 @@ class LFQQuantizer(Quantizer):
     def __init__(self, codebook_size: int, beta: float = 0.25, entropy_weight: float = 0.1, temperature: float = 0.01):
         """ValueError for a codebook_size that is no power of 2."""
         super().__init__()
-        self.codebook_size, self.dim = codebook_size, bits_of(codebook_size)
+        self.codebook_size, self.dim = codebook_size, num_bits(codebook_size)
         self.beta, self.entropy_weight, self.temperature = beta, entropy_weight, temperature
 
-    def forward(self, z: Tensor, training: Training | None = None) -> Codes:
-        z = promoted(z)
+    def forward(self, z: Tensor, context: StepContext | None = None) -> Quantized:
+        z = upcast(z)
         bits = (z >= 0).detach()
         signs = bits.to(z.dtype) * 2 - 1
         logits = 4 / self.temperature * z
-        certainty = entropy_of_bits(logits).sum(1).mean((1, 2))
-        of_codebook = entropy(whole_batch(mean_of_outcomes(logits.movedim(1, -1).flatten(0, -2)), training))
-        commitment = per_example(z - signs)
-        loss = self.beta * commitment + self.entropy_weight * (certainty - of_codebook)
-        metrics = {"commitment": commitment, "entropy": certainty, "codebook_entropy": of_codebook}
+        code_entropy = binary_entropy(logits).sum(1).mean((1, 2))
+        codebook_entropy = entropy(mean_over_processes(mean_code_probs(logits.movedim(1, -1).flatten(0, -2)), context))
+        commitment = mse_per_example(z - signs)
+        loss = self.beta * commitment + self.entropy_weight * (code_entropy - codebook_entropy)
+        metrics = {"commitment": commitment, "entropy": code_entropy, "codebook_entropy": codebook_entropy}
         metrics = {name: metric.detach().mean() for name, metric in metrics.items()}
-        return Codes(self.ids(bits), signs + (z - z.detach()), loss, metrics)
+        return Quantized(self.ids(bits), signs + (z - z.detach()), loss, metrics)
 
     def ids(self, bits: Tensor) -> Tensor:
         """bool (B, D, h, w) -> ids (B, h, w)."""

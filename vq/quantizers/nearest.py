@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from vq.quantizer import looked_up, nearest, per_example, promoted, straight_through
-from vq.quantizers import Codes, CommitmentConfig, Quantizer, Training
+from vq.quantizer import lookup, mse_per_example, nearest, straight_through, upcast
+from vq.quantizers import CommitmentConfig, Quantized, Quantizer, StepContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,23 +26,23 @@ class NearestQuantizer(Quantizer):
     def __init__(self, codebook_size: int, dim: int, beta: float = 0.25, legacy_beta: bool = False):
         super().__init__()
         self.codebook_size, self.dim = codebook_size, dim
-        self.of_codebook, self.of_commitment = (beta, 1.0) if legacy_beta else (1.0, beta)
+        self.codebook_weight, self.commitment_weight = (beta, 1.0) if legacy_beta else (1.0, beta)
         self.codebook = nn.Embedding(codebook_size, dim)
         nn.init.uniform_(self.codebook.weight, -1 / codebook_size, 1 / codebook_size)
 
-    def forward(self, z: Tensor, training: Training | None = None) -> Codes:
-        z = promoted(z)
+    def forward(self, z: Tensor, context: StepContext | None = None) -> Quantized:
+        z = upcast(z)
         ids = self.assign(z)
         e = self.vectors(ids)
-        codebook, commitment = per_example(e - z.detach()), per_example(z - e.detach())
-        loss = self.of_codebook * codebook + self.of_commitment * commitment
-        return Codes(ids, straight_through(z, e), loss, {"commitment": commitment.detach().mean()})
+        codebook, commitment = mse_per_example(e - z.detach()), mse_per_example(z - e.detach())
+        loss = self.codebook_weight * codebook + self.commitment_weight * commitment
+        return Quantized(ids, straight_through(z, e), loss, {"commitment": commitment.detach().mean()})
 
     def assign(self, z: Tensor) -> Tensor:
         return nearest(z, self.codebook.weight)
 
     def vectors(self, ids: Tensor) -> Tensor:
-        return looked_up(ids, self.codebook.weight)
+        return lookup(ids, self.codebook.weight)
 
     def ids_of(self, vectors: Tensor) -> Tensor:
         return nearest(vectors, self.codebook.weight)

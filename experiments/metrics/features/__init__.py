@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from train.config import DataConfig
-from train.registry import plugin
+from train.registry import load_plugin
 
 
 class Features(NamedTuple):
@@ -27,7 +27,7 @@ class Features(NamedTuple):
 
 def named(name: str, device: torch.device, weights: str | None = None) -> Features:
     """The features of one file here; `weights` goes to a `build` that takes it."""
-    module = plugin(__name__, name, "features")
+    module = load_plugin(__name__, name, "features")
     if weights is None:
         return Features(name, module, module.build(device))
     if "weights" not in inspect.signature(module.build).parameters:
@@ -39,7 +39,7 @@ def choose(name: str, data: DataConfig, device: torch.device, weights: str | Non
     """The features of --features; auto is what the reader of the data names, or inception, or pixels with a warning."""
     if name != "auto" or weights is not None:
         return named("inception" if name == "auto" else name, device, weights)
-    reader = plugin("train.datasets", data.reader or data.dataset, "data set")
+    reader = load_plugin("train.datasets", data.reader or data.dataset, "data set")
     if hasattr(reader, "FEATURES"):
         return named(reader.FEATURES, device)
     try:

@@ -27,7 +27,7 @@ from train.data.transforms import to_float, to_uint8
 from train.distributed import DistContext
 from train.first_stage import load_first_stage
 from vq.autoencoder import Decoder
-from vq.likelihood import FIRST, HIGHEST, LOWEST
+from vq.likelihood import INITIAL_LOG_VARIANCE, MAX_LOG_VARIANCE, MIN_LOG_VARIANCE
 
 CPU = torch.device("cpu")
 LEVELS = torch.arange(256).float() / 127.5 - 1
@@ -46,7 +46,7 @@ def first(trained):
 # the likelihood
 
 
-@pytest.mark.parametrize("log_variance", [LOWEST, -8.0, FIRST, 0.0, HIGHEST])
+@pytest.mark.parametrize("log_variance", [MIN_LOG_VARIANCE, -8.0, INITIAL_LOG_VARIANCE, 0.0, MAX_LOG_VARIANCE])
 @pytest.mark.parametrize("mean", [-1.4, -1.0, -0.5, 0.0031, 0.77, 1.0, 3.0])
 def test_the_masses_of_all_levels_sum_to_one(mean, log_variance):
     nats = discretized_log_likelihood(LEVELS, Normal(torch.full((256,), mean), torch.tensor(log_variance)))
@@ -56,7 +56,7 @@ def test_the_masses_of_all_levels_sum_to_one(mean, log_variance):
 
 def test_far_out_it_stays_finite_and_so_do_gradients():
     mean = torch.tensor([-30.0, -2.0, -1.0, 0.0, 1.0, 30.0]).view(-1, 1, 1)
-    log_variance = torch.tensor([LOWEST, FIRST, HIGHEST]).view(-1, 1).requires_grad_()
+    log_variance = torch.tensor([MIN_LOG_VARIANCE, INITIAL_LOG_VARIANCE, MAX_LOG_VARIANCE]).view(-1, 1).requires_grad_()
     nats = discretized_log_likelihood(LEVELS, Normal(mean, log_variance))
     nats.sum().backward()
     assert nats.isfinite().all() and log_variance.grad.isfinite().all()

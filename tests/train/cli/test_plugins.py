@@ -16,7 +16,7 @@ from train.cli.values import peek_flag_values
 from train.config import DataConfig, SecondStageConfig, VQGANRunConfig
 from train.datasets import lsun
 from train.first_stage import VQGANRun
-from train.registry import names_in
+from train.registry import plugin_names
 from train.runs import open_run
 from train.samplers import ddpm
 from vq.config import VQGANConfig
@@ -126,7 +126,7 @@ def test_help_shows_the_flags_of_the_chosen_quantizer(tmp_path, capfd):
             call("train_vqgan.py", f"--quantizer {name} --help")
         shown = capfd.readouterr().out
         assert [each for each in ("--fsq_levels", "--gumbel_decay_steps", "--legacy_beta") if each in shown] == [flag]
-    assert "Steps in which its temperature falls" in " ".join(shown.replace("│", " ").split())
+    assert "The temperature is 1 - step / gumbel_decay_steps" in " ".join(shown.replace("│", " ").split())
 
 
 def test_a_file_names_the_quantizer_and_a_flag_another(tmp_path, monkeypatch, capfd):
@@ -188,7 +188,7 @@ def test_no_plugin_has_a_flag_that_another_group_has():
     """The keys of a run are flat, so each must be unique."""
     for cls in (VQGANRunConfig, SecondStageConfig):
         for group in PLUGIN_GROUPS.values():
-            for name in names_in(group.package):
+            for name in plugin_names(group.package):
                 config = make_default_config(cls, {group.flags[0]: name}).config
                 parts = [getattr(config, field.name) for field in dataclasses.fields(config)]
                 assert sum(len(flags_of(part)) for part in parts) == len(flags_of(config)), name
@@ -309,7 +309,7 @@ def test_merged_flags_keep_their_help(capfd):
     with pytest.raises(SystemExit):
         cli.parse_arguments(Several, ["--help"], default=config)
     shown = " ".join(capfd.readouterr().out.replace("│", " ").split())
-    assert "Decay per step of the averages" in shown and "Levels of each number" in shown
+    assert "Decay per step of the moving averages" in shown and "Number of levels of each channel" in shown
 
 
 @pytest.mark.parametrize(
@@ -329,4 +329,4 @@ def test_a_list_of_values_ends_at_the_next_flag(line, words):
 @pytest.mark.parametrize("base", PLUGIN_GROUPS)
 def test_every_plugin_config_has_the_base_class_of_its_group(base):
     group = PLUGIN_GROUPS[base]
-    assert all(issubclass(group.config_of(name), base) for name in names_in(group.package))
+    assert all(issubclass(group.config_of(name), base) for name in plugin_names(group.package))

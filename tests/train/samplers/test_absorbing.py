@@ -6,7 +6,7 @@ import torch
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.rng import Streams, seed_of
 from helpers.labels import LabelNetwork
-from models.attention import KINDS as KIND_CLASSES
+from models.attention import ATTENTION_TYPES
 from train.data.loading import TrainingStreams
 from train.samplers import absorbing
 
@@ -119,7 +119,7 @@ def test_every_kind_of_attention_reaches_the_network_and_learns_to_copy_what_it_
     settings = {"bert_n_emb": 16, "bert_n_head": 2, "bert_n_layers": 2, "loss_type": "mlm"}
     built = absorbing.build(absorbing.Config(**settings | kind), codes=4, grid=(3, 4), n_classes=0)
     layer = built.network.blocks[1].attention
-    assert type(layer) is KIND_CLASSES[kind.get("attention_type", "softmax")]
+    assert type(layer) is ATTENTION_TYPES[kind.get("attention_type", "softmax")]
     assert type(layer.core).__name__ == ("HydraAttention" if "attention" in kind else "FullAttention")
     assert (built.network.position is None) == ("position" in kind) and (layer.rotary is None) == (
         kind.get("position") != "rope"

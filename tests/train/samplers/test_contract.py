@@ -12,7 +12,7 @@ from models.conditioning import Condition
 from models.conditions import image
 from train.config import SamplerConfig, SamplingConfig
 from train.data.loading import TrainingStreams
-from train.registry import names_in, plugin
+from train.registry import load_plugin, plugin_names
 from train.samplers import LearnedSampler, Process
 from train.samplers.autoregressive import AutoregressiveSampler
 
@@ -27,8 +27,8 @@ SPACES = {  # SPACE -> the facts that `build` may be told
     "continuous": [{"shape": (1, 4, 8), "pixels": True}, {"shape": (4, 2, 4), "pixels": False}],
 }
 GREY = image.Config(condition_channels=1)
-SAMPLERS = names_in("train.samplers")
-CASES = [(name, facts) for name in SAMPLERS for facts in SPACES[plugin("train.samplers", name, "").SPACE]]
+SAMPLERS = plugin_names("train.samplers")
+CASES = [(name, facts) for name in SAMPLERS for facts in SPACES[load_plugin("train.samplers", name, "").SPACE]]
 CLASSES = 3
 STEPS = {"autoregressive": 8}  # of those that leave no choice: one per code
 
@@ -41,7 +41,7 @@ def case(name, facts):
 def built(name, facts, n_classes=CLASSES):
     """The sampler, its network moved off its first values, which may be the constant 0."""
     torch.manual_seed(0)
-    module = plugin("train.samplers", name, "sampler")
+    module = load_plugin("train.samplers", name, "sampler")
     sampler = module.build(module.Config(**SMALL.get(name, {})), **facts, n_classes=n_classes)
     with torch.no_grad():
         for parameter in sampler.network.parameters():
@@ -74,7 +74,7 @@ def made(request):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_file_has_its_settings_its_space_and_build(name):
-    module = plugin("train.samplers", name, "sampler")
+    module = load_plugin("train.samplers", name, "sampler")
     assert issubclass(module.Config, SamplerConfig) and issubclass(module.Sampling, SamplingConfig)
     assert module.SPACE in SPACES and callable(module.build)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -94,7 +94,7 @@ def test_a_sampler_says_what_it_is(made):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_its_settings_have_the_options_of_its_solvers(name):
-    for facts in SPACES[plugin("train.samplers", name, "").SPACE]:
+    for facts in SPACES[load_plugin("train.samplers", name, "").SPACE]:
         sampler, module = built(name, facts)
         options = {option for entry in solvers_of(sampler.process).values() for option in entry.option_names}
         assert {*module.Sampling.option_names()} == options
@@ -216,7 +216,7 @@ def test_what_is_drawn_has_the_shape_and_the_range_of_the_data(made):
 
 @pytest.mark.parametrize("name, facts", CASES, ids=lambda value: value if isinstance(value, str) else "")
 def test_an_image_and_a_label_train_and_guide(name, facts):
-    module = plugin("train.samplers", name, "sampler")
+    module = load_plugin("train.samplers", name, "sampler")
     torch.manual_seed(0)
     config = module.Config(**SMALL.get(name, {}), conditions=("image",), condition_options=GREY, condition_drop=0.3)
     sampler = module.build(config, **facts, n_classes=CLASSES)

@@ -16,12 +16,12 @@ from hypothesis.extra.numpy import arrays
 from diffusion.rng import Streams
 from train.cli.plugins import flags_of
 from train.config import VQGANRunConfig
-from train.registry import names_in, plugin
+from train.registry import load_plugin, plugin_names
 from vq.config import VQGANConfig
 from vq.quantizer import make_quantizer
-from vq.quantizers import Codes, Quantizer, QuantizerConfig, Training
+from vq.quantizers import Quantized, Quantizer, QuantizerConfig, StepContext
 
-NAMES = names_in("vq.quantizers")
+NAMES = plugin_names("vq.quantizers")
 OF_THE_BATCH = {"lfq", "ibq"}  # whose loss holds the entropy of the codes that a batch uses
 GRIDS = [(4, 4), (2, 5), (1, 1)]
 
@@ -36,8 +36,8 @@ def vectors_for(quantizer, batch=3, grid=(4, 3), seed=1):
     return torch.randn(batch, quantizer.dim, *grid, generator=torch.Generator().manual_seed(seed))
 
 
-def training(batch=3, step=5, first=0):
-    return Training(step, seed=step, rng=Streams(list(range(first, first + batch))))
+def context(batch=3, step=5, first=0):
+    return StepContext(step, seed=step, rng=Streams(list(range(first, first + batch))))
 
 
 def same(some, others):
@@ -54,15 +54,15 @@ def test_shapes_and_types(name, codebook_size, emb_dim, grid, trains):
     assert isinstance(quantizer, Quantizer)
     assert (quantizer.codebook_size, quantizer.dim) == (codebook_size, config.code_dim)
     z = vectors_for(quantizer, 3, grid)
-    codes = quantizer(z, training() if trains else None)
-    assert isinstance(codes, Codes)
+    codes = quantizer(z, context() if trains else None)
+    assert isinstance(codes, Quantized)
     assert codes.ids.shape == (3, *grid) and codes.ids.dtype == torch.int64
     assert 0 <= codes.ids.min() <= codes.ids.max() < codebook_size
     assert codes.vectors.shape == z.shape and codes.vectors.dtype == torch.float32
     assert codes.loss.shape == (3,) and codes.loss.dtype == torch.float32 and codes.loss.isfinite().all()
     assert all(metric.shape == () and not metric.requires_grad for metric in codes.metrics.values())
     assert quantizer.vectors(codes.ids).shape == z.shape and quantizer.vectors(codes.ids).dtype == torch.float32
-    assert codes.vectors.is_contiguous() and quantizer.vectors(codes.ids).is_contiguous()  # see `looked_up`
+    assert codes.vectors.is_contiguous() and quantizer.vectors(codes.ids).is_contiguous()  # see `lookup`
     assert quantizer.ids_of(z).shape == quantizer.assign(z).shape == codes.ids.shape
     assert not quantizer.assign(z.requires_grad_()).requires_grad
 
@@ -112,9 +112,9 @@ def test_codes_are_recognised_though_a_little_off(name):
 def test_autocast_changes_nothing(name, dtype, trains):
     quantizer = built(name)
     z = vectors_for(quantizer).to(dtype)
-    plain = quantizer(z.float(), training() if trains else None)
+    plain = quantizer(z.float(), context() if trains else None)
     with torch.autocast("cpu", dtype):
-        codes = quantizer(z.requires_grad_(), training() if trains else None)
+        codes = quantizer(z.requires_grad_(), context() if trains else None)
         assert torch.equal(quantizer.assign(z), quantizer.assign(z.float()))
     assert codes.vectors.dtype == codes.loss.dtype == torch.float32
     assert same(codes, plain)
@@ -126,7 +126,7 @@ def test_autocast_changes_nothing(name, dtype, trains):
 @pytest.mark.parametrize("name", NAMES)
 def test_float64_stays(name):
     quantizer = built(name).double()
-    codes = quantizer(vectors_for(quantizer).double(), training())
+    codes = quantizer(vectors_for(quantizer).double(), context())
     assert codes.vectors.dtype == codes.loss.dtype == torch.float64
 
 
@@ -135,7 +135,7 @@ def test_gradients_reach_every_vector_and_every_weight(name):
     """A weight that gets none would stop several processes, which wait for it."""
     quantizer = built(name)
     z = vectors_for(quantizer, 3).requires_grad_()
-    codes = quantizer(z, training())
+    codes = quantizer(z, context())
     (of_z,) = torch.autograd.grad((codes.vectors * torch.randn(z.shape)).sum(), z, retain_graph=True)
     assert of_z.isfinite().all() and (of_z != 0).any(1).all()
     (codes.vectors.square().sum() + codes.loss.sum()).backward()
@@ -148,9 +148,9 @@ def test_gradients_reach_every_vector_and_every_weight(name):
 def test_an_example_does_not_depend_on_the_others(name, trains):
     quantizer = built(name)
     z = vectors_for(quantizer, 4)
-    whole = quantizer(z, training(4) if trains else None)
+    whole = quantizer(z, context(4) if trains else None)
     for i in range(4):
-        alone = quantizer(z[i : i + 1], training(1, first=i) if trains else None)
+        alone = quantizer(z[i : i + 1], context(1, first=i) if trains else None)
         assert torch.equal(alone.ids, whole.ids[i : i + 1])
         assert torch.allclose(alone.vectors, whole.vectors[i : i + 1], atol=1e-6)
         if name not in OF_THE_BATCH:
@@ -163,10 +163,10 @@ def test_nothing_is_drawn_but_from_what_training_brings(name, trains):
     quantizer = built(name)
     z, before = vectors_for(quantizer), torch.get_rng_state()
     first, again = (copy.deepcopy(quantizer), copy.deepcopy(quantizer))
-    told = [training() if trains else None for _ in range(2)]
+    told = [context() if trains else None for _ in range(2)]
     assert same(first(z, told[0]), again(z, told[1]))
     for each, of_step in zip((first, again), told, strict=True):
-        each.learn(of_step)
+        each.update_codebook(of_step)
     assert same(first(z), again(z)) and torch.equal(torch.get_rng_state(), before)
 
 
@@ -174,24 +174,24 @@ def test_nothing_is_drawn_but_from_what_training_brings(name, trains):
 def test_a_copy_that_loads_the_state_is_the_same(name):
     quantizer, other = built(name), built(name, seed=7)
     z = vectors_for(quantizer)
-    quantizer(z, training())
-    quantizer.learn(training())
+    quantizer(z, context())
+    quantizer.update_codebook(context())
     other.load_state_dict(quantizer.state_dict())
-    assert same(quantizer(z), other(z)) and same(quantizer(z, training()), other(z, training()))
+    assert same(quantizer(z), other(z)) and same(quantizer(z, context()), other(z, context()))
     for each in (quantizer, other):
-        each.learn(training())
+        each.update_codebook(context())
     assert same(quantizer(z), other(z))
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("told", [None, Training(5, seed=5)])
+@pytest.mark.parametrize("told", [None, StepContext(5, seed=5)])
 def test_only_what_training_saw_is_learned(name, told):
     """A skipped step (None), or one that saw nothing, leaves everything as it was."""
     quantizer = built(name)
     before = copy.deepcopy(quantizer.state_dict())
-    quantizer(vectors_for(quantizer), training() if told is None else None)
-    quantizer.learn(told)
-    quantizer.learn(training())
+    quantizer(vectors_for(quantizer), context() if told is None else None)
+    quantizer.update_codebook(told)
+    quantizer.update_codebook(context())
     after = quantizer.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(tensor, before[key]) for key, tensor in after.items())
 
@@ -205,7 +205,7 @@ def test_it_can_be_built_without_memory(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_its_options_are_a_frozen_config_of_documented_fields(name):
-    file = plugin("vq.quantizers", name, "quantizer")
+    file = load_plugin("vq.quantizers", name, "quantizer")
     fields = dataclasses.fields(file.Config)
     assert issubclass(file.Config, QuantizerConfig) and file.Config.__dataclass_params__.frozen
     assert file.Config.__doc__ and all(field.kw_only for field in fields)
@@ -226,7 +226,7 @@ def noted(cls):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_of_another_quantizer_are_refused(name):
-    other = next(plugin("vq.quantizers", each, "quantizer").Config() for each in NAMES if each != name)
+    other = next(load_plugin("vq.quantizers", each, "quantizer").Config() for each in NAMES if each != name)
     with pytest.raises(ValueError, match=f"got options of .* for quantizer {name}: pass vq.quantizers.{name}.Config"):
         VQGANConfig(quantizer=name, quantizer_config=other)
 
@@ -235,7 +235,7 @@ def test_fields_of_one_name_are_one_flag():
     """Of the same type and default, so that one value can be typed for several quantizers; and none of the network."""
     seen = {}
     for name in NAMES:
-        for key, flag in flags_of(plugin("vq.quantizers", name, "quantizer").Config).items():
+        for key, flag in flags_of(load_plugin("vq.quantizers", name, "quantizer").Config).items():
             assert seen.setdefault(key, flag) == flag, f"--{key} of {name}"
     groups = [field.type for field in dataclasses.fields(VQGANRunConfig) if field.name != "reader"]
     assert not seen.keys() & {flag for group in groups for flag in flags_of(group)}

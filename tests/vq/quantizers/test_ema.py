@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vq.config import VQGANConfig
-from vq.quantizer import count, make_quantizer, perplexity, usage
-from vq.quantizers import Training, ema
+from vq.quantizer import count_codes, make_quantizer, perplexity, usage
+from vq.quantizers import StepContext, ema
 from vq.quantizers.ema import EMAQuantizer
 
 K, D, DECAY, BETA = 6, 3, 0.9, 0.25
@@ -28,8 +28,8 @@ def flat(z):
 
 
 def step(q, z, number):
-    ids = q(z, training := Training(number, seed=number)).ids
-    q.learn(training)
+    ids = q(z, context := StepContext(number, seed=number)).ids
+    q.update_codebook(context)
     return ids
 
 
@@ -68,7 +68,7 @@ def test_without_memory_codes_are_the_means_of_the_step():
     ids = step(q, z, 1).flatten()
     for k in ids.unique():
         assert torch.allclose(q.codebook[k], flat(z)[ids == k].mean(0), rtol=1e-12)
-    assert torch.equal(q.chosen, count(ids, K).double())
+    assert torch.equal(q.chosen, count_codes(ids, K).double())
 
 
 def test_a_code_that_nobody_chooses_stays_where_it_is():
@@ -93,7 +93,7 @@ def test_the_first_batch_puts_each_code_on_a_vector_of_its_own():
     step(q, z, 0)
     assert is_a_row(q.codebook, flat(z)).all() and len(q.codebook.unique(dim=0)) == 120
     assert not torch.equal(q.codebook, flat(z)), "the order should be random"
-    assert (q.chosen == 1).all() and usage(count(q(z).ids, 120)) == 1
+    assert (q.chosen == 1).all() and usage(count_codes(q(z).ids, 120)) == 1
 
 
 def test_more_codes_than_vectors_are_told_apart_by_a_little_noise():
@@ -110,8 +110,8 @@ def test_the_seed_of_the_step_decides_and_nothing_else():
     def codes(seed):
         torch.manual_seed(torch.seed())
         q = quantizer(codebook_size=50)
-        q(batch(0), training := Training(0, seed=seed))
-        q.learn(training)
+        q(batch(0), context := StepContext(0, seed=seed))
+        q.update_codebook(context)
         return q.codebook
 
     assert torch.equal(codes(1), codes(1)) and not torch.equal(codes(1), codes(2))
@@ -134,7 +134,7 @@ def test_dead_codes_come_back_and_the_codebook_is_used():
         q.codebook[2:] = 1000 + torch.randn(size - 2, D)
         for t in range(30):
             step(q, clusters(t), t + 1)
-        counts = count(torch.cat([q.assign(clusters(t)) for t in range(4)]), size)
+        counts = count_codes(torch.cat([q.assign(clusters(t)) for t in range(4)]), size)
         used[revive_below] = usage(counts), perplexity(counts)
     assert used[0.0][0] == 2 / size
     assert used[0.05][0] > 0.95 and used[0.05][1] > 15
@@ -190,9 +190,9 @@ def over_processes(size, steps, **options):
 
     def work(rank):
         for t in range(steps):
-            training = Training(t, seed=t, processes=Together(rank, size, shared, barrier))
-            copies[rank](batch(t).chunk(size)[rank], training)
-            copies[rank].learn(training)
+            context = StepContext(t, seed=t, dist=Together(rank, size, shared, barrier))
+            copies[rank](batch(t).chunk(size)[rank], context)
+            copies[rank].update_codebook(context)
         known[rank] = copies[rank].state_dict()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
@@ -220,8 +220,8 @@ def test_the_parts_of_a_batch_are_the_batch(parts):
     for t in range(4):
         step(whole, batch(t), t)
         for z in batch(t).chunk(parts):
-            split(z, Training(t, seed=t))
-        split.learn(Training(t, seed=t))
+            split(z, StepContext(t, seed=t))
+        split.update_codebook(StepContext(t, seed=t))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, split.state_dict()[name])
 
@@ -229,9 +229,9 @@ def test_the_parts_of_a_batch_are_the_batch(parts):
 def test_a_step_not_taken_is_forgotten():
     q = started(revive_below=0.05)
     before = {name: tensor.clone() for name, tensor in q.state_dict().items()}
-    q(torch.full_like(batch(0), torch.nan), Training(1))
-    q.learn(None)
-    q.learn(Training(1))  # has seen nothing
+    q(torch.full_like(batch(0), torch.nan), StepContext(1))
+    q.update_codebook(None)
+    q.update_codebook(StepContext(1))  # has seen nothing
     assert all(torch.equal(tensor, before[name]) for name, tensor in q.state_dict().items())
     step(q, batch(1), 2)
     assert all(tensor.isfinite().all() for tensor in q.state_dict().values())
@@ -241,7 +241,7 @@ def test_validation_is_not_learned_from():
     q = started()
     before = q.codebook.clone()
     q(batch(1))
-    q.learn(Training(1))
+    q.update_codebook(StepContext(1))
     assert torch.equal(q.codebook, before)
 
 
@@ -255,9 +255,9 @@ def test_buffers_keep_their_place():
 
 def test_only_the_encoder_is_asked_for_anything():
     q, z = started(), batch(1).requires_grad_()
-    codes = q(z, Training(1))
+    codes = q(z, StepContext(1))
     e = q.vectors(codes.ids)
-    assert not list(q.parameters()) and not q.seen[0][0].requires_grad
+    assert not list(q.parameters()) and not q.assignments[0][0].requires_grad
     assert torch.allclose(codes.loss, BETA * (z - e).square().mean((1, 2, 3)))
     assert torch.allclose(codes.metrics["commitment"], codes.loss.mean() / BETA)
     (of_loss,) = torch.autograd.grad(codes.loss.sum(), z)

@@ -8,7 +8,7 @@ import torch
 from vq.config import VQGANConfig
 from vq.quantizer import make_quantizer
 from vq.quantizers import fsq
-from vq.quantizers.fsq import FSQQuantizer, bounded
+from vq.quantizers.fsq import FSQQuantizer, bound
 
 LEVELS = (8, 5, 2, 3)
 
@@ -39,10 +39,10 @@ def test_all_levels_are_reached_and_none_beyond(levels, dtype):
 @pytest.mark.parametrize("levels", range(2, 17))
 def test_zero_is_near_the_middle_level_and_ends_are_short_of_half_a_step_beyond(levels):
     zero, ends = torch.zeros(1), torch.tensor([-1e3, 1e3])
-    middle = bounded(zero.double(), levels).item()
+    middle = bound(zero.double(), levels).item()
     assert abs(middle) < (0.05 if levels == 2 else 1e-3)
     assert FSQQuantizer((levels,)).assign(zero.view(1, 1, 1, 1)).item() == levels // 2
-    low, high = bounded(ends.double(), levels).tolist()
+    low, high = bound(ends.double(), levels).tolist()
     assert (high - low) == pytest.approx((levels - 1) * 0.999)
     assert -(levels // 2) < low < high < (levels - 1) // 2
 
@@ -50,9 +50,9 @@ def test_zero_is_near_the_middle_level_and_ends_are_short_of_half_a_step_beyond(
 def test_the_bound_of_the_appendix():
     """half tanh(z + tan(1/2 / half)) - 1/2 for 8 levels, 1.998 tanh(z) for 5."""
     z = torch.tensor([-2.0, -0.1, 0.3, 1.5], dtype=torch.float64)
-    assert torch.allclose(bounded(z, 5), 1.998 * z.tanh(), rtol=1e-12)
+    assert torch.allclose(bound(z, 5), 1.998 * z.tanh(), rtol=1e-12)
     half = 3.4965
-    assert torch.allclose(bounded(z, 8), half * (z + math.tan(0.5 / half)).tanh() - 0.5, rtol=1e-12)
+    assert torch.allclose(bound(z, 8), half * (z + math.tan(0.5 / half)).tanh() - 0.5, rtol=1e-12)
 
 
 def test_ids_and_vectors_are_inverse_for_all_codes():

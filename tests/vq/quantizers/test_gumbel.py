@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusion.rng import Streams
 from vq.config import VQGANConfig
 from vq.quantizer import make_quantizer
-from vq.quantizers import Training, gumbel
+from vq.quantizers import StepContext, gumbel
 from vq.quantizers.gumbel import GumbelQuantizer
 
 K, D, STEPS = 7, 3, 1000
@@ -32,8 +32,8 @@ class Given:
         return self.u
 
 
-def training(u, step=STEPS // 4):
-    return Training(step, rng=Given(u))
+def context(u, step=STEPS // 4):
+    return StepContext(step, rng=Given(u))
 
 
 def logits_of(quantizer, z):
@@ -60,7 +60,7 @@ def test_the_likeliest_code_without_training():
 def test_training_decodes_the_mean_of_the_codebook():
     quantizer, z = quantizer_and_vectors()
     u = torch.rand(3, 4, 5, K, dtype=torch.float64)
-    y, codes = relaxed(quantizer, z, u, tau=0.75), quantizer(z, training(u))
+    y, codes = relaxed(quantizer, z, u, tau=0.75), quantizer(z, context(u))
     assert torch.allclose(codes.vectors, mixed(quantizer, y), rtol=1e-12)
     assert torch.equal(codes.ids, y.argmax(-1)) and (codes.ids != quantizer.assign(z)).any()
     assert codes.metrics["temperature"] == 0.75
@@ -69,7 +69,7 @@ def test_training_decodes_the_mean_of_the_codebook():
 def test_straight_through_decodes_one_code_with_the_gradient_of_the_mean():
     quantizer, z = quantizer_and_vectors(straight_through=True)
     u, of_output = torch.rand(3, 4, 5, K, dtype=torch.float64), torch.randn(3, D, 4, 5, dtype=torch.float64)
-    codes, y = quantizer(z, training(u)), relaxed(quantizer, z, u, tau=0.75)
+    codes, y = quantizer(z, context(u)), relaxed(quantizer, z, u, tau=0.75)
     assert torch.allclose(codes.vectors, quantizer.vectors(codes.ids)) and torch.equal(codes.ids, y.argmax(-1))
     inputs = (z, quantizer.logits.weight, quantizer.logits.bias)
     got, wanted = (
@@ -77,7 +77,7 @@ def test_straight_through_decodes_one_code_with_the_gradient_of_the_mean():
     )
     assert all(torch.allclose(*each) for each in zip(got, wanted, strict=True)) and got[0].abs().max() > 0
     (of_codebook,) = torch.autograd.grad(
-        (quantizer(z, training(u)).vectors * of_output).sum(), quantizer.codebook.weight
+        (quantizer(z, context(u)).vectors * of_output).sum(), quantizer.codebook.weight
     )
     summed = torch.zeros(K, D).double().index_add_(0, codes.ids.flatten(), of_output.movedim(1, -1).reshape(-1, D))
     assert torch.allclose(of_codebook, summed)
@@ -87,7 +87,7 @@ def test_straight_through_decodes_one_code_with_the_gradient_of_the_mean():
 def test_the_temperature_falls_to_a_sixteenth(step, tau):
     quantizer, z = quantizer_and_vectors()
     u = torch.rand(3, 4, 5, K, dtype=torch.float64)
-    codes = quantizer(z, training(u, step))
+    codes = quantizer(z, context(u, step))
     assert codes.metrics["temperature"] == pytest.approx(tau)
     assert torch.allclose(codes.vectors, mixed(quantizer, relaxed(quantizer, z, u, tau)))
 
@@ -95,7 +95,7 @@ def test_the_temperature_falls_to_a_sixteenth(step, tau):
 def test_codes_are_drawn_with_their_probabilities():
     quantizer = GumbelQuantizer(K, D)
     z = torch.randn(1, D, 1, 1).expand(1, D, 200, 200)
-    ids = quantizer(z, Training(0, rng=Streams([3]))).ids
+    ids = quantizer(z, StepContext(0, rng=Streams([3]))).ids
     p = logits_of(quantizer, z)[0, 0, 0].softmax(-1)
     deviation = (p * (1 - p) / ids.numel()).sqrt()
     assert ((ids.flatten().bincount(minlength=K) / ids.numel() - p).abs() < 5 * deviation).all()
@@ -109,7 +109,7 @@ def test_zeros_are_numbers_as_others_are(hard, double):
     z = z.detach().to(quantizer.codebook.weight.dtype).requires_grad_()
     u = torch.rand(3, 4, 5, K)
     u[0], u[1, ..., 2] = 0.0, 0.0
-    codes = quantizer(z, training(u))
+    codes = quantizer(z, context(u))
     codes.vectors.square().sum().backward()
     assert codes.vectors.isfinite().all() and z.grad.isfinite().all()
     assert all(p.grad.isfinite().all() for p in quantizer.parameters())
@@ -118,21 +118,21 @@ def test_zeros_are_numbers_as_others_are(hard, double):
 
 def test_the_largest_uniform_numbers_are_finite():
     quantizer, z = quantizer_and_vectors()
-    codes = quantizer(z, training(torch.full((3, 4, 5, K), 1 - 2**-24)))
+    codes = quantizer(z, context(torch.full((3, 4, 5, K), 1 - 2**-24)))
     assert codes.vectors.isfinite().all()
 
 
 def test_a_training_without_random_numbers_is_refused():
     quantizer, z = quantizer_and_vectors()
     with pytest.raises(ValueError, match="without rng"):
-        quantizer(z, Training(0))
+        quantizer(z, StepContext(0))
 
 
 def test_the_loss_is_the_distance_to_uniform_probabilities():
     quantizer, z = quantizer_and_vectors()
     p = torch.distributions.Categorical(logits=logits_of(quantizer, z))
     kl = torch.distributions.kl_divergence(p, torch.distributions.Categorical(logits=torch.zeros(K).double()))
-    for codes in (quantizer(z), quantizer(z, training(torch.rand(3, 4, 5, K)))):
+    for codes in (quantizer(z), quantizer(z, context(torch.rand(3, 4, 5, K)))):
         assert torch.allclose(codes.loss, 0.2 * kl.mean((1, 2))) and torch.allclose(codes.metrics["kl"], kl.mean())
 
 
@@ -147,9 +147,9 @@ def test_the_distance_lies_between_none_and_certainty(scale, kl):
 def test_products_have_float32_under_autocast():
     quantizer, z = quantizer_and_vectors()
     quantizer, z, u = quantizer.float(), z.float(), torch.rand(3, 4, 5, K)
-    plain = quantizer(z, training(u))
+    plain = quantizer(z, context(u))
     with torch.autocast("cpu", torch.bfloat16):
-        codes = quantizer(z, training(u))
+        codes = quantizer(z, context(u))
     assert torch.equal(codes.vectors, plain.vectors) and torch.equal(codes.loss, plain.loss)
 
 

@@ -7,7 +7,7 @@ import vq.quantizer
 from helpers.peak_tensor import LargestTensor
 from vq.config import VQGANConfig
 from vq.quantizer import make_quantizer
-from vq.quantizers import Training, ibq
+from vq.quantizers import StepContext, ibq
 from vq.quantizers.ibq import IBQQuantizer
 
 K, D = 12, 5
@@ -58,8 +58,8 @@ def test_ids_and_vectors_are_inverse_for_all_codes():
 @pytest.mark.parametrize("part", ["vectors", "loss"])
 def test_gradients_through_the_index_are_those_of_the_formula(part):
     q, z = quantizer().double(), z_for()
-    z_q, squares, certainty, of_codebook = written_out(q, z)
-    expected = {"vectors": z_q, "loss": squares + WEIGHT * (certainty - of_codebook)}[part]
+    z_q, squares, code_entropy, codebook_entropy = written_out(q, z)
+    expected = {"vectors": z_q, "loss": squares + WEIGHT * (code_entropy - codebook_entropy)}[part]
     ours = getattr(q(z), part)
     assert torch.allclose(ours, expected, rtol=1e-10) and ours.dtype == torch.float64
     weights = torch.randn_like(expected)
@@ -80,9 +80,9 @@ def test_every_code_gets_a_gradient_also_those_not_chosen():
 
 def test_metrics_are_the_parts_of_the_loss():
     q, z = quantizer().double(), z_for()
-    codes, (_, _, certainty, of_codebook) = q(z), written_out(q, z)
-    assert codes.metrics["entropy"] == pytest.approx(certainty.mean().item())
-    assert codes.metrics["codebook_entropy"] == pytest.approx(of_codebook.item())
+    codes, (_, _, code_entropy, codebook_entropy) = q(z), written_out(q, z)
+    assert codes.metrics["entropy"] == pytest.approx(code_entropy.mean().item())
+    assert codes.metrics["codebook_entropy"] == pytest.approx(codebook_entropy.item())
     assert codes.metrics["commitment"] == pytest.approx((z - q.vectors(codes.ids)).square().mean().item())
 
 
@@ -101,7 +101,7 @@ class Two:
 def test_two_processes_have_the_loss_and_the_gradient_of_one():
     q, z = quantizer().double(), z_for(4).detach()
     weight = q.codebook.weight
-    whole = q(z, Training(0)).loss
+    whole = q(z, StepContext(0)).loss
     (expected,) = torch.autograd.grad(whole.mean(), weight)
     parts = z.chunk(2)
     means = [
@@ -110,7 +110,7 @@ def test_two_processes_have_the_loss_and_the_gradient_of_one():
     ]
     losses, gradients = [], []
     for part, other in zip(parts, reversed(means), strict=True):
-        codes = q(part, Training(0, processes=Two(other)))
+        codes = q(part, StepContext(0, dist=Two(other)))
         losses.append(codes.loss.detach())
         gradients.append(torch.autograd.grad(codes.loss.mean(), weight)[0])
     assert torch.allclose(torch.cat(losses), whole, rtol=1e-10)
@@ -124,7 +124,7 @@ def test_two_processes_have_the_loss_and_the_gradient_of_one():
 def test_large_and_half_precision_vectors_are_finite(scale, dtype, temperature):
     q, z = quantizer(temperature=temperature), z_for(scale=scale, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        codes = q(z, Training(0))
+        codes = q(z, StepContext(0))
     (codes.loss.sum() + codes.vectors.sum()).backward()
     assert codes.loss.isfinite().all() and codes.loss.dtype == torch.float32
     assert z.grad.isfinite().all() and q.codebook.weight.grad.isfinite().all()
@@ -142,7 +142,7 @@ def test_products_are_float32_under_autocast():
 
 def test_only_forward_holds_positions_times_codes(monkeypatch):
     q, z = IBQQuantizer(2**8, 2), torch.randn(1, 2, 16, 16)
-    monkeypatch.setattr(vq.quantizer, "COMPARED", 2**12)
+    monkeypatch.setattr(vq.quantizer, "MAX_SCORES", 2**12)
     with LargestTensor() as of_assign:
         q.assign(z)
     with LargestTensor() as of_forward:

@@ -7,7 +7,7 @@ import torch
 
 from vq.config import VQGANConfig
 from vq.quantizer import make_quantizer
-from vq.quantizers import Training, lfq
+from vq.quantizers import StepContext, lfq
 from vq.quantizers.lfq import LFQQuantizer
 
 D = 5
@@ -37,9 +37,13 @@ def of_distances(z, codes, temperature):
 def brute_loss(q, z, p_of_all=None):
     p = of_distances(z, everything(q), TEMPERATURE)
     mean = p.flatten(0, 1).mean(0) if p_of_all is None else p_of_all
-    certainty, of_codebook = torch.special.entr(p).sum(-1).mean(1), torch.special.entr(mean).sum()
+    code_entropy, codebook_entropy = torch.special.entr(p).sum(-1).mean(1), torch.special.entr(mean).sum()
     signs = torch.where(z >= 0, 1.0, -1.0).double()
-    return BETA * (z - signs).square().mean((1, 2, 3)) + WEIGHT * (certainty - of_codebook), certainty, of_codebook
+    return (
+        BETA * (z - signs).square().mean((1, 2, 3)) + WEIGHT * (code_entropy - codebook_entropy),
+        code_entropy,
+        codebook_entropy,
+    )
 
 
 def test_signs_are_bits_and_zero_is_positive():
@@ -75,10 +79,10 @@ def test_the_gradient_passes_straight_through():
 
 def test_the_loss_and_its_gradient_are_those_of_sums_over_all_codes():
     q, z, weights = quantizer(), z_for(), torch.rand(3, dtype=torch.float64)
-    codes, (loss, certainty, of_codebook) = q(z), brute_loss(q, z)
+    codes, (loss, code_entropy, codebook_entropy) = q(z), brute_loss(q, z)
     assert torch.allclose(codes.loss, loss, rtol=1e-10) and codes.loss.dtype == torch.float64
-    assert codes.metrics["entropy"] == pytest.approx(certainty.mean().item())
-    assert codes.metrics["codebook_entropy"] == pytest.approx(of_codebook.item())
+    assert codes.metrics["entropy"] == pytest.approx(code_entropy.mean().item())
+    assert codes.metrics["codebook_entropy"] == pytest.approx(codebook_entropy.item())
     assert codes.metrics["commitment"] == pytest.approx((z.abs() - 1).square().mean().item())
     gradients = [torch.autograd.grad((x * weights).sum(), z)[0] for x in (codes.loss, loss)]
     assert torch.allclose(*gradients, rtol=1e-8, atol=1e-12)
@@ -116,12 +120,12 @@ def test_two_processes_have_the_loss_and_the_gradient_of_one():
     def z_of(part):
         return torch.nn.functional.conv2d(part, weight)
 
-    whole = q(z_of(x), Training(0)).loss
+    whole = q(z_of(x), StepContext(0)).loss
     (expected,) = torch.autograd.grad(whole.mean(), weight)
     means = [of_distances(z_of(part), everything(q), TEMPERATURE).flatten(0, 1).mean(0).detach() for part in x.chunk(2)]
     losses, gradients = [], []
     for rank, part in enumerate(x.chunk(2)):
-        codes = q(z_of(part), Training(0, processes=Two(rank, means[1 - rank])))
+        codes = q(z_of(part), StepContext(0, dist=Two(rank, means[1 - rank])))
         losses.append(codes.loss.detach())
         gradients.append(torch.autograd.grad(codes.loss.mean(), weight)[0])
     assert torch.allclose(torch.cat(losses), whole, rtol=1e-10)
@@ -134,7 +138,7 @@ def test_two_processes_have_the_loss_and_the_gradient_of_one():
 @pytest.mark.parametrize("scale, dtype", [(1e15, torch.float32), (1e6, torch.bfloat16), (1, torch.bfloat16)])
 def test_large_and_half_precision_vectors_are_finite(scale, dtype, temperature):
     q, z = quantizer(temperature=temperature), z_for(scale=scale, dtype=dtype)
-    codes = q(z, Training(0))
+    codes = q(z, StepContext(0))
     (codes.loss.sum() + codes.vectors.sum()).backward()
     assert codes.loss.isfinite().all() and codes.loss.dtype == torch.float32 and z.grad.isfinite().all()
     assert torch.equal(codes.vectors, z.detach().sign().float())
@@ -146,7 +150,7 @@ def test_entropies_spread_codes_that_had_collapsed():
     z = (0.5 + 0.25 * torch.randn(8, D, 6, 6)).requires_grad_()
     before = len(q.assign(z).unique()), q(z).metrics
     for _ in range(100):
-        (gradient,) = torch.autograd.grad(q(z, Training(0)).loss.sum(), z)
+        (gradient,) = torch.autograd.grad(q(z, StepContext(0)).loss.sum(), z)
         z = (z - 2 * gradient).detach().requires_grad_()
     after = len(q.assign(z).unique()), q(z).metrics
     assert before[0] < K / 4 and after[0] > 0.8 * K
