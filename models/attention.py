@@ -1,8 +1,8 @@
-"""Multi-head attention of tokens to themselves or to a context, softmax and differential, and a way to look at it.
+"""Multi-head self- and cross-attention, softmax and differential, and a context manager that records attention maps.
 
-Three things meet here. The kind (softmax, diff_v1, diff_v2) makes queries, keys and values and combines what comes
-back; the core (every token, or neighbourhoods) is softmax attention between them; the position turns queries and keys,
-or adds to the logits. Heads stand next to last, (B, *grid, heads, d), for any number of grid axes.
+A layer has three parts. Its type (softmax, diff_v1, diff_v2) projects to queries, keys and values and combines the
+outputs of the maps; its core (full or neighbourhood) computes softmax attention between them; its positions rotate
+queries and keys or add a bias to the logits. Tensors are (B, *grid, heads, d), with any number of grid axes.
 """
 
 import copy
@@ -21,10 +21,9 @@ from models.sdpa import attend, attention_map, upcast
 
 
 class FullAttention(nn.Module):
-    """Softmax attention of every query to every key. `causal`: to those before it and itself.
+    """Softmax attention of every query to every key, or with `causal` to its own position and those before it.
 
-    Where there are more keys than queries, causal queries are the last of the tokens: keys of the earlier ones were
-    remembered.
+    With fewer queries than keys, causal queries are the last tokens: the keys of earlier ones come from a cache.
     """
 
     def __init__(self, causal: bool = False, bias: RelativeBias | None = None):
@@ -32,26 +31,26 @@ class FullAttention(nn.Module):
         self.causal, self.bias = causal, bias
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask=None, scale=None, dropout: float = 0.0) -> Tensor:
-        """q (B, *grid, G heads, d), k (B, *places, heads, d), v (B, *places, heads, e) -> (B, *grid, G heads, e).
+        """q (B, *grid, G heads, d), k (B, *key_grid, heads, d), v (B, *key_grid, heads, e) -> (B, *grid, G heads, e).
 
-        G queries in a row share a key. `mask`: (B, M), (B, N, M) or (B, heads, N, M), see `attend`.
+        G consecutive query heads share a key head. `mask` is (B, M), (B, N, M) or (B, heads, N, M); see `attend`.
         """
         grid = q.shape[1:-2]
-        mask = self.mask(q, mask)
+        mask = self.combined_mask(q, mask)
         q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (q, *repeat_kv(q, k, v)))
         mask, causal = self.causal_mask(q, k, mask)
         out = attend(q, k, v, mask=mask, scale=scale, dropout=dropout, causal=causal)
         return out.transpose(1, 2).unflatten(1, grid)
 
     def attention_map(self, q: Tensor, k: Tensor, *, mask=None, scale=None) -> Tensor:
-        """The weights of `forward`: (B, G heads, N, M)."""
-        mask = self.mask(q, mask)
+        """Returns the attention weights of `forward`, (B, G heads, N, M) in float32."""
+        mask = self.combined_mask(q, mask)
         q, k = (x.flatten(1, -3).transpose(1, 2) for x in (q, *repeat_kv(q, k)))
         mask, causal = self.causal_mask(q, k, mask)
         return attention_map(q, k, mask=mask, scale=scale, causal=causal)
 
-    def mask(self, q: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The mask with four axes, the bias added to it."""
+    def combined_mask(self, q: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Returns mask and relative-position bias combined, broadcastable to (B, heads, N, M); None without either."""
         if mask is not None and mask.ndim < 4:
             mask = mask[:, None] if mask.ndim == 3 else mask[:, None, None]  # (B, 1, N or 1, M)
         if self.bias is None:
@@ -62,42 +61,44 @@ class FullAttention(nn.Module):
         return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
 
     def causal_mask(self, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor | None, bool]:
-        """The mask, and whether what comes after a query is to be hidden besides; q (B, heads, N, d), k (..., M, d)."""
+        """Returns the mask and whether `attend` must still apply causality; q (B, heads, N, d), k (B, heads, M, d).
+
+        `attend` aligns the first query with the first key. With fewer queries than keys the mask hides later keys here.
+        """
         n, m = q.shape[-2], k.shape[-2]
         if not self.causal or n == m:
             return mask, self.causal
-        if n == 1:  # the last token sees all
+        if n == 1:  # the last token sees every key
             return mask, False
-        ahead = torch.ones(n, m, dtype=torch.bool, device=q.device).triu(1 + m - n)
+        future = torch.ones(n, m, dtype=torch.bool, device=q.device).triu(1 + m - n)
         if mask is None:
-            return ~ahead, False
-        return mask.masked_fill(ahead, False if mask.dtype == torch.bool else float("-inf")), False
+            return ~future, False
+        return mask.masked_fill(future, False if mask.dtype == torch.bool else float("-inf")), False
 
 
 def repeat_kv(q: Tensor, *others: Tensor) -> list[Tensor]:
-    """Repeats the heads of the others so that each of q's has its own."""
-    times = [q.shape[-2] // x.shape[-2] for x in others]
-    return [x if n == 1 else x.repeat_interleave(n, dim=-2) for x, n in zip(others, times, strict=True)]
+    """Repeats the heads of the others (B, ..., heads, d) to match the query heads of q (grouped-query attention)."""
+    repeats = [q.shape[-2] // x.shape[-2] for x in others]
+    return [x if n == 1 else x.repeat_interleave(n, dim=-2) for x, n in zip(others, repeats, strict=True)]
 
 
 class HeadLayout(NamedTuple):
-    """How the channels of a layer divide."""
+    """Numbers and widths of the heads of an attention layer."""
 
-    queries: int  # query heads: attention maps
-    keys: int  # key heads
-    values: int  # value heads
-    width: int  # of a query and a key
+    query_heads: int  # one attention map each
+    key_heads: int
+    value_heads: int
+    key_width: int  # of a query and a key
     value_width: int
 
 
 class Attention(nn.Module):
     """Multi-head softmax attention (Vaswani et al. 2017): x (B, *grid, D) -> (B, *grid, D).
 
-    Keys and values come from x, or, with `context_width`, from a context (B, M, context_width). `core` says which keys
-    a query sees (all, if left out), `rotary` turns queries and keys. `dropout` acts on the weights while training.
-    `scale` multiplies the logits, 1/sqrt(head width) if left out. `qk_norm` divides each query and key by its root mean
-    square, times a learned number per channel, before it is turned (Dehghani et al. 2023): logits cannot grow
-    without bound.
+    Keys and values are projected from x or, with `context_width`, from a context (B, M, context_width). `core` computes
+    the attention itself (default: `FullAttention`); `rotary` rotates queries and keys. `dropout` is the dropout rate of
+    the attention weights. `scale` multiplies the logits (default: 1/sqrt(key width)). `qk_norm` applies RMSNorm to
+    queries and keys before the rotation, so that logits stay bounded (Dehghani et al. 2023).
     """
 
     def __init__(
@@ -114,12 +115,12 @@ class Attention(nn.Module):
     ):
         super().__init__()
         if rotary is not None and context_width is not None:
-            raise ValueError("rotary positions turn queries and keys of one grid: leave them out with a context")
+            raise ValueError("rotary positions rotate queries and keys of the same grid: leave them out with a context")
         self.width, self.heads, self.dropout, self.scale = width, heads, dropout, scale
         self.context_width = context_width
         self.layout = self.head_layout(width, heads)
         n = self.layout
-        self.sizes = [n.queries * n.width, n.keys * n.width, n.values * n.value_width]
+        self.sizes = [n.query_heads * n.key_width, n.key_heads * n.key_width, n.value_heads * n.value_width]
         if context_width is None:
             self.qkv = nn.Linear(width, sum(self.sizes))
         else:
@@ -127,11 +128,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(self.sizes[2], width)
         self.core = FullAttention() if core is None else core
         self.rotary = rotary
-        self.norm_q, self.norm_k = (nn.RMSNorm(n.width, eps=1e-6) if qk_norm else None for _ in "qk")
-        self.map_lists: list[list[Tensor]] = []  # where `record_maps` keeps what this layer looked at
+        self.norm_q, self.norm_k = (nn.RMSNorm(n.key_width, eps=1e-6) if qk_norm else None for _ in "qk")
+        self.map_lists: list[list[Tensor]] = []  # `record_maps` adds a list; each forward appends a map to every list
 
     @staticmethod
     def head_layout(width: int, heads: int) -> HeadLayout:
+        """Divides `width` channels over heads; ValueError if they do not divide."""
         if width % heads:
             raise ValueError(f"width {width} does not split over {heads} heads: choose a divisor of {width}")
         return HeadLayout(heads, heads, heads, width // heads, width // heads)
@@ -139,76 +141,74 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
-        """`mask` (B, M), (B, N, M) or (B, heads, N, M): bool, True where a token may be seen, or added to the logits.
+        """x (B, *grid, D), context (B, M, context_width) -> (B, *grid, D).
 
-        It acts before every softmax; a token that sees nothing gets zeros (before the output projection).
-        `cache`: x (B, n, D) are the next tokens of its grid in raster order; keys before them come from it.
+        `mask` is (B, M), (B, N, M) or (B, heads, N, M): bool, True where a query may attend to a key, or float, added
+        to the logits of every map. The output of a query whose keys are all masked is zero before the projection.
+        With `cache`, x (B, n, D) are the next n tokens of its grid in raster order; the cache holds earlier keys.
         """
         if (context is None) != (self.context_width is None):
             got, wanted = ("no context", "one") if context is None else ("a context", "none: build with context_width")
             raise ValueError(f"got {got}, this layer takes {wanted}")
         q, k, v = self.project(x, context, cache)
-        if mask is not None and mask.ndim == 4 and mask.shape[1] == self.heads:  # both maps of a head
-            mask = mask.repeat_interleave(self.layout.queries // self.heads, 1)
+        if mask is not None and mask.ndim == 4 and mask.shape[1] == self.heads:  # one mask for both maps of a head
+            mask = mask.repeat_interleave(self.layout.query_heads // self.heads, 1)
         dropout = self.dropout if self.training else 0.0
-        out = self.core(q, k, v, mask=mask, scale=self.scale, dropout=dropout)  # (B, *grid, queries, value_width)
+        out = self.core(q, k, v, mask=mask, scale=self.scale, dropout=dropout)  # (B, *grid, query heads, e)
         if self.map_lists:
-            seen = self.combine_maps(self.core.attention_map(q, k, mask=mask, scale=self.scale), x)
+            attention = self.combine_maps(self.core.attention_map(q, k, mask=mask, scale=self.scale), x)
             for maps in self.map_lists:
-                maps.append(seen)
+                maps.append(attention)
         return self.proj(self.combine(out, x).flatten(-2))
 
     def project(self, x: Tensor, context: Tensor | None, cache: LayerCache | None = None) -> list[Tensor]:
-        """Queries (B, *grid, queries, d), keys (B, *places, keys, d), values (B, *places, keys, e)."""
+        """Returns queries (B, *grid, query heads, d), keys (..., key heads, d) and values (..., key heads, e)."""
         n = self.layout
         if context is None:
             q, k, v = self.qkv(x).split(self.sizes, dim=-1)
         else:
             q, (k, v) = self.q(x), self.kv(context).split(self.sizes[1:], dim=-1)
-        q, k, v = (part.unflatten(-1, (heads, -1)) for part, heads in ((q, n.queries), (k, n.keys), (v, n.values)))
+        q, k, v = (x.unflatten(-1, (heads, -1)) for x, heads in zip((q, k, v), n[:3], strict=True))
         if self.norm_q is not None:
             q, k = rms_norm(q, self.norm_q), rms_norm(k, self.norm_k)
         if self.rotary is not None:
-            where = () if cache is None else (cache.grid, cache.length)
-            q, k = self.rotary(q, *where), self.rotary(k, *where)
+            position = () if cache is None else (cache.grid, cache.length)
+            q, k = self.rotary(q, *position), self.rotary(k, *position)
         (v,) = repeat_kv(k, v)
         return [q, k, v] if cache is None else [q, *cache.update(k, v)]
 
     def combine(self, out: Tensor, x: Tensor) -> Tensor:
-        """What the maps gathered (B, *grid, queries, e) -> what the heads say (B, *grid, heads, e)."""
+        """Combines the outputs of the maps: (B, *grid, query heads, e) -> (B, *grid, heads, e)."""
         return out
 
     def combine_maps(self, maps: Tensor, x: Tensor) -> Tensor:
-        """(B, queries, N, M) -> (B, heads, N, M)."""
+        """Combines the maps as `combine` does their outputs: (B, query heads, N, M) -> (B, heads, N, M)."""
         return maps
 
 
 class CrossAttention(Attention):
-    """Attention of places to the tokens of a condition; a place that may see none of them gets exactly 0."""
+    """Attention of a grid to the tokens of a condition; the output is exactly 0 where all tokens are masked."""
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, *grid, D), context (B, M, context_width), mask (B, M) or (B, N, M) bool -> (B, *grid, D).
-
-        Without this, such a place would get the bias of the output projection.
-        """
+        """x (B, *grid, D), context (B, M, context_width), mask (B, M) or (B, N, M) bool -> (B, *grid, D)."""
         out = super().forward(x, context, mask)
         if mask is None:
             return out
-        sees = mask.any(-1)  # (B,) or (B, N)
-        sees = sees.view(len(x), *(x.shape[1:-1] if mask.ndim == 3 else [1] * (x.ndim - 2)), 1)
-        return out.masked_fill(~sees, 0.0)
+        unmasked = mask.any(-1)  # (B,) or (B, N)
+        unmasked = unmasked.view(len(x), *(x.shape[1:-1] if mask.ndim == 3 else [1] * (x.ndim - 2)), 1)
+        return out.masked_fill(~unmasked, 0.0)  # zero before the projection, which would add its bias
 
 
 def rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """In float32, whatever the type of x and of the weights."""
-    wide = upcast(x)
-    return F.rms_norm(wide, norm.normalized_shape, norm.weight.to(wide.dtype), norm.eps).to(x.dtype)
+    """Applies `norm` in float32 (float64 for float64), whatever the dtypes of x and the weights; returns x's dtype."""
+    y = upcast(x)
+    return F.rms_norm(y, norm.normalized_shape, norm.weight.to(y.dtype), norm.eps).to(x.dtype)
 
 
 class DifferentialAttention(Attention):
-    """What both versions share: adjacent maps make a pair, and the second is subtracted, times lambda, from the first.
+    """Base of both versions: of each pair of adjacent maps, lambda times the second is subtracted from the first.
 
-    Attention is linear in its map, so the outputs are subtracted in the place of the maps: no N x M tensor is made.
+    Attention is linear in its map, so outputs are subtracted instead of maps, and no N x M tensor is materialised.
     """
 
     def combine(self, out: Tensor, x: Tensor) -> Tensor:
@@ -216,32 +216,34 @@ class DifferentialAttention(Attention):
         return self.normalize_heads(first - self.lambda_(x)[..., None] * second).to(out.dtype)
 
     def combine_maps(self, maps: Tensor, x: Tensor) -> Tensor:
-        """A1 - lambda A2, which may be negative, before any norm."""
+        """Returns A1 - lambda A2 before any norm, (B, heads, N, M); entries may be negative."""
         first, second = maps.unflatten(1, (self.heads, 2)).unbind(2)
-        weight = self.lambda_(x).expand(*x.shape[:-1], self.heads).flatten(1, -2)  # (B, N, heads)
-        return first - weight.transpose(1, 2)[..., None] * second
+        lambda_ = self.lambda_(x).expand(*x.shape[:-1], self.heads).flatten(1, -2)  # (B, N, heads)
+        return first - lambda_.transpose(1, 2)[..., None] * second
 
     def lambda_(self, x: Tensor) -> Tensor:
-        """Lambda in float32, broadcastable to (B, *grid, heads)."""
+        """Returns lambda in float32, broadcastable to (B, *grid, heads)."""
         raise NotImplementedError
 
     def normalize_heads(self, out: Tensor) -> Tensor:
+        """Normalises the differences (B, *grid, heads, e); the identity where a version has no norm."""
         return out
 
 
 class DiffAttentionV1(DifferentialAttention):
     """Differential Transformer (Ye et al. 2025): O = RMSNorm_head((A1 - lambda A2) v) (1 - lambda_init).
 
-    `heads` is h, half of what softmax attention of the same size has; queries and keys are (2h, D / 2h), values
-    (h, D / h). lambda = exp(q1.k1) - exp(q2.k2) + lambda_init, one number per layer; lambda_init = 0.8 - 0.6
-    exp(-0.3 depth), `depth` counted from 0. `head_norm=False` leaves out the norm and the factor (1 - lambda_init).
+    `heads` is h, half the number of heads in softmax attention of the same size: queries and keys have 2h heads of
+    width D / 2h, values h heads of width D / h. lambda = exp(q1.k1) - exp(q2.k2) + lambda_init is one number per layer;
+    lambda_init = 0.8 - 0.6 exp(-0.3 depth), with `depth` the layer's index from 0. `head_norm=False` leaves out the
+    norm and the factor (1 - lambda_init).
     """
 
     def __init__(self, width: int, heads: int, *, depth: int, head_norm: bool = True, **options):
         super().__init__(width, heads, **options)
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * depth)
         for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
-            setattr(self, name, nn.Parameter(0.1 * torch.randn(self.layout.width)))
+            setattr(self, name, nn.Parameter(0.1 * torch.randn(self.layout.key_width)))
         self.norm = nn.RMSNorm(self.layout.value_width, eps=1e-5) if head_norm else None
 
     @staticmethod
@@ -254,21 +256,22 @@ class DiffAttentionV1(DifferentialAttention):
         return HeadLayout(2 * heads, 2 * heads, heads, width // (2 * heads), width // heads)
 
     def lambda_(self, x: Tensor) -> Tensor:
-        first = (upcast(self.lambda_q1) * upcast(self.lambda_k1)).sum().exp()  # autocast would round a product q @ k
+        first = (upcast(self.lambda_q1) * upcast(self.lambda_k1)).sum().exp()  # autocast would round q @ k
         second = (upcast(self.lambda_q2) * upcast(self.lambda_k2)).sum().exp()
         return (first - second + self.lambda_init).view(1)
 
     def normalize_heads(self, out: Tensor) -> Tensor:
         if self.norm is None:
             return out
-        return rms_norm(out, self.norm) * (1 - self.lambda_init)  # out is wide already
+        return rms_norm(out, self.norm) * (1 - self.lambda_init)  # out is float32 already
 
 
 class DiffAttentionV2(DifferentialAttention):
-    """The second version (Ye et al. 2026): O = o1 - lambda o2, both queries of a pair on the same keys and values.
+    """Differential Transformer V2 (Ye et al. 2026): O = o1 - lambda o2; both queries of a pair share keys and values.
 
-    `heads` is that of softmax attention; there are twice as many queries. lambda = sigmoid(x W), per token and head; no
-    head norm. `gated` multiplies it by g, one number per head that starts at 0: see `differential_from_softmax`.
+    `heads` is the same as in softmax attention; there are twice as many query heads. lambda = sigmoid(x W), per token
+    and head; there is no head norm. `gated` multiplies lambda by a learned g per head that starts at 0; see
+    `differential_from_softmax`.
     """
 
     def __init__(self, width: int, heads: int, *, gated: bool = False, **options):
@@ -278,12 +281,11 @@ class DiffAttentionV2(DifferentialAttention):
 
     @staticmethod
     def head_layout(width: int, heads: int) -> HeadLayout:
-        plain = Attention.head_layout(width, heads)
-        return plain._replace(queries=2 * heads)
+        return Attention.head_layout(width, heads)._replace(query_heads=2 * heads)
 
     def lambda_(self, x: Tensor) -> Tensor:
-        weight = upcast(self.lambda_proj(x)).sigmoid()  # (B, *grid, heads)
-        return weight if self.gate is None else upcast(self.gate) * weight
+        lambda_ = upcast(self.lambda_proj(x)).sigmoid()  # (B, *grid, heads)
+        return lambda_ if self.gate is None else upcast(self.gate) * lambda_
 
 
 ATTENTION_TYPES = {"softmax": Attention, "diff_v1": DiffAttentionV1, "diff_v2": DiffAttentionV2}
@@ -291,55 +293,54 @@ ATTENTION_TYPES = {"softmax": Attention, "diff_v1": DiffAttentionV1, "diff_v2": 
 
 @torch.no_grad()
 def differential_from_softmax(layer: Attention, kind: str = "diff_v2") -> DiffAttentionV2:
-    """A differential layer that begins as exactly the function of a trained softmax layer.
+    """Converts a trained softmax layer to a differential layer that computes exactly the same function.
 
-    O = o1 - g lambda o2 with the trained query first in each pair and g = 0, which has a gradient. ValueError for
-    "diff_v1": the norm over each head changes the function whatever the weights.
+    O = o1 - g lambda o2 with the trained query first in each pair and g = 0; g has a gradient, so training can open it.
+    ValueError for "diff_v1", whose head norm changes the function whatever the weights.
     """
     if kind not in ATTENTION_TYPES:
         raise ValueError(f"got {kind}, wanted diff_v2")
     if kind != "diff_v2":
-        raise ValueError(f"got {kind}: its norm over each head changes what a trained layer computes: choose diff_v2")
+        raise ValueError(f"got {kind}: its head norm changes what a trained layer computes: choose diff_v2")
     if type(layer) is not Attention:
         raise ValueError(f"got a {type(layer).__name__}, wanted softmax Attention")
     core = copy.deepcopy(layer.core)
     for module in core.modules():
-        if isinstance(module, RelativeBias):  # both queries of a pair begin with the bias of the trained one
+        if isinstance(module, RelativeBias):  # both queries of a pair start with the trained bias
             module.table = nn.Parameter(module.table.repeat_interleave(2, 0))
     options = {name: getattr(layer, name) for name in ("rotary", "context_width", "dropout", "scale")}
     options["qk_norm"] = layer.norm_q is not None
-    made = DiffAttentionV2(layer.width, layer.heads, gated=True, core=core, **options).to(layer.proj.weight)
+    differential = DiffAttentionV2(layer.width, layer.heads, gated=True, core=core, **options).to(layer.proj.weight)
     for name in ("proj", "norm_q", "norm_k") if options["qk_norm"] else ("proj",):
-        getattr(made, name).load_state_dict(getattr(layer, name).state_dict())
-    old, new = (layer.qkv, made.qkv) if layer.context_width is None else (layer.q, made.q)
-    queries = layer.sizes[0]
+        getattr(differential, name).load_state_dict(getattr(layer, name).state_dict())
+    old, new = (layer.qkv, differential.qkv) if layer.context_width is None else (layer.q, differential.q)
+    n = layer.sizes[0]  # channels of the trained queries
     for trained, fresh in ((old.weight, new.weight), (old.bias, new.bias)):
-        fresh[: 2 * queries].unflatten(0, (layer.heads, 2, -1))[:, 0] = trained[:queries].unflatten(
-            0, (layer.heads, -1)
-        )
-        fresh[2 * queries :] = trained[queries:]
+        pairs = fresh[: 2 * n].unflatten(0, (layer.heads, 2, -1))
+        pairs[:, 0] = trained[:n].unflatten(0, (layer.heads, -1))
+        fresh[2 * n :] = trained[n:]
     if layer.context_width is not None:
-        made.kv.load_state_dict(layer.kv.state_dict())
-    return made.train(layer.training)
+        differential.kv.load_state_dict(layer.kv.state_dict())
+    return differential.train(layer.training)
 
 
 @contextmanager
 def record_maps(network: nn.Module, layers: Sequence[str] | None = None) -> Iterator[dict[str, list[Tensor]]]:
-    """`with record_maps(network) as maps:` keeps what the attention layers look at, by name, one map per forward.
+    """Records attention maps: `with record_maps(network) as maps:` fills `maps[layer_name]`, one map per forward pass.
 
-    A map is (B, heads, N, M) in float32; a differential one may be negative. `layers` are names as in
-    `network.named_modules()`, all attention layers if left out. Outputs stay what they are; memory is that of the maps.
+    A map is (B, heads, N, M) in float32; entries of differential maps may be negative. `layers` are names from
+    `network.named_modules()` (default: all attention layers). Outputs do not change; the maps are held in memory.
     """
-    known = {name: module for name, module in network.named_modules() if isinstance(module, Attention)}
-    missing = [name for name in layers or () if name not in known]
-    if missing:
-        raise ValueError(f"got layers {missing}, the attention layers are: {', '.join(known)}")
-    chosen = {name: known[name] for name in (known if layers is None else layers)}
-    maps = {name: [] for name in chosen}
-    for name, module in chosen.items():
+    attention_layers = {name: module for name, module in network.named_modules() if isinstance(module, Attention)}
+    unknown = [name for name in layers or () if name not in attention_layers]
+    if unknown:
+        raise ValueError(f"got layers {unknown}, the attention layers are: {', '.join(attention_layers)}")
+    selected = {name: attention_layers[name] for name in (attention_layers if layers is None else layers)}
+    maps = {name: [] for name in selected}
+    for name, module in selected.items():
         module.map_lists.append(maps[name])
     try:
         yield maps
     finally:
-        for name, module in chosen.items():
-            module.map_lists = [kept for kept in module.map_lists if kept is not maps[name]]
+        for name, module in selected.items():
+            module.map_lists = [recorded for recorded in module.map_lists if recorded is not maps[name]]

@@ -14,7 +14,7 @@ Resample = Literal["up", "down"]
 
 
 class EmbedBlock(nn.Module, ABC):
-    """A block that also takes the embedding of the time, or noise level."""
+    """A block that also takes the embedding of the time (or noise level)."""
 
     @abstractmethod
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
@@ -22,33 +22,34 @@ class EmbedBlock(nn.Module, ABC):
 
 
 class ConditionBlock(nn.Module, ABC):
-    """A block that also takes a condition (a latent, tokens, regions), as its encoder makes it."""
+    """A block that also takes the encoded `Condition`: its vectors, tokens, maps and regions."""
 
     @abstractmethod
     def forward(self, x: Tensor, condition) -> Tensor:
-        """x (B, C, H, W) -> (B, C', H', W')."""
+        """x (B, C, H, W), condition a `models.conditioning.Condition` -> (B, C', H', W')."""
 
 
 def group_norm(channels: int, groups: int = 32, eps: float = 1e-6) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, or the most that divide `channels` where 32 do not; eps 1e-6, as VQGAN has it."""
+    """GroupNorm with the largest number of groups, at most `groups`, that divides `channels`; eps 1e-6 as in VQGAN."""
     while channels % groups:
         groups -= 1
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
 def zero_module(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
-    """The layer, its weight and bias zero: what it ends starts as nothing beside a skip."""
+    """Zeroes the weight and bias of a layer and returns it: a residual branch that ends in it starts at zero."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class ResBlock(EmbedBlock):
-    """norm -> SiLU -> conv, twice, beside a skip; the embedding scales and shifts (Dhariwal & Nichol 2021).
+    """Residual block: norm, SiLU and convolution, twice, plus a skip (Ho et al. 2020; Dhariwal & Nichol 2021).
 
-    With `emb_dim=None` it takes no embedding (autoencoders). `scale_shift=False` adds the embedding before the second
-    norm instead (Ho et al. 2020). `resample` doubles or halves height and width between the first SiLU and its
-    convolution, and on the skip. `zero_init` starts the block as its skip; `scale_skip` divides the sum by sqrt(2).
+    The embedding scales and shifts after the second norm. With `emb_dim=None` the block takes no embedding
+    (autoencoders); with `scale_shift=False` the embedding is added before the second norm. `resample` doubles ("up") or
+    halves ("down") height and width between the first SiLU and its convolution, and on the skip. `zero_init` zeroes the
+    last convolution, so that the block starts as its skip. `scale_skip` divides the sum by sqrt(2).
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class ResBlock(EmbedBlock):
         return out / math.sqrt(2) if self.scale_skip else out
 
     def modulate(self, h: Tensor, emb: Tensor | None) -> Tensor:
-        """The second norm, and what the embedding does about it."""
+        """Applies the second norm and the embedding to h (B, C', H', W')."""
         if self.embed is None:
             return self.norm2(h)
         params = self.embed(F.silu(emb))[:, :, None, None]  # (B, C' or 2 C', 1, 1)
@@ -102,15 +103,15 @@ class ResBlock(EmbedBlock):
         return self.norm2(h) * (1 + scale) + shift
 
 
-def resample_2x(x: Tensor, how: Resample) -> Tensor:
-    """(B, C, H, W) -> twice the height and width, every pixel repeated, or half, averaged."""
-    return F.interpolate(x, scale_factor=2.0, mode="nearest") if how == "up" else F.avg_pool2d(x, 2)
+def resample_2x(x: Tensor, direction: Resample) -> Tensor:
+    """Nearest-neighbour upsampling, (B, C, H, W) -> (B, C, 2H, 2W), or average pooling, -> (B, C, H/2, W/2)."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if direction == "up" else F.avg_pool2d(x, 2)
 
 
 class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H/2, W/2) by a strided convolution, padded right and below as VQGAN pads.
+    """Strided convolution, (B, C, H, W) -> (B, C, H/2, W/2), padded on the right and bottom as in VQGAN.
 
-    `symmetric` pads all four sides instead, as the UNet of Nichol & Dhariwal 2021 does.
+    `symmetric` pads all four sides instead, as in the UNet of Nichol & Dhariwal 2021.
     """
 
     def __init__(self, channels: int, symmetric: bool = False):
@@ -123,7 +124,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, C, H, W) -> (B, C, 2H, 2W): nearest neighbour, then a convolution."""
+    """Nearest-neighbour upsampling and a convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -134,12 +135,12 @@ class Upsample(nn.Module):
 
 
 def count_parameters(module: nn.Module) -> int:
-    """How many numbers training can change."""
+    """Returns the number of trainable parameters."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def init_normal(module: nn.Module, std: float = 0.02) -> None:
-    """N(0, std^2) weights and zero biases in one Linear or Embedding (GPT-2's choice); other modules are left alone."""
+    """Initialises one Linear or Embedding with N(0, std^2) weights and zero biases (GPT-2); ignores other modules."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:
@@ -147,9 +148,9 @@ def init_normal(module: nn.Module, std: float = 0.02) -> None:
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU, linear; the hidden layer is `ratio` times as wide."""
+    """Two-layer perceptron with GELU, (..., D) -> (..., D); the hidden layer has width `ratio` D."""
 
-    branches = 1  # of the hidden layer, each as wide as it
+    branches = 1  # outputs of `expand`, each as wide as the hidden layer
 
     def __init__(self, width: int, ratio: float = 4.0):
         super().__init__()
@@ -162,7 +163,7 @@ class FeedForward(nn.Module):
 
 
 class GEGLU(FeedForward):
-    """The hidden layer is a product, value * GELU(gate), both linear in x (Shazeer 2020)."""
+    """Gated feed-forward, (..., D) -> (..., D): the hidden layer is value * GELU(gate), both linear (Shazeer 2020)."""
 
     branches = 2
 

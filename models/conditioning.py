@@ -1,6 +1,6 @@
-"""What a network is told beside x and t: named streams, the regions that they speak of, and the encoders of both.
+"""Conditions of a network: named streams of vectors, tokens and maps, regions of the image, and their encoders.
 
-R counts regions, M condition tokens, E the embedding's width, N the places of a grid.
+Shapes: R regions, M condition tokens, E embedding width, N = H W cells of a grid.
 """
 
 from abc import ABC, abstractmethod
@@ -23,26 +23,26 @@ class Tokens(NamedTuple):
     """A sequence per example, for cross-attention."""
 
     values: Tensor  # (B, M, D)
-    mask: Tensor | None = None  # (B, M) bool, True where there is a token; None: everywhere
-    region: Tensor | None = None  # (B, M) int64, the region a token speaks of, -1 for the whole image; None: all -1
+    mask: Tensor | None = None  # (B, M) bool, True for tokens, False for padding; None: all True
+    region: Tensor | None = None  # (B, M) int64, region that a token describes, -1: the whole image; None: all -1
 
 
 class Map(NamedTuple):
-    """An image or a feature map: joined to x along the channels, or added to the embeddings of a grid."""
+    """An image or feature map, concatenated to x along the channels (UNet) or added to the token embeddings."""
 
     values: Tensor  # (B, C, h, w)
 
 
 class Context(NamedTuple):
-    """What cross-attention at one size looks at: all tokens of a condition, and who may see which."""
+    """Input of cross-attention from a grid: all tokens of a condition and their attention mask."""
 
     values: Tensor  # (B, M, D)
-    mask: Tensor | None = None  # (B, M) or (B, N, M) bool, True where a place may see a token; None: everywhere
+    mask: Tensor | None = None  # (B, M) or (B, N, M) bool, True where a cell attends to a token; None: all True
 
-    def at_positions(self, places: slice) -> "Context":
-        """That of some of the N places, in raster order."""
-        per_place = self.mask is not None and self.mask.ndim == 3
-        return self._replace(mask=self.mask[:, places]) if per_place else self
+    def at_positions(self, positions: slice) -> "Context":
+        """Returns the context of some of the N cells, in raster order."""
+        per_cell = self.mask is not None and self.mask.ndim == 3
+        return self._replace(mask=self.mask[:, positions]) if per_cell else self
 
 
 Stream = Vector | Tokens | Map
@@ -50,23 +50,23 @@ AXES = {Vector: 2, Tokens: 3, Map: 4}
 
 
 class Regions(NamedTuple):
-    """Parts of the image, which may overlap. Behind those of an example with fewer than R lie empty ones of id -1."""
+    """Regions of the image, which may overlap. Examples with fewer than R are padded with empty regions of id -1."""
 
     masks: Tensor  # (B, R, H, W) bool
     class_ids: Tensor  # (B, R) int64
     instance_ids: Tensor  # (B, R) int64
 
     def coverage(self, height: int, width: int) -> Tensor:
-        """(B, R, height, width) bool: the cells of another grid of which a region covers any share."""
-        flat = self.masks.flatten(0, 1).float()  # (B R, H, W): a batch may have no region at all
+        """Returns the cells of a grid that each region covers, at least in part: (B, R, height, width) bool."""
+        flat = self.masks.flatten(0, 1).float()  # (B R, H, W); R may be 0
         return F.adaptive_max_pool2d(flat, (height, width)).bool().unflatten(0, self.masks.shape[:2])
 
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """What the encoders of a network make of raw fields; blocks read it, processes and solvers never look inside.
+    """The encoded condition of a batch: named streams and regions. Blocks read it; processes and solvers pass it on.
 
-    `condition[rows]` are the examples at `rows`: a slice, or a tensor (n,) of their numbers or of bools.
+    `condition[rows]` selects examples by a slice, or a tensor of indices or bools.
     """
 
     streams: Mapping[str, Stream] = field(default_factory=dict)
@@ -95,28 +95,29 @@ class Condition:
 
     @property
     def batch_size(self) -> int | None:
-        """B; None without streams and regions, where a condition fits any batch."""
+        """B, or None for a condition without streams and regions, which fits any batch."""
         parts = [stream.values for stream in self.streams.values()]
         parts += [] if self.regions is None else [self.regions.masks]
         return len(parts[0]) if parts else None
 
     def __getitem__(self, rows: slice | Tensor) -> "Condition":
+        """Returns the condition of some examples."""
         return self.map_tensors(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device | str) -> "Condition":
-        """The condition on a device."""
+        """Returns the condition on a device."""
         return self.map_tensors(lambda tensor: tensor.to(device))
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Condition":
-        """The condition with every tensor changed alike."""
+        """Returns the condition with `change` applied to every tensor."""
         streams = {name: _map_tensors(stream, change) for name, stream in self.streams.items()}
         return Condition(streams, None if self.regions is None else _map_tensors(self.regions, change))
 
     @classmethod
     def cat(cls, conditions: Sequence["Condition"]) -> "Condition":
-        """The examples of all, one after the other; tokens and regions are padded to the most that one of them has.
+        """Concatenates conditions along the batch; tokens and regions are padded to the largest number.
 
-        ValueError where they have different streams.
+        ValueError if their streams differ.
         """
         names = {tuple(sorted(condition.streams)) for condition in conditions}
         if len(names) != 1:
@@ -125,7 +126,7 @@ class Condition:
         return cls(streams, _cat_regions(conditions))
 
     def row_ids(self) -> Tensor | None:
-        """(B,) int64, equal for examples of equal conditions; None without streams, where all are."""
+        """Returns (B,) int64, equal for examples with equal conditions; None without streams and regions."""
         parts = [*self.streams.values(), *([] if self.regions is None else [self.regions])]
         tensors = [tensor.flatten(1) for part in parts for tensor in part if tensor is not None]
         if not tensors:
@@ -134,30 +135,30 @@ class Condition:
         return rows.unique(dim=0, return_inverse=True)[1].to(tensors[0].device)
 
     def streams_of(self, kind: type[Stream]) -> list[Stream]:
-        """The streams of a kind, in their order."""
+        """Returns all streams of a type, in order."""
         return [stream for stream in self.streams.values() if isinstance(stream, kind)]
 
     def vector(self) -> Tensor | None:
-        """The sum of the vectors, (B, E)."""
+        """Returns the sum of the vectors, (B, E); None without any."""
         vectors = [stream.values for stream in self.streams_of(Vector)]
         return sum(vectors[1:], vectors[0]) if vectors else None
 
     def map(self) -> Tensor | None:
-        """The maps, joined along the channels: (B, C, h, w)."""
+        """Returns the maps concatenated along the channels, (B, C, h, w); None without any."""
         maps = [stream.values for stream in self.streams_of(Map)]
         return torch.cat(maps, 1) if maps else None
 
     def tokens(self) -> Tokens | None:
-        """All tokens as one sequence; a mask or regions where one of the streams has them."""
+        """Returns all tokens as one sequence, with a mask and regions if any stream has them; None without any."""
         streams = self.streams_of(Tokens)
         if len(streams) < 2:
             return streams[0] if streams else None
         return _join(streams, 1)
 
     def context(self, height: int, width: int) -> Context | None:
-        """The tokens and their mask for cross-attention from a grid, None without tokens.
+        """Returns the tokens and their mask for cross-attention from a grid, None without tokens.
 
-        Places differ in what they may see where tokens speak of regions, see `attention_mask`.
+        The mask differs between cells if tokens describe regions; see `attention_mask`.
         """
         tokens = self.tokens()
         if tokens is None:
@@ -166,7 +167,7 @@ class Condition:
         return Context(tokens.values, tokens.mask if mask is None else mask)
 
     def spans(self) -> dict[str, slice]:
-        """Where the tokens of each stream lie in `tokens`."""
+        """Returns the slice of each stream's tokens in `tokens()`."""
         spans, stop = {}, 0
         for name, stream in self.streams.items():
             if isinstance(stream, Tokens):
@@ -175,25 +176,24 @@ class Condition:
         return spans
 
     def attention_mask(self, height: int, width: int) -> Tensor | None:
-        """Which of the M tokens each place of a grid may see: (B, height * width, M) bool, computed once for a size.
+        """Returns which tokens each cell of a grid attends to, (B, height * width, M) bool; cached per size.
 
-        A token that speaks of a region is seen by the cells of which the region covers any share, one that speaks of
-        the whole image (-1) by all, a masked one by none. None where no token speaks of a region. A place may see
-        nothing at all: attention must give it zeros.
+        Cells attend to a token of a region if the region covers them at least in part, to tokens of the whole image
+        (-1) always, to padding never. None if no token describes a region. A cell may have no token at all: attention
+        must return zeros there.
         """
         tokens = self.tokens()
         if tokens is None or tokens.region is None:
             return None
         if (height, width) not in self.attention_masks:
             if self.regions is None:
-                raise ValueError("got tokens that speak of regions, and no regions: pass Condition(..., regions=)")
+                raise ValueError("got tokens of regions, and no regions: pass Condition(..., regions=)")
             covered = self.regions.coverage(height, width).flatten(2)  # (B, R, N)
-            covered = torch.cat(
-                [covered.new_ones(len(covered), 1, height * width), covered], 1
-            )  # the whole image first
+            whole_image = covered.new_ones(len(covered), 1, height * width)
+            covered = torch.cat([whole_image, covered], 1)  # (B, 1 + R, N)
             index = (tokens.region + 1).unsqueeze(-1).expand(-1, -1, height * width)  # (B, M, N)
-            seen = covered.gather(1, index).mT
-            mask = seen if tokens.mask is None else seen & tokens.mask.unsqueeze(1)
+            mask = covered.gather(1, index).mT  # (B, N, M)
+            mask = mask if tokens.mask is None else mask & tokens.mask.unsqueeze(1)
             self.attention_masks[height, width] = mask
         return self.attention_masks[height, width]
 
@@ -203,28 +203,28 @@ def _map_tensors(record: NamedTuple, change: Callable[[Tensor], Tensor]) -> Name
 
 
 def _join(streams: Sequence[Tokens], axis: int) -> Tokens:
-    """Token sequences along the batch (0) or one behind the other (1)."""
+    """Concatenates token sequences along the batch (0) or the sequence (1)."""
     masks, regions = [stream.mask for stream in streams], [stream.region for stream in streams]
     if any(mask is not None for mask in masks):
         masks = [s.values.new_ones(s.values.shape[:2], dtype=torch.bool) if s.mask is None else s.mask for s in streams]
     if any(region is not None for region in regions):
-        everywhere = [torch.full(s.values.shape[:2], -1, device=s.values.device) for s in streams]
-        regions = [e if s.region is None else s.region for e, s in zip(everywhere, streams, strict=True)]
-    joined = (None if parts[0] is None else torch.cat(parts, axis) for parts in (masks, regions))
-    return Tokens(torch.cat([stream.values for stream in streams], axis), *joined)
+        whole_image = [torch.full(s.values.shape[:2], -1, device=s.values.device) for s in streams]
+        regions = [w if s.region is None else s.region for w, s in zip(whole_image, streams, strict=True)]
+    mask, region = (None if parts[0] is None else torch.cat(parts, axis) for parts in (masks, regions))
+    return Tokens(torch.cat([stream.values for stream in streams], axis), mask, region)
 
 
 def _cat(streams: Sequence[Stream]) -> Stream:
-    """Streams of one kind along the batch."""
-    kind = type(streams[0])
-    if kind is not Tokens:
-        return kind(torch.cat([stream.values for stream in streams]))
+    """Concatenates streams of one type along the batch."""
+    cls = type(streams[0])
+    if cls is not Tokens:
+        return cls(torch.cat([stream.values for stream in streams]))
     longest = max(stream.values.shape[1] for stream in streams)
     return _join([_pad_tokens(stream, longest) for stream in streams], 0)
 
 
 def _pad_tokens(tokens: Tokens, length: int) -> Tokens:
-    """Tokens with masked ones behind them, up to a length."""
+    """Pads token sequences to a length with masked tokens."""
     missing = length - tokens.values.shape[1]
     if missing == 0:
         return tokens
@@ -234,58 +234,58 @@ def _pad_tokens(tokens: Tokens, length: int) -> Tokens:
 
 
 def _cat_regions(conditions: Sequence[Condition]) -> Regions | None:
-    """The regions of all along the batch; a condition without any has empty ones."""
-    there = [condition.regions for condition in conditions if condition.regions is not None]
-    if not there:
+    """Concatenates regions along the batch, padded to the largest R; None if no condition has regions."""
+    present = [condition.regions for condition in conditions if condition.regions is not None]
+    if not present:
         return None
-    most, parts = max(regions.masks.shape[1] for regions in there), []
+    largest, parts = max(regions.masks.shape[1] for regions in present), []
     for condition in conditions:
         regions = condition.regions
         if regions is None:
             count = len(next(iter(condition.streams.values())).values)
-            regions = _map_tensors(there[0], lambda tensor, n=count: tensor.new_zeros(n, 0, *tensor.shape[2:]))
-        missing = most - regions.masks.shape[1]
-        ids = (F.pad(each, (0, missing), value=-1) for each in regions[1:])
+            regions = _map_tensors(present[0], lambda tensor, n=count: tensor.new_zeros(n, 0, *tensor.shape[2:]))
+        missing = largest - regions.masks.shape[1]
+        ids = (F.pad(tensor, (0, missing), value=-1) for tensor in regions[1:])
         parts.append(Regions(F.pad(regions.masks, (0, 0, 0, 0, 0, missing)), *ids))
     return Regions(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionConfig:
-    """Options of conditions."""  # every Config's own __post_init__ calls that of the class it builds on
+    """Options of conditions."""  # a subclass's __post_init__ calls super().__post_init__()
 
     def __post_init__(self):
         pass
 
 
 class ConditionEncoder(nn.Module, ABC):
-    """Turns one raw field of a batch into one stream, and owns its learned null.
+    """Encodes one raw condition of a batch as one stream, with a learned null.
 
-    A file `models/conditions/<name>.py` defines one; its `Config`, a `ConditionConfig` whose fields are flags, named
-    `<name>_...`; the `FIELDS` of a batch that it reads; and `build(config, width, n_classes)`, for a network whose
-    embedding has a width (E, of vectors), and data of so many classes, or 0. Its raw condition is the field, or where
-    there are several, or ragged ones, a dict of them and of their masks. It makes a Map where it has `map_channels`,
-    Tokens where it has a `token_width`, and a Vector where it has neither.
+    A file `models/conditions/<name>.py` defines an encoder; its `Config`, a `ConditionConfig` whose fields become flags
+    named `<name>_...`; `FIELDS`, the batch fields it reads; and `build(config, width, n_classes)`, which is given the
+    width E of vectors and the number of classes in the data (0: none). The raw condition is the field itself or, for
+    several or ragged fields, a dict of them and their masks. An encoder with `map_channels` returns a Map, one with a
+    `token_width` Tokens, one with neither a Vector.
     """
 
-    map_channels: int = 0  # C of the map it makes
-    token_width: int = 0  # D of the tokens it makes
-    pretrained: bool = False  # its weights come from elsewhere: a network that it joins leaves them as they are
+    map_channels: int = 0  # C of its map
+    token_width: int = 0  # D of its tokens
+    pretrained: bool = False  # True: a network that contains it does not reinitialise its weights
 
     @abstractmethod
     def forward(self, raw: Any, x: Tensor, drop: Tensor | None = None) -> Stream:
-        """The stream for a batch like x (B, C, H, W): of the raw field, or of the null where `drop` (B,) bool is True.
+        """Encodes the raw condition of a batch x (B, C, H, W); examples where `drop` (B,) bool is True get the null.
 
-        `raw=None` is the null for everyone.
+        `raw=None` is the null for all examples.
         """
 
     def regions(self, raw: Any, x: Tensor) -> Regions | None:
-        """The regions that its tokens speak of, of a batch like x; None without any. `raw=None` is the null."""
+        """Returns the regions that its tokens describe, for a batch x; None without any. `raw=None` is the null."""
         return None
 
 
 class Conditioner(nn.ModuleDict):
-    """The encoders of a network by name, and what they make of raw fields: the Condition for a batch."""
+    """The condition encoders of a network by name; encodes raw fields to a `Condition`."""
 
     def __init__(self, encoders: Mapping[str, ConditionEncoder] | None = None):
         super().__init__(encoders)
@@ -297,25 +297,25 @@ class Conditioner(nn.ModuleDict):
 
     @property
     def token_width(self) -> int:
-        """D of the tokens that the encoders make, 0 if they make none."""
+        """D of the encoders' tokens, 0 if none returns tokens."""
         return next(iter(self._token_widths().values()), 0)
 
     @property
     def map_channels(self) -> int:
-        """C of all maps together."""
+        """Sum of the channels of all maps."""
         return sum(encoder.map_channels for encoder in self.values())
 
     @property
     def makes_vectors(self) -> bool:
-        """Whether one of the encoders makes a vector."""
+        """Whether any encoder returns a vector."""
         return any(not (encoder.map_channels or encoder.token_width) for encoder in self.values())
 
     def forward(
         self, fields: Mapping[str, Any] | None, x: Tensor, drop: Mapping[str, Tensor] | None = None
     ) -> Condition:
-        """Raw fields by the names of their encoders -> the condition for a batch like x (B, C, H, W).
+        """Encodes raw fields, by name of their encoders, for a batch x (B, C, H, W).
 
-        What is left out is null. `drop` holds (B,) bools by name: the examples that get the null of that stream.
+        Fields left out are null. `drop` holds a (B,) bool by name: True for examples that get the null of that stream.
         """
         fields, drop = {} if fields is None else fields, {} if drop is None else drop
         if not isinstance(fields, Mapping):
@@ -325,18 +325,18 @@ class Conditioner(nn.ModuleDict):
         if unknown:
             raise ValueError(f"got conditions {unknown}, this network takes: {', '.join(self) or 'none'}")
         streams = {name: encoder(fields.get(name), x, drop.get(name)) for name, encoder in self.items()}
-        found = {name: encoder.regions(fields.get(name), x) for name, encoder in self.items()}
-        found = {name: regions for name, regions in found.items() if regions is not None}
-        if len(found) > 1:
-            raise ValueError(f"got regions from {', '.join(found)}, wanted one condition of regions in a network")
-        return Condition(streams, next(iter(found.values()), None))
+        regions = {name: encoder.regions(fields.get(name), x) for name, encoder in self.items()}
+        regions = {name: value for name, value in regions.items() if value is not None}
+        if len(regions) > 1:
+            raise ValueError(f"got regions from {', '.join(regions)}, wanted one condition with regions in a network")
+        return Condition(streams, next(iter(regions.values()), None))
 
     def resolve(
         self, condition: Condition | Mapping[str, Any] | None, x: Tensor, drop: Mapping[str, Tensor] | None = None
     ) -> Condition:
-        """What a network was given as its condition, encoded: raw fields (None: all null) are encoded now.
+        """Returns the encoded condition: a `Condition` is checked, raw fields (None: all null) are encoded.
 
-        ValueError where an encoded one lacks a stream or is of another batch than x.
+        ValueError if a `Condition` lacks a stream or its batch size differs from x.
         """
         if not isinstance(condition, Condition):
             return self(condition, x, drop)
@@ -344,7 +344,7 @@ class Conditioner(nn.ModuleDict):
             raise ValueError("got drop and an encoded condition: pass drop to encode")
         missing = [name for name in self if name not in condition.streams]
         if missing:
-            raise ValueError(f"got a condition without {', '.join(missing)}: make it by encode, nulls included")
+            raise ValueError(f"got a condition without {', '.join(missing)}: create it with encode, which adds nulls")
         if condition.batch_size not in (None, len(x)):
             raise ValueError(f"got a condition of {condition.batch_size} examples for {len(x)}: take condition[rows]")
         return condition

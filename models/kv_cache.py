@@ -1,32 +1,32 @@
-"""What a causal network has read, so that the next token costs one token and not the whole sequence again."""
+"""Key-value cache of a causal transformer, so that decoding a token costs one token and not the whole sequence."""
 
 import torch
 from torch import Tensor
 
 
 class LayerCache:
-    """Keys and values of one layer for the tokens of a grid in raster order, in tensors made once for all places."""
+    """Keys and values of one attention layer, in raster order; allocated once for the whole grid."""
 
     def __init__(self, grid: tuple[int, int]):
         self.grid = grid
-        self.length = 0  # tokens that were read
+        self.length = 0  # tokens cached so far
         self.keys: Tensor | None = None  # (n, H W, heads, d)
         self.values: Tensor | None = None  # (n, H W, heads, e)
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of all tokens so far (n, length, heads, ...), these (n, m, heads, ...) being the newest."""
+        """Appends keys and values (n, m, heads, ...) of m tokens; returns all so far, (n, length, heads, ...)."""
         if self.keys is None:
-            places = self.grid[0] * self.grid[1]
-            self.keys, self.values = (x.new_empty(len(x), places, *x.shape[2:]) for x in (keys, values))
+            size = self.grid[0] * self.grid[1]
+            self.keys, self.values = (x.new_empty(len(x), size, *x.shape[2:]) for x in (keys, values))
         before, self.length = self.length, self.length + keys.shape[1]
         self.keys[:, before : self.length], self.values[:, before : self.length] = keys, values
         return self.keys[:, : self.length], self.values[:, : self.length]
 
 
 class KVCache:
-    """One cache for each layer of a network over a `grid`, for sequences that are read together.
+    """Key-value cache of a whole network over a `grid`, one `LayerCache` per layer, for a batch of sequences.
 
-    A new one for each batch of sequences. Sequences may drop out on the way (`keep_rows`), and do not come back.
+    Each batch needs a new cache. Sequences can be dropped (`keep_rows`) but not added again.
     """
 
     def __init__(self, grid: tuple[int, int]):
@@ -36,28 +36,30 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens that every layer has read."""
+        """Number of tokens that every layer has cached."""
         return self.layers[-1].length if self.layers else 0
 
-    def layer_caches(self, count: int) -> list[LayerCache]:
-        """Those of a network of `count` layers."""
+    def layer_caches(self, num_layers: int) -> list[LayerCache]:
+        """Returns the caches of the layers, created on the first call."""
         if not self.layers:
-            self.layers = [LayerCache(self.grid) for _ in range(count)]
+            self.layers = [LayerCache(self.grid) for _ in range(num_layers)]
         return self.layers
 
     def keep_rows(self, rows: Tensor) -> "KVCache":
-        """Itself, of these sequences alone: `rows` (n,) int64, any numbers by which the caller tells them apart.
+        """Drops all sequences but `rows`, in place, and returns the cache.
 
-        ValueError for one that has dropped out, or was not there at the first call.
+        `rows` (n,) int64 are ids of the caller's choice; the first call names all sequences of the batch. ValueError
+        for an id that was dropped, or is not from the first call.
         """
         if self.rows is None or torch.equal(rows, self.rows):
             self.rows = rows
             return self
         same = rows[:, None] == self.rows  # (n, before)
         if not same.any(1).all():
-            raise ValueError(f"got sequences {rows.tolist()}, this memory holds {self.rows.tolist()}: make a new one")
-        places = same.int().argmax(1)
+            held = self.rows.tolist()
+            raise ValueError(f"got sequences {rows.tolist()}, this KV cache holds {held}: create a new one")
+        index = same.int().argmax(1)
         for cache in self.layers:
-            cache.keys, cache.values = cache.keys[places], cache.values[places]
+            cache.keys, cache.values = cache.keys[index], cache.values[index]
         self.rows = rows
         return self

@@ -1,9 +1,9 @@
-"""Neighbourhood attention in one and two dimensions, with NATTEN's meaning, its backends, and Hydra attention.
+"""Neighbourhood attention in one and two dimensions, with NATTEN's semantics, and Hydra attention.
 
-A query sees `kernel_size` keys per axis, `dilation` apart, around itself; at a border the window stops and keeps its
-size (Hassani et al. 2023; dilated: Hassani & Shi 2022). Along a causal axis it sees itself and up to kernel_size - 1
-keys before. Tensors are (B, L, heads, d) in one dimension and (B, H, W, heads, d) in two. In Hydra attention groups of
-heads have a window each (Walton et al. 2022, StyleNAT).
+A query attends to `kernel_size` keys per axis, `dilation` apart, centred on it; at a border the window is shifted
+inwards and keeps its size (Hassani et al. 2023; dilated: Hassani & Shi 2022). Along a causal axis it attends to itself
+and up to kernel_size - 1 keys before it. Tensors are (B, L, heads, d) in one dimension and (B, H, W, heads, d) in two.
+In Hydra attention each group of heads has a window of its own (Walton et al. 2022, StyleNAT).
 """
 
 import importlib.util
@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from numpy import ndarray
 from torch import Tensor, nn
 
@@ -28,10 +29,10 @@ PerAxis = int | Sequence[int]
 
 
 class Group(NamedTuple):
-    """Heads that share a window."""
+    """A group of heads that share a window."""
 
     window: Window
-    heads: int  # of key and value
+    heads: int  # key heads
     bias: Tensor | None = None  # (query heads, 2 kernel - 1 per axis), added to the logits
 
 
@@ -48,7 +49,7 @@ def neighborhood_attention_1d(
     bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """(B, L, heads, d) each -> (B, L, heads, d). See `neighborhood_attention_2d`; `bias` is (heads, 2k - 1)."""
+    """As `neighborhood_attention_2d` in one dimension: (B, L, heads, d) each -> the same; `bias` (heads, 2 k - 1)."""
     return neighborhood_attention(
         query, key, value, kernel_size, dilation, is_causal, scale, backend, axes=1, bias=bias, dropout=dropout
     )
@@ -67,13 +68,13 @@ def neighborhood_attention_2d(
     bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Each query's softmax attention to the keys of its window: (B, H, W, heads, d) each -> (B, H, W, heads, d).
+    """Softmax attention of each query to the keys in its window: (B, H, W, heads, d) each -> (B, H, W, heads, d).
 
-    `kernel_size` (odd), `dilation` and `is_causal` are one value or one per axis; `scale` is 1/sqrt(d) if left out.
-    `query` may have G times the heads of `key` and `value`: heads i G to i G + G - 1 then share key i. `value` may have
-    a width of its own. `bias` (query heads, 2 k_h - 1, 2 k_w - 1) is added to the logits: entry (r, c) belongs to the
-    key r - (k_h - 1) rows below and c - (k_w - 1) columns right of the query, counted in steps of the dilation.
-    `dropout` acts on the weights. ValueError where the window does not fit the grid or a backend cannot do it.
+    `kernel_size` (odd), `dilation` and `is_causal` are one value or one per axis; `scale` defaults to 1/sqrt(d).
+    `query` may have G times as many heads as `key` and `value`: query heads i G to i G + G - 1 share key head i.
+    `value` may differ in width. `bias` (query heads, 2 k_h - 1, 2 k_w - 1) is added to the logits: entry (r, c) belongs
+    to the key r - (k_h - 1) rows below and c - (k_w - 1) columns right of the query, in steps of the dilation.
+    `dropout` is applied to the weights. ValueError if the window does not fit the grid, or the backend lacks an option.
     """
     return neighborhood_attention(
         query, key, value, kernel_size, dilation, is_causal, scale, backend, axes=2, bias=bias, dropout=dropout
@@ -83,6 +84,7 @@ def neighborhood_attention_2d(
 def neighborhood_attention(
     query, key, value, kernel_size, dilation, is_causal, scale, backend, *, axes, bias, dropout
 ) -> Tensor:
+    """Neighbourhood attention along `axes` axes; arguments as in `neighborhood_attention_2d`."""
     grid = check_tensors(query, key, value, axes)
     group = Group(make_window(grid, kernel_size, dilation, is_causal), key.shape[-2], bias)
     return attend_by_group(query, key, value, [group], scale=scale, backend=backend, dropout=dropout)
@@ -91,7 +93,7 @@ def neighborhood_attention(
 def attend_by_group(
     query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Group], *, scale, backend: Backend, dropout: float
 ) -> Tensor:
-    """One call of a backend per group of heads, joined on the head axis; a single call where all are dense."""
+    """Attention with one window per group of heads: one backend call per group, or a single one if all are dense."""
     queries_per_key = query.shape[-2] // key.shape[-2]
     for group in groups:
         check_bias(group, queries_per_key)
@@ -101,36 +103,36 @@ def attend_by_group(
     if len(groups) == 1:
         return BACKENDS[names[0]](query, key, value, groups, scale=scale, dropout=dropout)
     counts = [group.heads for group in groups]
-    parts = zip(
+    splits = zip(
         query.split([n * queries_per_key for n in counts], -2),
         key.split(counts, -2),
         value.split(counts, -2),
         strict=True,
     )
     outs = [
-        BACKENDS[name](*part, [group], scale=scale, dropout=dropout)
-        for name, part, group in zip(names, parts, groups, strict=True)
+        BACKENDS[name](*qkv, [group], scale=scale, dropout=dropout)
+        for name, qkv, group in zip(names, splits, groups, strict=True)
     ]
     return torch.cat(outs, dim=-2)
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, axes: int) -> tuple[int, ...]:
-    """The grid of the three; ValueError where they do not belong together."""
-    wrong = None
+    """Returns the grid of query, key and value; ValueError if their shapes do not match."""
+    wanted = None
     if not (query.ndim == key.ndim == value.ndim == axes + 3 and axes in (1, 2)):
-        wrong = "(B, L, heads, d) each" if axes == 1 else "(B, H, W, heads, d) each"
+        wanted = "(B, L, heads, d) each" if axes == 1 else "(B, H, W, heads, d) each"
     elif not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
-        wrong = "the same batch and grid"
+        wanted = "the same batch and grid"
     elif key.shape[-2] != value.shape[-2] or query.shape[-2] % key.shape[-2] or query.shape[-1] != key.shape[-1]:
-        wrong = "as many heads in each, or a multiple in query, and one width d"
-    if wrong is not None:
+        wanted = "equal numbers of heads, or a multiple in query, and one width d for query and key"
+    if wanted is not None:
         shapes = " ".join(f"{name} {tuple(x.shape)}" for name, x in (("query", query), ("key", key), ("value", value)))
-        raise ValueError(f"got {shapes}: wanted {wrong}")
+        raise ValueError(f"got {shapes}: wanted {wanted}")
     return tuple(query.shape[1:-2])
 
 
 def make_window(grid: tuple[int, ...], kernel_size: PerAxis, dilation: PerAxis, is_causal=False) -> Window:
-    """The window per axis; ValueError naming the axis that it does not fit, and what fits."""
+    """Builds the window of a grid; ValueError names an axis that it does not fit, and what would."""
     window = Window(*(per_axis(value, len(grid)) for value in (kernel_size, dilation, is_causal)))
     names = ("height", "width") if len(grid) == 2 else ("length",)
     for name, length, kernel, step in zip(names, grid, window.kernel, window.dilation, strict=True):
@@ -139,17 +141,18 @@ def make_window(grid: tuple[int, ...], kernel_size: PerAxis, dilation: PerAxis, 
         if step < 1:
             raise ValueError(f"got dilation {step} along the {name}, wanted at least 1")
         if kernel * step > length:
-            widest = length // step - (length // step + 1) % 2
-            ways = [f"kernel_size up to {widest} with this dilation"] * (widest > 0)
-            ways += [f"dilation up to {length // kernel} with this kernel"] * (kernel <= length)
+            largest = length // step - (length // step + 1) % 2
+            remedies = [f"kernel_size up to {largest} with this dilation"] * (largest > 0)
+            remedies += [f"dilation up to {length // kernel} with this kernel"] * (kernel <= length)
             raise ValueError(
                 f"kernel_size {kernel} x dilation {step} = {kernel * step} does not fit the {name} of {length}: "
-                f"choose {', or '.join(ways) or 'less of both'}"
+                f"choose {', or '.join(remedies) or 'smaller values of both'}"
             )
     return window
 
 
 def per_axis(value, axes: int) -> tuple:
+    """Expands one value to one per axis; a sequence must have `axes` values already, else ValueError."""
     values = tuple(value) if isinstance(value, Sequence) else (value,) * axes
     if len(values) != axes:
         raise ValueError(f"got {values}, wanted one value or {axes}, one per axis")
@@ -157,34 +160,36 @@ def per_axis(value, axes: int) -> tuple:
 
 
 def check_bias(group: Group, queries_per_key: int) -> None:
+    """ValueError if the bias of a group does not have one row per query head and 2 kernel - 1 entries per axis."""
     wanted = (group.heads * queries_per_key, *(2 * kernel - 1 for kernel in group.window.kernel))
     if group.bias is not None and tuple(group.bias.shape) != wanted:
         raise ValueError(f"got bias {tuple(group.bias.shape)}, wanted {wanted}: heads, then 2 kernel_size - 1 per axis")
 
 
 def resolve_backend(backend: Backend, query: Tensor, group: Group, dropout: float = 0.0) -> str:
-    """The backend that "auto" stands for.
+    """Returns the backend's name, with "auto" resolved for these inputs.
 
-    On CUDA NATTEN's fused kernels, where they are compiled in and can do it. Else tiles where they compare a small
-    enough share of all pairs. On 2 cores, forward and backward by tiles took, of the time of dense: in float32 0.95
-    (share 0.86), 0.85 (0.77), 0.35 (0.39), 0.16 (0.19), and 1.1 to 1.2 at 1; in bfloat16, where dense is written out,
-    1.7 (0.77), 1.2 (0.42), 0.92 (0.34), 0.35 (0.19). Other devices were not measured and take the cautious share.
+    "auto" is "natten" on CUDA, if its fused kernels are installed and support the inputs. Otherwise it is "tiled" if
+    tiles compare a small enough fraction of all pairs, else "dense". Time of forward and backward by tiles relative to
+    dense, on 2 cores, at that fraction: in float32 0.95 (0.86), 0.85 (0.77), 0.35 (0.39), 0.16 (0.19), and 1.1 to 1.2
+    (1.0); in bfloat16, where dense is unfused, 1.7 (0.77), 1.2 (0.42), 0.92 (0.34), 0.35 (0.19). Other devices were not
+    measured and use the lower threshold.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"got backend {backend!r}, wanted one of auto, {', '.join(BACKENDS)}")
     if backend != "auto":
         return backend
-    fits = min(group.window.kernel) > 1 and query.dtype != torch.float64 and query.shape[-1] % 8 == 0
-    if query.is_cuda and fits and group.bias is None and dropout == 0 and natten_is_compiled():
+    supported = min(group.window.kernel) > 1 and query.dtype != torch.float64 and query.shape[-1] % 8 == 0
+    if query.is_cuda and supported and group.bias is None and dropout == 0 and natten_is_compiled():
         return "natten"
     grid = tuple(query.shape[1:-2])
-    share = keys_per_tile(grid, group.window) / math.prod(grid)
-    return "tiled" if share < (1.0 if query.is_cpu and query.dtype == torch.float32 else 0.4) else "dense"
+    frac = keys_per_tile(grid, group.window) / math.prod(grid)
+    return "tiled" if frac < (1.0 if query.is_cpu and query.dtype == torch.float32 else 0.4) else "dense"
 
 
 @cache
 def natten_is_compiled() -> bool:
-    """Whether natten is installed with its CUDA kernels."""
+    """Returns whether natten is installed with its CUDA kernels."""
     if importlib.util.find_spec("natten") is None:
         return False
     import natten
@@ -195,60 +200,64 @@ def natten_is_compiled() -> bool:
 def attend_dense(
     query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Group], *, scale: float | None, dropout: float
 ) -> Tensor:
-    """The readable reference: all pairs of the grid, under one mask. Memory is quadratic in the number of tokens."""
+    """The reference: attention over all pairs of the grid under one mask; memory is quadratic in the tokens."""
     grid, queries_per_key = tuple(query.shape[1:-2]), query.shape[-2] // key.shape[-2]
     mask = dense_mask(grid, groups, queries_per_key, query.device)
-    q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (query, key, value))  # (B, heads, N, d)
+    q, k, v = (rearrange(x, "b ... heads d -> b heads (...) d") for x in (query, key, value))
     k, v = k.repeat_interleave(queries_per_key, 1), v.repeat_interleave(queries_per_key, 1)
     out = attend(q, k, v, mask=mask, scale=scale, dropout=dropout)
     return out.transpose(1, 2).unflatten(1, grid)
 
 
 def dense_mask(grid: tuple[int, ...], groups: Sequence[Group], queries_per_key: int, device: torch.device) -> Tensor:
-    """(query heads, N, N), or (1, N, N) where all are alike: what a query sees, bool; with a bias, what is added."""
+    """Returns the mask over all pairs, (query heads, N, N), or (1, N, N) for one group without a bias.
+
+    It is bool, True inside the window, or with a bias float: the bias, and -inf outside the window.
+    """
     masks, one_for_all = [], len(groups) == 1
     biased = any(group.bias is not None for group in groups)
     for window, heads, bias in groups:
         (visible,) = cached_tables(dense_visible, grid, window, device=device)
         if bias is None:
-            if biased:  # beside masks that are added
+            if biased:  # another group's mask is float
                 visible = torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, float("-inf"))
             masks.append(visible.expand(1 if one_for_all else heads * queries_per_key, -1, -1))
         else:
             (rows,) = cached_tables(dense_bias_index, grid, window, device=device)
-            by_pair = F.embedding(rows, bias.flatten(1).t()).permute(2, 0, 1)  # (query heads, N, N)
-            masks.append(by_pair.masked_fill(~visible, float("-inf")))
+            pair_bias = F.embedding(rows, bias.flatten(1).t()).permute(2, 0, 1)  # (query heads, N, N)
+            masks.append(pair_bias.masked_fill(~visible, float("-inf")))
     return torch.cat(masks)
 
 
 def dense_visible(grid: tuple[int, ...], window: Window) -> tuple[ndarray]:
-    """Which of N keys each of N queries sees: (N, N) bool."""
+    """Returns which keys are in the window of each query, (N, N) bool."""
     visible = np.ones((1, 1), dtype=bool)
     for length, (kernel, step, causal) in zip(grid, zip(*window, strict=True), strict=True):
         query, key = np.arange(length)[:, None], np.arange(length)
-        count = (length - 1 - query % step) // step + 1  # positions of the query's residue
-        near = in_window(query // step, key // step, kernel, causal, count) & (query % step == key % step)
-        visible = kron(visible, near, np.logical_and)
+        count = (length - 1 - query % step) // step + 1  # positions in the query's residue class
+        along_axis = in_window(query // step, key // step, kernel, causal, count) & (query % step == key % step)
+        visible = kron(visible, along_axis, np.logical_and)
     return (visible,)
 
 
 def dense_bias_index(grid: tuple[int, ...], window: Window) -> tuple[ndarray]:
-    """The row of the flattened bias table for each pair that sees each other: (N, N)."""
+    """Returns the row of the flattened bias table for each query and key, (N, N) int64; clipped outside the window."""
     rows, window = np.zeros((1, 1), dtype=np.int64), Window(*window)
     for length, kernel, step in zip(grid, window.kernel, window.dilation, strict=True):
-        place = np.arange(length) // step
-        offset = (place - place[:, None]).clip(1 - kernel, kernel - 1) + kernel - 1  # (query, key)
+        index = np.arange(length) // step
+        offset = (index - index[:, None]).clip(1 - kernel, kernel - 1) + kernel - 1  # (query, key)
         rows = kron(rows, offset, mixed_radix(2 * kernel - 1))
     return (rows,)
 
 
 def attend_tiled(query, key, value, groups: Sequence[Group], *, scale: float | None, dropout: float) -> Tensor:
+    """Tiled attention of one group; see `tiled_attention`."""
     (group,) = groups
     return tiled_attention(query, key, value, group.window, scale=scale, bias=group.bias, dropout=dropout)
 
 
 def attend_natten(query, key, value, groups: Sequence[Group], *, scale: float | None, dropout: float) -> Tensor:
-    """NATTEN's kernels; its flex path where they are not compiled in, which on a CPU has no backward."""
+    """Attention of one group by NATTEN: fused kernels if installed, else its flex backend (no backward on a CPU)."""
     try:
         import natten
     except ImportError as error:
@@ -259,9 +268,7 @@ def attend_natten(query, key, value, groups: Sequence[Group], *, scale: float | 
     if query.is_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise ValueError('backend "natten" has no backward on a CPU: choose "tiled", "dense" or "auto"')
     key, value = key.repeat_interleave(queries_per_key, -2), value.repeat_interleave(queries_per_key, -2)
-    query, key = (
-        F.pad(x, (0, max(0, value.shape[-1] - d))) for x in (query, key)
-    )  # zeros leave the logits as they are
+    query, key = (F.pad(x, (0, max(0, value.shape[-1] - d))) for x in (query, key))  # zeros do not change the logits
     attention = natten.na1d if query.ndim == 4 else natten.na2d
     kernel, dilation, causal = group.window
     scale = d**-0.5 if scale is None else scale
@@ -269,7 +276,7 @@ def attend_natten(query, key, value, groups: Sequence[Group], *, scale: float | 
     try:
         return attention(query, key, value, kernel, dilation=dilation, is_causal=causal, scale=scale)[..., :width]
     except NotImplementedError as error:
-        raise ValueError('backend "natten" cannot do it: choose "tiled", "dense" or "auto"') from error
+        raise ValueError('backend "natten" does not support this: choose "tiled", "dense" or "auto"') from error
 
 
 BACKENDS = {"dense": attend_dense, "tiled": attend_tiled, "natten": attend_natten}
@@ -289,11 +296,11 @@ def hydra_attention(
     biases: Sequence[Tensor] | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """`neighborhood_attention_1d` or `_2d` with one window per group of heads: (B, *grid, heads, d) as there.
+    """Neighbourhood attention with one window per group of heads: (B, *grid, heads, d) each -> (B, *grid, heads, d).
 
-    Group i has kernel i, dilation i (a list of one serves all groups) and the next heads[i] heads, by default those of
-    `head_groups`; the heads keep their order. `biases` holds one table per group. Backends are launched once per
-    group, or once in all where every group is dense.
+    Group i has kernel i, dilation i (a list of length one applies to all groups) and the next heads[i] key heads
+    (default: `head_groups`). `biases` holds one table per group. Each group is one backend call, or all groups together
+    if every one is dense. Other arguments as in `neighborhood_attention_2d`.
     """
     grid = check_tensors(query, key, value, query.ndim - 3)
     pairs = pair_windows(kernel_sizes, dilations)
@@ -311,26 +318,29 @@ def hydra_attention(
 
 
 def pair_windows(kernel_sizes: Sequence[PerAxis], dilations: Sequence[PerAxis]) -> list[tuple[PerAxis, PerAxis]]:
-    """The (kernel, dilation) of each group; ValueError where the lists differ in length."""
+    """Returns (kernel, dilation) of each group; a list of length one is repeated, other lengths must match."""
     groups = max(len(kernel_sizes), len(dilations))
     lists = [list(values) * groups if len(values) == 1 else list(values) for values in (kernel_sizes, dilations)]
     if any(len(values) != groups for values in lists):
-        raise ValueError(f"got kernel_sizes {kernel_sizes} and dilations {dilations}: wanted as many, or one for all")
+        raise ValueError(
+            f"got kernel_sizes {kernel_sizes} and dilations {dilations}: wanted equally many, or one for all"
+        )
     return list(zip(*lists, strict=True))
 
 
 def head_groups(heads: int, groups: int) -> list[int]:
-    """Heads of each group: as even as can be, the last groups taking what is left over (as StyleNAT does)."""
+    """Divides heads as evenly as possible; remaining heads go to the last groups, as in StyleNAT."""
     if not 1 <= groups <= heads:
         raise ValueError(f"got {groups} groups for {heads} heads: wanted 1 to {heads}")
     return [heads // groups + (group >= groups - heads % groups) for group in range(groups)]
 
 
 class HydraAttention(nn.Module):
-    """`hydra_attention` as the core of an attention layer; one group is plain neighbourhood attention.
+    """Hydra attention as the core of an attention layer; with one group, plain neighbourhood attention.
 
-    `heads` differential or softmax heads are split over the groups, a head's `keys` key heads and its `queries` query
-    heads staying together. With `bias`, each group learns a relative-position bias per query head.
+    `heads` softmax or differential heads are divided over the groups; the `keys_per_head` key heads and
+    `queries_per_head` query heads of one head stay in the same group. `bias` adds a relative-position bias per query
+    head to each group.
     """
 
     def __init__(
@@ -354,7 +364,7 @@ class HydraAttention(nn.Module):
         self.biases = nn.ModuleList(tables if bias else ())
 
     def groups(self, grid: tuple[int, ...]) -> list[Group]:
-        """ValueError where a window does not fit the grid."""
+        """Returns the groups for a grid; ValueError if a window does not fit it."""
         tables = [module.table for module in self.biases] or [None] * len(self.pairs)
         return [
             Group(make_window(grid, *pair), count, table)
@@ -362,20 +372,22 @@ class HydraAttention(nn.Module):
         ]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask=None, scale=None, dropout: float = 0.0) -> Tensor:
-        """q (B, *grid, query heads, d), k and v (B, *grid, key heads, d) -> (B, *grid, query heads, d)."""
+        """q (B, *grid, query heads, d), k, v (B, *grid, key heads, d) -> (B, *grid, query heads, d); no mask."""
         self.reject_mask(mask)
         groups = self.groups(check_tensors(q, k, v, q.ndim - 3))
         return attend_by_group(q, k, v, groups, scale=scale, backend=self.backend, dropout=dropout)
 
     def attention_map(self, q: Tensor, k: Tensor, *, mask=None, scale=None) -> Tensor:
-        """The weights over the whole grid, zero outside the windows: (B, query heads, N, N)."""
+        """Returns the attention weights over the whole grid, (B, query heads, N, N), zero outside the windows."""
         self.reject_mask(mask)
         grid, queries_per_key = tuple(q.shape[1:-2]), q.shape[-2] // k.shape[-2]
-        seen = dense_mask(grid, self.groups(grid), queries_per_key, q.device)
-        q, k = (x.flatten(1, -3).transpose(1, 2) for x in (q, k.repeat_interleave(queries_per_key, -2)))
-        return attention_map(q, k, mask=seen, scale=scale)
+        window_mask = dense_mask(grid, self.groups(grid), queries_per_key, q.device)
+        k = k.repeat_interleave(queries_per_key, -2)
+        q, k = (rearrange(x, "b ... heads d -> b heads (...) d") for x in (q, k))
+        return attention_map(q, k, mask=window_mask, scale=scale)
 
     @staticmethod
     def reject_mask(mask: Tensor | None) -> None:
+        """ValueError for any mask: the windows are the mask."""
         if mask is not None:
             raise ValueError("got a mask for neighbourhood attention, whose windows are its mask: use full attention")

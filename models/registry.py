@@ -1,4 +1,4 @@
-"""Classes, functions and files by name: those that are here, or the user's own."""
+"""Lookup of classes, functions and plug-ins by name: built-in ones, and the user's own by dotted path."""
 
 import difflib
 import importlib
@@ -10,7 +10,7 @@ from types import ModuleType
 
 from torch import nn
 
-# Where public classes and functions stood, and where they stand now: docs/moved.md has the same list.
+# Old and new dotted paths of public classes and functions that moved; docs/moved.md has the same list.
 MOVED = {
     "models.attend.attend": "models.sdpa.attend",
     "models.attend.attention_map": "models.sdpa.attention_map",
@@ -147,61 +147,61 @@ MOVED = {
     "train.vqgan_config.VQGANTrainingConfig": "train.config.VQGANTrainingConfig",
 }
 
-# Names of weights in a network's state_dict, as earlier versions saved them, and as they are now.
+# Old and new names of weights in a state_dict.
 RENAMED_WEIGHTS = {"label.weight": "encoders.label.embedding.weight"}  # of transformers
 
 
 def current_names(stored: Collection[str], wanted: Collection[str]) -> dict[str, str]:
-    """What each stored weight is called now: its own name where that is wanted, else the new name, if that one is.
+    """Maps the name of each stored weight to its current name: the new name if the network has it and not the old one.
 
-    So a network of a user's own may have weights of a name that others gave up.
+    A user's own network may still use an old name.
     """
     renamed = {old: new for old, new in RENAMED_WEIGHTS.items() if old not in wanted and new in wanted}
     return {name: renamed.get(name, name) for name in stored}
 
 
 def resolve_class(
-    name: str, known: Mapping[str, Callable], contract: tuple[type, ...], option: str
+    name: str, registered: Mapping[str, Callable], bases: tuple[type, ...], option: str
 ) -> Callable[..., nn.Module]:
-    """What `name` stands for: an entry of `known`, or the class at `package.module.Class`.
+    """Returns the entry of `registered` of that name, or the class at the dotted path `package.module.Class`.
 
-    A class of one's own must be a subclass of one of `contract`. ValueError says what there is, or what is wrong.
+    A user's class must be a concrete subclass of one of `bases`. ValueError lists the choices, or what is wrong.
     """
-    if name in known:
-        return known[name]
-    wanted = " or ".join(cls.__name__ for cls in contract)
-    there_are = f"there are {', '.join(known)}, and any subclass of {wanted} as package.module.Class"
+    if name in registered:
+        return registered[name]
+    wanted = " or ".join(cls.__name__ for cls in bases)
+    choices = f"there are {', '.join(registered)}, and any subclass of {wanted} as package.module.Class"
     if "." not in name:
-        raise ValueError(f"got {option} {name!r}: {there_are}")
-    cls = import_attribute(name, option, there_are)
-    if not inspect.isclass(cls) or not issubclass(cls, contract):
-        found = "has no such name" if cls is None else f"has {cls!r}, which is no subclass of {wanted}"
-        raise ValueError(f"got {option} {name!r}: {name.rpartition('.')[0]} {found}; {there_are}")
+        raise ValueError(f"got {option} {name!r}: {choices}")
+    cls = import_attribute(name, option, choices)
+    if not inspect.isclass(cls) or not issubclass(cls, bases):
+        reason = "has no such name" if cls is None else f"has {cls!r}, which is no subclass of {wanted}"
+        raise ValueError(f"got {option} {name!r}: {name.rpartition('.')[0]} {reason}; {choices}")
     if inspect.isabstract(cls):
         raise ValueError(f"got {option} {name!r}: {cls.__name__} does not define {', '.join(cls.__abstractmethods__)}")
     return cls
 
 
 def import_attribute(path: str, option: str, remedy: str) -> object | None:
-    """What stands at `package.module.name`; None where the module has no such name.
+    """Imports `package.module.name`; returns None if the module has no such name.
 
-    ValueError, which ends with `remedy`, where there is no such module; one that names the new place of what moved.
+    ValueError, ending in `remedy`, if there is no such module; for a path that moved it gives the new one.
     """
     if path in MOVED:
-        raise ValueError(f"got {option} {path!r}, which is {MOVED[path]} now: write that, in a run's config.yaml too")
+        raise ValueError(f"got {option} {path!r}, which is {MOVED[path]} now: use that, also in a run's config.yaml")
     module_name, _, name = path.rpartition(".")
     try:
         return getattr(import_user_module(module_name, f"{option} {path!r}"), name, None)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # something that the user's module needs
+            raise  # a dependency of the user's module
         raise ValueError(f"got {option} {path!r}: there is no module {error.name}; {remedy}") from error
 
 
 def import_user_module(module_name: str, got: str) -> ModuleType:
-    """A module that users may have written; ValueError names the new place of what it imports and has moved.
+    """Imports a module that a user may have written; if it imports something that moved, ValueError names the new path.
 
-    `got` is the flag and its value.
+    `got` is the flag and its value, for the message.
     """
     try:
         return importlib.import_module(module_name)
@@ -211,17 +211,17 @@ def import_user_module(module_name: str, got: str) -> ModuleType:
         moved = [new for old, new in MOVED.items() if missing in (old, old.rpartition(".")[0])]
         if not moved:
             raise
-        raise ValueError(f"got {got}, which imports {missing}: what that had is {', '.join(moved)} now") from error
+        raise ValueError(f"got {got}, which imports {missing}: that is {', '.join(moved)} now") from error
 
 
 def plugin_names(package: str) -> list[str]:
-    """The plug-ins of a package: the file name is the registry, `--dataset birds` is train/datasets/birds.py."""
+    """Lists the plug-ins of a package by file name: `--dataset birds` is train/datasets/birds.py."""
     files = pkgutil.iter_modules(importlib.import_module(package).__path__)
     return sorted(file.name for file in files if not file.name.startswith("_"))
 
 
 def load_plugin(package: str, name: str, flag: str) -> ModuleType:
-    """The module `<package>.<name>`, or ValueError with the names there are."""
+    """Imports the module `<package>.<name>`; ValueError lists the plug-ins if there is none of that name."""
     names = plugin_names(package)
     if name not in names:
         raise ValueError(f"unknown {flag} {name!r}{did_you_mean(name, names)}; there are: {', '.join(names)}")
@@ -229,6 +229,6 @@ def load_plugin(package: str, name: str, flag: str) -> ModuleType:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """The end of a message about an unknown word: the known one nearest to it, if any is near."""
+    """Returns ", did you mean ...?" with the closest of `words`, or "" if none is close."""
     close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""

@@ -1,10 +1,10 @@
-"""softmax(q k^T) v, by the fastest way there is, and the weights themselves for who wants to see them."""
+"""Scaled dot-product attention, fused or as two matrix products, and the attention weights themselves."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_UNFUSED_KEYS = 1024  # beyond, the N x N weights cost more memory than the time they save
+MAX_UNFUSED_KEYS = 1024  # with more keys, the time saved is not worth the memory of the N x M weights
 
 
 def attend(
@@ -19,12 +19,13 @@ def attend(
 ) -> Tensor:
     """softmax(q k^T scale + mask) v: q (B, heads, N, d), k (B, heads, M, d), v (B, heads, M, e) -> (B, heads, N, e).
 
-    `mask`, broadcastable to (B, heads, N, M), is bool (True: may be seen) or added to the logits. A query that sees
-    nothing gets zeros. `scale` is 1/sqrt(d) if left out. PyTorch's fused attention, or two matrix products:
+    `mask`, broadcastable to (B, heads, N, M), is bool (True: attend) or float, added to the logits. The output of a
+    query whose keys are all masked is zero. `scale` defaults to 1/sqrt(d).
 
-    In bfloat16 on a CPU the fused kernel's backward makes no use of bfloat16 instructions: forward and backward of 8
-    heads of 64 took 13.2 ms against 1.7 (64 x 16 tokens), 37.0 against 5.5 (64 x 64), 45.5 against 29.6 (16 x 256), 56
-    against 57 (2 x 1,024) on 2 cores with AVX512-bf16, torch 2.15. In float32 the fused kernel is as fast or faster.
+    Uses PyTorch's fused attention, except for bfloat16 on a CPU with at most MAX_UNFUSED_KEYS keys: there the backward
+    pass of the fused kernel does not use bfloat16 instructions. Forward and backward of 8 heads of width 64, fused
+    against unfused, took 13.2 against 1.7 ms (B 64, N 16), 37.0 against 5.5 (64, 64), 45.5 against 29.6 (16, 256) and
+    56 against 57 (2, 1024) on 2 cores with AVX512-bf16, torch 2.15. In float32 the fused kernel is as fast or faster.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.is_cpu and q.dtype == torch.bfloat16 and k.shape[-2] <= MAX_UNFUSED_KEYS:
@@ -37,26 +38,27 @@ def attend(
         mask, causal = add_causal_mask(mask, q, k), False
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
-    if v.shape[-1] > q.shape[-1]:  # fused kernels want one width; zeros leave the logits as they are
+    if v.shape[-1] > q.shape[-1]:  # fused kernels need equal widths; zeros do not change the logits
         q, k = (F.pad(x, (0, v.shape[-1] - x.shape[-1])) for x in (q, k))
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, scale=scale)
 
 
 def attention_map(q: Tensor, k: Tensor, *, mask: Tensor | None, scale: float | None, causal: bool = False) -> Tensor:
-    """softmax(q k^T scale + mask), (B, heads, N, M) in float32; zeros where a query sees nothing."""
+    """Returns softmax(q k^T scale + mask), (B, heads, N, M) in float32; rows whose keys are all masked are zero."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     weights, fully_masked = masked_softmax(upcast((q * scale) @ k.transpose(-1, -2)), mask, causal)
     return weights if fully_masked is None else weights.masked_fill(fully_masked, 0.0)
 
 
 def masked_softmax(logits: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor | None]:
-    """Softmax, and which queries (..., N, 1) have nothing to see: their weights mean nothing.
+    """Returns the masked softmax of logits (..., N, M), and (..., N, 1) bool, True where all keys are masked.
 
-    On bfloat16 logits PyTorch's kernel sums in float32 as well, without float32 copies that take ten times as long.
+    Weights of fully masked rows are meaningless: the caller zeroes them. The second value is None without a mask.
+    For bfloat16 logits PyTorch's kernel accumulates in float32; casting to float32 first takes ten times as long.
     """
     if causal:
-        everything = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device)
-        mask = add_causal_mask(everything if mask is None else mask, logits, logits.mT)
+        all_visible = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device)
+        mask = add_causal_mask(all_visible if mask is None else mask, logits, logits.mT)
     if mask is None:
         return logits.softmax(-1), None
     if mask.dtype == torch.bool:
@@ -66,11 +68,11 @@ def masked_softmax(logits: Tensor, mask: Tensor | None, causal: bool) -> tuple[T
 
 
 def add_causal_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """The mask, of its own kind, that also hides every key after its query."""
-    ahead = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=mask.device).triu(1)
-    return mask.masked_fill(ahead, False if mask.dtype == torch.bool else float("-inf"))
+    """Returns the mask, bool or float as it was, with every key after its query masked as well."""
+    future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=mask.device).triu(1)
+    return mask.masked_fill(future, False if mask.dtype == torch.bool else float("-inf"))
 
 
 def upcast(x: Tensor) -> Tensor:
-    """In float32, or in float64 where it is."""
+    """Casts to float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

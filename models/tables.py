@@ -1,4 +1,4 @@
-"""Index tables and masks that depend on a shape alone: made once per shape and device, in numpy."""
+"""Index tables and masks that depend on shapes alone, computed in numpy and cached per shape and device."""
 
 from collections.abc import Callable, Sequence
 from operator import index
@@ -8,24 +8,26 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-MAX_CACHED = 64  # shapes
+MAX_CACHED = 64  # entries of CACHE
 CACHE: dict[tuple, tuple[Tensor, ...]] = {}
 
 
-def cached_tables(make: Callable[..., tuple[ndarray, ...]], grid: Sequence[int], *options, device: torch.device):
-    """The arrays that `make(grid, *options)` returns, as tensors on `device`, kept from call to call."""
+def cached_tables(build: Callable[..., tuple[ndarray, ...]], grid: Sequence[int], *options, device: torch.device):
+    """Returns the arrays of `build(grid, *options)` as tensors on `device`, cached between calls."""
+    # torch.compile accepts plain tuples and ints as constants
     plain = (tuple(option) if isinstance(option, tuple) else option for option in options)
-    return constant_tables(
-        make, tuple(map(index, grid)), *plain, device=device
-    )  # what torch.compile takes as constants
+    return constant_tables(build, tuple(map(index, grid)), *plain, device=device)
 
 
-def constant_tables(make: Callable[..., tuple[ndarray, ...]], *shape, device: torch.device) -> tuple[Tensor, ...]:
-    """Fake tensors, which tracers and FakeTensorMode make, are not kept: they hold no numbers."""
-    name = (make, shape, device)
+def constant_tables(build: Callable[..., tuple[ndarray, ...]], *shape, device: torch.device) -> tuple[Tensor, ...]:
+    """Returns the arrays of `build(*shape)` as tensors on `device`.
+
+    Fake tensors, as tracers and FakeTensorMode make them, hold no data and are not cached.
+    """
+    name = (build, shape, device)
     if name not in CACHE:
-        with torch.inference_mode(False):  # else training could not use what sampling made
-            tables = tuple(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in make(*shape))
+        with torch.inference_mode(False):  # else tables cached by sampling could not be used in training
+            tables = tuple(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in build(*shape))
         if any(type(table) is not Tensor for table in tables):
             return tables
         if len(CACHE) == MAX_CACHED:
@@ -34,18 +36,18 @@ def constant_tables(make: Callable[..., tuple[ndarray, ...]], *shape, device: to
     return CACHE[name]
 
 
-# What torch.compiler.assume_constant_result sets. Called, it would import torch's compiler at every start: 1.5 s.
+# What torch.compiler.assume_constant_result sets; calling it would import the compiler at every start (1.5 s).
 constant_tables._dynamo_marked_constant = True
 
 
 def kron(outer: ndarray, inner: ndarray, combine: Callable[[ndarray, ndarray], ndarray]) -> ndarray:
-    """(n, q, ...) and (m, r, ...) -> (n m, q r, ...), combined for every pair, `inner` running fastest."""
+    """Kronecker product with `combine` as multiplication: (n, q, ...) and (m, r, ...) -> (n m, q r, ...)."""
     for axis in range(inner.ndim):
         outer, inner = np.expand_dims(outer, 2 * axis + 1), np.expand_dims(inner, 2 * axis)
-    both = combine(outer, inner)  # (n, m, q, r, ...)
-    return both.reshape([n * m for n, m in zip(both.shape[::2], both.shape[1::2], strict=True)])
+    product = combine(outer, inner)  # (n, m, q, r, ...)
+    return product.reshape([n * m for n, m in zip(product.shape[::2], product.shape[1::2], strict=True)])
 
 
 def mixed_radix(base: int) -> Callable[[ndarray, ndarray], ndarray]:
-    """For `kron`: the number of two digits, the inner one below `base`."""
+    """A `combine` for `kron`: high * base + low, the index of a pair whose inner index is below `base`."""
     return lambda high, low: high * base + low

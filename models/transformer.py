@@ -1,5 +1,6 @@
-"""A pre-norm transformer over a grid of discrete codes, under any condition (vectors by adaptive norms, tokens by
-cross-attention, maps beside the codes), and a causal one that predicts each code from those before it, in raster order.
+"""A pre-norm transformer over a grid of discrete codes, and a causal one that predicts codes in raster order.
+
+Conditions enter by adaptive norms (vectors), cross-attention (tokens) and added embeddings (maps).
 """
 
 import math
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from models.attention import ATTENTION_TYPES, Attention, CrossAttention, FullAttention
@@ -21,12 +23,12 @@ from models.registry import resolve_class
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), whatever the tokens of x are: codes, or patches of an image.
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)), for tokens of any kind.
 
-    With `adaptive`, scale, shift and gate of both come from a vector (adaLN-zero, Peebles & Xie 2023): their
-    projection, so every block's change, starts at zero. With `cross`, the tokens of a condition are attended to between
-    them, behind a norm of its own. `feed_forward` is a module (..., D) -> (..., D); left out, the layers `expand` and
-    `contract` of the block itself, with a GELU between them.
+    With `adaptive`, a vector gives shift, scale and gate of both branches (adaLN-Zero, Peebles & Xie 2023); their
+    projection starts at zero, so the block starts as the identity. `cross` adds cross-attention to the tokens of a
+    condition between the two, with its own norm. `feed_forward` is a module (..., D) -> (..., D); by default it is the
+    block's own layers `expand` and `contract` with a GELU in between.
     """
 
     def __init__(
@@ -58,9 +60,9 @@ class TransformerBlock(nn.Module):
         return self.contract(F.gelu(self.expand(x))) if self.feed_forward is None else self.feed_forward(x)
 
     def residual_projections(self) -> list[nn.Linear]:
-        """The last layers of attention and feed-forward, which write into the residual stream.
+        """Returns the last layers of attention and feed-forward, which write into the residual stream.
 
-        A feed-forward layer of another class than `FeedForward` has none that is known.
+        The last layer of a feed-forward module is only known for a `FeedForward`.
         """
         last = self if self.feed_forward is None else self.feed_forward
         return [self.attention.proj, *([last.contract] if last is self or isinstance(last, FeedForward) else [])]
@@ -68,9 +70,9 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, emb: Tensor | None = None, context: Context | None = None, cache: LayerCache | None = None
     ) -> Tensor:
-        """x (B, *grid, D) -> the same shape, with emb (B, D) where the block is adaptive, a context where it has cross.
+        """x (B, *grid, D) -> the same shape; emb (B, D) for an adaptive block, context for one with cross-attention.
 
-        `cache`: x (B, n, D) are the next tokens of its grid, and the context is that of their places.
+        With `cache`, x (B, n, D) are the next n tokens of its grid and the context is that of their positions.
         """
         if self.modulation is None:
             x = x + self.dropout(self.attention(self.norm1(x), cache=cache))
@@ -83,7 +85,7 @@ class TransformerBlock(nn.Module):
         return x + gate2 * self.dropout(self.mlp(self.norm2(x) * (1 + scale2) + shift2))
 
     def cross_attend(self, x: Tensor, context: Context | None) -> Tensor:
-        """x with what cross-attention adds; a place that may see no token stays as it is."""
+        """Adds cross-attention to x (B, *grid, D); positions whose tokens are all masked do not change."""
         if self.cross is None:
             return x
         if context is None:
@@ -93,51 +95,51 @@ class TransformerBlock(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """What the attention of a transformer is like; see `build_attention`."""
+    """Options of a transformer's self-attention; see `build_attention`."""
 
     attention: Literal["full", "neighborhood"] = "full"
     attention_type: Literal["softmax", "diff_v1", "diff_v2"] = "softmax"
     position: Literal["learned", "rope", "bias", "none"] = "learned"
-    kernel_sizes: tuple[int, ...] = (7,)  # of neighbourhood attention, one per group of heads, or one for all
+    kernel_sizes: tuple[int, ...] = (7,)  # of neighbourhood attention: one per group of heads, or one for all
     dilations: tuple[int, ...] = (1,)
     na_backend: Backend = "auto"
     dropout: float = 0.0  # of attention weights
     qk_norm: bool = False
-    causal: bool = False  # a place sees those before it, in raster order, and itself
+    causal: bool = False  # a position attends to itself and those before it in raster order
 
 
 def build_attention(config: AttentionConfig, width: int, heads: int, grid: tuple[int, int], depth: int) -> Attention:
-    """Self-attention number `depth` (from 0) of a network over a grid; ValueError where something does not fit.
+    """Builds the self-attention of block `depth` (from 0) over a grid; ValueError if options do not fit together.
 
-    `heads` is what softmax attention has: diff_v1 makes half as many of twice the width, which keeps the number of
-    parameters; diff_v2 keeps the heads and asks two queries each.
+    `heads` counts the heads of softmax attention: diff_v1 halves them and doubles their width, which keeps the number
+    of parameters; diff_v2 keeps them, with two queries each.
     """
     if config.causal and (config.attention == "neighborhood" or config.position == "bias"):
         named = f"attention {config.attention} and position {config.position}"
         raise ValueError(
-            f"got {named} for a causal transformer: a neighbourhood lies all around a code, and a bias is made for "
-            "whole maps where sampling takes a row at a time: choose full attention, and position learned, rope or none"
+            f"got {named} for a causal transformer: neighbourhoods are not causal in raster order, and a bias covers "
+            "whole maps where sampling needs one row: choose full attention, and position learned, rope or none"
         )
     kind, v1 = ATTENTION_TYPES[config.attention_type], config.attention_type == "diff_v1"
     if v1 and heads % 2:
         raise ValueError(f"got {heads} heads, diff_v1 pairs them: wanted an even number")
     heads = heads // 2 if v1 else heads
-    parts = kind.head_layout(width, heads)
+    layout = kind.head_layout(width, heads)
     biased = config.position == "bias"
     if config.attention == "full":
-        core = FullAttention(config.causal, RelativeBias(parts.queries, grid) if biased else None)
+        core = FullAttention(config.causal, RelativeBias(layout.query_heads, grid) if biased else None)
     else:
         core = HydraAttention(
             heads,
             config.kernel_sizes,
             config.dilations,
-            keys_per_head=parts.keys // heads,
-            queries_per_head=parts.queries // heads,
+            keys_per_head=layout.key_heads // heads,
+            queries_per_head=layout.query_heads // heads,
             bias=biased,
             backend=config.na_backend,
         )
-        core.groups(grid)  # raises where a window does not fit
-    rotary = Rotary(parts.width) if config.position == "rope" else None
+        core.groups(grid)  # ValueError if a window does not fit
+    rotary = Rotary(layout.key_width) if config.position == "rope" else None
     options = {"qk_norm": config.qk_norm} | ({"depth": depth} if v1 else {})
     return kind(width, heads, core=core, rotary=rotary, dropout=config.dropout, **options)
 
@@ -145,22 +147,22 @@ def build_attention(config: AttentionConfig, width: int, heads: int, grid: tuple
 class Transformer(nn.Module):
     """Predicts every code of a grid from a corrupted one: ids (B, H, W) -> logits (B, H, W, K).
 
-    Ids run over [0, K]; K is the mask. Without conditions, layers and parameter count are those of Bond-Taylor et al.
-    2022.
+    Ids are in [0, K]; K is the mask token. Without conditions, layers and parameter count are those of Bond-Taylor et
+    al. 2022.
 
-    `encoders`, by name, turn raw fields into the streams of a `Condition` (see models/conditions): vectors, of the
-    transformer's width, go to adaptive norms as a sum, tokens to cross-attention in each block, which starts by adding
-    nothing, maps through a linear layer, zero at first, to the embeddings.
+    `encoders` encode raw fields, by name, as the streams of a `Condition` (see models/conditions). The sum of the
+    vectors, of the transformer's width, goes to adaptive norms; tokens go to cross-attention in each block; maps are
+    added to the embeddings through a linear layer. Cross-attention and that layer start at zero.
 
-    The network sees no time: the best prediction of a masked code does not depend on it (Ou et al. 2025). With a
-    `time_scale`, by which t is multiplied, it does (`takes_time`), for processes that change codes into other codes:
-    the embedding of t joins the vectors.
+    By default the network takes no time: the optimal prediction of a masked code does not depend on it (Ou et al.
+    2025). With a `time_scale`, which multiplies t, it does (`takes_time`), for processes that change codes into other
+    codes: the embedding of t is added to the vectors.
 
-    `feed_forward` is one of FEED_FORWARDS, or the dotted path of a module that is built with (width, mlp_ratio).
+    `feed_forward` is one of FEED_FORWARDS, or the dotted path of a module class built with (width, mlp_ratio).
 
-    `zero_init`: what blocks add to the residual stream starts at zero by its last layers; gates of adaptive blocks
-    start at 1 then, for what is zero twice does not learn. `tied_head`: logits are products with the embeddings of the
-    codes, which start as large as a head's weights would.
+    `zero_init` zeroes the layers that write into the residual stream; gates of adaptive blocks then start at 1, since
+    the product of two zeros has no gradient. `tied_head` takes logits as products with the code embeddings, which are
+    initialised like the weights of a head.
     """
 
     def __init__(
@@ -205,11 +207,14 @@ class Transformer(nn.Module):
         self.init_weights(zero_init)
 
     def init_weights(self, zero_init: bool) -> None:
-        """N(0, 0.02^2); writers into the residual stream shrink with depth (GPT-2); adaptive norms start at zero, and
-        so does what tokens and maps add. Pretrained encoders are left alone."""
-        given = {module for encoder in self.encoders.values() if encoder.pretrained for module in encoder.modules()}
+        """Initialises all weights but those of pretrained encoders.
+
+        N(0, 0.02^2), and 1 / sqrt(2 layers) of that standard deviation where a layer writes into the residual stream
+        (GPT-2). Modulations, cross-attention and the layer of the maps start at zero.
+        """
+        pretrained = {m for encoder in self.encoders.values() if encoder.pretrained for m in encoder.modules()}
         for module in self.modules():
-            if module not in given:
+            if module not in pretrained:
                 init_normal(module)
         if self.position is not None:
             nn.init.normal_(self.position, std=0.02)
@@ -231,7 +236,7 @@ class Transformer(nn.Module):
     def encode(
         self, fields: Mapping[str, Any] | None, ids: Tensor, drop: Mapping[str, Tensor] | None = None
     ) -> Condition:
-        """The condition for a batch like ids (B, H, W), of raw fields by name; see `Conditioner.forward`."""
+        """Encodes raw fields, by name, for a batch ids (B, H, W); see `Conditioner.forward`."""
         return self.encode_for_grid(tuple(ids.shape[1:]), fields, ids, drop)
 
     def encode_for_grid(
@@ -241,11 +246,11 @@ class Transformer(nn.Module):
         ids: Tensor,
         drop: Mapping[str, Tensor] | None,
     ) -> Condition:
-        """The condition for a grid, of raw fields or encoded already; maps are averaged over its cells."""
+        """Returns the condition for a grid; raw fields are encoded, and maps averaged over the cells of the grid."""
         if isinstance(condition, Condition):
             return self.encoders.resolve(condition, blank_image(ids, grid), drop)
-        images = [each for each in (condition or {}).values() if isinstance(each, Tensor) and each.ndim == 4]
-        height, width = map(max, zip(grid, *(each.shape[2:] for each in images), strict=True))  # no image is shrunk
+        images = [field for field in (condition or {}).values() if isinstance(field, Tensor) and field.ndim == 4]
+        height, width = map(max, zip(grid, *(image.shape[2:] for image in images), strict=True))  # downsample no image
         encoded = self.encoders(condition, blank_image(ids, (height, width)), drop)
         streams = {
             name: Map(F.adaptive_avg_pool2d(stream.values, grid)) if isinstance(stream, Map) else stream
@@ -264,8 +269,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """ids (B, H, W) int64 -> logits (B, H, W, K).
 
-        `condition`: what `encode` made, or raw fields that are encoded here with `drop`; None: all null. t (B,) where
-        the network takes it. `residual` (B, H, W, D) is added to the embeddings (control branches).
+        `condition` comes from `encode`, or holds raw fields, which are encoded here with `drop`; None: all null. t (B,)
+        is for networks that take the time. `residual` (B, H, W, D) is added to the embeddings (control branches).
         """
         grid = tuple(ids.shape[1:])
         self.check_grid(grid)
@@ -274,7 +279,7 @@ class Transformer(nn.Module):
         return self.logits(self.run_blocks(x, self.embed_vectors(condition, t, len(ids)), condition.context(*grid)))
 
     def check_grid(self, grid: tuple[int, ...]) -> None:
-        """ValueError for a grid that has no positions."""
+        """ValueError if positions are learned and the grid is not the one they were learned for."""
         if self.position is not None and tuple(grid) != self.grid:
             raise ValueError(
                 f"positions are learned for a grid of {self.grid}, got {tuple(grid)}: sample larger canvases by windows"
@@ -286,33 +291,33 @@ class Transformer(nn.Module):
         grid: tuple[int, int],
         condition: Condition,
         residual: Tensor | None = None,
-        places: slice | None = None,
+        positions: slice | None = None,
     ) -> Tensor:
-        """ids (B, *grid) -> (B, *grid, D): codes, positions, maps and the residual, all of the grid, as a sum.
+        """Sums the embeddings of codes, positions, maps and the residual: ids (B, *grid) -> (B, *grid, D).
 
-        With `places`, ids (B, n) are those of some places in raster order -> (B, n, D).
+        With `positions`, ids (B, n) are the codes at those positions in raster order -> (B, n, D).
         """
         x = self.code(ids)
-        for part_of_grid in (self.position, self.embed_maps(condition, grid), residual):
-            if part_of_grid is not None:
-                x = x + (part_of_grid if places is None else part_of_grid.flatten(-3, -2)[..., places, :])
+        for term in (self.position, self.embed_maps(condition, grid), residual):  # of the whole grid
+            if term is not None:
+                x = x + (term if positions is None else term.flatten(-3, -2)[..., positions, :])
         return self.dropout(x)
 
     def embed_maps(self, condition: Condition, grid: tuple[int, int]) -> Tensor | None:
-        """(B, *grid, D), None for a network without maps; those of another grid are averaged over the cells."""
+        """Returns the embedding of the maps, averaged over the cells of the grid, (B, *grid, D); None without maps."""
         if self.map_in is None:
             return None
         maps = condition.map()  # (B, C, h, w)
         maps = maps if maps.shape[2:] == grid else F.adaptive_avg_pool2d(maps, grid)
-        return self.map_in(maps.permute(0, 2, 3, 1))
+        return self.map_in(rearrange(maps, "b c h w -> b h w c"))
 
     def embed_vectors(self, condition: Condition, t: Tensor | None, count: int) -> Tensor | None:
-        """What adaptive norms take: the sum of the vectors and of the embedding of t, (B, D), None without any."""
+        """Returns the sum of the vectors and the embedding of t, (B, D), for adaptive norms; None without any."""
         if self.takes_time and (t is None or t.shape != (count,)):
             got = "no t" if t is None else f"t {tuple(t.shape)}"
             raise ValueError(f"got {got} for {count} grids, wanted ({count},): t.expand({count})")
         if not self.takes_time and t is not None:
-            raise ValueError("got t for a transformer that sees no time: build it with a time_scale, or leave t out")
+            raise ValueError("got t for a transformer that takes no time: build it with a time_scale, or leave t out")
         vector = condition.vector()
         if t is None:
             return vector
@@ -321,39 +326,39 @@ class Transformer(nn.Module):
     def run_blocks(
         self, x: Tensor, emb: Tensor | None, context: Context | None, layer_caches: Sequence[LayerCache] | None = None
     ) -> Tensor:
-        """Each block in turn: (B, *grid, D) -> the same shape."""
+        """Applies all blocks: x (B, *grid, D) -> the same shape."""
         for block, cache in zip(self.blocks, layer_caches or [None] * len(self.blocks), strict=True):
             x = block(x, emb, context, cache)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., K)."""
+        """Applies the last norm and the head: (..., D) -> logits (..., K)."""
         x = self.norm(x)
         return F.linear(x, self.code.weight[: self.codes]) if self.head is None else self.head(x)
 
 
 def blank_image(ids: Tensor, size: tuple[int, int]) -> Tensor:
-    """What encoders are shown in the place of an image: zeros (B, 1, *size), which take no memory."""
+    """Returns zeros (B, 1, *size) without memory of their own, which give encoders the batch and image size."""
     return ids.new_zeros(()).expand(len(ids), 1, *size)
 
 
 def build_cross_attention(config: AttentionConfig, width: int, heads: int, token_width: int) -> CrossAttention | None:
-    """Softmax attention to a condition's tokens (B, M, token_width), None where there are none."""
+    """Builds softmax attention to the tokens (B, M, token_width) of a condition; None if there are none."""
     if token_width == 0:
         return None
     return CrossAttention(width, heads, context_width=token_width, dropout=config.dropout, qk_norm=config.qk_norm)
 
 
 def build_feed_forward(name: str, width: int, ratio: float) -> nn.Module | None:
-    """A block's feed-forward layer, None for "gelu", which blocks have of their own."""
+    """Builds a block's feed-forward module; None for "gelu", which uses the block's own layers."""
     return None if name == "gelu" else resolve_class(name, FEED_FORWARDS, (nn.Module,), "feed_forward")(width, ratio)
 
 
 class CausalTransformer(Transformer):
-    """p(code i | codes before i, condition): ids (B, H, W) -> logits (B, H, W, K), raster order.
+    """Autoregressive transformer, p(code i | codes before i, condition) in raster order: (B, H, W) -> (B, H, W, K).
 
-    It is a Transformer of causal attention: at place i it is given code i - 1, at the first place a start token (id K,
-    learned as the codes are), and positions, maps and regions are those of the code that is predicted.
+    A Transformer with causal attention. Its input at position i is code i - 1, at position 0 a learned start token
+    (id K); position embeddings, maps and regions are those of the predicted code.
     """
 
     def __init__(self, *, attention: AttentionConfig = AttentionConfig(), **options):  # noqa: B008 (it is frozen)
@@ -369,25 +374,24 @@ class CausalTransformer(Transformer):
         residual: Tensor | None = None,
         drop: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """ids (B, H, W) int64 -> logits (B, H, W, K); the rest as Transformer takes it.
+        """ids (B, H, W) int64 -> logits (B, H, W, K); other arguments as in `Transformer.forward`.
 
-        With `kv_cache`, ids (B, m) are the codes before place m, 0 <= m < H W -> logits (B, K) of code m. What an
-        earlier call has read of them comes out of the memory: it must be what it was, and is not looked at again.
-        Condition and residual stay those of the whole grid; keys of the condition's tokens are made anew in each call.
+        With `kv_cache`, ids (B, m) are the codes before position m, 0 <= m < H W -> logits (B, K) of code m. Codes that
+        earlier calls have cached must not change; they are not read again. Condition and residual are those of the
+        whole grid; the keys of the condition's tokens are recomputed in each call.
         """
         start = ids.new_full((len(ids), 1), self.codes)
         if kv_cache is None:
             before = torch.cat([start, ids.flatten(1)[:, :-1]], 1).view_as(ids)
             return super().forward(before, condition, t=t, residual=residual, drop=drop)
-        grid, places = kv_cache.grid, slice(kv_cache.length, ids.shape[1] + 1)
+        grid, positions = kv_cache.grid, slice(kv_cache.length, ids.shape[1] + 1)
         self.check_grid(grid)
-        if not places.start < places.stop <= grid[0] * grid[1]:
-            read = f"got {places.stop - 1} codes of a grid of {grid}, of which {places.start} are read"
-            raise ValueError(f"{read}: wanted more")
+        if not positions.start < positions.stop <= grid[0] * grid[1]:
+            got = f"got {positions.stop - 1} codes of a grid of {grid}, of which {positions.start} are cached"
+            raise ValueError(f"{got}: wanted at least as many as are cached, and fewer than the grid has")
         condition = self.encode_for_grid(grid, condition, ids, drop)
         emb, context = self.embed_vectors(condition, t, len(ids)), condition.context(*grid)
-        x = self.embed(torch.cat([start, ids], 1)[:, places], grid, condition, residual, places)  # (B, n, D)
-        x = self.run_blocks(
-            x, emb, None if context is None else context.at_positions(places), kv_cache.layer_caches(len(self.blocks))
-        )
+        context = None if context is None else context.at_positions(positions)
+        x = self.embed(torch.cat([start, ids], 1)[:, positions], grid, condition, residual, positions)  # (B, n, D)
+        x = self.run_blocks(x, emb, context, kv_cache.layer_caches(len(self.blocks)))
         return self.logits(x[:, -1])

@@ -1,4 +1,4 @@
-"""The UNet of Gaussian diffusion (Ho et al. 2020; Dhariwal & Nichol 2021), made to be entered."""
+"""The UNet of Gaussian diffusion (Ho et al. 2020; Dhariwal & Nichol 2021)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,28 +20,28 @@ RES_BLOCKS = {"basic": ResBlock}
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """What a UNet is like. It has no size of its own: attention stands at downsample factors, not at resolutions.
+    """Architecture of a UNet, for any image size: attention is placed by downsampling factor, not by resolution.
 
-    Left as it is, that of Nichol & Dhariwal 2021 for CIFAR-10, where factors 2 and 4 are the resolutions 16 and 8.
+    The defaults are the UNet of Nichol & Dhariwal 2021 for CIFAR-10, where factors 2 and 4 are resolutions 16 and 8.
     """
 
     in_channels: int = 3  # of x
-    out_channels: int = 3  # of the prediction: 6 for 3 channels and a learned variance
+    out_channels: int = 3  # of the prediction: 6 for 3 channels with a learned variance
     channels: int = 128
     channel_mults: tuple[float, ...] = (1, 2, 2, 2)  # width of each level, times `channels`
-    res_blocks: int = 3  # per level on the way down, one more on the way up
-    attn_factors: tuple[int, ...] = (2, 4)  # levels with attention, by how many times smaller than x they are
+    res_blocks: int = 3  # per level going down; one more going up
+    attn_factors: tuple[int, ...] = (2, 4)  # levels with attention, by downsampling factor
     heads: int = 4
-    head_width: int | None = None  # if given, there are width / head_width heads
+    head_width: int | None = None  # overrides heads: a level has width / head_width heads
     dropout: float = 0.0  # in ResBlocks
-    resblock_updown: bool = False  # a ResBlock changes the size between levels, not a convolution
-    scale_shift: bool = True  # what the embedding does in a ResBlock; False: it is added
+    resblock_updown: bool = False  # resample between levels by ResBlocks instead of convolutions
+    scale_shift: bool = True  # the embedding scales and shifts in ResBlocks; False: it is added
     scale_skip: bool = False  # ResBlocks divide skip + h by sqrt(2)
-    time_scale: float = 1.0  # t is multiplied by it: 1 where t counts up to 1,000 steps, 1000 where it lies in [0, 1]
-    res_block_type: str = "basic"  # or the dotted path of a subclass of EmbedBlock, built as ResBlock is here
+    time_scale: float = 1.0  # multiplies t: 1 for t in steps (of about 1,000), 1000 for t in [0, 1]
+    res_block_type: str = "basic"  # or the dotted path of an EmbedBlock with the arguments of ResBlock
     attn_block_type: str = "softmax"  # one of ATTENTION_BLOCKS, or the dotted path of a ConditionBlock or EmbedBlock
-    middle_attn_block_type: str | None = None  # the one between down and up, if it is another
-    kernel_sizes: tuple[int, ...] = (7,)  # of neighbourhood attention, one per group of heads, or one for all
+    middle_attn_block_type: str | None = None  # of the middle, if it differs
+    kernel_sizes: tuple[int, ...] = (7,)  # of neighbourhood attention: one per group of heads, or one for all
     dilations: tuple[int, ...] = (1,)
     na_backend: Backend = "auto"
     transformer_attention: str = "softmax"  # self-attention in blocks of type "transformer"
@@ -53,14 +53,16 @@ class UNetConfig:
             if value is not None and value < 1:
                 raise ValueError(f"got {name} {value}, wanted at least 1")
         if self.channels % 2:
-            raise ValueError(f"got channels {self.channels}, wanted an even number, for cosines and sines of the time")
+            raise ValueError(
+                f"got channels {self.channels}, wanted an even number: half are cosines of the time, half sines"
+            )
         if not self.channel_mults or min(self.widths) < 1:
             raise ValueError(f"got channel_mults {self.channel_mults}, wanted a positive number per level")
         if not set(self.attn_factors) <= set(self.factors):
-            known = ", ".join(map(str, self.factors))
-            raise ValueError(f"got attn_factors {self.attn_factors}, the factors of the levels are {known}")
+            factors = ", ".join(map(str, self.factors))
+            raise ValueError(f"got attn_factors {self.attn_factors}, the factors of the levels are {factors}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"got dropout {self.dropout}, wanted a share in [0, 1)")
+            raise ValueError(f"got dropout {self.dropout}, wanted a rate in [0, 1)")
         if self.time_scale <= 0:
             raise ValueError(f"got time_scale {self.time_scale}, wanted a positive number")
         if any(kernel < 1 or kernel % 2 == 0 for kernel in self.kernel_sizes) or min(self.dilations, default=0) < 1:
@@ -77,7 +79,7 @@ class UNetConfig:
 
     @property
     def factors(self) -> list[int]:
-        """How many times smaller than x each level is."""
+        """Downsampling factor of each level."""
         return [2**level for level in range(len(self.channel_mults))]
 
     @property
@@ -86,7 +88,7 @@ class UNetConfig:
         return 4 * self.channels
 
     def num_heads(self, width: int) -> int:
-        """Attention heads at a level of that width; ValueError where it does not split."""
+        """Returns the number of attention heads at a level of `width` channels; ValueError if they do not divide."""
         heads = self.heads if self.head_width is None else width // self.head_width
         if heads < 1 or width % heads or (self.head_width is not None and width != heads * self.head_width):
             got = f"{self.heads} heads" if self.head_width is None else f"heads of width {self.head_width}"
@@ -95,13 +97,14 @@ class UNetConfig:
 
 
 class BlockFactory:
-    """Builds the blocks of one network; counts its attention blocks, whose depth differential attention asks for."""
+    """Builds the blocks of a UNet and counts its attention blocks: differential attention depends on the depth."""
 
     def __init__(self, config: UNetConfig, context_width: int):
         self.config, self.context_width, self.depth = config, context_width, 0
         self.res_block = resolve_class(config.res_block_type, RES_BLOCKS, (EmbedBlock,), "res_block_type")
 
     def res(self, in_channels: int, out_channels: int, resample: Resample | None = None) -> nn.Module:
+        """Builds a residual block."""
         return self.res_block(
             in_channels,
             out_channels,
@@ -115,8 +118,9 @@ class BlockFactory:
         )
 
     def attention(self, channels: int, kind: str | None = None) -> nn.Module:
-        config, contracts = self.config, (ConditionBlock, EmbedBlock)
-        block = resolve_class(kind or config.attn_block_type, ATTENTION_BLOCKS, contracts, "attn_block_type")
+        """Builds an attention block of `kind` (default: the config's attn_block_type)."""
+        config, bases = self.config, (ConditionBlock, EmbedBlock)
+        block = resolve_class(kind or config.attn_block_type, ATTENTION_BLOCKS, bases, "attn_block_type")
         options = AttentionOptions(
             heads=config.num_heads(channels),
             emb_dim=config.emb_dim,
@@ -132,25 +136,27 @@ class BlockFactory:
         return block(channels, options)
 
     def step(self, in_channels: int, out_channels: int, level: int) -> nn.ModuleList:
-        """A ResBlock, and attention where the level has it."""
+        """Builds a residual block, followed by attention if the level has it."""
         blocks = [self.res(in_channels, out_channels)]
         if self.config.factors[level] in self.config.attn_factors:
             blocks.append(self.attention(out_channels))
         return nn.ModuleList(blocks)
 
     def downsample(self, channels: int) -> nn.Module:
+        """Builds the layer that halves height and width."""
         return self.res(channels, channels, "down") if self.config.resblock_updown else Downsample(channels, True)
 
     def upsample(self, channels: int) -> nn.Module:
+        """Builds the layer that doubles height and width."""
         return self.res(channels, channels, "up") if self.config.resblock_updown else Upsample(channels)
 
 
 class UNet(nn.Module):
-    """Predicts from x_t, t and a condition: (B, C, H, W), (B,) -> (B, C', H, W). It begins as the constant 0.
+    """Maps x_t, t and a condition to a prediction: (B, C, H, W), (B,) -> (B, C', H, W). Its output starts at zero.
 
-    `encoders`, by name, turn raw fields into the streams of a `Condition` (see models/conditions), vectors of width
-    `config.emb_dim`. EmbedBlocks are given the embedding, ConditionBlocks the condition, one that is both is given
-    both, in this order. Height and width are any multiples of the last factor.
+    `encoders` encode raw fields, by name, as the streams of a `Condition` (see models/conditions); vectors have width
+    `config.emb_dim`. An EmbedBlock is called with the embedding, a ConditionBlock with the condition, a block that is
+    both with the embedding and the condition. Height and width are multiples of the last factor.
     """
 
     takes_time = True
@@ -177,7 +183,7 @@ class UNet(nn.Module):
     def encode(
         self, fields: Mapping[str, Any] | None, x: Tensor, drop: Mapping[str, Tensor] | None = None
     ) -> Condition:
-        """The condition for a batch like x, of raw fields by name; see `Conditioner.forward`."""
+        """Encodes raw fields, by name, for a batch x (B, C, H, W); see `Conditioner.forward`."""
         return self.encoders(fields, x, drop)
 
     def forward(
@@ -189,10 +195,11 @@ class UNet(nn.Module):
         *,
         drop: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """`condition`: what `encode` made, or raw fields that are encoded here with `drop`; None: all null.
+        """x (B, C, H, W), t (B,) -> the prediction (B, C', H, W).
 
-        `skip_residuals` are added to the skips, one each in the order of `down`; one more is added to the middle's
-        output (control branches).
+        `condition` comes from `encode`, or holds raw fields, which are encoded here with `drop`; None: all null.
+        `skip_residuals` are added to the skips, in the order of `down`; an optional last one is added to the output of
+        the middle (control branches).
         """
         emb, condition = self.embed(x, t, condition, drop)
         h, skips = self.down(x, emb, condition)
@@ -208,7 +215,7 @@ class UNet(nn.Module):
         condition: Condition | Mapping[str, Any] | None = None,
         drop: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Condition]:
-        """The embedding (B, E) and the condition that `down`, `middle` and `up` take; arguments as in `forward`."""
+        """Returns the embedding (B, E) and the condition for `down`, `middle` and `up`; arguments as in `forward`."""
         if t.shape != x.shape[:1]:
             raise ValueError(f"got t {tuple(t.shape)} for {len(x)} images, wanted ({len(x)},): t.expand(len(x))")
         condition = self.encoders.resolve(condition, x, drop)
@@ -216,7 +223,7 @@ class UNet(nn.Module):
         return emb if vector is None else emb + vector, condition
 
     def down(self, x: Tensor, emb: Tensor, condition: Condition) -> tuple[Tensor, list[Tensor]]:
-        """x (B, C, H, W) -> h at the last level, and the skips: what the first convolution and each step make."""
+        """x (B, C, H, W) -> h at the last level, and the skips: outputs of the first convolution and of each step."""
         height, width, factor = *x.shape[2:], self.config.factors[-1]
         if height % factor or width % factor:
             raise ValueError(
@@ -230,7 +237,7 @@ class UNet(nn.Module):
         return skips[-1], skips
 
     def middle(self, h: Tensor, emb: Tensor, condition: Condition) -> Tensor:
-        """(B, C, h, w) -> the same shape."""
+        """Applies the middle blocks: h (B, C, h, w) -> the same shape."""
         return self.run_blocks(self.middle_blocks, h, emb, condition)
 
     def up(self, h: Tensor, skips: Sequence[Tensor], emb: Tensor, condition: Condition) -> Tensor:
@@ -240,15 +247,15 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm(h)))
 
     def run_blocks(self, blocks: nn.ModuleList, h: Tensor, emb: Tensor, condition: Condition) -> Tensor:
-        """Each block in turn, given what its contract asks for."""
+        """Applies blocks to h (B, C, h, w), each with the arguments of its base classes."""
         for block in blocks:
-            given = [emb] * isinstance(block, EmbedBlock) + [condition] * isinstance(block, ConditionBlock)
-            h = block(h, *given)
+            inputs = [emb] * isinstance(block, EmbedBlock) + [condition] * isinstance(block, ConditionBlock)
+            h = block(h, *inputs)
         return h
 
 
 def build_down(factory: BlockFactory) -> tuple[nn.ModuleList, list[int]]:
-    """The steps on the way down, and the channels of each skip."""
+    """Builds the steps going down; returns them and the channels of each skip."""
     widths = factory.config.widths
     steps, skips = [], [widths[0]]
     for level, width in enumerate(widths):
@@ -262,7 +269,7 @@ def build_down(factory: BlockFactory) -> tuple[nn.ModuleList, list[int]]:
 
 
 def build_up(factory: BlockFactory, skips: list[int]) -> nn.ModuleList:
-    """The steps on the way up, each of which takes one skip; the last of a level doubles the size."""
+    """Builds the steps going up; each takes one skip, and the last of a level doubles height and width."""
     steps, channels, skips = [], skips[-1], list(skips)
     for level, width in reversed(list(enumerate(factory.config.widths))):
         for i in range(factory.config.res_blocks + 1):
@@ -275,7 +282,7 @@ def build_up(factory: BlockFactory, skips: list[int]) -> nn.ModuleList:
 
 
 def add_residuals(h: Tensor, skips: list[Tensor], residuals: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """h and the skips, each with its residual."""
+    """Adds residuals to the skips, and an optional last one to h; ValueError for any other number of residuals."""
     if len(residuals) not in (len(skips), len(skips) + 1):
         raise ValueError(f"got {len(residuals)} skip_residuals, wanted {len(skips)}, or one more for the middle")
     h = h + residuals[-1] if len(residuals) > len(skips) else h

@@ -1,8 +1,9 @@
-"""Attention over the positions of a feature map, in blocks that a UNet is built of: (B, C, H, W) -> the same shape."""
+"""Attention blocks of the UNet over the positions of a feature map: (B, C, H, W) -> the same shape."""
 
 from dataclasses import dataclass
 from functools import partial
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from models.attention import ATTENTION_TYPES, Attention, CrossAttention
@@ -11,27 +12,27 @@ from models.conditioning import Condition
 from models.neighborhood import Backend, HydraAttention
 from models.registry import resolve_class
 
-EPS = 1e-5  # of the norms in a UNet (Nichol & Dhariwal 2021)
+EPS = 1e-5  # of GroupNorm in the UNet (Nichol & Dhariwal 2021)
 SELF_ATTENTION = (*ATTENTION_TYPES, "neighborhood")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-    """What a block may need to know, whatever its kind."""
+    """Options passed to every attention block, whatever its type."""
 
-    heads: int = 1  # as softmax attention counts them
-    emb_dim: int = 0  # E, for a class that takes the embedding too
-    depth: int = 0  # how many attention blocks stand before it in the network
-    context_width: int = 0  # D of the condition's tokens; 0: there are none
-    kernel_sizes: tuple[int, ...] = (7,)  # of neighbourhood attention, one per group of heads, or one for all
+    heads: int = 1  # number of heads of softmax attention
+    emb_dim: int = 0  # E, for a block that also takes the embedding
+    depth: int = 0  # number of attention blocks before it in the network
+    context_width: int = 0  # D of the condition's tokens, 0 without tokens
+    kernel_sizes: tuple[int, ...] = (7,)  # of neighbourhood attention: one per group of heads, or one for all
     dilations: tuple[int, ...] = (1,)
     na_backend: Backend = "auto"
-    transformer_attention: str = "softmax"  # what a transformer block's self-attention is: one of SELF_ATTENTION
-    feed_forward: str = "geglu"  # a transformer block's: one of FEED_FORWARDS, or a dotted path
+    transformer_attention: str = "softmax"  # self-attention of a transformer block: one of SELF_ATTENTION
+    feed_forward: str = "geglu"  # of a transformer block: one of FEED_FORWARDS, or a dotted path
 
 
 def build_self_attention(kind: str, channels: int, options: AttentionOptions) -> Attention:
-    """diff_v1 makes half as many heads of twice the width, which keeps the number of parameters."""
+    """Builds self-attention; diff_v1 halves the heads and doubles their width, keeping the number of parameters."""
     if kind not in SELF_ATTENTION:
         raise ValueError(f"got self-attention {kind!r}, there are {', '.join(SELF_ATTENTION)}")
     heads = options.heads
@@ -45,18 +46,8 @@ def build_self_attention(kind: str, channels: int, options: AttentionOptions) ->
     return ATTENTION_TYPES[kind](channels, heads // 2, depth=options.depth)
 
 
-def to_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H, W, C)."""
-    return x.permute(0, 2, 3, 1)
-
-
-def to_map(tokens: Tensor) -> Tensor:
-    """(B, H, W, C) -> (B, C, H, W)."""
-    return tokens.permute(0, 3, 1, 2)
-
-
 class SelfAttentionBlock(ConditionBlock):
-    """x + attention(norm(x)), whose last layer starts at zero; it looks at no condition."""
+    """x + attention(norm(x)); the last layer starts at zero, and the condition is not used."""
 
     def __init__(self, channels: int, options: AttentionOptions, kind: str = "softmax"):
         super().__init__()
@@ -65,13 +56,15 @@ class SelfAttentionBlock(ConditionBlock):
         zero_module(self.attention.proj)
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
-        return x + to_map(self.attention(to_tokens(self.norm(x))))
+        tokens = rearrange(self.norm(x), "b c h w -> b h w c")
+        return x + rearrange(self.attention(tokens), "b h w c -> b c h w")
 
 
 class SpatialTransformer(ConditionBlock):
-    """Self-attention, cross-attention to the condition's tokens where there are any, and a feed-forward layer.
+    """Transformer block on a feature map, between two linear layers and with a skip (Rombach et al. 2022).
 
-    They stand between two linear layers, beside a skip, as in Rombach et al. 2022; the last starts at zero.
+    Self-attention, cross-attention to the condition's tokens if the network has them, and a feed-forward layer. The
+    last linear layer starts at zero.
     """
 
     def __init__(self, channels: int, options: AttentionOptions):
@@ -89,7 +82,7 @@ class SpatialTransformer(ConditionBlock):
         self.proj_out = zero_module(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
-        h = self.proj_in(to_tokens(self.norm(x)))  # (B, H, W, C)
+        h = self.proj_in(rearrange(self.norm(x), "b c h w -> b h w c"))
         h = h + self.attention(self.norm1(h))
         if self.cross is not None:
             context = None if condition is None else condition.context(*x.shape[2:])
@@ -97,11 +90,11 @@ class SpatialTransformer(ConditionBlock):
                 raise ValueError("got no tokens for a block with cross-attention: encode the condition, nulls included")
             h = h + self.cross(self.cross_norm(h), *context)
         h = h + self.feed_forward(self.norm2(h))
-        return x + to_map(self.proj_out(h))
+        return x + rearrange(self.proj_out(h), "b h w c -> b c h w")
 
 
 class NoAttention(ConditionBlock):
-    """x as it is."""
+    """The identity."""
 
     def __init__(self, channels: int, options: AttentionOptions):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The first stage: autoencoder, quantizers, discriminator, perceptual distances, losses."""
+"""The first stage (VQGAN): autoencoder, quantizers, discriminator, perceptual distance and losses."""
 
 from vq.augment import Augmentation
 from vq.autoencoder import VQGAN, Decoder, Encoder

@@ -1,4 +1,4 @@
-"""DiffAugment: differentiable augmentation of whatever the discriminator sees (Zhao et al. 2020)."""
+"""DiffAugment: differentiable augmentation of the discriminator's inputs (Zhao et al. 2020)."""
 
 from typing import NamedTuple
 
@@ -8,25 +8,25 @@ from torch import Tensor
 
 
 class Augmentation(NamedTuple):
-    """One draw of the "color,translation" policy for a batch: the same for real images and reconstructions."""
+    """One draw of the "color,translation" policy for a batch, applied to real images and reconstructions alike."""
 
     brightness: Tensor  # (B, 1, 1, 1) in [-.5, .5), added
-    saturation: Tensor  # (B, 1, 1, 1) in [0, 2), scales the distance to the grey of each pixel
-    contrast: Tensor  # (B, 1, 1, 1) in [.5, 1.5), scales the distance to the mean of the image
-    shift: Tensor  # (B, 2) whole pixels down and right, at most an eighth of each side; zeros come in
+    saturation: Tensor  # (B, 1, 1, 1) in [0, 2), scales the difference from the grey value of each pixel
+    contrast: Tensor  # (B, 1, 1, 1) in [.5, 1.5), scales the difference from the mean of each image
+    shift: Tensor  # (B, 2) pixels down and right, at most 1/8 of each side; padded with zeros
 
     @classmethod
     def draw(cls, images: Tensor, rng) -> "Augmentation":
-        """Draws for images (B, C, H, W); `rng.uniform(shape)` gives U[0, 1)."""
+        """Draws an augmentation for images (B, C, H, W); `rng.uniform(shape)` draws from U[0, 1)."""
         B, _, H, W = images.shape
         u = rng.uniform((B, 5))
-        reach = torch.tensor([H, W], device=u.device).div(8).add(0.5).floor()  # (2,)
-        shift = (u[:, 3:] * (2 * reach + 1)).floor() - reach
+        max_shift = torch.tensor([H, W], device=u.device).div(8).add(0.5).floor()  # (2,)
+        shift = (u[:, 3:] * (2 * max_shift + 1)).floor() - max_shift
         brightness, saturation, contrast = u[:, :3].view(B, 3, 1, 1, 1).unbind(1)
         return cls(brightness - 0.5, 2 * saturation, contrast + 0.5, shift.long())
 
     def __call__(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) -> the same shape, differentiable."""
+        """Augments images (B, C, H, W) -> the same shape; differentiable."""
         x = images + self.brightness
         grey = x.mean(1, keepdim=True)
         x = (x - grey) * self.saturation + grey
@@ -34,7 +34,7 @@ class Augmentation(NamedTuple):
         return self.translate((x - mean) * self.contrast + mean)
 
     def translate(self, x: Tensor) -> Tensor:
-        """out[b, :, i, j] = x[b, :, i - down, j - right], zero outside."""
+        """Shifts each image of x (B, C, H, W): out[b, :, i, j] = x[b, :, i - down, j - right], zero outside."""
         B, _, H, W = x.shape
         rows = torch.arange(H, device=x.device) - self.shift[:, :1] + 1  # (B, H), into the padded image
         columns = torch.arange(W, device=x.device) - self.shift[:, 1:] + 1  # (B, W)

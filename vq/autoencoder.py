@@ -1,6 +1,7 @@
 """The VQGAN autoencoder (Esser et al. 2021): convolutional encoder, quantizer, convolutional decoder."""
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from models.blocks import Downsample, ResBlock, Upsample, group_norm
@@ -11,7 +12,7 @@ from vq.quantizers import Quantized, StepContext
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the positions of a feature map, beside a skip: (B, C, H, W) -> (B, C, H, W)."""
+    """Self-attention over the positions of a feature map, plus a skip: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, heads: int = 1):
         super().__init__()
@@ -23,19 +24,19 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
-        q, k, v = qkv.unbind(1)  # (B, heads, HW, C/heads) each
-        out = attend(q, k, v)
-        return x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W))
+        qkv = self.qkv(self.norm(x))  # (B, 3 C, H, W)
+        q, k, v = rearrange(qkv, "b (qkv heads d) h w -> qkv b heads (h w) d", qkv=3, heads=self.heads)
+        out = attend(q, k, v)  # (B, heads, H W, d)
+        return x + self.proj(rearrange(out, "b heads (h w) d -> b (heads d) h w", h=x.shape[2]))
 
 
 def middle_blocks(channels: int) -> list[nn.Module]:
+    """Builds the blocks at the lowest resolution: ResBlock, attention, ResBlock."""
     return [ResBlock(channels, channels), AttentionBlock(channels), ResBlock(channels, channels)]
 
 
 def level_blocks(in_channels: int, channels: int, count: int, attention: bool) -> list[nn.Module]:
-    """`count` ResBlocks at one resolution, each followed by attention where `attention`."""
+    """Builds the `count` ResBlocks of one level, each followed by self-attention if `attention`."""
     layers: list[nn.Module] = []
     for i in range(count):
         layers.append(ResBlock(in_channels if i == 0 else channels, channels))
@@ -45,9 +46,9 @@ def level_blocks(in_channels: int, channels: int, count: int, attention: bool) -
 
 
 class Encoder(nn.Sequential):
-    """Images (B, C, H, W) in [-1, 1] -> vectors (B, E, H / factor, W / factor).
+    """Encodes images (B, C, H, W) in [-1, 1] as vectors (B, D, H / factor, W / factor).
 
-    `height` is that of the images to train on: attention stands where a level's height is among attn_resolutions.
+    `height` is that of the training images: levels whose height is in attn_resolutions have attention.
     """
 
     def __init__(self, config: VQGANConfig, height: int, n_channels: int):
@@ -63,7 +64,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """Code vectors (B, E, h, w) -> images (B, C, h * factor, w * factor), about [-1, 1]; `height` as in the encoder."""
+    """Decodes vectors (B, D, h, w) to images (B, C, h * factor, w * factor), about [-1, 1]; `height` as in Encoder."""
 
     def __init__(self, config: VQGANConfig, height: int, n_channels: int):
         widths = [config.nf * m for m in config.ch_mult]
@@ -77,7 +78,7 @@ class Decoder(nn.Sequential):
         super().__init__(*layers)
 
     def features(self, vectors: Tensor) -> Tensor:
-        """What the last layer is given (B, nf, h * factor, w * factor), in float32."""
+        """Returns the input of the last layer, (B, nf, h * factor, w * factor), in float32."""
         *layers, last = self
         h = vectors
         for layer in layers:
@@ -85,7 +86,7 @@ class Decoder(nn.Sequential):
         return h.to(last.weight.dtype)
 
     def image(self, features: Tensor) -> Tensor:
-        """The last layer, in float32 whatever autocast says: its gradients weigh the losses."""
+        """Applies the last layer, in float32 even under autocast: its gradients set the adaptive weight."""
         with torch.autocast(features.device.type, enabled=False):
             return self[-1](features)
 
@@ -94,14 +95,14 @@ class Decoder(nn.Sequential):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The weight that the adaptive adversarial weight compares gradients on."""
+        """The weight whose gradients set the adaptive adversarial weight."""
         return self[-1].weight
 
 
 class VQGAN(nn.Module):
-    """Encoder, quantizer and decoder together, for images of any multiple of the config's factor.
+    """Encoder, quantizer and decoder, for images whose height and width are multiples of the config's factor.
 
-    `size` (H, W) is that of the images to train on, whose codes are a `grid`.
+    `size` (H, W) is that of the training images, and `grid` (h, w) that of their codes.
     """
 
     def __init__(self, config: VQGANConfig, size: tuple[int, int], n_channels: int = 3):
@@ -112,24 +113,24 @@ class VQGAN(nn.Module):
         self.decoder = Decoder(config, size[0], n_channels)
 
     def latents(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) in [-1, 1] -> what the quantizer is given (B, D, H / factor, W / factor).
+        """Encodes images (B, C, H, W) in [-1, 1] to the quantizer's input, (B, D, H / factor, W / factor).
 
-        ValueError for sizes that are no multiples of the factor.
+        ValueError for sizes that are not multiples of the factor.
         """
         self.config.grid(*images.shape[2:])
         return self.encoder((images + 1) / 2 if self.config.unit_range else images)
 
     def forward(self, images: Tensor, context: StepContext | None = None) -> tuple[Tensor, Quantized]:
-        """images (B, C, H, W) in [-1, 1] -> reconstructions of the same shape, Codes."""
-        codes = self.quantizer(self.latents(images), context)
-        return self.decoder(codes.vectors), codes
+        """images (B, C, H, W) in [-1, 1] -> reconstructions of the same shape, and the quantizer's output."""
+        quantized = self.quantizer(self.latents(images), context)
+        return self.decoder(quantized.vectors), quantized
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) in [-1, 1] -> ids (B, h, w)."""
+        """Encodes images (B, C, H, W) in [-1, 1] as code ids (B, h, w)."""
         return self.quantizer.assign(self.latents(images))
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        """ids (B, h, w) -> images (B, C, H, W) in [-1, 1]."""
+        """Decodes code ids (B, h, w) to images (B, C, H, W) in [-1, 1]."""
         return self.decoder(self.quantizer.vectors(ids)).float().clamp(-1, 1)

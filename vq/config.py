@@ -1,4 +1,4 @@
-"""The settings of the first stage."""
+"""Configuration of the first stage."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,22 +12,22 @@ class VQGANConfig:
     """VQGAN: encoder, codebook, decoder."""
 
     nf: int = 128
-    """Channels of the first level."""
+    """Channels of the first level (full resolution)."""
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     """Channel multiplier of each level; every level but the last halves the resolution."""
     res_blocks: int = 2
     """Residual blocks per level."""
     attn_resolutions: tuple[int, ...] = (16,)
-    """Resolutions with self-attention (heights, where images are not square)."""
+    """Resolutions with self-attention (heights, if images are not square)."""
     quantizer: str = "nearest"
-    """How encoder outputs become codes: a file of vq/quantizers."""
+    """Quantizer of the encoder outputs: a file of vq/quantizers."""
     codebook_size: int = 1024
     """Number of codes."""
     emb_dim: int = 256
-    """Width of a code vector, for quantizers that leave it open."""
+    """Width of a code vector; fsq and lfq derive it from codebook_size."""
     quantizer_config: QuantizerConfig = QuantizerConfig()
     unit_range: bool = False
-    """The encoder is given images in [0, 1], as networks of Unleashing Transformers are; all else stays in [-1, 1]."""
+    """Feed the encoder images in [0, 1], as in Unleashing Transformers, instead of [-1, 1]."""
 
     def __post_init__(self):
         if not self.ch_mult or min(self.ch_mult) < 1:
@@ -38,25 +38,25 @@ class VQGANConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1: pass --{name} N")
         kind = load_plugin("vq.quantizers", self.quantizer, "quantizer").Config
-        if type(self.quantizer_config) is QuantizerConfig:  # left out: the defaults of the quantizer named
+        if type(self.quantizer_config) is QuantizerConfig:  # left out: the defaults of the selected quantizer
             object.__setattr__(self, "quantizer_config", kind())
         if not isinstance(self.quantizer_config, kind):
             got = type(self.quantizer_config).__module__
             raise ValueError(f"got options of {got} for quantizer {self.quantizer}: pass {kind.__module__}.Config")
-        self.code_dim  # noqa: B018  refused where the codes do not fit their number
+        self.code_dim  # noqa: B018  ValueError if codebook_size does not suit the quantizer
 
     @property
     def code_dim(self) -> int:
-        """Width of a code's vector, and of what the encoder gives."""
+        """Width D of the code vectors and of the encoder output."""
         return self.quantizer_config.code_dim(self.codebook_size, self.emb_dim)
 
     @property
     def factor(self) -> int:
-        """Image pixels per code, along each side."""
+        """Downsampling factor: image pixels per code along each side."""
         return 2 ** (len(self.ch_mult) - 1)
 
     def grid(self, height: int, width: int | None = None) -> tuple[int, int]:
-        """The grid of codes of an image, square without `width`; ValueError where a size does not divide."""
+        """Returns the code grid (h, w) of an image, square without `width`; ValueError if a side does not divide."""
         width = height if width is None else width
         if min(height, width) < self.factor or height % self.factor or width % self.factor:
             raise ValueError(
@@ -71,44 +71,44 @@ class VQGANLossConfig:
     """VQGAN losses: reconstruction, perceptual, adversarial."""
 
     recon_loss: Literal["l1", "l2"] = "l1"
-    """Pixel loss: mean absolute, or mean squared, difference."""
+    """Pixel loss: mean absolute (l1) or mean squared (l2) error."""
     recon_weight: float = 1.0
     """Weight of the pixel loss."""
     perceptual_net: Literal["auto", "none", "vgg", "alex", "squeeze", "resnet50"] = "auto"
-    """Network of the perceptual loss: LPIPS on vgg, alex or squeeze, or the logits of resnet50; auto: vgg where its
-    weights can be had, else none, with a warning."""
+    """Network of the perceptual loss: LPIPS on vgg, alex or squeeze, or the logits of resnet50; auto: vgg if its
+    weights are available, else none, with a warning."""
     perceptual_weights: str | None = None
-    """File of its ImageNet weights, as torchvision has them; left out, torch's cache or download."""
+    """File with torchvision's ImageNet weights of that network; default: torch's cache, or a download."""
     perceptual_weight: float = 1.0
-    """Weight of the perceptual loss; 0 leaves it out."""
+    """Weight of the perceptual loss; 0 disables it."""
     disc_start_step: int = 30001
-    """First step with a discriminator; none of its work is done before."""
+    """First step with a discriminator, which costs nothing before."""
     disc_warmup_steps: int = 0
-    """Steps from there on in which the discriminator learns alone; then the autoencoder minds it."""
+    """Steps after disc_start_step in which only the discriminator learns; then the adversarial loss sets in."""
     disc_ramp_steps: int = 0
-    """Steps over which its weight then rises to what it is."""
+    """Steps over which the adversarial weight then rises linearly from 0."""
     disc_loss: Literal["hinge", "non_saturating"] = "hinge"
-    """Loss of discriminator and autoencoder against each other."""
+    """Adversarial loss of discriminator and autoencoder."""
     disc_weight: float = 1.0
-    """Weight of the adversarial loss, times the adaptive one."""
+    """Weight of the adversarial loss, multiplied by the adaptive weight."""
     adaptive_weight: bool = True
-    """Also weigh it so that its gradient at the last layer is as large as that of the reconstruction."""
+    """Scale the adversarial loss so that its gradient at the last layer matches that of the reconstruction loss."""
     disc_weight_max: float = 1.0
-    """Upper bound of the adaptive weight; of no effect without it."""
+    """Upper bound of the adaptive weight; unused without it."""
     lecam_weight: float = 0.0
-    """Weight of LeCAM's regularization of the discriminator, for small data; 0: none."""
+    """Weight of LeCAM regularisation of the discriminator, for small data sets; 0 disables it."""
     disc_layers: int = 3
-    """Strided layers of the PatchGAN discriminator."""
+    """Strided convolutions of the PatchGAN discriminator."""
     ndf: int = 64
     """Channels of the discriminator's first layer."""
     disc_norm: Literal["group", "batch", "none"] = "group"
-    """Norm of the discriminator; batch is the reference's, and depends on how a batch is split over processes."""
+    """Norm of the discriminator; batch is the original, but depends on how a batch is split over processes."""
     disc_spectral_norm: bool = False
-    """Divide the discriminator's weights by their largest singular value."""
+    """Spectral normalisation of the discriminator's convolutions."""
     disc_blur: bool = False
-    """Blur before each of its strides, so that they do not alias."""
+    """Blur before each stride of the discriminator, to avoid aliasing (BlurPool)."""
     diff_aug: bool = False
-    """DiffAugment (colour, translation) on what the discriminator sees; wanted for small data."""
+    """DiffAugment (colour, translation) on the discriminator's inputs; recommended for small data sets."""
 
     def __post_init__(self):
         weights = ("recon_weight", "perceptual_weight", "disc_weight", "disc_weight_max", "lecam_weight")
@@ -116,13 +116,15 @@ class VQGANLossConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted 0 or more: pass --{name} NUMBER")
         if self.perceptual_weights is not None and self.perceptual_net == "none":
-            raise ValueError(f"got the weights {self.perceptual_weights} of no network: pass --perceptual_net as well")
+            raise ValueError(
+                f"got perceptual_weights {self.perceptual_weights} and no network: pass --perceptual_net as well"
+            )
         for name in ("ndf", "disc_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1: pass --{name} N")
 
     def adversarial_ramp(self, step: int) -> float:
-        """How much of the adversarial loss the autoencoder minds at a step, in [0, 1]."""
+        """Returns the factor of the adversarial loss at a step, in [0, 1], from warm-up and ramp."""
         since = step - self.disc_start_step - self.disc_warmup_steps
         if since < 0:
             return 0.0

@@ -1,4 +1,4 @@
-"""PatchGAN: judges overlapping patches rather than the whole image."""
+"""The PatchGAN discriminator, which classifies overlapping patches rather than the whole image."""
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,9 @@ NORMS = {"group": group_norm, "batch": nn.BatchNorm2d, "none": None}
 
 
 class Blur(nn.Module):
-    """Halves height and width behind a low-pass filter, each channel for itself (Zhang 2019, "BlurPool").
+    """Halves height and width after a low-pass filter on each channel (Zhang 2019, "BlurPool").
 
-    The filter is the binomial one, [1, 3, 3, 1] / 8 along both axes. It is a constant, and not saved.
+    The filter is binomial, [1, 3, 3, 1] / 8 along both axes; it is constant and not saved.
     """
 
     def __init__(self):
@@ -24,18 +24,18 @@ class Blur(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, (H + 1) // 2, (W + 1) // 2)."""
         channels = x.shape[1]
-        padded = F.pad(x, (1, 2, 1, 2))  # zeros, as convolutions have: gradients of mirrored borders are not repeatable
+        padded = F.pad(x, (1, 2, 1, 2))  # zeros: the backward of reflection padding is not deterministic
         return F.conv2d(padded, self.kernel.expand(channels, 1, 4, 4), stride=2, groups=channels)
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Images (B, C, H, W) -> logits (B, 1, h, w), positive for real (Isola et al. 2017).
+    """Maps images (B, C, H, W) in [-1, 1] to logits (B, 1, h, w), positive for real (Isola et al. 2017).
 
-    `norm` is group (the same for any split of the batch), batch (as in the reference) or none. `spectral_norm` divides
-    the weight of every convolution by its largest singular value (Miyato et al. 2018), followed by one power iteration
-    per forward pass in training. `blur` lets no strided convolution alias: it keeps the resolution, and behind its
-    activation `Blur` halves it (Zhang 2019, section 3.2); the grid of logits stays the same. `unit_range` has the first
-    convolution see images in [0, 1], as in Unleashing Transformers.
+    `norm` is group (independent of how the batch is split), batch (as in the original) or none. `spectral_norm` divides
+    the weight of every convolution by its largest singular value, tracked by one power iteration per forward pass in
+    training (Miyato et al. 2018). `blur` replaces each strided convolution by a dense one, its activation and `Blur`
+    (Zhang 2019, section 3.2); the grid of logits does not change. `unit_range` maps images to [0, 1] first, as in
+    Unleashing Transformers.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class PatchDiscriminator(nn.Sequential):
         widths = [n_channels, *(ndf * min(2**i, 8) for i in range(layers + 1))]
         blocks: list[nn.Module] = []
         for i, (before, width) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            halves, normed = i < layers, i > 0 and NORMS[norm] is not None
+            halves, has_norm = i < layers, i > 0 and NORMS[norm] is not None
             stride = 2 if halves and not blur else 1
-            blocks.append(nn.Conv2d(before, width, 4, stride=stride, padding=1, bias=not normed))
-            if normed:
+            blocks.append(nn.Conv2d(before, width, 4, stride=stride, padding=1, bias=not has_norm))
+            if has_norm:
                 blocks.append(NORMS[norm](width))
             blocks.append(nn.LeakyReLU(0.2))
             if halves and blur:

@@ -1,6 +1,6 @@
-"""The two entropies of LFQ and IBQ (Yu et al. 2023, MAGVIT-v2, section 3.1): E[H(p)] - H(E[p]), in nats.
+"""The entropy loss of LFQ and IBQ (Yu et al. 2023, MAGVIT-v2, section 3.1): E[H(p)] - H(E[p]), in nats.
 
-The first makes every position certain of its code, the second makes the batch use all codes.
+The first term makes the assignment of each position confident, the second makes the batch use all codes.
 """
 
 from dataclasses import dataclass
@@ -12,31 +12,33 @@ from torch import Tensor
 from vq.quantizer import full_precision_matmul
 from vq.quantizers import CommitmentConfig, StepContext
 
-MAX_LOGIT = 1e3  # logits beyond it have probabilities of 0 and 1, in float64 too
+MAX_LOGIT = 1e3  # larger logits have probabilities of exactly 0 and 1, also in float64
 
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyConfig(CommitmentConfig):
-    """Of quantizers whose loss holds the two entropies."""
+    """Options of quantizers with an entropy loss."""
 
     entropy_weight: float = 0.1
-    """Weight of the entropies that make single codes certain and the whole codebook used."""
+    """Weight of the entropy loss, which makes assignments confident and the whole codebook used."""
     entropy_temperature: float = 0.01
-    """Temperature of the probabilities whose entropies these are."""
+    """Temperature of the code probabilities in the entropy loss."""
 
     def __post_init__(self):
         super().__post_init__()
         self.check_not_negative("entropy_weight")
         if self.entropy_temperature <= 0:
             got = self.entropy_temperature
-            raise ValueError(f"got entropy_temperature {got}, wanted a positive one: pass --entropy_temperature 0.01")
+            raise ValueError(
+                f"got entropy_temperature {got}, wanted a positive number: pass --entropy_temperature 0.01"
+            )
 
 
 def mean_over_processes(p: Tensor, context: StepContext | None) -> Tensor:
-    """Mean probabilities (K,) of one process' batch -> those of all processes together; without `context` p itself.
+    """Averages the mean probabilities p (K,) of each process over all processes; without a context returns p.
 
-    The value is the mean over processes and the gradient that of p alone: averaged over processes, as DDP does, the
-    gradients of H at the common value are the gradient of H of the whole. Processes have equally many positions each.
+    The gradient is that of the local p alone. Averaged over processes, as DDP does, the gradients of H at the global
+    mean are the gradient of H of the global batch. All processes must hold equally many positions.
     """
     if context is None:
         return p
@@ -44,18 +46,18 @@ def mean_over_processes(p: Tensor, context: StepContext | None) -> Tensor:
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Entropy of probabilities (..., K) -> (...); where one is 0 it adds 0, and its gradient is finite."""
+    """Returns the entropy of probabilities (..., K) -> (...) in nats; a zero adds 0 and has a finite gradient."""
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
 
 
 def binary_entropy(logits: Tensor) -> Tensor:
-    """Entropy of each bit that is 1 with probability sigmoid(logit), in [0, log 2], of any shape."""
+    """Returns the entropy of Bernoulli(sigmoid(logit)), elementwise, in [0, log 2]."""
     x = logits.clamp(-MAX_LOGIT, MAX_LOGIT)
     return -x.sigmoid() * F.logsigmoid(x) - (-x).sigmoid() * F.logsigmoid(-x)
 
 
 def code_probs(logits: Tensor) -> Tensor:
-    """Logits (N, D) of D independent bits -> probabilities (N, 2^D) of what they make; bit d counts 2^d."""
+    """Returns the probabilities (N, 2^D) of all codes of D independent bits with logits (N, D); bit d is worth 2^d."""
     p = logits.new_ones(len(logits), 1)
     for bit in logits.unbind(1):
         p = torch.cat([p * (-bit).sigmoid()[:, None], p * bit.sigmoid()[:, None]], 1)
@@ -63,9 +65,10 @@ def code_probs(logits: Tensor) -> Tensor:
 
 
 def mean_code_probs(logits: Tensor) -> Tensor:
-    """Logits (N, D) of D independent bits -> probabilities (2^D,) of what they make, mean over N.
+    """Returns the probabilities (2^D,) of all codes of D independent bits with logits (N, D), mean over N.
 
-    As the product of outcomes of half the bits each: (N, 2^(D/2)) twice, for 2^16 of them N x 256, not N x 2^16.
+    Computed as a product of the probabilities of each half of the bits, two (N, 2^(D/2)) tensors: for 2^16 codes
+    N x 256 instead of N x 2^16.
     """
     half = logits.shape[1] // 2
     low, high = code_probs(logits[:, :half]), code_probs(logits[:, half:])

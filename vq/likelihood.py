@@ -1,4 +1,4 @@
-"""A Gaussian around what the decoder makes of codes: its mean is the reconstruction, a head says its log variance."""
+"""Gaussian likelihood of images under a decoder: the reconstruction is the mean, a head predicts the log variance."""
 
 from typing import NamedTuple
 
@@ -8,30 +8,28 @@ from torch import Tensor, nn
 from models.blocks import zero_module
 from vq.autoencoder import Decoder
 
-MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = (
-    -14.0,
-    2.0,
-)  # log variances: deviations of a ninth of an 8-bit level, and of more than all levels
-INITIAL_LOG_VARIANCE = -4.0  # 17 levels: what all begin at
+# standard deviations of 1/9 of an 8-bit level, and of more than the whole range
+MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -14.0, 2.0
+INITIAL_LOG_VARIANCE = -4.0  # a standard deviation of 17 levels
 
 
 class Reconstruction(NamedTuple):
-    """What a decoder makes of codes, and of what it makes it."""
+    """A decoded image and the features it was computed from."""
 
     mean: Tensor  # (B, C, H, W) float32, about [-1, 1], not clamped
-    features: Tensor  # (B, nf, H, W) float32, what its last layer is given
+    features: Tensor  # (B, nf, H, W) float32, input of the last layer
 
 
 def reconstruct(decoder: Decoder, vectors: Tensor) -> Reconstruction:
-    """Code vectors (B, D, h, w) -> the decoder's image and its features."""
+    """Decodes code vectors (B, D, h, w); returns the image and its features."""
     features = decoder.features(vectors)
     return Reconstruction(decoder.image(features), features)
 
 
 class LogVarianceHead(nn.Sequential):
-    """Features (B, channels, H, W) -> log variances (B, n_channels, H, W) between LOWEST and HIGHEST.
+    """Maps features (B, channels, H, W) to log variances (B, n_channels, H, W) in [MIN_, MAX_LOG_VARIANCE].
 
-    A 3x3 and a 1x1 convolution: 147,971 parameters for 128 channels and colour. All begin at FIRST.
+    A 3x3 and a 1x1 convolution: 147,971 parameters for 128 channels and RGB. The output starts at INITIAL_LOG_VARIANCE.
     """
 
     def __init__(self, channels: int, n_channels: int):
@@ -44,12 +42,12 @@ class LogVarianceHead(nn.Sequential):
 
 
 def soft_clamp(log_variance: Tensor) -> Tensor:
-    """Any number to between LOWEST and HIGHEST, as it is well inside, smoothly (Chua et al. 2018, appendix A.1)."""
+    """Clamps smoothly to [MIN_, MAX_LOG_VARIANCE], nearly the identity well inside (Chua et al. 2018, appendix A.1)."""
     below = MAX_LOG_VARIANCE - F.softplus(MAX_LOG_VARIANCE - log_variance)
     return MIN_LOG_VARIANCE + F.softplus(below - MIN_LOG_VARIANCE)
 
 
 def build_head(decoder: Decoder) -> LogVarianceHead:
-    """A new head for the features of this decoder."""
+    """Builds a head for the features of a decoder."""
     last = decoder[-1]
     return LogVarianceHead(last.in_channels, last.out_channels)

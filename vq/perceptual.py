@@ -1,4 +1,4 @@
-"""Learned distances of images, frozen: LPIPS (Zhang et al. 2018) and logits of a classifier (Weber et al. 2024)."""
+"""Frozen perceptual distances: LPIPS (Zhang et al. 2018) and distances of ResNet-50 logits (Weber et al. 2024)."""
 
 import urllib.error
 import warnings
@@ -10,15 +10,21 @@ from torch import Tensor, nn
 
 from vq.weights import read_tensors
 
-MIN_SIDE = {"vgg": 16, "alex": 31, "squeeze": 17, "resnet50": 1}  # images, pixels along each side
-BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1", "resnet50": "resnet50"}  # in torchvision
+# smallest image that a network takes, in pixels along each side
+MIN_SIDE = {"vgg": 16, "alex": 31, "squeeze": 17, "resnet50": 1}
+BACKBONES = {
+    "vgg": "vgg16",
+    "alex": "alexnet",
+    "squeeze": "squeezenet1_1",
+    "resnet50": "resnet50",
+}  # names in torchvision
 
 
 class LogitDistance(nn.Module):
-    """Mean squared difference of ResNet-50's 1,000 ImageNet logits, of images (B, 3, H, W) in [-1, 1] -> (B,).
+    """Mean squared difference of ResNet-50's 1,000 ImageNet logits, for images (B, 3, H, W) in [-1, 1] -> (B,).
 
-    The perceptual loss of VQGAN+ (Weber et al. 2024, "MaskBit", section 2), on torchvision's IMAGENET1K_V1 weights:
-    images are resized to 224x224 (bilinear, antialiased) and given ImageNet's mean and deviation.
+    The perceptual loss of VQGAN+ (Weber et al. 2024, "MaskBit", section 2) with torchvision's IMAGENET1K_V1 weights.
+    Images are resized to 224x224 (bilinear, antialiased) and normalised with ImageNet's mean and standard deviation.
     """
 
     def __init__(self, pretrained: bool):
@@ -30,6 +36,7 @@ class LogitDistance(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
 
     def logits(self, images: Tensor) -> Tensor:
+        """Returns the logits (B, 1000) of images (B, 3, H, W) in [-1, 1]."""
         resized = F.interpolate((images + 1) / 2, size=(224, 224), mode="bilinear", antialias=True)
         return self.net((resized - self.mean) / self.std)
 
@@ -38,13 +45,12 @@ class LogitDistance(nn.Module):
 
 
 class Perceptual(nn.Module):
-    """Learned perceptual distance of images (B, C, H, W) in [-1, 1] (LPIPS's own range), C 1 or 3 -> (B,) float32.
+    """Perceptual distance of images (B, C, H, W) in [-1, 1], C 1 or 3 -> (B,) float32.
 
-    `net` is vgg, alex or squeeze, with the linear layers of LPIPS 0.1 that the lpips package brings along, or resnet50
-    (`LogitDistance`). ImageNet weights come from the file `weights`, without it from torchvision's cache or download;
-    nothing is downloaded where a file is given. Not `trained`, weights are random: as much work, and no distance. It
-    stays frozen and in evaluation mode, and computes in float32 whatever autocast says. ValueError for images that are
-    too small for the network.
+    `net` is vgg, alex or squeeze (LPIPS, with the linear layers of version 0.1 from the lpips package), or resnet50
+    (`LogitDistance`). ImageNet weights are read from the file `weights`, else from torchvision's cache or a download.
+    `trained=False` uses random weights, for benchmarks. The network stays frozen and in eval mode, and computes in
+    float32 even under autocast. ValueError for images that are too small for the network.
     """
 
     def __init__(self, net: str, trained: bool = True, weights: str | None = None):
@@ -52,7 +58,7 @@ class Perceptual(nn.Module):
         if net not in BACKBONES:
             raise ValueError(f"got perceptual network {net!r}, wanted one of {', '.join(BACKBONES)}")
         if weights is not None and not trained:
-            raise ValueError(f"got the weights {weights} for a network that is to be random: leave one of them out")
+            raise ValueError(f"got the weights {weights} for a network with random weights: leave one of them out")
         self.net = net
         wanted = f"wanted torchvision's ImageNet weights of {BACKBONES[net]}; pass --perceptual_weights FILE"
         tensors = None if weights is None else read_tensors(Path(weights), wanted)
@@ -66,14 +72,14 @@ class Perceptual(nn.Module):
         self.distance.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Perceptual":
-        return super().train(False)  # frozen: its dropout must never wake up
+        return super().train(False)  # frozen: dropout stays off
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         height, width = images.shape[2:]
         if min(height, width) < MIN_SIDE[self.net]:
             raise ValueError(
                 f"got images of {height}x{width} for the perceptual network {self.net}, wanted {MIN_SIDE[self.net]} "
-                "pixels at least: pass another --perceptual_net, or a larger --img_size"
+                "pixels or more along each side: pass another --perceptual_net, or a larger --img_size"
             )
         with torch.autocast(images.device.type, enabled=False):
             images, others = (x.float().expand(-1, 3, -1, -1) for x in (images, others))
@@ -81,9 +87,9 @@ class Perceptual(nn.Module):
 
 
 def lpips_distance(net: str, linear: bool, pretrained: bool) -> nn.Module:
-    """The package's LPIPS: with its own linear layers, or random ones, on a network from torchvision, or a random one.
+    """Builds LPIPS from the lpips package; `linear` and `pretrained` load trained linear layers and backbone weights.
 
-    ValueError where the package is not installed.
+    ValueError if the package is not installed.
     """
     try:
         import lpips
@@ -92,34 +98,34 @@ def lpips_distance(net: str, linear: bool, pretrained: bool) -> nn.Module:
             "the perceptual loss needs lpips: `pip install lpips`, or pass --perceptual_net none"
         ) from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision by its old `pretrained` argument
+        warnings.simplefilter("ignore", UserWarning)  # lpips uses torchvision's deprecated `pretrained` argument
         return lpips.LPIPS(net=net, verbose=False, pretrained=linear, pnet_rand=not pretrained)
 
 
 @torch.no_grad()
 def load_backbone(network: nn.Module, tensors: dict[str, Tensor], net: str, source: str) -> None:
-    """Gives a backbone the weights of a state dict of torchvision's; ValueError where they are not all there.
+    """Loads a torchvision state dict into a backbone; ValueError for missing, unknown or misshapen weights.
 
-    For LPIPS that may be the whole network's (`features.0.weight`), whose `classifier.` is no part of LPIPS and left
-    out, or its features alone (`0.weight`). Counters of batches in batch norms are left out too: old files lack them,
-    and evaluation does without them. Any other key that is too many is an error.
+    For LPIPS it may be that of the whole network (`features.0.weight`), whose `classifier.` is ignored, or of its
+    features alone (`0.weight`). `num_batches_tracked` of batch norms is ignored: old files lack it, and evaluation does
+    not use it.
     """
     prefix = "features." if net != "resnet50" and any(name.startswith("features.") for name in tensors) else ""
     wanted = {}
     for name, tensor in network.state_dict().items():
-        own = name if net == "resnet50" else name.partition(".")[2]  # lpips has them in slices: slice2.3.squeeze.bias
-        if not own.endswith("num_batches_tracked"):
-            wanted[prefix + own] = tensor
-    left = ("classifier.",) if prefix else ()
-    given = {n for n in tensors if not n.startswith(left) and not n.endswith("num_batches_tracked")}
-    missing, odd = sorted(wanted.keys() - given), sorted(given - wanted.keys())
-    misshapen = [name for name in wanted.keys() & given if wanted[name].shape != tensors[name].shape]
-    if missing or odd or misshapen:
-        faults = {"missing": missing, "unknown": odd, "of another shape": sorted(misshapen)}
-        told = "; ".join(f"{len(names)} {fault}, e.g. {names[0]}" for fault, names in faults.items() if names)
+        key = name if net == "resnet50" else name.partition(".")[2]  # lpips prefixes slices: slice2.3.squeeze.bias
+        if not key.endswith("num_batches_tracked"):
+            wanted[prefix + key] = tensor
+    ignored = ("classifier.",) if prefix else ()
+    stored = {n for n in tensors if not n.startswith(ignored) and not n.endswith("num_batches_tracked")}
+    missing, unknown = sorted(wanted.keys() - stored), sorted(stored - wanted.keys())
+    misshapen = [name for name in wanted.keys() & stored if wanted[name].shape != tensors[name].shape]
+    if missing or unknown or misshapen:
+        faults = {"missing": missing, "unknown": unknown, "of another shape": sorted(misshapen)}
+        summary = "; ".join(f"{len(names)} {fault}, e.g. {names[0]}" for fault, names in faults.items() if names)
         raise ValueError(
-            f"{source} does not fit --perceptual_net {net} ({told}): wanted torchvision's state dict of "
-            f"{BACKBONES[net]}{'' if net == 'resnet50' else ', whole or of its features alone'}; "
+            f"{source} does not fit --perceptual_net {net} ({summary}): wanted torchvision's state dict of "
+            f"{BACKBONES[net]}{'' if net == 'resnet50' else ', of the whole network or its features'}; "
             "pass it with --perceptual_weights FILE"
         )
     for name, tensor in wanted.items():
@@ -127,9 +133,9 @@ def load_backbone(network: nn.Module, tensors: dict[str, Tensor], net: str, sour
 
 
 def load_perceptual(net: str, weights: str | None = None) -> tuple[str, Perceptual | None]:
-    """(name, module) for `--perceptual_net`, with the weights of a file where one is given.
+    """Returns (name, module) for `--perceptual_net`, with weights from a file if given; ("none", None) for none.
 
-    auto is vgg, or none with one warning where its weights can be neither found nor downloaded.
+    auto is vgg, or none with a warning if its weights are neither cached nor downloadable.
     """
     if net == "none":
         return "none", None

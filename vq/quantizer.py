@@ -1,27 +1,29 @@
-"""What quantizers compute with: nearest codes, look-ups, straight-through gradients, and how evenly codes are used."""
+"""Operations that quantizers share: nearest codes, lookup, straight-through gradients, code statistics."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from models.registry import load_plugin
+from models.sdpa import upcast
 from vq.config import VQGANConfig
 from vq.quantizers import Quantizer
 
-MAX_SCORES = 2**24  # distances that are in memory at once, 64 MB
+MAX_SCORES = 2**24  # scores of positions and codes in memory at once: 64 MB in float32
 
 
 def make_quantizer(config: VQGANConfig) -> Quantizer:
-    """The quantizer that a config names, a file of vq/quantizers, with random codes where it has any."""
-    file = load_plugin("vq.quantizers", config.quantizer, "quantizer")
-    return file.build(config.quantizer_config, config.codebook_size, config.code_dim)
+    """Builds the quantizer that the config names, a file of vq/quantizers, with its initial codebook."""
+    module = load_plugin("vq.quantizers", config.quantizer, "quantizer")
+    return module.build(config.quantizer_config, config.codebook_size, config.code_dim)
 
 
 @contextmanager
 def full_precision_matmul() -> Iterator[None]:
-    """float32 products of all bits of their factors, where TF32's ten may be allowed: other codes would be nearest."""
+    """Disables TF32 in matrix products: with its 10-bit mantissa other codes would be nearest."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -30,62 +32,60 @@ def full_precision_matmul() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def upcast(z: Tensor) -> Tensor:
-    """z in float32, or float64 if it is: what quantizers compute in."""
-    return z if z.dtype == torch.float64 else z.float()
-
-
 @torch.no_grad()
 def argmax_linear(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """ids (B, h, w) of the largest of K linear functions, weight (K, D) and bias (K,), of z (B, D, h, w).
+    """Returns argmax_k (weight[k] . z + bias[k]) per position: z (B, D, h, w), weight (K, D), bias (K,) -> (B, h, w).
 
-    In float32, or float64 where one is, whatever autocast says, and a part of the positions at a time: 2^16 codes for a
-    grid of 256x256 need 64 MB beside what is given.
+    Computed in float32 (float64 if an argument is) even under autocast, in chunks of positions: 2^16 codes on a grid of
+    256x256 need 64 MB of extra memory.
     """
     with torch.autocast(z.device.type, enabled=False), full_precision_matmul():
         dtype = torch.promote_types(upcast(z).dtype, weight.dtype)
-        flat = z.detach().to(dtype).movedim(1, -1).flatten(0, -2)  # (B h w, D)
+        flat = rearrange(z.detach().to(dtype), "b d h w -> (b h w) d")
         weight, bias = weight.to(dtype), bias.to(dtype)
-        parts = flat.split(max(1, MAX_SCORES // len(weight)))
-        ids = [torch.addmm(bias, part, weight.t()).argmax(1) for part in parts]
-    return torch.cat(ids).view(z.shape[0], *z.shape[2:])
+        chunks = flat.split(max(1, MAX_SCORES // len(weight)))
+        ids = [torch.addmm(bias, chunk, weight.t()).argmax(1) for chunk in chunks]
+    return rearrange(torch.cat(ids), "(b h w) -> b h w", h=z.shape[2], w=z.shape[3])
 
 
 @torch.no_grad()
 def nearest(z: Tensor, codebook: Tensor) -> Tensor:
-    """ids (B, h, w) of the rows of codebook (K, D) nearest to z (B, D, h, w), in Euclidean distance, as `argmax_linear`."""
+    """Returns ids (B, h, w) of the rows of codebook (K, D) nearest to z (B, D, h, w), in Euclidean distance."""
     codebook = codebook.to(torch.promote_types(upcast(z).dtype, codebook.dtype))
     return argmax_linear(z, codebook, -codebook.square().sum(1) / 2)  # |z|^2 is the same for every code
 
 
 def lookup(ids: Tensor, codebook: Tensor) -> Tensor:
-    """ids (B, h, w) -> rows of codebook (K, D) as (B, D, h, w), in that order in memory: a decoder keeps to the order
-    it is given, and convolutions over channels that lie last take much longer on a CPU."""
+    """Looks up ids (B, h, w) in codebook (K, D) -> (B, D, h, w), contiguous.
+
+    A decoder keeps the memory format of its input, and channels-last convolutions are much slower on a CPU.
+    """
     return nn.functional.embedding(ids, codebook).movedim(-1, 1).contiguous()
 
 
 def mse_per_example(differences: Tensor) -> Tensor:
-    """(B, D, h, w) -> (B,): the mean square."""
+    """Returns the mean square of differences (B, D, h, w) of each example, (B,)."""
     return differences.square().flatten(1).mean(1)
 
 
 def straight_through(z: Tensor, vectors: Tensor) -> Tensor:
-    """The codes' vectors, whose gradient passes to z unchanged (Bengio et al. 2013)."""
+    """Returns `vectors`, with the gradient passed to z unchanged (straight-through estimator, Bengio et al. 2013)."""
     return vectors.detach() + (z - z.detach())
 
 
 def count_codes(ids: Tensor, codebook_size: int) -> Tensor:
-    """(K,) float32: how often each code is among the ids."""
+    """Counts the occurrences of each code in ids of any shape -> (K,) float32."""
     ones = torch.ones(ids.numel(), device=ids.device)
-    return torch.zeros(codebook_size, device=ids.device).index_add_(0, ids.flatten(), ones)  # no one waits for a size
+    counts = torch.zeros(codebook_size, device=ids.device)
+    return counts.index_add_(0, ids.flatten(), ones)  # bincount would synchronise with the device
 
 
 def usage(counts: Tensor) -> Tensor:
-    """Share of codes chosen at least once, in [0, 1]; counts (K,)."""
+    """Returns the fraction of codes used at least once, in [0, 1]; counts (K,)."""
     return (counts > 0).float().mean()
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of the code frequencies, in [1, K]; counts (K,)."""
+    """Returns the exponential of the entropy of the code frequencies, in [1, K]; counts (K,)."""
     p = counts / counts.sum()
     return torch.special.entr(p).sum().exp()

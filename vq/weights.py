@@ -1,4 +1,4 @@
-"""Files of weights from elsewhere, read without running what may be in them."""
+"""Reading of external weight files without executing code that they may contain."""
 
 import pickle
 import re
@@ -8,28 +8,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-UNREADABLE = (  # what torch.load raises, by the kind of damage
+UNREADABLE = (  # what torch.load raises for damaged files
     *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OverflowError),
     *(LookupError, AttributeError, AssertionError, TypeError, ValueError),
 )
 
 
 def read_tensors(path: Path, wanted: str) -> dict[str, Tensor]:
-    """Named tensors of a file (a bare state dict), on the CPU. `wanted` ends each error: what it should be, the remedy.
+    """Reads a bare state dict from a file, as named tensors on the CPU, without executing code.
 
-    FileNotFoundError where there is none, ValueError for one that holds anything else, of which nothing is run.
+    `wanted` ends each error message: the expected file and the remedy. FileNotFoundError if there is no file,
+    ValueError if it holds anything else.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} not found: {wanted}")
     if not path.is_file():
-        raise ValueError(f"{path} is no file: {wanted}")
+        raise ValueError(f"{path} is not a file: {wanted}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         code = re.search("GLOBAL ([^ ]+)", str(error))
-        reason = f"it asks for {code[1]}, which is code" if code else "it is damaged, or of another kind"
-        raise ValueError(f"{path} is no file of plain tensors, nothing in it was run ({reason}): {wanted}") from error
+        reason = f"it needs {code[1]}, which is code" if code else "it is damaged, or not a torch file"
+        raise ValueError(f"{path} holds more than tensors, and nothing in it was run ({reason}): {wanted}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        held = type(state).__name__
-        raise ValueError(f"{path} holds a {held}, something else than named tensors (a state dict, bare): {wanted}")
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a bare state dict of named tensors: {wanted}")
     return state

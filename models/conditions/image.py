@@ -1,4 +1,4 @@
-"""An image beside x (Saharia et al. 2022: inpainting, colouring, enlarging): (B, C, h, w) -> a map of x's size."""
+"""Image condition (Saharia et al. 2022, Palette): (B, C, h, w) -> a map of x's size."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from models.conditioning import ConditionConfig, ConditionEncoder, Map
 
-FIELDS = ("condition_image",)  # of a batch, from which it is made
+FIELDS = ("condition_image",)  # batch fields that the encoder reads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ConditionConfig):
-    """An image that x is joined to."""
+    """An image that is concatenated to x."""
 
     condition_channels: int = 3
-    """image: channels of the field condition_image."""
+    """Image condition: channels of the batch field condition_image."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -25,7 +25,7 @@ class Config(ConditionConfig):
 
 
 class ImageEncoder(ConditionEncoder):
-    """The image itself, resized where its size is not that of x; one learned number per channel is the null."""
+    """Returns the image, resized to x if their sizes differ; the null is one learned number per channel."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -45,5 +45,5 @@ class ImageEncoder(ConditionEncoder):
 
 
 def build(config: Config, width: int, n_classes: int) -> ImageEncoder:
-    """A map needs no embedding, and knows of no classes."""
+    """Builds the encoder; a map depends on neither the embedding width nor the number of classes."""
     return ImageEncoder(config.condition_channels)

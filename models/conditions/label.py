@@ -1,4 +1,4 @@
-"""The class of an image: labels (B,) int64 in [0, n_classes] -> a vector; label n_classes is the null."""
+"""Class condition: labels (B,) int64 in [0, n_classes] -> a vector; label n_classes is the null."""
 
 from dataclasses import dataclass
 
@@ -7,21 +7,21 @@ from torch import Tensor, nn
 
 from models.conditioning import ConditionConfig, ConditionEncoder, Vector
 
-FIELDS = ("label",)  # of a batch, from which it is made
+FIELDS = ("label",)  # batch fields that the encoder reads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ConditionConfig):
-    """Classes: their number is that of the data."""
+    """Class labels; the number of classes is that of the data."""
 
 
 class LabelEncoder(ConditionEncoder):
-    """A learned vector per class, and one for the null."""
+    """Looks up a learned vector per class, plus one for the null."""
 
     def __init__(self, n_classes: int, width: int):
         super().__init__()
         if n_classes < 1:
-            raise ValueError(f"got n_classes {n_classes}, wanted at least 1: else leave the condition out")
+            raise ValueError(f"got n_classes {n_classes}, wanted at least 1: leave the condition out")
         self.n_classes = n_classes
         self.embedding = nn.Embedding(n_classes + 1, width)
 
@@ -35,4 +35,5 @@ class LabelEncoder(ConditionEncoder):
 
 
 def build(config: Config, width: int, n_classes: int) -> LabelEncoder:
+    """Builds the encoder for vectors of `width` and `n_classes` classes."""
     return LabelEncoder(n_classes, width)

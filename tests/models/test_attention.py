@@ -1,4 +1,4 @@
-"""Attention layers against their formulas, every map written out; what they look at; what they refuse."""
+"""Attention layers against explicit formulas, map by map; masks, causality, dropout and rejected arguments."""
 
 import math
 
@@ -109,7 +109,7 @@ def assert_is_its_formula(layer, x, *args, **extra):
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 @pytest.mark.parametrize("shape", [None, "M", "N M", "heads N M"])
 @pytest.mark.parametrize("mask", ["bool", "added"])
-def test_each_kind_is_its_formula(kind, cross, shape, mask):
+def test_each_attention_type_matches_its_formula(kind, cross, shape, mask):
     layer = layer_of(kind, context_width=CONTEXT if cross else None)
     sizes = {"heads": HEADS, "N": N, "M": M if cross else N}
     mask = shape and mask_of(mask, *(sizes[name] for name in shape.split()))
@@ -117,13 +117,13 @@ def test_each_kind_is_its_formula(kind, cross, shape, mask):
 
 
 @every_kind
-def test_a_scale_of_its_own_multiplies_the_logits(kind):
+def test_a_given_scale_multiplies_the_logits(kind):
     assert_is_its_formula(layer_of(kind, scale=0.3), tokens(N))
 
 
 @every_kind
 @pytest.mark.parametrize("rotary", [False, True])
-def test_queries_and_keys_are_normed_before_they_are_turned(kind, rotary):
+def test_qk_norm_precedes_the_rotation(kind, rotary):
     d = WIDTH // HEADS // KEYS[kind]
     layer = layer_of(kind, qk_norm=True, rotary=Rotary(d) if rotary else None)
     layer.norm_k.weight = layer.norm_q.weight
@@ -136,7 +136,7 @@ def test_queries_and_keys_are_normed_before_they_are_turned(kind, rotary):
 
 
 @every_kind
-def test_keys_have_a_norm_of_their_own_and_keep_their_type(kind):
+def test_queries_and_keys_have_separate_norms_and_keep_dtype(kind):
     layer, x = layer_of(kind, torch.float32, qk_norm=True), tokens(N, dtype=torch.float32)
     before = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -148,7 +148,7 @@ def test_keys_have_a_norm_of_their_own_and_keep_their_type(kind):
     assert (maps[""][0].std(-1) < 1e-6).all()  # every key looks the same
 
 
-def test_a_trained_layer_with_norms_becomes_a_differential_one_of_the_same_function():
+def test_differential_conversion_with_qk_norm_keeps_the_function():
     layer, x = layer_of("softmax", qk_norm=True, rotary=Rotary(WIDTH // HEADS)), tokens(*GRID)
     made = differential_from_softmax(layer)
     assert (made(x) - layer(x)).abs().max() < 1e-12
@@ -156,7 +156,7 @@ def test_a_trained_layer_with_norms_becomes_a_differential_one_of_the_same_funct
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "added"])
-def test_with_more_keys_than_queries_these_are_the_last_of_the_tokens(mask):
+def test_with_fewer_queries_than_keys_they_are_the_last_tokens(mask):
     core, q, k, v = FullAttention(causal=True), *(tokens(N, HEADS, width=4) for _ in range(3))
     mask = mask and mask_of(mask, N, N)
     whole, maps = core(q, k, v, mask=mask), core.attention_map(q, k, mask=mask)
@@ -193,7 +193,7 @@ def test_a_relative_bias_is_added_to_each_map_besides_the_mask(kind, mask):
 
 
 @every_kind
-def test_rotary_positions_turn_each_query_and_key(kind):
+def test_rotary_positions_rotate_each_query_and_key(kind):
     d = WIDTH // HEADS // KEYS[kind]
     layer = layer_of(kind, rotary=Rotary(d))
     x = tokens(*GRID)
@@ -219,7 +219,7 @@ def test_both_maps_of_a_head_see_the_window_of_its_group(kind, bias, backend):
 
 @every_kind
 @pytest.mark.parametrize("mask", ["bool", "added"])
-def test_a_token_that_sees_nothing_gets_zeros_before_the_output_projection(kind, mask):
+def test_a_fully_masked_query_is_zero_before_the_projection(kind, mask):
     layer, x = layer_of(kind, torch.float32), tokens(N, dtype=torch.float32).requires_grad_()
     layer.proj = nn.Identity()
     out = layer(x, mask=mask_of(mask, N, N))
@@ -242,7 +242,7 @@ class Shapes(TorchDispatchMode):
 
 
 @every_kind
-def test_no_map_is_made_unless_it_is_recorded(kind):
+def test_no_map_is_computed_unless_recorded(kind):
     layer, x = layer_of(kind, torch.float32), tokens(80, dtype=torch.float32)
     with Shapes() as fast:
         layer(x).sum().backward()
@@ -273,7 +273,7 @@ def test_without_positions_attention_is_permutation_equivariant(kind):
 
 
 @every_kind
-def test_dropout_sleeps_outside_training(kind):
+def test_dropout_is_off_outside_training(kind):
     layer, x = layer_of(kind, dropout=0.5), tokens(7)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
@@ -281,13 +281,13 @@ def test_dropout_sleeps_outside_training(kind):
 
 
 @pytest.mark.parametrize("kind, heads", [("softmax", 5), ("diff_v1", 8), ("diff_v2", 5)])
-def test_a_width_that_does_not_split_over_the_heads_is_refused(kind, heads):
+def test_a_width_that_heads_do_not_divide_is_rejected(kind, heads):
     with pytest.raises(ValueError, match=f"width 24 does not split over {heads} "):
         ATTENTION_TYPES[kind](24, heads, **({"depth": 0} if kind == "diff_v1" else {}))
 
 
 @every_kind
-def test_a_context_is_wanted_by_cross_attention_only(kind):
+def test_only_cross_attention_takes_a_context(kind):
     x, context = tokens(N), tokens(M, width=CONTEXT)
     with pytest.raises(ValueError, match="got no context, this layer takes one"):
         layer_of(kind, context_width=CONTEXT)(x)

@@ -1,4 +1,4 @@
-"""Differential attention: its lambdas, its sizes, a simplified form of it, and what a trained softmax layer becomes."""
+"""Differential attention: lambda, sizes, a simplified checkpoint, and conversion from a trained softmax layer."""
 
 import copy
 import math
@@ -105,7 +105,7 @@ class Simplified(nn.Module):
         return self.to_out(((first - weight * second) @ v).transpose(1, 2).flatten(2))
 
 
-def test_a_checkpoint_of_the_simplified_form_is_a_layer_without_norm_and_with_its_scale():
+def test_a_simplified_checkpoint_loads_without_head_norm():
     other, layer = Simplified(), DiffAttentionV1(320, 8, depth=8, head_norm=False, scale=40**-0.5).double()
     for p in other.double().parameters():
         nn.init.normal_(p, std=0.2 if p.ndim == 1 else 0.08)
@@ -144,7 +144,7 @@ def trained(name):
 
 
 @every_trained
-def test_a_trained_softmax_layer_becomes_a_differential_one_of_the_same_function(name):
+def test_differential_conversion_keeps_the_function(name):
     layer, inputs = trained(name)
     made = differential_from_softmax(layer)
     assert type(made) is DiffAttentionV2 and not made.gate.any() and made.dropout == layer.dropout
@@ -172,7 +172,7 @@ def test_the_gate_of_each_head_learns_and_opens_that_head_alone(name):
     assert moved[..., [0, 2], :].max() < 1e-12
 
 
-def test_an_open_gate_is_the_second_version_as_published():
+def test_an_open_gate_is_diff_v2_as_published():
     layer, (x,) = trained("plain")
     made, published = differential_from_softmax(layer), DiffAttentionV2(WIDTH, HEADS).double()
     weights = made.state_dict()
@@ -206,14 +206,14 @@ def test_conversion_keeps_the_type_and_the_mode(training):
     assert all(module.training == training for module in made.modules())
 
 
-def test_what_would_change_the_function_is_refused():
-    with pytest.raises(ValueError, match="diff_v1: its norm over each head changes what a trained layer computes"):
+def test_conversions_that_change_the_function_are_rejected():
+    with pytest.raises(ValueError, match="diff_v1: its head norm changes what a trained layer computes"):
         differential_from_softmax(Attention(WIDTH, HEADS), "diff_v1")
     for layer in (DiffAttentionV1(WIDTH, HEADS, depth=0), DiffAttentionV2(WIDTH, HEADS)):
         with pytest.raises(ValueError, match=f"got a {type(layer).__name__}, wanted softmax Attention"):
             differential_from_softmax(layer)
 
 
-def test_a_kind_that_there_is_not_is_refused_as_such():
-    with pytest.raises(ValueError, match=r"got diff_v3(?!.*norm over each head)"):
+def test_an_unknown_attention_type_is_rejected():
+    with pytest.raises(ValueError, match=r"got diff_v3(?!.*head norm)"):
         differential_from_softmax(Attention(WIDTH, HEADS), "diff_v3")

@@ -1,4 +1,4 @@
-"""What attention layers look at: the maps that `record_maps` keeps."""
+"""Attention maps recorded by `record_maps`."""
 
 from collections import OrderedDict
 
@@ -26,7 +26,7 @@ def trio():
     return network
 
 
-def test_maps_have_the_rows_of_their_kind_and_only_differential_ones_go_below_zero():
+def test_map_rows_sum_as_expected_and_only_diff_is_negative():
     network, x = trio().eval(), tokens()
     with record_maps(network) as maps:
         network(x)
@@ -62,7 +62,7 @@ def test_each_forward_leaves_one_map_in_each_named_layer():
     assert not maps
 
 
-def test_nothing_is_recorded_after_the_context_even_if_it_broke(monkeypatch):
+def test_nothing_is_recorded_after_the_context_even_on_errors(monkeypatch):
     network, x = trio(), tokens()
     with pytest.raises(KeyError), record_maps(network) as maps:
         network(x)
@@ -90,7 +90,7 @@ def test_gradients_flow_through_a_map():
         assert grad.isfinite().all() and grad.any()
 
 
-def test_an_unknown_layer_is_refused_with_those_there_are():
+def test_an_unknown_layer_is_rejected_with_the_known_ones():
     with pytest.raises(ValueError, match=r"\['norm'\], the attention layers are: softmax, diff_v1, diff_v2"):
         record_maps(trio(), ["softmax", "norm"]).__enter__()
 

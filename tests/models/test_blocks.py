@@ -1,4 +1,4 @@
-"""The convolutional blocks against their formulas, and the contract of the embedding."""
+"""Convolutional blocks against their formulas, and the block base classes."""
 
 import math
 

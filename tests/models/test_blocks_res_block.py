@@ -1,4 +1,4 @@
-"""What a ResBlock can be told: how it hears the embedding, that it changes the size, how its skip is scaled."""
+"""Options of ResBlock: embedding, resampling, skip scale and dropout."""
 
 import math
 
@@ -22,7 +22,7 @@ def repeated(x):
     return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
-def test_the_embedding_may_be_added_before_the_second_norm_instead():
+def test_the_embedding_can_be_added_before_the_second_norm():
     block, x, emb = ResBlock(40, 80, emb_dim=3, scale_shift=False), maps(2, 40, 5, 4), maps(2, 3)
     said = F.linear(F.silu(emb), block.embed.weight, block.embed.bias)
     h = block.norm2(block.conv1(F.silu(block.norm1(x))) + said[:, :, None, None])
@@ -31,7 +31,7 @@ def test_the_embedding_may_be_added_before_the_second_norm_instead():
 
 
 @pytest.mark.parametrize("scale_shift", [True, False])
-def test_each_example_hears_its_own_embedding(scale_shift):
+def test_each_example_uses_its_own_embedding(scale_shift):
     block, x, emb = ResBlock(40, 40, emb_dim=3, scale_shift=scale_shift), maps(2, 40, 4, 4), maps(2, 3)
     changed = emb.clone()
     changed[1] += 1
@@ -40,7 +40,7 @@ def test_each_example_hears_its_own_embedding(scale_shift):
 
 
 @pytest.mark.parametrize("how, resized", [("down", averaged), ("up", repeated)])
-def test_resampling_happens_between_silu_and_convolution_and_on_the_skip(how, resized):
+def test_resampling_precedes_the_convolution_and_is_on_the_skip(how, resized):
     block, x, emb = ResBlock(6, 8, emb_dim=3, resample=how), maps(2, 6, 4, 6), maps(2, 3)
     scale, shift = block.embed(F.silu(emb))[..., None, None].chunk(2, 1)
     h = block.norm2(block.conv1(resized(F.silu(block.norm1(x))))) * (1 + scale) + shift
@@ -78,6 +78,6 @@ def test_downsampling_may_pad_all_sides():
     assert torch.allclose(down(x), wanted, atol=1e-6) and wanted.shape == (1, 2, 2, 3)
 
 
-def test_a_zeroed_layer_is_the_layer():
+def test_zero_module_returns_the_layer():
     layer = nn.Conv2d(2, 3, 1)
     assert zero_module(layer) is layer and not layer.weight.any() and not layer.bias.any()

@@ -1,4 +1,4 @@
-"""Conditions: the record, what every encoder promises, and the two that are here."""
+"""Conditions: streams, regions and masks; the contract of all encoders; the label and image encoders."""
 
 import dataclasses
 import importlib
@@ -52,7 +52,7 @@ def test_an_encoder_makes_a_stream_and_keeps_the_contract(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_dropped_examples_equal_the_null_and_others_what_they_were(name):
+def test_dropped_examples_equal_the_null_others_are_unchanged(name):
     made, raw = encoder(name), RAW[name][1]
     said, null, mixed = made(raw, x()).values, made(None, x()).values, made(raw, x(), DROP).values
     assert torch.equal(mixed[DROP], null[DROP]) and torch.equal(mixed[~DROP], said[~DROP])
@@ -280,7 +280,7 @@ def test_a_context_is_the_tokens_and_their_mask_at_a_size():
 
 
 def test_tokens_of_regions_without_regions_are_refused():
-    with pytest.raises(ValueError, match="tokens that speak of regions, and no regions"):
+    with pytest.raises(ValueError, match="tokens of regions, and no regions"):
         Condition({"t": Tokens(torch.zeros(1, 1, 2), None, torch.zeros(1, 1).long())}).attention_mask(2, 2)
 
 
@@ -342,5 +342,5 @@ def test_an_encoder_brings_the_regions_that_its_tokens_speak_of():
     assert mask[1, :, 0].all() and not mask[1, :, 1].any()
     both = Condition.cat([conditioner({}, canvas), conditioner({"boxes": raw}, canvas)])
     assert both.attention_mask(3, 3)[:2, :, 0].all() and torch.equal(both.attention_mask(3, 3)[2:], mask)
-    with pytest.raises(ValueError, match="wanted one condition of regions"):
+    with pytest.raises(ValueError, match="wanted one condition with regions"):
         Conditioner({"boxes": Boxes(), "more": Boxes()})({"boxes": raw, "more": raw}, canvas)

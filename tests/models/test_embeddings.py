@@ -33,29 +33,29 @@ def test_logits_depend_on_offsets_alone(grid):
     assert torch.stack([logits[0] for logits in by_offset.values()]).std() > 0.1
 
 
-def test_turning_changes_no_norm_and_nothing_at_the_origin():
+def test_rotation_keeps_norms_and_the_origin():
     x = torch.randn(2, 6, 7, 3, 8)
     turned = Rotary(8)(x)
     assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
     assert torch.equal(turned[:, 0, 0], x[:, 0, 0]) and not torch.allclose(turned[:, 0, 1], x[:, 0, 1], atol=0.1)
 
 
-def test_the_axes_are_told_apart():
+def test_rotary_distinguishes_the_axes():
     turned = Rotary(8)(torch.randn(8).expand(1, 4, 4, 1, 8))[0, :, :, 0]
     assert torch.pdist(turned.flatten(0, 1)).min() > 0.1  # every place is another
     origin, down, right = turned[0, 0], turned[1, 0], turned[0, 1]
     assert abs(origin @ down - origin @ right) > 0.01
 
 
-def test_bfloat16_stays_and_neighbours_far_out_stay_apart():
+def test_bfloat16_inputs_resolve_distant_neighbours():
     x = torch.randn(8).bfloat16().expand(1, 3000, 1, 8)
     turned = Rotary(8, axes=1)(x)
     assert turned.dtype == torch.bfloat16 and torch.equal(turned, Rotary(8, axes=1)(x.float()).bfloat16())
     assert (turned[:, 1:] - turned[:, :-1]).float().norm(dim=-1).min() > 0.1
 
 
-def test_a_head_that_does_not_split_and_a_grid_of_other_axes_are_refused():
-    with pytest.raises(ValueError, match="width 6 cannot be turned along 2 axes.* a multiple of 4"):
+def test_rotary_rejects_odd_head_widths_and_other_grid_axes():
+    with pytest.raises(ValueError, match="width 6 cannot be rotated along 2 axes.* a multiple of 4"):
         Rotary(6)
     Rotary(6, axes=1)
     with pytest.raises(ValueError, match="a grid of 1 axes, wanted 2: build Rotary with axes=1"):
@@ -63,7 +63,7 @@ def test_a_head_that_does_not_split_and_a_grid_of_other_axes_are_refused():
 
 
 @pytest.mark.parametrize("grid, kernel", [((6,), (3,)), ((4, 3), (4, 3)), ((5, 4), (2, 3)), ((3, 2), (4, 5))])
-def test_a_bias_belongs_to_its_offset_and_the_outermost_to_all_beyond(grid, kernel):
+def test_bias_is_by_offset_and_the_outermost_covers_all_beyond(grid, kernel):
     module, places = RelativeBias(2, kernel), list(itertools.product(*map(range, grid)))
     assert module.table.shape == (2, *(2 * k - 1 for k in kernel))
     found, used = module(grid), torch.zeros_like(module.table)
@@ -77,14 +77,14 @@ def test_a_bias_belongs_to_its_offset_and_the_outermost_to_all_beyond(grid, kern
     assert (used == 0).any() == (grid == (3, 2))
 
 
-def test_a_bias_starts_small_and_is_told_apart_by_heads():
+def test_a_bias_starts_small_and_differs_between_heads():
     table = RelativeBias(8, (15, 15)).table
     assert table.std().item() == pytest.approx(0.02, rel=0.05) and abs(table.mean().item()) < 0.001
     assert torch.pdist(table.flatten(1)).min() > 0.1
 
 
 @pytest.mark.parametrize("make", [lambda: Rotary(8), lambda: RelativeBias(2, (3, 3))])
-def test_they_compile_as_one_graph_for_every_grid_and_train_after_inference_mode(make, monkeypatch):
+def test_positions_compile_whole_and_train_after_inference(make, monkeypatch):
     monkeypatch.setattr(tables, "CACHE", {})
     torch._dynamo.reset()
     module = make()

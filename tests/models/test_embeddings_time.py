@@ -1,4 +1,4 @@
-"""The embedding of the time against its formula."""
+"""The time embedding against its formula."""
 
 import math
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from models.embeddings import TimeEmbedding, sinusoidal_embedding
 
 
-def test_sinusoids_are_cosines_and_then_sines_at_falling_speeds():
+def test_sinusoids_are_cosines_then_sines_at_falling_frequencies():
     t, waves = torch.tensor([0.0, 3.0, 250.5]), sinusoidal_embedding(torch.tensor([0.0, 3.0, 250.5]), 8)
     for j in range(4):
         speed = 10_000 ** (-j / 4)
@@ -18,7 +18,7 @@ def test_sinusoids_are_cosines_and_then_sines_at_falling_speeds():
             assert waves[i, 4 + j].item() == pytest.approx(math.sin(t[i].item() * speed), abs=1e-5)
 
 
-def test_whole_steps_are_times_as_any_other():
+def test_integer_steps_embed_like_real_times():
     steps = torch.tensor([0, 7, 999])
     assert torch.equal(sinusoidal_embedding(steps, 6), sinusoidal_embedding(steps.float(), 6))
     assert (
@@ -27,7 +27,7 @@ def test_whole_steps_are_times_as_any_other():
     )
 
 
-def test_neighbouring_steps_of_four_thousand_are_told_apart():
+def test_neighbouring_steps_of_four_thousand_differ():
     waves = sinusoidal_embedding(torch.arange(4000), 32)
     assert (waves[1:] - waves[:-1]).norm(dim=1).min() > 0.5
 

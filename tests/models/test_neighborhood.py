@@ -119,7 +119,7 @@ MANY_TILES = [
 
 
 @pytest.mark.parametrize("case", MANY_TILES)
-def test_so_it_is_with_many_tiles_in_double_and_single_precision(case):
+def test_backends_agree_with_many_tiles_in_both_precisions(case):
     inputs = case.inputs()
     wanted = with_gradients(lambda *x: by_definition(case, *x), inputs)
     single = [x.detach().float().requires_grad_() for x in inputs]
@@ -129,7 +129,7 @@ def test_so_it_is_with_many_tiles_in_double_and_single_precision(case):
 
 
 @pytest.mark.parametrize("part", [1, 3, 16])
-def test_so_many_tiles_at_a_time_change_nothing(part, monkeypatch):
+def test_the_number_of_tiles_per_chunk_changes_nothing(part, monkeypatch):
     case = Case((23, 19), (5, 3), (1, 2), (False, True), batch=2, shared=2)
     inputs, found = case.inputs(), []
     for size in (part, 10**6):
@@ -151,7 +151,7 @@ def test_its_gradients_are_those_of_finite_differences(case, backend):
 
 
 @with_backends
-def test_bfloat16_is_double_precision_rounded_and_the_bias_may_stay_in_float32(backend):
+def test_bfloat16_matches_float64_and_the_bias_may_be_float32(backend):
     case = Case((17, 19), (3, 5), (1, 2), (False, False), shared=2)
     *x, bias = case.inputs(torch.float32)
     inputs = [*(part.detach().bfloat16().requires_grad_() for part in x), bias]
@@ -186,7 +186,7 @@ def test_every_query_sees_kernel_size_keys_per_axis(backend):
 
 
 @with_backends
-def test_along_a_causal_axis_the_first_queries_see_fewer_keys_and_none_sees_the_future(backend):
+def test_a_causal_axis_hides_the_future_and_shrinks_at_0(backend):
     seen = (weights((11, 9), 3, 2, (True, False), backend=backend) > 0).view(11, 9, 11, 9)
     rows = torch.arange(11)
     assert torch.equal(seen.any(3).sum(-1), (rows // 2 + 1).clamp(max=3)[:, None].expand(11, 9))
@@ -216,7 +216,7 @@ def test_auto_works_under_autocast(grid, bias):
 @pytest.mark.slow
 @with_bias
 @with_backends
-def test_it_compiles_as_one_graph_also_for_other_batches_and_grids(backend, bias):
+def test_it_compiles_without_breaks_for_any_batch_and_grid(backend, bias):
     torch._dynamo.reset()
     graph = torch.compile(
         lambda *x: attention_2d(*x[:3], 3, 2, backend=backend, bias=x[3] if bias else None),
@@ -244,7 +244,7 @@ class LargestTensor(TorchDispatchMode):
 
 @with_bias
 @pytest.mark.parametrize("backend, growth", [("tiled", 4), ("dense", 16)])
-def test_memory_is_linear_in_the_tokens_with_tiles_and_quadratic_without(backend, growth, bias, monkeypatch):
+def test_memory_is_linear_with_tiles_and_quadratic_without(backend, growth, bias, monkeypatch):
     monkeypatch.setattr(neighborhood_tiles, "TILES_PER_CHUNK", 10**6)  # all tiles at once
     sizes = []
     for side in (16, 32, 64)[: 3 if backend == "tiled" else 2]:
@@ -288,7 +288,7 @@ def test_the_oldest_tables_make_room(monkeypatch):
 
 @with_backends
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
-def test_what_a_tracer_leaves_behind_hurts_nobody(device, backend, monkeypatch):
+def test_fake_tensors_are_never_cached(device, backend, monkeypatch):
     monkeypatch.setattr(tables, "CACHE", {})
     case = Case((16, 16), (3, 3), (1, 1), (False, False))
     inputs = [x.detach() for x in case.inputs()]

@@ -73,7 +73,7 @@ def test_heads_left_over_go_to_the_last_groups(heads, groups, split):
 
 
 @pytest.mark.parametrize("backend, launches", [("dense", 1), ("tiled", 3), ("auto", 3)])
-def test_dense_is_one_launch_for_all_groups_and_the_others_one_per_group(backend, launches, monkeypatch):
+def test_dense_groups_share_one_launch_and_others_need_one_each(backend, launches, monkeypatch):
     original, lengths = F.scaled_dot_product_attention, []
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda q, *x, **kw: lengths.append(q.shape[2]) or original(q, *x, **kw)
@@ -89,8 +89,8 @@ def test_dense_is_one_launch_for_all_groups_and_the_others_one_per_group(backend
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"kernel_sizes": [3, 5], "dilations": [1, 2, 3]}, "wanted as many, or one for all"),
-        ({"kernel_sizes": []}, "wanted as many, or one for all"),
+        ({"kernel_sizes": [3, 5], "dilations": [1, 2, 3]}, "wanted equally many, or one for all"),
+        ({"kernel_sizes": []}, "wanted equally many, or one for all"),
         ({"kernel_sizes": [3, 5], "heads": [1, 1]}, r"got heads \[1, 1\], wanted 2 numbers that add up to 3"),
         ({"kernel_sizes": [3, 5], "heads": [3]}, "wanted 2 numbers that add up to 3"),
         ({"kernel_sizes": [3, 5], "heads": [0, 3]}, "wanted 2 numbers that add up to 3"),
@@ -157,7 +157,7 @@ def test_the_module_also_works_along_one_axis():
 
 
 @pytest.mark.parametrize("method", ["forward", "attention_map"])
-def test_the_module_refuses_a_mask_and_a_window_that_does_not_fit(method):
+def test_the_module_rejects_masks_and_windows_that_do_not_fit(method):
     x = query_key_value(16, 14, heads=5, shared=2)
     call = getattr(module(), method)
     with pytest.raises(ValueError, match="whose windows are its mask"):

@@ -1,4 +1,4 @@
-"""What is refused; which backend "auto" is; NATTEN as a judge of ours, and as a backend; all of them on a GPU."""
+"""Rejected arguments, the choice of "auto", and NATTEN as reference and backend, also on a GPU."""
 
 import re
 import sys
@@ -80,8 +80,8 @@ def test_options_that_make_no_sense_are_refused(options, message):
         ([(1, 9, 9, 2, 4), (1, 9, 9, 2, 4), (1, 9, 2, 4)], r"value \(1, 9, 2, 4\): wanted \(B, H, W, heads, d\)"),
         ([(1, 9, 9, 2, 4), (1, 9, 8, 2, 4), (1, 9, 8, 2, 4)], "wanted the same batch and grid"),
         ([(2, 9, 9, 2, 4), (2, 9, 9, 2, 4), (1, 9, 9, 2, 4)], "wanted the same batch and grid"),
-        ([(1, 9, 9, 3, 4), (1, 9, 9, 2, 4), (1, 9, 9, 2, 4)], "wanted as many heads in each, or a multiple in query"),
-        ([(1, 9, 9, 2, 4), (1, 9, 9, 2, 4), (1, 9, 9, 1, 4)], "wanted as many heads in each"),
+        ([(1, 9, 9, 3, 4), (1, 9, 9, 2, 4), (1, 9, 9, 2, 4)], "wanted equal numbers of heads, or a multiple in query"),
+        ([(1, 9, 9, 2, 4), (1, 9, 9, 2, 4), (1, 9, 9, 1, 4)], "wanted equal numbers of heads"),
         ([(1, 9, 9, 2, 4), (1, 9, 9, 2, 5), (1, 9, 9, 2, 4)], "one width d"),
     ],
 )
@@ -90,7 +90,7 @@ def test_tensors_that_do_not_belong_together_are_refused(shapes, message):
         attention_2d(*map(torch.zeros, shapes), 3)
 
 
-def test_a_picture_is_no_sequence():
+def test_images_are_rejected_by_1d_attention():
     with pytest.raises(ValueError, match=r"wanted \(B, L, heads, d\) each"):
         attention_1d(*torch.zeros(3, 1, 9, 9, 2, 4), 3)
 
@@ -105,14 +105,14 @@ def test_a_picture_is_no_sequence():
         ((130,), 3, "tiled", "tiled"),
     ],
 )
-def test_auto_makes_tiles_where_they_compare_fewer_pairs_than_the_whole_grid(grid, kernel, single, half):
+def test_auto_chooses_tiles_if_they_compare_fewer_pairs(grid, kernel, single, half):
     group, q = Group(make_window(grid, kernel, 1), 1), torch.zeros(1, *grid, 1, 1)
     assert (resolve_backend("auto", q, group), resolve_backend("auto", q.bfloat16(), group)) == (single, half)
     assert keys_per_tile(grid, group.window) == TileTables(*build_tables(grid, group.window)).visible.shape[-1]
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_auto_leaves_a_gpu_to_natten_where_it_is_compiled_and_can_do_it(compiled, monkeypatch):
+def test_auto_chooses_natten_on_a_gpu_that_supports_it(compiled, monkeypatch):
     monkeypatch.setattr(neighborhood, "natten_is_compiled", lambda: compiled)
     window = make_window((16, 16), 3, 1)
     with FakeTensorMode():
@@ -151,7 +151,7 @@ CASES = [  # grid, kernel_size, dilation, is_causal; natten's own limits: kernel
 @quiet
 @torch.no_grad()
 @pytest.mark.parametrize("grid, kernel, dilation, causal", CASES)
-def test_it_is_what_natten_does(grid, kernel, dilation, causal, natten):
+def test_it_agrees_with_natten(grid, kernel, dilation, causal, natten):
     x = query_key_value(grid)
     theirs, ours = (natten.na1d, attention_1d) if len(grid) == 1 else (natten.na2d, attention_2d)
     wanted = theirs(*x, kernel, dilation=dilation, is_causal=causal)
@@ -163,7 +163,7 @@ def test_it_is_what_natten_does(grid, kernel, dilation, causal, natten):
 @torch.no_grad()
 @pytest.mark.parametrize("value_width", [8, 16, 32, 5])
 @pytest.mark.parametrize("scale", [None, 0.7])
-def test_natten_takes_grouped_queries_a_scale_and_values_of_any_width(value_width, scale, natten):
+def test_natten_supports_grouped_queries_scales_and_value_widths(value_width, scale, natten):
     q, k, v = query_key_value((9, 8), value_width=value_width)
     q = torch.randn(2, 9, 8, 6, 16)
     found, wanted = (attention_2d(q, k, v, 3, 2, scale=scale, backend=backend) for backend in ("natten", "dense"))
@@ -189,7 +189,7 @@ def test_natten_takes_a_group_of_heads_at_a_time(natten):
         ({"requires_grad": True}, 'no backward on a CPU: choose "tiled", "dense" or "auto"'),
     ],
 )
-def test_what_natten_cannot_do_is_refused(options, message, natten):
+def test_what_natten_does_not_support_is_rejected(options, message, natten):
     made = {name: options[name] for name in ("width", "requires_grad") if name in options}
     asked = {"kernel_size": 3} | {name: value for name, value in options.items() if name not in made}
     with pytest.raises(ValueError, match=message):

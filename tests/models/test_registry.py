@@ -1,4 +1,4 @@
-"""Parts by name, and classes of one's own by their dotted path."""
+"""Classes by registered name and by dotted path."""
 
 import sys
 import types
@@ -34,7 +34,7 @@ def find(name, contract=(EmbedBlock,)):
     return resolve_class(name, KNOWN, contract, "res_block_type")
 
 
-def test_a_known_name_is_its_class():
+def test_a_registered_name_is_its_class():
     assert find("basic") is ResBlock
 
 
@@ -56,17 +56,17 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_with_a_name_is_said(name):
+def test_errors_say_what_is_wrong_with_a_name(name):
     with pytest.raises(ValueError, match=WRONG[name]):
         find(name)
 
 
-def test_a_class_of_another_contract_is_refused_with_those_that_serve():
+def test_a_class_with_the_wrong_base_is_rejected():
     with pytest.raises(ValueError, match="no subclass of ConditionBlock;"):
         find("mine.Mine", (ConditionBlock,))
 
 
-def test_what_a_users_module_lacks_is_the_users_own_error(tmp_path, monkeypatch):
+def test_missing_imports_of_a_users_module_are_not_masked(tmp_path, monkeypatch):
     (tmp_path / "needy.py").write_text("import something_not_installed\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="something_not_installed"):

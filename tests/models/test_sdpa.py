@@ -1,4 +1,4 @@
-"""Softmax attention against its formula in float64; its two paths; what a mask hides."""
+"""Softmax attention against its formula in float64; fused and unfused paths; masks."""
 
 import math
 
@@ -83,7 +83,7 @@ def test_the_two_paths_agree_forward_and_backward(kind, causal, monkeypatch):
         assert torch.allclose(fused.float(), written.float(), atol=0.02 * fused.abs().max().item())
 
 
-def test_bfloat16_on_a_cpu_is_written_out_up_to_many_keys_and_float32_is_fused(monkeypatch):
+def test_bfloat16_on_cpu_is_unfused_up_to_a_limit_float32_fused(monkeypatch):
     fused = []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, *a, **kw: fused.append(q.dtype) or v)
     for dtype in (FUSED, WRITTEN):
@@ -97,7 +97,7 @@ def test_bfloat16_on_a_cpu_is_written_out_up_to_many_keys_and_float32_is_fused(m
 @pytest.mark.parametrize("rows", [slice(BLIND, BLIND + 1), slice(None)], ids=["one", "all"])
 @pytest.mark.parametrize("kind", ["bool", "added"])
 @pytest.mark.parametrize("dtype", [FUSED, WRITTEN, torch.float64])
-def test_a_query_that_sees_nothing_gets_zeros_and_gives_no_gradient(dtype, kind, rows):
+def test_a_fully_masked_query_has_zero_output_and_gradient(dtype, kind, rows):
     seen = torch.ones(B, 1, N, M, dtype=torch.bool)
     seen[:, :, rows] = False
     mask = seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
@@ -112,7 +112,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_gives_no_gradient(dtype, kind,
 @pytest.mark.parametrize("value_width", [3, 8, 20])
 @pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize("dtype", [FUSED, WRITTEN])
-def test_the_scale_is_that_of_the_queries_whatever_the_width_of_the_values(dtype, scale, value_width):
+def test_the_scale_depends_on_the_query_width_alone(dtype, scale, value_width):
     inputs = query_key_value(dtype, value_width)
     out = attend(*inputs, scale=scale)
     assert out.shape == (B, HEADS, N, value_width)
@@ -122,7 +122,7 @@ def test_the_scale_is_that_of_the_queries_whatever_the_width_of_the_values(dtype
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", ["none", "bool", "added", "added in float64"])
 @pytest.mark.parametrize("dtype", [FUSED, WRITTEN, torch.float64])
-def test_attention_gathers_values_by_its_map(dtype, kind, causal):
+def test_attention_is_its_map_times_the_values(dtype, kind, causal):
     precise = torch.float64 if kind == "added in float64" else torch.float32
     mask = None if kind == "none" else mask_of(kind, (B, 1, N, M), precise)
     q, k, v = query_key_value(dtype)

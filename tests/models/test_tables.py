@@ -1,4 +1,4 @@
-"""Tables that depend on a shape alone."""
+"""Cached tables."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The transformer over codes: its size, its start, what its classes and positions do."""
+"""The transformer over codes: size, initialisation, classes, positions and canvases."""
 
 import math
 
@@ -32,7 +32,7 @@ def partly_masked(batch=4):
     return torch.randint(0, CODES + 1, (batch, *GRID), generator=torch.Generator().manual_seed(0))
 
 
-def test_the_size_is_the_published_one_less_an_unused_start_token():
+def test_the_size_is_as_published_without_the_start_token():
     with torch.device("meta"):
         network = Transformer(codes=1024, grid=(16, 16), width=512, heads=8, layers=24)
     assert count_parameters(network) == 76_838_912 - 512
@@ -50,7 +50,7 @@ def test_training_starts_at_the_loss_of_a_uniform_guess():
     assert logits.logsumexp(-1).mean().sub(logits.mean()).item() == pytest.approx(math.log(64), rel=0.02)
 
 
-def test_writers_into_the_residual_stream_start_smaller_with_depth():
+def test_residual_projections_start_smaller_with_depth():
     network = transformer(width=64, layers=8)
     for block in network.blocks:
         for writer in (block.attention.proj, block.contract):
@@ -58,13 +58,13 @@ def test_writers_into_the_residual_stream_start_smaller_with_depth():
         assert block.expand.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_a_block_adds_attention_and_then_an_mlp_of_what_it_has_normed():
+def test_a_block_adds_attention_then_an_mlp_of_normed_inputs():
     block, x = TransformerBlock(Attention(16, 2), adaptive=False), torch.randn(2, 5, 16)
     h = x + block.attention(block.norm1(x))
     assert torch.allclose(block(x), h + block.contract(F.gelu(block.expand(block.norm2(h)))), atol=1e-5)
 
 
-def test_an_adaptive_block_shifts_scales_and_gates_by_its_condition():
+def test_an_adaptive_block_shifts_scales_and_gates():
     block, x, condition = TransformerBlock(Attention(16, 2), adaptive=True), torch.randn(2, 5, 16), torch.randn(2, 16)
     shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(F.silu(condition)).unsqueeze(1).split(16, dim=-1)
     normed = F.layer_norm(x, (16,))
@@ -95,14 +95,14 @@ def test_each_example_follows_its_own_label():
     assert torch.pdist(same.flatten(1)).min() > 0.1  # every class, the null class too, says something else
 
 
-def test_only_positions_tell_masked_codes_apart():
+def test_only_positions_distinguish_masked_codes():
     network, masks = trained(), torch.full((1, *GRID), CODES)
     assert torch.pdist(network(masks)[0].flatten(0, 1)).min() > 0.1
     nn.init.zeros_(network.position)
     assert torch.allclose(network(masks), network(masks)[:, :1, :1].expand(-1, *GRID, -1), atol=1e-4)
 
 
-def test_without_positions_the_network_is_permutation_equivariant():
+def test_without_positions_it_is_permutation_equivariant():
     network, ids, order = trained(), partly_masked(), torch.randperm(12, generator=torch.Generator().manual_seed(1))
     moved = ids.flatten(1)[:, order].view_as(ids)
     assert not torch.allclose(network(moved).flatten(1, 2), network(ids).flatten(1, 2)[:, order], atol=0.1)
@@ -163,7 +163,7 @@ def test_with_relative_positions_any_canvas_is_one_pass(attention):
 
 
 @pytest.mark.parametrize("position", ["rope", "bias"])
-def test_far_from_the_border_a_shifted_canvas_gives_shifted_logits(position):
+def test_away_from_borders_shifted_ids_give_shifted_logits(position):
     """Two layers of 3 x 3 windows: what is four codes from every border does not know where it is."""
     attention = AttentionConfig(position=position, attention="neighborhood", kernel_sizes=(3,))
     network, canvas = trained(attention=attention), torch.randint(0, CODES + 1, (1, 13, 14))
@@ -173,7 +173,7 @@ def test_far_from_the_border_a_shifted_canvas_gives_shifted_logits(position):
 
 
 @pytest.mark.parametrize("position", ["rope", "bias", "none"])
-def test_relative_positions_tell_offsets_apart_and_none_tells_nothing(position):
+def test_relative_positions_distinguish_offsets_none_does_not(position):
     network, ids = trained(attention=AttentionConfig(position=position)), partly_masked(1)
     moved = ids.roll(1, dims=2)
     same = torch.allclose(network(moved), network(ids).roll(1, dims=2), atol=1e-3)
@@ -198,7 +198,7 @@ def test_the_feed_forward_ratio_makes_up_for_the_second_query():
     assert abs(even - plain) < 0.01 * plain
 
 
-def test_a_window_larger_than_the_grid_is_refused_when_the_network_is_built():
+def test_a_window_larger_than_the_grid_is_rejected_at_build_time():
     with pytest.raises(ValueError, match="does not fit the height of 3"):
         transformer(attention=AttentionConfig(attention="neighborhood", kernel_sizes=(5,)))
 

@@ -1,4 +1,4 @@
-"""The causal transformer: what each code may know, and that a memory changes nothing but the work."""
+"""The causal transformer: which codes a prediction depends on, and decoding with a KV cache."""
 
 import itertools
 
@@ -41,7 +41,7 @@ def step_by_step(network, ids, labels, stops, kv_cache=None):
 
 
 @every_kind
-def test_a_code_is_predicted_from_those_before_it_and_from_all_of_them(attention):
+def test_a_code_depends_on_all_codes_before_it_and_no_others(attention):
     network, ids = trained(attention=attention), codes(1)
     before = network(ids).flatten(1, 2)
     for place in range(N):
@@ -51,7 +51,7 @@ def test_a_code_is_predicted_from_those_before_it_and_from_all_of_them(attention
         assert not moved[: place + 1].any() and (moved[place + 1 :] > 1e-7).all()
 
 
-def test_the_first_code_is_predicted_from_the_start_token_and_the_class():
+def test_the_first_code_depends_on_start_token_and_class():
     network, ids = trained(), codes()
     first = network(ids, {"label": torch.arange(3)})[:, 0, 0]
     assert (
@@ -62,7 +62,7 @@ def test_the_first_code_is_predicted_from_the_start_token_and_the_class():
     assert not torch.allclose(network(ids, {"label": torch.arange(3)})[:, 0, 0], first)
 
 
-def test_at_each_place_stands_the_code_before_it_beside_the_position_of_the_place():
+def test_the_input_is_the_previous_code_at_the_current_position():
     network, ids = trained(layers=1), codes(1)
     seen = []
     network.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
@@ -74,21 +74,21 @@ def test_at_each_place_stands_the_code_before_it_beside_the_position_of_the_plac
 
 @every_kind
 @pytest.mark.parametrize("stops", [list(range(N)), [0, 1, 5, 6, 11], [4, 11]], ids=["one by one", "some", "few"])
-def test_with_a_memory_logits_are_those_of_the_whole(attention, stops):
+def test_cached_logits_equal_those_of_the_full_sequence(attention, stops):
     network, ids, labels = trained(attention=attention), codes(), torch.tensor([0, 2, CLASSES])
     wanted = network(ids, {"label": labels}).flatten(1, 2)[:, stops]
     assert torch.allclose(step_by_step(network, ids, labels, stops), wanted, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("options", [{"attention": AttentionConfig(qk_norm=True, position="rope")}, {"n_classes": 0}])
-def test_so_they_are_with_other_options(options):
+def test_cached_logits_agree_with_other_options(options):
     network, ids = trained(tied_head=True, **options), codes()
     wanted = network(ids).flatten(1, 2)
     assert torch.allclose(step_by_step(network, ids, None, range(N)), wanted, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("n_classes", [0, CLASSES])
-def test_with_a_memory_nothing_is_read_twice_and_nothing_made_anew(n_classes):
+def test_a_kv_cache_reads_no_code_twice_and_reallocates_nothing(n_classes):
     network, ids, read, kept = trained(n_classes), codes(), [], set()
     kv_cache = KVCache(GRID)
     network.blocks[1].register_forward_pre_hook(lambda block, args: read.append(args[0].shape[1]))
@@ -99,18 +99,18 @@ def test_with_a_memory_nothing_is_read_twice_and_nothing_made_anew(n_classes):
     assert [cache.keys.shape for cache in kv_cache.layers] == [(3, N, 2, 8)] * 2
 
 
-def test_sequences_may_drop_out_of_a_memory_and_the_others_do_not_notice():
+def test_dropping_sequences_from_a_kv_cache_keeps_the_others():
     network, ids, labels = trained(), codes(4), torch.arange(4)
     wanted, kv_cache = network(ids, {"label": labels}).flatten(1, 2), KVCache(GRID)
     names = torch.tensor([10, 11, 12, 13])
     for stop, rows in enumerate([[0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 3], [0, 2, 3], [3, 0], [3, 0], [0]]):
         found = network(ids.flatten(1)[rows, :stop], {"label": labels[rows]}, kv_cache.keep_rows(names[rows]))
         assert torch.allclose(found, wanted[rows, stop], rtol=0, atol=1e-10)
-    with pytest.raises(ValueError, match=r"got sequences \[10, 11\], this memory holds \[10\]: make a new one"):
+    with pytest.raises(ValueError, match=r"got sequences \[10, 11\], this KV cache holds \[10\]: create a new one"):
         kv_cache.keep_rows(names[:2])
 
 
-def test_what_a_step_looks_at_is_a_row_of_the_whole_map():
+def test_the_map_of_a_step_is_a_row_of_the_full_map():
     network, ids = trained(), codes()
     with record_maps(network) as whole:
         network(ids)
@@ -133,11 +133,11 @@ def test_what_cannot_be_causal_is_refused(wrong):
         trained(attention=AttentionConfig(**wrong))
 
 
-def test_a_memory_wants_more_codes_than_it_has_and_the_grid_of_the_positions():
+def test_a_kv_cache_rejects_too_few_codes_and_other_grids():
     network, line, kv_cache = trained(), codes().flatten(1), KVCache(GRID)
     network(line[:, :4], None, kv_cache)
     for count in (4, 3, 12):
-        with pytest.raises(ValueError, match=rf"got {count} codes of a grid of \(3, 4\), of which 5 are read"):
+        with pytest.raises(ValueError, match=rf"got {count} codes of a grid of \(3, 4\), of which 5 are cached"):
             network(line[:, :count], None, kv_cache)
     with pytest.raises(ValueError, match=r"grid of \(3, 4\), got \(4, 3\)"):
         network(line[:, :1], None, KVCache((4, 3)))

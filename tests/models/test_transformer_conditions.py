@@ -1,4 +1,4 @@
-"""What transformers are told: vectors, tokens, maps, the time, and residuals of control branches."""
+"""Conditions of transformers: vectors, tokens, maps, the time, and residuals of control branches."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def reference(classes):
 
 @NETWORKS
 @pytest.mark.parametrize("classes", [0, CLASSES])
-def test_names_order_and_first_weights_are_those_of_earlier_versions(kind, classes):
+def test_weight_names_order_and_initial_values_are_stable(kind, classes):
     torch.manual_seed(0)
     wanted = reference(classes)
     torch.manual_seed(0)
@@ -151,7 +151,7 @@ def test_a_block_attends_to_tokens_between_attention_and_mlp(adaptive):
         block(x, emb)
 
 
-def test_a_place_sees_the_words_of_its_regions_and_where_there_are_none_nothing_is_added():
+def test_cells_attend_to_the_words_of_their_regions_only():
     block, condition = woken(made(encoders={"words": Words()})).blocks[0], region_condition()
     x = torch.randn(1, *GRID, WIDTH, dtype=torch.float64)
     added = block.cross_attend(x, condition.context(*GRID)) - x
@@ -215,7 +215,7 @@ def test_an_image_counts_with_all_its_pixels():
     assert Condition.cat([null, condition]).map().shape == (2 * B, 1, *GRID)
 
 
-def test_a_map_is_added_to_the_embeddings_and_averaged_over_cells():
+def test_a_map_is_averaged_over_cells_and_added_to_embeddings():
     network, image = woken(made(encoders={"image": ImageEncoder(2)})), torch.randn(B, 2, *GRID).double()
     seen = []
     network.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
@@ -251,7 +251,7 @@ def test_the_time_is_an_option_of_its_own(kind):
         timed(codes())
     with pytest.raises(ValueError, match=r"got t \(1,\) for 3 grids"):
         timed(codes(), t=t[:1])
-    with pytest.raises(ValueError, match="got t for a transformer that sees no time"):
+    with pytest.raises(ValueError, match="got t for a transformer that takes no time"):
         plain(codes(), t=t)
 
 
@@ -276,7 +276,7 @@ def everything(network):
 
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize("stops", [list(range(12)), [0, 1, 5, 6, 11]], ids=["one by one", "some"])
-def test_with_a_memory_logits_are_those_of_the_whole(position, stops):
+def test_cached_logits_equal_those_of_the_full_sequence(position, stops):
     network = woken(made(CausalTransformer, attention=AttentionConfig(position=position), time_scale=10.0))
     (condition, options), kv_cache, ids = everything(network), KVCache(GRID), codes()
     wanted = network(ids, condition, **options).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Normed queries and keys, blocks that start as nothing, and a head made of the codes' embeddings."""
+"""Options of the transformer: qk_norm, zero_init and tied_head."""
 
 import math
 
@@ -26,7 +26,7 @@ def ids(batch=4):
 
 
 @pytest.mark.parametrize("option", [{"attention": NORMED}, {"zero_init": True}, {"tied_head": True}])
-def test_an_option_left_out_changes_no_weight_and_taken_only_what_it_means(option):
+def test_options_change_only_their_own_weights(option):
     plain, other = transformer().state_dict(), transformer(**option).state_dict()
     new = {key for key in other if key not in plain}
     gone = {key for key in plain if key not in other}
@@ -42,7 +42,7 @@ def test_an_option_left_out_changes_no_weight_and_taken_only_what_it_means(optio
 
 
 @pytest.mark.parametrize("kind", ["softmax", "diff_v1", "diff_v2"])
-def test_with_normed_queries_and_keys_logits_stay_bounded_however_large_they_are(kind):
+def test_qk_norm_bounds_the_logits(kind):
     network = transformer(attention=AttentionConfig(qk_norm=True, attention_type=kind))
     layer = network.blocks[0].attention
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_with_normed_queries_and_keys_logits_stay_bounded_however_large_they_are
 
 
 @pytest.mark.parametrize("n_classes", [0, CLASSES])
-def test_blocks_that_start_at_zero_add_nothing_and_yet_all_weights_learn(n_classes):
+def test_zero_init_blocks_add_nothing_and_all_weights_learn(n_classes):
     network = transformer(zero_init=True, n_classes=n_classes)
     seen = network.code(ids()) + network.position
     assert torch.equal(network(ids()), network.head(network.norm(seen)))
@@ -72,7 +72,7 @@ def test_blocks_that_start_at_zero_add_nothing_and_yet_all_weights_learn(n_class
     assert still == []
 
 
-def test_gates_start_at_one_where_what_they_let_through_starts_at_zero():
+def test_gates_start_at_one_with_zero_init():
     for zero_init in (False, True):
         bias = transformer(zero_init=zero_init, n_classes=CLASSES).blocks[0].modulation.bias.view(6, 16)
         assert [row.unique().tolist() for row in bias] == [[float(zero_init and i in (2, 5))] for i in range(6)]

@@ -1,4 +1,4 @@
-"""The UNet: its size, its start, how it is entered, and what its options do."""
+"""The UNet: size, initialisation, access to its parts, and options."""
 
 import pytest
 import torch
@@ -112,7 +112,7 @@ def test_a_network_of_one_level_is_its_formula():
     assert torch.allclose(network(x, t), network.conv_out(F.silu(network.norm(h))), atol=1e-6)
 
 
-def test_levels_have_their_blocks_and_attention_stands_at_its_factors():
+def test_levels_have_their_blocks_and_attention_at_its_factors():
     network = unet(channel_mults=(1, 2, 2), res_blocks=2, attn_factors=(1, 4))
     with record_maps(network) as maps:
         network(*batch())
@@ -126,7 +126,7 @@ def test_levels_have_their_blocks_and_attention_stands_at_its_factors():
     assert inside.count(ResBlock) == 3 * 1 + 2 + 3 * 2 + 4 and not {Downsample, Upsample} & {*inside}
 
 
-def test_attention_blocks_know_their_depth_and_the_middle_may_be_of_another_kind():
+def test_attention_depths_count_up_the_middle_type_may_differ():
     network = unet(attn_block_type="diff_v1", res_blocks=2)
     depths = [m.lambda_init for m in network.modules() if hasattr(m, "lambda_init")]
     assert len(depths) == 2 + 1 + 3 and depths == sorted(set(depths)) and depths[0] == pytest.approx(0.2)
@@ -154,12 +154,12 @@ def test_options_reach_the_blocks():
     assert unet(head_width=8).middle_blocks[1].attention.heads == 10
 
 
-def test_every_group_norm_has_the_epsilon_of_the_published_network():
+def test_every_group_norm_has_the_published_epsilon():
     networks = [unet(), unet(attn_block_type="transformer", resblock_updown=True)]
     assert {m.eps for n in networks for m in n.modules() if isinstance(m, nn.GroupNorm)} == {1e-5}
 
 
-def test_the_time_is_heard_by_each_example_for_itself():
+def test_each_example_uses_its_own_time():
     network, (x, t) = woken(unet()), batch()
     later = torch.stack([t[0], t[1] + 1])
     before, after = network(x, t), network(x, later)
@@ -185,7 +185,7 @@ def test_any_size_that_divides_will_do(size):
     assert network(*batch(size)).shape == (2, 3, *size)
 
 
-def test_a_size_that_does_not_divide_is_refused_with_one_that_does():
+def test_a_size_that_does_not_divide_is_rejected_with_a_remedy():
     with pytest.raises(ValueError, match="got 10 x 12 pixels for 3 levels, wanted multiples of 4: .* to 12 x 12"):
         unet(channel_mults=(1, 1, 1))(*batch((10, 12)))
 
@@ -199,7 +199,7 @@ def test_down_middle_and_up_are_forward():
     assert torch.equal(out, network(x, t, {"label": torch.tensor([1, 2])})) and len(skips) == len(network.up_blocks)
 
 
-def test_skip_residuals_are_added_to_their_skips_and_one_more_to_the_middle():
+def test_skip_residuals_are_added_to_the_skips_and_the_middle():
     network, (x, t) = woken(unet()), batch()
     emb, condition = network.embed(x, t)
     h, skips = network.down(x, emb, condition)

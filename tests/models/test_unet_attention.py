@@ -1,4 +1,4 @@
-"""Attention over feature maps: where it starts, what it computes, what a condition's tokens do."""
+"""Attention blocks of the UNet: initialisation, formulas and cross-attention."""
 
 import math
 import sys
@@ -37,7 +37,7 @@ def woken(block):
 
 
 @pytest.mark.parametrize("name", ATTENTION_BLOCKS)
-def test_every_block_starts_as_the_identity_and_then_is_something_else(name):
+def test_every_block_starts_as_the_identity_and_can_change(name):
     block, x = block_of(name), feature_map()
     assert torch.equal(block(x, None), x)
     assert torch.equal(woken(block)(x, None), x) == (name == "none")
@@ -101,7 +101,7 @@ def test_a_transformer_is_its_formula():
     assert torch.allclose(block(x, said), x + block.proj_out(h).permute(0, 3, 1, 2), atol=1e-5)
 
 
-def test_a_hidden_token_says_nothing_and_a_seen_one_does():
+def test_only_unmasked_tokens_change_the_output():
     block, x = woken(block_of("transformer", context_width=D)), feature_map()
     said, mask = condition().streams["text"].values, torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
     changed = said.clone()
@@ -110,7 +110,7 @@ def test_a_hidden_token_says_nothing_and_a_seen_one_does():
     assert (before[0] - after[0]).abs().max() > 1e-3 and torch.equal(before[1], after[1])
 
 
-def test_pixels_see_the_tokens_of_their_regions_and_where_there_are_none_nothing_is_added():
+def test_pixels_attend_to_the_tokens_of_their_regions_only():
     block, x = woken(block_of("transformer", context_width=D)), feature_map()
     masks = torch.zeros(2, 1, 16, 14, dtype=torch.bool)
     masks[:, :, :8], masks[0, 0, 15, 13] = True, True  # of one image a pixel as well, in the last of 8 x 7 cells

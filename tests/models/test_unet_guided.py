@@ -1,4 +1,4 @@
-"""Weights of the public guided-diffusion UNet in ours: the same outputs. Skipped where its fixture is not."""
+"""Weights of the public guided-diffusion UNet give its outputs; skipped without the fixture."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a UNet is told: conditions, classes of one's own, and configs that are refused."""
+"""Conditions, custom blocks and rejected configs of the UNet."""
 
 import sys
 import types
@@ -44,7 +44,7 @@ def both():
     return {"image": image.build(image.Config(condition_channels=2), 160, 0), "words": Words()}
 
 
-def test_no_label_is_the_null_class_and_every_class_says_something_else():
+def test_no_label_is_the_null_class_and_classes_differ():
     network, (x, t) = unet(n_classes=3), batch()
     assert torch.equal(network(x, t), network(x, t, {"label": torch.full((3,), 3)}))
     same = torch.stack([network(x[:1], t[:1], {"label": torch.tensor([i])}) for i in range(4)])
@@ -96,13 +96,13 @@ def test_every_weight_of_every_encoder_is_trained():
     assert all(p.grad is not None and p.grad.abs().max() > 1e-5 for p in network.parameters())
 
 
-def test_conditions_that_do_not_belong_to_the_network_are_refused():
+def test_conditions_of_another_network_are_rejected():
     network, (x, t) = unet(n_classes=3), batch()
     with pytest.raises(ValueError, match=r"got conditions \['boxes'\], this network takes: label"):
         network(x, t, {"boxes": x})
     with pytest.raises(ValueError, match=r"got conditions \['label'\], this network takes: none"):
         unet()(x, t, drop={"label": torch.zeros(3, dtype=torch.bool)})
-    with pytest.raises(ValueError, match="got a condition without label: make it by encode"):
+    with pytest.raises(ValueError, match="got a condition without label: create it with encode"):
         network(x, t, Condition())
     with pytest.raises(ValueError, match="got a condition of 2 examples for 3: take condition"):
         network(x, t, network.encode({}, x)[:2])
@@ -154,7 +154,7 @@ def mine(monkeypatch):
     monkeypatch.setitem(sys.modules, "mine", module)
 
 
-def test_a_res_block_of_ones_own_is_used(mine):
+def test_a_custom_res_block_is_used(mine):
     network = unet(res_block_type="mine.Doubled", resblock_updown=True)
     blocks = [m for m in network.modules() if isinstance(m, ResBlock)]
     assert {type(block) for block in blocks} == {Doubled} and len(blocks) == 2 + 1 + 2 + 4 + 1
@@ -164,7 +164,7 @@ def test_a_res_block_of_ones_own_is_used(mine):
 
 
 @pytest.mark.parametrize("name", ["Told", "ToldTime", "OnlyTime"])
-def test_an_attention_block_of_ones_own_is_given_what_its_contract_asks_for(mine, name):
+def test_a_custom_attention_block_gets_the_inputs_of_its_bases(mine, name):
     network, (x, t) = unet(attn_block_type=f"mine.{name}", n_classes=3), batch()
     emb, condition = network.embed(x, t)
     network(x, t, condition)
@@ -210,7 +210,7 @@ def test_a_config_that_cannot_be_is_refused(message):
         UNetConfig(**(SMALL | REFUSED[message]))
 
 
-def test_levels_may_be_fractions_of_the_width_and_heads_are_counted_by_theirs():
+def test_fractional_multipliers_set_widths_and_heads():
     made = UNetConfig(channels=64, channel_mults=(0.5, 1, 2), attn_factors=(4,), head_width=16)
     assert made.widths == [32, 64, 128] and made.factors == [1, 2, 4]
     assert [made.num_heads(width) for width in made.widths] == [2, 4, 8] and made.emb_dim == 256

@@ -1,4 +1,4 @@
-"""DiffAugment: each operation against its formula, the same for real images and reconstructions."""
+"""DiffAugment: each operation against its formula, equal for real images and reconstructions."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_colour_comes_before_translation():
 
 
 @pytest.mark.parametrize("height, width, reach", [(16, 24, (2, 3)), (32, 8, (4, 1)), (12, 3, (2, 0))])
-def test_shifts_are_whole_uniform_and_reach_an_eighth_of_each_side(height, width, reach):
+def test_shifts_are_uniform_integers_up_to_an_eighth_of_a_side(height, width, reach):
     x = torch.zeros(1, 1, height, width).expand(3000, -1, -1, -1)
     shift = Augmentation.draw(x, Streams(list(range(3000)))).shift
     for axis, most in enumerate(reach):

@@ -1,4 +1,4 @@
-"""The VQGAN autoencoder: its size, its shapes, and that its parts agree."""
+"""The VQGAN autoencoder: size, shapes, and agreement of its parts."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ def count(network, kind):
     return sum(isinstance(m, kind) for m in network.modules())
 
 
-def test_the_size_is_the_published_one_less_convolutions_never_used():
+def test_the_size_is_as_published_without_unused_layers():
     with torch.device("meta"):
         network = VQGAN(VQGANConfig(), (256, 256))
 
@@ -40,7 +40,7 @@ def test_the_size_is_the_published_one_less_convolutions_never_used():
     assert count_parameters(network.quantizer) == 262_144
 
 
-def test_levels_have_their_blocks_and_attention_stands_at_its_resolutions():
+def test_levels_have_their_blocks_and_attention_resolutions():
     network = autoencoder(VQGANConfig(nf=8, ch_mult=(1, 2, 2), res_blocks=3, attn_resolutions=(8, 4), emb_dim=6))
     seen = []
     for side, resize in [(network.encoder, Downsample), (network.decoder, Upsample)]:
@@ -79,7 +79,7 @@ def test_decoded_images_stay_in_their_range():
     assert (out[:, 0] == 1).all() and (out[:, 1] == -1).all() and (out[:, 2].abs() < 1).any()
 
 
-def test_the_reconstruction_trains_the_encoder_and_not_the_codebook():
+def test_reconstruction_trains_the_encoder_not_the_codebook():
     network = autoencoder()
     network(images())[0].square().mean().backward()
     assert all(p.grad.any() for p in network.encoder.parameters())
@@ -123,7 +123,7 @@ def test_images_that_are_not_square_make_the_round_trip(size):
     assert torch.equal(network.encode(x), codes.ids)
 
 
-def test_any_multiple_of_the_factor_is_taken_whatever_was_trained_on_and_nothing_else():
+def test_only_multiples_of_the_factor_are_accepted():
     network = autoencoder(size=(16, 24))
     for size in [(16, 16), (4, 4), (32, 20), (16, 24)]:
         x = images(size=size)
@@ -148,7 +148,7 @@ def test_attention_stands_where_the_height_says():
     assert seen[32, 16] == [(8, 4)] * 4  # the third level is 8 high, the last of all
 
 
-def test_with_unit_range_the_encoder_is_given_0_to_1_and_all_else_stays():
+def test_unit_range_feeds_the_encoder_0_to_1_and_nothing_else():
     shown, unit = autoencoder(), autoencoder(dataclasses.replace(SMALL, unit_range=True))
     unit.load_state_dict(shown.state_dict())
     x = images()
@@ -202,13 +202,16 @@ def test_the_codes_are_as_wide_as_their_kind_makes_them(settings, levels, dim):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"quantizer": "fsq", "codebook_size": 1000}, "codebook_size 1000, no power of 2.*fsq_levels"),
-        ({"quantizer": "fsq", "codebook_size": 2}, "codebook_size 2, no power of 2 from 4 on.*fsq_levels"),
+        ({"quantizer": "fsq", "codebook_size": 1000}, "codebook_size 1000 for fsq, wanted a power of 2.*fsq_levels"),
+        (
+            {"quantizer": "fsq", "codebook_size": 2},
+            "codebook_size 2 for fsq, wanted a power of 2, at least 4.*fsq_levels",
+        ),
         (
             {"quantizer": "fsq", "quantizer_config": fsq.Config(fsq_levels=(8, 8))},
             "product is 64, for codebook_size 1024: pass --codebook_size 64",
         ),
-        ({"quantizer": "fsq", "quantizer_config": fsq.Config(fsq_levels=(1024, 1))}, "levels of 2 at least"),
+        ({"quantizer": "fsq", "quantizer_config": fsq.Config(fsq_levels=(1024, 1))}, "at least 2 levels each"),
         ({"quantizer": "lfq", "codebook_size": 1000}, "codebook_size 1000 for lfq, wanted a power of 2"),
         ({"quantizer": "lfq", "codebook_size": 1}, "codebook_size 1 for lfq, wanted a power of 2"),
         ({"quantizer_config": fsq.Config()}, "options of vq.quantizers.fsq for quantizer nearest"),

@@ -1,4 +1,4 @@
-"""The PatchGAN discriminator: its size, what a logit sees, what its norms mix, what its options change."""
+"""The PatchGAN discriminator: size, receptive field, norms and options."""
 
 import copy
 from typing import get_args, get_type_hints
@@ -51,7 +51,7 @@ def test_widths_double_up_to_eight_times_the_first():
     assert [c.bias is None for c in convs] == [False, True, True, True, True, True, False]  # a norm has its own
 
 
-def test_group_norm_does_not_depend_on_the_other_images_and_batch_norm_does():
+def test_batch_norm_depends_on_other_images_and_group_norm_not():
     for norm, alike in [("group", True), ("batch", False), ("none", True)]:
         discriminator = PatchDiscriminator(3, ndf=8, layers=2, norm=norm)
         together, alone = discriminator(images()), discriminator(images()[:1])

@@ -1,4 +1,4 @@
-"""Entropies against sums over all codes, at their limits, and over processes that average gradients."""
+"""Entropies against sums over all codes, in their limits, and over several processes."""
 
 import itertools
 import math
@@ -42,7 +42,7 @@ def test_outcomes_are_products_of_their_bits(d):
     assert torch.allclose(mean_code_probs(logits), brute_outcomes(logits).mean(0), rtol=1e-12, atol=0)
 
 
-def test_gradients_of_both_entropies_are_those_of_sums_over_all_codes():
+def test_entropy_gradients_match_sums_over_all_codes():
     logits = (2 * torch.randn(9, 7, dtype=torch.float64)).requires_grad_()
     p = brute_outcomes(logits)
     each, whole = torch.special.entr(p).sum(1), torch.special.entr(p.mean(0)).sum()
@@ -74,7 +74,7 @@ def test_certain_bits_are_finite_with_their_gradients(dtype, size):
         assert total.item() == pytest.approx(math.log(2)) and not gradient.any()
 
 
-def test_what_is_cut_off_is_nothing():
+def test_bit_entropy_is_zero_at_the_logit_limit():
     for dtype in (torch.float32, torch.float64):
         at = torch.tensor([-module.MAX_LOGIT, module.MAX_LOGIT], dtype=dtype, requires_grad=True)
         h = binary_entropy(at)
@@ -82,7 +82,7 @@ def test_what_is_cut_off_is_nothing():
         assert h.tolist() == [0, 0] == at.grad.tolist()
 
 
-def test_a_code_that_nobody_chose_can_be_pulled_in():
+def test_an_unused_code_gets_an_entropy_gradient():
     p = torch.tensor([1.0, 0.0, 0.0], requires_grad=True)
     entropy(p).backward()
     assert p.grad.isfinite().all() and (p.grad[1:] > 50).all() and p.grad[0] == -1
@@ -93,7 +93,7 @@ def test_uncertain_bits_near_one_are_not_lost():
     assert code_probs(torch.tensor([[20.0]]))[0, 0] == pytest.approx(math.exp(-20), rel=1e-4)
 
 
-def test_memory_is_of_half_the_bits(monkeypatch):
+def test_memory_is_that_of_half_the_bits(monkeypatch):
     """2^16 codes: two factors of N x 256."""
     shapes, original = [], module.code_probs
     monkeypatch.setattr(module, "code_probs", lambda logits: shapes.append(original(logits).shape) or original(logits))
@@ -125,7 +125,7 @@ def test_without_training_a_process_is_by_itself():
     assert mean_over_processes(p, None) is p
 
 
-def test_the_value_is_that_of_all_processes_exactly_and_no_gradient_is_exchanged():
+def test_the_mean_is_over_all_processes_the_gradient_local():
     p, mean = torch.rand(5, requires_grad=True), torch.rand(5)
     dist = Fixed(mean)
     whole = mean_over_processes(p, StepContext(0, dist=dist))
@@ -135,7 +135,7 @@ def test_the_value_is_that_of_all_processes_exactly_and_no_gradient_is_exchanged
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_gradients_averaged_over_processes_are_those_of_the_whole(size):
+def test_gradients_averaged_over_processes_match_the_full_batch(size):
     weight = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     x = torch.randn(size, 4, 3, dtype=torch.float64)
     h = entropy((x.flatten(0, 1) @ weight).softmax(1).mean(0))

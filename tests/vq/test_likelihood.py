@@ -1,4 +1,4 @@
-"""The head that says how far images are from their reconstructions: shapes, range, and the mean beside it."""
+"""The log-variance head: shapes, bounds, and the mean of the likelihood."""
 
 import math
 
@@ -41,7 +41,7 @@ def test_the_last_layer_is_in_float32_under_autocast(decoder):
     assert not torch.equal(mean, decoder(vectors))  # the rest was not
 
 
-def test_a_new_head_fits_its_decoder_and_says_the_same_everywhere(decoder):
+def test_a_new_head_fits_its_decoder_and_starts_constant(decoder):
     mean, features = reconstruct(decoder, torch.randn(2, 3, 4, 6))
     said = build_head(decoder)(features)
     assert said.shape == mean.shape
@@ -52,7 +52,7 @@ def test_the_head_has_the_size_of_the_reference():
     assert sum(p.numel() for p in LogVarianceHead(128, 3).parameters()) == 147_971
 
 
-def test_what_a_head_says_is_of_its_place_and_its_neighbours():
+def test_a_heads_output_depends_on_a_3x3_neighbourhood():
     head = LogVarianceHead(4, 1)
     torch.nn.init.normal_(head[-1].weight)
     features = torch.randn(1, 4, 7, 7)

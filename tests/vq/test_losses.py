@@ -31,13 +31,13 @@ def test_the_hinge_loss_by_hand():
     assert hinge_loss(torch.tensor([1.0, 9.0]), torch.tensor([-1.0, -9.0])) == 0
 
 
-def test_the_hinge_loss_raises_real_and_lowers_fake_logits_until_the_margin():
+def test_the_hinge_loss_pushes_logits_up_to_the_margin():
     real, fake = (torch.tensor([-2.0, 2.0], requires_grad=True) for _ in range(2))
     hinge_loss(real, fake).backward()
     assert real.grad.tolist() == [-0.25, 0] and fake.grad.tolist() == [0, 0.25]
 
 
-def test_the_non_saturating_loss_is_the_cross_entropy_of_real_or_not():
+def test_the_non_saturating_loss_is_binary_cross_entropy():
     real, fake = logits()
     loss = non_saturating_loss(real, fake)
     s = [[1 / (1 + math.exp(-x)) for x in each.flatten().tolist()] for each in (real, fake)]

@@ -1,4 +1,4 @@
-"""LeCAM's regularization against its formula, and the averages it keeps."""
+"""LeCAM regularisation against its formula, and its moving averages."""
 
 import pytest
 import torch

@@ -109,13 +109,13 @@ def test_a_missing_library_is_an_error_with_the_remedy(monkeypatch):
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="'vgg19', wanted one of vgg, alex, squeeze, resnet50"):
         Perceptual("vgg19")
-    with pytest.raises(ValueError, match="that is to be random: leave one of them out"):
+    with pytest.raises(ValueError, match="with random weights: leave one of them out"):
         Perceptual("squeeze", trained=False, weights="x.pth")
     assert {"auto", "none", *BACKBONES} == set(get_args(get_type_hints(VQGANLossConfig)["perceptual_net"]))
 
 
 @pytest.mark.parametrize("net", ["vgg", "alex", "squeeze"])
-def test_images_that_are_too_small_are_refused_where_the_network_would_fail(fake_lpips, net):
+def test_images_too_small_for_the_network_are_rejected(fake_lpips, net):
     lpips = pytest.importorskip("lpips")
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -153,7 +153,7 @@ def of_the_features(state):
     return {name.removeprefix("features."): v for name, v in state.items() if name.startswith("features.")}
 
 
-def test_weights_come_from_a_file_whole_or_of_the_features_alone_without_a_network(offline, tmp_path, squeeze):
+def test_weights_load_offline_from_full_or_feature_files(offline, tmp_path, squeeze):
     x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
     bare = saved(tmp_path, of_the_features(squeeze))
     name, features = load_perceptual("squeeze", bare)
@@ -215,9 +215,9 @@ def test_a_file_that_holds_no_tensors_is_refused_and_not_run(offline, tmp_path, 
     with pytest.raises(ValueError, match="nothing in it was run"):
         load_perceptual("squeeze", str(path))
     torch.save({"state_dict": squeeze}, path)
-    with pytest.raises(ValueError, match="something else than named tensors"):
+    with pytest.raises(ValueError, match="not a bare state dict of named tensors"):
         load_perceptual("squeeze", str(path))
-    with pytest.raises(ValueError, match="is no file.*--perceptual_weights FILE"):
+    with pytest.raises(ValueError, match="is not a file.*--perceptual_weights FILE"):
         load_perceptual("squeeze", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="none.pth not found: wanted torchvision.*resnet50.*FILE"):
         load_perceptual("resnet50", str(tmp_path / "none.pth"))
@@ -256,7 +256,7 @@ def test_the_logits_come_from_a_file_with_or_without_counters(offline, tmp_path)
         load_perceptual("resnet50", saved(tmp_path, {n: v for n, v in state.items() if n != "fc.bias"}))
 
 
-def test_the_logits_are_those_of_images_at_224_whatever_their_size():
+def test_logits_are_of_images_resized_to_224():
     distance = LogitDistance(pretrained=False)
     distance.net = nn.Flatten()
     seen = distance.logits(torch.full((2, 3, 50, 30), 0.2)).view(2, 3, 224, 224)

@@ -1,4 +1,4 @@
-"""What quantizers share, and the nearest code learned by gradient: its choice, its two gradients, how codes count."""
+"""Operations that quantizers share, and the nearest-code quantizer: assignment, gradients, code statistics."""
 
 import math
 
@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.peak_tensor import LargestTensor
+from models.sdpa import upcast
 from vq import quantizer
 from vq.config import VQGANConfig
-from vq.quantizer import argmax_linear, count_codes, lookup, make_quantizer, nearest, perplexity, upcast, usage
+from vq.quantizer import argmax_linear, count_codes, lookup, make_quantizer, nearest, perplexity, usage
 from vq.quantizers import SingleProcess
 from vq.quantizers.nearest import Config, NearestQuantizer
 
@@ -81,7 +82,7 @@ def test_the_largest_linear_function():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_half_types_are_promoted(dtype):
+def test_half_precision_is_upcast(dtype):
     z = torch.randn(2, D, 3, 4).to(dtype)
     assert torch.equal(upcast(z), z) and upcast(z).dtype == max(dtype, torch.float32, key=lambda t: t.itemsize)
     assert torch.equal(nearest(z, torch.eye(D)), nearest(z.double(), torch.eye(D).double()))
@@ -165,12 +166,12 @@ def test_the_config_names_the_quantizer():
     assert (quantizer.codebook_weight, quantizer.commitment_weight) == (1, 0.5)
 
 
-def test_one_process_is_its_own_sum_and_mean():
+def test_sum_and_mean_of_a_single_process_are_identities():
     x = torch.randn(3)
     assert torch.equal(SingleProcess().sum(x), x) and torch.equal(SingleProcess().mean(x), x)
 
 
-def test_every_choice_is_counted():
+def test_every_assignment_is_counted():
     ids = torch.tensor([[[0, 3, 3], [1, 3, 0]]])
     assert count_codes(ids, 5).tolist() == [2, 1, 0, 3, 0] and count_codes(ids, 5).dtype == torch.float32
 

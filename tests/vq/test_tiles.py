@@ -1,4 +1,4 @@
-"""Large images in tiles: nothing is lost, counted twice or seen at the seams."""
+"""Tiled encoding and decoding: blending weights, agreement with the whole image, and seams."""
 
 from types import SimpleNamespace
 
@@ -53,7 +53,7 @@ def images(height, width, batch=2, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("size, tile, overlap", CASES)
-def test_tiles_cover_an_axis_and_share_what_is_asked(size, tile, overlap):
+def test_tiles_cover_an_axis_with_at_least_the_given_overlap(size, tile, overlap):
     starts = tile_starts(size, tile, overlap)
     assert starts[0] == 0 and starts[-1] + tile >= size and (len(starts) == 1) == (size <= tile)
     if len(starts) > 1:
@@ -66,7 +66,7 @@ def test_tiles_cover_an_axis_and_share_what_is_asked(size, tile, overlap):
 
 @pytest.mark.parametrize("scale", [1, 4])
 @pytest.mark.parametrize("size, tile, overlap", CASES)
-def test_shares_sum_to_one_and_lie_in_their_tiles(size, tile, overlap, scale):
+def test_weights_sum_to_one_and_stay_within_their_tiles(size, tile, overlap, scale):
     shares = tile_weights(size, tile, overlap, scale)
     starts = tile_starts(size, tile, overlap)
     assert shares.shape == (len(starts), size * scale) and (shares >= 0).all()
@@ -77,7 +77,7 @@ def test_shares_sum_to_one_and_lie_in_their_tiles(size, tile, overlap, scale):
         assert not share[~inside].any() and share[inside].any()
 
 
-def test_shares_change_linearly_in_the_middle_half_of_what_is_shared():
+def test_weights_change_linearly_in_the_middle_of_an_overlap():
     shares = tile_weights(12, 8, 4, 2)  # tiles at 0 and 4; they share 8 ... 16 of 24 values
     rising = [0, 0, 1 / 8, 3 / 8, 5 / 8, 7 / 8, 1, 1]
     assert shares[1].tolist() == pytest.approx([0] * 8 + rising + [1] * 8)
@@ -104,7 +104,7 @@ def test_tiles_of_convolutions_decode_as_the_whole(size):
     assert tiled.dtype == torch.float64 and torch.allclose(tiled, whole, rtol=0, atol=1e-12)
 
 
-def test_an_overlap_too_short_for_the_convolutions_is_seen():
+def test_an_overlap_too_short_for_the_convolutions_shows():
     network, ids = Convolutions(), torch.randint(32, (1, 20, 20))
     assert tile_starts(20, 8, 2) == [0, 6, 12]
     error = (decode_tiled(network, ids, 8, 2) - network.decode(ids)).abs()
@@ -178,7 +178,7 @@ def test_sizes_that_are_no_multiples_are_refused(height, width):
 
 
 @pytest.mark.parametrize("tile, overlap", [(4, 4), (4, -1), (0, 0), (4, 7)])
-def test_what_are_no_tiles_is_refused(tile, overlap):
+def test_invalid_tiles_and_overlaps_are_rejected(tile, overlap):
     with pytest.raises(ValueError, match=f"got tiles of {tile} codes with an overlap of {overlap}"):
         decode_tiled(random_network(), torch.zeros(1, 8, 8, dtype=torch.long), tile, overlap)
 
@@ -215,7 +215,7 @@ def test_abutting_tiles_have_seams_that_blended_ones_have_not(seed):
     assert seam(0) > 1.05 * seam(4)
 
 
-def test_a_tone_of_each_tile_is_seen_at_abutting_ones_only():
+def test_a_constant_per_tile_shows_in_abutting_tiles_only():
     """As group norm has it: each tile is brought to mean 0."""
     surface = torch.linspace(-1, 1, 96).expand(1, 1, 96, 96)
 

@@ -1,8 +1,8 @@
-"""Quantizers, one file each: the file's name is the quantizer's name on the command line (`--quantizer fsq`).
+"""Quantizers, one per file: the file name is the quantizer's name on the command line (`--quantizer fsq`).
 
-A file `vq/quantizers/<name>.py` defines `Config`, a `QuantizerConfig` whose fields are flags, and
-`build(config, codebook_size, dim)`, which returns a `Quantizer`. A name that two files give to a field is one flag: it
-has the same type and the same default in both.
+A file `vq/quantizers/<name>.py` defines `Config`, a `QuantizerConfig` whose fields become flags, and
+`build(config, codebook_size, dim)`, which returns a `Quantizer`. Fields of the same name in two files are one flag and
+must have the same type and default.
 """
 
 from abc import ABC, abstractmethod
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """Options of the quantizer."""  # every Config's own __post_init__ calls that of the class it builds on
+    """Options of the quantizer."""  # a subclass's __post_init__ calls super().__post_init__()
 
     def __post_init__(self):
         pass
 
     def code_dim(self, codebook_size: int, emb_dim: int) -> int:
-        """D, the width of a code's vector and of what the encoder gives; ValueError where there is none."""
+        """Returns D, the width of code vectors and encoder outputs; ValueError if codebook_size is unsuitable."""
         return emb_dim
 
     def check_not_negative(self, *names: str) -> None:
-        """ValueError where an option of these names is below 0."""
+        """ValueError if an option of one of these names is negative."""
         for name in names:
             if getattr(self, name) < 0:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted 0 or more: pass --{name} NUMBER")
@@ -32,10 +32,10 @@ class QuantizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CommitmentConfig(QuantizerConfig):
-    """Of quantizers that pull the encoder's vectors to their codes."""
+    """Options of quantizers with a commitment loss."""
 
     beta: float = 0.25
-    """Commitment weight: pulls the encoder to its codes; the codebook's own weight, where it has one, is 1."""
+    """Weight of the commitment loss, which pulls encoder outputs to their codes; the codebook loss has weight 1."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -43,27 +43,31 @@ class CommitmentConfig(QuantizerConfig):
 
 
 class Quantized(NamedTuple):
-    """What a quantizer returns."""
+    """Output of a quantizer."""
 
     ids: Tensor  # (B, h, w) int64
-    vectors: Tensor  # (B, D, h, w) float32, for the decoder; gradients pass through to the encoder
-    loss: Tensor  # (B,) what the quantizer itself asks of encoder and codebook
-    metrics: dict[str, Tensor]  # scalars without gradients, to be looked at
+    vectors: Tensor  # (B, D, h, w) float32, input of the decoder; gradients pass to the encoder
+    loss: Tensor  # (B,) loss of encoder and codebook
+    metrics: dict[str, Tensor]  # detached scalars, for logging
 
 
 class Collectives(Protocol):
-    """The processes that train together (`train.distributed.DistContext`)."""
+    """Collective operations over the processes of a training run, as in train/distributed."""
 
     rank: int
     size: int
 
-    def sum(self, x: Tensor) -> Tensor: ...
+    def sum(self, x: Tensor) -> Tensor:
+        """Returns the sum of x over all processes."""
+        ...
 
-    def mean(self, x: Tensor) -> Tensor: ...
+    def mean(self, x: Tensor) -> Tensor:
+        """Returns the mean of x over all processes."""
+        ...
 
 
 class SingleProcess:
-    """No one to wait for."""
+    """`Collectives` of a single process."""
 
     rank, size = 0, 1
 
@@ -75,46 +79,46 @@ class SingleProcess:
 
 
 class UniformStreams(Protocol):
-    """A stream of random numbers for each example (`diffusion.rng.Streams`)."""
+    """Random numbers from one stream per example (`diffusion.rng.Streams`)."""
 
     def uniform(self, shape: tuple[int, ...]) -> Tensor:
-        """U[0, 1) of a shape (B, ...), example by example."""
+        """Draws from U[0, 1) with shape (B, ...), each example from its own stream."""
         ...
 
 
 class StepContext(NamedTuple):
-    """What a quantizer is told while it trains; without it nothing is drawn, and nothing learned by averages."""
+    """Training state for a quantizer; without it, no random numbers are drawn and no statistics are collected."""
 
     step: int
-    seed: int = 0  # of this step, the same in all processes
-    rng: UniformStreams | None = None  # of the batch in hand
+    seed: int = 0  # of this step, equal on all processes
+    rng: UniformStreams | None = None  # of the current batch
     dist: Collectives = SingleProcess()
 
 
 class Quantizer(nn.Module, ABC):
-    """Vectors z (B, D, h, w), as the encoder gives them, to codes and back."""
+    """Maps encoder outputs z (B, D, h, w) to codes and back."""
 
     codebook_size: int  # K
-    dim: int  # D, of z and of a code's vector
+    dim: int  # D, width of z and of the code vectors
 
     @abstractmethod
     def forward(self, z: Tensor, context: StepContext | None = None) -> Quantized:
-        """z (B, D, h, w) of any floating type -> Codes, computed in float32 whatever autocast says."""
+        """Quantizes z (B, D, h, w) of any floating dtype; computes in float32 even under autocast."""
 
     @abstractmethod
     def assign(self, z: Tensor) -> Tensor:
-        """z (B, D, h, w) -> ids (B, h, w), those of `forward` without `context`; no gradients."""
+        """Returns the ids (B, h, w) of `forward` without a context, for z (B, D, h, w); no gradients."""
 
     @abstractmethod
     def vectors(self, ids: Tensor) -> Tensor:
-        """ids (B, h, w) -> the codes' vectors (B, D, h, w) float32."""
+        """Returns the code vectors (B, D, h, w) float32 of ids (B, h, w)."""
 
     @abstractmethod
     def ids_of(self, vectors: Tensor) -> Tensor:
-        """The inverse of `vectors`: (B, D, h, w) -> ids (B, h, w); of others, the code nearest to each."""
+        """Inverts `vectors`: (B, D, h, w) -> ids (B, h, w); other vectors get the nearest code."""
 
     def update_codebook(self, context: StepContext | None) -> None:
-        """Called after each training step, for codes that learn by averages of what `forward` saw in it.
+        """Updates codes that are running averages, after each training step, from the batches of `forward`.
 
-        All processes take part. None: the step was not taken, and what was seen is forgotten.
+        All processes must call it. With None the step was skipped, and its statistics are discarded.
         """

@@ -1,24 +1,26 @@
-"""The nearest of K vectors, each an average of what chose it (van den Oord et al. 2017, VQ-VAE, appendix A.1)."""
+"""Nearest-neighbour quantizer whose codes are moving averages (van den Oord et al. 2017, VQ-VAE, appendix A.1)."""
 
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from vq.quantizer import count_codes, lookup, mse_per_example, nearest, straight_through, upcast
+from models.sdpa import upcast
+from vq.quantizer import count_codes, lookup, mse_per_example, nearest, straight_through
 from vq.quantizers import CommitmentConfig, Quantized, Quantizer, StepContext
 
-JITTER = 0.01  # of the batch's standard deviation: tells apart codes put on the same vector
+JITTER = 0.01  # noise on repeated vectors, relative to the standard deviation of the batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(CommitmentConfig):
-    """Nearest code, learned by running means."""
+    """Nearest code, learned by moving averages."""
 
     codebook_decay: float = 0.99
-    """Decay per step of the averages that are the codes."""
+    """Decay per step of the moving averages that are the codes."""
     revive_below: float = 0.05
-    """A code chosen less than this share of its turn moves to a vector of the batch; 0: never."""
+    """A code used less often than this fraction of an even share is reset to a vector of the batch; 0: never."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -28,20 +30,20 @@ class Config(CommitmentConfig):
 
 
 class EMAQuantizer(Quantizer):
-    """The nearest code in Euclidean distance; codes follow running means of the vectors that chose them.
+    """Nearest code in Euclidean distance; codes are moving averages of the vectors assigned to them.
 
-    With n_k of a step's vectors at code k, of mean z_k, and decay d (also Razavi et al. 2019, VQ-VAE-2):
-    N_k <- d N_k + (1 - d) n_k,  m_k <- d m_k + (1 - d) n_k z_k,  e_k = m_k / N_k. Codes are buffers and no optimizer
-    moves them; loss = beta |z - sg(e)|^2, mean over positions and channels. N_k is not smoothed (Laplace) as in the
-    paper's code: that divides a rare code's m_k by too much, which pulls it to zero. m_k is not kept: it is N_k e_k.
+    With n_k vectors of a step assigned to code k, of mean z_k, and decay d (also Razavi et al. 2019, VQ-VAE-2):
+    N_k <- d N_k + (1 - d) n_k,  m_k <- d m_k + (1 - d) n_k z_k,  e_k = m_k / N_k. Codes are buffers, which no optimizer
+    updates; loss = beta |z - sg(e)|^2, mean over positions and channels. N_k is not smoothed (Laplace) as in the
+    paper's code: that divides m_k of a rare code by too much and pulls the code to zero. m_k = N_k e_k is not stored.
 
-    The first batch learned puts every code on a vector of its own; before, codes are random. From then on a code with
-    N_k below `revive_below` of its turn, n / K of n vectors per step, moves to a random vector of the step, and N_k to
-    its turn.
+    The first training batch initialises every code with a vector of its own; before, codes are random. Later, a code
+    whose N_k falls below `revive_below` times n / K, its even share of the n vectors of a step, is reset to a random
+    vector of the step, and N_k to n / K.
     """
 
     codebook: Tensor  # (K, D)
-    chosen: Tensor  # (K,) N, all 0 before the first batch
+    chosen: Tensor  # (K,) N_k, all 0 before the first training batch
 
     def __init__(
         self, codebook_size: int, dim: int, beta: float = 0.25, decay: float = 0.99, revive_below: float = 0.05
@@ -53,14 +55,14 @@ class EMAQuantizer(Quantizer):
             "codebook", torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size)
         )
         self.register_buffer("chosen", torch.zeros(codebook_size))
-        self.assignments: list[tuple[Tensor, Tensor]] = []  # vectors (n, D) and ids (n,) of each part of the step
+        self.assignments: list[tuple[Tensor, Tensor]] = []  # vectors (n, D) and ids (n,) of each micro-batch
 
     def forward(self, z: Tensor, context: StepContext | None = None) -> Quantized:
         z = upcast(z)
         ids = self.assign(z)
         e = self.vectors(ids)
         if context is not None:
-            self.assignments.append((z.detach().movedim(1, -1).flatten(0, -2).to(e.dtype), ids.flatten()))
+            self.assignments.append((rearrange(z.detach(), "b d h w -> (b h w) d").to(e.dtype), ids.flatten()))
         commitment = mse_per_example(z - e)
         metrics = {"commitment": commitment.detach().mean()}
         return Quantized(ids, straight_through(z, e), self.beta * commitment, metrics)
@@ -79,33 +81,33 @@ class EMAQuantizer(Quantizer):
         assignments, self.assignments = self.assignments, []
         if context is None or not assignments:
             return
-        z, ids = (torch.cat(each) for each in zip(*assignments, strict=True))
+        z, ids = (torch.cat(tensors) for tensors in zip(*assignments, strict=True))
         sums = z.new_zeros(self.codebook.shape).index_add_(0, ids, z)
-        own = torch.cat([count_codes(ids, self.codebook_size)[:, None], sums, self.restart_candidates(z, context)], 1)
-        counts, sums, candidates = context.dist.sum(own).split([1, self.dim, self.dim], 1)
+        local = torch.cat([count_codes(ids, self.codebook_size)[:, None], sums, self.restart_candidates(z, context)], 1)
+        counts, sums, candidates = context.dist.sum(local).split([1, self.dim, self.dim], 1)
         counts, total = counts.squeeze(1), len(z) * context.dist.size
         expected_count = total / self.codebook_size
         uninitialized = ~self.chosen.any()
         self.chosen.lerp_(counts, 1 - self.decay)
-        share = (1 - self.decay) * counts / self.chosen.where(counts > 0, 1)  # of this step in the average
+        weight = (1 - self.decay) * counts / self.chosen.where(counts > 0, 1)  # of this step in the moving average
         means = sums / counts.clamp(min=1)[:, None]
-        self.codebook.lerp_(means, share[:, None])
-        moved = uninitialized | (self.chosen < self.revive_below * expected_count)
-        self.codebook.copy_(self.jitter_repeats(candidates, total, context).where(moved[:, None], self.codebook))
-        self.chosen.masked_fill_(moved, expected_count)
+        self.codebook.lerp_(means, weight[:, None])
+        restart = uninitialized | (self.chosen < self.revive_below * expected_count)
+        self.codebook.copy_(self.jitter_repeats(candidates, total, context).where(restart[:, None], self.codebook))
+        self.chosen.masked_fill_(restart, expected_count)
 
     def restart_candidates(self, z: Tensor, context: StepContext) -> Tensor:
-        """(K, D): for each code a random vector of all processes' together, 0 where it is not among z (n, D), our own.
+        """Draws a random vector of all processes for each code, (K, D); rows not in the local z (n, D) are 0.
 
-        All processes have the same number of them, and draw alike; rank r has those from r n on.
+        All processes hold n vectors and draw the same permutation; rank r holds vectors r n to (r + 1) n - 1.
         """
         n, dist = len(z), context.dist
         order = torch.randperm(n * dist.size, generator=torch.Generator().manual_seed(context.seed))
-        places = order[torch.arange(self.codebook_size) % len(order)].to(z.device)
-        return z[places % n].where((places // n == dist.rank)[:, None], 0)
+        index = order[torch.arange(self.codebook_size) % len(order)].to(z.device)
+        return z[index % n].where((index // n == dist.rank)[:, None], 0)
 
     def jitter_repeats(self, candidates: Tensor, total: int, context: StepContext) -> Tensor:
-        """The substitutes (K, D), those beyond the `total` vectors there are, repetitions, moved by a little noise."""
+        """Adds a little noise to the candidates (K, D) after the first `total`, which repeat earlier ones."""
         if total >= self.codebook_size:
             return candidates
         generator = torch.Generator().manual_seed(context.seed)

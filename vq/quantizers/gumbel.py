@@ -1,4 +1,4 @@
-"""Codes drawn from probabilities, relaxed so that gradients pass (Jang et al. 2017; Ramesh et al. 2021, DALL-E)."""
+"""Gumbel-softmax quantizer (Jang et al. 2017; Ramesh et al. 2021, DALL-E)."""
 
 import math
 from dataclasses import dataclass
@@ -7,22 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vq.quantizer import argmax_linear, full_precision_matmul, lookup, nearest, straight_through, upcast
+from models.sdpa import upcast
+from vq.quantizer import argmax_linear, full_precision_matmul, lookup, nearest, straight_through
 from vq.quantizers import Quantized, Quantizer, QuantizerConfig, StepContext
 
-MIN_TEMPERATURE = 1 / 16  # temperature
+MIN_TEMPERATURE = 1 / 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(QuantizerConfig):
-    """Codes drawn by the Gumbel-softmax trick."""
+    """Codes sampled by the Gumbel-softmax relaxation."""
 
     gumbel_kl_weight: float = 1e-8
-    """Weight of the distance of its probabilities to uniform ones."""
+    """Weight of the KL divergence of the code probabilities from uniform."""
     gumbel_straight_through: bool = False
-    """Decode one code per position in training too, not a mixture."""
+    """Decode a single code per position in training too, with straight-through gradients, instead of a mixture."""
     gumbel_decay_steps: int = 160_000
-    """Steps in which its temperature falls from 1 towards 0, as far as 1/16."""
+    """The temperature is 1 - step / gumbel_decay_steps, at least 1/16."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -34,12 +35,12 @@ class Config(QuantizerConfig):
 
 
 class GumbelQuantizer(Quantizer):
-    """A 1x1 convolution of z gives the logits of K codes; training mixes their vectors, otherwise the likeliest counts.
+    """A 1x1 convolution of z gives the logits of K codes: a sampled mixture of them in training, the argmax otherwise.
 
-    With g ~ Gumbel(0, 1), y = softmax((logits + g) / temperature) (Jang et al. 2017, eq. 2): the vector is the mean of
-    the codebook under y, or with `straight_through` that of y's largest, with y's gradient. The temperature falls from
-    1 by 1 / decay_steps per step, to 1/16. loss = kl_weight KL(softmax(logits) || uniform), mean over positions.
-    `forward` holds several tensors of positions x K; `assign` a part of one.
+    With g ~ Gumbel(0, 1), y = softmax((logits + g) / temperature) (Jang et al. 2017, eq. 2), the vector is the mean of
+    the codebook under y, or with `straight_through` the code of y's argmax, with the gradient of y. The temperature
+    falls from 1 by 1 / decay_steps per step, to 1/16. loss = kl_weight KL(softmax(logits) || uniform), mean over
+    positions. `forward` allocates several tensors of positions x K; `assign` works in chunks.
     """
 
     def __init__(
@@ -54,15 +55,16 @@ class GumbelQuantizer(Quantizer):
         self.codebook_size, self.dim, self.kl_weight = codebook_size, dim, kl_weight
         self.hard, self.decay_steps = straight_through, decay_steps
         self.logits = nn.Conv2d(dim, codebook_size, 1)
-        self.codebook = nn.Embedding(codebook_size, dim)  # variance 1, as the decoder wants its input
+        self.codebook = nn.Embedding(codebook_size, dim)  # unit variance, as suits the decoder's input
 
     def temperature(self, step: int) -> float:
+        """Returns the temperature of a training step."""
         return max(MIN_TEMPERATURE, 1 - step / self.decay_steps)
 
     def forward(self, z: Tensor, context: StepContext | None = None) -> Quantized:
-        """ValueError where `context` has no rng: its codes are drawn."""
+        """Quantizes z (B, D, h, w); ValueError if `context` has no rng, which sampling needs."""
         if context is not None and context.rng is None:
-            raise ValueError("got a Training without rng, wanted one stream per example: gumbel draws its codes")
+            raise ValueError("got a StepContext without rng, wanted one stream per example: gumbel samples its codes")
         z = upcast(z)
         with torch.autocast(z.device.type, enabled=False), full_precision_matmul():
             logits = F.linear(z.movedim(1, -1), self.weight, self.logits.bias)  # (B, h, w, K)
@@ -80,16 +82,16 @@ class GumbelQuantizer(Quantizer):
 
     @property
     def weight(self) -> Tensor:
-        """(K, D) of the logits."""
+        """Weight of the logits, (K, D)."""
         return self.logits.weight.flatten(1)
 
     def kl(self, logits: Tensor) -> Tensor:
-        """(B, h, w, K) -> (B,) in [0, log K]: KL(softmax(logits) || uniform) in nats, mean over positions."""
+        """Returns KL(softmax(logits) || uniform) in nats, mean over positions: (B, h, w, K) -> (B,) in [0, log K]."""
         log_p = logits.log_softmax(-1)
         return (log_p.exp() * (log_p + math.log(self.codebook_size))).sum(-1).mean((1, 2))
 
     def sample_codes(self, logits: Tensor, tau: float, context: StepContext) -> tuple[Tensor, Tensor]:
-        """logits (B, h, w, K) -> the codes drawn (B, h, w), and how much of each is decoded (B, h, w, K)."""
+        """Samples codes from logits (B, h, w, K); returns ids (B, h, w) and mixture weights (B, h, w, K)."""
         u = context.rng.uniform(tuple(logits.shape)).to(logits)
         g = -(-u.clamp(min=torch.finfo(u.dtype).tiny).log()).log()  # u may be 0
         y = ((logits + g) / tau).softmax(-1)

@@ -1,29 +1,30 @@
-"""Every code learns from every position, through the index (Shi et al. 2024, IBQ, arXiv 2412.02692)."""
+"""Index backpropagation quantizer, in which every code gets a gradient (Shi et al. 2024, IBQ, arXiv 2412.02692)."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from models.sdpa import upcast
 from vq.entropy import EntropyConfig, entropy, mean_over_processes
-from vq.quantizer import argmax_linear, full_precision_matmul, lookup, mse_per_example, nearest, upcast
+from vq.quantizer import argmax_linear, full_precision_matmul, lookup, mse_per_example, nearest
 from vq.quantizers import Quantized, Quantizer, StepContext
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(EntropyConfig):
-    """IBQ. --beta weighs the pull of the codes to the encoder's vectors; the commitment's own weight is 1."""
+    """IBQ; --beta weights the codebook loss, and the commitment loss has weight 1."""
 
 
 class IBQQuantizer(Quantizer):
-    """The code of the largest product with z; its one-hot index passes the gradient of softmax(z C^T) to z and codes.
+    """Code with the largest product z C^T; its one-hot index passes the gradient of softmax(z C^T) to z and all codes.
 
     With Ind = onehot(argmax z C^T) + s - sg(s), s = softmax(z C^T), the vector is z_q = Ind C. e = C[argmax]:
-    loss = |z_q - z|^2 + |sg(e) - z|^2 + beta |e - sg(z)|^2 + entropy_weight (E[H(p)] - H(E[p])), the squares mean over
-    positions and channels, p = softmax(z C^T / temperature), E[H] over an example's positions, H(E[p]), the same for
-    each example, of the batch in hand, over all processes. The paper weighs entropies by 0.05, at temperature 0.01.
+    loss = |z_q - z|^2 + |sg(e) - z|^2 + beta |e - sg(z)|^2 + entropy_weight (E[H(p)] - H(E[p])), with squares averaged
+    over positions and channels, p = softmax(z C^T / temperature), E[H] over the positions of an example, and H(E[p])
+    over the whole batch on all processes. The paper uses entropy_weight 0.05 and temperature 0.01.
 
-    `forward` holds several tensors of positions x K; `assign` a part of one.
+    `forward` allocates several tensors of positions x K; `assign` works in chunks.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class IBQQuantizer(Quantizer):
         self.codebook_size, self.dim = codebook_size, dim
         self.beta, self.entropy_weight, self.temperature = beta, entropy_weight, temperature
         self.codebook = nn.Embedding(codebook_size, dim)
-        nn.init.normal_(self.codebook.weight)  # spreads the products: where all are near 0, codes learn the same
+        nn.init.normal_(self.codebook.weight)  # large products: if all are near 0, all codes get the same gradient
 
     def forward(self, z: Tensor, context: StepContext | None = None) -> Quantized:
         z, ids, codebook = upcast(z), self.assign(z), self.codebook.weight
@@ -48,7 +49,7 @@ class IBQQuantizer(Quantizer):
         with torch.autocast(z.device.type, enabled=False), full_precision_matmul():
             logits = z.movedim(1, -1) @ codebook.t()  # (B, h, w, K)
             soft = (logits.softmax(-1) @ codebook.detach()).movedim(-1, 1).contiguous()
-        z_q = e + (soft - soft.detach())  # Ind C, without Ind
+        z_q = e + (soft - soft.detach())  # Ind C, without the K-wide Ind
         commitment = mse_per_example(z - e.detach())
         code_entropy, codebook_entropy = self.entropies(logits / self.temperature, context)
         squares = mse_per_example(z_q - z) + commitment + self.beta * mse_per_example(e - z.detach())
@@ -57,7 +58,7 @@ class IBQQuantizer(Quantizer):
         return Quantized(ids, z_q, loss, {name: metric.detach().mean() for name, metric in metrics.items()})
 
     def entropies(self, logits: Tensor, context: StepContext | None) -> tuple[Tensor, Tensor]:
-        """logits (B, h, w, K) -> E[H(p)] of each example (B,), and H(E[p]) ()."""
+        """Returns E[H(p)] of each example (B,) and H(E[p]) () of logits (B, h, w, K)."""
         log_p = logits.log_softmax(-1)
         p = log_p.exp()
         return -(p * log_p).sum(-1).mean((1, 2)), entropy(mean_over_processes(p.mean((0, 1, 2)), context))

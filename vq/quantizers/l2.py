@@ -1,35 +1,36 @@
-"""The nearest of K unit vectors (Yu et al. 2022, ViT-VQGAN, section 3.2: factorized and l2-normalized codes)."""
+"""Quantizer with factorised, l2-normalised codes (Yu et al. 2022, ViT-VQGAN, section 3.2)."""
 
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vq.quantizer import lookup, mse_per_example, nearest, straight_through, upcast
+from models.sdpa import upcast
+from vq.quantizer import lookup, mse_per_example, nearest, straight_through
 from vq.quantizers import CommitmentConfig, Quantized, Quantizer, StepContext
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(CommitmentConfig):
-    """Nearest unit vector; --emb_dim 8 or 16 keeps a large codebook used."""
+    """Nearest unit vector; with a small --emb_dim (8 or 16) a large codebook stays in use."""
 
 
 class L2Quantizer(Quantizer):
-    """The code of largest cosine with z, both normalised to unit length; learned by gradient.
+    """Code with the largest cosine similarity to z; vectors and codes are normalised to unit length.
 
-    loss = |sg(z) - e|^2 + beta |z - sg(e)|^2 of unit vectors, mean over positions and channels. Few channels (8 or 16)
-    keep a large codebook used. The gradient passes straight through to the unit vector, and so to z.
+    loss = |sg(z) - e|^2 + beta |z - sg(e)|^2 of unit vectors, mean over positions and channels. With few channels (8 or
+    16) a large codebook stays in use. The straight-through gradient passes to the unit vector, and from there to z.
     """
 
     def __init__(self, codebook_size: int, dim: int, beta: float = 0.25):
         super().__init__()
         self.codebook_size, self.dim, self.beta = codebook_size, dim, beta
         self.codebook = nn.Embedding(codebook_size, dim)
-        nn.init.normal_(self.codebook.weight)  # directions are uniform on the sphere
+        nn.init.normal_(self.codebook.weight)  # directions uniform on the sphere
         self.codebook.weight.data = self.codes().detach()
 
     def codes(self) -> Tensor:
-        """(K, D), of unit length."""
+        """Returns the code vectors (K, D), of unit length."""
         return unit(self.codebook.weight)
 
     def forward(self, z: Tensor, context: StepContext | None = None) -> Quantized:
@@ -51,7 +52,7 @@ class L2Quantizer(Quantizer):
 
 
 def unit(x: Tensor) -> Tensor:
-    """x (., D, ...) with every vector along axis 1 of length 1."""
+    """Normalises x (., D, ...) to unit length along axis 1."""
     return F.normalize(x, dim=1)
 
 

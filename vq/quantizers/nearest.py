@@ -1,10 +1,11 @@
-"""The nearest of K vectors learned by gradient (van den Oord et al. 2017, VQ-VAE)."""
+"""Nearest-neighbour quantizer with a codebook learned by gradient (van den Oord et al. 2017, VQ-VAE)."""
 
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from vq.quantizer import lookup, mse_per_example, nearest, straight_through, upcast
+from models.sdpa import upcast
+from vq.quantizer import lookup, mse_per_example, nearest, straight_through
 from vq.quantizers import CommitmentConfig, Quantized, Quantizer, StepContext
 
 
@@ -13,14 +14,14 @@ class Config(CommitmentConfig):
     """Nearest code, learned by gradient."""
 
     legacy_beta: bool = False
-    """beta weighs the codebook instead, and the commitment counts in full, as in taming-transformers."""
+    """Weight the codebook loss by beta and the commitment loss by 1, as in taming-transformers."""
 
 
 class NearestQuantizer(Quantizer):
-    """The nearest code in Euclidean distance, learned by gradient (VQ-VAE, eq. 3).
+    """Nearest code in Euclidean distance, with a codebook learned by gradient (VQ-VAE, eq. 3).
 
     loss = |sg(z) - e|^2 + beta |z - sg(e)|^2, mean over positions and channels: beta weighs the *commitment* term.
-    `legacy_beta` swaps the weights, as taming-transformers and what grew from it have them.
+    `legacy_beta` swaps the two weights, as in taming-transformers and its descendants.
     """
 
     def __init__(self, codebook_size: int, dim: int, beta: float = 0.25, legacy_beta: bool = False):

@@ -1,4 +1,4 @@
-"""What every file of vq/quantizers promises to the autoencoder, to training, and to whoever reads codes."""
+"""The contract of every quantizer in vq/quantizers."""
 
 import ast
 import copy
@@ -98,7 +98,7 @@ def test_codes_have_vectors_of_their_own(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_codes_are_recognised_though_a_little_off(name):
+def test_slightly_perturbed_codes_are_recognised(name):
     quantizer, ids = built(name, 64, 8), torch.arange(64).view(1, 8, 8)
     vectors = quantizer.vectors(ids).detach()
     apart = torch.pdist(vectors.movedim(1, -1).flatten(0, 2)).min()
@@ -159,7 +159,7 @@ def test_an_example_does_not_depend_on_the_others(name, trains):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("trains", [False, True])
-def test_nothing_is_drawn_but_from_what_training_brings(name, trains):
+def test_randomness_comes_only_from_the_step_context(name, trains):
     quantizer = built(name)
     z, before = vectors_for(quantizer), torch.get_rng_state()
     first, again = (copy.deepcopy(quantizer), copy.deepcopy(quantizer))
@@ -185,7 +185,7 @@ def test_a_copy_that_loads_the_state_is_the_same(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("told", [None, StepContext(5, seed=5)])
-def test_only_what_training_saw_is_learned(name, told):
+def test_only_training_batches_update_the_codebook(name, told):
     """A skipped step (None), or one that saw nothing, leaves everything as it was."""
     quantizer = built(name)
     before = copy.deepcopy(quantizer.state_dict())

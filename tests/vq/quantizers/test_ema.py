@@ -1,4 +1,4 @@
-"""Codes that are averages: what they are after some steps, over processes and parts, and how dead ones come back."""
+"""Moving-average codes: formulas, several processes and micro-batches, and resets of dead codes."""
 
 import threading
 
@@ -71,7 +71,7 @@ def test_without_memory_codes_are_the_means_of_the_step():
     assert torch.equal(q.chosen, count_codes(ids, K).double())
 
 
-def test_a_code_that_nobody_chooses_stays_where_it_is():
+def test_an_unused_code_does_not_move():
     """With smoothed counts it would creep towards zero; with N e divided by a tiny N it would wander."""
     q = EMAQuantizer(K, D, decay=0.5, revive_below=0.0)
     step(q, batch(100).float(), 0)
@@ -96,7 +96,7 @@ def test_the_first_batch_puts_each_code_on_a_vector_of_its_own():
     assert (q.chosen == 1).all() and usage(count_codes(q(z).ids, 120)) == 1
 
 
-def test_more_codes_than_vectors_are_told_apart_by_a_little_noise():
+def test_with_more_codes_than_vectors_repeats_are_jittered():
     q, z = quantizer(codebook_size=50), batch(0, 1, 3)
     step(q, z, 0)
     distance, vector = (q.codebook[:, None] - flat(z)[None]).norm(dim=2).min(1)
@@ -140,7 +140,7 @@ def test_dead_codes_come_back_and_the_codebook_is_used():
     assert used[0.05][0] > 0.95 and used[0.05][1] > 15
 
 
-def test_only_codes_below_their_share_of_a_turn_move():
+def test_only_codes_below_the_threshold_are_reset():
     q, z = quantizer(revive_below=0.05), batch(1)
     step(q, batch(100), 0)
     turn = z[:, 0].numel() / K
@@ -154,7 +154,7 @@ def test_only_codes_below_their_share_of_a_turn_move():
     assert (q.codebook[2] != q.codebook[4]).any()
 
 
-def test_revived_codes_weigh_as_one_turn():
+def test_reset_codes_get_the_expected_count():
     q, z = quantizer(revive_below=0.05), batch(2)
     step(q, batch(100), 0)
     q.codebook[4], q.chosen[4] = 1000.0, 0.0
@@ -226,7 +226,7 @@ def test_the_parts_of_a_batch_are_the_batch(parts):
         assert torch.equal(tensor, split.state_dict()[name])
 
 
-def test_a_step_not_taken_is_forgotten():
+def test_a_skipped_step_is_discarded():
     q = started(revive_below=0.05)
     before = {name: tensor.clone() for name, tensor in q.state_dict().items()}
     q(torch.full_like(batch(0), torch.nan), StepContext(1))
@@ -253,7 +253,7 @@ def test_buffers_keep_their_place():
     assert [buffer.data_ptr() for buffer in q.buffers()] == places
 
 
-def test_only_the_encoder_is_asked_for_anything():
+def test_only_the_encoder_gets_a_gradient():
     q, z = started(), batch(1).requires_grad_()
     codes = q(z, StepContext(1))
     e = q.vectors(codes.ids)

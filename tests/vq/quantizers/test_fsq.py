@@ -1,4 +1,4 @@
-"""Levels: how many there are and where, their ids and vectors by arithmetic, the gradient through the bound."""
+"""FSQ: levels, ids and vectors, and the gradient through the bound."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_all_levels_are_reached_and_none_beyond(levels, dtype):
 
 
 @pytest.mark.parametrize("levels", range(2, 17))
-def test_zero_is_near_the_middle_level_and_ends_are_short_of_half_a_step_beyond(levels):
+def test_bounds_keep_zero_central_and_ends_within_half_a_step(levels):
     zero, ends = torch.zeros(1), torch.tensor([-1e3, 1e3])
     middle = bound(zero.double(), levels).item()
     assert abs(middle) < (0.05 if levels == 2 else 1e-3)

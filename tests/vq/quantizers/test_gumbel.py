@@ -1,4 +1,4 @@
-"""Codes drawn: with which probabilities, how warm, what is decoded, and what gradient passes."""
+"""Gumbel-softmax codes: probabilities, temperature, decoded vectors and gradients."""
 
 import math
 
@@ -66,7 +66,7 @@ def test_training_decodes_the_mean_of_the_codebook():
     assert codes.metrics["temperature"] == 0.75
 
 
-def test_straight_through_decodes_one_code_with_the_gradient_of_the_mean():
+def test_straight_through_decodes_one_code_by_mean_gradient():
     quantizer, z = quantizer_and_vectors(straight_through=True)
     u, of_output = torch.rand(3, 4, 5, K, dtype=torch.float64), torch.randn(3, D, 4, 5, dtype=torch.float64)
     codes, y = quantizer(z, context(u)), relaxed(quantizer, z, u, tau=0.75)
@@ -103,7 +103,7 @@ def test_codes_are_drawn_with_their_probabilities():
 
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("double", [False, True])
-def test_zeros_are_numbers_as_others_are(hard, double):
+def test_uniform_numbers_of_zero_give_finite_results(hard, double):
     quantizer, z = quantizer_and_vectors(straight_through=hard)
     quantizer = quantizer if double else quantizer.float()
     z = z.detach().to(quantizer.codebook.weight.dtype).requires_grad_()

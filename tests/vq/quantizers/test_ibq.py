@@ -1,4 +1,4 @@
-"""The index passes gradients to every code: against the formula with its one-hot matrix written out."""
+"""IBQ: gradients through the index to every code, against the formula with an explicit one-hot matrix."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Unit codes: chosen by cosine, of length 1 whatever is learned, with gradients along the sphere alone."""
+"""l2-normalised codes: assignment by cosine similarity, unit length, and tangential gradients."""
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ def test_the_gradient_passes_to_the_unit_vector_and_on_to_z():
     assert torch.allclose((of_z * z).sum(1), torch.zeros(3, 4, 3).double(), atol=1e-12)
 
 
-def test_the_loss_is_of_unit_vectors_and_beta_weighs_the_commitment():
+def test_the_loss_uses_unit_vectors_and_beta_for_commitment():
     quantizer, z = quantizer_and_vectors()
     codes = quantizer(z)
     weight = quantizer.codebook.weight

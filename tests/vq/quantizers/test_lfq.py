@@ -1,4 +1,4 @@
-"""Bits and their ids, and the loss against softmax over all codes, on one process and on two."""
+"""LFQ: bits and ids, and the loss against a softmax over all codes, on one process and on two."""
 
 import math
 
@@ -77,7 +77,7 @@ def test_the_gradient_passes_straight_through():
     assert torch.equal(z.grad, of_output)
 
 
-def test_the_loss_and_its_gradient_are_those_of_sums_over_all_codes():
+def test_loss_and_gradient_match_sums_over_all_codes():
     q, z, weights = quantizer(), z_for(), torch.rand(3, dtype=torch.float64)
     codes, (loss, code_entropy, codebook_entropy) = q(z), brute_loss(q, z)
     assert torch.allclose(codes.loss, loss, rtol=1e-10) and codes.loss.dtype == torch.float64
@@ -88,7 +88,7 @@ def test_the_loss_and_its_gradient_are_those_of_sums_over_all_codes():
     assert torch.allclose(*gradients, rtol=1e-8, atol=1e-12)
 
 
-def test_a_temperature_of_a_hundredth_is_an_inverse_temperature_of_a_hundred():
+def test_temperature_001_is_open_magvit2s_inverse_100():
     """Open-MAGVIT2's softmax of 100 * 2 z.c over all codes."""
     q, z = quantizer(temperature=0.01, beta=0), z_for(scale=0.01)
     p = (200 * z.movedim(1, -1).flatten(0, 2) @ everything(q).t()).softmax(-1)
@@ -167,6 +167,6 @@ def test_the_config_gives_weights_and_temperature():
 
 
 @pytest.mark.parametrize("codebook_size", [0, 1, 12])
-def test_codes_that_are_no_bits_are_refused(codebook_size):
+def test_codebook_sizes_that_are_no_power_of_2_are_rejected(codebook_size):
     with pytest.raises(ValueError, match=f"got codebook_size {codebook_size} for lfq"):
         LFQQuantizer(codebook_size)
