@@ -9,18 +9,18 @@ from typing import Any
 
 from PIL import Image
 
-from experiments.harness.experiment import ModelConfig, OutputConfig, load_model, settings_of_run
-from experiments.playground import AS_IN_DATA, Control, Playground, Request, enlarged_picture, in_words
+from experiments.harness.experiment import ModelConfig, OutputConfig, load_model, run_defaults
+from experiments.playground import AS_IN_DATA, Control, Playground, Request, enlarge_to_picture, flags_to_labels
 from train.cli.parse import run_script
 from train.config import SamplingConfig
 from train.logging import grid_image
 
 HOST = "127.0.0.1"  # the page is for this machine alone
-MAIN = ("solver", "sample_steps", "temp", "guidance")  # settings that are always in sight
+MAIN_SETTINGS = ("solver", "sample_steps", "temp", "guidance")  # settings that are always in sight
 FONTS = ("Roboto", "system-ui", "sans-serif")  # of the reader's machine: nothing is fetched
 STYLE = "img {image-rendering: pixelated} footer {display: none !important}"
 IMAGES, COLUMNS = 12, 6  # that are drawn if nothing else is asked for, and in a row of the gallery
-KEPT = (600, 3600)  # seconds between looks for pictures of the page that are old, and how old those are
+DELETE_CACHE = (600, 3600)  # seconds between looks for pictures of the page that are old, and how old those are
 SIDE = 384  # pixels that an image is enlarged to for the brush
 
 
@@ -47,63 +47,65 @@ class Config:
 
 
 @contextmanager
-def readable() -> Iterator[None]:
+def show_errors() -> Iterator[None]:
     """What a user can mend is a message on the page."""
     import gradio as gr
 
     try:
         yield
     except (ValueError, OSError) as error:
-        raise gr.Error(in_words(str(error)), print_exception=False) from error
+        raise gr.Error(flags_to_labels(str(error)), print_exception=False) from error
 
 
 def component(control: Control, *, brief: bool = False) -> Any:
     """The gradio component of one setting, with its note unless it shall be brief."""
     import gradio as gr
 
-    said = {"label": control.label, "info": None if brief else control.note, "value": control.value, "min_width": 110}
+    common = {"label": control.label, "info": None if brief else control.help, "value": control.value, "min_width": 110}
     if control.kind == "choice":
         choices = [("default", ""), *control.choices] if control.optional else control.choices
-        return gr.Dropdown(choices, **said | {"value": "" if control.value is None else control.value})
+        return gr.Dropdown(choices, **common | {"value": "" if control.value is None else control.value})
     if control.kind == "switch":
-        return gr.Checkbox(**said)
+        return gr.Checkbox(**common)
     if control.kind == "numbers":
-        return gr.Textbox(**said, placeholder="none")
+        return gr.Textbox(**common, placeholder="none")
     how = {"precision": 0} if control.kind == "whole" else {"step": 0.1}
-    return gr.Number(**said, **how, placeholder="default")
+    return gr.Number(**common, **how, placeholder="default")
 
 
 def settings_column(play: Playground, config: Config) -> tuple[list, Callable[..., Request]]:
     """The components, and the function from what stands in them to a request."""
     import gradio as gr
 
-    in_sight = sorted((each for each in play.controls if each.name in MAIN), key=lambda each: MAIN.index(each.name))
-    others = [each for each in play.controls if each.name not in MAIN]
-    names = [each.name for each in in_sight + others]
+    main_controls = sorted(
+        (each for each in play.controls if each.name in MAIN_SETTINGS), key=lambda each: MAIN_SETTINGS.index(each.name)
+    )
+    others = [each for each in play.controls if each.name not in MAIN_SETTINGS]
+    names = [each.name for each in main_controls + others]
     classes, most = play.classes, config.output.batch_size
     with gr.Row():
         label = gr.Dropdown(
             classes or [AS_IN_DATA], value=AS_IN_DATA, label="class", visible=bool(classes), min_width=240
         )
-        shown = [component(each, brief=True) for each in in_sight]
+        inputs = [component(each, brief=True) for each in main_controls]
         count = gr.Number(
             min(IMAGES, most), label=f"images (up to {most})", precision=0, minimum=1, maximum=most, min_width=110
         )
         seed = gr.Number(config.output.seed, label="seed", precision=0, minimum=0, min_width=110)
     with gr.Accordion("more settings", open=False, visible=bool(others)):
-        shown += [component(each) for each in others]
+        inputs += [component(each) for each in others]
 
-    def asked(label: str, count: int | None, seed: int | None, *values: Any) -> Request:
+    def make_request(label: str, count: int | None, seed: int | None, *values: Any) -> Request:
         if count is None or seed is None:
             raise ValueError("images or seed is empty: give a number")
         return Request(
             options=play.settings(dict(zip(names, values, strict=True))), label=label, count=count, seed=seed
         )
 
-    return [label, count, seed, *shown], asked
+    return [label, count, seed, *inputs], make_request
 
 
-def sample_tab(play: Playground, shown: list, asked: Callable) -> tuple[Any, Any]:
+def sample_tab(play: Playground, inputs: list, make_request: Callable) -> tuple[Any, Any]:
     """Its gallery, of which an image can be chosen, and the state that holds its pictures."""
     import gradio as gr
 
@@ -120,15 +122,15 @@ def sample_tab(play: Playground, shown: list, asked: Callable) -> tuple[Any, Any
     pictures = gr.State([])
 
     def sample(*values: Any) -> tuple[list, list]:
-        with readable():
-            made = [enlarged_picture(image, SIDE) for image in play.draw(asked(*values))]
+        with show_errors():
+            made = [enlarge_to_picture(image, SIDE) for image in play.draw(make_request(*values))]
             return made, made
 
-    button.click(sample, shown, [gallery, pictures])
+    button.click(sample, inputs, [gallery, pictures])
     return gallery, pictures
 
 
-def watch_tab(play: Playground, shown: list, asked: Callable) -> None:
+def watch_tab(play: Playground, inputs: list, make_request: Callable) -> None:
     """Frames as they come; afterwards a slider goes back and forth among them."""
     import gradio as gr
 
@@ -142,27 +144,31 @@ def watch_tab(play: Playground, shown: list, asked: Callable) -> None:
             now = gr.Image(**kept)
         with gr.Column():
             gr.Markdown("what the network predicts")
-            meant = gr.Image(**kept)
+            prediction = gr.Image(**kept)
     frames = gr.State([])
 
     def watch(*values: Any) -> Iterator[tuple]:
-        seen = []
-        with readable():
-            for moment in play.watch(asked(*values)):
-                size = SIDE // math.ceil(math.sqrt(len(moment.now)))
-                seen.append(tuple(grid_image(images, enlarge_to=size) for images in moment[2:]))
-                yield gr.Slider(maximum=max(2, len(seen)), value=len(seen), interactive=False), *seen[-1], seen
-        yield gr.Slider(maximum=max(2, len(seen)), value=len(seen), interactive=True), *seen[-1], seen
+        history = []
+        with show_errors():
+            for moment in play.watch(make_request(*values)):
+                size = SIDE // math.ceil(math.sqrt(len(moment.current)))
+                history.append(tuple(grid_image(images, enlarge_to=size) for images in moment[2:]))
+                yield (
+                    gr.Slider(maximum=max(2, len(history)), value=len(history), interactive=False),
+                    *history[-1],
+                    history,
+                )
+        yield gr.Slider(maximum=max(2, len(history)), value=len(history), interactive=True), *history[-1], history
 
-    def look(number: float | None, seen: list) -> Any:
-        return seen[min(max(int(number or 1), 1), len(seen)) - 1] if seen else (gr.skip(), gr.skip())
+    def look(number: float | None, history: list) -> Any:
+        return history[min(max(int(number or 1), 1), len(history)) - 1] if history else (gr.skip(), gr.skip())
 
-    watching = button.click(watch, shown, [step, now, meant, frames])
+    watching = button.click(watch, inputs, [step, now, prediction, frames])
     stop.click(lambda: gr.Slider(interactive=True), None, step, cancels=[watching])
-    step.input(look, [step, frames], [now, meant])
+    step.input(look, [step, frames], [now, prediction])
 
 
-def inpaint_tab(play: Playground, shown: list, asked: Callable, gallery: Any, pictures: Any) -> None:
+def inpaint_tab(play: Playground, inputs: list, make_request: Callable, gallery: Any, pictures: Any) -> None:
     """An image, chosen, drawn or uploaded, and what is brushed over drawn anew."""
     import gradio as gr
 
@@ -178,36 +184,36 @@ def inpaint_tab(play: Playground, shown: list, asked: Callable, gallery: Any, pi
         editor = gr.ImageEditor(show_label=False, canvas_size=(SIDE, SIDE), format="png", height=520, **tools)
         results = gr.Gallery(columns=3, show_label=False, format="png", object_fit="contain", height=520, buttons=[])
 
-    def taken(*values: Any) -> Image.Image:
-        with readable():
-            return enlarged_picture(play.draw(replace(asked(*values), count=1))[0], SIDE)
+    def take_sample(*values: Any) -> Image.Image:
+        with show_errors():
+            return enlarge_to_picture(play.draw(replace(make_request(*values), count=1))[0], SIDE)
 
-    def picked(there: list, event: gr.SelectData) -> Image.Image:
-        return there[event.index]
+    def select_image(images: list, event: gr.SelectData) -> Image.Image:
+        return images[event.index]
 
     def inpaint(drawn: dict | None, *values: Any) -> list:
-        with readable():
+        with show_errors():
             if drawn is None or drawn["background"] is None:
                 raise ValueError("there is no image: take a sample, or upload one")
-            picture, brushed = drawn["background"], Image.new("L", drawn["background"].size)
+            picture, mask = drawn["background"], Image.new("L", drawn["background"].size)
             for layer in drawn["layers"]:
-                brushed.paste(255, mask=layer.getchannel("A"))
-            found = play.redraw(asked(*values), picture, brushed)
-            return [enlarged_picture(image) for image in (found.hidden, *found.results)]
+                mask.paste(255, mask=layer.getchannel("A"))
+            found = play.inpaint(make_request(*values), picture, mask)
+            return [enlarge_to_picture(image) for image in (found.hidden, *found.results)]
 
-    take.click(taken, shown, editor)
-    gallery.select(picked, pictures, editor)
-    button.click(inpaint, [editor, *shown], results)
+    take.click(take_sample, inputs, editor)
+    gallery.select(select_image, pictures, editor)
+    button.click(inpaint, [editor, *inputs], results)
 
 
-def lay_out(play: Playground, config: Config) -> Any:
+def build_page(play: Playground, config: Config) -> Any:
     """The page, gradio's Blocks."""
     import gradio as gr
 
     trained = play.trained
     height, width = trained.data.size
     with gr.Blocks(
-        title=f"{trained.run.name}: samples", analytics_enabled=False, fill_width=True, delete_cache=KEPT
+        title=f"{trained.run.name}: samples", analytics_enabled=False, fill_width=True, delete_cache=DELETE_CACHE
     ) as page:
         gr.Markdown(
             "# Discrete and continuous diffusion\n"
@@ -215,14 +221,14 @@ def lay_out(play: Playground, config: Config) -> Any:
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
-                shown, asked = settings_column(play, config)
+                inputs, make_request = settings_column(play, config)
             with gr.Column(scale=3):
                 with gr.Tab("Sample"):
-                    gallery, pictures = sample_tab(play, shown, asked)
+                    gallery, pictures = sample_tab(play, inputs, make_request)
                 with gr.Tab("Watch"):
-                    watch_tab(play, shown, asked)
+                    watch_tab(play, inputs, make_request)
                 with gr.Tab("Inpaint"):
-                    inpaint_tab(play, shown, asked, gallery, pictures)
+                    inpaint_tab(play, inputs, make_request, gallery, pictures)
     return page
 
 
@@ -232,7 +238,7 @@ def open_page(play: Playground, config: Config) -> None:
 
     look = {"theme": gr.themes.Base(font=FONTS, font_mono=("monospace",)), "css": STYLE, "footer_links": []}
     where = {"server_name": HOST, "server_port": config.page.port, "share": False, "ssr_mode": False, "quiet": True}
-    lay_out(play, config).launch(**look, **where)
+    build_page(play, config).launch(**look, **where)
 
 
 def check_free(port: int) -> None:
@@ -258,4 +264,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Config, "demo", base_values=settings_of_run)
+    run_script(main, Config, "demo", base_values=run_defaults)

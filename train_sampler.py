@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from experiments.metrics.training_distance import of_samples
+from experiments.metrics.training_distance import sample_distance
 from train.cli.parse import first_stage_data, run_script
 from train.condition_source import read_rows
 from train.config import SecondStageConfig
@@ -38,7 +38,7 @@ def main(config: Config) -> None:
         if logging.steps_per_FD:
             shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
             model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", world, training.amp)
-            distance = of_samples(model, images["train"], training, config.sampling, logging)
+            distance = sample_distance(model, images["train"], training, config.sampling, logging)
         rows = read_rows(config.sampling.condition_file, data)
         check_sampling(sampler, config.sampling, rows)
         open_or_resume(run, config, state, world, space.origin | {"class_frequencies": frequencies})

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import partial
 
-from experiments.metrics.training_distance import of_reconstructions
+from experiments.metrics.training_distance import reconstruction_distance
 from train.cli.parse import run_script
 from train.config import VQGANRunConfig
 from train.data.loading import ImageSource, TrainingImages, build_dataset, with_declared_range
@@ -35,7 +35,7 @@ def main(config: Config) -> None:
         state = build_state(config.network, config.loss, data, training, world)
         hooks, distance = make_hooks(training.hooks, state), None
         if logging.steps_per_FD:
-            distance = of_reconstructions(run, images.dataset, validation, config.reader, training, logging, world)
+            distance = reconstruction_distance(run, images.dataset, validation, config.reader, training, logging, world)
         open_or_resume(run, config, state, world, perceptual_provenance(weights))
         step = VQGANStep(config.loss, training, world, perceptual, keep_outputs=bool(hooks))
         reports = partial(VQGANReports, step, validation, training.batch_size, len(images))

@@ -17,12 +17,21 @@ import _root
 import torch
 
 from diffusion.solvers import solvers_of
-from experiments.harness.batches import only_process
+from experiments.harness.batches import single_process_world
 from experiments.harness.report import table
 from experiments.metrics import workloads
-from experiments.metrics.cost import counted, machine
-from experiments.metrics.throughput import Work, full_steps_report, loading_rate, measured, rows, several, short, spread
-from experiments.metrics.workloads import Trainee, decoding, full_steps, sampled
+from experiments.metrics.cost import count_nfe, device_name
+from experiments.metrics.throughput import (
+    Workload,
+    format_spread,
+    full_steps_report,
+    loading_rate,
+    measure_speeds,
+    speed_rows,
+    three_digits,
+    time_repeatedly,
+)
+from experiments.metrics.workloads import Trainee, draw_samples, time_decoding, time_full_steps
 from models.blocks import count_parameters
 from train.cli.files import get_section
 from train.cli.parse import parse, read_config_flag, run_script
@@ -84,18 +93,18 @@ def main(config: SamplerBenchmark | VQGANBenchmark) -> None:
     of_vqgan, training = config.benchmark.stage == "vqgan", config.training
     if of_vqgan != ("network" in {each.name for each in dataclasses.fields(config)}):
         raise ValueError("the stage is chosen before a file is read: pass --stage on the command line")
-    here = only_process(training.device)
-    with set_tf32(here.device, training.tf32), set_deterministic(training.deterministic):
-        introduce("VQGAN" if of_vqgan else config.sampler.sampler, config.data, training, here)
-        (measure_vqgan if of_vqgan else measure_sampler)(config, here)
+    world = single_process_world(training.device)
+    with set_tf32(world.device, training.tf32), set_deterministic(training.deterministic):
+        print_setup("VQGAN" if of_vqgan else config.sampler.sampler, config.data, training, world)
+        (measure_vqgan if of_vqgan else measure_sampler)(config, world)
 
 
-def introduce(what: str, data: DataConfig, training: TrainingConfig, here: DistContext) -> None:
+def print_setup(what: str, data: DataConfig, training: TrainingConfig, world: DistContext) -> None:
     """The machine, and what stands for the preset."""
-    device = here.device
+    device = world.device
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     tf32 = f", TF32 {'on' if training.tf32 else 'off'} in float32" if device.type == "cuda" else ""
-    print(f"{machine(device)}; torch {torch.__version__}{threads}{tf32}")
+    print(f"{device_name(device)}; torch {torch.__version__}{threads}{tf32}")
     parts = f" in {training.accumulate} parts" if training.accumulate > 1 else ""
     shape = "x".join(map(str, data.shape))
     print(f"{what} of {data.dataset}: {training.batch_size} images of {shape} a step{parts}", flush=True)
@@ -103,65 +112,71 @@ def introduce(what: str, data: DataConfig, training: TrainingConfig, here: DistC
         print(f"{device} has no native half precision, which is left out")
 
 
-def measure_sampler(config: SamplerBenchmark, here: DistContext) -> None:
+def measure_sampler(config: SamplerBenchmark, world: DistContext) -> None:
     """All that --measure names, of a sampler."""
     benchmark, data, training, sampling = config.benchmark, config.data, config.training, config.sampling
-    images, why = workloads.present_images(data, config.reader)
+    images, why = workloads.try_build_dataset(data, config.reader)
     # Guidance is between classes; how many there are costs no time.
     n_classes = images.n_classes if images is not None else int(sampling.guidance != 1)
     torch.manual_seed(training.seed)
     name, first = config.sampler.sampler, config.first.ae_load_dir
-    space = workloads.space_for(name, first, data, config.reader, lambda: vqgan_of(data, sys.argv[1:]), here.device)
+    space = workloads.random_space(
+        name, first, data, config.reader, lambda: vqgan_config_of(data, sys.argv[1:]), world.device
+    )
     path = config.sampler.adapt
     adapt = import_callable(path, "--adapt") if path else None
-    source = None if images is None else workloads.images_source(images, data, training.seed, adapt)
-    trainees = workloads.sampler_trainees(config.sampler, training, space, n_classes, here)
+    source = None if images is None else workloads.image_batches(images, data, training.seed, adapt)
+    trainees = workloads.sampler_trainees(config.sampler, training, space, n_classes, world)
     print(f"network: {count_parameters(trainees[0].state.modules['network']):,} parameters", flush=True)
-    batch = workloads.random_batch(space, n_classes, training.batch_size, data, here.device)
-    batch = workloads.with_conditions(batch, trainees[0].step.sampler.conditions, source, here.device)
+    batch = workloads.random_batch(space, n_classes, training.batch_size, data, world.device)
+    batch = workloads.with_conditions(batch, trainees[0].step.sampler.conditions, source, world.device)
     consumed = None
     if "step" in benchmark.measure:
-        works = [workloads.work_of(each, workloads.in_parts(batch, training.accumulate), here) for each in trainees]
-        consumed = report_steps(works, benchmark.repeats, training.batch_size, space.tokens, here)
+        works = [
+            workloads.step_workload(each, workloads.split_batch(batch, training.accumulate), world) for each in trainees
+        ]
+        consumed = report_steps(works, benchmark.repeats, training.batch_size, space.tokens, world)
     if "sampling" in benchmark.measure:
-        report_draws(trainees, batch, sampling, benchmark)
+        report_sampling(trainees, batch, sampling, benchmark)
     if "loading" in benchmark.measure:
         if space.tokens:
-            source = workloads.codes_source(space, n_classes, training.seed)
+            source = workloads.code_batches(space, n_classes, training.seed)
         what, workers = "codes" if space.tokens else "images", space.workers(data)
-        found = None if source is None else loading_rate(source, data, training, workers, benchmark.repeats, here)
+        found = None if source is None else loading_rate(source, data, training, workers, benchmark.repeats, world)
         report_loading(found, why, what, workers, consumed)
 
 
-def measure_vqgan(config: VQGANBenchmark, here: DistContext) -> None:
+def measure_vqgan(config: VQGANBenchmark, world: DistContext) -> None:
     """All that --measure names, of a VQGAN."""
     benchmark, data, loss, training = config.benchmark, config.data, config.loss, config.training
-    trainees, size = workloads.vqgan_trainees(config.network, loss, data, training, here), training.batch_size
+    trainees, size = workloads.vqgan_trainees(config.network, loss, data, training, world), training.batch_size
     for name, module in trainees[0].state.modules.items():
         print(f"{name}: {count_parameters(module):,} parameters", flush=True)
-    batch = workloads.random_batch(None, 0, size, data, here.device)
-    consumed, times = None, workloads.moments(loss, training.train_steps)
+    batch = workloads.random_batch(None, 0, size, data, world.device)
+    consumed, times = None, workloads.training_phases(loss, training.train_steps)
     if "discriminator" not in times:
         print(f"--disc_start_step {loss.disc_start_step} is never reached: the discriminator is left out")
     if "step" in benchmark.measure:
-        parts = workloads.in_parts(batch, training.accumulate)
-        works = [workloads.work_of(each, parts, here, at, name) for each in trainees for name, at in times.items()]
-        consumed = report_steps(works, benchmark.repeats, size, 0, here)
+        parts = workloads.split_batch(batch, training.accumulate)
+        works = [
+            workloads.step_workload(each, parts, world, at, name) for each in trainees for name, at in times.items()
+        ]
+        consumed = report_steps(works, benchmark.repeats, size, 0, world)
     if "sampling" in benchmark.measure:
-        trainee = plain(trainees)
-        for name, run in workloads.there_and_back(trainee, data, config.reader, batch["image"]).items():
+        trainee = last_uncompiled(trainees)
+        for name, run in workloads.encode_decode_runs(trainee, data, config.reader, batch["image"]).items():
             run()
-            seconds = several(run, benchmark.repeats, here.device)
-            print(f"{name}, {trainee.name}, {size} images at once: {spread(seconds, size)}", flush=True)
+            seconds = time_repeatedly(run, benchmark.repeats, world.device)
+            print(f"{name}, {trainee.name}, {size} images at once: {format_spread(seconds, size)}", flush=True)
     if "loading" in benchmark.measure:
-        images, why = workloads.present_images(data, config.reader)
-        source = None if images is None else workloads.images_source(images, data, training.seed)
+        images, why = workloads.try_build_dataset(data, config.reader)
+        source = None if images is None else workloads.image_batches(images, data, training.seed)
         workers = data.num_workers
-        found = None if source is None else loading_rate(source, data, training, workers, benchmark.repeats, here)
+        found = None if source is None else loading_rate(source, data, training, workers, benchmark.repeats, world)
         report_loading(found, why, "images", workers, consumed)
 
 
-def vqgan_of(data: DataConfig, argv: list[str]) -> VQGANConfig:
+def vqgan_config_of(data: DataConfig, argv: list[str]) -> VQGANConfig:
     """The VQGAN that a sampler stands on: of the --config file where that has a section for it, else of the preset."""
     file, _ = split_config_flag(argv)
     preset = ROOT / "configs" / f"{data.dataset}.yaml"
@@ -172,38 +187,42 @@ def vqgan_of(data: DataConfig, argv: list[str]) -> VQGANConfig:
     return parse(VQGANBenchmark, "vqgan", ["--config", file]).network
 
 
-def plain(trainees: list[Trainee]) -> Trainee:
+def last_uncompiled(trainees: list[Trainee]) -> Trainee:
     """What draws: the last that is not compiled, since averages are not."""
     return [each for each in trainees if not each.step.training.compile][-1]
 
 
-def report_steps(works: list[Work], repeats: int, size: int, tokens: int, here: DistContext) -> float:
+def report_steps(works: list[Workload], repeats: int, size: int, tokens: int, world: DistContext) -> float:
     """A table of steps of `size` images, each of so many tokens; the images per second of the fastest."""
-    speeds = measured(works, repeats, here.device)
-    print(f"\n{table(list(rows(speeds, size, tokens)))}\n")
+    speeds = measure_speeds(works, repeats, world.device)
+    print(f"\n{table(list(speed_rows(speeds, size, tokens)))}\n")
     for dtype, peak in {speed.dtype: speed.peak for speed in speeds if speed.peak is not None}.items():
         print(f"peak, the best matrix product here in {str(dtype).removeprefix('torch.')}: {peak / 1e12:.3g} TFLOP/s")
     return size / min(speed.median for speed in speeds)
 
 
-def report_draws(trainees: list[Trainee], batch: Batch, options: SamplingConfig, benchmark: BenchmarkConfig) -> None:
+def report_sampling(trainees: list[Trainee], batch: Batch, options: SamplingConfig, benchmark: BenchmarkConfig) -> None:
     """Images per second and network calls; of codes beside ancestral steps in float32 that evaluate everything."""
-    exact, trainee, repeats, size = trainees[0], plain(trainees), benchmark.repeats, len(batch["position"])
+    exact, trainee, repeats, size = trainees[0], last_uncompiled(trainees), benchmark.repeats, len(batch["position"])
     device, step = trainee.step.world.device, trainee.step
     full = benchmark.full_steps > 0 and "ancestral" in solvers_of(step.sampler.process)
-    steps = full_steps(exact, batch, options, repeats) if full else []
-    with counted(trainee.state.eval_module("network")) as cost:
-        x = sampled(trainee, batch, options)
-    seconds = several(lambda: sampled(trainee, batch, options), repeats, device)
-    spent = f"{cost.calls} network calls, {short(cost.evaluations / size)} evaluations per image"
-    print(f"sampling by {options.solver}, {trainee.name}, {size} images at once: {spread(seconds, size)}, {spent}")
+    steps = time_full_steps(exact, batch, options, repeats) if full else []
+    with count_nfe(trainee.state.eval_module("network")) as nfe:
+        x = draw_samples(trainee, batch, options)
+    seconds = time_repeatedly(lambda: draw_samples(trainee, batch, options), repeats, device)
+    spent = f"{nfe.calls} network calls, {three_digits(nfe.evaluations / size)} evaluations per image"
+    print(
+        f"sampling by {options.solver}, {trainee.name}, {size} images at once: {format_spread(seconds, size)}, {spent}"
+    )
     decoded = {}
     if step.space.first is not None:
         for each in {way.name: way for way in (exact, trainee)}.values():
-            decoded[each.name] = decoding(each, x, repeats)
-            print(f"decoding, {each.name}, {size} images at once: {spread(decoded[each.name], size)}", flush=True)
+            decoded[each.name] = time_decoding(each, x, repeats)
+            print(
+                f"decoding, {each.name}, {size} images at once: {format_spread(decoded[each.name], size)}", flush=True
+            )
     if full:  # half of the steps before and half after, so that noise hits all alike
-        steps += full_steps(exact, batch, options, repeats)
+        steps += time_full_steps(exact, batch, options, repeats)
         ends = [decoded[exact.name], decoded[trainee.name]]
         print(full_steps_report(steps, benchmark.full_steps, seconds, ends, size), flush=True)
 
@@ -216,9 +235,9 @@ def report_loading(found: tuple[float, bool] | None, why: str, what: str, worker
         return
     rate, warm = found
     by = f"{workers} processes" if workers else "the training process itself"
-    ratio = "" if consumed is None else f", {short(rate / consumed)} times what the fastest step takes in"
+    ratio = "" if consumed is None else f", {three_digits(rate / consumed)} times what the fastest step takes in"
     cold = "" if warm else "; not all of --in_memory was there yet"
-    print(f"loading {what} by {by}: {short(rate)} images/s{ratio}{cold}", flush=True)
+    print(f"loading {what} by {by}: {three_digits(rate)} images/s{ratio}{cold}", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from experiments.harness.experiment import write_results
 from experiments.harness.report import table
-from experiments.metrics.cost import machine, median_seconds, peak_extra_bytes
+from experiments.metrics.cost import device_name, median_seconds, peak_extra_bytes
 from models.neighborhood import Group, make_window, natten_is_compiled, neighborhood_attention_2d, resolve_backend
 from train.cli.parse import run_script
 from train.config import LoggingConfig
@@ -119,7 +119,7 @@ class Cost(NamedTuple):
     """What one backend takes; None where it was left out or cannot do it."""
 
     forward: float | None = None  # seconds
-    both: float | None = None  # seconds, forward and backward
+    forward_backward: float | None = None  # seconds, forward and backward
     peak: int | None = None  # bytes, of both
     error: float | None = None  # max |out - float64| / max |float64|
 
@@ -130,7 +130,7 @@ def main(config: Config) -> None:
     for side in c.sizes:
         for dilation in c.dilations:
             make_window((side, side), c.kernel_size, dilation)  # ValueError where it does not fit, before anything runs
-    facts = {"machine": machine(device), "torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    facts = {"machine": device_name(device), "torch": str(torch.__version__), "threads": torch.get_num_threads()}
     folder = run_folder(config.results.logs_root, config.results.log_dir)
     open_run(folder, config, facts)
     print(f"results: {folder}", flush=True)
@@ -141,7 +141,7 @@ def main(config: Config) -> None:
             case = Case(side, c.kernel_size, dilation)
             print(f"measuring {case.name}", file=sys.stderr, flush=True)
             costs = compare(case, inputs, dense_limit=c.dense_limit, repeats=c.repeats)
-            rows += [row(case, name, costs) | {"auto": name == chosen_by_auto(case, inputs)} for name in costs]
+            rows += [result_row(case, name, costs) | {"auto": name == auto_backend(case, inputs)} for name in costs]
             write_results(folder, facts | dataclasses.asdict(c) | {"device": device.type, "rows": rows})
     threads = f", threads: {facts['threads']}" if device.type == "cpu" else ""
     title = (
@@ -149,12 +149,12 @@ def main(config: Config) -> None:
         f"{facts['machine']}{threads}, torch {facts['torch']}\n"
         f"{c.heads} heads of {c.head_width}, batch {c.batch_size}, {c.precision}, median of {c.repeats}"
     )
-    print(f"\n{title}\n\n{table([HEADING, *map(words, rows)])}\n{LEGEND}")
+    print(f"\n{title}\n\n{table([HEADING, *map(table_row, rows)])}\n{LEGEND}")
     plot(folder / "times.png", rows, title)
     print(f"\n{folder / 'results.json'}\n{folder / 'times.png'}")
 
 
-def row(case: Case, name: str, costs: dict[str, Cost]) -> dict[str, Any]:
+def result_row(case: Case, name: str, costs: dict[str, Cost]) -> dict[str, Any]:
     """One line of results.json: seconds, bytes, and None for what was not measured."""
     cost, dense, natten = costs[name], costs["dense"], costs.get("natten")
     return {
@@ -163,10 +163,10 @@ def row(case: Case, name: str, costs: dict[str, Cost]) -> dict[str, Any]:
         "dilation": case.dilation,
         "backend": name,
         "forward_seconds": cost.forward,
-        "forward_backward_seconds": cost.both,
+        "forward_backward_seconds": cost.forward_backward,
         "peak_extra_bytes": cost.peak,
         "forward_over_dense": ratio(cost.forward, dense.forward),
-        "forward_backward_over_dense": ratio(cost.both, dense.both),
+        "forward_backward_over_dense": ratio(cost.forward_backward, dense.forward_backward),
         "forward_over_natten": ratio(cost.forward, natten.forward if natten else None),
         "max_error": cost.error,
     }
@@ -176,20 +176,20 @@ def ratio(part: float | None, whole: float | None) -> float | None:
     return None if part is None or whole is None else part / whole
 
 
-def words(row: dict[str, Any]) -> tuple[str, ...]:
+def table_row(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of results as a row of the table."""
     first = ("x".join(map(str, row["tokens"])), str(row["kernel_size"]), str(row["dilation"]))
     return (
         *(*first, row["backend"] + "*" * row["auto"]),
-        *(short(row[name], 1000) for name in ("forward_seconds", "forward_backward_seconds")),
-        short(row["peak_extra_bytes"], 2**-20),
-        *(short(row[f"{part}_over_dense"]) for part in ("forward", "forward_backward")),
-        short(row["forward_over_natten"]),
+        *(three_digits(row[name], 1000) for name in ("forward_seconds", "forward_backward_seconds")),
+        three_digits(row["peak_extra_bytes"], 2**-20),
+        *(three_digits(row[f"{part}_over_dense"]) for part in ("forward", "forward_backward")),
+        three_digits(row["forward_over_natten"]),
         "-" if row["max_error"] is None else f"{row['max_error']:.1e}",
     )
 
 
-def short(value: float | None, unit: float = 1.0) -> str:
+def three_digits(value: float | None, unit: float = 1.0) -> str:
     """Three digits that count, never as a power of ten."""
     return "-" if value is None else f"{float(f'{value * unit:.3g}'):g}"
 
@@ -236,7 +236,7 @@ def make_inputs(side: int, batch: int, heads: int, width: int, dtype: torch.dtyp
     return Inputs(*(x.clone() for x in draws.to(device, dtype)))
 
 
-def chosen_by_auto(case: Case, inputs: Inputs) -> str:
+def auto_backend(case: Case, inputs: Inputs) -> str:
     window = make_window((case.side, case.side), case.kernel, case.dilation)
     return resolve_backend("auto", inputs.query, Group(window, inputs.key.shape[-2]))
 
@@ -244,38 +244,41 @@ def chosen_by_auto(case: Case, inputs: Inputs) -> str:
 def compare(case: Case, inputs: Inputs, *, dense_limit: int, repeats: int) -> dict[str, Cost]:
     """Each backend's cost. Memory is measured after the times, when all that a shape needs once has been made."""
     device, tokens = inputs.query.device, case.side**2
-    wanted = reference(case, inputs) if tokens <= dense_limit else None
+    expected = reference(case, inputs) if tokens <= dense_limit else None
     costs, runs = {}, {}
     with warnings.catch_warnings():
         for module in ("natten", r"torch\.nn\.attention\.flex_attention"):
             warnings.filterwarnings("ignore", module=module)
-        for name, make in contestants(case, device).items():
+        for name, make in backends(case, device).items():
             costs[name] = Cost()
             if tokens > dense_limit and is_quadratic(name, device):
                 continue
             try:
                 attention = make()
-                forward, both = partial(run_forward, attention, inputs), partial(run_both, attention, inputs)
+                forward, forward_backward = (
+                    partial(run_forward, attention, inputs),
+                    partial(run_forward_backward, attention, inputs),
+                )
                 out = forward()
                 if has_backward(name, device):
-                    both()
-            except refusals(name) as error:
+                    forward_backward()
+            except unsupported_errors(name) as error:
                 reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
                 print(f"{name} is left out at {case.name}: {reason[:200]}", flush=True)
                 continue
-            costs[name] = Cost(error=None if wanted is None else relative_error(out, wanted))
+            costs[name] = Cost(error=None if expected is None else relative_error(out, expected))
             runs[name, "forward"] = forward
             if has_backward(name, device):
-                runs[name, "both"] = both
+                runs[name, "forward_backward"] = forward_backward
         seconds = median_seconds(runs, repeats, device)
         for name, part in runs:
             costs[name] = costs[name]._replace(**{part: seconds[name, part]})
-            if part == "both":
+            if part == "forward_backward":
                 costs[name] = costs[name]._replace(peak=peak_extra_bytes(runs[name, part], device))
     return costs
 
 
-def refusals(name: str) -> tuple[type[Exception], ...]:
+def unsupported_errors(name: str) -> tuple[type[Exception], ...]:
     """What a backend raises for a shape or a machine that it does not serve."""
     if name == "natten":
         return NotImplementedError, ValueError, RuntimeError
@@ -286,7 +289,7 @@ def refusals(name: str) -> tuple[type[Exception], ...]:
     return (torch.OutOfMemoryError,)
 
 
-def contestants(case: Case, device: torch.device) -> dict[str, Callable[[], Attention]]:
+def backends(case: Case, device: torch.device) -> dict[str, Callable[[], Attention]]:
     """What makes each backend's function, by name."""
     names = ["dense", "tiled"] + ["natten"] * (importlib.util.find_spec("natten") is not None)
     window = {"kernel_size": case.kernel, "dilation": case.dilation}
@@ -310,7 +313,7 @@ def run_forward(attention: Attention, inputs: Inputs) -> Tensor:
     return attention(*inputs[:3])
 
 
-def run_both(attention: Attention, inputs: Inputs) -> None:
+def run_forward_backward(attention: Attention, inputs: Inputs) -> None:
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
     torch.autograd.grad(attention(*leaves), leaves, inputs.gradient)
 
@@ -322,8 +325,8 @@ def reference(case: Case, inputs: Inputs) -> Tensor:
     return neighborhood_attention_2d(query, key, value, case.kernel, case.dilation, backend="dense")
 
 
-def relative_error(out: Tensor, wanted: Tensor) -> float:
-    return ((out.cpu().double() - wanted).abs().max() / wanted.abs().max()).item()
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    return ((out.cpu().double() - expected).abs().max() / expected.abs().max()).item()
 
 
 def flex(case: Case, device: torch.device) -> Attention:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffusion.gaussian import GaussianDiffusion, cosine
 from diffusion.rng import Streams
 from experiments.harness.report import table
-from experiments.metrics.cost import WARM_UPS, machine
+from experiments.metrics.cost import WARM_UPS, device_name
 from models.blocks import count_parameters
 from models.unet import UNet, UNetConfig
 from train.cli.parse import run_script
@@ -75,7 +75,7 @@ def main(config: Config) -> None:
         head_width=max(1, c.channels * c.channel_mults[-1] // HEADS),
     )
     found = networks(shape, c.img_size)
-    print(f"{machine(world.device)}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{device_name(world.device)}; torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{c.batch_size} images of {c.img_size}x{c.img_size} a step, {c.repeats} steps of each kind in turn")
     for name, network in found.items():
         print(f"{name}: {count_parameters(network):,} parameters")
@@ -85,18 +85,18 @@ def main(config: Config) -> None:
     steps = {(n, kind): step for n in found for kind, step in training_steps(found[n], batch, world).items()}
     if len(steps) == len(found):
         print("bfloat16 is not native to this machine, and left out")
-    print(f"\n{table(list(rows(timed(steps, c.repeats), c.batch_size)))}")
+    print(f"\n{table(list(table_rows(time_steps(steps, c.repeats), c.batch_size)))}")
 
 
 def networks(config: UNetConfig, img_size: int) -> dict[str, nn.Module]:
     """Ours, and diffusers' where it is installed."""
     found = {"ours": UNet(config)}
     if importlib.util.find_spec("diffusers") is not None:
-        found["diffusers"] = in_diffusers(config, img_size)
+        found["diffusers"] = diffusers_unet(config, img_size)
     return found
 
 
-def in_diffusers(config: UNetConfig, img_size: int) -> nn.Module:
+def diffusers_unet(config: UNetConfig, img_size: int) -> nn.Module:
     """diffusers' network of the same shape: heads of one width, as `head_width` makes ours."""
     from diffusers import UNet2DModel
 
@@ -146,7 +146,7 @@ def training_step(
     return loss.detach()
 
 
-def timed(steps: dict[tuple[str, str], Step], repeats: int) -> dict[tuple[str, str], list[float]]:
+def time_steps(steps: dict[tuple[str, str], Step], repeats: int) -> dict[tuple[str, str], list[float]]:
     """Seconds of `repeats` runs of each, after some that do not count; in turn, so that noise hits all alike."""
     seconds = {name: [] for name in steps}
     for i in range(WARM_UPS + repeats):
@@ -158,7 +158,7 @@ def timed(steps: dict[tuple[str, str], Step], repeats: int) -> dict[tuple[str, s
     return seconds
 
 
-def rows(seconds: dict[tuple[str, str], list[float]], images: int) -> Iterator[tuple[str, ...]]:
+def table_rows(seconds: dict[tuple[str, str], list[float]], images: int) -> Iterator[tuple[str, ...]]:
     """Of a table for people: a heading, and each kind of step against our float32."""
     yield "network", "precision", "median s/step", "min", "max", "images/s", "against our float32"
     medians = {name: torch.tensor(times, dtype=torch.float64).quantile(0.5).item() for name, times in seconds.items()}

@@ -6,25 +6,25 @@ from typing import Any, Literal
 
 import _root
 
-from experiments.harness.batches import ResumableBatches, own_indices
-from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, run_experiment
-from experiments.harness.images import GRID
+from experiments.harness.batches import ResumableBatches, rank_indices
+from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
+from experiments.harness.images import GRID_IMAGES
 from experiments.harness.report import progress, table
 from experiments.metrics import features as all_features
 from experiments.metrics.distances import (
+    add_features,
+    compute_statistics,
     generated_statistics,
     real_reference,
-    reconstructed,
+    reconstruct_batches,
     sampled_features,
     sampled_images,
     save_reconstructions,
     statistics_cache,
-    statistics_of,
-    with_features,
 )
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Reference, frechet_distance
-from experiments.metrics.kid import KeptFeatures, kernel_distance
+from experiments.metrics.kid import FeatureSubset, kernel_distance
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.distributed import DistContext
@@ -69,9 +69,9 @@ class Config:
     output: OutputConfig
 
 
-def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """Where the statistics of real images are kept comes from --logs_root."""
-    return Prepared((config.distance, config.sampling, statistics_cache(config.output.logs_root)))
+    return ExperimentSetup((config.distance, config.sampling, statistics_cache(config.output.logs_root)))
 
 
 def measure(
@@ -79,23 +79,23 @@ def measure(
 ) -> dict[str, Any] | None:
     """All the distances of one report, and its pictures. On the main rank alone; the others take part."""
     data, size, first, world = model.data, batches.batch_size, model.space.first, model.world
-    features = all_features.choose(distance.features, data, model.device, distance.inception_weights)
-    reference = reference_of(distance, model, features, cache, size)
+    features = all_features.choose_features(distance.features, data, model.device, distance.inception_weights)
+    reference = load_reference(distance, model, features, cache, size)
     held_out = ImageSource(model.dataset("val" if distance.split == "train" else "train"), data)
     count, images_of = sampled_images(distance.samples, distance.n_samples, model, sampling, batches.seed)
     files = {name: content for name, content in batches.files.items() if name != "ref_stats"}
-    found = sampled_features(images_of, count, GRID, features, batches, files)
+    found = sampled_features(images_of, count, GRID_IMAGES, features, batches, files)
     same = min(count, len(held_out))  # as many images of each kind as there are held-out real ones
-    chosen = own_indices(world, fixed_subset(len(held_out), same), size)
+    chosen = rank_indices(world, fixed_subset(len(held_out), same), size)
 
-    kept = {"generated": KeptFeatures(found)}
+    kept = {"generated": FeatureSubset(found)}
     everything, as_many = generated_statistics(kept["generated"], same, batches.folder / "samples.png")
-    kept["real_vs_real"] = KeptFeatures(with_features(features, images_in_order(held_out, size, chosen), world))
-    real_again, rebuilt = statistics_of(kept["real_vs_real"]), None
+    kept["real_vs_real"] = FeatureSubset(add_features(features, images_in_order(held_out, size, chosen), world))
+    real_again, rebuilt = compute_statistics(kept["real_vs_real"]), None
     if first is not None:
-        own = reconstructed(first, images_in_order(held_out, size, chosen))
-        kept["reconstructions"] = KeptFeatures(with_features(features, own, world))
-        rebuilt = statistics_of(progress(kept["reconstructions"], same, "reconstructing", world.is_main))
+        own = reconstruct_batches(first, images_in_order(held_out, size, chosen))
+        kept["reconstructions"] = FeatureSubset(add_features(features, own, world))
+        rebuilt = compute_statistics(progress(kept["reconstructions"], same, "reconstructing", world.is_main))
     if not world.is_main:
         return None
     if first is not None:
@@ -116,7 +116,7 @@ def measure(
     }
 
 
-def reference_of(
+def load_reference(
     distance: DistanceConfig, model: TrainedSampler, features: Features, cache: Path, batch_size: int
 ) -> Reference:
     """What --ref_stats holds of the real images, else what a split does."""
@@ -127,7 +127,7 @@ def reference_of(
 
 
 def kernel_distances(
-    distance: DistanceConfig, features: Features, kept: dict[str, KeptFeatures], reference: Reference
+    distance: DistanceConfig, features: Features, kept: dict[str, FeatureSubset], reference: Reference
 ) -> dict[str, Any] | None:
     """{"metric": its name, and of each kind of images its mean, deviation, subsets and size}; None where the reference
     has no features."""
@@ -145,7 +145,7 @@ def report(results: dict[str, Any], folder: Path) -> str:
     same, kernel = str(results["n_compared"]), results.get("kernel")
 
     def row(words: str, count: str, value: str, kind: str = "") -> tuple[str, ...]:
-        return (words, count, f"{results[value]:.4g}", *([mean_and_deviation(kernel.get(kind))] if kernel else []))
+        return (words, count, f"{results[value]:.4g}", *([format_kernel_distance(kernel.get(kind))] if kernel else []))
 
     rows = [("images", "count", results["metric"], *([kernel["metric"]] if kernel else []))]
     rows.append(row("generated", str(results["n_samples"]), "value", "generated"))
@@ -165,7 +165,7 @@ def report(results: dict[str, Any], folder: Path) -> str:
     return "\n".join([*lines, f"\n{folder / 'results.json'}\n{folder / 'samples.png'}"])
 
 
-def mean_and_deviation(found: dict[str, Any] | None) -> str:
+def format_kernel_distance(found: dict[str, Any] | None) -> str:
     return "" if found is None else f"{found['mean']:.3g} ± {found['deviation']:.2g}"
 
 

@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.experiment import ModelConfig, OutputConfig, run_experiment
-from experiments.harness.images import GRID, save_grid
+from experiments.harness.images import GRID_IMAGES, save_grid
 from experiments.harness.report import table
 from experiments.metrics import features as all_features
-from experiments.metrics.distances import Batches, real_features, sampled_features, sampled_images, together
-from experiments.metrics.prdc import PRDC, prdc, radii
+from experiments.metrics.distances import Batches, concatenate, real_features, sampled_features, sampled_images
+from experiments.metrics.prdc import PRDC, knn_radii, prdc
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset
 from train.trained_sampler import TrainedSampler
@@ -60,7 +60,7 @@ def measure(
 ) -> dict[str, Any] | None:
     """All the numbers of one report, and samples.png. On the main rank alone; the others take part."""
     size, data, world = batches.batch_size, model.data, model.world
-    features = all_features.choose(settings.features, data, model.device, settings.inception_weights)
+    features = all_features.choose_features(settings.features, data, model.device, settings.inception_weights)
     source = ImageSource(model.dataset(settings.split), data)
     held_out = ImageSource(model.dataset("val" if settings.split == "train" else "train"), data)
     given, images_of = sampled_images(settings.samples, settings.n_samples, model, sampling, batches.seed)
@@ -70,16 +70,16 @@ def measure(
     if count < given:
         print(f"{count} images of each kind: the {settings.split} split has no more", flush=True)
 
-    real = together(real_features(source, fixed_subset(len(source), count), features, size, world, "real"), count)
+    real = concatenate(real_features(source, fixed_subset(len(source), count), features, size, world, "real"), count)
     subset = fixed_subset(len(held_out), same)
-    others = together(real_features(held_out, subset, features, size, world, "held-out"), same)
-    found = sampled_features(images_of, count, GRID, features, batches, batches.files)
-    generated = together(with_grid(found, batches.folder / "samples.png"), count)
+    others = concatenate(real_features(held_out, subset, features, size, world, "held-out"), same)
+    found = sampled_features(images_of, count, GRID_IMAGES, features, batches, batches.files)
+    generated = concatenate(with_grid(found, batches.folder / "samples.png"), count)
     if not world.is_main:
         return None
     sets = {"generated": generated["features"], "held_out": others["features"], "real": real["features"]}
     return {
-        **against_real(sets, settings.nearest_k, model.device),
+        **measure_against_real(sets, settings.nearest_k, model.device),
         "k": settings.nearest_k,
         "features": features.name,
         "n_real": len(sets["real"]),
@@ -107,10 +107,10 @@ def with_grid(batches: Batches, path: Path) -> Batches:
             shown.append(batch["image"])
         yield batch
     if shown:
-        save_grid(path, torch.cat(shown)[:GRID])
+        save_grid(path, torch.cat(shown)[:GRID_IMAGES])
 
 
-def against_real(sets: dict[str, Tensor], k: int, device: torch.device) -> dict[str, dict[str, float]]:
+def measure_against_real(sets: dict[str, Tensor], k: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Of "generated" features, of as many of them as there are held-out ones, and of "held_out" ones: the four numbers
     against the "real" ones. A bar counts rows of distances."""
     here = torch.device("cpu") if device.type == "mps" else device
@@ -121,7 +121,7 @@ def against_real(sets: dict[str, Tensor], k: int, device: torch.device) -> dict[
         fakes["generated_at_n_held_out"] = sets["generated"][:same]
     rows = len(real) + sum(len(each) + len(real) for each in fakes.values())
     with tqdm(total=rows, desc="distances", unit="row", dynamic_ncols=True, mininterval=1.0) as bar:
-        real_radii = radii(real, k, bar.update)
+        real_radii = knn_radii(real, k, bar.update)
         found = {name: prdc(real, each, k, real_radii, bar.update)._asdict() for name, each in fakes.items()}
     return found | {"generated_at_n_held_out": found.get("generated_at_n_held_out", found["generated"])}
 

@@ -12,13 +12,23 @@ import _root
 import torch
 from torch import Tensor, nn
 
-from experiments.harness.batches import ResumableBatches, in_order, own_indices
-from experiments.harness.experiment import FirstStageModelConfig, FirstStageOutputConfig, Prepared, run_experiment
+from experiments.harness.batches import ResumableBatches, gather_in_order, rank_indices
+from experiments.harness.experiment import (
+    ExperimentSetup,
+    FirstStageModelConfig,
+    FirstStageOutputConfig,
+    run_experiment,
+)
 from experiments.harness.report import progress, table
 from experiments.metrics import features as all_features
 from experiments.metrics.distances import real_statistics, save_reconstructions, statistics_cache
 from experiments.metrics.image_pairs import WINDOW
-from experiments.metrics.reconstruction import SHOWN, chosen_perceptual, rebuilt, summed_up
+from experiments.metrics.reconstruction import (
+    SHOWN_IMAGES,
+    choose_lpips,
+    measure_reconstructions,
+    summarize_reconstructions,
+)
 from train.data.loading import ImageSource, build_dataset, fixed_subset, images_in_order
 from train.datasets import Dataset
 from train.distributed import DistContext
@@ -64,12 +74,12 @@ class Config:
     output: FirstStageOutputConfig
 
 
-def prepare(config: Config, model: FirstStage, world: DistContext) -> Prepared:
+def prepare(config: Config, model: FirstStage, world: DistContext) -> ExperimentSetup:
     """The images of the split and the network of LPIPS; a report by another network is outdated."""
     settings = config.reconstruction
     dataset = build_dataset(model.data, model.reader, settings.split)
     origin = {"images": dataset.fingerprint()} | perceptual_provenance(settings.perceptual_weights)
-    net, perceptual = chosen_perceptual(settings.lpips_net, settings.perceptual_weights, model.run)
+    net, perceptual = choose_lpips(settings.lpips_net, settings.perceptual_weights, model.run)
     if any(world.any(perceptual is None)):  # all measure the same, also where one machine lacks the weights
         net, perceptual = "none", None
     cache = statistics_cache(config.output.logs_root)
@@ -78,7 +88,7 @@ def prepare(config: Config, model: FirstStage, world: DistContext) -> Prepared:
     def is_of_this_net(results: dict[str, Any]) -> bool:
         return results["lpips_net"] == net
 
-    return Prepared((settings, dataset, net, perceptual, cache), origin, name, is_current=is_of_this_net)
+    return ExperimentSetup((settings, dataset, net, perceptual, cache), origin, name, is_current=is_of_this_net)
 
 
 def measure(
@@ -95,19 +105,19 @@ def measure(
     data, size, world = model.data, settings.batch_size, batches.world
     if perceptual is not None:
         perceptual.to(model.device)
-    features = all_features.choose(settings.features, data, model.device, settings.inception_weights)
+    features = all_features.choose_features(settings.features, data, model.device, settings.inception_weights)
     reference = real_statistics(dataset, data, features, settings.inception_weights, cache, size, world)
     source = ImageSource(dataset, data)
     n = len(source) if settings.n_images is None else min(settings.n_images, len(source))
-    own = images_in_order(source, size, own_indices(world, sorted(fixed_subset(len(source), n)), size))
-    found = in_order(world, rebuilt(model, own, features, perceptual))
+    own = images_in_order(source, size, rank_indices(world, sorted(fixed_subset(len(source), n)), size))
+    found = gather_in_order(world, measure_reconstructions(model, own, features, perceptual))
     found = progress(found, n, "reconstructing", world.is_main)
     if not world.is_main:
         list(found)
         return None
     codebook_size = model.vqgan.quantizer.codebook_size
-    numbers, chosen = summed_up(found, reference, codebook_size, math.prod(data.size))
-    save_reconstructions(batches.folder / "reconstructions.png", model, source, min(n, SHOWN))
+    numbers, chosen = summarize_reconstructions(found, reference, codebook_size, math.prod(data.size))
+    save_reconstructions(batches.folder / "reconstructions.png", model, source, min(n, SHOWN_IMAGES))
     results = {"metric": features.module.METRIC, **numbers, "codebook_size": codebook_size, "lpips_net": net}
     results |= {"split": settings.split, "n_reference": reference.count, "features": features.name, "run": batches.run}
     plot(batches.folder / "codes.png", chosen, results)

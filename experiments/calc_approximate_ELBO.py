@@ -13,15 +13,15 @@ from torch import Tensor
 from diffusion.likelihood import visits
 from diffusion.rng import Streams
 from experiments.harness.batches import ResumableBatches
-from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, run_experiment
+from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.report import progress, table
 from experiments.metrics.decoder_likelihood import (
     DecoderBits,
     DecoderConfig,
     TrainedHead,
-    head_for,
-    of_images,
-    report_rows,
+    image_bits_rows,
+    load_or_train_head,
+    summarize_image_bits,
 )
 from train.data.loading import BatchSource
 from train.distributed import DistContext
@@ -70,7 +70,7 @@ class Config:
     output: OutputConfig
 
 
-def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """Trains the head of the decoder first, as far as it is not; a report of other weights of it is outdated.
 
     ValueError for a model of latents.
@@ -78,16 +78,16 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepar
     if isinstance(model.space, Latents):
         why = "latents are continuous and have no likelihood in bits"
         raise ValueError(f"{why}: {model.run} is no model of pixels")
-    head = head_for(config.decoder, config.model, config.output, model)
+    head = load_or_train_head(config.decoder, config.model, config.output, model)
     weights = None if head is None else head.weights
 
     def is_of_this_head(results: dict[str, Any]) -> bool:
         return results["run"].get("head_weights") == weights
 
-    return Prepared((config.likelihood, head), is_current=is_of_this_head)
+    return ExperimentSetup((config.likelihood, head), is_current=is_of_this_head)
 
 
-def bounds(
+def bound_function(
     trained: TrainedSampler,
     source: BatchSource,
     seed: int,
@@ -116,7 +116,7 @@ def measure(
     count = min(settings.n_images or len(source), len(source))  # beyond an epoch images come again
     decoder = None if head is None else DecoderBits(head, model, settings.split, source)
     name = "bounds" if head is None else f"bounds_{head.weights[:16]}"  # it may be trained on between two starts
-    make = bounds(model, source, batches.seed, settings.calls, decoder)
+    make = bound_function(model, source, batches.seed, settings.calls, decoder)
     totals, prior, terms, of_decoder = [], 0.0, 0.0, []
     for bound in progress(batches.resume(name, range(count), make), count, "measuring", world.is_main):
         totals.append(bound["total"])
@@ -127,8 +127,8 @@ def measure(
     if not world.is_main:
         return None
     total, steps, sampler = torch.cat(totals), len(terms), model.sampler
-    widths = stretches(steps, settings.calls)
-    curve = levelled(terms, widths).tolist() if steps else []
+    widths = stratum_widths(steps, settings.calls)
+    curve = spread_over_strata(terms, widths).tolist() if steps else []
     of_times = steps > 0 and sampler.process.steps is not None  # in continuous time, of numbers of masked codes
     results = {
         "unit": sampler.unit,
@@ -146,18 +146,18 @@ def measure(
     }
     if head is not None:
         sizes = model.space.tokens, math.prod(model.data.shape)
-        results |= of_images(total, torch.cat(of_decoder), *sizes, head)
+        results |= summarize_image_bits(total, torch.cat(of_decoder), *sizes, head)
     if steps:
         plot(batches.folder / "terms.png", results)
     return results
 
 
-def stretches(steps: int, calls: int | None) -> list[int]:
+def stratum_widths(steps: int, calls: int | None) -> list[int]:
     """From the data on, how many neighbouring steps each network call stands for."""
     return [width for _, width in visits(steps, calls, Streams([0]))] if steps else []
 
 
-def levelled(terms: Tensor, widths: list[int]) -> Tensor:
+def spread_over_strata(terms: Tensor, widths: list[int]) -> Tensor:
     """Mean terms (T,), each stretch's sum spread evenly over it: few images visit any one of its steps."""
     return torch.cat([part.mean().expand(len(part)) for part in terms.split(widths)])
 
@@ -176,7 +176,9 @@ def report(results: dict[str, Any], folder: Path) -> str:
     lines = [f"\n{results['split']} split, {results['method']}{way}\n{table(rows)}"]
     if "head" in results:
         head = "head: {run}, step {step}".format(**results["head"])
-        lines.append(f"\n8-bit images: in each value's bin a Gaussian's mass ({head})\n{table(report_rows(results))}")
+        lines.append(
+            f"\n8-bit images: in each value's bin a Gaussian's mass ({head})\n{table(image_bits_rows(results))}"
+        )
     lines.append(f"\n{folder / 'results.json'}")
     return "\n".join([*lines, *([str(folder / "terms.png")] if steps else [])])
 

@@ -8,29 +8,36 @@ import _root
 import torch
 from torch import Tensor
 
-from experiments.harness.batches import ResumableBatches, shared
+from experiments.harness.batches import ResumableBatches, broadcast_object
 from experiments.harness.experiment import ModelConfig, OutputConfig, run_experiment
 from experiments.harness.report import table
 from experiments.metrics import features as all_features
-from experiments.metrics import image_pairs as all_closeness
-from experiments.metrics.classifier import exact_copies
+from experiments.metrics import image_pairs
+from experiments.metrics.classifier import copied_fraction
 from experiments.metrics.distances import (
-    kept_name,
+    batches_name,
+    concatenate,
+    features_version,
     real_features,
     sampled_features,
     sampled_images,
-    together,
-    version_of,
 )
 from experiments.metrics.features import Features
-from experiments.metrics.image_pairs import Closeness
-from experiments.metrics.nearest_neighbours import Ranked, Row, candidates, in_view, reranked, save_picture
+from experiments.metrics.image_pairs import ImageDistance
+from experiments.metrics.nearest_neighbours import (
+    PictureRow,
+    RankedNeighbours,
+    find_candidates,
+    rerank_candidates,
+    save_neighbour_picture,
+    training_view,
+)
 from train.config import DataConfig, SamplingConfig
 from train.data.loading import ImageSource, fixed_subset
 from train.data.transforms import training_views
 from train.trained_sampler import TrainedSampler
 
-CLOSE = 0.05  # a quantile of the held-out images' distances: nearer than that is suspicious
+CLOSE_QUANTILE = 0.05  # a quantile of the held-out images' distances: nearer than that is suspicious
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,27 +100,27 @@ def measure(
 ) -> dict[str, Any] | None:
     """Everything of one report, and neighbours.png. On the main rank alone; the others take part."""
     size, data, world = batches.batch_size, model.data, model.world
-    features = all_features.choose(settings.features, data, model.device, settings.inception_weights)
+    features = all_features.choose_features(settings.features, data, model.device, settings.inception_weights)
     net, weights = settings.perceptual_net, settings.perceptual_weights
-    closeness = all_closeness.choose(settings.rerank, net, weights, world, size)
+    image_distance = image_pairs.choose_distance(settings.rerank, net, weights, world, size)
     training = ImageSource(model.dataset("train"), data, margin=data.crop_margin)
     held_out = ImageSource(model.dataset("val"), data)
     images, codes, n_samples, vectors = make_queries(settings, sampling, model, features, held_out, batches)
-    made_of = [training.dataset.fingerprint(), batches.files, *version_of(features, settings.inception_weights)]
-    name = kept_name("candidates", *made_of)
-    near = candidates(vectors, training, features, settings.candidates, batches, name)
-    name = kept_name("ranked", *made_of, closeness.name)
-    ranked = reranked(images, near, training, closeness, settings.neighbours, batches, name)
-    found = together(ranked, len(images), Ranked._fields)
-    same_codes = None if codes is None else shares_codes(codes, model, size)
+    made_of = [training.dataset.fingerprint(), batches.files, *features_version(features, settings.inception_weights)]
+    name = batches_name("candidates", *made_of)
+    near = find_candidates(vectors, training, features, settings.candidates, batches, name)
+    name = batches_name("ranked", *made_of, image_distance.name)
+    ranked = rerank_candidates(images, near, training, image_distance, settings.neighbours, batches, name)
+    found = concatenate(ranked, len(images), RankedNeighbours._fields)
+    same_codes = None if codes is None else code_copies(codes, model, size)
     if not world.is_main:
         return None
-    ranking = Ranked(**found)
+    ranking = RankedNeighbours(**found)
     rows = sections(ranking, images, n_samples, training, settings.rows)
-    save_picture(batches.folder / "neighbours.png", rows, title(closeness))
-    return figures(ranking, n_samples) | {
+    save_neighbour_picture(batches.folder / "neighbours.png", rows, title(image_distance))
+    return summarize_distances(ranking, n_samples) | {
         "equal_codes": same_codes,
-        "ranked_by": closeness.name,
+        "ranked_by": image_distance.name,
         "features": features.name,
         "n_samples": n_samples,
         "n_held_out": len(images) - n_samples,
@@ -121,7 +128,7 @@ def measure(
         "candidates": near.images.shape[1],
         "data": data.dataset,
         "views": [view.to_list() for view in training_views(data)],  # mirrored, moved right and down, cut
-        **neighbours_of(ranking, n_samples),
+        **neighbour_lists(ranking, n_samples),
         "run": batches.run,
     }
 
@@ -138,16 +145,16 @@ def make_queries(
     size, world = batches.batch_size, model.world
     count, images_of = sampled_images(settings.samples, settings.n_samples, model, sampling, batches.seed)
     own = sampled_features(images_of, count, count, features, batches, batches.files)
-    samples = together(own, count, ("features", "image", "codes"))
+    samples = concatenate(own, count, ("features", "image", "codes"))
     same = min(count, len(held_out))
     real = real_features(held_out, fixed_subset(len(held_out), same), features, size, world, "held-out")
-    real = together(real, same, ("features", "image"))
-    samples, real = shared(world, (samples, real))
-    images = torch.cat([like_data(samples["image"], model.data), real["image"]])
+    real = concatenate(real, same, ("features", "image"))
+    samples, real = broadcast_object(world, (samples, real))
+    images = torch.cat([match_data_channels(samples["image"], model.data), real["image"]])
     return Queries(images, samples.get("codes"), count, torch.cat([samples["features"], real["features"]]))
 
 
-def like_data(images: Tensor, data: DataConfig) -> Tensor:
+def match_data_channels(images: Tensor, data: DataConfig) -> Tensor:
     """Images uint8 (N, C, H, W) in the channels of the training data; ValueError where their size is another."""
     if tuple(images.shape[2:]) != data.size:
         got, wanted = ("x".join(map(str, each)) for each in (images.shape[2:], data.size))
@@ -159,16 +166,16 @@ def like_data(images: Tensor, data: DataConfig) -> Tensor:
     return images.float().mean(1, keepdim=True).round().byte()
 
 
-def shares_codes(codes: Tensor, model: TrainedSampler, batch_size: int) -> float:
+def code_copies(codes: Tensor, model: TrainedSampler, batch_size: int) -> float:
     """The share in [0, 1] of samples with the codes of a training image in some view. All ranks take part."""
     known = model.space.first.codes(model.dataset("train"), "train", model.data, batch_size, model.world)
-    return exact_copies(codes, known.ids[:].flatten(0, 1))
+    return copied_fraction(codes, known.ids[:].flatten(0, 1))
 
 
-def figures(found: Ranked, n_samples: int) -> dict[str, Any]:
+def summarize_distances(found: RankedNeighbours, n_samples: int) -> dict[str, Any]:
     """How near to training images samples are, the first of `found`, and held-out images, the rest."""
     samples, real = found.distances[:n_samples, 0], found.distances[n_samples:, 0]
-    usual, close = real.quantile(0.5), real.quantile(CLOSE)
+    usual, close = real.quantile(0.5), real.quantile(CLOSE_QUANTILE)
     return {
         "median": samples.quantile(0.5).item(),
         "median_held_out": usual.item(),
@@ -180,7 +187,7 @@ def figures(found: Ranked, n_samples: int) -> dict[str, Any]:
     }
 
 
-def neighbours_of(found: Ranked, n_samples: int) -> dict[str, Any]:
+def neighbour_lists(found: RankedNeighbours, n_samples: int) -> dict[str, Any]:
     """Of each sample, from the nearest on: indices in the training split, numbers of their views, distances."""
     tensors = found._asdict()
     tensors.pop("equal")
@@ -188,31 +195,33 @@ def neighbours_of(found: Ranked, n_samples: int) -> dict[str, Any]:
     return {names.get(name, name): tensor[:n_samples].tolist() for name, tensor in tensors.items()}
 
 
-def title(closeness: Closeness) -> str:
-    words = "Euclidean, of pixels" if closeness.name == "pixels" else closeness.name
+def title(image_distance: ImageDistance) -> str:
+    words = "Euclidean, of pixels" if image_distance.name == "pixels" else image_distance.name
     return f"left: the image; right: its nearest training images with their distances: {words}"
 
 
-def sections(found: Ranked, images: Tensor, n_samples: int, source: ImageSource, rows: int) -> dict[str, list[Row]]:
+def sections(
+    found: RankedNeighbours, images: Tensor, n_samples: int, source: ImageSource, rows: int
+) -> dict[str, list[PictureRow]]:
     """Rows of the picture: the samples nearest to a training image, others, and held-out images, evenly by distance."""
     views = training_views(source.config)
     order = found.distances[:n_samples, 0].argsort(stable=True).tolist()
     real = (found.distances[n_samples:, 0].argsort(stable=True) + n_samples).tolist()
 
-    def row(i: int) -> Row:
-        near = [in_view(source, views, *each) for each in zip(found.images[i], found.views[i], strict=True)]
+    def row(i: int) -> PictureRow:
+        near = [training_view(source, views, *each) for each in zip(found.images[i], found.views[i], strict=True)]
         words = f"sample {i}" if i < n_samples else "held out"
-        return Row(images[i], words, torch.stack(near), found.distances[i].tolist())
+        return PictureRow(images[i], words, torch.stack(near), found.distances[i].tolist())
 
     chosen = {
         "generated: those nearest to a training image": order[:rows],
-        "generated: others, from near to far": evenly(order[rows:], rows),
-        "held-out real images, from near to far": evenly(real, rows),
+        "generated: others, from near to far": evenly_spaced(order[rows:], rows),
+        "held-out real images, from near to far": evenly_spaced(real, rows),
     }
     return {heading: [row(i) for i in indices] for heading, indices in chosen.items() if indices}
 
 
-def evenly(things: list[int], count: int) -> list[int]:
+def evenly_spaced(things: list[int], count: int) -> list[int]:
     """Up to `count` of them, the first and the last among them, at even steps."""
     if len(things) <= count:
         return things
@@ -231,7 +240,7 @@ def report(results: dict[str, Any], folder: Path) -> str:
     rows.append(("median distance", f"{results['median']:.3g}", f"{results['median_held_out']:.3g}"))
     rows.append(("... over that of held-out images", ratio, "1"))
     rows.append(("nearer than half of the held-out images", share("nearer_than_usual"), "50 %"))
-    rows.append(("nearer than 95 % of them", share("closer_than_held_out"), f"{100 * CLOSE:.0f} %"))
+    rows.append(("nearer than 95 % of them", share("closer_than_held_out"), f"{100 * CLOSE_QUANTILE:.0f} %"))
     rows.append(("copies, pixel by pixel", share("equal_pixels"), share("equal_pixels_held_out")))
     if results["equal_codes"] is not None:
         rows.append(("copies, code by code", share("equal_codes"), "-"))

@@ -11,10 +11,22 @@ import torch
 from torch import Tensor
 
 from experiments.harness.batches import ResumableBatches
-from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, results_folder, run_experiment
+from experiments.harness.experiment import (
+    ExperimentSetup,
+    ModelConfig,
+    OutputConfig,
+    default_results_folder,
+    run_experiment,
+)
 from experiments.harness.images import read_samples, save_grid
 from experiments.harness.report import table
-from experiments.metrics.classifier import class_balance, exact_copies, nearest_ratio, share_kept, share_sure
+from experiments.metrics.classifier import (
+    class_balance,
+    confident_fraction,
+    copied_fraction,
+    nearest_distance_ratio,
+    same_class_fraction,
+)
 from experiments.metrics.features.digits import DigitsClassifier, accuracy, load_classifier
 from experiments.metrics.neighbours import coverage
 from train.data.loading import ImageSource, images_in_order
@@ -53,17 +65,17 @@ class Config:
     output: OutputConfig
 
 
-def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """The samples, which are looked at anew each time."""
-    default = results_folder("samples", config.model, config.output.logs_root, model) / "samples.npz"
-    return Prepared((Path(config.check.samples or default),), is_current=lambda results: False)
+    default = default_results_folder("samples", config.model, config.output.logs_root, model) / "samples.npz"
+    return ExperimentSetup((Path(config.check.samples or default),), is_current=lambda results: False)
 
 
 def measure(path: Path, model: TrainedSampler, batches: ResumableBatches) -> dict[str, float]:
     """The figures, and digits.png."""
     samples = read_samples(path)
-    found = figures(samples, model)
-    save_grid(batches.folder / "digits.png", picture(samples, model), columns=20)
+    found = compute_figures(samples, model)
+    save_grid(batches.folder / "digits.png", comparison_images(samples, model), columns=20)
     print(f"\n{len(samples['image'])} generated digits", flush=True)
     return found
 
@@ -81,14 +93,14 @@ def report(results: dict[str, float], folder: Path) -> str:
 def split_images(trained: TrainedSampler, split: str) -> tuple[Tensor, Tensor]:
     """uint8 images (N, C, S, S) and labels (N,) of one split of the digits."""
     dataset = trained.dataset(split)
-    return all_of(ImageSource(dataset, trained.data)), torch.from_numpy(dataset.labels)
+    return load_all_images(ImageSource(dataset, trained.data)), torch.from_numpy(dataset.labels)
 
 
-def all_of(source: ImageSource) -> Tensor:
+def load_all_images(source: ImageSource) -> Tensor:
     return torch.cat([batch["image"] for batch in images_in_order(source, 500)])
 
 
-def figures(samples: dict[str, Tensor], trained: TrainedSampler) -> dict[str, float]:
+def compute_figures(samples: dict[str, Tensor], trained: TrainedSampler) -> dict[str, float]:
     """A figure for each of GOALS, of samples with "image" uint8 (N, 3, S, S), "codes" (N, h, w) of models of codes, and
     "labels" (N,) of models that were told a class.
 
@@ -103,46 +115,46 @@ def figures(samples: dict[str, Tensor], trained: TrainedSampler) -> dict[str, fl
     shares = class_balance(logits.argmax(1), 10) / len(generated)
     found = [
         accuracy(classifier, "val"),
-        share_sure(logits),
-        share_as_asked(logits, samples.get("labels")),
+        confident_fraction(logits),
+        conditional_accuracy(logits, samples.get("labels")),
         float((shares > 0).sum()),
         float((shares / (class_balance(labels, 10) / len(labels))).min()),
-        kept_by_reconstructions(trained, classifier, held_out, real_logits),
-        copies(samples, generated, trained),
-        nearest_ratio(generated.float(), held_out.float(), training.float()),
+        reconstruction_agreement(trained, classifier, held_out, real_logits),
+        training_copies(samples, generated, trained),
+        nearest_distance_ratio(generated.float(), held_out.float(), training.float()),
         coverage(training.flatten(1).float(), generated.flatten(1).float()),
         coverage(training_features, features),
     ]
     return {name: value for name, value in zip(GOALS, found, strict=True) if value is not None}
 
 
-def share_as_asked(logits: Tensor, asked: Tensor | None) -> float | None:
+def conditional_accuracy(logits: Tensor, asked: Tensor | None) -> float | None:
     """The share in [0, 1] of images whose likeliest class by logits (N, K) is the one asked for (N,)."""
     return None if asked is None else (logits.argmax(1) == asked).double().mean().item()
 
 
 @torch.no_grad()
-def kept_by_reconstructions(
+def reconstruction_agreement(
     trained: TrainedSampler, classifier: DigitsClassifier, held_out: Tensor, real_logits: Tensor
 ) -> float | None:
     first = trained.space.first
     if first is None:
         return None
-    return share_kept(real_logits, classifier(first.decode(first.encode(held_out)).cpu()))
+    return same_class_fraction(real_logits, classifier(first.decode(first.encode(held_out)).cpu()))
 
 
-def copies(samples: dict[str, Tensor], generated: Tensor, trained: TrainedSampler) -> float:
+def training_copies(samples: dict[str, Tensor], generated: Tensor, trained: TrainedSampler) -> float:
     """Share of samples that are a training image in one of its views: by their codes, or pixel by pixel."""
     dataset, data = trained.dataset("train"), trained.data
     if "codes" in samples:
         table = trained.space.first.codes(dataset, "train", data, 500, DistContext(trained.device))
-        return exact_copies(samples["codes"], table.ids[:].flatten(0, 1))
-    training = all_of(ImageSource(dataset, data, margin=data.crop_margin))
+        return copied_fraction(samples["codes"], table.ids[:].flatten(0, 1))
+    training = load_all_images(ImageSource(dataset, data, margin=data.crop_margin))
     seen = torch.cat([view(training) for view in training_views(data)])
-    return exact_copies(generated.flatten(1), seen.flatten(1))
+    return copied_fraction(generated.flatten(1), seen.flatten(1))
 
 
-def picture(samples: dict[str, Tensor], trained: TrainedSampler, columns: int = 20, rows: int = 5) -> Tensor:
+def comparison_images(samples: dict[str, Tensor], trained: TrainedSampler, columns: int = 20, rows: int = 5) -> Tensor:
     """Held-out real digits, then as many generated ones, (2 * rows * columns, 3, S, S)."""
     real, _ = split_images(trained, "val")
     count = columns * rows

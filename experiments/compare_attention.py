@@ -14,16 +14,16 @@ import _root
 import torch
 from tqdm import tqdm
 
-from experiments.harness.batches import only_process
+from experiments.harness.batches import single_process_world
 from experiments.harness.experiment import BriefTrainingConfig, FolderConfig, write_results
 from experiments.harness.report import mean_and_deviation, table
 from experiments.metrics import features as all_features
 from experiments.metrics.distances import (
-    features_origin,
+    add_features,
+    features_provenance,
     generated_statistics,
     real_statistics,
     statistics_cache,
-    with_features,
 )
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
@@ -98,7 +98,7 @@ def main(config: Config) -> None:
     name = config.output.log_dir or f"compare_attention_{bench.space.first.run.name}_{bench.space.first.step}"
     folder = run_folder(config.output.logs_root, name)
     origin = {"ae_weights": bench.space.first.weights, "images": bench.images["train"].fingerprint()}
-    open_run(folder, config, origin | features_origin(bench.features))
+    open_run(folder, config, origin | features_provenance(bench.features))
     print(f"results: {folder}", flush=True)
     path = folder / "results.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
@@ -151,7 +151,7 @@ class Bench:
         )
         n, at_once = self.comparison.n_samples, self.comparison.generated_at_once
         batches = trained.sample_batches(n, seed, self.sampling, batch_size=at_once)
-        generated, _ = generated_statistics(with_features(self.features, batches, self.world), 0, grid)
+        generated, _ = generated_statistics(add_features(self.features, batches, self.world), 0, grid)
         return {
             "parameters": sum(p.numel() for p in sampler.network.parameters()),
             "bits_per_code": losses["bits_per_code"],
@@ -180,12 +180,12 @@ class Bench:
 def prepare(config: Config) -> Bench:
     """Loads the first stage, encodes the data where that is not done yet, and takes the real images' statistics."""
     comparison, data, output = config.comparison, config.data, config.output
-    world = only_process(config.training.device)
+    world = single_process_world(config.training.device)
     run = run_folder(output.logs_root, config.first.ae_load_dir or f"vqgan_{data.dataset}")
     first = load_first_stage(run, config.first.ae_load_step, world.device, config.training.amp)
     first.check_fits(data)
     images = {split: build_dataset(data, config.reader, split) for split in ("train", "val")}
-    features = all_features.choose(comparison.features, data, world.device)
+    features = all_features.choose_features(comparison.features, data, world.device)
     cache, at_once = statistics_cache(output.logs_root), comparison.generated_at_once
     return Bench(
         comparison=comparison,

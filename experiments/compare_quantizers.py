@@ -17,14 +17,14 @@ import _root
 from torch import nn
 from tqdm import tqdm
 
-from experiments.harness.batches import only_process
+from experiments.harness.batches import single_process_world
 from experiments.harness.experiment import BriefTrainingConfig, FolderConfig, write_results
 from experiments.harness.report import progress, table
 from experiments.metrics import features as all_features
-from experiments.metrics.distances import features_origin, real_statistics, save_reconstructions, statistics_cache
+from experiments.metrics.distances import features_provenance, real_statistics, save_reconstructions, statistics_cache
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics
-from experiments.metrics.reconstruction import LPIPS, SHOWN, rebuilt, summed_up
+from experiments.metrics.reconstruction import LPIPS, SHOWN_IMAGES, measure_reconstructions, summarize_reconstructions
 from train.cli.parse import run_script
 from train.cli.plugins import flags_of, plugin_options
 from train.config import DataConfig, TrainingConfig
@@ -131,7 +131,7 @@ def main(config: Config) -> None:
     same = {"own_settings": {name: VARIANTS.get(name, {}) for name in c.quantizers}, "steps_of_each": steps}
     same |= perceptual_provenance(None if bench.perceptual is None else config.loss.perceptual_weights)
     same |= {"images": bench.images.dataset.fingerprint()}
-    open_run(folder, config, same | features_origin(bench.features))
+    open_run(folder, config, same | features_provenance(bench.features))
     print(f"results: {folder}", flush=True)
     path = folder / "results.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
@@ -174,9 +174,11 @@ class Bench:
         device, amp = self.world.device, training.amp
         first = FirstStage(self.folder, autoencoder, data, self.reader, state.step, "", device, amp)
         batches = images_in_order(self.held_out, self.comparison.rebuilt_at_once)
-        batches = progress(rebuilt(first, batches, self.features, self.lpips), len(self.held_out), "measuring")
-        numbers, _ = summed_up(batches, self.reference, network.codebook_size, math.prod(data.size))
-        save_reconstructions(self.folder / f"{name}.png", first, self.held_out, min(SHOWN, len(self.held_out)))
+        batches = progress(
+            measure_reconstructions(first, batches, self.features, self.lpips), len(self.held_out), "measuring"
+        )
+        numbers, _ = summarize_reconstructions(batches, self.reference, network.codebook_size, math.prod(data.size))
+        save_reconstructions(self.folder / f"{name}.png", first, self.held_out, min(SHOWN_IMAGES, len(self.held_out)))
         parameters = sum(p.numel() for p in state.modules["autoencoder"].parameters())
         took = {"seconds_per_step": statistics.median(seconds), "seconds": time.perf_counter() - begun}
         return numbers | {"codebook_size": network.codebook_size, "parameters": parameters} | took
@@ -206,14 +208,14 @@ class Bench:
 def prepare(config: Config, folder: Path) -> Bench:
     """Opens the data and takes the statistics of the held-out images, to which the reconstructions are compared."""
     data, at_once = config.data, config.comparison.rebuilt_at_once
-    world = only_process(config.training.device)
+    world = single_process_world(config.training.device)
     images = ImageSource(build_dataset(data, config.reader, "train"), data, margin=data.crop_margin)
     held_out = ImageSource(build_dataset(data, config.reader, "val"), data)
     net, weights = config.loss.perceptual_net, config.loss.perceptual_weights
     net, perceptual = load_perceptual(net if config.loss.perceptual_weight else "none", weights)
     if perceptual is not None:
         perceptual.to(world.device)
-    features = all_features.choose(config.comparison.features, data, world.device)
+    features = all_features.choose_features(config.comparison.features, data, world.device)
     cache = statistics_cache(config.output.logs_root)
     reference = real_statistics(held_out.dataset, data, features, None, cache, at_once, world)
     return Bench(
@@ -236,7 +238,7 @@ def runs_of(results: Results, quantizer: str) -> list[dict[str, Any]]:
     return [found for name, found in results.items() if name.rpartition("_")[0] == quantizer]
 
 
-def spread(values: Sequence[float | None], factor: float, decimals: int) -> str:
+def format_mean_std(values: Sequence[float | None], factor: float, decimals: int) -> str:
     """mean ± sample standard deviation, the mean alone where all are equal; - where one is missing."""
     if None in values:
         return "-"
@@ -251,7 +253,7 @@ def summary(results: Results, quantizers: Sequence[str], metric: str) -> str:
     rows = [("quantizer", "runs", *(column[0] for column in columns), "s/step (median)")]
     for quantizer in quantizers:
         runs = runs_of(results, quantizer)
-        cells = [spread([run[key] for run in runs], factor, decimals) for _, key, factor, decimals in columns]
+        cells = [format_mean_std([run[key] for run in runs], factor, decimals) for _, key, factor, decimals in columns]
         seconds = statistics.median(run["seconds_per_step"] for run in runs)
         rows.append((quantizer, str(len(runs)), *cells, f"{seconds:.3f}"))
     return table(rows)

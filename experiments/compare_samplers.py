@@ -20,19 +20,19 @@ from torch import Tensor
 from diffusion.solvers import Solver, solvers_of
 from experiments.harness.batches import ResumableBatches, experiment_world
 from experiments.harness.experiment import (
+    ExperimentSetup,
     ModelConfig,
     OutputConfig,
-    Prepared,
-    batches_of,
     load_model,
-    open_results,
-    settings_of_run,
+    open_batches,
+    open_results_folder,
+    run_defaults,
     write_results,
 )
-from experiments.harness.images import GRID
+from experiments.harness.images import GRID_IMAGES
 from experiments.harness.report import mean_and_deviation, progress, table
 from experiments.metrics import features as all_features
-from experiments.metrics.cost import counted
+from experiments.metrics.cost import count_nfe
 from experiments.metrics.distances import generated_statistics, real_statistics, statistics_cache
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
@@ -70,7 +70,7 @@ class ComparisonConfig:
         if not self.solvers:
             raise ValueError("got no solvers, wanted at least one: pass --solvers NAME:STEPS, or leave it out")
         for entry in self.solvers:
-            read_entry(entry)
+            parse_entry(entry)
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"got steps {list(self.steps)}, wanted numbers of at least 1: pass --steps N N")
         for name, low in (("seeds", 1), ("n_samples", 2)):
@@ -91,7 +91,7 @@ class Config:
 
 def shared_settings(argv: list[str], section: str) -> dict:
     """What a run was trained with, without what is of its own solver."""
-    settings = settings_of_run(argv, section)
+    settings = run_defaults(argv, section)
     own = load_plugin("train.samplers", resolve_sampler(argv, settings), "sampler").Sampling.solver_setting_names()
     return {key: value for key, value in settings.items() if key not in {"solver", *own}}
 
@@ -112,9 +112,9 @@ def main(config: Config) -> None:
     check_shared(config.sampling)
     with experiment_world(config.output.device) as world:
         trained = load_model(config.model, config.output, world)
-        plan = planned(config.comparison, config.sampling, trained)  # refuses what cannot be before there is a folder
-        folder = open_results("compare_samplers", config, trained, world, Prepared(()))
-        batches = batches_of(config, trained, world, folder, files=())
+        plan = plan_runs(config.comparison, config.sampling, trained)  # refuses what cannot be before there is a folder
+        folder = open_results_folder("compare_samplers", config, trained, world, ExperimentSetup(()))
+        batches = open_batches(config, trained, world, folder, files=())
         compare(config.comparison, trained, plan, statistics_cache(config.output.logs_root), batches)
 
 
@@ -140,7 +140,7 @@ class SolverRun(NamedTuple):
         return ":".join(filter(None, [self.solver, steps, self.own]))
 
 
-def read_entry(entry: str) -> SolverRun:
+def parse_entry(entry: str) -> SolverRun:
     """name, name:steps, name:key=value,key=value or name:steps:key=value,key=value. ValueError: anything else."""
     name, *rest = entry.split(":")
     steps = rest.pop(0) if rest and "=" not in rest[0] else None
@@ -153,13 +153,15 @@ def read_entry(entry: str) -> SolverRun:
     return SolverRun(name, None if steps is None else int(steps), settings)
 
 
-def runs_of(entries: Sequence[str], steps: Sequence[int], there: Mapping[str, Solver], codes: int) -> list[SolverRun]:
+def expand_entries(
+    entries: Sequence[str], steps: Sequence[int], there: Mapping[str, Solver], codes: int
+) -> list[SolverRun]:
     """Every run that entries mean, each once: one without steps takes each of `steps`, and auto is all solvers that
     are `there`, none with more steps than `codes` where it would make no use of them."""
-    found, known = [], [read_entry(entry) for entry in AUTO]
+    found, known = [], [parse_entry(entry) for entry in AUTO]
     every = [run for run in known if run.solver in there]
     every += [SolverRun(name, None) for name in sorted({*there} - {run.solver for run in known})]
-    for run in map(read_entry, entries):
+    for run in map(parse_entry, entries):
         for each in every if run.solver == "auto" else [run]:
             known_by = there.get(each.solver)
             alone = each.steps is not None or known_by is not None and not known_by.takes_any_steps
@@ -170,13 +172,13 @@ def runs_of(entries: Sequence[str], steps: Sequence[int], there: Mapping[str, So
 
 
 Plan = dict[SolverRun, SamplingConfig]
-Row = dict[str, Any]  # of the table: what `summed_up` makes
+Row = dict[str, Any]  # of the table: what `summarize_runs` makes
 
 
-def planned(comparison: ComparisonConfig, sampling: SamplingConfig, trained: TrainedSampler) -> Plan:
+def plan_runs(comparison: ComparisonConfig, sampling: SamplingConfig, trained: TrainedSampler) -> Plan:
     """Every run of --solvers with its options, each begun on one image. ValueError: one that the sampler cannot do."""
     plan, codes = {}, trained.space.tokens or 1
-    for run in runs_of(comparison.solvers, comparison.steps, solvers_of(trained.sampler.process), codes):
+    for run in expand_entries(comparison.solvers, comparison.steps, solvers_of(trained.sampler.process), codes):
         options = replace(sampling, solver=run.solver, sample_steps=run.steps)
         words = [f"--{key}={value}" for key, value in run.settings]
         if words:
@@ -195,29 +197,29 @@ def compare(
 ) -> None:
     """Measures what is missing in results.json, set by set; then the table and the plot. All ranks take part."""
     folder, world = batches.folder, batches.world
-    features = all_features.choose(comparison.features, trained.data, trained.device)
+    features = all_features.choose_features(comparison.features, trained.data, trained.device)
     real, size = trained.dataset("train"), batches.batch_size
     reference = real_statistics(real, trained.data, features, None, cache, size, world)
-    results = opened(features, batches)
+    results = load_or_start_results(features, batches)
     for seed in range(batches.seed, batches.seed + comparison.seeds):
         for run, options in plan.items():
             key = f"{run}/{seed}"
             if any(world.any(world.is_main and key in results["sets"])):
                 continue
-            found = measured(comparison.n_samples, trained, run, options, seed, features, reference, batches)
+            found = measure_set(comparison.n_samples, trained, run, options, seed, features, reference, batches)
             if world.is_main:
                 results["sets"][key] = found
                 write_results(folder, results)  # a comparison that is cut off goes on with the next set
                 batches.clear()
     if world.is_main:
-        results["summary"] = summed_up(results["sets"], list(plan))
+        results["summary"] = summarize_runs(results["sets"], list(plan))
         write_results(folder, results)
         what = f"{trained.run.name}, step {trained.step}: {results['metric']} of {comparison.n_samples} samples"
         plot(folder / "compare_samplers.png", results["summary"], results["metric"], what)
-        print(f"\n{explained(results, comparison)}\n\n{folder / 'results.json'}\n{folder / 'compare_samplers.png'}")
+        print(f"\n{format_report(results, comparison)}\n\n{folder / 'results.json'}\n{folder / 'compare_samplers.png'}")
 
 
-def opened(features: Features, batches: ResumableBatches) -> dict[str, Any]:
+def load_or_start_results(features: Features, batches: ResumableBatches) -> dict[str, Any]:
     """The results so far of these features, or none. Features may have changed though the flags have not."""
     path = batches.folder / "results.json"
     made_of = {"features": features.name, "features_version": features.module.VERSION}
@@ -228,7 +230,7 @@ def opened(features: Features, batches: ResumableBatches) -> dict[str, Any]:
     return {"metric": features.module.METRIC, **made_of, "sets": {}, "run": batches.run}
 
 
-def measured(
+def measure_set(
     n: int,
     trained: TrainedSampler,
     run: SolverRun,
@@ -247,31 +249,31 @@ def measured(
 
     def make(indices: list[int]) -> dict[str, Tensor]:
         begun = time.perf_counter()
-        with counted(trained.sampler.network) as cost:
+        with count_nfe(trained.sampler.network) as nfe:
             images = trained.draw(indices, seed, options, source.draw(seed, indices))["image"]
         seconds = time.perf_counter() - begun  # the images are on the CPU: the device has done its work
-        spent = [cost.calls, cost.evaluations, seconds, len(indices)]
+        spent = [nfe.calls, nfe.evaluations, seconds, len(indices)]
         found = {
             "features": features.extract(images.expand(-1, 3, -1, -1)),
             "spent": torch.tensor([spent], dtype=torch.float64),
         }
-        return found | ({"image": images} if indices[0] < GRID else {})
+        return found | ({"image": images} if indices[0] < GRID_IMAGES else {})
 
     name = f"{features.name}_{features.module.VERSION}_{file}"
     spent = []
 
-    def noted() -> Iterator[dict[str, Tensor]]:
+    def timed_batches() -> Iterator[dict[str, Tensor]]:
         for batch in progress(batches.resume(name, range(n), make), n, str(run), world.is_main):
             spent.append(batch["spent"])
             yield batch
 
-    generated, _ = generated_statistics(noted(), 0, batches.folder / f"{file}.png")
+    generated, _ = generated_statistics(timed_batches(), 0, batches.folder / f"{file}.png")
     if not world.is_main:
         return None
-    return {"distance": frechet_distance(generated, reference)} | costs(torch.cat(spent))
+    return {"distance": frechet_distance(generated, reference)} | mean_costs(torch.cat(spent))
 
 
-def costs(spent: Tensor) -> dict[str, float]:
+def mean_costs(spent: Tensor) -> dict[str, float]:
     """Of batches (B, 4), each with its calls, evaluations, seconds and images."""
     calls, evaluations, seconds, images = spent.unbind(1)
     return {
@@ -281,7 +283,7 @@ def costs(spent: Tensor) -> dict[str, float]:
     }
 
 
-def summed_up(sets: dict[str, dict[str, float]], runs: list[SolverRun]) -> list[Row]:
+def summarize_runs(sets: dict[str, dict[str, float]], runs: list[SolverRun]) -> list[Row]:
     """A row for each run over its seeds; ratios are of mean distances, to the first run's."""
     rows = []
     for run in runs:
@@ -296,7 +298,7 @@ def summed_up(sets: dict[str, dict[str, float]], runs: list[SolverRun]) -> list[
     return rows
 
 
-def explained(results: dict[str, Any], comparison: ComparisonConfig) -> str:
+def format_report(results: dict[str, Any], comparison: ComparisonConfig) -> str:
     """The table that a person reads."""
     cost = ("network calls per batch", "evaluations per image", "s per image")
     rows = [("solver", "steps", *cost, results["metric"], f"relative to {results['summary'][0]['solver']}")]
@@ -322,7 +324,7 @@ def explained(results: dict[str, Any], comparison: ComparisonConfig) -> str:
 
 
 def plot(path: Path, rows: list[dict[str, Any]], metric: str, title: str) -> None:
-    """PNG of `summed_up` rows: the first row's distance is a dashed line, and a band reaches 10 % above it.
+    """PNG of `summarize_runs` rows: the first row's distance is a dashed line, and a band reaches 10 % above it.
 
     Solvers that choose their number of steps stand where their network calls per batch are.
     """

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from experiments.harness.batches import ResumableBatches
-from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, run_experiment
+from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.images import save_with_settings
 from experiments.harness.report import progress, table
-from experiments.metrics.cost import counted
+from experiments.metrics.cost import count_nfe
 from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
@@ -46,10 +46,10 @@ class Config:
     output: OutputConfig
 
 
-def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """A canvas that the model cannot draw is refused before there is a folder."""
     canvas = config.canvas
-    return Prepared((canvas, config.sampling), shape=canvas.shape, window_stride=canvas.window_stride)
+    return ExperimentSetup((canvas, config.sampling), shape=canvas.shape, window_stride=canvas.window_stride)
 
 
 def measure(
@@ -60,10 +60,10 @@ def measure(
 
     def made(indices: list[int]) -> dict[str, Tensor]:
         begun = time.perf_counter()
-        with counted(model.sampler.network) as cost:
+        with count_nfe(model.sampler.network) as nfe:
             batch = model.draw(indices, batches.seed, sampling, source.draw(batches.seed, indices), **how)
         seconds = time.perf_counter() - begun
-        spent = torch.tensor([cost.calls, cost.evaluations, seconds], dtype=torch.float64)
+        spent = torch.tensor([nfe.calls, nfe.evaluations, seconds], dtype=torch.float64)
         return {"image": batch["image"], "spent": spent}
 
     drawn = batches.resume("canvas", range(canvas.n_samples), made)

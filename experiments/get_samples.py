@@ -9,8 +9,8 @@ import _root
 
 from diffusion.types import OnStep
 from experiments.harness.batches import ResumableBatches
-from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, run_experiment
-from experiments.harness.images import STRIPS, SampleWriter, save_grid, save_process
+from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
+from experiments.harness.images import STRIP_IMAGES, SampleWriter, save_denoising_strips, save_grid
 from experiments.harness.report import progress
 from train.config import SamplingConfig
 from train.distributed import DistContext
@@ -46,10 +46,10 @@ class Config:
     output: OutputConfig
 
 
-def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """How images are drawn. ValueError for a class that the model does not have."""
     draw = images_of_class(model, config.samples.label, config.output.seed, config.sampling)
-    return Prepared((config.samples, draw))
+    return ExperimentSetup((config.samples, draw))
 
 
 def measure(
@@ -65,7 +65,7 @@ def measure(
         for batch in made:
             writer.add(batch)
     if settings.save_process:
-        save_process(folder / "process.png", model, list(range(min(count, STRIPS))), draw)
+        save_denoising_strips(folder / "process.png", model, list(range(min(count, STRIP_IMAGES))), draw)
     save_grid(folder / "samples.png", writer.first)
     return {"n_samples": count, "seed": batches.seed, "label": settings.label}
 

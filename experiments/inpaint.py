@@ -10,22 +10,22 @@ from torch import Tensor
 
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.editing import (
-    Given,
-    GivenConfig,
-    centred,
+    InputImages,
+    InputImagesConfig,
+    add_margins,
+    centring_margins,
     conditions_for,
     draw,
-    given_images,
-    in_batches,
-    save_pictures,
-    save_rows,
-    with_margins,
-    with_masks,
-    with_part,
+    generate_in_batches,
+    hide_masked,
+    hide_part,
+    load_input_images,
+    save_comparison_grid,
+    save_result_images,
 )
-from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, run_experiment
+from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.report import table
-from experiments.metrics.classifier import Share, agreement, answers, classifier_of
+from experiments.metrics.classifier import Proportion, class_agreement, classifier_for, predict_classes
 from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
@@ -69,52 +69,54 @@ class Config:
     """Inpaints images; inpainted.png (before | hidden in grey | results), images/ and results.json lie in
     <logs_root>/<log_dir>. Where the data set has a classifier, it says how often its answer survives."""
 
-    given: GivenConfig
+    given: InputImagesConfig
     inpainting: InpaintingConfig
     model: ModelConfig
     sampling: SamplingConfig
     output: OutputConfig
 
 
-def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """The images, and what of them is hidden. ValueError where it cannot be filled in."""
     inpainting, sampling = config.inpainting, config.sampling
-    given = inputs(config.given, inpainting, model, sampling.condition_file)
-    conditions_for(model, given, [0], None if inpainting.label is None else [inpainting.label], sampling)
-    origin, shape = {"given_images": given.fingerprint}, canvas_of(given, model)
-    return Prepared((given, inpainting, sampling), origin, shape=shape, window_stride=inpainting.window_stride)
+    inputs = load_masked_images(config.given, inpainting, model, sampling.condition_file)
+    conditions_for(model, inputs, [0], None if inpainting.label is None else [inpainting.label], sampling)
+    origin, shape = {"given_images": inputs.fingerprint}, canvas_shape(inputs, model)
+    return ExperimentSetup((inputs, inpainting, sampling), origin, shape=shape, window_stride=inpainting.window_stride)
 
 
-def inputs(images: GivenConfig, wanted: InpaintingConfig, model: TrainedSampler, condition_file: str | None) -> Given:
+def load_masked_images(
+    images: InputImagesConfig, inpainting: InpaintingConfig, model: TrainedSampler, condition_file: str | None
+) -> InputImages:
     """The images that the flags name, and what of them is hidden. ValueError where nothing is."""
     files = images.image
-    given = given_images(files, images.n_images, model, condition_file)
-    larger = wanted.outpaint is not None or wanted.shape is not None
-    if wanted.hide is not None:
-        given = with_part(given, wanted.hide)
-    if wanted.mask or (files and wanted.hide is None and not larger):
-        given = with_masks(given, files, wanted.mask, model.data.size)
-    if not files and wanted.hide is None and not larger:
-        given = with_part(given, "bottom")
+    inputs = load_input_images(files, images.n_images, model, condition_file)
+    larger = inpainting.outpaint is not None or inpainting.shape is not None
+    if inpainting.hide is not None:
+        inputs = hide_part(inputs, inpainting.hide)
+    if inpainting.mask or (files and inpainting.hide is None and not larger):
+        inputs = hide_masked(inputs, files, inpainting.mask, model.data.size)
+    if not files and inpainting.hide is None and not larger:
+        inputs = hide_part(inputs, "bottom")
     if larger:
         factor = model.space.factor
         grid = tuple(side // factor for side in model.data.size)
-        margins = wanted.outpaint or centred(grid, wanted.shape)
-        given = with_margins(given, tuple(factor * margin for margin in margins))
-    whole = [name for name, hidden in zip(given.names, given.hidden, strict=True) if not hidden.any()]
+        margins = inpainting.outpaint or centring_margins(grid, inpainting.shape)
+        inputs = add_margins(inputs, tuple(factor * margin for margin in margins))
+    whole = [name for name, hidden in zip(inputs.names, inputs.hidden, strict=True) if not hidden.any()]
     if whole:
         raise ValueError(f"nothing of {whole[0]} is hidden: a mask is white where the image is to be filled in")
-    return given
+    return inputs
 
 
-def canvas_of(given: Given, trained: TrainedSampler) -> tuple[int, int]:
+def canvas_shape(inputs: InputImages, trained: TrainedSampler) -> tuple[int, int]:
     """Height and width of what is drawn, in the sampler's space."""
-    height, width = (side // trained.space.factor for side in given.hidden.shape[1:])
+    height, width = (side // trained.space.factor for side in inputs.hidden.shape[1:])
     return height, width
 
 
 def measure(
-    given: Given,
+    inputs: InputImages,
     inpainting: InpaintingConfig,
     sampling: SamplingConfig,
     model: TrainedSampler,
@@ -123,45 +125,45 @@ def measure(
     """The pictures, and what a classifier says of them. On the main rank alone; the others take part."""
     count, label = inpainting.results, inpainting.label
 
-    def filled(places: list[int], hidden: Tensor, first_index: int) -> Tensor:
+    def inpaint_batch(places: list[int], hidden: Tensor, first_index: int) -> Tensor:
         rows = [place // count for place in places]
-        start = model.space.begun(given.image[rows].to(model.device), hidden[rows].to(model.device))
+        start = model.space.begun(inputs.image[rows].to(model.device), hidden[rows].to(model.device))
         labels, indices = None if label is None else [label] * len(places), [first_index + p for p in places]
         how = {"shape": tuple(start.keep.shape[1:]), "window_stride": inpainting.window_stride}
-        conditions, options = conditions_for(model, given, rows, labels, sampling)
+        conditions, options = conditions_for(model, inputs, rows, labels, sampling)
         return draw(model, options, batches.seed, start, indices, conditions, **how)
 
-    n = len(given) * count
-    made = in_batches("inpainted", n, lambda places: filled(places, given.hidden, 0), batches)
-    same_size = tuple(given.hidden.shape[1:]) == model.data.size  # a classifier knows no larger canvases
-    classifier, blank = classifier_of(model.data) if same_size else None, None
+    n = len(inputs) * count
+    made = generate_in_batches("inpainted", n, lambda places: inpaint_batch(places, inputs.hidden, 0), batches)
+    same_size = tuple(inputs.hidden.shape[1:]) == model.data.size  # a classifier knows no larger canvases
+    classifier, blank = classifier_for(model.data) if same_size else None, None
     if classifier is not None:
-        nothing = torch.ones_like(given.hidden)
-        blank = in_batches("all hidden", n, lambda places: filled(places, nothing, n), batches)
+        nothing = torch.ones_like(inputs.hidden)
+        blank = generate_in_batches("all hidden", n, lambda places: inpaint_batch(places, nothing, n), batches)
     if made is None:
         return None
-    results = by_image(made, given, inpainting.paste)
-    save_pictures(batches.folder, given.names, results, [str(i) for i in range(count)], batches.run)
-    masked = torch.where(given.hidden.unsqueeze(1), GREY, given.image)
-    save_rows(batches.folder / "inpainted.png", given.image, masked, results)
+    results = group_by_image(made, inputs, inpainting.paste)
+    save_result_images(batches.folder, inputs.names, results, [str(i) for i in range(count)], batches.run)
+    masked = torch.where(inputs.hidden.unsqueeze(1), GREY, inputs.image)
+    save_comparison_grid(batches.folder / "inpainted.png", inputs.image, masked, results)
     found = {
-        "n_images": len(given),
+        "n_images": len(inputs),
         "results_per_image": count,
-        "hidden_share": given.hidden.float().mean().item(),
+        "hidden_share": inputs.hidden.float().mean().item(),
         "visible_pixels": "those given" if inpainting.paste else "as the model renders them",
     }
     if classifier is not None:
-        of_originals = answers(classifier, given.image)
-        found["survival"] = agreement(of_originals, answers(classifier, results))._asdict()
-        chance = answers(classifier, blank.view(len(given), count, *blank.shape[1:]))
-        found["chance"] = agreement(of_originals, chance)._asdict()
+        of_originals = predict_classes(classifier, inputs.image)
+        found["survival"] = class_agreement(of_originals, predict_classes(classifier, results))._asdict()
+        chance = predict_classes(classifier, blank.view(len(inputs), count, *blank.shape[1:]))
+        found["chance"] = class_agreement(of_originals, chance)._asdict()
     return found | {"run": batches.run}
 
 
-def by_image(made: Tensor, given: Given, paste: bool) -> Tensor:
+def group_by_image(made: Tensor, inputs: InputImages, paste: bool) -> Tensor:
     """(N results, C, H, W) -> (N, results, C, H, W), with the visible pixels of the given images on them if asked."""
-    made = made.view(len(given), -1, *made.shape[1:])
-    return torch.where(given.hidden[:, None, None], made, given.image.unsqueeze(1)) if paste else made
+    made = made.view(len(inputs), -1, *made.shape[1:])
+    return torch.where(inputs.hidden[:, None, None], made, inputs.image.unsqueeze(1)) if paste else made
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
@@ -173,8 +175,8 @@ def report(results: dict[str, Any], folder: Path) -> str:
         ("visible pixels in the pictures", results["visible_pixels"]),
     ]
     if "survival" in results:
-        rows.append(("the classifier's answer survives", str(Share(**results["survival"]))))
-        rows.append(("chance: as often with all hidden", str(Share(**results["chance"]))))
+        rows.append(("the classifier's answer survives", str(Proportion(**results["survival"]))))
+        rows.append(("chance: as often with all hidden", str(Proportion(**results["chance"]))))
     return f"\n{table(rows)}\n\n{folder / 'inpainted.png'}\n{folder / 'images'}"
 
 

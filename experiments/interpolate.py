@@ -11,20 +11,20 @@ from torch import Tensor
 from diffusion.rng import Streams, seed_of
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.editing import (
-    Given,
-    GivenConfig,
+    InputImages,
+    InputImagesConfig,
     check_strength,
     conditions_for,
-    distance,
     draw,
-    encoded,
-    forgotten,
-    given_images,
-    in_batches,
-    save_pictures,
-    save_rows,
+    encode_images,
+    generate_in_batches,
+    load_input_images,
+    mean_abs_difference,
+    redraw_input,
+    save_comparison_grid,
+    save_result_images,
 )
-from experiments.harness.experiment import ModelConfig, OutputConfig, Prepared, run_experiment
+from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.report import table
 from train.config import SamplingConfig
 from train.distributed import DistContext
@@ -32,7 +32,7 @@ from train.trained_sampler import TrainedSampler
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsConfig(GivenConfig):
+class PairsConfig(InputImagesConfig):
     """Images to begin from, two for each walk."""
 
     n_images: int = 16
@@ -75,49 +75,51 @@ class Config:
     output: OutputConfig
 
 
-def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
+def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
     """The images. ValueError for a class that the model does not know."""
     label, sampling = config.path.label, config.sampling
-    given = given_images(config.given.image, config.given.n_images, model, sampling.condition_file)
-    conditions_for(model, given, [0], None if label is None else [label], sampling)
-    return Prepared((given, config.path, config.sampling), {"given_images": given.fingerprint})
+    inputs = load_input_images(config.given.image, config.given.n_images, model, sampling.condition_file)
+    conditions_for(model, inputs, [0], None if label is None else [label], sampling)
+    return ExperimentSetup((inputs, config.path, config.sampling), {"given_images": inputs.fingerprint})
 
 
 def measure(
-    given: Given, path: PathConfig, sampling: SamplingConfig, model: TrainedSampler, batches: ResumableBatches
+    inputs: InputImages, path: PathConfig, sampling: SamplingConfig, model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
     """Between images 0 and 1, 2 and 3, ...: the pictures, and how far they are from their ends. On the main rank alone;
     the others take part."""
-    points, strength, pairs = path.points, path.strength, len(given) // 2
+    points, strength, pairs = path.points, path.strength, len(inputs) // 2
 
-    def between(places: list[int]) -> Tensor:
+    def draw_points(places: list[int]) -> Tensor:
         rows, shares = [place // points for place in places], [place % points / (points - 1) for place in places]
-        ends = [encoded(given.image[[2 * row + side for row in rows]], model) for side in (0, 1)]
+        ends = [encode_images(inputs.image[[2 * row + side for row in rows]], model) for side in (0, 1)]
         x0 = []
         for i, (row, share) in enumerate(zip(rows, shares, strict=True)):  # all of a pair's points share its noise
             rng = Streams([seed_of(batches.seed, "between", row)], model.device)
             x0.append(model.space.between(ends[0][i : i + 1], ends[1][i : i + 1], share, rng))
-        start = forgotten(torch.cat(x0), model, strength)
+        start = redraw_input(torch.cat(x0), model, strength)
         labels = None if path.label is None else [path.label] * len(places)
-        conditions, options = conditions_for(model, given, [2 * row for row in rows], labels, sampling)
+        conditions, options = conditions_for(model, inputs, [2 * row for row in rows], labels, sampling)
         return draw(model, options, batches.seed, start, rows, conditions)
 
-    made = in_batches("interpolated", pairs * points, between, batches)
+    made = generate_in_batches("interpolated", pairs * points, draw_points, batches)
     if made is None:
         return None
     made = made.view(pairs, points, *made.shape[1:])
-    first, last = given.image[0 : 2 * pairs : 2], given.image[1 : 2 * pairs : 2]
-    names = tuple(f"{given.names[2 * i]}_{Path(given.names[2 * i + 1]).stem}" for i in range(pairs))
-    save_pictures(batches.folder, names, made, [str(k) for k in range(points)], batches.run)
-    save_rows(batches.folder / "interpolated.png", first, made, last)
+    first, last = inputs.image[0 : 2 * pairs : 2], inputs.image[1 : 2 * pairs : 2]
+    names = tuple(f"{inputs.names[2 * i]}_{Path(inputs.names[2 * i + 1]).stem}" for i in range(pairs))
+    save_result_images(batches.folder, names, made, [str(k) for k in range(points)], batches.run)
+    save_comparison_grid(batches.folder / "interpolated.png", first, made, last)
     found = {"n_pairs": pairs, "strength": strength, "points": []}
     for k in range(points):
         row = {
             "share": k / (points - 1),
-            "to_first": distance(made[:, k], first),
-            "to_last": distance(made[:, k], last),
+            "to_first": mean_abs_difference(made[:, k], first),
+            "to_last": mean_abs_difference(made[:, k], last),
         }
-        found["points"].append(row | {"to_next": distance(made[:, k], made[:, k + 1]) if k + 1 < points else None})
+        found["points"].append(
+            row | {"to_next": mean_abs_difference(made[:, k], made[:, k + 1]) if k + 1 < points else None}
+        )
     return found | {"run": batches.run}
 
 

@@ -28,7 +28,7 @@ from train.loop import Batch
 from train.spaces import EditInput
 from train.trained_sampler import TrainedSampler
 
-WORDS = {  # where a flag's name is not the field's word
+LABELS = {  # where a flag's name is not the field's word
     "sample_steps": "steps",
     "temp": "temperature",
     "last_temp": "last temperature",
@@ -37,7 +37,7 @@ WORDS = {  # where a flag's name is not the field's word
     "top_k": "top-k",
     "top_p": "top-p",
 }
-KINDS = {int: "whole", float: "number", bool: "switch"}
+CONTROL_KINDS = {int: "whole", float: "number", bool: "switch"}
 AS_IN_DATA, NO_CLASS = "as in the data", "none"
 GREY = 128
 
@@ -47,7 +47,7 @@ class Control(NamedTuple):
 
     name: str
     label: str
-    note: str  # the help of its flag
+    help: str  # the help of its flag
     kind: Literal["choice", "switch", "whole", "number", "numbers"]  # numbers: several, typed with spaces between
     value: Any  # that it begins with
     choices: tuple[str, ...] = ()
@@ -55,12 +55,12 @@ class Control(NamedTuple):
     count: int = 1  # of numbers
 
 
-def controls_of(options: SamplingConfig, solvers: list[str], conditional: bool) -> list[Control]:
+def make_controls(options: SamplingConfig, solvers: list[str], conditional: bool) -> list[Control]:
     """One for each field whose type has one, but for the file of conditions; guidance only for a conditional model."""
-    kinds, helps, found = typing.get_type_hints(type(options)), notes(type(options)), []
+    kinds, helps, found = typing.get_type_hints(type(options)), field_docs(type(options)), []
     for field in fields(options):
-        name, value, (kind, optional) = field.name, getattr(options, field.name), optional_of(kinds[field.name])
-        own = {"name": name, "label": label_of(name), "note": helps.get(name, "")}
+        name, value, (kind, optional) = field.name, getattr(options, field.name), split_optional(kinds[field.name])
+        own = {"name": name, "label": label_of(name), "help": helps.get(name, "")}
         own |= {"value": value, "optional": optional}
         if name == "condition_file" or (name.startswith("guidance") and not conditional):
             continue  # a file is read once, when the page opens
@@ -71,12 +71,12 @@ def controls_of(options: SamplingConfig, solvers: list[str], conditional: bool) 
         elif typing.get_origin(kind) is tuple:
             own["value"] = None if value is None else " ".join(f"{each:g}" for each in value)
             found.append(Control(**own, kind="numbers", count=len(typing.get_args(kind))))
-        elif kind in KINDS:
-            found.append(Control(**own, kind=KINDS[kind]))
+        elif kind in CONTROL_KINDS:
+            found.append(Control(**own, kind=CONTROL_KINDS[kind]))
     return found
 
 
-def optional_of(kind: Any) -> tuple[Any, bool]:
+def split_optional(kind: Any) -> tuple[Any, bool]:
     """A type, and whether None is allowed beside it."""
     if typing.get_origin(kind) not in (typing.Union, types.UnionType):
         return kind, False
@@ -84,7 +84,7 @@ def optional_of(kind: Any) -> tuple[Any, bool]:
     return rest[0], len(rest) < len(typing.get_args(kind))
 
 
-def notes(cls: type) -> dict[str, str]:
+def field_docs(cls: type) -> dict[str, str]:
     """The strings below the fields of a dataclass and of those it builds on, by field: the help of its flags."""
     found = {}
     for each in reversed(cls.__mro__):
@@ -97,7 +97,7 @@ def notes(cls: type) -> dict[str, str]:
     return found
 
 
-def taken(control: Control, value: Any) -> Any:
+def parse_value(control: Control, value: Any) -> Any:
     """What stands in a control, as its field has it."""
     if value is None or value == "":
         if not control.optional:
@@ -116,25 +116,25 @@ def taken(control: Control, value: Any) -> Any:
     return {"whole": int, "number": float}.get(control.kind, lambda it: it)(value)
 
 
-def in_words(message: str) -> str:
+def flags_to_labels(message: str) -> str:
     """An error's text whose flags are the labels of a page: `pass --temp T` is `pass temperature T`."""
     return re.sub(r"--(\w+)", lambda flag: label_of(flag[1]), message)
 
 
 def label_of(name: str) -> str:
-    return WORDS.get(name, name.replace("_", " "))
+    return LABELS.get(name, name.replace("_", " "))
 
 
-class Moment(NamedTuple):
+class DenoisingStep(NamedTuple):
     """Images on their way: uint8 (B, C, H, W)."""
 
     step: int  # that was just made, from 1
     t: float  # where it ended, as the process has it; 0 is data
-    now: Tensor  # what the solver has: masked codes are grey
+    current: Tensor  # what the solver has: masked codes are grey
     predicted: Tensor  # what the network predicts of it
 
 
-class Redrawn(NamedTuple):
+class InpaintingResult(NamedTuple):
     """uint8 images."""
 
     hidden: Tensor  # (C, H, W), grey where it is drawn anew
@@ -155,7 +155,7 @@ class Request:
             raise ValueError(f"got {self.count} images of seed {self.seed}, wanted at least 1, of a seed of 0 or more")
 
 
-class Abandoned(Exception):
+class Cancelled(Exception):
     """Nobody reads on."""
 
 
@@ -177,12 +177,12 @@ class Playground:
     def controls(self) -> list[Control]:
         """The settings that the model has: guidance only with conditions, and its own process's solvers."""
         solvers = sorted(solvers_of(self.trained.sampler.process))
-        return controls_of(self.options, solvers, conditional=bool(self.trained.sampler.conditions))
+        return make_controls(self.options, solvers, conditional=bool(self.trained.sampler.conditions))
 
     def settings(self, values: dict[str, Any]) -> SamplingConfig:
         """The options with what stands in the controls of these names; ValueError for what is no value of theirs."""
         known = {each.name: each for each in self.controls}
-        return replace(self.options, **{name: taken(known[name], value) for name, value in values.items()})
+        return replace(self.options, **{name: parse_value(known[name], value) for name, value in values.items()})
 
     def conditions(self, request: Request) -> Batch | None:
         """The conditions of its images, None for none."""
@@ -205,27 +205,27 @@ class Playground:
         options = replace(request.options, guidance=1.0) if unconditional else request.options
         return self.trained.draw(indices, request.seed, options, conditions, **how)["image"]
 
-    def watch(self, request: Request) -> Iterator[Moment]:
+    def watch(self, request: Request) -> Iterator[DenoisingStep]:
         """Every step of the same images, as it is made; closing the iterator ends the work."""
 
-        def work(put: Callable[[Moment], None]) -> None:
+        def work(put: Callable[[DenoisingStep], None]) -> None:
             def on_step(i: int, t: float, s: float, x: Tensor, predicted: Tensor) -> Tensor:
-                now, meant = self.trained.space.shown(x, predicted)
-                put(Moment(i + 1, s, now.cpu(), meant.cpu()))
+                now, prediction = self.trained.space.shown(x, predicted)
+                put(DenoisingStep(i + 1, s, now.cpu(), prediction.cpu()))
                 return x
 
             self.draw(request, on_step=on_step)
 
-        return as_it_comes(work)
+        return stream(work)
 
-    def redraw(self, request: Request, picture: Image.Image, brushed: Image.Image) -> Redrawn:
+    def inpaint(self, request: Request, picture: Image.Image, mask: Image.Image) -> InpaintingResult:
         """Several fillings of what is brushed over (255 in an L image of the picture's size; 0 is kept).
 
         The picture is brought to the size and channels that the model knows. Classes `as in the data` are none here,
         unguided: what is kept says what it is. ValueError where nothing is brushed.
         """
         data = self.trained.data
-        image, hidden = fitted(picture, brushed, data.size, data.n_channels, data.data_range)
+        image, hidden = preprocess(picture, mask, data.size, data.n_channels, data.data_range)
         if not hidden.any():
             raise ValueError("nothing is hidden: paint with the brush over what shall be drawn anew")
         if request.label == AS_IN_DATA and self.classes:
@@ -233,11 +233,11 @@ class Playground:
         device = self.trained.device
         begun = self.trained.space.begun(image[None].to(device), hidden[None].to(device))
         several = [each.expand(request.count, *each.shape[1:]) for each in (begun.x0, begun.keep)]
-        shown = torch.where(enlarged(~begun.keep[0].cpu(), hidden.shape), GREY, image)
-        return Redrawn(shown, self.draw(request, edit=EditInput(*several)))
+        shown = torch.where(expand_mask(~begun.keep[0].cpu(), hidden.shape), GREY, image)
+        return InpaintingResult(shown, self.draw(request, edit=EditInput(*several)))
 
 
-def as_it_comes(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
+def stream(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
     """What `work(put)` puts, while it goes on in a thread of its own; what it raises, is raised here.
 
     Once the iterator is closed, the next `put` ends the work.
@@ -246,7 +246,7 @@ def as_it_comes(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
 
     def put(item: Any) -> None:
         if closed.is_set():
-            raise Abandoned
+            raise Cancelled
         handed.put(item)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -260,9 +260,9 @@ def as_it_comes(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
             closed.set()
 
 
-def fitted(
+def preprocess(
     picture: Image.Image,
-    brushed: Image.Image,
+    mask: Image.Image,
     size: tuple[int, int],
     n_channels: int,
     data_range: ValueRange | None = None,
@@ -271,8 +271,8 @@ def fitted(
 
     A pixel is hidden where at least half of it is brushed over.
     """
-    if picture.size != brushed.size:
-        raise ValueError(f"got a picture of {picture.size} and a mask of {brushed.size} pixels: wanted the same size")
+    if picture.size != mask.size:
+        raise ValueError(f"got a picture of {picture.size} and a mask of {mask.size} pixels: wanted the same size")
     picture = to_supported_mode(picture)
     if picture.width * size[0] == picture.height * size[1]:  # an image that was enlarged comes back as it was
         small = picture.resize(size[::-1], Image.Resampling.NEAREST)
@@ -280,16 +280,16 @@ def fitted(
         picture = small if same else picture
     item = to_item({"image": picture}, size, n_channels, range_for_image(picture, data_range))
     image = as_uint8(item["image"].as_subclass(Tensor))
-    return image, to_item({"image": brushed}, size, 1)["image"][0].as_subclass(Tensor) >= GREY
+    return image, to_item({"image": mask}, size, 1)["image"][0].as_subclass(Tensor) >= GREY
 
 
-def enlarged(places: Tensor, size: tuple[int, int]) -> Tensor:
+def expand_mask(places: Tensor, size: tuple[int, int]) -> Tensor:
     """Places (h, w) as pixels (H, W)."""
     (h, w), (H, W) = places.shape, size
     return places.repeat_interleave(H // h, 0).repeat_interleave(W // w, 1)
 
 
-def enlarged_picture(image: Tensor, side: int = 256) -> Image.Image:
+def enlarge_to_picture(image: Tensor, side: int = 256) -> Image.Image:
     """An image (C, H, W) uint8, enlarged whole-numbered as far as its longer side stays within `side` pixels."""
     scale = max(1, side // max(image.shape[1:]))
     image = image.expand(3, -1, -1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)

@@ -14,7 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiments.harness.batches import ResumableBatches
-from experiments.harness.experiment import FirstStageModelConfig, FirstStageOutputConfig, Prepared, run_experiment
+from experiments.harness.experiment import (
+    ExperimentSetup,
+    FirstStageModelConfig,
+    FirstStageOutputConfig,
+    run_experiment,
+)
 from experiments.harness.images import save_grid
 from experiments.harness.report import table
 from experiments.metrics.image_pairs import l1, psnr
@@ -73,13 +78,13 @@ class Config:
     output: FirstStageOutputConfig
 
 
-def prepare(config: Config, model: FirstStage, world: DistContext) -> Prepared:
+def prepare(config: Config, model: FirstStage, world: DistContext) -> ExperimentSetup:
     """The images, and how they are cut. ValueError, FileNotFoundError where there are none, or no such tiles."""
     settings = config.reconstruction
-    tiles, originals = tiles_of(settings, model), find_originals(settings, model)
+    tiles, originals = make_tiles(settings, model), find_originals(settings, model)
     of = "" if settings.images is None else f"_{Path(settings.images).resolve().stem}"
     origin = {"image_files": originals.fingerprint}
-    return Prepared((settings, tiles, originals), origin, f"reconstructions{of}")
+    return ExperimentSetup((settings, tiles, originals), origin, f"reconstructions{of}")
 
 
 class TooSmall(ValueError):
@@ -94,7 +99,7 @@ class Tiles(NamedTuple):
     at_once: int = 1
 
 
-def tiles_of(config: ReconstructionConfig, first: FirstStage) -> Tiles:
+def make_tiles(config: ReconstructionConfig, first: FirstStage) -> Tiles:
     """What the flags say of tiles, the rest from the grid that the VQGAN was trained on; ValueError for no tiles."""
     tile = max(first.vqgan.grid) if config.tile is None else config.tile
     overlap = tile // 4 if config.overlap is None else config.overlap
@@ -114,7 +119,7 @@ def find_originals(config: ReconstructionConfig, first: FirstStage) -> Originals
     """The images that the flags name, or validation images."""
 
     def fit(image: Any) -> Tensor:
-        return fitted(image, config.size, first.data.n_channels, first.vqgan.config.factor, first.data.data_range)
+        return preprocess(image, config.size, first.data.n_channels, first.vqgan.config.factor, first.data.data_range)
 
     if config.images is not None:
         return images_of_path(Path(config.images).expanduser(), config.n_images, fit)
@@ -161,7 +166,9 @@ def picture_names(names: list[str]) -> list[str]:
     return [f"{name}.png" for name in (short if distinct else names)]
 
 
-def fitted(image: Any, size: int | None, n_channels: int, factor: int, data_range: ValueRange | None = None) -> Tensor:
+def preprocess(
+    image: Any, size: int | None, n_channels: int, factor: int, data_range: ValueRange | None = None
+) -> Tensor:
     """An image of a file or a data set as uint8 (n_channels, H, W), H and W multiples of `factor`: its centre, at its
     own size.
 
@@ -180,7 +187,7 @@ def fitted(image: Any, size: int | None, n_channels: int, factor: int, data_rang
 
 
 @torch.inference_mode()
-def reconstructed(first: FirstStage, image: Tensor, tiles: Tiles | None) -> tuple[Tensor, Tensor]:
+def reconstruct(first: FirstStage, image: Tensor, tiles: Tiles | None) -> tuple[Tensor, Tensor]:
     """uint8 (C, H, W) -> ids (h, w), the reconstruction; whole where there are no `tiles`."""
     x, vqgan = to_float(image)[None], first.vqgan
     with autocast(first.device, first.amp):
@@ -193,7 +200,7 @@ def reconstructed(first: FirstStage, image: Tensor, tiles: Tiles | None) -> tupl
     return ids[0].cpu(), to_uint8(fake[0]).cpu()
 
 
-def measured(first: FirstStage, image: Tensor, ids: Tensor, fake: Tensor, tiles: Tiles) -> dict[str, Any]:
+def measure_image(first: FirstStage, image: Tensor, ids: Tensor, fake: Tensor, tiles: Tiles) -> dict[str, Any]:
     """What is said of one image; None stands for what is not there, or infinite."""
     factor, (height, width) = first.vqgan.config.factor, image.shape[1:]
     rows, columns = (seams(side, tiles.tile, tiles.overlap, factor) for side in ids.shape)
@@ -208,9 +215,9 @@ def measured(first: FirstStage, image: Tensor, ids: Tensor, fake: Tensor, tiles:
     return {"width": width, "height": height, "codes": list(ids.shape), **found}
 
 
-def against_whole(first: FirstStage, image: Tensor, ids: Tensor, fake: Tensor) -> dict[str, float]:
+def compare_to_whole(first: FirstStage, image: Tensor, ids: Tensor, fake: Tensor) -> dict[str, float]:
     """How far the tiled reconstruction is from the one of the whole image at once."""
-    whole_ids, whole = reconstructed(first, image, None)
+    whole_ids, whole = reconstruct(first, image, None)
     same = (whole_ids == ids).float().mean().item()
     return {"l1_to_whole": l1(whole[None], fake[None]).item(), "codes_as_whole": same}
 
@@ -223,11 +230,11 @@ def measure(
     Images that cannot be read, or are too small, are named and left out; ValueError where none is left.
     """
     records, skipped, shown = [], [], []
-    for name, picture, image in taken(originals, skipped):
-        ids, fake = reconstructed(model, image, tiles)
-        record = {"image": name, "picture": f"images/{picture}", **measured(model, image, ids, fake, tiles)}
+    for name, picture, image in readable_images(originals, skipped):
+        ids, fake = reconstruct(model, image, tiles)
+        record = {"image": name, "picture": f"images/{picture}", **measure_image(model, image, ids, fake, tiles)}
         if settings.compare_whole:
-            record |= against_whole(model, image, ids, fake)
+            record |= compare_to_whole(model, image, ids, fake)
         panel = panels(image, fake)
         save_panels(batches.folder / "images" / picture, panel)
         if len(records) < SHOWN:
@@ -242,13 +249,13 @@ def measure(
         "tile": tiles.tile,
         "overlap": tiles.overlap,
         "error_map": f"mean absolute error over channels, 0 to {ERROR_MAX} of the range",
-        "mean": means(records),
+        "mean": mean_of_records(records),
         "images": records,
         "skipped": skipped,
     }
 
 
-def taken(originals: Originals, skipped: list[dict[str, str]]) -> Iterator[tuple[str, str, Tensor]]:
+def readable_images(originals: Originals, skipped: list[dict[str, str]]) -> Iterator[tuple[str, str, Tensor]]:
     """(name, path of its picture, uint8 (C, H, W)) of each image of use; others go to `skipped`, with reasons."""
     pictures = picture_names(originals.names)
     for i, name in enumerate(tqdm(originals.names, "reconstructing", unit="img", dynamic_ncols=True, mininterval=1.0)):
@@ -260,7 +267,7 @@ def taken(originals: Originals, skipped: list[dict[str, str]]) -> Iterator[tuple
             yield name, pictures[i], image
 
 
-def means(records: list[dict[str, Any]]) -> dict[str, float | None]:
+def mean_of_records(records: list[dict[str, Any]]) -> dict[str, float | None]:
     """The mean of each number over the images that have it."""
     names = [name for name in records[0] if name not in ("image", "picture", "width", "height", "codes")]
     found = {name: [record[name] for record in records if record[name] is not None] for name in names}

@@ -21,63 +21,63 @@ from train.files import atomic_write, fsync, write_errors_as_oserror
 
 T = TypeVar("T")
 Tensors = dict[str, Tensor]  # of a batch: each (B, ...)
-Make = Callable[[list[int]], Tensors]
-FOLDER = ".kept"  # in the folder of the results
-PATIENCE = 60.0  # minutes that ranks wait for each other: a batch of large images may take many
+MakeBatch = Callable[[list[int]], Tensors]
+BATCHES_FOLDER = ".kept"  # in the folder of the results
+TIMEOUT_MINUTES = 60.0  # minutes that ranks wait for each other: a batch of large images may take many
 
 
 @contextmanager
 def experiment_world(device_name: str) -> Iterator[DistContext]:
     """The ranks of an experiment; the main one alone prints."""
-    with ExitStack() as quiet, init_distributed(device_name, PATIENCE) as here:
-        if not here.is_main:
+    with ExitStack() as quiet, init_distributed(device_name, TIMEOUT_MINUTES) as context:
+        if not context.is_main:
             quiet.enter_context(redirect_stdout(io.StringIO()))
-        yield here
+        yield context
 
 
-def only_process(device_name: str) -> DistContext:
+def single_process_world(device_name: str) -> DistContext:
     """The World of an experiment that runs in one process; ValueError in one of several."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("this experiment runs in one process: start it with python instead of torchrun")
     return DistContext(pick_device(device_name))
 
 
-def own_indices(here: DistContext, indices: list[int], batch_size: int) -> list[int]:
+def rank_indices(world: DistContext, indices: list[int], batch_size: int) -> list[int]:
     """This rank's share of indices: whole batches of them, so that a batch is the same however many ranks."""
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
-    return [index for batch in here.local_items(batches) for index in batch]
+    return [index for batch in world.local_items(batches) for index in batch]
 
 
-def in_order(here: DistContext, own: Iterable[T]) -> Iterator[T]:
+def gather_in_order(world: DistContext, own: Iterable[T]) -> Iterator[T]:
     """What all ranks make, in turn: the first of each, the second of each ... On the main rank alone; others take part
     and are given nothing. One of each is in memory at a time."""
-    if here.size == 1:
+    if world.size == 1:
         yield from own
         return
     own = iter(own)
     while True:
         made = next(own, None)
-        if not any(here.any(made is not None)):
+        if not any(world.any(made is not None)):
             return
-        for each in gathered(here, made):
+        for each in gather_objects(world, made):
             if each is not None:
                 yield each
 
 
-def gathered(here: DistContext, thing: T) -> list[T]:
+def gather_objects(world: DistContext, value: T) -> list[T]:
     """What each rank has, in their order, on the main one; nothing on others."""
-    if here.size == 1:
-        return [thing]
-    everything = [None] * here.size if here.is_main else None
-    dist.gather_object(thing, everything)
+    if world.size == 1:
+        return [value]
+    everything = [None] * world.size if world.is_main else None
+    dist.gather_object(value, everything)
     return everything or []
 
 
-def shared(here: DistContext, thing: T) -> T:
+def broadcast_object(world: DistContext, value: T) -> T:
     """What the main rank has, on all of them."""
-    if here.size == 1:
-        return thing
-    box = [thing]
+    if world.size == 1:
+        return value
+    box = [value]
     dist.broadcast_object_list(box)
     return box[0]
 
@@ -100,7 +100,7 @@ class ResumableBatches:
         """SHA-256 of the files that flags name, by flag."""
         return self.run.get("files", {})
 
-    def resume(self, name: str, indices: Sequence[int], make: Make, size: int | None = None) -> Iterator[Tensors]:
+    def resume(self, name: str, indices: Sequence[int], make: MakeBatch, size: int | None = None) -> Iterator[Tensors]:
         """`make(some indices)` for all of them, in order: on the main rank alone, while all take part in making them.
 
         Each batch of `size` indices (left out, `batch_size`) is kept before it is handed out. `name` is of what one
@@ -109,27 +109,29 @@ class ResumableBatches:
         """
         world, size = self.world, size or self.batch_size
         batches = [list(indices[first : first + size]) for first in range(0, len(indices), size)]
-        paths = [self.folder / FOLDER / f"{name}_{size}_{i:06d}.safetensors" for i in range(len(batches))]
+        paths = [self.folder / BATCHES_FOLDER / f"{name}_{size}_{i:06d}.safetensors" for i in range(len(batches))]
         done = next((i for i, path in enumerate(paths) if not path.is_file()), len(paths)) if world.is_main else 0
         done = int(world.sum(torch.tensor(float(done), device=world.device)))  # the main one is sure to see the files
         if world.is_main:
             for path in paths[:done]:
-                yield read(path)
+                yield read_batch(path)
 
         def made() -> Iterator[Tensors]:
             for batch in world.local_items(batches[done:]):
                 yield {key: value.detach().cpu() for key, value in make(batch).items()}
 
-        for batch, path in zip(in_order(world, made()), paths[done:], strict=False):  # other ranks are given nothing
-            write(path, batch)
+        for batch, path in zip(
+            gather_in_order(world, made()), paths[done:], strict=False
+        ):  # other ranks are given nothing
+            write_batch(path, batch)
             yield batch
 
     def clear(self) -> None:
         """Deletes what was kept, once the results are written."""
-        shutil.rmtree(self.folder / FOLDER, ignore_errors=True)
+        shutil.rmtree(self.folder / BATCHES_FOLDER, ignore_errors=True)
 
 
-def write(path: Path, batch: Tensors) -> None:
+def write_batch(path: Path, batch: Tensors) -> None:
     """A file that is whole or not there, even after a power cut."""
     apart = {key: value.clone(memory_format=torch.contiguous_format) for key, value in batch.items()}
     with atomic_write(path) as scratch, write_errors_as_oserror(path):
@@ -137,8 +139,8 @@ def write(path: Path, batch: Tensors) -> None:
         fsync(scratch)
 
 
-def read(path: Path) -> Tensors:
-    """What `write` wrote, in its order."""
+def read_batch(path: Path) -> Tensors:
+    """What `write_batch` wrote, in its order."""
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.metadata()["names"].split()}

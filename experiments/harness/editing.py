@@ -26,11 +26,11 @@ from train.trained_sampler import TrainedSampler
 
 OPAQUE = 255  # of an alpha channel: pixels that are less have lost what they were
 ROWS = 8  # images in a grid
-Make = Callable[[list[int]], Tensor]  # places in a plan (n,) -> uint8 images (n, C, H, W)
+MakeImages = Callable[[list[int]], Tensor]  # places in a plan (n,) -> uint8 images (n, C, H, W)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GivenConfig:
+class InputImagesConfig:
     """Images to begin from."""
 
     image: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ def check_strength(strength: float, least: str = "") -> None:
 
 
 @dataclass(frozen=True)
-class Given:
+class InputImages:
     """uint8 images (N, C, H, W), the pixels of them that are hidden (N, H, W) bool, what they are called, and the
     conditions they have, rows in turn, or none."""
 
@@ -73,9 +73,9 @@ class Given:
         return digest.hexdigest()
 
 
-def given_images(
+def load_input_images(
     files: tuple[str, ...], count: int, trained: TrainedSampler, condition_file: str | None = None
-) -> Given:
+) -> InputImages:
     """The images of files, as training would have cut them, or `count` held-out ones; nothing is hidden.
 
     Their conditions are the rows of a file, in turn; without one, those that held-out items have.
@@ -84,7 +84,7 @@ def given_images(
     """
     rows = tuple(read_rows(condition_file, trained.data))
     if files:
-        images = torch.stack([fitted(upright(Path(name)), trained) for name in files])
+        images = torch.stack([preprocess(read_image(Path(name)), trained) for name in files])
         names = tuple(Path(name).name for name in files)
     else:
         source = ImageSource(trained.dataset("val"), trained.data)
@@ -94,10 +94,10 @@ def given_images(
         names = tuple(f"val_{i:06d}" for i in indices)
         if not rows and {*trained.sampler.conditions} - {"label"}:
             rows = tuple(trained.conditions_of(source[i], i) for i in indices)
-    return Given(images, torch.zeros(len(images), *images.shape[2:], dtype=torch.bool), names, rows)
+    return InputImages(images, torch.zeros(len(images), *images.shape[2:], dtype=torch.bool), names, rows)
 
 
-def upright(path: Path) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
     """An image file as it is decoded for training, of mode L, RGB or I;16; FileNotFoundError where there is none."""
     path = path.expanduser()
     if not path.is_file():
@@ -105,14 +105,14 @@ def upright(path: Path) -> Image.Image:
     return decode(path)
 
 
-def fitted(image: Image.Image, trained: TrainedSampler) -> Tensor:
+def preprocess(image: Image.Image, trained: TrainedSampler) -> Tensor:
     """uint8 (C, H, W) of the size that the sampler was trained on."""
     data = trained.data
     item = to_item({"image": image}, data.size, data.n_channels, range_for_image(image, data.data_range))
     return as_uint8(item["image"].as_subclass(Tensor))
 
 
-def fitted_mask(mask: Image.Image, image: Image.Image, size: tuple[int, int]) -> Tensor:
+def preprocess_mask(mask: Image.Image, image: Image.Image, size: tuple[int, int]) -> Tensor:
     """bool (H, W), True where a mask of any size is white, cut as its image is."""
     from torchvision.transforms.v2 import functional as resizing
 
@@ -122,7 +122,7 @@ def fitted_mask(mask: Image.Image, image: Image.Image, size: tuple[int, int]) ->
     return resizing.to_image(resizing.center_crop(mask, [*size])).as_subclass(Tensor)[0] >= 128
 
 
-def transparent(path: Path) -> Image.Image | None:
+def transparency_mask(path: Path) -> Image.Image | None:
     """A mask that is white where an image file is not opaque; None where it has no transparency."""
     try:
         with Image.open(path.expanduser()) as image:
@@ -134,7 +134,9 @@ def transparent(path: Path) -> Image.Image | None:
     return alpha.point(lambda level: 0 if level == OPAQUE else 255)
 
 
-def with_masks(given: Given, files: tuple[str, ...], masks: tuple[str, ...], size: tuple[int, int]) -> Given:
+def hide_masked(
+    inputs: InputImages, files: tuple[str, ...], masks: tuple[str, ...], size: tuple[int, int]
+) -> InputImages:
     """Hidden where masks are white, one for all files or one for each; without masks, where files are transparent.
 
     ValueError where there is neither, or the numbers do not fit.
@@ -143,18 +145,20 @@ def with_masks(given: Given, files: tuple[str, ...], masks: tuple[str, ...], siz
         raise ValueError("got --mask without --image: name the images it belongs to, or pass --hide")
     if masks and len(masks) not in (1, len(files)):
         raise ValueError(f"got {len(masks)} masks for {len(files)} images, wanted one, or one for each: see --mask")
-    drawn = [to_grey_or_rgb(upright(Path(name))) for name in masks] or [transparent(Path(name)) for name in files]
+    drawn = [to_grey_or_rgb(read_image(Path(name))) for name in masks] or [
+        transparency_mask(Path(name)) for name in files
+    ]
     drawn = drawn * len(files) if len(drawn) == 1 else drawn
     missing = [name for name, mask in zip(files, drawn, strict=True) if mask is None]
     if missing:
         raise ValueError(f"{missing[0]} is opaque everywhere: say what to fill in by --mask, --hide or --outpaint")
-    hidden = [fitted_mask(mask, upright(Path(name)), size) for name, mask in zip(files, drawn, strict=True)]
-    return dataclasses.replace(given, hidden=given.hidden | torch.stack(hidden))
+    hidden = [preprocess_mask(mask, read_image(Path(name)), size) for name, mask in zip(files, drawn, strict=True)]
+    return dataclasses.replace(inputs, hidden=inputs.hidden | torch.stack(hidden))
 
 
-def with_part(given: Given, part: str) -> Given:
+def hide_part(inputs: InputImages, part: str) -> InputImages:
     """Half of each image hidden, or the middle: half its height and width."""
-    H, W = given.hidden.shape[1:]
+    H, W = inputs.hidden.shape[1:]
     places = {
         "left": (slice(None), slice(0, W // 2)),
         "right": (slice(None), slice(W // 2, W)),
@@ -162,20 +166,20 @@ def with_part(given: Given, part: str) -> Given:
         "bottom": (slice(H // 2, H), slice(None)),
         "centre": (slice(H // 4, H - H // 4), slice(W // 4, W - W // 4)),
     }
-    hidden = given.hidden.clone()
+    hidden = inputs.hidden.clone()
     hidden[(slice(None), *places[part])] = True
-    return dataclasses.replace(given, hidden=hidden)
+    return dataclasses.replace(inputs, hidden=hidden)
 
 
-def with_margins(given: Given, margins: tuple[int, int, int, int]) -> Given:
+def add_margins(inputs: InputImages, margins: tuple[int, int, int, int]) -> InputImages:
     """Larger canvases with the images on them: so many hidden pixels more at the top, right, bottom and left."""
     top, right, bottom, left = margins
     around = (left, right, top, bottom)
-    image, hidden = F.pad(given.image, around), F.pad(given.hidden, around, value=True)
-    return dataclasses.replace(given, image=image, hidden=hidden)
+    image, hidden = F.pad(inputs.image, around), F.pad(inputs.hidden, around, value=True)
+    return dataclasses.replace(inputs, image=image, hidden=hidden)
 
 
-def centred(grid: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, int, int]:
+def centring_margins(grid: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, int, int]:
     """The margins, in places, that put a grid into the middle of a larger one; ValueError where it is not larger."""
     (h, w), (H, W) = grid, shape
     if H < h or W < w:
@@ -184,14 +188,14 @@ def centred(grid: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, in
 
 
 def conditions_for(
-    trained: TrainedSampler, given: Given, images: list[int], labels: list[int] | None, options: SamplingConfig
+    trained: TrainedSampler, inputs: InputImages, images: list[int], labels: list[int] | None, options: SamplingConfig
 ) -> tuple[Batch | None, SamplingConfig]:
     """The conditions of images drawn from the given ones of these numbers, and options that go with them.
 
     The label is the one asked for, else that of the given image's row, else null. Where there are no conditions at
     all, nothing guides. ValueError for a class that there is not, and where a condition is missing.
     """
-    fields, rows = trained.sampler.conditions, given.rows
+    fields, rows = trained.sampler.conditions, inputs.rows
     source = ConditionSource(fields, trained.sampler.n_classes).with_rows(rows)
     chosen = [dict(rows[image % len(rows)]) if rows else {} for image in images]
     if labels is not None:
@@ -227,7 +231,7 @@ def draw(
     return trained.draw(indices, seed, options, conditions, **how)["image"]
 
 
-def in_batches(name: str, count: int, make: Make, batches: ResumableBatches) -> Tensor | None:
+def generate_in_batches(name: str, count: int, make: MakeImages, batches: ResumableBatches) -> Tensor | None:
     """What `make` makes of 0 ... count - 1, in batches that all ranks share and that are kept until the results are
     written: uint8 (count, C, H, W) on the main rank, None on others."""
 
@@ -239,19 +243,19 @@ def in_batches(name: str, count: int, make: Make, batches: ResumableBatches) -> 
     return torch.cat(images) if is_main else None
 
 
-def forgotten(x0: Tensor, trained: TrainedSampler, strength: float) -> EditInput:
+def redraw_input(x0: Tensor, trained: TrainedSampler, strength: float) -> EditInput:
     """Nothing is kept for certain; `strength` of it is forgotten."""
     grid = x0.shape[-2:]
     return EditInput(x0, torch.zeros(len(x0), *grid, dtype=torch.bool, device=trained.device), strength)
 
 
-def encoded(images: Tensor, trained: TrainedSampler) -> Tensor:
+def encode_images(images: Tensor, trained: TrainedSampler) -> Tensor:
     """Images (B, C, H, W) uint8 in the sampler's space."""
     images = images.to(trained.device)
     return trained.space.begun(images, torch.zeros_like(images[:, 0], dtype=torch.bool)).x0
 
 
-def save_pictures(
+def save_result_images(
     folder: Path, names: tuple[str, ...], images: Tensor, columns: list[str], settings: dict[str, Any]
 ) -> None:
     """images/<number>_<name>_<column>.png of images (N, columns, C, H, W), each with its settings."""
@@ -261,13 +265,13 @@ def save_pictures(
             save_with_settings(path, image, settings | {"of": name, "column": column})
 
 
-def save_rows(path: Path, *parts: Tensor) -> None:
+def save_comparison_grid(path: Path, *parts: Tensor) -> None:
     """A grid with a row for each of the first images: parts (N, C, H, W), or (N, columns, C, H, W), side by side."""
     wide = [part if part.ndim == 5 else part.unsqueeze(1) for part in parts]
     rows = torch.cat([part[:ROWS] for part in wide], 1)
     save_grid(path, rows.flatten(0, 1), columns=rows.shape[1])
 
 
-def distance(a: Tensor, b: Tensor) -> float:
+def mean_abs_difference(a: Tensor, b: Tensor) -> float:
     """The mean absolute difference of uint8 images, as a share of the range."""
     return (a.float() - b.float()).abs().mean().item() / 255

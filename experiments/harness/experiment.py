@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from experiments.harness.batches import ResumableBatches, experiment_world, only_process, shared
+from experiments.harness.batches import ResumableBatches, broadcast_object, experiment_world, single_process_world
 from train.checkpoint import EMA_WEIGHTS, checkpoint_path, read_manifest, resolve_step
 from train.cli.files import get_section, read_run_config
 from train.cli.parse import flatten_group, read_config_flag, run_script, to_dict
@@ -26,7 +26,7 @@ from train.registry import load_plugin
 from train.runs import open_run, read_run, run_folder
 from train.trained_sampler import TrainedSampler, load_trained_sampler
 
-Loaded = TrainedSampler | FirstStage
+TrainedModel = TrainedSampler | FirstStage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ def model_run(logs_root: str, model: ModelConfig) -> Path:
     return Path(os.path.expanduser(logs_root)).resolve() / (model.load_dir or f"{model.sampler}_{model.dataset}")
 
 
-def settings_of_run(argv: list[str], section: str) -> dict[str, Any]:
+def run_defaults(argv: list[str], section: str) -> dict[str, Any]:
     """What a run was trained with, as defaults below an experiment's own flags."""
     content = read_config_flag(argv)
     content = content | get_section(content, section)
@@ -164,7 +164,7 @@ def load_model(model: ModelConfig, output: OutputConfig, world: DistContext | No
 
     ValueError where the run was trained on another data set than the one named.
     """
-    world = world or only_process(output.device)
+    world = world or single_process_world(output.device)
     run = model_run(output.logs_root, model)
     content = read_run(run)
     for key, group in (("dataset", "data"), ("sampler", "sampler")):
@@ -198,7 +198,7 @@ def vqgan_run(logs_root: str, model: FirstStageModelConfig) -> Path:
     return Path(os.path.expanduser(logs_root)).resolve() / (model.load_dir or f"vqgan_{model.dataset}")
 
 
-def settings_of_vqgan_run(argv: list[str], section: str) -> dict[str, Any]:
+def vqgan_run_defaults(argv: list[str], section: str) -> dict[str, Any]:
     """The data set that the named run was trained on, as a default below an experiment's own flags."""
     content = read_config_flag(argv)
     content = content | get_section(content, section)
@@ -242,62 +242,68 @@ class ExperimentConfig(Protocol):
 
 
 @dataclass(frozen=True)
-class Prepared:
+class ExperimentSetup:
     """What an experiment finds out before it has a folder of results, where its flags alone do not say it."""
 
     settings: tuple[object, ...]  # what `measure` is given before the model
-    origin: dict[str, Any] = field(default_factory=dict)  # what makes it this run beside its config: content of files
+    provenance: dict[str, Any] = field(
+        default_factory=dict
+    )  # what makes it this run beside its config: content of files
     name: str | None = None  # instead of the experiment's, in the name of the folder
     shape: tuple[int, int] | None = None  # height and width of the canvas that is drawn, if not the model's own
     window_stride: int | None = None
     is_current: Callable[[dict[str, Any]], bool] = lambda results: True  # whether saved results still hold
 
 
-def groups_of(config: ExperimentConfig) -> dict[str, object]:
+def config_groups(config: ExperimentConfig) -> dict[str, object]:
     """The groups of flags of a config, by name."""
     return {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
 
 
-def settings_of(config: ExperimentConfig) -> tuple[object, ...]:
+def measure_settings(config: ExperimentConfig) -> tuple[object, ...]:
     """The groups that are an experiment's own, or say how to sample: what `measure` is given."""
-    return tuple(group for name, group in groups_of(config).items() if name not in ("model", "output"))
+    return tuple(group for name, group in config_groups(config).items() if name not in ("model", "output"))
 
 
-def results_folder(name: str, model: ModelConfig | FirstStageModelConfig, logs_root: str, loaded: Loaded) -> Path:
+def default_results_folder(
+    name: str, model: ModelConfig | FirstStageModelConfig, logs_root: str, loaded: TrainedModel
+) -> Path:
     """Where the results of an experiment lie if --log_dir does not say."""
     averaged = isinstance(model, ModelConfig) and model.ema_length is not None
     length = f"_ema{model.ema_length}" if averaged else ""
     return run_folder(logs_root, f"{name}_{loaded.run.name}_{loaded.step}{length}")
 
 
-def open_results(name: str, config: ExperimentConfig, loaded: Loaded, world: DistContext, prepared: Prepared) -> Path:
+def open_results_folder(
+    name: str, config: ExperimentConfig, loaded: TrainedModel, world: DistContext, setup: ExperimentSetup
+) -> Path:
     """The folder of this experiment's results, opened as a run: nothing of another experiment can be in it.
 
     All ranks take part. What the sampler cannot do is refused before there is a folder. ValueError where it holds
     another experiment.
     """
-    output, sampling = config.output, groups_of(config).get("sampling")
-    folder = results_folder(prepared.name or name, config.model, output.logs_root, loaded)
+    output, sampling = config.output, config_groups(config).get("sampling")
+    folder = default_results_folder(setup.name or name, config.model, output.logs_root, loaded)
     if output.log_dir:
         folder = run_folder(output.logs_root, output.log_dir)
     samples = isinstance(sampling, SamplingConfig)
     if samples and any(world.any(world.is_main and not folder.exists())):
         source = loaded.condition_source(sampling)  # may encode the data set, which all ranks do together
         if world.is_main:
-            loaded.dry_run(sampling, source, shape=prepared.shape, window_stride=prepared.window_stride)
+            loaded.dry_run(sampling, source, shape=setup.shape, window_stride=setup.window_stride)
     if world.is_main:
         given = condition_provenance(sampling.condition_file) if samples else {}
-        open_run(folder, config, loaded.origin | prepared.origin | given)
+        open_run(folder, config, loaded.origin | setup.provenance | given)
     world.barrier()
     print(f"results: {folder}", flush=True)
     return folder
 
 
-def saved_results(batches: ResumableBatches) -> dict[str, Any] | None:
+def read_results(batches: ResumableBatches) -> dict[str, Any] | None:
     """The results of this very experiment, if it was finished before: what the main rank finds, on all of them."""
     path, world = batches.folder / "results.json", batches.world
     there = world.is_main and path.is_file()
-    return shared(world, json.loads(path.read_text()) if there else None)
+    return broadcast_object(world, json.loads(path.read_text()) if there else None)
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
@@ -305,7 +311,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
 
 
-def contents(paths: dict[str, str | None]) -> dict[str, str]:
+def hash_files(paths: dict[str, str | None]) -> dict[str, str]:
     """SHA-256 of the files there are that results are made of, by flag: a path alone does not tell."""
     found = {name: Path(path) for name, path in paths.items() if path is not None}
     return {name: sha256(path) for name, path in found.items() if path.is_file()}
@@ -318,7 +324,7 @@ def run_experiment(
     report: Callable[[dict[str, Any], Path], str],
     *,
     files: tuple[str, ...] = (),
-    prepare: Callable[..., Prepared] | None = None,
+    prepare: Callable[..., ExperimentSetup] | None = None,
     one_process: bool = False,
 ) -> None:
     """The main of an experiment: reads the command line, measures what was not measured before, prints the report.
@@ -332,14 +338,18 @@ def run_experiment(
 
     def main(config: ExperimentConfig) -> None:
         output = config.output
-        with nullcontext(only_process(output.device)) if one_process else experiment_world(output.device) as world:
-            model = load(config.model, output, world)
-            prepared = Prepared(settings_of(config)) if prepare is None else prepare(config, model, world)
-            folder = open_results(name, config, model, world, prepared)
-            batches = batches_of(config, model, world, folder, files)
-            results = saved_results(batches)
-            if any(world.any(not still_hold(results, prepared, batches.files))):
-                results = measure(*prepared.settings, model, batches)
+        with (
+            nullcontext(single_process_world(output.device))
+            if one_process
+            else experiment_world(output.device) as world
+        ):
+            model = load_trained_model(config.model, output, world)
+            setup = ExperimentSetup(measure_settings(config)) if prepare is None else prepare(config, model, world)
+            folder = open_results_folder(name, config, model, world, setup)
+            batches = open_batches(config, model, world, folder, files)
+            results = read_results(batches)
+            if any(world.any(not are_current(results, setup, batches.files))):
+                results = measure(*setup.settings, model, batches)
                 if world.is_main:
                     write_results(folder, results)
             if world.is_main:
@@ -347,35 +357,35 @@ def run_experiment(
                 print(report(results, folder))
 
     kinds = {each.name: each.type for each in dataclasses.fields(config_class)}
-    under = settings_of_vqgan_run if kinds["model"] is FirstStageModelConfig else settings_of_run
+    under = vqgan_run_defaults if kinds["model"] is FirstStageModelConfig else run_defaults
     run_script(main, config_class, Path(sys.argv[0]).stem, base_values=under)
 
 
-def still_hold(results: dict[str, Any] | None, prepared: Prepared, files: dict[str, str]) -> bool:
+def are_current(results: dict[str, Any] | None, setup: ExperimentSetup, files: dict[str, str]) -> bool:
     """Whether there are results, and of what would be measured now."""
-    if results is None or not prepared.is_current(results):
+    if results is None or not setup.is_current(results):
         return False
     return files.items() <= results.get("run", {}).get("files", {}).items()
 
 
-def load(
+def load_trained_model(
     model: ModelConfig | FirstStageModelConfig, output: OutputConfig | FirstStageOutputConfig, world: DistContext
-) -> Loaded:
+) -> TrainedModel:
     """The sampler or the first stage that a group of flags names."""
     if isinstance(model, FirstStageModelConfig):
         return load_vqgan(model, output.logs_root, world.device, output.amp)
     return load_model(model, output, world)
 
 
-def batches_of(
-    config: ExperimentConfig, model: Loaded, world: DistContext, folder: Path, files: tuple[str, ...]
+def open_batches(
+    config: ExperimentConfig, model: TrainedModel, world: DistContext, folder: Path, files: tuple[str, ...]
 ) -> ResumableBatches:
     """An experiment's batches; with `files`, the content of what these flags name is part of what results are of."""
     output = config.output
     run = to_dict(config) | {"step": model.step}
     if files:
-        flags = {key: value for group in settings_of(config) for key, value in flatten_group(group).items()}
-        run["files"] = contents({name: flags[name] for name in files})
+        flags = {key: value for group in measure_settings(config) for key, value in flatten_group(group).items()}
+        run["files"] = hash_files({name: flags[name] for name in files})
     run |= model.origin
     if isinstance(output, FirstStageOutputConfig):  # nothing is drawn
         return ResumableBatches(world, folder, run=run)

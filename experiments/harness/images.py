@@ -19,8 +19,8 @@ from train.logging import grid_image
 from train.loop import Batch
 from train.trained_sampler import TrainedSampler
 
-GRID = 64  # images in a grid
-STRIPS, MOMENTS = 6, 10  # images, and steps of each that are shown
+GRID_IMAGES = 64  # images in a grid
+STRIP_IMAGES, STRIP_STEPS = 6, 10  # images, and steps of each that are shown
 
 
 def save_grid(path: Path, images: Tensor, columns: int | None = None) -> None:
@@ -69,9 +69,9 @@ class SampleWriter:
             (self.folder / "images").mkdir(exist_ok=True)
             for i, image in enumerate(images):
                 Image.fromarray(image).save(self.folder / "images" / f"{self.written + i:06d}.png")
-        if self.first is None or len(self.first) < GRID:
+        if self.first is None or len(self.first) < GRID_IMAGES:
             kept = batch["image"] if self.first is None else torch.cat([self.first, batch["image"]])
-            self.first = kept[:GRID]
+            self.first = kept[:GRID_IMAGES]
         self.written += len(images)
 
     def __exit__(
@@ -106,30 +106,30 @@ def read_samples(path: Path) -> dict[str, Tensor]:
     return {"image": images.permute(0, 3, 1, 2), **content}
 
 
-class Recorder:
+class StepRecorder:
     """An `on_step` that keeps x and prediction, decoded to images (B, C, H, W) uint8, of the last step and of up to
-    `most` before it, evenly spaced."""
+    `max_steps` before it, evenly spaced."""
 
-    def __init__(self, trained: TrainedSampler, most: int = 64):
-        self.trained, self.most = trained, most
+    def __init__(self, trained: TrainedSampler, max_steps: int = 64):
+        self.trained, self.max_steps = trained, max_steps
         self.steps, self.stride = [], 1
 
     def __call__(self, i: int, t: float, s: float, x: Tensor, predicted: Tensor) -> Tensor:
         if i % self.stride == 0 or s == 0:
             self.steps.append(tuple(image.cpu() for image in self.trained.space.shown(x, predicted)))
-        if len(self.steps) > self.most and s > 0:
+        if len(self.steps) > self.max_steps and s > 0:
             self.steps, self.stride = self.steps[::2], 2 * self.stride
         return x
 
 
-def save_process(path: Path, trained: TrainedSampler, indices: list[int], draw: Callable[..., Batch]) -> None:
+def save_denoising_strips(path: Path, trained: TrainedSampler, indices: list[int], draw: Callable[..., Batch]) -> None:
     """A PNG of two rows per image: x at about ten moments from noise to data, and below it the predicted image.
 
     `draw` makes the images of `indices` once more, in one batch, and hands what it sees to an `on_step`.
     """
-    recorder = Recorder(trained)
+    recorder = StepRecorder(trained)
     draw(indices, on_step=recorder)
     last = len(recorder.steps) - 1
-    moments = sorted({round(last * k / (MOMENTS - 1)) for k in range(MOMENTS)})
+    moments = sorted({round(last * k / (STRIP_STEPS - 1)) for k in range(STRIP_STEPS)})
     rows = [torch.stack([recorder.steps[m][kind] for m in moments], 1) for kind in (0, 1)]  # (B, moments, C, H, W)
     save_grid(path, torch.stack(rows, 1).flatten(0, 2), columns=len(moments))

@@ -20,21 +20,21 @@ def class_balance(labels: Tensor, n_classes: int) -> Tensor:
     return torch.bincount(labels.long(), minlength=n_classes)
 
 
-def share_sure(logits: Tensor, confidence: float = 0.9) -> float:
+def confident_fraction(logits: Tensor, confidence: float = 0.9) -> float:
     """The share in [0, 1] of images whose most likely class has at least this probability; logits (N, K), N >= 1."""
-    _check_some(logits)
+    _check_logits(logits)
     return (logits.double().softmax(1).amax(1) >= confidence).double().mean().item()
 
 
-def share_kept(before: Tensor, after: Tensor) -> float:
+def same_class_fraction(before: Tensor, after: Tensor) -> float:
     """The share in [0, 1] of images with the same most likely class in both sets of logits (N, K), N >= 1."""
-    _check_some(before)
+    _check_logits(before)
     if before.shape != after.shape:
         raise ValueError(f"logits of shapes {tuple(before.shape)} and {tuple(after.shape)}: wanted the same images")
     return (before.argmax(1) == after.argmax(1)).double().mean().item()
 
 
-def _check_some(logits: Tensor) -> None:
+def _check_logits(logits: Tensor) -> None:
     if logits.ndim != 2 or len(logits) == 0:
         raise ValueError(f"logits of shape {tuple(logits.shape)}: wanted (N, K) with at least one image")
 
@@ -42,7 +42,7 @@ def _check_some(logits: Tensor) -> None:
 Classifier = Callable[[Tensor], Tensor]  # uint8 (B, C, H, W) -> logits (B, K)
 
 
-class Share(NamedTuple):
+class Proportion(NamedTuple):
     """A share in [0, 1], and its standard error (None of one image)."""
 
     value: float
@@ -52,7 +52,7 @@ class Share(NamedTuple):
         return f"{100 * self.value:.1f} %" + ("" if self.error is None else f" +- {100 * self.error:.1f}")
 
 
-def classifier_of(data: DataConfig) -> Classifier | None:
+def classifier_for(data: DataConfig) -> Classifier | None:
     """The classifier that the features of a data set are made of, where they have one, on the CPU."""
     reader = load_plugin("train.datasets", data.reader or data.dataset, "data set")
     if not hasattr(reader, "FEATURES"):
@@ -62,21 +62,21 @@ def classifier_of(data: DataConfig) -> Classifier | None:
 
 
 @torch.no_grad()
-def answers(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
+def predict_classes(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
     """The likeliest class of each of uint8 images (..., C, H, W): (...) int64."""
     flat = images.flatten(0, -4)
     found = [classifier(part).argmax(1) for part in flat.split(batch_size)]
     return torch.cat(found).view(images.shape[:-3])
 
 
-def agreement(wanted: Tensor, found: Tensor) -> Share:
+def class_agreement(wanted: Tensor, found: Tensor) -> Proportion:
     """How often found (N, R) is wanted (N,). Of R results of one image, the N means are what is independent."""
     means = (found == wanted.unsqueeze(1)).double().mean(1)
     error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None
-    return Share(means.mean().item(), error)
+    return Proportion(means.mean().item(), error)
 
 
-def nearest_ratio(generated: Tensor, held_out: Tensor, training: Tensor) -> float:
+def nearest_distance_ratio(generated: Tensor, held_out: Tensor, training: Tensor) -> float:
     """Median distance of generated images to their nearest training image, over the same median of held-out real ones.
 
     Images (N, C, H, W) of one shape and one scale; the distance is Euclidean over pixels. About 1: as far from the
@@ -96,7 +96,7 @@ def nearest_ratio(generated: Tensor, held_out: Tensor, training: Tensor) -> floa
     return medians[0] / medians[1]
 
 
-def exact_copies(codes: Tensor, train_codes: Tensor) -> float:
+def copied_fraction(codes: Tensor, train_codes: Tensor) -> float:
     """The share in [0, 1] of samples whose whole code grid (N, h, w) is that of some training image (M, h, w).
 
     ValueError: the grids differ in shape, or there are no samples.

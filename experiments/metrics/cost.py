@@ -17,7 +17,7 @@ WARM_UPS = 2
 PROCESS = Path("/proc/self")
 
 
-def machine(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """The name of the processor that does the work."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -55,7 +55,7 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | N
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu" or not (PROCESS / "clear_refs").exists() or resident("VmHWM") is None:
+    if device.type != "cpu" or not (PROCESS / "clear_refs").exists() or resident_bytes("VmHWM") is None:
         return None
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
     if trim is not None:
@@ -64,12 +64,12 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | N
         (PROCESS / "clear_refs").write_text("5")  # lowers the high-water mark to what is resident now
     except PermissionError:
         return None
-    before = resident("VmRSS")
+    before = resident_bytes("VmRSS")
     run()
-    return resident("VmHWM") - before
+    return resident_bytes("VmHWM") - before
 
 
-def resident(field: str) -> int | None:
+def resident_bytes(field: str) -> int | None:
     """Bytes of this process in memory: VmRSS now, VmHWM at most since the mark was reset. None where not reported."""
     lines = (PROCESS / "status").read_text().splitlines()
     found = [int(line.split()[1]) for line in lines if line.startswith(f"{field}:")]  # kB, which are KiB
@@ -77,7 +77,7 @@ def resident(field: str) -> int | None:
 
 
 @dataclass
-class Calls:
+class NFE:
     """Of a network, so far. An evaluation is one grid or image that goes through it; a call takes a batch of them.
 
     Guidance evaluates each image twice. Of an autoregressive network that remembers, an evaluation is of the new codes.
@@ -88,19 +88,19 @@ class Calls:
 
 
 @contextmanager
-def counted(network: nn.Module) -> Iterator[Calls]:
-    """Counts while it is open: `with counted(network) as cost: ...`, then cost.calls and cost.evaluations.
+def count_nfe(network: nn.Module) -> Iterator[NFE]:
+    """Counts while it is open: `with count_nfe(network) as nfe: ...`, then cost.calls and cost.evaluations.
 
     Its forward must take the batch first, as all networks here do.
     """
-    cost = Calls()
+    nfe = NFE()
 
     def count(module: nn.Module, args: tuple, output: object) -> None:
-        cost.calls += 1
-        cost.evaluations += len(args[0])
+        nfe.calls += 1
+        nfe.evaluations += len(args[0])
 
     handle = network.register_forward_hook(count)
     try:
-        yield cost
+        yield nfe
     finally:
         handle.remove()

@@ -67,7 +67,7 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadRun:
+class HeadRunConfig:
     """All that a run of a head is made of, beside the VQGAN."""
 
     data: DataConfig
@@ -77,7 +77,7 @@ class HeadRun:
 
 
 @torch.no_grad()
-def reconstruction(first: FirstStage, ids: Tensor) -> Reconstruction:
+def reconstruct_codes(first: FirstStage, ids: Tensor) -> Reconstruction:
     """What the VQGAN's decoder makes of ids (B, h, w)."""
     with autocast(first.device, first.amp):
         return reconstruct(first.vqgan.decoder, first.vqgan.quantizer.vectors(ids.to(first.device)))
@@ -86,7 +86,7 @@ def reconstruction(first: FirstStage, ids: Tensor) -> Reconstruction:
 def bits_per_dim(first: FirstStage, head: nn.Module, ids: Tensor, images: Tensor) -> Tensor:
     """-log2 p(x | z) of 8-bit images x (B, C, H, W), given scaled to [-1, 1], and ids z (B, h, w), by number of the
     image: (B,) float32, with gradients to the head."""
-    mean, features = reconstruction(first, ids)
+    mean, features = reconstruct_codes(first, ids)
     nats = discretized_log_likelihood(images.to(first.device), Normal(mean, head(features)))
     return -nats.flatten(1).mean(1) / math.log(2)
 
@@ -155,7 +155,7 @@ class HeadReports:
         """A grid of validation images, their reconstructions, and the deviations that the head gives these."""
         first, shown = self.step.first, fixed_subset(len(self.validation), SHOWN_IMAGES)
         for batch in images_in_order(self.validation, SHOWN_IMAGES, shown):  # few: each process makes them all
-            mean, features = reconstruction(first, first.encode(batch["image"]))
+            mean, features = reconstruct_codes(first, first.encode(batch["image"]))
             deviation = (0.5 * state.eval_module("head").eval()(features)).exp()
             rows = [to_float(batch["image"]), mean.clamp(-1, 1).cpu(), (2 * deviation / deviation.amax() - 1).cpu()]
             self.logger.log_images("likelihood", state.step, torch.cat(rows), columns=len(mean))
@@ -167,7 +167,7 @@ def build_state(first: FirstStage, training: TrainingConfig, world: DistContext)
     return build_train_state({"head": build_head(first.vqgan.decoder)}, training, world, primary=["head"])
 
 
-def train_head(run: Path, first: FirstStage, config: HeadRun, world: DistContext) -> None:
+def train_head(run: Path, first: FirstStage, config: HeadRunConfig, world: DistContext) -> None:
     """Trains a head on the images that `config` names, or goes on; all processes of `world` take part.
 
     ValueError where the run in that folder is another: of other weights of the VQGAN, data or settings.
@@ -200,7 +200,7 @@ def load_head(run: Path, first: FirstStage) -> TrainedHead:
     return TrainedHead(run, step, weights, first, head.to(first.device).eval().requires_grad_(False))
 
 
-def head_for(
+def load_or_train_head(
     decoder: DecoderConfig, model: ModelConfig, output: OutputConfig, trained: TrainedSampler
 ) -> TrainedHead | None:
     """The head of the VQGAN that a sampler of codes stands on, trained first as far as it is not; None without codes,
@@ -214,7 +214,7 @@ def head_for(
     run = run_folder(output.logs_root, decoder.head_dir or f"likelihood_{first.run.name}_{first.step}")
     reader = first.reader if model.data_dir is None else replace(first.reader, data_dir=model.data_dir)
     check_allowed(first.run, {"sampler": {}, "reader": flatten_group(reader)}, model.allow)
-    wanted, done = head_run(decoder, output, first.data, reader, run.name), max(saved_steps(run), default=0)
+    wanted, done = head_run_config(decoder, output, first.data, reader, run.name), max(saved_steps(run), default=0)
     world.barrier()  # all have looked before one trains
     try:
         if done < wanted.training.train_steps:
@@ -228,9 +228,9 @@ def head_for(
         raise ValueError(f"the decoder's head, whose folder is --head_dir: {error}") from error
 
 
-def head_run(
+def head_run_config(
     decoder: DecoderConfig, output: OutputConfig, data: DataConfig, reader: DatasetConfig, name: str
-) -> HeadRun:
+) -> HeadRunConfig:
     """The run of a head, on the images that its VQGAN was trained on."""
     training = TrainingConfig(
         train_steps=decoder.train_steps,
@@ -240,7 +240,7 @@ def head_run(
         device=output.device,
     )
     logging = LoggingConfig(log_dir=name, logs_root=output.logs_root, steps_per_eval=decoder.steps_per_eval)
-    return HeadRun(data=data, reader=reader, training=training, logging=logging)
+    return HeadRunConfig(data=data, reader=reader, training=training, logging=logging)
 
 
 class DecoderBits:
@@ -265,7 +265,9 @@ class DecoderBits:
         return self.head.bits_per_dim(batch["codes"], images)
 
 
-def of_images(codes: Tensor, decoder: Tensor, tokens: int, dimensions: int, head: TrainedHead) -> dict[str, Any]:
+def summarize_image_bits(
+    codes: Tensor, decoder: Tensor, tokens: int, dimensions: int, head: TrainedHead
+) -> dict[str, Any]:
     """What results.json says of whole images: -log2 p(x) <= -log2 p(x | z) - log2 p(z), z the codes of x.
 
     codes (n,) bits per code, of `tokens` codes; decoder (n,) bits per dimension, of `dimensions` numbers.
@@ -281,7 +283,7 @@ def of_images(codes: Tensor, decoder: Tensor, tokens: int, dimensions: int, head
     }
 
 
-def report_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+def image_bits_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     """The rows that a person reads of it."""
     error = results["bits_per_dim_standard_error"]
     return [

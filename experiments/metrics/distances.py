@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.harness.batches import ResumableBatches, in_order, own_indices
-from experiments.harness.images import GRID, read_samples, save_grid
+from experiments.harness.batches import ResumableBatches, gather_in_order, rank_indices
+from experiments.harness.images import GRID_IMAGES, read_samples, save_grid
 from experiments.harness.report import progress
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Reference, Statistics
-from experiments.metrics.kid import MOST, KeptFeatures
+from experiments.metrics.kid import MAX_FEATURES, FeatureSubset
 from train.config import DataConfig, SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.datasets import Dataset
@@ -24,27 +24,27 @@ from train.first_stage import FirstStage
 from train.trained_sampler import TrainedSampler
 
 Batches = Iterable[dict[str, Tensor]]
-Images = Callable[[list[int]], dict[str, Tensor]]
+ImagesAt = Callable[[list[int]], dict[str, Tensor]]
 
 
-def version_of(features: Features, weights: str | None) -> list[str | int | None]:
+def features_version(features: Features, weights: str | None) -> list[str | int | None]:
     """What makes the features: their file's version, and the content of the file of weights where one is named."""
     return [features.module.VERSION, weights and sha256(Path(weights))]
 
 
-def features_origin(features: Features) -> dict[str, str | int]:
+def features_provenance(features: Features) -> dict[str, str | int]:
     """What results note of the features they are measured by, which may change while the flags stay."""
     return {"features_name": features.name, "features_version": features.module.VERSION}
 
 
-def kept_name(kind: str, *made_of: object) -> str:
+def batches_name(kind: str, *made_of: object) -> str:
     """A name for `ResumableBatches.resume` that changes with what they are made of."""
     return f"{kind}_{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}"
 
 
 def sampled_images(
     samples: str | None, n_samples: int, trained: TrainedSampler, options: SamplingConfig, seed: int
-) -> tuple[int, Images]:
+) -> tuple[int, ImagesAt]:
     """How many images there are to measure, and a function from indices to "image" uint8 (B, C, H, W) and, of models of
     codes, "codes" (B, h, w): those of the file `samples`, else `n_samples` new ones."""
     if samples is not None:
@@ -62,7 +62,7 @@ def sampled_images(
 
 
 def sampled_features(
-    images_of: Images, count: int, shown: int, features: Features, batches: ResumableBatches, files: dict[str, str]
+    images_of: ImagesAt, count: int, shown: int, features: Features, batches: ResumableBatches, files: dict[str, str]
 ) -> Batches:
     """ "features" (B, D) of the first `count` images to measure and, of the batches that begin before image `shown`,
     what `images_of` gives: on the main rank alone, while all make them.
@@ -75,11 +75,11 @@ def sampled_features(
         found = {"features": features.extract(made["image"].expand(-1, 3, -1, -1))}
         return found | (made if indices[0] < shown else {})
 
-    name = kept_name(features.name, files, *version_of(features, None))
+    name = batches_name(features.name, files, *features_version(features, None))
     return progress(batches.resume(name, range(count), make), count, "sampling", batches.world.is_main)
 
 
-def with_features(features: Features, own: Batches, world: DistContext) -> Iterator[dict[str, Tensor]]:
+def add_features(features: Features, own: Batches, world: DistContext) -> Iterator[dict[str, Tensor]]:
     """Batches of "image" uint8 (B, C, H, W) that each rank makes, and their "features" (B, D) beside them: of all ranks
     in order on the main one, nothing on others."""
 
@@ -87,18 +87,18 @@ def with_features(features: Features, own: Batches, world: DistContext) -> Itera
         for batch in own:
             yield batch | {"features": features.extract(batch["image"].expand(-1, 3, -1, -1)).cpu()}
 
-    return in_order(world, extracted())
+    return gather_in_order(world, extracted())
 
 
 def real_features(
     source: ImageSource, chosen: list[int], features: Features, batch_size: int, world: DistContext, name: str
 ) -> Batches:
     """ "image", "features" of those real images: on the main rank alone, while all make them."""
-    own = images_in_order(source, batch_size, own_indices(world, chosen, batch_size))
-    return progress(with_features(features, own, world), len(chosen), name, world.is_main)
+    own = images_in_order(source, batch_size, rank_indices(world, chosen, batch_size))
+    return progress(add_features(features, own, world), len(chosen), name, world.is_main)
 
 
-def together(batches: Batches, count: int, names: tuple[str, ...] = ("features",)) -> dict[str, Tensor]:
+def concatenate(batches: Batches, count: int, names: tuple[str, ...] = ("features",)) -> dict[str, Tensor]:
     """What batches hold under these names, as tensors (n, ...) with n up to `count`: filled as they come, so that
     nothing is twice in memory. A name that the first batch lacks is left out."""
     whole, filled = {}, 0
@@ -113,7 +113,7 @@ def together(batches: Batches, count: int, names: tuple[str, ...] = ("features",
     return {name: each[:filled] for name, each in whole.items()}
 
 
-def statistics_of(batches: Batches) -> Statistics:
+def compute_statistics(batches: Batches) -> Statistics:
     """Streams features into their statistics."""
     statistics = Statistics()
     for batch in batches:
@@ -135,20 +135,26 @@ def real_reference(
     world: DistContext,
 ) -> Reference:
     """Of a whole split, cached by the content of the images and of what makes the features. Of larger splits, features
-    of `MOST` images drawn at random, always the same.
+    of `MAX_FEATURES` images drawn at random, always the same.
 
     All ranks take part; the main one writes them, and where they were not cached, it alone is given them.
     """
-    made_of = [dataset.fingerprint(), *data.side_lengths, data.n_channels, *version_of(features, weights), MOST]
+    made_of = [
+        dataset.fingerprint(),
+        *data.side_lengths,
+        data.n_channels,
+        *features_version(features, weights),
+        MAX_FEATURES,
+    ]
     made_of += [] if data.data_range is None else [*data.data_range]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     path = cache / f"{data.dataset}_{features.name}_{key}.npz"
     if not any(world.any(not path.is_file())):
         return Reference.load(path)
     source = ImageSource(dataset, data)
-    own = images_in_order(source, batch_size, own_indices(world, list(range(len(source))), batch_size))
-    found = KeptFeatures(with_features(features, own, world), fixed_subset(len(source), MOST))
-    statistics = statistics_of(progress(found, len(source), "reference", world.is_main))
+    own = images_in_order(source, batch_size, rank_indices(world, list(range(len(source))), batch_size))
+    found = FeatureSubset(add_features(features, own, world), fixed_subset(len(source), MAX_FEATURES))
+    statistics = compute_statistics(progress(found, len(source), "reference", world.is_main))
     if not world.is_main:
         return Reference(statistics, None)
     reference = Reference(statistics, found.features)
@@ -169,7 +175,7 @@ def real_statistics(
     return real_reference(dataset, data, features, weights, cache, batch_size, world).statistics
 
 
-def reconstructed(first: FirstStage, batches: Batches) -> Iterator[dict[str, Tensor]]:
+def reconstruct_batches(first: FirstStage, batches: Batches) -> Iterator[dict[str, Tensor]]:
     """The VQGAN's reconstructions of batches of images."""
     for batch in batches:
         yield {"image": first.decode(first.encode(batch["image"])).cpu()}
@@ -182,10 +188,10 @@ def generated_statistics(batches: Batches, same: int, grid: Path) -> tuple[Stati
         everything.update(batch["features"])
         if (missing := same - (first.count or 0)) > 0:
             first.update(batch["features"][:missing])
-        if sum(map(len, shown)) < GRID:
+        if sum(map(len, shown)) < GRID_IMAGES:
             shown.append(batch["image"])
     if shown:
-        save_grid(grid, torch.cat(shown)[:GRID])
+        save_grid(grid, torch.cat(shown)[:GRID_IMAGES])
     return everything, first
 
 

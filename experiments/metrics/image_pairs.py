@@ -13,7 +13,7 @@ from vq.perceptual import Perceptual, load_perceptual
 
 RANGE = 255.0  # of the uint8 images that are compared
 WINDOW, SIGMA = 11, 1.5  # side and deviation of SSIM's Gaussian window, pixels
-AT_ONCE = 2**21  # values of images that SSIM takes at once: it keeps some ten times as many, in float64
+SSIM_CHUNK = 2**21  # values of images that SSIM takes at once: it keeps some ten times as many, in float64
 SIDE = 64  # pixels of the patches that LPIPS was fitted to (Zhang et al. 2018, section 3)
 
 
@@ -32,11 +32,11 @@ def ssim(real: Tensor, fake: Tensor) -> Tensor:
     height, width = real.shape[2:]
     if min(height, width) < WINDOW:
         raise ValueError(f"got images of {height}x{width} for SSIM, wanted at least {WINDOW}x{WINDOW}: its window")
-    size = max(1, AT_ONCE // real[0].numel())
-    return torch.cat([similarity(a, b) for a, b in zip(real.split(size), fake.split(size), strict=True)])
+    size = max(1, SSIM_CHUNK // real[0].numel())
+    return torch.cat([ssim_chunk(a, b) for a, b in zip(real.split(size), fake.split(size), strict=True)])
 
 
-def similarity(real: Tensor, fake: Tensor) -> Tensor:
+def ssim_chunk(real: Tensor, fake: Tensor) -> Tensor:
     """SSIM of images that are taken at once."""
     if real.device.type == "mps":  # has no float64
         real, fake = real.cpu(), fake.cpu()
@@ -62,48 +62,48 @@ def l1(real: Tensor, fake: Tensor) -> Tensor:
     return (to_float(real) - to_float(fake)).abs().mean((1, 2, 3))
 
 
-class Closeness(NamedTuple):
+class ImageDistance(NamedTuple):
     """A distance of images."""
 
     name: str
     distances: Callable[[Tensor, Tensor], Tensor]  # uint8 (C, H, W), (B, C, H, W) -> float64 (B,); 0 of equal ones
 
 
-def pixels() -> Closeness:
+def pixel_distance() -> ImageDistance:
     """The Euclidean distance over all pixels and channels, of values in [0, 1]."""
 
     def distances(image: Tensor, others: Tensor) -> Tensor:
         return ((others.double() - image.double()) / 255).square().flatten(1).sum(1).sqrt()
 
-    return Closeness("pixels", distances)
+    return ImageDistance("pixels", distances)
 
 
-def learned(perceptual: Perceptual, device: torch.device, batch_size: int) -> Closeness:
-    """LPIPS, so many images at once. Images with a side below 64 pixels are `enlarged`."""
+def lpips_distance(perceptual: Perceptual, device: torch.device, batch_size: int) -> ImageDistance:
+    """LPIPS, so many images at once. Images with a side below 64 pixels are `enlarge`."""
     perceptual = perceptual.to(device)
 
     @torch.no_grad()
     def distances(image: Tensor, others: Tensor) -> Tensor:
-        found, one = [], enlarged(to_float(image[None].to(device)))
+        found, one = [], enlarge(to_float(image[None].to(device)))
         for part in others.split(batch_size):
-            each = enlarged(to_float(part.to(device)))
+            each = enlarge(to_float(part.to(device)))
             found.append(perceptual(one.expand_as(each), each).cpu().double())
         return torch.cat(found)
 
-    return Closeness(f"LPIPS ({perceptual.net})", distances)
+    return ImageDistance(f"LPIPS ({perceptual.net})", distances)
 
 
-def enlarged(images: Tensor) -> Tensor:
+def enlarge(images: Tensor) -> Tensor:
     """Images (B, C, H, W), bilinearly enlarged by the smallest whole number that brings both sides to 64 pixels."""
     factor = -(-SIDE // min(images.shape[2:]))
     return images if factor == 1 else F.interpolate(images, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
-def choose(rerank: str, net: str, weights: str | None, world: DistContext, batch_size: int) -> Closeness:
+def choose_distance(rerank: str, net: str, weights: str | None, world: DistContext, batch_size: int) -> ImageDistance:
     """What --rerank names; auto is LPIPS, or pixels with one printed sentence where its weights are not to be had in
     one of the processes. ValueError, FileNotFoundError: LPIPS or its file was asked for, and is not there."""
     if rerank == "pixels":
-        return pixels()
+        return pixel_distance()
     perceptual, reason = None, None
     try:
         _, perceptual = load_perceptual(net, weights)
@@ -112,9 +112,9 @@ def choose(rerank: str, net: str, weights: str | None, world: DistContext, batch
             raise
         reason = f"the {net} weights could not be loaded ({error.__cause__})"
     if not world.any(reason is not None)[0]:
-        return learned(perceptual, world.device, batch_size)
+        return lpips_distance(perceptual, world.device, batch_size)
     reason = reason or f"another process could not load the {net} weights"
     if rerank == "lpips":
         raise ValueError(f"no LPIPS: {reason}; pass their file with --perceptual_weights, or --rerank pixels")
     print(f"Neighbours are ranked by pixels, not by LPIPS: {reason}; --perceptual_weights FILE names them", flush=True)
-    return pixels()
+    return pixel_distance()

@@ -8,15 +8,15 @@ from torch import Tensor
 
 from diffusion.rng import seed_of
 
-MOST = 10_000  # features of a set that are kept for it
+MAX_FEATURES = 10_000  # features of a set that are kept for it
 
 
-class KeptFeatures:
-    """Batches as they are; `MOST` of the "features" (B, D) that went by stay here: the first ones, or, where images are
+class FeatureSubset:
+    """Batches as they are; `MAX_FEATURES` of the "features" (B, D) that went by stay here: the first ones, or, where images are
     in no random order, those whose "index" (B,) is among `chosen`."""
 
     def __init__(self, batches: Iterable[dict[str, Tensor]], chosen: list[int] | None = None):
-        self.batches, self.parts, self.left = batches, [], MOST
+        self.batches, self.parts, self.left = batches, [], MAX_FEATURES
         self.chosen = None if chosen is None else torch.tensor(chosen)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -60,11 +60,11 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int, size: int, seed: int = 0
     found = torch.zeros(subsets, dtype=torch.float64)
     for i in range(subsets):
         x, y = (each[torch.randperm(len(each), generator=rng)[:size]].cpu() for each in (a, b))
-        found[i] = squared_discrepancy(x, y)
+        found[i] = mmd_squared(x, y)
     return KernelDistance(found.mean().item(), found.std(correction=0).item(), subsets, size)
 
 
-def squared_discrepancy(x: Tensor, y: Tensor) -> Tensor:
+def mmd_squared(x: Tensor, y: Tensor) -> Tensor:
     """MMD² of x (n, D) and y (m, D), n and m >= 2, by the unbiased estimate of Gretton et al. 2012, eq. 3, in float64.
 
     The kernel is (x·y / D + 1)³; of a set with itself, pairs of a feature with itself do not count.

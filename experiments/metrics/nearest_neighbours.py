@@ -8,11 +8,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from experiments.harness.batches import ResumableBatches, shared
+from experiments.harness.batches import ResumableBatches, broadcast_object
 from experiments.harness.report import progress
 from experiments.metrics.distances import Batches
 from experiments.metrics.features import Features
-from experiments.metrics.image_pairs import Closeness
+from experiments.metrics.image_pairs import ImageDistance
 from experiments.metrics.neighbours import nearest
 from train.data.loading import ImageSource, images_in_order
 from train.data.transforms import View, as_uint8, training_views
@@ -32,7 +32,7 @@ class Candidates(NamedTuple):
     views: Tensor  # (n, c) int64: of `training_views`
 
 
-def merged(parts: list[Candidates], most: int) -> Candidates:
+def merge_candidates(parts: list[Candidates], most: int) -> Candidates:
     """Of all parts together the `most` nearest images, or as many as there are, each once, in its nearest view.
 
     A part that leaves images out holds at least `most`, so that no image is missing here.
@@ -50,7 +50,7 @@ def merged(parts: list[Candidates], most: int) -> Candidates:
     return Candidates(*(each.gather(1, kept) for each in found))
 
 
-def searched(
+def search_chunk(
     queries: Tensor, images: Tensor, index: Tensor, views: list[View], extract: Callable[[Tensor], Tensor], most: int
 ) -> Candidates:
     """Of training images uint8 (m, C, H, W) with indices (m,) those nearest to queries (n, D), in any of the views."""
@@ -59,10 +59,10 @@ def searched(
         near = nearest(queries, extract(view(images)), min(most, len(images)))
         seen = torch.full_like(near.indices, i)
         parts.append(Candidates(near.distances.cpu(), index[near.indices.cpu()], seen.cpu()))
-    return merged(parts, most)
+    return merge_candidates(parts, most)
 
 
-def candidates(
+def find_candidates(
     queries: Tensor,
     source: ImageSource,
     features: Features,
@@ -85,18 +85,18 @@ def candidates(
         if not read:  # none of them can be read
             return {"index": torch.zeros(0, dtype=torch.long)}
         images, index = (torch.cat([batch[key] for batch in read]) for key in ("image", "index"))
-        return {"index": index} | searched(queries, images, index, views, extract, most)._asdict()
+        return {"index": index} | search_chunk(queries, images, index, views, extract, most)._asdict()
 
     best = None
     chunks = batches.resume(name, range(len(source)), make, size=CHUNK)
     for chunk in progress(chunks, len(source), "training images", world.is_main):
         if "distances" in chunk:
             found = Candidates(*(chunk[field] for field in Candidates._fields))
-            best = found if best is None else merged([best, found], most)
-    return shared(world, best)
+            best = found if best is None else merge_candidates([best, found], most)
+    return broadcast_object(world, best)
 
 
-class Ranked(NamedTuple):
+class RankedNeighbours(NamedTuple):
     """The k nearest training images of each of n queries, by the closeness they were ranked by."""
 
     distances: Tensor  # (n, k) float64
@@ -106,24 +106,26 @@ class Ranked(NamedTuple):
     equal: Tensor  # (n,) bool: some candidate is the query, pixel by pixel
 
 
-def ranked(query: Tensor, shown: Tensor, found: Candidates, closeness: Closeness, k: int) -> Ranked:
+def rank_candidates(
+    query: Tensor, shown: Tensor, found: Candidates, image_distance: ImageDistance, k: int
+) -> RankedNeighbours:
     """Of one query uint8 (C, H, W), candidates uint8 (c, C, H, W) and what was found of them, (1, c): n is 1."""
-    distances = closeness.distances(query, shown)
+    distances = image_distance.distances(query, shown)
     order = distances.argsort(stable=True)[:k]
     near = [each[:, order] for each in (found.images, found.views, found.distances)]
-    return Ranked(distances[order][None], *near, (shown == query).flatten(1).all(1).any()[None])
+    return RankedNeighbours(distances[order][None], *near, (shown == query).flatten(1).all(1).any()[None])
 
 
-def reranked(
+def rerank_candidates(
     queries: Tensor,
     table: Candidates,
     source: ImageSource,
-    closeness: Closeness,
+    image_distance: ImageDistance,
     k: int,
     batches: ResumableBatches,
     name: str,
 ) -> Batches:
-    """`Ranked` of images uint8 (n, C, H, W) in batches, as dicts: on the main rank alone, while all make them."""
+    """`RankedNeighbours` of images uint8 (n, C, H, W) in batches, as dicts: on the main rank alone, while all make them."""
     views = training_views(source.config)
 
     def make(indices: list[int]) -> dict[str, Tensor]:
@@ -131,32 +133,32 @@ def reranked(
         for i in indices:
             own = Candidates(*(each[i : i + 1] for each in table))
             shown = torch.stack(
-                [in_view(source, views, *each) for each in zip(own.images[0], own.views[0], strict=True)]
+                [training_view(source, views, *each) for each in zip(own.images[0], own.views[0], strict=True)]
             )
-            rows.append(ranked(queries[i], shown, own, closeness, k))
-        return Ranked(*map(torch.cat, zip(*rows, strict=True)))._asdict()
+            rows.append(rank_candidates(queries[i], shown, own, image_distance, k))
+        return RankedNeighbours(*map(torch.cat, zip(*rows, strict=True)))._asdict()
 
     return progress(batches.resume(name, range(len(queries)), make), len(queries), "ranking", batches.world.is_main)
 
 
-def in_view(source: ImageSource, views: list[View], image: Tensor, view: Tensor) -> Tensor:
+def training_view(source: ImageSource, views: list[View], image: Tensor, view: Tensor) -> Tensor:
     """uint8 (C, H, W): a training image as it was trained on."""
     return views[int(view)](as_uint8(source[int(image)]["image"].as_subclass(Tensor)))
 
 
-class Row(NamedTuple):
+class PictureRow(NamedTuple):
     """One line of the picture."""
 
     image: Tensor  # uint8 (C, H, W)
-    words: str  # below it
+    caption: str  # below it
     neighbours: Tensor  # uint8 (k, C, H, W)
     distances: list[float]  # k
 
 
-def save_picture(path: Path, sections: dict[str, list[Row]], title: str) -> None:
+def save_neighbour_picture(path: Path, sections: dict[str, list[PictureRow]], title: str) -> None:
     """A PNG of all rows, in sections with a heading each. A neighbour at distance 0 is framed in red."""
     rows = [row for section in sections.values() for row in section]
-    width, height = shown_size(rows[0].image)
+    width, height = display_size(rows[0].image)
     columns = max(len(row.neighbours) for row in rows)
     across = 2 * MARGIN + width + MARGIN + columns * (width + GAP)
     down = 2 * MARGIN + TEXT + len(sections) * (2 * TEXT + GAP) + len(rows) * (height + TEXT + GAP)
@@ -174,20 +176,22 @@ def save_picture(path: Path, sections: dict[str, list[Row]], title: str) -> None
         canvas.save(scratch, format="PNG")
 
 
-def draw_row(canvas: Image.Image, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, row: Row, top: int) -> None:
-    width, height = shown_size(row.image)
-    canvas.paste(shown(row.image), (MARGIN, top))
-    draw.text((MARGIN, top + height + 1), row.words, GREY, font)
+def draw_row(
+    canvas: Image.Image, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, row: PictureRow, top: int
+) -> None:
+    width, height = display_size(row.image)
+    canvas.paste(display_image(row.image), (MARGIN, top))
+    draw.text((MARGIN, top + height + 1), row.caption, GREY, font)
     for i, (image, distance) in enumerate(zip(row.neighbours, row.distances, strict=True)):
         left = 2 * MARGIN + width + i * (width + GAP)
-        canvas.paste(shown(image), (left, top))
+        canvas.paste(display_image(image), (left, top))
         colour = RED if distance == 0 else GREY
         if distance == 0:
             draw.rectangle((left - 2, top - 2, left + width + 1, top + height + 1), outline=RED, width=2)
         draw.text((left, top + height + 1), f"{distance:.3g}", colour, font)
 
 
-def shown_size(image: Tensor) -> tuple[int, int]:
+def display_size(image: Tensor) -> tuple[int, int]:
     """Width and height in the picture of an image (C, H, W): small ones are enlarged by a whole number."""
     height, width = image.shape[1:]
     longer = max(height, width)
@@ -195,8 +199,8 @@ def shown_size(image: Tensor) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def shown(image: Tensor) -> Image.Image:
-    size = shown_size(image)
+def display_image(image: Tensor) -> Image.Image:
+    size = display_size(image)
     larger = size[0] >= image.shape[2]
     colour = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
     return colour.resize(size, Image.Resampling.NEAREST if larger else Image.Resampling.BOX)

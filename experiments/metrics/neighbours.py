@@ -23,7 +23,7 @@ class Nearest(NamedTuple):
     indices: Tensor  # (N, k) int64
 
 
-class Squares(NamedTuple):
+class SquaredDistances(NamedTuple):
     """Squared Euclidean distances by a product."""
 
     values: Tensor  # (n, m) float64; may lie below 0
@@ -48,11 +48,11 @@ def nearest(
     `exclude_self`.
     """
     check_points(queries, references, k, exclude_self)
-    centre, asked = middle(references), min(k + SPARE, len(references) - exclude_self)
+    centre, n_candidates = mean_point(references), min(k + SPARE, len(references) - exclude_self)
     found = []
     for start in range(0, len(queries), chunk):
-        rows = double(queries[start : start + chunk])
-        best = proposed(rows, references, centre, asked, start if exclude_self else None)
+        rows = to_float64(queries[start : start + chunk])
+        best = propose_candidates(rows, references, centre, n_candidates, start if exclude_self else None)
         exact = torch.stack([pair_distances(rows, references[column.to(references.device)]) for column in best.T], 1)
         order = exact.argsort(dim=1, stable=True)[:, :k]
         found.append(Nearest(exact.gather(1, order), best.gather(1, order)))
@@ -62,7 +62,9 @@ def nearest(
     return Nearest(*map(torch.cat, zip(*found, strict=True)))
 
 
-def proposed(rows: Tensor, references: Tensor, centre: Tensor, asked: int, start: int | None) -> Tensor:
+def propose_candidates(
+    rows: Tensor, references: Tensor, centre: Tensor, n_candidates: int, start: int | None
+) -> Tensor:
     """(n, asked) indices of the nearest references by the product, smaller ones first where the product sees no
     difference; with `start`, row i is reference start + i and not proposed."""
     squares = rows.new_zeros(len(rows), 0)
@@ -73,28 +75,28 @@ def proposed(rows: Tensor, references: Tensor, centre: Tensor, asked: int, start
             own = torch.arange(start, start + len(rows), device=rows.device) - first
             inside = (own >= 0) & (own < block.shape[1])
             block[inside.nonzero()[:, 0], own[inside]] = torch.inf
-        nearer = block.topk(min(asked, block.shape[1]), 1, largest=False)
+        nearer = block.topk(min(n_candidates, block.shape[1]), 1, largest=False)
         squares = torch.cat([squares, nearer.values], 1)
         indices = torch.cat([indices, nearer.indices + first], 1)
-        squares, order = squares.topk(min(asked, squares.shape[1]), 1, largest=False)
+        squares, order = squares.topk(min(n_candidates, squares.shape[1]), 1, largest=False)
         indices = indices.gather(1, order)
     return indices.sort(1).values
 
 
-def squared_distances(rows: Tensor, points: Tensor, centre: Tensor) -> Squares:
+def squared_distances(rows: Tensor, points: Tensor, centre: Tensor) -> SquaredDistances:
     """Of rows (n, D) from points (m, D) by one product, in float64 where the rows are; around `centre` (D,), where
     they are small."""
-    rows, points = rows - centre, double(points).to(rows.device) - centre
+    rows, points = rows - centre, to_float64(points).to(rows.device) - centre
     from_rows, from_points = rows.square().sum(1), points.square().sum(1)
     values = (rows @ points.T).mul_(-2).add_(from_rows[:, None]).add_(from_points)
     bound = 4 * (rows.shape[1] + 2) * torch.finfo(torch.float64).eps
-    return Squares(values, bound * (from_rows.max() + from_points.max()).item())
+    return SquaredDistances(values, bound * (from_rows.max() + from_points.max()).item())
 
 
 def pair_distances(rows: Tensor, points: Tensor) -> Tensor:
     """(n,) float64: how far row i (n, D) lies from point i."""
-    rows = double(rows)
-    return (rows - double(points).to(rows.device)).square().sum(1).sqrt()
+    rows = to_float64(rows)
+    return (rows - to_float64(points).to(rows.device)).square().sum(1).sqrt()
 
 
 def nearest_distances(
@@ -135,11 +137,11 @@ def check_points(queries: Tensor, references: Tensor, k: int, exclude_self: bool
             raise ValueError(f"points of shape {tuple(points.shape)} hold nan or inf: wanted finite ones")
 
 
-def middle(points: Tensor) -> Tensor:
+def mean_point(points: Tensor) -> Tensor:
     """(D,) float64, their mean: around it squares are small, and so are the product's errors."""
-    return sum(double(part).sum(0) for part in points.split(BLOCK)) / len(points)  # never all of them in float64
+    return sum(to_float64(part).sum(0) for part in points.split(BLOCK)) / len(points)  # never all of them in float64
 
 
-def double(points: Tensor) -> Tensor:
+def to_float64(points: Tensor) -> Tensor:
     """Float64 where the points lie, or on the CPU where their device has none (mps)."""
     return points.cpu().double() if points.device.type == "mps" else points.double()

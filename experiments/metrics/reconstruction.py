@@ -18,11 +18,11 @@ from train.runs import read_run
 from vq.perceptual import load_perceptual
 from vq.quantizer import count_codes, perplexity, usage
 
-SHOWN = 16  # columns of the grid of reconstructions
+SHOWN_IMAGES = 16  # columns of the grid of reconstructions
 LPIPS = ("vgg", "alex", "squeeze")
 
 
-def rebuilt(
+def measure_reconstructions(
     first: FirstStage, batches: Batches, features: Features, perceptual: nn.Module | None
 ) -> Iterator[dict[str, Tensor]]:
     """For each batch of "image" uint8 (B, C, H, W), what is measured of its reconstructions, on the CPU.
@@ -44,10 +44,10 @@ def rebuilt(
         yield found | {"features": features.extract(fake.expand(-1, 3, -1, -1)).cpu()}
 
 
-def summed_up(
+def summarize_reconstructions(
     batches: Batches, reference: Statistics, codebook_size: int, pixels: int
 ) -> tuple[dict[str, Any], Tensor]:
-    """Batches of `rebuilt` -> the numbers of a report, None where nothing was measured, and counts of the codes (K,).
+    """Batches of `measure_reconstructions` -> the numbers of a report, None where nothing was measured, and counts of the codes (K,).
 
     `pixels` is height times width of an image. Images rebuilt without any error have no PSNR: they are counted as
     `exact_images` and its mean is of the others.
@@ -77,7 +77,7 @@ def summed_up(
     }, chosen
 
 
-def chosen_perceptual(net: str, weights: str | None, run: Path) -> tuple[str, nn.Module | None]:
+def choose_lpips(net: str, weights: str | None, run: Path) -> tuple[str, nn.Module | None]:
     """(name, module) of --lpips_net; auto is what the run trained with, or none, which is said.
 
     ValueError where --perceptual_weights have no network to be of.

@@ -13,11 +13,11 @@ from train.data.loading import BatchSource, training_batches
 from train.distributed import DistContext
 from train.perf import SIZES, count_flops, matmul_peak, time_call
 
-MOST_SECONDS = 60.0  # after which nothing that is slow is done once more
+MAX_SECONDS = 60.0  # after which nothing that is slow is done once more
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """Something to time, and what its matrix products are computed in."""
 
     name: str
@@ -49,13 +49,13 @@ class Speed:
         return None if self.peak is None else self.flops / self.median / self.peak
 
 
-def matmul_peaks(works: Sequence[Work], device: torch.device) -> dict[torch.dtype, float]:
+def matmul_peaks(works: Sequence[Workload], device: torch.device) -> dict[torch.dtype, float]:
     """FLOP/s of the device's matrix products in what `works` compute in; nothing where no sizes are known for it."""
     dtypes = dict.fromkeys(work.dtype for work in works)
     return {dtype: matmul_peak(device, dtype) for dtype in dtypes} if device.type in SIZES else {}
 
 
-def measured(works: Sequence[Work], repeats: int, device: torch.device) -> list[Speed]:
+def measure_speeds(works: Sequence[Workload], repeats: int, device: torch.device) -> list[Speed]:
     """Each run `repeats` times after some that do not count, in turn, so that noise hits all alike; then counted.
 
     Peaks are the better of one before and one after: on a shared machine either may be disturbed.
@@ -73,7 +73,7 @@ def measured(works: Sequence[Work], repeats: int, device: torch.device) -> list[
     return found
 
 
-def rows(speeds: Sequence[Speed], images: int, tokens: int) -> Iterator[tuple[str, ...]]:
+def speed_rows(speeds: Sequence[Speed], images: int, tokens: int) -> Iterator[tuple[str, ...]]:
     """Of a table for people, for steps of so many images, each of so many tokens (0: it has none)."""
     yield (
         *("training step", "median s", "min", "max", "speed", "images/s", *(["tokens/s"] if tokens else [])),
@@ -82,34 +82,34 @@ def rows(speeds: Sequence[Speed], images: int, tokens: int) -> Iterator[tuple[st
     for speed in speeds:
         yield (
             speed.name,
-            *(short(each) for each in (speed.median, min(speed.seconds), max(speed.seconds))),
+            *(three_digits(each) for each in (speed.median, min(speed.seconds), max(speed.seconds))),
             f"{speeds[0].median / speed.median:.2f}x",
-            short(images / speed.median),
-            *([short(images * tokens / speed.median)] if tokens else []),
-            short(speed.flops / 1e12),
-            short(speed.flops / speed.median / 1e12),
+            three_digits(images / speed.median),
+            *([three_digits(images * tokens / speed.median)] if tokens else []),
+            three_digits(speed.flops / 1e12),
+            three_digits(speed.flops / speed.median / 1e12),
             "-" if speed.fraction is None else f"{speed.fraction:.1%}",
-            "-" if speed.extra_bytes is None else short(speed.extra_bytes / 2**20),
+            "-" if speed.extra_bytes is None else three_digits(speed.extra_bytes / 2**20),
         )
 
 
-def short(value: float) -> str:
+def three_digits(value: float) -> str:
     """Three digits that count, as a plain number."""
     return f"{value:.0f}" if value >= 100 else f"{float(f'{value:.3g}'):g}"
 
 
-def several(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+def time_repeatedly(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
     """Seconds of up to `repeats` runs, of which none begins when a minute is over."""
     seconds = []
-    while len(seconds) < repeats and sum(seconds) < MOST_SECONDS:
+    while len(seconds) < repeats and sum(seconds) < MAX_SECONDS:
         seconds.append(time_call(run, device))
     return seconds
 
 
-def spread(seconds: Sequence[float], images: int) -> str:
+def format_spread(seconds: Sequence[float], images: int) -> str:
     """The median for people, what it is the median of, and the images per second that it means."""
-    low, median, high = (short(each) for each in (min(seconds), statistics.median(seconds), max(seconds)))
-    rate = short(images / statistics.median(seconds))
+    low, median, high = (three_digits(each) for each in (min(seconds), statistics.median(seconds), max(seconds)))
+    rate = three_digits(images / statistics.median(seconds))
     return f"{median} s (median of {len(seconds)}, {low} to {high}), {rate} images/s"
 
 
@@ -122,12 +122,12 @@ def full_steps_report(
     """
     one, fast = statistics.median(steps), statistics.median(sampling)
     before, after = map(statistics.median, decoding)
-    low, high = short(min(steps)), short(max(steps))
-    of = f"{count} times {short(one)} s, the median of {len(steps)}, {low} to {high}"
-    ratio, whole = short(count * one / fast), short((count * one + before) / (fast + after))
+    low, high = three_digits(min(steps)), three_digits(max(steps))
+    of = f"{count} times {three_digits(one)} s, the median of {len(steps)}, {low} to {high}"
+    ratio, whole = three_digits(count * one / fast), three_digits((count * one + before) / (fast + after))
     return (
-        f"sampling in {count} float32 steps that evaluate everything: {short(count * one)} s ({of}), "
-        f"{short(images / (count * one))} images/s\n"
+        f"sampling in {count} float32 steps that evaluate everything: {three_digits(count * one)} s ({of}), "
+        f"{three_digits(images / (count * one))} images/s\n"
         f"sampling is {ratio} times as fast as these, {whole} times with decoding"
     )
 
@@ -148,7 +148,7 @@ def loading_rate(
     how = {"batch_size": size, "accumulate": training.accumulate, "world": world, "workers": workers}
     batches = training_batches(source, start=0, steps=warm_ups + counted, prefetch=data.prefetch, **how)
     began, done = time.perf_counter(), 0
-    while done < warm_ups and time.perf_counter() - began < MOST_SECONDS:
+    while done < warm_ups and time.perf_counter() - began < MAX_SECONDS:
         next(batches)
         done += 1
     seconds = time_call(lambda: [next(batches) for _ in range(counted)], world.device)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from experiments.harness.batches import gathered, own_indices
+from experiments.harness.batches import gather_objects, rank_indices
 from experiments.metrics import features as all_features
 from experiments.metrics.distances import real_statistics, statistics_cache
 from experiments.metrics.frechet import Statistics, frechet_distance
@@ -24,10 +24,10 @@ from train.logging import Logger
 from train.loop import Hook, Outputs, TrainState
 from train.trained_sampler import TrainedSampler
 
-LEAST = 2  # images that have a covariance
+MIN_IMAGES = 2  # images that have a covariance
 
 
-class Distance:
+class FrechetDistanceHook:
     """A hook for `fit` that logs the distance of the images which `images(state)` gives, as "FD(<features>)/<name>".
 
     In each process `images` gives batches of uint8 (B, C, H, W) and whether they count (see `padded_batches`).
@@ -45,7 +45,7 @@ class Distance:
         batch_size: int,
     ):
         self.logger, self.images, self.world = logger, images, world
-        self.features = all_features.choose(logging.FD_features, data, world.device)
+        self.features = all_features.choose_features(logging.FD_features, data, world.device)
         self.name = f"FD({self.features.name})/{name}"
         cache = statistics_cache(logging.logs_root)
         self.reference = real_statistics(real, data, self.features, None, cache, batch_size, world)
@@ -57,7 +57,7 @@ class Distance:
             if counts:
                 own.update(self.features.extract(images.expand(-1, 3, -1, -1)))
         found = torch.zeros(1, dtype=torch.float64)
-        parts = gathered(self.world, own)
+        parts = gather_objects(self.world, own)
         if self.world.is_main:
             found += frechet_distance(sum(parts, Statistics()), self.reference)
         value = self.world.sum(found).item()
@@ -66,7 +66,7 @@ class Distance:
 
 
 @contextmanager
-def evaluated(network: nn.Module) -> Iterator[nn.Module]:
+def eval_mode(network: nn.Module) -> Iterator[nn.Module]:
     """A network in eval mode; each part of it goes back to its own mode."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
@@ -77,40 +77,40 @@ def evaluated(network: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
-def at_once(training: TrainingConfig, count: int, world: DistContext) -> int:
+def images_per_rank(training: TrainingConfig, count: int, world: DistContext) -> int:
     """How many of `count` images each process makes at once: as many as it trains on, so that they fit, and so few
     that each has some, since a network in shards needs all processes. ValueError where there are too few for that."""
-    least = max(LEAST, world.size)
+    least = max(MIN_IMAGES, world.size)
     if count < least:
         raise ValueError(f"got {count} images for a distance, wanted {least} at least: pass a larger --FD_samples N")
     return max(1, min(training.batch_size // training.accumulate, count) // world.size)
 
 
-def of_samples(
+def sample_distance(
     model: TrainedSampler, real: Dataset, training: TrainingConfig, sampling: SamplingConfig, logging: LoggingConfig
 ) -> Callable[[Logger], Hook]:
     """The distance of --FD_samples images that a sampler draws, always of the same seeds, to its training images."""
     count, world = logging.FD_samples, model.world
-    size = at_once(training, count, world)
+    size = images_per_rank(training, count, world)
 
     def make(logger: Logger) -> Hook:
         source = model.condition_source(sampling)
         batches = [list(range(first, min(first + size, count))) for first in range(0, count, size)]
 
         def images(state: TrainState) -> Iterator[tuple[Tensor, bool]]:
-            with evaluated(state.eval_module("network")) as network:
+            with eval_mode(state.eval_module("network")) as network:
                 for indices, counts in world.padded_batches(world.local_items(batches)):
                     how = {"network": network, "on_step": lockstep_on_step(network)}
                     conditions = source.draw(training.seed, indices)
                     made = model.draw(indices, training.seed, sampling, conditions, **how)
                     yield made["image"], counts
 
-        return Distance(logger, f"{count}_samples", images, real, model.data, logging, world, size)
+        return FrechetDistanceHook(logger, f"{count}_samples", images, real, model.data, logging, world, size)
 
     return make
 
 
-def of_reconstructions(
+def reconstruction_distance(
     run: Path,
     real: Dataset,
     validation: ImageSource,
@@ -121,16 +121,18 @@ def of_reconstructions(
 ) -> Callable[[Logger], Hook]:
     """The distance of --FD_samples rebuilt held-out images, or of all there are, to the training images."""
     count = min(logging.FD_samples, len(validation))
-    size = at_once(training, count, world)
-    own = own_indices(world, fixed_subset(len(validation), count), size)
+    size = images_per_rank(training, count, world)
+    own = rank_indices(world, fixed_subset(len(validation), count), size)
 
     def images(state: TrainState) -> Iterator[tuple[Tensor, bool]]:
-        with evaluated(state.eval_module("autoencoder")) as network:
+        with eval_mode(state.eval_module("autoencoder")) as network:
             first = FirstStage(run, network, validation.config, reader, state.step, "", world.device, training.amp)
             for batch, counts in world.padded_batches(images_in_order(validation, size, own)):
                 yield first.decode(first.encode(batch["image"])), counts
 
     def make(logger: Logger) -> Hook:
-        return Distance(logger, f"{count}_reconstructions", images, real, validation.config, logging, world, size)
+        return FrechetDistanceHook(
+            logger, f"{count}_reconstructions", images, real, validation.config, logging, world, size
+        )
 
     return make

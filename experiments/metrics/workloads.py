@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion.rng import Streams, seed_of
 from experiments.metrics.cost import WARM_UPS
-from experiments.metrics.throughput import Work, several
+from experiments.metrics.throughput import Workload, time_repeatedly
 from train.config import DataConfig, SamplerConfig, SamplingConfig, TrainingConfig
 from train.data.loading import Adapt, BatchSource, ImageSource, TrainingCodes, TrainingImages, build_dataset, to_device
 from train.data.transforms import to_uint8
@@ -43,7 +43,7 @@ class Trainee:
     state: TrainState
 
 
-def ways(training: TrainingConfig, device: torch.device) -> dict[str, TrainingConfig]:
+def precision_variants(training: TrainingConfig, device: torch.device) -> dict[str, TrainingConfig]:
     """In float32, in half precision if that is asked for and native, and the last of these compiled if asked for."""
     half = training_dtype(training, device)
     found = {"float32": replace(training, amp=False, compile=False)}
@@ -55,7 +55,7 @@ def ways(training: TrainingConfig, device: torch.device) -> dict[str, TrainingCo
     return found
 
 
-def present_images(data: DataConfig, reader: DatasetConfig) -> tuple[Dataset | None, str]:
+def try_build_dataset(data: DataConfig, reader: DatasetConfig) -> tuple[Dataset | None, str]:
     """The images to train on, or None and why they are not there."""
     try:
         return build_dataset(data, reader, "train"), ""
@@ -63,7 +63,7 @@ def present_images(data: DataConfig, reader: DatasetConfig) -> tuple[Dataset | N
         return None, " ".join(str(error).split())
 
 
-def space_for(
+def random_space(
     sampler: str,
     ae_load_dir: str | None,
     data: DataConfig,
@@ -81,7 +81,7 @@ def space_for(
     return Codes(first) if of_codes else Latents(first, 1.0)
 
 
-def in_precision(space: Space, amp: bool) -> Space:
+def with_amp(space: Space, amp: bool) -> Space:
     """The space whose VQGAN, if there is one, computes in half precision or not."""
     return space if space.first is None else replace(space, first=replace(space.first, amp=amp))
 
@@ -91,8 +91,8 @@ def sampler_trainees(
 ) -> list[Trainee]:
     """Each way of training the sampler, with a network, an optimizer and averages of its own."""
     found = []
-    for name, way in ways(training, world.device).items():
-        own = in_precision(space, way.amp)
+    for name, way in precision_variants(training, world.device).items():
+        own = with_amp(space, way.amp)
         sampler, state = build_sampler_state(settings, way, own, n_classes, world)
         found.append(Trainee(name, SamplerStep(sampler, own, way, world), state))
     return found
@@ -106,13 +106,13 @@ def vqgan_trainees(
     needed = net != "none" and loss.perceptual_weight
     perceptual = Perceptual(net, trained=False) if needed else None
     found = []
-    for name, way in ways(training, world.device).items():
+    for name, way in precision_variants(training, world.device).items():
         state = build_vqgan_state(network, loss, data, way, world)
         found.append(Trainee(name, VQGANStep(loss, way, world, perceptual), state))
     return found
 
 
-def moments(loss: VQGANLossConfig, steps: int) -> dict[str, int]:
+def training_phases(loss: VQGANLossConfig, steps: int) -> dict[str, int]:
     """Of so many steps of a VQGAN's training, those that differ in their work, by name."""
     start = loss.disc_start_step
     minded = start + loss.disc_warmup_steps
@@ -121,14 +121,16 @@ def moments(loss: VQGANLossConfig, steps: int) -> dict[str, int]:
     return {name: step for name, step in found.items() if done[name] and step < steps}
 
 
-def work_of(trainee: Trainee, parts: Sequence[Batch], world: DistContext, at: int = 0, when: str = "") -> Work:
+def step_workload(
+    trainee: Trainee, parts: Sequence[Batch], world: DistContext, at: int = 0, when: str = ""
+) -> Workload:
     """Step `at` of the training loop, averages included, on these parts of a batch, as often as one likes."""
 
     def run() -> None:
         trainee.state.step = at
         fit(trainee.state, repeat(parts), trainee.step, steps=at + 1, world=world, seed=trainee.step.training.seed)
 
-    return Work(", ".join(filter(None, [trainee.name, when])), run, trainee.step.dtype)
+    return Workload(", ".join(filter(None, [trainee.name, when])), run, trainee.step.dtype)
 
 
 def random_batch(space: Space | None, n_classes: int, size: int, data: DataConfig, device: torch.device) -> Batch:
@@ -156,7 +158,7 @@ def with_conditions(batch: Batch, fields: Sequence[str], source: BatchSource | N
     return batch | {name: real[name] for name in missing}
 
 
-def in_parts(batch: Batch, accumulate: int) -> list[Batch]:
+def split_batch(batch: Batch, accumulate: int) -> list[Batch]:
     """A batch in as many parts, as a step takes it."""
     size = len(batch["position"])
     if size % accumulate:
@@ -166,7 +168,7 @@ def in_parts(batch: Batch, accumulate: int) -> list[Batch]:
 
 
 @torch.no_grad()
-def sampled(trainee: Trainee, batch: Batch, options: SamplingConfig, **how: Any) -> Tensor:
+def draw_samples(trainee: Trainee, batch: Batch, options: SamplingConfig, **how: Any) -> Tensor:
     """As many examples as the batch has, of its conditions, in the sampler's space; `how` is of its `sample`."""
     step, size = trainee.step, len(batch["position"])
     rng = Streams([seed_of(0, "show", i) for i in range(size)], step.world.device)
@@ -176,7 +178,7 @@ def sampled(trainee: Trainee, batch: Batch, options: SamplingConfig, **how: Any)
         return step.sampler.sample(network, rng, batch=conditions, options=options, **how)
 
 
-def full_steps(trainee: Trainee, batch: Batch, options: SamplingConfig, repeats: int) -> list[float]:
+def time_full_steps(trainee: Trainee, batch: Batch, options: SamplingConfig, repeats: int) -> list[float]:
     """Seconds of `repeats` steps of ancestral sampling of codes that evaluate every grid, after two that do not count.
 
     From half of the batch's codes on, since grids that are equal, as empty ones are, would be evaluated once; watched,
@@ -191,19 +193,19 @@ def full_steps(trainee: Trainee, batch: Batch, options: SamplingConfig, repeats:
         return x
 
     options = options.with_solver("ancestral", WARM_UPS + repeats)
-    sampled(trainee, batch, options, edit=edit, on_step=clock)
+    draw_samples(trainee, batch, options, edit=edit, on_step=clock)
     return [after - before for before, after in pairwise(moments)][WARM_UPS - 1 :]
 
 
 @torch.no_grad()
-def decoding(trainee: Trainee, x: Tensor, repeats: int) -> list[float]:
+def time_decoding(trainee: Trainee, x: Tensor, repeats: int) -> list[float]:
     """Seconds of making images of what was sampled, up to `repeats` times, after one that does not count."""
     space = trainee.step.space
     space.decode(x)
-    return several(lambda: space.decode(x), repeats, trainee.step.world.device)
+    return time_repeatedly(lambda: space.decode(x), repeats, trainee.step.world.device)
 
 
-def there_and_back(
+def encode_decode_runs(
     trainee: Trainee, data: DataConfig, reader: DatasetConfig, images: Tensor
 ) -> dict[str, Callable[[], Tensor]]:
     """A VQGAN's two halves as later stages use them: images to codes, codes to images."""
@@ -215,12 +217,12 @@ def there_and_back(
     return {"encoding": lambda: first.encode(pictures), "decoding": lambda: first.decode(codes)}
 
 
-def images_source(images: Dataset, data: DataConfig, seed: int, adapt: Adapt = None) -> TrainingImages:
+def image_batches(images: Dataset, data: DataConfig, seed: int, adapt: Adapt = None) -> TrainingImages:
     """Training batches of images."""
     return TrainingImages(ImageSource(images, data, margin=data.crop_margin), seed, adapt)
 
 
-def codes_source(space: Codes, n_classes: int, seed: int) -> TrainingCodes:
+def code_batches(space: Codes, n_classes: int, seed: int) -> TrainingCodes:
     """Training batches of codes, random ones."""
     ids = torch.randint(space.model_args["codes"], (1, SOME_CODES, *space.model_args["grid"]), dtype=torch.int32)
     return TrainingCodes(ids, torch.randint(n_classes, (SOME_CODES,)) if n_classes else None, seed)

@@ -18,7 +18,7 @@ from diffusion.process import ContinuousProcess, DiscreteProcess
 from diffusion.rng import Streams
 from diffusion.solvers import Solver, SolverOptions, all_solvers, options_of, solvers_of
 from diffusion.types import Prediction
-from experiments.playground import controls_of
+from experiments.playground import make_controls
 from helpers.solving import in_steps
 from train.cli import parse as cli
 from train.samplers import absorbing, chosen_solver
@@ -150,9 +150,9 @@ def test_a_solver_with_an_option_is_one_file(with_mine, capsys):
     assert (built.sample(built.network, Streams([0]), options=options) == 3).all()
     assert (built.sample(built.network, Streams([0]), options=with_mine.Sampling(solver="constant")) == 1).all()
     assert cli.plain(options)["constant_code"] == 3  # config.yaml
-    (control,) = [each for each in controls_of(options, ["constant"], True) if each.name == "constant_code"]
-    assert (control.kind, control.value, control.optional) == ("whole", 3, True)
-    assert control.note == "constant: the code that is drawn everywhere (1)."
+    (control,) = [each for each in make_controls(options, ["constant"], True) if each.name == "constant_code"]
+    assert (control.kind, control.value, control.optional) == ("integer", 3, True)
+    assert control.help == "constant: the code that is drawn everywhere (1)."
     with pytest.raises(SystemExit):
         cli.parse_arguments(with_mine.Sampling, ["--help"], default=with_mine.Sampling())
     assert "the code that is drawn everywhere" in " ".join(capsys.readouterr().out.replace("│", " ").split())

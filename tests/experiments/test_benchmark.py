@@ -124,9 +124,9 @@ def test_a_sampler_of_pixels_counts_its_solvers_calls(printed):
 @pytest.mark.skipif(not HALVES, reason="there is no half precision here to be told apart")
 def test_steps_that_evaluate_everything_are_in_float32_and_sampling_is_not(printed, monkeypatch):
     times = {"float32": [50.0], "bfloat16": [1.0]}
-    monkeypatch.setattr(throughput, "several", lambda run, repeats, device: [2.0])
-    monkeypatch.setattr(workloads, "full_steps", lambda trainee, *args: times[trainee.name])
-    monkeypatch.setattr(workloads, "decoding", lambda trainee, *args: times[trainee.name])
+    monkeypatch.setattr(throughput, "time_repeatedly", lambda run, repeats, device: [2.0])
+    monkeypatch.setattr(workloads, "time_full_steps", lambda trainee, *args: times[trainee.name])
+    monkeypatch.setattr(workloads, "time_decoding", lambda trainee, *args: times[trainee.name])
     out, _ = printed("--measure sampling --full_steps 10")
     assert "sampling is 250 times as fast as these, 183 times with decoding" in out  # 500 / 2 and 550 / 3
 
@@ -210,13 +210,13 @@ def script_namespace(monkeypatch):
 
 
 def test_a_samplers_vqgan_is_its_files_own_else_its_data_sets(monkeypatch, tmp_path):
-    vqgan_of = script_namespace(monkeypatch)["vqgan_of"]
+    vqgan_config_of = script_namespace(monkeypatch)["vqgan_config_of"]
     own, without = tmp_path / "own.yaml", tmp_path / "without.yaml"
     own.write_text("dataset: mnist\nvqgan:\n  codebook_size: 77\n")
     without.write_text("dataset: mnist\nabsorbing:\n  bert_n_layers: 3\n")
     mnist = DataConfig(dataset="mnist")
-    assert vqgan_of(mnist, ["--config", str(own)]).codebook_size == 77
-    assert vqgan_of(mnist, [f"--config={without}"]).codebook_size == 128  # configs/mnist.yaml
-    assert vqgan_of(mnist, []).ch_mult == (1, 2, 4)
-    assert vqgan_of(DataConfig(dataset="folder"), ["--config", str(own)]).codebook_size == 77
-    assert vqgan_of(DataConfig(dataset="folder"), []) == VQGANConfig()
+    assert vqgan_config_of(mnist, ["--config", str(own)]).codebook_size == 77
+    assert vqgan_config_of(mnist, [f"--config={without}"]).codebook_size == 128  # configs/mnist.yaml
+    assert vqgan_config_of(mnist, []).ch_mult == (1, 2, 4)
+    assert vqgan_config_of(DataConfig(dataset="folder"), ["--config", str(own)]).codebook_size == 77
+    assert vqgan_config_of(DataConfig(dataset="folder"), []) == VQGANConfig()

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.nn.attention.flex_attention import create_mask
 
 from experiments import benchmark_attention
-from experiments.benchmark_attention import Case, Cost, compare, contestants, make_inputs, relative_error, window_mask
+from experiments.benchmark_attention import Case, Cost, backends, compare, make_inputs, relative_error, window_mask
 from experiments.metrics.cost import peak_extra_bytes
 from helpers.tiny_runs import call
 from models.neighborhood import dense_visible, make_window
@@ -114,11 +114,11 @@ def test_a_backend_that_refuses_a_shape_is_left_out_with_its_reason(monkeypatch,
     def refuse(*tensors):
         raise NotImplementedError("no such width\nand more")
 
-    makers = contestants(Case(8, 3, 1), CPU) | {"natten": lambda: refuse}
-    monkeypatch.setattr(benchmark_attention, "contestants", lambda case, device: makers)
+    makers = backends(Case(8, 3, 1), CPU) | {"natten": lambda: refuse}
+    monkeypatch.setattr(benchmark_attention, "backends", lambda case, device: makers)
     costs = compare(Case(8, 3, 1), make_inputs(8, 1, 1, 4, torch.float32, CPU), dense_limit=64, repeats=1)
     assert costs["natten"] == Cost()
-    assert costs["tiled"].both > 0
+    assert costs["tiled"].forward_backward > 0
     assert capsys.readouterr().out == "natten is left out at 8x8, dilation 1: NotImplementedError: no such width\n"
     makers["dense"] = lambda: refuse  # ours refuse nothing
     with pytest.raises(NotImplementedError):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from experiments.benchmark_unet import networks, rows, timed, training_steps
+from experiments.benchmark_unet import networks, table_rows, time_steps, training_steps
 from helpers.tiny_runs import call
 from models.blocks import count_parameters
 from models.unet import UNetConfig
@@ -89,13 +89,13 @@ def test_warm_ups_are_not_counted_and_kinds_take_turns():
     def step(name):
         return lambda: calls.append(name) or torch.zeros(())
 
-    seconds = timed({("ours", "float32"): step("a"), ("ours", "bfloat16"): step("b")}, 3)
+    seconds = time_steps({("ours", "float32"): step("a"), ("ours", "bfloat16"): step("b")}, 3)
     assert calls == ["a", "b"] * 5 and [len(times) for times in seconds.values()] == [3, 3]
 
 
 def test_a_ratio_is_our_float32_s_median_over_the_row_s():
     seconds = {("ours", "float32"): [1.0, 3.0, 8.0], ("ours", "bfloat16"): [2.0, 1.5, 1.0]}
-    assert [row[2:] for row in rows(seconds, 6)][1:] == [
+    assert [row[2:] for row in table_rows(seconds, 6)][1:] == [
         ("3.000", "1.000", "8.000", "2.00", "1.00x"),
         ("1.500", "1.000", "2.000", "4.00", "2.00x"),
     ]

@@ -115,18 +115,18 @@ def test_cut_off_and_typed_again_it_tells_the_same(trained, whole, calc, drawn, 
 
 def test_features_of_one_kind_never_stand_for_those_of_another(calc, whole, drawn, monkeypatch):
     """`--features auto` may find Inception's weights at one start and not at the next."""
-    choose = all_features.choose
+    choose = all_features.choose_features
 
     def other(name, data, device, weights):
         return choose("pixels", data, device, weights)
 
     flags = FLAGS.replace("--features digits", "--features auto")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(all_features, "choose", other)
+        patch.setattr(all_features, "choose_features", other)
         patch.setattr(distances, "generated_statistics", lambda found, *args: [*found, stops()])
         calc("fid_auto", flags)
     assert len(drawn) == 5
-    monkeypatch.setattr(all_features, "choose", lambda name, *rest: choose("digits", *rest))
+    monkeypatch.setattr(all_features, "choose_features", lambda name, *rest: choose("digits", *rest))
     assert calc("fid_auto", flags)["value"] == whole["value"]
     assert len(drawn) == 10
 
@@ -198,9 +198,9 @@ def test_too_few_are_refused(calc, flag, low, capsys):
 
 
 def test_of_many_real_images_a_random_part_is_kept(trained, monkeypatch, tmp_path):
-    monkeypatch.setattr(distances, "MOST", 100)
+    monkeypatch.setattr(distances, "MAX_FEATURES", 100)
     model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained), amp=False))
-    features = all_features.named("digits", model.device)
+    features = all_features.load_features("digits", model.device)
     args = model.dataset("train"), model.data, features, None, tmp_path, 300, model.world
     made, read = distances.real_reference(*args), distances.real_reference(*args)
     real = real_features(trained, "train")
@@ -210,7 +210,7 @@ def test_of_many_real_images_a_random_part_is_kept(trained, monkeypatch, tmp_pat
     assert made.statistics.count == read.statistics.count == 1438
     (path,) = tmp_path.iterdir()
     path.unlink()
-    monkeypatch.setattr(distances, "MOST", 50)
+    monkeypatch.setattr(distances, "MAX_FEATURES", 50)
     distances.real_statistics(*args)
     assert next(tmp_path.iterdir()).name != path.name  # a file with fewer features is another one
 
@@ -225,7 +225,7 @@ def test_another_range_of_values_has_statistics_of_its_own(tmp_path):
 
     def mean(data_range):
         data = DataConfig(dataset="scans", img_size=8, n_channels=1, data_range=data_range)
-        dataset, features = Scans(images, np.zeros(5, int), 0), all_features.named("pixels", here.device)
+        dataset, features = Scans(images, np.zeros(5, int), 0), all_features.load_features("pixels", here.device)
         return distances.real_statistics(dataset, data, features, None, tmp_path, 5, here).mean.mean()
 
     assert mean((0, 65535)) < 0.9 * mean((0, 4095)) and mean(None) != mean((0, 4095))

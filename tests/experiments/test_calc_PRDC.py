@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.harness.batches import FOLDER
+from experiments.harness.batches import BATCHES_FOLDER
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.harness.images import read_samples
-from experiments.metrics.distances import together
+from experiments.metrics.distances import concatenate
 from experiments.metrics.features import pixels
 from experiments.metrics.prdc import PRDC, prdc
 from helpers.tiny_runs import call, run
@@ -52,7 +52,7 @@ def test_the_numbers_are_those_of_the_images(trained_ddpm, noise, capsys):
     for name in PRDC._fields:
         assert name in out and f"{found['generated'][name]:.3f}" in out and f"{found['held_out'][name]:.3f}" in out
     assert "of digits, train split" in out and (trained_ddpm / "n" / "samples.png").is_file()
-    assert not (trained_ddpm / "n" / FOLDER).exists()
+    assert not (trained_ddpm / "n" / BATCHES_FOLDER).exists()
     call(SCRIPT, flags)
     assert capsys.readouterr().out.endswith(out[out.index("\nagainst") :])  # typed again, it tells the same
 
@@ -108,9 +108,9 @@ def test_what_cannot_be_measured_is_refused_in_one_line(trained, capfd, flags, s
 
 def test_parts_are_put_together_as_they_come():
     batches = [{"a": torch.full((n, 2), n), "b": torch.arange(n)} for n in (3, 2)]
-    whole = together(iter(batches), 9, ("a", "b", "missing"))
+    whole = concatenate(iter(batches), 9, ("a", "b", "missing"))
     assert whole["a"].tolist() == [[3, 3]] * 3 + [[2, 2]] * 2 and whole["b"].tolist() == [0, 1, 2, 0, 1]
-    assert whole.keys() == {"a", "b"} and together(iter([]), 4) == {}
+    assert whole.keys() == {"a", "b"} and concatenate(iter([]), 4) == {}
 
 
 @pytest.mark.slow

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.calc_approximate_ELBO import levelled, stretches
+from experiments.calc_approximate_ELBO import spread_over_strata, stratum_widths
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
-from experiments.metrics.decoder_likelihood import DecoderBits, TrainedHead, load_head, of_images
+from experiments.metrics.decoder_likelihood import DecoderBits, TrainedHead, load_head, summarize_image_bits
 from helpers.process_pool import ProcessPool
 from helpers.run_asserts import assert_same_losses, lines
 from helpers.tiny_runs import DDPM, ROOT, UNET, call
@@ -210,13 +210,13 @@ def test_images_that_could_not_be_read_shift_no_other(codes, head, monkeypatch):
 def test_the_report_adds_up():
     of_codes, given = torch.tensor([2.0, 4.0, 6.0]).double(), torch.tensor([1.0, 3.0, 2.0]).double()
     head = TrainedHead(SimpleNamespace(name="likelihood"), 7, "", None, None)
-    found = of_images(of_codes, given, tokens=4, dimensions=64, head=head)
+    found = summarize_image_bits(of_codes, given, tokens=4, dimensions=64, head=head)
     assert found.keys() == OF_IMAGES and found["head"] == {"run": "likelihood", "step": 7}
     assert found["codes_bits_per_dim"] == 4 * 4 / 64 and found["decoder_bits_per_dim"] == 2
     assert found["bits_per_dim"] == found["codes_bits_per_dim"] + found["decoder_bits_per_dim"]
     of_each = torch.tensor([1.125, 3.25, 2.375])
     assert found["bits_per_dim_standard_error"] == pytest.approx(of_each.std().item() / 3**0.5)
-    assert of_images(of_codes[:1], given[:1], 4, 64, head)["bits_per_dim_standard_error"] is None
+    assert summarize_image_bits(of_codes[:1], given[:1], 4, 64, head)["bits_per_dim_standard_error"] is None
 
 
 def test_without_the_decoder_it_is_the_bound_on_codes(measure, measured, monkeypatch, capsys):
@@ -286,9 +286,9 @@ def test_nothing_to_measure_is_refused(flag, trained_ddpm, capfd):
 
 @pytest.mark.parametrize(("steps", "calls", "widths"), [(5, None, [1] * 5), (9, 4, [1, 1, 3, 4]), (0, 3, [])])
 def test_a_stretch_shows_its_mean_and_keeps_the_sum(steps, calls, widths):
-    assert stretches(steps, calls) == widths
+    assert stratum_widths(steps, calls) == widths
     if steps:
         terms = torch.arange(float(steps)) ** 2
-        shown = levelled(terms, widths)
+        shown = spread_over_strata(terms, widths)
         assert shown.sum() == terms.sum() and len(shown) == steps
         assert len(shown.unique()) == len(widths) and torch.equal(shown[:2], terms[:2])

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.calc_nearest_neighbours import like_data
-from experiments.harness.batches import FOLDER
+from experiments.calc_nearest_neighbours import match_data_channels
+from experiments.harness.batches import BATCHES_FOLDER
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.metrics import nearest_neighbours
-from experiments.metrics.nearest_neighbours import Row, save_picture, shown_size
+from experiments.metrics.nearest_neighbours import PictureRow, display_size, save_neighbour_picture
 from helpers.tiny_runs import call, run
 from train.config import DataConfig
 from train.data.loading import ImageSource, images_in_order
@@ -52,7 +52,7 @@ def test_copies_are_found_and_told(trained_ddpm, tmp_path, capsys):
     assert (found["equal_pixels"], found["equal_codes"], found["n_samples"]) == (0.5, None, 4)
     assert (found["n_held_out"], found["n_training"], found["candidates"]) == (4, 1438, 200)
     assert "copies, pixel by pixel" in out and "50.0 %" in out and "code by code" not in out
-    assert not (trained_ddpm / "copies" / FOLDER).exists()
+    assert not (trained_ddpm / "copies" / BATCHES_FOLDER).exists()
     with Image.open(trained_ddpm / "copies" / "neighbours.png") as picture:
         pixels = np.asarray(picture).reshape(-1, 3)
     assert (pixels == (210, 0, 0)).all(1).sum() > 2 * 64 * 4  # two copies are framed
@@ -80,7 +80,7 @@ def test_codes_of_a_model_of_codes_are_compared(trained, capsys):
 def test_a_cut_off_start_goes_on_to_the_same_answer(trained_ddpm, monkeypatch):
     flags = f"--logs_root {trained_ddpm} --sampler ddpm --n_samples 5 --batch_size 2 --no_amp {QUICK}"
     call(SCRIPT, f"{flags} --log_dir whole")
-    ranked, asked = nearest_neighbours.ranked, []
+    ranked, asked = nearest_neighbours.rank_candidates, []
 
     def failing(*args):
         asked.append(1)
@@ -88,7 +88,7 @@ def test_a_cut_off_start_goes_on_to_the_same_answer(trained_ddpm, monkeypatch):
             raise KeyboardInterrupt
         return ranked(*args)
 
-    monkeypatch.setattr(nearest_neighbours, "ranked", failing)
+    monkeypatch.setattr(nearest_neighbours, "rank_candidates", failing)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         call(SCRIPT, f"{flags} --log_dir cut")
     monkeypatch.setattr("train.trained_sampler.TrainedSampler.draw", None)  # nothing is drawn again
@@ -125,25 +125,25 @@ def test_what_has_no_meaning_is_refused_in_one_line(trained_ddpm, capfd, flags, 
 
 def test_samples_become_as_the_data_are():
     colour = torch.randint(0, 256, (2, 3, 4, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    grey = like_data(colour, DataConfig(img_size=4, img_width=6, n_channels=1))
+    grey = match_data_channels(colour, DataConfig(img_size=4, img_width=6, n_channels=1))
     assert torch.equal(grey, colour.float().mean(1, keepdim=True).round().byte())
-    assert torch.equal(like_data(colour, DataConfig(img_size=4, img_width=6)), colour)
-    assert like_data(grey, DataConfig(img_size=4, img_width=6)).shape == colour.shape
+    assert torch.equal(match_data_channels(colour, DataConfig(img_size=4, img_width=6)), colour)
+    assert match_data_channels(grey, DataConfig(img_size=4, img_width=6)).shape == colour.shape
     with pytest.raises(ValueError, match="4x6 pixels, wanted 6x4"):
-        like_data(colour, DataConfig(img_size=6, img_width=4))
+        match_data_channels(colour, DataConfig(img_size=6, img_width=4))
 
 
 @pytest.mark.parametrize(
     "size, shown", [((8, 8), (64, 64)), ((28, 20), (40, 56)), ((100, 90), (90, 100)), ((256, 128), (64, 128))]
 )
 def test_images_are_shown_large_enough_and_no_larger(size, shown):
-    assert shown_size(torch.zeros(3, *size)) == shown
+    assert display_size(torch.zeros(3, *size)) == shown
 
 
 def test_the_picture_has_an_image_and_its_neighbours_in_a_row(tmp_path):
     near = torch.tensor([10, 200, 30])[:, None, None].expand(5, 3, 64, 64).byte()
-    row = Row(torch.zeros(1, 64, 64).byte(), "sample 0", near, [0.5] * 5)
-    save_picture(tmp_path / "p.png", {"one": [row], "two": [row, row]}, "title")
+    row = PictureRow(torch.zeros(1, 64, 64).byte(), "sample 0", near, [0.5] * 5)
+    save_neighbour_picture(tmp_path / "p.png", {"one": [row], "two": [row, row]}, "title")
     with Image.open(tmp_path / "p.png") as picture:
         pixels = np.asarray(picture)
     green = (pixels == (10, 200, 30)).all(-1)

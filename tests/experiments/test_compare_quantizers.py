@@ -7,7 +7,7 @@ import torch
 import yaml
 from PIL import Image
 
-from experiments.compare_quantizers import VARIANTS, networks, plot, spread, summary
+from experiments.compare_quantizers import VARIANTS, format_mean_std, networks, plot, summary
 from experiments.metrics import reconstruction
 from helpers.tiny_runs import ROOT, VQGAN, call, parse_config
 from train.cli import parse as cli
@@ -76,14 +76,14 @@ def test_results_are_written_run_by_run(tmp_path, monkeypatch):
         measured.append(len(list(batches)))
         return {"rfd": 1.0}, None
 
-    monkeypatch.setattr(reconstruction, "summed_up", once)
+    monkeypatch.setattr(reconstruction, "summarize_reconstructions", once)
     with pytest.raises(SystemExit) as stop:
         call(SCRIPT, f"--logs_root {tmp_path} {TINY} --log_dir cut")
     assert stop.value.code == 130 and list(results(tmp_path / "cut")) == ["nearest_0"]
 
 
 def test_other_images_or_features_are_another_comparison(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(reconstruction, "summed_up", lambda *_: 1 / 0)
+    monkeypatch.setattr(reconstruction, "summarize_reconstructions", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call(SCRIPT, f"--logs_root {tmp_path} {TINY} --log_dir old --quantizers nearest")
     origin = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())["origin"]
@@ -120,13 +120,13 @@ def test_lpips_is_measured_where_it_was_trained_with(net, tmp_path, monkeypatch)
 @pytest.mark.slow
 def test_the_averaged_weights_are_measured(tmp_path, monkeypatch):
     """With an average that moves by nothing the weights are those of the beginning."""
-    seen, rebuilt = [], reconstruction.rebuilt
+    seen, measure_reconstructions = [], reconstruction.measure_reconstructions
 
     def watched(first, *args):
         seen.append([p.detach().clone() for p in first.vqgan.parameters()])
-        return rebuilt(first, *args)
+        return measure_reconstructions(first, *args)
 
-    monkeypatch.setattr(reconstruction, "rebuilt", watched)
+    monkeypatch.setattr(reconstruction, "measure_reconstructions", watched)
     monkeypatch.setattr("train.ema.EMA.decay", lambda self, step: 1.0)
     one = TINY.replace("nearest ema", "nearest")
     call(SCRIPT, f"--logs_root {tmp_path} {one} --log_dir one")
@@ -209,7 +209,7 @@ def test_the_table_has_means_and_deviations_over_seeds():
     assert "3.000 ± 2.000" in lines[2] and lines[2].split()[1] == "3" and lines[2].endswith("2.000")
     assert "50.0" in lines[2] and "±" not in lines[3]
     assert lines[3].split()[3] == "-"  # no PSNR
-    assert spread([1.0, 2.0], 100, 1) == "150.0 ± 70.7" and spread([2.0, 2.0], 1, 2) == "2.00"
+    assert format_mean_std([1.0, 2.0], 100, 1) == "150.0 ± 70.7" and format_mean_std([2.0, 2.0], 1, 2) == "2.00"
 
 
 @pytest.mark.parametrize("quantizers", [["l2"], list(VARIANTS)])

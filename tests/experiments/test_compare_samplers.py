@@ -10,7 +10,15 @@ from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.autoregressive import Autoregression
 from diffusion.edm import EDM
 from diffusion.solvers import solvers_of
-from experiments.compare_samplers import SolverRun, costs, explained, plot, read_entry, runs_of, summed_up
+from experiments.compare_samplers import (
+    SolverRun,
+    expand_entries,
+    format_report,
+    mean_costs,
+    parse_entry,
+    plot,
+    summarize_runs,
+)
 from helpers.tiny_runs import call, run
 
 SCRIPT = "experiments/compare_samplers.py"
@@ -30,7 +38,7 @@ def test_entries_are_read_and_written_as_they_are_typed():
         "remask:8:remasking=cap,remask_eta=0.1": SolverRun("remask", 8, (("remasking", "cap"), ("remask_eta", "0.1"))),
     }
     for entry, each in wanted.items():
-        assert read_entry(entry) == each and str(each) == entry
+        assert parse_entry(entry) == each and str(each) == entry
     assert wanted["halton"].series == wanted["halton:12"].series == "halton"
     assert wanted["halton:temp=0.9"].series == "halton temp=0.9"
 
@@ -41,28 +49,28 @@ BROKEN = ["", ":4", "halton:", "halton:0", "halton:-1", "halton:x", "halton:4:te
 @pytest.mark.parametrize("entry", [*BROKEN, "auto:4", "auto:temp=0.9", "a:4:t=1=2"])
 def test_other_entries_are_refused(entry):
     with pytest.raises(ValueError, match="name:steps:key=value"):
-        read_entry(entry)
+        parse_entry(entry)
 
 
 def test_runs_are_each_entry_at_each_number_of_steps_once():
-    found = runs_of(["a:9", "a", "first_hitting", "b:t=1"], [4, 9], ABSORBING, 16)
+    found = expand_entries(["a:9", "a", "first_hitting", "b:t=1"], [4, 9], ABSORBING, 16)
     assert list(map(str, found)) == ["a:9", "a:4", "first_hitting", "b:4:t=1", "b:9:t=1"]
 
 
 def test_auto_is_what_the_process_has_after_its_yardstick():
-    found = list(map(str, runs_of(["auto"], [4, 32], ABSORBING, 16)))
+    found = list(map(str, expand_entries(["auto"], [4, 32], ABSORBING, 16)))
     assert found[:5] == ["ancestral:256", "ancestral:4", "ancestral:32", "halton:4", "confidence:4"]
     assert found[5:8] == ["remask:4", "remask:32", "first_hitting"]  # in turn, 16 codes have no use for 32 steps
     assert found[8:] == ["discrete:4", "discrete:32"]  # any other
-    assert "halton:32" in map(str, runs_of(["halton"], [4, 32], ABSORBING, 16))  # asked for by name
+    assert "halton:32" in map(str, expand_entries(["halton"], [4, 32], ABSORBING, 16))  # asked for by name
     two = {name: entry for name, entry in solvers_of(EDM()).items() if name in ("ddpm", "heun")}
-    assert list(map(str, runs_of(["auto"], [5], two, 1))) == ["ddpm:250", "heun:5"]
-    assert list(map(str, runs_of(["auto"], [5], solvers_of(Autoregression(2)), 16))) == ["raster"]
+    assert list(map(str, expand_entries(["auto"], [5], two, 1))) == ["ddpm:250", "heun:5"]
+    assert list(map(str, expand_entries(["auto"], [5], solvers_of(Autoregression(2)), 16))) == ["raster"]
 
 
 def test_costs_are_per_batch_and_per_image():
     spent = torch.tensor([[3, 40, 8.0, 10], [5, 20, 2.0, 10], [4, 18, 2.0, 4]], dtype=torch.float64)
-    assert costs(spent) == {"calls_per_batch": 4, "evaluations_per_image": 3.25, "seconds_per_image": 0.5}
+    assert mean_costs(spent) == {"calls_per_batch": 4, "evaluations_per_image": 3.25, "seconds_per_image": 0.5}
 
 
 SETS = {
@@ -73,24 +81,24 @@ SETS = {
     "c/0": {"distance": 20.0, "calls_per_batch": 1, "evaluations_per_image": 1, "seconds_per_image": 0.1},
     "c/1": {"distance": 20.0, "calls_per_batch": 1, "evaluations_per_image": 1, "seconds_per_image": 0.1},
 }
-RUNS = [read_entry(entry) for entry in ("a:9", "b:2:t=1", "c")]
+RUNS = [parse_entry(entry) for entry in ("a:9", "b:2:t=1", "c")]
 
 
 def test_ratios_are_of_mean_distances_to_the_first():
-    first, second, third = summed_up(SETS, RUNS)
+    first, second, third = summarize_runs(SETS, RUNS)
     assert (first["distance"], first["relative"], first["seconds_per_image"]) == (5.0, 1.0, 2.0)
     assert second["relative"] == pytest.approx(1.08) and second["solver"] == "b t=1" and second["steps"] == 2
     assert third["relative"] == 4.0 and third["steps"] is None
 
 
 def test_the_cheapest_that_comes_near_is_named(tmp_path):
-    rows = summed_up(SETS, RUNS)
+    rows = summarize_runs(SETS, RUNS)
     rows.append(rows[1] | {"solver": "d", "distance": 5.0, "relative": 1.0, "evaluations_per_image": 8})
     comparison = type("Comparison", (), {"seeds": 2, "n_samples": 10})
-    text = explained({"metric": "FD(pixels)", "summary": rows}, comparison)
+    text = format_report({"metric": "FD(pixels)", "summary": rows}, comparison)
     assert "2 sets of 10 images" in text and "b t=1 in 2 steps, 4 times as fast" in text
     assert "5.400 ± 0.566" in text and "1.080" in text
-    assert "times as fast" not in explained({"metric": "FD(pixels)", "summary": [rows[0], rows[2]]}, comparison)
+    assert "times as fast" not in format_report({"metric": "FD(pixels)", "summary": [rows[0], rows[2]]}, comparison)
     plot(tmp_path / "plot.png", rows, "FD(pixels)", "title")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

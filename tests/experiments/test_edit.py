@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from experiments.harness.editing import given_images
+from experiments.harness.editing import load_input_images
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from helpers.tiny_runs import call
 from train.trained_sampler import TrainedSampler
@@ -94,7 +94,7 @@ def test_an_edit_cut_off_goes_on(trained, monkeypatch, drawn):
 
 def test_other_pictures_are_another_run(trained, tmp_path, capsys):
     model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained)))
-    image = given_images((), 1, model).image[0, 0]
+    image = load_input_images((), 1, model).image[0, 0]
     from PIL import Image
 
     path = tmp_path / "a.png"

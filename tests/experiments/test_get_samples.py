@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.check_digits import GOALS, share_as_asked
+from experiments.check_digits import GOALS, conditional_accuracy
 from experiments.harness.images import read_samples
 from helpers.tiny_runs import DDPM, SAMPLER, call
 from train.trained_sampler import TrainedSampler
@@ -128,8 +128,8 @@ def test_other_conditions_stay_beside_the_class(trained_ddpm, drawn, monkeypatch
 
 def test_agreement_is_of_the_classes_that_were_asked_for():
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0], [0.0, 5.0, 1.0], [1.0, 0.0, 0.0]])
-    assert share_as_asked(logits, torch.tensor([0, 2, 0, 1])) == 0.5
-    assert share_as_asked(logits, None) is None
+    assert conditional_accuracy(logits, torch.tensor([0, 2, 0, 1])) == 0.5
+    assert conditional_accuracy(logits, None) is None
     assert GOALS["samples whose class the classifier gives as asked"] == (">=", 0.97)
 
 

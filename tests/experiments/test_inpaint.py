@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.harness.editing import centred, given_images, with_margins, with_part
+from experiments.harness.editing import add_margins, centring_margins, hide_part, load_input_images
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
-from experiments.metrics.classifier import agreement
+from experiments.metrics.classifier import class_agreement
 from helpers.tiny_runs import call
 from train.trained_sampler import TrainedSampler
 
@@ -73,7 +73,7 @@ def test_without_flags_the_lower_half_of_held_out_images_is_hidden(logs, request
     assert 0 <= found["survival"]["value"] <= 1 and 0 <= found["chance"]["value"] <= 1
     assert "as often with all hidden" in capsys.readouterr().out
     trained = load_model(ModelConfig(sampler="ddpm" if model else "absorbing"), OutputConfig(logs_root=str(logs)))
-    given = given_images((), 3, trained)
+    given = load_input_images((), 3, trained)
     pictures = sorted((logs / "lower" / "images").glob("*.png"))
     assert len(pictures) == 6
     half = trained.data.size[0] // 2
@@ -131,25 +131,25 @@ def test_a_larger_canvas_goes_on_around_the_picture(trained, trained_ddpm, start
 
 
 def test_margins_put_a_grid_into_the_middle():
-    assert centred((4, 4), (7, 4)) == (1, 0, 2, 0) and centred((4, 4), (4, 5)) == (0, 1, 0, 0)
+    assert centring_margins((4, 4), (7, 4)) == (1, 0, 2, 0) and centring_margins((4, 4), (4, 5)) == (0, 1, 0, 0)
     with pytest.raises(ValueError, match="--shape"):
-        centred((4, 4), (3, 8))
+        centring_margins((4, 4), (3, 8))
 
 
 def test_a_part_and_margins_hide_what_they_say(trained):
     model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained)))
-    given = given_images((), 2, model)
-    assert with_part(given, "centre").hidden[0, 4:12, 4:12].all() and with_part(given, "centre").hidden[0].sum() == 64
-    assert with_part(given, "right").hidden[:, :, 8:].all() and not with_part(given, "right").hidden[:, :, :8].any()
-    larger = with_margins(given, (1, 2, 3, 4))
+    given = load_input_images((), 2, model)
+    assert hide_part(given, "centre").hidden[0, 4:12, 4:12].all() and hide_part(given, "centre").hidden[0].sum() == 64
+    assert hide_part(given, "right").hidden[:, :, 8:].all() and not hide_part(given, "right").hidden[:, :, :8].any()
+    larger = add_margins(given, (1, 2, 3, 4))
     assert larger.hidden.shape == (2, 20, 22) and torch.equal(larger.image[:, :, 1:17, 4:20], given.image)
     assert larger.hidden[0].sum() == 20 * 22 - 16 * 16 and not larger.hidden[:, 1:17, 4:20].any()
 
 
 def test_survival_is_a_share_with_the_error_of_independent_images():
-    share = agreement(torch.tensor([1, 2]), torch.tensor([[1, 1, 1, 0], [2, 0, 0, 0]]))
+    share = class_agreement(torch.tensor([1, 2]), torch.tensor([[1, 1, 1, 0], [2, 0, 0, 0]]))
     assert share.value == 0.5 and share.error == pytest.approx(0.25)
-    assert agreement(torch.tensor([1]), torch.tensor([[1]])) == (1.0, None)
+    assert class_agreement(torch.tensor([1]), torch.tensor([[1]])) == (1.0, None)
 
 
 @pytest.mark.parametrize(

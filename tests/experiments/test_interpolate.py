@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from experiments.harness.editing import encoded, given_images
+from experiments.harness.editing import encode_images, load_input_images
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from helpers.tiny_runs import call
 from train.trained_sampler import TrainedSampler
@@ -31,7 +31,7 @@ def test_the_path_leads_from_one_to_the_other(sampler, request, monkeypatch, cap
     assert indices == [0] * 5 + [1] * 5  # one noise for all points of a pair
     assert all(not batch[1] and batch[2].guidance == 1 and batch[3].t == 0.6 for batch in seen)
     model = load_model(ModelConfig(sampler=sampler), OutputConfig(logs_root=str(logs), amp=False, device="cpu"))
-    ends = encoded(given_images((), 4, model).image, model)
+    ends = encode_images(load_input_images((), 4, model).image, model)
     for pair in (0, 1):
         path = x0[5 * pair : 5 * pair + 5]
         assert torch.allclose(path[[0, 4]].double(), ends[2 * pair : 2 * pair + 2].double())

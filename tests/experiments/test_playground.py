@@ -15,9 +15,9 @@ from experiments.playground import (
     NO_CLASS,
     Playground,
     Request,
-    as_it_comes,
-    enlarged_picture,
-    fitted,
+    enlarge_to_picture,
+    preprocess,
+    stream,
 )
 
 
@@ -126,23 +126,23 @@ def test_the_mask_dissolves_to_the_images_that_sampling_gives(play, solver):
     moments = list(play.watch(request))
     assert [moment.step for moment in moments] == list(range(1, (steps or 16) + 1))
     assert [moment.t for moment in moments] == sorted((moment.t for moment in moments), reverse=True)
-    assert all(moment.now.shape == moment.predicted.shape == (3, 1, 16, 16) for moment in moments)
-    grey = [(moment.now == 128).float().mean() for moment in moments]
+    assert all(moment.current.shape == moment.predicted.shape == (3, 1, 16, 16) for moment in moments)
+    grey = [(moment.current == 128).float().mean() for moment in moments]
     assert grey[0] > 0.5 and grey[-1] < 0.1  # not 0: images may be grey somewhere
-    assert torch.equal(moments[-1].now, play.draw(request))
+    assert torch.equal(moments[-1].current, play.draw(request))
 
 
 def test_noise_dissolves_too(gaussian):
     request = asked(gaussian)
     moments = list(gaussian.watch(request))
     assert [moment.step for moment in moments] == [1, 2, 3, 4] and moments[-1].t == 0
-    assert torch.equal(moments[-1].now, gaussian.draw(request))
-    assert not torch.equal(moments[0].now, moments[0].predicted)
+    assert torch.equal(moments[-1].current, gaussian.draw(request))
+    assert not torch.equal(moments[0].current, moments[0].predicted)
 
 
 def test_what_goes_wrong_while_one_watches_is_raised(play):
     with pytest.raises(ValueError, match="got eta"):
-        list(as_it_comes(lambda put: (_ for _ in ()).throw(ValueError("got eta"))))
+        list(stream(lambda put: (_ for _ in ()).throw(ValueError("got eta"))))
     with pytest.raises(ValueError, match="first_hitting takes 16 steps"):
         list(play.watch(asked(play, options={"solver": "first_hitting"})))
 
@@ -159,7 +159,7 @@ def test_work_that_nobody_reads_ends():
         finally:
             ended.set()
 
-    reading = as_it_comes(work)
+    reading = stream(work)
     assert next(reading) == 0
     threading.Timer(0.2, more.set).start()  # while the reader closes, the work is not asked again
     reading.close()
@@ -175,15 +175,15 @@ def brush(size, box):
 def test_what_is_not_brushed_over_is_kept(each):
     side = each.trained.data.size[0]
     image = each.draw(asked(each, seed=9, count=1))[0]
-    picture = enlarged_picture(image, 4 * side)
+    picture = enlarge_to_picture(image, 4 * side)
     brushed = brush(picture.size, (0, 0, 4 * side, 2 * side))  # the upper half
-    found = each.redraw(asked(each, count=4), picture, brushed)
+    found = each.inpaint(asked(each, count=4), picture, brushed)
     half = side // 2
     assert found.hidden[:, :half].unique().tolist() == [128]
     assert torch.equal(found.hidden[:, half:], image[:, half:])
     assert found.results.shape == (4, *image.shape)
     assert len(found.results[:, :, :half].flatten(1).unique(dim=0)) == 4  # several results
-    again = each.redraw(asked(each, count=2), picture, brushed)
+    again = each.inpaint(asked(each, count=2), picture, brushed)
     assert torch.equal(again.results, found.results[:2])
     start = each.trained.space.begun(image[None], torch.arange(side).lt(half)[None, :, None].expand(1, side, side))
     assert start.keep.float().mean() == 0.5
@@ -199,8 +199,8 @@ def test_kept_codes_never_change(play, monkeypatch):
         return drawn[-1][0]
 
     monkeypatch.setattr(type(play.trained), "draw", draw)
-    picture = enlarged_picture(torch.arange(256, dtype=torch.uint8).view(1, 16, 16))
-    found = play.redraw(asked(play, label="3"), picture, brush(picture.size, (0, 0, 80, 80)))
+    picture = enlarge_to_picture(torch.arange(256, dtype=torch.uint8).view(1, 16, 16))
+    found = play.inpaint(asked(play, label="3"), picture, brush(picture.size, (0, 0, 80, 80)))
     assert (found.hidden == 128).sum() >= 64 and found.hidden[:, :8, :8].unique().tolist() == [128]  # whole cells
     made, how = drawn[0]
     start, codes = how["edit"], made["codes"]
@@ -214,32 +214,32 @@ def test_classes_as_in_the_data_are_none_where_an_image_is_given(each, monkeypat
     monkeypatch.setattr(Playground, "draw", lambda self, request, **how: seen.append(request))
     picture = Image.new("L", each.trained.data.size)
     options = {"guidance": 3.0}
-    each.redraw(asked(each, options=options), picture, brush(picture.size, (0, 0, 4, 4)))
+    each.inpaint(asked(each, options=options), picture, brush(picture.size, (0, 0, 4, 4)))
     assert (seen[0].label, seen[0].options.guidance) == (NO_CLASS, 1.0)
-    each.redraw(asked(each, options=options, label="1"), picture, brush(picture.size, (0, 0, 4, 4)))
+    each.inpaint(asked(each, options=options, label="1"), picture, brush(picture.size, (0, 0, 4, 4)))
     assert (seen[1].label, seen[1].options.guidance) == ("1", 3.0)
 
 
 def test_nothing_brushed_is_refused(play):
     with pytest.raises(ValueError, match="nothing is hidden"):
-        play.redraw(asked(play), Image.new("L", (16, 16)), Image.new("L", (16, 16)))
+        play.inpaint(asked(play), Image.new("L", (16, 16)), Image.new("L", (16, 16)))
     with pytest.raises(ValueError, match="wanted the same size"):
-        play.redraw(asked(play), Image.new("L", (16, 16)), Image.new("L", (8, 8)))
+        play.inpaint(asked(play), Image.new("L", (16, 16)), Image.new("L", (8, 8)))
 
 
 def test_a_picture_of_16_bits_goes_by_the_range_of_the_data():
     levels = np.linspace(0, 4095, 64).reshape(8, 8).round().astype(np.uint16)
     brushed = Image.new("L", (8, 8))
-    image = fitted(Image.fromarray(levels), brushed, (8, 8), 1, (0, 4095))[0]
+    image = preprocess(Image.fromarray(levels), brushed, (8, 8), 1, (0, 4095))[0]
     assert np.abs(image[0].numpy() - levels / 4095 * 255).max() <= 0.51
     grey = Image.fromarray(image[0].numpy())  # and one of 8 bits is as results are shown
-    assert torch.equal(fitted(grey, brushed, (8, 8), 1, (0, 4095))[0], image)
+    assert torch.equal(preprocess(grey, brushed, (8, 8), 1, (0, 4095))[0], image)
 
 
 def test_an_uploaded_picture_and_its_mask_are_cut_alike():
     wide = Image.new("RGBA", (96, 32), "red")
     wide.paste("blue", (48, 0, 96, 32))
-    image, hidden = fitted(wide, brush(wide.size, (48, 0, 96, 32)), (8, 8), 3)
+    image, hidden = preprocess(wide, brush(wide.size, (48, 0, 96, 32)), (8, 8), 3)
     assert image.shape == (3, 8, 8) and hidden.shape == (8, 8)
     assert hidden[:, 4:].all() and not hidden[:, :4].any()
     assert torch.equal(image[2] > 128, hidden)  # the blue is what is hidden
@@ -247,17 +247,17 @@ def test_an_uploaded_picture_and_its_mask_are_cut_alike():
 
 def test_a_picture_that_was_enlarged_comes_back_exactly():
     image = torch.randint(256, (1, 6, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    picture = enlarged_picture(image, 43)
+    picture = enlarge_to_picture(image, 43)
     assert picture.size == (40, 30)  # five times, within 43 pixels
-    assert torch.equal(fitted(picture, Image.new("L", picture.size), (6, 8), 1)[0], image)
-    assert enlarged_picture(torch.zeros(3, 300, 200, dtype=torch.uint8)).size == (200, 300)
+    assert torch.equal(preprocess(picture, Image.new("L", picture.size), (6, 8), 1)[0], image)
+    assert enlarge_to_picture(torch.zeros(3, 300, 200, dtype=torch.uint8)).size == (200, 300)
 
 
 def test_any_other_picture_is_cut_at_the_centre_and_smoothed():
     bands = Image.new("L", (96, 32))
     for k, level in enumerate((250, 100, 200, 250)):
         bands.paste(level, (24 * k, 0, 24 * k + 24, 32))
-    image = fitted(bands, Image.new("L", bands.size), (8, 8), 1)[0].float()
+    image = preprocess(bands, Image.new("L", bands.size), (8, 8), 1)[0].float()
     assert image[:, :, :3].sub(100).abs().max() < 20 and image[:, :, 5:].sub(200).abs().max() < 20
     checks = Image.fromarray((255 * (torch.arange(16) + torch.arange(16)[:, None]).remainder(2)).byte().numpy())
-    assert fitted(checks, Image.new("L", checks.size), (8, 8), 1)[0].float().sub(127.5).abs().max() < 60
+    assert preprocess(checks, Image.new("L", checks.size), (8, 8), 1)[0].float().sub(127.5).abs().max() < 60

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from experiments.playground import controls_of, in_words, notes, taken
+from experiments.playground import field_docs, flags_to_labels, make_controls, parse_value
 from train.config import SamplingConfig
 from train.registry import load_plugin, plugin_names
 
@@ -29,7 +29,7 @@ class Sampling(SamplingConfig):
 
 
 def by_name(options, conditional=True):
-    return {each.name: each for each in controls_of(options, ["ancestral", "mine"], conditional)}
+    return {each.name: each for each in make_controls(options, ["ancestral", "mine"], conditional)}
 
 
 def test_each_setting_has_the_control_of_its_type():
@@ -50,8 +50,8 @@ def test_each_setting_has_the_control_of_its_type():
     assert found["order"].choices == ("first", "last") and found["strategy"].choices == ("one", "two")
     assert (found["sample_steps"].value, found["temp"].value, found["span"].value) == (7, 0.9, "0.25 1")
     assert (found["temp"].label, found["sample_steps"].label) == ("temperature", "steps")
-    assert (found["temp"].note, found["order"].note) == ("How freely.", "")
-    assert found["sample_steps"].note == notes(SamplingConfig)["sample_steps"] != ""  # of the class it builds on
+    assert (found["temp"].help, found["order"].help) == ("How freely.", "")
+    assert found["sample_steps"].help == field_docs(SamplingConfig)["sample_steps"] != ""  # of the class it builds on
 
 
 def test_a_model_without_conditions_has_no_guidance():
@@ -63,22 +63,22 @@ def test_every_setting_of_every_sampler_has_a_control_with_a_note(sampler):
     options = load_plugin("train.samplers", sampler, "sampler").Sampling()
     found = by_name(options)
     assert found.keys() == {field.name for field in fields(options)} - {"condition_file"}
-    assert all(each.note for each in found.values())
+    assert all(each.help for each in found.values())
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_what_the_controls_begin_with_is_what_the_options_hold(sampler):
     options = load_plugin("train.samplers", sampler, "sampler").Sampling()
-    values = {name: taken(each, each.value) for name, each in by_name(options).items()}
+    values = {name: parse_value(each, each.value) for name, each in by_name(options).items()}
     assert values | {"condition_file": None} == vars(options)
 
 
 def test_what_stands_in_a_control_becomes_a_value_of_its_field():
     found = by_name(Sampling())
-    assert taken(found["span"], " 0.1  0.5 ") == (0.1, 0.5)
-    assert taken(found["strategy"], "") is taken(found["top_k"], None) is None
-    assert type(taken(found["top_k"], 5.0)) is int and type(taken(found["temp"], 1)) is float
-    assert taken(found["exact"], False) is False
+    assert parse_value(found["span"], " 0.1  0.5 ") == (0.1, 0.5)
+    assert parse_value(found["strategy"], "") is parse_value(found["top_k"], None) is None
+    assert type(parse_value(found["top_k"], 5.0)) is int and type(parse_value(found["temp"], 1)) is float
+    assert parse_value(found["exact"], False) is False
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,10 @@ def test_what_stands_in_a_control_becomes_a_value_of_its_field():
 )
 def test_what_is_no_value_is_refused(name, value, message):
     with pytest.raises(ValueError, match=message):
-        taken(by_name(Sampling())[name], value)
+        parse_value(by_name(Sampling())[name], value)
 
 
 def test_an_error_speaks_of_controls_and_not_of_flags():
     said = "got 0 for solver ddim, which has none: leave --eta out, or pass --sample_steps 3"
-    assert in_words(said) == "got 0 for solver ddim, which has none: leave eta out, or pass steps 3"
-    assert in_words("--guidance_schedule") == "guidance schedule"
+    assert flags_to_labels(said) == "got 0 for solver ddim, which has none: leave eta out, or pass steps 3"
+    assert flags_to_labels("--guidance_schedule") == "guidance schedule"

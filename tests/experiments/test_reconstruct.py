@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.harness.experiment import FirstStageModelConfig, load_vqgan, settings_of_vqgan_run
-from experiments.reconstruct import THUMBNAIL, colour_table, error_map, fitted, panels, picture_names, thumbnail
+from experiments.harness.experiment import FirstStageModelConfig, load_vqgan, vqgan_run_defaults
+from experiments.reconstruct import THUMBNAIL, colour_table, error_map, panels, picture_names, preprocess, thumbnail
 from helpers.tiny_runs import call
 from train.datasets import FloatImage
 from vq.tiles import seam_ratio, seams
@@ -191,7 +191,7 @@ def test_the_run_says_which_data_it_is_of(trained, tmp_path):
     text = config.read_text()
     config.write_text(text.replace("dataset: digits", "dataset: mnist").replace("reader: ''", "reader: digits"))
     argv = f"--logs_root {tmp_path} --load_dir renamed".split()
-    assert settings_of_vqgan_run(argv, "reconstruct") == {"dataset": "mnist"}
+    assert vqgan_run_defaults(argv, "reconstruct") == {"dataset": "mnist"}
     noise(8, 8, 1).save(tmp_path / "x.png")
     reconstruct(tmp_path, f"--load_dir renamed --images {tmp_path / 'x.png'}")
     assert results(tmp_path, "reconstructions_x_renamed_5")["vqgan"]["ae_load_dir"] == "renamed"
@@ -200,14 +200,14 @@ def test_the_run_says_which_data_it_is_of(trained, tmp_path):
 def test_an_image_is_cut_at_its_centre():
     image = noise(10, 14)
     scan = np.arange(0, 4096, 64, dtype=np.uint16).reshape(8, 8)
-    shown = fitted(Image.fromarray(scan), None, 1, 4, (0, 4095))
+    shown = preprocess(Image.fromarray(scan), None, 1, 4, (0, 4095))
     assert np.abs(shown[0].numpy() - scan / 4095 * 255).max() <= 0.51
-    assert fitted(FloatImage(scan.astype(np.float32), (0, 4095)), 4, 1, 4).shape == (1, 4, 4)
-    kept = fitted(image, None, 3, 4)
+    assert preprocess(FloatImage(scan.astype(np.float32), (0, 4095)), 4, 1, 4).shape == (1, 4, 4)
+    kept = preprocess(image, None, 3, 4)
     assert torch.equal(kept, torch.from_numpy(np.array(image))[1:9, 1:13].permute(2, 0, 1))
-    assert fitted(image, 21, 3, 4).shape == (3, 20, 28)
-    assert fitted(image, None, 1, 4).shape == (1, 8, 12)
-    assert fitted(noise(8, 8, 1), None, 3, 4).shape == (3, 8, 8)
+    assert preprocess(image, 21, 3, 4).shape == (3, 20, 28)
+    assert preprocess(image, None, 1, 4).shape == (1, 8, 12)
+    assert preprocess(noise(8, 8, 1), None, 3, 4).shape == (3, 8, 8)
 
 
 def test_pictures_of_different_images_are_different_files():

@@ -105,10 +105,10 @@ def test_auto_features_without_a_network_are_pixels_with_one_warning(trained, sa
 
     monkeypatch.setattr("experiments.metrics.features.inception.build", no_download)
     with pytest.warns(UserWarning, match="FD\\(pixels\\), which is no FID") as caught:
-        assert all_features.choose("auto", DataConfig(dataset="mnist"), torch.device("cpu")).name == "pixels"
+        assert all_features.choose_features("auto", DataConfig(dataset="mnist"), torch.device("cpu")).name == "pixels"
     assert len(caught) == 1
     with pytest.raises(FileNotFoundError):  # asked for by name, it does not become something else
-        all_features.choose("inception", DataConfig(), torch.device("cpu"))
+        all_features.choose_features("inception", DataConfig(), torch.device("cpu"))
 
 
 def test_digits_can_be_checked(trained, capsys):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.harness.batches import FOLDER, in_order, only_process, own_indices
+from experiments.harness.batches import BATCHES_FOLDER, gather_in_order, rank_indices, single_process_world
 from helpers.tiny_runs import DDPM, ROOT, call
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
@@ -67,7 +67,7 @@ def cut_off(logs):
         if name.startswith("cut_"):
             with mock.patch.object(TrainedSampler, "draw", twice), pytest.raises(SystemExit):
                 call(script, flags)
-            assert len(list((logs / name / FOLDER).iterdir())) == 2
+            assert len(list((logs / name / BATCHES_FOLDER).iterdir())) == 2
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_the_report_is_that_of_one_process(made, name):
         assert got[key] == (
             value if key in told or not isinstance(value, float) else pytest.approx(value, rel=1e-6, abs=1e-9)
         )
-    assert not (two / name / FOLDER).exists()
+    assert not (two / name / BATCHES_FOLDER).exists()
     same = {"sampler_weights", "ae_weights", "step"}
     runs = [results(logs, name)["run"] for logs in (one, two)]
     assert all(runs[0][key] == runs[1][key] for key in same)
@@ -182,23 +182,23 @@ def test_batches_come_in_turn_until_all_have_run_out(monkeypatch):
     world = Main(torch.device("cpu"), 0, 2)
     world.__class__.others = others = ["b", None, "d"]
     monkeypatch.setattr(
-        "experiments.harness.batches.gathered", lambda world, made: [made, others.pop(0) if others else None]
+        "experiments.harness.batches.gather_objects", lambda world, made: [made, others.pop(0) if others else None]
     )
-    assert list(in_order(world, iter("ac"))) == ["a", "b", "c", "d"]
-    assert list(in_order(DistContext(torch.device("cpu")), iter("ac"))) == ["a", "c"]
+    assert list(gather_in_order(world, iter("ac"))) == ["a", "b", "c", "d"]
+    assert list(gather_in_order(DistContext(torch.device("cpu")), iter("ac"))) == ["a", "c"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_each_index_has_one_owner_and_batches_stay_as_they_are(size):
     indices = list(range(20, 31))
     whole = [indices[i : i + 3] for i in range(0, 11, 3)]
-    owned = [own_indices(DistContext(torch.device("cpu"), rank, size), indices, 3) for rank in range(size)]
+    owned = [rank_indices(DistContext(torch.device("cpu"), rank, size), indices, 3) for rank in range(size)]
     assert sorted(sum(owned, [])) == indices
     assert sorted(own[i : i + 3] for own in owned for i in range(0, len(own), 3)) == whole
 
 
 def test_an_experiment_of_one_process_refuses_several(monkeypatch):
-    assert only_process("cpu").size == 1
+    assert single_process_world("cpu").size == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="start it with python instead of torchrun"):
-        only_process("cpu")
+        single_process_world("cpu")

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from experiments.metrics import distances, kid
-from experiments.metrics.features import named, pixels
+from experiments.metrics.features import load_features, pixels
 from helpers.tiny_runs import DDPM, GAN, SAMPLER, UNET, VQGAN, call, parse_config
 from train import spaces
 from train.config import DataConfig
@@ -243,12 +243,12 @@ def test_real_statistics_are_cached_by_height_and_width(first, digits, tmp_path)
     def kept(**size):
         before = set(tmp_path.glob("*"))
         data = dataclasses.replace(first.data, **size)
-        found = distances.real_statistics(digits, data, named("pixels", CPU), None, tmp_path, 4, HERE)
+        found = distances.real_statistics(digits, data, load_features("pixels", CPU), None, tmp_path, 4, HERE)
         assert found.count == 6
         (made,) = set(tmp_path.glob("*")) - before
         return made.stem.rpartition("_")[2]
 
     keys = [kept(img_size=16, img_width=24), kept(img_size=24, img_width=16), kept(img_size=16, img_width=None)]
     assert len(set(keys)) == 3
-    made_of = json.dumps([digits.fingerprint(), 16, 1, pixels.VERSION, None, kid.MOST])
+    made_of = json.dumps([digits.fingerprint(), 16, 1, pixels.VERSION, None, kid.MAX_FEATURES])
     assert keys[2] == hashlib.sha256(made_of.encode()).hexdigest()[:16]

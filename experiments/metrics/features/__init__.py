@@ -25,7 +25,7 @@ class Features(NamedTuple):
     extract: Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> (B, D)
 
 
-def named(name: str, device: torch.device, weights: str | None = None) -> Features:
+def load_features(name: str, device: torch.device, weights: str | None = None) -> Features:
     """The features of one file here; `weights` goes to a `build` that takes it."""
     module = load_plugin(__name__, name, "features")
     if weights is None:
@@ -35,15 +35,15 @@ def named(name: str, device: torch.device, weights: str | None = None) -> Featur
     return Features(name, module, module.build(device, weights=weights))
 
 
-def choose(name: str, data: DataConfig, device: torch.device, weights: str | None = None) -> Features:
+def choose_features(name: str, data: DataConfig, device: torch.device, weights: str | None = None) -> Features:
     """The features of --features; auto is what the reader of the data names, or inception, or pixels with a warning."""
     if name != "auto" or weights is not None:
-        return named("inception" if name == "auto" else name, device, weights)
+        return load_features("inception" if name == "auto" else name, device, weights)
     reader = load_plugin("train.datasets", data.reader or data.dataset, "data set")
     if hasattr(reader, "FEATURES"):
-        return named(reader.FEATURES, device)
+        return load_features(reader.FEATURES, device)
     try:
-        return named("inception", device)
+        return load_features("inception", device)
     except FileNotFoundError as error:
         warnings.warn(f"{error}. Measuring FD(pixels), which is no FID", stacklevel=2)
-        return named("pixels", device)
+        return load_features("pixels", device)

@@ -77,7 +77,7 @@ def load_classifier(device: torch.device | str, cache_dir: str | Path = CACHE_DI
     key = hashlib.sha256(f"{training.fingerprint()} recipe {VERSION}".encode()).hexdigest()
     path = Path(cache_dir) / f"digits-{key[:16]}.safetensors"
     if not path.is_file():
-        trained = train_classifier(*_stacked(training), seed=SEED)
+        trained = train_classifier(*_stack(training), seed=SEED)
         with atomic_write(path) as scratch:
             save_file(trained.state_dict(), scratch)
     with torch.device("meta"):  # no first weights: they would be drawn from the global generator
@@ -104,7 +104,7 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int) -> DigitsClassif
     with torch.enable_grad():  # whatever the caller has chosen
         for _ in range(EPOCHS):
             for rows in torch.randperm(len(images), generator=generator).split(BATCH):
-                logits = classifier(moved(images[rows], generator))
+                logits = classifier(augment(images[rows], generator))
                 optimizer.zero_grad()
                 F.cross_entropy(logits, labels[rows]).backward()
                 optimizer.step()
@@ -112,7 +112,7 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int) -> DigitsClassif
     return classifier.eval()
 
 
-def moved(images: Tensor, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Images (B, 1, H, W), each turned by up to 10 degrees, scaled by 0.9 to 1.1, moved by about 2 pixels; float32."""
     uniform = torch.rand(4, len(images), generator=generator) * 2 - 1  # in [-1, 1)
     angle, scale = uniform[0] * math.radians(10), 1 + 0.1 * uniform[1]
@@ -126,12 +126,12 @@ def moved(images: Tensor, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def accuracy(classifier: DigitsClassifier, split: str = "val") -> float:
     """The share in [0, 1] of the digits of `split` ("train" or "val") that the classifier names rightly."""
-    images, labels = _stacked(digits.build(digits.Config(), split))
+    images, labels = _stack(digits.build(digits.Config(), split))
     device = next(classifier.parameters()).device
     return (classifier(images.to(device)).argmax(1).cpu() == labels).double().mean().item()
 
 
-def _stacked(dataset: Dataset) -> tuple[Tensor, Tensor]:
+def _stack(dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Images (N, 1, 32, 32) uint8 and labels (N,) int64."""
     items = [to_item(dataset[index], (SIDE, SIDE), 1) for index in range(len(dataset))]
     images = torch.stack([item["image"].as_subclass(Tensor) for item in items])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.harness.batches import FOLDER, ResumableBatches
+from experiments.harness.batches import BATCHES_FOLDER, ResumableBatches
 from train.distributed import DistContext
 
 ALONE = DistContext(torch.device("cpu"))
@@ -86,7 +86,7 @@ def test_a_batch_that_is_half_written_is_not_there(tmp_path, monkeypatch):
         patch.setattr("experiments.harness.batches.save_file", half)
         with pytest.raises(OSError, match="could not write"):
             go(tmp_path, Maker())
-    assert list((tmp_path / FOLDER).iterdir()) == []
+    assert list((tmp_path / BATCHES_FOLDER).iterdir()) == []
 
 
 def test_bytes_are_on_disk_before_the_file_has_its_name(tmp_path, monkeypatch):
@@ -99,7 +99,7 @@ def test_bytes_are_on_disk_before_the_file_has_its_name(tmp_path, monkeypatch):
 
 def test_a_damaged_batch_is_named(tmp_path):
     go(tmp_path, Maker())
-    path = min((tmp_path / FOLDER).iterdir())
+    path = min((tmp_path / BATCHES_FOLDER).iterdir())
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"{path.name} is damaged.*delete it"):
         go(tmp_path, Maker())
@@ -146,8 +146,8 @@ def test_the_main_process_keeps_what_all_make(tmp_path, monkeypatch):
     """It makes each other batch from the first that is not there on; the others' come to it."""
     cut_off(tmp_path, Maker(fails_at=1))  # in one process
     theirs = [Maker()([6, 7, 8])]
-    gathered = lambda world, made: [made, theirs.pop() if theirs else None]  # noqa: E731
-    monkeypatch.setattr("experiments.harness.batches.gathered", gathered)
+    gather_objects = lambda world, made: [made, theirs.pop() if theirs else None]  # noqa: E731
+    monkeypatch.setattr("experiments.harness.batches.gather_objects", gather_objects)
     make = Maker()
     found = go(tmp_path, make, world=one_of_two(0, done=0, left=[]))
     assert make.asked == [[3, 4, 5], [9]]
@@ -156,7 +156,7 @@ def test_the_main_process_keeps_what_all_make(tmp_path, monkeypatch):
 
 
 def test_another_process_hears_from_the_main_one_what_is_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.harness.batches.gathered", lambda world, made: [])
+    monkeypatch.setattr("experiments.harness.batches.gather_objects", lambda world, made: [])
     go(tmp_path, Maker())  # files that it sees, or not, do not count
     make = Maker()
     assert go(tmp_path, make, world=one_of_two(1, done=1, left=[])) == []

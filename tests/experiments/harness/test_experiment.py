@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from experiments import get_samples
-from experiments.harness.batches import FOLDER, ResumableBatches
+from experiments.harness.batches import BATCHES_FOLDER, ResumableBatches
 from experiments.harness.experiment import (
+    ExperimentSetup,
     FirstStageModelConfig,
     FirstStageOutputConfig,
     ModelConfig,
     OutputConfig,
-    Prepared,
-    open_results,
+    open_results_folder,
     run_experiment,
 )
 from helpers.tiny_runs import ROOT, call
@@ -62,7 +62,7 @@ def test_an_experiment_is_a_config_a_measure_and_a_report(name):
     if "prepare" in {keyword.arg for keyword in call.keywords}:
         signature = inspect.signature(module.prepare)
         assert [each.annotation for each in signature.parameters.values()] == [module.Config, model, DistContext]
-        assert signature.return_annotation is Prepared
+        assert signature.return_annotation is ExperimentSetup
     else:
         assert taken[:-2] == [kind for key, kind in groups.items() if key not in ("model", "output")]
 
@@ -151,10 +151,10 @@ def test_one_that_was_cut_off_resumes(toy, capsys):
     with pytest.raises(SystemExit):
         toy()
     folder = toy.logs / "toy_absorbing_digits_3"
-    assert len(list((folder / FOLDER).iterdir())) == 2 and not (folder / "results.json").exists()
+    assert len(list((folder / BATCHES_FOLDER).iterdir())) == 2 and not (folder / "results.json").exists()
     toy.fails_at, toy.made = None, []
     assert toy()["numbers"] == [7, 8, 9, 10, 11] and toy.made == [[4]]
-    assert not (folder / FOLDER).exists()
+    assert not (folder / BATCHES_FOLDER).exists()
 
 
 def test_a_file_with_another_content_is_measured_anew(toy, tmp_path):
@@ -181,7 +181,7 @@ def test_a_second_measurement_that_was_cut_off_resumes(toy, tmp_path):
         toy(f"--file {path}", files=("file",))
     toy.fails_at, toy.made = None, []
     toy(f"--file {path}", files=("file",))
-    assert toy.made == [[4]] and not (toy.logs / "toy_absorbing_digits_3" / FOLDER).exists()
+    assert toy.made == [[4]] and not (toy.logs / "toy_absorbing_digits_3" / BATCHES_FOLDER).exists()
 
 
 def test_every_rank_asks_for_the_conditions_that_one_tries(tmp_path):
@@ -202,7 +202,7 @@ def test_every_rank_asks_for_the_conditions_that_one_tries(tmp_path):
     )
     for is_main in (False, True):  # any: of the main rank, the folder is not there
         world = SimpleNamespace(is_main=is_main, any=lambda flag: [True], barrier=lambda: None)
-        open_results("samples", config, model, world, Prepared(()))
+        open_results_folder("samples", config, model, world, ExperimentSetup(()))
     assert len(asked) == 2 and tried == ["source"]
 
 
@@ -226,9 +226,9 @@ def test_other_settings_in_the_same_folder_are_refused(toy, capfd):
 def test_what_is_prepared_names_and_may_outdate_a_report(toy):
     known = ["one"]
 
-    def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
+    def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
         current = known[0]
-        return Prepared((config.toy,), {"of": "this"}, "prepared", is_current=lambda results: current == "one")
+        return ExperimentSetup((config.toy,), {"of": "this"}, "prepared", is_current=lambda results: current == "one")
 
     toy(folder="prepared", prepare=prepare)
     assert "of: this" in (toy.logs / "prepared_absorbing_digits_3" / "config.yaml").read_text()
@@ -240,7 +240,7 @@ def test_what_is_prepared_names_and_may_outdate_a_report(toy):
 
 
 def test_what_is_refused_beforehand_leaves_no_folder(toy, capfd):
-    def refuse(config: Config, model: TrainedSampler, world: DistContext) -> Prepared:
+    def refuse(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
         raise ValueError("nothing to measure: pass --count N")
 
     with pytest.raises(SystemExit) as stop:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.harness.images import MOMENTS, Recorder
+from experiments.harness.images import STRIP_STEPS, StepRecorder
 
 
 class Space:
@@ -13,10 +13,10 @@ class Space:
 
 @pytest.mark.parametrize("steps", [3, 64, 65, 1000])
 def test_strips_are_evenly_spaced_and_end_with_the_image_however_many_steps_there_are(steps):
-    recorder = Recorder(type("Trained", (), {"space": Space()})())
+    recorder = StepRecorder(type("Trained", (), {"space": Space()})())
     for i in range(steps):
         x = torch.full((1,), float(i))
         assert recorder(i, 1 - i / steps, 1 - (i + 1) / steps, x, -x) is x
     kept = [x.item() for x, _ in recorder.steps]
-    assert kept[0] == 0 and kept[-1] == steps - 1 and min(steps, MOMENTS) <= len(kept) <= 65
+    assert kept[0] == 0 and kept[-1] == steps - 1 and min(steps, STRIP_STEPS) <= len(kept) <= 65
     assert len(set(torch.tensor(kept[:-1]).diff().tolist())) <= 1

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from experiments.metrics.classifier import class_balance, share_kept, share_sure
+from experiments.metrics.classifier import class_balance, confident_fraction, same_class_fraction
 
 
 def test_class_balance_counts_every_class():
@@ -16,19 +16,19 @@ def test_class_balance_counts_every_class():
 
 def test_share_sure_by_hand():
     logits = torch.tensor([[math.log(19.0), 0.0], [0.0, 0.0], [0.0, math.log(4.0)], [-50.0, 50.0]])  # .95 .5 .8 1
-    assert share_sure(logits) == 0.5
-    assert share_sure(logits, confidence=0.7) == 0.75
-    assert share_sure(logits + 100) == 0.5
+    assert confident_fraction(logits) == 0.5
+    assert confident_fraction(logits, confidence=0.7) == 0.75
+    assert confident_fraction(logits + 100) == 0.5
 
 
 def test_share_kept_by_hand():
     before = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 2.0]])
     after = torch.tensor([[9.0, 0.0], [2.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
-    assert share_kept(before, after) == 0.75
+    assert same_class_fraction(before, after) == 0.75
 
 
 def test_wrong_logits():
     with pytest.raises(ValueError, match="at least one"):
-        share_sure(torch.zeros(0, 10))
+        confident_fraction(torch.zeros(0, 10))
     with pytest.raises(ValueError, match="same images"):
-        share_kept(torch.zeros(2, 10), torch.zeros(3, 10))
+        same_class_fraction(torch.zeros(2, 10), torch.zeros(3, 10))

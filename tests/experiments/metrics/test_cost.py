@@ -4,24 +4,24 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.metrics.cost import counted
+from experiments.metrics.cost import count_nfe
 
 
 def test_calls_and_evaluations_are_counted_while_it_is_open():
     network = nn.Linear(2, 2)
     network(torch.zeros(7, 2))
-    with counted(network) as cost:
-        assert (cost.calls, cost.evaluations) == (0, 0)
+    with count_nfe(network) as nfe:
+        assert (nfe.calls, nfe.evaluations) == (0, 0)
         network(torch.zeros(6, 2))  # three images and their guidance in one batch
         network(torch.zeros(3, 2))
     network(torch.zeros(1, 2))
-    assert (cost.calls, cost.evaluations) == (2, 9)
+    assert (nfe.calls, nfe.evaluations) == (2, 9)
 
 
 def test_counts_may_lie_in_each_other_and_none_stays_after_an_error():
     network = nn.Linear(2, 2)
-    with counted(network) as outer:
-        with pytest.raises(RuntimeError, match="stopped"), counted(network) as inner:
+    with count_nfe(network) as outer:
+        with pytest.raises(RuntimeError, match="stopped"), count_nfe(network) as inner:
             network(torch.zeros(2, 2))
             raise RuntimeError("stopped")
         network(torch.zeros(3, 2))

@@ -11,13 +11,13 @@ from torch import nn
 from diffusion.gaussian import discretized_log_likelihood
 from diffusion.types import Normal
 from experiments.metrics.decoder_likelihood import (
-    HeadRun,
+    HeadRunConfig,
     HeadStep,
     TrainedHead,
     bits_per_dim,
     build_state,
     load_head,
-    reconstruction,
+    reconstruct_codes,
     train_head,
 )
 from helpers.run_asserts import assert_equal_bits, lines, weights
@@ -64,7 +64,7 @@ def test_far_out_it_stays_finite_and_so_do_gradients():
 
 def test_it_is_the_mass_between_the_borders_of_a_level(first):
     ids = torch.randint(16, (3, *first.vqgan.grid))
-    mean, _ = reconstruction(first, ids)
+    mean, _ = reconstruct_codes(first, ids)
     images = to_uint8(mean + 0.1 * torch.randn_like(mean))
     images[0] = 255 * torch.randint(2, images[0].shape)
     found = bits_per_dim(first, lambda features: torch.full_like(mean, 2 * math.log(0.3)), ids, to_float(images))
@@ -146,7 +146,7 @@ def test_the_head_finds_the_true_deviations():
         losses.append(step(state, [{"image": first.draw(32)}, {"image": first.draw(32)}])["loss"].item())
     head, images = state.modules["head"].eval(), first.draw(2000)
     ids = first.encode(images)
-    deviations = (0.5 * head(reconstruction(first, ids[:2]).features)).exp()[..., 1:-1]
+    deviations = (0.5 * head(reconstruct_codes(first, ids[:2]).features)).exp()[..., 1:-1]
     assert torch.allclose(deviations[0], torch.tensor(0.1), rtol=0.1)
     assert torch.allclose(deviations[1], torch.tensor(0.4), rtol=0.1)
     found = bits_per_dim(first, head, ids, images).mean().item()
@@ -182,7 +182,7 @@ def head_run(first, run, steps, **changes):
     settings = {"batch_size": 4, "lr": 1e-3, "amp": False, "device": "cpu"} | changes
     training = TrainingConfig(train_steps=steps, **settings)
     logging = LoggingConfig(log_dir=run.name, logs_root=str(run.parent), steps_per_eval=2, steps_per_log=1)
-    return HeadRun(data=first.data, reader=first.reader, training=training, logging=logging)
+    return HeadRunConfig(data=first.data, reader=first.reader, training=training, logging=logging)
 
 
 def trained_head(first, run, steps, **changes):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from experiments.metrics import image_pairs
-from experiments.metrics.image_pairs import choose, enlarged, learned, pixels
+from experiments.metrics.image_pairs import choose_distance, enlarge, lpips_distance, pixel_distance
 from train.distributed import DistContext
 
 ALONE = DistContext(torch.device("cpu"))
@@ -33,9 +33,9 @@ class Seen(nn.Module):
 def test_pixels_by_hand():
     image, others = torch.zeros(1, 2, 2, dtype=torch.uint8), torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
     others[1], others[2, 0, 0, 0] = 255, 51
-    assert pixels().distances(image, others).tolist() == pytest.approx([0, 2, 0.2])
-    assert pixels().distances(others[1], image[None]).item() == 2  # bytes do not wrap around
-    assert pixels().distances(image.expand(3, 2, 2), others[1:2].expand(1, 3, 2, 2)).item() == pytest.approx(
+    assert pixel_distance().distances(image, others).tolist() == pytest.approx([0, 2, 0.2])
+    assert pixel_distance().distances(others[1], image[None]).item() == 2  # bytes do not wrap around
+    assert pixel_distance().distances(image.expand(3, 2, 2), others[1:2].expand(1, 3, 2, 2)).item() == pytest.approx(
         math.sqrt(12)
     )
 
@@ -45,16 +45,16 @@ def test_pixels_by_hand():
 )
 def test_small_images_are_enlarged_by_a_whole_number(size, shown):
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    large = enlarged(images)
+    large = enlarge(images)
     assert min(large.shape[2:]) == shown and large.shape[3] * size[0] == large.shape[2] * size[1]
     assert large.mean().item() == pytest.approx(images.mean().item(), abs=0.02)
-    flat = enlarged(torch.full((1, 1, *size), 0.3))
+    flat = enlarge(torch.full((1, 1, *size), 0.3))
     torch.testing.assert_close(flat, torch.full_like(flat, 0.3))
 
 
 def test_a_learned_distance_is_taken_in_batches_of_minus_one_to_one():
     net = Seen()
-    found = learned(net, torch.device("cpu"), 2)
+    found = lpips_distance(net, torch.device("cpu"), 2)
     image, others = torch.zeros(1, 8, 8, dtype=torch.uint8), torch.zeros(5, 1, 8, 8, dtype=torch.uint8)
     others[3] = 255
     assert found.name == "LPIPS (alex)"
@@ -68,14 +68,14 @@ def no_weights(net, weights):
 
 def test_without_weights_auto_is_pixels_and_says_so_once(monkeypatch, capsys):
     monkeypatch.setattr(image_pairs, "load_perceptual", no_weights)
-    assert choose("auto", "alex", None, ALONE, 9).name == "pixels"
+    assert choose_distance("auto", "alex", None, ALONE, 9).name == "pixels"
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "pixels, not by LPIPS" in said and "no route" in said and "--perceptual_w" in said
     with pytest.raises(ValueError, match="--rerank pixels"):
-        choose("lpips", "alex", None, ALONE, 9)
+        choose_distance("lpips", "alex", None, ALONE, 9)
     with pytest.raises(ValueError, match="no weights"):  # a file that was named does not become something else
-        choose("auto", "alex", "alex.pth", ALONE, 9)
-    assert choose("pixels", "alex", None, ALONE, 9).name == "pixels" and capsys.readouterr().out == ""
+        choose_distance("auto", "alex", "alex.pth", ALONE, 9)
+    assert choose_distance("pixels", "alex", None, ALONE, 9).name == "pixels" and capsys.readouterr().out == ""
 
 
 class OtherFailed(DistContext):
@@ -87,14 +87,14 @@ class OtherFailed(DistContext):
 
 def test_all_processes_rank_alike(monkeypatch, capsys):
     monkeypatch.setattr(image_pairs, "load_perceptual", lambda net, weights: (net, Seen()))
-    assert choose("auto", "alex", None, ALONE, 9).name == "LPIPS (alex)"
-    assert choose("auto", "alex", None, OtherFailed(torch.device("cpu")), 9).name == "pixels"
+    assert choose_distance("auto", "alex", None, ALONE, 9).name == "LPIPS (alex)"
+    assert choose_distance("auto", "alex", None, OtherFailed(torch.device("cpu")), 9).name == "pixels"
     assert "another process" in capsys.readouterr().out
 
 
 @pytest.mark.skipif("LPIPS_SQUEEZE" not in os.environ, reason="LPIPS_SQUEEZE names no folder with squeeze.backbone.pth")
 def test_real_weights_tell_what_is_alike_from_what_is_not():
-    found = choose("lpips", "squeeze", f"{os.environ['LPIPS_SQUEEZE']}/squeeze.backbone.pth", ALONE, 4)
+    found = choose_distance("lpips", "squeeze", f"{os.environ['LPIPS_SQUEEZE']}/squeeze.backbone.pth", ALONE, 4)
     image = torch.zeros(1, 16, 16, dtype=torch.uint8)
     image[:, 3:12, 6:9] = 255
     moved, negative = image.roll(1, 2), 255 - image

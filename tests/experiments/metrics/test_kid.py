@@ -8,7 +8,7 @@ import torch
 from torch_fidelity.metric_kid import kernel_mmd, kid_features_to_metric
 
 from experiments.metrics import kid
-from experiments.metrics.kid import KeptFeatures, kernel_distance, squared_discrepancy
+from experiments.metrics.kid import FeatureSubset, kernel_distance, mmd_squared
 
 
 @pytest.fixture
@@ -29,13 +29,13 @@ def test_of_two_sets_it_is_the_sum_written_out(rng):
     wanted = sum(kernel(a, b) for a, b in itertools.permutations(x, 2)) / (5 * 4)
     wanted += sum(kernel(a, b) for a, b in itertools.permutations(y, 2)) / (4 * 3)
     wanted -= 2 * sum(kernel(a, b) for a, b in itertools.product(x, y)) / (5 * 4)
-    assert squared_discrepancy(x, y).item() == pytest.approx(wanted, rel=1e-12)
+    assert mmd_squared(x, y).item() == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize("width", [7, 64])
 def test_it_is_torch_fidelitys(rng, width):
     x, y = normal(60, width, rng=rng).relu(), normal(60, width, rng=rng).relu() * 1.3 + 0.2
-    assert squared_discrepancy(x, y).item() == pytest.approx(kernel_mmd(x.numpy(), y.numpy(), verbose=False), rel=1e-10)
+    assert mmd_squared(x, y).item() == pytest.approx(kernel_mmd(x.numpy(), y.numpy(), verbose=False), rel=1e-10)
     whole = kernel_distance(x, y, 3, 60)
     theirs = kid_features_to_metric(x, y, kid_subsets=3, kid_subset_size=60, verbose=False)
     assert whole.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-10)
@@ -54,7 +54,7 @@ def test_over_subsets_mean_and_deviation_are_torch_fidelitys(rng):
 
 def test_the_deviation_is_that_of_the_subsets(monkeypatch, rng):
     values = iter([1.0, 2.0, 6.0])
-    monkeypatch.setattr(kid, "squared_discrepancy", lambda x, y: torch.tensor(next(values)))
+    monkeypatch.setattr(kid, "mmd_squared", lambda x, y: torch.tensor(next(values)))
     found = kernel_distance(normal(4, 2, rng=rng), normal(4, 2, rng=rng), 3, 2)
     assert (found.mean, found.deviation) == (3.0, pytest.approx(np.std([1, 2, 6])))
     values = iter([5.0])
@@ -64,9 +64,7 @@ def test_the_deviation_is_that_of_the_subsets(monkeypatch, rng):
 def test_it_is_unbiased(rng):
     """With x = 1 and -1 by the toss of a coin and y the same, the mean over tosses is 0; with pairs of a feature with
     itself among the sums it is not."""
-    found = torch.stack(
-        [squared_discrepancy(*normal(2, 4, 1, rng=rng).sign()) for _ in range(4000)]
-    )  # of 4 tosses each
+    found = torch.stack([mmd_squared(*normal(2, 4, 1, rng=rng).sign()) for _ in range(4000)])  # of 4 tosses each
     error = found.std().item() / 4000**0.5
     assert abs(found.mean().item()) < 4 * error
     assert error < 0.1 < 2 * (8 - 4) / 4  # which the biased one would find: kernel 8 of equals, 4 in the mean
@@ -74,7 +72,7 @@ def test_it_is_unbiased(rng):
 
 def test_subsets_are_drawn_without_repetition_from_each_set_apart(monkeypatch):
     drawn = []
-    monkeypatch.setattr(kid, "squared_discrepancy", lambda x, y: drawn.append((x, y)) or torch.zeros(()))
+    monkeypatch.setattr(kid, "mmd_squared", lambda x, y: drawn.append((x, y)) or torch.zeros(()))
     x, y = torch.arange(20.0)[:, None], torch.arange(100.0, 130.0)[:, None]
     kernel_distance(x, y, 5, 12)
     for ours, theirs in drawn:
@@ -92,7 +90,7 @@ def test_the_same_seed_is_the_same_value_and_subsets_are_no_larger_than_the_sets
 
 def test_float32_features_are_summed_in_float64(rng):
     x, y = normal(20, 3, rng=rng).float(), normal(20, 3, rng=rng).float() + 100
-    assert squared_discrepancy(x, y) == squared_discrepancy(x.double(), y.double())
+    assert mmd_squared(x, y) == mmd_squared(x.double(), y.double())
 
 
 def test_wrong_features(rng):
@@ -114,13 +112,13 @@ def batches(*sizes):
 
 
 def test_the_first_features_stay_and_all_batches_pass(monkeypatch):
-    monkeypatch.setattr(kid, "MOST", 5)
-    kept = KeptFeatures(batches(2, 2, 2, 2))
+    monkeypatch.setattr(kid, "MAX_FEATURES", 5)
+    kept = FeatureSubset(batches(2, 2, 2, 2))
     assert [batch["index"].tolist() for batch in kept] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert kept.features.tolist() == [[i, i] for i in range(5)]
 
 
 def test_or_those_that_were_chosen(monkeypatch):
-    kept = KeptFeatures(batches(4, 1, 4), [8, 0, 7, 3])
+    kept = FeatureSubset(batches(4, 1, 4), [8, 0, 7, 3])
     assert len(list(kept)) == 3
     assert kept.features[:, 0].tolist() == [0, 3, 7, 8]

@@ -4,12 +4,19 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from experiments.calc_nearest_neighbours import evenly, figures
+from experiments.calc_nearest_neighbours import evenly_spaced, summarize_distances
 from experiments.harness.batches import ResumableBatches
 from experiments.metrics import nearest_neighbours
 from experiments.metrics.features import Features
-from experiments.metrics.image_pairs import Closeness
-from experiments.metrics.nearest_neighbours import Candidates, candidates, in_view, merged, ranked, reranked
+from experiments.metrics.image_pairs import ImageDistance
+from experiments.metrics.nearest_neighbours import (
+    Candidates,
+    find_candidates,
+    merge_candidates,
+    rank_candidates,
+    rerank_candidates,
+    training_view,
+)
 from train.config import DataConfig
 from train.data.loading import ImageSource
 from train.data.transforms import to_float, to_uint8, training_views
@@ -28,11 +35,11 @@ def part(*rows):
 
 def test_an_image_comes_once_in_its_nearest_view():
     one, two = part((3.0, 7, 0), (4.0, 5, 0)), part((1.0, 5, 1), (9.0, 7, 1))
-    found = merged([one, two], 2)
+    found = merge_candidates([one, two], 2)
     assert (found.images.tolist(), found.views.tolist(), found.distances.tolist()) == ([[5, 7]], [[1, 0]], [[1, 3]])
-    assert merged([one, two], 1).images.tolist() == [[5]]
-    assert merged([one, two], 9).images.tolist() == [[5, 7]]  # as many as there are
-    assert merged([merged([one], 1), part((3.5, 8, 0))], 5).images.tolist() == [[7, 8]]
+    assert merge_candidates([one, two], 1).images.tolist() == [[5]]
+    assert merge_candidates([one, two], 9).images.tolist() == [[5, 7]]  # as many as there are
+    assert merge_candidates([merge_candidates([one], 1), part((3.5, 8, 0))], 5).images.tolist() == [[7, 8]]
 
 
 class Images(ArrayDataset):
@@ -74,7 +81,7 @@ def test_against_a_plain_search_in_all_views(tmp_path, monkeypatch, data, most):
     monkeypatch.setattr(nearest_neighbours, "CHUNK", 5)
     source = source_of(13, **data)
     queries = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(1)).float()
-    found = candidates(queries, source, FEATURES, most, ResumableBatches(ALONE, tmp_path, 3), "c")
+    found = find_candidates(queries, source, FEATURES, most, ResumableBatches(ALONE, tmp_path, 3), "c")
     wanted = plainly(queries, source, most)
     assert found.images.tolist() == [[image for _, image, _ in rows] for rows in wanted]
     assert found.views.tolist() == [[view for _, _, view in rows] for rows in wanted]
@@ -87,7 +94,7 @@ def test_what_cannot_be_read_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(nearest_neighbours, "CHUNK", 3)
     source = source_of(10, broken=(1, 3, 4, 5))  # a whole chunk among them
     queries = torch.zeros(2, 16)
-    found = candidates(queries, source, FEATURES, 100, ResumableBatches(ALONE, tmp_path, 2), "c")
+    found = find_candidates(queries, source, FEATURES, 100, ResumableBatches(ALONE, tmp_path, 2), "c")
     assert found.images.tolist() == [[image for _, image, _ in rows] for rows in plainly(queries, source, 100)]
     assert sorted(found.images[0].tolist()) == [0, 2, 6, 7, 8, 9]
 
@@ -104,38 +111,38 @@ def test_a_search_that_was_cut_off_goes_on(tmp_path, monkeypatch):
 
     queries, batches = torch.zeros(2, 16), ResumableBatches(ALONE, tmp_path, 9)
     with pytest.raises(RuntimeError, match="cut off"):
-        candidates(queries, source, FEATURES._replace(extract=failing), 3, batches, "c")
-    found = candidates(queries, source, FEATURES._replace(extract=failing), 3, batches, "c")
+        find_candidates(queries, source, FEATURES._replace(extract=failing), 3, batches, "c")
+    found = find_candidates(queries, source, FEATURES._replace(extract=failing), 3, batches, "c")
     assert asked == [4, 4, 4, 4]  # the first chunk is not searched again
-    assert torch.equal(found.images, candidates(queries, source, FEATURES, 3, batches, "other").images)
+    assert torch.equal(found.images, find_candidates(queries, source, FEATURES, 3, batches, "other").images)
 
 
 def test_candidates_are_ranked_anew():
     query = torch.zeros(1, 2, 2, dtype=torch.uint8)
     shown = torch.tensor([4, 0, 9])[:, None, None, None].expand(-1, 1, 2, 2).byte()
     own = part((1.0, 11, 0), (2.0, 12, 1), (3.0, 13, 0))
-    by_mean = Closeness("mean", lambda image, others: others.double().mean((1, 2, 3)))
-    found = ranked(query, shown, own, by_mean, 2)
+    by_mean = ImageDistance("mean", lambda image, others: others.double().mean((1, 2, 3)))
+    found = rank_candidates(query, shown, own, by_mean, 2)
     assert found.images.tolist() == [[12, 11]] and found.views.tolist() == [[1, 0]]
     assert found.distances.tolist() == [[0, 4]] and found.feature_distances.tolist() == [[2, 1]]
     assert found.equal.tolist() == [True]
-    assert ranked(query + 1, shown, own, by_mean, 2).equal.tolist() == [False]
+    assert rank_candidates(query + 1, shown, own, by_mean, 2).equal.tolist() == [False]
     almost = query.clone()
     almost[0, 0, 0] = 1
-    assert ranked(almost, shown, own, by_mean, 2).equal.tolist() == [False]
+    assert rank_candidates(almost, shown, own, by_mean, 2).equal.tolist() == [False]
 
 
 def test_a_mirrored_training_image_is_found_as_a_copy(tmp_path):
     source = source_of(9, horizontal_flip=True)
     image = source[4]["image"].as_subclass(torch.Tensor)
     queries = torch.stack([image.flip(2), 255 - image])
-    near = candidates(FEATURES.extract(queries), source, FEATURES, 5, ResumableBatches(ALONE, tmp_path, 3), "c")
-    by_pixels = Closeness("l1", lambda one, others: (others.double() - one.double()).abs().sum((1, 2, 3)))
-    (found,) = reranked(queries, near, source, by_pixels, 3, ResumableBatches(ALONE, tmp_path, 8), "r")
+    near = find_candidates(FEATURES.extract(queries), source, FEATURES, 5, ResumableBatches(ALONE, tmp_path, 3), "c")
+    by_pixels = ImageDistance("l1", lambda one, others: (others.double() - one.double()).abs().sum((1, 2, 3)))
+    (found,) = rerank_candidates(queries, near, source, by_pixels, 3, ResumableBatches(ALONE, tmp_path, 8), "r")
     assert found["images"][0, 0] == 4 and found["views"][0, 0] == 1 and found["distances"][0, 0] == 0
     assert found["equal"].tolist() == [True, False]
     assert found["distances"].shape == (2, 3) and found["distances"].diff(dim=1).ge(0).all()
-    shown = in_view(source, training_views(source.config), found["images"][0, 0], found["views"][0, 0])
+    shown = training_view(source, training_views(source.config), found["images"][0, 0], found["views"][0, 0])
     assert torch.equal(shown, image.flip(2))
 
 
@@ -144,7 +151,7 @@ def test_a_training_image_of_floats_is_seen_in_8_bits():
     floats = to_float(source[1]["image"].as_subclass(torch.Tensor))
     source.memory_cache[1] = {"image": tv_tensors.Image(floats)}
     for view, seen in enumerate(training_views(source.config)):
-        shown = in_view(source, training_views(source.config), torch.tensor(1), torch.tensor(view))
+        shown = training_view(source, training_views(source.config), torch.tensor(1), torch.tensor(view))
         assert shown.dtype == torch.uint8 and torch.equal(shown, seen(to_uint8(floats)))
 
 
@@ -152,15 +159,15 @@ def test_figures_by_hand():
     nearest = torch.tensor([0.0, 3.0, 5.0, 2.0, 4.0, 6.0])  # three samples, three held-out images
     blank = torch.zeros(6, 1)
     equal = torch.tensor([True, False, False, False, False, False])
-    ranking = nearest_neighbours.Ranked(nearest[:, None].double(), blank.long(), blank.long(), blank, equal)
-    found = figures(ranking, 3)
+    ranking = nearest_neighbours.RankedNeighbours(nearest[:, None].double(), blank.long(), blank.long(), blank, equal)
+    found = summarize_distances(ranking, 3)
     assert (found["median"], found["median_held_out"], found["ratio"]) == (3, 4, 0.75)
     assert found["nearer_than_usual"] == pytest.approx(2 / 3) and found["closer_than_held_out"] == pytest.approx(1 / 3)
     assert found["equal_pixels"] == pytest.approx(1 / 3) and found["equal_pixels_held_out"] == 0
     ranking.distances[3:] = 0  # held-out images that are training images
-    assert figures(ranking, 3)["ratio"] is None
+    assert summarize_distances(ranking, 3)["ratio"] is None
 
 
 def test_rows_of_the_picture_are_spread_evenly():
-    assert evenly([], 3) == [] and evenly([1, 2], 3) == [1, 2]
-    assert evenly(list(range(9)), 3) == [0, 4, 8] and evenly(list(range(9)), 1) == [0]
+    assert evenly_spaced([], 3) == [] and evenly_spaced([1, 2], 3) == [1, 2]
+    assert evenly_spaced(list(range(9)), 3) == [0, 4, 8] and evenly_spaced(list(range(9)), 1) == [0]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from experiments.metrics import neighbours
 from experiments.metrics import prdc as own
 from experiments.metrics.neighbours import coverage, squared_distances
-from experiments.metrics.prdc import PRDC, closer, prdc, radii
+from experiments.metrics.prdc import PRDC, knn_radii, prdc, strictly_closer
 
 
 def authors(real, fake, k):
@@ -92,7 +92,7 @@ def test_many_duplicates_are_at_zero_and_never_nan(offset):
     """Balls of radius 0 hold nothing, not even their centre."""
     point = normal(1, 512) + offset
     assert prdc(point.expand(20, -1), point.expand(12, -1), 3) == PRDC(0, 0, 0, 0)
-    assert radii(point.expand(20, -1), 3).eq(0).all()
+    assert knn_radii(point.expand(20, -1), 3).eq(0).all()
 
 
 def test_numbers_do_not_depend_on_the_blocks(monkeypatch):
@@ -111,8 +111,8 @@ def test_what_the_product_cannot_tell_is_compared_exactly():
     exact = (x[:, None] - y).square().sum(-1)
     assert 0 < (squares.values - exact).abs().max() < squares.error  # it is blurred, by less than it says
     limits = exact.sqrt()
-    assert not closer(squares, limits, x, y).any()
-    assert closer(squares, limits * (1 + 1e-12), x, y).all()
+    assert not strictly_closer(squares, limits, x, y).any()
+    assert strictly_closer(squares, limits * (1 + 1e-12), x, y).all()
 
 
 def test_the_error_bound_holds():
@@ -125,7 +125,7 @@ def test_the_error_bound_holds():
 
 def test_radii_that_are_given_and_rows_that_are_counted():
     real, fake, seen = normal(20, 3), normal(15, 3, seed=1), []
-    known = radii(real, 2, seen.append)
+    known = knn_radii(real, 2, seen.append)
     assert sum(seen) == 20
     assert prdc(real, fake, 2, known) == prdc(real, fake, 2, advance=seen.append)
     assert sum(seen) == 20 + 20 + 15 + 20

@@ -13,7 +13,7 @@ from experiments.calc_VQGAN_FID import plot, report
 from experiments.metrics import image_pairs, reconstruction
 from experiments.metrics.frechet import Statistics, frechet_distance
 from experiments.metrics.image_pairs import l1, psnr, ssim
-from experiments.metrics.reconstruction import chosen_perceptual, rebuilt, summed_up
+from experiments.metrics.reconstruction import choose_lpips, measure_reconstructions, summarize_reconstructions
 
 K, PIXELS = 8, 16 * 16
 
@@ -67,7 +67,7 @@ def test_ssim_is_its_formula_and_comes_in_parts(C, size, monkeypatch):
         for a, b in zip(real, fake, strict=True)
     ]
     assert ssim(real, fake).tolist() == pytest.approx(wanted, abs=1e-9)
-    monkeypatch.setattr(image_pairs, "AT_ONCE", 1)
+    monkeypatch.setattr(image_pairs, "SSIM_CHUNK", 1)
     assert ssim(real, fake).tolist() == pytest.approx(wanted, abs=1e-9)
     assert ssim(real, real).tolist() == pytest.approx([1, 1, 1], abs=1e-9)  # float32 misses by 8e-4 where all is white
 
@@ -116,7 +116,9 @@ FEATURES = SimpleNamespace(extract=extract)
 def measured(first, real, at_once=2, perceptual=None):
     batches = ({"image": part} for part in real.split(at_once))
     reference = Statistics().update(extract(real.expand(-1, 3, -1, -1)))
-    return summed_up(rebuilt(first, batches, FEATURES, perceptual), reference, K, PIXELS)
+    return summarize_reconstructions(
+        measure_reconstructions(first, batches, FEATURES, perceptual), reference, K, PIXELS
+    )
 
 
 def test_a_perfect_vqgan_has_no_distance_and_no_psnr():
@@ -199,10 +201,10 @@ def loaded(monkeypatch):
 
 def test_auto_is_the_network_and_the_weights_of_the_run(tmp_path, loaded):
     run = run_trained_with(tmp_path, perceptual_net="squeeze", perceptual_weight=1.0, perceptual_weights="theirs")
-    assert chosen_perceptual("auto", None, run)[0] == "squeeze"
-    assert chosen_perceptual("auto", "mine", run)[0] == "squeeze"
-    assert chosen_perceptual("alex", "mine", run)[0] == "alex"
-    assert chosen_perceptual("none", None, run) == ("none", None)
+    assert choose_lpips("auto", None, run)[0] == "squeeze"
+    assert choose_lpips("auto", "mine", run)[0] == "squeeze"
+    assert choose_lpips("alex", "mine", run)[0] == "alex"
+    assert choose_lpips("none", None, run) == ("none", None)
     assert loaded == [("squeeze", "theirs"), ("squeeze", "mine"), ("alex", "mine"), ("none", None)]
 
 
@@ -218,15 +220,15 @@ def test_auto_is_the_network_and_the_weights_of_the_run(tmp_path, loaded):
 )
 def test_auto_says_where_there_is_no_lpips(loss, tmp_path, loaded, capsys):
     run = run_trained_with(tmp_path, **loss)
-    assert chosen_perceptual("auto", None, run) == ("none", None)
+    assert choose_lpips("auto", None, run) == ("none", None)
     assert "LPIPS is left out" in capsys.readouterr().out
 
 
 def test_weights_that_were_named_are_never_left_out(tmp_path, loaded):
     with pytest.raises(FileNotFoundError, match="broken"):
-        chosen_perceptual("auto", "broken", run_trained_with(tmp_path, perceptual_net="vgg"))
+        choose_lpips("auto", "broken", run_trained_with(tmp_path, perceptual_net="vgg"))
     with pytest.raises(ValueError, match="--lpips_net"):
-        chosen_perceptual("auto", "mine", run_trained_with(tmp_path, perceptual_net="none"))
+        choose_lpips("auto", "mine", run_trained_with(tmp_path, perceptual_net="none"))
 
 
 @pytest.mark.parametrize("counts", [[5.0, 0, 3, 2, 0, 0, 1, 1], [1.0] * 8, [9.0] + [0] * 7])

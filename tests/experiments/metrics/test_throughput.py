@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from experiments.metrics import throughput
-from experiments.metrics.throughput import Speed, Work, full_steps_report, loading_rate, matmul_peaks, measured, rows
+from experiments.metrics.throughput import (
+    Speed,
+    Workload,
+    full_steps_report,
+    loading_rate,
+    matmul_peaks,
+    measure_speeds,
+    speed_rows,
+)
 from train.config import DataConfig, TrainingConfig
 from train.distributed import DistContext
 
@@ -24,29 +32,29 @@ def test_a_fraction_is_counted_work_over_time_over_peak(monkeypatch):
     a, b = torch.ones(10, 20), torch.ones(20, 50)
 
     def work(name, dtype):
-        return Work(name, lambda: (calls.append(name), a @ b), dtype)
+        return Workload(name, lambda: (calls.append(name), a @ b), dtype)
 
     peaks = iter([10_000.0, 30_000.0, 8_000.0, 40_000.0])  # of both before, of both after
     monkeypatch.setattr(throughput, "matmul_peak", lambda device, dtype: next(peaks))
-    found = measured([work("a", torch.float32), work("b", torch.bfloat16)], 3, CPU)
+    found = measure_speeds([work("a", torch.float32), work("b", torch.bfloat16)], 3, CPU)
     assert calls == ["a", "b"] * 5 + ["a", "b"]  # in turn, and once more to count
     assert [speed.seconds for speed in found] == [[2.0, 4.0, 3.0], [1.0, 3.0, 1.5]]  # two warm-ups are gone
     assert [speed.flops for speed in found] == [20_000] * 2
     assert found[0].fraction == pytest.approx(20_000 / 3 / 10_000)
     assert found[1].fraction == pytest.approx(20_000 / 1.5 / 40_000)
-    heading, first, second = rows(found, images=6, tokens=5)
+    heading, first, second = speed_rows(found, images=6, tokens=5)
     assert first == ("a", "3", "2", "4", "1.00x", "2", "10", "2e-08", "6.67e-09", "66.7%", "3")
     assert second[:7] == ("b", "1.5", "1", "3", "2.00x", "4", "20") and second[9] == "33.3%"
     assert len(heading) == len(first)
-    assert len(next(rows(found, 6, 0))) == len(heading) - 1
-    unknown = list(rows([Speed("c", torch.float32, [1.0], 5, None, None)], 6, 0))[1]
+    assert len(next(speed_rows(found, 6, 0))) == len(heading) - 1
+    unknown = list(speed_rows([Speed("c", torch.float32, [1.0], 5, None, None)], 6, 0))[1]
     assert unknown[-2:] == ("-", "-")
 
 
 def test_each_precisions_peak_is_measured_once_and_only_where_its_sizes_are_known(monkeypatch):
     asked = []
     monkeypatch.setattr(throughput, "matmul_peak", lambda device, dtype: asked.append(dtype) or 1.0)
-    works = [Work("", lambda: None, dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)]
+    works = [Workload("", lambda: None, dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)]
     assert matmul_peaks(works, CPU) == {torch.float32: 1.0, torch.bfloat16: 1.0} and len(asked) == 2
     assert matmul_peaks(works, torch.device("mps")) == {}
 
@@ -86,5 +94,5 @@ def test_loading_is_timed_after_a_warm_up_and_of_memory_after_an_epoch(in_memory
     assert rate == 3 * 4 / 0.5 and warm
     assert seen == [12 if in_memory else 8]  # 10 images are 3 batches; else 2 batches
     assert source.positions == list(range(seen[0] + 12))
-    monkeypatch.setattr(throughput, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr(throughput, "MAX_SECONDS", 0.0)
     assert loading_rate(source, DataConfig(in_memory=in_memory), training, 0, 3, HERE)[1] is False

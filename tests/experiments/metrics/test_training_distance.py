@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from experiments.metrics.training_distance import evaluated
+from experiments.metrics.training_distance import eval_mode
 from helpers.tiny_runs import DDPM, GAN, VQGAN, call
 
 FD = "--FD_features pixels --steps_per_FD 2 --FD_samples 7"
@@ -96,6 +96,6 @@ def test_too_few_images_are_refused_before_training(tmp_path, capfd):
 def test_each_part_of_a_network_goes_back_to_its_mode():
     network = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(3), nn.Sequential(nn.Dropout()))
     network[1].eval()
-    with evaluated(network):
+    with eval_mode(network):
         assert not any(module.training for module in network.modules())
     assert [module.training for module in network.modules()] == [True, True, False, True, True]

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from experiments.metrics import throughput, workloads
-from experiments.metrics.cost import counted
-from experiments.metrics.throughput import measured
+from experiments.metrics.cost import count_nfe
+from experiments.metrics.throughput import measure_speeds
 from train.config import DataConfig, TrainingConfig
 from train.datasets import digits
 from train.distributed import DistContext
@@ -37,14 +37,14 @@ def second_stage(sampler="absorbing", accumulate=1, **settings):
 
 def space_of(config, network):
     first = config.first.ae_load_dir
-    return workloads.space_for(config.sampler.sampler, first, config.data, config.reader, network, CPU)
+    return workloads.random_space(config.sampler.sampler, first, config.data, config.reader, network, CPU)
 
 
 def trained(config, n_classes=0):
     space = space_of(config, lambda: VQGANConfig(nf=4, ch_mult=(1, 2, 2), codebook_size=16))
     (trainee,) = workloads.sampler_trainees(config.sampler, config.training, space, n_classes, HERE)
     batch = workloads.random_batch(space, n_classes, config.training.batch_size, config.data, CPU)
-    work = workloads.work_of(trainee, workloads.in_parts(batch, config.training.accumulate), HERE)
+    work = workloads.step_workload(trainee, workloads.split_batch(batch, config.training.accumulate), HERE)
     return space, trainee, batch, work
 
 
@@ -56,14 +56,14 @@ def test_the_space_is_what_training_would_open():
     config.first.ae_load_dir = "a_run"
     latents = space_of(config, network)
     assert isinstance(latents, Latents) and latents.model_args["shape"] == (256, 8, 8)
-    assert workloads.in_precision(latents, True).first.amp and not latents.first.amp
+    assert workloads.with_amp(latents, True).first.amp and not latents.first.amp
 
 
 def test_images_that_are_not_square_and_crops_are_what_training_sees():
     data = DataConfig(dataset="digits", img_size=8, img_width=12, n_channels=1, crop_margin=2)
     assert workloads.random_batch(None, 0, 2, data, CPU)["image"].shape == (2, 1, 8, 12)
-    images, _ = workloads.present_images(data, digits.Config())
-    assert workloads.images_source(images, data, 0)[[0, 1, 2]]["image"].shape == (3, 1, 8, 12)
+    images, _ = workloads.try_build_dataset(data, digits.Config())
+    assert workloads.image_batches(images, data, 0)[[0, 1, 2]]["image"].shape == (3, 1, 8, 12)
     config = second_stage()
     config.data = replace(config.data, img_width=24)
     assert trained(config)[0].model_args["grid"] == (4, 6)
@@ -76,7 +76,7 @@ def test_what_is_timed_trains_and_is_counted_by_the_formulas(accumulate, monkeyp
     assert isinstance(trainee.step, SamplerStep) and space.tokens == 16
     network, average = trainee.state.modules["network"], trainee.state.averages["network"].module
     before = [p.detach().clone() for p in (*network.parameters(), *average.parameters())]
-    (speed,) = measured([work], 1, CPU)
+    (speed,) = measure_speeds([work], 1, CPU)
     pairs = zip(before, (*network.parameters(), *average.parameters()), strict=True)
     assert sum(not torch.equal(old, new) for old, new in pairs) > 0.8 * len(before)
     assert trainee.state.step == 1
@@ -89,7 +89,7 @@ def test_the_discriminator_is_part_of_the_steps_that_come_after_its_first():
     network = VQGANConfig(nf=4, ch_mult=(1, 2), emb_dim=4, codebook_size=16, attn_resolutions=())
     loss = VQGANLossConfig(perceptual_net="none", disc_start_step=3, ndf=4, disc_layers=1)
     data = DataConfig(img_size=8, n_channels=1)
-    times = workloads.moments(loss, 9)
+    times = workloads.training_phases(loss, 9)
     assert times == {"no discriminator": 0, "discriminator": 3}
     training = TrainingConfig(batch_size=2, amp=False, train_steps=9)
     (trainee,) = workloads.vqgan_trainees(network, loss, data, training, HERE)
@@ -99,40 +99,40 @@ def test_the_discriminator_is_part_of_the_steps_that_come_after_its_first():
     trainee.step.autoencoder_backward = lambda *args: calls.append(args[0].step) or autoencoder_backward(*args)
     weight, moved = next(trainee.state.modules["discriminator"].parameters()), []
     for name, at in times.items():
-        work, before = workloads.work_of(trainee, [batch], HERE, at, name), weight.detach().clone()
+        work, before = workloads.step_workload(trainee, [batch], HERE, at, name), weight.detach().clone()
         for _ in range(2):
             work.run()
         assert (work.name, trainee.state.step) == (f"float32, {name}", at + 1)
         moved.append(not torch.equal(before, weight))
     assert moved == [False, True] and calls == [0, 0, 3, 3]  # each run is one step
-    assert list(workloads.moments(loss, 3)) == ["no discriminator"]
-    assert list(workloads.moments(replace(loss, disc_start_step=0), 3)) == ["discriminator"]
+    assert list(workloads.training_phases(loss, 3)) == ["no discriminator"]
+    assert list(workloads.training_phases(replace(loss, disc_start_step=0), 3)) == ["discriminator"]
     loss = replace(loss, disc_start_step=0, disc_warmup_steps=1)
-    assert workloads.moments(loss, 3) == {"discriminator alone": 0, "discriminator": 1}
+    assert workloads.training_phases(loss, 3) == {"discriminator alone": 0, "discriminator": 1}
 
 
 def test_labels_are_learned_where_there_are_classes():
     _, trainee, batch, _ = trained(second_stage(), n_classes=3)
     assert batch["label"].max() < 3 and trainee.step.sampler.conditions == ("label",)
-    codes = workloads.sampled(trainee, batch, absorbing.Sampling(guidance=2.0, sample_steps=2))
+    codes = workloads.draw_samples(trainee, batch, absorbing.Sampling(guidance=2.0, sample_steps=2))
     image = trainee.step.space.decode(codes)
     assert image.shape == (4, 1, 16, 16) and image.dtype == torch.uint8
 
 
 def test_a_batch_in_parts_is_the_same_batch():
     batch = {"position": torch.arange(6), "image": torch.randn(6, 1, 2, 2)}
-    parts = workloads.in_parts(batch, 3)
+    parts = workloads.split_batch(batch, 3)
     assert [part["position"].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]
     assert torch.equal(torch.cat([part["image"] for part in parts]), batch["image"])
 
 
 def test_ways_to_train():
     asked = TrainingConfig(amp_dtype="bfloat16", compile=True)
-    found = workloads.ways(asked, CPU)
+    found = workloads.precision_variants(asked, CPU)
     assert list(found) == ["float32", "bfloat16", "bfloat16, compiled"]
     assert [(each.amp, each.compile) for each in found.values()] == [(False, False), (True, False), (True, True)]
-    assert list(workloads.ways(replace(asked, amp=False), CPU)) == ["float32", "float32, compiled"]
-    assert list(workloads.ways(TrainingConfig(amp=False), CPU)) == ["float32"]
+    assert list(workloads.precision_variants(replace(asked, amp=False), CPU)) == ["float32", "float32, compiled"]
+    assert list(workloads.precision_variants(TrainingConfig(amp=False), CPU)) == ["float32"]
 
 
 class Asked:
@@ -167,12 +167,14 @@ def test_an_untrained_perceptual_network_downloads_nothing(monkeypatch):
 
 @pytest.mark.parametrize(("guidance", "evaluations"), [(1.0, 5 * 4), (2.0, 5 * 8)])
 def test_full_steps_evaluate_every_grid_at_each_and_the_first_two_do_not_count(guidance, evaluations, monkeypatch):
-    used, sampled = [], workloads.sampled
-    monkeypatch.setattr(workloads, "sampled", lambda *args, **how: used.append(args[2]) or sampled(*args, **how))
+    used, draw_samples = [], workloads.draw_samples
+    monkeypatch.setattr(
+        workloads, "draw_samples", lambda *args, **how: used.append(args[2]) or draw_samples(*args, **how)
+    )
     _, trainee, batch, _ = trained(second_stage(), n_classes=3)
     options = absorbing.Sampling(solver="confidence", choice_temp=2.0, sample_steps=50, guidance=guidance)
-    with counted(trainee.state.eval_module("network")) as cost:
-        seconds = workloads.full_steps(trainee, batch, options, repeats=3)
-    assert (cost.calls, cost.evaluations) == (5, evaluations)
+    with count_nfe(trainee.state.eval_module("network")) as nfe:
+        seconds = workloads.time_full_steps(trainee, batch, options, repeats=3)
+    assert (nfe.calls, nfe.evaluations) == (5, evaluations)
     assert len(seconds) == 3 and min(seconds) > 0
     assert (used[0].solver, used[0].guidance) == ("ancestral", guidance)

@@ -98,7 +98,7 @@ def test_moved_digits_stay_near_and_whole():
     generator = torch.Generator().manual_seed(0)
     images = torch.zeros(500, 1, 32, 32, dtype=torch.uint8)
     images[:, :, 14:18, 14:18] = 255
-    moved = digit_features.moved(images, generator)
+    moved = digit_features.augment(images, generator)
     assert moved.shape == images.shape and moved.dtype == torch.float32
     assert 0 <= moved.min() and moved.max() <= 255.001
     mass = moved.sum((1, 2, 3)) / images[0].sum()
