@@ -1,4 +1,4 @@
-"""A page in the browser over a trained run: sample it, watch the mask or the noise dissolve, draw parts anew."""
+"""Opens a page in the browser to sample from a trained model, watch the denoising steps, and inpaint images."""
 
 import math
 import socket
@@ -15,13 +15,13 @@ from train.cli.parse import run_script
 from train.config import SamplingConfig
 from train.logging import grid_image
 
-HOST = "127.0.0.1"  # the page is for this machine alone
-MAIN_SETTINGS = ("solver", "sample_steps", "temp", "guidance")  # settings that are always in sight
-FONTS = ("Roboto", "system-ui", "sans-serif")  # of the reader's machine: nothing is fetched
+HOST = "127.0.0.1"  # the page is only accessible from this machine
+MAIN_SETTINGS = ("solver", "sample_steps", "temp", "guidance")  # always visible
+FONTS = ("Roboto", "system-ui", "sans-serif")  # installed ones: nothing is downloaded
 STYLE = "img {image-rendering: pixelated} footer {display: none !important}"
-IMAGES, COLUMNS = 12, 6  # that are drawn if nothing else is asked for, and in a row of the gallery
-DELETE_CACHE = (600, 3600)  # seconds between looks for pictures of the page that are old, and how old those are
-SIDE = 384  # pixels that an image is enlarged to for the brush
+IMAGES, COLUMNS = 12, 6  # default number of images, and columns of the gallery
+DELETE_CACHE = (600, 3600)  # seconds: how often the page's image files are cleaned up, and their age then
+SIDE = 384  # pixels to which images are enlarged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +29,16 @@ class PageConfig:
     """Page."""
 
     port: int = 7860
-    """The page is http://127.0.0.1:PORT."""
+    """Port of the page, http://127.0.0.1:PORT."""
 
     def __post_init__(self):
         if not 1 <= self.port <= 65535:
-            raise ValueError(f"got port {self.port}, wanted one of 1 to 65535: pass --port N")
+            raise ValueError(f"got port {self.port}, wanted 1 to 65535: pass --port N")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Opens a page on which a trained model is sampled, watched and asked to draw parts of an image anew."""
+    """Opens a page in the browser to sample from a trained model, watch the denoising steps, and inpaint images."""
 
     page: PageConfig
     model: ModelConfig
@@ -48,7 +48,7 @@ class Config:
 
 @contextmanager
 def show_errors() -> Iterator[None]:
-    """What a user can mend is a message on the page."""
+    """Shows errors that the user can fix as messages on the page."""
     import gradio as gr
 
     try:
@@ -58,7 +58,7 @@ def show_errors() -> Iterator[None]:
 
 
 def component(control: Control, *, brief: bool = False) -> Any:
-    """The gradio component of one setting, with its note unless it shall be brief."""
+    """Returns the gradio component of a control, with its help text unless `brief`."""
     import gradio as gr
 
     common = {"label": control.label, "info": None if brief else control.help, "value": control.value, "min_width": 110}
@@ -69,12 +69,12 @@ def component(control: Control, *, brief: bool = False) -> Any:
         return gr.Checkbox(**common)
     if control.kind == "numbers":
         return gr.Textbox(**common, placeholder="none")
-    how = {"precision": 0} if control.kind == "whole" else {"step": 0.1}
-    return gr.Number(**common, **how, placeholder="default")
+    precision = {"precision": 0} if control.kind == "integer" else {"step": 0.1}
+    return gr.Number(**common, **precision, placeholder="default")
 
 
 def settings_column(play: Playground, config: Config) -> tuple[list, Callable[..., Request]]:
-    """The components, and the function from what stands in them to a request."""
+    """Adds the settings; returns their components and the function from their values to a request."""
     import gradio as gr
 
     main_controls = sorted(
@@ -97,7 +97,7 @@ def settings_column(play: Playground, config: Config) -> tuple[list, Callable[..
 
     def make_request(label: str, count: int | None, seed: int | None, *values: Any) -> Request:
         if count is None or seed is None:
-            raise ValueError("images or seed is empty: give a number")
+            raise ValueError("images or seed is empty: enter a number")
         return Request(
             options=play.settings(dict(zip(names, values, strict=True))), label=label, count=count, seed=seed
         )
@@ -106,7 +106,7 @@ def settings_column(play: Playground, config: Config) -> tuple[list, Callable[..
 
 
 def sample_tab(play: Playground, inputs: list, make_request: Callable) -> tuple[Any, Any]:
-    """Its gallery, of which an image can be chosen, and the state that holds its pictures."""
+    """Adds the tab for sampling; returns its gallery and the state that holds its pictures."""
     import gradio as gr
 
     button = gr.Button("Sample", variant="primary")
@@ -123,28 +123,28 @@ def sample_tab(play: Playground, inputs: list, make_request: Callable) -> tuple[
 
     def sample(*values: Any) -> tuple[list, list]:
         with show_errors():
-            made = [enlarge_to_picture(image, SIDE) for image in play.draw(make_request(*values))]
-            return made, made
+            samples = [enlarge_to_picture(image, SIDE) for image in play.draw(make_request(*values))]
+            return samples, samples
 
     button.click(sample, inputs, [gallery, pictures])
     return gallery, pictures
 
 
 def watch_tab(play: Playground, inputs: list, make_request: Callable) -> None:
-    """Frames as they come; afterwards a slider goes back and forth among them."""
+    """Adds the tab that shows the steps of sampling as they happen, with a slider to review them."""
     import gradio as gr
 
     with gr.Row():
         button, stop = gr.Button("Watch", variant="primary"), gr.Button("Stop")
     step = gr.Slider(1, 2, value=1, step=1, label="step", interactive=False)
     with gr.Row():
-        kept = {"format": "png", "interactive": False, "show_label": False, "buttons": ["download"]}
+        style = {"format": "png", "interactive": False, "show_label": False, "buttons": ["download"]}
         with gr.Column():
-            gr.Markdown("what the solver has")
-            now = gr.Image(**kept)
+            gr.Markdown("current sample x")
+            current = gr.Image(**style)
         with gr.Column():
-            gr.Markdown("what the network predicts")
-            prediction = gr.Image(**kept)
+            gr.Markdown("predicted final image x0")
+            prediction = gr.Image(**style)
     frames = gr.State([])
 
     def watch(*values: Any) -> Iterator[tuple]:
@@ -163,21 +163,21 @@ def watch_tab(play: Playground, inputs: list, make_request: Callable) -> None:
     def look(number: float | None, history: list) -> Any:
         return history[min(max(int(number or 1), 1), len(history)) - 1] if history else (gr.skip(), gr.skip())
 
-    watching = button.click(watch, inputs, [step, now, prediction, frames])
+    watching = button.click(watch, inputs, [step, current, prediction, frames])
     stop.click(lambda: gr.Slider(interactive=True), None, step, cancels=[watching])
-    step.input(look, [step, frames], [now, prediction])
+    step.input(look, [step, frames], [current, prediction])
 
 
 def inpaint_tab(play: Playground, inputs: list, make_request: Callable, gallery: Any, pictures: Any) -> None:
-    """An image, chosen, drawn or uploaded, and what is brushed over drawn anew."""
+    """Adds the tab for inpainting a sampled, selected or uploaded image with a brush."""
     import gradio as gr
 
     gr.Markdown(
-        "Take a sample, click one on the first tab, or upload an image; brush over what shall be drawn anew. "
-        "Class *as in the data* is none here, unguided."
+        "Draw a new sample, click one in the first tab, or upload an image; then brush over the region to inpaint. "
+        f"Here, class *{AS_IN_DATA}* means no class and no guidance."
     )
     with gr.Row():
-        take, button = gr.Button("Take a sample"), gr.Button("Inpaint", variant="primary")
+        take, button = gr.Button("New sample"), gr.Button("Inpaint", variant="primary")
     with gr.Row():
         brush = gr.Brush(default_size=40, colors=["#e4572e"], color_mode="fixed")
         tools = {"brush": brush, "transforms": (), "layers": False, "sources": ("upload",), "type": "pil"}
@@ -194,12 +194,12 @@ def inpaint_tab(play: Playground, inputs: list, make_request: Callable, gallery:
     def inpaint(drawn: dict | None, *values: Any) -> list:
         with show_errors():
             if drawn is None or drawn["background"] is None:
-                raise ValueError("there is no image: take a sample, or upload one")
+                raise ValueError("there is no image: draw a new sample, or upload an image")
             picture, mask = drawn["background"], Image.new("L", drawn["background"].size)
             for layer in drawn["layers"]:
                 mask.paste(255, mask=layer.getchannel("A"))
-            found = play.inpaint(make_request(*values), picture, mask)
-            return [enlarge_to_picture(image) for image in (found.hidden, *found.results)]
+            result = play.inpaint(make_request(*values), picture, mask)
+            return [enlarge_to_picture(image) for image in (result.hidden, *result.results)]
 
     take.click(take_sample, inputs, editor)
     gallery.select(select_image, pictures, editor)
@@ -207,7 +207,7 @@ def inpaint_tab(play: Playground, inputs: list, make_request: Callable, gallery:
 
 
 def build_page(play: Playground, config: Config) -> Any:
-    """The page, gradio's Blocks."""
+    """Builds the page (gradio.Blocks)."""
     import gradio as gr
 
     trained = play.trained
@@ -236,30 +236,30 @@ def open_page(play: Playground, config: Config) -> None:
     """Serves the page on this machine until Ctrl-C."""
     import gradio as gr
 
-    look = {"theme": gr.themes.Base(font=FONTS, font_mono=("monospace",)), "css": STYLE, "footer_links": []}
-    where = {"server_name": HOST, "server_port": config.page.port, "share": False, "ssr_mode": False, "quiet": True}
-    build_page(play, config).launch(**look, **where)
+    style = {"theme": gr.themes.Base(font=FONTS, font_mono=("monospace",)), "css": STYLE, "footer_links": []}
+    server = {"server_name": HOST, "server_port": config.page.port, "share": False, "ssr_mode": False, "quiet": True}
+    build_page(play, config).launch(**style, **server)
 
 
 def check_free(port: int) -> None:
-    """ValueError where something listens at the port."""
+    """Raises ValueError if the port is in use."""
     try:
         socket.create_server((HOST, port)).close()
     except OSError as error:
-        raise ValueError(f"port {port} of {HOST} cannot be had ({error.strerror}): pass --port N") from error
+        raise ValueError(f"port {port} of {HOST} is not available ({error.strerror}): pass --port N") from error
 
 
 def main(config: Config) -> None:
     if config.output.log_dir is not None:
-        raise ValueError(f"got log_dir {config.output.log_dir}, but the page keeps no results: leave --log_dir out")
+        raise ValueError(f"got log_dir {config.output.log_dir}, but the page saves no results: leave --log_dir out")
     check_free(config.page.port)
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise ValueError("the page needs the package gradio: pip install -r requirements-extra.txt") from error
+        raise ValueError("the page needs gradio: pip install -r requirements-extra.txt") from error
 
     trained = load_model(config.model, config.output)
-    print(f"http://{HOST}:{config.page.port}  (Ctrl-C ends it)", flush=True)
+    print(f"http://{HOST}:{config.page.port}  (press Ctrl-C to stop)", flush=True)
     open_page(Playground(trained, config.sampling, trained.condition_source(config.sampling)), config)
 
 

@@ -1,7 +1,7 @@
-"""Puts the repository's root first on the path of imports.
+"""Puts the repository's root first on sys.path.
 
-Each script here imports it before anything of the project: Python puts the script's own folder first, from which the
-project's packages are not seen, and an environment may know another checkout's.
+Each script here imports it before any project module: Python puts the script's own folder first, from where the
+project's packages cannot be imported, and the environment may have another checkout installed.
 """
 
 import sys

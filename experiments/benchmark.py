@@ -1,10 +1,10 @@
-"""How fast this machine trains, samples and loads by any preset: one table, and how much of its arithmetic is used.
+"""Benchmarks training, sampling and data loading of any preset: speed, and the fraction of peak arithmetic reached.
 
 python experiments/benchmark.py --dataset ffhq --batch_size 4
 python experiments/benchmark.py --dataset ffhq --stage vqgan
 python experiments/benchmark.py --dataset ffhq --batch_size 4 --measure sampling --solver halton --sample_steps 12
 
-Weights and batches are random, of the preset's shapes: nothing is read but the images whose loading is measured, and
+Weights and batches are random, with the preset's shapes: only the images whose loading is measured are read, and
 nothing is written.
 """
 
@@ -52,13 +52,13 @@ class BenchmarkConfig:
     """Benchmark."""
 
     stage: Literal["sampler", "vqgan"] = "sampler"
-    """What trains: the other flags are those of train_sampler.py, or of train_vqgan.py."""
+    """What to benchmark; the other flags are those of train_sampler.py or train_vqgan.py."""
     measure: tuple[Literal["step", "sampling", "loading"], ...] = MEASURES
-    """What is measured; sampling of a VQGAN is encoding and decoding."""
+    """What to measure; for a VQGAN, sampling means encoding and decoding."""
     repeats: int = 7
-    """Counted steps of each kind, after two that are not counted; no draw begins after a minute of them."""
+    """Timed repetitions of each measurement, after two warm-ups; sampling is not repeated after a minute."""
     full_steps: int = 256
-    """Codes: sampling is compared with so many ancestral steps in float32 that evaluate everything; 0: it is not."""
+    """Baseline for sampling codes: this many ancestral steps in float32 that evaluate every grid; 0: no baseline."""
 
     def __post_init__(self):
         if self.repeats < 1:
@@ -66,19 +66,19 @@ class BenchmarkConfig:
         if self.full_steps < 0:
             raise ValueError(f"got full_steps {self.full_steps}, wanted 0 or more: pass --full_steps N")
         if not self.measure:
-            raise ValueError(f"got nothing to measure: pass --measure with some of {', '.join(MEASURES)}")
+            raise ValueError(f"got nothing to measure: pass --measure with one or more of {', '.join(MEASURES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerBenchmark(SecondStageConfig):
-    """Times a sampler's training step, its draws and its loading. Flags that change no speed are read, and ignored."""
+    """Times a sampler's training step, sampling and data loading. Flags that do not affect speed are ignored."""
 
     benchmark: BenchmarkConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class VQGANBenchmark:
-    """Times a VQGAN's training step, its two halves and its loading. Flags that change no speed are ignored."""
+    """Times a VQGAN's training step, encoding, decoding and loading. Flags that do not affect speed are ignored."""
 
     benchmark: BenchmarkConfig
     data: DataConfig
@@ -92,7 +92,7 @@ class VQGANBenchmark:
 def main(config: SamplerBenchmark | VQGANBenchmark) -> None:
     of_vqgan, training = config.benchmark.stage == "vqgan", config.training
     if of_vqgan != ("network" in {each.name for each in dataclasses.fields(config)}):
-        raise ValueError("the stage is chosen before a file is read: pass --stage on the command line")
+        raise ValueError("--stage cannot be set in a file: pass --stage on the command line")
     world = single_process_world(training.device)
     with set_tf32(world.device, training.tf32), set_deterministic(training.deterministic):
         print_setup("VQGAN" if of_vqgan else config.sampler.sampler, config.data, training, world)
@@ -100,23 +100,23 @@ def main(config: SamplerBenchmark | VQGANBenchmark) -> None:
 
 
 def print_setup(what: str, data: DataConfig, training: TrainingConfig, world: DistContext) -> None:
-    """The machine, and what stands for the preset."""
+    """Prints the machine and the training batch."""
     device = world.device
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     tf32 = f", TF32 {'on' if training.tf32 else 'off'} in float32" if device.type == "cuda" else ""
     print(f"{device_name(device)}; torch {torch.__version__}{threads}{tf32}")
     parts = f" in {training.accumulate} parts" if training.accumulate > 1 else ""
     shape = "x".join(map(str, data.shape))
-    print(f"{what} of {data.dataset}: {training.batch_size} images of {shape} a step{parts}", flush=True)
+    print(f"{what} on {data.dataset}: {training.batch_size} images of {shape} per step{parts}", flush=True)
     if training.amp and training_dtype(training, device) == torch.float32:
-        print(f"{device} has no native half precision, which is left out")
+        print(f"half precision skipped: {device} has no native support")
 
 
 def measure_sampler(config: SamplerBenchmark, world: DistContext) -> None:
-    """All that --measure names, of a sampler."""
+    """Runs the measurements of --measure for a sampler."""
     benchmark, data, training, sampling = config.benchmark, config.data, config.training, config.sampling
     images, why = workloads.try_build_dataset(data, config.reader)
-    # Guidance is between classes; how many there are costs no time.
+    # Without the data set the number of classes is unknown; it does not affect the cost of guidance.
     n_classes = images.n_classes if images is not None else int(sampling.guidance != 1)
     torch.manual_seed(training.seed)
     name, first = config.sampler.sampler, config.first.ae_load_dir
@@ -142,12 +142,12 @@ def measure_sampler(config: SamplerBenchmark, world: DistContext) -> None:
         if space.tokens:
             source = workloads.code_batches(space, n_classes, training.seed)
         what, workers = "codes" if space.tokens else "images", space.workers(data)
-        found = None if source is None else loading_rate(source, data, training, workers, benchmark.repeats, world)
-        report_loading(found, why, what, workers, consumed)
+        rate = None if source is None else loading_rate(source, data, training, workers, benchmark.repeats, world)
+        report_loading(rate, why, what, workers, consumed)
 
 
 def measure_vqgan(config: VQGANBenchmark, world: DistContext) -> None:
-    """All that --measure names, of a VQGAN."""
+    """Runs the measurements of --measure for a VQGAN."""
     benchmark, data, loss, training = config.benchmark, config.data, config.loss, config.training
     trainees, size = workloads.vqgan_trainees(config.network, loss, data, training, world), training.batch_size
     for name, module in trainees[0].state.modules.items():
@@ -155,7 +155,7 @@ def measure_vqgan(config: VQGANBenchmark, world: DistContext) -> None:
     batch = workloads.random_batch(None, 0, size, data, world.device)
     consumed, times = None, workloads.training_phases(loss, training.train_steps)
     if "discriminator" not in times:
-        print(f"--disc_start_step {loss.disc_start_step} is never reached: the discriminator is left out")
+        print(f"discriminator skipped: --disc_start_step {loss.disc_start_step} is never reached")
     if "step" in benchmark.measure:
         parts = workloads.split_batch(batch, training.accumulate)
         works = [
@@ -167,17 +167,17 @@ def measure_vqgan(config: VQGANBenchmark, world: DistContext) -> None:
         for name, run in workloads.encode_decode_runs(trainee, data, config.reader, batch["image"]).items():
             run()
             seconds = time_repeatedly(run, benchmark.repeats, world.device)
-            print(f"{name}, {trainee.name}, {size} images at once: {format_spread(seconds, size)}", flush=True)
+            print(f"{name}, {trainee.name}, batch of {size}: {format_spread(seconds, size)}", flush=True)
     if "loading" in benchmark.measure:
         images, why = workloads.try_build_dataset(data, config.reader)
         source = None if images is None else workloads.image_batches(images, data, training.seed)
         workers = data.num_workers
-        found = None if source is None else loading_rate(source, data, training, workers, benchmark.repeats, world)
-        report_loading(found, why, "images", workers, consumed)
+        rate = None if source is None else loading_rate(source, data, training, workers, benchmark.repeats, world)
+        report_loading(rate, why, "images", workers, consumed)
 
 
 def vqgan_config_of(data: DataConfig, argv: list[str]) -> VQGANConfig:
-    """The VQGAN that a sampler stands on: of the --config file where that has a section for it, else of the preset."""
+    """Returns the config of a sampler's VQGAN: from the --config file if it has a section for it, else the preset."""
     file, _ = split_config_flag(argv)
     preset = ROOT / "configs" / f"{data.dataset}.yaml"
     if file is None or (preset.is_file() and not get_section(read_config_flag(argv), "vqgan")):
@@ -188,21 +188,22 @@ def vqgan_config_of(data: DataConfig, argv: list[str]) -> VQGANConfig:
 
 
 def last_uncompiled(trainees: list[Trainee]) -> Trainee:
-    """What draws: the last that is not compiled, since averages are not."""
+    """Returns the last trainee that is not compiled, for sampling: averaged networks are never compiled."""
     return [each for each in trainees if not each.step.training.compile][-1]
 
 
 def report_steps(works: list[Workload], repeats: int, size: int, tokens: int, world: DistContext) -> float:
-    """A table of steps of `size` images, each of so many tokens; the images per second of the fastest."""
+    """Prints a table of training steps on `size` images of `tokens` tokens; returns the images/s of the fastest."""
     speeds = measure_speeds(works, repeats, world.device)
     print(f"\n{table(list(speed_rows(speeds, size, tokens)))}\n")
     for dtype, peak in {speed.dtype: speed.peak for speed in speeds if speed.peak is not None}.items():
-        print(f"peak, the best matrix product here in {str(dtype).removeprefix('torch.')}: {peak / 1e12:.3g} TFLOP/s")
+        precision = str(dtype).removeprefix("torch.")
+        print(f"peak (fastest matrix product measured here in {precision}): {peak / 1e12:.3g} TFLOP/s")
     return size / min(speed.median for speed in speeds)
 
 
 def report_sampling(trainees: list[Trainee], batch: Batch, options: SamplingConfig, benchmark: BenchmarkConfig) -> None:
-    """Images per second and network calls; of codes beside ancestral steps in float32 that evaluate everything."""
+    """Prints the speed and NFE of sampling and decoding; for codes, also the speedup over the baseline."""
     exact, trainee, repeats, size = trainees[0], last_uncompiled(trainees), benchmark.repeats, len(batch["position"])
     device, step = trainee.step.world.device, trainee.step
     full = benchmark.full_steps > 0 and "ancestral" in solvers_of(step.sampler.process)
@@ -210,34 +211,35 @@ def report_sampling(trainees: list[Trainee], batch: Batch, options: SamplingConf
     with count_nfe(trainee.state.eval_module("network")) as nfe:
         x = draw_samples(trainee, batch, options)
     seconds = time_repeatedly(lambda: draw_samples(trainee, batch, options), repeats, device)
-    spent = f"{nfe.calls} network calls, {three_digits(nfe.evaluations / size)} evaluations per image"
-    print(
-        f"sampling by {options.solver}, {trainee.name}, {size} images at once: {format_spread(seconds, size)}, {spent}"
-    )
+    cost = f"{nfe.calls} network calls per batch, NFE {three_digits(nfe.evaluations / size)} per image"
+    speed = format_spread(seconds, size)
+    print(f"sampling with {options.solver}, {trainee.name}, batch of {size}: {speed}, {cost}")
     decoded = {}
     if step.space.first is not None:
         for each in {way.name: way for way in (exact, trainee)}.values():
             decoded[each.name] = time_decoding(each, x, repeats)
-            print(
-                f"decoding, {each.name}, {size} images at once: {format_spread(decoded[each.name], size)}", flush=True
-            )
-    if full:  # half of the steps before and half after, so that noise hits all alike
+            print(f"decoding, {each.name}, batch of {size}: {format_spread(decoded[each.name], size)}", flush=True)
+    if full:  # half of these steps before and half after, so that disturbances affect all alike
         steps += time_full_steps(exact, batch, options, repeats)
         ends = [decoded[exact.name], decoded[trainee.name]]
         print(full_steps_report(steps, benchmark.full_steps, seconds, ends, size), flush=True)
 
 
-def report_loading(found: tuple[float, bool] | None, why: str, what: str, workers: int, consumed: float | None) -> None:
-    """Training batches' images per second, as `loading_rate` found them, against what the fastest step takes in; or why
-    there are none."""
-    if found is None:
-        print(f"loading is left out: {why}")
+def report_loading(
+    measured: tuple[float, bool] | None, why: str, what: str, workers: int, consumed: float | None
+) -> None:
+    """Prints the result of `loading_rate`, relative to the images/s that the fastest training step consumes; or why
+    there is none."""
+    if measured is None:
+        print(f"loading skipped: {why}")
         return
-    rate, warm = found
-    by = f"{workers} processes" if workers else "the training process itself"
-    ratio = "" if consumed is None else f", {three_digits(rate / consumed)} times what the fastest step takes in"
-    cold = "" if warm else "; not all of --in_memory was there yet"
-    print(f"loading {what} by {by}: {three_digits(rate)} images/s{ratio}{cold}", flush=True)
+    rate, warm = measured
+    where = f"with {workers} worker processes" if workers else "in the main process"
+    ratio = (
+        "" if consumed is None else f", {three_digits(rate / consumed)} times what the fastest training step consumes"
+    )
+    cold = "" if warm else " (the --in_memory cache was not filled yet)"
+    print(f"loading {what} {where}: {three_digits(rate)} images/s{ratio}{cold}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What neighbourhood attention costs on this machine, by backend and grid: one table, one picture.
+"""Benchmarks the backends of neighbourhood attention by grid size: a table and a plot of time, memory and error.
 
-Every backend of models/neighborhood.py, forward and forward+backward, measured in turn; on CUDA PyTorch's compiled
-flex_attention beside them.
+All backends of models/neighborhood.py, forward and forward+backward, are timed in turn; on CUDA, PyTorch's compiled
+flex_attention as well.
 """
 
 import dataclasses
@@ -28,16 +28,16 @@ from train.distributed import pick_device
 from train.files import atomic_write
 from train.runs import open_run, run_folder
 
-COLORS = {"dense": "#d55e00", "tiled": "#0072b2", "natten": "#009e73", "flex": "#cc79a7"}  # told apart by all eyes
+COLORS = {"dense": "#d55e00", "tiled": "#0072b2", "natten": "#009e73", "flex": "#cc79a7"}  # colour-blind safe
 HEADING = (
     *("tokens", "kernel", "dilation", "backend", "forward ms", "fwd+bwd ms", "peak extra MiB"),
     *("forward/dense", "fwd+bwd/dense", "forward/natten", "max error"),
 )
 LEGEND = """
-* what backend "auto" takes; ms: medians; /dense, /natten: its time over theirs, less is faster; dense: PyTorch's
-scaled_dot_product_attention under the same mask (bfloat16 on a CPU: models/sdpa.py writes it out up to 1,024 tokens);
-peak extra: of forward+backward, above inputs and the tables that a shape needs once; max error: of the output against
-float64, over its largest value; -: left out, or cannot be done"""
+*: chosen by backend "auto". ms: median milliseconds, lower is better. /dense, /natten: time relative to that backend.
+dense: PyTorch's scaled_dot_product_attention with the same mask (bfloat16 on CPU: models/sdpa.py, up to 1,024 tokens).
+peak extra: memory of forward+backward beyond the inputs and tables computed once per shape. max error: maximum absolute
+error of the output relative to its largest float64 value. -: skipped or not supported"""
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -46,25 +46,25 @@ class BenchmarkConfig:
     """Benchmark."""
 
     sizes: tuple[int, ...] = (16, 32, 64, 128)
-    """Sides of the square grids, tokens."""
+    """Side lengths of the square grids, in tokens."""
     kernel_size: int = 7
-    """Keys per axis that a query sees, odd."""
+    """Window size per axis, in tokens; odd."""
     dilations: tuple[int, ...] = (1,)
-    """Distances between them."""
+    """Dilations of the window."""
     heads: int = 8
-    """Heads."""
+    """Attention heads."""
     head_width: int = 64
-    """Width of each."""
+    """Channels per head."""
     batch_size: int = 1
-    """Grids at once."""
+    """Grids per batch."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the inputs."""
+    """Data type of the inputs."""
     repeats: int = 5
-    """Counted runs of each kind, after two that are not counted."""
+    """Timed runs of each kind, after two warm-ups."""
     dense_limit: int = 4096
-    """Most tokens for what compares all pairs: dense, natten without CUDA kernels, and the float64 reference."""
+    """Largest number of tokens for quadratic attention: dense, natten without CUDA kernels, the float64 reference."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: cuda, else mps, else cpu."""
+    """auto: cuda if available, else mps, else cpu."""
 
     def __post_init__(self):
         for name in ("sizes", "dilations"):
@@ -78,24 +78,24 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultsConfig:
-    """Results."""
+    """Output."""
 
     log_dir: str = "benchmark_attention"
-    """Folder of the results, below --logs_root."""
+    """Results folder, below --logs_root."""
     logs_root: str = LoggingConfig.logs_root
     """Folder of all runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Times neighbourhood attention; results.json and times.png lie in <logs_root>/<log_dir>."""
+    """Benchmarks neighbourhood attention; writes results.json and times.png to <logs_root>/<log_dir>."""
 
     benchmark: BenchmarkConfig
     results: ResultsConfig
 
 
 class Case(NamedTuple):
-    """One grid and one window, both square."""
+    """A square grid and a square window."""
 
     side: int  # tokens
     kernel: int
@@ -103,24 +103,25 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The case as printed."""
         return f"{self.side}x{self.side}, dilation {self.dilation}"
 
 
 class Inputs(NamedTuple):
-    """(B, H, W, heads, d) each."""
+    """Inputs of attention, (B, H, W, heads, d) each."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-    gradient: Tensor  # of the output
+    gradient: Tensor  # with respect to the output
 
 
 class Cost(NamedTuple):
-    """What one backend takes; None where it was left out or cannot do it."""
+    """Time, memory and error of one backend; None if skipped or not supported."""
 
     forward: float | None = None  # seconds
-    forward_backward: float | None = None  # seconds, forward and backward
-    peak: int | None = None  # bytes, of both
+    forward_backward: float | None = None  # seconds
+    peak: int | None = None  # bytes, of forward and backward
     error: float | None = None  # max |out - float64| / max |float64|
 
 
@@ -129,7 +130,9 @@ def main(config: Config) -> None:
     device = pick_device(c.device)
     for side in c.sizes:
         for dilation in c.dilations:
-            make_window((side, side), c.kernel_size, dilation)  # ValueError where it does not fit, before anything runs
+            make_window(
+                (side, side), c.kernel_size, dilation
+            )  # raises ValueError before anything runs if it does not fit
     facts = {"machine": device_name(device), "torch": str(torch.__version__), "threads": torch.get_num_threads()}
     folder = run_folder(config.results.logs_root, config.results.log_dir)
     open_run(folder, config, facts)
@@ -139,7 +142,7 @@ def main(config: Config) -> None:
         inputs = make_inputs(side, c.batch_size, c.heads, c.head_width, getattr(torch, c.precision), device)
         for dilation in c.dilations:
             case = Case(side, c.kernel_size, dilation)
-            print(f"measuring {case.name}", file=sys.stderr, flush=True)
+            print(f"timing {case.name}", file=sys.stderr, flush=True)
             costs = compare(case, inputs, dense_limit=c.dense_limit, repeats=c.repeats)
             rows += [result_row(case, name, costs) | {"auto": name == auto_backend(case, inputs)} for name in costs]
             write_results(folder, facts | dataclasses.asdict(c) | {"device": device.type, "rows": rows})
@@ -147,7 +150,7 @@ def main(config: Config) -> None:
     title = (
         f"Neighbourhood attention, kernel {c.kernel_size}x{c.kernel_size}\n"
         f"{facts['machine']}{threads}, torch {facts['torch']}\n"
-        f"{c.heads} heads of {c.head_width}, batch {c.batch_size}, {c.precision}, median of {c.repeats}"
+        f"{c.heads} heads of {c.head_width} channels, batch size {c.batch_size}, {c.precision}, median of {c.repeats}"
     )
     print(f"\n{title}\n\n{table([HEADING, *map(table_row, rows)])}\n{LEGEND}")
     plot(folder / "times.png", rows, title)
@@ -155,7 +158,7 @@ def main(config: Config) -> None:
 
 
 def result_row(case: Case, name: str, costs: dict[str, Cost]) -> dict[str, Any]:
-    """One line of results.json: seconds, bytes, and None for what was not measured."""
+    """Returns one row of results.json: seconds, bytes, and None for what was not measured."""
     cost, dense, natten = costs[name], costs["dense"], costs.get("natten")
     return {
         "tokens": [case.side, case.side],
@@ -173,11 +176,12 @@ def result_row(case: Case, name: str, costs: dict[str, Cost]) -> dict[str, Any]:
 
 
 def ratio(part: float | None, whole: float | None) -> float | None:
+    """Returns part / whole, None if one is missing."""
     return None if part is None or whole is None else part / whole
 
 
 def table_row(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row of results as a row of the table."""
+    """Formats a row of results as a row of the table."""
     first = ("x".join(map(str, row["tokens"])), str(row["kernel_size"]), str(row["dilation"]))
     return (
         *(*first, row["backend"] + "*" * row["auto"]),
@@ -190,13 +194,13 @@ def table_row(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def three_digits(value: float | None, unit: float = 1.0) -> str:
-    """Three digits that count, never as a power of ten."""
+    """Formats value * unit to three significant digits, "-" for None."""
     return "-" if value is None else f"{float(f'{value * unit:.3g}'):g}"
 
 
 def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Milliseconds against tokens, one panel per dilation: forward+backward solid, forward dashed and hollow."""
-    from matplotlib.figure import Figure  # without pyplot: a PNG is drawn by Agg, and no window is asked for
+    """Plots time against tokens, one panel per dilation: forward+backward solid, forward dashed with hollow markers."""
+    from matplotlib.figure import Figure  # not pyplot: no display is needed
     from matplotlib.lines import Line2D
 
     dilations = sorted({r["dilation"] for r in rows})
@@ -209,18 +213,18 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     panels = figure.subplots(1, len(dilations), sharey=True, squeeze=False)[0]
     for panel, dilation in zip(panels, dilations, strict=True):
         for name, color in COLORS.items():
-            mine = [r for r in rows if (r["backend"], r["dilation"]) == (name, dilation)]
+            own = [r for r in rows if (r["backend"], r["dilation"]) == (name, dilation)]
             for part, style in styles.items():
-                line = sorted((r["tokens"][0] ** 2, 1000 * r[part]) for r in mine if r[part] is not None)
+                line = sorted((r["tokens"][0] ** 2, 1000 * r[part]) for r in own if r[part] is not None)
                 panel.plot([x for x, _ in line], [y for _, y in line], color=color, marker="o", **style)
-        panel.set(xscale="log", yscale="log", xlabel="tokens")
+        panel.set(xscale="log", yscale="log", xlabel="grid size (tokens)")
         panel.set_xticks([side**2 for side in sides], [f"{side}x{side}" for side in sides])
         panel.set_xticks([], minor=True)
         panel.yaxis.set_major_formatter("{x:g}")
         panel.grid(color="0.9")
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_title(f"dilation {dilation}", fontsize=11)
-    panels[0].set_ylabel("milliseconds")
+    panels[0].set_ylabel("time (ms), lower is better")
     names = [name for name in COLORS if any(r["backend"] == name and r["forward_seconds"] is not None for r in rows)]
     keys = [Line2D([], [], color=COLORS[name], linewidth=4, label=name) for name in names]
     keys += [Line2D([], [], color="0.3", marker="o", **style) for style in styles.values()]
@@ -231,18 +235,19 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
 
 
 def make_inputs(side: int, batch: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Normal draws, the same on every device."""
+    """Draws normal inputs, the same on every device."""
     draws = torch.randn(4, batch, side, side, heads, width, generator=torch.Generator().manual_seed(0))
     return Inputs(*(x.clone() for x in draws.to(device, dtype)))
 
 
 def auto_backend(case: Case, inputs: Inputs) -> str:
+    """Returns the backend that "auto" chooses."""
     window = make_window((case.side, case.side), case.kernel, case.dilation)
     return resolve_backend("auto", inputs.query, Group(window, inputs.key.shape[-2]))
 
 
 def compare(case: Case, inputs: Inputs, *, dense_limit: int, repeats: int) -> dict[str, Cost]:
-    """Each backend's cost. Memory is measured after the times, when all that a shape needs once has been made."""
+    """Measures each backend. Memory is measured after the times, when tables computed once per shape exist."""
     device, tokens = inputs.query.device, case.side**2
     expected = reference(case, inputs) if tokens <= dense_limit else None
     costs, runs = {}, {}
@@ -264,7 +269,7 @@ def compare(case: Case, inputs: Inputs, *, dense_limit: int, repeats: int) -> di
                     forward_backward()
             except unsupported_errors(name) as error:
                 reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-                print(f"{name} is left out at {case.name}: {reason[:200]}", flush=True)
+                print(f"{name} skipped at {case.name}: {reason[:200]}", flush=True)
                 continue
             costs[name] = Cost(error=None if expected is None else relative_error(out, expected))
             runs[name, "forward"] = forward
@@ -279,7 +284,7 @@ def compare(case: Case, inputs: Inputs, *, dense_limit: int, repeats: int) -> di
 
 
 def unsupported_errors(name: str) -> tuple[type[Exception], ...]:
-    """What a backend raises for a shape or a machine that it does not serve."""
+    """Returns the exceptions that a backend raises for shapes or machines that it does not support."""
     if name == "natten":
         return NotImplementedError, ValueError, RuntimeError
     if name == "flex":
@@ -290,51 +295,55 @@ def unsupported_errors(name: str) -> tuple[type[Exception], ...]:
 
 
 def backends(case: Case, device: torch.device) -> dict[str, Callable[[], Attention]]:
-    """What makes each backend's function, by name."""
+    """Returns the factory of each backend's attention function, by name."""
     names = ["dense", "tiled"] + ["natten"] * (importlib.util.find_spec("natten") is not None)
     window = {"kernel_size": case.kernel, "dilation": case.dilation}
-    makers = {name: partial(partial, neighborhood_attention_2d, **window, backend=name) for name in names}
+    factories = {name: partial(partial, neighborhood_attention_2d, **window, backend=name) for name in names}
     if device.type == "cuda":
-        makers["flex"] = partial(flex, case, device)
-    return makers
+        factories["flex"] = partial(flex, case, device)
+    return factories
 
 
 def is_quadratic(name: str, device: torch.device) -> bool:
-    """Whether it compares all pairs of tokens: natten does where its CUDA kernels are missing."""
+    """Whether the backend is quadratic in the tokens, as is natten without its CUDA kernels."""
     return name == "dense" or name == "natten" and not (device.type == "cuda" and natten_is_compiled())
 
 
 def has_backward(name: str, device: torch.device) -> bool:
+    """Whether the backend supports gradients on this device."""
     return name != "natten" or device.type != "cpu"
 
 
 @torch.no_grad()
 def run_forward(attention: Attention, inputs: Inputs) -> Tensor:
+    """Runs the forward pass without gradients."""
     return attention(*inputs[:3])
 
 
 def run_forward_backward(attention: Attention, inputs: Inputs) -> None:
+    """Runs the forward and the backward pass."""
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
     torch.autograd.grad(attention(*leaves), leaves, inputs.gradient)
 
 
 @torch.no_grad()
 def reference(case: Case, inputs: Inputs) -> Tensor:
-    """The dense result for the same inputs in float64, on the CPU: not every device has float64."""
+    """Computes dense attention in float64, on the CPU: not every device has float64."""
     query, key, value = (x.cpu().double() for x in inputs[:3])
     return neighborhood_attention_2d(query, key, value, case.kernel, case.dilation, backend="dense")
 
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
+    """Returns the largest absolute error over the largest absolute value."""
     return ((out.cpu().double() - expected).abs().max() / expected.abs().max()).item()
 
 
 def flex(case: Case, device: torch.device) -> Attention:
-    """PyTorch's flex_attention, compiled for this case alone, with the window as its mask."""
+    """Returns PyTorch's flex_attention compiled for this case, with the window as its mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     blocks = create_block_mask(window_mask(case), None, None, case.side**2, case.side**2, device=str(device))
-    torch.compiler.reset()  # past a limit on what is compiled, PyTorch would run it uncompiled
+    torch.compiler.reset()  # beyond a recompilation limit PyTorch would run it uncompiled
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -345,16 +354,16 @@ def flex(case: Case, device: torch.device) -> Attention:
 
 
 def window_mask(case: Case) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The window as flex_attention asks for it: whether a query sees a key, by their places in the flattened grid."""
+    """Returns the window as a `mask_mod` of flex_attention: whether a query attends to a key, by flattened indices."""
     side, kernel, step = case
 
-    def axis_sees(query: Tensor, key: Tensor) -> Tensor:
-        count = (side - 1 - query % step) // step + 1  # positions of the query's residue
+    def visible_on_axis(query: Tensor, key: Tensor) -> Tensor:
+        count = (side - 1 - query % step) // step + 1  # positions congruent to the query's
         start = torch.minimum((query // step - kernel // 2).clamp(min=0), count - kernel)
         return (query % step == key % step) & (key // step >= start) & (key // step < start + kernel)
 
     def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return axis_sees(query // side, key // side) & axis_sees(query % side, key % side)
+        return visible_on_axis(query // side, key // side) & visible_on_axis(query % side, key % side)
 
     return mask
 

@@ -1,4 +1,4 @@
-"""How long a training step of the UNet takes on this machine, and of diffusers' of equal shape: one table."""
+"""Benchmarks a training step of the UNet against diffusers' UNet of the same shape: a table of seconds per step."""
 
 import importlib.util
 import math
@@ -26,7 +26,7 @@ from train.optim import clip_and_step
 
 HEADS = 4
 PROCESS = GaussianDiffusion(cosine(1000), variance="learned_range")
-Step = Callable[[], Tensor]  # one training step -> its loss, which the device may still be computing
+Step = Callable[[], Tensor]  # runs one training step and returns its loss, possibly still being computed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +34,21 @@ class BenchmarkConfig:
     """Benchmark."""
 
     channels: int = 128
-    """Width of the first level."""
+    """Channels of the first level."""
     channel_mults: tuple[int, ...] = (1, 2, 2, 2)
-    """Width of each level, times --channels."""
+    """Channels of each level, as multiples of --channels."""
     res_blocks: int = 3
-    """Residual blocks per level on the way down, one more on the way up."""
+    """Residual blocks per level of the down path; the up path has one more."""
     attn_factors: tuple[int, ...] = (2, 4)
-    """Levels with attention, by how many times smaller than the image they are; 4 heads in the last level."""
+    """Downsampling factors of the levels with attention; 4 heads in the last level."""
     img_size: int = 32
-    """Side of the images, pixels."""
+    """Side of the images, in pixels."""
     batch_size: int = 8
     """Images per step."""
     repeats: int = 7
-    """Counted steps of each kind, after two that are not counted."""
+    """Timed steps of each kind, after two warm-ups."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: cuda, else mps, else cpu."""
+    """auto: cuda if available, else mps, else cpu."""
 
     def __post_init__(self):
         for name in ("img_size", "batch_size", "repeats"):
@@ -58,7 +58,7 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Times a UNet's training step: corrupt, forward, hybrid loss with learned variances, backward, clip, AdamW."""
+    """Times a UNet's training step: noising, forward, hybrid loss with learned variances, backward, clipping, AdamW."""
 
     benchmark: BenchmarkConfig
 
@@ -67,37 +67,37 @@ def main(config: Config) -> None:
     c = config.benchmark
     world = DistContext(pick_device(c.device))
     shape = UNetConfig(
-        out_channels=6,  # and a variance for each of 3
+        out_channels=6,  # 3 predictions and 3 variances
         channels=c.channels,
         channel_mults=c.channel_mults,
         res_blocks=c.res_blocks,
         attn_factors=c.attn_factors,
         head_width=max(1, c.channels * c.channel_mults[-1] // HEADS),
     )
-    found = networks(shape, c.img_size)
+    unets = networks(shape, c.img_size)
     print(f"{device_name(world.device)}; torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"{c.batch_size} images of {c.img_size}x{c.img_size} a step, {c.repeats} steps of each kind in turn")
-    for name, network in found.items():
+    print(f"{c.batch_size} images of {c.img_size}x{c.img_size} per step, {c.repeats} steps of each kind, interleaved")
+    for name, network in unets.items():
         print(f"{name}: {count_parameters(network):,} parameters")
-    if "diffusers" not in found:
-        print("diffusers is not installed, and left out: pip install diffusers")
+    if "diffusers" not in unets:
+        print("diffusers skipped: not installed (pip install diffusers)")
     batch = (c.batch_size, 3, c.img_size, c.img_size)
-    steps = {(n, kind): step for n in found for kind, step in training_steps(found[n], batch, world).items()}
-    if len(steps) == len(found):
-        print("bfloat16 is not native to this machine, and left out")
+    steps = {(n, kind): step for n in unets for kind, step in training_steps(unets[n], batch, world).items()}
+    if len(steps) == len(unets):
+        print("bfloat16 skipped: no native support on this machine")
     print(f"\n{table(list(table_rows(time_steps(steps, c.repeats), c.batch_size)))}")
 
 
 def networks(config: UNetConfig, img_size: int) -> dict[str, nn.Module]:
-    """Ours, and diffusers' where it is installed."""
-    found = {"ours": UNet(config)}
+    """Builds our UNet, and diffusers' if it is installed."""
+    unets = {"ours": UNet(config)}
     if importlib.util.find_spec("diffusers") is not None:
-        found["diffusers"] = diffusers_unet(config, img_size)
-    return found
+        unets["diffusers"] = diffusers_unet(config, img_size)
+    return unets
 
 
 def diffusers_unet(config: UNetConfig, img_size: int) -> nn.Module:
-    """diffusers' network of the same shape: heads of one width, as `head_width` makes ours."""
+    """Builds diffusers' network of the same shape; like ours with `head_width`, all its heads have the same width."""
     from diffusers import UNet2DModel
 
     attends = [factor in config.attn_factors for factor in config.factors]
@@ -108,18 +108,18 @@ def diffusers_unet(config: UNetConfig, img_size: int) -> nn.Module:
         out_channels=config.out_channels,
         layers_per_block=config.res_blocks,
         block_out_channels=tuple(config.widths),
-        down_block_types=tuple("AttnDownBlock2D" if yes else "DownBlock2D" for yes in attends),
-        up_block_types=tuple("AttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attends)),
+        down_block_types=tuple("AttnDownBlock2D" if attn else "DownBlock2D" for attn in attends),
+        up_block_types=tuple("AttnUpBlock2D" if attn else "UpBlock2D" for attn in reversed(attends)),
         attention_head_dim=config.head_width,
         resnet_time_scale_shift="scale_shift",
         norm_num_groups=groups,
-        attn_norm_num_groups=groups,  # left out, the attention in the middle has no norm
+        attn_norm_num_groups=groups,  # without it, the attention of the middle block has no norm
         dropout=config.dropout,
     )
 
 
 def training_steps(network: nn.Module, shape: tuple[int, ...], world: DistContext) -> dict[str, Step]:
-    """A step of one network by precision, which share its weights; bfloat16 where the machine computes it natively."""
+    """Returns a training step of the network per precision (shared weights); bfloat16 only with native support."""
     network = network.to(world.device).train()
     state = TrainState({"network": network}, {"network": torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)})
     step = partial(training_step, network, state, shape, Streams(list(range(shape[0])), world.device), world)
@@ -135,11 +135,11 @@ def training_step(
     world: DistContext,
     amp: bool,
 ) -> Tensor:
-    """Corrupt, forward, the hybrid loss, backward, clip, AdamW."""
+    """Runs one training step: noising, forward, hybrid loss, backward, clipping, AdamW."""
     x0, noise, t = rng.normal(shape).clamp(-1, 1), rng.normal(shape), PROCESS.times(rng).cpu()
     with autocast(world.device, amp):
         output = network(PROCESS.corrupt(x0, t, noise), PROCESS.network_time(t).to(world.device))
-    output = output if isinstance(output, Tensor) else output.sample  # diffusers names what it returns
+    output = output if isinstance(output, Tensor) else output.sample  # diffusers returns an output object
     loss = PROCESS.loss(output, x0, noise, t, "hybrid").per_example.mean()
     loss.backward()
     clip_and_step(state, ["network"], world, lr=1e-4, clip=1.0)
@@ -147,20 +147,20 @@ def training_step(
 
 
 def time_steps(steps: dict[tuple[str, str], Step], repeats: int) -> dict[tuple[str, str], list[float]]:
-    """Seconds of `repeats` runs of each, after some that do not count; in turn, so that noise hits all alike."""
+    """Times `repeats` runs of each step after warm-ups, interleaved so that disturbances affect all alike."""
     seconds = {name: [] for name in steps}
     for i in range(WARM_UPS + repeats):
         for name, step in steps.items():
-            begun = time.perf_counter()
+            start = time.perf_counter()
             step().item()  # waits for the device
             if i >= WARM_UPS:
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def table_rows(seconds: dict[tuple[str, str], list[float]], images: int) -> Iterator[tuple[str, ...]]:
-    """Of a table for people: a heading, and each kind of step against our float32."""
-    yield "network", "precision", "median s/step", "min", "max", "images/s", "against our float32"
+    """Yields the rows of the table: a heading, then each kind of step."""
+    yield "network", "precision", "median s/step", "min s", "max s", "images/s", "speedup over our float32"
     medians = {name: torch.tensor(times, dtype=torch.float64).quantile(0.5).item() for name, times in seconds.items()}
     for name, times in seconds.items():
         spread = (f"{medians[name]:.3f}", f"{min(times):.3f}", f"{max(times):.3f}", f"{images / medians[name]:.2f}")

@@ -1,4 +1,4 @@
-"""Frechet and kernel distance (FID, KID) of a sampler's images to the real ones, with what makes them readable."""
+"""Fréchet and kernel distance (FID, KID) of a sampler's images to real ones, beside those of held-out images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,21 +36,21 @@ class DistanceConfig:
     """Distance."""
 
     n_samples: int = 10_000
-    """Number of generated images; the field's FID takes 50,000."""
+    """Number of generated images; published FIDs usually use 50,000."""
     samples: str | None = None
     """Measure the images of this samples.npz instead of new ones."""
     features: str = "auto"
-    """A file of experiments/metrics/features, or auto: the data set's own, inception, or pixels with a warning."""
+    """A file of experiments/metrics/features, or auto: the data set's own, else inception, else pixels (warns)."""
     inception_weights: str | None = None
-    """Path of torch-fidelity's Inception weights; left out, its cache or download."""
+    """Path of torch-fidelity's Inception weights; if omitted, its cache or a download."""
     split: Literal["train", "val"] = "train"
-    """Real images that are the reference."""
+    """Split of real images used as the reference."""
     ref_stats: str | None = None
-    """Reference statistics (.npz with mu and sigma) instead of a split's; KID needs features (n x D) in it, too."""
+    """Reference statistics (.npz with mu and sigma) instead of a split's; KID also needs features (n x D) in it."""
     kid_subsets: int = 100
-    """KID: pairs of random subsets whose mean and deviation it gives."""
+    """KID: number of random subsets to average over."""
     kid_subset_size: int = 1000
-    """KID: images of each, or as many as there are."""
+    """KID: images per subset, at most as many as there are."""
 
     def __post_init__(self):
         for name, low in (("n_samples", 2), ("kid_subsets", 1), ("kid_subset_size", 2)):
@@ -61,7 +61,7 @@ class DistanceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Measures generated images; results.json, samples.png and reconstructions.png lie in <logs_root>/<log_dir>."""
+    """Measures FID and KID; writes results.json, samples.png and reconstructions.png to <logs_root>/<log_dir>."""
 
     distance: DistanceConfig
     model: ModelConfig
@@ -70,48 +70,49 @@ class Config:
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
-    """Where the statistics of real images are kept comes from --logs_root."""
+    """Adds the cache folder of real images' statistics, which depends on --logs_root."""
     return ExperimentSetup((config.distance, config.sampling, statistics_cache(config.output.logs_root)))
 
 
 def measure(
     distance: DistanceConfig, sampling: SamplingConfig, cache: Path, model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
-    """All the distances of one report, and its pictures. On the main rank alone; the others take part."""
+    """Measures all distances and saves the pictures; a collective that returns results on the main rank."""
     data, size, first, world = model.data, batches.batch_size, model.space.first, model.world
     features = all_features.choose_features(distance.features, data, model.device, distance.inception_weights)
     reference = load_reference(distance, model, features, cache, size)
     held_out = ImageSource(model.dataset("val" if distance.split == "train" else "train"), data)
     count, images_of = sampled_images(distance.samples, distance.n_samples, model, sampling, batches.seed)
     files = {name: content for name, content in batches.files.items() if name != "ref_stats"}
-    found = sampled_features(images_of, count, GRID_IMAGES, features, batches, files)
-    same = min(count, len(held_out))  # as many images of each kind as there are held-out real ones
-    chosen = rank_indices(world, fixed_subset(len(held_out), same), size)
+    generated = sampled_features(images_of, count, GRID_IMAGES, features, batches, files)
+    n_held_out = min(count, len(held_out))
+    indices = rank_indices(world, fixed_subset(len(held_out), n_held_out), size)
 
-    kept = {"generated": FeatureSubset(found)}
-    everything, as_many = generated_statistics(kept["generated"], same, batches.folder / "samples.png")
-    kept["real_vs_real"] = FeatureSubset(add_features(features, images_in_order(held_out, size, chosen), world))
-    real_again, rebuilt = compute_statistics(kept["real_vs_real"]), None
+    subsets = {"generated": FeatureSubset(generated)}
+    all_samples, first_samples = generated_statistics(subsets["generated"], n_held_out, batches.folder / "samples.png")
+    subsets["real_vs_real"] = FeatureSubset(add_features(features, images_in_order(held_out, size, indices), world))
+    real, reconstructed = compute_statistics(subsets["real_vs_real"]), None
     if first is not None:
-        own = reconstruct_batches(first, images_in_order(held_out, size, chosen))
-        kept["reconstructions"] = FeatureSubset(add_features(features, own, world))
-        rebuilt = compute_statistics(progress(kept["reconstructions"], same, "reconstructing", world.is_main))
+        own = reconstruct_batches(first, images_in_order(held_out, size, indices))
+        subsets["reconstructions"] = FeatureSubset(add_features(features, own, world))
+        bar = progress(subsets["reconstructions"], n_held_out, "reconstructing", world.is_main)
+        reconstructed = compute_statistics(bar)
     if not world.is_main:
         return None
     if first is not None:
-        save_reconstructions(batches.folder / "reconstructions.png", first, held_out, min(same, 16))
+        save_reconstructions(batches.folder / "reconstructions.png", first, held_out, min(n_held_out, 16))
     return {
         "metric": features.module.METRIC,
-        "value": frechet_distance(everything, reference.statistics),
-        "real_vs_real": frechet_distance(real_again, reference.statistics),
-        "reconstructions": None if rebuilt is None else frechet_distance(rebuilt, reference.statistics),
+        "value": frechet_distance(all_samples, reference.statistics),
+        "real_vs_real": frechet_distance(real, reference.statistics),
+        "reconstructions": None if reconstructed is None else frechet_distance(reconstructed, reference.statistics),
         "n_samples": count,
         "features": features.name,
-        "n_compared": real_again.count,
-        "value_at_n_compared": frechet_distance(as_many, reference.statistics),
+        "n_compared": real.count,
+        "value_at_n_compared": frechet_distance(first_samples, reference.statistics),
         "reference": distance.ref_stats or f"{data.dataset}, {distance.split} split",
         "n_reference": reference.statistics.count,
-        "kernel": kernel_distances(distance, features, kept, reference),
+        "kernel": kernel_distances(distance, features, subsets, reference),
         "run": batches.run,
     }
 
@@ -119,7 +120,7 @@ def measure(
 def load_reference(
     distance: DistanceConfig, model: TrainedSampler, features: Features, cache: Path, batch_size: int
 ) -> Reference:
-    """What --ref_stats holds of the real images, else what a split does."""
+    """Returns the reference of --ref_stats, else that of a split of the data set."""
     if distance.ref_stats is not None:
         return Reference.load(distance.ref_stats)
     real, weights = model.dataset(distance.split), distance.inception_weights
@@ -127,46 +128,47 @@ def load_reference(
 
 
 def kernel_distances(
-    distance: DistanceConfig, features: Features, kept: dict[str, FeatureSubset], reference: Reference
+    distance: DistanceConfig, features: Features, subsets: dict[str, FeatureSubset], reference: Reference
 ) -> dict[str, Any] | None:
-    """{"metric": its name, and of each kind of images its mean, deviation, subsets and size}; None where the reference
-    has no features."""
+    """Returns the name of the metric and, for each kind of images, its mean, deviation, subsets and size; None if the
+    reference has no features."""
     if reference.features is None:
         return None
-    found: dict[str, Any] = {"metric": features.module.METRIC.replace("F", "K", 1)}  # FID, FD(pixels): KID, KD(pixels)
-    for kind, each in kept.items():
-        value = kernel_distance(each.features, reference.features, distance.kid_subsets, distance.kid_subset_size)
-        found[kind] = value._asdict()
-    return found
+    kernel: dict[str, Any] = {"metric": features.module.METRIC.replace("F", "K", 1)}  # FID, FD(pixels): KID, KD(pixels)
+    for kind, subset in subsets.items():
+        value = kernel_distance(subset.features, reference.features, distance.kid_subsets, distance.kid_subset_size)
+        kernel[kind] = value._asdict()
+    return kernel
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
-    """The table a person reads: the distances between what they would be for perfect codes and for real images."""
+    """Formats the table: the distances of generated images, of reconstructions and of held-out real images."""
     same, kernel = str(results["n_compared"]), results.get("kernel")
 
-    def row(words: str, count: str, value: str, kind: str = "") -> tuple[str, ...]:
-        return (words, count, f"{results[value]:.4g}", *([format_kernel_distance(kernel.get(kind))] if kernel else []))
+    def row(label: str, count: str, value: str, kind: str = "") -> tuple[str, ...]:
+        return (label, count, f"{results[value]:.4g}", *([format_kernel_distance(kernel.get(kind))] if kernel else []))
 
     rows = [("images", "count", results["metric"], *([kernel["metric"]] if kernel else []))]
     rows.append(row("generated", str(results["n_samples"]), "value", "generated"))
     if results["n_compared"] != results["n_samples"]:
-        rows.append(row("generated, as many as held out", same, "value_at_n_compared"))
+        rows.append(row("generated, as many as held-out images", same, "value_at_n_compared"))
     if results["reconstructions"] is not None:
         rows.append(row("reconstructions of held-out images", same, "reconstructions", "reconstructions"))
     rows.append(row("held-out real images", same, "real_vs_real", "real_vs_real"))
     to = f"to {results['reference']} ({results['n_reference']} images), features: {results['features']}"
-    lines = [f"\n{results['metric']} {to}\n{table(rows)}"]
+    lines = [f"\n{results['metric']} {to}; lower is better\n{table(rows)}"]
     if kernel:
         sizes = sorted({kernel[kind]["size"] for kind in kernel.keys() - {"metric"}})
         of = f"{kernel['generated']['subsets']} subsets of {' or '.join(map(str, sizes))} images"
-        lines.append(f"{kernel['metric']}: mean and deviation over {of}, 0 at best, below it by chance")
+        lines.append(f"{kernel['metric']}: mean ± standard deviation over {of}; best 0, may be negative by chance")
     elif "kernel" in results:
-        lines.append(f"no kernel distance (KID): {results['reference']} has statistics alone, no features")
+        lines.append(f"no kernel distance (KID): {results['reference']} has only statistics, no features")
     return "\n".join([*lines, f"\n{folder / 'results.json'}\n{folder / 'samples.png'}"])
 
 
-def format_kernel_distance(found: dict[str, Any] | None) -> str:
-    return "" if found is None else f"{found['mean']:.3g} ± {found['deviation']:.2g}"
+def format_kernel_distance(distance: dict[str, Any] | None) -> str:
+    """Formats mean ± standard deviation; empty where there is none."""
+    return "" if distance is None else f"{distance['mean']:.3g} ± {distance['deviation']:.2g}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage of a sampler's images, beside those of held-out real ones."""
+"""Precision, recall, density and coverage of a sampler's images, beside those of held-out real images."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +26,17 @@ class PRDCConfig:
     """Precision, recall, density, coverage."""
 
     n_samples: int = 10_000
-    """Number of generated images, and of real ones; as many as the split has, where that is fewer."""
+    """Number of generated and of real images; at most as many as the split has."""
     nearest_k: int = 5
-    """A feature's ball reaches to its k-th nearest neighbour; papers take 3 or 5."""
+    """Radius of each feature's ball: the distance to its k-th nearest neighbour; papers use 3 or 5."""
     samples: str | None = None
     """Measure the images of this samples.npz instead of new ones."""
     features: str = "auto"
-    """A file of experiments/metrics/features, or auto: the data set's own, inception, or pixels with a warning."""
+    """A file of experiments/metrics/features, or auto: the data set's own, else inception, else pixels (warns)."""
     inception_weights: str | None = None
-    """Path of torch-fidelity's Inception weights; left out, its cache or download."""
+    """Path of torch-fidelity's Inception weights; if omitted, its cache or a download."""
     split: Literal["train", "val"] = "train"
-    """Real images they are measured against: of a larger split a random part, always the same."""
+    """Split of real images used as the reference; of a larger split, a fixed random subset."""
 
     def __post_init__(self):
         for name, low in (("n_samples", 2), ("nearest_k", 1)):
@@ -47,7 +47,7 @@ class PRDCConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Measures generated images; results.json and samples.png lie in <logs_root>/<log_dir>."""
+    """Measures precision, recall, density, coverage; writes results.json and samples.png to <logs_root>/<log_dir>."""
 
     prdc: PRDCConfig
     model: ModelConfig
@@ -58,23 +58,25 @@ class Config:
 def measure(
     settings: PRDCConfig, sampling: SamplingConfig, model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
-    """All the numbers of one report, and samples.png. On the main rank alone; the others take part."""
+    """Measures all numbers and saves samples.png; a collective that returns results on the main rank."""
     size, data, world = batches.batch_size, model.data, model.world
     features = all_features.choose_features(settings.features, data, model.device, settings.inception_weights)
     source = ImageSource(model.dataset(settings.split), data)
     held_out = ImageSource(model.dataset("val" if settings.split == "train" else "train"), data)
-    given, images_of = sampled_images(settings.samples, settings.n_samples, model, sampling, batches.seed)
-    count = min(given, len(source))  # as many generated as real ones: with more of one kind the numbers rise or fall
+    available, images_of = sampled_images(settings.samples, settings.n_samples, model, sampling, batches.seed)
+    count = min(available, len(source))  # equal numbers of generated and real images: the metrics depend on their ratio
     same = min(count, len(held_out))
     check_counts({"generated and real": count, "held-out": same}, settings.nearest_k)
-    if count < given:
-        print(f"{count} images of each kind: the {settings.split} split has no more", flush=True)
+    if count < available:
+        print(f"using {count} images of each kind: the {settings.split} split has no more", flush=True)
 
-    real = concatenate(real_features(source, fixed_subset(len(source), count), features, size, world, "real"), count)
+    real = concatenate(
+        real_features(source, fixed_subset(len(source), count), features, size, world, "real images"), count
+    )
     subset = fixed_subset(len(held_out), same)
-    others = concatenate(real_features(held_out, subset, features, size, world, "held-out"), same)
-    found = sampled_features(images_of, count, GRID_IMAGES, features, batches, batches.files)
-    generated = concatenate(with_grid(found, batches.folder / "samples.png"), count)
+    others = concatenate(real_features(held_out, subset, features, size, world, "held-out images"), same)
+    samples = sampled_features(images_of, count, GRID_IMAGES, features, batches, batches.files)
+    generated = concatenate(with_grid(samples, batches.folder / "samples.png"), count)
     if not world.is_main:
         return None
     sets = {"generated": generated["features"], "held_out": others["features"], "real": real["features"]}
@@ -91,7 +93,7 @@ def measure(
 
 
 def check_counts(counts: dict[str, int], k: int) -> None:
-    """ValueError where features have fewer than k neighbours of their own kind."""
+    """Raises ValueError if a kind has at most k images, too few for k neighbours."""
     for kind, count in counts.items():
         if count <= k:
             raise ValueError(
@@ -100,7 +102,7 @@ def check_counts(counts: dict[str, int], k: int) -> None:
 
 
 def with_grid(batches: Batches, path: Path) -> Batches:
-    """Batches as they are; the first 64 images become a grid."""
+    """Yields the batches unchanged and saves the first 64 images as a grid."""
     shown = []
     for batch in batches:
         if "image" in batch:
@@ -111,8 +113,8 @@ def with_grid(batches: Batches, path: Path) -> Batches:
 
 
 def measure_against_real(sets: dict[str, Tensor], k: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Of "generated" features, of as many of them as there are held-out ones, and of "held_out" ones: the four numbers
-    against the "real" ones. A bar counts rows of distances."""
+    """Measures the "generated" features, the first of them (as many as held-out ones) and the "held_out" ones against
+    the "real" ones. A progress bar counts rows of distances."""
     here = torch.device("cpu") if device.type == "mps" else device
     sets = {name: each.to(here) for name, each in sets.items()}
     real, count, same = sets["real"], len(sets["generated"]), len(sets["held_out"])
@@ -122,27 +124,27 @@ def measure_against_real(sets: dict[str, Tensor], k: int, device: torch.device) 
     rows = len(real) + sum(len(each) + len(real) for each in fakes.values())
     with tqdm(total=rows, desc="distances", unit="row", dynamic_ncols=True, mininterval=1.0) as bar:
         real_radii = knn_radii(real, k, bar.update)
-        found = {name: prdc(real, each, k, real_radii, bar.update)._asdict() for name, each in fakes.items()}
-    return found | {"generated_at_n_held_out": found.get("generated_at_n_held_out", found["generated"])}
+        metrics = {name: prdc(real, each, k, real_radii, bar.update)._asdict() for name, each in fakes.items()}
+    return metrics | {"generated_at_n_held_out": metrics.get("generated_at_n_held_out", metrics["generated"])}
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
-    """The table a person reads."""
+    """Formats the table of all metrics."""
     names = PRDC._fields
 
-    def row(words: str, count: int, kind: str) -> tuple[str, ...]:
-        return (words, str(count), *(f"{results[kind][name]:.3f}" for name in names))
+    def row(label: str, count: int, kind: str) -> tuple[str, ...]:
+        return (label, str(count), *(f"{results[kind][name]:.3f}" for name in names))
 
     rows = [("images", "count", *names), row("generated", results["n_generated"], "generated")]
     if results["n_held_out"] != results["n_generated"]:
-        rows.append(row("generated, as many as held out", results["n_held_out"], "generated_at_n_held_out"))
+        rows.append(row("generated, as many as held-out images", results["n_held_out"], "generated_at_n_held_out"))
     rows.append(row("held-out real images", results["n_held_out"], "held_out"))
-    against = f"{results['n_real']} of {results['reference']}"
+    against = f"{results['n_real']} real images of {results['reference']}"
     return f"""
-against {against}; k = {results["k"]}, features: {results["features"]}
+against {against}; k = {results["k"]}, features: {results["features"]}; higher is better
 {table(rows)}
-precision, density: do generated images look real? recall, coverage: are all kinds of real images among them?
-Held-out real images are what a perfect model would make: read the others beside as many of them
+precision, density: fidelity (do generated images look real?); recall, coverage: diversity (are real images covered?)
+Held-out real images show what a perfect model reaches; compare equal numbers of images.
 
 {folder / "results.json"}
 {folder / "samples.png"}"""

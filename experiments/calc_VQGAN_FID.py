@@ -1,4 +1,4 @@
-"""How well a trained VQGAN rebuilds images it was not trained on: rFID, PSNR, SSIM, LPIPS, L1, use of its codes, bits.
+"""Reconstruction quality of a trained VQGAN on held-out images: rFID, PSNR, SSIM, LPIPS, L1, codebook usage, bits.
 
 python experiments/calc_VQGAN_FID.py --dataset digits
 """
@@ -42,19 +42,19 @@ class ReconstructionConfig:
     """Reconstructions."""
 
     split: Literal["train", "val"] = "val"
-    """Images that are rebuilt; all of this split are the reference of the distance."""
+    """Split to reconstruct; all of its images are the reference of the Fréchet distance."""
     n_images: int | None = None
-    """Rebuild so many of them, always the same, drawn at random; all if left out."""
+    """Number of images to reconstruct, a fixed random subset; if omitted, all."""
     features: str = "auto"
-    """A file of experiments/metrics/features, or auto: the data set's own, inception, or pixels with a warning."""
+    """A file of experiments/metrics/features, or auto: the data set's own, else inception, else pixels (warns)."""
     inception_weights: str | None = None
-    """Path of torch-fidelity's Inception weights; left out, its cache or download."""
+    """Path of torch-fidelity's Inception weights; if omitted, its cache or a download."""
     lpips_net: Literal["auto", "vgg", "alex", "squeeze", "none"] = "auto"
-    """Network of LPIPS; auto: the one that the VQGAN trained with, if any."""
+    """LPIPS network; auto: the one the VQGAN was trained with, if any."""
     perceptual_weights: str | None = None
-    """File of its ImageNet weights; left out, the one trained with, or torch's cache or download."""
+    """File of its ImageNet weights; if omitted, the one used in training, else torch's cache or a download."""
     batch_size: int = 50
-    """Images rebuilt at once in each process; no number depends on it."""
+    """Images reconstructed at once in each process; does not change the results."""
 
     def __post_init__(self):
         if self.n_images is not None and self.n_images < 2:
@@ -67,7 +67,8 @@ class ReconstructionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Measures a VQGAN's reconstructions; results.json, reconstructions.png, codes.png lie in <logs_root>/<log_dir>."""
+    """Measures a VQGAN's reconstructions; writes results.json, reconstructions.png and codes.png to
+    <logs_root>/<log_dir>."""
 
     reconstruction: ReconstructionConfig
     model: FirstStageModelConfig
@@ -75,12 +76,12 @@ class Config:
 
 
 def prepare(config: Config, model: FirstStage, world: DistContext) -> ExperimentSetup:
-    """The images of the split and the network of LPIPS; a report by another network is outdated."""
+    """Opens the images and the LPIPS network; results with another network are outdated."""
     settings = config.reconstruction
     dataset = build_dataset(model.data, model.reader, settings.split)
     origin = {"images": dataset.fingerprint()} | perceptual_provenance(settings.perceptual_weights)
     net, perceptual = choose_lpips(settings.lpips_net, settings.perceptual_weights, model.run)
-    if any(world.any(perceptual is None)):  # all measure the same, also where one machine lacks the weights
+    if any(world.any(perceptual is None)):  # all ranks measure the same, even if only one lacks the weights
         net, perceptual = "none", None
     cache = statistics_cache(config.output.logs_root)
     name = f"VQGAN_FID_{settings.split}"
@@ -100,8 +101,8 @@ def measure(
     model: FirstStage,
     batches: ResumableBatches,
 ) -> dict[str, Any] | None:
-    """All that one report says of the images of a split, LPIPS by `perceptual` where there is one, and its pictures. On
-    the main rank alone; the others take part."""
+    """Measures the reconstructions of a split, with LPIPS if there is a network, and saves the pictures; a collective
+    that returns results on the main rank."""
     data, size, world = model.data, settings.batch_size, batches.world
     if perceptual is not None:
         perceptual.to(model.device)
@@ -110,35 +111,36 @@ def measure(
     source = ImageSource(dataset, data)
     n = len(source) if settings.n_images is None else min(settings.n_images, len(source))
     own = images_in_order(source, size, rank_indices(world, sorted(fixed_subset(len(source), n)), size))
-    found = gather_in_order(world, measure_reconstructions(model, own, features, perceptual))
-    found = progress(found, n, "reconstructing", world.is_main)
+    metrics = gather_in_order(world, measure_reconstructions(model, own, features, perceptual))
+    metrics = progress(metrics, n, "reconstructing", world.is_main)
     if not world.is_main:
-        list(found)
+        list(metrics)
         return None
     codebook_size = model.vqgan.quantizer.codebook_size
-    numbers, chosen = summarize_reconstructions(found, reference, codebook_size, math.prod(data.size))
+    numbers, counts = summarize_reconstructions(metrics, reference, codebook_size, math.prod(data.size))
     save_reconstructions(batches.folder / "reconstructions.png", model, source, min(n, SHOWN_IMAGES))
     results = {"metric": features.module.METRIC, **numbers, "codebook_size": codebook_size, "lpips_net": net}
     results |= {"split": settings.split, "n_reference": reference.count, "features": features.name, "run": batches.run}
-    plot(batches.folder / "codes.png", chosen, results)
+    plot(batches.folder / "codes.png", counts, results)
     return results
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
-    """The table a person reads."""
+    """Formats the table of all metrics."""
     dataset, K = results["run"]["model"]["dataset"], results["codebook_size"]
-    exact = f"; without {results['exact_images']} images rebuilt exactly" if results["exact_images"] else ""
+    exact = f", without {results['exact_images']} exact reconstructions" if results["exact_images"] else ""
     used = round(results["codebook_usage"] * K)
-    coded = f"{results['entropy_coded_bits_per_pixel']:.4g} if coded by how often each is chosen"
+    coded = f"lower is better; {results['entropy_coded_bits_per_pixel']:.4g} with entropy coding"
+    against = f"lower is better; against all {results['n_reference']} originals"
     rows = [
-        ("measure", "value", ""),
-        (f"r{results['metric']}", number(results["rfd"]), f"to the {results['n_reference']} originals, 0 at best"),
-        ("PSNR", number(results["psnr"], " dB"), f"mean over images, of levels 0 to 255{exact}"),
-        ("SSIM", number(results["ssim"]), f"mean over images of at least {WINDOW}x{WINDOW}, 1 at best"),
-        ("LPIPS", number(results["lpips"]), f"network: {results['lpips_net']}; 0 at best"),
-        ("L1", number(results["l1"]), "of values in [-1, 1]"),
-        ("codebook usage", number(100 * results["codebook_usage"], " %"), f"{used} of {K} codes"),
-        ("perplexity", number(results["perplexity"]), f"of at most {K}"),
+        ("metric", "value", ""),
+        (f"r{results['metric']}", number(results["rfd"]), against),
+        ("PSNR", number(results["psnr"], " dB"), f"higher is better; mean over images{exact}"),
+        ("SSIM", number(results["ssim"]), f"higher is better, at most 1; images of at least {WINDOW}x{WINDOW}"),
+        ("LPIPS", number(results["lpips"]), f"lower is better; network: {results['lpips_net']}"),
+        ("L1", number(results["l1"]), "lower is better; of values in [-1, 1]"),
+        ("codebook usage", number(100 * results["codebook_usage"], " %"), f"higher is better; {used} of {K} codes"),
+        ("perplexity", number(results["perplexity"]), f"higher is better, at most {K}"),
         ("bits per pixel", number(results["bits_per_pixel"]), coded),
     ]
     where = f"{dataset}, {results['split']} split: {results['n_images']} images and their reconstructions"
@@ -147,27 +149,28 @@ def report(results: dict[str, Any], folder: Path) -> str:
 
 
 def number(value: float | None, unit: str = "") -> str:
+    """Formats a value to four significant digits, "-" for None."""
     return "-" if value is None else f"{value:.4g}{unit}"
 
 
-def plot(path: Path, chosen: Tensor, results: dict[str, Any]) -> None:
-    """How often each code is chosen, from the most frequent on; codes never chosen leave the right of it empty."""
-    from matplotlib.figure import Figure  # without pyplot: a PNG is drawn by Agg, and no window is asked for
+def plot(path: Path, counts: Tensor, results: dict[str, Any]) -> None:
+    """Plots the frequency of each code, in descending order; unused codes leave the right of the plot empty."""
+    from matplotlib.figure import Figure  # not pyplot: no display is needed
 
-    K = len(chosen)
-    shares = (chosen / chosen.sum()).sort(descending=True).values
-    shares = shares.where(shares > 0, torch.nan)  # what is never chosen has no place on a logarithmic scale
+    K = len(counts)
+    frequencies = (counts / counts.sum()).sort(descending=True).values
+    frequencies = frequencies.where(frequencies > 0, torch.nan)  # zeros cannot be shown on a logarithmic scale
     figure = Figure(figsize=(6.5, 4.2), dpi=150, layout="constrained")
     panel = figure.subplots()
-    panel.stairs(shares.numpy(), torch.arange(K + 1).numpy(), baseline=None, color="#0072b2")
+    panel.stairs(frequencies.numpy(), torch.arange(K + 1).numpy(), baseline=None, color="#0072b2")
     panel.axhline(1 / K, color="0.4", linestyle="--", linewidth=1)
     place = {"transform": panel.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-    panel.text(0.99, 1 / K, f"if all were alike: 1/{K}", color="0.3", **place)
-    panel.set(yscale="log", xlim=(0, K), xlabel="codes, the most frequent first", ylabel="share of all positions")
+    panel.text(0.99, 1 / K, f"uniform: 1/{K}", color="0.3", **place)
+    panel.set(yscale="log", xlim=(0, K), xlabel="codes, by descending frequency", ylabel="relative frequency")
     panel.grid(color="0.9")
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
-    title = f"Codes: {100 * results['codebook_usage']:.4g} % of {K} used, perplexity {results['perplexity']:.4g}\n"
+    title = f"Code usage: {100 * results['codebook_usage']:.4g} % of {K}, perplexity {results['perplexity']:.4g}\n"
     title += f"{results['n_images']} images ({results['split']} split)"
     panel.set_title(title, fontsize=11, loc="left")
     with atomic_write(path) as scratch:

@@ -1,4 +1,4 @@
-"""The likelihood of held-out images under a trained sampler, in bits: a bound, the probability flow's, or exactly."""
+"""Likelihood of held-out images under a trained sampler, in bits: variational bound, probability flow, or exact."""
 
 import math
 from collections.abc import Callable
@@ -36,16 +36,16 @@ class LikelihoodConfig:
     """Likelihood."""
 
     n_images: int | None = None
-    """Images measured, drawn at random, always the same; left out, the whole split. With fewer (--n_images 500) it is
-    quicker; the standard error tells what is lost."""
+    """Number of images, a fixed random subset; if omitted, the whole split. Fewer (--n_images 500) are faster; the
+    standard error shows the loss of precision."""
     split: Literal["val", "train"] = "val"
-    """Images they are drawn from; train: in the views that training saw."""
+    """Split to measure; train: in the augmented views used in training."""
     calls: int | None = 100
-    """Network calls per image; None: one for each of the bound's T terms (absorbing in continuous time: one for each
-    number of masked codes). Where T is larger, half of the calls go to the terms nearest the data, which are all
-    computed. The rest of T is cut into as many stretches as calls are left, and in each one term, drawn anew for every
-    image, stands for its stretch: unbiased, and within the error stated. Of edm and flow: steps of the ODE (None: 50),
-    two calls and two backward passes each. What is exact (autoregressive) takes one call, whatever this says."""
+    """Network evaluations (NFE) per image; None: one for each of the bound's T terms (absorbing in continuous time: one
+    for each number of masked codes). If T is larger, half of the evaluations compute the terms nearest the data
+    exactly; the other terms are divided into as many strata as evaluations are left, and one random term per stratum
+    and image estimates its sum: unbiased, and covered by the standard error. edm and flow: steps of the ODE (None: 50),
+    with two forward and two backward passes each. Exact likelihoods (autoregressive) always take one evaluation."""
 
     def __post_init__(self):
         for name in ("n_images", "calls"):
@@ -56,12 +56,11 @@ class LikelihoodConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Measures bits per code and per dimension (absorbing, autoregressive), or per dimension (ddpm), into
-    <logs_root>/<log_dir>.
+    """Measures bits per code and per dimension (absorbing, autoregressive), or per dimension (ddpm).
 
-    absorbing and ddpm's gaussian: the variational bound; ddpm's edm and flow: the probability-flow ODE; autoregressive:
-    exact. A bound on images by way of codes: -log2 p(x) <= -log2 p(x | z) - log2 p(z), where z are the codes of x.
-    results.json has the numbers, terms.png the bound's terms.
+    absorbing and ddpm's gaussian process: variational bound; ddpm's edm and flow: probability-flow ODE; autoregressive:
+    exact. With codes z of an image x, the bound on images is -log2 p(x) <= -log2 p(x | z) - log2 p(z). Writes
+    results.json, and the terms of the bound as terms.png, to <logs_root>/<log_dir>.
     """
 
     likelihood: LikelihoodConfig
@@ -71,13 +70,13 @@ class Config:
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
-    """Trains the head of the decoder first, as far as it is not; a report of other weights of it is outdated.
+    """Trains the decoder's head first, as far as needed; results with other weights of it are outdated.
 
-    ValueError for a model of latents.
+    ValueError: the model is one of latents.
     """
     if isinstance(model.space, Latents):
         why = "latents are continuous and have no likelihood in bits"
-        raise ValueError(f"{why}: {model.run} is no model of pixels")
+        raise ValueError(f"{why}: {model.run} is a model of latents")
     head = load_or_train_head(config.decoder, config.model, config.output, model)
     weights = None if head is None else head.weights
 
@@ -94,47 +93,46 @@ def bound_function(
     calls: int | None,
     decoder: Callable[[Batch], Tensor] | None = None,
 ) -> Callable[[list[int]], dict[str, Tensor]]:
-    """A function from positions to their Bound, in float64 on the CPU; no image's depends on those beside it.
+    """Returns a function from positions to their `Bound`, in float64 on the CPU, with "decoder" (B,) if given; results
+    do not depend on the batch size."""
 
-    With it "decoder" (B,), where there is one.
-    """
-
-    def of(positions: list[int]) -> dict[str, Tensor]:
+    def compute(positions: list[int]) -> dict[str, Tensor]:
         batch = source[positions]
         bound = trained.log_likelihood(batch, seed, calls)
-        found = bound._asdict() | ({} if decoder is None else {"decoder": decoder(batch)})
-        return {name: part.cpu().double() for name, part in found.items()}
+        parts = bound._asdict() | ({} if decoder is None else {"decoder": decoder(batch)})
+        return {name: part.cpu().double() for name, part in parts.items()}
 
-    return of
+    return compute
 
 
 def measure(
     settings: LikelihoodConfig, head: TrainedHead | None, model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
-    """All that one report says, and terms.png where there are terms. On the main rank alone; the others take part."""
+    """Measures the likelihood and saves terms.png if the bound has terms; a collective that returns results on the main
+    rank."""
     world, source = model.world, model.batches(settings.split)
-    count = min(settings.n_images or len(source), len(source))  # beyond an epoch images come again
+    count = min(settings.n_images or len(source), len(source))  # beyond one epoch, images would repeat
     decoder = None if head is None else DecoderBits(head, model, settings.split, source)
-    name = "bounds" if head is None else f"bounds_{head.weights[:16]}"  # it may be trained on between two starts
+    name = "bounds" if head is None else f"bounds_{head.weights[:16]}"  # its training may continue between runs
     make = bound_function(model, source, batches.seed, settings.calls, decoder)
-    totals, prior, terms, of_decoder = [], 0.0, 0.0, []
+    totals, prior, terms, decoder_bits = [], 0.0, 0.0, []
     for bound in progress(batches.resume(name, range(count), make), count, "measuring", world.is_main):
         totals.append(bound["total"])
         prior += bound["prior"].sum().item() / count
         terms = terms + bound["terms"].sum(0) / count  # (T,)
         if head is not None:
-            of_decoder.append(bound["decoder"])
+            decoder_bits.append(bound["decoder"])
     if not world.is_main:
         return None
     total, steps, sampler = torch.cat(totals), len(terms), model.sampler
     widths = stratum_widths(steps, settings.calls)
     curve = spread_over_strata(terms, widths).tolist() if steps else []
-    of_times = steps > 0 and sampler.process.steps is not None  # in continuous time, of numbers of masked codes
+    of_times = steps > 0 and sampler.process.steps is not None  # continuous time: terms by number of masked codes
     results = {
         "unit": sampler.unit,
         "method": sampler.likelihood,
         "value": total.mean().item(),
-        "standard_error": total.std().item() / count**0.5 if count > 1 else None,  # over images and draws
+        "standard_error": total.std().item() / count**0.5 if count > 1 else None,  # over images and random terms
         "prior": prior,
         "decoder": curve[0] if of_times and widths[:1] == [1] else None,
         "n_images": count,
@@ -146,64 +144,62 @@ def measure(
     }
     if head is not None:
         sizes = model.space.tokens, math.prod(model.data.shape)
-        results |= summarize_image_bits(total, torch.cat(of_decoder), *sizes, head)
+        results |= summarize_image_bits(total, torch.cat(decoder_bits), *sizes, head)
     if steps:
         plot(batches.folder / "terms.png", results)
     return results
 
 
 def stratum_widths(steps: int, calls: int | None) -> list[int]:
-    """From the data on, how many neighbouring steps each network call stands for."""
+    """Returns how many consecutive steps each network call estimates, starting nearest the data."""
     return [width for _, width in visits(steps, calls, Streams([0]))] if steps else []
 
 
 def spread_over_strata(terms: Tensor, widths: list[int]) -> Tensor:
-    """Mean terms (T,), each stretch's sum spread evenly over it: few images visit any one of its steps."""
+    """Spreads the sum of the mean terms (T,) evenly over each stratum: few images sample any single step of it."""
     return torch.cat([part.mean().expand(len(part)) for part in terms.split(widths)])
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
-    """The table a person reads."""
+    """Formats the table of the likelihood and its terms."""
     steps, error, decoder = len(results["terms"]), results["standard_error"], results["decoder"]
-    rows = [("", results["unit"])]
-    rows.append(("total", f"{results['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")))
+    rows = [("", f"{results['unit']}, lower is better")]
+    spread = ("", "") if error is None else (" ± standard error", f" ± {error:.4f}")
+    rows.append((f"total{spread[0]}", f"{results['value']:.4f}{spread[1]}"))
     if results["method"] != "exact":
         rows.append(("prior term", f"{results['prior']:.4f}"))
     if decoder is not None:
-        rows.append((f"decoder's term (t = 1/{steps})", f"{decoder:.4f}"))
-    rows.append(("images", str(results["n_images"])))
-    way = f", {results['calls']} of {steps} terms per image" if steps else ""
-    lines = [f"\n{results['split']} split, {results['method']}{way}\n{table(rows)}"]
+        rows.append((f"reconstruction term (t = 1/{steps})", f"{decoder:.4f}"))
+    nfe = f", {results['calls']} of {steps} terms per image" if steps else ""
+    lines = [f"\n{results['split']} split, {results['n_images']} images, {results['method']}{nfe}\n{table(rows)}"]
     if "head" in results:
         head = "head: {run}, step {step}".format(**results["head"])
-        lines.append(
-            f"\n8-bit images: in each value's bin a Gaussian's mass ({head})\n{table(image_bits_rows(results))}"
-        )
+        lines.append(f"\n8-bit images, discretized Gaussian likelihood ({head})\n{table(image_bits_rows(results))}")
     lines.append(f"\n{folder / 'results.json'}")
     return "\n".join([*lines, *([str(folder / "terms.png")] if steps else [])])
 
 
 def plot(path: Path, results: dict[str, Any]) -> None:
-    """The bound's terms against what they are of, as in Nichol & Dhariwal 2021, figure 2; flat where one stands for
-    others."""
-    from matplotlib.figure import Figure  # without pyplot: a PNG is drawn by Agg, and no window is asked for
+    """Plots the terms of the bound against time or the number of masked codes, as in Nichol & Dhariwal 2021, figure 2;
+    flat within a stratum."""
+    from matplotlib.figure import Figure  # not pyplot: no display is needed
 
     terms = torch.tensor(results["terms"], dtype=torch.float64)
     edges, xlabel = torch.arange(len(terms) + 1) / len(terms), "t"
-    if results["terms_of"] != "times":  # term i is of i + 1 masked codes
+    if results["terms_of"] != "times":  # term i has i + 1 masked codes
         edges, xlabel = torch.arange(len(terms) + 1) + 0.5, results["terms_of"]
     figure = Figure(figsize=(6.5, 4.2), dpi=150, layout="constrained")
     panel = figure.subplots()
-    shown = terms.where(terms > 0, torch.nan)  # what is not positive has no place on a logarithmic scale
+    shown = terms.where(terms > 0, torch.nan)  # only positive values can be shown on a logarithmic scale
     panel.stairs(shown.numpy(), edges.numpy(), baseline=None, color="#0072b2")
-    ylabel = f"{results['unit']}, per {'step' if results['terms_of'] == 'times' else 'number'}"
+    ylabel = f"term ({results['unit']})"
     panel.set(yscale="log", xlim=(edges[0].item(), edges[-1].item()), xlabel=xlabel, ylabel=ylabel)
     panel.grid(color="0.9")
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
-    title = f"Terms of the bound: {results['value']:.4g} {results['unit']} in all\n"
+    title = f"Terms of the bound: {results['value']:.4g} {results['unit']} in total\n"
     count, calls = results["n_images"], results["calls"]
-    title += f"{count} images ({results['split']} split), {calls} of {len(terms)} terms each"
+    title += f"{count} images ({results['split']} split), {calls} of {len(terms)} terms per image"
     panel.set_title(title, fontsize=11, loc="left")
     with atomic_write(path) as scratch:
         figure.savefig(scratch, format="png")

@@ -1,4 +1,4 @@
-"""The training images nearest to a sampler's images: does it copy? A picture and distances."""
+"""Finds the training images nearest to a sampler's images, to detect memorisation: distances and a picture."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ from train.data.loading import ImageSource, fixed_subset
 from train.data.transforms import training_views
 from train.trained_sampler import TrainedSampler
 
-CLOSE_QUANTILE = 0.05  # a quantile of the held-out images' distances: nearer than that is suspicious
+CLOSE_QUANTILE = 0.05  # of the held-out images' distances; samples nearer than that are suspicious
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,26 +45,26 @@ class NeighboursConfig:
     """Nearest neighbours."""
 
     n_samples: int = 100
-    """Number of generated images; as many held-out real ones are what they are compared with."""
+    """Number of generated images; they are compared with as many held-out real ones."""
     samples: str | None = None
-    """Take the images of this samples.npz instead of new ones."""
+    """Use the images of this samples.npz instead of new ones."""
     neighbours: int = 10
-    """Nearest training images told of each."""
+    """Nearest training images reported for each image."""
     candidates: int = 100
-    """Nearest training images by features, in the views it was trained on, that are then ranked anew."""
+    """Nearest training images by features, over all training views, that are then reranked."""
     features: str = "auto"
-    """A file of experiments/metrics/features, or auto: the data set's own, inception, or pixels with a warning."""
+    """A file of experiments/metrics/features, or auto: the data set's own, else inception, else pixels (warns)."""
     inception_weights: str | None = None
-    """Path of torch-fidelity's Inception weights; left out, its cache or download."""
+    """Path of torch-fidelity's Inception weights; if omitted, its cache or a download."""
     rerank: Literal["auto", "lpips", "pixels"] = "auto"
-    """Distance that ranks candidates: LPIPS (of images below 64 pixels, bilinearly enlarged by a whole number), or the
-    Euclidean one of pixels in [0, 1]. auto: LPIPS, or pixels with one sentence where its weights are not to be had."""
+    """Distance that reranks candidates: LPIPS (images below 64 pixels are enlarged by an integer factor), or the
+    Euclidean distance of pixels in [0, 1]. auto: LPIPS, or pixels, with a message, if its weights are unavailable."""
     perceptual_net: Literal["alex", "vgg", "squeeze"] = "alex"
-    """Network of LPIPS."""
+    """LPIPS network."""
     perceptual_weights: str | None = None
-    """File of its ImageNet weights (torchvision's state dict); left out, torch's cache or download."""
+    """File of its ImageNet weights (torchvision's state dict); if omitted, torch's cache or a download."""
     rows: int = 4
-    """Rows of the picture for each kind: the samples nearest to a training image, others, held-out images."""
+    """Rows of the picture per section: samples nearest to a training image, other samples, held-out images."""
 
     def __post_init__(self):
         lowest = {"n_samples": 1, "neighbours": 1, "candidates": self.neighbours, "rows": 1}
@@ -73,12 +73,12 @@ class NeighboursConfig:
             if value < low:
                 raise ValueError(f"got {name} {value}, wanted at least {low}: pass --{name} N")
         if self.rerank == "pixels" and self.perceptual_weights is not None:
-            raise ValueError("got --perceptual_weights with --rerank pixels, which needs none: leave one of them out")
+            raise ValueError("got --perceptual_weights with --rerank pixels, which uses none: leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Finds nearest training images; results.json and neighbours.png lie in <logs_root>/<log_dir>."""
+    """Finds the nearest training images; writes results.json and neighbours.png to <logs_root>/<log_dir>."""
 
     neighbours: NeighboursConfig
     model: ModelConfig
@@ -87,10 +87,10 @@ class Config:
 
 
 class Queries(NamedTuple):
-    """What nearest training images are looked for: n samples, then up to as many held-out real images."""
+    """Images whose nearest training images are searched: n samples, then up to as many held-out real images."""
 
     images: Tensor  # uint8 (n + m, C, H, W)
-    codes: Tensor | None  # (n, h, w), of samplers of codes
+    codes: Tensor | None  # (n, h, w), from samplers of codes
     n_samples: int
     features: Tensor  # (n + m, D)
 
@@ -98,7 +98,7 @@ class Queries(NamedTuple):
 def measure(
     settings: NeighboursConfig, sampling: SamplingConfig, model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
-    """Everything of one report, and neighbours.png. On the main rank alone; the others take part."""
+    """Searches, ranks and saves neighbours.png; a collective that returns results on the main rank."""
     size, data, world = batches.batch_size, model.data, model.world
     features = all_features.choose_features(settings.features, data, model.device, settings.inception_weights)
     net, weights = settings.perceptual_net, settings.perceptual_weights
@@ -111,11 +111,11 @@ def measure(
     near = find_candidates(vectors, training, features, settings.candidates, batches, name)
     name = batches_name("ranked", *made_of, image_distance.name)
     ranked = rerank_candidates(images, near, training, image_distance, settings.neighbours, batches, name)
-    found = concatenate(ranked, len(images), RankedNeighbours._fields)
+    fields = concatenate(ranked, len(images), RankedNeighbours._fields)
     same_codes = None if codes is None else code_copies(codes, model, size)
     if not world.is_main:
         return None
-    ranking = RankedNeighbours(**found)
+    ranking = RankedNeighbours(**fields)
     rows = sections(ranking, images, n_samples, training, settings.rows)
     save_neighbour_picture(batches.folder / "neighbours.png", rows, title(image_distance))
     return summarize_distances(ranking, n_samples) | {
@@ -127,7 +127,7 @@ def measure(
         "n_training": len(training),
         "candidates": near.images.shape[1],
         "data": data.dataset,
-        "views": [view.to_list() for view in training_views(data)],  # mirrored, moved right and down, cut
+        "views": [view.to_list() for view in training_views(data)],  # flip, shift, crop
         **neighbour_lists(ranking, n_samples),
         "run": batches.run,
     }
@@ -141,13 +141,13 @@ def make_queries(
     held_out: ImageSource,
     batches: ResumableBatches,
 ) -> Queries:
-    """The same on every rank."""
+    """Collects samples and held-out images with their features; a collective, with the same result on every rank."""
     size, world = batches.batch_size, model.world
     count, images_of = sampled_images(settings.samples, settings.n_samples, model, sampling, batches.seed)
     own = sampled_features(images_of, count, count, features, batches, batches.files)
     samples = concatenate(own, count, ("features", "image", "codes"))
     same = min(count, len(held_out))
-    real = real_features(held_out, fixed_subset(len(held_out), same), features, size, world, "held-out")
+    real = real_features(held_out, fixed_subset(len(held_out), same), features, size, world, "held-out images")
     real = concatenate(real, same, ("features", "image"))
     samples, real = broadcast_object(world, (samples, real))
     images = torch.cat([match_data_channels(samples["image"], model.data), real["image"]])
@@ -155,10 +155,10 @@ def make_queries(
 
 
 def match_data_channels(images: Tensor, data: DataConfig) -> Tensor:
-    """Images uint8 (N, C, H, W) in the channels of the training data; ValueError where their size is another."""
+    """Converts uint8 images (N, C, H, W) to the channels of the training data; ValueError if their size differs."""
     if tuple(images.shape[2:]) != data.size:
         got, wanted = ("x".join(map(str, each)) for each in (images.shape[2:], data.size))
-        raise ValueError(f"got samples of {got} pixels, wanted {wanted} as in training: pass other --samples")
+        raise ValueError(f"got samples of {got} pixels, wanted {wanted}, as in training: pass other --samples")
     if images.shape[1] == data.n_channels:
         return images
     if data.n_channels == 3:
@@ -167,14 +167,14 @@ def match_data_channels(images: Tensor, data: DataConfig) -> Tensor:
 
 
 def code_copies(codes: Tensor, model: TrainedSampler, batch_size: int) -> float:
-    """The share in [0, 1] of samples with the codes of a training image in some view. All ranks take part."""
-    known = model.space.first.codes(model.dataset("train"), "train", model.data, batch_size, model.world)
-    return copied_fraction(codes, known.ids[:].flatten(0, 1))
+    """Returns the fraction of samples whose codes equal those of a training image in some view; a collective."""
+    training = model.space.first.codes(model.dataset("train"), "train", model.data, batch_size, model.world)
+    return copied_fraction(codes, training.ids[:].flatten(0, 1))
 
 
-def summarize_distances(found: RankedNeighbours, n_samples: int) -> dict[str, Any]:
-    """How near to training images samples are, the first of `found`, and held-out images, the rest."""
-    samples, real = found.distances[:n_samples, 0], found.distances[n_samples:, 0]
+def summarize_distances(ranking: RankedNeighbours, n_samples: int) -> dict[str, Any]:
+    """Summarises the distances to the nearest training image of the samples (first) and the held-out images (rest)."""
+    samples, real = ranking.distances[:n_samples, 0], ranking.distances[n_samples:, 0]
     usual, close = real.quantile(0.5), real.quantile(CLOSE_QUANTILE)
     return {
         "median": samples.quantile(0.5).item(),
@@ -182,73 +182,77 @@ def summarize_distances(found: RankedNeighbours, n_samples: int) -> dict[str, An
         "ratio": None if usual == 0 else (samples.quantile(0.5) / usual).item(),
         "nearer_than_usual": (samples < usual).double().mean().item(),
         "closer_than_held_out": (samples < close).double().mean().item(),
-        "equal_pixels": found.equal[:n_samples].double().mean().item(),
-        "equal_pixels_held_out": found.equal[n_samples:].double().mean().item(),
+        "equal_pixels": ranking.equal[:n_samples].double().mean().item(),
+        "equal_pixels_held_out": ranking.equal[n_samples:].double().mean().item(),
     }
 
 
-def neighbour_lists(found: RankedNeighbours, n_samples: int) -> dict[str, Any]:
-    """Of each sample, from the nearest on: indices in the training split, numbers of their views, distances."""
-    tensors = found._asdict()
+def neighbour_lists(ranking: RankedNeighbours, n_samples: int) -> dict[str, Any]:
+    """Returns, for each sample, the indices, views and distances of its neighbours, nearest first."""
+    tensors = ranking._asdict()
     tensors.pop("equal")
     names = {"images": "neighbours", "views": "neighbour_views"}
     return {names.get(name, name): tensor[:n_samples].tolist() for name, tensor in tensors.items()}
 
 
 def title(image_distance: ImageDistance) -> str:
-    words = "Euclidean, of pixels" if image_distance.name == "pixels" else image_distance.name
-    return f"left: the image; right: its nearest training images with their distances: {words}"
+    """Returns the title of the picture."""
+    name = "Euclidean distance of pixels in [0, 1]" if image_distance.name == "pixels" else image_distance.name
+    return f"left: image; right: nearest training images with {name}"
 
 
 def sections(
-    found: RankedNeighbours, images: Tensor, n_samples: int, source: ImageSource, rows: int
+    ranking: RankedNeighbours, images: Tensor, n_samples: int, source: ImageSource, rows: int
 ) -> dict[str, list[PictureRow]]:
-    """Rows of the picture: the samples nearest to a training image, others, and held-out images, evenly by distance."""
+    """Returns the rows of the picture by section: nearest samples, other samples and held-out images, the latter two
+    evenly spaced by distance."""
     views = training_views(source.config)
-    order = found.distances[:n_samples, 0].argsort(stable=True).tolist()
-    real = (found.distances[n_samples:, 0].argsort(stable=True) + n_samples).tolist()
+    order = ranking.distances[:n_samples, 0].argsort(stable=True).tolist()
+    real = (ranking.distances[n_samples:, 0].argsort(stable=True) + n_samples).tolist()
 
     def row(i: int) -> PictureRow:
-        near = [training_view(source, views, *each) for each in zip(found.images[i], found.views[i], strict=True)]
-        words = f"sample {i}" if i < n_samples else "held out"
-        return PictureRow(images[i], words, torch.stack(near), found.distances[i].tolist())
+        near = [training_view(source, views, *each) for each in zip(ranking.images[i], ranking.views[i], strict=True)]
+        caption = f"sample {i}" if i < n_samples else "held-out"
+        return PictureRow(images[i], caption, torch.stack(near), ranking.distances[i].tolist())
 
-    chosen = {
-        "generated: those nearest to a training image": order[:rows],
-        "generated: others, from near to far": evenly_spaced(order[rows:], rows),
+    indices_by_heading = {
+        "samples nearest to a training image": order[:rows],
+        "other samples, from near to far": evenly_spaced(order[rows:], rows),
         "held-out real images, from near to far": evenly_spaced(real, rows),
     }
-    return {heading: [row(i) for i in indices] for heading, indices in chosen.items() if indices}
+    return {heading: [row(i) for i in indices] for heading, indices in indices_by_heading.items() if indices}
 
 
-def evenly_spaced(things: list[int], count: int) -> list[int]:
-    """Up to `count` of them, the first and the last among them, at even steps."""
-    if len(things) <= count:
-        return things
-    return [things[round(i * (len(things) - 1) / max(1, count - 1))] for i in range(count)]
+def evenly_spaced(items: list[int], count: int) -> list[int]:
+    """Returns up to `count` evenly spaced items, including the first and the last."""
+    if len(items) <= count:
+        return items
+    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
-    """The table a person reads."""
-    n, m, held = results["n_samples"], results["n_held_out"], "expected of new images"
+    """Formats the table of distances and copies."""
+    n, m = results["n_samples"], results["n_held_out"]
 
-    def share(name: str) -> str:
+    def percent(name: str) -> str:
         return f"{100 * results[name]:.1f} %"
 
     ratio = "-" if results["ratio"] is None else f"{results['ratio']:.3g}"
-    rows = [("to the nearest training image", "generated", held)]
-    rows.append(("median distance", f"{results['median']:.3g}", f"{results['median_held_out']:.3g}"))
-    rows.append(("... over that of held-out images", ratio, "1"))
-    rows.append(("nearer than half of the held-out images", share("nearer_than_usual"), "50 %"))
-    rows.append(("nearer than 95 % of them", share("closer_than_held_out"), f"{100 * CLOSE_QUANTILE:.0f} %"))
-    rows.append(("copies, pixel by pixel", share("equal_pixels"), share("equal_pixels_held_out")))
+    rows = [("distance to the nearest training image", "generated", "held-out real")]
+    rows.append(("median", f"{results['median']:.3g}", f"{results['median_held_out']:.3g}"))
+    rows.append(("median relative to held-out images", ratio, "1"))
+    rows.append(("below the median of held-out images", percent("nearer_than_usual"), "50 %"))
+    quantile = f"{100 * CLOSE_QUANTILE:.0f} %"
+    rows.append((f"below the {quantile} quantile of held-out images", percent("closer_than_held_out"), quantile))
+    rows.append(("exact copies (pixels)", percent("equal_pixels"), percent("equal_pixels_held_out")))
     if results["equal_codes"] is not None:
-        rows.append(("copies, code by code", share("equal_codes"), "-"))
-    views = f"in {len(results['views'])} views; {results['candidates']} found by features ({results['features']})"
+        rows.append(("exact copies (codes)", percent("equal_codes"), "-"))
+    search = f"{results['candidates']} candidates by features ({results['features']})"
     return f"""
-{n} generated and {m} held-out images of {results["data"]} among {results["n_training"]} training images
-{views}, ranked by {results["ranked_by"]}
+{n} generated and {m} held-out images against {results["n_training"]} training images of {results["data"]}
+in {len(results["views"])} views; {search}, ranked by {results["ranked_by"]}
 {table(rows)}
+smaller distances than those of held-out images indicate memorisation
 
 {folder / "results.json"}
 {folder / "neighbours.png"}"""

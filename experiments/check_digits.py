@@ -1,10 +1,11 @@
-"""Are generated digits good? A classifier of real digits, class balance, memorization: one table, one picture.
+"""Checks generated digits against goals: confidence of a digit classifier, class balance, memorisation, coverage.
 
-It reads a samples.npz of experiments/get_samples.py and holds its figures against goals.
+Reads a samples.npz of experiments/get_samples.py; prints a table and saves a picture.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import _root
 import torch
@@ -34,17 +35,36 @@ from train.data.transforms import training_views
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
 
-GOALS = {
-    "classifier's accuracy on held-out real digits": (">=", 0.97),
-    "share of samples it is 0.9 sure of": (">=", 0.85),
-    "samples whose class the classifier gives as asked": (">=", 0.97),
-    "classes that occur": (">=", 10),
-    "rarest class, relative to its share of the data": (">=", 1 / 3),
-    "reconstructions that keep its answer": (">=", 0.95),
-    "samples equal to a training image (codes, or pixels)": ("<=", 0.10),
-    "distance to the nearest training image, relative to real": (">=", 0.7),
-    "coverage (k = 5) in pixels": (">=", 0.5),
-    "coverage (k = 5) in its features": (">=", 0.5),
+
+class Goal(NamedTuple):
+    """The label of a figure in the report, and its goal."""
+
+    label: str
+    sign: str  # ">=": higher is better, "<=": lower is better
+    value: float
+
+
+GOALS = {  # by key of results.json
+    "classifier's accuracy on held-out real digits": Goal("classifier accuracy on held-out real digits", ">=", 0.97),
+    "share of samples it is 0.9 sure of": Goal("fraction of samples classified with confidence >= 0.9", ">=", 0.85),
+    "samples whose class the classifier gives as asked": Goal(
+        "fraction of samples classified as requested", ">=", 0.97
+    ),
+    "classes that occur": Goal("number of classes that occur", ">=", 10),
+    "rarest class, relative to its share of the data": Goal(
+        "rarest class, relative to its training frequency", ">=", 1 / 3
+    ),
+    "reconstructions that keep its answer": Goal(
+        "fraction of reconstructions that keep the predicted class", ">=", 0.95
+    ),
+    "samples equal to a training image (codes, or pixels)": Goal(
+        "fraction of exact copies of training images", "<=", 0.10
+    ),
+    "distance to the nearest training image, relative to real": Goal(
+        "median distance to the nearest training image, relative to held-out images", ">=", 0.7
+    ),
+    "coverage (k = 5) in pixels": Goal("coverage (k = 5) in pixel space", ">=", 0.5),
+    "coverage (k = 5) in its features": Goal("coverage (k = 5) in classifier features", ">=", 0.5),
 }
 
 
@@ -53,12 +73,12 @@ class CheckConfig:
     """Check."""
 
     samples: str | None = None
-    """The samples.npz to check; left out, that of get_samples.py with the same model."""
+    """The samples.npz to check; if omitted, the one that get_samples.py wrote for the same model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Checks generated digits; results.json and digits.png lie in <logs_root>/<log_dir>."""
+    """Checks generated digits; writes results.json and digits.png to <logs_root>/<log_dir>."""
 
     check: CheckConfig
     model: ModelConfig
@@ -66,45 +86,46 @@ class Config:
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
-    """The samples, which are looked at anew each time."""
+    """Finds the samples; they are measured again each time."""
     default = default_results_folder("samples", config.model, config.output.logs_root, model) / "samples.npz"
     return ExperimentSetup((Path(config.check.samples or default),), is_current=lambda results: False)
 
 
 def measure(path: Path, model: TrainedSampler, batches: ResumableBatches) -> dict[str, float]:
-    """The figures, and digits.png."""
+    """Computes all figures and saves digits.png."""
     samples = read_samples(path)
-    found = compute_figures(samples, model)
+    results = compute_figures(samples, model)
     save_grid(batches.folder / "digits.png", comparison_images(samples, model), columns=20)
     print(f"\n{len(samples['image'])} generated digits", flush=True)
-    return found
+    return results
 
 
 def report(results: dict[str, float], folder: Path) -> str:
-    """The figures beside their goals."""
-    rows = [("figure", "found", "goal")]
+    """Formats the figures beside their goals."""
+    rows = [("figure", "value", "goal")]
     for name, value in results.items():
-        sign, goal = GOALS[name]
+        label, sign, goal = GOALS[name]
         met = value >= goal if sign == ">=" else value <= goal
-        rows.append((name, f"{value:.3f}", f"{sign} {goal:.3g}{'' if met else '  (missed)'}"))
+        rows.append((label, f"{value:.3f}", f"{sign} {goal:.3g}{'' if met else '  (missed)'}"))
     return f"{table(rows)}\n\n{folder / 'results.json'}\n{folder / 'digits.png'}"
 
 
 def split_images(trained: TrainedSampler, split: str) -> tuple[Tensor, Tensor]:
-    """uint8 images (N, C, S, S) and labels (N,) of one split of the digits."""
+    """Loads the uint8 images (N, C, S, S) and labels (N,) of one split of the digits."""
     dataset = trained.dataset(split)
     return load_all_images(ImageSource(dataset, trained.data)), torch.from_numpy(dataset.labels)
 
 
 def load_all_images(source: ImageSource) -> Tensor:
+    """Loads all images of a source: uint8 (N, C, S, S)."""
     return torch.cat([batch["image"] for batch in images_in_order(source, 500)])
 
 
 def compute_figures(samples: dict[str, Tensor], trained: TrainedSampler) -> dict[str, float]:
-    """A figure for each of GOALS, of samples with "image" uint8 (N, 3, S, S), "codes" (N, h, w) of models of codes, and
-    "labels" (N,) of models that were told a class.
+    """Computes the figures of GOALS for samples with "image" uint8 (N, 3, S, S) and optionally "codes" (N, h, w) and
+    "labels" (N,).
 
-    Without a VQGAN there are no reconstructions to judge, without labels nothing was asked.
+    Figures about reconstructions need a VQGAN, those about requested classes need labels; otherwise they are left out.
     """
     generated = samples["image"].float().mean(1, keepdim=True).round().byte()  # grey, (N, 1, S, S)
     (training, labels), (held_out, _) = split_images(trained, "train"), split_images(trained, "val")
@@ -112,31 +133,32 @@ def compute_figures(samples: dict[str, Tensor], trained: TrainedSampler) -> dict
     with torch.no_grad():
         logits, real_logits = classifier(generated), classifier(held_out)
         features, training_features = classifier.features(generated), classifier.features(training)
-    shares = class_balance(logits.argmax(1), 10) / len(generated)
-    found = [
+    frequencies = class_balance(logits.argmax(1), 10) / len(generated)
+    figures = [
         accuracy(classifier, "val"),
         confident_fraction(logits),
         conditional_accuracy(logits, samples.get("labels")),
-        float((shares > 0).sum()),
-        float((shares / (class_balance(labels, 10) / len(labels))).min()),
+        float((frequencies > 0).sum()),
+        float((frequencies / (class_balance(labels, 10) / len(labels))).min()),
         reconstruction_agreement(trained, classifier, held_out, real_logits),
         training_copies(samples, generated, trained),
         nearest_distance_ratio(generated.float(), held_out.float(), training.float()),
         coverage(training.flatten(1).float(), generated.flatten(1).float()),
         coverage(training_features, features),
     ]
-    return {name: value for name, value in zip(GOALS, found, strict=True) if value is not None}
+    return {name: value for name, value in zip(GOALS, figures, strict=True) if value is not None}
 
 
-def conditional_accuracy(logits: Tensor, asked: Tensor | None) -> float | None:
-    """The share in [0, 1] of images whose likeliest class by logits (N, K) is the one asked for (N,)."""
-    return None if asked is None else (logits.argmax(1) == asked).double().mean().item()
+def conditional_accuracy(logits: Tensor, labels: Tensor | None) -> float | None:
+    """Returns the fraction of images whose most likely class by logits (N, K) is the requested one, labels (N,)."""
+    return None if labels is None else (logits.argmax(1) == labels).double().mean().item()
 
 
 @torch.no_grad()
 def reconstruction_agreement(
     trained: TrainedSampler, classifier: DigitsClassifier, held_out: Tensor, real_logits: Tensor
 ) -> float | None:
+    """Returns the fraction of held-out digits whose reconstruction keeps the predicted class; None without a VQGAN."""
     first = trained.space.first
     if first is None:
         return None
@@ -144,18 +166,18 @@ def reconstruction_agreement(
 
 
 def training_copies(samples: dict[str, Tensor], generated: Tensor, trained: TrainedSampler) -> float:
-    """Share of samples that are a training image in one of its views: by their codes, or pixel by pixel."""
+    """Returns the fraction of samples that equal a training image in some view, by their codes or else by pixels."""
     dataset, data = trained.dataset("train"), trained.data
     if "codes" in samples:
         table = trained.space.first.codes(dataset, "train", data, 500, DistContext(trained.device))
         return copied_fraction(samples["codes"], table.ids[:].flatten(0, 1))
     training = load_all_images(ImageSource(dataset, data, margin=data.crop_margin))
-    seen = torch.cat([view(training) for view in training_views(data)])
-    return copied_fraction(generated.flatten(1), seen.flatten(1))
+    views = torch.cat([view(training) for view in training_views(data)])
+    return copied_fraction(generated.flatten(1), views.flatten(1))
 
 
 def comparison_images(samples: dict[str, Tensor], trained: TrainedSampler, columns: int = 20, rows: int = 5) -> Tensor:
-    """Held-out real digits, then as many generated ones, (2 * rows * columns, 3, S, S)."""
+    """Returns held-out real digits followed by as many generated ones: (2 * rows * columns, 3, S, S)."""
     real, _ = split_images(trained, "val")
     count = columns * rows
     return torch.cat([real[:count].expand(-1, 3, -1, -1), samples["image"][:count]])

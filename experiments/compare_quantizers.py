@@ -1,4 +1,4 @@
-"""What quantizers are worth: the same encoder and decoder trained with each, on the same images, for the same steps.
+"""Compares quantizers: the same autoencoder, trained with each on the same images for the same number of steps.
 
 python experiments/compare_quantizers.py --config configs/mnist_quantizers.yaml
 """
@@ -41,23 +41,23 @@ from train.vqgan import VQGANStep, build_state
 from vq.config import VQGANConfig, VQGANLossConfig
 from vq.perceptual import load_perceptual
 
-# What quantizers change of the settings that all share. fsq and lfq choose their own width of a code.
+# Settings that a quantizer changes. fsq and lfq determine the dimension of their codes themselves.
 VARIANTS: dict[str, dict[str, Any]] = {
     "nearest": {},
     "ema": {},
-    "l2": {"emb_dim": 4},  # of few codes fewer are left unused in fewer dimensions
+    "l2": {"emb_dim": 4},  # with few codes, fewer stay unused in fewer dimensions
     "gumbel": {"gumbel_kl_weight": 5e-4},
     "fsq": {},
-    "lfq": {"entropy_weight": 0.05},  # reconstructions count little beside more, where networks are small
+    "lfq": {"entropy_weight": 0.05},  # with small networks, a larger weight would outweigh the reconstruction loss
     "ibq": {"entropy_weight": 0.05},
 }
 COLUMNS = (  # heading, key of a run, factor, decimals
-    ("PSNR", "psnr", 1, 2),
+    ("PSNR dB", "psnr", 1, 2),
     ("L1", "l1", 1, 4),
     ("usage %", "codebook_usage", 100, 1),
     ("perplexity", "perplexity", 1, 1),
     ("bits/pixel", "bits_per_pixel", 1, 4),
-    ("entropy-coded", "entropy_coded_bits_per_pixel", 1, 4),
+    ("entropy-coded bits/pixel", "entropy_coded_bits_per_pixel", 1, 4),
 )
 Results = dict[str, dict[str, Any]]  # by "<quantizer>_<seed>"
 
@@ -67,18 +67,18 @@ class ComparisonConfig:
     """Comparison."""
 
     quantizers: tuple[str, ...] = tuple(VARIANTS)
-    """Which of them: files of vq/quantizers."""
+    """Quantizers to compare: files of vq/quantizers."""
     seeds: int = 1
-    """Runs of each, of seeds from --seed on."""
+    """Runs of each quantizer, with seeds from --seed on."""
     features: str = "auto"
     """Features of the distance: a file of experiments/metrics/features, or auto."""
     rebuilt_at_once: int = 100
-    """Validation images rebuilt together; no number depends on it."""
+    """Validation images reconstructed at once; does not change the results."""
 
     def __post_init__(self):
         if not self.quantizers or len(set(self.quantizers)) < len(self.quantizers):
             known = ", ".join(plugin_names("vq.quantizers"))
-            raise ValueError(f"got quantizers {list(self.quantizers)}, wanted some of {known}, each once")
+            raise ValueError(f"got quantizers {list(self.quantizers)}, wanted one or more of {known}, each once")
         if self.seeds < 1 or self.rebuilt_at_once < 1:
             got = f"seeds {self.seeds}, rebuilt_at_once {self.rebuilt_at_once}"
             raise ValueError(f"got {got}: wanted at least 1 of each")
@@ -86,8 +86,8 @@ class ComparisonConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Trains a VQGAN with every quantizer and seed and measures it on the whole validation split: results.json,
-    comparison.png and a picture of reconstructions of each run lie in <logs_root>/<log_dir>."""
+    """Trains a VQGAN with every quantizer and seed and measures it on the validation split; writes results.json,
+    comparison.png and reconstructions of each run to <logs_root>/<log_dir>."""
 
     comparison: ComparisonConfig
     network: VQGANConfig
@@ -99,18 +99,18 @@ class Config:
 
 
 def networks(network: VQGANConfig, quantizers: Sequence[str], train_steps: int) -> dict[str, VQGANConfig]:
-    """The autoencoder with each quantizer; gumbel's temperature falls over the whole run.
+    """Returns the autoencoder's config with each quantizer; gumbel's temperature decays over the whole run.
 
-    ValueError where a single quantizer was asked for, or one does not fit the number of codes.
+    ValueError: --quantizer is set, or a quantizer does not support the codebook size.
     """
     if network.quantizer != VQGANConfig.quantizer:
         got = network.quantizer
-        raise ValueError(f"got --quantizer {got}, but a comparison has several: pass --quantizers {got}")
+        raise ValueError(f"got --quantizer {got}, but a comparison takes a list: pass --quantizers {got}")
     return {name: with_quantizer(network, name, gumbel_decay_steps=train_steps) for name in quantizers}
 
 
 def with_quantizer(network: VQGANConfig, name: str, **options: Any) -> VQGANConfig:
-    """The network with one of the quantizers whose joined options it has; `options` are for those that have them."""
+    """Returns the config with one quantizer and its own options; `options` apply to quantizers that have them."""
     config, changes = load_plugin("vq.quantizers", name, "quantizer").Config, options | VARIANTS.get(name, {})
     flags = flags_of(config)
     own = replace(plugin_options(network.quantizer_config, config), **{k: v for k, v in changes.items() if k in flags})
@@ -123,7 +123,7 @@ def main(config: Config) -> None:
     autoencoders = networks(config.network, c.quantizers, training.train_steps)
     if training.load_dir is not None or training.hooks or training.resume != "auto":
         raise ValueError(
-            "every run of a comparison begins anew, and is not watched: leave --load_dir, --hooks, --resume"
+            "every run of a comparison starts from scratch and without hooks: leave --load_dir, --hooks, --resume out"
         )
     steps, at_once = training.train_steps, training.batch_size
     folder = run_folder(config.output.logs_root, config.output.log_dir or f"compare_quantizers_{config.data.dataset}")
@@ -139,17 +139,18 @@ def main(config: Config) -> None:
         for name, network in autoencoders.items():
             if f"{name}_{seed}" not in results:
                 results[f"{name}_{seed}"] = bench.run(f"{name}_{seed}", network, seed)
-                write_results(folder, results)  # a comparison that is cut off goes on with the next run
+                write_results(folder, results)  # an interrupted comparison resumes with the next run
     metric = bench.features.module.METRIC
     title = f"{config.data.dataset}, {config.network.codebook_size} codes, {steps} steps of {at_once} images"
     plot(folder / "comparison.png", results, c.quantizers, metric, f"{title}, seeds: {c.seeds}")
-    print(f"\n{title}, seeds: {c.seeds}; measured on {len(bench.held_out)} validation images")
+    print(f"\n{title}, seeds: {c.seeds}; {len(bench.held_out)} validation images")
+    print(f"higher is better: PSNR, usage, perplexity; lower is better: r{metric}, L1, bits, s/step")
     print(f"{summary(results, c.quantizers, metric)}\n\n{path}\n{folder / 'comparison.png'}")
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all runs share."""
+    """Everything that the runs of a comparison share."""
 
     comparison: ComparisonConfig
     loss: VQGANLossConfig
@@ -160,13 +161,13 @@ class Bench:
     held_out: ImageSource
     features: Features
     reference: Statistics
-    perceptual: nn.Module | None  # trained with
-    lpips: nn.Module | None  # measured with
+    perceptual: nn.Module | None  # for training
+    lpips: nn.Module | None  # for measurements
     world: DistContext
 
     def run(self, name: str, network: VQGANConfig, seed: int) -> dict[str, Any]:
         """Trains a VQGAN with one seed and measures it; <name>.png shows images above their reconstructions."""
-        data, begun = self.images.config, time.perf_counter()
+        data, start = self.images.config, time.perf_counter()
         training = replace(self.training, seed=seed)
         state = build_state(network, self.loss, data, training, self.world)
         seconds = self.train(name, state, training)
@@ -180,11 +181,11 @@ class Bench:
         numbers, _ = summarize_reconstructions(batches, self.reference, network.codebook_size, math.prod(data.size))
         save_reconstructions(self.folder / f"{name}.png", first, self.held_out, min(SHOWN_IMAGES, len(self.held_out)))
         parameters = sum(p.numel() for p in state.modules["autoencoder"].parameters())
-        took = {"seconds_per_step": statistics.median(seconds), "seconds": time.perf_counter() - begun}
-        return numbers | {"codebook_size": network.codebook_size, "parameters": parameters} | took
+        timing = {"seconds_per_step": statistics.median(seconds), "seconds": time.perf_counter() - start}
+        return numbers | {"codebook_size": network.codebook_size, "parameters": parameters} | timing
 
     def train(self, name: str, state: TrainState, training: TrainingConfig) -> list[float]:
-        """Trains to the last step; seconds of each."""
+        """Trains to the last step; returns the seconds of each step."""
         data, steps = self.images.config, training.train_steps
         batches = training_batches(
             TrainingImages(self.images, training.seed),
@@ -206,7 +207,7 @@ class Bench:
 
 
 def prepare(config: Config, folder: Path) -> Bench:
-    """Opens the data and takes the statistics of the held-out images, to which the reconstructions are compared."""
+    """Opens the data and computes or reads the statistics of the held-out images, the reference of reconstructions."""
     data, at_once = config.data, config.comparison.rebuilt_at_once
     world = single_process_world(config.training.device)
     images = ImageSource(build_dataset(data, config.reader, "train"), data, margin=data.crop_margin)
@@ -235,11 +236,12 @@ def prepare(config: Config, folder: Path) -> Bench:
 
 
 def runs_of(results: Results, quantizer: str) -> list[dict[str, Any]]:
-    return [found for name, found in results.items() if name.rpartition("_")[0] == quantizer]
+    """Returns the results of all runs of a quantizer."""
+    return [run for name, run in results.items() if name.rpartition("_")[0] == quantizer]
 
 
 def format_mean_std(values: Sequence[float | None], factor: float, decimals: int) -> str:
-    """mean ± sample standard deviation, the mean alone where all are equal; - where one is missing."""
+    """Formats mean ± sample standard deviation, without it if all values are equal; "-" if one is missing."""
     if None in values:
         return "-"
     values = [factor * value for value in values]
@@ -248,7 +250,7 @@ def format_mean_std(values: Sequence[float | None], factor: float, decimals: int
 
 
 def summary(results: Results, quantizers: Sequence[str], metric: str) -> str:
-    """The table a person reads, a line per quantizer."""
+    """Formats the table, one row per quantizer."""
     columns = (("r" + metric, "rfd", 1, 3), *COLUMNS)
     rows = [("quantizer", "runs", *(column[0] for column in columns), "s/step (median)")]
     for quantizer in quantizers:
@@ -260,17 +262,17 @@ def summary(results: Results, quantizers: Sequence[str], metric: str) -> str:
 
 
 def plot(path: Path, results: Results, quantizers: Sequence[str], metric: str, title: str) -> None:
-    """Bars of means over seeds, a dot for each seed where there are several; one panel for each thing measured."""
-    from matplotlib.figure import Figure  # without pyplot: a PNG is drawn by Agg, and no window is asked for
+    """Plots means over seeds as bars, with a dot per seed if there are several; one panel per metric."""
+    from matplotlib.figure import Figure  # not pyplot: no display is needed
 
     figure = Figure(figsize=(11, 1.4 + 0.36 * len(quantizers)), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     panels = figure.subplots(1, 4, sharey=True)
     shown = (
-        (f"r{metric}, less is better", "rfd", 1, "{:.4g}"),
-        ("PSNR in dB, more is better", "psnr", 1, "{:.1f}"),
-        ("codes used, and perplexity (|), % of all", "codebook_usage", 100, "{:.4g}"),
-        ("seconds per step (median)", "seconds_per_step", 1, "{:.2g}"),
+        (f"r{metric}, lower is better", "rfd", 1, "{:.4g}"),
+        ("PSNR (dB), higher is better", "psnr", 1, "{:.1f}"),
+        ("codes used and perplexity (|), % of codebook", "codebook_usage", 100, "{:.4g}"),
+        ("s/step (median), lower is better", "seconds_per_step", 1, "{:.2g}"),
     )
     places = range(len(quantizers))
     for panel, (name, key, factor, form) in zip(panels, shown, strict=True):
@@ -288,8 +290,8 @@ def plot(path: Path, results: Results, quantizers: Sequence[str], metric: str, t
         panel.tick_params(labelsize=8, left=False)
         panel.spines[["top", "right", "left"]].set_visible(False)
     for place, quantizer in zip(places, quantizers, strict=True):
-        shares = [100 * run["perplexity"] / run["codebook_size"] for run in runs_of(results, quantizer)]
-        panels[2].plot(statistics.mean(shares), place, "|", color="#d55e00", markersize=14, markeredgewidth=2)
+        percent = [100 * run["perplexity"] / run["codebook_size"] for run in runs_of(results, quantizer)]
+        panels[2].plot(statistics.mean(percent), place, "|", color="#d55e00", markersize=14, markeredgewidth=2)
     panels[2].set_xlim(0, 125)
     panels[2].set_xticks(range(0, 101, 25))
     panels[0].set_yticks(places, quantizers)

@@ -1,4 +1,4 @@
-"""Changes the class of images: a share of each is forgotten, and drawn again under another class."""
+"""Changes the class of images: masks or noises each image in part, then redraws it as another class."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
 
-MAX_CLASSES = 10  # classes that are tried where none is named
+MAX_CLASSES = 10  # target classes without --label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +39,18 @@ class EditingConfig:
     """Editing."""
 
     label: tuple[int, ...] = ()
-    """The classes that each image is redrawn as; left out, all (the first ten)."""
+    """Classes to redraw each image as; if omitted, all (at most the first ten)."""
     strength: float = 0.7
-    """How much of an image is forgotten first, above 0 and up to 1: the share of its codes, or of noise put on it."""
+    """How much of the image to redraw, in (0, 1]: the fraction of its codes to mask, or the noise level to start at."""
 
     def __post_init__(self):
-        check_strength(self.strength, least="0 changes nothing")
+        check_strength(self.strength, why_not_zero="0 changes nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Redraws images as other classes; edited.png (original | as each class), images/ and results.json lie in
-    <logs_root>/<log_dir>. Where the data set has a classifier, it says how often it sees the class asked for."""
+    """Redraws images as other classes; writes edited.png (original | one column per class), images/ and results.json to
+    <logs_root>/<log_dir>. With a classifier for the data set, reports how often it predicts the target class."""
 
     given: InputImagesConfig
     editing: EditingConfig
@@ -60,7 +60,7 @@ class Config:
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
-    """The images, and the classes they are redrawn as. ValueError where the model does not know these."""
+    """Loads the images and determines the target classes. ValueError: the model does not support them."""
     editing, sampling = config.editing, config.sampling
     labels = target_labels(editing, model)
     inputs = load_input_images(config.given.image, config.given.n_images, model, sampling.condition_file)
@@ -69,9 +69,9 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
 
 
 def target_labels(editing: EditingConfig, model: TrainedSampler) -> list[int]:
-    """The classes that images are redrawn as. ValueError where the model does not know them."""
+    """Returns the target classes. ValueError: the model has none, or not these."""
     if not model.sampler.n_classes:
-        raise ValueError(f"{model.run} was trained without classes: edit by inpaint.py, or pass another --load_dir")
+        raise ValueError(f"{model.run} was trained without classes: use inpaint.py, or pass another --load_dir")
     labels = list(editing.label) or list(range(min(model.sampler.n_classes, MAX_CLASSES)))
     check_labels(labels, model.sampler.n_classes)
     return labels
@@ -85,43 +85,47 @@ def measure(
     model: TrainedSampler,
     batches: ResumableBatches,
 ) -> dict[str, Any] | None:
-    """The pictures, and what a classifier sees in them. On the main rank alone; the others take part."""
+    """Redraws the images, saves them and measures class agreement; a collective that returns results on the main
+    rank."""
 
-    def redraw(places: list[int]) -> Tensor:
-        rows = [place // len(labels) for place in places]  # an image forgets the same whatever it becomes
+    def redraw(numbers: list[int]) -> Tensor:
+        rows = [
+            number // len(labels) for number in numbers
+        ]  # the mask or noise of an image is the same for all classes
         start = redraw_input(encode_images(inputs.image[rows], model), model, strength)
-        asked = [labels[place % len(labels)] for place in places]
-        conditions, options = conditions_for(model, inputs, rows, asked, sampling)
+        targets = [labels[number % len(labels)] for number in numbers]
+        conditions, options = conditions_for(model, inputs, rows, targets, sampling)
         return draw(model, options, batches.seed, start, rows, conditions)
 
-    made = generate_in_batches("edited", len(inputs) * len(labels), redraw, batches)
-    if made is None:
+    edited = generate_in_batches("edited", len(inputs) * len(labels), redraw, batches)
+    if edited is None:
         return None
-    made = made.view(len(inputs), len(labels), *made.shape[1:])
-    save_result_images(batches.folder, inputs.names, made, [f"as_{label}" for label in labels], batches.run)
-    save_comparison_grid(batches.folder / "edited.png", inputs.image, made)
+    edited = edited.view(len(inputs), len(labels), *edited.shape[1:])
+    save_result_images(batches.folder, inputs.names, edited, [f"as_{label}" for label in labels], batches.run)
+    save_comparison_grid(batches.folder / "edited.png", inputs.image, edited)
     classifier = classifier_for(model.data)
-    found = {"n_images": len(inputs), "strength": strength, "labels": [], "of_label": []}
+    results = {"n_images": len(inputs), "strength": strength, "labels": [], "of_label": []}
     for k, label in enumerate(labels):
-        row = {"distance": mean_abs_difference(inputs.image, made[:, k])}
+        row = {"distance": mean_abs_difference(inputs.image, edited[:, k])}
         if classifier is not None:
-            answer = predict_classes(classifier, made[:, k : k + 1])
-            row["asked"] = class_agreement(torch.full((len(inputs),), label), answer)._asdict()
-            row["stays"] = class_agreement(predict_classes(classifier, inputs.image), answer)._asdict()
-        found["labels"].append(label)
-        found["of_label"].append(row)
-    return found | {"run": batches.run}
+            predictions = predict_classes(classifier, edited[:, k : k + 1])
+            row["asked"] = class_agreement(torch.full((len(inputs),), label), predictions)._asdict()
+            row["stays"] = class_agreement(predict_classes(classifier, inputs.image), predictions)._asdict()
+        results["labels"].append(label)
+        results["of_label"].append(row)
+    return results | {"run": batches.run}
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
-    """How far each class is from the originals, how often it is seen, and where the pictures are."""
-    judged = "asked" in results["of_label"][0]
-    rows = [("redrawn as", "distance", *(("classifier sees it", "classifier sees what it was") if judged else ()))]
+    """Formats, per target class, the change of the images and the class agreement."""
+    classified = "asked" in results["of_label"][0]
+    headings = ("classified as target", "classified as before") if classified else ()
+    rows = [("target class", "mean abs. change (% of range)", *headings)]
     for label, row in zip(results["labels"], results["of_label"], strict=True):
-        shares = [str(Proportion(**row[name])) for name in ("asked", "stays")] if judged else []
-        rows.append((str(label), f"{100 * row['distance']:.1f} %", *shares))
-    asked = f"{results['n_images']} images, {100 * results['strength']:.0f} % forgotten"
-    return f"\n{asked}\n{table(rows)}\n\n{folder / 'edited.png'}\n{folder / 'images'}"
+        proportions = [str(Proportion(**row[name])) for name in ("asked", "stays")] if classified else []
+        rows.append((str(label), f"{100 * row['distance']:.1f}", *proportions))
+    summary = f"{results['n_images']} images, strength {results['strength']:g}" + "; ± standard error" * classified
+    return f"\n{summary}\n{table(rows)}\n\n{folder / 'edited.png'}\n{folder / 'images'}"
 
 
 if __name__ == "__main__":

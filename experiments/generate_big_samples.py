@@ -1,4 +1,4 @@
-"""Images larger than those a sampler was trained on: one pass over a larger canvas of codes, or windows of its grid."""
+"""Samples images larger than those in training: the whole canvas at once, or by windows of the training grid."""
 
 import time
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ class CanvasConfig:
     """Canvas."""
 
     shape: tuple[int, int] = (32, 16)
-    """Height and width in codes or latents, or in pixels of models of pixels."""
+    """Height and width in codes or latents, or in pixels for models of pixels."""
     window_stride: int | None = None
-    """Codes from one window to the next; left out, the whole canvas at once where positions are relative, else half the
-    grid."""
+    """Stride between windows, in codes or latents; if omitted, half of the training grid, or the whole canvas at once
+    for networks with relative positions."""
     n_samples: int = 4
     """Number of images."""
 
@@ -38,7 +38,7 @@ class CanvasConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Samples larger canvases; each becomes <logs_root>/<log_dir>/big_<number>.png, which holds its settings."""
+    """Samples larger canvases; writes each as <logs_root>/<log_dir>/big_<number>.png, with its settings as metadata."""
 
     canvas: CanvasConfig
     model: ModelConfig
@@ -47,7 +47,7 @@ class Config:
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
-    """A canvas that the model cannot draw is refused before there is a folder."""
+    """Passes on the canvas, so that one the model does not support is refused before the folder is created."""
     canvas = config.canvas
     return ExperimentSetup((canvas, config.sampling), shape=canvas.shape, window_stride=canvas.window_stride)
 
@@ -55,28 +55,29 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
 def measure(
     canvas: CanvasConfig, sampling: SamplingConfig, model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
-    """big_<number>.png of each canvas, and what they cost. On the main rank alone; the others take part."""
-    source, how = model.condition_source(sampling), {"shape": canvas.shape, "window_stride": canvas.window_stride}
+    """Saves the canvases as big_<number>.png and measures their cost; a collective that returns results on the main
+    rank."""
+    source, size = model.condition_source(sampling), {"shape": canvas.shape, "window_stride": canvas.window_stride}
 
-    def made(indices: list[int]) -> dict[str, Tensor]:
-        begun = time.perf_counter()
+    def make(indices: list[int]) -> dict[str, Tensor]:
+        start = time.perf_counter()
         with count_nfe(model.sampler.network) as nfe:
-            batch = model.draw(indices, batches.seed, sampling, source.draw(batches.seed, indices), **how)
-        seconds = time.perf_counter() - begun
-        spent = torch.tensor([nfe.calls, nfe.evaluations, seconds], dtype=torch.float64)
-        return {"image": batch["image"], "spent": spent}
+            batch = model.draw(indices, batches.seed, sampling, source.draw(batches.seed, indices), **size)
+        seconds = time.perf_counter() - start
+        cost = torch.tensor([nfe.calls, nfe.evaluations, seconds], dtype=torch.float64)
+        return {"image": batch["image"], "spent": cost}
 
-    drawn = batches.resume("canvas", range(canvas.n_samples), made)
-    written, spent = 0, []
-    for batch in progress(drawn, canvas.n_samples, "sampling", model.world.is_main):
+    resumed = batches.resume("canvas", range(canvas.n_samples), make)
+    written, costs = 0, []
+    for batch in progress(resumed, canvas.n_samples, "sampling", model.world.is_main):
         for image in batch["image"]:
             path = batches.folder / f"big_{written:03d}.png"
             save_with_settings(path, image, batches.run | {"number": written})
             written += 1
-        spent.append(batch["spent"])
+        costs.append(batch["spent"])
     if not model.world.is_main:
         return None
-    total = torch.stack(spent)  # (batches, 3)
+    total = torch.stack(costs)  # (batches, 3)
     return {
         "n_samples": canvas.n_samples,
         "network_calls_per_batch": total[:, 0].max().item(),
@@ -87,13 +88,13 @@ def measure(
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
-    """What the images cost, and where they are."""
+    """Formats the cost of the images."""
     size = " x ".join(map(str, results["run"]["canvas"]["shape"]))
     rows = [
         ("cost", ""),
-        ("network calls, of a batch", f"{results['network_calls_per_batch']:.0f}"),
-        ("evaluations of the network, an image", f"{results['evaluations_per_image']:.1f}"),
-        ("seconds, an image", f"{results['seconds_per_image']:.2f}"),
+        ("network calls per batch", f"{results['network_calls_per_batch']:.0f}"),
+        ("NFE per image", f"{results['evaluations_per_image']:.1f}"),
+        ("seconds per image", f"{results['seconds_per_image']:.2f}"),
     ]
     return f"\n{results['n_samples']} images of {size}\n{table(rows)}\n\n{folder}"
 

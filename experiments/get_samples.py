@@ -1,4 +1,4 @@
-"""Images from a trained sampler: samples.npz as the field's evaluators read it, a PNG grid, PNG files on wish."""
+"""Samples images from a trained sampler: samples.npz in the format of common evaluators, a PNG grid, and PNG files."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ class SamplesConfig:
     n_samples: int = 100
     """Number of images."""
     label: int | None = None
-    """The class of all of them; left out, classes as frequent as in the training data."""
+    """Class of all images; if omitted, classes at their frequencies in the training data."""
     save_individually: bool = False
-    """Also write each image as images/<number>.png."""
+    """Also save each image as images/<number>.png."""
     save_process: bool = False
-    """Also draw process.png: what the first images and their predictions are on the way from noise."""
+    """Also save process.png: denoising strips of the first images, x above the predicted x0."""
 
     def __post_init__(self):
         if self.n_samples < 1:
@@ -38,7 +38,7 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Samples a trained model into <logs_root>/<log_dir>/samples.npz (arr_0: uint8 N x H x W x 3) and samples.png."""
+    """Samples images; writes samples.npz (arr_0: uint8 N x H x W x 3) and samples.png to <logs_root>/<log_dir>."""
 
     samples: SamplesConfig
     model: ModelConfig
@@ -47,7 +47,7 @@ class Config:
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
-    """How images are drawn. ValueError for a class that the model does not have."""
+    """Returns the function that draws the images. ValueError: the model does not have this class."""
     draw = images_of_class(model, config.samples.label, config.output.seed, config.sampling)
     return ExperimentSetup((config.samples, draw))
 
@@ -55,14 +55,14 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
 def measure(
     settings: SamplesConfig, draw: Callable[..., Batch], model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
-    """samples.npz and its pictures. On the main rank alone; the others take part."""
+    """Saves samples.npz and its pictures; a collective that returns results on the main rank."""
     folder, count, is_main = batches.folder, settings.n_samples, batches.world.is_main
-    made = progress(batches.resume("samples", range(count), draw), count, "sampling", is_main)
+    samples = progress(batches.resume("samples", range(count), draw), count, "sampling", is_main)
     if not is_main:
-        list(made)
+        list(samples)
         return None
     with SampleWriter(folder, count, png_files=settings.save_individually) as writer:
-        for batch in made:
+        for batch in samples:
             writer.add(batch)
     if settings.save_process:
         save_denoising_strips(folder / "process.png", model, list(range(min(count, STRIP_IMAGES))), draw)
@@ -71,17 +71,16 @@ def measure(
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
-    """Where the images are."""
+    """Formats the paths of the images."""
     return f"{results['n_samples']} images: {folder / 'samples.npz'}\ngrid: {folder / 'samples.png'}"
 
 
 def images_of_class(
     trained: TrainedSampler, label: int | None, seed: int, options: SamplingConfig
 ) -> Callable[..., Batch]:
-    """A function from indices to images, as `TrainedSampler.draw` makes them, all of one class where one is named.
+    """Returns a function from indices to batches of `TrainedSampler.draw`, all of one class if `label` is given.
 
-    Conditions beside the class are those that are drawn without it. All ranks must ask. ValueError: there is no
-    such class.
+    Conditions other than the class do not depend on it. A collective. ValueError: no such class.
     """
     classes = trained.sampler.n_classes
     if label is not None and not 0 <= label < classes:

@@ -1,4 +1,4 @@
-"""Fills in what is hidden of images: by a mask, by their transparency, half of them, or what lies around them."""
+"""Inpaints and outpaints images: fills in masked, transparent or hidden regions, or extends the canvas."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
 
-GREY = 128  # of what is hidden
+GREY = 128  # shown in place of masked pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,36 +38,33 @@ class InpaintingConfig:
     """Inpainting."""
 
     mask: tuple[str, ...] = ()
-    """Masks, white where an image is to be filled in, of any size: one for all, or one for each. Left out, an image is
-    filled in where it is transparent."""
+    """Masks of any size, white where to fill in: one for all images, or one each; if omitted, transparent pixels."""
     hide: Literal["left", "right", "top", "bottom", "centre"] | None = None
-    """Hide this half (centre: a quarter) as well; held-out images: bottom, if nothing else is asked."""
+    """Also mask this half (centre: a quarter) of the image; of held-out images, the bottom half by default."""
     outpaint: tuple[int, int, int, int] | None = None
-    """Draw what lies beyond the top, right, bottom and left, so far: in codes or latents, or in pixels of models of
-    pixels."""
+    """Extend the canvas at the top, right, bottom and left by this much: codes or latents (pixel models: pixels)."""
     shape: tuple[int, int] | None = None
-    """Instead: a canvas of this height and width, in the same units, with the image in its middle."""
+    """Instead of --outpaint: height and width of the canvas, in the same units, with the image at its centre."""
     window_stride: int | None = None
-    """Codes from one window of a larger canvas to the next; left out, see generate_big_samples.py."""
+    """Stride between the windows of a larger canvas, in codes or latents; if omitted, as in generate_big_samples.py."""
     label: int | None = None
-    """The class to draw; left out, the one in the image's row of conditions, if any. With no condition at all,
-    guidance is 1."""
+    """Class to draw; if omitted, the label in the image's row of conditions. Without any condition, guidance is off."""
     results: int = 4
-    """Results of each image."""
+    """Results per image."""
     paste: bool = True
-    """Put the visible pixels back as they were given; else as the model renders them."""
+    """Copy the visible pixels from the input; --no_paste: leave them as rendered by the model."""
 
     def __post_init__(self):
         if self.results < 1:
             raise ValueError(f"got results {self.results}, wanted at least 1: pass --results N")
         if self.outpaint is not None and (self.shape is not None or min(self.outpaint) < 0):
-            raise ValueError(f"got outpaint {self.outpaint}, shape {self.shape}: pass one of them, no number below 0")
+            raise ValueError(f"got outpaint {self.outpaint}, shape {self.shape}: pass one of them, without negatives")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Inpaints images; inpainted.png (before | hidden in grey | results), images/ and results.json lie in
-    <logs_root>/<log_dir>. Where the data set has a classifier, it says how often its answer survives."""
+    """Inpaints images; writes inpainted.png (original | masked | results), images/ and results.json to
+    <logs_root>/<log_dir>. With a classifier for the data set, reports how often it predicts the original's class."""
 
     given: InputImagesConfig
     inpainting: InpaintingConfig
@@ -77,7 +74,7 @@ class Config:
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
-    """The images, and what of them is hidden. ValueError where it cannot be filled in."""
+    """Loads the images and their masks. ValueError: they do not fit the model."""
     inpainting, sampling = config.inpainting, config.sampling
     inputs = load_masked_images(config.given, inpainting, model, sampling.condition_file)
     conditions_for(model, inputs, [0], None if inpainting.label is None else [inpainting.label], sampling)
@@ -88,7 +85,7 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
 def load_masked_images(
     images: InputImagesConfig, inpainting: InpaintingConfig, model: TrainedSampler, condition_file: str | None
 ) -> InputImages:
-    """The images that the flags name, and what of them is hidden. ValueError where nothing is."""
+    """Loads the images and masks that the flags select. ValueError: nothing is masked."""
     files = images.image
     inputs = load_input_images(files, images.n_images, model, condition_file)
     larger = inpainting.outpaint is not None or inpainting.shape is not None
@@ -103,14 +100,14 @@ def load_masked_images(
         grid = tuple(side // factor for side in model.data.size)
         margins = inpainting.outpaint or centring_margins(grid, inpainting.shape)
         inputs = add_margins(inputs, tuple(factor * margin for margin in margins))
-    whole = [name for name, hidden in zip(inputs.names, inputs.hidden, strict=True) if not hidden.any()]
-    if whole:
-        raise ValueError(f"nothing of {whole[0]} is hidden: a mask is white where the image is to be filled in")
+    unmasked = [name for name, hidden in zip(inputs.names, inputs.hidden, strict=True) if not hidden.any()]
+    if unmasked:
+        raise ValueError(f"nothing of {unmasked[0]} is masked: masks are white where the image is to be filled in")
     return inputs
 
 
 def canvas_shape(inputs: InputImages, trained: TrainedSampler) -> tuple[int, int]:
-    """Height and width of what is drawn, in the sampler's space."""
+    """Returns the height and width of the canvas in the sampler's space."""
     height, width = (side // trained.space.factor for side in inputs.hidden.shape[1:])
     return height, width
 
@@ -122,61 +119,65 @@ def measure(
     model: TrainedSampler,
     batches: ResumableBatches,
 ) -> dict[str, Any] | None:
-    """The pictures, and what a classifier says of them. On the main rank alone; the others take part."""
+    """Inpaints the images, saves them and measures class agreement; a collective that returns results on the main
+    rank."""
     count, label = inpainting.results, inpainting.label
 
-    def inpaint_batch(places: list[int], hidden: Tensor, first_index: int) -> Tensor:
-        rows = [place // count for place in places]
+    def inpaint_batch(numbers: list[int], hidden: Tensor, first_index: int) -> Tensor:
+        rows = [number // count for number in numbers]
         start = model.space.begun(inputs.image[rows].to(model.device), hidden[rows].to(model.device))
-        labels, indices = None if label is None else [label] * len(places), [first_index + p for p in places]
-        how = {"shape": tuple(start.keep.shape[1:]), "window_stride": inpainting.window_stride}
+        labels, indices = None if label is None else [label] * len(numbers), [first_index + n for n in numbers]
+        canvas = {"shape": tuple(start.keep.shape[1:]), "window_stride": inpainting.window_stride}
         conditions, options = conditions_for(model, inputs, rows, labels, sampling)
-        return draw(model, options, batches.seed, start, indices, conditions, **how)
+        return draw(model, options, batches.seed, start, indices, conditions, **canvas)
 
     n = len(inputs) * count
-    made = generate_in_batches("inpainted", n, lambda places: inpaint_batch(places, inputs.hidden, 0), batches)
-    same_size = tuple(inputs.hidden.shape[1:]) == model.data.size  # a classifier knows no larger canvases
-    classifier, blank = classifier_for(model.data) if same_size else None, None
-    if classifier is not None:
-        nothing = torch.ones_like(inputs.hidden)
-        blank = generate_in_batches("all hidden", n, lambda places: inpaint_batch(places, nothing, n), batches)
-    if made is None:
+    inpainted = generate_in_batches("inpainted", n, lambda numbers: inpaint_batch(numbers, inputs.hidden, 0), batches)
+    same_size = tuple(inputs.hidden.shape[1:]) == model.data.size  # the classifier takes no larger canvases
+    classifier, unconstrained = classifier_for(model.data) if same_size else None, None
+    if classifier is not None:  # chance level: the same with everything masked
+        everything = torch.ones_like(inputs.hidden)
+        unconstrained = generate_in_batches(
+            "all hidden", n, lambda numbers: inpaint_batch(numbers, everything, n), batches
+        )
+    if inpainted is None:
         return None
-    results = group_by_image(made, inputs, inpainting.paste)
+    results = group_by_image(inpainted, inputs, inpainting.paste)
     save_result_images(batches.folder, inputs.names, results, [str(i) for i in range(count)], batches.run)
     masked = torch.where(inputs.hidden.unsqueeze(1), GREY, inputs.image)
     save_comparison_grid(batches.folder / "inpainted.png", inputs.image, masked, results)
-    found = {
+    record = {
         "n_images": len(inputs),
         "results_per_image": count,
         "hidden_share": inputs.hidden.float().mean().item(),
-        "visible_pixels": "those given" if inpainting.paste else "as the model renders them",
+        "visible_pixels": "copied from the input" if inpainting.paste else "as rendered by the model",
     }
     if classifier is not None:
-        of_originals = predict_classes(classifier, inputs.image)
-        found["survival"] = class_agreement(of_originals, predict_classes(classifier, results))._asdict()
-        chance = predict_classes(classifier, blank.view(len(inputs), count, *blank.shape[1:]))
-        found["chance"] = class_agreement(of_originals, chance)._asdict()
-    return found | {"run": batches.run}
+        labels = predict_classes(classifier, inputs.image)
+        record["survival"] = class_agreement(labels, predict_classes(classifier, results))._asdict()
+        chance = predict_classes(classifier, unconstrained.view(len(inputs), count, *unconstrained.shape[1:]))
+        record["chance"] = class_agreement(labels, chance)._asdict()
+    return record | {"run": batches.run}
 
 
-def group_by_image(made: Tensor, inputs: InputImages, paste: bool) -> Tensor:
-    """(N results, C, H, W) -> (N, results, C, H, W), with the visible pixels of the given images on them if asked."""
-    made = made.view(len(inputs), -1, *made.shape[1:])
-    return torch.where(inputs.hidden[:, None, None], made, inputs.image.unsqueeze(1)) if paste else made
+def group_by_image(images: Tensor, inputs: InputImages, paste: bool) -> Tensor:
+    """Groups images (N * results, C, H, W) to (N, results, C, H, W); with `paste`, copies the visible pixels of the
+    inputs."""
+    images = images.view(len(inputs), -1, *images.shape[1:])
+    return torch.where(inputs.hidden[:, None, None], images, inputs.image.unsqueeze(1)) if paste else images
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
-    """How often the classifier's answer survives, and where the pictures are."""
+    """Formats the class agreement and what was inpainted."""
     rows = [
         ("inpainting", ""),
-        ("images, results of each", f"{results['n_images']}, {results['results_per_image']}"),
-        ("hidden", f"{100 * results['hidden_share']:.0f} % of the pixels"),
-        ("visible pixels in the pictures", results["visible_pixels"]),
+        ("images", f"{results['n_images']}, with {results['results_per_image']} results each"),
+        ("masked pixels", f"{100 * results['hidden_share']:.0f} %"),
+        ("visible pixels", results["visible_pixels"]),
     ]
     if "survival" in results:
-        rows.append(("the classifier's answer survives", str(Proportion(**results["survival"]))))
-        rows.append(("chance: as often with all hidden", str(Proportion(**results["chance"]))))
+        rows.append(("class agreement with the original ± standard error", str(Proportion(**results["survival"]))))
+        rows.append(("chance level (everything masked)", str(Proportion(**results["chance"]))))
     return f"\n{table(rows)}\n\n{folder / 'inpainted.png'}\n{folder / 'images'}"
 
 

@@ -1,4 +1,4 @@
-"""Images through a trained VQGAN and back: originals, reconstructions and error maps, at any size."""
+"""Reconstructs images of any size with a trained VQGAN: originals, reconstructions and error maps."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -35,9 +35,9 @@ from train.first_stage import FirstStage
 from train.logging import grid_image
 from vq.tiles import decode_tiled, encode_tiled, seam_ratio, seams, tile_starts
 
-SHOWN = 16  # images in the overview, and validation images where no number is given
+SHOWN = 16  # images in the overview; also the default number of validation images
 LISTED = 40  # rows of the printed table
-ERROR_MAX = 0.25  # where the error map's colours end, a share of the range from black to white
+ERROR_MAX = 0.25  # largest error of the colour map, as a fraction of the range from black to white
 COLOURS = "inferno"
 THUMBNAIL = 192  # side, pixels
 LEGEND = 30  # height, pixels
@@ -48,19 +48,19 @@ class ReconstructionConfig:
     """Reconstruction."""
 
     images: str | None = None
-    """An image, or a folder of images in any tree; left out, validation images as the VQGAN was trained on them."""
+    """An image, or a folder of images (recursive); if omitted, validation images, preprocessed as in training."""
     n_images: int | None = None
-    """The first so many; left out, all of --images, 16 validation images."""
+    """Number of images, the first ones; if omitted, all of --images, or 16 validation images."""
     size: int | None = None
-    """Resize the short side to this many pixels; left out, images of --images keep their own size."""
+    """Resize the short side to this many pixels; if omitted, images of --images keep their own size."""
     tile: int | None = None
-    """Side of the tiles that larger images are cut into, codes; left out, as large as the images trained on."""
+    """Side of the tiles for larger images, in codes; if omitted, the grid of the training images."""
     overlap: int | None = None
-    """What neighbouring tiles share, codes; left out, a quarter of a tile."""
+    """Overlap of neighbouring tiles, in codes; if omitted, a quarter of a tile."""
     batch_size: int = 1
-    """Tiles computed at once: memory grows with it."""
+    """Tiles processed at once; memory grows with it."""
     compare_whole: bool = False
-    """Also reconstruct each image whole, and say how far its tiles are from that; memory grows with the image."""
+    """Also reconstruct each image without tiles and report the difference; memory grows with the image."""
 
     def __post_init__(self):
         for name in ("n_images", "size", "batch_size"):
@@ -71,7 +71,7 @@ class ReconstructionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Reconstructs images; overview.png, images/<name>.png and results.json lie in <logs_root>/<log_dir>."""
+    """Reconstructs images; writes overview.png, images/<name>.png and results.json to <logs_root>/<log_dir>."""
 
     reconstruction: ReconstructionConfig
     model: FirstStageModelConfig
@@ -79,20 +79,21 @@ class Config:
 
 
 def prepare(config: Config, model: FirstStage, world: DistContext) -> ExperimentSetup:
-    """The images, and how they are cut. ValueError, FileNotFoundError where there are none, or no such tiles."""
+    """Finds the images and the tiling. ValueError, FileNotFoundError: no images, or invalid tiles."""
     settings = config.reconstruction
     tiles, originals = make_tiles(settings, model), find_originals(settings, model)
-    of = "" if settings.images is None else f"_{Path(settings.images).resolve().stem}"
-    origin = {"image_files": originals.fingerprint}
-    return ExperimentSetup((settings, tiles, originals), origin, f"reconstructions{of}")
+    suffix = "" if settings.images is None else f"_{Path(settings.images).resolve().stem}"
+    return ExperimentSetup(
+        (settings, tiles, originals), {"image_files": originals.fingerprint}, f"reconstructions{suffix}"
+    )
 
 
 class TooSmall(ValueError):
-    """An image that has not one code."""
+    """Raised for an image smaller than one code."""
 
 
 class Tiles(NamedTuple):
-    """How an image is cut: lengths in codes, and how many tiles are computed together."""
+    """How images are tiled: lengths in codes, and the number of tiles processed at once."""
 
     tile: int
     overlap: int
@@ -100,23 +101,23 @@ class Tiles(NamedTuple):
 
 
 def make_tiles(config: ReconstructionConfig, first: FirstStage) -> Tiles:
-    """What the flags say of tiles, the rest from the grid that the VQGAN was trained on; ValueError for no tiles."""
+    """Returns the tiling of the flags, with defaults from the training grid; ValueError if it is invalid."""
     tile = max(first.vqgan.grid) if config.tile is None else config.tile
     overlap = tile // 4 if config.overlap is None else config.overlap
-    tile_starts(tile, tile, overlap)  # refuses what are no tiles
+    tile_starts(tile, tile, overlap)  # raises ValueError for invalid tiles
     return Tiles(tile, overlap, config.batch_size)
 
 
 class Originals(NamedTuple):
-    """Images by number."""
+    """The original images, by index."""
 
     names: list[str]
-    read: Callable[[int], Tensor]  # uint8 (C, H, W); `UnreadableImage` or `TooSmall`
+    read: Callable[[int], Tensor]  # returns uint8 (C, H, W); raises UnreadableImage or TooSmall
     fingerprint: str
 
 
 def find_originals(config: ReconstructionConfig, first: FirstStage) -> Originals:
-    """The images that the flags name, or validation images."""
+    """Returns the images of --images, or validation images."""
 
     def fit(image: Any) -> Tensor:
         return preprocess(image, config.size, first.data.n_channels, first.vqgan.config.factor, first.data.data_range)
@@ -127,9 +128,9 @@ def find_originals(config: ReconstructionConfig, first: FirstStage) -> Originals
 
 
 def images_of_path(path: Path, count: int | None, fit: Callable[[Any], Tensor]) -> Originals:
-    """One file, or the first `count` images of a folder, sorted by path; all of them without `count`.
+    """Returns one image file, or the first `count` images (default: all) of a folder, sorted by path.
 
-    FileNotFoundError where there is no such path, ValueError for a folder without images.
+    FileNotFoundError: no such path. ValueError: the folder has no images.
     """
     if path.is_file():
         root, names = path.parent, [path.name]
@@ -137,14 +138,14 @@ def images_of_path(path: Path, count: int | None, fit: Callable[[Any], Tensor]) 
         try:
             root, names = path, list_images(path)[:count]
         except ValueError as error:
-            raise ValueError(f"{path} holds no image: wanted {' '.join(SUFFIXES)} files, check --images") from error
+            raise ValueError(f"{path} holds no images: wanted {' '.join(SUFFIXES)} files, check --images") from error
     else:
         raise FileNotFoundError(f"{path} not found: pass an image or a folder of images as --images")
     return Originals(names, lambda i: fit(decode(root / names[i])), files_fingerprint(root, names))
 
 
 def validation_images(first: FirstStage, count: int, fit: Callable[[Any], Tensor] | None) -> Originals:
-    """The first images of the validation split, cut as in training without `fit`."""
+    """Returns the first images of the validation split, preprocessed by `fit`, by default as in training."""
     dataset = build_dataset(first.data, first.reader, "val")
 
     def read(index: int) -> Tensor:
@@ -160,7 +161,7 @@ def validation_images(first: FirstStage, count: int, fit: Callable[[Any], Tensor
 
 
 def picture_names(names: list[str]) -> list[str]:
-    """Paths of pictures, all different: the names without their suffix, with it where two would be one."""
+    """Returns distinct paths for the pictures: the names without suffixes, or with them if two would coincide."""
     short = [str(Path(name).with_suffix("")) for name in names]
     distinct = len({name.lower() for name in short}) == len(short)
     return [f"{name}.png" for name in (short if distinct else names)]
@@ -169,10 +170,9 @@ def picture_names(names: list[str]) -> list[str]:
 def preprocess(
     image: Any, size: int | None, n_channels: int, factor: int, data_range: ValueRange | None = None
 ) -> Tensor:
-    """An image of a file or a data set as uint8 (n_channels, H, W), H and W multiples of `factor`: its centre, at its
-    own size.
+    """Crops an image at its centre to uint8 (n_channels, H, W), with H and W multiples of `factor`.
 
-    `size` is what its short side is resized to first. `TooSmall` for one that is smaller than `factor` pixels.
+    With `size`, its short side is resized to it first. TooSmall: a side is below `factor` pixels.
     """
     from torchvision.transforms.v2 import functional as F
 
@@ -181,14 +181,14 @@ def preprocess(
         pixels = F.resize(pixels, [size], F.InterpolationMode.BICUBIC, antialias=True)
     height, width = F.get_size(pixels)
     if height < factor or width < factor:
-        raise TooSmall(f"it is {width}x{height} pixels, wanted at least {factor}x{factor}: pass --size N to enlarge it")
-    cut = F.center_crop(pixels, [height // factor * factor, width // factor * factor])
-    return as_uint8((F.to_image(cut) if isinstance(cut, Image.Image) else cut).as_subclass(Tensor))
+        raise TooSmall(f"{width}x{height} pixels, wanted at least {factor}x{factor}: pass --size N to enlarge it")
+    crop = F.center_crop(pixels, [height // factor * factor, width // factor * factor])
+    return as_uint8((F.to_image(crop) if isinstance(crop, Image.Image) else crop).as_subclass(Tensor))
 
 
 @torch.inference_mode()
 def reconstruct(first: FirstStage, image: Tensor, tiles: Tiles | None) -> tuple[Tensor, Tensor]:
-    """uint8 (C, H, W) -> ids (h, w), the reconstruction; whole where there are no `tiles`."""
+    """Encodes and decodes an image, uint8 (C, H, W), by tiles or at once: returns ids (h, w) and the reconstruction."""
     x, vqgan = to_float(image)[None], first.vqgan
     with autocast(first.device, first.amp):
         if tiles is None:
@@ -201,22 +201,22 @@ def reconstruct(first: FirstStage, image: Tensor, tiles: Tiles | None) -> tuple[
 
 
 def measure_image(first: FirstStage, image: Tensor, ids: Tensor, fake: Tensor, tiles: Tiles) -> dict[str, Any]:
-    """What is said of one image; None stands for what is not there, or infinite."""
+    """Measures one reconstruction; infinite or undefined values become None."""
     factor, (height, width) = first.vqgan.config.factor, image.shape[1:]
     rows, columns = (seams(side, tiles.tile, tiles.overlap, factor) for side in ids.shape)
-    found = {
+    metrics = {
         "psnr": psnr(image[None], fake[None]).item(),
         "l1": l1(image[None], fake[None]).item(),
         "bits_per_pixel": math.log2(first.vqgan.config.codebook_size) * ids.numel() / (height * width),
         "seams": seam_ratio(fake[None], rows, columns, factor),
         "seams_of_original": seam_ratio(image[None], rows, columns, factor),
     }
-    found = {name: value if math.isfinite(value) else None for name, value in found.items()}
-    return {"width": width, "height": height, "codes": list(ids.shape), **found}
+    metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return {"width": width, "height": height, "codes": list(ids.shape), **metrics}
 
 
 def compare_to_whole(first: FirstStage, image: Tensor, ids: Tensor, fake: Tensor) -> dict[str, float]:
-    """How far the tiled reconstruction is from the one of the whole image at once."""
+    """Compares the tiled reconstruction with that of the whole image at once."""
     whole_ids, whole = reconstruct(first, image, None)
     same = (whole_ids == ids).float().mean().item()
     return {"l1_to_whole": l1(whole[None], fake[None]).item(), "codes_as_whole": same}
@@ -225,9 +225,9 @@ def compare_to_whole(first: FirstStage, image: Tensor, ids: Tensor, fake: Tensor
 def measure(
     settings: ReconstructionConfig, tiles: Tiles, originals: Originals, model: FirstStage, batches: ResumableBatches
 ) -> dict[str, Any]:
-    """All pictures, and what is said of each.
+    """Reconstructs, measures and saves all images.
 
-    Images that cannot be read, or are too small, are named and left out; ValueError where none is left.
+    Unreadable and too small images are listed and skipped; ValueError if none is left.
     """
     records, skipped, shown = [], [], []
     for name, picture, image in readable_images(originals, skipped):
@@ -242,7 +242,7 @@ def measure(
         records.append(record)
     if not records:
         image, reason = skipped[0].values()
-        raise ValueError(f"not one of {len(skipped)} images can be used; the first, {image}: {reason}")
+        raise ValueError(f"none of {len(skipped)} images can be used; the first, {image}: {reason}")
     save_overview(batches.folder / "overview.png", torch.stack(shown))
     return {
         "vqgan": model.origin,
@@ -256,7 +256,7 @@ def measure(
 
 
 def readable_images(originals: Originals, skipped: list[dict[str, str]]) -> Iterator[tuple[str, str, Tensor]]:
-    """(name, path of its picture, uint8 (C, H, W)) of each image of use; others go to `skipped`, with reasons."""
+    """Yields (name, path of the picture, uint8 (C, H, W)) of each usable image; adds others to `skipped`."""
     pictures = picture_names(originals.names)
     for i, name in enumerate(tqdm(originals.names, "reconstructing", unit="img", dynamic_ncols=True, mininterval=1.0)):
         try:
@@ -268,17 +268,17 @@ def readable_images(originals: Originals, skipped: list[dict[str, str]]) -> Iter
 
 
 def mean_of_records(records: list[dict[str, Any]]) -> dict[str, float | None]:
-    """The mean of each number over the images that have it."""
+    """Returns the mean of each number over the images that have it."""
     names = [name for name in records[0] if name not in ("image", "picture", "width", "height", "codes")]
-    found = {name: [record[name] for record in records if record[name] is not None] for name in names}
-    return {name: sum(values) / len(values) if values else None for name, values in found.items()}
+    columns = {name: [record[name] for record in records if record[name] is not None] for name in names}
+    return {name: sum(values) / len(values) if values else None for name, values in columns.items()}
 
 
 def report(results: dict[str, Any], folder: Path) -> str:
-    """A table for people, and where the pictures lie."""
+    """Formats the table of all images."""
     whole = "l1_to_whole" in results["mean"]
-    rows = [("image", "pixels", "codes", "bits/pixel", "PSNR dB", "L1", "seams", "of original")]
-    rows[0] += ("L1 to whole", "same codes") * whole
+    rows = [("image", "pixels", "codes", "bits/pixel", "PSNR dB", "L1", "seam ratio", "of original")]
+    rows[0] += ("L1 to untiled", "equal codes") * whole
     names = "bits_per_pixel", "psnr", "l1", "seams", "seams_of_original"
     names += ("l1_to_whole", "codes_as_whole") * whole
     listed = results["images"][:LISTED]
@@ -291,28 +291,28 @@ def report(results: dict[str, Any], folder: Path) -> str:
     if len(listed) < len(results["images"]):
         lines.append(f"(the first {LISTED} images; all are in results.json)")
     lines.append(
-        "L1: images in [-1, 1]. seams: neighbouring pixels differ so many times as much across the borders of tiles as "
-        "elsewhere; compare with the original's, at the same places."
+        "PSNR: higher is better. L1: of values in [-1, 1], lower is better. seam ratio: mean difference of pixels\n"
+        "across tile borders over that of other neighbours; visible seams raise it above the original's."
     )
-    lines += [f"left out: {skipped['image']}: {skipped['reason']}" for skipped in results["skipped"]]
+    lines += [f"skipped: {skipped['image']}: {skipped['reason']}" for skipped in results["skipped"]]
     if results["skipped"]:
-        lines.append(f"{len(results['skipped'])} images left out")
+        lines.append(f"{len(results['skipped'])} images skipped")
     lines += [f"error maps: {results['error_map']}", str(folder / "overview.png"), str(folder / "images")]
     return "\n".join(lines)
 
 
 @cache
 def colour_table() -> Tensor:
-    """(256, 3) uint8: the colours of errors from 0 to ERROR_MAX."""
+    """Returns the colours of errors from 0 to ERROR_MAX: uint8 (256, 3)."""
     from matplotlib import colormaps
 
     return torch.from_numpy(colormaps[COLOURS](range(256), bytes=True)[:, :3].copy())
 
 
 def error_map(image: Tensor, other: Tensor) -> Tensor:
-    """Two images (C, H, W) uint8 -> (3, H, W) uint8: the colour of their absolute difference, mean over channels.
+    """Colours the absolute difference of two images, averaged over channels: uint8 (C, H, W) twice -> uint8 (3, H, W).
 
-    0 is the first colour; ERROR_MAX of the range, and all above, the last.
+    0 has the first colour; ERROR_MAX of the range and above the last.
     """
     error = (image.short() - other.short()).abs().sum(0) / (len(image) * 255)  # (H, W) in [0, 1]
     levels = (error / ERROR_MAX * 255).round().clamp(max=255).long()
@@ -320,31 +320,31 @@ def error_map(image: Tensor, other: Tensor) -> Tensor:
 
 
 def panels(image: Tensor, fake: Tensor) -> Tensor:
-    """Original and reconstruction (C, H, W) uint8 -> (3, 3, H, W): both, in colour, and their error map."""
+    """Stacks the original, the reconstruction (uint8 (C, H, W) each) and their error map: (3, 3, H, W)."""
     return torch.stack([image.expand(3, -1, -1), fake.expand(3, -1, -1), error_map(image, fake)])
 
 
 def save_panels(path: Path, shown: Tensor) -> None:
-    """A PNG of panels (3, 3, H, W), left to right."""
+    """Saves panels (3, 3, H, W) as a PNG, left to right."""
     save_grid(path, shown, columns=3)
 
 
 def thumbnail(image: Tensor) -> Tensor:
-    """(3, H, W) uint8 -> (3, THUMBNAIL, THUMBNAIL): the whole of it, on white; small ones keep their square pixels."""
+    """Fits an image (3, H, W) uint8 into a white (3, THUMBNAIL, THUMBNAIL); enlarges without smoothing."""
     from torchvision.transforms.v2 import functional as F
 
     height, width = image.shape[1:]
     scale = THUMBNAIL / max(height, width)
     size = [max(1, round(side * scale)) for side in (height, width)]
-    how = F.InterpolationMode.NEAREST if scale > 1 else F.InterpolationMode.BILINEAR
-    small = F.resize(image, size, how, antialias=True)
+    mode = F.InterpolationMode.NEAREST if scale > 1 else F.InterpolationMode.BILINEAR
+    small = F.resize(image, size, mode, antialias=True)
     left, top = (THUMBNAIL - size[1]) // 2, (THUMBNAIL - size[0]) // 2
     right, bottom = THUMBNAIL - size[1] - left, THUMBNAIL - size[0] - top
     return F.pad(small, [left, top, right, bottom], fill=255)
 
 
 def save_overview(path: Path, thumbnails: Tensor) -> None:
-    """A PNG of thumbnails (3 N, 3, S, S), three to an image, two images to a row, below the colours of errors."""
+    """Saves thumbnails (3 N, 3, S, S), three per image and two images per row, below a legend of error colours."""
     grid = grid_image(thumbnails, min(6, len(thumbnails)))
     canvas = Image.new("RGB", (grid.width, grid.height + LEGEND), "white")
     canvas.paste(grid, (0, LEGEND))
@@ -354,17 +354,18 @@ def save_overview(path: Path, thumbnails: Tensor) -> None:
 
 
 def draw_legend(canvas: Image.Image) -> None:
-    """Says at the top of a picture what its columns and the colours of errors are."""
+    """Draws the legend of the columns and the error colours at the top of a picture."""
     draw, font, middle = ImageDraw.Draw(canvas), ImageFont.load_default(14), LEGEND // 2
     bar = colour_table()[::2].expand(LEGEND - 16, -1, -1)  # (height, 128, 3)
     left = 8
-    for thing in ("original, reconstruction, error:  0", bar, f"{ERROR_MAX:.0%} of the range, or more"):
-        if isinstance(thing, Tensor):
-            canvas.paste(Image.fromarray(thing.contiguous().numpy()), (left, 8))
+    texts = "original | reconstruction | absolute error:  0", f"{ERROR_MAX:.0%} of the range or more"
+    for item in (texts[0], bar, texts[1]):
+        if isinstance(item, Tensor):
+            canvas.paste(Image.fromarray(item.contiguous().numpy()), (left, 8))
             left += bar.shape[1] + 8
         else:
-            draw.text((left, middle), thing, "black", font, anchor="lm")
-            left += round(draw.textlength(thing, font)) + 8
+            draw.text((left, middle), item, "black", font, anchor="lm")
+            left += round(draw.textlength(item, font)) + 8
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The page: what it shows of a model, what it says when it cannot start, and its use in a real browser."""
+"""The demo page: what it shows of a model, its errors at startup, and its use in a real browser."""
 
 import importlib.util
 import io
@@ -42,32 +42,32 @@ def refused(flags, capsys):
     return capsys.readouterr().err.strip()
 
 
-def test_what_keeps_the_page_from_opening_is_one_line(tmp_path, capsys, monkeypatch):
+def test_errors_that_keep_the_page_from_opening_are_one_line(tmp_path, capsys, monkeypatch):
     port = free_port()
     flags = f"--logs_root {tmp_path} --port {port}"
-    said = [refused(f"{flags} --log_dir mine", capsys)]
+    errors = [refused(f"{flags} --log_dir mine", capsys)]
     with socket.create_server(("127.0.0.1", port)):
-        said.append(refused(flags, capsys))
+        errors.append(refused(flags, capsys))
     monkeypatch.setitem(sys.modules, "gradio", None)
-    said.append(refused(flags, capsys))
+    errors.append(refused(flags, capsys))
     monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace())
-    said.append(refused(flags, capsys))
+    errors.append(refused(flags, capsys))
     remedies = ["leave --log_dir out", "pass --port N", "pip install -r requirements-extra.txt", "no run in"]
-    assert all(remedy in line and len(line.splitlines()) == 1 for remedy, line in zip(remedies, said, strict=True))
-    assert "wanted one of 1 to 65535: pass --port N" in refused("--port 70000", capsys)
+    assert all(remedy in line and len(line.splitlines()) == 1 for remedy, line in zip(remedies, errors, strict=True))
+    assert "wanted 1 to 65535: pass --port N" in refused("--port 70000", capsys)
 
 
 @contextmanager
 def served(logs, flags):
-    """The address of the page, in a process of its own: gradio leaves sockets and event loops behind."""
+    """The address of the page, served by another process: gradio leaves sockets and event loops behind."""
     port = free_port()
     command = [sys.executable, str(ROOT / "demo.py"), "--logs_root", str(logs), "--port", str(port), *flags.split()]
     address, until = f"http://127.0.0.1:{port}", time.monotonic() + 300  # seconds: the machine may be busy
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=said)
+    with tempfile.TemporaryFile("w+") as stderr:
+        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=stderr)
         try:
             while True:
-                assert process.poll() is None and time.monotonic() < until, said.seek(0) or said.read()
+                assert process.poll() is None and time.monotonic() < until, stderr.seek(0) or stderr.read()
                 try:
                     urllib.request.urlopen(address, timeout=5).close()
                     break
@@ -77,12 +77,12 @@ def served(logs, flags):
         finally:
             process.terminate()
             process.wait(timeout=30)
-        said.seek(0)
-        assert "Traceback" not in (text := said.read()), text
+        stderr.seek(0)
+        assert "Traceback" not in (text := stderr.read()), text
 
 
 def labels(address):
-    """The labels of all components in sight, from the page's own description."""
+    """The labels of all visible components, from the page's own config."""
     with urllib.request.urlopen(f"{address}/config", timeout=30) as answer:
         components = [each["props"] for each in json.load(answer)["components"]]
     return [each["label"] for each in components if each.get("label") and each.get("visible", True)]
@@ -100,7 +100,7 @@ def test_the_page_shows_what_the_model_has(trained):
 
 @pytest.mark.slow
 @needs_gradio
-def test_a_model_without_classes_is_asked_for_none(trained):
+def test_a_model_without_classes_has_no_class_control(trained):
     flags = f"--train_steps 1 --no_amp --no_class_conditional --guidance 1 --log_dir bare {SAMPLER}"
     call("train_sampler.py", f"--logs_root {trained} {flags}")
     with served(trained, "--no_amp --load_dir bare") as address:
@@ -110,7 +110,7 @@ def test_a_model_without_classes_is_asked_for_none(trained):
 
 @contextmanager
 def tab_at(address):
-    """A tab of a browser; asking anything of another machine fails the test."""
+    """A browser tab; any request to another machine fails the test."""
     from playwright.sync_api import sync_playwright
 
     strangers = []
@@ -156,13 +156,13 @@ def enter(tab, label, value):
 
 
 def content(tab, image):
-    """The pixels of an image on the page, as often as they were enlarged."""
+    """The pixels of an image as enlarged on the page."""
     with urllib.request.urlopen(image.get_attribute("src"), timeout=30) as answer:
         return np.asarray(Image.open(io.BytesIO(answer.read())).convert("L"))
 
 
 def new_images(tab, count, but=()):
-    """So many images in the gallery in sight, all of them others than `but`."""
+    """Waits for `count` images in the visible gallery, all different from `but`."""
     shown = tab.locator(".thumbnail-item img:visible")
     until = time.monotonic() + 60
     while True:
@@ -176,7 +176,7 @@ def new_images(tab, count, but=()):
 @pytest.mark.slow
 @needs_gradio
 @needs_browser
-def test_a_visitor_samples(tab):
+def test_sampling_on_the_page(tab):
     enter(tab, "images (up to 9)", 3)
     press(tab, "Sample")
     shown, sources = new_images(tab, 3)
@@ -195,16 +195,16 @@ def test_a_visitor_samples(tab):
 @pytest.mark.slow
 @needs_gradio
 @needs_browser
-def test_a_visitor_watches(tab):
+def test_watching_on_the_page(tab):
     enter(tab, "images (up to 9)", 2)
     enter(tab, "steps", 7)
     turn_to(tab, "Watch")
-    seen = []
-    tab.on("request", lambda request: seen.append(request.url) if request.url.endswith(".png") else None)
+    frames = []
+    tab.on("request", lambda request: frames.append(request.url) if request.url.endswith(".png") else None)
     press(tab, "Watch")
     step = tab.get_by_label("number input for step")
     tab.wait_for_function("box => box.value === '7' && !box.disabled", arg=step.element_handle())
-    assert len({*seen}) >= 4  # frames came while it went on
+    assert len({*frames}) >= 4  # frames came while it went on
     now = tab.locator(".image-frame img:visible").first
     last = content(tab, now)
     source = now.get_attribute("src")
@@ -217,7 +217,7 @@ def test_a_visitor_watches(tab):
 @pytest.mark.slow
 @needs_gradio
 @needs_browser
-def test_a_visitor_inpaints_with_a_brush(tab):
+def test_inpainting_with_the_brush(tab):
     enter(tab, "images (up to 9)", 2)
     press(tab, "Sample")
     shown, sources = new_images(tab, 2)
@@ -228,7 +228,7 @@ def test_a_visitor_inpaints_with_a_brush(tab):
     canvas.wait_for()
     tab.wait_for_timeout(2000)  # until the image lies on it
     press(tab, "Inpaint")
-    tab.get_by_text("nothing is hidden").wait_for()
+    tab.get_by_text("nothing is masked").wait_for()
     box = canvas.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     tab.mouse.move(x - 100, y)

@@ -1,5 +1,7 @@
-"""Batches that the ranks of an experiment share, kept on disk until it is done: a start that is cut off loses at most
-one batch of each rank."""
+"""Batches computed by all ranks of an experiment and kept on disk until it finishes.
+
+An interrupted run loses at most one batch per rank.
+"""
 
 import io
 import os
@@ -20,15 +22,15 @@ from train.distributed import DistContext, init_distributed, pick_device
 from train.files import atomic_write, fsync, write_errors_as_oserror
 
 T = TypeVar("T")
-Tensors = dict[str, Tensor]  # of a batch: each (B, ...)
+Tensors = dict[str, Tensor]  # one batch: each (B, ...)
 MakeBatch = Callable[[list[int]], Tensors]
-BATCHES_FOLDER = ".kept"  # in the folder of the results
-TIMEOUT_MINUTES = 60.0  # minutes that ranks wait for each other: a batch of large images may take many
+BATCHES_FOLDER = ".kept"  # inside the results folder
+TIMEOUT_MINUTES = 60.0  # how long ranks wait for each other: a batch of large images may take many minutes
 
 
 @contextmanager
 def experiment_world(device_name: str) -> Iterator[DistContext]:
-    """The ranks of an experiment; the main one alone prints."""
+    """The process group of an experiment; only the main rank prints."""
     with ExitStack() as quiet, init_distributed(device_name, TIMEOUT_MINUTES) as context:
         if not context.is_main:
             quiet.enter_context(redirect_stdout(io.StringIO()))
@@ -36,45 +38,48 @@ def experiment_world(device_name: str) -> Iterator[DistContext]:
 
 
 def single_process_world(device_name: str) -> DistContext:
-    """The World of an experiment that runs in one process; ValueError in one of several."""
+    """Returns the `DistContext` of an experiment that runs in a single process; ValueError under torchrun with several."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("this experiment runs in one process: start it with python instead of torchrun")
+        raise ValueError("this experiment runs in a single process: start it with python instead of torchrun")
     return DistContext(pick_device(device_name))
 
 
 def rank_indices(world: DistContext, indices: list[int], batch_size: int) -> list[int]:
-    """This rank's share of indices: whole batches of them, so that a batch is the same however many ranks."""
+    """Returns this rank's share of the indices, in whole batches: batches do not depend on the number of ranks."""
     batches = [indices[first : first + batch_size] for first in range(0, len(indices), batch_size)]
     return [index for batch in world.local_items(batches) for index in batch]
 
 
-def gather_in_order(world: DistContext, own: Iterable[T]) -> Iterator[T]:
-    """What all ranks make, in turn: the first of each, the second of each ... On the main rank alone; others take part
-    and are given nothing. One of each is in memory at a time."""
+def gather_in_order(world: DistContext, items: Iterable[T]) -> Iterator[T]:
+    """Yields the items of all ranks in turn (the first of each rank, the second of each, ...) on the main rank.
+
+    A collective: all ranks must iterate, but only the main rank receives items. One item per rank is in memory at a
+    time.
+    """
     if world.size == 1:
-        yield from own
+        yield from items
         return
-    own = iter(own)
+    items = iter(items)
     while True:
-        made = next(own, None)
-        if not any(world.any(made is not None)):
+        item = next(items, None)
+        if not any(world.any(item is not None)):
             return
-        for each in gather_objects(world, made):
+        for each in gather_objects(world, item):
             if each is not None:
                 yield each
 
 
 def gather_objects(world: DistContext, value: T) -> list[T]:
-    """What each rank has, in their order, on the main one; nothing on others."""
+    """Gathers every rank's value, in rank order, on the main rank; returns an empty list on the others."""
     if world.size == 1:
         return [value]
-    everything = [None] * world.size if world.is_main else None
-    dist.gather_object(value, everything)
-    return everything or []
+    values = [None] * world.size if world.is_main else None
+    dist.gather_object(value, values)
+    return values or []
 
 
 def broadcast_object(world: DistContext, value: T) -> T:
-    """What the main rank has, on all of them."""
+    """Returns the main rank's value on every rank."""
     if world.size == 1:
         return value
     box = [value]
@@ -84,65 +89,65 @@ def broadcast_object(world: DistContext, value: T) -> T:
 
 @dataclass(frozen=True)
 class ResumableBatches:
-    """What the ranks of an experiment make together: batches kept below the folder of its results until it is done.
+    """Computes batches on all ranks of an experiment and keeps them in its results folder until it finishes.
 
-    A later start with the same batch size, on any number of ranks, reads those that an earlier one kept.
+    A later run with the same batch size, on any number of ranks, reads the batches that an earlier one saved.
     """
 
-    world: DistContext  # the ranks
-    folder: Path  # of one run of one experiment
+    world: DistContext
+    folder: Path  # the results folder of one experiment
     batch_size: int = 1
-    seed: int = 0  # of what is drawn
-    run: dict[str, Any] = field(default_factory=dict)  # what results are of: flags, step, content of files and weights
+    seed: int = 0  # of the generated samples
+    run: dict[str, Any] = field(default_factory=dict)  # provenance: flags, step, hashes of files and weights
 
     @property
     def files(self) -> dict[str, str]:
-        """SHA-256 of the files that flags name, by flag."""
+        """SHA-256 of each input file, by the name of its flag."""
         return self.run.get("files", {})
 
     def resume(self, name: str, indices: Sequence[int], make: MakeBatch, size: int | None = None) -> Iterator[Tensors]:
-        """`make(some indices)` for all of them, in order: on the main rank alone, while all take part in making them.
+        """Yields `make(batch of indices)` for all indices, in order, on the main rank; a collective, like
+        `gather_in_order`.
 
-        Each batch of `size` indices (left out, `batch_size`) is kept before it is handed out. `name` is of what one
-        experiment makes of several kinds, and of what made it that the run's config does not tell. Tensors are moved to
-        the CPU. ValueError: a kept batch is damaged.
+        Each batch of `size` indices (default `batch_size`) is saved before it is yielded, with its tensors on the CPU.
+        `name` distinguishes the kinds of batches of one experiment, and anything they depend on that the run's config
+        does not record. ValueError: a saved batch is damaged.
         """
         world, size = self.world, size or self.batch_size
         batches = [list(indices[first : first + size]) for first in range(0, len(indices), size)]
         paths = [self.folder / BATCHES_FOLDER / f"{name}_{size}_{i:06d}.safetensors" for i in range(len(batches))]
         done = next((i for i, path in enumerate(paths) if not path.is_file()), len(paths)) if world.is_main else 0
-        done = int(world.sum(torch.tensor(float(done), device=world.device)))  # the main one is sure to see the files
+        done = int(world.sum(torch.tensor(float(done), device=world.device)))  # only the main rank looks at the disk
         if world.is_main:
             for path in paths[:done]:
                 yield read_batch(path)
 
-        def made() -> Iterator[Tensors]:
+        def compute() -> Iterator[Tensors]:
             for batch in world.local_items(batches[done:]):
                 yield {key: value.detach().cpu() for key, value in make(batch).items()}
 
-        for batch, path in zip(
-            gather_in_order(world, made()), paths[done:], strict=False
-        ):  # other ranks are given nothing
+        remaining = gather_in_order(world, compute())  # empty on ranks other than the main one
+        for batch, path in zip(remaining, paths[done:], strict=False):
             write_batch(path, batch)
             yield batch
 
     def clear(self) -> None:
-        """Deletes what was kept, once the results are written."""
+        """Deletes the saved batches, once the results are written."""
         shutil.rmtree(self.folder / BATCHES_FOLDER, ignore_errors=True)
 
 
 def write_batch(path: Path, batch: Tensors) -> None:
-    """A file that is whole or not there, even after a power cut."""
-    apart = {key: value.clone(memory_format=torch.contiguous_format) for key, value in batch.items()}
+    """Saves a batch atomically and durably: the file is complete or absent, even after a power cut."""
+    copies = {key: value.clone(memory_format=torch.contiguous_format) for key, value in batch.items()}
     with atomic_write(path) as scratch, write_errors_as_oserror(path):
-        save_file(apart, scratch, {"names": " ".join(batch)})  # in the file they are sorted
+        save_file(copies, scratch, {"names": " ".join(batch)})  # safetensors sorts them: this keeps their order
         fsync(scratch)
 
 
 def read_batch(path: Path) -> Tensors:
-    """What `write_batch` wrote, in its order."""
+    """Reads a batch that `write_batch` saved, its tensors in their original order."""
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.metadata()["names"].split()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and it is made anew") from error
+        raise ValueError(f"{path} is damaged ({error}): delete it, and it will be computed again") from error

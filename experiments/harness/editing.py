@@ -1,4 +1,4 @@
-"""What scripts that edit images share: the images given, what is hidden of them, how results are made and shown."""
+"""Shared by the scripts that edit images: input images, their masks, batched generation, saving of results."""
 
 import dataclasses
 import hashlib
@@ -24,51 +24,52 @@ from train.loop import Batch
 from train.spaces import EditInput
 from train.trained_sampler import TrainedSampler
 
-OPAQUE = 255  # of an alpha channel: pixels that are less have lost what they were
-ROWS = 8  # images in a grid
-MakeImages = Callable[[list[int]], Tensor]  # places in a plan (n,) -> uint8 images (n, C, H, W)
+OPAQUE = 255  # alpha value; less opaque pixels count as masked
+ROWS = 8  # of the overview grid, one per input image
+MakeImages = Callable[[list[int]], Tensor]  # numbers of results (n,) -> uint8 images (n, C, H, W)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputImagesConfig:
-    """Images to begin from."""
+    """Input images."""
 
     image: tuple[str, ...] = ()
-    """Image files, cut as in training; left out, held-out images of the data set."""
+    """Image files, resized and cropped as in training; if omitted, held-out images of the data set."""
     n_images: int = 64
-    """So many held-out images, drawn at random, always the same."""
+    """Number of held-out images, a fixed random subset."""
 
     def __post_init__(self):
         if self.n_images < 1:
             raise ValueError(f"got n_images {self.n_images}, wanted at least 1: pass --n_images N")
 
 
-def check_strength(strength: float, least: str = "") -> None:
-    """ValueError for a strength outside [0, 1]; with `least`, what 0 would be, for 0 too."""
-    if not 0 <= strength <= 1 or (least and strength == 0):
-        wanted = f"more than 0 ({least}) and up to 1" if least else "0 (nothing is drawn anew) to 1 (everything)"
+def check_strength(strength: float, why_not_zero: str = "") -> None:
+    """Raises ValueError for a strength outside [0, 1], and for 0 where `why_not_zero` gives a reason."""
+    if not 0 <= strength <= 1 or (why_not_zero and strength == 0):
+        wanted = "0 (nothing is redrawn) to 1 (everything is redrawn)"
+        if why_not_zero:
+            wanted = f"more than 0 ({why_not_zero}) and at most 1"
         raise ValueError(f"got strength {strength}, wanted {wanted}: pass --strength X")
 
 
 @dataclass(frozen=True)
 class InputImages:
-    """uint8 images (N, C, H, W), the pixels of them that are hidden (N, H, W) bool, what they are called, and the
-    conditions they have, rows in turn, or none."""
+    """Images to edit, with their masks, names and conditions."""
 
-    image: Tensor
-    hidden: Tensor
-    names: tuple[str, ...]
-    rows: tuple[Row, ...] = ()
+    image: Tensor  # uint8 (N, C, H, W)
+    hidden: Tensor  # bool (N, H, W): pixels to fill in
+    names: tuple[str, ...]  # N
+    rows: tuple[Row, ...] = ()  # of conditions, assigned to the images cyclically; may be empty
 
     def __len__(self) -> int:
         return len(self.image)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what is seen of them."""
-        seen = self.image.masked_fill(self.hidden.unsqueeze(1), 0)
-        digest = hashlib.sha256(repr(tuple(seen.shape)).encode())
-        for array in (seen, self.hidden):
+        """SHA-256 of the masks and the visible pixels."""
+        visible = self.image.masked_fill(self.hidden.unsqueeze(1), 0)
+        digest = hashlib.sha256(repr(tuple(visible.shape)).encode())
+        for array in (visible, self.hidden):
             digest.update(array.numpy().tobytes())
         return digest.hexdigest()
 
@@ -76,11 +77,10 @@ class InputImages:
 def load_input_images(
     files: tuple[str, ...], count: int, trained: TrainedSampler, condition_file: str | None = None
 ) -> InputImages:
-    """The images of files, as training would have cut them, or `count` held-out ones; nothing is hidden.
+    """Loads image files, preprocessed as in training, or a fixed random subset of `count` held-out images.
 
-    Their conditions are the rows of a file, in turn; without one, those that held-out items have.
-
-    Held-out ones are drawn at random, always the same. FileNotFoundError, ValueError: a file cannot be used.
+    No pixel is masked yet. The conditions are the rows of `condition_file`, assigned cyclically, or else those of the
+    held-out items themselves. FileNotFoundError, ValueError: a file cannot be used.
     """
     rows = tuple(read_rows(condition_file, trained.data))
     if files:
@@ -98,22 +98,22 @@ def load_input_images(
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image file as it is decoded for training, of mode L, RGB or I;16; FileNotFoundError where there is none."""
+    """Decodes an image file as for training, to mode L, RGB or I;16; FileNotFoundError if it does not exist."""
     path = path.expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: pass image files as --image, a mask as --mask")
+        raise FileNotFoundError(f"{path} not found: pass image files as --image, masks as --mask")
     return decode(path)
 
 
 def preprocess(image: Image.Image, trained: TrainedSampler) -> Tensor:
-    """uint8 (C, H, W) of the size that the sampler was trained on."""
+    """Resizes, crops and converts an image as in training: uint8 (C, H, W)."""
     data = trained.data
     item = to_item({"image": image}, data.size, data.n_channels, range_for_image(image, data.data_range))
     return as_uint8(item["image"].as_subclass(Tensor))
 
 
 def preprocess_mask(mask: Image.Image, image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """bool (H, W), True where a mask of any size is white, cut as its image is."""
+    """Resizes and crops a mask of any size like its image: bool (H, W), True where it is white."""
     from torchvision.transforms.v2 import functional as resizing
 
     nearest = {"interpolation": resizing.InterpolationMode.NEAREST}
@@ -123,7 +123,7 @@ def preprocess_mask(mask: Image.Image, image: Image.Image, size: tuple[int, int]
 
 
 def transparency_mask(path: Path) -> Image.Image | None:
-    """A mask that is white where an image file is not opaque; None where it has no transparency."""
+    """Returns a mask that is white where an image file is not opaque; None if it has no transparency."""
     try:
         with Image.open(path.expanduser()) as image:
             if not image.has_transparency_data:
@@ -137,27 +137,28 @@ def transparency_mask(path: Path) -> Image.Image | None:
 def hide_masked(
     inputs: InputImages, files: tuple[str, ...], masks: tuple[str, ...], size: tuple[int, int]
 ) -> InputImages:
-    """Hidden where masks are white, one for all files or one for each; without masks, where files are transparent.
+    """Also masks the pixels where masks are white (one mask for all files, or one each); without masks, where the files
+    are transparent.
 
-    ValueError where there is neither, or the numbers do not fit.
+    ValueError: a file has neither, or the number of masks does not match.
     """
     if masks and not files:
-        raise ValueError("got --mask without --image: name the images it belongs to, or pass --hide")
+        raise ValueError("got --mask without --image: pass the images it belongs to, or --hide instead")
     if masks and len(masks) not in (1, len(files)):
-        raise ValueError(f"got {len(masks)} masks for {len(files)} images, wanted one, or one for each: see --mask")
+        raise ValueError(f"got {len(masks)} masks for {len(files)} images, wanted one, or one per image: see --mask")
     drawn = [to_grey_or_rgb(read_image(Path(name))) for name in masks] or [
         transparency_mask(Path(name)) for name in files
     ]
     drawn = drawn * len(files) if len(drawn) == 1 else drawn
     missing = [name for name, mask in zip(files, drawn, strict=True) if mask is None]
     if missing:
-        raise ValueError(f"{missing[0]} is opaque everywhere: say what to fill in by --mask, --hide or --outpaint")
+        raise ValueError(f"{missing[0]} is fully opaque: choose what to fill in with --mask, --hide or --outpaint")
     hidden = [preprocess_mask(mask, read_image(Path(name)), size) for name, mask in zip(files, drawn, strict=True)]
     return dataclasses.replace(inputs, hidden=inputs.hidden | torch.stack(hidden))
 
 
 def hide_part(inputs: InputImages, part: str) -> InputImages:
-    """Half of each image hidden, or the middle: half its height and width."""
+    """Also masks one half of each image, or its centre (half its height and width)."""
     H, W = inputs.hidden.shape[1:]
     places = {
         "left": (slice(None), slice(0, W // 2)),
@@ -172,7 +173,7 @@ def hide_part(inputs: InputImages, part: str) -> InputImages:
 
 
 def add_margins(inputs: InputImages, margins: tuple[int, int, int, int]) -> InputImages:
-    """Larger canvases with the images on them: so many hidden pixels more at the top, right, bottom and left."""
+    """Pads the images with masked margins of (top, right, bottom, left) pixels."""
     top, right, bottom, left = margins
     around = (left, right, top, bottom)
     image, hidden = F.pad(inputs.image, around), F.pad(inputs.hidden, around, value=True)
@@ -180,39 +181,42 @@ def add_margins(inputs: InputImages, margins: tuple[int, int, int, int]) -> Inpu
 
 
 def centring_margins(grid: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The margins, in places, that put a grid into the middle of a larger one; ValueError where it is not larger."""
+    """Returns the margins (top, right, bottom, left), in grid cells, that centre a grid (h, w) on a canvas `shape`.
+
+    ValueError: the canvas is smaller than the grid.
+    """
     (h, w), (H, W) = grid, shape
     if H < h or W < w:
-        raise ValueError(f"got shape {shape}, wanted one that holds the image, {grid}: pass a larger --shape")
+        raise ValueError(f"got shape {shape}, wanted at least that of the image, {grid}: pass a larger --shape")
     return (H - h) // 2, W - w - (W - w) // 2, H - h - (H - h) // 2, (W - w) // 2
 
 
 def conditions_for(
     trained: TrainedSampler, inputs: InputImages, images: list[int], labels: list[int] | None, options: SamplingConfig
 ) -> tuple[Batch | None, SamplingConfig]:
-    """The conditions of images drawn from the given ones of these numbers, and options that go with them.
+    """Returns the conditions of results that start from the input images of these numbers, and matching options.
 
-    The label is the one asked for, else that of the given image's row, else null. Where there are no conditions at
-    all, nothing guides. ValueError for a class that there is not, and where a condition is missing.
+    A result's label is the requested one, else that of its image's row of conditions, else null. Without any condition,
+    guidance is turned off. ValueError: no such class, or a condition is missing.
     """
     fields, rows = trained.sampler.conditions, inputs.rows
     source = ConditionSource(fields, trained.sampler.n_classes).with_rows(rows)
-    chosen = [dict(rows[image % len(rows)]) if rows else {} for image in images]
+    conditions = [dict(rows[image % len(rows)]) if rows else {} for image in images]
     if labels is not None:
         check_labels(labels, trained.sampler.n_classes)
-        chosen = [{**row, "label": label} for row, label in zip(chosen, labels, strict=True)]
-    elif not any(chosen) and {*fields} <= {"label"}:
+        conditions = [{**row, "label": label} for row, label in zip(conditions, labels, strict=True)]
+    elif not any(conditions) and {*fields} <= {"label"}:
         return None, dataclasses.replace(options, guidance=1.0)
     elif "label" in fields:
-        chosen = [{"label": None, **row} for row in chosen]
-    return source.with_rows(chosen).draw(0, range(len(chosen))), options
+        conditions = [{"label": None, **row} for row in conditions]
+    return source.with_rows(conditions).draw(0, range(len(conditions))), options
 
 
 def check_labels(labels: list[int], n_classes: int) -> None:
-    """ValueError for a class that there is not."""
+    """Raises ValueError for a class that does not exist."""
     if wrong := [label for label in labels if not 0 <= label < n_classes]:
-        there = f"wanted 0 to {n_classes - 1}" if n_classes else "but the sampler has no classes: leave it out"
-        raise ValueError(f"got --label {wrong[0]}, {there}")
+        remedy = f"wanted 0 to {n_classes - 1}" if n_classes else "but the sampler has no classes: leave it out"
+        raise ValueError(f"got --label {wrong[0]}, {remedy}")
 
 
 def draw(
@@ -226,31 +230,32 @@ def draw(
     shape: tuple[int, int] | None = None,
     window_stride: int | None = None,
 ) -> Tensor:
-    """uint8 images (B, C, H, W) drawn from where they start: images of one index get the same noise."""
-    how = {"edit": edit, "shape": shape, "window_stride": window_stride}
-    return trained.draw(indices, seed, options, conditions, **how)["image"]
+    """Samples uint8 images (B, C, H, W) from an edit's starting point; equal indices get equal noise."""
+    batch = trained.draw(indices, seed, options, conditions, edit=edit, shape=shape, window_stride=window_stride)
+    return batch["image"]
 
 
 def generate_in_batches(name: str, count: int, make: MakeImages, batches: ResumableBatches) -> Tensor | None:
-    """What `make` makes of 0 ... count - 1, in batches that all ranks share and that are kept until the results are
-    written: uint8 (count, C, H, W) on the main rank, None on others."""
+    """Makes results 0 ... count - 1 in resumable batches on all ranks: uint8 (count, C, H, W) on the main rank, None on
+    the others."""
 
-    def made(places: list[int]) -> dict[str, Tensor]:
-        return {"image": make(places)}
+    def make_batch(numbers: list[int]) -> dict[str, Tensor]:
+        return {"image": make(numbers)}
 
     is_main = batches.world.is_main
-    images = [batch["image"] for batch in progress(batches.resume(name, range(count), made), count, name, is_main)]
+    resumed = batches.resume(name, range(count), make_batch)
+    images = [batch["image"] for batch in progress(resumed, count, name, is_main)]
     return torch.cat(images) if is_main else None
 
 
 def redraw_input(x0: Tensor, trained: TrainedSampler, strength: float) -> EditInput:
-    """Nothing is kept for certain; `strength` of it is forgotten."""
+    """Returns the `EditInput` that masks or noises all of x0 (B, ...) by `strength`; no position is certain to stay."""
     grid = x0.shape[-2:]
     return EditInput(x0, torch.zeros(len(x0), *grid, dtype=torch.bool, device=trained.device), strength)
 
 
 def encode_images(images: Tensor, trained: TrainedSampler) -> Tensor:
-    """Images (B, C, H, W) uint8 in the sampler's space."""
+    """Encodes uint8 images (B, C, H, W) into the sampler's space."""
     images = images.to(trained.device)
     return trained.space.begun(images, torch.zeros_like(images[:, 0], dtype=torch.bool)).x0
 
@@ -258,7 +263,7 @@ def encode_images(images: Tensor, trained: TrainedSampler) -> Tensor:
 def save_result_images(
     folder: Path, names: tuple[str, ...], images: Tensor, columns: list[str], settings: dict[str, Any]
 ) -> None:
-    """images/<number>_<name>_<column>.png of images (N, columns, C, H, W), each with its settings."""
+    """Writes images (N, columns, C, H, W) to images/<number>_<name>_<column>.png, with the settings as metadata."""
     for i, (name, row) in enumerate(zip(names, images, strict=True)):
         for column, image in zip(columns, row, strict=True):
             path = folder / "images" / f"{i:03d}_{Path(name).stem}_{column}.png"
@@ -266,12 +271,13 @@ def save_result_images(
 
 
 def save_comparison_grid(path: Path, *parts: Tensor) -> None:
-    """A grid with a row for each of the first images: parts (N, C, H, W), or (N, columns, C, H, W), side by side."""
+    """Saves a grid with one row for each of the first images: parts (N, C, H, W) or (N, columns, C, H, W), side by
+    side."""
     wide = [part if part.ndim == 5 else part.unsqueeze(1) for part in parts]
     rows = torch.cat([part[:ROWS] for part in wide], 1)
     save_grid(path, rows.flatten(0, 1), columns=rows.shape[1])
 
 
 def mean_abs_difference(a: Tensor, b: Tensor) -> float:
-    """The mean absolute difference of uint8 images, as a share of the range."""
+    """Returns the mean absolute difference of uint8 images, as a fraction of the range of values, in [0, 1]."""
     return (a.float() - b.float()).abs().mean().item() / 255

@@ -1,4 +1,4 @@
-"""What every experiment begins and ends with: which trained model, where results go, and what was measured before."""
+"""The common main of all experiments: loads the trained model, opens the results folder, measures once, reports."""
 
 import dataclasses
 import json
@@ -31,28 +31,28 @@ TrainedModel = TrainedSampler | FirstStage
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which trained model."""
+    """Trained model."""
 
     sampler: str = "absorbing"
-    """The learned sampler: a file of train/samplers."""
+    """Learned sampler: a file of train/samplers."""
     dataset: str = "digits"
-    """The data set it was trained on."""
+    """Data set it was trained on."""
     data_dir: str | None = None
-    """Folder of the data, where it is no longer the one trained on."""
+    """Folder of the data, if it has moved since training."""
     load_dir: str | None = None
-    """Folder of the sampler's run; <sampler>_<dataset> if left out."""
+    """Folder of the sampler's run; if omitted, <sampler>_<dataset>."""
     load_step: int | None = None
-    """Its step; the newest if left out."""
+    """Step of its checkpoint; if omitted, the newest."""
     ae_load_dir: str | None = None
-    """Folder of the VQGAN's run; the one the sampler was trained on if left out."""
+    """Folder of the VQGAN's run; if omitted, the one the sampler was trained on."""
     ae_load_step: int | None = None
-    """Its step; the one the sampler was trained on if left out."""
+    """Step of the VQGAN's checkpoint; if omitted, the one the sampler was trained on."""
     ema: bool = True
-    """Use the averaged weights of the sampler."""
+    """Use the sampler's averaged (EMA) weights."""
     ema_length: float | None = None
-    """Instead: an average of this relative length (0.08), rebuilt from what a run with --ema_profiles kept."""
+    """Use an EMA of this relative length (such as 0.08) instead, reconstructed from a run with --ema_profiles."""
     allow: tuple[str, ...] = ()
-    """Dotted paths of your own classes and functions that the run may use: loading one runs no code unasked."""
+    """Dotted paths of your own classes and functions that the run may import; without it, loading runs no such code."""
 
     def __post_init__(self):
         if self.ema_length is not None and not self.ema:
@@ -61,20 +61,20 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """Results."""
+    """Output."""
 
     log_dir: str | None = None
-    """Folder of the results, below --logs_root; its default names the experiment, the run and the step."""
+    """Results folder, below --logs_root; if omitted, named after the experiment, the run and the step."""
     logs_root: str = LoggingConfig.logs_root
     """Folder of all runs."""
     batch_size: int = 50
-    """Images sampled at once in each process; no image depends on it."""
+    """Images sampled at once in each process; does not change the images."""
     seed: int = 0
-    """Image i of a seed is always the same."""
+    """Random seed; image i of a seed is always the same."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: cuda, else mps, else cpu."""
+    """auto: cuda if available, else mps, else cpu."""
     amp: bool = True
-    """bfloat16 autocast where the device computes it natively."""
+    """bfloat16 autocast on devices with native support."""
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -83,30 +83,30 @@ class OutputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstStageModelConfig:
-    """Which trained VQGAN."""
+    """Trained VQGAN."""
 
     dataset: str = "digits"
-    """The data set it was trained on; the run's own where --load_dir names it."""
+    """Data set it was trained on; with --load_dir, read from the run."""
     data_dir: str | None = None
-    """Folder of the data, where it is no longer the one trained on."""
+    """Folder of the data, if it has moved since training."""
     load_dir: str | None = None
-    """Folder of the VQGAN's run; vqgan_<dataset> if left out."""
+    """Folder of the VQGAN's run; if omitted, vqgan_<dataset>."""
     load_step: int | None = None
-    """Its step; the newest if left out."""
+    """Step of its checkpoint; if omitted, the newest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FirstStageOutputConfig:
-    """Results."""
+    """Output."""
 
     log_dir: str | None = None
-    """Folder of the results, below --logs_root; its default names the experiment, the run and the step."""
+    """Results folder, below --logs_root; if omitted, named after the experiment, the run and the step."""
     logs_root: str = LoggingConfig.logs_root
     """Folder of all runs."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: cuda, else mps, else cpu."""
+    """auto: cuda if available, else mps, else cpu."""
     amp: bool = True
-    """bfloat16 autocast where the device computes it natively."""
+    """bfloat16 autocast on devices with native support."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,33 +114,34 @@ class BriefTrainingConfig(TrainingConfig):
     """Training."""
 
     train_steps: int = 1000
-    """Steps of each run."""
+    """Training steps of each run."""
     batch_size: int = 32
     """Images per step."""
     lr: float = 1e-3
     """Learning rate."""
     warmup_iters: int = 100
-    """Steps over which the learning rate rises from 0."""
+    """Warm-up steps, over which the learning rate rises from 0."""
     ema_beta: float = 0.99
-    """Decay of the averaged weights, which are the ones measured."""
+    """Decay of the EMA weights, which are the ones measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderConfig:
-    """Results."""
+    """Output."""
 
     log_dir: str | None = None
-    """Folder of the results, below --logs_root; its default names the experiment and what is compared on."""
+    """Results folder, below --logs_root; if omitted, named after the experiment and its data set or VQGAN."""
     logs_root: str = LoggingConfig.logs_root
     """Folder of all runs."""
 
 
 def model_run(logs_root: str, model: ModelConfig) -> Path:
+    """Returns the folder of the sampler's run."""
     return Path(os.path.expanduser(logs_root)).resolve() / (model.load_dir or f"{model.sampler}_{model.dataset}")
 
 
 def run_defaults(argv: list[str], section: str) -> dict[str, Any]:
-    """What a run was trained with, as defaults below an experiment's own flags."""
+    """Returns the sampler, data set and sampling settings of the run named on the command line, as flag defaults."""
     content = read_config_flag(argv)
     content = content | get_section(content, section)
     chosen = {name: peek_flag(argv, name) or content.get(name) for name in ("sampler", "dataset", "load_dir")}
@@ -152,7 +153,7 @@ def run_defaults(argv: list[str], section: str) -> dict[str, Any]:
     content = read_run_config(path)
     named = {name: content.get(group, {}).get(name) for name, group in (("sampler", "sampler"), ("dataset", "data"))}
     sampling = content.get("sampling", {})
-    if peek_flag(argv, "solver") not in (None, sampling.get("solver")):  # steps and the like were another's
+    if peek_flag(argv, "solver") not in (None, sampling.get("solver")):  # the run's steps etc. belong to another solver
         sampler = named["sampler"] or model.sampler
         own = load_plugin("train.samplers", sampler, "sampler").Sampling.solver_setting_names()
         sampling = {key: value for key, value in sampling.items() if key not in own}
@@ -160,9 +161,9 @@ def run_defaults(argv: list[str], section: str) -> dict[str, Any]:
 
 
 def load_model(model: ModelConfig, output: OutputConfig, world: DistContext | None = None) -> TrainedSampler:
-    """A sampler with all it stands on, for the ranks of `world`, or for the only one.
+    """Loads a trained sampler and its first stage, for the ranks of `world` or for a single process.
 
-    ValueError where the run was trained on another data set than the one named.
+    ValueError: the run was trained on another data set or sampler than the configured one.
     """
     world = world or single_process_world(output.device)
     run = model_run(output.logs_root, model)
@@ -188,18 +189,19 @@ def load_model(model: ModelConfig, output: OutputConfig, world: DistContext | No
         trained = dataclasses.replace(trained, reader=dataclasses.replace(trained.reader, data_dir=model.data_dir))
     weights = "averaged (EMA) weights" if model.ema else "plain weights"
     if model.ema_length is not None:
-        weights = f"EMA rebuilt to relative length {model.ema_length}"
+        weights = f"EMA reconstructed at relative length {model.ema_length}"
     on = "pixels" if space.first is None else f"VQGAN: {space.first.run}"
     print(f"sampler: {run}, step {trained.step}, {weights}; {on}", flush=True)
     return trained
 
 
 def vqgan_run(logs_root: str, model: FirstStageModelConfig) -> Path:
+    """Returns the folder of the VQGAN's run."""
     return Path(os.path.expanduser(logs_root)).resolve() / (model.load_dir or f"vqgan_{model.dataset}")
 
 
 def vqgan_run_defaults(argv: list[str], section: str) -> dict[str, Any]:
-    """The data set that the named run was trained on, as a default below an experiment's own flags."""
+    """Returns the data set of the VQGAN run named on the command line, as a flag default."""
     content = read_config_flag(argv)
     content = content | get_section(content, section)
     chosen = {name: peek_flag(argv, name) or content.get(name) for name in ("dataset", "load_dir")}
@@ -213,15 +215,15 @@ def vqgan_run_defaults(argv: list[str], section: str) -> dict[str, Any]:
 
 
 def load_vqgan(model: FirstStageModelConfig, output_root: str, device: torch.device, amp: bool) -> FirstStage:
-    """The VQGAN of a run, its averaged weights where it kept them.
+    """Loads the VQGAN of a run, with its averaged weights if it has them.
 
-    FileNotFoundError where there is no such run or step; ValueError where the run is of no VQGAN, or was trained on
-    another data set than the one named.
+    FileNotFoundError: no such run or step. ValueError: not a VQGAN run, or trained on another data set than the
+    configured one.
     """
     run = vqgan_run(output_root, model)
     content = read_run(run)
     if any(name not in content for name in VQGANRun.__dataclass_fields__):
-        raise ValueError(f"{run} is no VQGAN run: pass the --load_dir of one that train_vqgan.py made")
+        raise ValueError(f"{run} is not a VQGAN run: pass the --load_dir of a run of train_vqgan.py")
     trained_on = content["data"].get("dataset")
     if trained_on != model.dataset:
         raise ValueError(f"{run} was trained with --dataset {trained_on}, got {model.dataset}: pass that")
@@ -235,7 +237,7 @@ def load_vqgan(model: FirstStageModelConfig, output_root: str, device: torch.dev
 
 
 class ExperimentConfig(Protocol):
-    """The whole config of an experiment that has one trained model: its own groups stand beside these two."""
+    """Config of an experiment on one trained model: these two groups and the experiment's own."""
 
     model: ModelConfig | FirstStageModelConfig
     output: OutputConfig | FirstStageOutputConfig
@@ -243,32 +245,30 @@ class ExperimentConfig(Protocol):
 
 @dataclass(frozen=True)
 class ExperimentSetup:
-    """What an experiment finds out before it has a folder of results, where its flags alone do not say it."""
+    """What an experiment determines from its flags and the model before its results folder is created."""
 
-    settings: tuple[object, ...]  # what `measure` is given before the model
-    provenance: dict[str, Any] = field(
-        default_factory=dict
-    )  # what makes it this run beside its config: content of files
-    name: str | None = None  # instead of the experiment's, in the name of the folder
-    shape: tuple[int, int] | None = None  # height and width of the canvas that is drawn, if not the model's own
+    settings: tuple[object, ...]  # the first arguments of `measure`
+    provenance: dict[str, Any] = field(default_factory=dict)  # identifies the results beside the config: file hashes
+    name: str | None = None  # replaces the experiment's name in that of the folder
+    shape: tuple[int, int] | None = None  # height and width of the canvas, if not the model's own
     window_stride: int | None = None
-    is_current: Callable[[dict[str, Any]], bool] = lambda results: True  # whether saved results still hold
+    is_current: Callable[[dict[str, Any]], bool] = lambda results: True  # whether saved results are still valid
 
 
 def config_groups(config: ExperimentConfig) -> dict[str, object]:
-    """The groups of flags of a config, by name."""
+    """Returns the flag groups of a config by name."""
     return {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
 
 
 def measure_settings(config: ExperimentConfig) -> tuple[object, ...]:
-    """The groups that are an experiment's own, or say how to sample: what `measure` is given."""
+    """Returns the groups that `measure` receives: all but `model` and `output`."""
     return tuple(group for name, group in config_groups(config).items() if name not in ("model", "output"))
 
 
 def default_results_folder(
     name: str, model: ModelConfig | FirstStageModelConfig, logs_root: str, loaded: TrainedModel
 ) -> Path:
-    """Where the results of an experiment lie if --log_dir does not say."""
+    """Returns the results folder of an experiment that is run without --log_dir."""
     averaged = isinstance(model, ModelConfig) and model.ema_length is not None
     length = f"_ema{model.ema_length}" if averaged else ""
     return run_folder(logs_root, f"{name}_{loaded.run.name}_{loaded.step}{length}")
@@ -277,10 +277,10 @@ def default_results_folder(
 def open_results_folder(
     name: str, config: ExperimentConfig, loaded: TrainedModel, world: DistContext, setup: ExperimentSetup
 ) -> Path:
-    """The folder of this experiment's results, opened as a run: nothing of another experiment can be in it.
+    """Creates or reopens the results folder as a run, so that two experiments never share one.
 
-    All ranks take part. What the sampler cannot do is refused before there is a folder. ValueError where it holds
-    another experiment.
+    A collective. Settings that the sampler does not support are refused before the folder is created. ValueError: the
+    folder holds another experiment.
     """
     output, sampling = config.output, config_groups(config).get("sampling")
     folder = default_results_folder(setup.name or name, config.model, output.logs_root, loaded)
@@ -288,7 +288,7 @@ def open_results_folder(
         folder = run_folder(output.logs_root, output.log_dir)
     samples = isinstance(sampling, SamplingConfig)
     if samples and any(world.any(world.is_main and not folder.exists())):
-        source = loaded.condition_source(sampling)  # may encode the data set, which all ranks do together
+        source = loaded.condition_source(sampling)  # may encode the data set: a collective
         if world.is_main:
             loaded.dry_run(sampling, source, shape=setup.shape, window_stride=setup.window_stride)
     if world.is_main:
@@ -300,21 +300,21 @@ def open_results_folder(
 
 
 def read_results(batches: ResumableBatches) -> dict[str, Any] | None:
-    """The results of this very experiment, if it was finished before: what the main rank finds, on all of them."""
+    """Returns the results of this experiment if it finished before, else None; read by the main rank for all ranks."""
     path, world = batches.folder / "results.json", batches.world
-    there = world.is_main and path.is_file()
-    return broadcast_object(world, json.loads(path.read_text()) if there else None)
+    exists = world.is_main and path.is_file()
+    return broadcast_object(world, json.loads(path.read_text()) if exists else None)
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """results.json, whole or not at all."""
+    """Writes results.json atomically."""
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
 
 
 def hash_files(paths: dict[str, str | None]) -> dict[str, str]:
-    """SHA-256 of the files there are that results are made of, by flag: a path alone does not tell."""
-    found = {name: Path(path) for name, path in paths.items() if path is not None}
-    return {name: sha256(path) for name, path in found.items() if path.is_file()}
+    """Returns the SHA-256 of each input file that exists, by flag: results are identified by content, not by path."""
+    files = {name: Path(path) for name, path in paths.items() if path is not None}
+    return {name: sha256(path) for name, path in files.items() if path.is_file()}
 
 
 def run_experiment(
@@ -327,22 +327,19 @@ def run_experiment(
     prepare: Callable[..., ExperimentSetup] | None = None,
     one_process: bool = False,
 ) -> None:
-    """The main of an experiment: reads the command line, measures what was not measured before, prints the report.
+    """The main of an experiment: parses the command line, measures unless results exist, and prints the report.
 
-    `measure(*settings, model, batches)` gives the content of results.json on the main rank; on others, which help to
-    make the batches, None. The settings are the groups of the config but `model` and `output`, or what
-    `prepare(config, model, world)` makes of them; `model` is the sampler or first stage that the group `model` names.
-    `report(results, folder)` is what a person reads. Results that are there already are reported as they are, unless
-    a file that one of the flags `files` names has another content by now, or `prepare` says that they are outdated.
+    `measure(*settings, model, batches)` returns the content of results.json on the main rank and None on the others,
+    which help to compute the batches. The settings are the config's groups other than `model` and `output`, or those
+    that `prepare(config, model, world)` returns; `model` is the sampler or first stage that the group `model` selects.
+    `report(results, folder)` returns the text to print. Existing results are reported again, unless a file named by
+    one of the flags `files` has changed since, or `prepare` finds them outdated.
     """
 
     def main(config: ExperimentConfig) -> None:
         output = config.output
-        with (
-            nullcontext(single_process_world(output.device))
-            if one_process
-            else experiment_world(output.device) as world
-        ):
+        single_process = nullcontext(single_process_world(output.device)) if one_process else None
+        with single_process or experiment_world(output.device) as world:
             model = load_trained_model(config.model, output, world)
             setup = ExperimentSetup(measure_settings(config)) if prepare is None else prepare(config, model, world)
             folder = open_results_folder(name, config, model, world, setup)
@@ -362,7 +359,7 @@ def run_experiment(
 
 
 def are_current(results: dict[str, Any] | None, setup: ExperimentSetup, files: dict[str, str]) -> bool:
-    """Whether there are results, and of what would be measured now."""
+    """Whether results exist and are those that would be measured now."""
     if results is None or not setup.is_current(results):
         return False
     return files.items() <= results.get("run", {}).get("files", {}).items()
@@ -371,7 +368,7 @@ def are_current(results: dict[str, Any] | None, setup: ExperimentSetup, files: d
 def load_trained_model(
     model: ModelConfig | FirstStageModelConfig, output: OutputConfig | FirstStageOutputConfig, world: DistContext
 ) -> TrainedModel:
-    """The sampler or the first stage that a group of flags names."""
+    """Loads the sampler or the VQGAN that the flags select."""
     if isinstance(model, FirstStageModelConfig):
         return load_vqgan(model, output.logs_root, world.device, output.amp)
     return load_model(model, output, world)
@@ -380,13 +377,13 @@ def load_trained_model(
 def open_batches(
     config: ExperimentConfig, model: TrainedModel, world: DistContext, folder: Path, files: tuple[str, ...]
 ) -> ResumableBatches:
-    """An experiment's batches; with `files`, the content of what these flags name is part of what results are of."""
+    """Returns the resumable batches of an experiment, with the hashes of the files that the flags `files` name."""
     output = config.output
     run = to_dict(config) | {"step": model.step}
     if files:
         flags = {key: value for group in measure_settings(config) for key, value in flatten_group(group).items()}
         run["files"] = hash_files({name: flags[name] for name in files})
     run |= model.origin
-    if isinstance(output, FirstStageOutputConfig):  # nothing is drawn
+    if isinstance(output, FirstStageOutputConfig):  # nothing is sampled
         return ResumableBatches(world, folder, run=run)
     return ResumableBatches(world, folder, output.batch_size, output.seed, run)

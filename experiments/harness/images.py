@@ -1,4 +1,4 @@
-"""Generated images on disk: the .npz that evaluators read, PNG files, PNG grids, strips on their way from noise."""
+"""Generated images on disk: the .npz format of evaluators, PNG files, PNG grids, denoising strips."""
 
 import json
 import shutil
@@ -20,29 +20,29 @@ from train.loop import Batch
 from train.trained_sampler import TrainedSampler
 
 GRID_IMAGES = 64  # images in a grid
-STRIP_IMAGES, STRIP_STEPS = 6, 10  # images, and steps of each that are shown
+STRIP_IMAGES, STRIP_STEPS = 6, 10  # images shown as denoising strips, and steps in each strip
 
 
 def save_grid(path: Path, images: Tensor, columns: int | None = None) -> None:
-    """A PNG grid of images (B, C, H, W) uint8."""
+    """Saves uint8 images (B, C, H, W) as a PNG grid."""
     with atomic_write(path) as scratch:
         grid_image(images, columns).save(scratch, format="PNG")
 
 
 def save_with_settings(path: Path, image: Tensor, settings: dict[str, Any]) -> None:
-    """A PNG of an image (C, H, W) uint8 that holds, as its text "settings", the JSON of what made it."""
-    notes = PngInfo()
-    notes.add_text("settings", json.dumps(settings))
+    """Saves a uint8 image (C, H, W) as a PNG with `settings` as JSON in its text field "settings"."""
+    metadata = PngInfo()
+    metadata.add_text("settings", json.dumps(settings))
     with atomic_write(path) as scratch:
         picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
-        picture.save(scratch, format="PNG", pnginfo=notes)
+        picture.save(scratch, format="PNG", pnginfo=metadata)
 
 
 class SampleWriter:
-    """Writes `count` images as they come; samples.npz appears, whole, at the end.
+    """Writes `count` images batch by batch; samples.npz appears at the end, complete.
 
-    arr_0 is uint8 (N, H, W, 3); beside it stand `codes` (N, h, w) and, of models with classes, `labels` (N,). Images
-    pass through a file on disk, so that their number is not bounded by memory.
+    Its arrays: arr_0, uint8 (N, H, W, 3); `codes` (N, h, w) of models of codes; `labels` (N,) of class-conditional
+    models. Images are written to disk as they arrive, so memory does not bound their number.
     """
 
     def __init__(self, folder: Path, count: int, png_files: bool = False):
@@ -56,7 +56,8 @@ class SampleWriter:
         return self
 
     def add(self, batch: dict[str, Tensor]) -> None:
-        """{"image": uint8 (B, C, H, W)}, and "codes" (B, h, w), "values" (B, C, H, W), "label" (B,) where there are."""
+        """Adds a batch: "image" uint8 (B, C, H, W) and optionally "codes" (B, h, w), "values" (B, C, H, W), "label"
+        (B,)."""
         images = batch["image"].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
         if self.images is None:
             shape = (self.count, *images.shape[1:])
@@ -70,8 +71,8 @@ class SampleWriter:
             for i, image in enumerate(images):
                 Image.fromarray(image).save(self.folder / "images" / f"{self.written + i:06d}.png")
         if self.first is None or len(self.first) < GRID_IMAGES:
-            kept = batch["image"] if self.first is None else torch.cat([self.first, batch["image"]])
-            self.first = kept[:GRID_IMAGES]
+            first = batch["image"] if self.first is None else torch.cat([self.first, batch["image"]])
+            self.first = first[:GRID_IMAGES]
         self.written += len(images)
 
     def __exit__(
@@ -83,18 +84,18 @@ class SampleWriter:
             self.images.flush()
             for name, parts in self.others.items():
                 np.save(self.raw / f"{name}.npy", torch.cat(parts).numpy())
-            aside = self.raw / "samples.npz"
-            with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
+            unfinished = self.raw / "samples.npz"
+            with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
                 for file in sorted(self.raw.glob("*.npy")):
                     archive.write(file, file.name)
-            aside.replace(self.folder / "samples.npz")
+            unfinished.replace(self.folder / "samples.npz")
         shutil.rmtree(self.raw, ignore_errors=True)
 
 
 def read_samples(path: Path) -> dict[str, Tensor]:
-    """The arrays of a samples.npz: "image" uint8 (N, 3, H, W), and "codes", "labels" where it has them."""
+    """Reads a samples.npz: "image" uint8 (N, 3, H, W), and "codes" and "labels" if present."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: make it with `python experiments/get_samples.py`")
+        raise FileNotFoundError(f"{path} not found: create it with `python experiments/get_samples.py`")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             content = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
@@ -107,8 +108,10 @@ def read_samples(path: Path) -> dict[str, Tensor]:
 
 
 class StepRecorder:
-    """An `on_step` that keeps x and prediction, decoded to images (B, C, H, W) uint8, of the last step and of up to
-    `max_steps` before it, evenly spaced."""
+    """An `on_step` callback that records the last step and up to `max_steps` evenly spaced ones before it.
+
+    Each entry of `steps` is the pair (x, predicted x0), decoded to uint8 images (B, C, H, W).
+    """
 
     def __init__(self, trained: TrainedSampler, max_steps: int = 64):
         self.trained, self.max_steps = trained, max_steps
@@ -123,13 +126,13 @@ class StepRecorder:
 
 
 def save_denoising_strips(path: Path, trained: TrainedSampler, indices: list[int], draw: Callable[..., Batch]) -> None:
-    """A PNG of two rows per image: x at about ten moments from noise to data, and below it the predicted image.
+    """Saves a PNG with two rows per image: x at about ten steps from noise to data and, below, the predicted x0.
 
-    `draw` makes the images of `indices` once more, in one batch, and hands what it sees to an `on_step`.
+    `draw(indices, on_step=...)` samples the images of `indices` again, in one batch.
     """
     recorder = StepRecorder(trained)
     draw(indices, on_step=recorder)
     last = len(recorder.steps) - 1
-    moments = sorted({round(last * k / (STRIP_STEPS - 1)) for k in range(STRIP_STEPS)})
-    rows = [torch.stack([recorder.steps[m][kind] for m in moments], 1) for kind in (0, 1)]  # (B, moments, C, H, W)
-    save_grid(path, torch.stack(rows, 1).flatten(0, 2), columns=len(moments))
+    shown = sorted({round(last * k / (STRIP_STEPS - 1)) for k in range(STRIP_STEPS)})
+    rows = [torch.stack([recorder.steps[i][kind] for i in shown], 1) for kind in (0, 1)]  # (B, steps, C, H, W)
+    save_grid(path, torch.stack(rows, 1).flatten(0, 2), columns=len(shown))

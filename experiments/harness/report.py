@@ -1,4 +1,4 @@
-"""Tables, numbers and progress bars for people."""
+"""Text tables, formatted numbers and progress bars."""
 
 import statistics
 from collections.abc import Iterable, Iterator
@@ -8,14 +8,14 @@ from tqdm import tqdm
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """Rows of words as aligned columns, the first row a heading."""
+    """Formats rows of cells as aligned columns; the first row is the heading."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
 def mean_and_deviation(values: list[float]) -> str:
-    """mean ± sample standard deviation, the mean alone where there is one value."""
+    """Formats values as mean ± sample standard deviation; a single value as itself."""
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}"
 
@@ -23,8 +23,8 @@ def mean_and_deviation(values: list[float]) -> str:
 def progress(
     batches: Iterable[dict[str, Tensor]], total: int, name: str, shown: bool = True
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches as they are, while a bar counts their images with rate and time left."""
+    """Yields the batches unchanged while a progress bar counts their images."""
     with tqdm(total=total, desc=name, unit="img", dynamic_ncols=True, mininterval=1.0, disable=not shown) as bar:
         for batch in batches:
             yield batch
-            bar.update(len(next(iter(batch.values()))))  # each of its tensors has the images first
+            bar.update(len(next(iter(batch.values()))))  # the first axis of each tensor is over images

@@ -1,4 +1,4 @@
-"""What a classifier predicts of images, how balanced and how well kept that is, and copies of training images."""
+"""Classifier-based metrics (confidence, class balance, class agreement) and copies of training images."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from train.registry import load_plugin
 
 
 def class_balance(labels: Tensor, n_classes: int) -> Tensor:
-    """How often each class occurs: labels (N,) in [0, n_classes) -> counts (n_classes,) int64. ValueError: others."""
+    """Counts each class: labels (N,) in [0, n_classes) -> int64 (n_classes,). ValueError: a label out of range."""
     if len(labels) and not (0 <= labels.min() and labels.max() < n_classes):
         got = f"{labels.min().item()} to {labels.max().item()}"
         raise ValueError(f"labels from {got}: wanted 0 to {n_classes - 1}")
@@ -21,13 +21,13 @@ def class_balance(labels: Tensor, n_classes: int) -> Tensor:
 
 
 def confident_fraction(logits: Tensor, confidence: float = 0.9) -> float:
-    """The share in [0, 1] of images whose most likely class has at least this probability; logits (N, K), N >= 1."""
+    """Returns the fraction of images whose most likely class has at least this probability; logits (N, K), N >= 1."""
     _check_logits(logits)
     return (logits.double().softmax(1).amax(1) >= confidence).double().mean().item()
 
 
 def same_class_fraction(before: Tensor, after: Tensor) -> float:
-    """The share in [0, 1] of images with the same most likely class in both sets of logits (N, K), N >= 1."""
+    """Returns the fraction of images with the same most likely class in both sets of logits (N, K), N >= 1."""
     _check_logits(before)
     if before.shape != after.shape:
         raise ValueError(f"logits of shapes {tuple(before.shape)} and {tuple(after.shape)}: wanted the same images")
@@ -43,17 +43,17 @@ Classifier = Callable[[Tensor], Tensor]  # uint8 (B, C, H, W) -> logits (B, K)
 
 
 class Proportion(NamedTuple):
-    """A share in [0, 1], and its standard error (None of one image)."""
+    """A proportion in [0, 1] with its standard error."""
 
     value: float
-    error: float | None
+    error: float | None  # None for a single image
 
     def __str__(self) -> str:
-        return f"{100 * self.value:.1f} %" + ("" if self.error is None else f" +- {100 * self.error:.1f}")
+        return f"{100 * self.value:.1f} %" + ("" if self.error is None else f" ± {100 * self.error:.1f}")
 
 
 def classifier_for(data: DataConfig) -> Classifier | None:
-    """The classifier that the features of a data set are made of, where they have one, on the CPU."""
+    """Loads the classifier that provides a data set's features, on the CPU; None if it has none."""
     reader = load_plugin("train.datasets", data.reader or data.dataset, "data set")
     if not hasattr(reader, "FEATURES"):
         return None
@@ -63,25 +63,29 @@ def classifier_for(data: DataConfig) -> Classifier | None:
 
 @torch.no_grad()
 def predict_classes(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
-    """The likeliest class of each of uint8 images (..., C, H, W): (...) int64."""
+    """Returns the most likely class of each image: uint8 (..., C, H, W) -> int64 (...)."""
     flat = images.flatten(0, -4)
-    found = [classifier(part).argmax(1) for part in flat.split(batch_size)]
-    return torch.cat(found).view(images.shape[:-3])
+    classes = [classifier(part).argmax(1) for part in flat.split(batch_size)]
+    return torch.cat(classes).view(images.shape[:-3])
 
 
-def class_agreement(wanted: Tensor, found: Tensor) -> Proportion:
-    """How often found (N, R) is wanted (N,). Of R results of one image, the N means are what is independent."""
-    means = (found == wanted.unsqueeze(1)).double().mean(1)
+def class_agreement(labels: Tensor, predictions: Tensor) -> Proportion:
+    """Returns how often predictions (N, R) for R results per image equal labels (N,).
+
+    The standard error is over the N per-image means: results of the same image are not independent.
+    """
+    means = (predictions == labels.unsqueeze(1)).double().mean(1)
     error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else None
     return Proportion(means.mean().item(), error)
 
 
 def nearest_distance_ratio(generated: Tensor, held_out: Tensor, training: Tensor) -> float:
-    """Median distance of generated images to their nearest training image, over the same median of held-out real ones.
+    """Returns the median distance of generated images to their nearest training image, divided by that of held-out real
+    images.
 
-    Images (N, C, H, W) of one shape and one scale; the distance is Euclidean over pixels. About 1: as far from the
-    training images as new real images are; 0: copies. ValueError: an empty set, other shapes, or held-out images that
-    are themselves in the training set (their median distance is 0).
+    Images (N, C, H, W) share a shape and a scale; the distance is Euclidean over pixels. About 1: as far from the
+    training images as new real images are; 0: copies. ValueError: an empty set, different shapes, or held-out images
+    that are in the training set (their median distance is 0).
     """
     for name, images in (("generated", generated), ("held-out", held_out), ("training", training)):
         if len(images) == 0 or images.shape[1:] != training.shape[1:]:
@@ -92,12 +96,12 @@ def nearest_distance_ratio(generated: Tensor, held_out: Tensor, training: Tensor
         for images in (generated, held_out)
     ]
     if medians[1] == 0:
-        raise ValueError("most held-out images are training images: wanted a split without common images")
+        raise ValueError("most held-out images are training images: wanted splits without common images")
     return medians[0] / medians[1]
 
 
 def copied_fraction(codes: Tensor, train_codes: Tensor) -> float:
-    """The share in [0, 1] of samples whose whole code grid (N, h, w) is that of some training image (M, h, w).
+    """Returns the fraction of samples whose code grid (N, h, w) equals that of some training image (M, h, w).
 
     ValueError: the grids differ in shape, or there are no samples.
     """
@@ -106,5 +110,5 @@ def copied_fraction(codes: Tensor, train_codes: Tensor) -> float:
             f"code grids of shapes {tuple(codes.shape)} and {tuple(train_codes.shape)}: wanted (N, h, w) and (M, h, w)"
         )
     grids = torch.cat([codes, train_codes.to(codes)]).flatten(1)  # (N + M, h * w)
-    _, identity = grids.unique(dim=0, return_inverse=True)  # equal grids share a number
-    return torch.isin(identity[: len(codes)], identity[len(codes) :]).double().mean().item()
+    _, ids = grids.unique(dim=0, return_inverse=True)  # equal grids have equal ids
+    return torch.isin(ids[: len(codes)], ids[len(codes) :]).double().mean().item()

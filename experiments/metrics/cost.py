@@ -1,4 +1,4 @@
-"""What a computation costs: seconds and memory on this machine, network calls and evaluations on any."""
+"""The cost of a computation: time and memory on this machine, and network evaluations (NFE), which depend on none."""
 
 import ctypes
 import gc
@@ -18,7 +18,7 @@ PROCESS = Path("/proc/self")
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the processor that does the work."""
+    """Returns the name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -28,24 +28,25 @@ def device_name(device: torch.device) -> str:
 
 
 def median_seconds(runs: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """The median of `repeats` runs of each, after two that do not count; in turn, so that noise hits all alike."""
-    wait = torch.get_device_module(device).synchronize
+    """Returns the median seconds of `repeats` runs of each function, after two warm-ups; runs are interleaved, so that
+    disturbances affect all functions alike."""
+    synchronize = torch.get_device_module(device).synchronize
     seconds = {name: [] for name in runs}
     for i in range(WARM_UPS + repeats):
         for name, run in runs.items():
-            wait()
-            begun = time.perf_counter()
+            synchronize()
+            start = time.perf_counter()
             run()
-            wait()
+            synchronize()
             if i >= WARM_UPS:
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """How far memory rises above what is in use before `run()`; None where it cannot be known.
+    """Returns the peak memory of `run()` above what was in use before, in bytes; None if it cannot be measured.
 
-    CUDA: of tensors. CPU on Linux: of the whole process, its pages in memory.
+    CUDA: memory of tensors. CPU on Linux: resident memory of the process.
     """
     gc.collect()
     if device.type == "cuda":
@@ -57,11 +58,11 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | N
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu" or not (PROCESS / "clear_refs").exists() or resident_bytes("VmHWM") is None:
         return None
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
-        trim(0)  # freed memory goes back to the system; reused, it would not be seen
+        trim(0)  # return freed memory to the system: its reuse would go unnoticed
     try:
-        (PROCESS / "clear_refs").write_text("5")  # lowers the high-water mark to what is resident now
+        (PROCESS / "clear_refs").write_text("5")  # resets the high-water mark to what is resident now
     except PermissionError:
         return None
     before = resident_bytes("VmRSS")
@@ -70,28 +71,28 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int | N
 
 
 def resident_bytes(field: str) -> int | None:
-    """Bytes of this process in memory: VmRSS now, VmHWM at most since the mark was reset. None where not reported."""
+    """Returns this process's resident memory in bytes: VmRSS now, VmHWM its peak; None if not reported."""
     lines = (PROCESS / "status").read_text().splitlines()
-    found = [int(line.split()[1]) for line in lines if line.startswith(f"{field}:")]  # kB, which are KiB
-    return 1024 * found[0] if found else None
+    values = [int(line.split()[1]) for line in lines if line.startswith(f"{field}:")]  # "kB" are KiB
+    return 1024 * values[0] if values else None
 
 
 @dataclass
 class NFE:
-    """Of a network, so far. An evaluation is one grid or image that goes through it; a call takes a batch of them.
+    """Number of function evaluations of a network so far.
 
-    Guidance evaluates each image twice. Of an autoregressive network that remembers, an evaluation is of the new codes.
+    Guidance evaluates each image twice. With a KV cache, an evaluation covers the new codes only.
     """
 
-    calls: int = 0
-    evaluations: int = 0
+    calls: int = 0  # forward calls, each of a batch
+    evaluations: int = 0  # images or code grids that went through the network: the calls' batch sizes added up
 
 
 @contextmanager
 def count_nfe(network: nn.Module) -> Iterator[NFE]:
-    """Counts while it is open: `with count_nfe(network) as nfe: ...`, then cost.calls and cost.evaluations.
+    """Counts a network's evaluations within a `with` block: `with count_nfe(network) as nfe: ...`.
 
-    Its forward must take the batch first, as all networks here do.
+    The first argument of the network's forward must be the batch, as for all networks of this project.
     """
     nfe = NFE()
 

@@ -1,7 +1,7 @@
-"""Bits that a VQGAN's decoder takes for images given their codes: a log-variance head, trained where it is missing.
+"""Bits per dimension of images given their codes under a VQGAN's decoder, with a log-variance head trained on demand.
 
-An image x is 8-bit. p(x | z) gives each of its values the mass that a Gaussian has in the value's bin, in [-1, 1], the
-outermost bins reaching to infinity (Ho et al. 2020, eq. 13): a probability of what is stored, without dequantisation.
+An image x has 8 bits. p(x | z) gives each value the mass of a Gaussian within the value's bin, on the scale [-1, 1];
+the outermost bins extend to infinity (Ho et al. 2020, eq. 13). It is a discrete probability: no dequantisation.
 """
 
 import math
@@ -42,33 +42,33 @@ SHOWN_IMAGES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Decoder: of samplers of codes, what the images take beside their codes."""
+    """Decoder likelihood (samplers of codes)."""
 
     decoder: bool = True
-    """Also give bits per dimension of the images: those of the codes and, by a Gaussian around the reconstruction,
-    those of the image given its codes. Its deviations come from a head that is trained where it is not there yet."""
+    """Also report bits per dimension of the images: those of the codes plus those of the image given its codes, under a
+    Gaussian around the reconstruction. Its standard deviations come from a head, which is trained first if missing."""
     head_dir: str | None = None
-    """Folder of the head's run; likelihood_<run of the VQGAN>_<its step> if left out."""
+    """Folder of the head's run; if omitted, likelihood_<VQGAN run>_<its step>."""
     train_steps: int = 10_000
-    """Steps that the head is trained; more than it had go on from there."""
+    """Training steps of the head; a larger number continues its training."""
     train_batch_size: int = 16
-    """Images of such a step, over all processes together."""
+    """Images per training step of the head, over all processes."""
     lr: float = 1e-3
-    """Its learning rate."""
+    """Learning rate of the head."""
     steps_per_eval: int = 5_000
-    """Steps between its validations; 0 for none."""
+    """Training steps between validations of the head; 0: none."""
 
     def __post_init__(self):
         for name, low in (("train_steps", 1), ("train_batch_size", 1), ("steps_per_eval", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted at least {low}: pass --{name} N")
         if self.lr <= 0:
-            raise ValueError(f"got lr {self.lr}, wanted a positive one: pass --lr NUMBER")
+            raise ValueError(f"got lr {self.lr}, wanted a positive number: pass --lr X")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadRunConfig:
-    """All that a run of a head is made of, beside the VQGAN."""
+    """Config of a head's training run; the VQGAN is part of its provenance."""
 
     data: DataConfig
     reader: DatasetConfig
@@ -78,14 +78,14 @@ class HeadRunConfig:
 
 @torch.no_grad()
 def reconstruct_codes(first: FirstStage, ids: Tensor) -> Reconstruction:
-    """What the VQGAN's decoder makes of ids (B, h, w)."""
+    """Decodes ids (B, h, w) to the reconstruction and the decoder features that the head takes."""
     with autocast(first.device, first.amp):
         return reconstruct(first.vqgan.decoder, first.vqgan.quantizer.vectors(ids.to(first.device)))
 
 
 def bits_per_dim(first: FirstStage, head: nn.Module, ids: Tensor, images: Tensor) -> Tensor:
-    """-log2 p(x | z) of 8-bit images x (B, C, H, W), given scaled to [-1, 1], and ids z (B, h, w), by number of the
-    image: (B,) float32, with gradients to the head."""
+    """Returns -log2 p(x | z) per dimension, float32 (B,), of 8-bit images x (B, C, H, W) scaled to [-1, 1] given their
+    ids z (B, h, w); differentiable with respect to the head."""
     mean, features = reconstruct_codes(first, ids)
     nats = discretized_log_likelihood(images.to(first.device), Normal(mean, head(features)))
     return -nats.flatten(1).mean(1) / math.log(2)
@@ -93,22 +93,22 @@ def bits_per_dim(first: FirstStage, head: nn.Module, ids: Tensor, images: Tensor
 
 @dataclass(frozen=True)
 class TrainedHead:
-    """A head as a run left it, for the VQGAN it was trained on."""
+    """A trained log-variance head and the VQGAN it was trained on."""
 
     run: Path
     step: int
-    weights: str  # SHA-256 of the file they came from
+    weights: str  # SHA-256 of the weights file
     first: FirstStage
     head: nn.Module
 
     @torch.no_grad()
     def bits_per_dim(self, ids: Tensor, images: Tensor) -> Tensor:
-        """ids (B, h, w) and uint8 images (B, C, H, W) -> (B,), as the function of this name."""
+        """Returns -log2 p(x | z) per dimension: ids (B, h, w), uint8 images (B, C, H, W) -> (B,)."""
         return bits_per_dim(self.first, self.head, ids, to_float(images))
 
 
 class HeadStep:
-    """One training step of the head. A `step_fn` for `fit`; gives the loss, bits per dimension, grad_norm and lr."""
+    """One training step of the head: a `step_fn` for `fit` that returns the loss (bits/dim), grad_norm and lr."""
 
     def __init__(self, first: FirstStage, training: TrainingConfig, world: DistContext):
         self.first, self.training, self.world = first, training, world
@@ -130,7 +130,7 @@ class HeadStep:
 
 
 class HeadReports:
-    """Validation and pictures, as hooks for `fit`. All processes take part."""
+    """Validation and image grids, as hooks for `fit`; collectives."""
 
     def __init__(self, step: HeadStep, validation: ImageSource, logger: Logger):
         self.step, self.validation, self.logger = step, validation, logger
@@ -138,7 +138,7 @@ class HeadReports:
 
     @torch.no_grad()
     def validate(self, state: TrainState, outputs: Outputs) -> None:
-        """Bits per dimension of a fixed part of the validation split, by the averaged head."""
+        """Logs bits per dimension of a fixed subset of the validation split under the averaged head."""
         first, world, head = self.step.first, self.step.world, state.eval_module("head").eval()
         indices = world.local_items(fixed_subset(len(self.validation), VALIDATION_IMAGES))
         batches = images_in_order(self.validation, self.step.training.batch_size, indices)
@@ -152,9 +152,9 @@ class HeadReports:
 
     @torch.no_grad()
     def log_images(self, state: TrainState, outputs: Outputs) -> None:
-        """A grid of validation images, their reconstructions, and the deviations that the head gives these."""
+        """Logs a grid of validation images, their reconstructions and the head's standard deviations."""
         first, shown = self.step.first, fixed_subset(len(self.validation), SHOWN_IMAGES)
-        for batch in images_in_order(self.validation, SHOWN_IMAGES, shown):  # few: each process makes them all
+        for batch in images_in_order(self.validation, SHOWN_IMAGES, shown):  # few: every process computes them all
             mean, features = reconstruct_codes(first, first.encode(batch["image"]))
             deviation = (0.5 * state.eval_module("head").eval()(features)).exp()
             rows = [to_float(batch["image"]), mean.clamp(-1, 1).cpu(), (2 * deviation / deviation.amax() - 1).cpu()]
@@ -162,15 +162,15 @@ class HeadReports:
 
 
 def build_state(first: FirstStage, training: TrainingConfig, world: DistContext) -> TrainState:
-    """A new head and its optimizer."""
+    """Builds the training state of a new head."""
     torch.manual_seed(training.seed)
     return build_train_state({"head": build_head(first.vqgan.decoder)}, training, world, primary=["head"])
 
 
 def train_head(run: Path, first: FirstStage, config: HeadRunConfig, world: DistContext) -> None:
-    """Trains a head on the images that `config` names, or goes on; all processes of `world` take part.
+    """Trains a head on the images of `config`, or resumes its training; a collective.
 
-    ValueError where the run in that folder is another: of other weights of the VQGAN, data or settings.
+    ValueError: the folder holds a run with other VQGAN weights, data or settings.
     """
     data, training = config.data, config.training
     with set_tf32(world.device, training.tf32), run_lock(run) if world.is_main else nullcontext():
@@ -187,13 +187,13 @@ def train_head(run: Path, first: FirstStage, config: HeadRunConfig, world: DistC
 
 
 def load_head(run: Path, first: FirstStage) -> TrainedHead:
-    """The newest head of a run, its averaged weights; ValueError where it was trained on another VQGAN's weights."""
-    read_run(run)  # says what runs there are, where this is none
+    """Loads the newest averaged head of a run; ValueError if it was trained on other VQGAN weights."""
+    read_run(run)  # raises an error that lists the existing runs if this is none
     origin: dict[str, Any] = read_provenance(run)
     if origin.get("ae_weights") != first.weights:
         raise ValueError(
             f"{run} was trained on other VQGAN weights than those of {first.run} at step {first.step}: "
-            "pass another --head_dir, to train a head for these"
+            "pass another --head_dir to train a head for these"
         )
     step, head = resolve_step(run, None, "--head_dir"), build_head(first.vqgan.decoder)
     weights = load_weights(run, step, {"head": head}, ema=True)
@@ -203,10 +203,9 @@ def load_head(run: Path, first: FirstStage) -> TrainedHead:
 def load_or_train_head(
     decoder: DecoderConfig, model: ModelConfig, output: OutputConfig, trained: TrainedSampler
 ) -> TrainedHead | None:
-    """The head of the VQGAN that a sampler of codes stands on, trained first as far as it is not; None without codes,
-    or where none is asked for. All ranks take part.
+    """Loads the head for the VQGAN of a sampler of codes, and trains it first as far as needed; a collective.
 
-    ValueError where the images to train on are brought by a command that --allow does not name.
+    Returns None without codes or with --no_decoder. ValueError: the data need a function that --allow does not name.
     """
     if not decoder.decoder or not trained.space.tokens:
         return None
@@ -215,23 +214,24 @@ def load_or_train_head(
     reader = first.reader if model.data_dir is None else replace(first.reader, data_dir=model.data_dir)
     check_allowed(first.run, {"sampler": {}, "reader": flatten_group(reader)}, model.allow)
     wanted, done = head_run_config(decoder, output, first.data, reader, run.name), max(saved_steps(run), default=0)
-    world.barrier()  # all have looked before one trains
+    world.barrier()  # all ranks look before training changes the folder
     try:
         if done < wanted.training.train_steps:
-            print(f"training the decoder's head, {done} of {wanted.training.train_steps} steps are done", flush=True)
+            steps = f"{done} of {wanted.training.train_steps} steps done"
+            print(f"training the decoder's log-variance head: {steps}", flush=True)
             train_head(run, first, wanted, world)
         elif world.is_main:
             open_run(run, wanted, first.origin)
         world.barrier()
         return load_head(run, first)
     except ValueError as error:
-        raise ValueError(f"the decoder's head, whose folder is --head_dir: {error}") from error
+        raise ValueError(f"the decoder's log-variance head (--head_dir): {error}") from error
 
 
 def head_run_config(
     decoder: DecoderConfig, output: OutputConfig, data: DataConfig, reader: DatasetConfig, name: str
 ) -> HeadRunConfig:
-    """The run of a head, on the images that its VQGAN was trained on."""
+    """Returns the config of a head's run, on the images that its VQGAN was trained on."""
     training = TrainingConfig(
         train_steps=decoder.train_steps,
         batch_size=decoder.train_batch_size,
@@ -244,7 +244,7 @@ def head_run_config(
 
 
 class DecoderBits:
-    """Bits per dimension of the images, in their views, that codes of a split were made of, given these codes."""
+    """Maps batches of a split's codes to bits per dimension of the images, in the encoded views, given these codes."""
 
     def __init__(self, head: TrainedHead, trained: TrainedSampler, split: str, codes: TrainingCodes):
         dataset, data = trained.dataset(split), trained.data
@@ -252,15 +252,15 @@ class DecoderBits:
             data = data.without_augmentation
         self.head, self.codes, self.views = head, codes, training_views(data)
         self.images = ImageSource(dataset, data, margin=data.crop_margin)
-        self.index = head.first.codes(dataset, split, data, 1, trained.world).index  # in the cache already
+        self.index = head.first.codes(dataset, split, data, 1, trained.world).index  # already cached
 
     def image(self, position: int) -> Tensor:
-        """uint8 (C, H, W)."""
+        """Returns the image at a position of the codes' order, in its view: uint8 (C, H, W)."""
         view, row = divmod(self.codes.order[position], len(self.index))
         return self.views[view](self.images[int(self.index[row])]["image"]).as_subclass(Tensor)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """A batch of the codes -> (B,)."""
+        """Returns bits per dimension (B,) of the images of a batch of codes."""
         images = torch.stack([self.image(position) for position in batch["position"].tolist()])
         return self.head.bits_per_dim(batch["codes"], images)
 
@@ -268,27 +268,27 @@ class DecoderBits:
 def summarize_image_bits(
     codes: Tensor, decoder: Tensor, tokens: int, dimensions: int, head: TrainedHead
 ) -> dict[str, Any]:
-    """What results.json says of whole images: -log2 p(x) <= -log2 p(x | z) - log2 p(z), z the codes of x.
+    """Returns the entries of results.json for images: -log2 p(x) <= -log2 p(x | z) - log2 p(z), z the codes of x.
 
-    codes (n,) bits per code, of `tokens` codes; decoder (n,) bits per dimension, of `dimensions` numbers.
+    codes (n,): bits per code, for `tokens` codes; decoder (n,): bits per dimension, for `dimensions` values.
     """
-    of_codes = codes * tokens / dimensions
-    total = of_codes + decoder
+    code_bits = codes * tokens / dimensions
+    total = code_bits + decoder
     return {
         "bits_per_dim": total.mean().item(),
         "bits_per_dim_standard_error": total.std().item() / len(total) ** 0.5 if len(total) > 1 else None,
-        "codes_bits_per_dim": of_codes.mean().item(),
+        "codes_bits_per_dim": code_bits.mean().item(),
         "decoder_bits_per_dim": decoder.mean().item(),
         "head": {"run": head.run.name, "step": head.step},
     }
 
 
 def image_bits_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """The rows that a person reads of it."""
+    """Returns the table rows of these entries."""
     error = results["bits_per_dim_standard_error"]
     return [
-        ("", "bits per dimension"),
-        ("codes, by the sampler", f"{results['codes_bits_per_dim']:.4f}"),
-        ("image given its codes, by the decoder", f"{results['decoder_bits_per_dim']:.4f}"),
-        ("image", f"{results['bits_per_dim']:.4f}" + ("" if error is None else f" ± {error:.4f}")),
+        ("", "bits per dimension, lower is better"),
+        ("codes, -log2 p(z) (sampler)", f"{results['codes_bits_per_dim']:.4f}"),
+        ("image given its codes, -log2 p(x | z) (decoder)", f"{results['decoder_bits_per_dim']:.4f}"),
+        ("image (sum: upper bound)", f"{results['bits_per_dim']:.4f}" + ("" if error is None else f" ± {error:.4f}")),
     ]

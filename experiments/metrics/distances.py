@@ -1,4 +1,4 @@
-"""The images that an experiment measures, and their features: a sampler's or a file's, real ones, reconstructions."""
+"""Images that an experiment measures and their features: generated, from a file, real, or reconstructed."""
 
 import hashlib
 import json
@@ -28,93 +28,98 @@ ImagesAt = Callable[[list[int]], dict[str, Tensor]]
 
 
 def features_version(features: Features, weights: str | None) -> list[str | int | None]:
-    """What makes the features: their file's version, and the content of the file of weights where one is named."""
+    """Identifies the features: the version of their file, and the hash of the weights file if one is given."""
     return [features.module.VERSION, weights and sha256(Path(weights))]
 
 
 def features_provenance(features: Features) -> dict[str, str | int]:
-    """What results note of the features they are measured by, which may change while the flags stay."""
+    """Returns the name and version of the features, recorded with results: they may change while the flags do not."""
     return {"features_name": features.name, "features_version": features.module.VERSION}
 
 
 def batches_name(kind: str, *made_of: object) -> str:
-    """A name for `ResumableBatches.resume` that changes with what they are made of."""
+    """Returns a name for `ResumableBatches.resume` that includes a hash of what the batches depend on."""
     return f"{kind}_{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}"
 
 
 def sampled_images(
     samples: str | None, n_samples: int, trained: TrainedSampler, options: SamplingConfig, seed: int
 ) -> tuple[int, ImagesAt]:
-    """How many images there are to measure, and a function from indices to "image" uint8 (B, C, H, W) and, of models of
-    codes, "codes" (B, h, w): those of the file `samples`, else `n_samples` new ones."""
+    """Returns the number of images to measure, and a function from indices to them: from the file `samples`, else
+    `n_samples` new ones.
+
+    The function returns "image" uint8 (B, C, H, W) and, for models of codes, "codes" (B, h, w).
+    """
     if samples is not None:
         content = read_samples(Path(samples))
-        names = ("image", "codes") if trained.space.tokens else ("image",)  # a model of pixels has none to compare
-        given = {name: content[name] for name in names if name in content}
-        return len(given["image"]), lambda indices: {name: each[indices] for name, each in given.items()}
+        names = ("image", "codes") if trained.space.tokens else ("image",)  # a model of pixels has no use for codes
+        saved = {name: content[name] for name in names if name in content}
+        return len(saved["image"]), lambda indices: {name: each[indices] for name, each in saved.items()}
     source = trained.condition_source(options)
 
-    def drawn(indices: list[int]) -> dict[str, Tensor]:
-        made = trained.draw(indices, seed, options, source.draw(seed, indices))
-        return {name: made[name] for name in ("image", "codes") if name in made}
+    def generate(indices: list[int]) -> dict[str, Tensor]:
+        batch = trained.draw(indices, seed, options, source.draw(seed, indices))
+        return {name: batch[name] for name in ("image", "codes") if name in batch}
 
-    return n_samples, drawn
+    return n_samples, generate
 
 
 def sampled_features(
     images_of: ImagesAt, count: int, shown: int, features: Features, batches: ResumableBatches, files: dict[str, str]
 ) -> Batches:
-    """ "features" (B, D) of the first `count` images to measure and, of the batches that begin before image `shown`,
-    what `images_of` gives: on the main rank alone, while all make them.
+    """Yields resumable batches of "features" (B, D) of the first `count` images, on the main rank; a collective.
 
-    `files` are what the run's config does not tell of how they were made. What an earlier start made is read.
+    Batches that begin before image `shown` also have what `images_of` returns. `files` identifies inputs that the
+    run's config does not.
     """
 
     def make(indices: list[int]) -> dict[str, Tensor]:
-        made = images_of(indices)
-        found = {"features": features.extract(made["image"].expand(-1, 3, -1, -1))}
-        return found | (made if indices[0] < shown else {})
+        images = images_of(indices)
+        batch = {"features": features.extract(images["image"].expand(-1, 3, -1, -1))}
+        return batch | (images if indices[0] < shown else {})
 
     name = batches_name(features.name, files, *features_version(features, None))
     return progress(batches.resume(name, range(count), make), count, "sampling", batches.world.is_main)
 
 
 def add_features(features: Features, own: Batches, world: DistContext) -> Iterator[dict[str, Tensor]]:
-    """Batches of "image" uint8 (B, C, H, W) that each rank makes, and their "features" (B, D) beside them: of all ranks
-    in order on the main one, nothing on others."""
+    """Adds "features" (B, D) to each rank's own batches of "image" uint8 (B, C, H, W), gathered in order on the main
+    rank; a collective."""
 
-    def extracted() -> Iterator[dict[str, Tensor]]:
+    def extract() -> Iterator[dict[str, Tensor]]:
         for batch in own:
             yield batch | {"features": features.extract(batch["image"].expand(-1, 3, -1, -1)).cpu()}
 
-    return gather_in_order(world, extracted())
+    return gather_in_order(world, extract())
 
 
 def real_features(
     source: ImageSource, chosen: list[int], features: Features, batch_size: int, world: DistContext, name: str
 ) -> Batches:
-    """ "image", "features" of those real images: on the main rank alone, while all make them."""
+    """Yields "image" and "features" of the real images with these indices, on the main rank; a collective."""
     own = images_in_order(source, batch_size, rank_indices(world, chosen, batch_size))
     return progress(add_features(features, own, world), len(chosen), name, world.is_main)
 
 
 def concatenate(batches: Batches, count: int, names: tuple[str, ...] = ("features",)) -> dict[str, Tensor]:
-    """What batches hold under these names, as tensors (n, ...) with n up to `count`: filled as they come, so that
-    nothing is twice in memory. A name that the first batch lacks is left out."""
-    whole, filled = {}, 0
+    """Concatenates these fields of batches to tensors (n, ...), n <= `count`, in place: nothing is in memory twice.
+
+    A field that the first batch lacks is left out.
+    """
+    fields, filled = {}, 0
     for batch in batches:
         if not filled:
-            whole = {name: batch[name].new_zeros(count, *batch[name].shape[1:]) for name in names if name in batch}
+            fields = {name: batch[name].new_zeros(count, *batch[name].shape[1:]) for name in names if name in batch}
         size = 0
-        for name, each in whole.items():
+        for name, field in fields.items():
             size = len(batch[name])
-            each[filled : filled + size] = batch[name]
+            field[filled : filled + size] = batch[name]
         filled += size
-    return {name: each[:filled] for name, each in whole.items()}
+    return {name: field[:filled] for name, field in fields.items()}
 
 
 def compute_statistics(batches: Batches) -> Statistics:
-    """Streams features into their statistics."""
+    """Accumulates the mean and covariance of the batches' features."""
     statistics = Statistics()
     for batch in batches:
         statistics.update(batch["features"])
@@ -122,6 +127,7 @@ def compute_statistics(batches: Batches) -> Statistics:
 
 
 def statistics_cache(logs_root: str) -> Path:
+    """Returns the folder of cached statistics of real images."""
     return Path(os.path.expanduser(logs_root)) / ".cache" / "statistics"
 
 
@@ -134,10 +140,10 @@ def real_reference(
     batch_size: int,
     world: DistContext,
 ) -> Reference:
-    """Of a whole split, cached by the content of the images and of what makes the features. Of larger splits, features
-    of `MAX_FEATURES` images drawn at random, always the same.
+    """Returns the statistics of a whole split, and the features of a fixed random subset of at most `MAX_FEATURES`
+    images, cached by the content of the images and the features' version.
 
-    All ranks take part; the main one writes them, and where they were not cached, it alone is given them.
+    A collective; when they are not cached yet, only the main rank's return value is complete.
     """
     made_of = [
         dataset.fingerprint(),
@@ -153,11 +159,11 @@ def real_reference(
         return Reference.load(path)
     source = ImageSource(dataset, data)
     own = images_in_order(source, batch_size, rank_indices(world, list(range(len(source))), batch_size))
-    found = FeatureSubset(add_features(features, own, world), fixed_subset(len(source), MAX_FEATURES))
-    statistics = compute_statistics(progress(found, len(source), "reference", world.is_main))
+    subset = FeatureSubset(add_features(features, own, world), fixed_subset(len(source), MAX_FEATURES))
+    statistics = compute_statistics(progress(subset, len(source), "real images", world.is_main))
     if not world.is_main:
         return Reference(statistics, None)
-    reference = Reference(statistics, found.features)
+    reference = Reference(statistics, subset.features)
     reference.save(path)
     return reference
 
@@ -171,22 +177,22 @@ def real_statistics(
     batch_size: int,
     world: DistContext,
 ) -> Statistics:
-    """The statistics of `real_reference`."""
+    """Returns the statistics of `real_reference`; a collective."""
     return real_reference(dataset, data, features, weights, cache, batch_size, world).statistics
 
 
 def reconstruct_batches(first: FirstStage, batches: Batches) -> Iterator[dict[str, Tensor]]:
-    """The VQGAN's reconstructions of batches of images."""
+    """Yields the VQGAN's reconstructions of batches of images."""
     for batch in batches:
         yield {"image": first.decode(first.encode(batch["image"])).cpu()}
 
 
-def generated_statistics(batches: Batches, same: int, grid: Path) -> tuple[Statistics, Statistics]:
-    """Statistics of all generated images, and of the first `same`; the first 64 images become a grid."""
+def generated_statistics(batches: Batches, n_first: int, grid: Path) -> tuple[Statistics, Statistics]:
+    """Returns the statistics of all generated images and of the first `n_first`; saves the first 64 as a grid."""
     everything, first, shown = Statistics(), Statistics(), []
     for batch in batches:
         everything.update(batch["features"])
-        if (missing := same - (first.count or 0)) > 0:
+        if (missing := n_first - (first.count or 0)) > 0:
             first.update(batch["features"][:missing])
         if sum(map(len, shown)) < GRID_IMAGES:
             shown.append(batch["image"])
@@ -196,7 +202,7 @@ def generated_statistics(batches: Batches, same: int, grid: Path) -> tuple[Stati
 
 
 def save_reconstructions(path: Path, first: FirstStage, held_out: ImageSource, count: int) -> None:
-    """A grid of held-out images above their reconstructions."""
+    """Saves a grid of held-out images above their reconstructions."""
     batches = images_in_order(held_out, count, fixed_subset(len(held_out), count))
     shown = torch.cat([batch["image"] for batch in batches])
     save_grid(path, torch.cat([shown, first.decode(first.encode(shown)).cpu()]), columns=len(shown))

@@ -1,4 +1,4 @@
-"""The Fréchet distance between two sets of features, from their streamed means and covariances, and their files."""
+"""Fréchet distance between two sets of features, from streamed means and covariances; their files."""
 
 import zipfile
 from pathlib import Path
@@ -16,9 +16,9 @@ WANTED = "wanted an .npz file with the arrays mu and sigma (and n, if known)"
 class Statistics:
     """Count, mean (D,) and covariance (D, D) of features that arrive in batches, in float64 on the CPU.
 
-    What is kept is the mean and the scatter S = sum (f - mean)(f - mean)^T; two parts merge by the pairwise rule of
-    Chan, Golub & LeVeque 1983, which does not lose the digits that sum(f f^T) - n mean mean^T cancels.
-    `count` is None for statistics read from a file that does not tell it: those can be measured, not extended.
+    Keeps the mean and the scatter S = sum (f - mean)(f - mean)^T; parts merge by the pairwise rule of Chan, Golub &
+    LeVeque 1983, which avoids the cancellation of sum(f f^T) - n mean mean^T. `count` is None for statistics from a
+    file without a count: these can be compared but not extended.
     """
 
     def __init__(self) -> None:
@@ -27,14 +27,14 @@ class Statistics:
         self._scatter: Tensor | None = None  # (D, D); where count is None, the covariance itself
 
     def update(self, features: Tensor) -> "Statistics":
-        """Adds features (B, D), on any device and of any real dtype; returns itself.
+        """Adds features (B, D), on any device and of any real dtype; returns self.
 
-        ValueError: not two-dimensional, not finite, or of another width than those before.
+        ValueError: not two-dimensional, not finite, or of another width than the features before.
         """
         if features.ndim != 2:
             raise ValueError(f"features of shape {tuple(features.shape)}: wanted (B, D)")
         if not features.isfinite().all():
-            raise ValueError("features hold nan or inf: the images or the network that made them are broken")
+            raise ValueError("features hold nan or inf: check the images and the feature network")
         if len(features) == 0:
             return self
         features = features.detach().cpu().double()
@@ -48,9 +48,9 @@ class Statistics:
         return self
 
     def _absorb(self, count: int, mean: Tensor) -> None:
-        """Moves count and mean to the union with `count` features around `mean`; adds the scatter between the means."""
+        """Updates count and mean for `count` more features with this mean; adds the scatter between the means."""
         if self.count is None:
-            raise ValueError("these statistics do not tell their sample count, so nothing can be added to them")
+            raise ValueError("these statistics have no sample count, so nothing can be added to them")
         if len(mean) != len(self._mean):
             raise ValueError(f"features of width {len(mean)}: wanted {len(self._mean)}, as in the features before")
         total = self.count + count
@@ -60,9 +60,9 @@ class Statistics:
         self.count = total
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        """The statistics of both sets of features together. ValueError: widths differ or a count is unknown."""
+        """Returns the statistics of both sets of features together. ValueError: widths differ or a count is unknown."""
         if other.count is None:
-            raise ValueError("these statistics do not tell their sample count, so they cannot be added to others")
+            raise ValueError("these statistics have no sample count, so they cannot be added to others")
         if other.count == 0 or self.count == 0:
             return (self if other.count == 0 else other)._copy()
         union = self._copy()
@@ -93,9 +93,9 @@ class Statistics:
             raise ValueError(f"{self.count} features: the covariance needs at least 2, so measure more images")
         return self._scatter / (self.count - 1)
 
-    def save(self, path: str | Path, **more: np.ndarray) -> None:
-        """Writes `mu` (D,), `sigma` (D, D), where it is known `n`, and `more` to an .npz file, whole or not at all."""
-        arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy(), **more}
+    def save(self, path: str | Path, **extra: np.ndarray) -> None:
+        """Writes `mu` (D,), `sigma` (D, D), `n` if known, and `extra` arrays to an .npz file, atomically."""
+        arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy(), **extra}
         if self.count is not None:
             arrays["n"] = np.int64(self.count)
         with atomic_write(path) as scratch, scratch.open("wb") as file:
@@ -103,9 +103,9 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> "Statistics":
-        """Reads `mu`, `sigma` and, where there is one, `n` from an .npz file; no code in it is run.
+        """Reads `mu`, `sigma` and, if present, `n` from an .npz file, without unpickling.
 
-        FileNotFoundError: no such file. ValueError: not such a file, or what it holds are not statistics.
+        FileNotFoundError: no such file. ValueError: the file does not hold valid statistics.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} not found: wanted an .npz file with the arrays mu and sigma")
@@ -126,7 +126,7 @@ class Statistics:
 
 
 def read_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Those of these arrays that an .npz file holds. ValueError: it is not such a file."""
+    """Reads the arrays of these names that an .npz file holds. ValueError: not a valid .npz file."""
     try:
         with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {key: archive[key] for key in names if key in archive}
@@ -135,11 +135,11 @@ def read_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarra
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """The squared Fréchet distance, >= 0, of the Gaussians with these means and covariances.
+    """Returns the squared Fréchet distance, >= 0, between the Gaussians with these means and covariances.
 
     d² = |mu_a - mu_b|² + tr(S_a + S_b - 2 (S_a^½ S_b S_a^½)^½), Dowson & Landau 1982; on Inception features, the FID of
-    Heusel et al. 2017, eq. 6. With any factors S = F F^T the last root has the trace of the singular values of
-    F_a^T F_b, which stays real and exact where a covariance is singular (fewer images than features).
+    Heusel et al. 2017, eq. 6. For any factors S = F F^T the trace of the last root is the sum of the singular values of
+    F_a^T F_b, which stays real and accurate for singular covariances (fewer images than features).
     ValueError: the widths differ, or either set has fewer than 2 features.
     """
     if len(a.mean) != len(b.mean):
@@ -151,35 +151,35 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """F (D, D) with F F^T the covariance; eigenvalues that rounding pushed below zero count as zero."""
+    """Returns F (D, D) with F F^T the covariance; eigenvalues that rounding made negative are clamped to zero."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     return vectors * values.clamp(min=0).sqrt()
 
 
 class Reference(NamedTuple):
-    """Of real images."""
+    """Reference of real images for the Fréchet and kernel distances."""
 
-    statistics: Statistics  # of all their features
-    features: Tensor | None  # (n, D) float32, those of some of them; None where a file does not tell
+    statistics: Statistics  # of the features of all images
+    features: Tensor | None  # (n, D) float32, of a subset of the images; None if the file has none
 
     def save(self, path: str | Path) -> None:
-        """Writes an .npz file of statistics that also holds `features`, whole or not at all."""
+        """Writes the statistics and `features` to an .npz file, atomically."""
         self.statistics.save(path, features=self.features.float().numpy())
 
     @classmethod
     def load(cls, path: str | Path) -> "Reference":
-        """Reads an .npz file of statistics, with or without features; no code in it is run.
+        """Reads statistics, and features if present, from an .npz file, without unpickling.
 
-        FileNotFoundError: no such file. ValueError: not such a file, or what it holds are not statistics or features.
+        FileNotFoundError: no such file. ValueError: the file does not hold valid statistics or features.
         """
         statistics = Statistics.load(path)
-        found = read_arrays(path, ("features",)).get("features")
-        if found is None:
+        array = read_arrays(path, ("features",)).get("features")
+        if array is None:
             return cls(statistics, None)
-        if found.ndim != 2 or found.dtype.kind != "f" or found.shape[1] != len(statistics.mean):
-            wanted = f"(n, {len(statistics.mean)}), as mu is"
-            raise ValueError(f"{path} holds features of shape {found.shape}, {found.dtype}: wanted floats {wanted}")
-        features = torch.from_numpy(found).float()
+        if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] != len(statistics.mean):
+            wanted = f"(n, {len(statistics.mean)}), of the width of mu"
+            raise ValueError(f"{path} holds features of shape {array.shape}, {array.dtype}: wanted floats {wanted}")
+        features = torch.from_numpy(array).float()
         if not features.isfinite().all():
             raise ValueError(f"{path} holds features that are nan or inf: compute them again")
         return cls(statistics, features)

@@ -1,4 +1,4 @@
-"""How close two images are: PSNR, SSIM, L1; and how close one is to many, pixel by pixel or by LPIPS."""
+"""Metrics of image pairs (PSNR, SSIM, L1), and distances of one image to many, by pixels or by LPIPS."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,33 +11,33 @@ from train.data.transforms import to_float
 from train.distributed import DistContext
 from vq.perceptual import Perceptual, load_perceptual
 
-RANGE = 255.0  # of the uint8 images that are compared
-WINDOW, SIGMA = 11, 1.5  # side and deviation of SSIM's Gaussian window, pixels
-SSIM_CHUNK = 2**21  # values of images that SSIM takes at once: it keeps some ten times as many, in float64
-SIDE = 64  # pixels of the patches that LPIPS was fitted to (Zhang et al. 2018, section 3)
+RANGE = 255.0  # of uint8 images
+WINDOW, SIGMA = 11, 1.5  # side and standard deviation of SSIM's Gaussian window, pixels
+SSIM_CHUNK = 2**21  # image values that SSIM processes at once: it needs about ten times as many, in float64
+SIDE = 64  # pixels of the patches that LPIPS was calibrated on (Zhang et al. 2018, section 3)
 
 
 def psnr(real: Tensor, fake: Tensor) -> Tensor:
-    """uint8 (B, C, H, W) twice -> (B,) dB: 10 log10(255^2 / mean squared error) of each image; inf of equal ones."""
+    """Returns the PSNR of each pair, 10 log10(255^2 / MSE): uint8 (B, C, H, W) twice -> dB (B,); inf if equal."""
     return 10 * (RANGE**2 / (real.float() - fake.float()).square().mean((1, 2, 3))).log10()
 
 
 def ssim(real: Tensor, fake: Tensor) -> Tensor:
-    """uint8 (B, C, H, W) twice -> (B,) in [-1, 1]: structural similarity, 1 of equal images.
+    """Returns the structural similarity of each pair: uint8 (B, C, H, W) twice -> (B,) in [-1, 1], 1 if equal.
 
-    Wang et al. 2004, eq. 13, with data range 255, K1 0.01, K2 0.03 and a Gaussian window of 11x11; images are reflected
-    at the border, and the mean is over pixels and channels. In float64: float32 loses the small variances of bright
-    areas, TF32 all but large ones. ValueError where a side is smaller than the window.
+    Wang et al. 2004, eq. 13, with data range 255, K1 0.01, K2 0.03, an 11x11 Gaussian window and reflection padding,
+    averaged over pixels and channels. In float64: float32 loses small variances in bright areas, TF32 even more.
+    ValueError: a side is smaller than the window.
     """
     height, width = real.shape[2:]
     if min(height, width) < WINDOW:
-        raise ValueError(f"got images of {height}x{width} for SSIM, wanted at least {WINDOW}x{WINDOW}: its window")
+        raise ValueError(f"got images of {height}x{width} for SSIM, wanted at least {WINDOW}x{WINDOW}, its window")
     size = max(1, SSIM_CHUNK // real[0].numel())
     return torch.cat([ssim_chunk(a, b) for a, b in zip(real.split(size), fake.split(size), strict=True)])
 
 
 def ssim_chunk(real: Tensor, fake: Tensor) -> Tensor:
-    """SSIM of images that are taken at once."""
+    """Returns the SSIM of images that are processed at once, (B,)."""
     if real.device.type == "mps":  # has no float64
         real, fake = real.cpu(), fake.cpu()
     a, b = (images.flatten(0, 1)[:, None].double() for images in (real, fake))  # (B C, 1, H, W)
@@ -49,7 +49,7 @@ def ssim_chunk(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def local_means(x: Tensor) -> Tensor:
-    """(N, 1, H, W) -> the same shape: means under SSIM's window, one axis after the other."""
+    """Averages x (N, 1, H, W) under SSIM's separable window, with reflection padding."""
     radius = WINDOW // 2
     window = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device).to(x) / SIGMA) ** 2)
     window = window / window.sum()
@@ -58,19 +58,20 @@ def local_means(x: Tensor) -> Tensor:
 
 
 def l1(real: Tensor, fake: Tensor) -> Tensor:
-    """uint8 (B, C, H, W) twice -> (B,) in [0, 2]: mean absolute difference of images in [-1, 1], as in training."""
+    """Returns the mean absolute difference of each pair, scaled to [-1, 1] as in training: uint8 (B, C, H, W) twice ->
+    (B,) in [0, 2]."""
     return (to_float(real) - to_float(fake)).abs().mean((1, 2, 3))
 
 
 class ImageDistance(NamedTuple):
-    """A distance of images."""
+    """A distance between images, for ranking."""
 
     name: str
-    distances: Callable[[Tensor, Tensor], Tensor]  # uint8 (C, H, W), (B, C, H, W) -> float64 (B,); 0 of equal ones
+    distances: Callable[[Tensor, Tensor], Tensor]  # uint8 (C, H, W), (B, C, H, W) -> float64 (B,); 0 if equal
 
 
 def pixel_distance() -> ImageDistance:
-    """The Euclidean distance over all pixels and channels, of values in [0, 1]."""
+    """Returns the Euclidean distance over all pixels and channels, of values in [0, 1]."""
 
     def distances(image: Tensor, others: Tensor) -> Tensor:
         return ((others.double() - image.double()) / 255).square().flatten(1).sum(1).sqrt()
@@ -79,29 +80,31 @@ def pixel_distance() -> ImageDistance:
 
 
 def lpips_distance(perceptual: Perceptual, device: torch.device, batch_size: int) -> ImageDistance:
-    """LPIPS, so many images at once. Images with a side below 64 pixels are `enlarge`."""
+    """Returns LPIPS as a distance, computed in batches. Images with a side below 64 pixels are enlarged."""
     perceptual = perceptual.to(device)
 
     @torch.no_grad()
     def distances(image: Tensor, others: Tensor) -> Tensor:
-        found, one = [], enlarge(to_float(image[None].to(device)))
+        values, query = [], enlarge(to_float(image[None].to(device)))
         for part in others.split(batch_size):
-            each = enlarge(to_float(part.to(device)))
-            found.append(perceptual(one.expand_as(each), each).cpu().double())
-        return torch.cat(found)
+            batch = enlarge(to_float(part.to(device)))
+            values.append(perceptual(query.expand_as(batch), batch).cpu().double())
+        return torch.cat(values)
 
     return ImageDistance(f"LPIPS ({perceptual.net})", distances)
 
 
 def enlarge(images: Tensor) -> Tensor:
-    """Images (B, C, H, W), bilinearly enlarged by the smallest whole number that brings both sides to 64 pixels."""
+    """Enlarges images (B, C, H, W) bilinearly by the smallest integer factor that brings both sides to 64 pixels."""
     factor = -(-SIDE // min(images.shape[2:]))
     return images if factor == 1 else F.interpolate(images, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
 def choose_distance(rerank: str, net: str, weights: str | None, world: DistContext, batch_size: int) -> ImageDistance:
-    """What --rerank names; auto is LPIPS, or pixels with one printed sentence where its weights are not to be had in
-    one of the processes. ValueError, FileNotFoundError: LPIPS or its file was asked for, and is not there."""
+    """Returns the distance of --rerank; auto is LPIPS, or pixels, with a message, if a process cannot load its weights.
+
+    ValueError, FileNotFoundError: LPIPS or its weights file was requested and cannot be loaded.
+    """
     if rerank == "pixels":
         return pixel_distance()
     perceptual, reason = None, None
@@ -115,6 +118,6 @@ def choose_distance(rerank: str, net: str, weights: str | None, world: DistConte
         return lpips_distance(perceptual, world.device, batch_size)
     reason = reason or f"another process could not load the {net} weights"
     if rerank == "lpips":
-        raise ValueError(f"no LPIPS: {reason}; pass their file with --perceptual_weights, or --rerank pixels")
-    print(f"Neighbours are ranked by pixels, not by LPIPS: {reason}; --perceptual_weights FILE names them", flush=True)
+        raise ValueError(f"no LPIPS: {reason}; pass their file as --perceptual_weights, or --rerank pixels")
+    print(f"ranking neighbours by pixels, not by LPIPS: {reason}; pass --perceptual_weights FILE for LPIPS", flush=True)
     return pixel_distance()

@@ -1,8 +1,8 @@
-"""Distances to nearest neighbours, and the share of real data that generated data covers.
+"""Exact nearest neighbours, and coverage: the fraction of real data that generated data covers.
 
-A matrix product finds which points are near, block by block, so that memory does not grow with the product of their
-numbers. It is blurred where points nearly coincide, so every distance that is handed out, or that decides a comparison
-too close to call, is taken once more from the difference of the two points: a duplicate lies at exactly 0.
+A matrix product proposes near points, block by block, so memory does not grow with the product of the set sizes.
+Because it is inaccurate for nearly coinciding points, every returned distance, and every comparison too close to call,
+is recomputed from the difference of the two points: duplicates have a distance of exactly 0.
 """
 
 from collections.abc import Callable
@@ -13,22 +13,22 @@ from torch import Tensor
 
 CHUNK = 1024  # queries at a time
 BLOCK = 4096  # references at a time
-SPARE = 8  # more neighbours than asked for that the product proposes: its errors may swap places
+SPARE = 8  # extra candidates that the product proposes: its rounding errors may change their order
 
 
 class Nearest(NamedTuple):
     """The k nearest references of each query."""
 
-    distances: Tensor  # (N, k) float64, rising
+    distances: Tensor  # (N, k) float64, ascending
     indices: Tensor  # (N, k) int64
 
 
 class SquaredDistances(NamedTuple):
-    """Squared Euclidean distances by a product."""
+    """Squared Euclidean distances computed by a matrix product."""
 
-    values: Tensor  # (n, m) float64; may lie below 0
-    error: float  # more than the rounding of any of them: (D + 2) eps |x| |y| bounds that of a product of D terms
-    # (Higham 2002, section 3.1), and they are sums of three
+    values: Tensor  # (n, m) float64; may be negative by rounding
+    error: float  # bound on the rounding error of any value: (D + 2) eps |x| |y| for a product of D terms
+    # (Higham 2002, section 3.1), and each value is a sum of three
 
 
 def nearest(
@@ -39,13 +39,13 @@ def nearest(
     chunk: int = CHUNK,
     advance: Callable[[int], object] = lambda count: None,
 ) -> Nearest:
-    """The Euclidean distances from each query (N, D) to its k nearest references (M, D), and which these are.
+    """Finds the k nearest references (M, D) of each query (N, D), with their Euclidean distances.
 
-    With `exclude_self` both sets are the same one and row i is no neighbour of itself (its duplicates are). Computed
-    in float64 where the queries lie (on the CPU where their device has none: mps); blocks of the references are moved
-    there. `chunk` queries at a time bound the memory, and `advance` is told of each so many.
-    ValueError: not two-dimensional, not finite, widths differ, fewer than k references, or sets of two sizes with
-    `exclude_self`.
+    With `exclude_self` both sets are the same, and row i is not a neighbour of itself (its duplicates are). Computed in
+    float64 on the queries' device (on the CPU if it has no float64: mps), to which references are moved block by block.
+    Queries are processed in chunks to bound memory; `advance` is called with the size of each.
+    ValueError: not two-dimensional, not finite, widths differ, fewer than k references, or two sets of different sizes
+    with `exclude_self`.
     """
     check_points(queries, references, k, exclude_self)
     centre, n_candidates = mean_point(references), min(k + SPARE, len(references) - exclude_self)
@@ -65,8 +65,8 @@ def nearest(
 def propose_candidates(
     rows: Tensor, references: Tensor, centre: Tensor, n_candidates: int, start: int | None
 ) -> Tensor:
-    """(n, asked) indices of the nearest references by the product, smaller ones first where the product sees no
-    difference; with `start`, row i is reference start + i and not proposed."""
+    """Returns the indices (n, n_candidates) of the nearest references by the product, in ascending order; with `start`,
+    row i is reference start + i and not proposed."""
     squares = rows.new_zeros(len(rows), 0)
     indices = torch.zeros(len(rows), 0, dtype=torch.long, device=rows.device)
     for first in range(0, len(references), BLOCK):
@@ -84,8 +84,8 @@ def propose_candidates(
 
 
 def squared_distances(rows: Tensor, points: Tensor, centre: Tensor) -> SquaredDistances:
-    """Of rows (n, D) from points (m, D) by one product, in float64 where the rows are; around `centre` (D,), where
-    they are small."""
+    """Computes all squared distances between rows (n, D) and points (m, D) by one product, in float64 on the rows'
+    device; subtracting `centre` (D,) first keeps the terms, and so the errors, small."""
     rows, points = rows - centre, to_float64(points).to(rows.device) - centre
     from_rows, from_points = rows.square().sum(1), points.square().sum(1)
     values = (rows @ points.T).mul_(-2).add_(from_rows[:, None]).add_(from_points)
@@ -94,7 +94,7 @@ def squared_distances(rows: Tensor, points: Tensor, centre: Tensor) -> SquaredDi
 
 
 def pair_distances(rows: Tensor, points: Tensor) -> Tensor:
-    """(n,) float64: how far row i (n, D) lies from point i."""
+    """Returns the distance of row i (n, D) from point i (n, D), computed exactly: float64 (n,)."""
     rows = to_float64(rows)
     return (rows - to_float64(points).to(rows.device)).square().sum(1).sqrt()
 
@@ -102,27 +102,27 @@ def pair_distances(rows: Tensor, points: Tensor) -> Tensor:
 def nearest_distances(
     queries: Tensor, references: Tensor, k: int = 1, exclude_self: bool = False, chunk: int = CHUNK
 ) -> Tensor:
-    """(N,) float64: the Euclidean distance from each query (N, D) to its k-th nearest reference (M, D), k from 1.
+    """Returns the Euclidean distance from each query (N, D) to its k-th nearest reference (M, D): float64 (N,).
 
-    As `nearest`, which see.
+    See `nearest` for the arguments.
     """
     return nearest(queries, references, k, exclude_self, chunk).distances[:, -1]
 
 
 def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
-    """The share in [0, 1] of real features (N, D) whose nearest fake feature (M, D) lies strictly closer than their
-    k-th nearest other real one.
+    """Returns the fraction of real features (N, D) whose nearest fake feature (M, D) is strictly closer than their k-th
+    nearest other real one.
 
     Naeem et al. 2020, eq. 10. ValueError: as `nearest`; N must exceed k.
     """
     if len(real) == 0 or len(fake) == 0:
-        raise ValueError(f"{len(real)} real and {len(fake)} generated features: coverage needs some of both")
+        raise ValueError(f"{len(real)} real and {len(fake)} generated features: coverage needs both")
     radii = nearest_distances(real, real, k, exclude_self=True)
     return (nearest_distances(real, fake) < radii).double().mean().item()
 
 
 def check_points(queries: Tensor, references: Tensor, k: int, exclude_self: bool = False) -> None:
-    """ValueError where `nearest` has no answer."""
+    """Raises ValueError for arguments that `nearest` does not accept."""
     shapes = f"{tuple(queries.shape)} and {tuple(references.shape)}"
     if queries.ndim != 2 or references.ndim != 2 or queries.shape[1] != references.shape[1]:
         raise ValueError(f"points of shapes {shapes}: wanted (N, D) and (M, D)")
@@ -133,15 +133,15 @@ def check_points(queries: Tensor, references: Tensor, k: int, exclude_self: bool
         raise ValueError(f"k = {k} with {neighbours} neighbours: wanted k from 1 to {neighbours}; measure more points")
     for points in (queries, references):
         wide = torch.promote_types(points.dtype, torch.float32)
-        if points.is_floating_point() and not points.sum(dtype=wide).isfinite():  # one nan or inf makes the sum one
-            raise ValueError(f"points of shape {tuple(points.shape)} hold nan or inf: wanted finite ones")
+        if points.is_floating_point() and not points.sum(dtype=wide).isfinite():  # nan and inf propagate to the sum
+            raise ValueError(f"points of shape {tuple(points.shape)} hold nan or inf: wanted finite values")
 
 
 def mean_point(points: Tensor) -> Tensor:
-    """(D,) float64, their mean: around it squares are small, and so are the product's errors."""
+    """Returns the mean of points (N, D), float64 (D,), as the centre for `squared_distances`."""
     return sum(to_float64(part).sum(0) for part in points.split(BLOCK)) / len(points)  # never all of them in float64
 
 
 def to_float64(points: Tensor) -> Tensor:
-    """Float64 where the points lie, or on the CPU where their device has none (mps)."""
+    """Converts to float64 on the points' device, or on the CPU if it has no float64 (mps)."""
     return points.cpu().double() if points.device.type == "mps" else points.double()

@@ -1,5 +1,4 @@
-"""Precision and recall, density and coverage: how much of what is generated looks real, and how much of what is real is
-generated."""
+"""Precision, recall, density and coverage: fidelity and diversity of generated features against real ones."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,41 +18,41 @@ from experiments.metrics.neighbours import (
     to_float64,
 )
 
-PAIRS = 1024  # pairs at a time that are compared by their difference
+PAIRS = 1024  # pairs compared exactly at a time
 Advance = Callable[[int], object]
 
 
 class PRDC(NamedTuple):
-    """Of generated features against real ones. A ball lies around each feature and reaches to the k-th nearest other
-    one of its own kind; inside is strictly inside."""
+    """Precision, recall, density and coverage of generated features.
 
-    precision: float  # share of generated ones inside some real ball (Kynkaanniemi et al. 2019, eqs. 1, 2)
-    recall: float  # share of real ones inside some generated ball (the same)
-    density: (
-        float  # real balls that a generated one lies inside, over k; about 1, may be more (Naeem et al. 2020, eq. 9)
-    )
-    coverage: float  # share of real balls with a generated one inside (eq. 10); 1 - 2^-k of real ones, as many
+    The ball around each feature reaches to its k-th nearest other feature of the same kind; "inside" is strict.
+    """
+
+    precision: float  # fraction of generated features inside some real ball (Kynkäänniemi et al. 2019, eqs. 1, 2)
+    recall: float  # fraction of real features inside some generated ball (ditto)
+    density: float  # mean number of real balls around a generated feature, over k; may exceed 1 (Naeem et al., eq. 9)
+    coverage: float  # fraction of real balls with a generated feature inside (Naeem et al. 2020, eq. 10)
 
 
 def knn_radii(points: Tensor, k: int, advance: Advance = lambda count: None) -> Tensor:
-    """(N,) float64: the distance from each feature (N, D) to its k-th nearest other one."""
+    """Returns the distance from each feature (N, D) to its k-th nearest other one: float64 (N,)."""
     return nearest(points, points, k, exclude_self=True, advance=advance).distances[:, -1]
 
 
 def prdc(
     real: Tensor, fake: Tensor, k: int = 5, real_radii: Tensor | None = None, advance: Advance = lambda count: None
 ) -> PRDC:
-    """Of fake features (M, D) against real ones (N, D), in the space of features as they come.
+    """Measures fake features (M, D) against real ones (N, D), without normalising them.
 
-    `real_radii` are `knn_radii(real, k)`, computed here if left out. Memory beside the features does not grow with N x M.
-    `advance` is told of rows as they are done: N of the radii, where they are computed, M of the fake ones', N more.
-    ValueError: not two-dimensional, not finite, widths differ, or no more than k features in one of the sets.
+    `real_radii` are `knn_radii(real, k)`, computed here by default. Memory does not grow with N x M.
+    `advance` is called with numbers of finished rows: N for the radii, if computed here, M for the fake ones', N more.
+    ValueError: not two-dimensional, not finite, widths differ, or at most k features in one of the sets.
     """
     check_points(real, fake, 1)
     real_radii = knn_radii(real, k, advance) if real_radii is None else real_radii
     fake_radii = knn_radii(fake, k, advance)
     centre = mean_point(real)
-    here = centre.device  # where float64 is
+    here = centre.device  # one with float64
     balls = torch.zeros(len(fake), dtype=torch.long, device=here)  # real ones around each fake feature
     covered, recalled = torch.zeros(2, len(real), dtype=torch.bool, device=here)
     for first in range(0, len(real), CHUNK):
@@ -73,9 +72,9 @@ def prdc(
 
 
 def strictly_closer(squares: SquaredDistances, limits: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """(n, m) bool: whether x_i (n, D) and y_j (m, D) lie strictly closer than the limit, which broadcasts to (n, m).
+    """Whether x_i (n, D) and y_j (m, D) are strictly closer than `limits`, which broadcast to (n, m): bool (n, m).
 
-    `squares` are those of x and y; pairs that their error could decide are compared exactly.
+    `squares` are their squared distances; pairs within the error bound are compared exactly.
     """
     within = squares.values < limits.square() - squares.error
     unsure = (squares.values < limits.square() + squares.error) ^ within

@@ -1,7 +1,7 @@
-"""The Frechet distance while a run trains: of what the averaged network draws or rebuilds now, to the real images.
+"""Fréchet distance during training: of samples or reconstructions of the averaged network to the real images.
 
-Each function here makes what `train.trainer.train` takes as `distance`. A distance is what calc_FID finds for the same
-weights, seed and number of images. Of a thousand images it is greater than of many: compare it with its like alone.
+Each factory here returns the `distance` argument of `train.trainer.train`. The value equals that of calc_FID for the
+same weights, seed and number of images. It is biased upwards for few images: compare equal numbers of images only.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,13 +24,13 @@ from train.logging import Logger
 from train.loop import Hook, Outputs, TrainState
 from train.trained_sampler import TrainedSampler
 
-MIN_IMAGES = 2  # images that have a covariance
+MIN_IMAGES = 2  # for a covariance
 
 
 class FrechetDistanceHook:
-    """A hook for `fit` that logs the distance of the images which `images(state)` gives, as "FD(<features>)/<name>".
+    """A hook for `fit` that logs the Fréchet distance of `images(state)` as "FD(<features>)/<name>"; lower is better.
 
-    In each process `images` gives batches of uint8 (B, C, H, W) and whether they count (see `padded_batches`).
+    On each rank `images` yields batches of uint8 (B, C, H, W) and whether they count (see `padded_batches`).
     """
 
     def __init__(
@@ -56,18 +56,18 @@ class FrechetDistanceHook:
         for images, counts in self.images(state):
             if counts:
                 own.update(self.features.extract(images.expand(-1, 3, -1, -1)))
-        found = torch.zeros(1, dtype=torch.float64)
+        distance = torch.zeros(1, dtype=torch.float64)
         parts = gather_objects(self.world, own)
         if self.world.is_main:
-            found += frechet_distance(sum(parts, Statistics()), self.reference)
-        value = self.world.sum(found).item()
+            distance += frechet_distance(sum(parts, Statistics()), self.reference)
+        value = self.world.sum(distance).item()
         self.logger.log_scalars(state.step, {self.name: value})
         self.logger.log_best(state, self.name, value)
 
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[nn.Module]:
-    """A network in eval mode; each part of it goes back to its own mode."""
+    """Puts a network in eval mode within a `with` block; afterwards each module returns to its own mode."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -78,18 +78,19 @@ def eval_mode(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def images_per_rank(training: TrainingConfig, count: int, world: DistContext) -> int:
-    """How many of `count` images each process makes at once: as many as it trains on, so that they fit, and so few
-    that each has some, since a network in shards needs all processes. ValueError where there are too few for that."""
+    """Returns how many of `count` images each rank generates at once: no more than it trains on, to fit in memory, and
+    few enough that every rank has some, since a sharded network needs all ranks. ValueError: too few images."""
     least = max(MIN_IMAGES, world.size)
     if count < least:
-        raise ValueError(f"got {count} images for a distance, wanted {least} at least: pass a larger --FD_samples N")
+        raise ValueError(f"got {count} images for a distance, wanted at least {least}: pass a larger --FD_samples N")
     return max(1, min(training.batch_size // training.accumulate, count) // world.size)
 
 
 def sample_distance(
     model: TrainedSampler, real: Dataset, training: TrainingConfig, sampling: SamplingConfig, logging: LoggingConfig
 ) -> Callable[[Logger], Hook]:
-    """The distance of --FD_samples images that a sampler draws, always of the same seeds, to its training images."""
+    """Returns a factory of hooks for the distance of --FD_samples samples, always of the same seeds, to the training
+    images."""
     count, world = logging.FD_samples, model.world
     size = images_per_rank(training, count, world)
 
@@ -102,8 +103,8 @@ def sample_distance(
                 for indices, counts in world.padded_batches(world.local_items(batches)):
                     how = {"network": network, "on_step": lockstep_on_step(network)}
                     conditions = source.draw(training.seed, indices)
-                    made = model.draw(indices, training.seed, sampling, conditions, **how)
-                    yield made["image"], counts
+                    batch = model.draw(indices, training.seed, sampling, conditions, **how)
+                    yield batch["image"], counts
 
         return FrechetDistanceHook(logger, f"{count}_samples", images, real, model.data, logging, world, size)
 
@@ -119,7 +120,8 @@ def reconstruction_distance(
     logging: LoggingConfig,
     world: DistContext,
 ) -> Callable[[Logger], Hook]:
-    """The distance of --FD_samples rebuilt held-out images, or of all there are, to the training images."""
+    """Returns a factory of hooks for the distance of reconstructions of up to --FD_samples held-out images to the
+    training images."""
     count = min(logging.FD_samples, len(validation))
     size = images_per_rank(training, count, world)
     own = rank_indices(world, fixed_subset(len(validation), count), size)

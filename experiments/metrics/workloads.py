@@ -1,4 +1,4 @@
-"""What a run does in a training step, in a draw and in loading: the real thing, on random weights and random data."""
+"""The workloads of the benchmark: real training steps, sampling and loading, on random weights and random data."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -31,12 +31,12 @@ from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig, VQGANLossConfig
 from vq.perceptual import Perceptual
 
-SOME_CODES = 4096  # grids of codes to load batches from: they lie in memory, however many
+SOME_CODES = 4096  # code grids to load batches from: their number does not matter, as codes stay in memory
 
 
 @dataclass(frozen=True)
 class Trainee:
-    """One way to train: its step, and the state that it trains."""
+    """A training state and its step, in one precision."""
 
     name: str
     step: SamplerStep | VQGANStep
@@ -44,19 +44,20 @@ class Trainee:
 
 
 def precision_variants(training: TrainingConfig, device: torch.device) -> dict[str, TrainingConfig]:
-    """In float32, in half precision if that is asked for and native, and the last of these compiled if asked for."""
+    """Returns the precisions to time: float32; half precision, with --amp and native support; the last of these
+    compiled, with --compile."""
     half = training_dtype(training, device)
-    found = {"float32": replace(training, amp=False, compile=False)}
+    variants = {"float32": replace(training, amp=False, compile=False)}
     if half != torch.float32:
-        found[str(half).removeprefix("torch.")] = replace(training, compile=False)
+        variants[str(half).removeprefix("torch.")] = replace(training, compile=False)
     if training.compile:
-        name, last = list(found.items())[-1]
-        found[f"{name}, compiled"] = replace(last, compile=True)
-    return found
+        name, last = list(variants.items())[-1]
+        variants[f"{name}, compiled"] = replace(last, compile=True)
+    return variants
 
 
 def try_build_dataset(data: DataConfig, reader: DatasetConfig) -> tuple[Dataset | None, str]:
-    """The images to train on, or None and why they are not there."""
+    """Opens the training images; returns None and the reason if they are not available."""
     try:
         return build_dataset(data, reader, "train"), ""
     except (ValueError, OSError) as error:
@@ -71,8 +72,8 @@ def random_space(
     network: Callable[[], VQGANConfig],
     device: torch.device,
 ) -> Space:
-    """What a sampler works in, as `open_space` chooses it: pixels, or what a VQGAN with random weights makes of them.
-    `network()` is asked for where there is one."""
+    """Returns the sampler's space, chosen as by `open_space`: pixels, or codes or latents of a VQGAN with random
+    weights, whose config `network()` returns."""
     of_codes = load_plugin("train.samplers", sampler, "sampler").SPACE == "codes"
     if not of_codes and ae_load_dir is None:
         return Pixels(data)
@@ -82,49 +83,49 @@ def random_space(
 
 
 def with_amp(space: Space, amp: bool) -> Space:
-    """The space whose VQGAN, if there is one, computes in half precision or not."""
+    """Returns the space with its VQGAN, if any, in half precision (`amp`) or float32."""
     return space if space.first is None else replace(space, first=replace(space.first, amp=amp))
 
 
 def sampler_trainees(
     settings: SamplerConfig, training: TrainingConfig, space: Space, n_classes: int, world: DistContext
 ) -> list[Trainee]:
-    """Each way of training the sampler, with a network, an optimizer and averages of its own."""
-    found = []
+    """Builds a training state of the sampler for each precision."""
+    trainees = []
     for name, way in precision_variants(training, world.device).items():
         own = with_amp(space, way.amp)
         sampler, state = build_sampler_state(settings, way, own, n_classes, world)
-        found.append(Trainee(name, SamplerStep(sampler, own, way, world), state))
-    return found
+        trainees.append(Trainee(name, SamplerStep(sampler, own, way, world), state))
+    return trainees
 
 
 def vqgan_trainees(
     network: VQGANConfig, loss: VQGANLossConfig, data: DataConfig, training: TrainingConfig, world: DistContext
 ) -> list[Trainee]:
-    """Each way of training the VQGAN. The perceptual network has random weights, and costs what trained ones do."""
+    """Builds a training state of the VQGAN for each precision; the perceptual network has random weights."""
     net = {"auto": "vgg"}.get(loss.perceptual_net, loss.perceptual_net)
     needed = net != "none" and loss.perceptual_weight
     perceptual = Perceptual(net, trained=False) if needed else None
-    found = []
+    trainees = []
     for name, way in precision_variants(training, world.device).items():
         state = build_vqgan_state(network, loss, data, way, world)
-        found.append(Trainee(name, VQGANStep(loss, way, world, perceptual), state))
-    return found
+        trainees.append(Trainee(name, VQGANStep(loss, way, world, perceptual), state))
+    return trainees
 
 
 def training_phases(loss: VQGANLossConfig, steps: int) -> dict[str, int]:
-    """Of so many steps of a VQGAN's training, those that differ in their work, by name."""
+    """Returns the first step of each phase of a VQGAN's training that differs in cost, by name."""
     start = loss.disc_start_step
-    minded = start + loss.disc_warmup_steps
-    found = {"no discriminator": 0, "discriminator alone": start, "discriminator": minded}
-    done = {"no discriminator": start > 0, "discriminator alone": start < minded, "discriminator": True}
-    return {name: step for name, step in found.items() if done[name] and step < steps}
+    adversarial = start + loss.disc_warmup_steps  # from here on the autoencoder's loss includes the discriminator
+    phases = {"no discriminator": 0, "discriminator warm-up": start, "discriminator": adversarial}
+    exists = {"no discriminator": start > 0, "discriminator warm-up": start < adversarial, "discriminator": True}
+    return {name: step for name, step in phases.items() if exists[name] and step < steps}
 
 
 def step_workload(
     trainee: Trainee, parts: Sequence[Batch], world: DistContext, at: int = 0, when: str = ""
 ) -> Workload:
-    """Step `at` of the training loop, averages included, on these parts of a batch, as often as one likes."""
+    """Returns the repeatable workload of step `at` of the training loop, EMA included, on these parts of a batch."""
 
     def run() -> None:
         trainee.state.step = at
@@ -134,7 +135,7 @@ def step_workload(
 
 
 def random_batch(space: Space | None, n_classes: int, size: int, data: DataConfig, device: torch.device) -> Batch:
-    """What `training_batches` would give a sampler of this space, or a VQGAN (None), of the same shapes."""
+    """Returns a random batch with the shapes of `training_batches`, for a sampler of this space or a VQGAN (None)."""
     rng = torch.Generator().manual_seed(0)
     batch = {"position": torch.arange(size)}
     if isinstance(space, Codes):
@@ -147,59 +148,60 @@ def random_batch(space: Space | None, n_classes: int, size: int, data: DataConfi
 
 
 def with_conditions(batch: Batch, fields: Sequence[str], source: BatchSource | None, device: torch.device) -> Batch:
-    """The batch with the fields of the sampler's conditions; what is no class comes from the images."""
+    """Adds the fields of the sampler's conditions to the batch; those other than the label come from real images."""
     missing = sorted({*fields} - {*batch})
     if missing and source is None:
-        raise ValueError(f"{', '.join(missing)} is made of the images by --adapt, and they are not there")
+        raise ValueError(f"{', '.join(missing)} is computed from images by --adapt, but the images were not found")
     real = to_device(source[batch["position"].tolist()], device) if missing else {}
     lacking = sorted({*missing} - {*real})
     if lacking:
-        raise ValueError(f"the images have no {', '.join(lacking)}: write it in the function of --adapt")
+        raise ValueError(f"the images have no {', '.join(lacking)}: add it in the function of --adapt")
     return batch | {name: real[name] for name in missing}
 
 
 def split_batch(batch: Batch, accumulate: int) -> list[Batch]:
-    """A batch in as many parts, as a step takes it."""
+    """Splits a batch into the equal parts that a step accumulates gradients over."""
     size = len(batch["position"])
     if size % accumulate:
-        raise ValueError(f"got batch_size {size} in {accumulate} parts: they must divide it")
+        raise ValueError(f"got batch_size {size} in {accumulate} parts: --accumulate must divide --batch_size")
     starts = range(0, size, size // accumulate)
     return [{name: field[i : i + starts.step] for name, field in batch.items()} for i in starts]
 
 
 @torch.no_grad()
-def draw_samples(trainee: Trainee, batch: Batch, options: SamplingConfig, **how: Any) -> Tensor:
-    """As many examples as the batch has, of its conditions, in the sampler's space; `how` is of its `sample`."""
+def draw_samples(trainee: Trainee, batch: Batch, options: SamplingConfig, **kwargs: Any) -> Tensor:
+    """Samples one example per row of the batch, with its conditions, in the sampler's space; `kwargs` go to
+    `sample`."""
     step, size = trainee.step, len(batch["position"])
     rng = Streams([seed_of(0, "show", i) for i in range(size)], step.world.device)
     conditions = {name: batch[name] for name in step.sampler.conditions} or None
     network = trainee.state.eval_module("network").eval()
     with step.autocast():
-        return step.sampler.sample(network, rng, batch=conditions, options=options, **how)
+        return step.sampler.sample(network, rng, batch=conditions, options=options, **kwargs)
 
 
 def time_full_steps(trainee: Trainee, batch: Batch, options: SamplingConfig, repeats: int) -> list[float]:
-    """Seconds of `repeats` steps of ancestral sampling of codes that evaluate every grid, after two that do not count.
+    """Times `repeats` ancestral steps that evaluate every code grid, after two warm-ups; returns the seconds of each.
 
-    From half of the batch's codes on, since grids that are equal, as empty ones are, would be evaluated once; watched,
-    since one in which nothing is drawn would not be evaluated.
+    The steps start from half-masked codes, since equal grids (such as fully masked ones) would be evaluated only once,
+    and have an `on_step` callback, since steps that unmask nothing would otherwise be skipped.
     """
     edit = EditInput(batch["codes"], torch.zeros_like(batch["codes"], dtype=torch.bool), 0.5)
-    wait, moments = torch.get_device_module(trainee.step.world.device).synchronize, []
+    synchronize, ends = torch.get_device_module(trainee.step.world.device).synchronize, []
 
     def clock(i: int, t: float, s: float, x: Tensor, logits: Tensor) -> Tensor:
-        wait()
-        moments.append(time.perf_counter())
+        synchronize()
+        ends.append(time.perf_counter())
         return x
 
     options = options.with_solver("ancestral", WARM_UPS + repeats)
     draw_samples(trainee, batch, options, edit=edit, on_step=clock)
-    return [after - before for before, after in pairwise(moments)][WARM_UPS - 1 :]
+    return [after - before for before, after in pairwise(ends)][WARM_UPS - 1 :]
 
 
 @torch.no_grad()
 def time_decoding(trainee: Trainee, x: Tensor, repeats: int) -> list[float]:
-    """Seconds of making images of what was sampled, up to `repeats` times, after one that does not count."""
+    """Times decoding of samples to images, up to `repeats` times after one warm-up; returns the seconds of each."""
     space = trainee.step.space
     space.decode(x)
     return time_repeatedly(lambda: space.decode(x), repeats, trainee.step.world.device)
@@ -208,7 +210,7 @@ def time_decoding(trainee: Trainee, x: Tensor, repeats: int) -> list[float]:
 def encode_decode_runs(
     trainee: Trainee, data: DataConfig, reader: DatasetConfig, images: Tensor
 ) -> dict[str, Callable[[], Tensor]]:
-    """A VQGAN's two halves as later stages use them: images to codes, codes to images."""
+    """Returns functions that encode images to codes and decode codes to images, as later stages do."""
     network = trainee.state.eval_module("autoencoder").eval()
     amp = trainee.step.dtype != torch.float32
     first = FirstStage(Path(), network, data, reader, 0, "", trainee.step.world.device, amp)
@@ -218,11 +220,11 @@ def encode_decode_runs(
 
 
 def image_batches(images: Dataset, data: DataConfig, seed: int, adapt: Adapt = None) -> TrainingImages:
-    """Training batches of images."""
+    """Returns a source of training batches of images."""
     return TrainingImages(ImageSource(images, data, margin=data.crop_margin), seed, adapt)
 
 
 def code_batches(space: Codes, n_classes: int, seed: int) -> TrainingCodes:
-    """Training batches of codes, random ones."""
+    """Returns a source of training batches of random codes."""
     ids = torch.randint(space.model_args["codes"], (1, SOME_CODES, *space.model_args["grid"]), dtype=torch.int32)
     return TrainingCodes(ids, torch.randint(n_classes, (SOME_CODES,)) if n_classes else None, seed)

@@ -1,4 +1,4 @@
-"""The benchmark of presets: what it does, counts and prints, never what the clock said."""
+"""The benchmark of presets: what it runs, counts and prints, whatever the measured times."""
 
 import re
 import sys
@@ -61,7 +61,7 @@ def preset(tmp_path):
 
 @pytest.fixture
 def printed(preset, tmp_path, capsys, monkeypatch):
-    """What the script says; the lines of its table as lists of words. Nothing is written."""
+    """The output of the script, and the rows of its table as lists of cells; nothing is written."""
     monkeypatch.setattr(throughput, "matmul_peak", lambda device, dtype: 1e12)
     monkeypatch.setattr(throughput, "peak_extra_bytes", lambda run, device: None)
 
@@ -77,88 +77,88 @@ def printed(preset, tmp_path, capsys, monkeypatch):
     return read
 
 
-def test_a_sampler_of_codes_has_a_row_per_precision_and_the_rest_a_line_each(printed):
+def test_code_sampler_has_a_row_per_precision_and_other_lines(printed):
     out, (heading, _, *found) = printed("")
     assert heading == [
-        *("training step", "median s", "min", "max", "speed", "images/s", "tokens/s"),
-        *("TFLOP", "TFLOP/s", "of peak", "peak extra MiB"),
+        *("training step", "median s", "min s", "max s", "speedup", "images/s", "tokens/s"),
+        *("TFLOP", "TFLOP/s", "% of peak", "peak extra MiB"),
     ]
     assert [row[0] for row in found] == ["float32", *HALVES]
     for row in found:
         assert (
             len(row) == len(heading)
             and re.fullmatch(r"[\d.]+x", row[4])
-            and re.fullmatch(r"[\d.]+%", row[9])
+            and re.fullmatch(r"[\d.]+", row[9])
             and row[10] == "-"
         )
-    assert "absorbing of digits: 4 images of 1x16x16 a step" in out
-    assert "peak, the best matrix product here in float32: 1 TFLOP/s" in out
-    cost = r"3 network calls, [\d.]+ evaluations per image"
-    assert re.search(rf"^sampling by ancestral, {found[-1][0]}, 4 images at once: .*, {cost}$", out, re.M)
-    assert len(re.findall("^decoding, .* 4 images at once: .* images/s$", out, re.M)) == 1 + len(HALVES)
-    assert re.search(r"^sampling in 256 float32 steps that evaluate everything: .* s \(256 times .* s, ", out, re.M)
-    assert re.search(r"^sampling is [\d.]+ times as fast as these, [\d.]+ times with decoding$", out, re.M)
-    assert re.search(r"^loading codes by the training process itself: .* times what the fastest step", out, re.M)
+    assert "absorbing on digits: 4 images of 1x16x16 per step" in out
+    assert "peak (fastest matrix product measured here in float32): 1 TFLOP/s" in out
+    cost = r"3 network calls per batch, NFE [\d.]+ per image"
+    assert re.search(rf"^sampling with ancestral, {found[-1][0]}, batch of 4: .*, {cost}$", out, re.M)
+    assert len(re.findall("^decoding, .* batch of 4: .* images/s$", out, re.M)) == 1 + len(HALVES)
+    assert re.search(r"^baseline, 256 float32 steps that evaluate every grid: .* s \(256 x .* s, ", out, re.M)
+    assert re.search(r"^speedup of sampling over the baseline: [\d.]+x, with decoding [\d.]+x$", out, re.M)
+    assert re.search(r"^loading codes in the main process: .* times what the fastest training step consumes", out, re.M)
 
 
-def test_a_vqgan_has_a_row_before_and_after_its_discriminator_starts(printed):
+def test_vqgan_has_a_row_per_discriminator_phase(printed):
     out, (heading, _, *found) = printed("--stage vqgan")
     assert "tokens/s" not in heading
     kinds = ["no discriminator", "discriminator"]
     assert [row[0] for row in found] == [f"{name}, {kind}" for name in ["float32", *HALVES] for kind in kinds]
     assert re.search(r"^autoencoder: [\d,]+ parameters$", out, re.M) and re.search("^discriminator: ", out, re.M)
-    assert re.search("^encoding, .* 4 images at once: .* images/s$", out, re.M) and re.search("^decoding, ", out, re.M)
-    assert re.search("^loading images by the training process itself: ", out, re.M)
+    assert re.search("^encoding, .* batch of 4: .* images/s$", out, re.M) and re.search("^decoding, ", out, re.M)
+    assert re.search("^loading images in the main process: ", out, re.M)
     out, table = printed("--stage vqgan --train_steps 3 --measure loading --no_amp")
     assert not table and "--disc_start_step 3 is never reached" in out
 
 
-def test_a_sampler_of_pixels_counts_its_solvers_calls(printed):
-    for solver, calls in {"dpmpp_2m": 3, "heun": 5}.items():  # heun's last step is a plain one
+def test_pixel_sampler_reports_the_nfe_of_its_solver(printed):
+    for solver, calls in {"dpmpp_2m": 3, "heun": 5}.items():  # heun's last step is an Euler step
         out, table = printed(f"--sampler ddpm --solver {solver} --measure sampling --no_amp")
-        cost = f"{calls} network calls, {calls} evaluations per image"
-        assert re.search(rf"^sampling by {solver}, float32, .* {cost}$", out, re.M)
-        assert not table and "loading" not in out and "decoding" not in out and "evaluate everything" not in out
+        cost = f"{calls} network calls per batch, NFE {calls} per image"
+        assert re.search(rf"^sampling with {solver}, float32, .* {cost}$", out, re.M)
+        assert not table and "loading" not in out and "decoding" not in out and "baseline" not in out
 
 
-@pytest.mark.skipif(not HALVES, reason="there is no half precision here to be told apart")
-def test_steps_that_evaluate_everything_are_in_float32_and_sampling_is_not(printed, monkeypatch):
+@pytest.mark.skipif(not HALVES, reason="this machine has no native half precision")
+def test_the_baseline_is_in_float32_and_sampling_is_not(printed, monkeypatch):
     times = {"float32": [50.0], "bfloat16": [1.0]}
     monkeypatch.setattr(throughput, "time_repeatedly", lambda run, repeats, device: [2.0])
     monkeypatch.setattr(workloads, "time_full_steps", lambda trainee, *args: times[trainee.name])
     monkeypatch.setattr(workloads, "time_decoding", lambda trainee, *args: times[trainee.name])
     out, _ = printed("--measure sampling --full_steps 10")
-    assert "sampling is 250 times as fast as these, 183 times with decoding" in out  # 500 / 2 and 550 / 3
+    assert "speedup of sampling over the baseline: 250x, with decoding 183x" in out  # 500 / 2 and 550 / 3
 
 
-def test_steps_that_evaluate_everything_can_be_left_out_and_are_of_the_absorbing_process(printed):
+def test_the_baseline_is_optional_and_for_absorbing_only(printed):
     out, _ = printed("--measure sampling --full_steps 0 --solver halton --no_amp")
-    assert "sampling by halton, float32" in out and "evaluate everything" not in out
+    assert "sampling with halton, float32" in out and "baseline" not in out
     out, _ = printed("--measure sampling --full_steps 10 --solver confidence --choice_temp 1 --no_amp")
-    assert "sampling in 10 float32 steps" in out
+    assert "baseline, 10 float32 steps" in out
     out, _ = printed("--measure sampling --sampler autoregressive --bert_n_emb 16 --bert_n_head 2 --bert_n_layers 1")
-    assert "sampling by raster" in out and "evaluate everything" not in out
+    assert "sampling with raster" in out and "baseline" not in out
 
 
-def test_images_that_are_not_square_are_timed_at_their_size(printed):
+def test_nonsquare_images_are_timed_at_their_size(printed):
     for flags in ("--measure sampling loading", "--stage vqgan --measure sampling loading"):
         out, _ = printed(f"{flags} --img_width 24 --crop_margin 2 --no_amp")
-        assert "of digits: 4 images of 1x16x24 a step" in out
+        assert "on digits: 4 images of 1x16x24 per step" in out
 
 
-def test_latents_stand_on_the_vqgan_of_the_file_and_no_run_is_read(printed):
+def test_latents_use_the_vqgan_of_the_file_without_reading_a_run(printed):
     out, (heading, *_) = printed("--sampler ddpm --ae_load_dir no_such_run --measure step sampling")
     assert "tokens/s" not in heading and "3 network calls" in out and "decoding, float32" in out
 
 
-def test_missing_data_are_one_line(printed, tmp_path):
+def test_missing_data_are_reported_in_one_line(printed, tmp_path):
     flags = f"--sampler ddpm --dataset mnist --reader mnist --data_dir {tmp_path / 'nowhere'} --no_amp"
     out, table = printed(f"{flags} --measure step loading")
     assert len(table) == 3
     (line,) = re.findall("^loading .*$", out, re.M)
-    assert line.startswith("loading is left out: ") and "nowhere" in line
+    assert line.startswith("loading skipped: ") and "nowhere" in line
     out, _ = printed(f"{flags} --guidance 2 --measure sampling")  # between classes, of which nothing is known
-    assert "6 evaluations per image" in out
+    assert "NFE 6 per image" in out
 
 
 REFUSED = {  # flags -> what the message must hold
@@ -173,7 +173,7 @@ REFUSED = {  # flags -> what the message must hold
 
 
 @pytest.mark.parametrize("flags", REFUSED)
-def test_what_does_not_fit_gets_exit_code_2_and_a_short_message(flags, preset, capfd):
+def test_invalid_flags_give_exit_code_2_and_a_short_message(flags, preset, capfd):
     with pytest.raises(SystemExit) as stop:
         call(SCRIPT, f"{preset} {flags}")
     assert stop.value.code == 2
@@ -182,7 +182,7 @@ def test_what_does_not_fit_gets_exit_code_2_and_a_short_message(flags, preset, c
     assert all(word in message for word in REFUSED[flags]), message
 
 
-def test_a_stage_in_a_file_is_refused(tmp_path, capfd):
+def test_stage_in_a_config_file_is_refused(tmp_path, capfd):
     (tmp_path / "mine.yaml").write_text("absorbing:\n  stage: vqgan\n")
     with pytest.raises(SystemExit):
         call(SCRIPT, f"--config {tmp_path / 'mine.yaml'} --device cpu")
@@ -190,7 +190,7 @@ def test_a_stage_in_a_file_is_refused(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("preset", ["ffhq", "ddpm_latent_ffhq"])
-def test_a_preset_is_read_as_the_training_scripts_read_it(preset, monkeypatch, tmp_path):
+def test_presets_are_read_as_by_the_training_scripts(preset, monkeypatch, tmp_path):
     flags = f"--config {ROOT / 'configs' / preset}.yaml --batch_size 4 --logs_root {tmp_path}"
     ours = parse_config(SCRIPT, flags, monkeypatch)
     assert parse_config("train_sampler.py", flags, monkeypatch).items() <= ours.items()
@@ -209,7 +209,7 @@ def script_namespace(monkeypatch):
     return runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
 
 
-def test_a_samplers_vqgan_is_its_files_own_else_its_data_sets(monkeypatch, tmp_path):
+def test_the_vqgan_config_comes_from_the_file_or_the_preset(monkeypatch, tmp_path):
     vqgan_config_of = script_namespace(monkeypatch)["vqgan_config_of"]
     own, without = tmp_path / "own.yaml", tmp_path / "without.yaml"
     own.write_text("dataset: mnist\nvqgan:\n  codebook_size: 77\n")

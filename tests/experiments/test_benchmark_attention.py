@@ -1,4 +1,4 @@
-"""The benchmark of neighbourhood attention: what it writes and what it refuses, never what the clock said."""
+"""The benchmark of neighbourhood attention: what it writes and refuses, whatever the measured times."""
 
 import importlib.util
 import json
@@ -50,14 +50,14 @@ def test_every_backend_size_and_dilation_has_its_numbers(done):
         assert (row["forward_over_natten"] is None) == ("natten" not in NAMES)
 
 
-def test_exactly_one_backend_of_each_case_is_autos(done):
+def test_auto_chooses_exactly_one_backend_per_case(done):
     rows = json.loads((done / "results.json").read_text())["rows"]
     autos = [(row["tokens"][0], row["dilation"], row["backend"]) for row in rows if row["auto"]]
     # at 8 x 8 undilated a single tile is the whole grid
     assert autos == [(8, 1, "dense"), (8, 2, "tiled"), (12, 1, "tiled"), (12, 2, "tiled")]
 
 
-def test_the_table_says_what_was_left_out(tmp_path, capsys):
+def test_the_table_marks_skipped_backends(tmp_path, capsys):
     call(SCRIPT, f"{TINY} --dense_limit 64 --logs_root {tmp_path} --log_dir few")
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines() if line.startswith(("8x8", "12x12"))]
@@ -91,7 +91,7 @@ REFUSED = {  # flags -> what the message must hold
 
 
 @pytest.mark.parametrize("flags", REFUSED)
-def test_what_does_not_fit_gets_exit_code_2_and_a_short_message(flags, tmp_path, capfd):
+def test_invalid_flags_give_exit_code_2_and_a_short_message(flags, tmp_path, capfd):
     with pytest.raises(SystemExit) as stop:
         call(SCRIPT, f"{TINY} {flags} --logs_root {tmp_path}")
     assert stop.value.code == 2
@@ -101,7 +101,7 @@ def test_what_does_not_fit_gets_exit_code_2_and_a_short_message(flags, tmp_path,
     assert list(tmp_path.iterdir()) == []  # nothing ran
 
 
-def test_results_of_another_run_are_not_written_over(done, capfd):
+def test_results_of_another_run_are_not_overwritten(done, capfd):
     before = (done / "results.json").read_bytes()
     with pytest.raises(SystemExit) as stop:
         call(SCRIPT, f"{TINY} --heads 1 --logs_root {done.parent}")
@@ -110,7 +110,7 @@ def test_results_of_another_run_are_not_written_over(done, capfd):
     assert (done / "results.json").read_bytes() == before
 
 
-def test_a_backend_that_refuses_a_shape_is_left_out_with_its_reason(monkeypatch, capsys):
+def test_an_unsupported_backend_is_skipped_with_its_reason(monkeypatch, capsys):
     def refuse(*tensors):
         raise NotImplementedError("no such width\nand more")
 
@@ -119,19 +119,19 @@ def test_a_backend_that_refuses_a_shape_is_left_out_with_its_reason(monkeypatch,
     costs = compare(Case(8, 3, 1), make_inputs(8, 1, 1, 4, torch.float32, CPU), dense_limit=64, repeats=1)
     assert costs["natten"] == Cost()
     assert costs["tiled"].forward_backward > 0
-    assert capsys.readouterr().out == "natten is left out at 8x8, dilation 1: NotImplementedError: no such width\n"
+    assert capsys.readouterr().out == "natten skipped at 8x8, dilation 1: NotImplementedError: no such width\n"
     makers["dense"] = lambda: refuse  # ours refuse nothing
     with pytest.raises(NotImplementedError):
         compare(Case(8, 3, 1), make_inputs(8, 1, 1, 4, torch.float32, CPU), dense_limit=64, repeats=1)
 
 
-def test_an_error_is_seen():
+def test_relative_error_by_hand():
     wanted = torch.tensor([1.0, -4.0], dtype=torch.float64)
     assert relative_error(torch.tensor([1.5, -4.0]), wanted) == 0.125
 
 
 @LINUX
-def test_peak_memory_sees_what_was_allocated_and_freed():
+def test_peak_memory_includes_freed_allocations():
     def allocate(count: int, size: int):
         return [torch.ones(size * MIB // 4) for _ in range(count)]
 

@@ -1,4 +1,4 @@
-"""calc_FID.py on a tiny trained model: its distances are those of the images it drew, cut off or not."""
+"""calc_FID.py on a tiny trained model: its distances are those of its images, interrupted or not."""
 
 import json
 
@@ -42,7 +42,7 @@ def whole(trained):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The indices of every batch that is drawn."""
+    """The indices of every sampled batch."""
     batches, draw = [], TrainedSampler.draw
 
     def watched(model, indices, *args, **kwargs):
@@ -62,13 +62,13 @@ def features_of(images):
 
 
 def real_features(trained, split):
-    """(n, D), as the files lie."""
+    """Features (n, D) of a split, in the order of its files."""
     model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained), amp=False))
     source = ImageSource(build_dataset(model.data, model.reader, split), model.data)
     return features_of(torch.cat([batch["image"] for batch in images_in_order(source, 500)]))
 
 
-def test_its_distances_are_those_of_the_images_of_that_seed(trained, whole):
+def test_distances_are_those_of_the_images_of_that_seed(trained, whole):
     flags = "--n_samples 90 --batch_size 20 --no_amp --log_dir fid_samples"
     call("experiments/get_samples.py", f"--logs_root {trained} {flags}")
     found = features_of(read_samples(trained / "fid_samples" / "samples.npz")["image"])
@@ -89,7 +89,7 @@ def test_its_distances_are_those_of_the_images_of_that_seed(trained, whole):
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
-def test_cut_off_and_typed_again_it_tells_the_same(trained, whole, calc, drawn, monkeypatch, after):
+def test_an_interrupted_run_resumes_to_the_same_report(trained, whole, calc, drawn, monkeypatch, after):
     name, draw = f"fid_cut_{after}", TrainedSampler.draw
 
     def fails(model, indices, *args, **kwargs):
@@ -113,8 +113,8 @@ def test_cut_off_and_typed_again_it_tells_the_same(trained, whole, calc, drawn, 
     }  # fmt: skip
 
 
-def test_features_of_one_kind_never_stand_for_those_of_another(calc, whole, drawn, monkeypatch):
-    """`--features auto` may find Inception's weights at one start and not at the next."""
+def test_saved_features_are_never_mixed_up(calc, whole, drawn, monkeypatch):
+    """`--features auto` may find the Inception weights in one run and not in the next."""
     choose = all_features.choose_features
 
     def other(name, data, device, weights):
@@ -153,13 +153,13 @@ def test_a_reference_without_features_has_no_kernel_distance(calc, trained, whol
     found = calc("fid_stats", f"{FLAGS} --ref_stats {stats}")
     assert found["kernel"] is None and found["value"] == pytest.approx(whole["value"], rel=1e-5)
     out = capsys.readouterr().out
-    assert "no kernel distance (KID)" in out and "statistics alone" in out and "KD(" not in out
+    assert "no kernel distance (KID)" in out and "only statistics" in out and "KD(" not in out
     found = calc("fid_full", f"{FLAGS} --ref_stats {full}")
     assert found["kernel"]["generated"] == pytest.approx(whole["kernel"]["generated"], rel=1e-5)
 
 
-def test_a_file_with_other_content_is_measured_anew(calc, trained, tmp_path, drawn):
-    """The path is the same, and so is the folder of the results."""
+def test_a_changed_samples_file_is_measured_again(calc, trained, tmp_path, drawn):
+    """The path and the results folder stay the same."""
     path, rng = tmp_path / "samples.npz", np.random.default_rng(0)
     values = []
     for spread in (256, 100):
@@ -171,7 +171,7 @@ def test_a_file_with_other_content_is_measured_anew(calc, trained, tmp_path, dra
     assert calc("fid_file", f"--features digits --samples {path} --kid_subsets 2")["value"] == values[-1]
 
 
-def test_a_file_with_other_content_between_two_starts_is_measured_whole(calc, tmp_path, monkeypatch):
+def test_a_file_changed_before_resuming_is_measured_from_scratch(calc, tmp_path, monkeypatch):
     path, rng = tmp_path / "samples.npz", np.random.default_rng(0)
     flags = f"--features digits --samples {path} --kid_subsets 2"
     np.savez(path, arr_0=rng.integers(0, 256, (30, 16, 16, 3), dtype=np.uint8))
@@ -197,7 +197,7 @@ def test_too_few_are_refused(calc, flag, low, capsys):
     assert f"got {flag} {low - 1}, wanted at least {low}: pass --{flag} N" in message
 
 
-def test_of_many_real_images_a_random_part_is_kept(trained, monkeypatch, tmp_path):
+def test_a_random_subset_of_many_real_images_is_kept(trained, monkeypatch, tmp_path):
     monkeypatch.setattr(distances, "MAX_FEATURES", 100)
     model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained), amp=False))
     features = all_features.load_features("digits", model.device)
@@ -215,7 +215,7 @@ def test_of_many_real_images_a_random_part_is_kept(trained, monkeypatch, tmp_pat
     assert next(tmp_path.iterdir()).name != path.name  # a file with fewer features is another one
 
 
-def test_another_range_of_values_has_statistics_of_its_own(tmp_path):
+def test_another_data_range_has_its_own_statistics(tmp_path):
     class Scans(ArrayDataset):
         def __getitem__(self, index):
             return {"image": self.images[index]}

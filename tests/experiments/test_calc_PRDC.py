@@ -25,7 +25,7 @@ def results(logs, name):
 
 @pytest.fixture(scope="module")
 def noise(tmp_path_factory):
-    """A samples.npz of 400 images of noise, brighter and brighter."""
+    """A samples.npz of 400 noise images of increasing brightness."""
     path = tmp_path_factory.mktemp("noise") / "samples.npz"
     brightness = np.linspace(10, 255, 400).reshape(-1, 1, 1, 1)
     np.savez(path, arr_0=(np.random.default_rng(0).random((400, 8, 8, 3)) * brightness).astype(np.uint8))
@@ -62,11 +62,11 @@ def test_no_more_images_than_the_split_has(trained_ddpm, noise, capsys):
     call(SCRIPT, f"{flags} --split val --log_dir val")
     found = results(trained_ddpm, "val")
     assert found["n_real"] == found["n_generated"] == found["n_held_out"] == 359
-    assert "the val split has no more" in capsys.readouterr().out
+    assert "using 359 images of each kind: the val split has no more" in capsys.readouterr().out
     assert found["generated"] == found["generated_at_n_held_out"]
 
 
-def test_other_samples_under_the_same_name_are_measured_anew(trained_ddpm, noise, tmp_path):
+def test_changed_samples_are_measured_again(trained_ddpm, noise, tmp_path):
     path = tmp_path / "samples.npz"
     path.write_bytes(noise.read_bytes())
     flags = f"--logs_root {trained_ddpm} --sampler ddpm --samples {path} --features pixels --log_dir other"
@@ -77,14 +77,14 @@ def test_other_samples_under_the_same_name_are_measured_anew(trained_ddpm, noise
     assert results(trained_ddpm, "other")["n_generated"] == 30
 
 
-def test_a_cut_off_start_goes_on_to_the_same_numbers(trained, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_numbers(trained, monkeypatch):
     flags = f"--logs_root {trained} --n_samples 14 --batch_size 4 --nearest_k 2 --features pixels --no_amp"
     call(SCRIPT, f"{flags} --log_dir prdc_whole")
-    draw, asked = TrainedSampler.draw, []
+    draw, calls = TrainedSampler.draw, []
 
     def failing(model, indices, *args, **how):
-        asked.append(indices)
-        if len(asked) == 3:
+        calls.append(indices)
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return draw(model, indices, *args, **how)
 
@@ -92,21 +92,21 @@ def test_a_cut_off_start_goes_on_to_the_same_numbers(trained, monkeypatch):
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         call(SCRIPT, f"{flags} --log_dir prdc_cut")
     call(SCRIPT, f"{flags} --log_dir prdc_cut")
-    assert [indices[0] for indices in asked] == [0, 4, 8, 8, 12]
+    assert [indices[0] for indices in calls] == [0, 4, 8, 8, 12]
     whole, cut = results(trained, "prdc_whole"), results(trained, "prdc_cut")
     assert all(whole[key] == cut[key] for key in ("generated", "held_out", "n_generated"))
     assert (trained / "prdc_whole" / "samples.png").read_bytes() == (trained / "prdc_cut" / "samples.png").read_bytes()
 
 
-@pytest.mark.parametrize("flags, said", [("--nearest_k 20", "nearest_k 20"), ("--nearest_k 0", "at least 1")])
-def test_what_cannot_be_measured_is_refused_in_one_line(trained, capfd, flags, said):
+@pytest.mark.parametrize("flags, message", [("--nearest_k 20", "nearest_k 20"), ("--nearest_k 0", "at least 1")])
+def test_invalid_settings_are_refused_in_one_line(trained, capfd, flags, message):
     with pytest.raises(SystemExit) as stop:
         call(SCRIPT, f"--logs_root {trained} --n_samples 9 --features pixels --log_dir refused {flags}")
     assert stop.value.code == 2
-    assert said in capfd.readouterr().err
+    assert message in capfd.readouterr().err
 
 
-def test_parts_are_put_together_as_they_come():
+def test_batches_are_concatenated():
     batches = [{"a": torch.full((n, 2), n), "b": torch.arange(n)} for n in (3, 2)]
     whole = concatenate(iter(batches), 9, ("a", "b", "missing"))
     assert whole["a"].tolist() == [[3, 3]] * 3 + [[2, 2]] * 2 and whole["b"].tolist() == [0, 1, 2, 0, 1]

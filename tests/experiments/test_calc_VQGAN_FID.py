@@ -1,4 +1,4 @@
-"""The script of reconstructions end to end on a tiny VQGAN, in one process and in two."""
+"""calc_VQGAN_FID.py end to end on a tiny VQGAN, in one process and in two."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def originals(logs):
     return first, torch.cat([batch["image"] for batch in images_in_order(source, 100)])
 
 
-def test_the_numbers_are_those_of_all_validation_images(measured, originals):
+def test_the_metrics_are_those_of_all_validation_images(measured, originals):
     first, real = originals
     ids = first.encode(real)
     fake = first.decode(ids)
@@ -69,7 +69,7 @@ def test_the_pictures_are_there(measured, logs):
         assert picture.size[0] > 500 and len(picture.convert("RGB").getcolors(1 << 20)) > 3
 
 
-def test_typed_again_it_prints_the_saved_report(measured, logs, capsys, monkeypatch):
+def test_a_repeated_run_prints_the_saved_report(measured, logs, capsys, monkeypatch):
     monkeypatch.setattr("train.first_stage.FirstStage.encode", None)  # nothing is measured
     capsys.readouterr()
     call(SCRIPT, f"--logs_root {logs} --no_amp")
@@ -79,7 +79,7 @@ def test_typed_again_it_prints_the_saved_report(measured, logs, capsys, monkeypa
     assert "359 images" in out and "codes.png" in out and "reconstructions.png" in out
 
 
-def test_some_images_are_the_same_ones_each_time_and_the_reference_stays_the_split(measured, logs):
+def test_a_subset_of_images_is_fixed_and_keeps_the_reference(measured, logs):
     flags = f"--logs_root {logs} --no_amp --features pixels --n_images 20"
     for name, size in (("some", 7), ("again", 20)):
         call(SCRIPT, f"{flags} --batch_size {size} --log_dir {name}")
@@ -90,7 +90,7 @@ def test_some_images_are_the_same_ones_each_time_and_the_reference_stays_the_spl
     assert some["l1"] != measured["l1"]
 
 
-def test_the_training_split_is_measured_on_wish(measured, logs):
+def test_the_training_split_can_be_measured(measured, logs):
     call(SCRIPT, f"--logs_root {logs} --no_amp --split train --features pixels --n_images 100000")
     found = results(logs, "VQGAN_FID_train_vqgan_digits_5")
     assert (found["split"], found["n_images"], found["n_reference"]) == ("train", 1438, 1438)
@@ -102,14 +102,14 @@ class Mean(torch.nn.Module):
         return (images - others).abs().mean((1, 2, 3))
 
 
-def test_lpips_is_measured_with_the_network_that_is_named(measured, logs, monkeypatch):
+def test_lpips_is_measured_with_the_chosen_network(measured, logs, monkeypatch):
     monkeypatch.setattr("experiments.metrics.reconstruction.load_perceptual", lambda net, weights: (net, Mean()))
     call(SCRIPT, f"--logs_root {logs} --no_amp --lpips_net squeeze --log_dir with_lpips")
     found = results(logs, "with_lpips")
     assert found["lpips"] == pytest.approx(found["l1"]) and found["lpips_net"] == "squeeze"
 
 
-def test_what_fails_leaves_no_results(logs, monkeypatch):
+def test_a_failed_run_leaves_no_results(logs, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("stopped")
 
@@ -124,7 +124,7 @@ def test_what_fails_leaves_no_results(logs, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(measured, logs, tmp_path):
-    """As many batches as do not divide, and a data set's statistics that neither has yet."""
+    """With a number of batches that does not divide, and statistics that are not cached yet."""
     shutil.copytree(logs / "vqgan_digits", tmp_path / "vqgan_digits")
     crew = ProcessPool(2)
     try:
@@ -147,7 +147,7 @@ def test_two_processes_measure_what_one_does(measured, logs, tmp_path):
         ("--split test", "test"),
     ],
 )
-def test_nonsense_is_refused(flags, wanted, logs, capfd):
+def test_invalid_flags_are_refused(flags, wanted, logs, capfd):
     with pytest.raises(SystemExit) as stop:
         call(SCRIPT, f"--logs_root {logs} {flags}")
     assert stop.value.code == 2 and wanted in " ".join(capfd.readouterr().err.replace("│", " ").split())

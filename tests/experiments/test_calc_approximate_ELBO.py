@@ -1,4 +1,4 @@
-"""The script of likelihoods end to end on tiny trained models: what it writes, and what must not move its number."""
+"""calc_approximate_ELBO.py end to end on tiny models: what it writes, and what must not change its numbers."""
 
 import json
 import shutil
@@ -77,7 +77,7 @@ def test_the_value_is_the_mean_bound_of_the_first_positions(model, measured, log
 
 
 @pytest.mark.parametrize("model", ["absorbing", "ddpm"])
-def test_the_terms_of_a_bound_add_up_and_are_drawn(model, measured, logs_of):
+def test_the_terms_of_a_bound_add_up_and_are_plotted(model, measured, logs_of):
     found, calls, steps = measured[model], MODELS[model][1], STEPS[model]
     assert found["method"] == "variational bound" and len(found["terms"]) == steps
     assert found["prior"] + sum(found["terms"]) == pytest.approx(found["value"], abs=1e-4)
@@ -87,20 +87,20 @@ def test_the_terms_of_a_bound_add_up_and_are_drawn(model, measured, logs_of):
         assert picture.size[0] > 500 and len(picture.convert("RGB").getcolors(1 << 20)) > 3
 
 
-def test_the_values_are_those_of_models_that_know_nothing_yet(measured):
+def test_untrained_models_have_about_uniform_likelihood(measured):
     assert 3 < measured["absorbing"]["value"] < 5  # of 16 codes
     assert all(4 < measured[model]["value"] < 15 for model in ("ddpm", "edm", "flow"))  # of 256 levels
 
 
 @pytest.mark.parametrize("model", ["edm", "flow"])
-def test_a_likelihood_by_the_flow_has_no_terms(model, measured, logs_of):
+def test_probability_flow_likelihood_has_no_terms(model, measured, logs_of):
     found = measured[model]
     assert (found["method"], found["terms"], found["decoder"]) == ("probability flow", [], None)
     assert {path.name for path in (logs_of[model] / f"elbo_{model}").iterdir()} == {"config.yaml", "results.json"}
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_batch_size_moves_nothing_and_the_seed_does(model, measure, measured):
+def test_results_depend_on_the_seed_but_not_the_batch_size(model, measure, measured):
     again = measure(model, f"elbo_{model}_batch", "--batch_size 3")
     for name in ("value", "standard_error", "prior", "terms"):
         assert again[name] == pytest.approx(measured[model][name], abs=1e-5)
@@ -110,7 +110,7 @@ def test_the_batch_size_moves_nothing_and_the_seed_does(model, measure, measured
 
 
 @pytest.mark.slow
-def test_all_terms_can_be_asked_for_and_no_image_comes_twice(measure, trained_ddpm, capsys):
+def test_all_terms_can_be_computed_and_no_image_repeats(measure, trained_ddpm, capsys):
     found = measure("ddpm", "elbo_whole", "--calls None --n_images 10000 --batch_size 200")
     by_default = measure("ddpm", "elbo_default", "--calls None --n_images None --batch_size 200")
     assert (by_default["value"], by_default["n_images"]) == (found["value"], 359)
@@ -124,14 +124,14 @@ def test_all_terms_can_be_asked_for_and_no_image_comes_twice(measure, trained_dd
     assert train["split"] == "train" and train["value"] != pytest.approx(found["value"], abs=1e-4)
 
 
-def test_typed_again_it_prints_the_saved_report(measure, measured, logs_of, capsys, monkeypatch):
+def test_a_repeated_run_prints_the_saved_report(measure, measured, logs_of, capsys, monkeypatch):
     monkeypatch.setattr("train.trained_sampler.TrainedSampler.log_likelihood", None)  # nothing is measured
     capsys.readouterr()
     assert measure("absorbing", "elbo_absorbing") == measured["absorbing"]
     out = capsys.readouterr().out
     value, error = (f"{measured['absorbing'][name]:.4f}" for name in ("value", "standard_error"))
     assert f"{value} ± {error}" in out and "bits per code" in out and "9 of 256 terms" in out
-    assert "decoder's term (t = 1/256)" in out and "terms.png" in out
+    assert "reconstruction term (t = 1/256)" in out and "terms.png" in out
     total, error = (f"{measured['absorbing'][name]:.4f}" for name in ("bits_per_dim", "bits_per_dim_standard_error"))
     assert f"{total} ± {error}" in out and "bits per dimension" in out and "8-bit images" in out
     measure("edm", "elbo_edm")
@@ -139,7 +139,7 @@ def test_typed_again_it_prints_the_saved_report(measure, measured, logs_of, caps
     assert "probability flow" in out and "bits per dimension" in out and "decoder" not in out and ".png" not in out
 
 
-def test_what_fails_leaves_no_results(measure, logs_of, monkeypatch):
+def test_a_failed_run_leaves_no_results(measure, logs_of, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("stopped")
 
@@ -169,7 +169,7 @@ def head(measured, codes, trained):
     return load_head(trained / f"likelihood_vqgan_digits_{codes.space.first.step}", codes.space.first)
 
 
-def test_bits_of_an_image_are_those_of_its_codes_and_of_it_given_them(measured, codes, head):
+def test_image_bits_are_code_bits_plus_decoder_bits(measured, codes, head):
     found, order = measured["absorbing"], EpochShuffle(359, 0)
     held_out = ImageSource(codes.dataset("val"), codes.data)
     images = torch.stack([held_out[order[k]]["image"] for k in range(7)])
@@ -186,7 +186,7 @@ def test_bits_of_an_image_are_those_of_its_codes_and_of_it_given_them(measured, 
 
 
 @pytest.mark.parametrize("split", ["val", "train"])
-def test_the_decoder_is_asked_for_the_images_in_their_views(codes, head, split):
+def test_decoder_bits_use_the_encoded_views(codes, head, split):
     source, positions = codes.batches(split), [0, 5, 7, 11, 400, 9000, 9001, 9002]
     bits = DecoderBits(head, codes, split, source)
     batch, images = source[positions], torch.stack([bits.image(k) for k in positions])
@@ -195,7 +195,7 @@ def test_the_decoder_is_asked_for_the_images_in_their_views(codes, head, split):
     assert torch.allclose(bits(batch), head.bits_per_dim(batch["codes"], images))
 
 
-def test_images_that_could_not_be_read_shift_no_other(codes, head, monkeypatch):
+def test_unreadable_images_do_not_shift_the_others(codes, head, monkeypatch):
     whole = codes.space.first.codes(codes.dataset("val"), "val", codes.data, 1, codes.world)
     kept = torch.tensor([i for i in range(359) if i not in (0, 17, 200)])
     table = whole._replace(ids=whole.ids[torch.zeros_like(kept), kept].unsqueeze(0), index=kept)
@@ -219,7 +219,7 @@ def test_the_report_adds_up():
     assert summarize_image_bits(of_codes[:1], given[:1], 4, 64, head)["bits_per_dim_standard_error"] is None
 
 
-def test_without_the_decoder_it_is_the_bound_on_codes(measure, measured, monkeypatch, capsys):
+def test_no_decoder_reports_only_the_bound_on_codes(measure, measured, monkeypatch, capsys):
     monkeypatch.setattr("experiments.metrics.decoder_likelihood.load_head", None)  # none is needed
     monkeypatch.setattr("experiments.metrics.decoder_likelihood.train_head", None)
     found = measure("absorbing", "elbo_codes", "--no_decoder")
@@ -231,26 +231,26 @@ def test_without_the_decoder_it_is_the_bound_on_codes(measure, measured, monkeyp
 
 
 @pytest.mark.slow
-def test_a_trained_head_is_taken_as_it_is_and_a_longer_training_goes_on(measure, trained, codes, capsys):
+def test_a_trained_head_is_reused_and_can_be_trained_further(measure, trained, codes, capsys):
     own = "--head_dir head_of_mine"
     first = measure("absorbing", "elbo_head", own)
-    assert "training the decoder's head, 0 of 3 steps are done" in capsys.readouterr().out
+    assert "training the decoder's log-variance head: 0 of 3 steps done" in capsys.readouterr().out
     measure("absorbing", "elbo_head_again", f"{own} --batch_size 7")
     out = capsys.readouterr().out
-    assert "training the decoder's head" not in out and "head: head_of_mine, step 3" in out
+    assert "training the decoder's" not in out and "head: head_of_mine, step 3" in out
     longer = measure("absorbing", "elbo_head", f"{own} --train_steps 5")  # the same folder: its report is out of date
     out = capsys.readouterr().out
-    assert "3 of 5 steps are done" in out and "head: head_of_mine, step 5" in out
+    assert "3 of 5 steps done" in out and "head: head_of_mine, step 5" in out
     assert longer["head"]["step"] == 5 and longer["value"] == first["value"]
     assert longer["decoder_bits_per_dim"] != first["decoder_bits_per_dim"]
     assert longer["run"]["head_weights"] == load_head(trained / "head_of_mine", codes.space.first).weights
     with pytest.raises(SystemExit):
         measure("absorbing", "elbo_head_other", f"{own} --train_steps 5 --lr 0.5")
-    assert "whose folder is --head_dir" in capsys.readouterr().err
+    assert "log-variance head (--head_dir)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_head_of_one_and_report_what_it_does(trained, measured, tmp_path):
+def test_two_ranks_train_and_report_like_one(trained, measured, tmp_path):
     logs = tmp_path / "logs"
     for name in ("vqgan_digits", "absorbing_digits"):
         shutil.copytree(trained / name, logs / name)
@@ -285,7 +285,7 @@ def test_nothing_to_measure_is_refused(flag, trained_ddpm, capfd):
 
 
 @pytest.mark.parametrize(("steps", "calls", "widths"), [(5, None, [1] * 5), (9, 4, [1, 1, 3, 4]), (0, 3, [])])
-def test_a_stretch_shows_its_mean_and_keeps_the_sum(steps, calls, widths):
+def test_spreading_over_strata_keeps_the_sum(steps, calls, widths):
     assert stratum_widths(steps, calls) == widths
     if steps:
         terms = torch.arange(float(steps)) ** 2

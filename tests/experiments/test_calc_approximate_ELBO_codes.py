@@ -1,4 +1,4 @@
-"""calc_approximate_ELBO.py for models of codes whose likelihood has another form, and for starts that were cut off."""
+"""calc_approximate_ELBO.py for other models of codes (exact, continuous time), and for interrupted runs."""
 
 import json
 
@@ -44,7 +44,7 @@ def bound_of(logs, model, calls=None):
     return trained.log_likelihood(trained.batches("val")[list(range(7))], 0, calls)
 
 
-def test_an_autoregressive_model_is_measured_exactly(measure, logs, capsys):
+def test_autoregressive_likelihood_is_exact(measure, logs, capsys):
     found = measure("autoregressive", "elbo_causal")
     total = bound_of(logs, ModelConfig(sampler="autoregressive", load_dir="causal")).total.double()
     assert found["value"] == pytest.approx(total.mean().item(), abs=1e-5)
@@ -53,13 +53,13 @@ def test_an_autoregressive_model_is_measured_exactly(measure, logs, capsys):
     assert found["decoder"] is None and found["prior"] == 0
     assert found["bits_per_dim"] > found["decoder_bits_per_dim"]  # the codes are paid for
     out = capsys.readouterr().out
-    assert "val split, exact\n" in out and "bits per dimension" in out and "terms" not in out
+    assert "val split, 7 images, exact\n" in out and "bits per dimension" in out and "terms" not in out
     assert {path.name for path in (logs / "elbo_causal").iterdir()} == {"config.yaml", "results.json"}
     again = measure("autoregressive", "elbo_causal_calls", "--calls 3 --seed 5")  # nothing is drawn
     assert (again["value"], again["standard_error"]) == (found["value"], found["standard_error"])
 
 
-def test_in_continuous_time_terms_are_of_numbers_of_masked_codes(measure, logs, capsys, monkeypatch):
+def test_continuous_time_terms_are_by_number_of_masked_codes(measure, logs, capsys, monkeypatch):
     panels, subplots = [], matplotlib.figure.Figure.subplots
     monkeypatch.setattr(
         matplotlib.figure.Figure, "subplots", lambda figure: panels.append(subplots(figure)) or panels[-1]
@@ -75,14 +75,14 @@ def test_in_continuous_time_terms_are_of_numbers_of_masked_codes(measure, logs, 
     (stairs,) = panel.patches
     assert stairs.get_data().edges.tolist() == [k + 0.5 for k in range(17)]  # the step of k masked codes is around k
     assert stairs.get_data().values.tolist() == pytest.approx(found["terms"])
-    assert panel.get_xlabel() == "number of masked codes" and panel.get_ylabel() == "bits per code, per number"
+    assert panel.get_xlabel() == "number of masked codes" and panel.get_ylabel() == "term (bits per code)"
     out = capsys.readouterr().out
-    assert "16 of 16 terms" in out and "decoder's term" not in out and "terms.png" in out
+    assert "16 of 16 terms" in out and "reconstruction term" not in out and "terms.png" in out
     few = measure("continuous", "elbo_continuous_few", "--no_decoder --calls 6")
     assert few["calls"] == 6 and few["terms"][:3] == pytest.approx(found["terms"][:3], abs=1e-5)
 
 
-def test_in_steps_the_plot_is_over_t(logs, monkeypatch):
+def test_discrete_time_terms_are_plotted_over_t(logs, monkeypatch):
     panels, subplots = [], matplotlib.figure.Figure.subplots
     monkeypatch.setattr(
         matplotlib.figure.Figure, "subplots", lambda figure: panels.append(subplots(figure)) or panels[-1]
@@ -96,21 +96,21 @@ def test_in_steps_the_plot_is_over_t(logs, monkeypatch):
 
 
 class Stops:
-    """Scores batches until it has scored so many, and notes their positions."""
+    """Computes likelihoods until interrupted after `after` batches; records their positions."""
 
     def __init__(self, monkeypatch, after=None):
-        self.asked, self.after, self.score = [], after, TrainedSampler.log_likelihood
+        self.requested, self.after, self.score = [], after, TrainedSampler.log_likelihood
         monkeypatch.setattr(TrainedSampler, "log_likelihood", lambda model, *args: self(model, *args))
 
     def __call__(self, model, batch, *args):
-        if len(self.asked) == self.after:
+        if len(self.requested) == self.after:
             raise KeyboardInterrupt
-        self.asked.append(batch["position"].tolist())
+        self.requested.append(batch["position"].tolist())
         return self.score(model, batch, *args)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_cut_off_and_typed_again_it_tells_the_same(measure, logs, monkeypatch, run):
+def test_an_interrupted_run_resumes_to_the_same_report(measure, logs, monkeypatch, run):
     whole = measure(run, f"elbo_{run}_whole", "--calls 5")
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         Stops(patch, after=2)
@@ -118,7 +118,7 @@ def test_cut_off_and_typed_again_it_tells_the_same(measure, logs, monkeypatch, r
     assert stop.value.code == 130 and not (logs / f"elbo_{run}_cut" / "results.json").exists()
     again = Stops(monkeypatch)
     found = measure(run, f"elbo_{run}_cut", "--calls 5")
-    assert again.asked == [[4, 5], [6]]
+    assert again.requested == [[4, 5], [6]]
     for one in (found, whole):
         del one["run"]["output"]["log_dir"]
     assert found == whole  # to the last digit
@@ -126,17 +126,19 @@ def test_cut_off_and_typed_again_it_tells_the_same(measure, logs, monkeypatch, r
 
 
 @pytest.mark.slow
-def test_a_head_trained_on_between_two_starts_measures_all_images(measure, monkeypatch):
+def test_a_head_trained_further_before_resuming_measures_all(measure, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         Stops(patch, after=2)
         measure("autoregressive", "elbo_head_between", "--head_dir head_between")
     longer = HEAD.replace("--train_steps 3", "--train_steps 5")
-    asked, bits = [], TrainedHead.bits_per_dim
+    requested, bits = [], TrainedHead.bits_per_dim
     monkeypatch.setattr(
-        TrainedHead, "bits_per_dim", lambda head, codes, images: asked.append(len(codes)) or bits(head, codes, images)
+        TrainedHead,
+        "bits_per_dim",
+        lambda head, codes, images: requested.append(len(codes)) or bits(head, codes, images),
     )
     found = measure("autoregressive", "elbo_head_between", f"--head_dir head_between {longer}")
-    assert asked == [2, 2, 2, 1] and found["head"]["step"] == 5
+    assert requested == [2, 2, 2, 1] and found["head"]["step"] == 5
 
 
 def test_another_experiment_in_the_same_folder_is_refused(measure, capsys):
@@ -146,7 +148,7 @@ def test_another_experiment_in_the_same_folder_is_refused(measure, capsys):
     assert stop.value.code == 2 and "n_images: 7 there, 8 now" in capsys.readouterr().err
 
 
-def test_by_default_all_images_of_the_validation_split_are_measured(logs):
+def test_the_whole_validation_split_is_the_default(logs):
     flags = f"{RUNS['autoregressive'][1]} --batch_size 200 --no_amp --no_decoder --log_dir elbo_all"
     call(SCRIPT, f"--logs_root {logs} {flags}")
     found = json.loads((logs / "elbo_all" / "results.json").read_text())

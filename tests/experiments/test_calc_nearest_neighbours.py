@@ -38,7 +38,7 @@ def saved(path, images):
     return path
 
 
-def test_copies_are_found_and_told(trained_ddpm, tmp_path, capsys):
+def test_copies_are_found_and_reported(trained_ddpm, tmp_path, capsys):
     images = training_images(trained_ddpm, "ddpm")
     samples = torch.cat([images[[5, 700]], 255 - images[[5, 700]]])
     path = saved(tmp_path / "samples.npz", samples)
@@ -51,14 +51,14 @@ def test_copies_are_found_and_told(trained_ddpm, tmp_path, capsys):
     assert found["distances"][2] == pytest.approx(far.sort().values[:3].tolist())
     assert (found["equal_pixels"], found["equal_codes"], found["n_samples"]) == (0.5, None, 4)
     assert (found["n_held_out"], found["n_training"], found["candidates"]) == (4, 1438, 200)
-    assert "copies, pixel by pixel" in out and "50.0 %" in out and "code by code" not in out
+    assert "exact copies (pixels)" in out and "50.0 %" in out and "copies (codes)" not in out
     assert not (trained_ddpm / "copies" / BATCHES_FOLDER).exists()
     with Image.open(trained_ddpm / "copies" / "neighbours.png") as picture:
         pixels = np.asarray(picture).reshape(-1, 3)
     assert (pixels == (210, 0, 0)).all(1).sum() > 2 * 64 * 4  # two copies are framed
 
 
-def test_codes_of_samples_are_nothing_to_a_model_of_pixels(trained_ddpm, tmp_path):
+def test_codes_in_samples_are_ignored_by_pixel_models(trained_ddpm, tmp_path):
     images = training_images(trained_ddpm, "ddpm")[:3].expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
     path = tmp_path / "coded.npz"
     np.savez(path, arr_0=images.numpy(), codes=np.zeros((3, 2, 2), int))
@@ -70,21 +70,21 @@ def test_codes_of_a_model_of_codes_are_compared(trained, capsys):
     flags = f"--logs_root {trained} --n_samples 6 --batch_size 4 --no_amp {QUICK}"
     call(SCRIPT, f"{flags} --log_dir codes")
     found, out = results(trained, "codes"), capsys.readouterr().out
-    assert 0 <= found["equal_codes"] <= 1 and "copies, code by code" in out
+    assert 0 <= found["equal_codes"] <= 1 and "exact copies (codes)" in out
     assert found["ranked_by"] == "pixels" and len(found["views"]) == 9  # as it was trained
     assert found["ratio"] == pytest.approx(found["median"] / found["median_held_out"])
     call(SCRIPT, f"{flags} --log_dir codes")
     assert capsys.readouterr().out.endswith(out[out.index("\n6 generated") :])  # typed again, it tells the same
 
 
-def test_a_cut_off_start_goes_on_to_the_same_answer(trained_ddpm, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_results(trained_ddpm, monkeypatch):
     flags = f"--logs_root {trained_ddpm} --sampler ddpm --n_samples 5 --batch_size 2 --no_amp {QUICK}"
     call(SCRIPT, f"{flags} --log_dir whole")
-    ranked, asked = nearest_neighbours.rank_candidates, []
+    ranked, calls = nearest_neighbours.rank_candidates, []
 
     def failing(*args):
-        asked.append(1)
-        if len(asked) == 6:
+        calls.append(1)
+        if len(calls) == 6:
             raise KeyboardInterrupt
         return ranked(*args)
 
@@ -93,7 +93,7 @@ def test_a_cut_off_start_goes_on_to_the_same_answer(trained_ddpm, monkeypatch):
         call(SCRIPT, f"{flags} --log_dir cut")
     monkeypatch.setattr("train.trained_sampler.TrainedSampler.draw", None)  # nothing is drawn again
     call(SCRIPT, f"{flags} --log_dir cut")
-    assert len(asked) == 6 + 6  # 10 images in batches of 2, of which two were done
+    assert len(calls) == 6 + 6  # 10 images in batches of 2, of which two were done
     whole, cut = results(trained_ddpm, "whole"), results(trained_ddpm, "cut")
     assert all(whole[key] == cut[key] for key in whole.keys() - {"run"})
 
@@ -109,21 +109,21 @@ def test_lpips_ranks_with_the_weights_of_a_file(trained_ddpm):
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, message",
     [
         ("--candidates 2", "candidates 2, wanted at least 10"),
-        ("--rerank pixels --perceptual_weights x.pth", "needs none"),
+        ("--rerank pixels --perceptual_weights x.pth", "uses none"),
         ("--perceptual_weights missing.pth", "missing.pth"),
     ],
 )
-def test_what_has_no_meaning_is_refused_in_one_line(trained_ddpm, capfd, flags, said):
+def test_invalid_flags_are_refused_in_one_line(trained_ddpm, capfd, flags, message):
     with pytest.raises(SystemExit) as stop:
         call(SCRIPT, f"--logs_root {trained_ddpm} --sampler ddpm --features pixels --log_dir refused {flags}")
     assert stop.value.code == 2
-    assert said in capfd.readouterr().err
+    assert message in capfd.readouterr().err
 
 
-def test_samples_become_as_the_data_are():
+def test_samples_are_converted_to_the_channels_of_the_data():
     colour = torch.randint(0, 256, (2, 3, 4, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     grey = match_data_channels(colour, DataConfig(img_size=4, img_width=6, n_channels=1))
     assert torch.equal(grey, colour.float().mean(1, keepdim=True).round().byte())
@@ -136,7 +136,7 @@ def test_samples_become_as_the_data_are():
 @pytest.mark.parametrize(
     "size, shown", [((8, 8), (64, 64)), ((28, 20), (40, 56)), ((100, 90), (90, 100)), ((256, 128), (64, 128))]
 )
-def test_images_are_shown_large_enough_and_no_larger(size, shown):
+def test_images_are_displayed_at_a_readable_size(size, shown):
     assert display_size(torch.zeros(3, *size)) == shown
 
 

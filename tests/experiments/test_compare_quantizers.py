@@ -1,4 +1,4 @@
-"""Quantizers compared: tiny runs of those that are there, cut off and gone on with; the table and the plot."""
+"""compare_quantizers.py: tiny runs, interrupted and resumed; the table and the plot."""
 
 import json
 
@@ -51,8 +51,8 @@ def test_every_quantizer_is_measured_with_every_seed(compared):
 
 
 @pytest.mark.slow
-def test_what_was_cut_off_goes_on_with_the_runs_that_are_missing(compared, capsys):
-    """The second run of ema is made again, from the same seed, to the same numbers; the others stay as they are."""
+def test_an_interrupted_comparison_runs_what_is_missing(compared, capsys):
+    """The second run of ema is repeated from the same seed, with the same numbers; the others are unchanged."""
     found = results(compared)
     cut = {name: found[name] | {"seconds": 1e6} for name in ("nearest_0", "ema_0", "nearest_1")}
     (compared / "results.json").write_text(json.dumps(cut))
@@ -67,7 +67,7 @@ def test_what_was_cut_off_goes_on_with_the_runs_that_are_missing(compared, capsy
     assert "rFD(pixels)" in out and "3 steps of 4 images" in out and "359 validation images" in out
 
 
-def test_results_are_written_run_by_run(tmp_path, monkeypatch):
+def test_results_are_written_after_each_run(tmp_path, monkeypatch):
     measured = []
 
     def once(batches, *args):
@@ -96,7 +96,7 @@ def test_other_images_or_features_are_another_comparison(tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 def test_other_steps_or_settings_are_another_comparison(compared, capfd):
-    """More steps may be gone on with in a run of training, not here: the runs there had fewer."""
+    """A training run may be continued with more steps; a comparison may not, as its runs had fewer."""
     for flags in ("--train_steps 4", "--beta 0.5"):
         with pytest.raises(SystemExit) as stop:
             call(SCRIPT, f"--logs_root {compared.parent} {TINY} --seeds 2 {flags}")
@@ -109,7 +109,7 @@ class Zero(torch.nn.Module):
 
 
 @pytest.mark.parametrize("net", ["squeeze", "resnet50"])
-def test_lpips_is_measured_where_it_was_trained_with(net, tmp_path, monkeypatch):
+def test_lpips_is_measured_with_the_training_network(net, tmp_path, monkeypatch):
     """The logits of resnet50 are another distance."""
     monkeypatch.setattr("vq.perceptual.load_perceptual", lambda net, weights: (net, Zero()))
     flags = TINY.replace("nearest ema", "nearest").replace("--perceptual_net none", f"--perceptual_net {net}")
@@ -119,11 +119,11 @@ def test_lpips_is_measured_where_it_was_trained_with(net, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_the_averaged_weights_are_measured(tmp_path, monkeypatch):
-    """With an average that moves by nothing the weights are those of the beginning."""
-    seen, measure_reconstructions = [], reconstruction.measure_reconstructions
+    """With an EMA decay of 1 the measured weights are the initial ones."""
+    weights, measure_reconstructions = [], reconstruction.measure_reconstructions
 
     def watched(first, *args):
-        seen.append([p.detach().clone() for p in first.vqgan.parameters()])
+        weights.append([p.detach().clone() for p in first.vqgan.parameters()])
         return measure_reconstructions(first, *args)
 
     monkeypatch.setattr(reconstruction, "measure_reconstructions", watched)
@@ -132,12 +132,12 @@ def test_the_averaged_weights_are_measured(tmp_path, monkeypatch):
     call(SCRIPT, f"--logs_root {tmp_path} {one} --log_dir one")
     call(SCRIPT, f"--logs_root {tmp_path} {one} --log_dir plain --no_ema")
     call(SCRIPT, f"--logs_root {tmp_path} {one} --log_dir longer --train_steps 5")
-    first, plain, longer = seen
+    first, plain, longer = weights
     assert all(torch.equal(a, b) for a, b in zip(first, longer, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(first, plain, strict=True))
 
 
-def test_each_quantizer_has_its_own_settings_and_gumbel_the_whole_run(monkeypatch, tmp_path):
+def test_each_quantizer_has_its_own_settings(monkeypatch, tmp_path):
     configs = []
     monkeypatch.setattr(cli, "run_main", lambda main, config: configs.append(config))
     call(SCRIPT, f"--config {ROOT / 'configs' / 'mnist_quantizers.yaml'} --train_steps 777 --logs_root {tmp_path}")
@@ -188,7 +188,7 @@ def test_the_preset_reaches_the_script(monkeypatch, tmp_path):
         ("--quantizers lfq --codebook_size 500", "got codebook_size 500 for lfq, wanted a power of 2"),
     ],
 )
-def test_nonsense_is_refused_before_anything_is_read(flags, wanted, tmp_path, capfd):
+def test_invalid_flags_are_refused_before_anything_is_read(flags, wanted, tmp_path, capfd):
     with pytest.raises(SystemExit) as stop:
         call(SCRIPT, f"--logs_root {tmp_path} --img_size 16 {flags}")
     assert stop.value.code == 2 and not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Solvers of one trained model against each other: which are run, what is measured, and what is not made twice."""
+"""compare_samplers.py: which solvers run, what is measured, and what is not measured twice."""
 
 import json
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ def results(logs, name):
     return json.loads((logs / name / "results.json").read_text())
 
 
-def test_entries_are_read_and_written_as_they_are_typed():
+def test_entries_round_trip_through_their_string():
     wanted = {
         "halton": SolverRun("halton", None),
         "halton:12": SolverRun("halton", 12),
@@ -47,17 +47,17 @@ BROKEN = ["", ":4", "halton:", "halton:0", "halton:-1", "halton:x", "halton:4:te
 
 
 @pytest.mark.parametrize("entry", [*BROKEN, "auto:4", "auto:temp=0.9", "a:4:t=1=2"])
-def test_other_entries_are_refused(entry):
+def test_invalid_entries_are_refused(entry):
     with pytest.raises(ValueError, match="name:steps:key=value"):
         parse_entry(entry)
 
 
-def test_runs_are_each_entry_at_each_number_of_steps_once():
+def test_entries_expand_to_unique_runs():
     found = expand_entries(["a:9", "a", "first_hitting", "b:t=1"], [4, 9], ABSORBING, 16)
     assert list(map(str, found)) == ["a:9", "a:4", "first_hitting", "b:4:t=1", "b:9:t=1"]
 
 
-def test_auto_is_what_the_process_has_after_its_yardstick():
+def test_auto_is_the_baseline_and_all_other_solvers():
     found = list(map(str, expand_entries(["auto"], [4, 32], ABSORBING, 16)))
     assert found[:5] == ["ancestral:256", "ancestral:4", "ancestral:32", "halton:4", "confidence:4"]
     assert found[5:8] == ["remask:4", "remask:32", "first_hitting"]  # in turn, 16 codes have no use for 32 steps
@@ -84,19 +84,19 @@ SETS = {
 RUNS = [parse_entry(entry) for entry in ("a:9", "b:2:t=1", "c")]
 
 
-def test_ratios_are_of_mean_distances_to_the_first():
+def test_distances_are_relative_to_the_first_run():
     first, second, third = summarize_runs(SETS, RUNS)
     assert (first["distance"], first["relative"], first["seconds_per_image"]) == (5.0, 1.0, 2.0)
     assert second["relative"] == pytest.approx(1.08) and second["solver"] == "b t=1" and second["steps"] == 2
     assert third["relative"] == 4.0 and third["steps"] is None
 
 
-def test_the_cheapest_that_comes_near_is_named(tmp_path):
+def test_the_cheapest_solver_near_the_baseline_is_named(tmp_path):
     rows = summarize_runs(SETS, RUNS)
     rows.append(rows[1] | {"solver": "d", "distance": 5.0, "relative": 1.0, "evaluations_per_image": 8})
     comparison = type("Comparison", (), {"seeds": 2, "n_samples": 10})
     text = format_report({"metric": "FD(pixels)", "summary": rows}, comparison)
-    assert "2 sets of 10 images" in text and "b t=1 in 2 steps, 4 times as fast" in text
+    assert "2 sets of 10 images per solver" in text and "b t=1 in 2 steps, 4 times as fast" in text
     assert "5.400 ± 0.566" in text and "1.080" in text
     assert "times as fast" not in format_report({"metric": "FD(pixels)", "summary": [rows[0], rows[2]]}, comparison)
     plot(tmp_path / "plot.png", rows, "FD(pixels)", "title")
@@ -107,7 +107,7 @@ SOLVERS = "ancestral:5 halton:2:temp=0.5 first_hitting confidence:3:choice_temp=
 KEYS = ["ancestral:5", "halton:2:temp=0.5", "first_hitting", "confidence:3:choice_temp=2"]
 
 
-def test_a_comparison_of_codes_tells_distance_and_cost_and_goes_on(trained, capfd):
+def test_comparison_reports_distance_and_cost_and_resumes(trained, capfd):
     flags = f"--logs_root {trained} {TINY} --log_dir compared --guidance 1 --solvers {SOLVERS} --seeds 2"
     call(SCRIPT, flags)
     out, path = capfd.readouterr().out, trained / "compared" / "results.json"
@@ -135,7 +135,7 @@ def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_set_goes_on_within(trained, monkeypatch):
+def test_an_interrupted_set_resumes(trained, monkeypatch):
     from train.trained_sampler import TrainedSampler
 
     flags = f"--logs_root {trained} {TINY} --solvers ancestral:3 --log_dir"
@@ -165,7 +165,7 @@ def test_one_solver_is_measured_as_calc_fid_measures_it(trained):
     assert found == pytest.approx(results(trained, "one_fid")["value"], rel=1e-9)
 
 
-def test_time_is_that_of_drawing_alone(trained, monkeypatch):
+def test_only_sampling_is_timed(trained, monkeypatch):
     from experiments.metrics.features import pixels
     from train.trained_sampler import TrainedSampler
 
@@ -185,7 +185,7 @@ def test_time_is_that_of_drawing_alone(trained, monkeypatch):
     assert results(trained, "timed")["sets"]["ancestral:1/0"]["seconds_per_image"] == pytest.approx(8 / 3)
 
 
-def test_other_features_are_measured_anew(trained):
+def test_other_features_are_measured_again(trained):
     flags = f"--logs_root {trained} {TINY} --solvers ancestral:2 --log_dir other_features"
     call(SCRIPT, flags)
     path = trained / "other_features" / "results.json"
@@ -236,7 +236,7 @@ REFUSED = {  # flags -> what the message must hold
 
 
 @pytest.mark.parametrize("flags", REFUSED)
-def test_what_cannot_be_is_refused_before_anything_is_sampled(flags, trained, capfd):
+def test_invalid_flags_are_refused_before_sampling(flags, trained, capfd):
     with pytest.raises(SystemExit) as stop:
         call(SCRIPT, f"--logs_root {trained} --log_dir refused {flags}")
     message = " ".join(capfd.readouterr().err.replace("│", " ").split())

@@ -13,15 +13,15 @@ from train.trained_sampler import TrainedSampler
 
 @pytest.fixture
 def conditions(monkeypatch):
-    """The raw conditions of every batch that is drawn."""
-    seen, draw = [], TrainedSampler.draw
+    """The raw conditions of every sampled batch."""
+    batches, draw = [], TrainedSampler.draw
 
     def watched(model, indices, seed, options, conditions, **how):
-        seen.append(conditions)
+        batches.append(conditions)
         return draw(model, indices, seed, options, conditions, **how)
 
     monkeypatch.setattr(TrainedSampler, "draw", watched)
-    return seen
+    return batches
 
 
 def sample(logs, flags):
@@ -35,13 +35,13 @@ def file(tmp_path):
     return path
 
 
-def test_rows_are_taken_in_turn(trained, file, conditions):
+def test_rows_are_assigned_cyclically(trained, file, conditions):
     sample(trained, f"--n_samples 5 --batch_size 2 --condition_file {file} --log_dir in_turn")
     assert torch.cat([batch["label"] for batch in conditions]).tolist() == [3, 7, 1, 3, 7]
     assert read_samples(trained / "in_turn" / "samples.npz")["labels"].tolist() == [3, 7, 1, 3, 7]
 
 
-def test_another_content_is_another_experiment(trained, file, capsys):
+def test_a_changed_condition_file_is_another_experiment(trained, file, capsys):
     sample(trained, f"--n_samples 1 --condition_file {file} --log_dir by_content")
     file.write_text("label\n4\n")
     with pytest.raises(SystemExit):
@@ -49,7 +49,7 @@ def test_another_content_is_another_experiment(trained, file, capsys):
     assert "condition_sha256" in capsys.readouterr().err
 
 
-def test_a_row_that_does_not_fit_is_refused_before_a_folder(trained, file, capsys):
+def test_an_invalid_row_is_refused_before_the_folder_is_created(trained, file, capsys):
     file.write_text("label,colour\n3,red\n")
     with pytest.raises(SystemExit) as stop:
         sample(trained, f"--n_samples 1 --condition_file {file} --log_dir odd")
@@ -58,7 +58,7 @@ def test_a_row_that_does_not_fit_is_refused_before_a_folder(trained, file, capsy
 
 
 @pytest.mark.parametrize("script, flags", [("inpaint", "--results 2"), ("interpolate", "--points 2")])
-def test_edits_take_the_row_of_their_image(trained, file, conditions, script, flags):
+def test_edits_use_the_condition_row_of_their_image(trained, file, conditions, script, flags):
     call(
         f"experiments/{script}.py",
         f"--logs_root {trained} --no_amp --device cpu --sample_steps 2 --n_images 4 {flags} --condition_file {file} "
@@ -70,8 +70,8 @@ def test_edits_take_the_row_of_their_image(trained, file, conditions, script, fl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["inpaint", "edit", "interpolate"])
-def test_edits_of_a_model_of_images(trained_ddpm, conditions, monkeypatch, script):
-    """Held-out images bring the conditions they have; other files need a file of conditions."""
+def test_edits_with_an_image_condition(trained_ddpm, conditions, monkeypatch, script):
+    """Held-out images have their own conditions; other image files need a condition file."""
     folder = trained_ddpm / "own_code"
     folder.mkdir(exist_ok=True)
     code = "def dark(item):\n    return item | {'condition_image': item['image'] // 2}\n"

@@ -22,19 +22,19 @@ def results_in(folder):
 @pytest.fixture
 def drawn(monkeypatch):
     """(seeds, given, options, edit, made) of every batch."""
-    seen, draw = [], TrainedSampler.draw
+    batches, draw = [], TrainedSampler.draw
 
     def watched(self, indices, seed, options, given, *, edit, **how):
         made = draw(self, indices, seed, options, given, edit=edit, **how)
-        seen.append((indices, given, options, edit, made))
+        batches.append((indices, given, options, edit, made))
         return made
 
     monkeypatch.setattr(TrainedSampler, "draw", watched)
-    return seen
+    return batches
 
 
 @pytest.mark.parametrize("sampler", ["absorbing", "ddpm"])
-def test_each_image_becomes_each_class(sampler, request, drawn, capsys):
+def test_every_image_is_edited_to_every_class(sampler, request, drawn, capsys):
     logs = request.getfixturevalue("trained" if sampler == "absorbing" else "trained_ddpm")
     edit(logs, f"--sampler {sampler} --n_images 2 --label 3 7 8 --sample_steps 2 --guidance 2 --log_dir edited")
     ((indices, given, options, begun, made),) = drawn
@@ -45,13 +45,13 @@ def test_each_image_becomes_each_class(sampler, request, drawn, capsys):
     assert found["labels"] == [3, 7, 8] and all(0 <= row["asked"]["value"] <= 1 for row in found["of_label"])
     names = sorted(path.name for path in (logs / "edited" / "images").glob("*.png"))
     assert len(names) == 6 and names[0].endswith("_as_3.png") and names[-1].endswith("_as_8.png")
-    assert "redrawn as" in capsys.readouterr().out and (logs / "edited" / "edited.png").is_file()
+    assert "target class" in capsys.readouterr().out and (logs / "edited" / "edited.png").is_file()
     drawn.clear()
     edit(logs, f"--sampler {sampler} --n_images 2 --label 3 7 8 --sample_steps 2 --guidance 2 --log_dir edited")
     assert not drawn and not (logs / "edited" / ".kept").exists()
 
 
-def test_less_forgotten_is_nearer(trained, trained_ddpm):
+def test_a_lower_strength_changes_less(trained, trained_ddpm):
     for logs, sampler in ((trained, "absorbing"), (trained_ddpm, "ddpm")):
         far = []
         for strength in (0.1, 1.0):
@@ -63,13 +63,13 @@ def test_less_forgotten_is_nearer(trained, trained_ddpm):
             assert far[0] < far[1]
 
 
-def test_a_share_of_the_codes_stays_as_it_was(trained, drawn):
+def test_a_fraction_of_the_codes_is_kept(trained, drawn):
     edit(trained, "--n_images 40 --label 1 --strength 0.4 --sample_steps 4 --log_dir share")
     *_, begun, made = drawn[0]
     assert 0.6 <= (made["codes"] == begun.x0).float().mean() < 0.8  # some are drawn as they were
 
 
-def test_an_edit_cut_off_goes_on(trained, monkeypatch, drawn):
+def test_an_interrupted_edit_resumes(trained, monkeypatch, drawn):
     flags = "--n_images 4 --label 1 --batch_size 2 --sample_steps 2"
     edit(trained, f"{flags} --log_dir edit_whole")
     watched, calls = TrainedSampler.draw, []
@@ -92,7 +92,7 @@ def test_an_edit_cut_off_goes_on(trained, monkeypatch, drawn):
     assert one == two
 
 
-def test_other_pictures_are_another_run(trained, tmp_path, capsys):
+def test_other_input_images_are_another_experiment(trained, tmp_path, capsys):
     model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained)))
     image = load_input_images((), 1, model).image[0, 0]
     from PIL import Image
@@ -118,7 +118,7 @@ def test_other_pictures_are_another_run(trained, tmp_path, capsys):
         ("--n_images 0", "--n_images"),
     ],
 )
-def test_what_cannot_be_done_is_refused(trained, capsys, flags, wanted):
+def test_invalid_settings_are_refused(trained, capsys, flags, wanted):
     with pytest.raises(SystemExit) as stop:
         edit(trained, f"{flags} --log_dir edit_refused")
     assert stop.value.code == 2

@@ -30,24 +30,24 @@ def weights(trained):
     return trained.sampler.network.state_dict()
 
 
-@pytest.mark.parametrize(("asked", "step"), [(None, 5), (2, 2), (4, 4)])
-def test_the_weights_are_the_rebuilt_average_of_a_kept_step(logs, asked, step, capfd):
-    trained = model(logs, ema_length=0.08, load_step=asked)
+@pytest.mark.parametrize(("load_step", "step"), [(None, 5), (2, 2), (4, 4)])
+def test_the_weights_are_the_reconstructed_average(logs, load_step, step, capfd):
+    trained = model(logs, ema_length=0.08, load_step=load_step)
     wanted = reconstruct_ema(logs / "ddpm_digits", step, "network", 0.08)
     assert trained.step == step
     assert all(torch.equal(value, wanted[key]) for key, value in weights(trained).items())
-    assert f"step {step}, EMA rebuilt to relative length 0.08; pixels" in capfd.readouterr().out
+    assert f"step {step}, EMA reconstructed at relative length 0.08; pixels" in capfd.readouterr().out
     other = weights(model(logs))
     assert not all(torch.equal(other[key], wanted[key]) for key in wanted)
 
 
-def test_a_kept_length_gives_back_what_was_tracked(logs):
+def test_a_tracked_length_is_reproduced_exactly(logs):
     tracked = load_file(snapshot_path(logs / "ddpm_digits", 5))
     for key, value in weights(model(logs, ema_length=0.05)).items():
         torch.testing.assert_close(value, tracked[f"0.05/network.{key}"])
 
 
-def test_without_a_step_it_is_the_newest_one_kept_up_to_the_newest_checkpoint(logs):
+def test_the_default_step_is_the_newest_usable_snapshot(logs):
     run = logs / "ddpm_digits"
     checkpoint = run / "checkpoints" / "step_00000005"
     aside, snapshot = run / "aside", snapshot_path(run, 5)
@@ -64,7 +64,7 @@ def test_without_a_step_it_is_the_newest_one_kept_up_to_the_newest_checkpoint(lo
         aside.rename(snapshot)
 
 
-def test_the_length_and_what_it_was_made_of_identify_the_weights(logs):
+def test_weights_are_identified_by_length_and_snapshots(logs):
     run = logs / "ddpm_digits"
     found = [
         model(logs, ema_length=length, load_step=step) for length, step in ((0.08, 5), (0.08, 5), (0.07, 5), (0.08, 4))
@@ -81,7 +81,7 @@ def test_the_length_and_what_it_was_made_of_identify_the_weights(logs):
         (run / "aside").rename(first)
 
 
-def test_experiments_keep_lengths_apart(logs, capfd):
+def test_each_ema_length_has_its_own_results_folder(logs, capfd):
     flags = f"--logs_root {logs} --sampler ddpm --n_samples 2 --sample_steps 2 --no_amp"
     call("experiments/get_samples.py", f"{flags} --ema_length 0.08")
     call("experiments/get_samples.py", f"{flags} --ema_length 0.06")
@@ -96,21 +96,21 @@ def test_experiments_keep_lengths_apart(logs, capfd):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("--load_dir without --ema_length 0.08", "kept no EMA profiles: train with --ema_profiles"),
         ("--ema_length 0.08 --load_step 3", "kept no EMA profiles of step 3; there are 2, 4, 5"),
         ("--ema_length 0", "got relative length 0.0"),
     ],
 )
-def test_what_cannot_be_rebuilt_is_said_in_one_line(logs, flags, said, capfd):
+def test_invalid_ema_lengths_are_refused_in_one_line(logs, flags, message, capfd):
     with pytest.raises(SystemExit) as stop:
         call("experiments/get_samples.py", f"--logs_root {logs} --sampler ddpm --n_samples 2 {flags}")
     assert stop.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert said in line
+    assert message in line
 
 
-def test_an_average_and_no_average_are_not_asked_for_at_once():
+def test_no_ema_with_ema_length_is_refused():
     with pytest.raises(ValueError, match="got --no_ema and --ema_length 0.08"):
         ModelConfig(ema=False, ema_length=0.08)

@@ -20,7 +20,7 @@ def results_in(folder):
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def call_shapes(monkeypatch):
     """The shape of every grid that goes through a transformer, by call."""
     shapes, forward = [], Transformer.forward
 
@@ -34,7 +34,7 @@ def asked(monkeypatch):
 
 
 @pytest.mark.parametrize("solver", ["ancestral", "halton", "confidence", "remask"])
-def test_any_solver_fills_a_canvas_by_windows(trained, solver, asked):
+def test_every_solver_fills_a_canvas_by_windows(trained, solver, call_shapes):
     name = f"big_{solver}"
     flags = f"--solver {solver} --sample_steps 3 --shape 5 7 --n_samples 3 --batch_size 2 --log_dir {name}"
     big(trained, flags)
@@ -43,26 +43,26 @@ def test_any_solver_fills_a_canvas_by_windows(trained, solver, asked):
     for picture in pictures:
         with Image.open(picture) as image:
             assert image.size == (7 * 4, 5 * 4)
-    assert {shape[1:] for shape in asked} == {(4, 4)}
+    assert {shape[1:] for shape in call_shapes} == {(4, 4)}
     found = results_in(trained / name)
-    assert found["evaluations_per_image"] == pytest.approx(sum(shape[0] for shape in asked) / 3)
+    assert found["evaluations_per_image"] == pytest.approx(sum(shape[0] for shape in call_shapes) / 3)
     assert not (trained / name / ".kept").exists()
 
 
-def test_a_network_with_relative_positions_takes_one_pass_a_step(trained, asked):
+def test_relative_positions_need_one_call_per_step(trained, call_shapes):
     flags = "--attention neighborhood --kernel_sizes 3 1 --attention_type diff_v2 --position rope --log_dir native"
     call("train_sampler.py", f"--logs_root {trained} --train_steps 2 --no_amp {SAMPLER} {flags}")
-    asked.clear()
+    call_shapes.clear()
     flags = "--load_dir native --shape 6 9 --n_samples 2 --solver halton --sample_steps 3 --guidance 1"
     big(trained, f"{flags} --log_dir native_big")
-    assert [shape[1:] for shape in asked] == [(6, 9)] * 3
+    assert [shape[1:] for shape in call_shapes] == [(6, 9)] * 3
     assert results_in(trained / "native_big")["network_calls_per_batch"] == 3
-    asked.clear()
+    call_shapes.clear()
     big(trained, f"{flags} --window_stride 2 --log_dir native_windows")
-    assert {shape[1:] for shape in asked} == {(4, 4)}  # windows, where they are asked for
+    assert {shape[1:] for shape in call_shapes} == {(4, 4)}  # windows, where they are asked for
 
 
-def test_the_picture_tells_what_made_it(trained):
+def test_the_png_holds_its_settings(trained):
     big(trained, "--shape 5 4 --n_samples 1 --temp 0.9 --log_dir told")
     with Image.open(trained / "told" / "big_000.png") as picture:
         settings = json.loads(picture.text["settings"])
@@ -70,14 +70,14 @@ def test_the_picture_tells_what_made_it(trained):
     assert settings["number"] == 0 and settings["sampler_weights"]
 
 
-def test_typed_again_it_makes_nothing_and_says_the_same(trained, asked, capsys):
+def test_a_repeated_run_prints_the_saved_report(trained, call_shapes, capsys):
     flags = "--shape 5 4 --n_samples 2 --log_dir big_again"
     big(trained, flags)
-    told = capsys.readouterr().out
-    asked.clear()
+    first_output = capsys.readouterr().out
+    call_shapes.clear()
     big(trained, flags)
-    assert not asked
-    assert told.splitlines()[-8:] == capsys.readouterr().out.splitlines()[-8:]
+    assert not call_shapes
+    assert first_output.splitlines()[-8:] == capsys.readouterr().out.splitlines()[-8:]
 
 
 @pytest.mark.slow

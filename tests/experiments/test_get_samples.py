@@ -1,4 +1,4 @@
-"""get_samples.py on tiny trained models: images of one class, and starts that were cut off."""
+"""get_samples.py on tiny trained models: images of one class, and interrupted runs."""
 
 import json
 
@@ -18,7 +18,7 @@ def samples(logs, flags):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What every batch was drawn with."""
+    """The arguments of every sampled batch."""
     batches, draw = [], TrainedSampler.draw
 
     def watched(model, indices, seed, options, conditions, **how):
@@ -29,7 +29,7 @@ def drawn(monkeypatch):
     return batches
 
 
-def test_cut_off_and_typed_again_it_writes_the_same_files(trained, drawn, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_files(trained, drawn, monkeypatch):
     flags = "--n_samples 10 --save_individually --save_process"
     samples(trained, f"{flags} --log_dir samples_whole")
     whole, cut = trained / "samples_whole", trained / "samples_cut"
@@ -71,10 +71,10 @@ def test_all_images_of_one_class(trained, drawn):
     sevens = read_samples(trained / "samples_sevens" / "samples.npz")
     same = (own["codes"] == sevens["codes"]).flatten(1).all(1)
     assert len(own["labels"].unique()) > 5 and 0 < (own["labels"] == 7).sum() < 24
-    assert same[own["labels"] == 7].all()  # the noise of an image is its own whatever is asked of others
+    assert same[own["labels"] == 7].all()  # the noise of an image is its own whatever the classes of others
 
 
-def test_the_class_is_part_of_the_experiment(trained, capsys):
+def test_another_class_is_another_experiment(trained, capsys):
     samples(trained, "--n_samples 2 --label 1 --log_dir samples_one")
     with pytest.raises(SystemExit) as stop:
         samples(trained, "--n_samples 2 --label 2 --log_dir samples_one")
@@ -84,7 +84,7 @@ def test_the_class_is_part_of_the_experiment(trained, capsys):
 
 
 @pytest.mark.parametrize("label", [-1, 10])
-def test_a_class_that_is_not_there_is_refused(trained, label, capsys):
+def test_an_unknown_class_is_refused(trained, label, capsys):
     with pytest.raises(SystemExit) as stop:
         samples(trained, f"--n_samples 2 --label {label} --log_dir samples_none")
     assert stop.value.code == 2
@@ -109,8 +109,8 @@ def test_a_class_of_pixels(trained_ddpm, drawn):
 
 
 @pytest.mark.slow
-def test_other_conditions_stay_beside_the_class(trained_ddpm, drawn, monkeypatch):
-    """A network that is told another image, too, is told those it would be without --label."""
+def test_other_conditions_do_not_depend_on_the_class(trained_ddpm, drawn, monkeypatch):
+    """A network with an image condition gets the same images with and without --label."""
     flags = "--adapt my_grey.grey --conditions image --condition_channels 1 --log_dir grey"
     folder = trained_ddpm / "code"
     folder.mkdir()
@@ -126,24 +126,24 @@ def test_other_conditions_stay_beside_the_class(trained_ddpm, drawn, monkeypatch
     assert torch.equal(drawn[1]["conditions"]["condition_image"], drawn[0]["conditions"]["condition_image"])
 
 
-def test_agreement_is_of_the_classes_that_were_asked_for():
+def test_conditional_accuracy_uses_the_requested_classes():
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0], [0.0, 5.0, 1.0], [1.0, 0.0, 0.0]])
     assert conditional_accuracy(logits, torch.tensor([0, 2, 0, 1])) == 0.5
     assert conditional_accuracy(logits, None) is None
-    assert GOALS["samples whose class the classifier gives as asked"] == (">=", 0.97)
+    assert GOALS["samples whose class the classifier gives as asked"][1:] == (">=", 0.97)
 
 
-def test_digits_are_checked_against_the_classes_asked_for(trained, capsys):
+def test_digits_are_checked_against_the_requested_classes(trained, capsys):
     words = "samples whose class the classifier gives as asked"
     samples(trained, "--n_samples 20 --log_dir samples_twenty")
     path = trained / "samples_twenty" / "samples.npz"
     call("experiments/check_digits.py", f"--logs_root {trained} --samples {path} --log_dir checked")
-    told = json.loads((trained / "checked" / "results.json").read_text())
-    assert 0 <= told[words] <= 1 and words in capsys.readouterr().out
+    results = json.loads((trained / "checked" / "results.json").read_text())
+    assert 0 <= results[words] <= 1 and GOALS[words].label in capsys.readouterr().out
     with np.load(path) as arrays:
         unasked = {name: arrays[name] for name in ("arr_0", "codes")}
     np.savez(trained / "unasked.npz", **unasked)
     flags = f"--logs_root {trained} --samples {trained / 'unasked.npz'} --log_dir checked_unasked"
     call("experiments/check_digits.py", flags)
     without = json.loads((trained / "checked_unasked" / "results.json").read_text())
-    assert without == {name: value for name, value in told.items() if name != words}
+    assert without == {name: value for name, value in results.items() if name != words}

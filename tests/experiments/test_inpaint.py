@@ -1,4 +1,4 @@
-"""Inpainting end to end on tiny models: what is visible stays, what is hidden is not looked at, and what is refused."""
+"""Inpainting end to end on tiny models: visible pixels stay, masked ones have no effect, and what is refused."""
 
 import json
 
@@ -29,16 +29,16 @@ def pixels(path):
 
 @pytest.fixture
 def starts(monkeypatch):
-    """What every batch was drawn from, and what came of it."""
-    seen, draw = [], TrainedSampler.draw
+    """The edit input and the result of every sampled batch."""
+    batches, draw = [], TrainedSampler.draw
 
     def watched(self, *args, edit, **how):
         made = draw(self, *args, edit=edit, **how)
-        seen.append((edit, made))
+        batches.append((edit, made))
         return made
 
     monkeypatch.setattr(TrainedSampler, "draw", watched)
-    return seen
+    return batches
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def picture(tmp_path):
 
 
 @pytest.mark.parametrize("solver", ["ancestral", "halton", "confidence", "remask"])
-def test_a_kept_code_is_never_altered(trained, starts, solver):
+def test_kept_codes_never_change(trained, starts, solver):
     flags = f"--n_images 2 --results 2 --hide left --solver {solver} --sample_steps 3"
     inpaint(trained, f"{flags} --log_dir kept_{solver}")
     start, made = starts[0]
@@ -63,7 +63,7 @@ def test_a_kept_code_is_never_altered(trained, starts, solver):
 
 
 @pytest.mark.parametrize("logs", ["trained", "trained_ddpm"])
-def test_without_flags_the_lower_half_of_held_out_images_is_hidden(logs, request, starts, capsys):
+def test_by_default_the_lower_half_of_held_out_images_is_masked(logs, request, starts, capsys):
     logs = request.getfixturevalue(logs)
     model = "--sampler ddpm" if logs.name.startswith("ddpm") else ""
     flags = f"{model} --n_images 3 --results 2 --sample_steps 2 --batch_size 4 --log_dir lower"
@@ -71,7 +71,7 @@ def test_without_flags_the_lower_half_of_held_out_images_is_hidden(logs, request
     found = results_in(logs / "lower")
     assert found["hidden_share"] == 0.5 and found["n_images"] == 3 and found["results_per_image"] == 2
     assert 0 <= found["survival"]["value"] <= 1 and 0 <= found["chance"]["value"] <= 1
-    assert "as often with all hidden" in capsys.readouterr().out
+    assert "chance level (everything masked)" in capsys.readouterr().out
     trained = load_model(ModelConfig(sampler="ddpm" if model else "absorbing"), OutputConfig(logs_root=str(logs)))
     given = load_input_images((), 3, trained)
     pictures = sorted((logs / "lower" / "images").glob("*.png"))
@@ -85,8 +85,8 @@ def test_without_flags_the_lower_half_of_held_out_images_is_hidden(logs, request
     assert not starts  # typed again, it tells what it found
 
 
-def test_what_is_hidden_is_not_looked_at(trained, picture):
-    """A mask of any size, resized; another picture below it, the same results."""
+def test_masked_pixels_do_not_affect_the_results(trained, picture):
+    """A mask of any size is resized; the masked pixels do not change the results."""
     image = np.array(Image.open(picture / "one.png"))
     other = image.copy()
     other[8:] = 255 - image[8:]
@@ -99,7 +99,7 @@ def test_what_is_hidden_is_not_looked_at(trained, picture):
     assert torch.equal(pixels(one)[:8], torch.from_numpy(image)[:8])
 
 
-def test_a_transparent_part_is_filled_in(trained, picture):
+def test_transparent_pixels_are_inpainted(trained, picture):
     image = Image.open(picture / "one.png").convert("RGBA")
     alpha = np.full((16, 16), 255, np.uint8)
     alpha[:, 12:] = 200  # what shines through is not the picture any more
@@ -109,16 +109,16 @@ def test_a_transparent_part_is_filled_in(trained, picture):
     assert results_in(trained / "clear")["hidden_share"] == 0.25
 
 
-def test_the_models_own_rendering_can_be_had(trained):
+def test_no_paste_keeps_the_models_rendering(trained):
     flags = "--n_images 1 --results 1 --sample_steps 2"
     inpaint(trained, f"{flags} --log_dir pasted")
     inpaint(trained, f"{flags} --no_paste --log_dir rendered")
     one, two = (next((trained / name / "images").glob("*.png")) for name in ("pasted", "rendered"))
     assert torch.equal(pixels(one)[8:], pixels(two)[8:]) and not torch.equal(pixels(one)[:8], pixels(two)[:8])
-    assert "renders" in results_in(trained / "rendered")["visible_pixels"]
+    assert "rendered by the model" in results_in(trained / "rendered")["visible_pixels"]
 
 
-def test_a_larger_canvas_goes_on_around_the_picture(trained, trained_ddpm, starts):
+def test_outpainting_extends_the_canvas_around_the_image(trained, trained_ddpm, starts):
     flags = "--n_images 1 --results 1 --sample_steps 2"
     inpaint(trained, f"{flags} --outpaint 1 0 0 2 --log_dir around")
     start, made = starts.pop()
@@ -130,13 +130,13 @@ def test_a_larger_canvas_goes_on_around_the_picture(trained, trained_ddpm, start
     assert made["image"].shape[2:] == (12, 8) and start.keep[0, 6:10].all() and start.keep.sum() == 4 * 8
 
 
-def test_margins_put_a_grid_into_the_middle():
+def test_margins_centre_the_grid():
     assert centring_margins((4, 4), (7, 4)) == (1, 0, 2, 0) and centring_margins((4, 4), (4, 5)) == (0, 1, 0, 0)
     with pytest.raises(ValueError, match="--shape"):
         centring_margins((4, 4), (3, 8))
 
 
-def test_a_part_and_margins_hide_what_they_say(trained):
+def test_hide_part_and_add_margins_mask_the_right_pixels(trained):
     model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained)))
     given = load_input_images((), 2, model)
     assert hide_part(given, "centre").hidden[0, 4:12, 4:12].all() and hide_part(given, "centre").hidden[0].sum() == 64
@@ -146,7 +146,7 @@ def test_a_part_and_margins_hide_what_they_say(trained):
     assert larger.hidden[0].sum() == 20 * 22 - 16 * 16 and not larger.hidden[:, 1:17, 4:20].any()
 
 
-def test_survival_is_a_share_with_the_error_of_independent_images():
+def test_class_agreement_has_the_error_of_independent_images():
     share = class_agreement(torch.tensor([1, 2]), torch.tensor([[1, 1, 1, 0], [2, 0, 0, 0]]))
     assert share.value == 0.5 and share.error == pytest.approx(0.25)
     assert class_agreement(torch.tensor([1]), torch.tensor([[1]])) == (1.0, None)
@@ -155,7 +155,7 @@ def test_survival_is_a_share_with_the_error_of_independent_images():
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
-        ("--image {one}", ["one.png is opaque everywhere", "--mask"]),
+        ("--image {one}", ["one.png is fully opaque", "--mask"]),
         ("--image nowhere.png --hide top", ["nowhere.png not found"]),
         ("--mask {mask}", ["--mask without --image"]),
         ("--image {one} --mask {mask} {mask}", ["got 2 masks for 1 images"]),
@@ -163,10 +163,10 @@ def test_survival_is_a_share_with_the_error_of_independent_images():
         ("--results 0", ["results 0", "--results"]),
         ("--outpaint 1 1 1 1 --shape 8 8", ["pass one of them"]),
         ("--shape 3 8", ["shape (3, 8)", "--shape"]),
-        ("--image {black} --mask {black}", ["nothing of black.png is hidden"]),
+        ("--image {black} --mask {black}", ["nothing of black.png is masked"]),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_one_line(trained, picture, capsys, flags, wanted):
+def test_invalid_settings_are_refused_in_one_line(trained, picture, capsys, flags, wanted):
     Image.new("L", (16, 16)).save(picture / "black.png")
     files = {name: picture / f"{name}.png" for name in ("one", "mask", "black")}
     with pytest.raises(SystemExit) as stop:

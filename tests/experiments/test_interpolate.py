@@ -16,20 +16,20 @@ def interpolate(logs, flags):
 
 
 @pytest.mark.parametrize("sampler", ["absorbing", "ddpm"])
-def test_the_path_leads_from_one_to_the_other(sampler, request, monkeypatch, capsys):
+def test_the_path_leads_from_the_first_to_the_second_image(sampler, request, monkeypatch, capsys):
     logs = request.getfixturevalue("trained" if sampler == "absorbing" else "trained_ddpm")
-    seen, draw = [], TrainedSampler.draw
+    batches, draw = [], TrainedSampler.draw
 
     def watched(self, indices, seed, options, given, *, edit, **how):
-        seen.append((indices, given, options, edit))
+        batches.append((indices, given, options, edit))
         return draw(self, indices, seed, options, given, edit=edit, **how)
 
     monkeypatch.setattr(TrainedSampler, "draw", watched)
     flags = f"--sampler {sampler} --n_images 4 --points 5 --strength 0.6 --sample_steps 2 --batch_size 7 --log_dir path"
     interpolate(logs, flags)
-    indices, x0 = sum((batch[0] for batch in seen), []), torch.cat([batch[3].x0 for batch in seen])
+    indices, x0 = sum((batch[0] for batch in batches), []), torch.cat([batch[3].x0 for batch in batches])
     assert indices == [0] * 5 + [1] * 5  # one noise for all points of a pair
-    assert all(not batch[1] and batch[2].guidance == 1 and batch[3].t == 0.6 for batch in seen)
+    assert all(not batch[1] and batch[2].guidance == 1 and batch[3].t == 0.6 for batch in batches)
     model = load_model(ModelConfig(sampler=sampler), OutputConfig(logs_root=str(logs), amp=False, device="cpu"))
     ends = encode_images(load_input_images((), 4, model).image, model)
     for pair in (0, 1):
@@ -48,7 +48,7 @@ def test_the_path_leads_from_one_to_the_other(sampler, request, monkeypatch, cap
     assert "distance to the first" in capsys.readouterr().out
 
 
-def test_with_nothing_forgotten_the_ends_are_the_images_themselves(trained_ddpm):
+def test_with_strength_0_the_ends_are_the_images(trained_ddpm):
     interpolate(trained_ddpm, "--sampler ddpm --n_images 2 --points 3 --strength 0 --log_dir ends")
     first, _, last = json.loads((trained_ddpm / "ends" / "results.json").read_text())["points"]
     assert first["to_first"] == last["to_last"] == 0 < first["to_last"]
@@ -57,7 +57,7 @@ def test_with_nothing_forgotten_the_ends_are_the_images_themselves(trained_ddpm)
 @pytest.mark.parametrize(
     ("flags", "wanted"), [("--n_images 3", "--n_images"), ("--points 1", "--points"), ("--strength 2", "--strength")]
 )
-def test_what_cannot_be_done_is_refused(trained, capsys, flags, wanted):
+def test_invalid_settings_are_refused(trained, capsys, flags, wanted):
     with pytest.raises(SystemExit) as stop:
         interpolate(trained, f"{flags} --log_dir interpolate_refused")
     assert stop.value.code == 2

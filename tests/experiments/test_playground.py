@@ -1,4 +1,4 @@
-"""What a page can ask of a trained sampler, without the page."""
+"""The logic of the demo page, without the page."""
 
 import threading
 from dataclasses import replace
@@ -21,7 +21,7 @@ from experiments.playground import (
 )
 
 
-def opened(logs, **model):
+def load(logs, **model):
     return load_model(ModelConfig(**model), OutputConfig(logs_root=str(logs), device="cpu", amp=False))
 
 
@@ -29,7 +29,7 @@ def opened(logs, **model):
 def play(trained):
     from train.samplers.absorbing import Sampling
 
-    model, options = opened(trained), Sampling(sample_steps=4)
+    model, options = load(trained), Sampling(sample_steps=4)
     return Playground(model, options, model.condition_source(options))
 
 
@@ -37,7 +37,7 @@ def play(trained):
 def gaussian(trained_ddpm):
     from train.samplers.ddpm import Sampling
 
-    model, options = opened(trained_ddpm, sampler="ddpm"), Sampling(sample_steps=4)
+    model, options = load(trained_ddpm, sampler="ddpm"), Sampling(sample_steps=4)
     return Playground(model, options, model.condition_source(options))
 
 
@@ -46,7 +46,7 @@ def each(request):
     return request.getfixturevalue(request.param)
 
 
-def asked(play, **how):
+def make_request(play, **how):
     options = replace(play.options, **how.pop("options", {}))
     return Request(options=options, **{"count": 3} | how)
 
@@ -58,7 +58,7 @@ def without_classes(play):
     return replace(play, trained=replace(trained, sampler=sampler))
 
 
-def test_it_offers_what_the_model_has(each):
+def test_the_page_offers_what_the_model_supports(each):
     found = {control.name: control for control in each.controls}
     assert found["solver"].choices == tuple(sorted(solvers_of(each.trained.sampler.process)))
     assert ("eta" in found) is ("top_k" not in found)  # Gaussian, or of codes
@@ -67,7 +67,7 @@ def test_it_offers_what_the_model_has(each):
     assert bare.classes == [] and not [name for name in bare.controls if name.name.startswith("guidance")]
 
 
-def test_settings_are_the_options_with_what_stands_in_the_controls(play):
+def test_control_values_become_sampling_options(play):
     found = play.settings({"solver": "halton", "top_k": 5, "guidance_interval": "0 0.5"})
     assert found == replace(play.options, solver="halton", top_k=5, guidance_interval=(0.0, 0.5))
     with pytest.raises(ValueError, match="wanted at least 1"):
@@ -76,23 +76,23 @@ def test_settings_are_the_options_with_what_stands_in_the_controls(play):
 
 def test_images_are_those_that_the_experiments_draw(each):
     own = each.trained.draw([0, 1, 2], 5, each.options, each.source.draw(5, [0, 1, 2]))
-    assert torch.equal(each.draw(asked(each, seed=5)), own["image"])
-    assert torch.equal(each.draw(asked(each, seed=5, count=2)), own["image"][:2])
-    assert not torch.equal(each.draw(asked(each, seed=6)), own["image"])
+    assert torch.equal(each.draw(make_request(each, seed=5)), own["image"])
+    assert torch.equal(each.draw(make_request(each, seed=5, count=2)), own["image"][:2])
+    assert not torch.equal(each.draw(make_request(each, seed=6)), own["image"])
 
 
-def test_a_class_is_given_to_all_images_and_none_to_none(each):
+def test_a_chosen_class_applies_to_all_images(each):
     drawn = each.source.draw(0, [0, 1, 2])
-    assert torch.equal(each.conditions(asked(each))["label"], drawn["label"])
-    assert each.conditions(asked(each, label=NO_CLASS)) is None
-    assert each.conditions(asked(each, label="7"))["label"].tolist() == [7, 7, 7]
+    assert torch.equal(each.conditions(make_request(each))["label"], drawn["label"])
+    assert each.conditions(make_request(each, label=NO_CLASS)) is None
+    assert each.conditions(make_request(each, label="7"))["label"].tolist() == [7, 7, 7]
     seven = each.trained.draw([0, 1, 2], 0, each.options, {"label": torch.tensor([7, 7, 7])})
-    assert torch.equal(each.draw(asked(each, label="7")), seven["image"])
-    with pytest.raises(ValueError, match="got class '10', wanted one of: as in the data, none, 0, 1"):
-        each.conditions(asked(each, label="10"))
+    assert torch.equal(each.draw(make_request(each, label="7")), seven["image"])
+    with pytest.raises(ValueError, match="got class '10', wanted one of: random .*, none .*, 0, 1"):
+        each.conditions(make_request(each, label="10"))
 
 
-def test_conditions_beside_the_class_stay_as_they_are_drawn(play):
+def test_conditions_other_than_the_class_are_unchanged(play):
     class HeldOut:
         def __len__(self):
             return 5
@@ -101,28 +101,32 @@ def test_conditions_beside_the_class_stay_as_they_are_drawn(play):
             return {"condition_image": torch.tensor(positions), "label": torch.tensor([1, 2, 3])}
 
     source = replace(play.source, fields=("condition_image", "label"), held_out=HeldOut())
-    told = replace(play, source=source)
-    four = told.conditions(asked(told, label="4"))
+    conditioned = replace(play, source=source)
+    four = conditioned.conditions(make_request(conditioned, label="4"))
     assert {name: value.tolist() for name, value in four.items()} == {"condition_image": [0, 1, 2], "label": [4, 4, 4]}
-    assert told.conditions(asked(told, label=NO_CLASS))["label"].tolist() == [10, 10, 10]  # the null
-    assert told.conditions(asked(told))["label"].tolist() == [1, 2, 3]
+    assert conditioned.conditions(make_request(conditioned, label=NO_CLASS))["label"].tolist() == [
+        10,
+        10,
+        10,
+    ]  # the null
+    assert conditioned.conditions(make_request(conditioned))["label"].tolist() == [1, 2, 3]
 
 
-def test_without_a_class_nothing_guides(each):
-    drawn = [each.draw(asked(each, label=NO_CLASS, options={"guidance": scale})) for scale in (1.0, 2.0)]
+def test_without_a_class_there_is_no_guidance(each):
+    drawn = [each.draw(make_request(each, label=NO_CLASS, options={"guidance": scale})) for scale in (1.0, 2.0)]
     assert torch.equal(*drawn)
 
 
 @pytest.mark.parametrize("wrong", [{"count": 0}, {"seed": -1}])
 def test_a_request_without_images_or_a_seed_is_refused(play, wrong):
-    with pytest.raises(ValueError, match="wanted at least 1, of a seed of 0 or more"):
-        asked(play, **wrong)
+    with pytest.raises(ValueError, match="wanted at least 1 image and a seed of 0 or more"):
+        make_request(play, **wrong)
 
 
 @pytest.mark.parametrize("solver", ["ancestral", "first_hitting", "halton", "confidence", "remask"])
-def test_the_mask_dissolves_to_the_images_that_sampling_gives(play, solver):
+def test_absorbing_steps_end_with_the_sampled_images(play, solver):
     steps = None if solver == "first_hitting" else 4
-    request = asked(play, options={"solver": solver, "sample_steps": steps}, seed=2)
+    request = make_request(play, options={"solver": solver, "sample_steps": steps}, seed=2)
     moments = list(play.watch(request))
     assert [moment.step for moment in moments] == list(range(1, (steps or 16) + 1))
     assert [moment.t for moment in moments] == sorted((moment.t for moment in moments), reverse=True)
@@ -132,22 +136,22 @@ def test_the_mask_dissolves_to_the_images_that_sampling_gives(play, solver):
     assert torch.equal(moments[-1].current, play.draw(request))
 
 
-def test_noise_dissolves_too(gaussian):
-    request = asked(gaussian)
+def test_gaussian_steps_end_with_the_sampled_images(gaussian):
+    request = make_request(gaussian)
     moments = list(gaussian.watch(request))
     assert [moment.step for moment in moments] == [1, 2, 3, 4] and moments[-1].t == 0
     assert torch.equal(moments[-1].current, gaussian.draw(request))
     assert not torch.equal(moments[0].current, moments[0].predicted)
 
 
-def test_what_goes_wrong_while_one_watches_is_raised(play):
+def test_errors_while_watching_are_raised(play):
     with pytest.raises(ValueError, match="got eta"):
         list(stream(lambda put: (_ for _ in ()).throw(ValueError("got eta"))))
     with pytest.raises(ValueError, match="first_hitting takes 16 steps"):
-        list(play.watch(asked(play, options={"solver": "first_hitting"})))
+        list(play.watch(make_request(play, options={"solver": "first_hitting"})))
 
 
-def test_work_that_nobody_reads_ends():
+def test_closing_the_stream_stops_the_work():
     put_so_far, more, ended = [], threading.Event(), threading.Event()
 
     def work(put):
@@ -172,18 +176,18 @@ def brush(size, box):
     return brushed
 
 
-def test_what_is_not_brushed_over_is_kept(each):
+def test_unmasked_pixels_are_kept(each):
     side = each.trained.data.size[0]
-    image = each.draw(asked(each, seed=9, count=1))[0]
+    image = each.draw(make_request(each, seed=9, count=1))[0]
     picture = enlarge_to_picture(image, 4 * side)
     brushed = brush(picture.size, (0, 0, 4 * side, 2 * side))  # the upper half
-    found = each.inpaint(asked(each, count=4), picture, brushed)
+    found = each.inpaint(make_request(each, count=4), picture, brushed)
     half = side // 2
     assert found.hidden[:, :half].unique().tolist() == [128]
     assert torch.equal(found.hidden[:, half:], image[:, half:])
     assert found.results.shape == (4, *image.shape)
     assert len(found.results[:, :, :half].flatten(1).unique(dim=0)) == 4  # several results
-    again = each.inpaint(asked(each, count=2), picture, brushed)
+    again = each.inpaint(make_request(each, count=2), picture, brushed)
     assert torch.equal(again.results, found.results[:2])
     start = each.trained.space.begun(image[None], torch.arange(side).lt(half)[None, :, None].expand(1, side, side))
     assert start.keep.float().mean() == 0.5
@@ -200,7 +204,7 @@ def test_kept_codes_never_change(play, monkeypatch):
 
     monkeypatch.setattr(type(play.trained), "draw", draw)
     picture = enlarge_to_picture(torch.arange(256, dtype=torch.uint8).view(1, 16, 16))
-    found = play.inpaint(asked(play, label="3"), picture, brush(picture.size, (0, 0, 80, 80)))
+    found = play.inpaint(make_request(play, label="3"), picture, brush(picture.size, (0, 0, 80, 80)))
     assert (found.hidden == 128).sum() >= 64 and found.hidden[:, :8, :8].unique().tolist() == [128]  # whole cells
     made, how = drawn[0]
     start, codes = how["edit"], made["codes"]
@@ -209,25 +213,25 @@ def test_kept_codes_never_change(play, monkeypatch):
     assert how["conditions"]["label"].tolist() == [3, 3, 3]
 
 
-def test_classes_as_in_the_data_are_none_where_an_image_is_given(each, monkeypatch):
-    seen = []
-    monkeypatch.setattr(Playground, "draw", lambda self, request, **how: seen.append(request))
+def test_random_classes_mean_none_when_inpainting(each, monkeypatch):
+    requests = []
+    monkeypatch.setattr(Playground, "draw", lambda self, request, **how: requests.append(request))
     picture = Image.new("L", each.trained.data.size)
     options = {"guidance": 3.0}
-    each.inpaint(asked(each, options=options), picture, brush(picture.size, (0, 0, 4, 4)))
-    assert (seen[0].label, seen[0].options.guidance) == (NO_CLASS, 1.0)
-    each.inpaint(asked(each, options=options, label="1"), picture, brush(picture.size, (0, 0, 4, 4)))
-    assert (seen[1].label, seen[1].options.guidance) == ("1", 3.0)
+    each.inpaint(make_request(each, options=options), picture, brush(picture.size, (0, 0, 4, 4)))
+    assert (requests[0].label, requests[0].options.guidance) == (NO_CLASS, 1.0)
+    each.inpaint(make_request(each, options=options, label="1"), picture, brush(picture.size, (0, 0, 4, 4)))
+    assert (requests[1].label, requests[1].options.guidance) == ("1", 3.0)
 
 
-def test_nothing_brushed_is_refused(play):
-    with pytest.raises(ValueError, match="nothing is hidden"):
-        play.inpaint(asked(play), Image.new("L", (16, 16)), Image.new("L", (16, 16)))
+def test_an_empty_mask_is_refused(play):
+    with pytest.raises(ValueError, match="nothing is masked"):
+        play.inpaint(make_request(play), Image.new("L", (16, 16)), Image.new("L", (16, 16)))
     with pytest.raises(ValueError, match="wanted the same size"):
-        play.inpaint(asked(play), Image.new("L", (16, 16)), Image.new("L", (8, 8)))
+        play.inpaint(make_request(play), Image.new("L", (16, 16)), Image.new("L", (8, 8)))
 
 
-def test_a_picture_of_16_bits_goes_by_the_range_of_the_data():
+def test_a_16_bit_picture_is_scaled_by_the_data_range():
     levels = np.linspace(0, 4095, 64).reshape(8, 8).round().astype(np.uint16)
     brushed = Image.new("L", (8, 8))
     image = preprocess(Image.fromarray(levels), brushed, (8, 8), 1, (0, 4095))[0]
@@ -236,7 +240,7 @@ def test_a_picture_of_16_bits_goes_by_the_range_of_the_data():
     assert torch.equal(preprocess(grey, brushed, (8, 8), 1, (0, 4095))[0], image)
 
 
-def test_an_uploaded_picture_and_its_mask_are_cut_alike():
+def test_an_uploaded_picture_and_its_mask_are_cropped_alike():
     wide = Image.new("RGBA", (96, 32), "red")
     wide.paste("blue", (48, 0, 96, 32))
     image, hidden = preprocess(wide, brush(wide.size, (48, 0, 96, 32)), (8, 8), 3)
@@ -245,7 +249,7 @@ def test_an_uploaded_picture_and_its_mask_are_cut_alike():
     assert torch.equal(image[2] > 128, hidden)  # the blue is what is hidden
 
 
-def test_a_picture_that_was_enlarged_comes_back_exactly():
+def test_integer_enlargement_is_undone_exactly():
     image = torch.randint(256, (1, 6, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     picture = enlarge_to_picture(image, 43)
     assert picture.size == (40, 30)  # five times, within 43 pixels
@@ -253,7 +257,7 @@ def test_a_picture_that_was_enlarged_comes_back_exactly():
     assert enlarge_to_picture(torch.zeros(3, 300, 200, dtype=torch.uint8)).size == (200, 300)
 
 
-def test_any_other_picture_is_cut_at_the_centre_and_smoothed():
+def test_other_pictures_are_cropped_and_antialiased():
     bands = Image.new("L", (96, 32))
     for k, level in enumerate((250, 100, 200, 250)):
         bands.paste(level, (24 * k, 0, 24 * k + 24, 32))

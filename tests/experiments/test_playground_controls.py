@@ -1,4 +1,4 @@
-"""The controls of a page: one for each setting of a sampler, and what may stand in it."""
+"""The controls of the demo page: one per sampling setting, and the values they accept."""
 
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -14,7 +14,7 @@ SAMPLERS = plugin_names("train.samplers")
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(SamplingConfig):
-    """Of a sampler of one's own."""
+    """Settings of a custom sampler."""
 
     temp: float = 0.9
     """How freely."""
@@ -32,15 +32,15 @@ def by_name(options, conditional=True):
     return {each.name: each for each in make_controls(options, ["ancestral", "mine"], conditional)}
 
 
-def test_each_setting_has_the_control_of_its_type():
+def test_every_setting_has_a_control_of_its_type():
     found = by_name(Sampling(sample_steps=7))
     kinds = {name: (each.kind, each.optional) for name, each in found.items()}
     assert kinds == {
         "solver": ("choice", False),
-        "sample_steps": ("whole", True),
+        "sample_steps": ("integer", True),
         "guidance": ("number", False),
         "temp": ("number", False),
-        "top_k": ("whole", True),
+        "top_k": ("integer", True),
         "order": ("choice", False),
         "strategy": ("choice", True),
         "exact": ("switch", False),
@@ -59,7 +59,7 @@ def test_a_model_without_conditions_has_no_guidance():
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_setting_of_every_sampler_has_a_control_with_a_note(sampler):
+def test_every_sampler_setting_has_a_control_with_help(sampler):
     options = load_plugin("train.samplers", sampler, "sampler").Sampling()
     found = by_name(options)
     assert found.keys() == {field.name for field in fields(options)} - {"condition_file"}
@@ -67,13 +67,13 @@ def test_every_setting_of_every_sampler_has_a_control_with_a_note(sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_what_the_controls_begin_with_is_what_the_options_hold(sampler):
+def test_initial_control_values_are_those_of_the_options(sampler):
     options = load_plugin("train.samplers", sampler, "sampler").Sampling()
     values = {name: parse_value(each, each.value) for name, each in by_name(options).items()}
     assert values | {"condition_file": None} == vars(options)
 
 
-def test_what_stands_in_a_control_becomes_a_value_of_its_field():
+def test_control_contents_are_converted_to_field_values():
     found = by_name(Sampling())
     assert parse_value(found["span"], " 0.1  0.5 ") == (0.1, 0.5)
     assert parse_value(found["strategy"], "") is parse_value(found["top_k"], None) is None
@@ -86,17 +86,17 @@ def test_what_stands_in_a_control_becomes_a_value_of_its_field():
     [
         ("temp", None, "temperature is empty"),
         ("solver", "", "solver is empty"),
-        ("top_k", 2.5, "got 2.5 for top-k, wanted a whole number"),
+        ("top_k", 2.5, "got 2.5 for top-k, wanted an integer"),
         ("span", "0.5", "got '0.5' for span, wanted 2 numbers"),
         ("span", "a b", "wanted 2 numbers"),
     ],
 )
-def test_what_is_no_value_is_refused(name, value, message):
+def test_invalid_control_values_are_refused(name, value, message):
     with pytest.raises(ValueError, match=message):
         parse_value(by_name(Sampling())[name], value)
 
 
-def test_an_error_speaks_of_controls_and_not_of_flags():
-    said = "got 0 for solver ddim, which has none: leave --eta out, or pass --sample_steps 3"
-    assert flags_to_labels(said) == "got 0 for solver ddim, which has none: leave eta out, or pass steps 3"
+def test_errors_name_controls_instead_of_flags():
+    message = "got 0 for solver ddim, which has none: leave --eta out, or pass --sample_steps 3"
+    assert flags_to_labels(message) == "got 0 for solver ddim, which has none: leave eta out, or pass steps 3"
     assert flags_to_labels("--guidance_schedule") == "guidance schedule"

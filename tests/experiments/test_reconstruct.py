@@ -1,4 +1,4 @@
-"""Reconstructions as pictures: of any size and kind of image, with what is told of them."""
+"""reconstruct.py: images of any size and kind, their pictures and their metrics."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def made(trained, folder):
     return trained / "made"
 
 
-def test_all_images_have_a_picture_and_the_others_a_reason(trained, made):
+def test_usable_images_have_pictures_and_others_reasons(trained, made):
     found = results(trained, "made")
     sizes = {record["image"]: (record["width"], record["height"], record["codes"]) for record in found["images"]}
     assert sizes == {  # upright, and cut to multiples of 4
@@ -83,7 +83,7 @@ def test_all_images_have_a_picture_and_the_others_a_reason(trained, made):
     assert width == 6 * (THUMBNAIL + 2) + 2 and height > 2 * THUMBNAIL
 
 
-def test_a_picture_shows_the_image_the_reconstruction_and_where_they_differ(trained, folder, made):
+def test_a_picture_shows_original_reconstruction_and_error_map(trained, folder, made):
     whole = pixels(made / "images" / "grey.png")
     scale = 64 // 16  # small images are enlarged
     side = 16 * scale
@@ -100,7 +100,7 @@ def test_a_picture_shows_the_image_the_reconstruction_and_where_they_differ(trai
     assert record["psnr"] == pytest.approx(10 * math.log10(255**2 / error.square().mean().item()), rel=1e-4)
 
 
-def test_bits_seams_and_the_whole_are_told(trained, made):
+def test_bits_seams_and_untiled_differences_are_reported(trained, made):
     found = results(trained, "made")
     by_name = {record["image"]: record for record in found["images"]}
     assert all(record["bits_per_pixel"] == 4 / 16 for record in by_name.values())  # 16 codes of 4 x 4 pixels
@@ -117,7 +117,7 @@ def test_bits_seams_and_the_whole_are_told(trained, made):
     assert "0.25 of the range" in found["error_map"]
 
 
-def test_tiles_are_those_asked_for(trained, folder):
+def test_tiles_follow_the_flags(trained, folder):
     reconstruct(trained, f"--images {folder / 'colour.png'} --log_dir large --tile 12 --overlap 2 --compare_whole")
     (record,) = results(trained, "large")["images"]
     assert record["l1_to_whole"] == 0 and record["seams"] is None
@@ -126,7 +126,7 @@ def test_tiles_are_those_asked_for(trained, folder):
     assert (small["tile"], small["overlap"]) == (5, 0) and small["images"][0]["l1"] != record["l1"]
 
 
-def test_validation_images_are_those_trained_on_unless_a_size_is_asked(trained, capfd):
+def test_validation_images_are_preprocessed_as_in_training(trained, capfd):
     reconstruct(trained, "--n_images 3")
     (name,) = [path.name for path in trained.glob("reconstructions_vqgan_digits_*")]
     records = results(trained, name)["images"]
@@ -137,16 +137,16 @@ def test_validation_images_are_those_trained_on_unless_a_size_is_asked(trained, 
     assert f"{trained / 'vqgan_digits'}, step 5, averaged (EMA) weights" in capfd.readouterr().out
 
 
-def test_what_is_done_is_told_again_and_not_made_again(trained, folder, made, capfd):
+def test_a_repeated_run_prints_the_saved_report(trained, folder, made, capfd):
     before = (made / "images" / "grey.png").stat().st_mtime_ns
     reconstruct(trained, f"--images {folder} --log_dir made --compare_whole")
     assert (made / "images" / "grey.png").stat().st_mtime_ns == before
     out = capfd.readouterr().out
-    assert "mean of 3" in out and "left out: thin.png" in out and "2 images left out" in out
+    assert "mean of 3" in out and "skipped: thin.png" in out and "2 images skipped" in out
     assert str(made / "overview.png") in out
 
 
-def test_nothing_of_another_experiment_leaks_in(trained, folder, made, tmp_path, capfd):
+def test_another_experiment_in_the_folder_is_refused(trained, folder, made, tmp_path, capfd):
     assert "overlap: None there, 2 now" in refused(
         trained, f"--images {folder} --log_dir made --compare_whole --overlap 2", capfd
     )
@@ -161,17 +161,17 @@ def test_nothing_of_another_experiment_leaks_in(trained, folder, made, tmp_path,
     "flags, wanted",
     [
         ("--images nowhere", "nowhere not found"),
-        ("--images {empty}", "holds no image.*--images"),
-        ("--images {torn}", "not one of 1 images can be used; the first, torn.png"),
+        ("--images {empty}", "holds no images.*--images"),
+        ("--images {torn}", "none of 1 images can be used; the first, torn.png"),
         ("--tile 4 --overlap 4", "tiles of 4 codes with an overlap of 4"),
         ("--tile 0", "tiles of 0 codes"),
-        ("--load_dir absorbing_digits", "is no VQGAN run"),
+        ("--load_dir absorbing_digits", "is not a VQGAN run"),
         ("--load_dir none", "no run in"),
         ("--load_step 9", "no checkpoint of step 9.*--load_step"),
         ("--load_dir vqgan_digits --dataset mnist", "was trained with --dataset digits, got mnist"),
     ],
 )
-def test_bad_input_is_one_line(trained, folder, tmp_path, capfd, flags, wanted):
+def test_bad_input_is_a_one_line_error(trained, folder, tmp_path, capfd, flags, wanted):
     flags = flags.format(empty=tmp_path, torn=folder / "torn.png")
     assert re.search(wanted, refused(trained, f"{flags} --log_dir never", capfd))
     assert not (trained / "never" / "results.json").exists()
@@ -185,7 +185,7 @@ def test_numbers_are_at_least_one(trained, capfd, flag):
     assert stop.value.code == 2 and f"got {flag} 0, wanted at least 1" in capfd.readouterr().err
 
 
-def test_the_run_says_which_data_it_is_of(trained, tmp_path):
+def test_the_data_set_is_read_from_the_run(trained, tmp_path):
     shutil.copytree(trained / "vqgan_digits", tmp_path / "renamed")
     config = tmp_path / "renamed" / "config.yaml"
     text = config.read_text()
@@ -197,7 +197,7 @@ def test_the_run_says_which_data_it_is_of(trained, tmp_path):
     assert results(tmp_path, "reconstructions_x_renamed_5")["vqgan"]["ae_load_dir"] == "renamed"
 
 
-def test_an_image_is_cut_at_its_centre():
+def test_images_are_cropped_at_the_centre():
     image = noise(10, 14)
     scan = np.arange(0, 4096, 64, dtype=np.uint16).reshape(8, 8)
     shown = preprocess(Image.fromarray(scan), None, 1, 4, (0, 4095))

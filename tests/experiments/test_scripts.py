@@ -1,4 +1,4 @@
-"""The experiment scripts end to end on a tiny trained model: what they write, and what may not leak in."""
+"""The experiment scripts end to end on a tiny trained model: what they write, and what must not leak in."""
 
 import json
 
@@ -24,7 +24,7 @@ def samples(trained):
     return trained / "s4" / "samples.npz"
 
 
-def test_samples_are_as_many_as_asked_and_as_evaluators_read_them(samples):
+def test_samples_have_the_requested_number_and_the_npz_format(samples):
     """The reference draws floor(n / batch) batches."""
     with np.load(samples) as arrays:
         assert arrays["arr_0"].shape == (10, 16, 16, 3) and arrays["arr_0"].dtype == np.uint8
@@ -37,7 +37,7 @@ def test_samples_are_as_many_as_asked_and_as_evaluators_read_them(samples):
     assert (samples.parent / "samples.png").is_file()
 
 
-def test_an_image_is_the_same_whatever_the_batch(trained, samples):
+def test_images_do_not_depend_on_the_batch_size(trained, samples):
     call("experiments/get_samples.py", f"--logs_root {trained} --n_samples 7 --batch_size 7 --log_dir s7 --no_amp")
     call("experiments/get_samples.py", f"--logs_root {trained} --n_samples 7 --batch_size 2 --log_dir s2 --no_amp")
     call("experiments/get_samples.py", f"--logs_root {trained} --n_samples 7 --log_dir other --seed 1 --no_amp")
@@ -47,7 +47,7 @@ def test_an_image_is_the_same_whatever_the_batch(trained, samples):
     assert not torch.equal(one["codes"], other["codes"])
 
 
-def test_a_report_says_what_makes_its_number_readable(trained, samples, capsys):
+def test_the_report_records_what_the_number_depends_on(trained, samples, capsys):
     call("experiments/calc_FID.py", f"--logs_root {trained} --samples {samples} --features pixels --log_dir f")
     found = results(trained, "f")
     assert {"metric", "value", "real_vs_real", "reconstructions", "n_samples", "features", "run"} <= found.keys()
@@ -88,7 +88,7 @@ def test_reference_statistics_can_be_given_and_split_chosen(trained, samples, tm
     assert results(trained, "val")["n_reference"] == 359
 
 
-def test_no_image_of_another_run_leaks_in(trained, samples, capfd):
+def test_images_of_another_experiment_do_not_leak_in(trained, samples, capfd):
     """The reference lists its images folder wholesale; here another experiment in the same folder is refused."""
     with pytest.raises(SystemExit) as stop:
         call("experiments/get_samples.py", f"--logs_root {trained} --n_samples 3 --log_dir s4")
@@ -96,7 +96,7 @@ def test_no_image_of_another_run_leaks_in(trained, samples, capfd):
     assert "n_samples: 10 there, 3 now" in capfd.readouterr().err
 
 
-def test_auto_features_without_a_network_are_pixels_with_one_warning(trained, samples, monkeypatch):
+def test_auto_features_fall_back_to_pixels_with_one_warning(trained, samples, monkeypatch):
     import experiments.metrics.features as all_features
     from train.config import DataConfig
 
@@ -104,30 +104,30 @@ def test_auto_features_without_a_network_are_pixels_with_one_warning(trained, sa
         raise FileNotFoundError("the Inception weights could not be downloaded")
 
     monkeypatch.setattr("experiments.metrics.features.inception.build", no_download)
-    with pytest.warns(UserWarning, match="FD\\(pixels\\), which is no FID") as caught:
+    with pytest.warns(UserWarning, match="FD\\(pixels\\), which is not an FID") as caught:
         assert all_features.choose_features("auto", DataConfig(dataset="mnist"), torch.device("cpu")).name == "pixels"
     assert len(caught) == 1
     with pytest.raises(FileNotFoundError):  # asked for by name, it does not become something else
         all_features.choose_features("inception", DataConfig(), torch.device("cpu"))
 
 
-def test_digits_can_be_checked(trained, capsys):
+def test_check_digits_reports_missed_goals(trained, capsys):
     call("experiments/get_samples.py", f"--logs_root {trained} --n_samples 20")
     call("experiments/check_digits.py", f"--logs_root {trained}")
     out = capsys.readouterr().out
-    assert "share of samples it is 0.9 sure of" in out and "(missed)" in out  # a model of three steps is not good
+    assert "fraction of samples classified with confidence" in out and "(missed)" in out  # after three training steps
     (folder,) = trained.glob("check_digits_*")
     assert (folder / "digits.png").is_file()
 
 
-def test_what_is_half_written_is_not_there(tmp_path):
+def test_an_interrupted_writer_leaves_no_files(tmp_path):
     with pytest.raises(RuntimeError, match="stopped"), SampleWriter(tmp_path, 2) as writer:
         writer.add({"image": torch.zeros(1, 1, 4, 4, dtype=torch.uint8)})
         raise RuntimeError("stopped")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_foreign_archives_are_refused(tmp_path):
+def test_other_archives_are_refused(tmp_path):
     path = tmp_path / "x.npz"
     with pytest.raises(FileNotFoundError, match="get_samples.py"):
         read_samples(path)
@@ -139,7 +139,7 @@ def test_foreign_archives_are_refused(tmp_path):
         read_samples(path)
 
 
-def test_a_dataset_that_is_not_the_models_is_refused(trained, capfd):
+def test_another_data_set_than_the_models_is_refused(trained, capfd):
     with pytest.raises(SystemExit) as stop:
         call("experiments/calc_FID.py", f"--logs_root {trained} --dataset mnist --load_dir absorbing_digits")
     assert stop.value.code == 2

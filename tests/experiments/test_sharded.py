@@ -1,4 +1,4 @@
-"""Experiments in two processes make what one makes."""
+"""Experiments on two ranks give the results of one."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def free_ports(count):
 
 
 def cut_off(logs):
-    """Makes two batches of what is to be gone on with."""
+    """Interrupts the experiments that are to be resumed after two batches."""
     draw, batches = TrainedSampler.draw, []
 
     def twice(model, *args, **kwargs):
@@ -72,7 +72,7 @@ def cut_off(logs):
 
 @pytest.fixture(scope="module")
 def made(trained, tmp_path_factory):
-    """The logs of one process, those of two, and what each of the two said: (stdout, stderr)."""
+    """The logs of one process, those of two ranks, and the (stdout, stderr) of each rank."""
     one, two = (tmp_path_factory.mktemp("sharded") / "logs" for _ in range(2))
     for logs in (one, two):
         for run in ("vqgan_digits", "absorbing_digits"):
@@ -92,9 +92,9 @@ def made(trained, tmp_path_factory):
         command = [sys.executable, "-c", PROCESS, *lines]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=variables, **pipes))
-    said = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    return one, two, said
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return one, two, outputs
 
 
 def results(logs, name):
@@ -102,7 +102,7 @@ def results(logs, name):
 
 
 def numbers(found):
-    """Every number of a report, by its place in it."""
+    """Every number of a report, by its path."""
     flat = {}
     for key, value in found.items():
         if isinstance(value, list):
@@ -116,7 +116,7 @@ def numbers(found):
 
 @pytest.mark.parametrize("name", ["samples", "one_batch", "cut_samples"])
 @pytest.mark.slow
-def test_the_samples_are_those_of_one_process(made, name):
+def test_two_ranks_write_the_samples_of_one(made, name):
     one, two, _ = made
     with np.load(one / name / "samples.npz") as wanted, np.load(two / name / "samples.npz") as got:
         assert sorted(wanted.files) == sorted(got.files) == ["arr_0", "codes", "labels"]
@@ -130,14 +130,14 @@ def test_the_samples_are_those_of_one_process(made, name):
 
 @pytest.mark.parametrize("name", ["FID", "ELBO", "cut_FID"])
 @pytest.mark.slow
-def test_the_report_is_that_of_one_process(made, name):
+def test_two_ranks_report_the_numbers_of_one(made, name):
     one, two, _ = made
     wanted, got = (numbers(results(logs, name)) for logs in (one, two))
-    told = {"reference"}
+    exact = {"reference"}
     assert wanted.keys() == got.keys() and len(wanted) > 8
     for key, value in wanted.items():
         assert got[key] == (
-            value if key in told or not isinstance(value, float) else pytest.approx(value, rel=1e-6, abs=1e-9)
+            value if key in exact or not isinstance(value, float) else pytest.approx(value, rel=1e-6, abs=1e-9)
         )
     assert not (two / name / BATCHES_FOLDER).exists()
     same = {"sampler_weights", "ae_weights", "step"}
@@ -146,8 +146,8 @@ def test_the_report_is_that_of_one_process(made, name):
 
 
 @pytest.mark.slow
-def test_the_distance_in_training_is_that_of_one_process(made):
-    """Of shards too, which all processes must put together as often."""
+def test_two_ranks_log_the_training_distance_of_one(made):
+    """With FSDP too, where all ranks must gather the shards equally often."""
     found = []
     for logs in made[:2]:
         lines = [json.loads(line) for line in (logs / "fsdp" / "metrics.jsonl").read_text().splitlines()]
@@ -156,21 +156,21 @@ def test_the_distance_in_training_is_that_of_one_process(made):
 
 
 @pytest.mark.slow
-def test_the_real_images_are_measured_once_by_both(made):
+def test_two_ranks_compute_the_real_statistics_once(made):
     one, two, _ = made
     files = [sorted(path.name for path in (logs / ".cache" / "statistics").iterdir()) for logs in (one, two)]
     assert files[0] == files[1] and len(files[0]) == 2  # 16x16 and 8x8
 
 
 @pytest.mark.slow
-def test_the_main_process_alone_speaks(made):
+def test_only_the_main_rank_prints(made):
     (out, bars), (other_out, other_bars) = made[2]
     assert "sampler:" in out and "results:" in out and "sampling" in bars
     assert other_out == "" and "img" not in other_bars
 
 
 class Main(DistContext):
-    """The first of two processes; what the second says is given."""
+    """The first of two ranks; the answers of the second are given."""
 
     others = None
 
@@ -178,7 +178,7 @@ class Main(DistContext):
         return [flag or bool(self.others) for flag in flags]
 
 
-def test_batches_come_in_turn_until_all_have_run_out(monkeypatch):
+def test_batches_of_all_ranks_alternate_until_exhausted(monkeypatch):
     world = Main(torch.device("cpu"), 0, 2)
     world.__class__.others = others = ["b", None, "d"]
     monkeypatch.setattr(
@@ -189,7 +189,7 @@ def test_batches_come_in_turn_until_all_have_run_out(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_each_index_has_one_owner_and_batches_stay_as_they_are(size):
+def test_ranks_partition_the_indices_in_whole_batches(size):
     indices = list(range(20, 31))
     whole = [indices[i : i + 3] for i in range(0, 11, 3)]
     owned = [rank_indices(DistContext(torch.device("cpu"), rank, size), indices, 3) for rank in range(size)]
@@ -197,7 +197,7 @@ def test_each_index_has_one_owner_and_batches_stay_as_they_are(size):
     assert sorted(own[i : i + 3] for own in owned for i in range(0, len(own), 3)) == whole
 
 
-def test_an_experiment_of_one_process_refuses_several(monkeypatch):
+def test_single_process_world_refuses_several_processes(monkeypatch):
     assert single_process_world("cpu").size == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="start it with python instead of torchrun"):

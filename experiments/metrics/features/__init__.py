@@ -1,7 +1,8 @@
-"""Features that distances are measured in, one file each.
+"""Features for distances between sets of images, one file each.
 
-A file defines `METRIC`, the distance's name, `build(device)`, and `VERSION`, a number that is raised when the same
-images get other features: what was measured before is then measured anew.
+A file defines `METRIC`, the name of the distance, `build(device)`, which returns a function from uint8 images
+(B, 3, H, W) to features (B, D), and `VERSION`, a number to increase whenever the same images get different features:
+earlier measurements are then repeated.
 """
 
 import inspect
@@ -18,7 +19,7 @@ from train.registry import load_plugin
 
 
 class Features(NamedTuple):
-    """A features file, built."""
+    """A features file and its feature extractor."""
 
     name: str
     module: ModuleType
@@ -26,7 +27,7 @@ class Features(NamedTuple):
 
 
 def load_features(name: str, device: torch.device, weights: str | None = None) -> Features:
-    """The features of one file here; `weights` goes to a `build` that takes it."""
+    """Builds the features of one file of this folder; `weights` is passed to a `build` that accepts it."""
     module = load_plugin(__name__, name, "features")
     if weights is None:
         return Features(name, module, module.build(device))
@@ -36,7 +37,7 @@ def load_features(name: str, device: torch.device, weights: str | None = None) -
 
 
 def choose_features(name: str, data: DataConfig, device: torch.device, weights: str | None = None) -> Features:
-    """The features of --features; auto is what the reader of the data names, or inception, or pixels with a warning."""
+    """Returns the features of --features; auto is the data set's own, else inception, else pixels with a warning."""
     if name != "auto" or weights is not None:
         return load_features("inception" if name == "auto" else name, device, weights)
     reader = load_plugin("train.datasets", data.reader or data.dataset, "data set")
@@ -45,5 +46,5 @@ def choose_features(name: str, data: DataConfig, device: torch.device, weights: 
     try:
         return load_features("inception", device)
     except FileNotFoundError as error:
-        warnings.warn(f"{error}. Measuring FD(pixels), which is no FID", stacklevel=2)
+        warnings.warn(f"{error}. Measuring FD(pixels), which is not an FID", stacklevel=2)
         return load_features("pixels", device)

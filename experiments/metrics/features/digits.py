@@ -1,4 +1,4 @@
-"""Features for the embedded digits: a small classifier trained on the real training digits alone."""
+"""Features for the embedded digits: a small classifier trained on the real training digits only."""
 
 import hashlib
 import math
@@ -16,19 +16,20 @@ from train.datasets import Dataset, digits
 from train.files import atomic_write
 
 METRIC = "FD(digits)"
-VERSION = 1  # raise it when anything below changes the trained weights: their cache goes by it, too
-SIDE = 32  # pixels; the size the digits are enlarged to
+VERSION = 1  # increase it when a change below affects the trained weights: their cache is keyed by it, too
+SIDE = 32  # pixels; images are resized to it
 EPOCHS, BATCH, PEAK_LR, WEIGHT_DECAY, SEED = 20, 64, 4e-3, 0.05, 0
 CACHE_DIR = Path(__file__).resolve().parents[3] / "logs" / ".cache" / "classifiers"
 
 
 class DigitsClassifier(nn.Module):
-    """Ten classes through three convolutions and, as in LeNet-5 (LeCun et al. 1998), a layer of 84: the features."""
+    """Classifier of ten digits: three convolutions and, as in LeNet-5 (LeCun et al. 1998), 84 hidden units, which are
+    the features."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.AvgPool2d(2),  # the digits come from 8 x 8 pixels: half the size keeps all they hold
+            nn.AvgPool2d(2),  # the digits were enlarged from 8 x 8 pixels: half the size loses nothing
             *_stage(1, 24),
             nn.MaxPool2d(2),
             *_stage(24, 48),
@@ -41,7 +42,7 @@ class DigitsClassifier(nn.Module):
         self.head = nn.Linear(84, 10)
 
     def features(self, images: Tensor) -> Tensor:
-        """uint8 images (B, 3, H, W), or grey (B, 1, H, W), of any size -> (B, 84) float32."""
+        """Maps uint8 images (B, 3, H, W) or (B, 1, H, W) of any size to features (B, 84) float32."""
         with torch.autocast(images.device.type, enabled=False):
             grey = images.float().mean(1, keepdim=True) / 255
             if grey.shape[-2:] != (SIDE, SIDE):
@@ -49,7 +50,7 @@ class DigitsClassifier(nn.Module):
             return self.body(grey)
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 images (B, 3, H, W), or grey (B, 1, H, W), of any size -> logits (B, 10) float32."""
+        """Maps uint8 images (B, 3, H, W) or (B, 1, H, W) of any size to logits (B, 10) float32."""
         features = self.features(images)
         with torch.autocast(images.device.type, enabled=False):
             return self.head(features)
@@ -61,17 +62,17 @@ def _stage(channels_in: int, channels_out: int) -> list[nn.Module]:
 
 
 def build(device: torch.device | str, cache_dir: str | Path = CACHE_DIR) -> Callable[[Tensor], Tensor]:
-    """Features of uint8 images (B, 3, H, W): the classifier's (B, 84) float32; trains it first if no cache holds it."""
+    """Returns the extractor of the classifier's features, uint8 (B, 3, H, W) -> float32 (B, 84); trains the classifier
+    first if it is not cached."""
     classifier = load_classifier(device, cache_dir)
     return lambda images: classifier.features(images.to(device))
 
 
-@torch.inference_mode(False)  # a caller in that mode would otherwise get weights that no gradient may pass
+@torch.inference_mode(False)  # weights made in a caller's inference mode could not be used with autograd
 def load_classifier(device: torch.device | str, cache_dir: str | Path = CACHE_DIR) -> DigitsClassifier:
-    """The trained classifier, frozen and in evaluation mode, on `device`; trained on the CPU (seconds) if not cached.
+    """Loads the trained classifier, frozen and in eval mode, on `device`; trains it on the CPU (seconds) if not cached.
 
-    The file's name in `cache_dir` holds the hash of the training digits and the recipe.
-    ValueError: a damaged file.
+    The cache file is named by a hash of the training digits and `VERSION`. ValueError: a damaged file.
     """
     training = digits.build(digits.Config(), "train")
     key = hashlib.sha256(f"{training.fingerprint()} recipe {VERSION}".encode()).hexdigest()
@@ -80,28 +81,28 @@ def load_classifier(device: torch.device | str, cache_dir: str | Path = CACHE_DI
         trained = train_classifier(*_stack(training), seed=SEED)
         with atomic_write(path) as scratch:
             save_file(trained.state_dict(), scratch)
-    with torch.device("meta"):  # no first weights: they would be drawn from the global generator
+    with torch.device("meta"):  # no initial weights: they would be drawn from the global generator
         classifier = DigitsClassifier()
     try:
         classifier.load_state_dict(load_file(path), assign=True)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and it is made anew") from error
+        raise ValueError(f"{path} is damaged ({error}): delete it, and it will be trained again") from error
     return classifier.to(device).requires_grad_(False).eval()
 
 
 def train_classifier(images: Tensor, labels: Tensor, seed: int) -> DigitsClassifier:
-    """A classifier of images (N, 1, 32, 32) uint8 and labels (N,), the same for the same seed, in float32 on the CPU.
+    """Trains a classifier on images (N, 1, 32, 32) uint8 and labels (N,), in float32 on the CPU, deterministically.
 
-    The global random state is left as it was found.
+    The global random state is unchanged.
     """
-    with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the global generator
+    with torch.random.fork_rng(devices=[]):  # layers draw their initial weights from the global generator
         torch.default_generator.manual_seed(seed)
         classifier = DigitsClassifier()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * math.ceil(len(images) / BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
-    with torch.enable_grad():  # whatever the caller has chosen
+    with torch.enable_grad():  # even if the caller has disabled it
         for _ in range(EPOCHS):
             for rows in torch.randperm(len(images), generator=generator).split(BATCH):
                 logits = classifier(augment(images[rows], generator))
@@ -113,10 +114,11 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int) -> DigitsClassif
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (B, 1, H, W), each turned by up to 10 degrees, scaled by 0.9 to 1.1, moved by about 2 pixels; float32."""
+    """Augments images (B, 1, H, W) by rotation up to 10 degrees, scaling by 0.9 to 1.1 and shifts of up to about 2
+    pixels; float32."""
     uniform = torch.rand(4, len(images), generator=generator) * 2 - 1  # in [-1, 1)
     angle, scale = uniform[0] * math.radians(10), 1 + 0.1 * uniform[1]
-    shift = uniform[2:] * 2 * 2 / images.shape[-1]  # two pixels, in affine_grid's units of half a side
+    shift = uniform[2:] * 2 * 2 / images.shape[-1]  # two pixels, in affine_grid's units of half the side
     cosine, sine = angle.cos() * scale, angle.sin() * scale
     rows = [torch.stack([cosine, -sine, shift[0]], 1), torch.stack([sine, cosine, shift[1]], 1)]  # (B, 3) each
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)  # (B, H, W, 2)
@@ -125,14 +127,14 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def accuracy(classifier: DigitsClassifier, split: str = "val") -> float:
-    """The share in [0, 1] of the digits of `split` ("train" or "val") that the classifier names rightly."""
+    """Returns the classifier's accuracy, in [0, 1], on the digits of `split` ("train" or "val")."""
     images, labels = _stack(digits.build(digits.Config(), split))
     device = next(classifier.parameters()).device
     return (classifier(images.to(device)).argmax(1).cpu() == labels).double().mean().item()
 
 
 def _stack(dataset: Dataset) -> tuple[Tensor, Tensor]:
-    """Images (N, 1, 32, 32) uint8 and labels (N,) int64."""
+    """Returns all images (N, 1, 32, 32) uint8 and labels (N,) int64."""
     items = [to_item(dataset[index], (SIDE, SIDE), 1) for index in range(len(dataset))]
     images = torch.stack([item["image"].as_subclass(Tensor) for item in items])
     return images, torch.tensor([item["label"] for item in items])

@@ -1,4 +1,4 @@
-"""The features of the FID: the 2048-wide layer of the field's InceptionV3, as ported by torch-fidelity."""
+"""FID features: the 2048-dimensional pooling layer of the original InceptionV3, as ported by torch-fidelity."""
 
 import tempfile
 import urllib.error
@@ -15,11 +15,11 @@ VERSION = 1
 
 
 def build(device: torch.device | str, weights: str | Path | None = None) -> Callable[[Tensor], Tensor]:
-    """Features of uint8 images (B, 3, H, W) of any size: (B, 2048) float32.
+    """Returns the feature extractor: uint8 (B, 3, H, W) of any size -> float32 (B, 2048).
 
-    `weights` is torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`; without it, its cache or its download
-    (about 95 MB). FileNotFoundError: no such file, or no download. ValueError: a file with anything but these weights;
-    nothing in it is run.
+    `weights` is torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`; by default it is read from
+    torch-fidelity's cache or downloaded (about 95 MB). FileNotFoundError: no such file, or the download failed.
+    ValueError: the file does not hold these weights; no code in it is run.
     """
     network = (_download() if weights is None else _from_file(Path(weights))).to(device)
 
@@ -42,12 +42,12 @@ def _download() -> nn.Module:
     try:
         return _extractor(None)
     except urllib.error.URLError as error:
-        remedy = "give the file's path, or take other features (--features pixels)"
+        remedy = "pass the path of the file, or use other features (--features pixels)"
         raise FileNotFoundError(f"the Inception weights could not be downloaded ({error.reason}): {remedy}") from error
 
 
 def _from_file(path: Path) -> nn.Module:
-    """The extractor with the tensors of a checked copy, as torch-fidelity unpickles whatever path it is given."""
+    """Loads the extractor from a sanitised copy: torch-fidelity itself unpickles any file it is given."""
     state = read_tensors(path, "wanted torch-fidelity's Inception weights (a .pth file)")
     with tempfile.TemporaryDirectory() as folder:
         checked = Path(folder) / "inception.pth"

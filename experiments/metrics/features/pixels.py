@@ -1,4 +1,4 @@
-"""Features without a network: the image itself, small."""
+"""Features without a network: the downsampled image itself."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,8 @@ SIDE = 16
 
 
 def build(device: torch.device | str) -> Callable[[Tensor], Tensor]:
-    """Features of uint8 images (B, 3, H, W): resized to 16 x 16, antialiased, (B, 768) float32 in [0, 1]."""
+    """Returns the feature extractor: uint8 (B, 3, H, W), resized to 16 x 16 with antialiasing -> float32 (B, 768) in
+    [0, 1]."""
 
     def features(images: Tensor) -> Tensor:
         images = images.to(device).float() / 255

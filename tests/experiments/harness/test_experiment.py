@@ -1,4 +1,4 @@
-"""Experiments are a Config, `measure` and `report` under one main: what is measured once is not measured again."""
+"""Experiments are a Config, `measure` and `report` under one main; finished experiments are not measured again."""
 
 import ast
 import dataclasses
@@ -37,7 +37,7 @@ EXPERIMENTS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if "\n 
 
 
 def call_in(name: str) -> ast.Call:
-    """How a script calls run_experiment."""
+    """The call of run_experiment in a script."""
     calls = (node for node in ast.walk(ast.parse((ROOT / "experiments" / f"{name}.py").read_text())))
     (call,) = (c for c in calls if isinstance(c, ast.Call) and ast.unparse(c.func) == "run_experiment")
     return call
@@ -49,7 +49,7 @@ def test_most_commands_are_experiments():
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_is_a_config_a_measure_and_a_report(name):
+def test_every_experiment_has_config_measure_and_report(name):
     module, call = importlib.import_module(f"experiments.{name}"), call_in(name)
     assert [ast.unparse(arg) for arg in call.args[1:]] == ["Config", "measure", "report"] and module.Config.__doc__
     groups = {field.name: field.type for field in dataclasses.fields(module.Config)}
@@ -72,7 +72,7 @@ def test_an_experiment_is_a_config_a_measure_and_a_report(name):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_weights_of_features_count_by_their_content(name):
+def test_feature_weights_are_identified_by_content(name):
     groups = (field.type for field in dataclasses.fields(importlib.import_module(f"experiments.{name}").Config))
     flags = {field.name for group in groups for field in dataclasses.fields(group)}
     how = {keyword.arg: keyword.value for keyword in call_in(name).keywords}
@@ -90,7 +90,7 @@ class ToyConfig:
     count: int = 5
     """How many."""
     file: str | None = None
-    """A file that results are of."""
+    """An input file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class Config:
 
 
 class Toy:
-    """`measure`, which notes what is made and may be cut off; and its command line."""
+    """A toy experiment that records its batches and may be interrupted, with its command line."""
 
     def __init__(self, logs: Path, monkeypatch, fails_at: int | None = None):
         self.logs, self.patch, self.fails_at, self.made = logs, monkeypatch, fails_at, []
@@ -146,7 +146,7 @@ def test_a_finished_experiment_is_not_measured_again(toy, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "results.json"]
 
 
-def test_one_that_was_cut_off_resumes(toy, capsys):
+def test_an_interrupted_experiment_resumes(toy, capsys):
     toy.fails_at = 2
     with pytest.raises(SystemExit):
         toy()
@@ -157,7 +157,7 @@ def test_one_that_was_cut_off_resumes(toy, capsys):
     assert not (folder / BATCHES_FOLDER).exists()
 
 
-def test_a_file_with_another_content_is_measured_anew(toy, tmp_path):
+def test_a_changed_input_file_is_measured_again(toy, tmp_path):
     path = tmp_path / "data.txt"
     path.write_text("one")
     flags = f"--file {path}"
@@ -171,7 +171,7 @@ def test_a_file_with_another_content_is_measured_anew(toy, tmp_path):
     assert len(toy.made) == 6
 
 
-def test_a_second_measurement_that_was_cut_off_resumes(toy, tmp_path):
+def test_an_interrupted_second_measurement_resumes(toy, tmp_path):
     path = tmp_path / "data.txt"
     path.write_text("one")
     toy(f"--file {path}", files=("file",))
@@ -184,14 +184,14 @@ def test_a_second_measurement_that_was_cut_off_resumes(toy, tmp_path):
     assert toy.made == [[4]] and not (toy.logs / "toy_absorbing_digits_3" / BATCHES_FOLDER).exists()
 
 
-def test_every_rank_asks_for_the_conditions_that_one_tries(tmp_path):
-    """The source may encode a data set, in which all ranks take part."""
-    asked, tried = [], []
+def test_every_rank_opens_the_condition_source(tmp_path):
+    """The source may encode a data set, a collective."""
+    calls, tried = [], []
     model = SimpleNamespace(
         run=tmp_path / "run",
         step=3,
         origin={},
-        condition_source=lambda options: asked.append(options) or "source",
+        condition_source=lambda options: calls.append(options) or "source",
         dry_run=lambda options, source, **how: tried.append(source),
     )
     config = get_samples.Config(
@@ -203,7 +203,7 @@ def test_every_rank_asks_for_the_conditions_that_one_tries(tmp_path):
     for is_main in (False, True):  # any: of the main rank, the folder is not there
         world = SimpleNamespace(is_main=is_main, any=lambda flag: [True], barrier=lambda: None)
         open_results_folder("samples", config, model, world, ExperimentSetup(()))
-    assert len(asked) == 2 and tried == ["source"]
+    assert len(calls) == 2 and tried == ["source"]
 
 
 def test_the_example_of_the_docs_runs(trained, tmp_path, monkeypatch):
@@ -223,7 +223,7 @@ def test_other_settings_in_the_same_folder_are_refused(toy, capfd):
     assert "count: 5 there, 6 now" in capfd.readouterr().err and len(toy.made) == 3
 
 
-def test_what_is_prepared_names_and_may_outdate_a_report(toy):
+def test_prepare_names_the_folder_and_may_outdate_results(toy):
     known = ["one"]
 
     def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
@@ -239,7 +239,7 @@ def test_what_is_prepared_names_and_may_outdate_a_report(toy):
     assert len(toy.made) == 6
 
 
-def test_what_is_refused_beforehand_leaves_no_folder(toy, capfd):
+def test_an_error_in_prepare_leaves_no_folder(toy, capfd):
     def refuse(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
         raise ValueError("nothing to measure: pass --count N")
 
@@ -249,7 +249,7 @@ def test_what_is_refused_beforehand_leaves_no_folder(toy, capfd):
     assert not (toy.logs / "toy_absorbing_digits_3").exists()
 
 
-def test_one_process_refuses_several(toy, monkeypatch, capfd):
+def test_one_process_experiments_refuse_several(toy, monkeypatch, capfd):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         toy(one_process=True)

@@ -1,4 +1,4 @@
-"""The strips of images on their way."""
+"""Denoising strips."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ class Space:
 
 
 @pytest.mark.parametrize("steps", [3, 64, 65, 1000])
-def test_strips_are_evenly_spaced_and_end_with_the_image_however_many_steps_there_are(steps):
+def test_recorded_steps_are_evenly_spaced_and_include_the_last(steps):
     recorder = StepRecorder(type("Trained", (), {"space": Space()})())
     for i in range(steps):
         x = torch.full((1,), float(i))

@@ -14,20 +14,20 @@ def test_class_balance_counts_every_class():
             class_balance(torch.tensor([0, wrong]), 4)
 
 
-def test_share_sure_by_hand():
+def test_confident_fraction_by_hand():
     logits = torch.tensor([[math.log(19.0), 0.0], [0.0, 0.0], [0.0, math.log(4.0)], [-50.0, 50.0]])  # .95 .5 .8 1
     assert confident_fraction(logits) == 0.5
     assert confident_fraction(logits, confidence=0.7) == 0.75
     assert confident_fraction(logits + 100) == 0.5
 
 
-def test_share_kept_by_hand():
+def test_same_class_fraction_by_hand():
     before = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 2.0]])
     after = torch.tensor([[9.0, 0.0], [2.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     assert same_class_fraction(before, after) == 0.75
 
 
-def test_wrong_logits():
+def test_invalid_logits_raise():
     with pytest.raises(ValueError, match="at least one"):
         confident_fraction(torch.zeros(0, 10))
     with pytest.raises(ValueError, match="same images"):

@@ -9,7 +9,7 @@ def flat(*values):
     return torch.tensor(values).reshape(-1, 1, 1, 1)
 
 
-def test_nearest_ratio_by_hand():
+def test_nearest_distance_ratio_by_hand():
     training = flat(0.0, 10.0)
     assert nearest_distance_ratio(flat(1.0, 9.0, 13.0), flat(2.0, 12.0), training) == pytest.approx(
         0.5
@@ -20,7 +20,7 @@ def test_nearest_ratio_by_hand():
     )  # an even count: the middle
 
 
-def test_nearest_ratio_has_no_scale():
+def test_nearest_distance_ratio_is_scale_invariant():
     generator = torch.Generator().manual_seed(0)
     sets = [torch.randint(0, 256, (n, 3, 4, 4), generator=generator, dtype=torch.uint8) for n in (5, 6, 7)]
     assert nearest_distance_ratio(*sets) == pytest.approx(
@@ -28,7 +28,7 @@ def test_nearest_ratio_has_no_scale():
     )
 
 
-def test_exact_copies_by_hand():
+def test_copied_fraction_by_hand():
     train = torch.tensor([[[1, 2], [3, 4]], [[5, 6], [7, 8]]])
     codes = torch.stack([train[1], train[1], train[0].T, train[0] + 1])
     assert copied_fraction(codes, train) == 0.5
@@ -38,7 +38,7 @@ def test_exact_copies_by_hand():
     assert copied_fraction(torch.stack([train[0] + 9] * 2), train) == 0  # samples that copy one another copy no image
 
 
-def test_exact_copies_against_a_plain_search():
+def test_copied_fraction_matches_a_brute_force_search():
     generator = torch.Generator().manual_seed(0)
     codes, train = torch.randint(0, 2, (200, 2, 3), generator=generator), torch.randint(0, 2, (30, 2, 3))
     known = {tuple(grid.flatten().tolist()) for grid in train}
@@ -46,7 +46,7 @@ def test_exact_copies_against_a_plain_search():
     assert copied_fraction(codes, train) == pytest.approx(wanted)
 
 
-def test_wrong_inputs():
+def test_invalid_inputs_raise():
     with pytest.raises(ValueError, match="generated images"):
         nearest_distance_ratio(torch.zeros(2, 1, 3, 3), torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4))
     with pytest.raises(ValueError, match="held-out images"):

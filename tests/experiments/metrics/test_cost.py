@@ -1,4 +1,4 @@
-"""What sampling costs is what goes through the network."""
+"""The number of function evaluations (NFE) of a network."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 from experiments.metrics.cost import count_nfe
 
 
-def test_calls_and_evaluations_are_counted_while_it_is_open():
+def test_calls_and_evaluations_are_counted_inside_the_block():
     network = nn.Linear(2, 2)
     network(torch.zeros(7, 2))
     with count_nfe(network) as nfe:
@@ -18,7 +18,7 @@ def test_calls_and_evaluations_are_counted_while_it_is_open():
     assert (nfe.calls, nfe.evaluations) == (2, 9)
 
 
-def test_counts_may_lie_in_each_other_and_none_stays_after_an_error():
+def test_counts_nest_and_hooks_are_removed_after_an_error():
     network = nn.Linear(2, 2)
     with count_nfe(network) as outer:
         with pytest.raises(RuntimeError, match="stopped"), count_nfe(network) as inner:

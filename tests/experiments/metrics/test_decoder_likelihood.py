@@ -1,4 +1,4 @@
-"""The likelihood of images given their codes: it is one, its head finds the true deviations, and its run goes on."""
+"""The likelihood of images given their codes: it is normalised, the head learns deviations, its training resumes."""
 
 import dataclasses
 import math
@@ -54,7 +54,7 @@ def test_the_masses_of_all_levels_sum_to_one(mean, log_variance):
     assert (nats <= 0).all()
 
 
-def test_far_out_it_stays_finite_and_so_do_gradients():
+def test_likelihood_and_gradients_stay_finite_far_out():
     mean = torch.tensor([-30.0, -2.0, -1.0, 0.0, 1.0, 30.0]).view(-1, 1, 1)
     log_variance = torch.tensor([MIN_LOG_VARIANCE, INITIAL_LOG_VARIANCE, MAX_LOG_VARIANCE]).view(-1, 1).requires_grad_()
     nats = discretized_log_likelihood(LEVELS, Normal(mean, log_variance))
@@ -62,7 +62,7 @@ def test_far_out_it_stays_finite_and_so_do_gradients():
     assert nats.isfinite().all() and log_variance.grad.isfinite().all()
 
 
-def test_it_is_the_mass_between_the_borders_of_a_level(first):
+def test_likelihood_is_the_mass_of_the_levels_bin(first):
     ids = torch.randint(16, (3, *first.vqgan.grid))
     mean, _ = reconstruct_codes(first, ids)
     images = to_uint8(mean + 0.1 * torch.randn_like(mean))
@@ -77,7 +77,7 @@ def test_it_is_the_mass_between_the_borders_of_a_level(first):
 
 
 class PlainDecoder(Decoder):
-    """One of layers that are given."""
+    """A decoder made of the given layers."""
 
     def __init__(self, *layers):
         nn.Sequential.__init__(self, *layers)
@@ -100,7 +100,7 @@ class Flat:
         return nn.functional.one_hot(ids, 2).float().movedim(-1, 1).expand(-1, -1, 1, self.width)
 
 
-def test_bits_of_codes_and_of_images_given_codes_bound_every_image_at_once():
+def test_code_bits_plus_decoder_bits_are_a_likelihood_bound():
     """One code for each image: the probabilities of all 65,536 images of two pixels sum to less than one, so no source
     of images has a larger entropy than the bits that it is given."""
     first, prior = Flat(2), torch.tensor([0.25, 0.75]).double()
@@ -168,7 +168,7 @@ def test_the_loss_is_that_of_images_and_their_own_codes():
     assert step(state, [{"image": images}])["loss"].item() < wanted
 
 
-def test_a_step_that_is_not_finite_moves_nothing():
+def test_a_nonfinite_step_changes_no_weights():
     first, training = Noise(), TrainingConfig(train_steps=3, batch_size=4, amp=False)
     state, step = build_state(first, training, DistContext(CPU)), HeadStep(first, training, DistContext(CPU))
     before = {name: value.clone() for name, value in state.modules["head"].state_dict().items()}
@@ -196,7 +196,7 @@ def whole(first, tmp_path_factory):
     return trained_head(first, tmp_path_factory.mktemp("heads") / "whole", 5)
 
 
-def test_training_moves_the_head_alone_and_validates(first, whole, tmp_path):
+def test_training_changes_only_the_head_and_validates(first, whole, tmp_path):
     assert whole.step == 5 and not any(p.requires_grad or p.grad is not None for p in first.vqgan.parameters())
     assert not whole.head.training and not any(p.requires_grad for p in whole.head.parameters())
     again = load_first_stage(first.run, None, CPU, amp=False)
@@ -211,13 +211,13 @@ def test_training_moves_the_head_alone_and_validates(first, whole, tmp_path):
     assert logged[-1] < logged[0]
 
 
-def test_what_is_loaded_are_the_averaged_weights(whole):
+def test_the_averaged_weights_are_loaded(whole):
     averaged, plain = (weights(whole.run, 5, name) for name in ("ema.safetensors", "model.safetensors"))
     assert_equal_bits({f"head.{name}": value for name, value in whole.head.state_dict().items()}, averaged)
     assert any(not torch.equal(averaged[name], plain[name]) for name in plain)
 
 
-def test_resumed_it_is_bitwise_the_one_that_never_stopped(first, whole, tmp_path):
+def test_resumed_head_training_is_bitwise_uninterrupted(first, whole, tmp_path):
     trained_head(first, tmp_path / "parts", 2)
     parts = trained_head(first, tmp_path / "parts", 5)
     assert parts.step == 5
@@ -227,13 +227,13 @@ def test_resumed_it_is_bitwise_the_one_that_never_stopped(first, whole, tmp_path
 
 
 @pytest.mark.slow
-def test_parts_of_a_batch_are_the_whole(first, whole, tmp_path):
+def test_gradient_accumulation_matches_the_whole_batch(first, whole, tmp_path):
     parts = trained_head(first, tmp_path / "parts", 5, accumulate=2)
     rows = zip(lines(whole.run), lines(parts.run), strict=True)
     assert all(row == pytest.approx(twin, rel=1e-4, abs=1e-6) for row, twin in rows)
 
 
-def test_a_head_of_other_weights_or_settings_is_refused(first, whole, trained):
+def test_a_head_with_other_weights_or_settings_is_refused(first, whole, trained):
     stranger = dataclasses.replace(first, weights="0" * 64)
     with pytest.raises(ValueError, match="other VQGAN weights than those of .* at step 5: pass another --head_dir"):
         load_head(whole.run, stranger)

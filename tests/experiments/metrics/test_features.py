@@ -48,7 +48,7 @@ class Poison:
         return Path.touch, (self.victim,)
 
 
-def test_poisoned_weights_are_not_run(tmp_path):
+def test_code_in_weights_files_is_not_run(tmp_path):
     weights, victim = tmp_path / "weights.pth", tmp_path / "victim"
     torch.save({"fc.bias": Poison(victim)}, weights)
     with pytest.raises(ValueError, match="weights.pth.*nothing in it was run"):
@@ -61,7 +61,7 @@ def test_poisoned_weights_are_not_run(tmp_path):
     assert victim.exists()  # the poison was real
 
 
-def test_wrong_weights_are_named(tmp_path):
+def test_invalid_weights_are_reported_by_path(tmp_path):
     weights = tmp_path / "weights.pth"
     with pytest.raises(FileNotFoundError, match="weights.pth"):
         inception.build("cpu", weights)
@@ -105,7 +105,7 @@ def test_inception_loads_strictly(random_inception, tmp_path):
         inception.build("cpu", tmp_path / "cut.pth")
 
 
-def test_no_network_no_download(monkeypatch):
+def test_a_failed_download_is_reported(monkeypatch):
     extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 
     def unreachable(*args, **kwargs):

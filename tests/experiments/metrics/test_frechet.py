@@ -27,7 +27,7 @@ def same(a, b):
     assert a.count == b.count
 
 
-def test_streaming_equals_the_whole_batch(rng):
+def test_streamed_statistics_equal_those_of_the_whole_batch(rng):
     features = normal(101, 7, rng=rng) + 5
     stream = Statistics()
     for rows in features.split([1, 40, 60]):
@@ -38,7 +38,7 @@ def test_streaming_equals_the_whole_batch(rng):
     torch.testing.assert_close(stream.covariance, torch.cov(features.T))
 
 
-def test_a_far_mean_costs_no_digits(rng):
+def test_a_large_mean_loses_no_precision(rng):
     features = normal(200, 3, rng=rng)
     far = Statistics()
     for rows in (features + 1e8).split(50):
@@ -74,7 +74,7 @@ def test_save_and_load(tmp_path, rng):
     same(Statistics.load(path).update(more), statistics.update(more))
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, rng, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, rng, monkeypatch):
     path = tmp_path / "stats.npz"
     statistics = Statistics().update(normal(30, 5, rng=rng))
     statistics.save(path)
@@ -91,7 +91,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, rng, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_files_without_a_count_measure_but_do_not_grow(tmp_path, rng):
+def test_statistics_without_a_count_cannot_be_extended(tmp_path, rng):
     known = Statistics().update(normal(30, 3, rng=rng))
     loaded = written(tmp_path / "field.npz", known.mean, known.covariance)
     assert loaded.count is None
@@ -103,7 +103,7 @@ def test_files_without_a_count_measure_but_do_not_grow(tmp_path, rng):
             grow()
 
 
-def test_files_that_are_no_statistics(tmp_path):
+def test_invalid_statistics_files_are_refused(tmp_path):
     path = tmp_path / "stats.npz"
     with pytest.raises(FileNotFoundError, match="mu and sigma"):
         Statistics.load(path)
@@ -126,7 +126,7 @@ def test_files_that_are_no_statistics(tmp_path):
             Statistics.load(path)
 
 
-def test_equal_covariances_leave_the_squared_distance_of_the_means(rng):
+def test_equal_covariances_leave_the_distance_of_the_means(rng):
     features = normal(60, 6, rng=rng)
     shift = torch.arange(6.0, dtype=torch.float64)
     distance = frechet_distance(Statistics().update(features), Statistics().update(features + shift))
@@ -145,7 +145,7 @@ def test_commuting_covariances(tmp_path, rng):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_against_the_matrix_square_root(tmp_path, seed):
+def test_matches_the_matrix_square_root(tmp_path, seed):
     rng = torch.Generator().manual_seed(seed)
     covariances = [factor @ factor.T for factor in normal(2, 8, 8, rng=rng)]
     means = normal(2, 8, rng=rng)
@@ -175,7 +175,7 @@ def test_constant_features():
     assert frechet_distance(a, a) == 0.0
 
 
-def test_wrong_features():
+def test_invalid_features_raise():
     two = Statistics().update(torch.eye(2))
     with pytest.raises(ValueError, match="widths 2 and 3"):
         frechet_distance(two, Statistics().update(torch.eye(3)))

@@ -12,7 +12,7 @@ def reference():
     return Reference(Statistics().update(FEATURES), FEATURES[:7])
 
 
-def test_it_is_read_as_it_was_written_and_its_statistics_alone_too(tmp_path, reference):
+def test_a_reference_round_trips_and_loads_as_statistics(tmp_path, reference):
     path = tmp_path / "new folder" / "real.npz"
     reference.save(path)
     found = Reference.load(path)
@@ -23,7 +23,7 @@ def test_it_is_read_as_it_was_written_and_its_statistics_alone_too(tmp_path, ref
     assert [file.name for file in path.parent.iterdir()] == ["real.npz"]
 
 
-def test_statistics_of_the_field_have_no_features(tmp_path, reference):
+def test_plain_statistics_files_have_no_features(tmp_path, reference):
     path = tmp_path / "real.npz"
     reference.statistics.save(path)
     assert Reference.load(path).features is None
@@ -33,7 +33,7 @@ def test_statistics_of_the_field_have_no_features(tmp_path, reference):
 
 WRONG = {
     "width": (np.zeros((3, 5), np.float32), r"features of shape \(3, 5\)"),
-    "shape": (np.zeros(4, np.float32), r"wanted floats \(n, 4\), as mu is"),
+    "shape": (np.zeros(4, np.float32), r"wanted floats \(n, 4\), of the width of mu"),
     "words": (np.full((3, 4), "x"), "wanted floats"),
     "nan": (np.full((3, 4), np.nan), "nan or inf"),
     "objects": (np.array([[{}] * 4] * 3), "cannot be read"),
@@ -41,7 +41,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_features_that_are_none_are_refused(tmp_path, reference, name):
+def test_invalid_features_are_refused(tmp_path, reference, name):
     features, message = WRONG[name]
     path = tmp_path / "real.npz"
     np.savez(path, mu=np.zeros(4), sigma=np.eye(4), features=features)

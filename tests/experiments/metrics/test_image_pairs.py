@@ -1,4 +1,4 @@
-"""The distances that rank neighbours: of pixels, and LPIPS with images enlarged for it."""
+"""The distances that rank neighbours: pixels, and LPIPS on enlarged images."""
 
 import math
 import os
@@ -16,7 +16,7 @@ ALONE = DistContext(torch.device("cpu"))
 
 
 class Seen(nn.Module):
-    """In the place of LPIPS: the mean absolute difference, and what it was given."""
+    """A stand-in for LPIPS: the mean absolute difference, recording its inputs' shapes."""
 
     net = "alex"
 
@@ -43,7 +43,7 @@ def test_pixels_by_hand():
 @pytest.mark.parametrize(
     "size, shown", [((8, 8), 64), ((28, 28), 84), ((63, 90), 126), ((64, 64), 64), ((65, 200), 65)]
 )
-def test_small_images_are_enlarged_by_a_whole_number(size, shown):
+def test_small_images_are_enlarged_by_an_integer(size, shown):
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     large = enlarge(images)
     assert min(large.shape[2:]) == shown and large.shape[3] * size[0] == large.shape[2] * size[1]
@@ -52,7 +52,7 @@ def test_small_images_are_enlarged_by_a_whole_number(size, shown):
     torch.testing.assert_close(flat, torch.full_like(flat, 0.3))
 
 
-def test_a_learned_distance_is_taken_in_batches_of_minus_one_to_one():
+def test_lpips_is_computed_in_batches_on_the_range_minus_1_to_1():
     net = Seen()
     found = lpips_distance(net, torch.device("cpu"), 2)
     image, others = torch.zeros(1, 8, 8, dtype=torch.uint8), torch.zeros(5, 1, 8, 8, dtype=torch.uint8)
@@ -66,11 +66,16 @@ def no_weights(net, weights):
     raise ValueError("no weights") from urllib.error.URLError("no route to host")
 
 
-def test_without_weights_auto_is_pixels_and_says_so_once(monkeypatch, capsys):
+def test_without_weights_auto_falls_back_to_pixels(monkeypatch, capsys):
     monkeypatch.setattr(image_pairs, "load_perceptual", no_weights)
     assert choose_distance("auto", "alex", None, ALONE, 9).name == "pixels"
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "pixels, not by LPIPS" in said and "no route" in said and "--perceptual_w" in said
+    message = capsys.readouterr().out
+    assert (
+        message.count("\n") == 1
+        and "pixels, not by LPIPS" in message
+        and "no route" in message
+        and "--perceptual_w" in message
+    )
     with pytest.raises(ValueError, match="--rerank pixels"):
         choose_distance("lpips", "alex", None, ALONE, 9)
     with pytest.raises(ValueError, match="no weights"):  # a file that was named does not become something else
@@ -79,13 +84,13 @@ def test_without_weights_auto_is_pixels_and_says_so_once(monkeypatch, capsys):
 
 
 class OtherFailed(DistContext):
-    """One of two processes, where the other has no weights."""
+    """A rank of two whose peer has no weights."""
 
     def any(self, *flags):
         return [True for _ in flags]
 
 
-def test_all_processes_rank_alike(monkeypatch, capsys):
+def test_all_ranks_use_the_same_distance(monkeypatch, capsys):
     monkeypatch.setattr(image_pairs, "load_perceptual", lambda net, weights: (net, Seen()))
     assert choose_distance("auto", "alex", None, ALONE, 9).name == "LPIPS (alex)"
     assert choose_distance("auto", "alex", None, OtherFailed(torch.device("cpu")), 9).name == "pixels"
@@ -93,7 +98,7 @@ def test_all_processes_rank_alike(monkeypatch, capsys):
 
 
 @pytest.mark.skipif("LPIPS_SQUEEZE" not in os.environ, reason="LPIPS_SQUEEZE names no folder with squeeze.backbone.pth")
-def test_real_weights_tell_what_is_alike_from_what_is_not():
+def test_lpips_with_real_weights_orders_similar_images():
     found = choose_distance("lpips", "squeeze", f"{os.environ['LPIPS_SQUEEZE']}/squeeze.backbone.pth", ALONE, 4)
     image = torch.zeros(1, 16, 16, dtype=torch.uint8)
     image[:, 3:12, 6:9] = 255

@@ -1,4 +1,4 @@
-"""The kernel distance: torch-fidelity's, sums written out, and distributions whose distance is known."""
+"""The kernel distance against torch-fidelity, sums written out, and distributions of known distance."""
 
 import itertools
 
@@ -20,7 +20,7 @@ def normal(*shape, rng):
     return torch.randn(*shape, generator=rng, dtype=torch.float64)
 
 
-def test_of_two_sets_it_is_the_sum_written_out(rng):
+def test_mmd_matches_the_sum_written_out(rng):
     x, y = normal(5, 3, rng=rng), normal(4, 3, rng=rng) + 0.5
 
     def kernel(a, b):
@@ -33,7 +33,7 @@ def test_of_two_sets_it_is_the_sum_written_out(rng):
 
 
 @pytest.mark.parametrize("width", [7, 64])
-def test_it_is_torch_fidelitys(rng, width):
+def test_mmd_matches_torch_fidelity(rng, width):
     x, y = normal(60, width, rng=rng).relu(), normal(60, width, rng=rng).relu() * 1.3 + 0.2
     assert mmd_squared(x, y).item() == pytest.approx(kernel_mmd(x.numpy(), y.numpy(), verbose=False), rel=1e-10)
     whole = kernel_distance(x, y, 3, 60)
@@ -42,7 +42,7 @@ def test_it_is_torch_fidelitys(rng, width):
     assert whole.deviation == pytest.approx(0, abs=1e-9)  # all subsets are the set
 
 
-def test_over_subsets_mean_and_deviation_are_torch_fidelitys(rng):
+def test_mean_and_deviation_match_torch_fidelity(rng):
     x, y = normal(400, 16, rng=rng), normal(300, 16, rng=rng) + 0.3
     ours = kernel_distance(x, y, 400, 50)
     theirs = kid_features_to_metric(x, y, kid_subsets=400, kid_subset_size=50, rng_seed=1, verbose=False)
@@ -52,7 +52,7 @@ def test_over_subsets_mean_and_deviation_are_torch_fidelitys(rng):
     assert ours.deviation == pytest.approx(deviation, rel=0.2)
 
 
-def test_the_deviation_is_that_of_the_subsets(monkeypatch, rng):
+def test_the_deviation_is_over_subsets(monkeypatch, rng):
     values = iter([1.0, 2.0, 6.0])
     monkeypatch.setattr(kid, "mmd_squared", lambda x, y: torch.tensor(next(values)))
     found = kernel_distance(normal(4, 2, rng=rng), normal(4, 2, rng=rng), 3, 2)
@@ -61,7 +61,7 @@ def test_the_deviation_is_that_of_the_subsets(monkeypatch, rng):
     assert kernel_distance(normal(4, 2, rng=rng), normal(4, 2, rng=rng), 1, 2).deviation == 0
 
 
-def test_it_is_unbiased(rng):
+def test_mmd_is_unbiased(rng):
     """With x = 1 and -1 by the toss of a coin and y the same, the mean over tosses is 0; with pairs of a feature with
     itself among the sums it is not."""
     found = torch.stack([mmd_squared(*normal(2, 4, 1, rng=rng).sign()) for _ in range(4000)])  # of 4 tosses each
@@ -70,7 +70,7 @@ def test_it_is_unbiased(rng):
     assert error < 0.1 < 2 * (8 - 4) / 4  # which the biased one would find: kernel 8 of equals, 4 in the mean
 
 
-def test_subsets_are_drawn_without_repetition_from_each_set_apart(monkeypatch):
+def test_subsets_are_drawn_without_replacement_from_each_set(monkeypatch):
     drawn = []
     monkeypatch.setattr(kid, "mmd_squared", lambda x, y: drawn.append((x, y)) or torch.zeros(()))
     x, y = torch.arange(20.0)[:, None], torch.arange(100.0, 130.0)[:, None]
@@ -81,7 +81,7 @@ def test_subsets_are_drawn_without_repetition_from_each_set_apart(monkeypatch):
     assert {*torch.cat([ours for ours, _ in drawn]).flatten().tolist()} == {*range(20)}
 
 
-def test_the_same_seed_is_the_same_value_and_subsets_are_no_larger_than_the_sets(rng):
+def test_kernel_distance_is_seeded_and_subsets_fit_the_sets(rng):
     x, y = normal(30, 4, rng=rng), normal(12, 4, rng=rng)
     found = kernel_distance(x, y, 4, 1000)
     assert found.size == 12 and found == kernel_distance(x, y, 4, 12) != kernel_distance(x, y, 4, 12, seed=1)
@@ -93,7 +93,7 @@ def test_float32_features_are_summed_in_float64(rng):
     assert mmd_squared(x, y) == mmd_squared(x.double(), y.double())
 
 
-def test_wrong_features(rng):
+def test_invalid_features_raise(rng):
     two = torch.eye(2)
     for wrong in (torch.eye(3), torch.ones(2)):
         with pytest.raises(ValueError, match=r"wanted \(N, D\) and \(M, D\)"):
@@ -111,14 +111,14 @@ def batches(*sizes):
         begun += size
 
 
-def test_the_first_features_stay_and_all_batches_pass(monkeypatch):
+def test_the_first_features_are_kept_and_batches_pass_through(monkeypatch):
     monkeypatch.setattr(kid, "MAX_FEATURES", 5)
     kept = FeatureSubset(batches(2, 2, 2, 2))
     assert [batch["index"].tolist() for batch in kept] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert kept.features.tolist() == [[i, i] for i in range(5)]
 
 
-def test_or_those_that_were_chosen(monkeypatch):
+def test_the_features_of_chosen_indices_are_kept(monkeypatch):
     kept = FeatureSubset(batches(4, 1, 4), [8, 0, 7, 3])
     assert len(list(kept)) == 3
     assert kept.features[:, 0].tolist() == [0, 3, 7, 8]

@@ -1,4 +1,4 @@
-"""The search for training images near to others: each image once, in its nearest view, whatever the chunks."""
+"""The search for nearest training images: each image once, in its nearest view, whatever the chunks."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def part(*rows):
     return Candidates(distances.double(), images, views)
 
 
-def test_an_image_comes_once_in_its_nearest_view():
+def test_each_image_appears_once_in_its_nearest_view():
     one, two = part((3.0, 7, 0), (4.0, 5, 0)), part((1.0, 5, 1), (9.0, 7, 1))
     found = merge_candidates([one, two], 2)
     assert (found.images.tolist(), found.views.tolist(), found.distances.tolist()) == ([[5, 7]], [[1, 0]], [[1, 3]])
@@ -43,7 +43,7 @@ def test_an_image_comes_once_in_its_nearest_view():
 
 
 class Images(ArrayDataset):
-    """Random images, of which some cannot be read."""
+    """Random images, some of them unreadable."""
 
     broken = ()
 
@@ -63,7 +63,7 @@ def source_of(count, broken=(), **data):
 
 
 def plainly(queries, source, most):
-    """Distances, images, views of the nearest by a plain search."""
+    """Distances, images and views of the nearest images by brute force."""
     found = []
     for query in queries:
         rows = []
@@ -77,7 +77,7 @@ def plainly(queries, source, most):
 
 @pytest.mark.parametrize("data", [{}, {"horizontal_flip": True}, {"shift": 1}, {"crop_margin": 2}])
 @pytest.mark.parametrize("most", [1, 4, 100])
-def test_against_a_plain_search_in_all_views(tmp_path, monkeypatch, data, most):
+def test_matches_a_brute_force_search_in_all_views(tmp_path, monkeypatch, data, most):
     monkeypatch.setattr(nearest_neighbours, "CHUNK", 5)
     source = source_of(13, **data)
     queries = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(1)).float()
@@ -90,7 +90,7 @@ def test_against_a_plain_search_in_all_views(tmp_path, monkeypatch, data, most):
 
 
 @pytest.mark.filterwarnings("ignore:skipped")
-def test_what_cannot_be_read_is_left_out(tmp_path, monkeypatch):
+def test_unreadable_images_are_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(nearest_neighbours, "CHUNK", 3)
     source = source_of(10, broken=(1, 3, 4, 5))  # a whole chunk among them
     queries = torch.zeros(2, 16)
@@ -99,13 +99,13 @@ def test_what_cannot_be_read_is_left_out(tmp_path, monkeypatch):
     assert sorted(found.images[0].tolist()) == [0, 2, 6, 7, 8, 9]
 
 
-def test_a_search_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_search_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(nearest_neighbours, "CHUNK", 4)
-    source, asked = source_of(12), []
+    source, calls = source_of(12), []
 
     def failing(images):
-        asked.append(len(images))
-        if len(asked) == 2:
+        calls.append(len(images))
+        if len(calls) == 2:
             raise RuntimeError("cut off")
         return FEATURES.extract(images)
 
@@ -113,11 +113,11 @@ def test_a_search_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="cut off"):
         find_candidates(queries, source, FEATURES._replace(extract=failing), 3, batches, "c")
     found = find_candidates(queries, source, FEATURES._replace(extract=failing), 3, batches, "c")
-    assert asked == [4, 4, 4, 4]  # the first chunk is not searched again
+    assert calls == [4, 4, 4, 4]  # the first chunk is not searched again
     assert torch.equal(found.images, find_candidates(queries, source, FEATURES, 3, batches, "other").images)
 
 
-def test_candidates_are_ranked_anew():
+def test_candidates_are_reranked():
     query = torch.zeros(1, 2, 2, dtype=torch.uint8)
     shown = torch.tensor([4, 0, 9])[:, None, None, None].expand(-1, 1, 2, 2).byte()
     own = part((1.0, 11, 0), (2.0, 12, 1), (3.0, 13, 0))
@@ -132,7 +132,7 @@ def test_candidates_are_ranked_anew():
     assert rank_candidates(almost, shown, own, by_mean, 2).equal.tolist() == [False]
 
 
-def test_a_mirrored_training_image_is_found_as_a_copy(tmp_path):
+def test_a_flipped_training_image_counts_as_a_copy(tmp_path):
     source = source_of(9, horizontal_flip=True)
     image = source[4]["image"].as_subclass(torch.Tensor)
     queries = torch.stack([image.flip(2), 255 - image])
@@ -146,7 +146,7 @@ def test_a_mirrored_training_image_is_found_as_a_copy(tmp_path):
     assert torch.equal(shown, image.flip(2))
 
 
-def test_a_training_image_of_floats_is_seen_in_8_bits():
+def test_float_training_images_are_converted_to_8_bits():
     source = source_of(3, shift=1)
     floats = to_float(source[1]["image"].as_subclass(torch.Tensor))
     source.memory_cache[1] = {"image": tv_tensors.Image(floats)}
@@ -168,6 +168,6 @@ def test_figures_by_hand():
     assert summarize_distances(ranking, 3)["ratio"] is None
 
 
-def test_rows_of_the_picture_are_spread_evenly():
+def test_evenly_spaced_by_hand():
     assert evenly_spaced([], 3) == [] and evenly_spaced([1, 2], 3) == [1, 2]
     assert evenly_spaced(list(range(9)), 3) == [0, 4, 8] and evenly_spaced(list(range(9)), 1) == [0]

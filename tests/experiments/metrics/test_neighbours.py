@@ -19,7 +19,7 @@ def sorted_distances(point, others):
 
 
 @given(n=st.integers(1, 9), m=st.integers(4, 9), k=st.integers(1, 4), chunk=st.integers(1, 10), seed=st.integers(0, 99))
-def test_against_a_plain_search(n, m, k, chunk, seed):
+def test_matches_a_brute_force_search(n, m, k, chunk, seed):
     queries, references = points(n, 3, seed), points(m, 3, seed + 1000)
     wanted = [sorted_distances(query, references)[k - 1] for query in queries]
     assert nearest_distances(queries, references, k, chunk=chunk).tolist() == pytest.approx(wanted, abs=1e-12)
@@ -34,28 +34,28 @@ def test_a_point_is_not_its_own_neighbour(n, k, chunk, seed):
 
 @pytest.mark.parametrize("block", [1, 5, 100])
 @pytest.mark.parametrize("own", [False, True])
-def test_the_nearest_with_their_indices_whatever_the_blocks(monkeypatch, block, own):
+def test_nearest_does_not_depend_on_the_block_size(monkeypatch, block, own):
     """More references than a block and than the product proposes, so that both have to choose."""
     monkeypatch.setattr(neighbours, "BLOCK", block)
-    rng, seen = torch.Generator().manual_seed(0), []
+    rng, counts = torch.Generator().manual_seed(0), []
     references = torch.randn(40, 3, generator=rng)
     queries = references if own else torch.randn(9, 3, generator=rng)
-    found = nearest(queries, references, 6, exclude_self=own, chunk=4, advance=seen.append)
+    found = nearest(queries, references, 6, exclude_self=own, chunk=4, advance=counts.append)
     wanted = (queries[:, None] - references).double().norm(dim=-1)
     if own:
         wanted.fill_diagonal_(torch.inf)
     values, indices = wanted.sort(1)
-    assert torch.equal(found.indices, indices[:, :6]) and sum(seen) == len(queries)
+    assert torch.equal(found.indices, indices[:, :6]) and sum(counts) == len(queries)
     torch.testing.assert_close(found.distances, values[:, :6], rtol=1e-6, atol=0)
 
 
-def test_ties_are_told_in_the_order_of_the_references():
+def test_ties_keep_the_order_of_the_references():
     references = torch.tensor([[2.0], [-1.0], [1.0], [1.0], [-1.0]])
     found = nearest(torch.zeros(1, 1), references, 5)
     assert found.indices.tolist() == [[1, 2, 3, 4, 0]] and found.distances.tolist() == [[1, 1, 1, 1, 2]]
 
 
-def test_the_product_errs_about_near_ones_but_the_answer_does_not():
+def test_near_ties_are_resolved_exactly():
     """Around their middle these still have squares that hide differences of 1e-5: the product alone guesses."""
     rng = torch.Generator().manual_seed(0)
     far = torch.randn(2, 50, generator=rng, dtype=torch.float64) * 1e4
@@ -66,13 +66,13 @@ def test_the_product_errs_about_near_ones_but_the_answer_does_not():
     torch.testing.assert_close(found.distances, torch.tensor([[1e-5, 2e-5, 3e-5]]).double(), rtol=1e-9, atol=0)
 
 
-def test_duplicates_lie_at_exactly_zero():
+def test_duplicates_have_distance_exactly_zero():
     data = torch.rand(300, 768, generator=torch.Generator().manual_seed(0)) + 1000
     assert nearest_distances(data, data.flip(0)).eq(0).all()
     assert torch.cdist(data, data, compute_mode="use_mm_for_euclid_dist").diagonal().max() > 0  # the expanded square
 
 
-def test_near_duplicates_keep_their_digits():
+def test_near_duplicates_keep_their_precision():
     data = torch.rand(4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1000
     moved = data.clone()
     moved[:, 0] += 1e-6
@@ -97,7 +97,7 @@ def test_coverage_by_hand():
 
 
 @given(n=st.integers(4, 10), m=st.integers(1, 10), k=st.integers(1, 3), seed=st.integers(0, 199))
-def test_coverage_against_its_definition(n, m, k, seed):
+def test_coverage_matches_its_definition(n, m, k, seed):
     real, fake = points(n, 2, seed, grid=5), points(m, 2, seed + 1000, grid=5)
     covered = 0
     for point in real:
@@ -113,7 +113,7 @@ def test_coverage_of_one_distribution():
     assert coverage(real, fake, k=5) == pytest.approx(1 - 2**-5, abs=0.02)
 
 
-def test_wrong_points():
+def test_invalid_points_raise():
     with pytest.raises(ValueError, match="wanted"):
         nearest_distances(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="wanted"):

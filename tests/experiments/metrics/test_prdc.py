@@ -39,7 +39,7 @@ def small_blocks():
 
 @settings(deadline=None, max_examples=40)
 @given(n=st.integers(9, 40), m=st.integers(9, 40), k=st.integers(1, 7), seed=st.integers(0, 999), grid=st.booleans())
-def test_against_the_authors_package(n, m, k, seed, grid):
+def test_matches_the_authors_package(n, m, k, seed, grid):
     rng = torch.Generator().manual_seed(seed)
     if grid:  # ties and duplicates, whose squares no rounding blurs
         real, fake = (torch.randint(0, 3, (count, 4), generator=rng).float() for count in (n, m))
@@ -51,7 +51,7 @@ def test_against_the_authors_package(n, m, k, seed, grid):
 
 
 @pytest.mark.parametrize("width", [3, 300])
-def test_many_features_against_the_authors_package(width):
+def test_many_features_match_the_authors_package(width):
     real, fake = normal(300, width), normal(200, width, seed=1)
     assert prdc(real, fake, 3) == pytest.approx(authors(real, fake, 3), abs=1e-12)
 
@@ -81,14 +81,14 @@ def test_two_draws_of_one_normal_distribution():
 
 
 @pytest.mark.parametrize("offset", [0, 1000])
-def test_copies_lie_inside_but_on_no_border(offset):
+def test_copies_are_strictly_inside_the_balls(offset):
     """The k-th neighbour is not closer than it is: inside each ball are its centre and the k - 1 nearest others."""
     real = normal(50, 64) + offset
     assert prdc(real, real.flip(0), 4) == PRDC(1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.3])
-def test_many_duplicates_are_at_zero_and_never_nan(offset):
+def test_many_duplicates_give_zeros_and_no_nan(offset):
     """Balls of radius 0 hold nothing, not even their centre."""
     point = normal(1, 512) + offset
     assert prdc(point.expand(20, -1), point.expand(12, -1), 3) == PRDC(0, 0, 0, 0)
@@ -105,7 +105,7 @@ def test_numbers_do_not_depend_on_the_blocks(monkeypatch):
         assert prdc(real, fake, 3) == found
 
 
-def test_what_the_product_cannot_tell_is_compared_exactly():
+def test_comparisons_within_the_error_are_exact():
     x, y = normal(6, 64).double() + 1000, normal(5, 64, seed=1).double() + 1000
     squares = squared_distances(x, y, torch.zeros(64).double())
     exact = (x[:, None] - y).square().sum(-1)
@@ -123,15 +123,15 @@ def test_the_error_bound_holds():
         assert (squares.values - exact).abs().max() <= squares.error < 1e-9 * exact.max()
 
 
-def test_radii_that_are_given_and_rows_that_are_counted():
-    real, fake, seen = normal(20, 3), normal(15, 3, seed=1), []
-    known = knn_radii(real, 2, seen.append)
-    assert sum(seen) == 20
-    assert prdc(real, fake, 2, known) == prdc(real, fake, 2, advance=seen.append)
-    assert sum(seen) == 20 + 20 + 15 + 20
+def test_given_radii_are_used_and_rows_are_counted():
+    real, fake, counts = normal(20, 3), normal(15, 3, seed=1), []
+    known = knn_radii(real, 2, counts.append)
+    assert sum(counts) == 20
+    assert prdc(real, fake, 2, known) == prdc(real, fake, 2, advance=counts.append)
+    assert sum(counts) == 20 + 20 + 15 + 20
 
 
-def test_wrong_features():
+def test_invalid_features_raise():
     good = torch.zeros(9, 3)
     with pytest.raises(ValueError, match="wanted"):
         prdc(good, torch.zeros(9, 4))

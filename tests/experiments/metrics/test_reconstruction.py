@@ -23,7 +23,7 @@ def images(B=3, C=3, size=16, seed=0):
 
 
 @pytest.mark.parametrize("C", [1, 3])
-def test_psnr_and_l1_are_those_of_each_image(C):
+def test_psnr_and_l1_per_image(C):
     real, fake = images(C=C), images(C=C, seed=1)
     for i in range(3):
         difference = real[i].double() - fake[i].double()
@@ -58,7 +58,7 @@ def ssim_by_hand(a, b):
 
 
 @pytest.mark.parametrize(("C", "size"), [(1, 11), (3, 16)])
-def test_ssim_is_its_formula_and_comes_in_parts(C, size, monkeypatch):
+def test_ssim_matches_its_formula_in_chunks(C, size, monkeypatch):
     real, noise = images(C=C, size=size), images(C=C, size=size, seed=1)
     fake = real // 2 + noise // 4
     real[2], fake[2] = 255, 250  # flat and bright
@@ -72,7 +72,7 @@ def test_ssim_is_its_formula_and_comes_in_parts(C, size, monkeypatch):
     assert ssim(real, real).tolist() == pytest.approx([1, 1, 1], abs=1e-9)  # float32 misses by 8e-4 where all is white
 
 
-def test_psnr_and_ssim_are_those_of_torchmetrics():
+def test_psnr_and_ssim_match_torchmetrics():
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
     real, fake = images(size=24).double(), images(size=24, seed=1).double()
@@ -90,7 +90,7 @@ def test_ssim_refuses_images_smaller_than_its_window():
 
 
 class First:
-    """A VQGAN that gives back its images, darker by `less`; its codes are their first levels."""
+    """A VQGAN that returns its images, darker by `less`; its codes are their first pixel values."""
 
     device = torch.device("cpu")
 
@@ -121,7 +121,7 @@ def measured(first, real, at_once=2, perceptual=None):
     )
 
 
-def test_a_perfect_vqgan_has_no_distance_and_no_psnr():
+def test_exact_reconstructions_have_zero_distance_and_no_psnr():
     results, _ = measured(First(), images(5))
     assert results["rfd"] == pytest.approx(0, abs=1e-6) and results["ssim"] == pytest.approx(1) and results["l1"] == 0
     assert results["psnr"] is None and results["exact_images"] == 5 and results["lpips"] is None
@@ -129,7 +129,7 @@ def test_a_perfect_vqgan_has_no_distance_and_no_psnr():
     json.dumps(results, allow_nan=False)
 
 
-def test_exact_images_are_no_part_of_the_mean_psnr():
+def test_exact_images_are_excluded_from_the_mean_psnr():
     real = images(5, C=1).clamp(min=10)
     real[1] = 0  # cannot become darker
     results, _ = measured(First(less=3), real)
@@ -163,7 +163,7 @@ def test_the_codes_are_counted_over_all_images():
     assert results["entropy_coded_bits_per_pixel"] == pytest.approx(4 * entropy / PIXELS)
 
 
-def test_small_images_have_no_ssim_and_all_the_rest():
+def test_small_images_have_all_metrics_but_ssim():
     results, _ = measured(First(less=9), images(5, size=8))
     assert results["ssim"] is None and results["psnr"] > 25 and results["l1"] > 0
 
@@ -174,7 +174,7 @@ class Darkness(torch.nn.Module):
         return images.mean((1, 2, 3)) - others.mean((1, 2, 3))
 
 
-def test_lpips_is_given_originals_and_reconstructions_in_its_range():
+def test_lpips_gets_images_in_its_range():
     results, _ = measured(First(less=3), images(5).clamp(min=10), perceptual=Darkness())
     assert results["lpips"] == pytest.approx(3 / 127.5, rel=1e-3)
 
@@ -186,20 +186,20 @@ def run_trained_with(tmp_path, **loss):
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """What is asked of `load_perceptual`; weights named `broken` cannot be had."""
-    asked = []
+    """The arguments of every call of `load_perceptual`; weights named `broken` cannot be loaded."""
+    calls = []
 
     def load(net, weights=None):
-        asked.append((net, weights))
+        calls.append((net, weights))
         if weights == "broken":
             raise FileNotFoundError("broken not found")
         return net, None if net == "none" else Darkness()
 
     monkeypatch.setattr(reconstruction, "load_perceptual", load)
-    return asked
+    return calls
 
 
-def test_auto_is_the_network_and_the_weights_of_the_run(tmp_path, loaded):
+def test_auto_lpips_uses_the_network_and_weights_of_the_run(tmp_path, loaded):
     run = run_trained_with(tmp_path, perceptual_net="squeeze", perceptual_weight=1.0, perceptual_weights="theirs")
     assert choose_lpips("auto", None, run)[0] == "squeeze"
     assert choose_lpips("auto", "mine", run)[0] == "squeeze"
@@ -218,13 +218,13 @@ def test_auto_is_the_network_and_the_weights_of_the_run(tmp_path, loaded):
         {"perceptual_net": "vgg", "perceptual_weights": "broken"},
     ],
 )
-def test_auto_says_where_there_is_no_lpips(loss, tmp_path, loaded, capsys):
+def test_auto_lpips_reports_why_it_is_skipped(loss, tmp_path, loaded, capsys):
     run = run_trained_with(tmp_path, **loss)
     assert choose_lpips("auto", None, run) == ("none", None)
-    assert "LPIPS is left out" in capsys.readouterr().out
+    assert "LPIPS skipped" in capsys.readouterr().out
 
 
-def test_weights_that_were_named_are_never_left_out(tmp_path, loaded):
+def test_explicit_lpips_weights_are_required(tmp_path, loaded):
     with pytest.raises(FileNotFoundError, match="broken"):
         choose_lpips("auto", "broken", run_trained_with(tmp_path, perceptual_net="vgg"))
     with pytest.raises(ValueError, match="--lpips_net"):
@@ -232,16 +232,16 @@ def test_weights_that_were_named_are_never_left_out(tmp_path, loaded):
 
 
 @pytest.mark.parametrize("counts", [[5.0, 0, 3, 2, 0, 0, 1, 1], [1.0] * 8, [9.0] + [0] * 7])
-def test_the_histogram_is_drawn_of_even_and_of_collapsed_codes(counts, tmp_path):
+def test_code_usage_is_plotted_for_even_and_collapsed_codes(counts, tmp_path):
     results = {"codebook_usage": 0.5, "perplexity": 3.0, "n_images": 4, "split": "val"}
     plot(tmp_path / "codes.png", torch.tensor(counts, dtype=torch.float64), results)
     assert (tmp_path / "codes.png").stat().st_size > 5000
 
 
-def test_the_table_says_what_is_missing_and_what_was_left_out():
+def test_the_table_marks_missing_metrics():
     results, _ = measured(First(), images(5, size=8))
-    said = {"metric": "FID", "codebook_size": K, "lpips_net": "none", "split": "val", "n_reference": 5}
-    said |= {"features": "inception", "run": {"model": {"dataset": "digits"}}}
-    lines = {line.split("  ")[0]: line for line in report(results | said, Path("/somewhere")).splitlines()}
-    assert "rFID" in lines and "without 5 images rebuilt exactly" in lines["PSNR"]
+    rest = {"metric": "FID", "codebook_size": K, "lpips_net": "none", "split": "val", "n_reference": 5}
+    rest |= {"features": "inception", "run": {"model": {"dataset": "digits"}}}
+    lines = {line.split("  ")[0]: line for line in report(results | rest, Path("/somewhere")).splitlines()}
+    assert "rFID" in lines and "without 5 exact reconstructions" in lines["PSNR"]
     assert all(lines[name].split()[1] == "-" for name in ("PSNR", "SSIM", "LPIPS"))

@@ -1,4 +1,4 @@
-"""The distance while a run trains: the number calc_FID finds, and nothing of it in the weights."""
+"""The Fréchet distance during training equals that of calc_FID and does not affect the weights."""
 
 import json
 
@@ -17,7 +17,7 @@ OPTIMIZERS = "checkpoints/step_00000004/state.pt"
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """A sampler of pixels and a VQGAN, each trained with distances and without, the sampler also without averages."""
+    """A pixel sampler and a VQGAN, each trained with and without distances, the sampler also without EMA."""
     logs = tmp_path_factory.mktemp("distance")
     ddpm = f"--logs_root {logs} --train_steps 4 --no_amp {DDPM} --dropout 0.1"
     vqgan = f"--logs_root {logs} --train_steps 4 --no_amp {VQGAN} {GAN}"
@@ -36,21 +36,21 @@ def logged(run, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sampler", "vqgan"])
-def test_training_is_bit_for_bit_what_it_is_without(logs, kind):
+def test_measuring_distances_does_not_change_training(logs, kind):
     one, other = (load_file(logs / f"{kind}_{way}" / WEIGHTS) for way in ("with", "without"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.slow
-def test_without_averages_too(logs):
-    """The network that is measured is the one in training then."""
+def test_measuring_distances_without_ema_changes_no_weights(logs):
+    """Here the measured network is the trained one itself."""
     one, other = (load_file(logs / run / WEIGHTS) for run in ("plain_with", "sampler_without"))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("run", "flags"), [("sampler_with", "--ema"), ("plain_with", "--no_ema")])
-def test_it_is_what_an_experiment_finds_for_the_same_images(logs, run, flags):
+def test_the_distance_equals_that_of_calc_fid(logs, run, flags):
     found = logged(logs / run, "FD(pixels)/7_samples")
     assert list(found) == [2, 4] and found[2] != found[4]
     which = f"--logs_root {logs} --sampler ddpm --load_dir {run} --log_dir f_{run} {flags}"
@@ -61,7 +61,7 @@ def test_it_is_what_an_experiment_finds_for_the_same_images(logs, run, flags):
 
 
 @pytest.mark.slow
-def test_reconstructions_are_those_of_held_out_images(logs):
+def test_reconstruction_distance_equals_that_of_calc_fid(logs):
     found = logged(logs / "vqgan_with", "FD(pixels)/7_reconstructions")
     assert list(found) == [2, 4]
     flags = "--bert_n_emb 16 --bert_n_head 2 --bert_n_layers 1 --train_steps 1 --no_amp --log_dir codes"
@@ -73,7 +73,7 @@ def test_reconstructions_are_those_of_held_out_images(logs):
 
 
 @pytest.mark.slow
-def test_the_least_is_kept(logs):
+def test_the_best_distance_is_recorded(logs):
     found, best = (logged(logs / "sampler_with", f"FD(pixels)/7_samples{end}") for end in ("", "_best"))
     assert best == {2: found[2], 4: min(found.values())}
     saved_state = torch.load(logs / "sampler_with" / OPTIMIZERS, weights_only=True)
@@ -82,7 +82,7 @@ def test_the_least_is_kept(logs):
 
 
 @pytest.mark.slow
-def test_the_statistics_of_the_training_images_are_kept_once(logs):
+def test_statistics_of_training_images_are_cached_once(logs):
     files = [path.name for path in (logs / ".cache" / "statistics").glob("*.npz")]
     assert len(files) == 2 and all(name.startswith("digits_pixels_") for name in files)  # of 8x8 and of 16x16 images
 
@@ -93,7 +93,7 @@ def test_too_few_images_are_refused_before_training(tmp_path, capfd):
     assert "--FD_samples" in capfd.readouterr().err
 
 
-def test_each_part_of_a_network_goes_back_to_its_mode():
+def test_eval_mode_restores_each_modules_mode():
     network = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(3), nn.Sequential(nn.Dropout()))
     network[1].eval()
     with eval_mode(network):

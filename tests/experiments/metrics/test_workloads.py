@@ -1,4 +1,4 @@
-"""What the benchmark times is what trains and draws, on random weights and data."""
+"""The benchmark times real training and sampling, on random weights and data."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ HERE = DistContext(CPU)
 
 
 def second_stage(sampler="absorbing", accumulate=1, **settings):
-    """A config as far as workloads look at it."""
+    """The parts of a config that workloads use."""
     config = absorbing.Config(bert_n_emb=16, bert_n_head=2, bert_n_layers=2, **settings)
     return SimpleNamespace(
         sampler=replace(config, sampler=sampler),
@@ -48,18 +48,18 @@ def trained(config, n_classes=0):
     return space, trainee, batch, work
 
 
-def test_the_space_is_what_training_would_open():
+def test_the_space_matches_that_of_training():
     config, network = second_stage(), lambda: VQGANConfig(nf=4, ch_mult=(1, 2), codebook_size=16)
     assert isinstance(space_of(config, network), Codes)
     config.sampler = replace(config.sampler, sampler="ddpm")
-    assert isinstance(space_of(config, None), Pixels)  # no VQGAN is asked for
+    assert isinstance(space_of(config, None), Pixels)  # needs no VQGAN
     config.first.ae_load_dir = "a_run"
     latents = space_of(config, network)
     assert isinstance(latents, Latents) and latents.model_args["shape"] == (256, 8, 8)
     assert workloads.with_amp(latents, True).first.amp and not latents.first.amp
 
 
-def test_images_that_are_not_square_and_crops_are_what_training_sees():
+def test_nonsquare_and_cropped_images_match_training():
     data = DataConfig(dataset="digits", img_size=8, img_width=12, n_channels=1, crop_margin=2)
     assert workloads.random_batch(None, 0, 2, data, CPU)["image"].shape == (2, 1, 8, 12)
     images, _ = workloads.try_build_dataset(data, digits.Config())
@@ -70,7 +70,7 @@ def test_images_that_are_not_square_and_crops_are_what_training_sees():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_what_is_timed_trains_and_is_counted_by_the_formulas(accumulate, monkeypatch):
+def test_the_timed_step_trains_and_its_flops_match_the_formula(accumulate, monkeypatch):
     monkeypatch.setattr(throughput, "matmul_peak", lambda device, dtype: 1e12)
     space, trainee, batch, work = trained(second_stage(accumulate=accumulate))
     assert isinstance(trainee.step, SamplerStep) and space.tokens == 16
@@ -85,7 +85,7 @@ def test_what_is_timed_trains_and_is_counted_by_the_formulas(accumulate, monkeyp
     assert speed.flops == 3 * 2 * tokens * weights + 2 * (2 + 5) * attention  # backward twice forward; 2 layers
 
 
-def test_the_discriminator_is_part_of_the_steps_that_come_after_its_first():
+def test_phases_follow_the_discriminators_schedule():
     network = VQGANConfig(nf=4, ch_mult=(1, 2), emb_dim=4, codebook_size=16, attn_resolutions=())
     loss = VQGANLossConfig(perceptual_net="none", disc_start_step=3, ndf=4, disc_layers=1)
     data = DataConfig(img_size=8, n_channels=1)
@@ -108,10 +108,10 @@ def test_the_discriminator_is_part_of_the_steps_that_come_after_its_first():
     assert list(workloads.training_phases(loss, 3)) == ["no discriminator"]
     assert list(workloads.training_phases(replace(loss, disc_start_step=0), 3)) == ["discriminator"]
     loss = replace(loss, disc_start_step=0, disc_warmup_steps=1)
-    assert workloads.training_phases(loss, 3) == {"discriminator alone": 0, "discriminator": 1}
+    assert workloads.training_phases(loss, 3) == {"discriminator warm-up": 0, "discriminator": 1}
 
 
-def test_labels_are_learned_where_there_are_classes():
+def test_labels_are_used_if_there_are_classes():
     _, trainee, batch, _ = trained(second_stage(), n_classes=3)
     assert batch["label"].max() < 3 and trainee.step.sampler.conditions == ("label",)
     codes = workloads.draw_samples(trainee, batch, absorbing.Sampling(guidance=2.0, sample_steps=2))
@@ -119,33 +119,33 @@ def test_labels_are_learned_where_there_are_classes():
     assert image.shape == (4, 1, 16, 16) and image.dtype == torch.uint8
 
 
-def test_a_batch_in_parts_is_the_same_batch():
+def test_split_batch_keeps_the_content():
     batch = {"position": torch.arange(6), "image": torch.randn(6, 1, 2, 2)}
     parts = workloads.split_batch(batch, 3)
     assert [part["position"].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]
     assert torch.equal(torch.cat([part["image"] for part in parts]), batch["image"])
 
 
-def test_ways_to_train():
-    asked = TrainingConfig(amp_dtype="bfloat16", compile=True)
-    found = workloads.precision_variants(asked, CPU)
+def test_precision_variants_follow_the_flags():
+    training = TrainingConfig(amp_dtype="bfloat16", compile=True)
+    found = workloads.precision_variants(training, CPU)
     assert list(found) == ["float32", "bfloat16", "bfloat16, compiled"]
     assert [(each.amp, each.compile) for each in found.values()] == [(False, False), (True, False), (True, True)]
-    assert list(workloads.precision_variants(replace(asked, amp=False), CPU)) == ["float32", "float32, compiled"]
+    assert list(workloads.precision_variants(replace(training, amp=False), CPU)) == ["float32", "float32, compiled"]
     assert list(workloads.precision_variants(TrainingConfig(amp=False), CPU)) == ["float32"]
 
 
 class Asked:
-    """A source of batches that are their positions."""
+    """A source whose batches are their positions."""
 
     def __getitem__(self, positions):
         return {"position": torch.tensor(positions)}
 
 
-def test_conditions_beside_the_class_are_taken_from_images():
+def test_conditions_other_than_the_class_come_from_images():
     batch, source = {"position": torch.arange(3), "label": torch.zeros(3)}, Asked()
     assert workloads.with_conditions(batch, ("label",), None, CPU) == batch
-    with pytest.raises(ValueError, match="condition_image is made of the images"):
+    with pytest.raises(ValueError, match="condition_image is computed from images"):
         workloads.with_conditions(batch, ("label", "condition_image"), None, CPU)
     with pytest.raises(ValueError, match="have no condition_image"):
         workloads.with_conditions(batch, ("condition_image",), source, CPU)
@@ -166,7 +166,7 @@ def test_an_untrained_perceptual_network_downloads_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize(("guidance", "evaluations"), [(1.0, 5 * 4), (2.0, 5 * 8)])
-def test_full_steps_evaluate_every_grid_at_each_and_the_first_two_do_not_count(guidance, evaluations, monkeypatch):
+def test_full_steps_evaluate_every_grid_and_skip_warm_ups(guidance, evaluations, monkeypatch):
     used, draw_samples = [], workloads.draw_samples
     monkeypatch.setattr(
         workloads, "draw_samples", lambda *args, **how: used.append(args[2]) or draw_samples(*args, **how)

@@ -27,7 +27,7 @@ def images():
     return torch.randint(0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def test_it_knows_digits_it_has_not_seen(classifier):
+def test_the_classifier_generalises_to_held_out_digits(classifier):
     assert digit_features.accuracy(classifier, "val") >= 0.97
     assert digit_features.accuracy(classifier, "train") >= 0.99
 
@@ -45,7 +45,7 @@ def test_the_second_load_reads_the_cache(classifier, cache, images, monkeypatch)
         digit_features.load_classifier("cpu", cache)
 
 
-def test_other_training_digits_are_another_classifier(tmp_path, monkeypatch):
+def test_other_training_digits_give_another_classifier(tmp_path, monkeypatch):
     monkeypatch.setattr(digit_features, "EPOCHS", 1)
     digit_features.load_classifier("cpu", tmp_path)
     real_build, other_split = digits.build, digits.Config(split_seed=1)
@@ -54,7 +54,7 @@ def test_other_training_digits_are_another_classifier(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_damaged_cache_is_named(tmp_path, monkeypatch):
+def test_a_damaged_cache_is_reported_by_path(tmp_path, monkeypatch):
     monkeypatch.setattr(digit_features, "EPOCHS", 1)
     digit_features.load_classifier("cpu", tmp_path)
     (path,) = tmp_path.iterdir()
@@ -94,7 +94,7 @@ def test_training_is_a_function_of_its_seed(monkeypatch):
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_moved_digits_stay_near_and_whole():
+def test_augmented_digits_stay_close_to_the_original():
     generator = torch.Generator().manual_seed(0)
     images = torch.zeros(500, 1, 32, 32, dtype=torch.uint8)
     images[:, :, 14:18, 14:18] = 255
