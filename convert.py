@@ -23,7 +23,7 @@ from train.first_stage import load_first_stage
 from train.registry import load_plugin
 from train.runs import open_run, run_folder
 from train.sampler import build_state as build_sampler_state
-from train.spaces import Codes, Pixels
+from train.spaces import CodeSpace, PixelSpace
 from train.vqgan import build_state as build_vqgan_state
 from vq.weights import read_tensors
 
@@ -183,10 +183,10 @@ def make_code_sampler_run(config: Config, layout) -> None:
             load_converted(network, converted, path)
         print_report(path, converted, omitted)
     run = run_folder(config.logging.logs_root, config.logging.log_dir or f"{kind}_{config.data.dataset}")
-    origin = space.origin | {"class_frequencies": [], "load_weights": hash_files(files)}
+    origin = space.provenance | {"class_frequencies": [], "load_weights": hash_files(files)}
     print(save_run(config, SecondStageConfig, state, run, origin, conversion.checkpoint_step), flush=True)
     steps = f", {sampler.total_steps} time steps" if kind == "absorbing" else ""
-    print(f"{sampler.bert_n_head} heads (not inferred: --bert_n_head){steps}, codes of {space.first.run}")
+    print(f"{sampler.bert_n_head} heads (not inferred: --bert_n_head){steps}, codes of {space.first_stage.run}")
 
 
 def open_codes(config: Config):
@@ -199,7 +199,7 @@ def open_codes(config: Config):
         )
     first = load_first_stage(folder, config.first.ae_load_step, torch.device("cpu"), amp=False)
     first.check_fits(config.data)
-    return Codes(first)
+    return CodeSpace(first)
 
 
 def make_pixel_sampler_run(config: Config) -> None:
@@ -210,7 +210,7 @@ def make_pixel_sampler_run(config: Config) -> None:
     layout, weights = load_plugin(LAYOUTS, conversion.source, "layout"), read_weights(conversion.weights)
     n_classes = layout.pixel_sampler_settings(weights, read_reference_flags(conversion.config_json))["n_classes"]
     world = DistContext(torch.device("cpu"))
-    built, state = build_sampler_state(sampler, config.training, Pixels(config.data), n_classes, world)
+    built, state = build_sampler_state(sampler, config.training, PixelSpace(config.data), n_classes, world)
     converted = layout.convert_pixel_sampler(weights, built.network.config, conversion.new_attention_order)
     averages = [average.module for average in [*state.averages.values(), *state.posthoc_averages.values()]]
     for network in [built.network, *averages]:

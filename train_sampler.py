@@ -41,10 +41,10 @@ def main(config: Config) -> None:
             distance = sample_distance(model, images["train"], training, config.sampling, logging)
         rows = read_rows(config.sampling.condition_file, data)
         check_sampling(sampler, config.sampling, rows)
-        open_or_resume(run, config, state, world, space.origin | {"class_frequencies": frequencies})
+        open_or_resume(run, config, state, world, space.provenance | {"class_frequencies": frequencies})
         seeds = {"train": training.seed, "val": 0}  # all runs validate on the same images
         sources = {split: space.source(images[split], split, data, seed, world, adapt) for split, seed in seeds.items()}
-        step = SamplerStep(sampler, space, training, world, watched=bool(hooks))
+        step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
         reports = partial(SamplerReports, step, sources["val"], config.sampling, rows)
         loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}
         options = {"hooks": hooks, "distance": distance} | loading

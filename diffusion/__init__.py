@@ -3,7 +3,7 @@
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.autoregressive import Autoregression
 from diffusion.denoisers import guided, thresholded, windowed
-from diffusion.drawing import Drawing
+from diffusion.drawing import LogitsWarper
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import SCHEDULES, GaussianDiffusion, with_zero_terminal_snr
@@ -11,8 +11,8 @@ from diffusion.likelihood import bits_per_code, bits_per_dimension, flow_bits_pe
 from diffusion.process import ContinuousProcess, DiscreteProcess
 from diffusion.rng import Streams, seed_of
 from diffusion.sampling import denoiser, sample
-from diffusion.solvers import solver, solvers_of
-from diffusion.timesteps import LossSecondMoment, low_discrepancy, uniform
+from diffusion.solvers import get_solver, solvers_for
+from diffusion.timesteps import LossSecondMoment, low_discrepancy_times, uniform_times
 from diffusion.types import Bound, Likelihood, Loss, Normal, Prediction
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "Bound",
     "ContinuousProcess",
     "DiscreteProcess",
-    "Drawing",
+    "LogitsWarper",
     "EDM",
     "GaussianDiffusion",
     "Likelihood",
@@ -37,13 +37,13 @@ __all__ = [
     "denoiser",
     "flow_bits_per_dimension",
     "guided",
-    "low_discrepancy",
+    "low_discrepancy_times",
     "sample",
     "seed_of",
-    "solver",
-    "solvers_of",
+    "get_solver",
+    "solvers_for",
     "thresholded",
-    "uniform",
+    "uniform_times",
     "windowed",
     "with_zero_terminal_snr",
 ]

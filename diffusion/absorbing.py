@@ -1,6 +1,6 @@
 """Absorbing (masked) discrete diffusion: every code is kept, or replaced by the mask.
 
-Time t lies in [0, 1]: 0 is data, 1 is all mask. `masked(t)` is the probability that a code is masked, t itself in the
+Time t lies in [0, 1]: 0 is data, 1 is all mask. `mask_prob(t)` is the probability that a code is masked, t itself in the
 linear schedule. The T-step process of the papers visits t = i/T (Austin et al. 2021, D3PM; Bond-Taylor et al. 2022,
 "Unleashing Transformers"); in continuous time T has gone to infinity (Sahoo et al. 2024, MDLM; Shi et al. 2024, MD4).
 
@@ -18,32 +18,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.process import DiscreteProcess, weighted
-from diffusion.rng import Streams, drawn
+from diffusion.process import DiscreteProcess, apply_loss_weight
+from diffusion.rng import Streams, sample_categorical
 from diffusion.types import Loss
 
 
-class Masking(NamedTuple):
+class MaskSchedule(NamedTuple):
     """Functions of a tensor of any shape and real type."""
 
-    share: Callable[[Tensor], Tensor]  # t -> the share m(t) that is masked; m(0) = 0, m(1) = 1
-    time: Callable[[Tensor], Tensor]  # its inverse
-    slope: Callable[[Tensor], Tensor]  # dm/dt
+    mask_prob: Callable[[Tensor], Tensor]  # t -> the share m(t) that is masked; m(0) = 0, m(1) = 1
+    inverse: Callable[[Tensor], Tensor]  # its inverse
+    derivative: Callable[[Tensor], Tensor]  # dm/dt
 
 
-MASKINGS = {
-    "linear": Masking(lambda t: t, lambda m: m, lambda t: t**0),
-    "cosine": Masking(
+MASK_SCHEDULES = {
+    "linear": MaskSchedule(lambda t: t, lambda m: m, lambda t: t**0),
+    "cosine": MaskSchedule(
         lambda t: (t * (math.pi / 2)).sin(),
         lambda m: m.asin() * (2 / math.pi),
         lambda t: (t * (math.pi / 2)).cos() * (math.pi / 2),
     ),
-    "arccos": Masking(
+    "arccos": MaskSchedule(
         lambda t: (1 - t).acos() * (2 / math.pi),
         lambda m: 1 - (m * (math.pi / 2)).cos(),
         lambda t: (2 / math.pi) * (t * (2 - t)).rsqrt(),
     ),
-    "square": Masking(
+    "square": MaskSchedule(
         lambda t: t * (2 - t),
         lambda m: 1 - (1 - m).sqrt(),
         lambda t: 2 * (1 - t),
@@ -70,20 +70,20 @@ class AbsorbingDiffusion(DiscreteProcess):
     def __post_init__(self):
         if self.codes < 1 or (self.steps is not None and self.steps < 1):
             raise ValueError(f"got codes={self.codes}, steps={self.steps}: both must be at least 1 (or steps None)")
-        if self.schedule not in MASKINGS:
-            raise ValueError(f"got masking schedule {self.schedule!r}: choose one of {', '.join(MASKINGS)}")
+        if self.schedule not in MASK_SCHEDULES:
+            raise ValueError(f"got masking schedule {self.schedule!r}: choose one of {', '.join(MASK_SCHEDULES)}")
 
     @property
     def mask(self) -> int:
         return self.codes
 
-    def masked(self, t: Tensor) -> Tensor:
+    def mask_prob(self, t: Tensor) -> Tensor:
         """The probability that a code is masked at t, of any shape."""
-        return MASKINGS[self.schedule].share(t)
+        return MASK_SCHEDULES[self.schedule].mask_prob(t)
 
-    def time_at(self, share: Tensor) -> Tensor:
-        """The inverse of `masked`."""
-        return MASKINGS[self.schedule].time(share)
+    def t_from_mask_prob(self, share: Tensor) -> Tensor:
+        """The inverse of `mask_prob`."""
+        return MASK_SCHEDULES[self.schedule].inverse(share)
 
     def prior(self, shape: tuple[int, ...], rng: Streams) -> Tensor:
         """All mask: (B, H, W)."""
@@ -95,11 +95,11 @@ class AbsorbingDiffusion(DiscreteProcess):
 
     def corrupt(self, x0: Tensor, t: Tensor, rng: Streams) -> Tensor:
         """q(x_t | x_0): each code is masked with probability m(t), independently. x0 (B, H, W), t (B,)."""
-        return torch.where(rng.uniform(x0.shape) < self.masked(t).view(-1, 1, 1), self.mask, x0)
+        return torch.where(rng.uniform(x0.shape) < self.mask_prob(t).view(-1, 1, 1), self.mask, x0)
 
     def corrupt_fixed(self, x0: Tensor, t: Tensor, rng: Streams) -> Tensor:
         """Masks exactly round(m(t) N) codes of each example, at least one, in random places."""
-        count = (self.masked(t) * x0[0].numel()).round().clamp(min=1)  # (B,)
+        count = (self.mask_prob(t) * x0[0].numel()).round().clamp(min=1)  # (B,)
         return self.corrupt_count(x0, count, rng)
 
     def corrupt_count(self, x0: Tensor, count: Tensor, rng: Streams) -> Tensor:
@@ -116,13 +116,13 @@ class AbsorbingDiffusion(DiscreteProcess):
             return 1 / t
         exact = t if t.device.type == "mps" else t.double()  # a difference of neighbours; Metal has no float64
         if self.steps is None:
-            weight = MASKINGS[self.schedule].slope(exact) / self.masked(exact)
+            weight = MASK_SCHEDULES[self.schedule].derivative(exact) / self.mask_prob(exact)
         else:
             i = (exact * self.steps).round().clamp(min=1)  # float32 has no thirds, and arccos is steep at 0
-            weight = self.steps * (1 - self.masked((i - 1) / self.steps) / self.masked(i / self.steps))
+            weight = self.steps * (1 - self.mask_prob((i - 1) / self.steps) / self.mask_prob(i / self.steps))
         return weight.to(t.dtype)
 
-    def place_losses(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def position_losses(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The cross-entropy of masked codes, 0 elsewhere: (B, H, W) nats."""
         nll = F.cross_entropy(logits.float().flatten(0, 2), x0.flatten(), reduction="none").view(x0.shape)
         return nll * (x_t == self.mask)
@@ -146,31 +146,31 @@ class AbsorbingDiffusion(DiscreteProcess):
         """
         if kind not in get_args(LossType):
             raise ValueError(f"loss {kind!r}: choose one of {', '.join(get_args(LossType))}")
-        losses, weight = self.place_losses(logits, x0, x_t, t), self.elbo_weight(t)  # (B, H, W), (B,)
-        learned = weighted(losses, loss_weight)
+        losses, weight = self.position_losses(logits, x0, x_t, t), self.elbo_weight(t)  # (B, H, W), (B,)
+        learned = apply_loss_weight(losses, loss_weight)
         per_example = {
             "elbo": weight * self.bits(learned),
-            "reweighted_elbo": (1 - self.masked(t)) * self.bits(learned),
+            "reweighted_elbo": (1 - self.mask_prob(t)) * self.bits(learned),
             "mlm": learned.sum((1, 2)) / (x_t == self.mask).sum((1, 2)).clamp(min=1),
         }[kind]
         return Loss(per_example, {"bits_per_code": (weight * self.bits(losses)).detach()})
 
-    def bound_terms(self, count: int) -> int:
+    def num_bound_terms(self, count: int) -> int:
         """T; in continuous time N: the bound is then that of all orders in which codes can be revealed (Ou et al. 2025)
         and does not depend on the schedule. Term k is the mean cross-entropy where exactly k of the codes are masked.
         """
         return count if self.steps is None else self.steps
 
-    def bound_sample(self, x0: Tensor, i: Tensor, rng: Streams) -> tuple[Tensor, Tensor]:
+    def sample_bound_term(self, x0: Tensor, i: Tensor, rng: Streams) -> tuple[Tensor, Tensor]:
         if self.steps is not None:
-            return super().bound_sample(x0, i, rng)
+            return super().sample_bound_term(x0, i, rng)
         share = (i / x0[0].numel()).to(x0.device)
-        return self.corrupt_count(x0, i.to(x0.device), rng), self.time_at(share)
+        return self.corrupt_count(x0, i.to(x0.device), rng), self.t_from_mask_prob(share)
 
     def bound_term(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, repeats: int = 1) -> Tensor:
         if self.steps is not None:
             return super().bound_term(logits, x0, x_t, t, repeats)
-        ce = self.place_losses(logits, x0, x_t, t).sum((1, 2)) / (x_t == self.mask).sum((1, 2)).clamp(min=1)
+        ce = self.position_losses(logits, x0, x_t, t).sum((1, 2)) / (x_t == self.mask).sum((1, 2)).clamp(min=1)
         return repeats * ce / (x0[0].numel() * math.log(2))
 
     def reverse_probabilities(
@@ -186,32 +186,32 @@ class AbsorbingDiffusion(DiscreteProcess):
         revealed = F.pad((1 - sigma) * F.one_hot(x_t, self.codes + 1)[..., :-1].to(logits.dtype), (0, 1)) + F.pad(
             sigma, (self.codes, 0)
         )
-        staying = self.staying(t, s, sigma)
-        drawn_or_not = torch.cat([logits.softmax(-1) * (1 - staying), staying], -1)
+        stay_masked_prob = self.stay_masked_prob(t, s, sigma)
+        drawn_or_not = torch.cat([logits.softmax(-1) * (1 - stay_masked_prob), stay_masked_prob], -1)
         return torch.where((x_t == self.mask).unsqueeze(-1), drawn_or_not, revealed)
 
-    def staying(self, t: float, s: float, sigma: Tensor | float) -> Tensor | float:
+    def stay_masked_prob(self, t: float, s: float, sigma: Tensor | float) -> Tensor | float:
         """The probability that a code masked at t stays masked where revealed ones are masked again with `sigma`."""
-        now, then = self.masked(torch.tensor([t, s], dtype=torch.float64)).tolist()
+        now, then = self.mask_prob(torch.tensor([t, s], dtype=torch.float64)).tolist()
         return (then - sigma * (1 - now)) / now
 
-    def most_remasked(self, t: float, s: float) -> float:
+    def max_sigma(self, t: float, s: float) -> float:
         """The largest sigma that a step from t to s allows (ReMDM, eq. 5)."""
-        now, then = self.masked(torch.tensor([t, s], dtype=torch.float64)).tolist()
+        now, then = self.mask_prob(torch.tensor([t, s], dtype=torch.float64)).tolist()
         return 1.0 if now == 1 else min(1.0, then / (1 - now))
 
     def reverse(self, x_t: Tensor, logits: Tensor, t: float, s: float, rng: Streams) -> Tensor:
         """Draws x_s (B, H, W) from `reverse_probabilities` with sigma 0."""
-        revealed = (x_t == self.mask) & (rng.uniform(x_t.shape, torch.float64) >= self.staying(t, s, 0.0))
-        return filled(x_t, revealed, logits, rng)
+        revealed = (x_t == self.mask) & (rng.uniform(x_t.shape, torch.float64) >= self.stay_masked_prob(t, s, 0.0))
+        return sample_at(x_t, revealed, logits, rng)
 
 
-def forgotten(x0: Tensor, share: float, mask: int, rng: Streams) -> Tensor:
+def mask_at_random(x0: Tensor, share: float, mask: int, rng: Streams) -> Tensor:
     """Each code of x0 (B, H, W) becomes the mask with this probability, independently."""
     return torch.where(rng.uniform(x0.shape) < share, mask, x0)
 
 
-def filled(x: Tensor, places: Tensor, logits: Tensor, rng: Streams) -> Tensor:
+def sample_at(x: Tensor, places: Tensor, logits: Tensor, rng: Streams) -> Tensor:
     """x (B, H, W) with the codes at `places` (B, H, W) drawn from logits (B, H, W, K); others cost nothing."""
     u = rng.uniform(x.shape, torch.float64)
-    return x.masked_scatter(places, drawn(logits[places], u[places]))
+    return x.masked_scatter(places, sample_categorical(logits[places], u[places]))

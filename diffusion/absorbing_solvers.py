@@ -12,55 +12,55 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from diffusion.absorbing import AbsorbingDiffusion, filled
-from diffusion.discrete_solvers import Answer, ask
-from diffusion.drawing import AS_PREDICTED, Drawing
-from diffusion.process import at
-from diffusion.rng import Streams, drawn
-from diffusion.solvers import Solver, SolverOptions, one_per_place
+from diffusion.absorbing import AbsorbingDiffusion, sample_at
+from diffusion.discrete_solvers import Evaluated, evaluate
+from diffusion.drawing import NO_WARP, LogitsWarper
+from diffusion.process import expand
+from diffusion.rng import Streams, sample_categorical
+from diffusion.solvers import Solver, SolverOptions, one_per_code
 from diffusion.types import Denoiser, OnStep
 
 Remasking = Literal["cap", "rescale", "conf"]
 
 
-def reveal(
+def unmask(
     denoise: Denoiser,
     mask: int,
     x: Tensor,
-    turns: Tensor,
+    unmask_step: Tensor,
     times: Tensor,
     *,
     rng: Streams,
     on_step: OnStep | None,
-    drawing: Drawing,
+    warper: LogitsWarper,
 ) -> Tensor:
     """Draws each masked code at its turn, those of a turn together and independently of each other.
 
-    `turns` (B, H, W) int64 in [0, steps); `times` (B, steps) is what the network is told. An example makes a call for
+    `unmask_step` (B, H, W) int64 in [0, steps); `times` (B, steps) is what the network is told. An example makes a call for
     each turn at which codes of it are drawn; calls of different examples, at whatever turns, go together.
     """
     steps = times.shape[1]
-    of_masked = turns.masked_fill(x != mask, steps).flatten(1)
+    of_masked = unmask_step.masked_fill(x != mask, steps).flatten(1)
     taken = torch.zeros(len(x), steps + 1, dtype=torch.bool, device=x.device).scatter_(1, of_masked, True)[:, :-1]
-    calls = steps if on_step is not None else int(taken.sum(1).max())
+    nfe = steps if on_step is not None else int(taken.sum(1).max())
     plan = (~taken).long().argsort(dim=1, stable=True) if on_step is None else torch.arange(steps, device=x.device)
     plan = plan.expand(len(x), steps)
-    for i in range(calls):
-        turn = plan[:, i]  # (B,)
-        due = (x == mask) & (turns == turn.view(-1, 1, 1))
-        answer = ask(denoise, x, due, times.gather(1, turn[:, None])[:, 0], on_step is not None)
-        x = drawn_at(x, due, answer, rng, drawing)
-        x = x if on_step is None else on_step(i, 1 - i / calls, 1 - (i + 1) / calls, x, answer.everything)
+    for i in range(nfe):
+        step = plan[:, i]  # (B,)
+        due = (x == mask) & (unmask_step == step.view(-1, 1, 1))
+        evaluated = evaluate(denoise, x, due, times.gather(1, step[:, None])[:, 0], on_step is not None)
+        x = sample_evaluated(x, due, evaluated, rng, warper)
+        x = x if on_step is None else on_step(i, 1 - i / nfe, 1 - (i + 1) / nfe, x, evaluated.all_logits)
     return x
 
 
-def drawn_at(x: Tensor, due: Tensor, answer: Answer, rng: Streams, drawing: Drawing) -> Tensor:
+def sample_evaluated(x: Tensor, due: Tensor, evaluated: Evaluated, rng: Streams, warper: LogitsWarper) -> Tensor:
     """x with the codes at `due` (B, H, W) drawn from the answer."""
-    rows = answer.rows
+    rows = evaluated.rows
     if not len(rows):
         return x
-    logits = drawing.adjust(answer.logits, answer.t)
-    return x.index_copy(0, rows, filled(x[rows], due[rows], logits, rng.of(rows.tolist())))
+    logits = warper.warp(evaluated.logits, evaluated.t)
+    return x.index_copy(0, rows, sample_at(x[rows], due[rows], logits, rng.select(rows.tolist())))
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def ancestral(
     *,
     rng: Streams,
     on_step: OnStep | None = None,
-    drawing: Drawing = AS_PREDICTED,
+    warper: LogitsWarper = NO_WARP,
 ) -> Tensor:
     """The reverse process: what `discrete` draws, with fewer network calls.
 
@@ -80,9 +80,11 @@ def ancestral(
     drawn first; those in which nothing is revealed cost nothing. At most min(steps, N) network calls.
     """
     u = rng.uniform(x.shape, torch.float64)
-    after = process.masked(torch.tensor(times[1:], dtype=torch.float64)).to(u.dtype).to(x.device)  # m(s), falling
-    turns = (u.unsqueeze(-1) < after).sum(-1)  # it is still masked after the steps whose m(s) lies above u
-    return reveal(denoise, process.mask, x, turns, shared(times, x), rng=rng, on_step=on_step, drawing=drawing)
+    after = process.mask_prob(torch.tensor(times[1:], dtype=torch.float64)).to(u.dtype).to(x.device)  # m(s), falling
+    unmask_step = (u.unsqueeze(-1) < after).sum(-1)  # it is still masked after the steps whose m(s) lies above u
+    return unmask(
+        denoise, process.mask, x, unmask_step, expand_times(times, x), rng=rng, on_step=on_step, warper=warper
+    )
 
 
 @torch.no_grad()
@@ -94,7 +96,7 @@ def first_hitting(
     *,
     rng: Streams,
     on_step: OnStep | None = None,
-    drawing: Drawing = AS_PREDICTED,
+    warper: LogitsWarper = NO_WARP,
 ) -> Tensor:
     """The reverse process in continuous time, exactly: one network call per masked code, at the time of its reveal.
 
@@ -107,10 +109,10 @@ def first_hitting(
         raise ValueError(f"first_hitting takes {count} steps on this grid, got {steps}: pass --sample_steps {count}")
     u = rng.uniform(x.shape, torch.float64).flatten(1).masked_fill((x != process.mask).flatten(1), -1.0)
     order = u.argsort(dim=1, descending=True, stable=True)
-    turns = order.argsort(1).view_as(x)
+    unmask_step = order.argsort(1).view_as(x)
     share = u.gather(1, order).clamp(min=0)
-    told = process.time_at(share).float().to(x.device)
-    return reveal(denoise, process.mask, x, turns, told, rng=rng, on_step=on_step, drawing=drawing)
+    told = process.t_from_mask_prob(share).float().to(x.device)
+    return unmask(denoise, process.mask, x, unmask_step, told, rng=rng, on_step=on_step, warper=warper)
 
 
 def radical_inverse(count: int, base: int) -> Tensor:
@@ -150,7 +152,7 @@ def halton(
     *,
     rng: Streams,
     on_step: OnStep | None = None,
-    drawing: Drawing = AS_PREDICTED,
+    warper: LogitsWarper = NO_WARP,
 ) -> Tensor:
     """Reveals codes in Halton's order (Besnier et al. 2025), shifted at random, cyclically, for each example.
 
@@ -163,18 +165,22 @@ def halton(
     order = torch.stack([order.roll(shift, (0, 1)) for shift in map(tuple, by.tolist())]).to(x.device)
     hidden = (x == process.mask).flatten(1)
     rank = order.flatten(1).masked_fill(~hidden, H * W).argsort(dim=1, stable=True).argsort(1)
-    counts = torch.stack([revealed(process, hidden.sum(1), times, i) for i in range(1, len(times))], 1)  # (B, steps)
-    turns = torch.searchsorted(counts, rank, right=True).clamp(max=len(times) - 2).view_as(x)
-    return reveal(denoise, process.mask, x, turns, shared(times, x), rng=rng, on_step=on_step, drawing=drawing)
+    counts = torch.stack(
+        [num_unmasked(process, hidden.sum(1), times, i) for i in range(1, len(times))], 1
+    )  # (B, steps)
+    unmask_step = torch.searchsorted(counts, rank, right=True).clamp(max=len(times) - 2).view_as(x)
+    return unmask(
+        denoise, process.mask, x, unmask_step, expand_times(times, x), rng=rng, on_step=on_step, warper=warper
+    )
 
 
-def revealed(process: AbsorbingDiffusion, hidden: Tensor, times: list[float], i: int) -> Tensor:
+def num_unmasked(process: AbsorbingDiffusion, hidden: Tensor, times: list[float], i: int) -> Tensor:
     """How many of `hidden` (B,) codes are known after i steps: all but the share m(s), at least one a step."""
-    share = process.masked(torch.tensor(times[i], dtype=torch.float64)).item()
+    share = process.mask_prob(torch.tensor(times[i], dtype=torch.float64)).item()
     return (hidden - (hidden * share).floor().long()).clamp(min=i).minimum(hidden)
 
 
-def shared(times: list[float], x: Tensor) -> Tensor:
+def expand_times(times: list[float], x: Tensor) -> Tensor:
     """What the network is told at each step: (B, steps) float32, the same for all."""
     return torch.tensor(times[:-1], device=x.device).expand(len(x), -1)
 
@@ -196,12 +202,12 @@ def confidence(
     *,
     rng: Streams,
     on_step: OnStep | None = None,
-    drawing: Drawing = AS_PREDICTED,
+    warper: LogitsWarper = NO_WARP,
     choice_temp: float = 4.5,
 ) -> Tensor:
     """Draws all masked codes at each step and keeps the surest (Chang et al. 2022, MaskGIT).
 
-    A draw's score is log p of it, as the network says and whatever `drawing` makes of that, plus Gumbel noise times
+    A draw's score is log p of it, as the network says and whatever `warper` makes of that, plus Gumbel noise times
     `choice_temp` times s, which ends at 0. After the step to s, m(s) of the codes are masked, rounded down, and at
     least one more than before is kept.
     """
@@ -210,21 +216,23 @@ def confidence(
     hidden = (x == process.mask).flatten(1).sum(1)  # (B,)
     for i, (t, s) in enumerate(pairwise(times)):
         masked = x == process.mask
-        answer = ask(denoise, x, masked, at(t, x), on_step is not None)
-        rows = answer.rows
+        evaluated = evaluate(denoise, x, masked, expand(t, x), on_step is not None)
+        rows = evaluated.rows
         if len(rows):
             known = hidden - masked.flatten(1).sum(1)
-            more = (revealed(process, hidden, times, i + 1) - known)[rows]
-            tempered, noise = drawing.adjust(answer.logits, answer.t), choice_temp * s
-            kept = surest(x[rows], masked[rows], answer.logits, tempered, more, noise, rng.of(rows.tolist()))
+            more = (num_unmasked(process, hidden, times, i + 1) - known)[rows]
+            tempered, noise = warper.warp(evaluated.logits, evaluated.t), choice_temp * s
+            kept = unmask_most_confident(
+                x[rows], masked[rows], evaluated.logits, tempered, more, noise, rng.select(rows.tolist())
+            )
             x = x.index_copy(0, rows, kept)
         elif on_step is None:
             break
-        x = x if on_step is None else on_step(i, t, s, x, answer.everything)
+        x = x if on_step is None else on_step(i, t, s, x, evaluated.all_logits)
     return x
 
 
-def surest(
+def unmask_most_confident(
     x: Tensor, masked: Tensor, logits: Tensor, tempered: Tensor, count: Tensor, noise: float, rng: Streams
 ) -> Tensor:
     """x (B, H, W) with draws at the `count` (B,) masked places whose log p, plus `noise` times Gumbel's, is highest.
@@ -233,7 +241,7 @@ def surest(
     """
     precision = torch.float32 if logits.device.type == "mps" else torch.float64
     u, v = rng.uniform(x.shape, torch.float64), rng.uniform(x.shape, torch.float64)
-    codes = drawn(tempered[masked].to(precision), u[masked])  # (n,)
+    codes = sample_categorical(tempered[masked].to(precision), u[masked])  # (n,)
     scores = logits[masked].to(precision).log_softmax(-1).gather(-1, codes[:, None])[:, 0]
     scores = scores - noise * (-(-v[masked].to(precision)).log1p()).clamp(min=1e-20).log()  # -log Exp(1) is Gumbel's
     everywhere = torch.full(x.shape, -torch.inf, dtype=precision, device=x.device).masked_scatter(masked, scores)
@@ -261,7 +269,7 @@ def remask(
     *,
     rng: Streams,
     on_step: OnStep | None = None,
-    drawing: Drawing = AS_PREDICTED,
+    warper: LogitsWarper = NO_WARP,
     remasking: Remasking = "rescale",
     remask_eta: float = 0.05,
 ) -> Tensor:
@@ -269,7 +277,7 @@ def remask(
 
     A revealed code is masked with probability sigma. With eta `remask_eta`, cap: min(eta, the most that the step
     allows); rescale: eta times the most; conf: that on average, dealt out to the revealed codes by softmax(-p), p the
-    probability that the network gave each when it was drawn, whatever `drawing` made of that. They keep the share that
+    probability that the network gave each when it was drawn, whatever `warper` made of that. They keep the share that
     is masked, conf while no code's probability would exceed 1. (In the paper those of conf add up to sigma, so that at
     most about one code a step is masked, and masked codes are not balanced.)
     """
@@ -279,22 +287,22 @@ def remask(
         raise ValueError(f"got {got}: wanted {wanted}; pass --remasking, --remask_eta")
     given, p = x != process.mask, torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for i, (t, s) in enumerate(pairwise(times)):
-        most, masked, u = process.most_remasked(t, s), x == process.mask, rng.uniform(x.shape, torch.float64)
+        most, masked, u = process.max_sigma(t, s), x == process.mask, rng.uniform(x.shape, torch.float64)
         share = min(remask_eta, most) if remasking == "cap" else remask_eta * most
-        sigma = dealt(share, p, ~masked & ~given) if remasking == "conf" else share
-        due, again = masked & (u >= process.staying(t, s, share)), ~masked & ~given & (u < sigma)
-        answer = ask(denoise, x, due, at(t, x), on_step is not None)
-        x = drawn_at(x, due, answer, rng, drawing)
-        if len(answer.rows):
-            codes = x[answer.rows].clamp(max=process.codes - 1).unsqueeze(-1)
-            p_now = answer.logits.float().softmax(-1).gather(-1, codes)[..., 0]
-            p = p.index_copy(0, answer.rows, torch.where(due[answer.rows], p_now, p[answer.rows]))
+        sigma = conf_remask_probs(share, p, ~masked & ~given) if remasking == "conf" else share
+        due, again = masked & (u >= process.stay_masked_prob(t, s, share)), ~masked & ~given & (u < sigma)
+        evaluated = evaluate(denoise, x, due, expand(t, x), on_step is not None)
+        x = sample_evaluated(x, due, evaluated, rng, warper)
+        if len(evaluated.rows):
+            codes = x[evaluated.rows].clamp(max=process.codes - 1).unsqueeze(-1)
+            p_now = evaluated.logits.float().softmax(-1).gather(-1, codes)[..., 0]
+            p = p.index_copy(0, evaluated.rows, torch.where(due[evaluated.rows], p_now, p[evaluated.rows]))
         x = x.masked_fill(again, process.mask)
-        x = x if on_step is None else on_step(i, t, s, x, answer.everything)
+        x = x if on_step is None else on_step(i, t, s, x, evaluated.all_logits)
     return x
 
 
-def dealt(share: float, p: Tensor, revealed: Tensor) -> Tensor:
+def conf_remask_probs(share: float, p: Tensor, revealed: Tensor) -> Tensor:
     """A probability for each revealed code, `share` on average (less where one would exceed 1): (B, H, W)."""
     weights = (-p).masked_fill(~revealed, -torch.inf).flatten(1).softmax(1).nan_to_num().view_as(p)
     return (share * revealed.flatten(1).sum(1).view(-1, 1, 1) * weights).clamp(max=1)
@@ -302,8 +310,8 @@ def dealt(share: float, p: Tensor, revealed: Tensor) -> Tensor:
 
 SOLVERS = (
     Solver(ancestral, AbsorbingDiffusion),
-    Solver(first_hitting, AbsorbingDiffusion, steps=one_per_place),
-    Solver(halton, AbsorbingDiffusion, schedule="arccos", in_turn=True),
-    Solver(confidence, AbsorbingDiffusion, ConfidenceOptions, schedule="cosine", in_turn=True),
+    Solver(first_hitting, AbsorbingDiffusion, steps=one_per_code),
+    Solver(halton, AbsorbingDiffusion, schedule="arccos", draws_every_step=True),
+    Solver(confidence, AbsorbingDiffusion, ConfidenceOptions, schedule="cosine", draws_every_step=True),
     Solver(remask, AbsorbingDiffusion, RemaskOptions),
 )

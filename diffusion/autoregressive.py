@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.drawing import AS_PREDICTED, Drawing
-from diffusion.process import weighted
-from diffusion.rng import Streams, drawn
-from diffusion.solvers import Solver, one_per_place
+from diffusion.drawing import NO_WARP, LogitsWarper
+from diffusion.process import apply_loss_weight
+from diffusion.rng import Streams, sample_categorical
+from diffusion.solvers import Solver, one_per_code
 from diffusion.types import Bound, Denoiser, Loss, OnStep
 
 
@@ -47,7 +47,9 @@ class Autoregression:
         Each code's is multiplied by `loss_weight`, (B,) or (B, H, W); the metric is not.
         """
         nll = F.cross_entropy(logits.float().flatten(0, 2), x0.flatten(), reduction="none").view(x0.shape)  # nats
-        per_example, bits = (each.flatten(1).mean(1) / math.log(2) for each in (weighted(nll, loss_weight), nll))
+        per_example, bits = (
+            each.flatten(1).mean(1) / math.log(2) for each in (apply_loss_weight(nll, loss_weight), nll)
+        )
         return Loss(per_example, {"bits_per_code": bits.detach()})
 
     def likelihood(self, logits: Tensor, x0: Tensor) -> Bound:
@@ -65,7 +67,7 @@ def raster(
     *,
     rng: Streams,
     on_step: OnStep | None = None,
-    drawing: Drawing = AS_PREDICTED,
+    warper: LogitsWarper = NO_WARP,
 ) -> Tensor:
     """Draws the unknown codes of x (B, H, W) in raster order; known ones never change.
 
@@ -86,28 +88,30 @@ def raster(
     x = x.flatten(1)
     unknown = x == process.mask
     last = (unknown * torch.arange(1, count + 1, device=x.device)).amax(1) - 1  # -1: all are known
-    places, said = unknown.any(0).nonzero()[:, 0].tolist(), None
+    places, pred = unknown.any(0).nonzero()[:, 0].tolist(), None
     for i, place in enumerate(places):
         rows = (last >= place).nonzero()[:, 0]
         before = x[rows]
         t = torch.full((len(rows),), 1 - place / count, device=x.device)
         logits = denoise(before[:, :place], t, rows)
         due = before[:, place] == process.mask
-        before[due, place] = drawn(drawing.adjust(logits, t)[due], u[rows[due], place])
+        before[due, place] = sample_categorical(warper.warp(logits, t)[due], u[rows[due], place])
         x = x.index_copy(0, rows, before)
         if on_step is not None:
-            said = logits.new_zeros(len(x), count, logits.shape[-1]) if said is None else said
-            said[rows, place:] = logits[:, None]
+            pred = logits.new_zeros(len(x), count, logits.shape[-1]) if pred is None else pred
+            pred[rows, place:] = logits[:, None]
             t, s = 1 - i / len(places), 1 - (i + 1) / len(places)
-            x = filled_in(x, on_step(i, t, s, x.view(shape), said.view(*shape, -1)).flatten(1), process.mask)
+            x = check_only_unknown_changed(
+                x, on_step(i, t, s, x.view(shape), pred.view(*shape, -1)).flatten(1), process.mask
+            )
     return x.view(shape)
 
 
-def filled_in(x: Tensor, changed: Tensor, mask: int) -> Tensor:
+def check_only_unknown_changed(x: Tensor, changed: Tensor, mask: int) -> Tensor:
     """`changed` (B, N), by one who watches; ValueError where codes of x that are known became others."""
     if ((x != changed) & (x != mask)).any():
         raise ValueError("on_step may fill in codes that are still to be drawn, got other known ones: they were read")
     return changed
 
 
-SOLVERS = (Solver(raster, Autoregression, steps=one_per_place),)
+SOLVERS = (Solver(raster, Autoregression, steps=one_per_code),)

@@ -12,16 +12,16 @@ from diffusion.process import ContinuousProcess
 from diffusion.types import Denoiser, Prediction
 
 
-class Rows(Protocol):
+class BatchedCondition(Protocol):
     """A condition with a row per example."""
 
-    def __getitem__(self, rows: Tensor) -> "Rows": ...
+    def __getitem__(self, rows: Tensor) -> "BatchedCondition": ...
 
     @classmethod
-    def cat(cls, conditions: Sequence["Rows"]) -> "Rows": ...
+    def cat(cls, conditions: Sequence["BatchedCondition"]) -> "BatchedCondition": ...
 
 
-C = TypeVar("C", bound=Tensor | Rows | None)
+C = TypeVar("C", bound=Tensor | BatchedCondition | None)
 GUIDANCE_SCHEDULES = {  # t (B,) from 1 to 0 -> the share of guidance, (B,)
     "constant": torch.ones_like,
     "linear": lambda t: 1 - t,
@@ -62,27 +62,27 @@ def guided(
     if schedule not in GUIDANCE_SCHEDULES:
         raise ValueError(f"got guidance schedule {schedule!r}: choose one of {', '.join(GUIDANCE_SCHEDULES)}")
     needed = interval is not None or schedule != "constant" or rescale > 0
-    conditions, scales = counting(list(conditions), list(scales), keep_last=needed)
+    conditions, scales = drop_unused(list(conditions), list(scales), keep_last=needed)
     if not scales:
-        return lambda x, t, rows=None: denoise(x, t, picked(conditions[0], rows))
+        return lambda x, t, rows=None: denoise(x, t, take_rows(conditions[0], rows))
 
-    def on(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor | Prediction:
+    def guided_denoise(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor | Prediction:
         inside = None if interval is None else (interval[0] <= t) & (t <= interval[1])
         if inside is not None and not inside.any():
-            return denoise(x, t, picked(conditions[-1], rows))
-        said = under_each(denoise, x, t, [picked(condition, rows) for condition in conditions])
+            return denoise(x, t, take_rows(conditions[-1], rows))
+        pred = batched_call(denoise, x, t, [take_rows(condition, rows) for condition in conditions])
         share = None if schedule == "constant" else GUIDANCE_SCHEDULES[schedule](t)
-        result = along(said, [scale if share is None else 1 + (scale - 1) * share for scale in scales])
+        result = lerp_chain(pred, [scale if share is None else 1 + (scale - 1) * share for scale in scales])
         if rescale:
-            spread = said[-1].x0.flatten(1).std(1) / result.x0.flatten(1).std(1)  # (B,)
+            spread = pred[-1].x0.flatten(1).std(1) / result.x0.flatten(1).std(1)  # (B,)
             factor = 1 + rescale * (spread - 1)
             result = process.with_x0(result, result.x0 * factor.view(-1, *[1] * (x.ndim - 1)), x, t)
-        return result if inside is None else along([said[-1], result], [inside.float()])
+        return result if inside is None else lerp_chain([pred[-1], result], [inside.float()])
 
-    return on
+    return guided_denoise
 
 
-def counting(conditions: list[C], scales: list[float], keep_last: bool) -> tuple[list[C], list[float]]:
+def drop_unused(conditions: list[C], scales: list[float], keep_last: bool) -> tuple[list[C], list[float]]:
     """The chain without the conditions whose coefficient is 0; the last one stays where it must."""
     for i in reversed(range(1, len(scales))):
         if scales[i - 1] == scales[i]:
@@ -94,12 +94,12 @@ def counting(conditions: list[C], scales: list[float], keep_last: bool) -> tuple
     return conditions, scales
 
 
-def picked(condition: C, rows: Tensor | None) -> C:
+def take_rows(condition: C, rows: Tensor | None) -> C:
     """The condition of these examples."""
     return condition if rows is None or condition is None else condition[rows]
 
 
-def joined(conditions: Sequence[C]) -> C:
+def cat_conditions(conditions: Sequence[C]) -> C:
     """The examples of all, one after the other; None where all are. ValueError where some are None."""
     if all(condition is None for condition in conditions):
         return None
@@ -108,28 +108,28 @@ def joined(conditions: Sequence[C]) -> C:
     return torch.cat(list(conditions)) if isinstance(conditions[0], Tensor) else type(conditions[0]).cat(conditions)
 
 
-def under_each(denoise: Callable, x: Tensor, t: Tensor, conditions: list[C]) -> list[Tensor] | list[Prediction]:
+def batched_call(denoise: Callable, x: Tensor, t: Tensor, conditions: list[C]) -> list[Tensor] | list[Prediction]:
     """What is said under each condition, in one call."""
     n = len(conditions)
-    said = denoise(torch.cat([x] * n), torch.cat([t] * n), joined(conditions))
-    if isinstance(said, Tensor):
-        return list(said.chunk(n))
-    parts = [[None] * n if each is None else each.chunk(n) for each in said]
+    pred = denoise(torch.cat([x] * n), torch.cat([t] * n), cat_conditions(conditions))
+    if isinstance(pred, Tensor):
+        return list(pred.chunk(n))
+    parts = [[None] * n if each is None else each.chunk(n) for each in pred]
     return [Prediction(*each) for each in zip(*parts, strict=True)]
 
 
-def along(said: Sequence[Tensor | Prediction], weights: Sequence[float | Tensor]) -> Tensor | Prediction:
+def lerp_chain(pred: Sequence[Tensor | Prediction], weights: Sequence[float | Tensor]) -> Tensor | Prediction:
     """said[0] + sum of weights[i] (said[i + 1] - said[i]); a weight is for all, or (B,)."""
-    if isinstance(said[0], Prediction):
-        x0, eps = (along([each[i] for each in said], weights) for i in (0, 1))
-        return Prediction(x0, eps, said[-1].share)
-    result = said[0].lerp(said[1], like_rows(weights[0], said[0]))
-    for (weak, strong), weight in zip(pairwise(said[1:]), weights[1:], strict=True):
-        result = result + like_rows(weight, weak) * (strong - weak)
+    if isinstance(pred[0], Prediction):
+        x0, eps = (lerp_chain([each[i] for each in pred], weights) for i in (0, 1))
+        return Prediction(x0, eps, pred[-1].frac)
+    result = pred[0].lerp(pred[1], expand_weight(weights[0], pred[0]))
+    for (weak, strong), weight in zip(pairwise(pred[1:]), weights[1:], strict=True):
+        result = result + expand_weight(weight, weak) * (strong - weak)
     return result
 
 
-def like_rows(weight: float | Tensor, x: Tensor) -> float | Tensor:
+def expand_weight(weight: float | Tensor, x: Tensor) -> float | Tensor:
     """A weight for each example as a factor of x (B, ...)."""
     return weight.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) if isinstance(weight, Tensor) else weight
 
@@ -143,16 +143,16 @@ def thresholded(denoise: Denoiser, process: ContinuousProcess, percentile: float
     if percentile is not None and not 0 < percentile <= 1:
         raise ValueError(f"got percentile {percentile}, wanted a share above 0 and up to 1, such as 0.995")
 
-    def on(x: Tensor, t: Tensor) -> Prediction:
-        said = denoise(x, t)
-        bound = torch.ones_like(said.x0[:, :1].flatten(1)[:, 0])
+    def thresholded_denoise(x: Tensor, t: Tensor) -> Prediction:
+        pred = denoise(x, t)
+        bound = torch.ones_like(pred.x0[:, :1].flatten(1)[:, 0])
         if percentile is not None:
-            sizes = said.x0.abs().flatten(1)
+            sizes = pred.x0.abs().flatten(1)
             bound = sizes.kthvalue(math.ceil(percentile * sizes.shape[1]), dim=1).values.clamp(min=1)
         bound = bound.view(-1, *[1] * (x.ndim - 1))
-        return process.with_x0(said, torch.clamp(said.x0, -bound, bound) / bound, x, t)
+        return process.with_x0(pred, torch.clamp(pred.x0, -bound, bound) / bound, x, t)
 
-    return on
+    return thresholded_denoise
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -182,7 +182,7 @@ def windowed(
     """
     h, w = window
 
-    def on_canvas(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
+    def windowed_denoise(x: Tensor, t: Tensor, rows: Tensor | None = None) -> Tensor:
         B, H, W = x.shape
         rows = torch.arange(B, device=x.device) if rows is None else rows
         places = [(i, j) for i in window_starts(H, h, stride) for j in window_starts(W, w, stride)]
@@ -193,18 +193,18 @@ def windowed(
         total, count = None, x.new_zeros(B, H, W, 1, dtype=torch.float32)
         for part in wanted.nonzero().split(batch):  # (window, canvas)
             of = part[:, 1]
-            said = denoise(crops[part[:, 0], of], t[of], rows[of]).float().softmax(-1)  # (n, h, w, K)
-            total = said.new_zeros(B, H, W, said.shape[-1]) if total is None else total
-            for p, (place, canvas) in zip(said, part.tolist(), strict=True):
+            pred = denoise(crops[part[:, 0], of], t[of], rows[of]).float().softmax(-1)  # (n, h, w, K)
+            total = pred.new_zeros(B, H, W, pred.shape[-1]) if total is None else total
+            for p, (place, canvas) in zip(pred, part.tolist(), strict=True):
                 i, j = places[place]
                 total[canvas, i : i + h, j : j + w] += p
                 count[canvas, i : i + h, j : j + w] += 1
         return (total / count.clamp(min=1)).log()
 
-    return on_canvas
+    return windowed_denoise
 
 
-def known(denoise: Denoiser, process: ContinuousProcess, x0: Tensor, keep: Tensor) -> Denoiser:
+def with_known_pixels(denoise: Denoiser, process: ContinuousProcess, x0: Tensor, keep: Tensor) -> Denoiser:
     """A denoiser that knows x0 (B, C, H, W) where `keep` (B, H, W) is True, and the eps that goes with it.
 
     Every solver then ends there with x0 itself, and passes through q(x_s | x_t, x_0) on the way (with a learned
@@ -213,11 +213,11 @@ def known(denoise: Denoiser, process: ContinuousProcess, x0: Tensor, keep: Tenso
     """
     keep = keep.unsqueeze(1)
 
-    def on(x: Tensor, t: Tensor) -> Prediction:
-        said = denoise(x, t)
-        if said.share is not None:
-            said = said._replace(share=said.share.masked_fill(keep, 0.0))
-        exact = process.with_x0(said, x0, x, t)
-        return Prediction(*(torch.where(keep, a, b) for a, b in zip(exact[:2], said[:2], strict=True)), said.share)
+    def known_denoise(x: Tensor, t: Tensor) -> Prediction:
+        pred = denoise(x, t)
+        if pred.frac is not None:
+            pred = pred._replace(frac=pred.frac.masked_fill(keep, 0.0))
+        exact = process.with_x0(pred, x0, x, t)
+        return Prediction(*(torch.where(keep, a, b) for a, b in zip(exact[:2], pred[:2], strict=True)), pred.frac)
 
-    return on
+    return known_denoise

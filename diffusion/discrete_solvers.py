@@ -14,36 +14,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion.drawing import AS_PREDICTED, Drawing
-from diffusion.process import DiscreteProcess, at
+from diffusion.drawing import NO_WARP, LogitsWarper
+from diffusion.process import DiscreteProcess, expand
 from diffusion.rng import Streams
 from diffusion.solvers import Solver
 from diffusion.types import Denoiser, OnStep
 
 
-def step_times(steps: int | None) -> list[float]:
+def even_times(steps: int | None) -> list[float]:
     """steps + 1 times from 1 to 0, evenly."""
     if steps is None or steps < 1:
         raise ValueError(f"got {steps} sampling steps, wanted at least 1: pass --sample_steps N")
     return [i / steps for i in range(steps, -1, -1)]
 
 
-class Answer(NamedTuple):
+class Evaluated(NamedTuple):
     """What the network says where something is to be drawn."""
 
     rows: Tensor  # (n,) int64, the examples of which something is drawn
     t: Tensor  # (n,), what it was told of them
     logits: Tensor | None  # (n, H, W, K), theirs; None where n is 0
-    everything: Tensor | None  # (B, H, W, K), where someone watches
+    all_logits: Tensor | None  # (B, H, W, K), where someone watches
 
 
-def ask(denoise: Denoiser, x: Tensor, due: Tensor, t: Tensor, watched: bool) -> Answer:
+def evaluate(denoise: Denoiser, x: Tensor, due: Tensor, t: Tensor, all_rows: bool) -> Evaluated:
     """Evaluates the examples of x (B, H, W) in which a code is `due` (B, H, W), at t (B,), or all that are watched."""
     rows = due.flatten(1).any(1).nonzero()[:, 0]
-    if watched or len(rows) == len(x):
-        everything = denoise(x, t)
-        return Answer(rows, t[rows], everything if len(rows) == len(x) else everything[rows], everything)
-    return Answer(rows, t[rows], denoise(x[rows], t[rows], rows) if len(rows) else None, None)
+    if all_rows or len(rows) == len(x):
+        all_logits = denoise(x, t)
+        return Evaluated(rows, t[rows], all_logits if len(rows) == len(x) else all_logits[rows], all_logits)
+    return Evaluated(rows, t[rows], denoise(x[rows], t[rows], rows) if len(rows) else None, None)
 
 
 @torch.no_grad()
@@ -55,19 +55,19 @@ def discrete(
     *,
     rng: Streams,
     on_step: OnStep | None = None,
-    drawing: Drawing = AS_PREDICTED,
+    warper: LogitsWarper = NO_WARP,
 ) -> Tensor:
     """The reverse process step by step: x_s is drawn from p(x_s | x_t), for any process of codes (Austin et al. 2021).
 
     A network call per step, for the examples of which some place may change.
     """
     for i, (t, s) in enumerate(pairwise(times)):
-        answer = ask(denoise, x, process.may_change(x, t, s), at(t, x), on_step is not None)
-        rows = answer.rows
+        evaluated = evaluate(denoise, x, process.may_change(x, t, s), expand(t, x), on_step is not None)
+        rows = evaluated.rows
         if len(rows):
-            logits = drawing.adjust(answer.logits, answer.t)
-            x = x.index_copy(0, rows, process.reverse(x[rows], logits, t, s, rng.of(rows.tolist())))
-        x = x if on_step is None else on_step(i, t, s, x, answer.everything)
+            logits = warper.warp(evaluated.logits, evaluated.t)
+            x = x.index_copy(0, rows, process.reverse(x[rows], logits, t, s, rng.select(rows.tolist())))
+        x = x if on_step is None else on_step(i, t, s, x, evaluated.all_logits)
     return x
 
 

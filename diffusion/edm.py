@@ -8,20 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.process import ContinuousProcess, full, like, weighted
+from diffusion.process import ContinuousProcess, append_dims, apply_loss_weight, upcast
 from diffusion.types import Loss, Prediction
 
 
 @dataclass(frozen=True)
 class EDM(ContinuousProcess):
-    """`sigma_data` is the data's deviation; training draws ln sigma from N(`mean`, `deviation`^2).
+    """`sigma_data` is the data's deviation; training draws ln sigma from N(`mean`, `std`^2).
 
     Sample with spacing karras or logsnr: equal steps in sigma spend all on the noise.
     """
 
     sigma_data: float = 0.5
     mean: float = -1.2
-    deviation: float = 1.2
+    std: float = 1.2
     start: float = 80.0
     end: float = 0.002
 
@@ -34,27 +34,30 @@ class EDM(ContinuousProcess):
     def quantile(self, u: Tensor) -> Tensor:
         """Log-normal."""
         u = u.clamp(max=1 - 2**-24)  # at 1 is infinity
-        return (self.mean + self.deviation * torch.special.ndtri(u)).exp()
+        return (self.mean + self.std * torch.special.ndtri(u)).exp()
 
     def network_time(self, t: Tensor) -> Tensor:
         return t.float().log() / 4
 
     def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return x_t / like(self.size(t), x_t)
+        return x_t / append_dims(self.marginal_std(t), x_t)
 
-    def size(self, t: Tensor) -> Tensor:
+    def marginal_std(self, t: Tensor) -> Tensor:
         """Deviation of x_t: (B,) -> (B,) float64."""
         return (self.sigma(t) ** 2 + self.sigma_data**2).sqrt()
 
-    def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        output, x_t = full(output), full(x_t)
-        skip, out = (self.sigma_data / self.size(t)) ** 2, self.sigma(t) * self.sigma_data / self.size(t)
-        x0 = like(skip, x_t) * x_t + like(out, x_t) * output
+    def to_prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+        output, x_t = upcast(output), upcast(x_t)
+        skip, out = (
+            (self.sigma_data / self.marginal_std(t)) ** 2,
+            self.sigma(t) * self.sigma_data / self.marginal_std(t),
+        )
+        x0 = append_dims(skip, x_t) * x_t + append_dims(out, x_t) * output
         return self.with_x0(Prediction(x0, x0), x0, x_t, t)
 
     def loss(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, *, loss_weight: Tensor | None = None) -> Loss:
         """A network's output at corrupt(x0, t, noise) -> Loss: the error of x_0, weighted to that of the output."""
-        error = (self.predict(output, self.corrupt(x0, t, noise), t).x0 - x0).square()
-        error = weighted(error, loss_weight).flatten(1).mean(1)
-        weight = (self.size(t) / (self.sigma(t) * self.sigma_data)) ** 2
-        return Loss(error * like(weight, error), {"mse": error.detach()})
+        error = (self.to_prediction(output, self.corrupt(x0, t, noise), t).x0 - x0).square()
+        error = apply_loss_weight(error, loss_weight).flatten(1).mean(1)
+        weight = (self.marginal_std(t) / (self.sigma(t) * self.sigma_data)) ** 2
+        return Loss(error * append_dims(weight, error), {"mse": error.detach()})

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.process import ContinuousProcess, full, like, weighted
+from diffusion.process import ContinuousProcess, append_dims, apply_loss_weight, upcast
 from diffusion.types import Loss, Prediction
 
 
@@ -13,13 +13,13 @@ from diffusion.types import Loss, Prediction
 class RectifiedFlow(ContinuousProcess):
     """x_t = (1 - w) x_0 + w eps with w = shift t / (1 + (shift - 1) t) (Esser et al. 2024).
 
-    The network says eps - x_0 and is told w. Training draws logit t from N(`mean`, `deviation`^2). A shift above 1
+    The network says eps - x_0 and is told w. Training draws logit t from N(`mean`, `std`^2). A shift above 1
     spends more on noise, in training and in sampling: for larger images.
     """
 
     shift: float = 1.0
     mean: float = 0.0
-    deviation: float = 1.0
+    std: float = 1.0
     start: float = 1.0
     end: float = 1e-3
 
@@ -36,18 +36,20 @@ class RectifiedFlow(ContinuousProcess):
 
     def quantile(self, u: Tensor) -> Tensor:
         """Logit-normal."""
-        return (self.mean + self.deviation * torch.special.ndtri(u)).sigmoid().clamp(min=self.end)
+        return (self.mean + self.std * torch.special.ndtri(u)).sigmoid().clamp(min=self.end)
 
     def network_time(self, t: Tensor) -> Tensor:
         t = t.float()
         return self.shift * t / (1 + (self.shift - 1) * t)
 
-    def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        output, x_t = full(output), full(x_t)
-        return Prediction(x_t - like(self.sigma(t), x_t) * output, x_t + like(self.alpha(t), x_t) * output)
+    def to_prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+        output, x_t = upcast(output), upcast(x_t)
+        return Prediction(
+            x_t - append_dims(self.sigma(t), x_t) * output, x_t + append_dims(self.alpha(t), x_t) * output
+        )
 
     def loss(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, *, loss_weight: Tensor | None = None) -> Loss:
         """A network's output at corrupt(x0, t, noise) -> Loss: its squared error, mean over an example's numbers."""
-        error = (noise - x0 - full(output)).square()
-        error = weighted(error, loss_weight).flatten(1).mean(1)
+        error = (noise - x0 - upcast(output)).square()
+        error = apply_loss_weight(error, loss_weight).flatten(1).mean(1)
         return Loss(error, {"mse": error.detach()})

@@ -3,8 +3,8 @@
 Time t lies in [0, 1]; the T-step process of the papers visits t = i/T. alpha^2 + sigma^2 = 1. Between steps alpha is
 linear in t, so solvers may stop anywhere.
 
-A schedule is abar (T + 1,) float64, what is left of the data's variance: abar[i] is prod (1 - beta_j) over the first i
-steps, and abar[0] = 1. Betas are the papers' for T = 1000 and are scaled so that any T ends at about the same noise.
+A schedule is alpha_bar (T + 1,) float64, what is left of the data's variance: alpha_bar[i] is prod (1 - beta_j) over the first i
+steps, and alpha_bar[0] = 1. Betas are the papers' for T = 1000 and are scaled so that any T ends at about the same noise.
 """
 
 import math
@@ -14,43 +14,45 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from diffusion.process import ContinuousProcess, Variance, full, like, weighted
+from diffusion.process import ContinuousProcess, Variance, append_dims, apply_loss_weight, upcast
 from diffusion.types import Loss, Normal, Prediction
 
 PredictionType = Literal["eps", "x0", "v"]
 LossType = Literal["simple", "min_snr", "hybrid", "vlb"]
 
 
-def linear(steps: int, first: float = 1e-4, last: float = 0.02) -> Tensor:
+def linear(steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
     """beta rises linearly (Ho et al. 2020)."""
-    return from_betas(torch.linspace(first, last, steps, dtype=torch.float64) * 1000 / steps)
+    return from_betas(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64) * 1000 / steps)
 
 
-def scaled_linear(steps: int, first: float = 0.00085, last: float = 0.012) -> Tensor:
+def scaled_linear(steps: int, beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
     """sqrt(beta) rises linearly (Rombach et al. 2022, whose code calls it "linear")."""
-    roots = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64)
+    roots = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64)
     return from_betas(roots.square() * 1000 / steps)
 
 
-def cosine(steps: int, offset: float = 0.008, largest: float = 0.999) -> Tensor:
-    """abar falls as cos^2, no beta above `largest` (Nichol & Dhariwal 2021, eq. 17)."""
+def cosine(steps: int, offset: float = 0.008, max_beta: float = 0.999) -> Tensor:
+    """alpha_bar falls as cos^2, no beta above `max_beta` (Nichol & Dhariwal 2021, eq. 17)."""
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    left = ((u + offset) / (1 + offset) * math.pi / 2).cos().square()
-    return from_betas((1 - left[1:] / left[:-1]).clamp(max=largest))
+    alpha_bar = ((u + offset) / (1 + offset) * math.pi / 2).cos().square()
+    return from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
 
 
-def sigmoid(steps: int, start: float = -3.0, end: float = 3.0, temperature: float = 1.0, least: float = 1e-9) -> Tensor:
-    """abar falls as a sigmoid, not below `least` (Jabri et al. 2022)."""
+def sigmoid(
+    steps: int, start: float = -3.0, end: float = 3.0, temperature: float = 1.0, min_alpha_bar: float = 1e-9
+) -> Tensor:
+    """alpha_bar falls as a sigmoid, not below `min_alpha_bar` (Jabri et al. 2022)."""
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     values = ((u * (end - start) + start) / temperature).sigmoid()
-    return ((values[-1] - values) / (values[-1] - values[0])).clamp(min=least)
+    return ((values[-1] - values) / (values[-1] - values[0])).clamp(min=min_alpha_bar)
 
 
 SCHEDULES = {"linear": linear, "scaled_linear": scaled_linear, "cosine": cosine, "sigmoid": sigmoid}
 
 
 def from_betas(betas: Tensor) -> Tensor:
-    """(T,) variances that each step adds -> abar (T + 1,). ValueError where a step adds nothing, or leaves nothing."""
+    """(T,) variances that each step adds -> alpha_bar (T + 1,). ValueError where a step adds nothing, or leaves nothing."""
     if not ((betas > 0) & (betas < 1)).all():
         raise ValueError(
             f"got betas from {betas.min():.3g} to {betas.max():.3g} in {len(betas)} steps, wanted them in (0, 1): "
@@ -59,22 +61,22 @@ def from_betas(betas: Tensor) -> Tensor:
     return torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)])
 
 
-def with_zero_terminal_snr(abar: Tensor) -> Tensor:
+def with_zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
     """The schedule shifted and scaled so that nothing is left of the data at T (Lin et al. 2024, algorithm 1).
 
-    sqrt(abar) keeps its value after the first step. Predicting eps then has no meaning at T: choose v or x0.
+    sqrt(alpha_bar) keeps its value after the first step. Predicting eps then has no meaning at T: choose v or x0.
     """
-    roots = abar.sqrt()
+    roots = alpha_bar.sqrt()
     scaled = (roots[1:] - roots[-1]) * roots[1] / (roots[1] - roots[-1])
-    return torch.cat([abar[:1], scaled.square()])
+    return torch.cat([alpha_bar[:1], scaled.square()])
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianDiffusion(ContinuousProcess):
-    """`abar` (T + 1,) float64 of SCHEDULES; what the network predicts; how wide a reverse step is; where
+    """`alpha_bar` (T + 1,) float64 of SCHEDULES; what the network predicts; how wide a reverse step is; where
     sampling begins."""
 
-    abar: Tensor
+    alpha_bar: Tensor
     prediction: PredictionType = "eps"
     variance: Variance = "fixed_large"
     start: float = 1.0
@@ -86,31 +88,36 @@ class GaussianDiffusion(ContinuousProcess):
         ):
             if choice not in choices:
                 raise ValueError(f"{name} {choice!r}: choose one of {', '.join(choices)}")
-        if len(self.abar) < 2 or self.abar[0] != 1 or self.abar[-1] < 0 or not (self.abar.diff() < 0).all():
-            raise ValueError("abar must fall from 1 without a halt, not below 0: take one of SCHEDULES")
-        if self.prediction == "eps" and self.abar[-1] == 0:
+        if (
+            len(self.alpha_bar) < 2
+            or self.alpha_bar[0] != 1
+            or self.alpha_bar[-1] < 0
+            or not (self.alpha_bar.diff() < 0).all()
+        ):
+            raise ValueError("alpha_bar must fall from 1 without a halt, not below 0: take one of SCHEDULES")
+        if self.prediction == "eps" and self.alpha_bar[-1] == 0:
             raise ValueError(
                 "eps cannot be predicted at zero terminal SNR, where x_T says nothing of the data: choose v or x0"
             )
 
     @property
     def steps(self) -> int:
-        return len(self.abar) - 1
+        return len(self.alpha_bar) - 1
 
     @property
     def end(self) -> float:
         return 1 / self.steps
 
-    def place(self, t: Tensor) -> Tensor:
+    def fractional_step(self, t: Tensor) -> Tensor:
         """t T, in t's own type; t = i/T gives i itself, in spite of float32's rounding."""
-        place = (t * self.steps).clamp(0, self.steps)
-        nearest = place.round()
-        return torch.where((place - nearest).abs() < self.steps * 2**-22, nearest, place)
+        fractional_step = (t * self.steps).clamp(0, self.steps)
+        nearest = fractional_step.round()
+        return torch.where((fractional_step - nearest).abs() < self.steps * 2**-22, nearest, fractional_step)
 
     def alpha(self, t: Tensor) -> Tensor:
-        place = self.place(t.cpu().double())
-        low = place.floor().long().clamp(max=self.steps - 1)
-        return torch.lerp(self.abar.take(low).sqrt(), self.abar.take(low + 1).sqrt(), place - low)
+        fractional_step = self.fractional_step(t.cpu().double())
+        low = fractional_step.floor().long().clamp(max=self.steps - 1)
+        return torch.lerp(self.alpha_bar.take(low).sqrt(), self.alpha_bar.take(low + 1).sqrt(), fractional_step - low)
 
     def sigma(self, t: Tensor) -> Tensor:
         return (1 - self.alpha(t) ** 2).clamp(min=0).sqrt()
@@ -121,32 +128,32 @@ class GaussianDiffusion(ContinuousProcess):
 
     def network_time(self, t: Tensor) -> Tensor:
         """The step as networks are told: 0 after one step, T - 1 after the last."""
-        return self.place(t.float()) - 1
+        return self.fractional_step(t.float()) - 1
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network is to say; v is of Salimans & Ho 2022."""
         if self.prediction == "v":
-            return like(self.alpha(t), x0) * noise - like(self.sigma(t), x0) * x0
+            return append_dims(self.alpha(t), x0) * noise - append_dims(self.sigma(t), x0) * x0
         return noise if self.prediction == "eps" else x0
 
-    def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+    def to_prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         wanted = x_t.shape[1] * (2 if self.variance == "learned_range" else 1)
         if output.shape[1] != wanted:
             raise ValueError(
                 f"the network gives {output.shape[1]} channels, wanted {wanted} for variance {self.variance!r}"
             )
-        output, x_t, share = full(output), full(x_t), None
+        output, x_t, frac = upcast(output), upcast(x_t), None
         if self.variance == "learned_range":
-            output, share = output.chunk(2, dim=1)
-            share = (share + 1) / 2
-        alpha, sigma = like(self.alpha(t), x_t), like(self.sigma(t), x_t)
+            output, frac = output.chunk(2, dim=1)
+            frac = (frac + 1) / 2
+        alpha, sigma = append_dims(self.alpha(t), x_t), append_dims(self.sigma(t), x_t)
         if self.prediction == "v":
-            return Prediction(alpha * x_t - sigma * output, sigma * x_t + alpha * output, share)
+            return Prediction(alpha * x_t - sigma * output, sigma * x_t + alpha * output, frac)
         if self.prediction == "eps":
-            return Prediction((x_t - sigma * output) / alpha, output, share)
-        return Prediction(output, (x_t - alpha * output) / sigma, share)
+            return Prediction((x_t - sigma * output) / alpha, output, frac)
+        return Prediction(output, (x_t - alpha * output) / sigma, frac)
 
-    def least_variance(self, t: Tensor, s: Tensor) -> Tensor:
+    def clipped_posterior_variance(self, t: Tensor, s: Tensor) -> Tensor:
         """The posterior's; at s = 0, where that is zero, what it is one step of the process earlier."""
         earlier = self.posterior_variance(torch.tensor(2 / self.steps), torch.tensor(1 / self.steps))
         return torch.where(self.sigma(s) > 0, self.posterior_variance(t, s), earlier)
@@ -171,19 +178,19 @@ class GaussianDiffusion(ContinuousProcess):
         hybrid: simple, and 0.001 times vlb for the variance alone (Nichol & Dhariwal 2021, eq. 16).
         """
         self.check_loss(kind)
-        said, rest = full(output)[:, : x0.shape[1]], full(output)[:, x0.shape[1] :]
-        error = (self.target(x0, noise, t) - said).square()
-        error = weighted(error, loss_weight).flatten(1).mean(1)  # (B,)
+        pred, rest = upcast(output)[:, : x0.shape[1]], upcast(output)[:, x0.shape[1] :]
+        error = (self.target(x0, noise, t) - pred).square()
+        error = apply_loss_weight(error, loss_weight).flatten(1).mean(1)  # (B,)
         metrics = {"mse": error.detach()}
         if kind == "simple":
             return Loss(error, metrics)
         if kind == "min_snr":
-            return Loss(error * like(self.min_snr_weight(t, gamma), error), metrics)
-        held = torch.cat([said.detach(), rest], 1) if kind == "hybrid" else output
+            return Loss(error * append_dims(self.min_snr_weight(t, gamma), error), metrics)
+        held = torch.cat([pred.detach(), rest], 1) if kind == "hybrid" else output
         x_t = self.corrupt(x0, t, noise)
-        nats = self.bound_nats(self.predict(held, x_t, t), x0, x_t, t)
+        nats = self.bound_nats(self.to_prediction(held, x_t, t), x0, x_t, t)
         metrics["vlb"] = self.steps * mean_bits(nats).detach()
-        bits = self.steps * mean_bits(weighted(nats, loss_weight))
+        bits = self.steps * mean_bits(apply_loss_weight(nats, loss_weight))
         return Loss(error + 0.001 * bits if kind == "hybrid" else bits, metrics)
 
     def check_loss(self, kind: str) -> None:
@@ -207,15 +214,17 @@ class GaussianDiffusion(ContinuousProcess):
     def bound_nats(self, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The term for each number, (B, C, H, W) nats: KL(q(x_s | x_t, x_0) || p(x_s | x_t)); at the last step the
         likelihood of x_0, an 8-bit image in [-1, 1]."""
-        s = (self.place(t.cpu().double()) - 1) / self.steps
+        s = (self.fractional_step(t.cpu().double()) - 1) / self.steps
         reverse = self.reverse_kernel(x_t, prediction, t, s)
-        truth = Normal(self.posterior_mean(x0, x_t, t, s), like(self.least_variance(t, s).log(), x_t))
-        return torch.where(like(s, x_t) > 0, kl(truth, reverse), -discretized_log_likelihood(x0, reverse))
+        truth = Normal(
+            self.posterior_mean(x0, x_t, t, s), append_dims(self.clipped_posterior_variance(t, s).log(), x_t)
+        )
+        return torch.where(append_dims(s, x_t) > 0, kl(truth, reverse), -discretized_log_likelihood(x0, reverse))
 
     def prior_term(self, x0: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || N(0, 1)), which no network can lower: (B,) bits per dimension."""
         t = torch.ones(())
-        end = Normal(like(self.alpha(t), x0) * x0, like(2 * self.sigma(t).log(), x0))
+        end = Normal(append_dims(self.alpha(t), x0) * x0, append_dims(2 * self.sigma(t).log(), x0))
         return mean_bits(kl(end, Normal(torch.zeros_like(x0), torch.zeros_like(x0))))
 
 
@@ -230,7 +239,7 @@ def kl(p: Normal, q: Normal) -> Tensor:
     return 0.5 * (excess.exp() - excess - 1 + (p.mean - q.mean).square() * (-q.log_variance).exp())
 
 
-def log_tail(x: Tensor) -> Tensor:
+def log_normal_cdf(x: Tensor) -> Tensor:
     """log of the standard normal's mass below x; Metal has no such function."""
     return torch.special.log_ndtr(x.cpu()).to(x.device) if x.device.type == "mps" else torch.special.log_ndtr(x)
 
@@ -243,7 +252,7 @@ def discretized_log_likelihood(x0: Tensor, normal: Normal, levels: int = 256) ->
     """
     half, deviation = 1 / (levels - 1), (0.5 * normal.log_variance).exp()
     away = x0 - normal.mean
-    upper, lower = log_tail((half - away.abs()) / deviation), log_tail((-half - away.abs()) / deviation)
+    upper, lower = log_normal_cdf((half - away.abs()) / deviation), log_normal_cdf((-half - away.abs()) / deviation)
     inner = upper + torch.log(-torch.expm1((lower - upper).clamp(max=-1e-6)))  # not log 0, whatever the deviation
-    lowest, highest = log_tail((away + half) / deviation), log_tail((half - away) / deviation)
+    lowest, highest = log_normal_cdf((away + half) / deviation), log_normal_cdf((half - away) / deviation)
     return torch.where(x0 < half - 1, lowest, torch.where(x0 > 1 - half, highest, inner))

@@ -15,32 +15,32 @@ import torch
 from torch import Tensor
 
 from diffusion.gaussian import GaussianDiffusion
-from diffusion.gaussian_solvers import Denoise, step_times
-from diffusion.process import ContinuousProcess, DiscreteProcess, at, full
+from diffusion.gaussian_solvers import ContinuousDenoiser, step_times
+from diffusion.process import ContinuousProcess, DiscreteProcess, expand, upcast
 from diffusion.rng import Streams
 from diffusion.types import Bound, Likelihood, Prediction
 
-BIN = 2 / 255  # width of a level of an 8-bit image scaled to [-1, 1]
+BIN_WIDTH = 2 / 255  # width of a level of an 8-bit image scaled to [-1, 1]
 
 
-def visits(steps: int, calls: int | None, rng: Streams) -> Iterator[tuple[Tensor, int]]:
-    """(i (B,) in 1..steps, how many steps it stands for): all of them, or `calls` that estimate their sum without bias.
+def stratified_terms(steps: int, nfe: int | None, rng: Streams) -> Iterator[tuple[Tensor, int]]:
+    """(i (B,) in 1..steps, how many steps it stands for): all of them, or `nfe` that estimate their sum without bias.
 
     The half nearest the data, where most of a bound lies, are visited each; of the rest, one of every stratum.
     """
-    calls = steps if calls is None else min(calls, steps)
-    if calls < 1:
-        raise ValueError(f"got {calls} network calls per image, wanted at least 1")
-    each = calls if calls == steps else calls // 2
+    nfe = steps if nfe is None else min(nfe, steps)
+    if nfe < 1:
+        raise ValueError(f"got {nfe} network calls per image, wanted at least 1")
+    each = nfe if nfe == steps else nfe // 2
     for i in range(1, each + 1):
         yield torch.full((len(rng),), i), 1
-    edges = [each + (steps - each) * j // max(calls - each, 1) for j in range(calls - each + 1)]
+    edges = [each + (steps - each) * j // max(nfe - each, 1) for j in range(nfe - each + 1)]
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         u = rng.uniform((len(rng),), torch.float64).cpu()
         yield (low + 1 + (u * (high - low)).long()).clamp(max=high), high - low
 
 
-def summed(prior: Tensor, steps: int, parts: Iterator[tuple[Tensor, Tensor]]) -> Bound:
+def sum_terms(prior: Tensor, steps: int, parts: Iterator[tuple[Tensor, Tensor]]) -> Bound:
     """`parts` gives (i (B,) in 1..steps, weighted term (B,))."""
     terms = prior.new_zeros(len(prior), steps)
     for i, term in parts:
@@ -54,20 +54,20 @@ def bits_per_dimension(
     process: GaussianDiffusion,
     x0: Tensor,
     rng: Streams,
-    calls: int | None = None,
+    nfe: int | None = None,
 ) -> Bound:
     """The bound of Ho et al. 2020, eq. 5, of 8-bit images x0 (B, C, H, W) in [-1, 1], each term at one x_t.
 
-    `calls` network calls per image; all T terms are computed if left out.
+    `nfe` network calls per image; all T terms are computed if left out.
     """
 
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
-        for i, weight in visits(process.steps, calls, rng):
+        for i, weight in stratified_terms(process.steps, nfe, rng):
             t = (i / process.steps).to(x0.device)
             x_t = process.corrupt(x0, t, rng.normal(x0.shape).to(x0.dtype))
             yield i, weight * process.bound_term(denoise(x_t, t), x0, x_t, t)
 
-    return summed(process.prior_term(x0), process.steps, parts())
+    return sum_terms(process.prior_term(x0), process.steps, parts())
 
 
 @torch.no_grad()
@@ -76,30 +76,30 @@ def bits_per_code(
     process: DiscreteProcess,
     x0: Tensor,
     rng: Streams,
-    calls: int | None = None,
+    nfe: int | None = None,
 ) -> Bound:
     """The bound of Austin et al. 2021 of codes x0 (B, h, w), each term at one x_t.
 
-    `calls` network calls per image; all terms are computed if left out.
+    `nfe` network calls per image; all terms are computed if left out.
     """
-    steps = process.bound_terms(x0[0].numel())
+    steps = process.num_bound_terms(x0[0].numel())
 
     def parts() -> Iterator[tuple[Tensor, Tensor]]:
-        for i, repeats in visits(steps, calls, rng):
-            x_t, t = process.bound_sample(x0, i, rng)
+        for i, repeats in stratified_terms(steps, nfe, rng):
+            x_t, t = process.sample_bound_term(x0, i, rng)
             yield i, process.bound_term(denoise(x_t, t), x0, x_t, t, repeats)
 
-    return summed(process.prior_term(x0), steps, parts())
+    return sum_terms(process.prior_term(x0), steps, parts())
 
 
-class Motion(NamedTuple):
-    """How the flow moves at a point, per unit of `along`."""
+class FlowVelocity(NamedTuple):
+    """How the flow moves at a point, per unit of `log_tan_half`."""
 
     velocity: Tensor  # (B, C, H, W), of x / scale
     divergence: Tensor  # (B,)
 
 
-class Place(NamedTuple):
+class FlowPoint(NamedTuple):
     """A time, and its point on the circle: () float64 on the CPU each."""
 
     t: float
@@ -108,28 +108,28 @@ class Place(NamedTuple):
     sin: Tensor
 
     @property
-    def along(self) -> Tensor:
+    def log_tan_half(self) -> Tensor:
         """log tan(angle / 2)."""
         return (self.sin / (1 + self.cos)).log()
 
 
-def places(process: ContinuousProcess, steps: int, spacing: str) -> list[Place]:
+def flow_points(process: ContinuousProcess, steps: int, spacing: str) -> list[FlowPoint]:
     """steps + 1, from the least noise to pure noise, at whichever times the spacing begins and ends."""
     between = step_times(process, steps + 1, spacing)[-3:0:-1]
     found = []
     for t in (process.end, *(max(t, process.end) for t in between), process.start):
         alpha, sigma = process.alpha(torch.tensor(t)), process.sigma(torch.tensor(t))
         scale = torch.hypot(alpha, sigma)
-        found.append(Place(t, scale, alpha / scale, sigma / scale))
+        found.append(FlowPoint(t, scale, alpha / scale, sigma / scale))
     return found
 
 
-def dequantized(x0: Tensor, rng: Streams) -> Tensor:
+def dequantize(x0: Tensor, rng: Streams) -> Tensor:
     """Each number anywhere in its bin: the first draw of `rng`."""
-    return x0 + BIN * (rng.uniform(x0.shape, x0.dtype) - 0.5)
+    return x0 + BIN_WIDTH * (rng.uniform(x0.shape, x0.dtype) - 0.5)
 
 
-def directions(y: Tensor, rng: Streams, probes: int, exact: bool) -> Iterator[Tensor]:
+def trace_probes(y: Tensor, rng: Streams, probes: int, exact: bool) -> Iterator[Tensor]:
     """Vectors e whose e . J e add up to the trace of J: each axis, or random signs, which do so on average."""
     if exact:
         for axis in range(y[0].numel()):
@@ -141,7 +141,9 @@ def directions(y: Tensor, rng: Streams, probes: int, exact: bool) -> Iterator[Te
             yield torch.where(rng.uniform(y.shape) < 0.5, -1.0, 1.0).to(y) / probes**0.5
 
 
-def motion(denoise: Denoise, place: Place, y: Tensor, rng: Streams, probes: int, exact: bool) -> Motion:
+def flow_velocity(
+    denoise: ContinuousDenoiser, point: FlowPoint, y: Tensor, rng: Streams, probes: int, exact: bool
+) -> FlowVelocity:
     """At y = x / scale, detached. The divergence is the exact one, or Hutchinson's estimate.
 
     Signs are fresh at each call, not one draw for the whole way as in FFJORD (Grathwohl et al. 2019): as unbiased, and
@@ -149,21 +151,21 @@ def motion(denoise: Denoise, place: Place, y: Tensor, rng: Streams, probes: int,
     """
     with torch.enable_grad():
         y = y.detach().requires_grad_()
-        x = place.scale * y
-        said = denoise(x, at(place.t, x))
-        velocity = place.sin * (place.cos * said.eps - place.sin * said.x0)
+        x = point.scale * y
+        pred = denoise(x, expand(point.t, x))
+        velocity = point.sin * (point.cos * pred.eps - point.sin * pred.x0)
         if not velocity.requires_grad:
             raise ValueError("got a prediction without a gradient: take no_grad or inference_mode off denoise")
         divergence = torch.zeros(len(y), dtype=y.dtype, device=y.device)
-        for e in directions(y, rng, probes, exact):
-            (pulled,) = torch.autograd.grad(velocity, y, e.to(velocity.dtype), retain_graph=True)
-            divergence += (pulled * e).flatten(1).sum(1)
-    return Motion(velocity.detach().to(y.dtype), divergence)
+        for e in trace_probes(y, rng, probes, exact):
+            (vjp,) = torch.autograd.grad(velocity, y, e.to(velocity.dtype), retain_graph=True)
+            divergence += (vjp * e).flatten(1).sum(1)
+    return FlowVelocity(velocity.detach().to(y.dtype), divergence)
 
 
 @torch.no_grad()
 def flow_bits_per_dimension(
-    denoise: Denoise,
+    denoise: ContinuousDenoiser,
     process: ContinuousProcess,
     x0: Tensor,
     rng: Streams,
@@ -181,7 +183,7 @@ def flow_bits_per_dimension(
 
     `end` matters: its blur costs bits where data are finer. And a network that was trained on 8-bit images knows their
     levels where sigma(end) is below 0.003, and pays for points between them: 0.07 bits at EDM's 0.002, 1.7 at
-    RectifiedFlow's 0.001. Train on `dequantized` images, or take a subclass with a larger end.
+    RectifiedFlow's 0.001. Train on `dequantize` images, or take a subclass with a larger end.
 
     All of denoise must let gradients through, for its Jacobian; parameters need none, and get none. `exact` takes a
     backward pass per dimension, in place of probes.
@@ -190,17 +192,17 @@ def flow_bits_per_dimension(
         raise ValueError(f"got {x0.dtype} {tuple(x0.shape)}, wanted images (B, C, H, W) in [-1, 1]: take x / 127.5 - 1")
     if steps < 1 or probes < 1:
         raise ValueError(f"got {steps} steps and {probes} probes, wanted at least 1 of each: try 50 and 1")
-    path = places(process, steps, spacing)
+    path = flow_points(process, steps, spacing)
     first, last = path[0], path[-1]
-    y = first.cos * dequantized(full(x0), rng)
-    stretch = torch.zeros(len(y), dtype=y.dtype, device=y.device)  # log |det dy / dx_0|, but for that of the line above
+    y = first.cos * dequantize(upcast(x0), rng)
+    log_det = torch.zeros(len(y), dtype=y.dtype, device=y.device)  # log |det dy / dx_0|, but for that of the line above
     for here, there in zip(path[:-1], path[1:], strict=True):
-        h = there.along - here.along
-        begin = motion(denoise, here, y, rng, probes, exact)
-        end = motion(denoise, there, y + h * begin.velocity, rng, probes, exact)
+        h = there.log_tan_half - here.log_tan_half
+        begin = flow_velocity(denoise, here, y, rng, probes, exact)
+        end = flow_velocity(denoise, there, y + h * begin.velocity, rng, probes, exact)
         y = y + h / 2 * (begin.velocity + end.velocity)
-        stretch = stretch + h / 2 * (begin.divergence + end.divergence)
+        log_det = log_det + h / 2 * (begin.divergence + end.divergence)
     x, sigma = last.scale * y, last.scale * last.sin
     prior = (0.5 * (x / sigma).square().flatten(1).mean(1) + (sigma * math.sqrt(2 * math.pi)).log()) / math.log(2)
-    volume = -(stretch / x0[0].numel() + (first.cos * last.scale).log()) / math.log(2)
-    return Likelihood(prior + volume - math.log2(BIN), prior, volume)
+    volume = -(log_det / x0[0].numel() + (first.cos * last.scale).log()) / math.log(2)
+    return Likelihood(prior + volume - math.log2(BIN_WIDTH), prior, volume)

@@ -20,29 +20,29 @@ from diffusion.types import Loss, Normal, Prediction
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 
 
-def like(values: Tensor, x: Tensor) -> Tensor:
+def append_dims(values: Tensor, x: Tensor) -> Tensor:
     """(B,) or () -> (B or 1, 1, ...), in x's type and on its device."""
     return values.to(x.dtype).to(x.device).view(-1, *[1] * (x.ndim - 1))
 
 
-def full(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """float16 and bfloat16 as float32: half precision ends where the network does."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def at(t: float, x: Tensor) -> Tensor:
+def expand(t: float, x: Tensor) -> Tensor:
     """t for each example of x: (B,) float32."""
     return torch.full((len(x),), t, device=x.device)
 
 
-def weighted(losses: Tensor, loss_weight: Tensor | None) -> Tensor:
+def apply_loss_weight(losses: Tensor, loss_weight: Tensor | None) -> Tensor:
     """Unreduced losses (B, ...) times a weight: (B,), (B, H, W), or a tensor that broadcasts to them axis by axis.
 
     None is none. ValueError for another shape.
     """
     if loss_weight is None:
         return losses
-    weight = like(loss_weight, losses) if loss_weight.ndim == 1 else loss_weight.to(losses)
+    weight = append_dims(loss_weight, losses) if loss_weight.ndim == 1 else loss_weight.to(losses)
     if weight.ndim == 3 and losses.ndim == 4:
         weight = weight.unsqueeze(1)  # (B, 1, H, W)
     fits = weight.ndim == losses.ndim
@@ -77,7 +77,7 @@ class ContinuousProcess(ABC):
         """The number a network is told: (B,) -> (B,) float32, where t is."""
 
     @abstractmethod
-    def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+    def to_prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """What a network's output (B, C or 2 C, H, W) at x_t (B, C, H, W), t (B,) means."""
 
     def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -91,17 +91,17 @@ class ContinuousProcess(ABC):
     def prior(self, shape: tuple[int, ...], rng: Streams) -> Tensor:
         """The noise that sampling begins with."""
         noise = rng.normal(shape)
-        return like(self.sigma(torch.tensor(self.start)), noise) * noise
+        return append_dims(self.sigma(torch.tensor(self.start)), noise) * noise
 
     def corrupt(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """q(x_t | x_0), with the noise given: (B, C, H, W)."""
-        return like(self.alpha(t), x0) * x0 + like(self.sigma(t), x0) * noise
+        return append_dims(self.alpha(t), x0) * x0 + append_dims(self.sigma(t), x0) * noise
 
     def half_logsnr(self, t: Tensor) -> Tensor:
         """log(alpha / sigma), which falls in t; infinite where one of them is 0."""
         return (self.alpha(t) / self.sigma(t)).log()
 
-    def time_at(self, half_logsnr: Tensor) -> Tensor:
+    def t_from_half_logsnr(self, half_logsnr: Tensor) -> Tensor:
         """The inverse of half_logsnr, by bisection: any shape, float64 on the CPU."""
         low, high = torch.zeros_like(half_logsnr), torch.full_like(half_logsnr, self.start)
         for _ in range(60):  # halvings, to float64's resolution
@@ -112,8 +112,8 @@ class ContinuousProcess(ABC):
 
     def with_x0(self, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """The prediction with another x0, and the eps that goes with it."""
-        eps = (x_t - like(self.alpha(t), x_t) * x0) / like(self.sigma(t), x_t)
-        return Prediction(x0, eps, prediction.share)
+        eps = (x_t - append_dims(self.alpha(t), x_t) * x0) / append_dims(self.sigma(t), x_t)
+        return Prediction(x0, eps, prediction.frac)
 
     def forward_variance(self, t: Tensor, s: Tensor) -> Tensor:
         """Variance of q(x_t | x_s): beta_t of the papers for neighbouring steps. float64"""
@@ -127,9 +127,9 @@ class ContinuousProcess(ABC):
         """Mean of q(x_s | x_t, x_0) (Ho et al. 2020, eq. 7; for any alpha and sigma, Kingma et al. 2021)."""
         of_x_t = self.alpha(t) / self.alpha(s) * (self.sigma(s) / self.sigma(t)) ** 2
         of_x0 = self.alpha(s) * self.forward_variance(t, s) / self.sigma(t) ** 2
-        return like(of_x_t, x_t) * x_t + like(of_x0, x_t) * x0
+        return append_dims(of_x_t, x_t) * x_t + append_dims(of_x0, x_t) * x0
 
-    def least_variance(self, t: Tensor, s: Tensor) -> Tensor:
+    def clipped_posterior_variance(self, t: Tensor, s: Tensor) -> Tensor:
         """The posterior's variance, kept from zero at s = 0, so that it has a logarithm. float64"""
         return self.posterior_variance(t, s).clamp(min=1e-20)
 
@@ -139,19 +139,19 @@ class ContinuousProcess(ABC):
         learned_range lies between the posterior's and the forward step's (Nichol & Dhariwal 2021, eq. 15).
         """
         mean = self.posterior_mean(prediction.x0, x_t, t, s)
-        least, forward = self.least_variance(t, s), self.forward_variance(t, s)
+        least, forward = self.clipped_posterior_variance(t, s), self.forward_variance(t, s)
         if self.variance == "learned_range":
-            small, large = like(least.log(), x_t), like(forward.log(), x_t)
-            return Normal(mean, prediction.share * large + (1 - prediction.share) * small)
+            small, large = append_dims(least.log(), x_t), append_dims(forward.log(), x_t)
+            return Normal(mean, prediction.frac * large + (1 - prediction.frac) * small)
         if self.variance == "fixed_large":  # the last step's is the least: a better likelihood, as in Ho et al.'s code
             least = torch.where(self.sigma(s) > 0, forward, least)
-        return Normal(mean, like(least.log(), x_t))
+        return Normal(mean, append_dims(least.log(), x_t))
 
     def reverse(self, x_t: Tensor, prediction: Prediction, t: Tensor, s: Tensor, rng: Streams) -> Tensor:
         """Draws x_s from the reverse kernel; at s = 0 its mean."""
         mean, log_variance = self.reverse_kernel(x_t, prediction, t, s)
         noise = rng.normal(x_t.shape).to(x_t.dtype)
-        return torch.where(like(self.sigma(s), x_t) > 0, mean + (0.5 * log_variance).exp() * noise, mean)
+        return torch.where(append_dims(self.sigma(s), x_t) > 0, mean + (0.5 * log_variance).exp() * noise, mean)
 
 
 class DiscreteProcess(ABC):
@@ -183,12 +183,12 @@ class DiscreteProcess(ABC):
         """p(x_s | x_t) for s < t, place by place: (B, H, W), (B, H, W, K) -> (B, H, W, number of states)."""
 
     @abstractmethod
-    def place_losses(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def position_losses(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """What each place costs in the bound, but for `elbo_weight`: (B, H, W) nats."""
 
     @abstractmethod
     def elbo_weight(self, t: Tensor) -> Tensor:
-        """What the sum of `place_losses` at t (B,), one of `times`, weighs in the negative ELBO: (B,)."""
+        """What the sum of `position_losses` at t (B,), one of `times`, weighs in the negative ELBO: (B,)."""
 
     def reverse(self, x_t: Tensor, logits: Tensor, t: float, s: float, rng: Streams) -> Tensor:
         """Draws x_s (B, H, W) from `reverse_probabilities`."""
@@ -212,8 +212,8 @@ class DiscreteProcess(ABC):
         Logits (B, H, W, K) of x_0 given x_t, codes x0 and x_t (B, H, W), t (B,). `loss_weight` (B,) or (B, H, W) is for
         training; the metric `bits_per_code` is without.
         """
-        losses, weight = self.place_losses(logits, x0, x_t, t), self.elbo_weight(t)
-        per_example = weight * self.bits(weighted(losses, loss_weight))
+        losses, weight = self.position_losses(logits, x0, x_t, t), self.elbo_weight(t)
+        per_example = weight * self.bits(apply_loss_weight(losses, loss_weight))
         return Loss(per_example, {"bits_per_code": (weight * self.bits(losses)).detach()})
 
     # The terms of the bound, which likelihood.bits_per_code adds up
@@ -222,17 +222,17 @@ class DiscreteProcess(ABC):
         """KL(q(x_1 | x_0) || prior), bits per code: (B,). It is 0 where nothing is left of the data at t = 1."""
         return torch.zeros(len(x0), device=x0.device)
 
-    def bound_terms(self, count: int) -> int:
+    def num_bound_terms(self, count: int) -> int:
         """How many terms the bound of `count` codes has: T. ValueError in continuous time, where it is an integral."""
         if self.steps is None:
             raise ValueError(f"{type(self).__name__} has a bound in steps alone: build it with a number of steps")
         return self.steps
 
-    def bound_sample(self, x0: Tensor, i: Tensor, rng: Streams) -> tuple[Tensor, Tensor]:
+    def sample_bound_term(self, x0: Tensor, i: Tensor, rng: Streams) -> tuple[Tensor, Tensor]:
         """x_t (B, H, W) and t (B,) at which term i (B,), from 1 on, is estimated."""
         t = (i / self.steps).to(x0.device)
         return self.corrupt(x0, t, rng), t
 
     def bound_term(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, repeats: int = 1) -> Tensor:
-        """The term at (x_t, t) of `bound_sample`, times `repeats`: (B,) bits per code."""
-        return repeats * (self.elbo_weight(t) * self.bits(self.place_losses(logits, x0, x_t, t))) / self.steps
+        """The term at (x_t, t) of `sample_bound_term`, times `repeats`: (B,) bits per code."""
+        return repeats * (self.elbo_weight(t) * self.bits(self.position_losses(logits, x0, x_t, t))) / self.steps

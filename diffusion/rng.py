@@ -35,10 +35,10 @@ class Streams:
         """Independent U[0, 1) numbers (B, ...)."""
         self._check(shape)
         draws = [torch.rand(shape[1:], generator=generator, dtype=dtype) for generator in self.generators]
-        drawn = torch.stack(draws)
+        u = torch.stack(draws)
         if self.device.type == "mps":  # Metal has no float64; rounding must not reach 1
-            drawn = drawn.float().clamp(max=1 - 2**-24)
-        return drawn.to(self.device)
+            u = u.float().clamp(max=1 - 2**-24)
+        return u.to(self.device)
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """Independent N(0, 1) numbers (B, ...)."""
@@ -49,9 +49,9 @@ class Streams:
 
     def categorical(self, logits: Tensor) -> Tensor:
         """One draw from softmax(logits) along the last axis: (B, ..., K) -> (B, ...) int64."""
-        return drawn(logits, self.uniform(logits.shape[:-1], torch.float64))
+        return sample_categorical(logits, self.uniform(logits.shape[:-1], torch.float64))
 
-    def of(self, rows: list[int]) -> "Streams":
+    def select(self, rows: list[int]) -> "Streams":
         """The streams of some examples, going on where they are."""
         some = Streams([], self.device)
         some.generators = [self.generators[row] for row in rows]
@@ -64,7 +64,7 @@ class Streams:
             )
 
 
-def drawn(logits: Tensor, u: Tensor) -> Tensor:
+def sample_categorical(logits: Tensor, u: Tensor) -> Tensor:
     """Draws from softmax(logits) along the last axis, by uniform numbers u: (..., K), (...) in [0, 1) -> (...) int64.
 
     Inverts the cumulative distribution in float64: float32 Gumbel noise is truncated and draws rare classes at a wrong

@@ -13,7 +13,7 @@ from diffusion.edm import EDM
 from diffusion.gaussian_solvers import step_times as continuous_step_times
 from diffusion.process import ContinuousProcess, DiscreteProcess
 from diffusion.rng import Streams, seed_of
-from diffusion.solvers import Solver, solvers_of
+from diffusion.solvers import Solver, solvers_for
 from diffusion.types import Denoiser, OnStep, Prediction
 
 Network = Callable[..., Tensor]
@@ -33,7 +33,7 @@ def predictor(network: Network, process: Process) -> Callable[..., Prediction | 
         if not isinstance(process, ContinuousProcess):
             return network(x, *conditions, **({"t": t} if process.prediction_depends_on_time else {}))
         time = process.network_time(t).to(x.device)
-        return process.predict(network(process.network_input(x, t), time, *conditions), x, t)
+        return process.to_prediction(network(process.network_input(x, t), time, *conditions), x, t)
 
     return evaluate
 
@@ -70,7 +70,7 @@ def sample(
     """
     if guidance != 1 and condition is None:
         raise ValueError(f"got guidance {guidance} without a condition: pass condition, or guidance=1.0")
-    solvers = solvers_of(process)
+    solvers = solvers_for(process)
     if solver not in solvers:
         names = ", ".join(sorted(solvers))
         raise ValueError(f"unknown solver {solver!r} for {type(process).__name__}; there are: {names}")

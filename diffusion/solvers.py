@@ -9,7 +9,7 @@ from torch import Tensor
 
 import diffusion
 
-StepsOf = Callable[[object, int], int | None]  # (process, places of a grid) -> a number of steps, None for no answer
+StepCount = Callable[[object, int], int | None]  # (process, places of a grid) -> a number of steps, None for no answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,14 +18,14 @@ class SolverOptions:
     control of the page, its docstring their help; its default is None, which leaves the choice to the solver."""
 
 
-def process_steps(process: object, places: int) -> int | None:
+def process_steps(process: object, positions: int) -> int | None:
     """Those of the process, None in continuous time."""
     return process.steps
 
 
-def one_per_place(process: object, places: int) -> int:
+def one_per_code(process: object, positions: int) -> int:
     """One for each code, and no other number."""
-    return places
+    return positions
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class Solver:
     """One entry of `SOLVERS`.
 
     `solve(denoise, process, x, times, *, rng, on_step=None, ...)` gives x at the last of the times, which fall. Its
-    further keywords are the fields of `options`; those of codes also take `drawing`.
+    further keywords are the fields of `options`; those of codes also take `warper`.
     """
 
     solve: Callable[..., Tensor]
     process: type  # what it solves, and the classes that build on it
     options: type[SolverOptions] = SolverOptions
-    steps: StepsOf = process_steps  # its own number of steps, where none is asked for
+    steps: StepCount = process_steps  # its own number of steps, where none is asked for
     schedule: str | None = None  # the masking schedule that it prefers
-    in_turn: bool = False  # draws a code or more at every step: it has no use for more steps than codes
+    draws_every_step: bool = False  # draws a code or more at every step: it has no use for more steps than codes
 
     @property
     def name(self) -> str:
@@ -50,7 +50,7 @@ class Solver:
     @property
     def takes_any_steps(self) -> bool:
         """Whether the number of steps may be chosen."""
-        return self.steps is not one_per_place
+        return self.steps is not one_per_code
 
     @property
     def option_names(self) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ def all_solvers() -> Iterator[Solver]:
         yield from vars(importlib.import_module(f"diffusion.{info.name}")).get("SOLVERS", ())
 
 
-def solvers_of(process: object) -> dict[str, Solver]:
+def solvers_for(process: object) -> dict[str, Solver]:
     """Solvers by name for a process, those of its parent classes too. ValueError for a name that is there twice."""
     found = {}
     for entry in all_solvers():
@@ -75,15 +75,15 @@ def solvers_of(process: object) -> dict[str, Solver]:
     return found
 
 
-def solver(process: object, name: str) -> Solver:
+def get_solver(process: object, name: str) -> Solver:
     """One solver; ValueError with the names there are."""
-    found = solvers_of(process)
+    found = solvers_for(process)
     if name not in found:
         raise ValueError(f"unknown solver {name!r} for {type(process).__name__}; there are: {', '.join(sorted(found))}")
     return found[name]
 
 
-def options_of(process: type) -> tuple[type[SolverOptions], ...]:
+def solver_options_for(process: type) -> tuple[type[SolverOptions], ...]:
     """The options of all solvers of a kind of process, as bases of a config: each class once.
 
     ValueError where two classes have an option of one name.

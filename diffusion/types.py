@@ -19,7 +19,7 @@ class Prediction(NamedTuple):
 
     x0: Tensor
     eps: Tensor
-    share: Tensor | None = None  # learned-range variance: in logarithms, 0 is the posterior's, 1 the forward step's
+    frac: Tensor | None = None  # learned-range variance: in logarithms, 0 is the posterior's, 1 the forward step's
 
 
 class Normal(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Literal
 import _root
 import torch
 
-from diffusion.solvers import solvers_of
+from diffusion.solvers import solvers_for
 from experiments.harness.batches import single_process_world
 from experiments.harness.report import table
 from experiments.metrics import workloads
@@ -206,7 +206,7 @@ def report_sampling(trainees: list[Trainee], batch: Batch, options: SamplingConf
     """Prints the speed and NFE of sampling and decoding; for codes, also the speedup over the baseline."""
     exact, trainee, repeats, size = trainees[0], last_uncompiled(trainees), benchmark.repeats, len(batch["position"])
     device, step = trainee.step.world.device, trainee.step
-    full = benchmark.full_steps > 0 and "ancestral" in solvers_of(step.sampler.process)
+    full = benchmark.full_steps > 0 and "ancestral" in solvers_for(step.sampler.process)
     steps = time_full_steps(exact, batch, options, repeats) if full else []
     with count_nfe(trainee.state.eval_module("network")) as nfe:
         x = draw_samples(trainee, batch, options)
@@ -215,7 +215,7 @@ def report_sampling(trainees: list[Trainee], batch: Batch, options: SamplingConf
     speed = format_spread(seconds, size)
     print(f"sampling with {options.solver}, {trainee.name}, batch of {size}: {speed}, {cost}")
     decoded = {}
-    if step.space.first is not None:
+    if step.space.first_stage is not None:
         for each in {way.name: way for way in (exact, trainee)}.values():
             decoded[each.name] = time_decoding(each, x, repeats)
             print(f"decoding, {each.name}, batch of {size}: {format_spread(decoded[each.name], size)}", flush=True)

@@ -78,7 +78,7 @@ def measure(
     distance: DistanceConfig, sampling: SamplingConfig, cache: Path, model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
     """Measures all distances and saves the pictures; a collective that returns results on the main rank."""
-    data, size, first, world = model.data, batches.batch_size, model.space.first, model.world
+    data, size, first, world = model.data, batches.batch_size, model.space.first_stage, model.world
     features = all_features.choose_features(distance.features, data, model.device, distance.inception_weights)
     reference = load_reference(distance, model, features, cache, size)
     held_out = ImageSource(model.dataset("val" if distance.split == "train" else "train"), data)

@@ -10,7 +10,7 @@ import _root
 import torch
 from torch import Tensor
 
-from diffusion.likelihood import visits
+from diffusion.likelihood import stratified_terms
 from diffusion.rng import Streams
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
@@ -27,7 +27,7 @@ from train.data.loading import BatchSource
 from train.distributed import DistContext
 from train.files import atomic_write
 from train.loop import Batch
-from train.spaces import Latents
+from train.spaces import LatentSpace
 from train.trained_sampler import TrainedSampler
 
 
@@ -74,7 +74,7 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
 
     ValueError: the model is one of latents.
     """
-    if isinstance(model.space, Latents):
+    if isinstance(model.space, LatentSpace):
         why = "latents are continuous and have no likelihood in bits"
         raise ValueError(f"{why}: {model.run} is a model of latents")
     head = load_or_train_head(config.decoder, config.model, config.output, model)
@@ -152,7 +152,7 @@ def measure(
 
 def stratum_widths(steps: int, calls: int | None) -> list[int]:
     """Returns how many consecutive steps each network call estimates, starting nearest the data."""
-    return [width for _, width in visits(steps, calls, Streams([0]))] if steps else []
+    return [width for _, width in stratified_terms(steps, calls, Streams([0]))] if steps else []
 
 
 def spread_over_strata(terms: Tensor, widths: list[int]) -> Tensor:

@@ -168,7 +168,9 @@ def match_data_channels(images: Tensor, data: DataConfig) -> Tensor:
 
 def code_copies(codes: Tensor, model: TrainedSampler, batch_size: int) -> float:
     """Returns the fraction of samples whose codes equal those of a training image in some view; a collective."""
-    training = model.space.first.codes(model.dataset("train"), "train", model.data, batch_size, model.world)
+    training = model.space.first_stage.encode_dataset(
+        model.dataset("train"), "train", model.data, batch_size, model.world
+    )
     return copied_fraction(codes, training.ids[:].flatten(0, 1))
 
 

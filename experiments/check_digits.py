@@ -159,7 +159,7 @@ def reconstruction_agreement(
     trained: TrainedSampler, classifier: DigitsClassifier, held_out: Tensor, real_logits: Tensor
 ) -> float | None:
     """Returns the fraction of held-out digits whose reconstruction keeps the predicted class; None without a VQGAN."""
-    first = trained.space.first
+    first = trained.space.first_stage
     if first is None:
         return None
     return same_class_fraction(real_logits, classifier(first.decode(first.encode(held_out)).cpu()))
@@ -169,7 +169,7 @@ def training_copies(samples: dict[str, Tensor], generated: Tensor, trained: Trai
     """Returns the fraction of samples that equal a training image in some view, by their codes or else by pixels."""
     dataset, data = trained.dataset("train"), trained.data
     if "codes" in samples:
-        table = trained.space.first.codes(dataset, "train", data, 500, DistContext(trained.device))
+        table = trained.space.first_stage.encode_dataset(dataset, "train", data, 500, DistContext(trained.device))
         return copied_fraction(samples["codes"], table.ids[:].flatten(0, 1))
     training = load_all_images(ImageSource(dataset, data, margin=data.crop_margin))
     views = torch.cat([view(training) for view in training_views(data)])

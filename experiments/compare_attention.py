@@ -37,7 +37,7 @@ from train.loop import TrainState, fit
 from train.runs import open_run, run_folder
 from train.sampler import SamplerStep, build_state, validation_losses
 from train.samplers import LearnedSampler
-from train.spaces import Codes
+from train.spaces import CodeSpace
 from train.trained_sampler import TrainedSampler, class_frequencies
 
 # Settings of the sampler that each variant changes. diff_v2 has a second query per head; narrower feed-forward layers
@@ -95,9 +95,11 @@ def main(config: Config) -> None:
     if config.sampler.sampler != "absorbing":
         raise ValueError(f"got sampler {config.sampler.sampler}, wanted absorbing: the variants are of its transformer")
     bench = prepare(config)
-    name = config.output.log_dir or f"compare_attention_{bench.space.first.run.name}_{bench.space.first.step}"
+    name = (
+        config.output.log_dir or f"compare_attention_{bench.space.first_stage.run.name}_{bench.space.first_stage.step}"
+    )
     folder = run_folder(config.output.logs_root, name)
-    origin = {"ae_weights": bench.space.first.weights, "images": bench.images["train"].fingerprint()}
+    origin = {"ae_weights": bench.space.first_stage.weights, "images": bench.images["train"].fingerprint()}
     open_run(folder, config, origin | features_provenance(bench.features))
     print(f"results: {folder}", flush=True)
     path = folder / "results.json"
@@ -125,7 +127,7 @@ class Bench:
     reader: DatasetConfig
     training: TrainingConfig
     sampling: SamplingConfig
-    space: Codes
+    space: CodeSpace
     images: dict[str, Dataset]
     frequencies: list[float]
     features: Features
@@ -198,7 +200,7 @@ def prepare(config: Config) -> Bench:
         reader=config.reader,
         training=config.training,
         sampling=config.sampling,
-        space=Codes(first),
+        space=CodeSpace(first),
         images=images,
         frequencies=class_frequencies(images["train"]),
         features=features,

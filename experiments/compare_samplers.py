@@ -17,7 +17,7 @@ import _root
 import torch
 from torch import Tensor
 
-from diffusion.solvers import Solver, solvers_of
+from diffusion.solvers import Solver, solvers_for
 from experiments.harness.batches import ResumableBatches, experiment_world
 from experiments.harness.experiment import (
     ExperimentSetup,
@@ -170,8 +170,8 @@ def expand_entries(
         for each in auto if run.solver == "auto" else [run]:
             solver = solvers.get(each.solver)
             fixed = each.steps is not None or solver is not None and not solver.takes_any_steps
-            in_turn = solver is not None and solver.in_turn
-            most = codes if run.solver == "auto" and in_turn else max(steps)
+            draws_every_step = solver is not None and solver.draws_every_step
+            most = codes if run.solver == "auto" and draws_every_step else max(steps)
             runs += [each] if fixed else [each._replace(steps=count) for count in steps if count <= most]
     return list(dict.fromkeys(runs))
 
@@ -183,7 +183,7 @@ Row = dict[str, Any]  # of the table, from `summarize_runs`
 def plan_runs(comparison: ComparisonConfig, sampling: SamplingConfig, trained: TrainedSampler) -> Plan:
     """Returns the runs of --solvers with their options, each tried on one image. ValueError: an unsupported run."""
     plan, codes = {}, trained.space.tokens or 1
-    for run in expand_entries(comparison.solvers, comparison.steps, solvers_of(trained.sampler.process), codes):
+    for run in expand_entries(comparison.solvers, comparison.steps, solvers_for(trained.sampler.process), codes):
         options = replace(sampling, solver=run.solver, sample_steps=run.steps)
         flags = [f"--{key}={value}" for key, value in run.settings]
         if flags:

@@ -125,7 +125,7 @@ def measure(
 
     def inpaint_batch(numbers: list[int], hidden: Tensor, first_index: int) -> Tensor:
         rows = [number // count for number in numbers]
-        start = model.space.begun(inputs.image[rows].to(model.device), hidden[rows].to(model.device))
+        start = model.space.encode_masked(inputs.image[rows].to(model.device), hidden[rows].to(model.device))
         labels, indices = None if label is None else [label] * len(numbers), [first_index + n for n in numbers]
         canvas = {"shape": tuple(start.keep.shape[1:]), "window_stride": inpainting.window_stride}
         conditions, options = conditions_for(model, inputs, rows, labels, sampling)

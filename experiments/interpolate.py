@@ -95,7 +95,7 @@ def measure(
         x0 = []
         for i, (row, fraction) in enumerate(zip(rows, fractions, strict=True)):  # all points of a pair share its noise
             rng = Streams([seed_of(batches.seed, "between", row)], model.device)
-            x0.append(model.space.between(ends[0][i : i + 1], ends[1][i : i + 1], fraction, rng))
+            x0.append(model.space.interpolate(ends[0][i : i + 1], ends[1][i : i + 1], fraction, rng))
         start = redraw_input(torch.cat(x0), model, strength)
         labels = None if path.label is None else [path.label] * len(numbers)
         conditions, options = conditions_for(model, inputs, [2 * row for row in rows], labels, sampling)

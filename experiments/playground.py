@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion.solvers import solvers_of
+from diffusion.solvers import solvers_for
 from train.condition_source import ConditionSource
 from train.config import SamplingConfig
 from train.data.transforms import ValueRange, as_uint8, range_for_image, to_item
@@ -180,7 +180,7 @@ class Playground:
     @property
     def controls(self) -> list[Control]:
         """The controls of the model's settings, with the solvers of its process."""
-        solvers = sorted(solvers_of(self.trained.sampler.process))
+        solvers = sorted(solvers_for(self.trained.sampler.process))
         return make_controls(self.options, solvers, conditional=bool(self.trained.sampler.conditions))
 
     def settings(self, values: dict[str, Any]) -> SamplingConfig:
@@ -215,7 +215,7 @@ class Playground:
 
         def work(put: Callable[[DenoisingStep], None]) -> None:
             def on_step(i: int, t: float, s: float, x: Tensor, predicted: Tensor) -> Tensor:
-                current, prediction = self.trained.space.shown(x, predicted)
+                current, prediction = self.trained.space.preview(x, predicted)
                 put(DenoisingStep(i + 1, s, current.cpu(), prediction.cpu()))
                 return x
 
@@ -236,7 +236,7 @@ class Playground:
         if request.label == AS_IN_DATA and self.classes:
             request = replace(request, label=NO_CLASS, options=replace(request.options, guidance=1.0))
         device = self.trained.device
-        start = self.trained.space.begun(image[None].to(device), hidden[None].to(device))
+        start = self.trained.space.encode_masked(image[None].to(device), hidden[None].to(device))
         repeated = [each.expand(request.count, *each.shape[1:]) for each in (start.x0, start.keep)]
         masked = torch.where(expand_mask(~start.keep[0].cpu(), hidden.shape), GREY, image)
         return InpaintingResult(masked, self.draw(request, edit=EditInput(*repeated)))

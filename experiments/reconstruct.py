@@ -245,7 +245,7 @@ def measure(
         raise ValueError(f"none of {len(skipped)} images can be used; the first, {image}: {reason}")
     save_overview(batches.folder / "overview.png", torch.stack(shown))
     return {
-        "vqgan": model.origin,
+        "vqgan": model.provenance,
         "tile": tiles.tile,
         "overlap": tiles.overlap,
         "error_map": f"mean absolute error over channels, 0 to {ERROR_MAX} of the range",

@@ -14,7 +14,7 @@ from helpers.tiny_runs import call, run
 from train.checkpoint import checkpoint_path, read_tensors
 from train.config import DataConfig
 from train.converters import guided
-from train.spaces import Pixels
+from train.spaces import PixelSpace
 from train.trained_sampler import load_sampler
 
 FIXTURE = Path(os.environ.get("GUIDED_FIXTURES", ""))
@@ -46,7 +46,7 @@ def write(folder, weights, flags):
 def loaded(run, ema=True):
     """Load the sampler of a run as experiments do."""
     data = yaml.safe_load((run / "config.yaml").read_text())["data"]
-    return load_sampler(run, None, Pixels(DataConfig(**data)), torch.device("cpu"), ema=ema, amp=False)
+    return load_sampler(run, None, PixelSpace(DataConfig(**data)), torch.device("cpu"), ema=ema, amp=False)
 
 
 def outputs(network, size=8):

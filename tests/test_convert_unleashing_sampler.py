@@ -16,7 +16,7 @@ from helpers.unleashing_layout import SIZE, build_vqgan, sampler_logits, sampler
 from train.checkpoint import checkpoint_path
 from train.converters import unleashing
 from train.first_stage import load_first_stage
-from train.spaces import Codes
+from train.spaces import CodeSpace
 from train.trained_sampler import load_sampler
 
 FIXTURE = Path(os.environ.get("UT_FIXTURES", ""))
@@ -32,7 +32,7 @@ def ids_of(kind, shape=(3, 16), codes=32):
 
 def loaded(logs, name, ema=True):
     first = load_first_stage(logs / "vqgan_folder", None, CPU, amp=False)
-    return load_sampler(logs / name, None, Codes(first), CPU, ema=ema, amp=False)
+    return load_sampler(logs / name, None, CodeSpace(first), CPU, ema=ema, amp=False)
 
 
 @torch.no_grad()
@@ -91,8 +91,8 @@ def test_a_converted_run_has_the_files_of_a_trained_run(kind, converted):
     wanted |= {"total_steps": 8, "schedule": "linear"} if kind == "absorbing" else {}
     assert wanted.items() <= sampler.items() and not sampler["class_conditional"]
     first = load_first_stage(converted[0] / "logs" / "vqgan_folder", None, CPU, amp=False)
-    assert first.origin.items() <= origin.items() and origin["class_frequencies"] == []
-    assert origin.keys() == {*first.origin, "class_frequencies", "load_weights"}
+    assert first.provenance.items() <= origin.items() and origin["class_frequencies"] == []
+    assert origin.keys() == {*first.provenance, "class_frequencies", "load_weights"}
     assert (content["data"]["dataset"], content["data"]["img_size"]) == ("folder", SIZE)
     step = checkpoint_path(converted[0] / "logs" / f"{kind}_folder", 700)
     files = {"model.safetensors", "ema.safetensors", "state.pt", "manifest.json"}

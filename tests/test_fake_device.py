@@ -5,20 +5,20 @@ import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.denoisers import guided, windowed
-from diffusion.drawing import Drawing
+from diffusion.drawing import LogitsWarper
 from diffusion.likelihood import bits_per_code
 from diffusion.rng import Streams
-from diffusion.solvers import solvers_of
+from diffusion.solvers import solvers_for
 from helpers.fake_device import DEVICE, FakeDeviceMode, FakeDeviceTensor
 from helpers.labels import label_encoders
-from helpers.solving import in_steps
+from helpers.solving import solve_in_steps
 from models.transformer import Transformer
 from train.samplers import absorbing
 from train.spaces import EditInput
 
 CODES, GRID, CLASSES = 16, (4, 4), 3
 PROCESS = AbsorbingDiffusion(CODES, steps=3)
-SOLVERS = solvers_of(PROCESS)
+SOLVERS = solvers_for(PROCESS)
 
 
 def on(place, function):
@@ -66,11 +66,11 @@ def test_every_solver_with_guidance_on_a_larger_canvas(name, watched):
         chain = [torch.full_like(labels, CLASSES), labels]
         denoise = guided(lambda x, t, label: network(x, {"label": label}), chain, [2.0], schedule="cosine")
         denoise = windowed(denoise, GRID, 2, may_change=lambda x: x == CODES)
-        drawing = Drawing(temperature=0.9, last=0.0, top_k=9, top_p=0.95)
+        warper = LogitsWarper(temperature=0.9, final_temperature=0.0, top_k=9, top_p=0.95)
         canvas = torch.full((2, 5, 4), PROCESS.mask, device=to.device)
         canvas[1, 2:] = 3
         rng = Streams([1, 2], to.device)
-        return in_steps(
+        return solve_in_steps(
             SOLVERS[name].solve,
             denoise,
             PROCESS,
@@ -78,7 +78,7 @@ def test_every_solver_with_guidance_on_a_larger_canvas(name, watched):
             steps=20 if name == "first_hitting" else 4,
             rng=rng,
             on_step=on_step,
-            drawing=drawing,
+            warper=warper,
         )
 
     assert (alike(function)[1, 2:] == 3).all()

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusion.likelihood import bits_per_dimension
 from diffusion.rng import Streams
-from diffusion.solvers import solvers_of
+from diffusion.solvers import solvers_for
 from models.conditions import image
 from train.data.loading import TrainingStreams
 from train.samplers import ddpm
@@ -25,7 +25,7 @@ KINDS = {
     "diff_v1": {"total_steps": 8, "attn_block_type": "diff_v1", "time_sampler": "uniform"},
 }
 SOLVERS = [
-    name for name in solvers_of(ddpm.build(ddpm.Config(**UNET), shape=(1, 4, 4), pixels=True, n_classes=0).process)
+    name for name in solvers_for(ddpm.build(ddpm.Config(**UNET), shape=(1, 4, 4), pixels=True, n_classes=0).process)
 ]
 
 
@@ -77,6 +77,6 @@ def test_the_bound():
     with moved(built, "cuda:0") as device:
         x0 = batch_on(device)["x0"]
         condition = built.network.encode({}, x0)
-        denoise = built.denoiser(built.network)
+        denoise = built.make_denoiser(built.network)
         bound = bits_per_dimension(lambda x, t: denoise(x, t, condition), built.process, x0, Streams([1, 2], device))
         assert all_on(device, *bound)

@@ -45,7 +45,7 @@ class FirstStage:
     amp: bool
 
     @property
-    def origin(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What a second stage notes of the first, to find it again and to know that it is the same."""
         return {"ae_weights": self.weights, "ae_load_dir": self.run.name, "ae_load_step": self.step}
 
@@ -67,7 +67,7 @@ class FirstStage:
         with autocast(self.device, self.amp):
             return self.vqgan.decode(ids.to(self.device))
 
-    def values(self, ids: Tensor) -> dict[str, Tensor]:
+    def decode_values(self, ids: Tensor) -> dict[str, Tensor]:
         """{"values": (B, C, H, W)} in the units of data with a --data_range, which 8 bits do not hold; {} of others."""
         if self.data.data_range is None:
             return {}
@@ -94,7 +94,9 @@ class FirstStage:
                     f"got {name} {got}, but the VQGAN in {self.run} was trained with {wanted}: leave --{name} out"
                 )
 
-    def codes(self, dataset: Dataset, split: str, data: DataConfig, batch_size: int, world: DistContext) -> CodeTable:
+    def encode_dataset(
+        self, dataset: Dataset, split: str, data: DataConfig, batch_size: int, world: DistContext
+    ) -> CodeTable:
         """The codes of a split in all views that `data` asks for, from the cache, or made by all processes together."""
         if split != "train":
             data = data.without_augmentation

@@ -90,7 +90,7 @@ class SamplerRun:
     @cached_property
     def vqgan(self) -> "TrainedVQGAN | None":
         """The VQGAN whose codes or latents it models; None for a model of pixels."""
-        return None if self.model.space.first is None else TrainedVQGAN(self.model.space.first)
+        return None if self.model.space.first_stage is None else TrainedVQGAN(self.model.space.first_stage)
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -229,7 +229,7 @@ class SamplerRun:
     def _data(self, images: Tensor) -> Batch:
         """A batch of images as the sampler's space loads it."""
         if isinstance(self.model.space, Codes):
-            return {"codes": self.model.space.first.encode(images)}
+            return {"codes": self.model.space.first_stage.encode(images)}
         return {"image": to_float(images)}
 
 

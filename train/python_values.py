@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.solvers import solvers_of
+from diffusion.solvers import solvers_for
 from train.config import SamplingConfig
 from train.distributed import pick_device
 from train.registry import did_you_mean
@@ -72,7 +72,7 @@ def with_settings(sampling: SamplingConfig, process: Process, values: Mapping[st
 
     With another solver, the settings that go with a solver are left to it, but for those among `values`. ValueError.
     """
-    solver, solvers = values.get("solver", sampling.solver), solvers_of(process)
+    solver, solvers = values.get("solver", sampling.solver), solvers_for(process)
     if solver not in solvers:
         names = ", ".join(sorted(solvers))
         raise ValueError(f"got solver {solver!r}{did_you_mean(solver, solvers)}; there are: {names}")

@@ -18,13 +18,13 @@ from train.loop import Batch, Outputs, TrainState
 from train.lr_schedule import learning_rate
 from train.optim import clip_and_step
 from train.registry import load_plugin
-from train.samplers import Control, LearnedSampler, chosen_solver
+from train.samplers import Control, LearnedSampler, select_solver
 from train.spaces import Space
 from train.trainer import build_train_state
 
 VALIDATION_IMAGES = 1024  # enough for two digits, and quick
-SHOWN_IMAGES = 16
-LEVELS = 5  # of noise, whose losses are logged apart
+PREVIEW_IMAGES = 16
+NOISE_LEVELS = 5  # of noise, whose losses are logged apart
 
 
 def build_state(
@@ -45,7 +45,7 @@ class SamplerStep:
     """One training step of a sampler's network. A `step_fn` for `fit`.
 
     Gives loss, grad_norm, lr and the sampler's metrics; per example losses (B,) and t (B,), and, where someone looks
-    (`watched`), what was seen and said: x0, x_t, prediction, x0_hat.
+    (`keep_outputs`), what was seen and said: x0, x_t, prediction, x0_hat.
     """
 
     def __init__(
@@ -54,10 +54,16 @@ class SamplerStep:
         space: Space,
         training: TrainingConfig,
         world: DistContext,
-        watched: bool = False,
+        keep_outputs: bool = False,
         control: Control | None = None,
     ):
-        self.sampler, self.space, self.training, self.world, self.watched = sampler, space, training, world, watched
+        self.sampler, self.space, self.training, self.world, self.keep_outputs = (
+            sampler,
+            space,
+            training,
+            world,
+            keep_outputs,
+        )
         self.control = control
         self.dtype = training_dtype(training, world.device)
         self.channels_last = uses_channels_last(training, world.device)
@@ -75,7 +81,7 @@ class SamplerStep:
                 (mean if scale is None else scale.scale(mean)).backward()
             for name, value in {"loss": loss.per_example, **loss.metrics}.items():
                 means[name] = means.get(name, 0.0) + value.detach().mean() / len(micro_batches)
-            seen.append(loss.outputs if self.watched else {name: loss.outputs[name] for name in ("t", "loss")})
+            seen.append(loss.outputs if self.keep_outputs else {name: loss.outputs[name] for name in ("t", "loss")})
         lr = learning_rate(state.step, **self.training.schedule)
         norms = clip_and_step(state, ["network"], self.world, lr=lr, clip=self.training.grad_clip)
         if norms is None:
@@ -85,15 +91,15 @@ class SamplerStep:
         self.observe(state, tensors)
         return tensors | means | {"grad_norm": norms[0], "lr": torch.tensor(lr, device=self.world.device)}
 
-    def loss(self, network: torch.nn.Module, batch: Batch, times_of: int | None = None):
-        """The sampler's loss of a part of a batch; `times_of`: of validation, whose draws do not depend on the run."""
-        seed, size = (self.training.seed, self.training.batch_size) if times_of is None else (0, times_of)
-        draw = TrainingStreams(seed, batch, size, self.world.device)
-        prepared = self.space.prepared(batch)
+    def loss(self, network: torch.nn.Module, batch: Batch, validation_size: int | None = None):
+        """The sampler's loss of a part of a batch; `validation_size`: of validation, whose draws do not depend on the run."""
+        seed, size = (self.training.seed, self.training.batch_size) if validation_size is None else (0, validation_size)
+        streams = TrainingStreams(seed, batch, size, self.world.device)
+        prepared = self.space.encode_batch(batch)
         if self.channels_last:
             prepared = {name: to_channels_last(value) for name, value in prepared.items()}
         with self.autocast():
-            return self.sampler.loss(network, prepared, draw, control=self.control)
+            return self.sampler.loss(network, prepared, streams, control=self.control)
 
     @torch.no_grad()
     def observe(self, state: TrainState, outputs: Outputs) -> None:
@@ -102,11 +108,16 @@ class SamplerStep:
             device = self.world.device
             t, losses = (self.world.gather(outputs[name].float().to(device)) for name in ("t", "losses"))
             self.sampler.observe(t, losses)
-        level = (LEVELS * self.sampler.noise_level(outputs["t"])).long().clamp(max=LEVELS - 1).to(self.world.device)
-        member = F.one_hot(level, LEVELS).float()  # (B, LEVELS); nothing waits for the device
+        level = (
+            (NOISE_LEVELS * self.sampler.noise_level(outputs["t"]))
+            .long()
+            .clamp(max=NOISE_LEVELS - 1)
+            .to(self.world.device)
+        )
+        member = F.one_hot(level, NOISE_LEVELS).float()  # (B, LEVELS); nothing waits for the device
         sums = torch.stack([(outputs["losses"].float().unsqueeze(1) * member).sum(0), member.sum(0)])
         state.counters["loss_by_level"].add("loss", sums)
-        if self.watched:
+        if self.keep_outputs:
             outputs["x0_hat"] = self.sampler.x0_hat(outputs)
 
 
@@ -122,7 +133,9 @@ def validation_losses(step: SamplerStep, network: torch.nn.Module, source: Batch
     sums: dict[str, Tensor] = {}
     for batch, counts in world.padded_batches(batches, fallback=lambda: source[lists[0]]):
         batch = to_device(batch, world.device)
-        loss = step.loss(network, batch, times_of=len(batch["position"]))  # spread over the last, smaller batch too
+        loss = step.loss(
+            network, batch, validation_size=len(batch["position"])
+        )  # spread over the last, smaller batch too
         for name, value in {"loss": loss.per_example, **loss.metrics}.items():
             value = value.float().cpu().double()
             found = torch.stack([value.sum(), torch.tensor(value.numel()).double()]) * counts
@@ -136,7 +149,7 @@ def check_sampling(sampler: LearnedSampler, sampling: SamplingConfig, rows: Sequ
     if sampling.guidance != 1 and not sampler.conditions:
         raise ValueError(f"got guidance {sampling.guidance} for a sampler without conditions: pass --guidance 1")
     check_rows(rows, sampler.conditions, sampler.n_classes)
-    chosen_solver(sampler.process, sampling)
+    select_solver(sampler.process, sampling)
 
 
 class SamplerReports:
@@ -153,7 +166,7 @@ class SamplerReports:
         in_turn = [{"label": label} for label in range(step.sampler.n_classes)]
         if rows or {*step.sampler.conditions} == {"label"}:
             self.source = self.source.with_rows(rows or in_turn)
-        self.on_log = [self.by_level]
+        self.on_log = [self.log_loss_by_level]
 
     @torch.no_grad()
     def validate(self, state: TrainState, outputs: Outputs) -> None:
@@ -163,21 +176,21 @@ class SamplerReports:
         self.logger.log_scalars(state.step, {f"val/{name}": value for name, value in found.items()})
         self.logger.log_best(state, "val/loss", found["loss"])
 
-    def by_level(self, state: TrainState, outputs: Outputs) -> None:
+    def log_loss_by_level(self, state: TrainState, outputs: Outputs) -> None:
         """Losses by share of noise since the last call, one curve for each fifth."""
         for sums, counts in state.counters["loss_by_level"].reduce_and_reset().values():
             means = (sums / counts).tolist()
-            found = {f"loss_by_level/{i / LEVELS:.1f}": mean for i, mean in enumerate(means) if mean == mean}
+            found = {f"loss_by_level/{i / NOISE_LEVELS:.1f}": mean for i, mean in enumerate(means) if mean == mean}
             self.logger.log_scalars(state.step, found)
 
     @torch.no_grad()
     def log_images(self, state: TrainState, outputs: Outputs) -> None:
         """A grid of samples, the same noise and conditions each time."""
         world = self.step.world
-        own = world.local_items(list(range(SHOWN_IMAGES)))
+        own = world.local_items(list(range(PREVIEW_IMAGES)))
         ((indices, counts),) = world.padded_batches([own] if own else [], fallback=lambda: [0])
         images = self.draw(state, indices)
-        shown = world.gather_items(images if counts else images[:0], SHOWN_IMAGES)
+        shown = world.gather_items(images if counts else images[:0], PREVIEW_IMAGES)
         self.logger.log_images("samples", state.step, to_float(shown.cpu()))
 
     def draw(self, state: TrainState, indices: list[int]) -> Tensor:
@@ -188,11 +201,11 @@ class SamplerReports:
         batch = None if conditions is None else to_device(conditions, world.device)
         with self.step.autocast():
             network = state.eval_module("network").eval()
-            how = {
+            kwargs = {
                 "batch": batch,
                 "options": self.sampling,
                 "on_step": lockstep_on_step(network),
                 "control": self.step.control,
             }
-            x = sampler.sample(network, rng, **how)
+            x = sampler.sample(network, rng, **kwargs)
         return self.step.space.decode(x)

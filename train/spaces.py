@@ -19,7 +19,7 @@ from train.loop import Batch
 from train.registry import load_plugin
 from train.runs import read_provenance, run_folder
 
-MEASURED_IMAGES = 1024  # whose latents say how large latents are
+SCALE_IMAGES = 1024  # whose latents say how large latents are
 
 
 class EditInput(NamedTuple):
@@ -27,13 +27,15 @@ class EditInput(NamedTuple):
 
     x0: Tensor
     keep: Tensor  # (B, h, w) bool: places that never change
-    t: float = 1.0  # how much of the rest is forgotten first, 0 to 1: the share of codes masked, or of noise in x_t
+    strength: float = (
+        1.0  # how much of the rest is forgotten first, 0 to 1: the share of codes masked, or of noise in x_t
+    )
 
 
 class Space(Protocol):
     """`model_args` is what a sampler's `build` takes, `origin` what a run notes of it to know it again."""
 
-    first: FirstStage | None
+    first_stage: FirstStage | None
     tokens: int  # codes that an image is; 0 where it is none
 
     @property
@@ -45,7 +47,7 @@ class Space(Protocol):
     def model_args(self) -> dict[str, Any]: ...
 
     @property
-    def origin(self) -> dict[str, Any]: ...
+    def provenance(self) -> dict[str, Any]: ...
 
     def source(
         self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt
@@ -57,7 +59,7 @@ class Space(Protocol):
         """Processes that load them."""
         ...
 
-    def prepared(self, batch: Batch) -> Batch:
+    def encode_batch(self, batch: Batch) -> Batch:
         """The batch with what the sampler learns: "codes" or "x0"."""
         ...
 
@@ -65,27 +67,27 @@ class Space(Protocol):
         """What the sampler draws -> uint8 images (B, C, H, W)."""
         ...
 
-    def kept(self, x: Tensor) -> dict[str, Tensor]:
+    def extra_arrays(self, x: Tensor) -> dict[str, Tensor]:
         """What of it is worth keeping beside its images."""
         ...
 
-    def shown(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    def preview(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
         """Images of what a solver has on its way, and of what it predicts."""
         ...
 
-    def begun(self, images: Tensor, hidden: Tensor) -> EditInput:
+    def encode_masked(self, images: Tensor, hidden: Tensor) -> EditInput:
         """uint8 images (B, C, H, W) of which pixels are hidden, (B, H, W) bool -> what sampling begins from.
 
         A place is known only if none of its pixels is hidden, and no hidden pixel has a part in it.
         """
         ...
 
-    def between(self, a: Tensor, b: Tensor, share: float, rng: Streams) -> Tensor:
+    def interpolate(self, a: Tensor, b: Tensor, weight: float, rng: Streams) -> Tensor:
         """What lies between two of its x, (B, ...) each: a where the share of b is 0, b where it is 1."""
         ...
 
 
-def filled_in(images: Tensor, hidden: Tensor) -> Tensor:
+def fill_hidden(images: Tensor, hidden: Tensor) -> Tensor:
     """uint8 images (B, C, H, W) with each hidden pixel, `hidden` (B, H, W) bool, given the nearest visible one's value;
     128 where all are hidden.
 
@@ -116,7 +118,7 @@ def any_in_cells(hidden: Tensor, factor: int) -> Tensor:
     return hidden.view(B, H // factor, factor, W // factor, factor).any(4).any(2)
 
 
-class Continuous:
+class ContinuousSpace:
     """What pixels and latents share: training batches are images."""
 
     tokens = 0
@@ -131,23 +133,23 @@ class Continuous:
     def workers(self, data: DataConfig) -> int:
         return data.num_workers
 
-    def kept(self, x: Tensor) -> dict[str, Tensor]:
+    def extra_arrays(self, x: Tensor) -> dict[str, Tensor]:
         return {}
 
-    def shown(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    def preview(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
         return self.decode(x), self.decode(predicted)
 
-    def between(self, a: Tensor, b: Tensor, share: float, rng: Streams) -> Tensor:
+    def interpolate(self, a: Tensor, b: Tensor, weight: float, rng: Streams) -> Tensor:
         """The straight line (Ho et al. 2020, section 4.5)."""
-        return torch.lerp(a, b, share)
+        return torch.lerp(a, b, weight)
 
 
 @dataclass(frozen=True)
-class Pixels(Continuous):
+class PixelSpace(ContinuousSpace):
     """Images in [-1, 1] (B, C, H, W)."""
 
     data: DataConfig
-    first: None = None
+    first_stage: None = None
     factor = 1
 
     @property
@@ -155,119 +157,119 @@ class Pixels(Continuous):
         return {"shape": self.data.shape, "pixels": True}
 
     @property
-    def origin(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         return {}
 
-    def prepared(self, batch: Batch) -> Batch:
+    def encode_batch(self, batch: Batch) -> Batch:
         return batch | {"x0": batch["image"]}
 
     def decode(self, x: Tensor) -> Tensor:
         return to_uint8(x)
 
-    def kept(self, x: Tensor) -> dict[str, Tensor]:
+    def extra_arrays(self, x: Tensor) -> dict[str, Tensor]:
         """{"values": (B, C, H, W)} in the units of data with a --data_range, which 8 bits do not hold; {} of others."""
         return {} if self.data.data_range is None else {"values": from_unit_range(x, self.data.data_range).cpu()}
 
-    def begun(self, images: Tensor, hidden: Tensor) -> EditInput:
+    def encode_masked(self, images: Tensor, hidden: Tensor) -> EditInput:
         return EditInput(to_float(images.masked_fill(hidden.unsqueeze(1), 128)), ~hidden)
 
 
 @dataclass(frozen=True)
-class Latents(Continuous):
+class LatentSpace(ContinuousSpace):
     """What a VQGAN's quantizer is given, times `scale`, so that its variance is 1: (B, D, h, w)."""
 
-    first: FirstStage
+    first_stage: FirstStage
     scale: float
 
     @property
     def factor(self) -> int:
-        return self.first.vqgan.config.factor
+        return self.first_stage.vqgan.config.factor
 
     @property
     def model_args(self) -> dict[str, Any]:
-        vqgan = self.first.vqgan
+        vqgan = self.first_stage.vqgan
         return {"shape": (vqgan.quantizer.dim, *vqgan.grid), "pixels": False}
 
     @property
-    def origin(self) -> dict[str, Any]:
-        return self.first.origin | {"latent_scale": self.scale}
+    def provenance(self) -> dict[str, Any]:
+        return self.first_stage.provenance | {"latent_scale": self.scale}
 
-    def prepared(self, batch: Batch) -> Batch:
-        return batch | {"x0": self.first.encode_latents(batch["image"]) * self.scale}
+    def encode_batch(self, batch: Batch) -> Batch:
+        return batch | {"x0": self.first_stage.encode_latents(batch["image"]) * self.scale}
 
     def decode(self, x: Tensor) -> Tensor:
-        return self.first.decode_latents(x / self.scale)
+        return self.first_stage.decode_latents(x / self.scale)
 
-    def kept(self, x: Tensor) -> dict[str, Tensor]:
+    def extra_arrays(self, x: Tensor) -> dict[str, Tensor]:
         """The values of its images, by way of the nearest codes."""
-        return self.first.values(self.first.vqgan.quantizer.assign(x / self.scale))
+        return self.first_stage.decode_values(self.first_stage.vqgan.quantizer.assign(x / self.scale))
 
-    def begun(self, images: Tensor, hidden: Tensor) -> EditInput:
-        x0 = self.first.encode_latents(to_float(filled_in(images, hidden))) * self.scale
+    def encode_masked(self, images: Tensor, hidden: Tensor) -> EditInput:
+        x0 = self.first_stage.encode_latents(to_float(fill_hidden(images, hidden))) * self.scale
         return EditInput(x0, ~any_in_cells(hidden, self.factor).to(x0.device))
 
 
 @dataclass(frozen=True)
-class Codes:
+class CodeSpace:
     """Ids of a VQGAN's codes (B, h, w)."""
 
-    first: FirstStage
+    first_stage: FirstStage
 
     @property
     def factor(self) -> int:
-        return self.first.vqgan.config.factor
+        return self.first_stage.vqgan.config.factor
 
     @property
     def tokens(self) -> int:
-        return math.prod(self.first.vqgan.grid)
+        return math.prod(self.first_stage.vqgan.grid)
 
     @property
     def model_args(self) -> dict[str, Any]:
-        return {"codes": self.first.vqgan.quantizer.codebook_size, "grid": self.first.vqgan.grid}
+        return {"codes": self.first_stage.vqgan.quantizer.codebook_size, "grid": self.first_stage.vqgan.grid}
 
     @property
-    def origin(self) -> dict[str, Any]:
-        return self.first.origin
+    def provenance(self) -> dict[str, Any]:
+        return self.first_stage.provenance
 
     def source(
         self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt = None
     ) -> TrainingCodes:
         """The shuffled codes, from the cache or encoded now."""
         batch_size = max(1, 2**22 // math.prod(data.shape))  # about 16 MB of float images at once
-        table = self.first.codes(images, split, data, batch_size, world)
+        table = self.first_stage.encode_dataset(images, split, data, batch_size, world)
         labels = None if images.n_classes == 0 else torch.from_numpy(images.labels)[table.index]
         return TrainingCodes(table.ids, labels, seed, table.annotations)
 
     def workers(self, data: DataConfig) -> int:
         return 0  # codes need no decoding
 
-    def prepared(self, batch: Batch) -> Batch:
+    def encode_batch(self, batch: Batch) -> Batch:
         return batch
 
     def decode(self, x: Tensor) -> Tensor:
-        return self.first.decode(x)
+        return self.first_stage.decode(x)
 
-    def begun(self, images: Tensor, hidden: Tensor) -> EditInput:
-        x0 = self.first.encode(filled_in(images, hidden))
+    def encode_masked(self, images: Tensor, hidden: Tensor) -> EditInput:
+        x0 = self.first_stage.encode(fill_hidden(images, hidden))
         return EditInput(x0, ~any_in_cells(hidden, self.factor).to(x0.device))
 
-    def between(self, a: Tensor, b: Tensor, share: float, rng: Streams) -> Tensor:
+    def interpolate(self, a: Tensor, b: Tensor, weight: float, rng: Streams) -> Tensor:
         """Each place takes the code of one of them; for the same `rng`, what is b's stays so as the share grows."""
-        return torch.where(rng.uniform(a.shape) < share, b, a)
+        return torch.where(rng.uniform(a.shape) < weight, b, a)
 
-    def kept(self, x: Tensor) -> dict[str, Tensor]:
-        return {"codes": x.cpu()} | self.first.values(x)
+    def extra_arrays(self, x: Tensor) -> dict[str, Tensor]:
+        return {"codes": x.cpu()} | self.first_stage.decode_values(x)
 
-    def shown(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    def preview(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
         """Codes that are still masked become grey squares; `predicted` is logits."""
-        masked = x == self.first.vqgan.quantizer.codebook_size
+        masked = x == self.first_stage.vqgan.quantizer.codebook_size
         image = self.decode(torch.where(masked, predicted.argmax(-1), x))
         h, w = (size // places for size, places in zip(image.shape[2:], x.shape[1:], strict=True))
         grey = masked.repeat_interleave(h, 1).repeat_interleave(w, 2).unsqueeze(1)
         return torch.where(grey, 128, image), image
 
 
-def open_space(config: SecondStageConfig, run_origin: dict[str, Any], images: Dataset, world: DistContext) -> Space:
+def open_space(config: SecondStageConfig, run_provenance: dict[str, Any], images: Dataset, world: DistContext) -> Space:
     """The space that a training script's config asks for.
 
     The scale of latents is what an earlier start of the run noted, or the run that --load_dir names; else it is
@@ -276,18 +278,18 @@ def open_space(config: SecondStageConfig, run_origin: dict[str, Any], images: Da
     of_codes = load_plugin("train.samplers", config.sampler.sampler, "sampler").SPACE == "codes"
     name = config.first.ae_load_dir or (f"vqgan_{config.data.dataset}" if of_codes else None)
     if name is None:
-        return Pixels(config.data)
+        return PixelSpace(config.data)
     run = run_folder(config.logging.logs_root, name)
     first = load_first_stage(run, config.first.ae_load_step, world.device, config.training.amp)
     first.check_fits(config.data)
     if of_codes:
-        return Codes(first)
+        return CodeSpace(first)
     start = config.training.load_dir  # weights that go on know latents of their scale
     started = read_provenance(run_folder(config.logging.logs_root, start)) if start else {}
-    noted = run_origin.get("latent_scale") or started.get("latent_scale") or 0.0
+    noted = run_provenance.get("latent_scale") or started.get("latent_scale") or 0.0
     noted = world.sum(torch.tensor(noted if world.is_main else 0.0, dtype=torch.float32, device=world.device)).item()
     source = ImageSource(images, config.data, margin=config.data.crop_margin)
-    return Latents(first, noted or measured_scale(first, source, world))
+    return LatentSpace(first, noted or measure_latent_scale(first, source, world))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,19 +299,19 @@ class PixelsRun:
     data: DataConfig
 
 
-def reopened_space(content: dict[str, Any], first: FirstStage | None) -> Space:
+def reopen_space(content: dict[str, Any], first: FirstStage | None) -> Space:
     """The space that a run was trained in, from its config.yaml and the VQGAN that it names, or None for pixels."""
     if first is None:
-        return Pixels(from_dict(PixelsRun, {"data": content.get("data", {})}, "the run's config.yaml").data)
+        return PixelSpace(from_dict(PixelsRun, {"data": content.get("data", {})}, "the run's config.yaml").data)
     scale = content.get("origin", {}).get("latent_scale")
-    return Codes(first) if scale is None else Latents(first, scale)
+    return CodeSpace(first) if scale is None else LatentSpace(first, scale)
 
 
-def measured_scale(first: FirstStage, source: ImageSource, world: DistContext) -> float:
+def measure_latent_scale(first: FirstStage, source: ImageSource, world: DistContext) -> float:
     """1 / the deviation of latents, over numbers and images alike (Rombach et al. 2022, appendix G)."""
     latents = []
     images = TrainingImages(source, seed=0)
-    for part in torch.arange(min(len(source), MEASURED_IMAGES)).split(32):  # already shuffled
+    for part in torch.arange(min(len(source), SCALE_IMAGES)).split(32):  # already shuffled
         latents.append(first.encode_latents(images[part.tolist()]["image"]).cpu())
     deviation = torch.cat(latents).std()
     if not 0 < deviation < float("inf"):

@@ -38,7 +38,7 @@ from train.posthoc_ema import open_snapshot, reconstruct_ema, snapshot_path, sna
 from train.registry import import_callable, load_plugin
 from train.runs import read_run, run_folder
 from train.samplers import Control, LearnedSampler
-from train.spaces import EditInput, Pixels, Space, reopened_space
+from train.spaces import EditInput, PixelSpace, Space, reopen_space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +71,9 @@ class TrainedSampler:
         return self.world.device
 
     @property
-    def origin(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """SHA-256 of the weights: the sampler's, and the VQGAN's if it has one."""
-        return {"sampler_weights": self.weights} | self.space.origin
+        return {"sampler_weights": self.weights} | self.space.provenance
 
     def dataset(self, split: str) -> Dataset:
         """A split of the training data, read from the folder that the run or datasets.yaml names."""
@@ -161,7 +161,7 @@ class TrainedSampler:
                 on_step=on_step,
                 control=control,
             )
-        outputs = {"image": self.space.decode(x).cpu()} | self.space.kept(x)
+        outputs = {"image": self.space.decode(x).cpu()} | self.space.extra_arrays(x)
         return outputs if batch is None or "label" not in batch else outputs | {"label": batch["label"].cpu()}
 
     def check_options(self, options: SamplingConfig) -> None:
@@ -193,9 +193,9 @@ class TrainedSampler:
         image are a function of the seed and its position. ValueError for pixels that are not of 8 bits.
         """
         rng = Streams([seed_of(seed, "likelihood", k) for k in batch["position"].tolist()], self.device)
-        if isinstance(self.space, Pixels):
+        if isinstance(self.space, PixelSpace):
             check_8_bits(batch["image"])
-        batch = self.space.prepared(to_device(batch, self.device))
+        batch = self.space.encode_batch(to_device(batch, self.device))
         with autocast(self.device, self.amp):
             return self.sampler.log_likelihood(self.sampler.network, batch, rng, nfe)
 
@@ -242,7 +242,7 @@ def load_space(
     if "ae_weights" not in origin:
         if ae_load_dir is not None or ae_load_step is not None:
             raise ValueError(f"{run} was trained on pixels: leave --ae_load_dir and --ae_load_step out")
-        return reopened_space(content, None)
+        return reopen_space(content, None)
     candidates = [run_folder(root, ae_load_dir or origin["ae_load_dir"]) for root in logs_roots]
     first_run = next((path for path in candidates if (path / "config.yaml").is_file()), candidates[0])
     if ae_load_step is None and ae_load_dir is None:
@@ -253,7 +253,7 @@ def load_space(
             f"{run} was trained on other VQGAN weights than those of {first.run}: "
             "pass the --ae_load_dir and --ae_load_step that it was trained with"
         )
-    return reopened_space(content, first)
+    return reopen_space(content, first)
 
 
 def load_sampler(

@@ -257,7 +257,7 @@ def redraw_input(x0: Tensor, trained: TrainedSampler, strength: float) -> EditIn
 def encode_images(images: Tensor, trained: TrainedSampler) -> Tensor:
     """Encodes uint8 images (B, C, H, W) into the sampler's space."""
     images = images.to(trained.device)
-    return trained.space.begun(images, torch.zeros_like(images[:, 0], dtype=torch.bool)).x0
+    return trained.space.encode_masked(images, torch.zeros_like(images[:, 0], dtype=torch.bool)).x0
 
 
 def save_result_images(

@@ -190,7 +190,7 @@ def load_model(model: ModelConfig, output: OutputConfig, world: DistContext | No
     weights = "averaged (EMA) weights" if model.ema else "plain weights"
     if model.ema_length is not None:
         weights = f"EMA reconstructed at relative length {model.ema_length}"
-    on = "pixels" if space.first is None else f"VQGAN: {space.first.run}"
+    on = "pixels" if space.first_stage is None else f"VQGAN: {space.first_stage.run}"
     print(f"sampler: {run}, step {trained.step}, {weights}; {on}", flush=True)
     return trained
 
@@ -293,7 +293,7 @@ def open_results_folder(
             loaded.dry_run(sampling, source, shape=setup.shape, window_stride=setup.window_stride)
     if world.is_main:
         given = condition_provenance(sampling.condition_file) if samples else {}
-        open_run(folder, config, loaded.origin | setup.provenance | given)
+        open_run(folder, config, loaded.provenance | setup.provenance | given)
     world.barrier()
     print(f"results: {folder}", flush=True)
     return folder
@@ -383,7 +383,7 @@ def open_batches(
     if files:
         flags = {key: value for group in measure_settings(config) for key, value in flatten_group(group).items()}
         run["files"] = hash_files({name: flags[name] for name in files})
-    run |= model.origin
+    run |= model.provenance
     if isinstance(output, FirstStageOutputConfig):  # nothing is sampled
         return ResumableBatches(world, folder, run=run)
     return ResumableBatches(world, folder, output.batch_size, output.seed, run)

@@ -119,7 +119,7 @@ class StepRecorder:
 
     def __call__(self, i: int, t: float, s: float, x: Tensor, predicted: Tensor) -> Tensor:
         if i % self.stride == 0 or s == 0:
-            self.steps.append(tuple(image.cpu() for image in self.trained.space.shown(x, predicted)))
+            self.steps.append(tuple(image.cpu() for image in self.trained.space.preview(x, predicted)))
         if len(self.steps) > self.max_steps and s > 0:
             self.steps, self.stride = self.steps[::2], 2 * self.stride
         return x

@@ -179,7 +179,7 @@ def train_head(run: Path, first: FirstStage, config: HeadRunConfig, world: DistC
             for split, margin in (("train", data.crop_margin), ("val", 0))
         )
         state = build_state(first, training, world)
-        open_or_resume(run, config, state, world, first.origin)
+        open_or_resume(run, config, state, world, first.provenance)
         step = HeadStep(first, training, world)
         source, reports = TrainingImages(images, training.seed), partial(HeadReports, step, validation)
         loading = {"workers": data.num_workers, "prefetch": data.prefetch}
@@ -209,7 +209,7 @@ def load_or_train_head(
     """
     if not decoder.decoder or not trained.space.tokens:
         return None
-    first, world = trained.space.first, trained.world
+    first, world = trained.space.first_stage, trained.world
     run = run_folder(output.logs_root, decoder.head_dir or f"likelihood_{first.run.name}_{first.step}")
     reader = first.reader if model.data_dir is None else replace(first.reader, data_dir=model.data_dir)
     check_allowed(first.run, {"sampler": {}, "reader": flatten_group(reader)}, model.allow)
@@ -221,7 +221,7 @@ def load_or_train_head(
             print(f"training the decoder's log-variance head: {steps}", flush=True)
             train_head(run, first, wanted, world)
         elif world.is_main:
-            open_run(run, wanted, first.origin)
+            open_run(run, wanted, first.provenance)
         world.barrier()
         return load_head(run, first)
     except ValueError as error:
@@ -252,7 +252,7 @@ class DecoderBits:
             data = data.without_augmentation
         self.head, self.codes, self.views = head, codes, training_views(data)
         self.images = ImageSource(dataset, data, margin=data.crop_margin)
-        self.index = head.first.codes(dataset, split, data, 1, trained.world).index  # already cached
+        self.index = head.first.encode_dataset(dataset, split, data, 1, trained.world).index  # already cached
 
     def image(self, position: int) -> Tensor:
         """Returns the image at a position of the codes' order, in its view: uint8 (C, H, W)."""

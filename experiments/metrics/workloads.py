@@ -24,7 +24,7 @@ from train.loop import Batch, TrainState, fit
 from train.registry import load_plugin
 from train.sampler import SamplerStep
 from train.sampler import build_state as build_sampler_state
-from train.spaces import Codes, EditInput, Latents, Pixels, Space
+from train.spaces import CodeSpace, EditInput, LatentSpace, PixelSpace, Space
 from train.vqgan import VQGANStep
 from train.vqgan import build_state as build_vqgan_state
 from vq.autoencoder import VQGAN
@@ -76,15 +76,15 @@ def random_space(
     weights, whose config `network()` returns."""
     of_codes = load_plugin("train.samplers", sampler, "sampler").SPACE == "codes"
     if not of_codes and ae_load_dir is None:
-        return Pixels(data)
+        return PixelSpace(data)
     autoencoder = VQGAN(network(), data.size, data.n_channels).to(device).eval().requires_grad_(False)
     first = FirstStage(Path(), autoencoder, data, reader, 0, "", device, False)
-    return Codes(first) if of_codes else Latents(first, 1.0)
+    return CodeSpace(first) if of_codes else LatentSpace(first, 1.0)
 
 
 def with_amp(space: Space, amp: bool) -> Space:
     """Returns the space with its VQGAN, if any, in half precision (`amp`) or float32."""
-    return space if space.first is None else replace(space, first=replace(space.first, amp=amp))
+    return space if space.first_stage is None else replace(space, first_stage=replace(space.first_stage, amp=amp))
 
 
 def sampler_trainees(
@@ -138,7 +138,7 @@ def random_batch(space: Space | None, n_classes: int, size: int, data: DataConfi
     """Returns a random batch with the shapes of `training_batches`, for a sampler of this space or a VQGAN (None)."""
     rng = torch.Generator().manual_seed(0)
     batch = {"position": torch.arange(size)}
-    if isinstance(space, Codes):
+    if isinstance(space, CodeSpace):
         batch["codes"] = torch.randint(space.model_args["codes"], (size, *space.model_args["grid"]), generator=rng)
     else:
         batch["image"] = 2 * torch.rand(size, *data.shape, generator=rng) - 1
@@ -224,7 +224,7 @@ def image_batches(images: Dataset, data: DataConfig, seed: int, adapt: Adapt = N
     return TrainingImages(ImageSource(images, data, margin=data.crop_margin), seed, adapt)
 
 
-def code_batches(space: Codes, n_classes: int, seed: int) -> TrainingCodes:
+def code_batches(space: CodeSpace, n_classes: int, seed: int) -> TrainingCodes:
     """Returns a source of training batches of random codes."""
     ids = torch.randint(space.model_args["codes"], (1, SOME_CODES, *space.model_args["grid"]), dtype=torch.int32)
     return TrainingCodes(ids, torch.randint(n_classes, (SOME_CODES,)) if n_classes else None, seed)

@@ -47,7 +47,7 @@ class Joint:
     def process(self, steps: int | None = 256) -> AbsorbingDiffusion:
         return AbsorbingDiffusion(self.codes, steps, self.schedule)
 
-    def masked(self, t: float) -> float:
+    def mask_prob(self, t: float) -> float:
         return SHARES[self.schedule](1 - t)
 
     def rows(self, codes: int) -> Tensor:
@@ -60,7 +60,7 @@ class Joint:
     def all_mask(self, batch: int) -> Tensor:
         return self.states[-1:].repeat(batch, 1, 1)
 
-    def drawn(self, n: int) -> Tensor:
+    def sample(self, n: int) -> Tensor:
         """n grids of p: (n, 1, N)."""
         return self.grids[torch.multinomial(self.p, n, replacement=True, generator=torch.Generator().manual_seed(5))]
 
@@ -78,7 +78,7 @@ class Joint:
 
     def forward(self, s: float, t: float) -> Tensor:
         """q(x_t | x_s), s < t: a code not yet masked is masked with probability (m(t) - m(s)) / (1 - m(s)). (S, S)"""
-        then, now = self.masked(s), self.masked(t)
+        then, now = self.mask_prob(s), self.mask_prob(t)
         one = torch.eye(self.codes + 1, dtype=torch.float64) * (1 - now) / (1 - then)
         one[:, -1] = (now - then) / (1 - then)
         one[-1] = torch.eye(self.codes + 1)[-1]  # a mask stays
@@ -95,7 +95,9 @@ class Joint:
         p = self.process().reverse_probabilities(self.states, logits, t, s, sigma)[:, 0]  # (S, N, K + 1)
         return torch.einsum("anv,bnv->nab", p, self.one_hot).prod(0)
 
-    def sampled(self, steps: int, sigmas: list[float] | None = None, denoise: Callable | None = None) -> Tensor:
+    def sampler_distribution(
+        self, steps: int, sigmas: list[float] | None = None, denoise: Callable | None = None
+    ) -> Tensor:
         """What the sampler of `steps` steps draws from all mask, exactly: a distribution over states. (S,)"""
         p = self.data.new_zeros(len(self.states))
         p[-1] = 1
@@ -103,7 +105,7 @@ class Joint:
             p = p @ self.step(i / steps, (i - 1) / steps, sigma, denoise)
         return p
 
-    def in_turns(self, turns: list[int], denoise: Callable | None = None) -> Tensor:
+    def unmask_distribution(self, turns: list[int], denoise: Callable | None = None) -> Tensor:
         """What is drawn where code i has turn turns[i], and those of a turn do not see each other: over states. (S,)"""
         x, p, where = (
             self.all_mask(len(self.grids)),
@@ -111,8 +113,8 @@ class Joint:
             torch.tensor(turns),
         )
         for turn in sorted(set(turns)):
-            said = (denoise or self.denoise)(x).softmax(-1)[:, 0]  # (K^N, N, K)
-            each = said.gather(-1, self.grids[:, 0, :, None])[..., 0]  # (K^N, N)
+            pred = (denoise or self.denoise)(x).softmax(-1)[:, 0]  # (K^N, N, K)
+            each = pred.gather(-1, self.grids[:, 0, :, None])[..., 0]  # (K^N, N)
             p = p * torch.where(where == turn, each, 1).prod(1)
             x = torch.where(where == turn, self.grids, x)
         return self.data.new_zeros(len(self.states)).index_copy(0, self.index(self.grids), p)
@@ -134,9 +136,9 @@ class Joint:
         for order in orders:
             x = self.all_mask(len(self.grids))
             for place in order:
-                said = (denoise or self.denoise)(x)[:, 0, place].log_softmax(-1)  # (K^N, K)
+                pred = (denoise or self.denoise)(x)[:, 0, place].log_softmax(-1)  # (K^N, K)
                 code = self.grids[:, 0, place]
-                total -= (self.p * said.gather(1, code[:, None])[:, 0]).sum().item() / math.log(2)
+                total -= (self.p * pred.gather(1, code[:, None])[:, 0]).sum().item() / math.log(2)
                 x = torch.where(torch.arange(self.count) == place, self.grids, x)
         return total / len(orders)
 
@@ -147,7 +149,7 @@ class Joint:
         masks = self.rows(2)[:, None].bool()  # (2^N, 1, 1, N)
         x0 = self.grids.expand(len(masks), -1, -1, -1)
         x_t = torch.where(masks, self.codes, x0)
-        now = self.masked(t)
+        now = self.mask_prob(t)
         weight = self.p * torch.where(masks, now, 1 - now).double().flatten(1).prod(1)[:, None]  # (2^N, K^N)
         x0, x_t = x0.flatten(0, 1), x_t.flatten(0, 1)
         times = torch.full((len(x0),), t, dtype=torch.float64)

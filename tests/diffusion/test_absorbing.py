@@ -54,7 +54,7 @@ def test_what_is_not_masked_is_kept(streams, corrupt):
     assert ((x_t == x0) | (x_t == 7)).all() and (x_t == x0).any() and (x_t == 7).any()
 
 
-def test_fixed_corruption_masks_exactly_round_t_n_codes_and_at_least_one(streams):
+def test_corrupt_fixed_masks_round_m_n_codes_and_at_least_one(streams):
     t = torch.tensor([0.0, 0.01, 0.12, 0.5, 0.74, 0.99, 1.0])
     x_t = AbsorbingDiffusion(3).corrupt_fixed(torch.zeros(7, 4, 5, dtype=torch.long), t, streams(7))
     assert (x_t == 3).sum((1, 2)).tolist() == [1, 1, 2, 10, 15, 20, 20]
@@ -63,8 +63,8 @@ def test_fixed_corruption_masks_exactly_round_t_n_codes_and_at_least_one(streams
 def test_fixed_corruption_masks_the_schedule_s_share(schedule, streams):
     x0, t = torch.zeros(3, 10, 10, dtype=torch.long), torch.tensor([0.1, 0.5, 0.8])
     counts = (AbsorbingDiffusion(1, schedule=schedule).corrupt_fixed(x0, t, streams(3)) == 1).sum((1, 2)).tolist()
-    wanted = {"linear": [10, 50, 80], "cosine": [16, 71, 95], "arccos": [29, 67, 87], "square": [19, 75, 96]}
-    assert counts == wanted[schedule]
+    expected = {"linear": [10, 50, 80], "cosine": [16, 71, 95], "arccos": [29, 67, 87], "square": [19, 75, 96]}
+    assert counts == expected[schedule]
 
 
 def test_fixed_corruption_has_no_favourite_place(streams, p_value):
@@ -91,10 +91,10 @@ def test_the_reverse_kernel_of_one_code_is_bayes_rule(one_code, schedule, t, s):
     bayes, kernel = one_code.bayes(t, s), one_code.step(t, s)
     reachable = one_code.data @ one_code.forward(0, t) > 0
     assert torch.allclose(kernel[reachable], bayes[reachable], atol=1e-12)
-    stays = one_code.masked(s) / one_code.masked(t)
-    assert bayes[-1, -1] == pytest.approx(stays) == pytest.approx(one_code.process().staying(t, s, 0.0))
+    stays = one_code.mask_prob(s) / one_code.mask_prob(t)
+    assert bayes[-1, -1] == pytest.approx(stays) == pytest.approx(one_code.process().stay_masked_prob(t, s, 0.0))
     if 0 < s and t < 1:
-        assert stays != pytest.approx(one_code.masked(s))
+        assert stays != pytest.approx(one_code.mask_prob(s))
 
 
 @pytest.mark.parametrize("t, s", STEPS_DOWN)

@@ -8,7 +8,7 @@ import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.rng import Streams
-from diffusion.timesteps import low_discrepancy
+from diffusion.timesteps import low_discrepancy_times
 
 STEPS = [1, 2, 3, 8]
 
@@ -35,11 +35,11 @@ def test_each_example_has_its_own_loss():
     other = torch.tensor([[[0, 0], [2, 0]]])  # one mask, predicted with probability 1/8: 3 bits, at t = 1/4
     three = [torch.cat(parts) for parts in [(logits,) * 3, (x0,) * 3, (x_t, other, x0), (t, t / 2, t)]]
     values = {"elbo": [2, 3, 0], "reweighted_elbo": [1 / 2, 9 / 16, 0], "mlm": [math.log(16) / 2, math.log(8), 0]}
-    for kind, wanted in values.items():
-        assert AbsorbingDiffusion(2).loss(*three, kind).per_example.tolist() == pytest.approx(wanted)
+    for kind, expected in values.items():
+        assert AbsorbingDiffusion(2).loss(*three, kind).per_example.tolist() == pytest.approx(expected)
 
 
-def test_the_default_is_reweighted_and_trains_nothing_on_an_empty_canvas():
+def test_the_default_loss_is_reweighted_and_zero_at_all_mask():
     logits, x0, x_t, _ = hand_example()
     assert AbsorbingDiffusion(2).loss(logits, x0, torch.full_like(x_t, 2), torch.ones(1)).per_example == 0
 
@@ -62,7 +62,7 @@ def test_the_weight_is_the_share_revealed_of_what_is_masked(schedule, steps):
     for w, now in zip(weight.tolist(), t.double().tolist(), strict=True):
         now = now if steps is None else round(now * steps) / steps
         low, high = (now - 1e-6, now + 1e-6) if steps is None else (max(now - 1 / steps, 0), now)
-        before, after, here = process.masked(torch.tensor([low, high, now], dtype=torch.float64)).tolist()
+        before, after, here = process.mask_prob(torch.tensor([low, high, now], dtype=torch.float64)).tolist()
         assert w == pytest.approx((after - before) / (high - low) / here, rel=1e-5)
     assert torch.allclose(AbsorbingDiffusion(2, steps).elbo_weight(t), 1 / t)  # whatever T is
 
@@ -78,18 +78,18 @@ def test_the_first_step_weighs_t_although_float32_has_no_thirds(schedule, steps)
 def test_the_loss_is_the_elbo_of_the_steps(joint, schedule, steps, denoiser):
     joint = joint.under(schedule)
     denoise, times = getattr(joint, denoiser), [i / steps for i in range(1, steps + 1)]
-    found = [joint.expected_loss(t, steps=steps, denoise=denoise) for t in times]
-    wanted = joint.bound(steps, denoise)
-    assert joint.count * sum(found) / steps == pytest.approx(wanted, rel=1e-6)
-    assert wanted > joint.entropy + 0.01
+    result = [joint.expected_loss(t, steps=steps, denoise=denoise) for t in times]
+    expected = joint.bound(steps, denoise)
+    assert joint.count * sum(result) / steps == pytest.approx(expected, rel=1e-6)
+    assert expected > joint.entropy + 0.01
     if steps > 1:
-        unweighted = sum(t * each for t, each in zip(times, found, strict=True))
-        assert abs(joint.count * unweighted / steps - wanted) > 0.05 * wanted
+        unweighted = sum(t * each for t, each in zip(times, result, strict=True))
+        assert abs(joint.count * unweighted / steps - expected) > 0.05 * expected
 
 
 def test_the_loss_of_random_masks_and_times_is_the_elbo(joint, schedule, streams):
     joint, n, rng = joint.under(schedule), 6000, streams(6000)
-    process, x0 = joint.process(3), joint.drawn(6000)
+    process, x0 = joint.process(3), joint.sample(6000)
     t = process.times(rng)
     x_t = process.corrupt(x0, t, rng)
     bits = joint.count * process.loss(joint.mistaken(x_t), x0, x_t, t, "elbo").per_example
@@ -97,7 +97,7 @@ def test_the_loss_of_random_masks_and_times_is_the_elbo(joint, schedule, streams
     assert abs(bits.mean() - joint.bound(3, joint.mistaken)) < error < 0.1 * joint.bound(3, joint.mistaken)
 
 
-def test_the_gap_to_the_entropy_is_positive_and_falls_as_one_over_the_steps(joint):
+def test_the_gap_to_the_entropy_is_positive_and_first_order(joint):
     gaps = {steps: joint.bound(steps) - joint.entropy for steps in (1, 2, 4, 16, 32)}
     assert all(gap > 0 for gap in gaps.values())
     assert list(gaps.values()) == sorted(gaps.values(), reverse=True)
@@ -105,7 +105,7 @@ def test_the_gap_to_the_entropy_is_positive_and_falls_as_one_over_the_steps(join
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 20])
-def test_for_two_equal_bits_the_gap_is_exactly_one_bit_over_the_steps(equal_bits, steps):
+def test_for_two_equal_bits_the_gap_is_one_bit_over_the_steps(equal_bits, steps):
     assert equal_bits.entropy == 1
     assert equal_bits.bound(steps) - 1 == pytest.approx(1 / steps)
     bits = 2 * sum(equal_bits.expected_loss(i / steps) for i in range(1, steps + 1)) / steps
@@ -132,32 +132,36 @@ def test_in_continuous_time_the_loss_meets_the_entropy(joint, equal_bits, schedu
         assert integral(known, known.denoise, lambda t: t) < 0.9 * known.entropy  # without the weight
 
 
-def test_of_a_wrong_denoiser_it_is_the_bound_of_any_order_whatever_the_schedule(joint, schedule):
+def test_the_continuous_elbo_is_the_any_order_bound(joint, schedule):
     joint = joint.under(schedule)
-    wanted = joint.any_order(joint.mistaken)
-    assert integral(joint, joint.mistaken) == pytest.approx(wanted, rel=1e-5)
-    assert joint.entropy + 0.05 < wanted < joint.bound(2, joint.mistaken)
-    assert joint.bound(64, joint.mistaken) == pytest.approx(wanted, rel=0.01)
+    expected = joint.any_order(joint.mistaken)
+    assert integral(joint, joint.mistaken) == pytest.approx(expected, rel=1e-5)
+    assert joint.entropy + 0.05 < expected < joint.bound(2, joint.mistaken)
+    assert joint.bound(64, joint.mistaken) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("spread", [False, True])
 def test_the_loss_of_random_times_is_that_integral(joint, schedule, streams, spread):
     """Of t above 1/20: with a weight of 1/t, the variance has no bound."""
     joint, n = joint.under(schedule), 6000
-    process, x0, rng = joint.process(None), joint.drawn(n), streams(n)
-    t = torch.cat([low_discrepancy(process, Streams([s]), 60).t for s in range(100)]) if spread else process.times(rng)
+    process, x0, rng = joint.process(None), joint.sample(n), streams(n)
+    t = (
+        torch.cat([low_discrepancy_times(process, Streams([s]), 60).t for s in range(100)])
+        if spread
+        else process.times(rng)
+    )
     x_t = process.corrupt(x0, t, rng)
     bits = joint.count * (t > 0.05) * process.loss(joint.mistaken(x_t), x0, x_t, t, "elbo").per_example
-    wanted = integral(joint, joint.mistaken, first=0.05)
-    assert abs(bits.mean() - wanted) < 4 * bits.std() / math.sqrt(n) < 0.1 * wanted
+    expected = integral(joint, joint.mistaken, first=0.05)
+    assert abs(bits.mean() - expected) < 4 * bits.std() / math.sqrt(n) < 0.1 * expected
 
 
-def test_spread_times_leave_only_the_noise_of_masks_in_a_batch_s_mean(streams):
+def test_low_discrepancy_times_reduce_the_loss_variance(streams):
     """Of a loss that is a function of t alone, the mean over a spread batch hardly moves."""
     process, seeds = AbsorbingDiffusion(2, None, "cosine"), range(200)
     of_t = {
-        "spread": [process.masked(low_discrepancy(process, Streams([s]), 16).t).mean() for s in seeds],
-        "independent": [process.masked(process.times(streams(16, s))).mean() for s in seeds],
+        "spread": [process.mask_prob(low_discrepancy_times(process, Streams([s]), 16).t).mean() for s in seeds],
+        "independent": [process.mask_prob(process.times(streams(16, s))).mean() for s in seeds],
     }
     spread, independent = (torch.stack(of_t[name]) for name in ("spread", "independent"))
     assert spread.mean().item() == pytest.approx(2 / math.pi, abs=5e-3)  # the mean of sin(pi t / 2)

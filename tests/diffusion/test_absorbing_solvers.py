@@ -7,7 +7,7 @@ import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import ancestral, first_hitting
-from helpers.solving import in_steps
+from helpers.solving import solve_in_steps
 
 PROCESS = AbsorbingDiffusion(3)
 
@@ -27,8 +27,8 @@ def masks(*shape):
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_ancestral_sampling_draws_what_its_steps_make(joint, schedule, streams, p_value, steps):
     known, n = joint.under(schedule), 5000
-    x = in_steps(ancestral, known.denoise, known.process(steps), joint.all_mask(n), rng=streams(n, steps))
-    assert p_value(joint.index(x), known.sampled(steps)) > 1e-4
+    x = solve_in_steps(ancestral, known.denoise, known.process(steps), joint.all_mask(n), rng=streams(n, steps))
+    assert p_value(joint.index(x), known.sampler_distribution(steps)) > 1e-4
     if steps == 1:
         assert p_value(joint.index(x), joint.data) < 1e-6  # one step draws the product of the marginals
 
@@ -36,7 +36,7 @@ def test_ancestral_sampling_draws_what_its_steps_make(joint, schedule, streams, 
 @pytest.mark.parametrize("denoiser", ["denoise", "mistaken"])
 def test_after_each_step_there_is_what_the_kernels_make(joint, schedule, streams, p_value, denoiser):
     known, n, seen = joint.under(schedule), 5000, []
-    in_steps(ancestral, 
+    solve_in_steps(ancestral, 
         getattr(known, denoiser), known.process(3), joint.all_mask(n), rng=streams(n),
         on_step=lambda i, t, s, x, logits: seen.append(x) or x,
     )  # fmt: skip
@@ -47,19 +47,19 @@ def test_after_each_step_there_is_what_the_kernels_make(joint, schedule, streams
 
 
 def test_the_steps_may_differ_from_those_of_training(joint, streams, p_value):
-    x = in_steps(ancestral, joint.denoise, joint.process(256), joint.all_mask(8000), steps=3, rng=streams(8000))
-    assert p_value(joint.index(x), joint.sampled(3)) > 1e-4
+    x = solve_in_steps(ancestral, joint.denoise, joint.process(256), joint.all_mask(8000), steps=3, rng=streams(8000))
+    assert p_value(joint.index(x), joint.sampler_distribution(3)) > 1e-4
 
 
-def test_the_gap_to_the_joint_is_positive_and_falls_as_one_over_the_steps(joint):
-    gap = {steps: (joint.sampled(steps) - joint.data).abs().sum().item() / 2 for steps in (1, 4, 16, 32)}
+def test_the_gap_to_the_joint_is_positive_and_first_order(joint):
+    gap = {steps: (joint.sampler_distribution(steps) - joint.data).abs().sum().item() / 2 for steps in (1, 4, 16, 32)}
     assert 0.5 > gap[1] > gap[4] > gap[16] > gap[32] > 0
     assert gap[16] / gap[32] == pytest.approx(2, rel=0.1)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
-def test_two_equal_bits_differ_with_probability_one_half_over_the_steps(equal_bits, steps):
-    unequal = equal_bits.sampled(steps)[equal_bits.index(torch.tensor([[[0, 1]], [[1, 0]]]))]
+def test_two_equal_bits_differ_with_probability_half_over_steps(equal_bits, steps):
+    unequal = equal_bits.sampler_distribution(steps)[equal_bits.index(torch.tensor([[[0, 1]], [[1, 0]]]))]
     assert unequal.sum() == pytest.approx(1 / (2 * steps))  # both are drawn in one step, and then by chance
 
 
@@ -70,23 +70,25 @@ def test_two_equal_bits_differ_with_probability_one_half_over_the_steps(equal_bi
 def test_first_hitting_meets_the_joint(joint, equal_bits, schedule, streams, p_value, steps):
     for known in (joint, equal_bits):
         process = AbsorbingDiffusion(known.codes, steps, schedule)
-        x = in_steps(first_hitting, known.denoise, process, known.all_mask(5000), rng=streams(5000))
+        x = solve_in_steps(first_hitting, known.denoise, process, known.all_mask(5000), rng=streams(5000))
         assert p_value(known.index(x), known.data) > 1e-4
-        assert p_value(known.index(x), known.sampled(1)) < 1e-6
+        assert p_value(known.index(x), known.sampler_distribution(1)) < 1e-6
 
 
 def test_of_a_wrong_denoiser_it_draws_the_mean_over_all_orders(joint, streams, p_value):
-    x = in_steps(first_hitting, joint.mistaken, joint.process(), joint.all_mask(8000), rng=streams(8000))
-    orders = [joint.in_turns(list(order), joint.mistaken) for order in itertools.permutations(range(joint.count))]
-    wanted = torch.stack(orders).mean(0)
-    assert p_value(joint.index(x), wanted) > 1e-4
+    x = solve_in_steps(first_hitting, joint.mistaken, joint.process(), joint.all_mask(8000), rng=streams(8000))
+    orders = [
+        joint.unmask_distribution(list(order), joint.mistaken) for order in itertools.permutations(range(joint.count))
+    ]
+    expected = torch.stack(orders).mean(0)
+    assert p_value(joint.index(x), expected) > 1e-4
     assert p_value(joint.index(x), joint.data) < 1e-6
 
 
 def test_with_given_codes_it_meets_the_conditional(joint, streams, p_value):
     n, x = 6000, joint.all_mask(6000)
     x[..., -1] = 1
-    x = in_steps(first_hitting, joint.denoise, joint.process(), x, rng=streams(n))
+    x = solve_in_steps(first_hitting, joint.denoise, joint.process(), x, rng=streams(n))
     given = joint.data * (joint.states[:, 0, -1] == 1)
     assert p_value(joint.index(x), given / given.sum()) > 1e-4
 
@@ -99,22 +101,22 @@ def test_it_reveals_one_code_per_step_in_every_order(streams, p_value):
         assert (paths[-1].sum((1, 2)) == 2 - i).all()
         return x
 
-    in_steps(first_hitting, flat, PROCESS, masks(3000, 1, 3), rng=streams(3000), on_step=on_step)
+    solve_in_steps(first_hitting, flat, PROCESS, masks(3000, 1, 3), rng=streams(3000), on_step=on_step)
     turn = torch.stack(paths).sum(0)[:, 0]  # (B, 3): after how many steps each position was still masked
     orders = torch.tensor(list(itertools.permutations(range(3))))
     which = (turn[:, None] == orders).all(-1).int().argmax(1)
     assert p_value(which, torch.full((6,), 1 / 6)) > 1e-4
 
 
-def test_the_network_is_told_the_time_at_which_the_next_code_appears(schedule, streams, p_value):
+def test_the_network_gets_the_time_of_the_next_reveal(schedule, streams, p_value):
     """With n codes masked, the latest of n times: m(t)^n is uniform, whatever was before."""
     process, told, n = AbsorbingDiffusion(3, schedule=schedule), [], 3000
-    in_steps(
+    solve_in_steps(
         first_hitting, lambda x, t, rows=None: told.append(t) or flat(x, t), process, masks(n, 1, 4), rng=streams(n)
     )
     before = torch.ones(n, dtype=torch.float64)
     for left, t in zip([4, 3, 2, 1], told, strict=True):
-        m = process.masked(t.double())
+        m = process.mask_prob(t.double())
         uniform = (m / before) ** left
         assert (m < before).all() and p_value((uniform * 10).long().clamp(max=9), torch.full((10,), 0.1)) > 1e-4
         before = m
@@ -122,5 +124,5 @@ def test_the_network_is_told_the_time_at_which_the_next_code_appears(schedule, s
 
 def test_it_takes_as_many_steps_as_there_are_codes(streams):
     with pytest.raises(ValueError, match="takes 6 steps on this grid, got 5"):
-        in_steps(first_hitting, flat, PROCESS, masks(1, 2, 3), steps=5, rng=streams(1))
-    assert (in_steps(first_hitting, flat, AbsorbingDiffusion(3, None), masks(1, 2, 3), rng=streams(1)) < 3).all()
+        solve_in_steps(first_hitting, flat, PROCESS, masks(1, 2, 3), steps=5, rng=streams(1))
+    assert (solve_in_steps(first_hitting, flat, AbsorbingDiffusion(3, None), masks(1, 2, 3), rng=streams(1)) < 3).all()

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
-from diffusion.absorbing_solvers import confidence, surest
-from diffusion.discrete_solvers import step_times
-from diffusion.drawing import Drawing
+from diffusion.absorbing_solvers import confidence, unmask_most_confident
+from diffusion.discrete_solvers import even_times
+from diffusion.drawing import LogitsWarper
 from diffusion.rng import Streams
-from helpers.solving import in_steps
+from helpers.solving import solve_in_steps
 
 
 def one_a_step(known, denoise, choice_temperature):
@@ -25,9 +25,9 @@ def one_a_step(known, denoise, choice_temperature):
         for row in p.nonzero()[:, 0].tolist():
             x = known.states[row, 0]
             places = (x == known.codes).nonzero()[:, 0].tolist()
-            said = denoise(known.states[[row]])[0, 0].double().softmax(-1)
+            pred = denoise(known.states[[row]])[0, 0].double().softmax(-1)
             for codes in itertools.product(range(known.codes), repeat=len(places)):
-                each = torch.stack([said[place, code] for place, code in zip(places, codes, strict=True)])
+                each = torch.stack([pred[place, code] for place, code in zip(places, codes, strict=True)])
                 first = torch.nn.functional.one_hot(each.argmax(), len(each)).double()
                 kept = first if noise == 0 else (each.log() / noise).softmax(0)
                 for place, code, share in zip(places, codes, kept.tolist(), strict=True):
@@ -42,27 +42,27 @@ def one_a_step(known, denoise, choice_temperature):
 @pytest.mark.parametrize("denoiser", ["denoise", "mistaken"])
 def test_it_draws_what_the_law_of_the_maximum_says(joint, streams, p_value, choice_temperature, denoiser):
     denoise, n = getattr(joint, denoiser), 8000
-    x = in_steps(confidence, 
+    x = solve_in_steps(confidence, 
         denoise, joint.process(), joint.all_mask(n), steps=joint.count, rng=streams(n),
         choice_temp=choice_temperature,
     )  # fmt: skip
-    wanted = one_a_step(joint, denoise, choice_temperature)
-    assert wanted.sum() == pytest.approx(1) and p_value(joint.index(x), wanted) > 1e-4
+    expected = one_a_step(joint, denoise, choice_temperature)
+    assert expected.sum() == pytest.approx(1) and p_value(joint.index(x), expected) > 1e-4
     if choice_temperature == 0:
         assert p_value(joint.index(x), one_a_step(joint, denoise, 4.5)) < 1e-4
 
 
 def test_the_noise_is_four_and_a_half_times_s_if_left_out(joint, streams):
     x = joint.all_mask(200)
-    plain = in_steps(confidence, joint.mistaken, joint.process(), x, steps=2, rng=streams(200))
-    told = in_steps(confidence, joint.mistaken, joint.process(), x, steps=2, rng=streams(200), choice_temp=4.5)
-    other = in_steps(confidence, joint.mistaken, joint.process(), x, steps=2, rng=streams(200), choice_temp=0.1)
+    plain = solve_in_steps(confidence, joint.mistaken, joint.process(), x, steps=2, rng=streams(200))
+    told = solve_in_steps(confidence, joint.mistaken, joint.process(), x, steps=2, rng=streams(200), choice_temp=4.5)
+    other = solve_in_steps(confidence, joint.mistaken, joint.process(), x, steps=2, rng=streams(200), choice_temp=0.1)
     assert torch.equal(plain, told) and not torch.equal(plain, other)
 
 
 def test_one_step_draws_all_at_once(joint, streams, p_value):
-    x = in_steps(confidence, joint.denoise, joint.process(), joint.all_mask(6000), steps=1, rng=streams(6000))
-    assert p_value(joint.index(x), joint.sampled(1)) > 1e-4
+    x = solve_in_steps(confidence, joint.denoise, joint.process(), joint.all_mask(6000), steps=1, rng=streams(6000))
+    assert p_value(joint.index(x), joint.sampler_distribution(1)) > 1e-4
 
 
 def test_without_noise_the_surest_are_kept_in_order():
@@ -71,7 +71,7 @@ def test_without_noise_the_surest_are_kept_in_order():
     x = torch.full((4, 1, 6), 5)
     x[1, 0, 5], x[2, 0, 0] = 0, 0  # known
     rng = Streams([1, 2, 3, 4])
-    out = surest(x, x == 5, *[logits.view(4, 1, 6, 5)] * 2, torch.tensor([2, 2, 6, 0]), 0.0, rng)
+    out = unmask_most_confident(x, x == 5, *[logits.view(4, 1, 6, 5)] * 2, torch.tensor([2, 2, 6, 0]), 0.0, rng)
     assert out[:, 0].tolist() == [
         [5, 5, 5, 5, 2, 2],
         [5, 5, 5, 2, 2, 0],
@@ -81,7 +81,7 @@ def test_without_noise_the_surest_are_kept_in_order():
 
 
 def test_codes_that_are_as_sure_are_kept_from_the_first_on():
-    out = surest(
+    out = unmask_most_confident(
         torch.full((1, 2, 3), 1),
         torch.ones(1, 2, 3).bool(),
         *[torch.zeros(1, 2, 3, 1)] * 2,
@@ -92,34 +92,34 @@ def test_codes_that_are_as_sure_are_kept_from_the_first_on():
     assert out.tolist() == [[[0, 0, 0], [0, 1, 1]]]
 
 
-def test_a_code_s_score_is_the_probability_of_what_was_drawn_not_of_the_likeliest(streams, p_value):
+def test_confidence_is_the_probability_of_the_sampled_code(streams, p_value):
     """Two places alike: the one that drew its likely code is kept, where the two differ."""
     logits, n = torch.tensor([0.8, 0.2]).log(), 4000
     x = torch.full((n, 1, 2), 2)
-    out = surest(x, x == 2, *[logits.expand(n, 1, 2, 2)] * 2, torch.ones(n).long(), 0.0, streams(n))
-    wanted = {(0, 2): 0.8 * 0.8 + 0.8 * 0.2, (2, 0): 0.2 * 0.8, (1, 2): 0.2 * 0.2, (2, 1): 0.0}
-    found = torch.tensor([list(wanted).index(tuple(row)) for row in out[:, 0].tolist()])
-    assert p_value(found, torch.tensor(list(wanted.values()))) > 1e-4
+    out = unmask_most_confident(x, x == 2, *[logits.expand(n, 1, 2, 2)] * 2, torch.ones(n).long(), 0.0, streams(n))
+    expected = {(0, 2): 0.8 * 0.8 + 0.8 * 0.2, (2, 0): 0.2 * 0.8, (1, 2): 0.2 * 0.2, (2, 1): 0.0}
+    result = torch.tensor([list(expected).index(tuple(row)) for row in out[:, 0].tolist()])
+    assert p_value(result, torch.tensor(list(expected.values()))) > 1e-4
 
 
 @pytest.mark.parametrize("noise", [0.5, 1.0])
 def test_the_noise_is_gumbel_s_and_not_its_mirror_image(streams, p_value, noise):
     """Of two places the difference alone counts, which is symmetric; of four it is not."""
     likely, n = torch.tensor([0.98, 0.9, 0.7, 0.5], dtype=torch.float64), 6000
-    logits, wanted = torch.stack([likely, 1 - likely], -1).log(), torch.zeros(4, dtype=torch.float64)
+    logits, expected = torch.stack([likely, 1 - likely], -1).log(), torch.zeros(4, dtype=torch.float64)
     for codes in itertools.product([0, 1], repeat=4):
         p = torch.where(torch.tensor(codes) == 0, likely, 1 - likely)
-        wanted += p.prod() * (p.log() / noise).softmax(0)
+        expected += p.prod() * (p.log() / noise).softmax(0)
     x = torch.full((n, 1, 4), 2)
-    out = surest(x, x == 2, *[logits.expand(n, 1, 4, 2)] * 2, torch.ones(n).long(), noise, streams(n))
-    assert p_value((out[:, 0] != 2).int().argmax(1), wanted) > 1e-4
+    out = unmask_most_confident(x, x == 2, *[logits.expand(n, 1, 4, 2)] * 2, torch.ones(n).long(), noise, streams(n))
+    assert p_value((out[:, 0] != 2).int().argmax(1), expected) > 1e-4
 
 
 def test_large_noise_keeps_places_at_random(streams, p_value):
     logits, n = torch.zeros(4000, 1, 4, 3), 4000
     logits[:, 0, 2, 0] = 9.0
     x = torch.full((n, 1, 4), 3)
-    out = surest(x, x == 3, *[logits] * 2, torch.ones(n).long(), 1e4, streams(n))
+    out = unmask_most_confident(x, x == 3, *[logits] * 2, torch.ones(n).long(), 1e4, streams(n))
     assert p_value((out[:, 0] != 3).int().argmax(1), torch.full((4,), 0.25)) > 1e-4
 
 
@@ -127,34 +127,34 @@ def test_large_noise_keeps_places_at_random(streams, p_value):
 def test_after_each_step_the_schedule_s_share_is_masked(schedule, steps, streams):
     process, seen = AbsorbingDiffusion(3, schedule=schedule), []
     x = torch.cat([torch.full((2, 5, 6), 3), torch.randint(2, 4, (3, 5, 6), generator=torch.manual_seed(0))])
-    in_steps(confidence, 
+    solve_in_steps(confidence, 
         lambda x, t, rows=None: torch.zeros(*x.shape, 3), process, x, steps=steps, rng=streams(5),
         on_step=lambda i, t, s, x, logits: seen.append((x == 3).sum((1, 2))) or x,
     )  # fmt: skip
     hidden, before = (x == 3).sum((1, 2)), (x == 3).sum((1, 2))
     for i, left in enumerate(seen):
-        share = process.masked(torch.tensor(1 - (i + 1) / steps, dtype=torch.float64).clamp(min=0))
-        wanted = torch.minimum((hidden * share + 1e-9).floor().long(), (hidden - i - 1).clamp(min=0))
-        assert torch.equal(left, wanted) and ((left < before) | (before == 0)).all()
+        share = process.mask_prob(torch.tensor(1 - (i + 1) / steps, dtype=torch.float64).clamp(min=0))
+        expected = torch.minimum((hidden * share + 1e-9).floor().long(), (hidden - i - 1).clamp(min=0))
+        assert torch.equal(left, expected) and ((left < before) | (before == 0)).all()
         before = left
 
 
 @pytest.mark.parametrize("wrong", [-0.1, -math.inf])
 def test_a_negative_choice_temperature_is_refused(joint, streams, wrong):
     with pytest.raises(ValueError, match="wanted 0 or more: pass --choice_temp"):
-        in_steps(
+        solve_in_steps(
             confidence, joint.denoise, joint.process(), joint.all_mask(1), steps=1, rng=streams(1), choice_temp=wrong
         )
 
 
-@pytest.mark.parametrize("drawing", [{"top_k": 1}, {"temperature": 0.0}])
-def test_it_ranks_by_what_was_said_however_codes_are_drawn(drawing):
+@pytest.mark.parametrize("warper", [{"top_k": 1}, {"temperature": 0.0}])
+def test_it_ranks_by_what_was_said_however_codes_are_drawn(warper):
     """All draws are certain under top-k 1; the places that the network is surest of come first all the same."""
     sure, seen = torch.tensor([1.0, 5.0, 3.0, 2.0, 4.0]), []
     confidence(
         lambda x, t, rows=None: (sure[:, None] * torch.tensor([0.0, 1.0])).expand(len(x), 1, 5, 2),
-        AbsorbingDiffusion(2), torch.full((1, 1, 5), 2), step_times(5), rng=Streams([0]), choice_temp=0.0,
-        drawing=Drawing(**drawing), on_step=lambda i, t, s, x, logits: seen.append((x != 2).flatten().tolist()) or x,
+        AbsorbingDiffusion(2), torch.full((1, 1, 5), 2), even_times(5), rng=Streams([0]), choice_temp=0.0,
+        warper=LogitsWarper(**warper), on_step=lambda i, t, s, x, logits: seen.append((x != 2).flatten().tolist()) or x,
     )  # fmt: skip
     order = sorted(range(5), key=lambda place: -sure[place])
     assert seen == [[place in order[: i + 1] for place in range(5)] for i in range(5)]

@@ -5,11 +5,11 @@ import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.discrete_solvers import discrete
-from diffusion.solvers import solvers_of
-from helpers.solving import in_steps
+from diffusion.solvers import solvers_for
+from helpers.solving import solve_in_steps
 
 PROCESS = AbsorbingDiffusion(3)
-SOLVERS = {name: entry for name, entry in solvers_of(PROCESS).items() if name != "discrete"}  # of absorbing alone
+SOLVERS = {name: entry for name, entry in solvers_for(PROCESS).items() if name != "discrete"}  # of absorbing alone
 ANY_STEPS = [name for name in SOLVERS if name != "first_hitting"]
 
 
@@ -43,7 +43,7 @@ def settings(name):
 def run(name, steps, streams, on_step=None, schedule="linear"):
     x = canvases()
     denoise, process = Watching(len(x)), AbsorbingDiffusion(3, schedule=schedule)
-    out = in_steps(
+    out = solve_in_steps(
         SOLVERS[name].solve, denoise, process, x, steps=steps, rng=streams(len(x)), on_step=on_step, **settings(name)
     )
     return out, denoise.calls
@@ -76,18 +76,18 @@ def test_who_watches_changes_nothing_that_is_drawn(name, steps, schedule, stream
 
 
 @pytest.mark.parametrize("name, steps", cases())
-def test_an_example_is_evaluated_exactly_where_codes_of_it_are_drawn(name, steps, streams):
+def test_an_example_is_evaluated_only_when_its_codes_are_sampled(name, steps, streams):
     """The steps at which something is drawn, as a watcher sees them, with the canvas that they begin from."""
     calls, states = run(name, steps, streams)[1], [canvases()]
     watched = run(name, steps, streams, lambda i, t, s, x, logits: states.append(x) or x)[1]
-    wanted = []
+    expected = []
     for call, before, after in zip(watched, states[:-1], states[1:], strict=True):
         drawn = ((before == 3) & (after != 3)).flatten(1).any(1)
         for i, t, canvas in call:
             assert torch.equal(canvas, before[i])
-            wanted += [(i, t, canvas.flatten().tolist())] if drawn[i] else []
-    found = [(i, t, canvas.flatten().tolist()) for call in calls for i, t, canvas in call]
-    assert sorted(found) == sorted(wanted)
+            expected += [(i, t, canvas.flatten().tolist())] if drawn[i] else []
+    result = [(i, t, canvas.flatten().tolist()) for call in calls for i, t, canvas in call]
+    assert sorted(result) == sorted(expected)
 
 
 @pytest.mark.parametrize("name, steps", cases())
@@ -100,7 +100,7 @@ def test_a_complete_canvas_costs_nothing(name, steps, streams):
         raise AssertionError("nothing is to be drawn")
 
     assert torch.equal(
-        in_steps(SOLVERS[name].solve, denoise, PROCESS, x, steps=steps, rng=streams(4), **settings(name)), x
+        solve_in_steps(SOLVERS[name].solve, denoise, PROCESS, x, steps=steps, rng=streams(4), **settings(name)), x
     )
 
 
@@ -113,7 +113,7 @@ def test_the_network_is_told_the_times_of_steps(name, streams):
 def test_few_codes_in_many_steps_cost_few_evaluations(streams):
     """256 steps of six codes: the network is called six times at most, whatever turns the examples are at."""
     x, denoise = torch.full((64, 2, 3), 3), Watching(64)
-    in_steps(SOLVERS["ancestral"].solve, denoise, PROCESS, x, steps=256, rng=streams(64))
+    solve_in_steps(SOLVERS["ancestral"].solve, denoise, PROCESS, x, steps=256, rng=streams(64))
     assert len(denoise.calls) == 6
     assert 64 * 5.8 < sum(map(len, denoise.calls)) <= 64 * 6
     assert len({t for _, t, _ in denoise.calls[0]}) > 20  # of different times, in one call
@@ -124,15 +124,17 @@ def test_one_unknown_code_each_is_one_call_for_all(name, streams):
     """Wherever it lies, and whenever its turn is."""
     x, denoise = torch.ones(20, 2, 3, dtype=torch.long), Watching(20)
     x.view(20, 6)[torch.arange(20), torch.arange(20) % 6] = 3
-    in_steps(SOLVERS[name].solve, denoise, PROCESS, x, steps=6 if name == "first_hitting" else 50, rng=streams(20))
+    solve_in_steps(
+        SOLVERS[name].solve, denoise, PROCESS, x, steps=6 if name == "first_hitting" else 50, rng=streams(20)
+    )
     assert [len(call) for call in denoise.calls] == [20]
 
 
 def test_the_general_solver_evaluates_what_is_still_masked(streams):
     x, denoise, states = canvases(), Watching(8), [canvases()]
-    in_steps(discrete, denoise, PROCESS, x, steps=4, rng=streams(8))
-    in_steps(
+    solve_in_steps(discrete, denoise, PROCESS, x, steps=4, rng=streams(8))
+    solve_in_steps(
         discrete, Watching(8), PROCESS, x, steps=4, rng=streams(8), on_step=lambda i, t, s, x, _: states.append(x) or x
     )
-    wanted = [(x == 3).flatten(1).any(1).nonzero()[:, 0].tolist() for x in states[:4]]
-    assert [[i for i, _, _ in call] for call in denoise.calls] == wanted and 7 not in sum(wanted, [])
+    expected = [(x == 3).flatten(1).any(1).nonzero()[:, 0].tolist() for x in states[:4]]
+    assert [[i for i, _, _ in call] for call in denoise.calls] == expected and 7 not in sum(expected, [])

@@ -8,7 +8,7 @@ import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import halton, halton_order, radical_inverse
-from helpers.solving import in_steps
+from helpers.solving import solve_in_steps
 
 SIZES = [(1, 1), (1, 2), (3, 1), (2, 3), (5, 4), (8, 8), (9, 27), (1, 64), (64, 1), (12, 12), (16, 16), (32, 16)]
 
@@ -73,7 +73,7 @@ def empty_square(order, n):
 
 @pytest.mark.parametrize("n", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("size", [(16, 16), (32, 16)])
-def test_the_first_positions_are_spread_more_evenly_than_random_ones(size, n):
+def test_the_first_positions_are_more_even_than_random_ones(size, n):
     order = halton_order(*size)
     random = [
         torch.randperm(math.prod(size), generator=torch.Generator().manual_seed(seed)).view(size) for seed in range(20)
@@ -98,7 +98,7 @@ def flat(x, t, rows=None):
 def turns_of(process, steps, streams, x):
     """After how many steps each code was known."""
     seen = []
-    in_steps(
+    solve_in_steps(
         halton,
         flat,
         process,
@@ -127,7 +127,7 @@ def counts_by_hand(schedule, hidden, steps):
 
 @pytest.mark.parametrize("steps", [1, 3, 8, 12, 40])
 @pytest.mark.parametrize("size", [(4, 6), (8, 8)])
-def test_as_many_codes_as_the_schedule_says_are_revealed_in_the_shifted_order(size, steps, schedule, streams):
+def test_halton_follows_the_schedule_in_a_shifted_order(size, steps, schedule, streams):
     n, (height, width) = 6, size
     turns = turns_of(AbsorbingDiffusion(3, schedule=schedule), steps, streams, torch.full((n, *size), 3))
     counts = counts_by_hand(schedule, height * width, steps)
@@ -141,7 +141,7 @@ def test_as_many_codes_as_the_schedule_says_are_revealed_in_the_shifted_order(si
     assert len(shifts) > 3 or steps in (1, 3)  # each example has its own
 
 
-def test_of_a_canvas_with_known_codes_the_rest_follows_the_order_and_the_schedule(streams, schedule):
+def test_halton_skips_known_codes(streams, schedule):
     x = torch.randint(2, 4, (5, 6, 6), generator=torch.Generator().manual_seed(3))
     hidden = (x == 3).sum((1, 2))
     turns = turns_of(AbsorbingDiffusion(3, schedule=schedule), 5, streams, x)
@@ -164,13 +164,15 @@ def test_it_draws_the_product_over_turns_on_average_over_shifts(joint, schedule,
     denoise, order = getattr(joint, denoiser), halton_order(1, joint.count)
     counts = torch.tensor(counts_by_hand(schedule, joint.count, steps))
     of_rank = torch.searchsorted(counts, order[0], right=True)
-    wanted = torch.stack([joint.in_turns(of_rank.roll(shift).tolist(), denoise) for shift in range(joint.count)]).mean(
-        0
+    expected = torch.stack(
+        [joint.unmask_distribution(of_rank.roll(shift).tolist(), denoise) for shift in range(joint.count)]
+    ).mean(0)
+    x = solve_in_steps(halton, denoise, known.process(), joint.all_mask(n), steps=steps, rng=streams(n, steps))
+    assert p_value(joint.index(x), expected) > 1e-4
+
+
+def test_one_step_per_code_samples_the_joint_exactly(joint, streams, p_value):
+    x = solve_in_steps(
+        halton, joint.denoise, joint.process(), joint.all_mask(6000), steps=joint.count, rng=streams(6000)
     )
-    x = in_steps(halton, denoise, known.process(), joint.all_mask(n), steps=steps, rng=streams(n, steps))
-    assert p_value(joint.index(x), wanted) > 1e-4
-
-
-def test_with_a_step_for_each_code_a_perfect_denoiser_gives_the_joint(joint, streams, p_value):
-    x = in_steps(halton, joint.denoise, joint.process(), joint.all_mask(6000), steps=joint.count, rng=streams(6000))
     assert p_value(joint.index(x), joint.data) > 1e-4

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from diffusion.absorbing import AbsorbingDiffusion
-from diffusion.absorbing_solvers import dealt, remask
-from diffusion.drawing import Drawing
-from helpers.solving import in_steps
+from diffusion.absorbing_solvers import conf_remask_probs, remask
+from diffusion.drawing import LogitsWarper
+from helpers.solving import solve_in_steps
 
 STEPS_DOWN = [(1.0, 0.75), (1.0, 0.0), (0.75, 0.5), (0.5, 0.1), (0.3, 0.0)]  # (t, s)
 SHARES = [0.0, 0.3, 1.0]  # of the most that a step allows
@@ -28,21 +28,21 @@ def test_without_remasking_it_is_the_reverse_kernel(joint, schedule, t, s):
     process, logits = joint.under(schedule).process(), joint.denoise(joint.states)
     plain = process.reverse_probabilities(joint.states, logits, t, s)
     assert torch.allclose(process.reverse_probabilities(joint.states, logits, t, s, 0.0), plain, atol=0)
-    masked = process.masked(torch.tensor([s, t], dtype=torch.float64))
-    assert process.staying(t, s, 0.0) == pytest.approx((masked[0] / masked[1]).item())
+    masked = process.mask_prob(torch.tensor([s, t], dtype=torch.float64))
+    assert process.stay_masked_prob(t, s, 0.0) == pytest.approx((masked[0] / masked[1]).item())
 
 
 @pytest.mark.parametrize("t, s", STEPS_DOWN)
 @pytest.mark.parametrize("share", SHARES)
 def test_the_kernel_of_one_code_is_remdm_s(one_code, schedule, t, s, share):
     known = one_code.under(schedule)
-    sigma = share * known.process().most_remasked(t, s)
+    sigma = share * known.process().max_sigma(t, s)
     kernel = known.process().reverse_probabilities(known.states, known.denoise(known.states), t, s, sigma)[:, 0, 0]
-    alpha_t, alpha_s = 1 - known.masked(t), 1 - known.masked(s)  # eq. 4, in the paper's letters
+    alpha_t, alpha_s = 1 - known.mask_prob(t), 1 - known.mask_prob(s)  # eq. 4, in the paper's letters
     for code in range(3):
-        wanted = torch.zeros(4, dtype=torch.float64)
-        wanted[code], wanted[3] = 1 - sigma, sigma
-        assert torch.allclose(kernel[code], wanted)
+        expected = torch.zeros(4, dtype=torch.float64)
+        expected[code], expected[3] = 1 - sigma, sigma
+        assert torch.allclose(kernel[code], expected)
     reveals = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
     remains = (1 - alpha_s - sigma * alpha_t) / (1 - alpha_t)
     assert torch.allclose(kernel[3], torch.cat([reveals * known.p, torch.tensor([remains]).double()]), atol=1e-12)
@@ -52,7 +52,7 @@ def test_the_kernel_of_one_code_is_remdm_s(one_code, schedule, t, s, share):
 @pytest.mark.parametrize("share", SHARES)
 def test_any_sigma_keeps_the_marginals_of_the_forward_process(joint, schedule, t, s, share):
     known = joint.under(schedule)
-    sigma = share * known.process().most_remasked(t, s)
+    sigma = share * known.process().max_sigma(t, s)
     for x0 in known.grids[[0, 1, -2]]:
         truth = F.one_hot(x0, known.codes).double().log().clamp(min=-700)
         step = known.step(t, s, sigma, lambda x, truth=truth: truth.expand(*x.shape, known.codes))
@@ -61,10 +61,10 @@ def test_any_sigma_keeps_the_marginals_of_the_forward_process(joint, schedule, t
 
 
 @pytest.mark.parametrize("t, s", STEPS_DOWN)
-def test_probabilities_are_such_up_to_the_largest_sigma_and_not_above(joint, schedule, t, s):
+def test_probabilities_are_valid_up_to_the_largest_sigma_only(joint, schedule, t, s):
     process, logits = joint.under(schedule).process(), joint.denoise(joint.states)
-    most = process.most_remasked(t, s)
-    m_t, m_s = (joint.under(schedule).masked(v) for v in (t, s))
+    most = process.max_sigma(t, s)
+    m_t, m_s = (joint.under(schedule).mask_prob(v) for v in (t, s))
     assert most == pytest.approx(min(1, m_s / (1 - m_t)) if t < 1 else 1)  # eq. 5
     for sigma in (0.0, most / 2, most):
         p = process.reverse_probabilities(joint.states, logits, t, s, sigma)
@@ -90,12 +90,12 @@ def test_every_code_may_have_a_sigma_of_its_own(joint):
 
 def sigmas(known, steps, strategy, eta):
     """Of each step, by hand: m_s / (1 - m_t) is the most."""
-    found = []
+    result = []
     for i in range(steps, 0, -1):
-        m_t, m_s = known.masked(i / steps), known.masked((i - 1) / steps)
+        m_t, m_s = known.mask_prob(i / steps), known.mask_prob((i - 1) / steps)
         most = min(1, m_s / (1 - m_t)) if i < steps else 1
-        found.append(min(eta, most) if strategy == "cap" else eta * most)
-    return found
+        result.append(min(eta, most) if strategy == "cap" else eta * most)
+    return result
 
 
 @pytest.mark.parametrize("strategy, eta", [("cap", 0.4), ("cap", 1.0), ("rescale", 0.6)])
@@ -103,7 +103,7 @@ def test_after_each_step_there_is_what_its_kernels_make(joint, equal_bits, strea
     cases = [(joint, "linear"), (joint, "cosine"), (equal_bits, "linear")]
     for seed, (known, schedule) in enumerate(cases):
         known, n, seen = known.under(schedule), 6000, []
-        x = in_steps(remask, 
+        x = solve_in_steps(remask, 
             known.mistaken, known.process(), known.all_mask(n), steps=3, rng=streams(n, seed), remasking=strategy,
             remask_eta=eta, on_step=lambda i, t, s, x, logits, seen=seen: seen.append(x) or x,
         )  # fmt: skip
@@ -112,9 +112,11 @@ def test_after_each_step_there_is_what_its_kernels_make(joint, equal_bits, strea
         for i, state in enumerate(seen):
             p = p @ known.step(1 - i / 3, max(1 - (i + 1) / 3, 0), chosen[i], known.mistaken)
             assert p_value(known.index(state), p) > 1e-4
-        assert torch.equal(x, seen[-1]) and torch.allclose(p, known.sampled(3, chosen, known.mistaken), atol=1e-9)
+        assert torch.equal(x, seen[-1]) and torch.allclose(
+            p, known.sampler_distribution(3, chosen, known.mistaken), atol=1e-9
+        )
         if eta == 1 and schedule == "linear":
-            assert p_value(known.index(x), known.sampled(3, denoise=known.mistaken)) < 1e-6
+            assert p_value(known.index(x), known.sampler_distribution(3, denoise=known.mistaken)) < 1e-6
 
 
 @pytest.mark.parametrize("strategy", ["cap", "rescale", "conf"])
@@ -124,27 +126,27 @@ def test_the_share_that_is_masked_is_the_schedule_s(schedule, streams, strategy)
     logits = torch.linspace(-3, 3, 30)[:, None] * torch.tensor([1.0, -1.0])
     masks = torch.full((40, 30, 30), 2)
 
-    def on_step(i, t, s, x, said):
-        shares.append(((x == 2).float().mean().item(), process.masked(torch.tensor(s)).item()))
+    def on_step(i, t, s, x, pred):
+        shares.append(((x == 2).float().mean().item(), process.mask_prob(torch.tensor(s)).item()))
         return x
 
-    in_steps(remask, 
+    solve_in_steps(remask, 
         lambda x, t, rows=None: logits.expand(*x.shape, 2), process, masks, steps=6, rng=streams(40),
         remasking=strategy, remask_eta=0.7, on_step=on_step,
     )  # fmt: skip
     assert len(shares) == 6
-    for found, wanted in shares:
-        assert found == pytest.approx(wanted, abs=5 * math.sqrt(0.25 / 36_000))
+    for result, expected in shares:
+        assert result == pytest.approx(expected, abs=5 * math.sqrt(0.25 / 36_000))
 
 
 def test_shares_are_dealt_to_the_least_probable_by_hand():
     p = torch.tensor([[[0.5, 0.25, 0.9, 0.1]]])
     revealed = torch.tensor([[[True, True, False, True]]])
     weights = [math.exp(-0.5), math.exp(-0.25), 0, math.exp(-0.1)]
-    wanted = [0.2 * 3 * w / sum(weights) for w in weights]
-    assert dealt(0.2, p, revealed)[0, 0].tolist() == pytest.approx(wanted, rel=1e-5)
-    assert dealt(1.0, p, revealed).max() == 1
-    assert torch.equal(dealt(0.5, p, torch.zeros_like(revealed)), torch.zeros(1, 1, 4))
+    expected = [0.2 * 3 * w / sum(weights) for w in weights]
+    assert conf_remask_probs(0.2, p, revealed)[0, 0].tolist() == pytest.approx(expected, rel=1e-5)
+    assert conf_remask_probs(1.0, p, revealed).max() == 1
+    assert torch.equal(conf_remask_probs(0.5, p, torch.zeros_like(revealed)), torch.zeros(1, 1, 4))
 
 
 def test_what_was_drawn_as_unlikely_is_masked_again_more_often(streams):
@@ -154,30 +156,30 @@ def test_what_was_drawn_as_unlikely_is_masked_again_more_often(streams):
     logits[10:, 0] = 12.0
     x_before = []
 
-    def on_step(i, t, s, x, said):
+    def on_step(i, t, s, x, pred):
         if x_before:
             lost = ((x == 50) & (x_before[-1] != 50)).sum((0, 1))
             again.add_(torch.stack([lost[:10].sum(), lost[10:].sum()]))
         x_before.append(x)
         return x
 
-    in_steps(remask, 
+    solve_in_steps(remask, 
         lambda x, t, rows=None: logits.expand(*x.shape, 50), process, torch.full((500, 1, 20), 50), steps=4,
         rng=streams(500), remasking="conf", remask_eta=0.5, on_step=on_step,
     )  # fmt: skip
     assert (again[0] / again[1]).item() == pytest.approx(math.exp(0.98), rel=0.25)
 
 
-def test_what_counts_is_the_probability_with_which_a_code_was_drawn(streams):
+def test_conf_uses_the_probability_at_the_time_of_sampling(streams):
     """Codes of the first step were certain, those of the second one of fifty, whatever is said of either later."""
     process, seen = AbsorbingDiffusion(50), []
 
     def denoise(x, t, rows=None):
         return torch.zeros(*x.shape, 50).index_fill(-1, torch.tensor(0), 20.0) * (t == 1).view(-1, 1, 1, 1)
 
-    in_steps(remask, 
+    solve_in_steps(remask, 
         denoise, process, torch.full((400, 1, 20), 50), steps=4, rng=streams(400), remasking="conf", remask_eta=0.8,
-        on_step=lambda i, t, s, x, said: seen.append(x == 50) or x,
+        on_step=lambda i, t, s, x, pred: seen.append(x == 50) or x,
     )  # fmt: skip
     of_first, of_second = ~seen[0] & ~seen[1], seen[0] & ~seen[1]
     rates = [(seen[2] & group).sum() / group.sum() for group in (of_second, of_first)]
@@ -187,7 +189,7 @@ def test_what_counts_is_the_probability_with_which_a_code_was_drawn(streams):
 def test_equally_probable_codes_are_masked_again_alike(streams):
     def drawn(strategy):
         flat, x = AbsorbingDiffusion(3), torch.full((20, 3, 4), 3)
-        return in_steps(
+        return solve_in_steps(
             remask,
             lambda x, t, rows=None: torch.zeros(*x.shape, 3),
             flat,
@@ -203,8 +205,8 @@ def test_equally_probable_codes_are_masked_again_alike(streams):
 
 def test_rescale_of_a_twentieth_is_what_there_is_unasked(joint, streams):
     x = joint.all_mask(300)
-    plain = in_steps(remask, joint.denoise, joint.process(), x, steps=9, rng=streams(300))
-    told = in_steps(
+    plain = solve_in_steps(remask, joint.denoise, joint.process(), x, steps=9, rng=streams(300))
+    told = solve_in_steps(
         remask, joint.denoise, joint.process(), x, steps=9, rng=streams(300), remasking="rescale", remask_eta=0.05
     )
     assert torch.equal(plain, told)
@@ -213,23 +215,23 @@ def test_rescale_of_a_twentieth_is_what_there_is_unasked(joint, streams):
 @pytest.mark.parametrize("wrong", [{"remasking": "caps"}, {"remask_eta": -0.1}, {"remask_eta": 1.5}])
 def test_wrong_settings_are_refused(joint, streams, wrong):
     with pytest.raises(ValueError, match=r"one of cap, rescale, conf, and eta in \[0, 1\]; pass --remasking"):
-        in_steps(remask, joint.denoise, joint.process(), joint.all_mask(1), steps=2, rng=streams(1), **wrong)
+        solve_in_steps(remask, joint.denoise, joint.process(), joint.all_mask(1), steps=2, rng=streams(1), **wrong)
 
 
 def test_remasking_goes_by_what_the_network_said(streams):
     """conf goes by what the network said: with codes that are all certain anyway, top-k 1 changes nothing."""
     logits = torch.linspace(0.01, 6, 20)[:, None] * torch.tensor([1.0, 0.0])
 
-    def masked(drawing):
+    def masked(warper):
         seen = []
-        in_steps(
+        solve_in_steps(
             remask, lambda x, t, rows=None: logits.expand(*x.shape, 2), AbsorbingDiffusion(2),
-            torch.full((400, 1, 20), 2), steps=4, rng=streams(400), remasking="conf", remask_eta=0.8, drawing=drawing,
-            on_step=lambda i, t, s, x, said: seen.append(x) or x,
+            torch.full((400, 1, 20), 2), steps=4, rng=streams(400), remasking="conf", remask_eta=0.8, warper=warper,
+            on_step=lambda i, t, s, x, pred: seen.append(x) or x,
         )  # fmt: skip
         return seen
 
-    greedy, forced = masked(Drawing(temperature=0.0)), masked(Drawing(top_k=1))
+    greedy, forced = masked(LogitsWarper(temperature=0.0)), masked(LogitsWarper(top_k=1))
     assert all(torch.equal(a, b) for a, b in zip(greedy, forced, strict=True))
     lost = [((b == 2) & (a != 2)).sum((0, 1)) for a, b in zip(greedy[:-1], greedy[1:], strict=True)]
     lost = sum(lost).double()

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from diffusion.absorbing import AbsorbingDiffusion, forgotten
+from diffusion.absorbing import AbsorbingDiffusion, mask_at_random
 from diffusion.autoregressive import Autoregression, raster
 from diffusion.denoisers import guided
-from diffusion.drawing import Drawing
+from diffusion.drawing import LogitsWarper
 from diffusion.rng import Streams
-from diffusion.solvers import solvers_of
-from helpers.solving import in_steps
+from diffusion.solvers import solvers_for
+from helpers.solving import solve_in_steps
 
 K, GRID, N = 3, (2, 2), 4
 PROCESS, MASK = Autoregression(K), K
@@ -45,7 +45,7 @@ def everywhere(x):
 
 
 def draw(x, seeds, denoise=None, **how):
-    return in_steps(raster, denoise or Model(), PROCESS, x, rng=Streams(seeds), **how)
+    return solve_in_steps(raster, denoise or Model(), PROCESS, x, rng=Streams(seeds), **how)
 
 
 def unknown(count):
@@ -60,17 +60,17 @@ def probabilities():
 
 def chi_square(codes, p):
     """(statistic - its mean) / its deviation."""
-    found = torch.zeros(len(SEQUENCES)).index_add(0, name(codes), torch.ones(len(codes)))
-    wanted, free = len(codes) * p[p > 0], (p > 0).sum().item() - 1
-    assert found[p == 0].sum() == 0
-    return ((found[p > 0] - wanted).square().div(wanted).sum().item() - free) / math.sqrt(2 * free)
+    result = torch.zeros(len(SEQUENCES)).index_add(0, name(codes), torch.ones(len(codes)))
+    expected, free = len(codes) * p[p > 0], (p > 0).sum().item() - 1
+    assert result[p == 0].sum() == 0
+    return ((result[p > 0] - expected).square().div(expected).sum().item() - free) / math.sqrt(2 * free)
 
 
 def name(codes):
     return (codes.flatten(1) * K ** torch.arange(N - 1, -1, -1)).sum(1)
 
 
-def test_the_likelihood_is_that_of_a_distribution_and_its_mean_the_entropy():
+def test_likelihoods_sum_to_one_and_average_to_the_entropy():
     bound = PROCESS.likelihood(everywhere(SEQUENCES), SEQUENCES.view(-1, *GRID))
     p = probabilities()
     assert torch.allclose((-N * bound.total.double()).exp2(), p, rtol=1e-5)
@@ -93,15 +93,15 @@ def test_draws_follow_the_model():
     assert abs(chi_square(draw(unknown(n), list(range(n))), probabilities())) < 4
 
 
-def test_known_codes_stay_and_what_is_drawn_follows_the_codes_before_it():
+def test_known_codes_stay_and_condition_the_codes_after_them():
     n = 4000
     x = unknown(n)
     x[:, 0, 1], x[:, 1, 1] = 2, 0
     codes = draw(x, list(range(n)))
     assert (codes[:, 0, 1] == 2).all() and (codes[:, 1, 1] == 0).all()
-    said = everywhere(SEQUENCES).softmax(-1).flatten(1, 2).gather(-1, SEQUENCES[..., None])[..., 0]
+    pred = everywhere(SEQUENCES).softmax(-1).flatten(1, 2).gather(-1, SEQUENCES[..., None])[..., 0]
     fits = (SEQUENCES[:, 1] == 2) & (SEQUENCES[:, 3] == 0)
-    assert abs(chi_square(codes, said[:, 0] * said[:, 2] * fits)) < 4  # codes 0 and 2 alone are drawn
+    assert abs(chi_square(codes, pred[:, 0] * pred[:, 2] * fits)) < 4  # codes 0 and 2 alone are drawn
 
 
 def test_an_image_is_the_same_whatever_its_batch_holds():
@@ -129,7 +129,7 @@ def test_a_call_is_made_for_unknown_codes_alone(known, asked):
     assert (draw(x, [0, 1], model) < K).all() and model.asked == asked
 
 
-def test_an_example_is_asked_for_as_long_as_a_code_of_it_is_unknown():
+def test_an_example_is_evaluated_until_its_last_unknown_code():
     x, model = unknown(3), Model()
     x[0, 1], x[1] = 1, 2  # the last of 0 is place 1; 1 has none; 2 is all unknown
     draw(x, [0, 1, 2], model)
@@ -144,10 +144,10 @@ def test_x_itself_is_left_as_it_is():
 T = 1 - torch.arange(N) / N  # what the denoiser is told at each place
 
 
-def follows(denoise, said, n=3000, **drawing):
-    """Whether draws follow logits `said` (81, N, K) of each code after those before it."""
-    p = said.softmax(-1).gather(-1, SEQUENCES[..., None]).flatten(1).prod(1)
-    return abs(chi_square(draw(unknown(n), list(range(n)), denoise, drawing=Drawing(**drawing)), p)) < 4
+def follows(denoise, pred, n=3000, **warper):
+    """Whether draws follow logits `pred` (81, N, K) of each code after those before it."""
+    p = pred.softmax(-1).gather(-1, SEQUENCES[..., None]).flatten(1).prod(1)
+    return abs(chi_square(draw(unknown(n), list(range(n)), denoise, warper=LogitsWarper(**warper)), p)) < 4
 
 
 def test_codes_are_drawn_as_asked():
@@ -201,14 +201,14 @@ def test_who_watches_may_fill_in_codes_and_change_no_others():
 
 def test_codes_are_forgotten_with_the_probability_asked_for():
     x0 = torch.randint(K, (500, *GRID))
-    assert torch.equal(forgotten(x0, 0.0, MASK, Streams(list(range(500)))), x0)
-    assert (forgotten(x0, 1.0, MASK, Streams(list(range(500)))) == MASK).all()
-    some = forgotten(x0, 0.3, MASK, Streams(list(range(500))))
+    assert torch.equal(mask_at_random(x0, 0.0, MASK, Streams(list(range(500)))), x0)
+    assert (mask_at_random(x0, 1.0, MASK, Streams(list(range(500)))) == MASK).all()
+    some = mask_at_random(x0, 0.3, MASK, Streams(list(range(500))))
     assert 0.26 < (some == MASK).double().mean() < 0.34 and (some[some != MASK] == x0[some != MASK]).all()
 
 
-def test_the_registry_finds_it_for_its_own_process_and_steps_are_the_codes():
-    assert solvers_of(PROCESS).keys() == {"raster"} and "raster" not in solvers_of(AbsorbingDiffusion(K))
+def test_raster_is_registered_with_one_step_per_code():
+    assert solvers_for(PROCESS).keys() == {"raster"} and "raster" not in solvers_for(AbsorbingDiffusion(K))
     assert (draw(unknown(1), [0], steps=N) < K).all()
     with pytest.raises(ValueError, match="raster takes 4 steps on this grid, got 3: pass --sample_steps 4, or leave"):
         draw(unknown(1), [0], steps=3)

@@ -31,53 +31,53 @@ class Denoiser:
 
 def outcome(scale, t=T, **options):
     denoise = Denoiser()
-    said = guided(denoise, [WEAKS, STRONGS], [scale], **options)(X, t)
-    assert torch.allclose(PROCESS.corrupt(said.x0, t, said.eps), X)  # x0 and eps still make up x_t
-    assert torch.equal(said.share, OTHER if scale == 0 else SHARE)
+    pred = guided(denoise, [WEAKS, STRONGS], [scale], **options)(X, t)
+    assert torch.allclose(PROCESS.corrupt(pred.x0, t, pred.eps), X)  # x0 and eps still make up x_t
+    assert torch.equal(pred.frac, OTHER if scale == 0 else SHARE)
     (call,) = denoise.calls
-    return said, call
+    return pred, call
 
 
 def test_scale_one_is_the_identity_with_one_call():
-    said, calls = outcome(1)
-    assert torch.equal(said.x0, STRONG) and calls == [1] * 3
-    said, calls = outcome(1, interval=(0.3, 0.6), rescale=0.7, process=PROCESS)
-    assert torch.equal(said.x0, STRONG) and calls == [1] * 3
+    pred, calls = outcome(1)
+    assert torch.equal(pred.x0, STRONG) and calls == [1] * 3
+    pred, calls = outcome(1, interval=(0.3, 0.6), rescale=0.7, process=PROCESS)
+    assert torch.equal(pred.x0, STRONG) and calls == [1] * 3
 
 
 def test_scale_zero_is_the_weaker_prediction_with_one_call():
-    said, calls = outcome(0)
-    assert torch.equal(said.x0, WEAK) and calls == [0] * 3
+    pred, calls = outcome(0)
+    assert torch.equal(pred.x0, WEAK) and calls == [0] * 3
 
 
 @pytest.mark.parametrize("scale", [0.5, 3.0])
-def test_data_and_noise_are_guided_and_the_variance_is_the_conditional_one_s(scale):
-    said, calls = outcome(scale)
-    assert torch.allclose(said.x0, WEAK + scale * (STRONG - WEAK)) and calls == [0] * 3 + [1] * 3
-    eps = [PROCESS.with_x0(said, x0, X, T).eps for x0 in (WEAK, STRONG)]
-    assert torch.allclose(said.eps, eps[0] + scale * (eps[1] - eps[0]))
+def test_x0_and_eps_are_guided_and_the_variance_is_conditional(scale):
+    pred, calls = outcome(scale)
+    assert torch.allclose(pred.x0, WEAK + scale * (STRONG - WEAK)) and calls == [0] * 3 + [1] * 3
+    eps = [PROCESS.with_x0(pred, x0, X, T).eps for x0 in (WEAK, STRONG)]
+    assert torch.allclose(pred.eps, eps[0] + scale * (eps[1] - eps[0]))
 
 
 def test_guidance_without_a_learned_variance_makes_none():
-    said = guided(lambda x, t, c: Prediction(x, x), [WEAKS, STRONGS], [2.0])(X, T)
-    assert said.share is None
+    pred = guided(lambda x, t, c: Prediction(x, x), [WEAKS, STRONGS], [2.0])(X, T)
+    assert pred.frac is None
 
 
 # Interval
 
 
-def test_outside_its_interval_guidance_is_the_conditional_prediction():
-    said, calls = outcome(3.0, interval=(0.5, 0.7))  # of the three examples the second alone is inside
-    assert torch.equal(said.x0[[0, 2]], STRONG[[0, 2]])
-    assert torch.allclose(said.x0[1], WEAK[1] + 3 * (STRONG[1] - WEAK[1]))
+def test_outside_the_interval_the_prediction_is_conditional():
+    pred, calls = outcome(3.0, interval=(0.5, 0.7))  # of the three examples the second alone is inside
+    assert torch.equal(pred.x0[[0, 2]], STRONG[[0, 2]])
+    assert torch.allclose(pred.x0[1], WEAK[1] + 3 * (STRONG[1] - WEAK[1]))
     assert calls == [0] * 3 + [1] * 3
-    said, calls = outcome(3.0, interval=(0.81, 1.0))
-    assert torch.equal(said.x0, STRONG) and calls == [1] * 3
+    pred, calls = outcome(3.0, interval=(0.81, 1.0))
+    assert torch.equal(pred.x0, STRONG) and calls == [1] * 3
 
 
 def test_the_ends_belong_to_the_interval():
-    said, _ = outcome(3.0, interval=(0.2, 0.8))
-    assert torch.allclose(said.x0, WEAK + 3 * (STRONG - WEAK))
+    pred, _ = outcome(3.0, interval=(0.2, 0.8))
+    assert torch.allclose(pred.x0, WEAK + 3 * (STRONG - WEAK))
 
 
 def test_an_interval_works_on_logits_too():
@@ -92,12 +92,12 @@ def test_an_interval_works_on_logits_too():
 
 
 @pytest.mark.parametrize("rescale", [0.7, 1.0])
-def test_rescaling_pulls_the_deviation_of_the_data_to_the_conditional_one_s(rescale):
-    said, _ = outcome(4.0, rescale=rescale, process=PROCESS)
+def test_rescale_moves_the_std_of_x0_to_the_conditional(rescale):
+    pred, _ = outcome(4.0, rescale=rescale, process=PROCESS)
     plain = WEAK + 4 * (STRONG - WEAK)
-    before, wanted = plain.flatten(1).std(1), STRONG.flatten(1).std(1)
-    assert torch.allclose(said.x0.flatten(1).std(1), rescale * wanted + (1 - rescale) * before)
-    assert torch.allclose(said.x0 / plain, (said.x0 / plain)[:, :1, :1, :1].expand_as(plain))  # by one factor each
+    before, expected = plain.flatten(1).std(1), STRONG.flatten(1).std(1)
+    assert torch.allclose(pred.x0.flatten(1).std(1), rescale * expected + (1 - rescale) * before)
+    assert torch.allclose(pred.x0 / plain, (pred.x0 / plain)[:, :1, :1, :1].expand_as(plain))  # by one factor each
 
 
 def test_rescaling_without_the_process_is_refused():
@@ -109,9 +109,9 @@ def test_rescaling_without_the_process_is_refused():
 
 
 def held(x0, percentile=None):
-    said = thresholded(lambda x, t: Prediction(x0, x, SHARE), PROCESS, percentile)(X, T)
-    assert torch.allclose(PROCESS.corrupt(said.x0, T, said.eps), X) and said.share is SHARE
-    return said.x0
+    pred = thresholded(lambda x, t: Prediction(x0, x, SHARE), PROCESS, percentile)(X, T)
+    assert torch.allclose(PROCESS.corrupt(pred.x0, T, pred.eps), X) and pred.frac is SHARE
+    return pred.x0
 
 
 def test_a_threshold_clips_to_minus_one_and_one():
@@ -119,7 +119,7 @@ def test_a_threshold_clips_to_minus_one_and_one():
     assert torch.equal(held(STRONG / 10), STRONG / 10)
 
 
-def test_a_dynamic_threshold_clips_at_each_example_s_percentile_and_divides_by_it():
+def test_dynamic_thresholding_divides_by_the_percentile():
     x0 = held(3 * STRONG, 0.75)
     sizes = (3 * STRONG).abs().flatten(1).sort(1).values  # (3, 32)
     bound = sizes[:, 23].view(3, 1, 1, 1)  # 24 of 32 numbers are at most as large

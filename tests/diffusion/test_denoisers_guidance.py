@@ -58,15 +58,15 @@ CHAINS = [  # scales -> the conditions that count
 @pytest.mark.parametrize("scales, counting", CHAINS)
 def test_a_chain_is_its_formula_in_one_call_of_those_that_count(scales, counting):
     prediction, calls = outcome(*scales)
-    wanted = OUTPUTS[0] + sum(scale * (OUTPUTS[i + 1] - OUTPUTS[i]) for i, scale in enumerate(scales))
-    assert torch.allclose(prediction, wanted, atol=1e-5) and calls == [counting]
+    expected = OUTPUTS[0] + sum(scale * (OUTPUTS[i + 1] - OUTPUTS[i]) for i, scale in enumerate(scales))
+    assert torch.allclose(prediction, expected, atol=1e-5) and calls == [counting]
 
 
 def test_a_chain_follows_its_schedule_and_its_interval():
     """At t = 0.5 a linear schedule has half of the guidance; outside of the interval the last counts alone."""
     half = [1 + (scale - 1) / 2 for scale in (3.0, 0.0)]
-    wanted = OUTPUTS[0] + half[0] * (OUTPUTS[1] - OUTPUTS[0]) + half[1] * (OUTPUTS[2] - OUTPUTS[1])
-    assert torch.allclose(outcome(3.0, 0.0, schedule="linear")[0], wanted)
+    expected = OUTPUTS[0] + half[0] * (OUTPUTS[1] - OUTPUTS[0]) + half[1] * (OUTPUTS[2] - OUTPUTS[1])
+    assert torch.allclose(outcome(3.0, 0.0, schedule="linear")[0], expected)
     prediction, calls = outcome(3.0, 0.0, interval=(0.6, 1.0))
     assert torch.equal(prediction, OUTPUTS[2]) and calls == [[2]]
 
@@ -81,8 +81,8 @@ def test_conditions_of_other_classes_are_joined_by_their_own_cat():
         assert words == ["", "a", "b"] and type(words) is Words
         return torch.tensor([[float(len(word))] for word in words])
 
-    said = guided(denoise, [Words([""]), Words(["a"]), Words(["b"])], [2.0, 3.0])(torch.zeros(1, 1), torch.ones(1))
-    assert said.item() == 2.0
+    pred = guided(denoise, [Words([""]), Words(["a"]), Words(["b"])], [2.0, 3.0])(torch.zeros(1, 1), torch.ones(1))
+    assert pred.item() == 2.0
 
 
 def test_wrong_chains_are_refused():
@@ -122,8 +122,8 @@ def by_hand(scales, rows=slice(None)):
 @pytest.mark.parametrize("rows", [None, torch.tensor([2, 0])])
 def test_scale_one_changes_nothing_and_calls_once(schedule, rows):
     network, which = Network(), slice(None) if rows is None else rows
-    said = guided(network, [NULL, LABELS], [1.0], schedule=schedule)(X[which], T[which], rows)
-    assert torch.equal(said, Network()(X[which], T[which], LABELS[which]))
+    pred = guided(network, [NULL, LABELS], [1.0], schedule=schedule)(X[which], T[which], rows)
+    assert torch.equal(pred, Network()(X[which], T[which], LABELS[which]))
     assert len(network.calls) == 1 and len(network.calls[0][0]) == len(X[which])
 
 
@@ -139,8 +139,8 @@ def test_both_conditions_go_in_one_call_and_mean_the_same_as_two(scale):
 @pytest.mark.parametrize("rows", [[2], [3, 1], [1, 1, 1, 0, 2]])
 def test_of_some_examples_their_own_conditions_are_passed(scale, rows):
     rows = torch.tensor(rows)
-    said = guided(Network(), [NULL, LABELS], [scale])(X[rows], T[rows], rows)
-    assert torch.allclose(said, by_hand([scale] * len(rows), rows), atol=1e-5)
+    pred = guided(Network(), [NULL, LABELS], [scale])(X[rows], T[rows], rows)
+    assert torch.allclose(pred, by_hand([scale] * len(rows), rows), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -154,19 +154,19 @@ def test_of_some_examples_their_own_conditions_are_passed(scale, rows):
 @pytest.mark.parametrize("scale", [3.0, 0.5, 0.0])
 def test_guidance_grows_by_its_schedule_from_none_to_all(schedule, shares, scale):
     """The conditional model at t = 1, the scale at t = 0; each example by its own time."""
-    said = guided(Network(), [NULL, LABELS], [scale], schedule=schedule)(X, T)
-    assert torch.allclose(said, by_hand([1 + (scale - 1) * share for share in shares]), atol=1e-5)
+    pred = guided(Network(), [NULL, LABELS], [scale], schedule=schedule)(X, T)
+    assert torch.allclose(pred, by_hand([1 + (scale - 1) * share for share in shares]), atol=1e-5)
 
 
 def test_outside_its_interval_nothing_is_guided():
-    said = guided(Network(), [NULL, LABELS], [3.0], interval=(0.3, 0.6))(X, T)
-    assert torch.allclose(said, by_hand([1, 3, 3, 1]), atol=1e-5)
+    pred = guided(Network(), [NULL, LABELS], [3.0], interval=(0.3, 0.6))(X, T)
+    assert torch.allclose(pred, by_hand([1, 3, 3, 1]), atol=1e-5)
     network = Network()
     guided(network, [NULL, LABELS], [3.0], interval=(0.1, 0.2))(X, T)
     assert len(network.calls) == 1 and torch.equal(network.calls[0][2], LABELS)
     rows = torch.tensor([3, 1])
-    said = guided(Network(), [NULL, LABELS], [3.0], interval=(0.3, 0.6), schedule="linear")(X[rows], T[rows], rows)
-    assert torch.allclose(said, by_hand([1, 1 + 2 * 0.4], rows), atol=1e-5)
+    pred = guided(Network(), [NULL, LABELS], [3.0], interval=(0.3, 0.6), schedule="linear")(X[rows], T[rows], rows)
+    assert torch.allclose(pred, by_hand([1, 1 + 2 * 0.4], rows), atol=1e-5)
 
 
 def test_an_unknown_schedule_is_refused_with_the_names():

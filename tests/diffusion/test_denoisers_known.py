@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from diffusion.denoisers import known
+from diffusion.denoisers import with_known_pixels
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, cosine, linear, with_zero_terminal_snr
-from diffusion.gaussian_solvers import SPACINGS, begun_at, step_times, steps_left
+from diffusion.gaussian_solvers import SPACINGS, from_strength, remaining_steps, step_times
 from diffusion.rng import Streams
-from diffusion.solvers import solvers_of
+from diffusion.solvers import solvers_for
 from diffusion.types import Prediction
-from helpers.solving import in_steps
+from helpers.solving import solve_in_steps
 
 PROCESSES = {
     "cosine": GaussianDiffusion(cosine(100), variance="fixed_small"),
@@ -21,7 +21,7 @@ PROCESSES = {
     "edm": EDM(),
     "flow": RectifiedFlow(shift=2.0),
 }
-CASES = [(name, solver) for name, process in PROCESSES.items() for solver in solvers_of(process)]
+CASES = [(name, solver) for name, process in PROCESSES.items() for solver in solvers_for(process)]
 KEEP = torch.tensor([[[True, False], [False, True]], [[False, False], [True, False]]])
 X0 = torch.tensor([[[[0.3, 9.0], [9.0, -0.7]]], [[[9.0, 9.0], [0.9, 9.0]]]])  # 9: whatever it is, nobody may see it
 
@@ -30,8 +30,8 @@ def wrong(process, share=0.4):
     """A denoiser that believes in 0.1 everywhere."""
 
     def denoise(x, t):
-        said = Prediction(x, x, torch.full_like(x, share) if process.variance == "learned_range" else None)
-        return process.with_x0(said, torch.full_like(x, 0.1), x, t)
+        pred = Prediction(x, x, torch.full_like(x, share) if process.variance == "learned_range" else None)
+        return process.with_x0(pred, torch.full_like(x, 0.1), x, t)
 
     return denoise
 
@@ -41,28 +41,28 @@ def test_every_solver_ends_with_what_is_known(name, solver):
     process = PROCESSES[name]
     x = process.prior((2, 1, 2, 2), Streams([0, 1]))
     spacing = "karras" if name == "edm" else "uniform"
-    solve, denoise = solvers_of(process)[solver].solve, known(wrong(process), process, X0, KEEP)
-    made = in_steps(solve, denoise, process, x, steps=4, rng=Streams([2, 3]), spacing=spacing)
+    solve, denoise = solvers_for(process)[solver].solve, with_known_pixels(wrong(process), process, X0, KEEP)
+    made = solve_in_steps(solve, denoise, process, x, steps=4, rng=Streams([2, 3]), spacing=spacing)
     assert torch.equal(made[KEEP.unsqueeze(1)], X0[KEEP.unsqueeze(1)])
     assert torch.allclose(made[~KEEP.unsqueeze(1)], torch.tensor(0.1), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_a_known_number_takes_its_noise_along_and_others_are_as_they_were_said(name):
+def test_known_pixels_get_matching_eps_and_others_are_unchanged(name):
     process, t = PROCESSES[name], torch.tensor([0.3, 0.8])
     x = process.prior((2, 1, 2, 2), Streams([0, 1]))
-    plain, said = wrong(process)(x, t), known(wrong(process), process, X0, KEEP)(x, t)
+    plain, pred = wrong(process)(x, t), with_known_pixels(wrong(process), process, X0, KEEP)(x, t)
     there = KEEP.unsqueeze(1)
     alpha, sigma = (c.float().view(2, 1, 1, 1) for c in (process.alpha(t), process.sigma(t)))
-    assert torch.equal(said.x0[there], X0[there])
-    assert torch.allclose((alpha * said.x0 + sigma * said.eps)[there], x[there], atol=1e-5)
-    assert torch.equal(said.x0[~there], plain.x0[~there]) and torch.equal(said.eps[~there], plain.eps[~there])
-    if plain.share is not None:  # the posterior's variance, where the posterior is known
-        assert (said.share[there] == 0).all() and torch.equal(said.share[~there], plain.share[~there])
+    assert torch.equal(pred.x0[there], X0[there])
+    assert torch.allclose((alpha * pred.x0 + sigma * pred.eps)[there], x[there], atol=1e-5)
+    assert torch.equal(pred.x0[~there], plain.x0[~there]) and torch.equal(pred.eps[~there], plain.eps[~there])
+    if plain.frac is not None:  # the posterior's variance, where the posterior is known
+        assert (pred.frac[there] == 0).all() and torch.equal(pred.frac[~there], plain.frac[~there])
 
 
 @pytest.mark.parametrize("name", ["cosine", "learned_range", "flow"])
-def test_on_the_way_a_known_number_is_distributed_as_the_process_makes_it(name):
+def test_known_pixels_follow_the_process_on_the_way(name):
     """Ancestral steps from q(x_1 | x_0) stay in q(x_s | x_0): mean alpha x_0, deviation sigma."""
     process, n, seen = PROCESSES[name], 4000, {}
     x0, keep = torch.full((1, 1, 1, n), 0.5), torch.ones(1, 1, n, dtype=torch.bool)
@@ -73,17 +73,17 @@ def test_on_the_way_a_known_number_is_distributed_as_the_process_makes_it(name):
         seen[s] = x.mean().item(), x.std().item()
         return x
 
-    denoise = known(wrong(process, share=1.0), process, x0, keep)
-    in_steps(solvers_of(process)["ddpm"].solve, denoise, process, x, steps=5, rng=rng, on_step=on_step)
+    denoise = with_known_pixels(wrong(process, share=1.0), process, x0, keep)
+    solve_in_steps(solvers_for(process)["ddpm"].solve, denoise, process, x, steps=5, rng=rng, on_step=on_step)
     for s, (mean, deviation) in seen.items():
-        wanted = process.alpha(torch.tensor(s)).item() * 0.5, process.sigma(torch.tensor(s)).item()
-        assert (mean, deviation) == pytest.approx(wanted, abs=0.05)
+        expected = process.alpha(torch.tensor(s)).item() * 0.5, process.sigma(torch.tensor(s)).item()
+        assert (mean, deviation) == pytest.approx(expected, abs=0.05)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_process_begins_where_so_much_is_noise(name, share):
-    part = begun_at(PROCESSES[name], share)
+    part = from_strength(PROCESSES[name], share)
     start = torch.tensor(part.start, dtype=torch.float64)
     alpha, sigma = part.alpha(start), part.sigma(start)
     assert (sigma / (alpha + sigma)).item() == pytest.approx(share, abs=1e-6)
@@ -94,20 +94,24 @@ def test_a_process_begins_where_so_much_is_noise(name, share):
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_all_noise_is_the_process_itself_and_none_lies_below_what_networks_know(name):
+def test_strength_1_is_the_process_and_0_ends_below_its_end(name):
     process = PROCESSES[name]
-    assert begun_at(process, 1.0) is process
-    assert begun_at(process, 1 - 1e-9).start <= process.start
-    assert begun_at(process, 0.0).start <= process.end
+    assert from_strength(process, 1.0) is process
+    assert from_strength(process, 1 - 1e-9).start <= process.start
+    assert from_strength(process, 0.0).start <= process.end
     for share in (-0.1, 1.1):
         with pytest.raises(ValueError, match="share of noise"):
-            begun_at(process, share)
+            from_strength(process, share)
 
 
 def test_the_steps_that_are_left_are_those_from_there():
     process = RectifiedFlow()  # the share of noise is t
-    assert [steps_left(process, begun_at(process, share), 20, "uniform") for share in (1.0, 0.5, 0.26)] == [20, 10, 5]
-    assert steps_left(process, begun_at(process, 0.001), 20, "uniform") == 1
+    assert [remaining_steps(process, from_strength(process, share), 20, "uniform") for share in (1.0, 0.5, 0.26)] == [
+        20,
+        10,
+        5,
+    ]
+    assert remaining_steps(process, from_strength(process, 0.001), 20, "uniform") == 1
     edm = EDM()
     times = step_times(edm, 18, "karras")[:-1]
-    assert steps_left(edm, begun_at(edm, 0.5), 18, "karras") == sum(t <= 1 for t in times)
+    assert remaining_steps(edm, from_strength(edm, 0.5), 18, "karras") == sum(t <= 1 for t in times)

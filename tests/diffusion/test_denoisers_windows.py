@@ -5,12 +5,12 @@ import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.denoisers import window_starts, windowed
-from diffusion.solvers import solvers_of
-from helpers.solving import in_steps
+from diffusion.solvers import solvers_for
+from helpers.solving import solve_in_steps
 
 CODES = 5
 PROCESS = AbsorbingDiffusion(CODES)
-SOLVERS = solvers_of(PROCESS)
+SOLVERS = solvers_for(PROCESS)
 
 
 def denoise(x, t, rows=None):
@@ -59,9 +59,9 @@ def test_the_mixture_against_a_loop(stride):
         for j in window_starts(7, w, stride):
             total[:, i : i + h, j : j + w] += denoise(x[:, i : i + h, j : j + w], t).softmax(-1)
             count[i : i + h, j : j + w] += 1
-    wanted = total / count[..., None]
-    assert torch.allclose(windowed(denoise, (h, w), stride)(x, t).exp(), wanted, atol=1e-6)
-    assert torch.allclose(wanted.sum(-1), torch.ones(2, 5, 7))
+    expected = total / count[..., None]
+    assert torch.allclose(windowed(denoise, (h, w), stride)(x, t).exp(), expected, atol=1e-6)
+    assert torch.allclose(expected.sum(-1), torch.ones(2, 5, 7))
 
 
 def by_row(x, t, rows):
@@ -71,7 +71,7 @@ def by_row(x, t, rows):
 
 @pytest.mark.parametrize("batch", [1, 5, 1000])
 @pytest.mark.parametrize("rows", [None, [4, 1]])
-def test_windows_are_batched_freely_and_each_has_the_time_and_the_row_of_its_canvas(batch, rows):
+def test_windows_are_batched_with_their_own_times_and_rows(batch, rows):
     x, t, sizes = canvas(2, 4, 5), torch.tensor([0.25, 0.75]), []
     whose = torch.arange(2) if rows is None else torch.tensor(rows)
 
@@ -103,7 +103,7 @@ def half_known(*shape):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_known_windows_are_left_out_and_masked_codes_are_told_the_same(stride):
+def test_complete_windows_are_skipped_without_changing_others(stride):
     x, t, seen = half_known(3, 5, 8), torch.rand(3), []
 
     def recording(crops, times, rows):
@@ -118,12 +118,12 @@ def test_known_windows_are_left_out_and_masked_codes_are_told_the_same(stride):
     assert 0 < len(crops) < 2 * windows
 
 
-def test_of_a_complete_canvas_one_window_says_how_many_codes_there_are():
+def test_one_window_of_a_complete_canvas_is_evaluated():
     x, sizes = canvas(2, 4, 6).clamp(max=CODES - 1), []
-    said = windowed(lambda x, t, rows: sizes.append(len(x)) or denoise(x, t), (2, 3), may_change=masked)(
+    pred = windowed(lambda x, t, rows: sizes.append(len(x)) or denoise(x, t), (2, 3), may_change=masked)(
         x, torch.ones(2)
     )
-    assert said.shape == (2, 4, 6, CODES) and sizes == [1]
+    assert pred.shape == (2, 4, 6, CODES) and sizes == [1]
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -131,7 +131,7 @@ def test_of_a_complete_canvas_one_window_says_how_many_codes_there_are():
 def test_what_is_drawn_does_not_depend_on_leaving_them_out(name, known, streams):
     x = half_known(3, 4, 6) if known else torch.full((3, 4, 6), CODES)
     draws = [
-        in_steps(
+        solve_in_steps(
             SOLVERS[name].solve,
             windowed(by_row, (2, 3), 2, may_change=may_change),
             PROCESS,
@@ -155,7 +155,7 @@ def test_a_canvas_of_one_window_is_sampled_as_without_windows(name, steps, strea
         return by_row(x, t, torch.arange(4) if rows is None else rows)
 
     draws = [
-        in_steps(SOLVERS[name].solve, each, PROCESS, x, steps=steps, rng=streams(4))
+        solve_in_steps(SOLVERS[name].solve, each, PROCESS, x, steps=steps, rng=streams(4))
         for each in (plain, windowed(by_row, (4, 6), 2, may_change=masked))
     ]
     assert torch.equal(*draws)

@@ -7,14 +7,14 @@ import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import ancestral
-from diffusion.discrete_solvers import discrete, step_times
-from diffusion.drawing import Drawing
+from diffusion.discrete_solvers import discrete, even_times
+from diffusion.drawing import LogitsWarper
 from diffusion.likelihood import bits_per_code
 from diffusion.process import DiscreteProcess
 from diffusion.rng import Streams
-from diffusion.solvers import solvers_of
-from diffusion.timesteps import low_discrepancy, uniform
-from helpers.solving import in_steps
+from diffusion.solvers import solvers_for
+from diffusion.timesteps import low_discrepancy_times, uniform_times
+from helpers.solving import solve_in_steps
 from helpers.toy_uniform import Sampling, UniformDiffusion, UniformSampler
 from models.conditioning import Condition
 from train.spaces import EditInput
@@ -66,17 +66,17 @@ def test_its_bound_is_what_enumeration_says():
         total += torch.where(weight > 0, weight * ratio.log2(), 0).sum().item()
     n = 2000
     x0 = GRIDS[torch.multinomial(P.flatten(), n, replacement=True, generator=torch.manual_seed(0))]
-    found = bits_per_code(denoise, PROCESS, x0, Streams(list(range(n))))
-    assert found.terms.shape == (n, T) and not found.prior.any()
-    assert 2 * found.total.mean().item() == pytest.approx(total, abs=0.08) and total > entropy
+    result = bits_per_code(denoise, PROCESS, x0, Streams(list(range(n))))
+    assert result.terms.shape == (n, T) and not result.prior.any()
+    assert 2 * result.total.mean().item() == pytest.approx(total, abs=0.08) and total > entropy
     few = bits_per_code(denoise, PROCESS, x0, Streams(list(range(n))), 2)
-    assert few.total.mean().item() == pytest.approx(found.total.mean().item(), abs=0.08)
+    assert few.total.mean().item() == pytest.approx(result.total.mean().item(), abs=0.08)
 
 
 def test_the_loss_is_its_bound_and_can_be_weighted():
     n = 2000
     x0 = GRIDS[torch.multinomial(P.flatten(), n, replacement=True, generator=torch.manual_seed(0))]
-    t = uniform(PROCESS, Streams(list(range(n)))).t
+    t = uniform_times(PROCESS, Streams(list(range(n)))).t
     assert {*t.tolist()} == {0.25, 0.5, 0.75, 1.0}
     x_t = PROCESS.corrupt(x0, t, Streams(list(range(n, 2 * n))))
     plain = PROCESS.loss(denoise(x_t, t), x0, x_t, t)
@@ -86,7 +86,7 @@ def test_the_loss_is_its_bound_and_can_be_weighted():
         weighted = PROCESS.loss(denoise(x_t, t), x0, x_t, t, loss_weight=weight)
         assert torch.allclose(weighted.per_example, 3 * plain.per_example)
         assert torch.equal(weighted.metrics["bits_per_code"], plain.metrics["bits_per_code"])
-    spread = low_discrepancy(PROCESS, Streams([0]), 8).t
+    spread = low_discrepancy_times(PROCESS, Streams([0]), 8).t
     assert sorted(spread.tolist()) == [0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1.0, 1.0]
 
 
@@ -95,16 +95,18 @@ def test_the_solver_draws_what_its_kernels_make(streams, p_value):
     for t, s in zip((1.0, 0.75, 0.5, 0.25), (0.75, 0.5, 0.25, 0.0), strict=True):
         kernel = PROCESS.reverse_probabilities(GRIDS, denoise(GRIDS, torch.full((9,), t).double()), t, s)[:, 0]
         p = p @ torch.einsum("ba,bc->bac", kernel[:, 0], kernel[:, 1]).reshape(9, 9)
-    x = discrete(denoise, PROCESS, PROCESS.prior((n, 1, 2), streams(n, 1)), step_times(T), rng=streams(n))
+    x = discrete(denoise, PROCESS, PROCESS.prior((n, 1, 2), streams(n, 1)), even_times(T), rng=streams(n))
     assert p_value(index(x), p) > 1e-4
-    assert set(solvers_of(PROCESS)) == {"discrete"}
+    assert set(solvers_for(PROCESS)) == {"discrete"}
 
 
 def test_of_the_absorbing_process_it_draws_what_ancestral_does(joint, streams, p_value):
     for steps in (1, 3):
         for solve in (discrete, ancestral):
-            x = in_steps(solve, joint.mistaken, joint.process(), joint.all_mask(6000), steps=steps, rng=streams(6000))
-            assert p_value(joint.index(x), joint.sampled(steps, denoise=joint.mistaken)) > 1e-4
+            x = solve_in_steps(
+                solve, joint.mistaken, joint.process(), joint.all_mask(6000), steps=steps, rng=streams(6000)
+            )
+            assert p_value(joint.index(x), joint.sampler_distribution(steps, denoise=joint.mistaken)) > 1e-4
 
 
 def test_an_example_that_cannot_change_is_not_evaluated(streams):
@@ -114,7 +116,7 @@ def test_an_example_that_cannot_change_is_not_evaluated(streams):
         asked.append([0, 1, 2] if rows is None else rows.tolist())
         return torch.zeros(*x.shape, 3)
 
-    in_steps(discrete, denoise, AbsorbingDiffusion(3), x, steps=1, rng=streams(3))
+    solve_in_steps(discrete, denoise, AbsorbingDiffusion(3), x, steps=1, rng=streams(3))
     assert asked == [[0, 2]]
 
 
@@ -136,9 +138,9 @@ def test_a_process_that_leaves_something_out_is_none():
 def test_temperature_zero_ends_with_the_likeliest_codes(process, streams):
     logits = torch.tensor([[0.0, 0.1, 0.2], [0.3, 0.2, 0.1]])
     x = process.prior((50, 1, 2), streams(50, 1))
-    out = in_steps(
+    out = solve_in_steps(
         discrete, lambda x, t, rows=None: logits.expand(*x.shape, 3), process, x, steps=3, rng=streams(50),
-        drawing=Drawing(temperature=0.0),
+        warper=LogitsWarper(temperature=0.0),
     )  # fmt: skip
     assert (out == torch.tensor([2, 0])).all()
 
@@ -159,8 +161,8 @@ def test_a_sampler_learns_draws_and_has_its_bound():
         optimizer.zero_grad()
     x = sampler.sample(sampler.network, Streams(list(range(150))), options=Sampling())
     assert (x[:, 0, 0] == x[:, 0, 1]).double().mean() > 0.8 and (x != 1).double().mean() > 0.9
-    found = sampler.log_likelihood(sampler.network, {"codes": same}, Streams([0, 1]))
-    assert found.terms.shape == (2, 8) and found.total.isfinite().all()
+    result = sampler.log_likelihood(sampler.network, {"codes": same}, Streams([0, 1]))
+    assert result.terms.shape == (2, 8) and result.total.isfinite().all()
     assert sampler.x0_hat(loss.outputs).shape == (32, 1, 2)
 
 
@@ -182,9 +184,9 @@ class Counting(torch.nn.Module):
 def test_equal_rows_at_different_times_are_never_merged():
     sampler, network = UniformSampler(codes=3, grid=(1, 2)), Counting()
     x, t = torch.tensor([[[0, 1]]] * 4 + [[[2, 1]]]), torch.tensor([0.5, 0.25, 0.5, 0.25, 0.5])
-    said = sampler.denoiser(network, None, Sampling(), x)(x, t)
-    assert torch.equal(said, Counting()(x, t=t)) and network.asked == [3]
-    assert not torch.equal(said[0], said[1])
+    pred = sampler.make_denoiser(network, None, Sampling(), x)(x, t)
+    assert torch.equal(pred, Counting()(x, t=t)) and network.asked == [3]
+    assert not torch.equal(pred[0], pred[1])
 
 
 def test_a_network_must_be_told_the_time_that_matters():

@@ -7,19 +7,19 @@ import torch
 
 from diffusion.gaussian import GaussianDiffusion, discretized_log_likelihood, kl, linear, with_zero_terminal_snr
 from diffusion.likelihood import bits_per_dimension
-from diffusion.process import like
+from diffusion.process import append_dims
 from diffusion.types import Normal, Prediction
-from helpers.toy_gaussians import Mixture, noised
+from helpers.toy_gaussians import Mixture, noisy_batch
 
 LINEAR = linear(1000)
 
 
 @pytest.fixture
 def batch():
-    return noised()
+    return noisy_batch()
 
 
-def test_kl_of_equals_is_zero_and_of_others_what_an_integral_says():
+def test_kl_equals_its_integral_and_vanishes_for_equal_normals():
     p, q = (Normal(torch.tensor(m).double(), torch.tensor(v).double().log()) for m, v in ((0.3, 0.5), (-0.2, 1.7)))
     assert kl(p, p) == 0
     x = torch.linspace(-12, 12, 200001, dtype=torch.float64)
@@ -46,7 +46,7 @@ def test_a_far_mean_keeps_its_likelihood_and_gradient_in_float32():
     assert torch.isfinite(discretized_log_likelihood(x0, Normal(mean, torch.full((4,), 60.0)))).all()
 
 
-def test_the_bound_term_of_a_perfect_prediction_is_zero_but_for_the_last_step(batch):
+def test_a_perfect_prediction_has_only_the_last_bound_term(batch):
     x0, noise, t = batch
     process = GaussianDiffusion(LINEAR, variance="fixed_small")
     terms = process.bound_term(Prediction(x0, noise), x0, process.corrupt(x0, t, noise), t)
@@ -63,8 +63,8 @@ def test_the_bound_term_is_the_mistake_in_units_of_the_posterior(batch):
 
 @pytest.mark.parametrize("steps", [1000, 300])
 def test_the_prior_term_is_what_is_left_at_the_end(batch, steps):
-    x0, abar = batch[0], LINEAR[steps]
-    expected = 0.5 * (abar * x0**2 + (1 - abar) - 1 - (1 - abar).log()).mean((1, 2, 3)) / math.log(2)
+    x0, alpha_bar = batch[0], LINEAR[steps]
+    expected = 0.5 * (alpha_bar * x0**2 + (1 - alpha_bar) - 1 - (1 - alpha_bar).log()).mean((1, 2, 3)) / math.log(2)
     assert torch.allclose(GaussianDiffusion(LINEAR[: steps + 1]).prior_term(x0), expected)
     empty = GaussianDiffusion(with_zero_terminal_snr(LINEAR), "v").prior_term(x0)
     assert torch.equal(empty, torch.zeros_like(empty))
@@ -75,13 +75,13 @@ def knows_all(process, data):
     mean_of = data.denoiser(process)
 
     def denoise(x, t):
-        s = (process.place(t.double()) - 1) / process.steps
+        s = (process.fractional_step(t.double()) - 1) / process.steps
         alpha, sigma = process.alpha(t), process.sigma(t)
         of_x0 = process.alpha(s) * process.forward_variance(t, s) / sigma**2
         unknown = data.variance * sigma**2 / (alpha**2 * data.variance + sigma**2)  # Var(x_0 | x_t)
         true = process.posterior_variance(t, s) + of_x0**2 * unknown
-        small, large = process.least_variance(t, s).log(), process.forward_variance(t, s).log()
-        return mean_of(x, t)._replace(share=like((true.log() - small) / (large - small), x))
+        small, large = process.clipped_posterior_variance(t, s).log(), process.forward_variance(t, s).log()
+        return mean_of(x, t)._replace(frac=append_dims((true.log() - small) / (large - small), x))
 
     return denoise
 

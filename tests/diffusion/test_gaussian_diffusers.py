@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from diffusion import gaussian_solvers as solvers
 from diffusion.gaussian import GaussianDiffusion, cosine, linear, scaled_linear, with_zero_terminal_snr
 from diffusion.gaussian_solvers import step_times
-from diffusion.process import like
+from diffusion.process import append_dims
 from diffusion.rng import Streams
 from diffusion.types import Prediction
-from helpers.solving import in_steps
+from helpers.solving import solve_in_steps
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle here: pip install diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
@@ -54,17 +54,17 @@ class Network:
         self.first, self.second = (draw / draw[0].numel() ** 0.5 for draw in draws)
 
     def __call__(self, x, k):
-        bend = (like(k, x) / 300 + torch.arange(8).view(-1, 1, 1)).to(x.dtype)
+        bend = (append_dims(k, x) / 300 + torch.arange(8).view(-1, 1, 1)).to(x.dtype)
         h = (F.conv2d(x, self.first.to(x.dtype), padding=1) + bend).sin()
         x0, share = F.conv2d(h, self.second.to(x.dtype), padding=1).tanh().chunk(2, 1)
         t = (k.double() + 1) / T
-        alpha, sigma = like(self.process.alpha(t), x), like(self.process.sigma(t), x)
+        alpha, sigma = append_dims(self.process.alpha(t), x), append_dims(self.process.sigma(t), x)
         eps = (x - alpha * x0) / sigma
-        said = {"eps": eps, "v": alpha * eps - sigma * x0, "x0": x0}[self.process.prediction]
-        return torch.cat([said, share], 1) if self.process.variance == "learned_range" else said
+        pred = {"eps": eps, "v": alpha * eps - sigma * x0, "x0": x0}[self.process.prediction]
+        return torch.cat([pred, share], 1) if self.process.variance == "learned_range" else pred
 
     def denoise(self, x, t) -> Prediction:
-        return self.process.predict(self(x, self.process.network_time(t)), x, t)
+        return self.process.to_prediction(self(x, self.process.network_time(t)), x, t)
 
 
 class Noise:
@@ -83,7 +83,7 @@ def ours(solve, process, x, rng, steps, spacing, **options):
     network = Network(process)
     options["on_step"] = lambda i, t, s, x, x0: seen.append(x) or x
     assert torch.equal(
-        in_steps(solve, network.denoise, process, x, steps=steps, rng=rng, spacing=spacing, **options), seen[-1]
+        solve_in_steps(solve, network.denoise, process, x, steps=steps, rng=rng, spacing=spacing, **options), seen[-1]
     )
     return seen
 
@@ -115,7 +115,7 @@ def scheduler_of(name, process, schedule, spacing="uniform", **options):
     named = {"prediction_type": PREDICTIONS[process.prediction], "timestep_spacing": theirs, **SCHEDULES[schedule][1]}
     scheduler = getattr(diffusers, name)(**named, **options)
     scheduler.set_timesteps(steps)
-    scheduler.alphas_cumprod = process.abar[1:]
+    scheduler.alphas_cumprod = process.alpha_bar[1:]
     if name in ("DDPMScheduler", "DDIMScheduler") or spacing == "uniform":
         assert scheduler.timesteps.tolist() == ks(process, steps, spacing)
     else:  # their multi-step solvers take one more interval, whose last point is 0
@@ -135,19 +135,19 @@ def start(process):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_tables_are_the_same(name):
-    abar, options = SCHEDULES[name]
+    alpha_bar, options = SCHEDULES[name]
     scheduler = diffusers.DDPMScheduler(**options)
-    assert torch.allclose(scheduler.alphas_cumprod.double(), abar[1:], rtol=2e-4, atol=1e-12)
-    assert torch.allclose(scheduler.betas.double(), 1 - abar[1:] / abar[:-1], rtol=1e-3)
+    assert torch.allclose(scheduler.alphas_cumprod.double(), alpha_bar[1:], rtol=2e-4, atol=1e-12)
+    assert torch.allclose(scheduler.betas.double(), 1 - alpha_bar[1:] / alpha_bar[:-1], rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])
 def test_zero_terminal_snr_is_theirs(name):
     from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
-    abar = SCHEDULES[name][0]
-    betas = rescale_zero_terminal_snr(1 - abar[1:] / abar[:-1])
-    shifted = with_zero_terminal_snr(abar)
+    alpha_bar = SCHEDULES[name][0]
+    betas = rescale_zero_terminal_snr(1 - alpha_bar[1:] / alpha_bar[:-1])
+    shifted = with_zero_terminal_snr(alpha_bar)
     assert torch.allclose(1 - shifted[1:] / shifted[:-1], betas, rtol=1e-9, atol=1e-12)
     assert torch.allclose((1 - betas).cumprod(0), shifted[1:], rtol=1e-9, atol=1e-15) and betas[-1] == 1
 
@@ -176,8 +176,8 @@ def test_ddpm(schedule, prediction, spacing, variance, monkeypatch):
     noise, left = Noise(), iter(range(steps - 1, -1, -1))
     draw = "diffusers.schedulers.scheduling_ddpm.randn_tensor"
     monkeypatch.setattr(draw, lambda shape, **_: noise.normal(shape) * (next(left) > 0))
-    found = theirs(scheduler, process, start(process))
-    assert worst(ours(solvers.ddpm, process, start(process), Noise(), steps, spacing), found) < 1e-9
+    result = theirs(scheduler, process, start(process))
+    assert worst(ours(solvers.ddpm, process, start(process), Noise(), steps, spacing), result) < 1e-9
 
 
 @each_case
@@ -188,8 +188,8 @@ def test_ddim(schedule, prediction, spacing, eta):
     scheduler, steps = scheduler_of("DDIMScheduler", process, schedule, spacing, clip_sample=False)
     if spacing == "linspace":
         scheduler.num_inference_steps = steps - 1  # its stride is T // this: by itself it stops where it never looks
-    found = theirs(scheduler, process, start(process), Noise(), eta=eta)
-    assert worst(ours(solvers.ddim, process, start(process), Noise(), steps, spacing, eta=eta), found) < 1e-9
+    result = theirs(scheduler, process, start(process), Noise(), eta=eta)
+    assert worst(ours(solvers.ddim, process, start(process), Noise(), steps, spacing, eta=eta), result) < 1e-9
 
 
 @each_multistep_case
@@ -201,8 +201,8 @@ def test_dpm_solver_plus_plus(schedule, prediction, spacing, algorithm):
     options = {"algorithm_type": algorithm, "solver_type": "midpoint", "final_sigmas_type": "zero"}
     scheduler, steps = scheduler_of("DPMSolverMultistepScheduler", process, schedule, spacing, **options)
     solve = solvers.dpmpp_2m if algorithm == "dpmsolver++" else solvers.dpmpp_2m_sde
-    found = theirs(scheduler, process, start(process), Noise())
-    assert worst(ours(solve, process, start(process), Noise(), steps, spacing), found) < 2e-6
+    result = theirs(scheduler, process, start(process), Noise())
+    assert worst(ours(solve, process, start(process), Noise(), steps, spacing), result) < 2e-6
 
 
 @each_multistep_case
@@ -211,16 +211,16 @@ def test_unipc(schedule, prediction, spacing, monkeypatch):
     """Theirs takes 1/2 for the weight of the first correction, ours the integral: both are second order."""
     process = GaussianDiffusion(SCHEDULES[schedule][0], prediction)
     scheduler, steps = scheduler_of("UniPCMultistepScheduler", process, schedule, spacing, solver_type="bh2")
-    found = theirs(scheduler, process, start(process))
-    plain = worst(ours(solvers.unipc, process, start(process), Noise(), steps, spacing), found)
-    exactly = solvers.corrected
+    result = theirs(scheduler, process, start(process))
+    plain = worst(ours(solvers.unipc, process, start(process), Noise(), steps, spacing), result)
+    exactly = solvers.unipc_corrector
 
     def halved(x, x0, ahead, past, ends):
-        half = solvers.toward(x, (x0 + ahead) / 2, ends)
+        half = solvers.x0_step(x, (x0 + ahead) / 2, ends)
         return half if past is None else exactly(x, x0, ahead, past, ends)
 
-    monkeypatch.setattr(solvers, "corrected", halved)
-    same = worst(ours(solvers.unipc, process, start(process), Noise(), steps, spacing), found)
+    monkeypatch.setattr(solvers, "unipc_corrector", halved)
+    same = worst(ours(solvers.unipc, process, start(process), Noise(), steps, spacing), result)
     assert same < 1e-9 and 1e-6 < plain < 0.02
 
 
@@ -238,7 +238,7 @@ def test_the_same_seeds_make_the_same_images_in_float32(solver):
     scheduler = getattr(diffusers, name)(**options, timestep_spacing=SPACINGS[spacing][0])
     scheduler.set_timesteps(20)
     x = start(process).float()
-    found = theirs(scheduler, process, x, **extra, generator=Streams([5, 6]).generators)
+    result = theirs(scheduler, process, x, **extra, generator=Streams([5, 6]).generators)
     mine = ours(getattr(solvers, solver), process, x, Streams([5, 6]), 20, spacing, **extra)
-    assert mine[-1].dtype == found[-1].dtype == torch.float32
-    assert worst(mine, found) < 1e-4
+    assert mine[-1].dtype == result[-1].dtype == torch.float32
+    assert worst(mine, result) < 1e-4

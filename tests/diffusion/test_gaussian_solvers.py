@@ -10,13 +10,13 @@ from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, cosine, linear, with_zero_terminal_snr
 from diffusion.gaussian_solvers import SPACINGS, ddim, ddim_inversion, step_times
 from diffusion.rng import Streams
-from diffusion.solvers import solver, solvers_of
+from diffusion.solvers import get_solver, solvers_for
 from diffusion.types import Prediction
-from helpers.solving import in_steps
-from helpers.toy_gaussians import NORMAL, TWO, Circle, Mixture, sampled_variance, slope
+from helpers.solving import solve_in_steps
+from helpers.toy_gaussians import NORMAL, TWO, Circle, Mixture, convergence_order, sampled_variance
 
 PROCESS = GaussianDiffusion(linear(1000), variance="fixed_small")
-SOLVERS = solvers_of(PROCESS)
+SOLVERS = solvers_for(PROCESS)
 every_solver = pytest.mark.parametrize("name", SOLVERS)
 PROCESSES = {
     "linear": PROCESS,
@@ -30,7 +30,7 @@ GRID = torch.linspace(-2, 2, 25, dtype=torch.float64).view(1, 1, 5, 5)
 
 
 def solve(name, process, data, x, steps, **options):
-    return in_steps(
+    return solve_in_steps(
         SOLVERS[name].solve,
         data.denoiser(process),
         process,
@@ -46,19 +46,19 @@ def solve(name, process, data, x, steps, **options):
 
 def test_the_solvers_are_found_and_what_is_none_is_not():
     assert SOLVERS.keys() == {"ddpm", "ddim", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"}
-    assert solver(PROCESS, "ddim").solve is ddim
+    assert get_solver(PROCESS, "ddim").solve is ddim
 
 
 def test_a_solver_serves_the_subclasses_of_its_process():
-    assert solvers_of(Circle()) == solvers_of(EDM()) == SOLVERS
-    absorbing = solvers_of(AbsorbingDiffusion(3))
+    assert solvers_for(Circle()) == solvers_for(EDM()) == SOLVERS
+    absorbing = solvers_for(AbsorbingDiffusion(3))
     assert "ancestral" in absorbing and not absorbing.keys() & SOLVERS.keys()
-    assert not solvers_of("no process")
+    assert not solvers_for("no process")
 
     class Child(AbsorbingDiffusion):
         pass
 
-    assert solvers_of(Child(3)) == absorbing
+    assert solvers_for(Child(3)) == absorbing
 
 
 # What every solver promises
@@ -100,13 +100,13 @@ def test_samples_have_the_moments_of_a_mixture(name, steps, close):
 @every_solver
 def test_an_image_does_not_depend_on_its_batch(name):
     x, denoise = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)), TWO.denoiser(PROCESS)
-    together = in_steps(SOLVERS[name].solve, denoise, PROCESS, x, steps=4, rng=Streams([5, 6, 7]))
-    alone = in_steps(SOLVERS[name].solve, denoise, PROCESS, x[2:], steps=4, rng=Streams([7]))
+    together = solve_in_steps(SOLVERS[name].solve, denoise, PROCESS, x, steps=4, rng=Streams([5, 6, 7]))
+    alone = solve_in_steps(SOLVERS[name].solve, denoise, PROCESS, x[2:], steps=4, rng=Streams([7]))
     assert torch.allclose(together[2:], alone, atol=1e-6)
 
 
 @every_solver
-def test_a_solver_can_be_watched_and_corrected(name):
+def test_on_step_sees_and_may_change_x(name):
     seen, asked = [], []
 
     def denoise(x, t):
@@ -124,7 +124,7 @@ def test_a_solver_can_be_watched_and_corrected(name):
         return x
 
     noise = GRID.expand(2, 1, 5, 5)
-    x = in_steps(SOLVERS[name].solve, denoise, PROCESS, noise, steps=4, rng=Streams([1, 2]), on_step=on_step)
+    x = solve_in_steps(SOLVERS[name].solve, denoise, PROCESS, noise, steps=4, rng=Streams([1, 2]), on_step=on_step)
     assert seen == [(0, 1, 0.75), (1, 0.75, 0.5), (2, 0.5, 0.25), (3, 0.25, 0)]
     assert (x[..., 0, 0] == 10).all()
     assert {7.0, 8.0, 9.0} <= {value for _, value in asked}  # the next step begins with what was handed back
@@ -139,7 +139,7 @@ def test_the_network_is_called_once_per_step_and_by_heun_twice(name, on_step):
         calls.append(t.item())
         return TWO.denoiser(PROCESS)(x, t)
 
-    in_steps(SOLVERS[name].solve, denoise, PROCESS, GRID, steps=4, rng=Streams([1]), on_step=on_step)
+    solve_in_steps(SOLVERS[name].solve, denoise, PROCESS, GRID, steps=4, rng=Streams([1]), on_step=on_step)
     assert calls == ([1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25] if name == "heun" else [1, 0.75, 0.5, 0.25])
 
 
@@ -151,26 +151,26 @@ def test_a_solver_leaves_nothing_on_another_device(name):
 
         def denoise(x, t):
             assert x.device == t.device == torch.device("cuda:0") and t.dtype == torch.float32
-            return PROCESS.predict(x, x, t)
+            return PROCESS.to_prediction(x, x, t)
 
-        assert in_steps(SOLVERS[name].solve, denoise, PROCESS, x, steps=3, rng=rng).device == x.device
+        assert solve_in_steps(SOLVERS[name].solve, denoise, PROCESS, x, steps=3, rng=rng).device == x.device
 
 
 # Orders
 
 
 @pytest.mark.parametrize("name, order", [("ddim", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 2)])
-def test_the_error_of_a_deterministic_solver_falls_with_its_order(name, order):
+def test_a_deterministic_solver_converges_with_its_order(name, order):
     """In equal steps of t the second order comes with a logarithm, from steps in log(alpha / sigma) that stay long."""
     process, exact = Circle(), 0.3 + 0.5 * GRID  # the flow takes N(0, 1) to N(0.3, 0.5^2)
     errors = {n: (solve(name, process, NORMAL, GRID, n) - exact).abs().max().item() for n in (64, 128, 256, 512)}
-    assert slope(errors) == pytest.approx(order, abs=0.1 if order == 1 else 0.4)
+    assert convergence_order(errors) == pytest.approx(order, abs=0.1 if order == 1 else 0.4)
     assert errors[512] < {1: 3.5e-3, 2: 2e-4}[order]
 
 
 @pytest.mark.parametrize("process", [PROCESSES["linear"], PROCESSES["edm"], PROCESSES["flow"]])
 @pytest.mark.parametrize("name, order", [("ddim", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 3)])
-def test_the_order_holds_down_to_the_last_step_on_other_processes(name, order, process):
+def test_the_order_holds_to_the_last_step_on_other_processes(name, order, process):
     """By logsnr spacing, whose last step to 0 does not shrink: on_step takes x before it. UniPC gains one order."""
     start = GRID * process.start
 
@@ -187,10 +187,10 @@ def test_the_order_holds_down_to_the_last_step_on_other_processes(name, order, p
         exact = 0.3 * c + d / b * (start - 0.3 * a)
         return (kept[last] - exact).abs().max().item()
 
-    assert slope({steps: error(steps) for steps in (41, 81, 161, 321)}) == pytest.approx(order, abs=0.4)
+    assert convergence_order({steps: error(steps) for steps in (41, 81, 161, 321)}) == pytest.approx(order, abs=0.4)
 
 
-def test_second_order_solvers_are_better_than_ddim_in_forty_steps():
+def test_second_order_solvers_beat_ddim_in_forty_steps():
     exact = solve("dpmpp_2m", Circle(), TWO, GRID, 2000)
     error = {name: (solve(name, Circle(), TWO, GRID, 40) - exact).abs().mean() for name in SOLVERS}
     assert all(error[name] < error["ddim"] / 2 for name in ("heun", "dpmpp_2m", "unipc"))
@@ -200,26 +200,26 @@ def test_second_order_solvers_are_better_than_ddim_in_forty_steps():
     "name, options, order",
     [("ddpm", {}, 1), ("ddim", {"eta": 0.5}, 1), ("ddim", {"eta": 1.0}, 1), ("dpmpp_2m_sde", {}, 1)],
 )
-def test_the_variance_of_stochastic_samples_converges_with_order_one(name, options, order):
+def test_the_variance_of_stochastic_solvers_is_first_order(name, options, order):
     data = Mixture((1.0,), (0.0,), 0.25)
     errors = {
         n: abs(sampled_variance(SOLVERS[name].solve, Circle(), data, n, **options) - 0.25) for n in (20, 40, 80, 160)
     }
-    assert slope(errors) > order - 0.2
+    assert convergence_order(errors) > order - 0.2
     assert errors[160] < 0.015
 
 
 # Inversion
 
 
-def test_inversion_and_then_sampling_return_the_data_to_first_order():
+def test_inversion_then_sampling_returns_the_data_to_first_order():
     process, x0 = Circle(), NORMAL.draw(1, 1, 5, 5)
     errors = {}
     for steps in (20, 40, 80, 160):
         trajectory = ddim_inversion(NORMAL.denoiser(process), process, x0, step_times(process, steps))
         assert len(trajectory) == steps + 1 and torch.equal(trajectory[0], x0)
         errors[steps] = (solve("ddim", process, NORMAL, trajectory[-1], steps) - x0).abs().max().item()
-    assert slope(errors) == pytest.approx(1, abs=0.2) and errors[160] < 0.03
+    assert convergence_order(errors) == pytest.approx(1, abs=0.2) and errors[160] < 0.03
 
 
 @pytest.mark.parametrize("process", [PROCESS, PROCESSES["zero_terminal_snr"], EDM()], ids=["linear", "ztsnr", "edm"])
@@ -234,7 +234,7 @@ def test_inversion_goes_along_the_flow(process):
         assert torch.allclose(x, exact, atol=0.05 * (alpha**2 * 0.25 + sigma**2).sqrt().item())
 
 
-def test_inversion_asks_no_network_about_time_zero_and_is_no_solver():
+def test_inversion_never_evaluates_time_0_and_is_not_a_solver():
     asked = []
     process = PROCESSES["linear"]
 

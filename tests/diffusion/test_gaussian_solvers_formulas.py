@@ -5,9 +5,19 @@ import torch
 
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, linear
-from diffusion.gaussian_solvers import ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, heun, leg, step_times, toward, unipc
+from diffusion.gaussian_solvers import (
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    heun,
+    step_coefficients,
+    step_times,
+    unipc,
+    x0_step,
+)
 from diffusion.rng import Streams
-from helpers.solving import in_steps
+from helpers.solving import solve_in_steps
 from helpers.toy_gaussians import TWO, Mixture, sampled_variance
 
 LINEAR = linear(1000)
@@ -19,14 +29,14 @@ GRID = torch.linspace(-2, 2, 25, dtype=torch.float64).view(1, 1, 5, 5)
 def test_ddim_with_eta_one_is_ddpm_with_the_posterior_s_variance(steps):
     process = GaussianDiffusion(linear(50), variance="fixed_small")
     denoise = TWO.denoiser(process)
-    a = in_steps(ddpm, denoise, process, GRID, steps=steps, rng=Streams([3]))
-    b = in_steps(ddim, denoise, process, GRID, steps=steps, rng=Streams([3]), eta=1.0)
+    a = solve_in_steps(ddpm, denoise, process, GRID, steps=steps, rng=Streams([3]))
+    b = solve_in_steps(ddim, denoise, process, GRID, steps=steps, rng=Streams([3]), eta=1.0)
     assert torch.allclose(a, b)
     t, s = torch.tensor(0.5), torch.tensor(0.48)
-    said, ends = denoise(GRID, t.view(1)), leg(process, 0.5, 0.48)
+    pred, c = denoise(GRID, t.view(1)), step_coefficients(process, 0.5, 0.48)
     variance = process.posterior_variance(t, s)
-    mean = ends.alpha_s * said.x0 + (ends.sigma_s**2 - variance).sqrt() * said.eps
-    kernel = process.reverse_kernel(GRID, said, t, s)
+    mean = c.alpha_s * pred.x0 + (c.sigma_s**2 - variance).sqrt() * pred.eps
+    kernel = process.reverse_kernel(GRID, pred, t, s)
     assert torch.allclose(kernel.mean, mean) and torch.allclose(kernel.log_variance.exp(), variance)
 
 
@@ -47,11 +57,11 @@ def test_ddim_is_equation_12_of_its_paper(eta, monkeypatch):
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_a_step_toward_known_data_is_its_closed_form(eta):
-    ends, x0 = leg(PROCESS, 0.8, 0.4), 0.7 * torch.ones_like(GRID)
-    h = (ends.alpha_s / ends.sigma_s).log() - (ends.alpha_t / ends.sigma_t).log()
-    assert torch.allclose(ends.h, h) and h > 0
-    expected = ends.sigma_s / ends.sigma_t * (-eta * h).exp() * GRID + ends.alpha_s * (1 - (-(1 + eta) * h).exp()) * x0
-    assert torch.allclose(toward(GRID, x0, ends, eta), expected)
+    c, x0 = step_coefficients(PROCESS, 0.8, 0.4), 0.7 * torch.ones_like(GRID)
+    h = (c.alpha_s / c.sigma_s).log() - (c.alpha_t / c.sigma_t).log()
+    assert torch.allclose(c.h, h) and h > 0
+    expected = c.sigma_s / c.sigma_t * (-eta * h).exp() * GRID + c.alpha_s * (1 - (-(1 + eta) * h).exp()) * x0
+    assert torch.allclose(x0_step(GRID, x0, c, eta), expected)
     if eta == 1:
         t, s = torch.tensor(0.8), torch.tensor(0.4)
         assert torch.allclose(expected, PROCESS.posterior_mean(x0, GRID, t, s))
@@ -78,11 +88,13 @@ def test_two_step_multistep_solvers_are_their_published_updates(eta):
         spread = sigma[i + 1] * (-torch.expm1(-2 * eta * h)).sqrt()
         x, before = x_s + spread * noise.normal(GRID.shape).double(), data
     expected = denoise(x, torch.tensor(times[5:6])).x0
-    result = in_steps(dpmpp_2m_sde, denoise, PROCESS, GRID, steps=6, rng=Streams([4]), spacing="linspace", eta=eta)
+    result = solve_in_steps(
+        dpmpp_2m_sde, denoise, PROCESS, GRID, steps=6, rng=Streams([4]), spacing="linspace", eta=eta
+    )
     assert torch.allclose(result, expected, atol=1e-9)
     if eta == 0:
         assert torch.allclose(
-            in_steps(dpmpp_2m, denoise, PROCESS, GRID, steps=6, rng=Streams([4]), spacing="linspace"), expected
+            solve_in_steps(dpmpp_2m, denoise, PROCESS, GRID, steps=6, rng=Streams([4]), spacing="linspace"), expected
         )
 
 
@@ -107,20 +119,20 @@ def test_unipc_is_its_published_update():
         else:
             rho = torch.stack([torch.zeros_like(h), b[0]])
         x, before, data = plain - alpha[i + 1] * phi * (rho[0] * old + rho[1] * (ahead - data)), data, ahead
-    result = in_steps(unipc, denoise, PROCESS, GRID, steps=6, rng=Streams([0]), spacing="linspace")
+    result = solve_in_steps(unipc, denoise, PROCESS, GRID, steps=6, rng=Streams([0]), spacing="linspace")
     assert torch.allclose(result, data, atol=1e-9)
 
 
-def test_heun_averages_data_where_there_is_more_noise_and_noise_where_there_is_more_data():
+def test_heun_averages_x0_at_high_noise_and_eps_at_low_noise():
     denoise, half = TWO.denoiser(PROCESS), torch.tensor([0.5])
-    first, ends = denoise(GRID, torch.ones(1)), leg(PROCESS, 1.0, 0.5)
-    second = denoise(toward(GRID, first.x0, ends), half)
-    x = toward(GRID, (first.x0 + second.x0) / 2, ends)
-    assert torch.allclose(in_steps(heun, denoise, PROCESS, GRID, steps=2, rng=Streams([0])), denoise(x, half).x0)
+    first, c = denoise(GRID, torch.ones(1)), step_coefficients(PROCESS, 1.0, 0.5)
+    second = denoise(x0_step(GRID, first.x0, c), half)
+    x = x0_step(GRID, (first.x0 + second.x0) / 2, c)
+    assert torch.allclose(solve_in_steps(heun, denoise, PROCESS, GRID, steps=2, rng=Streams([0])), denoise(x, half).x0)
 
     flow, seen = RectifiedFlow(), []
     denoise = TWO.denoiser(flow)
-    in_steps(
+    solve_in_steps(
         heun, denoise, flow, GRID, steps=8, rng=Streams([0]), on_step=lambda i, t, s, x, x0_hat: seen.append(x) or x
     )
     t, s, x = 0.25, 0.125, seen[5]  # Karras et al. 2022, algorithm 1

@@ -50,12 +50,12 @@ def test_uniform_spacing_visits_the_steps_themselves():
     ],
 )
 @pytest.mark.parametrize("process", [EDM(), RectifiedFlow(), PROCESS])
-def test_spacings_are_even_in_what_they_say(spacing, transform, process):
+def test_each_spacing_is_even_in_its_own_variable(spacing, transform, process):
     steps = transform(process, torch.tensor(step_times(process, 11, spacing)[1:-1], dtype=torch.float64)).diff()
     assert torch.allclose(steps, steps.mean(), rtol=0.01)
 
 
-def test_karras_spacing_is_karras_s():
+def test_karras_spacing_matches_the_paper():
     roots = torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), 18, dtype=torch.float64)
     assert step_times(EDM(), 18, "karras")[:-1] == pytest.approx((roots**7).tolist(), rel=1e-6)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffusion.gaussian import GaussianDiffusion, cosine, linear
-from diffusion.process import like
+from diffusion.process import append_dims
 
 TABLES = Path(os.environ.get("GUIDED_FIXTURES", "")) / "process.npz"
 needs_tables = pytest.mark.skipif(
@@ -32,8 +32,8 @@ def public(request):
 def case(process, table):
     """x0, eps, x_t, t, s and the prediction of the one case there is."""
     t = (table["case_t"] + 1) / process.steps
-    said = process.predict(table["case_net_out"], table["case_x_t"], t)
-    return table["case_x0"], table["case_eps"], table["case_x_t"], t, table["case_t"] / process.steps, said
+    pred = process.to_prediction(table["case_net_out"], table["case_x_t"], t)
+    return table["case_x0"], table["case_eps"], table["case_x_t"], t, table["case_t"] / process.steps, pred
 
 
 @needs_tables
@@ -45,7 +45,7 @@ def test_the_posterior_is_that_of_the_public_code(public):
         "betas": process.forward_variance(t, s),
         "alphas_cumprod": process.alpha(t) ** 2,
         "posterior_variance": process.posterior_variance(t, s),
-        "posterior_log_variance_clipped": process.least_variance(t, s).log(),
+        "posterior_log_variance_clipped": process.clipped_posterior_variance(t, s).log(),
         "posterior_mean_coef1": process.posterior_mean(one, zero, t, s).flatten(),
         "posterior_mean_coef2": process.posterior_mean(zero, one, t, s).flatten(),
     }
@@ -64,10 +64,10 @@ def test_respacing_is_that_of_the_public_code(public):
 @needs_tables
 def test_the_reverse_step_is_that_of_the_public_code(public):
     process, table = public
-    x0, noise, x_t, t, s, said = case(process, table)
+    x0, noise, x_t, t, s, pred = case(process, table)
     assert torch.allclose(process.corrupt(x0, t, noise), x_t, atol=1e-6)
-    mean, log_variance = process.reverse_kernel(x_t, said, t, s)
-    assert torch.allclose(said.x0, table["case_pred_xstart"], atol=1e-5)
+    mean, log_variance = process.reverse_kernel(x_t, pred, t, s)
+    assert torch.allclose(pred.x0, table["case_pred_xstart"], atol=1e-5)
     assert torch.allclose(mean, table["case_mean"], atol=1e-5)
     assert torch.allclose(log_variance, table["case_log_variance"], atol=1e-4)
 
@@ -87,11 +87,11 @@ def with_tanh(x0, normal):
 @needs_tables
 def test_the_losses_are_those_of_the_public_code(public, monkeypatch):
     process, table = public
-    x0, noise, x_t, t, _, said = case(process, table)
+    x0, noise, x_t, t, _, pred = case(process, table)
     bits = table["case_vb_bits_per_dim"]
-    assert torch.allclose(process.bound_term(said, x0, x_t, t), bits, rtol=0.02)
+    assert torch.allclose(process.bound_term(pred, x0, x_t, t), bits, rtol=0.02)
     monkeypatch.setattr("diffusion.gaussian.discretized_log_likelihood", with_tanh)
-    assert torch.allclose(process.bound_term(said, x0, x_t, t), bits, rtol=1e-4)
+    assert torch.allclose(process.bound_term(pred, x0, x_t, t), bits, rtol=1e-4)
     simple, hybrid = (process.loss(table["case_net_out"], x0, noise, t, k).per_example for k in ("simple", "hybrid"))
     assert torch.allclose(simple, table["case_loss_mse"], rtol=1e-5)
     scaled = process.steps / 1000 * table["case_loss_vb"]  # its "rescaled" loss; the table's has the factor 1
@@ -101,7 +101,7 @@ def test_the_losses_are_those_of_the_public_code(public, monkeypatch):
 @needs_tables
 def test_ddim_and_its_inversion_are_those_of_the_public_code(public):
     process, table = public
-    _, _, x_t, t, s, said = case(process, table)
+    _, _, x_t, t, s, pred = case(process, table)
     for to, name in ((s, "ddim_eta0"), (t + 1 / process.steps, "ddim_reverse")):
-        x_s = like(process.alpha(to), x_t) * said.x0 + like(process.sigma(to), x_t) * said.eps
+        x_s = append_dims(process.alpha(to), x_t) * pred.x0 + append_dims(process.sigma(to), x_t) * pred.eps
         assert torch.allclose(x_s, table[f"case_{name}"], atol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusion.gaussian import GaussianDiffusion, cosine
-from diffusion.likelihood import bits_per_dimension, visits
+from diffusion.likelihood import bits_per_dimension, stratified_terms
 from diffusion.rng import Streams
 from helpers.toy_gaussians import NORMAL
 
@@ -37,15 +37,15 @@ class Evenly:
 
 
 @pytest.mark.parametrize("calls", [None, 6, 7, 1000])
-def test_with_calls_for_all_steps_each_is_visited_once(calls, streams):
-    visited = [(i.tolist(), width) for i, width in visits(6, calls, streams(2))]
+def test_with_nfe_for_all_steps_each_is_included_once(calls, streams):
+    visited = [(i.tolist(), width) for i, width in stratified_terms(6, calls, streams(2))]
     assert visited == [([i, i], 1) for i in range(1, 7)]
 
 
 @pytest.mark.parametrize(("steps", "calls"), CASES)
-def test_the_weighted_sum_over_visits_is_in_the_mean_the_sum_over_steps(steps, calls):
+def test_the_stratified_sum_is_unbiased(steps, calls):
     function = torch.randn(steps + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    visited = list(visits(steps, calls, Evenly()))
+    visited = list(stratified_terms(steps, calls, Evenly()))
     assert len(visited) == calls
     share = torch.zeros(steps + 1, dtype=torch.float64)  # of each step in the mean
     for i, width in visited:
@@ -55,8 +55,8 @@ def test_the_weighted_sum_over_visits_is_in_the_mean_the_sum_over_steps(steps, c
     assert torch.allclose(estimate, function[1:].sum())
 
 
-def test_the_half_nearest_the_data_is_visited_by_all_and_the_rest_in_equal_stretches(streams):
-    visited = list(visits(1000, 100, streams(3)))
+def test_terms_near_the_data_are_exact_and_the_rest_stratified(streams):
+    visited = list(stratified_terms(1000, 100, streams(3)))
     assert [(i.tolist(), width) for i, width in visited[:50]] == [([k] * 3, 1) for k in range(1, 51)]
     assert [width for _, width in visited[50:]] == [19] * 50
     for k, (i, _) in enumerate(visited[50:]):
@@ -67,12 +67,12 @@ def test_the_half_nearest_the_data_is_visited_by_all_and_the_rest_in_equal_stret
 def test_the_ends_of_a_uniform_draw_stay_in_their_stretch(u, places, streams, monkeypatch):
     rng = streams(1)
     monkeypatch.setattr(rng, "uniform", lambda shape, dtype: torch.full(shape, u, dtype=dtype))
-    assert [i.item() for i, _ in visits(12, 5, rng)] == [1, 2, *places]
+    assert [i.item() for i, _ in stratified_terms(12, 5, rng)] == [1, 2, *places]
 
 
-def test_where_an_example_goes_is_its_own(streams):
-    together = torch.stack([i for i, _ in visits(50, 8, Streams([3, 4, 5]))])
-    alone = torch.stack([i for i, _ in visits(50, 8, Streams([4]))])
+def test_the_strata_of_an_example_depend_on_its_stream_only(streams):
+    together = torch.stack([i for i, _ in stratified_terms(50, 8, Streams([3, 4, 5]))])
+    alone = torch.stack([i for i, _ in stratified_terms(50, 8, Streams([4]))])
     assert torch.equal(together[:, 1:2], alone)
     assert not torch.equal(together[:, 0], together[:, 2])
 
@@ -80,7 +80,7 @@ def test_where_an_example_goes_is_its_own(streams):
 @pytest.mark.parametrize("calls", [0, -1])
 def test_no_calls_are_refused(calls, streams):
     with pytest.raises(ValueError, match="wanted at least 1"):
-        next(visits(5, calls, streams(1)))
+        next(stratified_terms(5, calls, streams(1)))
 
 
 # Images
@@ -97,19 +97,19 @@ def wrong(process):
     return lambda x, t: process.with_x0(perfect(x, t), perfect(x, t).x0 + 0.3 * t.view(-1, 1, 1, 1).cos(), x, t)
 
 
-def test_each_term_is_that_of_its_step_and_estimates_are_so_in_the_mean(process):
+def test_terms_equal_those_of_their_steps_on_average(process):
     x0, rng = IMAGE.double().expand(Evenly.count, -1, -1, -1), Evenly()
     denoise, terms = wrong(process), []
     for i in range(1, 21):
         t = torch.tensor([i / 20], dtype=torch.float64)
         x_t = process.alpha(t) * IMAGE + process.sigma(t) * 0.3
         terms.append(process.bound_term(denoise(x_t, t), IMAGE.double(), x_t, t))
-    wanted, prior = torch.cat(terms), process.prior_term(IMAGE.double())
-    assert len(wanted.unique()) == 20 and prior > 0
+    expected, prior = torch.cat(terms), process.prior_term(IMAGE.double())
+    assert len(expected.unique()) == 20 and prior > 0
     for calls in (None, 20, 7, 6, 1):
         bound = bits_per_dimension(denoise, process, x0, rng, calls)
         assert bound.terms.shape == (Evenly.count, 20)
-        assert torch.allclose(bound.terms.mean(0), wanted, rtol=1e-5)
+        assert torch.allclose(bound.terms.mean(0), expected, rtol=1e-5)
         assert torch.allclose(bound.prior, prior)
         assert torch.allclose(bound.total, bound.prior + bound.terms.sum(1))
 

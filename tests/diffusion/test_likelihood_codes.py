@@ -10,9 +10,9 @@ from diffusion.likelihood import bits_per_code
 from diffusion.rng import Streams
 
 
-def near(found, wanted):
+def near(result, expected):
     """Within 4 standard errors of the mean of (B,) found."""
-    return abs(found.mean() - wanted) < 4 * found.std() / len(found) ** 0.5
+    return abs(result.mean() - expected) < 4 * result.std() / len(result) ** 0.5
 
 
 @pytest.mark.parametrize("steps", [1, 3, 16])
@@ -31,9 +31,9 @@ def test_the_bound_of_independent_codes_is_their_entropy(streams, steps, calls):
 
 @pytest.mark.parametrize("steps", [1, 2, 8])
 @pytest.mark.parametrize("calls", [None, 2])
-def test_equal_bits_cost_one_bit_and_another_where_one_step_reveals_both(equal_bits, streams, steps, calls):
+def test_equal_bits_cost_one_bit_plus_one_if_revealed_together(equal_bits, streams, steps, calls):
     n = 3000
-    bound = bits_per_code(equal_bits.denoise, AbsorbingDiffusion(2, steps), equal_bits.drawn(n), streams(n), calls)
+    bound = bits_per_code(equal_bits.denoise, AbsorbingDiffusion(2, steps), equal_bits.sample(n), streams(n), calls)
     if steps == 1:
         assert torch.allclose(bound.total, torch.ones(n))
     else:
@@ -45,12 +45,12 @@ def test_equal_bits_cost_one_bit_and_another_where_one_step_reveals_both(equal_b
 def test_the_bound_of_dependent_codes_is_that_of_enumeration(joint, schedule, streams, calls, denoiser):
     joint, steps, n = joint.under(schedule), 8, 1500
     denoise = getattr(joint, denoiser)
-    bound = bits_per_code(denoise, joint.process(steps), joint.drawn(n), streams(n), calls)
-    wanted = joint.bound(steps, denoise) / joint.count
-    assert bound.terms.shape == (n, steps) and near(bound.total, wanted)
-    assert wanted > joint.entropy / joint.count
+    bound = bits_per_code(denoise, joint.process(steps), joint.sample(n), streams(n), calls)
+    expected = joint.bound(steps, denoise) / joint.count
+    assert bound.terms.shape == (n, steps) and near(bound.total, expected)
+    assert expected > joint.entropy / joint.count
     if calls is None:
-        assert 4 * bound.total.std() / n**0.5 < 0.1 * wanted
+        assert 4 * bound.total.std() / n**0.5 < 0.1 * expected
         for i, term in enumerate(bound.terms.T, 1):
             assert near(term, joint.expected_loss(i / steps, steps=steps, denoise=denoise) / steps)
 
@@ -69,17 +69,17 @@ def test_in_continuous_time_the_bound_is_that_of_any_order(joint, schedule, stre
         told.append((t, masked))
         return denoise(x)
 
-    bound = bits_per_code(telling, joint.process(None), joint.drawn(n), streams(n), calls)
-    wanted = joint.any_order(denoise) / joint.count
-    assert near(bound.total, wanted) and 4 * bound.total.std() / n**0.5 < 0.12 * wanted
+    bound = bits_per_code(telling, joint.process(None), joint.sample(n), streams(n), calls)
+    expected = joint.any_order(denoise) / joint.count
+    assert near(bound.total, expected) and 4 * bound.total.std() / n**0.5 < 0.12 * expected
     assert bound.terms.shape == (n, joint.count) and len(told) == min(joint.count, calls or joint.count)
     if denoiser == "denoise":
-        assert wanted == pytest.approx(joint.entropy / joint.count)
+        assert expected == pytest.approx(joint.entropy / joint.count)
     else:
-        assert wanted > joint.entropy / joint.count + 0.02
+        assert expected > joint.entropy / joint.count + 0.02
     for t, masked in told:  # the time at which so many are masked
         assert masked.min() > 0
-        share = joint.process(None).masked(t.double())
+        share = joint.process(None).mask_prob(t.double())
         assert torch.allclose(share, masked.double() / joint.count, atol=1e-6)
 
 
@@ -91,9 +91,9 @@ def test_term_k_has_k_codes_masked_and_is_what_one_of_them_costs(joint, streams)
         places = places[places.sum(1) == k][:, None]
         x_t = torch.where(places, joint.codes, joint.grids[[1]])
         nll = -joint.mistaken(x_t).log_softmax(-1).gather(-1, joint.grids[[1]].expand(len(x_t), -1, -1)[..., None])
-        wanted = (nll[..., 0] * places).sum() / (k * len(x_t)) / math.log(2) / joint.count
-        found = bound.terms[:, k - 1]
-        assert near(found, wanted) or torch.allclose(found, wanted.float())
+        expected = (nll[..., 0] * places).sum() / (k * len(x_t)) / math.log(2) / joint.count
+        result = bound.terms[:, k - 1]
+        assert near(result, expected) or torch.allclose(result, expected.float())
 
 
 @pytest.mark.parametrize("steps", [4, None])

@@ -11,12 +11,12 @@ from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, cosine, discretized_log_likelihood, linear, with_zero_terminal_snr
 from diffusion.gaussian_solvers import SPACINGS
-from diffusion.likelihood import BIN, dequantized, flow_bits_per_dimension, motion, places
-from diffusion.process import like
+from diffusion.likelihood import BIN_WIDTH, dequantize, flow_bits_per_dimension, flow_points, flow_velocity
+from diffusion.process import append_dims
 from diffusion.rng import Streams
-from diffusion.solvers import solvers_of
+from diffusion.solvers import solvers_for
 from diffusion.types import Normal, Prediction
-from helpers.toy_gaussians import NORMAL, TWO, Circle, Mixture, slope
+from helpers.toy_gaussians import NORMAL, TWO, Circle, Mixture, convergence_order
 
 PROCESSES = {
     "edm": EDM(),
@@ -95,36 +95,36 @@ def x0():
 def test_the_likelihood_of_a_gaussian_is_met_at_second_order(process, turned, streams):
     data = Correlated(turned)
     x0 = data.draw(3)
-    truth, errors = data.bits(dequantized(x0, streams(3)), process), {}
+    truth, errors = data.bits(dequantize(x0, streams(3)), process), {}
     for steps in (20, 40, 80, 160):
-        found = flow_bits_per_dimension(data.denoiser(process), process, x0, streams(3), steps=steps, exact=True)
-        errors[steps] = (found.total - truth).abs().max().item()
-    assert slope(errors) == pytest.approx(2, abs=0.2) and errors[160] < 2e-3
+        result = flow_bits_per_dimension(data.denoiser(process), process, x0, streams(3), steps=steps, exact=True)
+        errors[steps] = (result.total - truth).abs().max().item()
+    assert convergence_order(errors) == pytest.approx(2, abs=0.2) and errors[160] < 2e-3
 
 
 @pytest.mark.parametrize("name", EMPTY_AT_START)
 def test_the_likelihood_of_a_mixture_is_met_at_second_order(name, streams):
     process, x0 = PROCESSES[name], TWO.draw(3, 1, 2, 2).clamp(-1, 1)
-    truth, errors = smoothed_bits(TWO, process, dequantized(x0, streams(3))), {}
+    truth, errors = smoothed_bits(TWO, process, dequantize(x0, streams(3))), {}
     for steps in (50, 100, 200):
-        found = flow_bits_per_dimension(TWO.denoiser(process), process, x0, streams(3), steps=steps, exact=True)
-        errors[steps] = (found.total - truth).abs().max().item()
-    assert slope(errors) == pytest.approx(2, abs=0.25) and errors[200] < 2e-3
+        result = flow_bits_per_dimension(TWO.denoiser(process), process, x0, streams(3), steps=steps, exact=True)
+        errors[steps] = (result.total - truth).abs().max().item()
+    assert convergence_order(errors) == pytest.approx(2, abs=0.25) and errors[200] < 2e-3
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_spacing_goes_from_the_least_noise_to_pure_noise(spacing, streams):
     process, data = Circle(), Correlated(False)
-    path = places(process, 40, spacing)
+    path = flow_points(process, 40, spacing)
     assert len(path) == 41 and (path[0].t, path[-1].t) == (process.end, process.start)
     assert all(a.along < b.along for a, b in zip(path[:-1], path[1:], strict=True))
-    x0, truth = data.draw(3), data.bits(dequantized(data.draw(3), streams(3)), process)
-    found = flow_bits_per_dimension(data.denoiser(process), process, x0, streams(3), steps=400, spacing=spacing)
-    assert (found.total - truth).abs().max() < 3e-3
+    x0, truth = data.draw(3), data.bits(dequantize(data.draw(3), streams(3)), process)
+    result = flow_bits_per_dimension(data.denoiser(process), process, x0, streams(3), steps=400, spacing=spacing)
+    assert (result.total - truth).abs().max() < 3e-3
 
 
 @every_process
-def test_the_bias_of_stopping_at_the_least_noise_is_the_blur_left_there(process, streams):
+def test_the_bias_of_stopping_at_end_is_the_remaining_blur(process, streams):
     """On average over data KL(p_0 || p_end), of variances v and v + (sigma / alpha)^2: second order in their ratio."""
     data, t = Correlated(False), torch.tensor(process.end)
     blur = (process.sigma(t) / process.alpha(t)) ** 2 / data.variances
@@ -135,9 +135,9 @@ def test_the_bias_of_stopping_at_the_least_noise_is_the_blur_left_there(process,
     bias = (data.bits(x, process) - data.bits(x)).mean().item()
     assert bias == pytest.approx(expected, abs=1e-4) and bias < 3e-3
     x0 = x.view(2, 1, 2, 2)
-    found = flow_bits_per_dimension(data.denoiser(process), process, x0, streams(2), steps=200)
-    truth = data.bits(dequantized(x0, streams(2)))  # knows neither end nor start
-    assert found.total.mean().item() == pytest.approx(truth.mean().item(), abs=2e-3)
+    result = flow_bits_per_dimension(data.denoiser(process), process, x0, streams(2), steps=200)
+    truth = data.bits(dequantize(x0, streams(2)))  # knows neither end nor start
+    assert result.total.mean().item() == pytest.approx(truth.mean().item(), abs=2e-3)
 
 
 # Bins
@@ -149,14 +149,14 @@ def test_uniform_images_have_eight_bits(streams):
     normal = torch.distributions.Normal(torch.zeros(()).double(), 1)
 
     def denoise(x, t):
-        sigma = like(process.sigma(t), x)
+        sigma = append_dims(process.sigma(t), x)
         low, high = (-c - x) / sigma, (c - x) / sigma
         pull = (normal.log_prob(low).exp() - normal.log_prob(high).exp()) / (normal.cdf(high) - normal.cdf(low))
         return Prediction(x + sigma * pull, -pull)
 
     x0 = (torch.tensor([3, 60, 128, 255 - 3]) / 127.5 - 1).view(1, 1, 2, 2).double()
-    found = flow_bits_per_dimension(denoise, process, x0, streams(1), steps=200, exact=True)
-    assert found.total.item() == pytest.approx(8, abs=1e-3)
+    result = flow_bits_per_dimension(denoise, process, x0, streams(1), steps=200, exact=True)
+    assert result.total.item() == pytest.approx(8, abs=1e-3)
 
 
 def test_the_mean_density_in_a_bin_times_its_width_is_its_mass(streams):
@@ -166,26 +166,26 @@ def test_the_mean_density_in_a_bin_times_its_width_is_its_mass(streams):
     level = torch.tensor(153 / 127.5 - 1).double()
     x0 = level.expand(1000, 1, 1, 1)
     mass = discretized_log_likelihood(level, Normal(torch.tensor(0.2).double(), 2 * spread.log())).exp()
-    found = flow_bits_per_dimension(data.denoiser(process), process, x0, streams(1000), steps=150)
-    masses = (-found.total).exp2()
+    result = flow_bits_per_dimension(data.denoiser(process), process, x0, streams(1000), steps=150)
+    masses = (-result.total).exp2()
     assert masses.mean().item() == pytest.approx(mass.item(), abs=4 * masses.std().item() / 1000**0.5 + 1e-3)
-    assert 2 ** -found.total.mean().item() < mass.item()  # Jensen: an upper bound on the bits
+    assert 2 ** -result.total.mean().item() < mass.item()  # Jensen: an upper bound on the bits
 
 
 def test_dequantized_numbers_fill_their_bins_and_no_more(streams):
     x0 = torch.full((2, 1, 100, 100), 0.5, dtype=torch.float64)
-    away = (dequantized(x0, streams(2)) - x0) * 127.5
-    assert BIN == 2 / 255 and away.abs().max() <= 0.5
+    away = (dequantize(x0, streams(2)) - x0) * 127.5
+    assert BIN_WIDTH == 2 / 255 and away.abs().max() <= 0.5
     assert away.mean().abs() < 0.01 and away.var().item() == pytest.approx(1 / 12, rel=0.03)
 
 
 @pytest.mark.parametrize("end, extra", [(0.001, 1.73), (0.002, 0.07), (0.005, 0.0)])
-def test_a_network_that_knows_the_levels_pays_for_points_between_them(end, extra, streams):
+def test_a_network_that_knows_the_levels_costs_bits_between_them(end, extra, streams):
     process = RectifiedFlow(end=end)
     levels = Mixture((1 / 256,) * 256, tuple(i / 127.5 - 1 for i in range(256)), 0.0)
     x0 = (torch.arange(50, 200, dtype=torch.float64) / 127.5 - 1).view(1, 1, 10, 15)
-    found = flow_bits_per_dimension(levels.denoiser(process), process, x0, streams(1), steps=200)
-    assert found.total.item() == pytest.approx(8 + extra, abs=0.1 if extra > 1 else 0.03)
+    result = flow_bits_per_dimension(levels.denoiser(process), process, x0, streams(1), steps=200)
+    assert result.total.item() == pytest.approx(8 + extra, abs=0.1 if extra > 1 else 0.03)
 
 
 # Hutchinson's estimate
@@ -194,14 +194,14 @@ def test_a_network_that_knows_the_levels_pays_for_points_between_them(end, extra
 @pytest.mark.parametrize("probes", [1, 3])
 def test_the_estimate_is_unbiased_and_more_probes_spread_less(probes, streams):
     data, process, count = Correlated(True), PROCESSES["cosine"], 3000
-    place, y = places(process, 10, "logsnr")[3], data.draw(1).expand(count, 1, 2, 2)
-    measure = partial(motion, data.denoiser(process), place)
+    point, y = flow_points(process, 10, "logsnr")[3], data.draw(1).expand(count, 1, 2, 2)
+    measure = partial(flow_velocity, data.denoiser(process), point)
     exact = measure(y[:1], streams(1), 1, True).divergence.item()
-    found = measure(y, streams(count), probes, False).divergence
-    error = found.std().item() / count**0.5
-    assert 0 < error and abs(found.mean().item() - exact) < 4 * error
+    result = measure(y, streams(count), probes, False).divergence
+    error = result.std().item() / count**0.5
+    assert 0 < error and abs(result.mean().item() - exact) < 4 * error
     one = measure(y, streams(count, 1), 1, False).divergence
-    assert (found.std() / one.std()).item() == pytest.approx(probes**-0.5, rel=0.1)
+    assert (result.std() / one.std()).item() == pytest.approx(probes**-0.5, rel=0.1)
 
 
 def test_the_estimated_total_is_the_exact_one_on_average(streams):
@@ -215,14 +215,16 @@ def test_the_estimated_total_is_the_exact_one_on_average(streams):
 
 def test_the_exact_divergence_is_the_trace_of_the_jacobian(streams):
     process = PROCESSES["flow"]
-    place, y = places(process, 10, "logsnr")[4], TWO.draw(2, 1, 2, 2)
+    point, y = flow_points(process, 10, "logsnr")[4], TWO.draw(2, 1, 2, 2)
 
     def velocity(y):
-        return motion(TWO.denoiser(process), place, y, streams(len(y)), 1, True).velocity
+        return flow_velocity(TWO.denoiser(process), point, y, streams(len(y)), 1, True).velocity
 
     shifted = torch.eye(4).double().view(4, 1, 2, 2) * 1e-5
     traces = [((velocity(each + shifted) - velocity(each - shifted)) / 2e-5).flatten(1).trace().item() for each in y]
-    assert motion(TWO.denoiser(process), place, y, streams(2), 1, True).divergence.tolist() == pytest.approx(traces)
+    assert flow_velocity(TWO.denoiser(process), point, y, streams(2), 1, True).divergence.tolist() == pytest.approx(
+        traces
+    )
 
 
 # What it must not change
@@ -242,16 +244,16 @@ def test_no_gradient_leaks_and_a_caller_may_be_without(x0, streams):
     process, network = PROCESSES["zero_terminal_snr"], nn.Conv2d(1, 1, 3, padding=1).double()
 
     def denoise(x, t):
-        return process.predict(network(x), x, t)
+        return process.to_prediction(network(x), x, t)
 
     x0.requires_grad_()
-    found = flow_bits_per_dimension(denoise, process, x0, streams(3), steps=3)
-    moves = motion(denoise, places(process, 3, "logsnr")[1], x0, streams(3), 1, False)
-    assert not any(part.requires_grad for part in (*found, *moves)) and torch.is_grad_enabled()
+    result = flow_bits_per_dimension(denoise, process, x0, streams(3), steps=3)
+    moves = flow_velocity(denoise, flow_points(process, 3, "logsnr")[1], x0, streams(3), 1, False)
+    assert not any(part.requires_grad for part in (*result, *moves)) and torch.is_grad_enabled()
     assert x0.grad is None and network.weight.grad is None and network.weight.requires_grad
     with torch.no_grad():
         network.requires_grad_(False)
-        assert torch.equal(flow_bits_per_dimension(denoise, process, x0, streams(3), steps=3).total, found.total)
+        assert torch.equal(flow_bits_per_dimension(denoise, process, x0, streams(3), steps=3).total, result.total)
         assert not torch.is_grad_enabled()
 
 
@@ -261,12 +263,12 @@ def test_precision_is_the_images_own(process, streams):
     x0 = data.draw(3)
     bits = partial(flow_bits_per_dimension, data.denoiser(process), process)
     for x in (x0, x0.float()):
-        found, truth = bits(x, streams(3), steps=160), data.bits(dequantized(x, streams(3)).double(), process)
-        assert all(part.dtype == x.dtype for part in found) and (found.total - truth).abs().max() < 5e-3
+        result, truth = bits(x, streams(3), steps=160), data.bits(dequantize(x, streams(3)).double(), process)
+        assert all(part.dtype == x.dtype for part in result) and (result.total - truth).abs().max() < 5e-3
     assert bits(x0.half(), streams(3), steps=2).total.dtype == torch.float32
 
 
-def test_it_asks_at_both_ends_of_each_step_from_end_to_start_and_is_no_solver(x0, streams):
+def test_both_ends_of_each_step_are_evaluated_from_end_to_start(x0, streams):
     asked, process = [], EDM()
 
     def denoise(x, t):
@@ -276,14 +278,16 @@ def test_it_asks_at_both_ends_of_each_step_from_end_to_start_and_is_no_solver(x0
 
     flow_bits_per_dimension(denoise, process, x0, streams(3), steps=3)
     assert asked[::5] == pytest.approx([0.002, 80]) and asked[1::2][:-1] == asked[2::2] and asked == sorted(asked)
-    assert not {"flow_bits_per_dimension", "motion"} & solvers_of(process).keys()
+    assert not {"flow_bits_per_dimension", "flow_velocity"} & solvers_for(process).keys()
 
 
 def test_nothing_is_left_on_another_device():
     y, rng = torch.zeros(2, 1, 4, 4, device="meta"), Streams([1, 2], "meta")  # no numbers, but a device
     for exact in (False, True):
-        moves = motion(lambda x, t: Prediction(x * t[0], x), places(EDM(), 5, "logsnr")[2], y, rng, 2, exact)
-        assert moves.velocity.device == moves.divergence.device == dequantized(y, rng).device == y.device
+        moves = flow_velocity(
+            lambda x, t: Prediction(x * t[0], x), flow_points(EDM(), 5, "logsnr")[2], y, rng, 2, exact
+        )
+        assert moves.velocity.device == moves.divergence.device == dequantize(y, rng).device == y.device
 
 
 @pytest.mark.parametrize(

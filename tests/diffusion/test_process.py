@@ -8,7 +8,7 @@ import torch
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, cosine, linear, with_zero_terminal_snr
-from diffusion.process import full, like, weighted
+from diffusion.process import append_dims, apply_loss_weight, upcast
 from diffusion.types import Prediction
 from helpers.toy_gaussians import NORMAL, TWO, Circle
 
@@ -78,13 +78,13 @@ def test_the_last_step_gives_the_predicted_data(process):
 @every_process
 def test_the_reverse_kernel_draws_with_its_mean_and_variance(process, streams):
     t, s = ends(process, 0.5, 0.3)
-    x_t, said = torch.full((1, 1, 100, 100), 0.3), Prediction(torch.full((1, 1, 100, 100), 0.9), torch.zeros(()))
-    mean, log_variance = process.reverse_kernel(x_t, said, t, s)
-    x_s = process.reverse(x_t, said, t, s, streams(1))
+    x_t, pred = torch.full((1, 1, 100, 100), 0.3), Prediction(torch.full((1, 1, 100, 100), 0.9), torch.zeros(()))
+    mean, log_variance = process.reverse_kernel(x_t, pred, t, s)
+    x_s = process.reverse(x_t, pred, t, s, streams(1))
     deviation = (0.5 * log_variance).exp().item()
     assert x_s.mean().item() == pytest.approx(mean[0, 0, 0, 0].item(), abs=0.05 * deviation)
     assert x_s.std().item() == pytest.approx(deviation, rel=0.03)
-    assert torch.equal(process.reverse(x_t, said, t, 0 * s, streams(1)), process.posterior_mean(said.x0, x_t, t, 0 * s))
+    assert torch.equal(process.reverse(x_t, pred, t, 0 * s, streams(1)), process.posterior_mean(pred.x0, x_t, t, 0 * s))
 
 
 @every_process
@@ -99,9 +99,9 @@ def test_times_may_be_one_per_example_or_one_for_all(process):
 
 
 @every_process
-def test_time_is_found_again_from_the_signal_to_noise_ratio(process):
+def test_t_from_half_logsnr_inverts_half_logsnr(process):
     t = torch.tensor([0.003, 0.1, 0.5, 0.97], dtype=torch.float64) * process.start
-    assert torch.allclose(process.time_at(process.half_logsnr(t)), t, rtol=1e-3, atol=1e-9)
+    assert torch.allclose(process.t_from_half_logsnr(process.half_logsnr(t)), t, rtol=1e-3, atol=1e-9)
 
 
 @every_process
@@ -109,19 +109,19 @@ def test_time_is_found_again_from_the_signal_to_noise_ratio(process):
 def test_data_and_noise_of_a_prediction_make_up_x_t(process, data):
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 3, 3)
     t = torch.tensor([0.4 * process.start])
-    said = data.denoiser(process)(x, t)
-    assert torch.allclose(process.corrupt(said.x0, t, said.eps), x)  # of the tests' perfect denoiser, too
-    other = process.with_x0(said, said.x0 + 0.1, x, t)
-    assert torch.allclose(process.corrupt(other.x0, t, other.eps), x) and torch.equal(other.x0, said.x0 + 0.1)
+    pred = data.denoiser(process)(x, t)
+    assert torch.allclose(process.corrupt(pred.x0, t, pred.eps), x)  # of the tests' perfect denoiser, too
+    other = process.with_x0(pred, pred.x0 + 0.1, x, t)
+    assert torch.allclose(process.corrupt(other.x0, t, other.eps), x) and torch.equal(other.x0, pred.x0 + 0.1)
 
 
 def test_coefficients_take_the_type_of_what_they_meet():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         x = torch.ones(2, 3, 4, 4, dtype=dtype)
-        assert like(torch.ones(2, dtype=torch.float64), x).dtype == dtype
+        assert append_dims(torch.ones(2, dtype=torch.float64), x).dtype == dtype
         assert PROCESSES["linear"].corrupt(x, torch.tensor([0.5, 1]), x).dtype == dtype
-    assert full(torch.ones(1, dtype=torch.bfloat16)).dtype == torch.float32
-    assert full(torch.ones(1, dtype=torch.float64)).dtype == torch.float64
+    assert upcast(torch.ones(1, dtype=torch.bfloat16)).dtype == torch.float32
+    assert upcast(torch.ones(1, dtype=torch.float64)).dtype == torch.float64
 
 
 @every_process
@@ -134,17 +134,17 @@ def test_noise_to_begin_with_has_the_size_of_pure_noise(process, streams):
 
 
 @pytest.mark.parametrize("process", [RectifiedFlow(), RectifiedFlow(shift=3.0), EDM()])
-def test_a_perfect_output_has_no_loss_and_gives_back_data_and_noise(process):
+def test_a_perfect_output_has_no_loss_and_returns_x0_and_eps(process):
     x0, noise = torch.randn(2, 4, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t = torch.tensor([0.01, 0.3, 0.7, 1.0]) * process.start
     x_t = process.corrupt(x0, t, noise)
     if isinstance(process, RectifiedFlow):
         output = noise - x0
     else:
-        sigma, data = like(process.sigma(t), x0), process.sigma_data
+        sigma, data = append_dims(process.sigma(t), x0), process.sigma_data
         output = (x0 - x_t * data**2 / (sigma**2 + data**2)) * (sigma**2 + data**2) ** 0.5 / (sigma * data)
-    said = process.predict(output, x_t, t)
-    assert torch.allclose(said.x0, x0) and torch.allclose(said.eps, noise)
+    pred = process.to_prediction(output, x_t, t)
+    assert torch.allclose(pred.x0, x0) and torch.allclose(pred.eps, noise)
     assert torch.allclose(
         process.loss(output, x0, noise, t).per_example, torch.zeros(4, dtype=torch.float64), atol=1e-20
     )
@@ -154,14 +154,14 @@ def test_a_perfect_output_has_no_loss_and_gives_back_data_and_noise(process):
     assert torch.allclose(masked.per_example, wrong.per_example)
 
 
-def test_edm_shows_the_network_unit_variance_and_asks_unit_variance():
+def test_edm_network_input_and_target_have_unit_variance():
     process, t = EDM(sigma_data=0.5), torch.tensor([0.01, 0.5, 20.0])
     x0, noise = torch.randn(2, 3, 1, 200, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x_t = process.corrupt(0.5 * x0, t, noise)
     assert torch.allclose(
         process.network_input(x_t, t).flatten(1).std(1), torch.ones(3, dtype=torch.float64), rtol=0.02
     )
-    zero, one = (process.predict(torch.full_like(x_t, v), x_t, t).x0 for v in (0.0, 1.0))
+    zero, one = (process.to_prediction(torch.full_like(x_t, v), x_t, t).x0 for v in (0.0, 1.0))
     target = (0.5 * x0 - zero) / (one - zero)
     assert torch.allclose(target.flatten(1).std(1), torch.ones(3, dtype=torch.float64), rtol=0.02)
     assert process.network_time(t)[1].item() == pytest.approx(math.log(0.5) / 4)
@@ -170,7 +170,7 @@ def test_edm_shows_the_network_unit_variance_and_asks_unit_variance():
 def test_training_times_of_edm_and_flow(streams):
     log = EDM().times(streams(4000)).log()
     assert log.mean().item() == pytest.approx(-1.2, abs=0.1) and log.std().item() == pytest.approx(1.2, rel=0.05)
-    t = RectifiedFlow(mean=0.5, deviation=0.7).times(streams(4000))
+    t = RectifiedFlow(mean=0.5, std=0.7).times(streams(4000))
     logit = t.logit()
     assert logit.mean().item() == pytest.approx(0.5, abs=0.06) and logit.std().item() == pytest.approx(0.7, rel=0.05)
     for process in (EDM(), RectifiedFlow()):
@@ -189,11 +189,11 @@ def test_a_shift_moves_flow_towards_noise():
 def test_a_weight_of_each_example_place_or_number(shape):
     losses, weight = torch.rand(3, 3, 4, 4), torch.rand(shape)
     whole = weight.view(3, 1, 1, 1) if len(shape) == 1 else weight.unsqueeze(1) if len(shape) == 3 else weight
-    assert torch.equal(weighted(losses, weight), losses * whole)
+    assert torch.equal(apply_loss_weight(losses, weight), losses * whole)
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 1), (4, 1, 4, 4), (3, 2, 4, 4), (4, 4)])
 def test_a_weight_that_would_meet_other_axes_is_refused(shape):
     for losses in (torch.rand(3, 3, 4, 4), torch.rand(3, 4, 4)):
         with pytest.raises(ValueError, match="got a loss_weight"):
-            weighted(losses, torch.rand(shape))
+            apply_loss_weight(losses, torch.rand(shape))

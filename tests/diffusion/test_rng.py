@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusion.rng import Streams, drawn, seed_of
+from diffusion.rng import Streams, sample_categorical, seed_of
 
 
 class Fixed(Streams):
@@ -51,12 +51,12 @@ def test_categorical_draws_follow_the_softmax(p_value):
 
 
 def test_each_position_is_drawn_from_its_own_logits():
-    wanted = torch.randint(0, 6, (2, 3, 4), generator=torch.Generator().manual_seed(0))
-    certain = torch.nn.functional.one_hot(wanted, 6).float().log()
-    assert torch.equal(Streams([0, 1]).categorical(certain), wanted)
+    expected = torch.randint(0, 6, (2, 3, 4), generator=torch.Generator().manual_seed(0))
+    certain = torch.nn.functional.one_hot(expected, 6).float().log()
+    assert torch.equal(Streams([0, 1]).categorical(certain), expected)
 
 
-def test_a_rare_class_owns_exactly_its_share_of_the_unit_interval():
+def test_a_rare_class_has_exactly_its_share_of_the_interval():
     logits = torch.tensor([0.5, 1e-9, 0.5], dtype=torch.float64).log()
     u = torch.tensor([0.0, 0.5 - 1e-9, 0.5 + 1e-11, 0.5 + 4.9e-10, 0.5 + 1e-9, 1 - 2**-53], dtype=torch.float64)
     assert Fixed(u).categorical(logits.expand(6, 3)).tolist() == [0, 0, 1, 1, 2, 2]
@@ -87,21 +87,23 @@ def test_logits_need_not_be_normalised_and_may_be_half_precision():
         assert rng.categorical(same) == 0
 
 
-def test_the_streams_of_some_examples_go_on_where_they_are_and_others_stand_still():
+def test_selected_streams_share_state_and_others_stand_still():
     rng, alone = Streams([1, 2, 3]), Streams([3])
-    assert torch.equal(rng.of([2, 0]).uniform((2, 4))[:1], alone.uniform((1, 4)))
+    assert torch.equal(rng.select([2, 0]).uniform((2, 4))[:1], alone.uniform((1, 4)))
     assert torch.equal(rng.uniform((3, 4))[2:], alone.uniform((1, 4)))  # the stream itself went on
-    assert torch.equal(rng.of([1]).uniform((1, 4)), Streams([2]).uniform((1, 8))[:, 4:])
-    assert len(rng.of([])) == 0 and rng.of([1]).device == rng.device
+    assert torch.equal(rng.select([1]).uniform((1, 4)), Streams([2]).uniform((1, 8))[:, 4:])
+    assert len(rng.select([])) == 0 and rng.select([1]).device == rng.device
 
 
-def test_draws_by_given_numbers_go_along_the_cumulative_distribution():
+def test_sample_categorical_inverts_the_cdf():
     logits = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]).log()
     u = torch.tensor([[0.0, 0.49, 0.51, 0.74, 0.76], [0.05, 0.15, 0.21, 0.5, 0.999]], dtype=torch.float64)
-    assert drawn(logits[:, None].expand(2, 5, 3), u).tolist() == [[0, 0, 1, 1, 2], [0, 1, 2, 2, 2]]
-    assert drawn(torch.zeros(0, 3), torch.zeros(0)).shape == (0,)
+    assert sample_categorical(logits[:, None].expand(2, 5, 3), u).tolist() == [[0, 0, 1, 1, 2], [0, 1, 2, 2, 2]]
+    assert sample_categorical(torch.zeros(0, 3), torch.zeros(0)).shape == (0,)
     rng = Streams([5])
-    assert torch.equal(Streams([5]).categorical(logits[None]), drawn(logits[None], rng.uniform((1, 2), torch.float64)))
+    assert torch.equal(
+        Streams([5]).categorical(logits[None]), sample_categorical(logits[None], rng.uniform((1, 2), torch.float64))
+    )
 
 
 @pytest.mark.parametrize("verb", ["uniform", "normal", "categorical"])
@@ -111,7 +113,7 @@ def test_a_batch_of_another_size_is_refused(verb):
         getattr(Streams([1, 2]), verb)(argument)
 
 
-def test_seeds_of_different_words_differ_and_of_equal_words_do_not():
+def test_seeds_differ_only_if_their_words_do():
     words = [(seed, purpose, i) for seed in range(10) for purpose in ("mask", "noise") for i in range(100)]
     seeds = {seed_of(*w) for w in words}
     assert len(seeds) == len(words) and all(0 <= seed < 2**63 for seed in seeds)

@@ -14,7 +14,7 @@ from diffusion import (
     denoiser,
     sample,
     seed_of,
-    solvers_of,
+    solvers_for,
 )
 from diffusion.gaussian_solvers import step_times
 
@@ -48,7 +48,7 @@ def network_of(name):
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_every_solver_draws(name):
-    for each in solvers_of(PROCESSES[name]):
+    for each in solvers_for(PROCESSES[name]):
         x = sample(network_of(name), PROCESSES[name], SHAPES[name], solver=each, steps=None if each[0] == "f" else 5)
         assert x.shape == SHAPES[name] and torch.isfinite(x.float()).all()
         if name == "absorbing":
@@ -66,7 +66,7 @@ def test_it_is_the_solver_called_by_hand(name):
     rng = Streams([seed_of(4, "sample", i) for i in range(3)])
     x = process.prior(shape, rng)
     times = step_times(process, 6, "karras" if name == "edm" else "uniform")
-    by_hand = solvers_of(process)["ddim"].solve(denoiser(Network(), process), process, x, times, rng=rng, eta=0.5)
+    by_hand = solvers_for(process)["ddim"].solve(denoiser(Network(), process), process, x, times, rng=rng, eta=0.5)
     in_one = sample(Network(), process, shape, solver="ddim", steps=6, seed=4, eta=0.5, clip=False)
     assert torch.equal(in_one, by_hand)
 

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import ancestral
-from diffusion.drawing import Drawing
+from diffusion.drawing import LogitsWarper
 from diffusion.rng import Streams
-from diffusion.solvers import solver, solvers_of
-from helpers.solving import in_steps
+from diffusion.solvers import get_solver, solvers_for
+from helpers.solving import solve_in_steps
 
 PROCESS = AbsorbingDiffusion(3)
-SOLVERS = solvers_of(PROCESS)
+SOLVERS = solvers_for(PROCESS)
 NAMES = ["ancestral", "confidence", "discrete", "first_hitting", "halton", "remask"]
 
 
@@ -34,16 +34,16 @@ def some_known(*shape, seed=0):
 
 def test_the_solvers_are_found_by_name():
     assert sorted(SOLVERS) == NAMES
-    assert solver(PROCESS, "ancestral").solve is ancestral
+    assert get_solver(PROCESS, "ancestral").solve is ancestral
 
 
 def test_an_unknown_solver_is_refused_with_the_names():
     with pytest.raises(ValueError, match="'ddim' for AbsorbingDiffusion; there are: .*ancestral.*first_hitting"):
-        solver(PROCESS, "ddim")
+        get_solver(PROCESS, "ddim")
 
 
 def test_solvers_of_another_process_are_not_offered():
-    assert solvers_of("no process") == {}
+    assert solvers_for("no process") == {}
 
 
 # What every solver promises. It is asked for one step per code, which every solver can do
@@ -53,7 +53,7 @@ def test_solvers_of_another_process_are_not_offered():
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 64])
 def test_no_mask_is_left(name, schedule, steps, streams):
     process = AbsorbingDiffusion(3, schedule=schedule)
-    x = in_steps(SOLVERS[name].solve, flat, process, masks(2, 1, steps), steps=steps, rng=streams(2))
+    x = solve_in_steps(SOLVERS[name].solve, flat, process, masks(2, 1, steps), steps=steps, rng=streams(2))
     assert x.shape == (2, 1, steps) and x.min() >= 0 and x.max() < 3
 
 
@@ -61,7 +61,7 @@ def test_no_mask_is_left(name, schedule, steps, streams):
 @pytest.mark.parametrize("steps", [1, 2, 5, 40])
 def test_no_mask_is_left_whatever_the_steps(name, schedule, steps, streams):
     process, x = AbsorbingDiffusion(3, schedule=schedule), torch.cat([masks(1, 3, 4), some_known(3, 3, 4)])
-    out = in_steps(SOLVERS[name].solve, flat, process, x, steps=steps, rng=streams(4))
+    out = solve_in_steps(SOLVERS[name].solve, flat, process, x, steps=steps, rng=streams(4))
     assert (out < 3).all() and torch.equal(out[x < 3], x[x < 3])
 
 
@@ -74,16 +74,16 @@ def test_given_codes_are_kept_at_every_step(name, streams):
         return x_s
 
     settings = {"remasking": "cap", "remask_eta": 1.0} if name == "remask" else {}
-    plain = in_steps(SOLVERS[name].solve, flat, PROCESS, x, steps=12, rng=streams(8), **settings)
+    plain = solve_in_steps(SOLVERS[name].solve, flat, PROCESS, x, steps=12, rng=streams(8), **settings)
     assert torch.equal(plain[x < 3], x[x < 3]) and (plain < 3).all()
-    in_steps(SOLVERS[name].solve, flat, PROCESS, x, steps=12, rng=streams(8), on_step=on_step, **settings)
+    solve_in_steps(SOLVERS[name].solve, flat, PROCESS, x, steps=12, rng=streams(8), on_step=on_step, **settings)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_canvas_that_was_given_is_not_written_to(name, streams):
     x = some_known(2, 3, 4)
     before = x.clone()
-    in_steps(SOLVERS[name].solve, flat, PROCESS, x, steps=12, rng=streams(2))
+    solve_in_steps(SOLVERS[name].solve, flat, PROCESS, x, steps=12, rng=streams(2))
     assert torch.equal(x, before)
 
 
@@ -91,16 +91,16 @@ def test_the_canvas_that_was_given_is_not_written_to(name, streams):
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_codes_are_drawn_from_the_tempered_logits(name, temperature, streams, p_value):
     logits, n = torch.tensor([2.0, 1.0, 0.0, -1.0]), 3000
-    x = in_steps(
+    x = solve_in_steps(
         SOLVERS[name].solve, lambda x, t, rows=None: logits.expand(*x.shape, 4), AbsorbingDiffusion(4),
-        torch.full((n, 1, 1), 4), steps=1, rng=streams(n), drawing=Drawing(temperature=temperature),
+        torch.full((n, 1, 1), 4), steps=1, rng=streams(n), warper=LogitsWarper(temperature=temperature),
     ).flatten()  # fmt: skip
     assert p_value(x, F.softmax(logits / temperature, 0)) > 1e-4
     assert p_value(x, F.softmax(logits * temperature, 0)) < 1e-6
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_solver_can_be_watched_and_corrected(name, streams):
+def test_on_step_sees_and_may_change_x(name, streams):
     seen = []
 
     def on_step(i, t, s, x, logits):
@@ -112,19 +112,19 @@ def test_a_solver_can_be_watched_and_corrected(name, streams):
         assert not seen or (x[:, :, 1] == 2).all()
         return flat(x, t)
 
-    x = in_steps(SOLVERS[name].solve, denoise, PROCESS, masks(2, 1, 4), steps=4, rng=streams(2), on_step=on_step)
+    x = solve_in_steps(SOLVERS[name].solve, denoise, PROCESS, masks(2, 1, 4), steps=4, rng=streams(2), on_step=on_step)
     assert seen == [(0, 1, 0.75), (1, 0.75, 0.5), (2, 0.5, 0.25), (3, 0.25, 0)]
     assert (x[:, :, 1] == 2).all() and (x < 3).all()
 
 
 @pytest.mark.parametrize("name", ["confidence", "discrete", "remask"])
-def test_what_a_watcher_masks_again_is_drawn_again(name, streams):
+def test_codes_masked_by_on_step_are_sampled_again(name, streams):
     """These look at what is masked, not at a plan."""
 
     def on_step(i, t, s, x, logits):
         return masks(2, 1, 4) if i == 1 else x
 
-    x = in_steps(SOLVERS[name].solve, flat, PROCESS, masks(2, 1, 4), steps=4, rng=streams(2), on_step=on_step)
+    x = solve_in_steps(SOLVERS[name].solve, flat, PROCESS, masks(2, 1, 4), steps=4, rng=streams(2), on_step=on_step)
     assert (x < 3).all()
 
 
@@ -133,12 +133,14 @@ def test_an_image_does_not_depend_on_its_batch(name):
     x = torch.cat([masks(1, 2, 3), some_known(2, 2, 3)])
 
     def draw(rows):
-        return in_steps(SOLVERS[name].solve, flat, PROCESS, x[rows], steps=6, rng=Streams([5 + row for row in rows]))
+        return solve_in_steps(
+            SOLVERS[name].solve, flat, PROCESS, x[rows], steps=6, rng=Streams([5 + row for row in rows])
+        )
 
     together = draw([0, 1, 2])
     assert all(torch.equal(together[[row]], draw([row])) for row in range(3))
     assert torch.equal(together[[2, 0]], draw([2, 0]))
-    alike = in_steps(SOLVERS[name].solve, flat, PROCESS, masks(2, 2, 3), steps=6, rng=Streams([1, 2]))
+    alike = solve_in_steps(SOLVERS[name].solve, flat, PROCESS, masks(2, 2, 3), steps=6, rng=Streams([1, 2]))
     assert not torch.equal(alike[0], alike[1])
 
 
@@ -146,19 +148,19 @@ def test_an_image_does_not_depend_on_its_batch(name):
 @pytest.mark.parametrize("steps", [0, -1])
 def test_wrong_steps_are_refused(name, steps, streams):
     with pytest.raises(ValueError, match=f"got {steps}.*--sample_steps"):
-        in_steps(SOLVERS[name].solve, flat, PROCESS, masks(1, 1, 2), rng=streams(1), steps=steps)
+        solve_in_steps(SOLVERS[name].solve, flat, PROCESS, masks(1, 1, 2), rng=streams(1), steps=steps)
 
 
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name != "first_hitting"])
 def test_in_continuous_time_steps_must_be_given(name, streams):
     with pytest.raises(ValueError, match="got None sampling steps, wanted at least 1: pass --sample_steps"):
-        in_steps(SOLVERS[name].solve, flat, AbsorbingDiffusion(3, None), masks(1, 1, 2), rng=streams(1))
+        solve_in_steps(SOLVERS[name].solve, flat, AbsorbingDiffusion(3, None), masks(1, 1, 2), rng=streams(1))
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_steps_left_out_are_those_of_the_process(name, streams):
     seen, process = [], AbsorbingDiffusion(3, steps=6)
-    in_steps(
+    solve_in_steps(
         SOLVERS[name].solve,
         flat,
         process,

@@ -16,12 +16,12 @@ from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, cosine
 from diffusion.process import ContinuousProcess, DiscreteProcess
 from diffusion.rng import Streams
-from diffusion.solvers import Solver, SolverOptions, all_solvers, options_of, solvers_of
+from diffusion.solvers import Solver, SolverOptions, all_solvers, solver_options_for, solvers_for
 from diffusion.types import Prediction
 from experiments.playground import make_controls
-from helpers.solving import in_steps
+from helpers.solving import solve_in_steps
 from train.cli import parse as cli
-from train.samplers import absorbing, chosen_solver
+from train.samplers import absorbing, select_solver
 
 ENTRIES = {f"{entry.process.__name__}-{entry.name}": entry for entry in all_solvers()}
 PROCESSES = [
@@ -49,7 +49,7 @@ def test_options_of_an_entry_are_keywords_of_its_solver(entry):
     assert list(parameters)[:4] == ["denoise", "process", "x", "times"]
     keywords = {name for name, each in parameters.items() if each.kind is inspect.Parameter.KEYWORD_ONLY}
     of_codes = not issubclass(entry.process, ContinuousProcess)
-    assert keywords == {"rng", "on_step", *entry.option_names} | ({"drawing"} if of_codes else set())
+    assert keywords == {"rng", "on_step", *entry.option_names} | ({"warper"} if of_codes else set())
     assert issubclass(entry.options, SolverOptions) and is_dataclass(entry.options)
     assert all(field.default is None for field in fields(entry.options))  # which leaves it to the solver
     assert entry.solve.__doc__
@@ -61,7 +61,7 @@ def test_an_entry_runs_by_its_own_number_of_steps(entry):
     for process in solved_by(entry):
         shape = (2, 1, 2, 2) if isinstance(process, ContinuousProcess) else (2, 2, 2)
         x = process.prior(shape, Streams([0, 1]))
-        made = in_steps(entry.solve, denoiser(process), process, x, rng=Streams([2, 3]))
+        made = solve_in_steps(entry.solve, denoiser(process), process, x, rng=Streams([2, 3]))
         assert made.shape == x.shape and made.isfinite().all()
         if not isinstance(process, ContinuousProcess):
             assert (made < process.codes).all()
@@ -73,7 +73,7 @@ def test_a_solver_that_leaves_no_choice_of_steps_says_so(entry):
         assert entry.steps(process, 12) == 12
         x = process.prior((1, 2, 2), Streams([0]))
         with pytest.raises(ValueError, match=f"{entry.name} takes 4 steps on this grid, got 3"):
-            in_steps(entry.solve, denoiser(process), process, x, steps=3, rng=Streams([0]))
+            solve_in_steps(entry.solve, denoiser(process), process, x, steps=3, rng=Streams([0]))
 
 
 def test_a_name_that_is_used_twice_for_one_process_is_refused(monkeypatch):
@@ -83,8 +83,8 @@ def test_a_name_that_is_used_twice_for_one_process_is_refused(monkeypatch):
     double = (*all_solvers(), Solver(ancestral, DiscreteProcess))
     monkeypatch.setattr("diffusion.solvers.all_solvers", lambda: iter(double))
     with pytest.raises(ValueError, match="have solvers ancestral of AbsorbingDiffusion: rename one"):
-        solvers_of(AbsorbingDiffusion(2))
-    assert "raster" in solvers_of(Autoregression(2))
+        solvers_for(AbsorbingDiffusion(2))
+    assert "raster" in solvers_for(Autoregression(2))
 
 
 def test_an_option_that_two_classes_have_is_refused(monkeypatch):
@@ -98,8 +98,8 @@ def test_an_option_that_two_classes_have_is_refused(monkeypatch):
     double = (*all_solvers(), Solver(mine, ContinuousProcess, Mine))
     monkeypatch.setattr("diffusion.solvers.all_solvers", lambda: iter(double))
     with pytest.raises(ValueError, match="EtaOptions and Mine have an option eta"):
-        options_of(ContinuousProcess)
-    assert len(options_of(AbsorbingDiffusion)) == 2
+        solver_options_for(ContinuousProcess)
+    assert len(solver_options_for(AbsorbingDiffusion)) == 2
 
 
 MINE = '''
@@ -157,6 +157,6 @@ def test_a_solver_with_an_option_is_one_file(with_mine, capsys):
         cli.parse_arguments(with_mine.Sampling, ["--help"], default=with_mine.Sampling())
     assert "the code that is drawn everywhere" in " ".join(capsys.readouterr().out.replace("│", " ").split())
     with pytest.raises(ValueError, match="got constant_code 3 for solver ancestral, which has none: leave --const"):
-        chosen_solver(built.process, with_mine.Sampling(constant_code=3))
+        select_solver(built.process, with_mine.Sampling(constant_code=3))
     assert options.with_solver("ancestral").constant_code is None  # it goes with its solver
-    assert built.sampling_process(chosen_solver(built.process, options)[0], options).schedule == "square"
+    assert built.sampling_process(select_solver(built.process, options)[0], options).schedule == "square"

@@ -7,13 +7,13 @@ from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, cosine
 from diffusion.rng import Streams
-from diffusion.timesteps import LossSecondMoment, low_discrepancy, uniform
+from diffusion.timesteps import LossSecondMoment, low_discrepancy_times, uniform_times
 
 PROCESS = GaussianDiffusion(cosine(8))
 LOSS = torch.tensor([9.0, 4, 1, 1, 0.5, 0.5, 0.2, 0.1])  # of t = 1/8, ..., 1
 
 
-def filled(**options):
+def filled_resampler(**options):
     resampler = LossSecondMoment(PROCESS, **options)
     for _ in range(10):
         resampler.update(torch.arange(1, 9) / 8, LOSS)
@@ -21,8 +21,8 @@ def filled(**options):
 
 
 @pytest.mark.parametrize("process", [PROCESS, AbsorbingDiffusion(3, None)])
-def test_uniform_times_are_the_process_s_own(streams, process):
-    t, weight = uniform(process, streams(100))
+def test_uniform_times_are_those_of_the_process(streams, process):
+    t, weight = uniform_times(process, streams(100))
     assert torch.equal(t, process.times(streams(100))) and torch.equal(weight, torch.ones(100))
 
 
@@ -30,8 +30,8 @@ def test_uniform_times_are_the_process_s_own(streams, process):
 
 
 @pytest.mark.parametrize("process", [PROCESS, RectifiedFlow()])
-def test_a_batch_of_low_discrepancy_is_spread_over_all_times_evenly(process):
-    t, weight = low_discrepancy(process, Streams([3]), 64)
+def test_low_discrepancy_times_cover_all_times_evenly(process):
+    t, weight = low_discrepancy_times(process, Streams([3]), 64)
     levels = process.quantile(torch.arange(9) / 8)
     if process is PROCESS:
         assert (8 * t).round().long().bincount(minlength=9).tolist() == [0] + [8] * 8
@@ -41,19 +41,19 @@ def test_a_batch_of_low_discrepancy_is_spread_over_all_times_evenly(process):
     assert torch.equal(weight, torch.ones(64))
 
 
-def test_each_place_of_a_low_discrepancy_batch_is_uniform_over_batches(p_value):
-    t = torch.stack([low_discrepancy(PROCESS, Streams([seed]), 3).t for seed in range(3000)])
+def test_each_low_discrepancy_time_is_uniform_over_batches(p_value):
+    t = torch.stack([low_discrepancy_times(PROCESS, Streams([seed]), 3).t for seed in range(3000)])
     for place in range(3):
         assert p_value((8 * t[:, place]).round().long() - 1, torch.full((8,), 1 / 8)) > 1e-4
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_low_discrepancy_times_of_the_absorbing_process_are_spread_over_its_own(p_value, schedule):
+def test_low_discrepancy_times_of_the_absorbing_process(p_value, schedule):
     """Uniform in t, whatever the schedule; in continuous time above 0, and one in each of as many equal parts."""
     stepwise, continuous = AbsorbingDiffusion(2, 8, schedule), AbsorbingDiffusion(2, None, schedule)
-    t = low_discrepancy(stepwise, Streams([3]), 64).t
+    t = low_discrepancy_times(stepwise, Streams([3]), 64).t
     assert (8 * t).long().bincount(minlength=9).tolist() == [0] + [8] * 8 and torch.equal(8 * t, (8 * t).round())
-    batches = torch.stack([low_discrepancy(continuous, Streams([seed]), 20).t for seed in range(500)])
+    batches = torch.stack([low_discrepancy_times(continuous, Streams([seed]), 20).t for seed in range(500)])
     assert 0 < batches.min() and batches.max() <= 1
     gaps = batches.sort(1).values.diff(dim=1)
     assert torch.allclose(gaps, torch.tensor(1 / 20), atol=1e-6)
@@ -61,22 +61,22 @@ def test_low_discrepancy_times_of_the_absorbing_process_are_spread_over_its_own(
         assert p_value((batches[:, place] * 10).ceil().long() - 1, torch.full((10,), 0.1)) > 1e-4
 
 
-def test_low_discrepancy_times_do_not_depend_on_how_many_processes_share_the_batch():
-    whole = low_discrepancy(PROCESS, Streams([5]), 6).t
-    parts = [low_discrepancy(PROCESS, Streams([5]), 2, first, 6).t for first in (0, 2, 4)]
+def test_low_discrepancy_times_do_not_depend_on_the_world_size():
+    whole = low_discrepancy_times(PROCESS, Streams([5]), 6).t
+    parts = [low_discrepancy_times(PROCESS, Streams([5]), 2, first, 6).t for first in (0, 2, 4)]
     assert torch.equal(torch.cat(parts), whole)
-    assert not torch.equal(low_discrepancy(PROCESS, Streams([6]), 6).t, whole)
+    assert not torch.equal(low_discrepancy_times(PROCESS, Streams([6]), 6).t, whole)
 
 
 def test_low_discrepancy_wants_one_stream_for_the_batch():
     with pytest.raises(ValueError, match="got 4 streams, wanted one"):
-        low_discrepancy(PROCESS, Streams([0, 1, 2, 3]), 4)
+        low_discrepancy_times(PROCESS, Streams([0, 1, 2, 3]), 4)
 
 
 # Times by the size of their loss
 
 
-def test_the_resampler_is_uniform_until_it_has_ten_losses_of_every_time(streams):
+def test_the_resampler_is_uniform_until_its_history_is_full(streams):
     resampler = LossSecondMoment(PROCESS)
     for i in range(10):
         assert torch.equal(resampler.probabilities(), torch.full((8,), 1 / 8, dtype=torch.float64))
@@ -86,8 +86,8 @@ def test_the_resampler_is_uniform_until_it_has_ten_losses_of_every_time(streams)
     assert resampler.probabilities()[0] > 0.5
 
 
-def test_the_resampler_draws_in_proportion_to_the_root_of_the_mean_square(streams, p_value):
-    resampler = filled()
+def test_the_resampler_samples_in_proportion_to_the_rms_loss(streams, p_value):
+    resampler = filled_resampler()
     resampler.update(torch.tensor([1 / 8] * 5), torch.zeros(5))  # half of its ten
     size = LOSS.double() * torch.tensor([0.5**0.5, 1, 1, 1, 1, 1, 1, 1])
     expected = 0.999 * size / size.sum() + 0.001 / 8
@@ -99,14 +99,14 @@ def test_the_resampler_draws_in_proportion_to_the_root_of_the_mean_square(stream
 
 
 def test_only_the_last_ten_losses_count():
-    resampler = filled()
+    resampler = filled_resampler()
     for _ in range(10):
         resampler.update(torch.arange(1, 9) / 8, torch.ones(8))
     assert torch.allclose(resampler.probabilities(), torch.full((8,), 1 / 8, dtype=torch.float64))
 
 
 def test_the_weighted_loss_is_unbiased(streams):
-    resampler = filled()
+    resampler = filled_resampler()
     p = resampler.probabilities()
     weight_of = {round(8 * t): w for t, w in zip(*(v.tolist() for v in resampler.draw(streams(4000))), strict=True)}
     assert set(weight_of) >= {1, 2, 3, 4}
@@ -120,7 +120,7 @@ def test_the_weighted_loss_is_unbiased(streams):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_is_not_remembered(bad):
-    resampler, before = filled(), filled().probabilities()
+    resampler, before = filled_resampler(), filled_resampler().probabilities()
     resampler.update(torch.tensor([1 / 8]), torch.tensor([bad]))
     assert torch.equal(resampler.probabilities(), before)
 
@@ -132,7 +132,7 @@ def test_losses_of_zero_leave_it_uniform():
 
 
 def test_the_resampler_goes_on_from_its_state(streams):
-    resampler, copy = filled(), LossSecondMoment(PROCESS)
+    resampler, copy = filled_resampler(), LossSecondMoment(PROCESS)
     state = resampler.state_dict()
     copy.load_state_dict(state)
     assert all(isinstance(value, torch.Tensor) for value in state.values())

@@ -166,7 +166,7 @@ def codes(trained):
 @pytest.fixture(scope="module")
 def head(measured, codes, trained):
     """The head that the script trained."""
-    return load_head(trained / f"likelihood_vqgan_digits_{codes.space.first.step}", codes.space.first)
+    return load_head(trained / f"likelihood_vqgan_digits_{codes.space.first_stage.step}", codes.space.first_stage)
 
 
 def test_image_bits_are_code_bits_plus_decoder_bits(measured, codes, head):
@@ -174,7 +174,7 @@ def test_image_bits_are_code_bits_plus_decoder_bits(measured, codes, head):
     held_out = ImageSource(codes.dataset("val"), codes.data)
     images = torch.stack([held_out[order[k]]["image"] for k in range(7)])
     batch = codes.batches("val")[list(range(7))]
-    assert torch.equal(codes.space.first.encode(images), batch["codes"])
+    assert torch.equal(codes.space.first_stage.encode(images), batch["codes"])
     given = head.bits_per_dim(batch["codes"], images).double()
     of_codes = codes.log_likelihood(batch, 0, 9).total.double() * 4 * 4 / (16 * 16)
     assert found["codes_bits_per_dim"] == pytest.approx(of_codes.mean().item(), abs=1e-5)
@@ -190,13 +190,13 @@ def test_decoder_bits_use_the_encoded_views(codes, head, split):
     source, positions = codes.batches(split), [0, 5, 7, 11, 400, 9000, 9001, 9002]
     bits = DecoderBits(head, codes, split, source)
     batch, images = source[positions], torch.stack([bits.image(k) for k in positions])
-    assert torch.equal(codes.space.first.encode(images), batch["codes"])
+    assert torch.equal(codes.space.first_stage.encode(images), batch["codes"])
     assert len(bits.views) == (9 if split == "train" else 1)
     assert torch.allclose(bits(batch), head.bits_per_dim(batch["codes"], images))
 
 
 def test_unreadable_images_do_not_shift_the_others(codes, head, monkeypatch):
-    whole = codes.space.first.codes(codes.dataset("val"), "val", codes.data, 1, codes.world)
+    whole = codes.space.first_stage.encode_dataset(codes.dataset("val"), "val", codes.data, 1, codes.world)
     kept = torch.tensor([i for i in range(359) if i not in (0, 17, 200)])
     table = whole._replace(ids=whole.ids[torch.zeros_like(kept), kept].unsqueeze(0), index=kept)
     monkeypatch.setattr("train.first_stage.FirstStage.codes", lambda *args: table)
@@ -204,7 +204,7 @@ def test_unreadable_images_do_not_shift_the_others(codes, head, monkeypatch):
     bits = DecoderBits(head, codes, "val", source)
     batch = source[list(range(40))]
     images = torch.stack([bits.image(k) for k in range(40)])
-    assert len(source) == 356 and torch.equal(codes.space.first.encode(images), batch["codes"])
+    assert len(source) == 356 and torch.equal(codes.space.first_stage.encode(images), batch["codes"])
 
 
 def test_the_report_adds_up():
@@ -243,7 +243,7 @@ def test_a_trained_head_is_reused_and_can_be_trained_further(measure, trained, c
     assert "3 of 5 steps done" in out and "head: head_of_mine, step 5" in out
     assert longer["head"]["step"] == 5 and longer["value"] == first["value"]
     assert longer["decoder_bits_per_dim"] != first["decoder_bits_per_dim"]
-    assert longer["run"]["head_weights"] == load_head(trained / "head_of_mine", codes.space.first).weights
+    assert longer["run"]["head_weights"] == load_head(trained / "head_of_mine", codes.space.first_stage).weights
     with pytest.raises(SystemExit):
         measure("absorbing", "elbo_head_other", f"{own} --train_steps 5 --lr 0.5")
     assert "log-variance head (--head_dir)" in capsys.readouterr().err

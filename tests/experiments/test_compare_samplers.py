@@ -9,7 +9,7 @@ import torch
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.autoregressive import Autoregression
 from diffusion.edm import EDM
-from diffusion.solvers import solvers_of
+from diffusion.solvers import solvers_for
 from experiments.compare_samplers import (
     SolverRun,
     expand_entries,
@@ -22,7 +22,7 @@ from experiments.compare_samplers import (
 from helpers.tiny_runs import call, run
 
 SCRIPT = "experiments/compare_samplers.py"
-ABSORBING = solvers_of(AbsorbingDiffusion(2))
+ABSORBING = solvers_for(AbsorbingDiffusion(2))
 TINY = "--n_samples 6 --batch_size 4 --features pixels --no_amp"
 
 
@@ -63,9 +63,9 @@ def test_auto_is_the_baseline_and_all_other_solvers():
     assert found[5:8] == ["remask:4", "remask:32", "first_hitting"]  # in turn, 16 codes have no use for 32 steps
     assert found[8:] == ["discrete:4", "discrete:32"]  # any other
     assert "halton:32" in map(str, expand_entries(["halton"], [4, 32], ABSORBING, 16))  # asked for by name
-    two = {name: entry for name, entry in solvers_of(EDM()).items() if name in ("ddpm", "heun")}
+    two = {name: entry for name, entry in solvers_for(EDM()).items() if name in ("ddpm", "heun")}
     assert list(map(str, expand_entries(["auto"], [5], two, 1))) == ["ddpm:250", "heun:5"]
-    assert list(map(str, expand_entries(["auto"], [5], solvers_of(Autoregression(2)), 16))) == ["raster"]
+    assert list(map(str, expand_entries(["auto"], [5], solvers_for(Autoregression(2)), 16))) == ["raster"]
 
 
 def test_costs_are_per_batch_and_per_image():

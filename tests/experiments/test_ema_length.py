@@ -72,7 +72,7 @@ def test_weights_are_identified_by_length_and_snapshots(logs):
     digests = [trained.weights for trained in found]
     assert digests[0] == digests[1] and len({*digests, model(logs).weights}) == 4
     assert all(len(digest) == 64 for digest in digests)
-    assert found[0].origin["sampler_weights"] == digests[0]
+    assert found[0].provenance["sampler_weights"] == digests[0]
     first = snapshot_path(run, 2)
     first.rename(run / "aside")  # another sum
     try:

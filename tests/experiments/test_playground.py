@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion.solvers import solvers_of
+from diffusion.solvers import solvers_for
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.playground import (
     AS_IN_DATA,
@@ -60,7 +60,7 @@ def without_classes(play):
 
 def test_the_page_offers_what_the_model_supports(each):
     found = {control.name: control for control in each.controls}
-    assert found["solver"].choices == tuple(sorted(solvers_of(each.trained.sampler.process)))
+    assert found["solver"].choices == tuple(sorted(solvers_for(each.trained.sampler.process)))
     assert ("eta" in found) is ("top_k" not in found)  # Gaussian, or of codes
     assert each.classes == [AS_IN_DATA, NO_CLASS, *"0123456789"]
     bare = without_classes(each)
@@ -189,9 +189,11 @@ def test_unmasked_pixels_are_kept(each):
     assert len(found.results[:, :, :half].flatten(1).unique(dim=0)) == 4  # several results
     again = each.inpaint(make_request(each, count=2), picture, brushed)
     assert torch.equal(again.results, found.results[:2])
-    start = each.trained.space.begun(image[None], torch.arange(side).lt(half)[None, :, None].expand(1, side, side))
+    start = each.trained.space.encode_masked(
+        image[None], torch.arange(side).lt(half)[None, :, None].expand(1, side, side)
+    )
     assert start.keep.float().mean() == 0.5
-    if each.trained.space.first is None:
+    if each.trained.space.first_stage is None:
         assert torch.equal(found.results[:, :, half:], image[None, :, half:].expand(4, -1, -1, -1))
 
 
@@ -208,7 +210,11 @@ def test_kept_codes_never_change(play, monkeypatch):
     assert (found.hidden == 128).sum() >= 64 and found.hidden[:, :8, :8].unique().tolist() == [128]  # whole cells
     made, how = drawn[0]
     start, codes = how["edit"], made["codes"]
-    assert start.t == 1 and (~start.keep).sum((1, 2)).tolist() == [4, 4, 4]  # five of 16 pixels: two cells a side
+    assert start.strength == 1 and (~start.keep).sum((1, 2)).tolist() == [
+        4,
+        4,
+        4,
+    ]  # five of 16 pixels: two cells a side
     assert torch.equal(codes[start.keep], start.x0[start.keep])
     assert how["conditions"]["label"].tolist() == [3, 3, 3]
 

@@ -75,8 +75,8 @@ def add_to_loss(number: float, positions: set[int], seen: list | None = None):
     """Adds a constant to the loss of these samples; appends all samples of each step to `seen`."""
     loss = SamplerStep.loss
 
-    def changed(self, network, batch, times_of=None):
-        found = loss(self, network, batch, times_of)
+    def changed(self, network, batch, validation_size=None):
+        found = loss(self, network, batch, validation_size)
         if seen is not None:
             seen.append(batch["position"].tolist())
         chosen = torch.tensor([p in positions for p in batch["position"].tolist()])

@@ -21,7 +21,7 @@ class Call(NamedTuple):
     drop: Any
 
 
-class Told(dict):
+class EncodedLabels(dict):
     """The fields that `encode` was given, as "told"; `rows` are the labels of all examples, None for a null."""
 
     def __init__(self, rows: list[int | None], **fields: Any):
@@ -29,7 +29,7 @@ class Told(dict):
         self.rows = rows
 
     @classmethod
-    def cat(cls, conditions: "list[Told]") -> "Told":
+    def cat(cls, conditions: "list[EncodedLabels]") -> "EncodedLabels":
         return cls([label for condition in conditions for label in condition.rows])
 
     def scaled(self, x: Tensor, numbers: dict[bool, float]) -> Tensor:
@@ -38,22 +38,22 @@ class Told(dict):
 
 
 class Recorder(nn.Module):
-    """Remembers what it was shown and told. Answers with `answer`: a number, a tensor, or a function of the call."""
+    """Remembers what it was shown and told. Answers with `output`: a number, a tensor, or a function of the call."""
 
-    def __init__(self, answer=0.0, channels: int = 1):
+    def __init__(self, output=0.0, channels: int = 1):
         super().__init__()
-        self.answer, self.channels, self.calls = answer, channels, []
+        self.output, self.channels, self.calls = output, channels, []
 
     def encode(self, fields, x, drop=None):
         labels = fields["label"].tolist() if "label" in fields else [None] * len(x)
-        return Told(labels, **fields)
+        return EncodedLabels(labels, **fields)
 
     def forward(self, x, t, condition=None, drop=None):
         self.calls.append(Call(x.clone(), t.clone(), condition, drop))
-        answer = self.answer(self.calls[-1]) if callable(self.answer) else self.answer
-        if isinstance(answer, Tensor):
-            return answer
-        return torch.full((len(x), self.channels, *x.shape[2:]), float(answer))
+        output = self.output(self.calls[-1]) if callable(self.output) else self.output
+        if isinstance(output, Tensor):
+            return output
+        return torch.full((len(x), self.channels, *x.shape[2:]), float(output))
 
 
 def sampler(n_classes: int = CLASSES, pixels: bool = True, **settings):
@@ -61,7 +61,7 @@ def sampler(n_classes: int = CLASSES, pixels: bool = True, **settings):
     return ddpm.build(ddpm.Config(**SMALL | settings), shape=SHAPE, pixels=pixels, n_classes=n_classes)
 
 
-def moved(built):
+def perturb(built):
     """Its network off the constant 0 that it begins as."""
     torch.manual_seed(1)
     with torch.no_grad():
@@ -81,16 +81,16 @@ def draws(batch, seed: int = 0, batch_size: int | None = None):
     return TrainingStreams(seed, batch, batch_size or len(batch["position"]), CPU)
 
 
-def recorded(built, n=40, training=True, answer=0.0, batch=None):
+def record_loss(built, n=40, training=True, output=0.0, batch=None):
     """A loss at a recording network, and its one call."""
     channels = 2 if built.process.variance == "learned_range" else 1
-    recorder, batch = Recorder(answer, channels).train(training), batch or images(n)
+    recorder, batch = Recorder(output, channels).train(training), batch or images(n)
     loss = built.loss(recorder, batch, draws(batch))
     (call,) = recorder.calls
     return loss, call
 
 
-def drawn(built, recorder, labels=(2, 2), seeds=(0, 1), seen=None, **options):
+def sample_recorded(built, recorder, labels=(2, 2), seeds=(0, 1), seen=None, **options):
     """What it samples; `seen` is filled with (t, predicted x0) of each step."""
 
     def on_step(i, t, s, x, predicted):

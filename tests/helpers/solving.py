@@ -6,10 +6,10 @@ from torch import Tensor
 
 from diffusion import discrete_solvers, gaussian_solvers
 from diffusion.process import ContinuousProcess
-from diffusion.solvers import solver
+from diffusion.solvers import get_solver
 
 
-def in_steps(
+def solve_in_steps(
     solve: Callable,
     denoise: Callable,
     process: object,
@@ -17,11 +17,11 @@ def in_steps(
     *,
     steps: int | None = None,
     spacing: str = "uniform",
-    **how: object,
+    **kwargs: object,
 ) -> Tensor:
     """What it makes of x in so many steps, or in its own number; `spacing` is of continuous processes."""
     if steps is None:
-        steps = solver(process, solve.__name__).steps(process, x[0].numel())
+        steps = get_solver(process, solve.__name__).steps(process, x[0].numel())
     if isinstance(process, ContinuousProcess):
-        return solve(denoise, process, x, gaussian_solvers.step_times(process, steps, spacing), **how)
-    return solve(denoise, process, x, discrete_solvers.step_times(steps), **how)
+        return solve(denoise, process, x, gaussian_solvers.step_times(process, steps, spacing), **kwargs)
+    return solve(denoise, process, x, discrete_solvers.even_times(steps), **kwargs)

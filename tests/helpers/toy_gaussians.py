@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.process import ContinuousProcess, like
+from diffusion.process import ContinuousProcess, append_dims
 from diffusion.types import Prediction
-from helpers.solving import in_steps
+from helpers.solving import solve_in_steps
 
 
 class Circle(ContinuousProcess):
@@ -28,7 +28,7 @@ class Circle(ContinuousProcess):
     def network_time(self, t: Tensor) -> Tensor:
         return t.float()
 
-    def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+    def to_prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """Of a network that predicts x_0."""
         return self.with_x0(Prediction(output, output), output, x_t, t)
 
@@ -51,7 +51,7 @@ class Mixture:
         """E[x_0 | x_t] and E[eps | x_t]."""
 
         def denoise(x: Tensor, t: Tensor) -> Prediction:
-            a, s = (like(c, x).unsqueeze(-1) for c in (process.alpha(t), process.sigma(t)))
+            a, s = (append_dims(c, x).unsqueeze(-1) for c in (process.alpha(t), process.sigma(t)))
             means, weights = (torch.tensor(numbers, dtype=x.dtype) for numbers in (self.means, self.weights))
             spread = a**2 * self.variance + s**2
             away = x.unsqueeze(-1) - a * means  # (..., K)
@@ -92,21 +92,21 @@ def sampled_variance(solve: Callable, process: ContinuousProcess, data: Mixture,
     x = torch.zeros(steps + 1, 1, 1, 1, dtype=torch.float64)
     x[0] = 1
     return (
-        in_steps(solve, data.denoiser(process), process, x, steps=steps, rng=Impulses(), **options)
+        solve_in_steps(solve, data.denoiser(process), process, x, steps=steps, rng=Impulses(), **options)
         .square()
         .sum()
         .item()
     )
 
 
-def slope(errors: dict[int, float]) -> float:
+def convergence_order(errors: dict[int, float]) -> float:
     """The power of 1 / steps that errors fall with, by least squares on a log scale."""
     x, y = (torch.tensor(list(v), dtype=torch.float64).log() for v in (errors.keys(), errors.values()))
     x, y = x - x.mean(), y - y.mean()
     return -(x @ y / (x @ x)).item()
 
 
-def noised() -> tuple[Tensor, Tensor, Tensor]:
+def noisy_batch() -> tuple[Tensor, Tensor, Tensor]:
     """x0 in [-1, 1] and noise (6, 2, 4, 4) float64; t (6,), of 1,000 steps the first and the last among them."""
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 6, 2, 4, 4, generator=generator, dtype=torch.float64)

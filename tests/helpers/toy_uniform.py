@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.process import DiscreteProcess, like
+from diffusion.process import DiscreteProcess, append_dims
 from diffusion.rng import Streams
-from diffusion.solvers import options_of
+from diffusion.solvers import solver_options_for
 from models.transformer import Transformer
 from train.samplers._codes import DiscreteSampler, DiscreteSampling
 from train.samplers._transformer import TransformerConfig
@@ -32,26 +32,26 @@ class UniformDiffusion(DiscreteProcess):
 
     def reverse_probabilities(self, x_t: Tensor, logits: Tensor, t: float, s: float) -> Tensor:
         """The sum over x_0 of q(x_s | x_t, x_0) p(x_0 | x_t); t and s may be (B,) too."""
-        t, s = (like(torch.as_tensor(each), logits) for each in (t, s))
+        t, s = (append_dims(torch.as_tensor(each), logits) for each in (t, s))
         kept, here = (1 - t) / (1 - s), F.one_hot(x_t, self.codes).to(logits.dtype)
         share = logits.softmax(-1) / ((1 - t) * here + t / self.codes)  # p(x_0) / q(x_t | x_0)
         to_x_t = kept * here + (1 - kept) / self.codes  # q(x_t | x_s), by x_s
         return to_x_t * ((1 - s) * share + s / self.codes * share.sum(-1, keepdim=True))
 
-    def place_losses(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def position_losses(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) of the step from t to t - 1/T."""
         s = ((t * self.steps).round() - 1) / self.steps
         certain = F.one_hot(x0, self.codes).to(logits.dtype).log()
         truth = self.reverse_probabilities(x_t, certain, t, s)
-        found = self.reverse_probabilities(x_t, logits, t, s).clamp(min=1e-30)
-        return (torch.special.xlogy(truth, truth) - truth * found.log()).sum(-1)
+        result = self.reverse_probabilities(x_t, logits, t, s).clamp(min=1e-30)
+        return (torch.special.xlogy(truth, truth) - truth * result.log()).sum(-1)
 
     def elbo_weight(self, t: Tensor) -> Tensor:
         return torch.full_like(t, self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling(*options_of(UniformDiffusion), DiscreteSampling):
+class Sampling(*solver_options_for(UniformDiffusion), DiscreteSampling):
     """Sampling."""
 
     solver: str = "discrete"

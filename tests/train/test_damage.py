@@ -17,7 +17,7 @@ from train.checkpoint import load_checkpoint, load_weights, save_checkpoint, sav
 from train.config import DataConfig
 from train.ema import EMA
 from train.loop import TrainState
-from train.spaces import Pixels
+from train.spaces import PixelSpace
 from train.trained_sampler import load_sampler
 
 FILES = ["model.safetensors", "ema.safetensors", "state.pt", "manifest.json"]
@@ -248,7 +248,7 @@ def test_experiments_refuse_damaged_weights(trained, trained_ddpm, tmp_path, dam
     else:
         shutil.copy(checkpoint(trained / "absorbing_digits", 3) / file.name, file)
     seal(path)
-    space = Pixels(DataConfig(img_size=8))
+    space = PixelSpace(DataConfig(img_size=8))
     with pytest.raises(ValueError, match="ema.safetensors (is not a safetensors file|does not fit this network)"):
         load_sampler(run, None, space, torch.device("cpu"), ema=True, amp=False)
     assert not trace.exists()

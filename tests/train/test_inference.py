@@ -263,7 +263,7 @@ def test_likelihood_of_pixels_is_the_experiments(pixels):
 
 def test_likelihood_of_codes_is_the_experiments(codes, images):
     labels = torch.tensor([3, 1, 4, 1, 5])
-    batch = {"codes": codes.model.space.first.encode(images), "label": labels, "position": torch.arange(5)}
+    batch = {"codes": codes.model.space.first_stage.encode(images), "label": labels, "position": torch.arange(5)}
     bound, expected = codes.log_likelihood(images, label=labels, nfe=9), codes.model.log_likelihood(batch, 0, 9)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(bound, expected, strict=True))
     assert codes.unit == "bits per code"

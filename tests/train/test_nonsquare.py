@@ -124,12 +124,12 @@ def test_training_codes_come_from_crops_validation_from_images(first, digits):
     plain, larger = ImageSource(digits, first.data), ImageSource(digits, first.data, margin=4)
     seen = training_views(first.data)
     assert len(seen) == 10
-    table = first.codes(digits, "train", first.data, 2, HERE)
+    table = first.encode_dataset(digits, "train", first.data, 2, HERE)
     assert table.ids.shape == (10, 6, 4, 6)
     for i, view in enumerate(seen):
         cut = torch.stack([view(larger[index])["image"] for index in range(6)])
         assert cut.shape[2:] == (16, 24) and torch.equal(table.ids[i].long(), first.encode(cut))
-    validated = first.codes(digits, "val", first.data, 2, HERE)
+    validated = first.encode_dataset(digits, "val", first.data, 2, HERE)
     whole = torch.stack([plain[index]["image"] for index in range(6)])
     assert torch.equal(validated.ids[0].long(), first.encode(whole)) and len(validated.ids) == 1
 
@@ -141,7 +141,7 @@ def test_each_crop_margin_has_its_own_cache(first, digits):
     for change in ({}, {"crop_margin": 6}, {"crop_margin": 0}, {"crop_margin": 0, "horizontal_flip": False}):
         data, before = dataclasses.replace(first.data, **change), caches()
         for _ in range(2):
-            assert len(first.codes(digits, "train", data, 3, HERE).ids) == len(training_views(data))
+            assert len(first.encode_dataset(digits, "train", data, 3, HERE).ids) == len(training_views(data))
             assert not change or len(caches() - before) == 1
 
 
@@ -150,9 +150,11 @@ def test_each_crop_margin_has_its_own_cache(first, digits):
 
 @pytest.mark.parametrize("kind", ["Pixels", "Codes", "Latents"])
 def test_every_space_has_the_shape_of_its_images(kind, first, digits):
-    space = {"Pixels": spaces.Pixels(first.data), "Codes": spaces.Codes(first), "Latents": spaces.Latents(first, 2.0)}[
-        kind
-    ]
+    space = {
+        "Pixels": spaces.PixelSpace(first.data),
+        "Codes": spaces.CodeSpace(first),
+        "Latents": spaces.LatentSpace(first, 2.0),
+    }[kind]
     wanted = {
         "Pixels": {"shape": (1, 16, 24), "pixels": True},
         "Codes": {"codes": 16, "grid": (4, 6)},
@@ -160,7 +162,7 @@ def test_every_space_has_the_shape_of_its_images(kind, first, digits):
     }[kind]
     assert space.model_args == wanted
     for split in ("train", "val"):
-        batch = space.prepared(space.source(digits, split, first.data, 0, HERE, None)[[0, 1, 2]])
+        batch = space.encode_batch(space.source(digits, split, first.data, 0, HERE, None)[[0, 1, 2]])
         x = batch["codes" if kind == "Codes" else "x0"]
         assert x.shape == (3, 4, 6) if kind == "Codes" else x.shape == (3, *wanted["shape"])
         assert space.decode(x).shape == (3, 1, 16, 24)
@@ -169,7 +171,7 @@ def test_every_space_has_the_shape_of_its_images(kind, first, digits):
 def test_validation_images_are_not_cut(first, digits):
     data = dataclasses.replace(first.data, horizontal_flip=False, crop_margin=0)
     plain = TrainingImages(ImageSource(digits, data), 0)[list(range(6))]["image"]
-    space = spaces.Pixels(first.data)
+    space = spaces.PixelSpace(first.data)
     still, cut = (
         space.source(digits, split, first.data, 0, HERE, None)[list(range(6))]["image"] for split in ("val", "train")
     )
@@ -181,7 +183,7 @@ def test_masked_codes_are_shown_grey(first):
     x = torch.zeros(1, 4, 6, dtype=torch.int64)
     x[0, 1, 5] = first.vqgan.quantizer.codebook_size
     predicted = torch.nn.functional.one_hot(torch.zeros(1, 4, 6, dtype=torch.int64), 16).float()
-    seen, guess = spaces.Codes(first).shown(x, predicted)
+    seen, guess = spaces.CodeSpace(first).preview(x, predicted)
     grey = torch.zeros(1, 1, 16, 24, dtype=torch.bool)
     grey[..., 4:8, 20:24] = True
     assert torch.equal(seen, torch.where(grey, 128, guess))

@@ -59,26 +59,30 @@ def images_of(digits, data, n=16):
 
 
 def test_pixels_are_the_images_themselves(digits, data):
-    space = spaces.Pixels(data)
-    assert space.model_args == {"shape": (1, 16, 16), "pixels": True} and space.origin == {} and space.first is None
+    space = spaces.PixelSpace(data)
+    assert (
+        space.model_args == {"shape": (1, 16, 16), "pixels": True}
+        and space.provenance == {}
+        and space.first_stage is None
+    )
     images, batch = images_of(digits, data)
-    x0 = space.prepared(batch)["x0"]
+    x0 = space.encode_batch(batch)["x0"]
     assert -1 <= x0.min() < -0.9 and 0.5 < x0.max() <= 1
     assert torch.equal(space.decode(x0), images)
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(space.decode(to_float(levels)), levels)
-    assert space.kept(x0) == {}
-    assert all(torch.equal(seen, images) for seen in space.shown(x0, x0))
+    assert space.extra_arrays(x0) == {}
+    assert all(torch.equal(seen, images) for seen in space.preview(x0, x0))
 
 
 def test_latents_decode_to_what_the_vqgan_makes_of_the_image(first, digits, data):
-    space = spaces.Latents(first, 3.0)
+    space = spaces.LatentSpace(first, 3.0)
     images, batch = images_of(digits, data)
-    x0 = space.prepared(batch)["x0"]
+    x0 = space.encode_batch(batch)["x0"]
     assert space.model_args == {"shape": (4, 4, 4), "pixels": False} and x0.shape == (16, 4, 4, 4)
     assert torch.equal(space.decode(x0), first.decode(first.encode(images)))
-    assert torch.allclose(x0, 3 * spaces.Latents(first, 1.0).prepared(batch)["x0"])
-    assert space.kept(x0) == {} and not x0.requires_grad
+    assert torch.allclose(x0, 3 * spaces.LatentSpace(first, 1.0).encode_batch(batch)["x0"])
+    assert space.extra_arrays(x0) == {} and not x0.requires_grad
 
 
 def test_every_code_comes_back_from_its_own_vector(first):
@@ -87,30 +91,30 @@ def test_every_code_comes_back_from_its_own_vector(first):
     codebook = first.vqgan.quantizer.codebook.weight  # (K, D)
     latents = codebook[ids].permute(0, 3, 1, 2)
     for scale in (0.1, 1.0, 7.3):
-        assert torch.equal(spaces.Latents(first, scale).decode(latents * scale), first.decode(ids))
+        assert torch.equal(spaces.LatentSpace(first, scale).decode(latents * scale), first.decode(ids))
 
 
 def test_codes_are_those_of_the_images(first, digits, data):
-    space = spaces.Codes(first)
+    space = spaces.CodeSpace(first)
     assert space.model_args == {"codes": 16, "grid": (4, 4)} and space.workers(data) == 0
     data = dataclasses.replace(data, shift=0)
     source = space.source(digits, "train", data, 3, DistContext(CPU))
-    batch = space.prepared(source[list(range(8))])
+    batch = space.encode_batch(source[list(range(8))])
     images, twins = images_of(digits, data, 8)  # the same seed: the same order
     assert torch.equal(batch["codes"], first.encode(images))
     assert torch.equal(batch["label"], twins["label"])
     assert torch.equal(space.decode(batch["codes"]), first.decode(first.encode(images)))
-    assert torch.equal(space.kept(batch["codes"])["codes"], batch["codes"])
+    assert torch.equal(space.extra_arrays(batch["codes"])["codes"], batch["codes"])
 
 
 def test_masked_codes_are_shown_as_grey_squares(first):
-    space = spaces.Codes(first)
+    space = spaces.CodeSpace(first)
     x = torch.arange(16).view(1, 4, 4).clone()
     predicted = torch.nn.functional.one_hot(x.flip(1), 16).float()
-    seen, guess = space.shown(x, predicted)
+    seen, guess = space.preview(x, predicted)
     assert torch.equal(seen, space.decode(x)) and torch.equal(guess, seen)  # nothing masked: nothing guessed
     x[0, 1, 2] = 16
-    seen, guess = space.shown(x, predicted)
+    seen, guess = space.preview(x, predicted)
     grey = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
     grey[..., 4:8, 8:12] = True
     assert torch.equal(seen, torch.where(grey, 128, guess))
@@ -121,7 +125,7 @@ def test_masked_codes_are_shown_as_grey_squares(first):
 
 def test_validation_images_are_neither_mirrored_nor_shifted(digits, data):
     views = dataclasses.replace(data, horizontal_flip=True, shift=2)
-    space = spaces.Pixels(views)
+    space = spaces.PixelSpace(views)
     plain = TrainingImages(ImageSource(digits, dataclasses.replace(data, shift=0)), 0)[list(range(32))]["image"]
     moved = space.source(digits, "train", views, 0, DistContext(CPU), None)[list(range(32))]["image"]
     still = space.source(digits, "val", views, 0, DistContext(CPU), None)[list(range(32))]["image"]
@@ -146,12 +150,12 @@ def test_the_scale_gives_latents_a_deviation_of_1(first, digits, data, trained):
     space = spaces.open_space(
         config(data, ddpm.Config, trained, ae_load_dir="vqgan_digits"), {}, digits, DistContext(CPU)
     )
-    assert isinstance(space, spaces.Latents)
+    assert isinstance(space, spaces.LatentSpace)
     source = space.source(digits, "train", data, 9, DistContext(CPU), None)
-    x0 = space.prepared(source[list(range(len(digits)))])["x0"]  # of all images, measured on some
+    x0 = space.encode_batch(source[list(range(len(digits)))])["x0"]  # of all images, measured on some
     assert x0.std() == pytest.approx(1, abs=0.02)
-    assert space.origin == first.origin | {"latent_scale": space.scale}
-    measured = spaces.measured_scale(first, ImageSource(digits, data), DistContext(CPU))
+    assert space.provenance == first.provenance | {"latent_scale": space.scale}
+    measured = spaces.measure_latent_scale(first, ImageSource(digits, data), DistContext(CPU))
     assert measured == space.scale
 
 
@@ -163,11 +167,11 @@ def test_an_untrained_vqgans_constant_latents_are_refused(first, digits, data):
             return torch.ones(len(images), 4, 4, 4)
 
     with pytest.raises(ValueError, match="deviate by 0: is that VQGAN trained"):
-        spaces.measured_scale(Constant(), ImageSource(digits, data), DistContext(CPU))
+        spaces.measure_latent_scale(Constant(), ImageSource(digits, data), DistContext(CPU))
 
 
-def test_a_sampler_of_codes_finds_its_vqgan_and_others_take_pixels(digits, data, trained):
-    found = {
+def test_a_sampler_of_codes_finds_its_vqgan_others_use_pixels(digits, data, trained):
+    result = {
         "codes": spaces.open_space(config(data, absorbing.Config, trained), {}, digits, DistContext(CPU)),
         "pixels": spaces.open_space(config(data, ddpm.Config, trained), {}, digits, DistContext(CPU)),
         "noted": spaces.open_space(
@@ -177,16 +181,20 @@ def test_a_sampler_of_codes_finds_its_vqgan_and_others_take_pixels(digits, data,
             DistContext(CPU),
         ),
     }
-    assert isinstance(found["codes"], spaces.Codes) and found["codes"].first.run.name == "vqgan_digits"
-    assert isinstance(found["pixels"], spaces.Pixels)
-    assert found["noted"].scale == 5.0  # what an earlier start measured
+    assert isinstance(result["codes"], spaces.CodeSpace) and result["codes"].first_stage.run.name == "vqgan_digits"
+    assert isinstance(result["pixels"], spaces.PixelSpace)
+    assert result["noted"].scale == 5.0  # what an earlier start measured
 
 
 @pytest.mark.parametrize("kind", ["Pixels", "Codes", "Latents"])
 def test_a_run_opens_in_the_space_it_was_trained_in(kind, first, data):
-    space = {"Pixels": spaces.Pixels(data), "Codes": spaces.Codes(first), "Latents": spaces.Latents(first, 0.37)}[kind]
-    content = yaml.safe_load(yaml.safe_dump({"data": vars(data), "origin": space.origin}))
-    again = spaces.reopened_space(content, space.first)
+    space = {
+        "Pixels": spaces.PixelSpace(data),
+        "Codes": spaces.CodeSpace(first),
+        "Latents": spaces.LatentSpace(first, 0.37),
+    }[kind]
+    content = yaml.safe_load(yaml.safe_dump({"data": vars(data), "origin": space.provenance}))
+    again = spaces.reopen_space(content, space.first_stage)
     assert again == space and again.model_args == space.model_args
 
 
@@ -198,9 +206,9 @@ def test_images_that_the_vqgan_does_not_take_are_refused(digits, trained):
 
 def test_codes_without_labels_have_none(first, digits, data, monkeypatch):
     table = CodeTable(torch.zeros(1, 5, 4, 4, dtype=torch.int32), torch.arange(5))
-    monkeypatch.setattr(type(first), "codes", lambda *args: table)
+    monkeypatch.setattr(type(first), "encode_dataset", lambda *args: table)
     plain = SimpleNamespace(n_classes=0)
-    batch = spaces.Codes(first).source(plain, "train", data, 0, DistContext(CPU))[[0, 1]]
+    batch = spaces.CodeSpace(first).source(plain, "train", data, 0, DistContext(CPU))[[0, 1]]
     assert "label" not in batch and batch["codes"].dtype == torch.int64
 
 
@@ -214,7 +222,7 @@ def test_the_scale_is_noted_and_taken_again_on_resume(trained, latent_run, monke
     def other(*args):
         raise AssertionError("the scale was measured once more")
 
-    monkeypatch.setattr("train.spaces.measured_scale", other)
+    monkeypatch.setattr("train.spaces.measure_latent_scale", other)
     flags = f"{LATENT} --logs_root {trained} --ae_load_dir vqgan_digits"
     call("train_sampler.py", f"{flags} --train_steps 3")
     assert origin(latent_run) == noted
@@ -237,8 +245,8 @@ def other_vqgan(trained):
     return "vqgan_other"
 
 
-def test_other_vqgan_weights_are_refused_in_training_and_in_experiments(trained, latent_run, other_vqgan, capfd):
-    for script, flags, wanted in (
+def test_other_vqgan_weights_are_refused_everywhere(trained, latent_run, other_vqgan, capfd):
+    for script, flags, expected in (
         ("train_sampler.py", f"{LATENT} --train_steps 9", "ae_weights"),
         ("experiments/get_samples.py", "--sampler ddpm --n_samples 2 --log_dir x", "other VQGAN weights"),
         ("experiments/get_samples.py", "--sampler absorbing --n_samples 2 --log_dir x", "other VQGAN weights"),
@@ -246,7 +254,7 @@ def test_other_vqgan_weights_are_refused_in_training_and_in_experiments(trained,
         with pytest.raises(SystemExit) as stop:
             call(script, f"{flags} --logs_root {trained} --ae_load_dir {other_vqgan}")
         assert stop.value.code == 2
-        assert wanted in capfd.readouterr().err
+        assert expected in capfd.readouterr().err
     assert not (trained / "x").exists()
 
 
@@ -261,9 +269,7 @@ def test_samples_of_latents_are_images(trained, latent_run):
     assert (trained / "l5" / "process.png").is_file()
 
 
-def test_a_report_of_latents_has_the_vqgans_reconstructions_and_one_of_pixels_none(
-    trained, latent_run, trained_ddpm, capsys
-):
+def test_only_reports_of_latents_have_vqgan_reconstructions(trained, latent_run, trained_ddpm, capsys):
     flags = "--features pixels --n_samples 6"
     call("experiments/calc_FID.py", f"{flags} --logs_root {trained} --load_dir ddpm_digits --log_dir lf")
     call("experiments/calc_FID.py", f"{flags} --logs_root {trained_ddpm} --load_dir ddpm_digits --log_dir pf")

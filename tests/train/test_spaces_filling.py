@@ -6,18 +6,18 @@ import torch
 from diffusion.rng import Streams
 from train.data.transforms import to_float
 from train.first_stage import load_first_stage
-from train.spaces import Codes, Latents, Pixels, any_in_cells, filled_in
+from train.spaces import CodeSpace, LatentSpace, PixelSpace, any_in_cells, fill_hidden
 
 
 def test_a_hidden_pixel_gets_the_nearest_visible_one():
     image = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4)
     hidden = torch.zeros(1, 4, 4, dtype=torch.bool)
     hidden[0, :, 2:] = True
-    wanted = image.clone()
-    wanted[..., 2:] = image[..., 1:2]
-    assert torch.equal(filled_in(image, hidden), wanted)
-    assert torch.equal(filled_in(image, torch.zeros_like(hidden)), image)
-    assert (filled_in(image, torch.ones_like(hidden)) == 128).all()
+    expected = image.clone()
+    expected[..., 2:] = image[..., 1:2]
+    assert torch.equal(fill_hidden(image, hidden), expected)
+    assert torch.equal(fill_hidden(image, torch.zeros_like(hidden)), image)
+    assert (fill_hidden(image, torch.ones_like(hidden)) == 128).all()
     assert torch.equal(image.flatten(), torch.arange(16, dtype=torch.uint8))  # the image itself is left alone
 
 
@@ -25,7 +25,7 @@ def test_images_of_a_batch_have_masks_of_their_own():
     images = torch.stack([torch.full((3, 4, 4), 7, dtype=torch.uint8), torch.full((3, 4, 4), 9, dtype=torch.uint8)])
     hidden = torch.zeros(2, 4, 4, dtype=torch.bool)
     hidden[0, 0, 0] = hidden[1, 3, 3] = True
-    assert torch.equal(filled_in(images, hidden), images)
+    assert torch.equal(fill_hidden(images, hidden), images)
 
 
 def test_a_cell_is_known_only_if_all_of_it_is_visible():
@@ -39,16 +39,18 @@ def test_a_cell_is_known_only_if_all_of_it_is_visible():
 @pytest.fixture(scope="module", params=["pixels", "latents", "codes"])
 def space(request, trained):
     first = load_first_stage(trained / "vqgan_digits", None, torch.device("cpu"), amp=False)
-    return {"pixels": Pixels(first.data), "latents": Latents(first, 2.0), "codes": Codes(first)}[request.param]
+    return {"pixels": PixelSpace(first.data), "latents": LatentSpace(first, 2.0), "codes": CodeSpace(first)}[
+        request.param
+    ]
 
 
 def test_no_hidden_pixel_has_a_part_in_what_sampling_begins_from(space):
     images = (Streams([0, 1]).uniform((2, 1, 16, 16)) * 256).byte()
     hidden = torch.zeros(2, 16, 16, dtype=torch.bool)
     hidden[0, 7:], hidden[1, :, :5] = True, True
-    start = space.begun(images, hidden)
-    other = space.begun(torch.where(hidden.unsqueeze(1), 255 - images, images), hidden)
-    assert torch.equal(start.x0, other.x0) and torch.equal(start.keep, other.keep) and start.t == 1
+    start = space.encode_masked(images, hidden)
+    other = space.encode_masked(torch.where(hidden.unsqueeze(1), 255 - images, images), hidden)
+    assert torch.equal(start.x0, other.x0) and torch.equal(start.keep, other.keep) and start.strength == 1
     side = 16 // space.factor
     assert start.keep.shape == (2, side, side)
     assert start.keep[0].sum() == 7 // space.factor * side  # whole rows above, whole columns beside
@@ -57,16 +59,16 @@ def test_no_hidden_pixel_has_a_part_in_what_sampling_begins_from(space):
 
 def test_with_nothing_hidden_it_is_the_image(space):
     images = (Streams([0, 1]).uniform((2, 1, 16, 16)) * 256).byte()
-    start = space.begun(images, torch.zeros(2, 16, 16, dtype=torch.bool))
+    start = space.encode_masked(images, torch.zeros(2, 16, 16, dtype=torch.bool))
     assert start.keep.all()
-    wanted = space.prepared({"image": to_float(images)})
-    assert torch.equal(start.x0, wanted["x0"] if "x0" in wanted else space.first.encode(images))
+    expected = space.encode_batch({"image": to_float(images)})
+    assert torch.equal(start.x0, expected["x0"] if "x0" in expected else space.first_stage.encode(images))
 
 
-def test_between_two_images_the_ends_are_the_images_and_the_way_is_gradual(space):
+def test_interpolation_is_gradual_between_the_two_images(space):
     images = (Streams([0, 1]).uniform((2, 1, 16, 16)) * 256).byte()
-    a, b = space.begun(images, torch.zeros(2, 16, 16, dtype=torch.bool)).x0.chunk(2)
-    path = [space.between(a, b, share, Streams([5])) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    a, b = space.encode_masked(images, torch.zeros(2, 16, 16, dtype=torch.bool)).x0.chunk(2)
+    path = [space.interpolate(a, b, share, Streams([5])) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert torch.equal(path[0], a) and torch.allclose(path[-1].double(), b.double())
     gone = [(x - a).float().abs() for x in path]
     assert gone[0].sum() < gone[2].sum() < gone[4].sum()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffusion.autoregressive import Autoregression
 from diffusion.process import ContinuousProcess, DiscreteProcess
 from diffusion.rng import Streams
-from diffusion.solvers import Solver, solver
+from diffusion.solvers import Solver, get_solver
 from diffusion.types import Bound, Loss, OnStep
 from models.conditioning import Condition
 from train.config import SamplerConfig, SamplingConfig
@@ -23,11 +23,11 @@ from train.loop import Batch, Outputs, Stateful
 from train.spaces import EditInput
 
 Process = ContinuousProcess | DiscreteProcess | Autoregression
-Told = Condition | Mapping[str, Tensor] | None  # a condition as a network is given it: encoded, or raw fields
+ConditionInput = Condition | Mapping[str, Tensor] | None  # a condition as a network is given it: encoded, or raw fields
 # (x, t, condition, drop), as the network is given them -> what is added inside of it: the UNet's skip_residuals, or a
 # map (B, h, w, D) beside a transformer's embeddings. In training the condition is raw fields, and `drop` says which
 # examples get the null of each; in sampling it is encoded, and drop is None.
-Control = Callable[[Tensor, Tensor, Told, Mapping[str, Tensor] | None], Tensor | Sequence[Tensor]]
+Control = Callable[[Tensor, Tensor, ConditionInput, Mapping[str, Tensor] | None], Tensor | Sequence[Tensor]]
 
 
 class LearnedSampler(ABC):
@@ -51,10 +51,12 @@ class LearnedSampler(ABC):
         """The fields of a batch that the network is conditioned on."""
 
     @abstractmethod
-    def loss(self, network: nn.Module, batch: Batch, draw: TrainingStreams, *, control: Control | None = None) -> Loss:
+    def loss(
+        self, network: nn.Module, batch: Batch, streams: TrainingStreams, *, control: Control | None = None
+    ) -> Loss:
         """The loss of a batch that the space prepared, with x0, x_t, t, prediction and loss as its outputs.
 
-        `draw(purpose)` gives the batch's random streams. `network` is `self.network`, or what wraps it.
+        `streams(purpose)` gives the batch's random streams. `network` is `self.network`, or what wraps it.
         """
 
     @abstractmethod
@@ -78,7 +80,7 @@ class LearnedSampler(ABC):
         """
 
     @abstractmethod
-    def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, calls: int | None = None) -> Bound:
+    def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, nfe: int | None = None) -> Bound:
         """-log2 p of a batch, in `unit`, in so many network calls per example, or as many as it takes."""
 
     @abstractmethod
@@ -93,10 +95,10 @@ class LearnedSampler(ABC):
         """Takes t (B,) and losses (B,) of a whole step, those of all ranks, where later times depend on them."""
 
 
-def chosen_solver(process: Process, options: SamplingConfig) -> tuple[Solver, dict[str, Any]]:
+def select_solver(process: Process, options: SamplingConfig) -> tuple[Solver, dict[str, Any]]:
     """The solver that options name, and the keywords for it; ValueError for an option that is another solver's."""
-    entry, given = solver(process, options.solver), options.solver_options
-    for name, value in given.items():
+    entry, solver_kwargs = get_solver(process, options.solver), options.solver_options
+    for name, value in solver_kwargs.items():
         if name not in entry.option_names:
             raise ValueError(f"got {name} {value} for solver {entry.name}, which has none: leave --{name} out")
-    return entry, given
+    return entry, solver_kwargs

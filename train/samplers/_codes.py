@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffusion.absorbing import forgotten
+from diffusion.absorbing import mask_at_random
 from diffusion.autoregressive import Autoregression
 from diffusion.denoisers import guided, windowed
-from diffusion.discrete_solvers import step_times
-from diffusion.drawing import Drawing
+from diffusion.discrete_solvers import even_times
+from diffusion.drawing import LogitsWarper
 from diffusion.likelihood import bits_per_code
 from diffusion.process import DiscreteProcess
 from diffusion.rng import Streams
@@ -22,7 +22,7 @@ from models.conditioning import Condition
 from train.config import SamplingConfig
 from train.data.loading import TrainingStreams
 from train.loop import Batch, Outputs
-from train.samplers import Control, LearnedSampler, Told, chosen_solver
+from train.samplers import ConditionInput, Control, LearnedSampler, select_solver
 from train.samplers._conditions import draw_drops, fields_by_condition, raw_conditions
 from train.samplers._transformer import TransformerConfig
 from train.spaces import EditInput
@@ -45,11 +45,11 @@ class CodeSampling(SamplingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.drawing  # noqa: B018  refused where its numbers are none to draw by
+        self.warper  # noqa: B018  refused where its numbers are none to draw by
 
     @property
-    def drawing(self) -> Drawing:
-        return Drawing(temperature=self.temp, last=self.last_temp, top_k=self.top_k, top_p=self.top_p)
+    def warper(self) -> LogitsWarper:
+        return LogitsWarper(temperature=self.temp, final_temperature=self.last_temp, top_k=self.top_k, top_p=self.top_p)
 
 
 class CodeSampler(LearnedSampler):
@@ -76,7 +76,7 @@ class CodeSampler(LearnedSampler):
 
     # Conditions
 
-    def chain(self, network: nn.Module, batch: Batch | None, options: CodeSampling, x: Tensor) -> Condition:
+    def guidance_chain(self, network: nn.Module, batch: Batch | None, options: CodeSampling, x: Tensor) -> Condition:
         """The conditions that guidance goes along for grids like x (B, H, W): the null, and below it what is known."""
         raw = raw_conditions(self.fields_of, batch) if batch else {}
         if options.guidance != 1 and not raw:
@@ -85,14 +85,20 @@ class CodeSampler(LearnedSampler):
         return Condition.cat([null, network.encode(raw, x) if raw else null])
 
     def predict(
-        self, network: nn.Module, x: Tensor, t: Tensor, condition: Told, control: Control | None = None, **how: object
+        self,
+        network: nn.Module,
+        x: Tensor,
+        t: Tensor,
+        condition: ConditionInput,
+        control: Control | None = None,
+        **kwargs: object,
     ) -> Tensor:
-        """The network's logits at x, t (B,); `how` is of its `forward`."""
+        """The network's logits at x, t (B,); `kwargs` is of its `forward`."""
         if self.network.takes_time:
-            how["t"] = t
+            kwargs["t"] = t
         if control is not None:
-            how["residual"] = control(x, t, condition, how.get("drop"))
-        return network(x, condition, **how)
+            kwargs["residual"] = control(x, t, condition, kwargs.get("drop"))
+        return network(x, condition, **kwargs)
 
     # Sampling
 
@@ -111,20 +117,20 @@ class CodeSampler(LearnedSampler):
     ) -> Tensor:
         """Codes (B, *shape) for the B streams of `rng`."""
         shape = tuple(shape or self.grid)
-        by_windows = self.by_windows(shape, window_stride)
-        x = self.begin(edit, (len(rng), *shape), rng)
-        denoise = self.denoiser(network, batch, options, x, control)
-        if by_windows:
-            self.check_windows(shape, control is not None)
+        needs_windows = self.needs_windows(shape, window_stride)
+        x = self.initial_codes(edit, (len(rng), *shape), rng)
+        denoise = self.make_denoiser(network, batch, options, x, control)
+        if needs_windows:
+            self.check_windowable(shape, control is not None)
             stride = max(1, min(self.grid) // 2) if window_stride is None else window_stride
             denoise = windowed(denoise, self.grid, stride, may_change=lambda x: self.process.may_change(x, 1.0, 0.0))
-        entry, given = chosen_solver(self.process, options)
+        entry, solver_kwargs = select_solver(self.process, options)
         process = self.sampling_process(entry, options)
         steps = entry.steps(process, x[0].numel()) if options.sample_steps is None else options.sample_steps
-        how = {"rng": rng, "on_step": on_step, "drawing": options.drawing} | given
-        return entry.solve(denoise, process, x, step_times(steps), **how)
+        kwargs = {"rng": rng, "on_step": on_step, "warper": options.warper} | solver_kwargs
+        return entry.solve(denoise, process, x, even_times(steps), **kwargs)
 
-    def check_windows(self, shape: tuple[int, int], controlled: bool) -> None:
+    def check_windowable(self, shape: tuple[int, int], controlled: bool) -> None:
         """ValueError where a condition belongs to the whole canvas."""
         if controlled or self.network.encoders.map_channels:
             raise ValueError(
@@ -133,10 +139,10 @@ class CodeSampler(LearnedSampler):
             )
 
     @abstractmethod
-    def by_windows(self, shape: tuple[int, int], window_stride: int | None) -> bool:
+    def needs_windows(self, shape: tuple[int, int], window_stride: int | None) -> bool:
         """Whether a canvas is drawn in windows of the grid; ValueError where it cannot be drawn."""
 
-    def begin(self, edit: EditInput | None, shape: tuple[int, ...], rng: Streams) -> Tensor:
+    def initial_codes(self, edit: EditInput | None, shape: tuple[int, ...], rng: Streams) -> Tensor:
         """x (B, H, W) that sampling begins with: nothing of the data, or what is known and not forgotten."""
         if edit is None:
             return self.process.prior(shape, rng)
@@ -144,10 +150,10 @@ class CodeSampler(LearnedSampler):
         if mask is None:
             name = type(self.process).__name__
             raise ValueError(f"got codes to keep for {name}, which changes all codes: pass --sampler absorbing")
-        return torch.where(edit.keep, edit.x0, forgotten(edit.x0, edit.t, mask, rng))
+        return torch.where(edit.keep, edit.x0, mask_at_random(edit.x0, edit.strength, mask, rng))
 
     @abstractmethod
-    def denoiser(
+    def make_denoiser(
         self, network: nn.Module, batch: Batch | None, options: CodeSampling, x: Tensor, control: Control | None = None
     ) -> Denoiser:
         """What the network says of grids like x (B, H, W) under the conditions of a batch, guided, for one run."""
@@ -187,21 +193,23 @@ class DiscreteSampler(CodeSampler):
             name = type(process).__name__
             raise ValueError(f"got a network that is told no time for {name}, whose predictions depend on it")
 
-    def times(self, draw: TrainingStreams, count: int) -> Tensor:
+    def times(self, streams: TrainingStreams, count: int) -> Tensor:
         """Times of a batch: (count,)."""
-        return self.process.times(draw("time"))
+        return self.process.times(streams("time"))
 
     def corrupt(self, x0: Tensor, t: Tensor, rng: Streams) -> Tensor:
         """What is trained on: (B, H, W)."""
         return self.process.corrupt(x0, t, rng)
 
-    def loss(self, network: nn.Module, batch: Batch, draw: TrainingStreams, *, control: Control | None = None) -> Loss:
+    def loss(
+        self, network: nn.Module, batch: Batch, streams: TrainingStreams, *, control: Control | None = None
+    ) -> Loss:
         """The loss of {"codes": (B, h, w)} and the fields of its conditions."""
         x0 = batch["codes"]
-        t = self.times(draw, len(x0)).to(x0.device)
-        x_t = self.corrupt(x0, t, draw("mask"))
+        t = self.times(streams, len(x0)).to(x0.device)
+        x_t = self.corrupt(x0, t, streams("mask"))
         raw = raw_conditions(self.fields_of, batch)
-        logits = self.predict(network, x_t, t, raw, control, drop=draw_drops(self.config, raw, draw, len(x0)))
+        logits = self.predict(network, x_t, t, raw, control, drop=draw_drops(self.config, raw, streams, len(x0)))
         loss = self.process.loss(logits, x0, x_t, t, **self.loss_options, loss_weight=batch.get("loss_weight"))
         seen = {"x0": x0, "x_t": x_t, "t": t, "prediction": logits, "loss": loss.per_example}
         return loss._replace(outputs={name: value.detach() for name, value in seen.items()})
@@ -214,11 +222,11 @@ class DiscreteSampler(CodeSampler):
     def noise_level(self, t: Tensor) -> Tensor:
         return t
 
-    def by_windows(self, shape: tuple[int, int], window_stride: int | None) -> bool:
+    def needs_windows(self, shape: tuple[int, int], window_stride: int | None) -> bool:
         """Where windows are asked for, or positions are learned for another grid; else a canvas is one pass a step."""
         return shape != self.grid and self.config.position == "learned" or window_stride is not None
 
-    def denoiser(
+    def make_denoiser(
         self,
         network: nn.Module,
         batch: Batch | None,
@@ -228,28 +236,28 @@ class DiscreteSampler(CodeSampler):
     ) -> Denoiser:
         """What the network says, guided; equal grids under equal conditions, and at one time where anything is told the
         time, are evaluated once."""
-        conditions, rows = self.chain(network, batch, options, x), torch.arange(2 * len(x), device=x.device)
+        conditions, rows = self.guidance_chain(network, batch, options, x), torch.arange(2 * len(x), device=x.device)
         kinds, by_time = conditions.row_ids(), self.network.takes_time or control is not None
 
         def denoise(x: Tensor, t: Tensor, of: Tensor) -> Tensor:  # of: rows of the conditions
             kind, time = None if kinds is None else kinds[of], t if by_time else None
-            first, which = distinct(x, kind, time)
+            first, which = unique_rows(x, kind, time)
             if len(first) == len(x):
                 return self.predict(network, x, t, conditions[of], control)
             return self.predict(network, x[first], t[first], conditions[of[first]], control)[which]
 
-        how = {"schedule": options.guidance_schedule, "interval": options.guidance_interval}
-        return guided(denoise, rows.chunk(2), [options.guidance], **how)
+        kwargs = {"schedule": options.guidance_schedule, "interval": options.guidance_interval}
+        return guided(denoise, rows.chunk(2), [options.guidance], **kwargs)
 
-    def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, calls: int | None = None) -> Bound:
-        """-log2 p of {"codes": (B, h, w)}, by the variational bound in `calls` network calls per example, or all T."""
+    def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, nfe: int | None = None) -> Bound:
+        """-log2 p of {"codes": (B, h, w)}, by the variational bound in `nfe` network calls per example, or all T."""
         condition = network.encode(raw_conditions(self.fields_of, batch), batch["codes"])
         return bits_per_code(
-            lambda x, t: self.predict(network, x, t, condition), self.process, batch["codes"], rng, calls
+            lambda x, t: self.predict(network, x, t, condition), self.process, batch["codes"], rng, nfe
         )
 
 
-def distinct(x: Tensor, kind: Tensor | None, t: Tensor | None) -> tuple[Tensor, Tensor]:
+def unique_rows(x: Tensor, kind: Tensor | None, t: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of codes x (B, ...), of kinds (B,) of conditions, at times (B,), where these count: the places (n,) at which
     each that is different stands first, and which of them each row is like, (B,)."""
     told = [x.flatten(1)]

@@ -78,8 +78,8 @@ def raw_conditions(fields_of: Mapping[str, tuple[str, ...]], batch: Batch | None
 
 
 def draw_drops(
-    config: ConditionsConfig, names: Collection[str], draw: Callable[[str], Streams], count: int
+    config: ConditionsConfig, names: Collection[str], streams: Callable[[str], Streams], count: int
 ) -> dict[str, Tensor]:
     """Which examples get the null of each condition, (count,) bool by name, from a stream of its own."""
     share = {name: config.label_drop if name == "label" else config.condition_drop for name in names}
-    return {name: draw(name).uniform((count,)) < share[name] for name in names}
+    return {name: streams(name).uniform((count,)) < share[name] for name in names}

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.rng import Streams
-from diffusion.solvers import Solver, options_of
-from diffusion.timesteps import low_discrepancy
+from diffusion.solvers import Solver, solver_options_for
+from diffusion.timesteps import low_discrepancy_times
 from train.data.loading import TrainingStreams
 from train.samplers._codes import DiscreteSampler, DiscreteSampling
 from train.samplers._conditions import make_encoders
@@ -39,7 +39,7 @@ class Config(TransformerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling(*options_of(AbsorbingDiffusion), DiscreteSampling):
+class Sampling(*solver_options_for(AbsorbingDiffusion), DiscreteSampling):
     """Sampling."""
 
     solver: str = "ancestral"
@@ -67,11 +67,11 @@ class AbsorbingSampler(DiscreteSampler):
         kind = {"kind": config.loss_type}
         super().__init__(config, process, network, grid=grid, n_classes=n_classes, loss_options=kind)
 
-    def times(self, draw: TrainingStreams, count: int) -> Tensor:
+    def times(self, streams: TrainingStreams, count: int) -> Tensor:
         if self.config.time_sampler == "uniform":
-            return self.process.times(draw("time"))
-        shared, place = draw.step_stream("time")
-        return low_discrepancy(self.process, shared, count, place, draw.batch_size).t
+            return self.process.times(streams("time"))
+        shared, place = streams.step_stream("time")
+        return low_discrepancy_times(self.process, shared, count, place, streams.batch_size).t
 
     def corrupt(self, x0: Tensor, t: Tensor, rng: Streams) -> Tensor:
         corrupt = self.process.corrupt if self.config.mask_schedule == "random" else self.process.corrupt_fixed
@@ -79,7 +79,7 @@ class AbsorbingSampler(DiscreteSampler):
 
     def noise_level(self, t: Tensor) -> Tensor:
         """The share of codes that is masked at t (B,), on average."""
-        return self.process.masked(t)
+        return self.process.mask_prob(t)
 
     def sampling_process(self, entry: Solver, options: Sampling) -> AbsorbingDiffusion:
         """The process with the masking schedule that codes are revealed by: as asked for, the solver's, or its own."""

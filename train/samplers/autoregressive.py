@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from diffusion.autoregressive import Autoregression
 from diffusion.denoisers import guided
 from diffusion.rng import Streams
-from diffusion.solvers import options_of
+from diffusion.solvers import solver_options_for
 from diffusion.types import Bound, Denoiser, Loss
 from models.kv_cache import KVCache
 from train.data.loading import TrainingStreams
@@ -40,7 +40,7 @@ class Config(TransformerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling(*options_of(Autoregression), CodeSampling):
+class Sampling(*solver_options_for(Autoregression), CodeSampling):
     """Sampling."""
 
     solver: str = "raster"
@@ -60,7 +60,9 @@ class AutoregressiveSampler(CodeSampler):
         network = make_network(config, codes=codes, grid=grid, encoders=encoders, causal=True)
         super().__init__(config, Autoregression(codes), network, grid=grid, n_classes=n_classes)
 
-    def loss(self, network: nn.Module, batch: Batch, draw: TrainingStreams, *, control: Control | None = None) -> Loss:
+    def loss(
+        self, network: nn.Module, batch: Batch, streams: TrainingStreams, *, control: Control | None = None
+    ) -> Loss:
         """The loss of {"codes": (B, h, w)} and the fields of its conditions.
 
         No code is hidden but by its place: what is seen is what is learned, and t is 0 for all.
@@ -69,7 +71,7 @@ class AutoregressiveSampler(CodeSampler):
         x0 = batch["codes"]
         t = torch.zeros(len(x0), device=x0.device)
         raw = raw_conditions(self.fields_of, batch)
-        logits = self.predict(network, x0, t, raw, drop=draw_drops(self.config, raw, draw, len(x0)))
+        logits = self.predict(network, x0, t, raw, drop=draw_drops(self.config, raw, streams, len(x0)))
         loss = self.process.loss(logits, x0, loss_weight=batch.get("loss_weight"))
         seen = {"x0": x0, "x_t": x0, "t": t, "prediction": logits, "loss": loss.per_example}
         return loss._replace(outputs={name: value.detach() for name, value in seen.items()})
@@ -82,7 +84,7 @@ class AutoregressiveSampler(CodeSampler):
         """There is no noise: 0 (B,)."""
         return torch.zeros_like(t)
 
-    def by_windows(self, shape: tuple[int, int], window_stride: int | None) -> bool:
+    def needs_windows(self, shape: tuple[int, int], window_stride: int | None) -> bool:
         if shape != self.grid or window_stride is not None:
             raise ValueError(
                 f"an autoregressive sampler draws grids of {self.grid} codes and no larger canvases: "
@@ -90,7 +92,7 @@ class AutoregressiveSampler(CodeSampler):
             )
         return False
 
-    def denoiser(
+    def make_denoiser(
         self, network: nn.Module, batch: Batch | None, options: Sampling, x: Tensor, control: Control | None = None
     ) -> Denoiser:
         """What the network says of the next code, guided. It remembers what it has read.
@@ -98,7 +100,7 @@ class AutoregressiveSampler(CodeSampler):
         A sequence has the number of its row of the conditions: that of example i is i under the weakest.
         """
         refuse_control(control)
-        conditions, kv_cache = self.chain(network, batch, options, x), KVCache(self.grid)
+        conditions, kv_cache = self.guidance_chain(network, batch, options, x), KVCache(self.grid)
         sequences = torch.arange(2 * len(x), device=x.device)
 
         def denoise(x: Tensor, t: Tensor, of: Tensor) -> Tensor:
@@ -106,8 +108,8 @@ class AutoregressiveSampler(CodeSampler):
 
         return guided(denoise, sequences.chunk(2), [options.guidance], schedule=options.guidance_schedule)
 
-    def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, calls: int | None = None) -> Bound:
-        """-log2 p of {"codes": (B, h, w)}: exact, in one network call whatever `calls` says."""
+    def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, nfe: int | None = None) -> Bound:
+        """-log2 p of {"codes": (B, h, w)}: exact, in one network call whatever `nfe` says."""
         x0 = batch["codes"]
         with torch.no_grad():
             t = torch.zeros(len(x0), device=x0.device)

@@ -8,27 +8,27 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffusion.denoisers import guided, known, thresholded
+from diffusion.denoisers import guided, thresholded, with_known_pixels
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import SCHEDULES, GaussianDiffusion, with_zero_terminal_snr
-from diffusion.gaussian_solvers import begun_at, step_times, steps_left
+from diffusion.gaussian_solvers import from_strength, remaining_steps, step_times
 from diffusion.likelihood import bits_per_dimension, flow_bits_per_dimension
 from diffusion.process import ContinuousProcess
 from diffusion.rng import Streams
-from diffusion.solvers import options_of
-from diffusion.timesteps import LossSecondMoment, Times, low_discrepancy, uniform
+from diffusion.solvers import solver_options_for
+from diffusion.timesteps import LossSecondMoment, WeightedTimes, low_discrepancy_times, uniform_times
 from diffusion.types import Bound, Denoiser, Loss, OnStep, Prediction
 from models.unet import UNet, UNetConfig
 from train.config import SamplingConfig
 from train.data.loading import TrainingStreams
 from train.loop import Batch, Outputs
-from train.samplers import Control, LearnedSampler, Told, chosen_solver
+from train.samplers import ConditionInput, Control, LearnedSampler, select_solver
 from train.samplers._conditions import ConditionsConfig, draw_drops, fields_by_condition, make_encoders, raw_conditions
 from train.spaces import EditInput
 
 SPACE = "continuous"  # pixels; latents where --ae_load_dir names a VQGAN
-OWN = {  # flags that one process has and others have not
+PROCESS_FLAGS = {  # flags that one process has and others have not
     "gaussian": {
         *("schedule", "first_beta", "last_beta", "zero_terminal_snr", "prediction", "variance"),
         *("loss_type", "min_snr_gamma"),
@@ -36,7 +36,15 @@ OWN = {  # flags that one process has and others have not
     "edm": {"sigma_data", "time_mean", "time_deviation"},
     "flow": {"time_mean", "time_deviation", "time_shift"},
 }
-POSITIVE = ("sigma_data", "time_deviation", "time_shift", "min_snr_gamma", "time_scale", "first_beta", "last_beta")
+POSITIVE_FLAGS = (
+    "sigma_data",
+    "time_deviation",
+    "time_shift",
+    "min_snr_gamma",
+    "time_scale",
+    "first_beta",
+    "last_beta",
+)
 HALF_LEVEL = 1 / 255  # of 8 bits on [-1, 1]
 
 
@@ -121,11 +129,11 @@ class Config(ConditionsConfig):
         super().__post_init__()
         if self.total_steps < 2:
             raise ValueError(f"got total_steps {self.total_steps}, wanted at least 2: pass --total_steps N")
-        for name in POSITIVE:
+        for name in POSITIVE_FLAGS:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"got {name} {value}, wanted a number above 0: pass --{name} X")
-        others = set().union(*OWN.values()) - OWN[self.process]
+        others = set().union(*PROCESS_FLAGS.values()) - PROCESS_FLAGS[self.process]
         for name in (field for field in self.__dataclass_fields__ if field in others):
             value, default = getattr(self, name), self.__dataclass_fields__[name].default
             if value != default and (name, value) != ("loss_type", "simple"):
@@ -141,7 +149,7 @@ class Config(ConditionsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling(*options_of(ContinuousProcess), SamplingConfig):
+class Sampling(*solver_options_for(ContinuousProcess), SamplingConfig):
     """Sampling."""
 
     solver: str = "dpmpp_2m"
@@ -162,21 +170,21 @@ class Sampling(*options_of(ContinuousProcess), SamplingConfig):
 
 def make_process(config: Config, pixels: bool) -> ContinuousProcess:
     """The process that a ddpm config describes, of pixels or of latents of unit variance."""
-    spread = {"mean": config.time_mean, "deviation": config.time_deviation}
+    spread = {"mean": config.time_mean, "std": config.time_deviation}
     spread = {name: value for name, value in spread.items() if value is not None}
     if config.process == "edm":
         usual = 0.5 if pixels else 1.0
         return EDM(sigma_data=usual if config.sigma_data is None else config.sigma_data, **spread)
     if config.process == "flow":
         return RectifiedFlow(shift=config.time_shift, **spread)
-    betas = {"first": config.first_beta, "last": config.last_beta}
+    betas = {"beta_start": config.first_beta, "beta_end": config.last_beta}
     betas = {name: value for name, value in betas.items() if value is not None}
     if betas and config.schedule not in ("linear", "scaled_linear"):
         raise ValueError(f"got first_beta or last_beta for schedule {config.schedule}, which has none: leave them out")
-    abar = SCHEDULES[config.schedule](config.total_steps, **betas)
-    abar = with_zero_terminal_snr(abar) if config.zero_terminal_snr else abar
+    alpha_bar = SCHEDULES[config.schedule](config.total_steps, **betas)
+    alpha_bar = with_zero_terminal_snr(alpha_bar) if config.zero_terminal_snr else alpha_bar
     variance = "learned_range" if config.variance == "auto" else config.variance
-    return GaussianDiffusion(abar, config.prediction, variance)
+    return GaussianDiffusion(alpha_bar, config.prediction, variance)
 
 
 def make_network(config: Config, process: ContinuousProcess, channels: int, n_classes: int) -> UNet:
@@ -224,35 +232,43 @@ class GaussianSampler(LearnedSampler):
         return tuple(field for fields in self.fields_of.values() for field in fields)
 
     def predict(
-        self, network: nn.Module, x: Tensor, t: Tensor, condition: Told, control: Control | None = None, **how: object
+        self,
+        network: nn.Module,
+        x: Tensor,
+        t: Tensor,
+        condition: ConditionInput,
+        control: Control | None = None,
+        **kwargs: object,
     ) -> Tensor:
-        """The network's output at x (B, C, H, W), t (B,) on any device; `how` is of its `forward`."""
+        """The network's output at x (B, C, H, W), t (B,) on any device; `kwargs` is of its `forward`."""
         if self.config.time_embedding == "noise_level":
             told = self.process.alpha(t).float()
         else:
             told = self.process.network_time(t)
         x, told = self.process.network_input(x, t), told.to(x.device)
         if control is not None:
-            how["skip_residuals"] = control(x, told, condition, how.get("drop"))
-        return network(x, told, condition, **how)
+            kwargs["skip_residuals"] = control(x, told, condition, kwargs.get("drop"))
+        return network(x, told, condition, **kwargs)
 
-    def times(self, draw: TrainingStreams, count: int, training: bool) -> Times:
+    def times(self, streams: TrainingStreams, count: int, training: bool) -> WeightedTimes:
         """Times of a batch, on the CPU; those of validation no loss moves."""
         kind = self.config.time_sampler
         if kind == "low_discrepancy":
-            shared, place = draw.step_stream("time")
-            return low_discrepancy(self.process, shared, count, place, draw.batch_size)
+            shared, place = streams.step_stream("time")
+            return low_discrepancy_times(self.process, shared, count, place, streams.batch_size)
         if kind == "loss_second_moment" and training:
-            return self.extras["times"].draw(draw("time", "cpu"))
-        return uniform(self.process, draw("time", "cpu"))
+            return self.extras["times"].draw(streams("time", "cpu"))
+        return uniform_times(self.process, streams("time", "cpu"))
 
-    def loss(self, network: nn.Module, batch: Batch, draw: TrainingStreams, *, control: Control | None = None) -> Loss:
+    def loss(
+        self, network: nn.Module, batch: Batch, streams: TrainingStreams, *, control: Control | None = None
+    ) -> Loss:
         """The loss of {"x0": (B, C, H, W), and the fields of its conditions}, times unbiased by how they were drawn."""
-        x0, (t, weight) = batch["x0"], self.times(draw, len(batch["x0"]), network.training)
-        noise = draw("noise").normal(x0.shape)
+        x0, (t, weight) = batch["x0"], self.times(streams, len(batch["x0"]), network.training)
+        noise = streams("noise").normal(x0.shape)
         x_t = self.process.corrupt(x0, t, noise)
         raw = raw_conditions(self.fields_of, batch)
-        drop = draw_drops(self.config, raw, draw, len(x0))
+        drop = draw_drops(self.config, raw, streams, len(x0))
         output = self.predict(network, x_t, t, raw, control, drop=drop)
         loss = self.process.loss(output, x0, noise, t, loss_weight=batch.get("loss_weight"), **self.loss_options)
         weight = weight.to(x0.device)
@@ -262,7 +278,7 @@ class GaussianSampler(LearnedSampler):
 
     def x0_hat(self, outputs: Outputs) -> Tensor:
         """The data that a prediction in training meant."""
-        return self.process.predict(outputs["prediction"], outputs["x_t"], outputs["t"]).x0
+        return self.process.to_prediction(outputs["prediction"], outputs["x_t"], outputs["t"]).x0
 
     def observe(self, t: Tensor, losses: Tensor) -> None:
         """Takes the losses of a whole step, those of all processes."""
@@ -274,11 +290,11 @@ class GaussianSampler(LearnedSampler):
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         return sigma / (alpha + sigma)
 
-    def denoiser(
+    def make_denoiser(
         self, network: nn.Module, control: Control | None = None
-    ) -> Callable[[Tensor, Tensor, Told], Prediction]:
+    ) -> Callable[[Tensor, Tensor, ConditionInput], Prediction]:
         """What the network predicts at (x, t) under a condition."""
-        return lambda x, t, condition: self.process.predict(self.predict(network, x, t, condition, control), x, t)
+        return lambda x, t, condition: self.process.to_prediction(self.predict(network, x, t, condition, control), x, t)
 
     def sample(
         self,
@@ -304,61 +320,65 @@ class GaussianSampler(LearnedSampler):
             raise ValueError(f"got guidance {options.guidance} for a model without conditions: pass --guidance 1")
         if options.guidance != 1 and not batch:
             raise ValueError(f"got guidance {options.guidance} for samples without a condition: pass --guidance 1")
-        process, x = self.begin(edit, (len(rng), self.shape[0], *(shape or self.shape[1:])), rng)
+        process, x = self.initial_state(edit, (len(rng), self.shape[0], *(shape or self.shape[1:])), rng)
         if process.start <= process.end:  # less noise than networks know: nothing is forgotten
             return edit.x0
         null = network.encode({}, x)
-        chain = [null, network.encode(raw_conditions(self.fields_of, batch), x) if batch else null]
+        guidance_chain = [null, network.encode(raw_conditions(self.fields_of, batch), x) if batch else null]
         guidance = {"interval": options.guidance_interval, "rescale": options.guidance_rescale}
-        said = self.denoiser(network, control)
-        denoise = guided(said, chain, [options.guidance], **guidance, process=self.process)
+        pred = self.make_denoiser(network, control)
+        denoise = guided(pred, guidance_chain, [options.guidance], **guidance, process=self.process)
         if self.pixels and (options.clip or options.dynamic_threshold is not None):
             denoise = thresholded(denoise, self.process, options.dynamic_threshold)
         if edit is not None:
-            denoise = known(denoise, self.process, edit.x0, edit.keep)
-        entry, given = chosen_solver(self.process, options)
-        return entry.solve(denoise, process, x, self.step_times(process, options), rng=rng, on_step=on_step, **given)
+            denoise = with_known_pixels(denoise, self.process, edit.x0, edit.keep)
+        entry, solver_kwargs = select_solver(self.process, options)
+        return entry.solve(
+            denoise, process, x, self.solver_times(process, options), rng=rng, on_step=on_step, **solver_kwargs
+        )
 
-    def begin(self, edit: EditInput | None, shape: tuple[int, ...], rng: Streams) -> tuple[ContinuousProcess, Tensor]:
+    def initial_state(
+        self, edit: EditInput | None, shape: tuple[int, ...], rng: Streams
+    ) -> tuple[ContinuousProcess, Tensor]:
         """The process from where it begins, and x (B, C, H, W) there: noise, on what is known or remembered."""
         if edit is None:
             return self.process, self.process.prior(shape, rng)
-        process, noise = begun_at(self.process, edit.t), rng.normal(shape)
-        remembered = edit.x0 if edit.t < 1 else edit.x0.masked_fill(~edit.keep.unsqueeze(1), 0)
+        process, noise = from_strength(self.process, edit.strength), rng.normal(shape)
+        remembered = edit.x0 if edit.strength < 1 else edit.x0.masked_fill(~edit.keep.unsqueeze(1), 0)
         return process, process.corrupt(remembered, torch.tensor(process.start), noise)
 
-    def step_times(self, process: ContinuousProcess, options: Sampling) -> list[float]:
+    def solver_times(self, process: ContinuousProcess, options: Sampling) -> list[float]:
         """Where the steps lie from the start of `process`, which is the sampler's or begins later, with those left."""
-        entry, spacing = chosen_solver(self.process, options)[0], options.spacing
+        entry, spacing = select_solver(self.process, options)[0], options.spacing
         if spacing == "auto":
             spacing = "karras" if isinstance(self.process, EDM) else "uniform"
         steps = options.sample_steps
         if steps is None:
             steps = entry.steps(self.process, math.prod(self.shape[1:]))
         if process is not self.process:
-            steps = steps_left(self.process, process, steps, spacing)
+            steps = remaining_steps(self.process, process, steps, spacing)
         return step_times(process, steps, spacing)
 
-    def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, calls: int | None = None) -> Bound:
-        """-log2 p(x0) of 8-bit images: the variational bound in `calls` network calls per image (all T if left out);
+    def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, nfe: int | None = None) -> Bound:
+        """-log2 p(x0) of 8-bit images: the variational bound in `nfe` network calls per image (all T if left out);
         of edm and flow along the probability-flow ODE, in as many steps. Conditions are told."""
         if not self.pixels:
             raise ValueError("latents are continuous and have no likelihood in bits: measure a model of pixels")
         x0 = batch["x0"]
-        condition, denoise = network.encode(raw_conditions(self.fields_of, batch), x0), self.denoiser(network)
+        condition, denoise = network.encode(raw_conditions(self.fields_of, batch), x0), self.make_denoiser(network)
 
         def conditional(x: Tensor, t: Tensor) -> Prediction:
             return denoise(x, t, condition)
 
         if isinstance(self.process, GaussianDiffusion):
-            return bits_per_dimension(thresholded(conditional, self.process), self.process, x0, rng, calls)
-        return self.along_the_flow(conditional, x0, rng, calls)
+            return bits_per_dimension(thresholded(conditional, self.process), self.process, x0, rng, nfe)
+        return self.flow_bound(conditional, x0, rng, nfe)
 
-    def along_the_flow(self, denoise: Denoiser, x0: Tensor, rng: Streams, calls: int | None) -> Bound:
+    def flow_bound(self, denoise: Denoiser, x0: Tensor, rng: Streams, nfe: int | None) -> Bound:
         """Of the model that stops at noise of half an 8-bit level and rounds: closer, networks know the levels."""
-        end = self.process.time_at(torch.tensor(-math.log(HALF_LEVEL), dtype=torch.float64)).item()
+        end = self.process.t_from_half_logsnr(torch.tensor(-math.log(HALF_LEVEL), dtype=torch.float64)).item()
         process = replace(self.process, end=end)
-        steps = {} if calls is None else {"steps": calls}
+        steps = {} if nfe is None else {"steps": nfe}
         found = flow_bits_per_dimension(denoise, process, x0, rng, **steps)
         return Bound(found.total, found.prior, found.total.new_zeros(len(x0), 0))
 

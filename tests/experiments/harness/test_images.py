@@ -7,7 +7,7 @@ from experiments.harness.images import STRIP_STEPS, StepRecorder
 
 
 class Space:
-    def shown(self, x, predicted):
+    def preview(self, x, predicted):
         return x, predicted
 
 

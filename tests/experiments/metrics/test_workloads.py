@@ -15,7 +15,7 @@ from train.datasets import digits
 from train.distributed import DistContext
 from train.sampler import SamplerStep
 from train.samplers import absorbing
-from train.spaces import Codes, Latents, Pixels
+from train.spaces import CodeSpace, LatentSpace, PixelSpace
 from vq.config import VQGANConfig, VQGANLossConfig
 from vq.perceptual import Perceptual
 
@@ -50,13 +50,13 @@ def trained(config, n_classes=0):
 
 def test_the_space_matches_that_of_training():
     config, network = second_stage(), lambda: VQGANConfig(nf=4, ch_mult=(1, 2), codebook_size=16)
-    assert isinstance(space_of(config, network), Codes)
+    assert isinstance(space_of(config, network), CodeSpace)
     config.sampler = replace(config.sampler, sampler="ddpm")
-    assert isinstance(space_of(config, None), Pixels)  # needs no VQGAN
+    assert isinstance(space_of(config, None), PixelSpace)  # needs no VQGAN
     config.first.ae_load_dir = "a_run"
     latents = space_of(config, network)
-    assert isinstance(latents, Latents) and latents.model_args["shape"] == (256, 8, 8)
-    assert workloads.with_amp(latents, True).first.amp and not latents.first.amp
+    assert isinstance(latents, LatentSpace) and latents.model_args["shape"] == (256, 8, 8)
+    assert workloads.with_amp(latents, True).first.amp and not latents.first_stage.amp
 
 
 def test_nonsquare_and_cropped_images_match_training():

@@ -115,11 +115,11 @@ def test_the_published_shape_parses(tmp_path):
 @pytest.mark.parametrize("steps", [1000, 200])
 def test_betas_match_the_file_for_any_number_of_steps(steps, tmp_path):
     path = written(tmp_path, {f"{BETAS}.n_timestep": steps})
-    abar = make_process(parse_config(path).sampler, pixels=True).abar
+    alpha_bar = make_process(parse_config(path).sampler, pixels=True).alpha_bar
     wanted = torch.linspace(1e-6, 0.01, steps, dtype=torch.float64)
-    torch.testing.assert_close(abar[1:], (1 - wanted).cumprod(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(alpha_bar[1:], (1 - wanted).cumprod(0), rtol=1e-12, atol=0)
     scaled = (1 - wanted * 1000 / steps).cumprod(0)  # with unconverted betas
-    assert steps == 1000 or not torch.allclose(abar[1:], scaled, rtol=1e-2)
+    assert steps == 1000 or not torch.allclose(alpha_bar[1:], scaled, rtol=1e-2)
 
 
 @pytest.mark.parametrize("steps", [1000, 200])
@@ -127,7 +127,7 @@ def test_quad_is_linear_in_the_square_root(steps, tmp_path):
     path = written(tmp_path, {f"{BETAS}.n_timestep": steps, f"{BETAS}.schedule": "quad"})
     wanted = torch.linspace(1e-6**0.5, 0.01**0.5, steps, dtype=torch.float64).square()
     process = make_process(parse_config(path).sampler, pixels=True)
-    torch.testing.assert_close(process.abar[1:], (1 - wanted).cumprod(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(process.alpha_bar[1:], (1 - wanted).cumprod(0), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("path", ["configs", "published"])

@@ -25,7 +25,7 @@ from train.data.loading import ImageSource, TrainingImages, training_batches
 from train.datasets import DatasetConfig, FloatImage, UnreadableImage
 from train.distributed import DistContext
 from train.first_stage import FirstStage
-from train.spaces import Codes
+from train.spaces import CodeSpace
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
 
@@ -157,7 +157,7 @@ def first_of(folder, data=DATA):
 
 
 def codes_of(folder, dataset, data=DATA, split="train"):
-    return Codes(first_of(folder, data)).source(dataset, split, data, 3, HERE)
+    return CodeSpace(first_of(folder, data)).source(dataset, split, data, 3, HERE)
 
 
 @pytest.mark.parametrize("changes", VIEWS)

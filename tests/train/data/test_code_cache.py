@@ -227,7 +227,7 @@ def first_of(folder, **changes):
 )
 def test_only_the_training_split_is_encoded_in_all_views(tmp_path, changes):
     first, data = first_of(tmp_path), dataclasses.replace(DATA, **changes)
-    table = first.codes(IMAGES, "train", data, 3, DistContext(CPU))
+    table = first.encode_dataset(IMAGES, "train", data, 3, DistContext(CPU))
     source = ImageSource(IMAGES, data, margin=data.crop_margin)
     images = torch.stack([source[i]["image"] for i in range(7)])
     wanted = torch.stack([first.encode(view(images)) for view in training_views(data)])
@@ -236,7 +236,7 @@ def test_only_the_training_split_is_encoded_in_all_views(tmp_path, changes):
         again = first_of(tmp_path / str(batch_size)).codes(IMAGES, "train", data, batch_size, DistContext(CPU))
         assert torch.equal(again.ids[:], wanted)
     plain = torch.stack([ImageSource(IMAGES, DATA)[i]["image"] for i in range(7)])
-    assert torch.equal(first.codes(IMAGES, "val", data, 3, DistContext(CPU)).ids[:], first.encode(plain)[None])
+    assert torch.equal(first.encode_dataset(IMAGES, "val", data, 3, DistContext(CPU)).ids[:], first.encode(plain)[None])
 
 
 def test_the_key_depends_on_everything_that_changes_codes(tmp_path, monkeypatch):
@@ -246,10 +246,10 @@ def test_the_key_depends_on_everything_that_changes_codes(tmp_path, monkeypatch)
     first, world = first_of(tmp_path), DistContext(CPU)
     pixels = IMAGES.images.copy()
     pixels[3, 0, 0] ^= 1
-    first.codes(IMAGES, "train", DATA, 3, world)
-    first.codes(dataclasses.replace(IMAGES, images=pixels), "train", DATA, 3, world)
+    first.encode_dataset(IMAGES, "train", DATA, 3, world)
+    first.encode_dataset(dataclasses.replace(IMAGES, images=pixels), "train", DATA, 3, world)
     for changes in CHANGES:
-        first.codes(IMAGES, "train", dataclasses.replace(DATA, **changes), 3, world)
+        first.encode_dataset(IMAGES, "train", dataclasses.replace(DATA, **changes), 3, world)
     first_of(tmp_path, weights="abd").codes(IMAGES, "train", DATA, 3, world)
     first_of(tmp_path, amp=True).codes(IMAGES, "train", DATA, 3, world)
     other = first_of(tmp_path)
@@ -257,10 +257,10 @@ def test_the_key_depends_on_everything_that_changes_codes(tmp_path, monkeypatch)
     other.codes(IMAGES, "train", DATA, 3, world)
     for view in (View(flip=True), View(dx=1), View(dy=1), View(crop=(0, 0, 8, 8))):  # the same number of views
         monkeypatch.setattr(first_stage, "training_views", lambda data, view=view: [view])
-        first.codes(IMAGES, "train", DATA, 3, world)
+        first.encode_dataset(IMAGES, "train", DATA, 3, world)
     monkeypatch.setattr(first_stage, "training_views", training_views)
     monkeypatch.setattr(first_stage, "CHUNK_SIZE", 513)
-    first.codes(IMAGES, "train", DATA, 3, world)
+    first.encode_dataset(IMAGES, "train", DATA, 3, world)
     assert len({key for key, _ in keys}) == len({path for _, path in keys}) == len(keys) == 19
 
 
@@ -268,11 +268,11 @@ def test_the_key_ignores_what_does_not_change_codes(tmp_path, monkeypatch):
     keys = []
     monkeypatch.setattr(first_stage, "load_or_encode", lambda file, *rest: keys.append(file.path))
     first = first_of(tmp_path)
-    first.codes(IMAGES, "train", DATA, 3, DistContext(CPU))
-    first.codes(IMAGES, "train", dataclasses.replace(DATA, num_workers=3, in_memory=True), 5, DistContext(CPU))
+    first.encode_dataset(IMAGES, "train", DATA, 3, DistContext(CPU))
+    first.encode_dataset(IMAGES, "train", dataclasses.replace(DATA, num_workers=3, in_memory=True), 5, DistContext(CPU))
     first_of(tmp_path, amp=True).codes(
         IMAGES, "train", DATA, 3, DistContext(CPU)
     )  # no effect on a CPU without bfloat16
     assert len(set(keys)) == 1 or first_stage.has_native_bf16(CPU)
-    first.codes(IMAGES, "val", DATA, 3, DistContext(CPU))
+    first.encode_dataset(IMAGES, "val", DATA, 3, DistContext(CPU))
     assert len(set(keys[:2])) == 1 and keys[-1] != keys[0]  # the split is in the name, and fingerprints differ

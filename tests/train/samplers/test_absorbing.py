@@ -32,7 +32,7 @@ def draws(seed: int, n: int):
     return lambda purpose: Streams([seed_of(seed, purpose, i) for i in range(n)])
 
 
-def test_a_share_of_labels_becomes_the_null_class_and_the_rest_stay():
+def test_a_fraction_of_labels_becomes_the_null_class():
     n, recorder = 4000, Recorder()
     batch = {"codes": torch.zeros(n, *GRID, dtype=torch.long), "label": torch.arange(n) % 5}
     sampler(label_drop=0.1).loss(recorder, batch, draws(1, n))
@@ -61,10 +61,10 @@ def test_the_process_is_the_one_asked_for(schedule, total_steps):
     built = sampler(schedule=schedule, total_steps=total_steps)
     assert built.process == AbsorbingDiffusion(4, total_steps, schedule)
     t = torch.tensor([0.25, 0.5, 1.0])
-    assert torch.equal(built.noise_level(t), built.process.masked(t))
+    assert torch.equal(built.noise_level(t), built.process.mask_prob(t))
 
 
-def test_times_are_independent_or_spread_over_the_whole_batch_whichever_part_of_it_this_is():
+def test_times_do_not_depend_on_the_split_of_the_batch():
     def times(kind, first, count=6):
         batch = {"position": torch.arange(first, first + count)}
         return sampler(time_sampler=kind, total_steps=None).times(
@@ -87,8 +87,8 @@ def test_the_loss_is_that_of_the_masked_codes_it_was_shown():
     loss = built.loss(recorder, batch, draws(3, n))
     seen = loss.outputs
     assert torch.equal(seen["x_t"], recorder.calls[0][0]) and torch.equal(seen["x0"], batch["codes"])
-    wanted = built.process.loss(seen["prediction"], seen["x0"], seen["x_t"], seen["t"], "elbo").per_example
-    assert torch.equal(loss.per_example, wanted)
+    expected = built.process.loss(seen["prediction"], seen["x0"], seen["x_t"], seen["t"], "elbo").per_example
+    assert torch.equal(loss.per_example, expected)
     guess = built.x0_hat(seen)  # code 0 is the likeliest everywhere
     assert torch.equal(guess, torch.where(seen["x_t"] == 4, 0, seen["x_t"]))
 
@@ -113,7 +113,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_attention_reaches_the_network_and_learns_to_copy_what_it_sees(kind):
+def test_every_attention_type_learns_to_copy_what_it_sees(kind):
     """Images of one code each: a masked code is known as soon as another one is seen."""
     torch.manual_seed(0)
     settings = {"bert_n_emb": 16, "bert_n_head": 2, "bert_n_layers": 2, "loss_type": "mlm"}

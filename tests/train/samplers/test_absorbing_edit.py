@@ -25,7 +25,7 @@ class Asked(LabelNetwork):
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "arccos", "square"])
-def test_strength_is_the_share_of_forgotten_codes_whatever_the_schedule(schedule):
+def test_strength_is_the_masked_fraction_for_any_schedule(schedule):
     x0, network = torch.zeros(50, 8, 8, dtype=torch.long), Asked()
     edit = EditInput(x0, torch.zeros(50, 8, 8, dtype=torch.bool), 0.7)
     built(schedule).sample(network, Streams(list(range(50))), options=Sampling(sample_steps=1), edit=edit)

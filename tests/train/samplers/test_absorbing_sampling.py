@@ -11,13 +11,13 @@ import train.trained_sampler
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import confidence
 from diffusion.rng import Streams
-from diffusion.solvers import solver, solvers_of
+from diffusion.solvers import get_solver, solvers_for
 from helpers.labels import LabelNetwork
-from train.samplers import _codes, absorbing, chosen_solver
+from train.samplers import _codes, absorbing, select_solver
 from train.spaces import EditInput
 
 GRID, CODES, CLASSES = (3, 4), 6, 5
-SOLVERS = sorted(solvers_of(AbsorbingDiffusion(2)))
+SOLVERS = sorted(solvers_for(AbsorbingDiffusion(2)))
 LABELS = torch.tensor([1, 4, 1, 0])
 BATCH = {"label": LABELS}
 
@@ -56,7 +56,7 @@ def test_guidance_asks_with_and_without_the_label_in_one_call():
     assert not others and labels.tolist() == [1, 4, CLASSES] and (ids == CODES).all()  # the empty canvas has one null
 
 
-def test_without_a_batch_the_null_class_is_asked_for_and_guidance_refused():
+def test_without_a_batch_the_null_is_used_and_guidance_refused():
     recorder = Recorder()
     built().sample(recorder, Streams([0]), options=options())
     assert all((labels == CLASSES).all() for _, labels in recorder.calls)
@@ -73,15 +73,15 @@ def test_guidance_follows_its_schedule_and_its_interval():
         ({"guidance_schedule": "linear"}, [1, 2, 2.6, 3]),
         ({"guidance_interval": (0.1, 0.6)}, [1, 3, 3, 1]),
     ):
-        said = built().denoiser(Recorder(), BATCH, options(guidance=3.0, **settings), ids)(ids, t)
-        assert torch.allclose(said, weak + torch.tensor(scales).view(-1, 1, 1, 1) * (strong - weak), atol=1e-5)
+        pred = built().make_denoiser(Recorder(), BATCH, options(guidance=3.0, **settings), ids)(ids, t)
+        assert torch.allclose(pred, weak + torch.tensor(scales).view(-1, 1, 1, 1) * (strong - weak), atol=1e-5)
 
 
 # Larger canvases
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_larger_canvas_is_asked_for_in_windows_that_keep_each_images_label(guidance):
+def test_windows_of_a_larger_canvas_keep_each_image_s_label(guidance):
     """Each window that the network sees is one of a canvas of that label."""
     recorder, canvases = Recorder(), []
     ids = built().sample(
@@ -168,11 +168,11 @@ def test_codes_do_not_depend_on_the_batch(network, name, settings):
     keep = known(4, *GRID, seed=2) < 2
     edit = EditInput(known(4, *GRID), keep & (torch.arange(4) > 1).view(4, 1, 1))  # two of the four begin with some
 
-    def draw(rows, **how):
+    def draw(rows, **kwargs):
         part = EditInput(edit.x0[rows], edit.keep[rows])
         rng = Streams([seeds[row] for row in rows])
         given = options(name, **settings)
-        return sampler.sample(network, rng, batch={"label": LABELS[rows]}, options=given, edit=part, **how)
+        return sampler.sample(network, rng, batch={"label": LABELS[rows]}, options=given, edit=part, **kwargs)
 
     together = draw([0, 1, 2, 3])
     assert all(torch.equal(draw([row])[0], together[row]) for row in range(4))
@@ -182,14 +182,16 @@ def test_codes_do_not_depend_on_the_batch(network, name, settings):
 
 
 @pytest.mark.parametrize("labels", [None, torch.tensor([0, 0, 1, 0, 1, 1])])
-def test_equal_rows_are_evaluated_once_and_rows_of_other_labels_are_not_equal(labels):
+def test_rows_with_equal_codes_and_labels_are_evaluated_once(labels):
     x, t = known(3, *GRID)[[0, 1, 0, 0, 1, 2]], torch.linspace(1, 0.5, 6)  # the network is told no time
     recorder, batch = Recorder(), None if labels is None else {"label": labels}
-    said = built().denoiser(recorder, batch, options(), x)(x, t)
-    assert torch.equal(said, Recorder()(x, {} if labels is None else {"label": labels}))
+    pred = built().make_denoiser(recorder, batch, options(), x)(x, t)
+    assert torch.equal(pred, Recorder()(x, {} if labels is None else {"label": labels}))
     assert len(recorder.calls) == 1 and len(recorder.calls[0][0]) == (3 if labels is None else 5)
     different = known(5, *GRID, seed=3)
-    assert torch.equal(built().denoiser(recorder, None, options(), different)(different, t[:5]), Recorder()(different))
+    assert torch.equal(
+        built().make_denoiser(recorder, None, options(), different)(different, t[:5]), Recorder()(different)
+    )
     assert torch.equal(recorder.calls[-1][0], different)  # in their own order, uncopied
 
 
@@ -209,7 +211,7 @@ def test_known_codes_are_kept_and_the_rest_is_drawn(name, shape):
 
 
 @pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
-def test_so_much_of_the_rest_is_forgotten_as_the_start_says(t):
+def test_strength_is_the_masked_fraction_of_the_rest(t):
     x0, seen, n = known(200, *GRID), [], 200
     recorder, edit = Recorder(), EditInput(x0, torch.zeros_like(x0).bool(), t)
     built(schedule="cosine", n_classes=0).sample(
@@ -236,15 +238,15 @@ REVEALS = [(name, "auto", own) for name, own in AUTO.items()] + [(name, "linear"
 
 
 @pytest.mark.parametrize("name, reveal, wanted", REVEALS)
-def test_codes_are_revealed_by_the_schedule_asked_for_or_the_solver_s_own(name, reveal, wanted):
+def test_the_reveal_schedule_is_the_chosen_or_the_solver_s_own(name, reveal, expected):
     sampler = built(schedule="square", total_steps=77)
-    process = sampler.sampling_process(solver(sampler.process, name), options(name, reveal=reveal))
-    assert process == AbsorbingDiffusion(CODES, 77, wanted)
+    process = sampler.sampling_process(get_solver(sampler.process, name), options(name, reveal=reveal))
+    assert process == AbsorbingDiffusion(CODES, 77, expected)
     assert sampler.process.schedule == "square"
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_steps_left_out_are_the_solvers_own(name):
+def test_default_steps_are_the_solver_s_own(name):
     seen = []
     built(total_steps=5).sample(
         Recorder(), Streams([0]), options=options(name, sample_steps=None),
@@ -255,9 +257,9 @@ def test_steps_left_out_are_the_solvers_own(name):
 
 def test_the_settings_of_solvers_reach_them():
     process = built().process
-    entry, given = chosen_solver(process, options("confidence", choice_temp=0.0))
+    entry, given = select_solver(process, options("confidence", choice_temp=0.0))
     assert entry.solve is confidence and given == {"choice_temp": 0.0}
-    given = chosen_solver(process, options("remask", remasking="conf", remask_eta=0.2))[1]
+    given = select_solver(process, options("remask", remasking="conf", remask_eta=0.2))[1]
     assert given == {"remasking": "conf", "remask_eta": 0.2}
 
 
@@ -289,7 +291,7 @@ def test_temperature_top_k_and_top_p_reach_every_solver(name, settings):
     assert (out == 2).all()
 
 
-def test_who_watches_is_told_what_the_network_says():
+def test_on_step_receives_the_logits():
     class Flat(LabelNetwork):
         def predict(self, ids, labels):
             return torch.arange(6.0).expand(*ids.shape, CODES)

@@ -6,7 +6,7 @@ import torch
 from train.samplers._conditions import fields_by_condition, raw_conditions
 
 
-def test_one_field_is_itself_and_several_or_ragged_ones_are_a_dict():
+def test_several_or_ragged_fields_become_a_dict():
     batch = {name: torch.zeros(2) for name in ("label", "boxes", "boxes_mask", "ids", "size", "position")}
     raw = raw_conditions({"label": ("label",), "boxes": ("boxes", "ids"), "size": ("size",)}, batch)
     assert raw["label"] is batch["label"] and raw["size"] is batch["size"]

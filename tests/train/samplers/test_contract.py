@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusion.rng import Streams
-from diffusion.solvers import solvers_of
+from diffusion.solvers import solvers_for
 from diffusion.types import Bound, Loss
 from models.conditioning import Condition
 from models.conditions import image
@@ -67,7 +67,7 @@ def draws(batch, seed=0):
 
 
 @pytest.fixture(params=CASES, ids=lambda c: case(*c))
-def made(request):
+def sampler_case(request):
     name, facts = request.param
     return *built(name, facts), facts
 
@@ -83,8 +83,8 @@ def test_a_file_has_its_settings_its_space_and_build(name):
     assert not shared  # flags are one flat list
 
 
-def test_a_sampler_says_what_it_is(made):
-    sampler, _, facts = made
+def test_a_sampler_describes_itself(sampler_case):
+    sampler, _, facts = sampler_case
     assert isinstance(sampler, LearnedSampler) and isinstance(sampler.process, Process)
     assert isinstance(sampler.network, torch.nn.Module) and sampler.n_classes == CLASSES
     assert sampler.conditions == ("label",) and isinstance(sampler.unit, str)
@@ -96,15 +96,15 @@ def test_a_sampler_says_what_it_is(made):
 def test_its_settings_have_the_options_of_its_solvers(name):
     for facts in SPACES[load_plugin("train.samplers", name, "").SPACE]:
         sampler, module = built(name, facts)
-        options = {option for entry in solvers_of(sampler.process).values() for option in entry.option_names}
+        options = {option for entry in solvers_for(sampler.process).values() for option in entry.option_names}
         assert {*module.Sampling.option_names()} == options
         assert module.Sampling().solver_options == {}  # each solver's own
-        assert module.Sampling().solver in solvers_of(sampler.process)
+        assert module.Sampling().solver in solvers_for(sampler.process)
         assert options | {"sample_steps"} <= module.Sampling.solver_setting_names()
 
 
-def test_a_weight_multiplies_the_loss_and_no_bound(made):
-    sampler, _, facts = made
+def test_loss_weight_multiplies_the_loss_but_no_bound(sampler_case):
+    sampler, _, facts = sampler_case
     batch = data(facts)
     plain = sampler.loss(sampler.network, batch, draws(batch))
     weight = torch.arange(6.0)
@@ -116,9 +116,9 @@ def test_a_weight_multiplies_the_loss_and_no_bound(made):
             assert torch.equal(weighted.metrics[name], plain.metrics[name])
 
 
-def test_a_control_branch_is_asked_in_training_and_in_sampling(made):
+def test_a_control_branch_is_used_in_training_and_in_sampling(sampler_case):
     """It is given what the network is; what it gives is what the network adds inside."""
-    sampler, module, facts = made
+    sampler, module, facts = sampler_case
     if isinstance(sampler, AutoregressiveSampler):
         with pytest.raises(ValueError, match="would see the codes to predict"):
             sampler.loss(sampler.network, data(facts), draws(data(facts)), control=lambda *told: None)
@@ -129,9 +129,9 @@ def test_a_control_branch_is_asked_in_training_and_in_sampling(made):
     class Network(torch.nn.Module):
         encode = sampler.network.encode
 
-        def forward(self, *args, **how):
-            handed.append(how.pop(name))
-            return sampler.network(*args, **how)
+        def forward(self, *args, **kwargs):
+            handed.append(kwargs.pop(name))
+            return sampler.network(*args, **kwargs)
 
     def control(x, t, condition, drop):
         assert (drop is None) is isinstance(condition, Condition)  # raw in training, with what is dropped of it
@@ -142,23 +142,23 @@ def test_a_control_branch_is_asked_in_training_and_in_sampling(made):
     assert handed == ["added"] and asked == [(2, 2)]
     steps, given = STEPS.get(module.__name__.rpartition(".")[2], 2), {"label": batch["label"]}
     options = module.Sampling(sample_steps=steps, guidance=2.0)
-    drawn = sampler.sample(Network().eval(), Streams([0, 1]), batch=given, options=options, control=control)
-    assert set(handed) == {"added"} and len(asked) == len(handed) > 1 and drawn.shape == (2, *drawn_shape(facts))
+    samples = sampler.sample(Network().eval(), Streams([0, 1]), batch=given, options=options, control=control)
+    assert set(handed) == {"added"} and len(asked) == len(handed) > 1 and samples.shape == (2, *drawn_shape(facts))
 
 
-def test_without_classes_no_field_is_needed(made):
-    facts, name = made[2], made[1].__name__.rpartition(".")[2]
+def test_without_classes_no_field_is_needed(sampler_case):
+    facts, name = sampler_case[2], sampler_case[1].__name__.rpartition(".")[2]
     sampler, module = built(name, facts, n_classes=0)
     assert sampler.conditions == () and sampler.n_classes == 0
     batch = data(facts)
     del batch["label"]
     assert sampler.loss(sampler.network, batch, draws(batch)).per_example.isfinite().all()
-    drawn = sampler.sample(sampler.network, Streams([0]), options=module.Sampling(sample_steps=STEPS.get(name, 2)))
-    assert drawn.shape == (1, *drawn_shape(facts))
+    samples = sampler.sample(sampler.network, Streams([0]), options=module.Sampling(sample_steps=STEPS.get(name, 2)))
+    assert samples.shape == (1, *drawn_shape(facts))
 
 
-def test_a_loss_is_per_example_with_metrics_and_what_was_seen(made):
-    sampler, _, facts = made
+def test_a_loss_has_per_example_values_metrics_and_outputs(sampler_case):
+    sampler, _, facts = sampler_case
     batch = data(facts)
     loss = sampler.loss(sampler.network.train(), batch, draws(batch))
     assert isinstance(loss, Loss) and loss.per_example.shape == (6,) and loss.per_example.requires_grad
@@ -174,16 +174,16 @@ def test_a_loss_is_per_example_with_metrics_and_what_was_seen(made):
     sampler.observe(loss.outputs["t"], loss.outputs["loss"])
 
 
-def test_a_loss_is_a_function_of_the_draws_alone(made):
+def test_a_loss_is_a_function_of_the_draws_alone(sampler_case):
     """What resuming rests on; that of another step is another."""
-    sampler, _, facts = made
+    sampler, _, facts = sampler_case
     one, other = data(facts), data(facts, first=6)
     losses = [sampler.loss(sampler.network, b, draws(b)).per_example for b in (one, one, other)]
     assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
 
 
-def test_gradients_reach_every_parameter(made):
-    sampler, _, facts = made
+def test_gradients_reach_every_parameter(sampler_case):
+    sampler, _, facts = sampler_case
     for first in (0, 6, 12):
         batch = data(facts, first=first)
         sampler.loss(sampler.network.train(), batch, draws(batch)).per_example.mean().backward()
@@ -193,8 +193,8 @@ def test_gradients_reach_every_parameter(made):
     assert flat == []
 
 
-def test_what_is_drawn_has_the_shape_and_the_range_of_the_data(made):
-    sampler, module, facts = made
+def test_samples_have_the_shape_and_the_range_of_the_data(sampler_case):
+    sampler, module, facts = sampler_case
     steps = STEPS.get(module.__name__.rpartition(".")[2], 3)
     options, shape, seen = module.Sampling(sample_steps=steps), drawn_shape(facts), []
 
@@ -203,15 +203,15 @@ def test_what_is_drawn_has_the_shape_and_the_range_of_the_data(made):
         return x
 
     batch = {"label": torch.tensor([0, 2])}
-    drawn = sampler.sample(sampler.network.eval(), Streams([0, 1]), batch=batch, options=options, on_step=on_step)
-    assert drawn.shape == (2, *shape) and not drawn.requires_grad
+    samples = sampler.sample(sampler.network.eval(), Streams([0, 1]), batch=batch, options=options, on_step=on_step)
+    assert samples.shape == (2, *shape) and not samples.requires_grad
     assert len(seen) == steps and all(t > s for _, t, s, _ in seen) and seen[-1][2] == 0
     if "codes" in facts:
-        assert drawn.dtype == torch.int64 and 0 <= drawn.min() and drawn.max() < facts["codes"]
+        assert samples.dtype == torch.int64 and 0 <= samples.min() and samples.max() < facts["codes"]
     else:
-        assert drawn.isfinite().all() and (not facts["pixels"] or drawn.abs().max() <= 1)
+        assert samples.isfinite().all() and (not facts["pixels"] or samples.abs().max() <= 1)
     without = sampler.sample(sampler.network, Streams([0, 1]), options=options)  # the null's
-    assert without.shape == drawn.shape
+    assert without.shape == samples.shape
 
 
 @pytest.mark.parametrize("name, facts", CASES, ids=lambda value: value if isinstance(value, str) else "")
@@ -238,24 +238,26 @@ def test_an_image_and_a_label_train_and_guide(name, facts):
     given = {"condition_image": image[:2], "label": torch.tensor([0, 2])}
     for guidance in (1.0, 2.0):
         options = module.Sampling(sample_steps=STEPS.get(name, 2), guidance=guidance)
-        drawn = sampler.sample(sampler.network, Streams([0, 1]), batch=given, options=options)
+        samples = sampler.sample(sampler.network, Streams([0, 1]), batch=given, options=options)
         alone = sampler.sample(
             sampler.network, Streams([1]), batch={key: value[1:] for key, value in given.items()}, options=options
         )
-        assert drawn.shape == (2, *drawn_shape(facts)) and torch.allclose(drawn[1:].float(), alone.float(), atol=1e-4)
+        assert samples.shape == (2, *drawn_shape(facts)) and torch.allclose(
+            samples[1:].float(), alone.float(), atol=1e-4
+        )
     with pytest.raises(ValueError, match="conditions need condition_image"):
         sampler.sample(sampler.network, Streams([0, 1]), batch={"label": torch.tensor([0, 2])}, options=options)
 
 
-def test_guidance_wants_something_to_guide_by(made):
-    facts, name = made[2], made[1].__name__.rpartition(".")[2]
+def test_guidance_needs_conditions(sampler_case):
+    facts, name = sampler_case[2], sampler_case[1].__name__.rpartition(".")[2]
     sampler, module = built(name, facts, n_classes=0)
     with pytest.raises(ValueError, match="--guidance 1"):
         sampler.sample(sampler.network, Streams([0]), options=module.Sampling(guidance=2.0))
 
 
-def test_a_likelihood_is_a_bound_per_image(made):
-    sampler, _, facts = made
+def test_a_likelihood_is_a_bound_per_image(sampler_case):
+    sampler, _, facts = sampler_case
     batch, rng = data(facts, n=2), Streams([0, 1])
     if not facts.get("pixels", True):
         with pytest.raises(ValueError, match="latents are continuous and have no likelihood"):
@@ -268,7 +270,7 @@ def test_a_likelihood_is_a_bound_per_image(made):
     assert torch.equal(bound.total, again.total)
 
 
-def test_an_unknown_solver_is_refused_with_those_there_are(made):
-    sampler, module, _ = made
+def test_an_unknown_solver_is_refused_with_the_known_ones(sampler_case):
+    sampler, module, _ = sampler_case
     with pytest.raises(ValueError, match="unknown solver 'nothing'.*there are"):
         sampler.sample(sampler.network, Streams([0]), options=module.Sampling(solver="nothing"))

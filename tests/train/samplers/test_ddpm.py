@@ -3,8 +3,18 @@
 import pytest
 import torch
 
-from diffusion.process import like
-from helpers.gaussian_recorder import CLASSES, SHAPE, Recorder, drawn, draws, images, moved, recorded, sampler
+from diffusion.process import append_dims
+from helpers.gaussian_recorder import (
+    CLASSES,
+    SHAPE,
+    Recorder,
+    draws,
+    images,
+    perturb,
+    record_loss,
+    sample_recorded,
+    sampler,
+)
 from models.conditions import image
 
 TWO_CHANNELS = image.Config(condition_channels=2)
@@ -12,20 +22,20 @@ TWO_CHANNELS = image.Config(condition_channels=2)
 # what the network is told and shown
 
 
-def test_gaussian_counts_its_steps_from_0_and_shows_x_t():
+def test_gaussian_inputs_are_the_step_index_and_x_t():
     built = sampler()
-    loss, call = recorded(built, n=20)
+    loss, call = record_loss(built, n=20)
     assert sorted(call.t.tolist()) == list(range(20))  # low_discrepancy: each of the T steps once in T examples
     i = (loss.outputs["t"] * 20).round().long()
     assert torch.equal(call.t.long(), i - 1)
     assert torch.equal(call.x, loss.outputs["x_t"])
-    abar = built.process.abar[i].view(-1, 1, 1, 1)
-    wanted = abar.sqrt() * loss.outputs["x0"] + (1 - abar).sqrt() * loss.outputs["noise"]
-    assert torch.allclose(call.x, wanted.float(), atol=1e-6)
+    alpha_bar = built.process.alpha_bar[i].view(-1, 1, 1, 1)
+    expected = alpha_bar.sqrt() * loss.outputs["x0"] + (1 - alpha_bar).sqrt() * loss.outputs["noise"]
+    assert torch.allclose(call.x, expected.float(), atol=1e-6)
 
 
-def test_edm_is_told_a_quarter_of_log_sigma_and_shown_x_of_unit_size():
-    loss, call = recorded(sampler(process="edm", sigma_data=0.7))
+def test_edm_inputs_are_log_sigma_over_4_and_unit_variance_x():
+    loss, call = record_loss(sampler(process="edm", sigma_data=0.7))
     sigma = loss.outputs["t"]
     assert torch.allclose(call.t, sigma.log() / 4)
     assert torch.allclose(call.x, loss.outputs["x_t"] / (sigma**2 + 0.7**2).sqrt().view(-1, 1, 1, 1))
@@ -33,20 +43,20 @@ def test_edm_is_told_a_quarter_of_log_sigma_and_shown_x_of_unit_size():
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_flow_is_told_the_share_of_noise(shift):
-    loss, call = recorded(sampler(process="flow", time_shift=shift))
+def test_flow_time_input_is_the_noise_fraction(shift):
+    loss, call = record_loss(sampler(process="flow", time_shift=shift))
     t = loss.outputs["t"]
     assert torch.allclose(call.t, shift * t / (1 + (shift - 1) * t))
     noise, x0, w = loss.outputs["noise"], loss.outputs["x0"], call.t.view(-1, 1, 1, 1)
     assert torch.allclose(call.x, (1 - w) * x0 + w * noise, atol=1e-6)
 
 
-def test_time_embedding_noise_level_tells_what_is_left_of_the_data():
+def test_time_embedding_noise_level_is_alpha():
     built = sampler(time_embedding="noise_level")
-    loss, call = recorded(built, n=20)
+    loss, call = record_loss(built, n=20)
     i = (loss.outputs["t"] * 20).round().long()
-    assert torch.allclose(call.t, built.process.abar[i].sqrt().float()) and call.t.dtype == torch.float32
-    loss, call = recorded(sampler(process="flow", time_embedding="noise_level"))
+    assert torch.allclose(call.t, built.process.alpha_bar[i].sqrt().float()) and call.t.dtype == torch.float32
+    loss, call = record_loss(sampler(process="flow", time_embedding="noise_level"))
     assert torch.allclose(call.t, 1 - loss.outputs["t"], atol=1e-6)
 
 
@@ -62,7 +72,7 @@ def test_time_embedding_noise_level_tells_what_is_left_of_the_data():
         ({"process": "flow", "time_scale": 1.0}, 1),
     ],
 )
-def test_what_lies_in_0_to_1_is_embedded_as_if_it_counted_to_1000(settings, scale):
+def test_times_in_0_to_1_are_scaled_by_1000(settings, scale):
     assert sampler(**settings).network.config.time_scale == scale
 
 
@@ -78,18 +88,18 @@ def test_every_setting_of_the_network_reaches_it():
     settings |= {"attn_block_type": "neighborhood", "middle_attn_block_type": "none", "kernel_sizes": (3,)}
     settings |= {"dilations": (2,), "na_backend": "dense", "feed_forward": "gelu", "res_blocks": 2}
     network = sampler(**settings).network
-    found = network.config
-    assert {name: getattr(found, name) for name in settings} == settings
-    assert (found.in_channels, found.out_channels, network.encoders["label"].n_classes) == (1, 2, CLASSES)
+    result = network.config
+    assert {name: getattr(result, name) for name in settings} == settings
+    assert (result.in_channels, result.out_channels, network.encoders["label"].n_classes) == (1, 2, CLASSES)
 
 
 def test_betas_are_those_asked_for():
     settings = {"schedule": "linear", "total_steps": 1000}
     papers = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # Ho et al. 2020
-    assert torch.allclose(sampler(**settings).process.abar[1:], (1 - papers).cumprod(0))
+    assert torch.allclose(sampler(**settings).process.alpha_bar[1:], (1 - papers).cumprod(0))
     asked = torch.linspace(2e-4, 0.01, 1000, dtype=torch.float64)
-    found = sampler(first_beta=2e-4, last_beta=0.01, **settings).process.abar[1:]
-    assert torch.allclose(found, (1 - asked).cumprod(0))
+    result = sampler(first_beta=2e-4, last_beta=0.01, **settings).process.alpha_bar[1:]
+    assert torch.allclose(result, (1 - asked).cumprod(0))
 
 
 # what is dropped
@@ -99,21 +109,21 @@ def test_each_condition_is_dropped_apart_in_its_own_share():
     n, built = 4000, sampler(conditions=("image",), condition_options=TWO_CHANNELS, label_drop=0.4, condition_drop=0.25)
     assert built.conditions == ("condition_image", "label")
     batch = images(n) | {"condition_image": torch.rand(n, 2, 4, 4)}
-    _, call = recorded(built, batch=batch)
+    _, call = record_loss(built, batch=batch)
     assert set(call.condition) == {"label", "image"}
     assert torch.equal(call.condition["label"], batch["label"])  # raw: the encoders put the nulls in
     assert torch.equal(call.condition["image"], batch["condition_image"])
     label, image = call.drop["label"], call.drop["image"]
     assert label.dtype == image.dtype == torch.bool
-    for found, wanted in ((label, 0.4), (image, 0.25), (label & image, 0.1)):  # independent
-        assert abs(found.double().mean() - wanted) < 4 * (wanted * (1 - wanted) / n) ** 0.5
-    _, call = recorded(sampler(label_drop=0.0), n=200)
+    for result, expected in ((label, 0.4), (image, 0.25), (label & image, 0.1)):  # independent
+        assert abs(result.double().mean() - expected) < 4 * (expected * (1 - expected) / n) ** 0.5
+    _, call = record_loss(sampler(label_drop=0.0), n=200)
     assert not call.drop["label"].any()
 
 
 def test_a_real_network_sees_the_null_where_a_label_is_dropped():
     """Where a label is dropped, another label changes nothing; elsewhere it does."""
-    built, network = moved(sampler(label_drop=0.9))
+    built, network = perturb(sampler(label_drop=0.9))
     one, other = images(30), images(30)
     other["label"] = (other["label"] + 1) % CLASSES
     outputs = [built.loss(network, b, draws(b)).outputs["prediction"] for b in (one, other)]
@@ -125,7 +135,7 @@ def test_a_real_network_sees_the_null_where_a_label_is_dropped():
 def test_without_classes_labels_are_not_told():
     for built in (sampler(n_classes=0), sampler(class_conditional=False)):
         assert built.conditions == () and built.n_classes == 0
-        _, call = recorded(built, n=4)
+        _, call = record_loss(built, n=4)
         assert call.condition == {} and call.drop == {}
 
 
@@ -153,24 +163,24 @@ PROCESSES = [
 @pytest.mark.parametrize("settings", PROCESSES)
 def test_the_loss_is_the_processs_at_these_draws(settings):
     built, batch = sampler(**settings), images(12)
-    loss, call = recorded(built, batch=batch, answer=0.3)
+    loss, call = record_loss(built, batch=batch, output=0.3)
     noise = draws(batch)("noise").normal(batch["x0"].shape)  # from each position's own stream
     assert torch.equal(noise, loss.outputs["noise"])
     options = {}
     if "process" not in settings:
         auto = "simple" if settings.get("variance", "").startswith("fixed") else "hybrid"
         options = {"kind": settings.get("loss_type", auto), "gamma": settings.get("min_snr_gamma", 5.0)}
-    wanted = built.process.loss(loss.outputs["prediction"], batch["x0"], noise, loss.outputs["t"], **options)
-    assert torch.equal(loss.per_example, wanted.per_example)
-    assert torch.equal(loss.outputs["loss"], wanted.per_example)
-    assert loss.metrics.keys() == wanted.metrics.keys()
+    expected = built.process.loss(loss.outputs["prediction"], batch["x0"], noise, loss.outputs["t"], **options)
+    assert torch.equal(loss.per_example, expected.per_example)
+    assert torch.equal(loss.outputs["loss"], expected.per_example)
+    assert loss.metrics.keys() == expected.metrics.keys()
     if options.get("kind") == "simple" and settings["prediction"] == "x0":
         assert torch.allclose(loss.per_example, (batch["x0"] - 0.3).square().flatten(1).mean(1))
 
 
 def truth(built, x0, noise, t):
     """What a network that knows x0 and the noise would say, in the words of each paper."""
-    alpha, sigma = like(built.process.alpha(t), x0), like(built.process.sigma(t), x0)
+    alpha, sigma = append_dims(built.process.alpha(t), x0), append_dims(built.process.sigma(t), x0)
     data = getattr(built.process, "sigma_data", 1.0)  # edm's alone
     return {
         "eps": noise,
@@ -184,13 +194,13 @@ def truth(built, x0, noise, t):
 
 
 @pytest.mark.parametrize("settings", PROCESSES)
-def test_who_says_the_truth_has_no_error_and_means_x0(settings):
+def test_a_perfect_prediction_has_no_error_and_returns_x0(settings):
     built, batch = sampler(**settings), images(12)
     learned = built.process.variance == "learned_range"
-    outputs = recorded(built, batch=batch)[0].outputs
-    said = truth(built, batch["x0"], outputs["noise"], outputs["t"])
-    said = torch.cat([said, torch.zeros_like(said)], 1) if learned else said
-    loss, _ = recorded(built, batch=batch, answer=said)
+    outputs = record_loss(built, batch=batch)[0].outputs
+    pred = truth(built, batch["x0"], outputs["noise"], outputs["t"])
+    pred = torch.cat([pred, torch.zeros_like(pred)], 1) if learned else pred
+    loss, _ = record_loss(built, batch=batch, output=pred)
     assert loss.metrics["mse"].abs().max() < 1e-6
     assert torch.allclose(built.x0_hat(loss.outputs), batch["x0"], atol=1e-4)
 
@@ -256,6 +266,6 @@ def test_it_learns_one_image_per_class(settings):
         built.loss(built.network.train(), batch, draws(batch)).per_example.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    x = drawn(built, built.network.eval(), labels=(0, 1) * 4, seeds=range(8), sample_steps=20)
-    wanted = torch.tensor([-0.6, 0.6] * 4).view(-1, 1, 1, 1)
-    assert (x - wanted).square().mean().sqrt() < 0.3  # 1.2 apart; without its class an image is 0.6 away or more
+    x = sample_recorded(built, built.network.eval(), labels=(0, 1) * 4, seeds=range(8), sample_steps=20)
+    expected = torch.tensor([-0.6, 0.6] * 4).view(-1, 1, 1, 1)
+    assert (x - expected).square().mean().sqrt() < 0.3  # 1.2 apart; without its class an image is 0.6 away or more

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from diffusion.gaussian_solvers import step_times
 from diffusion.rng import Streams
-from helpers.gaussian_recorder import SHAPE, Call, Recorder, drawn, images, moved, sampler
+from helpers.gaussian_recorder import SHAPE, Call, Recorder, images, perturb, sample_recorded, sampler
 from train.samplers import ddpm
 
 
@@ -22,7 +22,7 @@ def x0_sampler(**settings):
 
 def test_without_guidance_the_condition_is_told_once_a_step():
     recorder = Recorder(by_label)
-    drawn(x0_sampler(), recorder, sample_steps=3)
+    sample_recorded(x0_sampler(), recorder, sample_steps=3)
     assert len(recorder.calls) == 3
     assert all(torch.equal(call.condition["told"]["label"], torch.tensor([2, 2])) for call in recorder.calls)
     assert all(call.drop is None for call in recorder.calls)
@@ -30,7 +30,7 @@ def test_without_guidance_the_condition_is_told_once_a_step():
 
 def test_guidance_asks_for_both_at_once_and_goes_beyond():
     recorder, seen = Recorder(by_label), []
-    drawn(x0_sampler(), recorder, sample_steps=3, guidance=2.0, seen=seen)
+    sample_recorded(x0_sampler(), recorder, sample_steps=3, guidance=2.0, seen=seen)
     assert [call.condition.rows for call in recorder.calls] == 3 * [[None, None, 2, 2]]  # in one call
     for _, predicted in seen:
         assert torch.allclose(predicted, torch.tensor(0.6))  # 0 + 2 (0.3 - 0)
@@ -38,7 +38,7 @@ def test_guidance_asks_for_both_at_once_and_goes_beyond():
 
 def test_guidance_is_for_the_times_of_its_interval():
     recorder, seen = Recorder(by_label), []
-    drawn(x0_sampler(), recorder, sample_steps=5, guidance=2.0, guidance_interval=(0.3, 0.7), seen=seen)
+    sample_recorded(x0_sampler(), recorder, sample_steps=5, guidance=2.0, guidance_interval=(0.3, 0.7), seen=seen)
     assert [round(t, 3) for t, _ in seen] == [1.0, 0.8, 0.6, 0.4, 0.2]
     assert [round(x0.mean().item(), 5) for _, x0 in seen] == pytest.approx([0.3, 0.3, 0.6, 0.6, 0.3])
     assert [len(call.x) for call in recorder.calls] == [2, 2, 4, 4, 2]
@@ -47,9 +47,9 @@ def test_guidance_is_for_the_times_of_its_interval():
 def test_a_rescaled_guidance_has_the_spread_of_the_condition():
     pattern = torch.linspace(-0.1, 0.1, 16).view(1, 1, 4, 4).expand(2, -1, -1, -1)
     recorder, seen = Recorder(lambda call: call.condition.scaled(pattern[:1], {True: 3, False: 1})), []
-    drawn(x0_sampler(), recorder, sample_steps=1, guidance=2.0, guidance_rescale=1.0, seen=seen)
+    sample_recorded(x0_sampler(), recorder, sample_steps=1, guidance=2.0, guidance_rescale=1.0, seen=seen)
     assert torch.allclose(seen[0][1], 3 * pattern, atol=1e-6)  # 5 times, pulled back to 3
-    drawn(x0_sampler(), recorder, sample_steps=1, guidance=2.0, seen=seen)
+    sample_recorded(x0_sampler(), recorder, sample_steps=1, guidance=2.0, seen=seen)
     assert torch.allclose(seen[1][1], 5 * pattern, atol=1e-6)
 
 
@@ -66,44 +66,46 @@ def test_a_rescaled_guidance_has_the_spread_of_the_condition():
 def test_pixels_are_clipped_where_asked_and_latents_never(pixels, options, largest):
     seen = []
     pattern = torch.linspace(-3, 3, 16).view(1, 1, 4, 4).expand(2, -1, -1, -1)
-    drawn(x0_sampler(pixels=pixels), Recorder(pattern), sample_steps=2, seen=seen, **options)
+    sample_recorded(x0_sampler(pixels=pixels), Recorder(pattern), sample_steps=2, seen=seen, **options)
     for _, x0 in seen:
         assert x0.abs().max() == pytest.approx(largest)
-        wanted = pattern if largest == 3 else pattern / 3 if "dynamic_threshold" in options else pattern.clamp(-1, 1)
-        assert torch.allclose(x0, wanted, atol=1e-5)
+        expected = pattern if largest == 3 else pattern / 3 if "dynamic_threshold" in options else pattern.clamp(-1, 1)
+        assert torch.allclose(x0, expected, atol=1e-5)
 
 
 def test_clipping_comes_after_guidance():
     seen = []
-    drawn(x0_sampler(), Recorder(by_label), sample_steps=2, guidance=10.0, seen=seen)
+    sample_recorded(x0_sampler(), Recorder(by_label), sample_steps=2, guidance=10.0, seen=seen)
     assert all((x0 == 1).all() for _, x0 in seen)
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "heun", "dpmpp_2m", "unipc"])
 def test_eta_is_refused_by_solvers_without(solver):
     with pytest.raises(ValueError, match=f"got eta 0.5 for solver {solver}.*--eta"):
-        drawn(x0_sampler(), Recorder(), solver=solver, eta=0.5)
+        sample_recorded(x0_sampler(), Recorder(), solver=solver, eta=0.5)
 
 
 @pytest.mark.parametrize(("solver", "own"), [("ddim", 0.0), ("dpmpp_2m_sde", 1.0)])
 def test_eta_left_out_is_the_solvers_own(solver, own):
     built, options = x0_sampler(), {"solver": solver, "sample_steps": 4, "clip": False}
-    images = {eta: drawn(built, Recorder(lambda call: 0.5 * call.x), eta=eta, **options) for eta in (None, 0.0, 1.0)}
+    images = {
+        eta: sample_recorded(built, Recorder(lambda call: 0.5 * call.x), eta=eta, **options) for eta in (None, 0.0, 1.0)
+    }
     assert torch.equal(images[None], images[own])
     assert not torch.allclose(images[0.0], images[1.0], atol=1e-3)
 
 
 @pytest.mark.parametrize("process", ["gaussian", "edm", "flow"])
 @pytest.mark.parametrize("solver", ["ddpm", "ddim", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
-def test_steps_and_spacing_left_out_are_those_of_solver_and_process(process, solver):
+def test_default_steps_and_spacing_follow_solver_and_process(process, solver):
     built = sampler(process=process, total_steps=30)
     steps = 30 if (solver, process) == ("ddpm", "gaussian") else 20
     spacing = "karras" if process == "edm" else "uniform"
-    assert built.step_times(built.process, ddpm.Sampling(solver=solver)) == step_times(built.process, steps, spacing)
-    given = built.step_times(built.process, ddpm.Sampling(solver=solver, sample_steps=7, spacing="logsnr"))
+    assert built.solver_times(built.process, ddpm.Sampling(solver=solver)) == step_times(built.process, steps, spacing)
+    given = built.solver_times(built.process, ddpm.Sampling(solver=solver, sample_steps=7, spacing="logsnr"))
     assert given == step_times(built.process, 7, "logsnr")
     seen = []
-    drawn(built, Recorder(channels=2 if process == "gaussian" else 1), solver=solver, seen=seen)
+    sample_recorded(built, Recorder(channels=2 if process == "gaussian" else 1), solver=solver, seen=seen)
     times = [t for t, _ in seen]
     assert len(times) == steps and times[0] == pytest.approx(80 if process == "edm" else 1)
     if process == "edm":  # equal steps in sigma^(1/7)
@@ -125,28 +127,28 @@ def test_a_canvas_of_another_size_is_drawn_whole():
 @pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m_sde", "unipc"])
 @pytest.mark.parametrize("process", ["gaussian", "edm", "flow"])
 def test_an_image_is_the_same_whatever_batch_it_is_drawn_in(solver, process):
-    built, network = moved(sampler(process=process))
+    built, network = perturb(sampler(process=process))
     options = {"solver": solver, "sample_steps": 4, "guidance": 1.5}
-    together = drawn(built, network, labels=(0, 3, 4), seeds=(7, 8, 9), **options)
-    alone = [drawn(built, network, labels=(k,), seeds=(s,), **options) for k, s in ((0, 7), (3, 8), (4, 9))]
+    together = sample_recorded(built, network, labels=(0, 3, 4), seeds=(7, 8, 9), **options)
+    alone = [sample_recorded(built, network, labels=(k,), seeds=(s,), **options) for k, s in ((0, 7), (3, 8), (4, 9))]
     assert torch.allclose(together, torch.cat(alone), atol=1e-3)  # rounding, which the solver enlarges
     assert (together[0] - together[1]).abs().max() > 0.01
 
 
 def test_edm_begins_with_its_own_noise():
     recorder = Recorder()
-    drawn(sampler(process="edm"), recorder, labels=(0,) * 64, seeds=range(64), sample_steps=1)
+    sample_recorded(sampler(process="edm"), recorder, labels=(0,) * 64, seeds=range(64), sample_steps=1)
     assert recorder.calls[0].x.std() == pytest.approx(1, rel=0.05)  # 80 over sqrt(80^2 + 0.5^2)
 
 
 # likelihood
 
 
-def test_a_likelihood_tells_the_condition_and_calls_as_often_as_asked():
-    for calls, wanted in ((None, 20), (6, 6)):
+def test_the_likelihood_is_conditional_and_takes_nfe_calls():
+    for calls, expected in ((None, 20), (6, 6)):
         recorder, batch = Recorder(channels=2), images(3)
         bound = sampler().log_likelihood(recorder, batch, Streams([0, 1, 2]), calls)
-        assert bound.total.shape == (3,) and len(recorder.calls) == wanted
+        assert bound.total.shape == (3,) and len(recorder.calls) == expected
         assert all(torch.equal(call.condition["told"]["label"], batch["label"]) for call in recorder.calls)
 
 
@@ -162,8 +164,8 @@ def test_the_bound_clips_what_is_predicted_as_sampling_does():
 @pytest.mark.parametrize("process", ["edm", "flow"])
 def test_processes_without_steps_are_measured_along_their_flow(process):
     recorder, batch = Recorder(lambda call: 0.1 * call.x), images(3)
-    found = sampler(process=process).log_likelihood(recorder, batch, Streams([0, 1, 2]), 5)
-    assert found.total.shape == (3,) and found.terms.shape == (3, 0) and found.total.isfinite().all()
+    result = sampler(process=process).log_likelihood(recorder, batch, Streams([0, 1, 2]), 5)
+    assert result.total.shape == (3,) and result.terms.shape == (3, 0) and result.total.isfinite().all()
     assert len(recorder.calls) == 10  # Heun
     told = torch.stack([call.t for call in recorder.calls])
     sigma = (4 * told).exp() if process == "edm" else told / (1 - told)  # relative to the data
@@ -187,8 +189,8 @@ def test_the_flow_of_a_known_gaussian_has_its_entropy(process):
     n = 64
     x0 = (Streams(list(range(n))).normal((n, *SHAPE)) * variance**0.5).clamp(-1, 1)
     x0 = ((x0 + 1) * 127.5).round() / 127.5 - 1
-    found = built.log_likelihood(Recorder(best), {"x0": x0}, Streams(list(range(n))), 40).total
+    result = built.log_likelihood(Recorder(best), {"x0": x0}, Streams(list(range(n))), 40).total
     density = torch.distributions.Normal(0.0, variance**0.5).log_prob(x0).flatten(1).mean(1)
-    wanted = -(density / torch.tensor(2.0).log()) - torch.log2(torch.tensor(2 / 255))
-    assert found.mean() == pytest.approx(wanted.mean().item(), abs=0.03)
-    assert torch.corrcoef(torch.stack([found, wanted]))[0, 1] > 0.99
+    expected = -(density / torch.tensor(2.0).log()) - torch.log2(torch.tensor(2 / 255))
+    assert result.mean() == pytest.approx(expected.mean().item(), abs=0.03)
+    assert torch.corrcoef(torch.stack([result, expected]))[0, 1] > 0.99

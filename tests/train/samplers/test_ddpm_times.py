@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.timesteps import uniform
-from helpers.gaussian_recorder import Recorder, draws, images, recorded, sampler
+from diffusion.timesteps import uniform_times
+from helpers.gaussian_recorder import Recorder, draws, images, record_loss, sampler
 
 
 def recorded_times(built, batch, batch_size):
@@ -19,11 +19,11 @@ def test_low_discrepancy_covers_every_stratum_whatever_the_split(parts, process)
     built = sampler(process=process, total_steps=12 if process == "gaussian" else 1000)
     for first in (24, 36):
         whole = recorded_times(built, images(12, first), 12)
-        found, place = [], first
+        result, place = [], first
         for part in parts:
-            found.append(recorded_times(built, images(part, place), 12))
+            result.append(recorded_times(built, images(part, place), 12))
             place += part
-        assert torch.equal(torch.cat(found), whole)
+        assert torch.equal(torch.cat(result), whole)
         share = whole if process == "gaussian" else torch.special.ndtr(whole.logit())  # uniform on (0, 1]
         assert sorted((share.double() * 12 - 1e-4).ceil().int().tolist()) == list(range(1, 13))
     if process == "flow":  # another step, another offset
@@ -37,12 +37,12 @@ def test_uniform_times_are_each_examples_own():
     assert torch.equal(torch.cat(parts), whole) and len(set(whole.tolist())) > 4
 
 
-def test_the_times_of_edm_and_flow_have_the_mean_and_the_deviation_asked_for():
+def test_times_of_edm_and_flow_have_the_given_mean_and_std():
     settings = {"time_mean": 0.3, "time_deviation": 0.7}
     for process, start in (("edm", Tensor.log), ("flow", Tensor.logit)):
-        numbers = start(recorded(sampler(process=process, **settings), n=2000)[0].outputs["t"])
+        numbers = start(record_loss(sampler(process=process, **settings), n=2000)[0].outputs["t"])
         assert numbers.mean() == pytest.approx(0.3, abs=0.01) and numbers.std() == pytest.approx(0.7, abs=0.01)
-        papers = start(recorded(sampler(process=process), n=2000)[0].outputs["t"])
+        papers = start(record_loss(sampler(process=process), n=2000)[0].outputs["t"])
         assert papers.mean() == pytest.approx(-1.2 if process == "edm" else 0, abs=0.01)
 
 
@@ -54,38 +54,38 @@ def with_history(built, size=lambda i: i):
     return built
 
 
-def test_loss_second_moment_prefers_large_losses_and_weighs_them_less():
+def test_loss_second_moment_samples_large_losses_more_often():
     built, n = with_history(sampler(time_sampler="loss_second_moment", loss_type="vlb")), 4000
-    loss, _ = recorded(built, n=n)
+    loss, _ = record_loss(built, n=n)
     t, weight = loss.outputs["t"], loss.per_example / loss.outputs["loss"]
     p = torch.arange(1, 21) / 210 * 0.999 + 0.001 / 20
     i = (t * 20).round().long()
-    found = torch.bincount(i - 1, minlength=20) / n
-    assert (found - p).abs().max() < 4 * (0.1 * 0.9 / n) ** 0.5
+    result = torch.bincount(i - 1, minlength=20) / n
+    assert (result - p).abs().max() < 4 * (0.1 * 0.9 / n) ** 0.5
     assert torch.allclose(weight, 1 / (20 * p[i - 1]), rtol=1e-4)
     assert torch.allclose(loss.metrics["mse"], weight * loss.outputs["noise"].square().flatten(1).mean(1), rtol=1e-4)
     for power in (1, 2):  # means are those of uniform times
         numbers = weight * t**power
-        wanted = (torch.arange(1, 21) / 20).pow(power).mean()
-        assert abs(numbers.mean() - wanted) < 4 * numbers.std() / n**0.5
-    assert abs((t**2).mean() - wanted) > 0.1  # without the weight they are not
+        expected = (torch.arange(1, 21) / 20).pow(power).mean()
+        assert abs(numbers.mean() - expected) < 4 * numbers.std() / n**0.5
+    assert abs((t**2).mean() - expected) > 0.1  # without the weight they are not
 
 
 def test_validation_has_uniform_times_whatever_was_observed():
     settings = {"time_sampler": "loss_second_moment", "loss_type": "vlb"}
     fresh, seen = sampler(**settings), with_history(sampler(**settings))
     batch = images(64)
-    wanted = uniform(seen.process, draws(batch)("time")).t
+    expected = uniform_times(seen.process, draws(batch)("time")).t
     for built in (fresh, seen):
-        loss, _ = recorded(built, batch=batch, training=False)
-        assert torch.equal(loss.outputs["t"], wanted)
+        loss, _ = record_loss(built, batch=batch, training=False)
+        assert torch.equal(loss.outputs["t"], expected)
         assert torch.equal(loss.per_example, loss.outputs["loss"])
-    assert not torch.equal(recorded(seen, batch=batch)[0].outputs["t"], wanted)
+    assert not torch.equal(record_loss(seen, batch=batch)[0].outputs["t"], expected)
 
 
 def test_what_is_observed_are_losses_without_their_weights():
     built = with_history(sampler(time_sampler="loss_second_moment", loss_type="vlb"))
-    loss, _ = recorded(built, n=50)
+    loss, _ = record_loss(built, n=50)
     built.observe(loss.outputs["t"], loss.outputs["loss"])
     last = {}
     for t, value in zip(loss.outputs["t"].tolist(), loss.outputs["loss"].tolist(), strict=True):
