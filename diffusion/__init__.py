@@ -1,4 +1,4 @@
-"""The mathematics of diffusion: processes, losses, solvers, wrappers of denoisers, likelihoods."""
+"""The mathematics of diffusion: processes, losses, solvers, denoiser wrappers, likelihoods."""
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.autoregressive import Autoregression

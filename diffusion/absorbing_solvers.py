@@ -1,8 +1,11 @@
-"""Solvers of the absorbing process alone: from masked codes to codes.
+"""Solvers of the absorbing process: from masked codes to codes.
 
-x (B, H, W) is all mask, or has codes to keep: none of them ever changes. For the rest see discrete_solvers; `on_step`
-may mask no code again here. Times fall evenly from 1 to 0. Where each code's turn is drawn ahead of its value, an
-example goes through the network only at the turns of its codes.
+x (B, H, W) is all mask, or has known codes, which never change. The interface is that of discrete_solvers, except that
+`on_step` must not mask codes again. Times are evenly spaced from 1 to 0. Solvers that choose the step of each code
+before its value evaluate an example only in the steps that reveal some of its codes.
+
+Notation: t -> s is a step (s < t), m(t) the probability that a code is masked at t, N the number of codes, T that of
+steps, sigma the probability that a revealed code is masked again, u uniform random numbers.
 """
 
 from dataclasses import dataclass
@@ -34,16 +37,17 @@ def unmask(
     on_step: OnStep | None,
     warper: LogitsWarper,
 ) -> Tensor:
-    """Draws each masked code at its turn, those of a turn together and independently of each other.
+    """Samples each masked code in its step; the codes of a step are sampled independently of each other.
 
-    `unmask_step` (B, H, W) int64 in [0, steps); `times` (B, steps) is what the network is told. An example makes a call for
-    each turn at which codes of it are drawn; calls of different examples, at whatever turns, go together.
+    `unmask_step` (B, H, W) int64 in [0, steps) is the step of each code, `times` (B, steps) the network's time input.
+    An example is evaluated once for each step that reveals codes of it; the network calls of different examples are
+    batched, whatever their steps.
     """
     steps = times.shape[1]
-    of_masked = unmask_step.masked_fill(x != mask, steps).flatten(1)
-    taken = torch.zeros(len(x), steps + 1, dtype=torch.bool, device=x.device).scatter_(1, of_masked, True)[:, :-1]
-    nfe = steps if on_step is not None else int(taken.sum(1).max())
-    plan = (~taken).long().argsort(dim=1, stable=True) if on_step is None else torch.arange(steps, device=x.device)
+    steps_of_masked = unmask_step.masked_fill(x != mask, steps).flatten(1)
+    used = torch.zeros(len(x), steps + 1, dtype=torch.bool, device=x.device).scatter_(1, steps_of_masked, True)[:, :-1]
+    nfe = steps if on_step is not None else int(used.sum(1).max())
+    plan = (~used).long().argsort(dim=1, stable=True) if on_step is None else torch.arange(steps, device=x.device)
     plan = plan.expand(len(x), steps)
     for i in range(nfe):
         step = plan[:, i]  # (B,)
@@ -55,7 +59,7 @@ def unmask(
 
 
 def sample_evaluated(x: Tensor, due: Tensor, evaluated: Evaluated, rng: Streams, warper: LogitsWarper) -> Tensor:
-    """x with the codes at `due` (B, H, W) drawn from the answer."""
+    """Samples the codes of x at `due` (B, H, W) bool from the evaluated logits."""
     rows = evaluated.rows
     if not len(rows):
         return x
@@ -74,14 +78,14 @@ def ancestral(
     on_step: OnStep | None = None,
     warper: LogitsWarper = NO_WARP,
 ) -> Tensor:
-    """The reverse process: what `discrete` draws, with fewer network calls.
+    """Ancestral sampling: the distribution of `discrete` with fewer network calls.
 
-    A code is revealed in the step from t to s with probability m(t) - m(s), whatever the others do, so the steps are
-    drawn first; those in which nothing is revealed cost nothing. At most min(steps, N) network calls.
+    A code is revealed in the step from t to s with probability m(t) - m(s), independently of the others, so the steps
+    are sampled first and those that reveal nothing are skipped. At most min(steps, N) network calls.
     """
     u = rng.uniform(x.shape, torch.float64)
-    after = process.mask_prob(torch.tensor(times[1:], dtype=torch.float64)).to(u.dtype).to(x.device)  # m(s), falling
-    unmask_step = (u.unsqueeze(-1) < after).sum(-1)  # it is still masked after the steps whose m(s) lies above u
+    m_s = process.mask_prob(torch.tensor(times[1:], dtype=torch.float64)).to(u.dtype).to(x.device)  # decreasing
+    unmask_step = (u.unsqueeze(-1) < m_s).sum(-1)  # masked until the first step with m(s) <= u
     return unmask(
         denoise, process.mask, x, unmask_step, expand_times(times, x), rng=rng, on_step=on_step, warper=warper
     )
@@ -98,11 +102,10 @@ def first_hitting(
     on_step: OnStep | None = None,
     warper: LogitsWarper = NO_WARP,
 ) -> Tensor:
-    """The reverse process in continuous time, exactly: one network call per masked code, at the time of its reveal.
+    """First-hitting sampler: the exact reverse process in continuous time, one network call per masked code.
 
-    A code's time has the distribution function m(t) (Zheng et al. 2025). No two codes are drawn independently of each
-    other, so a perfect denoiser samples the joint itself. There are as many times as codes and one; the network is told
-    those of the reveals.
+    The time at which a code is revealed has the CDF m(t) (Zheng et al. 2025), and is the time given to the network. No
+    two codes are sampled independently, so a perfect denoiser gives exact samples. The number of steps must be N.
     """
     count, steps = x[0].numel(), len(times) - 1
     if steps != count:
@@ -110,25 +113,24 @@ def first_hitting(
     u = rng.uniform(x.shape, torch.float64).flatten(1).masked_fill((x != process.mask).flatten(1), -1.0)
     order = u.argsort(dim=1, descending=True, stable=True)
     unmask_step = order.argsort(1).view_as(x)
-    share = u.gather(1, order).clamp(min=0)
-    told = process.t_from_mask_prob(share).float().to(x.device)
-    return unmask(denoise, process.mask, x, unmask_step, told, rng=rng, on_step=on_step, warper=warper)
+    reveal_times = process.t_from_mask_prob(u.gather(1, order).clamp(min=0)).float().to(x.device)  # (B, N)
+    return unmask(denoise, process.mask, x, unmask_step, reveal_times, rng=rng, on_step=on_step, warper=warper)
 
 
 def radical_inverse(count: int, base: int) -> Tensor:
-    """The first `count` numbers of van der Corput's sequence, from that of 0 on: (count,) float64 in [0, 1)."""
-    rest, scale = torch.arange(count), 1.0 / base
+    """Returns the first `count` elements of the van der Corput sequence: (count,) float64 in [0, 1)."""
+    digits, scale = torch.arange(count), 1.0 / base
     total = torch.zeros(count, dtype=torch.float64)
-    while rest.any():
-        total += (rest % base) * scale
-        rest, scale = rest // base, scale / base
+    while digits.any():
+        total += (digits % base) * scale
+        digits, scale = digits // base, scale / base
     return total
 
 
 def halton_order(height: int, width: int) -> Tensor:
-    """When each position of a grid has its turn: (height, width) int64, a permutation of 0..height*width - 1.
+    """Ranks the cells of a grid in Halton order: (height, width) int64, a permutation of 0..height*width - 1.
 
-    Halton's points in bases 2 and 3, each standing for the cell that it falls into, the first time that it does.
+    A cell's rank follows from the first point of the Halton sequence in bases 2 and 3 that falls into it.
     """
     if min(height, width) < 1:
         raise ValueError(f"got a grid of {height} x {width}, wanted at least 1 x 1")
@@ -136,8 +138,8 @@ def halton_order(height: int, width: int) -> Tensor:
     while True:
         rows = (radical_inverse(count, 2) * height).long()
         columns = (radical_inverse(count, 3) * width).long()
-        places = rows * width + columns
-        first = torch.full((cells,), count).scatter_reduce(0, places, torch.arange(count), "amin")
+        cell = rows * width + columns
+        first = torch.full((cells,), count).scatter_reduce(0, cell, torch.arange(count), "amin")
         if (first < count).all():
             return first.argsort().argsort().view(height, width)
         count *= 2
@@ -154,15 +156,15 @@ def halton(
     on_step: OnStep | None = None,
     warper: LogitsWarper = NO_WARP,
 ) -> Tensor:
-    """Reveals codes in Halton's order (Besnier et al. 2025), shifted at random, cyclically, for each example.
+    """Reveals codes in Halton order (Besnier et al. 2025), with a random cyclic shift for each example.
 
-    After the step to s, m(s) of the codes are masked, rounded down, and at least one more than before is revealed.
-    Codes drawn together lie far apart, and are nearly independent. At most min(steps, N) network calls.
+    After the step to s, floor(m(s) N) codes are masked, but every step reveals at least one. The codes of a step are
+    far apart, hence nearly independent. At most min(steps, N) network calls.
     """
     B, H, W = x.shape
-    by = (rng.uniform((B, 2), torch.float64).cpu() * torch.tensor([H, W])).long()
+    shifts = (rng.uniform((B, 2), torch.float64).cpu() * torch.tensor([H, W])).long()
     order = halton_order(H, W)
-    order = torch.stack([order.roll(shift, (0, 1)) for shift in map(tuple, by.tolist())]).to(x.device)
+    order = torch.stack([order.roll(shift, (0, 1)) for shift in map(tuple, shifts.tolist())]).to(x.device)
     hidden = (x == process.mask).flatten(1)
     rank = order.flatten(1).masked_fill(~hidden, H * W).argsort(dim=1, stable=True).argsort(1)
     counts = torch.stack(
@@ -175,22 +177,22 @@ def halton(
 
 
 def num_unmasked(process: AbsorbingDiffusion, hidden: Tensor, times: list[float], i: int) -> Tensor:
-    """How many of `hidden` (B,) codes are known after i steps: all but the share m(s), at least one a step."""
-    share = process.mask_prob(torch.tensor(times[i], dtype=torch.float64)).item()
-    return (hidden - (hidden * share).floor().long()).clamp(min=i).minimum(hidden)
+    """Number of the `hidden` (B,) codes revealed after i steps: all but floor(m(s) hidden), at least one per step."""
+    m_s = process.mask_prob(torch.tensor(times[i], dtype=torch.float64)).item()
+    return (hidden - (hidden * m_s).floor().long()).clamp(min=i).minimum(hidden)
 
 
 def expand_times(times: list[float], x: Tensor) -> Tensor:
-    """What the network is told at each step: (B, steps) float32, the same for all."""
+    """Expands the times of the steps to (B, steps) float32."""
     return torch.tensor(times[:-1], device=x.device).expand(len(x), -1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConfidenceOptions(SolverOptions):
-    """Of `confidence`."""
+    """Options of `confidence`."""
 
     choice_temp: float | None = None
-    """confidence: noise in which codes are kept, at the beginning (4.5)."""
+    """confidence: Gumbel noise in the choice of codes to keep, at the first step (4.5)."""
 
 
 @torch.no_grad()
@@ -205,11 +207,10 @@ def confidence(
     warper: LogitsWarper = NO_WARP,
     choice_temp: float = 4.5,
 ) -> Tensor:
-    """Draws all masked codes at each step and keeps the surest (Chang et al. 2022, MaskGIT).
+    """Samples all masked codes in each step and keeps the most confident (Chang et al. 2022, MaskGIT).
 
-    A draw's score is log p of it, as the network says and whatever `warper` makes of that, plus Gumbel noise times
-    `choice_temp` times s, which ends at 0. After the step to s, m(s) of the codes are masked, rounded down, and at
-    least one more than before is kept.
+    The confidence of a code is its log p under the unwarped logits plus `choice_temp` s times Gumbel noise, which
+    vanishes at s = 0. After the step to s, floor(m(s) N) codes are masked, but every step keeps at least one.
     """
     if choice_temp < 0:
         raise ValueError(f"got choice temperature {choice_temp}, wanted 0 or more: pass --choice_temp X")
@@ -219,13 +220,12 @@ def confidence(
         evaluated = evaluate(denoise, x, masked, expand(t, x), on_step is not None)
         rows = evaluated.rows
         if len(rows):
-            known = hidden - masked.flatten(1).sum(1)
-            more = (num_unmasked(process, hidden, times, i + 1) - known)[rows]
-            tempered, noise = warper.warp(evaluated.logits, evaluated.t), choice_temp * s
-            kept = unmask_most_confident(
-                x[rows], masked[rows], evaluated.logits, tempered, more, noise, rng.select(rows.tolist())
-            )
-            x = x.index_copy(0, rows, kept)
+            revealed = hidden - masked.flatten(1).sum(1)
+            count = (num_unmasked(process, hidden, times, i + 1) - revealed)[rows]
+            logits, noise, row_rng = evaluated.logits, choice_temp * s, rng.select(rows.tolist())
+            warped = warper.warp(logits, evaluated.t)
+            x_s = unmask_most_confident(x[rows], masked[rows], logits, warped, count, noise, row_rng)
+            x = x.index_copy(0, rows, x_s)
         elif on_step is None:
             break
         x = x if on_step is None else on_step(i, t, s, x, evaluated.all_logits)
@@ -233,31 +233,34 @@ def confidence(
 
 
 def unmask_most_confident(
-    x: Tensor, masked: Tensor, logits: Tensor, tempered: Tensor, count: Tensor, noise: float, rng: Streams
+    x: Tensor, masked: Tensor, logits: Tensor, warped: Tensor, count: Tensor, noise: float, rng: Streams
 ) -> Tensor:
-    """x (B, H, W) with draws at the `count` (B,) masked places whose log p, plus `noise` times Gumbel's, is highest.
+    """Samples all masked codes of x (B, H, W) and keeps the `count` (B,) most confident of each example.
 
-    Codes are drawn from the tempered logits (B, H, W, K), and p is that of the plain ones.
+    Codes are sampled from the warped logits (B, H, W, K); confidence is log p under the plain ones plus `noise` times
+    Gumbel noise.
     """
     precision = torch.float32 if logits.device.type == "mps" else torch.float64
     u, v = rng.uniform(x.shape, torch.float64), rng.uniform(x.shape, torch.float64)
-    codes = sample_categorical(tempered[masked].to(precision), u[masked])  # (n,)
+    codes = sample_categorical(warped[masked].to(precision), u[masked])  # (n,)
     scores = logits[masked].to(precision).log_softmax(-1).gather(-1, codes[:, None])[:, 0]
-    scores = scores - noise * (-(-v[masked].to(precision)).log1p()).clamp(min=1e-20).log()  # -log Exp(1) is Gumbel's
-    everywhere = torch.full(x.shape, -torch.inf, dtype=precision, device=x.device).masked_scatter(masked, scores)
-    rank = everywhere.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).view_as(x)
-    chosen = masked & (rank < count.view(-1, 1, 1))
-    return torch.where(chosen, x.masked_scatter(masked, codes), x)
+    scores = (
+        scores - noise * (-(-v[masked].to(precision)).log1p()).clamp(min=1e-20).log()
+    )  # -log of an Exp(1) variable is Gumbel
+    confidences = torch.full(x.shape, -torch.inf, dtype=precision, device=x.device).masked_scatter(masked, scores)
+    rank = confidences.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).view_as(x)
+    keep = masked & (rank < count.view(-1, 1, 1))
+    return torch.where(keep, x.masked_scatter(masked, codes), x)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemaskOptions(SolverOptions):
-    """Of `remask`."""
+    """Options of `remask`."""
 
     remasking: Remasking | None = None
-    """remask: how often codes are masked again (rescale)."""
+    """remask: how the remasking probability is set (rescale)."""
     remask_eta: float | None = None
-    """remask: the share per step, cap: at most; rescale, conf: of the most that is possible (0.05)."""
+    """remask: the largest probability per step (cap), or a fraction of the largest possible one (0.05)."""
 
 
 @torch.no_grad()
@@ -273,39 +276,40 @@ def remask(
     remasking: Remasking = "rescale",
     remask_eta: float = 0.05,
 ) -> Tensor:
-    """Reveals codes and masks some of the revealed again, so that errors can be mended (Wang et al. 2025, ReMDM).
+    """Reveals codes and remasks some of the revealed ones, so that errors can be corrected (Wang et al. 2025, ReMDM).
 
-    A revealed code is masked with probability sigma. With eta `remask_eta`, cap: min(eta, the most that the step
-    allows); rescale: eta times the most; conf: that on average, dealt out to the revealed codes by softmax(-p), p the
-    probability that the network gave each when it was drawn, whatever `warper` made of that. They keep the share that
-    is masked, conf while no code's probability would exceed 1. (In the paper those of conf add up to sigma, so that at
-    most about one code a step is masked, and masked codes are not balanced.)
+    A revealed code is remasked with probability sigma. With eta = `remask_eta` and sigma_max the largest probability
+    that the step allows: cap: sigma = min(eta, sigma_max). rescale: sigma = eta sigma_max. conf: the same on average,
+    spread over the revealed codes by softmax(-p), where p is the probability (unwarped) of each code when it was
+    sampled. All preserve the expected number of masked codes, conf as long as no probability would exceed 1. (In the
+    paper conf's probabilities add up to sigma, so about one code per step is remasked at most, and the number of masked
+    codes is not preserved.)
     """
     if remasking not in get_args(Remasking) or not 0 <= remask_eta <= 1:
         wanted = f"one of {', '.join(get_args(Remasking))}, and eta in [0, 1]"
         got = f"remasking {remasking!r}, eta {remask_eta}"
         raise ValueError(f"got {got}: wanted {wanted}; pass --remasking, --remask_eta")
-    given, p = x != process.mask, torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    known, p = x != process.mask, torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for i, (t, s) in enumerate(pairwise(times)):
-        most, masked, u = process.max_sigma(t, s), x == process.mask, rng.uniform(x.shape, torch.float64)
-        share = min(remask_eta, most) if remasking == "cap" else remask_eta * most
-        sigma = conf_remask_probs(share, p, ~masked & ~given) if remasking == "conf" else share
-        due, again = masked & (u >= process.stay_masked_prob(t, s, share)), ~masked & ~given & (u < sigma)
+        sigma_max, masked, u = process.max_sigma(t, s), x == process.mask, rng.uniform(x.shape, torch.float64)
+        mean_sigma = min(remask_eta, sigma_max) if remasking == "cap" else remask_eta * sigma_max
+        sigma = conf_remask_probs(mean_sigma, p, ~masked & ~known) if remasking == "conf" else mean_sigma
+        due, remasked = masked & (u >= process.stay_masked_prob(t, s, mean_sigma)), ~masked & ~known & (u < sigma)
         evaluated = evaluate(denoise, x, due, expand(t, x), on_step is not None)
         x = sample_evaluated(x, due, evaluated, rng, warper)
         if len(evaluated.rows):
             codes = x[evaluated.rows].clamp(max=process.codes - 1).unsqueeze(-1)
             p_now = evaluated.logits.float().softmax(-1).gather(-1, codes)[..., 0]
             p = p.index_copy(0, evaluated.rows, torch.where(due[evaluated.rows], p_now, p[evaluated.rows]))
-        x = x.masked_fill(again, process.mask)
+        x = x.masked_fill(remasked, process.mask)
         x = x if on_step is None else on_step(i, t, s, x, evaluated.all_logits)
     return x
 
 
-def conf_remask_probs(share: float, p: Tensor, revealed: Tensor) -> Tensor:
-    """A probability for each revealed code, `share` on average (less where one would exceed 1): (B, H, W)."""
+def conf_remask_probs(mean_sigma: float, p: Tensor, revealed: Tensor) -> Tensor:
+    """Remasking probability of each revealed code, `mean_sigma` on average (less if one is clipped at 1): (B, H, W)."""
     weights = (-p).masked_fill(~revealed, -torch.inf).flatten(1).softmax(1).nan_to_num().view_as(p)
-    return (share * revealed.flatten(1).sum(1).view(-1, 1, 1) * weights).clamp(max=1)
+    return (mean_sigma * revealed.flatten(1).sum(1).view(-1, 1, 1) * weights).clamp(max=1)
 
 
 SOLVERS = (

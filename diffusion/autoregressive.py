@@ -1,12 +1,12 @@
-"""Codes one after the other: log p(x) = sum over i of log p(code i | codes before i), in raster order.
+"""Autoregressive modelling of codes: log p(x) = sum over i of log p(code i | codes before i), in raster order.
 
-Nothing is corrupted and nothing bounded: training sees all codes at once, the likelihood is exact, sampling takes a
-network call per code (van den Oord et al. 2016; Esser et al. 2021, "Taming Transformers", for codes of a VQGAN).
+Training predicts all codes in one pass, the likelihood is exact, and sampling takes one network call per code (van den
+Oord et al. 2016; Esser et al. 2021, "Taming Transformers", for codes of a VQGAN).
 
-The denoiser of this process is `denoise(x (n, m), t (n,), rows (n,)) -> logits (n, K)` of code m, where x holds the m
-codes before it; `rows` says which examples the rows of x are. t is 1 - m/N, from 1 to 1/N, for what changes on the way.
-Calls come with growing m, and with rows that may drop out and do not come back: so it may remember what it has read.
-Guidance wraps it as it wraps any other.
+The denoiser of this process is `denoise(x (n, m), t (n,), rows (n,)) -> logits (n, K)` of code m, given the m codes x
+before it; `rows` are the indices of the examples in x. t = 1 - m/N falls from 1 to 1/N, for schedules of guidance and
+temperature. m grows from call to call and rows that drop out never return, so a denoiser may keep a KV cache. Guidance
+wraps it like any other denoiser.
 """
 
 import math
@@ -25,7 +25,7 @@ from diffusion.types import Bound, Denoiser, Loss, OnStep
 
 @dataclass(frozen=True)
 class Autoregression:
-    """`codes` K is the number of codes, ids 0..K-1; id K stands where a code is not known yet."""
+    """Autoregression over `codes` K codes, ids 0..K-1; id K marks a code that is not sampled yet."""
 
     codes: int
 
@@ -35,25 +35,25 @@ class Autoregression:
 
     @property
     def mask(self) -> int:
+        """The id of codes that are not sampled yet."""
         return self.codes
 
     def prior(self, shape: tuple[int, ...], rng: Streams) -> Tensor:
-        """Nothing is known: x (B, H, W) that sampling begins with."""
+        """Returns x (B, H, W) before sampling: all unknown."""
         return torch.full(shape, self.mask, device=rng.device)
 
     def loss(self, logits: Tensor, x0: Tensor, *, loss_weight: Tensor | None = None) -> Loss:
-        """Logits (B, H, W, K) of each code given those before it, x0 (B, H, W) -> Loss: -log2 p(x0) / N.
+        """Returns -log2 p(x0) / N as a loss, for logits (B, H, W, K) of each code given those before it, x0 (B, H, W).
 
-        Each code's is multiplied by `loss_weight`, (B,) or (B, H, W); the metric is not.
+        `loss_weight` (B,) or (B, H, W) multiplies the loss of each code, but not the metric.
         """
         nll = F.cross_entropy(logits.float().flatten(0, 2), x0.flatten(), reduction="none").view(x0.shape)  # nats
-        per_example, bits = (
-            each.flatten(1).mean(1) / math.log(2) for each in (apply_loss_weight(nll, loss_weight), nll)
-        )
+        weighted = apply_loss_weight(nll, loss_weight)
+        per_example, bits = (each.flatten(1).mean(1) / math.log(2) for each in (weighted, nll))
         return Loss(per_example, {"bits_per_code": bits.detach()})
 
     def likelihood(self, logits: Tensor, x0: Tensor) -> Bound:
-        """-log2 p(x0) per code, exactly: logits and x0 as `loss` takes them. There is no prior and no term apart."""
+        """Returns the exact -log2 p(x0) per code as a Bound without prior and terms; arguments as in `loss`."""
         bits = self.loss(logits, x0).per_example.detach()
         return Bound(bits, torch.zeros_like(bits), bits.new_zeros(len(bits), 0))
 
@@ -69,15 +69,15 @@ def raster(
     on_step: OnStep | None = None,
     warper: LogitsWarper = NO_WARP,
 ) -> Tensor:
-    """Draws the unknown codes of x (B, H, W) in raster order; known ones never change.
+    """Samples the unknown codes of x (B, H, W) in raster order; known codes never change.
 
-    A code follows from those before it alone: known ones behind it have no say. A call is made for each place at which
-    some example has a code to be drawn: codes known before it are read along with it, those behind an example's last
-    unknown one never. An example's draws depend on its stream alone. There are as many times as codes and one; the
-    network is told its own.
+    A code is conditioned on the codes before it only, not on known codes after it. There is one network call for each
+    position at which some example has an unknown code; known codes before it are read in the same call. An example's
+    samples depend on its random stream only. The number of steps must be N.
 
-    `on_step(i, t, s, x, logits) -> x` sees after each call x (B, H, W) and logits (B, H, W, K): at places not reached
-    yet what is said of the newest one. It may fill in unknown codes, and change no others: they have been read.
+    `on_step(i, t, s, x, logits) -> x` is called after each network call with x (B, H, W) and logits (B, H, W, K);
+    positions not reached yet have the logits of the current one. It may fill in unknown codes but not change known
+    ones, which the network has read already.
     """
     shape, count, steps = x.shape, x[0].numel(), len(times) - 1
     if steps != count:
@@ -87,30 +87,30 @@ def raster(
     u = rng.uniform(shape, torch.float64).flatten(1)
     x = x.flatten(1)
     unknown = x == process.mask
-    last = (unknown * torch.arange(1, count + 1, device=x.device)).amax(1) - 1  # -1: all are known
-    places, pred = unknown.any(0).nonzero()[:, 0].tolist(), None
-    for i, place in enumerate(places):
-        rows = (last >= place).nonzero()[:, 0]
-        before = x[rows]
-        t = torch.full((len(rows),), 1 - place / count, device=x.device)
-        logits = denoise(before[:, :place], t, rows)
-        due = before[:, place] == process.mask
-        before[due, place] = sample_categorical(warper.warp(logits, t)[due], u[rows[due], place])
-        x = x.index_copy(0, rows, before)
+    last = (unknown * torch.arange(1, count + 1, device=x.device)).amax(1) - 1  # (B,) last unknown position, or -1
+    positions, all_logits = unknown.any(0).nonzero()[:, 0].tolist(), None
+    for i, m in enumerate(positions):
+        rows = (last >= m).nonzero()[:, 0]
+        x_rows = x[rows]
+        t = torch.full((len(rows),), 1 - m / count, device=x.device)
+        logits = denoise(x_rows[:, :m], t, rows)
+        due = x_rows[:, m] == process.mask
+        x_rows[due, m] = sample_categorical(warper.warp(logits, t)[due], u[rows[due], m])
+        x = x.index_copy(0, rows, x_rows)
         if on_step is not None:
-            pred = logits.new_zeros(len(x), count, logits.shape[-1]) if pred is None else pred
-            pred[rows, place:] = logits[:, None]
-            t, s = 1 - i / len(places), 1 - (i + 1) / len(places)
-            x = check_only_unknown_changed(
-                x, on_step(i, t, s, x.view(shape), pred.view(*shape, -1)).flatten(1), process.mask
-            )
+            if all_logits is None:
+                all_logits = logits.new_zeros(len(x), count, logits.shape[-1])
+            all_logits[rows, m:] = logits[:, None]
+            t, s = 1 - i / len(positions), 1 - (i + 1) / len(positions)
+            changed = on_step(i, t, s, x.view(shape), all_logits.view(*shape, -1)).flatten(1)
+            x = check_only_unknown_changed(x, changed, process.mask)
     return x.view(shape)
 
 
 def check_only_unknown_changed(x: Tensor, changed: Tensor, mask: int) -> Tensor:
-    """`changed` (B, N), by one who watches; ValueError where codes of x that are known became others."""
+    """Returns `changed` (B, N), the result of on_step; ValueError if a known code of x (B, N) was changed."""
     if ((x != changed) & (x != mask)).any():
-        raise ValueError("on_step may fill in codes that are still to be drawn, got other known ones: they were read")
+        raise ValueError("on_step may fill in unknown codes only, but it changed known ones, which were read already")
     return changed
 
 

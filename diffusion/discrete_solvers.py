@@ -1,11 +1,10 @@
-"""Solvers of any process of codes, and what all solvers of codes share.
+"""A solver for any discrete process, and what all solvers of codes share.
 
-`denoise(x (B, H, W), t (B,), rows)` gives logits (B, H, W, K) of x_0; `rows` (n,) int64 says which examples the rows of
-x are, None all of them in order. Nothing is evaluated that cannot change: an example goes through the network only
-where codes of it may be drawn from what it says.
+`denoise(x (B, H, W), t (B,), rows)` returns logits (B, H, W, K) of x_0; `rows` (n,) int64 are the indices of the
+examples in x, None means all of them in order. In a step, only examples in which some code may change are evaluated.
 
-`on_step(i, t, s, x_s, logits) -> x_s` may change what the next step begins with. Who watches sees every example at
-every step, so all are evaluated; what is drawn stays the same.
+`on_step(i, t, s, x_s, logits) -> x_s` may modify x before the next step. It receives the logits of every example, so
+all of them are then evaluated at every step; the samples stay the same.
 """
 
 from itertools import pairwise
@@ -22,23 +21,23 @@ from diffusion.types import Denoiser, OnStep
 
 
 def even_times(steps: int | None) -> list[float]:
-    """steps + 1 times from 1 to 0, evenly."""
+    """Returns steps + 1 evenly spaced times from 1 to 0."""
     if steps is None or steps < 1:
         raise ValueError(f"got {steps} sampling steps, wanted at least 1: pass --sample_steps N")
     return [i / steps for i in range(steps, -1, -1)]
 
 
 class Evaluated(NamedTuple):
-    """What the network says where something is to be drawn."""
+    """The network's prediction for the examples that need it."""
 
-    rows: Tensor  # (n,) int64, the examples of which something is drawn
-    t: Tensor  # (n,), what it was told of them
-    logits: Tensor | None  # (n, H, W, K), theirs; None where n is 0
-    all_logits: Tensor | None  # (B, H, W, K), where someone watches
+    rows: Tensor  # (n,) int64, indices of the examples to sample
+    t: Tensor  # (n,), their times
+    logits: Tensor | None  # (n, H, W, K); None if n is 0
+    all_logits: Tensor | None  # (B, H, W, K) of all examples, if they were evaluated
 
 
 def evaluate(denoise: Denoiser, x: Tensor, due: Tensor, t: Tensor, all_rows: bool) -> Evaluated:
-    """Evaluates the examples of x (B, H, W) in which a code is `due` (B, H, W), at t (B,), or all that are watched."""
+    """Evaluates the examples of x (B, H, W) in which some code is `due` (B, H, W) bool, or all rows, at t (B,)."""
     rows = due.flatten(1).any(1).nonzero()[:, 0]
     if all_rows or len(rows) == len(x):
         all_logits = denoise(x, t)
@@ -57,9 +56,9 @@ def discrete(
     on_step: OnStep | None = None,
     warper: LogitsWarper = NO_WARP,
 ) -> Tensor:
-    """The reverse process step by step: x_s is drawn from p(x_s | x_t), for any process of codes (Austin et al. 2021).
+    """Ancestral sampling, x_s ~ p(x_s | x_t), for any discrete process (Austin et al. 2021).
 
-    A network call per step, for the examples of which some place may change.
+    One network call per step, on the examples in which some position may change.
     """
     for i, (t, s) in enumerate(pairwise(times)):
         evaluated = evaluate(denoise, x, process.may_change(x, t, s), expand(t, x), on_step is not None)

@@ -1,4 +1,4 @@
-"""Rectified flow (Liu et al. 2022; Lipman et al. 2022): a straight line from data, t = 0, to noise, t = 1."""
+"""Rectified flow (Liu et al. 2022; Lipman et al. 2022): straight lines from data, t = 0, to noise, t = 1."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ from diffusion.types import Loss, Prediction
 class RectifiedFlow(ContinuousProcess):
     """x_t = (1 - w) x_0 + w eps with w = shift t / (1 + (shift - 1) t) (Esser et al. 2024).
 
-    The network says eps - x_0 and is told w. Training draws logit t from N(`mean`, `std`^2). A shift above 1
-    spends more on noise, in training and in sampling: for larger images.
+    The network predicts the velocity eps - x_0 and takes w as its time input. In training logit t is N(`mean`,
+    `std`^2). A shift above 1, for larger images, moves training and sampling towards noise.
     """
 
     shift: float = 1.0
@@ -25,7 +25,7 @@ class RectifiedFlow(ContinuousProcess):
 
     def __post_init__(self):
         if not self.shift > 0:
-            raise ValueError(f"got shift {self.shift}, wanted a number above 0: 1 leaves time as it is")
+            raise ValueError(f"got shift {self.shift}, wanted a number above 0; 1 is no shift")
 
     def sigma(self, t: Tensor) -> Tensor:
         t = t.cpu().double()
@@ -35,7 +35,7 @@ class RectifiedFlow(ContinuousProcess):
         return 1 - self.sigma(t)
 
     def quantile(self, u: Tensor) -> Tensor:
-        """Logit-normal."""
+        """Inverse CDF of the logit-normal training distribution: u (B,) -> t (B,)."""
         return (self.mean + self.std * torch.special.ndtri(u)).sigmoid().clamp(min=self.end)
 
     def network_time(self, t: Tensor) -> Tensor:
@@ -44,12 +44,11 @@ class RectifiedFlow(ContinuousProcess):
 
     def to_prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         output, x_t = upcast(output), upcast(x_t)
-        return Prediction(
-            x_t - append_dims(self.sigma(t), x_t) * output, x_t + append_dims(self.alpha(t), x_t) * output
-        )
+        alpha, sigma = append_dims(self.alpha(t), x_t), append_dims(self.sigma(t), x_t)
+        return Prediction(x_t - sigma * output, x_t + alpha * output)
 
     def loss(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, *, loss_weight: Tensor | None = None) -> Loss:
-        """A network's output at corrupt(x0, t, noise) -> Loss: its squared error, mean over an example's numbers."""
+        """Mean squared error of the velocity, for a network's output (B, C, H, W) at corrupt(x0, t, noise)."""
         error = (noise - x0 - upcast(output)).square()
         error = apply_loss_weight(error, loss_weight).flatten(1).mean(1)
         return Loss(error, {"mse": error.detach()})

@@ -1,8 +1,11 @@
-"""Solvers of Gaussian processes: from noise x to data, in terms of alpha, sigma and a Prediction alone.
+"""Solvers of continuous processes: from noise x to data, written in alpha, sigma and a Prediction only.
 
-`denoise(x, t (B,))` gives a Prediction. Each solver takes the times at which it stops, falling to 0 as
-`step_times` makes them, and `on_step(i, t, s, x_s, x0_hat) -> x_s`, which may change what the next step begins with.
-All are finite where alpha = 0 (zero terminal SNR) and end at sigma = 0 with the last predicted x_0 (ddpm: its mean).
+`denoise(x, t (B,))` returns a Prediction. Each solver takes decreasing times that end at 0, from `step_times`, and
+`on_step(i, t, s, x_s, x0) -> x_s`, which may modify x before the next step. All are finite at alpha = 0 (zero terminal
+SNR) and end at sigma = 0 with the last predicted x_0 (ddpm: the last mean).
+
+Notation: t -> s is a step (s < t); x is x_t (B, C, H, W); x0, eps the prediction at x_t; c the step's coefficients,
+with h = log(alpha_s / sigma_s) - log(alpha_t / sigma_t), the step in half log-SNR; eta the amount of added noise.
 """
 
 import math
@@ -19,14 +22,12 @@ from diffusion.rng import Streams
 from diffusion.solvers import Solver, SolverOptions
 from diffusion.types import OnStep, Prediction
 
-FEW_STEPS = 20  # of the solvers that need few
-MIN_HALF_LOGSNR = (
-    -5.1
-)  # log(alpha / sigma) beyond which there is nothing to see, as DPM-Solver++ clips the cosine schedule
+FEW_STEPS = 20  # default of solvers that need few steps
+MIN_HALF_LOGSNR = -5.1  # smallest log(alpha / sigma), as DPM-Solver++ clips cosine
 
 
 def step_times(process: ContinuousProcess, steps: int, spacing: str = "uniform") -> list[float]:
-    """steps + 1 times, falling, the last 0."""
+    """Returns steps + 1 decreasing times, the last of which is 0, with the spacing named by a key of SPACINGS."""
     if steps < 1:
         raise ValueError(f"got {steps} sampling steps, wanted at least 1: pass --sample_steps N")
     if spacing not in SPACINGS:
@@ -35,24 +36,24 @@ def step_times(process: ContinuousProcess, steps: int, spacing: str = "uniform")
 
 
 def uniform(process: ContinuousProcess, steps: int) -> list[float]:
-    """Equal steps in t from pure noise ("trailing", Lin et al. 2024)."""
+    """Equal steps in t, starting at pure noise ("trailing", Lin et al. 2024)."""
     return [process.start * (steps - i) / steps for i in range(steps)]
 
 
 def leading(process: ContinuousProcess, steps: int) -> list[float]:
-    """Equal steps in t that never see pure noise (DDIM's code): kept for networks that were tuned to it."""
+    """Equal steps in t that do not start at pure noise (DDIM's code), for networks that were tuned to it."""
     if steps * process.end > process.start * (1 + 1e-6):
         raise ValueError(f"leading spacing has at most {round(process.start / process.end)} steps, got {steps}")
     return [process.start * (steps - 1 - i) / steps + process.end for i in range(steps)]
 
 
 def linspace(process: ContinuousProcess, steps: int) -> list[float]:
-    """Equal steps in t from pure noise to the least noise, then 0 (respacing in Nichol & Dhariwal's code)."""
+    """Equal steps in t from `start` to `end`, then 0 (respacing in Nichol & Dhariwal's code)."""
     return evenly_spaced(process.start, process.end, steps)
 
 
 def quadratic(process: ContinuousProcess, steps: int) -> list[float]:
-    """Equal steps in sqrt(t), then 0: small steps near the data (Song et al. 2021, DDIM)."""
+    """Equal steps in sqrt(t), then 0, with small steps near the data (Song et al. 2021, DDIM)."""
     return [process.start, *[root**2 for root in evenly_spaced(process.start**0.5, process.end**0.5, steps)][1:]]
 
 
@@ -72,12 +73,12 @@ SPACINGS = {f.__name__: f for f in (uniform, leading, linspace, quadratic, logsn
 
 
 def from_strength(process: ContinuousProcess, strength: float) -> ContinuousProcess:
-    """The process from where `strength` of x is noise, sigma / (alpha + sigma): 0 is data, 1 the process as it is.
+    """Returns the process started at sigma / (alpha + sigma) = `strength`: 0 is data, 1 the unchanged process.
 
-    Share means the same for all processes, whatever their t is: half noise is sigma = alpha.
+    A strength means the same for every process, whatever its t: at 0.5, sigma = alpha.
     """
     if not 0 <= strength <= 1:
-        raise ValueError(f"got a share of noise of {strength}, wanted 0 (data) to 1 (pure noise)")
+        raise ValueError(f"got strength {strength}, wanted 0 (data) to 1 (pure noise)")
     if strength == 1:
         return process
     strength = torch.tensor(strength, dtype=torch.float64)
@@ -85,24 +86,26 @@ def from_strength(process: ContinuousProcess, strength: float) -> ContinuousProc
     return replace(process, start=min(start, process.start))
 
 
-def remaining_steps(whole: ContinuousProcess, part: ContinuousProcess, steps: int, spacing: str) -> int:
-    """How many of the steps from the start of one process begin where the other starts, or after; at least 1."""
-    times = step_times(whole, steps, spacing)[:-1]
-    return max(1, sum(t <= part.start * (1 + 1e-6) for t in times))
+def remaining_steps(process: ContinuousProcess, started: ContinuousProcess, steps: int, spacing: str) -> int:
+    """Counts the steps of `process` that begin at or below the start of `started`; at least 1."""
+    times = step_times(process, steps, spacing)[:-1]
+    return max(1, sum(t <= started.start * (1 + 1e-6) for t in times))
 
 
 def evenly_spaced(first: float, last: float, count: int) -> list[float]:
-    """`count` numbers from first to last, evenly; the first alone where there is one."""
+    """Returns `count` evenly spaced numbers from first to last; only the first if count is 1."""
     return [first + (last - first) * i / max(count - 1, 1) for i in range(count)]
 
 
 def half_logsnr_range(process: ContinuousProcess) -> tuple[float, float]:
-    c = torch.tensor([process.start, process.end], dtype=torch.float64)
-    first, last = process.half_logsnr(c).tolist()
+    """Returns the half log-SNR at `start`, at least MIN_HALF_LOGSNR, and at `end`."""
+    ends = torch.tensor([process.start, process.end], dtype=torch.float64)
+    first, last = process.half_logsnr(ends).tolist()
     return max(first, MIN_HALF_LOGSNR), last
 
 
 def times_from_half_logsnr(process: ContinuousProcess, half_logsnrs: list[float]) -> list[float]:
+    """Converts half log-SNRs to times, the first of which is `start`."""
     times = process.t_from_half_logsnr(torch.tensor(half_logsnrs, dtype=torch.float64)).tolist()
     return [process.start, *times[1:]]
 
@@ -111,7 +114,7 @@ ContinuousDenoiser = Callable[[Tensor, Tensor], Prediction]  # (x_t, t (B,)) -> 
 
 
 class StepCoefficients(NamedTuple):
-    """A step's two ends: () float64 on the CPU each, which PyTorch multiplies into a tensor of any device and type."""
+    """alpha and sigma at t and s: () float64 on the CPU each, which PyTorch multiplies with tensors of any device."""
 
     alpha_t: Tensor
     sigma_t: Tensor
@@ -119,28 +122,29 @@ class StepCoefficients(NamedTuple):
     sigma_s: Tensor
 
     @property
-    def ratio(self) -> Tensor:
-        """exp(-h); 0 from alpha = 0, and to sigma = 0."""
+    def exp_neg_h(self) -> Tensor:
+        """exp(-h); 0 if alpha_t = 0 or sigma_s = 0."""
         return self.sigma_s * self.alpha_t / (self.sigma_t * self.alpha_s)
 
     @property
     def h(self) -> Tensor:
-        """How far log(alpha / sigma) rises; may be infinite."""
-        return -self.ratio.log()
+        """Increase of log(alpha / sigma) over the step; may be infinite."""
+        return -self.exp_neg_h.log()
 
 
 def step_coefficients(process: ContinuousProcess, t: float, s: float) -> StepCoefficients:
-    now, then = torch.tensor(t), torch.tensor(s)
-    return StepCoefficients(process.alpha(now), process.sigma(now), process.alpha(then), process.sigma(then))
+    """Returns alpha and sigma at both ends of the step from t to s."""
+    t, s = torch.tensor(t), torch.tensor(s)
+    return StepCoefficients(process.alpha(t), process.sigma(t), process.alpha(s), process.sigma(s))
 
 
 def x0_step(x: Tensor, x0: Tensor, c: StepCoefficients, eta: float = 0.0) -> Tensor:
-    """x_s from x_t were x_0 known: exact for constant x0. The mean of it where noise is added, eta > 0.
+    """Steps from x_t to x_s as if x_0 were constant at x0; for eta > 0 returns the mean, before noise is added.
 
-    d(x / sigma) = x0 d(alpha / sigma) for eta 0 (DDIM; Lu et al. 2022); eta 1 is q(x_s | x_t, x_0).
+    eta 0 solves d(x / sigma) = x0 d(alpha / sigma) (DDIM; Lu et al. 2022); eta 1 is the mean of q(x_s | x_t, x_0).
     """
-    kept = c.sigma_s / c.sigma_t * c.ratio**eta
-    return kept * x + c.alpha_s * (1 - c.ratio ** (1 + eta)) * x0
+    x_coef = c.sigma_s / c.sigma_t * c.exp_neg_h**eta
+    return x_coef * x + c.alpha_s * (1 - c.exp_neg_h ** (1 + eta)) * x0
 
 
 @torch.no_grad()
@@ -163,10 +167,10 @@ def ddpm(
 
 @dataclass(frozen=True, kw_only=True)
 class EtaOptions(SolverOptions):
-    """Of the solvers that add as much noise as one likes."""
+    """Options of solvers with an adjustable amount of noise."""
 
     eta: float | None = None
-    """ddim, dpmpp_2m_sde: how much noise a step adds, 0 to 1; the solver's own (0 and 1) if left out."""
+    """ddim, dpmpp_2m_sde: amount of noise added per step, from 0 (none) to 1; default: 0 for ddim, 1 for the other."""
 
 
 @torch.no_grad()
@@ -180,15 +184,15 @@ def ddim(
     on_step: OnStep | None = None,
     eta: float = 0.0,
 ) -> Tensor:
-    """DDIM (Song et al. 2021): eta 0 is deterministic, 1 is ddpm with fixed_small."""
+    """DDIM (Song et al. 2021): deterministic for eta 0, ddpm with fixed_small for eta 1."""
     if not 0 <= eta <= 1:
         raise ValueError(f"got eta {eta}, wanted 0 (deterministic) to 1 (ancestral)")
     for i, (t, s) in enumerate(pairwise(times)):
         pred, c = denoise(x, expand(t, x)), step_coefficients(process, t, s)
         variance = eta**2 * process.posterior_variance(torch.tensor(t), torch.tensor(s)).clamp(min=0)
-        direct = (c.sigma_s**2 - variance).clamp(min=0).sqrt()
+        eps_coef = (c.sigma_s**2 - variance).clamp(min=0).sqrt()
         noise = variance.sqrt() * rng.normal(x.shape).to(x.dtype) if eta else 0
-        x = c.alpha_s * pred.x0 + direct * pred.eps + noise
+        x = c.alpha_s * pred.x0 + eps_coef * pred.eps + noise
         x = x if on_step is None else on_step(i, t, s, x, pred.x0)
     return x
 
@@ -197,14 +201,15 @@ def ddim(
 def ddim_inversion(
     denoise: ContinuousDenoiser, process: ContinuousProcess, x0: Tensor, times: list[float]
 ) -> list[Tensor]:
-    """Data to the noise that ddim, eta 0, takes back to it by the same times: x_0, ..., x_T, one for each.
+    """DDIM inversion: maps data x0 to the noise from which ddim with eta 0 and the same times returns to it.
 
-    Wrong by the order of a step, as each uses the eps of its cleaner end. Give it a denoiser that clips nothing.
+    Returns x at each time, [x_0, ..., x_T]. The error is first order in the step size, since a step uses the eps of its
+    less noisy end. The denoiser must not clip.
     """
     trajectory = [x0]
     for t, s in pairwise(times[::-1]):
         x, c = trajectory[-1], step_coefficients(process, t, s)
-        eps = denoise(x, expand(max(t, process.end), x)).eps  # at t = 0, the least noise a network knows
+        eps = denoise(x, expand(max(t, process.end), x)).eps  # at t = 0, the smallest t that networks know
         scale = c.alpha_s / c.alpha_t
         trajectory.append(scale * x + (c.sigma_s - scale * c.sigma_t) * eps)
     return trajectory
@@ -220,35 +225,35 @@ def heun(
     rng: Streams,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Heun's method, second order: two network calls per step, one for the last.
+    """Heun's method, second order: two network calls per step, one for the last step.
 
-    Averages eps along sigma / alpha where there is more data than noise, as Karras et al. 2022 do everywhere; and where
-    there is more noise x_0 along alpha / sigma, since at alpha = 0 theirs is unbounded.
+    Where sigma_t <= alpha_t, averages eps and integrates over sigma / alpha, as Karras et al. 2022 do everywhere; where
+    sigma_t > alpha_t, averages x_0 and integrates over alpha / sigma, since theirs diverges at alpha = 0.
     """
     for i, (t, s) in enumerate(pairwise(times)):
-        first, c = denoise(x, expand(t, x)), step_coefficients(process, t, s)
-        guess = x0_step(x, first.x0, c)
+        pred_t, c = denoise(x, expand(t, x)), step_coefficients(process, t, s)
+        x_s = x0_step(x, pred_t.x0, c)
         if s > 0:
-            second = denoise(guess, expand(s, x))
-            along_eps = (x - c.sigma_t * (first.eps + second.eps) / 2) / c.alpha_t
+            pred_s = denoise(x_s, expand(s, x))
+            x0_from_eps = (x - c.sigma_t * (pred_t.eps + pred_s.eps) / 2) / c.alpha_t
             noisy = append_dims(c.sigma_t > c.alpha_t, x) > 0
-            guess = x0_step(x, torch.where(noisy, (first.x0 + second.x0) / 2, along_eps), c)
-        x = guess if on_step is None else on_step(i, t, s, guess, first.x0)
+            x_s = x0_step(x, torch.where(noisy, (pred_t.x0 + pred_s.x0) / 2, x0_from_eps), c)
+        x = x_s if on_step is None else on_step(i, t, s, x_s, pred_t.x0)
     return x
 
 
 class LastStep(NamedTuple):
-    """What a multi-step solver remembers of the step before."""
+    """The previous step's x0 (B, C, H, W) and h, kept by multistep solvers."""
 
     x0: Tensor
     h: Tensor
 
 
 def extrapolate_x0(x0: Tensor, last: LastStep | None, c: StepCoefficients, s: float) -> Tensor:
-    """x_0 half a step ahead, on the line through the last two; x0 itself in the first step and the last."""
+    """Extrapolates x_0 linearly to the middle of the step; returns x0 itself in the first and the last step."""
     if last is None or s == 0:
         return x0
-    return x0 + c.h / (2 * last.h) * (x0 - last.x0)  # past.h is infinite from alpha = 0: nothing is added
+    return x0 + c.h / (2 * last.h) * (x0 - last.x0)  # no change after alpha = 0, where last.h is infinite
 
 
 @torch.no_grad()
@@ -261,7 +266,7 @@ def dpmpp_2m(
     rng: Streams,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2M), second order at one network call per step (Lu et al. 2022, algorithm 2)."""
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one network call per step."""
     last = None
     for i, (t, s) in enumerate(pairwise(times)):
         x0, c = denoise(x, expand(t, x)).x0, step_coefficients(process, t, s)
@@ -282,12 +287,12 @@ def dpmpp_2m_sde(
     on_step: OnStep | None = None,
     eta: float = 1.0,
 ) -> Tensor:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022): noise is added along the way; eta 0 is dpmpp_2m."""
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022): adds noise in each step; eta 0 is dpmpp_2m."""
     last = None
     for i, (t, s) in enumerate(pairwise(times)):
         x0, c = denoise(x, expand(t, x)).x0, step_coefficients(process, t, s)
-        deviation = c.sigma_s * (1 - c.ratio ** (2 * eta)).sqrt()
-        noise = deviation * rng.normal(x.shape).to(x.dtype)
+        std = c.sigma_s * (1 - c.exp_neg_h ** (2 * eta)).sqrt()
+        noise = std * rng.normal(x.shape).to(x.dtype)
         x = x0_step(x, extrapolate_x0(x0, last, c, s), c, eta) + noise
         last = LastStep(x0, c.h)
         x = x if on_step is None else on_step(i, t, s, x, x0)
@@ -304,44 +309,47 @@ def unipc(
     rng: Streams,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """UniPC of order 2 (Zhao et al. 2023): dpmpp_2m's step, corrected by the prediction where it arrives.
+    """UniPC of order 2 (Zhao et al. 2023): a dpmpp_2m step, then a corrector that uses the prediction at its end.
 
-    That prediction is the next step's too, so there is one network call per step; where `on_step` changes x, one more.
+    The next step reuses that prediction, so there is one network call per step, and one more whenever `on_step` changes
+    x.
     """
     last, x0 = None, denoise(x, expand(times[0], x)).x0
     for i, (t, s) in enumerate(pairwise(times)):
-        c, pred = step_coefficients(process, t, s), x0
-        x_s = x0_step(x, extrapolate_x0(x0, last, c, s), c)
+        c, x0_t = step_coefficients(process, t, s), x0
+        x_s = x0_step(x, extrapolate_x0(x0_t, last, c, s), c)
         if s > 0:
             x0 = denoise(x_s, expand(s, x)).x0
-            x_s = unipc_corrector(x, pred, x0, last, c)
-        last = LastStep(pred, c.h)
-        x = x_s if on_step is None else on_step(i, t, s, x_s, pred)
+            x_s = unipc_corrector(x, x0_t, x0, last, c)
+        last = LastStep(x0_t, c.h)
+        x = x_s if on_step is None else on_step(i, t, s, x_s, x0_t)
         if x is not x_s and s > 0:
             x0 = denoise(x, expand(s, x)).x0
     return x
 
 
-def unipc_corrector(x: Tensor, x0: Tensor, ahead: Tensor, last: LastStep | None, c: StepCoefficients) -> Tensor:
-    """x_s from x_t by the polynomial in log(alpha / sigma) through x_0 one step ago, at t and at s, integrated exactly.
+def unipc_corrector(x: Tensor, x0: Tensor, x0_s: Tensor, last: LastStep | None, c: StepCoefficients) -> Tensor:
+    """Steps from x_t to x_s by exact integration of the polynomial through x_0 at the previous time, at t and at s.
 
-    With r from 0 at t to 1 at s, x_0(r) = x0 + a r + b r^2 adds alpha_s (a I1 + b I2); In = h int r^n e^((r - 1) h) dr.
+    With r = 0 at t and 1 at s, linear in half log-SNR: x_0(r) = x0 + a r + b r^2 adds alpha_s (a I_1 + b I_2) to the
+    step with constant x0, where I_n = h int r^n exp((r - 1) h) dr. The first step has no previous time, and b = 0.
     """
-    first = 1 - (1 - c.ratio) / c.h
-    second = 1 - 2 * first / c.h
-    if last is None:  # the line through two
-        return x0_step(x, x0, c) + c.alpha_s * first * (ahead - x0)
-    r = -last.h / c.h  # where the last step was
-    bend = (first - second) / (1 - r)
-    return x0_step(x, x0, c) + c.alpha_s * ((first - bend) * (ahead - x0) + bend / r * (last.x0 - x0))
+    I_1 = 1 - (1 - c.exp_neg_h) / c.h
+    I_2 = 1 - 2 * I_1 / c.h
+    if last is None:
+        return x0_step(x, x0, c) + c.alpha_s * I_1 * (x0_s - x0)
+    r = -last.h / c.h  # the previous time
+    w = (I_1 - I_2) / (1 - r)
+    return x0_step(x, x0, c) + c.alpha_s * ((I_1 - w) * (x0_s - x0) + w / r * (last.x0 - x0))
 
 
 def process_or_few_steps(process: ContinuousProcess, positions: int) -> int:
-    """Those of the process, or a few where it has none."""
+    """Returns the steps of the process, or FEW_STEPS in continuous time."""
     return FEW_STEPS if process.steps is None else process.steps
 
 
 def few_steps(process: ContinuousProcess, positions: int) -> int:
+    """Returns FEW_STEPS."""
     return FEW_STEPS
 
 

@@ -1,4 +1,4 @@
-"""The registry of solvers: each file of diffusion/ lists its own in `SOLVERS`, with all that others need to know."""
+"""Registry of solvers: each file of diffusion/ lists its solvers, with their options and defaults, in `SOLVERS`."""
 
 import importlib
 import pkgutil
@@ -9,90 +9,93 @@ from torch import Tensor
 
 import diffusion
 
-StepCount = Callable[[object, int], int | None]  # (process, places of a grid) -> a number of steps, None for no answer
+StepCount = Callable[[object, int], int | None]  # (process, number of positions) -> number of steps, or None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SolverOptions:
-    """What every solver's own options build on. A field is a keyword of the solver, a flag, a key of config.yaml and a
-    control of the page, its docstring their help; its default is None, which leaves the choice to the solver."""
+    """Base class of solver options. A field is a keyword of the solver, a flag, a key of config.yaml and a control of
+    the demo page, with its docstring as help; its default is None, for the solver's own default."""
 
 
 def process_steps(process: object, positions: int) -> int | None:
-    """Those of the process, None in continuous time."""
+    """Returns the steps of the process, or None in continuous time."""
     return process.steps
 
 
 def one_per_code(process: object, positions: int) -> int:
-    """One for each code, and no other number."""
+    """Returns one step per code, the only number such a solver accepts."""
     return positions
 
 
 @dataclass(frozen=True)
 class Solver:
-    """One entry of `SOLVERS`.
+    """An entry of `SOLVERS`.
 
-    `solve(denoise, process, x, times, *, rng, on_step=None, ...)` gives x at the last of the times, which fall. Its
-    further keywords are the fields of `options`; those of codes also take `warper`.
+    `solve(denoise, process, x, times, *, rng, on_step=None, ...)` returns x at the last of the decreasing times. Its
+    other keywords are the fields of `options`, and `warper` for solvers of codes.
     """
 
     solve: Callable[..., Tensor]
-    process: type  # what it solves, and the classes that build on it
+    process: type  # the process class it serves, with subclasses
     options: type[SolverOptions] = SolverOptions
-    steps: StepCount = process_steps  # its own number of steps, where none is asked for
-    schedule: str | None = None  # the masking schedule that it prefers
-    draws_every_step: bool = False  # draws a code or more at every step: it has no use for more steps than codes
+    steps: StepCount = process_steps  # default number of steps
+    schedule: str | None = None  # preferred mask schedule
+    draws_every_step: bool = False  # every step samples at least one code, so more steps than codes are useless
 
     @property
     def name(self) -> str:
+        """The name of the solver's function, as given to --solver."""
         return self.solve.__name__
 
     @property
     def takes_any_steps(self) -> bool:
-        """Whether the number of steps may be chosen."""
+        """Whether the number of steps is free."""
         return self.steps is not one_per_code
 
     @property
     def option_names(self) -> tuple[str, ...]:
+        """The names of the solver's own options."""
         return tuple(field.name for field in fields(self.options))
 
 
 def all_solvers() -> Iterator[Solver]:
-    """The entries of every file."""
+    """Yields the entries of `SOLVERS` in all files of diffusion/."""
     for info in pkgutil.iter_modules(diffusion.__path__):
         yield from vars(importlib.import_module(f"diffusion.{info.name}")).get("SOLVERS", ())
 
 
 def solvers_for(process: object) -> dict[str, Solver]:
-    """Solvers by name for a process, those of its parent classes too. ValueError for a name that is there twice."""
-    found = {}
+    """Returns the solvers of a process and its parent classes, by name. ValueError for a duplicate name."""
+    solvers = {}
     for entry in all_solvers():
         if isinstance(process, entry.process):
-            if entry.name in found:
-                both = f"{found[entry.name].solve.__module__} and {entry.solve.__module__}"
-                raise ValueError(f"{both} have solvers {entry.name} of {type(process).__name__}: rename one of them")
-            found[entry.name] = entry
-    return found
+            if entry.name in solvers:
+                both = f"{solvers[entry.name].solve.__module__} and {entry.solve.__module__}"
+                raise ValueError(f"{both} define a solver {entry.name} of {type(process).__name__}: rename one of them")
+            solvers[entry.name] = entry
+    return solvers
 
 
 def get_solver(process: object, name: str) -> Solver:
-    """One solver; ValueError with the names there are."""
-    found = solvers_for(process)
-    if name not in found:
-        raise ValueError(f"unknown solver {name!r} for {type(process).__name__}; there are: {', '.join(sorted(found))}")
-    return found[name]
+    """Returns a solver by name; ValueError with the known names if there is none."""
+    solvers = solvers_for(process)
+    if name not in solvers:
+        names = ", ".join(sorted(solvers))
+        raise ValueError(f"unknown solver {name!r} for {type(process).__name__}; choose one of {names}")
+    return solvers[name]
 
 
 def solver_options_for(process: type) -> tuple[type[SolverOptions], ...]:
-    """The options of all solvers of a kind of process, as bases of a config: each class once.
+    """Returns the option classes of all solvers of a process class, to be used as bases of a config.
 
-    ValueError where two classes have an option of one name.
+    ValueError if two classes define an option of the same name.
     """
-    found = {}
+    owners = {}
     for entry in all_solvers():
         if issubclass(process, entry.process) or issubclass(entry.process, process):
             for name in entry.option_names:
-                if found.setdefault(name, entry.options) is not entry.options:
-                    both = f"{found[name].__name__} and {entry.options.__name__}"
-                    raise ValueError(f"{both} have an option {name}: let their solvers share one class, or rename it")
-    return tuple(dict.fromkeys(found.values()))
+                if owners.setdefault(name, entry.options) is not entry.options:
+                    both = f"{owners[name].__name__} and {entry.options.__name__}"
+                    raise ValueError(f"{both} define an option {name}: share one class, or rename it")
+    return tuple(dict.fromkeys(owners.values()))

@@ -1,4 +1,4 @@
-"""What passes between networks, processes, denoisers, solvers and losses."""
+"""The types that networks, processes, denoisers, solvers and losses exchange."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,45 +7,45 @@ from torch import Tensor
 
 
 class Loss(NamedTuple):
-    """What a process returns to be trained on."""
+    """A training loss, unreduced."""
 
     per_example: Tensor  # (B,); the loop takes the mean
     metrics: dict[str, Tensor]  # each (B,), for logging only
-    outputs: dict[str, Tensor] | None = None  # what was seen and said, for those who watch; no gradients
+    outputs: dict[str, Tensor] | None = None  # inputs and predictions, for logging and hooks; detached
 
 
 class Prediction(NamedTuple):
-    """What a network says about x_t, in both forms that solvers need: x_t = alpha x0 + sigma eps. (B, C, H, W) each."""
+    """A network's prediction at x_t as both x0 and eps, where x_t = alpha x0 + sigma eps; (B, C, H, W) each."""
 
     x0: Tensor
     eps: Tensor
-    frac: Tensor | None = None  # learned-range variance: in logarithms, 0 is the posterior's, 1 the forward step's
+    frac: Tensor | None = None  # learned-range variance: log-interpolation weight, 0 posterior's, 1 forward step's
 
 
 class Normal(NamedTuple):
     """A diagonal Gaussian."""
 
     mean: Tensor  # (B, C, H, W)
-    log_variance: Tensor  # broadcastable to it
+    log_variance: Tensor  # broadcasts to the mean
 
 
 class Bound(NamedTuple):
-    """Bits per dimension (per code, for codes)."""
+    """A bound on -log2 p(x_0): bits per dimension of images, bits per code of codes."""
 
-    total: Tensor  # (B,), prior and all terms
+    total: Tensor  # (B,), the prior term plus all others
     prior: Tensor  # (B,)
-    terms: Tensor  # (B, T), term i of the step from (i + 1)/T to i/T; where it is estimated, most are 0; (B, 0): exact
+    terms: Tensor  # (B, T): column i is the step from (i + 1)/T to i/T, 0 where not sampled; (B, 0) if exact
 
 
 class Likelihood(NamedTuple):
-    """-log2 p(x_0), bits per dimension, (B,) each: prior + volume - log2 of a bin's width."""
+    """-log2 p(x_0) in bits per dimension, (B,) each: total = prior + volume - log2(bin width)."""
 
     total: Tensor
     prior: Tensor  # -log2 N(x_T; 0, sigma_T^2)
     volume: Tensor  # -log2 |det dx_T / dx_0|
 
 
-OnStep = Callable[[int, float, float, Tensor, Tensor], Tensor]  # (i, t, s, x_s, what is predicted of x_0) -> x_s
-# (x_t, t (B,)) -> a Prediction; of codes (x_t, t (B,), rows (B,) or None) -> logits (B, H, W, K): `rows` says which
-# examples the rows of x_t are, None all of them in order
+OnStep = Callable[[int, float, float, Tensor, Tensor], Tensor]  # (i, t, s, x_s, prediction of x_0) -> x_s
+# Continuous: (x_t, t (B,)) -> Prediction. Codes: (x_t, t (B,), rows (B,) or None) -> logits (B, H, W, K), where `rows`
+# are the indices in the whole batch of the examples in x_t; None means all of them in order.
 Denoiser = Callable[..., Any]

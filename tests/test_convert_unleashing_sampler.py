@@ -226,7 +226,7 @@ def test_conflicting_flags_are_refused(converted, tmp_path, capfd):
     refused(f"{flags} --load_dir other", capfd, "--load_dir")
     refused(f"{flags} --config_json x.json", capfd, "--config_json")
     refused(f"{flags} --ae_load_dir none", capfd, "logs/none", "vqgan_<step>.th", "--ae_load_dir")
-    refused(f"{flags} --ae_load_dir absorbing_folder", capfd, "absorbing_folder is no VQGAN run")
+    refused(f"{flags} --ae_load_dir absorbing_folder", capfd, "absorbing_folder is not a VQGAN run")
     refused(f"{flags} --img_size 32", capfd, "img_size 32", f"trained with {SIZE}")
     refused(f"{flags} --from guided", capfd, "guided-diffusion")
     torch.save(sampler_weights("absorbing", steps=5), tmp_path / "absorbing_2.th")

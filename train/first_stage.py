@@ -1,4 +1,4 @@
-"""A trained VQGAN as what later stages stand on: images to codes or latents, and back."""
+"""A trained VQGAN as the first stage of other models: maps images to codes or latents, and back."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,59 +33,59 @@ class VQGANRun:
 
 @dataclass(frozen=True)
 class FirstStage:
-    """A trained VQGAN, frozen, with what it was trained on."""
+    """A trained, frozen VQGAN and the data configuration it was trained with."""
 
     run: Path
     vqgan: VQGAN
     data: DataConfig
     reader: DatasetConfig
     step: int
-    weights: str  # SHA-256 of the file the weights came from
+    weights: str  # SHA-256 of the weights file
     device: torch.device
     amp: bool
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a second stage notes of the first, to find it again and to know that it is the same."""
+        """What a second-stage run records of its first stage, to find it and to check that it is unchanged."""
         return {"ae_weights": self.weights, "ae_load_dir": self.run.name, "ae_load_step": self.step}
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """uint8, or floats in [-1, 1], (B, C, S, S) -> ids (B, h, w) int64."""
+        """Encodes images (B, C, H, W), uint8 or float in [-1, 1], to ids (B, h, w) int64."""
         floats = images if images.is_floating_point() else to_float(images)
         with autocast(self.device, self.amp):
             return self.vqgan.encode(floats.to(self.device))
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        """ids (B, h, w) -> uint8 (B, C, H, W)."""
+        """Decodes ids (B, h, w) to uint8 images (B, C, H, W)."""
         return to_uint8(self.decode_floats(ids))
 
     @torch.no_grad()
     def decode_floats(self, ids: Tensor) -> Tensor:
-        """ids (B, h, w) -> floats (B, C, H, W), in [-1, 1] but for what overshoots."""
+        """Decodes ids (B, h, w) to float images (B, C, H, W) in about [-1, 1], not clipped."""
         with autocast(self.device, self.amp):
             return self.vqgan.decode(ids.to(self.device))
 
     def decode_values(self, ids: Tensor) -> dict[str, Tensor]:
-        """{"values": (B, C, H, W)} in the units of data with a --data_range, which 8 bits do not hold; {} of others."""
+        """Returns {"values": (B, C, H, W)} in the data's units if they have a --data_range, else {}."""
         if self.data.data_range is None:
             return {}
         return {"values": from_unit_range(self.decode_floats(ids), self.data.data_range).cpu()}
 
     @torch.no_grad()
     def encode_latents(self, images: Tensor) -> Tensor:
-        """floats in [-1, 1] (B, C, S, S) -> what the quantizer is given (B, D, h, w) float32."""
+        """Encodes float images (B, C, H, W) in [-1, 1] to latents before quantization (B, D, h, w) float32."""
         with autocast(self.device, self.amp):
             return self.vqgan.latents(images.to(self.device)).float()
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """latents (B, D, h, w) -> uint8 (B, C, H, W), by way of the nearest codes."""
+        """Quantizes latents (B, D, h, w) to the nearest codes and decodes them to uint8 images (B, C, H, W)."""
         return self.decode(self.vqgan.quantizer.assign(latents.to(self.device)))
 
     def check_fits(self, data: DataConfig) -> None:
-        """ValueError where images of `data` are not what this VQGAN takes."""
+        """Raises ValueError if the images of `data` do not have the VQGAN's size, channels or range."""
         names = ("n_channels", "img_size", "img_width", "data_range")
         trained, asked = (*self.data.shape, self.data.data_range), (*data.shape, data.data_range)
         for name, wanted, got in zip(names, trained, asked, strict=True):
@@ -97,25 +97,25 @@ class FirstStage:
     def encode_dataset(
         self, dataset: Dataset, split: str, data: DataConfig, batch_size: int, world: DistContext
     ) -> CodeTable:
-        """The codes of a split in all views that `data` asks for, from the cache, or made by all processes together."""
+        """Returns the codes of a split in all views of `data`, from the cache or encoded by all ranks together."""
         if split != "train":
             data = data.without_augmentation
-        seen, margin = training_views(data), data.crop_margin
+        views, margin = training_views(data), data.crop_margin
         larger = data.n_channels, data.size[0] + margin, data.size[1] + margin
         key = code_cache_key(
             weights=self.weights,
             network=asdict(self.vqgan.config),
             images=image_cache.image_cache_key(dataset, larger, data.data_range),
-            views=[view.to_list() for view in seen],
+            views=[view.to_list() for view in views],
             amp=self.amp and has_native_bf16(self.device),
             chunk=CHUNK_SIZE,
         )
-        codebook_size, shape = self.vqgan.quantizer.codebook_size, (len(seen), *self.vqgan.grid)
+        codebook_size, shape = self.vqgan.quantizer.codebook_size, (len(views), *self.vqgan.grid)
         folder, name = self.run / "codes", f"{data.dataset}_{split}"
         return load_or_encode(
-            CodeFile(folder, name, key, len(dataset), shape, codebook_size, views=tuple(seen)),
+            CodeFile(folder, name, key, len(dataset), shape, codebook_size, views=tuple(views)),
             lambda: ImageSource(dataset, data, margin=margin),
-            lambda images: torch.stack([self.encode(view(images)) for view in seen], 1),
+            lambda images: torch.stack([self.encode(view(images)) for view in views], 1),
             batch_size,
             world,
         )
@@ -124,12 +124,12 @@ class FirstStage:
 def load_first_stage(
     run: Path, step: int | None, device: torch.device, amp: bool, *, ema: bool | None = None
 ) -> FirstStage:
-    """The VQGAN of a run: its averaged weights where it kept them, else the plain ones, unless `ema` says which."""
+    """Loads the VQGAN of a run: with its EMA weights if it has them, or as `ema` asks."""
     content = read_run(run)
     groups = VQGANRun.__dataclass_fields__
     missing = [name for name in groups if name not in content]
     if missing:
-        raise ValueError(f"{run} is no VQGAN run (its config has no {', '.join(missing)}): pass --ae_load_dir")
+        raise ValueError(f"{run} is not a VQGAN run (its config has no {', '.join(missing)}): pass --ae_load_dir")
     step = resolve_step(run, step, "--ae_load_step")
     config = from_dict(VQGANRun, {name: content[name] for name in groups}, str(run / "config.yaml"))
     vqgan = VQGAN(config.network, config.data.size, config.data.n_channels)

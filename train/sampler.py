@@ -1,4 +1,4 @@
-"""How the second stage is trained: what one step does with a batch, and what is looked at on the way."""
+"""Training of the second stage: the training step, validation and sample images."""
 
 from collections.abc import Sequence
 
@@ -22,15 +22,15 @@ from train.samplers import Control, LearnedSampler, select_solver
 from train.spaces import Space
 from train.trainer import build_train_state
 
-VALIDATION_IMAGES = 1024  # enough for two digits, and quick
+VALIDATION_IMAGES = 1024  # enough for two digits of the loss, and fast
 PREVIEW_IMAGES = 16
-NOISE_LEVELS = 5  # of noise, whose losses are logged apart
+NOISE_LEVELS = 5  # whose losses are logged separately
 
 
 def build_state(
     config: SamplerConfig, training: TrainingConfig, space: Space, n_classes: int, world: DistContext
 ) -> tuple[LearnedSampler, TrainState]:
-    """The sampler that the config names, for x of `space`, and the state that trains its network."""
+    """Builds the sampler of a config for a space, and the training state of its network."""
     torch.manual_seed(training.seed)
     module = load_plugin("train.samplers", config.sampler, "sampler")
     sampler = module.build(config, **space.model_args, n_classes=n_classes)
@@ -44,8 +44,8 @@ def build_state(
 class SamplerStep:
     """One training step of a sampler's network. A `step_fn` for `fit`.
 
-    Gives loss, grad_norm, lr and the sampler's metrics; per example losses (B,) and t (B,), and, where someone looks
-    (`keep_outputs`), what was seen and said: x0, x_t, prediction, x0_hat.
+    Returns loss, grad_norm, lr and the sampler's metrics, losses (B,) and t (B,) per example, and with `keep_outputs`
+    also x0, x_t, prediction and x0_hat.
     """
 
     def __init__(
@@ -57,14 +57,8 @@ class SamplerStep:
         keep_outputs: bool = False,
         control: Control | None = None,
     ):
-        self.sampler, self.space, self.training, self.world, self.keep_outputs = (
-            sampler,
-            space,
-            training,
-            world,
-            keep_outputs,
-        )
-        self.control = control
+        self.sampler, self.space, self.training, self.world = sampler, space, training, world
+        self.keep_outputs, self.control = keep_outputs, control
         self.dtype = training_dtype(training, world.device)
         self.channels_last = uses_channels_last(training, world.device)
 
@@ -73,7 +67,7 @@ class SamplerStep:
 
     def __call__(self, state: TrainState, micro_batches: Sequence[Batch]) -> Outputs | None:
         network, scale = state.train_module("network").train(), state.extras.get("loss_scale")
-        means, seen = {}, []
+        means, kept = {}, []
         for i, batch in enumerate(micro_batches):
             with gradient_sync(network, last=i == len(micro_batches) - 1):
                 loss = self.loss(network, batch)
@@ -81,41 +75,37 @@ class SamplerStep:
                 (mean if scale is None else scale.scale(mean)).backward()
             for name, value in {"loss": loss.per_example, **loss.metrics}.items():
                 means[name] = means.get(name, 0.0) + value.detach().mean() / len(micro_batches)
-            seen.append(loss.outputs if self.keep_outputs else {name: loss.outputs[name] for name in ("t", "loss")})
+            kept.append(loss.outputs if self.keep_outputs else {name: loss.outputs[name] for name in ("t", "loss")})
         lr = learning_rate(state.step, **self.training.schedule)
         norms = clip_and_step(state, ["network"], self.world, lr=lr, clip=self.training.grad_clip)
         if norms is None:
             return None
-        tensors = {name: torch.cat([part[name] for part in seen]) for name in seen[0]}
+        tensors = {name: torch.cat([outputs[name] for outputs in kept]) for name in kept[0]}
         tensors["losses"] = tensors.pop("loss")
         self.observe(state, tensors)
         return tensors | means | {"grad_norm": norms[0], "lr": torch.tensor(lr, device=self.world.device)}
 
     def loss(self, network: torch.nn.Module, batch: Batch, validation_size: int | None = None):
-        """The sampler's loss of a part of a batch; `validation_size`: of validation, whose draws do not depend on the run."""
+        """Returns the sampler's loss on (a part of) a batch. `validation_size` is the size of a validation batch, whose
+        random numbers do not depend on the run."""
         seed, size = (self.training.seed, self.training.batch_size) if validation_size is None else (0, validation_size)
         streams = TrainingStreams(seed, batch, size, self.world.device)
-        prepared = self.space.encode_batch(batch)
+        batch = self.space.encode_batch(batch)
         if self.channels_last:
-            prepared = {name: to_channels_last(value) for name, value in prepared.items()}
+            batch = {name: to_channels_last(value) for name, value in batch.items()}
         with self.autocast():
-            return self.sampler.loss(network, prepared, streams, control=self.control)
+            return self.sampler.loss(network, batch, streams, control=self.control)
 
     @torch.no_grad()
     def observe(self, state: TrainState, outputs: Outputs) -> None:
-        """Shows what was seen and said to the sampler, whose times may depend on it, and sums losses by noise level."""
+        """Passes t and losses to the sampler, whose times may depend on them, and sums losses by noise level."""
         if self.sampler.extras:
             device = self.world.device
             t, losses = (self.world.gather(outputs[name].float().to(device)) for name in ("t", "losses"))
             self.sampler.observe(t, losses)
-        level = (
-            (NOISE_LEVELS * self.sampler.noise_level(outputs["t"]))
-            .long()
-            .clamp(max=NOISE_LEVELS - 1)
-            .to(self.world.device)
-        )
-        member = F.one_hot(level, NOISE_LEVELS).float()  # (B, LEVELS); nothing waits for the device
-        sums = torch.stack([(outputs["losses"].float().unsqueeze(1) * member).sum(0), member.sum(0)])
+        level = (NOISE_LEVELS * self.sampler.noise_level(outputs["t"])).long().clamp(max=NOISE_LEVELS - 1)
+        one_hot = F.one_hot(level.to(self.world.device), NOISE_LEVELS).float()  # (B, NOISE_LEVELS), without a sync
+        sums = torch.stack([(outputs["losses"].float().unsqueeze(1) * one_hot).sum(0), one_hot.sum(0)])
         state.counters["loss_by_level"].add("loss", sums)
         if self.keep_outputs:
             outputs["x0_hat"] = self.sampler.x0_hat(outputs)
@@ -123,9 +113,9 @@ class SamplerStep:
 
 @torch.no_grad()
 def validation_losses(step: SamplerStep, network: torch.nn.Module, source: BatchSource, count: int) -> dict[str, float]:
-    """Loss and metrics over the first `count` validation images, with times and noise that are always the same.
+    """Returns mean loss and metrics over the first `count` validation images, at fixed times and noise.
 
-    `network` is in eval mode. The processes share the batches, and all get the result.
+    `network` must be in eval mode. The batches are divided among the ranks, and every rank gets the result.
     """
     size, world = step.training.batch_size, step.world
     lists = [positions.tolist() for positions in torch.arange(count).split(size)]
@@ -133,19 +123,18 @@ def validation_losses(step: SamplerStep, network: torch.nn.Module, source: Batch
     sums: dict[str, Tensor] = {}
     for batch, counts in world.padded_batches(batches, fallback=lambda: source[lists[0]]):
         batch = to_device(batch, world.device)
-        loss = step.loss(
-            network, batch, validation_size=len(batch["position"])
-        )  # spread over the last, smaller batch too
+        size = len(batch["position"])  # low-discrepancy times also cover a smaller last batch
+        loss = step.loss(network, batch, validation_size=size)
         for name, value in {"loss": loss.per_example, **loss.metrics}.items():
             value = value.float().cpu().double()
-            found = torch.stack([value.sum(), torch.tensor(value.numel()).double()]) * counts
-            sums[name] = sums.get(name, 0) + found
+            total_and_count = torch.stack([value.sum(), torch.tensor(value.numel()).double()]) * counts
+            sums[name] = sums.get(name, 0) + total_and_count
     totals = world.sum(torch.stack(list(sums.values())))
     return {name: (total / n).item() for name, (total, n) in zip(sums, totals, strict=True)}
 
 
 def check_sampling(sampler: LearnedSampler, sampling: SamplingConfig, rows: Sequence[Row]) -> None:
-    """ValueError, before training and not at its first pictures, for what the sampler cannot draw."""
+    """Raises ValueError before training, rather than at the first images, for samples that cannot be drawn."""
     if sampling.guidance != 1 and not sampler.conditions:
         raise ValueError(f"got guidance {sampling.guidance} for a sampler without conditions: pass --guidance 1")
     check_rows(rows, sampler.conditions, sampler.n_classes)
@@ -153,9 +142,10 @@ def check_sampling(sampler: LearnedSampler, sampling: SamplingConfig, rows: Sequ
 
 
 class SamplerReports:
-    """Validation, losses by noise level and pictures of samples, as hooks for `fit`. All processes take part.
+    """Validation, losses by noise level and sample images, as hooks for `fit`. All ranks take part.
 
-    Pictures have the conditions of `rows`, in turn; without them the classes in turn, or those of validation images.
+    Sample images cycle through the conditions of `rows`, or without them through the classes or the conditions of
+    validation images.
     """
 
     def __init__(
@@ -163,38 +153,38 @@ class SamplerReports:
     ):
         self.step, self.validation, self.sampling, self.logger = step, validation, sampling, logger
         self.source = ConditionSource(step.sampler.conditions, step.sampler.n_classes, held_out=validation)
-        in_turn = [{"label": label} for label in range(step.sampler.n_classes)]
+        class_rows = [{"label": label} for label in range(step.sampler.n_classes)]
         if rows or {*step.sampler.conditions} == {"label"}:
-            self.source = self.source.with_rows(rows or in_turn)
+            self.source = self.source.with_rows(rows or class_rows)
         self.on_log = [self.log_loss_by_level]
 
     @torch.no_grad()
     def validate(self, state: TrainState, outputs: Outputs) -> None:
-        """The loss on fixed validation images, times and noise, comparable from step to step and run to run."""
+        """Logs the loss on fixed validation images, times and noise, comparable across steps and runs."""
         network = state.eval_module("network").eval()
-        found = validation_losses(self.step, network, self.validation, min(len(self.validation), VALIDATION_IMAGES))
-        self.logger.log_scalars(state.step, {f"val/{name}": value for name, value in found.items()})
-        self.logger.log_best(state, "val/loss", found["loss"])
+        losses = validation_losses(self.step, network, self.validation, min(len(self.validation), VALIDATION_IMAGES))
+        self.logger.log_scalars(state.step, {f"val/{name}": value for name, value in losses.items()})
+        self.logger.log_best(state, "val/loss", losses["loss"])
 
     def log_loss_by_level(self, state: TrainState, outputs: Outputs) -> None:
-        """Losses by share of noise since the last call, one curve for each fifth."""
+        """Logs the mean loss since the last call for each fifth of the noise levels."""
         for sums, counts in state.counters["loss_by_level"].reduce_and_reset().values():
             means = (sums / counts).tolist()
-            found = {f"loss_by_level/{i / NOISE_LEVELS:.1f}": mean for i, mean in enumerate(means) if mean == mean}
-            self.logger.log_scalars(state.step, found)
+            scalars = {f"loss_by_level/{i / NOISE_LEVELS:.1f}": mean for i, mean in enumerate(means) if mean == mean}
+            self.logger.log_scalars(state.step, scalars)
 
     @torch.no_grad()
     def log_images(self, state: TrainState, outputs: Outputs) -> None:
-        """A grid of samples, the same noise and conditions each time."""
+        """Logs a grid of samples, with the same noise and conditions each time."""
         world = self.step.world
-        own = world.local_items(list(range(PREVIEW_IMAGES)))
-        ((indices, counts),) = world.padded_batches([own] if own else [], fallback=lambda: [0])
+        own_indices = world.local_items(list(range(PREVIEW_IMAGES)))
+        ((indices, counts),) = world.padded_batches([own_indices] if own_indices else [], fallback=lambda: [0])
         images = self.draw(state, indices)
-        shown = world.gather_items(images if counts else images[:0], PREVIEW_IMAGES)
-        self.logger.log_images("samples", state.step, to_float(shown.cpu()))
+        grid = world.gather_items(images if counts else images[:0], PREVIEW_IMAGES)
+        self.logger.log_images("samples", state.step, to_float(grid.cpu()))
 
     def draw(self, state: TrainState, indices: list[int]) -> Tensor:
-        """uint8 images (B, C, H, W) of these numbers, by the averaged network."""
+        """Samples the uint8 images (B, C, H, W) of these indices with the EMA network."""
         sampler, world = self.step.sampler, self.step.world
         rng = Streams([seed_of(self.step.training.seed, "show", i) for i in indices], world.device)
         conditions = self.source.draw(self.step.training.seed, indices)

@@ -1,4 +1,4 @@
-"""What a learned sampler works in: pixels, or a VQGAN's codes or latents. Each turns images into it, and back."""
+"""Spaces that learned samplers work in: pixels, or codes or latents of a VQGAN, with maps from and to images."""
 
 import math
 from dataclasses import dataclass
@@ -19,28 +19,26 @@ from train.loop import Batch
 from train.registry import load_plugin
 from train.runs import read_provenance, run_folder
 
-SCALE_IMAGES = 1024  # whose latents say how large latents are
+SCALE_IMAGES = 1024  # from which the scale of latents is measured
 
 
 class EditInput(NamedTuple):
-    """Known data that sampling begins from, in the sampler's own space: codes (B, h, w), or x (B, C, H, W)."""
+    """Known data to start sampling from, in the sampler's space: codes (B, h, w) or x (B, C, H, W)."""
 
     x0: Tensor
-    keep: Tensor  # (B, h, w) bool: places that never change
-    strength: float = (
-        1.0  # how much of the rest is forgotten first, 0 to 1: the share of codes masked, or of noise in x_t
-    )
+    keep: Tensor  # (B, h, w) bool: positions that never change
+    strength: float = 1.0  # fraction in [0, 1] of the other codes that is masked first, or of noise in x_t
 
 
 class Space(Protocol):
-    """`model_args` is what a sampler's `build` takes, `origin` what a run notes of it to know it again."""
+    """`model_args` are arguments of a sampler's `build`; `provenance` is what a run records of its space."""
 
     first_stage: FirstStage | None
-    tokens: int  # codes that an image is; 0 where it is none
+    tokens: int  # codes per image; 0 if not a space of codes
 
     @property
     def factor(self) -> int:
-        """Pixels along a side that one place of its grid stands for."""
+        """Downsampling factor: pixels per side of one grid position."""
         ...
 
     @property
@@ -52,65 +50,65 @@ class Space(Protocol):
     def source(
         self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt
     ) -> BatchSource:
-        """Training batches of one split."""
+        """Returns the training batches of a split."""
         ...
 
     def workers(self, data: DataConfig) -> int:
-        """Processes that load them."""
+        """Returns the number of worker processes that load them."""
         ...
 
     def encode_batch(self, batch: Batch) -> Batch:
-        """The batch with what the sampler learns: "codes" or "x0"."""
+        """Adds what the sampler is trained on to a batch: "codes" or "x0"."""
         ...
 
     def decode(self, x: Tensor) -> Tensor:
-        """What the sampler draws -> uint8 images (B, C, H, W)."""
+        """Decodes samples to uint8 images (B, C, H, W)."""
         ...
 
     def extra_arrays(self, x: Tensor) -> dict[str, Tensor]:
-        """What of it is worth keeping beside its images."""
+        """Returns what to save of samples besides their images, by name."""
         ...
 
     def preview(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
-        """Images of what a solver has on its way, and of what it predicts."""
+        """Returns images of a solver's current x and of its prediction."""
         ...
 
     def encode_masked(self, images: Tensor, hidden: Tensor) -> EditInput:
-        """uint8 images (B, C, H, W) of which pixels are hidden, (B, H, W) bool -> what sampling begins from.
+        """Encodes uint8 images (B, C, H, W) with hidden pixels (B, H, W) bool, to sample the hidden part.
 
-        A place is known only if none of its pixels is hidden, and no hidden pixel has a part in it.
+        A grid position is known only if none of its pixels is hidden. Hidden pixels do not affect the result.
         """
         ...
 
     def interpolate(self, a: Tensor, b: Tensor, weight: float, rng: Streams) -> Tensor:
-        """What lies between two of its x, (B, ...) each: a where the share of b is 0, b where it is 1."""
+        """Interpolates between a and b (B, ...): a at share 0, b at share 1."""
         ...
 
 
 def fill_hidden(images: Tensor, hidden: Tensor) -> Tensor:
-    """uint8 images (B, C, H, W) with each hidden pixel, `hidden` (B, H, W) bool, given the nearest visible one's value;
-    128 where all are hidden.
+    """Fills the hidden pixels (B, H, W) bool of uint8 images (B, C, H, W) with the nearest visible pixel's value.
 
-    An encoder sees far: of the codes of half-hidden digits, this leaves 63 % as they are in the whole image; a blurred
-    continuation 59 %, the mean of the visible pixels 51 %, black 48 %.
+    An image without visible pixels becomes 128. The receptive field of an encoder is large: of the visible codes of
+    half-hidden digits, this fill leaves 63 % unchanged, a blurred continuation 59 %, the mean of the visible pixels
+    51 %, black 48 %.
     """
     from scipy.ndimage import distance_transform_edt
 
-    made = images.clone()
-    for image, unseen in zip(made, hidden.cpu(), strict=True):
-        if unseen.all():
+    filled = images.clone()
+    for image, mask in zip(filled, hidden.cpu(), strict=True):
+        if mask.all():
             image.fill_(128)
-        elif unseen.any():
-            nearest = distance_transform_edt(unseen.numpy(), return_distances=False, return_indices=True)
+        elif mask.any():
+            nearest = distance_transform_edt(mask.numpy(), return_distances=False, return_indices=True)
             rows, columns = torch.from_numpy(nearest).long().to(images.device)  # (H, W) each
             image.copy_(image[:, rows, columns])
-    return made
+    return filled
 
 
 def any_in_cells(hidden: Tensor, factor: int) -> Tensor:
-    """hidden (B, H, W) -> (B, H / factor, W / factor): whether any pixel of a cell is hidden.
+    """Downsamples hidden (B, H, W) bool to (B, H / factor, W / factor): whether any pixel of a cell is hidden.
 
-    ValueError for sizes that are no multiples of the factor.
+    ValueError if H or W is not a multiple of the factor.
     """
     B, H, W = hidden.shape
     if H % factor or W % factor:
@@ -119,7 +117,7 @@ def any_in_cells(hidden: Tensor, factor: int) -> Tensor:
 
 
 class ContinuousSpace:
-    """What pixels and latents share: training batches are images."""
+    """Base class of pixels and latents, whose training batches are images."""
 
     tokens = 0
 
@@ -140,7 +138,7 @@ class ContinuousSpace:
         return self.decode(x), self.decode(predicted)
 
     def interpolate(self, a: Tensor, b: Tensor, weight: float, rng: Streams) -> Tensor:
-        """The straight line (Ho et al. 2020, section 4.5)."""
+        """Linear interpolation (Ho et al. 2020, section 4.5)."""
         return torch.lerp(a, b, weight)
 
 
@@ -167,7 +165,7 @@ class PixelSpace(ContinuousSpace):
         return to_uint8(x)
 
     def extra_arrays(self, x: Tensor) -> dict[str, Tensor]:
-        """{"values": (B, C, H, W)} in the units of data with a --data_range, which 8 bits do not hold; {} of others."""
+        """Returns {"values": (B, C, H, W)} in the data's units if they have a --data_range, else {}."""
         return {} if self.data.data_range is None else {"values": from_unit_range(x, self.data.data_range).cpu()}
 
     def encode_masked(self, images: Tensor, hidden: Tensor) -> EditInput:
@@ -176,7 +174,7 @@ class PixelSpace(ContinuousSpace):
 
 @dataclass(frozen=True)
 class LatentSpace(ContinuousSpace):
-    """What a VQGAN's quantizer is given, times `scale`, so that its variance is 1: (B, D, h, w)."""
+    """A VQGAN's latents before quantization, times `scale` for unit variance: (B, D, h, w)."""
 
     first_stage: FirstStage
     scale: float
@@ -201,7 +199,7 @@ class LatentSpace(ContinuousSpace):
         return self.first_stage.decode_latents(x / self.scale)
 
     def extra_arrays(self, x: Tensor) -> dict[str, Tensor]:
-        """The values of its images, by way of the nearest codes."""
+        """Returns the values of the images, decoded from the nearest codes."""
         return self.first_stage.decode_values(self.first_stage.vqgan.quantizer.assign(x / self.scale))
 
     def encode_masked(self, images: Tensor, hidden: Tensor) -> EditInput:
@@ -211,7 +209,7 @@ class LatentSpace(ContinuousSpace):
 
 @dataclass(frozen=True)
 class CodeSpace:
-    """Ids of a VQGAN's codes (B, h, w)."""
+    """A VQGAN's code ids (B, h, w)."""
 
     first_stage: FirstStage
 
@@ -234,14 +232,14 @@ class CodeSpace:
     def source(
         self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt = None
     ) -> TrainingCodes:
-        """The shuffled codes, from the cache or encoded now."""
+        """Returns the shuffled codes of a split, from the cache or newly encoded."""
         batch_size = max(1, 2**22 // math.prod(data.shape))  # about 16 MB of float images at once
         table = self.first_stage.encode_dataset(images, split, data, batch_size, world)
         labels = None if images.n_classes == 0 else torch.from_numpy(images.labels)[table.index]
         return TrainingCodes(table.ids, labels, seed, table.annotations)
 
     def workers(self, data: DataConfig) -> int:
-        return 0  # codes need no decoding
+        return 0  # codes need no loading
 
     def encode_batch(self, batch: Batch) -> Batch:
         return batch
@@ -254,26 +252,26 @@ class CodeSpace:
         return EditInput(x0, ~any_in_cells(hidden, self.factor).to(x0.device))
 
     def interpolate(self, a: Tensor, b: Tensor, weight: float, rng: Streams) -> Tensor:
-        """Each place takes the code of one of them; for the same `rng`, what is b's stays so as the share grows."""
+        """Takes each code from a or b at random; with the same `rng`, codes from b stay as the share grows."""
         return torch.where(rng.uniform(a.shape) < weight, b, a)
 
     def extra_arrays(self, x: Tensor) -> dict[str, Tensor]:
         return {"codes": x.cpu()} | self.first_stage.decode_values(x)
 
     def preview(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes that are still masked become grey squares; `predicted` is logits."""
+        """As in `Space`, with masked codes as grey squares; `predicted` are logits."""
         masked = x == self.first_stage.vqgan.quantizer.codebook_size
         image = self.decode(torch.where(masked, predicted.argmax(-1), x))
-        h, w = (size // places for size, places in zip(image.shape[2:], x.shape[1:], strict=True))
+        h, w = (pixels // codes for pixels, codes in zip(image.shape[2:], x.shape[1:], strict=True))
         grey = masked.repeat_interleave(h, 1).repeat_interleave(w, 2).unsqueeze(1)
         return torch.where(grey, 128, image), image
 
 
 def open_space(config: SecondStageConfig, run_provenance: dict[str, Any], images: Dataset, world: DistContext) -> Space:
-    """The space that a training script's config asks for.
+    """Opens the space of a training config.
 
-    The scale of latents is what an earlier start of the run noted, or the run that --load_dir names; else it is
-    measured on `images`.
+    The scale of latents is the one recorded by the run when it first started, or by the run of --load_dir; otherwise
+    it is measured on `images`.
     """
     of_codes = load_plugin("train.samplers", config.sampler.sampler, "sampler").SPACE == "codes"
     name = config.first.ae_load_dir or (f"vqgan_{config.data.dataset}" if of_codes else None)
@@ -284,7 +282,7 @@ def open_space(config: SecondStageConfig, run_provenance: dict[str, Any], images
     first.check_fits(config.data)
     if of_codes:
         return CodeSpace(first)
-    start = config.training.load_dir  # weights that go on know latents of their scale
+    start = config.training.load_dir  # its weights were trained at its own scale
     started = read_provenance(run_folder(config.logging.logs_root, start)) if start else {}
     noted = run_provenance.get("latent_scale") or started.get("latent_scale") or 0.0
     noted = world.sum(torch.tensor(noted if world.is_main else 0.0, dtype=torch.float32, device=world.device)).item()
@@ -294,13 +292,13 @@ def open_space(config: SecondStageConfig, run_provenance: dict[str, Any], images
 
 @dataclass(frozen=True, kw_only=True)
 class PixelsRun:
-    """The part of a run's config that says what its pixels are."""
+    """The part of a run's config that describes its pixels."""
 
     data: DataConfig
 
 
 def reopen_space(content: dict[str, Any], first: FirstStage | None) -> Space:
-    """The space that a run was trained in, from its config.yaml and the VQGAN that it names, or None for pixels."""
+    """Returns the space of a trained run, from its config.yaml and its VQGAN (None for pixels)."""
     if first is None:
         return PixelSpace(from_dict(PixelsRun, {"data": content.get("data", {})}, "the run's config.yaml").data)
     scale = content.get("origin", {}).get("latent_scale")
@@ -308,12 +306,12 @@ def reopen_space(content: dict[str, Any], first: FirstStage | None) -> Space:
 
 
 def measure_latent_scale(first: FirstStage, source: ImageSource, world: DistContext) -> float:
-    """1 / the deviation of latents, over numbers and images alike (Rombach et al. 2022, appendix G)."""
+    """Returns 1 / the standard deviation of all latent values (Rombach et al. 2022, appendix G)."""
     latents = []
     images = TrainingImages(source, seed=0)
-    for part in torch.arange(min(len(source), SCALE_IMAGES)).split(32):  # already shuffled
-        latents.append(first.encode_latents(images[part.tolist()]["image"]).cpu())
-    deviation = torch.cat(latents).std()
-    if not 0 < deviation < float("inf"):
-        raise ValueError(f"the latents of {first.run} deviate by {deviation:.3g}: is that VQGAN trained?")
-    return float(world.mean((1 / deviation).to(first.device)))
+    for indices in torch.arange(min(len(source), SCALE_IMAGES)).split(32):  # already shuffled
+        latents.append(first.encode_latents(images[indices.tolist()]["image"]).cpu())
+    std = torch.cat(latents).std()
+    if not 0 < std < float("inf"):
+        raise ValueError(f"the latents of {first.run} have standard deviation {std:.3g}: is that VQGAN trained?")
+    return float(world.mean((1 / std).to(first.device)))

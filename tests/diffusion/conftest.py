@@ -1,4 +1,4 @@
-"""Small distributions of codes that are known exactly, and what follows from them by enumeration."""
+"""Small known distributions of codes, and exact results from them by enumeration."""
 
 import math
 from collections.abc import Callable
@@ -24,8 +24,8 @@ SHARES = {
 class Joint:
     """p(x_0) over rows of N codes out of K, and the forward process on its (K + 1)^N partly masked states.
 
-    Everything is float64 and built from the forward kernel alone, so that it can judge the reverse one. `denoise` of
-    the methods is what a sampler believes, the perfect denoiser if left out.
+    Everything is float64 and built from the forward kernel alone, so that it can test the reverse one. The methods'
+    `denoise` is the sampler's denoiser, by default the perfect one.
     """
 
     def __init__(self, table: list, schedule: str = "linear"):
@@ -54,14 +54,14 @@ class Joint:
         return torch.cartesian_prod(*[torch.arange(codes)] * self.count).view(-1, 1, self.count)
 
     def index(self, x: Tensor) -> Tensor:
-        """Which state each row is: (B, 1, N) -> (B,)."""
+        """Index of the state of each row: (B, 1, N) -> (B,)."""
         return (x[:, 0] * (self.codes + 1) ** torch.arange(self.count - 1, -1, -1)).sum(-1)
 
     def all_mask(self, batch: int) -> Tensor:
         return self.states[-1:].repeat(batch, 1, 1)
 
     def sample(self, n: int) -> Tensor:
-        """n grids of p: (n, 1, N)."""
+        """Samples n grids from p: (n, 1, N)."""
         return self.grids[torch.multinomial(self.p, n, replacement=True, generator=torch.Generator().manual_seed(5))]
 
     def denoise(self, x: Tensor, t: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
@@ -71,7 +71,7 @@ class Joint:
         return marginals.clamp(min=1e-300).log()  # finite even where no data agrees
 
     def mistaken(self, x: Tensor, t: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-        """A denoiser that is wrong, by what it sees and by place."""
+        """A wrong denoiser, whose error depends on its input and the position."""
         places = torch.arange(1.0, self.count + 1, dtype=torch.float64).view(1, 1, -1, 1)
         classes = torch.arange(self.codes, dtype=torch.float64)
         return self.denoise(x).clamp(min=-3) + (places * (1 + x.sum((1, 2)).view(-1, 1, 1, 1)) + 2 * classes).cos()
@@ -98,7 +98,7 @@ class Joint:
     def sampler_distribution(
         self, steps: int, sigmas: list[float] | None = None, denoise: Callable | None = None
     ) -> Tensor:
-        """What the sampler of `steps` steps draws from all mask, exactly: a distribution over states. (S,)"""
+        """The exact distribution over states of samples drawn in `steps` steps from all mask: (S,)"""
         p = self.data.new_zeros(len(self.states))
         p[-1] = 1
         for i, sigma in zip(range(steps, 0, -1), sigmas or [0.0] * steps, strict=True):
@@ -106,7 +106,7 @@ class Joint:
         return p
 
     def unmask_distribution(self, turns: list[int], denoise: Callable | None = None) -> Tensor:
-        """What is drawn where code i has turn turns[i], and those of a turn do not see each other: over states. (S,)"""
+        """The distribution over states (S,) if code i is sampled in step turns[i], independently within a step."""
         x, p, where = (
             self.all_mask(len(self.grids)),
             torch.ones(len(self.grids), dtype=torch.float64),
@@ -131,7 +131,7 @@ class Joint:
         return total
 
     def any_order(self, denoise: Callable | None = None) -> float:
-        """What codes cost in bits where they are revealed one by one, on average over all orders."""
+        """The cost of codes in bits if revealed one by one, averaged over all orders."""
         total, orders = 0.0, list(permutations(range(self.count)))
         for order in orders:
             x = self.all_mask(len(self.grids))
@@ -173,7 +173,7 @@ def joint(request) -> Joint:
 
 @pytest.fixture(params=SHARES)
 def schedule(request) -> str:
-    """Every schedule by which masks grow."""
+    """Every mask schedule."""
     return request.param
 
 
@@ -189,7 +189,7 @@ def one_code() -> Joint:
 
 @pytest.fixture
 def streams():
-    """streams(n, seed): as many independent streams."""
+    """streams(n, seed): n independent random streams."""
     return lambda count, seed=0: Streams(list(range(1_000_000 * seed, 1_000_000 * seed + count)))
 
 

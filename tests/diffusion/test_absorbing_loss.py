@@ -1,4 +1,4 @@
-"""The losses of the absorbing process: by hand, and in expectation against the bound of the steps, enumerated."""
+"""Losses of the absorbing process: by hand, and in expectation against the enumerated bound."""
 
 import math
 
@@ -142,7 +142,7 @@ def test_the_continuous_elbo_is_the_any_order_bound(joint, schedule):
 
 @pytest.mark.parametrize("spread", [False, True])
 def test_the_loss_of_random_times_is_that_integral(joint, schedule, streams, spread):
-    """Of t above 1/20: with a weight of 1/t, the variance has no bound."""
+    """For t above 1/20, since the variance of a 1/t weight is unbounded."""
     joint, n = joint.under(schedule), 6000
     process, x0, rng = joint.process(None), joint.sample(n), streams(n)
     t = (
@@ -157,7 +157,7 @@ def test_the_loss_of_random_times_is_that_integral(joint, schedule, streams, spr
 
 
 def test_low_discrepancy_times_reduce_the_loss_variance(streams):
-    """Of a loss that is a function of t alone, the mean over a spread batch hardly moves."""
+    """The batch mean of a loss that depends on t alone hardly varies."""
     process, seeds = AbsorbingDiffusion(2, None, "cosine"), range(200)
     of_t = {
         "spread": [process.mask_prob(low_discrepancy_times(process, Streams([s]), 16).t).mean() for s in seeds],

@@ -1,4 +1,4 @@
-"""How masks grow: MaskGIT's formulas, and that share, time and slope belong together."""
+"""Mask schedules: MaskGIT's formulas, and the consistency of m, its inverse and its derivative."""
 
 import math
 

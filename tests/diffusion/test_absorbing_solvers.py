@@ -1,4 +1,4 @@
-"""The two solvers that follow the reverse process: what they draw against what they must draw, enumerated."""
+"""The two exact solvers of the reverse process: their samples against the enumerated distribution."""
 
 import itertools
 
@@ -13,7 +13,7 @@ PROCESS = AbsorbingDiffusion(3)
 
 
 def flat(x, t, rows=None):
-    """A denoiser that knows nothing: three codes, all as likely."""
+    """A uniform denoiser over three codes."""
     return torch.zeros(*x.shape, 3)
 
 
@@ -109,7 +109,7 @@ def test_it_reveals_one_code_per_step_in_every_order(streams, p_value):
 
 
 def test_the_network_gets_the_time_of_the_next_reveal(schedule, streams, p_value):
-    """With n codes masked, the latest of n times: m(t)^n is uniform, whatever was before."""
+    """With n masked codes it is the latest of n times: m(t)^n is uniform, independently of the past."""
     process, told, n = AbsorbingDiffusion(3, schedule=schedule), [], 3000
     solve_in_steps(
         first_hitting, lambda x, t, rows=None: told.append(t) or flat(x, t), process, masks(n, 1, 4), rng=streams(n)

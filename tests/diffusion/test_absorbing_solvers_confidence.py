@@ -1,4 +1,4 @@
-"""MaskGIT's solver: what it draws with one reveal per step, enumerated by the law of Gumbel's maximum."""
+"""MaskGIT's solver: with one reveal per step, against enumeration by the Gumbel-max trick."""
 
 import itertools
 import math
@@ -15,8 +15,8 @@ from helpers.solving import solve_in_steps
 
 
 def one_a_step(known, denoise, choice_temperature):
-    """The distribution over states where step i of N keeps one code: all masked ones are drawn, and of those one is
-    kept with probability proportional to p^(1 / noise), noise = choice_temperature * s, or the likeliest if that is 0.
+    """The distribution over states if each of N steps samples all masked codes and keeps one of them, with probability
+    proportional to p^(1 / noise), noise = choice_temperature * s, or the most likely one if that is 0.
     """
     p = known.data.new_zeros(len(known.states))
     p[-1] = 1
@@ -66,7 +66,7 @@ def test_one_step_draws_all_at_once(joint, streams, p_value):
 
 
 def test_without_noise_the_surest_are_kept_in_order():
-    """Codes that are certain to some degree, by place: those of the last places first."""
+    """Confidence grows with the position, so the last positions come first."""
     logits = torch.zeros(4, 6, 5).index_fill(-1, torch.tensor(2), 1.0) * torch.arange(20, 26).view(6, 1)
     x = torch.full((4, 1, 6), 5)
     x[1, 0, 5], x[2, 0, 0] = 0, 0  # known
@@ -93,7 +93,7 @@ def test_codes_that_are_as_sure_are_kept_from_the_first_on():
 
 
 def test_confidence_is_the_probability_of_the_sampled_code(streams, p_value):
-    """Two places alike: the one that drew its likely code is kept, where the two differ."""
+    """Of two equal positions with different samples, the one with the more likely code is kept."""
     logits, n = torch.tensor([0.8, 0.2]).log(), 4000
     x = torch.full((n, 1, 2), 2)
     out = unmask_most_confident(x, x == 2, *[logits.expand(n, 1, 2, 2)] * 2, torch.ones(n).long(), 0.0, streams(n))
@@ -104,7 +104,7 @@ def test_confidence_is_the_probability_of_the_sampled_code(streams, p_value):
 
 @pytest.mark.parametrize("noise", [0.5, 1.0])
 def test_the_noise_is_gumbel_s_and_not_its_mirror_image(streams, p_value, noise):
-    """Of two places the difference alone counts, which is symmetric; of four it is not."""
+    """For two positions only the difference matters, which is symmetric; for four it is not."""
     likely, n = torch.tensor([0.98, 0.9, 0.7, 0.5], dtype=torch.float64), 6000
     logits, expected = torch.stack([likely, 1 - likely], -1).log(), torch.zeros(4, dtype=torch.float64)
     for codes in itertools.product([0, 1], repeat=4):
@@ -149,7 +149,7 @@ def test_a_negative_choice_temperature_is_refused(joint, streams, wrong):
 
 @pytest.mark.parametrize("warper", [{"top_k": 1}, {"temperature": 0.0}])
 def test_it_ranks_by_what_was_said_however_codes_are_drawn(warper):
-    """All draws are certain under top-k 1; the places that the network is surest of come first all the same."""
+    """With top-k 1 all samples are certain; the most confident positions still come first."""
     sure, seen = torch.tensor([1.0, 5.0, 3.0, 2.0, 4.0]), []
     confidence(
         lambda x, t, rows=None: (sure[:, None] * torch.tensor([0.0, 1.0])).expand(len(x), 1, 5, 2),

@@ -1,4 +1,4 @@
-"""Nothing is evaluated that cannot change: which examples go through the network, when, and how often."""
+"""Number of function evaluations: which examples are evaluated, in which steps, and how often."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ ANY_STEPS = [name for name in SOLVERS if name != "first_hitting"]
 
 
 class Watching:
-    """A denoiser whose answer depends on the whole canvas and on which example it is; remembers what it was asked."""
+    """A denoiser whose logits depend on the whole canvas and on the example; records its calls."""
 
     def __init__(self, count):
         self.count, self.calls = count, []
@@ -31,7 +31,7 @@ class Watching:
 
 
 def canvases():
-    """All mask, complete, and between the two."""
+    """All mask, complete, and partly masked."""
     some = torch.randint(0, 4, (5, 2, 3), generator=torch.Generator().manual_seed(0))
     return torch.cat([torch.full((2, 2, 3), 3), some, torch.ones(1, 2, 3, dtype=torch.long)])
 
@@ -77,7 +77,7 @@ def test_who_watches_changes_nothing_that_is_drawn(name, steps, schedule, stream
 
 @pytest.mark.parametrize("name, steps", cases())
 def test_an_example_is_evaluated_only_when_its_codes_are_sampled(name, steps, streams):
-    """The steps at which something is drawn, as a watcher sees them, with the canvas that they begin from."""
+    """The steps in which codes are sampled, as on_step sees them, with the canvas before each."""
     calls, states = run(name, steps, streams)[1], [canvases()]
     watched = run(name, steps, streams, lambda i, t, s, x, logits: states.append(x) or x)[1]
     expected = []
@@ -111,7 +111,7 @@ def test_the_network_is_told_the_times_of_steps(name, streams):
 
 
 def test_few_codes_in_many_steps_cost_few_evaluations(streams):
-    """256 steps of six codes: the network is called six times at most, whatever turns the examples are at."""
+    """256 steps for six codes: at most six network calls, whatever the steps of the examples."""
     x, denoise = torch.full((64, 2, 3), 3), Watching(64)
     solve_in_steps(SOLVERS["ancestral"].solve, denoise, PROCESS, x, steps=256, rng=streams(64))
     assert len(denoise.calls) == 6
@@ -121,7 +121,7 @@ def test_few_codes_in_many_steps_cost_few_evaluations(streams):
 
 @pytest.mark.parametrize("name", ["ancestral", "first_hitting", "halton"])
 def test_one_unknown_code_each_is_one_call_for_all(name, streams):
-    """Wherever it lies, and whenever its turn is."""
+    """For any position and any step."""
     x, denoise = torch.ones(20, 2, 3, dtype=torch.long), Watching(20)
     x.view(20, 6)[torch.arange(20), torch.arange(20) % 6] = 3
     solve_in_steps(

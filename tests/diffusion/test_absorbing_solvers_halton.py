@@ -1,4 +1,4 @@
-"""Halton's order: Halton's points by exact fractions, evenly spread, and what the solver draws by it, enumerated."""
+"""Halton order: against exact fractions, its evenness, and the solver against enumeration."""
 
 import math
 from fractions import Fraction
@@ -14,7 +14,7 @@ SIZES = [(1, 1), (1, 2), (3, 1), (2, 3), (5, 4), (8, 8), (9, 27), (1, 64), (64, 
 
 
 def mirrored(n, base):
-    """n's digits behind the point, exactly."""
+    """The radical inverse of n, exactly."""
     value, scale = Fraction(0), Fraction(1, base)
     while n:
         value, n, scale = value + scale * (n % base), n // base, scale / base
@@ -22,7 +22,7 @@ def mirrored(n, base):
 
 
 def by_definition(height, width):
-    """Walks along the points, and gives each cell its turn when it is first met."""
+    """Visits the points in order and ranks each cell when it is first hit."""
     order, n = {}, 0
     while len(order) < height * width:
         cell = int(mirrored(n, 2) * height), int(mirrored(n, 3) * width)
@@ -53,7 +53,7 @@ def test_every_small_grid_has_a_permutation():
 
 
 def discrepancy(order, n):
-    """The worst excess or lack of the first n positions in a rectangle with a corner at the origin, as a share."""
+    """Star discrepancy of the first n positions."""
     chosen = (order < n).double()
     inside = chosen.cumsum(0).cumsum(1) / n
     height, width = order.shape
@@ -96,7 +96,7 @@ def flat(x, t, rows=None):
 
 
 def turns_of(process, steps, streams, x):
-    """After how many steps each code was known."""
+    """The step in which each code was revealed."""
     seen = []
     solve_in_steps(
         halton,
@@ -111,7 +111,7 @@ def turns_of(process, steps, streams, x):
 
 
 def counts_by_hand(schedule, hidden, steps):
-    """How many are known after each step: all but m(s) of them, rounded down, and at least one a step."""
+    """Number of revealed codes after each step: all but floor(m(s) N), at least one more per step."""
     shares = {
         "linear": lambda t: t,
         "cosine": lambda t: math.sin(math.pi * t / 2),
@@ -151,7 +151,7 @@ def test_halton_skips_known_codes(streams, schedule):
 
 
 def test_shifts_are_uniform(streams, p_value):
-    """The first code of all in a step of its own says which shift it was."""
+    """The first revealed code identifies the shift."""
     n = 4000
     turns = turns_of(AbsorbingDiffusion(3), 12, streams, torch.full((n, 3, 4), 3))
     assert p_value((turns == 0).flatten(1).int().argmax(1), torch.full((12,), 1 / 12)) > 1e-4

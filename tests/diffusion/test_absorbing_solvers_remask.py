@@ -1,4 +1,4 @@
-"""Masking again what was revealed: the kernel against ReMDM's by hand, the solver against the kernel composed."""
+"""Remasking: the kernel against ReMDM's formula, the solver against the composed kernel."""
 
 import math
 
@@ -89,7 +89,7 @@ def test_every_code_may_have_a_sigma_of_its_own(joint):
 
 
 def sigmas(known, steps, strategy, eta):
-    """Of each step, by hand: m_s / (1 - m_t) is the most."""
+    """Largest sigma of each step, m_s / (1 - m_t), by hand."""
     result = []
     for i in range(steps, 0, -1):
         m_t, m_s = known.mask_prob(i / steps), known.mask_prob((i - 1) / steps)
@@ -121,7 +121,7 @@ def test_after_each_step_there_is_what_its_kernels_make(joint, equal_bits, strea
 
 @pytest.mark.parametrize("strategy", ["cap", "rescale", "conf"])
 def test_the_share_that_is_masked_is_the_schedule_s(schedule, streams, strategy):
-    """Where the network is sure of some codes and not of others; that of conf is a softmax over few more than one."""
+    """For a network that is confident of some codes only, where conf spreads over few codes."""
     process, shares = AbsorbingDiffusion(2, schedule=schedule), []
     logits = torch.linspace(-3, 3, 30)[:, None] * torch.tensor([1.0, -1.0])
     masks = torch.full((40, 30, 30), 2)
@@ -150,7 +150,7 @@ def test_shares_are_dealt_to_the_least_probable_by_hand():
 
 
 def test_what_was_drawn_as_unlikely_is_masked_again_more_often(streams):
-    """The first half of the places holds codes of probability 1/50, the other of nearly 1."""
+    """The first half of the positions has codes of probability 1/50, the other of nearly 1."""
     process, again = AbsorbingDiffusion(50), torch.zeros(2)
     logits = torch.zeros(20, 50)
     logits[10:, 0] = 12.0
@@ -171,7 +171,7 @@ def test_what_was_drawn_as_unlikely_is_masked_again_more_often(streams):
 
 
 def test_conf_uses_the_probability_at_the_time_of_sampling(streams):
-    """Codes of the first step were certain, those of the second one of fifty, whatever is said of either later."""
+    """Codes were certain when sampled in step 1 and had p = 1/50 in step 2, whatever is predicted later."""
     process, seen = AbsorbingDiffusion(50), []
 
     def denoise(x, t, rows=None):
@@ -219,7 +219,7 @@ def test_wrong_settings_are_refused(joint, streams, wrong):
 
 
 def test_remasking_goes_by_what_the_network_said(streams):
-    """conf goes by what the network said: with codes that are all certain anyway, top-k 1 changes nothing."""
+    """conf uses the unwarped probabilities: with certain codes, top-k 1 changes nothing."""
     logits = torch.linspace(0.01, 6, 20)[:, None] * torch.tensor([1.0, 0.0])
 
     def masked(warper):

@@ -1,4 +1,4 @@
-"""Codes one after the other: exact likelihoods, draws that follow the model, and nothing read in vain."""
+"""The autoregressive process: exact likelihoods, samples that follow the model, and no needless calls."""
 
 import itertools
 import math
@@ -20,13 +20,13 @@ SEQUENCES = torch.tensor(list(itertools.product(range(K), repeat=N)))  # (81, 4)
 
 
 def logits_after(x, seed=0):
-    """(n, m) -> (n, K): what a fixed model says of code m, different for each x."""
+    """(n, m) -> (n, K): logits of code m by a fixed model, different for each x."""
     name = (x * K ** torch.arange(x.shape[1])).sum(1) + K ** x.shape[1] + seed
     return 1.5 * torch.sin(name[:, None] * torch.tensor([1.7, 2.9, 4.3], dtype=torch.float64))
 
 
 class Model:
-    """A denoiser that keeps what it is asked, and refuses what the contract rules out."""
+    """A denoiser that records its calls and checks the contract."""
 
     def __init__(self):
         self.asked, self.rows = [], None
@@ -40,7 +40,7 @@ class Model:
 
 
 def everywhere(x):
-    """(n, N) -> (n, *GRID, K): what the model says of each code."""
+    """(n, N) -> (n, *GRID, K): the model's logits of each code."""
     return torch.stack([logits_after(x[:, :m]) for m in range(N)], 1).view(-1, *GRID, K)
 
 
@@ -53,13 +53,13 @@ def unknown(count):
 
 
 def probabilities():
-    """Of each sequence, (81,)."""
+    """Probability of each sequence, (81,)."""
     x = SEQUENCES.view(-1, *GRID)
     return everywhere(SEQUENCES).softmax(-1).gather(-1, x[..., None]).flatten(1).prod(1)
 
 
 def chi_square(codes, p):
-    """(statistic - its mean) / its deviation."""
+    """(statistic - its mean) / its standard deviation."""
     result = torch.zeros(len(SEQUENCES)).index_add(0, name(codes), torch.ones(len(codes)))
     expected, free = len(codes) * p[p > 0], (p > 0).sum().item() - 1
     assert result[p == 0].sum() == 0
@@ -145,14 +145,14 @@ T = 1 - torch.arange(N) / N  # what the denoiser is told at each place
 
 
 def follows(denoise, pred, n=3000, **warper):
-    """Whether draws follow logits `pred` (81, N, K) of each code after those before it."""
+    """Whether samples follow the logits `pred` (81, N, K) of each code given those before it."""
     p = pred.softmax(-1).gather(-1, SEQUENCES[..., None]).flatten(1).prod(1)
     return abs(chi_square(draw(unknown(n), list(range(n)), denoise, warper=LogitsWarper(**warper)), p)) < 4
 
 
 def test_codes_are_drawn_as_asked():
     plain = everywhere(SEQUENCES).flatten(1, 2)
-    assert follows(Model(), plain / (2.0 - 1.5 * T)[:, None], temperature=0.5, last=2.0)
+    assert follows(Model(), plain / (2.0 - 1.5 * T)[:, None], temperature=0.5, final_temperature=2.0)
     assert follows(Model(), plain.masked_fill(plain < plain.median(-1, keepdim=True)[0], -math.inf), top_k=2)
     assert not follows(Model(), plain / 1.3)
 
@@ -195,7 +195,7 @@ def test_who_watches_may_fill_in_codes_and_change_no_others():
     codes, plain = draw(unknown(2), [0, 1], on_step=fill), draw(unknown(2), [0, 1])
     assert (codes[:, 1, 0] == 2).all() and torch.equal(codes[:, 0], plain[:, 0])
     for wrong in (lambda i, t, s, x, logits: (x + 1) % K, lambda i, t, s, x, logits: torch.full_like(x, MASK)):
-        with pytest.raises(ValueError, match="on_step may fill in codes that are still to be drawn"):
+        with pytest.raises(ValueError, match="on_step may fill in unknown codes only"):
             draw(unknown(2), [0, 1], on_step=wrong)
 
 

@@ -1,4 +1,4 @@
-"""Guidance and thresholds on predictions of Gaussian processes."""
+"""Guidance and thresholding of predictions of continuous processes."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ STRONGS, WEAKS = torch.ones(3, dtype=torch.long), torch.zeros(3, dtype=torch.lon
 
 
 class Denoiser:
-    """Says STRONG's x0 under condition 1, WEAK's under 0, and remembers the conditions of its calls."""
+    """Predicts STRONG's x0 under condition 1, WEAK's under 0, and records the conditions of its calls."""
 
     def __init__(self):
         self.calls = []
@@ -134,5 +134,5 @@ def test_a_dynamic_threshold_leaves_small_examples_as_they_are():
 
 @pytest.mark.parametrize("percentile", [0.0, 99.5])
 def test_a_percentile_is_a_share(percentile):
-    with pytest.raises(ValueError, match="wanted a share above 0 and up to 1"):
+    with pytest.raises(ValueError, match="wanted a fraction in"):
         thresholded(Denoiser(), PROCESS, percentile)

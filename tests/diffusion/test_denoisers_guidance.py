@@ -1,4 +1,4 @@
-"""Guidance against its formula, and which examples' conditions it passes on."""
+"""Guidance against its formula, and the conditions that reach the network."""
 
 import math
 
@@ -63,7 +63,7 @@ def test_a_chain_is_its_formula_in_one_call_of_those_that_count(scales, counting
 
 
 def test_a_chain_follows_its_schedule_and_its_interval():
-    """At t = 0.5 a linear schedule has half of the guidance; outside of the interval the last counts alone."""
+    """At t = 0.5 a linear schedule has half the guidance; outside the interval only the last condition is used."""
     half = [1 + (scale - 1) / 2 for scale in (3.0, 0.0)]
     expected = OUTPUTS[0] + half[0] * (OUTPUTS[1] - OUTPUTS[0]) + half[1] * (OUTPUTS[2] - OUTPUTS[1])
     assert torch.allclose(outcome(3.0, 0.0, schedule="linear")[0], expected)
@@ -88,7 +88,7 @@ def test_conditions_of_other_classes_are_joined_by_their_own_cat():
 def test_wrong_chains_are_refused():
     with pytest.raises(ValueError, match="2 conditions and 2 scales, wanted one scale for each pair"):
         guided(Network(), [NULL, LABELS], [1.0, 2.0])
-    with pytest.raises(ValueError, match="None beside other conditions"):
+    with pytest.raises(ValueError, match="None among other conditions"):
         guided(Network(), [None, LABELS], [2.0])(X, T)
 
 
@@ -101,7 +101,7 @@ CODES = 5
 
 
 class Network:
-    """Logits of x and label, row by row; remembers its calls."""
+    """Logits from x and label, row by row; records its calls."""
 
     def __init__(self):
         self.calls = []
@@ -153,7 +153,7 @@ def test_of_some_examples_their_own_conditions_are_passed(scale, rows):
 )
 @pytest.mark.parametrize("scale", [3.0, 0.5, 0.0])
 def test_guidance_grows_by_its_schedule_from_none_to_all(schedule, shares, scale):
-    """The conditional model at t = 1, the scale at t = 0; each example by its own time."""
+    """From the conditional model at t = 1 to the full scale at t = 0, by each example's own time."""
     pred = guided(Network(), [NULL, LABELS], [scale], schedule=schedule)(X, T)
     assert torch.allclose(pred, by_hand([1 + (scale - 1) * share for share in shares]), atol=1e-5)
 

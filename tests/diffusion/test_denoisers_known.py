@@ -1,4 +1,4 @@
-"""Gaussian sampling from data that are known, and from the middle: the arithmetic, for every process and solver."""
+"""Known pixels and starting at a strength, for every continuous process and solver."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ X0 = torch.tensor([[[[0.3, 9.0], [9.0, -0.7]]], [[[9.0, 9.0], [0.9, 9.0]]]])  # 
 
 
 def wrong(process, share=0.4):
-    """A denoiser that believes in 0.1 everywhere."""
+    """A denoiser that predicts x0 = 0.1 everywhere."""
 
     def denoise(x, t):
         pred = Prediction(x, x, torch.full_like(x, share) if process.variance == "learned_range" else None)
@@ -63,7 +63,7 @@ def test_known_pixels_get_matching_eps_and_others_are_unchanged(name):
 
 @pytest.mark.parametrize("name", ["cosine", "learned_range", "flow"])
 def test_known_pixels_follow_the_process_on_the_way(name):
-    """Ancestral steps from q(x_1 | x_0) stay in q(x_s | x_0): mean alpha x_0, deviation sigma."""
+    """Ancestral steps from q(x_1 | x_0) stay in q(x_s | x_0): mean alpha x_0, standard deviation sigma."""
     process, n, seen = PROCESSES[name], 4000, {}
     x0, keep = torch.full((1, 1, 1, n), 0.5), torch.ones(1, 1, n, dtype=torch.bool)
     rng = Streams([0])
@@ -100,7 +100,7 @@ def test_strength_1_is_the_process_and_0_ends_below_its_end(name):
     assert from_strength(process, 1 - 1e-9).start <= process.start
     assert from_strength(process, 0.0).start <= process.end
     for share in (-0.1, 1.1):
-        with pytest.raises(ValueError, match="share of noise"):
+        with pytest.raises(ValueError, match="wanted 0 .data. to 1"):
             from_strength(process, share)
 
 

@@ -14,8 +14,8 @@ SOLVERS = solvers_for(PROCESS)
 
 
 def denoise(x, t, rows=None):
-    """Logits that depend on the time, on every code of the window and on the place in it: in float64, since the sine
-    of a large number would show in which order a processor sums."""
+    """Logits that depend on the time, every code of the window and the position; in float64, since the sine of a large
+    number would reveal the order of summation."""
     places = torch.arange(x[0].numel() * CODES).view(*x.shape[1:], CODES)  # (h, w, K)
     content = x.flatten(1).double() @ torch.arange(x[0].numel()).double().cos()  # (B,)
     return (2 * torch.sin(places * (content + t)[:, None, None, None])).float()
@@ -65,7 +65,7 @@ def test_the_mixture_against_a_loop(stride):
 
 
 def by_row(x, t, rows):
-    """Depends on which canvas it is, too."""
+    """Also depends on the canvas."""
     return denoise(x, t + 10 * rows)
 
 
@@ -95,7 +95,7 @@ def masked(x):
 
 
 def half_known(*shape):
-    """Masks in the first columns alone; the second canvas is complete."""
+    """Masked in the first columns only; the second canvas is complete."""
     x = canvas(*shape).clamp(max=CODES - 1)
     x[:, :, :3] = torch.where(canvas(*shape)[:, :, :3] > 1, CODES, x[:, :, :3])
     x[1] = x[1].clamp(max=CODES - 1)

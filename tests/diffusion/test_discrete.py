@@ -1,4 +1,4 @@
-"""Any process of codes: a uniform one against Bayes and its bound, and the solver that serves it and absorbing."""
+"""Discrete processes: a uniform one against Bayes' rule and its bound, and the solver for any process."""
 
 import math
 
@@ -33,7 +33,7 @@ def forward(s, t):
 
 
 def index(x):
-    """Which of the pairs each is: (B, 1, 2) -> (B,)."""
+    """Index of each pair: (B, 1, 2) -> (B,)."""
     return (x[:, 0] * torch.tensor([3, 1])).sum(-1)
 
 
@@ -121,7 +121,7 @@ def test_an_example_that_cannot_change_is_not_evaluated(streams):
 
 
 def test_in_continuous_time_a_bound_in_steps_is_refused():
-    with pytest.raises(ValueError, match="UniformDiffusion has a bound in steps alone"):
+    with pytest.raises(ValueError, match="UniformDiffusion has a bound only in discrete time"):
         bits_per_code(denoise, UniformDiffusion(3, None), GRIDS, Streams(list(range(9))))
 
 
@@ -167,7 +167,7 @@ def test_a_sampler_learns_draws_and_has_its_bound():
 
 
 class Counting(torch.nn.Module):
-    """A network that is told the time, with other logits for each; remembers how many rows it was asked for."""
+    """A network with time input; records the number of rows of its calls."""
 
     def __init__(self):
         super().__init__()
@@ -191,7 +191,7 @@ def test_equal_rows_at_different_times_are_never_merged():
 
 def test_a_network_must_be_told_the_time_that_matters():
     assert UniformDiffusion.prediction_depends_on_time and not AbsorbingDiffusion.prediction_depends_on_time
-    with pytest.raises(ValueError, match="told no time for UniformDiffusion"):
+    with pytest.raises(ValueError, match="without time embedding for UniformDiffusion"):
         UniformSampler(codes=3, grid=(1, 2), time_scale=None)
 
 

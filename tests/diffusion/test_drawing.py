@@ -20,12 +20,12 @@ def logits_of(p, dtype=torch.float32):
 
 
 def saying(p):
-    """A denoiser that gives these probabilities, whatever it sees."""
+    """A denoiser with fixed probabilities."""
     return lambda x, t, rows=None: logits_of(p).expand(*x.shape, len(p))
 
 
 def warped_probs(t=(1.0,), p=P, **settings):
-    """What one code is drawn from at each time, as probabilities: (len(t), K)."""
+    """The distribution that a code is sampled from at each time: (len(t), K)."""
     logits = logits_of(p).expand(len(t), 1, 1, len(p))
     return LogitsWarper(**settings).warp(logits, torch.tensor(t))[:, 0, 0].softmax(-1)
 
@@ -84,7 +84,9 @@ def test_half_precision_logits_are_divided_in_float32():
 # Which codes stay possible
 
 
-@pytest.mark.parametrize("k, wanted", [(1, {1}), (2, {1, 3}), (3, {1, 3, 4}), (4, {1, 2, 3, 4}), (5, {0, 1, 2, 3, 4})])
+@pytest.mark.parametrize(
+    "k, expected", [(1, {1}), (2, {1, 3}), (3, {1, 3, 4}), (4, {1, 2, 3, 4}), (5, {0, 1, 2, 3, 4})]
+)
 def test_top_k_keeps_the_likeliest(k, expected):
     assert support(top_k=k) == expected
     p = warped_probs(top_k=k)[0]
@@ -95,7 +97,7 @@ def test_top_k_keeps_the_likeliest(k, expected):
 LEFT = {0.39: {1}, 0.41: {1, 3}, 0.64: {1, 3}, 0.66: {1, 3, 4}, 0.94: {1, 2, 3, 4}, 0.96: {0, 1, 2, 3, 4}, 1e-6: {1}}
 
 
-@pytest.mark.parametrize("top_p, wanted", LEFT.items())
+@pytest.mark.parametrize("top_p, expected", LEFT.items())
 def test_top_p_keeps_the_fewest_that_add_up(top_p, expected):
     assert support(top_p=top_p) == expected
 
@@ -118,7 +120,7 @@ def test_top_p_applies_after_temperature_and_top_k():
 
 
 def test_against_a_search_over_all_sets():
-    """The smallest sets that reach the share; of these, the likeliest."""
+    """The smallest sets that reach top_p; of these, the most likely."""
     p = torch.rand(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1)
     for top_p in (0.2, 0.5, 0.77, 0.95):
         kept = filter_top_k_top_p(p.log(), None, top_p).isfinite()
@@ -155,7 +157,7 @@ def test_greedy_draws_are_the_likeliest_code(settings):
 
 
 @pytest.mark.parametrize(
-    "settings, wanted", [({"top_k": 3}, [0, 0.4, 0, 0.25, 0.2]), ({"top_p": 0.6}, [0, 0.4, 0, 0.25, 0])]
+    "settings, expected", [({"top_k": 3}, [0, 0.4, 0, 0.25, 0.2]), ({"top_p": 0.6}, [0, 0.4, 0, 0.25, 0])]
 )
 def test_draws_follow_what_is_left(settings, expected, streams, p_value):
     n = 4000
@@ -174,12 +176,12 @@ def test_draws_follow_what_is_left(settings, expected, streams, p_value):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"temperature": -1.0}, r"temperature -1.0, at the end -1.0: wanted numbers of 0 .* or more; pass --temp"),
-        ({"final_temperature": -0.1}, "temperature 1.0, at the end -0.1"),
+        ({"temperature": -1.0}, r"temperature -1.0, final temperature -1.0: wanted 0 .* or more; pass --temp"),
+        ({"final_temperature": -0.1}, "temperature 1.0, final temperature -0.1"),
         ({"temperature": math.nan}, "temperature nan"),
-        ({"final_temperature": math.nan}, "at the end nan"),
+        ({"final_temperature": math.nan}, "final temperature nan"),
         ({"top_k": 0}, "top_k 0, wanted at least 1: pass --top_k"),
-        ({"top_p": 0.0}, "top_p 0.0, wanted a share above 0 and up to 1: pass --top_p"),
+        ({"top_p": 0.0}, "top_p 0.0, wanted a probability in .0, 1.: pass --top_p"),
         ({"top_p": 1.01}, "top_p 1.01"),
         ({"top_p": math.nan}, "top_p nan"),
     ],

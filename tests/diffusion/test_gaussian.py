@@ -17,7 +17,7 @@ def batch():
 
 
 def output_for(process, x0, noise, t, share=0.5):
-    """What a network that knows x0 and noise would say."""
+    """The output of a network that knows x0 and the noise."""
     target = process.target(x0, noise, t)
     return (
         torch.cat([target, torch.full_like(target, 2 * share - 1)], 1)
@@ -49,7 +49,7 @@ def test_at_zero_terminal_snr_the_prediction_is_finite(prediction):
 
 
 def test_eps_at_zero_terminal_snr_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match="zero terminal SNR, where x_T says nothing of the data: choose v or x0"):
+    with pytest.raises(ValueError, match="zero terminal SNR, where x_T is pure noise: choose v or x0"):
         GaussianDiffusion(with_zero_terminal_snr(LINEAR))
 
 
@@ -58,8 +58,8 @@ def test_eps_at_zero_terminal_snr_is_refused_with_the_reason():
     [
         ({"prediction": "noise"}, "prediction 'noise': choose one of eps, x0, v"),
         ({"variance": "learned"}, "variance 'learned': choose one of fixed_small"),
-        ({"alpha_bar": LINEAR[1:]}, "must fall from 1"),
-        ({"alpha_bar": torch.tensor([1, 0.5, 0.5])}, "without a halt"),
+        ({"alpha_bar": LINEAR[1:]}, "must decrease strictly from 1"),
+        ({"alpha_bar": torch.tensor([1, 0.5, 0.5])}, "must decrease strictly"),
     ],
 )
 def test_what_makes_no_process_is_refused(wrong, message):
@@ -69,7 +69,7 @@ def test_what_makes_no_process_is_refused(wrong, message):
 
 def test_a_network_of_the_wrong_width_is_refused(batch):
     x0, noise, t = batch
-    with pytest.raises(ValueError, match="gives 2 channels, wanted 4 for variance 'learned_range'"):
+    with pytest.raises(ValueError, match="got 2 channels from the network, wanted 4 for variance 'learned_range'"):
         GaussianDiffusion(LINEAR, variance="learned_range").to_prediction(noise, x0, t)
 
 
@@ -237,7 +237,11 @@ def test_the_hybrid_loss_is_simple_plus_a_thousandth_of_vlb(batch, steps):
     "process, kind, message",
     [
         (GaussianDiffusion(LINEAR), "l1", "loss 'l1': choose one of simple, min_snr, hybrid, vlb"),
-        (GaussianDiffusion(LINEAR), "hybrid", "trains a variance, got 'fixed_large': choose learned_range, or simple"),
+        (
+            GaussianDiffusion(LINEAR),
+            "hybrid",
+            "needs variance learned_range, got 'fixed_large': choose that, or the simple",
+        ),
     ],
 )
 def test_a_loss_that_does_not_fit_is_refused(batch, process, kind, message):

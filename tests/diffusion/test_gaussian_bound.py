@@ -1,4 +1,4 @@
-"""The variational bound of Gaussian diffusion: its terms, and what it comes to on data whose entropy is known."""
+"""The variational bound of Gaussian diffusion: its terms, and its value on data of known entropy."""
 
 import math
 
@@ -71,7 +71,7 @@ def test_the_prior_term_is_what_is_left_at_the_end(batch, steps):
 
 
 def knows_all(process, data):
-    """The perfect denoiser of N(0, v), with the true variance of p(x_s | x_t) as its share of the learned range."""
+    """The perfect denoiser of N(0, v), with the true variance of p(x_s | x_t) as fraction of the learned range."""
     mean_of = data.denoiser(process)
 
     def denoise(x, t):
@@ -87,7 +87,7 @@ def knows_all(process, data):
 
 
 def test_the_bound_of_the_true_reverse_process_is_the_entropy(streams):
-    """With a fixed variance it stays far from it: the first steps are coarse, however many there are."""
+    """With a fixed variance it stays above: the first steps are coarse, however many there are."""
     data = Mixture((1.0,), (0.0,), 0.25**2)
     x0 = ((data.draw(8, 1, 32, 32).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
     entropy = -torch.distributions.Normal(0, 0.25).log_prob(x0).mean() / math.log(2) + math.log2(127.5)

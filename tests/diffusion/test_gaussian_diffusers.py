@@ -1,7 +1,7 @@
 """Gaussian diffusion against diffusers: the same network and the same noise give the same trajectories.
 
-Its step k is our t = (k + 1) / T. Its tables are float32, which leaves alpha near T four digits: they are compared,
-then replaced by ours in float64, so that formulas are judged and not their rounding. The last test leaves all as it is.
+Its step k is our t = (k + 1) / T. Its tables are float32, with four digits of alpha near T: they are compared, then
+replaced by ours in float64, so that the formulas are tested rather than rounding. The last test keeps them.
 """
 
 import pytest
@@ -46,7 +46,7 @@ each_multistep_case = pytest.mark.parametrize(  # at zero terminal SNR their alp
 
 
 class Network:
-    """A small fixed network of x and k, their number of t, whose x_0 is bounded. It says what its process asks for."""
+    """A small fixed network of x and step k with bounded x_0, which predicts its process's target."""
 
     def __init__(self, process: GaussianDiffusion):
         self.process, generator = process, torch.Generator().manual_seed(0)
@@ -68,7 +68,7 @@ class Network:
 
 
 class Noise:
-    """float64 draws, again the same for who asks again."""
+    """Reproducible float64 noise."""
 
     def __init__(self):
         self.generator = torch.Generator().manual_seed(1)
@@ -100,7 +100,7 @@ def theirs(scheduler, process, x, noise=None, **options):
 
 
 def worst(ours, theirs):
-    """The largest difference, over the size of x, of all steps."""
+    """The largest difference over all steps, relative to the size of x."""
     pairs = list(zip(ours, theirs, strict=True))
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
@@ -110,7 +110,7 @@ def ks(process, steps, spacing):
 
 
 def scheduler_of(name, process, schedule, spacing="uniform", **options):
-    """Theirs with float64 tables, and how many steps it takes; it is asked for our spacing's times where it has it."""
+    """Their scheduler with float64 tables, and its number of steps, with our spacing if it supports it."""
     theirs, steps = SPACINGS[spacing]
     named = {"prediction_type": PREDICTIONS[process.prediction], "timestep_spacing": theirs, **SCHEDULES[schedule][1]}
     scheduler = getattr(diffusers, name)(**named, **options)

@@ -1,4 +1,4 @@
-"""Where solvers stop."""
+"""Spacings of the steps."""
 
 import pytest
 import torch

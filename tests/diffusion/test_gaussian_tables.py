@@ -1,6 +1,6 @@
 """Gaussian diffusion against outputs of the public improved-diffusion code.
 
-Where those are not at hand, test_gaussian_schedules.py still holds its betas.
+Without these files, test_gaussian_schedules.py still tests the betas.
 """
 
 import os
@@ -73,7 +73,7 @@ def test_the_reverse_step_is_that_of_the_public_code(public):
 
 
 def with_tanh(x0, normal):
-    """The public code's likelihood of a bin: its normal tail is a tanh."""
+    """The public code's bin likelihood, with its tanh approximation of the normal CDF."""
     deviation = (0.5 * normal.log_variance).exp()
 
     def tail(x):

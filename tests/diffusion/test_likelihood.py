@@ -1,4 +1,4 @@
-"""Bounds by a few of their terms: which steps are visited, and that nothing of the sum is lost in the mean."""
+"""Bounds estimated from a few terms: which steps are included, and unbiasedness."""
 
 import math
 
@@ -15,9 +15,9 @@ IMAGE = (torch.tensor([-1.0, -0.2, 0.1, 0.7]).view(1, 1, 2, 2) * 127.5 + 127.5).
 
 
 class Evenly:
-    """Stands in for random streams: over its 2,520 examples each uniform draw takes every place equally often.
+    """Replaces random streams: over its 2,520 examples each uniform draw takes every value equally often.
 
-    The mean over them is the expectation, exactly, wherever a stretch has up to 10 steps; or 12, 14, 15, 18, 20.
+    Their mean is the exact expectation for strata of up to 10 steps, and of 12, 14, 15, 18 or 20.
     """
 
     count, device = 2520, torch.device("cpu")
@@ -92,7 +92,7 @@ def process():
 
 
 def wrong(process):
-    """A denoiser whose mistakes are another at every step."""
+    """A denoiser whose error differs at every step."""
     perfect = NORMAL.denoiser(process)
     return lambda x, t: process.with_x0(perfect(x, t), perfect(x, t).x0 + 0.3 * t.view(-1, 1, 1, 1).cos(), x, t)
 

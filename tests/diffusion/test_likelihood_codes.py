@@ -1,4 +1,4 @@
-"""What codes cost: of known models the enumerated bound, in all terms or in few, whatever the schedule."""
+"""The bound of codes against enumeration, with all terms or few, for every schedule."""
 
 import math
 
@@ -11,7 +11,7 @@ from diffusion.rng import Streams
 
 
 def near(result, expected):
-    """Within 4 standard errors of the mean of (B,) found."""
+    """Within 4 standard errors of the mean of `result` (B,)."""
     return abs(result.mean() - expected) < 4 * result.std() / len(result) ** 0.5
 
 

@@ -1,4 +1,4 @@
-"""The likelihood by the probability flow: against densities that are known, and what its parts must not change."""
+"""The probability-flow likelihood: against known densities, and its invariances."""
 
 import math
 from functools import partial
@@ -32,7 +32,7 @@ every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCE
 
 
 class Correlated:
-    """Images (1, 2, 2) of a Gaussian: each number its mean and variance, and by `turned` all of them correlated."""
+    """Gaussian images (1, 2, 2) with a mean and variance per pixel, correlated by `turned`."""
 
     def __init__(self, turned: bool):
         generator = torch.Generator().manual_seed(1)
@@ -306,12 +306,12 @@ def test_bad_options_are_refused(options, message, x0, streams):
 def test_what_is_no_scaled_image_is_refused_and_too_few_streams(x0, streams):
     bits = partial(flow_bits_per_dimension, NORMAL.denoiser(EDM()), EDM())
     for wrong in (x0.byte(), x0 * 127.5, x0[0]):
-        with pytest.raises(ValueError, match=r"wanted images \(B, C, H, W\) in \[-1, 1\]: take x / 127.5 - 1"):
+        with pytest.raises(ValueError, match=r"wanted images \(B, C, H, W\) in \[-1, 1\]: pass x / 127.5 - 1"):
             bits(wrong, streams(3))
     with pytest.raises(ValueError, match="one seed per example"):
         bits(x0, streams(2))
 
 
 def test_a_denoiser_without_a_gradient_is_refused(x0, streams):
-    with pytest.raises(ValueError, match="got a prediction without a gradient"):
+    with pytest.raises(ValueError, match="got a prediction without gradients"):
         flow_bits_per_dimension(torch.no_grad()(NORMAL.denoiser(EDM())), EDM(), x0, streams(3))

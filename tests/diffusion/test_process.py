@@ -1,4 +1,4 @@
-"""Kernels of Gaussian processes: against Bayes' rule on a grid, and against each other."""
+"""Kernels of continuous processes: against Bayes' rule on a grid, and against each other."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Random streams: an example's numbers are its own, and categorical draws have the right frequencies."""
+"""Random streams: independence of the batch, and frequencies of categorical samples."""
 
 import math
 

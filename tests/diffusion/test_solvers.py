@@ -1,4 +1,4 @@
-"""The solvers of codes: what each of them promises."""
+"""The contract of the solvers of codes."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ NAMES = ["ancestral", "confidence", "discrete", "first_hitting", "halton", "rema
 
 
 def flat(x, t, rows=None):
-    """A denoiser that knows nothing: three codes, all as likely."""
+    """A uniform denoiser over three codes."""
     return torch.zeros(*x.shape, 3)
 
 
@@ -38,7 +38,7 @@ def test_the_solvers_are_found_by_name():
 
 
 def test_an_unknown_solver_is_refused_with_the_names():
-    with pytest.raises(ValueError, match="'ddim' for AbsorbingDiffusion; there are: .*ancestral.*first_hitting"):
+    with pytest.raises(ValueError, match="'ddim' for AbsorbingDiffusion; choose one of .*ancestral.*first_hitting"):
         get_solver(PROCESS, "ddim")
 
 
@@ -119,7 +119,7 @@ def test_on_step_sees_and_may_change_x(name, streams):
 
 @pytest.mark.parametrize("name", ["confidence", "discrete", "remask"])
 def test_codes_masked_by_on_step_are_sampled_again(name, streams):
-    """These look at what is masked, not at a plan."""
+    """These solvers look at the masked codes in every step."""
 
     def on_step(i, t, s, x, logits):
         return masks(2, 1, 4) if i == 1 else x

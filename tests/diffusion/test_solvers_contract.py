@@ -1,4 +1,4 @@
-"""What every entry of SOLVERS promises, and what a solver of one's own brings along."""
+"""The contract of every entry of SOLVERS, and a new solver in a file of its own."""
 
 import importlib.util
 import inspect
@@ -35,7 +35,7 @@ def solved_by(entry):
 
 
 def denoiser(process):
-    """A denoiser of either kind that knows nothing."""
+    """A constant denoiser, continuous or of codes."""
     if isinstance(process, ContinuousProcess):
         return lambda x, t: process.with_x0(Prediction(x, x), torch.zeros_like(x), x, t)
     if isinstance(process, Autoregression):
@@ -82,7 +82,7 @@ def test_a_name_that_is_used_twice_for_one_process_is_refused(monkeypatch):
 
     double = (*all_solvers(), Solver(ancestral, DiscreteProcess))
     monkeypatch.setattr("diffusion.solvers.all_solvers", lambda: iter(double))
-    with pytest.raises(ValueError, match="have solvers ancestral of AbsorbingDiffusion: rename one"):
+    with pytest.raises(ValueError, match="define a solver ancestral of AbsorbingDiffusion: rename one"):
         solvers_for(AbsorbingDiffusion(2))
     assert "raster" in solvers_for(Autoregression(2))
 
@@ -97,7 +97,7 @@ def test_an_option_that_two_classes_have_is_refused(monkeypatch):
 
     double = (*all_solvers(), Solver(mine, ContinuousProcess, Mine))
     monkeypatch.setattr("diffusion.solvers.all_solvers", lambda: iter(double))
-    with pytest.raises(ValueError, match="EtaOptions and Mine have an option eta"):
+    with pytest.raises(ValueError, match="EtaOptions and Mine define an option eta"):
         solver_options_for(ContinuousProcess)
     assert len(solver_options_for(AbsorbingDiffusion)) == 2
 
@@ -108,7 +108,7 @@ from dataclasses import dataclass
 import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
-from diffusion.drawing import AS_PREDICTED
+from diffusion.drawing import NO_WARP
 from diffusion.solvers import Solver, SolverOptions
 
 
@@ -120,7 +120,7 @@ class ConstantOptions(SolverOptions):
     """constant: the code that is drawn everywhere (1)."""
 
 
-def constant(denoise, process, x, times, *, rng, on_step=None, drawing=AS_PREDICTED, constant_code=1):
+def constant(denoise, process, x, times, *, rng, on_step=None, warper=NO_WARP, constant_code=1):
     """Draws one code everywhere."""
     return torch.where(x == process.mask, constant_code, x)
 
@@ -156,7 +156,9 @@ def test_a_solver_with_an_option_is_one_file(with_mine, capsys):
     with pytest.raises(SystemExit):
         cli.parse_arguments(with_mine.Sampling, ["--help"], default=with_mine.Sampling())
     assert "the code that is drawn everywhere" in " ".join(capsys.readouterr().out.replace("│", " ").split())
-    with pytest.raises(ValueError, match="got constant_code 3 for solver ancestral, which has none: leave --const"):
+    with pytest.raises(
+        ValueError, match="got constant_code 3 for solver ancestral, which has no such option: leave --const"
+    ):
         select_solver(built.process, with_mine.Sampling(constant_code=3))
     assert options.with_solver("ancestral").constant_code is None  # it goes with its solver
     assert built.sampling_process(select_solver(built.process, options)[0], options).schedule == "square"

@@ -1,4 +1,4 @@
-"""Which times are trained on, and that their weights leave the mean loss as it is."""
+"""Sampling of training times, and unbiasedness of their weights."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_each_low_discrepancy_time_is_uniform_over_batches(p_value):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_low_discrepancy_times_of_the_absorbing_process(p_value, schedule):
-    """Uniform in t, whatever the schedule; in continuous time above 0, and one in each of as many equal parts."""
+    """Uniform in t for any schedule; in continuous time one in each of as many equal parts of (0, 1]."""
     stepwise, continuous = AbsorbingDiffusion(2, 8, schedule), AbsorbingDiffusion(2, None, schedule)
     t = low_discrepancy_times(stepwise, Streams([3]), 64).t
     assert (8 * t).long().bincount(minlength=9).tolist() == [0] + [8] * 8 and torch.equal(8 * t, (8 * t).round())

@@ -1,4 +1,4 @@
-"""A Gaussian sampler with a network that remembers what it was asked."""
+"""A ddpm sampler with a network that records its calls."""
 
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ class Call(NamedTuple):
 
 
 class EncodedLabels(dict):
-    """The fields that `encode` was given, as "told"; `rows` are the labels of all examples, None for a null."""
+    """The fields given to `encode`, as "told"; `rows` are the labels of all examples, None for a null."""
 
     def __init__(self, rows: list[int | None], **fields: Any):
         super().__init__(told=fields)
@@ -33,12 +33,12 @@ class EncodedLabels(dict):
         return cls([label for condition in conditions for label in condition.rows])
 
     def scaled(self, x: Tensor, numbers: dict[bool, float]) -> Tensor:
-        """x (B or 1, ...) times a number for each example, by whether it has a label."""
+        """x (B or 1, ...) times a number per example that depends on whether it has a label."""
         return x * torch.tensor([numbers[label is not None] for label in self.rows]).view(-1, 1, 1, 1)
 
 
 class Recorder(nn.Module):
-    """Remembers what it was shown and told. Answers with `output`: a number, a tensor, or a function of the call."""
+    """Records its calls and returns `output`: a number, a tensor, or a function of the call."""
 
     def __init__(self, output=0.0, channels: int = 1):
         super().__init__()
@@ -62,7 +62,7 @@ def sampler(n_classes: int = CLASSES, pixels: bool = True, **settings):
 
 
 def perturb(built):
-    """Its network off the constant 0 that it begins as."""
+    """Perturbs the network, which initially returns 0."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in built.network.parameters():
@@ -71,7 +71,7 @@ def perturb(built):
 
 
 def images(n: int, first: int = 0) -> dict[str, Tensor]:
-    """A batch at those positions; an image is a function of its position."""
+    """A batch of n positions; an image is a function of its position."""
     places = range(first, first + n)
     x0 = Streams([seed_of("image", i) for i in places]).uniform((n, *SHAPE)) * 2 - 1
     return {"x0": x0, "label": torch.tensor(places) % CLASSES, "position": torch.tensor(places)}
@@ -82,7 +82,7 @@ def draws(batch, seed: int = 0, batch_size: int | None = None):
 
 
 def record_loss(built, n=40, training=True, output=0.0, batch=None):
-    """A loss at a recording network, and its one call."""
+    """The loss with a recording network, and the network's only call."""
     channels = 2 if built.process.variance == "learned_range" else 1
     recorder, batch = Recorder(output, channels).train(training), batch or images(n)
     loss = built.loss(recorder, batch, draws(batch))
@@ -91,7 +91,7 @@ def record_loss(built, n=40, training=True, output=0.0, batch=None):
 
 
 def sample_recorded(built, recorder, labels=(2, 2), seeds=(0, 1), seen=None, **options):
-    """What it samples; `seen` is filled with (t, predicted x0) of each step."""
+    """Samples; (t, predicted x0) of each step are appended to `seen`."""
 
     def on_step(i, t, s, x, predicted):
         if seen is not None:

@@ -1,4 +1,4 @@
-"""A solver by a number of steps, as samplers call it."""
+"""Runs a solver with a number of steps, as samplers do."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ def solve_in_steps(
     spacing: str = "uniform",
     **kwargs: object,
 ) -> Tensor:
-    """What it makes of x in so many steps, or in its own number; `spacing` is of continuous processes."""
+    """Runs the solver on x in `steps` steps, or its default number; `spacing` is for continuous processes."""
     if steps is None:
         steps = get_solver(process, solve.__name__).steps(process, x[0].numel())
     if isinstance(process, ContinuousProcess):

@@ -1,4 +1,4 @@
-"""Data that is known exactly and the perfect denoiser of it; a process without steps; noise that can be followed."""
+"""Known Gaussian data with their perfect denoisers, a continuous-time process, and traceable noise."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from helpers.solving import solve_in_steps
 
 
 class Circle(ContinuousProcess):
-    """alpha = cos, sigma = sin: smooth from data to noise, both ends exact."""
+    """alpha = cos, sigma = sin, exact at both ends."""
 
     def alpha(self, t: Tensor) -> Tensor:
         t = t.cpu().double()
@@ -29,13 +29,13 @@ class Circle(ContinuousProcess):
         return t.float()
 
     def to_prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """Of a network that predicts x_0."""
+        """For a network that predicts x_0."""
         return self.with_x0(Prediction(output, output), output, x_t, t)
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Independent numbers, each of a mixture of Gaussians of one variance."""
+    """Independent dimensions, each a mixture of Gaussians of equal variance."""
 
     weights: tuple[float, ...] = (1.0,)
     means: tuple[float, ...] = (0.3,)
@@ -72,9 +72,9 @@ TWO = Mixture((0.3, 0.7), (-1.0, 0.5), 0.04)
 
 
 class Impulses:
-    """Stands in for random streams: example 0 gets no noise, example k a 1 in the k-th draw alone.
+    """Replaces random streams: example 0 gets no noise, example k a 1 in the k-th draw only.
 
-    What a linear sampler makes of them is how much each draw weighs in its result.
+    The output of a linear sampler is then the weight of each draw.
     """
 
     def __init__(self):
@@ -88,7 +88,7 @@ class Impulses:
 
 
 def sampled_variance(solve: Callable, process: ContinuousProcess, data: Mixture, steps: int, **options) -> float:
-    """The variance of what a solver makes of N(0, 1), by Impulses. Data of mean 0 keep it linear."""
+    """The variance of a solver's samples from N(0, 1), by Impulses. With data of mean 0 it is linear."""
     x = torch.zeros(steps + 1, 1, 1, 1, dtype=torch.float64)
     x[0] = 1
     return (
@@ -100,14 +100,14 @@ def sampled_variance(solve: Callable, process: ContinuousProcess, data: Mixture,
 
 
 def convergence_order(errors: dict[int, float]) -> float:
-    """The power of 1 / steps that errors fall with, by least squares on a log scale."""
+    """The order in 1 / steps of errors, by least squares on a log scale."""
     x, y = (torch.tensor(list(v), dtype=torch.float64).log() for v in (errors.keys(), errors.values()))
     x, y = x - x.mean(), y - y.mean()
     return -(x @ y / (x @ x)).item()
 
 
 def noisy_batch() -> tuple[Tensor, Tensor, Tensor]:
-    """x0 in [-1, 1] and noise (6, 2, 4, 4) float64; t (6,), of 1,000 steps the first and the last among them."""
+    """x0 in [-1, 1] and noise (6, 2, 4, 4) float64; t (6,) of 1,000 steps, including the first and the last."""
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 6, 2, 4, 4, generator=generator, dtype=torch.float64)
     return x0.clamp(-1, 1), noise, torch.tensor([1, 2, 100, 500, 900, 1000]) / 1000

@@ -1,4 +1,4 @@
-"""A process in which codes become any others, and a sampler by it: what a new process of codes takes."""
+"""Uniform discrete diffusion and a sampler by it: a complete example of a new discrete process."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from train.samplers._transformer import TransformerConfig
 
 @dataclass(frozen=True)
 class UniformDiffusion(DiscreteProcess):
-    """With probability t a code has been replaced by one of all K, each as likely (Austin et al. 2021)."""
+    """With probability t a code is replaced by a uniformly random one of all K (Austin et al. 2021)."""
 
     codes: int
     steps: int | None = 8
@@ -58,7 +58,7 @@ class Sampling(*solver_options_for(UniformDiffusion), DiscreteSampling):
 
 
 class UniformSampler(DiscreteSampler):
-    """A sampler by it, of a transformer that is told the time (`time_scale`), or not."""
+    """A sampler by uniform diffusion, with a transformer with (`time_scale`) or without time input."""
 
     def __init__(self, *, codes: int, grid: tuple[int, int], steps: int = 8, time_scale: float | None = 1000.0):
         small = {"width": 32, "heads": 2, "layers": 1, "time_scale": time_scale}

@@ -1,4 +1,4 @@
-"""What samplers work in: pixels, codes, latents. Images go in and come out; a run knows its space again."""
+"""Spaces of samplers: pixels, codes and latents, to and from images, and reopened from a run."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def origin(run):
 
 
 def images_of(digits, data, n=16):
-    """(uint8 images, what a training batch says of them)"""
+    """(uint8 images, the training batch of them)"""
     batch = TrainingImages(ImageSource(digits, data), seed=3)[list(range(n))]
     return ((batch["image"] + 1) * 127.5).round().to(torch.uint8), batch
 
@@ -86,7 +86,7 @@ def test_latents_decode_to_what_the_vqgan_makes_of_the_image(first, digits, data
 
 
 def test_every_code_comes_back_from_its_own_vector(first):
-    """Latents that are codes decode to the images of those codes, whatever the scale."""
+    """Latents equal to codes decode to the images of those codes, at any scale."""
     ids = torch.arange(16).view(1, 4, 4)
     codebook = first.vqgan.quantizer.codebook.weight  # (K, D)
     latents = codebook[ids].permute(0, 3, 1, 2)
@@ -166,7 +166,7 @@ def test_an_untrained_vqgans_constant_latents_are_refused(first, digits, data):
         def encode_latents(self, images):
             return torch.ones(len(images), 4, 4, 4)
 
-    with pytest.raises(ValueError, match="deviate by 0: is that VQGAN trained"):
+    with pytest.raises(ValueError, match="have standard deviation 0: is that VQGAN trained"):
         spaces.measure_latent_scale(Constant(), ImageSource(digits, data), DistContext(CPU))
 
 

@@ -1,4 +1,4 @@
-"""Images with hidden pixels in a sampler's space: what was hidden has no part in it."""
+"""Encoding of images with hidden pixels, which must not affect the result."""
 
 import pytest
 import torch

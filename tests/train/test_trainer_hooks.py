@@ -242,8 +242,8 @@ def test_unused_fields_are_kept(how, mine, tmp_path, capfd):
 @pytest.mark.parametrize(("function", "field"), [("forgets", "condition_image"), ("unlabelled", "label")])
 def test_an_adapt_that_omits_a_field_is_refused(function, field, mine, tmp_path, capfd):
     flags = f"{DDPM} {IMAGE} --logs_root {tmp_path} --no_amp --train_steps 1 --adapt my_own.adapting.{function}"
-    message = refused("train_sampler.py", flags, capfd)  # the last line, after the progress bar
-    assert f"conditions need {field}: write them in the function of --adapt" in message
+    message = refused("train_sampler.py", flags, capfd)  # the last line, after the progress bar's
+    assert f"conditions need {field}: add them in the function of --adapt" in message
 
 
 @pytest.mark.parametrize(

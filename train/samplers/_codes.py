@@ -1,4 +1,4 @@
-"""What samplers of codes share: a transformer on a grid, its conditions, how codes are drawn, known codes, windows."""
+"""Base classes of samplers of codes: a transformer on a grid, with conditions, logits warping, known codes, windows."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -30,16 +30,16 @@ from train.spaces import EditInput
 
 @dataclass(frozen=True, kw_only=True)
 class CodeSampling(SamplingConfig):
-    """Sampling of codes."""
+    """Sampling options for codes."""
 
     temp: float = 1.0
-    """Temperature that logits are divided by; 0 draws the likeliest code."""
+    """Sampling temperature; 0 always takes the most likely code."""
     last_temp: float | None = None
-    """Temperature at the end, where it changes on the way."""
+    """Temperature at the last step, interpolated linearly from --temp; left out, it stays constant."""
     top_k: int | None = None
-    """Draw from the k likeliest codes alone."""
+    """Sample from the k most likely codes only."""
     top_p: float | None = None
-    """Draw from the fewest codes whose probabilities add up to this."""
+    """Sample from the smallest set of codes whose probabilities add up to at least this (nucleus sampling)."""
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How guidance grows from the first step to the last."""
 
@@ -49,11 +49,12 @@ class CodeSampling(SamplingConfig):
 
     @property
     def warper(self) -> LogitsWarper:
+        """Temperature, top-k and top-p as the solvers take them."""
         return LogitsWarper(temperature=self.temp, final_temperature=self.last_temp, top_k=self.top_k, top_p=self.top_p)
 
 
 class CodeSampler(LearnedSampler):
-    """A network of codes on a grid (h, w), under conditions; `n_classes` is 0 where the class is none of them."""
+    """A conditional network of codes on a grid (h, w); `n_classes` is 0 if it is not class-conditional."""
 
     unit = "bits per code"
 
@@ -77,10 +78,10 @@ class CodeSampler(LearnedSampler):
     # Conditions
 
     def guidance_chain(self, network: nn.Module, batch: Batch | None, options: CodeSampling, x: Tensor) -> Condition:
-        """The conditions that guidance goes along for grids like x (B, H, W): the null, and below it what is known."""
+        """Returns 2 B conditions for grids like x (B, H, W): B nulls, then those of the batch."""
         raw = raw_conditions(self.fields_of, batch) if batch else {}
         if options.guidance != 1 and not raw:
-            raise ValueError(f"got guidance {options.guidance} for samples without a condition: pass --guidance 1")
+            raise ValueError(f"got guidance {options.guidance} without a condition: pass --guidance 1")
         null = network.encode({}, x)
         return Condition.cat([null, network.encode(raw, x) if raw else null])
 
@@ -93,7 +94,7 @@ class CodeSampler(LearnedSampler):
         control: Control | None = None,
         **kwargs: object,
     ) -> Tensor:
-        """The network's logits at x, t (B,); `kwargs` is of its `forward`."""
+        """Returns the network's logits at x (B, ...), t (B,); `kwargs` go to its `forward`."""
         if self.network.takes_time:
             kwargs["t"] = t
         if control is not None:
@@ -115,7 +116,7 @@ class CodeSampler(LearnedSampler):
         on_step: OnStep | None = None,
         control: Control | None = None,
     ) -> Tensor:
-        """Codes (B, *shape) for the B streams of `rng`."""
+        """Samples codes (B, *shape) for the B streams of `rng`."""
         shape = tuple(shape or self.grid)
         needs_windows = self.needs_windows(shape, window_stride)
         x = self.initial_codes(edit, (len(rng), *shape), rng)
@@ -131,48 +132,48 @@ class CodeSampler(LearnedSampler):
         return entry.solve(denoise, process, x, even_times(steps), **kwargs)
 
     def check_windowable(self, shape: tuple[int, int], controlled: bool) -> None:
-        """ValueError where a condition belongs to the whole canvas."""
+        """Raises ValueError if a condition belongs to the whole canvas, which windows cannot have."""
         if controlled or self.network.encoders.map_channels:
             raise ValueError(
-                f"got a canvas of {shape} codes in windows of {self.grid}, and an image or a control branch, which "
-                "belongs to the whole canvas: leave --shape and --window_stride out, or train with --position rope"
+                f"got a canvas of {shape} codes in windows of {self.grid} with an image condition or a control branch, "
+                "which windows cannot take: leave --shape and --window_stride out, or train with --position rope"
             )
 
     @abstractmethod
     def needs_windows(self, shape: tuple[int, int], window_stride: int | None) -> bool:
-        """Whether a canvas is drawn in windows of the grid; ValueError where it cannot be drawn."""
+        """Whether a canvas of this shape is sampled in windows of the grid; ValueError if it cannot be sampled."""
 
     def initial_codes(self, edit: EditInput | None, shape: tuple[int, ...], rng: Streams) -> Tensor:
-        """x (B, H, W) that sampling begins with: nothing of the data, or what is known and not forgotten."""
+        """Returns x (B, H, W) to start sampling from: the prior, or the known codes with some of the rest masked."""
         if edit is None:
             return self.process.prior(shape, rng)
         mask = self.process.mask
         if mask is None:
             name = type(self.process).__name__
-            raise ValueError(f"got codes to keep for {name}, which changes all codes: pass --sampler absorbing")
+            raise ValueError(f"got codes to keep for {name}, which may change any code: pass --sampler absorbing")
         return torch.where(edit.keep, edit.x0, mask_at_random(edit.x0, edit.strength, mask, rng))
 
     @abstractmethod
     def make_denoiser(
         self, network: nn.Module, batch: Batch | None, options: CodeSampling, x: Tensor, control: Control | None = None
     ) -> Denoiser:
-        """What the network says of grids like x (B, H, W) under the conditions of a batch, guided, for one run."""
+        """Returns the guided denoiser of grids like x (B, H, W) under the conditions of a batch, for one sampling."""
 
     def sampling_process(self, entry: Solver, options: CodeSampling) -> DiscreteProcess | Autoregression:
-        """The process as the solver runs it."""
+        """Returns the process to run the solver on."""
         return self.process
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiscreteSampling(CodeSampling):
-    """Sampling of codes by a process that corrupts them."""
+    """Sampling options for discrete diffusion."""
 
     guidance_interval: tuple[float, float] | None = None
-    """Guide only where t lies between these (0 is data, 1 nothing of it)."""
+    """Apply guidance only for t in this interval (0 is data, 1 no data)."""
 
 
 class DiscreteSampler(CodeSampler):
-    """A sampler by any process that corrupts codes."""
+    """A sampler by any discrete process."""
 
     likelihood = "variational bound"
 
@@ -186,44 +187,45 @@ class DiscreteSampler(CodeSampler):
         n_classes: int,
         loss_options: Mapping[str, str] | None = None,
     ):
-        """`loss_options` are further keywords of the process's loss."""
+        """`loss_options` are passed to the process's loss."""
         super().__init__(config, process, network, grid=grid, n_classes=n_classes)
         self.loss_options = dict(loss_options or {})
         if process.prediction_depends_on_time and not network.takes_time:
             name = type(process).__name__
-            raise ValueError(f"got a network that is told no time for {name}, whose predictions depend on it")
+            raise ValueError(f"got a network without time embedding for {name}, whose predictions depend on time")
 
     def times(self, streams: TrainingStreams, count: int) -> Tensor:
-        """Times of a batch: (count,)."""
+        """Samples the training times of a batch: (count,)."""
         return self.process.times(streams("time"))
 
     def corrupt(self, x0: Tensor, t: Tensor, rng: Streams) -> Tensor:
-        """What is trained on: (B, H, W)."""
+        """Samples x_t (B, H, W) to train on."""
         return self.process.corrupt(x0, t, rng)
 
     def loss(
         self, network: nn.Module, batch: Batch, streams: TrainingStreams, *, control: Control | None = None
     ) -> Loss:
-        """The loss of {"codes": (B, h, w)} and the fields of its conditions."""
+        """Returns the loss of a batch {"codes": (B, h, w)} with the fields of the conditions."""
         x0 = batch["codes"]
         t = self.times(streams, len(x0)).to(x0.device)
         x_t = self.corrupt(x0, t, streams("mask"))
         raw = raw_conditions(self.fields_of, batch)
         logits = self.predict(network, x_t, t, raw, control, drop=draw_drops(self.config, raw, streams, len(x0)))
         loss = self.process.loss(logits, x0, x_t, t, **self.loss_options, loss_weight=batch.get("loss_weight"))
-        seen = {"x0": x0, "x_t": x_t, "t": t, "prediction": logits, "loss": loss.per_example}
-        return loss._replace(outputs={name: value.detach() for name, value in seen.items()})
+        outputs = {"x0": x0, "x_t": x_t, "t": t, "prediction": logits, "loss": loss.per_example}
+        return loss._replace(outputs={name: value.detach() for name, value in outputs.items()})
 
     def x0_hat(self, outputs: Outputs) -> Tensor:
-        """The codes that were found likeliest; those that no step can change stay."""
+        """Returns the most likely codes; codes that no step may change stay."""
         may_change = self.process.may_change(outputs["x_t"], 1.0, 0.0)
         return torch.where(may_change, outputs["prediction"].argmax(-1), outputs["x_t"])
 
     def noise_level(self, t: Tensor) -> Tensor:
+        """Returns t itself, (B,) in [0, 1]."""
         return t
 
     def needs_windows(self, shape: tuple[int, int], window_stride: int | None) -> bool:
-        """Where windows are asked for, or positions are learned for another grid; else a canvas is one pass a step."""
+        """True for a window stride, or a shape other than the grid with learned positions; else one pass covers it."""
         return shape != self.grid and self.config.position == "learned" or window_stride is not None
 
     def make_denoiser(
@@ -234,38 +236,38 @@ class DiscreteSampler(CodeSampler):
         x: Tensor,
         control: Control | None = None,
     ) -> Denoiser:
-        """What the network says, guided; equal grids under equal conditions, and at one time where anything is told the
-        time, are evaluated once."""
+        """Returns the guided denoiser. Rows with equal codes, condition and (if it matters) time are evaluated once."""
         conditions, rows = self.guidance_chain(network, batch, options, x), torch.arange(2 * len(x), device=x.device)
-        kinds, by_time = conditions.row_ids(), self.network.takes_time or control is not None
+        ids, uses_time = conditions.row_ids(), self.network.takes_time or control is not None
 
-        def denoise(x: Tensor, t: Tensor, of: Tensor) -> Tensor:  # of: rows of the conditions
-            kind, time = None if kinds is None else kinds[of], t if by_time else None
-            first, which = unique_rows(x, kind, time)
+        def denoise(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:  # rows: indices into the conditions
+            first, inverse = unique_rows(x, None if ids is None else ids[rows], t if uses_time else None)
             if len(first) == len(x):
-                return self.predict(network, x, t, conditions[of], control)
-            return self.predict(network, x[first], t[first], conditions[of[first]], control)[which]
+                return self.predict(network, x, t, conditions[rows], control)
+            return self.predict(network, x[first], t[first], conditions[rows[first]], control)[inverse]
 
         kwargs = {"schedule": options.guidance_schedule, "interval": options.guidance_interval}
         return guided(denoise, rows.chunk(2), [options.guidance], **kwargs)
 
     def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, nfe: int | None = None) -> Bound:
-        """-log2 p of {"codes": (B, h, w)}, by the variational bound in `nfe` network calls per example, or all T."""
+        """Returns the variational bound of {"codes": (B, h, w)} in `nfe` network calls per example (None: all T)."""
         condition = network.encode(raw_conditions(self.fields_of, batch), batch["codes"])
         return bits_per_code(
             lambda x, t: self.predict(network, x, t, condition), self.process, batch["codes"], rng, nfe
         )
 
 
-def unique_rows(x: Tensor, kind: Tensor | None, t: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows of codes x (B, ...), of kinds (B,) of conditions, at times (B,), where these count: the places (n,) at which
-    each that is different stands first, and which of them each row is like, (B,)."""
-    told = [x.flatten(1)]
-    if kind is not None:
-        told.append(kind[:, None])
+def unique_rows(x: Tensor, condition_ids: Tensor | None, t: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Finds the unique rows of codes x (B, ...), condition ids (B,) and times (B,), the latter two if given.
+
+    Returns the index of the first occurrence of each unique row, (n,), and the unique row of each example, (B,).
+    """
+    columns = [x.flatten(1)]
+    if condition_ids is not None:
+        columns.append(condition_ids[:, None])
     if t is not None:
-        told.append(t.float().view(torch.int32).long()[:, None])  # as bits
-    _, which = torch.cat(told, 1).unique(dim=0, return_inverse=True)
-    places = torch.arange(len(x), device=x.device)
-    first = torch.full_like(which, len(x)).scatter_reduce(0, which, places, "amin")
-    return first[first < len(x)], which
+        columns.append(t.float().view(torch.int32).long()[:, None])  # compared bit by bit
+    _, inverse = torch.cat(columns, 1).unique(dim=0, return_inverse=True)
+    indices = torch.arange(len(x), device=x.device)
+    first = torch.full_like(inverse, len(x)).scatter_reduce(0, inverse, indices, "amin")
+    return first[first < len(x)], inverse

@@ -1,4 +1,4 @@
-"""What a learned sampler is conditioned on: the flags, the encoders they name, and the fields of a batch they read."""
+"""Conditions of learned samplers: their flags, encoders and batch fields."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -12,39 +12,39 @@ from train.config import SamplerConfig
 from train.loop import Batch, Field
 from train.registry import load_plugin
 
-Raw = Field | dict[str, Field]  # a condition as its encoder takes it
+Raw = Field | dict[str, Field]  # a condition's input to its encoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionsConfig(SamplerConfig):
-    """A sampler whose network takes conditions."""
+    """A sampler with a conditional network."""
 
     class_conditional: bool = True
-    """Condition on the class where the data have labels."""
+    """Condition on the class if the data have labels."""
     label_drop: float = 0.1
-    """Share of training labels replaced by the null class, for guidance."""
+    """Probability of replacing a training label by the null class, for guidance."""
     conditions: tuple[str, ...] = ()
-    """Files of models/conditions beside the class: image takes the field condition_image."""
+    """Conditions besides the class, by their files in models/conditions; image uses the field condition_image."""
     condition_options: ConditionConfig = ConditionConfig()
     condition_drop: float = 0.1
-    """Share of training conditions replaced by their null, each apart."""
+    """Probability of replacing a condition by its null in training, independently for each condition."""
 
     def __post_init__(self):
         kinds = [load_plugin("models.conditions", name, "condition").Config for name in self.conditions]
-        if type(self.condition_options) is ConditionConfig:  # left out: the defaults of the conditions named
+        if type(self.condition_options) is ConditionConfig:  # default: the defaults of the named conditions
             object.__setattr__(self, "condition_options", merge_configs(kinds, ConditionConfig)())
         if missing := [kind.__module__ for kind in kinds if not isinstance(self.condition_options, kind)]:
             got = type(self.condition_options).__name__
             raise ValueError(f"got {got} as condition_options, wanted those of {', '.join(missing)}")
         for name in ("label_drop", "condition_drop"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted a share in [0, 1)")
+                raise ValueError(f"got {name} {getattr(self, name)}, wanted a probability in [0, 1)")
 
 
 def make_encoders(config: ConditionsConfig, width: int, n_classes: int) -> dict[str, ConditionEncoder]:
-    """The encoders of --conditions, and that of the label where there are classes, for embeddings of a width."""
+    """Builds the encoders of --conditions, and of the label if there are classes, for embeddings of this width."""
     if "label" in config.conditions:
-        raise ValueError("got condition 'label' for --conditions: classes are --class_conditional")
+        raise ValueError("got 'label' among --conditions: use --class_conditional for classes")
     encoders = {}
     for name in (*config.conditions, *(["label"] if n_classes else [])):
         module = load_plugin("models.conditions", name, "condition")
@@ -53,33 +53,33 @@ def make_encoders(config: ConditionsConfig, width: int, n_classes: int) -> dict[
 
 
 def fields_by_condition(names: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """The fields of a batch that each condition reads, by the condition's name."""
+    """Returns the batch fields that each condition reads, by the condition's name."""
     return {name: load_plugin("models.conditions", name, "condition").FIELDS for name in names}
 
 
 def raw_conditions(fields_of: Mapping[str, tuple[str, ...]], batch: Batch | None) -> dict[str, Raw]:
-    """Raw conditions by name: a field, or a dict of several, and of the masks of ragged ones.
+    """Collects the encoders' inputs by condition name: a field, or a dict of several fields and of padding masks.
 
-    ValueError where the batch lacks a field.
+    ValueError if the batch lacks a field.
     """
     batch = batch or {}
     missing = sorted({field for fields in fields_of.values() for field in fields} - {*batch})
     if missing:
         raise ValueError(
-            f"got a batch with the fields {', '.join(batch) or 'none'}, conditions need {', '.join(missing)}: "
-            "write them in the function of --adapt, or give the items of the data set such fields"
+            f"got a batch with the fields {', '.join(batch) or 'none'}, but the conditions need {', '.join(missing)}: "
+            "add them in the function of --adapt, or to the items of the data set"
         )
     raw = {}
     for name, fields in fields_of.items():
         masks = [f"{field}_mask" for field in fields if f"{field}_mask" in batch]
-        alone = len(fields) == 1 and not masks
-        raw[name] = batch[fields[0]] if alone else {field: batch[field] for field in (*fields, *masks)}
+        single = len(fields) == 1 and not masks
+        raw[name] = batch[fields[0]] if single else {field: batch[field] for field in (*fields, *masks)}
     return raw
 
 
 def draw_drops(
     config: ConditionsConfig, names: Collection[str], streams: Callable[[str], Streams], count: int
 ) -> dict[str, Tensor]:
-    """Which examples get the null of each condition, (count,) bool by name, from a stream of its own."""
-    share = {name: config.label_drop if name == "label" else config.condition_drop for name in names}
-    return {name: streams(name).uniform((count,)) < share[name] for name in names}
+    """Samples which examples get the null of each condition: (count,) bool by name, one stream per condition."""
+    prob = {name: config.label_drop if name == "label" else config.condition_drop for name in names}
+    return {name: streams(name).uniform((count,)) < prob[name] for name in names}

@@ -1,4 +1,4 @@
-"""The transformer that samplers of codes share: its settings, and how it is made of them."""
+"""The transformer of samplers of codes: its config and its builder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,33 +18,33 @@ class TransformerConfig(ConditionsConfig):
     bert_n_head: int = 8
     """Attention heads."""
     bert_n_layers: int = 24
-    """Blocks."""
+    """Number of blocks."""
     mlp_ratio: float = 4.0
-    """Width of the feed-forward layers, relative to the transformer's."""
+    """Width of the feed-forward layers, as a multiple of the transformer's."""
     attention: Literal["full", "neighborhood"] = "full"
-    """Whether a code sees all others, or those of its neighbourhood."""
+    """Whether a code attends to all codes or to a neighbourhood."""
     kernel_sizes: tuple[int, ...] = (7,)
-    """Neighbourhood attention: codes seen along each side (odd), one number per group of heads or one for all."""
+    """Neighbourhood attention: window size in codes per side (odd), one number per group of heads or one for all."""
     dilations: tuple[int, ...] = (1,)
-    """Neighbourhood attention: distance between the codes seen, one number per group of heads or one for all."""
+    """Neighbourhood attention: spacing of the codes in a window, one number per group of heads or one for all."""
     na_backend: Literal["auto", "dense", "tiled", "natten"] = "auto"
-    """Neighbourhood attention: what computes it; all mean the same."""
+    """Neighbourhood attention: implementation; all are equivalent."""
     attention_type: Literal["softmax", "diff_v1", "diff_v2"] = "softmax"
     """Softmax or differential attention; diff_v1 pairs the heads, diff_v2 gives each a second query."""
     position: Literal["learned", "rope", "bias", "none"] = "learned"
-    """How codes know their places: all but learned also serve canvases larger than the grid."""
+    """Position encoding; all but learned also work on canvases larger than the grid."""
     qk_norm: bool = False
-    """Norm queries and keys, so that attention's logits cannot grow without bound."""
+    """Normalize queries and keys, so that attention logits stay bounded."""
     zero_init: bool = False
-    """Blocks start by adding nothing: the last layers of attention and feed-forward are zero."""
+    """Initialize the last layers of attention and feed-forward to zero, so that each block starts as the identity."""
     tied_head: bool = False
-    """Logits are products with the embeddings of the codes, in the place of weights of their own."""
+    """Tie the output layer to the code embeddings."""
     attn_pdrop: float = 0.0
-    """Dropout of attention weights."""
+    """Dropout on attention weights."""
     embd_pdrop: float = 0.0
-    """Dropout of embeddings."""
+    """Dropout on embeddings."""
     resid_pdrop: float = 0.0
-    """Dropout of each block's outputs."""
+    """Dropout on the outputs of each block."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,7 +66,7 @@ class TransformerConfig(ConditionsConfig):
             raise ValueError(f"got {sizes}: wanted as many of both, or one for all, and a head for each")
         for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted a share in [0, 1)")
+                raise ValueError(f"got {name} {getattr(self, name)}, wanted a probability in [0, 1)")
 
 
 def make_network(
@@ -78,9 +78,9 @@ def make_network(
     causal: bool = False,
     time_scale: float | None = None,
 ) -> Transformer:
-    """The transformer that a config describes, under some conditions; `causal`: from codes before each alone.
+    """Builds the transformer of a config; if `causal`, each code is predicted from those before it.
 
-    It is told the time, multiplied by `time_scale`, where there is one: processes in which that matters give it.
+    With `time_scale`, the network has an embedding of the time multiplied by it.
     """
     return (CausalTransformer if causal else Transformer)(
         codes=codes,

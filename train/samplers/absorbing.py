@@ -1,4 +1,4 @@
-"""Absorbing diffusion on VQGAN codes: the transformer, the process, and how they meet."""
+"""Absorbing diffusion on VQGAN codes: a transformer and its process."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -22,15 +22,15 @@ class Config(TransformerConfig):
     """Absorbing diffusion: a transformer that predicts masked codes."""
 
     loss_type: Literal["reweighted_elbo", "elbo", "mlm"] = "reweighted_elbo"
-    """What is minimised; the ELBO in bits per code is logged whatever is chosen."""
+    """Training loss; the ELBO in bits per code is always logged."""
     mask_schedule: Literal["random", "fixed"] = "random"
-    """random: each code is masked with the probability of its time; fixed: exactly as large a share of the codes is."""
+    """random: mask each code independently with the probability of its time; fixed: mask exactly that share."""
     schedule: Literal["linear", "cosine", "arccos", "square"] = "linear"
-    """How the share of masked codes grows with t."""
+    """How the masking probability grows with t."""
     total_steps: int | None = 256
-    """Time steps T of the process: t is uniform over {1/T, ..., 1}; None: continuous time, over (0, 1]."""
+    """Time steps T of the process, with t uniform on {1/T, ..., 1}; None: continuous time, t uniform on (0, 1]."""
     time_sampler: Literal["uniform", "low_discrepancy"] = "uniform"
-    """Times to train on: independent, or spread evenly over the batch."""
+    """Training times: independent, or spread evenly over the batch."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -43,13 +43,13 @@ class Sampling(*solver_options_for(AbsorbingDiffusion), DiscreteSampling):
     """Sampling."""
 
     solver: str = "ancestral"
-    """ancestral; first_hitting (exact, one call per code); few steps: halton, confidence, remask."""
+    """ancestral; first_hitting (exact, one network call per code); for few steps halton, confidence, remask."""
     sample_steps: int | None = None
-    """Steps per image: at most so many network calls. Left out, the steps of the process; first_hitting has its own."""
+    """Sampling steps, at most one network call each; default: those of the process, or one per code (first_hitting)."""
     reveal: Literal["auto", "linear", "cosine", "arccos", "square"] = "auto"
-    """How many codes are still masked on the way; auto: halton arccos, confidence cosine, others as in training."""
+    """Schedule of masked codes in sampling; auto: arccos for halton, cosine for confidence, else as in training."""
     guidance_interval: tuple[float, float] | None = None
-    """Guide only where t lies between these (0 is data, 1 all mask)."""
+    """Apply guidance only for t in this interval (0 is data, 1 all mask)."""
 
     @classmethod
     def solver_setting_names(cls) -> set[str]:
@@ -57,32 +57,32 @@ class Sampling(*solver_options_for(AbsorbingDiffusion), DiscreteSampling):
 
 
 class AbsorbingSampler(DiscreteSampler):
-    """Network and process of one absorbing model over `codes` codes on a grid (h, w), with `n_classes` classes or 0."""
+    """Absorbing diffusion over `codes` codes on a grid (h, w), with `n_classes` classes or 0."""
 
     def __init__(self, config: Config, *, codes: int, grid: tuple[int, int], n_classes: int):
         n_classes = n_classes if config.class_conditional else 0
         process = AbsorbingDiffusion(codes, config.total_steps, config.schedule)
         encoders = make_encoders(config, config.bert_n_emb, n_classes)
         network = make_network(config, codes=codes, grid=grid, encoders=encoders)
-        kind = {"kind": config.loss_type}
-        super().__init__(config, process, network, grid=grid, n_classes=n_classes, loss_options=kind)
+        loss_options = {"kind": config.loss_type}
+        super().__init__(config, process, network, grid=grid, n_classes=n_classes, loss_options=loss_options)
 
     def times(self, streams: TrainingStreams, count: int) -> Tensor:
         if self.config.time_sampler == "uniform":
             return self.process.times(streams("time"))
-        shared, place = streams.step_stream("time")
-        return low_discrepancy_times(self.process, shared, count, place, streams.batch_size).t
+        rng, first = streams.step_stream("time")
+        return low_discrepancy_times(self.process, rng, count, first, streams.batch_size).t
 
     def corrupt(self, x0: Tensor, t: Tensor, rng: Streams) -> Tensor:
         corrupt = self.process.corrupt if self.config.mask_schedule == "random" else self.process.corrupt_fixed
         return corrupt(x0, t, rng)
 
     def noise_level(self, t: Tensor) -> Tensor:
-        """The share of codes that is masked at t (B,), on average."""
+        """Returns the expected fraction of masked codes at t (B,)."""
         return self.process.mask_prob(t)
 
     def sampling_process(self, entry: Solver, options: Sampling) -> AbsorbingDiffusion:
-        """The process with the masking schedule that codes are revealed by: as asked for, the solver's, or its own."""
+        """Returns the process with the mask schedule to sample by: --reveal, else the solver's, else its own."""
         own = self.process.schedule if entry.schedule is None else entry.schedule
         return replace(self.process, schedule=own if options.reveal == "auto" else options.reveal)
 

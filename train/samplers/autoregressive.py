@@ -1,4 +1,4 @@
-"""Autoregression on VQGAN codes: a causal transformer that draws them one after the other, in raster order."""
+"""Autoregressive model of VQGAN codes: a causal transformer that samples them in raster order."""
 
 from dataclasses import dataclass
 
@@ -23,19 +23,19 @@ SPACE = "codes"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TransformerConfig):
-    """Autoregression: a transformer that predicts each code from those before it."""
+    """Autoregressive model: a transformer that predicts each code from those before it."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.attention != "full":
             raise ValueError(
-                f"got attention {self.attention} for autoregressive, whose codes see all before them and none of the "
-                "others in a neighbourhood: pass --attention full"
+                f"got attention {self.attention} for autoregressive, whose codes attend to all codes before them: "
+                "pass --attention full"
             )
         if self.position == "bias":
             raise ValueError(
-                "got position bias for autoregressive, which is sampled code by code, where a bias is made for whole "
-                "maps: pass --position rope, learned or none"
+                "got position bias for autoregressive, which is sampled code by code, but the bias is for whole grids: "
+                "pass --position rope, learned or none"
             )
 
 
@@ -46,11 +46,11 @@ class Sampling(*solver_options_for(Autoregression), CodeSampling):
     solver: str = "raster"
     """raster: row by row, one network call per code."""
     sample_steps: int | None = None
-    """The number of codes, which may be left out."""
+    """Must be the number of codes; may be left out."""
 
 
 class AutoregressiveSampler(CodeSampler):
-    """Network and process of a model of `codes` codes on a grid (h, w), one after the other, with `n_classes` or 0."""
+    """Autoregressive model of `codes` codes on a grid (h, w), with `n_classes` classes or 0."""
 
     likelihood = "exact"
 
@@ -63,9 +63,9 @@ class AutoregressiveSampler(CodeSampler):
     def loss(
         self, network: nn.Module, batch: Batch, streams: TrainingStreams, *, control: Control | None = None
     ) -> Loss:
-        """The loss of {"codes": (B, h, w)} and the fields of its conditions.
+        """Returns the loss of a batch {"codes": (B, h, w)} with the fields of the conditions.
 
-        No code is hidden but by its place: what is seen is what is learned, and t is 0 for all.
+        Codes are not corrupted: x_t is x0, and t is 0.
         """
         refuse_control(control)
         x0 = batch["codes"]
@@ -73,21 +73,21 @@ class AutoregressiveSampler(CodeSampler):
         raw = raw_conditions(self.fields_of, batch)
         logits = self.predict(network, x0, t, raw, drop=draw_drops(self.config, raw, streams, len(x0)))
         loss = self.process.loss(logits, x0, loss_weight=batch.get("loss_weight"))
-        seen = {"x0": x0, "x_t": x0, "t": t, "prediction": logits, "loss": loss.per_example}
-        return loss._replace(outputs={name: value.detach() for name, value in seen.items()})
+        outputs = {"x0": x0, "x_t": x0, "t": t, "prediction": logits, "loss": loss.per_example}
+        return loss._replace(outputs={name: value.detach() for name, value in outputs.items()})
 
     def x0_hat(self, outputs: Outputs) -> Tensor:
-        """The codes found likeliest in training, each given the true ones before it."""
+        """Returns the most likely codes in training, each given the true codes before it."""
         return outputs["prediction"].argmax(-1)
 
     def noise_level(self, t: Tensor) -> Tensor:
-        """There is no noise: 0 (B,)."""
+        """Returns 0 (B,): there is no noise."""
         return torch.zeros_like(t)
 
     def needs_windows(self, shape: tuple[int, int], window_stride: int | None) -> bool:
         if shape != self.grid or window_stride is not None:
             raise ValueError(
-                f"an autoregressive sampler draws grids of {self.grid} codes and no larger canvases: "
+                f"an autoregressive sampler samples grids of {self.grid} codes only, no other canvases: "
                 "pass --sampler absorbing"
             )
         return False
@@ -95,21 +95,21 @@ class AutoregressiveSampler(CodeSampler):
     def make_denoiser(
         self, network: nn.Module, batch: Batch | None, options: Sampling, x: Tensor, control: Control | None = None
     ) -> Denoiser:
-        """What the network says of the next code, guided. It remembers what it has read.
+        """Returns the guided denoiser of the next code, with a KV cache.
 
-        A sequence has the number of its row of the conditions: that of example i is i under the weakest.
+        A sequence is identified by its row of the 2 B conditions: example i is row i under the null, B + i otherwise.
         """
         refuse_control(control)
         conditions, kv_cache = self.guidance_chain(network, batch, options, x), KVCache(self.grid)
         sequences = torch.arange(2 * len(x), device=x.device)
 
-        def denoise(x: Tensor, t: Tensor, of: Tensor) -> Tensor:
-            return self.predict(network, x, t, conditions[of], kv_cache=kv_cache.keep_rows(of))
+        def denoise(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+            return self.predict(network, x, t, conditions[rows], kv_cache=kv_cache.keep_rows(rows))
 
         return guided(denoise, sequences.chunk(2), [options.guidance], schedule=options.guidance_schedule)
 
     def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, nfe: int | None = None) -> Bound:
-        """-log2 p of {"codes": (B, h, w)}: exact, in one network call whatever `nfe` says."""
+        """Returns the exact -log2 p of {"codes": (B, h, w)}, in one network call whatever `nfe` is."""
         x0 = batch["codes"]
         with torch.no_grad():
             t = torch.zeros(len(x0), device=x0.device)
@@ -118,7 +118,7 @@ class AutoregressiveSampler(CodeSampler):
 
 
 def refuse_control(control: Control | None) -> None:
-    """ValueError for a branch: in training it would be given the very codes that are to be predicted."""
+    """Raises ValueError for a control branch, which in training would receive the codes to be predicted."""
     if control is not None:
         raise ValueError("got a control branch for autoregressive, which would see the codes to predict: use absorbing")
 

@@ -1,4 +1,4 @@
-"""How network, process and codes meet in the absorbing sampler."""
+"""The absorbing sampler: network, process and codes together."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ SMALL = {"bert_n_emb": 8, "bert_n_head": 2, "bert_n_layers": 1}
 
 
 class Recorder(LabelNetwork):
-    """Answers with logits that prefer code 0."""
+    """Returns logits that prefer code 0."""
 
     def __init__(self):
         super().__init__(n_classes=5)
@@ -114,7 +114,7 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_attention_type_learns_to_copy_what_it_sees(kind):
-    """Images of one code each: a masked code is known as soon as another one is seen."""
+    """Images of a single code each, so any visible code determines the masked ones."""
     torch.manual_seed(0)
     settings = {"bert_n_emb": 16, "bert_n_head": 2, "bert_n_layers": 2, "loss_type": "mlm"}
     built = absorbing.build(absorbing.Config(**settings | kind), codes=4, grid=(3, 4), n_classes=0)

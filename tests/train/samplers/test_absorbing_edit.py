@@ -1,4 +1,4 @@
-"""Editing absorbing models: the share that is forgotten, and windows in which nothing is to be drawn."""
+"""Editing with absorbing models: the masked fraction, and windows without masked codes."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def built(schedule="linear", grid=(8, 8)):
 
 
 class Asked(LabelNetwork):
-    """A network that knows nothing."""
+    """A uniform network."""
 
     def __init__(self):
         super().__init__(n_classes=0)

@@ -1,4 +1,4 @@
-"""What the absorbing sampler makes of its options: guidance, canvases, known codes, solvers and their settings."""
+"""Sampling options of the absorbing sampler: guidance, canvases, known codes, solvers."""
 
 import dataclasses
 import inspect
@@ -23,7 +23,7 @@ BATCH = {"label": LABELS}
 
 
 class Recorder(LabelNetwork):
-    """A row's answer depends on its codes and its label."""
+    """Logits depend on a row's codes and its label."""
 
     def __init__(self):
         super().__init__(CLASSES)
@@ -61,7 +61,7 @@ def test_without_a_batch_the_null_is_used_and_guidance_refused():
     built().sample(recorder, Streams([0]), options=options())
     assert all((labels == CLASSES).all() for _, labels in recorder.calls)
     for batch in (None, {}):
-        with pytest.raises(ValueError, match="got guidance 2.0 for samples without a condition: pass --guidance 1"):
+        with pytest.raises(ValueError, match="got guidance 2.0 without a condition: pass --guidance 1"):
             built().sample(recorder, Streams([0]), batch=batch, options=options(guidance=2.0))
 
 
@@ -82,7 +82,7 @@ def test_guidance_follows_its_schedule_and_its_interval():
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_windows_of_a_larger_canvas_keep_each_image_s_label(guidance):
-    """Each window that the network sees is one of a canvas of that label."""
+    """Each window in a call belongs to a canvas with that label."""
     recorder, canvases = Recorder(), []
     ids = built().sample(
         recorder, Streams([0, 1]), batch={"label": LABELS[:2]}, options=options(guidance=guidance), shape=(5, 7),
@@ -100,7 +100,7 @@ def test_windows_of_a_larger_canvas_keep_each_image_s_label(guidance):
 
 def test_windows_of_an_image_as_condition_are_refused():
     sampler, given = built(n_classes=0, conditions=("image",)), {"condition_image": torch.zeros(1, 3, 5, 7)}
-    with pytest.raises(ValueError, match=r"got a canvas of \(5, 7\) codes in windows of \(3, 4\), and an image"):
+    with pytest.raises(ValueError, match=r"got a canvas of \(5, 7\) codes in windows of \(3, 4\) with an image"):
         sampler.sample(sampler.network, Streams([0]), batch=given, options=options(), shape=(5, 7))
     whole = built(n_classes=0, conditions=("image",), position="rope")
     assert whole.sample(whole.network, Streams([0]), batch=given, options=options(), shape=(5, 7)).shape == (1, 5, 7)
@@ -145,7 +145,7 @@ def test_a_canvas_of_the_grid_in_windows_is_the_plain_sample(name):
 
 @pytest.fixture(scope="module")
 def network():
-    """A real one, in float64, with weights that say something."""
+    """A real network in float64 with random weights."""
     torch.manual_seed(0)
     made = built().network.double().eval().requires_grad_(False)
     for parameter in made.parameters():
@@ -237,7 +237,7 @@ AUTO = {
 REVEALS = [(name, "auto", own) for name, own in AUTO.items()] + [(name, "linear", "linear") for name in AUTO]
 
 
-@pytest.mark.parametrize("name, reveal, wanted", REVEALS)
+@pytest.mark.parametrize("name, reveal, expected", REVEALS)
 def test_the_reveal_schedule_is_the_chosen_or_the_solver_s_own(name, reveal, expected):
     sampler = built(schedule="square", total_steps=77)
     process = sampler.sampling_process(get_solver(sampler.process, name), options(name, reveal=reveal))
@@ -272,7 +272,7 @@ def test_settings_of_another_solver_are_refused(flag, value):
             built().sample(Recorder(), Streams([0]), options=asked)
         else:
             with pytest.raises(
-                ValueError, match=f"got {flag} {value} for solver {name}, which has none: leave --{flag}"
+                ValueError, match=f"got {flag} {value} for solver {name}, which has no such option: leave --{flag}"
             ):
                 built().sample(Recorder(), Streams([0]), options=asked)
 
@@ -305,7 +305,7 @@ def test_on_step_receives_the_logits():
 
 
 def test_every_option_is_used_by_the_sampler():
-    """A flag that nothing reads would be a lie."""
+    """No option is silently ignored."""
     source = "".join(map(inspect.getsource, (absorbing, _codes, train.samplers, train.trained_sampler)))
     for field in dataclasses.fields(absorbing.Sampling):
         named = f"options.{field.name}" in source or f"self.{field.name}" in source

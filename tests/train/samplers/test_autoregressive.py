@@ -1,4 +1,4 @@
-"""How network, memory, process and codes meet in the autoregressive sampler."""
+"""The autoregressive sampler: network, KV cache, process and codes together."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ SMALL = {"bert_n_emb": 16, "bert_n_head": 2, "bert_n_layers": 2}
 
 
 def sampler(n_classes=CLASSES, **settings):
-    """Its weights away from their start, in float64."""
+    """A float64 sampler with perturbed weights."""
     torch.manual_seed(0)
     config = autoregressive.Config(**SMALL | settings)
     built = autoregressive.build(config, codes=CODES, grid=GRID, n_classes=n_classes)
@@ -52,7 +52,7 @@ def sample_codes(built, seeds, labels=None, **kwargs):
 
 
 class Uniform(LabelNetwork):
-    """Finds all codes equally likely."""
+    """A uniform network."""
 
     def predict(self, ids, labels):
         return torch.zeros(*ids.shape, CODES)
@@ -82,7 +82,7 @@ def test_without_classes_labels_are_not_looked_at():
 
 
 def without_memory(built, seeds, labels, settings):
-    """What `sample` should draw: the whole grid goes through the network for every code, once for each condition."""
+    """Reference for `sample` without a cache: a pass over the whole grid for every code and condition."""
     labels = torch.tensor(labels)
 
     def denoise(x, t, label):
@@ -197,7 +197,7 @@ REFUSED = {"shape": {"shape": (3, 3)}, "windows": {"window_stride": 1}}
 
 @pytest.mark.parametrize("kwargs", REFUSED)
 def test_other_canvases_are_refused(kwargs):
-    with pytest.raises(ValueError, match="no larger canvases: pass --sampler absorbing"):
+    with pytest.raises(ValueError, match="no other canvases: pass --sampler absorbing"):
         sample_codes(sampler(), [0], [0], **REFUSED[kwargs])
     assert sample_codes(sampler(), [0], [0], shape=GRID).shape == (1, *GRID)
 

@@ -1,4 +1,4 @@
-"""From the fields of a batch to the raw conditions that encoders take."""
+"""From batch fields to the inputs of the condition encoders."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What every file of train/samplers promises to training, generation and experiments, whatever it works in."""
+"""The contract of every file of train/samplers, in every space."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def case(name, facts):
 
 
 def built(name, facts, n_classes=CLASSES):
-    """The sampler, its network moved off its first values, which may be the constant 0."""
+    """The sampler with a perturbed network, since initial outputs may be constant 0."""
     torch.manual_seed(0)
     module = load_plugin("train.samplers", name, "sampler")
     sampler = module.build(module.Config(**SMALL.get(name, {})), **facts, n_classes=n_classes)
@@ -117,7 +117,7 @@ def test_loss_weight_multiplies_the_loss_but_no_bound(sampler_case):
 
 
 def test_a_control_branch_is_used_in_training_and_in_sampling(sampler_case):
-    """It is given what the network is; what it gives is what the network adds inside."""
+    """It receives the network's inputs, and the network receives its outputs."""
     sampler, module, facts = sampler_case
     if isinstance(sampler, AutoregressiveSampler):
         with pytest.raises(ValueError, match="would see the codes to predict"):
@@ -175,7 +175,7 @@ def test_a_loss_has_per_example_values_metrics_and_outputs(sampler_case):
 
 
 def test_a_loss_is_a_function_of_the_draws_alone(sampler_case):
-    """What resuming rests on; that of another step is another."""
+    """Needed for resuming; another step has other draws."""
     sampler, _, facts = sampler_case
     one, other = data(facts), data(facts, first=6)
     losses = [sampler.loss(sampler.network, b, draws(b)).per_example for b in (one, one, other)]
@@ -272,5 +272,5 @@ def test_a_likelihood_is_a_bound_per_image(sampler_case):
 
 def test_an_unknown_solver_is_refused_with_the_known_ones(sampler_case):
     sampler, module, _ = sampler_case
-    with pytest.raises(ValueError, match="unknown solver 'nothing'.*there are"):
+    with pytest.raises(ValueError, match="unknown solver 'nothing'.*choose one of"):
         sampler.sample(sampler.network, Streams([0]), options=module.Sampling(solver="nothing"))

@@ -1,4 +1,4 @@
-"""How network, process and images meet in the Gaussian sampler: what is told, dropped, lost, refused and learned."""
+"""The ddpm sampler: network, process and images together."""
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ def test_each_condition_is_dropped_apart_in_its_own_share():
 
 
 def test_a_real_network_sees_the_null_where_a_label_is_dropped():
-    """Where a label is dropped, another label changes nothing; elsewhere it does."""
+    """A dropped label has no effect; others do."""
     built, network = perturb(sampler(label_drop=0.9))
     one, other = images(30), images(30)
     other["label"] = (other["label"] + 1) % CLASSES
@@ -179,7 +179,7 @@ def test_the_loss_is_the_processs_at_these_draws(settings):
 
 
 def truth(built, x0, noise, t):
-    """What a network that knows x0 and the noise would say, in the words of each paper."""
+    """The output of a network that knows x0 and the noise, by each paper's formula."""
     alpha, sigma = append_dims(built.process.alpha(t), x0), append_dims(built.process.sigma(t), x0)
     data = getattr(built.process, "sigma_data", 1.0)  # edm's alone
     return {
@@ -227,7 +227,7 @@ REFUSED = [
     ({"sigma_data": 1.0}, "sigma_data 1.0 for process gaussian.*--sigma_data"),
     ({"label_drop": 1.0}, "label_drop"),
     ({"condition_drop": -0.1}, "condition_drop"),
-    ({"conditions": ("label",)}, "condition 'label'.*--class_conditional"),
+    ({"conditions": ("label",)}, "'label' among --conditions.*--class_conditional"),
     ({"conditions": ("imagge",)}, "unknown condition 'imagge', did you mean 'image'"),
     ({"attn_factors": (8,)}, "attn_factors"),
 ]

@@ -1,4 +1,4 @@
-"""What a Gaussian sampler draws from data that are known, or half forgotten."""
+"""Editing with the ddpm sampler: known pixels and strength."""
 
 import pytest
 import torch
@@ -65,5 +65,5 @@ def test_without_conditions_the_network_gets_none():
     recorder = Recorder(channels=2)
     sample_edit(sampler(), recorder, EditInput(X0, KEEP), labels=())
     assert all(not call.condition["told"] for call in recorder.calls)
-    with pytest.raises(ValueError, match="guidance 2.0 for samples without a condition.*--guidance 1"):
+    with pytest.raises(ValueError, match="guidance 2.0 without a condition.*--guidance 1"):
         sample_edit(sampler(), recorder, EditInput(X0, KEEP), labels=(), guidance=2.0)

@@ -1,4 +1,4 @@
-"""What a Gaussian sampler draws, and how likely it finds images."""
+"""Sampling and likelihoods of the ddpm sampler."""
 
 import pytest
 import torch
@@ -175,7 +175,7 @@ def test_processes_without_steps_are_measured_along_their_flow(process):
 
 @pytest.mark.parametrize("process", ["edm", "flow"])
 def test_the_flow_of_a_known_gaussian_has_its_entropy(process):
-    """Data N(0, 0.25): the best network is known, and so are the bits of 8-bit images of it."""
+    """For data N(0, 0.25) the optimal network and the bits of 8-bit images are known."""
     built = sampler(process=process, n_classes=0)
     variance = 0.25
 

@@ -1,4 +1,4 @@
-"""The times that a Gaussian sampler is trained on."""
+"""Training times of the ddpm sampler."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_times_of_edm_and_flow_have_the_given_mean_and_std():
 
 
 def with_history(built, size=lambda i: i):
-    """A sampler whose losses were `size(i)` at t = i/T, each as often as is remembered."""
+    """A sampler whose recorded losses at t = i/T are all `size(i)`."""
     steps = built.process.steps
     t = torch.arange(1, steps + 1).repeat_interleave(10) / steps
     built.observe(t, torch.tensor([float(size(i)) for i in range(1, steps + 1)]).repeat_interleave(10))
