@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.denoisers import guided, thresholded
-from diffusion.discrete_solvers import step_times as discrete_step_times
+from diffusion.discrete_solvers import even_times
 from diffusion.edm import EDM
 from diffusion.gaussian_solvers import step_times as continuous_step_times
 from diffusion.process import ContinuousProcess, DiscreteProcess
@@ -97,4 +97,4 @@ def solver_times(entry: Solver, process: Process, size: int, steps: int | None, 
         return continuous_step_times(process, steps, spacing or ("karras" if isinstance(process, EDM) else "uniform"))
     if spacing is not None:
         raise ValueError(f"got spacing {spacing!r} for {type(process).__name__}, whose steps are even: leave it out")
-    return discrete_step_times(steps)
+    return even_times(steps)

@@ -39,7 +39,7 @@ __all__ = [
     "UNetConfig",
     "Upsample",
     "Vector",
-    "attention_layer",
+    "build_attention",
     "count_parameters",
     "differential_from_softmax",
     "hydra_attention",

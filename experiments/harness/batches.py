@@ -38,7 +38,7 @@ def experiment_world(device_name: str) -> Iterator[DistContext]:
 
 
 def single_process_world(device_name: str) -> DistContext:
-    """Returns the `DistContext` of an experiment that runs in a single process; ValueError under torchrun with several."""
+    """Returns the `DistContext` of an experiment that runs alone; ValueError under torchrun with several ranks."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("this experiment runs in a single process: start it with python instead of torchrun")
     return DistContext(pick_device(device_name))

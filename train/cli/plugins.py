@@ -79,14 +79,14 @@ def make_default_config(cls: type, values: Mapping[str, Any]) -> DefaultConfig:
     `values` are by flat key; flags that name plug-ins and are missing have their defaults. ValueError for an unknown
     plug-in.
     """
-    names, previous = plugin_names(cls, values), None
+    names, previous = named_plugins(cls, values), None
     while names != previous:  # the flags of a plug-in may name others
         config = build_config(cls, names)
-        names, previous = plugin_names(config, values), names
+        names, previous = named_plugins(config, values), names
     return DefaultConfig(config, names)
 
 
-def plugin_names(group: Any, values: Mapping[str, Any]) -> PluginNames:
+def named_plugins(group: Any, values: Mapping[str, Any]) -> PluginNames:
     """The plug-ins named by each naming flag of a config or a config class.
 
     Without a `reader`, the data set is read by the file of the same name.
