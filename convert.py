@@ -248,8 +248,8 @@ def load_converted(network: nn.Module, converted: dict[str, ConvertedTensor], so
         got, wanted = tuple(converted[name].value.shape), tuple(expected[name].shape)
         errors += [] if got == wanted else [f"{converted[name].source} is {got} after conversion, wanted {wanted}"]
     if errors:
-        shown = "; ".join(sorted(errors)[:5])
-        raise ValueError(f"{source} does not fit the network ({len(errors)} tensors differ): {shown}")
+        examples = "; ".join(sorted(errors)[:5])
+        raise ValueError(f"{source} does not fit the network ({len(errors)} tensors differ): {examples}")
     network.load_state_dict({name: tensor.value for name, tensor in converted.items()})
 
 

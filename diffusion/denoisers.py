@@ -93,7 +93,7 @@ def drop_unused(conditions: list[C], scales: list[float], keep_last: bool) -> tu
 
 
 def take_rows(condition: C, rows: Tensor | None) -> C:
-    """Selects the rows of a condition; None selects all."""
+    """Selects rows (n,) of a condition, by index; None selects all."""
     return condition if rows is None or condition is None else condition[rows]
 
 

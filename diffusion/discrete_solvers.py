@@ -58,7 +58,8 @@ def discrete(
 ) -> Tensor:
     """Ancestral sampling, x_s ~ p(x_s | x_t), for any discrete process (Austin et al. 2021).
 
-    One network call per step, on the examples in which some position may change.
+    x: (B, N) codes at times[0]; returns those at times[-1]. One network call per step, on the examples in which some
+    position may change.
     """
     for i, (t, s) in enumerate(pairwise(times)):
         evaluated = evaluate(denoise, x, process.may_change(x, t, s), expand(t, x), on_step is not None)

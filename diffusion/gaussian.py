@@ -233,13 +233,13 @@ def mean_bits(nats: Tensor) -> Tensor:
 
 
 def kl(p: Normal, q: Normal) -> Tensor:
-    """KL(p || q) per dimension, in nats."""
+    """KL(p || q) per dimension, in nats, elementwise."""
     log_ratio = p.log_variance - q.log_variance
     return 0.5 * (log_ratio.exp() - log_ratio - 1 + (p.mean - q.mean).square() * (-q.log_variance).exp())
 
 
 def log_normal_cdf(x: Tensor) -> Tensor:
-    """Log CDF of the standard normal, on the CPU for Metal, which lacks it."""
+    """Log CDF of the standard normal, elementwise; on the CPU for Metal, which lacks it."""
     return torch.special.log_ndtr(x.cpu()).to(x.device) if x.device.type == "mps" else torch.special.log_ndtr(x)
 
 

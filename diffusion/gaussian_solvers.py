@@ -139,7 +139,7 @@ def step_coefficients(process: ContinuousProcess, t: float, s: float) -> StepCoe
 
 
 def x0_step(x: Tensor, x0: Tensor, c: StepCoefficients, eta: float = 0.0) -> Tensor:
-    """Steps from x_t to x_s as if x_0 were constant at x0; for eta > 0 returns the mean, before noise is added.
+    """Steps from x_t to x_s as if x_0 were constant at x0, elementwise; for eta > 0 returns the mean, before the noise.
 
     eta 0 solves d(x / sigma) = x0 d(alpha / sigma) (DDIM; Lu et al. 2022); eta 1 is the mean of q(x_s | x_t, x_0).
     """
@@ -157,7 +157,7 @@ def ddpm(
     rng: Streams,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Ancestral sampling (Ho et al. 2020); with fewer steps than the process, respaced (Nichol & Dhariwal 2021)."""
+    """Ancestral sampling (Ho et al. 2020), x (B, C, H, W); with fewer steps, respaced (Nichol & Dhariwal 2021)."""
     for i, (t, s) in enumerate(pairwise(times)):
         pred = denoise(x, expand(t, x))
         x = process.reverse(x, pred, torch.tensor(t), torch.tensor(s), rng)
@@ -184,7 +184,7 @@ def ddim(
     on_step: OnStep | None = None,
     eta: float = 0.0,
 ) -> Tensor:
-    """DDIM (Song et al. 2021): deterministic for eta 0, ddpm with fixed_small for eta 1."""
+    """DDIM (Song et al. 2021), x (B, C, H, W): deterministic for eta 0, ddpm with fixed_small for eta 1."""
     if not 0 <= eta <= 1:
         raise ValueError(f"got eta {eta}, wanted 0 (deterministic) to 1 (ancestral)")
     for i, (t, s) in enumerate(pairwise(times)):
@@ -203,8 +203,8 @@ def ddim_inversion(
 ) -> list[Tensor]:
     """DDIM inversion: maps data x0 to the noise from which ddim with eta 0 and the same times returns to it.
 
-    Returns x at each time, [x_0, ..., x_T]. The error is first order in the step size, since a step uses the eps of its
-    less noisy end. The denoiser must not clip.
+    Returns x (B, C, H, W) at each time, [x_0, ..., x_T]. The error is first order in the step size, since a step uses
+    the eps of its less noisy end. The denoiser must not clip.
     """
     trajectory = [x0]
     for t, s in pairwise(times[::-1]):
@@ -225,7 +225,7 @@ def heun(
     rng: Streams,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Heun's method, second order: two network calls per step, one for the last step.
+    """Heun's method, second order, x (B, C, H, W): two network calls per step, one for the last step.
 
     Where sigma_t <= alpha_t, averages eps and integrates over sigma / alpha, as Karras et al. 2022 do everywhere; where
     sigma_t > alpha_t, averages x_0 and integrates over alpha / sigma, since theirs diverges at alpha = 0.
@@ -250,7 +250,7 @@ class LastStep(NamedTuple):
 
 
 def extrapolate_x0(x0: Tensor, last: LastStep | None, c: StepCoefficients, s: float) -> Tensor:
-    """Extrapolates x_0 linearly to the middle of the step; returns x0 itself in the first and the last step."""
+    """Extrapolates x_0 (B, C, H, W) linearly to the middle of the step; returns x0 in the first and the last step."""
     if last is None or s == 0:
         return x0
     return x0 + c.h / (2 * last.h) * (x0 - last.x0)  # no change after alpha = 0, where last.h is infinite
@@ -266,7 +266,7 @@ def dpmpp_2m(
     rng: Streams,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one network call per step."""
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), x (B, C, H, W): second order, one network call per step."""
     last = None
     for i, (t, s) in enumerate(pairwise(times)):
         x0, c = denoise(x, expand(t, x)).x0, step_coefficients(process, t, s)
@@ -287,7 +287,7 @@ def dpmpp_2m_sde(
     on_step: OnStep | None = None,
     eta: float = 1.0,
 ) -> Tensor:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022): adds noise in each step; eta 0 is dpmpp_2m."""
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022), x (B, C, H, W): adds noise in each step; eta 0 is dpmpp_2m."""
     last = None
     for i, (t, s) in enumerate(pairwise(times)):
         x0, c = denoise(x, expand(t, x)).x0, step_coefficients(process, t, s)
@@ -309,7 +309,7 @@ def unipc(
     rng: Streams,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """UniPC of order 2 (Zhao et al. 2023): a dpmpp_2m step, then a corrector that uses the prediction at its end.
+    """UniPC of order 2 (Zhao et al. 2023), x (B, C, H, W): a dpmpp_2m step, then a corrector from its end.
 
     The next step reuses that prediction, so there is one network call per step, and one more whenever `on_step` changes
     x.
@@ -329,7 +329,7 @@ def unipc(
 
 
 def unipc_corrector(x: Tensor, x0: Tensor, x0_s: Tensor, last: LastStep | None, c: StepCoefficients) -> Tensor:
-    """Steps from x_t to x_s by exact integration of the polynomial through x_0 at the previous time, at t and at s.
+    """Steps from x_t to x_s (B, C, H, W), integrating the polynomial through x_0 at the previous time, t and s exactly.
 
     With r = 0 at t and 1 at s, linear in half log-SNR: x_0(r) = x0 + a r + b r^2 adds alpha_s (a I_1 + b I_2) to the
     step with constant x0, where I_n = h int r^n exp((r - 1) h) dr. The first step has no previous time, and b = 0.

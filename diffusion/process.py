@@ -26,7 +26,7 @@ def append_dims(values: Tensor, x: Tensor) -> Tensor:
 
 
 def upcast(x: Tensor) -> Tensor:
-    """Casts float16 and bfloat16 to float32 and leaves wider types as they are."""
+    """Casts float16 and bfloat16 to float32, elementwise; wider types stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -103,13 +103,13 @@ def check_counts(counts: dict[str, int], k: int) -> None:
 
 def with_grid(batches: Batches, path: Path) -> Batches:
     """Yields the batches unchanged and saves the first 64 images as a grid."""
-    shown = []
+    grid_images = []
     for batch in batches:
         if "image" in batch:
-            shown.append(batch["image"])
+            grid_images.append(batch["image"])
         yield batch
-    if shown:
-        save_grid(path, torch.cat(shown)[:GRID_IMAGES])
+    if grid_images:
+        save_grid(path, torch.cat(grid_images)[:GRID_IMAGES])
 
 
 def measure_against_real(sets: dict[str, Tensor], k: int, device: torch.device) -> dict[str, dict[str, float]]:

@@ -190,8 +190,8 @@ def plot(path: Path, results: dict[str, Any]) -> None:
         edges, xlabel = torch.arange(len(terms) + 1) + 0.5, results["terms_of"]
     figure = Figure(figsize=(6.5, 4.2), dpi=150, layout="constrained")
     panel = figure.subplots()
-    shown = terms.where(terms > 0, torch.nan)  # only positive values can be shown on a logarithmic scale
-    panel.stairs(shown.numpy(), edges.numpy(), baseline=None, color="#0072b2")
+    positive_terms = terms.where(terms > 0, torch.nan)  # only positive values can be shown on a logarithmic scale
+    panel.stairs(positive_terms.numpy(), edges.numpy(), baseline=None, color="#0072b2")
     ylabel = f"term ({results['unit']})"
     panel.set(yscale="log", xlim=(edges[0].item(), edges[-1].item()), xlabel=xlabel, ylabel=ylabel)
     panel.grid(color="0.9")

@@ -268,14 +268,14 @@ def plot(path: Path, results: Results, quantizers: Sequence[str], metric: str, t
     figure = Figure(figsize=(11, 1.4 + 0.36 * len(quantizers)), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     panels = figure.subplots(1, 4, sharey=True)
-    shown = (
+    metrics = (
         (f"r{metric}, lower is better", "rfd", 1, "{:.4g}"),
         ("PSNR (dB), higher is better", "psnr", 1, "{:.1f}"),
         ("codes used and perplexity (|), % of codebook", "codebook_usage", 100, "{:.4g}"),
         ("s/step (median), lower is better", "seconds_per_step", 1, "{:.2g}"),
     )
     places = range(len(quantizers))
-    for panel, (name, key, factor, form) in zip(panels, shown, strict=True):
+    for panel, (name, key, factor, form) in zip(panels, metrics, strict=True):
         for place, quantizer in zip(places, quantizers, strict=True):
             values = [factor * (run[key] or 0) for run in runs_of(results, quantizer)]
             mean = statistics.mean(values)

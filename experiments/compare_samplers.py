@@ -363,8 +363,8 @@ def plot(path: Path, rows: list[dict[str, Any]], metric: str, title: str) -> Non
         panel.spines[["top", "right"]].set_visible(False)
         plain_numbers(panel.xaxis, [x_of(row) for row in rows])
         plain_numbers(panel.yaxis, [row["distance"] for row in rows])
-    shown = sorted({axes[0][1](row) for row in rows})
-    panels[0].set_xticks(shown, [f"{x:g}" for x in shown])
+    tick_values = sorted({axes[0][1](row) for row in rows})
+    panels[0].set_xticks(tick_values, [f"{x:g}" for x in tick_values])
     panels[0].set_ylabel(f"{metric}, lower is better")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     with atomic_write(path) as scratch:

@@ -229,7 +229,7 @@ def measure(
 
     Unreadable and too small images are listed and skipped; ValueError if none is left.
     """
-    records, skipped, shown = [], [], []
+    records, skipped, thumbnails = [], [], []
     for name, picture, image in readable_images(originals, skipped):
         ids, fake = reconstruct(model, image, tiles)
         record = {"image": name, "picture": f"images/{picture}", **measure_image(model, image, ids, fake, tiles)}
@@ -238,12 +238,12 @@ def measure(
         panel = panels(image, fake)
         save_panels(batches.folder / "images" / picture, panel)
         if len(records) < SHOWN:
-            shown += [thumbnail(part) for part in panel]
+            thumbnails += [thumbnail(part) for part in panel]
         records.append(record)
     if not records:
         image, reason = skipped[0].values()
         raise ValueError(f"none of {len(skipped)} images can be used; the first, {image}: {reason}")
-    save_overview(batches.folder / "overview.png", torch.stack(shown))
+    save_overview(batches.folder / "overview.png", torch.stack(thumbnails))
     return {
         "vqgan": model.provenance,
         "tile": tiles.tile,
@@ -324,9 +324,9 @@ def panels(image: Tensor, fake: Tensor) -> Tensor:
     return torch.stack([image.expand(3, -1, -1), fake.expand(3, -1, -1), error_map(image, fake)])
 
 
-def save_panels(path: Path, shown: Tensor) -> None:
+def save_panels(path: Path, images: Tensor) -> None:
     """Saves panels (3, 3, H, W) as a PNG, left to right."""
-    save_grid(path, shown, columns=3)
+    save_grid(path, images, columns=3)
 
 
 def thumbnail(image: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ class CrossAttention(Attention):
 
 
 def rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """Applies `norm` in float32 (float64 for float64), whatever the dtypes of x and the weights; returns x's dtype."""
+    """Applies `norm` to x (..., D) in float32 (float64 stays), whatever the weights' dtype; returns x's dtype."""
     y = upcast(x)
     return F.rms_norm(y, norm.normalized_shape, norm.weight.to(y.dtype), norm.eps).to(x.dtype)
 

@@ -84,7 +84,7 @@ def neighborhood_attention_2d(
 def neighborhood_attention(
     query, key, value, kernel_size, dilation, is_causal, scale, backend, *, axes, bias, dropout
 ) -> Tensor:
-    """Neighbourhood attention along `axes` axes; arguments as in `neighborhood_attention_2d`."""
+    """Neighbourhood attention along `axes` axes, (B, *grid, heads, d); arguments as in `neighborhood_attention_2d`."""
     grid = check_tensors(query, key, value, axes)
     group = Group(make_window(grid, kernel_size, dilation, is_causal), key.shape[-2], bias)
     return attend_by_group(query, key, value, [group], scale=scale, backend=backend, dropout=dropout)
@@ -93,7 +93,9 @@ def neighborhood_attention(
 def attend_by_group(
     query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Group], *, scale, backend: Backend, dropout: float
 ) -> Tensor:
-    """Attention with one window per group of heads: one backend call per group, or a single one if all are dense."""
+    """Attention of (B, *grid, heads, d) with one window per group of heads.
+
+    One backend call per group, or a single one if all are dense."""
     queries_per_key = query.shape[-2] // key.shape[-2]
     for group in groups:
         check_bias(group, queries_per_key)
@@ -117,7 +119,7 @@ def attend_by_group(
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, axes: int) -> tuple[int, ...]:
-    """Returns the grid of query, key and value; ValueError if their shapes do not match."""
+    """Returns the grid of query, key and value, (B, *grid, heads, d); ValueError if their shapes do not match."""
     wanted = None
     if not (query.ndim == key.ndim == value.ndim == axes + 3 and axes in (1, 2)):
         wanted = "(B, L, heads, d) each" if axes == 1 else "(B, H, W, heads, d) each"
@@ -167,7 +169,7 @@ def check_bias(group: Group, queries_per_key: int) -> None:
 
 
 def resolve_backend(backend: Backend, query: Tensor, group: Group, dropout: float = 0.0) -> str:
-    """Returns the backend's name, with "auto" resolved for these inputs.
+    """Returns the backend's name, with "auto" resolved for this query (B, *grid, heads, d).
 
     "auto" is "natten" on CUDA, if its fused kernels are installed and support the inputs. Otherwise it is "tiled" if
     tiles compare a small enough fraction of all pairs, else "dense". Time of forward and backward by tiles relative to
@@ -200,7 +202,7 @@ def natten_is_compiled() -> bool:
 def attend_dense(
     query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Group], *, scale: float | None, dropout: float
 ) -> Tensor:
-    """The reference: attention over all pairs of the grid under one mask; memory is quadratic in the tokens."""
+    """The reference: attention of (B, *grid, heads, d) over all pairs, under one mask; memory is quadratic."""
     grid, queries_per_key = tuple(query.shape[1:-2]), query.shape[-2] // key.shape[-2]
     mask = dense_mask(grid, groups, queries_per_key, query.device)
     q, k, v = (rearrange(x, "b ... heads d -> b heads (...) d") for x in (query, key, value))
@@ -251,13 +253,13 @@ def dense_bias_index(grid: tuple[int, ...], window: Window) -> tuple[ndarray]:
 
 
 def attend_tiled(query, key, value, groups: Sequence[Group], *, scale: float | None, dropout: float) -> Tensor:
-    """Tiled attention of one group; see `tiled_attention`."""
+    """Tiled attention of one group, (B, *grid, heads, d) each; see `tiled_attention`."""
     (group,) = groups
     return tiled_attention(query, key, value, group.window, scale=scale, bias=group.bias, dropout=dropout)
 
 
 def attend_natten(query, key, value, groups: Sequence[Group], *, scale: float | None, dropout: float) -> Tensor:
-    """Attention of one group by NATTEN: fused kernels if installed, else its flex backend (no backward on a CPU)."""
+    """Attention of one group, (B, *grid, heads, d), by NATTEN: fused kernels, or flex (no backward on a CPU)."""
     try:
         import natten
     except ImportError as error:

@@ -68,11 +68,11 @@ def masked_softmax(logits: Tensor, mask: Tensor | None, causal: bool) -> tuple[T
 
 
 def add_causal_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """Returns the mask, bool or float as it was, with every key after its query masked as well."""
+    """Masks every key after its query as well; mask (..., N, M), bool or float, keeps its dtype."""
     future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=mask.device).triu(1)
     return mask.masked_fill(future, False if mask.dtype == torch.bool else float("-inf"))
 
 
 def upcast(x: Tensor) -> Tensor:
-    """Casts to float32; float64 stays."""
+    """Casts a tensor of any shape to float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -20,7 +20,7 @@ def cached_tables(build: Callable[..., tuple[ndarray, ...]], grid: Sequence[int]
 
 
 def constant_tables(build: Callable[..., tuple[ndarray, ...]], *shape, device: torch.device) -> tuple[Tensor, ...]:
-    """Returns the arrays of `build(*shape)` as tensors on `device`.
+    """Returns the arrays of `build(*shape)` as tensors of the same shapes on `device`.
 
     Fake tensors, as tracers and FakeTensorMode make them, hold no data and are not cached.
     """

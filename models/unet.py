@@ -282,7 +282,7 @@ def build_up(factory: BlockFactory, skips: list[int]) -> nn.ModuleList:
 
 
 def add_residuals(h: Tensor, skips: list[Tensor], residuals: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Adds residuals to the skips, and an optional last one to h; ValueError for any other number of residuals."""
+    """Adds residuals (B, C, H, W) to the skips, and an optional last one to h; ValueError for any other number."""
     if len(residuals) not in (len(skips), len(skips) + 1):
         raise ValueError(f"got {len(residuals)} skip_residuals, wanted {len(skips)}, or one more for the middle")
     h = h + residuals[-1] if len(residuals) > len(skips) else h

@@ -10,12 +10,14 @@ import pytest
 from helpers.tiny_runs import ROOT
 
 PACKAGES = ("models", "diffusion", "vq", "train", "experiments")
-# Words that say nothing about the thing they name; each had a standard term (`kept` -> mask, `told` -> labels, ...).
+# Words that do not say what they name, where the field has a term: `kept` is a mask, `told` are labels.
 PRIVATE_WORDS = frozenset(
-    "added along apart ask begin begun begun_at blend both closeness counting dealt divided drawn drawn_at filled follow "
-    "forget forgotten found full go_on highest how kept known learn likeliest looked_up made masked_at owned own_substitutes "
-    "part picked poisoned prepared processes promoted said seen shared shown staying surest survival tallied tempered told "
-    "told_apart told_in_words toward turn turns unborn walk watched widened workplace".split()
+    """
+    added along apart ask begin begun begun_at blend both closeness counting dealt divided drawn drawn_at filled follow
+    forget forgotten found full go_on highest how kept known learn likeliest looked_up made masked_at owned
+    own_substitutes picked poisoned prepared processes promoted said seen shared shown staying surest survival
+    tallied tempered told told_apart told_in_words toward turn turns unborn walk watched widened workplace
+    """.split()
 )
 DOCUMENTED = ("models", "diffusion", "vq")  # every public function and class, with the shapes of its tensors
 LONGEST_TEST_NAME = 60
@@ -65,7 +67,9 @@ def test_public_functions_and_classes_have_docstrings(path):
     assert missing == []
 
 
-SHAPE = re.compile(r"\((?:\.\.\.|[A-Z1-9]|[a-z] ?·|n|n_\w+)[^()]*,[^()]*\)|\(B,?\)|\(N,?\)|\(K,?\)|shape")
+SHAPE = re.compile(
+    r"\((?:\w+|\.{1,3}|\w \* \w)(?: [*+] \w+)?,[^()]*\)|-> \(\)|(any|another|the same) shape|elementwise"
+)
 
 
 @pytest.mark.parametrize("path", python_files(*DOCUMENTED), ids=lambda path: str(path.relative_to(ROOT)))
@@ -77,6 +81,8 @@ def test_public_functions_of_tensors_name_their_shapes(path):
             annotations = [ast.unparse(each.annotation) for each in parameters(node) if each.annotation]
             returned = ast.unparse(node.returns) if node.returns else ""
             if any(re.search(r"\bTensor\b", each) for each in [*annotations, returned]):
-                if not SHAPE.search("\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])):
+                lines = text.splitlines()[node.lineno - 1 : node.end_lineno]
+                comments = [line.partition("#")[2] for line in lines]
+                if not SHAPE.search("\n".join([ast.get_docstring(node) or "", *comments])):
                     silent.append(node.name)
     assert silent == []

@@ -42,7 +42,7 @@ class LogVarianceHead(nn.Sequential):
 
 
 def soft_clamp(log_variance: Tensor) -> Tensor:
-    """Clamps smoothly to [MIN_, MAX_LOG_VARIANCE], nearly the identity well inside (Chua et al. 2018, appendix A.1)."""
+    """Clamps smoothly to [MIN_, MAX_LOG_VARIANCE], elementwise; near the identity inside (Chua et al. 2018, A.1)."""
     below = MAX_LOG_VARIANCE - F.softplus(MAX_LOG_VARIANCE - log_variance)
     return MIN_LOG_VARIANCE + F.softplus(below - MIN_LOG_VARIANCE)
 

@@ -14,12 +14,12 @@ def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
-    """Autoencoder loss of the hinge loss: -mean D(fake)."""
+    """Autoencoder loss of the hinge loss, -mean D(fake), of logits of any shape, -> ()."""
     return -fake_logits.mean()
 
 
 def non_saturating_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Discriminator loss -(mean log s(D(real)) + mean log(1 - s(D(fake)))) / 2, s the logistic function, -> ().
+    """Discriminator loss -(mean log s(D(real)) + mean log(1 - s(D(fake)))) / 2 of logits of any shape, -> ().
 
     The cross-entropy of Goodfellow et al. 2014 (eq. 1), halved like the hinge loss.
     """
@@ -27,7 +27,7 @@ def non_saturating_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def non_saturating_generator_loss(fake_logits: Tensor) -> Tensor:
-    """Autoencoder loss -mean log s(D(fake)); its gradient does not vanish where D is confident (section 3 there)."""
+    """Autoencoder loss -mean log s(D(fake)) of logits of any shape, -> (); no vanishing gradient (section 3 there)."""
     return F.softplus(-fake_logits).mean()
 
 
@@ -40,9 +40,9 @@ ADVERSARIAL_LOSSES = {  # name: (discriminator loss, autoencoder loss)
 def adaptive_weight(recon_grad: Tensor, adv_grad: Tensor, maximum: float) -> Tensor:
     """Returns lambda = |recon_grad| / (|adv_grad| + 1e-4), at most `maximum` (Esser et al. 2021, eq. 7).
 
-    The arguments are gradients of the reconstruction and adversarial losses at the last layer, each averaged over all
-    processes first, since norms are not linear in the batch. The constant is that of the paper's code; the paper
-    states 1e-6.
+    The arguments, of any shape, are gradients of the reconstruction and adversarial losses at the last layer, each
+    averaged over all processes first, since norms are not linear in the batch. The constant is that of its code;
+    the paper states 1e-6.
     """
     return (recon_grad.norm() / (adv_grad.norm() + 1e-4)).clamp(0, maximum)
 

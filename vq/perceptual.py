@@ -104,7 +104,7 @@ def lpips_distance(net: str, linear: bool, pretrained: bool) -> nn.Module:
 
 @torch.no_grad()
 def load_backbone(network: nn.Module, tensors: dict[str, Tensor], net: str, source: str) -> None:
-    """Loads a torchvision state dict into a backbone; ValueError for missing, unknown or misshapen weights.
+    """Loads a torchvision state dict; ValueError for weights that are missing, unknown or of another shape.
 
     For LPIPS it may be that of the whole network (`features.0.weight`), whose `classifier.` is ignored, or of its
     features alone (`0.weight`). `num_batches_tracked` of batch norms is ignored: old files lack it, and evaluation does

@@ -69,7 +69,7 @@ def mse_per_example(differences: Tensor) -> Tensor:
 
 
 def straight_through(z: Tensor, vectors: Tensor) -> Tensor:
-    """Returns `vectors`, with the gradient passed to z unchanged (straight-through estimator, Bengio et al. 2013)."""
+    """Returns `vectors` (B, D, ...) with the gradient passed to z unchanged (straight-through, Bengio et al. 2013)."""
     return vectors.detach() + (z - z.detach())
 
 

@@ -91,6 +91,7 @@ def apply_tiled(
 
 
 def tile_slice(start: int, length: int, scale: int) -> slice:
+    """The values that belong to `length` codes from `start` on, `scale` values a code."""
     return slice(start * scale, (start + length) * scale)
 
 
@@ -124,6 +125,7 @@ def decode_tiled(vqgan: VQGAN, ids: Tensor, tile: int, overlap: int, *, tiles_pe
 
 
 def device_of(vqgan: VQGAN) -> torch.device:
+    """The device that holds the weights of a VQGAN."""
     return next(vqgan.parameters()).device
 
 

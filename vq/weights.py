@@ -15,7 +15,7 @@ UNREADABLE = (  # what torch.load raises for damaged files
 
 
 def read_tensors(path: Path, wanted: str) -> dict[str, Tensor]:
-    """Reads a bare state dict from a file, as named tensors on the CPU, without executing code.
+    """Reads a bare state dict from a file, as named tensors of any shape on the CPU, without executing code.
 
     `wanted` ends each error message: the expected file and the remedy. FileNotFoundError if there is no file,
     ValueError if it holds anything else.

@@ -133,6 +133,6 @@ def save_denoising_strips(path: Path, trained: TrainedSampler, indices: list[int
     recorder = StepRecorder(trained)
     draw(indices, on_step=recorder)
     last = len(recorder.steps) - 1
-    shown = sorted({round(last * k / (STRIP_STEPS - 1)) for k in range(STRIP_STEPS)})
-    rows = [torch.stack([recorder.steps[i][kind] for i in shown], 1) for kind in (0, 1)]  # (B, steps, C, H, W)
-    save_grid(path, torch.stack(rows, 1).flatten(0, 2), columns=len(shown))
+    step_indices = sorted({round(last * k / (STRIP_STEPS - 1)) for k in range(STRIP_STEPS)})
+    rows = [torch.stack([recorder.steps[i][kind] for i in step_indices], 1) for kind in (0, 1)]  # (B, steps, C, H, W)
+    save_grid(path, torch.stack(rows, 1).flatten(0, 2), columns=len(step_indices))

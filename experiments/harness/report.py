@@ -21,10 +21,10 @@ def mean_and_deviation(values: list[float]) -> str:
 
 
 def progress(
-    batches: Iterable[dict[str, Tensor]], total: int, name: str, shown: bool = True
+    batches: Iterable[dict[str, Tensor]], total: int, name: str, visible: bool = True
 ) -> Iterator[dict[str, Tensor]]:
     """Yields the batches unchanged while a progress bar counts their images."""
-    with tqdm(total=total, desc=name, unit="img", dynamic_ncols=True, mininterval=1.0, disable=not shown) as bar:
+    with tqdm(total=total, desc=name, unit="img", dynamic_ncols=True, mininterval=1.0, disable=not visible) as bar:
         for batch in batches:
             yield batch
             bar.update(len(next(iter(batch.values()))))  # the first axis of each tensor is over images

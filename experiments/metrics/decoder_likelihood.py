@@ -37,7 +37,7 @@ from train.trainer import build_train_state, train
 from vq.likelihood import Reconstruction, build_head, reconstruct
 
 VALIDATION_IMAGES = 1024
-SHOWN_IMAGES = 16
+PREVIEW_IMAGES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +153,8 @@ class HeadReports:
     @torch.no_grad()
     def log_images(self, state: TrainState, outputs: Outputs) -> None:
         """Logs a grid of validation images, their reconstructions and the head's standard deviations."""
-        first, shown = self.step.first, fixed_subset(len(self.validation), SHOWN_IMAGES)
-        for batch in images_in_order(self.validation, SHOWN_IMAGES, shown):  # few: every process computes them all
+        first, preview = self.step.first, fixed_subset(len(self.validation), PREVIEW_IMAGES)
+        for batch in images_in_order(self.validation, PREVIEW_IMAGES, preview):  # few: every process computes them all
             mean, features = reconstruct_codes(first, first.encode(batch["image"]))
             deviation = (0.5 * state.eval_module("head").eval()(features)).exp()
             rows = [to_float(batch["image"]), mean.clamp(-1, 1).cpu(), (2 * deviation / deviation.amax() - 1).cpu()]

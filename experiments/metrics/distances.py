@@ -65,18 +65,18 @@ def sampled_images(
 
 
 def sampled_features(
-    images_of: ImagesAt, count: int, shown: int, features: Features, batches: ResumableBatches, files: dict[str, str]
+    images_of: ImagesAt, count: int, n_images: int, features: Features, batches: ResumableBatches, files: dict[str, str]
 ) -> Batches:
     """Yields resumable batches of "features" (B, D) of the first `count` images, on the main rank; a collective.
 
-    Batches that begin before image `shown` also have what `images_of` returns. `files` identifies inputs that the
+    Batches that begin before image `n_images` also have what `images_of` returns. `files` identifies inputs that the
     run's config does not.
     """
 
     def make(indices: list[int]) -> dict[str, Tensor]:
         images = images_of(indices)
         batch = {"features": features.extract(images["image"].expand(-1, 3, -1, -1))}
-        return batch | (images if indices[0] < shown else {})
+        return batch | (images if indices[0] < n_images else {})
 
     name = batches_name(features.name, files, *features_version(features, None))
     return progress(batches.resume(name, range(count), make), count, "sampling", batches.world.is_main)
@@ -189,20 +189,20 @@ def reconstruct_batches(first: FirstStage, batches: Batches) -> Iterator[dict[st
 
 def generated_statistics(batches: Batches, n_first: int, grid: Path) -> tuple[Statistics, Statistics]:
     """Returns the statistics of all generated images and of the first `n_first`; saves the first 64 as a grid."""
-    everything, first, shown = Statistics(), Statistics(), []
+    everything, first, grid_images = Statistics(), Statistics(), []
     for batch in batches:
         everything.update(batch["features"])
         if (missing := n_first - (first.count or 0)) > 0:
             first.update(batch["features"][:missing])
-        if sum(map(len, shown)) < GRID_IMAGES:
-            shown.append(batch["image"])
-    if shown:
-        save_grid(grid, torch.cat(shown)[:GRID_IMAGES])
+        if sum(map(len, grid_images)) < GRID_IMAGES:
+            grid_images.append(batch["image"])
+    if grid_images:
+        save_grid(grid, torch.cat(grid_images)[:GRID_IMAGES])
     return everything, first
 
 
 def save_reconstructions(path: Path, first: FirstStage, held_out: ImageSource, count: int) -> None:
     """Saves a grid of held-out images above their reconstructions."""
     batches = images_in_order(held_out, count, fixed_subset(len(held_out), count))
-    shown = torch.cat([batch["image"] for batch in batches])
-    save_grid(path, torch.cat([shown, first.decode(first.encode(shown)).cpu()]), columns=len(shown))
+    originals = torch.cat([batch["image"] for batch in batches])
+    save_grid(path, torch.cat([originals, first.decode(first.encode(originals)).cpu()]), columns=len(originals))

@@ -243,11 +243,13 @@ class TrainingImages:
         return merge_fields(collate(items), {"position": torch.tensor(positions)})
 
 
-def merge_fields(batch: Batch, added: Batch) -> Batch:
+def merge_fields(batch: Batch, extra: Batch) -> Batch:
     """Add the loader's own fields to a batch; ValueError if the items have a field of that name."""
-    if taken := sorted(batch.keys() & added.keys()):
-        raise ValueError(f"the items have a field {', '.join(taken)}, a name reserved for the loader: rename the field")
-    return batch | added
+    if duplicates := sorted(batch.keys() & extra.keys()):
+        raise ValueError(
+            f"the items have a field {', '.join(duplicates)}, a name reserved for the loader: rename the field"
+        )
+    return batch | extra
 
 
 @contextmanager

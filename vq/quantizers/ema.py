@@ -117,4 +117,5 @@ class EMAQuantizer(Quantizer):
 
 
 def build(config: Config, codebook_size: int, dim: int) -> EMAQuantizer:
+    """Builds the quantizer of `codebook_size` codes of `dim` numbers."""
     return EMAQuantizer(codebook_size, dim, config.beta, config.codebook_decay, config.revive_below)

@@ -86,7 +86,7 @@ class FSQQuantizer(Quantizer):
 
 
 def bound(z: Tensor, levels: int) -> Tensor:
-    """Bounds z so that it rounds to the integers from -(levels // 2) to (levels - 1) // 2 (appendix A.1).
+    """Bounds z, elementwise, so that it rounds to the integers from -(levels // 2) to (levels - 1) // 2 (appendix A.1).
 
     Returns (L - 1) / 2 (1 - 1e-3) tanh(z + shift) - offset. An even number of levels is offset by half a step, and the
     shift keeps 0 near 0. As in the paper it is a tangent; the exact inverse, artanh, does not exist for two levels.
@@ -96,4 +96,5 @@ def bound(z: Tensor, levels: int) -> Tensor:
 
 
 def build(config: Config, codebook_size: int, dim: int) -> FSQQuantizer:
+    """Builds the quantizer of `codebook_size` codes; its levels set the dimension."""
     return FSQQuantizer(config.levels(codebook_size))

@@ -74,4 +74,5 @@ class IBQQuantizer(Quantizer):
 
 
 def build(config: Config, codebook_size: int, dim: int) -> IBQQuantizer:
+    """Builds the quantizer of `codebook_size` codes of `dim` numbers."""
     return IBQQuantizer(codebook_size, dim, config.beta, config.entropy_weight, config.entropy_temperature)

@@ -57,4 +57,5 @@ def unit(x: Tensor) -> Tensor:
 
 
 def build(config: Config, codebook_size: int, dim: int) -> L2Quantizer:
+    """Builds the quantizer of `codebook_size` codes of `dim` numbers."""
     return L2Quantizer(codebook_size, dim, config.beta)

@@ -50,4 +50,5 @@ class NearestQuantizer(Quantizer):
 
 
 def build(config: Config, codebook_size: int, dim: int) -> NearestQuantizer:
+    """Builds the quantizer of `codebook_size` codes of `dim` numbers."""
     return NearestQuantizer(codebook_size, dim, config.beta, config.legacy_beta)
