@@ -31,7 +31,7 @@ from models import Transformer
 from models.registry import MOVED
 from train.cli import parse as cli
 from train.cli.plugins import PLUGIN_GROUPS
-from train.registry import names_in
+from train.registry import plugin_names
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 
@@ -132,7 +132,8 @@ class Runner:
             for i in range(12):
                 pixels = np.random.default_rng(i).integers(0, 255, (16, 20, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / "images" / split / f"{i}.png")
-        for line in ("train_vqgan.py", *(f"train_sampler.py --sampler {name}" for name in names_in("train.samplers"))):
+        samplers = plugin_names("train.samplers")
+        for line in ("train_vqgan.py", *(f"train_sampler.py --sampler {name}" for name in samplers)):
             self(Command(*(line + " ").split(" ", 1)))
 
     def __call__(self, command: Command) -> None:
@@ -308,7 +309,7 @@ def every_flag() -> frozenset[str]:
     """The flags of all scripts, those of every plug-in included."""
     names = {"help", "config", "from"} | own_flags("tests/kill_training.py")
     for group in PLUGIN_GROUPS.values():
-        names = names.union(*(cli.fields_of(group.config_of(name)) for name in names_in(group.package)))
+        names = names.union(*(cli.fields_of(group.config_of(name)) for name in plugin_names(group.package)))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "experiments")
         for script in (*ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")):

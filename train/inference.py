@@ -37,7 +37,7 @@ from train.python_values import (
 from train.registry import did_you_mean
 from train.runs import read_run, run_folder
 from train.samplers._conditions import ConditionsConfig
-from train.spaces import Codes, Latents
+from train.spaces import CodeSpace, LatentSpace
 from train.trained_sampler import TrainedSampler, load_trained_sampler, read_stored_config
 
 
@@ -190,7 +190,7 @@ class SamplerRun:
         numbers of image i are a function of the seed and i. ValueError for a model of latents, which has none.
         """
         model = self.model
-        if isinstance(model.space, Latents):
+        if isinstance(model.space, LatentSpace):
             raise ValueError("latents are continuous and have no likelihood in bits: load a model of pixels or codes")
         check_whole_number(1, nfe=nfe, batch_size=batch_size)
         check_whole_number(None, seed=seed)
@@ -217,7 +217,7 @@ class SamplerRun:
 
     def _check_scored(self, images: Tensor) -> None:
         """TypeError, ValueError unless these are images of the size and the kind that the model was trained on."""
-        pixels = not isinstance(self.model.space, Codes)
+        pixels = not isinstance(self.model.space, CodeSpace)
         if pixels and self.model.data.data_range is not None:
             raise ValueError(f"{self.model.run.name} models no 8-bit images (--data_range): bits are not defined")
         check_images(images, self.image_shape[0])
@@ -228,7 +228,7 @@ class SamplerRun:
 
     def _data(self, images: Tensor) -> Batch:
         """A batch of images as the sampler's space loads it."""
-        if isinstance(self.model.space, Codes):
+        if isinstance(self.model.space, CodeSpace):
             return {"codes": self.model.space.first_stage.encode(images)}
         return {"image": to_float(images)}
 
