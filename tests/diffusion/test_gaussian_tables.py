@@ -102,6 +102,6 @@ def test_the_losses_are_those_of_the_public_code(public, monkeypatch):
 def test_ddim_and_its_inversion_are_those_of_the_public_code(public):
     process, table = public
     _, _, x_t, t, s, pred = case(process, table)
-    for to, name in ((s, "ddim_eta0"), (t + 1 / process.steps, "ddim_reverse")):
-        x_s = append_dims(process.alpha(to), x_t) * pred.x0 + append_dims(process.sigma(to), x_t) * pred.eps
+    for target, name in ((s, "ddim_eta0"), (t + 1 / process.steps, "ddim_reverse")):
+        x_s = append_dims(process.alpha(target), x_t) * pred.x0 + append_dims(process.sigma(target), x_t) * pred.eps
         assert torch.allclose(x_s, table[f"case_{name}"], atol=1e-5)
