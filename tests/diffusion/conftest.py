@@ -1,4 +1,4 @@
-"""Small known distributions of codes, and exact results from them by enumeration."""
+"""Small known distributions of codes, with exact results by enumeration."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.rng import Streams
 
-# The share of codes that is masked, in MaskGIT's own time r = 1 - t (Chang et al. 2022, section 3.3)
+# The fraction of codes that is masked, in MaskGIT's own time r = 1 - t (Chang et al. 2022, section 3.3)
 SHARES = {
     "linear": lambda r: 1 - r,
     "cosine": lambda r: math.cos(math.pi * r / 2),
@@ -106,7 +106,7 @@ class Joint:
         return p
 
     def unmask_distribution(self, unmask_steps: list[int], denoise: Callable | None = None) -> Tensor:
-        """The distribution over states (S,) if code i is sampled in step turns[i], independently within a step."""
+        """The distribution over states (S,) if code i is sampled in step unmask_steps[i], independently within it."""
         x, p, unmask_step = (
             self.all_mask(len(self.grids)),
             torch.ones(len(self.grids), dtype=torch.float64),

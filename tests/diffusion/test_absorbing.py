@@ -27,7 +27,7 @@ def test_continuous_times_are_uniform(streams, p_value):
 
 @pytest.mark.parametrize("steps", [4, None])
 def test_time_is_never_zero(steps, streams, monkeypatch):
-    for u in (0.0, 1 - 2**-24):  # the ends of what a uniform number can be
+    for u in (0.0, 1 - 2**-24):  # the smallest and largest uniform numbers
         rng = streams(1)
         monkeypatch.setattr(rng, "uniform", lambda shape, u=u: torch.full(shape, u))
         assert 0 < AbsorbingDiffusion(2, steps).times(rng) <= 1

@@ -129,9 +129,8 @@ def test_in_continuous_time_the_loss_meets_the_entropy(joint, equal_bits, schedu
     for distribution in (joint.with_schedule(schedule), equal_bits.with_schedule(schedule)):
         assert integral(distribution, distribution.denoise) == pytest.approx(distribution.entropy, rel=1e-5)
         assert distribution.any_order() == pytest.approx(distribution.entropy)
-        assert (
-            integral(distribution, distribution.denoise, lambda t: t) < 0.9 * distribution.entropy
-        )  # without the weight
+        # without the weight
+        assert integral(distribution, distribution.denoise, lambda t: t) < 0.9 * distribution.entropy
 
 
 def test_the_continuous_elbo_is_the_any_order_bound(joint, schedule):

@@ -156,7 +156,8 @@ def test_it_ranks_by_what_was_said_however_codes_are_drawn(warper):
     confidence(
         lambda x, t, rows=None: (scores[:, None] * torch.tensor([0.0, 1.0])).expand(len(x), 1, 5, 2),
         AbsorbingDiffusion(2), torch.full((1, 1, 5), 2), even_times(5), rng=Streams([0]), choice_temp=0.0,
-        warper=LogitsWarper(**warper), on_step=lambda i, t, s, x, logits: unmasked.append((x != 2).flatten().tolist()) or x,
+        warper=LogitsWarper(**warper),
+        on_step=lambda i, t, s, x, logits: unmasked.append((x != 2).flatten().tolist()) or x,
     )  # fmt: skip
     order = sorted(range(5), key=lambda position: -scores[position])
     assert unmasked == [[position in order[: i + 1] for position in range(5)] for i in range(5)]

@@ -9,7 +9,7 @@ from diffusion.solvers import solvers_for
 from helpers.solving import solve_in_steps
 
 PROCESS = AbsorbingDiffusion(3)
-SOLVERS = {name: entry for name, entry in solvers_for(PROCESS).items() if name != "discrete"}  # of absorbing alone
+SOLVERS = {name: entry for name, entry in solvers_for(PROCESS).items() if name != "discrete"}  # of this process only
 ANY_STEPS = [name for name in SOLVERS if name != "first_hitting"]
 
 
@@ -64,9 +64,8 @@ def test_calls_are_at_most_the_steps_and_the_codes(name, steps, schedule, stream
     n_masked = (canvases() == 3).sum((1, 2)).tolist()
     if name != "remask":
         assert all(n <= min(steps, left) for n, left in zip(calls_per_example, n_masked, strict=True))
-        assert name == "ancestral" or max(calls_per_example) == min(
-            steps, 6
-        )  # one a step at least, while there are masks
+        # at least one code per step while any is masked
+        assert name == "ancestral" or max(calls_per_example) == min(steps, 6)
     assert name != "first_hitting" or calls_per_example == n_masked
     assert calls_per_example[-1] == 0  # it was complete
 
@@ -98,11 +97,11 @@ def test_an_example_is_evaluated_only_when_its_codes_are_sampled(name, steps, st
 @pytest.mark.parametrize("name, steps", cases())
 def test_a_complete_canvas_costs_nothing(name, steps, streams):
     x = torch.randint(0, 3, (4, 2, 3), generator=torch.Generator().manual_seed(1))
-    if name == "remask":  # given codes are not masked again either
+    if name == "remask":  # known codes are never remasked
         x = torch.zeros_like(x)
 
     def denoise(*_):
-        raise AssertionError("nothing is to be drawn")
+        raise AssertionError("nothing should be sampled")
 
     assert torch.equal(
         solve_in_steps(SOLVERS[name].solve, denoise, PROCESS, x, steps=steps, rng=streams(4), **settings(name)), x
@@ -121,7 +120,7 @@ def test_few_codes_in_many_steps_cost_few_evaluations(streams):
     solve_in_steps(SOLVERS["ancestral"].solve, denoise, PROCESS, x, steps=256, rng=streams(64))
     assert len(denoise.calls) == 6
     assert 64 * 5.8 < sum(map(len, denoise.calls)) <= 64 * 6
-    assert len({t for _, t, _ in denoise.calls[0]}) > 20  # of different times, in one call
+    assert len({t for _, t, _ in denoise.calls[0]}) > 20  # different times in one call
 
 
 @pytest.mark.parametrize("name", ["ancestral", "first_hitting", "halton"])

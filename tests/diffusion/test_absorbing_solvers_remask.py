@@ -12,7 +12,7 @@ from diffusion.drawing import LogitsWarper
 from helpers.solving import solve_in_steps
 
 STEPS_DOWN = [(1.0, 0.75), (1.0, 0.0), (0.75, 0.5), (0.5, 0.1), (0.3, 0.0)]  # (t, s)
-FRACTIONS = [0.0, 0.3, 1.0]  # of the most that a step allows
+FRACTIONS = [0.0, 0.3, 1.0]  # of the largest sigma of a step
 
 
 def knows(x0):
@@ -108,8 +108,8 @@ def test_after_each_step_there_is_what_its_kernels_make(joint, equal_bits, strea
     for seed, (distribution, schedule) in enumerate(cases):
         distribution, n, states = distribution.with_schedule(schedule), 6000, []
         x = solve_in_steps(remask, 
-            distribution.mistaken, distribution.process(), distribution.all_mask(n), steps=3, rng=streams(n, seed), remasking=strategy,
-            remask_eta=eta, on_step=lambda i, t, s, x, logits, states=states: states.append(x) or x,
+            distribution.mistaken, distribution.process(), distribution.all_mask(n), steps=3, rng=streams(n, seed),
+            remasking=strategy, remask_eta=eta, on_step=lambda i, t, s, x, logits, states=states: states.append(x) or x,
         )  # fmt: skip
         step_sigmas = sigmas(distribution, 3, strategy, eta)
         p = torch.eye(len(distribution.states), dtype=torch.float64)[-1]
@@ -242,4 +242,5 @@ def test_remasking_goes_by_what_the_network_said(streams):
     assert all(torch.equal(a, b) for a, b in zip(greedy, forced, strict=True))
     remasked = [((b == 2) & (a != 2)).sum((0, 1)) for a, b in zip(greedy[:-1], greedy[1:], strict=True)]
     remasked = sum(remasked).double()
-    assert remasked[:3].mean() > 1.12 * remasked[10:].mean()  # p is 0.5 to 0.65 there, and nearly 1 behind
+    # p is 0.5 to 0.65 in the first positions and nearly 1 in the last
+    assert remasked[:3].mean() > 1.12 * remasked[10:].mean()

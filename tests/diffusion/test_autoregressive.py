@@ -101,7 +101,7 @@ def test_known_codes_stay_and_condition_the_codes_after_them():
     assert (codes[:, 0, 1] == 2).all() and (codes[:, 1, 1] == 0).all()
     pred = all_logits(SEQUENCES).softmax(-1).flatten(1, 2).gather(-1, SEQUENCES[..., None])[..., 0]
     matching = (SEQUENCES[:, 1] == 2) & (SEQUENCES[:, 3] == 0)
-    assert abs(chi_square(codes, pred[:, 0] * pred[:, 2] * matching)) < 4  # codes 0 and 2 alone are drawn
+    assert abs(chi_square(codes, pred[:, 0] * pred[:, 2] * matching)) < 4  # only codes 0 and 2 are drawn
 
 
 def test_an_image_is_the_same_whatever_its_batch_holds():
@@ -118,7 +118,7 @@ def test_an_image_is_the_same_whatever_its_batch_holds():
     [
         ([], [(2, 0), (2, 1), (2, 2), (2, 3)]),
         ([(0, 0), (0, 1)], [(2, 2), (2, 3)]),  # a run at the beginning is read in one call
-        ([(0, 1), (1, 1)], [(2, 0), (2, 2)]),  # so is one on the way, and the end is not read
+        ([(0, 1), (1, 1)], [(2, 0), (2, 2)]),  # so is one in the middle; the last code is not read
         ([(0, 0), (0, 1), (1, 0), (1, 1)], []),
     ],
 )
@@ -131,7 +131,7 @@ def test_a_call_is_made_for_unknown_codes_alone(known, calls):
 
 def test_an_example_is_evaluated_until_its_last_unknown_code():
     x, model = masked_grids(3), Model()
-    x[0, 1], x[1] = 1, 2  # the last of 0 is place 1; 1 has none; 2 is all unknown
+    x[0, 1], x[1] = 1, 2  # example 0 has unknown codes up to position 1, example 1 none, 2 only unknown ones
     draw(x, [0, 1, 2], model)
     assert model.calls == [(2, 0), (2, 1), (1, 2), (1, 3)]
 
@@ -141,7 +141,7 @@ def test_x_itself_is_left_as_it_is():
     assert (draw(x, [0, 1]) < K).all() and (x == MASK).all()
 
 
-T = 1 - torch.arange(N) / N  # what the denoiser is told at each place
+T = 1 - torch.arange(N) / N  # the time of each position
 
 
 def follows(denoise, pred, n=3000, **warper):

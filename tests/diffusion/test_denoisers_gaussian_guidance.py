@@ -11,8 +11,6 @@ PROCESS = Circle()
 GENERATOR = torch.Generator().manual_seed(0)
 X, STRONG, WEAK, FRAC, OTHER_FRAC = torch.randn(5, 3, 2, 4, 4, generator=GENERATOR, dtype=torch.float64)
 T = torch.tensor([0.2, 0.5, 0.8])
-
-
 STRONG_IDS, WEAK_IDS = torch.ones(3, dtype=torch.long), torch.zeros(3, dtype=torch.long)  # conditions
 
 
@@ -67,7 +65,7 @@ def test_guidance_without_a_learned_variance_makes_none():
 
 
 def test_outside_the_interval_the_prediction_is_conditional():
-    pred, calls = guide(3.0, interval=(0.5, 0.7))  # of the three examples the second alone is inside
+    pred, calls = guide(3.0, interval=(0.5, 0.7))  # only the second of the three examples is inside
     assert torch.equal(pred.x0[[0, 2]], STRONG[[0, 2]])
     assert torch.allclose(pred.x0[1], WEAK[1] + 3 * (STRONG[1] - WEAK[1]))
     assert calls == [0] * 3 + [1] * 3
@@ -97,7 +95,8 @@ def test_rescale_moves_the_std_of_x0_to_the_conditional(rescale):
     plain = WEAK + 4 * (STRONG - WEAK)
     before, expected = plain.flatten(1).std(1), STRONG.flatten(1).std(1)
     assert torch.allclose(pred.x0.flatten(1).std(1), rescale * expected + (1 - rescale) * before)
-    assert torch.allclose(pred.x0 / plain, (pred.x0 / plain)[:, :1, :1, :1].expand_as(plain))  # by one factor each
+    # by one factor per example
+    assert torch.allclose(pred.x0 / plain, (pred.x0 / plain)[:, :1, :1, :1].expand_as(plain))
 
 
 def test_rescaling_without_the_process_is_refused():

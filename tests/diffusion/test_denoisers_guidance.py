@@ -42,7 +42,7 @@ def test_other_scales_go_from_the_weaker_through_the_conditional(scale):
     assert not torch.allclose(prediction, conditional + scale * (conditional - weaker))  # the other convention
 
 
-CHAINS = [  # scales -> the conditions that count
+CHAINS = [  # scales -> the conditions used
     ((2.0, 7.5), [0, 1, 2]),
     ((1.5, 0.5, 3.0), [0, 1, 2, 3]),
     ((1.0, 3.0), [1, 2]),
@@ -92,7 +92,7 @@ def test_wrong_chains_are_refused():
         guided(Network(), [None, LABELS], [2.0])(X, T)
 
 
-# Of codes: conditions are labels, a row per example
+# Codes: conditions are labels, one per example
 
 X = torch.randint(0, 9, (4, 2, 3), generator=torch.Generator().manual_seed(0))
 T = torch.tensor([1.0, 0.6, 0.3, 0.0])

@@ -23,7 +23,7 @@ PROCESSES = {
 }
 CASES = [(name, solver) for name, process in PROCESSES.items() for solver in solvers_for(process)]
 KEEP = torch.tensor([[[True, False], [False, True]], [[False, False], [True, False]]])
-X0 = torch.tensor([[[[0.3, 9.0], [9.0, -0.7]]], [[[9.0, 9.0], [0.9, 9.0]]]])  # 9: whatever it is, nobody may see it
+X0 = torch.tensor([[[[0.3, 9.0], [9.0, -0.7]]], [[[9.0, 9.0], [0.9, 9.0]]]])  # 9 marks pixels that must not be read
 
 
 def constant_denoiser(process, frac=0.4):
@@ -111,7 +111,7 @@ def test_strength_1_is_the_process_and_0_ends_below_its_end(name):
 
 
 def test_the_steps_that_are_left_are_those_from_there():
-    process = RectifiedFlow()  # the share of noise is t
+    process = RectifiedFlow()  # the noise fraction is t
     assert [
         remaining_steps(process, from_strength(process, strength), 20, "uniform") for strength in (1.0, 0.5, 0.26)
     ] == [

@@ -65,7 +65,7 @@ def test_the_mixture_against_a_loop(stride):
 
 
 def denoise_by_row(x, t, rows):
-    """Also depends on the canvas."""
+    """Like `denoise`, but also depends on the row."""
     return denoise(x, t + 10 * rows)
 
 

@@ -145,7 +145,7 @@ def test_temperature_zero_ends_with_the_likeliest_codes(process, streams):
     assert (out == torch.tensor([2, 0])).all()
 
 
-# A sampler by the uniform process, of a network that is told the time
+# A sampler with the uniform process and a network that takes the time
 
 
 def test_a_sampler_learns_draws_and_has_its_bound():

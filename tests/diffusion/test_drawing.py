@@ -111,7 +111,7 @@ def test_top_p_keeps_the_fewest_that_add_up(top_p, expected):
 
 
 def test_top_p_counts_exactly_where_sums_are_exact():
-    assert support(p=[0.5, 0.25, 0.125, 0.125], top_p=0.75) == {0, 1}  # enough is enough
+    assert support(p=[0.5, 0.25, 0.125, 0.125], top_p=0.75) == {0, 1}  # the sum is reached exactly
 
 
 def test_top_k_keeps_ties_and_top_p_the_smallest_set():

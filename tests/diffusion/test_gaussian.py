@@ -24,7 +24,7 @@ def output_for(process, x0, noise, t, frac=0.5):
     )
 
 
-# What a network says
+# Network outputs
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])

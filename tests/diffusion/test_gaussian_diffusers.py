@@ -96,7 +96,7 @@ def run_theirs(scheduler, process, x, noise=None, **options):
         step_options = options if noise is None else {**options, "variance_noise": noise.normal(x.shape)}
         x = scheduler.step(network(x, k.expand(len(x))), k, x, **step_options).prev_sample
         states.append(x if getattr(scheduler, "last_sample", None) is None else scheduler.last_sample)
-    return states if states[-1] is x else [*states[1:], x]  # UniPC: what the next step corrected it to
+    return states if states[-1] is x else [*states[1:], x]  # UniPC: x as corrected by the next step
 
 
 def largest_difference(actual, expected):
@@ -158,7 +158,7 @@ def test_zero_terminal_snr_is_theirs(name):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_min_snr_weights_are_theirs(prediction):
-    """Those of its training examples, by its SNR: for v over SNR + 1, since v's error is x_0's times sqrt(SNR + 1)."""
+    """The weights of its training examples; for v divided by SNR + 1, since v's error is x_0's times sqrt(SNR + 1)."""
     from diffusers.training_utils import compute_snr
 
     k = torch.tensor([0, 10, 100, 500, 900, 999])
@@ -194,7 +194,7 @@ def test_ddim(schedule, prediction, spacing, eta):
     process = GaussianDiffusion(SCHEDULES[schedule][0], prediction)
     scheduler, steps = scheduler_of("DDIMScheduler", process, schedule, spacing, clip_sample=False)
     if spacing == "linspace":
-        scheduler.num_inference_steps = steps - 1  # its stride is T // this: by itself it stops where it never looks
+        scheduler.num_inference_steps = steps - 1  # its stride is T // this, and linspace has one interval fewer
     result = run_theirs(scheduler, process, initial_noise(process), Noise(), eta=eta)
     assert (
         largest_difference(

@@ -61,7 +61,7 @@ def test_a_solver_serves_the_subclasses_of_its_process():
     assert solvers_for(Child(3)) == absorbing
 
 
-# What every solver promises
+# Properties of every solver
 
 
 @every_solver
@@ -115,7 +115,7 @@ def test_on_step_sees_and_may_change_x(name):
 
     def on_step(i, t, s, x, x0_hat):
         recorded.append((i, t, s))
-        call_index = {"heun": 2 * i}.get(name, i if name != "unipc" else 2 * i)  # unipc asks again after a change
+        call_index = {"heun": 2 * i}.get(name, i if name != "unipc" else 2 * i)  # unipc evaluates again after a change
         assert calls[call_index][0] == pytest.approx([t, t])
         if i == 0:
             assert torch.allclose(x0_hat, NORMAL.denoiser(PROCESS)(noise, torch.ones(2)).x0)
@@ -127,7 +127,7 @@ def test_on_step_sees_and_may_change_x(name):
     x = solve_in_steps(SOLVERS[name].solve, denoise, PROCESS, noise, steps=4, rng=Streams([1, 2]), on_step=on_step)
     assert recorded == [(0, 1, 0.75), (1, 0.75, 0.5), (2, 0.5, 0.25), (3, 0.25, 0)]
     assert (x[..., 0, 0] == 10).all()
-    assert {7.0, 8.0, 9.0} <= {value for _, value in calls}  # the next step begins with what was handed back
+    assert {7.0, 8.0, 9.0} <= {value for _, value in calls}  # the next step starts from the returned x
 
 
 @every_solver
@@ -145,7 +145,7 @@ def test_the_network_is_called_once_per_step_and_by_heun_twice(name, on_step):
 
 @every_solver
 def test_a_solver_leaves_nothing_on_another_device(name):
-    with FakeTensorMode(allow_non_fake_inputs=True):  # no numbers, but a device
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a device without data
         x = torch.zeros(2, 1, 4, 4, device="cuda:0")
         rng = Streams([1, 2], "cuda:0")
 
@@ -161,7 +161,7 @@ def test_a_solver_leaves_nothing_on_another_device(name):
 
 @pytest.mark.parametrize("name, order", [("ddim", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 2)])
 def test_a_deterministic_solver_converges_with_its_order(name, order):
-    """In equal steps of t the second order comes with a logarithm, from steps in log(alpha / sigma) that stay long."""
+    """In uniform steps of t the second-order error has a logarithmic factor: some log-SNR steps do not shrink."""
     process, exact = Circle(), 0.3 + 0.5 * GRID  # the flow takes N(0, 1) to N(0.3, 0.5^2)
     errors = {n: (solve(name, process, NORMAL, GRID, n) - exact).abs().max().item() for n in (64, 128, 256, 512)}
     assert convergence_order(errors) == pytest.approx(order, abs=0.1 if order == 1 else 0.4)
@@ -171,7 +171,7 @@ def test_a_deterministic_solver_converges_with_its_order(name, order):
 @pytest.mark.parametrize("process", [PROCESSES["linear"], PROCESSES["edm"], PROCESSES["flow"]])
 @pytest.mark.parametrize("name, order", [("ddim", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 3)])
 def test_the_order_holds_to_the_last_step_on_other_processes(name, order, process):
-    """By logsnr spacing, whose last step to 0 does not shrink: on_step takes x before it. UniPC gains one order."""
+    """With logsnr spacing, whose last step to 0 does not shrink: x is taken before it. UniPC gains one order."""
     start = GRID * process.start
 
     def error(steps):

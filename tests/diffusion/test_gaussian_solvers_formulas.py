@@ -77,7 +77,7 @@ def terms(process, times):
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 def test_two_step_multistep_solvers_are_their_published_updates(eta):
-    """Lu et al. 2022, algorithm 2, and its SDE form, written in lambda; the last step to 0 is the data itself."""
+    """Lu et al. 2022, algorithm 2, and its SDE form, written in lambda; the last step to 0 returns the data."""
     times, noise = step_times(PROCESS, 6, "linspace"), Streams([4])
     alpha, sigma, lambda_ = terms(PROCESS, times)
     denoise, x, previous = TWO.denoiser(PROCESS), GRID, None
@@ -151,4 +151,4 @@ def test_ddpm_takes_the_variance_of_its_process():
     for variance in ("fixed_small", "fixed_large"):
         process = GaussianDiffusion(linear(1000), variance=variance)
         draws.append(sampled_variance(ddpm, process, Mixture((1.0,), (0.0,), 0.25), 10, spacing="linspace"))
-    assert draws[0] < 0.25 < draws[1]  # the two ends of what the truth can be
+    assert draws[0] < 0.25 < draws[1]  # the bounds of the true variance

@@ -22,7 +22,7 @@ SCHEDULE = {"linear_1000": linear(1000), "cosine_4000": cosine(4000)}
 
 @pytest.fixture(params=SCHEDULE)
 def public(request):
-    """The process, and its arrays by name."""
+    """The process, and the public code's arrays by name."""
     process = GaussianDiffusion(SCHEDULE[request.param], variance="learned_range")
     with np.load(TABLES) as file:
         names = [name for name in file.files if name.startswith(request.param)]
@@ -30,7 +30,7 @@ def public(request):
 
 
 def case(process, table):
-    """x0, eps, x_t, t, s and the prediction of the one case there is."""
+    """x0, eps, x_t, t, s and the prediction of the recorded case."""
     t = (table["case_t"] + 1) / process.steps
     pred = process.to_prediction(table["case_net_out"], table["case_x_t"], t)
     return table["case_x0"], table["case_eps"], table["case_x_t"], t, table["case_t"] / process.steps, pred

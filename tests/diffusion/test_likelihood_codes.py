@@ -26,7 +26,7 @@ def test_the_bound_of_independent_codes_is_their_entropy(streams, steps, calls):
     assert torch.allclose(bound.total, bound.terms.sum(1))
     entropy = torch.special.entr(p).sum() / math.log(2)
     assert within_error(bound.total, entropy)
-    assert within_error(bound.terms[:, 0], entropy / steps)  # each step reveals as many
+    assert within_error(bound.terms[:, 0], entropy / steps)  # every step reveals equally many
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8])
@@ -77,7 +77,7 @@ def test_in_continuous_time_the_bound_is_that_of_any_order(joint, schedule, stre
         assert expected == pytest.approx(joint.entropy / joint.count)
     else:
         assert expected > joint.entropy / joint.count + 0.02
-    for t, masked in calls_made:  # the time at which so many are masked
+    for t, masked in calls_made:  # t is the time at which this many are masked
         assert masked.min() > 0
         mask_prob = joint.process(None).mask_prob(t.double())
         assert torch.allclose(mask_prob, masked.double() / joint.count, atol=1e-6)

@@ -32,7 +32,7 @@ every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCE
 
 
 class Correlated:
-    """Gaussian images (1, 2, 2) with a mean and variance per pixel, correlated by `correlated`."""
+    """Gaussian images (1, 2, 2) with a mean and variance per pixel, rotated if `correlated`."""
 
     def __init__(self, correlated: bool):
         generator = torch.Generator().manual_seed(1)
@@ -56,7 +56,7 @@ class Correlated:
         return denoise
 
     def bits(self, x, process=None):
-        """Of the data's own density at x; with a process, of its model's: what the flow makes of N(0, sigma_T^2)."""
+        """Bits of x under the data's density or, with a process, under N(0, sigma_T^2) carried back by its flow."""
         mean, variances = self.mean @ self.axes, self.variances
         if process:
             (a, v), (a_T, v_T) = (
@@ -74,7 +74,7 @@ class Correlated:
 
 
 def smoothed_bits(data: Mixture, process, x):
-    """Of the density of x_end / alpha, data being a mixture for each number."""
+    """Bits under the density of x_end / alpha, for data with an independent mixture per value."""
     t = torch.tensor(process.end)
     spread = (data.variance + (process.sigma(t) / process.alpha(t)) ** 2).sqrt()
     parts = torch.distributions.Normal(torch.tensor(data.means).double(), spread).log_prob(x.unsqueeze(-1))
@@ -125,7 +125,7 @@ def test_every_spacing_goes_from_the_least_noise_to_pure_noise(spacing, streams)
 
 @every_process
 def test_the_bias_of_stopping_at_end_is_the_remaining_blur(process, streams):
-    """On average over data KL(p_0 || p_end), of variances v and v + (sigma / alpha)^2: second order in their ratio."""
+    """On average it is KL(p_0 || p_end) of variances v and v + (sigma / alpha)^2: second order in their ratio."""
     data, t = Correlated(False), torch.tensor(process.end)
     blur = (process.sigma(t) / process.alpha(t)) ** 2 / data.variances
     expected = 0.5 * (blur.log1p() - blur / (1 + blur)).mean().item() / math.log(2)
@@ -136,7 +136,7 @@ def test_the_bias_of_stopping_at_end_is_the_remaining_blur(process, streams):
     assert bias == pytest.approx(expected, abs=1e-4) and bias < 3e-3
     x0 = x.view(2, 1, 2, 2)
     result = flow_bits_per_dimension(data.denoiser(process), process, x0, streams(2), steps=200)
-    data_bits = data.bits(dequantize(x0, streams(2)))  # knows neither end nor start
+    data_bits = data.bits(dequantize(x0, streams(2)))  # exact: depends on neither end nor start
     assert result.total.mean().item() == pytest.approx(data_bits.mean().item(), abs=2e-3)
 
 
@@ -227,7 +227,7 @@ def test_the_exact_divergence_is_the_trace_of_the_jacobian(streams):
     )
 
 
-# What it must not change
+# Invariances
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -259,7 +259,7 @@ def test_no_gradient_leaks_and_a_caller_may_be_without(x0, streams):
 
 @every_process
 def test_precision_is_the_images_own(process, streams):
-    data = Correlated(False)  # whose Jacobian is diagonal: signs are exact
+    data = Correlated(False)  # with a diagonal Jacobian random signs give the exact trace
     x0 = data.draw(3)
     bits = partial(flow_bits_per_dimension, data.denoiser(process), process)
     for x in (x0, x0.float()):
@@ -282,7 +282,7 @@ def test_both_ends_of_each_step_are_evaluated_from_end_to_start(x0, streams):
 
 
 def test_nothing_is_left_on_another_device():
-    y, rng = torch.zeros(2, 1, 4, 4, device="meta"), Streams([1, 2], "meta")  # no numbers, but a device
+    y, rng = torch.zeros(2, 1, 4, 4, device="meta"), Streams([1, 2], "meta")  # a device without data
     for exact in (False, True):
         flow = flow_velocity(lambda x, t: Prediction(x * t[0], x), flow_points(EDM(), 5, "logsnr")[2], y, rng, 2, exact)
         assert flow.velocity.device == flow.divergence.device == dequantize(y, rng).device == y.device

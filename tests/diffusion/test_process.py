@@ -21,7 +21,7 @@ PROCESSES = {
     "edm": EDM(),
 }
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-TIME_PAIRS = [(0.9, 0.5), (0.5, 0.1), (0.25, 0.2), (1.0, 0.3)]  # (t, s), of the process's start
+TIME_PAIRS = [(0.9, 0.5), (0.5, 0.1), (0.25, 0.2), (1.0, 0.3)]  # (t, s) as fractions of the process's start
 
 
 def scaled_times(process, t, s):
@@ -110,7 +110,7 @@ def test_data_and_noise_of_a_prediction_make_up_x_t(process, data):
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 3, 3)
     t = torch.tensor([0.4 * process.start])
     pred = data.denoiser(process)(x, t)
-    assert torch.allclose(process.corrupt(pred.x0, t, pred.eps), x)  # of the tests' perfect denoiser, too
+    assert torch.allclose(process.corrupt(pred.x0, t, pred.eps), x)  # holds for the tests' perfect denoiser, too
     other = process.with_x0(pred, pred.x0 + 0.1, x, t)
     assert torch.allclose(process.corrupt(other.x0, t, other.eps), x) and torch.equal(other.x0, pred.x0 + 0.1)
 

@@ -9,7 +9,7 @@ from diffusion.rng import Streams, sample_categorical, seed_of
 
 
 class FixedStreams(Streams):
-    """A stream whose uniform numbers are given."""
+    """Streams with fixed uniform numbers."""
 
     def __init__(self, numbers):
         self.numbers = numbers
@@ -90,7 +90,7 @@ def test_logits_need_not_be_normalised_and_may_be_half_precision():
 def test_selected_streams_share_state_and_others_stand_still():
     rng, single = Streams([1, 2, 3]), Streams([3])
     assert torch.equal(rng.select([2, 0]).uniform((2, 4))[:1], single.uniform((1, 4)))
-    assert torch.equal(rng.uniform((3, 4))[2:], single.uniform((1, 4)))  # the stream itself went on
+    assert torch.equal(rng.uniform((3, 4))[2:], single.uniform((1, 4)))  # the selected stream has advanced
     assert torch.equal(rng.select([1]).uniform((1, 4)), Streams([2]).uniform((1, 8))[:, 4:])
     assert len(rng.select([])) == 0 and rng.select([1]).device == rng.device
 
@@ -119,4 +119,4 @@ def test_seeds_differ_only_if_their_words_do():
     assert len(seeds) == len(words) and all(0 <= seed < 2**63 for seed in seeds)
     assert seed_of(0, "mask", 1) == seed_of(0, "mask", 1)
     assert seed_of(1, 11) != seed_of(11, 1) != seed_of(111)
-    torch.Generator().manual_seed(max(seeds))  # they are seeds
+    torch.Generator().manual_seed(max(seeds))  # accepted as a seed

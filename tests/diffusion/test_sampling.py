@@ -28,7 +28,7 @@ SHAPES = {name: (3, 4, 4) if name == "absorbing" else (3, 2, 4, 4) for name in P
 
 
 class Network(nn.Module):
-    """Says the same everywhere, or the label."""
+    """Predicts a constant image: 0.25, or a tenth of the label."""
 
     def encode(self, fields, x):
         return fields.get("label", torch.full(x.shape[:1], 9))
@@ -38,7 +38,7 @@ class Network(nn.Module):
 
 
 def code_logits(x):
-    """Logits of code 2."""
+    """Logits that are certain of code 2."""
     return nn.functional.one_hot(torch.full_like(x, 2), 4).float() * 100
 
 

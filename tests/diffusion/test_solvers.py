@@ -46,7 +46,7 @@ def test_solvers_of_another_process_are_not_offered():
     assert solvers_for("no process") == {}
 
 
-# What every solver promises. It is asked for one step per code, which every solver can do
+# Properties of every solver, with one step per code, which all of them support
 
 
 @pytest.mark.parametrize("name", SOLVERS)

@@ -51,7 +51,7 @@ def test_options_of_an_entry_are_keywords_of_its_solver(entry):
     is_discrete = not issubclass(entry.process, ContinuousProcess)
     assert keywords == {"rng", "on_step", *entry.option_names} | ({"warper"} if is_discrete else set())
     assert issubclass(entry.options, SolverOptions) and is_dataclass(entry.options)
-    assert all(field.default is None for field in fields(entry.options))  # which leaves it to the solver
+    assert all(field.default is None for field in fields(entry.options))  # None leaves the choice to the solver
     assert entry.solve.__doc__
 
 
@@ -131,7 +131,7 @@ SOLVERS = (Solver(constant, AbsorbingDiffusion, ConstantOptions, schedule="squar
 
 @pytest.fixture
 def plugin_module(tmp_path, monkeypatch):
-    """A file beside those of diffusion/, and the sampler's module as it then loads."""
+    """Adds a file to diffusion/ and reloads the module of the sampler."""
     (tmp_path / "constant_solver.py").write_text(CONSTANT_SOLVER)
     monkeypatch.setattr(diffusion, "__path__", [*diffusion.__path__, str(tmp_path)])
     spec = importlib.util.spec_from_file_location("absorbing_reloaded", absorbing.__file__)
@@ -160,5 +160,5 @@ def test_a_solver_with_an_option_is_one_file(plugin_module, capsys):
         ValueError, match="got constant_code 3 for solver ancestral, which has no such option: leave --const"
     ):
         select_solver(sampler.process, plugin_module.Sampling(constant_code=3))
-    assert options.with_solver("ancestral").constant_code is None  # it goes with its solver
+    assert options.with_solver("ancestral").constant_code is None  # an option is dropped with its solver
     assert sampler.sampling_process(select_solver(sampler.process, options)[0], options).schedule == "square"

@@ -73,7 +73,7 @@ def test_low_discrepancy_wants_one_stream_for_the_batch():
         low_discrepancy_times(PROCESS, Streams([0, 1, 2, 3]), 4)
 
 
-# Times by the size of their loss
+# Times by the size of the loss
 
 
 def test_the_resampler_is_uniform_until_its_history_is_full(streams):
@@ -119,7 +119,7 @@ def test_the_weighted_loss_is_unbiased(streams):
     t, weight = resampler.draw(streams(4000, 1))
     weighted = weight * LOSS[(8 * t).round().long() - 1]
     assert weighted.mean().item() == pytest.approx(LOSS.mean().item(), rel=0.02)
-    assert weighted.std() < 0.1 * LOSS.std()  # which is what it is for
+    assert weighted.std() < 0.1 * LOSS.std()  # the purpose of the weights
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -21,14 +21,14 @@ from models.neighborhood import HydraAttention
 
 WIDTH, HEADS, DEPTH, CONTEXT = 24, 3, 3, 10
 N, M, GRID = 5, 7, (6, 7)
-BLIND = 2  # the token from which masks of (N, M) hide everything
+BLIND = 2  # the query for which masks of (N, M) hide every key
 MAPS = {"softmax": 1, "diff_v1": 2, "diff_v2": 2}  # per head
 KEYS = {"softmax": 1, "diff_v1": 2, "diff_v2": 1}
 every_kind = pytest.mark.parametrize("kind", ATTENTION_TYPES)
 
 
 def layer_of(kind, dtype=torch.float64, **options):
-    """Every weight, norm and bias away from its start, so that nothing is hidden by a zero or a one."""
+    """A layer with random parameters, since initial zeros and ones would hide errors."""
     depth = {"depth": DEPTH} if kind == "diff_v1" else {}
     layer = ATTENTION_TYPES[kind](WIDTH, HEADS, **depth, **options)
     for p in layer.parameters():
@@ -49,9 +49,9 @@ def mask_of(kind, *shape):
 
 
 def formula(layer, x, context=None, mask=None, logit_bias=0.0, transform=lambda part: part):
-    """Head by head: what the layer says (B, N, D), and its maps (B, heads, N, M).
+    """Head by head: the output (B, N, D) and the maps (B, heads, N, M).
 
-    `logit_bias` (maps, N, M) is added to the logits besides the mask; `transform` gives one query or key its position.
+    `logit_bias` (maps, N, M) is added to the logits besides the mask; `transform` is applied to every query and key.
     """
     if context is None:
         q, k, v = layer.qkv(x)[..., : -2 * WIDTH], *layer.qkv(x)[..., -2 * WIDTH :].chunk(2, -1)
@@ -71,7 +71,7 @@ def formula(layer, x, context=None, mask=None, logit_bias=0.0, transform=lambda 
         """The softmax of query i to key j, each of width d."""
         scale = layer.scale or 1 / math.sqrt(d)
         logits = transform(part(q, i, d)) @ transform(part(k, j, d)).mT * scale + logit_bias[:, i]
-        return logits.softmax(-1).nan_to_num(0)  # a query that sees nothing gets zeros
+        return logits.softmax(-1).nan_to_num(0)  # a fully masked query gets zeros
 
     outputs, maps = [], []
     for i in range(HEADS):
@@ -145,7 +145,7 @@ def test_queries_and_keys_have_separate_norms_and_keep_dtype(kind):
     nn.init.zeros_(layer.norm_k.weight)
     with record_maps(layer) as maps:
         layer(x)
-    assert (maps[""][0].std(-1) < 1e-6).all()  # every key looks the same
+    assert (maps[""][0].std(-1) < 1e-6).all()  # all keys are equal
 
 
 def test_differential_conversion_with_qk_norm_keeps_the_function():
@@ -169,9 +169,8 @@ def test_with_fewer_queries_than_keys_they_are_the_last_tokens(mask):
 def bias_between(table, grid, step=1):
     """(maps, 2 k_h - 1, 2 k_w - 1) -> (maps, N, N): the entry of each offset, counted in steps, from query to key."""
     coordinates = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
-    offsets = (
-        (coordinate.flatten() - coordinate.flatten()[:, None]) // step for coordinate in coordinates
-    )  # (N, N), of rows and columns
+    # (N, N), of rows and columns
+    offsets = ((coordinate.flatten() - coordinate.flatten()[:, None]) // step for coordinate in coordinates)
     down, right = ((o + n // 2).clamp(0, n - 1) for o, n in zip(offsets, table.shape[1:], strict=True))
     return table[:, down, right]
 
@@ -231,7 +230,7 @@ def test_a_fully_masked_query_is_zero_before_the_projection(kind, mask):
 
 
 class RecordShapes(TorchDispatchMode):
-    """Of every tensor that an operation makes, forward or backward."""
+    """Records the shape of every tensor that an operation returns, forward or backward."""
 
     def __init__(self):
         super().__init__()

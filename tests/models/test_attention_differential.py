@@ -135,7 +135,7 @@ every_trained = pytest.mark.parametrize("name", TRAINED)
 
 
 def trained(name):
-    """A softmax layer and what it takes: a grid of tokens, and a context where it is of that kind."""
+    """A softmax layer with random weights and its inputs: a grid of tokens, and a context for cross-attention."""
     options = copy.deepcopy(TRAINED[name])
     inputs = [torch.randn(2, *GRID, WIDTH, dtype=torch.float64)]
     if "context_width" in options:
@@ -181,9 +181,8 @@ def test_an_open_gate_is_diff_v2_as_published():
     nn.init.ones_(converted.gate)
     assert torch.allclose(converted(x), published(x), atol=1e-12)
     layer.proj = converted.proj = nn.Identity()
-    ratios = (converted(x) / layer(x)).unflatten(
-        -1, (HEADS, -1)
-    )  # constant in a head if the second query were the first
+    # constant in a head if the second query were the first
+    ratios = (converted(x) / layer(x)).unflatten(-1, (HEADS, -1))
     assert ratios.std(-1).min() > 0.01
 
 

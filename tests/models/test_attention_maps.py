@@ -43,7 +43,7 @@ def test_map_rows_sum_as_expected_and_only_diff_is_negative():
 def test_recording_changes_no_output_and_draws_no_random_numbers():
     network, x, outs = trio(), tokens(), []
     for layers in ([], None, ["diff_v2"]):
-        torch.manual_seed(1)  # of the dropout
+        torch.manual_seed(1)  # for the dropout
         with record_maps(network, layers):
             outs.append(network(x))
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])

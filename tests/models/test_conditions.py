@@ -17,7 +17,7 @@ from models.unet import UNet, UNetConfig
 
 B, WIDTH = 4, 12
 NAMES = sorted(module.name for module in pkgutil.iter_modules(models.conditions.__path__))
-RAW = {  # the options of each encoder, and a batch of its raw field
+RAW = {  # options of each encoder, and a batch of its raw field
     "label": ({}, torch.tensor([0, 1, 2, 0])),
     "image": ({"condition_channels": 2}, torch.randn(B, 2, 6, 8, generator=torch.Generator().manual_seed(1))),
 }
@@ -29,7 +29,7 @@ def x():
 
 
 def build_encoder(name, width=WIDTH):
-    """With a null that is not zero."""
+    """An encoder with random weights, so that its null is not zero."""
     module = importlib.import_module(f"models.conditions.{name}")
     encoder = module.build(module.Config(**RAW[name][0]), width, n_classes=3)
     for p in encoder.parameters():
@@ -46,7 +46,7 @@ def test_an_encoder_makes_a_stream_and_keeps_the_contract(name):
     encoder = build_encoder(name)
     stream = encoder(RAW[name][1], x())
     assert isinstance(encoder, ConditionEncoder)
-    Condition({name: stream})  # raises where the shape is not that of its kind
+    Condition({name: stream})  # raises if the shape does not fit the kind of stream
     width = {Vector: WIDTH, Tokens: encoder.token_width, Map: encoder.map_channels}[type(stream)]
     assert len(stream.values) == B and stream.values.shape[1 if isinstance(stream, Map) else -1] == width
 
@@ -89,7 +89,7 @@ NETWORKS = {  # each takes any condition, with embeddings of width 16
 @pytest.mark.parametrize("name", NAMES)
 def test_a_condition_reaches_every_network(name, kind):
     network, run = NETWORKS[kind]({name: build_encoder(name, 16)})
-    for p in network.parameters():  # of which some start at zero
+    for p in network.parameters():  # some start at zero
         p.data += 0.3 * torch.randn(p.shape, generator=torch.manual_seed(p.numel()))
     fields = {name: RAW[name][1]}
     output, null, mixed = run(fields), run(), run(fields, drop={name: DROP})
@@ -261,7 +261,7 @@ def test_an_attention_mask_follows_the_coverage_of_cells():
     tokens = Tokens(torch.randn(1, 4, 3), torch.tensor([[True, True, True, False]]), torch.tensor([[-1, 0, 1, -1]]))
     condition = Condition({"t": tokens}, Regions(masks, torch.zeros(1, 2).long(), torch.zeros(1, 2).long()))
     assert condition.attention_mask(2, 2).int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]]
-    for size in [(1, 1), (3, 5), (8, 8), (16, 16)]:  # a pixel vanishes at no level
+    for size in [(1, 1), (3, 5), (8, 8), (16, 16)]:  # one pixel counts at every resolution
         assert condition.attention_mask(*size)[..., 1].any() and not condition.attention_mask(*size)[..., 2].any()
     assert condition.attention_mask(2, 2) is condition.attention_mask(2, 2)
     assert Condition({"t": Tokens(torch.randn(1, 4, 3))}).attention_mask(2, 2) is None
@@ -290,7 +290,7 @@ def test_row_ids_are_equal_for_equal_conditions_alone():
     ids = condition[rows].row_ids()
     assert torch.equal(ids[:, None] == ids, rows[:, None] == rows)
     assert condition.row_ids().unique().numel() == B
-    for name in condition.streams:  # one stream alone tells them apart
+    for name in condition.streams:  # any single stream distinguishes them
         single = Condition({name: condition.streams[name]})
         assert single.row_ids().unique().numel() == B
     same = Condition({"vector": Vector(torch.ones(B, 2))}, condition.regions)
@@ -305,7 +305,7 @@ def test_a_condition_moves_to_a_device():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_are_flags_of_their_own_name(name):
-    """So that those of several conditions can stand beside each other."""
+    """The options of several conditions share one command line."""
     config = importlib.import_module(f"models.conditions.{name}").Config
     assert issubclass(config, ConditionConfig)
     names = {field.name for field in dataclasses.fields(config)}
@@ -313,7 +313,7 @@ def test_options_are_flags_of_their_own_name(name):
 
 
 class Boxes(ConditionEncoder):
-    """A token for each box, which speaks of it."""
+    """Encodes each box as a token that describes its region."""
 
     token_width = 4
 

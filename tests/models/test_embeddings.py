@@ -42,7 +42,7 @@ def test_rotation_keeps_norms_and_the_origin():
 
 def test_rotary_distinguishes_the_axes():
     rotated = Rotary(8)(torch.randn(8).expand(1, 4, 4, 1, 8))[0, :, :, 0]
-    assert torch.pdist(rotated.flatten(0, 1)).min() > 0.1  # every place is another
+    assert torch.pdist(rotated.flatten(0, 1)).min() > 0.1  # every position is rotated differently
     origin, down, right = rotated[0, 0], rotated[1, 0], rotated[0, 1]
     assert abs(origin @ down - origin @ right) > 0.01
 

@@ -1,6 +1,6 @@
-"""Neighbourhood attention against its definition, query by query; what it keeps and what it costs.
+"""Neighbourhood attention against its definition, query by query; precision, memory and cached tables.
 
-What it refuses, and its choice of a backend: test_neighborhood_natten.py.
+Rejected arguments and the choice of a backend: test_neighborhood_natten.py.
 """
 
 import itertools
@@ -50,7 +50,7 @@ class Case(NamedTuple):
 
 
 def neighbours(position, length, kernel, dilation, causal):
-    """The keys that a query sees along an axis."""
+    """The keys that a query attends to along an axis."""
     row = range(position % dilation, length, dilation)
     index = row.index(position)
     if causal:
@@ -166,11 +166,12 @@ def test_away_from_the_borders_the_output_moves_with_the_input(backend):
     out = attention_2d(q, k, v, (5, 3), (2, 3), backend=backend)
     shifted = attention_2d(*(x.roll((3, 2), (1, 2)) for x in (q, k, v)), (5, 3), (2, 3), backend=backend)
     assert torch.allclose(shifted[:, 7:-4, 5:-3], out[:, 4:-7, 3:-5], atol=1e-6)
-    assert not torch.allclose(shifted[:, 6:-4], out.roll((3, 2), (1, 2))[:, 6:-4], atol=1e-2)  # borders hold still
+    # the windows at the borders do not move
+    assert not torch.allclose(shifted[:, 6:-4], out.roll((3, 2), (1, 2))[:, 6:-4], atol=1e-2)
 
 
 def weights(grid, *window, backend, dropout=0.0):
-    """What each query gives to each key where all keys look alike: (N, N)."""
+    """Attention weights of each query when all keys are equal: (N, N)."""
     equal, one_hot = torch.zeros(1, *grid, 1, 1), torch.eye(torch.Size(grid).numel()).view(1, *grid, 1, -1)
     return attention_2d(equal, equal, one_hot, *window, backend=backend, dropout=dropout).flatten(0, 3)
 
@@ -231,7 +232,7 @@ def test_it_compiles_without_breaks_for_any_batch_and_grid(backend, bias):
 
 
 class LargestTensor(TorchDispatchMode):
-    """The bytes of the largest tensor that any operation returns."""
+    """Records the bytes of the largest tensor that any operation returns."""
 
     bytes = 0
 
@@ -248,7 +249,7 @@ def test_memory_is_linear_with_tiles_and_quadratic_without(backend, growth, bias
     monkeypatch.setattr(neighborhood_tiles, "TILES_PER_CHUNK", 10**6)  # all tiles at once
     sizes = []
     for side in (16, 32, 64)[: 3 if backend == "tiled" else 2]:
-        monkeypatch.setattr(tables, "CACHE", {})  # making the tables counts
+        monkeypatch.setattr(tables, "CACHE", {})  # count the tables as well
         case = Case((side, side), (5, 5), (1, 1), (False, False), shared=2, bias=bias)
         inputs = case.inputs(torch.float32)
         with LargestTensor() as largest:
@@ -282,9 +283,8 @@ def test_the_oldest_tables_make_room(monkeypatch):
     for n in [*range(latest + 1), latest, 2, 0]:
         assert tables.cached_tables(table, (n,), device=CPU)[0].tolist() == [n, n]
     assert built == [*range(latest + 1), 0] and len(tables.CACHE) == tables.MAX_CACHED
-    assert tables.cached_tables(table, (0,), device=torch.device("meta"))[
-        0
-    ].is_meta  # a device of its own, tables of its own
+    (on_meta,) = tables.cached_tables(table, (0,), device=torch.device("meta"))
+    assert on_meta.is_meta  # tables are cached per device
 
 
 @with_backends
@@ -293,7 +293,7 @@ def test_fake_tensors_are_never_cached(device, backend, monkeypatch):
     monkeypatch.setattr(tables, "CACHE", {})
     case = Case((16, 16), (3, 3), (1, 1), (False, False))
     inputs = [x.detach() for x in case.inputs()]
-    for _ in range(2):  # before the real tables are made, and after
+    for _ in range(2):  # before the real tables are cached, and after
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = case.attend(backend, *(mode.from_tensor(x).to(device) for x in inputs))
         assert isinstance(fake, FakeTensor) and fake.shape == (1, 16, 16, 2, 3) and str(fake.device) == device

@@ -18,7 +18,7 @@ def query_key_value(*grid, heads, shared=1, value_width=4):
 
 
 def agree(actual, expected, inputs):
-    """In output and gradients."""
+    """Whether outputs and gradients agree."""
     weight = torch.randn_like(expected)
     gradients = [torch.autograd.grad(out, inputs, weight) for out in (actual, expected)]
     return all(

@@ -20,7 +20,7 @@ def natten():
 
 
 def quiet(test):
-    """On a CPU natten calls PyTorch's flex attention uncompiled, and in an old way."""
+    """Ignore natten's warnings on a CPU: it calls flex attention uncompiled and with a deprecated option."""
     test = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")(test)
     return pytest.mark.filterwarnings("ignore:return_lse is deprecated:FutureWarning")(test)
 
@@ -100,7 +100,7 @@ def test_images_are_rejected_by_1d_attention():
     "grid, kernel, single, half",
     [
         ((8, 8), 7, "dense", "dense"),
-        ((16, 16), 7, "tiled", "dense"),  # written out in bfloat16, dense is fast for longer
+        ((16, 16), 7, "tiled", "dense"),  # the unfused dense kernel of bfloat16 is fast up to larger grids
         ((32, 32), 7, "tiled", "tiled"),
         ((64,), 3, "dense", "dense"),
         ((130,), 3, "tiled", "tiled"),

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from models.sdpa import attend, attention_map
 
 B, HEADS, N, M = 2, 3, 7, 9
-FUSED, UNFUSED = torch.float32, torch.bfloat16  # on a CPU the type chooses the path
+FUSED, UNFUSED = torch.float32, torch.bfloat16  # on a CPU the dtype selects the path
 MASKS = [(M,), (N, M), (HEADS, N, M), (B, 1, 1, M), (B, 1, N, M), (B, HEADS, N, M), (1, HEADS, N, 1)]
-BLIND = 2  # the query from which a mask hides everything
+BLIND = 2  # the query for which a mask hides every key
 
 
 def tokens(*shape, dtype=torch.float32, seed=0):
@@ -24,7 +24,7 @@ def query_key_value(dtype=torch.float32, value_width=8):
 
 
 def mask_of(kind, shape, dtype=torch.float32):
-    """Bool, or minus infinity where the bool one is False and a trained bias elsewhere."""
+    """A bool mask, or a float one: minus infinity where the bool one is False, a trained bias elsewhere."""
     visible = tokens(*shape, seed=3) > -0.5
     if len(shape) > 1 and shape[-2] == N:
         visible[..., BLIND, :] = False
@@ -73,7 +73,7 @@ def test_a_mask_acts_before_the_softmax_forward_and_backward(dtype, kind, shape,
 @pytest.mark.parametrize("kind", ["none", "bool", "added"])
 def test_the_two_paths_agree_forward_and_backward(kind, causal, monkeypatch):
     mask, results = None if kind == "none" else mask_of(kind, (B, 1, N, M)), []
-    for limit in (0, 1024):  # the fused kernel, then the written-out products
+    for limit in (0, 1024):  # the fused kernel, then the unfused products
         monkeypatch.setattr("models.sdpa.MAX_UNFUSED_KEYS", limit)
         inputs = query_key_value(UNFUSED)
         out = attend(*inputs, mask=mask, causal=causal)

@@ -21,7 +21,7 @@ def transformer(n_classes=0, **changes):
 
 
 def random_transformer(**changes):
-    """Every weight away from its start, so that nothing is hidden by a zero."""
+    """A transformer with random weights, since initial zeros would hide errors."""
     network = transformer(**changes)
     for p in network.parameters():
         nn.init.normal_(p, std=0.3)
@@ -92,7 +92,7 @@ def test_each_example_follows_its_own_label():
     for i in range(4):
         assert torch.allclose(batched[i : i + 1], network(ids[i : i + 1], {"label": labels[i : i + 1]}), atol=1e-4)
     outputs = network(ids[:1].expand(4, -1, -1), {"label": labels})
-    assert torch.pdist(outputs.flatten(1)).min() > 0.1  # every class, the null class too, says something else
+    assert torch.pdist(outputs.flatten(1)).min() > 0.1  # the logits of all classes differ, those of the null class too
 
 
 def test_only_positions_distinguish_masked_codes():
@@ -168,7 +168,7 @@ def test_with_relative_positions_any_canvas_is_one_pass(attention):
 
 @pytest.mark.parametrize("position", ["rope", "bias"])
 def test_away_from_borders_shifted_ids_give_shifted_logits(position):
-    """Two layers of 3 x 3 windows: what is four codes from every border does not know where it is."""
+    """Two layers of 3 x 3 windows: codes four or more from every border cannot tell their position."""
     attention = AttentionConfig(position=position, attention="neighborhood", kernel_sizes=(3,))
     network, canvas = random_transformer(attention=attention), torch.randint(0, CODES + 1, (1, 13, 14))
     logits, shifted = network(canvas[:, :12, :12]), network(canvas[:, 1:, 2:])

@@ -20,7 +20,7 @@ every_kind = pytest.mark.parametrize("attention", CONFIGS, ids=lambda a: f"{a.at
 
 
 def random_transformer(n_classes=CLASSES, **changes):
-    """Every weight away from its start, in float64."""
+    """A transformer with random weights, in float64."""
     options = {"codes": CODES, "grid": GRID, "width": 16, "heads": 2, "layers": 2}
     network = CausalTransformer(**(options | changes), encoders=label_encoders(n_classes, 16))
     for p in network.parameters():

@@ -19,7 +19,7 @@ NETWORKS = pytest.mark.parametrize("kind", [Transformer, CausalTransformer])
 
 
 class Words(ConditionEncoder):
-    """Ids (B, M), -1 where there is none -> tokens of width D; one word of its own is the null."""
+    """Embeds ids (B, M), -1 for padding, as tokens of width D; id 9 is the null."""
 
     token_width = D
 
@@ -46,7 +46,7 @@ def build_network(kind=Transformer, encoders=None, **changes):
 
 
 def randomize(network):
-    """Every weight away from its start, in float64."""
+    """Randomize every weight, in float64."""
     for p in network.parameters():
         nn.init.normal_(p, std=0.4)
     return network.double().eval()
@@ -62,11 +62,11 @@ def fields():
     return {"words": words, "image": torch.randn(B, 2, *GRID).double(), "label": torch.tensor([0, 2, 1])}
 
 
-# Where it starts
+# Initialisation
 
 
 def reference(classes):
-    """The network of earlier versions, as it was drawn: (name, first weights) in the order of its parameters."""
+    """Initial weights of the network of earlier versions: (name, tensor) in the order of its parameters."""
     code, label = nn.Embedding(CODES + 1, WIDTH), nn.Embedding(classes + 1, WIDTH) if classes else None
     blocks = [TransformerBlock(Attention(WIDTH, 2), adaptive=classes > 0) for _ in range(2)]
     head, position = nn.Linear(WIDTH, CODES, bias=False), nn.Parameter(torch.empty(*GRID, WIDTH))
@@ -107,7 +107,7 @@ def test_words_images_and_labels_change_nothing_at_first(kind):
     assert torch.equal(network(codes(), inputs), network(codes()))
     before = {name: p.clone() for name, p in network.named_parameters()}
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)
-    for _ in range(4):  # at first the last layers alone have a gradient
+    for _ in range(4):  # in the first step only the last layers have a gradient
         optimizer.zero_grad()
         network(codes(), inputs, drop={"image": torch.arange(B) < 1}).square().sum().backward()
         optimizer.step()
@@ -209,7 +209,7 @@ def test_regions_of_batch_mates_change_nothing(kind):
 
 
 def test_an_image_counts_with_all_its_pixels():
-    """A line that bilinear samples of the image would miss; and an encoded condition is that of raw fields."""
+    """Lines that bilinear sampling would miss are averaged; an encoded condition equals its raw fields."""
     network = randomize(build_network(encoders={"image": ImageEncoder(1)}))
     ids, image = codes(), torch.zeros(B, 1, 8 * GRID[0], 8 * GRID[1]).double()
     image[:, :, ::8] = 1.0
@@ -268,7 +268,7 @@ def test_the_time_joins_the_vectors():
     assert torch.equal(embeddings[0], network.time(t) + network.encoders["label"].embedding(labels))
 
 
-# All of it together
+# All conditions together
 
 
 def all_conditions(network):

@@ -63,7 +63,7 @@ def test_zero_init_blocks_add_nothing_and_all_weights_learn(n_classes):
         torch.optim.Adam(network.parameters(), 1e-3),
     )
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
-    for _ in range(4):  # at first the last layers alone have a gradient
+    for _ in range(4):  # in the first step only the last layers have a gradient
         optimizer.zero_grad()
         logits = network(ids(), labels)
         F.cross_entropy(logits.flatten(0, 2), ids().clamp(max=CODES - 1).flatten()).backward()

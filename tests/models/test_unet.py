@@ -32,7 +32,7 @@ def unet(n_classes=0, **changes):
 
 
 def randomize(network):
-    """Every weight away from its start, so that nothing is hidden by a zero."""
+    """Perturb every weight, since initial zeros would hide errors."""
     for p in network.parameters():
         p.data += 0.05 * torch.randn_like(p)
     return network

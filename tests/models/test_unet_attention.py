@@ -30,7 +30,7 @@ def block_of(name, **changes):
 
 
 def randomize(block):
-    """Every weight away from its start, so that nothing is hidden by a zero."""
+    """Perturb every weight, since initial zeros would hide errors."""
     for p in block.parameters():
         p.data += 0.2 * torch.randn_like(p)
     return block
@@ -113,7 +113,7 @@ def test_only_unmasked_tokens_change_the_output():
 def test_pixels_attend_to_the_tokens_of_their_regions_only():
     block, x = randomize(block_of("transformer", context_width=D)), feature_map()
     masks = torch.zeros(2, 1, 16, 14, dtype=torch.bool)
-    masks[:, :, :8], masks[0, 0, 15, 13] = True, True  # of one image a pixel as well, in the last of 8 x 7 cells
+    masks[:, :, :8], masks[0, 0, 15, 13] = True, True  # in one image also a pixel of the last of 8 x 7 cells
     tokens = text_condition().streams["text"]._replace(region=torch.zeros(2, M, dtype=torch.long))
     condition = Condition({"text": tokens}, Regions(masks, torch.zeros(2, 1).long(), torch.zeros(2, 1).long()))
     added = []

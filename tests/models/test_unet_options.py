@@ -29,7 +29,7 @@ def batch(count=3):
 
 
 class Words(ConditionEncoder):
-    """Two token streams of width 7 to test with: ids (B, M) -> tokens."""
+    """Embeds ids (B, M) as tokens of the given width; id 0 is the null."""
 
     def __init__(self, width=7):
         super().__init__()
@@ -65,7 +65,7 @@ def test_each_stream_is_dropped_by_itself():
     for name in fields:
         without = network(x, t, {key: raw for key, raw in fields.items() if key != name})
         assert (without - output).flatten(1).abs().amax(1).min() > 1e-4
-        if name != "words":  # here a sequence of nulls, there a single one: the same to attention, to rounding
+        if name != "words":  # a sequence of nulls equals a single one only up to rounding
             assert torch.equal(network(x, t, fields, drop={name: drop_all}), without)
 
 
@@ -120,7 +120,7 @@ class Doubled(ResBlock):
 
 
 class StoresOptions(nn.Module):
-    """Keeps what it was given."""
+    """Stores its arguments."""
 
     def __init__(self, channels, options):
         super().__init__()

@@ -12,7 +12,7 @@ def images(batch=3, height=16, width=24, channels=3):
 
 
 def augmentation(x, **changes):
-    """The augmentation that changes nothing, but for `changes`, given per example."""
+    """The identity augmentation with `changes`, one value per example."""
     B = len(x)
     ones = torch.ones(B, 1, 1, 1)
     identity = Augmentation(0 * ones, ones, ones, torch.zeros(B, 2, dtype=torch.long))
@@ -61,7 +61,7 @@ def test_translation_against_a_loop():
 def test_colour_comes_before_translation():
     x = images(1)
     out = augmentation(x, brightness=[0.5], shift=[[2, 0]])(x)
-    assert (out[:, :, :2] == 0).all()  # what comes in stays zero
+    assert (out[:, :, :2] == 0).all()  # pixels shifted in are zero
     assert torch.allclose(out[:, :, 2:], x[:, :, :-2] + 0.5, atol=1e-5)
 
 
@@ -92,9 +92,8 @@ def test_real_and_fake_images_get_the_same_draw():
     x = images()
     sampled = Augmentation.draw(x, Streams([1, 2, 3]))
     assert torch.equal(sampled(x), sampled(x.clone()))
-    assert torch.allclose(
-        sampled(x) - sampled(0 * x), sampled(2 * x) - sampled(x), atol=1e-5
-    )  # affine: nothing is redrawn
+    # affine: nothing is redrawn
+    assert torch.allclose(sampled(x) - sampled(0 * x), sampled(2 * x) - sampled(x), atol=1e-5)
     assert not torch.equal(sampled(x), Augmentation.draw(x, Streams([4, 5, 6]))(x))
 
 

@@ -145,7 +145,7 @@ def test_attention_stands_where_the_height_says():
         network(images(size=size))
         attention_sizes[size] = sizes
     assert attention_sizes[16, 32] == [(8, 16), (4, 8), (4, 8), (8, 16)]  # at height 8, and one in each middle
-    assert attention_sizes[32, 16] == [(8, 4)] * 4  # the third level is 8 high, the last of all
+    assert attention_sizes[32, 16] == [(8, 4)] * 4  # the third and last level is 8 high
 
 
 def test_unit_range_feeds_the_encoder_0_to_1_and_nothing_else():
@@ -155,7 +155,7 @@ def test_unit_range_feeds_the_encoder_0_to_1_and_nothing_else():
     assert torch.equal(unit.latents(2 * x.abs() - 1), default.latents(x.abs()))
     reconstruction, codes = unit(x)
     assert torch.equal(codes.ids, unit.encode(x)) and torch.equal(codes.ids, default.encode((x + 1) / 2))
-    assert torch.equal(reconstruction, default((x + 1) / 2)[0])  # what comes out is not scaled again
+    assert torch.equal(reconstruction, default((x + 1) / 2)[0])  # the output is not rescaled
     assert not torch.equal(unit.latents(x), default.latents(x))
 
 

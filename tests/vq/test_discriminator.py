@@ -70,7 +70,7 @@ def test_without_norms_every_convolution_has_a_bias():
 
 
 def train(discriminator, steps=30):
-    """After some steps that make its weights large."""
+    """Train for some steps that make the weights large."""
     optimizer = torch.optim.SGD(discriminator.parameters(), 0.5)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -90,7 +90,7 @@ def test_spectral_norm_holds_every_largest_singular_value_at_one(blur):
     )
     train(constrained)
     with torch.no_grad():
-        for _ in range(20):  # the weights rest, the power iteration catches up
+        for _ in range(20):  # with fixed weights the power iteration converges
             constrained(images(1, 16))
     assert (largest_singular_values(constrained.eval()) - 1).abs().max() < 1e-3
     assert (largest_singular_values(unconstrained) - 1).abs().max() > 0.1
@@ -157,7 +157,7 @@ def test_the_grid_of_logits_is_the_same_with_a_blur(side, layers):
 
 
 def shift_sensitivity(discriminator, x):
-    """How much the logits away from the border change, relative to how much they vary, when images move by a pixel."""
+    """Mean squared change of the inner logits when images move by one pixel, relative to their variance."""
     with torch.no_grad():
         logits, shifted = discriminator(x)[..., 2:-2, 2:-2], discriminator(x.roll(1, 3))[..., 2:-2, 2:-2]
     return ((logits - shifted).square().mean() / logits.var()).item()

@@ -13,7 +13,7 @@ from vq.quantizers import StepContext
 
 
 class FixedMean:
-    """Processes whose mean is known beforehand."""
+    """Two processes with a fixed mean; records the tensors to average."""
 
     rank, size = 0, 2
 

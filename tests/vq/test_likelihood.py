@@ -38,7 +38,7 @@ def test_the_last_layer_is_in_float32_under_autocast(decoder):
         mean, features = reconstruct(decoder, vectors)
         assert torch.equal(mean, decoder(vectors))
     assert mean.dtype == features.dtype == torch.float32
-    assert not torch.equal(mean, decoder(vectors))  # the rest was not
+    assert not torch.equal(mean, decoder(vectors))  # the other layers ran in bfloat16
 
 
 def test_a_new_head_fits_its_decoder_and_starts_constant(decoder):

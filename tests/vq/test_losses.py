@@ -18,7 +18,7 @@ from vq.losses import (
 
 
 def logits():
-    """Some on each side of every margin; (2, 3, 3, 1) real, (5,) fake: their numbers need not be equal."""
+    """Real (2, 3, 3, 1) and fake (5,) logits, some on each side of every margin."""
     real = torch.randn(2, 3, 3, 1, dtype=torch.float64).mul(3).requires_grad_()
     fake = torch.randn(5, dtype=torch.float64).mul(3).requires_grad_()
     return real, fake

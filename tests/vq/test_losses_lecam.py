@@ -35,7 +35,7 @@ def test_parts_of_a_batch_have_the_whole_ones_penalty():
     parts = [lecam(r, f) for r, f in zip(real.split(2), fake.split(2), strict=True)]
     assert torch.stack(parts).mean() == pytest.approx(lecam(real, fake).item())
     from_means = torch.stack([lecam(r.mean(), f.mean()) for r, f in zip(real.split(2), fake.split(2), strict=True)])
-    assert abs(from_means.mean() - lecam(real.mean(), fake.mean())) > 1e-2  # as squares of means would not
+    assert abs(from_means.mean() - lecam(real.mean(), fake.mean())) > 1e-2  # the penalty of means would differ
 
 
 def test_the_averages_begin_at_zero_and_forget_geometrically():

@@ -1,4 +1,4 @@
-"""The perceptual losses: what they are given, where their weights come from, and, with real ones, their values.
+"""Perceptual losses: inputs, sources of the weights and, with real weights, values.
 
 `LPIPS_SQUEEZE` names a folder with squeeze.backbone.pth (torchvision's ImageNet features) and the images in imgs/.
 """
@@ -22,7 +22,7 @@ from vq.perceptual import BACKBONES, MIN_SIDE, LogitDistance, Perceptual, load_p
 
 
 class Distance(nn.Module):
-    """In the place of LPIPS: the mean squared difference of RGB images."""
+    """Replaces LPIPS by the mean squared difference of RGB images."""
 
     def __init__(self, net, verbose, pretrained, pnet_rand):
         super().__init__()
@@ -41,7 +41,7 @@ def unreachable(*args, **kwargs):
 
 @pytest.fixture
 def fake_lpips(monkeypatch):
-    """Puts a class in the place of lpips.LPIPS."""
+    """Replaces lpips.LPIPS by a class."""
     return lambda network: monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=network))
 
 
@@ -103,7 +103,7 @@ def test_a_missing_library_is_an_error_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ValueError, match="pip install lpips"):
         load_perceptual("auto")
-    assert Perceptual("resnet50", trained=False)(*torch.zeros(2, 1, 3, 8, 8)) == 0  # which needs none
+    assert Perceptual("resnet50", trained=False)(*torch.zeros(2, 1, 3, 8, 8)) == 0  # it does not need lpips
 
 
 def test_wrong_arguments_are_refused():
@@ -132,7 +132,7 @@ def test_images_too_small_for_the_network_are_rejected(fake_lpips, net):
 
 
 def backbone(net):
-    """torchvision's network with random weights, the kind of whose state dict users have."""
+    """torchvision's network with random weights; users have state dicts of this kind."""
     torchvision = pytest.importorskip("torchvision")
     return getattr(torchvision.models, BACKBONES[net])()
 
@@ -264,7 +264,8 @@ def test_logits_are_of_images_resized_to_224():
     assert torch.allclose(logits, expected.expand(2, 3, 224, 224), atol=1e-5)
     stripes = (-1.0) ** torch.arange(672) * torch.ones(1, 3, 8, 1)
     smooth = distance.logits(stripes).view(1, 3, 224, 224) * distance.std + distance.mean
-    assert (smooth - 0.5)[..., 2:-2].abs().max() < 0.1  # without the filter, every third column: 1 and 0 by turns
+    # without antialiasing the columns would alternate between 1 and 0
+    assert (smooth - 0.5)[..., 2:-2].abs().max() < 0.1
 
 
 REAL = os.environ.get("LPIPS_SQUEEZE", "")

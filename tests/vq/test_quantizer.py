@@ -131,7 +131,7 @@ def test_the_gradient_passes_straight_through():
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_beta_weighs_the_commitment_and_one_the_codebook(legacy):
-    """Or, as in taming-transformers, the other way round."""
+    """With `legacy_beta`, as in taming-transformers, the two are swapped."""
     quantizer, z = quantizer_and_vectors(legacy_beta=legacy)
     codes, n = quantizer(z), z[0].numel()
     e = quantizer.vectors(brute_force(z, quantizer.codebook.weight))

@@ -15,7 +15,7 @@ CASES = [(24, 8, 2), (23, 8, 2), (9, 8, 4), (40, 16, 4), (17, 16, 15), (31, 7, 3
 
 
 class Convolutions(nn.Module):
-    """A VQGAN of convolutions alone, which reach one code to each side; in float64."""
+    """A VQGAN of convolutions only, which reach one code to each side; in float64."""
 
     def __init__(self, codes=32, dim=4, factor=4):
         super().__init__()
@@ -137,7 +137,7 @@ def test_an_image_of_one_tile_is_taken_whole(height, width):
 
 
 def test_latents_are_blended_before_they_become_codes():
-    """Codes of one tile alone would be taken from it; here the quantizer sees each position once, of the whole grid."""
+    """The quantizer gets each position once, with the blended latents of the full grid."""
     network, inputs = Convolutions(), []
     network.quantizer = SimpleNamespace(assign=lambda z: inputs.append(z) or network.assign(z))
     x = images(48, 48, dtype=torch.float64)
@@ -193,7 +193,7 @@ def test_the_seam_ratio_is_that_of_the_differences():
     assert seam_ratio((ramp * 10).to(torch.uint8), [], [8], 4) == pytest.approx(3)
     assert seam_ratio(ramp, [8], [8], 4) == pytest.approx((3 + 0) / 1)  # no row differs: 1.5 at seams, 0.5 elsewhere
     blocks = torch.zeros(1, 1, 1, 32)
-    blocks[..., torch.arange(32) // 4 % 2 == 1] = 1  # codes that are seen themselves are no seams
+    blocks[..., torch.arange(32) // 4 % 2 == 1] = 1  # visible boundaries between codes are not seams
     assert seam_ratio(blocks, [], [16], 4) == pytest.approx(1)
 
 
@@ -206,7 +206,8 @@ def test_a_ratio_of_nothing_is_no_number():
 @pytest.mark.parametrize("seed", range(4))
 def test_abutting_tiles_have_seams_that_blended_ones_have_not(seed):
     torch.manual_seed(seed)
-    network, ids = random_network(), torch.full((1, 16, 16), 3)  # a surface of one code: what is not flat is a border
+    # one code everywhere: any variation comes from a border
+    network, ids = random_network(), torch.full((1, 16, 16), 3)
 
     def seam(overlap):
         positions = seams(16, 8, overlap, 4)
@@ -216,7 +217,7 @@ def test_abutting_tiles_have_seams_that_blended_ones_have_not(seed):
 
 
 def test_a_constant_per_tile_shows_in_abutting_tiles_only():
-    """As group norm has it: each tile is brought to mean 0."""
+    """As with group norm, each tile is shifted to mean 0."""
     surface = torch.linspace(-1, 1, 96).expand(1, 1, 96, 96)
 
     def seam(overlap):

@@ -22,7 +22,7 @@ from vq.quantizer import make_quantizer
 from vq.quantizers import Quantized, Quantizer, QuantizerConfig, StepContext
 
 NAMES = plugin_names("vq.quantizers")
-BATCH_DEPENDENT = {"lfq", "ibq"}  # whose loss holds the entropy of the codes that a batch uses
+BATCH_DEPENDENT = {"lfq", "ibq"}  # their loss contains the entropy of the codes of a batch
 GRIDS = [(4, 4), (2, 5), (1, 1)]
 
 
@@ -32,7 +32,7 @@ def build(name, codebook_size=16, emb_dim=4, seed=0):
 
 
 def vectors_for(quantizer, batch=3, grid=(4, 3), seed=1):
-    """What an encoder might give (B, D, h, w)."""
+    """Random encoder outputs (B, D, h, w)."""
     return torch.randn(batch, quantizer.dim, *grid, generator=torch.Generator().manual_seed(seed))
 
 
@@ -132,7 +132,7 @@ def test_float64_stays(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_reach_every_vector_and_every_weight(name):
-    """A weight that gets none would stop several processes, which wait for it."""
+    """Distributed training would hang on a weight without a gradient."""
     quantizer = build(name)
     z = vectors_for(quantizer, 3).requires_grad_()
     codes = quantizer(z, context())
@@ -186,7 +186,7 @@ def test_a_copy_that_loads_the_state_is_the_same(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("step_context", [None, StepContext(5, seed=5)])
 def test_only_training_batches_update_the_codebook(name, step_context):
-    """A skipped step (None), or one that saw nothing, leaves everything as it was."""
+    """A skipped step (None), or one without training batches, changes nothing."""
     quantizer = build(name)
     before = copy.deepcopy(quantizer.state_dict())
     quantizer(vectors_for(quantizer), context() if step_context is None else None)
@@ -232,7 +232,7 @@ def test_options_of_another_quantizer_are_refused(name):
 
 
 def test_fields_of_one_name_are_one_flag():
-    """Of the same type and default, so that one value can be typed for several quantizers; and none of the network."""
+    """Equal names have one type and default, so that a flag serves several quantizers; none is a network's flag."""
     flags = {}
     for name in NAMES:
         for key, flag in flags_of(load_plugin("vq.quantizers", name, "quantizer").Config).items():

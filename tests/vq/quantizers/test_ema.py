@@ -18,7 +18,7 @@ def quantizer(codebook_size=K, decay=DECAY, revive_below=0.0):
 
 
 def batch(seed, batch_size=4, side=5):
-    """(B, D, side, side + 1) float64, not around 0."""
+    """(B, D, side, side + 1) float64, with mean 2."""
     generator = torch.Generator().manual_seed(seed)
     return 2 + torch.randn(batch_size, D, side, side + 1, dtype=torch.float64, generator=generator)
 
@@ -46,7 +46,7 @@ def is_among(codes, vectors):
 
 
 def test_codes_are_weighted_means_of_all_they_were_chosen_by():
-    """The recursion, solved: weights decay^age, the first code's vector and its turn among them."""
+    """The recursion in closed form: weights decay^age, the initial vectors and their counts included."""
     q, steps = initialized(), 7
     e0, n0 = q.codebook.clone(), batch(100)[:, 0].numel() / K
     assert torch.equal(q.chosen, torch.full((K,), n0).double())
@@ -79,7 +79,7 @@ def test_an_unused_code_does_not_move():
     for t in range(200):
         step(q, batch(t).float(), t + 1)
     assert (q.codebook[2] == 1000).all() and q.chosen[2] < 1e-30
-    q.codebook[2] = q.codebook[0] + 0.01  # and, chosen at last, moves to what chose it
+    q.codebook[2] = q.codebook[0] + 0.01  # once chosen, it moves to the vectors that chose it
     z = batch(0).float()
     ids = step(q, z, 1).flatten()
     assert torch.allclose(q.codebook[2], flat(z)[ids == 2].mean(0))
@@ -144,7 +144,7 @@ def test_only_codes_below_the_threshold_are_reset():
     q, z = quantizer(revive_below=0.05), batch(1)
     step(q, batch(100), 0)
     expected_count = z[:, 0].numel() / K
-    q.codebook[2:] = 1000.0 + torch.arange(4)[:, None]  # not chosen: their averages only decay
+    q.codebook[2:] = 1000.0 + torch.arange(4)[:, None]  # never chosen: their counts only decay
     q.chosen[2:] = torch.tensor([0.049, 0.051, 0.0, 1.0]).double() * expected_count / DECAY
     before = q.codebook.clone()
     step(q, z, 1)
@@ -169,7 +169,7 @@ def test_reset_codes_get_the_expected_count():
 
 
 class ThreadProcess:
-    """One of several processes, here threads, that sum what they have."""
+    """Simulates one of several processes by a thread; `sum` adds up the tensors of all ranks."""
 
     def __init__(self, rank, size, shared, barrier):
         self.rank, self.size, self.shared, self.barrier = rank, size, shared, barrier
@@ -183,7 +183,7 @@ class ThreadProcess:
 
 
 def train_distributed(size, steps, **options):
-    """What `size` processes know after some steps, each given its part of every batch."""
+    """Quantizer states of `size` processes after some steps, each on its part of every batch."""
     shared, barrier, states = [None] * size, threading.Barrier(size, timeout=20), [None] * size
     replicas = []
     for _ in range(size):
@@ -233,7 +233,7 @@ def test_a_skipped_step_is_discarded():
     before = {name: tensor.clone() for name, tensor in q.state_dict().items()}
     q(torch.full_like(batch(0), torch.nan), StepContext(1))
     q.update_codebook(None)
-    q.update_codebook(StepContext(1))  # has seen nothing
+    q.update_codebook(StepContext(1))  # without training batches
     assert all(torch.equal(tensor, before[name]) for name, tensor in q.state_dict().items())
     step(q, batch(1), 2)
     assert all(tensor.isfinite().all() for tensor in q.state_dict().values())

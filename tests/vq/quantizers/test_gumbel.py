@@ -22,7 +22,7 @@ def quantizer_and_vectors(batch=3, **options):
 
 
 class FixedRng:
-    """An rng whose numbers are known."""
+    """An rng with fixed uniform numbers."""
 
     def __init__(self, u):
         self.u = u

@@ -87,7 +87,7 @@ def test_metrics_are_the_parts_of_the_loss():
 
 
 class TwoProcesses:
-    """Two processes, of which the other's mean is known beforehand."""
+    """Simulates the first of two processes, given the mean of the other."""
 
     rank, size = 0, 2
 

@@ -98,7 +98,7 @@ def test_temperature_001_is_open_magvit2s_inverse_100():
 
 
 class TwoProcesses:
-    """Two processes, of which the other's mean is known beforehand."""
+    """Simulates one of two processes, given the mean of the other."""
 
     size = 2
 
