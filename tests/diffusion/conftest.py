@@ -1,4 +1,4 @@
-"""Small known distributions of codes, and exact results from them by enumeration."""
+"""Small known distributions of codes, with exact results by enumeration."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.rng import Streams
 
-# The share of codes that is masked, in MaskGIT's own time r = 1 - t (Chang et al. 2022, section 3.3)
+# The fraction of codes that is masked, in MaskGIT's own time r = 1 - t (Chang et al. 2022, section 3.3)
 SHARES = {
     "linear": lambda r: 1 - r,
     "cosine": lambda r: math.cos(math.pi * r / 2),
@@ -40,7 +40,7 @@ class Joint:
         self.data = torch.zeros(len(self.states), dtype=torch.float64)  # p as a distribution over states
         self.data[self.index(self.grids)] = self.p
 
-    def under(self, schedule: str) -> "Joint":
+    def with_schedule(self, schedule: str) -> "Joint":
         """The same codes, masked by another schedule."""
         return Joint(self.table, schedule)
 
@@ -72,22 +72,22 @@ class Joint:
 
     def mistaken(self, x: Tensor, t: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """A wrong denoiser, whose error depends on its input and the position."""
-        places = torch.arange(1.0, self.count + 1, dtype=torch.float64).view(1, 1, -1, 1)
+        positions = torch.arange(1.0, self.count + 1, dtype=torch.float64).view(1, 1, -1, 1)
         classes = torch.arange(self.codes, dtype=torch.float64)
-        return self.denoise(x).clamp(min=-3) + (places * (1 + x.sum((1, 2)).view(-1, 1, 1, 1)) + 2 * classes).cos()
+        return self.denoise(x).clamp(min=-3) + (positions * (1 + x.sum((1, 2)).view(-1, 1, 1, 1)) + 2 * classes).cos()
 
     def forward(self, s: float, t: float) -> Tensor:
         """q(x_t | x_s), s < t: a code not yet masked is masked with probability (m(t) - m(s)) / (1 - m(s)). (S, S)"""
-        then, now = self.mask_prob(s), self.mask_prob(t)
-        one = torch.eye(self.codes + 1, dtype=torch.float64) * (1 - now) / (1 - then)
-        one[:, -1] = (now - then) / (1 - then)
-        one[-1] = torch.eye(self.codes + 1)[-1]  # a mask stays
-        return torch.einsum("anv,vw,bnw->nab", self.one_hot, one, self.one_hot).prod(0)
+        m_s, m_t = self.mask_prob(s), self.mask_prob(t)
+        transition = torch.eye(self.codes + 1, dtype=torch.float64) * (1 - m_t) / (1 - m_s)
+        transition[:, -1] = (m_t - m_s) / (1 - m_s)
+        transition[-1] = torch.eye(self.codes + 1)[-1]  # a mask stays
+        return torch.einsum("anv,vw,bnw->nab", self.one_hot, transition, self.one_hot).prod(0)
 
     def bayes(self, t: float, s: float) -> Tensor:
         """q(x_s | x_t), by Bayes' rule over all states; nan where q(x_t) = 0. (S, S), rows x_t"""
-        both = (self.data @ self.forward(0, s))[:, None] * self.forward(s, t)  # q(x_s, x_t)
-        return (both / both.sum(0)).T
+        joint_prob = (self.data @ self.forward(0, s))[:, None] * self.forward(s, t)  # q(x_s, x_t)
+        return (joint_prob / joint_prob.sum(0)).T
 
     def step(self, t: float, s: float, sigma: float = 0.0, denoise: Callable | None = None) -> Tensor:
         """The sampler's p(x_s | x_t), one factor per position, as a matrix. (S, S), rows x_t"""
@@ -105,18 +105,18 @@ class Joint:
             p = p @ self.step(i / steps, (i - 1) / steps, sigma, denoise)
         return p
 
-    def unmask_distribution(self, turns: list[int], denoise: Callable | None = None) -> Tensor:
-        """The distribution over states (S,) if code i is sampled in step turns[i], independently within a step."""
-        x, p, where = (
+    def unmask_distribution(self, unmask_steps: list[int], denoise: Callable | None = None) -> Tensor:
+        """The distribution over states (S,) if code i is sampled in step unmask_steps[i], independently within it."""
+        x, p, unmask_step = (
             self.all_mask(len(self.grids)),
             torch.ones(len(self.grids), dtype=torch.float64),
-            torch.tensor(turns),
+            torch.tensor(unmask_steps),
         )
-        for turn in sorted(set(turns)):
+        for step in sorted(set(unmask_steps)):
             pred = (denoise or self.denoise)(x).softmax(-1)[:, 0]  # (K^N, N, K)
-            each = pred.gather(-1, self.grids[:, 0, :, None])[..., 0]  # (K^N, N)
-            p = p * torch.where(where == turn, each, 1).prod(1)
-            x = torch.where(where == turn, self.grids, x)
+            prob = pred.gather(-1, self.grids[:, 0, :, None])[..., 0]  # (K^N, N)
+            p = p * torch.where(unmask_step == step, prob, 1).prod(1)
+            x = torch.where(unmask_step == step, self.grids, x)
         return self.data.new_zeros(len(self.states)).index_copy(0, self.index(self.grids), p)
 
     def bound(self, steps: int, denoise: Callable | None = None) -> float:
@@ -124,9 +124,9 @@ class Joint:
         total, start = 0.0, self.index(self.grids)
         for i in range(1, steps + 1):
             t, s = i / steps, (i - 1) / steps
-            both = self.forward(0, s)[start][:, :, None] * self.forward(s, t)  # q(x_s, x_t | x_0): (K^N, S, S)
-            ratio = both / both.sum(1, keepdim=True) / self.step(t, s, denoise=denoise).T
-            weight = self.p[:, None, None] * both
+            joint_prob = self.forward(0, s)[start][:, :, None] * self.forward(s, t)  # q(x_s, x_t | x_0): (K^N, S, S)
+            ratio = joint_prob / joint_prob.sum(1, keepdim=True) / self.step(t, s, denoise=denoise).T
+            weight = self.p[:, None, None] * joint_prob
             total += torch.where(weight > 0, weight * ratio.log2(), 0).sum().item()
         return total
 
@@ -135,11 +135,11 @@ class Joint:
         total, orders = 0.0, list(permutations(range(self.count)))
         for order in orders:
             x = self.all_mask(len(self.grids))
-            for place in order:
-                pred = (denoise or self.denoise)(x)[:, 0, place].log_softmax(-1)  # (K^N, K)
-                code = self.grids[:, 0, place]
+            for position in order:
+                pred = (denoise or self.denoise)(x)[:, 0, position].log_softmax(-1)  # (K^N, K)
+                code = self.grids[:, 0, position]
                 total -= (self.p * pred.gather(1, code[:, None])[:, 0]).sum().item() / math.log(2)
-                x = torch.where(torch.arange(self.count) == place, self.grids, x)
+                x = torch.where(torch.arange(self.count) == position, self.grids, x)
         return total / len(orders)
 
     def expected_loss(
@@ -149,8 +149,8 @@ class Joint:
         masks = self.rows(2)[:, None].bool()  # (2^N, 1, 1, N)
         x0 = self.grids.expand(len(masks), -1, -1, -1)
         x_t = torch.where(masks, self.codes, x0)
-        now = self.mask_prob(t)
-        weight = self.p * torch.where(masks, now, 1 - now).double().flatten(1).prod(1)[:, None]  # (2^N, K^N)
+        m_t = self.mask_prob(t)
+        weight = self.p * torch.where(masks, m_t, 1 - m_t).double().flatten(1).prod(1)[:, None]  # (2^N, K^N)
         x0, x_t = x0.flatten(0, 1), x_t.flatten(0, 1)
         times = torch.full((len(x0),), t, dtype=torch.float64)
         loss = self.process(steps).loss((denoise or self.denoise)(x_t), x0, x_t, times, kind).per_example
@@ -199,10 +199,10 @@ def p_value():
 
     def chi_square(draws: Tensor, probabilities: Tensor) -> float:
         possible = probabilities > 1e-12
-        seen, expected = draws.bincount(minlength=len(probabilities)), len(draws) * probabilities.double()
-        if seen[~possible].any():
+        observed, expected = draws.bincount(minlength=len(probabilities)), len(draws) * probabilities.double()
+        if observed[~possible].any():
             return 0.0
-        statistic = ((seen - expected).square() / expected)[possible].sum()
+        statistic = ((observed - expected).square() / expected)[possible].sum()
         return torch.special.gammaincc((possible.sum() - 1) / 2, statistic / 2).item()
 
     return chi_square

@@ -27,7 +27,7 @@ def test_continuous_times_are_uniform(streams, p_value):
 
 @pytest.mark.parametrize("steps", [4, None])
 def test_time_is_never_zero(steps, streams, monkeypatch):
-    for u in (0.0, 1 - 2**-24):  # the ends of what a uniform number can be
+    for u in (0.0, 1 - 2**-24):  # the smallest and largest uniform numbers
         rng = streams(1)
         monkeypatch.setattr(rng, "uniform", lambda shape, u=u: torch.full(shape, u))
         assert 0 < AbsorbingDiffusion(2, steps).times(rng) <= 1
@@ -35,7 +35,7 @@ def test_time_is_never_zero(steps, streams, monkeypatch):
 
 @pytest.mark.parametrize("t", [0.2, 0.5, 0.9])
 def test_corruption_follows_the_forward_kernel(joint, schedule, streams, p_value, t):
-    joint, x0 = joint.under(schedule), joint.grids[-2].repeat(4000, 1, 1)
+    joint, x0 = joint.with_schedule(schedule), joint.grids[-2].repeat(4000, 1, 1)
     x_t = joint.process().corrupt(x0, torch.full((4000,), t), streams(4000))
     assert p_value(joint.index(x_t), joint.forward(0, t)[joint.index(x0)[0]]) > 1e-4
 
@@ -78,7 +78,7 @@ def test_fixed_corruption_has_no_favourite_place(streams, p_value):
 
 @pytest.mark.parametrize("t, s", STEPS_DOWN)
 def test_the_reverse_kernel_has_the_marginals_of_bayes_rule(joint, schedule, t, s):
-    joint = joint.under(schedule)
+    joint = joint.with_schedule(schedule)
     bayes = torch.einsum("ab,bnv->anv", joint.bayes(t, s), joint.one_hot)  # position by position
     kernel = joint.process().reverse_probabilities(joint.states, joint.denoise(joint.states), t, s)[:, 0]
     reachable = joint.data @ joint.forward(0, t) > 0
@@ -87,7 +87,7 @@ def test_the_reverse_kernel_has_the_marginals_of_bayes_rule(joint, schedule, t, 
 
 @pytest.mark.parametrize("t, s", STEPS_DOWN)
 def test_the_reverse_kernel_of_one_code_is_bayes_rule(one_code, schedule, t, s):
-    one_code = one_code.under(schedule)
+    one_code = one_code.with_schedule(schedule)
     bayes, kernel = one_code.bayes(t, s), one_code.step(t, s)
     reachable = one_code.data @ one_code.forward(0, t) > 0
     assert torch.allclose(kernel[reachable], bayes[reachable], atol=1e-12)
@@ -100,9 +100,9 @@ def test_the_reverse_kernel_of_one_code_is_bayes_rule(one_code, schedule, t, s):
 @pytest.mark.parametrize("t, s", STEPS_DOWN)
 def test_draws_follow_the_reverse_kernel(joint, streams, p_value, t, s):
     for seed, schedule in enumerate(["linear", "cosine"]):
-        known, x_t = joint.under(schedule), joint.all_mask(4000)
-        x_s = known.process().reverse(x_t, known.denoise(x_t), t, s, streams(4000, seed))
-        assert p_value(known.index(x_s), known.step(t, s)[-1]) > 1e-4
+        distribution, x_t = joint.with_schedule(schedule), joint.all_mask(4000)
+        x_s = distribution.process().reverse(x_t, distribution.denoise(x_t), t, s, streams(4000, seed))
+        assert p_value(distribution.index(x_s), distribution.step(t, s)[-1]) > 1e-4
 
 
 def test_a_revealed_code_never_changes(joint, streams):

@@ -33,10 +33,10 @@ def test_the_losses_by_hand(kind, value):
 def test_each_example_has_its_own_loss():
     logits, x0, x_t, t = hand_example()
     other = torch.tensor([[[0, 0], [2, 0]]])  # one mask, predicted with probability 1/8: 3 bits, at t = 1/4
-    three = [torch.cat(parts) for parts in [(logits,) * 3, (x0,) * 3, (x_t, other, x0), (t, t / 2, t)]]
+    batch = [torch.cat(parts) for parts in [(logits,) * 3, (x0,) * 3, (x_t, other, x0), (t, t / 2, t)]]
     values = {"elbo": [2, 3, 0], "reweighted_elbo": [1 / 2, 9 / 16, 0], "mlm": [math.log(16) / 2, math.log(8), 0]}
     for kind, expected in values.items():
-        assert AbsorbingDiffusion(2).loss(*three, kind).per_example.tolist() == pytest.approx(expected)
+        assert AbsorbingDiffusion(2).loss(*batch, kind).per_example.tolist() == pytest.approx(expected)
 
 
 def test_the_default_loss_is_reweighted_and_zero_at_all_mask():
@@ -59,11 +59,11 @@ def test_the_weight_is_the_share_revealed_of_what_is_masked(schedule, steps):
     t = torch.tensor([0.003, 0.25, 0.5, 0.99]) if steps is None else torch.arange(1, steps + 1) / steps  # float32
     weight = process.elbo_weight(t)
     assert weight.dtype == torch.float32
-    for w, now in zip(weight.tolist(), t.double().tolist(), strict=True):
-        now = now if steps is None else round(now * steps) / steps
-        low, high = (now - 1e-6, now + 1e-6) if steps is None else (max(now - 1 / steps, 0), now)
-        before, after, here = process.mask_prob(torch.tensor([low, high, now], dtype=torch.float64)).tolist()
-        assert w == pytest.approx((after - before) / (high - low) / here, rel=1e-5)
+    for w, time in zip(weight.tolist(), t.double().tolist(), strict=True):
+        time = time if steps is None else round(time * steps) / steps
+        low, high = (time - 1e-6, time + 1e-6) if steps is None else (max(time - 1 / steps, 0), time)
+        before, after, current = process.mask_prob(torch.tensor([low, high, time], dtype=torch.float64)).tolist()
+        assert w == pytest.approx((after - before) / (high - low) / current, rel=1e-5)
     assert torch.allclose(AbsorbingDiffusion(2, steps).elbo_weight(t), 1 / t)  # whatever T is
 
 
@@ -76,19 +76,19 @@ def test_the_first_step_weighs_t_although_float32_has_no_thirds(schedule, steps)
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("denoiser", ["denoise", "mistaken"])
 def test_the_loss_is_the_elbo_of_the_steps(joint, schedule, steps, denoiser):
-    joint = joint.under(schedule)
+    joint = joint.with_schedule(schedule)
     denoise, times = getattr(joint, denoiser), [i / steps for i in range(1, steps + 1)]
     result = [joint.expected_loss(t, steps=steps, denoise=denoise) for t in times]
     expected = joint.bound(steps, denoise)
     assert joint.count * sum(result) / steps == pytest.approx(expected, rel=1e-6)
     assert expected > joint.entropy + 0.01
     if steps > 1:
-        unweighted = sum(t * each for t, each in zip(times, result, strict=True))
+        unweighted = sum(t * loss for t, loss in zip(times, result, strict=True))
         assert abs(joint.count * unweighted / steps - expected) > 0.05 * expected
 
 
 def test_the_loss_of_random_masks_and_times_is_the_elbo(joint, schedule, streams):
-    joint, n, rng = joint.under(schedule), 6000, streams(6000)
+    joint, n, rng = joint.with_schedule(schedule), 6000, streams(6000)
     process, x0 = joint.process(3), joint.sample(6000)
     t = process.times(rng)
     x_t = process.corrupt(x0, t, rng)
@@ -115,25 +115,26 @@ def test_for_two_equal_bits_the_gap_is_one_bit_over_the_steps(equal_bits, steps)
 # Continuous time
 
 
-def integral(known, denoise, weight=lambda t: 1.0, first=0.0):
+def integral(distribution, denoise, weight=lambda t: 1.0, first=0.0):
     """The loss in bits, integrated over t from `first` to 1: in t = u^2, in which every schedule is smooth."""
     nodes, weights = np.polynomial.legendre.leggauss(24)
     start, total = math.sqrt(first), 0.0
     for node, w in zip(nodes, weights, strict=True):
         u = start + (1 - start) * (node + 1) / 2
-        total += w * (1 - start) * u * weight(u**2) * known.expected_loss(u**2, steps=None, denoise=denoise)
-    return known.count * total
+        total += w * (1 - start) * u * weight(u**2) * distribution.expected_loss(u**2, steps=None, denoise=denoise)
+    return distribution.count * total
 
 
 def test_in_continuous_time_the_loss_meets_the_entropy(joint, equal_bits, schedule):
-    for known in (joint.under(schedule), equal_bits.under(schedule)):
-        assert integral(known, known.denoise) == pytest.approx(known.entropy, rel=1e-5)
-        assert known.any_order() == pytest.approx(known.entropy)
-        assert integral(known, known.denoise, lambda t: t) < 0.9 * known.entropy  # without the weight
+    for distribution in (joint.with_schedule(schedule), equal_bits.with_schedule(schedule)):
+        assert integral(distribution, distribution.denoise) == pytest.approx(distribution.entropy, rel=1e-5)
+        assert distribution.any_order() == pytest.approx(distribution.entropy)
+        # without the weight
+        assert integral(distribution, distribution.denoise, lambda t: t) < 0.9 * distribution.entropy
 
 
 def test_the_continuous_elbo_is_the_any_order_bound(joint, schedule):
-    joint = joint.under(schedule)
+    joint = joint.with_schedule(schedule)
     expected = joint.any_order(joint.mistaken)
     assert integral(joint, joint.mistaken) == pytest.approx(expected, rel=1e-5)
     assert joint.entropy + 0.05 < expected < joint.bound(2, joint.mistaken)
@@ -143,7 +144,7 @@ def test_the_continuous_elbo_is_the_any_order_bound(joint, schedule):
 @pytest.mark.parametrize("spread", [False, True])
 def test_the_loss_of_random_times_is_that_integral(joint, schedule, streams, spread):
     """For t above 1/20, since the variance of a 1/t weight is unbounded."""
-    joint, n = joint.under(schedule), 6000
+    joint, n = joint.with_schedule(schedule), 6000
     process, x0, rng = joint.process(None), joint.sample(n), streams(n)
     t = (
         torch.cat([low_discrepancy_times(process, Streams([s]), 60).t for s in range(100)])
@@ -159,11 +160,11 @@ def test_the_loss_of_random_times_is_that_integral(joint, schedule, streams, spr
 def test_low_discrepancy_times_reduce_the_loss_variance(streams):
     """The batch mean of a loss that depends on t alone hardly varies."""
     process, seeds = AbsorbingDiffusion(2, None, "cosine"), range(200)
-    of_t = {
+    means = {
         "spread": [process.mask_prob(low_discrepancy_times(process, Streams([s]), 16).t).mean() for s in seeds],
         "independent": [process.mask_prob(process.times(streams(16, s))).mean() for s in seeds],
     }
-    spread, independent = (torch.stack(of_t[name]) for name in ("spread", "independent"))
+    spread, independent = (torch.stack(means[name]) for name in ("spread", "independent"))
     assert spread.mean().item() == pytest.approx(2 / math.pi, abs=5e-3)  # the mean of sin(pi t / 2)
     assert independent.mean().item() == pytest.approx(2 / math.pi, abs=0.03)
     assert spread.std() < 0.3 * independent.std()

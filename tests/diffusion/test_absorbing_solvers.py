@@ -12,7 +12,7 @@ from helpers.solving import solve_in_steps
 PROCESS = AbsorbingDiffusion(3)
 
 
-def flat(x, t, rows=None):
+def uniform_denoiser(x, t, rows=None):
     """A uniform denoiser over three codes."""
     return torch.zeros(*x.shape, 3)
 
@@ -26,23 +26,25 @@ def masks(*shape):
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_ancestral_sampling_draws_what_its_steps_make(joint, schedule, streams, p_value, steps):
-    known, n = joint.under(schedule), 5000
-    x = solve_in_steps(ancestral, known.denoise, known.process(steps), joint.all_mask(n), rng=streams(n, steps))
-    assert p_value(joint.index(x), known.sampler_distribution(steps)) > 1e-4
+    distribution, n = joint.with_schedule(schedule), 5000
+    x = solve_in_steps(
+        ancestral, distribution.denoise, distribution.process(steps), joint.all_mask(n), rng=streams(n, steps)
+    )
+    assert p_value(joint.index(x), distribution.sampler_distribution(steps)) > 1e-4
     if steps == 1:
         assert p_value(joint.index(x), joint.data) < 1e-6  # one step draws the product of the marginals
 
 
 @pytest.mark.parametrize("denoiser", ["denoise", "mistaken"])
 def test_after_each_step_there_is_what_the_kernels_make(joint, schedule, streams, p_value, denoiser):
-    known, n, seen = joint.under(schedule), 5000, []
+    distribution, n, states = joint.with_schedule(schedule), 5000, []
     solve_in_steps(ancestral, 
-        getattr(known, denoiser), known.process(3), joint.all_mask(n), rng=streams(n),
-        on_step=lambda i, t, s, x, logits: seen.append(x) or x,
+        getattr(distribution, denoiser), distribution.process(3), joint.all_mask(n), rng=streams(n),
+        on_step=lambda i, t, s, x, logits: states.append(x) or x,
     )  # fmt: skip
-    p = torch.eye(len(known.states), dtype=torch.float64)[-1]
-    for i, x in enumerate(seen):
-        p = p @ known.step(1 - i / 3, max(1 - (i + 1) / 3, 0), denoise=getattr(known, denoiser))
+    p = torch.eye(len(distribution.states), dtype=torch.float64)[-1]
+    for i, x in enumerate(states):
+        p = p @ distribution.step(1 - i / 3, max(1 - (i + 1) / 3, 0), denoise=getattr(distribution, denoiser))
         assert p_value(joint.index(x), p) > 1e-4
 
 
@@ -68,11 +70,11 @@ def test_two_equal_bits_differ_with_probability_half_over_steps(equal_bits, step
 
 @pytest.mark.parametrize("steps", [256, None])
 def test_first_hitting_meets_the_joint(joint, equal_bits, schedule, streams, p_value, steps):
-    for known in (joint, equal_bits):
-        process = AbsorbingDiffusion(known.codes, steps, schedule)
-        x = solve_in_steps(first_hitting, known.denoise, process, known.all_mask(5000), rng=streams(5000))
-        assert p_value(known.index(x), known.data) > 1e-4
-        assert p_value(known.index(x), known.sampler_distribution(1)) < 1e-6
+    for distribution in (joint, equal_bits):
+        process = AbsorbingDiffusion(distribution.codes, steps, schedule)
+        x = solve_in_steps(first_hitting, distribution.denoise, process, distribution.all_mask(5000), rng=streams(5000))
+        assert p_value(distribution.index(x), distribution.data) > 1e-4
+        assert p_value(distribution.index(x), distribution.sampler_distribution(1)) < 1e-6
 
 
 def test_of_a_wrong_denoiser_it_draws_the_mean_over_all_orders(joint, streams, p_value):
@@ -89,8 +91,8 @@ def test_with_given_codes_it_meets_the_conditional(joint, streams, p_value):
     n, x = 6000, joint.all_mask(6000)
     x[..., -1] = 1
     x = solve_in_steps(first_hitting, joint.denoise, joint.process(), x, rng=streams(n))
-    given = joint.data * (joint.states[:, 0, -1] == 1)
-    assert p_value(joint.index(x), given / given.sum()) > 1e-4
+    conditional = joint.data * (joint.states[:, 0, -1] == 1)
+    assert p_value(joint.index(x), conditional / conditional.sum()) > 1e-4
 
 
 def test_it_reveals_one_code_per_step_in_every_order(streams, p_value):
@@ -101,21 +103,25 @@ def test_it_reveals_one_code_per_step_in_every_order(streams, p_value):
         assert (paths[-1].sum((1, 2)) == 2 - i).all()
         return x
 
-    solve_in_steps(first_hitting, flat, PROCESS, masks(3000, 1, 3), rng=streams(3000), on_step=on_step)
-    turn = torch.stack(paths).sum(0)[:, 0]  # (B, 3): after how many steps each position was still masked
+    solve_in_steps(first_hitting, uniform_denoiser, PROCESS, masks(3000, 1, 3), rng=streams(3000), on_step=on_step)
+    unmask_steps = torch.stack(paths).sum(0)[:, 0]  # (B, 3): after how many steps each position was still masked
     orders = torch.tensor(list(itertools.permutations(range(3))))
-    which = (turn[:, None] == orders).all(-1).int().argmax(1)
-    assert p_value(which, torch.full((6,), 1 / 6)) > 1e-4
+    order = (unmask_steps[:, None] == orders).all(-1).int().argmax(1)
+    assert p_value(order, torch.full((6,), 1 / 6)) > 1e-4
 
 
 def test_the_network_gets_the_time_of_the_next_reveal(schedule, streams, p_value):
     """With n masked codes it is the latest of n times: m(t)^n is uniform, independently of the past."""
-    process, told, n = AbsorbingDiffusion(3, schedule=schedule), [], 3000
+    process, times, n = AbsorbingDiffusion(3, schedule=schedule), [], 3000
     solve_in_steps(
-        first_hitting, lambda x, t, rows=None: told.append(t) or flat(x, t), process, masks(n, 1, 4), rng=streams(n)
+        first_hitting,
+        lambda x, t, rows=None: times.append(t) or uniform_denoiser(x, t),
+        process,
+        masks(n, 1, 4),
+        rng=streams(n),
     )
     before = torch.ones(n, dtype=torch.float64)
-    for left, t in zip([4, 3, 2, 1], told, strict=True):
+    for left, t in zip([4, 3, 2, 1], times, strict=True):
         m = process.mask_prob(t.double())
         uniform = (m / before) ** left
         assert (m < before).all() and p_value((uniform * 10).long().clamp(max=9), torch.full((10,), 0.1)) > 1e-4
@@ -124,5 +130,7 @@ def test_the_network_gets_the_time_of_the_next_reveal(schedule, streams, p_value
 
 def test_it_takes_as_many_steps_as_there_are_codes(streams):
     with pytest.raises(ValueError, match="takes 6 steps on this grid, got 5"):
-        solve_in_steps(first_hitting, flat, PROCESS, masks(1, 2, 3), steps=5, rng=streams(1))
-    assert (solve_in_steps(first_hitting, flat, AbsorbingDiffusion(3, None), masks(1, 2, 3), rng=streams(1)) < 3).all()
+        solve_in_steps(first_hitting, uniform_denoiser, PROCESS, masks(1, 2, 3), steps=5, rng=streams(1))
+    assert (
+        solve_in_steps(first_hitting, uniform_denoiser, AbsorbingDiffusion(3, None), masks(1, 2, 3), rng=streams(1)) < 3
+    ).all()

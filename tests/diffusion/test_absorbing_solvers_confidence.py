@@ -14,26 +14,26 @@ from diffusion.rng import Streams
 from helpers.solving import solve_in_steps
 
 
-def one_a_step(known, denoise, choice_temperature):
+def one_per_step_distribution(joint, denoise, choice_temperature):
     """The distribution over states if each of N steps samples all masked codes and keeps one of them, with probability
     proportional to p^(1 / noise), noise = choice_temperature * s, or the most likely one if that is 0.
     """
-    p = known.data.new_zeros(len(known.states))
+    p = joint.data.new_zeros(len(joint.states))
     p[-1] = 1
-    for i in range(known.count):
-        noise, after = choice_temperature * (1 - (i + 1) / known.count), torch.zeros_like(p)
+    for i in range(joint.count):
+        noise, after = choice_temperature * (1 - (i + 1) / joint.count), torch.zeros_like(p)
         for row in p.nonzero()[:, 0].tolist():
-            x = known.states[row, 0]
-            places = (x == known.codes).nonzero()[:, 0].tolist()
-            pred = denoise(known.states[[row]])[0, 0].double().softmax(-1)
-            for codes in itertools.product(range(known.codes), repeat=len(places)):
-                each = torch.stack([pred[place, code] for place, code in zip(places, codes, strict=True)])
-                first = torch.nn.functional.one_hot(each.argmax(), len(each)).double()
-                kept = first if noise == 0 else (each.log() / noise).softmax(0)
-                for place, code, share in zip(places, codes, kept.tolist(), strict=True):
-                    then = x.clone()
-                    then[place] = code
-                    after[known.index(then[None, None])] += p[row] * each.prod() * share
+            x = joint.states[row, 0]
+            positions = (x == joint.codes).nonzero()[:, 0].tolist()
+            pred = denoise(joint.states[[row]])[0, 0].double().softmax(-1)
+            for codes in itertools.product(range(joint.codes), repeat=len(positions)):
+                probs = torch.stack([pred[position, code] for position, code in zip(positions, codes, strict=True)])
+                most_likely = torch.nn.functional.one_hot(probs.argmax(), len(probs)).double()
+                keep_probs = most_likely if noise == 0 else (probs.log() / noise).softmax(0)
+                for position, code, keep_prob in zip(positions, codes, keep_probs.tolist(), strict=True):
+                    filled = x.clone()
+                    filled[position] = code
+                    after[joint.index(filled[None, None])] += p[row] * probs.prod() * keep_prob
         p = after
     return p
 
@@ -46,18 +46,20 @@ def test_it_draws_what_the_law_of_the_maximum_says(joint, streams, p_value, choi
         denoise, joint.process(), joint.all_mask(n), steps=joint.count, rng=streams(n),
         choice_temp=choice_temperature,
     )  # fmt: skip
-    expected = one_a_step(joint, denoise, choice_temperature)
+    expected = one_per_step_distribution(joint, denoise, choice_temperature)
     assert expected.sum() == pytest.approx(1) and p_value(joint.index(x), expected) > 1e-4
     if choice_temperature == 0:
-        assert p_value(joint.index(x), one_a_step(joint, denoise, 4.5)) < 1e-4
+        assert p_value(joint.index(x), one_per_step_distribution(joint, denoise, 4.5)) < 1e-4
 
 
 def test_the_noise_is_four_and_a_half_times_s_if_left_out(joint, streams):
     x = joint.all_mask(200)
     plain = solve_in_steps(confidence, joint.mistaken, joint.process(), x, steps=2, rng=streams(200))
-    told = solve_in_steps(confidence, joint.mistaken, joint.process(), x, steps=2, rng=streams(200), choice_temp=4.5)
+    explicit = solve_in_steps(
+        confidence, joint.mistaken, joint.process(), x, steps=2, rng=streams(200), choice_temp=4.5
+    )
     other = solve_in_steps(confidence, joint.mistaken, joint.process(), x, steps=2, rng=streams(200), choice_temp=0.1)
-    assert torch.equal(plain, told) and not torch.equal(plain, other)
+    assert torch.equal(plain, explicit) and not torch.equal(plain, other)
 
 
 def test_one_step_draws_all_at_once(joint, streams, p_value):
@@ -125,16 +127,16 @@ def test_large_noise_keeps_places_at_random(streams, p_value):
 
 @pytest.mark.parametrize("steps", [1, 3, 8, 40])
 def test_after_each_step_the_schedule_s_share_is_masked(schedule, steps, streams):
-    process, seen = AbsorbingDiffusion(3, schedule=schedule), []
+    process, masked_counts = AbsorbingDiffusion(3, schedule=schedule), []
     x = torch.cat([torch.full((2, 5, 6), 3), torch.randint(2, 4, (3, 5, 6), generator=torch.manual_seed(0))])
     solve_in_steps(confidence, 
         lambda x, t, rows=None: torch.zeros(*x.shape, 3), process, x, steps=steps, rng=streams(5),
-        on_step=lambda i, t, s, x, logits: seen.append((x == 3).sum((1, 2))) or x,
+        on_step=lambda i, t, s, x, logits: masked_counts.append((x == 3).sum((1, 2))) or x,
     )  # fmt: skip
-    hidden, before = (x == 3).sum((1, 2)), (x == 3).sum((1, 2))
-    for i, left in enumerate(seen):
-        share = process.mask_prob(torch.tensor(1 - (i + 1) / steps, dtype=torch.float64).clamp(min=0))
-        expected = torch.minimum((hidden * share + 1e-9).floor().long(), (hidden - i - 1).clamp(min=0))
+    n_masked, before = (x == 3).sum((1, 2)), (x == 3).sum((1, 2))
+    for i, left in enumerate(masked_counts):
+        mask_prob = process.mask_prob(torch.tensor(1 - (i + 1) / steps, dtype=torch.float64).clamp(min=0))
+        expected = torch.minimum((n_masked * mask_prob + 1e-9).floor().long(), (n_masked - i - 1).clamp(min=0))
         assert torch.equal(left, expected) and ((left < before) | (before == 0)).all()
         before = left
 
@@ -150,11 +152,12 @@ def test_a_negative_choice_temperature_is_refused(joint, streams, wrong):
 @pytest.mark.parametrize("warper", [{"top_k": 1}, {"temperature": 0.0}])
 def test_it_ranks_by_what_was_said_however_codes_are_drawn(warper):
     """With top-k 1 all samples are certain; the most confident positions still come first."""
-    sure, seen = torch.tensor([1.0, 5.0, 3.0, 2.0, 4.0]), []
+    scores, unmasked = torch.tensor([1.0, 5.0, 3.0, 2.0, 4.0]), []
     confidence(
-        lambda x, t, rows=None: (sure[:, None] * torch.tensor([0.0, 1.0])).expand(len(x), 1, 5, 2),
+        lambda x, t, rows=None: (scores[:, None] * torch.tensor([0.0, 1.0])).expand(len(x), 1, 5, 2),
         AbsorbingDiffusion(2), torch.full((1, 1, 5), 2), even_times(5), rng=Streams([0]), choice_temp=0.0,
-        warper=LogitsWarper(**warper), on_step=lambda i, t, s, x, logits: seen.append((x != 2).flatten().tolist()) or x,
+        warper=LogitsWarper(**warper),
+        on_step=lambda i, t, s, x, logits: unmasked.append((x != 2).flatten().tolist()) or x,
     )  # fmt: skip
-    order = sorted(range(5), key=lambda place: -sure[place])
-    assert seen == [[place in order[: i + 1] for place in range(5)] for i in range(5)]
+    order = sorted(range(5), key=lambda position: -scores[position])
+    assert unmasked == [[position in order[: i + 1] for position in range(5)] for i in range(5)]

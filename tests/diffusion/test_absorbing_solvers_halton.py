@@ -13,7 +13,7 @@ from helpers.solving import solve_in_steps
 SIZES = [(1, 1), (1, 2), (3, 1), (2, 3), (5, 4), (8, 8), (9, 27), (1, 64), (64, 1), (12, 12), (16, 16), (32, 16)]
 
 
-def mirrored(n, base):
+def exact_radical_inverse(n, base):
     """The radical inverse of n, exactly."""
     value, scale = Fraction(0), Fraction(1, base)
     while n:
@@ -21,11 +21,11 @@ def mirrored(n, base):
     return value
 
 
-def by_definition(height, width):
+def reference_order(height, width):
     """Visits the points in order and ranks each cell when it is first hit."""
     order, n = {}, 0
     while len(order) < height * width:
-        cell = int(mirrored(n, 2) * height), int(mirrored(n, 3) * width)
+        cell = int(exact_radical_inverse(n, 2) * height), int(exact_radical_inverse(n, 3) * width)
         order.setdefault(cell, len(order))
         n += 1
     return torch.tensor([[order[i, j] for j in range(width)] for i in range(height)])
@@ -43,7 +43,7 @@ def test_the_sequence_by_hand():
 def test_the_order_is_that_of_the_points_and_a_permutation(size):
     order = halton_order(*size)
     assert order.shape == size and sorted(order.flatten().tolist()) == list(range(math.prod(size)))
-    assert torch.equal(order, by_definition(*size))
+    assert torch.equal(order, reference_order(*size))
 
 
 def test_every_small_grid_has_a_permutation():
@@ -54,18 +54,18 @@ def test_every_small_grid_has_a_permutation():
 
 def discrepancy(order, n):
     """Star discrepancy of the first n positions."""
-    chosen = (order < n).double()
-    inside = chosen.cumsum(0).cumsum(1) / n
+    visited = (order < n).double()
+    fraction = visited.cumsum(0).cumsum(1) / n
     height, width = order.shape
     area = torch.arange(1, height + 1)[:, None] * torch.arange(1, width + 1) / (height * width)
-    return (inside - area).abs().max().item()
+    return (fraction - area).abs().max().item()
 
 
 def empty_square(order, n):
     """The side of the largest square without any of the first n positions."""
-    taken, side = (order < n).float()[None, None], 0
+    occupied, side = (order < n).float()[None, None], 0
     while side < min(order.shape):
-        if torch.nn.functional.max_pool2d(taken, side + 1, stride=1).min() == 1:
+        if torch.nn.functional.max_pool2d(occupied, side + 1, stride=1).min() == 1:
             break
         side += 1
     return side
@@ -91,83 +91,88 @@ def test_a_grid_without_cells_is_refused(size):
 # The solver
 
 
-def flat(x, t, rows=None):
+def uniform_denoiser(x, t, rows=None):
     return torch.zeros(*x.shape, 3)
 
 
-def turns_of(process, steps, streams, x):
+def unmask_steps_of(process, steps, streams, x):
     """The step in which each code was revealed."""
-    seen = []
+    states = []
     solve_in_steps(
         halton,
-        flat,
+        uniform_denoiser,
         process,
         x,
         steps=steps,
         rng=streams(len(x)),
-        on_step=lambda i, t, s, x, logits: seen.append(x) or x,
+        on_step=lambda i, t, s, x, logits: states.append(x) or x,
     )
-    return sum((state == 3).long() for state in seen)
+    return sum((state == 3).long() for state in states)
 
 
-def counts_by_hand(schedule, hidden, steps):
+def expected_counts(schedule, hidden, steps):
     """Number of revealed codes after each step: all but floor(m(s) N), at least one more per step."""
-    shares = {
+    mask_probs = {
         "linear": lambda t: t,
         "cosine": lambda t: math.sin(math.pi * t / 2),
         "arccos": lambda t: math.acos(1 - t) * 2 / math.pi,
         "square": lambda t: 1 - (1 - t) ** 2,
     }
-    known = [0]
+    counts = [0]
     for i in range(1, steps + 1):
-        left = math.floor(hidden * shares[schedule](1 - i / steps) + 1e-9)
-        known.append(min(hidden, max(hidden - left, known[-1] + 1)))
-    return known[1:]
+        left = math.floor(hidden * mask_probs[schedule](1 - i / steps) + 1e-9)
+        counts.append(min(hidden, max(hidden - left, counts[-1] + 1)))
+    return counts[1:]
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8, 12, 40])
 @pytest.mark.parametrize("size", [(4, 6), (8, 8)])
 def test_halton_follows_the_schedule_in_a_shifted_order(size, steps, schedule, streams):
     n, (height, width) = 6, size
-    turns = turns_of(AbsorbingDiffusion(3, schedule=schedule), steps, streams, torch.full((n, *size), 3))
-    counts = counts_by_hand(schedule, height * width, steps)
-    assert [(turns[0] < i + 1).sum().item() for i in range(steps)] == counts
+    unmask_steps = unmask_steps_of(AbsorbingDiffusion(3, schedule=schedule), steps, streams, torch.full((n, *size), 3))
+    counts = expected_counts(schedule, height * width, steps)
+    assert [(unmask_steps[0] < i + 1).sum().item() for i in range(steps)] == counts
     order, shifts = halton_order(*size), set()
-    for each in turns:
-        of_rank = torch.searchsorted(torch.tensor(counts), order, right=True)
-        fits = {(i, j) for i in range(height) for j in range(width) if torch.equal(of_rank.roll((i, j), (0, 1)), each)}
-        assert fits
-        shifts |= fits if len(fits) == 1 else set()
+    for example in unmask_steps:
+        step_of_rank = torch.searchsorted(torch.tensor(counts), order, right=True)
+        matches = {
+            (i, j)
+            for i in range(height)
+            for j in range(width)
+            if torch.equal(step_of_rank.roll((i, j), (0, 1)), example)
+        }
+        assert matches
+        shifts |= matches if len(matches) == 1 else set()
     assert len(shifts) > 3 or steps in (1, 3)  # each example has its own
 
 
 def test_halton_skips_known_codes(streams, schedule):
     x = torch.randint(2, 4, (5, 6, 6), generator=torch.Generator().manual_seed(3))
     hidden = (x == 3).sum((1, 2))
-    turns = turns_of(AbsorbingDiffusion(3, schedule=schedule), 5, streams, x)
-    for each, canvas, count in zip(turns, x, hidden.tolist(), strict=True):
-        known = [(each[canvas == 3] < i + 1).sum().item() for i in range(5)]
-        assert known == counts_by_hand(schedule, count, 5)
+    unmask_steps = unmask_steps_of(AbsorbingDiffusion(3, schedule=schedule), 5, streams, x)
+    for example, canvas, count in zip(unmask_steps, x, hidden.tolist(), strict=True):
+        counts = [(example[canvas == 3] < i + 1).sum().item() for i in range(5)]
+        assert counts == expected_counts(schedule, count, 5)
 
 
 def test_shifts_are_uniform(streams, p_value):
     """The first revealed code identifies the shift."""
     n = 4000
-    turns = turns_of(AbsorbingDiffusion(3), 12, streams, torch.full((n, 3, 4), 3))
-    assert p_value((turns == 0).flatten(1).int().argmax(1), torch.full((12,), 1 / 12)) > 1e-4
+    unmask_steps = unmask_steps_of(AbsorbingDiffusion(3), 12, streams, torch.full((n, 3, 4), 3))
+    assert p_value((unmask_steps == 0).flatten(1).int().argmax(1), torch.full((12,), 1 / 12)) > 1e-4
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("denoiser", ["denoise", "mistaken"])
 def test_it_draws_the_product_over_turns_on_average_over_shifts(joint, schedule, streams, p_value, steps, denoiser):
-    known, n = joint.under(schedule), 4000
+    distribution, n = joint.with_schedule(schedule), 4000
     denoise, order = getattr(joint, denoiser), halton_order(1, joint.count)
-    counts = torch.tensor(counts_by_hand(schedule, joint.count, steps))
-    of_rank = torch.searchsorted(counts, order[0], right=True)
+    counts = torch.tensor(expected_counts(schedule, joint.count, steps))
+    step_of_rank = torch.searchsorted(counts, order[0], right=True)
     expected = torch.stack(
-        [joint.unmask_distribution(of_rank.roll(shift).tolist(), denoise) for shift in range(joint.count)]
+        [joint.unmask_distribution(step_of_rank.roll(shift).tolist(), denoise) for shift in range(joint.count)]
     ).mean(0)
-    x = solve_in_steps(halton, denoise, known.process(), joint.all_mask(n), steps=steps, rng=streams(n, steps))
+    x = solve_in_steps(halton, denoise, distribution.process(), joint.all_mask(n), steps=steps, rng=streams(n, steps))
     assert p_value(joint.index(x), expected) > 1e-4
 
 

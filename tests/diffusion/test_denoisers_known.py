@@ -23,14 +23,14 @@ PROCESSES = {
 }
 CASES = [(name, solver) for name, process in PROCESSES.items() for solver in solvers_for(process)]
 KEEP = torch.tensor([[[True, False], [False, True]], [[False, False], [True, False]]])
-X0 = torch.tensor([[[[0.3, 9.0], [9.0, -0.7]]], [[[9.0, 9.0], [0.9, 9.0]]]])  # 9: whatever it is, nobody may see it
+X0 = torch.tensor([[[[0.3, 9.0], [9.0, -0.7]]], [[[9.0, 9.0], [0.9, 9.0]]]])  # 9 marks pixels that must not be read
 
 
-def wrong(process, share=0.4):
+def constant_denoiser(process, frac=0.4):
     """A denoiser that predicts x0 = 0.1 everywhere."""
 
     def denoise(x, t):
-        pred = Prediction(x, x, torch.full_like(x, share) if process.variance == "learned_range" else None)
+        pred = Prediction(x, x, torch.full_like(x, frac) if process.variance == "learned_range" else None)
         return process.with_x0(pred, torch.full_like(x, 0.1), x, t)
 
     return denoise
@@ -41,56 +41,62 @@ def test_every_solver_ends_with_what_is_known(name, solver):
     process = PROCESSES[name]
     x = process.prior((2, 1, 2, 2), Streams([0, 1]))
     spacing = "karras" if name == "edm" else "uniform"
-    solve, denoise = solvers_for(process)[solver].solve, with_known_pixels(wrong(process), process, X0, KEEP)
-    made = solve_in_steps(solve, denoise, process, x, steps=4, rng=Streams([2, 3]), spacing=spacing)
-    assert torch.equal(made[KEEP.unsqueeze(1)], X0[KEEP.unsqueeze(1)])
-    assert torch.allclose(made[~KEEP.unsqueeze(1)], torch.tensor(0.1), atol=1e-5)
+    solve, denoise = (
+        solvers_for(process)[solver].solve,
+        with_known_pixels(constant_denoiser(process), process, X0, KEEP),
+    )
+    samples = solve_in_steps(solve, denoise, process, x, steps=4, rng=Streams([2, 3]), spacing=spacing)
+    assert torch.equal(samples[KEEP.unsqueeze(1)], X0[KEEP.unsqueeze(1)])
+    assert torch.allclose(samples[~KEEP.unsqueeze(1)], torch.tensor(0.1), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_known_pixels_get_matching_eps_and_others_are_unchanged(name):
     process, t = PROCESSES[name], torch.tensor([0.3, 0.8])
     x = process.prior((2, 1, 2, 2), Streams([0, 1]))
-    plain, pred = wrong(process)(x, t), with_known_pixels(wrong(process), process, X0, KEEP)(x, t)
-    there = KEEP.unsqueeze(1)
+    plain, pred = (
+        constant_denoiser(process)(x, t),
+        with_known_pixels(constant_denoiser(process), process, X0, KEEP)(x, t),
+    )
+    known = KEEP.unsqueeze(1)
     alpha, sigma = (c.float().view(2, 1, 1, 1) for c in (process.alpha(t), process.sigma(t)))
-    assert torch.equal(pred.x0[there], X0[there])
-    assert torch.allclose((alpha * pred.x0 + sigma * pred.eps)[there], x[there], atol=1e-5)
-    assert torch.equal(pred.x0[~there], plain.x0[~there]) and torch.equal(pred.eps[~there], plain.eps[~there])
+    assert torch.equal(pred.x0[known], X0[known])
+    assert torch.allclose((alpha * pred.x0 + sigma * pred.eps)[known], x[known], atol=1e-5)
+    assert torch.equal(pred.x0[~known], plain.x0[~known]) and torch.equal(pred.eps[~known], plain.eps[~known])
     if plain.frac is not None:  # the posterior's variance, where the posterior is known
-        assert (pred.frac[there] == 0).all() and torch.equal(pred.frac[~there], plain.frac[~there])
+        assert (pred.frac[known] == 0).all() and torch.equal(pred.frac[~known], plain.frac[~known])
 
 
 @pytest.mark.parametrize("name", ["cosine", "learned_range", "flow"])
 def test_known_pixels_follow_the_process_on_the_way(name):
     """Ancestral steps from q(x_1 | x_0) stay in q(x_s | x_0): mean alpha x_0, standard deviation sigma."""
-    process, n, seen = PROCESSES[name], 4000, {}
+    process, n, statistics = PROCESSES[name], 4000, {}
     x0, keep = torch.full((1, 1, 1, n), 0.5), torch.ones(1, 1, n, dtype=torch.bool)
     rng = Streams([0])
     x = process.corrupt(x0, torch.ones(1), rng.normal(x0.shape))
 
     def on_step(i, t, s, x, predicted):
-        seen[s] = x.mean().item(), x.std().item()
+        statistics[s] = x.mean().item(), x.std().item()
         return x
 
-    denoise = with_known_pixels(wrong(process, share=1.0), process, x0, keep)
+    denoise = with_known_pixels(constant_denoiser(process, frac=1.0), process, x0, keep)
     solve_in_steps(solvers_for(process)["ddpm"].solve, denoise, process, x, steps=5, rng=rng, on_step=on_step)
-    for s, (mean, deviation) in seen.items():
+    for s, (mean, deviation) in statistics.items():
         expected = process.alpha(torch.tensor(s)).item() * 0.5, process.sigma(torch.tensor(s)).item()
         assert (mean, deviation) == pytest.approx(expected, abs=0.05)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_a_process_begins_where_so_much_is_noise(name, share):
-    part = from_strength(PROCESSES[name], share)
-    start = torch.tensor(part.start, dtype=torch.float64)
-    alpha, sigma = part.alpha(start), part.sigma(start)
-    assert (sigma / (alpha + sigma)).item() == pytest.approx(share, abs=1e-6)
+@pytest.mark.parametrize("strength", [0.1, 0.5, 0.9])
+def test_a_process_begins_where_so_much_is_noise(name, strength):
+    truncated = from_strength(PROCESSES[name], strength)
+    start = torch.tensor(truncated.start, dtype=torch.float64)
+    alpha, sigma = truncated.alpha(start), truncated.sigma(start)
+    assert (sigma / (alpha + sigma)).item() == pytest.approx(strength, abs=1e-6)
     for spacing in SPACINGS:
-        times = step_times(part, 3, spacing)
+        times = step_times(truncated, 3, spacing)
         assert len(times) == 4 and times[-1] == 0 and all(a > b for a, b in zip(times, times[1:], strict=False))
-        assert times[0] <= part.start + part.end
+        assert times[0] <= truncated.start + truncated.end
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -99,14 +105,16 @@ def test_strength_1_is_the_process_and_0_ends_below_its_end(name):
     assert from_strength(process, 1.0) is process
     assert from_strength(process, 1 - 1e-9).start <= process.start
     assert from_strength(process, 0.0).start <= process.end
-    for share in (-0.1, 1.1):
+    for strength in (-0.1, 1.1):
         with pytest.raises(ValueError, match="wanted 0 .data. to 1"):
-            from_strength(process, share)
+            from_strength(process, strength)
 
 
 def test_the_steps_that_are_left_are_those_from_there():
-    process = RectifiedFlow()  # the share of noise is t
-    assert [remaining_steps(process, from_strength(process, share), 20, "uniform") for share in (1.0, 0.5, 0.26)] == [
+    process = RectifiedFlow()  # the noise fraction is t
+    assert [
+        remaining_steps(process, from_strength(process, strength), 20, "uniform") for strength in (1.0, 0.5, 0.26)
+    ] == [
         20,
         10,
         5,

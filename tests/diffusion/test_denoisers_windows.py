@@ -16,9 +16,9 @@ SOLVERS = solvers_for(PROCESS)
 def denoise(x, t, rows=None):
     """Logits that depend on the time, every code of the window and the position; in float64, since the sine of a large
     number would reveal the order of summation."""
-    places = torch.arange(x[0].numel() * CODES).view(*x.shape[1:], CODES)  # (h, w, K)
+    positions = torch.arange(x[0].numel() * CODES).view(*x.shape[1:], CODES)  # (h, w, K)
     content = x.flatten(1).double() @ torch.arange(x[0].numel()).double().cos()  # (B,)
-    return (2 * torch.sin(places * (content + t)[:, None, None, None])).float()
+    return (2 * torch.sin(positions * (content + t)[:, None, None, None])).float()
 
 
 def canvas(*shape):
@@ -42,10 +42,10 @@ def test_a_canvas_of_one_window_is_the_plain_denoiser():
 def test_two_windows_over_three_codes_by_hand():
     p = {0: [[0.2, 0.8], [0.4, 0.6]], 1: [[0.1, 0.9], [0.9, 0.1]]}  # by the first code of the crop
 
-    def by_first(x, t, rows=None):
+    def denoise_by_first(x, t, rows=None):
         return torch.tensor([[p[int(row[0])] for row in crop] for crop in x]).log()
 
-    logits = windowed(by_first, (1, 2))(torch.tensor([[[0, 1, 2]]]), torch.ones(1))
+    logits = windowed(denoise_by_first, (1, 2))(torch.tensor([[[0, 1, 2]]]), torch.ones(1))
     assert torch.allclose(logits[0, 0].exp(), torch.tensor([[0.2, 0.8], [0.25, 0.75], [0.9, 0.1]]))
     averaged_logits = ((torch.tensor(p[0][1]).log() + torch.tensor(p[1][0]).log()) / 2).softmax(0)
     assert not torch.allclose(logits[0, 0, 1].exp(), averaged_logits, atol=0.01)  # probabilities, not logits
@@ -64,8 +64,8 @@ def test_the_mixture_against_a_loop(stride):
     assert torch.allclose(expected.sum(-1), torch.ones(2, 5, 7))
 
 
-def by_row(x, t, rows):
-    """Also depends on the canvas."""
+def denoise_by_row(x, t, rows):
+    """Like `denoise`, but also depends on the row."""
     return denoise(x, t + 10 * rows)
 
 
@@ -73,18 +73,18 @@ def by_row(x, t, rows):
 @pytest.mark.parametrize("rows", [None, [4, 1]])
 def test_windows_are_batched_with_their_own_times_and_rows(batch, rows):
     x, t, sizes = canvas(2, 4, 5), torch.tensor([0.25, 0.75]), []
-    whose = torch.arange(2) if rows is None else torch.tensor(rows)
+    row_ids = torch.arange(2) if rows is None else torch.tensor(rows)
 
     def recording(crops, times, rows):
         sizes.append(len(crops))
-        assert torch.equal(times, t[(rows[:, None] == whose).int().argmax(1)])
-        return by_row(crops, times, rows)
+        assert torch.equal(times, t[(rows[:, None] == row_ids).int().argmax(1)])
+        return denoise_by_row(crops, times, rows)
 
-    together = windowed(recording, (2, 3), batch=batch)(x, t, rows if rows is None else whose)
+    batched = windowed(recording, (2, 3), batch=batch)(x, t, rows if rows is None else row_ids)
     assert sum(sizes) == 2 * 3 * 3 and len(sizes) == -(-18 // batch)
     assert all(size == batch for size in sizes[:-1])
-    alone = [windowed(by_row, (2, 3))(x[i : i + 1], t[i : i + 1], whose[i : i + 1]) for i in range(2)]
-    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    separate = [windowed(denoise_by_row, (2, 3))(x[i : i + 1], t[i : i + 1], row_ids[i : i + 1]) for i in range(2)]
+    assert torch.allclose(batched, torch.cat(separate), atol=1e-5)
 
 
 # Windows in which nothing is masked
@@ -94,7 +94,7 @@ def masked(x):
     return x == CODES
 
 
-def half_known(*shape):
+def partly_known(*shape):
     """Masked in the first columns only; the second canvas is complete."""
     x = canvas(*shape).clamp(max=CODES - 1)
     x[:, :, :3] = torch.where(canvas(*shape)[:, :, :3] > 1, CODES, x[:, :, :3])
@@ -104,15 +104,18 @@ def half_known(*shape):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_complete_windows_are_skipped_without_changing_others(stride):
-    x, t, seen = half_known(3, 5, 8), torch.rand(3), []
+    x, t, calls = partly_known(3, 5, 8), torch.rand(3), []
 
     def recording(crops, times, rows):
-        seen.append((crops, rows))
-        return by_row(crops, times, rows)
+        calls.append((crops, rows))
+        return denoise_by_row(crops, times, rows)
 
-    every, some = windowed(by_row, (3, 4), stride)(x, t), windowed(recording, (3, 4), stride, may_change=masked)(x, t)
-    assert torch.allclose(some[x == CODES], every[x == CODES], atol=1e-6)
-    crops, rows = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    full, skipped = (
+        windowed(denoise_by_row, (3, 4), stride)(x, t),
+        windowed(recording, (3, 4), stride, may_change=masked)(x, t),
+    )
+    assert torch.allclose(skipped[x == CODES], full[x == CODES], atol=1e-6)
+    crops, rows = (torch.cat(parts) for parts in zip(*calls, strict=True))
     assert (crops == CODES).flatten(1).any(1).all() and 1 not in rows
     windows = len(window_starts(5, 3, stride)) * len(window_starts(8, 4, stride))
     assert 0 < len(crops) < 2 * windows
@@ -129,11 +132,11 @@ def test_one_window_of_a_complete_canvas_is_evaluated():
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("known", [False, True])
 def test_what_is_drawn_does_not_depend_on_leaving_them_out(name, known, streams):
-    x = half_known(3, 4, 6) if known else torch.full((3, 4, 6), CODES)
+    x = partly_known(3, 4, 6) if known else torch.full((3, 4, 6), CODES)
     draws = [
         solve_in_steps(
             SOLVERS[name].solve,
-            windowed(by_row, (2, 3), 2, may_change=may_change),
+            windowed(denoise_by_row, (2, 3), 2, may_change=may_change),
             PROCESS,
             x,
             steps=24,
@@ -149,14 +152,14 @@ def test_what_is_drawn_does_not_depend_on_leaving_them_out(name, known, streams)
 def test_a_canvas_of_one_window_is_sampled_as_without_windows(name, steps, streams):
     if name == "first_hitting" and steps != 24:
         return
-    x = torch.cat([torch.full((2, 4, 6), CODES), half_known(2, 4, 6)])
+    x = torch.cat([torch.full((2, 4, 6), CODES), partly_known(2, 4, 6)])
 
     def plain(x, t, rows=None):
-        return by_row(x, t, torch.arange(4) if rows is None else rows)
+        return denoise_by_row(x, t, torch.arange(4) if rows is None else rows)
 
     draws = [
-        solve_in_steps(SOLVERS[name].solve, each, PROCESS, x, steps=steps, rng=streams(4))
-        for each in (plain, windowed(by_row, (4, 6), 2, may_change=masked))
+        solve_in_steps(SOLVERS[name].solve, denoiser, PROCESS, x, steps=steps, rng=streams(4))
+        for denoiser in (plain, windowed(denoise_by_row, (4, 6), 2, may_change=masked))
     ]
     assert torch.equal(*draws)
 

@@ -27,9 +27,9 @@ PROCESS = UniformDiffusion(3, T)
 
 def forward(s, t):
     """q(x_t | x_s) of a pair, from one code's: (9, 9)."""
-    kept = (1 - t) / (1 - s)
-    one = kept * torch.eye(3, dtype=torch.float64) + (1 - kept) / 3
-    return torch.einsum("ac,bd->abcd", one, one).reshape(9, 9)
+    stay_prob = (1 - t) / (1 - s)
+    transition = stay_prob * torch.eye(3, dtype=torch.float64) + (1 - stay_prob) / 3
+    return torch.einsum("ac,bd->abcd", transition, transition).reshape(9, 9)
 
 
 def index(x):
@@ -39,17 +39,17 @@ def index(x):
 
 def denoise(x, t, rows=None):
     """The perfect denoiser: log p(x_0 | x_t), code by code."""
-    times, at = t.unique(return_inverse=True)
+    times, time_index = t.unique(return_inverse=True)
     tables = torch.stack([P.flatten() * forward(0, time).T for time in times.tolist()])  # (time, x_t, x_0)
-    joint = tables[at, index(x)]
+    joint = tables[time_index, index(x)]
     joint = (joint / joint.sum(1, keepdim=True)).view(-1, 3, 3)
     return torch.stack([joint.sum(2), joint.sum(1)], 1).log()[:, None]
 
 
 @pytest.mark.parametrize("t, s", [(1.0, 0.75), (0.75, 0.25), (0.5, 0.0)])
 def test_the_one_step_kernel_is_bayes_rule_over_all_pairs(t, s):
-    both = (P.flatten() @ forward(0, s))[:, None] * forward(s, t)  # q(x_s, x_t)
-    bayes = (both / both.sum(0)).T.view(9, 3, 3)  # rows x_t
+    joint = (P.flatten() @ forward(0, s))[:, None] * forward(s, t)  # q(x_s, x_t)
+    bayes = (joint / joint.sum(0)).T.view(9, 3, 3)  # rows x_t
     kernel = PROCESS.reverse_probabilities(GRIDS, denoise(GRIDS, torch.full((9,), t).double()), t, s)[:, 0]
     assert torch.allclose(kernel[:, 0], bayes.sum(2)) and torch.allclose(kernel[:, 1], bayes.sum(1))
 
@@ -58,19 +58,19 @@ def test_its_bound_is_what_enumeration_says():
     total, entropy = 0.0, torch.special.entr(P).sum().item() / math.log(2)
     for i in range(1, T + 1):
         t, s = i / T, (i - 1) / T
-        both = forward(0, s)[:, :, None] * forward(s, t)  # (x_0, x_s, x_t)
+        joint = forward(0, s)[:, :, None] * forward(s, t)  # (x_0, x_s, x_t)
         kernel = PROCESS.reverse_probabilities(GRIDS, denoise(GRIDS, torch.full((9,), t).double()), t, s)[:, 0]
         steps = torch.einsum("ba,bc->bac", kernel[:, 0], kernel[:, 1]).reshape(9, 9)  # x_t, x_s
-        ratio = both / both.sum(1, keepdim=True) / steps.T
-        weight = P.flatten()[:, None, None] * both
+        ratio = joint / joint.sum(1, keepdim=True) / steps.T
+        weight = P.flatten()[:, None, None] * joint
         total += torch.where(weight > 0, weight * ratio.log2(), 0).sum().item()
     n = 2000
     x0 = GRIDS[torch.multinomial(P.flatten(), n, replacement=True, generator=torch.manual_seed(0))]
     result = bits_per_code(denoise, PROCESS, x0, Streams(list(range(n))))
     assert result.terms.shape == (n, T) and not result.prior.any()
     assert 2 * result.total.mean().item() == pytest.approx(total, abs=0.08) and total > entropy
-    few = bits_per_code(denoise, PROCESS, x0, Streams(list(range(n))), 2)
-    assert few.total.mean().item() == pytest.approx(result.total.mean().item(), abs=0.08)
+    two_steps = bits_per_code(denoise, PROCESS, x0, Streams(list(range(n))), 2)
+    assert two_steps.total.mean().item() == pytest.approx(result.total.mean().item(), abs=0.08)
 
 
 def test_the_loss_is_its_bound_and_can_be_weighted():
@@ -110,14 +110,14 @@ def test_of_the_absorbing_process_it_draws_what_ancestral_does(joint, streams, p
 
 
 def test_an_example_that_cannot_change_is_not_evaluated(streams):
-    x, asked = torch.tensor([[[3, 0]], [[1, 2]], [[3, 3]]]), []
+    x, calls = torch.tensor([[[3, 0]], [[1, 2]], [[3, 3]]]), []
 
     def denoise(x, t, rows=None):
-        asked.append([0, 1, 2] if rows is None else rows.tolist())
+        calls.append([0, 1, 2] if rows is None else rows.tolist())
         return torch.zeros(*x.shape, 3)
 
     solve_in_steps(discrete, denoise, AbsorbingDiffusion(3), x, steps=1, rng=streams(3))
-    assert asked == [[0, 2]]
+    assert calls == [[0, 2]]
 
 
 def test_in_continuous_time_a_bound_in_steps_is_refused():
@@ -126,12 +126,12 @@ def test_in_continuous_time_a_bound_in_steps_is_refused():
 
 
 def test_a_process_that_leaves_something_out_is_none():
-    class Half(DiscreteProcess):
+    class Incomplete(DiscreteProcess):
         def prior(self, shape, rng):
             return torch.zeros(shape)
 
     with pytest.raises(TypeError, match="abstract"):
-        Half()
+        Incomplete()
 
 
 @pytest.mark.parametrize("process", [PROCESS, AbsorbingDiffusion(3)])
@@ -145,47 +145,47 @@ def test_temperature_zero_ends_with_the_likeliest_codes(process, streams):
     assert (out == torch.tensor([2, 0])).all()
 
 
-# A sampler by the uniform process, of a network that is told the time
+# A sampler with the uniform process and a network that takes the time
 
 
 def test_a_sampler_learns_draws_and_has_its_bound():
     torch.manual_seed(0)
     sampler = UniformSampler(codes=3, grid=(1, 2))
-    same = torch.tensor([[[0, 0]], [[2, 2]]])
+    pairs = torch.tensor([[[0, 0]], [[2, 2]]])
     optimizer = torch.optim.Adam(sampler.network.parameters(), lr=0.02)
     for step in range(80):
-        batch = {"codes": same[torch.arange(32) % 2]}
+        batch = {"codes": pairs[torch.arange(32) % 2]}
         loss = sampler.loss(sampler.network, batch, lambda name, step=step: Streams([32 * step + i for i in range(32)]))
         loss.per_example.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     x = sampler.sample(sampler.network, Streams(list(range(150))), options=Sampling())
     assert (x[:, 0, 0] == x[:, 0, 1]).double().mean() > 0.8 and (x != 1).double().mean() > 0.9
-    result = sampler.log_likelihood(sampler.network, {"codes": same}, Streams([0, 1]))
+    result = sampler.log_likelihood(sampler.network, {"codes": pairs}, Streams([0, 1]))
     assert result.terms.shape == (2, 8) and result.total.isfinite().all()
     assert sampler.x0_hat(loss.outputs).shape == (32, 1, 2)
 
 
-class Counting(torch.nn.Module):
+class RecordingNetwork(torch.nn.Module):
     """A network with time input; records the number of rows of its calls."""
 
     def __init__(self):
         super().__init__()
-        self.asked = []
+        self.calls = []
 
     def encode(self, fields, ids):
         return Condition()
 
     def forward(self, ids, condition=None, *, t):
-        self.asked.append(len(ids))
+        self.calls.append(len(ids))
         return (ids + t.view(-1, 1, 1)).unsqueeze(-1) * torch.tensor([1.0, 2.0, -1.0])
 
 
 def test_equal_rows_at_different_times_are_never_merged():
-    sampler, network = UniformSampler(codes=3, grid=(1, 2)), Counting()
+    sampler, network = UniformSampler(codes=3, grid=(1, 2)), RecordingNetwork()
     x, t = torch.tensor([[[0, 1]]] * 4 + [[[2, 1]]]), torch.tensor([0.5, 0.25, 0.5, 0.25, 0.5])
     pred = sampler.make_denoiser(network, None, Sampling(), x)(x, t)
-    assert torch.equal(pred, Counting()(x, t=t)) and network.asked == [3]
+    assert torch.equal(pred, RecordingNetwork()(x, t=t)) and network.calls == [3]
     assert not torch.equal(pred[0], pred[1])
 
 

@@ -19,7 +19,7 @@ def logits_of(p, dtype=torch.float32):
     return torch.tensor(p, dtype=dtype).log() + 3.0  # logits need no normalisation
 
 
-def saying(p):
+def fixed_denoiser(p):
     """A denoiser with fixed probabilities."""
     return lambda x, t, rows=None: logits_of(p).expand(*x.shape, len(p))
 
@@ -48,9 +48,9 @@ def test_the_temperature_goes_evenly_from_the_first_to_the_last():
     for result, t in zip(warped_probs(times, temperature=first, final_temperature=last), times, strict=True):
         expected = torch.tensor(P) ** (1 / (last + (first - last) * t))
         assert torch.allclose(result, expected / expected.sum(), atol=1e-6)
-    from_one = warped_probs((1.0, 0.0), final_temperature=0.5)
-    assert torch.allclose(from_one[0], torch.tensor(P)) and torch.allclose(
-        from_one[1], warped_probs(temperature=0.5)[0]
+    annealed = warped_probs((1.0, 0.0), final_temperature=0.5)
+    assert torch.allclose(annealed[0], torch.tensor(P)) and torch.allclose(
+        annealed[1], warped_probs(temperature=0.5)[0]
     )
 
 
@@ -90,20 +90,28 @@ def test_half_precision_logits_are_divided_in_float32():
 def test_top_k_keeps_the_likeliest(k, expected):
     assert support(top_k=k) == expected
     p = warped_probs(top_k=k)[0]
-    kept = torch.tensor([P[i] if i in expected else 0 for i in range(5)])
-    assert torch.allclose(p, kept / kept.sum(), atol=1e-6)
+    filtered = torch.tensor([P[i] if i in expected else 0 for i in range(5)])
+    assert torch.allclose(p, filtered / filtered.sum(), atol=1e-6)
 
 
-LEFT = {0.39: {1}, 0.41: {1, 3}, 0.64: {1, 3}, 0.66: {1, 3, 4}, 0.94: {1, 2, 3, 4}, 0.96: {0, 1, 2, 3, 4}, 1e-6: {1}}
+TOP_P_SETS = {
+    0.39: {1},
+    0.41: {1, 3},
+    0.64: {1, 3},
+    0.66: {1, 3, 4},
+    0.94: {1, 2, 3, 4},
+    0.96: {0, 1, 2, 3, 4},
+    1e-6: {1},
+}
 
 
-@pytest.mark.parametrize("top_p, expected", LEFT.items())
+@pytest.mark.parametrize("top_p, expected", TOP_P_SETS.items())
 def test_top_p_keeps_the_fewest_that_add_up(top_p, expected):
     assert support(top_p=top_p) == expected
 
 
 def test_top_p_counts_exactly_where_sums_are_exact():
-    assert support(p=[0.5, 0.25, 0.125, 0.125], top_p=0.75) == {0, 1}  # enough is enough
+    assert support(p=[0.5, 0.25, 0.125, 0.125], top_p=0.75) == {0, 1}  # the sum is reached exactly
 
 
 def test_top_k_keeps_ties_and_top_p_the_smallest_set():
@@ -123,20 +131,20 @@ def test_against_a_search_over_all_sets():
     """The smallest sets that reach top_p; of these, the most likely."""
     p = torch.rand(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1)
     for top_p in (0.2, 0.5, 0.77, 0.95):
-        kept = filter_top_k_top_p(p.log(), None, top_p).isfinite()
-        for row, mine in zip(p.tolist(), kept.tolist(), strict=True):
+        masks = filter_top_k_top_p(p.log(), None, top_p).isfinite()
+        for row, mask in zip(p.tolist(), masks.tolist(), strict=True):
             sets = [c for size in range(1, 7) for c in itertools.combinations(range(6), size)]
-            enough = [c for c in sets if sum(row[i] for i in c) >= top_p]
-            expected = min(enough, key=lambda c, row=row: (len(c), -sum(row[i] for i in c)))
-            assert {i for i in range(6) if mine[i]} == set(expected)
+            reaching = [c for c in sets if sum(row[i] for i in c) >= top_p]
+            expected = min(reaching, key=lambda c, row=row: (len(c), -sum(row[i] for i in c)))
+            assert {i for i in range(6) if mask[i]} == set(expected)
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_p": 0.6}, {"top_k": 3, "top_p": 0.5, "temperature": 0.6}])
 def test_what_is_possible_does_not_depend_on_the_batch(settings):
     logits = torch.randn(50, 4, 4, 300, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # many ties
-    together = LogitsWarper(**settings).warp(logits, torch.ones(50))
+    batched = LogitsWarper(**settings).warp(logits, torch.ones(50))
     for row in (0, 7, 49):
-        assert torch.equal(LogitsWarper(**settings).warp(logits[[row]], torch.ones(1))[0], together[row])
+        assert torch.equal(LogitsWarper(**settings).warp(logits[[row]], torch.ones(1))[0], batched[row])
 
 
 # Draws
@@ -146,7 +154,7 @@ def test_what_is_possible_does_not_depend_on_the_batch(settings):
 def test_greedy_draws_are_the_likeliest_code(settings):
     x = solve_in_steps(
         ancestral,
-        saying(P),
+        fixed_denoiser(P),
         AbsorbingDiffusion(5),
         torch.full((200, 1, 3), 5),
         steps=2,
@@ -163,7 +171,7 @@ def test_draws_follow_what_is_left(settings, expected, streams, p_value):
     n = 4000
     x = solve_in_steps(
         ancestral,
-        saying(P),
+        fixed_denoiser(P),
         AbsorbingDiffusion(5),
         torch.full((n, 1, 1), 5),
         steps=1,

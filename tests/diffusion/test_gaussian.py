@@ -16,17 +16,15 @@ def batch():
     return noisy_batch()
 
 
-def output_for(process, x0, noise, t, share=0.5):
+def output_for(process, x0, noise, t, frac=0.5):
     """The output of a network that knows x0 and the noise."""
     target = process.target(x0, noise, t)
     return (
-        torch.cat([target, torch.full_like(target, 2 * share - 1)], 1)
-        if process.variance == "learned_range"
-        else target
+        torch.cat([target, torch.full_like(target, 2 * frac - 1)], 1) if process.variance == "learned_range" else target
     )
 
 
-# What a network says
+# Network outputs
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
@@ -137,15 +135,15 @@ def test_the_learned_range_is_open_and_even_in_logarithms():
 def test_the_last_step_has_the_variance_of_the_step_before(variance, last):
     process = GaussianDiffusion(LINEAR, variance=variance)
     t, x = torch.tensor([1 / 1000]), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    beta, earlier = LINEAR[0] - LINEAR[1], process.posterior_variance(2 * t, t)
+    beta, previous = LINEAR[0] - LINEAR[1], process.posterior_variance(2 * t, t)
     log_variance = process.reverse_kernel(x, Prediction(x, x, x + 1), t, 0 * t).log_variance
-    assert torch.allclose(log_variance.exp(), earlier if last == "least" else beta, rtol=1e-9)
-    assert earlier.item() == pytest.approx(5.4531876613021935e-05, rel=1e-9)
+    assert torch.allclose(log_variance.exp(), previous if last == "least" else beta, rtol=1e-9)
+    assert previous.item() == pytest.approx(5.4531876613021935e-05, rel=1e-9)
 
 
 def test_larger_steps_are_steps_of_a_respaced_process():
-    parent, every = GaussianDiffusion(LINEAR), torch.arange(0, 1001, 20)
-    respaced = GaussianDiffusion(LINEAR[every])
+    parent, indices = GaussianDiffusion(LINEAR), torch.arange(0, 1001, 20)
+    respaced = GaussianDiffusion(LINEAR[indices])
     i = torch.arange(2, 51)
     t, s = i / 50, (i - 1) / 50
     beta = 1 - respaced.alpha_bar[i] / respaced.alpha_bar[i - 1]
@@ -189,11 +187,11 @@ def test_a_loss_weight_broadcasts_to_every_number(batch):
 def test_min_snr_does_not_depend_on_the_prediction_type(batch, gamma):
     x0, noise, t = batch
     x_t = GaussianDiffusion(LINEAR).corrupt(x0, t, noise)
-    guess = x0 + 0.1
+    x0_hat = x0 + 0.1
     snr = LINEAR[[1, 2, 100, 500, 900, 1000]] / (1 - LINEAR[[1, 2, 100, 500, 900, 1000]])
     for prediction in PREDICTIONS:
         process = GaussianDiffusion(LINEAR, prediction)
-        pred = process.with_x0(Prediction(x0, noise), guess, x_t, t)
+        pred = process.with_x0(Prediction(x0, noise), x0_hat, x_t, t)
         output = process.target(pred.x0, pred.eps, t)
         loss = process.loss(output, x0, noise, t, "min_snr", gamma=gamma).per_example
         assert torch.allclose(loss, snr.clamp(max=gamma) * 0.01, rtol=1e-6)

@@ -66,22 +66,22 @@ def test_the_prior_term_is_what_is_left_at_the_end(batch, steps):
     x0, alpha_bar = batch[0], LINEAR[steps]
     expected = 0.5 * (alpha_bar * x0**2 + (1 - alpha_bar) - 1 - (1 - alpha_bar).log()).mean((1, 2, 3)) / math.log(2)
     assert torch.allclose(GaussianDiffusion(LINEAR[: steps + 1]).prior_term(x0), expected)
-    empty = GaussianDiffusion(with_zero_terminal_snr(LINEAR), "v").prior_term(x0)
-    assert torch.equal(empty, torch.zeros_like(empty))
+    prior = GaussianDiffusion(with_zero_terminal_snr(LINEAR), "v").prior_term(x0)
+    assert torch.equal(prior, torch.zeros_like(prior))
 
 
-def knows_all(process, data):
+def oracle_denoiser(process, data):
     """The perfect denoiser of N(0, v), with the true variance of p(x_s | x_t) as fraction of the learned range."""
-    mean_of = data.denoiser(process)
+    denoise_mean = data.denoiser(process)
 
     def denoise(x, t):
         s = (process.fractional_step(t.double()) - 1) / process.steps
         alpha, sigma = process.alpha(t), process.sigma(t)
-        of_x0 = process.alpha(s) * process.forward_variance(t, s) / sigma**2
-        unknown = data.variance * sigma**2 / (alpha**2 * data.variance + sigma**2)  # Var(x_0 | x_t)
-        true = process.posterior_variance(t, s) + of_x0**2 * unknown
+        x0_coefficient = process.alpha(s) * process.forward_variance(t, s) / sigma**2
+        x0_variance = data.variance * sigma**2 / (alpha**2 * data.variance + sigma**2)  # Var(x_0 | x_t)
+        variance = process.posterior_variance(t, s) + x0_coefficient**2 * x0_variance
         small, large = process.clipped_posterior_variance(t, s).log(), process.forward_variance(t, s).log()
-        return mean_of(x, t)._replace(frac=append_dims((true.log() - small) / (large - small), x))
+        return denoise_mean(x, t)._replace(frac=append_dims((variance.log() - small) / (large - small), x))
 
     return denoise
 
@@ -94,7 +94,7 @@ def test_the_bound_of_the_true_reverse_process_is_the_entropy(streams):
     gap = {}
     for steps, variance in ((100, "learned_range"), (250, "learned_range"), (250, "fixed_small")):
         process = GaussianDiffusion(linear(steps), variance=variance)
-        bound = bits_per_dimension(knows_all(process, data), process, x0, streams(8))
+        bound = bits_per_dimension(oracle_denoiser(process, data), process, x0, streams(8))
         assert bound.terms.shape == (8, steps)
         assert torch.allclose(bound.total, bound.prior + bound.terms.sum(1))
         gap[steps, variance] = ((bound.total.mean() - entropy) / entropy).item()

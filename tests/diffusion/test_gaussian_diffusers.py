@@ -54,14 +54,14 @@ class Network:
         self.first, self.second = (draw / draw[0].numel() ** 0.5 for draw in draws)
 
     def __call__(self, x, k):
-        bend = (append_dims(k, x) / 300 + torch.arange(8).view(-1, 1, 1)).to(x.dtype)
-        h = (F.conv2d(x, self.first.to(x.dtype), padding=1) + bend).sin()
-        x0, share = F.conv2d(h, self.second.to(x.dtype), padding=1).tanh().chunk(2, 1)
+        shift = (append_dims(k, x) / 300 + torch.arange(8).view(-1, 1, 1)).to(x.dtype)
+        h = (F.conv2d(x, self.first.to(x.dtype), padding=1) + shift).sin()
+        x0, frac = F.conv2d(h, self.second.to(x.dtype), padding=1).tanh().chunk(2, 1)
         t = (k.double() + 1) / T
         alpha, sigma = append_dims(self.process.alpha(t), x), append_dims(self.process.sigma(t), x)
         eps = (x - alpha * x0) / sigma
         pred = {"eps": eps, "v": alpha * eps - sigma * x0, "x0": x0}[self.process.prediction]
-        return torch.cat([pred, share], 1) if self.process.variance == "learned_range" else pred
+        return torch.cat([pred, frac], 1) if self.process.variance == "learned_range" else pred
 
     def denoise(self, x, t) -> Prediction:
         return self.process.to_prediction(self(x, self.process.network_time(t)), x, t)
@@ -77,58 +77,62 @@ class Noise:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
 
-def ours(solve, process, x, rng, steps, spacing, **options):
+def run_ours(solve, process, x, rng, steps, spacing, **options):
     """x after each step."""
-    seen = []
+    states = []
     network = Network(process)
-    options["on_step"] = lambda i, t, s, x, x0: seen.append(x) or x
+    options["on_step"] = lambda i, t, s, x, x0: states.append(x) or x
     assert torch.equal(
-        solve_in_steps(solve, network.denoise, process, x, steps=steps, rng=rng, spacing=spacing, **options), seen[-1]
+        solve_in_steps(solve, network.denoise, process, x, steps=steps, rng=rng, spacing=spacing, **options), states[-1]
     )
-    return seen
+    return states
 
 
-def theirs(scheduler, process, x, noise=None, **options):
+def run_theirs(scheduler, process, x, noise=None, **options):
     """x after each step; `noise` is drawn for steps that take it as an argument."""
-    seen = []
+    states = []
     network = Network(process)
     for k in scheduler.timesteps:
-        given = options if noise is None else {**options, "variance_noise": noise.normal(x.shape)}
-        x = scheduler.step(network(x, k.expand(len(x))), k, x, **given).prev_sample
-        seen.append(x if getattr(scheduler, "last_sample", None) is None else scheduler.last_sample)
-    return seen if seen[-1] is x else [*seen[1:], x]  # UniPC: what the next step corrected it to
+        step_options = options if noise is None else {**options, "variance_noise": noise.normal(x.shape)}
+        x = scheduler.step(network(x, k.expand(len(x))), k, x, **step_options).prev_sample
+        states.append(x if getattr(scheduler, "last_sample", None) is None else scheduler.last_sample)
+    return states if states[-1] is x else [*states[1:], x]  # UniPC: x as corrected by the next step
 
 
-def worst(ours, theirs):
+def largest_difference(actual, expected):
     """The largest difference over all steps, relative to the size of x."""
-    pairs = list(zip(ours, theirs, strict=True))
+    pairs = list(zip(actual, expected, strict=True))
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-def ks(process, steps, spacing):
+def their_steps(process, steps, spacing):
     return [round(t * T) - 1 for t in step_times(process, steps, spacing)[:-1]]
 
 
 def scheduler_of(name, process, schedule, spacing="uniform", **options):
     """Their scheduler with float64 tables, and its number of steps, with our spacing if it supports it."""
-    theirs, steps = SPACINGS[spacing]
-    named = {"prediction_type": PREDICTIONS[process.prediction], "timestep_spacing": theirs, **SCHEDULES[schedule][1]}
-    scheduler = getattr(diffusers, name)(**named, **options)
+    their_spacing, steps = SPACINGS[spacing]
+    settings = {
+        "prediction_type": PREDICTIONS[process.prediction],
+        "timestep_spacing": their_spacing,
+        **SCHEDULES[schedule][1],
+    }
+    scheduler = getattr(diffusers, name)(**settings, **options)
     scheduler.set_timesteps(steps)
     scheduler.alphas_cumprod = process.alpha_bar[1:]
     if name in ("DDPMScheduler", "DDIMScheduler") or spacing == "uniform":
-        assert scheduler.timesteps.tolist() == ks(process, steps, spacing)
+        assert scheduler.timesteps.tolist() == their_steps(process, steps, spacing)
     else:  # their multi-step solvers take one more interval, whose last point is 0
-        scheduler.timesteps = torch.tensor(ks(process, steps, spacing))
+        scheduler.timesteps = torch.tensor(their_steps(process, steps, spacing))
     if hasattr(scheduler, "sigmas"):  # sigma / alpha, and 0
-        left = scheduler.alphas_cumprod[scheduler.timesteps]
-        ratios = torch.cat([((1 - left) / left).sqrt(), left.new_zeros(1)])
+        alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps]
+        ratios = torch.cat([((1 - alpha_bar) / alpha_bar).sqrt(), alpha_bar.new_zeros(1)])
         assert spacing != "uniform" or torch.allclose(scheduler.sigmas.double(), ratios, rtol=1e-3)
         scheduler.sigmas = ratios
     return scheduler, steps
 
 
-def start(process):
+def initial_noise(process):
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     return x * process.sigma(torch.tensor(1.0))
 
@@ -154,7 +158,7 @@ def test_zero_terminal_snr_is_theirs(name):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_min_snr_weights_are_theirs(prediction):
-    """Those of its training examples, by its SNR: for v over SNR + 1, since v's error is x_0's times sqrt(SNR + 1)."""
+    """The weights of its training examples; for v divided by SNR + 1, since v's error is x_0's times sqrt(SNR + 1)."""
     from diffusers.training_utils import compute_snr
 
     k = torch.tensor([0, 10, 100, 500, 900, 999])
@@ -173,11 +177,14 @@ def test_ddpm(schedule, prediction, spacing, variance, monkeypatch):
     process = GaussianDiffusion(SCHEDULES[schedule][0], prediction, variance)
     options = {"variance_type": variance, "clip_sample": False}
     scheduler, steps = scheduler_of("DDPMScheduler", process, schedule, spacing, **options)
-    noise, left = Noise(), iter(range(steps - 1, -1, -1))
+    noise, remaining = Noise(), iter(range(steps - 1, -1, -1))
     draw = "diffusers.schedulers.scheduling_ddpm.randn_tensor"
-    monkeypatch.setattr(draw, lambda shape, **_: noise.normal(shape) * (next(left) > 0))
-    result = theirs(scheduler, process, start(process))
-    assert worst(ours(solvers.ddpm, process, start(process), Noise(), steps, spacing), result) < 1e-9
+    monkeypatch.setattr(draw, lambda shape, **_: noise.normal(shape) * (next(remaining) > 0))
+    result = run_theirs(scheduler, process, initial_noise(process))
+    assert (
+        largest_difference(run_ours(solvers.ddpm, process, initial_noise(process), Noise(), steps, spacing), result)
+        < 1e-9
+    )
 
 
 @each_case
@@ -187,9 +194,14 @@ def test_ddim(schedule, prediction, spacing, eta):
     process = GaussianDiffusion(SCHEDULES[schedule][0], prediction)
     scheduler, steps = scheduler_of("DDIMScheduler", process, schedule, spacing, clip_sample=False)
     if spacing == "linspace":
-        scheduler.num_inference_steps = steps - 1  # its stride is T // this: by itself it stops where it never looks
-    result = theirs(scheduler, process, start(process), Noise(), eta=eta)
-    assert worst(ours(solvers.ddim, process, start(process), Noise(), steps, spacing, eta=eta), result) < 1e-9
+        scheduler.num_inference_steps = steps - 1  # its stride is T // this, and linspace has one interval fewer
+    result = run_theirs(scheduler, process, initial_noise(process), Noise(), eta=eta)
+    assert (
+        largest_difference(
+            run_ours(solvers.ddim, process, initial_noise(process), Noise(), steps, spacing, eta=eta), result
+        )
+        < 1e-9
+    )
 
 
 @each_multistep_case
@@ -201,8 +213,8 @@ def test_dpm_solver_plus_plus(schedule, prediction, spacing, algorithm):
     options = {"algorithm_type": algorithm, "solver_type": "midpoint", "final_sigmas_type": "zero"}
     scheduler, steps = scheduler_of("DPMSolverMultistepScheduler", process, schedule, spacing, **options)
     solve = solvers.dpmpp_2m if algorithm == "dpmsolver++" else solvers.dpmpp_2m_sde
-    result = theirs(scheduler, process, start(process), Noise())
-    assert worst(ours(solve, process, start(process), Noise(), steps, spacing), result) < 2e-6
+    result = run_theirs(scheduler, process, initial_noise(process), Noise())
+    assert largest_difference(run_ours(solve, process, initial_noise(process), Noise(), steps, spacing), result) < 2e-6
 
 
 @each_multistep_case
@@ -211,34 +223,38 @@ def test_unipc(schedule, prediction, spacing, monkeypatch):
     """Theirs takes 1/2 for the weight of the first correction, ours the integral: both are second order."""
     process = GaussianDiffusion(SCHEDULES[schedule][0], prediction)
     scheduler, steps = scheduler_of("UniPCMultistepScheduler", process, schedule, spacing, solver_type="bh2")
-    result = theirs(scheduler, process, start(process))
-    plain = worst(ours(solvers.unipc, process, start(process), Noise(), steps, spacing), result)
-    exactly = solvers.unipc_corrector
+    result = run_theirs(scheduler, process, initial_noise(process))
+    default = largest_difference(
+        run_ours(solvers.unipc, process, initial_noise(process), Noise(), steps, spacing), result
+    )
+    corrector = solvers.unipc_corrector
 
-    def halved(x, x0, ahead, past, ends):
+    def halved_corrector(x, x0, ahead, past, ends):
         half = solvers.x0_step(x, (x0 + ahead) / 2, ends)
-        return half if past is None else exactly(x, x0, ahead, past, ends)
+        return half if past is None else corrector(x, x0, ahead, past, ends)
 
-    monkeypatch.setattr(solvers, "unipc_corrector", halved)
-    same = worst(ours(solvers.unipc, process, start(process), Noise(), steps, spacing), result)
-    assert same < 1e-9 and 1e-6 < plain < 0.02
+    monkeypatch.setattr(solvers, "unipc_corrector", halved_corrector)
+    halved = largest_difference(
+        run_ours(solvers.unipc, process, initial_noise(process), Noise(), steps, spacing), result
+    )
+    assert halved < 1e-9 and 1e-6 < default < 0.02
 
 
-AS_IT_IS = {  # ours -> theirs
+FLOAT32_CASES = {  # ours -> theirs
     "ddpm": ("DDPMScheduler", "leading", {"variance_type": "learned_range", "clip_sample": False}, {}),
     "ddim": ("DDIMScheduler", "uniform", {"clip_sample": False}, {"eta": 0.5}),
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", "uniform", {"algorithm_type": "sde-dpmsolver++"}, {}),
 }
 
 
-@pytest.mark.parametrize("solver", AS_IT_IS)
+@pytest.mark.parametrize("solver", FLOAT32_CASES)
 def test_the_same_seeds_make_the_same_images_in_float32(solver):
-    name, spacing, options, extra = AS_IT_IS[solver]
+    name, spacing, options, extra = FLOAT32_CASES[solver]
     process = GaussianDiffusion(linear(T), variance="learned_range" if solver == "ddpm" else "fixed_small")
     scheduler = getattr(diffusers, name)(**options, timestep_spacing=SPACINGS[spacing][0])
     scheduler.set_timesteps(20)
-    x = start(process).float()
-    result = theirs(scheduler, process, x, **extra, generator=Streams([5, 6]).generators)
-    mine = ours(getattr(solvers, solver), process, x, Streams([5, 6]), 20, spacing, **extra)
-    assert mine[-1].dtype == result[-1].dtype == torch.float32
-    assert worst(mine, result) < 1e-4
+    x = initial_noise(process).float()
+    result = run_theirs(scheduler, process, x, **extra, generator=Streams([5, 6]).generators)
+    actual = run_ours(getattr(solvers, solver), process, x, Streams([5, 6]), 20, spacing, **extra)
+    assert actual[-1].dtype == result[-1].dtype == torch.float32
+    assert largest_difference(actual, result) < 1e-4

@@ -27,16 +27,16 @@ COSINE = {0: (9.865818813681315e-06, 0.9999901341811863), 3999: (0.999, 1.517980
 
 @pytest.mark.parametrize("alpha_bar, table", [(linear(1000), LINEAR), (cosine(4000), COSINE)])
 def test_linear_and_cosine_are_those_of_the_public_code(alpha_bar, table):
-    for i, (beta, left) in table.items():
+    for i, (beta, value) in table.items():
         assert betas(alpha_bar)[i].item() == pytest.approx(beta, rel=1e-9)
-        assert alpha_bar[i + 1].item() == pytest.approx(left, rel=1e-9)
+        assert alpha_bar[i + 1].item() == pytest.approx(value, rel=1e-9)
 
 
 def test_linear_and_scaled_linear_are_linear_in_what_they_say():
-    rise = betas(linear(1000)).diff()
-    assert torch.allclose(rise, rise.mean(), rtol=1e-6)
-    rise = betas(scaled_linear(1000)).sqrt().diff()
-    assert torch.allclose(rise, rise.mean(), rtol=1e-6)
+    differences = betas(linear(1000)).diff()
+    assert torch.allclose(differences, differences.mean(), rtol=1e-6)
+    differences = betas(scaled_linear(1000)).sqrt().diff()
+    assert torch.allclose(differences, differences.mean(), rtol=1e-6)
     assert scaled_linear(1000)[-1].item() == pytest.approx(4.7e-3, rel=0.01)  # Stable Diffusion's
 
 

@@ -61,7 +61,7 @@ def test_a_solver_serves_the_subclasses_of_its_process():
     assert solvers_for(Child(3)) == absorbing
 
 
-# What every solver promises
+# Properties of every solver
 
 
 @every_solver
@@ -84,39 +84,39 @@ def test_all_stays_finite_in_float32(name, process, spacing):
 
 
 @pytest.mark.parametrize(
-    "name, steps, close",
+    "name, steps, tolerance",
     [("ddpm", 250, 0.04), ("ddim", 250, 0.02), ("heun", 50, 0.02), ("dpmpp_2m", 50, 0.02), ("dpmpp_2m_sde", 150, 0.02)]
     + [("unipc", 50, 0.02)],
 )
-def test_samples_have_the_moments_of_a_mixture(name, steps, close):
+def test_samples_have_the_moments_of_a_mixture(name, steps, tolerance):
     x = torch.randn(1, 1, 200, 200, generator=torch.Generator().manual_seed(0))
     x = solve(name, PROCESS, TWO, x, steps, spacing="uniform" if name == "ddpm" else "logsnr")
     mean, variance = TWO.moments()
     assert x.mean().item() == pytest.approx(mean, abs=0.02)
-    assert x.var().item() == pytest.approx(variance, rel=close)
+    assert x.var().item() == pytest.approx(variance, rel=tolerance)
     assert (x < -0.25).float().mean().item() == pytest.approx(0.3, abs=0.015)
 
 
 @every_solver
 def test_an_image_does_not_depend_on_its_batch(name):
     x, denoise = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)), TWO.denoiser(PROCESS)
-    together = solve_in_steps(SOLVERS[name].solve, denoise, PROCESS, x, steps=4, rng=Streams([5, 6, 7]))
-    alone = solve_in_steps(SOLVERS[name].solve, denoise, PROCESS, x[2:], steps=4, rng=Streams([7]))
-    assert torch.allclose(together[2:], alone, atol=1e-6)
+    batched = solve_in_steps(SOLVERS[name].solve, denoise, PROCESS, x, steps=4, rng=Streams([5, 6, 7]))
+    single = solve_in_steps(SOLVERS[name].solve, denoise, PROCESS, x[2:], steps=4, rng=Streams([7]))
+    assert torch.allclose(batched[2:], single, atol=1e-6)
 
 
 @every_solver
 def test_on_step_sees_and_may_change_x(name):
-    seen, asked = [], []
+    recorded, calls = [], []
 
     def denoise(x, t):
-        asked.append((t.tolist(), x[0, 0, 0, 0].item()))
+        calls.append((t.tolist(), x[0, 0, 0, 0].item()))
         return NORMAL.denoiser(PROCESS)(x, t)
 
     def on_step(i, t, s, x, x0_hat):
-        seen.append((i, t, s))
-        asked_at = {"heun": 2 * i}.get(name, i if name != "unipc" else 2 * i)  # unipc asks again after a change
-        assert asked[asked_at][0] == pytest.approx([t, t])
+        recorded.append((i, t, s))
+        call_index = {"heun": 2 * i}.get(name, i if name != "unipc" else 2 * i)  # unipc evaluates again after a change
+        assert calls[call_index][0] == pytest.approx([t, t])
         if i == 0:
             assert torch.allclose(x0_hat, NORMAL.denoiser(PROCESS)(noise, torch.ones(2)).x0)
         x = x.clone()
@@ -125,9 +125,9 @@ def test_on_step_sees_and_may_change_x(name):
 
     noise = GRID.expand(2, 1, 5, 5)
     x = solve_in_steps(SOLVERS[name].solve, denoise, PROCESS, noise, steps=4, rng=Streams([1, 2]), on_step=on_step)
-    assert seen == [(0, 1, 0.75), (1, 0.75, 0.5), (2, 0.5, 0.25), (3, 0.25, 0)]
+    assert recorded == [(0, 1, 0.75), (1, 0.75, 0.5), (2, 0.5, 0.25), (3, 0.25, 0)]
     assert (x[..., 0, 0] == 10).all()
-    assert {7.0, 8.0, 9.0} <= {value for _, value in asked}  # the next step begins with what was handed back
+    assert {7.0, 8.0, 9.0} <= {value for _, value in calls}  # the next step starts from the returned x
 
 
 @every_solver
@@ -145,7 +145,7 @@ def test_the_network_is_called_once_per_step_and_by_heun_twice(name, on_step):
 
 @every_solver
 def test_a_solver_leaves_nothing_on_another_device(name):
-    with FakeTensorMode(allow_non_fake_inputs=True):  # no numbers, but a device
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a device without data
         x = torch.zeros(2, 1, 4, 4, device="cuda:0")
         rng = Streams([1, 2], "cuda:0")
 
@@ -161,7 +161,7 @@ def test_a_solver_leaves_nothing_on_another_device(name):
 
 @pytest.mark.parametrize("name, order", [("ddim", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 2)])
 def test_a_deterministic_solver_converges_with_its_order(name, order):
-    """In equal steps of t the second order comes with a logarithm, from steps in log(alpha / sigma) that stay long."""
+    """In uniform steps of t the second-order error has a logarithmic factor: some log-SNR steps do not shrink."""
     process, exact = Circle(), 0.3 + 0.5 * GRID  # the flow takes N(0, 1) to N(0.3, 0.5^2)
     errors = {n: (solve(name, process, NORMAL, GRID, n) - exact).abs().max().item() for n in (64, 128, 256, 512)}
     assert convergence_order(errors) == pytest.approx(order, abs=0.1 if order == 1 else 0.4)
@@ -171,21 +171,21 @@ def test_a_deterministic_solver_converges_with_its_order(name, order):
 @pytest.mark.parametrize("process", [PROCESSES["linear"], PROCESSES["edm"], PROCESSES["flow"]])
 @pytest.mark.parametrize("name, order", [("ddim", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 3)])
 def test_the_order_holds_to_the_last_step_on_other_processes(name, order, process):
-    """By logsnr spacing, whose last step to 0 does not shrink: on_step takes x before it. UniPC gains one order."""
+    """With logsnr spacing, whose last step to 0 does not shrink: x is taken before it. UniPC gains one order."""
     start = GRID * process.start
 
     def error(steps):
-        kept = {}
+        states = {}
         solve(
-            name, process, NORMAL, start, steps, spacing="logsnr", on_step=lambda i, t, s, x, _: kept.setdefault(s, x)
+            name, process, NORMAL, start, steps, spacing="logsnr", on_step=lambda i, t, s, x, _: states.setdefault(s, x)
         )
-        last = sorted(kept)[1]
+        last = sorted(states)[1]
         (a, b), (c, d) = (
             (process.alpha(t), (process.alpha(t) ** 2 * 0.25 + process.sigma(t) ** 2).sqrt())
             for t in (torch.tensor(process.start), torch.tensor(last))
         )
         exact = 0.3 * c + d / b * (start - 0.3 * a)
-        return (kept[last] - exact).abs().max().item()
+        return (states[last] - exact).abs().max().item()
 
     assert convergence_order({steps: error(steps) for steps in (41, 81, 161, 321)}) == pytest.approx(order, abs=0.4)
 
@@ -235,15 +235,15 @@ def test_inversion_goes_along_the_flow(process):
 
 
 def test_inversion_never_evaluates_time_0_and_is_not_a_solver():
-    asked = []
+    times = []
     process = PROCESSES["linear"]
 
     def denoise(x, t):
-        asked.append(t.item())
+        times.append(t.item())
         return Prediction(x, x)
 
     ddim_inversion(denoise, process, GRID, step_times(process, 4))
-    assert asked == pytest.approx([0.001, 0.25, 0.5, 0.75])
+    assert times == pytest.approx([0.001, 0.25, 0.5, 0.75])
     assert "ddim_inversion" not in SOLVERS
 
 

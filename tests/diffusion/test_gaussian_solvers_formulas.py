@@ -48,11 +48,13 @@ def test_ddim_is_equation_12_of_its_paper(eta, monkeypatch):
     eps = TWO.denoiser(PROCESS)(GRID, t.view(1)).eps
     sigma = eta * ((1 - b) / (1 - a)) ** 0.5 * (1 - a / b) ** 0.5
     expected = b**0.5 * (GRID - (1 - a) ** 0.5 * eps) / a**0.5 + (1 - b - sigma**2) ** 0.5 * eps + sigma * noise
-    rng, seen = Streams([0]), []
+    rng, states = Streams([0]), []
     monkeypatch.setattr(rng, "normal", lambda shape: noise)
     denoise = TWO.denoiser(PROCESS)
-    ddim(denoise, PROCESS, GRID, [0.8, 0.4, 0.0], rng=rng, eta=eta, on_step=lambda i, t, s, x, x0: seen.append(x) or x)
-    assert torch.allclose(seen[0], expected)
+    ddim(
+        denoise, PROCESS, GRID, [0.8, 0.4, 0.0], rng=rng, eta=eta, on_step=lambda i, t, s, x, x0: states.append(x) or x
+    )
+    assert torch.allclose(states[0], expected)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -75,18 +77,18 @@ def terms(process, times):
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 def test_two_step_multistep_solvers_are_their_published_updates(eta):
-    """Lu et al. 2022, algorithm 2, and its SDE form, written in lambda; the last step to 0 is the data itself."""
+    """Lu et al. 2022, algorithm 2, and its SDE form, written in lambda; the last step to 0 returns the data."""
     times, noise = step_times(PROCESS, 6, "linspace"), Streams([4])
-    alpha, sigma, lam = terms(PROCESS, times)
-    denoise, x, before = TWO.denoiser(PROCESS), GRID, None
+    alpha, sigma, lambda_ = terms(PROCESS, times)
+    denoise, x, previous = TWO.denoiser(PROCESS), GRID, None
     for i in range(5):
-        data, h = denoise(x, torch.tensor(times[i : i + 1])).x0, lam[i + 1] - lam[i]
+        data, h = denoise(x, torch.tensor(times[i : i + 1])).x0, lambda_[i + 1] - lambda_[i]
         x_s = sigma[i + 1] / sigma[i] * (-eta * h).exp() * x - alpha[i + 1] * torch.expm1(-(1 + eta) * h) * data
         if i:
-            r = (lam[i] - lam[i - 1]) / h
-            x_s = x_s - 0.5 * alpha[i + 1] * torch.expm1(-(1 + eta) * h) / r * (data - before)
-        spread = sigma[i + 1] * (-torch.expm1(-2 * eta * h)).sqrt()
-        x, before = x_s + spread * noise.normal(GRID.shape).double(), data
+            r = (lambda_[i] - lambda_[i - 1]) / h
+            x_s = x_s - 0.5 * alpha[i + 1] * torch.expm1(-(1 + eta) * h) / r * (data - previous)
+        noise_scale = sigma[i + 1] * (-torch.expm1(-2 * eta * h)).sqrt()
+        x, previous = x_s + noise_scale * noise.normal(GRID.shape).double(), data
     expected = denoise(x, torch.tensor(times[5:6])).x0
     result = solve_in_steps(
         dpmpp_2m_sde, denoise, PROCESS, GRID, steps=6, rng=Streams([4]), spacing="linspace", eta=eta
@@ -101,24 +103,24 @@ def test_two_step_multistep_solvers_are_their_published_updates(eta):
 def test_unipc_is_its_published_update():
     """Zhao et al. 2023, data prediction with B(h) = e^h - 1: UniP-2, then UniC with its linear system solved."""
     times = step_times(PROCESS, 6, "linspace")
-    alpha, sigma, lam = terms(PROCESS, times)
+    alpha, sigma, lambda_ = terms(PROCESS, times)
     denoise = TWO.denoiser(PROCESS)
-    x, data, before = GRID, denoise(GRID, torch.tensor(times[:1])).x0, None
+    x, data, previous = GRID, denoise(GRID, torch.tensor(times[:1])).x0, None
     for i in range(5):
-        h = lam[i + 1] - lam[i]
+        h = lambda_[i + 1] - lambda_[i]
         phi = torch.expm1(-h)
-        plain = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * phi * data
-        r = (lam[i - 1] - lam[i]) / h if i else None
-        old = 0 if before is None else (before - data) / r
-        guess = plain - alpha[i + 1] * phi * 0.5 * old
-        ahead = denoise(guess, torch.tensor(times[i + 1 : i + 2])).x0
+        base = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * phi * data
+        r = (lambda_[i - 1] - lambda_[i]) / h if i else None
+        difference = 0 if previous is None else (previous - data) / r
+        predicted = base - alpha[i + 1] * phi * 0.5 * difference
+        next_x0 = denoise(predicted, torch.tensor(times[i + 1 : i + 2])).x0
         first = phi / -h - 1
         b = torch.stack([first / phi, (first / -h - 0.5) * 2 / phi])
         if i:
             rho = torch.linalg.solve(torch.stack([torch.ones(2).double(), torch.stack([r, torch.ones_like(r)])]), b)
         else:
             rho = torch.stack([torch.zeros_like(h), b[0]])
-        x, before, data = plain - alpha[i + 1] * phi * (rho[0] * old + rho[1] * (ahead - data)), data, ahead
+        x, previous, data = base - alpha[i + 1] * phi * (rho[0] * difference + rho[1] * (next_x0 - data)), data, next_x0
     result = solve_in_steps(unipc, denoise, PROCESS, GRID, steps=6, rng=Streams([0]), spacing="linspace")
     assert torch.allclose(result, data, atol=1e-9)
 
@@ -130,18 +132,18 @@ def test_heun_averages_x0_at_high_noise_and_eps_at_low_noise():
     x = x0_step(GRID, (first.x0 + second.x0) / 2, c)
     assert torch.allclose(solve_in_steps(heun, denoise, PROCESS, GRID, steps=2, rng=Streams([0])), denoise(x, half).x0)
 
-    flow, seen = RectifiedFlow(), []
+    flow, states = RectifiedFlow(), []
     denoise = TWO.denoiser(flow)
     solve_in_steps(
-        heun, denoise, flow, GRID, steps=8, rng=Streams([0]), on_step=lambda i, t, s, x, x0_hat: seen.append(x) or x
+        heun, denoise, flow, GRID, steps=8, rng=Streams([0]), on_step=lambda i, t, s, x, x0_hat: states.append(x) or x
     )
-    t, s, x = 0.25, 0.125, seen[5]  # Karras et al. 2022, algorithm 1
+    t, s, x = 0.25, 0.125, states[5]  # Karras et al. 2022, algorithm 1
     ratio = [v / (1 - v) for v in (t, s)]  # sigma / alpha, along which d(x / alpha) = eps
     slope = [denoise(x, torch.tensor([t])).eps]
     euler = x / (1 - t) + (ratio[1] - ratio[0]) * slope[0]
     slope.append(denoise(euler * (1 - s), torch.tensor([s])).eps)
     expected = (x / (1 - t) + (ratio[1] - ratio[0]) * (slope[0] + slope[1]) / 2) * (1 - s)
-    assert t < 0.5 and torch.allclose(seen[6], expected, atol=1e-7)
+    assert t < 0.5 and torch.allclose(states[6], expected, atol=1e-7)
 
 
 def test_ddpm_takes_the_variance_of_its_process():
@@ -149,4 +151,4 @@ def test_ddpm_takes_the_variance_of_its_process():
     for variance in ("fixed_small", "fixed_large"):
         process = GaussianDiffusion(linear(1000), variance=variance)
         draws.append(sampled_variance(ddpm, process, Mixture((1.0,), (0.0,), 0.25), 10, spacing="linspace"))
-    assert draws[0] < 0.25 < draws[1]  # the two ends of what the truth can be
+    assert draws[0] < 0.25 < draws[1]  # the bounds of the true variance

@@ -22,7 +22,7 @@ SCHEDULE = {"linear_1000": linear(1000), "cosine_4000": cosine(4000)}
 
 @pytest.fixture(params=SCHEDULE)
 def public(request):
-    """The process, and its arrays by name."""
+    """The process, and the public code's arrays by name."""
     process = GaussianDiffusion(SCHEDULE[request.param], variance="learned_range")
     with np.load(TABLES) as file:
         names = [name for name in file.files if name.startswith(request.param)]
@@ -30,7 +30,7 @@ def public(request):
 
 
 def case(process, table):
-    """x0, eps, x_t, t, s and the prediction of the one case there is."""
+    """x0, eps, x_t, t, s and the prediction of the recorded case."""
     t = (table["case_t"] + 1) / process.steps
     pred = process.to_prediction(table["case_net_out"], table["case_x_t"], t)
     return table["case_x0"], table["case_eps"], table["case_x_t"], t, table["case_t"] / process.steps, pred
@@ -102,6 +102,6 @@ def test_the_losses_are_those_of_the_public_code(public, monkeypatch):
 def test_ddim_and_its_inversion_are_those_of_the_public_code(public):
     process, table = public
     _, _, x_t, t, s, pred = case(process, table)
-    for to, name in ((s, "ddim_eta0"), (t + 1 / process.steps, "ddim_reverse")):
-        x_s = append_dims(process.alpha(to), x_t) * pred.x0 + append_dims(process.sigma(to), x_t) * pred.eps
+    for target, name in ((s, "ddim_eta0"), (t + 1 / process.steps, "ddim_reverse")):
+        x_s = append_dims(process.alpha(target), x_t) * pred.x0 + append_dims(process.sigma(target), x_t) * pred.eps
         assert torch.allclose(x_s, table[f"case_{name}"], atol=1e-5)

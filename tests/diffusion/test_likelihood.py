@@ -14,7 +14,7 @@ CASES = [(20, 7), (20, 6), (20, 1), (15, 2), (20, 3), (20, 19), (3, 2), (9, 4)] 
 IMAGE = (torch.tensor([-1.0, -0.2, 0.1, 0.7]).view(1, 1, 2, 2) * 127.5 + 127.5).round() / 127.5 - 1
 
 
-class Evenly:
+class EvenStreams:
     """Replaces random streams: over its 2,520 examples each uniform draw takes every value equally often.
 
     Their mean is the exact expectation for strata of up to 10 steps, and of 12, 14, 15, 18 or 20.
@@ -45,12 +45,12 @@ def test_with_nfe_for_all_steps_each_is_included_once(calls, streams):
 @pytest.mark.parametrize(("steps", "calls"), CASES)
 def test_the_stratified_sum_is_unbiased(steps, calls):
     function = torch.randn(steps + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    visited = list(stratified_terms(steps, calls, Evenly()))
+    visited = list(stratified_terms(steps, calls, EvenStreams()))
     assert len(visited) == calls
-    share = torch.zeros(steps + 1, dtype=torch.float64)  # of each step in the mean
+    coverage = torch.zeros(steps + 1, dtype=torch.float64)  # of each step in the mean
     for i, width in visited:
-        share += width * i.bincount(minlength=steps + 1) / len(i)
-    assert share[0] == 0 and torch.allclose(share[1:], torch.ones(steps).double())
+        coverage += width * i.bincount(minlength=steps + 1) / len(i)
+    assert coverage[0] == 0 and torch.allclose(coverage[1:], torch.ones(steps).double())
     estimate = sum((width * function[i]).mean() for i, width in visited)
     assert torch.allclose(estimate, function[1:].sum())
 
@@ -63,18 +63,18 @@ def test_terms_near_the_data_are_exact_and_the_rest_stratified(streams):
         assert ((i > 50 + 19 * k) & (i <= 50 + 19 * (k + 1))).all()
 
 
-@pytest.mark.parametrize(("u", "places"), [(0.0, [3, 6, 9]), (1 - 2**-53, [5, 8, 12])])
-def test_the_ends_of_a_uniform_draw_stay_in_their_stretch(u, places, streams, monkeypatch):
+@pytest.mark.parametrize(("u", "indices"), [(0.0, [3, 6, 9]), (1 - 2**-53, [5, 8, 12])])
+def test_the_ends_of_a_uniform_draw_stay_in_their_stretch(u, indices, streams, monkeypatch):
     rng = streams(1)
     monkeypatch.setattr(rng, "uniform", lambda shape, dtype: torch.full(shape, u, dtype=dtype))
-    assert [i.item() for i, _ in stratified_terms(12, 5, rng)] == [1, 2, *places]
+    assert [i.item() for i, _ in stratified_terms(12, 5, rng)] == [1, 2, *indices]
 
 
 def test_the_strata_of_an_example_depend_on_its_stream_only(streams):
-    together = torch.stack([i for i, _ in stratified_terms(50, 8, Streams([3, 4, 5]))])
-    alone = torch.stack([i for i, _ in stratified_terms(50, 8, Streams([4]))])
-    assert torch.equal(together[:, 1:2], alone)
-    assert not torch.equal(together[:, 0], together[:, 2])
+    batched = torch.stack([i for i, _ in stratified_terms(50, 8, Streams([3, 4, 5]))])
+    single = torch.stack([i for i, _ in stratified_terms(50, 8, Streams([4]))])
+    assert torch.equal(batched[:, 1:2], single)
+    assert not torch.equal(batched[:, 0], batched[:, 2])
 
 
 @pytest.mark.parametrize("calls", [0, -1])
@@ -91,15 +91,15 @@ def process():
     return GaussianDiffusion(cosine(20), variance="fixed_small")
 
 
-def wrong(process):
+def wrong_denoiser(process):
     """A denoiser whose error differs at every step."""
     perfect = NORMAL.denoiser(process)
     return lambda x, t: process.with_x0(perfect(x, t), perfect(x, t).x0 + 0.3 * t.view(-1, 1, 1, 1).cos(), x, t)
 
 
 def test_terms_equal_those_of_their_steps_on_average(process):
-    x0, rng = IMAGE.double().expand(Evenly.count, -1, -1, -1), Evenly()
-    denoise, terms = wrong(process), []
+    x0, rng = IMAGE.double().expand(EvenStreams.count, -1, -1, -1), EvenStreams()
+    denoise, terms = wrong_denoiser(process), []
     for i in range(1, 21):
         t = torch.tensor([i / 20], dtype=torch.float64)
         x_t = process.alpha(t) * IMAGE + process.sigma(t) * 0.3
@@ -108,7 +108,7 @@ def test_terms_equal_those_of_their_steps_on_average(process):
     assert len(expected.unique()) == 20 and prior > 0
     for calls in (None, 20, 7, 6, 1):
         bound = bits_per_dimension(denoise, process, x0, rng, calls)
-        assert bound.terms.shape == (Evenly.count, 20)
+        assert bound.terms.shape == (EvenStreams.count, 20)
         assert torch.allclose(bound.terms.mean(0), expected, rtol=1e-5)
         assert torch.allclose(bound.prior, prior)
         assert torch.allclose(bound.total, bound.prior + bound.terms.sum(1))
@@ -118,22 +118,22 @@ def test_terms_equal_those_of_their_steps_on_average(process):
 def test_estimates_of_images_agree_with_the_whole_bound(process, streams, calls):
     n = 2000
     x0 = IMAGE.repeat(n, 1, 1, 1)
-    whole = bits_per_dimension(wrong(process), process, x0, streams(n, 1)).total
-    assert whole.std() > 0
-    asked = []
+    full = bits_per_dimension(wrong_denoiser(process), process, x0, streams(n, 1)).total
+    assert full.std() > 0
+    times = []
 
     def denoise(x, t):
-        asked.append(t)
-        return wrong(process)(x, t)
+        times.append(t)
+        return wrong_denoiser(process)(x, t)
 
     estimate = bits_per_dimension(denoise, process, x0, streams(n, 2), calls).total
-    assert len(asked) == calls
-    error = math.hypot(whole.std(), estimate.std()) / n**0.5
-    assert abs(whole.mean() - estimate.mean()) < 4 * error < 0.1 * whole.mean()
+    assert len(times) == calls
+    error = math.hypot(full.std(), estimate.std()) / n**0.5
+    assert abs(full.mean() - estimate.mean()) < 4 * error < 0.1 * full.mean()
 
 
 def test_the_bound_of_an_image_is_the_same_whatever_the_batch(process):
     x0 = torch.cat([IMAGE, -IMAGE, IMAGE / 2])
-    together = bits_per_dimension(wrong(process), process, x0, Streams([3, 4, 5]), 6)
-    alone = bits_per_dimension(wrong(process), process, x0[1:2], Streams([4]), 6)
-    assert torch.allclose(together.terms[1:2], alone.terms) and torch.allclose(together.total[1:2], alone.total)
+    batched = bits_per_dimension(wrong_denoiser(process), process, x0, Streams([3, 4, 5]), 6)
+    single = bits_per_dimension(wrong_denoiser(process), process, x0[1:2], Streams([4]), 6)
+    assert torch.allclose(batched.terms[1:2], single.terms) and torch.allclose(batched.total[1:2], single.total)

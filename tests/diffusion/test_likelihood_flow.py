@@ -32,14 +32,14 @@ every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCE
 
 
 class Correlated:
-    """Gaussian images (1, 2, 2) with a mean and variance per pixel, correlated by `turned`."""
+    """Gaussian images (1, 2, 2) with a mean and variance per pixel, rotated if `correlated`."""
 
-    def __init__(self, turned: bool):
+    def __init__(self, correlated: bool):
         generator = torch.Generator().manual_seed(1)
         self.mean = torch.tensor([0.3, -0.2, 0.1, -0.4]).double()
         self.variances = torch.tensor([0.15, 0.02, 0.05, 0.004]).double()
-        mixed = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64)).Q
-        self.axes = mixed if turned else torch.eye(4).double()
+        rotation = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64)).Q
+        self.axes = rotation if correlated else torch.eye(4).double()
 
     def draw(self, count: int) -> torch.Tensor:
         noise = torch.randn(count, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -56,7 +56,7 @@ class Correlated:
         return denoise
 
     def bits(self, x, process=None):
-        """Of the data's own density at x; with a process, of its model's: what the flow makes of N(0, sigma_T^2)."""
+        """Bits of x under the data's density or, with a process, under N(0, sigma_T^2) carried back by its flow."""
         mean, variances = self.mean @ self.axes, self.variances
         if process:
             (a, v), (a_T, v_T) = (
@@ -74,7 +74,7 @@ class Correlated:
 
 
 def smoothed_bits(data: Mixture, process, x):
-    """Of the density of x_end / alpha, data being a mixture for each number."""
+    """Bits under the density of x_end / alpha, for data with an independent mixture per value."""
     t = torch.tensor(process.end)
     spread = (data.variance + (process.sigma(t) / process.alpha(t)) ** 2).sqrt()
     parts = torch.distributions.Normal(torch.tensor(data.means).double(), spread).log_prob(x.unsqueeze(-1))
@@ -91,24 +91,24 @@ def x0():
 
 
 @every_process
-@pytest.mark.parametrize("turned", [False, True], ids=["diagonal", "correlated"])
-def test_the_likelihood_of_a_gaussian_is_met_at_second_order(process, turned, streams):
-    data = Correlated(turned)
+@pytest.mark.parametrize("correlated", [False, True], ids=["diagonal", "correlated"])
+def test_the_likelihood_of_a_gaussian_is_met_at_second_order(process, correlated, streams):
+    data = Correlated(correlated)
     x0 = data.draw(3)
-    truth, errors = data.bits(dequantize(x0, streams(3)), process), {}
+    expected, errors = data.bits(dequantize(x0, streams(3)), process), {}
     for steps in (20, 40, 80, 160):
         result = flow_bits_per_dimension(data.denoiser(process), process, x0, streams(3), steps=steps, exact=True)
-        errors[steps] = (result.total - truth).abs().max().item()
+        errors[steps] = (result.total - expected).abs().max().item()
     assert convergence_order(errors) == pytest.approx(2, abs=0.2) and errors[160] < 2e-3
 
 
 @pytest.mark.parametrize("name", EMPTY_AT_START)
 def test_the_likelihood_of_a_mixture_is_met_at_second_order(name, streams):
     process, x0 = PROCESSES[name], TWO.draw(3, 1, 2, 2).clamp(-1, 1)
-    truth, errors = smoothed_bits(TWO, process, dequantize(x0, streams(3))), {}
+    expected, errors = smoothed_bits(TWO, process, dequantize(x0, streams(3))), {}
     for steps in (50, 100, 200):
         result = flow_bits_per_dimension(TWO.denoiser(process), process, x0, streams(3), steps=steps, exact=True)
-        errors[steps] = (result.total - truth).abs().max().item()
+        errors[steps] = (result.total - expected).abs().max().item()
     assert convergence_order(errors) == pytest.approx(2, abs=0.25) and errors[200] < 2e-3
 
 
@@ -117,15 +117,15 @@ def test_every_spacing_goes_from_the_least_noise_to_pure_noise(spacing, streams)
     process, data = Circle(), Correlated(False)
     path = flow_points(process, 40, spacing)
     assert len(path) == 41 and (path[0].t, path[-1].t) == (process.end, process.start)
-    assert all(a.along < b.along for a, b in zip(path[:-1], path[1:], strict=True))
-    x0, truth = data.draw(3), data.bits(dequantize(data.draw(3), streams(3)), process)
+    assert all(a.log_tan_half < b.log_tan_half for a, b in zip(path[:-1], path[1:], strict=True))
+    x0, expected = data.draw(3), data.bits(dequantize(data.draw(3), streams(3)), process)
     result = flow_bits_per_dimension(data.denoiser(process), process, x0, streams(3), steps=400, spacing=spacing)
-    assert (result.total - truth).abs().max() < 3e-3
+    assert (result.total - expected).abs().max() < 3e-3
 
 
 @every_process
 def test_the_bias_of_stopping_at_end_is_the_remaining_blur(process, streams):
-    """On average over data KL(p_0 || p_end), of variances v and v + (sigma / alpha)^2: second order in their ratio."""
+    """On average it is KL(p_0 || p_end) of variances v and v + (sigma / alpha)^2: second order in their ratio."""
     data, t = Correlated(False), torch.tensor(process.end)
     blur = (process.sigma(t) / process.alpha(t)) ** 2 / data.variances
     expected = 0.5 * (blur.log1p() - blur / (1 + blur)).mean().item() / math.log(2)
@@ -136,8 +136,8 @@ def test_the_bias_of_stopping_at_end_is_the_remaining_blur(process, streams):
     assert bias == pytest.approx(expected, abs=1e-4) and bias < 3e-3
     x0 = x.view(2, 1, 2, 2)
     result = flow_bits_per_dimension(data.denoiser(process), process, x0, streams(2), steps=200)
-    truth = data.bits(dequantize(x0, streams(2)))  # knows neither end nor start
-    assert result.total.mean().item() == pytest.approx(truth.mean().item(), abs=2e-3)
+    data_bits = data.bits(dequantize(x0, streams(2)))  # exact: depends on neither end nor start
+    assert result.total.mean().item() == pytest.approx(data_bits.mean().item(), abs=2e-3)
 
 
 # Bins
@@ -174,9 +174,9 @@ def test_the_mean_density_in_a_bin_times_its_width_is_its_mass(streams):
 
 def test_dequantized_numbers_fill_their_bins_and_no_more(streams):
     x0 = torch.full((2, 1, 100, 100), 0.5, dtype=torch.float64)
-    away = (dequantize(x0, streams(2)) - x0) * 127.5
-    assert BIN_WIDTH == 2 / 255 and away.abs().max() <= 0.5
-    assert away.mean().abs() < 0.01 and away.var().item() == pytest.approx(1 / 12, rel=0.03)
+    offset = (dequantize(x0, streams(2)) - x0) * 127.5
+    assert BIN_WIDTH == 2 / 255 and offset.abs().max() <= 0.5
+    assert offset.mean().abs() < 0.01 and offset.var().item() == pytest.approx(1 / 12, rel=0.03)
 
 
 @pytest.mark.parametrize("end, extra", [(0.001, 1.73), (0.002, 0.07), (0.005, 0.0)])
@@ -200,8 +200,8 @@ def test_the_estimate_is_unbiased_and_more_probes_spread_less(probes, streams):
     result = measure(y, streams(count), probes, False).divergence
     error = result.std().item() / count**0.5
     assert 0 < error and abs(result.mean().item() - exact) < 4 * error
-    one = measure(y, streams(count, 1), 1, False).divergence
-    assert (result.std() / one.std()).item() == pytest.approx(probes**-0.5, rel=0.1)
+    single = measure(y, streams(count, 1), 1, False).divergence
+    assert (result.std() / single.std()).item() == pytest.approx(probes**-0.5, rel=0.1)
 
 
 def test_the_estimated_total_is_the_exact_one_on_average(streams):
@@ -221,23 +221,23 @@ def test_the_exact_divergence_is_the_trace_of_the_jacobian(streams):
         return flow_velocity(TWO.denoiser(process), point, y, streams(len(y)), 1, True).velocity
 
     shifted = torch.eye(4).double().view(4, 1, 2, 2) * 1e-5
-    traces = [((velocity(each + shifted) - velocity(each - shifted)) / 2e-5).flatten(1).trace().item() for each in y]
+    traces = [((velocity(image + shifted) - velocity(image - shifted)) / 2e-5).flatten(1).trace().item() for image in y]
     assert flow_velocity(TWO.denoiser(process), point, y, streams(2), 1, True).divergence.tolist() == pytest.approx(
         traces
     )
 
 
-# What it must not change
+# Invariances
 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_the_bits_of_an_image_do_not_depend_on_its_batch(exact, streams):
     data, process = Correlated(True), PROCESSES["cosine"]
     bits = partial(flow_bits_per_dimension, data.denoiser(process), process, steps=5, exact=exact)
-    together, alone = bits(data.draw(3), streams(3)), bits(data.draw(3)[:1], streams(1))
-    assert together.total.shape == (3,) and torch.allclose(together.total[:1], alone.total, rtol=1e-12)
-    assert torch.allclose(together.total, together.prior + together.volume + math.log2(127.5))
-    assert not torch.equal(together.total, bits(data.draw(3), streams(3, 1)).total)
+    batched, single = bits(data.draw(3), streams(3)), bits(data.draw(3)[:1], streams(1))
+    assert batched.total.shape == (3,) and torch.allclose(batched.total[:1], single.total, rtol=1e-12)
+    assert torch.allclose(batched.total, batched.prior + batched.volume + math.log2(127.5))
+    assert not torch.equal(batched.total, bits(data.draw(3), streams(3, 1)).total)
 
 
 def test_no_gradient_leaks_and_a_caller_may_be_without(x0, streams):
@@ -248,8 +248,8 @@ def test_no_gradient_leaks_and_a_caller_may_be_without(x0, streams):
 
     x0.requires_grad_()
     result = flow_bits_per_dimension(denoise, process, x0, streams(3), steps=3)
-    moves = flow_velocity(denoise, flow_points(process, 3, "logsnr")[1], x0, streams(3), 1, False)
-    assert not any(part.requires_grad for part in (*result, *moves)) and torch.is_grad_enabled()
+    flow = flow_velocity(denoise, flow_points(process, 3, "logsnr")[1], x0, streams(3), 1, False)
+    assert not any(part.requires_grad for part in (*result, *flow)) and torch.is_grad_enabled()
     assert x0.grad is None and network.weight.grad is None and network.weight.requires_grad
     with torch.no_grad():
         network.requires_grad_(False)
@@ -259,35 +259,33 @@ def test_no_gradient_leaks_and_a_caller_may_be_without(x0, streams):
 
 @every_process
 def test_precision_is_the_images_own(process, streams):
-    data = Correlated(False)  # whose Jacobian is diagonal: signs are exact
+    data = Correlated(False)  # with a diagonal Jacobian random signs give the exact trace
     x0 = data.draw(3)
     bits = partial(flow_bits_per_dimension, data.denoiser(process), process)
     for x in (x0, x0.float()):
-        result, truth = bits(x, streams(3), steps=160), data.bits(dequantize(x, streams(3)).double(), process)
-        assert all(part.dtype == x.dtype for part in result) and (result.total - truth).abs().max() < 5e-3
+        result, expected = bits(x, streams(3), steps=160), data.bits(dequantize(x, streams(3)).double(), process)
+        assert all(part.dtype == x.dtype for part in result) and (result.total - expected).abs().max() < 5e-3
     assert bits(x0.half(), streams(3), steps=2).total.dtype == torch.float32
 
 
 def test_both_ends_of_each_step_are_evaluated_from_end_to_start(x0, streams):
-    asked, process = [], EDM()
+    times, process = [], EDM()
 
     def denoise(x, t):
         assert x.dtype == torch.float64 and t.shape == (3,) and t.dtype == torch.float32
-        asked.append(t[0].item())
+        times.append(t[0].item())
         return NORMAL.denoiser(process)(x, t)
 
     flow_bits_per_dimension(denoise, process, x0, streams(3), steps=3)
-    assert asked[::5] == pytest.approx([0.002, 80]) and asked[1::2][:-1] == asked[2::2] and asked == sorted(asked)
+    assert times[::5] == pytest.approx([0.002, 80]) and times[1::2][:-1] == times[2::2] and times == sorted(times)
     assert not {"flow_bits_per_dimension", "flow_velocity"} & solvers_for(process).keys()
 
 
 def test_nothing_is_left_on_another_device():
-    y, rng = torch.zeros(2, 1, 4, 4, device="meta"), Streams([1, 2], "meta")  # no numbers, but a device
+    y, rng = torch.zeros(2, 1, 4, 4, device="meta"), Streams([1, 2], "meta")  # a device without data
     for exact in (False, True):
-        moves = flow_velocity(
-            lambda x, t: Prediction(x * t[0], x), flow_points(EDM(), 5, "logsnr")[2], y, rng, 2, exact
-        )
-        assert moves.velocity.device == moves.divergence.device == dequantize(y, rng).device == y.device
+        flow = flow_velocity(lambda x, t: Prediction(x * t[0], x), flow_points(EDM(), 5, "logsnr")[2], y, rng, 2, exact)
+        assert flow.velocity.device == flow.divergence.device == dequantize(y, rng).device == y.device
 
 
 @pytest.mark.parametrize(

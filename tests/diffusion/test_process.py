@@ -21,10 +21,10 @@ PROCESSES = {
     "edm": EDM(),
 }
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-BETWEEN = [(0.9, 0.5), (0.5, 0.1), (0.25, 0.2), (1.0, 0.3)]  # (t, s), of the process's start
+TIME_PAIRS = [(0.9, 0.5), (0.5, 0.1), (0.25, 0.2), (1.0, 0.3)]  # (t, s) as fractions of the process's start
 
 
-def ends(process, t, s):
+def scaled_times(process, t, s):
     return torch.tensor([t * process.start]), torch.tensor([s * process.start])
 
 
@@ -43,9 +43,9 @@ def test_data_has_no_noise_and_time_adds_it(process):
 
 
 @every_process
-@pytest.mark.parametrize("t, s", BETWEEN)
+@pytest.mark.parametrize("t, s", TIME_PAIRS)
 def test_corruption_in_two_steps_is_corruption_in_one(process, t, s):
-    t, s = ends(process, t, s)
+    t, s = scaled_times(process, t, s)
     scale = process.alpha(t) / process.alpha(s)
     assert torch.allclose(scale * process.alpha(s), process.alpha(t))
     assert torch.allclose(scale**2 * process.sigma(s) ** 2 + process.forward_variance(t, s), process.sigma(t) ** 2)
@@ -53,23 +53,23 @@ def test_corruption_in_two_steps_is_corruption_in_one(process, t, s):
 
 
 @every_process
-@pytest.mark.parametrize("t, s", BETWEEN)
+@pytest.mark.parametrize("t, s", TIME_PAIRS)
 def test_the_posterior_is_bayes_rule(process, t, s):
-    t, s = ends(process, t, s)
+    t, s = scaled_times(process, t, s)
     x0, x_t = torch.tensor(0.7, dtype=torch.float64), torch.tensor(-0.4, dtype=torch.float64)
     mean, variance = process.posterior_mean(x0.view(1, 1), x_t.view(1, 1), t, s), process.posterior_variance(t, s)
     width = 12 * variance.sqrt().item()
     x_s = torch.linspace(mean.item() - width, mean.item() + width, 4001, dtype=torch.float64)
-    alone = normal(x_s, process.alpha(s) * x0, process.sigma(s) ** 2)
-    both = alone * normal(x_t, process.alpha(t) / process.alpha(s) * x_s, process.forward_variance(t, s))
-    both = both / both.sum()
-    assert (both @ x_s).item() == pytest.approx(mean.item(), abs=1e-6 * width)
-    assert (both @ (x_s - both @ x_s) ** 2).item() == pytest.approx(variance.item(), rel=1e-6)
+    prior = normal(x_s, process.alpha(s) * x0, process.sigma(s) ** 2)
+    joint = prior * normal(x_t, process.alpha(t) / process.alpha(s) * x_s, process.forward_variance(t, s))
+    joint = joint / joint.sum()
+    assert (joint @ x_s).item() == pytest.approx(mean.item(), abs=1e-6 * width)
+    assert (joint @ (x_s - joint @ x_s) ** 2).item() == pytest.approx(variance.item(), rel=1e-6)
 
 
 @every_process
 def test_the_last_step_gives_the_predicted_data(process):
-    t, s = ends(process, 0.1, 0)
+    t, s = scaled_times(process, 0.1, 0)
     x_t, x0 = torch.full((1, 1, 2, 2), 0.3), torch.full((1, 1, 2, 2), 0.9)
     assert torch.allclose(process.posterior_mean(x0, x_t, t, s), x0)
     assert torch.isfinite(process.reverse_kernel(x_t, Prediction(x0, x0), t, s).log_variance).all()
@@ -77,7 +77,7 @@ def test_the_last_step_gives_the_predicted_data(process):
 
 @every_process
 def test_the_reverse_kernel_draws_with_its_mean_and_variance(process, streams):
-    t, s = ends(process, 0.5, 0.3)
+    t, s = scaled_times(process, 0.5, 0.3)
     x_t, pred = torch.full((1, 1, 100, 100), 0.3), Prediction(torch.full((1, 1, 100, 100), 0.9), torch.zeros(()))
     mean, log_variance = process.reverse_kernel(x_t, pred, t, s)
     x_s = process.reverse(x_t, pred, t, s, streams(1))
@@ -91,11 +91,11 @@ def test_the_reverse_kernel_draws_with_its_mean_and_variance(process, streams):
 def test_times_may_be_one_per_example_or_one_for_all(process):
     x0, noise = torch.randn(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t = torch.tensor([0.2, 0.5, 0.9]) * process.start
-    together = process.corrupt(x0, t, noise)
+    batched = process.corrupt(x0, t, noise)
     for i in range(3):
-        assert torch.allclose(together[i : i + 1], process.corrupt(x0[i : i + 1], t[i], noise[i : i + 1]))
+        assert torch.allclose(batched[i : i + 1], process.corrupt(x0[i : i + 1], t[i], noise[i : i + 1]))
         expected = process.alpha(t[i]) * x0[i] + process.sigma(t[i]) * noise[i]
-        assert torch.allclose(together[i], expected)
+        assert torch.allclose(batched[i], expected)
 
 
 @every_process
@@ -110,7 +110,7 @@ def test_data_and_noise_of_a_prediction_make_up_x_t(process, data):
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 3, 3)
     t = torch.tensor([0.4 * process.start])
     pred = data.denoiser(process)(x, t)
-    assert torch.allclose(process.corrupt(pred.x0, t, pred.eps), x)  # of the tests' perfect denoiser, too
+    assert torch.allclose(process.corrupt(pred.x0, t, pred.eps), x)  # holds for the tests' perfect denoiser, too
     other = process.with_x0(pred, pred.x0 + 0.1, x, t)
     assert torch.allclose(process.corrupt(other.x0, t, other.eps), x) and torch.equal(other.x0, pred.x0 + 0.1)
 
@@ -148,10 +148,10 @@ def test_a_perfect_output_has_no_loss_and_returns_x0_and_eps(process):
     assert torch.allclose(
         process.loss(output, x0, noise, t).per_example, torch.zeros(4, dtype=torch.float64), atol=1e-20
     )
-    wrong = process.loss(output + 0.1, x0, noise, t)  # a constant error costs the same at every time
-    assert torch.allclose(wrong.per_example, torch.full((4,), 0.01, dtype=torch.float64))
-    masked = process.loss(output + 0.1, x0, noise, t, loss_weight=torch.tensor([1.0, 0, 2]).view(1, 1, 1, 3))
-    assert torch.allclose(masked.per_example, wrong.per_example)
+    loss = process.loss(output + 0.1, x0, noise, t)  # a constant error costs the same at every time
+    assert torch.allclose(loss.per_example, torch.full((4,), 0.01, dtype=torch.float64))
+    weighted = process.loss(output + 0.1, x0, noise, t, loss_weight=torch.tensor([1.0, 0, 2]).view(1, 1, 1, 3))
+    assert torch.allclose(weighted.per_example, loss.per_example)
 
 
 def test_edm_network_input_and_target_have_unit_variance():
@@ -168,8 +168,10 @@ def test_edm_network_input_and_target_have_unit_variance():
 
 
 def test_training_times_of_edm_and_flow(streams):
-    log = EDM().times(streams(4000)).log()
-    assert log.mean().item() == pytest.approx(-1.2, abs=0.1) and log.std().item() == pytest.approx(1.2, rel=0.05)
+    log_sigma = EDM().times(streams(4000)).log()
+    assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.1) and log_sigma.std().item() == pytest.approx(
+        1.2, rel=0.05
+    )
     t = RectifiedFlow(mean=0.5, std=0.7).times(streams(4000))
     logit = t.logit()
     assert logit.mean().item() == pytest.approx(0.5, abs=0.06) and logit.std().item() == pytest.approx(0.7, rel=0.05)
@@ -188,8 +190,8 @@ def test_a_shift_moves_flow_towards_noise():
 @pytest.mark.parametrize("shape", [(3,), (3, 1, 4, 4), (3, 3, 4, 4), (3, 4, 4)])
 def test_a_weight_of_each_example_place_or_number(shape):
     losses, weight = torch.rand(3, 3, 4, 4), torch.rand(shape)
-    whole = weight.view(3, 1, 1, 1) if len(shape) == 1 else weight.unsqueeze(1) if len(shape) == 3 else weight
-    assert torch.equal(apply_loss_weight(losses, weight), losses * whole)
+    broadcast = weight.view(3, 1, 1, 1) if len(shape) == 1 else weight.unsqueeze(1) if len(shape) == 3 else weight
+    assert torch.equal(apply_loss_weight(losses, weight), losses * broadcast)
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 1), (4, 1, 4, 4), (3, 2, 4, 4), (4, 4)])

@@ -8,8 +8,8 @@ import torch
 from diffusion.rng import Streams, sample_categorical, seed_of
 
 
-class Fixed(Streams):
-    """A stream whose uniform numbers are given."""
+class FixedStreams(Streams):
+    """Streams with fixed uniform numbers."""
 
     def __init__(self, numbers):
         self.numbers = numbers
@@ -18,15 +18,15 @@ class Fixed(Streams):
         return self.numbers.to(dtype).expand(shape)
 
 
-@pytest.mark.parametrize("verb", ["uniform", "normal", "categorical"])
-def test_the_numbers_of_a_seed_do_not_depend_on_its_neighbours(verb):
+@pytest.mark.parametrize("method", ["uniform", "normal", "categorical"])
+def test_the_numbers_of_a_seed_do_not_depend_on_its_neighbours(method):
     def draw(seeds):
-        argument = torch.zeros(len(seeds), 50, 9) if verb == "categorical" else (len(seeds), 50)
-        return getattr(Streams(seeds), verb)(argument)
+        argument = torch.zeros(len(seeds), 50, 9) if method == "categorical" else (len(seeds), 50)
+        return getattr(Streams(seeds), method)(argument)
 
-    together = draw([3, 7, 8])
-    assert torch.equal(together[1:2], draw([7])) and torch.equal(together[[2, 0]], draw([8, 3]))
-    assert not torch.equal(together[0], together[1])
+    batched = draw([3, 7, 8])
+    assert torch.equal(batched[1:2], draw([7])) and torch.equal(batched[[2, 0]], draw([8, 3]))
+    assert not torch.equal(batched[0], batched[1])
 
 
 def test_a_stream_goes_on():
@@ -59,7 +59,7 @@ def test_each_position_is_drawn_from_its_own_logits():
 def test_a_rare_class_has_exactly_its_share_of_the_interval():
     logits = torch.tensor([0.5, 1e-9, 0.5], dtype=torch.float64).log()
     u = torch.tensor([0.0, 0.5 - 1e-9, 0.5 + 1e-11, 0.5 + 4.9e-10, 0.5 + 1e-9, 1 - 2**-53], dtype=torch.float64)
-    assert Fixed(u).categorical(logits.expand(6, 3)).tolist() == [0, 0, 1, 1, 2, 2]
+    assert FixedStreams(u).categorical(logits.expand(6, 3)).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_float32_gumbel_noise_would_get_rare_classes_wrong():
@@ -77,20 +77,20 @@ def test_rare_classes_do_not_add_up_to_a_common_one():
 @pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-53])
 def test_a_class_without_probability_is_never_drawn(u):
     logits = torch.tensor([0.0, 0.0, 0.3, 0.0, 0.7, 0.0, 0.0], dtype=torch.float64).log()
-    draw = Fixed(torch.tensor(u, dtype=torch.float64)).categorical(logits[None])
+    draw = FixedStreams(torch.tensor(u, dtype=torch.float64)).categorical(logits[None])
     assert draw == (2 if u == 0 else 4)
 
 
 def test_logits_need_not_be_normalised_and_may_be_half_precision():
-    logits, rng = torch.tensor([[300.0, 300.0, -300.0]]), Fixed(torch.tensor([0.499]))
-    for same in (logits, logits - 1000, logits.bfloat16()):
-        assert rng.categorical(same) == 0
+    logits, rng = torch.tensor([[300.0, 300.0, -300.0]]), FixedStreams(torch.tensor([0.499]))
+    for equivalent in (logits, logits - 1000, logits.bfloat16()):
+        assert rng.categorical(equivalent) == 0
 
 
 def test_selected_streams_share_state_and_others_stand_still():
-    rng, alone = Streams([1, 2, 3]), Streams([3])
-    assert torch.equal(rng.select([2, 0]).uniform((2, 4))[:1], alone.uniform((1, 4)))
-    assert torch.equal(rng.uniform((3, 4))[2:], alone.uniform((1, 4)))  # the stream itself went on
+    rng, single = Streams([1, 2, 3]), Streams([3])
+    assert torch.equal(rng.select([2, 0]).uniform((2, 4))[:1], single.uniform((1, 4)))
+    assert torch.equal(rng.uniform((3, 4))[2:], single.uniform((1, 4)))  # the selected stream has advanced
     assert torch.equal(rng.select([1]).uniform((1, 4)), Streams([2]).uniform((1, 8))[:, 4:])
     assert len(rng.select([])) == 0 and rng.select([1]).device == rng.device
 
@@ -106,11 +106,11 @@ def test_sample_categorical_inverts_the_cdf():
     )
 
 
-@pytest.mark.parametrize("verb", ["uniform", "normal", "categorical"])
-def test_a_batch_of_another_size_is_refused(verb):
-    argument = torch.zeros(3, 4, 5) if verb == "categorical" else (3, 4)
+@pytest.mark.parametrize("method", ["uniform", "normal", "categorical"])
+def test_a_batch_of_another_size_is_refused(method):
+    argument = torch.zeros(3, 4, 5) if method == "categorical" else (3, 4)
     with pytest.raises(ValueError, match="batch of 3 for 2 random streams"):
-        getattr(Streams([1, 2]), verb)(argument)
+        getattr(Streams([1, 2]), method)(argument)
 
 
 def test_seeds_differ_only_if_their_words_do():
@@ -119,4 +119,4 @@ def test_seeds_differ_only_if_their_words_do():
     assert len(seeds) == len(words) and all(0 <= seed < 2**63 for seed in seeds)
     assert seed_of(0, "mask", 1) == seed_of(0, "mask", 1)
     assert seed_of(1, 11) != seed_of(11, 1) != seed_of(111)
-    torch.Generator().manual_seed(max(seeds))  # they are seeds
+    torch.Generator().manual_seed(max(seeds))  # accepted as a seed

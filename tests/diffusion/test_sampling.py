@@ -28,7 +28,7 @@ SHAPES = {name: (3, 4, 4) if name == "absorbing" else (3, 2, 4, 4) for name in P
 
 
 class Network(nn.Module):
-    """Says the same everywhere, or the label."""
+    """Predicts a constant image: 0.25, or a tenth of the label."""
 
     def encode(self, fields, x):
         return fields.get("label", torch.full(x.shape[:1], 9))
@@ -37,19 +37,21 @@ class Network(nn.Module):
         return torch.full_like(x, 0.25) if label is None else label.view(-1, 1, 1, 1).expand_as(x) / 10
 
 
-def of_codes(x):
-    """Logits of code 2."""
+def code_logits(x):
+    """Logits that are certain of code 2."""
     return nn.functional.one_hot(torch.full_like(x, 2), 4).float() * 100
 
 
 def network_of(name):
-    return of_codes if name == "absorbing" else Network()
+    return code_logits if name == "absorbing" else Network()
 
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_every_solver_draws(name):
-    for each in solvers_for(PROCESSES[name]):
-        x = sample(network_of(name), PROCESSES[name], SHAPES[name], solver=each, steps=None if each[0] == "f" else 5)
+    for solver in solvers_for(PROCESSES[name]):
+        x = sample(
+            network_of(name), PROCESSES[name], SHAPES[name], solver=solver, steps=None if solver[0] == "f" else 5
+        )
         assert x.shape == SHAPES[name] and torch.isfinite(x.float()).all()
         if name == "absorbing":
             assert (x == 2).all()
@@ -66,19 +68,19 @@ def test_it_is_the_solver_called_by_hand(name):
     rng = Streams([seed_of(4, "sample", i) for i in range(3)])
     x = process.prior(shape, rng)
     times = step_times(process, 6, "karras" if name == "edm" else "uniform")
-    by_hand = solvers_for(process)["ddim"].solve(denoiser(Network(), process), process, x, times, rng=rng, eta=0.5)
-    in_one = sample(Network(), process, shape, solver="ddim", steps=6, seed=4, eta=0.5, clip=False)
-    assert torch.equal(in_one, by_hand)
+    expected = solvers_for(process)["ddim"].solve(denoiser(Network(), process), process, x, times, rng=rng, eta=0.5)
+    samples = sample(Network(), process, shape, solver="ddim", steps=6, seed=4, eta=0.5, clip=False)
+    assert torch.equal(samples, expected)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_examples_do_not_depend_on_their_batch(name):
-    each = "ancestral" if name == "absorbing" else "ddpm"
+    solver = "ancestral" if name == "absorbing" else "ddpm"
     network = (lambda x: torch.zeros(*x.shape, 4)) if name == "absorbing" else (lambda x, t: x / 2)
-    whole = sample(network, PROCESSES[name], SHAPES[name], solver=each, steps=4)
-    one = sample(network, PROCESSES[name], (1, *SHAPES[name][1:]), solver=each, steps=4)
-    assert torch.equal(whole[:1], one)
-    assert not torch.equal(sample(network, PROCESSES[name], SHAPES[name], solver=each, steps=4, seed=1), whole)
+    batched = sample(network, PROCESSES[name], SHAPES[name], solver=solver, steps=4)
+    single = sample(network, PROCESSES[name], (1, *SHAPES[name][1:]), solver=solver, steps=4)
+    assert torch.equal(batched[:1], single)
+    assert not torch.equal(sample(network, PROCESSES[name], SHAPES[name], solver=solver, steps=4, seed=1), batched)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -103,7 +105,7 @@ def test_halton_uses_the_schedule_it_prefers():
         counts = masked.setdefault(schedule, [])
         process = AbsorbingDiffusion(4, None, schedule)
         on_step = lambda i, t, s, x, logits, counts=counts: counts.append((x == 4).sum().item()) or x  # noqa: E731
-        sample(of_codes, process, (1, 16, 16), solver="halton", steps=4, on_step=on_step)
+        sample(code_logits, process, (1, 16, 16), solver="halton", steps=4, on_step=on_step)
     assert masked["linear"] == masked["arccos"] == masked["cosine"]
     assert masked["linear"] != [192, 128, 64, 0]
 
@@ -115,12 +117,12 @@ def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="guidance 2.0 without a condition"):
         sample(network, PROCESSES["flow"], (1, 1, 2, 2), solver="ddim", guidance=2.0)
     with pytest.raises(ValueError, match="got spacing 'karras' for AbsorbingDiffusion"):
-        sample(of_codes, PROCESSES["absorbing"], (1, 2, 2), solver="ancestral", spacing="karras")
+        sample(code_logits, PROCESSES["absorbing"], (1, 2, 2), solver="ancestral", spacing="karras")
 
 
 def test_random_streams_follow_the_global_seed():
     torch.manual_seed(5)
-    one, other = Streams.random(3).normal((3, 4)), Streams.random(3).normal((3, 4))
+    first, other = Streams.random(3).normal((3, 4)), Streams.random(3).normal((3, 4))
     torch.manual_seed(5)
-    assert torch.equal(Streams.random(3).normal((3, 4)), one) and not torch.equal(one, other)
-    assert one.unique().numel() == 12  # each example has a stream of its own
+    assert torch.equal(Streams.random(3).normal((3, 4)), first) and not torch.equal(first, other)
+    assert first.unique().numel() == 12  # each example has a stream of its own

@@ -30,7 +30,7 @@ PROCESSES = [
 every_entry = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
 
 
-def solved_by(entry):
+def processes_for(entry):
     return [process for process in PROCESSES if isinstance(process, entry.process)]
 
 
@@ -47,29 +47,29 @@ def denoiser(process):
 def test_options_of_an_entry_are_keywords_of_its_solver(entry):
     parameters = inspect.signature(entry.solve).parameters
     assert list(parameters)[:4] == ["denoise", "process", "x", "times"]
-    keywords = {name for name, each in parameters.items() if each.kind is inspect.Parameter.KEYWORD_ONLY}
-    of_codes = not issubclass(entry.process, ContinuousProcess)
-    assert keywords == {"rng", "on_step", *entry.option_names} | ({"warper"} if of_codes else set())
+    keywords = {name for name, parameter in parameters.items() if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+    is_discrete = not issubclass(entry.process, ContinuousProcess)
+    assert keywords == {"rng", "on_step", *entry.option_names} | ({"warper"} if is_discrete else set())
     assert issubclass(entry.options, SolverOptions) and is_dataclass(entry.options)
-    assert all(field.default is None for field in fields(entry.options))  # which leaves it to the solver
+    assert all(field.default is None for field in fields(entry.options))  # None leaves the choice to the solver
     assert entry.solve.__doc__
 
 
 @every_entry
 def test_an_entry_runs_by_its_own_number_of_steps(entry):
-    assert solved_by(entry)
-    for process in solved_by(entry):
+    assert processes_for(entry)
+    for process in processes_for(entry):
         shape = (2, 1, 2, 2) if isinstance(process, ContinuousProcess) else (2, 2, 2)
         x = process.prior(shape, Streams([0, 1]))
-        made = solve_in_steps(entry.solve, denoiser(process), process, x, rng=Streams([2, 3]))
-        assert made.shape == x.shape and made.isfinite().all()
+        samples = solve_in_steps(entry.solve, denoiser(process), process, x, rng=Streams([2, 3]))
+        assert samples.shape == x.shape and samples.isfinite().all()
         if not isinstance(process, ContinuousProcess):
-            assert (made < process.codes).all()
+            assert (samples < process.codes).all()
 
 
 @every_entry
 def test_a_solver_that_leaves_no_choice_of_steps_says_so(entry):
-    for process in solved_by(entry) if not entry.takes_any_steps else []:
+    for process in processes_for(entry) if not entry.takes_any_steps else []:
         assert entry.steps(process, 12) == 12
         x = process.prior((1, 2, 2), Streams([0]))
         with pytest.raises(ValueError, match=f"{entry.name} takes 4 steps on this grid, got 3"):
@@ -102,7 +102,7 @@ def test_an_option_that_two_classes_have_is_refused(monkeypatch):
     assert len(solver_options_for(AbsorbingDiffusion)) == 2
 
 
-MINE = '''
+CONSTANT_SOLVER = '''
 from dataclasses import dataclass
 
 import torch
@@ -130,35 +130,35 @@ SOLVERS = (Solver(constant, AbsorbingDiffusion, ConstantOptions, schedule="squar
 
 
 @pytest.fixture
-def with_mine(tmp_path, monkeypatch):
-    """A file beside those of diffusion/, and the sampler's module as it then loads."""
-    (tmp_path / "constant_solver.py").write_text(MINE)
+def plugin_module(tmp_path, monkeypatch):
+    """Adds a file to diffusion/ and reloads the module of the sampler."""
+    (tmp_path / "constant_solver.py").write_text(CONSTANT_SOLVER)
     monkeypatch.setattr(diffusion, "__path__", [*diffusion.__path__, str(tmp_path)])
-    spec = importlib.util.spec_from_file_location("absorbing_anew", absorbing.__file__)
+    spec = importlib.util.spec_from_file_location("absorbing_reloaded", absorbing.__file__)
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "absorbing_anew", module)
+    monkeypatch.setitem(sys.modules, "absorbing_reloaded", module)
     spec.loader.exec_module(module)
     yield module
     monkeypatch.delitem(sys.modules, "diffusion.constant_solver")
 
 
-def test_a_solver_with_an_option_is_one_file(with_mine, capsys):
-    small = with_mine.Config(bert_n_emb=8, bert_n_head=2, bert_n_layers=1)
-    built = with_mine.build(small, codes=4, grid=(2, 3), n_classes=0)
-    words = ["--solver", "constant", "--constant_code", "3"]
-    options = cli.parse_arguments(with_mine.Sampling, words, default=with_mine.Sampling())
-    assert (built.sample(built.network, Streams([0]), options=options) == 3).all()
-    assert (built.sample(built.network, Streams([0]), options=with_mine.Sampling(solver="constant")) == 1).all()
-    assert cli.plain(options)["constant_code"] == 3  # config.yaml
+def test_a_solver_with_an_option_is_one_file(plugin_module, capsys):
+    small = plugin_module.Config(bert_n_emb=8, bert_n_head=2, bert_n_layers=1)
+    sampler = plugin_module.build(small, codes=4, grid=(2, 3), n_classes=0)
+    arguments = ["--solver", "constant", "--constant_code", "3"]
+    options = cli.parse_arguments(plugin_module.Sampling, arguments, default=plugin_module.Sampling())
+    assert (sampler.sample(sampler.network, Streams([0]), options=options) == 3).all()
+    assert (sampler.sample(sampler.network, Streams([0]), options=plugin_module.Sampling(solver="constant")) == 1).all()
+    assert cli.flatten_group(options)["constant_code"] == 3  # config.yaml
     (control,) = [each for each in make_controls(options, ["constant"], True) if each.name == "constant_code"]
     assert (control.kind, control.value, control.optional) == ("integer", 3, True)
     assert control.help == "constant: the code that is drawn everywhere (1)."
     with pytest.raises(SystemExit):
-        cli.parse_arguments(with_mine.Sampling, ["--help"], default=with_mine.Sampling())
+        cli.parse_arguments(plugin_module.Sampling, ["--help"], default=plugin_module.Sampling())
     assert "the code that is drawn everywhere" in " ".join(capsys.readouterr().out.replace("│", " ").split())
     with pytest.raises(
         ValueError, match="got constant_code 3 for solver ancestral, which has no such option: leave --const"
     ):
-        select_solver(built.process, with_mine.Sampling(constant_code=3))
-    assert options.with_solver("ancestral").constant_code is None  # it goes with its solver
-    assert built.sampling_process(select_solver(built.process, options)[0], options).schedule == "square"
+        select_solver(sampler.process, plugin_module.Sampling(constant_code=3))
+    assert options.with_solver("ancestral").constant_code is None  # an option is dropped with its solver
+    assert sampler.sampling_process(select_solver(sampler.process, options)[0], options).schedule == "square"

@@ -43,8 +43,8 @@ def test_low_discrepancy_times_cover_all_times_evenly(process):
 
 def test_each_low_discrepancy_time_is_uniform_over_batches(p_value):
     t = torch.stack([low_discrepancy_times(PROCESS, Streams([seed]), 3).t for seed in range(3000)])
-    for place in range(3):
-        assert p_value((8 * t[:, place]).round().long() - 1, torch.full((8,), 1 / 8)) > 1e-4
+    for index in range(3):
+        assert p_value((8 * t[:, index]).round().long() - 1, torch.full((8,), 1 / 8)) > 1e-4
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -57,15 +57,15 @@ def test_low_discrepancy_times_of_the_absorbing_process(p_value, schedule):
     assert 0 < batches.min() and batches.max() <= 1
     gaps = batches.sort(1).values.diff(dim=1)
     assert torch.allclose(gaps, torch.tensor(1 / 20), atol=1e-6)
-    for place in (0, 7, 19):
-        assert p_value((batches[:, place] * 10).ceil().long() - 1, torch.full((10,), 0.1)) > 1e-4
+    for index in (0, 7, 19):
+        assert p_value((batches[:, index] * 10).ceil().long() - 1, torch.full((10,), 0.1)) > 1e-4
 
 
 def test_low_discrepancy_times_do_not_depend_on_the_world_size():
-    whole = low_discrepancy_times(PROCESS, Streams([5]), 6).t
+    full = low_discrepancy_times(PROCESS, Streams([5]), 6).t
     parts = [low_discrepancy_times(PROCESS, Streams([5]), 2, first, 6).t for first in (0, 2, 4)]
-    assert torch.equal(torch.cat(parts), whole)
-    assert not torch.equal(low_discrepancy_times(PROCESS, Streams([6]), 6).t, whole)
+    assert torch.equal(torch.cat(parts), full)
+    assert not torch.equal(low_discrepancy_times(PROCESS, Streams([6]), 6).t, full)
 
 
 def test_low_discrepancy_wants_one_stream_for_the_batch():
@@ -73,7 +73,7 @@ def test_low_discrepancy_wants_one_stream_for_the_batch():
         low_discrepancy_times(PROCESS, Streams([0, 1, 2, 3]), 4)
 
 
-# Times by the size of their loss
+# Times by the size of the loss
 
 
 def test_the_resampler_is_uniform_until_its_history_is_full(streams):
@@ -108,14 +108,18 @@ def test_only_the_last_ten_losses_count():
 def test_the_weighted_loss_is_unbiased(streams):
     resampler = filled_resampler()
     p = resampler.probabilities()
-    weight_of = {round(8 * t): w for t, w in zip(*(v.tolist() for v in resampler.draw(streams(4000))), strict=True)}
-    assert set(weight_of) >= {1, 2, 3, 4}
-    mean = sum(p[i - 1].item() * weight_of.get(i, 1 / (8 * p[i - 1].item())) * LOSS[i - 1].item() for i in range(1, 9))
+    weights_by_step = {
+        round(8 * t): w for t, w in zip(*(v.tolist() for v in resampler.draw(streams(4000))), strict=True)
+    }
+    assert set(weights_by_step) >= {1, 2, 3, 4}
+    mean = sum(
+        p[i - 1].item() * weights_by_step.get(i, 1 / (8 * p[i - 1].item())) * LOSS[i - 1].item() for i in range(1, 9)
+    )
     assert mean == pytest.approx(LOSS.mean().item(), rel=1e-5)
     t, weight = resampler.draw(streams(4000, 1))
-    drawn = weight * LOSS[(8 * t).round().long() - 1]
-    assert drawn.mean().item() == pytest.approx(LOSS.mean().item(), rel=0.02)
-    assert drawn.std() < 0.1 * LOSS.std()  # which is what it is for
+    weighted = weight * LOSS[(8 * t).round().long() - 1]
+    assert weighted.mean().item() == pytest.approx(LOSS.mean().item(), rel=0.02)
+    assert weighted.std() < 0.1 * LOSS.std()  # the purpose of the weights
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -132,13 +136,13 @@ def test_losses_of_zero_leave_it_uniform():
 
 
 def test_the_resampler_goes_on_from_its_state(streams):
-    resampler, copy = filled_resampler(), LossSecondMoment(PROCESS)
+    resampler, restored = filled_resampler(), LossSecondMoment(PROCESS)
     state = resampler.state_dict()
-    copy.load_state_dict(state)
+    restored.load_state_dict(state)
     assert all(isinstance(value, torch.Tensor) for value in state.values())
-    for each in (resampler, copy):
-        each.update(torch.tensor([0.5, 1.0]), torch.tensor([7.0, 7.0]))
-    assert torch.equal(copy.draw(streams(50)).t, resampler.draw(streams(50)).t)
+    for instance in (resampler, restored):
+        instance.update(torch.tensor([0.5, 1.0]), torch.tensor([7.0, 7.0]))
+    assert torch.equal(restored.draw(streams(50)).t, resampler.draw(streams(50)).t)
     assert not torch.equal(state["losses"], resampler.losses)
     with pytest.raises(ValueError, match=r"got losses \(8, 10\) \(T, history\), wanted \(8, 3\)"):
         LossSecondMoment(PROCESS, history=3).load_state_dict(state)

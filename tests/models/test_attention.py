@@ -21,14 +21,14 @@ from models.neighborhood import HydraAttention
 
 WIDTH, HEADS, DEPTH, CONTEXT = 24, 3, 3, 10
 N, M, GRID = 5, 7, (6, 7)
-BLIND = 2  # the token from which masks of (N, M) hide everything
+BLIND = 2  # the query for which masks of (N, M) hide every key
 MAPS = {"softmax": 1, "diff_v1": 2, "diff_v2": 2}  # per head
 KEYS = {"softmax": 1, "diff_v1": 2, "diff_v2": 1}
 every_kind = pytest.mark.parametrize("kind", ATTENTION_TYPES)
 
 
 def layer_of(kind, dtype=torch.float64, **options):
-    """Every weight, norm and bias away from its start, so that nothing is hidden by a zero or a one."""
+    """A layer with random parameters, since initial zeros and ones would hide errors."""
     depth = {"depth": DEPTH} if kind == "diff_v1" else {}
     layer = ATTENTION_TYPES[kind](WIDTH, HEADS, **depth, **options)
     for p in layer.parameters():
@@ -36,33 +36,33 @@ def layer_of(kind, dtype=torch.float64, **options):
     return layer.to(dtype)
 
 
-def tokens(*places, width=WIDTH, dtype=torch.float64):
-    return torch.randn(2, *places, width, dtype=dtype)
+def tokens(*shape, width=WIDTH, dtype=torch.float64):
+    return torch.randn(2, *shape, width, dtype=dtype)
 
 
 def mask_of(kind, *shape):
-    seen = torch.rand(2, *shape) < 0.6
-    seen[..., 0] = True
+    visible = torch.rand(2, *shape) < 0.6
+    visible[..., 0] = True
     if len(shape) > 1:
-        seen[..., BLIND, :] = False
-    return seen if kind == "bool" else torch.randn(seen.shape).masked_fill(~seen, -math.inf)
+        visible[..., BLIND, :] = False
+    return visible if kind == "bool" else torch.randn(visible.shape).masked_fill(~visible, -math.inf)
 
 
-def formula(layer, x, context=None, mask=None, added=0.0, turn=lambda part: part):
-    """Head by head: what the layer says (B, N, D), and its maps (B, heads, N, M).
+def formula(layer, x, context=None, mask=None, logit_bias=0.0, transform=lambda part: part):
+    """Head by head: the output (B, N, D) and the maps (B, heads, N, M).
 
-    `added` (maps, N, M) is added to the logits besides the mask; `turn` gives one query or key its position.
+    `logit_bias` (maps, N, M) is added to the logits besides the mask; `transform` is applied to every query and key.
     """
     if context is None:
         q, k, v = layer.qkv(x)[..., : -2 * WIDTH], *layer.qkv(x)[..., -2 * WIDTH :].chunk(2, -1)
     else:
         q, (k, v) = layer.q(x), layer.kv(context).chunk(2, -1)
-    maps = HEADS * (2 if isinstance(layer, (DiffAttentionV1, DiffAttentionV2)) else 1)
+    n_maps = HEADS * (2 if isinstance(layer, (DiffAttentionV1, DiffAttentionV2)) else 1)
     if mask is not None:
         mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
         mask = mask.view(2, *[1] * (4 - mask.ndim), *mask.shape[1:])  # (B, heads or 1, N or 1, M)
-        added = added + mask.expand(-1, HEADS, -1, -1).repeat_interleave(maps // HEADS, 1)
-    added = torch.zeros(2, maps, x.shape[1], k.shape[1], dtype=x.dtype) + added
+        logit_bias = logit_bias + mask.expand(-1, HEADS, -1, -1).repeat_interleave(n_maps // HEADS, 1)
+    logit_bias = torch.zeros(2, n_maps, x.shape[1], k.shape[1], dtype=x.dtype) + logit_bias
 
     def part(y, i, d):
         return y[..., i * d : (i + 1) * d]
@@ -70,10 +70,10 @@ def formula(layer, x, context=None, mask=None, added=0.0, turn=lambda part: part
     def weights(i, j, d):
         """The softmax of query i to key j, each of width d."""
         scale = layer.scale or 1 / math.sqrt(d)
-        logits = turn(part(q, i, d)) @ turn(part(k, j, d)).mT * scale + added[:, i]
-        return logits.softmax(-1).nan_to_num(0)  # a query that sees nothing gets zeros
+        logits = transform(part(q, i, d)) @ transform(part(k, j, d)).mT * scale + logit_bias[:, i]
+        return logits.softmax(-1).nan_to_num(0)  # a fully masked query gets zeros
 
-    said, seen = [], []
+    outputs, maps = [], []
     for i in range(HEADS):
         if isinstance(layer, DiffAttentionV1):
             d = WIDTH // HEADS // 2
@@ -92,16 +92,16 @@ def formula(layer, x, context=None, mask=None, added=0.0, turn=lambda part: part
             d = WIDTH // HEADS
             a = weights(i, i, d)
             out = a @ part(v, i, d)
-        said.append(out)
-        seen.append(a)
-    return layer.proj(torch.cat(said, -1)), torch.stack(seen, 1)
+        outputs.append(out)
+        maps.append(a)
+    return layer.proj(torch.cat(outputs, -1)), torch.stack(maps, 1)
 
 
 def assert_is_its_formula(layer, x, *args, **extra):
     with record_maps(layer) as recorded:
         out = layer(x, *args)
-    wanted, maps = formula(layer, x.flatten(1, -2), *args, **extra)
-    assert torch.allclose(out.flatten(1, -2), wanted, atol=1e-10)
+    expected, maps = formula(layer, x.flatten(1, -2), *args, **extra)
+    assert torch.allclose(out.flatten(1, -2), expected, atol=1e-10)
     assert torch.allclose(recorded[""][0], maps, atol=1e-10)
 
 
@@ -128,11 +128,11 @@ def test_qk_norm_precedes_the_rotation(kind, rotary):
     layer = layer_of(kind, qk_norm=True, rotary=Rotary(d) if rotary else None)
     layer.norm_k.weight = layer.norm_q.weight
 
-    def turn(part):
+    def transform(part):
         part = part / (part.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.norm_q.weight
         return layer.rotary(part.view(2, *GRID, 1, d)).view_as(part) if rotary else part
 
-    assert_is_its_formula(layer, tokens(*GRID), turn=turn)
+    assert_is_its_formula(layer, tokens(*GRID), transform=transform)
 
 
 @every_kind
@@ -145,43 +145,44 @@ def test_queries_and_keys_have_separate_norms_and_keep_dtype(kind):
     nn.init.zeros_(layer.norm_k.weight)
     with record_maps(layer) as maps:
         layer(x)
-    assert (maps[""][0].std(-1) < 1e-6).all()  # every key looks the same
+    assert (maps[""][0].std(-1) < 1e-6).all()  # all keys are equal
 
 
 def test_differential_conversion_with_qk_norm_keeps_the_function():
     layer, x = layer_of("softmax", qk_norm=True, rotary=Rotary(WIDTH // HEADS)), tokens(*GRID)
-    made = differential_from_softmax(layer)
-    assert (made(x) - layer(x)).abs().max() < 1e-12
-    assert made.norm_q is not layer.norm_q and torch.equal(made.norm_k.weight, layer.norm_k.weight)
+    converted = differential_from_softmax(layer)
+    assert (converted(x) - layer(x)).abs().max() < 1e-12
+    assert converted.norm_q is not layer.norm_q and torch.equal(converted.norm_k.weight, layer.norm_k.weight)
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "added"])
 def test_with_fewer_queries_than_keys_they_are_the_last_tokens(mask):
     core, q, k, v = FullAttention(causal=True), *(tokens(N, HEADS, width=4) for _ in range(3))
     mask = mask and mask_of(mask, N, N)
-    whole, maps = core(q, k, v, mask=mask), core.attention_map(q, k, mask=mask)
+    full, maps = core(q, k, v, mask=mask), core.attention_map(q, k, mask=mask)
     for few in (1, 2, N - 1):
         rows = mask if mask is None else mask[:, -few:]
-        assert torch.allclose(core(q[:, -few:], k, v, mask=rows), whole[:, -few:], atol=1e-12)
+        assert torch.allclose(core(q[:, -few:], k, v, mask=rows), full[:, -few:], atol=1e-12)
         assert torch.allclose(core.attention_map(q[:, -few:], k, mask=rows), maps[:, :, -few:], atol=1e-6)
 
 
 def bias_between(table, grid, step=1):
     """(maps, 2 k_h - 1, 2 k_w - 1) -> (maps, N, N): the entry of each offset, counted in steps, from query to key."""
-    places = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
-    offsets = ((place.flatten() - place.flatten()[:, None]) // step for place in places)  # (N, N), of rows and columns
+    coordinates = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    # (N, N), of rows and columns
+    offsets = ((coordinate.flatten() - coordinate.flatten()[:, None]) // step for coordinate in coordinates)
     down, right = ((o + n // 2).clamp(0, n - 1) for o, n in zip(offsets, table.shape[1:], strict=True))
     return table[:, down, right]
 
 
 def window(length, kernel, step):
     """(queries, keys) along an axis: the `kernel` keys around a query, `step` apart, that stop at the border."""
-    seen = torch.zeros(length, length, dtype=torch.bool)
+    visible = torch.zeros(length, length, dtype=torch.bool)
     for query in range(length):
-        alike = range(query % step, length, step)
-        start = min(max(alike.index(query) - kernel // 2, 0), len(alike) - kernel)
-        seen[query, list(alike[start : start + kernel])] = True
-    return seen
+        reachable = range(query % step, length, step)
+        start = min(max(reachable.index(query) - kernel // 2, 0), len(reachable) - kernel)
+        visible[query, list(reachable[start : start + kernel])] = True
+    return visible
 
 
 @every_kind
@@ -189,7 +190,7 @@ def window(length, kernel, step):
 def test_a_relative_bias_is_added_to_each_map_besides_the_mask(kind, mask):
     core = FullAttention(bias=RelativeBias(MAPS[kind] * HEADS, GRID))
     layer, mask = layer_of(kind, core=core), mask and mask_of(mask, math.prod(GRID))
-    assert_is_its_formula(layer, tokens(*GRID), None, mask, added=bias_between(core.bias.table, GRID))
+    assert_is_its_formula(layer, tokens(*GRID), None, mask, logit_bias=bias_between(core.bias.table, GRID))
 
 
 @every_kind
@@ -197,7 +198,7 @@ def test_rotary_positions_rotate_each_query_and_key(kind):
     d = WIDTH // HEADS // KEYS[kind]
     layer = layer_of(kind, rotary=Rotary(d))
     x = tokens(*GRID)
-    assert_is_its_formula(layer, x, turn=lambda part: layer.rotary(part.view(2, *GRID, 1, d)).view_as(part))
+    assert_is_its_formula(layer, x, transform=lambda part: layer.rotary(part.view(2, *GRID, 1, d)).view_as(part))
     assert not torch.allclose(layer(x).flatten(1, 2), formula(layer, x.flatten(1, 2))[0], atol=0.01)
 
 
@@ -206,15 +207,15 @@ def test_rotary_positions_rotate_each_query_and_key(kind):
 @pytest.mark.parametrize("backend", ["dense", "tiled"])
 def test_both_maps_of_a_head_see_the_window_of_its_group(kind, bias, backend):
     heads, kernels, steps = (1, 2), (3, 5), (2, 1)  # three heads in two groups: pairs stay together
-    ways = {"keys_per_head": KEYS[kind], "queries_per_head": MAPS[kind], "bias": bias, "backend": backend}
-    core = HydraAttention(HEADS, kernels, steps, **ways)
-    layer, added = layer_of(kind, core=core, scale=0.6), []
+    options = {"keys_per_head": KEYS[kind], "queries_per_head": MAPS[kind], "bias": bias, "backend": backend}
+    core = HydraAttention(HEADS, kernels, steps, **options)
+    layer, logit_bias = layer_of(kind, core=core, scale=0.6), []
     for group, (count, kernel, step) in enumerate(zip(heads, kernels, steps, strict=True)):
         rows, columns = (window(length, kernel, step) for length in GRID)
-        seen = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
+        visible = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
         table = core.biases[group].table if bias else torch.zeros(MAPS[kind] * count, 1, 1)
-        added.append(bias_between(table, GRID, step).masked_fill(~seen, -math.inf))
-    assert_is_its_formula(layer, tokens(*GRID), added=torch.cat(added))
+        logit_bias.append(bias_between(table, GRID, step).masked_fill(~visible, -math.inf))
+    assert_is_its_formula(layer, tokens(*GRID), logit_bias=torch.cat(logit_bias))
 
 
 @every_kind
@@ -228,28 +229,28 @@ def test_a_fully_masked_query_is_zero_before_the_projection(kind, mask):
     assert all(tensor.grad.isfinite().all() for tensor in (x, *layer.parameters()))
 
 
-class Shapes(TorchDispatchMode):
-    """Of every tensor that an operation makes, forward or backward."""
+class RecordShapes(TorchDispatchMode):
+    """Records the shape of every tensor that an operation returns, forward or backward."""
 
     def __init__(self):
         super().__init__()
-        self.seen = set()
+        self.shapes = set()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        self.seen |= {tuple(y.shape) for y in tree_leaves(out) if isinstance(y, torch.Tensor)}
+        self.shapes |= {tuple(y.shape) for y in tree_leaves(out) if isinstance(y, torch.Tensor)}
         return out
 
 
 @every_kind
 def test_no_map_is_computed_unless_recorded(kind):
     layer, x = layer_of(kind, torch.float32), tokens(80, dtype=torch.float32)
-    with Shapes() as fast:
+    with RecordShapes() as fast:
         layer(x).sum().backward()
-    assert fast.seen and not [shape for shape in fast.seen if shape[-2:] == (80, 80)]
-    with Shapes() as slow, record_maps(layer):
+    assert fast.shapes and not [shape for shape in fast.shapes if shape[-2:] == (80, 80)]
+    with RecordShapes() as slow, record_maps(layer):
         layer(x)
-    assert (2, MAPS[kind] * HEADS, 80, 80) in slow.seen
+    assert (2, MAPS[kind] * HEADS, 80, 80) in slow.shapes
 
 
 @every_kind

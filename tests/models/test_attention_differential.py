@@ -26,20 +26,20 @@ def layer_of(kind):
     return ATTENTION_TYPES[kind](WIDTH, HEADS, **({"depth": 3} if kind == "diff_v1" else {}))
 
 
-def randomised(layer, dtype=torch.float64):
+def randomize(layer, dtype=torch.float64):
     for p in layer.parameters():
         nn.init.normal_(p, std=0.5)
     return layer.to(dtype)
 
 
-@pytest.mark.parametrize("depth, wanted", [(0, 0.200), (4, 0.619), (8, 0.746)])
-def test_the_first_lambda_grows_with_depth(depth, wanted):
+@pytest.mark.parametrize("depth, expected", [(0, 0.200), (4, 0.619), (8, 0.746)])
+def test_the_first_lambda_grows_with_depth(depth, expected):
     layer = DiffAttentionV1(WIDTH, HEADS, depth=depth)
-    assert layer.lambda_init == pytest.approx(wanted, abs=5e-4)
+    assert layer.lambda_init == pytest.approx(expected, abs=5e-4)
     assert torch.cat([layer.lambda_q1, layer.lambda_k1, layer.lambda_q2, layer.lambda_k2]).std() < 0.2
     for vector in (layer.lambda_q1, layer.lambda_q2):
         nn.init.zeros_(vector)
-    assert layer.lambda_(torch.zeros(1, N, WIDTH)).item() == pytest.approx(wanted, abs=5e-4)
+    assert layer.lambda_(torch.zeros(1, N, WIDTH)).item() == pytest.approx(expected, abs=5e-4)
 
 
 @pytest.mark.parametrize("kind", ["diff_v1", "diff_v2"])
@@ -57,17 +57,17 @@ def test_lambda_is_float32_whatever_the_type_of_the_layer(kind):
 @pytest.mark.parametrize("kind", ATTENTION_TYPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_outputs_keep_their_type(kind, dtype):
-    layer = randomised(layer_of(kind), torch.float32)
+    layer = randomize(layer_of(kind), torch.float32)
     x = torch.randn(2, N, WIDTH)
-    wanted, out = layer(x), copy.deepcopy(layer).to(dtype)(x.to(dtype))
-    rounding = (0.03 if dtype == torch.bfloat16 else 1e-5) * wanted.abs().max().item()
+    expected, out = layer(x), copy.deepcopy(layer).to(dtype)(x.to(dtype))
+    rounding = (0.03 if dtype == torch.bfloat16 else 1e-5) * expected.abs().max().item()
     assert out.dtype == dtype
-    assert torch.allclose(out.float(), wanted, rtol=0, atol=rounding)
+    assert torch.allclose(out.float(), expected, rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("kind", ATTENTION_TYPES)
 def test_autocast_changes_no_more_than_rounding(kind):
-    layer = randomised(layer_of(kind), torch.float32)
+    layer = randomize(layer_of(kind), torch.float32)
     x = torch.randn(2, N, WIDTH)
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(x)
@@ -106,19 +106,19 @@ class Simplified(nn.Module):
 
 
 def test_a_simplified_checkpoint_loads_without_head_norm():
-    other, layer = Simplified(), DiffAttentionV1(320, 8, depth=8, head_norm=False, scale=40**-0.5).double()
-    for p in other.double().parameters():
+    simplified, layer = Simplified(), DiffAttentionV1(320, 8, depth=8, head_norm=False, scale=40**-0.5).double()
+    for p in simplified.double().parameters():
         nn.init.normal_(p, std=0.2 if p.ndim == 1 else 0.08)
-    theirs = other.state_dict()
-    ours = {
-        "qkv.weight": torch.cat([theirs[f"to_{part}.weight"] for part in "qkv"]),
+    simplified_state = simplified.state_dict()
+    state = {
+        "qkv.weight": torch.cat([simplified_state[f"to_{part}.weight"] for part in "qkv"]),
         "qkv.bias": torch.zeros(960),
-        **{f"proj.{name}": theirs[f"to_out.{name}"] for name in ("weight", "bias")},
-        **{f"lambda_{name}": theirs[name] for name in ("q1", "k1", "q2", "k2")},
+        **{f"proj.{name}": simplified_state[f"to_out.{name}"] for name in ("weight", "bias")},
+        **{f"lambda_{name}": simplified_state[name] for name in ("q1", "k1", "q2", "k2")},
     }
-    layer.load_state_dict(ours)
+    layer.load_state_dict(state)
     x, mask = torch.randn(2, N, 320, dtype=torch.float64), torch.ones(2, N, N, dtype=torch.bool).tril()
-    assert torch.allclose(layer(x, mask=mask), other(x, mask), atol=1e-10)
+    assert torch.allclose(layer(x, mask=mask), simplified(x, mask), atol=1e-10)
 
 
 TRAINED = {
@@ -135,20 +135,20 @@ every_trained = pytest.mark.parametrize("name", TRAINED)
 
 
 def trained(name):
-    """A softmax layer and what it takes: a grid of tokens, and a context where it is of that kind."""
+    """A softmax layer with random weights and its inputs: a grid of tokens, and a context for cross-attention."""
     options = copy.deepcopy(TRAINED[name])
     inputs = [torch.randn(2, *GRID, WIDTH, dtype=torch.float64)]
     if "context_width" in options:
         inputs.append(torch.randn(2, 7, 10, dtype=torch.float64))
-    return randomised(Attention(WIDTH, HEADS, **options)).eval(), inputs
+    return randomize(Attention(WIDTH, HEADS, **options)).eval(), inputs
 
 
 @every_trained
 def test_differential_conversion_keeps_the_function(name):
     layer, inputs = trained(name)
-    made = differential_from_softmax(layer)
-    assert type(made) is DiffAttentionV2 and not made.gate.any() and made.dropout == layer.dropout
-    assert (made(*inputs) - layer(*inputs)).abs().max() < 1e-12
+    converted = differential_from_softmax(layer)
+    assert type(converted) is DiffAttentionV2 and not converted.gate.any() and converted.dropout == layer.dropout
+    assert (converted(*inputs) - layer(*inputs)).abs().max() < 1e-12
     assert torch.equal(
         differential_from_softmax(layer.float())(*(x.float() for x in inputs)), layer(*map(narrow, inputs))
     )
@@ -161,37 +161,38 @@ def narrow(x):
 @every_trained
 def test_the_gate_of_each_head_learns_and_opens_that_head_alone(name):
     layer, inputs = trained(name)
-    made = differential_from_softmax(layer)
-    made(*inputs).square().sum().backward()
-    assert made.gate.grad.isfinite().all() and made.gate.grad.all()
-    layer.proj = made.proj = nn.Identity()
+    converted = differential_from_softmax(layer)
+    converted(*inputs).square().sum().backward()
+    assert converted.gate.grad.isfinite().all() and converted.gate.grad.all()
+    layer.proj = converted.proj = nn.Identity()
     with torch.no_grad():
-        made.gate[1] = 1
-    moved = (made(*inputs) - layer(*inputs)).unflatten(-1, (HEADS, -1)).abs()
-    assert (moved[..., 1, :] > 0).all()
-    assert moved[..., [0, 2], :].max() < 1e-12
+        converted.gate[1] = 1
+    change = (converted(*inputs) - layer(*inputs)).unflatten(-1, (HEADS, -1)).abs()
+    assert (change[..., 1, :] > 0).all()
+    assert change[..., [0, 2], :].max() < 1e-12
 
 
 def test_an_open_gate_is_diff_v2_as_published():
     layer, (x,) = trained("plain")
-    made, published = differential_from_softmax(layer), DiffAttentionV2(WIDTH, HEADS).double()
-    weights = made.state_dict()
+    converted, published = differential_from_softmax(layer), DiffAttentionV2(WIDTH, HEADS).double()
+    weights = converted.state_dict()
     del weights["gate"]
     published.load_state_dict(weights)
-    nn.init.ones_(made.gate)
-    assert torch.allclose(made(x), published(x), atol=1e-12)
-    layer.proj = made.proj = nn.Identity()
-    kept = (made(x) / layer(x)).unflatten(-1, (HEADS, -1))  # constant in a head if the second query were the first
-    assert kept.std(-1).min() > 0.01
+    nn.init.ones_(converted.gate)
+    assert torch.allclose(converted(x), published(x), atol=1e-12)
+    layer.proj = converted.proj = nn.Identity()
+    # constant in a head if the second query were the first
+    ratios = (converted(x) / layer(x)).unflatten(-1, (HEADS, -1))
+    assert ratios.std(-1).min() > 0.01
 
 
 @every_trained
 def test_conversion_shares_nothing_with_the_trained_layer(name):
     layer, inputs = trained(name)
     weights, before = copy.deepcopy(layer.state_dict()), layer(*inputs)
-    made = differential_from_softmax(layer)
-    assert made.core is not layer.core
-    for p in made.parameters():
+    converted = differential_from_softmax(layer)
+    assert converted.core is not layer.core
+    for p in converted.parameters():
         assert p.requires_grad
         nn.init.zeros_(p)
     assert weights.keys() == layer.state_dict().keys()
@@ -201,9 +202,9 @@ def test_conversion_shares_nothing_with_the_trained_layer(name):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_conversion_keeps_the_type_and_the_mode(training):
-    made = differential_from_softmax(Attention(WIDTH, HEADS).bfloat16().train(training))
-    assert {p.dtype for p in made.parameters()} == {torch.bfloat16}
-    assert all(module.training == training for module in made.modules())
+    converted = differential_from_softmax(Attention(WIDTH, HEADS).bfloat16().train(training))
+    assert {p.dtype for p in converted.parameters()} == {torch.bfloat16}
+    assert all(module.training == training for module in converted.modules())
 
 
 def test_conversions_that_change_the_function_are_rejected():

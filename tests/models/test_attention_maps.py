@@ -43,7 +43,7 @@ def test_map_rows_sum_as_expected_and_only_diff_is_negative():
 def test_recording_changes_no_output_and_draws_no_random_numbers():
     network, x, outs = trio(), tokens(), []
     for layers in ([], None, ["diff_v2"]):
-        torch.manual_seed(1)  # of the dropout
+        torch.manual_seed(1)  # for the dropout
         with record_maps(network, layers):
             outs.append(network(x))
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
@@ -53,7 +53,7 @@ def test_each_forward_leaves_one_map_in_each_named_layer():
     network, x = trio(), tokens()
     with record_maps(network) as maps:
         network(x), network(x)
-    assert {name: len(kept) for name, kept in maps.items()} == dict.fromkeys(ATTENTION_TYPES, 2)
+    assert {name: len(recorded) for name, recorded in maps.items()} == dict.fromkeys(ATTENTION_TYPES, 2)
     with record_maps(network, ["diff_v1"]) as maps:
         network(x)
     assert maps.keys() == {"diff_v1"} and len(maps["diff_v1"]) == 1
@@ -69,7 +69,7 @@ def test_nothing_is_recorded_after_the_context_even_on_errors(monkeypatch):
         raise KeyError
     monkeypatch.setattr(FullAttention, "attention_map", None)  # calling it would raise
     network(x)
-    assert {name: len(kept) for name, kept in maps.items()} == dict.fromkeys(ATTENTION_TYPES, 1)
+    assert {name: len(recorded) for name, recorded in maps.items()} == dict.fromkeys(ATTENTION_TYPES, 1)
 
 
 def test_recording_within_recording_keeps_both():

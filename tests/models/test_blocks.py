@@ -25,7 +25,7 @@ def maps(*shape):
 
 
 def delta(conv, row, column):
-    """Makes a 3 x 3 convolution copy the pixel under one of its taps."""
+    """Make a 3 x 3 convolution copy the pixel under one of its taps."""
     nn.init.zeros_(conv.bias)
     conv.weight.data = torch.eye(len(conv.weight))[:, :, None, None] * F.one_hot(
         torch.tensor(3 * row + column), 9

@@ -14,18 +14,18 @@ def maps(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def averaged(x):
+def average_pool(x):
     return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
 
 
-def repeated(x):
+def repeat_pixels(x):
     return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 def test_the_embedding_can_be_added_before_the_second_norm():
     block, x, emb = ResBlock(40, 80, emb_dim=3, scale_shift=False), maps(2, 40, 5, 4), maps(2, 3)
-    said = F.linear(F.silu(emb), block.embed.weight, block.embed.bias)
-    h = block.norm2(block.conv1(F.silu(block.norm1(x))) + said[:, :, None, None])
+    embedded = F.linear(F.silu(emb), block.embed.weight, block.embed.bias)
+    h = block.norm2(block.conv1(F.silu(block.norm1(x))) + embedded[:, :, None, None])
     assert block.embed.out_features == 80
     assert torch.allclose(block(x, emb), block.skip(x) + block.conv2(F.silu(h)), atol=1e-5)
 
@@ -39,12 +39,12 @@ def test_each_example_uses_its_own_embedding(scale_shift):
     assert torch.equal(before[0], after[0]) and (before[1] - after[1]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("how, resized", [("down", averaged), ("up", repeated)])
-def test_resampling_precedes_the_convolution_and_is_on_the_skip(how, resized):
-    block, x, emb = ResBlock(6, 8, emb_dim=3, resample=how), maps(2, 6, 4, 6), maps(2, 3)
+@pytest.mark.parametrize("resample, resize", [("down", average_pool), ("up", repeat_pixels)])
+def test_resampling_precedes_the_convolution_and_is_on_the_skip(resample, resize):
+    block, x, emb = ResBlock(6, 8, emb_dim=3, resample=resample), maps(2, 6, 4, 6), maps(2, 3)
     scale, shift = block.embed(F.silu(emb))[..., None, None].chunk(2, 1)
-    h = block.norm2(block.conv1(resized(F.silu(block.norm1(x))))) * (1 + scale) + shift
-    assert torch.allclose(block(x, emb), block.skip(resized(x)) + block.conv2(F.silu(h)), atol=1e-5)
+    h = block.norm2(block.conv1(resize(F.silu(block.norm1(x))))) * (1 + scale) + shift
+    assert torch.allclose(block(x, emb), block.skip(resize(x)) + block.conv2(F.silu(h)), atol=1e-5)
 
 
 def test_a_scaled_skip_keeps_the_variance_of_a_sum_of_two():
@@ -74,8 +74,8 @@ def test_an_unknown_way_to_resample_is_refused():
 
 def test_downsampling_may_pad_all_sides():
     down, x = Downsample(2, symmetric=True), maps(1, 2, 4, 6)
-    wanted = F.conv2d(F.pad(x, (1, 1, 1, 1)), down.conv.weight, down.conv.bias, stride=2)
-    assert torch.allclose(down(x), wanted, atol=1e-6) and wanted.shape == (1, 2, 2, 3)
+    expected = F.conv2d(F.pad(x, (1, 1, 1, 1)), down.conv.weight, down.conv.bias, stride=2)
+    assert torch.allclose(down(x), expected, atol=1e-6) and expected.shape == (1, 2, 2, 3)
 
 
 def test_zero_module_returns_the_layer():

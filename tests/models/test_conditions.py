@@ -17,7 +17,7 @@ from models.unet import UNet, UNetConfig
 
 B, WIDTH = 4, 12
 NAMES = sorted(module.name for module in pkgutil.iter_modules(models.conditions.__path__))
-RAW = {  # the options of each encoder, and a batch of its raw field
+RAW = {  # options of each encoder, and a batch of its raw field
     "label": ({}, torch.tensor([0, 1, 2, 0])),
     "image": ({"condition_channels": 2}, torch.randn(B, 2, 6, 8, generator=torch.Generator().manual_seed(1))),
 }
@@ -28,13 +28,13 @@ def x():
     return torch.zeros(B, 3, 6, 8)
 
 
-def encoder(name, width=WIDTH):
-    """With a null that is not zero."""
+def build_encoder(name, width=WIDTH):
+    """An encoder with random weights, so that its null is not zero."""
     module = importlib.import_module(f"models.conditions.{name}")
-    made = module.build(module.Config(**RAW[name][0]), width, n_classes=3)
-    for p in made.parameters():
+    encoder = module.build(module.Config(**RAW[name][0]), width, n_classes=3)
+    for p in encoder.parameters():
         p.data += torch.randn_like(p)
-    return made
+    return encoder
 
 
 def test_every_encoder_is_tested():
@@ -43,39 +43,39 @@ def test_every_encoder_is_tested():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_encoder_makes_a_stream_and_keeps_the_contract(name):
-    made = encoder(name)
-    stream = made(RAW[name][1], x())
-    assert isinstance(made, ConditionEncoder)
-    Condition({name: stream})  # raises where the shape is not that of its kind
-    width = {Vector: WIDTH, Tokens: made.token_width, Map: made.map_channels}[type(stream)]
+    encoder = build_encoder(name)
+    stream = encoder(RAW[name][1], x())
+    assert isinstance(encoder, ConditionEncoder)
+    Condition({name: stream})  # raises if the shape does not fit the kind of stream
+    width = {Vector: WIDTH, Tokens: encoder.token_width, Map: encoder.map_channels}[type(stream)]
     assert len(stream.values) == B and stream.values.shape[1 if isinstance(stream, Map) else -1] == width
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dropped_examples_equal_the_null_others_are_unchanged(name):
-    made, raw = encoder(name), RAW[name][1]
-    said, null, mixed = made(raw, x()).values, made(None, x()).values, made(raw, x(), DROP).values
-    assert torch.equal(mixed[DROP], null[DROP]) and torch.equal(mixed[~DROP], said[~DROP])
-    assert (said - null).flatten(1).abs().amax(1).min() > 1e-3
-    assert torch.equal(made(None, x(), DROP).values, null)
+    encoder, raw = build_encoder(name), RAW[name][1]
+    encoded, null, mixed = encoder(raw, x()).values, encoder(None, x()).values, encoder(raw, x(), DROP).values
+    assert torch.equal(mixed[DROP], null[DROP]) and torch.equal(mixed[~DROP], encoded[~DROP])
+    assert (encoded - null).flatten(1).abs().amax(1).min() > 1e-3
+    assert torch.equal(encoder(None, x(), DROP).values, null)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_null_is_learned(name):
-    made = encoder(name)
-    made(RAW[name][1], x(), DROP).values.square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in made.parameters())
+    encoder = build_encoder(name)
+    encoder(RAW[name][1], x(), DROP).values.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in encoder.parameters())
 
 
 def unet_of(encoders):
-    made = UNet(UNetConfig(channels=4, channel_mults=(1,), attn_factors=(), heads=1, res_blocks=1), encoders)
-    return made, lambda *args, **drop: made(x() + 1, torch.arange(B) * 100.0, *args, **drop)
+    network = UNet(UNetConfig(channels=4, channel_mults=(1,), attn_factors=(), heads=1, res_blocks=1), encoders)
+    return network, lambda *args, **drop: network(x() + 1, torch.arange(B) * 100.0, *args, **drop)
 
 
 def transformer_of(kind, encoders):
-    made = kind(codes=5, grid=(6, 8), width=16, heads=2, layers=1, encoders=encoders)
+    network = kind(codes=5, grid=(6, 8), width=16, heads=2, layers=1, encoders=encoders)
     ids = torch.randint(5, (B, 6, 8), generator=torch.manual_seed(0))
-    return made, lambda *args, **drop: made(ids, *args, **drop)
+    return network, lambda *args, **drop: network(ids, *args, **drop)
 
 
 NETWORKS = {  # each takes any condition, with embeddings of width 16
@@ -88,42 +88,42 @@ NETWORKS = {  # each takes any condition, with embeddings of width 16
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_condition_reaches_every_network(name, kind):
-    made, run = NETWORKS[kind]({name: encoder(name, 16)})
-    for p in made.parameters():  # of which some start at zero
+    network, run = NETWORKS[kind]({name: build_encoder(name, 16)})
+    for p in network.parameters():  # some start at zero
         p.data += 0.3 * torch.randn(p.shape, generator=torch.manual_seed(p.numel()))
     fields = {name: RAW[name][1]}
-    said, null, mixed = run(fields), run(), run(fields, drop={name: DROP})
+    output, null, mixed = run(fields), run(), run(fields, drop={name: DROP})
     assert torch.equal(run({name: None}), null) and torch.equal(run({}), null)
-    assert torch.allclose(mixed[DROP], null[DROP], atol=1e-5) and torch.allclose(mixed[~DROP], said[~DROP], atol=1e-5)
-    assert (said - null).flatten(1).abs().amax(1).min() > 1e-3
+    assert torch.allclose(mixed[DROP], null[DROP], atol=1e-5) and torch.allclose(mixed[~DROP], output[~DROP], atol=1e-5)
+    assert (output - null).flatten(1).abs().amax(1).min() > 1e-3
     mixed.square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in made.encoders.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in network.encoders.parameters())
 
 
 def test_a_conditioner_is_its_encoders_by_name():
-    conditioner = Conditioner({name: encoder(name) for name in ("image", "label")})
+    conditioner = Conditioner({name: build_encoder(name) for name in ("image", "label")})
     fields = {"label": RAW["label"][1], "image": RAW["image"][1]}
     condition = conditioner(fields, x(), {"label": DROP})
     assert [*condition.streams] == ["image", "label"]
     assert torch.equal(condition.streams["image"].values, RAW["image"][1])
     assert torch.equal(condition.vector(), conditioner["label"](RAW["label"][1], x(), DROP).values)
     assert (conditioner.map_channels, conditioner.token_width, conditioner.makes_vectors) == (2, 0, True)
-    assert not Conditioner({"image": encoder("image")}).makes_vectors and Conditioner()(None, x()).streams == {}
+    assert not Conditioner({"image": build_encoder("image")}).makes_vectors and Conditioner()(None, x()).streams == {}
     assert conditioner.resolve(condition, x()) is condition
 
 
 def test_label_n_classes_is_the_null():
-    made = encoder("label")
-    assert made.embedding.num_embeddings == 4
-    assert torch.equal(made(torch.full((B,), 3), x()).values, made(None, x()).values)
-    assert torch.equal(made(RAW["label"][1], x()).values, made.embedding.weight[RAW["label"][1]])
+    encoder = build_encoder("label")
+    assert encoder.embedding.num_embeddings == 4
+    assert torch.equal(encoder(torch.full((B,), 3), x()).values, encoder(None, x()).values)
+    assert torch.equal(encoder(RAW["label"][1], x()).values, encoder.embedding.weight[RAW["label"][1]])
 
 
 def test_an_image_is_the_map_resized_where_its_size_is_another():
-    made, raw = encoder("image"), RAW["image"][1]
-    assert torch.equal(made(raw, x()).values, raw)
+    encoder, raw = build_encoder("image"), RAW["image"][1]
+    assert torch.equal(encoder(raw, x()).values, raw)
     small = torch.arange(4.0).view(1, 1, 1, 4).expand(B, 2, 3, 4)
-    resized = made(small, x()).values
+    resized = encoder(small, x()).values
     assert torch.allclose(resized, F.interpolate(small, size=(6, 8), mode="bilinear"))
     assert resized.shape == (B, 2, 6, 8) and torch.allclose(resized[0, 0, 0, 1:3], torch.tensor([0.25, 0.75]))
 
@@ -139,7 +139,7 @@ WRONG = {
 def test_a_field_of_another_shape_is_refused(message):
     name, raw = WRONG[message]
     with pytest.raises(ValueError, match=message):
-        encoder(name)(raw, x())
+        build_encoder(name)(raw, x())
 
 
 @pytest.mark.parametrize("build", [lambda: LabelEncoder(0, WIDTH), lambda: image.Config(condition_channels=0)])
@@ -151,18 +151,18 @@ def test_a_config_of_nothing_is_refused(build):
 def test_vectors_add_up_and_maps_are_joined():
     a, b = torch.randn(2, B, WIDTH)
     first, second = torch.randn(B, 2, 6, 8), torch.randn(B, 1, 6, 8)
-    said = Condition({"a": Vector(a), "first": Map(first), "b": Vector(b), "second": Map(second)})
-    assert torch.equal(said.vector(), a + b) and torch.equal(said.map(), torch.cat([first, second], 1))
-    assert said.tokens() is None
+    condition = Condition({"a": Vector(a), "first": Map(first), "b": Vector(b), "second": Map(second)})
+    assert torch.equal(condition.vector(), a + b) and torch.equal(condition.map(), torch.cat([first, second], 1))
+    assert condition.tokens() is None
     assert Condition().vector() is Condition().map() is Condition().tokens() is None
 
 
 def test_tokens_are_joined_with_their_masks_and_regions():
     a, b = torch.randn(B, 3, 5), torch.randn(B, 2, 5)
     mask, region = torch.arange(2).bool().expand(B, 2), torch.tensor([0, 4]).expand(B, 2)
-    alone = Tokens(a)
-    assert Condition({"a": alone}).tokens() is alone
-    values, masks, regions = Condition({"a": alone, "b": Tokens(b, mask, region)}).tokens()
+    unmasked = Tokens(a)
+    assert Condition({"a": unmasked}).tokens() is unmasked
+    values, masks, regions = Condition({"a": unmasked, "b": Tokens(b, mask, region)}).tokens()
     assert torch.equal(values, torch.cat([a, b], 1))
     assert masks[0].tolist() == [True, True, True, False, True]
     assert regions[0].tolist() == [-1, -1, -1, 0, 4]
@@ -180,10 +180,10 @@ BROKEN = {
 
 
 def test_regions_of_another_batch_are_refused():
-    regions = everything().regions
+    regions = full_condition().regions
     with pytest.raises(ValueError, match=r"got streams for batches of \{'a': 2, 'regions': 4\}, wanted one size"):
         Condition({"a": Vector(torch.zeros(2, 2))}, regions)
-    assert (Condition({}, regions).batch_size, everything().batch_size, Condition().batch_size) == (B, B, None)
+    assert (Condition({}, regions).batch_size, full_condition().batch_size, Condition().batch_size) == (B, B, None)
 
 
 @pytest.mark.parametrize("message", BROKEN)
@@ -192,7 +192,7 @@ def test_streams_that_do_not_fit_are_refused(message):
         Condition(BROKEN[message])
 
 
-def everything(regions=3):
+def full_condition(regions=3):
     """A condition with a stream of each kind, and regions."""
     g = torch.Generator().manual_seed(2)
     masks = torch.rand(B, regions, 8, 8, generator=g) < 0.2
@@ -216,29 +216,29 @@ def tensors_of(condition):
 
 @pytest.mark.parametrize("rows", [torch.tensor([3, 1]), torch.tensor([False, True, False, True]), slice(2)], ids=str)
 def test_rows_of_every_stream(rows):
-    whole = everything()
-    part = whole[rows]
-    assert part.streams.keys() == whole.streams.keys()
-    for a, b in zip(tensors_of(part), tensors_of(whole), strict=True):
+    condition = full_condition()
+    part = condition[rows]
+    assert part.streams.keys() == condition.streams.keys()
+    for a, b in zip(tensors_of(part), tensors_of(condition), strict=True):
         assert len(a) == 2 and torch.equal(a, b[rows])
-    assert torch.equal(part.attention_mask(4, 4), whole.attention_mask(4, 4)[rows])
+    assert torch.equal(part.attention_mask(4, 4), condition.attention_mask(4, 4)[rows])
 
 
 def test_cat_is_the_inverse_of_rows():
-    whole = everything()
-    again = Condition.cat([whole[:1], whole[1:]])
-    for a, b in zip(tensors_of(again), tensors_of(whole), strict=True):
+    condition = full_condition()
+    joined = Condition.cat([condition[:1], condition[1:]])
+    for a, b in zip(tensors_of(joined), tensors_of(condition), strict=True):
         assert torch.equal(a, b)
 
 
 def test_cat_pads_tokens_and_regions_and_changes_no_mask():
-    long, short = everything(3), Condition({"words": Tokens(torch.randn(2, 1, 7))})
+    long, short = full_condition(3), Condition({"words": Tokens(torch.randn(2, 1, 7))})
     long = Condition({"words": long.streams["words"]}, long.regions)
-    both = Condition.cat([short, long])
-    assert both.streams["words"].values.shape == (2 + B, 5, 7) and both.regions.masks.shape == (2 + B, 3, 8, 8)
-    assert both.streams["words"].mask[:2].tolist() == [[True, False, False, False, False]] * 2
-    assert not both.regions.masks[:2].any() and (both.regions.class_ids[:2] == -1).all()
-    mask = both.attention_mask(2, 2)
+    joined = Condition.cat([short, long])
+    assert joined.streams["words"].values.shape == (2 + B, 5, 7) and joined.regions.masks.shape == (2 + B, 3, 8, 8)
+    assert joined.streams["words"].mask[:2].tolist() == [[True, False, False, False, False]] * 2
+    assert not joined.regions.masks[:2].any() and (joined.regions.class_ids[:2] == -1).all()
+    mask = joined.attention_mask(2, 2)
     assert torch.equal(mask[2:], long.attention_mask(2, 2))
     assert mask[:2, :, 0].all() and not mask[:2, :, 1:].any()
 
@@ -249,10 +249,10 @@ def test_cat_of_different_streams_is_refused():
 
 
 def test_spans_are_where_the_tokens_of_a_stream_lie():
-    whole = everything()
-    assert whole.spans() == {"words": slice(0, 5), "plain": slice(5, 7)}
-    for name, span in whole.spans().items():
-        assert torch.equal(whole.tokens().values[:, span], whole.streams[name].values)
+    condition = full_condition()
+    assert condition.spans() == {"words": slice(0, 5), "plain": slice(5, 7)}
+    for name, span in condition.spans().items():
+        assert torch.equal(condition.tokens().values[:, span], condition.streams[name].values)
 
 
 def test_an_attention_mask_follows_the_coverage_of_cells():
@@ -261,19 +261,19 @@ def test_an_attention_mask_follows_the_coverage_of_cells():
     tokens = Tokens(torch.randn(1, 4, 3), torch.tensor([[True, True, True, False]]), torch.tensor([[-1, 0, 1, -1]]))
     condition = Condition({"t": tokens}, Regions(masks, torch.zeros(1, 2).long(), torch.zeros(1, 2).long()))
     assert condition.attention_mask(2, 2).int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]]
-    for size in [(1, 1), (3, 5), (8, 8), (16, 16)]:  # a pixel vanishes at no level
+    for size in [(1, 1), (3, 5), (8, 8), (16, 16)]:  # one pixel counts at every resolution
         assert condition.attention_mask(*size)[..., 1].any() and not condition.attention_mask(*size)[..., 2].any()
     assert condition.attention_mask(2, 2) is condition.attention_mask(2, 2)
     assert Condition({"t": Tokens(torch.randn(1, 4, 3))}).attention_mask(2, 2) is None
 
 
 def test_a_context_is_the_tokens_and_their_mask_at_a_size():
-    whole = everything()
-    context = whole.context(2, 4)
-    assert torch.equal(context.values, whole.tokens().values)
-    assert torch.equal(context.mask, whole.attention_mask(2, 4)) and context.mask.shape == (B, 8, 7)
+    condition = full_condition()
+    context = condition.context(2, 4)
+    assert torch.equal(context.values, condition.tokens().values)
+    assert torch.equal(context.mask, condition.attention_mask(2, 4)) and context.mask.shape == (B, 8, 7)
     assert torch.equal(context.at_positions(slice(3, 5)).mask, context.mask[:, 3:5])
-    words = whole.streams["words"]._replace(region=None)
+    words = condition.streams["words"]._replace(region=None)
     context = Condition({"words": words}).context(2, 4)
     assert torch.equal(context.mask, words.mask) and context.at_positions(slice(3, 5)) is context
     assert Condition().context(2, 4) is None
@@ -285,27 +285,27 @@ def test_tokens_of_regions_without_regions_are_refused():
 
 
 def test_row_ids_are_equal_for_equal_conditions_alone():
-    whole = everything()
+    condition = full_condition()
     rows = torch.tensor([0, 1, 0, 2, 1])
-    ids = whole[rows].row_ids()
+    ids = condition[rows].row_ids()
     assert torch.equal(ids[:, None] == ids, rows[:, None] == rows)
-    assert whole.row_ids().unique().numel() == B
-    for name in whole.streams:  # one stream alone tells them apart
-        one = Condition({name: whole.streams[name]})
-        assert one.row_ids().unique().numel() == B
-    same = Condition({"vector": Vector(torch.ones(B, 2))}, whole.regions)
+    assert condition.row_ids().unique().numel() == B
+    for name in condition.streams:  # any single stream distinguishes them
+        single = Condition({name: condition.streams[name]})
+        assert single.row_ids().unique().numel() == B
+    same = Condition({"vector": Vector(torch.ones(B, 2))}, condition.regions)
     assert same.row_ids().unique().numel() == B
     assert Condition().row_ids() is None
 
 
 def test_a_condition_moves_to_a_device():
-    moved = everything().to("meta")
-    assert all(tensor.device.type == "meta" for tensor in tensors_of(moved))
+    on_meta = full_condition().to("meta")
+    assert all(tensor.device.type == "meta" for tensor in tensors_of(on_meta))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_are_flags_of_their_own_name(name):
-    """So that those of several conditions can stand beside each other."""
+    """The options of several conditions share one command line."""
     config = importlib.import_module(f"models.conditions.{name}").Config
     assert issubclass(config, ConditionConfig)
     names = {field.name for field in dataclasses.fields(config)}
@@ -313,7 +313,7 @@ def test_options_are_flags_of_their_own_name(name):
 
 
 class Boxes(ConditionEncoder):
-    """A token for each box, which speaks of it."""
+    """Encodes each box as a token that describes its region."""
 
     token_width = 4
 
@@ -340,7 +340,7 @@ def test_an_encoder_brings_the_regions_that_its_tokens_speak_of():
     mask = conditioner({"boxes": raw}, canvas).attention_mask(3, 3)
     assert mask[0, :, 0].tolist() == [True] + [False] * 8 and mask[0, :, 1].tolist() == [False] * 8 + [True]
     assert mask[1, :, 0].all() and not mask[1, :, 1].any()
-    both = Condition.cat([conditioner({}, canvas), conditioner({"boxes": raw}, canvas)])
-    assert both.attention_mask(3, 3)[:2, :, 0].all() and torch.equal(both.attention_mask(3, 3)[2:], mask)
+    joined = Condition.cat([conditioner({}, canvas), conditioner({"boxes": raw}, canvas)])
+    assert joined.attention_mask(3, 3)[:2, :, 0].all() and torch.equal(joined.attention_mask(3, 3)[2:], mask)
     with pytest.raises(ValueError, match="wanted one condition with regions"):
         Conditioner({"boxes": Boxes(), "more": Boxes()})({"boxes": raw, "more": raw}, canvas)

@@ -12,10 +12,10 @@ from models.embeddings import RelativeBias, Rotary
 @pytest.mark.parametrize("grid, width, base", [((7,), 6, 100.0), ((5, 4), 8, 100.0), ((3, 5), 4, 10.0)])
 def test_each_pair_of_channels_turns_with_its_axis(grid, width, base):
     x = torch.randn(2, *grid, 3, width)
-    turned, pairs = Rotary(width, len(grid), base)(x), width // (2 * len(grid))
-    for place in itertools.product(*map(range, grid)):
-        angles = torch.tensor([n * base ** (-pair / pairs) for n in place for pair in range(pairs)])
-        before, after = (torch.complex(*part[:, *place].chunk(2, -1)) for part in (x, turned))
+    rotated, pairs = Rotary(width, len(grid), base)(x), width // (2 * len(grid))
+    for position in itertools.product(*map(range, grid)):
+        angles = torch.tensor([n * base ** (-pair / pairs) for n in position for pair in range(pairs)])
+        before, after = (torch.complex(*part[:, *position].chunk(2, -1)) for part in (x, rotated))
         assert torch.allclose(after, before * torch.polar(torch.ones(width // 2), angles), atol=1e-5)
 
 
@@ -35,23 +35,23 @@ def test_logits_depend_on_offsets_alone(grid):
 
 def test_rotation_keeps_norms_and_the_origin():
     x = torch.randn(2, 6, 7, 3, 8)
-    turned = Rotary(8)(x)
-    assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
-    assert torch.equal(turned[:, 0, 0], x[:, 0, 0]) and not torch.allclose(turned[:, 0, 1], x[:, 0, 1], atol=0.1)
+    rotated = Rotary(8)(x)
+    assert torch.allclose(rotated.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
+    assert torch.equal(rotated[:, 0, 0], x[:, 0, 0]) and not torch.allclose(rotated[:, 0, 1], x[:, 0, 1], atol=0.1)
 
 
 def test_rotary_distinguishes_the_axes():
-    turned = Rotary(8)(torch.randn(8).expand(1, 4, 4, 1, 8))[0, :, :, 0]
-    assert torch.pdist(turned.flatten(0, 1)).min() > 0.1  # every place is another
-    origin, down, right = turned[0, 0], turned[1, 0], turned[0, 1]
+    rotated = Rotary(8)(torch.randn(8).expand(1, 4, 4, 1, 8))[0, :, :, 0]
+    assert torch.pdist(rotated.flatten(0, 1)).min() > 0.1  # every position is rotated differently
+    origin, down, right = rotated[0, 0], rotated[1, 0], rotated[0, 1]
     assert abs(origin @ down - origin @ right) > 0.01
 
 
 def test_bfloat16_inputs_resolve_distant_neighbours():
     x = torch.randn(8).bfloat16().expand(1, 3000, 1, 8)
-    turned = Rotary(8, axes=1)(x)
-    assert turned.dtype == torch.bfloat16 and torch.equal(turned, Rotary(8, axes=1)(x.float()).bfloat16())
-    assert (turned[:, 1:] - turned[:, :-1]).float().norm(dim=-1).min() > 0.1
+    rotated = Rotary(8, axes=1)(x)
+    assert rotated.dtype == torch.bfloat16 and torch.equal(rotated, Rotary(8, axes=1)(x.float()).bfloat16())
+    assert (rotated[:, 1:] - rotated[:, :-1]).float().norm(dim=-1).min() > 0.1
 
 
 def test_rotary_rejects_odd_head_widths_and_other_grid_axes():
@@ -64,15 +64,15 @@ def test_rotary_rejects_odd_head_widths_and_other_grid_axes():
 
 @pytest.mark.parametrize("grid, kernel", [((6,), (3,)), ((4, 3), (4, 3)), ((5, 4), (2, 3)), ((3, 2), (4, 5))])
 def test_bias_is_by_offset_and_the_outermost_covers_all_beyond(grid, kernel):
-    module, places = RelativeBias(2, kernel), list(itertools.product(*map(range, grid)))
+    module, positions = RelativeBias(2, kernel), list(itertools.product(*map(range, grid)))
     assert module.table.shape == (2, *(2 * k - 1 for k in kernel))
-    found, used = module(grid), torch.zeros_like(module.table)
-    assert found.shape == (2, len(places), len(places))
-    for (i, query), (j, key) in itertools.product(enumerate(places), repeat=2):
+    bias, used = module(grid), torch.zeros_like(module.table)
+    assert bias.shape == (2, len(positions), len(positions))
+    for (i, query), (j, key) in itertools.product(enumerate(positions), repeat=2):
         entry = [max(1 - k, min(b - a, k - 1)) + k - 1 for a, b, k in zip(query, key, kernel, strict=True)]
-        assert torch.equal(found[:, i, j], module.table[:, *entry])
+        assert torch.equal(bias[:, i, j], module.table[:, *entry])
         used[:, *entry] += 1
-    found.sum().backward()
+    bias.sum().backward()
     assert torch.equal(module.table.grad, used)  # nothing reaches an entry that no pair uses
     assert (used == 0).any() == (grid == (3, 2))
 
@@ -93,8 +93,8 @@ def test_positions_compile_whole_and_train_after_inference(make, monkeypatch):
         x = torch.randn(1, *grid, 2, 8, requires_grad=True) if isinstance(module, Rotary) else grid
         with torch.inference_mode():
             module(x)
-        trained = x if isinstance(module, Rotary) else module.table
-        found, wanted = (call(x) for call in (graph, module))
-        (weight,) = torch.autograd.grad(wanted.square().sum(), trained)
-        assert torch.allclose(found, wanted)
-        assert torch.allclose(torch.autograd.grad(found.square().sum(), trained)[0], weight)
+        leaf = x if isinstance(module, Rotary) else module.table
+        result, expected = (call(x) for call in (graph, module))
+        (gradient,) = torch.autograd.grad(expected.square().sum(), leaf)
+        assert torch.allclose(result, expected)
+        assert torch.allclose(torch.autograd.grad(result.square().sum(), leaf)[0], gradient)

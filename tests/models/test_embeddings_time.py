@@ -10,12 +10,12 @@ from models.embeddings import TimeEmbedding, sinusoidal_embedding
 
 
 def test_sinusoids_are_cosines_then_sines_at_falling_frequencies():
-    t, waves = torch.tensor([0.0, 3.0, 250.5]), sinusoidal_embedding(torch.tensor([0.0, 3.0, 250.5]), 8)
+    t, embedding = torch.tensor([0.0, 3.0, 250.5]), sinusoidal_embedding(torch.tensor([0.0, 3.0, 250.5]), 8)
     for j in range(4):
-        speed = 10_000 ** (-j / 4)
+        frequency = 10_000 ** (-j / 4)
         for i in range(3):
-            assert waves[i, j].item() == pytest.approx(math.cos(t[i].item() * speed), abs=1e-5)
-            assert waves[i, 4 + j].item() == pytest.approx(math.sin(t[i].item() * speed), abs=1e-5)
+            assert embedding[i, j].item() == pytest.approx(math.cos(t[i].item() * frequency), abs=1e-5)
+            assert embedding[i, 4 + j].item() == pytest.approx(math.sin(t[i].item() * frequency), abs=1e-5)
 
 
 def test_integer_steps_embed_like_real_times():
@@ -28,8 +28,8 @@ def test_integer_steps_embed_like_real_times():
 
 
 def test_neighbouring_steps_of_four_thousand_differ():
-    waves = sinusoidal_embedding(torch.arange(4000), 32)
-    assert (waves[1:] - waves[:-1]).norm(dim=1).min() > 0.5
+    embedding = sinusoidal_embedding(torch.arange(4000), 32)
+    assert (embedding[1:] - embedding[:-1]).norm(dim=1).min() > 0.5
 
 
 def test_the_embedding_is_two_layers_of_the_sinusoids():

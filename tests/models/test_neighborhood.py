@@ -1,6 +1,6 @@
-"""Neighbourhood attention against its definition, query by query; what it keeps and what it costs.
+"""Neighbourhood attention against its definition, query by query; precision, memory and cached tables.
 
-What it refuses, and its choice of a backend: test_neighborhood_natten.py.
+Rejected arguments and the choice of a backend: test_neighborhood_natten.py.
 """
 
 import itertools
@@ -49,17 +49,17 @@ class Case(NamedTuple):
         return attention(q, k, v, self.kernel, self.dilation, self.causal, self.scale, backend, bias=bias)
 
 
-def neighbours(place, length, kernel, dilation, causal):
-    """The keys that a query sees along an axis."""
-    row = range(place % dilation, length, dilation)
-    at = row.index(place)
+def neighbours(position, length, kernel, dilation, causal):
+    """The keys that a query attends to along an axis."""
+    row = range(position % dilation, length, dilation)
+    index = row.index(position)
     if causal:
-        return row[max(at - kernel + 1, 0) : at + 1]
-    first = min(max(at - kernel // 2, 0), len(row) - kernel)
+        return row[max(index - kernel + 1, 0) : index + 1]
+    first = min(max(index - kernel // 2, 0), len(row) - kernel)
     return row[first : first + kernel]
 
 
-def by_definition(case, q, k, v, bias=None):
+def reference(case, q, k, v, bias=None):
     rows, key_of = [], [head // case.shared for head in range(case.heads * case.shared)]
     for query in itertools.product(*map(range, case.grid)):
         axes = [neighbours(*axis) for axis in zip(query, *case[:4], strict=True)]
@@ -80,10 +80,10 @@ def with_gradients(function, inputs):
     return [out, *torch.autograd.grad((out * weight).sum(), inputs)]
 
 
-def close(found, wanted, tolerance):
+def close(actual, expected, tolerance):
     return all(
         torch.allclose(a.double(), b.double(), rtol=0, atol=tolerance * max(1, b.abs().max().item()))
-        for a, b in zip(found, wanted, strict=True)
+        for a, b in zip(actual, expected, strict=True)
     )
 
 
@@ -93,7 +93,7 @@ def cases(draw):
     axes = [(draw(st.sampled_from([1, 3, 3, 5])), draw(st.integers(1, 3)), draw(st.booleans())) for _ in range(n)]
     kernel, dilation, causal = zip(*axes, strict=True)
     grid = tuple(k * d + draw(st.integers(0, 7 if n == 2 else 20)) for k, d, _ in axes)
-    sizes = [draw(st.integers(1, most)) for most in (2, 2, 3, 6)]
+    sizes = [draw(st.integers(1, limit)) for limit in (2, 2, 3, 6)]
     return Case(grid, kernel, dilation, causal, *sizes, draw(st.sampled_from([None, 0.3])), draw(st.booleans()))
 
 
@@ -101,9 +101,9 @@ def cases(draw):
 @settings(deadline=None, max_examples=100, derandomize=True)
 def test_every_backend_is_the_definition(case):
     inputs = case.inputs()
-    wanted = with_gradients(lambda *x: by_definition(case, *x), inputs)
+    expected = with_gradients(lambda *x: reference(case, *x), inputs)
     for backend in ("dense", "tiled", "auto"):
-        assert close(with_gradients(lambda *x, name=backend: case.attend(name, *x), inputs), wanted, 1e-10)
+        assert close(with_gradients(lambda *x, name=backend: case.attend(name, *x), inputs), expected, 1e-10)
 
 
 MANY_TILES = [
@@ -121,21 +121,21 @@ MANY_TILES = [
 @pytest.mark.parametrize("case", MANY_TILES)
 def test_backends_agree_with_many_tiles_in_both_precisions(case):
     inputs = case.inputs()
-    wanted = with_gradients(lambda *x: by_definition(case, *x), inputs)
+    expected = with_gradients(lambda *x: reference(case, *x), inputs)
     single = [x.detach().float().requires_grad_() for x in inputs]
     for backend in ("dense", "tiled"):
-        assert close(with_gradients(lambda *x, name=backend: case.attend(name, *x), inputs), wanted, 1e-10)
-        assert close(with_gradients(lambda *x, name=backend: case.attend(name, *x), single), wanted, 1e-5)
+        assert close(with_gradients(lambda *x, name=backend: case.attend(name, *x), inputs), expected, 1e-10)
+        assert close(with_gradients(lambda *x, name=backend: case.attend(name, *x), single), expected, 1e-5)
 
 
-@pytest.mark.parametrize("part", [1, 3, 16])
-def test_the_number_of_tiles_per_chunk_changes_nothing(part, monkeypatch):
+@pytest.mark.parametrize("tiles", [1, 3, 16])
+def test_the_number_of_tiles_per_chunk_changes_nothing(tiles, monkeypatch):
     case = Case((23, 19), (5, 3), (1, 2), (False, True), batch=2, shared=2)
-    inputs, found = case.inputs(), []
-    for size in (part, 10**6):
+    inputs, results = case.inputs(), []
+    for size in (tiles, 10**6):
         monkeypatch.setattr(neighborhood_tiles, "TILES_PER_CHUNK", size)
-        found.append(with_gradients(lambda *x: case.attend("tiled", *x), inputs))
-    assert close(*found, 1e-12)
+        results.append(with_gradients(lambda *x: case.attend("tiled", *x), inputs))
+    assert close(*results, 1e-12)
 
 
 @with_backends
@@ -155,51 +155,52 @@ def test_bfloat16_matches_float64_and_the_bias_may_be_float32(backend):
     case = Case((17, 19), (3, 5), (1, 2), (False, False), shared=2)
     *x, bias = case.inputs(torch.float32)
     inputs = [*(part.detach().bfloat16().requires_grad_() for part in x), bias]
-    found = with_gradients(lambda *x: case.attend(backend, *x), inputs)
-    assert [part.dtype for part in found] == [torch.bfloat16] * 4 + [torch.float32]
-    assert close(found, with_gradients(lambda *x: case.attend(backend, *x), [x.double() for x in inputs]), 0.02)
+    results = with_gradients(lambda *x: case.attend(backend, *x), inputs)
+    assert [part.dtype for part in results] == [torch.bfloat16] * 4 + [torch.float32]
+    assert close(results, with_gradients(lambda *x: case.attend(backend, *x), [x.double() for x in inputs]), 0.02)
 
 
 @with_backends
 def test_away_from_the_borders_the_output_moves_with_the_input(backend):
     q, k, v = torch.randn(3, 1, 20, 21, 2, 4)
     out = attention_2d(q, k, v, (5, 3), (2, 3), backend=backend)
-    moved = attention_2d(*(x.roll((3, 2), (1, 2)) for x in (q, k, v)), (5, 3), (2, 3), backend=backend)
-    assert torch.allclose(moved[:, 7:-4, 5:-3], out[:, 4:-7, 3:-5], atol=1e-6)
-    assert not torch.allclose(moved[:, 6:-4], out.roll((3, 2), (1, 2))[:, 6:-4], atol=1e-2)  # borders hold still
+    shifted = attention_2d(*(x.roll((3, 2), (1, 2)) for x in (q, k, v)), (5, 3), (2, 3), backend=backend)
+    assert torch.allclose(shifted[:, 7:-4, 5:-3], out[:, 4:-7, 3:-5], atol=1e-6)
+    # the windows at the borders do not move
+    assert not torch.allclose(shifted[:, 6:-4], out.roll((3, 2), (1, 2))[:, 6:-4], atol=1e-2)
 
 
 def weights(grid, *window, backend, dropout=0.0):
-    """What each query gives to each key where all keys look alike: (N, N)."""
-    same, one_hot = torch.zeros(1, *grid, 1, 1), torch.eye(torch.Size(grid).numel()).view(1, *grid, 1, -1)
-    return attention_2d(same, same, one_hot, *window, backend=backend, dropout=dropout).flatten(0, 3)
+    """Attention weights of each query when all keys are equal: (N, N)."""
+    equal, one_hot = torch.zeros(1, *grid, 1, 1), torch.eye(torch.Size(grid).numel()).view(1, *grid, 1, -1)
+    return attention_2d(equal, equal, one_hot, *window, backend=backend, dropout=dropout).flatten(0, 3)
 
 
 @with_backends
 def test_every_query_sees_kernel_size_keys_per_axis(backend):
     grid, window = (11, 9), ((5, 3), (2, 3))
-    found = weights(grid, *window, backend=backend)
-    seen = found > 0
-    assert (seen.sum(-1) == 15).all() and torch.allclose(found[seen], torch.tensor(1 / 15))
-    assert (seen.view(-1, *grid).any(2).sum(-1) == 5).all() and (seen.view(-1, *grid).any(1).sum(-1) == 3).all()
-    assert torch.equal(seen, dense_mask(grid, [Group(make_window(grid, *window), 1)], 1, CPU)[0])
+    attention = weights(grid, *window, backend=backend)
+    visible = attention > 0
+    assert (visible.sum(-1) == 15).all() and torch.allclose(attention[visible], torch.tensor(1 / 15))
+    assert (visible.view(-1, *grid).any(2).sum(-1) == 5).all() and (visible.view(-1, *grid).any(1).sum(-1) == 3).all()
+    assert torch.equal(visible, dense_mask(grid, [Group(make_window(grid, *window), 1)], 1, CPU)[0])
 
 
 @with_backends
 def test_a_causal_axis_hides_the_future_and_shrinks_at_0(backend):
-    seen = (weights((11, 9), 3, 2, (True, False), backend=backend) > 0).view(11, 9, 11, 9)
+    visible = (weights((11, 9), 3, 2, (True, False), backend=backend) > 0).view(11, 9, 11, 9)
     rows = torch.arange(11)
-    assert torch.equal(seen.any(3).sum(-1), (rows // 2 + 1).clamp(max=3)[:, None].expand(11, 9))
-    assert (seen.any(2).sum(-1) == 3).all()
-    assert not seen.any(3)[rows[None, None] > rows[:, None, None].expand(11, 9, 1)].any()
+    assert torch.equal(visible.any(3).sum(-1), (rows // 2 + 1).clamp(max=3)[:, None].expand(11, 9))
+    assert (visible.any(2).sum(-1) == 3).all()
+    assert not visible.any(3)[rows[None, None] > rows[:, None, None].expand(11, 9, 1)].any()
 
 
 @with_backends
 def test_dropout_acts_on_the_weights(backend):
-    found = weights((24, 24), 5, backend=backend, dropout=0.25) * 25  # 1 in every window, before dropout
-    seen = weights((24, 24), 5, backend=backend) > 0
-    assert torch.allclose(found[seen].unique(), torch.tensor([0, 4 / 3])) and not found[~seen].any()
-    assert (found[seen] == 0).float().mean() == pytest.approx(0.25, abs=0.02)
+    dropped = weights((24, 24), 5, backend=backend, dropout=0.25) * 25  # 1 in every window, before dropout
+    visible = weights((24, 24), 5, backend=backend) > 0
+    assert torch.allclose(dropped[visible].unique(), torch.tensor([0, 4 / 3])) and not dropped[~visible].any()
+    assert (dropped[visible] == 0).float().mean() == pytest.approx(0.25, abs=0.02)
 
 
 @with_bias
@@ -208,9 +209,9 @@ def test_auto_works_under_autocast(grid, bias):
     case = Case(grid, (5, 5), (1, 1), (False, False), shared=2, bias=bias)
     inputs = case.inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        found = with_gradients(lambda *x: case.attend("auto", *x), inputs)
-    assert found[0].dtype == torch.bfloat16
-    assert close(found, with_gradients(lambda *x: case.attend("auto", *x), inputs), 0.02)
+        results = with_gradients(lambda *x: case.attend("auto", *x), inputs)
+    assert results[0].dtype == torch.bfloat16
+    assert close(results, with_gradients(lambda *x: case.attend("auto", *x), inputs), 0.02)
 
 
 @pytest.mark.slow
@@ -226,19 +227,19 @@ def test_it_compiles_without_breaks_for_any_batch_and_grid(backend, bias):
     for batch, grid in ((2, (16, 16)), (3, (16, 16)), (2, (18, 20))):
         case = Case(grid, (3, 3), (2, 2), (False, False), batch=batch, bias=bias)
         inputs = case.inputs(torch.float32)
-        wanted = with_gradients(lambda *x, case=case: case.attend(backend, *x), inputs)
-        assert close(with_gradients(graph, inputs), wanted, 1e-6)
+        expected = with_gradients(lambda *x, case=case: case.attend(backend, *x), inputs)
+        assert close(with_gradients(graph, inputs), expected, 1e-6)
 
 
 class LargestTensor(TorchDispatchMode):
-    """The bytes of the largest tensor that any operation returns."""
+    """Records the bytes of the largest tensor that any operation returns."""
 
     bytes = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
-        made = (leaf.untyped_storage().nbytes() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
-        self.bytes = max(self.bytes, *made, 0)
+        sizes = (leaf.untyped_storage().nbytes() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
+        self.bytes = max(self.bytes, *sizes, 0)
         return out
 
 
@@ -248,7 +249,7 @@ def test_memory_is_linear_with_tiles_and_quadratic_without(backend, growth, bias
     monkeypatch.setattr(neighborhood_tiles, "TILES_PER_CHUNK", 10**6)  # all tiles at once
     sizes = []
     for side in (16, 32, 64)[: 3 if backend == "tiled" else 2]:
-        monkeypatch.setattr(tables, "CACHE", {})  # making the tables counts
+        monkeypatch.setattr(tables, "CACHE", {})  # count the tables as well
         case = Case((side, side), (5, 5), (1, 1), (False, False), shared=2, bias=bias)
         inputs = case.inputs(torch.float32)
         with LargestTensor() as largest:
@@ -258,32 +259,32 @@ def test_memory_is_linear_with_tiles_and_quadratic_without(backend, growth, bias
 
 
 @pytest.mark.parametrize(
-    "module, make, backend", [(neighborhood, "dense_visible", "dense"), (neighborhood_tiles, "build_tables", "tiled")]
+    "module, builder, backend",
+    [(neighborhood, "dense_visible", "dense"), (neighborhood_tiles, "build_tables", "tiled")],
 )
-def test_tables_are_made_once_per_shape(module, make, backend, monkeypatch):
+def test_tables_are_made_once_per_shape(module, builder, backend, monkeypatch):
     monkeypatch.setattr(tables, "CACHE", {})
-    original, made = getattr(module, make), []
-    monkeypatch.setattr(module, make, lambda *shape: made.append(shape) or original(*shape))
+    original, calls = getattr(module, builder), []
+    monkeypatch.setattr(module, builder, lambda *shape: calls.append(shape) or original(*shape))
     for grid, dilation in (((9, 9), 1), ((9, 9), 1), ((9, 8), 1), ((9, 9), 2), ((9, 9), 1)):
         x = torch.randn(2, *grid, 1, 2)
         attention_2d(x, x, x, 3, dilation, backend=backend)
-    assert len(made) == 3
+    assert len(calls) == 3
 
 
 def test_the_oldest_tables_make_room(monkeypatch):
     monkeypatch.setattr(tables, "CACHE", {})
-    made, latest = [], tables.MAX_CACHED + 1
+    built, latest = [], tables.MAX_CACHED + 1
 
     def table(grid):
-        made.append(grid[0])
+        built.append(grid[0])
         return (np.full(2, grid[0]),)
 
     for n in [*range(latest + 1), latest, 2, 0]:
         assert tables.cached_tables(table, (n,), device=CPU)[0].tolist() == [n, n]
-    assert made == [*range(latest + 1), 0] and len(tables.CACHE) == tables.MAX_CACHED
-    assert tables.cached_tables(table, (0,), device=torch.device("meta"))[
-        0
-    ].is_meta  # a device of its own, tables of its own
+    assert built == [*range(latest + 1), 0] and len(tables.CACHE) == tables.MAX_CACHED
+    (on_meta,) = tables.cached_tables(table, (0,), device=torch.device("meta"))
+    assert on_meta.is_meta  # tables are cached per device
 
 
 @with_backends
@@ -292,12 +293,12 @@ def test_fake_tensors_are_never_cached(device, backend, monkeypatch):
     monkeypatch.setattr(tables, "CACHE", {})
     case = Case((16, 16), (3, 3), (1, 1), (False, False))
     inputs = [x.detach() for x in case.inputs()]
-    for _ in range(2):  # before the real tables are made, and after
+    for _ in range(2):  # before the real tables are cached, and after
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = case.attend(backend, *(mode.from_tensor(x).to(device) for x in inputs))
         assert isinstance(fake, FakeTensor) and fake.shape == (1, 16, 16, 2, 3) and str(fake.device) == device
         assert not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(list(tables.CACHE.values())))
-        assert torch.allclose(case.attend(backend, *inputs), by_definition(case, *inputs))
+        assert torch.allclose(case.attend(backend, *inputs), reference(case, *inputs))
 
 
 @with_backends

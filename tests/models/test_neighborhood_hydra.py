@@ -17,12 +17,12 @@ def query_key_value(*grid, heads, shared=1, value_width=4):
     ]
 
 
-def agree(found, wanted, inputs):
-    """In output and gradients."""
-    weight = torch.randn_like(wanted)
-    gradients = [torch.autograd.grad(out, inputs, weight) for out in (found, wanted)]
+def agree(actual, expected, inputs):
+    """Whether outputs and gradients agree."""
+    weight = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(out, inputs, weight) for out in (actual, expected)]
     return all(
-        torch.allclose(a, b, atol=1e-5) for a, b in zip((found, *gradients[0]), (wanted, *gradients[1]), strict=True)
+        torch.allclose(a, b, atol=1e-5) for a, b in zip((actual, *gradients[0]), (expected, *gradients[1]), strict=True)
     )
 
 
@@ -33,8 +33,8 @@ def test_one_group_is_plain_neighbourhood_attention(backend):
         torch.randn(4, 9, 5).requires_grad_(),
         {"is_causal": (False, True), "scale": 0.3, "backend": backend},
     )
-    found = hydra_attention(*x, [(5, 3)], [(2, 3)], biases=[bias], **options)
-    assert agree(found, attention_2d(*x, (5, 3), (2, 3), bias=bias, **options), [*x, bias])
+    actual = hydra_attention(*x, [(5, 3)], [(2, 3)], biases=[bias], **options)
+    assert agree(actual, attention_2d(*x, (5, 3), (2, 3), bias=bias, **options), [*x, bias])
     x = query_key_value(90, heads=2)
     assert agree(hydra_attention(*x, [7], [3], True), attention_1d(*x, 7, 3, True), x)
 
@@ -53,12 +53,12 @@ def test_groups_are_calls_of_their_own_side_by_side(backend, heads, counts, shar
     for i in biased:
         size = kernels[i] if isinstance(kernels[i], tuple) else (kernels[i], kernels[i])
         biases[i] = torch.randn(counts[i] * shared, *(2 * k - 1 for k in size)).requires_grad_()
-    found = hydra_attention(*x, kernels, dilations, backend=backend, heads=heads, biases=biases if biased else None)
+    actual = hydra_attention(*x, kernels, dilations, backend=backend, heads=heads, biases=biases if biased else None)
     parts = zip(x[0].split([n * shared for n in counts], 3), x[1].split(counts, 3), x[2].split(counts, 3), strict=True)
-    wanted = torch.cat(
+    expected = torch.cat(
         [attention_2d(*part, *WINDOWS[i], backend=backend, bias=biases[i]) for i, part in enumerate(parts)], 3
     )
-    assert agree(found, wanted, [*x, *(bias for bias in biases if bias is not None)])
+    assert agree(actual, expected, [*x, *(bias for bias in biases if bias is not None)])
 
 
 def test_one_dilation_or_one_kernel_serves_all_groups():
@@ -123,8 +123,8 @@ def test_the_module_gives_each_group_a_bias_of_its_own(backend):
     assert [tuple(p.shape) for p in core.parameters()] == [(2, 5, 5), (4, 29, 29), (4, 9, 5)]
     kernels, dilations = zip(*WINDOWS, strict=True)
     tables = list(core.parameters())
-    wanted = hydra_attention(*x, kernels, dilations, backend=backend, biases=tables, scale=0.3)
-    assert agree(core(*x, scale=0.3), wanted, [*x, *tables])
+    expected = hydra_attention(*x, kernels, dilations, backend=backend, biases=tables, scale=0.3)
+    assert agree(core(*x, scale=0.3), expected, [*x, *tables])
     core(*x).square().sum().backward()
     assert all(p.grad.any() for p in tables)
     assert not list(module(bias=False).parameters())
@@ -147,8 +147,8 @@ def test_its_map_is_the_weights_that_it_uses(backend, bias):
 def test_differential_heads_keep_their_two_keys_in_one_group():
     core, x = HydraAttention(3, [3, 5], keys_per_head=2, queries_per_head=2, bias=True), query_key_value(9, 9, heads=6)
     assert core.heads == [2, 4] and [len(p) for p in core.parameters()] == [2, 4]
-    wanted = hydra_attention(*x, [3, 5], heads=[2, 4], biases=list(core.parameters()))
-    assert torch.allclose(core(*x), wanted, atol=1e-6)
+    expected = hydra_attention(*x, [3, 5], heads=[2, 4], biases=list(core.parameters()))
+    assert torch.allclose(core(*x), expected, atol=1e-6)
 
 
 def test_the_module_also_works_along_one_axis():

@@ -20,7 +20,7 @@ def natten():
 
 
 def quiet(test):
-    """On a CPU natten calls PyTorch's flex attention uncompiled, and in an old way."""
+    """Ignore natten's warnings on a CPU: it calls flex attention uncompiled and with a deprecated option."""
     test = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")(test)
     return pytest.mark.filterwarnings("ignore:return_lse is deprecated:FutureWarning")(test)
 
@@ -39,18 +39,19 @@ def test_a_window_that_does_not_fit_says_which_does(name, axis, rank, length, ke
         grid[axis], kernels[axis], dilations[axis] = length, kernel, dilation
         return make_window(tuple(grid), kernels, dilations)
 
-    with pytest.raises(ValueError, match=f"does not fit the {name} of {length}: choose") as refused:
+    with pytest.raises(ValueError, match=f"does not fit the {name} of {length}: choose") as error:
         window(kernel, dilation)
     widest, furthest = (
-        [int(n) for n in re.findall(rf"{what} up to (\d+)", str(refused.value))] for what in ("kernel_size", "dilation")
+        [int(n) for n in re.findall(rf"{option} up to (\d+)", str(error.value))]
+        for option in ("kernel_size", "dilation")
     )
     assert widest or furthest
-    for fits, too_much in [((n, dilation), (n + 2, dilation)) for n in widest] + [
+    for valid, too_large in [((n, dilation), (n + 2, dilation)) for n in widest] + [
         ((kernel, n), (kernel, n + 1)) for n in furthest
     ]:
-        window(*fits)
+        window(*valid)
         with pytest.raises(ValueError, match="does not fit"):
-            window(*too_much)
+            window(*too_large)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_images_are_rejected_by_1d_attention():
     "grid, kernel, single, half",
     [
         ((8, 8), 7, "dense", "dense"),
-        ((16, 16), 7, "tiled", "dense"),  # written out in bfloat16, dense is fast for longer
+        ((16, 16), 7, "tiled", "dense"),  # the unfused dense kernel of bfloat16 is fast up to larger grids
         ((32, 32), 7, "tiled", "tiled"),
         ((64,), 3, "dense", "dense"),
         ((130,), 3, "tiled", "tiled"),
@@ -154,9 +155,9 @@ CASES = [  # grid, kernel_size, dilation, is_causal; natten's own limits: kernel
 def test_it_agrees_with_natten(grid, kernel, dilation, causal, natten):
     x = query_key_value(grid)
     theirs, ours = (natten.na1d, attention_1d) if len(grid) == 1 else (natten.na2d, attention_2d)
-    wanted = theirs(*x, kernel, dilation=dilation, is_causal=causal)
+    expected = theirs(*x, kernel, dilation=dilation, is_causal=causal)
     for backend in ("dense", "tiled", "natten"):
-        assert torch.allclose(ours(*x, kernel, dilation, causal, backend=backend), wanted, atol=1e-5)
+        assert torch.allclose(ours(*x, kernel, dilation, causal, backend=backend), expected, atol=1e-5)
 
 
 @quiet
@@ -166,16 +167,16 @@ def test_it_agrees_with_natten(grid, kernel, dilation, causal, natten):
 def test_natten_supports_grouped_queries_scales_and_value_widths(value_width, scale, natten):
     q, k, v = query_key_value((9, 8), value_width=value_width)
     q = torch.randn(2, 9, 8, 6, 16)
-    found, wanted = (attention_2d(q, k, v, 3, 2, scale=scale, backend=backend) for backend in ("natten", "dense"))
-    assert found.shape == (2, 9, 8, 6, value_width) and torch.allclose(found, wanted, atol=1e-5)
+    actual, expected = (attention_2d(q, k, v, 3, 2, scale=scale, backend=backend) for backend in ("natten", "dense"))
+    assert actual.shape == (2, 9, 8, 6, value_width) and torch.allclose(actual, expected, atol=1e-5)
 
 
 @quiet
 @torch.no_grad()
 def test_natten_takes_a_group_of_heads_at_a_time(natten):
     x = query_key_value((12, 10), heads=5)
-    found, wanted = (hydra_attention(*x, [3, 5], [1, 2], backend=backend) for backend in ("natten", "dense"))
-    assert torch.allclose(found, wanted, atol=1e-5)
+    actual, expected = (hydra_attention(*x, [3, 5], [1, 2], backend=backend) for backend in ("natten", "dense"))
+    assert torch.allclose(actual, expected, atol=1e-5)
 
 
 @quiet
@@ -190,10 +191,10 @@ def test_natten_takes_a_group_of_heads_at_a_time(natten):
     ],
 )
 def test_what_natten_does_not_support_is_rejected(options, message, natten):
-    made = {name: options[name] for name in ("width", "requires_grad") if name in options}
-    asked = {"kernel_size": 3} | {name: value for name, value in options.items() if name not in made}
+    tensor_options = {name: options[name] for name in ("width", "requires_grad") if name in options}
+    call_options = {"kernel_size": 3} | {name: value for name, value in options.items() if name not in tensor_options}
     with pytest.raises(ValueError, match=message):
-        attention_2d(*query_key_value((9, 9), **made), **asked, backend="natten")
+        attention_2d(*query_key_value((9, 9), **tensor_options), **call_options, backend="natten")
 
 
 @pytest.mark.cuda
@@ -213,6 +214,6 @@ def test_every_backend_on_a_gpu_is_dense_in_double_precision(backend, dtype, tol
         out = attention_2d(*x[:3], (5, 3), (2, 3), (False, True), backend=backend, bias=bias)
         return [out, *torch.autograd.grad(out.square().sum(), x)]
 
-    found = with_gradients("cuda", dtype, backend)
-    for a, b in zip(found, with_gradients("cpu", torch.float64, "dense"), strict=True):
+    results = with_gradients("cuda", dtype, backend)
+    for a, b in zip(results, with_gradients("cpu", torch.float64, "dense"), strict=True):
         assert torch.allclose(a.cpu().double(), b, rtol=0, atol=tolerance * max(1, b.abs().max().item()))

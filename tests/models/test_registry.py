@@ -30,18 +30,18 @@ def package(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
 
 
-def find(name, contract=(EmbedBlock,)):
+def resolve(name, contract=(EmbedBlock,)):
     return resolve_class(name, KNOWN, contract, "res_block_type")
 
 
 def test_a_registered_name_is_its_class():
-    assert find("basic") is ResBlock
+    assert resolve("basic") is ResBlock
 
 
 @pytest.mark.parametrize("name", ["mine.Mine", "mine.blocks.Mine"])
 def test_a_dotted_path_is_the_class_there(name):
-    assert find(name) is Mine
-    assert find(name, (ConditionBlock, EmbedBlock)) is Mine
+    assert resolve(name) is Mine
+    assert resolve(name, (ConditionBlock, EmbedBlock)) is Mine
 
 
 WRONG = {
@@ -58,16 +58,16 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_errors_say_what_is_wrong_with_a_name(name):
     with pytest.raises(ValueError, match=WRONG[name]):
-        find(name)
+        resolve(name)
 
 
 def test_a_class_with_the_wrong_base_is_rejected():
     with pytest.raises(ValueError, match="no subclass of ConditionBlock;"):
-        find("mine.Mine", (ConditionBlock,))
+        resolve("mine.Mine", (ConditionBlock,))
 
 
 def test_missing_imports_of_a_users_module_are_not_masked(tmp_path, monkeypatch):
     (tmp_path / "needy.py").write_text("import something_not_installed\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="something_not_installed"):
-        find("needy.Mine")
+        resolve("needy.Mine")

@@ -19,7 +19,7 @@ NETWORKS = pytest.mark.parametrize("kind", [Transformer, CausalTransformer])
 
 
 class Words(ConditionEncoder):
-    """Ids (B, M), -1 where there is none -> tokens of width D; one word of its own is the null."""
+    """Embeds ids (B, M), -1 for padding, as tokens of width D; id 9 is the null."""
 
     token_width = D
 
@@ -35,18 +35,18 @@ class Words(ConditionEncoder):
         return Tokens(self.embedding(ids.clamp(min=0)), ids >= 0)
 
 
-def every_encoder():
+def all_encoders():
     return {"words": Words(), "image": ImageEncoder(2)} | label_encoders(CLASSES, WIDTH)
 
 
-def made(kind=Transformer, encoders=None, **changes):
+def build_network(kind=Transformer, encoders=None, **changes):
     torch.manual_seed(0)
     options = {"codes": CODES, "grid": GRID, "width": WIDTH, "heads": 2, "layers": 2} | changes
-    return kind(**options, encoders=every_encoder() if encoders is None else encoders)
+    return kind(**options, encoders=all_encoders() if encoders is None else encoders)
 
 
-def woken(network):
-    """Every weight away from its start, in float64."""
+def randomize(network):
+    """Randomize every weight, in float64."""
     for p in network.parameters():
         nn.init.normal_(p, std=0.4)
     return network.double().eval()
@@ -62,11 +62,11 @@ def fields():
     return {"words": words, "image": torch.randn(B, 2, *GRID).double(), "label": torch.tensor([0, 2, 1])}
 
 
-# Where it starts
+# Initialisation
 
 
 def reference(classes):
-    """The network of earlier versions, as it was drawn: (name, first weights) in the order of its parameters."""
+    """Initial weights of the network of earlier versions: (name, tensor) in the order of its parameters."""
     code, label = nn.Embedding(CODES + 1, WIDTH), nn.Embedding(classes + 1, WIDTH) if classes else None
     blocks = [TransformerBlock(Attention(WIDTH, 2), adaptive=classes > 0) for _ in range(2)]
     head, position = nn.Linear(WIDTH, CODES, bias=False), nn.Parameter(torch.empty(*GRID, WIDTH))
@@ -74,37 +74,42 @@ def reference(classes):
         module.apply(init_normal)
     nn.init.normal_(position, std=0.02)
     for block in blocks:
-        for writer in (block.attention.proj, block.contract):
-            nn.init.normal_(writer.weight, std=0.02 / 2)
+        for projection in (block.attention.proj, block.contract):
+            nn.init.normal_(projection.weight, std=0.02 / 2)
         if classes:
             nn.init.zeros_(block.modulation.weight)
-    found = [("position", position), ("code.weight", code.weight)]
-    found += [("encoders.label.embedding.weight", label.weight)] if classes else []
-    found += [(f"blocks.{i}.{name}", p) for i, block in enumerate(blocks) for name, p in block.named_parameters()]
-    return [*found, ("norm.weight", torch.ones(WIDTH)), ("norm.bias", torch.zeros(WIDTH)), ("head.weight", head.weight)]
+    parameters = [("position", position), ("code.weight", code.weight)]
+    parameters += [("encoders.label.embedding.weight", label.weight)] if classes else []
+    parameters += [(f"blocks.{i}.{name}", p) for i, block in enumerate(blocks) for name, p in block.named_parameters()]
+    return [
+        *parameters,
+        ("norm.weight", torch.ones(WIDTH)),
+        ("norm.bias", torch.zeros(WIDTH)),
+        ("head.weight", head.weight),
+    ]
 
 
 @NETWORKS
 @pytest.mark.parametrize("classes", [0, CLASSES])
 def test_weight_names_order_and_initial_values_are_stable(kind, classes):
     torch.manual_seed(0)
-    wanted = reference(classes)
+    expected = reference(classes)
     torch.manual_seed(0)
     sizes = {"codes": CODES, "grid": GRID, "width": WIDTH, "heads": 2, "layers": 2}
-    found = list(kind(**sizes, encoders=label_encoders(classes, WIDTH)).named_parameters())
-    assert [name for name, _ in found] == [name for name, _ in wanted]
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found, wanted, strict=True))
+    parameters = list(kind(**sizes, encoders=label_encoders(classes, WIDTH)).named_parameters())
+    assert [name for name, _ in parameters] == [name for name, _ in expected]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(parameters, expected, strict=True))
 
 
 @NETWORKS
 def test_words_images_and_labels_change_nothing_at_first(kind):
-    network, given = made(kind), fields() | {"image": torch.randn(B, 2, *GRID)}
-    assert torch.equal(network(codes(), given), network(codes()))
+    network, inputs = build_network(kind), fields() | {"image": torch.randn(B, 2, *GRID)}
+    assert torch.equal(network(codes(), inputs), network(codes()))
     before = {name: p.clone() for name, p in network.named_parameters()}
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)
-    for _ in range(4):  # at first the last layers alone have a gradient
+    for _ in range(4):  # in the first step only the last layers have a gradient
         optimizer.zero_grad()
-        network(codes(), given, drop={"image": torch.arange(B) < 1}).square().sum().backward()
+        network(codes(), inputs, drop={"image": torch.arange(B) < 1}).square().sum().backward()
         optimizer.step()
     assert [name for name, p in network.named_parameters() if torch.equal(p, before[name])] == []
 
@@ -114,9 +119,9 @@ def test_pretrained_encoders_keep_their_weights():
     encoders = {"words": Words(), "mine": Words()}
     encoders["words"].pretrained = True
     before = {name: encoder.embedding.weight.clone() for name, encoder in encoders.items()}
-    made(encoders=encoders)
-    kept = {name: torch.equal(encoder.embedding.weight, before[name]) for name, encoder in encoders.items()}
-    assert kept == {"words": True, "mine": False}
+    build_network(encoders=encoders)
+    unchanged = {name: torch.equal(encoder.embedding.weight, before[name]) for name, encoder in encoders.items()}
+    assert unchanged == {"words": True, "mine": False}
 
 
 # Cross-attention
@@ -131,37 +136,37 @@ def region_condition(dtype=torch.float64):
     return Condition({"words": Tokens(words, None, torch.tensor([[0, 1]]))}, Regions(masks, ids, ids))
 
 
-def seen_places():
-    seen = torch.zeros(GRID, dtype=torch.bool)
-    seen[:, :2], seen[2, 3] = True, True
-    return seen
+def visible_cells():
+    visible = torch.zeros(GRID, dtype=torch.bool)
+    visible[:, :2], visible[2, 3] = True, True
+    return visible
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_a_block_attends_to_tokens_between_attention_and_mlp(adaptive):
     cross = CrossAttention(WIDTH, 2, context_width=D)
-    block = woken(TransformerBlock(Attention(WIDTH, 2), adaptive=adaptive, cross=cross))
+    block = randomize(TransformerBlock(Attention(WIDTH, 2), adaptive=adaptive, cross=cross))
     x, emb, words = torch.randn(B, 5, WIDTH).double(), torch.randn(B, WIDTH).double(), torch.randn(B, 4, D).double()
     parts = block.modulation(F.silu(emb)).unsqueeze(1).chunk(6, -1) if adaptive else [0, 0, 1, 0, 0, 1]
     h = x + parts[2] * block.attention((1 + parts[1]) * block.norm1(x) + parts[0])
     h = h + cross(block.cross_norm(h), words)
-    wanted = h + parts[5] * block.mlp((1 + parts[4]) * block.norm2(h) + parts[3])
-    assert torch.allclose(block(x, emb, Context(words)), wanted, rtol=0, atol=1e-12)
+    expected = h + parts[5] * block.mlp((1 + parts[4]) * block.norm2(h) + parts[3])
+    assert torch.allclose(block(x, emb, Context(words)), expected, rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="got no tokens for a block with cross-attention"):
         block(x, emb)
 
 
 def test_cells_attend_to_the_words_of_their_regions_only():
-    block, condition = woken(made(encoders={"words": Words()})).blocks[0], region_condition()
+    block, condition = randomize(build_network(encoders={"words": Words()})).blocks[0], region_condition()
     x = torch.randn(1, *GRID, WIDTH, dtype=torch.float64)
     added = block.cross_attend(x, condition.context(*GRID)) - x
-    assert torch.equal(added[0].any(-1), seen_places())
+    assert torch.equal(added[0].any(-1), visible_cells())
     left, corner = (block.cross_attend(x, Context(condition.tokens().values[:, i : i + 1])) - x for i in (0, 1))
     assert torch.allclose(added[0, :, :2], left[0, :, :2]) and torch.allclose(added[0, 2, 3], corner[0, 2, 3])
 
 
 def test_gradients_are_finite_where_places_see_nothing():
-    network = woken(made(encoders={"words": Words()}))
+    network = randomize(build_network(encoders={"words": Words()}))
     values = region_condition().tokens().values.requires_grad_()
     condition = Condition({"words": region_condition().tokens()._replace(values=values)}, region_condition().regions)
     network(codes(1), condition).square().sum().backward()
@@ -171,41 +176,41 @@ def test_gradients_are_finite_where_places_see_nothing():
 
 @NETWORKS
 def test_without_words_and_regions_at_all_nothing_is_added(kind):
-    network = woken(made(kind, {"words": Words()}))
+    network = randomize(build_network(kind, {"words": Words()}))
     words = Tokens(torch.zeros(B, 0, D).double(), torch.zeros(B, 0).bool(), torch.zeros(B, 0).long())
     regions = Regions(torch.zeros(B, 0, 6, 8).bool(), torch.zeros(B, 0).long(), torch.zeros(B, 0).long())
     masked = Tokens(torch.randn(B, 2, D).double(), torch.zeros(B, 2).bool())
-    found = [network(codes(), Condition({"words": words}, regions)), network(codes(), Condition({"words": masked}))]
+    outputs = [network(codes(), Condition({"words": words}, regions)), network(codes(), Condition({"words": masked}))]
     for block in network.blocks:
         block.cross = None
-    assert all(torch.equal(each, network(codes())) for each in found)
+    assert all(torch.equal(output, network(codes())) for output in outputs)
 
 
 @NETWORKS
 def test_an_example_does_not_depend_on_the_padding_of_its_batch(kind):
-    network, given = woken(made(kind)), fields()
-    together = network(codes(), given)
+    network, inputs = randomize(build_network(kind)), fields()
+    batched = network(codes(), inputs)
     for i, count in enumerate((3, 1, 2)):
-        own = {name: value[i : i + 1] for name, value in given.items()}
-        alone = network(codes()[i : i + 1], own | {"words": own["words"][:, :count]})
-        assert torch.allclose(alone, together[i : i + 1], rtol=0, atol=1e-10)
+        example = {name: value[i : i + 1] for name, value in inputs.items()}
+        single = network(codes()[i : i + 1], example | {"words": example["words"][:, :count]})
+        assert torch.allclose(single, batched[i : i + 1], rtol=0, atol=1e-10)
 
 
 @NETWORKS
 def test_regions_of_batch_mates_change_nothing(kind):
-    network, one = woken(made(kind, {"words": Words()})), region_condition()
-    none = Condition({"words": Tokens(torch.randn(1, 4, D).double())})
-    both = network(codes(2), Condition.cat([one, none]))
-    assert torch.allclose(both[:1], network(codes(2)[:1], one), rtol=0, atol=1e-10)
-    assert torch.allclose(both[1:], network(codes(2)[1:], none), rtol=0, atol=1e-10)
+    network, with_regions = randomize(build_network(kind, {"words": Words()})), region_condition()
+    without_regions = Condition({"words": Tokens(torch.randn(1, 4, D).double())})
+    batched = network(codes(2), Condition.cat([with_regions, without_regions]))
+    assert torch.allclose(batched[:1], network(codes(2)[:1], with_regions), rtol=0, atol=1e-10)
+    assert torch.allclose(batched[1:], network(codes(2)[1:], without_regions), rtol=0, atol=1e-10)
 
 
 # Maps, residuals, the time
 
 
 def test_an_image_counts_with_all_its_pixels():
-    """A line that bilinear samples of the image would miss; and an encoded condition is that of raw fields."""
-    network = woken(made(encoders={"image": ImageEncoder(1)}))
+    """Lines that bilinear sampling would miss are averaged; an encoded condition equals its raw fields."""
+    network = randomize(build_network(encoders={"image": ImageEncoder(1)}))
     ids, image = codes(), torch.zeros(B, 1, 8 * GRID[0], 8 * GRID[1]).double()
     image[:, :, ::8] = 1.0
     condition = network.encode({"image": image}, ids)
@@ -216,57 +221,57 @@ def test_an_image_counts_with_all_its_pixels():
 
 
 def test_a_map_is_averaged_over_cells_and_added_to_embeddings():
-    network, image = woken(made(encoders={"image": ImageEncoder(2)})), torch.randn(B, 2, *GRID).double()
-    seen = []
-    network.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    network, image = randomize(build_network(encoders={"image": ImageEncoder(2)})), torch.randn(B, 2, *GRID).double()
+    inputs = []
+    network.blocks[0].register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
     network(codes(), {"image": image})
-    wanted = network.code(codes()) + network.position + network.map_in(image.permute(0, 2, 3, 1))
-    assert torch.allclose(seen[0], wanted)
+    expected = network.code(codes()) + network.position + network.map_in(image.permute(0, 2, 3, 1))
+    assert torch.allclose(inputs[0], expected)
     network(codes(), Condition({"image": Map(image.repeat_interleave(2, 2).repeat_interleave(3, 3))}))
-    assert torch.allclose(seen[1], wanted)
+    assert torch.allclose(inputs[1], expected)
 
 
 @NETWORKS
 def test_a_residual_is_added_to_the_embeddings(kind):
-    network, residual = woken(made(kind, {})), torch.randn(B, *GRID, WIDTH).double()
-    said = network(codes(), residual=residual)
+    network, residual = randomize(build_network(kind, {})), torch.randn(B, *GRID, WIDTH).double()
+    output = network(codes(), residual=residual)
     assert torch.equal(network(codes(), residual=torch.zeros_like(residual)), network(codes()))
     with torch.no_grad():
         network.position += residual[1]
-    assert torch.allclose(network(codes())[1], said[1], rtol=0, atol=1e-12)
+    assert torch.allclose(network(codes())[1], output[1], rtol=0, atol=1e-12)
 
 
 @NETWORKS
 def test_the_time_is_an_option_of_its_own(kind):
-    plain, timed = made(kind, {}), made(kind, {}, time_scale=1000.0)
-    assert (plain.takes_time, timed.takes_time, UNet.takes_time) == (False, True, True)
-    new = timed.state_dict().keys() - plain.state_dict().keys()
+    plain, with_time = build_network(kind, {}), build_network(kind, {}, time_scale=1000.0)
+    assert (plain.takes_time, with_time.takes_time, UNet.takes_time) == (False, True, True)
+    new = with_time.state_dict().keys() - plain.state_dict().keys()
     adaptive = {f"blocks.{i}.modulation.{name}" for i in (0, 1) for name in ("weight", "bias")}
     assert new == {f"time.{layer}.{name}" for layer in ("expand", "contract") for name in ("weight", "bias")} | adaptive
     t = torch.tensor([0.1, 0.5, 0.9])
-    woken(timed)
-    said, later = (timed(codes(), t=each) for each in (t, torch.tensor([0.1, 0.5, 1.0])))
-    assert torch.equal(said[:2], later[:2]) and (said[2] - later[2]).abs().max() > 1e-3
+    randomize(with_time)
+    output, later = (with_time(codes(), t=each) for each in (t, torch.tensor([0.1, 0.5, 1.0])))
+    assert torch.equal(output[:2], later[:2]) and (output[2] - later[2]).abs().max() > 1e-3
     with pytest.raises(ValueError, match=r"got no t for 3 grids, wanted \(3,\)"):
-        timed(codes())
+        with_time(codes())
     with pytest.raises(ValueError, match=r"got t \(1,\) for 3 grids"):
-        timed(codes(), t=t[:1])
+        with_time(codes(), t=t[:1])
     with pytest.raises(ValueError, match="got t for a transformer that takes no time"):
         plain(codes(), t=t)
 
 
 def test_the_time_joins_the_vectors():
-    network = woken(made(encoders=label_encoders(CLASSES, WIDTH), time_scale=1.0))
-    seen, t, labels = [], torch.tensor([3.0, 5.0, 7.0]), torch.tensor([0, 1, 2])
-    network.blocks[1].register_forward_pre_hook(lambda block, args: seen.append(args[1]))
+    network = randomize(build_network(encoders=label_encoders(CLASSES, WIDTH), time_scale=1.0))
+    embeddings, t, labels = [], torch.tensor([3.0, 5.0, 7.0]), torch.tensor([0, 1, 2])
+    network.blocks[1].register_forward_pre_hook(lambda block, args: embeddings.append(args[1]))
     network(codes(), {"label": labels}, t=t)
-    assert torch.equal(seen[0], network.time(t) + network.encoders["label"].embedding(labels))
+    assert torch.equal(embeddings[0], network.time(t) + network.encoders["label"].embedding(labels))
 
 
-# All of it together
+# All conditions together
 
 
-def everything(network):
+def all_conditions(network):
     condition = network.encode(fields(), codes())
     regions = Regions(torch.rand(B, 2, 6, 8, generator=torch.manual_seed(4)) < 0.3, *2 * [torch.zeros(B, 2).long()])
     words = condition.streams["words"]._replace(region=torch.tensor([[-1, 0, 1], [1, 0, 0], [0, 1, -1]]))
@@ -277,32 +282,32 @@ def everything(network):
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize("stops", [list(range(12)), [0, 1, 5, 6, 11]], ids=["one by one", "some"])
 def test_cached_logits_equal_those_of_the_full_sequence(position, stops):
-    network = woken(made(CausalTransformer, attention=AttentionConfig(position=position), time_scale=10.0))
-    (condition, options), kv_cache, ids = everything(network), KVCache(GRID), codes()
-    wanted = network(ids, condition, **options).flatten(1, 2)
+    network = randomize(build_network(CausalTransformer, attention=AttentionConfig(position=position), time_scale=10.0))
+    (condition, options), kv_cache, ids = all_conditions(network), KVCache(GRID), codes()
+    expected = network(ids, condition, **options).flatten(1, 2)
     for stop in stops:
-        found = network(ids.flatten(1)[:, :stop], condition, kv_cache, **options)
-        assert torch.allclose(found, wanted[:, stop], rtol=0, atol=1e-10)
+        logits = network(ids.flatten(1)[:, :stop], condition, kv_cache, **options)
+        assert torch.allclose(logits, expected[:, stop], rtol=0, atol=1e-10)
 
 
 @NETWORKS
 def test_rows_of_a_condition_are_those_examples(kind):
-    network, rows = woken(made(kind, time_scale=10.0)), torch.tensor([2, 0])
-    condition, options = everything(network)
+    network, rows = randomize(build_network(kind, time_scale=10.0)), torch.tensor([2, 0])
+    condition, options = all_conditions(network)
     part = {name: value[rows] for name, value in options.items()}
-    wanted = network(codes(), condition, **options)[rows]
-    assert torch.allclose(network(codes()[rows], condition[rows], **part), wanted, rtol=0, atol=1e-10)
+    expected = network(codes(), condition, **options)[rows]
+    assert torch.allclose(network(codes()[rows], condition[rows], **part), expected, rtol=0, atol=1e-10)
     with pytest.raises(ValueError, match="got a condition of 3 examples for 2: take condition"):
         network(codes()[rows], condition, **part)
 
 
 @pytest.mark.parametrize("kind", ["gelu", "geglu"])
 def test_feed_forward_layers_by_name(kind):
-    network = made(encoders={}, feed_forward=kind)
+    network = build_network(encoders={}, feed_forward=kind)
     layer = network.blocks[0].feed_forward
     assert (layer is None) == (kind == "gelu")
     last = network.blocks[0].residual_projections()[1]
     assert last.weight.std().item() == pytest.approx(0.02 / 2, rel=0.2)
     assert kind == "gelu" or isinstance(layer, FeedForward) and layer.expand.out_features == 2 * 4 * WIDTH
     with pytest.raises(ValueError, match="got feed_forward 'relu': there are gelu, geglu"):
-        made(encoders={}, feed_forward="relu")
+        build_network(encoders={}, feed_forward="relu")

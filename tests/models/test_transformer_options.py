@@ -29,12 +29,12 @@ def ids(batch=4):
 def test_options_change_only_their_own_weights(option):
     plain, other = transformer().state_dict(), transformer(**option).state_dict()
     new = {key for key in other if key not in plain}
-    gone = {key for key in plain if key not in other}
+    removed = {key for key in plain if key not in other}
     differing = {key for key in plain if key in other and not torch.equal(plain[key], other[key])}
     norms = {f"blocks.{i}.attention.norm_{part}.weight" for i in (0, 1) for part in "qk"}
     residual_projections = {f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("attention.proj", "contract")}
     assert new == (norms if "attention" in option else set())
-    assert gone == ({"head.weight"} if "tied_head" in option else set())
+    assert removed == ({"head.weight"} if "tied_head" in option else set())
     if "zero_init" in option:
         assert differing == residual_projections
     if "attention" in option:
@@ -56,20 +56,20 @@ def test_qk_norm_bounds_the_logits(kind):
 @pytest.mark.parametrize("n_classes", [0, CLASSES])
 def test_zero_init_blocks_add_nothing_and_all_weights_learn(n_classes):
     network = transformer(zero_init=True, n_classes=n_classes)
-    seen = network.code(ids()) + network.position
-    assert torch.equal(network(ids()), network.head(network.norm(seen)))
+    embeddings = network.code(ids()) + network.position
+    assert torch.equal(network(ids()), network.head(network.norm(embeddings)))
     labels, optimizer = (
         {"label": torch.arange(4) % CLASSES} if n_classes else None,
         torch.optim.Adam(network.parameters(), 1e-3),
     )
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
-    for _ in range(4):  # at first the last layers alone have a gradient
+    for _ in range(4):  # in the first step only the last layers have a gradient
         optimizer.zero_grad()
         logits = network(ids(), labels)
         F.cross_entropy(logits.flatten(0, 2), ids().clamp(max=CODES - 1).flatten()).backward()
         optimizer.step()
-    still = [name for name, p in network.named_parameters() if torch.equal(p, before[name])]
-    assert still == []
+    unchanged = [name for name, p in network.named_parameters() if torch.equal(p, before[name])]
+    assert unchanged == []
 
 
 def test_gates_start_at_one_with_zero_init():
@@ -83,10 +83,10 @@ def test_a_tied_head_is_the_embeddings_of_the_codes():
     assert count_parameters(transformer()) - count_parameters(network) == CODES * 16
     for p in network.parameters():
         nn.init.normal_(p, std=0.3)
-    said = []
-    network.norm.register_forward_hook(lambda norm, args, out: said.append(out))
+    normed = []
+    network.norm.register_forward_hook(lambda norm, args, out: normed.append(out))
     logits = network(ids())
-    assert torch.allclose(logits, said[0] @ network.code.weight[:CODES].T, atol=1e-5)
+    assert torch.allclose(logits, normed[0] @ network.code.weight[:CODES].T, atol=1e-5)
 
 
 def test_a_tied_head_starts_as_sure_as_one_of_its_own_weights():

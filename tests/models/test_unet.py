@@ -22,17 +22,17 @@ OPTIONS = {
 }
 
 
-def config(**changes):
+def small_config(**changes):
     return UNetConfig(**(SMALL | changes))
 
 
 def unet(n_classes=0, **changes):
-    made = config(**changes)
-    return UNet(made, label_encoders(n_classes, made.emb_dim))
+    config = small_config(**changes)
+    return UNet(config, label_encoders(n_classes, config.emb_dim))
 
 
-def woken(network):
-    """Every weight away from its start, so that nothing is hidden by a zero."""
+def randomize(network):
+    """Perturb every weight, since initial zeros would hide errors."""
     for p in network.parameters():
         p.data += 0.05 * torch.randn_like(p)
     return network
@@ -79,11 +79,11 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_size_is_the_published_one(name):
-    wanted, options = PUBLISHED[name]
+    expected, options = PUBLISHED[name]
     with torch.device("meta"):
-        made = UNetConfig(**{name: value for name, value in options.items() if name != "n_classes"})
-        count = count_parameters(UNet(made, label_encoders(options.get("n_classes", 0), made.emb_dim)))
-    assert count == wanted if isinstance(wanted, int) else count == pytest.approx(wanted, rel=0.001)
+        config = UNetConfig(**{name: value for name, value in options.items() if name != "n_classes"})
+        count = count_parameters(UNet(config, label_encoders(options.get("n_classes", 0), config.emb_dim)))
+    assert count == expected if isinstance(expected, int) else count == pytest.approx(expected, rel=0.001)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -95,14 +95,14 @@ def test_it_begins_as_the_constant_zero(name):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_weight_is_trained(name):
-    network, (x, t) = woken(unet(**OPTIONS[name])), batch()
+    network, (x, t) = randomize(unet(**OPTIONS[name])), batch()
     label = {"label": torch.tensor([0, 2])} if "label" in network.encoders else None
     network(x, t, label).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 1e-5 for p in network.parameters())
 
 
 def test_a_network_of_one_level_is_its_formula():
-    network, (x, t) = woken(unet(channel_mults=(1,), attn_factors=(), attn_block_type="none")), batch()
+    network, (x, t) = randomize(unet(channel_mults=(1,), attn_factors=(), attn_block_type="none")), batch()
     emb, middle = network.time(t), network.middle_blocks
     outer = network.conv_in(x)
     inner = network.down_blocks[0][0](outer, emb)
@@ -116,14 +116,16 @@ def test_levels_have_their_blocks_and_attention_at_its_factors():
     network = unet(channel_mults=(1, 2, 2), res_blocks=2, attn_factors=(1, 4))
     with record_maps(network) as maps:
         network(*batch())
-    pixels = [kept[0].shape[-1] for kept in maps.values()]
+    pixels = [recorded[0].shape[-1] for recorded in maps.values()]
     assert pixels == [96, 96, 6, 6, 6, 6, 6, 6, 96, 96, 96]  # down, one in the middle, one more per level up
     kinds = [type(block) for block in network.modules()]
     assert kinds.count(ResBlock) == 3 * 2 + 2 + 3 * 3
     assert kinds.count(Downsample) == kinds.count(Upsample) == 2
     assert all(block.symmetric for block in network.modules() if isinstance(block, Downsample))
-    inside = [type(block) for block in unet(channel_mults=(1, 2, 2), resblock_updown=True).modules()]
-    assert inside.count(ResBlock) == 3 * 1 + 2 + 3 * 2 + 4 and not {Downsample, Upsample} & {*inside}
+    resampling_kinds = [type(block) for block in unet(channel_mults=(1, 2, 2), resblock_updown=True).modules()]
+    assert resampling_kinds.count(ResBlock) == 3 * 1 + 2 + 3 * 2 + 4 and not {Downsample, Upsample} & {
+        *resampling_kinds
+    }
 
 
 def test_attention_depths_count_up_the_middle_type_may_differ():
@@ -160,7 +162,7 @@ def test_every_group_norm_has_the_published_epsilon():
 
 
 def test_each_example_uses_its_own_time():
-    network, (x, t) = woken(unet()), batch()
+    network, (x, t) = randomize(unet()), batch()
     later = torch.stack([t[0], t[1] + 1])
     before, after = network(x, t), network(x, later)
     assert torch.allclose(before[0], after[0], atol=1e-5) and (before[1] - after[1]).abs().max() > 1e-3
@@ -171,17 +173,17 @@ def test_each_example_uses_its_own_time():
 
 
 def test_an_example_does_not_depend_on_its_batch():
-    network, (x, t) = woken(unet(n_classes=3)), batch(count=4)
+    network, (x, t) = randomize(unet(n_classes=3)), batch(count=4)
     labels = torch.arange(4)
-    together = network(x, t, {"label": labels})
+    batched = network(x, t, {"label": labels})
     for i in range(4):
-        one = slice(i, i + 1)
-        assert torch.allclose(together[one], network(x[one], t[one], {"label": labels[one]}), atol=1e-5)
+        row = slice(i, i + 1)
+        assert torch.allclose(batched[row], network(x[row], t[row], {"label": labels[row]}), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(2, 2), (6, 10), (32, 4)])
 def test_any_size_that_divides_will_do(size):
-    network = woken(unet())
+    network = randomize(unet())
     assert network(*batch(size)).shape == (2, 3, *size)
 
 
@@ -191,7 +193,7 @@ def test_a_size_that_does_not_divide_is_rejected_with_a_remedy():
 
 
 def test_down_middle_and_up_are_forward():
-    network, (x, t) = woken(unet(n_classes=3)), batch()
+    network, (x, t) = randomize(unet(n_classes=3)), batch()
     emb, condition = network.embed(x, t, {"label": torch.tensor([1, 2])})
     h, skips = network.down(x, emb, condition)
     assert len(skips) == 1 + len(network.down_blocks) == len(network.up_blocks) and h is skips[-1]
@@ -200,40 +202,40 @@ def test_down_middle_and_up_are_forward():
 
 
 def test_skip_residuals_are_added_to_the_skips_and_the_middle():
-    network, (x, t) = woken(unet()), batch()
+    network, (x, t) = randomize(unet()), batch()
     emb, condition = network.embed(x, t)
     h, skips = network.down(x, emb, condition)
     h = network.middle(h, emb, condition)
     residuals = [torch.randn_like(skip) for skip in [*skips, h]]
-    moved = [skip + residual for skip, residual in zip(skips, residuals[:-1], strict=True)]
-    assert torch.equal(network(x, t, skip_residuals=residuals[:-1]), network.up(h, moved, emb, condition))
-    assert torch.equal(network(x, t, skip_residuals=residuals), network.up(h + residuals[-1], moved, emb, condition))
-    nothing = [torch.zeros_like(residual) for residual in residuals]
-    assert torch.equal(network(x, t, skip_residuals=nothing), network(x, t))
+    shifted = [skip + residual for skip, residual in zip(skips, residuals[:-1], strict=True)]
+    assert torch.equal(network(x, t, skip_residuals=residuals[:-1]), network.up(h, shifted, emb, condition))
+    assert torch.equal(network(x, t, skip_residuals=residuals), network.up(h + residuals[-1], shifted, emb, condition))
+    zeros = [torch.zeros_like(residual) for residual in residuals]
+    assert torch.equal(network(x, t, skip_residuals=zeros), network(x, t))
     with pytest.raises(ValueError, match="got 2 skip_residuals, wanted 4, or one more for the middle"):
         network(x, t, skip_residuals=residuals[:2])
 
 
 @pytest.mark.parametrize("kind", ["softmax", "transformer", "neighborhood"])
 def test_channels_last_changes_nothing(kind):
-    network, (x, t) = woken(unet(attn_block_type=kind)), batch()
-    wanted = network(x, t)
+    network, (x, t) = randomize(unet(attn_block_type=kind)), batch()
+    expected = network(x, t)
     network = network.to(memory_format=torch.channels_last)
-    assert torch.allclose(network(x.to(memory_format=torch.channels_last), t), wanted, atol=1e-4)
+    assert torch.allclose(network(x.to(memory_format=torch.channels_last), t), expected, atol=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["softmax", "transformer"])
 def test_compiling_changes_nothing(kind):
-    network, (x, t) = woken(unet(attn_block_type=kind, n_classes=3)), batch()
+    network, (x, t) = randomize(unet(attn_block_type=kind, n_classes=3)), batch()
     fields, compiled = {"label": torch.tensor([1, 3])}, torch.compile(network, backend="aot_eager", fullgraph=True)
     assert torch.allclose(compiled(x, t, fields), network(x, t, fields), atol=1e-5)
 
 
 def test_autocast_changes_no_more_than_rounding():
-    network, (x, t) = woken(unet(n_classes=3)), batch()
+    network, (x, t) = randomize(unet(n_classes=3)), batch()
     with torch.autocast("cpu", torch.bfloat16):
         out = network(x, t)
-    wanted = network(x, t)
-    assert out.dtype == torch.bfloat16 and (out - wanted).abs().max() < 0.05 * wanted.abs().max()
+    expected = network(x, t)
+    assert out.dtype == torch.bfloat16 and (out - expected).abs().max() < 0.05 * expected.abs().max()
     assert network.double()(x.double(), t).dtype == torch.float64

@@ -21,7 +21,7 @@ def feature_map():
     return torch.randn(2, C, 8, 7, generator=torch.Generator().manual_seed(0))
 
 
-def condition(mask=None):
+def text_condition(mask=None):
     return Condition({"text": Tokens(torch.randn(2, M, D, generator=torch.Generator().manual_seed(1)), mask)})
 
 
@@ -29,8 +29,8 @@ def block_of(name, **changes):
     return ATTENTION_BLOCKS[name](C, AttentionOptions(**({"heads": HEADS, "kernel_sizes": (3,)} | changes)))
 
 
-def woken(block):
-    """Every weight away from its start, so that nothing is hidden by a zero."""
+def randomize(block):
+    """Perturb every weight, since initial zeros would hide errors."""
     for p in block.parameters():
         p.data += 0.2 * torch.randn_like(p)
     return block
@@ -40,52 +40,52 @@ def woken(block):
 def test_every_block_starts_as_the_identity_and_can_change(name):
     block, x = block_of(name), feature_map()
     assert torch.equal(block(x, None), x)
-    assert torch.equal(woken(block)(x, None), x) == (name == "none")
+    assert torch.equal(randomize(block)(x, None), x) == (name == "none")
 
 
 @pytest.mark.parametrize("name", [name for name in ATTENTION_BLOCKS if name != "none"])
 def test_every_weight_is_trained(name):
-    block = woken(block_of(name, context_width=D))
-    block(feature_map(), condition()).square().sum().backward()
+    block = randomize(block_of(name, context_width=D))
+    block(feature_map(), text_condition()).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 1e-4 for p in block.parameters())
 
 
 def test_a_softmax_block_is_its_formula():
-    block, x = woken(block_of("softmax")), feature_map()
+    block, x = randomize(block_of("softmax")), feature_map()
     tokens = block.norm(x).flatten(2).mT  # (B, N, C)
     q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in block.attention.qkv(tokens).chunk(3, -1))
     mixed = (q @ k.mT / math.sqrt(C / HEADS)).softmax(-1) @ v
-    wanted = x + block.attention.proj(mixed.transpose(1, 2).flatten(2)).mT.view_as(x)
-    assert torch.allclose(block(x), wanted, atol=1e-4) and block.norm.eps == 1e-5
+    expected = x + block.attention.proj(mixed.transpose(1, 2).flatten(2)).mT.view_as(x)
+    assert torch.allclose(block(x), expected, atol=1e-4) and block.norm.eps == 1e-5
 
 
 @pytest.mark.parametrize("name", ["softmax", "diff_v1", "diff_v2", "transformer"])
 def test_full_attention_does_not_know_where_a_pixel_is(name):
-    block, x = woken(block_of(name)), feature_map()
+    block, x = randomize(block_of(name)), feature_map()
     assert torch.allclose(block(x.mT).mT, block(x), atol=1e-4)
 
 
 def test_neighbourhood_attention_sees_its_window_alone():
-    block, x = woken(block_of("neighborhood", kernel_sizes=(3, 5), dilations=(1,))), feature_map()
+    block, x = randomize(block_of("neighborhood", kernel_sizes=(3, 5), dilations=(1,))), feature_map()
     with record_maps(block) as maps:
         block(x)
-    (seen,) = maps["attention"]  # (B, heads, N, N)
-    per_query = (seen > 0).sum(-1)
-    assert (per_query[:, :2] == 9).all() and (per_query[:, 2:] == 25).all()
+    (attention_map,) = maps["attention"]  # (B, heads, N, N)
+    keys_seen = (attention_map > 0).sum(-1)
+    assert (keys_seen[:, :2] == 9).all() and (keys_seen[:, 2:] == 25).all()
 
 
 def test_diff_v1_pairs_the_heads_and_knows_its_depth():
     layer = block_of("diff_v1", depth=4).attention
     assert layer.heads == HEADS // 2 and layer.lambda_init == pytest.approx(0.8 - 0.6 * math.exp(-1.2))
-    more = 4 * C // HEADS + 2 * C // HEADS  # the four vectors, and the norm
-    assert count_parameters(block_of("diff_v1")) == count_parameters(block_of("softmax")) + more
+    extra = 4 * C // HEADS + 2 * C // HEADS  # the four vectors, and the norm
+    assert count_parameters(block_of("diff_v1")) == count_parameters(block_of("softmax")) + extra
     with pytest.raises(ValueError, match="got 1 heads of 40 channels, diff_v1 pairs them"):
         block_of("diff_v1", heads=1)
 
 
 @pytest.mark.parametrize("kind", SELF_ATTENTION)
 def test_a_transformer_has_any_self_attention(kind):
-    block = woken(block_of("transformer", transformer_attention=kind))
+    block = randomize(block_of("transformer", transformer_attention=kind))
     assert type(block.attention) is type(block_of(kind).attention)
     assert block(feature_map()).isfinite().all()
     with pytest.raises(ValueError, match="got self-attention 'linear', there are softmax, diff_v1"):
@@ -93,42 +93,42 @@ def test_a_transformer_has_any_self_attention(kind):
 
 
 def test_a_transformer_is_its_formula():
-    block, x, said = woken(block_of("transformer", context_width=D)), feature_map(), condition()
+    block, x, condition = randomize(block_of("transformer", context_width=D)), feature_map(), text_condition()
     h = block.proj_in(block.norm(x).permute(0, 2, 3, 1))
     h = h + block.attention(block.norm1(h))
-    h = h + block.cross(block.cross_norm(h), said.streams["text"].values)
+    h = h + block.cross(block.cross_norm(h), condition.streams["text"].values)
     h = h + block.feed_forward(block.norm2(h))
-    assert torch.allclose(block(x, said), x + block.proj_out(h).permute(0, 3, 1, 2), atol=1e-5)
+    assert torch.allclose(block(x, condition), x + block.proj_out(h).permute(0, 3, 1, 2), atol=1e-5)
 
 
 def test_only_unmasked_tokens_change_the_output():
-    block, x = woken(block_of("transformer", context_width=D)), feature_map()
-    said, mask = condition().streams["text"].values, torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
-    changed = said.clone()
+    block, x = randomize(block_of("transformer", context_width=D)), feature_map()
+    tokens, mask = text_condition().streams["text"].values, torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
+    changed = tokens.clone()
     changed[:, 3] += 1
-    before, after = (block(x, Condition({"text": Tokens(values, mask)})) for values in (said, changed))
+    before, after = (block(x, Condition({"text": Tokens(values, mask)})) for values in (tokens, changed))
     assert (before[0] - after[0]).abs().max() > 1e-3 and torch.equal(before[1], after[1])
 
 
 def test_pixels_attend_to_the_tokens_of_their_regions_only():
-    block, x = woken(block_of("transformer", context_width=D)), feature_map()
+    block, x = randomize(block_of("transformer", context_width=D)), feature_map()
     masks = torch.zeros(2, 1, 16, 14, dtype=torch.bool)
-    masks[:, :, :8], masks[0, 0, 15, 13] = True, True  # of one image a pixel as well, in the last of 8 x 7 cells
-    tokens = condition().streams["text"]._replace(region=torch.zeros(2, M, dtype=torch.long))
-    said = Condition({"text": tokens}, Regions(masks, torch.zeros(2, 1).long(), torch.zeros(2, 1).long()))
+    masks[:, :, :8], masks[0, 0, 15, 13] = True, True  # in one image also a pixel of the last of 8 x 7 cells
+    tokens = text_condition().streams["text"]._replace(region=torch.zeros(2, M, dtype=torch.long))
+    condition = Condition({"text": tokens}, Regions(masks, torch.zeros(2, 1).long(), torch.zeros(2, 1).long()))
     added = []
     block.cross.register_forward_hook(lambda layer, args, out: added.append(out))
-    block(x, said), block(x, condition())
-    seen = torch.zeros(2, 8, 7, dtype=torch.bool)
-    seen[:, :4], seen[0, 7, 6] = True, True
-    assert torch.equal(added[0].any(-1), seen) and torch.allclose(added[0][seen], added[1][seen], atol=1e-5)
+    block(x, condition), block(x, text_condition())
+    visible = torch.zeros(2, 8, 7, dtype=torch.bool)
+    visible[:, :4], visible[0, 7, 6] = True, True
+    assert torch.equal(added[0].any(-1), visible) and torch.allclose(added[0][visible], added[1][visible], atol=1e-5)
 
 
 def test_cross_attention_without_tokens_is_refused():
     block = block_of("transformer", context_width=D)
-    for said in (None, Condition()):
+    for condition in (None, Condition()):
         with pytest.raises(ValueError, match="got no tokens for a block with cross-attention"):
-            block(feature_map(), said)
+            block(feature_map(), condition)
 
 
 def test_feed_forward_layers_are_their_formulas():

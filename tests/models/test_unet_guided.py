@@ -28,12 +28,12 @@ def theirs():
 @pytest.fixture(scope="module")
 def network(theirs):
     flags = guided.settings(theirs, json.loads((FIXTURE / "unet_config.json").read_text()))
-    own = {field.name: flags[field.name] for field in fields(UNetConfig) if field.name in flags}
-    config = UNetConfig(in_channels=3, out_channels=6, **own)
-    made = UNet(config, label_encoders(flags["n_classes"], config.emb_dim))
-    tensors = guided.converted(theirs, made.config, flags["new_attention_order"])
-    made.load_state_dict({name: each.value for name, each in tensors.items()})
-    return made
+    options = {field.name: flags[field.name] for field in fields(UNetConfig) if field.name in flags}
+    config = UNetConfig(in_channels=3, out_channels=6, **options)
+    loaded = UNet(config, label_encoders(flags["n_classes"], config.emb_dim))
+    tensors = guided.converted(theirs, loaded.config, flags["new_attention_order"])
+    loaded.load_state_dict({name: tensor.value for name, tensor in tensors.items()})
+    return loaded
 
 
 def test_the_size_is_theirs_and_a_null_class(network, theirs):

@@ -29,7 +29,7 @@ def batch(count=3):
 
 
 class Words(ConditionEncoder):
-    """Two token streams of width 7 to test with: ids (B, M) -> tokens."""
+    """Embeds ids (B, M) as tokens of the given width; id 0 is the null."""
 
     def __init__(self, width=7):
         super().__init__()
@@ -40,37 +40,37 @@ class Words(ConditionEncoder):
         return Tokens(self.embedding(ids if drop is None else ids.masked_fill(drop[:, None], 0)))
 
 
-def both():
+def image_and_words():
     return {"image": image.build(image.Config(condition_channels=2), 160, 0), "words": Words()}
 
 
 def test_no_label_is_the_null_class_and_classes_differ():
     network, (x, t) = unet(n_classes=3), batch()
     assert torch.equal(network(x, t), network(x, t, {"label": torch.full((3,), 3)}))
-    same = torch.stack([network(x[:1], t[:1], {"label": torch.tensor([i])}) for i in range(4)])
-    assert torch.pdist(same.flatten(1)).min() > 1e-2
+    outputs = torch.stack([network(x[:1], t[:1], {"label": torch.tensor([i])}) for i in range(4)])
+    assert torch.pdist(outputs.flatten(1)).min() > 1e-2
 
 
 def test_dropped_examples_equal_the_null():
     network, (x, t) = unet(n_classes=3), batch()
     labels, drop = {"label": torch.tensor([0, 1, 2])}, torch.tensor([True, False, True])
-    said, null, mixed = network(x, t, labels), network(x, t), network(x, t, labels, drop={"label": drop})
-    assert torch.equal(mixed[drop], null[drop]) and torch.equal(mixed[~drop], said[~drop])
+    output, null, mixed = network(x, t, labels), network(x, t), network(x, t, labels, drop={"label": drop})
+    assert torch.equal(mixed[drop], null[drop]) and torch.equal(mixed[~drop], output[~drop])
 
 
 def test_each_stream_is_dropped_by_itself():
-    network, (x, t) = unet(both(), n_classes=3, attn_block_type="transformer"), batch()
+    network, (x, t) = unet(image_and_words(), n_classes=3, attn_block_type="transformer"), batch()
     fields = {"label": torch.arange(3), "image": torch.randn(3, 2, 4, 6), "words": torch.randint(1, 10, (3, 5))}
-    everyone, said = torch.ones(3, dtype=torch.bool), network(x, t, fields)
+    drop_all, output = torch.ones(3, dtype=torch.bool), network(x, t, fields)
     for name in fields:
         without = network(x, t, {key: raw for key, raw in fields.items() if key != name})
-        assert (without - said).flatten(1).abs().amax(1).min() > 1e-4
-        if name != "words":  # here a sequence of nulls, there a single one: the same to attention, to rounding
-            assert torch.equal(network(x, t, fields, drop={name: everyone}), without)
+        assert (without - output).flatten(1).abs().amax(1).min() > 1e-4
+        if name != "words":  # a sequence of nulls equals a single one only up to rounding
+            assert torch.equal(network(x, t, fields, drop={name: drop_all}), without)
 
 
 def test_a_condition_is_encoded_once_and_used_many_times():
-    network, (x, t) = unet(both(), n_classes=3, attn_block_type="transformer"), batch()
+    network, (x, t) = unet(image_and_words(), n_classes=3, attn_block_type="transformer"), batch()
     fields = {"label": torch.arange(3), "words": torch.randint(1, 10, (3, 5))}
     drop = {"label": torch.tensor([True, False, False])}
     encoded = network.encode(fields, x, drop)
@@ -82,14 +82,14 @@ def test_a_condition_is_encoded_once_and_used_many_times():
 
 def test_an_image_reaches_the_first_convolution_beside_x():
     network = unet({"image": image.build(image.Config(condition_channels=2), 160, 0)})
-    (x, t), beside = batch(), torch.randn(3, 2, 4, 6)
-    emb, condition = network.embed(x, t, {"image": beside})
+    (x, t), condition_image = batch(), torch.randn(3, 2, 4, 6)
+    emb, condition = network.embed(x, t, {"image": condition_image})
     _, skips = network.down(x, emb, condition)
-    assert torch.allclose(skips[0], network.conv_in(torch.cat([x, beside], 1)))
+    assert torch.allclose(skips[0], network.conv_in(torch.cat([x, condition_image], 1)))
 
 
 def test_every_weight_of_every_encoder_is_trained():
-    network, (x, t) = unet(both(), n_classes=3, attn_block_type="transformer"), batch()
+    network, (x, t) = unet(image_and_words(), n_classes=3, attn_block_type="transformer"), batch()
     fields = {"label": torch.arange(3), "image": torch.randn(3, 2, 4, 6), "words": torch.randint(1, 10, (3, 5))}
     drop = {name: torch.tensor([True, False, False]) for name in fields}
     network(x, t, fields, drop=drop).square().sum().backward()
@@ -119,29 +119,29 @@ class Doubled(ResBlock):
         return 2 * super().forward(x, emb)
 
 
-class Keeps(nn.Module):
-    """Keeps what it was given."""
+class StoresOptions(nn.Module):
+    """Stores its arguments."""
 
     def __init__(self, channels, options):
         super().__init__()
         self.channels, self.options = channels, options
 
 
-class Told(Keeps, ConditionBlock):
+class TakesCondition(StoresOptions, ConditionBlock):
     def forward(self, x, condition):
-        self.given = (condition,)
+        self.inputs = (condition,)
         return x
 
 
-class OnlyTime(Keeps, EmbedBlock):
+class TakesTime(StoresOptions, EmbedBlock):
     def forward(self, x, emb=None):
-        self.given = (emb,)
+        self.inputs = (emb,)
         return x
 
 
-class ToldTime(Keeps, EmbedBlock, ConditionBlock):
+class TakesBoth(StoresOptions, EmbedBlock, ConditionBlock):
     def forward(self, x, emb, condition):
-        self.given = (emb, condition)
+        self.inputs = (emb, condition)
         return x
 
 
@@ -149,7 +149,7 @@ class ToldTime(Keeps, EmbedBlock, ConditionBlock):
 def mine(monkeypatch):
     """A module `mine`, as a user would have it."""
     module = types.ModuleType("mine")
-    for cls in (Doubled, Told, ToldTime, OnlyTime, nn.Linear):
+    for cls in (Doubled, TakesCondition, TakesBoth, TakesTime, nn.Linear):
         setattr(module, cls.__name__, cls)
     monkeypatch.setitem(sys.modules, "mine", module)
 
@@ -159,22 +159,22 @@ def test_a_custom_res_block_is_used(mine):
     blocks = [m for m in network.modules() if isinstance(m, ResBlock)]
     assert {type(block) for block in blocks} == {Doubled} and len(blocks) == 2 + 1 + 2 + 4 + 1
     assert network(*batch()).isfinite().all()
-    with pytest.raises(ValueError, match="got res_block_type 'mine.Told': .* no subclass of EmbedBlock"):
-        unet(res_block_type="mine.Told")
+    with pytest.raises(ValueError, match="got res_block_type 'mine.TakesCondition': .* no subclass of EmbedBlock"):
+        unet(res_block_type="mine.TakesCondition")
 
 
-@pytest.mark.parametrize("name", ["Told", "ToldTime", "OnlyTime"])
+@pytest.mark.parametrize("name", ["TakesCondition", "TakesBoth", "TakesTime"])
 def test_a_custom_attention_block_gets_the_inputs_of_its_bases(mine, name):
     network, (x, t) = unet(attn_block_type=f"mine.{name}", n_classes=3), batch()
     emb, condition = network.embed(x, t)
     network(x, t, condition)
     blocks = [m for m in network.modules() if type(m).__name__ == name]
-    wanted = {"Told": (condition,), "ToldTime": (emb, condition), "OnlyTime": (emb,)}[name]
+    expected_inputs = {"TakesCondition": (condition,), "TakesBoth": (emb, condition), "TakesTime": (emb,)}[name]
     assert [block.options.depth for block in blocks] == [0, 1, 2, 3]
     assert {(block.channels, block.options.heads, block.options.emb_dim) for block in blocks} == {(80, 4, 160)}
     for block in blocks:
-        for got, want in zip(block.given, wanted, strict=True):
-            assert got is want or torch.equal(got, want)
+        for actual, expected in zip(block.inputs, expected_inputs, strict=True):
+            assert actual is expected or torch.equal(actual, expected)
     with pytest.raises(ValueError, match="got attn_block_type 'mine.Linear': .* no subclass of ConditionBlock or "):
         unet(attn_block_type="mine.Linear")
 
@@ -211,6 +211,6 @@ def test_a_config_that_cannot_be_is_refused(message):
 
 
 def test_fractional_multipliers_set_widths_and_heads():
-    made = UNetConfig(channels=64, channel_mults=(0.5, 1, 2), attn_factors=(4,), head_width=16)
-    assert made.widths == [32, 64, 128] and made.factors == [1, 2, 4]
-    assert [made.num_heads(width) for width in made.widths] == [2, 4, 8] and made.emb_dim == 256
+    config = UNetConfig(channels=64, channel_mults=(0.5, 1, 2), attn_factors=(4,), head_width=16)
+    assert config.widths == [32, 64, 128] and config.factors == [1, 2, 4]
+    assert [config.num_heads(width) for width in config.widths] == [2, 4, 8] and config.emb_dim == 256

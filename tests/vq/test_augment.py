@@ -12,12 +12,12 @@ def images(batch=3, height=16, width=24, channels=3):
 
 
 def augmentation(x, **changes):
-    """The augmentation that changes nothing, but for `changes`, given per example."""
+    """The identity augmentation with `changes`, one value per example."""
     B = len(x)
-    one = torch.ones(B, 1, 1, 1)
-    nothing = Augmentation(0 * one, one, one, torch.zeros(B, 2, dtype=torch.long))
-    return nothing._replace(
-        **{name: torch.tensor(value).view(B, *getattr(nothing, name).shape[1:]) for name, value in changes.items()}
+    ones = torch.ones(B, 1, 1, 1)
+    identity = Augmentation(0 * ones, ones, ones, torch.zeros(B, 2, dtype=torch.long))
+    return identity._replace(
+        **{name: torch.tensor(value).view(B, *getattr(identity, name).shape[1:]) for name, value in changes.items()}
     )
 
 
@@ -49,36 +49,40 @@ def test_contrast_scales_the_distance_to_the_mean_of_each_image():
 
 def test_translation_against_a_loop():
     x, shifts = images(4), [[2, 0], [-1, 3], [0, -3], [-2, -2]]
-    wanted = torch.zeros_like(x)
+    expected = torch.zeros_like(x)
     for b, (down, right) in enumerate(shifts):
         for i in range(16):
             for j in range(24):
                 if 0 <= i - down < 16 and 0 <= j - right < 24:
-                    wanted[b, :, i, j] = x[b, :, i - down, j - right]
-    assert torch.equal(augmentation(x, shift=shifts).translate(x), wanted)
+                    expected[b, :, i, j] = x[b, :, i - down, j - right]
+    assert torch.equal(augmentation(x, shift=shifts).translate(x), expected)
 
 
 def test_colour_comes_before_translation():
     x = images(1)
     out = augmentation(x, brightness=[0.5], shift=[[2, 0]])(x)
-    assert (out[:, :, :2] == 0).all()  # what comes in stays zero
+    assert (out[:, :, :2] == 0).all()  # pixels shifted in are zero
     assert torch.allclose(out[:, :, 2:], x[:, :, :-2] + 0.5, atol=1e-5)
 
 
-@pytest.mark.parametrize("height, width, reach", [(16, 24, (2, 3)), (32, 8, (4, 1)), (12, 3, (2, 0))])
-def test_shifts_are_uniform_integers_up_to_an_eighth_of_a_side(height, width, reach):
+@pytest.mark.parametrize("height, width, limits", [(16, 24, (2, 3)), (32, 8, (4, 1)), (12, 3, (2, 0))])
+def test_shifts_are_uniform_integers_up_to_an_eighth_of_a_side(height, width, limits):
     x = torch.zeros(1, 1, height, width).expand(3000, -1, -1, -1)
     shift = Augmentation.draw(x, Streams(list(range(3000)))).shift
-    for axis, most in enumerate(reach):
-        counts = (shift[:, axis] + most).bincount(minlength=2 * most + 1)
-        assert len(counts) == 2 * most + 1
+    for axis, limit in enumerate(limits):
+        counts = (shift[:, axis] + limit).bincount(minlength=2 * limit + 1)
+        assert len(counts) == 2 * limit + 1
         expected = 3000 / len(counts)
         assert (counts - expected).abs().max() < 5 * expected**0.5
 
 
 def test_colours_are_uniform_in_their_ranges():
-    drawn = Augmentation.draw(torch.zeros(3000, 1, 8, 8), Streams(list(range(3000))))
-    for values, low, high in [(drawn.brightness, -0.5, 0.5), (drawn.saturation, 0, 2), (drawn.contrast, 0.5, 1.5)]:
+    sampled = Augmentation.draw(torch.zeros(3000, 1, 8, 8), Streams(list(range(3000))))
+    for values, low, high in [
+        (sampled.brightness, -0.5, 0.5),
+        (sampled.saturation, 0, 2),
+        (sampled.contrast, 0.5, 1.5),
+    ]:
         assert values.shape == (3000, 1, 1, 1) and low <= values.min() and values.max() < high
         assert values.mean() == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
         assert values.std() == pytest.approx((high - low) / 12**0.5, rel=0.03)
@@ -86,23 +90,24 @@ def test_colours_are_uniform_in_their_ranges():
 
 def test_real_and_fake_images_get_the_same_draw():
     x = images()
-    drawn = Augmentation.draw(x, Streams([1, 2, 3]))
-    assert torch.equal(drawn(x), drawn(x.clone()))
-    assert torch.allclose(drawn(x) - drawn(0 * x), drawn(2 * x) - drawn(x), atol=1e-5)  # affine: nothing is redrawn
-    assert not torch.equal(drawn(x), Augmentation.draw(x, Streams([4, 5, 6]))(x))
+    sampled = Augmentation.draw(x, Streams([1, 2, 3]))
+    assert torch.equal(sampled(x), sampled(x.clone()))
+    # affine: nothing is redrawn
+    assert torch.allclose(sampled(x) - sampled(0 * x), sampled(2 * x) - sampled(x), atol=1e-5)
+    assert not torch.equal(sampled(x), Augmentation.draw(x, Streams([4, 5, 6]))(x))
 
 
 def test_an_image_is_augmented_by_its_own_seed():
     x = images()
-    together, alone = Augmentation.draw(x, Streams([1, 2, 3])), Augmentation.draw(x[1:2], Streams([2]))
-    assert torch.allclose(together(x)[1:2], alone(x[1:2]), atol=1e-5)
+    batched, single = Augmentation.draw(x, Streams([1, 2, 3])), Augmentation.draw(x[1:2], Streams([2]))
+    assert torch.allclose(batched(x)[1:2], single(x[1:2]), atol=1e-5)
 
 
 def test_the_generator_gets_a_gradient_through_it():
     x = images(2, 8, 8).double().requires_grad_()
-    drawn = Augmentation.draw(x, Streams([1, 2]))
+    sampled = Augmentation.draw(x, Streams([1, 2]))
     weight = torch.randn(x.shape, dtype=torch.float64)
-    (gradient,) = torch.autograd.grad((drawn(x) * weight).sum(), x)
+    (gradient,) = torch.autograd.grad((sampled(x) * weight).sum(), x)
     step = torch.randn(x.shape, dtype=torch.float64)
-    change = ((drawn(x + step) - drawn(x)) * weight).sum()  # exact: the augmentation is affine
+    change = ((sampled(x + step) - sampled(x)) * weight).sum()  # exact: the augmentation is affine
     assert torch.allclose((gradient * step).sum(), change)

@@ -42,15 +42,15 @@ def test_the_size_is_as_published_without_unused_layers():
 
 def test_levels_have_their_blocks_and_attention_resolutions():
     network = autoencoder(VQGANConfig(nf=8, ch_mult=(1, 2, 2), res_blocks=3, attn_resolutions=(8, 4), emb_dim=6))
-    seen = []
+    resolutions = []
     for side, resize in [(network.encoder, Downsample), (network.decoder, Upsample)]:
         assert count(side, ResBlock) == 3 * 3 + 2  # two in the middle
         assert count(side, resize) == 2
         for block in side:
             if isinstance(block, AttentionBlock):
-                block.register_forward_hook(lambda block, args, out: seen.append(out.shape[-1]))
+                block.register_forward_hook(lambda block, args, out: resolutions.append(out.shape[-1]))
     network(images())
-    assert seen == [8] * 3 + [4] * 4 + [4] * 4 + [8] * 3  # one in each middle
+    assert resolutions == [8] * 3 + [4] * 4 + [4] * 4 + [8] * 3  # one in each middle
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -136,38 +136,40 @@ def test_only_multiples_of_the_factor_are_accepted():
 
 def test_attention_stands_where_the_height_says():
     config = VQGANConfig(nf=8, ch_mult=(1, 2, 2), res_blocks=1, attn_resolutions=(8,), emb_dim=6, codebook_size=16)
-    seen = {}
+    attention_sizes = {}
     for size in [(16, 32), (32, 16)]:
-        network, at = autoencoder(config, size), []
+        network, sizes = autoencoder(config, size), []
         for block in [*network.encoder, *network.decoder]:
             if isinstance(block, AttentionBlock):
-                block.register_forward_hook(lambda block, args, out, at=at: at.append(tuple(out.shape[2:])))
+                block.register_forward_hook(lambda block, args, out, sizes=sizes: sizes.append(tuple(out.shape[2:])))
         network(images(size=size))
-        seen[size] = at
-    assert seen[16, 32] == [(8, 16), (4, 8), (4, 8), (8, 16)]  # at height 8, and one in each middle
-    assert seen[32, 16] == [(8, 4)] * 4  # the third level is 8 high, the last of all
+        attention_sizes[size] = sizes
+    assert attention_sizes[16, 32] == [(8, 16), (4, 8), (4, 8), (8, 16)]  # at height 8, and one in each middle
+    assert attention_sizes[32, 16] == [(8, 4)] * 4  # the third and last level is 8 high
 
 
 def test_unit_range_feeds_the_encoder_0_to_1_and_nothing_else():
-    shown, unit = autoencoder(), autoencoder(dataclasses.replace(SMALL, unit_range=True))
-    unit.load_state_dict(shown.state_dict())
+    default, unit = autoencoder(), autoencoder(dataclasses.replace(SMALL, unit_range=True))
+    unit.load_state_dict(default.state_dict())
     x = images()
-    assert torch.equal(unit.latents(2 * x.abs() - 1), shown.latents(x.abs()))
+    assert torch.equal(unit.latents(2 * x.abs() - 1), default.latents(x.abs()))
     reconstruction, codes = unit(x)
-    assert torch.equal(codes.ids, unit.encode(x)) and torch.equal(codes.ids, shown.encode((x + 1) / 2))
-    assert torch.equal(reconstruction, shown((x + 1) / 2)[0])  # what comes out is not scaled again
-    assert not torch.equal(unit.latents(x), shown.latents(x))
+    assert torch.equal(codes.ids, unit.encode(x)) and torch.equal(codes.ids, default.encode((x + 1) / 2))
+    assert torch.equal(reconstruction, default((x + 1) / 2)[0])  # the output is not rescaled
+    assert not torch.equal(unit.latents(x), default.latents(x))
 
 
 def test_the_last_layer_is_computed_in_float32_under_autocast():
     network = autoencoder()
-    seen = {}
-    network.encoder[0].register_forward_hook(lambda layer, args, out: seen.update(first=out.dtype))
-    network.decoder[-1].register_forward_hook(lambda layer, args, out: seen.update(given=args[0].dtype, last=out.dtype))
+    dtypes = {}
+    network.encoder[0].register_forward_hook(lambda layer, args, out: dtypes.update(first=out.dtype))
+    network.decoder[-1].register_forward_hook(
+        lambda layer, args, out: dtypes.update(input=args[0].dtype, last=out.dtype)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         reconstruction, _ = network(images())
         assert torch.is_autocast_enabled("cpu")
-    assert seen == {"first": torch.bfloat16, "given": torch.float32, "last": torch.float32}
+    assert dtypes == {"first": torch.bfloat16, "input": torch.float32, "last": torch.float32}
     assert reconstruction.dtype == torch.float32
     reconstruction.square().mean().backward()
     assert network.decoder.last_layer.grad.any()

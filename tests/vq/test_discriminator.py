@@ -28,19 +28,19 @@ def test_the_size_is_the_published_one():
 def test_names_of_the_default_are_those_of_saved_runs():
     with torch.device("meta"):
         names = list(PatchDiscriminator(3, ndf=4, layers=2).state_dict())
-    both = [f"{i}.{part}" for i in (0, 3, 6, 8) for part in ("weight", "bias")]
-    assert sorted(names) == sorted([*both, "2.weight", "5.weight"])
+    keys = [f"{i}.{part}" for i in (0, 3, 6, 8) for part in ("weight", "bias")]
+    assert sorted(names) == sorted([*keys, "2.weight", "5.weight"])
 
 
-@pytest.mark.parametrize("layers, side, patches, sees", [(1, 32, 14, 16), (2, 64, 14, 34), (3, 128, 14, 70)])
-def test_each_logit_judges_one_patch(layers, side, patches, sees):
+@pytest.mark.parametrize("layers, side, patches, receptive_field", [(1, 32, 14, 16), (2, 64, 14, 34), (3, 128, 14, 70)])
+def test_each_logit_judges_one_patch(layers, side, patches, receptive_field):
     discriminator = PatchDiscriminator(3, ndf=2, layers=layers, norm="batch").eval()
     x = images(1, side).requires_grad_()
     logits = discriminator(x)
     assert logits.shape == (1, 1, patches, patches)
     logits[0, 0, patches // 2, patches // 2].backward()
-    seen = x.grad[0].abs().sum(0) > 0
-    assert seen.any(0).sum() == seen.any(1).sum() == sees
+    affected = x.grad[0].abs().sum(0) > 0
+    assert affected.any(0).sum() == affected.any(1).sum() == receptive_field
 
 
 def test_widths_double_up_to_eight_times_the_first():
@@ -52,10 +52,10 @@ def test_widths_double_up_to_eight_times_the_first():
 
 
 def test_batch_norm_depends_on_other_images_and_group_norm_not():
-    for norm, alike in [("group", True), ("batch", False), ("none", True)]:
+    for norm, independent in [("group", True), ("batch", False), ("none", True)]:
         discriminator = PatchDiscriminator(3, ndf=8, layers=2, norm=norm)
-        together, alone = discriminator(images()), discriminator(images()[:1])
-        assert torch.allclose(together[:1], alone, atol=1e-5) == alike
+        batched, single = discriminator(images()), discriminator(images()[:1])
+        assert torch.allclose(batched[:1], single, atol=1e-5) == independent
 
 
 def test_every_norm_that_the_flag_names_is_there():
@@ -69,8 +69,8 @@ def test_without_norms_every_convolution_has_a_bias():
     assert kinds == {"Conv2d", "LeakyReLU"} and discriminator(images()).shape == (4, 1, 6, 6)
 
 
-def trained(discriminator, steps=30):
-    """After some steps that make its weights large."""
+def train(discriminator, steps=30):
+    """Train for some steps that make the weights large."""
     optimizer = torch.optim.SGD(discriminator.parameters(), 0.5)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -85,25 +85,27 @@ def largest_singular_values(discriminator):
 
 @pytest.mark.parametrize("blur", [False, True])
 def test_spectral_norm_holds_every_largest_singular_value_at_one(blur):
-    free, held = (PatchDiscriminator(3, 4, 2, "none", spectral_norm=s, blur=blur) for s in (False, True))
-    trained(held)
+    unconstrained, constrained = (
+        PatchDiscriminator(3, 4, 2, "none", spectral_norm=s, blur=blur) for s in (False, True)
+    )
+    train(constrained)
     with torch.no_grad():
-        for _ in range(20):  # the weights rest, the power iteration catches up
-            held(images(1, 16))
-    assert (largest_singular_values(held.eval()) - 1).abs().max() < 1e-3
-    assert (largest_singular_values(free) - 1).abs().max() > 0.1
-    originals = [c.parametrizations.weight.original for c in convs_of(held)]
+        for _ in range(20):  # with fixed weights the power iteration converges
+            constrained(images(1, 16))
+    assert (largest_singular_values(constrained.eval()) - 1).abs().max() < 1e-3
+    assert (largest_singular_values(unconstrained) - 1).abs().max() > 0.1
+    originals = [c.parametrizations.weight.original for c in convs_of(constrained)]
     assert len(originals) == 4 and all(o.grad is not None for o in originals)
 
 
 def test_spectral_norm_is_saved_and_goes_on_bit_for_bit():
-    one = trained(PatchDiscriminator(3, 4, 2, spectral_norm=True), steps=3)
-    other = PatchDiscriminator(3, 4, 2, spectral_norm=True)
-    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    saved = train(PatchDiscriminator(3, 4, 2, spectral_norm=True), steps=3)
+    loaded = PatchDiscriminator(3, 4, 2, spectral_norm=True)
+    loaded.load_state_dict(copy.deepcopy(saved.state_dict()))
     for _ in range(3):
-        assert torch.equal(one(images()), other(images()))
-    assert one.state_dict().keys() == other.state_dict().keys()
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+        assert torch.equal(saved(images()), loaded(images()))
+    assert saved.state_dict().keys() == loaded.state_dict().keys()
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in saved.state_dict().items())
 
 
 def test_two_forward_passes_of_spectral_norm_share_one_backward():
@@ -122,21 +124,21 @@ def test_half_precision_reaches_the_options():
 
 def test_the_blur_keeps_the_mean_and_removes_what_would_alias():
     x = torch.full((2, 3, 12, 12), 1.5)
-    inside = Blur()(x)[..., 1:-1, 1:-1]
-    assert torch.allclose(inside, torch.full_like(inside, 1.5))
+    interior = Blur()(x)[..., 1:-1, 1:-1]
+    assert torch.allclose(interior, torch.full_like(interior, 1.5))
     assert Blur().kernel.sum() == 1 and Blur().kernel[0, 0, 0, 1] == 3 / 64 and Blur().kernel[0, 0, 1, 2] == 9 / 64
-    finest = (-1.0) ** torch.arange(12) * torch.ones(1, 1, 12, 1)  # +1 -1 +1 ...: subsampling alone makes it constant
-    assert Blur()(finest)[..., 1:-1].abs().max() == 0 and finest[..., ::2].min() == 1
-    assert torch.equal(Blur()(finest.mT), Blur()(finest).mT)
+    nyquist = (-1.0) ** torch.arange(12) * torch.ones(1, 1, 12, 1)  # +1 -1 +1 ...: subsampling alone makes it constant
+    assert Blur()(nyquist)[..., 1:-1].abs().max() == 0 and nyquist[..., ::2].min() == 1
+    assert torch.equal(Blur()(nyquist.mT), Blur()(nyquist).mT)
 
 
 def test_the_blur_is_the_filter_of_every_channel_alone():
     x = torch.randn(2, 3, 9, 10)
     row = torch.tensor([1.0, 3.0, 3.0, 1.0])
     for c in range(3):
-        wide = F.pad(x[:, c : c + 1], (1, 2, 1, 2))
-        wanted = F.conv2d(F.conv2d(wide, row.view(1, 1, 1, 4) / 8), row.view(1, 1, 4, 1) / 8)[..., ::2, ::2]
-        assert torch.allclose(Blur()(x)[:, c : c + 1], wanted, atol=1e-6)
+        padded = F.pad(x[:, c : c + 1], (1, 2, 1, 2))
+        expected = F.conv2d(F.conv2d(padded, row.view(1, 1, 1, 4) / 8), row.view(1, 1, 4, 1) / 8)[..., ::2, ::2]
+        assert torch.allclose(Blur()(x)[:, c : c + 1], expected, atol=1e-6)
     assert Blur()(x).shape == (2, 3, 5, 5) and not Blur().state_dict() and not list(Blur().parameters())
 
 
@@ -150,15 +152,15 @@ def test_the_grid_of_logits_is_the_same_with_a_blur(side, layers):
             assert plain(x).shape == blurred(x).shape
         assert count_parameters(plain) == count_parameters(blurred)
     assert sum(isinstance(m, Blur) for m in blurred) == layers and all(c.stride == (1, 1) for c in convs_of(blurred))
-    after = [type(blurred[i - 1]).__name__ for i, m in enumerate(blurred) if isinstance(m, Blur)]
-    assert after == ["LeakyReLU"] * layers
+    preceding = [type(blurred[i - 1]).__name__ for i, m in enumerate(blurred) if isinstance(m, Blur)]
+    assert preceding == ["LeakyReLU"] * layers
 
 
-def change_by_a_pixel(discriminator, x):
-    """How much the logits away from the border change, relative to how much they vary, when images move by a pixel."""
+def shift_sensitivity(discriminator, x):
+    """Mean squared change of the inner logits when images move by one pixel, relative to their variance."""
     with torch.no_grad():
-        logits, moved = discriminator(x)[..., 2:-2, 2:-2], discriminator(x.roll(1, 3))[..., 2:-2, 2:-2]
-    return ((logits - moved).square().mean() / logits.var()).item()
+        logits, shifted = discriminator(x)[..., 2:-2, 2:-2], discriminator(x.roll(1, 3))[..., 2:-2, 2:-2]
+    return ((logits - shifted).square().mean() / logits.var()).item()
 
 
 def test_a_blurred_discriminator_changes_less_when_images_move():
@@ -166,7 +168,7 @@ def test_a_blurred_discriminator_changes_less_when_images_move():
     changes = []
     for blur in (False, True):
         torch.manual_seed(0)
-        changes.append(change_by_a_pixel(PatchDiscriminator(3, 8, 2, blur=blur), x))
+        changes.append(shift_sensitivity(PatchDiscriminator(3, 8, 2, blur=blur), x))
     assert changes[1] < 0.5 * changes[0]
 
 

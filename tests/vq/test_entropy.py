@@ -12,17 +12,17 @@ from vq.entropy import binary_entropy, code_probs, entropy, mean_code_probs, mea
 from vq.quantizers import StepContext
 
 
-class Fixed:
-    """Processes whose mean is known beforehand."""
+class FixedMean:
+    """Two processes with a fixed mean; records the tensors to average."""
 
     rank, size = 0, 2
 
     def __init__(self, mean):
-        self.known, self.asked = mean, []
+        self.fixed_mean, self.inputs = mean, []
 
     def mean(self, x):
-        self.asked.append(x)
-        return self.known
+        self.inputs.append(x)
+        return self.fixed_mean
 
 
 def all_outcomes(d):
@@ -45,9 +45,9 @@ def test_outcomes_are_products_of_their_bits(d):
 def test_entropy_gradients_match_sums_over_all_codes():
     logits = (2 * torch.randn(9, 7, dtype=torch.float64)).requires_grad_()
     p = brute_outcomes(logits)
-    each, whole = torch.special.entr(p).sum(1), torch.special.entr(p.mean(0)).sum()
-    ours = binary_entropy(logits).sum(1), entropy(mean_code_probs(logits))
-    for a, b in zip(ours, (each, whole), strict=True):
+    code_entropy, codebook_entropy = torch.special.entr(p).sum(1), torch.special.entr(p.mean(0)).sum()
+    actual = binary_entropy(logits).sum(1), entropy(mean_code_probs(logits))
+    for a, b in zip(actual, (code_entropy, codebook_entropy), strict=True):
         weights = torch.randn(a.shape, dtype=a.dtype)
         assert torch.allclose(a, b, rtol=1e-12)
         gradients = [torch.autograd.grad((x * weights).sum(), logits, retain_graph=True)[0] for x in (a, b)]
@@ -76,10 +76,10 @@ def test_certain_bits_are_finite_with_their_gradients(dtype, size):
 
 def test_bit_entropy_is_zero_at_the_logit_limit():
     for dtype in (torch.float32, torch.float64):
-        at = torch.tensor([-module.MAX_LOGIT, module.MAX_LOGIT], dtype=dtype, requires_grad=True)
-        h = binary_entropy(at)
+        logits = torch.tensor([-module.MAX_LOGIT, module.MAX_LOGIT], dtype=dtype, requires_grad=True)
+        h = binary_entropy(logits)
         h.sum().backward()
-        assert h.tolist() == [0, 0] == at.grad.tolist()
+        assert h.tolist() == [0, 0] == logits.grad.tolist()
 
 
 def test_an_unused_code_gets_an_entropy_gradient():
@@ -109,13 +109,13 @@ def test_the_product_is_whole_float32_under_autocast():
 
 
 def test_products_have_all_bits(monkeypatch):
-    seen, matmul = [], torch.Tensor.__matmul__
-    note = lambda a, b: seen.append(torch.get_float32_matmul_precision()) or matmul(a, b)  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, "__matmul__", note)
+    precisions, matmul = [], torch.Tensor.__matmul__
+    record = lambda a, b: precisions.append(torch.get_float32_matmul_precision()) or matmul(a, b)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "__matmul__", record)
     torch.set_float32_matmul_precision("high")
     try:
         mean_code_probs(torch.randn(5, 4))
-        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+        assert precisions == ["highest"] and torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -127,10 +127,10 @@ def test_without_training_a_process_is_by_itself():
 
 def test_the_mean_is_over_all_processes_the_gradient_local():
     p, mean = torch.rand(5, requires_grad=True), torch.rand(5)
-    dist = Fixed(mean)
-    whole = mean_over_processes(p, StepContext(0, dist=dist))
-    assert torch.equal(whole, mean) and not dist.asked[0].requires_grad
-    (gradient,) = torch.autograd.grad(whole, p, weights := torch.randn(5))
+    dist = FixedMean(mean)
+    result = mean_over_processes(p, StepContext(0, dist=dist))
+    assert torch.equal(result, mean) and not dist.inputs[0].requires_grad
+    (gradient,) = torch.autograd.grad(result, p, weights := torch.randn(5))
     assert torch.equal(gradient, weights)
 
 
@@ -139,18 +139,18 @@ def test_gradients_averaged_over_processes_match_the_full_batch(size):
     weight = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     x = torch.randn(size, 4, 3, dtype=torch.float64)
     h = entropy((x.flatten(0, 1) @ weight).softmax(1).mean(0))
-    (whole,) = torch.autograd.grad(h, weight)
+    (full_gradient,) = torch.autograd.grad(h, weight)
 
-    def average(told):
+    def average(step_context):
         gradients = []
-        for own in x:
-            p = (own @ weight).softmax(1).mean(0)
-            gradients.append(torch.autograd.grad(entropy(mean_over_processes(p, told)), weight)[0])
+        for part in x:
+            p = (part @ weight).softmax(1).mean(0)
+            gradients.append(torch.autograd.grad(entropy(mean_over_processes(p, step_context)), weight)[0])
         return torch.stack(gradients).mean(0)
 
     mean = (x.flatten(0, 1) @ weight).softmax(1).mean(0).detach()
-    assert torch.allclose(average(StepContext(0, dist=Fixed(mean))), whole, rtol=1e-10)
-    assert not torch.allclose(average(None), whole, rtol=0.1)
+    assert torch.allclose(average(StepContext(0, dist=FixedMean(mean))), full_gradient, rtol=1e-10)
+    assert not torch.allclose(average(None), full_gradient, rtol=0.1)
 
 
 def test_entropy_of_softmax_as_torch_has_it():

@@ -38,14 +38,14 @@ def test_the_last_layer_is_in_float32_under_autocast(decoder):
         mean, features = reconstruct(decoder, vectors)
         assert torch.equal(mean, decoder(vectors))
     assert mean.dtype == features.dtype == torch.float32
-    assert not torch.equal(mean, decoder(vectors))  # the rest was not
+    assert not torch.equal(mean, decoder(vectors))  # the other layers ran in bfloat16
 
 
 def test_a_new_head_fits_its_decoder_and_starts_constant(decoder):
     mean, features = reconstruct(decoder, torch.randn(2, 3, 4, 6))
-    said = build_head(decoder)(features)
-    assert said.shape == mean.shape
-    assert torch.allclose(said, torch.full_like(said, INITIAL_LOG_VARIANCE), atol=1e-2)
+    log_variance = build_head(decoder)(features)
+    assert log_variance.shape == mean.shape
+    assert torch.allclose(log_variance, torch.full_like(log_variance, INITIAL_LOG_VARIANCE), atol=1e-2)
 
 
 def test_the_head_has_the_size_of_the_reference():
@@ -58,8 +58,8 @@ def test_a_heads_output_depends_on_a_3x3_neighbourhood():
     features = torch.randn(1, 4, 7, 7)
     other = features.clone()
     other[..., 3, 3] += 1
-    moved = (head(features) != head(other))[0, 0]
-    assert moved[2:5, 2:5].all() and moved.sum() == 9
+    changed = (head(features) != head(other))[0, 0]
+    assert changed[2:5, 2:5].all() and changed.sum() == 9
 
 
 def test_log_variances_are_bounded_smoothly():

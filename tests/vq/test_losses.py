@@ -18,7 +18,7 @@ from vq.losses import (
 
 
 def logits():
-    """Some on each side of every margin; (2, 3, 3, 1) real, (5,) fake: their numbers need not be equal."""
+    """Real (2, 3, 3, 1) and fake (5,) logits, some on each side of every margin."""
     real = torch.randn(2, 3, 3, 1, dtype=torch.float64).mul(3).requires_grad_()
     fake = torch.randn(5, dtype=torch.float64).mul(3).requires_grad_()
     return real, fake
@@ -40,9 +40,9 @@ def test_the_hinge_loss_pushes_logits_up_to_the_margin():
 def test_the_non_saturating_loss_is_binary_cross_entropy():
     real, fake = logits()
     loss = non_saturating_loss(real, fake)
-    s = [[1 / (1 + math.exp(-x)) for x in each.flatten().tolist()] for each in (real, fake)]
-    wanted = -sum(math.log(p) for p in s[0]) / 18 - sum(math.log(1 - p) for p in s[1]) / 5
-    assert loss.item() == pytest.approx(wanted / 2, rel=1e-12)
+    s = [[1 / (1 + math.exp(-x)) for x in values.flatten().tolist()] for values in (real, fake)]
+    expected = -sum(math.log(p) for p in s[0]) / 18 - sum(math.log(1 - p) for p in s[1]) / 5
+    assert loss.item() == pytest.approx(expected / 2, rel=1e-12)
     loss.backward()
     assert torch.allclose(real.grad.flatten(), torch.tensor([(p - 1) / 36 for p in s[0]], dtype=torch.float64))
     assert torch.allclose(fake.grad, torch.tensor([p / 10 for p in s[1]], dtype=torch.float64))
@@ -50,10 +50,10 @@ def test_the_non_saturating_loss_is_binary_cross_entropy():
 
 @pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
 def test_gradients_are_those_of_the_values(name):
-    of_discriminator, of_autoencoder = ADVERSARIAL_LOSSES[name]
+    discriminator_loss, generator_loss = ADVERSARIAL_LOSSES[name]
     real, fake = logits()
-    assert torch.autograd.gradcheck(of_discriminator, (real, fake))
-    assert torch.autograd.gradcheck(of_autoencoder, fake)
+    assert torch.autograd.gradcheck(discriminator_loss, (real, fake))
+    assert torch.autograd.gradcheck(generator_loss, fake)
 
 
 def test_the_autoencoder_raises_the_logits_of_its_images():
@@ -79,16 +79,16 @@ def test_every_loss_that_the_flag_names_is_there_in_both_parts():
     assert ADVERSARIAL_LOSSES["non_saturating"] == (non_saturating_loss, non_saturating_generator_loss)
 
 
-def weight_of(of_reconstruction, of_adversarial, maximum):
-    return adaptive_weight(torch.tensor(of_reconstruction), torch.tensor(of_adversarial), maximum)
+def weight_from(reconstruction_grad, adversarial_grad, maximum):
+    return adaptive_weight(torch.tensor(reconstruction_grad), torch.tensor(adversarial_grad), maximum)
 
 
 def test_the_adaptive_weight_is_the_ratio_of_gradient_norms():
-    assert weight_of([3.0, 4.0], [0.0, 2.0], maximum=10) == pytest.approx(5 / (2 + 1e-4))
-    assert weight_of([[3.0], [4.0]], [[0.0], [2.0]], maximum=10).shape == ()
-    assert weight_of([0.0, 0.0], [0.0, 2.0], maximum=10) == 0
+    assert weight_from([3.0, 4.0], [0.0, 2.0], maximum=10) == pytest.approx(5 / (2 + 1e-4))
+    assert weight_from([[3.0], [4.0]], [[0.0], [2.0]], maximum=10).shape == ()
+    assert weight_from([0.0, 0.0], [0.0, 2.0], maximum=10) == 0
 
 
 def test_the_adaptive_weight_is_capped():
-    assert weight_of([3.0, 4.0], [0.0, 2.0], maximum=1) == 1
-    assert weight_of([3.0, 4.0], [0.0, 0.0], maximum=1e9) == pytest.approx(5 / 1e-4)
+    assert weight_from([3.0, 4.0], [0.0, 2.0], maximum=1) == 1
+    assert weight_from([3.0, 4.0], [0.0, 0.0], maximum=1e9) == pytest.approx(5 / 1e-4)

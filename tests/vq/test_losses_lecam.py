@@ -8,21 +8,21 @@ from vq.losses import LeCAM
 CPU = torch.device("cpu")
 
 
-def following(real, fake, decay=0.9):
+def lecam_with(real, fake, decay=0.9):
     lecam = LeCAM(CPU, decay)
     lecam.real, lecam.fake = torch.tensor(real, dtype=torch.float64), torch.tensor(fake, dtype=torch.float64)
     return lecam
 
 
 def test_the_penalty_by_hand():
-    lecam = following(real=2.0, fake=-1.0)
+    lecam = lecam_with(real=2.0, fake=-1.0)
     real = torch.tensor([[1.0, -3.0]])  # above the fake average by 2 and by nothing
     fake = torch.tensor([0.0, 5.0, 1.0])  # below the real average by 2, nothing and 1
     assert lecam(real, fake) == pytest.approx((4 + 0) / 2 + (4 + 0 + 1) / 3)
 
 
 def test_its_gradient_pulls_real_logits_down_and_fake_ones_up():
-    lecam = following(real=2.0, fake=-1.0)
+    lecam = lecam_with(real=2.0, fake=-1.0)
     real = torch.tensor([1.0, -3.0], dtype=torch.float64, requires_grad=True)
     fake = torch.tensor([0.0, 5.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lecam, (real, fake))
@@ -31,11 +31,11 @@ def test_its_gradient_pulls_real_logits_down_and_fake_ones_up():
 
 
 def test_parts_of_a_batch_have_the_whole_ones_penalty():
-    lecam, real, fake = following(0.5, -0.5), *torch.randn(2, 8)
+    lecam, real, fake = lecam_with(0.5, -0.5), *torch.randn(2, 8)
     parts = [lecam(r, f) for r, f in zip(real.split(2), fake.split(2), strict=True)]
     assert torch.stack(parts).mean() == pytest.approx(lecam(real, fake).item())
-    of_means = torch.stack([lecam(r.mean(), f.mean()) for r, f in zip(real.split(2), fake.split(2), strict=True)])
-    assert abs(of_means.mean() - lecam(real.mean(), fake.mean())) > 1e-2  # as squares of means would not
+    from_means = torch.stack([lecam(r.mean(), f.mean()) for r, f in zip(real.split(2), fake.split(2), strict=True)])
+    assert abs(from_means.mean() - lecam(real.mean(), fake.mean())) > 1e-2  # the penalty of means would differ
 
 
 def test_the_averages_begin_at_zero_and_forget_geometrically():
@@ -53,13 +53,15 @@ def test_the_averages_carry_no_graph():
 
 
 def test_a_run_goes_on_from_its_averages(tmp_path):
-    lecam, again = LeCAM(CPU), LeCAM(CPU)
+    lecam, restored = LeCAM(CPU), LeCAM(CPU)
     lecam.update_averages(torch.tensor(3.0), torch.tensor(-2.0))
     torch.save(lecam.state_dict(), tmp_path / "state.pt")
-    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    for each in (lecam, again):
-        each.update_averages(torch.tensor(0.5), torch.tensor(0.25))
-    assert torch.equal(again.real, lecam.real) and torch.equal(again.fake, lecam.fake) and lecam.real != lecam.fake
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for instance in (lecam, restored):
+        instance.update_averages(torch.tensor(0.5), torch.tensor(0.25))
+    assert (
+        torch.equal(restored.real, lecam.real) and torch.equal(restored.fake, lecam.fake) and lecam.real != lecam.fake
+    )
 
 
 def test_what_was_saved_does_not_move_with_the_run():

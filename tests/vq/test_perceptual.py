@@ -1,4 +1,4 @@
-"""The perceptual losses: what they are given, where their weights come from, and, with real ones, their values.
+"""Perceptual losses: inputs, sources of the weights and, with real weights, values.
 
 `LPIPS_SQUEEZE` names a folder with squeeze.backbone.pth (torchvision's ImageNet features) and the images in imgs/.
 """
@@ -22,16 +22,16 @@ from vq.perceptual import BACKBONES, MIN_SIDE, LogitDistance, Perceptual, load_p
 
 
 class Distance(nn.Module):
-    """In the place of LPIPS: the mean squared difference of RGB images."""
+    """Replaces LPIPS by the mean squared difference of RGB images."""
 
     def __init__(self, net, verbose, pretrained, pnet_rand):
         super().__init__()
         self.weight, self.dropout = nn.Parameter(torch.ones(1)), nn.Dropout(0.5)
-        self.seen = []
+        self.dtypes = []
 
     def forward(self, x, y):
         assert x.shape[1] == y.shape[1] == 3
-        self.seen += [x.dtype, (self.weight * torch.ones(2, 1) @ torch.ones(1, 2)).dtype]
+        self.dtypes += [x.dtype, (self.weight * torch.ones(2, 1) @ torch.ones(1, 2)).dtype]
         return self.dropout(self.weight * (x - y).square().mean((1, 2, 3), keepdim=True))
 
 
@@ -41,7 +41,7 @@ def unreachable(*args, **kwargs):
 
 @pytest.fixture
 def fake_lpips(monkeypatch):
-    """Puts a class in the place of lpips.LPIPS."""
+    """Replaces lpips.LPIPS by a class."""
     return lambda network: monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=network))
 
 
@@ -76,7 +76,7 @@ def test_it_computes_in_float32_whatever_autocast_says(fake_lpips):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         distance = perceptual(x, -x)
     distance.sum().backward()
-    assert distance.dtype == torch.float32 and set(perceptual.distance.seen) == {torch.float32}
+    assert distance.dtype == torch.float32 and set(perceptual.distance.dtypes) == {torch.float32}
     assert x.grad.abs().sum() > 0
 
 
@@ -103,7 +103,7 @@ def test_a_missing_library_is_an_error_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ValueError, match="pip install lpips"):
         load_perceptual("auto")
-    assert Perceptual("resnet50", trained=False)(*torch.zeros(2, 1, 3, 8, 8)) == 0  # which needs none
+    assert Perceptual("resnet50", trained=False)(*torch.zeros(2, 1, 3, 8, 8)) == 0  # it does not need lpips
 
 
 def test_wrong_arguments_are_refused():
@@ -120,19 +120,19 @@ def test_images_too_small_for_the_network_are_rejected(fake_lpips, net):
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         network = lpips.LPIPS(net=net, verbose=False, pretrained=False, pnet_rand=True).to("meta")
-        least = MIN_SIDE[net]
-        assert network(torch.empty(2, 3, least, least), torch.empty(2, 3, least, least)).shape[0] == 2
+        min_side = MIN_SIDE[net]
+        assert network(torch.empty(2, 3, min_side, min_side), torch.empty(2, 3, min_side, min_side)).shape[0] == 2
         with pytest.raises(RuntimeError):
-            network(torch.empty(2, 3, least, least - 1), torch.empty(2, 3, least, least - 1))
+            network(torch.empty(2, 3, min_side, min_side - 1), torch.empty(2, 3, min_side, min_side - 1))
     fake_lpips(Distance)
     perceptual = load_perceptual(net)[1]
-    with pytest.raises(ValueError, match=rf"{least}x{least - 1} .*{net}, wanted {least} .*--img_size"):
-        perceptual(*torch.zeros(2, 1, 3, least, least - 1))
-    perceptual(*torch.zeros(2, 1, 3, least, least))
+    with pytest.raises(ValueError, match=rf"{min_side}x{min_side - 1} .*{net}, wanted {min_side} .*--img_size"):
+        perceptual(*torch.zeros(2, 1, 3, min_side, min_side - 1))
+    perceptual(*torch.zeros(2, 1, 3, min_side, min_side))
 
 
 def backbone(net):
-    """torchvision's network with random weights, the kind of whose state dict users have."""
+    """torchvision's network with random weights; users have state dicts of this kind."""
     torchvision = pytest.importorskip("torchvision")
     return getattr(torchvision.models, BACKBONES[net])()
 
@@ -144,24 +144,24 @@ def squeeze():
     return backbone("squeeze").state_dict()
 
 
-def saved(tmp_path, state):
+def save_weights(tmp_path, state):
     torch.save(state, tmp_path / "weights.pth")
     return str(tmp_path / "weights.pth")
 
 
-def of_the_features(state):
+def feature_weights(state):
     return {name.removeprefix("features."): v for name, v in state.items() if name.startswith("features.")}
 
 
 def test_weights_load_offline_from_full_or_feature_files(offline, tmp_path, squeeze):
     x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
-    bare = saved(tmp_path, of_the_features(squeeze))
-    name, features = load_perceptual("squeeze", bare)
-    whole = Perceptual("squeeze", weights=saved(tmp_path, squeeze))
-    assert name == "squeeze" and torch.equal(features(x, y), whole(x, y)) and (features(x, x) == 0).all()
-    inside = {n.partition(".")[2]: v for n, v in features.distance.net.state_dict().items()}
-    assert inside.keys() == of_the_features(squeeze).keys()
-    assert all(torch.equal(value, squeeze[f"features.{n}"]) for n, value in inside.items())
+    feature_file = save_weights(tmp_path, feature_weights(squeeze))
+    name, features = load_perceptual("squeeze", feature_file)
+    full = Perceptual("squeeze", weights=save_weights(tmp_path, squeeze))
+    assert name == "squeeze" and torch.equal(features(x, y), full(x, y)) and (features(x, x) == 0).all()
+    loaded = {n.partition(".")[2]: v for n, v in features.distance.net.state_dict().items()}
+    assert loaded.keys() == feature_weights(squeeze).keys()
+    assert all(torch.equal(value, squeeze[f"features.{n}"]) for n, value in loaded.items())
     assert not any(p.requires_grad for p in features.parameters()) and not features.distance.training
 
 
@@ -170,20 +170,20 @@ def test_the_distance_is_the_papers(offline, tmp_path, squeeze):
     import lpips
 
     features = backbone("squeeze").features.eval()
-    features.load_state_dict(of_the_features(squeeze))
+    features.load_state_dict(feature_weights(squeeze))
     linear = torch.load(Path(lpips.__file__).parent / "weights/v0.1/squeeze.pth", "cpu", weights_only=True)
     x, y = torch.rand(2, 3, 3, 40, 36) * 2 - 1
     shift, scale = torch.tensor([[-0.03, -0.088, -0.188], [0.458, 0.448, 0.45]]).view(2, 1, 3, 1, 1)
-    total, at = torch.zeros(3), [(z - shift) / scale for z in (x, y)]
+    total, activations = torch.zeros(3), [(z - shift) / scale for z in (x, y)]
     layers = iter(range(7))
     for i, layer in enumerate(features):
-        at = [layer(z) for z in at]
+        activations = [layer(z) for z in activations]
         if i in (1, 4, 7, 9, 10, 11, 12):
-            a, b = (z / (z.square().sum(1, keepdim=True).sqrt() + 1e-10) for z in at)
+            a, b = (z / (z.square().sum(1, keepdim=True).sqrt() + 1e-10) for z in activations)
             weight = linear[f"lin{next(layers)}.model.1.weight"]
             total += ((a - b).square() * weight).sum(1).mean((1, 2))
-    found = Perceptual("squeeze", weights=saved(tmp_path, squeeze))(x, y)
-    assert torch.allclose(found, total, rtol=1e-4) and found.min() > 1e-3
+    distance = Perceptual("squeeze", weights=save_weights(tmp_path, squeeze))(x, y)
+    assert torch.allclose(distance, total, rtol=1e-4) and distance.min() > 1e-3
 
 
 WRONG = {
@@ -192,7 +192,7 @@ WRONG = {
     "one too many": lambda s: {**s, "fc.weight": torch.zeros(3)},
     "both kinds": lambda s: {**s, "0.weight": s["features.0.weight"]},
     "another shape": lambda s: {**s, "features.0.bias": torch.zeros(63)},
-    "a classifier beside bare features": lambda s: {**of_the_features(s), "classifier.1.bias": torch.zeros(1000)},
+    "a classifier beside bare features": lambda s: {**feature_weights(s), "classifier.1.bias": torch.zeros(1000)},
     "another network": lambda s: {f"features.{i}.weight": torch.zeros(3) for i in (0, 2, 5)},
 }
 
@@ -200,7 +200,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_a_file_of_other_weights_is_refused(offline, tmp_path, squeeze, case):
     with pytest.raises(ValueError, match=r"weights.pth does not fit --perceptual_net squeeze \(\d+ .*squeezenet1_1"):
-        load_perceptual("squeeze", saved(tmp_path, WRONG[case](squeeze)))
+        load_perceptual("squeeze", save_weights(tmp_path, WRONG[case](squeeze)))
 
 
 def test_a_file_that_holds_no_tensors_is_refused_and_not_run(offline, tmp_path, squeeze):
@@ -242,29 +242,30 @@ def test_the_logits_come_from_a_file_with_or_without_counters(offline, tmp_path)
             if name.endswith("running_mean"):
                 b.normal_()
     state = network.state_dict()
-    old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
-    name, perceptual = load_perceptual("resnet50", saved(tmp_path, old))
+    without_counters = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    name, perceptual = load_perceptual("resnet50", save_weights(tmp_path, without_counters))
     x, y = torch.rand(2, 2, 3, 224, 224) * 2 - 1
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
     with torch.no_grad():
         a, b = (network(((z + 1) / 2 - mean) / std) for z in (x, y))
-        found = perceptual(x, y)
-    assert name == "resnet50" and found.shape == (2,) and found.min() > 0
-    assert torch.allclose(found, (a - b).square().sum(1) / 1000, rtol=1e-4)
-    assert len(old) == 267 and load_perceptual("resnet50", saved(tmp_path, state))[0] == "resnet50"
+        distance = perceptual(x, y)
+    assert name == "resnet50" and distance.shape == (2,) and distance.min() > 0
+    assert torch.allclose(distance, (a - b).square().sum(1) / 1000, rtol=1e-4)
+    assert len(without_counters) == 267 and load_perceptual("resnet50", save_weights(tmp_path, state))[0] == "resnet50"
     with pytest.raises(ValueError, match=r"1 missing, e.g. fc.bias\): wanted .* of resnet50; pass it"):
-        load_perceptual("resnet50", saved(tmp_path, {n: v for n, v in state.items() if n != "fc.bias"}))
+        load_perceptual("resnet50", save_weights(tmp_path, {n: v for n, v in state.items() if n != "fc.bias"}))
 
 
 def test_logits_are_of_images_resized_to_224():
     distance = LogitDistance(pretrained=False)
     distance.net = nn.Flatten()
-    seen = distance.logits(torch.full((2, 3, 50, 30), 0.2)).view(2, 3, 224, 224)
-    wanted = torch.tensor([(0.6 - 0.485) / 0.229, (0.6 - 0.456) / 0.224, (0.6 - 0.406) / 0.225]).view(1, 3, 1, 1)
-    assert torch.allclose(seen, wanted.expand(2, 3, 224, 224), atol=1e-5)
-    checks = (-1.0) ** torch.arange(672) * torch.ones(1, 3, 8, 1)
-    smooth = distance.logits(checks).view(1, 3, 224, 224) * distance.std + distance.mean
-    assert (smooth - 0.5)[..., 2:-2].abs().max() < 0.1  # without the filter, every third column: 1 and 0 by turns
+    logits = distance.logits(torch.full((2, 3, 50, 30), 0.2)).view(2, 3, 224, 224)
+    expected = torch.tensor([(0.6 - 0.485) / 0.229, (0.6 - 0.456) / 0.224, (0.6 - 0.406) / 0.225]).view(1, 3, 1, 1)
+    assert torch.allclose(logits, expected.expand(2, 3, 224, 224), atol=1e-5)
+    stripes = (-1.0) ** torch.arange(672) * torch.ones(1, 3, 8, 1)
+    smooth = distance.logits(stripes).view(1, 3, 224, 224) * distance.std + distance.mean
+    # without antialiasing the columns would alternate between 1 and 0
+    assert (smooth - 0.5)[..., 2:-2].abs().max() < 0.1
 
 
 REAL = os.environ.get("LPIPS_SQUEEZE", "")

@@ -47,19 +47,19 @@ def test_codes_are_their_own_nearest():
 
 
 @given(
-    size=st.integers(1, 40), compared=st.integers(1, 200), height=st.integers(1, 6), width=st.integers(1, 6),
+    size=st.integers(1, 40), max_scores=st.integers(1, 200), height=st.integers(1, 6), width=st.integers(1, 6),
     dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 2**32),
 )  # fmt: skip
-def test_a_part_of_the_positions_at_a_time_changes_nothing(size, compared, height, width, dtype, seed):
+def test_a_part_of_the_positions_at_a_time_changes_nothing(size, max_scores, height, width, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(2, 3, height, width, generator=generator, dtype=dtype)
     codebook = torch.randn(size, 3, generator=generator, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantizer, "MAX_SCORES", compared)
+        patch.setattr(quantizer, "MAX_SCORES", max_scores)
         ids = nearest(z, codebook)
     distances = (z[:, None] - codebook[:, :, None, None]).square().sum(2)
-    chosen = distances.gather(1, ids[:, None]).squeeze(1)
-    assert torch.allclose(chosen, distances.amin(1), atol=1e-5 if dtype == torch.float32 else 1e-13)
+    selected = distances.gather(1, ids[:, None]).squeeze(1)
+    assert torch.allclose(selected, distances.amin(1), atol=1e-5 if dtype == torch.float32 else 1e-13)
 
 
 def test_not_all_distances_are_in_memory_at_once(monkeypatch):
@@ -92,8 +92,8 @@ def test_float64_is_not_rounded():
     codebook = torch.tensor([[1.0], [1 + 1e-6]], dtype=torch.float64)
     ids = torch.tensor([[[0, 1, 0, 1, 1]]])
     assert torch.equal(nearest(lookup(ids, codebook), codebook), ids)
-    between = torch.tensor([[[[1e-5 - 1e-9, 1e-5 + 1e-9]]]], dtype=torch.float64)
-    assert nearest(between, torch.tensor([[0.0], [2e-5]])).tolist() == [[[0, 1]]]
+    midpoints = torch.tensor([[[[1e-5 - 1e-9, 1e-5 + 1e-9]]]], dtype=torch.float64)
+    assert nearest(midpoints, torch.tensor([[0.0], [2e-5]])).tolist() == [[[0, 1]]]
     quantizer, z = quantizer_and_vectors()
     codes = quantizer.double()(z.double())
     assert codes.vectors.dtype == codes.loss.dtype == torch.float64
@@ -111,36 +111,36 @@ def test_distances_are_float32_under_autocast():
 
 
 def test_products_have_all_bits_and_the_setting_is_put_back(monkeypatch):
-    seen, addmm = [], torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda *a: seen.append(torch.get_float32_matmul_precision()) or addmm(*a))
+    precisions, addmm = [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a: precisions.append(torch.get_float32_matmul_precision()) or addmm(*a))
     torch.set_float32_matmul_precision("high")
     try:
         nearest(torch.randn(1, D, 2, 2), torch.randn(K, D))
-        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+        assert precisions == ["highest"] and torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
 
 
 def test_the_gradient_passes_straight_through():
     quantizer, z = quantizer_and_vectors()
-    of_output = torch.randn(z.shape)
-    quantizer(z).vectors.backward(of_output)
-    assert torch.equal(z.grad, of_output)
+    output_gradient = torch.randn(z.shape)
+    quantizer(z).vectors.backward(output_gradient)
+    assert torch.equal(z.grad, output_gradient)
     assert quantizer.codebook.weight.grad is None
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_beta_weighs_the_commitment_and_one_the_codebook(legacy):
-    """Or, as in taming-transformers, the other way round."""
+    """With `legacy_beta`, as in taming-transformers, the two are swapped."""
     quantizer, z = quantizer_and_vectors(legacy_beta=legacy)
     codes, n = quantizer(z), z[0].numel()
     e = quantizer.vectors(brute_force(z, quantizer.codebook.weight))
-    of_codebook, of_commitment = (BETA, 1) if legacy else (1, BETA)
-    of_z, of_weight = torch.autograd.grad(codes.loss.sum(), (z, quantizer.codebook.weight))
+    codebook_weight, commitment_weight = (BETA, 1) if legacy else (1, BETA)
+    grad_z, grad_weight = torch.autograd.grad(codes.loss.sum(), (z, quantizer.codebook.weight))
     pull = 2 * (e - z).detach() / n  # (B, D, h, w)
     summed = torch.zeros(K, D).index_add_(0, codes.ids.flatten(), pull.movedim(1, -1).flatten(0, 2))
-    assert torch.allclose(of_z, -of_commitment * pull, atol=1e-7)
-    assert torch.allclose(of_weight, of_codebook * summed, atol=1e-7)
+    assert torch.allclose(grad_z, -commitment_weight * pull, atol=1e-7)
+    assert torch.allclose(grad_weight, codebook_weight * summed, atol=1e-7)
 
 
 def test_the_loss_is_per_example():
@@ -177,7 +177,7 @@ def test_every_assignment_is_counted():
 
 
 @pytest.mark.parametrize(
-    "counts, share, effective",
+    "counts, fraction, effective",
     [
         ([5, 5, 5, 5], 1, 4),
         ([0, 7, 0, 0], 1 / 4, 1),
@@ -185,7 +185,7 @@ def test_every_assignment_is_counted():
         ([4, 2, 2, 0], 3 / 4, 2**1.5),
     ],
 )
-def test_usage_and_perplexity_in_closed_form(counts, share, effective):
+def test_usage_and_perplexity_in_closed_form(counts, fraction, effective):
     counts = torch.tensor(counts, dtype=torch.float32)
-    assert usage(counts) == pytest.approx(share)
+    assert usage(counts) == pytest.approx(fraction)
     assert perplexity(counts) == pytest.approx(effective)

@@ -15,7 +15,7 @@ CASES = [(24, 8, 2), (23, 8, 2), (9, 8, 4), (40, 16, 4), (17, 16, 15), (31, 7, 3
 
 
 class Convolutions(nn.Module):
-    """A VQGAN of convolutions alone, which reach one code to each side; in float64."""
+    """A VQGAN of convolutions only, which reach one code to each side; in float64."""
 
     def __init__(self, codes=32, dim=4, factor=4):
         super().__init__()
@@ -23,12 +23,12 @@ class Convolutions(nn.Module):
         self.encoder = nn.Conv2d(3, dim, 3 * factor, stride=factor, padding=factor)
         self.decoder = nn.ConvTranspose2d(dim, 3, 3 * factor, stride=factor, padding=factor)
         self.table = nn.Parameter(torch.randn(codes, dim))
-        self.seen = []
+        self.shapes = []
         self.double()
         self.quantizer = SimpleNamespace(assign=self.assign)
 
     def latents(self, images):
-        self.seen.append(tuple(images.shape))
+        self.shapes.append(tuple(images.shape))
         return self.encoder(images)
 
     def assign(self, z):
@@ -40,7 +40,7 @@ class Convolutions(nn.Module):
 
     @torch.no_grad()
     def decode(self, ids):
-        self.seen.append(tuple(ids.shape))
+        self.shapes.append(tuple(ids.shape))
         return self.decoder(self.table[ids].movedim(-1, 1))
 
 
@@ -58,41 +58,41 @@ def test_tiles_cover_an_axis_with_at_least_the_given_overlap(size, tile, overlap
     assert starts[0] == 0 and starts[-1] + tile >= size and (len(starts) == 1) == (size <= tile)
     if len(starts) > 1:
         assert starts[-1] + tile == size
-        shared = [before + tile - start for before, start in zip(starts, starts[1:], strict=False)]
-        assert min(shared) >= overlap and max(shared) < tile
-        one_less = (len(starts) - 1) * (tile - overlap) + overlap
-        assert one_less < size  # no tile too many
+        overlaps = [before + tile - start for before, start in zip(starts, starts[1:], strict=False)]
+        assert min(overlaps) >= overlap and max(overlaps) < tile
+        shorter = (len(starts) - 1) * (tile - overlap) + overlap
+        assert shorter < size  # no tile too many
 
 
 @pytest.mark.parametrize("scale", [1, 4])
 @pytest.mark.parametrize("size, tile, overlap", CASES)
 def test_weights_sum_to_one_and_stay_within_their_tiles(size, tile, overlap, scale):
-    shares = tile_weights(size, tile, overlap, scale)
+    weights = tile_weights(size, tile, overlap, scale)
     starts = tile_starts(size, tile, overlap)
-    assert shares.shape == (len(starts), size * scale) and (shares >= 0).all()
-    assert torch.allclose(shares.sum(0), torch.ones(size * scale, dtype=torch.float64), atol=1e-12)
-    for start, share in zip(starts, shares, strict=True):
+    assert weights.shape == (len(starts), size * scale) and (weights >= 0).all()
+    assert torch.allclose(weights.sum(0), torch.ones(size * scale, dtype=torch.float64), atol=1e-12)
+    for start, weight in zip(starts, weights, strict=True):
         inside = torch.zeros(size * scale, dtype=torch.bool)
         inside[start * scale : (start + tile) * scale] = True
-        assert not share[~inside].any() and share[inside].any()
+        assert not weight[~inside].any() and weight[inside].any()
 
 
 def test_weights_change_linearly_in_the_middle_of_an_overlap():
-    shares = tile_weights(12, 8, 4, 2)  # tiles at 0 and 4; they share 8 ... 16 of 24 values
+    weights = tile_weights(12, 8, 4, 2)  # tiles at 0 and 4; they share 8 ... 16 of 24 values
     rising = [0, 0, 1 / 8, 3 / 8, 5 / 8, 7 / 8, 1, 1]
-    assert shares[1].tolist() == pytest.approx([0] * 8 + rising + [1] * 8)
+    assert weights[1].tolist() == pytest.approx([0] * 8 + rising + [1] * 8)
     assert seams(12, 8, 4, 2) == [10, 12, 14]
 
 
 @pytest.mark.parametrize("size, tile, overlap", [(9, 8, 4), (17, 16, 8), (12, 8, 2), (13, 8, 1)])
 def test_two_tiles_are_treated_alike_however_much_they_share(size, tile, overlap):
-    shares = tile_weights(size, tile, overlap, 4)
-    assert len(shares) == 2 and torch.allclose(shares[0], shares[1].flip(0), atol=1e-12)
+    weights = tile_weights(size, tile, overlap, 4)
+    assert len(weights) == 2 and torch.allclose(weights[0], weights[1].flip(0), atol=1e-12)
 
 
 def test_the_border_of_an_image_does_not_fade():
-    shares = tile_weights(40, 16, 8, 1)
-    assert shares[0, 0] == shares[-1, -1] == 1
+    weights = tile_weights(40, 16, 8, 1)
+    assert weights[0, 0] == weights[-1, -1] == 1
     assert seams(16, 16, 8, 4) == [] and (tile_weights(16, 16, 8, 4) == 1).all()
 
 
@@ -100,8 +100,8 @@ def test_the_border_of_an_image_does_not_fade():
 def test_tiles_of_convolutions_decode_as_the_whole(size):
     network = Convolutions()
     ids = torch.randint(32, (2, *size))
-    whole, tiled = network.decode(ids), decode_tiled(network, ids, 8, 4)
-    assert tiled.dtype == torch.float64 and torch.allclose(tiled, whole, rtol=0, atol=1e-12)
+    full, tiled = network.decode(ids), decode_tiled(network, ids, 8, 4)
+    assert tiled.dtype == torch.float64 and torch.allclose(tiled, full, rtol=0, atol=1e-12)
 
 
 def test_an_overlap_too_short_for_the_convolutions_shows():
@@ -137,28 +137,28 @@ def test_an_image_of_one_tile_is_taken_whole(height, width):
 
 
 def test_latents_are_blended_before_they_become_codes():
-    """Codes of one tile alone would be taken from it; here the quantizer sees each position once, of the whole grid."""
-    network, seen = Convolutions(), []
-    network.quantizer = SimpleNamespace(assign=lambda z: seen.append(z) or network.assign(z))
+    """The quantizer gets each position once, with the blended latents of the full grid."""
+    network, inputs = Convolutions(), []
+    network.quantizer = SimpleNamespace(assign=lambda z: inputs.append(z) or network.assign(z))
     x = images(48, 48, dtype=torch.float64)
     encode_tiled(network, x, 8, 4)
-    (latents,) = seen
+    (latents,) = inputs
     assert latents.shape == (2, 4, 12, 12)
 
 
 def test_only_tiles_are_computed_and_as_many_at_once_as_asked():
     network = Convolutions()
     ids = torch.randint(32, (1, 20, 12))  # 4 x 2 tiles
-    one = decode_tiled(network, ids, 8, 4)
-    assert network.seen == [(1, 8, 8)] * 8
-    network.seen.clear()
-    three = decode_tiled(network, ids, 8, 4, tiles_per_batch=3)
-    assert network.seen == [(3, 8, 8), (3, 8, 8), (2, 8, 8)]
-    assert torch.allclose(one, three, rtol=0, atol=1e-12)
-    network.seen.clear()
+    single = decode_tiled(network, ids, 8, 4)
+    assert network.shapes == [(1, 8, 8)] * 8
+    network.shapes.clear()
+    batched = decode_tiled(network, ids, 8, 4, tiles_per_batch=3)
+    assert network.shapes == [(3, 8, 8), (3, 8, 8), (2, 8, 8)]
+    assert torch.allclose(single, batched, rtol=0, atol=1e-12)
+    network.shapes.clear()
     x = images(80, 48, dtype=torch.float64)
     encode_tiled(network, x, 8, 4, tiles_per_batch=2)
-    assert network.seen == [(4, 3, 32, 32)] * 4
+    assert network.shapes == [(4, 3, 32, 32)] * 4
 
 
 def test_latents_of_half_precision_are_blended_in_float32():
@@ -193,7 +193,7 @@ def test_the_seam_ratio_is_that_of_the_differences():
     assert seam_ratio((ramp * 10).to(torch.uint8), [], [8], 4) == pytest.approx(3)
     assert seam_ratio(ramp, [8], [8], 4) == pytest.approx((3 + 0) / 1)  # no row differs: 1.5 at seams, 0.5 elsewhere
     blocks = torch.zeros(1, 1, 1, 32)
-    blocks[..., torch.arange(32) // 4 % 2 == 1] = 1  # codes that are seen themselves are no seams
+    blocks[..., torch.arange(32) // 4 % 2 == 1] = 1  # visible boundaries between codes are not seams
     assert seam_ratio(blocks, [], [16], 4) == pytest.approx(1)
 
 
@@ -206,22 +206,23 @@ def test_a_ratio_of_nothing_is_no_number():
 @pytest.mark.parametrize("seed", range(4))
 def test_abutting_tiles_have_seams_that_blended_ones_have_not(seed):
     torch.manual_seed(seed)
-    network, ids = random_network(), torch.full((1, 16, 16), 3)  # a surface of one code: what is not flat is a border
+    # one code everywhere: any variation comes from a border
+    network, ids = random_network(), torch.full((1, 16, 16), 3)
 
     def seam(overlap):
-        places = seams(16, 8, overlap, 4)
-        return seam_ratio(decode_tiled(network, ids, 8, overlap), places, places, 4)
+        positions = seams(16, 8, overlap, 4)
+        return seam_ratio(decode_tiled(network, ids, 8, overlap), positions, positions, 4)
 
     assert seam(0) > 1.05 * seam(4)
 
 
 def test_a_constant_per_tile_shows_in_abutting_tiles_only():
-    """As group norm has it: each tile is brought to mean 0."""
+    """As with group norm, each tile is shifted to mean 0."""
     surface = torch.linspace(-1, 1, 96).expand(1, 1, 96, 96)
 
     def seam(overlap):
         tiled = apply_tiled(lambda part: part - part.mean(), surface, 8, overlap, scales=(4, 4))
-        places = seams(24, 8, overlap, 4)
-        return seam_ratio(tiled, places, places, 4)
+        positions = seams(24, 8, overlap, 4)
+        return seam_ratio(tiled, positions, positions, 4)
 
     assert seam(0) > 10 and seam(4) < 2

@@ -22,17 +22,17 @@ from vq.quantizer import make_quantizer
 from vq.quantizers import Quantized, Quantizer, QuantizerConfig, StepContext
 
 NAMES = plugin_names("vq.quantizers")
-OF_THE_BATCH = {"lfq", "ibq"}  # whose loss holds the entropy of the codes that a batch uses
+BATCH_DEPENDENT = {"lfq", "ibq"}  # their loss contains the entropy of the codes of a batch
 GRIDS = [(4, 4), (2, 5), (1, 1)]
 
 
-def built(name, codebook_size=16, emb_dim=4, seed=0):
+def build(name, codebook_size=16, emb_dim=4, seed=0):
     torch.manual_seed(seed)
     return make_quantizer(VQGANConfig(quantizer=name, codebook_size=codebook_size, emb_dim=emb_dim))
 
 
 def vectors_for(quantizer, batch=3, grid=(4, 3), seed=1):
-    """What an encoder might give (B, D, h, w)."""
+    """Random encoder outputs (B, D, h, w)."""
     return torch.randn(batch, quantizer.dim, *grid, generator=torch.Generator().manual_seed(seed))
 
 
@@ -40,8 +40,8 @@ def context(batch=3, step=5, first=0):
     return StepContext(step, seed=step, rng=Streams(list(range(first, first + batch))))
 
 
-def same(some, others):
-    return all(torch.equal(a, b) for a, b in zip(some[:3], others[:3], strict=True))
+def equal_outputs(actual, expected):
+    return all(torch.equal(a, b) for a, b in zip(actual[:3], expected[:3], strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,7 +49,7 @@ def same(some, others):
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("trains", [False, True])
 def test_shapes_and_types(name, codebook_size, emb_dim, grid, trains):
-    quantizer = built(name, codebook_size, emb_dim)
+    quantizer = build(name, codebook_size, emb_dim)
     config = VQGANConfig(quantizer=name, codebook_size=codebook_size, emb_dim=emb_dim)
     assert isinstance(quantizer, Quantizer)
     assert (quantizer.codebook_size, quantizer.dim) == (codebook_size, config.code_dim)
@@ -70,7 +70,7 @@ def test_shapes_and_types(name, codebook_size, emb_dim, grid, trains):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_without_training_forward_assigns_and_decodes_codes(name, grid):
-    quantizer = built(name)
+    quantizer = build(name)
     z = vectors_for(quantizer, 40, grid)
     codes = quantizer(z)
     assert torch.equal(codes.ids, quantizer.assign(z)) and len(codes.ids.unique()) > 4
@@ -81,43 +81,43 @@ def test_without_training_forward_assigns_and_decodes_codes(name, grid):
 @given(data=st.data())
 def test_codes_are_recognised_by_their_vectors(name, data):
     codebook_size = data.draw(st.sampled_from([16, 64]))
-    quantizer = built(name, codebook_size, emb_dim=8, seed=data.draw(st.integers(0, 2**16)))
+    quantizer = build(name, codebook_size, emb_dim=8, seed=data.draw(st.integers(0, 2**16)))
     shape = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)))
     ids = torch.from_numpy(data.draw(arrays("int64", shape, elements=st.integers(0, codebook_size - 1))))
     vectors = quantizer.vectors(ids)
     assert torch.equal(quantizer.ids_of(vectors), ids)
-    one = quantizer.vectors(ids[:1, :1, :1])
-    assert torch.equal(vectors[:1, :, :1, :1], one), "a code's vector depends on its neighbours"
+    single = quantizer.vectors(ids[:1, :1, :1])
+    assert torch.equal(vectors[:1, :, :1, :1], single), "a code's vector depends on its neighbours"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_have_vectors_of_their_own(name):
-    quantizer = built(name, 64, 8)
+    quantizer = build(name, 64, 8)
     vectors = quantizer.vectors(torch.arange(64).view(1, 8, 8)).movedim(1, -1).flatten(0, 2)
     assert len(vectors.unique(dim=0)) == 64
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_slightly_perturbed_codes_are_recognised(name):
-    quantizer, ids = built(name, 64, 8), torch.arange(64).view(1, 8, 8)
+    quantizer, ids = build(name, 64, 8), torch.arange(64).view(1, 8, 8)
     vectors = quantizer.vectors(ids).detach()
-    apart = torch.pdist(vectors.movedim(1, -1).flatten(0, 2)).min()
-    off = torch.nn.functional.normalize(torch.randn_like(vectors), dim=1) * 0.2 * apart
-    assert torch.equal(quantizer.ids_of(vectors + off), ids)
+    min_distance = torch.pdist(vectors.movedim(1, -1).flatten(0, 2)).min()
+    offset = torch.nn.functional.normalize(torch.randn_like(vectors), dim=1) * 0.2 * min_distance
+    assert torch.equal(quantizer.ids_of(vectors + offset), ids)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("trains", [False, True])
 def test_autocast_changes_nothing(name, dtype, trains):
-    quantizer = built(name)
+    quantizer = build(name)
     z = vectors_for(quantizer).to(dtype)
     plain = quantizer(z.float(), context() if trains else None)
     with torch.autocast("cpu", dtype):
         codes = quantizer(z.requires_grad_(), context() if trains else None)
         assert torch.equal(quantizer.assign(z), quantizer.assign(z.float()))
     assert codes.vectors.dtype == codes.loss.dtype == torch.float32
-    assert same(codes, plain)
+    assert equal_outputs(codes, plain)
     (codes.vectors.sum() + codes.loss.sum()).backward()
     if trains:
         assert z.grad.dtype == dtype and z.grad.isfinite().all()
@@ -125,72 +125,72 @@ def test_autocast_changes_nothing(name, dtype, trains):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_float64_stays(name):
-    quantizer = built(name).double()
+    quantizer = build(name).double()
     codes = quantizer(vectors_for(quantizer).double(), context())
     assert codes.vectors.dtype == codes.loss.dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_reach_every_vector_and_every_weight(name):
-    """A weight that gets none would stop several processes, which wait for it."""
-    quantizer = built(name)
+    """Distributed training would hang on a weight without a gradient."""
+    quantizer = build(name)
     z = vectors_for(quantizer, 3).requires_grad_()
     codes = quantizer(z, context())
-    (of_z,) = torch.autograd.grad((codes.vectors * torch.randn(z.shape)).sum(), z, retain_graph=True)
-    assert of_z.isfinite().all() and (of_z != 0).any(1).all()
+    (grad_z,) = torch.autograd.grad((codes.vectors * torch.randn(z.shape)).sum(), z, retain_graph=True)
+    assert grad_z.isfinite().all() and (grad_z != 0).any(1).all()
     (codes.vectors.square().sum() + codes.loss.sum()).backward()
-    for weight, parameter in quantizer.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), weight
+    for key, parameter in quantizer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("trains", [False, True])
 def test_an_example_does_not_depend_on_the_others(name, trains):
-    quantizer = built(name)
+    quantizer = build(name)
     z = vectors_for(quantizer, 4)
-    whole = quantizer(z, context(4) if trains else None)
+    batched = quantizer(z, context(4) if trains else None)
     for i in range(4):
-        alone = quantizer(z[i : i + 1], context(1, first=i) if trains else None)
-        assert torch.equal(alone.ids, whole.ids[i : i + 1])
-        assert torch.allclose(alone.vectors, whole.vectors[i : i + 1], atol=1e-6)
-        if name not in OF_THE_BATCH:
-            assert torch.allclose(alone.loss, whole.loss[i : i + 1], rtol=1e-5)
+        single = quantizer(z[i : i + 1], context(1, first=i) if trains else None)
+        assert torch.equal(single.ids, batched.ids[i : i + 1])
+        assert torch.allclose(single.vectors, batched.vectors[i : i + 1], atol=1e-6)
+        if name not in BATCH_DEPENDENT:
+            assert torch.allclose(single.loss, batched.loss[i : i + 1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("trains", [False, True])
 def test_randomness_comes_only_from_the_step_context(name, trains):
-    quantizer = built(name)
+    quantizer = build(name)
     z, before = vectors_for(quantizer), torch.get_rng_state()
-    first, again = (copy.deepcopy(quantizer), copy.deepcopy(quantizer))
-    told = [context() if trains else None for _ in range(2)]
-    assert same(first(z, told[0]), again(z, told[1]))
-    for each, of_step in zip((first, again), told, strict=True):
-        each.update_codebook(of_step)
-    assert same(first(z), again(z)) and torch.equal(torch.get_rng_state(), before)
+    first, second = (copy.deepcopy(quantizer), copy.deepcopy(quantizer))
+    contexts = [context() if trains else None for _ in range(2)]
+    assert equal_outputs(first(z, contexts[0]), second(z, contexts[1]))
+    for instance, step_context in zip((first, second), contexts, strict=True):
+        instance.update_codebook(step_context)
+    assert equal_outputs(first(z), second(z)) and torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_copy_that_loads_the_state_is_the_same(name):
-    quantizer, other = built(name), built(name, seed=7)
+    quantizer, other = build(name), build(name, seed=7)
     z = vectors_for(quantizer)
     quantizer(z, context())
     quantizer.update_codebook(context())
     other.load_state_dict(quantizer.state_dict())
-    assert same(quantizer(z), other(z)) and same(quantizer(z, context()), other(z, context()))
-    for each in (quantizer, other):
-        each.update_codebook(context())
-    assert same(quantizer(z), other(z))
+    assert equal_outputs(quantizer(z), other(z)) and equal_outputs(quantizer(z, context()), other(z, context()))
+    for instance in (quantizer, other):
+        instance.update_codebook(context())
+    assert equal_outputs(quantizer(z), other(z))
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("told", [None, StepContext(5, seed=5)])
-def test_only_training_batches_update_the_codebook(name, told):
-    """A skipped step (None), or one that saw nothing, leaves everything as it was."""
-    quantizer = built(name)
+@pytest.mark.parametrize("step_context", [None, StepContext(5, seed=5)])
+def test_only_training_batches_update_the_codebook(name, step_context):
+    """A skipped step (None), or one without training batches, changes nothing."""
+    quantizer = build(name)
     before = copy.deepcopy(quantizer.state_dict())
-    quantizer(vectors_for(quantizer), context() if told is None else None)
-    quantizer.update_codebook(told)
+    quantizer(vectors_for(quantizer), context() if step_context is None else None)
+    quantizer.update_codebook(step_context)
     quantizer.update_codebook(context())
     after = quantizer.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(tensor, before[key]) for key, tensor in after.items())
@@ -209,12 +209,12 @@ def test_its_options_are_a_frozen_config_of_documented_fields(name):
     fields = dataclasses.fields(file.Config)
     assert issubclass(file.Config, QuantizerConfig) and file.Config.__dataclass_params__.frozen
     assert file.Config.__doc__ and all(field.kw_only for field in fields)
-    notes = {note for cls in file.Config.__mro__[:-1] for note in noted(cls)}
-    assert {field.name for field in fields} <= notes
+    documented = {note for cls in file.Config.__mro__[:-1] for note in documented_fields(cls)}
+    assert {field.name for field in fields} <= documented
     assert isinstance(file.build(file.Config(), 16, file.Config().code_dim(16, 4)), Quantizer)
 
 
-def noted(cls):
+def documented_fields(cls):
     """The fields that a docstring follows in the source of a class."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     return [
@@ -232,10 +232,10 @@ def test_options_of_another_quantizer_are_refused(name):
 
 
 def test_fields_of_one_name_are_one_flag():
-    """Of the same type and default, so that one value can be typed for several quantizers; and none of the network."""
-    seen = {}
+    """Equal names have one type and default, so that a flag serves several quantizers; none is a network's flag."""
+    flags = {}
     for name in NAMES:
         for key, flag in flags_of(load_plugin("vq.quantizers", name, "quantizer").Config).items():
-            assert seen.setdefault(key, flag) == flag, f"--{key} of {name}"
+            assert flags.setdefault(key, flag) == flag, f"--{key} of {name}"
     groups = [field.type for field in dataclasses.fields(VQGANRunConfig) if field.name != "reader"]
-    assert not seen.keys() & {flag for group in groups for flag in flags_of(group)}
+    assert not flags.keys() & {flag for group in groups for flag in flags_of(group)}

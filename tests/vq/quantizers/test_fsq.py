@@ -86,9 +86,9 @@ def test_every_code_is_chosen_by_some_vector_and_decoded_exactly():
 @pytest.mark.parametrize("levels", [(8, 5), (2, 3, 4)])
 def test_the_code_of_any_vector_is_the_nearest(levels):
     quantizer = FSQQuantizer(levels)
-    everything = quantizer.vectors(as_grid(torch.arange(quantizer.codebook_size)))[0, :, 0].t()  # (K, D)
+    codebook = quantizer.vectors(as_grid(torch.arange(quantizer.codebook_size)))[0, :, 0].t()  # (K, D)
     vectors = 1.5 * torch.randn(5, quantizer.dim, 6, 7)
-    distances = (vectors[:, None] - everything[:, :, None, None]).square().sum(2)
+    distances = (vectors[:, None] - codebook[:, :, None, None]).square().sum(2)
     assert torch.equal(quantizer.ids_of(vectors), distances.argmin(1))
     assert torch.equal(quantizer.ids_of(100 * vectors.sign()), quantizer.ids_of(vectors.sign()))
 
@@ -97,12 +97,12 @@ def test_the_gradient_is_that_of_the_bound():
     quantizer = FSQQuantizer(LEVELS)
     z = z_for(quantizer, dtype=torch.float64).requires_grad_()
     codes = quantizer(z)
-    of_output = torch.randn_like(z)
-    codes.vectors.backward(of_output)
+    output_gradient = torch.randn_like(z)
+    codes.vectors.backward(output_gradient)
     levels = torch.tensor(LEVELS, dtype=torch.float64).view(-1, 1, 1)
     half, offset = (levels - 1) / 2 * 0.999, (levels % 2 == 0) / 2
     slope = half / (z + (offset / half).tan()).cosh().square() / (levels // 2)
-    assert torch.allclose(z.grad, of_output * slope, rtol=1e-9, atol=1e-15)
+    assert torch.allclose(z.grad, output_gradient * slope, rtol=1e-9, atol=1e-15)
     assert codes.vectors.dtype == codes.loss.dtype == torch.float64
 
 

@@ -21,8 +21,8 @@ def quantizer_and_vectors(batch=3, **options):
     return quantizer, torch.randn(batch, D, 4, 5, dtype=torch.float64).requires_grad_()
 
 
-class Given:
-    """An rng whose numbers are known."""
+class FixedRng:
+    """An rng with fixed uniform numbers."""
 
     def __init__(self, u):
         self.u = u
@@ -33,19 +33,19 @@ class Given:
 
 
 def context(u, step=STEPS // 4):
-    return StepContext(step, rng=Given(u))
+    return StepContext(step, rng=FixedRng(u))
 
 
 def logits_of(quantizer, z):
     return F.conv2d(z, quantizer.logits.weight, quantizer.logits.bias).movedim(1, -1)  # (B, h, w, K)
 
 
-def relaxed(quantizer, z, u, tau):
+def gumbel_softmax(quantizer, z, u, tau):
     g = -torch.log(-torch.log(u))
     return ((logits_of(quantizer, z) + g) / tau).softmax(-1)
 
 
-def mixed(quantizer, y):
+def mean_vectors(quantizer, y):
     return torch.einsum("bhwk,kd->bdhw", y, quantizer.codebook.weight)
 
 
@@ -60,27 +60,30 @@ def test_the_likeliest_code_without_training():
 def test_training_decodes_the_mean_of_the_codebook():
     quantizer, z = quantizer_and_vectors()
     u = torch.rand(3, 4, 5, K, dtype=torch.float64)
-    y, codes = relaxed(quantizer, z, u, tau=0.75), quantizer(z, context(u))
-    assert torch.allclose(codes.vectors, mixed(quantizer, y), rtol=1e-12)
+    y, codes = gumbel_softmax(quantizer, z, u, tau=0.75), quantizer(z, context(u))
+    assert torch.allclose(codes.vectors, mean_vectors(quantizer, y), rtol=1e-12)
     assert torch.equal(codes.ids, y.argmax(-1)) and (codes.ids != quantizer.assign(z)).any()
     assert codes.metrics["temperature"] == 0.75
 
 
 def test_straight_through_decodes_one_code_by_mean_gradient():
     quantizer, z = quantizer_and_vectors(straight_through=True)
-    u, of_output = torch.rand(3, 4, 5, K, dtype=torch.float64), torch.randn(3, D, 4, 5, dtype=torch.float64)
-    codes, y = quantizer(z, context(u)), relaxed(quantizer, z, u, tau=0.75)
+    u, output_gradient = torch.rand(3, 4, 5, K, dtype=torch.float64), torch.randn(3, D, 4, 5, dtype=torch.float64)
+    codes, y = quantizer(z, context(u)), gumbel_softmax(quantizer, z, u, tau=0.75)
     assert torch.allclose(codes.vectors, quantizer.vectors(codes.ids)) and torch.equal(codes.ids, y.argmax(-1))
     inputs = (z, quantizer.logits.weight, quantizer.logits.bias)
-    got, wanted = (
-        torch.autograd.grad((vectors * of_output).sum(), inputs) for vectors in (codes.vectors, mixed(quantizer, y))
+    actual, expected = (
+        torch.autograd.grad((vectors * output_gradient).sum(), inputs)
+        for vectors in (codes.vectors, mean_vectors(quantizer, y))
     )
-    assert all(torch.allclose(*each) for each in zip(got, wanted, strict=True)) and got[0].abs().max() > 0
-    (of_codebook,) = torch.autograd.grad(
-        (quantizer(z, context(u)).vectors * of_output).sum(), quantizer.codebook.weight
+    assert all(torch.allclose(*pair) for pair in zip(actual, expected, strict=True)) and actual[0].abs().max() > 0
+    (codebook_gradient,) = torch.autograd.grad(
+        (quantizer(z, context(u)).vectors * output_gradient).sum(), quantizer.codebook.weight
     )
-    summed = torch.zeros(K, D).double().index_add_(0, codes.ids.flatten(), of_output.movedim(1, -1).reshape(-1, D))
-    assert torch.allclose(of_codebook, summed)
+    summed = (
+        torch.zeros(K, D).double().index_add_(0, codes.ids.flatten(), output_gradient.movedim(1, -1).reshape(-1, D))
+    )
+    assert torch.allclose(codebook_gradient, summed)
 
 
 @pytest.mark.parametrize("step, tau", [(0, 1), (STEPS // 2, 0.5), (935, 0.065), (938, 1 / 16), (10 * STEPS, 1 / 16)])
@@ -89,7 +92,7 @@ def test_the_temperature_falls_to_a_sixteenth(step, tau):
     u = torch.rand(3, 4, 5, K, dtype=torch.float64)
     codes = quantizer(z, context(u, step))
     assert codes.metrics["temperature"] == pytest.approx(tau)
-    assert torch.allclose(codes.vectors, mixed(quantizer, relaxed(quantizer, z, u, tau)))
+    assert torch.allclose(codes.vectors, mean_vectors(quantizer, gumbel_softmax(quantizer, z, u, tau)))
 
 
 def test_codes_are_drawn_with_their_probabilities():

@@ -22,7 +22,7 @@ def z_for(batch=3, scale=1.0, dtype=torch.float64):
     return (scale * torch.randn(batch, D, 4, 3, dtype=torch.float64)).to(dtype).requires_grad_()
 
 
-def written_out(q, z):
+def reference(q, z):
     """z_q (B, D, h, w), the three squares and the two entropies of each example, with Ind (B, h w, K)."""
     c, flat = q.codebook.weight, z.movedim(1, -1).flatten(1, 2)
     logits = flat @ c.t()
@@ -58,16 +58,16 @@ def test_ids_and_vectors_are_inverse_for_all_codes():
 @pytest.mark.parametrize("part", ["vectors", "loss"])
 def test_gradients_through_the_index_are_those_of_the_formula(part):
     q, z = quantizer().double(), z_for()
-    z_q, squares, code_entropy, codebook_entropy = written_out(q, z)
+    z_q, squares, code_entropy, codebook_entropy = reference(q, z)
     expected = {"vectors": z_q, "loss": squares + WEIGHT * (code_entropy - codebook_entropy)}[part]
-    ours = getattr(q(z), part)
-    assert torch.allclose(ours, expected, rtol=1e-10) and ours.dtype == torch.float64
+    actual = getattr(q(z), part)
+    assert torch.allclose(actual, expected, rtol=1e-10) and actual.dtype == torch.float64
     weights = torch.randn_like(expected)
-    got, wanted = (
-        torch.autograd.grad((x * weights).sum(), (z, q.codebook.weight), retain_graph=True) for x in (ours, expected)
+    actual_grads, expected_grads = (
+        torch.autograd.grad((x * weights).sum(), (z, q.codebook.weight), retain_graph=True) for x in (actual, expected)
     )
-    assert torch.allclose(got[0], wanted[0], rtol=1e-8, atol=1e-12)
-    assert torch.allclose(got[1], wanted[1], rtol=1e-8, atol=1e-12)
+    assert torch.allclose(actual_grads[0], expected_grads[0], rtol=1e-8, atol=1e-12)
+    assert torch.allclose(actual_grads[1], expected_grads[1], rtol=1e-8, atol=1e-12)
 
 
 def test_every_code_gets_a_gradient_also_those_not_chosen():
@@ -80,14 +80,14 @@ def test_every_code_gets_a_gradient_also_those_not_chosen():
 
 def test_metrics_are_the_parts_of_the_loss():
     q, z = quantizer().double(), z_for()
-    codes, (_, _, code_entropy, codebook_entropy) = q(z), written_out(q, z)
+    codes, (_, _, code_entropy, codebook_entropy) = q(z), reference(q, z)
     assert codes.metrics["entropy"] == pytest.approx(code_entropy.mean().item())
     assert codes.metrics["codebook_entropy"] == pytest.approx(codebook_entropy.item())
     assert codes.metrics["commitment"] == pytest.approx((z - q.vectors(codes.ids)).square().mean().item())
 
 
-class Two:
-    """Two processes, of which the other's mean is known beforehand."""
+class TwoProcesses:
+    """Simulates the first of two processes, given the mean of the other."""
 
     rank, size = 0, 2
 
@@ -101,8 +101,8 @@ class Two:
 def test_two_processes_have_the_loss_and_the_gradient_of_one():
     q, z = quantizer().double(), z_for(4).detach()
     weight = q.codebook.weight
-    whole = q(z, StepContext(0)).loss
-    (expected,) = torch.autograd.grad(whole.mean(), weight)
+    full = q(z, StepContext(0)).loss
+    (expected,) = torch.autograd.grad(full.mean(), weight)
     parts = z.chunk(2)
     means = [
         (torch.einsum("bdhw,kd->bhwk", part, weight) / TEMPERATURE).softmax(-1).mean((0, 1, 2)).detach()
@@ -110,13 +110,13 @@ def test_two_processes_have_the_loss_and_the_gradient_of_one():
     ]
     losses, gradients = [], []
     for part, other in zip(parts, reversed(means), strict=True):
-        codes = q(part, StepContext(0, dist=Two(other)))
+        codes = q(part, StepContext(0, dist=TwoProcesses(other)))
         losses.append(codes.loss.detach())
         gradients.append(torch.autograd.grad(codes.loss.mean(), weight)[0])
-    assert torch.allclose(torch.cat(losses), whole, rtol=1e-10)
+    assert torch.allclose(torch.cat(losses), full, rtol=1e-10)
     assert torch.allclose(sum(gradients) / 2, expected, rtol=1e-8)
-    alone = [torch.autograd.grad(q(part).loss.mean(), weight)[0] for part in parts]
-    assert not torch.allclose(sum(alone) / 2, expected, rtol=1e-2)
+    local = [torch.autograd.grad(q(part).loss.mean(), weight)[0] for part in parts]
+    assert not torch.allclose(sum(local) / 2, expected, rtol=1e-2)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.01])
@@ -143,11 +143,11 @@ def test_products_are_float32_under_autocast():
 def test_only_forward_holds_positions_times_codes(monkeypatch):
     q, z = IBQQuantizer(2**8, 2), torch.randn(1, 2, 16, 16)
     monkeypatch.setattr(vq.quantizer, "MAX_SCORES", 2**12)
-    with LargestTensor() as of_assign:
+    with LargestTensor() as assign_peak:
         q.assign(z)
-    with LargestTensor() as of_forward:
+    with LargestTensor() as forward_peak:
         q(z)
-    assert of_assign.made == 2**12 and of_forward.made == 2**16
+    assert assign_peak.made == 2**12 and forward_peak.made == 2**16
 
 
 def test_codes_start_spread():

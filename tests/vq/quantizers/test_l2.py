@@ -32,9 +32,9 @@ def test_lengths_do_not_matter():
     quantizer, z = quantizer_and_vectors()
     codes = quantizer(z)
     quantizer.codebook.weight.data *= 1 + torch.rand(K, 1)
-    again = quantizer(z * (1 + torch.rand(3, 1, 4, 3)))
-    assert torch.equal(again.ids, codes.ids)
-    assert torch.allclose(again.vectors, codes.vectors) and torch.allclose(again.loss, codes.loss)
+    rescaled = quantizer(z * (1 + torch.rand(3, 1, 4, 3)))
+    assert torch.equal(rescaled.ids, codes.ids)
+    assert torch.allclose(rescaled.vectors, codes.vectors) and torch.allclose(rescaled.loss, codes.loss)
 
 
 def test_vectors_are_of_unit_length():
@@ -43,17 +43,17 @@ def test_vectors_are_of_unit_length():
     for vectors in (codes.vectors, quantizer.vectors(codes.ids)):
         assert torch.allclose(vectors.norm(dim=1), torch.ones(3, 4, 3).double())
     assert torch.allclose(codes.vectors, quantizer.vectors(codes.ids))
-    wanted = quantizer.codebook.weight[codes.ids[1, 2, 0]]
-    assert torch.allclose(codes.vectors[1, :, 2, 0], wanted / wanted.norm())
+    expected = quantizer.codebook.weight[codes.ids[1, 2, 0]]
+    assert torch.allclose(codes.vectors[1, :, 2, 0], expected / expected.norm())
 
 
 def test_the_gradient_passes_to_the_unit_vector_and_on_to_z():
     quantizer, z = quantizer_and_vectors()
     g = torch.randn(z.shape).double()
-    (of_z,) = torch.autograd.grad((quantizer(z).vectors * g).sum(), z)
+    (grad_z,) = torch.autograd.grad((quantizer(z).vectors * g).sum(), z)
     u, length = F.normalize(z.detach(), dim=1), z.detach().norm(dim=1, keepdim=True)
-    assert torch.allclose(of_z, (g - u * (u * g).sum(1, keepdim=True)) / length)
-    assert torch.allclose((of_z * z).sum(1), torch.zeros(3, 4, 3).double(), atol=1e-12)
+    assert torch.allclose(grad_z, (g - u * (u * g).sum(1, keepdim=True)) / length)
+    assert torch.allclose((grad_z * z).sum(1), torch.zeros(3, 4, 3).double(), atol=1e-12)
 
 
 def test_the_loss_uses_unit_vectors_and_beta_for_commitment():
@@ -64,9 +64,9 @@ def test_the_loss_uses_unit_vectors_and_beta_for_commitment():
     distance = (u - e).square().mean((1, 2, 3))
     assert torch.allclose(codes.loss, (1 + BETA) * distance)
     assert torch.allclose(codes.metrics["commitment"], distance.mean())
-    of_z, of_weight = torch.autograd.grad(codes.loss.sum(), (z, weight))
-    both = torch.autograd.grad(distance.sum(), (z, weight))
-    assert torch.allclose(of_z, BETA * both[0]) and torch.allclose(of_weight, both[1])
+    grad_z, grad_weight = torch.autograd.grad(codes.loss.sum(), (z, weight))
+    gradients = torch.autograd.grad(distance.sum(), (z, weight))
+    assert torch.allclose(grad_z, BETA * gradients[0]) and torch.allclose(grad_weight, gradients[1])
 
 
 def test_codes_start_anywhere_on_the_sphere():

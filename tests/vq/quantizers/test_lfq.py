@@ -23,20 +23,20 @@ def z_for(batch=3, scale=1.0, dtype=torch.float64):
     return (scale * torch.randn(batch, D, 4, 3, dtype=torch.float64)).to(dtype).requires_grad_()
 
 
-def everything(q, dtype=torch.float64):
+def all_codes(q, dtype=torch.float64):
     """All codes' vectors (K, D)."""
     return q.vectors(torch.arange(q.codebook_size).view(1, 1, -1))[0, :, 0].t().to(dtype)
 
 
-def of_distances(z, codes, temperature):
+def distance_softmax(z, codes, temperature):
     """softmax over all codes of -|z - c|^2 / temperature, (B, h w, K)."""
     flat = z.movedim(1, -1).flatten(1, 2)
     return (-(flat[:, :, None] - codes).square().sum(-1) / temperature).softmax(-1)
 
 
-def brute_loss(q, z, p_of_all=None):
-    p = of_distances(z, everything(q), TEMPERATURE)
-    mean = p.flatten(0, 1).mean(0) if p_of_all is None else p_of_all
+def reference_loss(q, z, mean_p=None):
+    p = distance_softmax(z, all_codes(q), TEMPERATURE)
+    mean = p.flatten(0, 1).mean(0) if mean_p is None else mean_p
     code_entropy, codebook_entropy = torch.special.entr(p).sum(-1).mean(1), torch.special.entr(mean).sum()
     signs = torch.where(z >= 0, 1.0, -1.0).double()
     return (
@@ -58,7 +58,7 @@ def test_signs_are_bits_and_zero_is_positive():
 def test_every_code_is_chosen_and_is_the_nearest():
     q, z = quantizer(), z_for(50, dtype=torch.float32).detach()
     codes = q(z)
-    distances = (z[:, None] - everything(q, torch.float32)[:, :, None, None]).square().sum(2)
+    distances = (z[:, None] - all_codes(q, torch.float32)[:, :, None, None]).square().sum(2)
     assert torch.equal(codes.ids, distances.argmin(1)) and len(codes.ids.unique()) == K
     assert torch.equal(codes.ids, q.assign(z)) and torch.equal(codes.ids, q.ids_of(z))
     assert torch.equal(codes.vectors, q.vectors(codes.ids)) and codes.vectors.dtype == torch.float32
@@ -72,14 +72,14 @@ def test_ids_and_vectors_are_inverse_for_all_codes(bits):
 
 
 def test_the_gradient_passes_straight_through():
-    z, of_output = z_for(), torch.randn(3, D, 4, 3, dtype=torch.float64)
-    quantizer()(z).vectors.backward(of_output)
-    assert torch.equal(z.grad, of_output)
+    z, output_gradient = z_for(), torch.randn(3, D, 4, 3, dtype=torch.float64)
+    quantizer()(z).vectors.backward(output_gradient)
+    assert torch.equal(z.grad, output_gradient)
 
 
 def test_loss_and_gradient_match_sums_over_all_codes():
     q, z, weights = quantizer(), z_for(), torch.rand(3, dtype=torch.float64)
-    codes, (loss, code_entropy, codebook_entropy) = q(z), brute_loss(q, z)
+    codes, (loss, code_entropy, codebook_entropy) = q(z), reference_loss(q, z)
     assert torch.allclose(codes.loss, loss, rtol=1e-10) and codes.loss.dtype == torch.float64
     assert codes.metrics["entropy"] == pytest.approx(code_entropy.mean().item())
     assert codes.metrics["codebook_entropy"] == pytest.approx(codebook_entropy.item())
@@ -91,14 +91,14 @@ def test_loss_and_gradient_match_sums_over_all_codes():
 def test_temperature_001_is_open_magvit2s_inverse_100():
     """Open-MAGVIT2's softmax of 100 * 2 z.c over all codes."""
     q, z = quantizer(temperature=0.01, beta=0), z_for(scale=0.01)
-    p = (200 * z.movedim(1, -1).flatten(0, 2) @ everything(q).t()).softmax(-1)
+    p = (200 * z.movedim(1, -1).flatten(0, 2) @ all_codes(q).t()).softmax(-1)
     codes = q(z)
     assert codes.metrics["entropy"] == pytest.approx(torch.special.entr(p).sum(1).mean().item())
     assert codes.metrics["codebook_entropy"] == pytest.approx(torch.special.entr(p.mean(0)).sum().item())
 
 
-class Two:
-    """Two processes, of which the other's mean is known beforehand."""
+class TwoProcesses:
+    """Simulates one of two processes, given the mean of the other."""
 
     size = 2
 
@@ -120,18 +120,20 @@ def test_two_processes_have_the_loss_and_the_gradient_of_one():
     def z_of(part):
         return torch.nn.functional.conv2d(part, weight)
 
-    whole = q(z_of(x), StepContext(0)).loss
-    (expected,) = torch.autograd.grad(whole.mean(), weight)
-    means = [of_distances(z_of(part), everything(q), TEMPERATURE).flatten(0, 1).mean(0).detach() for part in x.chunk(2)]
+    full = q(z_of(x), StepContext(0)).loss
+    (expected,) = torch.autograd.grad(full.mean(), weight)
+    means = [
+        distance_softmax(z_of(part), all_codes(q), TEMPERATURE).flatten(0, 1).mean(0).detach() for part in x.chunk(2)
+    ]
     losses, gradients = [], []
     for rank, part in enumerate(x.chunk(2)):
-        codes = q(z_of(part), StepContext(0, dist=Two(rank, means[1 - rank])))
+        codes = q(z_of(part), StepContext(0, dist=TwoProcesses(rank, means[1 - rank])))
         losses.append(codes.loss.detach())
         gradients.append(torch.autograd.grad(codes.loss.mean(), weight)[0])
-    assert torch.allclose(torch.cat(losses), whole, rtol=1e-10)
+    assert torch.allclose(torch.cat(losses), full, rtol=1e-10)
     assert torch.allclose(sum(gradients) / 2, expected, rtol=1e-8)
-    alone = [torch.autograd.grad(q(z_of(part)).loss.mean(), weight)[0] for part in x.chunk(2)]
-    assert not torch.allclose(sum(alone) / 2, expected, rtol=1e-2)
+    local = [torch.autograd.grad(q(z_of(part)).loss.mean(), weight)[0] for part in x.chunk(2)]
+    assert not torch.allclose(sum(local) / 2, expected, rtol=1e-2)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.01])
@@ -154,8 +156,8 @@ def test_entropies_spread_codes_that_had_collapsed():
         z = (z - 2 * gradient).detach().requires_grad_()
     after = len(q.assign(z).unique()), q(z).metrics
     assert before[0] < K / 4 and after[0] > 0.8 * K
-    known = [metrics["codebook_entropy"] - metrics["entropy"] for _, metrics in (before, after)]  # nats of a code
-    assert known[0] < 1 and known[1] > 0.7 * math.log(K)
+    information = [metrics["codebook_entropy"] - metrics["entropy"] for _, metrics in (before, after)]  # nats of a code
+    assert information[0] < 1 and information[1] > 0.7 * math.log(K)
 
 
 def test_the_config_gives_weights_and_temperature():
