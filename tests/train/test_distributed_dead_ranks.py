@@ -22,12 +22,12 @@ def command(logs: Path, flags: str) -> list[str]:
 
 
 def start(logs: Path, rank: int, port: int, flags: str) -> subprocess.Popen:
-    with (logs / f"said_{rank}").open("w") as said:
+    with (logs / f"said_{rank}").open("w") as output:
         return subprocess.Popen(
             [sys.executable, *command(logs, flags)],
             env={**os.environ, **variables(rank, 2, port)},
-            stdout=said,
-            stderr=said,
+            stdout=output,
+            stderr=output,
         )
 
 
@@ -75,26 +75,26 @@ def test_a_hanging_process_ends_the_other_after_the_timeout(tmp_path, pair):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_an_error_in_one_process_ends_all(tmp_path, pair, way):
-    processes = pair(f"--hooks helpers.fault_injection.raise_on_rank_1 --parallel {way}")
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_an_error_in_one_process_ends_all(tmp_path, pair, parallel):
+    processes = pair(f"--hooks helpers.fault_injection.raise_on_rank_1 --parallel {parallel}")
     assert all(quiet_end(process, PATIENCE) for process in processes)
     assert processes[1].returncode == 2 and processes[0].returncode != 0
-    said = (tmp_path / "said_1").read_text()
-    assert "train_vqgan.py (rank 1): not one image can be read any more\n" in said and "Traceback" not in said
+    output = (tmp_path / "said_1").read_text()
+    assert "train_vqgan.py (rank 1): not one image can be read any more\n" in output and "Traceback" not in output
 
 
 def children(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    return [int(word) for word in found.stdout.split()]
+    result = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(word) for word in result.stdout.split()]
 
 
 @pytest.mark.slow
 def test_torchrun_fails_if_a_worker_is_killed(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "said_0").open("w") as said:
-        job = subprocess.Popen([*torchrun, *command(tmp_path, "")], env=variables, stdout=said, stderr=said)
+    with (tmp_path / "said_0").open("w") as output:
+        job = subprocess.Popen([*torchrun, *command(tmp_path, "")], env=variables, stdout=output, stderr=output)
     workers = []
     try:
         wait_until_it_trains(tmp_path)
