@@ -117,7 +117,7 @@ def test_json_and_csv_give_the_same_rows(tmp_path, picture):
     assert torch.allclose(batch["condition_image"], expected.expand(2, 3, 8, 8), atol=1e-6)
 
 
-def test_lists_of_numbers_are_tensors(tmp_path):
+def test_lists_of_numbers_become_tensors(tmp_path):
     (tmp_path / "rows.json").write_text('[{"place": [0.5, 1, 2], "tags": ["a", "b"]}]')
     (row,) = read_rows(str(tmp_path / "rows.json"), DATA)
     assert row["place"].tolist() == [0.5, 1, 2] and row["tags"] == ["a", "b"]

@@ -1,4 +1,4 @@
-"""Every config can be made in Python: its defaults are values, and fit together."""
+"""Every config can be constructed in Python: its defaults are valid and consistent."""
 
 import dataclasses
 import importlib
@@ -42,7 +42,7 @@ def has_defaults(config: type) -> bool:
 def test_defaults_make_a_config(config):
     settings = config()
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(config) if field.init}
-    rebuilt = config(**values)  # what is read from a config makes the same one
+    rebuilt = config(**values)  # values read from a config rebuild it
     assert {name: getattr(rebuilt, name) for name in values} == values
     assert not any(isinstance(value, dataclasses.Field | type) for value in values.values())
 

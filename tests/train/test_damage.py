@@ -1,4 +1,4 @@
-"""Damaged, foreign and malicious checkpoints are refused by name, and never run code."""
+"""Damaged, foreign and malicious checkpoints are refused with a message that names them, and never run code."""
 
 import json
 import pickle
@@ -24,7 +24,7 @@ FILES = ["model.safetensors", "ema.safetensors", "state.pt", "manifest.json"]
 STAGE_1 = f"--no_amp {VQGAN} {GAN}"
 
 
-def state_of(width: int = 3, optimizer=torch.optim.AdamW, layers: int = 1) -> TrainState:
+def state_of(width: int = 3, optimizer_class=torch.optim.AdamW, layers: int = 1) -> TrainState:
     torch.manual_seed(0)
     network = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
     optimizer = optimizer_class(
@@ -41,7 +41,7 @@ def seal(path: Path) -> None:
 
 
 def rewrite(path: Path, change) -> None:
-    """Changes the content of state.pt, and the manifest accordingly."""
+    """Changes the content of state.pt and updates the manifest."""
     content = torch.load(path / "state.pt", weights_only=True)
     torch.save(change(content), path / "state.pt")
     seal(path)

@@ -1,4 +1,4 @@
-"""16-bit and float images from files to samples: trained on in [-1, 1], returned in the units of the data."""
+"""16-bit and float images: trained on in [-1, 1], sampled in the units of the data."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def error_message(script, flags, capfd):
 
 @pytest.fixture(scope="module")
 def trained(scans, tmp_path_factory):
-    """A sampler of pixels after two steps, trained on cached images."""
+    """A pixel sampler trained for two steps on cached images."""
     root = tmp_path_factory.mktemp("logs")
     flags = f"{DDPM} {DATA} {RANGE} --data_dir {scans} --logs_root {root} --log_dir pixels --steps_per_eval 1"
     with pytest.MonkeyPatch.context() as patch:
@@ -70,7 +70,7 @@ def test_another_range_is_another_run(trained, scans, capfd):
     call("train_sampler.py", f"{flags} {RANGE}")
 
 
-def test_images_of_eight_bits_have_no_range(tmp_path, capfd):
+def test_eight_bit_images_take_no_range(tmp_path, capfd):
     flags = f"{DDPM} --n_channels 1 --no_amp --logs_root {tmp_path} --train_steps 1 {RANGE}"
     assert "leave --data_range out" in error_message("train_sampler.py", flags, capfd)
 

@@ -106,7 +106,7 @@ def test_checkpoints_resume_under_every_parallelism(logs, two):
 
 @pytest.mark.slow
 def test_unlogged_averages_resume_in_two_processes(tmp_path, two):
-    """A checkpoint between two log lines, saved by one process: its steps count as much as those of two."""
+    """A checkpoint between two log lines, saved by one process, and resumed by two."""
     flags = f"--logs_root {tmp_path} --no_amp {VQGAN} --perceptual_net none --steps_per_log 4 --train_steps 4"
     call("train_vqgan.py", f"{flags} --log_dir one --steps_per_checkpoint 2")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
@@ -118,10 +118,10 @@ def test_unlogged_averages_resume_in_two_processes(tmp_path, two):
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_gradients_are_reduced_once_per_batch(tmp_path, two, parallel):
-    flags = f"--logs_root {tmp_path} {DDPM} --no_amp --batch_size 8 --train_steps 1 --steps_per_eval 0 --parallel {parallel}"
+    flags = f"--logs_root {tmp_path} {DDPM} --no_amp --batch_size 8 --train_steps 1 --steps_per_eval 0"
     counts = []
     for parts in (1, 4):
-        command = f"train_sampler.py {flags} --log_dir {parallel}_{parts} --accumulate {parts}"
+        command = f"train_sampler.py {flags} --parallel {parallel} --log_dir {parallel}_{parts} --accumulate {parts}"
         counts.append(two.call("helpers.per_rank.count_collectives", command)[0])
     for kind in counts[0].keys() | counts[1].keys():
         if "gather" not in kind:  # FSDP gathers parameters for each micro-batch
@@ -140,7 +140,7 @@ def test_uneven_lists_are_shared_among_processes(two):
     first, second = two.call("helpers.per_rank.share_lists")
     assert (first["own"], second["own"]) == ([0, 2, 4], [1, 3])
     assert first["rounds"] == [[[0], True], [[2], True], [[4], True]]
-    assert second["rounds"] == [[[1], True], [[3], True], [[3], False]]  # its last batch again, which does not count
+    assert second["rounds"] == [[[1], True], [[3], True], [[3], False]]  # its last batch again, not counted
     squares = [[i * i, i * i] for i in range(5)]
     expected = {"any": [False, True, True], "none": [], "collected": squares, "one": [[0, 0]], "gathered": [0, 7, 1, 7]}
     for answer in (first, second):
@@ -174,7 +174,7 @@ def test_running_sums_resume_with_any_number_of_processes(two):
     assert single.reduce_and_reset()["loss"].tolist() == [36.0, 6.0]
 
 
-COLD = "--entropy_temperature 1"  # lower temperatures amplify rounding too much
+COLD = "--entropy_temperature 1"  # lower temperatures amplify rounding errors too much
 QUANTIZERS = ["ema --revive_below 0.5", "l2", "gumbel", "fsq", f"lfq {COLD}", f"ibq {COLD}"]
 
 
@@ -206,8 +206,7 @@ def test_four_processes_under_torchrun_match_one(logs, parallel):
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_accumulation_with_a_gan_in_two_processes(tmp_path, two, parallel):
-    """The adaptive weight is a part's own, and the parts of two processes are others than those of one: before the GAN
-    sets in all is the same."""
+    """Equal until the GAN starts: its adaptive weight is computed per micro-batch, and micro-batches differ."""
     flags = f"--logs_root {tmp_path} {STAGE_1} --accumulate 2"
     call("train_vqgan.py", f"{flags} --log_dir one --train_steps 3")
     two.run("train_vqgan.py", f"{flags} --log_dir two --train_steps 3 --parallel {parallel}")

@@ -35,7 +35,7 @@ def interrupt_again_later(state, outputs):
         os.kill(os.getpid(), signal.SIGINT)
         distributed.DUPLICATE_SECONDS = 0.0
         os.kill(os.getpid(), signal.SIGINT)
-        raise AssertionError("the second one came too late")
+        raise AssertionError("the second signal came too late")
 """
 
 
@@ -60,8 +60,10 @@ def handlers():
 
 
 def run_and_signal(logs: Path, number: int, at_step: int) -> tuple[int, int, str]:
-    """Starts the run and signals its whole group, as a terminal does, once it has done so many steps: exit code, newest
-    checkpoint, output."""
+    """Starts the run and, after `at_step` steps, signals its process group as a terminal does.
+
+    Returns the exit code, the newest checkpoint's step and the output.
+    """
     with start_process("vqgan", logs, STEPS) as process:
         until(process, lambda: progress(logs) >= at_step)
         os.killpg(process.pid, number)
@@ -103,7 +105,7 @@ def test_a_run_stopped_twice_ends_like_an_uninterrupted_one(tmp_path, uninterrup
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep finds the loading processes")
 def test_sigterm_to_the_whole_job_stops_training_once(tmp_path):
-    """As schedulers, containers and systemd send it: data-loading workers continue until they are not needed."""
+    """As schedulers, containers and systemd send it; data-loading workers continue until training stops."""
     with start_process("vqgan", tmp_path, STEPS) as process:
         until(process, lambda: progress(tmp_path) >= 3)
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()

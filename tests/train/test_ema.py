@@ -29,7 +29,7 @@ def disturb(module: nn.Module) -> None:
 
 
 def disturb_with(module: nn.Module, value: float) -> None:
-    """A module that multiplies elementwise, with the same result when sharded."""
+    """Multiplies all parameters, which gives the same result when sharded."""
     for part in module.modules():
         if hasattr(part, "reshard"):
             part.reshard()

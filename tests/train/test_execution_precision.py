@@ -75,7 +75,7 @@ def test_a_finite_loss_keeps_its_bits():
 def test_a_nonfinite_loss_gives_every_parameter_nan(bad):
     network, loss = network_and_loss()
     (loss + bad).backward()  # a term that does not depend on any parameter
-    assert all(g.isfinite().all() for g in gradients(network)), "alone, it would have gone unseen"
+    assert all(g.isfinite().all() for g in gradients(network)), "unchecked, it leaves finite gradients"
     network, loss = network_and_loss()
     nan_grads_if_nonfinite(loss + bad).backward()
     assert all(g.isnan().all() for g in gradients(network))
@@ -123,7 +123,7 @@ def test_the_scale_doubles_after_2000_finite_steps():
     scale.record_overflow()
     for _ in range(1999):
         scale.record_finite()
-    assert scale.value == 2.0**15, "an overflow begins the count anew"
+    assert scale.value == 2.0**15, "an overflow restarts the count"
     scale.record_finite()
     assert scale.value == 2.0**16
 

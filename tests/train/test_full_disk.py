@@ -31,7 +31,7 @@ def state_of(width: int = 3) -> TrainState:
 
 
 class FailingWrites:
-    """Makes the n-th system call of a save fail, with the error that each of them raises."""
+    """Makes the n-th write of a save fail with the error that its function raises on a full disk."""
 
     def __init__(self, monkeypatch, n: int):
         self.n, self.calls = n, 0
@@ -67,7 +67,7 @@ class FailingWrites:
 
 @pytest.mark.parametrize("step", [7, 8])
 def test_any_failed_write_keeps_a_complete_checkpoint(tmp_path, monkeypatch, step):
-    """Also when the existing checkpoint (step 7) is overwritten."""
+    """For a new checkpoint, and when that of step 7 is overwritten."""
     n, done = 0, False
     while not done:
         n += 1
@@ -85,10 +85,10 @@ def test_any_failed_write_keeps_a_complete_checkpoint(tmp_path, monkeypatch, ste
         for saved_step in saved_steps(run):
             verify_checkpoint(checkpoint(run, saved_step))
             load_checkpoint(run, saved_step, state_of())
-        save_checkpoint(run, state)  # there is space again
+        save_checkpoint(run, state)  # now with free space
         assert saved_steps(run) == sorted({7, step})
         assert [f.name for f in (run / "checkpoints").glob(".step_*")] == []
-    assert failing.calls == n - 1 >= 10  # every call has failed once
+    assert failing.calls == n - 1 >= 10  # each write has failed once
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def small_disk(tmp_path):
 
 
 def fill_disk(disk: Path, free: int) -> Path:
-    """Fills a file system except for so many bytes, in whole pages."""
+    """Fills a file system up to `free` bytes, in full pages; returns the filler file."""
     filler = disk / "filler"
     filler.write_bytes(b"0" * max(0, shutil.disk_usage(disk).free - free))
     return filler

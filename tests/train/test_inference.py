@@ -1,4 +1,4 @@
-"""Trained runs from Python: what `load` and `load_vqgan` return, and what they refuse."""
+"""Trained runs from Python: what `load` and `load_vqgan` return and refuse."""
 
 import dataclasses
 import shutil
@@ -42,7 +42,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def with_names(codes, monkeypatch) -> SamplerRun:
-    """The sampler of codes, whose data set names its classes."""
+    """The sampler of codes, with a data set that names its classes."""
     monkeypatch.setattr(TrainedSampler, "dataset", lambda model, split: SimpleNamespace(classes=NAMES))
     return SamplerRun(codes.model, codes.settings)
 
@@ -186,7 +186,7 @@ def test_draw_wants_the_options_of_its_sampler(codes, pixels):
 
 @pytest.fixture(scope="module")
 def image_conditioned(trained_ddpm, tmp_path_factory):
-    """A Gaussian sampler of classes and of an image, half as bright, and the folder of the code it was trained with."""
+    """A Gaussian sampler conditioned on a class and on the image at half brightness."""
     folder = tmp_path_factory.mktemp("code")
     code = "def half(item):\n    return item | {'condition_image': item['image'] // 2}\n"
     (folder / "my_half.py").write_text(code)
@@ -198,7 +198,7 @@ def image_conditioned(trained_ddpm, tmp_path_factory):
         with pytest.raises(ValueError, match="pass --allow my_half.half"):
             load(run, device="cpu")
         model = load(run, device="cpu", amp=False, allow=["my_half.half"])
-        weight = model.model.sampler.network.conv_in.weight  # as if it had learned to look at the image
+        weight = model.model.sampler.network.conv_in.weight  # as if it had learned to use the image
         weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
         head = model.model.sampler.network.conv_out.weight
         head.data.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(1)))
@@ -213,7 +213,7 @@ def test_images_as_conditions(image_conditioned):
     assert torch.equal(image_conditioned.sample(3, condition_image=to_float(pictures), label=2), batch)
     assert torch.equal(image_conditioned.sample(3, condition_image=pictures[1], label=2)[1], batch[1])
     assert not torch.equal(image_conditioned.sample(3, condition_image=255 - pictures, label=2), batch)
-    default = image_conditioned.sample(2, label=2)  # left out: held-out images
+    default = image_conditioned.sample(2, label=2)  # by default, held-out images
     assert default.shape == (2, 1, 8, 8)
 
 

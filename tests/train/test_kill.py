@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 
 def run_and_compare(stage, folder, steps, kills, reference=None):
-    """The differences after so many kills, and what they hit; the uninterrupted run goes on meanwhile."""
+    """Differences between an uninterrupted run and one killed `kills` times, and the killed run's record."""
     reference, restarted = reference or folder / "undisturbed", folder / "killed"
     for logs in (reference, restarted):
         logs.mkdir()

@@ -1,4 +1,4 @@
-"""Non-square images, and crops as training views, from the flags to the samples of a second stage."""
+"""Non-square images, and crops as training views, in both stages."""
 
 import dataclasses
 import hashlib
@@ -239,7 +239,7 @@ def test_an_indivisible_width_is_named(logs, capfd):
         assert stop.value.code == 2 and message in capfd.readouterr().err
 
 
-# what is measured
+# metrics
 
 
 def test_real_statistics_are_cached_by_height_and_width(first_stage, digits, tmp_path):

@@ -1,4 +1,4 @@
-"""Optimizers against their first step by hand, and their states in other memory formats."""
+"""Optimizers against their formulas, and their states in other memory formats and shards."""
 
 import copy
 

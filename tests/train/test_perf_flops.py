@@ -82,7 +82,7 @@ def vqgan():
 
 
 def step(network, inputs, half):
-    """A function that trains for one step, with the same dropout masks each time, and its results."""
+    """A function that runs one training step with fixed dropout masks, and the dict that it fills with results."""
     results = {}
 
     def train_step():

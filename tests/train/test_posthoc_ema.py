@@ -52,7 +52,7 @@ def tensors_of(profiles: dict[str, PosthocEMA]) -> dict[str, Tensor]:
 
 @functools.cache
 def random_walk() -> tuple[dict[int, dict[str, Tensor]], dict[tuple[int, float], Tensor], Tensor]:
-    """The content of a snapshot every 25 steps, averages tracked directly, and the last weights."""
+    """Snapshots every 25 steps, directly tracked averages, and the last weights."""
     walker, generator = Walker(), torch.Generator().manual_seed(0)
     stds = [*TRACKED, 0.07, 0.15, 0.2]
     profiles = {f"{std}/network": PosthocEMA(walker, std) for std in stds}
@@ -155,7 +155,7 @@ def test_the_system_stays_solvable_with_many_snapshots():
 def test_a_reconstructed_average_is_close_to_a_tracked_one(tmp_path, every, std, bound):
     """Errors relative to the distance between average and weights, for snapshots every 1/4, 1/8 and 1/24 of the run.
 
-    The bounds are about twice what was measured.
+    The bounds are about twice the measured errors.
     """
     _, tracked, last_weights = random_walk()
     reconstructed = reconstruct_ema(run_with(tmp_path, every, dtype=torch.float64), None, "network", std)

@@ -1,4 +1,4 @@
-"""A run is identified by its config and the content of what it starts from."""
+"""A run is identified by its config and by the content of the weights that it starts from."""
 
 import json
 import shutil

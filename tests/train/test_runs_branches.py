@@ -1,4 +1,4 @@
-"""Where a run resumes: at its newest intact checkpoint, at a named one of its own or of another run, or nowhere."""
+"""Where a run resumes: at its newest intact checkpoint, at a named one, at that of another run, or nowhere."""
 
 import shutil
 from pathlib import Path
@@ -164,7 +164,7 @@ def test_a_branch_without_checkpoints_never_starts_from_scratch(run_copy, user_m
     assert "--resume" in error_message(run_copy.parent, "branch", 8, capfd, "--resume auto")
 
 
-# --resume never, locking, damage
+# --resume never, locks and damage
 
 
 def test_resume_never_starts_from_scratch_or_refuses(run_copy, capfd):

@@ -1,4 +1,4 @@
-"""A resumed run equals an uninterrupted one; micro-batches equal the full batch."""
+"""Resumed runs match uninterrupted ones, and micro-batches match the full batch."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_a_resumed_ddpm_is_bitwise_equal(tmp_path, flags, stop, steps):
     for name in expected:
         assert_equal_bits(expected[name], resumed[name])
         assert expected[name]["count"].sum() == 8 * steps  # every loss was observed
-        assert (expected[name]["count"] >= 10).all()  # so the last times were sampled by the losses
+        assert (expected[name]["count"] >= 10).all()  # so the last times were sampled by their losses
 
 
 def test_resuming_needs_the_time_samplers_losses(tmp_path):

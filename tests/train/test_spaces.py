@@ -1,4 +1,4 @@
-"""Spaces of samplers: pixels, codes and latents, to and from images, and reopened from a run."""
+"""Spaces of samplers: pixels, codes and latents encode and decode images, and reopen from a run."""
 
 import dataclasses
 import json
@@ -50,12 +50,12 @@ def origin(run):
 
 
 def images_of(digits, data, n=16):
-    """(uint8 images, the training batch of them)"""
+    """The first n training images as uint8, and their batch."""
     batch = TrainingImages(ImageSource(digits, data), seed=3)[list(range(n))]
     return ((batch["image"] + 1) * 127.5).round().to(torch.uint8), batch
 
 
-# there and back
+# encoding and decoding
 
 
 def test_pixels_are_the_images_themselves(digits, data):
@@ -112,14 +112,14 @@ def test_masked_codes_are_shown_as_grey_squares(first_stage):
     x = torch.arange(16).view(1, 4, 4).clone()
     predicted = torch.nn.functional.one_hot(x.flip(1), 16).float()
     x_image, x0_image = space.preview(x, predicted)
-    assert torch.equal(x_image, space.decode(x)) and torch.equal(x0_image, x_image)  # nothing masked: nothing guessed
+    assert torch.equal(x_image, space.decode(x)) and torch.equal(x0_image, x_image)  # nothing is masked
     x[0, 1, 2] = 16
     x_image, x0_image = space.preview(x, predicted)
     grey = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
     grey[..., 4:8, 8:12] = True
     assert torch.equal(x_image, torch.where(grey, 128, x0_image))
     completed = torch.arange(16).view(1, 4, 4).clone()
-    completed[0, 1, 2] = 10  # what is predicted there: row 2 of the flipped grid
+    completed[0, 1, 2] = 10  # predicted at this position: row 2 of the flipped grid
     assert torch.equal(x0_image, space.decode(completed))
 
 
@@ -132,7 +132,7 @@ def test_validation_images_are_neither_mirrored_nor_shifted(digits, data):
     assert torch.equal(still, plain) and not torch.equal(moved, plain)
 
 
-# which space, and its scale
+# choice of the space, and its scale
 
 
 def config(dataset, sampler, trained, **first_stage):
@@ -152,7 +152,7 @@ def test_the_scale_gives_latents_a_deviation_of_1(first_stage, digits, data, tra
     )
     assert isinstance(space, spaces.LatentSpace)
     source = space.source(digits, "train", data, 9, DistContext(CPU), None)
-    x0 = space.encode_batch(source[list(range(len(digits)))])["x0"]  # of all images, measured on some
+    x0 = space.encode_batch(source[list(range(len(digits)))])["x0"]  # all images; the scale was measured on a part
     assert x0.std() == pytest.approx(1, abs=0.02)
     assert space.provenance == first_stage.provenance | {"latent_scale": space.scale}
     measured = spaces.measure_latent_scale(first_stage, ImageSource(digits, data), DistContext(CPU))
@@ -220,14 +220,14 @@ def test_the_scale_is_stored_and_reused_on_resume(trained, latent_run, monkeypat
     assert stored["ae_load_dir"] == "vqgan_digits" and stored["latent_scale"] > 0
 
     def fail(*args):
-        raise AssertionError("the scale was measured once more")
+        raise AssertionError("the scale was measured again")
 
     monkeypatch.setattr("train.spaces.measure_latent_scale", fail)
     flags = f"{LATENT} --logs_root {trained} --ae_load_dir vqgan_digits"
     call("train_sampler.py", f"{flags} --train_steps 3")
     assert origin(latent_run) == stored
     assert "resuming from step 2 of 3" in capfd.readouterr().out
-    with pytest.raises(AssertionError, match="once more"):
+    with pytest.raises(AssertionError, match="measured again"):
         call("train_sampler.py", f"{flags} --train_steps 1 --log_dir ddpm_new")
 
 

@@ -18,10 +18,10 @@ def test_a_hidden_pixel_gets_the_nearest_visible_one():
     assert torch.equal(fill_hidden(image, hidden), expected)
     assert torch.equal(fill_hidden(image, torch.zeros_like(hidden)), image)
     assert (fill_hidden(image, torch.ones_like(hidden)) == 128).all()
-    assert torch.equal(image.flatten(), torch.arange(16, dtype=torch.uint8))  # the image itself is left alone
+    assert torch.equal(image.flatten(), torch.arange(16, dtype=torch.uint8))  # the input is unchanged
 
 
-def test_images_of_a_batch_have_masks_of_their_own():
+def test_each_image_of_a_batch_has_its_mask():
     images = torch.stack([torch.full((3, 4, 4), 7, dtype=torch.uint8), torch.full((3, 4, 4), 9, dtype=torch.uint8)])
     hidden = torch.zeros(2, 4, 4, dtype=torch.bool)
     hidden[0, 0, 0] = hidden[1, 3, 3] = True

@@ -1,4 +1,4 @@
-"""What a trained sampler takes from items of its data set."""
+"""Conditions that a trained sampler takes from items of its data set."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -55,8 +55,8 @@ def crops(item):
 def annotated(item):
     n = int(item["label"]) % 3
     classes, parts = (tv_tensors.Mask(item["image"][0].expand(*size, 8, 8)) for size in ((), (n,)))
-    fields = {"caption": f"a {n}", "words": ["a"] * n, "ids": Ragged(torch.arange(n)), "classes": classes, "parts": parts}
-    return item | fields
+    fields = {"caption": f"a {n}", "words": ["a"] * n, "ids": Ragged(torch.arange(n))}
+    return item | fields | {"classes": classes, "parts": parts}
 
 def unlabelled(item):
     return {"image": item["image"], "condition_image": item["image"]}
@@ -93,7 +93,7 @@ def error_message(script, flags, capfd):
 # --hooks
 
 
-EPS = "--prediction eps --variance learned_range --schedule cosine"  # whatever the preset says
+EPS = "--prediction eps --variance learned_range --schedule cosine"  # not those of the preset
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "absorbing"])
@@ -199,7 +199,7 @@ def test_adapt_adds_the_fields_that_conditions_need(adapted, monkeypatch):
     with np.load(adapted / "s5" / "samples.npz") as arrays:
         assert arrays["arr_0"].shape == (5, 8, 8, 3) and arrays["labels"].shape == (5,)
     images = [raw for raw in inputs if raw is not None]
-    assert [len(raw) for raw in images] == [1, 3, 2]  # one image to try it out, then the batches
+    assert [len(raw) for raw in images] == [1, 3, 2]  # a trial with one image, then the batches
     assert {tuple(raw.shape[1:]) for raw in images} == {(1, 8, 8)}
     assert all((raw[:, :, 4:] == -1).all() and raw[:, :, :4].max() > 0 for raw in images)
     assert sum(raw is None for raw in inputs) == 3  # the null, once per batch
@@ -244,7 +244,7 @@ def test_unused_fields_are_kept(extra_flags, user_modules, tmp_path, capfd):
 @pytest.mark.parametrize(("function", "field"), [("forgets", "condition_image"), ("unlabelled", "label")])
 def test_an_adapt_that_omits_a_field_is_refused(function, field, user_modules, tmp_path, capfd):
     flags = f"{DDPM} {IMAGE} --logs_root {tmp_path} --no_amp --train_steps 1 --adapt my_own.adapting.{function}"
-    message = error_message("train_sampler.py", flags, capfd)  # the last line, after the progress bar's
+    message = error_message("train_sampler.py", flags, capfd)  # the last line, after those of the progress bar
     assert f"conditions need {field}: add them in the function of --adapt" in message
 
 
@@ -271,7 +271,7 @@ def test_an_adapt_changed_since_training_is_refused(adapted, monkeypatch, capfd)
     assert "condition_image" in message and "--adapt" in message
 
 
-# loading a run runs no code unasked
+# code named by a run needs permission
 
 
 def test_every_setting_that_names_code_must_be_allowed(tmp_path):

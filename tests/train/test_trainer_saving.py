@@ -106,7 +106,7 @@ class FullDisk(io.RawIOBase):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """For torch.save, which raises an error of its own."""
+    """Makes files opened for writing run out of space, which torch.save reports by another error."""
     real = Path.open
 
     def opened(path, mode="r", *args, **kwargs):

@@ -1,4 +1,4 @@
-"""The VQGAN's training step: gradients of the full loss, and no superfluous work."""
+"""The VQGAN's training step: gradients of the full loss, without redundant work."""
 
 from unittest import mock
 
@@ -59,7 +59,7 @@ def is_close(actual, expected):
 
 
 def gradients(state, step, parts):
-    """The gradients that the optimizers would get, by parameter, and the outputs of the step."""
+    """The gradients that the optimizers receive, by parameter, and the outputs of the step."""
     grads = {}
 
     def record_gradients(state, names, world, **kwargs):
@@ -74,7 +74,7 @@ def gradients(state, step, parts):
 
 
 def full_loss_gradients(state, step, images):
-    """The autoencoder's gradients by definition: one loss, the adaptive weight from two gradients of the last layer."""
+    """The autoencoder's gradients by definition, with the adaptive weight from two gradients of the last layer."""
     c, autoencoder = step.loss, state.modules["autoencoder"]
     fake, codes = autoencoder(images)
     reconstruction = c.recon_weight * ((images - fake).abs() if c.recon_loss == "l1" else (images - fake) ** 2).mean()
@@ -126,7 +126,7 @@ def test_the_perceptual_network_has_one_backward_pass():
 
 
 def count_discriminator_calls(state):
-    """Counts the calls of the discriminator."""
+    """A list that grows with each call of the discriminator."""
     calls = []
     state.modules["discriminator"].register_forward_hook(lambda *_: calls.append(1))
     return calls

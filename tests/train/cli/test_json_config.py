@@ -1,4 +1,4 @@
-"""JSON configs in the layout of the reference's MNIST.json: what they become, and what is refused."""
+"""JSON configs in the layout of the reference's MNIST.json: how they are converted, and what is refused."""
 
 import json
 
@@ -43,7 +43,7 @@ REMOVED = object()
 
 
 def write_config(tmp_path, changes=None):
-    """Writes PUBLISHED with other values at dotted keys."""
+    """Writes PUBLISHED with changed values at dotted keys."""
     content = json.loads(json.dumps(PUBLISHED))
     for dotted, value in (changes or {}).items():
         *above, key = dotted.split(".")
@@ -157,7 +157,7 @@ def test_the_network_has_the_blocks_of_the_file(path, tmp_path):
     assert heads == {widths[-1] // model["num_head_channels"]}
 
 
-MAPPED = {  # keys and values -> the flags they become
+MAPPED = {  # changed keys -> the resulting flags
     "v": ({"diffusion.training_target": "v"}, {"prediction": "v"}),
     "x0": ({"diffusion.training_target": "y_0"}, {"prediction": "x0"}),
     "cosine": (
@@ -188,7 +188,7 @@ def test_values_become_flags(case, tmp_path):
     parse_config(tmp_path / "mine.json")  # only existing flags
 
 
-REFUSED = {  # key and value -> words that the message must contain besides file and key
+REFUSED = {  # key and value -> words in the message, besides file and key
     **{(f"{MODEL}.in_channel", value): ["1 or 3", "conditions"] for value in (6, 0, "1", True)},
     (f"{MODEL}.out_channel", 3): ["3", "wanted 1", "learned variance"],
     (f"{MODEL}.num_groups", 16): ["16", "wanted 32"],

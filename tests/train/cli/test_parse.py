@@ -15,7 +15,7 @@ from train.first_stage import VQGANRun
 from train.samplers import absorbing, ddpm
 from vq.config import VQGANConfig
 
-READ = {  # text of a file -> key and value that train_vqgan.py reads
+READ = {  # text of a file, and the key and value that train_vqgan.py reads
     "a float that is whole": ("vqgan:\n  train_steps: 1e6\n", "train_steps", 1_000_000),
     "no float that YAML knows": ("vqgan:\n  lr: 1e-4\n", "lr", 1e-4),
     "a quoted number": ("vqgan:\n  nf: '16'\n", "nf", 16),
@@ -36,7 +36,7 @@ READ = {  # text of a file -> key and value that train_vqgan.py reads
     "a merge": ("absorbing: &a\n  seed: 5\n  lr: 1\nvqgan:\n  <<: *a\n  lr: 2\n", "seed", 5),
     "a tag that fits": ("vqgan:\n  lr: !!float 1e-3\n", "lr", 1e-3),
 }
-REFUSED = {  # text of a file -> words that the message must contain
+REFUSED = {  # text of a file -> words in the message
     "a word for a number": ("vqgan:\n  lr: yes\n", ["lr", "yes", "number"]),
     "nan": ("vqgan:\n  lr: .nan\n", ["lr", ".nan", "finite"]),
     "nan as Python says it": ("vqgan:\n  lr: nan\n", ["lr", "nan", "finite"]),

@@ -1,4 +1,4 @@
-"""Flags of plug-ins: those of plug-ins in use exist, those of others are refused by name."""
+"""Plug-in flags: those of the selected plug-ins are accepted, those of others are refused by name."""
 
 import dataclasses
 import sys
@@ -36,7 +36,7 @@ class Config(QuantizerConfig):
     """Mine."""
 
     mine_factor: float = 2.0
-    """What the vectors of codes are multiplied by."""
+    """Factor of the code vectors."""
 
 
 class MineQuantizer(NearestQuantizer):
@@ -55,7 +55,7 @@ def build(config: Config, codebook_size: int, dim: int) -> Quantizer:
 
 @pytest.fixture
 def user_quantizer(tmp_path, monkeypatch):
-    """A user's quantizer, as if its file were among the others."""
+    """A user's quantizer, importable like those of vq.quantizers."""
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins" / "mine.py").write_text(MINE)
     monkeypatch.setattr(vq.quantizers, "__path__", [*vq.quantizers.__path__, str(tmp_path / "plugins")])
@@ -134,7 +134,9 @@ def test_help_shows_the_flags_of_the_chosen_quantizer(tmp_path, capfd):
 def test_a_file_names_the_quantizer_and_a_flag_another(tmp_path, monkeypatch, capfd):
     file = tmp_path / "mine.yaml"
     file.write_text("vqgan:\n  quantizer: ema\n  revive_below: 0.2\n  beta: 0.25\n  fsq_levels: []\n")
-    config = parse_config("train_vqgan.py", f"--config {file}", monkeypatch)  # defaults of others are ignored
+    config = parse_config(
+        "train_vqgan.py", f"--config {file}", monkeypatch
+    )  # default values of other quantizers' flags are ignored
     assert config["quantizer"] == "ema" and config["revive_below"] == 0.2 and "fsq_levels" not in config
     message = error_message(capfd, f"--config {file} --quantizer l2")
     assert "mine.yaml: got revive_below '0.2' with --quantizer l2: it belongs to ema" in message
@@ -201,16 +203,16 @@ def test_configs_take_the_groups_of_the_named_plugins():
     assert (type(config.sampler), type(config.sampling)) == (ddpm.Config, ddpm.Sampling)
     assert type(config.reader) is lsun.Config and type(config.data) is DataConfig
     config = make_default_config(VQGANRunConfig, {"dataset": "lsun", "quantizer": "fsq"}).config
-    assert type(config.reader) is lsun.Config  # without a reader, the file of the data set's name
+    assert type(config.reader) is lsun.Config  # without a reader, the module named after the data set
     assert config.network == VQGANConfig(quantizer="fsq", quantizer_config=fsq.Config())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PluginList:
-    """A group of plug-ins that a list names."""
+    """A config group of several plug-ins."""
 
     quantizers: tuple[str, ...] = ()
-    """Which."""
+    """Names of quantizers."""
     options: QuantizerConfig = QuantizerConfig()
 
 
@@ -236,7 +238,7 @@ def test_configs_that_inherit_from_each_other_are_merged():
         assert merged.sharpness == 1.0 and merged.codebook_decay == ema.Config().codebook_decay
 
 
-PARTS = {  # files of two packages: hosts, and the parts that a flag of a host names
+PARTS = {  # files of two packages: hosts, and parts, which a flag of a host selects
     "hosts/__init__": "",
     "hosts/plain": "from test_plugins import Host\n\nConfig = Host\n",
     "hosts/large": """from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The code cache: contents, several ranks and jobs, and the key that a VQGAN uses."""
+"""The code cache: its content, several ranks and jobs, and the key of a VQGAN's codes."""
 
 import dataclasses
 import multiprocessing
@@ -32,7 +32,7 @@ from vq.config import VQGANConfig
 
 CPU = torch.device("cpu")
 
-# contents
+# content
 
 
 @pytest.mark.parametrize(("batch_size", "chunk", "workers"), [(1, 3, 0), (2, 3, 2), (5, 4, 0), (100, 3, 0), (2, 50, 0)])
@@ -115,7 +115,7 @@ def test_a_forked_process_reads_its_parents_memmap(tmp_path):
     process.join()
 
 
-# several ranks, several jobs
+# several ranks and jobs
 
 
 def test_two_ranks_share_the_work_and_write_the_same_file(tmp_path):
@@ -252,11 +252,11 @@ def test_the_key_depends_on_everything_that_changes_codes(tmp_path, monkeypatch)
     stage.encode_dataset(dataclasses.replace(IMAGES, images=pixels), "train", DATA, 3, world)
     for changes in CHANGES:
         stage.encode_dataset(IMAGES, "train", dataclasses.replace(DATA, **changes), 3, world)
-    make_first_stage(tmp_path, weights="abd").codes(IMAGES, "train", DATA, 3, world)
-    make_first_stage(tmp_path, amp=True).codes(IMAGES, "train", DATA, 3, world)
+    make_first_stage(tmp_path, weights="abd").encode_dataset(IMAGES, "train", DATA, 3, world)
+    make_first_stage(tmp_path, amp=True).encode_dataset(IMAGES, "train", DATA, 3, world)
     other = make_first_stage(tmp_path)
     other.vqgan.config = dataclasses.replace(NETWORK, unit_range=True)
-    other.codes(IMAGES, "train", DATA, 3, world)
+    other.encode_dataset(IMAGES, "train", DATA, 3, world)
     for view in (View(flip=True), View(dx=1), View(dy=1), View(crop=(0, 0, 8, 8))):  # the same number of views
         monkeypatch.setattr(first_stage, "training_views", lambda data, view=view: [view])
         stage.encode_dataset(IMAGES, "train", DATA, 3, world)
@@ -272,7 +272,7 @@ def test_the_key_ignores_what_does_not_change_codes(tmp_path, monkeypatch):
     stage = make_first_stage(tmp_path)
     stage.encode_dataset(IMAGES, "train", DATA, 3, DistContext(CPU))
     stage.encode_dataset(IMAGES, "train", dataclasses.replace(DATA, num_workers=3, in_memory=True), 5, DistContext(CPU))
-    make_first_stage(tmp_path, amp=True).codes(
+    make_first_stage(tmp_path, amp=True).encode_dataset(
         IMAGES, "train", DATA, 3, DistContext(CPU)
     )  # no effect on a CPU without bfloat16
     assert len(set(keys)) == 1 or first_stage.has_native_bf16(CPU)

@@ -28,7 +28,7 @@ from helpers.toy_encoding import (
 from train.data import code_cache
 from train.data.loading import TrainingCodes
 
-# interrupted
+# interruptions
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3, 4, 5, 7])
@@ -53,7 +53,7 @@ FILE_OPERATIONS = [
 
 
 def hook_file_operations(patch, act):
-    """Patch every call that changes the disk to call `act` first."""
+    """Patches every file operation to call `act` first."""
     for owner, name in FILE_OPERATIONS:
         real = getattr(owner, name)
 
@@ -66,12 +66,12 @@ def hook_file_operations(patch, act):
 
 
 def two_chunk_file(folder):
-    """A code file of two chunks."""
+    """A code file with two chunks."""
     return code_file(folder, chunk=6)
 
 
 def encode_and_kill(n, folder, annotated):
-    """Encode, but kill this process before the n-th change of the disk."""
+    """Encodes, but kills this process before its n-th file operation."""
     events = []
 
     def act():
@@ -104,23 +104,23 @@ def test_encoding_resumes_after_a_kill_at_any_moment(tmp_path, annotated):
 def test_a_chunk_is_flushed_before_its_note(tmp_path, monkeypatch):
     events, fsync, write_text = [], os.fsync, code_cache.write_text
 
-    def synced(handle):
+    def record_fsync(handle):
         events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
         fsync(handle)
 
-    def noted(path, text):
+    def record_note(path, text):
         write_text(path, text)
         events.append(path.name)
 
     if not Path("/proc/self/fd").exists():
-        pytest.skip("no /proc here to tell which file is flushed")
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(code_cache, "write_text", noted)
+        pytest.skip("no /proc here to identify the flushed file")
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(code_cache, "write_text", record_note)
     load_codes(tmp_path)
     for chunk in range(4):
-        noted = events.index(f"{chunk:08d}.note")
-        assert events[noted - 1].startswith(f".{chunk:08d}.note.")  # its temporary file
-        assert events[noted - 2] == code_file(tmp_path).path.name
+        position = events.index(f"{chunk:08d}.note")
+        assert events[position - 1].startswith(f".{chunk:08d}.note.")  # its temporary file
+        assert events[position - 2] == code_file(tmp_path).path.name
 
 
 # full disks
@@ -198,7 +198,7 @@ def test_a_disk_that_fills_up_meanwhile_ends_in_one_line(small_disk):
     assert table_matches(load_codes(small_disk / "codes"))
 
 
-# other weights, damage
+# other weights and damage
 
 
 def test_codes_of_other_weights_are_refused(tmp_path):
@@ -318,7 +318,7 @@ def test_damage_in_an_unfinished_file_is_re_encoded(tmp_path):
 
 
 def test_unreadable_images_are_left_out_and_reported_once(tmp_path):
-    broken, readable = (2, 3, 4, 5, 10), [0, 1, 6, 7, 8, 9]  # a whole chunk and images of its neighbours
+    broken, readable = (2, 3, 4, 5, 10), [0, 1, 6, 7, 8, 9]  # a full chunk, and images of other chunks
     with pytest.raises(KeyboardInterrupt):
         load_codes(tmp_path, Encoder(fails_at=4), broken=broken)
     with pytest.warns(UserWarning, match="skipped 5 unreadable images: image 2: .*; image 3: .*; image 10: ") as caught:

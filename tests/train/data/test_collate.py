@@ -52,7 +52,7 @@ def test_a_plain_tensor_is_an_image_by_its_name(name):
     assert collate([{"sketch": pixels}])["sketch"].tolist() == [[[[0, 255]]]]
 
 
-def test_float_images_are_in_their_range_already():
+def test_float_images_are_not_rescaled():
     image = torch.tensor([[[-1.0, 0.25]]])
     assert torch.equal(collate([{"image": tv_tensors.Image(image)}])["image"], image[None])
 

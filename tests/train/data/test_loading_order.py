@@ -1,4 +1,4 @@
-"""EpochShuffle: a permutation in every epoch, a function of seed and position, reading a few blocks at a time."""
+"""EpochShuffle: each epoch is a permutation that depends on the seed only and reads a few blocks at a time."""
 
 from itertools import pairwise
 

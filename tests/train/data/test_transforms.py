@@ -79,7 +79,9 @@ def test_non_square_sizes_are_cropped_at_the_centre():
     for size, pixels in [((10, 20), image), ((20, 10), image.T.copy())]:
         item = to_item({"image": pixels}, size, 1)["image"]
         assert item.shape == (1, *size) and (item == 255).all()
-    rows = np.arange(40, dtype=np.uint8)[:, None].repeat(20, 1)  # taller than wanted: rows are cropped, columns are not
+    rows = np.arange(40, dtype=np.uint8)[:, None].repeat(
+        20, 1
+    )  # taller than the target: rows are cropped, columns are not
     assert to_item({"image": rows}, (10, 20), 1)["image"][0, :, 7].tolist() == list(range(15, 25))
 
 
@@ -122,7 +124,7 @@ def test_label_maps_are_resized_without_new_labels(dtype):
 
 
 def test_boxes_outside_the_image_keep_their_rows():
-    """The centre of a wide image is cropped: one box is cut, one lies outside, one inside."""
+    """The centre of a wide image is cropped: one box is cut, one is outside, one inside."""
     item = item_with_box(np.zeros((10, 30), np.uint8), [5, 0, 15, 10], (10, 30))
     rows = torch.tensor([[5, 0, 15, 10], [0, 2, 8, 4], [12, 1, 14, 3]])
     item["boxes"] = tv_tensors.wrap(rows, like=item["boxes"])
@@ -285,7 +287,7 @@ def test_a_negative_shift_is_refused():
 
 
 def apply_training_views(image, margin, size, flip=False):
-    """An image in each training view."""
+    """Applies each training view to an image."""
     data = DataConfig(img_size=size[0], img_width=size[1], crop_margin=margin, horizontal_flip=flip)
     return [view(image) for view in training_views(data)]
 

@@ -169,7 +169,7 @@ def test_a_malicious_cifar_batch_is_refused_and_not_run(tmp_path, tiny):
         cifar10.build(cifar10.Config(data_dir=str(tmp_path)), "val")
     assert not target.exists()
     pickle.loads((tmp_path / "test_batch").read_bytes())
-    assert target.exists()  # the payload does run without the check
+    assert target.exists()  # without the check, the payload runs
 
 
 @pytest.mark.parametrize("name", ["builtins eval", "os system", "numpy load", "_codecs encode", "builtins getattr"])

@@ -1,4 +1,4 @@
-"""Every data set in train/datasets, new ones included, keeps the contract of the package."""
+"""Every data set in train/datasets fulfils the contract of the package, new ones included."""
 
 import dataclasses
 import importlib

@@ -22,7 +22,7 @@ LIMIT = 2
 
 @pytest.fixture
 def remote(tmp_path, tiny):
-    """Five shards of three samples, in a folder that is read through pipes only."""
+    """A folder of five shards of three samples, read only through pipes."""
     for shard in range(5):
         members = {f"{number:02d}.png": tiny.png(number) for number in range(3 * shard, 3 * shard + 3)}
         tiny.save_shard(tmp_path / "remote" / f"{shard}.tar", members)
@@ -30,7 +30,7 @@ def remote(tmp_path, tiny):
 
 
 def config_of(remote, shards="{0..4}", **flags) -> Config:
-    """Each download appends the number of its shard to a file."""
+    """A config whose downloads append the number of their shard to a file."""
     url = f"pipe:sh -c 'echo $0 >> {remote}/downloaded && cat {remote}/$0.tar' {shards}"
     return Config(data_dir=url, mix_shards=1, shards_on_disk=LIMIT, **flags)
 
@@ -68,10 +68,10 @@ def test_a_shard_is_downloaded_once_per_pass_and_indexed_once(remote):
     source = TrainingImages(ImageSource(dataset, DataConfig(img_size=4)), seed=0)
     for position in range(len(dataset)):
         source[[position]]
-    assert len(downloaded_shards(remote)) <= 4  # one block after the other: no download is repeated
+    assert len(downloaded_shards(remote)) <= 4  # block by block, so no download is repeated
     (remote / "downloaded").write_text("")
     build(config_of(remote, val_fraction=0.2), "train")
-    assert len(downloaded_shards(remote)) <= 1  # the one whose first image is decoded
+    assert len(downloaded_shards(remote)) <= 1  # only the shard whose first image is decoded
 
 
 def test_the_least_recently_used_shard_is_evicted(remote, shard_cache):
@@ -168,7 +168,7 @@ def test_file_urls_are_read_in_place(remote, shard_cache):
     assert len(numbers(dataset)) == len(dataset) and not (shard_cache / "shards").exists()
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset brings http by curl")
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset downloads http URLs with curl")
 def test_a_rewritten_shard_on_a_server_is_reindexed(remote, tiny):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments):

@@ -311,7 +311,7 @@ def test_a_missing_package_names_the_pip_command(shards, monkeypatch):
 
 @pytest.fixture
 def scanned(monkeypatch):
-    """A list of the shards that are indexed."""
+    """The names of the shards indexed so far."""
     names, scan = [], tar.scan
     monkeypatch.setattr(tar, "scan", lambda file, name, wanted: names.append(name) or scan(file, name, wanted))
     return names

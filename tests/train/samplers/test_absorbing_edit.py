@@ -39,7 +39,7 @@ def test_windows_of_known_codes_are_not_evaluated():
         torch.ones(1, 9, 12, dtype=torch.bool),
         UniformNetwork(),
     )
-    keep[0, 0, 0] = False  # in one window alone
+    keep[0, 0, 0] = False  # in a single window
     options, canvas = Sampling(sample_steps=2), {"shape": (9, 12), "window_stride": 1}
     make_sampler().sample(network, Streams([0]), options=options, edit=EditInput(x0, keep), **canvas)
     assert [len(ids) for ids, _ in network.calls] == [1]

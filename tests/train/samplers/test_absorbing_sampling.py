@@ -127,7 +127,7 @@ def test_with_relative_positions_a_canvas_is_one_pass_a_step(position):
     assert ids.shape == (2, 5, 6)
     assert len(recorder.calls) == 4 and all(canvas.shape[1:] == (5, 6) for canvas, _ in recorder.calls)
     sampler.sample(recorder, Streams([0]), options=options(), shape=(5, 6), window_stride=1)
-    assert recorder.calls[-1][0].shape[1:] == GRID  # windows are still to be had
+    assert recorder.calls[-1][0].shape[1:] == GRID  # window_stride still selects windows
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -144,12 +144,12 @@ def test_a_canvas_of_the_grid_in_windows_is_the_plain_sample(name):
     assert torch.equal(*draws)
 
 
-# The same image whatever the batch, and whatever is evaluated together
+# Samples do not depend on the batch
 
 
 @pytest.fixture(scope="module")
 def network():
-    """A real network in float64 with random weights."""
+    """A transformer in float64 with random weights."""
     torch.manual_seed(0)
     network = make_sampler().network.double().eval().requires_grad_(False)
     for parameter in network.parameters():
@@ -172,7 +172,7 @@ def test_codes_do_not_depend_on_the_batch(network, name, settings):
     keep = random_codes(4, *GRID, seed=2) < 2
     edit = EditInput(
         random_codes(4, *GRID), keep & (torch.arange(4) > 1).view(4, 1, 1)
-    )  # two of the four begin with some
+    )  # two of the four start with known codes
 
     def draw(rows, **kwargs):
         part = EditInput(edit.x0[rows], edit.keep[rows])
@@ -189,7 +189,7 @@ def test_codes_do_not_depend_on_the_batch(network, name, settings):
 
 @pytest.mark.parametrize("labels", [None, torch.tensor([0, 0, 1, 0, 1, 1])])
 def test_rows_with_equal_codes_and_labels_are_evaluated_once(labels):
-    x, t = random_codes(3, *GRID)[[0, 1, 0, 0, 1, 2]], torch.linspace(1, 0.5, 6)  # the network is told no time
+    x, t = random_codes(3, *GRID)[[0, 1, 0, 0, 1, 2]], torch.linspace(1, 0.5, 6)  # the network has no time input
     recorder, batch = Recorder(), None if labels is None else {"label": labels}
     pred = make_sampler().make_denoiser(recorder, batch, options(), x)(x, t)
     assert torch.equal(pred, Recorder()(x, {} if labels is None else {"label": labels}))
@@ -198,7 +198,7 @@ def test_rows_with_equal_codes_and_labels_are_evaluated_once(labels):
     assert torch.equal(
         make_sampler().make_denoiser(recorder, None, options(), different)(different, t[:5]), Recorder()(different)
     )
-    assert torch.equal(recorder.calls[-1][0], different)  # in their own order, uncopied
+    assert torch.equal(recorder.calls[-1][0], different)  # in their original order
 
 
 # Known codes

@@ -82,7 +82,7 @@ def test_without_classes_labels_are_ignored():
 
 
 def sample_without_cache(sampler, seeds, labels, settings):
-    """Reference for `sample` without a cache: a pass over the whole grid for every code and condition."""
+    """Reference for `sample` without a cache: a pass over the full grid for every code and condition."""
     labels = torch.tensor(labels)
 
     def denoise(x, t, label):
@@ -134,7 +134,7 @@ def test_known_codes_stay_and_finished_examples_drop_out(guidance):
     sampler, settings, seeds = make_sampler(), options(guidance=guidance), list(range(6))
     labels, x0 = [i % CLASSES for i in range(6)], batch(6)["codes"]
     keep = torch.rand(6, *GRID, generator=torch.manual_seed(2)) < 0.5
-    keep[0], keep[1], keep[2, 1] = True, False, True  # nothing to draw, all, the first row
+    keep[0], keep[1], keep[2, 1] = True, False, True  # all known, none known, row 1 known
     codes = sample_codes(sampler, seeds, labels, options=settings, edit=EditInput(x0, keep))
     assert torch.equal(codes[keep], x0[keep]) and torch.equal(codes[0], x0[0]) and codes.max() < CODES
     for i in range(6):
@@ -151,7 +151,7 @@ def test_a_fraction_of_unkept_codes_is_masked():
     states = []
     kwargs = {"on_step": lambda i, t, s, x, logits: states.append(x) or x}
     sample_codes(sampler, seeds, labels, edit=EditInput(x0, keep, 0.4), **kwargs)
-    # the first call draws place 1 at the latest; what is unknown after it was forgotten
+    # the first step draws nothing beyond position 1: codes masked in row 1 were masked at the start
     assert 0.35 < (states[0][:, 1] == CODES).double().mean() < 0.45 and not (states[0][:, 0, 0] == CODES).any()
 
 
@@ -189,7 +189,7 @@ def test_it_learns_the_next_code():
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss.item() < 1.1 * 2 / N  # the first code alone is a surprise, of two bits
+    assert loss.item() < 1.1 * 2 / N  # only the first code is unpredictable, with two bits
     codes = sample_codes(sampler, list(range(32))).flatten(1)
     assert ((codes[:, 1:] - codes[:, :-1]) % CODES == 1).double().mean() > 0.9
 

@@ -16,13 +16,13 @@ from train.registry import load_plugin, plugin_names
 from train.samplers import LearnedSampler, Process
 from train.samplers.autoregressive import AutoregressiveSampler
 
-SMALL = {  # settings that make a sampler small; a new one may add its own
+SMALL = {  # settings of tiny samplers; add those of new samplers here
     "absorbing": {"bert_n_emb": 8, "bert_n_head": 2, "bert_n_layers": 1, "total_steps": 8},
     "autoregressive": {"bert_n_emb": 8, "bert_n_head": 2, "bert_n_layers": 1},
     "ddpm": {"channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_factors": (2,), "heads": 1}
     | {"total_steps": 8},
 }
-SPACES = {  # SPACE -> the model_args that `build` may be told
+SPACES = {  # SPACE -> possible arguments of `build`
     "codes": [{"codes": 4, "grid": (2, 4)}],
     "continuous": [{"shape": (1, 4, 8), "pixels": True}, {"shape": (4, 2, 4), "pixels": False}],
 }
@@ -32,7 +32,7 @@ CASES = [
     (name, model_args) for name in SAMPLERS for model_args in SPACES[load_plugin("train.samplers", name, "").SPACE]
 ]
 CLASSES = 3
-STEPS = {"autoregressive": 8}  # of those that leave no choice: one per code
+STEPS = {"autoregressive": 8}  # fixed number of steps: one per code
 
 
 def case_id(name, model_args):
@@ -136,7 +136,7 @@ def test_a_control_branch_is_used_in_training_and_in_sampling(sampler_case):
             return sampler.network(*args, **kwargs)
 
     def control(x, t, condition, drop):
-        assert (drop is None) is isinstance(condition, Condition)  # raw in training, with what is dropped of it
+        assert (drop is None) is isinstance(condition, Condition)  # raw fields in training, with their drop masks
         calls.append((len(x), len(t)))
         return "added"
 
@@ -218,7 +218,7 @@ def test_samples_have_the_shape_and_the_range_of_the_data(sampler_case):
         assert samples.dtype == torch.int64 and 0 <= samples.min() and samples.max() < model_args["codes"]
     else:
         assert samples.isfinite().all() and (not model_args["pixels"] or samples.abs().max() <= 1)
-    unconditional = sampler.sample(sampler.network, Streams([0, 1]), options=options)  # the null's
+    unconditional = sampler.sample(sampler.network, Streams([0, 1]), options=options)  # with the null class
     assert unconditional.shape == samples.shape
 
 
@@ -232,7 +232,7 @@ def test_an_image_and_a_label_train_and_guide(name, model_args):
     image = Streams(list(range(6))).normal((6, 1, 4, 8))
     batch = data(model_args) | {"condition_image": image}
     optimizer = torch.optim.Adam(sampler.network.parameters(), 0.02)
-    for step in range(3):  # what conditions add starts at zero
+    for step in range(3):  # the condition encoders' outputs start at zero
         batch["position"] = torch.arange(6 * step, 6 * step + 6)
         optimizer.zero_grad()
         sampler.loss(sampler.network.train(), batch, draws(batch)).per_example.mean().backward()

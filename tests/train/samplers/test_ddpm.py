@@ -19,7 +19,7 @@ from models.conditions import image
 
 TWO_CHANNELS = image.Config(condition_channels=2)
 
-# what the network is told and shown
+# network inputs
 
 
 def test_gaussian_inputs_are_the_step_index_and_x_t():
@@ -102,7 +102,7 @@ def test_betas_follow_first_beta_and_last_beta():
     assert torch.allclose(result, (1 - betas).cumprod(0))
 
 
-# what is dropped
+# dropped conditions
 
 
 def test_conditions_are_dropped_independently():
@@ -111,7 +111,7 @@ def test_conditions_are_dropped_independently():
     batch = images(n) | {"condition_image": torch.rand(n, 2, 4, 4)}
     _, call = record_loss(model, batch=batch)
     assert set(call.condition) == {"label", "image"}
-    assert torch.equal(call.condition["label"], batch["label"])  # raw: the encoders put the nulls in
+    assert torch.equal(call.condition["label"], batch["label"])  # raw: the encoders insert the nulls
     assert torch.equal(call.condition["image"], batch["condition_image"])
     label, image = call.drop["label"], call.drop["image"]
     assert label.dtype == image.dtype == torch.bool
@@ -122,7 +122,7 @@ def test_conditions_are_dropped_independently():
 
 
 def test_a_real_network_sees_the_null_where_a_label_is_dropped():
-    """A dropped label has no effect; others do."""
+    """Dropped labels have no effect, others have."""
     model, network = perturb(sampler(label_drop=0.9))
     batch, relabelled = images(30), images(30)
     relabelled["label"] = (relabelled["label"] + 1) % CLASSES
@@ -181,7 +181,7 @@ def test_the_loss_is_the_process_loss_at_these_draws(settings):
 def perfect_output(model, x0, noise, t):
     """The output of a network that knows x0 and the noise, by each paper's formula."""
     alpha, sigma = append_dims(model.process.alpha(t), x0), append_dims(model.process.sigma(t), x0)
-    data = getattr(model.process, "sigma_data", 1.0)  # edm's alone
+    data = getattr(model.process, "sigma_data", 1.0)  # only edm has it
     return {
         "eps": noise,
         "x0": x0,
@@ -205,7 +205,7 @@ def test_a_perfect_prediction_has_no_error_and_returns_x0(settings):
     assert torch.allclose(model.x0_hat(loss.outputs), batch["x0"], atol=1e-4)
 
 
-# what is refused
+# refused settings
 
 REFUSED = [
     ({"process": "edm", "zero_terminal_snr": True}, "zero_terminal_snr True for process edm.*--zero_terminal_snr"),
@@ -243,7 +243,7 @@ def test_the_losses_of_edm_and_flow_may_be_called_simple():
     assert sampler(process="edm", loss_type="simple").loss_options == {}
 
 
-# and it learns
+# training
 
 
 @pytest.mark.parametrize(
@@ -268,4 +268,6 @@ def test_it_learns_one_image_per_class(settings):
         optimizer.zero_grad()
     x = sample_recorded(model, model.network.eval(), labels=(0, 1) * 4, seeds=range(8), sample_steps=20)
     expected = torch.tensor([-0.6, 0.6] * 4).view(-1, 1, 1, 1)
-    assert (x - expected).square().mean().sqrt() < 0.3  # 1.2 apart; without its class an image is 0.6 away or more
+    assert (
+        x - expected
+    ).square().mean().sqrt() < 0.3  # classes are 1.2 apart: samples that ignore the class have at least 0.6

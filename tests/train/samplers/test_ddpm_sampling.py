@@ -48,7 +48,7 @@ def test_a_rescaled_guidance_has_the_spread_of_the_condition():
     pattern = torch.linspace(-0.1, 0.1, 16).view(1, 1, 4, 4).expand(2, -1, -1, -1)
     recorder, trajectory = Recorder(lambda call: call.condition.scaled(pattern[:1], {True: 3, False: 1})), []
     sample_recorded(x0_sampler(), recorder, sample_steps=1, guidance=2.0, guidance_rescale=1.0, seen=trajectory)
-    assert torch.allclose(trajectory[0][1], 3 * pattern, atol=1e-6)  # 5 times, pulled back to 3
+    assert torch.allclose(trajectory[0][1], 3 * pattern, atol=1e-6)  # 5 times, rescaled to 3
     sample_recorded(x0_sampler(), recorder, sample_steps=1, guidance=2.0, seen=trajectory)
     assert torch.allclose(trajectory[1][1], 5 * pattern, atol=1e-6)
 
@@ -169,7 +169,7 @@ def test_processes_without_steps_are_measured_along_their_flow(process):
     assert len(recorder.calls) == 10  # Heun
     times = torch.stack([call.t for call in recorder.calls])
     sigma = (4 * times).exp() if process == "edm" else times / (1 - times)  # relative to the data
-    assert sigma.min() == pytest.approx(1 / 255, rel=1e-4)  # no nearer: networks know the levels of 8-bit images
+    assert sigma.min() == pytest.approx(1 / 255, rel=1e-4)  # not lower: networks recognise the levels of 8-bit images
     assert all(torch.equal(call.condition["told"]["label"], batch["label"]) for call in recorder.calls)
 
 
@@ -180,7 +180,7 @@ def test_the_flow_of_a_known_gaussian_has_its_entropy(process):
     variance = 0.25
 
     def optimal_output(call: Call) -> Tensor:
-        if process == "edm":  # sigma_data is the data's: the skip alone is the mean of x0
+        if process == "edm":  # sigma_data is that of the data: the skip connection alone gives the mean of x0
             return 0 * call.x
         w = call.t.view(-1, 1, 1, 1)
         x0 = (1 - w) * variance / ((1 - w) ** 2 * variance + w**2) * call.x

@@ -68,7 +68,7 @@ def test_loss_second_moment_samples_large_losses_more_often():
         numbers = weight * t**power
         expected = (torch.arange(1, 21) / 20).pow(power).mean()
         assert abs(numbers.mean() - expected) < 4 * numbers.std() / n**0.5
-    assert abs((t**2).mean() - expected) > 0.1  # without the weight they are not
+    assert abs((t**2).mean() - expected) > 0.1  # not without the weights
 
 
 def test_validation_has_uniform_times_whatever_was_observed():
