@@ -52,9 +52,8 @@ def test_rows_override_other_sources_field_by_field():
     batch = source.draw(7, [0, 1, 2])
     assert batch["words"] == ["a", "b", "a"] and torch.equal(batch["label"], label_source().draw(7, [0, 1, 2])["label"])
     combined = ConditionSource(("condition_image", "label"), 20, None, HeldOut()).with_rows([{"label": 2}])
-    assert combined.draw(7, [4, 5])["condition_image"].tolist() == [4, 0] and combined.draw(7, [4])[
-        "label"
-    ].tolist() == [2]
+    assert combined.draw(7, [4, 5])["condition_image"].tolist() == [4, 0]
+    assert combined.draw(7, [4])["label"].tolist() == [2]
 
 
 def test_typed_values_override_rows():
@@ -185,9 +184,7 @@ def test_provenance_depends_on_the_content_of_a_file(tmp_path):
     path.write_text("label\n3\n")
     provenance = condition_provenance(str(path))
     path.write_text("label\n4\n")
-    assert condition_provenance(None) == {} and provenance.keys() == {"condition_sha256"} != condition_provenance(
-        str(path)
-    )
+    assert condition_provenance(None) == {} and provenance.keys() == {"condition_sha256"}
     assert provenance != condition_provenance(str(path))
 
 

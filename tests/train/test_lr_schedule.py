@@ -36,9 +36,8 @@ def test_the_last_step_takes_the_end_rate(schedule, end):
     lrs = rates(schedule, **RUNS[schedule] | {"end": end})
     assert lrs[-1] == pytest.approx(end * LR, abs=1e-15)
     assert min(lrs) >= 0
-    assert (
-        learning_rate(1000, lr=LR, schedule=schedule, **RUNS[schedule] | {"end": end}) == lrs[-1]
-    )  # constant afterwards
+    later = learning_rate(1000, lr=LR, schedule=schedule, **RUNS[schedule] | {"end": end})
+    assert later == lrs[-1]
 
 
 @pytest.mark.parametrize("schedule", LR_SCHEDULES)

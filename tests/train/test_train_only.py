@@ -167,9 +167,8 @@ def test_matching_weights_are_loaded_and_every_key_reported():
     assert report.grown == ["net.embed.weight: (3, 4) -> (5, 4)", "net.out.weight: (2, 4) -> (2, 6)"]
     assert report.misshapen == ["net.out.bias: (2, 1) in the file, (2,) here"]
     after, old = network.state_dict(), source["embed"].weight
-    assert torch.equal(after["embed.weight"][:2], old[:2]) and torch.equal(
-        after["embed.weight"][4], old[2]
-    )  # the null class
+    assert torch.equal(after["embed.weight"][:2], old[:2])
+    assert torch.equal(after["embed.weight"][4], old[2])  # the null class
     assert torch.equal(after["embed.weight"][2:4], before["embed.weight"][2:4])
     assert torch.equal(after["out.bias"], before["out.bias"])
     x = torch.randn(7, 6)  # new input channels change nothing

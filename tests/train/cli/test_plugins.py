@@ -134,9 +134,8 @@ def test_help_shows_the_flags_of_the_chosen_quantizer(tmp_path, capfd):
 def test_a_file_names_the_quantizer_and_a_flag_another(tmp_path, monkeypatch, capfd):
     file = tmp_path / "mine.yaml"
     file.write_text("vqgan:\n  quantizer: ema\n  revive_below: 0.2\n  beta: 0.25\n  fsq_levels: []\n")
-    config = parse_config(
-        "train_vqgan.py", f"--config {file}", monkeypatch
-    )  # default values of other quantizers' flags are ignored
+    # a default value of another quantizer's flag is ignored
+    config = parse_config("train_vqgan.py", f"--config {file}", monkeypatch)
     assert config["quantizer"] == "ema" and config["revive_below"] == 0.2 and "fsq_levels" not in config
     message = error_message(capfd, f"--config {file} --quantizer l2")
     assert "mine.yaml: got revive_below '0.2' with --quantizer l2: it belongs to ema" in message

@@ -182,9 +182,8 @@ def test_codes_come_with_the_annotations_of_their_view(tmp_path, changes, monkey
             assert batch["caption"][i] == item["caption"] and batch["words"][i] == item["words"]
             assert batch["ids"][i, :n].tolist() == item["ids"].tolist() and batch["score"][i] == item["score"]
     assert decoded == []
-    assert (
-        code_source(tmp_path, dataset, data, "val")[[1, 2]]["caption"] and len(decoded) == 7
-    )  # another split is encoded
+    validation = code_source(tmp_path, dataset, data, "val")
+    assert validation[[1, 2]]["caption"] and len(decoded) == 7  # another split is encoded
 
 
 def test_codes_of_images_with_only_labels_have_no_annotations(tmp_path):

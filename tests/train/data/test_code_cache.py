@@ -233,7 +233,7 @@ def test_only_the_training_split_is_encoded_in_all_views(tmp_path, changes):
     expected = torch.stack([stage.encode(view(images)) for view in training_views(data)])
     assert torch.equal(table.ids[:], expected) and len(expected) in (1, 18, 10) and len(expected.unique()) > 4
     for batch_size in (1, 100):
-        reencoded = make_first_stage(tmp_path / str(batch_size)).codes(
+        reencoded = make_first_stage(tmp_path / str(batch_size)).encode_dataset(
             IMAGES, "train", data, batch_size, DistContext(CPU)
         )
         assert torch.equal(reencoded.ids[:], expected)

@@ -92,9 +92,8 @@ def test_an_example_does_not_depend_on_the_rest_of_its_batch():
     together = source[list(range(6))]
     for i in range(6):
         single = source[[i]]
-        assert (
-            single.keys() == together.keys() == FIELDS | {"image", "position", "boxes_mask", "ids_mask", "parts_mask"}
-        )
+        fields = FIELDS | {"image", "position", "boxes_mask", "ids_mask", "parts_mask"}
+        assert single.keys() == together.keys() == fields
         for name, value in single.items():
             if isinstance(value, list):
                 assert value == together[name][i : i + 1], name

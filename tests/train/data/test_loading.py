@@ -71,10 +71,8 @@ def test_batches_do_not_depend_on_ranks_and_workers(workers, accumulate):
 
 def test_a_resumed_run_gets_the_batches_of_an_uninterrupted_one():
     source = TrainingImages(ImageSource(numbered(10), CONFIG), seed=1)
-    uninterrupted, resumed = (
-        batches(source),
-        batches(TrainingImages(ImageSource(numbered(10), CONFIG), seed=1), start=4),
-    )
+    uninterrupted = batches(source)
+    resumed = batches(TrainingImages(ImageSource(numbered(10), CONFIG), seed=1), start=4)
     assert [b["position"].tolist() for b in resumed] == [b["position"].tolist() for b in uninterrupted[4:]]
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(resumed, uninterrupted[4:], strict=True))
 

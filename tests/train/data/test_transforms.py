@@ -79,9 +79,8 @@ def test_non_square_sizes_are_cropped_at_the_centre():
     for size, pixels in [((10, 20), image), ((20, 10), image.T.copy())]:
         item = to_item({"image": pixels}, size, 1)["image"]
         assert item.shape == (1, *size) and (item == 255).all()
-    rows = np.arange(40, dtype=np.uint8)[:, None].repeat(
-        20, 1
-    )  # taller than the target: rows are cropped, columns are not
+    # taller than the target: rows are cropped, columns are not
+    rows = np.arange(40, dtype=np.uint8)[:, None].repeat(20, 1)
     assert to_item({"image": rows}, (10, 20), 1)["image"][0, :, 7].tolist() == list(range(15, 25))
 
 
@@ -195,10 +194,8 @@ def test_boxes_with_clamping_mode_none_are_not_clamped():
     boxes = torch.tensor([[0, 0, 4, 4], [10, 4, 16, 8]])  # the centre of the wide image is x from 4 to 12
     for mode, expected in (("soft", [[0, 0, 0, 4], [6, 4, 8, 8]]), (None, [[-4, 0, 0, 4], [6, 4, 12, 8]])):
         bounding_boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(8, 16), clamping_mode=mode)
-        assert (
-            to_item({"image": np.zeros((8, 16), np.uint8), "boxes": bounding_boxes}, (8, 8), 1)["boxes"].tolist()
-            == expected
-        )
+        item = {"image": np.zeros((8, 16), np.uint8), "boxes": bounding_boxes}
+        assert to_item(item, (8, 8), 1)["boxes"].tolist() == expected
 
 
 @pytest.mark.parametrize(

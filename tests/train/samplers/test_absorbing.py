@@ -82,11 +82,8 @@ def test_times_do_not_depend_on_the_split_of_the_batch():
 
 
 def test_the_loss_matches_the_process_on_the_recorded_inputs():
-    sampler, recorder, n = (
-        make_sampler(n_classes=0, loss_type="elbo", schedule="square", total_steps=None),
-        Recorder(),
-        64,
-    )
+    sampler = make_sampler(n_classes=0, loss_type="elbo", schedule="square", total_steps=None)
+    recorder, n = Recorder(), 64
     batch = {"codes": torch.arange(n * 6).view(n, *GRID) % 4}
     loss = sampler.loss(recorder, batch, draws(3, n))
     outputs = loss.outputs

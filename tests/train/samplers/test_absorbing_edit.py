@@ -34,11 +34,8 @@ def test_strength_is_the_masked_fraction_for_any_schedule(schedule):
 
 
 def test_windows_of_known_codes_are_not_evaluated():
-    x0, keep, network = (
-        torch.zeros(1, 9, 12, dtype=torch.long),
-        torch.ones(1, 9, 12, dtype=torch.bool),
-        UniformNetwork(),
-    )
+    x0, network = torch.zeros(1, 9, 12, dtype=torch.long), UniformNetwork()
+    keep = torch.ones(1, 9, 12, dtype=torch.bool)
     keep[0, 0, 0] = False  # in a single window
     options, canvas = Sampling(sample_steps=2), {"shape": (9, 12), "window_stride": 1}
     make_sampler().sample(network, Streams([0]), options=options, edit=EditInput(x0, keep), **canvas)

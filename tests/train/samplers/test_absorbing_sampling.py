@@ -103,9 +103,8 @@ def test_windows_of_an_image_as_condition_are_refused():
     with pytest.raises(ValueError, match=r"got a canvas of \(5, 7\) codes in windows of \(3, 4\) with an image"):
         sampler.sample(sampler.network, Streams([0]), batch=batch, options=options(), shape=(5, 7))
     rope_sampler = make_sampler(n_classes=0, conditions=("image",), position="rope")
-    assert rope_sampler.sample(
-        rope_sampler.network, Streams([0]), batch=batch, options=options(), shape=(5, 7)
-    ).shape == (1, 5, 7)
+    ids = rope_sampler.sample(rope_sampler.network, Streams([0]), batch=batch, options=options(), shape=(5, 7))
+    assert ids.shape == (1, 5, 7)
 
 
 def test_windows_are_half_a_grid_apart_by_default():
@@ -170,9 +169,8 @@ def network():
 def test_codes_do_not_depend_on_the_batch(network, name, settings):
     sampler, seeds = make_sampler(), [11, 12, 13, 14]
     keep = random_codes(4, *GRID, seed=2) < 2
-    edit = EditInput(
-        random_codes(4, *GRID), keep & (torch.arange(4) > 1).view(4, 1, 1)
-    )  # two of the four start with known codes
+    keep &= (torch.arange(4) > 1).view(4, 1, 1)  # two of the four start with known codes
+    edit = EditInput(random_codes(4, *GRID), keep)
 
     def draw(rows, **kwargs):
         part = EditInput(edit.x0[rows], edit.keep[rows])

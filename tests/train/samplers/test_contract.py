@@ -239,8 +239,8 @@ def test_an_image_and_a_label_train_and_guide(name, model_args):
         optimizer.step()
     assert sampler.network.encoders["image"].null.grad.any()
     losses = [
-        sampler.loss(sampler.network.eval(), batch | {"condition_image": conditions}, draws(batch)).per_example
-        for conditions in (image, image + 3)
+        sampler.loss(sampler.network.eval(), batch | {"condition_image": shifted}, draws(batch)).per_example
+        for shifted in (image, image + 3)
     ]
     assert (losses[0] != losses[1]).any()
     conditions = {"condition_image": image[:2], "label": torch.tensor([0, 2])}
