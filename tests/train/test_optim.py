@@ -96,10 +96,8 @@ def test_a_state_resumes_in_another_memory_format(name):
     network, x = nn.Conv2d(4, 8, 3), torch.randn(2, 4, 8, 8)
     optimizer = make_optimizer(name, network.parameters(), lr=LR)
     train(network, x, optimizer, 3)
-    converted, saved = (
-        copy.deepcopy(network).to(memory_format=torch.channels_last),
-        copy.deepcopy(optimizer.state_dict()),
-    )
+    converted = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    saved = copy.deepcopy(optimizer.state_dict())
     expected = train(network, x, optimizer, 3)
     resumed = make_optimizer(name, converted.parameters(), lr=LR)
     resumed.load_state_dict(saved)

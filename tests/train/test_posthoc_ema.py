@@ -214,7 +214,7 @@ def test_missing_snapshots_are_named(tmp_path):
         reconstruct_ema(tmp_path, 450, "network", 0.07)
     with pytest.raises(ValueError, match="no profile of a module 'work'"):
         reconstruct_ema(tmp_path, 600, "work", 0.07)
-    with pytest.raises(ValueError, match=r"length 0.25 .* of lengths \[0.05, 0.1\] saved at 2 steps.* error is 7\d%"):
+    with pytest.raises(ValueError, match=r"length 0.25 .* from lengths \[0.05, 0.1\] saved at 2 steps.* error is 7\d%"):
         reconstruct_ema(tmp_path, None, "network", 0.25)
     with pytest.raises(ValueError, match="at most 0.3003"):
         reconstruct_ema(tmp_path, None, "network", 0.5)

@@ -105,5 +105,5 @@ def test_devices():
     with pytest.raises(ValueError, match="got device \"?'?cud"):
         resolve_device("cud")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="finds none here"):
+        with pytest.raises(ValueError, match="does not find here"):
             resolve_device("cuda:1")
