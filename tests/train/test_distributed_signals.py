@@ -115,7 +115,7 @@ def test_sigterm_to_the_whole_job_stops_training_once(tmp_path):
     output = (tmp_path / "output").read_text()
     assert len(children) == 2
     assert code == 143 and "Traceback" not in output, output
-    assert f"stopped at step {saved_steps(tmp_path / 'run')[-1]} and saved" in output
+    assert f"stopped and saved at step {saved_steps(tmp_path / 'run')[-1]}" in output
 
 
 @pytest.mark.parametrize(("hook", "code"), [("terminate", 143), ("interrupt_twice", 130)])
@@ -126,7 +126,7 @@ def test_the_current_step_is_finished_and_saved(tmp_path, capfd, hooks, handlers
     assert stop.value.code == code
     assert saved_steps(tmp_path / "run") == [2]
     captured = capfd.readouterr()
-    assert "finishing this step, then saving" in captured.err and "stopped at step 2 and saved" in captured.out
+    assert "finishing this step, then saving" in captured.err and "stopped and saved at step 2" in captured.out
     call("train_sampler.py", flags)
     assert saved_steps(tmp_path / "run") == [2, 4]
 

@@ -185,7 +185,7 @@ def test_networks_that_cannot_be_recomputed_are_refused():
         checkpoint_activations(nn.Sequential(block))
     network, _ = build_network(transformer)
     checkpoint_activations(network)
-    with pytest.raises(ValueError, match="they are already"):
+    with pytest.raises(ValueError, match="they already are"):
         checkpoint_activations(network)
 
 
