@@ -31,17 +31,17 @@ def write_manifest(path):
 
 
 def test_save_and_load_round_trip(tmp_path):
-    saved, other = state_of(), state_of()
+    saved, loaded = state_of(), state_of()
     save_checkpoint(tmp_path, saved)
     with torch.no_grad():
-        for parameter in other.modules["network"].parameters():
+        for parameter in loaded.modules["network"].parameters():
             parameter.zero_()
-    other.step = 0
-    load_checkpoint(tmp_path, 7, other)
-    assert other.step == 7
+    loaded.step = 0
+    load_checkpoint(tmp_path, 7, loaded)
+    assert loaded.step == 7
     for name in ("modules", "optimizers"):
-        assert str(getattr(saved, name)["network"].state_dict()) == str(getattr(other, name)["network"].state_dict())
-    assert str(saved.averages["network"].module.state_dict()) == str(other.averages["network"].module.state_dict())
+        assert str(getattr(saved, name)["network"].state_dict()) == str(getattr(loaded, name)["network"].state_dict())
+    assert str(saved.averages["network"].module.state_dict()) == str(loaded.averages["network"].module.state_dict())
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000007\n"
 
 
@@ -86,10 +86,10 @@ class Labelled(nn.Module):
 
 
 def test_weights_of_user_modules_keep_their_names(tmp_path):
-    saved, other = Labelled(), Labelled()
+    saved, loaded = Labelled(), Labelled()
     save_checkpoint(tmp_path, TrainState({"network": saved}, {}, {}, step=7))
-    load_weights(tmp_path, 7, {"network": other}, ema=False)
-    assert torch.equal(other.label.weight, saved.label.weight)
+    load_weights(tmp_path, 7, {"network": loaded}, ema=False)
+    assert torch.equal(loaded.label.weight, saved.label.weight)
 
 
 def test_a_malicious_pickle_runs_nothing(tmp_path):

@@ -22,9 +22,9 @@ class HeldOut:
         return 5
 
     def __getitem__(self, positions):
-        places = torch.tensor(positions)
+        indices = torch.tensor(positions)
         words = [f"item {k}" for k in positions]
-        return {"condition_image": places.float(), "label": 10 + places, "words": words, "position": places}
+        return {"condition_image": indices.float(), "label": 10 + indices, "words": words, "position": indices}
 
 
 def label_source(**options):
@@ -51,8 +51,9 @@ def test_rows_override_other_sources_field_by_field():
     source = ConditionSource(("words", "label"), 3, FREQUENCIES).with_rows(rows)
     batch = source.draw(7, [0, 1, 2])
     assert batch["words"] == ["a", "b", "a"] and torch.equal(batch["label"], label_source().draw(7, [0, 1, 2])["label"])
-    both = ConditionSource(("condition_image", "label"), 20, None, HeldOut()).with_rows([{"label": 2}])
-    assert both.draw(7, [4, 5])["condition_image"].tolist() == [4, 0] and both.draw(7, [4])["label"].tolist() == [2]
+    combined = ConditionSource(("condition_image", "label"), 20, None, HeldOut()).with_rows([{"label": 2}])
+    assert combined.draw(7, [4, 5])["condition_image"].tolist() == [4, 0]
+    assert combined.draw(7, [4])["label"].tolist() == [2]
 
 
 def test_typed_values_override_rows():
@@ -103,19 +104,19 @@ def test_json_and_csv_give_the_same_rows(tmp_path, picture):
     rows = [{"label": 3, "size": 0.5, "words": "a, b", "condition_image": "a.png"}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (tmp_path / "rows.csv").write_text('label,size,words,condition_image\n3,0.5,"a, b",a.png\n')
-    (one,), (other,) = (read_rows(str(tmp_path / f"rows.{kind}"), DATA) for kind in ("json", "csv"))
-    assert one.keys() == other.keys() and one["label"] == other["label"] == 3
-    assert one["size"] == other["size"] == 0.5 and one["words"] == other["words"] == "a, b"
-    for row in (one, other):
+    (from_json,), (from_csv,) = (read_rows(str(tmp_path / f"rows.{kind}"), DATA) for kind in ("json", "csv"))
+    assert from_json.keys() == from_csv.keys() and from_json["label"] == from_csv["label"] == 3
+    assert from_json["size"] == from_csv["size"] == 0.5 and from_json["words"] == from_csv["words"] == "a, b"
+    for row in (from_json, from_csv):
         assert isinstance(row["condition_image"], tv_tensors.Image)
         assert np.array_equal(row["condition_image"].permute(1, 2, 0).numpy(), picture)
-    source = ConditionSource(("label", "size", "words", "condition_image"), 4).with_rows([one])
+    source = ConditionSource(("label", "size", "words", "condition_image"), 4).with_rows([from_json])
     batch = source.draw(0, [0, 1])
     expected = torch.from_numpy(picture).permute(2, 0, 1) / 127.5 - 1
     assert torch.allclose(batch["condition_image"], expected.expand(2, 3, 8, 8), atol=1e-6)
 
 
-def test_lists_of_numbers_are_tensors(tmp_path):
+def test_lists_of_numbers_become_tensors(tmp_path):
     (tmp_path / "rows.json").write_text('[{"place": [0.5, 1, 2], "tags": ["a", "b"]}]')
     (row,) = read_rows(str(tmp_path / "rows.json"), DATA)
     assert row["place"].tolist() == [0.5, 1, 2] and row["tags"] == ["a", "b"]
@@ -128,8 +129,8 @@ def test_a_column_has_one_type_whatever_the_batch(tmp_path):
     (tmp_path / "rows.json").write_text('[{"size": 1, "place": [1, 2]}, {"size": 0.5, "place": [0.5, 2]}]')
     rows = read_rows(str(tmp_path / "rows.json"), DATA)
     source = ConditionSource(("size", "place")).with_rows(rows)
-    whole = source.draw(0, [0, 1])
-    assert all(torch.equal(source.draw(0, [i])[name][0], whole[name][i]) for i in (0, 1) for name in whole)
+    batch = source.draw(0, [0, 1])
+    assert all(torch.equal(source.draw(0, [i])[name][0], batch[name][i]) for i in (0, 1) for name in batch)
 
 
 def test_lists_of_lists_are_ragged_and_may_be_empty(tmp_path):
@@ -181,15 +182,15 @@ def test_a_file_that_is_missing_is_refused(tmp_path):
 def test_provenance_depends_on_the_content_of_a_file(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("label\n3\n")
-    first = condition_provenance(str(path))
+    provenance = condition_provenance(str(path))
     path.write_text("label\n4\n")
-    assert condition_provenance(None) == {} and first.keys() == {"condition_sha256"} != condition_provenance(str(path))
-    assert first != condition_provenance(str(path))
+    assert condition_provenance(None) == {} and provenance.keys() == {"condition_sha256"}
+    assert provenance != condition_provenance(str(path))
 
 
 def test_provenance_depends_on_the_images_a_file_names(tmp_path, picture):
     path = tmp_path / "rows.csv"
     path.write_text("condition_image\na.png\n")
-    first = condition_provenance(str(path))
+    provenance = condition_provenance(str(path))
     Image.fromarray(255 - picture).save(tmp_path / "a.png")
-    assert first != condition_provenance(str(path))
+    assert provenance != condition_provenance(str(path))

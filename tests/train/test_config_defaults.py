@@ -1,4 +1,4 @@
-"""Every config can be made in Python: its defaults are values, and fit together."""
+"""Every config can be constructed in Python: its defaults are valid and consistent."""
 
 import dataclasses
 import importlib
@@ -19,15 +19,15 @@ PACKAGES = (models, diffusion, vq, train, experiments)
 
 def configs() -> list[type]:
     """All dataclasses of settings: those whose every field has a default."""
-    found = {}
+    by_name = {}
     for package in PACKAGES:
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if info.name.startswith("experiments.") and info.name.count(".") == 1:
                 continue  # a command
             for value in vars(importlib.import_module(info.name)).values():
                 if isinstance(value, type) and dataclasses.is_dataclass(value) and has_defaults(value):
-                    found[f"{value.__module__}.{value.__qualname__}"] = value
-    return [found[name] for name in sorted(found)]
+                    by_name[f"{value.__module__}.{value.__qualname__}"] = value
+    return [by_name[name] for name in sorted(by_name)]
 
 
 def has_defaults(config: type) -> bool:
@@ -42,8 +42,8 @@ def has_defaults(config: type) -> bool:
 def test_defaults_make_a_config(config):
     settings = config()
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(config) if field.init}
-    again = config(**values)  # what is read from a config makes the same one
-    assert {name: getattr(again, name) for name in values} == values
+    rebuilt = config(**values)  # values read from a config rebuild it
+    assert {name: getattr(rebuilt, name) for name in values} == values
     assert not any(isinstance(value, dataclasses.Field | type) for value in values.values())
 
 
@@ -54,7 +54,7 @@ def test_all_groups_of_the_scripts_are_among_them():
 
 
 @pytest.mark.parametrize("name", plugin_names("train.samplers"))
-def test_sampling_defaults_draw(name):
+def test_sampling_defaults_are_valid(name):
     """`Sampling()` of each sampler names a solver of its process, with options that the solver takes."""
     module = load_plugin("train.samplers", name, "sampler")
     assert issubclass(module.Sampling, SamplingConfig)

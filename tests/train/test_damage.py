@@ -1,4 +1,4 @@
-"""Damaged, foreign and malicious checkpoints are refused by name, and never run code."""
+"""Damaged, foreign and malicious checkpoints are refused with a message that names them, and never run code."""
 
 import json
 import pickle
@@ -24,13 +24,15 @@ FILES = ["model.safetensors", "ema.safetensors", "state.pt", "manifest.json"]
 STAGE_1 = f"--no_amp {VQGAN} {GAN}"
 
 
-def state_of(width: int = 3, optimizer=torch.optim.AdamW, layers: int = 1) -> TrainState:
+def state_of(width: int = 3, optimizer_class=torch.optim.AdamW, layers: int = 1) -> TrainState:
     torch.manual_seed(0)
     network = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
-    made = optimizer(network.parameters(), lr=0.1, **({"momentum": 0.9} if optimizer is torch.optim.SGD else {}))
+    optimizer = optimizer_class(
+        network.parameters(), lr=0.1, **({"momentum": 0.9} if optimizer_class is torch.optim.SGD else {})
+    )
     network(torch.randn(4, width)).square().sum().backward()
-    made.step()
-    return TrainState({"network": network}, {"network": made}, {"network": EMA(network, 0.9)}, step=7)
+    optimizer.step()
+    return TrainState({"network": network}, {"network": optimizer}, {"network": EMA(network, 0.9)}, step=7)
 
 
 def seal(path: Path) -> None:
@@ -39,7 +41,7 @@ def seal(path: Path) -> None:
 
 
 def rewrite(path: Path, change) -> None:
-    """Changes the content of state.pt, and the manifest accordingly."""
+    """Changes the content of state.pt and updates the manifest."""
     content = torch.load(path / "state.pt", weights_only=True)
     torch.save(change(content), path / "state.pt")
     seal(path)
@@ -64,11 +66,15 @@ def saved(tmp_path_factory):
 @given(data=st.data())
 def test_every_changed_byte_is_detected(saved, data):
     file = saved / data.draw(st.sampled_from(FILES))
-    whole = file.read_bytes()
-    place = data.draw(st.integers(0, len(whole) - 1))
+    content = file.read_bytes()
+    position = data.draw(st.integers(0, len(content) - 1))
     change = data.draw(st.integers(1, 255))
-    cut = data.draw(st.booleans())
-    damaged = whole[:place] if cut else whole[:place] + bytes([whole[place] ^ change]) + whole[place + 1 :]
+    truncate = data.draw(st.booleans())
+    damaged = (
+        content[:position]
+        if truncate
+        else content[:position] + bytes([content[position] ^ change]) + content[position + 1 :]
+    )
     file.write_bytes(damaged)
     try:
         if file.name != "manifest.json":
@@ -80,9 +86,9 @@ def test_every_changed_byte_is_detected(saved, data):
         except ValueError as error:
             assert str(saved) in str(error)
         else:
-            assert json.loads(damaged) == json.loads(whole)
+            assert json.loads(damaged) == json.loads(content)
     finally:
-        file.write_bytes(whole)
+        file.write_bytes(content)
 
 
 MANIFESTS = {
@@ -108,9 +114,9 @@ def test_a_manifest_must_list_the_files(tmp_path, name):
     shutil.copy(path / "state.pt", tmp_path / "outside")
     content = MANIFESTS[name](json.loads((path / "manifest.json").read_text()))
     (path / "manifest.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    for read in (load_checkpoint, lambda run, step, state: load_weights(run, step, state.modules, ema=True)):
+    for load in (load_checkpoint, lambda run, step, state: load_weights(run, step, state.modules, ema=True)):
         with pytest.raises(ValueError, match="step_00000007"):
-            read(tmp_path, 7, state_of())
+            load(tmp_path, 7, state_of())
 
 
 STATES = {
@@ -195,9 +201,9 @@ def run(trained, tmp_path):
 def assert_one_line(capsys, flags, *words, script="train_vqgan.py"):
     with pytest.raises(SystemExit) as stop:
         call(script, flags)
-    said = [line for line in capsys.readouterr().err.splitlines() if f"{script}: " in line]
-    assert stop.value.code == 2 and len(said) == 1
-    assert all(word in said[0] for word in words), said
+    errors = [line for line in capsys.readouterr().err.splitlines() if f"{script}: " in line]
+    assert stop.value.code == 2 and len(errors) == 1
+    assert all(word in errors[0] for word in words), errors
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
@@ -258,8 +264,8 @@ def test_a_checkpoint_without_counters_resumes(tmp_path):
     flags = f"--logs_root {tmp_path} {STAGE_1}"
     call("train_vqgan.py", f"{flags} --log_dir whole --train_steps 5")
     call("train_vqgan.py", f"{flags} --log_dir old --train_steps 2")
-    kept = ("step", "optimizers", "extras")
-    rewrite(checkpoint(tmp_path / "old", 2), lambda state: {name: state[name] for name in kept})
+    keys = ("step", "optimizers", "extras")
+    rewrite(checkpoint(tmp_path / "old", 2), lambda state: {name: state[name] for name in keys})
     call("train_vqgan.py", f"{flags} --log_dir old --train_steps 5")
     assert_equal_bits(weights(tmp_path / "whole", 5), weights(tmp_path / "old", 5))
 

@@ -1,4 +1,4 @@
-"""16-bit and float images from files to samples: trained on in [-1, 1], returned in the units of the data."""
+"""16-bit and float images: trained on in [-1, 1], sampled in the units of the data."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ def scans(tmp_path_factory):
     return root
 
 
-def refused(script, flags, capfd):
+def error_message(script, flags, capfd):
     with pytest.raises(SystemExit) as stop:
         call(script, flags)
     assert stop.value.code == 2
@@ -36,7 +36,7 @@ def refused(script, flags, capfd):
 
 @pytest.fixture(scope="module")
 def trained(scans, tmp_path_factory):
-    """A sampler of pixels after two steps, trained on cached images."""
+    """A pixel sampler trained for two steps on cached images."""
     root = tmp_path_factory.mktemp("logs")
     flags = f"{DDPM} {DATA} {RANGE} --data_dir {scans} --logs_root {root} --log_dir pixels --steps_per_eval 1"
     with pytest.MonkeyPatch.context() as patch:
@@ -50,29 +50,29 @@ def test_samples_are_in_the_units_of_the_data(trained, scans):
     flags = f"--logs_root {trained} --load_dir pixels --data_dir {scans} --n_samples 3 --sample_steps 2 --no_amp"
     call("experiments/get_samples.py", f"{flags} --log_dir samples")
     with np.load(trained / "samples" / "samples.npz") as arrays:
-        values, shown = arrays["values"], arrays["arr_0"][..., 0]
+        values, pixels = arrays["values"], arrays["arr_0"][..., 0]
     assert values.shape == (3, 1, 8, 8) and values.dtype == np.float32
     assert values.min() >= 0 and 255 < values.max() <= 4095
-    assert np.abs(values[:, 0] / 4095 * 255 - shown).max() <= 0.51
+    assert np.abs(values[:, 0] / 4095 * 255 - pixels).max() <= 0.51
 
 
 def test_bits_per_dimension_are_refused(trained, scans, capfd):
     flags = f"--logs_root {trained} --load_dir pixels --data_dir {scans} --n_images 2 --no_amp --log_dir elbo"
-    assert "not 8-bit" in refused("experiments/calc_approximate_ELBO.py", flags, capfd)
+    assert "not 8-bit" in error_message("experiments/calc_approximate_ELBO.py", flags, capfd)
 
 
 def test_another_range_is_another_run(trained, scans, capfd):
     flags = (
         f"{DDPM} {DATA} --data_dir {scans} --logs_root {trained} --log_dir pixels --train_steps 3 --steps_per_eval 1"
     )
-    assert "data_range: [0.0, 4095.0] there, None now" in refused("train_sampler.py", flags, capfd)
-    assert "data_range" in refused("train_sampler.py", f"{flags} --data_range 3 3", capfd)
+    assert "data_range: [0.0, 4095.0] there, None now" in error_message("train_sampler.py", flags, capfd)
+    assert "data_range" in error_message("train_sampler.py", f"{flags} --data_range 3 3", capfd)
     call("train_sampler.py", f"{flags} {RANGE}")
 
 
-def test_images_of_eight_bits_have_no_range(tmp_path, capfd):
+def test_eight_bit_images_take_no_range(tmp_path, capfd):
     flags = f"{DDPM} --n_channels 1 --no_amp --logs_root {tmp_path} --train_steps 1 {RANGE}"
-    assert "leave --data_range out" in refused("train_sampler.py", flags, capfd)
+    assert "leave --data_range out" in error_message("train_sampler.py", flags, capfd)
 
 
 def test_codes_take_the_range_of_their_vqgan(scans, tmp_path, capfd):
@@ -81,7 +81,7 @@ def test_codes_take_the_range_of_their_vqgan(scans, tmp_path, capfd):
     flags = f"{SAMPLER} --dataset folder --data_dir {scans} --logs_root {tmp_path} --no_amp --train_steps 1"
     call("train_sampler.py", f"{flags} --log_dir codes")
     assert yaml.safe_load((tmp_path / "codes" / "config.yaml").read_text())["data"]["data_range"] == [0, 4095]
-    message = refused("train_sampler.py", f"{flags} --data_range 0 65535 --log_dir other", capfd)
+    message = error_message("train_sampler.py", f"{flags} --data_range 0 65535 --log_dir other", capfd)
     assert "trained with (0.0, 4095.0): leave --data_range out" in message
     for name, flags in {"held_out": "", "resized": "--size 12", "files": f"--images {scans}"}.items():
         flags = f"--logs_root {tmp_path} --load_dir vqgan_folder --data_dir {scans} --no_amp --n_images 1 {flags}"
@@ -89,26 +89,26 @@ def test_codes_take_the_range_of_their_vqgan(scans, tmp_path, capfd):
         (image,) = json.loads((tmp_path / name / "results.json").read_text())["images"]
         assert image["width"] == (12 if name == "resized" else 16)
         with Image.open(tmp_path / name / image["picture"]) as picture:
-            shown = np.asarray(picture)[2:60, 2:60]  # the original
-        assert 100 < shown.mean() < 155 and (shown == 255).mean() < 0.05  # neither darkened nor clipped
+            pixels = np.asarray(picture)[2:60, 2:60]  # the original
+        assert 100 < pixels.mean() < 155 and (pixels == 255).mean() < 0.05  # neither darkened nor clipped
 
 
 @pytest.fixture(scope="module")
-def of_files(trained, scans):
+def common_flags(trained, scans):
     return f"--logs_root {trained} --data_dir {scans} --no_amp --device cpu"
 
 
-def test_edits_read_files_in_the_data_range(trained, scans, of_files):
-    model = f"--load_dir pixels --sample_steps 2 {of_files} --hide left --results 1"
+def test_edits_read_files_in_the_data_range(trained, scans, common_flags):
+    model = f"--load_dir pixels --sample_steps 2 {common_flags} --hide left --results 1"
     call("experiments/inpaint.py", f"{model} --image {scans}/0.png --log_dir filled")
     with Image.open(next((trained / "filled" / "images").glob("*.png"))) as picture:
-        shown = np.asarray(picture)[:, 4:, 0]  # visible pixels are restored
-    wanted = to_item({"image": decode(scans / "0.png")}, (8, 8), 1, (0, 4095))["image"][0, :, 4:]
-    assert np.abs(shown - (wanted.numpy() + 1) * 127.5).max() <= 0.51
+        pixels = np.asarray(picture)[:, 4:, 0]  # visible pixels are restored
+    expected = to_item({"image": decode(scans / "0.png")}, (8, 8), 1, (0, 4095))["image"][0, :, 4:]
+    assert np.abs(pixels - (expected.numpy() + 1) * 127.5).max() <= 0.51
 
 
-def test_neighbours_are_ranked_in_8_bits(trained, of_files):
-    flags = f"{of_files} --load_dir pixels --sample_steps 2 --n_samples 2 --candidates 3 --neighbours 2"
+def test_neighbours_are_ranked_in_8_bits(trained, common_flags):
+    flags = f"{common_flags} --load_dir pixels --sample_steps 2 --n_samples 2 --candidates 3 --neighbours 2"
     call("experiments/calc_nearest_neighbours.py", f"{flags} --features pixels --rerank pixels --log_dir near")
     results = json.loads((trained / "near" / "results.json").read_text())
     assert 0 < results["median_held_out"] and len(results["neighbours"]) == 2
@@ -177,5 +177,5 @@ def test_codes_and_latents_with_a_range_give_values_too(heights, tmp_path):
         sampler = "absorbing" if name == "codes" else "ddpm"
         call("experiments/get_samples.py", f"--sampler {sampler} {flags} --log_dir of_{name}")
         with np.load(tmp_path / f"of_{name}" / "samples.npz") as arrays:
-            values, shown = arrays["values"], arrays["arr_0"][..., 0]
-        assert np.abs((values[:, 0] + 50) / 2050 * 255 - shown).max() <= 0.51 and values.max() > 255
+            values, pixels = arrays["values"], arrays["arr_0"][..., 0]
+        assert np.abs((values[:, 0] + 50) / 2050 * 255 - pixels).max() <= 0.51 and values.max() > 255

@@ -22,18 +22,18 @@ from train.loop import RunningSums
 FLAGS = "--no_amp --weight_decay 0.01 --steps_per_log 1 --ema_profiles 0.1"
 STAGE_1 = f"{FLAGS} {VQGAN} {GAN} --disc_weight_max 1000 --lr 1e-4 --steps_per_eval 3"
 STAGE_2 = f"{FLAGS} {SAMPLER} --warmup_iters 2 --steps_per_eval 2 --train_steps 4 --ae_load_dir whole"
-SPREAD = "--time_sampler low_discrepancy"  # over the global batch
+LOW_DISCREPANCY = "--time_sampler low_discrepancy"  # over the global batch
 BY_LOSS = "--time_sampler loss_second_moment --loss_type vlb --total_steps 4 --batch_size 8"
-WAYS = ["ddp", "fsdp"]
+PARALLEL = ["ddp", "fsdp"]
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def two():
     """A pool of two processes."""
-    crew = ProcessPool(2)
-    yield crew
-    crew.close()
+    pool = ProcessPool(2)
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="module")
@@ -51,37 +51,40 @@ def assert_same(one, other, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-def test_two_processes_train_the_same_vqgan_as_one(logs, two, way):
-    two.run("train_vqgan.py", f"--logs_root {logs} --log_dir {way} --train_steps {STEPS} {STAGE_1} --parallel {way}")
-    assert_same(logs / "whole", logs / way, STEPS)
-    logged = [row for row in lines(logs / way) if "adaptive_weight" in row]
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_two_processes_train_the_same_vqgan_as_one(logs, two, parallel):
+    two.run(
+        "train_vqgan.py",
+        f"--logs_root {logs} --log_dir {parallel} --train_steps {STEPS} {STAGE_1} --parallel {parallel}",
+    )
+    assert_same(logs / "whole", logs / parallel, STEPS)
+    logged = [row for row in lines(logs / parallel) if "adaptive_weight" in row]
     assert logged and 0 < logged[-1]["adaptive_weight"] < 1000  # the clamp must not hide the weight
     assert {"grad_norm", "disc_grad_norm", "disc_loss", "lr"} <= logged[-1].keys()
-    assert any("val/l1" in row for row in lines(logs / way))
+    assert any("val/l1" in row for row in lines(logs / parallel))
 
 
-@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_two_processes_train_the_same_absorbing_sampler(logs, two, way):
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_processes_train_the_same_absorbing_sampler(logs, two, parallel):
     codes = logs / "whole" / "codes"
-    by_one = {path.name: path.read_bytes() for path in codes.iterdir()}
+    expected = {path.name: path.read_bytes() for path in codes.iterdir()}
     shutil.rmtree(codes)
-    two.run("train_sampler.py", f"--logs_root {logs} --log_dir codes_{way} {STAGE_2} --parallel {way}")
-    assert {path.name: path.read_bytes() for path in codes.iterdir()} == by_one
-    assert_same(logs / "codes", logs / f"codes_{way}", 4)
-    assert any("val/loss" in row for row in lines(logs / f"codes_{way}"))
+    two.run("train_sampler.py", f"--logs_root {logs} --log_dir codes_{parallel} {STAGE_2} --parallel {parallel}")
+    assert {path.name: path.read_bytes() for path in codes.iterdir()} == expected
+    assert_same(logs / "codes", logs / f"codes_{parallel}", 4)
+    assert any("val/loss" in row for row in lines(logs / f"codes_{parallel}"))
 
 
-DDPM_CASES = [(BY_LOSS, "ddp"), (SPREAD, "fsdp"), (BY_LOSS, "fsdp"), (SPREAD, "ddp")]
+DDPM_CASES = [(BY_LOSS, "ddp"), (LOW_DISCREPANCY, "fsdp"), (BY_LOSS, "fsdp"), (LOW_DISCREPANCY, "ddp")]
 
 
 @pytest.mark.parametrize(
-    ("flags", "way"),
+    ("flags", "parallel"),
     [pytest.param(*case, marks=[pytest.mark.slow] * (i > 0)) for i, case in enumerate(DDPM_CASES)],
 )
-def test_two_processes_train_the_same_ddpm_as_one(tmp_path, two, flags, way):
+def test_two_processes_train_the_same_ddpm_as_one(tmp_path, two, flags, parallel):
     flags = f"--logs_root {tmp_path} --no_amp --steps_per_log 1 --steps_per_eval 0 --train_steps 10 {DDPM} {flags}"
-    two.run("train_sampler.py", f"{flags} --log_dir two --parallel {way}")
+    two.run("train_sampler.py", f"{flags} --log_dir two --parallel {parallel}")
     call("train_sampler.py", f"{flags} --log_dir one")
     assert_same_ddpm(tmp_path / "one", tmp_path / "two", 10)
 
@@ -103,7 +106,7 @@ def test_checkpoints_resume_under_every_parallelism(logs, two):
 
 @pytest.mark.slow
 def test_unlogged_averages_resume_in_two_processes(tmp_path, two):
-    """A checkpoint between two log lines, saved by one process: its steps count as much as those of two."""
+    """A checkpoint between two log lines, saved by one process, and resumed by two."""
     flags = f"--logs_root {tmp_path} --no_amp {VQGAN} --perceptual_net none --steps_per_log 4 --train_steps 4"
     call("train_vqgan.py", f"{flags} --log_dir one --steps_per_checkpoint 2")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
@@ -113,18 +116,18 @@ def test_unlogged_averages_resume_in_two_processes(tmp_path, two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_gradients_are_reduced_once_per_batch(tmp_path, two, way):
-    flags = f"--logs_root {tmp_path} {DDPM} --no_amp --batch_size 8 --train_steps 1 --steps_per_eval 0 --parallel {way}"
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_gradients_are_reduced_once_per_batch(tmp_path, two, parallel):
+    flags = f"--logs_root {tmp_path} {DDPM} --no_amp --batch_size 8 --train_steps 1 --steps_per_eval 0"
     counts = []
     for parts in (1, 4):
-        command = f"train_sampler.py {flags} --log_dir {way}_{parts} --accumulate {parts}"
+        command = f"train_sampler.py {flags} --parallel {parallel} --log_dir {parallel}_{parts} --accumulate {parts}"
         counts.append(two.call("helpers.per_rank.count_collectives", command)[0])
     for kind in counts[0].keys() | counts[1].keys():
         if "gather" not in kind:  # FSDP gathers parameters for each micro-batch
             assert counts[1].get(kind, 0) == counts[0].get(kind, 0) > 0, counts
     assert any("reduce" in kind for kind in counts[0])
-    assert_close(*(weights(tmp_path / f"{way}_{parts}", 1) for parts in (1, 4)))
+    assert_close(*(weights(tmp_path / f"{parallel}_{parts}", 1) for parts in (1, 4)))
 
 
 def test_no_ddp_wrapper_outlives_its_process_group(tmp_path, two):
@@ -137,11 +140,11 @@ def test_uneven_lists_are_shared_among_processes(two):
     first, second = two.call("helpers.per_rank.share_lists")
     assert (first["own"], second["own"]) == ([0, 2, 4], [1, 3])
     assert first["rounds"] == [[[0], True], [[2], True], [[4], True]]
-    assert second["rounds"] == [[[1], True], [[3], True], [[3], False]]  # its last batch again, which does not count
+    assert second["rounds"] == [[[1], True], [[3], True], [[3], False]]  # its last batch again, not counted
     squares = [[i * i, i * i] for i in range(5)]
-    wanted = {"any": [False, True, True], "none": [], "collected": squares, "one": [[0, 0]], "gathered": [0, 7, 1, 7]}
+    expected = {"any": [False, True, True], "none": [], "collected": squares, "one": [[0, 0]], "gathered": [0, 7, 1, 7]}
     for answer in (first, second):
-        assert {key: answer[key] for key in wanted} == wanted
+        assert {key: answer[key] for key in expected} == expected
         assert (answer["mean"], answer["share"]) == (0.5, 3)
 
 
@@ -166,52 +169,51 @@ def test_running_sums_resume_with_any_number_of_processes(two):
         assert answer["taken"] == [[36.0, 6.0], [36.0, 6.0], [9.0, 3.0], [7.0, 3.0]]
         assert answer["after"] == [{}, {}]
     assert (first["own"], second["own"]) == ({"one": [9, 3], "three": [7, 3]}, {"one": [0, 0], "three": [0, 0]})
-    alone = RunningSums(DistContext(torch.device("cpu")))
-    alone.load_state_dict({name: torch.tensor(value) for name, value in first["state"].items()})
-    assert alone.reduce_and_reset()["loss"].tolist() == [36.0, 6.0]
+    single = RunningSums(DistContext(torch.device("cpu")))
+    single.load_state_dict({name: torch.tensor(value) for name, value in first["state"].items()})
+    assert single.reduce_and_reset()["loss"].tolist() == [36.0, 6.0]
 
 
-COLD = "--entropy_temperature 1"  # lower temperatures amplify rounding too much
+COLD = "--entropy_temperature 1"  # lower temperatures amplify rounding errors too much
 QUANTIZERS = ["ema --revive_below 0.5", "l2", "gumbel", "fsq", f"lfq {COLD}", f"ibq {COLD}"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("parallel", PARALLEL)
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_two_processes_learn_the_same_codebook_as_one(tmp_path, two, quantizer, way):
+def test_two_processes_learn_the_same_codebook_as_one(tmp_path, two, quantizer, parallel):
     """Averages and entropies over the batch include the micro-batches of all processes."""
     flags = f"--logs_root {tmp_path} --train_steps 4 {STAGE_1} --quantizer {quantizer}"
     flags += " --lecam_weight 0.1 --disc_spectral_norm --disc_blur --disc_loss non_saturating"
     call("train_vqgan.py", f"{flags} --log_dir one")
-    two.run("train_vqgan.py", f"{flags} --log_dir two --parallel {way}")
+    two.run("train_vqgan.py", f"{flags} --log_dir two --parallel {parallel}")
     assert_same(tmp_path / "one", tmp_path / "two", 4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-def test_four_processes_under_torchrun_match_one(logs, way):
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_four_processes_under_torchrun_match_one(logs, parallel):
     """With four shards, some processes hold nothing of the smaller tensors."""
-    flags = f"--logs_root {logs} --parallel {way}"
-    made = run("train_vqgan.py", f"{flags} --log_dir four_{way} --train_steps {STEPS} {STAGE_1}", processes=4)
-    assert made.returncode == 0, made.stderr
-    assert_same(logs / "whole", logs / f"four_{way}", STEPS)
-    made = run("train_sampler.py", f"{flags} --log_dir four_codes_{way} {STAGE_2}", processes=4)
-    assert made.returncode == 0, made.stderr
-    assert_same(logs / "codes", logs / f"four_codes_{way}", 4)
+    flags = f"--logs_root {logs} --parallel {parallel}"
+    result = run("train_vqgan.py", f"{flags} --log_dir four_{parallel} --train_steps {STEPS} {STAGE_1}", processes=4)
+    assert result.returncode == 0, result.stderr
+    assert_same(logs / "whole", logs / f"four_{parallel}", STEPS)
+    result = run("train_sampler.py", f"{flags} --log_dir four_codes_{parallel} {STAGE_2}", processes=4)
+    assert result.returncode == 0, result.stderr
+    assert_same(logs / "codes", logs / f"four_codes_{parallel}", 4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-def test_accumulation_with_a_gan_in_two_processes(tmp_path, two, way):
-    """The adaptive weight is a part's own, and the parts of two processes are others than those of one: before the GAN
-    sets in all is the same."""
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_accumulation_with_a_gan_in_two_processes(tmp_path, two, parallel):
+    """Equal until the GAN starts: its adaptive weight is computed per micro-batch, and micro-batches differ."""
     flags = f"--logs_root {tmp_path} {STAGE_1} --accumulate 2"
     call("train_vqgan.py", f"{flags} --log_dir one --train_steps 3")
-    two.run("train_vqgan.py", f"{flags} --log_dir two --train_steps 3 --parallel {way}")
+    two.run("train_vqgan.py", f"{flags} --log_dir two --train_steps 3 --parallel {parallel}")
     assert_same(tmp_path / "one", tmp_path / "two", 3)
-    two.run("train_vqgan.py", f"{flags} --log_dir two --train_steps {STEPS} --parallel {way}")
-    last = [row for row in lines(tmp_path / "two") if "adaptive_weight" in row][-1]
-    assert last["step"] == STEPS and 0 < last["adaptive_weight"] < 1000
+    two.run("train_vqgan.py", f"{flags} --log_dir two --train_steps {STEPS} --parallel {parallel}")
+    last_row = [row for row in lines(tmp_path / "two") if "adaptive_weight" in row][-1]
+    assert last_row["step"] == STEPS and 0 < last_row["adaptive_weight"] < 1000
 
 
 @pytest.mark.slow
@@ -229,6 +231,6 @@ def test_sharded_sampling_stays_in_lockstep(logs, two):
     flags = f"--logs_root {logs} {STAGE_2} --sample_steps 40 --seed 3 --timeout_minutes 0.3"
     two.run("train_sampler.py", f"{flags} --log_dir in_step --parallel fsdp")
     call("train_sampler.py", f"{flags} --log_dir alone")
-    shown = [sorted((logs / name).rglob("*.png")) for name in ("in_step", "alone")]
-    assert [path.name for path in shown[0]] == [path.name for path in shown[1]]
+    pictures = [sorted((logs / name).rglob("*.png")) for name in ("in_step", "alone")]
+    assert [path.name for path in pictures[0]] == [path.name for path in pictures[1]]
     assert_same_losses(logs / "in_step", logs / "alone")

@@ -12,7 +12,7 @@ import pytest
 from helpers.process_pool import ROOT, free_port, quiet_end, variables
 from helpers.tiny_runs import VQGAN
 
-PATIENCE = 150  # seconds, against hanging tests; nothing is timed
+PATIENCE = 150  # seconds until a hanging test fails
 
 
 def command(logs: Path, flags: str) -> list[str]:
@@ -22,18 +22,18 @@ def command(logs: Path, flags: str) -> list[str]:
 
 
 def start(logs: Path, rank: int, port: int, flags: str) -> subprocess.Popen:
-    with (logs / f"said_{rank}").open("w") as said:
+    with (logs / f"output_{rank}").open("w") as output:
         return subprocess.Popen(
             [sys.executable, *command(logs, flags)],
             env={**os.environ, **variables(rank, 2, port)},
-            stdout=said,
-            stderr=said,
+            stdout=output,
+            stderr=output,
         )
 
 
 @pytest.fixture
 def pair(tmp_path):
-    """Starts two processes that train together, without torchrun, and kills the remaining ones at the end."""
+    """Starts two processes that train together, without torchrun, and kills what is left at the end."""
     started = []
 
     def begin(flags: str = "") -> list[subprocess.Popen]:
@@ -50,7 +50,7 @@ def pair(tmp_path):
 def wait_until_it_trains(logs: Path) -> None:
     metrics, end = logs / "run" / "metrics.jsonl", time.monotonic() + PATIENCE
     while not (metrics.is_file() and metrics.read_text().count("\n") > 2):
-        assert time.monotonic() < end, [path.read_text() for path in logs.glob("said_*")]
+        assert time.monotonic() < end, [path.read_text() for path in logs.glob("output_*")]
         time.sleep(0.05)
 
 
@@ -71,30 +71,30 @@ def test_a_hanging_process_ends_the_other_after_the_timeout(tmp_path, pair):
     processes[1].send_signal(signal.SIGSTOP)
     assert quiet_end(processes[0], PATIENCE)
     assert processes[0].returncode != 0
-    assert processes[1].poll() is None  # it hangs meanwhile
+    assert processes[1].poll() is None  # it still hangs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_an_error_in_one_process_ends_all(tmp_path, pair, way):
-    processes = pair(f"--hooks helpers.fault_injection.raise_on_rank_1 --parallel {way}")
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_an_error_in_one_process_ends_all(tmp_path, pair, parallel):
+    processes = pair(f"--hooks helpers.fault_injection.raise_on_rank_1 --parallel {parallel}")
     assert all(quiet_end(process, PATIENCE) for process in processes)
     assert processes[1].returncode == 2 and processes[0].returncode != 0
-    said = (tmp_path / "said_1").read_text()
-    assert "train_vqgan.py (rank 1): not one image can be read any more\n" in said and "Traceback" not in said
+    output = (tmp_path / "output_1").read_text()
+    assert "train_vqgan.py (rank 1): not one image can be read any more\n" in output and "Traceback" not in output
 
 
 def children(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    return [int(word) for word in found.stdout.split()]
+    result = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(word) for word in result.stdout.split()]
 
 
 @pytest.mark.slow
 def test_torchrun_fails_if_a_worker_is_killed(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "said_0").open("w") as said:
-        job = subprocess.Popen([*torchrun, *command(tmp_path, "")], env=variables, stdout=said, stderr=said)
+    with (tmp_path / "output_0").open("w") as output:
+        job = subprocess.Popen([*torchrun, *command(tmp_path, "")], env=variables, stdout=output, stderr=output)
     workers = []
     try:
         wait_until_it_trains(tmp_path)

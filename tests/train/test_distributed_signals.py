@@ -35,7 +35,7 @@ def interrupt_again_later(state, outputs):
         os.kill(os.getpid(), signal.SIGINT)
         distributed.DUPLICATE_SECONDS = 0.0
         os.kill(os.getpid(), signal.SIGINT)
-        raise AssertionError("the second one came too late")
+        raise AssertionError("the second signal came too late")
 """
 
 
@@ -59,9 +59,11 @@ def handlers():
     assert after == before
 
 
-def stopped(logs: Path, number: int, at_step: int) -> tuple[int, int, str]:
-    """Starts the run and signals its whole group, as a terminal does, once it has done so many steps: exit code, newest
-    checkpoint, output."""
+def run_and_signal(logs: Path, number: int, at_step: int) -> tuple[int, int, str]:
+    """Starts the run and, after `at_step` steps, signals its process group as a terminal does.
+
+    Returns the exit code, the newest checkpoint's step and the output.
+    """
     with start_process("vqgan", logs, STEPS) as process:
         until(process, lambda: progress(logs) >= at_step)
         os.killpg(process.pid, number)
@@ -70,40 +72,40 @@ def stopped(logs: Path, number: int, at_step: int) -> tuple[int, int, str]:
 
 
 @pytest.fixture
-def whole(tmp_path_factory) -> Path:
+def uninterrupted(tmp_path_factory) -> Path:
     """An uninterrupted run, shared with test_kill.py."""
-    alone = tmp_path_factory.getbasetemp() / f"undisturbed_{STEPS}"
-    if not (alone / "run").exists():
-        alone.mkdir()
-        run_uninterrupted("vqgan", alone, STEPS)
-    return alone / "run"
+    logs = tmp_path_factory.getbasetemp() / f"undisturbed_{STEPS}"
+    if not (logs / "run").exists():
+        logs.mkdir()
+        run_uninterrupted("vqgan", logs, STEPS)
+    return logs / "run"
 
 
 @pytest.mark.slow
-def test_a_run_stopped_twice_ends_like_an_uninterrupted_one(tmp_path, whole):
+def test_a_run_stopped_twice_ends_like_an_uninterrupted_one(tmp_path, uninterrupted):
     """With data-loading workers, which must end silently."""
-    logs, begun = tmp_path / "signalled", 0
+    logs, last_step = tmp_path / "signalled", 0
     logs.mkdir()
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        got, step, output = stopped(logs, number, begun + 3)
-        assert got == code, output
-        assert step >= begun + 3
+        exit_code, step, output = run_and_signal(logs, number, last_step + 3)
+        assert exit_code == code, output
+        assert step >= last_step + 3
         assert f"{number.name}: finishing this step, then saving" in output
         assert f"stopped and saved at step {step}: run the same command to resume" in output
         assert "Traceback" not in output and "Error" not in output
         verify_checkpoint(logs / "run" / "checkpoints" / f"step_{step:08d}")
-        begun = step
-    other = run_uninterrupted("vqgan", logs, STEPS)
-    assert f"resuming from step {begun} of {STEPS}" in (logs / "output").read_text()
-    found = differences(whole, other, STEPS)
-    found.pop("kept checkpoints")  # stopping saves additional checkpoints
-    assert not any(found.values()), found
+        last_step = step
+    resumed = run_uninterrupted("vqgan", logs, STEPS)
+    assert f"resuming from step {last_step} of {STEPS}" in (logs / "output").read_text()
+    counts = differences(uninterrupted, resumed, STEPS)
+    counts.pop("kept checkpoints")  # stopping saves additional checkpoints
+    assert not any(counts.values()), counts
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep finds the loading processes")
 def test_sigterm_to_the_whole_job_stops_training_once(tmp_path):
-    """As schedulers, containers and systemd send it: data-loading workers continue until they are not needed."""
+    """As schedulers, containers and systemd send it; data-loading workers continue until training stops."""
     with start_process("vqgan", tmp_path, STEPS) as process:
         until(process, lambda: progress(tmp_path) >= 3)
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
@@ -113,7 +115,7 @@ def test_sigterm_to_the_whole_job_stops_training_once(tmp_path):
     output = (tmp_path / "output").read_text()
     assert len(children) == 2
     assert code == 143 and "Traceback" not in output, output
-    assert f"stopped at step {saved_steps(tmp_path / 'run')[-1]} and saved" in output
+    assert f"stopped and saved at step {saved_steps(tmp_path / 'run')[-1]}" in output
 
 
 @pytest.mark.parametrize(("hook", "code"), [("terminate", 143), ("interrupt_twice", 130)])
@@ -123,8 +125,8 @@ def test_the_current_step_is_finished_and_saved(tmp_path, capfd, hooks, handlers
         call("train_sampler.py", f"{flags} --hooks signalling.{hook}")
     assert stop.value.code == code
     assert saved_steps(tmp_path / "run") == [2]
-    said = capfd.readouterr()
-    assert "finishing this step, then saving" in said.err and "stopped at step 2 and saved" in said.out
+    captured = capfd.readouterr()
+    assert "finishing this step, then saving" in captured.err and "stopped and saved at step 2" in captured.out
     call("train_sampler.py", flags)
     assert saved_steps(tmp_path / "run") == [2, 4]
 
@@ -135,8 +137,8 @@ def test_a_later_second_ctrl_c_ends_at_once(tmp_path, capfd, hooks, handlers):
         call("train_sampler.py", f"{flags} --hooks signalling.interrupt_again_later")
     assert stop.value.code == 130
     assert saved_steps(tmp_path / "run") == []
-    said = capfd.readouterr().err
-    assert "train_sampler.py: interrupted" in said and "Traceback" not in said
+    errors = capfd.readouterr().err
+    assert "train_sampler.py: interrupted" in errors and "Traceback" not in errors
 
 
 def test_signal_handlers_are_restored_after_any_exit(handlers):

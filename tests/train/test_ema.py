@@ -29,7 +29,7 @@ def disturb(module: nn.Module) -> None:
 
 
 def disturb_with(module: nn.Module, value: float) -> None:
-    """A module that multiplies elementwise, with the same result when sharded."""
+    """Multiplies all parameters, which gives the same result when sharded."""
     for part in module.modules():
         if hasattr(part, "reshard"):
             part.reshard()
@@ -38,19 +38,19 @@ def disturb_with(module: nn.Module, value: float) -> None:
             parameter.mul_(1 + value)
 
 
-def expected(average: EMA, model: nn.Module, step: int) -> list[torch.Tensor]:
+def expected_averages(average: EMA, model: nn.Module, step: int) -> list[torch.Tensor]:
     """The expected averages, one parameter at a time."""
     weight = 1 - average.decay(step)
-    both = zip(average.module.parameters(), model.parameters(), strict=True)
-    return [slow + weight * (fast.detach().to(slow) - slow) for slow, fast in both]
+    pairs = zip(average.module.parameters(), model.parameters(), strict=True)
+    return [slow + weight * (fast.detach().to(slow) - slow) for slow, fast in pairs]
 
 
 def check_update(average: EMA, model: nn.Module, step: int) -> None:
     disturb(model)
-    wanted = expected(average, model, step)
+    expected = expected_averages(average, model, step)
     average.update(model, step)
-    for got, want in zip(average.module.parameters(), wanted, strict=True):
-        torch.testing.assert_close(got.detach(), want)
+    for actual, target in zip(average.module.parameters(), expected, strict=True):
+        torch.testing.assert_close(actual.detach(), target)
 
 
 def test_closed_form_with_warm_up_and_copied_buffers():
@@ -65,9 +65,9 @@ def test_closed_form_with_warm_up_and_copied_buffers():
         model.seen.fill_(step)
         average.update(model, step)
         later = torch.tensor(decays[:step], dtype=torch.float64).flip(0).cumprod(0).flip(0).tolist() + [1.0]
-        shares = [(1 - decays[n - 1]) * later[n] for n in range(1, step + 1)]
-        wanted = start * later[0] + sum(share * n**0.5 for n, share in enumerate(shares, 1))
-        assert average.module.w.item() == pytest.approx(wanted, rel=1e-12)
+        weights = [(1 - decays[n - 1]) * later[n] for n in range(1, step + 1)]
+        expected = start * later[0] + sum(weight * n**0.5 for n, weight in enumerate(weights, 1))
+        assert average.module.w.item() == pytest.approx(expected, rel=1e-12)
         assert average.module.seen.item() == step
 
 
@@ -117,10 +117,10 @@ def test_every_kind_of_buffer_is_copied():
     for name, value in changed.items():
         setattr(model, name, value)
     average.update(model, 1)
-    kept = dict(average.module.named_buffers())
-    assert kept.keys() == changed.keys()
+    buffers = dict(average.module.named_buffers())
+    assert buffers.keys() == changed.keys()
     for name, value in changed.items():
-        torch.testing.assert_close(kept[name], value.float() if name == "narrow" else value, rtol=0, atol=0)
+        torch.testing.assert_close(buffers[name], value.float() if name == "narrow" else value, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -234,8 +234,8 @@ def test_squared_norms_sum_over_all_averaged_parameters():
     disturb(model)
     model[1].running_mean.fill_(1e6)  # not a parameter
     pairs = [(a.float(), b.float()) for a, b in zip(start.parameters(), model.parameters(), strict=True)]
-    wanted = [sum((a - b).square().sum() for a, b in pairs), sum(b.square().sum() for _, b in pairs)]
-    torch.testing.assert_close(average.squared_norms(model), torch.stack(wanted).detach())
+    expected = [sum((a - b).square().sum() for a, b in pairs), sum(b.square().sum() for _, b in pairs)]
+    torch.testing.assert_close(average.squared_norms(model), torch.stack(expected).detach())
     assert not average.squared_norms(model).requires_grad
 
 
@@ -250,26 +250,26 @@ def mesh():
 def test_shards_are_averaged_in_place(mesh):
     from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 
-    def cut(name, module, mesh):
+    def shard(name, module, mesh):
         for key, parameter in list(module.named_parameters(recurse=False)):
             module.register_parameter(key, nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(0)])))
 
     model, plain = network(), network()
-    average, wanted = EMA(model, 0.9), EMA(plain, 0.9)
+    average, plain_average = EMA(model, 0.9), EMA(plain, 0.9)
     average.update(model, 1)
-    wanted.update(plain, 1)
-    distribute_module(model, mesh, cut)
+    plain_average.update(plain, 1)
+    distribute_module(model, mesh, shard)
     with pytest.raises(ValueError, match="0.weight sharded as .*Shard.* its own is sharded as None: shard both alike"):
         average.update(model, 2)
-    distribute_module(average.module, mesh, cut)
+    distribute_module(average.module, mesh, shard)
     with torch.no_grad():
-        for some in (model, plain):
-            some[0].weight.mul_(2)
+        for module in (model, plain):
+            module[0].weight.mul_(2)
     average.update(model, 2)
-    wanted.update(plain, 2)
-    for got, want in zip(average.module.parameters(), wanted.module.parameters(), strict=True):
-        torch.testing.assert_close(got.full_tensor(), want.data)
-    torch.testing.assert_close(average.squared_norms(model), wanted.squared_norms(plain))
+    plain_average.update(plain, 2)
+    for actual, expected in zip(average.module.parameters(), plain_average.module.parameters(), strict=True):
+        torch.testing.assert_close(actual.full_tensor(), expected.data)
+    torch.testing.assert_close(average.squared_norms(model), plain_average.squared_norms(plain))
     model[0].weight = nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Replicate()]))
     with pytest.raises(ValueError, match="Replicate.* its own is sharded as .*Shard"):
         average.update(model, 3)
@@ -280,18 +280,18 @@ def test_parameters_unsharded_by_forward_are_averaged(mesh):
     from torch.distributed.fsdp import fully_shard
 
     model, plain = network(), network()
-    average, wanted = EMA(model, 0.9), EMA(plain, 0.9)
+    average, plain_average = EMA(model, 0.9), EMA(plain, 0.9)
     for module in (model, average.module):
         fully_shard(module[2], mesh=mesh)
         fully_shard(module, mesh=mesh)
     for step in range(1, 4):
-        for module, slow in ((model, average), (plain, wanted)):
+        for module, slow in ((model, average), (plain, plain_average)):
             disturb_with(module, step)
             slow.update(module, step)
             with torch.no_grad():
                 slow.module(torch.ones(2, 3))
                 module.eval()(torch.ones(2, 3))
     average.update(model, 4)
-    wanted.update(plain, 4)
-    for got, want in zip(average.module.parameters(), wanted.module.parameters(), strict=True):
-        torch.testing.assert_close(got.full_tensor(), want.data)
+    plain_average.update(plain, 4)
+    for actual, expected in zip(average.module.parameters(), plain_average.module.parameters(), strict=True):
+        torch.testing.assert_close(actual.full_tensor(), expected.data)

@@ -49,7 +49,7 @@ def vqgan():
     return VQGAN(config, (8, 8)), (torch.randn(2, 3, 8, 8),)
 
 
-def made(build):
+def build_network(build):
     torch.manual_seed(0)
     network, inputs = build()
     for p in network.parameters():  # zero-initialised layers would hide the layers before them
@@ -60,7 +60,7 @@ def made(build):
 
 @pytest.fixture(params=[transformer, unet, vqgan])
 def case(request):
-    return made(request.param)
+    return build_network(request.param)
 
 
 def step(network, inputs, dtype=None):
@@ -74,38 +74,38 @@ def step(network, inputs, dtype=None):
     return {"loss": loss.detach()} | {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
 
-def differing(found, wanted):
-    return [name for name in found.keys() | wanted.keys() if not torch.equal(found[name], wanted[name])]
+def differing(actual, expected):
+    return [name for name in actual.keys() | expected.keys() if not torch.equal(actual[name], expected[name])]
 
 
-def kept_elements(network, inputs):
+def count_saved_elements(network, inputs):
     """The number of elements saved for the backward pass, without parameters."""
-    held, own = {}, {p.data_ptr() for p in network.parameters()}
+    sizes, parameters = {}, {p.data_ptr() for p in network.parameters()}
 
     def pack(x):
-        if x.data_ptr() not in own:
-            held[x.data_ptr()] = x.numel()
+        if x.data_ptr() not in parameters:
+            sizes[x.data_ptr()] = x.numel()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = network(*inputs)
-    return sum(held.values()), out
+    return sum(sizes.values()), out
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_recomputation_gives_bitwise_equal_gradients(case, dtype):
     network, inputs = case
-    again = copy.deepcopy(network)
-    assert checkpoint_activations(again) == len(list(outermost_blocks(network))) > 1
-    assert differing(step(again, inputs, dtype), step(network, inputs, dtype)) == []
+    recomputed = copy.deepcopy(network)
+    assert checkpoint_activations(recomputed) == len(list(outermost_blocks(network))) > 1
+    assert differing(step(recomputed, inputs, dtype), step(network, inputs, dtype)) == []
 
 
 @pytest.mark.parametrize("build", [transformer, unet, vqgan])
 def test_fewer_activations_are_stored(build):
-    network, inputs = made(build)
-    plain = kept_elements(network, inputs)[0]
+    network, inputs = build_network(build)
+    plain = count_saved_elements(network, inputs)[0]
     checkpoint_activations(network)
-    assert kept_elements(network, inputs)[0] < 0.5 * plain
+    assert count_saved_elements(network, inputs)[0] < 0.5 * plain
 
 
 def test_names_and_values_do_not_change(case):
@@ -119,30 +119,30 @@ def test_names_and_values_do_not_change(case):
 
 def test_a_deep_copy_computes_with_its_own_weights(case):
     network, inputs = case
-    wanted = step(network, inputs)
+    expected = step(network, inputs)
     checkpoint_activations(network)
-    other = copy.deepcopy(network)
+    copied = copy.deepcopy(network)
     with torch.no_grad():
         for p in network.parameters():
             p.fill_(7.0)
-    assert differing(step(other, inputs), wanted) == []
+    assert differing(step(copied, inputs), expected) == []
 
 
 def test_maps_are_recorded_once_per_forward():
-    network, inputs = made(transformer)
+    network, inputs = build_network(transformer)
     with record_maps(network) as maps:
-        wanted = step(network, inputs)
+        expected = step(network, inputs)
     checkpoint_activations(network)
-    with record_maps(network) as found:
-        assert differing(step(network, inputs), wanted) == []
-    assert found.keys() == maps.keys()
-    assert all(len(found[name]) == 1 and torch.equal(found[name][0], maps[name][0]) for name in maps)
+    with record_maps(network) as recorded:
+        assert differing(step(network, inputs), expected) == []
+    assert recorded.keys() == maps.keys()
+    assert all(len(recorded[name]) == 1 and torch.equal(recorded[name][0], maps[name][0]) for name in maps)
 
 
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
 def test_maps_can_be_recorded_during_forward_alone(forward):
-    network, inputs = made(transformer)
-    wanted = step(network, inputs)
+    network, inputs = build_network(transformer)
+    expected = step(network, inputs)
     checkpoint_activations(network)
     network.zero_grad()
     torch.manual_seed(1)
@@ -150,30 +150,30 @@ def test_maps_can_be_recorded_during_forward_alone(forward):
         loss = (network(*inputs) - 1).square().mean()
     with record_maps(network) if not forward else record_maps(network, []) as late:
         loss.backward()
-    assert [len(kept) for kept in maps.values()] == [1] * len(maps)
-    assert [len(kept) for kept in late.values()] == [0] * len(late)
-    found = {"loss": loss.detach()} | {name: p.grad for name, p in network.named_parameters()}
-    assert differing(found, wanted) == []
+    assert [len(recorded) for recorded in maps.values()] == [1] * len(maps)
+    assert [len(recorded) for recorded in late.values()] == [0] * len(late)
+    actual = {"loss": loss.detach()} | {name: p.grad for name, p in network.named_parameters()}
+    assert differing(actual, expected) == []
 
 
 def test_an_earlier_partial_backward_is_allowed():
     """The adaptive weight takes gradients of the last layer twice before the graph is used again."""
-    network, (images,) = made(vqgan)
-    found = []
+    network, (images,) = build_network(vqgan)
+    gradients = []
     for _ in range(2):
         network.zero_grad()
-        made_images, codes = network(images)
-        fake = made_images.detach().requires_grad_()
+        reconstructions, codes = network(images)
+        fake = reconstructions.detach().requires_grad_()
         losses = [(images - fake).abs().mean(), fake.square().mean()]
         at_images = [torch.autograd.grad(loss, fake)[0] for loss in losses]
-        last = network.decoder.last_layer
-        at_last = [torch.autograd.grad(made_images, last, g, retain_graph=True)[0] for g in at_images]
-        weight = adaptive_weight(*at_last, 1e4)
-        torch.autograd.backward([made_images, codes.loss.mean()], [at_images[0] + weight * at_images[1], None])
-        found.append({"weight": weight} | {n: p.grad.clone() for n, p in network.named_parameters()})
-        if len(found) == 1:
+        last_layer = network.decoder.last_layer
+        at_last_layer = [torch.autograd.grad(reconstructions, last_layer, g, retain_graph=True)[0] for g in at_images]
+        weight = adaptive_weight(*at_last_layer, 1e4)
+        torch.autograd.backward([reconstructions, codes.loss.mean()], [at_images[0] + weight * at_images[1], None])
+        gradients.append({"weight": weight} | {n: p.grad.clone() for n, p in network.named_parameters()})
+        if len(gradients) == 1:
             checkpoint_activations(network)
-    assert differing(*found) == []
+    assert differing(*gradients) == []
 
 
 def test_networks_that_cannot_be_recomputed_are_refused():
@@ -183,24 +183,24 @@ def test_networks_that_cannot_be_recomputed_are_refused():
     block.norm = nn.BatchNorm2d(2)
     with pytest.raises(ValueError, match="statistics twice"):
         checkpoint_activations(nn.Sequential(block))
-    network, _ = made(transformer)
+    network, _ = build_network(transformer)
     checkpoint_activations(network)
-    with pytest.raises(ValueError, match="they are already"):
+    with pytest.raises(ValueError, match="they already are"):
         checkpoint_activations(network)
 
 
 @pytest.mark.parametrize("build", [unet, vqgan])
 def test_channels_last_computes_the_same(build):
-    network, inputs = made(build)
-    other = copy.deepcopy(network.eval())  # dropout draws in memory order
-    assert convert_to_channels_last(other) is other
+    network, inputs = build_network(build)
+    converted = copy.deepcopy(network.eval())  # dropout draws in memory order
+    assert convert_to_channels_last(converted) is converted
     images = to_channels_last(inputs[0])
     assert images.shape == inputs[0].shape and images.is_contiguous(memory_format=torch.channels_last)
-    wanted, found = step(network, inputs), step(other, (images, *inputs[1:]))
-    scale = max(g.abs().max() for g in wanted.values())
-    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-5 * scale
-    assert differing(other.state_dict(), network.state_dict()) == []
-    kernels = [p for p in other.parameters() if p.ndim == 4]
+    expected, actual = step(network, inputs), step(converted, (images, *inputs[1:]))
+    scale = max(g.abs().max() for g in expected.values())
+    assert max((actual[name] - expected[name]).abs().max() for name in expected) < 1e-5 * scale
+    assert differing(converted.state_dict(), network.state_dict()) == []
+    kernels = [p for p in converted.parameters() if p.ndim == 4]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
 
 
@@ -221,18 +221,18 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # accessed by torch's tracer
-@pytest.mark.parametrize("again", [False, True], ids=["plain", "checkpointed"])
-def test_a_compiled_network_computes_the_same(again):
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+def test_a_compiled_network_computes_the_same(checkpointed):
     torch.compiler.reset()
     network = Transformer(codes=16, grid=(4, 4), width=16, heads=2, layers=2)
-    other, ids = copy.deepcopy(network), torch.randint(0, 16, (2, 4, 4))
-    if again:
-        checkpoint_activations(other)
-    compile_network(other)
-    wanted, found = step(network, (ids,)), step(other, (ids,))
-    assert list(other.state_dict()) == list(network.state_dict())
-    scale = max(g.abs().max() for g in wanted.values())
-    assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-5 * scale
+    compiled, ids = copy.deepcopy(network), torch.randint(0, 16, (2, 4, 4))
+    if checkpointed:
+        checkpoint_activations(compiled)
+    compile_network(compiled)
+    expected, actual = step(network, (ids,)), step(compiled, (ids,))
+    assert list(compiled.state_dict()) == list(network.state_dict())
+    scale = max(g.abs().max() for g in expected.values())
+    assert max((actual[name] - expected[name]).abs().max() for name in expected) < 1e-5 * scale
 
 
 def settings():

@@ -11,7 +11,7 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
 
 @pytest.mark.parametrize(
-    "device, native, wanted",
+    "device, native, expected",
     [
         (CPU, True, torch.bfloat16),
         (CPU, False, None),
@@ -20,9 +20,9 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
         (MPS, False, None),
     ],
 )
-def test_auto_takes_the_native_dtype(device, native, wanted, monkeypatch):
+def test_auto_takes_the_native_dtype(device, native, expected, monkeypatch):
     monkeypatch.setattr(execution, "has_native_bf16", lambda _: native)
-    assert autocast_dtype(device) == autocast_dtype(device, "auto") == wanted
+    assert autocast_dtype(device) == autocast_dtype(device, "auto") == expected
 
 
 def test_an_explicit_dtype_is_used(monkeypatch):
@@ -64,18 +64,18 @@ def gradients(network):
 
 
 def test_a_finite_loss_keeps_its_bits():
-    (plain, loss), (other, same) = network_and_loss(), network_and_loss()
+    (plain, loss), (checked, checked_loss) = network_and_loss(), network_and_loss()
     loss.backward()
-    assert torch.equal(nan_grads_if_nonfinite(same), same)
-    nan_grads_if_nonfinite(same).backward()
-    assert all(torch.equal(a, b) for a, b in zip(gradients(plain), gradients(other), strict=True))
+    assert torch.equal(nan_grads_if_nonfinite(checked_loss), checked_loss)
+    nan_grads_if_nonfinite(checked_loss).backward()
+    assert all(torch.equal(a, b) for a, b in zip(gradients(plain), gradients(checked), strict=True))
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 def test_a_nonfinite_loss_gives_every_parameter_nan(bad):
     network, loss = network_and_loss()
     (loss + bad).backward()  # a term that does not depend on any parameter
-    assert all(g.isfinite().all() for g in gradients(network)), "alone, it would have gone unseen"
+    assert all(g.isfinite().all() for g in gradients(network)), "unchecked, it leaves finite gradients"
     network, loss = network_and_loss()
     nan_grads_if_nonfinite(loss + bad).backward()
     assert all(g.isnan().all() for g in gradients(network))
@@ -87,12 +87,12 @@ def test_the_checked_loss_keeps_its_dtype(dtype):
 
 
 def test_scaling_and_unscaling_changes_no_bit():
-    (plain, loss), (other, same) = network_and_loss(), network_and_loss()
+    (plain, loss), (scaled, scaled_loss) = network_and_loss(), network_and_loss()
     loss.backward()
     scale = LossScale()
     assert scale.value == 2.0**16
-    scale.scale(same).backward()
-    assert all(torch.equal(a, b / scale.value) for a, b in zip(gradients(plain), gradients(other), strict=True))
+    scale.scale(scaled_loss).backward()
+    assert all(torch.equal(a, b / scale.value) for a, b in zip(gradients(plain), gradients(scaled), strict=True))
 
 
 def test_a_float16_loss_is_scaled_in_float32():
@@ -101,12 +101,12 @@ def test_a_float16_loss_is_scaled_in_float32():
 
 def test_gradients_below_float16_survive():
     weight = torch.full((1, 1), 1.0, requires_grad=True)
-    found = []
+    grads = []
     for scale in (1.0, LossScale().value):
         with autocast(CPU, True, torch.float16):
             loss = (torch.ones(1, 1) @ weight).float().sum() * 1e-9
-        found.append(torch.autograd.grad(loss * scale, weight)[0].item() / scale)
-    assert found == [0.0, pytest.approx(1e-9, rel=1e-3)]
+        grads.append(torch.autograd.grad(loss * scale, weight)[0].item() / scale)
+    assert grads == [0.0, pytest.approx(1e-9, rel=1e-3)]
 
 
 def test_the_scale_halves_down_to_one_and_reports_it():
@@ -123,7 +123,7 @@ def test_the_scale_doubles_after_2000_finite_steps():
     scale.record_overflow()
     for _ in range(1999):
         scale.record_finite()
-    assert scale.value == 2.0**15, "an overflow begins the count anew"
+    assert scale.value == 2.0**15, "an overflow restarts the count"
     scale.record_finite()
     assert scale.value == 2.0**16
 
@@ -142,11 +142,11 @@ def test_a_resumed_scale_continues_identically():
     def follow(scale, part):
         return [scale.record_overflow() if bad else scale.record_finite() or scale.value for bad in part.tolist()]
 
-    unbroken, first, second = LossScale(), LossScale(), LossScale()
-    whole = follow(unbroken, events)
-    before = follow(first, events[:1234])
+    uninterrupted, first, second = LossScale(), LossScale(), LossScale()
+    expected = follow(uninterrupted, events)
+    values = follow(first, events[:1234])
     state = first.state_dict()
     assert all(isinstance(value, torch.Tensor) for value in state.values())
     second.load_state_dict(state)
-    assert before + follow(second, events[1234:]) == whole
-    assert second.state_dict() == unbroken.state_dict()
+    assert values + follow(second, events[1234:]) == expected
+    assert second.state_dict() == uninterrupted.state_dict()

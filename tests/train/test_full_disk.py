@@ -30,35 +30,35 @@ def state_of(width: int = 3) -> TrainState:
     return TrainState({"network": network}, {"network": optimizer}, {"network": EMA(network, 0.9)}, step=7)
 
 
-class Full:
-    """Makes the n-th system call of a save fail, with the error that each of them raises."""
+class FailingWrites:
+    """Makes the n-th write of a save fail with the error that its function raises on a full disk."""
 
     def __init__(self, monkeypatch, n: int):
-        self.n, self.asked = n, 0
-        system, torch_save = (lambda: OSError(errno.ENOSPC, "No space left on device")), torch.save
+        self.n, self.calls = n, 0
+        os_error, torch_save = (lambda: OSError(errno.ENOSPC, "No space left on device")), torch.save
         self.wrap(monkeypatch, module, "save_file", lambda: SafetensorError("I/O error: No space left on device"))
-        self.wrap(monkeypatch, module, "fsync", system)
-        self.wrap(monkeypatch, module, "write_text", system)
-        self.wrap(monkeypatch, Path, "rename", system)
-        self.wrap(monkeypatch, Path, "mkdir", system)
+        self.wrap(monkeypatch, module, "fsync", os_error)
+        self.wrap(monkeypatch, module, "write_text", os_error)
+        self.wrap(monkeypatch, Path, "rename", os_error)
+        self.wrap(monkeypatch, Path, "mkdir", os_error)
 
         def save_half(content, file):
-            if self.refused():
+            if self.fails():
                 file.write(b"half of it")
                 raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598")
             torch_save(content, file)
 
         monkeypatch.setattr(module.torch, "save", save_half)
 
-    def refused(self) -> bool:
-        self.asked += 1
-        return self.asked == self.n
+    def fails(self) -> bool:
+        self.calls += 1
+        return self.calls == self.n
 
     def wrap(self, monkeypatch, owner, name: str, error) -> None:
         real = getattr(owner, name)
 
         def checked(*args, **kwargs):
-            if self.refused():
+            if self.fails():
                 raise error()
             return real(*args, **kwargs)
 
@@ -67,7 +67,7 @@ class Full:
 
 @pytest.mark.parametrize("step", [7, 8])
 def test_any_failed_write_keeps_a_complete_checkpoint(tmp_path, monkeypatch, step):
-    """Also when the existing checkpoint (step 7) is overwritten."""
+    """For a new checkpoint, and when that of step 7 is overwritten."""
     n, done = 0, False
     while not done:
         n += 1
@@ -75,20 +75,20 @@ def test_any_failed_write_keeps_a_complete_checkpoint(tmp_path, monkeypatch, ste
         save_checkpoint(run, state)
         state.step = step
         with monkeypatch.context() as patch:
-            full = Full(patch, n)
+            failing = FailingWrites(patch, n)
             try:
                 save_checkpoint(run, state)
                 done = True
             except OSError:
                 pass
         assert saved_steps(run) in ([7], sorted({7, step})), n
-        for there in saved_steps(run):
-            verify_checkpoint(checkpoint(run, there))
-            load_checkpoint(run, there, state_of())
-        save_checkpoint(run, state)  # there is space again
+        for saved_step in saved_steps(run):
+            verify_checkpoint(checkpoint(run, saved_step))
+            load_checkpoint(run, saved_step, state_of())
+        save_checkpoint(run, state)  # now with free space
         assert saved_steps(run) == sorted({7, step})
         assert [f.name for f in (run / "checkpoints").glob(".step_*")] == []
-    assert full.asked == n - 1 >= 10  # every call has failed once
+    assert failing.calls == n - 1 >= 10  # each write has failed once
 
 
 @pytest.fixture
@@ -105,69 +105,69 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def leave(disk: Path, free: int) -> Path:
-    """Fills a file system except for so many bytes, in whole pages."""
+def fill_disk(disk: Path, free: int) -> Path:
+    """Fills a file system up to `free` bytes, in full pages; returns the filler file."""
     filler = disk / "filler"
     filler.write_bytes(b"0" * max(0, shutil.disk_usage(disk).free - free))
     return filler
 
 
 @pytest.fixture
-def mounting(request):
+def mounted_disk(request):
     if shutil.which("mount") is None:
         pytest.skip("no mount command here")
     return request.getfixturevalue("small_disk")
 
 
-def test_a_full_disk_is_always_an_oserror(mounting):
+def test_a_full_disk_is_always_an_oserror(mounted_disk):
     """save_file and torch.save raise SafetensorError, RuntimeError or OSError."""
     state = state_of(100)  # 40 to 80 KB per file
-    save_checkpoint(mounting, state)
-    size = sum(f.stat().st_size for f in checkpoint(mounting, 7).iterdir())
-    state.step, refused = 8, 0
+    save_checkpoint(mounted_disk, state)
+    size = sum(f.stat().st_size for f in checkpoint(mounted_disk, 7).iterdir())
+    state.step, failures = 8, 0
     for free in range(0, size + 32_768, 8_192):
-        filler = leave(mounting, free)
+        filler = fill_disk(mounted_disk, free)
         try:
-            save_checkpoint(mounting, state)
+            save_checkpoint(mounted_disk, state)
         except OSError as error:
-            refused += 1
+            failures += 1
             assert "No space left" in str(error)
-            assert saved_steps(mounting) in ([7], [7, 8])  # both if only "latest" did not fit
-            for step in saved_steps(mounting):
-                verify_checkpoint(checkpoint(mounting, step))
-            assert [f.name for f in (mounting / "checkpoints").iterdir() if f.name.startswith(".step")] == []
+            assert saved_steps(mounted_disk) in ([7], [7, 8])  # both if only "latest" did not fit
+            for step in saved_steps(mounted_disk):
+                verify_checkpoint(checkpoint(mounted_disk, step))
+            assert [f.name for f in (mounted_disk / "checkpoints").iterdir() if f.name.startswith(".step")] == []
         filler.unlink()
-        shutil.rmtree(checkpoint(mounting, 8), ignore_errors=True)
-    assert refused > 10
-    save_checkpoint(mounting, state)
-    assert saved_steps(mounting) == [7, 8]
+        shutil.rmtree(checkpoint(mounted_disk, 8), ignore_errors=True)
+    assert failures > 10
+    save_checkpoint(mounted_disk, state)
+    assert saved_steps(mounted_disk) == [7, 8]
 
 
-def test_saving_a_bad_batch_to_a_full_disk_is_an_oserror(mounting):
-    leave(mounting, 8_192)
-    bad = BadStepRecorder(mounting, DistContext(torch.device("cpu")), max_bad_steps=1)
+def test_saving_a_bad_batch_to_a_full_disk_is_an_oserror(mounted_disk):
+    fill_disk(mounted_disk, 8_192)
+    bad = BadStepRecorder(mounted_disk, DistContext(torch.device("cpu")), max_bad_steps=1)
     with pytest.raises(OSError, match="No space left"):
         bad(state_of(), [{"position": torch.arange(4), "image": torch.zeros(4, 3, 64, 64)}])
 
 
-def test_saving_an_ema_snapshot_to_a_full_disk_is_an_oserror(mounting):
-    leave(mounting, 8_192)
+def test_saving_an_ema_snapshot_to_a_full_disk_is_an_oserror(mounted_disk):
+    fill_disk(mounted_disk, 8_192)
     with pytest.raises(OSError, match="No space left"):  # other errors would end the writer thread silently
-        save_snapshot(mounting, 1, {"0.1/network.weight": torch.zeros(100, 100)})
+        save_snapshot(mounted_disk, 1, {"0.1/network.weight": torch.zeros(100, 100)})
 
 
 @pytest.mark.parametrize("script", ["train_vqgan.py", "train_sampler.py"])
-def test_a_run_on_a_full_disk_ends_cleanly_and_resumes_later(mounting, tmp_path, capsys, script):
+def test_a_run_on_a_full_disk_ends_cleanly_and_resumes_later(mounted_disk, tmp_path, capsys, script):
     kind = f"{VQGAN} --perceptual_net none" if script == "train_vqgan.py" else f"{DDPM} --ema_profiles 0.1"
     flags = f"--no_amp --log_dir run --steps_per_eval 0 --steps_per_save_output 100 --steps_per_log 1 {kind}"
-    call(script, f"--logs_root {mounting} --train_steps 2 {flags}")
+    call(script, f"--logs_root {mounted_disk} --train_steps 2 {flags}")
     call(script, f"--logs_root {tmp_path} --train_steps 4 {flags}")
-    filler = leave(mounting, 60_000)  # for the logs
+    filler = fill_disk(mounted_disk, 60_000)  # for the logs
     with pytest.raises(SystemExit) as stop:
-        call(script, f"--logs_root {mounting} --train_steps 4 {flags}")
-    said = [line for line in capsys.readouterr().err.splitlines() if f"{script}: " in line]
-    assert stop.value.code == 2 and len(said) == 1 and "could not save" in said[0] and "No space left" in said[0]
-    assert saved_steps(mounting / "run") == [2]
+        call(script, f"--logs_root {mounted_disk} --train_steps 4 {flags}")
+    errors = [line for line in capsys.readouterr().err.splitlines() if f"{script}: " in line]
+    assert stop.value.code == 2 and len(errors) == 1 and "could not save" in errors[0] and "No space left" in errors[0]
+    assert saved_steps(mounted_disk / "run") == [2]
     filler.unlink()
-    call(script, f"--logs_root {mounting} --train_steps 4 {flags}")
-    assert_equal_bits(weights(mounting / "run", 4), weights(tmp_path / "run", 4))
+    call(script, f"--logs_root {mounted_disk} --train_steps 4 {flags}")
+    assert_equal_bits(weights(mounted_disk / "run", 4), weights(tmp_path / "run", 4))

@@ -1,4 +1,4 @@
-"""Trained runs from Python: what `load` and `load_vqgan` return, and what they refuse."""
+"""Trained runs from Python: what `load` and `load_vqgan` return and refuse."""
 
 import dataclasses
 import shutil
@@ -42,7 +42,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def with_names(codes, monkeypatch) -> SamplerRun:
-    """The sampler of codes, whose data set names its classes."""
+    """The sampler of codes, with a data set that names its classes."""
     monkeypatch.setattr(TrainedSampler, "dataset", lambda model, split: SimpleNamespace(classes=NAMES))
     return SamplerRun(codes.model, codes.settings)
 
@@ -61,24 +61,24 @@ def with_names(codes, monkeypatch) -> SamplerRun:
 def test_images_are_those_of_get_samples(codes, trained, name, flags, keywords):
     shared = f"--logs_root {trained} --no_amp --device cpu --n_samples 6 --seed 3"
     call("experiments/get_samples.py", f"{shared} {flags} --batch_size 4 --log_dir python_{name}")
-    written = read_samples(trained / f"python_{name}" / "samples.npz")["image"]
-    assert torch.equal(codes.sample(6, seed=3, **keywords).expand(-1, 3, -1, -1), written)
+    expected = read_samples(trained / f"python_{name}" / "samples.npz")["image"]
+    assert torch.equal(codes.sample(6, seed=3, **keywords).expand(-1, 3, -1, -1), expected)
 
 
 def test_pixels_are_those_of_get_samples(pixels, trained_ddpm):
     flags = "--sampler ddpm --no_amp --device cpu --n_samples 4 --label 4 --solver ddim --sample_steps 3 --eta 0.5"
     call("experiments/get_samples.py", f"--logs_root {trained_ddpm} {flags} --log_dir python_pixels")
-    written = read_samples(trained_ddpm / "python_pixels" / "samples.npz")["image"]
-    drawn = pixels.sample(4, label=4, solver="ddim", sample_steps=3, eta=0.5)
-    assert torch.equal(drawn.expand(-1, 3, -1, -1), written)
+    expected = read_samples(trained_ddpm / "python_pixels" / "samples.npz")["image"]
+    sampled = pixels.sample(4, label=4, solver="ddim", sample_steps=3, eta=0.5)
+    assert torch.equal(sampled.expand(-1, 3, -1, -1), expected)
 
 
 def test_images_do_not_depend_on_the_batch(codes):
-    whole = codes.sample(5, seed=1)
-    assert whole.shape == (5, 1, 16, 16) and whole.dtype == torch.uint8
-    assert torch.equal(codes.sample(5, seed=1, batch_size=2), whole)
-    assert torch.equal(codes.sample(3, seed=1), whole[:3])
-    assert not torch.equal(codes.sample(5, seed=2), whole)
+    expected = codes.sample(5, seed=1)
+    assert expected.shape == (5, 1, 16, 16) and expected.dtype == torch.uint8
+    assert torch.equal(codes.sample(5, seed=1, batch_size=2), expected)
+    assert torch.equal(codes.sample(3, seed=1), expected[:3])
+    assert not torch.equal(codes.sample(5, seed=2), expected)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,8 @@ def test_draw_wants_the_options_of_its_sampler(codes, pixels):
 
 
 @pytest.fixture(scope="module")
-def of_image(trained_ddpm, tmp_path_factory):
-    """A Gaussian sampler of classes and of an image, half as bright, and the folder of the code it was trained with."""
+def image_conditioned(trained_ddpm, tmp_path_factory):
+    """A Gaussian sampler conditioned on a class and on the image at half brightness."""
     folder = tmp_path_factory.mktemp("code")
     code = "def half(item):\n    return item | {'condition_image': item['image'] // 2}\n"
     (folder / "my_half.py").write_text(code)
@@ -198,32 +198,35 @@ def of_image(trained_ddpm, tmp_path_factory):
         with pytest.raises(ValueError, match="pass --allow my_half.half"):
             load(run, device="cpu")
         model = load(run, device="cpu", amp=False, allow=["my_half.half"])
-        weight = model.model.sampler.network.conv_in.weight  # as if it had learned to look at the image
+        weight = model.model.sampler.network.conv_in.weight  # as if it had learned to use the image
         weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
         head = model.model.sampler.network.conv_out.weight
         head.data.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(1)))
         yield model
 
 
-def test_images_as_conditions(of_image):
-    assert set(of_image.conditions) == {"label", "condition_image"}
+def test_images_as_conditions(image_conditioned):
+    assert set(image_conditioned.conditions) == {"label", "condition_image"}
     pictures = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8)
-    batch = of_image.sample(3, condition_image=pictures, label=2)
-    assert torch.equal(of_image.sample(3, condition_image=list(pictures), label=2), batch)
-    assert torch.equal(of_image.sample(3, condition_image=to_float(pictures), label=2), batch)
-    assert torch.equal(of_image.sample(3, condition_image=pictures[1], label=2)[1], batch[1])
-    assert not torch.equal(of_image.sample(3, condition_image=255 - pictures, label=2), batch)
-    of_held_out = of_image.sample(2, label=2)  # left out: held-out images
-    assert of_held_out.shape == (2, 1, 8, 8)
+    batch = image_conditioned.sample(3, condition_image=pictures, label=2)
+    assert torch.equal(image_conditioned.sample(3, condition_image=list(pictures), label=2), batch)
+    assert torch.equal(image_conditioned.sample(3, condition_image=to_float(pictures), label=2), batch)
+    assert torch.equal(image_conditioned.sample(3, condition_image=pictures[1], label=2)[1], batch[1])
+    assert not torch.equal(image_conditioned.sample(3, condition_image=255 - pictures, label=2), batch)
+    default = image_conditioned.sample(2, label=2)  # by default, held-out images
+    assert default.shape == (2, 1, 8, 8)
 
 
-def test_no_condition_at_all(of_image):
-    both = of_image.sample(2, condition_image=None, label=None)
-    assert torch.equal(both, of_image.model.draw([0, 1], 0, of_image.settings.__class__(sample_steps=4), None)["image"])
+def test_no_condition_at_all(image_conditioned):
+    unconditional = image_conditioned.sample(2, condition_image=None, label=None)
+    assert torch.equal(
+        unconditional,
+        image_conditioned.model.draw([0, 1], 0, image_conditioned.settings.__class__(sample_steps=4), None)["image"],
+    )
     with pytest.raises(ValueError, match="condition_image=None beside other conditions: pass None for all"):
-        of_image.sample(2, condition_image=None, label=3)
+        image_conditioned.sample(2, condition_image=None, label=3)
     with pytest.raises(ValueError, match="condition_image=None beside other conditions"):
-        of_image.sample(2, condition_image=None)
+        image_conditioned.sample(2, condition_image=None)
 
 
 @pytest.mark.parametrize(
@@ -236,18 +239,18 @@ def test_no_condition_at_all(of_image):
         ("cat.png", TypeError, "condition_image of type str"),
     ],
 )
-def test_bad_images_as_conditions_are_refused(of_image, image, error, message):
+def test_bad_images_as_conditions_are_refused(image_conditioned, image, error, message):
     with pytest.raises(error, match=message):
-        of_image.sample(3, condition_image=image, label=1)
+        image_conditioned.sample(3, condition_image=image, label=1)
 
 
-def test_likelihood_needs_its_conditions(of_image):
+def test_likelihood_needs_its_conditions(image_conditioned):
     pictures = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)
     with pytest.raises(ValueError, match="got no condition_image, which python_image is conditioned on"):
-        of_image.log_likelihood(pictures, label=1)
-    one = of_image.log_likelihood(pictures, label=1, condition_image=pictures, nfe=2)
-    other = of_image.log_likelihood(pictures, label=1, condition_image=255 - pictures, nfe=2)
-    assert not torch.equal(one.total, other.total)
+        image_conditioned.log_likelihood(pictures, label=1)
+    bound = image_conditioned.log_likelihood(pictures, label=1, condition_image=pictures, nfe=2)
+    other_bound = image_conditioned.log_likelihood(pictures, label=1, condition_image=255 - pictures, nfe=2)
+    assert not torch.equal(bound.total, other_bound.total)
 
 
 # Likelihoods
@@ -270,9 +273,9 @@ def test_likelihood_of_codes_is_the_experiments(codes, images):
 
 
 def test_likelihood_by_seed_and_batch(codes, images):
-    whole = codes.log_likelihood(images, nfe=4, seed=1).total
-    torch.testing.assert_close(codes.log_likelihood(images, nfe=4, seed=1, batch_size=2).total, whole)
-    assert not torch.equal(codes.log_likelihood(images, nfe=4, seed=2).total, whole)
+    expected = codes.log_likelihood(images, nfe=4, seed=1).total
+    torch.testing.assert_close(codes.log_likelihood(images, nfe=4, seed=1, batch_size=2).total, expected)
+    assert not torch.equal(codes.log_likelihood(images, nfe=4, seed=2).total, expected)
 
 
 def test_likelihood_without_a_label_is_of_the_null(trained_ddpm):

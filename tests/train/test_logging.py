@@ -10,20 +10,20 @@ from train.logging import Logger, grid_image, truncate_metrics
 from train.loop import RunningSums, Timer, TrainState
 from train.perf import PerfMonitor
 
-HERE = DistContext(torch.device("cpu"))
+WORLD = DistContext(torch.device("cpu"))
 
 
 @pytest.fixture
 def logger(tmp_path):
-    meter = PerfMonitor(None, HERE, Timer(), {"images": 2}, torch.float32)
-    logger = Logger(tmp_path, HERE, meter, every=3, start=0, steps=4)
+    meter = PerfMonitor(None, WORLD, Timer(), {"images": 2}, torch.float32)
+    logger = Logger(tmp_path, WORLD, meter, every=3, start=0, steps=4)
     yield logger
     logger.close()
 
 
 def test_each_metric_is_averaged_over_its_own_steps(logger, tmp_path):
     steps = [{"loss": 1.0}, {"loss": 2.0}, {"loss": 6.0, "late": 5.0}, {"loss": 7.0}]
-    counters = {"metrics": RunningSums(HERE)}
+    counters = {"metrics": RunningSums(WORLD)}
     for number, metrics in enumerate(steps, 1):
         outputs = {name: torch.tensor(value) for name, value in metrics.items()} | {"losses": torch.ones(2)}
         logger(TrainState({}, {}, counters=counters, step=number), outputs)

@@ -25,20 +25,19 @@ def test_every_schedule_is_tested():
 
 @pytest.mark.parametrize("schedule", LR_SCHEDULES)
 def test_warm_up_is_linear_and_ends_at_lr(schedule):
-    found = rates(schedule, **RUNS[schedule])
-    assert found[:7] == pytest.approx([LR * (step + 1) / 7 for step in range(7)], rel=1e-12)
-    assert found[6] == LR == max(found)
+    lrs = rates(schedule, **RUNS[schedule])
+    assert lrs[:7] == pytest.approx([LR * (step + 1) / 7 for step in range(7)], rel=1e-12)
+    assert lrs[6] == LR == max(lrs)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "decay_tail"])
 @pytest.mark.parametrize("end", [0.0, 0.1, 1.0])
 def test_the_last_step_takes_the_end_rate(schedule, end):
-    found = rates(schedule, **RUNS[schedule] | {"end": end})
-    assert found[-1] == pytest.approx(end * LR, abs=1e-15)
-    assert min(found) >= 0
-    assert (
-        learning_rate(1000, lr=LR, schedule=schedule, **RUNS[schedule] | {"end": end}) == found[-1]
-    )  # and so it stays
+    lrs = rates(schedule, **RUNS[schedule] | {"end": end})
+    assert lrs[-1] == pytest.approx(end * LR, abs=1e-15)
+    assert min(lrs) >= 0
+    later = learning_rate(1000, lr=LR, schedule=schedule, **RUNS[schedule] | {"end": end})
+    assert later == lrs[-1]
 
 
 @pytest.mark.parametrize("schedule", LR_SCHEDULES)
@@ -48,15 +47,15 @@ def test_the_rate_is_continuous(schedule):
         rates(schedule, **{key: value * k if key != "end" else value for key, value in RUNS[schedule].items()})
         for k in (1, 10)
     )
-    widest, finest = (max(abs(a - b) for a, b in itertools.pairwise(found)) for found in (coarse, fine))
+    widest, finest = (max(abs(a - b) for a, b in itertools.pairwise(lrs)) for lrs in (coarse, fine))
     assert finest <= 0.11 * widest
 
 
 def test_cosine_is_half_way_in_the_middle():
-    found = rates("cosine", steps=101, end=0.2)
-    assert found[0] == LR and found[50] == pytest.approx(0.6 * LR)
-    assert found[25] == pytest.approx(LR * (0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2))
-    assert all(a + b == pytest.approx(1.2 * LR) for a, b in zip(found, reversed(found), strict=True))
+    lrs = rates("cosine", steps=101, end=0.2)
+    assert lrs[0] == LR and lrs[50] == pytest.approx(0.6 * LR)
+    assert lrs[25] == pytest.approx(LR * (0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2))
+    assert all(a + b == pytest.approx(1.2 * LR) for a, b in zip(lrs, reversed(lrs), strict=True))
 
 
 def test_the_tail_is_linear_and_earlier_steps_ignore_the_length():
@@ -73,7 +72,7 @@ def test_a_run_of_one_step_takes_lr(schedule):
 
 
 @pytest.mark.parametrize(
-    "options, said",
+    "options, message",
     [
         ({"schedule": "cosin"}, "constant, cosine, decay_tail"),
         ({"schedule": "decay_tail"}, "0 decay_steps"),
@@ -87,8 +86,8 @@ def test_a_run_of_one_step_takes_lr(schedule):
         ({"step": -1}, "got step -1"),
     ],
 )
-def test_invalid_schedules_are_refused(options, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_schedules_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         learning_rate(**{"step": 0, "lr": LR, "steps": 10} | options)
 
 

@@ -1,4 +1,4 @@
-"""Non-square images, and crops as training views, from the flags to the samples of a second stage."""
+"""Non-square images, and crops as training views, in both stages."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ from train.distributed import DistContext
 from train.first_stage import load_first_stage
 
 CPU = torch.device("cpu")
-HERE = DistContext(CPU)
+WORLD = DistContext(CPU)
 SIZE = "--img_size 16 --img_width 24"
 CODES = f"--train_steps 2 --no_amp --steps_per_eval 2 {SAMPLER}"
 
@@ -35,15 +35,15 @@ def logs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def first(logs):
+def first_stage(logs):
     return load_first_stage(logs / "vqgan_digits", None, CPU, amp=False)
 
 
 @pytest.fixture(scope="module")
-def digits(first):
+def digits(first_stage):
     """A few of the training images."""
-    whole = build_dataset(first.data, first.reader, "train")
-    return dataclasses.replace(whole, images=whole.images[:6], labels=whole.labels[:6])
+    dataset = build_dataset(first_stage.data, first_stage.reader, "train")
+    return dataclasses.replace(dataset, images=dataset.images[:6], labels=dataset.labels[:6])
 
 
 # the settings
@@ -79,8 +79,8 @@ def test_invalid_sizes_and_margins_are_refused(settings, message):
 
 
 def test_a_later_stage_takes_the_size_from_its_vqgan(logs, monkeypatch, tmp_path):
-    same = parse_config("train_sampler.py", f"--logs_root {logs}", monkeypatch)
-    assert (same["img_size"], same["img_width"], same["crop_margin"], same["shift"]) == (16, 24, 4, 0)
+    config = parse_config("train_sampler.py", f"--logs_root {logs}", monkeypatch)
+    assert (config["img_size"], config["img_width"], config["crop_margin"], config["shift"]) == (16, 24, 4, 0)
     flags = f"--logs_root {logs} --dataset mnist --ae_load_dir vqgan_digits"  # other images: only their shape is taken
     other = parse_config("train_sampler.py", flags, monkeypatch)
     assert (other["img_size"], other["img_width"], other["crop_margin"]) == (16, 24, 0)
@@ -104,44 +104,44 @@ def test_a_run_without_a_width_is_square(trained, tmp_path):
 # the first stage
 
 
-def test_the_first_stage_is_trained_and_validated_at_its_size(logs, first):
-    assert first.data.size == (16, 24) and first.vqgan.grid == (4, 6)
+def test_the_first_stage_is_trained_and_validated_at_its_size(logs, first_stage):
+    assert first_stage.data.size == (16, 24) and first_stage.vqgan.grid == (4, 6)
     lines = [json.loads(line) for line in (logs / "vqgan_digits" / "metrics.jsonl").read_text().splitlines()]
     assert any("val/l1" in line for line in lines)
 
 
 @pytest.mark.parametrize("change", [{"img_width": 20}, {"img_width": None}, {"img_size": 24}])
-def test_images_of_another_height_or_width_are_refused(first, change):
+def test_images_of_another_height_or_width_are_refused(first_stage, change):
     (name,) = change
     with pytest.raises(
         ValueError, match="|".join([f"got {name}.*leave --{name} out", "got img_width 16.*trained with 24"])
     ):
-        first.check_fits(dataclasses.replace(first.data, **change))
-    first.check_fits(dataclasses.replace(first.data, crop_margin=0, horizontal_flip=False))
+        first_stage.check_fits(dataclasses.replace(first_stage.data, **change))
+    first_stage.check_fits(dataclasses.replace(first_stage.data, crop_margin=0, horizontal_flip=False))
 
 
-def test_training_codes_come_from_crops_validation_from_images(first, digits):
-    plain, larger = ImageSource(digits, first.data), ImageSource(digits, first.data, margin=4)
-    seen = training_views(first.data)
-    assert len(seen) == 10
-    table = first.encode_dataset(digits, "train", first.data, 2, HERE)
+def test_training_codes_come_from_crops_validation_from_images(first_stage, digits):
+    plain, larger = ImageSource(digits, first_stage.data), ImageSource(digits, first_stage.data, margin=4)
+    views = training_views(first_stage.data)
+    assert len(views) == 10
+    table = first_stage.encode_dataset(digits, "train", first_stage.data, 2, WORLD)
     assert table.ids.shape == (10, 6, 4, 6)
-    for i, view in enumerate(seen):
-        cut = torch.stack([view(larger[index])["image"] for index in range(6)])
-        assert cut.shape[2:] == (16, 24) and torch.equal(table.ids[i].long(), first.encode(cut))
-    validated = first.encode_dataset(digits, "val", first.data, 2, HERE)
-    whole = torch.stack([plain[index]["image"] for index in range(6)])
-    assert torch.equal(validated.ids[0].long(), first.encode(whole)) and len(validated.ids) == 1
+    for i, view in enumerate(views):
+        crops = torch.stack([view(larger[index])["image"] for index in range(6)])
+        assert crops.shape[2:] == (16, 24) and torch.equal(table.ids[i].long(), first_stage.encode(crops))
+    validated = first_stage.encode_dataset(digits, "val", first_stage.data, 2, WORLD)
+    images = torch.stack([plain[index]["image"] for index in range(6)])
+    assert torch.equal(validated.ids[0].long(), first_stage.encode(images)) and len(validated.ids) == 1
 
 
-def test_each_crop_margin_has_its_own_cache(first, digits):
+def test_each_crop_margin_has_its_own_cache(first_stage, digits):
     def caches():
-        return {path.stem for path in (first.run / "codes").glob("*")}
+        return {path.stem for path in (first_stage.run / "codes").glob("*")}
 
     for change in ({}, {"crop_margin": 6}, {"crop_margin": 0}, {"crop_margin": 0, "horizontal_flip": False}):
-        data, before = dataclasses.replace(first.data, **change), caches()
+        data, before = dataclasses.replace(first_stage.data, **change), caches()
         for _ in range(2):
-            assert len(first.encode_dataset(digits, "train", data, 3, HERE).ids) == len(training_views(data))
+            assert len(first_stage.encode_dataset(digits, "train", data, 3, WORLD).ids) == len(training_views(data))
             assert not change or len(caches() - before) == 1
 
 
@@ -149,44 +149,45 @@ def test_each_crop_margin_has_its_own_cache(first, digits):
 
 
 @pytest.mark.parametrize("kind", ["Pixels", "Codes", "Latents"])
-def test_every_space_has_the_shape_of_its_images(kind, first, digits):
+def test_every_space_has_the_shape_of_its_images(kind, first_stage, digits):
     space = {
-        "Pixels": spaces.PixelSpace(first.data),
-        "Codes": spaces.CodeSpace(first),
-        "Latents": spaces.LatentSpace(first, 2.0),
+        "Pixels": spaces.PixelSpace(first_stage.data),
+        "Codes": spaces.CodeSpace(first_stage),
+        "Latents": spaces.LatentSpace(first_stage, 2.0),
     }[kind]
-    wanted = {
+    expected = {
         "Pixels": {"shape": (1, 16, 24), "pixels": True},
         "Codes": {"codes": 16, "grid": (4, 6)},
         "Latents": {"shape": (4, 4, 6), "pixels": False},
     }[kind]
-    assert space.model_args == wanted
+    assert space.model_args == expected
     for split in ("train", "val"):
-        batch = space.encode_batch(space.source(digits, split, first.data, 0, HERE, None)[[0, 1, 2]])
+        batch = space.encode_batch(space.source(digits, split, first_stage.data, 0, WORLD, None)[[0, 1, 2]])
         x = batch["codes" if kind == "Codes" else "x0"]
-        assert x.shape == (3, 4, 6) if kind == "Codes" else x.shape == (3, *wanted["shape"])
+        assert x.shape == (3, 4, 6) if kind == "Codes" else x.shape == (3, *expected["shape"])
         assert space.decode(x).shape == (3, 1, 16, 24)
 
 
-def test_validation_images_are_not_cut(first, digits):
-    data = dataclasses.replace(first.data, horizontal_flip=False, crop_margin=0)
+def test_validation_images_are_not_cropped(first_stage, digits):
+    data = dataclasses.replace(first_stage.data, horizontal_flip=False, crop_margin=0)
     plain = TrainingImages(ImageSource(digits, data), 0)[list(range(6))]["image"]
-    space = spaces.PixelSpace(first.data)
-    still, cut = (
-        space.source(digits, split, first.data, 0, HERE, None)[list(range(6))]["image"] for split in ("val", "train")
+    space = spaces.PixelSpace(first_stage.data)
+    validation, training = (
+        space.source(digits, split, first_stage.data, 0, WORLD, None)[list(range(6))]["image"]
+        for split in ("val", "train")
     )
-    assert torch.equal(still, plain)
-    assert cut.shape == plain.shape and not torch.equal(cut, plain)
+    assert torch.equal(validation, plain)
+    assert training.shape == plain.shape and not torch.equal(training, plain)
 
 
-def test_masked_codes_are_shown_grey(first):
+def test_masked_codes_are_shown_grey(first_stage):
     x = torch.zeros(1, 4, 6, dtype=torch.int64)
-    x[0, 1, 5] = first.vqgan.quantizer.codebook_size
+    x[0, 1, 5] = first_stage.vqgan.quantizer.codebook_size
     predicted = torch.nn.functional.one_hot(torch.zeros(1, 4, 6, dtype=torch.int64), 16).float()
-    seen, guess = spaces.CodeSpace(first).preview(x, predicted)
+    x_image, x0_image = spaces.CodeSpace(first_stage).preview(x, predicted)
     grey = torch.zeros(1, 1, 16, 24, dtype=torch.bool)
     grey[..., 4:8, 20:24] = True
-    assert torch.equal(seen, torch.where(grey, 128, guess))
+    assert torch.equal(x_image, torch.where(grey, 128, x0_image))
 
 
 def samples(logs, flags):
@@ -206,8 +207,8 @@ def samples(logs, flags):
 )
 def test_a_code_sampler_trains_and_samples_on_a_nonsquare_grid(name, flags, logs):
     call("train_sampler.py", f"--logs_root {logs} --log_dir codes_{name} {CODES} {flags}")
-    with samples(logs, f"--load_dir codes_{name} --log_dir s_{name}") as drawn:
-        assert drawn["arr_0"].shape == (3, 16, 24, 3) and drawn["codes"].shape == (3, 4, 6)
+    with samples(logs, f"--load_dir codes_{name} --log_dir s_{name}") as arrays:
+        assert arrays["arr_0"].shape == (3, 16, 24, 3) and arrays["codes"].shape == (3, 4, 6)
     shape = "--shape 5 9" if name != "learned" else "--shape 4 8 --window_stride 2"
     call("experiments/generate_big_samples.py", f"--logs_root {logs} --load_dir codes_{name} --n_samples 1 {shape}")
 
@@ -224,8 +225,8 @@ def test_gaussian_samplers_train_and_sample_nonsquare_images(logs):
     latent = f"--sampler ddpm --batch_size 4 --total_steps 20 --sample_steps 3 --ae_load_dir vqgan_digits {UNET}"
     for name, flags in {"latents": latent, "pixels": f"{DDPM} --img_width 12 --shift 0 --crop_margin 2"}.items():
         call("train_sampler.py", f"--logs_root {logs} --log_dir {name} --train_steps 2 --no_amp {flags}")
-        with samples(logs, f"--load_dir {name} --log_dir s_{name}") as drawn:
-            assert drawn["arr_0"].shape == ((3, 16, 24, 3) if name == "latents" else (3, 8, 12, 3))
+        with samples(logs, f"--load_dir {name} --log_dir s_{name}") as arrays:
+            assert arrays["arr_0"].shape == ((3, 16, 24, 3) if name == "latents" else (3, 8, 12, 3))
 
 
 def test_an_indivisible_width_is_named(logs, capfd):
@@ -238,19 +239,23 @@ def test_an_indivisible_width_is_named(logs, capfd):
         assert stop.value.code == 2 and message in capfd.readouterr().err
 
 
-# what is measured
+# metrics
 
 
-def test_real_statistics_are_cached_by_height_and_width(first, digits, tmp_path):
-    def kept(**size):
+def test_real_statistics_are_cached_by_height_and_width(first_stage, digits, tmp_path):
+    def cache_key(**size):
         before = set(tmp_path.glob("*"))
-        data = dataclasses.replace(first.data, **size)
-        found = distances.real_statistics(digits, data, load_features("pixels", CPU), None, tmp_path, 4, HERE)
-        assert found.count == 6
-        (made,) = set(tmp_path.glob("*")) - before
-        return made.stem.rpartition("_")[2]
+        data = dataclasses.replace(first_stage.data, **size)
+        statistics = distances.real_statistics(digits, data, load_features("pixels", CPU), None, tmp_path, 4, WORLD)
+        assert statistics.count == 6
+        (path,) = set(tmp_path.glob("*")) - before
+        return path.stem.rpartition("_")[2]
 
-    keys = [kept(img_size=16, img_width=24), kept(img_size=24, img_width=16), kept(img_size=16, img_width=None)]
+    keys = [
+        cache_key(img_size=16, img_width=24),
+        cache_key(img_size=24, img_width=16),
+        cache_key(img_size=16, img_width=None),
+    ]
     assert len(set(keys)) == 3
-    made_of = json.dumps([digits.fingerprint(), 16, 1, pixels.VERSION, None, kid.MAX_FEATURES])
-    assert keys[2] == hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    content = json.dumps([digits.fingerprint(), 16, 1, pixels.VERSION, None, kid.MAX_FEATURES])
+    assert keys[2] == hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Optimizers against their first step by hand, and their states in other memory formats."""
+"""Optimizers against their formulas, and their states in other memory formats and shards."""
 
 import copy
 
@@ -24,7 +24,7 @@ def after_one_step(name):
 
 
 @pytest.mark.parametrize(
-    "name, wanted",
+    "name, expected",
     [
         ("adamw", START * (1 - LR * DECAY) - LR),  # the first step is lr times the gradient's sign
         ("adam", START - LR),
@@ -33,8 +33,8 @@ def after_one_step(name):
         ("torch.optim.Adagrad", START - LR),
     ],
 )
-def test_the_first_step_follows_the_formula(name, wanted):
-    assert after_one_step(name) == pytest.approx(wanted, rel=1e-6)
+def test_the_first_step_follows_the_formula(name, expected):
+    assert after_one_step(name) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -66,7 +66,7 @@ def test_the_fused_kernel_is_used_where_it_exists(name):
 
 
 @pytest.mark.parametrize(
-    "name, said",
+    "name, message",
     [
         ("nadan", "did you mean 'nadam'.*there are: adamw, adam, radam"),
         ("zzz", "unknown optimizer 'zzz'; there are"),
@@ -75,13 +75,13 @@ def test_the_fused_kernel_is_used_where_it_exists(name):
         ("collections.Counter", "which returned a Counter"),
     ],
 )
-def test_unknown_optimizers_are_refused(name, said, monkeypatch):
+def test_unknown_optimizers_are_refused(name, message, monkeypatch):
     monkeypatch.setattr("collections.Counter.__init__", lambda self, parameters, **options: None)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         make_optimizer(name, [nn.Parameter(torch.zeros(1))], lr=LR)
 
 
-def trained(network, x, optimizer, steps):
+def train(network, x, optimizer, steps):
     for i in range(steps):
         optimizer.zero_grad()
         network(x * (i + 1)).square().mean().backward()
@@ -95,13 +95,14 @@ def test_a_state_resumes_in_another_memory_format(name):
     torch.manual_seed(0)
     network, x = nn.Conv2d(4, 8, 3), torch.randn(2, 4, 8, 8)
     optimizer = make_optimizer(name, network.parameters(), lr=LR)
-    trained(network, x, optimizer, 3)
-    other, saved = copy.deepcopy(network).to(memory_format=torch.channels_last), copy.deepcopy(optimizer.state_dict())
-    wanted = trained(network, x, optimizer, 3)
-    resumed = make_optimizer(name, other.parameters(), lr=LR)
+    train(network, x, optimizer, 3)
+    converted = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    saved = copy.deepcopy(optimizer.state_dict())
+    expected = train(network, x, optimizer, 3)
+    resumed = make_optimizer(name, converted.parameters(), lr=LR)
     resumed.load_state_dict(saved)
-    found = trained(other, x.to(memory_format=torch.channels_last), resumed, 3)
-    assert (found - wanted).abs().max() < 1e-5  # three wrong steps of 0.01 would be far off
+    actual = train(converted, x.to(memory_format=torch.channels_last), resumed, 3)
+    assert (actual - expected).abs().max() < 1e-5  # three wrong steps of 0.01 would be far off
 
 
 @pytest.fixture

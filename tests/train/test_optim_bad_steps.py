@@ -26,17 +26,17 @@ from train.distributed import DistContext
 from train.optim import BadStepRecorder
 
 FAULTS = "helpers.fault_injection"
-EACH = "--no_amp --steps_per_checkpoint 1 --keep_last 0 --steps_per_eval 0 --steps_per_save_output 100"
-SAMPLER = f"{EACH} {DDPM} --time_sampler loss_second_moment --total_steps 4 --loss_type vlb"
-STAGE_1 = f"{EACH} {VQGAN} {GAN}"
-WHOLE_BATCH = list(range(BATCH * AT, BATCH * AT + BATCH))
+BASE = "--no_amp --steps_per_checkpoint 1 --keep_last 0 --steps_per_eval 0 --steps_per_save_output 100"
+SAMPLER = f"{BASE} {DDPM} --time_sampler loss_second_moment --total_steps 4 --loss_type vlb"
+STAGE_1 = f"{BASE} {VQGAN} {GAN}"
+FULL_BATCH = list(range(BATCH * AT, BATCH * AT + BATCH))
 
 
 @pytest.fixture(scope="module")
 def two():
-    crew = ProcessPool(2)
-    yield crew
-    crew.close()
+    pool = ProcessPool(2)
+    yield pool
+    pool.close()
 
 
 def assert_skipped(run, step):
@@ -55,29 +55,29 @@ def assert_skipped(run, step):
     assert (before["step"], after["step"], before["bad_steps"], after["bad_steps"]) == (step, step + 1, [], [step])
 
 
-def assert_kept(run, positions):
+def assert_batch_saved(run, positions):
     batch = load_file(run / "bad_steps" / f"step_{AT:08d}.safetensors")
     assert sorted(batch["position"].tolist()) == positions and batch["image"].shape[0] == len(positions)
     return batch
 
 
-def assert_went_on(run, step):
-    mine, yours = weights(run, step), weights(run, step + 1)
-    assert any(not torch.equal(mine[key], yours[key]) for key in mine)
-    assert all(bool(value.isfinite().all()) for value in yours.values())
+def assert_updated(run, step):
+    before, after = weights(run, step), weights(run, step + 1)
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert all(bool(value.isfinite().all()) for value in after.values())
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
 def test_a_nonfinite_loss_with_finite_gradients_is_skipped(tmp_path, number, capsys):
     """A constant is added to the loss, so the gradient is unchanged."""
-    seen = []
-    with add_to_loss(float(number), {LAST}, seen):
+    positions = []
+    with add_to_loss(float(number), {LAST}, positions):
         call("train_sampler.py", f"--logs_root {tmp_path} --log_dir bad --train_steps 4 --steps_per_log 4 {SAMPLER}")
     run = tmp_path / "bad"
     assert_skipped(run, AT)
-    assert_went_on(run, AT + 1)
-    assert seen == [list(range(first, first + BATCH)) for first in range(0, 4 * BATCH, BATCH)]  # no repeats
-    assert_kept(run, WHOLE_BATCH)
+    assert_updated(run, AT + 1)
+    assert positions == [list(range(first, first + BATCH)) for first in range(0, 4 * BATCH, BATCH)]  # no repeats
+    assert_batch_saved(run, FULL_BATCH)
     assert [row["skipped_steps"] for row in lines(run) if "loss" in row] == [1.0]
     assert f"step {AT} skipped" in capsys.readouterr().out
     assert extras(run, 4)["times"]["count"].sum() == 3 * BATCH  # it has not observed the losses of the bad step
@@ -87,16 +87,16 @@ def test_a_nonfinite_gradient_changes_nothing(tmp_path):
     flags = f"--logs_root {tmp_path} --log_dir bad --train_steps 4 {SAMPLER} --hooks {FAULTS}.NanGradient"
     call("train_sampler.py", flags)
     assert_skipped(tmp_path / "bad", AT)
-    assert_went_on(tmp_path / "bad", AT + 1)
-    assert_kept(tmp_path / "bad", WHOLE_BATCH)
+    assert_updated(tmp_path / "bad", AT + 1)
+    assert_batch_saved(tmp_path / "bad", FULL_BATCH)
 
 
 def test_a_bad_image_in_a_micro_batch_is_skipped_and_saved(tmp_path):
     flags = f"--logs_root {tmp_path} --log_dir bad --train_steps 4 {SAMPLER} --accumulate 2 --adapt {FAULTS}.nan_image"
     call("train_sampler.py", flags)
     assert_skipped(tmp_path / "bad", AT)
-    assert_went_on(tmp_path / "bad", AT + 1)
-    batch = assert_kept(tmp_path / "bad", WHOLE_BATCH)
+    assert_updated(tmp_path / "bad", AT + 1)
+    batch = assert_batch_saved(tmp_path / "bad", FULL_BATCH)
     bad = batch["position"][batch["image"].flatten(1).isnan().any(1)]
     assert bad.tolist() == [LAST]
 
@@ -115,18 +115,18 @@ def test_resuming_around_a_bad_step_is_bitwise_exact(tmp_path, stop):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("fault", ["loss", "image", "gradient"])
-def test_a_bad_step_of_one_process_is_skipped_by_both(tmp_path, two, fault, way):
-    flags = f"--logs_root {tmp_path} --train_steps 4 --steps_per_log 1 {SAMPLER} --parallel {way}"
+def test_a_bad_step_of_one_process_is_skipped_by_both(tmp_path, two, fault, parallel):
+    flags = f"--logs_root {tmp_path} --train_steps 4 --steps_per_log 1 {SAMPLER} --parallel {parallel}"
     if fault == "loss":
         two.call(f"{FAULTS}.run_with_infinite_loss", f"{flags} --log_dir bad")
     else:
-        more = f"--adapt {FAULTS}.nan_image" if fault == "image" else f"--hooks {FAULTS}.NanGradientOnRank1"
-        two.run("train_sampler.py", f"{flags} --log_dir bad {more}")
+        fault_flags = f"--adapt {FAULTS}.nan_image" if fault == "image" else f"--hooks {FAULTS}.NanGradientOnRank1"
+        two.run("train_sampler.py", f"{flags} --log_dir bad {fault_flags}")
     assert_skipped(tmp_path / "bad", AT)
-    assert_went_on(tmp_path / "bad", AT + 1)
-    assert_kept(tmp_path / "bad", WHOLE_BATCH)
+    assert_updated(tmp_path / "bad", AT + 1)
+    assert_batch_saved(tmp_path / "bad", FULL_BATCH)
     with add_to_loss(float("nan"), {LAST}):
         call("train_sampler.py", f"{flags} --log_dir one")
     assert_same_losses(tmp_path / "one", tmp_path / "bad")
@@ -139,11 +139,11 @@ def test_too_many_bad_steps_end_every_process_in_one_line(tmp_path, two):
     )
     answers = two.ask("run", "train_sampler.py", flags)
     assert [answer["code"] for answer in answers] == [2, 2]
-    said = [[line for line in answer["stderr"].splitlines() if "max_bad_steps" in line] for answer in answers]
-    assert [len(each) for each in said] == [1, 1]
-    assert "train_sampler.py: 1 of the last 1000 steps were not finite, --max_bad_steps allows 0" in said[0][0]
+    errors = [[line for line in answer["stderr"].splitlines() if "max_bad_steps" in line] for answer in answers]
+    assert [len(messages) for messages in errors] == [1, 1]
+    assert "train_sampler.py: 1 of the last 1000 steps were not finite, --max_bad_steps allows 0" in errors[0][0]
     assert "Traceback" not in answers[0]["stderr"] + answers[1]["stderr"]
-    assert_kept(tmp_path / "bad", WHOLE_BATCH)
+    assert_batch_saved(tmp_path / "bad", FULL_BATCH)
 
 
 def test_bad_steps_are_counted_over_the_last_thousand(tmp_path):
@@ -174,12 +174,12 @@ def test_strings_and_padded_fields_are_saved(tmp_path):
     assert [json.loads(text) for text in texts["words"]] == [["a", "a"], [], ["a", "a", "a"]]
 
 
-@pytest.mark.parametrize("which", ["Autoencoder", "Discriminator"])
-def test_one_bad_gradient_stops_both_first_stage_networks(tmp_path, which):
-    flags = f"--logs_root {tmp_path} --log_dir bad --train_steps 6 {STAGE_1} --hooks {FAULTS}.NanGradientOf{which}"
+@pytest.mark.parametrize("network", ["Autoencoder", "Discriminator"])
+def test_one_bad_gradient_stops_both_first_stage_networks(tmp_path, network):
+    flags = f"--logs_root {tmp_path} --log_dir bad --train_steps 6 {STAGE_1} --hooks {FAULTS}.NanGradientOf{network}"
     call("train_vqgan.py", flags)
     assert_skipped(tmp_path / "bad", 4)
-    assert_went_on(tmp_path / "bad", 5)
+    assert_updated(tmp_path / "bad", 5)
 
 
 def test_a_bad_step_restores_batch_norm_statistics(tmp_path):
@@ -189,26 +189,26 @@ def test_a_bad_step_restores_batch_norm_statistics(tmp_path):
     assert_skipped(tmp_path / "bad", 4)
 
 
-HALF = SAMPLER.replace("--no_amp", "--amp_dtype float16")
+FLOAT16 = SAMPLER.replace("--no_amp", "--amp_dtype float16")
 
 
 def test_a_float16_overflow_lowers_the_scale(tmp_path):
-    flags = f"--logs_root {tmp_path} {HALF} --max_bad_steps 0 --train_steps 12"
+    flags = f"--logs_root {tmp_path} {FLOAT16} --max_bad_steps 0 --train_steps 12"
     with initial_loss_scale(2.0**24):
         call("train_sampler.py", f"{flags} --log_dir half")
     run = tmp_path / "half"
     scales = [extras(run, step)["loss_scale"]["value"].item() for step in range(1, 13)]
     assert scales[0] == 2.0**23 and scales == sorted(scales, reverse=True)
-    kept = [now == before for before, now in pairwise(scales)]
-    assert any(kept) and not all(kept), scales
-    for step, moved in enumerate(kept, start=1):
-        assert_went_on(run, step) if moved else assert_equal_bits(weights(run, step), weights(run, step + 1))
+    unchanged = [now == before for before, now in pairwise(scales)]
+    assert any(unchanged) and not all(unchanged), scales
+    for step, updated in enumerate(unchanged, start=1):
+        assert_updated(run, step) if updated else assert_equal_bits(weights(run, step), weights(run, step + 1))
     assert saved_state(run, 12)["bad_steps"] == [] and not (run / "bad_steps").exists()
 
 
 @pytest.mark.parametrize("stop", [2, 10])
 def test_float16_resumes_exactly(tmp_path, stop):
-    flags = f"--logs_root {tmp_path} {HALF} --steps_per_log 1"
+    flags = f"--logs_root {tmp_path} {FLOAT16} --steps_per_log 1"
     with initial_loss_scale(2.0**24):
         call("train_sampler.py", f"{flags} --log_dir whole --train_steps 12")
         call("train_sampler.py", f"{flags} --log_dir parts --train_steps {stop}")
@@ -220,9 +220,9 @@ def test_float16_resumes_exactly(tmp_path, stop):
 
 def test_a_float16_nan_at_the_lowest_scale_is_a_bad_step(tmp_path):
     with initial_loss_scale(1.0), replace_images_by_nan({LAST}):
-        call("train_sampler.py", f"--logs_root {tmp_path} --log_dir bad --train_steps 4 {HALF}")
+        call("train_sampler.py", f"--logs_root {tmp_path} --log_dir bad --train_steps 4 {FLOAT16}")
     assert saved_state(tmp_path / "bad", 4)["bad_steps"] == [AT]
-    assert_kept(tmp_path / "bad", WHOLE_BATCH)
+    assert_batch_saved(tmp_path / "bad", FULL_BATCH)
 
 
 def test_loading_an_optimizer_does_not_load_its_bad_steps(tmp_path):

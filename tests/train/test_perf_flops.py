@@ -56,7 +56,7 @@ def test_flops_of_attention_with_other_key_and_value_sizes():
     assert backward((2, 4, 16, 24), *shapes) == pairs * (3 * 8 + 2 * 24)
 
 
-@pytest.mark.parametrize("operation", [each for each in FORMULAS if each in flop_registry], ids=str)
+@pytest.mark.parametrize("operation", [operation for operation in FORMULAS if operation in flop_registry], ids=str)
 def test_our_formulas_agree_with_torchs(operation):
     q, k, v, out = (2, 4, 16, 8), (2, 4, 12, 8), (2, 4, 12, 8), (2, 4, 16, 8)
     shapes = (out, q, k, v) if "backward" in str(operation) else (q, k, v)
@@ -82,20 +82,20 @@ def vqgan():
 
 
 def step(network, inputs, half):
-    """A function that trains for one step, with the same dropout masks each time, and its results."""
-    found = {}
+    """A function that runs one training step with fixed dropout masks, and the dict that it fills with results."""
+    results = {}
 
-    def run():
+    def train_step():
         network.zero_grad()
         torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             out = network(*inputs)
         loss = ((out[0] if isinstance(out, tuple) else out).float() - 1).square().mean()
         loss.backward()
-        found["loss"] = loss.detach()
-        found.update({n: p.grad for n, p in network.named_parameters() if p.grad is not None})
+        results["loss"] = loss.detach()
+        results.update({n: p.grad for n, p in network.named_parameters() if p.grad is not None})
 
-    return run, found
+    return train_step, results
 
 
 @pytest.fixture(params=[transformer, unet, vqgan])
@@ -110,29 +110,29 @@ def case(request):
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 def test_counting_changes_no_bit_of_a_step(case, half):
-    run, found = step(*case, half)
-    run()
-    before = dict(found)
-    assert count_flops(run) > 0
-    assert found.keys() == before.keys()
-    assert [name for name in found if not torch.equal(found[name], before[name])] == []
+    train_step, results = step(*case, half)
+    train_step()
+    expected = dict(results)
+    assert count_flops(train_step) > 0
+    assert results.keys() == expected.keys()
+    assert [name for name in results if not torch.equal(results[name], expected[name])] == []
 
 
 def test_torchs_own_counter_agrees(case):
-    run, _ = step(*case, half=False)
+    train_step, _ = step(*case, half=False)
     missing = {operation: formula for operation, formula in FORMULAS.items() if operation not in flop_registry}
     with FlopCounterMode(display=False, custom_mapping=missing) as counter:
-        run()
-    assert count_flops(run) == counter.get_total_flops()
+        train_step()
+    assert count_flops(train_step) == counter.get_total_flops()
 
 
 def test_recomputed_activations_count_again(case):
-    plain, again = case[0], copy.deepcopy(case[0])
-    checkpoint_activations(again)
+    plain, recomputed = case[0], copy.deepcopy(case[0])
+    checkpoint_activations(recomputed)
     counts = []
-    for network in (plain, again):
-        run, _ = step(network, case[1], half=False)
-        counts.append(count_flops(run))
+    for network in (plain, recomputed):
+        train_step, _ = step(network, case[1], half=False)
+        counts.append(count_flops(train_step))
     with torch.no_grad():
         forward = count_flops(lambda: plain(*case[1]))
     assert counts[0] < counts[1] <= counts[0] + forward

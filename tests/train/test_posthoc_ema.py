@@ -51,29 +51,29 @@ def tensors_of(profiles: dict[str, PosthocEMA]) -> dict[str, Tensor]:
 
 
 @functools.cache
-def walked() -> tuple[dict[int, dict[str, Tensor]], dict[tuple[int, float], Tensor], Tensor]:
-    """The content of a snapshot every 25 steps, averages tracked directly, and the last weights."""
+def random_walk() -> tuple[dict[int, dict[str, Tensor]], dict[tuple[int, float], Tensor], Tensor]:
+    """Snapshots every 25 steps, directly tracked averages, and the last weights."""
     walker, generator = Walker(), torch.Generator().manual_seed(0)
     stds = [*TRACKED, 0.07, 0.15, 0.2]
     profiles = {f"{std}/network": PosthocEMA(walker, std) for std in stds}
-    kept, direct = {}, {}
+    snapshots, tracked = {}, {}
     for step in range(1, STEPS + 1):
         walker.walk(generator)
         for profile in profiles.values():
             profile.update(walker, step)
         if step % 25 == 0:
             tensors = tensors_of({f"{std}/network": profiles[f"{std}/network"] for std in TRACKED})
-            kept[step] = {key: value.clone() for key, value in tensors.items()}
-            direct |= {(step, std): profiles[f"{std}/network"].module.weight.data.clone() for std in stds}
+            snapshots[step] = {key: value.clone() for key, value in tensors.items()}
+            tracked |= {(step, std): profiles[f"{std}/network"].module.weight.data.clone() for std in stds}
     assert buffer_names({"0.05/network": profiles["0.05/network"]}) == {"0.05/network.count", "0.05/network.seen"}
-    return kept, direct, walker.weight.data.clone()
+    return snapshots, tracked, walker.weight.data.clone()
 
 
 COPIED = {f"{std}/network.{key}" for std in TRACKED for key in ("count", "seen")}
 
 
 def run_with(folder, every: int, **settings):
-    for step, tensors in walked()[0].items():
+    for step, tensors in random_walk()[0].items():
         if step % every == 0:
             save_snapshot(folder, step, tensors, copied=COPIED, **settings)
     return folder
@@ -93,8 +93,8 @@ def test_gamma_is_the_greatest_root(std):
 
 @pytest.mark.parametrize("std", [0.0, -0.1, 0.301, 1.0, math.nan])
 def test_impossible_lengths_are_refused(std):
-    wanted = "wanted more than 0 and at most 0.3003"
-    with pytest.raises(ValueError, match=f"got a relative length of {std} for an average, {wanted}"):
+    bounds = "wanted more than 0 and at most 0.3003"
+    with pytest.raises(ValueError, match=f"got a relative length of {std} for an average, {bounds}"):
         gamma_from_std(std)
 
 
@@ -111,10 +111,10 @@ def test_the_average_is_the_profile_weighted_sum(std):
         if step == 1:
             assert average.module.weight.item() == value
     n = torch.arange(steps + 1, dtype=torch.float64) / steps
-    shares = (n ** (gamma + 1)).diff()
-    assert average.module.weight.item() == pytest.approx((shares @ values).item(), rel=1e-12)
+    weights = (n ** (gamma + 1)).diff()
+    assert average.module.weight.item() == pytest.approx((weights @ values).item(), rel=1e-12)
     middle = (n[1:] + n[:-1]) / 2
-    spread = (shares @ middle**2 - (shares @ middle) ** 2).sqrt()
+    spread = (weights @ middle**2 - (weights @ middle) ** 2).sqrt()
     assert spread.item() == pytest.approx(average.std, rel=0.02)
     with pytest.raises(ValueError, match="step 0"):
         average.update(model, 0)
@@ -132,20 +132,20 @@ def test_inner_products_are_integrals(t_a, std_a, t_b, std_b):
 def test_a_tracked_profile_fits_itself_and_weights_sum_to_one():
     steps = [step for step in (100, 200, 300, 400) for _ in TRACKED]
     stds = TRACKED * 4
-    shares, error = fit_profile(steps, stds, 300, 0.1)
+    weights, error = fit_profile(steps, stds, 300, 0.1)
     assert error < 1e-6
-    torch.testing.assert_close(shares, torch.eye(8, dtype=torch.float64)[5], rtol=0, atol=1e-9)
-    shares, error = fit_profile(steps, stds, 400, 0.15)
-    assert shares.sum().item() == pytest.approx(1, abs=1e-12)
+    torch.testing.assert_close(weights, torch.eye(8, dtype=torch.float64)[5], rtol=0, atol=1e-9)
+    weights, error = fit_profile(steps, stds, 400, 0.15)
+    assert weights.sum().item() == pytest.approx(1, abs=1e-12)
     assert 0.05 < error < 0.15
     assert fit_profile(steps[:-2], stds[:-2], 400, 0.15).error > error
 
 
 def test_the_system_stays_solvable_with_many_snapshots():
     steps = [step for step in range(10, 3001, 10) for _ in TRACKED]
-    shares, error = fit_profile(steps, TRACKED * 300, 3000, 0.07)
+    weights, error = fit_profile(steps, TRACKED * 300, 3000, 0.07)
     assert error < 1e-4
-    assert shares.abs().sum() < 3
+    assert weights.abs().sum() < 3
 
 
 @pytest.mark.parametrize(
@@ -155,36 +155,38 @@ def test_the_system_stays_solvable_with_many_snapshots():
 def test_a_reconstructed_average_is_close_to_a_tracked_one(tmp_path, every, std, bound):
     """Errors relative to the distance between average and weights, for snapshots every 1/4, 1/8 and 1/24 of the run.
 
-    The bounds are about twice what was measured.
+    The bounds are about twice the measured errors.
     """
-    _, direct, last = walked()
-    made = reconstruct_ema(run_with(tmp_path, every, dtype=torch.float64), None, "network", std)
-    wanted = direct[STEPS, std]
-    error = ((made["weight"] - wanted).norm() / (wanted - last).norm()).item()
+    _, tracked, last_weights = random_walk()
+    reconstructed = reconstruct_ema(run_with(tmp_path, every, dtype=torch.float64), None, "network", std)
+    expected = tracked[STEPS, std]
+    error = ((reconstructed["weight"] - expected).norm() / (expected - last_weights).norm()).item()
     assert bound / 10 < error < bound
-    torch.testing.assert_close(made["frozen"], torch.arange(3.0, dtype=torch.float64))  # weights of sum 1
+    torch.testing.assert_close(reconstructed["frozen"], torch.arange(3.0, dtype=torch.float64))  # weights of sum 1
 
 
 @pytest.mark.parametrize("std", TRACKED)
 @pytest.mark.parametrize("step", [300, 600, None])
 def test_a_tracked_length_is_reconstructed_exactly(tmp_path, step, std):
-    made = reconstruct_ema(run_with(tmp_path, 75), step, "network", std)
-    torch.testing.assert_close(made["weight"], walked()[1][step or STEPS, std].float(), rtol=1e-6, atol=1e-6)
+    reconstructed = reconstruct_ema(run_with(tmp_path, 75), step, "network", std)
+    torch.testing.assert_close(
+        reconstructed["weight"], random_walk()[1][step or STEPS, std].float(), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_any_length_loads_with_the_buffers_of_its_step(tmp_path):
-    made = reconstruct_ema(run_with(tmp_path, 75), 300, "network", 0.08)
-    Walker().load_state_dict(made)
-    assert {key: value.dtype for key, value in made.items()} == {
+    reconstructed = reconstruct_ema(run_with(tmp_path, 75), 300, "network", 0.08)
+    Walker().load_state_dict(reconstructed)
+    assert {key: value.dtype for key, value in reconstructed.items()} == {
         "weight": torch.float32,
         "frozen": torch.float32,
         "count": torch.int64,
         "seen": torch.float32,
     }
-    assert made["count"] == 300
-    assert made["seen"].tolist() == [300.0, 300.0]
-    between = [walked()[1][300, s].float() for s in TRACKED]
-    assert not any(torch.equal(made["weight"], each) for each in between)
+    assert reconstructed["count"] == 300
+    assert reconstructed["seen"].tolist() == [300.0, 300.0]
+    tracked = [random_walk()[1][300, s].float() for s in TRACKED]
+    assert not any(torch.equal(reconstructed["weight"], average) for average in tracked)
 
 
 def test_half_precision_and_shared_tensors_are_saved(tmp_path):
@@ -197,9 +199,9 @@ def test_half_precision_and_shared_tensors_are_saved(tmp_path):
     }
     path = save_snapshot(tmp_path, 3, tensors, dtype=torch.bfloat16)
     assert {value.dtype for value in load_file(path).values()} == {torch.bfloat16}
-    made = reconstruct_ema(tmp_path, 3, "network", 0.1)
-    assert made.keys() == {"a", "b", "c"}
-    torch.testing.assert_close(made["c"], shared.view(2, 2).T.bfloat16().float())
+    reconstructed = reconstruct_ema(tmp_path, 3, "network", 0.1)
+    assert reconstructed.keys() == {"a", "b", "c"}
+    torch.testing.assert_close(reconstructed["c"], shared.view(2, 2).T.bfloat16().float())
     save_snapshot(tmp_path, 3, tensors)
     torch.testing.assert_close(reconstruct_ema(tmp_path, None, "d", 0.1)["x"], shared)
 
@@ -212,7 +214,7 @@ def test_missing_snapshots_are_named(tmp_path):
         reconstruct_ema(tmp_path, 450, "network", 0.07)
     with pytest.raises(ValueError, match="no profile of a module 'work'"):
         reconstruct_ema(tmp_path, 600, "work", 0.07)
-    with pytest.raises(ValueError, match=r"length 0.25 .* of lengths \[0.05, 0.1\] saved at 2 steps.* error is 7\d%"):
+    with pytest.raises(ValueError, match=r"length 0.25 .* from lengths \[0.05, 0.1\] saved at 2 steps.* error is 7\d%"):
         reconstruct_ema(tmp_path, None, "network", 0.25)
     with pytest.raises(ValueError, match="at most 0.3003"):
         reconstruct_ema(tmp_path, None, "network", 0.5)
@@ -243,11 +245,11 @@ def test_a_foreign_snapshot_is_refused(tmp_path):
     save_file({"0.05/network.weight": torch.zeros(1)}, path, {"step": "300", "copied": "[]", "crc32": "{}"})
     with pytest.raises(ValueError, match="its tensors are not those it lists"):
         reconstruct_ema(tmp_path, None, "network", 0.07)
-    keys = [key for key in walked()[0][300] if key.endswith(".weight")]
+    keys = [key for key in random_walk()[0][300] if key.endswith(".weight")]
     save_snapshot(tmp_path, 300, {key: torch.zeros(2) for key in keys})
     with pytest.raises(ValueError, match="step_00000300.* is of another network than step 600"):
         reconstruct_ema(tmp_path, None, "network", 0.07)
-    wider = {key: value.expand(1, *value.shape) for key, value in walked()[0][300].items()}
+    wider = {key: value.expand(1, *value.shape) for key, value in random_walk()[0][300].items()}
     save_snapshot(tmp_path, 300, wider, copied=COPIED)
     with pytest.raises(ValueError, match="in another shape"):
         reconstruct_ema(tmp_path, None, "network", 0.07)
@@ -279,7 +281,7 @@ def test_a_resumed_run_drops_later_snapshots(tmp_path):
 
 def test_a_failed_save_keeps_the_older_snapshot(tmp_path, monkeypatch):
     path = snapshot_path(run_with(tmp_path, 600), 600)
-    before = path.read_bytes()
+    content = path.read_bytes()
 
     def full_disk(path):
         raise OSError(28, "No space left on device")
@@ -287,7 +289,7 @@ def test_a_failed_save_keeps_the_older_snapshot(tmp_path, monkeypatch):
     monkeypatch.setattr(posthoc_ema, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         run_with(tmp_path, 600, dtype=torch.float16)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == content
     (path.parent / ".step_00000001.safetensors.new").touch()  # left by a killed process
     monkeypatch.undo()
     run_with(tmp_path, 600)
@@ -296,9 +298,9 @@ def test_a_failed_save_keeps_the_older_snapshot(tmp_path, monkeypatch):
 
 def test_the_reconstruction_can_be_modified_in_place(tmp_path):
     """The tensors are not views of the files."""
-    made = reconstruct_ema(run_with(tmp_path, 300), None, "network", 0.05)
-    for value in made.values():
+    reconstructed = reconstruct_ema(run_with(tmp_path, 300), None, "network", 0.05)
+    for value in reconstructed.values():
         value.add_(1)
-    again = reconstruct_ema(tmp_path, None, "network", 0.05)
-    for key, value in again.items():
-        torch.testing.assert_close(value + 1, made[key])
+    reloaded = reconstruct_ema(tmp_path, None, "network", 0.05)
+    for key, value in reloaded.items():
+        torch.testing.assert_close(value + 1, reconstructed[key])

@@ -30,11 +30,11 @@ def test_every_setting_takes_its_default(name):
 
 
 def test_settings_of_another_solver_are_left_to_it(process):
-    run = absorbing.Sampling(solver="remask", sample_steps=50, remask_eta=0.1, guidance=2.0, reveal="cosine")
-    assert with_settings(run, process, {"guidance": 3}) == dataclasses.replace(run, guidance=3.0)
-    other = with_settings(run, process, {"solver": "halton", "temp": 0.5})
-    assert other == absorbing.Sampling(solver="halton", guidance=2.0, temp=0.5)
-    assert with_settings(run, process, {"solver": "halton", "sample_steps": 8}).sample_steps == 8
+    settings = absorbing.Sampling(solver="remask", sample_steps=50, remask_eta=0.1, guidance=2.0, reveal="cosine")
+    assert with_settings(settings, process, {"guidance": 3}) == dataclasses.replace(settings, guidance=3.0)
+    changed = with_settings(settings, process, {"solver": "halton", "temp": 0.5})
+    assert changed == absorbing.Sampling(solver="halton", guidance=2.0, temp=0.5)
+    assert with_settings(settings, process, {"solver": "halton", "sample_steps": 8}).sample_steps == 8
 
 
 def test_lists_become_tuples(process):
@@ -105,5 +105,5 @@ def test_devices():
     with pytest.raises(ValueError, match="got device \"?'?cud"):
         resolve_device("cud")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="finds none here"):
+        with pytest.raises(ValueError, match="does not find here"):
             resolve_device("cuda:1")

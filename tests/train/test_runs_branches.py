@@ -1,4 +1,4 @@
-"""Where a run resumes: at its newest intact checkpoint, at a named one of its own or of another run, or nowhere."""
+"""Where a run resumes: at its newest intact checkpoint, at a named one, at that of another run, or nowhere."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ RUN = (
     f"{DDPM} --dropout 0.1 --steps_per_eval 0 --steps_per_checkpoint 2 --keep_last 0 --steps_per_log 1 "
     "--ema_profiles 0.1 --steps_per_ema_snapshot 3 --warmup_iters 2"
 )
-OWN = """
+USER_MODULE = """
 import torch
 
 def stop(state, outputs):
@@ -43,9 +43,9 @@ class Sum:
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
-    """Makes the module `of_my_own` importable for one test."""
-    (tmp_path / "of_my_own.py").write_text(OWN)
+def user_module(tmp_path, monkeypatch):
+    """Makes the module `user_hooks` importable for one test."""
+    (tmp_path / "user_hooks.py").write_text(USER_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
 
 
@@ -54,7 +54,7 @@ def start(logs: Path, name: str, steps: int, flags: str = "") -> Path:
     return logs / name
 
 
-def refused(logs: Path, name: str, steps: int, capfd, flags: str = "") -> str:
+def error_message(logs: Path, name: str, steps: int, capfd, flags: str = "") -> str:
     """The error message of a run that exits with code 2."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -78,14 +78,14 @@ def damage(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def uninterrupted(tmp_path_factory) -> Path:
     """A run of 8 steps; tests copy it."""
     return start(tmp_path_factory.mktemp("whole"), "run", 8)
 
 
 @pytest.fixture
-def copied(whole, tmp_path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "run"))
+def run_copy(uninterrupted, tmp_path) -> Path:
+    return Path(shutil.copytree(uninterrupted, tmp_path / "run"))
 
 
 def assert_same(one: Path, other: Path, step: int = 8) -> None:
@@ -96,111 +96,111 @@ def assert_same(one: Path, other: Path, step: int = 8) -> None:
 # --resume PATH within the run
 
 
-def test_resuming_an_older_checkpoint_rolls_the_run_back(whole, copied, capfd):
-    before = weights(checkpoint_path(copied, 8))
+def test_resuming_an_older_checkpoint_rolls_the_run_back(uninterrupted, run_copy, capfd):
+    original = weights(checkpoint_path(run_copy, 8))
     for time in range(2):
-        start(copied.parent, "run", 8, f"--resume {checkpoint_path(copied, 4)}")
-        said = capfd.readouterr().out
-        assert "resuming from step 4 of 8" in said
+        start(run_copy.parent, "run", 8, f"--resume {checkpoint_path(run_copy, 4)}")
+        output = capfd.readouterr().out
+        assert "resuming from step 4 of 8" in output
         for step in (6, 8):
-            aside = copied / "set_aside" / f"step_{step:08d}.{time}"
-            assert f"set aside: {aside}" in said and aside.is_dir()
-    assert weights(copied / "set_aside" / "step_00000008.0") == before
-    assert saved_steps(copied) == [2, 4, 6, 8] and snapshot_steps(copied) == [3, 6, 8]
-    assert_same(copied, whole)  # every line of metrics.jsonl appears once
+            aside = run_copy / "set_aside" / f"step_{step:08d}.{time}"
+            assert f"set aside: {aside}" in output and aside.is_dir()
+    assert weights(run_copy / "set_aside" / "step_00000008.0") == original
+    assert saved_steps(run_copy) == [2, 4, 6, 8] and snapshot_steps(run_copy) == [3, 6, 8]
+    assert_same(run_copy, uninterrupted)  # every line of metrics.jsonl appears once
 
 
-def test_a_rollback_is_complete_before_the_first_new_step(copied, own, capfd):
-    refused(copied.parent, "run", 8, capfd, f"--resume {checkpoint_path(copied, 4)} --hooks of_my_own.stop")
-    assert saved_steps(copied) == [2, 4] and snapshot_steps(copied) == [3]
-    assert {row["step"] for row in metrics(copied)} == {1, 2, 3, 4}
+def test_a_rollback_is_complete_before_the_first_new_step(run_copy, user_module, capfd):
+    error_message(run_copy.parent, "run", 8, capfd, f"--resume {checkpoint_path(run_copy, 4)} --hooks user_hooks.stop")
+    assert saved_steps(run_copy) == [2, 4] and snapshot_steps(run_copy) == [3]
+    assert {row["step"] for row in metrics(run_copy)} == {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("path", ["checkpoints", "checkpoints/step_00000099", "checkpoints/latest", "nowhere/step_1"])
-def test_a_path_that_is_not_a_checkpoint_is_refused(copied, capfd, path):
-    assert "wanted auto, never or the folder of a checkpoint" in refused(
-        copied.parent, "run", 8, capfd, f"--resume {copied / path}"
+def test_a_path_that_is_not_a_checkpoint_is_refused(run_copy, capfd, path):
+    assert "wanted auto, never or the folder of a checkpoint" in error_message(
+        run_copy.parent, "run", 8, capfd, f"--resume {run_copy / path}"
     )
-    assert saved_steps(copied) == [2, 4, 6, 8]
+    assert saved_steps(run_copy) == [2, 4, 6, 8]
 
 
-def test_a_damaged_named_checkpoint_is_refused(copied, capfd):
-    damage(checkpoint_path(copied, 4))
-    said = refused(copied.parent, "run", 8, capfd, f"--resume {checkpoint_path(copied, 4)}")
-    assert "model.safetensors is damaged" in said and saved_steps(copied) == [2, 4, 6, 8]
+def test_a_damaged_named_checkpoint_is_refused(run_copy, capfd):
+    damage(checkpoint_path(run_copy, 4))
+    message = error_message(run_copy.parent, "run", 8, capfd, f"--resume {checkpoint_path(run_copy, 4)}")
+    assert "model.safetensors is damaged" in message and saved_steps(run_copy) == [2, 4, 6, 8]
 
 
 # --resume PATH of another run
 
 
-def test_a_branch_resumes_its_source_and_then_itself(whole, copied, capfd):
-    source = checkpoint_path(copied, 4)
-    branch = start(copied.parent, "branch", 6, f"--resume {source}")
+def test_a_branch_resumes_its_source_and_then_itself(uninterrupted, run_copy, capfd):
+    source = checkpoint_path(run_copy, 4)
+    branch = start(run_copy.parent, "branch", 6, f"--resume {source}")
     assert "resuming from step 4 of 6" in capfd.readouterr().out
-    assert weights(checkpoint_path(branch, 6)) == weights(checkpoint_path(whole, 6))
-    assert saved_steps(branch) == [6] and saved_steps(copied) == [2, 4, 6, 8]
-    assert metrics(branch) == [row for row in metrics(whole) if 4 < row["step"] <= 6]
+    assert weights(checkpoint_path(branch, 6)) == weights(checkpoint_path(uninterrupted, 6))
+    assert saved_steps(branch) == [6] and saved_steps(run_copy) == [2, 4, 6, 8]
+    assert metrics(branch) == [row for row in metrics(uninterrupted) if 4 < row["step"] <= 6]
     origin = yaml.safe_load((branch / "config.yaml").read_text())["origin"]
     assert origin["resumed_weights"] == sha256(source / WEIGHTS)
     for flags in ("--resume auto", f"--resume {source}"):
-        start(copied.parent, "branch", 6, flags)
+        start(run_copy.parent, "branch", 6, flags)
         assert "resuming from step 6 of 6 (nothing left to do)" in capfd.readouterr().out
-    start(copied.parent, "branch", 8, "--resume auto")
-    assert weights(checkpoint_path(branch, 8)) == weights(checkpoint_path(whole, 8))
+    start(run_copy.parent, "branch", 8, "--resume auto")
+    assert weights(checkpoint_path(branch, 8)) == weights(checkpoint_path(uninterrupted, 8))
 
 
-def test_a_branch_resumes_after_its_source_is_pruned(copied, capfd):
-    flags = f"--resume {checkpoint_path(copied, 4)}"
-    start(copied.parent, "branch", 6, flags)
-    shutil.rmtree(checkpoint_path(copied, 4))
-    start(copied.parent, "branch", 6, flags)
+def test_a_branch_resumes_after_its_source_is_pruned(run_copy, capfd):
+    flags = f"--resume {checkpoint_path(run_copy, 4)}"
+    start(run_copy.parent, "branch", 6, flags)
+    shutil.rmtree(checkpoint_path(run_copy, 4))
+    start(run_copy.parent, "branch", 6, flags)
     assert "resuming from step 6 of 6" in capfd.readouterr().out
 
 
-def test_a_branch_without_checkpoints_never_starts_from_scratch(copied, own, capfd):
+def test_a_branch_without_checkpoints_never_starts_from_scratch(run_copy, user_module, capfd):
     """A run that stopped before its first save has recorded weights that it does not have."""
-    source = f"--resume {checkpoint_path(copied, 4)}"
-    refused(copied.parent, "branch", 8, capfd, f"{source} --hooks of_my_own.stop")
-    assert "--resume" in refused(copied.parent, "branch", 8, capfd, "--resume auto")
+    source = f"--resume {checkpoint_path(run_copy, 4)}"
+    error_message(run_copy.parent, "branch", 8, capfd, f"{source} --hooks user_hooks.stop")
+    assert "--resume" in error_message(run_copy.parent, "branch", 8, capfd, "--resume auto")
 
 
-# --resume never, locking, damage
+# --resume never, locks and damage
 
 
-def test_resume_never_starts_from_scratch_or_refuses(copied, capfd):
-    said = refused(copied.parent, "run", 8, capfd, "--resume never")
-    assert "holds a run of 8 steps, got --resume never: pass another --log_dir" in said
-    start(copied.parent, "other", 2, "--resume never")
-    assert saved_steps(copied.parent / "other") == [2]
+def test_resume_never_starts_from_scratch_or_refuses(run_copy, capfd):
+    message = error_message(run_copy.parent, "run", 8, capfd, "--resume never")
+    assert "holds a run of 8 steps, got --resume never: pass another --log_dir" in message
+    start(run_copy.parent, "other", 2, "--resume never")
+    assert saved_steps(run_copy.parent / "other") == [2]
 
 
-def test_two_processes_cannot_train_in_one_folder(copied):
-    with run_lock(copied):
-        second = run("train_sampler.py", f"--logs_root {copied.parent} --log_dir run --train_steps 9 {RUN}")
+def test_two_processes_cannot_train_in_one_folder(run_copy):
+    with run_lock(run_copy):
+        second = run("train_sampler.py", f"--logs_root {run_copy.parent} --log_dir run --train_steps 9 {RUN}")
     assert second.returncode == 2
     assert "another process is training" in second.stderr and "--log_dir" in second.stderr
-    assert "Traceback" not in second.stderr and saved_steps(copied) == [2, 4, 6, 8]
-    with run_lock(copied):  # the lock is free again
+    assert "Traceback" not in second.stderr and saved_steps(run_copy) == [2, 4, 6, 8]
+    with run_lock(run_copy):  # the lock is free again
         pass
 
 
-def test_a_damaged_newest_checkpoint_is_skipped(whole, copied):
+def test_a_damaged_newest_checkpoint_is_skipped(uninterrupted, run_copy):
     for step in (6, 8):
-        damage(checkpoint_path(copied, step))
+        damage(checkpoint_path(run_copy, step))
     with pytest.warns(UserWarning, match="damaged .* trying an older one"):
-        start(copied.parent, "run", 8)
-    assert sorted(path.name for path in (copied / "set_aside").iterdir()) == ["step_00000006.0", "step_00000008.0"]
-    assert_same(copied, whole)
-    start(copied.parent, "run", 8)  # no warning this time
+        start(run_copy.parent, "run", 8)
+    assert sorted(path.name for path in (run_copy / "set_aside").iterdir()) == ["step_00000006.0", "step_00000008.0"]
+    assert_same(run_copy, uninterrupted)
+    start(run_copy.parent, "run", 8)  # no warning this time
 
 
-def test_a_run_without_an_intact_checkpoint_is_refused(copied, capfd):
-    for step in saved_steps(copied):
-        damage(checkpoint_path(copied, step))
+def test_a_run_without_an_intact_checkpoint_is_refused(run_copy, capfd):
+    for step in saved_steps(run_copy):
+        damage(checkpoint_path(run_copy, step))
     with pytest.warns(UserWarning, match="damaged"):
-        said = refused(copied.parent, "run", 8, capfd)
-    assert "no checkpoint in" in said and "is intact: start again with another --log_dir" in said
-    assert saved_steps(copied) == [2, 4, 6, 8]
+        message = error_message(run_copy.parent, "run", 8, capfd)
+    assert "no checkpoint in" in message and "is intact: start again with another --log_dir" in message
+    assert saved_steps(run_copy) == [2, 4, 6, 8]
 
 
 # what is loaded with a checkpoint
@@ -216,13 +216,13 @@ def test_load_optim_does_not_load_step_counts(tmp_path):
     assert state_of(new, 1)["counters"]["metrics"]["loss"][0, 1] == 1
 
 
-def test_a_stateful_hook_can_join_a_resumed_run(copied, own):
+def test_a_stateful_hook_can_join_a_resumed_run(run_copy, user_module):
     """--hooks is not part of a run's identity."""
-    start(copied.parent, "run", 9, "--hooks of_my_own.Sum")
-    assert saved_steps(copied)[-1] == 9
+    start(run_copy.parent, "run", 9, "--hooks user_hooks.Sum")
+    assert saved_steps(run_copy)[-1] == 9
 
 
-def test_a_nonfinite_validation_does_not_end_the_run(tmp_path, own):
-    flags = "--steps_per_eval 1 --adapt of_my_own.spoil --max_bad_steps 5 --val_fraction 0.03"
+def test_a_nonfinite_validation_does_not_end_the_run(tmp_path, user_module):
+    flags = "--steps_per_eval 1 --adapt user_hooks.spoil --max_bad_steps 5 --val_fraction 0.03"
     folder = start(tmp_path, "run", 2, flags)
     assert state_of(folder, 2)["best"] == {} and state_of(folder, 2)["bad_steps"] == [0, 1]

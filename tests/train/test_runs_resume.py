@@ -1,4 +1,4 @@
-"""A resumed run equals an uninterrupted one; micro-batches equal the full batch."""
+"""Resumed runs match uninterrupted ones, and micro-batches match the full batch."""
 
 import json
 
@@ -8,17 +8,17 @@ import torch
 from helpers.run_asserts import assert_close, assert_equal_bits, assert_same_ddpm, extras, lines, manifest_of, weights
 from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call
 
-MORE = "--quantizer ema --revive_below 0.5 --lecam_weight 0.1 --disc_spectral_norm --disc_blur"
+EMA_QUANTIZER = "--quantizer ema --revive_below 0.5 --lecam_weight 0.1 --disc_spectral_norm --disc_blur"
 RESUMED = [
     (2, ""),
-    (5, MORE),
+    (5, EMA_QUANTIZER),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in ((5, ""), (2, "--quantizer gumbel"))),
 ]
 
 
-@pytest.mark.parametrize(("stop", "more"), RESUMED)
-def test_a_resumed_vqgan_is_bitwise_equal(tmp_path, stop, more):
-    flags = f"{VQGAN} {GAN} --steps_per_log 1 --warmup_iters 5 {more}"
+@pytest.mark.parametrize(("stop", "extra_flags"), RESUMED)
+def test_a_resumed_vqgan_is_bitwise_equal(tmp_path, stop, extra_flags):
+    flags = f"{VQGAN} {GAN} --steps_per_log 1 --warmup_iters 5 {extra_flags}"
     call("train_vqgan.py", f"--logs_root {tmp_path} --log_dir whole --train_steps 7 {flags}")
     call("train_vqgan.py", f"--logs_root {tmp_path} --log_dir parts --train_steps {stop} {flags}")
     call("train_vqgan.py", f"--logs_root {tmp_path} --log_dir parts --train_steps 7 {flags}")
@@ -36,7 +36,7 @@ def test_a_resumed_sampler_with_dropout_is_bitwise_equal(trained):
     assert_equal_bits(weights(trained / "whole", 5), weights(trained / "parts", 5))
 
 
-SPREAD = "--time_sampler low_discrepancy"  # over the global batch
+LOW_DISCREPANCY = "--time_sampler low_discrepancy"  # over the global batch
 BY_LOSS = "--time_sampler loss_second_moment --loss_type vlb --total_steps 4 --batch_size 8"
 
 
@@ -49,12 +49,12 @@ def test_a_resumed_ddpm_is_bitwise_equal(tmp_path, flags, stop, steps):
     for name in ("model.safetensors", "ema.safetensors"):
         assert_equal_bits(weights(tmp_path / "whole", steps, name), weights(tmp_path / "parts", steps, name))
     assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
-    one, other = (extras(tmp_path / name, steps) for name in ("whole", "parts"))
-    assert one.keys() == other.keys() == ({"times"} if "loss_second_moment" in flags else set())
-    for name in one:
-        assert_equal_bits(one[name], other[name])
-        assert one[name]["count"].sum() == 8 * steps  # every loss was observed
-        assert (one[name]["count"] >= 10).all()  # so the last times were sampled by the losses
+    expected, resumed = (extras(tmp_path / name, steps) for name in ("whole", "parts"))
+    assert expected.keys() == resumed.keys() == ({"times"} if "loss_second_moment" in flags else set())
+    for name in expected:
+        assert_equal_bits(expected[name], resumed[name])
+        assert expected[name]["count"].sum() == 8 * steps  # every loss was observed
+        assert (expected[name]["count"] >= 10).all()  # so the last times were sampled by their losses
 
 
 def test_resuming_needs_the_time_samplers_losses(tmp_path):
@@ -69,8 +69,8 @@ def test_resuming_needs_the_time_samplers_losses(tmp_path):
     torch.save(state, path / "state.pt")
     (path / "manifest.json").write_text(json.dumps(manifest_of(path)))
     call("train_sampler.py", f"{flags} --log_dir parts --train_steps 11")
-    whole, parts = weights(tmp_path / "whole", 11), weights(tmp_path / "parts", 11)
-    assert any(not torch.equal(whole[key], parts[key]) for key in whole)
+    uninterrupted, resumed = weights(tmp_path / "whole", 11), weights(tmp_path / "parts", 11)
+    assert any(not torch.equal(uninterrupted[key], resumed[key]) for key in uninterrupted)
 
 
 def test_resuming_needs_the_optimizer(tmp_path):
@@ -86,11 +86,11 @@ def test_resuming_needs_the_optimizer(tmp_path):
     torch.save(state, path / "state.pt")
     (path / "manifest.json").write_text(json.dumps(manifest_of(path)))
     call("train_vqgan.py", f"--log_dir half --train_steps 4 {flags}")
-    whole, half = weights(tmp_path / "whole", 4), weights(tmp_path / "half", 4)
-    assert any(not torch.equal(whole[key], half[key]) for key in whole)
+    uninterrupted, resumed = weights(tmp_path / "whole", 4), weights(tmp_path / "half", 4)
+    assert any(not torch.equal(uninterrupted[key], resumed[key]) for key in uninterrupted)
 
 
-@pytest.mark.parametrize("flags", [SPREAD, BY_LOSS])
+@pytest.mark.parametrize("flags", [LOW_DISCREPANCY, BY_LOSS])
 def test_accumulation_equals_the_full_batch_for_ddpm(tmp_path, flags):
     flags = f"--logs_root {tmp_path} --no_amp --steps_per_log 1 --steps_per_eval 0 --train_steps 10 {DDPM} {flags}"
     call("train_sampler.py", f"{flags} --log_dir one")
@@ -109,5 +109,5 @@ def test_load_dir_loads_weights_but_not_the_step(tmp_path):
     flags = f"--logs_root {tmp_path} {VQGAN} --perceptual_net none"
     call("train_vqgan.py", f"{flags} --log_dir first --train_steps 2")
     call("train_vqgan.py", f"{flags} --log_dir second --train_steps 1 --load_dir first --lr 1e-12")
-    start, after = weights(tmp_path / "first", 2), weights(tmp_path / "second", 1)
-    assert all(torch.allclose(start[key], after[key], atol=1e-6) for key in start)
+    source, loaded = weights(tmp_path / "first", 2), weights(tmp_path / "second", 1)
+    assert all(torch.allclose(source[key], loaded[key], atol=1e-6) for key in source)

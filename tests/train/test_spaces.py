@@ -1,4 +1,4 @@
-"""Spaces of samplers: pixels, codes and latents, to and from images, and reopened from a run."""
+"""Spaces of samplers: pixels, codes and latents encode and decode images, and reopen from a run."""
 
 import dataclasses
 import json
@@ -24,18 +24,18 @@ LATENT = f"--sampler ddpm --batch_size 4 --total_steps 20 --sample_steps 3 --no_
 
 
 @pytest.fixture(scope="module")
-def first(trained):
+def first_stage(trained):
     return load_first_stage(trained / "vqgan_digits", None, CPU, amp=False)
 
 
 @pytest.fixture(scope="module")
-def data(first):
-    return first.data
+def data(first_stage):
+    return first_stage.data
 
 
 @pytest.fixture(scope="module")
-def digits(first):
-    return build_dataset(first.data, first.reader, "train")
+def digits(first_stage):
+    return build_dataset(first_stage.data, first_stage.reader, "train")
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,12 @@ def origin(run):
 
 
 def images_of(digits, data, n=16):
-    """(uint8 images, the training batch of them)"""
+    """The first n training images as uint8, and their batch."""
     batch = TrainingImages(ImageSource(digits, data), seed=3)[list(range(n))]
     return ((batch["image"] + 1) * 127.5).round().to(torch.uint8), batch
 
 
-# there and back
+# encoding and decoding
 
 
 def test_pixels_are_the_images_themselves(digits, data):
@@ -72,55 +72,55 @@ def test_pixels_are_the_images_themselves(digits, data):
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(space.decode(to_float(levels)), levels)
     assert space.extra_arrays(x0) == {}
-    assert all(torch.equal(seen, images) for seen in space.preview(x0, x0))
+    assert all(torch.equal(image, images) for image in space.preview(x0, x0))
 
 
-def test_latents_decode_to_what_the_vqgan_makes_of_the_image(first, digits, data):
-    space = spaces.LatentSpace(first, 3.0)
+def test_latents_decode_to_the_vqgans_reconstruction(first_stage, digits, data):
+    space = spaces.LatentSpace(first_stage, 3.0)
     images, batch = images_of(digits, data)
     x0 = space.encode_batch(batch)["x0"]
     assert space.model_args == {"shape": (4, 4, 4), "pixels": False} and x0.shape == (16, 4, 4, 4)
-    assert torch.equal(space.decode(x0), first.decode(first.encode(images)))
-    assert torch.allclose(x0, 3 * spaces.LatentSpace(first, 1.0).encode_batch(batch)["x0"])
+    assert torch.equal(space.decode(x0), first_stage.decode(first_stage.encode(images)))
+    assert torch.allclose(x0, 3 * spaces.LatentSpace(first_stage, 1.0).encode_batch(batch)["x0"])
     assert space.extra_arrays(x0) == {} and not x0.requires_grad
 
 
-def test_every_code_comes_back_from_its_own_vector(first):
+def test_every_code_comes_back_from_its_own_vector(first_stage):
     """Latents equal to codes decode to the images of those codes, at any scale."""
     ids = torch.arange(16).view(1, 4, 4)
-    codebook = first.vqgan.quantizer.codebook.weight  # (K, D)
+    codebook = first_stage.vqgan.quantizer.codebook.weight  # (K, D)
     latents = codebook[ids].permute(0, 3, 1, 2)
     for scale in (0.1, 1.0, 7.3):
-        assert torch.equal(spaces.LatentSpace(first, scale).decode(latents * scale), first.decode(ids))
+        assert torch.equal(spaces.LatentSpace(first_stage, scale).decode(latents * scale), first_stage.decode(ids))
 
 
-def test_codes_are_those_of_the_images(first, digits, data):
-    space = spaces.CodeSpace(first)
+def test_codes_are_those_of_the_images(first_stage, digits, data):
+    space = spaces.CodeSpace(first_stage)
     assert space.model_args == {"codes": 16, "grid": (4, 4)} and space.workers(data) == 0
     data = dataclasses.replace(data, shift=0)
     source = space.source(digits, "train", data, 3, DistContext(CPU))
     batch = space.encode_batch(source[list(range(8))])
-    images, twins = images_of(digits, data, 8)  # the same seed: the same order
-    assert torch.equal(batch["codes"], first.encode(images))
-    assert torch.equal(batch["label"], twins["label"])
-    assert torch.equal(space.decode(batch["codes"]), first.decode(first.encode(images)))
+    images, expected = images_of(digits, data, 8)  # the same seed: the same order
+    assert torch.equal(batch["codes"], first_stage.encode(images))
+    assert torch.equal(batch["label"], expected["label"])
+    assert torch.equal(space.decode(batch["codes"]), first_stage.decode(first_stage.encode(images)))
     assert torch.equal(space.extra_arrays(batch["codes"])["codes"], batch["codes"])
 
 
-def test_masked_codes_are_shown_as_grey_squares(first):
-    space = spaces.CodeSpace(first)
+def test_masked_codes_are_shown_as_grey_squares(first_stage):
+    space = spaces.CodeSpace(first_stage)
     x = torch.arange(16).view(1, 4, 4).clone()
     predicted = torch.nn.functional.one_hot(x.flip(1), 16).float()
-    seen, guess = space.preview(x, predicted)
-    assert torch.equal(seen, space.decode(x)) and torch.equal(guess, seen)  # nothing masked: nothing guessed
+    x_image, x0_image = space.preview(x, predicted)
+    assert torch.equal(x_image, space.decode(x)) and torch.equal(x0_image, x_image)  # nothing is masked
     x[0, 1, 2] = 16
-    seen, guess = space.preview(x, predicted)
+    x_image, x0_image = space.preview(x, predicted)
     grey = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
     grey[..., 4:8, 8:12] = True
-    assert torch.equal(seen, torch.where(grey, 128, guess))
-    filled = torch.arange(16).view(1, 4, 4).clone()
-    filled[0, 1, 2] = 10  # what is predicted there: row 2 of the flipped grid
-    assert torch.equal(guess, space.decode(filled))
+    assert torch.equal(x_image, torch.where(grey, 128, x0_image))
+    completed = torch.arange(16).view(1, 4, 4).clone()
+    completed[0, 1, 2] = 10  # predicted at this position: row 2 of the flipped grid
+    assert torch.equal(x0_image, space.decode(completed))
 
 
 def test_validation_images_are_neither_mirrored_nor_shifted(digits, data):
@@ -132,36 +132,36 @@ def test_validation_images_are_neither_mirrored_nor_shifted(digits, data):
     assert torch.equal(still, plain) and not torch.equal(moved, plain)
 
 
-# which space, and its scale
+# choice of the space, and its scale
 
 
-def config(dataset, sampler, trained, **first):
+def config(dataset, sampler, trained, **first_stage):
     name = "ddpm" if sampler is ddpm.Config else "absorbing"
     return SimpleNamespace(
         sampler=sampler(sampler=name),
-        first=FirstStageConfig(**first),
+        first=FirstStageConfig(**first_stage),
         data=dataset,
         logging=SimpleNamespace(logs_root=str(trained)),
         training=SimpleNamespace(amp=False, load_dir=None),
     )
 
 
-def test_the_scale_gives_latents_a_deviation_of_1(first, digits, data, trained):
+def test_the_scale_gives_latents_a_deviation_of_1(first_stage, digits, data, trained):
     space = spaces.open_space(
         config(data, ddpm.Config, trained, ae_load_dir="vqgan_digits"), {}, digits, DistContext(CPU)
     )
     assert isinstance(space, spaces.LatentSpace)
     source = space.source(digits, "train", data, 9, DistContext(CPU), None)
-    x0 = space.encode_batch(source[list(range(len(digits)))])["x0"]  # of all images, measured on some
+    x0 = space.encode_batch(source[list(range(len(digits)))])["x0"]  # all images; the scale was measured on a part
     assert x0.std() == pytest.approx(1, abs=0.02)
-    assert space.provenance == first.provenance | {"latent_scale": space.scale}
-    measured = spaces.measure_latent_scale(first, ImageSource(digits, data), DistContext(CPU))
+    assert space.provenance == first_stage.provenance | {"latent_scale": space.scale}
+    measured = spaces.measure_latent_scale(first_stage, ImageSource(digits, data), DistContext(CPU))
     assert measured == space.scale
 
 
-def test_an_untrained_vqgans_constant_latents_are_refused(first, digits, data):
+def test_an_untrained_vqgans_constant_latents_are_refused(first_stage, digits, data):
     class Constant:
-        run, device = first.run, CPU
+        run, device = first_stage.run, CPU
 
         def encode_latents(self, images):
             return torch.ones(len(images), 4, 4, 4)
@@ -187,15 +187,15 @@ def test_a_sampler_of_codes_finds_its_vqgan_others_use_pixels(digits, data, trai
 
 
 @pytest.mark.parametrize("kind", ["Pixels", "Codes", "Latents"])
-def test_a_run_opens_in_the_space_it_was_trained_in(kind, first, data):
+def test_a_run_opens_in_the_space_it_was_trained_in(kind, first_stage, data):
     space = {
         "Pixels": spaces.PixelSpace(data),
-        "Codes": spaces.CodeSpace(first),
-        "Latents": spaces.LatentSpace(first, 0.37),
+        "Codes": spaces.CodeSpace(first_stage),
+        "Latents": spaces.LatentSpace(first_stage, 0.37),
     }[kind]
     content = yaml.safe_load(yaml.safe_dump({"data": vars(data), "origin": space.provenance}))
-    again = spaces.reopen_space(content, space.first_stage)
-    assert again == space and again.model_args == space.model_args
+    reopened = spaces.reopen_space(content, space.first_stage)
+    assert reopened == space and reopened.model_args == space.model_args
 
 
 def test_images_that_the_vqgan_does_not_take_are_refused(digits, trained):
@@ -204,30 +204,30 @@ def test_images_that_the_vqgan_does_not_take_are_refused(digits, trained):
         spaces.open_space(config(wrong, ddpm.Config, trained, ae_load_dir="vqgan_digits"), {}, digits, DistContext(CPU))
 
 
-def test_codes_without_labels_have_none(first, digits, data, monkeypatch):
+def test_codes_without_labels_have_none(first_stage, digits, data, monkeypatch):
     table = CodeTable(torch.zeros(1, 5, 4, 4, dtype=torch.int32), torch.arange(5))
-    monkeypatch.setattr(type(first), "encode_dataset", lambda *args: table)
+    monkeypatch.setattr(type(first_stage), "encode_dataset", lambda *args: table)
     plain = SimpleNamespace(n_classes=0)
-    batch = spaces.CodeSpace(first).source(plain, "train", data, 0, DistContext(CPU))[[0, 1]]
+    batch = spaces.CodeSpace(first_stage).source(plain, "train", data, 0, DistContext(CPU))[[0, 1]]
     assert "label" not in batch and batch["codes"].dtype == torch.int64
 
 
 # end to end
 
 
-def test_the_scale_is_noted_and_taken_again_on_resume(trained, latent_run, monkeypatch, capfd):
-    noted = origin(latent_run)
-    assert noted["ae_load_dir"] == "vqgan_digits" and noted["latent_scale"] > 0
+def test_the_scale_is_stored_and_reused_on_resume(trained, latent_run, monkeypatch, capfd):
+    stored = origin(latent_run)
+    assert stored["ae_load_dir"] == "vqgan_digits" and stored["latent_scale"] > 0
 
-    def other(*args):
-        raise AssertionError("the scale was measured once more")
+    def fail(*args):
+        raise AssertionError("the scale was measured again")
 
-    monkeypatch.setattr("train.spaces.measure_latent_scale", other)
+    monkeypatch.setattr("train.spaces.measure_latent_scale", fail)
     flags = f"{LATENT} --logs_root {trained} --ae_load_dir vqgan_digits"
     call("train_sampler.py", f"{flags} --train_steps 3")
-    assert origin(latent_run) == noted
+    assert origin(latent_run) == stored
     assert "resuming from step 2 of 3" in capfd.readouterr().out
-    with pytest.raises(AssertionError, match="once more"):
+    with pytest.raises(AssertionError, match="measured again"):
         call("train_sampler.py", f"{flags} --train_steps 1 --log_dir ddpm_new")
 
 
@@ -297,10 +297,10 @@ def test_a_vqgan_for_a_model_of_pixels_is_refused(trained_ddpm, capfd):
         assert "was trained on pixels: leave --ae_load_dir" in capfd.readouterr().err
 
 
-def test_a_sampler_of_codes_is_what_it_was(trained):
+def test_the_origin_of_a_code_sampler_has_no_scale(trained):
     """An absorbing run's origin has no scale."""
-    noted = origin(trained / "absorbing_digits")
-    assert "latent_scale" not in noted and noted["ae_load_dir"] == "vqgan_digits"
+    stored = origin(trained / "absorbing_digits")
+    assert "latent_scale" not in stored and stored["ae_load_dir"] == "vqgan_digits"
     flags = f"--logs_root {trained} --train_steps 3 --no_amp {SAMPLER}"
     call("train_sampler.py", flags)
-    assert origin(trained / "absorbing_digits") == noted
+    assert origin(trained / "absorbing_digits") == stored

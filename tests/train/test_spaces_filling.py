@@ -18,10 +18,10 @@ def test_a_hidden_pixel_gets_the_nearest_visible_one():
     assert torch.equal(fill_hidden(image, hidden), expected)
     assert torch.equal(fill_hidden(image, torch.zeros_like(hidden)), image)
     assert (fill_hidden(image, torch.ones_like(hidden)) == 128).all()
-    assert torch.equal(image.flatten(), torch.arange(16, dtype=torch.uint8))  # the image itself is left alone
+    assert torch.equal(image.flatten(), torch.arange(16, dtype=torch.uint8))  # the input is unchanged
 
 
-def test_images_of_a_batch_have_masks_of_their_own():
+def test_each_image_of_a_batch_has_its_mask():
     images = torch.stack([torch.full((3, 4, 4), 7, dtype=torch.uint8), torch.full((3, 4, 4), 9, dtype=torch.uint8)])
     hidden = torch.zeros(2, 4, 4, dtype=torch.bool)
     hidden[0, 0, 0] = hidden[1, 3, 3] = True
@@ -38,19 +38,21 @@ def test_a_cell_is_known_only_if_all_of_it_is_visible():
 
 @pytest.fixture(scope="module", params=["pixels", "latents", "codes"])
 def space(request, trained):
-    first = load_first_stage(trained / "vqgan_digits", None, torch.device("cpu"), amp=False)
-    return {"pixels": PixelSpace(first.data), "latents": LatentSpace(first, 2.0), "codes": CodeSpace(first)}[
-        request.param
-    ]
+    first_stage = load_first_stage(trained / "vqgan_digits", None, torch.device("cpu"), amp=False)
+    return {
+        "pixels": PixelSpace(first_stage.data),
+        "latents": LatentSpace(first_stage, 2.0),
+        "codes": CodeSpace(first_stage),
+    }[request.param]
 
 
-def test_no_hidden_pixel_has_a_part_in_what_sampling_begins_from(space):
+def test_hidden_pixels_do_not_affect_the_start_of_sampling(space):
     images = (Streams([0, 1]).uniform((2, 1, 16, 16)) * 256).byte()
     hidden = torch.zeros(2, 16, 16, dtype=torch.bool)
     hidden[0, 7:], hidden[1, :, :5] = True, True
     start = space.encode_masked(images, hidden)
-    other = space.encode_masked(torch.where(hidden.unsqueeze(1), 255 - images, images), hidden)
-    assert torch.equal(start.x0, other.x0) and torch.equal(start.keep, other.keep) and start.strength == 1
+    inverted = space.encode_masked(torch.where(hidden.unsqueeze(1), 255 - images, images), hidden)
+    assert torch.equal(start.x0, inverted.x0) and torch.equal(start.keep, inverted.keep) and start.strength == 1
     side = 16 // space.factor
     assert start.keep.shape == (2, side, side)
     assert start.keep[0].sum() == 7 // space.factor * side  # whole rows above, whole columns beside
@@ -68,10 +70,10 @@ def test_with_nothing_hidden_it_is_the_image(space):
 def test_interpolation_is_gradual_between_the_two_images(space):
     images = (Streams([0, 1]).uniform((2, 1, 16, 16)) * 256).byte()
     a, b = space.encode_masked(images, torch.zeros(2, 16, 16, dtype=torch.bool)).x0.chunk(2)
-    path = [space.interpolate(a, b, share, Streams([5])) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    path = [space.interpolate(a, b, weight, Streams([5])) for weight in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert torch.equal(path[0], a) and torch.allclose(path[-1].double(), b.double())
-    gone = [(x - a).float().abs() for x in path]
-    assert gone[0].sum() < gone[2].sum() < gone[4].sum()
+    distances = [(x - a).float().abs() for x in path]
+    assert distances[0].sum() < distances[2].sum() < distances[4].sum()
     if space.tokens:
         assert all(((x == a) | (x == b)).all() for x in path)
         changed = [x != a for x in path]

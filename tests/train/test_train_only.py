@@ -20,7 +20,7 @@ FIRST_STAGE = (
     f"{VQGAN} {GAN} --no_amp --steps_per_eval 0 --keep_last 0 --disc_start_step 1 --lr 1e-2 --weight_decay 0.1"
 )
 BRIGHT = "--condition_channels 1 --adapt my_bright.bright"
-CHOSEN = "up_blocks encoders.label conv_out"
+SELECTED = "up_blocks encoders.label conv_out"
 
 
 def train(logs, name, flags, script="train_sampler.py", run=RUN):
@@ -30,12 +30,12 @@ def train(logs, name, flags, script="train_sampler.py", run=RUN):
 
 def changed(run, first, last, file="model.safetensors"):
     """The tensors that differ between two steps of a run."""
-    one, other = (weights(run, step, file) for step in (first, last))
-    return {key for key in one if not torch.equal(one[key], other[key])}
+    earlier, later = (weights(run, step, file) for step in (first, last))
+    return {key for key in earlier if not torch.equal(earlier[key], later[key])}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own(tmp_path_factory):
+def user_module(tmp_path_factory):
     """A user module that adds a condition."""
     folder = tmp_path_factory.mktemp("own")
     code = "def bright(item):\n    return item | {'condition_image': item['image'] // 2}\n"
@@ -49,7 +49,7 @@ def own(tmp_path_factory):
 def logs(tmp_path_factory):
     """Logs with `part`, 3 steps of training a part of the UNet, and `whole`, 3 steps of training all of it."""
     logs = tmp_path_factory.mktemp("train_only")
-    train(logs, "part", f"--steps_per_checkpoint 1 --train_steps 3 --train_only {CHOSEN}")
+    train(logs, "part", f"--steps_per_checkpoint 1 --train_steps 3 --train_only {SELECTED}")
     train(logs, "whole", "--train_steps 2")
     return logs
 
@@ -57,39 +57,41 @@ def logs(tmp_path_factory):
 @pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors"])
 def test_only_the_selected_parts_are_trained(logs, file):
     names = weights(logs / "part", 1, file)
-    chosen = {key for key in names if is_selected(key.removeprefix("network."), CHOSEN.split())}
+    selected = {key for key in names if is_selected(key.removeprefix("network."), SELECTED.split())}
     learned = changed(logs / "part", 1, 3, file)
-    assert learned <= chosen and 0 < len(chosen) < len(names)
-    assert len(learned) > len(chosen) / 2  # layers before a zero-initialised one have no gradient yet
+    assert learned <= selected and 0 < len(selected) < len(names)
+    assert len(learned) > len(selected) / 2  # layers before a zero-initialised one have no gradient yet
 
 
 def test_frozen_parts_have_no_optimizer_state(logs):
     state = torch.load(checkpoint_path(logs / "part", 3) / "state.pt", weights_only=True)["optimizers"]["network"]
     names = [key.removeprefix("network.") for key in weights(logs / "part", 3)]
-    chosen = [name for name in names if is_selected(name, CHOSEN.split())]
-    assert len(state["state"]) == len(state["param_groups"][0]["params"]) == len(chosen)
+    selected = [name for name in names if is_selected(name, SELECTED.split())]
+    assert len(state["state"]) == len(state["param_groups"][0]["params"]) == len(selected)
 
 
 def test_train_only_is_part_of_the_run_identity(logs, capfd):
     with pytest.raises(SystemExit):
         train(logs, "part", "--train_steps 4 --train_only up_blocks")
     assert "train_only: ['up_blocks', 'encoders.label', 'conv_out'] there, ['up_blocks'] now" in capfd.readouterr().err
-    train(logs, "part", f"--train_steps 4 --train_only {CHOSEN}")
+    train(logs, "part", f"--train_steps 4 --train_only {SELECTED}")
     assert "resuming from step 3 of 4" in capfd.readouterr().out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_two_processes_freeze_the_same_parts(logs, way):
-    crew = ProcessPool(2)
-    flags = f"--logs_root {logs} --log_dir {way} {RUN} --train_steps 3 --steps_per_checkpoint 1 --parallel {way}"
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_freeze_the_same_parts(logs, parallel):
+    pool = ProcessPool(2)
+    flags = (
+        f"--logs_root {logs} --log_dir {parallel} {RUN} --train_steps 3 --steps_per_checkpoint 1 --parallel {parallel}"
+    )
     try:
-        crew.run("train_sampler.py", f"{flags} --train_only {CHOSEN}")
+        pool.run("train_sampler.py", f"{flags} --train_only {SELECTED}")
     finally:
-        crew.close()
-    assert changed(logs / way, 1, 3) == changed(logs / "part", 1, 3)
-    for key, one in weights(logs / "part", 3).items():
-        torch.testing.assert_close(weights(logs / way, 3)[key], one, rtol=1e-4, atol=1e-5)
+        pool.close()
+    assert changed(logs / parallel, 1, 3) == changed(logs / "part", 1, 3)
+    for key, expected in weights(logs / "part", 3).items():
+        torch.testing.assert_close(weights(logs / parallel, 3)[key], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
@@ -155,31 +157,32 @@ def test_prefixes_end_at_dots():
 
 
 def test_matching_weights_are_loaded_and_every_key_reported():
-    here, there = net(classes=5), net(classes=3)
-    here["out"] = nn.Linear(6, 2)
-    file = {f"net.{key}": value for key, value in there.state_dict().items()}
+    network, source = net(classes=5), net(classes=3)
+    network["out"] = nn.Linear(6, 2)
+    file = {f"net.{key}": value for key, value in source.state_dict().items()}
     file |= {"net.gone": torch.zeros(1), "other.out.bias": torch.zeros(2), "net.out.bias": torch.zeros(2, 1)}
-    before = {key: value.clone() for key, value in here.state_dict().items()}
-    report = load_matching(here, file, "net")
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    report = load_matching(network, file, "net")
     assert report.taken == [] and report.missing == [] and report.unexpected == ["net.gone"]
     assert report.grown == ["net.embed.weight: (3, 4) -> (5, 4)", "net.out.weight: (2, 4) -> (2, 6)"]
     assert report.misshapen == ["net.out.bias: (2, 1) in the file, (2,) here"]
-    after, old = here.state_dict(), there["embed"].weight
-    assert torch.equal(after["embed.weight"][:2], old[:2]) and torch.equal(after["embed.weight"][4], old[2])  # null
+    after, old = network.state_dict(), source["embed"].weight
+    assert torch.equal(after["embed.weight"][:2], old[:2])
+    assert torch.equal(after["embed.weight"][4], old[2])  # the null class
     assert torch.equal(after["embed.weight"][2:4], before["embed.weight"][2:4])
     assert torch.equal(after["out.bias"], before["out.bias"])
     x = torch.randn(7, 6)  # new input channels change nothing
-    assert torch.allclose(x @ after["out.weight"].T, x[:, :4] @ there["out"].weight.T, atol=1e-6)
+    assert torch.allclose(x @ after["out.weight"].T, x[:, :4] @ source["out"].weight.T, atol=1e-6)
 
 
 @pytest.mark.parametrize("layer", ["deeper.conv", "norm"])
 def test_layers_with_concatenated_inputs_do_not_grow(layer):
-    def made(width):
+    def build(width):
         deeper = nn.ModuleDict({"conv": nn.Conv2d(width, 2, 1)})
         return nn.ModuleDict({"deeper": deeper, "norm": nn.GroupNorm(1, width)})
 
-    file = {f"net.{key}": value for key, value in made(3).state_dict().items()}
-    report = load_matching(made(4), file, "net")
+    file = {f"net.{key}": value for key, value in build(3).state_dict().items()}
+    report = load_matching(build(4), file, "net")
     assert report.grown == [] and any(key.startswith(f"net.{layer}.weight") for key in report.misshapen)
 
 
@@ -196,24 +199,24 @@ def test_a_run_starts_from_a_partial_load(logs, capfd):
     """A network with a wider last level and a concatenated image; it resumes like any run."""
     flags = f"--train_steps 1 --channel_mults 1 3 --conditions image {BRIGHT} --load_dir whole --load_partial"
     run = train(logs, "wider", flags)
-    out = capfd.readouterr().out
-    noted = yaml.safe_load((run / "config.yaml").read_text())["origin"]["load_report"]
-    assert noted["taken"] and noted["misshapen"] and noted["unexpected"] == []
-    assert noted["missing"] == ["network.encoders.image.null"]
-    (grown,) = noted["grown"]
+    output = capfd.readouterr().out
+    report = yaml.safe_load((run / "config.yaml").read_text())["origin"]["load_report"]
+    assert report["taken"] and report["misshapen"] and report["unexpected"] == []
+    assert report["missing"] == ["network.encoders.image.null"]
+    (grown,) = report["grown"]
     assert grown.startswith("network.conv_in.weight: (8, 1, 3, 3) -> ")
-    assert all(f"{kind}: {key}" in out for kind in noted for key in noted[kind])
+    assert all(f"{kind}: {key}" in output for kind in report for key in report[kind])
     train(logs, "wider", flags.replace("--train_steps 1", "--train_steps 2"))
     assert "resuming from step 1 of 2" in capfd.readouterr().out
 
 
 def test_a_partial_load_of_the_same_network_is_complete(logs):
     """One step from the loaded weights and averages is the same step."""
-    for name, how in (("strict", ""), ("partial", "--load_partial")):
-        train(logs, name, f"--train_steps 1 --load_dir whole {how}")
+    for name, flag in (("strict", ""), ("partial", "--load_partial")):
+        train(logs, name, f"--train_steps 1 --load_dir whole {flag}")
     for file in ("model.safetensors", "ema.safetensors"):
-        one, other = (weights(logs / name, 1, file) for name in ("strict", "partial"))
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        strict, partial = (weights(logs / name, 1, file) for name in ("strict", "partial"))
+        assert strict.keys() == partial.keys() and all(torch.equal(strict[key], partial[key]) for key in strict)
 
 
 @pytest.mark.parametrize(

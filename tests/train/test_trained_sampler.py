@@ -1,4 +1,4 @@
-"""What a trained sampler takes from items of its data set."""
+"""Conditions that a trained sampler takes from items of its data set."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import torch
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 
 
-def test_an_item_is_left_as_it_was_by_adapt(trained_ddpm, tmp_path, monkeypatch):
+def test_adapt_does_not_modify_the_item(trained_ddpm, tmp_path, monkeypatch):
     code = "def darker(item):\n    item['image'] //= 2\n    return item | {'dark_image': item['image']}\n"
     (tmp_path / "my_darker.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)

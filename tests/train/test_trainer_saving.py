@@ -44,23 +44,23 @@ def unfinished(folder: Path) -> list[Path]:
 
 @pytest.fixture
 def gate(monkeypatch):
-    """An event that writes wait for; `gate.begun` lists the steps of the writes that have started."""
+    """An event that writes wait for; `gate.started` lists the steps of the writes that have started."""
     gate, real = threading.Event(), trainer.write_checkpoint
-    gate.begun = []
+    gate.started = []
 
-    def slow(folder, taken):
-        gate.begun.append(taken.step)
+    def write_slowly(folder, snapshot):
+        gate.started.append(snapshot.step)
         gate.wait()
-        return real(folder, taken)
+        return real(folder, snapshot)
 
-    monkeypatch.setattr(trainer, "write_checkpoint", slow)
+    monkeypatch.setattr(trainer, "write_checkpoint", write_slowly)
     yield gate
     gate.set()
 
 
 def test_training_continues_during_an_unaffected_write(tmp_path, gate):
     checkpointer, state = checkpointer_of(tmp_path, every=3), state_at(3)
-    wanted = {f"network.{key}": value.clone() for key, value in state.modules["network"].state_dict().items()}
+    expected = {f"network.{key}": value.clone() for key, value in state.modules["network"].state_dict().items()}
     checkpointer(state, {})
     for state.step in (4, 5):
         with torch.no_grad():
@@ -70,8 +70,8 @@ def test_training_continues_during_an_unaffected_write(tmp_path, gate):
     gate.set()
     checkpointer.wait()
     assert saved_steps(tmp_path) == [3]
-    found = checkpoint.read_tensors(checkpoint_path(tmp_path, 3) / WEIGHTS)
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    saved = checkpoint.read_tensors(checkpoint_path(tmp_path, 3) / WEIGHTS)
+    assert all(torch.equal(saved[key], expected[key]) for key in expected)
     assert unfinished(tmp_path) == []
 
 
@@ -81,32 +81,32 @@ def test_the_second_save_waits_for_the_first(tmp_path, gate):
     second = threading.Thread(target=checkpointer, args=(state_at(2), {}))
     second.start()
     second.join(0.2)
-    assert second.is_alive() and gate.begun == [1]
+    assert second.is_alive() and gate.started == [1]
     gate.set()
     second.join()
     checkpointer.wait()
-    assert gate.begun == [1, 2] and saved_steps(tmp_path) == [1, 2]
+    assert gate.started == [1, 2] and saved_steps(tmp_path) == [1, 2]
 
 
 class FullDisk(io.RawIOBase):
     """A file that accepts only so many bytes."""
 
-    taken = 0
+    written = 0
 
     def writable(self) -> bool:
         return True
 
     def write(self, data) -> int:
-        room = 4_000 - self.taken
+        room = 4_000 - self.written
         if room == 0:
             raise OSError(28, "No space left on device")
-        self.taken += min(len(data), room)
+        self.written += min(len(data), room)
         return min(len(data), room)
 
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """For torch.save, which raises an error of its own."""
+    """Makes files opened for writing run out of space, which torch.save reports by another error."""
     real = Path.open
 
     def opened(path, mode="r", *args, **kwargs):
@@ -121,15 +121,15 @@ def test_a_disk_filling_up_during_a_write_is_freed_again(tmp_path, full_disk):
     assert saved_steps(tmp_path) == [] and unfinished(tmp_path) == []
 
 
-def failed(*args):
+def raise_oserror(*args):
     raise OSError(28, "No space left on device")
 
 
-def crashed(*args):
+def raise_runtime_error(*args):
     raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 768 vs 662")  # torch.save's
 
 
-@pytest.mark.parametrize("problem", [failed, crashed])
+@pytest.mark.parametrize("problem", [raise_oserror, raise_runtime_error])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_write_error_is_raised_after_the_next_step(tmp_path, monkeypatch, problem):
     checkpointer = checkpointer_of(tmp_path, every=3)
@@ -144,7 +144,7 @@ def test_a_write_error_is_raised_after_the_next_step(tmp_path, monkeypatch, prob
 
 def test_a_failed_write_is_cleaned_up_and_reported_by_wait(tmp_path, monkeypatch):
     checkpointer = checkpointer_of(tmp_path)
-    monkeypatch.setattr(checkpoint, "write_files", failed)
+    monkeypatch.setattr(checkpoint, "write_files", raise_oserror)
     checkpointer(state_at(1), {})
     with pytest.raises(ValueError, match="No space left on device; it has no checkpoint"):
         checkpointer.wait()
@@ -177,12 +177,12 @@ WRITING += [(Path, name) for name in ("mkdir", "rename", "replace")] + [(shutil,
 
 def test_a_kill_at_any_point_of_a_write_keeps_a_checkpoint(tmp_path, monkeypatch):
     """Killed before the n-th file operation, for all n: an intact checkpoint remains, and the next save cleans up."""
-    left = [0]
+    remaining = [0]
 
     def counted(real):
         def function(*args, **kwargs):
-            left[0] -= 1
-            if left[0] == 0:
+            remaining[0] -= 1
+            if remaining[0] == 0:
                 raise Killed
             return real(*args, **kwargs)
 
@@ -194,15 +194,15 @@ def test_a_kill_at_any_point_of_a_write_keeps_a_checkpoint(tmp_path, monkeypatch
         folder = tmp_path / str(moment)
         save_checkpoint(folder, state_at(1))
         save_checkpoint(folder, state_at(3))  # for example after a manual rollback
-        left[0] = moment
+        remaining[0] = moment
         try:
             save_checkpoint(folder, state_at(3))
             prune_checkpoints(folder, 1, 0)
             break
         except Killed:
-            found = saved_steps(folder)
-            assert found
-            for step in found:
+            steps = saved_steps(folder)
+            assert steps
+            for step in steps:
                 verify_checkpoint(checkpoint_path(folder, step))
             save_checkpoint(folder, state_at(3))
             prune_checkpoints(folder, 1, 0)
@@ -214,7 +214,7 @@ def test_a_kill_at_any_point_of_a_write_keeps_a_checkpoint(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("keep_last", "keep_every", "best", "kept"),
+    ("keep_last", "keep_every", "best", "expected"),
     [
         (2, 0, (), [8, 10]),
         (1, 0, (), [10]),
@@ -225,13 +225,13 @@ def test_a_kill_at_any_point_of_a_write_keeps_a_checkpoint(tmp_path, monkeypatch
         (9, 0, (), [2, 4, 6, 8, 10]),
     ],
 )
-def test_pruning_keeps_the_requested_checkpoints(tmp_path, keep_last, keep_every, best, kept):
+def test_pruning_keeps_the_requested_checkpoints(tmp_path, keep_last, keep_every, best, expected):
     for step in (2, 4, 6, 8, 10):
         save_checkpoint(tmp_path, state_at(step))
-    half = checkpoint_path(tmp_path, 12)
-    half.mkdir()  # without a manifest it is not a checkpoint
+    incomplete = checkpoint_path(tmp_path, 12)
+    incomplete.mkdir()  # without a manifest it is not a checkpoint
     prune_checkpoints(tmp_path, keep_last, keep_every, best)
-    assert saved_steps(tmp_path) == kept and unfinished(tmp_path) == []
+    assert saved_steps(tmp_path) == expected and unfinished(tmp_path) == []
 
 
 def test_pruning_waits_for_the_next_complete_checkpoint(tmp_path, gate):
@@ -259,8 +259,8 @@ def test_the_best_checkpoint_is_kept(tmp_path):
 
 def test_best_and_bad_steps_are_restored(tmp_path):
     """Killed runs cannot test this if every validation is the best so far."""
-    state, other = state_at(3), state_at(0)
+    state, restored = state_at(3), state_at(0)
     state.best, state.bad_steps = {"val/loss": (0.5, 2)}, [1]
     save_checkpoint(tmp_path, state)
-    load_checkpoint(tmp_path, 3, other)
-    assert (other.step, other.best, other.bad_steps) == (3, {"val/loss": (0.5, 2)}, [1])
+    load_checkpoint(tmp_path, 3, restored)
+    assert (restored.step, restored.best, restored.bad_steps) == (3, {"val/loss": (0.5, 2)}, [1])

@@ -1,4 +1,4 @@
-"""JSON configs in the layout of the reference's MNIST.json: what they become, and what is refused."""
+"""JSON configs in the layout of the reference's MNIST.json: how they are converted, and what is refused."""
 
 import json
 
@@ -39,21 +39,21 @@ PUBLISHED = {  # reconstructed from the reference's configs/palette
     },
     "ddpm": {"train_steps": 375_000},
 }
-GONE = object()
+REMOVED = object()
 
 
-def written(tmp_path, changes=None):
-    """Writes PUBLISHED with other values at dotted keys."""
+def write_config(tmp_path, changes=None):
+    """Writes PUBLISHED with changed values at dotted keys."""
     content = json.loads(json.dumps(PUBLISHED))
     for dotted, value in (changes or {}).items():
         *above, key = dotted.split(".")
-        place = content
+        section = content
         for name in above:
-            place = place.setdefault(name, {})
-        if value is GONE:
-            del place[key]
+            section = section.setdefault(name, {})
+        if value is REMOVED:
+            del section[key]
         else:
-            place[key] = value
+            section[key] = value
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(content))
     return path
@@ -68,10 +68,10 @@ def parse_config(path, *flags):
 def test_the_bundled_json_file_key_by_key():
     content = json.loads(FILE.read_text())
     model, data = content["denoising_model"]["model_args"], content["data"]
-    diffusion, own = content["diffusion"], dict(content["ddpm"])
+    diffusion, flags = content["diffusion"], dict(content["ddpm"])
     config = read_json(FILE)
     assert config.pop("ddpm") == {
-        **{key: value for key, value in own.items() if key != "in_memory"},
+        **{key: value for key, value in flags.items() if key != "in_memory"},
         "log_dir": content["expt_name"],
         "channels": model["inner_channel"],
         "channel_mults": model["channel_mults"],
@@ -106,7 +106,7 @@ def test_the_bundled_json_file_runs(tmp_path):
 
 
 def test_the_published_shape_parses(tmp_path):
-    config = parse_config(written(tmp_path))
+    config = parse_config(write_config(tmp_path))
     assert config.logging.log_dir == "mnist" and config.logging.logs_root == "experiments"
     assert config.reader.data_dir == "/data/mnist" and config.data.img_size == 32 and config.data.n_channels == 1
     assert config.training.train_steps == 375_000 and config.training.lr == 5e-5 and config.training.batch_size == 16
@@ -114,25 +114,25 @@ def test_the_published_shape_parses(tmp_path):
 
 @pytest.mark.parametrize("steps", [1000, 200])
 def test_betas_match_the_file_for_any_number_of_steps(steps, tmp_path):
-    path = written(tmp_path, {f"{BETAS}.n_timestep": steps})
+    path = write_config(tmp_path, {f"{BETAS}.n_timestep": steps})
     alpha_bar = make_process(parse_config(path).sampler, pixels=True).alpha_bar
-    wanted = torch.linspace(1e-6, 0.01, steps, dtype=torch.float64)
-    torch.testing.assert_close(alpha_bar[1:], (1 - wanted).cumprod(0), rtol=1e-12, atol=0)
-    scaled = (1 - wanted * 1000 / steps).cumprod(0)  # with unconverted betas
+    betas = torch.linspace(1e-6, 0.01, steps, dtype=torch.float64)
+    torch.testing.assert_close(alpha_bar[1:], (1 - betas).cumprod(0), rtol=1e-12, atol=0)
+    scaled = (1 - betas * 1000 / steps).cumprod(0)  # with unconverted betas
     assert steps == 1000 or not torch.allclose(alpha_bar[1:], scaled, rtol=1e-2)
 
 
 @pytest.mark.parametrize("steps", [1000, 200])
 def test_quad_is_linear_in_the_square_root(steps, tmp_path):
-    path = written(tmp_path, {f"{BETAS}.n_timestep": steps, f"{BETAS}.schedule": "quad"})
-    wanted = torch.linspace(1e-6**0.5, 0.01**0.5, steps, dtype=torch.float64).square()
+    path = write_config(tmp_path, {f"{BETAS}.n_timestep": steps, f"{BETAS}.schedule": "quad"})
+    betas = torch.linspace(1e-6**0.5, 0.01**0.5, steps, dtype=torch.float64).square()
     process = make_process(parse_config(path).sampler, pixels=True)
-    torch.testing.assert_close(process.alpha_bar[1:], (1 - wanted).cumprod(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(process.alpha_bar[1:], (1 - betas).cumprod(0), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("path", ["configs", "published"])
 def test_the_network_has_the_blocks_of_the_file(path, tmp_path):
-    path = FILE if path == "configs" else written(tmp_path)
+    path = FILE if path == "configs" else write_config(tmp_path)
     model = json.loads(path.read_text())["denoising_model"]["model_args"]
     config = parse_config(path).sampler
     process = make_process(config, pixels=True)
@@ -157,38 +157,38 @@ def test_the_network_has_the_blocks_of_the_file(path, tmp_path):
     assert heads == {widths[-1] // model["num_head_channels"]}
 
 
-MAPPED = {  # keys and values -> the flags they become
+MAPPED = {  # changed keys -> the resulting flags
     "v": ({"diffusion.training_target": "v"}, {"prediction": "v"}),
     "x0": ({"diffusion.training_target": "y_0"}, {"prediction": "x0"}),
     "cosine": (
         {f"{BETAS}.schedule": "cosine", f"{BETAS}.linear_start": None, f"{BETAS}.linear_end": None},
-        {"schedule": "cosine", "first_beta": GONE, "last_beta": GONE},
+        {"schedule": "cosine", "first_beta": REMOVED, "last_beta": REMOVED},
     ),
     "learned": ({f"{MODEL}.out_channel": 2}, {"variance": "learned_range", "loss_type": "hybrid"}),
     "heads": ({f"{MODEL}.num_head_channels": -1, f"{MODEL}.num_heads": 4}, {"head_width": None, "heads": 4}),
     "own block": ({f"{MODEL}.attn_block_type": "mine.blocks.Mine"}, {"attn_block_type": "mine.blocks.Mine"}),
-    "no skip scale": ({f"{MODEL}.scale_skip_connection": None}, {"scale_skip": GONE}),
+    "no skip scale": ({f"{MODEL}.scale_skip_connection": None}, {"scale_skip": REMOVED}),
     "accumulate": ({"trainer_args.accumulate_grad_batches": 4}, {"batch_size": 64, "accumulate": 4}),
     "device": ({"trainer_args.accelerator": "gpu"}, {"device": "cuda"}),
     "ours last": ({"ddpm.lr": 1e-3, "ddpm.resblock_updown": False}, {"lr": 1e-3, "resblock_updown": False}),
-    "epochs": ({"max_epochs": GONE, "ddpm": GONE}, {"train_steps": GONE}),
+    "epochs": ({"max_epochs": REMOVED, "ddpm": REMOVED}, {"train_steps": REMOVED}),
     "validation": ({"trainer_args.check_val_every_n_epoch": 1, "ddpm.steps_per_eval": 9}, {"steps_per_eval": 9}),
     "neutral": (
         {"callbacks": [], "gpu_ids": None, "sampling_args": None, "trainer_args.strategy": "ddp", "text_model": {}},
-        {"callbacks": GONE},
+        {"callbacks": REMOVED},
     ),
 }
 
 
 @pytest.mark.parametrize("case", MAPPED)
 def test_values_become_flags(case, tmp_path):
-    changes, wanted = MAPPED[case]
-    section = read_json(written(tmp_path, changes))["ddpm"]
-    assert {key: section.get(key, GONE) for key in wanted} == wanted
+    changes, flags = MAPPED[case]
+    section = read_json(write_config(tmp_path, changes))["ddpm"]
+    assert {key: section.get(key, REMOVED) for key in flags} == flags
     parse_config(tmp_path / "mine.json")  # only existing flags
 
 
-REFUSED = {  # key and value -> words that the message must contain besides file and key
+REFUSED = {  # key and value -> words in the message, besides file and key
     **{(f"{MODEL}.in_channel", value): ["1 or 3", "conditions"] for value in (6, 0, "1", True)},
     (f"{MODEL}.out_channel", 3): ["3", "wanted 1", "learned variance"],
     (f"{MODEL}.num_groups", 16): ["16", "wanted 32"],
@@ -196,7 +196,7 @@ REFUSED = {  # key and value -> words that the message must contain besides file
     (f"{MODEL}.attn_res", 8): ["8", "a list"],
     (f"{MODEL}.channel_mults", ()): ["[]", "a list"],
     (f"{MODEL}.inner_channel", 64.0): ["64.0", "whole number"],
-    (f"{MODEL}.inner_channel", GONE): ["missing", "whole number"],
+    (f"{MODEL}.inner_channel", REMOVED): ["missing", "whole number"],
     (f"{MODEL}.num_head_channels", 0): ["-1"],
     (f"{MODEL}.scale_skip_connection", 1): ["true or false"],
     (f"{MODEL}.res_block_type", 3): ["a word"],
@@ -211,9 +211,9 @@ REFUSED = {  # key and value -> words that the message must contain besides file
     ("diffusion.unet_init_weights", "a.ckpt"): ["a.ckpt", "load_dir"],
     (f"{BETAS}.schedule", "sqrt_linear"): ["sqrt_linear", '"linear" or "quad" or "cosine"'],
     (f"{BETAS}.schedule", "cosine"): ["cosine", "linear_start"],
-    (f"{BETAS}.schedule", GONE): ["missing"],
+    (f"{BETAS}.schedule", REMOVED): ["missing"],
     (f"{BETAS}.linear_start", 0): ["(0, 1)"],
-    (f"{BETAS}.linear_end", GONE): ["needs"],
+    (f"{BETAS}.linear_end", REMOVED): ["needs"],
     (f"{BETAS}.n_timestep", "1000"): ["1000", "whole number"],
     ("diffusion.optim_args.weight_decay", 0.01): ["0.01", "AdamW"],
     ("diffusion.optim_args.lr", 0): ["above 0"],
@@ -243,9 +243,9 @@ REFUSED = {  # key and value -> words that the message must contain besides file
 }
 
 
-@pytest.mark.parametrize("key, value", REFUSED, ids=lambda part: "gone" if part is GONE else str(part)[:40])
+@pytest.mark.parametrize("key, value", REFUSED, ids=lambda part: "gone" if part is REMOVED else str(part)[:40])
 def test_errors_name_the_file_and_the_key(key, value, tmp_path):
-    path = written(tmp_path, {key: value})
+    path = write_config(tmp_path, {key: value})
     with pytest.raises(ValueError) as error:
         read_json(path)
     message = str(error.value)
@@ -256,18 +256,18 @@ def test_errors_name_the_file_and_the_key(key, value, tmp_path):
 
 def test_epochs_must_be_given_in_steps(tmp_path):
     with pytest.raises(ValueError, match="max_epochs 100.*write train_steps.*'ddpm'"):
-        read_json(written(tmp_path, {"ddpm": GONE}))
+        read_json(write_config(tmp_path, {"ddpm": REMOVED}))
 
 
 def test_the_latent_layout_is_reported_before_missing_keys(tmp_path):
     inner = {"loss_fn": "mse", "beta_schedule_args": PUBLISHED["diffusion"]["beta_schedule_args"]}
     with pytest.raises(ValueError, match="linear as quad"):
-        read_json(written(tmp_path, {"diffusion": {"model": "DDIM_ldm.Some", "model_args": inner}}))
+        read_json(write_config(tmp_path, {"diffusion": {"model": "DDIM_ldm.Some", "model_args": inner}}))
 
 
 def test_an_unknown_flag_in_the_section_suggests_the_nearest(tmp_path):
     with pytest.raises(ValueError, match="mine.json: unknown key 'train_step'.*'train_steps'"):
-        parse_config(written(tmp_path, {"ddpm.train_step": 3}))
+        parse_config(write_config(tmp_path, {"ddpm.train_step": 3}))
 
 
 @pytest.mark.parametrize("text", ["{", "", "[1]", "3", '{"expt_name": }', "null"])

@@ -15,7 +15,7 @@ from train.first_stage import VQGANRun
 from train.samplers import absorbing, ddpm
 from vq.config import VQGANConfig
 
-READ = {  # text of a file -> key and value that train_vqgan.py reads
+READ = {  # text of a file, and the key and value that train_vqgan.py reads
     "a float that is whole": ("vqgan:\n  train_steps: 1e6\n", "train_steps", 1_000_000),
     "no float that YAML knows": ("vqgan:\n  lr: 1e-4\n", "lr", 1e-4),
     "a quoted number": ("vqgan:\n  nf: '16'\n", "nf", 16),
@@ -36,7 +36,7 @@ READ = {  # text of a file -> key and value that train_vqgan.py reads
     "a merge": ("absorbing: &a\n  seed: 5\n  lr: 1\nvqgan:\n  <<: *a\n  lr: 2\n", "seed", 5),
     "a tag that fits": ("vqgan:\n  lr: !!float 1e-3\n", "lr", 1e-3),
 }
-REFUSED = {  # text of a file -> words that the message must contain
+REFUSED = {  # text of a file -> words in the message
     "a word for a number": ("vqgan:\n  lr: yes\n", ["lr", "yes", "number"]),
     "nan": ("vqgan:\n  lr: .nan\n", ["lr", ".nan", "finite"]),
     "nan as Python says it": ("vqgan:\n  lr: nan\n", ["lr", "nan", "finite"]),
@@ -75,13 +75,13 @@ def no_main(monkeypatch):
     monkeypatch.setattr(cli, "run_main", lambda main, config: None)
 
 
-def written(tmp_path, content, name="mine.yaml"):
+def write_file(tmp_path, content, name="mine.yaml"):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
 
-def refused(capfd, script, flags):
+def error_message(capfd, script, flags):
     with pytest.raises(SystemExit) as stop:
         call(script, flags)
     assert stop.value.code == 2
@@ -93,14 +93,14 @@ def refused(capfd, script, flags):
 @pytest.mark.parametrize("case", READ)
 def test_a_value_is_read_as_written(case, tmp_path, monkeypatch):
     text, key, value = READ[case]
-    config = parse_config("train_vqgan.py", f"--config {written(tmp_path, text)}", monkeypatch)
+    config = parse_config("train_vqgan.py", f"--config {write_file(tmp_path, text)}", monkeypatch)
     assert config[key] == value and type(config[key]) is type(value)
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_value_of_the_wrong_type_is_named(case, tmp_path, capfd):
     text, words = REFUSED[case]
-    message = refused(capfd, "train_vqgan.py", f"--config {written(tmp_path, text)}")
+    message = error_message(capfd, "train_vqgan.py", f"--config {write_file(tmp_path, text)}")
     assert "mine.yaml" in message and all(word in message for word in words), message
 
 
@@ -119,7 +119,7 @@ def test_a_value_of_the_wrong_type_is_named(case, tmp_path, capfd):
     ],
 )
 def test_a_flag_of_the_wrong_type_is_named(flags, words, capfd):
-    message = refused(capfd, "train_vqgan.py", flags)
+    message = error_message(capfd, "train_vqgan.py", flags)
     assert all(word in message for word in words), message
 
 
@@ -129,12 +129,12 @@ def test_whole_numbers_may_be_written_as_floats(monkeypatch):
 
 
 def test_a_section_cannot_name_another_sampler(tmp_path, capfd, monkeypatch):
-    file = written(tmp_path, "sampler: ddpm\nddpm:\n  sampler: absorbing\n")
-    assert "'ddpm'" in refused(capfd, "train_sampler.py", f"--config {file} --logs_root {tmp_path}")
-    file = written(tmp_path, "calc_FID:\n  sampler: ddpm\n")  # but an experiment's section may
+    file = write_file(tmp_path, "sampler: ddpm\nddpm:\n  sampler: absorbing\n")
+    assert "'ddpm'" in error_message(capfd, "train_sampler.py", f"--config {file} --logs_root {tmp_path}")
+    file = write_file(tmp_path, "calc_FID:\n  sampler: ddpm\n")  # but an experiment's section may
     config = parse_config("experiments/calc_FID.py", f"--config {file} --logs_root {tmp_path}", monkeypatch)
     assert config["sampler"] == "ddpm" and "eta" in config
-    assert "unknown sampler ''" in refused(capfd, "train_sampler.py", "--sampler=")
+    assert "unknown sampler ''" in error_message(capfd, "train_sampler.py", "--sampler=")
 
 
 @pytest.mark.parametrize(
@@ -149,15 +149,15 @@ def test_a_section_cannot_name_another_sampler(tmp_path, capfd, monkeypatch):
 )
 def test_a_damaged_config_of_a_first_stage_is_named(text, words, tmp_path, capfd):
     (tmp_path / "vqgan_digits").mkdir()
-    written(tmp_path / "vqgan_digits", text, "config.yaml")
-    message = refused(capfd, "train_sampler.py", f"--logs_root {tmp_path}")
+    write_file(tmp_path / "vqgan_digits", text, "config.yaml")
+    message = error_message(capfd, "train_sampler.py", f"--logs_root {tmp_path}")
     assert all(word in message for word in words), message
 
 
 def test_datasets_yaml_holds_paths(tmp_path, monkeypatch):
     monkeypatch.setattr(config_files, "ROOT", tmp_path)
     paths = 'ffhq: 2024\nchurches: ~nobody_of_that_name/x\nfaces: [a]\nbedrooms:\nmnist: "\\0"\n'
-    written(tmp_path, paths, "datasets.yaml")
+    write_file(tmp_path, paths, "datasets.yaml")
     assert config_files.resolve_data_dir("ffhq", None) == str(tmp_path / "2024")
     assert config_files.resolve_data_dir("churches", None) == str(tmp_path / "~nobody_of_that_name" / "x")
     assert config_files.resolve_data_dir("lsun", None) is None
@@ -168,23 +168,23 @@ def test_datasets_yaml_holds_paths(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"max_epochs": 1' + "0" * 400 + "}", "[" * 100_000, "\ufeff{}"])
 def test_invalid_json_is_refused_with_a_message(text, tmp_path, capfd):
-    message = refused(capfd, "train_sampler.py", f"--config {written(tmp_path, text, 'mine.json')}")
+    message = error_message(capfd, "train_sampler.py", f"--config {write_file(tmp_path, text, 'mine.json')}")
     assert "mine.json" in message and "BOM" not in message
 
 
-def stored(config):
+def saved_groups(config):
     return yaml.safe_load(yaml.safe_dump(cli.to_dict(config)))
 
 
 def test_a_run_older_than_a_flag_takes_its_default():
     config = VQGANRun(data=DataConfig(img_size=16), reader=Digits(), network=VQGANConfig(nf=4))
-    content = stored(config)
+    content = saved_groups(config)
     del content["network"]["beta"], content["data"]["shift"], content["reader"]
     assert cli.to_dict(cli.from_dict(VQGANRun, content, "old")) == cli.to_dict(config)
 
 
 def test_a_run_with_a_removed_flag_is_refused():
-    content = stored(VQGANRun(data=DataConfig(), reader=Digits(), network=VQGANConfig()))
+    content = saved_groups(VQGANRun(data=DataConfig(), reader=Digits(), network=VQGANConfig()))
     content["network"]["gone"] = 3
     with pytest.raises(ValueError, match="old was written by another version.*unknown now: gone"):
         cli.from_dict(VQGANRun, content, "old")
@@ -202,15 +202,15 @@ class Run:
 
 def test_an_old_config_is_completed_with_defaults():
     now = Run(sampler=absorbing.Config(bert_n_layers=3), data=DataConfig(shift=2))
-    old = stored(now) | {"origin": {"ae_weights": "abc"}}
+    old = saved_groups(now) | {"origin": {"ae_weights": "abc"}}
     assert cli.complete_config(old, now, "old") == old
     del old["data"]["shift"]
     assert cli.complete_config(old, now, "old")["data"]["shift"] == 0  # the flag's default, not its current value
     assert "shift" not in old["data"]
-    assert cli.complete_config({"origin": old["origin"]}, now, "old") == stored(
+    assert cli.complete_config({"origin": old["origin"]}, now, "old") == saved_groups(
         Run(sampler=absorbing.Config(), data=DataConfig())
     ) | {"origin": old["origin"]}
-    other = stored(Run(sampler=ddpm.Config(sampler="ddpm"), data=DataConfig()))
+    other = saved_groups(Run(sampler=ddpm.Config(sampler="ddpm"), data=DataConfig()))
     assert cli.complete_config(other, now, "old") == other  # no keys of absorbing are added to those of ddpm
 
 
@@ -245,14 +245,14 @@ def test_internal_errors_keep_their_traceback(monkeypatch):
 
 @pytest.mark.parametrize("flags", ["--lr fast", "--dataset nothing", "--help"])
 def test_only_rank_0_reports_command_line_errors(flags, monkeypatch, capfd):
-    said = []
+    outputs = []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as stop:
             call("train_vqgan.py", flags)
         assert stop.value.code == (0 if flags == "--help" else 2)
-        said.append("".join(capfd.readouterr()))
-    assert said[0] and not said[1]
+        outputs.append("".join(capfd.readouterr()))
+    assert outputs[0] and not outputs[1]
 
 
 def test_each_rank_reports_its_own_later_errors(monkeypatch, capfd):

@@ -1,4 +1,4 @@
-"""Flags of plug-ins: those of plug-ins in use exist, those of others are refused by name."""
+"""Plug-in flags: those of the selected plug-ins are accepted, those of others are refused by name."""
 
 import dataclasses
 import sys
@@ -36,7 +36,7 @@ class Config(QuantizerConfig):
     """Mine."""
 
     mine_factor: float = 2.0
-    """What the vectors of codes are multiplied by."""
+    """Factor of the code vectors."""
 
 
 class MineQuantizer(NearestQuantizer):
@@ -54,42 +54,42 @@ def build(config: Config, codebook_size: int, dim: int) -> Quantizer:
 
 
 @pytest.fixture
-def mine(tmp_path, monkeypatch):
-    """A user's quantizer, as if its file were among the others."""
+def user_quantizer(tmp_path, monkeypatch):
+    """A user's quantizer, importable like those of vq.quantizers."""
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins" / "mine.py").write_text(MINE)
     monkeypatch.setattr(vq.quantizers, "__path__", [*vq.quantizers.__path__, str(tmp_path / "plugins")])
     monkeypatch.delitem(sys.modules, "vq.quantizers.mine", raising=False)
 
 
-def refused(capfd, flags, script="train_vqgan.py"):
+def error_message(capfd, flags, script="train_vqgan.py"):
     with pytest.raises(SystemExit) as stop:
         call(script, flags)
     assert stop.value.code == 2
     return " ".join(capfd.readouterr().err.replace("│", " ").split())
 
 
-def test_a_quantizer_with_an_option_is_one_new_file(mine, tmp_path, capfd, monkeypatch):
+def test_a_quantizer_with_an_option_is_one_new_file(user_quantizer, tmp_path, capfd, monkeypatch):
     config = parse_config("train_vqgan.py", "--quantizer mine --mine_factor 3", monkeypatch)
     assert (config["quantizer"], config["mine_factor"]) == ("mine", 3.0) and "beta" not in config
     quantizer = make_quantizer(VQGANConfig(quantizer="mine", codebook_size=8, emb_dim=3))
     assert quantizer.factor == 2 and quantizer.vectors(torch.zeros(1, 2, 2, dtype=torch.int64)).shape == (1, 3, 2, 2)
-    message = refused(capfd, f"--logs_root {tmp_path} --mine_factor 3")
+    message = error_message(capfd, f"--logs_root {tmp_path} --mine_factor 3")
     assert "got --mine_factor with --quantizer nearest: it belongs to mine" in message
 
 
 @pytest.mark.slow
-def test_a_run_with_a_user_quantizer_resumes(mine, tmp_path, capfd):
+def test_a_run_with_a_user_quantizer_resumes(user_quantizer, tmp_path, capfd):
     flags = f"{VQGAN} {GAN} --logs_root {tmp_path} --no_amp --steps_per_eval 0 --quantizer mine"
     call("train_vqgan.py", f"{flags} --mine_factor 3 --train_steps 1")
-    stored = yaml.safe_load((tmp_path / "vqgan_digits" / "config.yaml").read_text())
-    assert {*stored["network"]} == cli.flag_names(VQGANConfig) | {"mine_factor"}
+    saved = yaml.safe_load((tmp_path / "vqgan_digits" / "config.yaml").read_text())
+    assert {*saved["network"]} == cli.flag_names(VQGANConfig) | {"mine_factor"}
     call("train_vqgan.py", f"{flags} --mine_factor 3 --train_steps 2")
-    assert "mine_factor: 3.0 there, 4.0 now" in refused(capfd, f"{flags} --mine_factor 4 --train_steps 2")
+    assert "mine_factor: 3.0 there, 4.0 now" in error_message(capfd, f"{flags} --mine_factor 4 --train_steps 2")
 
 
 @pytest.mark.parametrize(
-    ("script", "flags", "wanted"),
+    ("script", "flags", "message"),
     [
         ("train_vqgan.py", "--fsq_levels 8 8", "--fsq_levels with --quantizer nearest: it belongs to fsq"),
         (
@@ -116,25 +116,28 @@ def test_a_run_with_a_user_quantizer_resumes(mine, tmp_path, capfd):
         ),
     ],
 )
-def test_a_flag_of_an_unused_plugin_is_refused(script, flags, wanted, tmp_path, capfd):
-    assert wanted in refused(capfd, f"{flags} --logs_root {tmp_path}", script)
+def test_a_flag_of_an_unused_plugin_is_refused(script, flags, message, tmp_path, capfd):
+    assert message in error_message(capfd, f"{flags} --logs_root {tmp_path}", script)
 
 
 def test_help_shows_the_flags_of_the_chosen_quantizer(tmp_path, capfd):
     for name, flag in (("fsq", "--fsq_levels"), ("gumbel", "--gumbel_decay_steps")):
         with pytest.raises(SystemExit):
             call("train_vqgan.py", f"--quantizer {name} --help")
-        shown = capfd.readouterr().out
-        assert [each for each in ("--fsq_levels", "--gumbel_decay_steps", "--legacy_beta") if each in shown] == [flag]
-    assert "The temperature is 1 - step / gumbel_decay_steps" in " ".join(shown.replace("│", " ").split())
+        help_text = capfd.readouterr().out
+        assert [
+            option for option in ("--fsq_levels", "--gumbel_decay_steps", "--legacy_beta") if option in help_text
+        ] == [flag]
+    assert "The temperature is 1 - step / gumbel_decay_steps" in " ".join(help_text.replace("│", " ").split())
 
 
 def test_a_file_names_the_quantizer_and_a_flag_another(tmp_path, monkeypatch, capfd):
     file = tmp_path / "mine.yaml"
     file.write_text("vqgan:\n  quantizer: ema\n  revive_below: 0.2\n  beta: 0.25\n  fsq_levels: []\n")
-    config = parse_config("train_vqgan.py", f"--config {file}", monkeypatch)  # defaults of others are ignored
+    # a default value of another quantizer's flag is ignored
+    config = parse_config("train_vqgan.py", f"--config {file}", monkeypatch)
     assert config["quantizer"] == "ema" and config["revive_below"] == 0.2 and "fsq_levels" not in config
-    message = refused(capfd, f"--config {file} --quantizer l2")
+    message = error_message(capfd, f"--config {file} --quantizer l2")
     assert "mine.yaml: got revive_below '0.2' with --quantizer l2: it belongs to ema" in message
 
 
@@ -173,15 +176,15 @@ def test_the_keys_of_other_quantizers_do_not_change_a_run(tmp_path):
     config = cli.from_dict(VQGANRunConfig, {k: v for k, v in content.items() if k != "origin"}, "old")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     open_run(tmp_path, config, content["origin"])
-    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert written["network"] == {key: flat[key] for key in written["network"]}
-    assert flat.keys() - {key for group in written.values() for key in group} == {
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert saved["network"] == {key: flat[key] for key in saved["network"]}
+    assert flat.keys() - {key for group in saved.values() for key in group} == {
         *("legacy_beta", "fsq_levels", "entropy_weight", "entropy_temperature"),
         *("gumbel_kl_weight", "gumbel_straight_through", "gumbel_decay_steps"),
     }
-    other = dataclasses.replace(config.network, quantizer="nearest", quantizer_config=nearest.Config())
+    network = dataclasses.replace(config.network, quantizer="nearest", quantizer_config=nearest.Config())
     with pytest.raises(ValueError, match="holds another run .*quantizer: 'ema' there, 'nearest' now"):
-        open_run(tmp_path, dataclasses.replace(config, network=other), content["origin"])
+        open_run(tmp_path, dataclasses.replace(config, network=network), content["origin"])
 
 
 def test_no_plugin_has_a_flag_that_another_group_has():
@@ -199,29 +202,29 @@ def test_configs_take_the_groups_of_the_named_plugins():
     assert (type(config.sampler), type(config.sampling)) == (ddpm.Config, ddpm.Sampling)
     assert type(config.reader) is lsun.Config and type(config.data) is DataConfig
     config = make_default_config(VQGANRunConfig, {"dataset": "lsun", "quantizer": "fsq"}).config
-    assert type(config.reader) is lsun.Config  # without a reader, the file of the data set's name
+    assert type(config.reader) is lsun.Config  # without a reader, the module named after the data set
     assert config.network == VQGANConfig(quantizer="fsq", quantizer_config=fsq.Config())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Several:
-    """A group of plug-ins that a list names."""
+class PluginList:
+    """A config group of several plug-ins."""
 
     quantizers: tuple[str, ...] = ()
-    """Which."""
+    """Names of quantizers."""
     options: QuantizerConfig = QuantizerConfig()
 
 
 def test_the_flags_of_several_named_plugins_are_merged():
-    config = make_default_config(Several, {"quantizers": ["ema", "fsq", "ema"]}).config
+    config = make_default_config(PluginList, {"quantizers": ["ema", "fsq", "ema"]}).config
     assert config.quantizers == ("ema", "fsq", "ema")
     assert cli.flag_names(config) == {"quantizers", "beta", "codebook_decay", "revive_below", "fsq_levels"}
-    config = cli.parse_arguments(Several, ["--beta", "1", "--fsq_levels", "8", "8"], default=config)
+    config = cli.parse_arguments(PluginList, ["--beta", "1", "--fsq_levels", "8", "8"], default=config)
     assert plugin_options(config.options, ema.Config) == ema.Config(beta=1.0)
     assert plugin_options(config.options, fsq.Config) == fsq.Config(fsq_levels=(8, 8))
     with pytest.raises(ValueError, match="got beta -1"):
         dataclasses.replace(config.options, beta=-1.0)
-    assert make_default_config(Several, {}).config == Several()
+    assert make_default_config(PluginList, {}).config == PluginList()
 
 
 def test_configs_that_inherit_from_each_other_are_merged():
@@ -230,11 +233,11 @@ def test_configs_that_inherit_from_each_other_are_merged():
         sharpness: float = 1.0
 
     for kinds in ([ema.Config, Mine], [Mine, ema.Config], [QuantizerConfig, Mine, fsq.Config]):
-        both = merge_configs(kinds, QuantizerConfig)()
-        assert both.sharpness == 1.0 and both.codebook_decay == ema.Config().codebook_decay
+        merged = merge_configs(kinds, QuantizerConfig)()
+        assert merged.sharpness == 1.0 and merged.codebook_decay == ema.Config().codebook_decay
 
 
-PARTS = {  # files of two packages: hosts, and the parts that a flag of a host names
+PARTS = {  # files of two packages: hosts, and parts, which a flag of a host selects
     "hosts/__init__": "",
     "hosts/plain": "from test_plugins import Host\n\nConfig = Host\n",
     "hosts/large": """from dataclasses import dataclass
@@ -276,7 +279,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OfHost:
+class HostRun:
     """A run."""
 
     host: Host
@@ -293,23 +296,23 @@ def test_the_flags_of_a_plugin_may_name_other_plugins(tmp_path, monkeypatch, cap
     for module in (plugins, cli):
         monkeypatch.setattr(module, "NAMING_FLAGS", plugins.NAMING_FLAGS | {"host", "parts"})
     monkeypatch.setattr(sys, "argv", ["script"])
-    config = cli.parse(OfHost, "demo", "--host large --parts red blue --blue_size 5".split())
+    config = cli.parse(HostRun, "demo", "--host large --parts red blue --blue_size 5".split())
     assert cli.to_dict(config) == {"host": {"host": "large", "parts": ["red", "blue"], "red_size": 1, "blue_size": 5}}
-    assert cli.to_dict(cli.from_dict(OfHost, cli.to_dict(config), "here")) == cli.to_dict(config)
+    assert cli.to_dict(cli.from_dict(HostRun, cli.to_dict(config), "here")) == cli.to_dict(config)
     with pytest.raises(ValueError, match="got --red_size with --parts blue: it belongs to red"):
-        cli.parse(OfHost, "demo", "--host large --parts blue --red_size 5".split())
+        cli.parse(HostRun, "demo", "--host large --parts blue --red_size 5".split())
     with pytest.raises(ValueError, match="unknown part 'rde', did you mean 'red'"):
-        cli.parse(OfHost, "demo", "--host large --parts rde".split())
+        cli.parse(HostRun, "demo", "--host large --parts rde".split())
     with pytest.raises(ValueError, match="got --parts with --host plain: it belongs to large"):
-        cli.parse(OfHost, "demo", "--parts red".split())
+        cli.parse(HostRun, "demo", "--parts red".split())
 
 
 def test_merged_flags_keep_their_help(capfd):
-    config = make_default_config(Several, {"quantizers": ["ema", "fsq"]}).config
+    config = make_default_config(PluginList, {"quantizers": ["ema", "fsq"]}).config
     with pytest.raises(SystemExit):
-        cli.parse_arguments(Several, ["--help"], default=config)
-    shown = " ".join(capfd.readouterr().out.replace("│", " ").split())
-    assert "Decay per step of the moving averages" in shown and "Number of levels of each channel" in shown
+        cli.parse_arguments(PluginList, ["--help"], default=config)
+    help_text = " ".join(capfd.readouterr().out.replace("│", " ").split())
+    assert "Decay per step of the moving averages" in help_text and "Number of levels of each channel" in help_text
 
 
 @pytest.mark.parametrize(

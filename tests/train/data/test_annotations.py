@@ -29,7 +29,7 @@ from train.spaces import CodeSpace
 from vq.autoencoder import VQGAN
 from vq.config import VQGANConfig
 
-HERE = DistContext(torch.device("cpu"))
+WORLD = DistContext(torch.device("cpu"))
 DATA = DataConfig(dataset="mine", img_size=8, n_channels=1)
 VIEWS = [{}, {"horizontal_flip": True, "shift": 1}, {"horizontal_flip": True, "crop_margin": 2}]
 NETWORK = VQGANConfig(nf=4, ch_mult=(1, 2), res_blocks=1, attn_resolutions=(), codebook_size=16, emb_dim=4)
@@ -57,9 +57,9 @@ def test_records_hold_every_type_of_field(tmp_path):
         assert_same_fields(records[i], item)
         assert list(records[i]) == list(item)
     records[1]["vector"].zero_()  # a copy
-    before = len(pickle.dumps(records))
+    size = len(pickle.dumps(records))
     assert_same_fields(pickle.loads(pickle.dumps(records))[1], items[1])
-    assert len(pickle.dumps(records)) == before < 1000
+    assert len(pickle.dumps(records)) == size < 1000
 
 
 @pytest.mark.parametrize("value", [None, np.zeros(2), ("a",), {"b": 1}, [1, 2]])
@@ -96,11 +96,11 @@ def test_cached_and_decoded_items_give_equal_batches(tmp_path, changes, workers)
     config, margin = dataclasses.replace(DATA, **changes), changes.get("crop_margin", 0)
     cached = ImageSource(annotated_dataset(), dataclasses.replace(config, cache_images=True), tmp_path, margin=margin)
     plain = ImageSource(annotated_dataset(), config, margin=margin)
-    options = {"start": 1, "steps": 5, "batch_size": 3, "accumulate": 1, "world": HERE}
+    options = {"start": 1, "steps": 5, "batch_size": 3, "accumulate": 1, "world": WORLD}
     cached_batches = training_batches(TrainingImages(cached, seed=0), workers=workers, **options)
     batches = training_batches(TrainingImages(plain, seed=0), workers=0, **options)
-    for (batch,), (other,) in zip(cached_batches, batches, strict=True):
-        assert_same_fields(batch, other)
+    for (batch,), (expected,) in zip(cached_batches, batches, strict=True):
+        assert_same_fields(batch, expected)
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
@@ -118,13 +118,13 @@ def test_images_with_only_labels_have_no_records(tmp_path):
 
 
 def test_items_with_differing_fields_cannot_be_cached(tmp_path):
-    class Odd(AnnotatedDataset):
+    class MissingCaption(AnnotatedDataset):
         def __getitem__(self, index):
             item = super().__getitem__(index)
             return item if index < 2 else {name: value for name, value in item.items() if name != "caption"}
 
     with pytest.raises(ValueError, match="item 2 and the first differ in field caption"):
-        ImageSource(Odd(**vars(annotated_dataset())), dataclasses.replace(DATA, cache_images=True), tmp_path)
+        ImageSource(MissingCaption(**vars(annotated_dataset())), dataclasses.replace(DATA, cache_images=True), tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
 
 
@@ -149,15 +149,15 @@ def test_float_images_are_cached_as_floats(tmp_path):
 # the code cache
 
 
-def first_of(folder, data=DATA):
+def make_first_stage(folder, data=DATA):
     torch.manual_seed(0)
     vqgan = VQGAN(NETWORK, data.size, 1).eval()
     torch.nn.init.normal_(vqgan.quantizer.codebook.weight)
-    return FirstStage(folder, vqgan, data, DatasetConfig(), 0, device=HERE.device, weights="abc", amp=False)
+    return FirstStage(folder, vqgan, data, DatasetConfig(), 0, device=WORLD.device, weights="abc", amp=False)
 
 
-def codes_of(folder, dataset, data=DATA, split="train"):
-    return CodeSpace(first_of(folder, data)).source(dataset, split, data, 3, HERE)
+def code_source(folder, dataset, data=DATA, split="train"):
+    return CodeSpace(make_first_stage(folder, data)).source(dataset, split, data, 3, WORLD)
 
 
 @pytest.mark.parametrize("changes", VIEWS)
@@ -165,9 +165,9 @@ def test_codes_come_with_the_annotations_of_their_view(tmp_path, changes, monkey
     monkeypatch.setattr("train.first_stage.CodeFile", partial(CodeFile, chunk=3))
     data = dataclasses.replace(DATA, **changes)
     images = ImageSource(annotated_dataset(side=8 + data.crop_margin), data, margin=data.crop_margin)
-    codes_of(tmp_path, images.dataset, data)
+    code_source(tmp_path, images.dataset, data)
     dataset, decoded = count_reads(images.dataset)
-    source = codes_of(tmp_path, dataset, data)
+    source = code_source(tmp_path, dataset, data)
     views = TrainingImages(images, 0).views
     for positions in ([0, 3, 50], list(range(len(source)))[:40]):
         batch = source[positions]
@@ -176,38 +176,39 @@ def test_codes_come_with_the_annotations_of_their_view(tmp_path, changes, monkey
             view, row = divmod(source.order[position], 7)
             item, n = views[view](images[row]), row % 3
             assert torch.equal(batch["classes"][i], item["classes"])
-            assert torch.equal(item["image"][0], 10 * item["classes"])  # moved like their image
+            assert torch.equal(item["image"][0], 10 * item["classes"])  # transformed like their image
             assert torch.equal(batch["boxes"][i, :n], item["boxes"]) and batch["boxes_mask"][i].sum() == n
             assert torch.equal(batch["parts"][i, :n], item["parts"]) and batch["label"][i] == row
             assert batch["caption"][i] == item["caption"] and batch["words"][i] == item["words"]
             assert batch["ids"][i, :n].tolist() == item["ids"].tolist() and batch["score"][i] == item["score"]
     assert decoded == []
-    assert codes_of(tmp_path, dataset, data, "val")[[1, 2]]["caption"] and len(decoded) == 7  # another split is encoded
+    validation = code_source(tmp_path, dataset, data, "val")
+    assert validation[[1, 2]]["caption"] and len(decoded) == 7  # another split is encoded
 
 
 def test_codes_of_images_with_only_labels_have_no_annotations(tmp_path):
-    source = codes_of(tmp_path, plain_dataset())
+    source = code_source(tmp_path, plain_dataset())
     assert source[[0, 1]].keys() == {"codes", "position", "label"}
 
 
 def test_batches_of_codes_survive_pickling_and_resuming(tmp_path):
-    source = codes_of(tmp_path, annotated_dataset())
-    options = {"steps": 6, "batch_size": 3, "accumulate": 1, "world": HERE}
-    whole = list(training_batches(source, start=0, workers=0, **options))[3:]
-    again = training_batches(pickle.loads(pickle.dumps(source)), start=3, workers=2, **options)
-    for (one,), (other,) in zip(whole, again, strict=True):
-        assert_same_fields(one, other)
+    source = code_source(tmp_path, annotated_dataset())
+    options = {"steps": 6, "batch_size": 3, "accumulate": 1, "world": WORLD}
+    uninterrupted = list(training_batches(source, start=0, workers=0, **options))[3:]
+    resumed = training_batches(pickle.loads(pickle.dumps(source)), start=3, workers=2, **options)
+    for (expected,), (batch,) in zip(uninterrupted, resumed, strict=True):
+        assert_same_fields(expected, batch)
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_damaged_annotations_are_encoded_again(tmp_path, damage, monkeypatch):
     monkeypatch.setattr("train.first_stage.CodeFile", partial(CodeFile, chunk=3))
-    wanted = codes_of(tmp_path, annotated_dataset())[list(range(7))]
+    expected = code_source(tmp_path, annotated_dataset())[list(range(7))]
     path = sorted(tmp_path.rglob("*.records"))[1]
     path.write_bytes(path.read_bytes()[:-9]) if damage == "cut" else path.unlink()
     dataset, decoded = count_reads(annotated_dataset())
     with pytest.warns(UserWarning, match="1 of 3 chunks are encoded again"):
-        assert_same_fields(codes_of(tmp_path, dataset)[list(range(7))], wanted)
+        assert_same_fields(code_source(tmp_path, dataset)[list(range(7))], expected)
     assert decoded == [3, 4, 5]
 
 
@@ -220,7 +221,7 @@ def test_annotations_stay_aligned_when_images_are_unreadable(tmp_path):
             return super().__getitem__(index)
 
     with pytest.warns(UserWarning, match="skipped 2 unreadable"):
-        batch = codes_of(tmp_path, Broken(**vars(annotated_dataset())))[list(range(5))]
+        batch = code_source(tmp_path, Broken(**vars(annotated_dataset())))[list(range(5))]
     assert all(
         caption == f"image {i}, été" for caption, i in zip(batch["caption"], batch["label"].tolist(), strict=True)
     )
@@ -231,6 +232,6 @@ def test_two_ranks_store_the_same_annotations_as_one(tmp_path):
     results = run_two_ranks(tmp_path, annotated=True)
     assert [result["images"] for result in results] == [6, 5]
     assert all(result["captions"] == [f"image {i}, été" for i in range(COUNT)] for result in results)
-    stopped = run_two_ranks(tmp_path / "again", fails_at=(2, None), annotated=True)
-    assert all("error" in result for result in stopped)
+    failed = run_two_ranks(tmp_path / "again", fails_at=(2, None), annotated=True)
+    assert all("error" in result for result in failed)
     assert captions(load_codes(tmp_path / "again", annotated=True)) == results[0]["captions"]

@@ -1,4 +1,4 @@
-"""The code cache: contents, several ranks and jobs, and the key that a VQGAN uses."""
+"""The code cache: its content, several ranks and jobs, and the key of a VQGAN's codes."""
 
 import dataclasses
 import multiprocessing
@@ -32,7 +32,7 @@ from vq.config import VQGANConfig
 
 CPU = torch.device("cpu")
 
-# contents
+# content
 
 
 @pytest.mark.parametrize(("batch_size", "chunk", "workers"), [(1, 3, 0), (2, 3, 2), (5, 4, 0), (100, 3, 0), (2, 50, 0)])
@@ -84,9 +84,9 @@ def test_a_code_takes_two_bytes_if_they_suffice(tmp_path, codebook_size, size):
 
 def test_ids_are_memory_mapped_and_not_pickled(tmp_path):
     table = load_codes(tmp_path)
-    before = len(pickle.dumps(table))
+    size = len(pickle.dumps(table))
     assert table_matches(table) and isinstance(table.ids.memmap, np.memmap) and table.ids.memmap.mode == "r"
-    assert len(pickle.dumps(table)) == before
+    assert len(pickle.dumps(table)) == size
     assert table_matches(pickle.loads(pickle.dumps(table)))
 
 
@@ -95,27 +95,27 @@ def test_mapped_and_in_memory_codes_give_equal_batches(tmp_path):
     in_memory = TrainingCodes(ALL_CODES.int(), torch.arange(COUNT), seed=3)
     assert len(mapped) == len(in_memory) == 2 * COUNT
     for positions in ([0, 5, 21], list(range(22)), list(range(20, 50))):
-        one, other = pickle.loads(pickle.dumps(mapped))[positions], in_memory[positions]
-        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        batch, expected = pickle.loads(pickle.dumps(mapped))[positions], in_memory[positions]
+        assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in batch)
     indices = [in_memory.order[k] for k in (4, 1)]
     assert torch.equal(in_memory[[4, 1]]["codes"], ALL_CODES.flatten(0, 1)[indices])
 
 
-def in_a_fork(queue, source):
+def put_codes(queue, source):
     queue.put(source[[1, 2, 3]]["codes"].tolist())
 
 
 def test_a_forked_process_reads_its_parents_memmap(tmp_path):
     source = TrainingCodes(load_codes(tmp_path).ids, None, seed=3)
-    wanted, context = source[[1, 2, 3]]["codes"].tolist(), multiprocessing.get_context("fork")
+    expected, context = source[[1, 2, 3]]["codes"].tolist(), multiprocessing.get_context("fork")
     queue = context.Queue()
-    process = context.Process(target=in_a_fork, args=(queue, source))
+    process = context.Process(target=put_codes, args=(queue, source))
     process.start()
-    assert queue.get(timeout=20) == wanted
+    assert queue.get(timeout=20) == expected
     process.join()
 
 
-# several ranks, several jobs
+# several ranks and jobs
 
 
 def test_two_ranks_share_the_work_and_write_the_same_file(tmp_path):
@@ -123,8 +123,8 @@ def test_two_ranks_share_the_work_and_write_the_same_file(tmp_path):
     assert [result["images"] for result in results] == [6, 5]  # chunks 0 and 2, 1 and 3
     assert all(result["ids"] == ALL_CODES.tolist() for result in results)
     load_codes(tmp_path / "alone")
-    whole, alone = (code_file(folder).path.read_bytes() for folder in (tmp_path, tmp_path / "alone"))
-    assert whole == alone and table_matches(load_codes(tmp_path, lambda images: 1 / 0))
+    by_two, by_one = (code_file(folder).path.read_bytes() for folder in (tmp_path, tmp_path / "alone"))
+    assert by_two == by_one and table_matches(load_codes(tmp_path, lambda images: 1 / 0))
     assert [result["images"] for result in run_two_ranks(tmp_path)] == [0, 0]
 
 
@@ -136,8 +136,8 @@ def test_one_and_two_ranks_resume_each_others_encoding(tmp_path):
     assert [result["progress"] for result in results] == [[11], [3]]  # the second rank has no progress bar
     assert all(result["ids"] == ALL_CODES.tolist() for result in results)
 
-    stopped, encoder = run_two_ranks(tmp_path / "two", fails_at=(3, None)), Encoder()
-    assert "[Errno 28] No space left" in stopped[0]["error"] and "see the other processes" in stopped[1]["error"]
+    failed, encoder = run_two_ranks(tmp_path / "two", fails_at=(3, None)), Encoder()
+    assert "[Errno 28] No space left" in failed[0]["error"] and "see the other processes" in failed[1]["error"]
     assert table_matches(load_codes(tmp_path / "two", encoder))
     assert encoder.images == 3  # the chunk of the rank that failed
 
@@ -147,19 +147,19 @@ def test_two_ranks_report_unreadable_images_once(tmp_path):
     readable = [i for i in range(COUNT) if i not in (0, 4, 10)]
     assert all(result["index"] == readable and result["ids"] == ALL_CODES[:, readable].tolist() for result in results)
     assert [result["warnings"] for result in results] == [1, 0]
-    nothing = run_two_ranks(tmp_path / "none", broken=tuple(range(COUNT)))
-    assert all("none of its 11 images can be read; first error: image 0" in result["error"] for result in nothing)
+    failed = run_two_ranks(tmp_path / "none", broken=tuple(range(COUNT)))
+    assert all("none of its 11 images can be read; first error: image 0" in result["error"] for result in failed)
     assert suffixes(tmp_path / "none") == [".lock"]
 
 
 def encode_together(barrier, folder, log, queue):
-    def logged(images):
+    def encode_and_log(images):
         with log.open("a") as file:
             file.write("x\n" * len(images))
         return encode(images)
 
     barrier.wait()
-    queue.put(load_codes(folder, logged).ids[:].tolist())
+    queue.put(load_codes(folder, encode_and_log).ids[:].tolist())
 
 
 def test_jobs_that_start_together_encode_once(tmp_path):
@@ -179,7 +179,7 @@ def test_a_waiting_job_says_so(tmp_path, capsys):
     lock, tries = code_cache.FileLock(code_file(tmp_path).sibling("lock")), []
     acquire = code_cache.FileLock.acquire
 
-    def until_the_third(self, timeout):
+    def release_at_third_try(self, timeout):
         tries.append(timeout)
         if len(tries) == 3:
             lock.release()
@@ -187,7 +187,7 @@ def test_a_waiting_job_says_so(tmp_path, capsys):
 
     lock.acquire()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(code_cache.FileLock, "acquire", until_the_third)
+        patch.setattr(code_cache.FileLock, "acquire", release_at_third_try)
         assert table_matches(load_codes(tmp_path))
     assert len(tries) == 3 and capsys.readouterr().out.count("another job is encoding into") == 1
     lock.acquire(timeout=0)  # it was released
@@ -214,7 +214,7 @@ CHANGES = [
 ]
 
 
-def first_of(folder, **changes):
+def make_first_stage(folder, **changes):
     torch.manual_seed(0)
     fields = {"weights": "abc", "amp": False} | changes
     vqgan = VQGAN(NETWORK, DATA.size, 1).eval()
@@ -226,53 +226,55 @@ def first_of(folder, **changes):
     "changes", [{}, {"horizontal_flip": True, "shift": 1}, {"horizontal_flip": True, "crop_margin": 4}]
 )
 def test_only_the_training_split_is_encoded_in_all_views(tmp_path, changes):
-    first, data = first_of(tmp_path), dataclasses.replace(DATA, **changes)
-    table = first.encode_dataset(IMAGES, "train", data, 3, DistContext(CPU))
+    stage, data = make_first_stage(tmp_path), dataclasses.replace(DATA, **changes)
+    table = stage.encode_dataset(IMAGES, "train", data, 3, DistContext(CPU))
     source = ImageSource(IMAGES, data, margin=data.crop_margin)
     images = torch.stack([source[i]["image"] for i in range(7)])
-    wanted = torch.stack([first.encode(view(images)) for view in training_views(data)])
-    assert torch.equal(table.ids[:], wanted) and len(wanted) in (1, 18, 10) and len(wanted.unique()) > 4
+    expected = torch.stack([stage.encode(view(images)) for view in training_views(data)])
+    assert torch.equal(table.ids[:], expected) and len(expected) in (1, 18, 10) and len(expected.unique()) > 4
     for batch_size in (1, 100):
-        again = first_of(tmp_path / str(batch_size)).codes(IMAGES, "train", data, batch_size, DistContext(CPU))
-        assert torch.equal(again.ids[:], wanted)
+        reencoded = make_first_stage(tmp_path / str(batch_size)).encode_dataset(
+            IMAGES, "train", data, batch_size, DistContext(CPU)
+        )
+        assert torch.equal(reencoded.ids[:], expected)
     plain = torch.stack([ImageSource(IMAGES, DATA)[i]["image"] for i in range(7)])
-    assert torch.equal(first.encode_dataset(IMAGES, "val", data, 3, DistContext(CPU)).ids[:], first.encode(plain)[None])
+    assert torch.equal(stage.encode_dataset(IMAGES, "val", data, 3, DistContext(CPU)).ids[:], stage.encode(plain)[None])
 
 
 def test_the_key_depends_on_everything_that_changes_codes(tmp_path, monkeypatch):
     keys = []
-    monkeypatch.setattr(first_stage, "load_or_encode", lambda file, *rest: keys.append((file.key, file.path)))
+    monkeypatch.setattr(first_stage, "load_or_encode", lambda file, *args: keys.append((file.key, file.path)))
     monkeypatch.setattr(first_stage, "has_native_bf16", lambda device: True)
-    first, world = first_of(tmp_path), DistContext(CPU)
+    stage, world = make_first_stage(tmp_path), DistContext(CPU)
     pixels = IMAGES.images.copy()
     pixels[3, 0, 0] ^= 1
-    first.encode_dataset(IMAGES, "train", DATA, 3, world)
-    first.encode_dataset(dataclasses.replace(IMAGES, images=pixels), "train", DATA, 3, world)
+    stage.encode_dataset(IMAGES, "train", DATA, 3, world)
+    stage.encode_dataset(dataclasses.replace(IMAGES, images=pixels), "train", DATA, 3, world)
     for changes in CHANGES:
-        first.encode_dataset(IMAGES, "train", dataclasses.replace(DATA, **changes), 3, world)
-    first_of(tmp_path, weights="abd").codes(IMAGES, "train", DATA, 3, world)
-    first_of(tmp_path, amp=True).codes(IMAGES, "train", DATA, 3, world)
-    other = first_of(tmp_path)
+        stage.encode_dataset(IMAGES, "train", dataclasses.replace(DATA, **changes), 3, world)
+    make_first_stage(tmp_path, weights="abd").encode_dataset(IMAGES, "train", DATA, 3, world)
+    make_first_stage(tmp_path, amp=True).encode_dataset(IMAGES, "train", DATA, 3, world)
+    other = make_first_stage(tmp_path)
     other.vqgan.config = dataclasses.replace(NETWORK, unit_range=True)
-    other.codes(IMAGES, "train", DATA, 3, world)
+    other.encode_dataset(IMAGES, "train", DATA, 3, world)
     for view in (View(flip=True), View(dx=1), View(dy=1), View(crop=(0, 0, 8, 8))):  # the same number of views
         monkeypatch.setattr(first_stage, "training_views", lambda data, view=view: [view])
-        first.encode_dataset(IMAGES, "train", DATA, 3, world)
+        stage.encode_dataset(IMAGES, "train", DATA, 3, world)
     monkeypatch.setattr(first_stage, "training_views", training_views)
     monkeypatch.setattr(first_stage, "CHUNK_SIZE", 513)
-    first.encode_dataset(IMAGES, "train", DATA, 3, world)
+    stage.encode_dataset(IMAGES, "train", DATA, 3, world)
     assert len({key for key, _ in keys}) == len({path for _, path in keys}) == len(keys) == 19
 
 
 def test_the_key_ignores_what_does_not_change_codes(tmp_path, monkeypatch):
     keys = []
-    monkeypatch.setattr(first_stage, "load_or_encode", lambda file, *rest: keys.append(file.path))
-    first = first_of(tmp_path)
-    first.encode_dataset(IMAGES, "train", DATA, 3, DistContext(CPU))
-    first.encode_dataset(IMAGES, "train", dataclasses.replace(DATA, num_workers=3, in_memory=True), 5, DistContext(CPU))
-    first_of(tmp_path, amp=True).codes(
+    monkeypatch.setattr(first_stage, "load_or_encode", lambda file, *args: keys.append(file.path))
+    stage = make_first_stage(tmp_path)
+    stage.encode_dataset(IMAGES, "train", DATA, 3, DistContext(CPU))
+    stage.encode_dataset(IMAGES, "train", dataclasses.replace(DATA, num_workers=3, in_memory=True), 5, DistContext(CPU))
+    make_first_stage(tmp_path, amp=True).encode_dataset(
         IMAGES, "train", DATA, 3, DistContext(CPU)
     )  # no effect on a CPU without bfloat16
     assert len(set(keys)) == 1 or first_stage.has_native_bf16(CPU)
-    first.encode_dataset(IMAGES, "val", DATA, 3, DistContext(CPU))
+    stage.encode_dataset(IMAGES, "val", DATA, 3, DistContext(CPU))
     assert len(set(keys[:2])) == 1 and keys[-1] != keys[0]  # the split is in the name, and fingerprints differ

@@ -28,7 +28,7 @@ from helpers.toy_encoding import (
 from train.data import code_cache
 from train.data.loading import TrainingCodes
 
-# interrupted
+# interruptions
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3, 4, 5, 7])
@@ -36,18 +36,25 @@ def test_finished_chunks_are_not_encoded_again(tmp_path, fails_at):
     first, second = Encoder(fails_at), Encoder()
     with pytest.raises(KeyboardInterrupt):
         load_codes(tmp_path, first)
-    whole_chunks = (fails_at - 1) // 2  # two batches per chunk
+    complete_chunks = (fails_at - 1) // 2  # two batches per chunk
     assert table_matches(load_codes(tmp_path, second))
-    assert second.images == COUNT - CHUNK * whole_chunks
+    assert second.images == COUNT - CHUNK * complete_chunks
     assert suffixes(tmp_path) == [".codes", ".lock", ".note"]
 
 
-EVENTS = [(os, "fsync"), (Path, "open"), (Path, "replace"), (Path, "mkdir"), (shutil, "rmtree"), (Path, "unlink")]
+FILE_OPERATIONS = [
+    (os, "fsync"),
+    (Path, "open"),
+    (Path, "replace"),
+    (Path, "mkdir"),
+    (shutil, "rmtree"),
+    (Path, "unlink"),
+]
 
 
-def before_each_event(patch, act):
-    """Patch every call that changes the disk to call `act` first."""
-    for owner, name in EVENTS:
+def hook_file_operations(patch, act):
+    """Patches every file operation to call `act` first."""
+    for owner, name in FILE_OPERATIONS:
         real = getattr(owner, name)
 
         def wrapped(*args, name=name, real=real, **kwargs):
@@ -58,13 +65,13 @@ def before_each_event(patch, act):
         patch.setattr(owner, name, wrapped)
 
 
-def halves(folder):
-    """A code file of two chunks."""
+def two_chunk_file(folder):
+    """A code file with two chunks."""
     return code_file(folder, chunk=6)
 
 
-def killed_at(n, folder, annotated):
-    """Encode, but kill this process before the n-th change of the disk."""
+def encode_and_kill(n, folder, annotated):
+    """Encodes, but kills this process before its n-th file operation."""
     events = []
 
     def act():
@@ -72,55 +79,55 @@ def killed_at(n, folder, annotated):
         if len(events) == n:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    before_each_event(pytest.MonkeyPatch(), act)
-    load_codes(folder, file=halves(folder), annotated=annotated)
+    hook_file_operations(pytest.MonkeyPatch(), act)
+    load_codes(folder, file=two_chunk_file(folder), annotated=annotated)
 
 
 @pytest.mark.parametrize("annotated", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_encoding_resumes_after_a_kill_at_any_moment(tmp_path, annotated):
-    context, n, code, again = multiprocessing.get_context("fork"), 0, None, []
+    context, n, code, image_counts = multiprocessing.get_context("fork"), 0, None, []
     while code != 0:
         n += 1
-        process = context.Process(target=killed_at, args=(n, tmp_path / str(n), annotated))
+        process = context.Process(target=encode_and_kill, args=(n, tmp_path / str(n), annotated))
         process.start()
         process.join(20)
         code, encoder = process.exitcode, Encoder()
         assert code in (0, -signal.SIGKILL)
-        table = load_codes(tmp_path / str(n), encoder, file=halves(tmp_path / str(n)), annotated=annotated)
+        table = load_codes(tmp_path / str(n), encoder, file=two_chunk_file(tmp_path / str(n)), annotated=annotated)
         assert table_matches(table) and (not annotated or captions(table) == [f"image {i}, été" for i in range(COUNT)])
         assert suffixes(tmp_path / str(n)) == [*[".annotations"] * annotated, ".codes", ".lock", ".note"], n
         assert not list((tmp_path / str(n)).glob(".*"))
-        again.append(encoder.images)
-    assert n > 25 and set(again) == {11, 5, 0} and again == sorted(again, reverse=True)
+        image_counts.append(encoder.images)
+    assert n > 25 and set(image_counts) == {11, 5, 0} and image_counts == sorted(image_counts, reverse=True)
 
 
 def test_a_chunk_is_flushed_before_its_note(tmp_path, monkeypatch):
     events, fsync, write_text = [], os.fsync, code_cache.write_text
 
-    def synced(handle):
+    def record_fsync(handle):
         events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
         fsync(handle)
 
-    def noted(path, text):
+    def record_note(path, text):
         write_text(path, text)
         events.append(path.name)
 
     if not Path("/proc/self/fd").exists():
-        pytest.skip("no /proc here to tell which file is flushed")
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(code_cache, "write_text", noted)
+        pytest.skip("no /proc here to identify the flushed file")
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(code_cache, "write_text", record_note)
     load_codes(tmp_path)
     for chunk in range(4):
-        noted = events.index(f"{chunk:08d}.note")
-        assert events[noted - 1].startswith(f".{chunk:08d}.note.")  # its temporary file
-        assert events[noted - 2] == code_file(tmp_path).path.name
+        position = events.index(f"{chunk:08d}.note")
+        assert events[position - 1].startswith(f".{chunk:08d}.note.")  # its temporary file
+        assert events[position - 2] == code_file(tmp_path).path.name
 
 
 # full disks
 
 
 def test_too_little_disk_space_is_refused_before_encoding(tmp_path, monkeypatch):
-    class Full:
+    class DiskUsage:
         free = COUNT * 8 * 2 - 1
 
     encoder = Encoder()
@@ -128,16 +135,16 @@ def test_too_little_disk_space_is_refused_before_encoding(tmp_path, monkeypatch)
         monkeypatch.context() as patch,
         pytest.raises(ValueError, match="codes of mine need 0.000 GB .*free disk space"),
     ):
-        patch.setattr(code_cache.shutil, "disk_usage", lambda path: Full)
+        patch.setattr(code_cache.shutil, "disk_usage", lambda path: DiskUsage)
         load_codes(tmp_path, encoder)
     assert encoder.images == 0
-    Full.free += 1
-    monkeypatch.setattr(code_cache.shutil, "disk_usage", lambda path: Full)
+    DiskUsage.free += 1
+    monkeypatch.setattr(code_cache.shutil, "disk_usage", lambda path: DiskUsage)
     assert table_matches(load_codes(tmp_path))
 
 
 def test_any_os_error_is_one_line_and_keeps_finished_chunks(tmp_path, monkeypatch):
-    n, again, done = 0, [], False
+    n, image_counts, done = 0, [], False
     while not done:
         n, events = n + 1, []
 
@@ -149,19 +156,19 @@ def test_any_os_error_is_one_line_and_keeps_finished_chunks(tmp_path, monkeypatc
         folder, encoder = tmp_path / str(n), Encoder()
         folder.mkdir()
         with monkeypatch.context() as patch:
-            before_each_event(patch, act)
+            hook_file_operations(patch, act)
             try:
-                load_codes(folder, file=halves(folder))
+                load_codes(folder, file=two_chunk_file(folder))
                 done = True
             except ValueError as error:
                 assert "could not encode into" in str(error) and "No space left" in str(error)
                 assert "\n" not in str(error)
             except OSError as error:  # before the lock is acquired
                 assert n < 3 and "No space left" in str(error)
-        assert table_matches(load_codes(folder, encoder, file=halves(folder))), n
+        assert table_matches(load_codes(folder, encoder, file=two_chunk_file(folder))), n
         assert suffixes(folder) == [".codes", ".lock", ".note"]
-        again.append(encoder.images)
-    assert n > 25 and set(again) == {11, 5, 0} and again == sorted(again, reverse=True)
+        image_counts.append(encoder.images)
+    assert n > 25 and set(image_counts) == {11, 5, 0} and image_counts == sorted(image_counts, reverse=True)
 
 
 @pytest.fixture
@@ -179,26 +186,26 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_fills_up_meanwhile_ends_in_one_line(small_disk):
-    def greedy(images):
+    def encode_and_fill_disk(images):
         (small_disk / "filler").write_bytes(b"0" * shutil.disk_usage(small_disk).free)
         return encode(images)
 
     with pytest.raises(
         ValueError, match="could not encode into .*codes: .*No space left on device; finished chunks are kept"
     ):
-        load_codes(small_disk / "codes", greedy)
+        load_codes(small_disk / "codes", encode_and_fill_disk)
     (small_disk / "filler").unlink()
     assert table_matches(load_codes(small_disk / "codes"))
 
 
-# other weights, damage
+# other weights and damage
 
 
 def test_codes_of_other_weights_are_refused(tmp_path):
     load_codes(tmp_path)
-    mine, other = code_file(tmp_path), code_file(tmp_path, key="other")
+    source, other = code_file(tmp_path), code_file(tmp_path, key="other")
     for suffix in ("codes", "note"):
-        shutil.copy(mine.sibling(suffix), other.sibling(suffix))
+        shutil.copy(source.sibling(suffix), other.sibling(suffix))
     with pytest.raises(ValueError, match=r"other weights or data \(key key, wanted other\): delete .*mine_.*\*"):
         load_codes(tmp_path, file=other)
     with pytest.raises(KeyboardInterrupt):
@@ -214,10 +221,10 @@ def test_codes_of_earlier_versions_are_listed_once_as_removable(tmp_path, monkey
         load_codes(tmp_path)
     old = code_file(tmp_path)
     capfd.readouterr()
-    for wanted in (True, False):  # the second time nothing is encoded
+    for listed in (True, False):  # the second time nothing is encoded
         load_codes(tmp_path, file=code_file(tmp_path, key="new"))
         output = capfd.readouterr().out
-        assert (f"to free {old.path.stat().st_size / 1e9:.3g} GB, delete {old.path}" in output) == wanted
+        assert (f"to free {old.path.stat().st_size / 1e9:.3g} GB, delete {old.path}" in output) == listed
     records = old.sibling("annotations")
     records.mkdir()
     (records / "00000000.records").write_bytes(b"1" * 10**7)
@@ -237,9 +244,9 @@ def test_another_key_is_another_file(tmp_path):
     assert table_matches(load_codes(tmp_path, lambda images: 1 / 0))
 
 
-def flipped(path, place):
+def flip_bit(path, position):
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[position] ^= 1
     path.write_bytes(content)
 
 
@@ -262,10 +269,10 @@ def test_damage_is_reported_and_damaged_chunks_re_encoded(tmp_path, damage, imag
     load_codes(tmp_path)
     path, note = (code_file(tmp_path).sibling(suffix) for suffix in ("codes", "note"))
     if damage in ("a bit", "two bits"):
-        flipped(path, 4 * 16)
-        flipped(path, 5 * 16 if damage == "a bit" else 0)
+        flip_bit(path, 4 * 16)
+        flip_bit(path, 5 * 16 if damage == "a bit" else 0)
     elif damage == "note's bit":
-        flipped(note, note.read_bytes().rindex(b"unreadable") - 4)  # the last checksum
+        flip_bit(note, note.read_bytes().rindex(b"unreadable") - 4)  # the last checksum
     elif damage == "longer":
         path.write_bytes(path.read_bytes() + b"1")
     elif damage.endswith("cut"):
@@ -278,7 +285,7 @@ def test_damage_is_reported_and_damaged_chunks_re_encoded(tmp_path, damage, imag
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert table_matches(load_codes(tmp_path, encoder))
-    assert encoder.images == images and len({str(each.message) for each in caught}) == (message is not None)
+    assert encoder.images == images and len({str(warning.message) for warning in caught}) == (message is not None)
     assert message is None or message in str(caught[0].message)
     assert path.stat().st_size == COUNT * 16
     assert table_matches(load_codes(tmp_path, lambda images: 1 / 0))
@@ -286,10 +293,10 @@ def test_damage_is_reported_and_damaged_chunks_re_encoded(tmp_path, damage, imag
 
 def test_an_interrupted_repair_is_resumed(tmp_path):
     load_codes(tmp_path)
-    flipped(code_file(tmp_path).path, 0)
-    flipped(code_file(tmp_path).path, 4 * 16)
-    for fails_at, again in ((1, 2), (3, 2)):
-        with pytest.warns(UserWarning, match=f"{again} of 4 chunks"), pytest.raises(KeyboardInterrupt):
+    flip_bit(code_file(tmp_path).path, 0)
+    flip_bit(code_file(tmp_path).path, 4 * 16)
+    for fails_at, damaged in ((1, 2), (3, 2)):
+        with pytest.warns(UserWarning, match=f"{damaged} of 4 chunks"), pytest.raises(KeyboardInterrupt):
             load_codes(tmp_path, Encoder(fails_at))
     encoder = Encoder()
     with pytest.warns(UserWarning, match="1 of 4 chunks"):
@@ -300,7 +307,7 @@ def test_an_interrupted_repair_is_resumed(tmp_path):
 def test_damage_in_an_unfinished_file_is_re_encoded(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         load_codes(tmp_path, Encoder(fails_at=6))  # two chunks are done
-    flipped(code_file(tmp_path).path, 0)
+    flip_bit(code_file(tmp_path).path, 0)
     encoder = Encoder()
     with pytest.warns(UserWarning, match="damaged: 1 of 2 chunks are encoded again"):
         assert table_matches(load_codes(tmp_path, encoder))
@@ -311,7 +318,7 @@ def test_damage_in_an_unfinished_file_is_re_encoded(tmp_path):
 
 
 def test_unreadable_images_are_left_out_and_reported_once(tmp_path):
-    broken, readable = (2, 3, 4, 5, 10), [0, 1, 6, 7, 8, 9]  # a whole chunk and images of its neighbours
+    broken, readable = (2, 3, 4, 5, 10), [0, 1, 6, 7, 8, 9]  # a full chunk, and images of other chunks
     with pytest.raises(KeyboardInterrupt):
         load_codes(tmp_path, Encoder(fails_at=4), broken=broken)
     with pytest.warns(UserWarning, match="skipped 5 unreadable images: image 2: .*; image 3: .*; image 10: ") as caught:

@@ -1,4 +1,4 @@
-"""The key of codes: it depends on all inputs and on nothing else."""
+"""The key of the code cache depends on all inputs and on nothing else."""
 
 from train.data.code_cache import code_cache_key
 

@@ -16,7 +16,7 @@ from train.data.transforms import to_float
 from train.datasets import FloatImage, Ragged
 from train.distributed import DistContext
 
-HERE = DistContext(torch.device("cpu"))
+WORLD = DistContext(torch.device("cpu"))
 CONFIG = DataConfig(dataset="mine", img_size=8, n_channels=1, horizontal_flip=True)
 
 
@@ -37,7 +37,7 @@ def test_images_with_labels_are_scaled_and_stacked():
 @pytest.mark.parametrize("wrap", [lambda x: x, tv_tensors.Mask])
 def test_label_maps_and_ids_stay_integers(dtype, wrap):
     maps = torch.tensor([[CLASSES, CLASSES[::-1]]] * 2).to(dtype)
-    batch = collate([{"classes": wrap(each)} for each in maps])
+    batch = collate([{"classes": wrap(label_map)} for label_map in maps])
     assert batch["classes"].dtype == dtype and torch.equal(batch["classes"], maps)
     assert list(batch) == ["classes"]
 
@@ -52,7 +52,7 @@ def test_a_plain_tensor_is_an_image_by_its_name(name):
     assert collate([{"sketch": pixels}])["sketch"].tolist() == [[[[0, 255]]]]
 
 
-def test_float_images_are_in_their_range_already():
+def test_float_images_are_not_rescaled():
     image = torch.tensor([[[-1.0, 0.25]]])
     assert torch.equal(collate([{"image": tv_tensors.Image(image)}])["image"], image[None])
 
@@ -91,14 +91,15 @@ def test_an_example_does_not_depend_on_the_rest_of_its_batch():
     source = TrainingImages(ImageSource(annotated_dataset(), CONFIG), seed=1)
     together = source[list(range(6))]
     for i in range(6):
-        alone = source[[i]]
-        assert alone.keys() == together.keys() == FIELDS | {"image", "position", "boxes_mask", "ids_mask", "parts_mask"}
-        for name, value in alone.items():
+        single = source[[i]]
+        fields = FIELDS | {"image", "position", "boxes_mask", "ids_mask", "parts_mask"}
+        assert single.keys() == together.keys() == fields
+        for name, value in single.items():
             if isinstance(value, list):
                 assert value == together[name][i : i + 1], name
             else:
-                same = together[name][i : i + 1, : value.shape[1]] if value.ndim > 1 else together[name][i : i + 1]
-                assert torch.equal(value, same) and value.dtype == same.dtype, name
+                expected = together[name][i : i + 1, : value.shape[1]] if value.ndim > 1 else together[name][i : i + 1]
+                assert torch.equal(value, expected) and value.dtype == expected.dtype, name
 
 
 @pytest.mark.parametrize(
@@ -131,12 +132,12 @@ def test_integers_and_floats_can_be_mixed():
 
 @pytest.mark.parametrize("name, source", [("position", "images"), ("position", "codes"), ("codes", "codes")])
 def test_field_names_reserved_by_the_loader_are_refused(name, source):
-    class Odd(type(annotated_dataset())):
+    class ReservedField(type(annotated_dataset())):
         def __getitem__(self, index):
             return {"image": self.images[index], "label": 0, name: 3}
 
     sources = {
-        "images": TrainingImages(ImageSource(Odd(**vars(annotated_dataset())), CONFIG), seed=0),
+        "images": TrainingImages(ImageSource(ReservedField(**vars(annotated_dataset())), CONFIG), seed=0),
         "codes": TrainingCodes(torch.zeros(1, 7, 2, 2).long(), None, 0, {(0, row): {name: 3} for row in range(7)}),
     }
     with pytest.raises(ValueError, match=f"a field {name}, a name reserved .*rename the field"):
@@ -150,19 +151,19 @@ def test_a_scalar_is_not_ragged():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_fields_survive_workers_resumes_and_ranks(workers):
-    def run(start, world=HERE, workers=workers):
+    def load_batches(start, world=WORLD, workers=workers):
         source = TrainingImages(ImageSource(annotated_dataset(), dataclasses.replace(CONFIG, shift=1)), seed=1)
         options = {"steps": 4, "batch_size": 4, "accumulate": 1, "workers": workers}
         return [batch for (batch,) in training_batches(source, start=start, world=world, **options)]
 
-    whole, resumed = run(0, workers=0), run(2)
-    for one, other in zip(whole[2:], resumed, strict=True):
-        assert_same_fields(one, other)
-    second = run(0, DistContext(HERE.device, rank=1, size=2))
-    for one, other in zip(whole, second, strict=True):
-        assert one["caption"][2:] == other["caption"] and torch.equal(one["classes"][2:], other["classes"])
-        assert torch.equal(one["image"], to_float((10 * one["classes"])[:, None]))
-        assert set(one["classes"].unique().tolist()) <= {*CLASSES}
+    uninterrupted, resumed = load_batches(0, workers=0), load_batches(2)
+    for expected, batch in zip(uninterrupted[2:], resumed, strict=True):
+        assert_same_fields(expected, batch)
+    rank_1 = load_batches(0, DistContext(WORLD.device, rank=1, size=2))
+    for expected, batch in zip(uninterrupted, rank_1, strict=True):
+        assert expected["caption"][2:] == batch["caption"] and torch.equal(expected["classes"][2:], batch["classes"])
+        assert torch.equal(expected["image"], to_float((10 * expected["classes"])[:, None]))
+        assert set(expected["classes"].unique().tolist()) <= {*CLASSES}
 
 
 def test_fields_reach_the_device_and_strings_stay():

@@ -33,7 +33,7 @@ class Counted(ArrayDataset):
             raise UnreadableImage(f"image {index}: cut short")
         return super().__getitem__(index)
 
-    def decoded(self) -> int:
+    def count_decoded(self) -> int:
         return len(Path(self.log).read_text().split())
 
 
@@ -55,11 +55,15 @@ def same_as_decoded(source: ImageSource) -> bool:
 def test_cached_items_equal_decoded_ones_and_are_decoded_once(dataset, tmp_path, workers):
     config = dataclasses.replace(CONFIG, num_workers=workers)
     source = ImageSource(dataset, config, tmp_path)
-    assert dataset.decoded() == 6
-    again = ImageSource(dataset, config, tmp_path)
-    assert list(again[3]) == ["image", "label"] and type(again[3]["label"]) is int and again[3]["image"].shape[0] == 3
-    assert dataset.decoded() == 6
-    assert same_as_decoded(source) and same_as_decoded(again)
+    assert dataset.count_decoded() == 6
+    reopened = ImageSource(dataset, config, tmp_path)
+    assert (
+        list(reopened[3]) == ["image", "label"]
+        and type(reopened[3]["label"]) is int
+        and reopened[3]["image"].shape[0] == 3
+    )
+    assert dataset.count_decoded() == 6
+    assert same_as_decoded(source) and same_as_decoded(reopened)
 
 
 def test_changing_an_item_does_not_change_the_cache(dataset, tmp_path):
@@ -81,27 +85,27 @@ def test_an_incomplete_cache_is_rebuilt(dataset, tmp_path, damage):
     else:
         (path if damage == "gone" else note).unlink()
     assert same_as_decoded(ImageSource(dataset, CONFIG, tmp_path))
-    assert dataset.decoded() == 6 + 6 + 6
+    assert dataset.count_decoded() == 6 + 6 + 6
 
 
 def test_an_interrupted_build_leaves_no_files(dataset, tmp_path, monkeypatch):
-    def stop(numbers, index, item, first):
+    def interrupt(numbers, index, item, first):
         if index == 4:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(image_cache, "store_numbers", stop)
+        patch.setattr(image_cache, "store_numbers", interrupt)
         ImageSource(dataset, CONFIG, tmp_path)
     assert not list(tmp_path.glob("*.p*")) and not list(tmp_path.glob("*.json"))
     assert same_as_decoded(ImageSource(dataset, CONFIG, tmp_path))
 
 
 def test_data_size_channels_and_version_have_separate_caches(dataset, tmp_path, monkeypatch):
-    other = PIXELS.copy()
-    other[0, 0, 0, 0] ^= 1
+    changed = PIXELS.copy()
+    changed[0, 0, 0, 0] ^= 1
     variants = [
         (dataset, CONFIG),
-        (dataclasses.replace(dataset, images=other), CONFIG),
+        (dataclasses.replace(dataset, images=changed), CONFIG),
         (dataset, dataclasses.replace(CONFIG, img_size=7)),
         (dataset, dataclasses.replace(CONFIG, n_channels=1)),
     ]
@@ -110,7 +114,7 @@ def test_data_size_channels_and_version_have_separate_caches(dataset, tmp_path, 
     paths.add(ImageSource(dataset, CONFIG, tmp_path).disk_cache.path)
     assert len(paths) == 5
     ranges = [(0.0, 255.0), (0.0, 4095.0)]
-    assert len({image_cache.image_cache_key(dataset, (3, 8, 8), each) for each in (None, *ranges)}) == 3
+    assert len({image_cache.image_cache_key(dataset, (3, 8, 8), data_range) for data_range in (None, *ranges)}) == 3
 
 
 def test_caches_of_earlier_versions_are_listed_once_as_removable(dataset, tmp_path, monkeypatch, capfd):
@@ -120,10 +124,10 @@ def test_caches_of_earlier_versions_are_listed_once_as_removable(dataset, tmp_pa
     note = old.with_suffix(".json")
     note.write_text(json.dumps({key: value for key, value in json.loads(note.read_text()).items() if key != "version"}))
     capfd.readouterr()
-    for wanted in (True, False):  # the second time nothing is built
+    for listed in (True, False):  # the second time nothing is built
         new = ImageSource(dataset, CONFIG, tmp_path).disk_cache.path
         output = capfd.readouterr().out
-        assert (f"to free {6 * 3 * 8 * 8 / 1e9:.3g} GB, delete {old}" in output) == wanted
+        assert (f"to free {6 * 3 * 8 * 8 / 1e9:.3g} GB, delete {old}" in output) == listed
     assert old.is_file() and new != old and image_cache.outdated_caches(tmp_path, CONFIG.dataset) == [old]
     ImageSource(dataset, dataclasses.replace(CONFIG, dataset="my"), tmp_path)
     assert "delete" not in capfd.readouterr().out  # caches of other data sets are not listed
@@ -131,24 +135,24 @@ def test_caches_of_earlier_versions_are_listed_once_as_removable(dataset, tmp_pa
 
 def test_caches_of_non_square_sizes_and_margins_are_correct(dataset, tmp_path):
     wide = dataclasses.replace(CONFIG, img_width=12)
-    cut = dataclasses.replace(wide, crop_margin=4)
+    cropped = dataclasses.replace(wide, crop_margin=4)
     sources = [
-        *(ImageSource(dataset, config, tmp_path) for config in (CONFIG, wide, cut)),
-        ImageSource(dataset, cut, tmp_path, margin=4),
+        *(ImageSource(dataset, config, tmp_path) for config in (CONFIG, wide, cropped)),
+        ImageSource(dataset, cropped, tmp_path, margin=4),
         ImageSource(dataset, dataclasses.replace(CONFIG, img_size=12, img_width=16), tmp_path),
     ]
     shapes = [source[0]["image"].shape[1:] for source in sources]
     assert shapes == [(8, 8), (8, 12), (8, 12), (12, 16), (12, 16)]
     paths = [source.disk_cache.path for source in sources]
     assert paths[1] == paths[2] and paths[3] == paths[4] and len(set(paths)) == 3  # equal sizes share a cache
-    assert dataset.decoded() == 3 * 6 and all(same_as_decoded(source) for source in sources)
+    assert dataset.count_decoded() == 3 * 6 and all(same_as_decoded(source) for source in sources)
     batch = TrainingImages(sources[3], 0)[list(range(6))]
     assert batch["image"].shape == (6, 3, 8, 12)
 
 
 def test_a_square_has_one_cache_with_or_without_a_width(dataset, tmp_path):
-    same = [CONFIG, dataclasses.replace(CONFIG, img_width=8)]
-    assert len({ImageSource(dataset, config, tmp_path).disk_cache.path for config in same}) == 1
+    configs = [CONFIG, dataclasses.replace(CONFIG, img_width=8)]
+    assert len({ImageSource(dataset, config, tmp_path).disk_cache.path for config in configs}) == 1
     assert image_cache.image_cache_key(dataset, (3, 8, 12)) != image_cache.image_cache_key(dataset, (3, 12, 8))
 
 
@@ -159,12 +163,12 @@ def test_the_cache_reports_unreadable_images_like_the_file(dataset, tmp_path):
         with pytest.raises(UnreadableImage, match="^image 4: cut short$"):
             source[4]
         assert source[5]["label"] == 5
-    assert broken.decoded() == 6
+    assert broken.count_decoded() == 6
     with pytest.warns(UserWarning, match="skipped unreadable"):
         TrainingImages(source, 0)[list(range(6))]
-    nothing = dataclasses.replace(dataset, images=PIXELS[:2], labels=np.arange(2), broken=(0, 1))
+    unreadable = dataclasses.replace(dataset, images=PIXELS[:2], labels=np.arange(2), broken=(0, 1))
     with pytest.raises(ValueError, match="none of 2 images can be read; first error: image 0"):
-        ImageSource(nothing, CONFIG, tmp_path)
+        ImageSource(unreadable, CONFIG, tmp_path)
 
 
 def test_fields_that_cannot_be_batched_cannot_be_cached(dataset, tmp_path):
@@ -177,10 +181,10 @@ def test_fields_that_cannot_be_batched_cannot_be_cached(dataset, tmp_path):
 
 
 def test_too_little_disk_space_is_refused_before_decoding(dataset, tmp_path, monkeypatch):
-    class Full:
+    class DiskUsage:
         free = 3
 
-    monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: Full)
+    monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda path: DiskUsage)
     with pytest.raises(ValueError, match="free disk space"):
         ImageSource(dataset, CONFIG, tmp_path)
     assert not (tmp_path / "log").exists()
@@ -201,16 +205,16 @@ def test_processes_that_start_together_build_it_once(dataset, tmp_path):
     sums = [results.get(timeout=20) for _ in processes]
     for process in processes:
         process.join()
-    assert dataset.decoded() == 6
+    assert dataset.count_decoded() == 6
     source = ImageSource(dataset, CONFIG, tmp_path)
     assert sums == [[source[i]["image"].sum().item() for i in range(6)]] * 3
 
 
 def test_a_pickled_cache_contains_no_pixels(dataset, tmp_path):
     cache = ImageSource(dataset, CONFIG, tmp_path).disk_cache
-    before = len(pickle.dumps(cache))
+    size = len(pickle.dumps(cache))
     assert torch.equal(cache[1]["image"], pickle.loads(pickle.dumps(cache))[1]["image"])
-    assert len(pickle.dumps(cache)) == before
+    assert len(pickle.dumps(cache)) == size
 
 
 def test_images_and_shards_are_cached_below_the_same_logs():

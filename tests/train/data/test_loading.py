@@ -60,20 +60,21 @@ def test_each_epoch_visits_every_sample_once_in_another_order():
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_batches_do_not_depend_on_ranks_and_workers(workers, accumulate):
     source = TrainingImages(ImageSource(numbered(10), CONFIG), seed=1)
-    whole = batches(source)
+    full = batches(source)
     halves = [
         batches(source, world=DistContext(CPU, rank, 2), accumulate=accumulate, workers=workers) for rank in range(2)
     ]
-    for step, batch in enumerate(whole):
+    for step, batch in enumerate(full):
         for key in batch:
             assert torch.equal(batch[key], torch.cat([half[step][key] for half in halves])), key
 
 
 def test_a_resumed_run_gets_the_batches_of_an_uninterrupted_one():
     source = TrainingImages(ImageSource(numbered(10), CONFIG), seed=1)
-    whole, rest = batches(source), batches(TrainingImages(ImageSource(numbered(10), CONFIG), seed=1), start=4)
-    assert [b["position"].tolist() for b in rest] == [b["position"].tolist() for b in whole[4:]]
-    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(rest, whole[4:], strict=True))
+    uninterrupted = batches(source)
+    resumed = batches(TrainingImages(ImageSource(numbered(10), CONFIG), seed=1), start=4)
+    assert [b["position"].tolist() for b in resumed] == [b["position"].tolist() for b in uninterrupted[4:]]
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(resumed, uninterrupted[4:], strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -81,15 +82,15 @@ def test_a_resumed_run_gets_the_batches_of_an_uninterrupted_one():
 def test_block_order_does_not_depend_on_ranks_workers_and_start(processes, workers, start):
     dataset = Sharded(*dataclasses.astuple(numbered(48)), blocks=Blocks((10, 14, 12, 12), 2))
     source = TrainingImages(ImageSource(dataset, CONFIG), seed=1)
-    whole = torch.cat([batch["label"] for batch in batches(source)])
+    labels = torch.cat([batch["label"] for batch in batches(source)])
     epoch = torch.cat([batch["label"] for batch in batches(source, steps=6, size=8)])
-    assert torch.equal(epoch[:24], whole) and sorted(epoch.tolist()) == list(range(48))
-    block = torch.bucketize(whole, torch.tensor([10, 24, 36]), right=True)
+    assert torch.equal(epoch[:24], labels) and sorted(epoch.tolist()) == list(range(48))
+    block = torch.bucketize(labels, torch.tensor([10, 24, 36]), right=True)
     assert len(set(block[:22].tolist())) == 2  # the smallest window has 22 samples
     worlds = [DistContext(CPU, rank, processes) for rank in range(processes)]
     parts = [batches(source, start=start, world=world, workers=workers, prefetch=1) for world in worlds]
     together = [torch.cat([batch["label"] for batch in step]) for step in zip(*parts, strict=True)]
-    assert torch.equal(torch.cat(together), whole[4 * start :])
+    assert torch.equal(torch.cat(together), labels[4 * start :])
 
 
 def draw_numbers(item):
@@ -102,15 +103,15 @@ def draw_numbers(item):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_random_numbers_in_adapt_depend_on_the_position_only(workers):
     source = TrainingImages(ImageSource(numbered(10), CONFIG), 1, draw_numbers)
-    whole, resumed = batches(source), batches(source, start=2, workers=workers)
+    uninterrupted, resumed = batches(source), batches(source, start=2, workers=workers)
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    again = batches(source)
-    for a, b, c in zip(whole[2:], resumed, again[2:], strict=True):
+    repeated = batches(source)
+    for a, b, c in zip(uninterrupted[2:], resumed, repeated[2:], strict=True):
         assert torch.equal(a["drawn"], b["drawn"]) and torch.equal(a["drawn"], c["drawn"])
-    drawn = torch.cat([batch["drawn"] for batch in whole])
-    assert all(len(set(column.tolist())) == len(drawn) for column in drawn.T)
-    other = batches(TrainingImages(ImageSource(numbered(10), CONFIG), 2, draw_numbers))
-    assert not torch.equal(other[0]["drawn"], whole[0]["drawn"])
+    numbers = torch.cat([batch["drawn"] for batch in uninterrupted])
+    assert all(len(set(column.tolist())) == len(numbers) for column in numbers.T)
+    other_seed = batches(TrainingImages(ImageSource(numbered(10), CONFIG), 2, draw_numbers))
+    assert not torch.equal(other_seed[0]["drawn"], uninterrupted[0]["drawn"])
 
 
 def test_adapt_does_not_change_the_global_random_generators():
@@ -137,12 +138,12 @@ class Group(TrainingImages):
 
 def test_workers_ignore_signals_sent_to_the_process_group():
     kinds = (signal.SIGTERM, signal.SIGINT)  # set handlers of both, as a training process does, even in the background
-    before = [signal.signal(kind, lambda number, frame: None) for kind in kinds]
+    handlers = [signal.signal(kind, lambda number, frame: None) for kind in kinds]
     try:
         source = Group(ImageSource(numbered(10), CONFIG), 1)
         in_process, in_worker = batches(source)[0], batches(source, workers=1)[0]
     finally:
-        for kind, handler in zip(kinds, before, strict=True):
+        for kind, handler in zip(kinds, handlers, strict=True):
             signal.signal(kind, handler)
     assert in_process["group"] == os.getpgrp() != in_worker["group"]
     assert in_worker["handlers"].all() and not in_process["handlers"].any()
@@ -157,9 +158,9 @@ def test_images_are_in_minus_one_to_one_and_keep_their_label():
 
 def test_streams_depend_on_the_position_not_the_batch():
     batch = {"position": torch.tensor([4, 9])}
-    both = sample_streams(0, "mask", batch, CPU).uniform((2, 3))
-    assert torch.equal(both[1:], sample_streams(0, "mask", {"position": torch.tensor([9])}, CPU).uniform((1, 3)))
-    assert not torch.equal(both, sample_streams(0, "time", batch, CPU).uniform((2, 3)))
+    numbers = sample_streams(0, "mask", batch, CPU).uniform((2, 3))
+    assert torch.equal(numbers[1:], sample_streams(0, "mask", {"position": torch.tensor([9])}, CPU).uniform((1, 3)))
+    assert not torch.equal(numbers, sample_streams(0, "time", batch, CPU).uniform((2, 3)))
 
 
 def test_indivisible_batches_are_refused():
@@ -207,13 +208,13 @@ def test_codes_keep_their_labels_in_every_view():
 
 def test_items_in_memory_equal_those_read():
     config = dataclasses.replace(CONFIG, in_memory=True)
-    cached, read = ImageSource(numbered(4), config), ImageSource(numbered(4), CONFIG)
+    cached, uncached = ImageSource(numbered(4), config), ImageSource(numbered(4), CONFIG)
     for index in (1, 1, 3):
-        assert torch.equal(cached[index]["image"], read[index]["image"])
+        assert torch.equal(cached[index]["image"], uncached[index]["image"])
     assert sorted(cached.memory_cache) == [1, 3]
 
 
-CUT = DataConfig(img_size=4, img_width=6, n_channels=1, crop_margin=2, horizontal_flip=True)
+CROPPED = DataConfig(img_size=4, img_width=6, n_channels=1, crop_margin=2, horizontal_flip=True)
 
 
 def distinct_pixels(n: int) -> ArrayDataset:
@@ -222,38 +223,38 @@ def distinct_pixels(n: int) -> ArrayDataset:
 
 
 def test_crops_are_equally_frequent_and_depend_on_the_position():
-    source = TrainingImages(ImageSource(distinct_pixels(7), CUT, margin=2), seed=1)
+    source = TrainingImages(ImageSource(distinct_pixels(7), CROPPED, margin=2), seed=1)
     crops = torch.cat([batch["image"] for batch in batches(source, steps=400, size=10)])
     assert crops.shape == (4000, 1, 4, 6)
     counts = crops.unique(dim=0, return_counts=True)[1]
     assert len(counts) == 10 and (counts - 400).abs().max() < 5 * 19  # multinomial: standard deviation 19
-    again = torch.cat([batch["image"] for batch in batches(source, start=200, steps=400, size=10, workers=2)])
-    assert torch.equal(again, crops[2000:])
+    resumed = torch.cat([batch["image"] for batch in batches(source, start=200, steps=400, size=10, workers=2)])
+    assert torch.equal(resumed, crops[2000:])
 
 
 def test_training_images_need_the_margin_of_their_crops():
     for margin in (0, 1, 3):
         with pytest.raises(ValueError, match=f"margin of {margin} pixels for crop_margin 2: .*margin=2"):
-            TrainingImages(ImageSource(distinct_pixels(7), CUT, margin=margin), seed=1)
+            TrainingImages(ImageSource(distinct_pixels(7), CROPPED, margin=margin), seed=1)
     with pytest.raises(ValueError, match="margin of 2 pixels for crop_margin 0"):
-        TrainingImages(ImageSource(distinct_pixels(7), dataclasses.replace(CUT, crop_margin=0), margin=2), seed=1)
+        TrainingImages(ImageSource(distinct_pixels(7), dataclasses.replace(CROPPED, crop_margin=0), margin=2), seed=1)
 
 
 def test_images_in_order_have_no_margin_by_default():
-    plain, larger = ImageSource(distinct_pixels(2), CUT), ImageSource(distinct_pixels(2), CUT, margin=2)
+    plain, larger = ImageSource(distinct_pixels(2), CROPPED), ImageSource(distinct_pixels(2), CROPPED, margin=2)
     assert next(images_in_order(plain, 2))["image"].shape == (2, 1, 4, 6)
     assert next(images_in_order(larger, 2))["image"].tolist() == [[np.arange(48).reshape(6, 8).tolist()]] * 2
-    uncut = ImageSource(distinct_pixels(2), dataclasses.replace(CUT, crop_margin=0))
-    assert torch.equal(plain[1]["image"], uncut[1]["image"])
+    uncropped = ImageSource(distinct_pixels(2), dataclasses.replace(CROPPED, crop_margin=0))
+    assert torch.equal(plain[1]["image"], uncropped[1]["image"])
 
 
 def test_views_and_adapt_do_not_change_images_in_memory():
-    def erasing(item):
+    def erase(item):
         item["image"].zero_()
         return item
 
-    source = ImageSource(distinct_pixels(3), dataclasses.replace(CUT, in_memory=True), margin=2)
-    for adapt in (None, erasing):
+    source = ImageSource(distinct_pixels(3), dataclasses.replace(CROPPED, in_memory=True), margin=2)
+    for adapt in (None, erase):
         batches(TrainingImages(source, 1, adapt))
     assert len(source.memory_cache) == 3
     assert all(

@@ -1,4 +1,4 @@
-"""EpochShuffle: a permutation in every epoch, a function of seed and position, reading a few blocks at a time."""
+"""EpochShuffle: each epoch is a permutation that depends on the seed only and reads a few blocks at a time."""
 
 from itertools import pairwise
 
@@ -27,11 +27,11 @@ def test_every_epoch_is_a_permutation(sizes, window, seed, epoch, plain):
 
 
 @settings(deadline=None, max_examples=60)
-@given(sizes=sizes, window=st.integers(1, 4), places=st.lists(st.integers(0, 200), min_size=1, max_size=12))
-def test_an_index_depends_on_the_position_not_on_earlier_reads(sizes, window, places):
+@given(sizes=sizes, window=st.integers(1, 4), positions=st.lists(st.integers(0, 200), min_size=1, max_size=12))
+def test_an_index_depends_on_the_position_not_on_earlier_reads(sizes, window, positions):
     blocks = Blocks(tuple(sizes), window)
     order = EpochShuffle(sum(sizes), 1, blocks)
-    assert [order[k] for k in places] == [EpochShuffle(sum(sizes), 1, blocks)[k] for k in places]
+    assert [order[k] for k in positions] == [EpochShuffle(sum(sizes), 1, blocks)[k] for k in positions]
 
 
 @settings(deadline=None, max_examples=60)
@@ -47,11 +47,11 @@ def test_no_more_blocks_are_open_than_the_window(sizes, window, seed):
 def test_blocks_are_mixed_within_a_window_and_reshuffled():
     order = EpochShuffle(80, 0, Blocks((10,) * 8, 4))
     visited = [[order[80 * epoch + k] // 10 for k in range(80)] for epoch in range(2)]
-    first = visited[0][:40]
-    assert len(set(first)) == 4 and sum(a != b for a, b in pairwise(first)) > 20
-    assert set(first) != {0, 1, 2, 3} and set(first) != set(visited[1][:40])
-    one = EpochShuffle(50, 0, Blocks((50,), 1))
-    assert [one[k] for k in range(50)] != [one[50 + k] for k in range(50)]
+    start = visited[0][:40]
+    assert len(set(start)) == 4 and sum(a != b for a, b in pairwise(start)) > 20
+    assert set(start) != {0, 1, 2, 3} and set(start) != set(visited[1][:40])
+    single_block = EpochShuffle(50, 0, Blocks((50,), 1))
+    assert [single_block[k] for k in range(50)] != [single_block[50 + k] for k in range(50)]
     assert [order[k] for k in range(10)] != [EpochShuffle(80, 1, Blocks((10,) * 8, 4))[k] for k in range(10)]
 
 
@@ -75,7 +75,9 @@ def test_blocks_that_do_not_cover_the_samples_are_refused(blocks):
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("start", [0, 3, 7])
 def test_the_ranks_together_visit_each_position_once(processes, start):
-    share, steps = 8 // processes, 12
-    lists = [PositionSampler(range(8 * start + rank * share, 8 * steps, 8), share, 1) for rank in range(processes)]
+    per_rank, steps = 8 // processes, 12
+    lists = [
+        PositionSampler(range(8 * start + rank * per_rank, 8 * steps, 8), per_rank, 1) for rank in range(processes)
+    ]
     together = [sum(parts, []) for parts in zip(*lists, strict=True)]
     assert together == [list(range(8 * step, 8 * step + 8)) for step in range(start, steps)]

@@ -23,7 +23,7 @@ from train.data.transforms import (
 from train.datasets import FloatImage, Ragged, UnreadableImage
 
 
-def boxed(image, box, size):
+def item_with_box(image, box, size):
     boxes = tv_tensors.BoundingBoxes(torch.tensor([box]), format="XYXY", canvas_size=size)
     return {"image": image, "label": 3, "boxes": boxes, "name": "a", "vector": torch.arange(4)}
 
@@ -31,7 +31,7 @@ def boxed(image, box, size):
 @pytest.mark.parametrize("n_channels", [1, 3])
 @pytest.mark.parametrize("shape", [(8, 8), (50, 20), (20, 50, 3), (32, 32, 3)])
 @pytest.mark.parametrize("pil", [False, True])
-def test_every_image_becomes_a_square_with_the_wanted_channels(n_channels, shape, pil):
+def test_every_image_becomes_a_square_of_n_channels(n_channels, shape, pil):
     array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     item = {"image": Image.fromarray(array) if pil else array, "label": 5}
     result = to_item(item, (32, 32), n_channels)
@@ -79,12 +79,13 @@ def test_non_square_sizes_are_cropped_at_the_centre():
     for size, pixels in [((10, 20), image), ((20, 10), image.T.copy())]:
         item = to_item({"image": pixels}, size, 1)["image"]
         assert item.shape == (1, *size) and (item == 255).all()
-    rows = np.arange(40, dtype=np.uint8)[:, None].repeat(20, 1)  # taller than wanted: rows are cropped, columns are not
+    # taller than the target: rows are cropped, columns are not
+    rows = np.arange(40, dtype=np.uint8)[:, None].repeat(20, 1)
     assert to_item({"image": rows}, (10, 20), 1)["image"][0, :, 7].tolist() == list(range(15, 25))
 
 
 def test_masks_and_boxes_follow_a_non_square_image():
-    item = boxed(np.zeros((20, 40, 3), np.uint8), [20, 0, 30, 10], (20, 40)) | {
+    item = item_with_box(np.zeros((20, 40, 3), np.uint8), [20, 0, 30, 10], (20, 40)) | {
         "mask": tv_tensors.Mask(torch.arange(40).expand(20, 40).clone())
     }
     result = to_item(item, (20, 30), 3)
@@ -101,7 +102,7 @@ def test_downscaling_is_antialiased():
 
 
 def test_boxes_follow_their_image():
-    item = boxed(np.zeros((20, 40, 3), np.uint8), [20, 0, 30, 10], (20, 40))
+    item = item_with_box(np.zeros((20, 40, 3), np.uint8), [20, 0, 30, 10], (20, 40))
     result = to_item(item, (10, 10), 3)
     assert result["boxes"].tolist() == [[5, 0, 10, 5]]
     assert result["boxes"].canvas_size == (10, 10)
@@ -122,8 +123,8 @@ def test_label_maps_are_resized_without_new_labels(dtype):
 
 
 def test_boxes_outside_the_image_keep_their_rows():
-    """The centre of a wide image is cropped: one box is cut, one lies outside, one inside."""
-    item = boxed(np.zeros((10, 30), np.uint8), [5, 0, 15, 10], (10, 30))
+    """The centre of a wide image is cropped: one box is cut, one is outside, one inside."""
+    item = item_with_box(np.zeros((10, 30), np.uint8), [5, 0, 15, 10], (10, 30))
     rows = torch.tensor([[5, 0, 15, 10], [0, 2, 8, 4], [12, 1, 14, 3]])
     item["boxes"] = tv_tensors.wrap(rows, like=item["boxes"])
     cropped = to_item(item, (10, 10), 1)["boxes"]
@@ -191,9 +192,10 @@ def test_nan_and_infinite_pixels_are_refused(value):
 
 def test_boxes_with_clamping_mode_none_are_not_clamped():
     boxes = torch.tensor([[0, 0, 4, 4], [10, 4, 16, 8]])  # the centre of the wide image is x from 4 to 12
-    for mode, wanted in (("soft", [[0, 0, 0, 4], [6, 4, 8, 8]]), (None, [[-4, 0, 0, 4], [6, 4, 12, 8]])):
-        given = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(8, 16), clamping_mode=mode)
-        assert to_item({"image": np.zeros((8, 16), np.uint8), "boxes": given}, (8, 8), 1)["boxes"].tolist() == wanted
+    for mode, expected in (("soft", [[0, 0, 0, 4], [6, 4, 8, 8]]), (None, [[-4, 0, 0, 4], [6, 4, 12, 8]])):
+        bounding_boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(8, 16), clamping_mode=mode)
+        item = {"image": np.zeros((8, 16), np.uint8), "boxes": bounding_boxes}
+        assert to_item(item, (8, 8), 1)["boxes"].tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -258,7 +260,7 @@ def test_a_view_mirrors_before_it_shifts(view, rows):
 
 
 def test_boxes_and_masks_move_with_their_image():
-    item = boxed(tv_tensors.Image(torch.zeros(3, 8, 10, dtype=torch.uint8)), [1, 2, 4, 5], (8, 10))
+    item = item_with_box(tv_tensors.Image(torch.zeros(3, 8, 10, dtype=torch.uint8)), [1, 2, 4, 5], (8, 10))
     item["image"][:, 2:5, 1:4] = 1
     item["mask"] = tv_tensors.Mask(item["image"][0].long())
     moved = View(flip=True, dx=1, dy=2)(item)
@@ -281,8 +283,8 @@ def test_a_negative_shift_is_refused():
         all_views(False, -1)
 
 
-def in_training_views(image, margin, size, flip=False):
-    """An image in each training view."""
+def apply_training_views(image, margin, size, flip=False):
+    """Applies each training view to an image."""
     data = DataConfig(img_size=size[0], img_width=size[1], crop_margin=margin, horizontal_flip=flip)
     return [view(image) for view in training_views(data)]
 
@@ -290,7 +292,7 @@ def in_training_views(image, margin, size, flip=False):
 @pytest.mark.parametrize("margin", [2, 3, 4])
 def test_crops_are_the_centre_and_the_four_corners(margin):
     image = torch.arange(1, 1 + (6 + margin) * (8 + margin)).view(1, 6 + margin, 8 + margin)
-    outputs = in_training_views(image, margin, (6, 8))
+    outputs = apply_training_views(image, margin, (6, 8))
     middle = image[:, margin // 2 :, margin // 2 :][:, :6, :8]
     corners = [image[:, :6, :8], image[:, :6, margin:], image[:, margin:, :8], image[:, margin:, margin:]]
     assert len(outputs) == 5 and all(torch.equal(a, b) for a, b in zip(outputs, [middle, *corners], strict=True))
@@ -299,7 +301,7 @@ def test_crops_are_the_centre_and_the_four_corners(margin):
 
 def test_flips_double_the_five_crops():
     image = torch.arange(1, 131).view(1, 10, 13)
-    outputs = in_training_views(image, 4, (6, 9), flip=True)
+    outputs = apply_training_views(image, 4, (6, 9), flip=True)
     assert len(outputs) == 10 == len({tuple(view.flatten().tolist()) for view in outputs})
     assert all(torch.equal(outputs[5 + i], outputs[i].flip(-1)) for i in range(5))
 
@@ -310,7 +312,7 @@ def test_a_view_crops_before_it_mirrors_and_shifts():
 
 
 def test_boxes_and_masks_are_cropped_with_their_image():
-    item = boxed(tv_tensors.Image(torch.zeros(3, 8, 10)), [3, 2, 6, 5], (8, 10))
+    item = item_with_box(tv_tensors.Image(torch.zeros(3, 8, 10)), [3, 2, 6, 5], (8, 10))
     item["image"][:, 2:5, 3:6] = 1
     item["mask"] = tv_tensors.Mask(item["image"][0].long())
     for flip, left in [(False, 1), (True, 3)]:
@@ -325,10 +327,10 @@ def test_boxes_and_masks_are_cropped_with_their_image():
 def test_a_view_is_a_copy(view):
     image = tv_tensors.Image(PIXELS.clone())
     item = {"image": image, "words": ["a"], "ids": Ragged([1])}
-    made = view(item)
-    made["image"].zero_()
-    made["words"].append("b")
-    made["ids"].zero_()
+    transformed = view(item)
+    transformed["image"].zero_()
+    transformed["words"].append("b")
+    transformed["ids"].zero_()
     view(image).zero_()
     assert torch.equal(image, PIXELS) and item["words"] == ["a"] and item["ids"].tolist() == [1]
 
@@ -340,8 +342,8 @@ def test_a_crop_outside_the_image_is_refused(crop):
 
 
 def test_crops_of_images_without_a_margin_are_refused():
-    cutting = training_views(DataConfig(img_size=3, img_width=4, crop_margin=2))
-    for view in cutting[:1] + cutting[2:]:  # all but the top left corner
+    views = training_views(DataConfig(img_size=3, img_width=4, crop_margin=2))
+    for view in views[:1] + views[2:]:  # all but the top left corner
         with pytest.raises(ValueError, match="from 3x4"):
             view(PIXELS)
 
@@ -351,9 +353,9 @@ def test_the_key_of_a_view_without_a_crop_has_not_changed():
     assert View(True, 2, -1).to_list() == [True, 2, -1]
     assert View(crop=(1, 2, 3, 4)).to_list() == [False, 0, 0, 1, 2, 3, 4] and not View(crop=(0, 0, 3, 4)).is_identity
     data = [DataConfig(img_size=8, img_width=w, crop_margin=m, horizontal_flip=True) for w in (8, 9) for m in (0, 2, 4)]
-    described = [[tuple(view.to_list()) for view in training_views(each)] for each in data]
-    assert described[0] == described[3] == [(False, 0, 0), (True, 0, 0)]
-    assert all(len(set(each)) == len(each) for each in described) and len(set(map(tuple, described))) == 5
+    keys = [[tuple(view.to_list()) for view in training_views(each)] for each in data]
+    assert keys[0] == keys[3] == [(False, 0, 0), (True, 0, 0)]
+    assert all(len(set(each)) == len(each) for each in keys) and len(set(map(tuple, keys))) == 5
     assert five_crops((8, 9), 0) == [None]
 
 

@@ -1,4 +1,4 @@
-"""Writers of tiny files in the formats of the data sets."""
+"""Functions that write tiny data sets in their file formats."""
 
 import io
 import pickle

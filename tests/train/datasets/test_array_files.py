@@ -57,25 +57,27 @@ def test_idx_files_are_read_raw_and_gzipped_in_every_folder(module, folder, pack
     assert train.labels.tolist() == [0, 1, 2, 3, 4]
 
 
-def spoil_idx(path, damage, idx):
+def damage_idx(path, damage, idx):
     """Damage the file of training images at `path`."""
-    whole = path.read_bytes()
-    packed = path.with_name(f"{path.name}.gz")
+    content = path.read_bytes()
+    gz_path = path.with_name(f"{path.name}.gz")
     if damage == "wrong magic":
-        path.write_bytes(b"\x00\x00\x0d\x03" + whole[4:])
+        path.write_bytes(b"\x00\x00\x0d\x03" + content[4:])
     elif damage == "too short for a header":
-        path.write_bytes(whole[:6])
+        path.write_bytes(content[:6])
     elif damage == "truncated":
-        path.write_bytes(whole[:-1])
+        path.write_bytes(content[:-1])
     elif damage == "too long":
-        path.write_bytes(whole + b"\x00")
+        path.write_bytes(content + b"\x00")
     elif damage == "no images":
         path.write_bytes(idx(np.zeros((0, 28, 28), np.uint8)))
         path.with_name("train-labels-idx1-ubyte").write_bytes(idx(np.zeros(0, np.uint8)))
     else:
         path.unlink()
-        cut = gzip.compress(whole)[:-9]
-        packed.write_bytes({"truncated gzip": cut, "no gzip": whole, "broken gzip": cut[:10] + b"\xff" * 50}[damage])
+        truncated = gzip.compress(content)[:-9]
+        gz_path.write_bytes(
+            {"truncated gzip": truncated, "no gzip": content, "broken gzip": truncated[:10] + b"\xff" * 50}[damage]
+        )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def spoil_idx(path, damage, idx):
 )
 def test_a_damaged_idx_file_is_reported_with_the_reason(damage, message, tmp_path, tiny):
     tiny.save_mnist(tmp_path)
-    spoil_idx(tmp_path / "train-images-idx3-ubyte", damage, tiny.idx)
+    damage_idx(tmp_path / "train-images-idx3-ubyte", damage, tiny.idx)
     with pytest.raises(ValueError, match=f"train-images-idx3-ubyte.*{message}.*download it again"):
         mnist.build(mnist.Config(data_dir=str(tmp_path)), "train")
 
@@ -167,7 +169,7 @@ def test_a_malicious_cifar_batch_is_refused_and_not_run(tmp_path, tiny):
         cifar10.build(cifar10.Config(data_dir=str(tmp_path)), "val")
     assert not target.exists()
     pickle.loads((tmp_path / "test_batch").read_bytes())
-    assert target.exists()  # the payload does run without the check
+    assert target.exists()  # without the check, the payload runs
 
 
 @pytest.mark.parametrize("name", ["builtins eval", "os system", "numpy load", "_codecs encode", "builtins getattr"])
@@ -201,9 +203,9 @@ def test_a_malformed_cifar_batch_is_refused(content, tmp_path):
 
 
 def test_a_truncated_cifar_batch_is_refused(tmp_path, tiny):
-    whole = pickle.dumps(tiny.cifar_batch(), protocol=4)
-    for length in range(0, len(whole), 500):
-        (tmp_path / "test_batch").write_bytes(whole[:length])
+    content = pickle.dumps(tiny.cifar_batch(), protocol=4)
+    for length in range(0, len(content), 500):
+        (tmp_path / "test_batch").write_bytes(content[:length])
         with pytest.raises(ValueError, match="test_batch is not a CIFAR-10 batch"):
             cifar10.build(cifar10.Config(data_dir=str(tmp_path)), "val")
 

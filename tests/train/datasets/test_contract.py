@@ -1,4 +1,4 @@
-"""Every data set in train/datasets, new ones included, keeps the contract of the package."""
+"""Every data set in train/datasets fulfils the contract of the package, new ones included."""
 
 import dataclasses
 import importlib
@@ -98,9 +98,9 @@ def test_a_dataset_survives_pickling_and_rebuilding(module_and_config):
 
 def test_fingerprints_are_hexadecimal_and_differ_by_split(module_and_config):
     module, config = module_and_config
-    prints = {module.build(config, split).fingerprint() for split in SPLITS}
-    assert len(prints) == len(SPLITS)
-    assert all(int(fingerprint, 16) for fingerprint in prints)
+    fingerprints = {module.build(config, split).fingerprint() for split in SPLITS}
+    assert len(fingerprints) == len(SPLITS)
+    assert all(int(fingerprint, 16) for fingerprint in fingerprints)
 
 
 def test_another_split_is_refused(module_and_config):
@@ -127,5 +127,5 @@ def test_no_data_set_imports_anything_slower_than_torch():
         "heavy = ('torchvision', 'sklearn', 'scipy', 'lmdb', 'webdataset')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
-    run = subprocess.run([sys.executable, "-c", script, *NAMES], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", script, *NAMES], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

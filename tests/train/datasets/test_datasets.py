@@ -61,9 +61,9 @@ def test_iterating_an_array_dataset_ends():
 def test_file_fingerprints_depend_on_size_name_and_context(tmp_path):
     file = tmp_path / "a.png"
     file.write_bytes(b"1")
-    prints = [files_fingerprint(tmp_path, ["a.png"], "train"), files_fingerprint(tmp_path, ["a.png"], "val")]
+    fingerprints = [files_fingerprint(tmp_path, ["a.png"], "train"), files_fingerprint(tmp_path, ["a.png"], "val")]
     file.write_bytes(b"12")
-    prints.append(files_fingerprint(tmp_path, ["a.png"], "train"))
+    fingerprints.append(files_fingerprint(tmp_path, ["a.png"], "train"))
     file.rename(tmp_path / "b.png")
-    prints += [files_fingerprint(tmp_path, ["a.png"], "train"), files_fingerprint(tmp_path, ["b.png"], "train")]
-    assert len(set(prints)) == len(prints)
+    fingerprints += [files_fingerprint(tmp_path, ["a.png"], "train"), files_fingerprint(tmp_path, ["b.png"], "train")]
+    assert len(set(fingerprints)) == len(fingerprints)

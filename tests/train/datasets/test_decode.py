@@ -13,7 +13,7 @@ from train.datasets._decode import decode, to_grey_or_rgb
 GREY = np.arange(0, 252, 12, dtype=np.uint8).reshape(3, 7)
 
 
-def encoded(image, kind="PNG", **options):
+def encode(image, kind="PNG", **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     file.seek(0)
@@ -24,14 +24,14 @@ def encoded(image, kind="PNG", **options):
 def test_eight_bit_images_are_unchanged(kind):
     rgb = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
     options = {"lossless": True} if kind == "WEBP" else {}
-    image = decode(encoded(Image.fromarray(rgb), kind, **options))
+    image = decode(encode(Image.fromarray(rgb), kind, **options))
     assert image.mode == "RGB" and np.array_equal(np.asarray(image), rgb)
 
 
 def test_grey_and_black_and_white_stay_grey():
-    image = decode(encoded(Image.fromarray(GREY)))
+    image = decode(encode(Image.fromarray(GREY)))
     assert image.mode == "L" and np.array_equal(np.asarray(image), GREY)
-    image = decode(encoded(Image.fromarray(GREY).convert("1")))
+    image = decode(encode(Image.fromarray(GREY).convert("1")))
     assert image.mode == "L" and set(np.unique(np.asarray(image))) <= {0, 255}
 
 
@@ -39,40 +39,40 @@ def test_grey_and_black_and_white_stay_grey():
 def test_sixteen_bit_grey_is_kept_and_scaled_to_eight_on_request(kind, mode):
     levels = np.array([[0, 128, 129, 257, 32896, 65406, 65407, 65535]], np.uint16)
     data = levels.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
-    image = decode(encoded(Image.frombytes(mode, (8, 1), data), kind))
+    image = decode(encode(Image.frombytes(mode, (8, 1), data), kind))
     assert image.mode == "I;16" and np.array_equal(np.asarray(image), levels)
     for eight in (to_grey_or_rgb(image), to_item({"image": image}, (1, 8), 1)["image"][0]):
         assert np.asarray(eight).tolist() == [[0, 0, 1, 1, 128, 254, 255, 255]]
 
 
 def test_thirty_two_bit_grey_is_clamped_to_sixteen_bits():
-    image = decode(encoded(Image.fromarray(np.array([[-5, 0, 257, 65535, 70000]], np.int32)), "TIFF"))
+    image = decode(encode(Image.fromarray(np.array([[-5, 0, 257, 65535, 70000]], np.int32)), "TIFF"))
     assert np.asarray(image).tolist() == [[0, 0, 257, 65535, 65535]]
     assert np.asarray(to_grey_or_rgb(image)).tolist() == [[0, 0, 1, 255, 255]]
 
 
 def test_a_palette_becomes_rgb():
     rgb = Image.new("RGB", (4, 3), (10, 200, 30))
-    image = decode(encoded(rgb.quantize(4)))
+    image = decode(encode(rgb.quantize(4)))
     assert image.mode == "RGB" and image.getpixel((1, 1)) == (10, 200, 30)
 
 
 def test_cmyk_becomes_rgb():
-    image = decode(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100))
+    image = decode(encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100))
     red, green, blue = image.getpixel((8, 8))
     assert image.mode == "RGB" and red > 250 and green < 5 and blue < 5
 
 
 def test_alpha_is_composited_on_white():
     pixels = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 0, 51]]], np.uint8)
-    image = decode(encoded(Image.fromarray(pixels)))
+    image = decode(encode(Image.fromarray(pixels)))
     assert image.mode == "RGB"
     assert np.asarray(image).tolist() == [[[255, 0, 0], [255, 255, 255], [204, 204, 204]]]
 
 
 def test_grey_alpha_is_composited_on_white_and_stays_grey():
     pixels = np.array([[[77, 255], [77, 0], [0, 51]]], np.uint8)
-    image = decode(encoded(Image.fromarray(pixels)))
+    image = decode(encode(Image.fromarray(pixels)))
     assert image.mode == "L" and np.asarray(image).tolist() == [[77, 255, 204]]
 
 
@@ -81,14 +81,14 @@ def test_a_transparent_palette_entry_becomes_white(transparency):
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
-    decoded = decode(encoded(image, transparency=transparency))
+    decoded = decode(encode(image, transparency=transparency))
     assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(10, 20, 30), (255, 255, 255)]
 
 
 def test_a_transparent_colour_becomes_white():
     image = Image.new("RGB", (2, 1), (1, 2, 3))
     image.putpixel((1, 0), (9, 9, 9))
-    decoded = decode(encoded(image, transparency=(9, 9, 9)))
+    decoded = decode(encode(image, transparency=(9, 9, 9)))
     assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(1, 2, 3), (255, 255, 255)]
 
 
@@ -98,7 +98,7 @@ def test_the_exif_orientation_is_applied(kind):
     image.paste(255, (0, 0, 16, 16))
     exif = Image.Exif()
     exif[0x0112] = 6  # displayed rotated by 90 degrees clockwise
-    upright = decode(encoded(image.convert("RGB"), kind, exif=exif.tobytes()))
+    upright = decode(encode(image.convert("RGB"), kind, exif=exif.tobytes()))
     assert upright.size == (16, 32)
     assert upright.getpixel((8, 4))[0] > 200 and upright.getpixel((8, 28))[0] < 50
 
@@ -106,10 +106,10 @@ def test_the_exif_orientation_is_applied(kind):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
 def test_a_truncated_file_is_unreadable(kind, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
-    whole = encoded(Image.fromarray(noise), kind).getvalue()
+    content = encode(Image.fromarray(noise), kind).getvalue()
     path = tmp_path / "cut.img"
-    for length in (0, 10, len(whole) // 2, len(whole) - 200):
-        path.write_bytes(whole[:length])
+    for length in (0, 10, len(content) // 2, len(content) - 200):
+        path.write_bytes(content[:length])
         with pytest.raises(UnreadableImage, match=r"cut.img: .+"):
             decode(path)
 
@@ -120,13 +120,13 @@ def test_missing_files_texts_and_floats_are_unreadable(tmp_path):
     with pytest.raises(UnreadableImage, match="archive entry 7: "):
         decode(io.BytesIO(b"just words"), name="archive entry 7")
     with pytest.raises(UnreadableImage, match="floats of unknown range"):
-        decode(encoded(Image.new("F", (2, 2)), "TIFF"), name="depth.tif")
+        decode(encode(Image.new("F", (2, 2)), "TIFF"), name="depth.tif")
 
 
 def test_a_decompression_bomb_is_unreadable(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(UnreadableImage, match="bomb.png: "):
-        decode(encoded(Image.fromarray(GREY)), name="bomb.png")
+        decode(encode(Image.fromarray(GREY)), name="bomb.png")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
@@ -136,9 +136,9 @@ def test_corrupted_bytes_give_an_image_or_unreadable_image(kind):
     exif = Image.Exif()
     exif[0x0112] = 6
     options = {} if kind == "BMP" else {"exif": exif.tobytes()}
-    whole = encoded(Image.fromarray(rng.integers(0, 256, (9, 8, 3), np.uint8)), kind, **options).getvalue()
+    content = encode(Image.fromarray(rng.integers(0, 256, (9, 8, 3), np.uint8)), kind, **options).getvalue()
     for _ in range(300):
-        data = bytearray(whole)
+        data = bytearray(content)
         for position in rng.integers(0, min(len(data), 300), 3):
             data[position] = rng.integers(256)
         try:

@@ -31,7 +31,7 @@ def test_a_tree_without_split_folders_is_split_by_seed(tmp_path, tiny):
 
 
 @pytest.mark.parametrize(
-    "folders, wanted",
+    "folders, val_folder",
     [
         (["train", "valid", "test"], "valid"),
         (["train", "val", "test"], "val"),
@@ -40,10 +40,10 @@ def test_a_tree_without_split_folders_is_split_by_seed(tmp_path, tiny):
         (["Train", "Val"], "Val"),
     ],
 )
-def test_existing_folders_are_the_split(folders, wanted, tmp_path, tiny):
+def test_existing_folders_are_the_split(folders, val_folder, tmp_path, tiny):
     tiny.save_images(tmp_path, *(f"{folder}/{i}.png" for folder in folders for i in range(3)), "stray.png")
     train, val = splits(tmp_path)
-    assert (train.root.name, val.root.name) == (folders[0], wanted)
+    assert (train.root.name, val.root.name) == (folders[0], val_folder)
     assert train.names == val.names == ["0.png", "1.png", "2.png"]
 
 
@@ -54,7 +54,7 @@ def test_a_train_folder_alone_is_split(tmp_path, tiny):
     assert sorted([*train.names, *val.names]) == ["0.png", "1.png", "2.png", "3.png"]
 
 
-def test_folders_are_no_classes_by_default(tmp_path, tiny):
+def test_folders_are_not_classes_by_default(tmp_path, tiny):
     tiny.save_images(tmp_path, *(f"{thousand:05}/{thousand + i:05}.png" for thousand in (0, 1000) for i in range(3)))
     for split in splits(tmp_path):
         assert split.n_classes == 0 and split.labels is None
@@ -136,10 +136,10 @@ def test_a_broken_image_is_reported_on_access(tmp_path, tiny):
 def test_changed_files_or_labels_change_the_fingerprint(tmp_path, tiny):
     tiny.save_images(tmp_path, "train/a/0.png", "val/a/0.png")
     plain, labelled = splits(tmp_path)[0], splits(tmp_path, label_from="folder")[0]
-    before = plain.fingerprint()
-    assert before != labelled.fingerprint()
+    fingerprint = plain.fingerprint()
+    assert fingerprint != labelled.fingerprint()
     (tmp_path / "train/a/0.png").write_bytes(tiny.png(200, size=(60, 50)))
-    assert before != plain.fingerprint()
+    assert fingerprint != plain.fingerprint()
 
 
 def test_a_link_back_into_the_tree_is_followed_once(tmp_path, tiny):

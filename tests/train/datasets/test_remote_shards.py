@@ -22,7 +22,7 @@ LIMIT = 2
 
 @pytest.fixture
 def remote(tmp_path, tiny):
-    """Five shards of three samples, in a folder that is read through pipes only."""
+    """A folder of five shards of three samples, read only through pipes."""
     for shard in range(5):
         members = {f"{number:02d}.png": tiny.png(number) for number in range(3 * shard, 3 * shard + 3)}
         tiny.save_shard(tmp_path / "remote" / f"{shard}.tar", members)
@@ -30,12 +30,12 @@ def remote(tmp_path, tiny):
 
 
 def config_of(remote, shards="{0..4}", **flags) -> Config:
-    """Each download appends the number of its shard to a file."""
+    """A config whose downloads append the number of their shard to a file."""
     url = f"pipe:sh -c 'echo $0 >> {remote}/downloaded && cat {remote}/$0.tar' {shards}"
     return Config(data_dir=url, mix_shards=1, shards_on_disk=LIMIT, **flags)
 
 
-def downloaded(remote) -> list[int]:
+def downloaded_shards(remote) -> list[int]:
     return [int(line) for line in (remote / "downloaded").read_text().split()]
 
 
@@ -63,25 +63,25 @@ def test_all_samples_are_read_within_the_disk_limit(remote, shard_cache, monkeyp
 
 def test_a_shard_is_downloaded_once_per_pass_and_indexed_once(remote):
     dataset = build(config_of(remote, val_fraction=0.2), "train")
-    assert sorted(set(downloaded(remote))) == [0, 1, 2, 3, 4]
+    assert sorted(set(downloaded_shards(remote))) == [0, 1, 2, 3, 4]
     (remote / "downloaded").write_text("")
     source = TrainingImages(ImageSource(dataset, DataConfig(img_size=4)), seed=0)
     for position in range(len(dataset)):
         source[[position]]
-    assert len(downloaded(remote)) <= 4  # one block after the other: no download is repeated
+    assert len(downloaded_shards(remote)) <= 4  # block by block, so no download is repeated
     (remote / "downloaded").write_text("")
     build(config_of(remote, val_fraction=0.2), "train")
-    assert len(downloaded(remote)) <= 1  # the one whose first image is decoded
+    assert len(downloaded_shards(remote)) <= 1  # only the shard whose first image is decoded
 
 
 def test_the_least_recently_used_shard_is_evicted(remote, shard_cache):
     dataset = build(config_of(remote), "train")
     (remote / "downloaded").write_text("")
-    of_shard = {int(row["key"]) // 3: i for i, row in enumerate(dataset.rows)}
+    index_of_shard = {int(row["key"]) // 3: i for i, row in enumerate(dataset.rows)}
     shutil.rmtree(shard_cache / "shards")
     for shard in (0, 1, 0, 2, 0, 1):
-        dataset[of_shard[shard]]
-    assert downloaded(remote) == [0, 1, 2, 1]
+        dataset[index_of_shard[shard]]
+    assert downloaded_shards(remote) == [0, 1, 2, 1]
 
 
 def test_processes_share_cached_shards(remote, shard_cache):
@@ -96,15 +96,15 @@ def test_a_shard_downloaded_by_another_process_is_reused(remote, shard_cache, mo
     dataset = build(config_of(remote), "train")
     dataset[0]
     (remote / "downloaded").write_text("")
-    looks, real = [], ShardStore.open_cached
+    attempts, real = [], ShardStore.open_cached
 
-    def not_at_the_first_look(store, stamp):
-        looks.append(stamp)
-        return real(store, stamp) if len(looks) > 1 else None
+    def miss_first_attempt(store, stamp):
+        attempts.append(stamp)
+        return real(store, stamp) if len(attempts) > 1 else None
 
-    monkeypatch.setattr(ShardStore, "open_cached", not_at_the_first_look)
+    monkeypatch.setattr(ShardStore, "open_cached", miss_first_attempt)
     dataset[0]
-    assert len(looks) == 2 and not downloaded(remote)
+    assert len(attempts) == 2 and not downloaded_shards(remote)
 
 
 def build_together(barrier, config, queue):
@@ -115,12 +115,12 @@ def build_together(barrier, config, queue):
 def test_processes_that_start_together_index_each_shard_once(remote, shard_cache, tmp_path, monkeypatch):
     scan = tar.scan
 
-    def noted(file, name, wanted):
+    def log_scan(file, name, wanted):
         with (tmp_path / "scanned").open("a") as log:
             log.write(f"{name[-1]}\n")
         return scan(file, name, wanted)
 
-    monkeypatch.setattr(tar, "scan", noted)
+    monkeypatch.setattr(tar, "scan", log_scan)
     context = multiprocessing.get_context("fork")
     barrier, queue = context.Barrier(3), context.Queue()
     config = config_of(remote, "{0..2}", val_fraction=0.34)
@@ -168,7 +168,7 @@ def test_file_urls_are_read_in_place(remote, shard_cache):
     assert len(numbers(dataset)) == len(dataset) and not (shard_cache / "shards").exists()
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset brings http by curl")
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset downloads http URLs with curl")
 def test_a_rewritten_shard_on_a_server_is_reindexed(remote, tiny):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments):

@@ -70,9 +70,9 @@ def test_json_fields_stay_with_their_image(shards, workers, scanned):
         assert batch["text"] == ["a b"] * 4 and torch.equal(batch["kind"], batch["label"])
     build(config, "val")
     assert len(scanned) == 6
-    without = build(Config(data_dir=str(shards), label_from="cls"), "train")
-    assert len(scanned) == 12 and without[0].keys() == {"image", "label"}
-    assert without.fingerprint() != source.source.dataset.fingerprint()
+    unannotated = build(Config(data_dir=str(shards), label_from="cls"), "train")
+    assert len(scanned) == 12 and unannotated[0].keys() == {"image", "label"}
+    assert unannotated.fingerprint() != source.source.dataset.fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -96,10 +96,10 @@ def test_samples_without_the_fields_are_refused(tmp_path, tiny, content, message
             [dataset[i] for i in range(len(dataset))]
 
 
-TAKEN = [{"json_fields": ("label",)}, {"box_fields": ("image",)}, {"mask_ext": ("label.png",)}]
+RESERVED_FIELDS = [{"json_fields": ("label",)}, {"box_fields": ("image",)}, {"mask_ext": ("label.png",)}]
 
 
-@pytest.mark.parametrize("fields", TAKEN)
+@pytest.mark.parametrize("fields", RESERVED_FIELDS)
 def test_extra_fields_may_not_be_image_label_or_duplicates(fields):
     with pytest.raises(ValueError, match="items have them already"):
         Config(**fields)
@@ -110,7 +110,7 @@ def test_extra_fields_may_not_be_image_label_or_duplicates(fields):
 LEVELS = np.array([[0, 1], [2, 17]], np.uint8).repeat(4, 0).repeat(4, 1)
 
 
-def png_of(image):
+def encode_png(image):
     file = io.BytesIO()
     image.save(file, format="png")
     return file.getvalue()
@@ -125,9 +125,12 @@ def annotated(tmp_path, tiny):
         members = {}
         for i in (2 * shard, 2 * shard + 1):
             boxes = [[0, 0, 4, 4], [4, 4, 8, 8]][: i % 3]
-            content = {"boxes": boxes, "ids": list(range(len(boxes))), "where": [0.5, i], "tags": ["a"] * (i % 3)}
-            members |= {f"{i}.jpg": png_of(Image.new("L", (8, 8), 10 * i)), f"{i}.json": json.dumps(content).encode()}
-            members |= {f"{i}.seg.png": png_of(Image.fromarray(LEVELS)), f"{i}.part.png": png_of(palette)}
+            content = {"boxes": boxes, "ids": list(range(len(boxes))), "point": [0.5, i], "tags": ["a"] * (i % 3)}
+            members |= {
+                f"{i}.jpg": encode_png(Image.new("L", (8, 8), 10 * i)),
+                f"{i}.json": json.dumps(content).encode(),
+            }
+            members |= {f"{i}.seg.png": encode_png(Image.fromarray(LEVELS)), f"{i}.part.png": encode_png(palette)}
         tiny.save_shard(tmp_path / f"shards-{shard}.tar", members)
     return tmp_path
 
@@ -136,7 +139,7 @@ def annotated(tmp_path, tiny):
 def test_boxes_and_label_maps_round_trip(annotated, workers):
     config = Config(
         data_dir=str(annotated), image_ext=("jpg",), val_fraction=0.25, mask_ext=("seg.png", "part.png"),
-        json_fields=("where",), box_fields=("boxes",), id_fields=("ids",),
+        json_fields=("point",), box_fields=("boxes",), id_fields=("ids",),
     )  # fmt: skip
     data = DataConfig(img_size=8, n_channels=1, horizontal_flip=True, num_workers=workers)
     source = TrainingImages(ImageSource(build(config, "train"), data), seed=3)
@@ -144,22 +147,22 @@ def test_boxes_and_label_maps_round_trip(annotated, workers):
     combinations, maps = set(), torch.from_numpy(LEVELS)
     for (batch,) in training_batches(source, world=DistContext(torch.device("cpu")), **options):
         assert torch.equal(batch["ids_mask"], batch["boxes_mask"]) and batch["ids"].dtype == torch.int64
-        for seg, part, boxes, mask, where in zip(
-            batch["seg"], batch["part"], batch["boxes"], batch["boxes_mask"], batch["where"], strict=True
+        for seg, part, boxes, mask, point in zip(
+            batch["seg"], batch["part"], batch["boxes"], batch["boxes_mask"], batch["point"], strict=True
         ):
             flipped = not torch.equal(seg, maps)
             assert torch.equal(seg, maps.flip(1) if flipped else maps) and torch.equal(part, seg)
-            count = int(where[1]) % 3
-            assert mask.sum() == count and where[0] == 0.5
+            count = int(point[1]) % 3
+            assert mask.sum() == count and point[0] == 0.5
             expected = [[4, 0, 8, 4], [0, 4, 4, 8]] if flipped else [[0, 0, 4, 4], [4, 4, 8, 8]]
             assert boxes[:count].tolist() == expected[:count]
-            combinations.add((int(where[1]), flipped))
+            combinations.add((int(point[1]), flipped))
     assert len({number for number, _ in combinations}) == 3 and len({flipped for _, flipped in combinations}) == 2
 
 
 def test_an_rgb_mask_is_refused(tmp_path, tiny):
     for key in "ab":
-        members = {f"{key}.jpg": tiny.png(), f"{key}.seg.png": png_of(Image.new("RGB", (8, 8)))}
+        members = {f"{key}.jpg": tiny.png(), f"{key}.seg.png": encode_png(Image.new("RGB", (8, 8)))}
         tiny.save_shard(tmp_path / f"{key}.tar", members)
     with pytest.raises(ValueError, match="mode RGB, wanted grey or a palette"):
         build(Config(data_dir=str(tmp_path), image_ext=("jpg",), mask_ext=("seg.png",)), "train")
@@ -209,8 +212,10 @@ def test_a_broken_image_is_reported_by_shard_and_sample(tmp_path, tiny):
         build(Config(data_dir=str(path)), "val")
 
 
-@pytest.mark.parametrize("cut", ["in an image", "between samples", "without its end", "compressed", "nothing", "text"])
-def test_incomplete_tars_are_refused(shards, cut):
+@pytest.mark.parametrize(
+    "damage", ["in an image", "between samples", "without its end", "compressed", "nothing", "text"]
+)
+def test_incomplete_tars_are_refused(shards, damage):
     path = shards / "shards-002.tar"
     content = path.read_bytes()
     with tarfile.open(path) as tar:
@@ -221,12 +226,12 @@ def test_incomplete_tars_are_refused(shards, cut):
         "without its end": end.offset_data + 512,
         "nothing": 0,
     }
-    if cut == "compressed":
+    if damage == "compressed":
         path.unlink()
         with tarfile.open(path, "w:gz") as tar:
             tar.addfile(tarfile.TarInfo("a.png"), io.BytesIO())
     else:
-        path.write_bytes(b"just words" * 200 if cut == "text" else content[: lengths[cut]])
+        path.write_bytes(b"just words" * 200 if damage == "text" else content[: lengths[damage]])
     with pytest.raises(ValueError, match=r"shards-002.tar is not a complete, uncompressed tar \(.+\): download"):
         build(Config(data_dir=str(shards)), "train")
 
@@ -278,8 +283,8 @@ def test_a_sample_in_two_shards_needs_keys_per_shard(shards, tiny):
         ValueError, match="sample s/0009 is in .*shards-002.tar and in .*shards-006.tar.*keys_per_shard"
     ):
         build(Config(data_dir=str(shards)), "train")
-    both = [build(Config(data_dir=str(shards), keys_per_shard=True), split) for split in SPLITS]
-    assert sorted(numbers(both[0]) + numbers(both[1])) == [*range(24), 200]
+    splits = [build(Config(data_dir=str(shards), keys_per_shard=True), split) for split in SPLITS]
+    assert sorted(numbers(splits[0]) + numbers(splits[1])) == [*range(24), 200]
 
 
 def test_missing_and_duplicate_shards_are_refused(shards):
@@ -306,7 +311,7 @@ def test_a_missing_package_names_the_pip_command(shards, monkeypatch):
 
 @pytest.fixture
 def scanned(monkeypatch):
-    """A list of the shards that are indexed."""
+    """The names of the shards indexed so far."""
     names, scan = [], tar.scan
     monkeypatch.setattr(tar, "scan", lambda file, name, wanted: names.append(name) or scan(file, name, wanted))
     return names
@@ -328,10 +333,10 @@ def test_shards_are_indexed_once_and_again_when_rewritten(shards, tiny, scanned)
 
 
 def test_an_incomplete_index_is_rebuilt(shards, shard_cache, scanned):
-    first = build(Config(data_dir=str(shards)), "train")
+    dataset = build(Config(data_dir=str(shards)), "train")
     for size, path in zip((0, 3, 150, 300), sorted(shard_cache.glob("index/*.npy")), strict=False):
         path.write_bytes(path.read_bytes()[:size])
-    assert build(Config(data_dir=str(shards)), "train").fingerprint() == first.fingerprint()
+    assert build(Config(data_dir=str(shards)), "train").fingerprint() == dataset.fingerprint()
     assert len(scanned) == 10
 
 

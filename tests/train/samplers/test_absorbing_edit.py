@@ -9,12 +9,12 @@ from train.samplers.absorbing import AbsorbingSampler, Config, Sampling
 from train.spaces import EditInput
 
 
-def built(schedule="linear", grid=(8, 8)):
+def make_sampler(schedule="linear", grid=(8, 8)):
     config = Config(bert_n_emb=8, bert_n_head=2, bert_n_layers=1, total_steps=4, schedule=schedule)
     return AbsorbingSampler(config, codes=5, grid=grid, n_classes=0)
 
 
-class Asked(LabelNetwork):
+class UniformNetwork(LabelNetwork):
     """A uniform network."""
 
     def __init__(self):
@@ -26,16 +26,17 @@ class Asked(LabelNetwork):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "arccos", "square"])
 def test_strength_is_the_masked_fraction_for_any_schedule(schedule):
-    x0, network = torch.zeros(50, 8, 8, dtype=torch.long), Asked()
+    x0, network = torch.zeros(50, 8, 8, dtype=torch.long), UniformNetwork()
     edit = EditInput(x0, torch.zeros(50, 8, 8, dtype=torch.bool), 0.7)
-    built(schedule).sample(network, Streams(list(range(50))), options=Sampling(sample_steps=1), edit=edit)
-    share = (network.calls[0][0] == 5).float().mean().item()
-    assert share == pytest.approx(0.7, abs=5 * (0.21 / 3200) ** 0.5)
+    make_sampler(schedule).sample(network, Streams(list(range(50))), options=Sampling(sample_steps=1), edit=edit)
+    fraction = (network.calls[0][0] == 5).float().mean().item()
+    assert fraction == pytest.approx(0.7, abs=5 * (0.21 / 3200) ** 0.5)
 
 
 def test_windows_of_known_codes_are_not_evaluated():
-    x0, keep, network = torch.zeros(1, 9, 12, dtype=torch.long), torch.ones(1, 9, 12, dtype=torch.bool), Asked()
-    keep[0, 0, 0] = False  # in one window alone
-    options, where = Sampling(sample_steps=2), {"shape": (9, 12), "window_stride": 1}
-    built().sample(network, Streams([0]), options=options, edit=EditInput(x0, keep), **where)
+    x0, network = torch.zeros(1, 9, 12, dtype=torch.long), UniformNetwork()
+    keep = torch.ones(1, 9, 12, dtype=torch.bool)
+    keep[0, 0, 0] = False  # in a single window
+    options, canvas = Sampling(sample_steps=2), {"shape": (9, 12), "window_stride": 1}
+    make_sampler().sample(network, Streams([0]), options=options, edit=EditInput(x0, keep), **canvas)
     assert [len(ids) for ids, _ in network.calls] == [1]

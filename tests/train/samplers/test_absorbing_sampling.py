@@ -29,11 +29,11 @@ class Recorder(LabelNetwork):
         super().__init__(CLASSES)
 
     def predict(self, ids, labels):
-        places = torch.arange(float(ids[0].numel() * CODES)).view(*ids.shape[1:], CODES)
-        return (places * (1 + labels + ids.sum((1, 2))).view(-1, 1, 1, 1)).cos()
+        positions = torch.arange(float(ids[0].numel() * CODES)).view(*ids.shape[1:], CODES)
+        return (positions * (1 + labels + ids.sum((1, 2))).view(-1, 1, 1, 1)).cos()
 
 
-def built(n_classes=CLASSES, **settings):
+def make_sampler(n_classes=CLASSES, **settings):
     small = {"bert_n_emb": 16, "bert_n_head": 2, "bert_n_layers": 2}
     return absorbing.build(absorbing.Config(**small | settings), codes=CODES, grid=GRID, n_classes=n_classes)
 
@@ -43,13 +43,13 @@ def options(name="ancestral", **settings):
     return absorbing.Sampling(**{"solver": name, "sample_steps": steps} | settings)
 
 
-def known(*shape, seed=0):
+def random_codes(*shape, seed=0):
     return torch.randint(0, CODES, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_guidance_asks_with_and_without_the_label_in_one_call():
+def test_guidance_evaluates_both_conditions_in_one_call():
     recorder = Recorder()
-    built().sample(
+    make_sampler().sample(
         recorder, Streams([0, 1]), batch={"label": LABELS[:2]}, options=options(guidance=2.0, sample_steps=1)
     )
     (ids, labels), *others = recorder.calls
@@ -58,11 +58,11 @@ def test_guidance_asks_with_and_without_the_label_in_one_call():
 
 def test_without_a_batch_the_null_is_used_and_guidance_refused():
     recorder = Recorder()
-    built().sample(recorder, Streams([0]), options=options())
+    make_sampler().sample(recorder, Streams([0]), options=options())
     assert all((labels == CLASSES).all() for _, labels in recorder.calls)
     for batch in (None, {}):
         with pytest.raises(ValueError, match="got guidance 2.0 without a condition: pass --guidance 1"):
-            built().sample(recorder, Streams([0]), batch=batch, options=options(guidance=2.0))
+            make_sampler().sample(recorder, Streams([0]), batch=batch, options=options(guidance=2.0))
 
 
 def test_guidance_follows_its_schedule_and_its_interval():
@@ -73,7 +73,7 @@ def test_guidance_follows_its_schedule_and_its_interval():
         ({"guidance_schedule": "linear"}, [1, 2, 2.6, 3]),
         ({"guidance_interval": (0.1, 0.6)}, [1, 3, 3, 1]),
     ):
-        pred = built().make_denoiser(Recorder(), BATCH, options(guidance=3.0, **settings), ids)(ids, t)
+        pred = make_sampler().make_denoiser(Recorder(), BATCH, options(guidance=3.0, **settings), ids)(ids, t)
         assert torch.allclose(pred, weak + torch.tensor(scales).view(-1, 1, 1, 1) * (strong - weak), atol=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_guidance_follows_its_schedule_and_its_interval():
 def test_windows_of_a_larger_canvas_keep_each_image_s_label(guidance):
     """Each window in a call belongs to a canvas with that label."""
     recorder, canvases = Recorder(), []
-    ids = built().sample(
+    ids = make_sampler().sample(
         recorder, Streams([0, 1]), batch={"label": LABELS[:2]}, options=options(guidance=guidance), shape=(5, 7),
         window_stride=1, on_step=lambda i, t, s, x, logits: canvases.append(x) or x,
     )  # fmt: skip
@@ -99,58 +99,61 @@ def test_windows_of_a_larger_canvas_keep_each_image_s_label(guidance):
 
 
 def test_windows_of_an_image_as_condition_are_refused():
-    sampler, given = built(n_classes=0, conditions=("image",)), {"condition_image": torch.zeros(1, 3, 5, 7)}
+    sampler, batch = make_sampler(n_classes=0, conditions=("image",)), {"condition_image": torch.zeros(1, 3, 5, 7)}
     with pytest.raises(ValueError, match=r"got a canvas of \(5, 7\) codes in windows of \(3, 4\) with an image"):
-        sampler.sample(sampler.network, Streams([0]), batch=given, options=options(), shape=(5, 7))
-    whole = built(n_classes=0, conditions=("image",), position="rope")
-    assert whole.sample(whole.network, Streams([0]), batch=given, options=options(), shape=(5, 7)).shape == (1, 5, 7)
+        sampler.sample(sampler.network, Streams([0]), batch=batch, options=options(), shape=(5, 7))
+    rope_sampler = make_sampler(n_classes=0, conditions=("image",), position="rope")
+    ids = rope_sampler.sample(rope_sampler.network, Streams([0]), batch=batch, options=options(), shape=(5, 7))
+    assert ids.shape == (1, 5, 7)
 
 
-def test_windows_are_half_a_grid_apart_where_nothing_is_said():
-    stride_1 = built(n_classes=0).sample(Recorder(), Streams([0]), options=options(), shape=(5, 7), window_stride=1)
-    default = built(n_classes=0).sample(Recorder(), Streams([0]), options=options(), shape=(5, 7))
+def test_windows_are_half_a_grid_apart_by_default():
+    stride_1 = make_sampler(n_classes=0).sample(
+        Recorder(), Streams([0]), options=options(), shape=(5, 7), window_stride=1
+    )
+    default = make_sampler(n_classes=0).sample(Recorder(), Streams([0]), options=options(), shape=(5, 7))
     assert torch.equal(default, stride_1)  # half of 3, rounded down
-    wide = built(n_classes=0).sample(Recorder(), Streams([0]), options=options(), shape=(5, 7), window_stride=3)
+    wide = make_sampler(n_classes=0).sample(Recorder(), Streams([0]), options=options(), shape=(5, 7), window_stride=3)
     assert not torch.equal(default, wide)
 
 
 @pytest.mark.parametrize("position", ["rope", "bias", "none"])
 def test_with_relative_positions_a_canvas_is_one_pass_a_step(position):
-    recorder, sampler = Recorder(), built(position=position)
+    recorder, sampler = Recorder(), make_sampler(position=position)
     ids = sampler.sample(
         recorder, Streams([0, 1]), batch={"label": LABELS[:2]}, options=options("halton"), shape=(5, 6)
     )
     assert ids.shape == (2, 5, 6)
-    assert len(recorder.calls) == 4 and all(asked.shape[1:] == (5, 6) for asked, _ in recorder.calls)
+    assert len(recorder.calls) == 4 and all(canvas.shape[1:] == (5, 6) for canvas, _ in recorder.calls)
     sampler.sample(recorder, Streams([0]), options=options(), shape=(5, 6), window_stride=1)
-    assert recorder.calls[-1][0].shape[1:] == GRID  # windows are still to be had
+    assert recorder.calls[-1][0].shape[1:] == GRID  # window_stride still selects windows
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_canvas_of_the_grid_in_windows_is_the_plain_sample(name):
-    sampler, given = built(), options(name, guidance=2.0, temp=0.8)
+    sampler, sampling = make_sampler(), options(name, guidance=2.0, temp=0.8)
     torch.manual_seed(0)
     network = sampler.network.eval()
     for parameter in network.parameters():
         parameter.data.add_(0.2 * torch.randn_like(parameter))
     draws = [
-        sampler.sample(network, Streams([1, 2, 3, 4]), batch=BATCH, options=given, window_stride=stride)
+        sampler.sample(network, Streams([1, 2, 3, 4]), batch=BATCH, options=sampling, window_stride=stride)
         for stride in (None, 2)
     ]
     assert torch.equal(*draws)
 
 
-# The same image whatever the batch, and whatever is evaluated together
+# Samples do not depend on the batch
 
 
 @pytest.fixture(scope="module")
 def network():
-    """A real network in float64 with random weights."""
+    """A transformer in float64 with random weights."""
     torch.manual_seed(0)
-    made = built().network.double().eval().requires_grad_(False)
-    for parameter in made.parameters():
+    network = make_sampler().network.double().eval().requires_grad_(False)
+    for parameter in network.parameters():
         parameter.add_(0.2 * torch.randn_like(parameter))
-    return made
+    return network
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -164,15 +167,16 @@ def network():
     ],
 )
 def test_codes_do_not_depend_on_the_batch(network, name, settings):
-    sampler, seeds = built(), [11, 12, 13, 14]
-    keep = known(4, *GRID, seed=2) < 2
-    edit = EditInput(known(4, *GRID), keep & (torch.arange(4) > 1).view(4, 1, 1))  # two of the four begin with some
+    sampler, seeds = make_sampler(), [11, 12, 13, 14]
+    keep = random_codes(4, *GRID, seed=2) < 2
+    keep &= (torch.arange(4) > 1).view(4, 1, 1)  # two of the four start with known codes
+    edit = EditInput(random_codes(4, *GRID), keep)
 
     def draw(rows, **kwargs):
         part = EditInput(edit.x0[rows], edit.keep[rows])
         rng = Streams([seeds[row] for row in rows])
-        given = options(name, **settings)
-        return sampler.sample(network, rng, batch={"label": LABELS[rows]}, options=given, edit=part, **kwargs)
+        sampling = options(name, **settings)
+        return sampler.sample(network, rng, batch={"label": LABELS[rows]}, options=sampling, edit=part, **kwargs)
 
     together = draw([0, 1, 2, 3])
     assert all(torch.equal(draw([row])[0], together[row]) for row in range(4))
@@ -183,16 +187,16 @@ def test_codes_do_not_depend_on_the_batch(network, name, settings):
 
 @pytest.mark.parametrize("labels", [None, torch.tensor([0, 0, 1, 0, 1, 1])])
 def test_rows_with_equal_codes_and_labels_are_evaluated_once(labels):
-    x, t = known(3, *GRID)[[0, 1, 0, 0, 1, 2]], torch.linspace(1, 0.5, 6)  # the network is told no time
+    x, t = random_codes(3, *GRID)[[0, 1, 0, 0, 1, 2]], torch.linspace(1, 0.5, 6)  # the network has no time input
     recorder, batch = Recorder(), None if labels is None else {"label": labels}
-    pred = built().make_denoiser(recorder, batch, options(), x)(x, t)
+    pred = make_sampler().make_denoiser(recorder, batch, options(), x)(x, t)
     assert torch.equal(pred, Recorder()(x, {} if labels is None else {"label": labels}))
     assert len(recorder.calls) == 1 and len(recorder.calls[0][0]) == (3 if labels is None else 5)
-    different = known(5, *GRID, seed=3)
+    different = random_codes(5, *GRID, seed=3)
     assert torch.equal(
-        built().make_denoiser(recorder, None, options(), different)(different, t[:5]), Recorder()(different)
+        make_sampler().make_denoiser(recorder, None, options(), different)(different, t[:5]), Recorder()(different)
     )
-    assert torch.equal(recorder.calls[-1][0], different)  # in their own order, uncopied
+    assert torch.equal(recorder.calls[-1][0], different)  # in their original order
 
 
 # Known codes
@@ -201,26 +205,26 @@ def test_rows_with_equal_codes_and_labels_are_evaluated_once(labels):
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("shape", [None, (5, 7)])
 def test_known_codes_are_kept_and_the_rest_is_drawn(name, shape):
-    x0 = known(4, *(shape or GRID))
-    keep = known(4, *(shape or GRID), seed=5) > 2
-    given = options(name, remasking="cap", remask_eta=1.0) if name == "remask" else options(name)
-    out = built().sample(
-        Recorder(), Streams([0, 1, 2, 3]), batch=BATCH, options=given, edit=EditInput(x0, keep), shape=shape
+    x0 = random_codes(4, *(shape or GRID))
+    keep = random_codes(4, *(shape or GRID), seed=5) > 2
+    sampling = options(name, remasking="cap", remask_eta=1.0) if name == "remask" else options(name)
+    out = make_sampler().sample(
+        Recorder(), Streams([0, 1, 2, 3]), batch=BATCH, options=sampling, edit=EditInput(x0, keep), shape=shape
     )
     assert torch.equal(out[keep], x0[keep]) and (out < CODES).all() and (out[~keep] != x0[~keep]).any()
 
 
 @pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
 def test_strength_is_the_masked_fraction_of_the_rest(t):
-    x0, seen, n = known(200, *GRID), [], 200
+    x0, states, n = random_codes(200, *GRID), [], 200
     recorder, edit = Recorder(), EditInput(x0, torch.zeros_like(x0).bool(), t)
-    built(schedule="cosine", n_classes=0).sample(
+    make_sampler(schedule="cosine", n_classes=0).sample(
         recorder, Streams(list(range(n))), options=options(sample_steps=1), edit=edit,
-        on_step=lambda i, t, s, x, logits: seen.append(x) or x,
+        on_step=lambda i, t, s, x, logits: states.append(x) or x,
     )  # fmt: skip
-    begun = recorder.calls[0][0]
-    assert (begun == CODES).float().mean().item() == pytest.approx(t, abs=0.03)  # whatever the schedule
-    assert ((begun == x0) | (begun == CODES)).all() and (seen[0] < CODES).all()
+    initial = recorder.calls[0][0]
+    assert (initial == CODES).float().mean().item() == pytest.approx(t, abs=0.03)  # whatever the schedule
+    assert ((initial == x0) | (initial == CODES)).all() and (states[0] < CODES).all()
 
 
 # Solvers and their settings
@@ -239,7 +243,7 @@ REVEALS = [(name, "auto", own) for name, own in AUTO.items()] + [(name, "linear"
 
 @pytest.mark.parametrize("name, reveal, expected", REVEALS)
 def test_the_reveal_schedule_is_the_chosen_or_the_solver_s_own(name, reveal, expected):
-    sampler = built(schedule="square", total_steps=77)
+    sampler = make_sampler(schedule="square", total_steps=77)
     process = sampler.sampling_process(get_solver(sampler.process, name), options(name, reveal=reveal))
     assert process == AbsorbingDiffusion(CODES, 77, expected)
     assert sampler.process.schedule == "square"
@@ -247,34 +251,34 @@ def test_the_reveal_schedule_is_the_chosen_or_the_solver_s_own(name, reveal, exp
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_default_steps_are_the_solver_s_own(name):
-    seen = []
-    built(total_steps=5).sample(
+    steps = []
+    make_sampler(total_steps=5).sample(
         Recorder(), Streams([0]), options=options(name, sample_steps=None),
-        on_step=lambda i, t, s, x, logits: seen.append(i) or x,
+        on_step=lambda i, t, s, x, logits: steps.append(i) or x,
     )  # fmt: skip
-    assert len(seen) == (12 if name == "first_hitting" else 5)
+    assert len(steps) == (12 if name == "first_hitting" else 5)
 
 
 def test_the_settings_of_solvers_reach_them():
-    process = built().process
-    entry, given = select_solver(process, options("confidence", choice_temp=0.0))
-    assert entry.solve is confidence and given == {"choice_temp": 0.0}
-    given = select_solver(process, options("remask", remasking="conf", remask_eta=0.2))[1]
-    assert given == {"remasking": "conf", "remask_eta": 0.2}
+    process = make_sampler().process
+    entry, kwargs = select_solver(process, options("confidence", choice_temp=0.0))
+    assert entry.solve is confidence and kwargs == {"choice_temp": 0.0}
+    kwargs = select_solver(process, options("remask", remasking="conf", remask_eta=0.2))[1]
+    assert kwargs == {"remasking": "conf", "remask_eta": 0.2}
 
 
 @pytest.mark.parametrize("flag, value", [("choice_temp", 1.0), ("remasking", "cap"), ("remask_eta", 0.1)])
 def test_settings_of_another_solver_are_refused(flag, value):
     owner = "confidence" if flag == "choice_temp" else "remask"
     for name in SOLVERS:
-        asked = options(name, **{flag: value})
+        sampling = options(name, **{flag: value})
         if name == owner:
-            built().sample(Recorder(), Streams([0]), options=asked)
+            make_sampler().sample(Recorder(), Streams([0]), options=sampling)
         else:
             with pytest.raises(
                 ValueError, match=f"got {flag} {value} for solver {name}, which has no such option: leave --{flag}"
             ):
-                built().sample(Recorder(), Streams([0]), options=asked)
+                make_sampler().sample(Recorder(), Streams([0]), options=sampling)
 
 
 GREEDY = [{"temp": 1e-4}, {"temp": 0.0}, {"temp": 0.0, "last_temp": 0.0}, {"top_k": 1}, {"top_p": 1e-6}]
@@ -287,7 +291,7 @@ def test_temperature_top_k_and_top_p_reach_every_solver(name, settings):
         def predict(self, ids, labels):
             return torch.tensor([0.0, 0.1, 0.3, 0.2, 0.1, 0.0]).expand(*ids.shape, CODES)
 
-    out = built().sample(Certain(CLASSES), Streams([0, 1]), options=options(name, **settings))
+    out = make_sampler().sample(Certain(CLASSES), Streams([0, 1]), options=options(name, **settings))
     assert (out == 2).all()
 
 
@@ -296,12 +300,12 @@ def test_on_step_receives_the_logits():
         def predict(self, ids, labels):
             return torch.arange(6.0).expand(*ids.shape, CODES)
 
-    seen = []
-    built().sample(
+    recorded = []
+    make_sampler().sample(
         Flat(CLASSES), Streams([0]), options=options(temp=2.0, last_temp=0.0, top_k=1),
-        on_step=lambda i, t, s, x, logits: seen.append(logits[0, 0, 0].tolist()) or x,
+        on_step=lambda i, t, s, x, logits: recorded.append(logits[0, 0, 0].tolist()) or x,
     )  # fmt: skip
-    assert seen == [[0, 1, 2, 3, 4, 5]] * 4
+    assert recorded == [[0, 1, 2, 3, 4, 5]] * 4
 
 
 def test_every_option_is_used_by_the_sampler():

@@ -14,7 +14,7 @@ def test_several_or_ragged_fields_become_a_dict():
     assert raw_conditions({"boxes": ("boxes",)}, batch)["boxes"].keys() == {"boxes", "boxes_mask"}
 
 
-def test_a_field_that_the_batch_lacks_is_named():
+def test_a_missing_batch_field_is_named():
     with pytest.raises(ValueError, match="conditions need ids"):
         raw_conditions({"boxes": ("boxes", "ids")}, {"boxes": torch.zeros(2)})
 

@@ -16,64 +16,66 @@ from train.registry import load_plugin, plugin_names
 from train.samplers import LearnedSampler, Process
 from train.samplers.autoregressive import AutoregressiveSampler
 
-SMALL = {  # settings that make a sampler small; a new one may add its own
+SMALL = {  # settings of tiny samplers; add those of new samplers here
     "absorbing": {"bert_n_emb": 8, "bert_n_head": 2, "bert_n_layers": 1, "total_steps": 8},
     "autoregressive": {"bert_n_emb": 8, "bert_n_head": 2, "bert_n_layers": 1},
     "ddpm": {"channels": 8, "channel_mults": (1, 2), "res_blocks": 1, "attn_factors": (2,), "heads": 1}
     | {"total_steps": 8},
 }
-SPACES = {  # SPACE -> the facts that `build` may be told
+SPACES = {  # SPACE -> possible arguments of `build`
     "codes": [{"codes": 4, "grid": (2, 4)}],
     "continuous": [{"shape": (1, 4, 8), "pixels": True}, {"shape": (4, 2, 4), "pixels": False}],
 }
 GREY = image.Config(condition_channels=1)
 SAMPLERS = plugin_names("train.samplers")
-CASES = [(name, facts) for name in SAMPLERS for facts in SPACES[load_plugin("train.samplers", name, "").SPACE]]
+CASES = [
+    (name, model_args) for name in SAMPLERS for model_args in SPACES[load_plugin("train.samplers", name, "").SPACE]
+]
 CLASSES = 3
-STEPS = {"autoregressive": 8}  # of those that leave no choice: one per code
+STEPS = {"autoregressive": 8}  # fixed number of steps: one per code
 
 
-def case(name, facts):
-    kind = "codes" if "codes" in facts else "pixels" if facts["pixels"] else "latents"
+def case_id(name, model_args):
+    kind = "codes" if "codes" in model_args else "pixels" if model_args["pixels"] else "latents"
     return f"{name}-{kind}"
 
 
-def built(name, facts, n_classes=CLASSES):
+def make_sampler(name, model_args, n_classes=CLASSES):
     """The sampler with a perturbed network, since initial outputs may be constant 0."""
     torch.manual_seed(0)
     module = load_plugin("train.samplers", name, "sampler")
-    sampler = module.build(module.Config(**SMALL.get(name, {})), **facts, n_classes=n_classes)
+    sampler = module.build(module.Config(**SMALL.get(name, {})), **model_args, n_classes=n_classes)
     with torch.no_grad():
         for parameter in sampler.network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return sampler, module
 
 
-def data(facts, n=6, first=0):
+def data(model_args, n=6, first=0):
     rng = Streams(list(range(n)))
-    if "codes" in facts:
-        seen = {"codes": torch.randint(facts["codes"], (n, *facts["grid"]), generator=torch.manual_seed(1))}
+    if "codes" in model_args:
+        batch = {"codes": torch.randint(model_args["codes"], (n, *model_args["grid"]), generator=torch.manual_seed(1))}
     else:
-        seen = {"x0": (rng.uniform((n, *facts["shape"])) * 255).round() / 127.5 - 1}
-    return seen | {"label": torch.arange(n) % CLASSES, "position": torch.arange(first, first + n)}
+        batch = {"x0": (rng.uniform((n, *model_args["shape"])) * 255).round() / 127.5 - 1}
+    return batch | {"label": torch.arange(n) % CLASSES, "position": torch.arange(first, first + n)}
 
 
-def drawn_shape(facts):
-    return facts["grid"] if "codes" in facts else facts["shape"]
+def sample_shape(model_args):
+    return model_args["grid"] if "codes" in model_args else model_args["shape"]
 
 
 def draws(batch, seed=0):
     return TrainingStreams(seed, batch, len(batch["position"]), torch.device("cpu"))
 
 
-@pytest.fixture(params=CASES, ids=lambda c: case(*c))
+@pytest.fixture(params=CASES, ids=lambda c: case_id(*c))
 def sampler_case(request):
-    name, facts = request.param
-    return *built(name, facts), facts
+    name, model_args = request.param
+    return *make_sampler(name, model_args), model_args
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_file_has_its_settings_its_space_and_build(name):
+def test_a_module_has_its_configs_space_and_build(name):
     module = load_plugin("train.samplers", name, "sampler")
     assert issubclass(module.Config, SamplerConfig) and issubclass(module.Sampling, SamplingConfig)
     assert module.SPACE in SPACES and callable(module.build)
@@ -84,7 +86,7 @@ def test_a_file_has_its_settings_its_space_and_build(name):
 
 
 def test_a_sampler_describes_itself(sampler_case):
-    sampler, _, facts = sampler_case
+    sampler, _, model_args = sampler_case
     assert isinstance(sampler, LearnedSampler) and isinstance(sampler.process, Process)
     assert isinstance(sampler.network, torch.nn.Module) and sampler.n_classes == CLASSES
     assert sampler.conditions == ("label",) and isinstance(sampler.unit, str)
@@ -94,8 +96,8 @@ def test_a_sampler_describes_itself(sampler_case):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_its_settings_have_the_options_of_its_solvers(name):
-    for facts in SPACES[load_plugin("train.samplers", name, "").SPACE]:
-        sampler, module = built(name, facts)
+    for model_args in SPACES[load_plugin("train.samplers", name, "").SPACE]:
+        sampler, module = make_sampler(name, model_args)
         options = {option for entry in solvers_for(sampler.process).values() for option in entry.option_names}
         assert {*module.Sampling.option_names()} == options
         assert module.Sampling().solver_options == {}  # each solver's own
@@ -104,13 +106,13 @@ def test_its_settings_have_the_options_of_its_solvers(name):
 
 
 def test_loss_weight_multiplies_the_loss_but_no_bound(sampler_case):
-    sampler, _, facts = sampler_case
-    batch = data(facts)
+    sampler, _, model_args = sampler_case
+    batch = data(model_args)
     plain = sampler.loss(sampler.network, batch, draws(batch))
     weight = torch.arange(6.0)
-    place = "codes" if "codes" in facts else "x0"
-    for each in (weight, weight.view(-1, *[1] * (batch[place].ndim - 1)).expand_as(batch[place])):
-        weighted = sampler.loss(sampler.network, batch | {"loss_weight": each}, draws(batch))
+    key = "codes" if "codes" in model_args else "x0"
+    for loss_weight in (weight, weight.view(-1, *[1] * (batch[key].ndim - 1)).expand_as(batch[key])):
+        weighted = sampler.loss(sampler.network, batch | {"loss_weight": loss_weight}, draws(batch))
         assert torch.allclose(weighted.per_example, weight * plain.per_example, atol=1e-6)
         for name in {"bits_per_code", "vlb"} & plain.metrics.keys():
             assert torch.equal(weighted.metrics[name], plain.metrics[name])
@@ -118,54 +120,58 @@ def test_loss_weight_multiplies_the_loss_but_no_bound(sampler_case):
 
 def test_a_control_branch_is_used_in_training_and_in_sampling(sampler_case):
     """It receives the network's inputs, and the network receives its outputs."""
-    sampler, module, facts = sampler_case
+    sampler, module, model_args = sampler_case
     if isinstance(sampler, AutoregressiveSampler):
         with pytest.raises(ValueError, match="would see the codes to predict"):
-            sampler.loss(sampler.network, data(facts), draws(data(facts)), control=lambda *told: None)
+            sampler.loss(sampler.network, data(model_args), draws(data(model_args)), control=lambda *args: None)
         return
-    batch, asked, handed = data(facts, n=2), [], []
-    name = "residual" if "codes" in facts else "skip_residuals"
+    batch, calls, residuals = data(model_args, n=2), [], []
+    name = "residual" if "codes" in model_args else "skip_residuals"
 
     class Network(torch.nn.Module):
         encode = sampler.network.encode
 
         def forward(self, *args, **kwargs):
-            handed.append(kwargs.pop(name))
+            residuals.append(kwargs.pop(name))
             return sampler.network(*args, **kwargs)
 
     def control(x, t, condition, drop):
-        assert (drop is None) is isinstance(condition, Condition)  # raw in training, with what is dropped of it
-        asked.append((len(x), len(t)))
+        assert (drop is None) is isinstance(condition, Condition)  # raw fields in training, with their drop masks
+        calls.append((len(x), len(t)))
         return "added"
 
     sampler.loss(Network(), batch, draws(batch), control=control)
-    assert handed == ["added"] and asked == [(2, 2)]
-    steps, given = STEPS.get(module.__name__.rpartition(".")[2], 2), {"label": batch["label"]}
+    assert residuals == ["added"] and calls == [(2, 2)]
+    steps, conditions = STEPS.get(module.__name__.rpartition(".")[2], 2), {"label": batch["label"]}
     options = module.Sampling(sample_steps=steps, guidance=2.0)
-    samples = sampler.sample(Network().eval(), Streams([0, 1]), batch=given, options=options, control=control)
-    assert set(handed) == {"added"} and len(asked) == len(handed) > 1 and samples.shape == (2, *drawn_shape(facts))
+    samples = sampler.sample(Network().eval(), Streams([0, 1]), batch=conditions, options=options, control=control)
+    assert (
+        set(residuals) == {"added"}
+        and len(calls) == len(residuals) > 1
+        and samples.shape == (2, *sample_shape(model_args))
+    )
 
 
 def test_without_classes_no_field_is_needed(sampler_case):
-    facts, name = sampler_case[2], sampler_case[1].__name__.rpartition(".")[2]
-    sampler, module = built(name, facts, n_classes=0)
+    model_args, name = sampler_case[2], sampler_case[1].__name__.rpartition(".")[2]
+    sampler, module = make_sampler(name, model_args, n_classes=0)
     assert sampler.conditions == () and sampler.n_classes == 0
-    batch = data(facts)
+    batch = data(model_args)
     del batch["label"]
     assert sampler.loss(sampler.network, batch, draws(batch)).per_example.isfinite().all()
     samples = sampler.sample(sampler.network, Streams([0]), options=module.Sampling(sample_steps=STEPS.get(name, 2)))
-    assert samples.shape == (1, *drawn_shape(facts))
+    assert samples.shape == (1, *sample_shape(model_args))
 
 
 def test_a_loss_has_per_example_values_metrics_and_outputs(sampler_case):
-    sampler, _, facts = sampler_case
-    batch = data(facts)
+    sampler, _, model_args = sampler_case
+    batch = data(model_args)
     loss = sampler.loss(sampler.network.train(), batch, draws(batch))
     assert isinstance(loss, Loss) and loss.per_example.shape == (6,) and loss.per_example.requires_grad
     assert loss.metrics and all(v.shape == (6,) and not v.requires_grad for v in loss.metrics.values())
     assert {"x0", "x_t", "t", "prediction", "loss"} <= loss.outputs.keys()
     assert not any(value.requires_grad for value in loss.outputs.values())
-    assert torch.equal(loss.outputs["x0"], batch["codes" if "codes" in facts else "x0"])
+    assert torch.equal(loss.outputs["x0"], batch["codes" if "codes" in model_args else "x0"])
     assert loss.outputs["x_t"].shape == loss.outputs["x0"].shape
     assert loss.outputs["t"].shape == loss.outputs["loss"].shape == (6,)
     predicted = sampler.x0_hat(loss.outputs)
@@ -176,98 +182,100 @@ def test_a_loss_has_per_example_values_metrics_and_outputs(sampler_case):
 
 def test_a_loss_is_a_function_of_the_draws_alone(sampler_case):
     """Needed for resuming; another step has other draws."""
-    sampler, _, facts = sampler_case
-    one, other = data(facts), data(facts, first=6)
-    losses = [sampler.loss(sampler.network, b, draws(b)).per_example for b in (one, one, other)]
+    sampler, _, model_args = sampler_case
+    batch, next_batch = data(model_args), data(model_args, first=6)
+    losses = [sampler.loss(sampler.network, b, draws(b)).per_example for b in (batch, batch, next_batch)]
     assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
 
 
 def test_gradients_reach_every_parameter(sampler_case):
-    sampler, _, facts = sampler_case
+    sampler, _, model_args = sampler_case
     for first in (0, 6, 12):
-        batch = data(facts, first=first)
+        batch = data(model_args, first=first)
         sampler.loss(sampler.network.train(), batch, draws(batch)).per_example.mean().backward()
-    idle = [n for n, p in sampler.network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert idle == []
-    flat = [n for n, p in sampler.network.named_parameters() if p.grad.abs().sum() == 0]
-    assert flat == []
+    without_gradient = [
+        n for n, p in sampler.network.named_parameters() if p.grad is None or not p.grad.isfinite().all()
+    ]
+    assert without_gradient == []
+    zero_gradient = [n for n, p in sampler.network.named_parameters() if p.grad.abs().sum() == 0]
+    assert zero_gradient == []
 
 
 def test_samples_have_the_shape_and_the_range_of_the_data(sampler_case):
-    sampler, module, facts = sampler_case
+    sampler, module, model_args = sampler_case
     steps = STEPS.get(module.__name__.rpartition(".")[2], 3)
-    options, shape, seen = module.Sampling(sample_steps=steps), drawn_shape(facts), []
+    options, shape, calls = module.Sampling(sample_steps=steps), sample_shape(model_args), []
 
     def on_step(i, t, s, x, predicted):
-        seen.append((i, t, s, x.shape))
+        calls.append((i, t, s, x.shape))
         return x
 
     batch = {"label": torch.tensor([0, 2])}
     samples = sampler.sample(sampler.network.eval(), Streams([0, 1]), batch=batch, options=options, on_step=on_step)
     assert samples.shape == (2, *shape) and not samples.requires_grad
-    assert len(seen) == steps and all(t > s for _, t, s, _ in seen) and seen[-1][2] == 0
-    if "codes" in facts:
-        assert samples.dtype == torch.int64 and 0 <= samples.min() and samples.max() < facts["codes"]
+    assert len(calls) == steps and all(t > s for _, t, s, _ in calls) and calls[-1][2] == 0
+    if "codes" in model_args:
+        assert samples.dtype == torch.int64 and 0 <= samples.min() and samples.max() < model_args["codes"]
     else:
-        assert samples.isfinite().all() and (not facts["pixels"] or samples.abs().max() <= 1)
-    without = sampler.sample(sampler.network, Streams([0, 1]), options=options)  # the null's
-    assert without.shape == samples.shape
+        assert samples.isfinite().all() and (not model_args["pixels"] or samples.abs().max() <= 1)
+    unconditional = sampler.sample(sampler.network, Streams([0, 1]), options=options)  # with the null class
+    assert unconditional.shape == samples.shape
 
 
-@pytest.mark.parametrize("name, facts", CASES, ids=lambda value: value if isinstance(value, str) else "")
-def test_an_image_and_a_label_train_and_guide(name, facts):
+@pytest.mark.parametrize("name, model_args", CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_an_image_and_a_label_train_and_guide(name, model_args):
     module = load_plugin("train.samplers", name, "sampler")
     torch.manual_seed(0)
     config = module.Config(**SMALL.get(name, {}), conditions=("image",), condition_options=GREY, condition_drop=0.3)
-    sampler = module.build(config, **facts, n_classes=CLASSES)
+    sampler = module.build(config, **model_args, n_classes=CLASSES)
     assert sampler.conditions == ("condition_image", "label")
     image = Streams(list(range(6))).normal((6, 1, 4, 8))
-    batch = data(facts) | {"condition_image": image}
+    batch = data(model_args) | {"condition_image": image}
     optimizer = torch.optim.Adam(sampler.network.parameters(), 0.02)
-    for step in range(3):  # what conditions add starts at zero
+    for step in range(3):  # the condition encoders' outputs start at zero
         batch["position"] = torch.arange(6 * step, 6 * step + 6)
         optimizer.zero_grad()
         sampler.loss(sampler.network.train(), batch, draws(batch)).per_example.mean().backward()
         optimizer.step()
     assert sampler.network.encoders["image"].null.grad.any()
     losses = [
-        sampler.loss(sampler.network.eval(), batch | {"condition_image": given}, draws(batch)).per_example
-        for given in (image, image + 3)
+        sampler.loss(sampler.network.eval(), batch | {"condition_image": shifted}, draws(batch)).per_example
+        for shifted in (image, image + 3)
     ]
     assert (losses[0] != losses[1]).any()
-    given = {"condition_image": image[:2], "label": torch.tensor([0, 2])}
+    conditions = {"condition_image": image[:2], "label": torch.tensor([0, 2])}
     for guidance in (1.0, 2.0):
         options = module.Sampling(sample_steps=STEPS.get(name, 2), guidance=guidance)
-        samples = sampler.sample(sampler.network, Streams([0, 1]), batch=given, options=options)
-        alone = sampler.sample(
-            sampler.network, Streams([1]), batch={key: value[1:] for key, value in given.items()}, options=options
+        samples = sampler.sample(sampler.network, Streams([0, 1]), batch=conditions, options=options)
+        single = sampler.sample(
+            sampler.network, Streams([1]), batch={key: value[1:] for key, value in conditions.items()}, options=options
         )
-        assert samples.shape == (2, *drawn_shape(facts)) and torch.allclose(
-            samples[1:].float(), alone.float(), atol=1e-4
+        assert samples.shape == (2, *sample_shape(model_args)) and torch.allclose(
+            samples[1:].float(), single.float(), atol=1e-4
         )
     with pytest.raises(ValueError, match="conditions need condition_image"):
         sampler.sample(sampler.network, Streams([0, 1]), batch={"label": torch.tensor([0, 2])}, options=options)
 
 
 def test_guidance_needs_conditions(sampler_case):
-    facts, name = sampler_case[2], sampler_case[1].__name__.rpartition(".")[2]
-    sampler, module = built(name, facts, n_classes=0)
+    model_args, name = sampler_case[2], sampler_case[1].__name__.rpartition(".")[2]
+    sampler, module = make_sampler(name, model_args, n_classes=0)
     with pytest.raises(ValueError, match="--guidance 1"):
         sampler.sample(sampler.network, Streams([0]), options=module.Sampling(guidance=2.0))
 
 
 def test_a_likelihood_is_a_bound_per_image(sampler_case):
-    sampler, _, facts = sampler_case
-    batch, rng = data(facts, n=2), Streams([0, 1])
-    if not facts.get("pixels", True):
+    sampler, _, model_args = sampler_case
+    batch, rng = data(model_args, n=2), Streams([0, 1])
+    if not model_args.get("pixels", True):
         with pytest.raises(ValueError, match="latents are continuous and have no likelihood"):
             sampler.log_likelihood(sampler.network, batch, rng)
         return
     bound = sampler.log_likelihood(sampler.network.eval(), batch, rng, 3)
     assert isinstance(bound, Bound) and bound.total.shape == bound.prior.shape == (2,)
     assert bound.total.isfinite().all() and (bound.total > 0).all()
-    again = sampler.log_likelihood(sampler.network, batch, Streams([0, 1]), 3)
-    assert torch.equal(bound.total, again.total)
+    repeated = sampler.log_likelihood(sampler.network, batch, Streams([0, 1]), 3)
+    assert torch.equal(bound.total, repeated.total)
 
 
 def test_an_unknown_solver_is_refused_with_the_known_ones(sampler_case):

@@ -19,17 +19,17 @@ from models.conditions import image
 
 TWO_CHANNELS = image.Config(condition_channels=2)
 
-# what the network is told and shown
+# network inputs
 
 
 def test_gaussian_inputs_are_the_step_index_and_x_t():
-    built = sampler()
-    loss, call = record_loss(built, n=20)
+    model = sampler()
+    loss, call = record_loss(model, n=20)
     assert sorted(call.t.tolist()) == list(range(20))  # low_discrepancy: each of the T steps once in T examples
     i = (loss.outputs["t"] * 20).round().long()
     assert torch.equal(call.t.long(), i - 1)
     assert torch.equal(call.x, loss.outputs["x_t"])
-    alpha_bar = built.process.alpha_bar[i].view(-1, 1, 1, 1)
+    alpha_bar = model.process.alpha_bar[i].view(-1, 1, 1, 1)
     expected = alpha_bar.sqrt() * loss.outputs["x0"] + (1 - alpha_bar).sqrt() * loss.outputs["noise"]
     assert torch.allclose(call.x, expected.float(), atol=1e-6)
 
@@ -52,10 +52,10 @@ def test_flow_time_input_is_the_noise_fraction(shift):
 
 
 def test_time_embedding_noise_level_is_alpha():
-    built = sampler(time_embedding="noise_level")
-    loss, call = record_loss(built, n=20)
+    model = sampler(time_embedding="noise_level")
+    loss, call = record_loss(model, n=20)
     i = (loss.outputs["t"] * 20).round().long()
-    assert torch.allclose(call.t, built.process.alpha_bar[i].sqrt().float()) and call.t.dtype == torch.float32
+    assert torch.allclose(call.t, model.process.alpha_bar[i].sqrt().float()) and call.t.dtype == torch.float32
     loss, call = record_loss(sampler(process="flow", time_embedding="noise_level"))
     assert torch.allclose(call.t, 1 - loss.outputs["t"], atol=1e-6)
 
@@ -78,9 +78,9 @@ def test_times_in_0_to_1_are_scaled_by_1000(settings, scale):
 
 @pytest.mark.parametrize(("variance", "channels"), [("auto", 2), ("fixed_small", 1), ("fixed_large", 1)])
 def test_a_learned_variance_doubles_the_channels_out(variance, channels):
-    built = sampler(variance=variance)
-    assert built.network(torch.zeros(2, *SHAPE), torch.zeros(2)).shape == (2, channels, 4, 4)
-    assert built.loss_options["kind"] == ("hybrid" if channels == 2 else "simple")  # loss_type auto
+    model = sampler(variance=variance)
+    assert model.network(torch.zeros(2, *SHAPE), torch.zeros(2)).shape == (2, channels, 4, 4)
+    assert model.loss_options["kind"] == ("hybrid" if channels == 2 else "simple")  # loss_type auto
 
 
 def test_every_setting_of_the_network_reaches_it():
@@ -93,25 +93,25 @@ def test_every_setting_of_the_network_reaches_it():
     assert (result.in_channels, result.out_channels, network.encoders["label"].n_classes) == (1, 2, CLASSES)
 
 
-def test_betas_are_those_asked_for():
+def test_betas_follow_first_beta_and_last_beta():
     settings = {"schedule": "linear", "total_steps": 1000}
-    papers = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # Ho et al. 2020
-    assert torch.allclose(sampler(**settings).process.alpha_bar[1:], (1 - papers).cumprod(0))
-    asked = torch.linspace(2e-4, 0.01, 1000, dtype=torch.float64)
+    published = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # Ho et al. 2020
+    assert torch.allclose(sampler(**settings).process.alpha_bar[1:], (1 - published).cumprod(0))
+    betas = torch.linspace(2e-4, 0.01, 1000, dtype=torch.float64)
     result = sampler(first_beta=2e-4, last_beta=0.01, **settings).process.alpha_bar[1:]
-    assert torch.allclose(result, (1 - asked).cumprod(0))
+    assert torch.allclose(result, (1 - betas).cumprod(0))
 
 
-# what is dropped
+# dropped conditions
 
 
-def test_each_condition_is_dropped_apart_in_its_own_share():
-    n, built = 4000, sampler(conditions=("image",), condition_options=TWO_CHANNELS, label_drop=0.4, condition_drop=0.25)
-    assert built.conditions == ("condition_image", "label")
+def test_conditions_are_dropped_independently():
+    n, model = 4000, sampler(conditions=("image",), condition_options=TWO_CHANNELS, label_drop=0.4, condition_drop=0.25)
+    assert model.conditions == ("condition_image", "label")
     batch = images(n) | {"condition_image": torch.rand(n, 2, 4, 4)}
-    _, call = record_loss(built, batch=batch)
+    _, call = record_loss(model, batch=batch)
     assert set(call.condition) == {"label", "image"}
-    assert torch.equal(call.condition["label"], batch["label"])  # raw: the encoders put the nulls in
+    assert torch.equal(call.condition["label"], batch["label"])  # raw: the encoders insert the nulls
     assert torch.equal(call.condition["image"], batch["condition_image"])
     label, image = call.drop["label"], call.drop["image"]
     assert label.dtype == image.dtype == torch.bool
@@ -122,29 +122,29 @@ def test_each_condition_is_dropped_apart_in_its_own_share():
 
 
 def test_a_real_network_sees_the_null_where_a_label_is_dropped():
-    """A dropped label has no effect; others do."""
-    built, network = perturb(sampler(label_drop=0.9))
-    one, other = images(30), images(30)
-    other["label"] = (other["label"] + 1) % CLASSES
-    outputs = [built.loss(network, b, draws(b)).outputs["prediction"] for b in (one, other)]
-    same = (outputs[0] == outputs[1]).flatten(1).all(1)
-    dropped = draws(one)("label").uniform((30,)) < 0.9
-    assert torch.equal(same, dropped) and 0 < dropped.sum() < 30
+    """Dropped labels have no effect, others have."""
+    model, network = perturb(sampler(label_drop=0.9))
+    batch, relabelled = images(30), images(30)
+    relabelled["label"] = (relabelled["label"] + 1) % CLASSES
+    outputs = [model.loss(network, b, draws(b)).outputs["prediction"] for b in (batch, relabelled)]
+    equal = (outputs[0] == outputs[1]).flatten(1).all(1)
+    dropped = draws(batch)("label").uniform((30,)) < 0.9
+    assert torch.equal(equal, dropped) and 0 < dropped.sum() < 30
 
 
-def test_without_classes_labels_are_not_told():
-    for built in (sampler(n_classes=0), sampler(class_conditional=False)):
-        assert built.conditions == () and built.n_classes == 0
-        _, call = record_loss(built, n=4)
+def test_without_classes_labels_are_not_passed():
+    for model in (sampler(n_classes=0), sampler(class_conditional=False)):
+        assert model.conditions == () and model.n_classes == 0
+        _, call = record_loss(model, n=4)
         assert call.condition == {} and call.drop == {}
 
 
-def test_a_field_that_a_batch_lacks_is_named():
-    built, batch = sampler(conditions=("image",)), images(2)
+def test_a_missing_batch_field_is_named():
+    model, batch = sampler(conditions=("image",)), images(2)
     with pytest.raises(ValueError, match="conditions need condition_image.*--adapt"):
-        built.loss(Recorder(channels=2), batch, draws(batch))
+        model.loss(Recorder(channels=2), batch, draws(batch))
     with pytest.raises(ValueError, match="conditions need condition_image, label"):
-        built.loss(Recorder(channels=2), {"x0": batch["x0"]}, draws(batch))
+        model.loss(Recorder(channels=2), {"x0": batch["x0"]}, draws(batch))
 
 
 # the loss
@@ -161,16 +161,16 @@ PROCESSES = [
 
 
 @pytest.mark.parametrize("settings", PROCESSES)
-def test_the_loss_is_the_processs_at_these_draws(settings):
-    built, batch = sampler(**settings), images(12)
-    loss, call = record_loss(built, batch=batch, output=0.3)
+def test_the_loss_is_the_process_loss_at_these_draws(settings):
+    model, batch = sampler(**settings), images(12)
+    loss, call = record_loss(model, batch=batch, output=0.3)
     noise = draws(batch)("noise").normal(batch["x0"].shape)  # from each position's own stream
     assert torch.equal(noise, loss.outputs["noise"])
     options = {}
     if "process" not in settings:
         auto = "simple" if settings.get("variance", "").startswith("fixed") else "hybrid"
         options = {"kind": settings.get("loss_type", auto), "gamma": settings.get("min_snr_gamma", 5.0)}
-    expected = built.process.loss(loss.outputs["prediction"], batch["x0"], noise, loss.outputs["t"], **options)
+    expected = model.process.loss(loss.outputs["prediction"], batch["x0"], noise, loss.outputs["t"], **options)
     assert torch.equal(loss.per_example, expected.per_example)
     assert torch.equal(loss.outputs["loss"], expected.per_example)
     assert loss.metrics.keys() == expected.metrics.keys()
@@ -178,10 +178,10 @@ def test_the_loss_is_the_processs_at_these_draws(settings):
         assert torch.allclose(loss.per_example, (batch["x0"] - 0.3).square().flatten(1).mean(1))
 
 
-def truth(built, x0, noise, t):
+def perfect_output(model, x0, noise, t):
     """The output of a network that knows x0 and the noise, by each paper's formula."""
-    alpha, sigma = append_dims(built.process.alpha(t), x0), append_dims(built.process.sigma(t), x0)
-    data = getattr(built.process, "sigma_data", 1.0)  # edm's alone
+    alpha, sigma = append_dims(model.process.alpha(t), x0), append_dims(model.process.sigma(t), x0)
+    data = getattr(model.process, "sigma_data", 1.0)  # only edm has it
     return {
         "eps": noise,
         "x0": x0,
@@ -190,22 +190,22 @@ def truth(built, x0, noise, t):
         "edm": (x0 - data**2 / (data**2 + sigma**2) * (x0 + sigma * noise))
         * (sigma**2 + data**2).sqrt()
         / (sigma * data),
-    }[built.config.prediction if built.config.process == "gaussian" else built.config.process]
+    }[model.config.prediction if model.config.process == "gaussian" else model.config.process]
 
 
 @pytest.mark.parametrize("settings", PROCESSES)
 def test_a_perfect_prediction_has_no_error_and_returns_x0(settings):
-    built, batch = sampler(**settings), images(12)
-    learned = built.process.variance == "learned_range"
-    outputs = record_loss(built, batch=batch)[0].outputs
-    pred = truth(built, batch["x0"], outputs["noise"], outputs["t"])
+    model, batch = sampler(**settings), images(12)
+    learned = model.process.variance == "learned_range"
+    outputs = record_loss(model, batch=batch)[0].outputs
+    pred = perfect_output(model, batch["x0"], outputs["noise"], outputs["t"])
     pred = torch.cat([pred, torch.zeros_like(pred)], 1) if learned else pred
-    loss, _ = record_loss(built, batch=batch, output=pred)
+    loss, _ = record_loss(model, batch=batch, output=pred)
     assert loss.metrics["mse"].abs().max() < 1e-6
-    assert torch.allclose(built.x0_hat(loss.outputs), batch["x0"], atol=1e-4)
+    assert torch.allclose(model.x0_hat(loss.outputs), batch["x0"], atol=1e-4)
 
 
-# what is refused
+# refused settings
 
 REFUSED = [
     ({"process": "edm", "zero_terminal_snr": True}, "zero_terminal_snr True for process edm.*--zero_terminal_snr"),
@@ -234,7 +234,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("settings", "message"), REFUSED, ids=lambda v: "-".join(v) if isinstance(v, dict) else None)
-def test_what_does_not_go_together_is_refused_by_name(settings, message):
+def test_incompatible_settings_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
         sampler(**settings)
 
@@ -243,7 +243,7 @@ def test_the_losses_of_edm_and_flow_may_be_called_simple():
     assert sampler(process="edm", loss_type="simple").loss_options == {}
 
 
-# and it learns
+# training
 
 
 @pytest.mark.parametrize(
@@ -256,16 +256,17 @@ def test_the_losses_of_edm_and_flow_may_be_called_simple():
 )
 def test_it_learns_one_image_per_class(settings):
     """Constant images, -0.6 and 0.6 by class: samples of a class are its image."""
-    built = sampler(n_classes=2, label_drop=0.0, channels=16, **settings)
-    optimizer = torch.optim.Adam(built.network.parameters())
+    model = sampler(n_classes=2, label_drop=0.0, channels=16, **settings)
+    optimizer = torch.optim.Adam(model.network.parameters())
     for step in range(150):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 150)
         batch = images(8, 8 * step)
         batch["label"] = batch["position"] % 2
         batch["x0"] = (batch["label"] * 1.2 - 0.6).view(-1, 1, 1, 1).expand(-1, *SHAPE)
-        built.loss(built.network.train(), batch, draws(batch)).per_example.mean().backward()
+        model.loss(model.network.train(), batch, draws(batch)).per_example.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    x = sample_recorded(built, built.network.eval(), labels=(0, 1) * 4, seeds=range(8), sample_steps=20)
+    x = sample_recorded(model, model.network.eval(), labels=(0, 1) * 4, seeds=range(8), sample_steps=20)
     expected = torch.tensor([-0.6, 0.6] * 4).view(-1, 1, 1, 1)
-    assert (x - expected).square().mean().sqrt() < 0.3  # 1.2 apart; without its class an image is 0.6 away or more
+    # the classes are 1.2 apart: samples that ignore the class have an error of at least 0.6
+    assert (x - expected).square().mean().sqrt() < 0.3

@@ -20,7 +20,7 @@ def x0_sampler(**settings):
     return sampler(prediction="x0", variance="fixed_small", **settings)
 
 
-def test_without_guidance_the_condition_is_told_once_a_step():
+def test_without_guidance_the_network_is_called_once_a_step():
     recorder = Recorder(by_label)
     sample_recorded(x0_sampler(), recorder, sample_steps=3)
     assert len(recorder.calls) == 3
@@ -28,29 +28,29 @@ def test_without_guidance_the_condition_is_told_once_a_step():
     assert all(call.drop is None for call in recorder.calls)
 
 
-def test_guidance_asks_for_both_at_once_and_goes_beyond():
-    recorder, seen = Recorder(by_label), []
-    sample_recorded(x0_sampler(), recorder, sample_steps=3, guidance=2.0, seen=seen)
+def test_guidance_extrapolates_from_one_joint_call():
+    recorder, trajectory = Recorder(by_label), []
+    sample_recorded(x0_sampler(), recorder, sample_steps=3, guidance=2.0, seen=trajectory)
     assert [call.condition.rows for call in recorder.calls] == 3 * [[None, None, 2, 2]]  # in one call
-    for _, predicted in seen:
+    for _, predicted in trajectory:
         assert torch.allclose(predicted, torch.tensor(0.6))  # 0 + 2 (0.3 - 0)
 
 
-def test_guidance_is_for_the_times_of_its_interval():
-    recorder, seen = Recorder(by_label), []
-    sample_recorded(x0_sampler(), recorder, sample_steps=5, guidance=2.0, guidance_interval=(0.3, 0.7), seen=seen)
-    assert [round(t, 3) for t, _ in seen] == [1.0, 0.8, 0.6, 0.4, 0.2]
-    assert [round(x0.mean().item(), 5) for _, x0 in seen] == pytest.approx([0.3, 0.3, 0.6, 0.6, 0.3])
+def test_guidance_applies_within_its_interval():
+    recorder, trajectory = Recorder(by_label), []
+    sample_recorded(x0_sampler(), recorder, sample_steps=5, guidance=2.0, guidance_interval=(0.3, 0.7), seen=trajectory)
+    assert [round(t, 3) for t, _ in trajectory] == [1.0, 0.8, 0.6, 0.4, 0.2]
+    assert [round(x0.mean().item(), 5) for _, x0 in trajectory] == pytest.approx([0.3, 0.3, 0.6, 0.6, 0.3])
     assert [len(call.x) for call in recorder.calls] == [2, 2, 4, 4, 2]
 
 
 def test_a_rescaled_guidance_has_the_spread_of_the_condition():
     pattern = torch.linspace(-0.1, 0.1, 16).view(1, 1, 4, 4).expand(2, -1, -1, -1)
-    recorder, seen = Recorder(lambda call: call.condition.scaled(pattern[:1], {True: 3, False: 1})), []
-    sample_recorded(x0_sampler(), recorder, sample_steps=1, guidance=2.0, guidance_rescale=1.0, seen=seen)
-    assert torch.allclose(seen[0][1], 3 * pattern, atol=1e-6)  # 5 times, pulled back to 3
-    sample_recorded(x0_sampler(), recorder, sample_steps=1, guidance=2.0, seen=seen)
-    assert torch.allclose(seen[1][1], 5 * pattern, atol=1e-6)
+    recorder, trajectory = Recorder(lambda call: call.condition.scaled(pattern[:1], {True: 3, False: 1})), []
+    sample_recorded(x0_sampler(), recorder, sample_steps=1, guidance=2.0, guidance_rescale=1.0, seen=trajectory)
+    assert torch.allclose(trajectory[0][1], 3 * pattern, atol=1e-6)  # 5 times, rescaled to 3
+    sample_recorded(x0_sampler(), recorder, sample_steps=1, guidance=2.0, seen=trajectory)
+    assert torch.allclose(trajectory[1][1], 5 * pattern, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -63,20 +63,20 @@ def test_a_rescaled_guidance_has_the_spread_of_the_condition():
         (False, {"dynamic_threshold": 1.0}, 3.0),
     ],
 )
-def test_pixels_are_clipped_where_asked_and_latents_never(pixels, options, largest):
-    seen = []
+def test_pixels_are_clipped_on_request_and_latents_never(pixels, options, largest):
+    trajectory = []
     pattern = torch.linspace(-3, 3, 16).view(1, 1, 4, 4).expand(2, -1, -1, -1)
-    sample_recorded(x0_sampler(pixels=pixels), Recorder(pattern), sample_steps=2, seen=seen, **options)
-    for _, x0 in seen:
+    sample_recorded(x0_sampler(pixels=pixels), Recorder(pattern), sample_steps=2, seen=trajectory, **options)
+    for _, x0 in trajectory:
         assert x0.abs().max() == pytest.approx(largest)
         expected = pattern if largest == 3 else pattern / 3 if "dynamic_threshold" in options else pattern.clamp(-1, 1)
         assert torch.allclose(x0, expected, atol=1e-5)
 
 
 def test_clipping_comes_after_guidance():
-    seen = []
-    sample_recorded(x0_sampler(), Recorder(by_label), sample_steps=2, guidance=10.0, seen=seen)
-    assert all((x0 == 1).all() for _, x0 in seen)
+    trajectory = []
+    sample_recorded(x0_sampler(), Recorder(by_label), sample_steps=2, guidance=10.0, seen=trajectory)
+    assert all((x0 == 1).all() for _, x0 in trajectory)
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "heun", "dpmpp_2m", "unipc"])
@@ -85,28 +85,28 @@ def test_eta_is_refused_by_solvers_without(solver):
         sample_recorded(x0_sampler(), Recorder(), solver=solver, eta=0.5)
 
 
-@pytest.mark.parametrize(("solver", "own"), [("ddim", 0.0), ("dpmpp_2m_sde", 1.0)])
-def test_eta_left_out_is_the_solvers_own(solver, own):
-    built, options = x0_sampler(), {"solver": solver, "sample_steps": 4, "clip": False}
+@pytest.mark.parametrize(("solver", "default"), [("ddim", 0.0), ("dpmpp_2m_sde", 1.0)])
+def test_eta_defaults_to_the_solvers_own(solver, default):
+    model, options = x0_sampler(), {"solver": solver, "sample_steps": 4, "clip": False}
     images = {
-        eta: sample_recorded(built, Recorder(lambda call: 0.5 * call.x), eta=eta, **options) for eta in (None, 0.0, 1.0)
+        eta: sample_recorded(model, Recorder(lambda call: 0.5 * call.x), eta=eta, **options) for eta in (None, 0.0, 1.0)
     }
-    assert torch.equal(images[None], images[own])
+    assert torch.equal(images[None], images[default])
     assert not torch.allclose(images[0.0], images[1.0], atol=1e-3)
 
 
 @pytest.mark.parametrize("process", ["gaussian", "edm", "flow"])
 @pytest.mark.parametrize("solver", ["ddpm", "ddim", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
 def test_default_steps_and_spacing_follow_solver_and_process(process, solver):
-    built = sampler(process=process, total_steps=30)
+    model = sampler(process=process, total_steps=30)
     steps = 30 if (solver, process) == ("ddpm", "gaussian") else 20
     spacing = "karras" if process == "edm" else "uniform"
-    assert built.solver_times(built.process, ddpm.Sampling(solver=solver)) == step_times(built.process, steps, spacing)
-    given = built.solver_times(built.process, ddpm.Sampling(solver=solver, sample_steps=7, spacing="logsnr"))
-    assert given == step_times(built.process, 7, "logsnr")
-    seen = []
-    sample_recorded(built, Recorder(channels=2 if process == "gaussian" else 1), solver=solver, seen=seen)
-    times = [t for t, _ in seen]
+    assert model.solver_times(model.process, ddpm.Sampling(solver=solver)) == step_times(model.process, steps, spacing)
+    custom = model.solver_times(model.process, ddpm.Sampling(solver=solver, sample_steps=7, spacing="logsnr"))
+    assert custom == step_times(model.process, 7, "logsnr")
+    trajectory = []
+    sample_recorded(model, Recorder(channels=2 if process == "gaussian" else 1), solver=solver, seen=trajectory)
+    times = [t for t, _ in trajectory]
     assert len(times) == steps and times[0] == pytest.approx(80 if process == "edm" else 1)
     if process == "edm":  # equal steps in sigma^(1/7)
         roots = torch.tensor(times, dtype=torch.float64) ** (1 / 7)
@@ -115,7 +115,7 @@ def test_default_steps_and_spacing_follow_solver_and_process(process, solver):
         assert times == pytest.approx([1 - k / steps for k in range(steps)])
 
 
-def test_a_canvas_of_another_size_is_drawn_whole():
+def test_a_canvas_of_another_size_is_sampled_in_one_pass():
     recorder = Recorder(channels=1)
     batch, options = {"label": torch.tensor([1])}, ddpm.Sampling(sample_steps=2)
     x = x0_sampler().sample(recorder, Streams([0]), batch=batch, options=options, shape=(6, 10))
@@ -126,16 +126,16 @@ def test_a_canvas_of_another_size_is_drawn_whole():
 
 @pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m_sde", "unipc"])
 @pytest.mark.parametrize("process", ["gaussian", "edm", "flow"])
-def test_an_image_is_the_same_whatever_batch_it_is_drawn_in(solver, process):
-    built, network = perturb(sampler(process=process))
+def test_samples_do_not_depend_on_the_batch(solver, process):
+    model, network = perturb(sampler(process=process))
     options = {"solver": solver, "sample_steps": 4, "guidance": 1.5}
-    together = sample_recorded(built, network, labels=(0, 3, 4), seeds=(7, 8, 9), **options)
-    alone = [sample_recorded(built, network, labels=(k,), seeds=(s,), **options) for k, s in ((0, 7), (3, 8), (4, 9))]
-    assert torch.allclose(together, torch.cat(alone), atol=1e-3)  # rounding, which the solver enlarges
+    together = sample_recorded(model, network, labels=(0, 3, 4), seeds=(7, 8, 9), **options)
+    single = [sample_recorded(model, network, labels=(k,), seeds=(s,), **options) for k, s in ((0, 7), (3, 8), (4, 9))]
+    assert torch.allclose(together, torch.cat(single), atol=1e-3)  # rounding, which the solver enlarges
     assert (together[0] - together[1]).abs().max() > 0.01
 
 
-def test_edm_begins_with_its_own_noise():
+def test_edm_starts_from_noise_of_its_own_scale():
     recorder = Recorder()
     sample_recorded(sampler(process="edm"), recorder, labels=(0,) * 64, seeds=range(64), sample_steps=1)
     assert recorder.calls[0].x.std() == pytest.approx(1, rel=0.05)  # 80 over sqrt(80^2 + 0.5^2)
@@ -152,7 +152,7 @@ def test_the_likelihood_is_conditional_and_takes_nfe_calls():
         assert all(torch.equal(call.condition["told"]["label"], batch["label"]) for call in recorder.calls)
 
 
-def test_the_bound_clips_what_is_predicted_as_sampling_does():
+def test_the_bound_clips_predictions_as_sampling_does():
     batch = images(3)
     settings = {"prediction": "x0", "variance": "fixed_small"}
     bounds = [
@@ -167,20 +167,20 @@ def test_processes_without_steps_are_measured_along_their_flow(process):
     result = sampler(process=process).log_likelihood(recorder, batch, Streams([0, 1, 2]), 5)
     assert result.total.shape == (3,) and result.terms.shape == (3, 0) and result.total.isfinite().all()
     assert len(recorder.calls) == 10  # Heun
-    told = torch.stack([call.t for call in recorder.calls])
-    sigma = (4 * told).exp() if process == "edm" else told / (1 - told)  # relative to the data
-    assert sigma.min() == pytest.approx(1 / 255, rel=1e-4)  # no nearer: networks know the levels of 8-bit images
+    times = torch.stack([call.t for call in recorder.calls])
+    sigma = (4 * times).exp() if process == "edm" else times / (1 - times)  # relative to the data
+    assert sigma.min() == pytest.approx(1 / 255, rel=1e-4)  # not lower: networks recognise the levels of 8-bit images
     assert all(torch.equal(call.condition["told"]["label"], batch["label"]) for call in recorder.calls)
 
 
 @pytest.mark.parametrize("process", ["edm", "flow"])
 def test_the_flow_of_a_known_gaussian_has_its_entropy(process):
     """For data N(0, 0.25) the optimal network and the bits of 8-bit images are known."""
-    built = sampler(process=process, n_classes=0)
+    model = sampler(process=process, n_classes=0)
     variance = 0.25
 
-    def best(call: Call) -> Tensor:
-        if process == "edm":  # sigma_data is the data's: the skip alone is the mean of x0
+    def optimal_output(call: Call) -> Tensor:
+        if process == "edm":  # sigma_data is that of the data: the skip connection alone gives the mean of x0
             return 0 * call.x
         w = call.t.view(-1, 1, 1, 1)
         x0 = (1 - w) * variance / ((1 - w) ** 2 * variance + w**2) * call.x
@@ -189,7 +189,7 @@ def test_the_flow_of_a_known_gaussian_has_its_entropy(process):
     n = 64
     x0 = (Streams(list(range(n))).normal((n, *SHAPE)) * variance**0.5).clamp(-1, 1)
     x0 = ((x0 + 1) * 127.5).round() / 127.5 - 1
-    result = built.log_likelihood(Recorder(best), {"x0": x0}, Streams(list(range(n))), 40).total
+    result = model.log_likelihood(Recorder(optimal_output), {"x0": x0}, Streams(list(range(n))), 40).total
     density = torch.distributions.Normal(0.0, variance**0.5).log_prob(x0).flatten(1).mean(1)
     expected = -(density / torch.tensor(2.0).log()) - torch.log2(torch.tensor(2 / 255))
     assert result.mean() == pytest.approx(expected.mean().item(), abs=0.03)
