@@ -89,7 +89,7 @@ class Attempt:
     outputs: list[str] = field(default_factory=list)
 
 
-def typed(stage: str, logs: Path, steps: int) -> tuple[str, str]:
+def run_command(stage: str, logs: Path, steps: int) -> tuple[str, str]:
     """The script and flags of the run <logs>/run."""
     script, flags = STAGES[stage]
     return script, f"{flags} {EVERYTHING} --logs_root {logs} --log_dir run --train_steps {steps}"
@@ -101,7 +101,7 @@ def start_process(stage: str, logs: Path, steps: int) -> Iterator[subprocess.Pop
 
     Its output goes to <logs>/output and its progress to <logs>/progress.
     """
-    script, flags = typed(stage, logs, steps)
+    script, flags = run_command(stage, logs, steps)
     paths = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     variables[PROGRESS] = str(logs / "progress")
@@ -146,13 +146,13 @@ def progress(logs: Path) -> int:
 
 def unfinished(run: Path) -> set[tuple[str, int]]:
     """Temporary folders and files of writes and deletions, current or left by a kill."""
-    found = set()
+    paths = set()
     for path in [*run.glob("checkpoints/.step_*"), *run.glob("ema_profiles/.step_*")]:
         try:
-            found.add((path.name, path.stat().st_mtime_ns))
+            paths.add((path.name, path.stat().st_mtime_ns))
         except FileNotFoundError:  # finished meanwhile
             continue
-    return found
+    return paths
 
 
 def until(process: subprocess.Popen, condition: Callable[[], bool]) -> bool:
@@ -164,7 +164,7 @@ def until(process: subprocess.Popen, condition: Callable[[], bool]) -> bool:
     return True
 
 
-def strike(process: subprocess.Popen, logs: Path, kind: str, target: int, rng: random.Random) -> bool:
+def kill_at(process: subprocess.Popen, logs: Path, kind: str, target: int, rng: random.Random) -> bool:
     """Kills the process at a moment of the given kind; False if it ended before."""
     before = unfinished(logs / "run")
     if kind == "start":
@@ -191,7 +191,7 @@ def run_with_kills(stage: str, logs: Path, steps: int, kills: int, rng: random.R
     for kind, target in [*zip(kinds, targets, strict=True), (None, steps)]:
         before = unfinished(attempt.run)
         with start_process(stage, logs, steps) as process:
-            hit = kind is not None and strike(process, logs, kind, target, rng)
+            hit = kind is not None and kill_at(process, logs, kind, target, rng)
             code = process.wait()
         attempt.outputs.append((logs / "output").read_text())
         if not hit and code != 0:
@@ -240,32 +240,32 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def differences(one: Path, other: Path, step: int) -> dict[str, int]:
     """The number of differing bytes of two runs at a step, by file; all bytes of a missing file."""
     paths = [checkpoint_path(run, step) for run in (one, other)]
-    found = {}
+    counts = {}
     for name in sorted({f.name for path in paths for f in path.iterdir()} - {MANIFEST, STATE_FILE}):
-        found[name] = differing(*(f.read_bytes() if f.is_file() else b"" for f in (path / name for path in paths)))
+        counts[name] = differing(*(f.read_bytes() if f.is_file() else b"" for f in (path / name for path in paths)))
     states = [torch.load(path / STATE_FILE, weights_only=True) for path in paths]
     for name in sorted({*states[0], *states[1]}):
-        found[f"{STATE_FILE}: {name}"] = differing_values(*(state.get(name) for state in states))
-    found["metrics.jsonl"] = differing_values(metrics(one), metrics(other))
+        counts[f"{STATE_FILE}: {name}"] = differing_values(*(state.get(name) for state in states))
+    counts["metrics.jsonl"] = differing_values(metrics(one), metrics(other))
     for pattern, read in (("ema_profiles/step_*", load_file), ("images/*.png", lambda f: f.read_bytes())):
         folders = [{f.name: read(f) for f in run.glob(pattern)} for run in (one, other)]
-        found[pattern] = differing_values(*folders)
-    found["kept checkpoints"] = differing_values(saved_steps(one), saved_steps(other))
-    return found
+        counts[pattern] = differing_values(*folders)
+    counts["kept checkpoints"] = differing_values(saved_steps(one), saved_steps(other))
+    return counts
 
 
 def compare(stage: str, kills: int, folder: Path, seed: int) -> bool:
     """Runs with and without kills, prints a table, and returns whether the results are equal."""
-    steps, begun = steps_for(kills), time.monotonic()
-    alone, restarted = folder / stage / "undisturbed", folder / stage / "killed"
-    for logs in (alone, restarted):
+    steps, started = steps_for(kills), time.monotonic()
+    undisturbed, killed = folder / stage / "undisturbed", folder / stage / "killed"
+    for logs in (undisturbed, killed):
         logs.mkdir(parents=True)
     if stage == "sampler":
-        first_stage(alone)
-        first_stage(restarted, alone)
-    one = run_uninterrupted(stage, alone, steps)
-    attempt = run_with_kills(stage, restarted, steps, kills, random.Random(seed))
-    found = differences(one, attempt.run, steps)
+        first_stage(undisturbed)
+        first_stage(killed, undisturbed)
+    one = run_uninterrupted(stage, undisturbed, steps)
+    attempt = run_with_kills(stage, killed, steps, kills, random.Random(seed))
+    counts = differences(one, attempt.run, steps)
     rows = {
         "steps": steps,
         "kills": attempt.kills,
@@ -273,13 +273,13 @@ def compare(stage: str, kills: int, folder: Path, seed: int) -> bool:
         "  before the first step": attempt.starting,
         "restarts": len(attempt.outputs) - 1,
         "steps done again": attempt.lost,
-        "seconds": round(time.monotonic() - begun),
-        **{f"differing bytes in {name}": number for name, number in found.items()},
+        "seconds": round(time.monotonic() - started),
+        **{f"differing bytes in {name}": number for name, number in counts.items()},
     }
     print(f"\n{stage}")
     for name, number in rows.items():
         print(f"  {name:<45}{number:>8}")
-    return not any(found.values())
+    return not any(counts.values())
 
 
 def main() -> None:

@@ -38,17 +38,17 @@ by_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 
 def commands_to_test() -> list[tuple[str, int, Command]]:
     """(page, number, command), without those that name a file which the page writes: its own test runs them."""
-    found = []
+    cases = []
     for page in PAGES:
         text = page.read_text()
         own = [path.stem for path in files_written(text)]
         for number, command in enumerate(commands(text)):
             if not any(name in str(command) for name in own):
-                found.append((page.stem, number, command))
-    return found
+                cases.append((page.stem, number, command))
+    return cases
 
 
-ALL = commands_to_test()
+CASES = commands_to_test()
 PACKAGES = ("models", "diffusion", "vq", "train", "experiments")
 
 # Flags that the pages name of other programs.
@@ -66,7 +66,7 @@ FOREIGN = {
     *("signal", "requeue", "logdir", "port"),
 }
 # Files that a reader has or gets, and the repository does not.
-NOT_HERE = {
+READERS_FILES = {
     *("my.py", "mine.py", "birds.yaml", "config.yaml", "manifest.json", "results.json", "MNIST.json", "rows.json"),
 }
 
@@ -76,7 +76,7 @@ WITHOUT_LOGS = {"experiments/benchmark_unet.py"}  # scripts that print, and writ
 # Commands
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(command for _, _, command in ALL), ids=str)
+@pytest.mark.parametrize("command", dict.fromkeys(command for _, _, command in CASES), ids=str)
 def test_every_command_parses(command, monkeypatch, tmp_path, capfd):
     script, flags = command
     assert (ROOT / script).is_file()
@@ -167,7 +167,7 @@ def runner_of(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page, number, command", ALL, ids=lambda each: str(each))
+@pytest.mark.parametrize("page, number, command", CASES, ids=lambda each: str(each))
 def test_every_command_runs(page, number, command, runner_of):
     missing = next((why for word, why in ELSEWHERE.items() if word in str(command)), None)
     if missing is not None:
@@ -241,11 +241,11 @@ def test_files_named_exist(page):
         if re.search(r"(^|/)[A-Z_]+(\.\w+)?$", word) and not (ROOT / word).exists():  # configs/NAME.yaml
             continue
         if "/" in word and word.partition("/")[0] in (*PACKAGES, "configs", "tests", "docs", "assets"):
-            assert (ROOT / word).exists() or Path(word) in own or word.rpartition("/")[2] in NOT_HERE, (
+            assert (ROOT / word).exists() or Path(word) in own or word.rpartition("/")[2] in READERS_FILES, (
                 f"{page.name}: {word}"
             )
         elif re.fullmatch(r"[\w-]+\.(py|ya?ml|toml|md|txt)", word):
-            assert word in names | NOT_HERE, f"{page.name}: {word}"
+            assert word in names | READERS_FILES, f"{page.name}: {word}"
 
 
 @by_page
@@ -273,12 +273,14 @@ def test_make_targets_named_exist(page):
 
 def test_every_picture_is_shown_somewhere():
     shown = {(page.parent / target).resolve() for page in PAGES for target in links(page.read_text())}
-    unseen = {path for path in (ROOT / "assets").iterdir() if path.resolve() not in shown}
-    assert not unseen
+    unused = {path for path in (ROOT / "assets").iterdir() if path.resolve() not in shown}
+    assert not unused
 
 
 def test_every_page_is_linked():
-    linked = {(page.parent / to.partition("#")[0]).resolve() for page in PAGES for to in links(page.read_text())}
+    linked = {
+        (page.parent / target.partition("#")[0]).resolve() for page in PAGES for target in links(page.read_text())
+    }
     assert {page.resolve() for page in PAGES[1:]} <= linked
 
 

@@ -45,13 +45,13 @@ SOURCE = read_source(ROOT)
 
 def imports_of(tree: ast.AST) -> list[tuple[str, list[str]]]:
     """(module, names) of each import statement in a piece of code."""
-    found = []
+    statements = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(alias.name, []) for alias in node.names]
+            statements += [(alias.name, []) for alias in node.names]
         if isinstance(node, ast.ImportFrom):
-            found.append((node.module, [alias.name for alias in node.names]))
-    return found
+            statements.append((node.module, [alias.name for alias in node.names]))
+    return statements
 
 
 def imported(path: Path) -> set[str]:
@@ -66,7 +66,7 @@ def is_slow(module: str) -> bool:
     return module.partition(".")[0] in SLOW or any(f"{module}.".startswith(f"{each}.") for each in SLOW_OF_TORCH)
 
 
-def room(module: str) -> str:
+def layer_of(module: str) -> str:
     """The layer of a file of experiments: commands, metrics or harness."""
     below = module.split(".")[1:2]
     return below[0] if below and below[0] in ("metrics", "harness") else "commands"
@@ -126,10 +126,10 @@ def test_small_files_with_one_importer_are_listed():
 def test_experiments_import_downwards(module):
     """Commands import metrics, metrics import the harness."""
     order = ["harness", "metrics", "commands"]
-    mine = order.index(room(module))
+    mine = order.index(layer_of(module))
     ours = {name for name in SOURCE.imports[module] if name.startswith("experiments.")}
-    above = {name for name in ours if order.index(room(name)) > mine}
-    beside = {name for name in ours if room(name) == room(module) == "commands"} - COMMANDS_THAT_MAY_BE_IMPORTED
+    above = {name for name in ours if order.index(layer_of(name)) > mine}
+    beside = {name for name in ours if layer_of(name) == layer_of(module) == "commands"} - COMMANDS_THAT_MAY_BE_IMPORTED
     assert above == set() and beside - {"experiments._root"} == set()
 
 
@@ -176,12 +176,12 @@ def test_slow_packages_are_matched_by_prefix():
 
 def test_the_layers_of_experiments_are_distinguished():
     rooms = ["experiments.calc_FID", "experiments.metrics.features.digits", "experiments.harness", "experiments"]
-    assert [room(name) for name in rooms] == ["commands", "metrics", "harness", "commands"]
+    assert [layer_of(name) for name in rooms] == ["commands", "metrics", "harness", "commands"]
 
 
 # Full configs are passed to main, to an experiment's `prepare`, which runs before there is a results folder, and to
 # these functions only. The list may only shrink.
-TAKE_A_WHOLE_CONFIG = {
+TAKE_A_FULL_CONFIG = {
     "experiments.benchmark.measure_sampler": "the main of one of two stages",
     "experiments.benchmark.measure_vqgan": "the main of one of two stages",
     "experiments.harness.experiment.open_batches": "notes the whole of it as what results are of",
@@ -203,17 +203,17 @@ TAKE_A_WHOLE_CONFIG = {
 }
 
 
-def whole_configs(trees: dict[str, ast.Module]) -> set[str]:
+def full_configs(trees: dict[str, ast.Module]) -> set[str]:
     """Dotted names of classes whose fields are all groups of flags (`...Config`), and of their subclasses."""
-    found, bases = set(), {}
+    configs, bases = set(), {}
     for module, tree in trees.items():
         names = names_in(tree, module)
         for each in (node for node in tree.body if isinstance(node, ast.ClassDef)):
             kinds = [ast.unparse(field.annotation) for field in each.body if isinstance(field, ast.AnnAssign)]
             if kinds and all(kind.endswith("Config") for word in kinds for kind in word.split(" | ")):
-                found.add(f"{module}.{each.name}")
+                configs.add(f"{module}.{each.name}")
             bases[f"{module}.{each.name}"] = {names.get(ast.unparse(base)) for base in each.bases}
-    return found | {name for name, those in bases.items() if those & found}
+    return configs | {name for name, base_names in bases.items() if base_names & configs}
 
 
 def names_in(tree: ast.Module, module: str) -> dict[str, str]:
@@ -222,9 +222,9 @@ def names_in(tree: ast.Module, module: str) -> dict[str, str]:
     return {name: f"{other}.{name}" for other, names in imports_of(tree) for name in names} | own
 
 
-def takers_of_whole_configs(trees: dict[str, ast.Module]) -> set[str]:
+def takers_of_full_configs(trees: dict[str, ast.Module]) -> set[str]:
     """Dotted names of functions with a parameter of a full config class, or an untyped one called `config`."""
-    whole, found = whole_configs(trees), set()
+    configs, takers = full_configs(trees), set()
 
     def visit(node: ast.AST, path: str, names: dict[str, str]) -> None:
         for child in ast.iter_child_nodes(node):
@@ -233,22 +233,22 @@ def takers_of_whole_configs(trees: dict[str, ast.Module]) -> set[str]:
                 parameters = [*child.args.posonlyargs, *child.args.args, *child.args.kwonlyargs]
                 kinds = {p.arg: None if p.annotation is None else ast.unparse(p.annotation) for p in parameters}
                 words = {names.get(word) for kind in kinds.values() if kind for word in kind.split(" | ")}
-                if words & whole or kinds.get("config", "typed") in (None, "Any"):
-                    found.add(name)
+                if words & configs or kinds.get("config", "typed") in (None, "Any"):
+                    takers.add(name)
             visit(child, name, names)
 
     for module, tree in trees.items():
         visit(tree, module, names_in(tree, module))
-    return found
+    return takers
 
 
 def test_only_main_takes_a_full_config():
     floors = ("experiments", "train")
     trees = {m: ast.parse(p.read_text()) for m, p in SOURCE.files.items() if m.partition(".")[0] in floors}
-    takers = takers_of_whole_configs(trees)
+    takers = takers_of_full_configs(trees)
     commands = {f"{module}.{name}" for module in SCRIPTS for name in ("main", "prepare")}
-    assert len(takers & commands) > 5 and takers - commands - TAKE_A_WHOLE_CONFIG.keys() == set()
-    assert TAKE_A_WHOLE_CONFIG.keys() <= takers  # remove functions that no longer qualify
+    assert len(takers & commands) > 5 and takers - commands - TAKE_A_FULL_CONFIG.keys() == set()
+    assert TAKE_A_FULL_CONFIG.keys() <= takers  # remove functions that no longer qualify
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.parts[0] == "experiments"], ids=str)
@@ -285,6 +285,6 @@ class Bench:
 """
     config = "class SecondStageConfig:\n    data: DataConfig\n"
     trees = {"experiments.a": ast.parse(source), "train.config": ast.parse(config)}
-    assert whole_configs(trees) == {"experiments.a.Config", "experiments.a.Longer", "train.config.SecondStageConfig"}
+    assert full_configs(trees) == {"experiments.a.Config", "experiments.a.Longer", "train.config.SecondStageConfig"}
     names = {"main", "longer", "untyped", "outer.inner", "Bench.run"}
-    assert takers_of_whole_configs(trees) == {f"experiments.a.{name}" for name in names}
+    assert takers_of_full_configs(trees) == {f"experiments.a.{name}" for name in names}

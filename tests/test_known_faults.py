@@ -44,14 +44,14 @@ def test_validation_measures_validation_images(tmp_path):
     data = folder_of_images(tmp_path / "data", {"train": 0, "valid": 240})
     flags = f"--dataset folder --data_dir {data} --n_channels 1 --logs_root {tmp_path} {VQGAN} {GAN} --no_amp --no_ema"
     call("train_vqgan.py", f"{flags} --train_steps 3 --lr 1e-3")
-    found = next(row["val/l1"] for row in rows(tmp_path / "vqgan_folder") if "val/l1" in row)
+    val_l1 = next(row["val/l1"] for row in rows(tmp_path / "vqgan_folder") if "val/l1" in row)
     first = load_first_stage(tmp_path / "vqgan_folder", None, torch.device("cpu"), False)
     expected = {}
     for split in ("train", "val"):
         source = ImageSource(build_dataset(first.data, first.reader, split), first.data)
         images = torch.stack([source[i]["image"].as_subclass(torch.Tensor) for i in range(len(source))]) / 127.5 - 1
         expected[split] = (first.vqgan(images)[0] - images).abs().mean().item()
-    assert found == pytest.approx(expected["val"], rel=1e-4)
+    assert val_l1 == pytest.approx(expected["val"], rel=1e-4)
     assert abs(expected["train"] - expected["val"]) > 0.1 * expected["val"]
 
 
@@ -144,9 +144,9 @@ def test_experiments_default_to_the_runs_sampling_settings(trained, monkeypatch)
     """Nobody types them twice: the tiny run was trained with 4 sampling steps and the preset's guidance."""
     from train.cli import parse as cli
 
-    seen = []
-    monkeypatch.setattr(cli, "run_main", lambda main, config: seen.append(config.sampling))
+    sampling_settings = []
+    monkeypatch.setattr(cli, "run_main", lambda main, config: sampling_settings.append(config.sampling))
     call("experiments/get_samples.py", f"--logs_root {trained}")
     call("experiments/get_samples.py", f"--logs_root {trained} --guidance 3")
-    assert seen[0] == absorbing.Sampling(sample_steps=4, guidance=1.5)
-    assert seen[1] == absorbing.Sampling(sample_steps=4, guidance=3.0)
+    assert sampling_settings[0] == absorbing.Sampling(sample_steps=4, guidance=1.5)
+    assert sampling_settings[1] == absorbing.Sampling(sample_steps=4, guidance=3.0)

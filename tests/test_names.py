@@ -31,9 +31,9 @@ def definitions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.ClassDef]:
 
 
 def parameters(function: ast.FunctionDef) -> list[ast.arg]:
-    given = function.args
-    optional = [each for each in (given.vararg, given.kwarg) if each is not None]
-    return [*given.posonlyargs, *given.args, *given.kwonlyargs, *optional]
+    arguments = function.args
+    optional = [each for each in (arguments.vararg, arguments.kwarg) if each is not None]
+    return [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, *optional]
 
 
 @pytest.mark.parametrize("path", python_files(*PACKAGES), ids=lambda path: str(path.relative_to(ROOT)))

@@ -37,13 +37,13 @@ def job(tmp_path):
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     variables = {**os.environ, **VARIABLES, "PATH": path, "SLURM_SUBMIT_DIR": str(tmp_path)}
     process = subprocess.Popen(["bash", str(tmp_path / "train.sbatch")], env=variables, cwd=tmp_path)
-    until(tmp_path / "running")
+    wait_for_file(tmp_path / "running")
     yield process, tmp_path
     process.kill()
     process.wait()
 
 
-def until(path: Path) -> None:
+def wait_for_file(path: Path) -> None:
     """Waits for a file."""
     for _ in range(400):
         if path.exists():

@@ -22,8 +22,8 @@ def logs(tmp_path_factory):
     return logs
 
 
-def model(logs, **which):
-    return load_model(ModelConfig(sampler="ddpm", **which), OutputConfig(logs_root=str(logs), amp=False))
+def model(logs, **options):
+    return load_model(ModelConfig(sampler="ddpm", **options), OutputConfig(logs_root=str(logs), amp=False))
 
 
 def weights(trained):
@@ -33,12 +33,12 @@ def weights(trained):
 @pytest.mark.parametrize(("load_step", "step"), [(None, 5), (2, 2), (4, 4)])
 def test_the_weights_are_the_reconstructed_average(logs, load_step, step, capfd):
     trained = model(logs, ema_length=0.08, load_step=load_step)
-    wanted = reconstruct_ema(logs / "ddpm_digits", step, "network", 0.08)
+    expected = reconstruct_ema(logs / "ddpm_digits", step, "network", 0.08)
     assert trained.step == step
-    assert all(torch.equal(value, wanted[key]) for key, value in weights(trained).items())
+    assert all(torch.equal(value, expected[key]) for key, value in weights(trained).items())
     assert f"step {step}, EMA reconstructed at relative length 0.08; pixels" in capfd.readouterr().out
     other = weights(model(logs))
-    assert not all(torch.equal(other[key], wanted[key]) for key in wanted)
+    assert not all(torch.equal(other[key], expected[key]) for key in expected)
 
 
 def test_a_tracked_length_is_reproduced_exactly(logs):
@@ -66,13 +66,13 @@ def test_the_default_step_is_the_newest_usable_snapshot(logs):
 
 def test_weights_are_identified_by_length_and_snapshots(logs):
     run = logs / "ddpm_digits"
-    found = [
+    models = [
         model(logs, ema_length=length, load_step=step) for length, step in ((0.08, 5), (0.08, 5), (0.07, 5), (0.08, 4))
     ]
-    digests = [trained.weights for trained in found]
+    digests = [trained.weights for trained in models]
     assert digests[0] == digests[1] and len({*digests, model(logs).weights}) == 4
     assert all(len(digest) == 64 for digest in digests)
-    assert found[0].provenance["sampler_weights"] == digests[0]
+    assert models[0].provenance["sampler_weights"] == digests[0]
     first = snapshot_path(run, 2)
     first.rename(run / "aside")  # another sum
     try:

@@ -72,9 +72,9 @@ def perturb(built):
 
 def images(n: int, first: int = 0) -> dict[str, Tensor]:
     """A batch of n positions; an image is a function of its position."""
-    places = range(first, first + n)
-    x0 = Streams([seed_of("image", i) for i in places]).uniform((n, *SHAPE)) * 2 - 1
-    return {"x0": x0, "label": torch.tensor(places) % CLASSES, "position": torch.tensor(places)}
+    positions = range(first, first + n)
+    x0 = Streams([seed_of("image", i) for i in positions]).uniform((n, *SHAPE)) * 2 - 1
+    return {"x0": x0, "label": torch.tensor(positions) % CLASSES, "position": torch.tensor(positions)}
 
 
 def draws(batch, seed: int = 0, batch_size: int | None = None):

@@ -39,8 +39,8 @@ def lines(run):
 
 def assert_equal_bits(one, other):
     assert one.keys() == other.keys()
-    odd = [key for key in one if not torch.equal(one[key], other[key])]
-    assert not odd, odd
+    differing = [key for key in one if not torch.equal(one[key], other[key])]
+    assert not differing, differing
 
 
 def assert_close(one, other, rtol=1e-5):
@@ -68,8 +68,8 @@ def moments(run, step):
     return {
         f"{name}/{i}/{key}": value
         for name, optimizer in saved_state(run, step)["optimizers"].items()
-        for i, kept in optimizer["state"].items()
-        for key, value in kept.items()
+        for i, values in optimizer["state"].items()
+        for key, value in values.items()
     }
 
 

@@ -41,9 +41,9 @@ def test_copied_fraction_by_hand():
 def test_copied_fraction_matches_a_brute_force_search():
     generator = torch.Generator().manual_seed(0)
     codes, train = torch.randint(0, 2, (200, 2, 3), generator=generator), torch.randint(0, 2, (30, 2, 3))
-    known = {tuple(grid.flatten().tolist()) for grid in train}
-    wanted = sum(tuple(grid.flatten().tolist()) in known for grid in codes) / 200
-    assert copied_fraction(codes, train) == pytest.approx(wanted)
+    train_grids = {tuple(grid.flatten().tolist()) for grid in train}
+    expected = sum(tuple(grid.flatten().tolist()) in train_grids for grid in codes) / 200
+    assert copied_fraction(codes, train) == pytest.approx(expected)
 
 
 def test_invalid_inputs_raise():

@@ -25,9 +25,9 @@ def test_every_file_names_its_metric_and_builds(name):
 def test_pixels_have_their_shape_and_range():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (4, 3, 48, 32), generator=generator, dtype=torch.uint8)
-    got = pixels.build("cpu")(images)
-    assert got.shape == (4, 768) and got.dtype == torch.float32
-    assert 0 <= got.min() and got.max() <= 1
+    result = pixels.build("cpu")(images)
+    assert result.shape == (4, 768) and result.dtype == torch.float32
+    assert 0 <= result.min() and result.max() <= 1
     white = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
     torch.testing.assert_close(pixels.build("cpu")(white), torch.ones(1, 768))
 
@@ -92,9 +92,9 @@ def test_inception_reads_a_weights_file(random_inception):
     extract = inception.build("cpu", random_inception)
     images = torch.randint(0, 256, (2, 3, 32, 40), dtype=torch.uint8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = extract(images)
-    assert got.shape == (2, 2048) and got.dtype == torch.float32 and not got.requires_grad
-    assert torch.equal(extract(images), got)  # random weights shrink the features: no tolerance is small enough
+        result = extract(images)
+    assert result.shape == (2, 2048) and result.dtype == torch.float32 and not result.requires_grad
+    assert torch.equal(extract(images), result)  # random weights shrink the features: no tolerance is small enough
 
 
 def test_inception_loads_strictly(random_inception, tmp_path):

@@ -21,15 +21,17 @@ def sorted_distances(point, others):
 @given(n=st.integers(1, 9), m=st.integers(4, 9), k=st.integers(1, 4), chunk=st.integers(1, 10), seed=st.integers(0, 99))
 def test_matches_a_brute_force_search(n, m, k, chunk, seed):
     queries, references = points(n, 3, seed), points(m, 3, seed + 1000)
-    wanted = [sorted_distances(query, references)[k - 1] for query in queries]
-    assert nearest_distances(queries, references, k, chunk=chunk).tolist() == pytest.approx(wanted, abs=1e-12)
+    expected = [sorted_distances(query, references)[k - 1] for query in queries]
+    assert nearest_distances(queries, references, k, chunk=chunk).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 @given(n=st.integers(5, 12), k=st.integers(1, 4), chunk=st.integers(1, 13), seed=st.integers(0, 99))
 def test_a_point_is_not_its_own_neighbour(n, k, chunk, seed):
     data = points(n, 3, seed)
-    wanted = [sorted_distances(data[i], [*data[:i], *data[i + 1 :]])[k - 1] for i in range(n)]
-    assert nearest_distances(data, data, k, exclude_self=True, chunk=chunk).tolist() == pytest.approx(wanted, abs=1e-12)
+    expected = [sorted_distances(data[i], [*data[:i], *data[i + 1 :]])[k - 1] for i in range(n)]
+    assert nearest_distances(data, data, k, exclude_self=True, chunk=chunk).tolist() == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("block", [1, 5, 100])
@@ -40,19 +42,19 @@ def test_nearest_does_not_depend_on_the_block_size(monkeypatch, block, own):
     rng, counts = torch.Generator().manual_seed(0), []
     references = torch.randn(40, 3, generator=rng)
     queries = references if own else torch.randn(9, 3, generator=rng)
-    found = nearest(queries, references, 6, exclude_self=own, chunk=4, advance=counts.append)
-    wanted = (queries[:, None] - references).double().norm(dim=-1)
+    result = nearest(queries, references, 6, exclude_self=own, chunk=4, advance=counts.append)
+    expected = (queries[:, None] - references).double().norm(dim=-1)
     if own:
-        wanted.fill_diagonal_(torch.inf)
-    values, indices = wanted.sort(1)
-    assert torch.equal(found.indices, indices[:, :6]) and sum(counts) == len(queries)
-    torch.testing.assert_close(found.distances, values[:, :6], rtol=1e-6, atol=0)
+        expected.fill_diagonal_(torch.inf)
+    values, indices = expected.sort(1)
+    assert torch.equal(result.indices, indices[:, :6]) and sum(counts) == len(queries)
+    torch.testing.assert_close(result.distances, values[:, :6], rtol=1e-6, atol=0)
 
 
 def test_ties_keep_the_order_of_the_references():
     references = torch.tensor([[2.0], [-1.0], [1.0], [1.0], [-1.0]])
-    found = nearest(torch.zeros(1, 1), references, 5)
-    assert found.indices.tolist() == [[1, 2, 3, 4, 0]] and found.distances.tolist() == [[1, 1, 1, 1, 2]]
+    result = nearest(torch.zeros(1, 1), references, 5)
+    assert result.indices.tolist() == [[1, 2, 3, 4, 0]] and result.distances.tolist() == [[1, 1, 1, 1, 2]]
 
 
 def test_near_ties_are_resolved_exactly():
@@ -61,9 +63,9 @@ def test_near_ties_are_resolved_exactly():
     far = torch.randn(2, 50, generator=rng, dtype=torch.float64) * 1e4
     references = torch.cat([far, torch.zeros(8, 50, dtype=torch.float64)])
     references[2:, 0] = 1e-5 * torch.arange(8, 0, -1)
-    found = nearest(torch.zeros(1, 50, dtype=torch.float64), references, 3)
-    assert found.indices.tolist() == [[9, 8, 7]]
-    torch.testing.assert_close(found.distances, torch.tensor([[1e-5, 2e-5, 3e-5]]).double(), rtol=1e-9, atol=0)
+    result = nearest(torch.zeros(1, 50, dtype=torch.float64), references, 3)
+    assert result.indices.tolist() == [[9, 8, 7]]
+    torch.testing.assert_close(result.distances, torch.tensor([[1e-5, 2e-5, 3e-5]]).double(), rtol=1e-9, atol=0)
 
 
 def test_duplicates_have_distance_exactly_zero():
@@ -74,9 +76,9 @@ def test_duplicates_have_distance_exactly_zero():
 
 def test_near_duplicates_keep_their_precision():
     data = torch.rand(4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1000
-    moved = data.clone()
-    moved[:, 0] += 1e-6
-    torch.testing.assert_close(nearest_distances(data, moved), torch.full((4,), 1e-6).double(), rtol=1e-5, atol=0)
+    shifted = data.clone()
+    shifted[:, 0] += 1e-6
+    torch.testing.assert_close(nearest_distances(data, shifted), torch.full((4,), 1e-6).double(), rtol=1e-5, atol=0)
 
 
 def test_no_queries_and_whole_numbers():

@@ -17,9 +17,9 @@ def classifier(cache):
     """Trained once, inside the things a caller may be in the middle of."""
     before = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        trained = digit_features.load_classifier("cpu", cache)
+        network = digit_features.load_classifier("cpu", cache)
     assert torch.equal(torch.get_rng_state(), before)
-    return trained
+    return network
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def test_the_second_load_reads_the_cache(classifier, cache, images, monkeypatch)
 
     monkeypatch.setattr(digit_features, "train_classifier", train_again)
     assert len(list(cache.iterdir())) == 1
-    again = digit_features.load_classifier("cpu", cache)
-    assert torch.equal(again(images), classifier(images))
+    reloaded = digit_features.load_classifier("cpu", cache)
+    assert torch.equal(reloaded(images), classifier(images))
     monkeypatch.setattr(digit_features, "VERSION", 0)
     with pytest.raises(AssertionError, match="trained again"):
         digit_features.load_classifier("cpu", cache)
@@ -98,10 +98,10 @@ def test_augmented_digits_stay_close_to_the_original():
     generator = torch.Generator().manual_seed(0)
     images = torch.zeros(500, 1, 32, 32, dtype=torch.uint8)
     images[:, :, 14:18, 14:18] = 255
-    moved = digit_features.augment(images, generator)
-    assert moved.shape == images.shape and moved.dtype == torch.float32
-    assert 0 <= moved.min() and moved.max() <= 255.001
-    mass = moved.sum((1, 2, 3)) / images[0].sum()
+    augmented = digit_features.augment(images, generator)
+    assert augmented.shape == images.shape and augmented.dtype == torch.float32
+    assert 0 <= augmented.min() and augmented.max() <= 255.001
+    mass = augmented.sum((1, 2, 3)) / images[0].sum()
     assert 0.75 < mass.min() and mass.max() < 1.3  # scales of 0.9 to 1.1, squared
-    columns = (moved.sum((1, 2)) * torch.arange(32)).sum(1) / moved.sum((1, 2, 3)) - 15.5
+    columns = (augmented.sum((1, 2)) * torch.arange(32)).sum(1) / augmented.sum((1, 2, 3)) - 15.5
     assert 1.8 < columns.abs().max() < 2.6  # two pixels, and what turn and scale add
