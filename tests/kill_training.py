@@ -73,7 +73,7 @@ def spoil(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def steps_for(kills: int) -> int:
-    """Number of steps that a run needs for so many kills."""
+    """The number of steps of a run with this number of kills."""
     return FIRST_STEPS + STEPS_PER_KILL * kills
 
 
@@ -132,7 +132,7 @@ def run_uninterrupted(stage: str, logs: Path, steps: int) -> Path:
     """Runs without interruption; returns the run folder. RuntimeError with the output if it fails."""
     with start_process(stage, logs, steps) as process:
         if process.wait() != 0:
-            raise RuntimeError(f"the undisturbed run failed:\n{(logs / 'output').read_text()}")
+            raise RuntimeError(f"the uninterrupted run failed:\n{(logs / 'output').read_text()}")
     return logs / "run"
 
 
@@ -180,9 +180,9 @@ def kill_at(process: subprocess.Popen, logs: Path, kind: str, target: int, rng: 
 
 
 def run_with_kills(stage: str, logs: Path, steps: int, kills: int, rng: random.Random) -> Attempt:
-    """Runs with so many kills, spread over the steps, and restarts until the run is finished.
+    """Runs with this number of kills, spread over the steps, and restarts until the run is finished.
 
-    RuntimeError if a start ends with an error of its own.
+    RuntimeError if the run ends with an error that no kill caused.
     """
     attempt = Attempt(logs / "run")
     kinds = (["write", "start", "write", "step"] * kills)[:kills]

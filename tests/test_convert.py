@@ -75,7 +75,7 @@ def test_a_converted_run_gives_the_outputs_of_its_weights(name, tmp_path):
 
 
 def test_old_and_new_attention_orders_differ():
-    """Otherwise the parametrised test could not tell the two orders apart."""
+    """Otherwise the parametrised test could not distinguish the two orders."""
     network = build_unet(FLAGS)
     old, new = to_guided_weights(network, new_order=False), to_guided_weights(network, new_order=True)
     name = "middle_block.1.qkv.weight"
@@ -114,8 +114,8 @@ def test_a_converted_run_samples_with_its_respacing_and_trains(converted):
     assert (sampling["solver"], sampling["sample_steps"], sampling["spacing"]) == ("ddim", 4, "leading")
     assert np.load(logs / "s" / "samples.npz")["arr_0"].shape == (2, 8, 8, 3)
     unet = "--channels 8 --channel_mults 1 2 --res_blocks 1 --attn_factors 2 --heads 2 --img_size 8 --no_amp"
-    flags = f"--logs_root {logs} --log_dir on --load_dir converted --train_steps 1 --batch_size 2 --lr 1e-9 --sample_steps 1"
-    call("train_sampler.py", f"--sampler ddpm {flags} {unet}")
+    flags = f"--logs_root {logs} --log_dir on --load_dir converted --train_steps 1 --batch_size 2 --lr 1e-9"
+    call("train_sampler.py", f"--sampler ddpm {flags} --sample_steps 1 {unet}")
     assert (outputs(load_run(logs / "on").sampler.network) - outputs(build_unet(FLAGS))).abs().max() < 1e-3
 
 

@@ -1,4 +1,4 @@
-"""The demo page: what it shows of a model, its errors at startup, and its use in a real browser."""
+"""The demo page: its controls, its errors at startup, and its use in a real browser."""
 
 import importlib.util
 import io
@@ -206,7 +206,7 @@ def test_watching_on_the_page(tab):
     press(tab, "Watch")
     step = tab.get_by_label("number input for step")
     tab.wait_for_function("box => box.value === '7' && !box.disabled", arg=step.element_handle())
-    assert len({*frames}) >= 4  # frames came while it went on
+    assert len({*frames}) >= 4  # frames arrived during sampling
     frame = tab.locator(".image-frame img:visible").first
     last = content(tab, frame)
     source = frame.get_attribute("src")
@@ -228,7 +228,7 @@ def test_inpainting_with_the_brush(tab):
     turn_to(tab, "Inpaint")
     canvas = tab.locator("canvas:visible").first
     canvas.wait_for()
-    tab.wait_for_timeout(2000)  # until the image lies on it
+    tab.wait_for_timeout(2000)  # until the image is on it
     press(tab, "Inpaint")
     tab.get_by_text("nothing is masked").wait_for()
     box = canvas.bounding_box()
@@ -243,7 +243,7 @@ def test_inpainting_with_the_brush(tab):
     selected = np.asarray(Image.fromarray(selected).resize(hidden.shape[::-1], Image.Resampling.NEAREST))
     grey = hidden == 128
     assert 0.1 < grey.mean() < 0.7
-    assert np.array_equal(hidden[~grey], selected[~grey])  # the image came through the brush as it was
+    assert np.array_equal(hidden[~grey], selected[~grey])  # unmasked pixels are unchanged
     assert not np.array_equal(results[0], results[1])
 
 

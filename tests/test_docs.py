@@ -1,4 +1,4 @@
-"""The README and docs/: commands parse and run, code compiles, and what they link to or name exists."""
+"""The README and docs/: commands parse and run, code compiles, and the targets of links and names exist."""
 
 import ast
 import importlib
@@ -31,13 +31,13 @@ from models import Transformer
 from models.registry import MOVED
 from train.cli import parse as cli
 from train.cli.plugins import PLUGIN_GROUPS
-from train.registry import names_in
+from train.registry import plugin_names
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 
 
 def commands_to_test() -> list[tuple[str, int, Command]]:
-    """(page, number, command), without those that name a file which the page writes: its own test runs them."""
+    """(page, number, command), except commands with a file that the page writes, which its own test runs."""
     cases = []
     for page in PAGES:
         text = page.read_text()
@@ -51,7 +51,7 @@ def commands_to_test() -> list[tuple[str, int, Command]]:
 CASES = commands_to_test()
 PACKAGES = ("models", "diffusion", "vq", "train", "experiments")
 
-# Flags that the pages name of other programs.
+# Flags of other programs that the pages name.
 FOREIGN = {
     *(
         "nproc_per_node",
@@ -65,12 +65,12 @@ FOREIGN = {
     ),
     *("signal", "requeue", "logdir", "port"),
 }
-# Files that a reader has or gets, and the repository does not.
+# Files of the reader's, not of the repository.
 READERS_FILES = {
     *("my.py", "mine.py", "birds.yaml", "config.yaml", "manifest.json", "results.json", "MNIST.json", "rows.json"),
 }
 
-WITHOUT_LOGS = {"experiments/benchmark_unet.py"}  # scripts that print, and write nothing
+WITHOUT_LOGS = {"experiments/benchmark_unet.py"}  # scripts that write no files
 
 
 # Commands
@@ -80,9 +80,9 @@ WITHOUT_LOGS = {"experiments/benchmark_unet.py"}  # scripts that print, and writ
 def test_every_command_parses(command, monkeypatch, tmp_path, capfd):
     script, flags = command
     assert (ROOT / script).is_file()
-    if script.startswith("tests/"):  # a script of its own kind
+    if script.startswith("tests/"):  # has its own parser
         assert {*re.findall(r"--(\w+)", flags)} <= own_flags(script)
-    elif script == "convert.py":  # reads the weights to know what they are
+    elif script == "convert.py":  # reads the weights first
         with pytest.raises(SystemExit):
             call(script, flags)
         assert "not found" in capfd.readouterr().err
@@ -96,7 +96,7 @@ VQGAN = (
 )
 CODES = "--bert_n_emb 16 --bert_n_head 2 --bert_n_layers 1 --batch_size 4 --train_steps 2 --steps_per_eval 0"
 PIXELS = f"{UNET} --img_size 8 --batch_size 4 --total_steps 20 --train_steps 2 --steps_per_eval 0"
-SMALL = {  # by script: what makes it a matter of seconds
+SMALL = {  # by script: flags for runs of a few seconds
     "experiments/get_samples.py": "--n_samples 30 --sample_steps 2 --batch_size 30",
     "experiments/calc_FID.py": "--n_samples 8 --sample_steps 2 --features pixels",
     "experiments/calc_PRDC.py": "--n_samples 8 --sample_steps 2 --features pixels",
@@ -111,7 +111,7 @@ SMALL = {  # by script: what makes it a matter of seconds
     "experiments/generate_big_samples.py": "--n_samples 1 --shape 5 6 --sample_steps 2",
     "experiments/check_digits.py": "",
 }
-ELSEWHERE = {  # words of a command, and what it needs that is not here
+ELSEWHERE = {  # words of a command, and what it needs that tests lack
     **{name: "images to download" for name in ("ffhq", "churches", "bedrooms", "faces140k", "cifar10", "mnist")},
     **{"webdataset": "shards", "convert.py": "released weights", "demo.py": "a browser"},
     **{
@@ -132,7 +132,8 @@ class Runner:
             for i in range(12):
                 pixels = np.random.default_rng(i).integers(0, 255, (16, 20, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / "images" / split / f"{i}.png")
-        for line in ("train_vqgan.py", *(f"train_sampler.py --sampler {name}" for name in names_in("train.samplers"))):
+        samplers = plugin_names("train.samplers")
+        for line in ("train_vqgan.py", *(f"train_sampler.py --sampler {name}" for name in samplers)):
             self(Command(*(line + " ").split(" ", 1)))
 
     def __call__(self, command: Command) -> None:
@@ -151,7 +152,7 @@ class Runner:
             sampler = "ddpm" if "ddpm" in flags else "absorbing"
             call("experiments/get_samples.py", self.samples(sampler))
             small += f" --samples {logs / f'samples_{sampler}' / 'samples.npz'}"
-        if "autoregressive" in flags:  # which takes a step for each code
+        if "autoregressive" in flags:  # takes one step per code
             small = small.replace("--sample_steps 2", "")
         call(script, f"{flags} {small} --logs_root {logs} --no_amp")
 
@@ -162,7 +163,7 @@ class Runner:
 
 @pytest.fixture(scope="module")
 def runner_of(tmp_path_factory):
-    """A runner for each page: its commands find what the earlier ones of the page left."""
+    """A runner for each page, whose commands use the results of earlier ones."""
     return cache(lambda page: Runner(tmp_path_factory.mktemp(page)))
 
 
@@ -251,14 +252,14 @@ def test_files_named_exist(page):
 @by_page
 def test_dotted_names_exist(page):
     dotted = re.compile(rf"({'|'.join(PACKAGES)})(\.\w+)+(?<!\.py)")
-    for span in {*spans(page.read_text())} - {*MOVED, *MOVED.values()}:  # test_moved.py looks after these
+    for span in {*spans(page.read_text())} - {*MOVED, *MOVED.values()}:  # covered by test_moved.py
         assert not dotted.fullmatch(span) or exists(span), f"{page.name}: {span}"
 
 
 @by_page
 def test_flags_named_exist(page):
     text = page.read_text()
-    of_page = {*re.findall(r"^    (\w+): ", "\n".join(blocks(text, "python")), re.M)}  # fields of a Config of its own
+    of_page = {*re.findall(r"^    (\w+): ", "\n".join(blocks(text, "python")), re.M)}  # fields of the page's own Config
     unknown = flags_named(text) - every_flag() - FOREIGN - of_page
     assert not unknown, f"{page.name}: {sorted(unknown)}"
 
@@ -310,7 +311,7 @@ def every_flag() -> frozenset[str]:
     """The flags of all scripts, those of every plug-in included."""
     names = {"help", "config", "from"} | own_flags("tests/kill_training.py")
     for group in PLUGIN_GROUPS.values():
-        names = names.union(*(cli.fields_of(group.config_of(name)) for name in names_in(group.package)))
+        names = names.union(*(cli.flag_names(group.config_of(name)) for name in plugin_names(group.package)))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "experiments")
         for script in (*ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")):
@@ -318,5 +319,5 @@ def every_flag() -> frozenset[str]:
                 continue
             for value in runpy.run_path(str(script), run_name="flags").values():
                 if isinstance(value, type) and is_dataclass(value) and value.__name__.endswith(("Config", "Benchmark")):
-                    names |= cli.fields_of(value)
+                    names |= cli.flag_names(value)
     return frozenset(names)

@@ -36,7 +36,7 @@ def run_on(device, function):
 
 
 def assert_same_results(function):
-    """The results on both devices must be equal."""
+    """Asserts that the results on both devices are equal, and returns them on the CPU."""
     on_cpu, on_fake = run_on("cpu", function), run_on(DEVICE, function)
     assert torch.equal(on_cpu, on_fake) if on_cpu.dtype == torch.int64 else torch.allclose(on_cpu, on_fake)
     return on_cpu

@@ -12,7 +12,7 @@ from helpers.tiny_runs import ROOT, call, parse_config, run
 from train.config import DataConfig, TrainingConfig
 from train.samplers import ddpm
 
-COMMANDS = {  # as the docs have them
+COMMANDS = {  # as in the docs
     "train_vqgan.py": "--dataset ffhq --log_dir vqgan_ffhq --amp --ema --batch_size 4 --diff_aug",
     "train_sampler.py": (
         "--sampler absorbing --dataset ffhq --log_dir absorbing_ffhq --ae_load_dir vqgan_ffhq --ae_load_step 2200000 "
@@ -272,7 +272,7 @@ def test_two_checkouts_in_one_environment_never_mix(tmp_path):
     for mine, theirs in ((ROOT, other), (other, ROOT)):
         code = f"import sys; sys.path[0] = {str(mine / 'experiments')!r}\nimport _root, experiments\n"
         variables = {**os.environ, "PYTHONPATH": str(theirs)}
-        command = [sys.executable, "-c", f"{code}print(experiments.__file__)"]  # as a script there starts
+        command = [sys.executable, "-c", f"{code}print(experiments.__file__)"]  # as a script there would start
         process = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
         assert process.stdout.strip() == str(mine / "experiments" / "__init__.py"), process.stderr
 

@@ -1,6 +1,6 @@
 """Any file and any command line give a config, or a message and exit code 2; never a traceback.
 
-`FUZZ=100 pytest tests/test_flags_fuzzed.py` tries a hundred times as many, different ones each time.
+`FUZZ=100 pytest tests/test_flags_fuzzed.py` tries a hundred times as many, different in each run.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def fuzz(n):
 
 
 class Scripts:
-    """Runs every script's own call of run_script with other arguments, and records the config for main."""
+    """Runs each script's call of run_script with other arguments, and records the config passed to main."""
 
     def __init__(self, folder):
         self.folder, self.configs, self.calls, self.files = folder, [], {}, count()

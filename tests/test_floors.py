@@ -1,4 +1,4 @@
-"""The layers of the code: who may import whom, where imports stand, and which small files may exist."""
+"""The layers of the code: which may import which, where imports are, and which small files may exist."""
 
 import ast
 from pathlib import Path
@@ -36,7 +36,7 @@ CONCEPTS = {
     "vq.losses": "the adversarial losses",
     "vq.tiles": "tiled encoding and decoding of an autoencoder",
 }
-COMMANDS_THAT_MAY_BE_IMPORTED = {"experiments.playground"}  # what demo.py shows
+COMMANDS_THAT_MAY_BE_IMPORTED = {"experiments.playground"}  # used by demo.py
 CANDIDATES = [*ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")]
 SCRIPTS = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in CANDIDATES if "__main__" in p.read_text()}
 FILES = sorted(path.relative_to(ROOT) for floor in MAY_IMPORT for path in (ROOT / floor).rglob("*.py"))
@@ -144,7 +144,7 @@ def test_no_utils_and_no_swallowed_errors(path):
     assert not any("strict=False" in ast.unparse(call) for call in loads)
 
 
-# Every rule is shown to fail, in checkouts of two or three files
+# Each rule detects violations, in checkouts of two or three files
 
 
 def checkout(tmp_path: Path, **files: str) -> Path:
@@ -184,11 +184,11 @@ def test_the_layers_of_experiments_are_distinguished():
 TAKE_A_FULL_CONFIG = {
     "experiments.benchmark.measure_sampler": "the main of one of two stages",
     "experiments.benchmark.measure_vqgan": "the main of one of two stages",
-    "experiments.harness.experiment.open_batches": "notes the whole of it as what results are of",
-    "experiments.harness.experiment.config_groups": "takes it apart",
+    "experiments.harness.experiment.open_batches": "records it as the settings of the results",
+    "experiments.harness.experiment.config_groups": "splits it into groups",
     "experiments.harness.experiment.open_results_folder": "writes config.yaml",
-    "experiments.harness.experiment.run_experiment.main": "of every experiment",
-    "experiments.harness.experiment.measure_settings": "takes it apart",
+    "experiments.harness.experiment.run_experiment.main": "the main of every experiment",
+    "experiments.harness.experiment.measure_settings": "splits it into groups",
     "experiments.metrics.decoder_likelihood.train_head": "the main of a run within an experiment",
     "train.cli.parse.complete_config": "reads and writes configs of any kind",
     "train.cli.parse.to_dict": "reads and writes configs of any kind",
@@ -199,7 +199,7 @@ TAKE_A_FULL_CONFIG = {
     "train.cli.plugins.find_foreign_flag": "reads and writes configs of any kind",
     "train.cli.plugins.iter_plugin_groups": "reads and writes configs of any kind",
     "train.runs.open_or_resume": "opens a run",
-    "train.spaces.open_space": "opens what a second stage stands on",
+    "train.spaces.open_space": "opens the first stage of a second stage",
 }
 
 

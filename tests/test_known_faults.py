@@ -1,4 +1,4 @@
-"""Faults of the reference code that must not come back, one test each, where no test elsewhere holds them.
+"""Faults of the reference code that must not come back, one test each, unless covered elsewhere.
 
 Elsewhere: optimizer, schedule and data order on resume (train/test_runs_resume.py, train/data/test_loading.py);
 unreadable files and silently skipped keys (train/test_checkpoint.py); one learning rate for all data sets
@@ -77,12 +77,12 @@ def test_other_weights_or_data_get_new_codes(tmp_path):
     tables = tmp_path / "vqgan_folder" / "codes"
     assert len(list(tables.glob("*.codes"))) == 2  # train and val
     call("train_sampler.py", f"{flags} {SAMPLER} --train_steps 1 --log_dir b --lr 1e-5")
-    assert len(list(tables.glob("*.codes"))) == 2  # the same codes serve another run
+    assert len(list(tables.glob("*.codes"))) == 2  # another run reuses the same codes
     call("train_sampler.py", f"{flags} {SAMPLER} --train_steps 1 --log_dir c --horizontal_flip")
     assert len(list(tables.glob("*.codes"))) == 3  # other views
     Image.fromarray(np.full((16, 16), 9, np.uint8)).save(data / "train" / "new.png")
     call("train_sampler.py", f"{flags} {SAMPLER} --train_steps 1 --log_dir d")
-    assert len(list(tables.glob("*.codes"))) == 4  # one image more
+    assert len(list(tables.glob("*.codes"))) == 4  # one more image
     call("train_vqgan.py", f"{vqgan} --train_steps 2")
     call("train_sampler.py", f"{flags} {SAMPLER} --train_steps 1 --log_dir e")
     assert len(list(tables.glob("*.codes"))) == 6  # other weights
@@ -108,7 +108,7 @@ def test_experiments_load_the_averaged_weights(trained):
 
 
 def test_the_perceptual_loss_gets_images_in_its_range():
-    """The reference gave LPIPS images in [0, 1], it wants [-1, 1]: ours are in [-1, 1] from data set to loss."""
+    """The reference gave LPIPS images in [0, 1], but it expects [-1, 1]; ours are in [-1, 1] from data set to loss."""
     source = ImageSource(digits.build(digits.Config(), "train"), DataConfig(img_size=32, n_channels=1))
     images = TrainingImages(source, seed=0)[list(range(8))]["image"]
     assert images.min() == -1 and images.max() > 0.9
@@ -141,7 +141,7 @@ def test_autocast_leaves_losses_and_distances_in_float32(trained):
 
 
 def test_experiments_default_to_the_runs_sampling_settings(trained, monkeypatch):
-    """Nobody types them twice: the tiny run was trained with 4 sampling steps and the preset's guidance."""
+    """They need not be repeated: the tiny run was trained with 4 sampling steps and the preset's guidance."""
     from train.cli import parse as cli
 
     sampling_settings = []

@@ -1,4 +1,4 @@
-"""Names and docstrings: the field's words, test names that fit on a line, shapes where tensors come and go."""
+"""Names and docstrings: standard terms, test names that fit on a line, and shapes in docstrings of tensor functions."""
 
 import ast
 import re
@@ -10,12 +10,13 @@ import pytest
 from helpers.tiny_runs import ROOT
 
 PACKAGES = ("models", "diffusion", "vq", "train", "experiments")
-# Words that say nothing about the thing they name; each had a standard term (`kept` -> mask, `told` -> labels, ...).
+# Words that do not say what they name; each has a standard term (`kept` -> mask, `told` -> labels, ...).
 PRIVATE_WORDS = frozenset(
-    "added along apart ask begin begun begun_at blend both closeness counting dealt divided drawn drawn_at filled follow "
-    "forget forgotten found full go_on highest how kept known learn likeliest looked_up made masked_at owned own_substitutes "
-    "part picked poisoned prepared processes promoted said seen shared shown staying surest survival tallied tempered told "
-    "told_apart told_in_words toward turn turns unborn walk watched widened workplace".split()
+    "added along apart ask begin begun begun_at blend both closeness counting dealt divided drawn drawn_at filled "
+    "follow forget forgotten found full go_on highest how kept known learn likeliest looked_up made masked_at "
+    "owned own_substitutes part picked poisoned prepared processes promoted said seen shared shown staying surest "
+    "survival tallied tempered told told_apart told_in_words toward turn turns unborn walk watched widened "
+    "workplace".split()
 )
 DOCUMENTED = ("models", "diffusion", "vq")  # every public function and class, with the shapes of its tensors
 LONGEST_TEST_NAME = 60
@@ -26,7 +27,7 @@ def python_files(*folders: str) -> list[Path]:
 
 
 def definitions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.ClassDef]:
-    """Every function and class of a file, also those within others."""
+    """Every function and class of a file, including nested ones."""
     return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef))
 
 

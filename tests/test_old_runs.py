@@ -1,6 +1,6 @@
 """Runs from before the code was restructured (commit f133647) load, sample and resume with the same results.
 
-tests/fixtures/old_runs/runs holds a run of each kind at step 4, made by the commands below; the other fixtures are the
+tests/fixtures/old_runs/runs holds a run of each kind at step 4, from the commands below; the other fixtures are the
 weights and metrics of the same commands at step 8, and six samples of each run at step 4.
 """
 

@@ -1,4 +1,4 @@
-"""The README: short, true of the code's size, and its Python runs."""
+"""The README is short, states the size of the code correctly, and its Python runs."""
 
 import re
 
@@ -16,7 +16,7 @@ def test_it_is_short():
 
 
 def table_of(heading: str) -> list[str]:
-    """The rows of the table in a section, without its head."""
+    """The rows of the table in a section, without the header."""
     section = TEXT.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     return [line for line in section.splitlines() if line.startswith("|")][2:]
 

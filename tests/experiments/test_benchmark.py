@@ -1,4 +1,4 @@
-"""The benchmark of presets: what it runs, counts and prints, whatever the measured times."""
+"""The benchmark of presets: what it runs, counts and prints, independently of the measured times."""
 
 import re
 import sys
@@ -159,11 +159,13 @@ def test_missing_data_are_reported_in_one_line(run_benchmark, tmp_path):
     assert len(table) == 3
     (line,) = re.findall("^loading .*$", out, re.M)
     assert line.startswith("loading skipped: ") and "nowhere" in line
-    out, _ = run_benchmark(f"{flags} --guidance 2 --measure sampling")  # between classes, of which nothing is known
+    out, _ = run_benchmark(
+        f"{flags} --guidance 2 --measure sampling"
+    )  # guidance between classes, although the data set is missing
     assert "NFE 6 per image" in out
 
 
-REFUSED = {  # flags -> what the message must hold
+REFUSED = {  # flags -> words that the message must contain
     "--repeats 0": ["repeats 0", "--repeats"],
     "--full_steps -1": ["full_steps -1", "--full_steps"],
     "--measure stepp": ["stepp", "sampling"],

@@ -1,4 +1,4 @@
-"""The benchmark of neighbourhood attention: what it writes and refuses, whatever the measured times."""
+"""The benchmark of neighbourhood attention: what it writes and refuses, independently of the measured times."""
 
 import importlib.util
 import json
@@ -80,7 +80,7 @@ def test_the_picture_is_a_png(run_folder):
     assert {path.name for path in run_folder.iterdir()} == {"config.yaml", "results.json", "times.png"}
 
 
-REFUSED = {  # flags -> what the message must hold
+REFUSED = {  # flags -> words that the message must contain
     "--sizes 12 8 --kernel_size 9": ["9", "height of 8"],
     "--kernel_size 3 --sizes 8 --dilations 1 3": ["dilation 3", "height of 8"],
     "--kernel_size 4": ["4", "odd"],
@@ -98,7 +98,7 @@ def test_invalid_flags_give_exit_code_2_and_a_short_message(flags, tmp_path, cap
     message = " ".join(capfd.readouterr().err.replace("│", " ").split())
     assert "Traceback" not in message and len(message) < 900
     assert all(word in message for word in REFUSED[flags]), message
-    assert list(tmp_path.iterdir()) == []  # nothing ran
+    assert list(tmp_path.iterdir()) == []  # nothing was run
 
 
 def test_results_of_another_run_are_not_overwritten(run_folder, capfd):
@@ -120,7 +120,7 @@ def test_an_unsupported_backend_is_skipped_with_its_reason(monkeypatch, capsys):
     assert costs["natten"] == Cost()
     assert costs["tiled"].forward_backward > 0
     assert capsys.readouterr().out == "natten skipped at 8x8, dilation 1: NotImplementedError: no such width\n"
-    factories["dense"] = lambda: refuse  # ours refuse nothing
+    factories["dense"] = lambda: refuse  # our own backends are never skipped
     with pytest.raises(NotImplementedError):
         compare(Case(8, 3, 1), make_inputs(8, 1, 1, 4, torch.float32, CPU), dense_limit=64, repeats=1)
 
@@ -135,10 +135,10 @@ def test_peak_memory_includes_freed_allocations():
     def allocate(count: int, size: int):
         return [torch.ones(size * MIB // 4) for _ in range(count)]
 
-    for count, size in ((1, 64), (1, 64), (16, 4), (16, 4)):  # again when the process has such memory to reuse
+    for count, size in ((1, 64), (1, 64), (16, 4), (16, 4)):  # again, when freed memory can be reused
         assert peak_extra_bytes(lambda n=count, s=size: allocate(n, s), CPU) == pytest.approx(64 * MIB, rel=0.2)
     allocated = torch.ones(16 * MIB // 4)
-    assert peak_extra_bytes(lambda: allocated.add_(1), CPU) < 6 * MIB  # in use before is no extra
+    assert peak_extra_bytes(lambda: allocated.add_(1), CPU) < 6 * MIB  # memory already in use does not count
 
 
 @pytest.mark.parametrize("case", [Case(8, 3, 1), Case(8, 3, 2), Case(11, 3, 3), Case(9, 9, 1)], ids=lambda c: c.name)

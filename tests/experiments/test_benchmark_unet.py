@@ -1,4 +1,4 @@
-"""The benchmark of the UNet: what it prints and refuses, whatever the measured times."""
+"""The benchmark of the UNet: what it prints and refuses, independently of the measured times."""
 
 import importlib.util
 import re
@@ -77,7 +77,7 @@ def test_steps_train_every_weight(name, kind):
     step = training_steps(network, (2, 3, 8, 8), DistContext(CPU))[kind]
     weights = [p for p in network.parameters() if p.ndim > 1]  # some biases do nothing before a norm or a softmax
     before = [p.detach().clone() for p in weights]
-    losses = [step().item() for _ in range(6)]  # at first our zeros keep gradients from what is before them
+    losses = [step().item() for _ in range(6)]  # several, as zero-initialised layers block gradients at first
     assert all(torch.isfinite(torch.tensor(losses))) and len(set(losses)) == 6
     for p, old in zip(weights, before, strict=True):
         assert (p - old).abs().max() > 2e-5  # AdamW moves by about lr, 1e-4; its decay alone by 1e-6 of a weight
@@ -101,7 +101,7 @@ def test_speedup_is_the_ratio_of_medians():
     ]
 
 
-REFUSED = {  # flags -> what the message must hold
+REFUSED = {  # flags -> words that the message must contain
     "--repeats 0": ["repeats 0", "--repeats"],
     "--batch_size 0": ["batch_size 0", "--batch_size"],
     "--attn_factors 3": ["attn_factors", "1, 2"],

@@ -1,4 +1,4 @@
-"""calc_FID.py on a tiny trained model: its distances are those of its images, interrupted or not."""
+"""calc_FID.py on a tiny trained model: distances match those of its images, also after an interruption."""
 
 import json
 
@@ -78,7 +78,7 @@ def test_distances_are_those_of_the_images_of_that_seed(trained, uninterrupted):
         frechet_distance(Statistics().update(generated), reference), rel=1e-5
     )
     real = real[sorted(fixed_subset(len(real), 10_000))]
-    assert len(real) == 1438  # all: there are fewer
+    assert len(real) == 1438  # all of them
     kernel = uninterrupted["kernel"]
     assert kernel["metric"] == "KD(digits)" and kernel.keys() == {
         "metric", "generated", "real_vs_real", "reconstructions"
@@ -110,7 +110,7 @@ def test_an_interrupted_run_resumes_to_the_same_report(
     assert sampled_indices == [list(range(first, min(first + 20, 90))) for first in range(20 * after, 90, 20)]
     for results in (resumed, uninterrupted):
         results["run"]["output"].pop("log_dir", None)
-    assert resumed == uninterrupted  # to the last digit
+    assert resumed == uninterrupted  # exactly
     assert (trained / name / "samples.png").read_bytes() == (trained / "fid_whole" / "samples.png").read_bytes()
     assert {path.name for path in (trained / name).iterdir()} == {
         "config.yaml", "results.json", "samples.png", "reconstructions.png"
@@ -137,7 +137,7 @@ def test_saved_features_are_never_mixed_up(calc, uninterrupted, sampled_indices,
 
 def test_the_table_has_both_distances(calc, uninterrupted, sampled_indices, capsys):
     capsys.readouterr()
-    calc("fid_whole")  # typed again, it prints what is there
+    calc("fid_whole")  # a repeated run prints the saved report
     out = capsys.readouterr().out
     assert sampled_indices == []
     (line,) = (line for line in out.splitlines() if line.startswith("generated "))
@@ -171,7 +171,7 @@ def test_a_changed_samples_file_is_measured_again(calc, trained, tmp_path, sampl
         values += [calc("fid_file", f"--features digits --samples {path} --kid_subsets 2")["value"]] * 2
         assert calc("fid_file", f"--features digits --samples {path} --kid_subsets 2")["value"] == values[-1]
     assert values[0] != values[-1] and sampled_indices == []
-    path.unlink()  # what was measured of it stands
+    path.unlink()  # the saved results stay valid
     assert calc("fid_file", f"--features digits --samples {path} --kid_subsets 2")["value"] == values[-1]
 
 
@@ -216,7 +216,7 @@ def test_a_random_subset_of_many_real_images_is_kept(trained, monkeypatch, tmp_p
     path.unlink()
     monkeypatch.setattr(distances, "MAX_FEATURES", 50)
     distances.real_statistics(*args)
-    assert next(tmp_path.iterdir()).name != path.name  # a file with fewer features is another one
+    assert next(tmp_path.iterdir()).name != path.name  # a reference with fewer features has its own file
 
 
 def test_another_data_range_has_its_own_statistics(tmp_path):

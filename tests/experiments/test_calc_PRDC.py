@@ -54,7 +54,7 @@ def test_the_numbers_are_those_of_the_images(trained_ddpm, noise, capsys):
     assert "of digits, train split" in out and (trained_ddpm / "n" / "samples.png").is_file()
     assert not (trained_ddpm / "n" / BATCHES_FOLDER).exists()
     call(SCRIPT, flags)
-    assert capsys.readouterr().out.endswith(out[out.index("\nagainst") :])  # typed again, it tells the same
+    assert capsys.readouterr().out.endswith(out[out.index("\nagainst") :])  # a repeated run prints the same report
 
 
 def test_no_more_images_than_the_split_has(trained_ddpm, noise, capsys):

@@ -23,7 +23,7 @@ def read_results(logs, name):
 
 @pytest.fixture(scope="module")
 def logs(trained, tmp_path_factory):
-    """The tiny VQGAN in a logs folder of this module's own."""
+    """The tiny VQGAN in a separate logs folder."""
     folder = tmp_path_factory.mktemp("rebuilt") / "logs"
     shutil.copytree(trained / "vqgan_digits", folder / "vqgan_digits", ignore=shutil.ignore_patterns("codes"))
     return folder
@@ -64,7 +64,10 @@ def test_the_pictures_are_there(val_results, logs):
     folder = logs / "VQGAN_FID_val_vqgan_digits_5"
     assert {path.name for path in folder.iterdir()} == FILES
     with Image.open(folder / "reconstructions.png") as grid:
-        assert grid.size == (16 * 66 + 2, 2 * 66 + 2)  # 16 images above as many, 16 pixels drawn as 64
+        assert grid.size == (
+            16 * 66 + 2,
+            2 * 66 + 2,
+        )  # 16 images above their reconstructions, enlarged from 16 to 64 pixels
     with Image.open(folder / "codes.png") as picture:
         assert picture.size[0] > 500 and len(picture.convert("RGB").getcolors(1 << 20)) > 3
 
@@ -86,7 +89,7 @@ def test_a_subset_of_images_is_fixed_and_keeps_the_reference(val_results, logs):
     subset, rebatched = read_results(logs, "some"), read_results(logs, "again")
     assert (subset["n_images"], subset["n_reference"], subset["metric"]) == (20, 359, "FD(pixels)")
     for name in ("rfd", "psnr", "ssim", "l1", "perplexity", "codebook_usage"):
-        assert subset[name] == pytest.approx(rebatched[name], rel=1e-5, abs=1e-4)  # a pixel rounds this way or that way
+        assert subset[name] == pytest.approx(rebatched[name], rel=1e-5, abs=1e-4)  # pixels may round differently
     assert subset["l1"] != val_results["l1"]
 
 
@@ -118,13 +121,13 @@ def test_a_failed_run_leaves_no_results(logs, monkeypatch):
         with pytest.raises(RuntimeError, match="stopped"):
             call(SCRIPT, f"--logs_root {logs} --no_amp --n_images 4 --log_dir stopped")
     assert not (logs / "stopped" / "results.json").exists()
-    call(SCRIPT, f"--logs_root {logs} --no_amp --n_images 4 --log_dir stopped")  # the next run goes through
+    call(SCRIPT, f"--logs_root {logs} --no_amp --n_images 4 --log_dir stopped")  # the next run succeeds
     assert {path.name for path in (logs / "stopped").iterdir()} == FILES
 
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(val_results, logs, tmp_path):
-    """With a number of batches that does not divide, and statistics that are not cached yet."""
+    """With a number of batches that does not divide by two, and statistics that are not cached yet."""
     shutil.copytree(logs / "vqgan_digits", tmp_path / "vqgan_digits")
     pool = ProcessPool(2)
     try:

@@ -1,4 +1,4 @@
-"""calc_approximate_ELBO.py end to end on tiny models: what it writes, and what must not change its numbers."""
+"""calc_approximate_ELBO.py end to end on tiny models: its results, and settings that must not change them."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ HEAD = "--train_steps 3 --train_batch_size 4 --steps_per_eval 2"
 IMAGE_KEYS = {
     "bits_per_dim", "bits_per_dim_standard_error", "codes_bits_per_dim", "decoder_bits_per_dim", "head"
 }  # fmt: skip
-MODELS = {  # flags, and the calls per image: fewer than there are terms
+MODELS = {  # flags, and calls per image, fewer than the terms
     "absorbing": (HEAD, 9),
     "ddpm": ("--sampler ddpm", 6),
     "edm": ("--sampler ddpm --load_dir edm", 3),
@@ -82,7 +82,7 @@ def test_the_terms_of_a_bound_add_up_and_are_plotted(model, reports, logs_of):
     assert report["method"] == "variational bound" and len(report["terms"]) == steps
     assert report["prior"] + sum(report["terms"]) == pytest.approx(report["value"], abs=1e-4)
     assert report["decoder"] == report["terms"][0]
-    assert len(set(report["terms"][calls // 2 :])) == calls - calls // 2  # one level for each stretch
+    assert len(set(report["terms"][calls // 2 :])) == calls - calls // 2  # one value per stratum
     with Image.open(logs_of[model] / f"elbo_{model}" / "terms.png") as picture:
         assert picture.size[0] > 500 and len(picture.convert("RGB").getcolors(1 << 20)) > 3
 
@@ -116,7 +116,7 @@ def test_all_terms_can_be_computed_and_no_image_repeats(measure, trained_ddpm, c
     assert (by_default["value"], by_default["n_images"]) == (complete["value"], 359)
     assert complete["n_images"] == 359 and complete["calls"] == 20 and len(set(complete["terms"])) == 20
     assert measure("ddpm", "elbo_one", "--calls 1 --n_images 1")["standard_error"] is None
-    assert read_results(trained_ddpm, "elbo_one")["decoder"] is None  # its level is that of all steps
+    assert read_results(trained_ddpm, "elbo_one")["decoder"] is None  # the one value is a mean over all steps
     estimate = measure("ddpm", "elbo_few", "--calls 6 --n_images 359 --batch_size 200")
     assert abs(complete["value"] - estimate["value"]) < 4 * estimate["standard_error"]  # of the same images
     assert estimate["terms"][:3] == pytest.approx(complete["terms"][:3], abs=1e-5)
@@ -150,11 +150,11 @@ def test_a_failed_run_leaves_no_results(measure, logs_of, monkeypatch):
     folder = logs_of["ddpm"] / "elbo_stopped"
     assert {path.name for path in folder.iterdir()} == {"config.yaml", ".kept"}
     monkeypatch.setattr("train.trained_sampler.TrainedSampler.log_likelihood", None)
-    measure("ddpm", "elbo_stopped")  # the next run goes through, with what was measured
+    measure("ddpm", "elbo_stopped")  # the next run succeeds with the saved measurements
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "results.json", "terms.png"}
 
 
-# what the decoder adds
+# decoder bits
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from train.trained_sampler import TrainedSampler
 SCRIPT = "experiments/calc_approximate_ELBO.py"
 SIZES = SAMPLER.replace(" --sample_steps 4", "")
 HEAD = "--train_steps 3 --train_batch_size 4 --steps_per_eval 2"
-RUNS = {  # the flags of their training, and of what measures them
+RUNS = {  # flags for training, and flags for measuring
     "autoregressive": ("--sampler autoregressive --log_dir causal", "--sampler autoregressive --load_dir causal"),
     "continuous": ("--total_steps None --log_dir continuous", "--load_dir continuous"),
 }
@@ -51,11 +51,11 @@ def test_autoregressive_likelihood_is_exact(measure, logs, capsys):
     assert report["standard_error"] == pytest.approx(total.std().item() / 7**0.5, abs=1e-5)
     assert (report["method"], report["calls"], report["terms"], report["terms_of"]) == ("exact", 1, [], None)
     assert report["decoder"] is None and report["prior"] == 0
-    assert report["bits_per_dim"] > report["decoder_bits_per_dim"]  # the codes are paid for
+    assert report["bits_per_dim"] > report["decoder_bits_per_dim"]  # includes the bits of the codes
     out = capsys.readouterr().out
     assert "val split, 7 images, exact\n" in out and "bits per dimension" in out and "terms" not in out
     assert {path.name for path in (logs / "elbo_causal").iterdir()} == {"config.yaml", "results.json"}
-    repeated = measure("autoregressive", "elbo_causal_calls", "--calls 3 --seed 5")  # nothing is drawn
+    repeated = measure("autoregressive", "elbo_causal_calls", "--calls 3 --seed 5")  # nothing is random
     assert (repeated["value"], repeated["standard_error"]) == (report["value"], report["standard_error"])
 
 
@@ -70,10 +70,12 @@ def test_continuous_time_terms_are_by_number_of_masked_codes(measure, logs, caps
     assert len(report["terms"]) == report["calls"] == 16 and report["terms_of"] == "number of masked codes"
     assert sum(report["terms"]) == pytest.approx(report["value"], abs=1e-5)
     assert report["method"] == "variational bound" and report["decoder"] is None
-    assert all(term == pytest.approx(report["value"] / 16, rel=0.5) for term in report["terms"])  # it knows nothing yet
+    assert all(term == pytest.approx(report["value"] / 16, rel=0.5) for term in report["terms"])  # an untrained model
     (panel,) = panels
     (stairs,) = panel.patches
-    assert stairs.get_data().edges.tolist() == [k + 0.5 for k in range(17)]  # the step of k masked codes is around k
+    assert stairs.get_data().edges.tolist() == [
+        k + 0.5 for k in range(17)
+    ]  # the stair of k masked codes is centred on k
     assert stairs.get_data().values.tolist() == pytest.approx(report["terms"])
     assert panel.get_xlabel() == "number of masked codes" and panel.get_ylabel() == "term (bits per code)"
     out = capsys.readouterr().out
@@ -121,7 +123,7 @@ def test_an_interrupted_run_resumes_to_the_same_report(measure, logs, monkeypatc
     assert recorder.requested == [[4, 5], [6]]
     for report in (resumed, uninterrupted):
         del report["run"]["output"]["log_dir"]
-    assert resumed == uninterrupted  # to the last digit
+    assert resumed == uninterrupted  # exactly
     assert not (logs / f"elbo_{run}_cut" / ".kept").exists()
 
 

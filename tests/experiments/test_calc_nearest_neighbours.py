@@ -33,7 +33,7 @@ def training_images(logs, sampler):
 
 
 def save_samples(path, images):
-    """A samples.npz of grey images uint8 (N, 1, H, W)."""
+    """Writes grey images uint8 (N, 1, H, W) as a samples.npz."""
     np.savez(path, arr_0=images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
     return path
 
@@ -71,10 +71,10 @@ def test_codes_of_a_model_of_codes_are_compared(trained, capsys):
     call(SCRIPT, f"{flags} --log_dir codes")
     results, out = read_results(trained, "codes"), capsys.readouterr().out
     assert 0 <= results["equal_codes"] <= 1 and "exact copies (codes)" in out
-    assert results["ranked_by"] == "pixels" and len(results["views"]) == 9  # as it was trained
+    assert results["ranked_by"] == "pixels" and len(results["views"]) == 9  # those of its training
     assert results["ratio"] == pytest.approx(results["median"] / results["median_held_out"])
     call(SCRIPT, f"{flags} --log_dir codes")
-    assert capsys.readouterr().out.endswith(out[out.index("\n6 generated") :])  # typed again, it tells the same
+    assert capsys.readouterr().out.endswith(out[out.index("\n6 generated") :])  # a repeated run prints the same report
 
 
 def test_an_interrupted_run_resumes_to_the_same_results(trained_ddpm, monkeypatch):

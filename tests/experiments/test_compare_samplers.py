@@ -1,4 +1,4 @@
-"""compare_samplers.py: which solvers run, what is measured, and what is not measured twice."""
+"""compare_samplers.py: which solvers run, what is measured, and what is reused."""
 
 import json
 from types import SimpleNamespace
@@ -60,9 +60,9 @@ def test_entries_expand_to_unique_runs():
 def test_auto_is_the_baseline_and_all_other_solvers():
     entries = list(map(str, expand_entries(["auto"], [4, 32], ABSORBING, 16)))
     assert entries[:5] == ["ancestral:256", "ancestral:4", "ancestral:32", "halton:4", "confidence:4"]
-    assert entries[5:8] == ["remask:4", "remask:32", "first_hitting"]  # in turn, 16 codes have no use for 32 steps
-    assert entries[8:] == ["discrete:4", "discrete:32"]  # any other
-    assert "halton:32" in map(str, expand_entries(["halton"], [4, 32], ABSORBING, 16))  # asked for by name
+    assert entries[5:8] == ["remask:4", "remask:32", "first_hitting"]  # 16 codes have no use for 32 steps
+    assert entries[8:] == ["discrete:4", "discrete:32"]  # other solvers
+    assert "halton:32" in map(str, expand_entries(["halton"], [4, 32], ABSORBING, 16))  # named explicitly
     solvers = {name: entry for name, entry in solvers_for(EDM()).items() if name in ("ddpm", "heun")}
     assert list(map(str, expand_entries(["auto"], [5], solvers, 1))) == ["ddpm:250", "heun:5"]
     assert list(map(str, expand_entries(["auto"], [5], solvers_for(Autoregression(2)), 16))) == ["raster"]
@@ -222,7 +222,7 @@ def test_two_processes_measure_what_one_does(trained):
             assert other[key] == pytest.approx(mine[key], rel=1e-6)
 
 
-REFUSED = {  # flags -> what the message must hold
+REFUSED = {  # flags -> words that the message must contain
     "--solvers ancestral:4 haltom:4": ["haltom", "halton"],
     "--solvers halton:0": ["'halton:0'", "name:steps"],
     "--solvers": ["no solvers", "--solvers"],

@@ -21,7 +21,7 @@ def read_results(folder):
 
 @pytest.fixture
 def draw_calls(monkeypatch):
-    """(seeds, given, options, edit, made) of every batch."""
+    """(indices, conditions, options, edit input, result) of every batch."""
     batches, draw = [], TrainedSampler.draw
 
     def record(self, indices, seed, options, conditions, *, edit, **kwargs):
@@ -39,7 +39,7 @@ def test_every_image_is_edited_to_every_class(sampler, request, draw_calls, caps
     edit(logs, f"--sampler {sampler} --n_images 2 --label 3 7 8 --sample_steps 2 --guidance 2 --log_dir edited")
     ((indices, conditions, options, edit_input, result),) = draw_calls
     assert conditions["label"].tolist() == [3, 7, 8] * 2 and options.guidance == 2
-    assert indices == [0, 0, 0, 1, 1, 1]  # an image forgets the same whatever it becomes
+    assert indices == [0, 0, 0, 1, 1, 1]  # the noise of an image does not depend on its target class
     assert edit_input.t == 0.7 and not edit_input.keep.any() and torch.equal(edit_input.x0[0], edit_input.x0[2])
     results = read_results(logs / "edited")
     assert results["labels"] == [3, 7, 8] and all(0 <= row["asked"]["value"] <= 1 for row in results["of_label"])
@@ -59,14 +59,14 @@ def test_a_lower_strength_changes_less(trained, trained_ddpm):
             edit(logs, f"{flags} --log_dir at_{strength}")
             (row,) = read_results(logs / f"at_{strength}")["of_label"]
             far.append(row["distance"])
-        if sampler == "ddpm":  # of codes, the untrained decoder decides
+        if sampler == "ddpm":  # not for codes, where the untrained decoder dominates
             assert far[0] < far[1]
 
 
 def test_a_fraction_of_the_codes_is_kept(trained, draw_calls):
     edit(trained, "--n_images 40 --label 1 --strength 0.4 --sample_steps 4 --log_dir share")
     *_, edit_input, result = draw_calls[0]
-    assert 0.6 <= (result["codes"] == edit_input.x0).float().mean() < 0.8  # some are drawn as they were
+    assert 0.6 <= (result["codes"] == edit_input.x0).float().mean() < 0.8  # some masked codes are sampled unchanged
 
 
 def test_an_interrupted_edit_resumes(trained, monkeypatch, draw_calls):
@@ -85,7 +85,7 @@ def test_an_interrupted_edit_resumes(trained, monkeypatch, draw_calls):
         edit(trained, f"{flags} --log_dir edit_again")
     draw_calls.clear()
     edit(trained, f"{flags} --log_dir edit_again")
-    assert len(draw_calls) == 1  # the first batch was kept
+    assert len(draw_calls) == 1  # the first batch was saved
     one, two = (
         {k: v for k, v in read_results(trained / name).items() if k != "run"} for name in ("edit_whole", "edit_again")
     )

@@ -15,7 +15,7 @@ POSTHOC_WEIGHTS = "--ema_profiles 0.05 0.1 --steps_per_ema_snapshot 2 --keep_las
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """A run of five steps with snapshots of 2, 4 and 5, and one that kept none."""
+    """A run of five steps with snapshots of 2, 4 and 5, and one without snapshots."""
     logs = tmp_path_factory.mktemp("ema_length")
     call("train_sampler.py", f"--logs_root {logs} --train_steps 5 --no_amp --lr 0.01 {DDPM} {POSTHOC_WEIGHTS}")
     call("train_sampler.py", f"--logs_root {logs} --train_steps 2 --no_amp {DDPM} --log_dir without")
@@ -52,7 +52,7 @@ def test_the_default_step_is_the_newest_usable_snapshot(logs):
     checkpoint = run / "checkpoints" / "step_00000005"
     aside, snapshot = run / "aside", snapshot_path(run, 5)
     older = run / "checkpoints" / "step_00000003"
-    checkpoint.rename(older)  # as if the run had been cut off after a snapshot, and before a checkpoint
+    checkpoint.rename(older)  # as if the run had stopped between a snapshot and a checkpoint
     try:
         assert model(logs, ema_length=0.05).step == 2
     finally:
@@ -74,7 +74,7 @@ def test_weights_are_identified_by_length_and_snapshots(logs):
     assert all(len(digest) == 64 for digest in digests)
     assert models[0].provenance["sampler_weights"] == digests[0]
     first = snapshot_path(run, 2)
-    first.rename(run / "aside")  # another sum
+    first.rename(run / "aside")  # another set of snapshots
     try:
         assert model(logs, ema_length=0.08, load_step=5).weights != digests[0]
     finally:
@@ -85,7 +85,7 @@ def test_each_ema_length_has_its_own_results_folder(logs, capfd):
     flags = f"--logs_root {logs} --sampler ddpm --n_samples 2 --sample_steps 2 --no_amp"
     call("experiments/get_samples.py", f"{flags} --ema_length 0.08")
     call("experiments/get_samples.py", f"{flags} --ema_length 0.06")
-    call("experiments/get_samples.py", f"{flags} --ema_length 0.08")  # typed again, it tells the same
+    call("experiments/get_samples.py", f"{flags} --ema_length 0.08")  # a repeated run
     assert (logs / "samples_ddpm_digits_5_ema0.08" / "samples.npz").is_file()
     assert (logs / "samples_ddpm_digits_5_ema0.06" / "samples.npz").is_file()
     assert json.loads((logs / "samples_ddpm_digits_5_ema0.06" / "results.json").read_text())["n_samples"] == 2

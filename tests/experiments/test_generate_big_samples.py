@@ -1,4 +1,4 @@
-"""Canvases larger than the training grid: by windows and natively, what they cost, and the settings in the PNG."""
+"""Canvases larger than the training grid: with windows and natively, their cost, and the settings in the PNG."""
 
 import json
 
@@ -29,7 +29,7 @@ def call_shapes(monkeypatch):
         return forward(network, x, *args, **kwargs)
 
     monkeypatch.setattr(Transformer, "forward", record)
-    monkeypatch.setattr(TrainedSampler, "dry_run", lambda *a, **kwargs: None)  # its one call is none of a canvas
+    monkeypatch.setattr(TrainedSampler, "dry_run", lambda *a, **kwargs: None)  # its call is not counted
     return shapes
 
 
@@ -59,12 +59,12 @@ def test_relative_positions_need_one_call_per_step(trained, call_shapes):
     assert read_results(trained / "native_big")["network_calls_per_batch"] == 3
     call_shapes.clear()
     big(trained, f"{flags} --window_stride 2 --log_dir native_windows")
-    assert {shape[1:] for shape in call_shapes} == {(4, 4)}  # windows, where they are asked for
+    assert {shape[1:] for shape in call_shapes} == {(4, 4)}  # windows on request
 
 
 def test_the_png_holds_its_settings(trained):
-    big(trained, "--shape 5 4 --n_samples 1 --temp 0.9 --log_dir told")
-    with Image.open(trained / "told" / "big_000.png") as picture:
+    big(trained, "--shape 5 4 --n_samples 1 --temp 0.9 --log_dir with_settings")
+    with Image.open(trained / "with_settings" / "big_000.png") as picture:
         settings = json.loads(picture.text["settings"])
     assert settings["canvas"]["shape"] == [5, 4] and settings["sampling"]["temp"] == 0.9
     assert settings["number"] == 0 and settings["sampler_weights"]

@@ -74,7 +74,7 @@ def test_all_images_of_one_class(trained, draw_calls):
     sevens = read_samples(trained / "samples_sevens" / "samples.npz")
     same = (mixed["codes"] == sevens["codes"]).flatten(1).all(1)
     assert len(mixed["labels"].unique()) > 5 and 0 < (mixed["labels"] == 7).sum() < 24
-    assert same[mixed["labels"] == 7].all()  # the noise of an image is its own whatever the classes of others
+    assert same[mixed["labels"] == 7].all()  # the noise of an image does not depend on the classes of others
 
 
 def test_another_class_is_another_experiment(trained, capsys):

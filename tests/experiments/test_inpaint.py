@@ -57,7 +57,7 @@ def test_kept_codes_never_change(trained, starts, solver):
     flags = f"--n_images 2 --results 2 --hide left --solver {solver} --sample_steps 3"
     inpaint(trained, f"{flags} --log_dir kept_{solver}")
     start, result = starts[0]
-    assert start.keep.sum() == 4 * 8 and len(starts) == 2  # the second time all is hidden, for chance
+    assert start.keep.sum() == 4 * 8 and len(starts) == 2  # the second call masks everything, for the chance level
     assert torch.equal(result["codes"][start.keep], start.x0[start.keep])
     assert result["codes"].max() < 16 and not starts[1][0].keep.any()
 
@@ -82,7 +82,7 @@ def test_by_default_the_lower_half_of_held_out_images_is_masked(logs, request, s
     assert not (logs / "lower" / ".kept").exists() and (logs / "lower" / "inpainted.png").is_file()
     starts.clear()
     inpaint(logs, flags)
-    assert not starts  # typed again, it tells what it found
+    assert not starts  # a repeated run prints the saved report
 
 
 def test_masked_pixels_do_not_affect_the_results(trained, picture):
@@ -102,7 +102,7 @@ def test_masked_pixels_do_not_affect_the_results(trained, picture):
 def test_transparent_pixels_are_inpainted(trained, picture):
     image = Image.open(picture / "one.png").convert("RGBA")
     alpha = np.full((16, 16), 255, np.uint8)
-    alpha[:, 12:] = 200  # what shines through is not the picture any more
+    alpha[:, 12:] = 200  # partly transparent pixels count as masked
     image.putalpha(Image.fromarray(alpha))
     image.save(picture / "clear.png")
     inpaint(trained, f"--image {picture / 'clear.png'} --results 1 --sample_steps 2 --log_dir clear")

@@ -39,7 +39,7 @@ def test_the_path_leads_from_the_first_to_the_second_image(sampler, request, mon
         assert (from_first.diff() >= 0).all() and from_first[0] < from_first[2] < from_first[4]
         if sampler == "ddpm":
             assert torch.allclose(path[2], (path[0] + path[4]) / 2, atol=1e-6)
-        else:  # whatever comes from the second image stays
+        else:  # codes taken from the second image stay
             of_second = path == path[4:]
             assert (of_second[1:] | ~of_second[:-1]).all()
     results = json.loads((logs / "path" / "results.json").read_text())

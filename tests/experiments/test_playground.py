@@ -52,7 +52,7 @@ def make_request(play, **kwargs):
 
 
 def without_classes(play):
-    """The same model as if its data had none."""
+    """The same model for data without classes."""
     sampler_without_frequencies = replace(play.trained, class_frequencies=None)
     sampler = type(
         "Unconditional", (), {"n_classes": 0, "conditions": (), "process": sampler_without_frequencies.sampler.process}
@@ -63,7 +63,7 @@ def without_classes(play):
 def test_the_page_offers_what_the_model_supports(playground):
     controls = {control.name: control for control in playground.controls}
     assert controls["solver"].choices == tuple(sorted(solvers_for(playground.trained.sampler.process)))
-    assert ("eta" in controls) is ("top_k" not in controls)  # Gaussian, or of codes
+    assert ("eta" in controls) is ("top_k" not in controls)  # for Gaussian samplers or samplers of codes
     assert playground.classes == [AS_IN_DATA, NO_CLASS, *"0123456789"]
     unconditional = without_classes(playground)
     assert unconditional.classes == [] and not [
@@ -171,7 +171,7 @@ def test_closing_the_stream_stops_the_work():
 
     reading = stream(work)
     assert next(reading) == 0
-    threading.Timer(0.2, more.set).start()  # while the reader closes, the work is not asked again
+    threading.Timer(0.2, more.set).start()  # while the reader is closing, the work continues
     reading.close()
     assert ended.is_set() and put_so_far == [0]
 
@@ -222,7 +222,7 @@ def test_kept_codes_never_change(play, monkeypatch):
         4,
         4,
         4,
-    ]  # five of 16 pixels: two cells a side
+    ]  # five of 16 pixels touch two cells per side
     assert torch.equal(codes[start.keep], start.x0[start.keep])
     assert kwargs["conditions"]["label"].tolist() == [3, 3, 3]
 
@@ -250,7 +250,7 @@ def test_a_16_bit_picture_is_scaled_by_the_data_range():
     mask = Image.new("L", (8, 8))
     image = preprocess(Image.fromarray(levels), mask, (8, 8), 1, (0, 4095))[0]
     assert np.abs(image[0].numpy() - levels / 4095 * 255).max() <= 0.51
-    grey = Image.fromarray(image[0].numpy())  # and one of 8 bits is as results are shown
+    grey = Image.fromarray(image[0].numpy())  # an 8-bit picture is not rescaled
     assert torch.equal(preprocess(grey, mask, (8, 8), 1, (0, 4095))[0], image)
 
 
@@ -260,7 +260,7 @@ def test_an_uploaded_picture_and_its_mask_are_cropped_alike():
     image, hidden = preprocess(wide, brush(wide.size, (48, 0, 96, 32)), (8, 8), 3)
     assert image.shape == (3, 8, 8) and hidden.shape == (8, 8)
     assert hidden[:, 4:].all() and not hidden[:, :4].any()
-    assert torch.equal(image[2] > 128, hidden)  # the blue is what is hidden
+    assert torch.equal(image[2] > 128, hidden)  # the blue part is masked
 
 
 def test_integer_enlargement_is_undone_exactly():

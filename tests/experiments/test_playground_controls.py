@@ -45,7 +45,7 @@ def test_every_setting_has_a_control_of_its_type():
         "strategy": ("choice", True),
         "exact": ("switch", False),
         "span": ("numbers", True),
-    }  # and none for what a page cannot hold
+    }  # other types have no control
     assert controls["solver"].choices == ("ancestral", "mine")
     assert controls["order"].choices == ("first", "last") and controls["strategy"].choices == ("one", "two")
     assert (controls["sample_steps"].value, controls["temp"].value, controls["span"].value) == (7, 0.9, "0.25 1")
@@ -53,7 +53,7 @@ def test_every_setting_has_a_control_of_its_type():
     assert (controls["temp"].help, controls["order"].help) == ("How freely.", "")
     assert (
         controls["sample_steps"].help == field_docs(SamplingConfig)["sample_steps"] != ""
-    )  # of the class it builds on
+    )  # inherited from the base class
 
 
 def test_a_model_without_conditions_has_no_guidance():

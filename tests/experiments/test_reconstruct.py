@@ -69,7 +69,7 @@ def run_folder(trained, folder):
 def test_usable_images_have_pictures_and_others_reasons(trained, run_folder):
     results = read_results(trained, "reconstructed")
     sizes = {record["image"]: (record["width"], record["height"], record["codes"]) for record in results["images"]}
-    assert sizes == {  # upright, and cut to multiples of 4
+    assert sizes == {  # upright, and cropped to multiples of 4
         "colour.png": (48, 32, [8, 12]),
         "grey.png": (16, 16, [4, 4]),
         "sub/turned.jpg": (24, 40, [10, 6]),
@@ -78,7 +78,10 @@ def test_usable_images_have_pictures_and_others_reasons(trained, run_folder):
     assert skipped.keys() == {"thin.png", "torn.png"} and "40x3 pixels, wanted at least 4x4" in skipped["thin.png"]
     pictures = sorted(str(path.relative_to(run_folder / "images")) for path in (run_folder / "images").rglob("*.png"))
     assert pictures == ["colour.png", "grey.png", "sub/turned.png"]
-    assert (results["tile"], results["overlap"]) == (4, 1)  # the grid of its 16 x 16 images, and a quarter
+    assert (results["tile"], results["overlap"]) == (
+        4,
+        1,
+    )  # the grid of its 16 x 16 training images, and a quarter of it
     _, height, width = pixels(run_folder / "overview.png").shape
     assert width == 6 * (THUMBNAIL + 2) + 2 and height > 2 * THUMBNAIL
 
@@ -106,7 +109,7 @@ def test_bits_seams_and_untiled_differences_are_reported(trained, run_folder):
     assert all(record["bits_per_pixel"] == 4 / 16 for record in by_name.values())  # 16 codes of 4 x 4 pixels
     single_tile, tiled = by_name["grey.png"], by_name["colour.png"]
     assert single_tile["seams"] is single_tile["seams_of_original"] is None  # a single tile
-    assert tiled["seams"] > 0 and tiled["seams_of_original"] == pytest.approx(1, abs=0.3)  # noise knows no seams
+    assert tiled["seams"] > 0 and tiled["seams_of_original"] == pytest.approx(1, abs=0.3)  # noise has no seams
     fake = pixels(run_folder / "images" / "colour.png")[None, :, 2:34, 52:100]
     assert tiled["seams"] == pytest.approx(seam_ratio(fake, seams(8, 4, 1, 4), seams(12, 4, 1, 4), 4))
     assert single_tile["l1_to_whole"] == 0 and single_tile["codes_as_whole"] == 1
@@ -223,7 +226,7 @@ def test_the_colours_of_errors_have_a_fixed_scale():
     error_image, colours = error_map(black, other), colour_table()
     assert torch.equal(error_map(other, black), error_image)
     assert torch.equal(error_image[:, 0].T, colours[[0, 255, 255, 128]])
-    assert torch.equal(error_map(black[:1], other[:1])[:, 0, 1], colours[255])  # grey: its one channel is the mean
+    assert torch.equal(error_map(black[:1], other[:1])[:, 0, 1], colours[255])  # grey: the mean of one channel
     assert colours[0].sum() < 30 and colours[255].sum() > 500  # dark to bright
     assert torch.equal(panels(black, other)[2], error_image)
 

@@ -1,4 +1,4 @@
-"""The experiment scripts end to end on a tiny trained model: what they write, and what must not leak in."""
+"""The experiment scripts end to end on a tiny trained model: their files, and images that must not leak in."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_the_report_records_what_the_number_depends_on(trained, samples, capsys)
     assert "FID" not in capsys.readouterr().out.replace("/FID", "")
     capsys.readouterr()
     call("experiments/calc_FID.py", f"--logs_root {trained} --samples {samples} --features pixels --log_dir f")
-    assert "FD(pixels)" in capsys.readouterr().out  # typed again, it tells the same
+    assert "FD(pixels)" in capsys.readouterr().out  # a repeated run prints the same report
 
 
 def test_the_reported_value_is_the_distance_of_those_images(trained, samples):
@@ -107,7 +107,7 @@ def test_auto_features_fall_back_to_pixels_with_one_warning(trained, samples, mo
     with pytest.warns(UserWarning, match="FD\\(pixels\\), which is not an FID") as caught:
         assert all_features.choose_features("auto", DataConfig(dataset="mnist"), torch.device("cpu")).name == "pixels"
     assert len(caught) == 1
-    with pytest.raises(FileNotFoundError):  # asked for by name, it does not become something else
+    with pytest.raises(FileNotFoundError):  # an explicit choice has no fallback
         all_features.choose_features("inception", DataConfig(), torch.device("cpu"))
 
 

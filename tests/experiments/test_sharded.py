@@ -18,7 +18,7 @@ from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
 
 FD = "--FD_features pixels --steps_per_FD 1 --FD_samples 5"
-EXPERIMENTS = {  # by the folder of its results; as many batches as processes, or more, or fewer
+EXPERIMENTS = {  # by results folder; with as many batches as processes, more, or fewer
     "samples": "experiments/get_samples.py --n_samples 10 --batch_size 3 --save_individually --save_process",
     "one_batch": "experiments/get_samples.py --n_samples 2",
     "FID": "experiments/calc_FID.py --n_samples 90 --batch_size 40 --features digits --kid_subsets 3",
@@ -53,7 +53,7 @@ def free_ports(count):
 
 
 def interrupt_runs(logs):
-    """Interrupts the experiments that are to be resumed after two batches."""
+    """Interrupts the `cut_` experiments after two batches."""
     draw, batches = TrainedSampler.draw, []
 
     def interrupted_draw(model, *args, **kwargs):
@@ -170,7 +170,7 @@ def test_only_the_main_rank_prints(both_runs):
 
 
 class Main(DistContext):
-    """The first of two ranks; the answers of the second are given."""
+    """The first of two ranks; `others` are the batches of the second."""
 
     others = None
 

@@ -1,4 +1,4 @@
-"""A fake device whose tensors have values: operations that mix its tensors with those of the CPU fail.
+"""A fake device whose tensors have values: operations that mix its tensors with CPU tensors fail.
 
 FakeTensorMode has no values, so code that reads them (`if`, `nonzero`, `tolist`) cannot run in it.
 """

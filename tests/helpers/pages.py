@@ -14,7 +14,7 @@ SHELL = ("", "sh", "bash", "shell", "console")
 
 
 class Command(NamedTuple):
-    """A script and the words behind it."""
+    """A script and its flags."""
 
     script: str
     flags: str
@@ -48,7 +48,7 @@ def shell_lines(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[Command]:
-    """What `python` and `torchrun` run, in the order of the page; `python -m` is left out."""
+    """The scripts that `python` and `torchrun` run, in the order of the page, without `python -m`."""
     result = []
     for line in shell_lines(text):
         program, *rest = line.split()
@@ -89,9 +89,9 @@ def anchors(path: Path) -> set[str]:
 
 
 def flags_named(text: str) -> set[str]:
-    """The flags in code spans, and behind a script in commands; without dashes and a leading no_.
+    """The flags in code spans and in commands, without dashes and a leading no_.
 
-    Ours are written with underscores: those with a hyphen are another program's.
+    Our flags have underscores; flags with a hyphen belong to other programs.
     """
     texts = [span for span in spans(text) if not re.match(r"(pip|git|sbatch|srun|torchrun|docker) ", span)]
     texts += [command.flags for command in commands(text)]

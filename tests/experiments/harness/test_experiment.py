@@ -45,7 +45,9 @@ def call_in(name: str) -> ast.Call:
 
 def test_most_commands_are_experiments():
     assert {"calc_FID", "calc_PRDC", "get_samples", "reconstruct", "inpaint"} <= set(EXPERIMENTS)
-    assert len({call_in(name).args[0].value for name in EXPERIMENTS}) == len(EXPERIMENTS) > 10  # folders of their own
+    assert (
+        len({call_in(name).args[0].value for name in EXPERIMENTS}) == len(EXPERIMENTS) > 10
+    )  # each with its own results folder
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -105,7 +107,7 @@ class Config:
 
 
 class Toy:
-    """A toy experiment that records its batches and may be interrupted, with its command line."""
+    """A toy experiment with its command line; it records its batches and can be interrupted."""
 
     def __init__(self, logs: Path, monkeypatch, fails_at: int | None = None):
         self.logs, self.patch, self.fails_at, self.requested = logs, monkeypatch, fails_at, []
@@ -170,7 +172,7 @@ def test_a_changed_input_file_is_measured_again(toy, tmp_path):
     assert len(toy.requested) == 3
     path.write_text("two")
     assert toy(flags, files=("file",))["run"]["files"] == {"file": sha256(path)} and len(toy.requested) == 6
-    path.unlink()  # what was measured of it stands
+    path.unlink()  # the saved results stay valid
     toy(flags, files=("file",))
     assert len(toy.requested) == 6
 
@@ -204,7 +206,7 @@ def test_every_rank_opens_the_condition_source(tmp_path):
         sampling=SamplingConfig(),
         output=OutputConfig(logs_root=str(tmp_path)),
     )
-    for is_main in (False, True):  # any: of the main rank, the folder is not there
+    for is_main in (False, True):  # `any` gives the answer of the main rank: the folder does not exist
         world = SimpleNamespace(is_main=is_main, any=lambda flag: [True], barrier=lambda: None)
         open_results_folder("samples", config, model, world, ExperimentSetup(()))
     assert len(calls) == 2 and dry_runs == ["source"]

@@ -17,7 +17,7 @@ def test_nearest_distance_ratio_by_hand():
     assert nearest_distance_ratio(flat(0.0, 10.0), flat(2.0), training) == 0
     assert nearest_distance_ratio(flat(0.0, 3.0), flat(1.0), training) == pytest.approx(
         1.5
-    )  # an even count: the middle
+    )  # an even count: the mean of the middle two
 
 
 def test_nearest_distance_ratio_is_scale_invariant():

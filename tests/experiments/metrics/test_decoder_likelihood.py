@@ -101,8 +101,8 @@ class Flat:
 
 
 def test_code_bits_plus_decoder_bits_are_a_likelihood_bound():
-    """One code for each image: the probabilities of all 65,536 images of two pixels sum to less than one, so no source
-    of images has a larger entropy than the bits that it is given."""
+    """One code per image: the probabilities of all 65,536 two-pixel images sum to at most one, so the mean number of
+    bits is at least the entropy of the images."""
     first, prior = Flat(2), torch.tensor([0.25, 0.75]).double()
     with torch.no_grad():
         first.vqgan.decoder[-1].weight.zero_()
@@ -112,7 +112,9 @@ def test_code_bits_plus_decoder_bits_are_a_likelihood_bound():
     ids = first.encode(images)
     head = TrainedHead(None, 0, "", first, lambda features: torch.full_like(features[:, :1], -1))
     decoder_bits, code_bits = 2 * head.bits_per_dim(ids, images).double(), -prior.log2()[ids.flatten()]
-    halves = torch.stack([(-decoder_bits[ids.flatten() == code]).exp2().sum() for code in (0, 1)])  # those of each code
+    halves = torch.stack(
+        [(-decoder_bits[ids.flatten() == code]).exp2().sum() for code in (0, 1)]
+    )  # of the images of each code
     assert halves[0] == pytest.approx(0.5, abs=0.01) and halves.sum() == pytest.approx(1, abs=1e-4)
     total = (-code_bits - decoder_bits).exp2().sum()
     assert total == pytest.approx((halves * prior).sum().item()) and total <= 1
@@ -122,7 +124,7 @@ def test_code_bits_plus_decoder_bits_are_a_likelihood_bound():
 
 
 class Noise(Flat):
-    """Code 0 is mean 0 and deviation 0.1, code 1 mean 0.2 and deviation 0.4; they come in turn."""
+    """Code 0 is mean 0 and deviation 0.1, code 1 mean 0.2 and deviation 0.4; the codes alternate."""
 
     def __init__(self):
         super().__init__(16)
@@ -152,7 +154,7 @@ def test_the_head_finds_the_true_deviations():
     bits = bits_per_dim(first, head, ids, images).mean().item()
     entropy = sum(math.log2(d * 127.5 * math.sqrt(2 * math.pi * math.e)) for d in (0.1, 0.4)) / 2  # of the levels
     assert bits == pytest.approx(entropy, abs=0.08)
-    for constant in (0.0, 2 * math.log(0.29)):  # the second: the best that is one for all
+    for constant in (0.0, 2 * math.log(0.29)):  # the second is the best constant
         worse = bits_per_dim(first, lambda features, c=constant: torch.full_like(features[:, :1], c), ids, images)
         assert bits < worse.mean().item() - 0.1
     assert losses[-1] < losses[0] and losses[-1] == pytest.approx(bits, abs=0.3)
@@ -244,7 +246,7 @@ def test_a_head_with_other_weights_or_settings_is_refused(first, uninterrupted, 
     with pytest.raises(ValueError, match="holds another run .*lr: 0.001 there, 0.002 now"):
         trained_head(first, uninterrupted.run, 5, lr=2e-3)
     with pytest.raises(ValueError, match="does not fit this head"):
-        load_head(trained / "absorbing_digits", first)  # it stands on the same VQGAN
+        load_head(trained / "absorbing_digits", first)  # built on the same VQGAN
     with pytest.raises(ValueError, match="other VQGAN weights"):
         load_head(trained / "vqgan_digits", first)
     with pytest.raises(FileNotFoundError, match="no run in"):

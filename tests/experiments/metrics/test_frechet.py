@@ -16,7 +16,7 @@ def normal(*shape, rng):
 
 
 def statistics_from_moments(path, mean, covariance):
-    """Statistics with exactly these moments, through a file as the field writes it."""
+    """Statistics with exactly these moments, through a file in the common format."""
     np.savez(path, mu=mean.numpy(), sigma=covariance.numpy())
     return Statistics.load(path)
 
@@ -46,7 +46,7 @@ def test_a_large_mean_loses_no_precision(rng):
     torch.testing.assert_close(shifted.covariance, torch.cov(features.T), rtol=1e-5, atol=1e-7)
     total, count = (features + 1e8).sum(0), len(features)
     plain_sums = (((features + 1e8).T @ (features + 1e8)) - total.outer(total) / count) / (count - 1)
-    assert (plain_sums - torch.cov(features.T)).abs().max() > 0.1  # what this test was born from
+    assert (plain_sums - torch.cov(features.T)).abs().max() > 0.1  # the error of the naive formula
 
 
 def test_float32_features_are_summed_in_float64():
@@ -59,7 +59,7 @@ def test_merged_parts_equal_the_whole(rng):
     parts = [Statistics().update(rows) for rows in features.split([20, 1, 29])]
     before = parts[0].covariance.clone()
     assert_same_statistics(parts[0] + parts[1] + parts[2], Statistics().update(features))
-    assert torch.equal(parts[0].covariance, before)  # a sum leaves its parts alone
+    assert torch.equal(parts[0].covariance, before)  # adding does not change the operands
     assert_same_statistics(Statistics() + parts[0], parts[0])
     assert_same_statistics(parts[0] + Statistics(), parts[0])
 
@@ -69,7 +69,7 @@ def test_save_and_load(tmp_path, rng):
     path = tmp_path / "new folder" / "stats.npz"
     statistics.save(path)
     assert_same_statistics(Statistics.load(path), statistics)
-    assert [file.name for file in path.parent.iterdir()] == ["stats.npz"]  # no scratch file is left
+    assert [file.name for file in path.parent.iterdir()] == ["stats.npz"]  # no temporary file is left
     more = normal(10, 5, rng=rng)
     assert_same_statistics(Statistics.load(path).update(more), statistics.update(more))
 
@@ -157,7 +157,7 @@ def test_matches_the_matrix_square_root(tmp_path, seed):
 
 
 def test_fewer_images_than_features(rng):
-    """Singular covariances, where the usual square root of a product turns complex or loses half its digits."""
+    """Singular covariances, where the square root of the product becomes complex or loses half its digits."""
     features = normal(20, 100, rng=rng)
     a, shifted = Statistics().update(features), Statistics().update(features + 1)
     assert frechet_distance(a, a) < 1e-10

@@ -16,7 +16,7 @@ ALONE = DistContext(torch.device("cpu"))
 
 
 class RecordingLPIPS(nn.Module):
-    """A stand-in for LPIPS: the mean absolute difference, recording its inputs' shapes."""
+    """A mock of LPIPS: the mean absolute difference, recording its inputs' shapes."""
 
     net = "alex"
 
@@ -78,7 +78,7 @@ def test_without_weights_auto_falls_back_to_pixels(monkeypatch, capsys):
     )
     with pytest.raises(ValueError, match="--rerank pixels"):
         choose_distance("lpips", "alex", None, ALONE, 9)
-    with pytest.raises(ValueError, match="no weights"):  # a file that was named does not become something else
+    with pytest.raises(ValueError, match="no weights"):  # an explicit file has no fallback
         choose_distance("auto", "alex", "alex.pth", ALONE, 9)
     assert choose_distance("pixels", "alex", None, ALONE, 9).name == "pixels" and capsys.readouterr().out == ""
 

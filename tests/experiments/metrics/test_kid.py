@@ -39,7 +39,7 @@ def test_mmd_matches_torch_fidelity(rng, width):
     ours = kernel_distance(x, y, 3, 60)
     theirs = kid_features_to_metric(x, y, kid_subsets=3, kid_subset_size=60, verbose=False)
     assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-10)
-    assert ours.deviation == pytest.approx(0, abs=1e-9)  # all subsets are the set
+    assert ours.deviation == pytest.approx(0, abs=1e-9)  # every subset is the whole set
 
 
 def test_mean_and_deviation_match_torch_fidelity(rng):
@@ -62,12 +62,11 @@ def test_the_deviation_is_over_subsets(monkeypatch, rng):
 
 
 def test_mmd_is_unbiased(rng):
-    """With x = 1 and -1 by the toss of a coin and y the same, the mean over tosses is 0; with pairs of a feature with
-    itself among the sums it is not."""
-    estimates = torch.stack([mmd_squared(*normal(2, 4, 1, rng=rng).sign()) for _ in range(4000)])  # of 4 tosses each
+    """For x and y of random signs the mean estimate is 0; including the pairs of a feature with itself would bias it."""
+    estimates = torch.stack([mmd_squared(*normal(2, 4, 1, rng=rng).sign()) for _ in range(4000)])  # of 4 signs each
     error = estimates.std().item() / 4000**0.5
     assert abs(estimates.mean().item()) < 4 * error
-    assert error < 0.1 < 2 * (8 - 4) / 4  # which the biased one would find: kernel 8 of equals, 4 in the mean
+    assert error < 0.1 < 2 * (8 - 4) / 4  # otherwise the bias: the kernel is 8 for equal signs, 4 on average
 
 
 def test_subsets_are_drawn_without_replacement_from_each_set(monkeypatch):

@@ -1,4 +1,4 @@
-"""The search for nearest training images: each image once, in its nearest view, whatever the chunks."""
+"""The search for nearest training images: each image once, in its nearest view, for any chunk size."""
 
 import pytest
 import torch
@@ -64,15 +64,15 @@ def source_of(count, broken=(), **data):
 
 def brute_force(queries, source, count):
     """Distances, images and views of the nearest images by brute force."""
-    found = []
+    nearest = []
     for query in queries:
         rows = []
         for image in set(range(len(source))) - set(source.dataset.broken):
-            seen = [view(source[image]["image"].as_subclass(torch.Tensor)) for view in training_views(source.config)]
-            each = [(query.double() - one[0].flatten().double()).norm().item() for one in seen]
-            rows.append((min(each), image, each.index(min(each))))
-        found.append(sorted(rows)[:count])
-    return found
+            views = [view(source[image]["image"].as_subclass(torch.Tensor)) for view in training_views(source.config)]
+            distances = [(query.double() - view[0].flatten().double()).norm().item() for view in views]
+            rows.append((min(distances), image, distances.index(min(distances))))
+        nearest.append(sorted(rows)[:count])
+    return nearest
 
 
 @pytest.mark.parametrize("data", [{}, {"horizontal_flip": True}, {"shift": 1}, {"crop_margin": 2}])

@@ -37,7 +37,7 @@ def test_a_point_is_not_its_own_neighbour(n, k, chunk, seed):
 @pytest.mark.parametrize("block", [1, 5, 100])
 @pytest.mark.parametrize("own", [False, True])
 def test_nearest_does_not_depend_on_the_block_size(monkeypatch, block, own):
-    """More references than a block and than the product proposes, so that both have to choose."""
+    """There are more references than in a block and than the matrix product proposes as candidates."""
     monkeypatch.setattr(neighbours, "BLOCK", block)
     rng, counts = torch.Generator().manual_seed(0), []
     references = torch.randn(40, 3, generator=rng)
@@ -58,7 +58,7 @@ def test_ties_keep_the_order_of_the_references():
 
 
 def test_near_ties_are_resolved_exactly():
-    """Around their middle these still have squares that hide differences of 1e-5: the product alone guesses."""
+    """Even after centring, the squares are so large that differences of 1e-5 are lost in the matrix product."""
     rng = torch.Generator().manual_seed(0)
     far = torch.randn(2, 50, generator=rng, dtype=torch.float64) * 1e4
     references = torch.cat([far, torch.zeros(8, 50, dtype=torch.float64)])
@@ -88,14 +88,16 @@ def test_no_queries_and_whole_numbers():
 
 
 def test_coverage_by_hand():
-    real = torch.tensor([[0.0], [1.0], [3.0]])  # to the nearest other: 1, 1, 2
-    assert coverage(real, torch.tensor([[0.0]]), k=1) == pytest.approx(1 / 3)  # 1.0 lies at exactly 1: not closer
+    real = torch.tensor([[0.0], [1.0], [3.0]])  # distances to the nearest neighbour: 1, 1, 2
+    assert coverage(real, torch.tensor([[0.0]]), k=1) == pytest.approx(
+        1 / 3
+    )  # 1.0 is at a distance of exactly 1, not closer
     assert coverage(real, torch.tensor([[0.5]]), k=1) == pytest.approx(2 / 3)
     assert coverage(real, torch.tensor([[0.5], [4.5]]), k=1) == 1
     assert coverage(real, torch.tensor([[100.0]]), k=2) == 0
     assert coverage(real, real, k=1) == 1
     twins = torch.zeros(2, 1)
-    assert coverage(twins, twins, k=1) == 0  # nothing lies strictly closer than a twin
+    assert coverage(twins, twins, k=1) == 0  # nothing is strictly closer than a duplicate
 
 
 @given(n=st.integers(4, 10), m=st.integers(1, 10), k=st.integers(1, 3), seed=st.integers(0, 199))

@@ -35,7 +35,7 @@ def test_psnr_and_l1_per_image(C):
     assert l1(torch.zeros_like(real), torch.full_like(real, 255)).tolist() == [2, 2, 2]
     one_level = real.clone()
     one_level[0, 0, 0, 0] ^= 1
-    values = psnr(real, one_level)  # the least error there is
+    values = psnr(real, one_level)  # the smallest possible error
     assert values[0].item() == pytest.approx(10 * math.log10(255**2 * C * 256), abs=1e-4) and values[1:].isinf().all()
 
 
@@ -69,7 +69,7 @@ def test_ssim_matches_its_formula_in_chunks(C, size, monkeypatch):
     assert ssim(real, fake).tolist() == pytest.approx(expected, abs=1e-9)
     monkeypatch.setattr(image_pairs, "SSIM_CHUNK", 1)
     assert ssim(real, fake).tolist() == pytest.approx(expected, abs=1e-9)
-    assert ssim(real, real).tolist() == pytest.approx([1, 1, 1], abs=1e-9)  # float32 misses by 8e-4 where all is white
+    assert ssim(real, real).tolist() == pytest.approx([1, 1, 1], abs=1e-9)  # float32 is off by 8e-4 on white images
 
 
 def test_psnr_and_ssim_match_torchmetrics():
@@ -155,7 +155,7 @@ def test_means_are_over_images_not_over_batches():
 
 
 def test_the_codes_are_counted_over_all_images():
-    real = images(5) % 6  # codes 6 and 7 are never chosen
+    real = images(5) % 6  # codes 6 and 7 are unused
     results, code_counts = summarize(First(less=1), real)
     ids = (real[:, 0, :2, :2].long() % K).flatten().tolist()
     shares = [ids.count(k) / len(ids) for k in range(K)]

@@ -37,8 +37,8 @@ def test_fraction_is_flops_over_time_over_peak(monkeypatch):
     peaks = iter([10_000.0, 30_000.0, 8_000.0, 40_000.0])  # of both before, of both after
     monkeypatch.setattr(throughput, "matmul_peak", lambda device, dtype: next(peaks))
     speeds = measure_speeds([work("a", torch.float32), work("b", torch.bfloat16)], 3, CPU)
-    assert calls == ["a", "b"] * 5 + ["a", "b"]  # in turn, and once more to count
-    assert [speed.seconds for speed in speeds] == [[2.0, 4.0, 3.0], [1.0, 3.0, 1.5]]  # two warm-ups are gone
+    assert calls == ["a", "b"] * 5 + ["a", "b"]  # interleaved, and once more to count FLOPs
+    assert [speed.seconds for speed in speeds] == [[2.0, 4.0, 3.0], [1.0, 3.0, 1.5]]  # without the two warm-ups
     assert [speed.flops for speed in speeds] == [20_000] * 2
     assert speeds[0].fraction == pytest.approx(20_000 / 3 / 10_000)
     assert speeds[1].fraction == pytest.approx(20_000 / 1.5 / 40_000)

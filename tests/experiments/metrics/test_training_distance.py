@@ -43,7 +43,7 @@ def test_measuring_distances_does_not_change_training(logs, kind):
 
 @pytest.mark.slow
 def test_measuring_distances_without_ema_changes_no_weights(logs):
-    """Here the measured network is the trained one itself."""
+    """Without EMA the trained network itself is measured."""
     one, other = (load_file(logs / run / WEIGHTS) for run in ("plain_with", "sampler_without"))
     assert all(torch.equal(one[key], other[key]) for key in one)
 

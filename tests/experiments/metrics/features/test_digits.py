@@ -4,7 +4,7 @@ import torch
 from experiments.metrics.features import digits as digit_features
 from train.datasets import digits
 
-pytestmark = pytest.mark.slow  # the classifier is trained anew
+pytestmark = pytest.mark.slow  # these train the classifier
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classifier(cache):
-    """Trained once, inside the things a caller may be in the middle of."""
+    """Trained once, in the inference mode and autocast that a caller may have entered."""
     before = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         network = digit_features.load_classifier("cpu", cache)
@@ -87,8 +87,8 @@ def test_training_is_a_function_of_its_seed(monkeypatch):
     labels = torch.arange(70) % 10
     weights = []
     for seed in (0, 0, 1):
-        torch.rand(3)  # the global generator stands elsewhere each time
-        with torch.no_grad():  # as a caller may
+        torch.rand(3)  # another state of the global generator each time
+        with torch.no_grad():  # which a caller may have entered
             weights.append(digit_features.train_classifier(images, labels, seed).head.weight)
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -104,4 +104,4 @@ def test_augmented_digits_stay_close_to_the_original():
     mass = augmented.sum((1, 2, 3)) / images[0].sum()
     assert 0.75 < mass.min() and mass.max() < 1.3  # scales of 0.9 to 1.1, squared
     columns = (augmented.sum((1, 2)) * torch.arange(32)).sum(1) / augmented.sum((1, 2, 3)) - 15.5
-    assert 1.8 < columns.abs().max() < 2.6  # two pixels, and what turn and scale add
+    assert 1.8 < columns.abs().max() < 2.6  # shifts of two pixels, and the effect of rotation and scaling
