@@ -198,11 +198,11 @@ def run_with_kills(stage: str, logs: Path, steps: int, kills: int, rng: random.R
             raise RuntimeError(f"start {len(attempt.outputs)} failed:\n{attempt.outputs[-1]}")
         if not hit:
             return attempt
-        done = progress(logs)
+        step = progress(logs)
         attempt.kills += 1
         attempt.writing += bool(unfinished(attempt.run) - before)
-        attempt.starting += done == 0
-        attempt.lost += max(0, done - max(saved_steps(attempt.run), default=0))
+        attempt.starting += step == 0
+        attempt.lost += max(0, step - max(saved_steps(attempt.run), default=0))
     return attempt
 
 
@@ -227,8 +227,8 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, bytes]]:
 
 
 def differing_values(one: Any, other: Any) -> int:
-    mine, yours = dict(flat(one)), dict(flat(other))
-    return sum(differing(mine.get(key, b""), yours.get(key, b"")) for key in mine | yours)
+    first, second = dict(flat(one)), dict(flat(other))
+    return sum(differing(first.get(key, b""), second.get(key, b"")) for key in first | second)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="number of kills per stage")
     parser.add_argument("--stage", choices=[*STAGES, "both"], default="both", help="stage to test")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the kills")
-    parser.add_argument("--folder", type=Path, help="new folder for the runs, which is kept")
+    parser.add_argument("--folder", type=Path, help="new folder for the runs, which is not deleted")
     options = parser.parse_args()
     stages = ["vqgan", "sampler"] if options.stage == "both" else [options.stage]
     with tempfile.TemporaryDirectory() as temporary:

@@ -165,12 +165,12 @@ def content(tab, image):
 
 def new_images(tab, count, excluded=()):
     """Waits for `count` images in the visible gallery, all different from `but`."""
-    shown = tab.locator(".thumbnail-item img:visible")
+    locator = tab.locator(".thumbnail-item img:visible")
     deadline = time.monotonic() + 60
     while True:
-        sources = shown.evaluate_all("images => images.map(image => image.src)")
+        sources = locator.evaluate_all("images => images.map(image => image.src)")
         if len(sources) == count and not {*sources} & {*excluded}:
-            return shown.all(), sources
+            return locator.all(), sources
         assert time.monotonic() < deadline, sources
         tab.wait_for_timeout(50)
 
@@ -181,8 +181,8 @@ def new_images(tab, count, excluded=()):
 def test_sampling_on_the_page(tab):
     enter(tab, "images (up to 9)", 3)
     press(tab, "Sample")
-    shown, sources = new_images(tab, 3)
-    first = [content(tab, each) for each in shown]
+    images, sources = new_images(tab, 3)
+    first = [content(tab, each) for each in images]
     assert len({each.tobytes() for each in first}) == 3
     enter(tab, "seed", 1)
     press(tab, "Sample")
@@ -222,9 +222,9 @@ def test_watching_on_the_page(tab):
 def test_inpainting_with_the_brush(tab):
     enter(tab, "images (up to 9)", 2)
     press(tab, "Sample")
-    shown, sources = new_images(tab, 2)
-    selected = content(tab, shown[1])
-    shown[1].click()
+    images, sources = new_images(tab, 2)
+    selected = content(tab, images[1])
+    images[1].click()
     turn_to(tab, "Inpaint")
     canvas = tab.locator("canvas:visible").first
     canvas.wait_for()

@@ -41,9 +41,9 @@ def commands_to_test() -> list[tuple[str, int, Command]]:
     cases = []
     for page in PAGES:
         text = page.read_text()
-        own = [path.stem for path in files_written(text)]
+        written = [path.stem for path in files_written(text)]
         for number, command in enumerate(commands(text)):
-            if not any(name in str(command) for name in own):
+            if not any(name in str(command) for name in written):
                 cases.append((page.stem, number, command))
     return cases
 
@@ -123,7 +123,7 @@ ELSEWHERE = {  # words of a command, and what it needs that tests lack
 
 
 class Runner:
-    """Runs commands on tiny networks in a folder of its own, which already holds runs of the embedded digits."""
+    """Runs commands on tiny networks in a separate folder, which already holds runs of the embedded digits."""
 
     def __init__(self, folder):
         self.folder, self.count = folder, 0
@@ -235,14 +235,14 @@ def test_links_and_anchors_resolve(page):
 def test_files_named_exist(page):
     folders = [ROOT / name for name in (*PACKAGES, "configs", "tests", "docs")]
     names = {path.name for path in [*ROOT.iterdir(), *(file for folder in folders for file in folder.rglob("*"))]}
-    own = files_written(page.read_text())
-    names |= {path.name for path in own}
+    written = files_written(page.read_text())
+    names |= {path.name for path in written}
     words = {word for span in spans(page.read_text()) for word in span.split()}
     for word in sorted(word for word in words if re.fullmatch(r"[\w./-]+", word)):
         if re.search(r"(^|/)[A-Z_]+(\.\w+)?$", word) and not (ROOT / word).exists():  # configs/NAME.yaml
             continue
         if "/" in word and word.partition("/")[0] in (*PACKAGES, "configs", "tests", "docs", "assets"):
-            assert (ROOT / word).exists() or Path(word) in own or word.rpartition("/")[2] in READERS_FILES, (
+            assert (ROOT / word).exists() or Path(word) in written or word.rpartition("/")[2] in READERS_FILES, (
                 f"{page.name}: {word}"
             )
         elif re.fullmatch(r"[\w-]+\.(py|ya?ml|toml|md|txt)", word):
@@ -302,7 +302,7 @@ def exists(dotted: str) -> bool:
 
 
 def own_flags(script: str) -> set[str]:
-    """The flags of a script with a parser of its own."""
+    """The flags of a script that has its own parser."""
     return {*re.findall(r'add_argument\("--(\w+)"', (ROOT / script).read_text())}
 
 

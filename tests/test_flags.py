@@ -269,12 +269,12 @@ def test_two_checkouts_in_one_environment_never_mix(tmp_path):
     (other / "experiments").mkdir(parents=True)
     for name in ("__init__.py", "_root.py"):
         shutil.copy(ROOT / "experiments" / name, other / "experiments")
-    for mine, theirs in ((ROOT, other), (other, ROOT)):
-        code = f"import sys; sys.path[0] = {str(mine / 'experiments')!r}\nimport _root, experiments\n"
-        variables = {**os.environ, "PYTHONPATH": str(theirs)}
+    for checkout, other_checkout in ((ROOT, other), (other, ROOT)):
+        code = f"import sys; sys.path[0] = {str(checkout / 'experiments')!r}\nimport _root, experiments\n"
+        variables = {**os.environ, "PYTHONPATH": str(other_checkout)}
         command = [sys.executable, "-c", f"{code}print(experiments.__file__)"]  # as a script there would start
         process = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
-        assert process.stdout.strip() == str(mine / "experiments" / "__init__.py"), process.stderr
+        assert process.stdout.strip() == str(checkout / "experiments" / "__init__.py"), process.stderr
 
 
 def test_scripts_run_from_any_folder_by_path(tmp_path):

@@ -117,8 +117,8 @@ def test_only_slow_packages_are_imported_inside_functions(path):
 
 
 def test_small_files_with_one_importer_are_listed():
-    alone = single_importers(SOURCE).keys() - COMMANDS_THAT_MAY_BE_IMPORTED
-    small = {module for module in alone if SOURCE.files[module].read_text().count("\n") < 150}
+    single = single_importers(SOURCE).keys() - COMMANDS_THAT_MAY_BE_IMPORTED
+    small = {module for module in single if SOURCE.files[module].read_text().count("\n") < 150}
     assert small == CONCEPTS.keys()  # remove files that no longer qualify
 
 
@@ -126,10 +126,12 @@ def test_small_files_with_one_importer_are_listed():
 def test_experiments_import_downwards(module):
     """Commands import metrics, metrics import the harness."""
     order = ["harness", "metrics", "commands"]
-    mine = order.index(layer_of(module))
-    ours = {name for name in SOURCE.imports[module] if name.startswith("experiments.")}
-    above = {name for name in ours if order.index(layer_of(name)) > mine}
-    beside = {name for name in ours if layer_of(name) == layer_of(module) == "commands"} - COMMANDS_THAT_MAY_BE_IMPORTED
+    level = order.index(layer_of(module))
+    imports = {name for name in SOURCE.imports[module] if name.startswith("experiments.")}
+    above = {name for name in imports if order.index(layer_of(name)) > level}
+    beside = {
+        name for name in imports if layer_of(name) == layer_of(module) == "commands"
+    } - COMMANDS_THAT_MAY_BE_IMPORTED
     assert above == set() and beside - {"experiments._root"} == set()
 
 
@@ -179,8 +181,8 @@ def test_the_layers_of_experiments_are_distinguished():
     assert [layer_of(name) for name in rooms] == ["commands", "metrics", "harness", "commands"]
 
 
-# Full configs are passed to main, to an experiment's `prepare`, which runs before there is a results folder, and to
-# these functions only. The list may only shrink.
+# Full configs are passed only to main, to an experiment's `prepare`, which runs before its results folder exists,
+# and to these functions. The list may only shrink.
 TAKE_A_FULL_CONFIG = {
     "experiments.benchmark.measure_sampler": "the main of one of two stages",
     "experiments.benchmark.measure_vqgan": "the main of one of two stages",
@@ -218,8 +220,8 @@ def full_configs(trees: dict[str, ast.Module]) -> set[str]:
 
 def names_in(tree: ast.Module, module: str) -> dict[str, str]:
     """The dotted paths of the classes and imports of a file, by name."""
-    own = {each.name: f"{module}.{each.name}" for each in tree.body if isinstance(each, ast.ClassDef)}
-    return {name: f"{other}.{name}" for other, names in imports_of(tree) for name in names} | own
+    classes = {each.name: f"{module}.{each.name}" for each in tree.body if isinstance(each, ast.ClassDef)}
+    return {name: f"{other}.{name}" for other, names in imports_of(tree) for name in names} | classes
 
 
 def takers_of_full_configs(trees: dict[str, ast.Module]) -> set[str]:

@@ -3,7 +3,7 @@
 Elsewhere: optimizer, schedule and data order on resume (train/test_runs_resume.py, train/data/test_loading.py);
 unreadable files and silently skipped keys (train/test_checkpoint.py); one learning rate for all data sets
 (test_flags.py); the commitment weight on the wrong term (vq/test_quantizer.py); images of older runs in a distance, and
-fewer images than asked (experiments/test_scripts.py).
+fewer images than requested (experiments/test_scripts.py).
 """
 
 import json

@@ -215,12 +215,12 @@ def script_namespace(monkeypatch):
 
 def test_the_vqgan_config_comes_from_the_file_or_the_preset(monkeypatch, tmp_path):
     vqgan_config_of = script_namespace(monkeypatch)["vqgan_config_of"]
-    own, without = tmp_path / "own.yaml", tmp_path / "without.yaml"
-    own.write_text("dataset: mnist\nvqgan:\n  codebook_size: 77\n")
+    with_vqgan, without = tmp_path / "own.yaml", tmp_path / "without.yaml"
+    with_vqgan.write_text("dataset: mnist\nvqgan:\n  codebook_size: 77\n")
     without.write_text("dataset: mnist\nabsorbing:\n  bert_n_layers: 3\n")
     mnist = DataConfig(dataset="mnist")
-    assert vqgan_config_of(mnist, ["--config", str(own)]).codebook_size == 77
+    assert vqgan_config_of(mnist, ["--config", str(with_vqgan)]).codebook_size == 77
     assert vqgan_config_of(mnist, [f"--config={without}"]).codebook_size == 128  # configs/mnist.yaml
     assert vqgan_config_of(mnist, []).ch_mult == (1, 2, 4)
-    assert vqgan_config_of(DataConfig(dataset="folder"), ["--config", str(own)]).codebook_size == 77
+    assert vqgan_config_of(DataConfig(dataset="folder"), ["--config", str(with_vqgan)]).codebook_size == 77
     assert vqgan_config_of(DataConfig(dataset="folder"), []) == VQGANConfig()

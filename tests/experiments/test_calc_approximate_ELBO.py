@@ -37,7 +37,7 @@ def read_results(logs, name):
 @pytest.fixture(scope="module")
 def logs_of(trained, trained_ddpm):
     """The logs folder of each kind of model."""
-    data = f"--config {ROOT / 'configs' / 'digits.yaml'}"  # not ddpm_digits.yaml, whose prediction these do not have
+    data = f"--config {ROOT / 'configs' / 'digits.yaml'}"  # not ddpm_digits.yaml, which has another prediction
     for process in ("edm", "flow"):
         flags = f"--logs_root {trained_ddpm} --train_steps 2 --no_amp {DDPM} --process {process} --log_dir {process}"
         call("train_sampler.py", f"{data} {flags}")
@@ -101,11 +101,11 @@ def test_probability_flow_likelihood_has_no_terms(model, reports, logs_of):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_results_depend_on_the_seed_but_not_the_batch_size(model, measure, reports):
-    again = measure(model, f"elbo_{model}_batch", "--batch_size 3")
+    rebatched = measure(model, f"elbo_{model}_batch", "--batch_size 3")
     for name in ("value", "standard_error", "prior", "terms"):
-        assert again[name] == pytest.approx(reports[model][name], abs=1e-5)
-    for name in IMAGE_KEYS & again.keys() - {"head"}:
-        assert again[name] == pytest.approx(reports[model][name], rel=1e-5)
+        assert rebatched[name] == pytest.approx(reports[model][name], abs=1e-5)
+    for name in IMAGE_KEYS & rebatched.keys() - {"head"}:
+        assert rebatched[name] == pytest.approx(reports[model][name], rel=1e-5)
     assert measure(model, f"elbo_{model}_seed", "--seed 1")["value"] != reports[model]["value"]
 
 

@@ -53,14 +53,14 @@ def test_every_image_is_edited_to_every_class(sampler, request, draw_calls, caps
 
 def test_a_lower_strength_changes_less(trained, trained_ddpm):
     for logs, sampler in ((trained, "absorbing"), (trained_ddpm, "ddpm")):
-        far = []
+        distances = []
         for strength in (0.1, 1.0):
             flags = f"--sampler {sampler} --n_images 6 --label 1 --strength {strength} --sample_steps 20"
             edit(logs, f"{flags} --log_dir at_{strength}")
             (row,) = read_results(logs / f"at_{strength}")["of_label"]
-            far.append(row["distance"])
+            distances.append(row["distance"])
         if sampler == "ddpm":  # not for codes, where the untrained decoder dominates
-            assert far[0] < far[1]
+            assert distances[0] < distances[1]
 
 
 def test_a_fraction_of_the_codes_is_kept(trained, draw_calls):

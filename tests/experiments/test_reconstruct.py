@@ -153,11 +153,11 @@ def test_another_experiment_in_the_folder_is_refused(trained, folder, run_folder
     assert "overlap: None there, 2 now" in refusal_message(
         trained, f"--images {folder} --log_dir reconstructed --compare_whole --overlap 2", capfd
     )
-    mine = tmp_path / "mine"
-    shutil.copytree(folder, mine)
-    reconstruct(trained, f"--images {mine} --log_dir mine")
-    noise(8, 8).save(mine / "new.png")
-    assert "image_files" in refusal_message(trained, f"--images {mine} --log_dir mine", capfd)
+    copy = tmp_path / "mine"
+    shutil.copytree(folder, copy)
+    reconstruct(trained, f"--images {copy} --log_dir mine")
+    noise(8, 8).save(copy / "new.png")
+    assert "image_files" in refusal_message(trained, f"--images {copy} --log_dir mine", capfd)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from train.sampler import SamplerStep
 
 BATCH = 4
 AT = 2  # the faulty step
-LAST = BATCH * AT + BATCH - 1  # its last sample, which rank 1 has if there are two
+LAST = BATCH * AT + BATCH - 1  # its last sample, on rank 1 if there are two
 
 
 def nan_image(item):

@@ -100,8 +100,8 @@ def table_of(root: Path) -> list[str]:
         arrows = sum(len(source.imports[m] & modules) for m in modules)
         texts = [source.files[m].read_text() for m in modules]
         inner = sum(inner_imports(source.files[m]) for m in modules)
-        alone = len(single.keys() & modules)
-        numbers = (sum(map(bool, texts)), sum(text.count("\n") for text in texts), alone, arrows)
+        n_single = len(single.keys() & modules)
+        numbers = (sum(map(bool, texts)), sum(text.count("\n") for text in texts), n_single, arrows)
         lines.append(
             f"{folder:12} {numbers[0]:5}  {numbers[1]:5}  {numbers[2]:15}  {numbers[3]:13}  "
             f"{floors(modules, source.imports):6}  {inner:24}"

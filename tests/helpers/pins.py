@@ -185,7 +185,7 @@ def call(root: Path, command: str) -> str:
 
 @contextlib.contextmanager
 def record_tyro(on_parse: Callable[[type, str | None, Any], None]) -> Iterator[None]:
-    """Passes the class, program and result of every tyro parse to `seen`."""
+    """Passes the class, program and result of every tyro parse to `on_parse`."""
     import tyro
 
     parse = tyro.cli
@@ -288,18 +288,18 @@ def runs(root: Path, logs: Path) -> dict[str, Any]:
     facts = {}
     for command in TRAININGS.values():
         call(root, f"{command} --logs_root {logs}")
-    again = {name: command.replace("--train_steps 5", "--train_steps 7") for name, command in TRAININGS.items()}
+    longer = {name: command.replace("--train_steps 5", "--train_steps 7") for name, command in TRAININGS.items()}
     for name in ("absorbing", "ddpm"):
-        call(root, f"{again[name]} --logs_root {logs} --steps_per_checkpoint 1")
+        call(root, f"{longer[name]} --logs_root {logs} --steps_per_checkpoint 1")
     for name, command in EXPERIMENTS.items():
         print(name, file=sys.stderr, flush=True)
         script, _, flags = command.partition(" ")
         folder = "" if script == "check_digits.py" else f"--log_dir {name.replace(' ', '_')}"
         if script == "check_digits.py":
             folder = f"--samples {logs / 'samples_of_absorbing' / 'samples.npz'}"
-        printed = call(root, f"experiments/{script} {flags} --logs_root {logs} {folder}")
+        output = call(root, f"experiments/{script} {flags} --logs_root {logs} {folder}")
         if not script.startswith("compare"):  # their tables have columns of seconds
-            facts[f"printed: {name}"] = plain_lines(printed, logs)
+            facts[f"printed: {name}"] = plain_lines(output, logs)
     for path in sorted(p for p in logs.rglob("*") if p.is_file() and ".cache" not in p.parts):
         content = content_of(path, logs)
         if content is not None:

@@ -114,7 +114,7 @@ def test_a_damaged_batch_is_reported_by_path(tmp_path):
 
 def test_clear_deletes_only_the_batches(tmp_path):
     batches = ResumableBatches(ALONE, tmp_path, 3)
-    batches.clear()  # nothing there
+    batches.clear()  # no batches yet
     run_batches(tmp_path, BatchMaker())
     (tmp_path / "results.json").touch()
     batches.clear()

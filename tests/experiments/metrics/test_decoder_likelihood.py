@@ -77,7 +77,7 @@ def test_likelihood_is_the_mass_of_the_levels_bin(first):
 
 
 class PlainDecoder(Decoder):
-    """A decoder made of the given layers."""
+    """A decoder of the given layers."""
 
     def __init__(self, *layers):
         nn.Sequential.__init__(self, *layers)

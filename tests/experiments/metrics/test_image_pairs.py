@@ -102,6 +102,6 @@ def test_lpips_with_real_weights_orders_similar_images():
     distance = choose_distance("lpips", "squeeze", f"{os.environ['LPIPS_SQUEEZE']}/squeeze.backbone.pth", ALONE, 4)
     image = torch.zeros(1, 16, 16, dtype=torch.uint8)
     image[:, 3:12, 6:9] = 255
-    moved, negative = image.roll(1, 2), 255 - image
-    distances = distance.distances(image, torch.stack([image, moved, negative])).tolist()
+    shifted, negative = image.roll(1, 2), 255 - image
+    distances = distance.distances(image, torch.stack([image, shifted, negative])).tolist()
     assert distances[0] == 0 and 0 < distances[1] < distances[2]

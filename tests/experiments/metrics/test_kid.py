@@ -62,11 +62,11 @@ def test_the_deviation_is_over_subsets(monkeypatch, rng):
 
 
 def test_mmd_is_unbiased(rng):
-    """For x and y of random signs the mean estimate is 0; including the pairs of a feature with itself would bias it."""
+    """For x and y of random signs the mean estimate is 0; including pairs of a feature with itself would bias it."""
     estimates = torch.stack([mmd_squared(*normal(2, 4, 1, rng=rng).sign()) for _ in range(4000)])  # of 4 signs each
     error = estimates.std().item() / 4000**0.5
     assert abs(estimates.mean().item()) < 4 * error
-    assert error < 0.1 < 2 * (8 - 4) / 4  # otherwise the bias: the kernel is 8 for equal signs, 4 on average
+    assert error < 0.1 < 2 * (8 - 4) / 4  # else the bias: the kernel is 8 for equal signs, 4 on average
 
 
 def test_subsets_are_drawn_without_replacement_from_each_set(monkeypatch):

@@ -38,7 +38,7 @@ def test_each_image_appears_once_in_its_nearest_view():
     merged = merge_candidates([one, two], 2)
     assert (merged.images.tolist(), merged.views.tolist(), merged.distances.tolist()) == ([[5, 7]], [[1, 0]], [[1, 3]])
     assert merge_candidates([one, two], 1).images.tolist() == [[5]]
-    assert merge_candidates([one, two], 9).images.tolist() == [[5, 7]]  # as many as there are
+    assert merge_candidates([one, two], 9).images.tolist() == [[5, 7]]  # all of them
     assert merge_candidates([merge_candidates([one], 1), make_candidates((3.5, 8, 0))], 5).images.tolist() == [[7, 8]]
 
 
@@ -92,7 +92,7 @@ def test_matches_a_brute_force_search_in_all_views(tmp_path, monkeypatch, data, 
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_unreadable_images_are_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(nearest_neighbours, "CHUNK", 3)
-    source = source_of(10, broken=(1, 3, 4, 5))  # a whole chunk among them
+    source = source_of(10, broken=(1, 3, 4, 5))  # including a whole chunk
     queries = torch.zeros(2, 16)
     candidates = find_candidates(queries, source, FEATURES, 100, ResumableBatches(ALONE, tmp_path, 2), "c")
     assert candidates.images.tolist() == [[image for _, image, _ in rows] for rows in brute_force(queries, source, 100)]
@@ -127,9 +127,9 @@ def test_candidates_are_reranked():
     assert ranking.distances.tolist() == [[0, 4]] and ranking.feature_distances.tolist() == [[2, 1]]
     assert ranking.equal.tolist() == [True]
     assert rank_candidates(query + 1, candidate_images, candidates, by_mean, 2).equal.tolist() == [False]
-    almost = query.clone()
-    almost[0, 0, 0] = 1
-    assert rank_candidates(almost, candidate_images, candidates, by_mean, 2).equal.tolist() == [False]
+    near_copy = query.clone()
+    near_copy[0, 0, 0] = 1
+    assert rank_candidates(near_copy, candidate_images, candidates, by_mean, 2).equal.tolist() == [False]
 
 
 def test_a_flipped_training_image_counts_as_a_copy(tmp_path):

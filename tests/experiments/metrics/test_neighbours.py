@@ -60,8 +60,8 @@ def test_ties_keep_the_order_of_the_references():
 def test_near_ties_are_resolved_exactly():
     """Even after centring, the squares are so large that differences of 1e-5 are lost in the matrix product."""
     rng = torch.Generator().manual_seed(0)
-    far = torch.randn(2, 50, generator=rng, dtype=torch.float64) * 1e4
-    references = torch.cat([far, torch.zeros(8, 50, dtype=torch.float64)])
+    distant = torch.randn(2, 50, generator=rng, dtype=torch.float64) * 1e4
+    references = torch.cat([distant, torch.zeros(8, 50, dtype=torch.float64)])
     references[2:, 0] = 1e-5 * torch.arange(8, 0, -1)
     result = nearest(torch.zeros(1, 50, dtype=torch.float64), references, 3)
     assert result.indices.tolist() == [[9, 8, 7]]
