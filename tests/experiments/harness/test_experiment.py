@@ -196,7 +196,7 @@ def test_every_rank_opens_the_condition_source(tmp_path):
     model = SimpleNamespace(
         run=tmp_path / "run",
         step=3,
-        origin={},
+        provenance={},
         condition_source=lambda options: calls.append(options) or "source",
         dry_run=lambda options, source, **kwargs: dry_runs.append(source),
     )
