@@ -242,8 +242,8 @@ REFUSED = {  # flags -> words that the message must contain
 @pytest.mark.parametrize("flags", REFUSED)
 def test_invalid_flags_are_refused_before_sampling(flags, trained, capfd):
     with pytest.raises(SystemExit) as stop:
-        call(SCRIPT, f"--logs_root {trained} --log_dir refused {flags}")
+        call(SCRIPT, f"--logs_root {trained} --log_dir compare_refused {flags}")
     message = " ".join(capfd.readouterr().err.replace("│", " ").split())
     assert stop.value.code == 2 and "Traceback" not in message
     assert all(word in message for word in REFUSED[flags]), message
-    assert not (trained / "refused").exists()
+    assert not (trained / "compare_refused").exists()

@@ -40,7 +40,7 @@ def test_every_image_is_edited_to_every_class(sampler, request, draw_calls, caps
     ((indices, conditions, options, edit_input, result),) = draw_calls
     assert conditions["label"].tolist() == [3, 7, 8] * 2 and options.guidance == 2
     assert indices == [0, 0, 0, 1, 1, 1]  # the noise of an image does not depend on its target class
-    assert edit_input.t == 0.7 and not edit_input.keep.any() and torch.equal(edit_input.x0[0], edit_input.x0[2])
+    assert edit_input.strength == 0.7 and not edit_input.keep.any() and torch.equal(edit_input.x0[0], edit_input.x0[2])
     results = read_results(logs / "edited")
     assert results["labels"] == [3, 7, 8] and all(0 <= row["asked"]["value"] <= 1 for row in results["of_label"])
     names = sorted(path.name for path in (logs / "edited" / "images").glob("*.png"))

@@ -100,7 +100,7 @@ def test_each_ema_length_has_its_own_results_folder(logs, capfd):
     [
         ("--load_dir without --ema_length 0.08", "kept no EMA profiles: train with --ema_profiles"),
         ("--ema_length 0.08 --load_step 3", "kept no EMA profiles of step 3; there are 2, 4, 5"),
-        ("--ema_length 0", "got relative length 0.0"),
+        ("--ema_length 0", "got a relative length of 0.0"),
     ],
 )
 def test_invalid_ema_lengths_are_refused_in_one_line(logs, flags, message, capfd):

@@ -29,7 +29,7 @@ def test_the_path_leads_from_the_first_to_the_second_image(sampler, request, mon
     interpolate(logs, flags)
     indices, x0 = sum((batch[0] for batch in batches), []), torch.cat([batch[3].x0 for batch in batches])
     assert indices == [0] * 5 + [1] * 5  # one noise for all points of a pair
-    assert all(not batch[1] and batch[2].guidance == 1 and batch[3].t == 0.6 for batch in batches)
+    assert all(not batch[1] and batch[2].guidance == 1 and batch[3].strength == 0.6 for batch in batches)
     model = load_model(ModelConfig(sampler=sampler), OutputConfig(logs_root=str(logs), amp=False, device="cpu"))
     ends = encode_images(load_input_images((), 4, model).image, model)
     for pair in (0, 1):
