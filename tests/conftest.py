@@ -1,9 +1,9 @@
-"""Fixtures that many tests share."""
+"""Fixtures shared by many tests."""
 
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes run tests, and many of these start more
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes run tests, and many tests start more
 
 import pytest  # noqa: E402
 

@@ -73,7 +73,7 @@ def spoil(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def steps_for(kills: int) -> int:
-    """Number of steps that a run needs for so many kills."""
+    """The number of steps of a run with this number of kills."""
     return FIRST_STEPS + STEPS_PER_KILL * kills
 
 
@@ -89,7 +89,7 @@ class Attempt:
     outputs: list[str] = field(default_factory=list)
 
 
-def typed(stage: str, logs: Path, steps: int) -> tuple[str, str]:
+def run_command(stage: str, logs: Path, steps: int) -> tuple[str, str]:
     """The script and flags of the run <logs>/run."""
     script, flags = STAGES[stage]
     return script, f"{flags} {EVERYTHING} --logs_root {logs} --log_dir run --train_steps {steps}"
@@ -101,7 +101,7 @@ def start_process(stage: str, logs: Path, steps: int) -> Iterator[subprocess.Pop
 
     Its output goes to <logs>/output and its progress to <logs>/progress.
     """
-    script, flags = typed(stage, logs, steps)
+    script, flags = run_command(stage, logs, steps)
     paths = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     variables[PROGRESS] = str(logs / "progress")
@@ -132,7 +132,7 @@ def run_uninterrupted(stage: str, logs: Path, steps: int) -> Path:
     """Runs without interruption; returns the run folder. RuntimeError with the output if it fails."""
     with start_process(stage, logs, steps) as process:
         if process.wait() != 0:
-            raise RuntimeError(f"the undisturbed run failed:\n{(logs / 'output').read_text()}")
+            raise RuntimeError(f"the uninterrupted run failed:\n{(logs / 'output').read_text()}")
     return logs / "run"
 
 
@@ -146,13 +146,13 @@ def progress(logs: Path) -> int:
 
 def unfinished(run: Path) -> set[tuple[str, int]]:
     """Temporary folders and files of writes and deletions, current or left by a kill."""
-    found = set()
+    paths = set()
     for path in [*run.glob("checkpoints/.step_*"), *run.glob("ema_profiles/.step_*")]:
         try:
-            found.add((path.name, path.stat().st_mtime_ns))
+            paths.add((path.name, path.stat().st_mtime_ns))
         except FileNotFoundError:  # finished meanwhile
             continue
-    return found
+    return paths
 
 
 def until(process: subprocess.Popen, condition: Callable[[], bool]) -> bool:
@@ -164,7 +164,7 @@ def until(process: subprocess.Popen, condition: Callable[[], bool]) -> bool:
     return True
 
 
-def strike(process: subprocess.Popen, logs: Path, kind: str, target: int, rng: random.Random) -> bool:
+def kill_at(process: subprocess.Popen, logs: Path, kind: str, target: int, rng: random.Random) -> bool:
     """Kills the process at a moment of the given kind; False if it ended before."""
     before = unfinished(logs / "run")
     if kind == "start":
@@ -180,9 +180,9 @@ def strike(process: subprocess.Popen, logs: Path, kind: str, target: int, rng: r
 
 
 def run_with_kills(stage: str, logs: Path, steps: int, kills: int, rng: random.Random) -> Attempt:
-    """Runs with so many kills, spread over the steps, and restarts until the run is finished.
+    """Runs with this number of kills, spread over the steps, and restarts until the run is finished.
 
-    RuntimeError if a start ends with an error of its own.
+    RuntimeError if the run ends with an error that no kill caused.
     """
     attempt = Attempt(logs / "run")
     kinds = (["write", "start", "write", "step"] * kills)[:kills]
@@ -191,18 +191,18 @@ def run_with_kills(stage: str, logs: Path, steps: int, kills: int, rng: random.R
     for kind, target in [*zip(kinds, targets, strict=True), (None, steps)]:
         before = unfinished(attempt.run)
         with start_process(stage, logs, steps) as process:
-            hit = kind is not None and strike(process, logs, kind, target, rng)
+            hit = kind is not None and kill_at(process, logs, kind, target, rng)
             code = process.wait()
         attempt.outputs.append((logs / "output").read_text())
         if not hit and code != 0:
             raise RuntimeError(f"start {len(attempt.outputs)} failed:\n{attempt.outputs[-1]}")
         if not hit:
             return attempt
-        done = progress(logs)
+        step = progress(logs)
         attempt.kills += 1
         attempt.writing += bool(unfinished(attempt.run) - before)
-        attempt.starting += done == 0
-        attempt.lost += max(0, done - max(saved_steps(attempt.run), default=0))
+        attempt.starting += step == 0
+        attempt.lost += max(0, step - max(saved_steps(attempt.run), default=0))
     return attempt
 
 
@@ -227,8 +227,8 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, bytes]]:
 
 
 def differing_values(one: Any, other: Any) -> int:
-    mine, yours = dict(flat(one)), dict(flat(other))
-    return sum(differing(mine.get(key, b""), yours.get(key, b"")) for key in mine | yours)
+    first, second = dict(flat(one)), dict(flat(other))
+    return sum(differing(first.get(key, b""), second.get(key, b"")) for key in first | second)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -240,32 +240,32 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def differences(one: Path, other: Path, step: int) -> dict[str, int]:
     """The number of differing bytes of two runs at a step, by file; all bytes of a missing file."""
     paths = [checkpoint_path(run, step) for run in (one, other)]
-    found = {}
+    counts = {}
     for name in sorted({f.name for path in paths for f in path.iterdir()} - {MANIFEST, STATE_FILE}):
-        found[name] = differing(*(f.read_bytes() if f.is_file() else b"" for f in (path / name for path in paths)))
+        counts[name] = differing(*(f.read_bytes() if f.is_file() else b"" for f in (path / name for path in paths)))
     states = [torch.load(path / STATE_FILE, weights_only=True) for path in paths]
     for name in sorted({*states[0], *states[1]}):
-        found[f"{STATE_FILE}: {name}"] = differing_values(*(state.get(name) for state in states))
-    found["metrics.jsonl"] = differing_values(metrics(one), metrics(other))
+        counts[f"{STATE_FILE}: {name}"] = differing_values(*(state.get(name) for state in states))
+    counts["metrics.jsonl"] = differing_values(metrics(one), metrics(other))
     for pattern, read in (("ema_profiles/step_*", load_file), ("images/*.png", lambda f: f.read_bytes())):
         folders = [{f.name: read(f) for f in run.glob(pattern)} for run in (one, other)]
-        found[pattern] = differing_values(*folders)
-    found["kept checkpoints"] = differing_values(saved_steps(one), saved_steps(other))
-    return found
+        counts[pattern] = differing_values(*folders)
+    counts["kept checkpoints"] = differing_values(saved_steps(one), saved_steps(other))
+    return counts
 
 
 def compare(stage: str, kills: int, folder: Path, seed: int) -> bool:
     """Runs with and without kills, prints a table, and returns whether the results are equal."""
-    steps, begun = steps_for(kills), time.monotonic()
-    alone, restarted = folder / stage / "undisturbed", folder / stage / "killed"
-    for logs in (alone, restarted):
+    steps, started = steps_for(kills), time.monotonic()
+    undisturbed, killed = folder / stage / "undisturbed", folder / stage / "killed"
+    for logs in (undisturbed, killed):
         logs.mkdir(parents=True)
     if stage == "sampler":
-        first_stage(alone)
-        first_stage(restarted, alone)
-    one = run_uninterrupted(stage, alone, steps)
-    attempt = run_with_kills(stage, restarted, steps, kills, random.Random(seed))
-    found = differences(one, attempt.run, steps)
+        first_stage(undisturbed)
+        first_stage(killed, undisturbed)
+    one = run_uninterrupted(stage, undisturbed, steps)
+    attempt = run_with_kills(stage, killed, steps, kills, random.Random(seed))
+    counts = differences(one, attempt.run, steps)
     rows = {
         "steps": steps,
         "kills": attempt.kills,
@@ -273,13 +273,13 @@ def compare(stage: str, kills: int, folder: Path, seed: int) -> bool:
         "  before the first step": attempt.starting,
         "restarts": len(attempt.outputs) - 1,
         "steps done again": attempt.lost,
-        "seconds": round(time.monotonic() - begun),
-        **{f"differing bytes in {name}": number for name, number in found.items()},
+        "seconds": round(time.monotonic() - started),
+        **{f"differing bytes in {name}": number for name, number in counts.items()},
     }
     print(f"\n{stage}")
     for name, number in rows.items():
         print(f"  {name:<45}{number:>8}")
-    return not any(found.values())
+    return not any(counts.values())
 
 
 def main() -> None:
@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="number of kills per stage")
     parser.add_argument("--stage", choices=[*STAGES, "both"], default="both", help="stage to test")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the kills")
-    parser.add_argument("--folder", type=Path, help="new folder for the runs, which is kept")
+    parser.add_argument("--folder", type=Path, help="new folder for the runs, which is not deleted")
     options = parser.parse_args()
     stages = ["vqgan", "sampler"] if options.stage == "both" else [options.stage]
     with tempfile.TemporaryDirectory() as temporary:

@@ -43,7 +43,7 @@ def write(folder, weights, flags):
     return f"--from guided --weights {folder}/unet.pt --config_json {folder}/unet.json --logs_root {folder}/logs"
 
 
-def loaded(run, ema=True):
+def load_run(run, ema=True):
     """Load the sampler of a run as experiments do."""
     data = yaml.safe_load((run / "config.yaml").read_text())["data"]
     return load_sampler(run, None, PixelSpace(DataConfig(**data)), torch.device("cpu"), ema=ema, amp=False)
@@ -62,12 +62,12 @@ def test_a_converted_run_gives_the_outputs_of_its_weights(name, tmp_path):
     flags = FLAGS | VARIATIONS[name]
     network = build_unet(flags)
     command = write(tmp_path, to_guided_weights(network, flags["use_new_attention_order"]), flags)
-    call("convert.py", f"{command} --dataset digits --log_dir made")
-    wanted = outputs(network)
-    assert wanted.std() > 0.1
+    call("convert.py", f"{command} --dataset digits --log_dir converted")
+    expected = outputs(network)
+    assert expected.std() > 0.1
     for ema in (True, False):
-        trained = loaded(tmp_path / "logs" / "made", ema)
-        assert (outputs(trained.sampler.network) - wanted).abs().max() < 1e-5
+        trained = load_run(tmp_path / "logs" / "converted", ema)
+        assert (outputs(trained.sampler.network) - expected).abs().max() < 1e-5
     assert trained.step == 0 and trained.data.n_channels == 1 and trained.data.img_size == 8
     if flags["class_cond"]:
         assert trained.sampler.network.encoders["label"].embedding.weight[-1].abs().max() == 0
@@ -75,7 +75,7 @@ def test_a_converted_run_gives_the_outputs_of_its_weights(name, tmp_path):
 
 
 def test_old_and_new_attention_orders_differ():
-    """Otherwise the parametrised test could not tell the two orders apart."""
+    """Otherwise the parametrised test could not distinguish the two orders."""
     network = build_unet(FLAGS)
     old, new = to_guided_weights(network, new_order=False), to_guided_weights(network, new_order=True)
     name = "middle_block.1.qkv.weight"
@@ -84,15 +84,15 @@ def test_old_and_new_attention_orders_differ():
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """The folder of the weights and of logs/made, a converted run of step 7, and the flags of its conversion."""
+    """The folder of the weights and of logs/converted, a converted run of step 7, and the flags of its conversion."""
     folder = tmp_path_factory.mktemp("theirs")
     command = write(folder, to_guided_weights(build_unet(FLAGS)), FLAGS | {"timestep_respacing": "ddim4"})
-    call("convert.py", f"{command} --dataset digits --log_dir made --step 7")
+    call("convert.py", f"{command} --dataset digits --log_dir converted --step 7")
     return folder, command
 
 
 def test_a_converted_run_has_the_files_of_a_trained_run(converted, trained_ddpm):
-    run = converted[0] / "logs" / "made"
+    run = converted[0] / "logs" / "converted"
     ours, other = (yaml.safe_load((path / "config.yaml").read_text()) for path in (run, trained_ddpm / "ddpm_digits"))
     assert ours.pop("origin").keys() == {"class_frequencies", "load_weights"}  # like a run started with --load_dir
     assert {group: list(keys) for group, keys in ours.items()} == {g: list(k) for g, k in other.items() if g in ours}
@@ -106,25 +106,28 @@ def test_a_converted_run_has_the_files_of_a_trained_run(converted, trained_ddpm)
 
 def test_a_converted_run_samples_with_its_respacing_and_trains(converted):
     logs = converted[0] / "logs"
-    call("experiments/get_samples.py", f"--sampler ddpm --load_dir made --n_samples 2 --logs_root {logs} --log_dir s")
+    call(
+        "experiments/get_samples.py",
+        f"--sampler ddpm --load_dir converted --n_samples 2 --logs_root {logs} --log_dir s",
+    )
     sampling = yaml.safe_load((logs / "s" / "config.yaml").read_text())["sampling"]
     assert (sampling["solver"], sampling["sample_steps"], sampling["spacing"]) == ("ddim", 4, "leading")
     assert np.load(logs / "s" / "samples.npz")["arr_0"].shape == (2, 8, 8, 3)
     unet = "--channels 8 --channel_mults 1 2 --res_blocks 1 --attn_factors 2 --heads 2 --img_size 8 --no_amp"
-    flags = f"--logs_root {logs} --log_dir on --load_dir made --train_steps 1 --batch_size 2 --lr 1e-9 --sample_steps 1"
-    call("train_sampler.py", f"--sampler ddpm {flags} {unet}")
-    assert (outputs(loaded(logs / "on").sampler.network) - outputs(build_unet(FLAGS))).abs().max() < 1e-3
+    flags = f"--logs_root {logs} --log_dir on --load_dir converted --train_steps 1 --batch_size 2 --lr 1e-9"
+    call("train_sampler.py", f"--sampler ddpm {flags} --sample_steps 1 {unet}")
+    assert (outputs(load_run(logs / "on").sampler.network) - outputs(build_unet(FLAGS))).abs().max() < 1e-3
 
 
 def test_converting_other_weights_into_the_same_run_is_refused(converted, tmp_path, capfd):
     folder, command = converted
-    file = folder / "logs" / "made" / "config.yaml"
+    file = folder / "logs" / "converted" / "config.yaml"
     before = file.read_text()
-    call("convert.py", f"{command} --dataset digits --log_dir made --step 7")
+    call("convert.py", f"{command} --dataset digits --log_dir converted --step 7")
     other = to_guided_weights(build_unet(FLAGS))
     other["out.2.bias"] += 1
     command = write(tmp_path, other, FLAGS | {"timestep_respacing": "ddim4"})
-    refused(f"{command} --logs_root {folder}/logs --log_dir made", capfd, "holds another run", "load_weights")
+    refused(f"{command} --logs_root {folder}/logs --log_dir converted", capfd, "holds another run", "load_weights")
     assert file.read_text() == before
 
 
@@ -152,7 +155,7 @@ def test_unet_arguments_and_script_flags_give_equal_settings():
 
 
 @pytest.mark.parametrize(
-    ("changes", "wanted"),
+    ("changes", "expected"),
     [
         ({}, {"variance": "learned_range", "loss_type": "hybrid", "prediction": "eps", "schedule": "cosine"}),
         ({"use_kl": True, "predict_xstart": True}, {"loss_type": "vlb", "prediction": "x0"}),
@@ -166,18 +169,18 @@ def test_unet_arguments_and_script_flags_give_equal_settings():
         ({"channel_mult": ""}, {"channel_mults": (1, 2)}),
     ],
 )
-def test_reference_flags_are_translated(changes, wanted):
+def test_reference_flags_are_translated(changes, expected):
     flags = FLAGS | changes
     weights = to_guided_weights(build_unet({**flags, "channel_mult": "1,2"}))
-    assert wanted.items() <= guided.pixel_sampler_settings(weights, flags).items()
+    assert expected.items() <= guided.pixel_sampler_settings(weights, flags).items()
 
 
-def refused(flags, capfd, *wanted):
+def refused(flags, capfd, *expected):
     with pytest.raises(SystemExit) as stop:
         call("convert.py", flags)
     message = " ".join(capfd.readouterr().err.split())
     assert stop.value.code == 2 and "Traceback" not in message and len(message) < 900
-    for word in wanted:
+    for word in expected:
         assert word in message, message
 
 
@@ -196,10 +199,10 @@ REFUSED_WEIGHTS = {
 
 @pytest.mark.parametrize("case", REFUSED_WEIGHTS)
 def test_unfit_weights_are_refused_and_leave_no_files(case, tmp_path, capfd):
-    change, wanted = REFUSED_WEIGHTS[case]
+    change, expected = REFUSED_WEIGHTS[case]
     weights = to_guided_weights(build_unet(FLAGS))
     change(weights)
-    refused(f"{write(tmp_path, weights, FLAGS)} --log_dir made", capfd, *wanted)
+    refused(f"{write(tmp_path, weights, FLAGS)} --log_dir converted", capfd, *expected)
     assert not (tmp_path / "logs").exists()
 
 
@@ -225,9 +228,13 @@ REFUSED_FLAGS = {  # changes of the JSON (...: key left out) -> words of the mes
 
 @pytest.mark.parametrize("case", REFUSED_FLAGS)
 def test_unsupported_reference_flags_are_refused(case, tmp_path, capfd):
-    changes, wanted = REFUSED_FLAGS[case]
+    changes, expected = REFUSED_FLAGS[case]
     reference_flags = {key: value for key, value in (FLAGS | changes).items() if value is not ...}
-    refused(f"{write(tmp_path, to_guided_weights(build_unet(FLAGS)), reference_flags)} --log_dir made", capfd, *wanted)
+    refused(
+        f"{write(tmp_path, to_guided_weights(build_unet(FLAGS)), reference_flags)} --log_dir converted",
+        capfd,
+        *expected,
+    )
     assert not (tmp_path / "logs").exists()
 
 
@@ -258,16 +265,16 @@ def test_missing_settings_are_requested_by_flag(tmp_path, capfd):
     (tmp_path / "unet.json").write_text("{")
     refused(command, capfd, "unet.json", "not JSON")
     assert not (tmp_path / "logs").exists()
-    call("convert.py", f"{without} --heads 2 --img_size 8 --log_dir made")
-    assert torch.equal(outputs(loaded(tmp_path / "logs" / "made").sampler.network), outputs(build_unet(FLAGS)))
+    call("convert.py", f"{without} --heads 2 --img_size 8 --log_dir converted")
+    assert torch.equal(outputs(load_run(tmp_path / "logs" / "converted").sampler.network), outputs(build_unet(FLAGS)))
 
 
 @HAS_FIXTURE
 def test_public_weights_reproduce_their_outputs(tmp_path):
     flags = f"--weights {FIXTURE}/unet.pt --config_json {FIXTURE}/unet_config.json --logs_root {tmp_path}"
-    done = run("convert.py", f"--from guided {flags} --dataset cifar10 --log_dir public")
-    assert done.returncode == 0, done.stderr
-    trained = loaded(tmp_path / "public")
+    process = run("convert.py", f"--from guided {flags} --dataset cifar10 --log_dir public")
+    assert process.returncode == 0, process.stderr
+    trained = load_run(tmp_path / "public")
     io = {name: torch.from_numpy(value) for name, value in np.load(FIXTURE / "unet_io.npz").items()}
     with torch.no_grad():
         out = trained.sampler.network(io["x"], io["t"], {"label": io["y"]})

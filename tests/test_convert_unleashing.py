@@ -41,14 +41,14 @@ def converted(tmp_path_factory):
     torch.save(to_unleashing_weights(*plain), folder / "vqgan_1200.th")
     torch.save(to_unleashing_weights(*averaged), folder / "vqgan_ema_1200.th")
     flags = f"--from unleashing --img_size {SIZE} --logs_root {folder}/logs --dataset folder"
-    call("convert.py", f"{flags} --weights {folder}/vqgan_1200.th --log_dir made")
+    call("convert.py", f"{flags} --weights {folder}/vqgan_1200.th --log_dir converted")
     return folder, flags, plain, averaged
 
 
 @torch.no_grad()
 def test_a_converted_run_gives_the_outputs_of_its_weights(converted):
     folder, _, (plain, discriminator), (averaged, _) = converted
-    run = folder / "logs" / "made"
+    run = folder / "logs" / "converted"
     first = load_first_stage(run, None, CPU, amp=False)
     assert first.step == 1200 and first.data.img_size == SIZE
     assert torch.equal(first.vqgan.encode(images()), averaged.encode(images()))
@@ -62,7 +62,7 @@ def test_a_converted_run_gives_the_outputs_of_its_weights(converted):
 
 
 def test_the_config_describes_the_weights(converted):
-    content = yaml.safe_load((converted[0] / "logs/made/config.yaml").read_text())
+    content = yaml.safe_load((converted[0] / "logs/converted/config.yaml").read_text())
     network, loss = content["network"], content["loss"]
     assert network == flatten_group(CONFIG)
     assert (loss["ndf"], loss["disc_layers"], loss["disc_norm"]) == (4, 2, "batch")
@@ -75,7 +75,9 @@ def test_either_file_selects_both_and_one_file_serves_as_both(converted, tmp_pat
     output = capfd.readouterr().out
     assert "vqgan_1200.th" in output and "vqgan_ema_1200.th" in output and "never uses" in output and "LPIPS" in output
     for name in ("model", "ema"):
-        one, two = (checkpoint_path(folder / "logs" / run, 1200) / f"{name}.safetensors" for run in ("made", "other"))
+        one, two = (
+            checkpoint_path(folder / "logs" / run, 1200) / f"{name}.safetensors" for run in ("converted", "other")
+        )
         assert one.read_bytes() == two.read_bytes()
     torch.save(to_unleashing_weights(averaged, discriminator), tmp_path / "vqgan_ema_7.th")
     call("convert.py", f"{flags} --weights {tmp_path}/vqgan_ema_7.th --log_dir alone")
@@ -91,7 +93,9 @@ def test_a_converted_vqgan_trains_further(converted, tmp_path):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (20, 20, 3), np.uint8)).save(data / f"{i}.png")
     network = "--nf 8 --ch_mult 1 1 2 --attn_resolutions 4 --emb_dim 6 --codebook_size 32 --unit_range --legacy_beta"
     loss = "--ndf 4 --disc_layers 2 --disc_norm batch --disc_start_step 0 --perceptual_net none"
-    flags = f"--logs_root {folder}/logs --log_dir on --load_dir made --train_steps 1 --batch_size 2 --lr 1e-9 --no_amp"
+    flags = (
+        f"--logs_root {folder}/logs --log_dir on --load_dir converted --train_steps 1 --batch_size 2 --lr 1e-9 --no_amp"
+    )
     call("train_vqgan.py", f"--dataset folder --data_dir {data} --img_size {SIZE} {network} {loss} {flags}")
     other = VQGAN(CONFIG, (SIZE, SIZE), 3).eval()
     load_weights(folder / "logs" / "on", 1, {"autoencoder": other}, ema=False)
@@ -110,7 +114,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_unfit_weights_are_refused_and_leave_no_files(case, tmp_path, capfd):
-    change, wanted = REFUSED[case]
+    change, expected = REFUSED[case]
     weights = to_unleashing_weights(*build_vqgan())
     change(weights)
     torch.save(weights, tmp_path / "vqgan_1.th")
@@ -119,7 +123,7 @@ def test_unfit_weights_are_refused_and_leave_no_files(case, tmp_path, capfd):
         call("convert.py", f"{flags} --weights {tmp_path}/vqgan_1.th")
     message = " ".join(capfd.readouterr().err.split())
     assert stop.value.code == 2 and "Traceback" not in message
-    for word in wanted:
+    for word in expected:
         assert word in message, message
     assert not (tmp_path / "l").exists()
 
@@ -133,10 +137,10 @@ def test_public_weights_reproduce_their_outputs(tmp_path):
     call("convert.py", f"{flags} --log_dir public")
     first = load_first_stage(tmp_path / "public", 100, CPU, amp=False)
     io = {name: torch.from_numpy(value) for name, value in np.load(FIXTURE / "vqgan_io.npz").items()}
-    given = io["images_0_1"] * 2 - 1
-    latents = first.vqgan.latents(given)
+    x = io["images_0_1"] * 2 - 1
+    latents = first.vqgan.latents(x)
     assert (latents - io["encoder_out"]).abs().max() < 1e-4
-    assert torch.equal(first.vqgan.encode(given).flatten(), io["ids"].flatten().long())
-    assert torch.allclose(first.vqgan.quantizer.vectors(first.vqgan.encode(given)), io["quantized"], atol=1e-5)
-    rebuilt = (first.vqgan(given)[0] + 1) / 2
+    assert torch.equal(first.vqgan.encode(x).flatten(), io["ids"].flatten().long())
+    assert torch.allclose(first.vqgan.quantizer.vectors(first.vqgan.encode(x)), io["quantized"], atol=1e-5)
+    rebuilt = (first.vqgan(x)[0] + 1) / 2
     assert (rebuilt - io["reconstruction_0_1"]).abs().max() < 1e-4

@@ -30,14 +30,14 @@ def ids_of(kind, shape=(3, 16), codes=32):
     return torch.randint(codes + (kind == "absorbing"), shape, generator=rng)
 
 
-def loaded(logs, name, ema=True):
+def load_run(logs, name, ema=True):
     first = load_first_stage(logs / "vqgan_folder", None, CPU, amp=False)
     return load_sampler(logs / name, None, CodeSpace(first), CPU, ema=ema, amp=False)
 
 
 @torch.no_grad()
 def logits_of(logs, name, ids, ema=True):
-    return loaded(logs, name, ema).sampler.network(ids.unflatten(1, (4, 4))).flatten(1, 2)
+    return load_run(logs, name, ema).sampler.network(ids.unflatten(1, (4, 4))).flatten(1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_converted_run_gives_the_logits_of_its_weights(kind, converted):
     assert averaged.std() > 0.5 and (plain - averaged).abs().max() > 0.5
     assert (logits_of(logs, f"{kind}_folder", ids) - averaged).abs().max() < 1e-5
     assert (logits_of(logs, f"{kind}_folder", ids, ema=False) - plain).abs().max() < 1e-5
-    assert loaded(logs, f"{kind}_folder").step == 700
+    assert load_run(logs, f"{kind}_folder").step == 700
 
 
 def test_reference_logits_depend_on_heads_norms_and_positions():
@@ -87,9 +87,9 @@ def test_a_converted_run_has_the_files_of_a_trained_run(kind, converted):
     groups = ["sampler", "first", "data", "reader", "training", "sampling", "logging", "origin"]
     assert list(content) == groups
     sampler, origin = content["sampler"], content["origin"]
-    wanted = {"sampler": kind, "bert_n_emb": 12, "bert_n_head": 3, "bert_n_layers": 2, "mlp_ratio": 4.0}
-    wanted |= {"total_steps": 8, "schedule": "linear"} if kind == "absorbing" else {}
-    assert wanted.items() <= sampler.items() and not sampler["class_conditional"]
+    expected = {"sampler": kind, "bert_n_emb": 12, "bert_n_head": 3, "bert_n_layers": 2, "mlp_ratio": 4.0}
+    expected |= {"total_steps": 8, "schedule": "linear"} if kind == "absorbing" else {}
+    assert expected.items() <= sampler.items() and not sampler["class_conditional"]
     first = load_first_stage(converted[0] / "logs" / "vqgan_folder", None, CPU, amp=False)
     assert first.provenance.items() <= origin.items() and origin["class_frequencies"] == []
     assert origin.keys() == {*first.provenance, "class_frequencies", "load_weights"}
@@ -146,18 +146,18 @@ def test_one_file_serves_as_both_and_heads_default_to_eight(converted, tmp_path)
         assert torch.allclose(logits_of(folder / "logs", "alone", ids, ema), sampler_logits(weights, 8, ids), atol=1e-5)
 
 
-def refused(flags, capfd, *wanted):
+def refused(flags, capfd, *expected):
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
         call("convert.py", flags)
     message = " ".join(capfd.readouterr().err.split())
     assert stop.value.code == 2 and "Traceback" not in message and len(message) < 900
-    for word in wanted:
+    for word in expected:
         assert word in message, message
 
 
 BLOCK = "_denoise_fn.blocks.1."
-CHANGES = {
+ABSORBING_CHANGES = {
     "missing": (lambda w: w.pop(f"{BLOCK}ln2.bias"), ["blocks.1.norm2.bias (12,) is missing"]),
     "no key": (lambda w: w.pop(f"{BLOCK}attn.key.bias"), ["attn.key.bias is missing"]),
     "no query": (lambda w: w.pop(f"{BLOCK}attn.query.bias"), ["attn.query.bias is missing"]),
@@ -179,48 +179,50 @@ CHANGES = {
 }
 
 
-OF_THE_OTHER = {
+AUTOREGRESSIVE_CHANGES = {
     "sees all": (lambda w: w.update({"net.blocks.0.attn.mask": torch.ones(1, 1, 16, 16)}), ["0.attn.mask", "causal"]),
     "no start": (lambda w: w.pop("net.start_tok"), ["net.start_tok is missing"]),
     "mask id": (lambda w: w.update({"net.tok_emb.weight": torch.zeros(33, 12)}), ["33 codes", "the same number"]),
     "losses": (lambda w: w.update({"Lt_count": torch.zeros(3)}), ["Lt_count is unexpected"]),
 }
-CASES = [("absorbing", *case) for case in CHANGES.values()] + [("autoregressive", *c) for c in OF_THE_OTHER.values()]
+CASES = [("absorbing", *case) for case in ABSORBING_CHANGES.values()] + [
+    ("autoregressive", *c) for c in AUTOREGRESSIVE_CHANGES.values()
+]
 
 
-@pytest.mark.parametrize(("kind", "change", "wanted"), CASES, ids=[*CHANGES, *OF_THE_OTHER])
-def test_unfit_weights_are_refused_by_name(kind, change, wanted, converted):
+@pytest.mark.parametrize(("kind", "change", "expected"), CASES, ids=[*ABSORBING_CHANGES, *AUTOREGRESSIVE_CHANGES])
+def test_unfit_weights_are_refused_by_name(kind, change, expected, converted):
     change(weights := sampler_weights(kind))
     with pytest.raises(ValueError) as error:
         unleashing.code_sampler_settings(weights)
         tensors, _ = unleashing.convert_code_sampler(weights, (4, 4))
-        load_converted(loaded(converted[0] / "logs", f"{kind}_folder").sampler.network, tensors, "the file")
-    for word in wanted:
+        load_converted(load_run(converted[0] / "logs", f"{kind}_folder").sampler.network, tensors, "the file")
+    for word in expected:
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize(("sizes", "wanted"), [({"codes": 31}, "out of 31"), ({"tokens": 25}, "25 codes per image")])
-def test_another_vqgan_is_refused(sizes, wanted):
-    with pytest.raises(ValueError, match=f"{wanted}.*4 x 4, out of 32.*--ae_load_dir"):
+@pytest.mark.parametrize(("sizes", "expected"), [({"codes": 31}, "out of 31"), ({"tokens": 25}, "25 codes per image")])
+def test_another_vqgan_is_refused(sizes, expected):
+    with pytest.raises(ValueError, match=f"{expected}.*4 x 4, out of 32.*--ae_load_dir"):
         unleashing.check_vqgan_fits(sampler_weights("absorbing", **sizes), 32, (4, 4))
 
 
 def test_refused_weights_leave_no_files(converted, tmp_path, capfd):
     flags = f"{converted[1]} --weights {tmp_path}/absorbing_1.th --bert_n_head 3 --log_dir no"
-    for weights, wanted in (
+    for weights, expected in (
         (sampler_weights("absorbing") | {"more": torch.zeros(1)}, "more is unexpected"),
         (sampler_weights("absorbing", tokens=25), "25 codes per image"),
     ):
         torch.save(weights, tmp_path / "absorbing_1.th")
-        refused(flags, capfd, wanted)
+        refused(flags, capfd, expected)
     assert not (converted[0] / "logs" / "no").exists()
 
 
 def test_conflicting_flags_are_refused(converted, tmp_path, capfd):
     folder, flags = converted
     flags += f" --weights {folder}/absorbing_700.th --log_dir no"
-    for typed, heads in (("", "8"), ("--bert_n_head 5", "5"), ("--bert_n_head=0", "0"), ("--bert_n_head x", "x")):
-        refused(f"{flags} {typed}", capfd, f"is not a multiple of {heads} heads", "--bert_n_head")
+    for head_flags, heads in (("", "8"), ("--bert_n_head 5", "5"), ("--bert_n_head=0", "0"), ("--bert_n_head x", "x")):
+        refused(f"{flags} {head_flags}", capfd, f"is not a multiple of {heads} heads", "--bert_n_head")
     flags += " --bert_n_head 3"
     refused(f"{flags} --sampler autoregressive", capfd, "complete absorbing sampler", "--sampler")
     refused(f"{flags} --load_dir other", capfd, "--load_dir")
@@ -250,7 +252,7 @@ def public(tmp_path_factory):
 @torch.no_grad()
 def test_public_weights_reproduce_their_logits_and_losses(public):
     logs, io = public
-    trained = loaded(logs, "absorbing_folder")
+    trained = load_run(logs, "absorbing_folder")
     assert trained.sampler.process == AbsorbingDiffusion(64, 256)
     x0, x_t = (io[name].unflatten(1, (16, 16)) for name in ("x0", "x_t"))
     logits = trained.sampler.network(x_t)

@@ -1,4 +1,4 @@
-"""The demo page: what it shows of a model, its errors at startup, and its use in a real browser."""
+"""The demo page: its controls, its errors at startup, and its use in a real browser."""
 
 import importlib.util
 import io
@@ -62,12 +62,12 @@ def served(logs, flags):
     """The address of the page, served by another process: gradio leaves sockets and event loops behind."""
     port = free_port()
     command = [sys.executable, str(ROOT / "demo.py"), "--logs_root", str(logs), "--port", str(port), *flags.split()]
-    address, until = f"http://127.0.0.1:{port}", time.monotonic() + 300  # seconds: the machine may be busy
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300  # seconds: the machine may be busy
     with tempfile.TemporaryFile("w+") as stderr:
         process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=stderr)
         try:
             while True:
-                assert process.poll() is None and time.monotonic() < until, stderr.seek(0) or stderr.read()
+                assert process.poll() is None and time.monotonic() < deadline, stderr.seek(0) or stderr.read()
                 try:
                     urllib.request.urlopen(address, timeout=5).close()
                     break
@@ -92,10 +92,10 @@ def labels(address):
 @needs_gradio
 def test_the_page_shows_what_the_model_has(trained):
     with served(trained, "--no_amp --sample_steps 4 --batch_size 9") as address:
-        there = labels(address)
-    in_sight = ["class", "solver", "steps", "temperature", "guidance scale", "images (up to 9)", "seed"]
-    assert there[: len(in_sight)] == in_sight
-    assert {"top-k", "reveal", "guidance interval", "Sample", "Watch", "Inpaint"} <= {*there}
+        visible_labels = labels(address)
+    first_labels = ["class", "solver", "steps", "temperature", "guidance scale", "images (up to 9)", "seed"]
+    assert visible_labels[: len(first_labels)] == first_labels
+    assert {"top-k", "reveal", "guidance interval", "Sample", "Watch", "Inpaint"} <= {*visible_labels}
 
 
 @pytest.mark.slow
@@ -104,8 +104,10 @@ def test_a_model_without_classes_has_no_class_control(trained):
     flags = f"--train_steps 1 --no_amp --no_class_conditional --guidance 1 --log_dir bare {SAMPLER}"
     call("train_sampler.py", f"--logs_root {trained} {flags}")
     with served(trained, "--no_amp --load_dir bare") as address:
-        there = labels(address)
-    assert "temperature" in there and not [label for label in there if label == "class" or "guidance" in label]
+        visible_labels = labels(address)
+    assert "temperature" in visible_labels and not [
+        label for label in visible_labels if label == "class" or "guidance" in label
+    ]
 
 
 @contextmanager
@@ -113,34 +115,34 @@ def tab_at(address):
     """A browser tab; any request to another machine fails the test."""
     from playwright.sync_api import sync_playwright
 
-    strangers = []
+    external_requests = []
 
-    def note(request):
+    def record_request(request):
         if request.url.startswith(("http", "ws")) and not request.url.startswith(address):
-            strangers.append(request.url)
+            external_requests.append(request.url)
 
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         tab = chromium.new_page(viewport={"width": 1200, "height": 800})
         tab.set_default_timeout(60_000)
-        tab.on("request", note)
+        tab.on("request", record_request)
         tab.goto(address)
         yield tab
         chromium.close()
-    assert strangers == []
+    assert external_requests == []
 
 
 @pytest.fixture(scope="module", params=["absorbing", "ddpm"])
 def address(request):
     logs = request.getfixturevalue("trained" if request.param == "absorbing" else "trained_ddpm")
-    with served(logs, f"--sampler {request.param} --no_amp --sample_steps 4 --batch_size 9") as found:
-        yield found
+    with served(logs, f"--sampler {request.param} --no_amp --sample_steps 4 --batch_size 9") as url:
+        yield url
 
 
 @pytest.fixture
 def tab(address):
-    with tab_at(address) as found:
-        yield found
+    with tab_at(address) as page:
+        yield page
 
 
 def press(tab, name):
@@ -161,15 +163,15 @@ def content(tab, image):
         return np.asarray(Image.open(io.BytesIO(answer.read())).convert("L"))
 
 
-def new_images(tab, count, but=()):
+def new_images(tab, count, excluded=()):
     """Waits for `count` images in the visible gallery, all different from `but`."""
-    shown = tab.locator(".thumbnail-item img:visible")
-    until = time.monotonic() + 60
+    locator = tab.locator(".thumbnail-item img:visible")
+    deadline = time.monotonic() + 60
     while True:
-        sources = shown.evaluate_all("images => images.map(image => image.src)")
-        if len(sources) == count and not {*sources} & {*but}:
-            return shown.all(), sources
-        assert time.monotonic() < until, sources
+        sources = locator.evaluate_all("images => images.map(image => image.src)")
+        if len(sources) == count and not {*sources} & {*excluded}:
+            return locator.all(), sources
+        assert time.monotonic() < deadline, sources
         tab.wait_for_timeout(50)
 
 
@@ -179,8 +181,8 @@ def new_images(tab, count, but=()):
 def test_sampling_on_the_page(tab):
     enter(tab, "images (up to 9)", 3)
     press(tab, "Sample")
-    shown, sources = new_images(tab, 3)
-    first = [content(tab, each) for each in shown]
+    images, sources = new_images(tab, 3)
+    first = [content(tab, each) for each in images]
     assert len({each.tobytes() for each in first}) == 3
     enter(tab, "seed", 1)
     press(tab, "Sample")
@@ -204,14 +206,14 @@ def test_watching_on_the_page(tab):
     press(tab, "Watch")
     step = tab.get_by_label("number input for step")
     tab.wait_for_function("box => box.value === '7' && !box.disabled", arg=step.element_handle())
-    assert len({*frames}) >= 4  # frames came while it went on
-    now = tab.locator(".image-frame img:visible").first
-    last = content(tab, now)
-    source = now.get_attribute("src")
+    assert len({*frames}) >= 4  # frames arrived during sampling
+    frame = tab.locator(".image-frame img:visible").first
+    last = content(tab, frame)
+    source = frame.get_attribute("src")
     step.fill("1")
     step.press("Enter")
-    tab.wait_for_function("([image, was]) => image.src !== was", arg=[now.element_handle(), source])
-    assert not np.array_equal(content(tab, now), last)
+    tab.wait_for_function("([image, was]) => image.src !== was", arg=[frame.element_handle(), source])
+    assert not np.array_equal(content(tab, frame), last)
 
 
 @pytest.mark.slow
@@ -220,13 +222,13 @@ def test_watching_on_the_page(tab):
 def test_inpainting_with_the_brush(tab):
     enter(tab, "images (up to 9)", 2)
     press(tab, "Sample")
-    shown, sources = new_images(tab, 2)
-    chosen = content(tab, shown[1])
-    shown[1].click()
+    images, sources = new_images(tab, 2)
+    selected = content(tab, images[1])
+    images[1].click()
     turn_to(tab, "Inpaint")
     canvas = tab.locator("canvas:visible").first
     canvas.wait_for()
-    tab.wait_for_timeout(2000)  # until the image lies on it
+    tab.wait_for_timeout(2000)  # until the image is on it
     press(tab, "Inpaint")
     tab.get_by_text("nothing is masked").wait_for()
     box = canvas.bounding_box()
@@ -238,10 +240,10 @@ def test_inpainting_with_the_brush(tab):
     tab.wait_for_timeout(500)
     press(tab, "Inpaint")
     hidden, *results = (content(tab, each) for each in new_images(tab, 3, sources)[0])
-    chosen = np.asarray(Image.fromarray(chosen).resize(hidden.shape[::-1], Image.Resampling.NEAREST))
+    selected = np.asarray(Image.fromarray(selected).resize(hidden.shape[::-1], Image.Resampling.NEAREST))
     grey = hidden == 128
     assert 0.1 < grey.mean() < 0.7
-    assert np.array_equal(hidden[~grey], chosen[~grey])  # the image came through the brush as it was
+    assert np.array_equal(hidden[~grey], selected[~grey])  # unmasked pixels are unchanged
     assert not np.array_equal(results[0], results[1])
 
 

@@ -1,4 +1,4 @@
-"""The README and docs/: commands parse and run, code compiles, and what they link to or name exists."""
+"""The README and docs/: commands parse and run, code compiles, and the targets of links and names exist."""
 
 import ast
 import importlib
@@ -37,21 +37,21 @@ by_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 
 
 def commands_to_test() -> list[tuple[str, int, Command]]:
-    """(page, number, command), without those that name a file which the page writes: its own test runs them."""
-    found = []
+    """(page, number, command), except commands with a file that the page writes, which its own test runs."""
+    cases = []
     for page in PAGES:
         text = page.read_text()
-        own = [path.stem for path in files_written(text)]
+        written = [path.stem for path in files_written(text)]
         for number, command in enumerate(commands(text)):
-            if not any(name in str(command) for name in own):
-                found.append((page.stem, number, command))
-    return found
+            if not any(name in str(command) for name in written):
+                cases.append((page.stem, number, command))
+    return cases
 
 
-ALL = commands_to_test()
+CASES = commands_to_test()
 PACKAGES = ("models", "diffusion", "vq", "train", "experiments")
 
-# Flags that the pages name of other programs.
+# Flags of other programs that the pages name.
 FOREIGN = {
     *(
         "nproc_per_node",
@@ -65,24 +65,24 @@ FOREIGN = {
     ),
     *("signal", "requeue", "logdir", "port"),
 }
-# Files that a reader has or gets, and the repository does not.
-NOT_HERE = {
+# Files of the reader's, not of the repository.
+READERS_FILES = {
     *("my.py", "mine.py", "birds.yaml", "config.yaml", "manifest.json", "results.json", "MNIST.json", "rows.json"),
 }
 
-WITHOUT_LOGS = {"experiments/benchmark_unet.py"}  # scripts that print, and write nothing
+WITHOUT_LOGS = {"experiments/benchmark_unet.py"}  # scripts that write no files
 
 
 # Commands
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(command for _, _, command in ALL), ids=str)
+@pytest.mark.parametrize("command", dict.fromkeys(command for _, _, command in CASES), ids=str)
 def test_every_command_parses(command, monkeypatch, tmp_path, capfd):
     script, flags = command
     assert (ROOT / script).is_file()
-    if script.startswith("tests/"):  # a script of its own kind
+    if script.startswith("tests/"):  # has its own parser
         assert {*re.findall(r"--(\w+)", flags)} <= own_flags(script)
-    elif script == "convert.py":  # reads the weights to know what they are
+    elif script == "convert.py":  # reads the weights first
         with pytest.raises(SystemExit):
             call(script, flags)
         assert "not found" in capfd.readouterr().err
@@ -96,7 +96,7 @@ VQGAN = (
 )
 CODES = "--bert_n_emb 16 --bert_n_head 2 --bert_n_layers 1 --batch_size 4 --train_steps 2 --steps_per_eval 0"
 PIXELS = f"{UNET} --img_size 8 --batch_size 4 --total_steps 20 --train_steps 2 --steps_per_eval 0"
-SMALL = {  # by script: what makes it a matter of seconds
+SMALL = {  # by script: flags for runs of a few seconds
     "experiments/get_samples.py": "--n_samples 30 --sample_steps 2 --batch_size 30",
     "experiments/calc_FID.py": "--n_samples 8 --sample_steps 2 --features pixels",
     "experiments/calc_PRDC.py": "--n_samples 8 --sample_steps 2 --features pixels",
@@ -111,7 +111,7 @@ SMALL = {  # by script: what makes it a matter of seconds
     "experiments/generate_big_samples.py": "--n_samples 1 --shape 5 6 --sample_steps 2",
     "experiments/check_digits.py": "",
 }
-ELSEWHERE = {  # words of a command, and what it needs that is not here
+ELSEWHERE = {  # words of a command, and what it needs that tests lack
     **{name: "images to download" for name in ("ffhq", "churches", "bedrooms", "faces140k", "cifar10", "mnist")},
     **{"webdataset": "shards", "convert.py": "released weights", "demo.py": "a browser"},
     **{
@@ -123,7 +123,7 @@ ELSEWHERE = {  # words of a command, and what it needs that is not here
 
 
 class Runner:
-    """Runs commands on tiny networks in a folder of its own, which already holds runs of the embedded digits."""
+    """Runs commands on tiny networks in a separate folder, which already holds runs of the embedded digits."""
 
     def __init__(self, folder):
         self.folder, self.count = folder, 0
@@ -152,7 +152,7 @@ class Runner:
             sampler = "ddpm" if "ddpm" in flags else "absorbing"
             call("experiments/get_samples.py", self.samples(sampler))
             small += f" --samples {logs / f'samples_{sampler}' / 'samples.npz'}"
-        if "autoregressive" in flags:  # which takes a step for each code
+        if "autoregressive" in flags:  # takes one step per code
             small = small.replace("--sample_steps 2", "")
         call(script, f"{flags} {small} --logs_root {logs} --no_amp")
 
@@ -163,12 +163,12 @@ class Runner:
 
 @pytest.fixture(scope="module")
 def runner_of(tmp_path_factory):
-    """A runner for each page: its commands find what the earlier ones of the page left."""
+    """A runner for each page, whose commands use the results of earlier ones."""
     return cache(lambda page: Runner(tmp_path_factory.mktemp(page)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page, number, command", ALL, ids=lambda each: str(each))
+@pytest.mark.parametrize("page, number, command", CASES, ids=lambda each: str(each))
 def test_every_command_runs(page, number, command, runner_of):
     missing = next((why for word, why in ELSEWHERE.items() if word in str(command)), None)
     if missing is not None:
@@ -235,31 +235,31 @@ def test_links_and_anchors_resolve(page):
 def test_files_named_exist(page):
     folders = [ROOT / name for name in (*PACKAGES, "configs", "tests", "docs")]
     names = {path.name for path in [*ROOT.iterdir(), *(file for folder in folders for file in folder.rglob("*"))]}
-    own = files_written(page.read_text())
-    names |= {path.name for path in own}
+    written = files_written(page.read_text())
+    names |= {path.name for path in written}
     words = {word for span in spans(page.read_text()) for word in span.split()}
     for word in sorted(word for word in words if re.fullmatch(r"[\w./-]+", word)):
         if re.search(r"(^|/)[A-Z_]+(\.\w+)?$", word) and not (ROOT / word).exists():  # configs/NAME.yaml
             continue
         if "/" in word and word.partition("/")[0] in (*PACKAGES, "configs", "tests", "docs", "assets"):
-            assert (ROOT / word).exists() or Path(word) in own or word.rpartition("/")[2] in NOT_HERE, (
+            assert (ROOT / word).exists() or Path(word) in written or word.rpartition("/")[2] in READERS_FILES, (
                 f"{page.name}: {word}"
             )
         elif re.fullmatch(r"[\w-]+\.(py|ya?ml|toml|md|txt)", word):
-            assert word in names | NOT_HERE, f"{page.name}: {word}"
+            assert word in names | READERS_FILES, f"{page.name}: {word}"
 
 
 @by_page
 def test_dotted_names_exist(page):
     dotted = re.compile(rf"({'|'.join(PACKAGES)})(\.\w+)+(?<!\.py)")
-    for span in {*spans(page.read_text())} - {*MOVED, *MOVED.values()}:  # test_moved.py looks after these
+    for span in {*spans(page.read_text())} - {*MOVED, *MOVED.values()}:  # covered by test_moved.py
         assert not dotted.fullmatch(span) or exists(span), f"{page.name}: {span}"
 
 
 @by_page
 def test_flags_named_exist(page):
     text = page.read_text()
-    of_page = {*re.findall(r"^    (\w+): ", "\n".join(blocks(text, "python")), re.M)}  # fields of a Config of its own
+    of_page = {*re.findall(r"^    (\w+): ", "\n".join(blocks(text, "python")), re.M)}  # fields of the page's own Config
     unknown = flags_named(text) - every_flag() - FOREIGN - of_page
     assert not unknown, f"{page.name}: {sorted(unknown)}"
 
@@ -274,12 +274,14 @@ def test_make_targets_named_exist(page):
 
 def test_every_picture_is_shown_somewhere():
     shown = {(page.parent / target).resolve() for page in PAGES for target in links(page.read_text())}
-    unseen = {path for path in (ROOT / "assets").iterdir() if path.resolve() not in shown}
-    assert not unseen
+    unused = {path for path in (ROOT / "assets").iterdir() if path.resolve() not in shown}
+    assert not unused
 
 
 def test_every_page_is_linked():
-    linked = {(page.parent / to.partition("#")[0]).resolve() for page in PAGES for to in links(page.read_text())}
+    linked = {
+        (page.parent / target.partition("#")[0]).resolve() for page in PAGES for target in links(page.read_text())
+    }
     assert {page.resolve() for page in PAGES[1:]} <= linked
 
 
@@ -300,7 +302,7 @@ def exists(dotted: str) -> bool:
 
 
 def own_flags(script: str) -> set[str]:
-    """The flags of a script with a parser of its own."""
+    """The flags of a script that has its own parser."""
     return {*re.findall(r'add_argument\("--(\w+)"', (ROOT / script).read_text())}
 
 
@@ -309,7 +311,7 @@ def every_flag() -> frozenset[str]:
     """The flags of all scripts, those of every plug-in included."""
     names = {"help", "config", "from"} | own_flags("tests/kill_training.py")
     for group in PLUGIN_GROUPS.values():
-        names = names.union(*(cli.fields_of(group.config_of(name)) for name in plugin_names(group.package)))
+        names = names.union(*(cli.flag_names(group.config_of(name)) for name in plugin_names(group.package)))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "experiments")
         for script in (*ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")):
@@ -317,5 +319,5 @@ def every_flag() -> frozenset[str]:
                 continue
             for value in runpy.run_path(str(script), run_name="flags").values():
                 if isinstance(value, type) and is_dataclass(value) and value.__name__.endswith(("Config", "Benchmark")):
-                    names |= cli.fields_of(value)
+                    names |= cli.flag_names(value)
     return frozenset(names)

@@ -23,7 +23,7 @@ PLUGINS = (
     "experiments/metrics/features/",
 )
 STEPS = "--train_steps 2 --steps_per_eval 0 --no_amp"
-TINY = {  # by script: what makes it a matter of seconds
+TINY = {  # by script: flags for runs of a few seconds
     "train_vqgan.py": f"{VQGAN} {GAN} {STEPS}",
     "train_sampler.py": f"{SAMPLER} {STEPS}",
     "experiments/get_samples.py": "--n_samples 2 --sample_steps 2 --no_amp",
@@ -34,7 +34,7 @@ TINY = {  # by script: what makes it a matter of seconds
 
 
 def path_of(block: str) -> str:
-    """The file that a block is, as a comment in its first lines says."""
+    """The path of the file that a block contains, from a comment in its first lines."""
     (path,) = re.findall(r"# ([\w/]+\.py)$", "\n".join(block.splitlines()[:2]), re.M)
     return path
 
@@ -42,7 +42,7 @@ def path_of(block: str) -> str:
 @pytest.mark.parametrize("block", BLOCKS, ids=path_of)
 def test_every_block_is_a_file_that_can_be_read(block, tmp_path, monkeypatch):
     """Its imports exist and its definitions can be executed; files that import others of the page run below."""
-    monkeypatch.syspath_prepend(ROOT / "experiments")  # as where an experiment is started
+    monkeypatch.syspath_prepend(ROOT / "experiments")  # as when an experiment is started
     if "from diffusion.uniform " in block:
         pytest.skip("imports another file of the page")
     exec(compile(block, path_of(block), "exec"), {"__name__": Path(path_of(block)).stem})
@@ -53,12 +53,12 @@ def test_there_is_an_example_of_each_kind():
     assert all(any(path.startswith(folder) for path in paths) for folder in PLUGINS)
     assert {"my_blocks.py", "my_hooks.py", "my_fields.py", "experiments/calc_brightness.py"} <= {*paths}
     assert sum(path.startswith("diffusion/") for path in paths) == 2  # a solver, a process
-    assert not [path for path in paths if (ROOT / path).exists()]  # an example is no copy of what is there
+    assert not [path for path in paths if (ROOT / path).exists()]  # no example is a copy of an existing file
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A copy of the checkout with the page's files in their places, tiny birds, and the runs that commands build on."""
+    """A copy of the checkout with the page's files, a tiny data set, and the runs that commands build on."""
     root = tmp_path_factory.mktemp("checkout")
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("models", "diffusion", "vq", "train", "experiments", "configs"):
@@ -93,11 +93,11 @@ def run_command(root: Path, command: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_runs_with_the_files_of_the_page(command, checkout):
-    assert str(checkout) in run_command(checkout, command)  # the copy's own logs: nothing of this checkout was used
+    assert str(checkout) in run_command(checkout, command)  # logs of the copy: nothing of this checkout was used
 
 
 def test_every_file_of_the_page_has_a_command():
-    """A file without a command would only be read, never used."""
+    """A file without a command would only be imported, never used."""
     for block in BLOCKS:
         stem = Path(path_of(block)).stem
         assert re.search(rf"\b{stem}\b", " ".join(COMMANDS)), stem

@@ -21,13 +21,13 @@ PROCESS = AbsorbingDiffusion(CODES, steps=3)
 SOLVERS = solvers_for(PROCESS)
 
 
-def on(place, function):
+def run_on(device, function):
     """Calls function(to), where to(...) moves a network or tensor to a device, and `to.device` is that device."""
 
     def to(value):
-        return value.to(place)
+        return value.to(device)
 
-    to.device = torch.device(place)
+    to.device = torch.device(device)
     torch.manual_seed(0)
     with FakeDeviceMode():
         result = function(to)
@@ -35,11 +35,11 @@ def on(place, function):
         return result.cpu()
 
 
-def alike(function):
-    """The results on both devices must be equal."""
-    here, there = on("cpu", function), on(DEVICE, function)
-    assert torch.equal(here, there) if here.dtype == torch.int64 else torch.allclose(here, there)
-    return here
+def assert_same_results(function):
+    """Asserts that the results on both devices are equal, and returns them on the CPU."""
+    on_cpu, on_fake = run_on("cpu", function), run_on(DEVICE, function)
+    assert torch.equal(on_cpu, on_fake) if on_cpu.dtype == torch.int64 else torch.allclose(on_cpu, on_fake)
+    return on_cpu
 
 
 def test_a_tensor_on_the_wrong_device_is_detected():
@@ -54,9 +54,9 @@ def test_a_tensor_on_the_wrong_device_is_detected():
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("watched", [False, True])
-def test_every_solver_with_guidance_on_a_larger_canvas(name, watched):
-    on_step = (lambda i, t, s, x, logits: x) if watched else None
+@pytest.mark.parametrize("with_callback", [False, True])
+def test_every_solver_with_guidance_on_a_larger_canvas(name, with_callback):
+    on_step = (lambda i, t, s, x, logits: x) if with_callback else None
 
     def function(to):
         network = to(
@@ -81,7 +81,7 @@ def test_every_solver_with_guidance_on_a_larger_canvas(name, watched):
             warper=warper,
         )
 
-    assert (alike(function)[1, 2:] == 3).all()
+    assert (assert_same_results(function)[1, 2:] == 3).all()
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -97,10 +97,10 @@ def test_a_sampler_from_known_codes(name):
         edit = EditInput(to(x0), to(keep), 0.7)
         return built.sample(to(built.network), rng, batch=batch, options=options, edit=edit)
 
-    assert torch.equal(alike(function)[:, :2], torch.arange(8).view(1, 2, 4).expand(3, 2, 4))
+    assert torch.equal(assert_same_results(function)[:, :2], torch.arange(8).view(1, 2, 4).expand(3, 2, 4))
 
 
-def steps_of_training(to):
+def corrupted_codes(to):
     """A process, codes, and the same codes partly masked."""
     process, codes = AbsorbingDiffusion(CODES, schedule="arccos"), to(torch.arange(32).view(2, 4, 4) % CODES)
     rng = Streams([1, 2], to.device)
@@ -110,20 +110,20 @@ def steps_of_training(to):
 
 def test_a_draw_of_the_reverse_kernel():
     def function(to):
-        process, x_t, rng = steps_of_training(to)
+        process, x_t, rng = corrupted_codes(to)
         return process.reverse(x_t, torch.zeros(2, 4, 4, CODES, device=to.device), 0.5, 0.25, rng)
 
-    assert (alike(function) == CODES).any()
+    assert (assert_same_results(function) == CODES).any()
 
 
 @pytest.mark.parametrize("sigma", [0.1, torch.linspace(0, 0.1, 32).view(2, 4, 4)])
 def test_the_reverse_kernel(sigma):
     def function(to):
-        process, x_t, _ = steps_of_training(to)
+        process, x_t, _ = corrupted_codes(to)
         logits = torch.zeros(2, 4, 4, CODES, device=to.device)
         return process.reverse_probabilities(x_t, logits, 0.5, 0.25, to(sigma) if torch.is_tensor(sigma) else sigma)
 
-    alike(function)
+    assert_same_results(function)
 
 
 @pytest.mark.parametrize("steps", [3, None])
@@ -134,4 +134,4 @@ def test_likelihoods(steps, calls):
         x0, rng = to(torch.arange(32).view(2, 4, 4) % CODES), Streams([1, 2], to.device)
         return bits_per_code(lambda x, t: network(x), AbsorbingDiffusion(CODES, steps, "cosine"), x0, rng, calls).total
 
-    assert (alike(function) > 0).all()
+    assert (assert_same_results(function) > 0).all()

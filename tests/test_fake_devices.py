@@ -141,26 +141,28 @@ def test_the_streams(device, rng):
 
 
 def test_the_augmentation(device, images, rng):
-    drawn = Augmentation.draw(images, rng)
-    assert all_on(device, drawn, drawn(images))
+    augmentation = Augmentation.draw(images, rng)
+    assert all_on(device, augmentation, augmentation(images))
 
 
 @with_autograd
 @pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
 def test_the_losses_of_the_first_stage_and_their_gradients(device, networks, images, rng, loss):
     vqgan, discriminator = networks["vqgan"], networks["group"]
-    of_discriminator, of_autoencoder = ADVERSARIAL_LOSSES[loss]
+    discriminator_loss_fn, generator_loss_fn = ADVERSARIAL_LOSSES[loss]
     reconstructions, codes = vqgan(images)
     augmentation = Augmentation.draw(images, rng)
     fake = discriminator(augmentation(reconstructions))
-    judged = of_discriminator(discriminator(augmentation(images)), fake.detach())
-    reconstruction, adversarial = (reconstructions - images).abs().mean(), of_autoencoder(fake)
-    last = vqgan.decoder.last_layer
-    at_last = [torch.autograd.grad(each, last, retain_graph=True)[0] for each in (reconstruction, adversarial)]
-    weight = adaptive_weight(*at_last, 1.0)
-    (reconstruction + weight * adversarial + codes.loss.mean() + judged).backward()
+    discriminator_loss = discriminator_loss_fn(discriminator(augmentation(images)), fake.detach())
+    reconstruction, adversarial = (reconstructions - images).abs().mean(), generator_loss_fn(fake)
+    last_layer = vqgan.decoder.last_layer
+    last_layer_gradients = [
+        torch.autograd.grad(each, last_layer, retain_graph=True)[0] for each in (reconstruction, adversarial)
+    ]
+    weight = adaptive_weight(*last_layer_gradients, 1.0)
+    (reconstruction + weight * adversarial + codes.loss.mean() + discriminator_loss).backward()
     gradients = [p.grad for network in (vqgan, discriminator) for p in network.parameters()]
-    assert None not in gradients and all_on(device, judged, weight, gradients)
+    assert None not in gradients and all_on(device, discriminator_loss, weight, gradients)
 
 
 @with_autograd

@@ -35,16 +35,16 @@ def sampler(kind):
 
 
 @contextlib.contextmanager
-def moved(built, name):
+def on_fake_device(built, name):
     with FakeTensorMode(allow_non_fake_inputs=True):
         built.network.to(name)
         yield torch.device(name)
 
 
 def batch_on(device):
-    x0, told = (torch.rand(2, channels, 8, 8, device=device) for channels in (3, 1))
+    x0, condition_image = (torch.rand(2, channels, 8, 8, device=device) for channels in (3, 1))
     label = torch.zeros(2, dtype=torch.long, device=device)
-    return {"x0": x0, "label": label, "condition_image": told, "position": torch.arange(2)}
+    return {"x0": x0, "label": label, "condition_image": condition_image, "position": torch.arange(2)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -55,18 +55,18 @@ def test_training(kind, monkeypatch):
     first = draw.step_stream("time")  # read before tensors are fake
     monkeypatch.setattr(TrainingStreams, "step_stream", lambda self, purpose: first)
     monkeypatch.setattr(TrainingStreams, "__call__", lambda self, purpose, device="meta": Streams([1, 2], device))
-    with moved(built, "meta") as device:
+    with on_fake_device(built, "meta") as device:
         loss = built.loss(built.network, batch_on(device), draw)
         loss.per_example.mean().backward()
-        seen = {name: value for name, value in loss.outputs.items() if name != "t"}
-        assert all_on(device, loss.per_example, loss.metrics, seen, built.x0_hat(loss.outputs))
+        outputs = {name: value for name, value in loss.outputs.items() if name != "t"}
+        assert all_on(device, loss.per_example, loss.metrics, outputs, built.x0_hat(loss.outputs))
         assert all_on(device, [p.grad for p in built.network.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_sampling_with_an_interval_of_guidance(solver):
     built = sampler("gaussian")
-    with moved(built, "cuda:0") as device:
+    with on_fake_device(built, "cuda:0") as device:
         options = ddpm.Sampling(solver=solver, sample_steps=3, guidance=2.0, dynamic_threshold=0.9)
         x = built.sample(built.network, Streams([1, 2], device), batch=batch_on(device), options=options, shape=(4, 6))
         assert all_on(device, x) and x.shape == (2, 3, 4, 6)
@@ -74,7 +74,7 @@ def test_sampling_with_an_interval_of_guidance(solver):
 
 def test_the_bound():
     built = sampler("gaussian")
-    with moved(built, "cuda:0") as device:
+    with on_fake_device(built, "cuda:0") as device:
         x0 = batch_on(device)["x0"]
         condition = built.network.encode({}, x0)
         denoise = built.make_denoiser(built.network)

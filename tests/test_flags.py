@@ -12,7 +12,7 @@ from helpers.tiny_runs import ROOT, call, parse_config, run
 from train.config import DataConfig, TrainingConfig
 from train.samplers import ddpm
 
-COMMANDS = {  # as the docs have them
+COMMANDS = {  # as in the docs
     "train_vqgan.py": "--dataset ffhq --log_dir vqgan_ffhq --amp --ema --batch_size 4 --diff_aug",
     "train_sampler.py": (
         "--sampler absorbing --dataset ffhq --log_dir absorbing_ffhq --ae_load_dir vqgan_ffhq --ae_load_step 2200000 "
@@ -33,9 +33,9 @@ COMMANDS = {  # as the docs have them
 def test_the_four_commands_parse(script, monkeypatch, tmp_path):
     config = parse_config(script, f"{COMMANDS[script]} --logs_root {tmp_path}", monkeypatch)
     words = COMMANDS[script].split()
-    given = {word.removeprefix("--"): words[i + 1] for i, word in enumerate(words[:-1]) if word.startswith("--")}
+    flag_values = {word.removeprefix("--"): words[i + 1] for i, word in enumerate(words[:-1]) if word.startswith("--")}
     for flag in ("dataset", "log_dir", "ae_load_dir", "load_dir", "sampler"):
-        assert str(config.get(flag)) == given.get(flag, str(config.get(flag)))
+        assert str(config.get(flag)) == flag_values.get(flag, str(config.get(flag)))
     assert config["ema"] is True
 
 
@@ -84,9 +84,9 @@ def test_a_flag_overrides_the_sampler_of_the_config_file(monkeypatch, tmp_path):
         "ddpm:\n  channels: 24\n  solver: ddim\n  eta: 0.5\n  lr: 3e-4\nabsorbing:\n  temp: 0.7\n  lr: 1e-3\n"
         "get_samples:\n  n_samples: 7\n"
     )
-    chosen = parse_config("train_sampler.py", f"--config {file} --logs_root {tmp_path}", monkeypatch)
-    assert (chosen["sampler"], chosen["channels"], chosen["lr"]) == ("ddpm", 24, 3e-4)
-    assert (chosen["solver"], chosen["eta"]) == ("ddim", 0.5) and "temp" not in chosen
+    from_file = parse_config("train_sampler.py", f"--config {file} --logs_root {tmp_path}", monkeypatch)
+    assert (from_file["sampler"], from_file["channels"], from_file["lr"]) == ("ddpm", 24, 3e-4)
+    assert (from_file["solver"], from_file["eta"]) == ("ddim", 0.5) and "temp" not in from_file
     other = parse_config("train_sampler.py", f"--config {file} --sampler absorbing --logs_root {tmp_path}", monkeypatch)
     assert (other["sampler"], other["temp"], other["lr"]) == ("absorbing", 0.7, 1e-3) and "channels" not in other
     samples = parse_config("experiments/get_samples.py", f"--config {file} --logs_root {tmp_path}", monkeypatch)
@@ -193,19 +193,19 @@ REFUSED = {  # script and flags -> words that the message must contain
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_errors_exit_with_code_2_and_a_short_message(case, trained, capfd, tmp_path):
-    script, flags, wanted = REFUSED[case]
+    script, flags, expected = REFUSED[case]
     with pytest.raises(SystemExit) as stop:
         call(script, f"{flags} --logs_root {trained} --log_dir {tmp_path.name}")
     assert stop.value.code == 2
     message = " ".join(capfd.readouterr().err.replace("│", " ").split())
     assert "Traceback" not in message
     assert len(message) < 900
-    for word in wanted:
+    for word in expected:
         assert word in message
 
 
 @pytest.mark.parametrize(
-    ("content", "wanted"),
+    ("content", "expected"),
     [
         ("vqgan:\n  lrr: 1\n", ["lrr", "'lr'"]),
         ("img_sise: 8\n", ["img_sise", "img_size"]),
@@ -216,14 +216,14 @@ def test_errors_exit_with_code_2_and_a_short_message(case, trained, capfd, tmp_p
         ("a: [\n", ["not a YAML file"]),
     ],
 )
-def test_an_invalid_config_file_is_named_with_the_nearest_key(content, wanted, tmp_path, capfd):
+def test_an_invalid_config_file_is_named_with_the_nearest_key(content, expected, tmp_path, capfd):
     file = tmp_path / "mine.yaml"
     file.write_text(content)
     with pytest.raises(SystemExit) as stop:
         call("train_vqgan.py", f"--config {file} --logs_root {tmp_path}")
     assert stop.value.code == 2
     message = capfd.readouterr().err
-    assert all(word in message for word in wanted), message
+    assert all(word in message for word in expected), message
 
 
 def test_an_empty_section_is_ignored(tmp_path, monkeypatch):
@@ -234,7 +234,7 @@ def test_an_empty_section_is_ignored(tmp_path, monkeypatch):
 
 
 SLOW = ("torch._dynamo", "torchvision", "sklearn", "matplotlib", "tensorboard", "scipy")
-HOW = """
+PROGRAM = """
 import runpy, sys
 script, *sys.argv[1:] = sys.argv[1:]
 sys.argv[0] = script
@@ -258,9 +258,9 @@ print("ended with", code, [name for name in %r if name in sys.modules])
     ],
 )
 def test_help_and_errors_import_nothing_slower_than_torch(script, flag, code):
-    command = [sys.executable, "-c", HOW % (SLOW,), script, flag]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip().endswith(f"ended with {code} []"), done.stdout[-300:] + done.stderr[-300:]
+    command = [sys.executable, "-c", PROGRAM % (SLOW,), script, flag]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.stdout.strip().endswith(f"ended with {code} []"), process.stdout[-300:] + process.stderr[-300:]
 
 
 def test_two_checkouts_in_one_environment_never_mix(tmp_path):
@@ -269,15 +269,15 @@ def test_two_checkouts_in_one_environment_never_mix(tmp_path):
     (other / "experiments").mkdir(parents=True)
     for name in ("__init__.py", "_root.py"):
         shutil.copy(ROOT / "experiments" / name, other / "experiments")
-    for mine, theirs in ((ROOT, other), (other, ROOT)):
-        code = f"import sys; sys.path[0] = {str(mine / 'experiments')!r}\nimport _root, experiments\n"
-        variables = {**os.environ, "PYTHONPATH": str(theirs)}
-        command = [sys.executable, "-c", f"{code}print(experiments.__file__)"]  # as a script there starts
-        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
-        assert done.stdout.strip() == str(mine / "experiments" / "__init__.py"), done.stderr
+    for checkout, other_checkout in ((ROOT, other), (other, ROOT)):
+        code = f"import sys; sys.path[0] = {str(checkout / 'experiments')!r}\nimport _root, experiments\n"
+        variables = {**os.environ, "PYTHONPATH": str(other_checkout)}
+        command = [sys.executable, "-c", f"{code}print(experiments.__file__)"]  # as a script there would start
+        process = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
+        assert process.stdout.strip() == str(checkout / "experiments" / "__init__.py"), process.stderr
 
 
 def test_scripts_run_from_any_folder_by_path(tmp_path):
-    done = run("experiments/calc_FID.py", f"--logs_root {tmp_path}", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "no run in" in done.stderr and "Traceback" not in done.stderr
+    process = run("experiments/calc_FID.py", f"--logs_root {tmp_path}", cwd=tmp_path)
+    assert process.returncode == 2
+    assert "no run in" in process.stderr and "Traceback" not in process.stderr

@@ -1,6 +1,6 @@
 """Any file and any command line give a config, or a message and exit code 2; never a traceback.
 
-`FUZZ=100 pytest tests/test_flags_fuzzed.py` tries a hundred times as many, different ones each time.
+`FUZZ=100 pytest tests/test_flags_fuzzed.py` tries a hundred times as many, different in each run.
 """
 
 import contextlib
@@ -38,10 +38,10 @@ def fuzz(n):
 
 
 class Scripts:
-    """Runs every script's own call of run_script with other arguments, and records the config for main."""
+    """Runs each script's call of run_script with other arguments, and records the config passed to main."""
 
     def __init__(self, folder):
-        self.folder, self.seen, self.calls, self.files = folder, [], {}, count()
+        self.folder, self.configs, self.calls, self.files = folder, [], {}, count()
         for name in NAMES:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(cli, "run_script", lambda *args, name=name, **kw: self.calls.update({name: (args, kw)}))
@@ -52,11 +52,11 @@ class Scripts:
     def __call__(self, name, argv):
         """The config or the exit code, and the text written to stderr."""
         args, kwargs = self.calls[name]
-        self.seen.clear()
+        self.configs.clear()
         stderr, root = io.StringIO(), [f"--logs_root={self.folder}"]
         groups = [field.type for field in dataclasses.fields(args[1])]
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
-            patch.setattr(cli, "run_main", lambda main, config: self.seen.append(config))
+            patch.setattr(cli, "run_main", lambda main, config: self.configs.append(config))
             has_root = any("logs_root" in cli.flag_names(group) for group in groups)
             patch.setattr(sys, "argv", [name, *(root if has_root else []), *argv])
             with contextlib.redirect_stdout(io.StringIO()):
@@ -64,7 +64,7 @@ class Scripts:
                     cli.run_script(*args, **kwargs)
                 except SystemExit as stop:
                     return stop.code, stderr.getvalue()
-        return self.seen[0], stderr.getvalue()
+        return self.configs[0], stderr.getvalue()
 
     def check(self, name, argv):
         outcome, message = self(name, argv)
@@ -95,12 +95,12 @@ def scripts(tmp_path_factory):
     return Scripts(tmp_path_factory.mktemp("fuzzed"))
 
 
-def places(content):
+def key_locations(content):
     """Every key of nested objects, with the object that contains it."""
-    found = []
+    locations = []
     for key, value in content.items():
-        found += [(content, key), *(places(value) if isinstance(value, dict) else [])]
-    return found
+        locations += [(content, key), *(key_locations(value) if isinstance(value, dict) else [])]
+    return locations
 
 
 def keys_of(groups):
@@ -215,11 +215,11 @@ def test_any_datasets_yaml(scripts, text):
 
 @fuzz(75)
 @given(plain, st.data())
-def test_any_json_file(scripts, said, data):
+def test_any_json_file(scripts, new_value, data):
     """A valid file with another value for one key."""
     content = json.loads((ROOT / "configs" / "mnist_unet.json").read_text())
-    place, key = data.draw(st.sampled_from(places(content)))
-    place[key] = said
+    parent, key = data.draw(st.sampled_from(key_locations(content)))
+    parent[key] = new_value
     file = scripts.file(json.dumps(content), ".json")
     try:
         read_json(file)

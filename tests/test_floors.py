@@ -1,4 +1,4 @@
-"""The layers of the code: who may import whom, where imports stand, and which small files may exist."""
+"""The layers of the code: which may import which, where imports are, and which small files may exist."""
 
 import ast
 from pathlib import Path
@@ -36,7 +36,7 @@ CONCEPTS = {
     "vq.losses": "the adversarial losses",
     "vq.tiles": "tiled encoding and decoding of an autoencoder",
 }
-COMMANDS_THAT_MAY_BE_IMPORTED = {"experiments.playground"}  # what demo.py shows
+COMMANDS_THAT_MAY_BE_IMPORTED = {"experiments.playground"}  # used by demo.py
 CANDIDATES = [*ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")]
 SCRIPTS = {".".join(p.relative_to(ROOT).with_suffix("").parts) for p in CANDIDATES if "__main__" in p.read_text()}
 FILES = sorted(path.relative_to(ROOT) for floor in MAY_IMPORT for path in (ROOT / floor).rglob("*.py"))
@@ -45,13 +45,13 @@ SOURCE = read_source(ROOT)
 
 def imports_of(tree: ast.AST) -> list[tuple[str, list[str]]]:
     """(module, names) of each import statement in a piece of code."""
-    found = []
+    statements = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(alias.name, []) for alias in node.names]
+            statements += [(alias.name, []) for alias in node.names]
         if isinstance(node, ast.ImportFrom):
-            found.append((node.module, [alias.name for alias in node.names]))
-    return found
+            statements.append((node.module, [alias.name for alias in node.names]))
+    return statements
 
 
 def imported(path: Path) -> set[str]:
@@ -66,7 +66,7 @@ def is_slow(module: str) -> bool:
     return module.partition(".")[0] in SLOW or any(f"{module}.".startswith(f"{each}.") for each in SLOW_OF_TORCH)
 
 
-def room(module: str) -> str:
+def layer_of(module: str) -> str:
     """The layer of a file of experiments: commands, metrics or harness."""
     below = module.split(".")[1:2]
     return below[0] if below and below[0] in ("metrics", "harness") else "commands"
@@ -117,8 +117,8 @@ def test_only_slow_packages_are_imported_inside_functions(path):
 
 
 def test_small_files_with_one_importer_are_listed():
-    alone = single_importers(SOURCE).keys() - COMMANDS_THAT_MAY_BE_IMPORTED
-    small = {module for module in alone if SOURCE.files[module].read_text().count("\n") < 150}
+    single = single_importers(SOURCE).keys() - COMMANDS_THAT_MAY_BE_IMPORTED
+    small = {module for module in single if SOURCE.files[module].read_text().count("\n") < 150}
     assert small == CONCEPTS.keys()  # remove files that no longer qualify
 
 
@@ -126,10 +126,12 @@ def test_small_files_with_one_importer_are_listed():
 def test_experiments_import_downwards(module):
     """Commands import metrics, metrics import the harness."""
     order = ["harness", "metrics", "commands"]
-    mine = order.index(room(module))
-    ours = {name for name in SOURCE.imports[module] if name.startswith("experiments.")}
-    above = {name for name in ours if order.index(room(name)) > mine}
-    beside = {name for name in ours if room(name) == room(module) == "commands"} - COMMANDS_THAT_MAY_BE_IMPORTED
+    level = order.index(layer_of(module))
+    imports = {name for name in SOURCE.imports[module] if name.startswith("experiments.")}
+    above = {name for name in imports if order.index(layer_of(name)) > level}
+    beside = {
+        name for name in imports if layer_of(name) == layer_of(module) == "commands"
+    } - COMMANDS_THAT_MAY_BE_IMPORTED
     assert above == set() and beside - {"experiments._root"} == set()
 
 
@@ -144,7 +146,7 @@ def test_no_utils_and_no_swallowed_errors(path):
     assert not any("strict=False" in ast.unparse(call) for call in loads)
 
 
-# Every rule is shown to fail, in checkouts of two or three files
+# Each rule detects violations, in checkouts of two or three files
 
 
 def checkout(tmp_path: Path, **files: str) -> Path:
@@ -176,19 +178,19 @@ def test_slow_packages_are_matched_by_prefix():
 
 def test_the_layers_of_experiments_are_distinguished():
     rooms = ["experiments.calc_FID", "experiments.metrics.features.digits", "experiments.harness", "experiments"]
-    assert [room(name) for name in rooms] == ["commands", "metrics", "harness", "commands"]
+    assert [layer_of(name) for name in rooms] == ["commands", "metrics", "harness", "commands"]
 
 
-# Full configs are passed to main, to an experiment's `prepare`, which runs before there is a results folder, and to
-# these functions only. The list may only shrink.
-TAKE_A_WHOLE_CONFIG = {
+# Full configs are passed only to main, to an experiment's `prepare`, which runs before its results folder exists,
+# and to these functions. The list may only shrink.
+TAKE_A_FULL_CONFIG = {
     "experiments.benchmark.measure_sampler": "the main of one of two stages",
     "experiments.benchmark.measure_vqgan": "the main of one of two stages",
-    "experiments.harness.experiment.open_batches": "notes the whole of it as what results are of",
-    "experiments.harness.experiment.config_groups": "takes it apart",
+    "experiments.harness.experiment.open_batches": "records it as the settings of the results",
+    "experiments.harness.experiment.config_groups": "splits it into groups",
     "experiments.harness.experiment.open_results_folder": "writes config.yaml",
-    "experiments.harness.experiment.run_experiment.main": "of every experiment",
-    "experiments.harness.experiment.measure_settings": "takes it apart",
+    "experiments.harness.experiment.run_experiment.main": "the main of every experiment",
+    "experiments.harness.experiment.measure_settings": "splits it into groups",
     "experiments.metrics.decoder_likelihood.train_head": "the main of a run within an experiment",
     "train.cli.parse.complete_config": "reads and writes configs of any kind",
     "train.cli.parse.to_dict": "reads and writes configs of any kind",
@@ -199,32 +201,32 @@ TAKE_A_WHOLE_CONFIG = {
     "train.cli.plugins.find_foreign_flag": "reads and writes configs of any kind",
     "train.cli.plugins.iter_plugin_groups": "reads and writes configs of any kind",
     "train.runs.open_or_resume": "opens a run",
-    "train.spaces.open_space": "opens what a second stage stands on",
+    "train.spaces.open_space": "opens the first stage of a second stage",
 }
 
 
-def whole_configs(trees: dict[str, ast.Module]) -> set[str]:
+def full_configs(trees: dict[str, ast.Module]) -> set[str]:
     """Dotted names of classes whose fields are all groups of flags (`...Config`), and of their subclasses."""
-    found, bases = set(), {}
+    configs, bases = set(), {}
     for module, tree in trees.items():
         names = names_in(tree, module)
         for each in (node for node in tree.body if isinstance(node, ast.ClassDef)):
             kinds = [ast.unparse(field.annotation) for field in each.body if isinstance(field, ast.AnnAssign)]
             if kinds and all(kind.endswith("Config") for word in kinds for kind in word.split(" | ")):
-                found.add(f"{module}.{each.name}")
+                configs.add(f"{module}.{each.name}")
             bases[f"{module}.{each.name}"] = {names.get(ast.unparse(base)) for base in each.bases}
-    return found | {name for name, those in bases.items() if those & found}
+    return configs | {name for name, base_names in bases.items() if base_names & configs}
 
 
 def names_in(tree: ast.Module, module: str) -> dict[str, str]:
     """The dotted paths of the classes and imports of a file, by name."""
-    own = {each.name: f"{module}.{each.name}" for each in tree.body if isinstance(each, ast.ClassDef)}
-    return {name: f"{other}.{name}" for other, names in imports_of(tree) for name in names} | own
+    classes = {each.name: f"{module}.{each.name}" for each in tree.body if isinstance(each, ast.ClassDef)}
+    return {name: f"{other}.{name}" for other, names in imports_of(tree) for name in names} | classes
 
 
-def takers_of_whole_configs(trees: dict[str, ast.Module]) -> set[str]:
+def takers_of_full_configs(trees: dict[str, ast.Module]) -> set[str]:
     """Dotted names of functions with a parameter of a full config class, or an untyped one called `config`."""
-    whole, found = whole_configs(trees), set()
+    configs, takers = full_configs(trees), set()
 
     def visit(node: ast.AST, path: str, names: dict[str, str]) -> None:
         for child in ast.iter_child_nodes(node):
@@ -233,22 +235,22 @@ def takers_of_whole_configs(trees: dict[str, ast.Module]) -> set[str]:
                 parameters = [*child.args.posonlyargs, *child.args.args, *child.args.kwonlyargs]
                 kinds = {p.arg: None if p.annotation is None else ast.unparse(p.annotation) for p in parameters}
                 words = {names.get(word) for kind in kinds.values() if kind for word in kind.split(" | ")}
-                if words & whole or kinds.get("config", "typed") in (None, "Any"):
-                    found.add(name)
+                if words & configs or kinds.get("config", "typed") in (None, "Any"):
+                    takers.add(name)
             visit(child, name, names)
 
     for module, tree in trees.items():
         visit(tree, module, names_in(tree, module))
-    return found
+    return takers
 
 
 def test_only_main_takes_a_full_config():
     floors = ("experiments", "train")
     trees = {m: ast.parse(p.read_text()) for m, p in SOURCE.files.items() if m.partition(".")[0] in floors}
-    takers = takers_of_whole_configs(trees)
+    takers = takers_of_full_configs(trees)
     commands = {f"{module}.{name}" for module in SCRIPTS for name in ("main", "prepare")}
-    assert len(takers & commands) > 5 and takers - commands - TAKE_A_WHOLE_CONFIG.keys() == set()
-    assert TAKE_A_WHOLE_CONFIG.keys() <= takers  # remove functions that no longer qualify
+    assert len(takers & commands) > 5 and takers - commands - TAKE_A_FULL_CONFIG.keys() == set()
+    assert TAKE_A_FULL_CONFIG.keys() <= takers  # remove functions that no longer qualify
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.parts[0] == "experiments"], ids=str)
@@ -285,6 +287,6 @@ class Bench:
 """
     config = "class SecondStageConfig:\n    data: DataConfig\n"
     trees = {"experiments.a": ast.parse(source), "train.config": ast.parse(config)}
-    assert whole_configs(trees) == {"experiments.a.Config", "experiments.a.Longer", "train.config.SecondStageConfig"}
+    assert full_configs(trees) == {"experiments.a.Config", "experiments.a.Longer", "train.config.SecondStageConfig"}
     names = {"main", "longer", "untyped", "outer.inner", "Bench.run"}
-    assert takers_of_whole_configs(trees) == {f"experiments.a.{name}" for name in names}
+    assert takers_of_full_configs(trees) == {f"experiments.a.{name}" for name in names}

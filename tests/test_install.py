@@ -13,18 +13,18 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def test_only_the_packages_are_installed():
-    found = find_packages(str(ROOT), include=PROJECT["tool"]["setuptools"]["packages"]["find"]["include"])
-    assert {name.partition(".")[0] for name in found} == {"models", "diffusion", "vq", "train", "experiments"}
+    packages = find_packages(str(ROOT), include=PROJECT["tool"]["setuptools"]["packages"]["find"]["include"])
+    assert {name.partition(".")[0] for name in packages} == {"models", "diffusion", "vq", "train", "experiments"}
     folders = {
         p.parent for name in ("models", "diffusion", "vq", "train", "experiments") for p in (ROOT / name).rglob("*.py")
     }
-    assert len(found) == len(folders)  # every folder of code is a package
+    assert len(packages) == len(folders)  # every folder of code is a package
 
 
 def test_building_a_wheel_is_refused_with_a_remedy(tmp_path):
     for name in ("setup.py", "pyproject.toml", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
     command = [sys.executable, "setup.py", "-q", "bdist_wheel"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "pip install -e ." in done.stderr
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1 and "pip install -e ." in process.stderr
     assert not list(tmp_path.rglob("*.whl"))

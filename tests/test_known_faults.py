@@ -1,9 +1,9 @@
-"""Faults of the reference code that must not come back, one test each, where no test elsewhere holds them.
+"""Faults of the reference code that must not come back, one test each, unless covered elsewhere.
 
 Elsewhere: optimizer, schedule and data order on resume (train/test_runs_resume.py, train/data/test_loading.py);
 unreadable files and silently skipped keys (train/test_checkpoint.py); one learning rate for all data sets
 (test_flags.py); the commitment weight on the wrong term (vq/test_quantizer.py); images of older runs in a distance, and
-fewer images than asked (experiments/test_scripts.py).
+fewer images than requested (experiments/test_scripts.py).
 """
 
 import json
@@ -44,14 +44,14 @@ def test_validation_measures_validation_images(tmp_path):
     data = folder_of_images(tmp_path / "data", {"train": 0, "valid": 240})
     flags = f"--dataset folder --data_dir {data} --n_channels 1 --logs_root {tmp_path} {VQGAN} {GAN} --no_amp --no_ema"
     call("train_vqgan.py", f"{flags} --train_steps 3 --lr 1e-3")
-    found = next(row["val/l1"] for row in rows(tmp_path / "vqgan_folder") if "val/l1" in row)
+    val_l1 = next(row["val/l1"] for row in rows(tmp_path / "vqgan_folder") if "val/l1" in row)
     first = load_first_stage(tmp_path / "vqgan_folder", None, torch.device("cpu"), False)
     expected = {}
     for split in ("train", "val"):
         source = ImageSource(build_dataset(first.data, first.reader, split), first.data)
         images = torch.stack([source[i]["image"].as_subclass(torch.Tensor) for i in range(len(source))]) / 127.5 - 1
         expected[split] = (first.vqgan(images)[0] - images).abs().mean().item()
-    assert found == pytest.approx(expected["val"], rel=1e-4)
+    assert val_l1 == pytest.approx(expected["val"], rel=1e-4)
     assert abs(expected["train"] - expected["val"]) > 0.1 * expected["val"]
 
 
@@ -77,12 +77,12 @@ def test_other_weights_or_data_get_new_codes(tmp_path):
     tables = tmp_path / "vqgan_folder" / "codes"
     assert len(list(tables.glob("*.codes"))) == 2  # train and val
     call("train_sampler.py", f"{flags} {SAMPLER} --train_steps 1 --log_dir b --lr 1e-5")
-    assert len(list(tables.glob("*.codes"))) == 2  # the same codes serve another run
+    assert len(list(tables.glob("*.codes"))) == 2  # another run reuses the same codes
     call("train_sampler.py", f"{flags} {SAMPLER} --train_steps 1 --log_dir c --horizontal_flip")
     assert len(list(tables.glob("*.codes"))) == 3  # other views
     Image.fromarray(np.full((16, 16), 9, np.uint8)).save(data / "train" / "new.png")
     call("train_sampler.py", f"{flags} {SAMPLER} --train_steps 1 --log_dir d")
-    assert len(list(tables.glob("*.codes"))) == 4  # one image more
+    assert len(list(tables.glob("*.codes"))) == 4  # one more image
     call("train_vqgan.py", f"{vqgan} --train_steps 2")
     call("train_sampler.py", f"{flags} {SAMPLER} --train_steps 1 --log_dir e")
     assert len(list(tables.glob("*.codes"))) == 6  # other weights
@@ -108,7 +108,7 @@ def test_experiments_load_the_averaged_weights(trained):
 
 
 def test_the_perceptual_loss_gets_images_in_its_range():
-    """The reference gave LPIPS images in [0, 1], it wants [-1, 1]: ours are in [-1, 1] from data set to loss."""
+    """The reference gave LPIPS images in [0, 1], but it expects [-1, 1]; ours are in [-1, 1] from data set to loss."""
     source = ImageSource(digits.build(digits.Config(), "train"), DataConfig(img_size=32, n_channels=1))
     images = TrainingImages(source, seed=0)[list(range(8))]["image"]
     assert images.min() == -1 and images.max() > 0.9
@@ -141,12 +141,12 @@ def test_autocast_leaves_losses_and_distances_in_float32(trained):
 
 
 def test_experiments_default_to_the_runs_sampling_settings(trained, monkeypatch):
-    """Nobody types them twice: the tiny run was trained with 4 sampling steps and the preset's guidance."""
+    """They need not be repeated: the tiny run was trained with 4 sampling steps and the preset's guidance."""
     from train.cli import parse as cli
 
-    seen = []
-    monkeypatch.setattr(cli, "run_main", lambda main, config: seen.append(config.sampling))
+    sampling_settings = []
+    monkeypatch.setattr(cli, "run_main", lambda main, config: sampling_settings.append(config.sampling))
     call("experiments/get_samples.py", f"--logs_root {trained}")
     call("experiments/get_samples.py", f"--logs_root {trained} --guidance 3")
-    assert seen[0] == absorbing.Sampling(sample_steps=4, guidance=1.5)
-    assert seen[1] == absorbing.Sampling(sample_steps=4, guidance=3.0)
+    assert sampling_settings[0] == absorbing.Sampling(sample_steps=4, guidance=1.5)
+    assert sampling_settings[1] == absorbing.Sampling(sample_steps=4, guidance=3.0)

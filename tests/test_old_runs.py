@@ -1,6 +1,6 @@
 """Runs from before the code was restructured (commit f133647) load, sample and resume with the same results.
 
-tests/fixtures/old_runs/runs holds a run of each kind at step 4, made by the commands below; the other fixtures are the
+tests/fixtures/old_runs/runs holds a run of each kind at step 4, from the commands below; the other fixtures are the
 weights and metrics of the same commands at step 8, and six samples of each run at step 4.
 """
 
@@ -63,9 +63,9 @@ def test_an_old_run_resumes(kind, logs):
     run = logs / f"{kind}_digits"
     call(script, f"{flags} {COMMON} --logs_root {logs} --train_steps 8")
     assert saved_steps(run) == [4, 8]
-    wanted = {k.partition(".")[2]: v for k, v in load_file(OLD / "later.safetensors").items() if k.startswith(kind)}
-    wanted = {NOW.get(name, name): value for name, value in wanted.items()}
-    assert_close(wanted, weights(run, 8), rtol=1e-4)
+    expected = {k.partition(".")[2]: v for k, v in load_file(OLD / "later.safetensors").items() if k.startswith(kind)}
+    expected = {NOW.get(name, name): value for name, value in expected.items()}
+    assert_close(expected, weights(run, 8), rtol=1e-4)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
     for line, old in zip(lines, json.loads((OLD / "metrics.json").read_text())[kind], strict=True):
@@ -78,12 +78,12 @@ def test_an_old_run_can_be_sampled(kind, logs):
         "experiments/get_samples.py",
         f"{SAMPLED[kind]} --logs_root {logs} --n_samples 6 --batch_size 6 --no_amp --log_dir samples",
     )
-    with np.load(logs / "samples" / "samples.npz") as found, np.load(OLD / "samples.npz") as old:
-        assert np.array_equal(found["labels"], old[f"{kind}_labels"])
-        if "codes" in found.files:
-            assert np.array_equal(found["codes"], old[kind])
+    with np.load(logs / "samples" / "samples.npz") as samples, np.load(OLD / "samples.npz") as old:
+        assert np.array_equal(samples["labels"], old[f"{kind}_labels"])
+        if "codes" in samples.files:
+            assert np.array_equal(samples["codes"], old[kind])
         else:
-            assert np.abs(found["arr_0"].astype(int) - old[kind]).max() <= 1  # of 255: rounding
+            assert np.abs(samples["arr_0"].astype(int) - old[kind]).max() <= 1  # of 255: rounding
 
 
 def test_recomputed_codes_match_the_old_ones(logs):
@@ -93,9 +93,9 @@ def test_recomputed_codes_match_the_old_ones(logs):
         path.unlink()
     call(script, f"{flags} {COMMON} --logs_root {logs} --train_steps 5")
     for split in ("train", "val"):
-        (found,) = (logs / "vqgan_digits" / "codes").glob(f"digits_{split}_*.codes")
-        (wanted,) = (content for path, content in old.items() if f"_{split}_" in path.name)
-        assert found.read_bytes() == wanted
+        (recomputed,) = (logs / "vqgan_digits" / "codes").glob(f"digits_{split}_*.codes")
+        (expected,) = (content for path, content in old.items() if f"_{split}_" in path.name)
+        assert recomputed.read_bytes() == expected
 
 
 TRANSFORMERS = {"absorbing": Transformer, "autoregressive": CausalTransformer}

@@ -43,9 +43,9 @@ def test_every_preset_parses_in_every_script(path, monkeypatch, tmp_path):
 
 
 def grid_of(path, monkeypatch, tmp_path):
-    """The grid of codes of a preset, by its own VQGAN or that of its data set."""
-    own = "vqgan" in yaml.safe_load(path.read_text())
-    preset = path if own else ROOT / "configs" / f"{yaml.safe_load(path.read_text())['dataset']}.yaml"
+    """The grid of codes of a preset, from its own VQGAN settings or those of its data set."""
+    has_vqgan = "vqgan" in yaml.safe_load(path.read_text())
+    preset = path if has_vqgan else ROOT / "configs" / f"{yaml.safe_load(path.read_text())['dataset']}.yaml"
     config = parse_config("train_vqgan.py", f"--config {preset} --logs_root {tmp_path}", monkeypatch)
     return VQGANConfig(ch_mult=tuple(config["ch_mult"])).grid(config["img_size"])
 

@@ -33,6 +33,6 @@ def test_the_names_in_the_readme_can_be_imported():
 
 def test_importing_the_packages_imports_nothing_slow():
     code = f"import sys, {', '.join(PACKAGES)}, train\nprint([name for name in {SLOW!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "[]", done.stderr
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.stdout.strip() == "[]", process.stderr
     assert (ROOT / "train" / "__init__.py").read_text() == ""

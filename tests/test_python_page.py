@@ -1,4 +1,4 @@
-"""Every Python block of docs/python.md runs, on tiny runs in the place of those it names."""
+"""Every Python block of docs/python.md runs, on tiny runs in place of those it names."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""The README: short, true of the code's size, and its Python runs."""
+"""The README is short, states the size of the code correctly, and its Python runs."""
 
 import re
 
@@ -16,7 +16,7 @@ def test_it_is_short():
 
 
 def table_of(heading: str) -> list[str]:
-    """The rows of the table in a section, without its head."""
+    """The rows of the table in a section, without the header."""
     section = TEXT.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     return [line for line in section.splitlines() if line.startswith("|")][2:]
 
@@ -36,16 +36,16 @@ def test_results_have_one_number_in_a_cell():
 def test_sizes_of_the_tree_are_true():
     tree = dict(re.findall(r"^(\w+)/ +([\d,]+) lines", TEXT, re.M))
     assert {"models", "diffusion", "vq", "train", "experiments", "tests"} == set(tree)
-    for folder, said in tree.items():
+    for folder, stated in tree.items():
         lines = sum(len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py"))
-        assert abs(int(said.replace(",", "")) - lines) <= 0.1 * lines, f"{folder}: {lines} lines"
+        assert abs(int(stated.replace(",", "")) - lines) <= 0.1 * lines, f"{folder}: {lines} lines"
 
 
 def test_names_of_the_code_tour_are_where_it_says():
     """`Name` in [file](file), as the README writes it."""
-    said = re.findall(r"`(\w+)(?:\.(\w+))?`[^`\[]*? in\s+\[([\w/.]+)\]", prose(TEXT))
-    assert len(said) >= 3
-    for name, attribute, file in said:
+    references = re.findall(r"`(\w+)(?:\.(\w+))?`[^`\[]*? in\s+\[([\w/.]+)\]", prose(TEXT))
+    assert len(references) >= 3
+    for name, attribute, file in references:
         text = (ROOT / file).read_text()
         assert re.search(rf"^(def|class) {name}\b", text, re.M), f"{name} in {file}"
         assert not attribute or re.search(rf"^    def {attribute}\b", text, re.M), f"{name}.{attribute} in {file}"

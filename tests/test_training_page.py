@@ -16,7 +16,7 @@ from train.runs import NOT_IDENTITY
 
 TEXT = (ROOT / "docs" / "training.md").read_text()
 SCRIPTS = re.findall(r"^```bash\n(.*?)^```", TEXT, re.M | re.S)
-SLURM = {  # stand-ins for its commands; the training step takes a moment to save when it gets SIGTERM
+SLURM = {  # mocks of its commands; the training step takes a moment to save on SIGTERM
     "srun": 'echo "$@" > srun.words; trap "sleep 0.2; echo saved > saved; exit 1" TERM; echo $$ > pid; touch running\n'
     "for _ in $(seq 100); do if [ -e over ]; then exit $(cat over); fi; sleep 0.05; done; exit 9",
     "scancel": 'echo "$@" > scancel.words; kill -TERM "$(cat pid)"',
@@ -28,7 +28,7 @@ VARIABLES = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_N
 
 @pytest.fixture
 def job(tmp_path):
-    """The script as Slurm starts it: its process, and the folder where the stand-ins leave their arguments."""
+    """The script as Slurm starts it: its process, and the folder where the mocks write their arguments."""
     (tmp_path / "train.sbatch").write_text(SCRIPTS[0])
     (tmp_path / "bin").mkdir()
     for name, lines in SLURM.items():
@@ -37,19 +37,19 @@ def job(tmp_path):
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     variables = {**os.environ, **VARIABLES, "PATH": path, "SLURM_SUBMIT_DIR": str(tmp_path)}
     process = subprocess.Popen(["bash", str(tmp_path / "train.sbatch")], env=variables, cwd=tmp_path)
-    until(tmp_path / "running")
+    wait_for_file(tmp_path / "running")
     yield process, tmp_path
     process.kill()
     process.wait()
 
 
-def until(path: Path) -> None:
+def wait_for_file(path: Path) -> None:
     """Waits for a file."""
     for _ in range(400):
         if path.exists():
             return
         time.sleep(0.05)
-    raise AssertionError(f"{path.name} did not come")
+    raise AssertionError(f"{path.name} did not appear")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -7,19 +7,19 @@ import pytest
 from helpers.tiny_runs import ROOT
 
 TEXT = (ROOT / "docs" / "troubleshooting.md").read_text()
-ELSEWHERE = {"RuntimeError: operator torchvision::nms does not exist"}  # torchvision's own
-LEAST = 4  # words that make a message of a code span
+ELSEWHERE = {"RuntimeError: operator torchvision::nms does not exist"}  # from torchvision
+LEAST = 4  # words from which a code span counts as a message
 
 
 def source() -> str:
-    """All code, with strings that Python joins made one."""
+    """All code, with adjacent strings joined."""
     folders = ("models", "diffusion", "vq", "train", "experiments")
     text = "\n".join(path.read_text() for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
     return re.sub(r"""["']\s*\n?\s*(\+ )?\(?f?["']""", "", text)
 
 
 def messages() -> list[str]:
-    """Lines of text blocks, and code spans of tables and lists that are as long as a message."""
+    """Lines of text blocks, and code spans of tables and lists of at least LEAST words."""
     lines = [line for block in re.findall(r"^```text\n(.*?)^```", TEXT, re.M | re.S) for line in block.splitlines()]
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S))
     spans = [span for span in spans if len(span.split()) >= LEAST and not span.startswith(("--", "pip ", "images/"))]
@@ -30,7 +30,7 @@ CODE = source()
 
 
 def fragments(message: str) -> list[str]:
-    """What stands between the values of a message."""
+    """The parts of a message between its values."""
     parts = re.split(r"\.\.\.|\(lr: [^)]*\)", message)
     return [part for part in (part.strip(" ,;:`()'\"") for part in parts) if len(part) > 3]
 

@@ -1,4 +1,4 @@
-"""The benchmark of presets: what it runs, counts and prints, whatever the measured times."""
+"""The benchmark of presets: what it runs, counts and prints, independently of the measured times."""
 
 import re
 import sys
@@ -60,7 +60,7 @@ def preset(tmp_path):
 
 
 @pytest.fixture
-def printed(preset, tmp_path, capsys, monkeypatch):
+def run_benchmark(preset, tmp_path, capsys, monkeypatch):
     """The output of the script, and the rows of its table as lists of cells; nothing is written."""
     monkeypatch.setattr(throughput, "matmul_peak", lambda device, dtype: 1e12)
     monkeypatch.setattr(throughput, "peak_extra_bytes", lambda run, device: None)
@@ -77,14 +77,14 @@ def printed(preset, tmp_path, capsys, monkeypatch):
     return read
 
 
-def test_code_sampler_has_a_row_per_precision_and_other_lines(printed):
-    out, (heading, _, *found) = printed("")
+def test_code_sampler_has_a_row_per_precision_and_other_lines(run_benchmark):
+    out, (heading, _, *rows) = run_benchmark("")
     assert heading == [
         *("training step", "median s", "min s", "max s", "speedup", "images/s", "tokens/s"),
         *("TFLOP", "TFLOP/s", "% of peak", "peak extra MiB"),
     ]
-    assert [row[0] for row in found] == ["float32", *HALVES]
-    for row in found:
+    assert [row[0] for row in rows] == ["float32", *HALVES]
+    for row in rows:
         assert (
             len(row) == len(heading)
             and re.fullmatch(r"[\d.]+x", row[4])
@@ -94,74 +94,78 @@ def test_code_sampler_has_a_row_per_precision_and_other_lines(printed):
     assert "absorbing on digits: 4 images of 1x16x16 per step" in out
     assert "peak (fastest matrix product measured here in float32): 1 TFLOP/s" in out
     cost = r"3 network calls per batch, NFE [\d.]+ per image"
-    assert re.search(rf"^sampling with ancestral, {found[-1][0]}, batch of 4: .*, {cost}$", out, re.M)
+    assert re.search(rf"^sampling with ancestral, {rows[-1][0]}, batch of 4: .*, {cost}$", out, re.M)
     assert len(re.findall("^decoding, .* batch of 4: .* images/s$", out, re.M)) == 1 + len(HALVES)
     assert re.search(r"^baseline, 256 float32 steps that evaluate every grid: .* s \(256 x .* s, ", out, re.M)
     assert re.search(r"^speedup of sampling over the baseline: [\d.]+x, with decoding [\d.]+x$", out, re.M)
     assert re.search(r"^loading codes in the main process: .* times what the fastest training step consumes", out, re.M)
 
 
-def test_vqgan_has_a_row_per_discriminator_phase(printed):
-    out, (heading, _, *found) = printed("--stage vqgan")
+def test_vqgan_has_a_row_per_discriminator_phase(run_benchmark):
+    out, (heading, _, *rows) = run_benchmark("--stage vqgan")
     assert "tokens/s" not in heading
     kinds = ["no discriminator", "discriminator"]
-    assert [row[0] for row in found] == [f"{name}, {kind}" for name in ["float32", *HALVES] for kind in kinds]
+    assert [row[0] for row in rows] == [f"{name}, {kind}" for name in ["float32", *HALVES] for kind in kinds]
     assert re.search(r"^autoencoder: [\d,]+ parameters$", out, re.M) and re.search("^discriminator: ", out, re.M)
     assert re.search("^encoding, .* batch of 4: .* images/s$", out, re.M) and re.search("^decoding, ", out, re.M)
     assert re.search("^loading images in the main process: ", out, re.M)
-    out, table = printed("--stage vqgan --train_steps 3 --measure loading --no_amp")
+    out, table = run_benchmark("--stage vqgan --train_steps 3 --measure loading --no_amp")
     assert not table and "--disc_start_step 3 is never reached" in out
 
 
-def test_pixel_sampler_reports_the_nfe_of_its_solver(printed):
+def test_pixel_sampler_reports_the_nfe_of_its_solver(run_benchmark):
     for solver, calls in {"dpmpp_2m": 3, "heun": 5}.items():  # heun's last step is an Euler step
-        out, table = printed(f"--sampler ddpm --solver {solver} --measure sampling --no_amp")
+        out, table = run_benchmark(f"--sampler ddpm --solver {solver} --measure sampling --no_amp")
         cost = f"{calls} network calls per batch, NFE {calls} per image"
         assert re.search(rf"^sampling with {solver}, float32, .* {cost}$", out, re.M)
         assert not table and "loading" not in out and "decoding" not in out and "baseline" not in out
 
 
 @pytest.mark.skipif(not HALVES, reason="this machine has no native half precision")
-def test_the_baseline_is_in_float32_and_sampling_is_not(printed, monkeypatch):
+def test_the_baseline_is_in_float32_and_sampling_is_not(run_benchmark, monkeypatch):
     times = {"float32": [50.0], "bfloat16": [1.0]}
     monkeypatch.setattr(throughput, "time_repeatedly", lambda run, repeats, device: [2.0])
     monkeypatch.setattr(workloads, "time_full_steps", lambda trainee, *args: times[trainee.name])
     monkeypatch.setattr(workloads, "time_decoding", lambda trainee, *args: times[trainee.name])
-    out, _ = printed("--measure sampling --full_steps 10")
+    out, _ = run_benchmark("--measure sampling --full_steps 10")
     assert "speedup of sampling over the baseline: 250x, with decoding 183x" in out  # 500 / 2 and 550 / 3
 
 
-def test_the_baseline_is_optional_and_for_absorbing_only(printed):
-    out, _ = printed("--measure sampling --full_steps 0 --solver halton --no_amp")
+def test_the_baseline_is_optional_and_for_absorbing_only(run_benchmark):
+    out, _ = run_benchmark("--measure sampling --full_steps 0 --solver halton --no_amp")
     assert "sampling with halton, float32" in out and "baseline" not in out
-    out, _ = printed("--measure sampling --full_steps 10 --solver confidence --choice_temp 1 --no_amp")
+    out, _ = run_benchmark("--measure sampling --full_steps 10 --solver confidence --choice_temp 1 --no_amp")
     assert "baseline, 10 float32 steps" in out
-    out, _ = printed("--measure sampling --sampler autoregressive --bert_n_emb 16 --bert_n_head 2 --bert_n_layers 1")
+    out, _ = run_benchmark(
+        "--measure sampling --sampler autoregressive --bert_n_emb 16 --bert_n_head 2 --bert_n_layers 1"
+    )
     assert "sampling with raster" in out and "baseline" not in out
 
 
-def test_nonsquare_images_are_timed_at_their_size(printed):
+def test_nonsquare_images_are_timed_at_their_size(run_benchmark):
     for flags in ("--measure sampling loading", "--stage vqgan --measure sampling loading"):
-        out, _ = printed(f"{flags} --img_width 24 --crop_margin 2 --no_amp")
+        out, _ = run_benchmark(f"{flags} --img_width 24 --crop_margin 2 --no_amp")
         assert "on digits: 4 images of 1x16x24 per step" in out
 
 
-def test_latents_use_the_vqgan_of_the_file_without_reading_a_run(printed):
-    out, (heading, *_) = printed("--sampler ddpm --ae_load_dir no_such_run --measure step sampling")
+def test_latents_use_the_vqgan_of_the_file_without_reading_a_run(run_benchmark):
+    out, (heading, *_) = run_benchmark("--sampler ddpm --ae_load_dir no_such_run --measure step sampling")
     assert "tokens/s" not in heading and "3 network calls" in out and "decoding, float32" in out
 
 
-def test_missing_data_are_reported_in_one_line(printed, tmp_path):
+def test_missing_data_are_reported_in_one_line(run_benchmark, tmp_path):
     flags = f"--sampler ddpm --dataset mnist --reader mnist --data_dir {tmp_path / 'nowhere'} --no_amp"
-    out, table = printed(f"{flags} --measure step loading")
+    out, table = run_benchmark(f"{flags} --measure step loading")
     assert len(table) == 3
     (line,) = re.findall("^loading .*$", out, re.M)
     assert line.startswith("loading skipped: ") and "nowhere" in line
-    out, _ = printed(f"{flags} --guidance 2 --measure sampling")  # between classes, of which nothing is known
+    out, _ = run_benchmark(
+        f"{flags} --guidance 2 --measure sampling"
+    )  # guidance between classes, although the data set is missing
     assert "NFE 6 per image" in out
 
 
-REFUSED = {  # flags -> what the message must hold
+REFUSED = {  # flags -> words that the message must contain
     "--repeats 0": ["repeats 0", "--repeats"],
     "--full_steps -1": ["full_steps -1", "--full_steps"],
     "--measure stepp": ["stepp", "sampling"],
@@ -211,12 +215,12 @@ def script_namespace(monkeypatch):
 
 def test_the_vqgan_config_comes_from_the_file_or_the_preset(monkeypatch, tmp_path):
     vqgan_config_of = script_namespace(monkeypatch)["vqgan_config_of"]
-    own, without = tmp_path / "own.yaml", tmp_path / "without.yaml"
-    own.write_text("dataset: mnist\nvqgan:\n  codebook_size: 77\n")
+    with_vqgan, without = tmp_path / "own.yaml", tmp_path / "without.yaml"
+    with_vqgan.write_text("dataset: mnist\nvqgan:\n  codebook_size: 77\n")
     without.write_text("dataset: mnist\nabsorbing:\n  bert_n_layers: 3\n")
     mnist = DataConfig(dataset="mnist")
-    assert vqgan_config_of(mnist, ["--config", str(own)]).codebook_size == 77
+    assert vqgan_config_of(mnist, ["--config", str(with_vqgan)]).codebook_size == 77
     assert vqgan_config_of(mnist, [f"--config={without}"]).codebook_size == 128  # configs/mnist.yaml
     assert vqgan_config_of(mnist, []).ch_mult == (1, 2, 4)
-    assert vqgan_config_of(DataConfig(dataset="folder"), ["--config", str(own)]).codebook_size == 77
+    assert vqgan_config_of(DataConfig(dataset="folder"), ["--config", str(with_vqgan)]).codebook_size == 77
     assert vqgan_config_of(DataConfig(dataset="folder"), []) == VQGANConfig()

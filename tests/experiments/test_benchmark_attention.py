@@ -1,4 +1,4 @@
-"""The benchmark of neighbourhood attention: what it writes and refuses, whatever the measured times."""
+"""The benchmark of neighbourhood attention: what it writes and refuses, independently of the measured times."""
 
 import importlib.util
 import json
@@ -24,17 +24,17 @@ MIB = 2**20
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def run_folder(tmp_path_factory):
     """The folder of one tiny run."""
     logs = tmp_path_factory.mktemp("logs")
     call(SCRIPT, f"{TINY} --dilations 1 2 --logs_root {logs}")
     return logs / "benchmark_attention"
 
 
-def test_every_backend_size_and_dilation_has_its_numbers(done):
-    found = json.loads((done / "results.json").read_text())
-    assert {"machine", "torch", "threads", "device", "precision", "heads"} <= found.keys()
-    rows = found["rows"]
+def test_every_backend_size_and_dilation_has_its_numbers(run_folder):
+    results = json.loads((run_folder / "results.json").read_text())
+    assert {"machine", "torch", "threads", "device", "precision", "heads"} <= results.keys()
+    rows = results["rows"]
     cases = {(row["tokens"][0], row["dilation"], row["backend"]) for row in rows}
     assert len(rows) == len(cases) == 4 * len(NAMES)
     assert cases == {(side, dilation, name) for side in (8, 12) for dilation in (1, 2) for name in NAMES}
@@ -50,8 +50,8 @@ def test_every_backend_size_and_dilation_has_its_numbers(done):
         assert (row["forward_over_natten"] is None) == ("natten" not in NAMES)
 
 
-def test_auto_chooses_exactly_one_backend_per_case(done):
-    rows = json.loads((done / "results.json").read_text())["rows"]
+def test_auto_chooses_exactly_one_backend_per_case(run_folder):
+    rows = json.loads((run_folder / "results.json").read_text())["rows"]
     autos = [(row["tokens"][0], row["dilation"], row["backend"]) for row in rows if row["auto"]]
     # at 8 x 8 undilated a single tile is the whole grid
     assert autos == [(8, 1, "dense"), (8, 2, "tiled"), (12, 1, "tiled"), (12, 2, "tiled")]
@@ -64,23 +64,23 @@ def test_the_table_marks_skipped_backends(tmp_path, capsys):
     assert {(line[0], line[3].rstrip("*")) for line in lines} == {(s, n) for s in ("8x8", "12x12") for n in NAMES}
     assert sum(line[3].endswith("*") for line in lines) == 2
     for size, _, _, name, forward, *_, error in lines:
-        left_out = size == "12x12" and name != "tiled*"
-        assert (forward == "-") == left_out
+        skipped = size == "12x12" and name != "tiled*"
+        assert (forward == "-") == skipped
         assert (error == "-") == (size == "12x12")
-        assert left_out or float(forward) > 0
+        assert skipped or float(forward) > 0
     assert f"results: {tmp_path / 'few'}\n" in out
     assert (tmp_path / "few" / "times.png").is_file()
 
 
-def test_the_picture_is_a_png(done):
-    with Image.open(done / "times.png") as picture:
+def test_the_picture_is_a_png(run_folder):
+    with Image.open(run_folder / "times.png") as picture:
         assert picture.format == "PNG"
         assert picture.size == (150 * 12, 780)  # two panels
         picture.load()
-    assert {path.name for path in done.iterdir()} == {"config.yaml", "results.json", "times.png"}
+    assert {path.name for path in run_folder.iterdir()} == {"config.yaml", "results.json", "times.png"}
 
 
-REFUSED = {  # flags -> what the message must hold
+REFUSED = {  # flags -> words that the message must contain
     "--sizes 12 8 --kernel_size 9": ["9", "height of 8"],
     "--kernel_size 3 --sizes 8 --dilations 1 3": ["dilation 3", "height of 8"],
     "--kernel_size 4": ["4", "odd"],
@@ -98,36 +98,36 @@ def test_invalid_flags_give_exit_code_2_and_a_short_message(flags, tmp_path, cap
     message = " ".join(capfd.readouterr().err.replace("│", " ").split())
     assert "Traceback" not in message and len(message) < 900
     assert all(word in message for word in REFUSED[flags]), message
-    assert list(tmp_path.iterdir()) == []  # nothing ran
+    assert list(tmp_path.iterdir()) == []  # nothing was run
 
 
-def test_results_of_another_run_are_not_overwritten(done, capfd):
-    before = (done / "results.json").read_bytes()
+def test_results_of_another_run_are_not_overwritten(run_folder, capfd):
+    before = (run_folder / "results.json").read_bytes()
     with pytest.raises(SystemExit) as stop:
-        call(SCRIPT, f"{TINY} --heads 1 --logs_root {done.parent}")
+        call(SCRIPT, f"{TINY} --heads 1 --logs_root {run_folder.parent}")
     assert stop.value.code == 2
     assert "heads: 2 there, 1 now" in capfd.readouterr().err
-    assert (done / "results.json").read_bytes() == before
+    assert (run_folder / "results.json").read_bytes() == before
 
 
 def test_an_unsupported_backend_is_skipped_with_its_reason(monkeypatch, capsys):
     def refuse(*tensors):
         raise NotImplementedError("no such width\nand more")
 
-    makers = backends(Case(8, 3, 1), CPU) | {"natten": lambda: refuse}
-    monkeypatch.setattr(benchmark_attention, "backends", lambda case, device: makers)
+    factories = backends(Case(8, 3, 1), CPU) | {"natten": lambda: refuse}
+    monkeypatch.setattr(benchmark_attention, "backends", lambda case, device: factories)
     costs = compare(Case(8, 3, 1), make_inputs(8, 1, 1, 4, torch.float32, CPU), dense_limit=64, repeats=1)
     assert costs["natten"] == Cost()
     assert costs["tiled"].forward_backward > 0
     assert capsys.readouterr().out == "natten skipped at 8x8, dilation 1: NotImplementedError: no such width\n"
-    makers["dense"] = lambda: refuse  # ours refuse nothing
+    factories["dense"] = lambda: refuse  # our own backends are never skipped
     with pytest.raises(NotImplementedError):
         compare(Case(8, 3, 1), make_inputs(8, 1, 1, 4, torch.float32, CPU), dense_limit=64, repeats=1)
 
 
 def test_relative_error_by_hand():
-    wanted = torch.tensor([1.0, -4.0], dtype=torch.float64)
-    assert relative_error(torch.tensor([1.5, -4.0]), wanted) == 0.125
+    expected = torch.tensor([1.0, -4.0], dtype=torch.float64)
+    assert relative_error(torch.tensor([1.5, -4.0]), expected) == 0.125
 
 
 @LINUX
@@ -135,10 +135,10 @@ def test_peak_memory_includes_freed_allocations():
     def allocate(count: int, size: int):
         return [torch.ones(size * MIB // 4) for _ in range(count)]
 
-    for count, size in ((1, 64), (1, 64), (16, 4), (16, 4)):  # again when the process has such memory to reuse
+    for count, size in ((1, 64), (1, 64), (16, 4), (16, 4)):  # again, when freed memory can be reused
         assert peak_extra_bytes(lambda n=count, s=size: allocate(n, s), CPU) == pytest.approx(64 * MIB, rel=0.2)
-    held = torch.ones(16 * MIB // 4)
-    assert peak_extra_bytes(lambda: held.add_(1), CPU) < 6 * MIB  # in use before is no extra
+    allocated = torch.ones(16 * MIB // 4)
+    assert peak_extra_bytes(lambda: allocated.add_(1), CPU) < 6 * MIB  # memory already in use does not count
 
 
 @pytest.mark.parametrize("case", [Case(8, 3, 1), Case(8, 3, 2), Case(11, 3, 3), Case(9, 9, 1)], ids=lambda c: c.name)

@@ -1,4 +1,4 @@
-"""The benchmark of the UNet: what it prints and refuses, whatever the measured times."""
+"""The benchmark of the UNet: what it prints and refuses, independently of the measured times."""
 
 import importlib.util
 import re
@@ -31,8 +31,8 @@ def test_both_networks_have_a_row_per_precision(capsys):
     assert counts == {name: count_parameters(network) for name, network in networks(SHAPE, 8).items()}
     lines = [line.split() for line in out.splitlines() if line.startswith(("ours ", "diffusers "))]
     assert [tuple(line[:2]) for line in lines] == [(name, kind) for name in NAMES for kind in PRECISIONS]
-    for _, _, median, least, most, speed, ratio in lines:
-        assert 0 < float(least) <= float(median) <= float(most)
+    for _, _, median, fastest, slowest, speed, ratio in lines:
+        assert 0 < float(fastest) <= float(median) <= float(slowest)
         assert float(speed) > 0 and re.fullmatch(r"\d+\.\d\dx", ratio)
     assert lines[0][-1] == "1.00x"
     assert ("bfloat16 skipped" in out) == (len(PRECISIONS) == 1)
@@ -40,11 +40,11 @@ def test_both_networks_have_a_row_per_precision(capsys):
 
 @needs_diffusers
 def test_the_two_networks_are_of_equal_shape():
-    found = networks(SHAPE, 8)
-    shapes = [sorted(tuple(p.shape) for p in network.parameters() if p.ndim == 4) for network in found.values()]
-    biggest = [[shape for shape in each if shape[-1] == 3] for each in shapes]
-    assert biggest[0] == biggest[1]  # the same 3x3 convolutions
-    assert count_parameters(found["ours"]) == count_parameters(found["diffusers"])
+    by_name = networks(SHAPE, 8)
+    shapes = [sorted(tuple(p.shape) for p in network.parameters() if p.ndim == 4) for network in by_name.values()]
+    convolutions = [[shape for shape in each if shape[-1] == 3] for each in shapes]
+    assert convolutions[0] == convolutions[1]  # the same 3x3 convolutions
+    assert count_parameters(by_name["ours"]) == count_parameters(by_name["diffusers"])
     default = UNetConfig(out_channels=6, head_width=64)
     assert default.widths[-1] // 64 == 4
     with torch.device("meta"):
@@ -77,7 +77,7 @@ def test_steps_train_every_weight(name, kind):
     step = training_steps(network, (2, 3, 8, 8), DistContext(CPU))[kind]
     weights = [p for p in network.parameters() if p.ndim > 1]  # some biases do nothing before a norm or a softmax
     before = [p.detach().clone() for p in weights]
-    losses = [step().item() for _ in range(6)]  # at first our zeros keep gradients from what is before them
+    losses = [step().item() for _ in range(6)]  # several, as zero-initialised layers block gradients at first
     assert all(torch.isfinite(torch.tensor(losses))) and len(set(losses)) == 6
     for p, old in zip(weights, before, strict=True):
         assert (p - old).abs().max() > 2e-5  # AdamW moves by about lr, 1e-4; its decay alone by 1e-6 of a weight
@@ -101,7 +101,7 @@ def test_speedup_is_the_ratio_of_medians():
     ]
 
 
-REFUSED = {  # flags -> what the message must hold
+REFUSED = {  # flags -> words that the message must contain
     "--repeats 0": ["repeats 0", "--repeats"],
     "--batch_size 0": ["batch_size 0", "--batch_size"],
     "--attn_factors 3": ["attn_factors", "1, 2"],

@@ -1,4 +1,4 @@
-"""calc_FID.py on a tiny trained model: its distances are those of its images, interrupted or not."""
+"""calc_FID.py on a tiny trained model: distances match those of its images, also after an interruption."""
 
 import json
 
@@ -27,33 +27,33 @@ FLAGS = "--n_samples 90 --batch_size 20 --features digits --kid_subsets 5 --kid_
 def calc(trained):
     """calc(log_dir, flags): the results of the script's run in a folder."""
 
-    def go(log_dir, flags=FLAGS):
+    def run_script(log_dir, flags=FLAGS):
         call("experiments/calc_FID.py", f"--logs_root {trained} --log_dir {log_dir} {flags}")
         return json.loads((trained / log_dir / "results.json").read_text())
 
-    return go
+    return run_script
 
 
 @pytest.fixture(scope="module")
-def whole(trained):
+def uninterrupted(trained):
     call("experiments/calc_FID.py", f"--logs_root {trained} --log_dir fid_whole {FLAGS}")
     return json.loads((trained / "fid_whole" / "results.json").read_text())
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def sampled_indices(monkeypatch):
     """The indices of every sampled batch."""
     batches, draw = [], TrainedSampler.draw
 
-    def watched(model, indices, *args, **kwargs):
+    def record(model, indices, *args, **kwargs):
         batches.append(indices)
         return draw(model, indices, *args, **kwargs)
 
-    monkeypatch.setattr(TrainedSampler, "draw", watched)
+    monkeypatch.setattr(TrainedSampler, "draw", record)
     return batches
 
 
-def stops():
+def interrupt():
     raise KeyboardInterrupt
 
 
@@ -68,97 +68,101 @@ def real_features(trained, split):
     return features_of(torch.cat([batch["image"] for batch in images_in_order(source, 500)]))
 
 
-def test_distances_are_those_of_the_images_of_that_seed(trained, whole):
+def test_distances_are_those_of_the_images_of_that_seed(trained, uninterrupted):
     flags = "--n_samples 90 --batch_size 20 --no_amp --log_dir fid_samples"
     call("experiments/get_samples.py", f"--logs_root {trained} {flags}")
-    found = features_of(read_samples(trained / "fid_samples" / "samples.npz")["image"])
+    generated = features_of(read_samples(trained / "fid_samples" / "samples.npz")["image"])
     real, held_out = (real_features(trained, split) for split in ("train", "val"))
     reference = Statistics().update(real)
-    assert whole["value"] == pytest.approx(frechet_distance(Statistics().update(found), reference), rel=1e-5)
+    assert uninterrupted["value"] == pytest.approx(
+        frechet_distance(Statistics().update(generated), reference), rel=1e-5
+    )
     real = real[sorted(fixed_subset(len(real), 10_000))]
-    assert len(real) == 1438  # all: there are fewer
-    kernel = whole["kernel"]
+    assert len(real) == 1438  # all of them
+    kernel = uninterrupted["kernel"]
     assert kernel["metric"] == "KD(digits)" and kernel.keys() == {
         "metric", "generated", "real_vs_real", "reconstructions"
     }  # fmt: skip
-    assert kernel["generated"] == pytest.approx(kernel_distance(found, real, 5, 50)._asdict(), rel=1e-5)
-    again = held_out[fixed_subset(len(held_out), 90)]
-    wanted = kernel_distance(again, real, 5, 50)._asdict()
-    assert kernel["real_vs_real"] == pytest.approx(wanted, rel=1e-4)
+    assert kernel["generated"] == pytest.approx(kernel_distance(generated, real, 5, 50)._asdict(), rel=1e-5)
+    held_out_subset = held_out[fixed_subset(len(held_out), 90)]
+    expected = kernel_distance(held_out_subset, real, 5, 50)._asdict()
+    assert kernel["real_vs_real"] == pytest.approx(expected, rel=1e-4)
     assert abs(kernel["real_vs_real"]["mean"]) < kernel["generated"]["mean"] / 10
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
-def test_an_interrupted_run_resumes_to_the_same_report(trained, whole, calc, drawn, monkeypatch, after):
+def test_an_interrupted_run_resumes_to_the_same_report(
+    trained, uninterrupted, calc, sampled_indices, monkeypatch, after
+):
     name, draw = f"fid_cut_{after}", TrainedSampler.draw
 
-    def fails(model, indices, *args, **kwargs):
-        if len(drawn) == after:
+    def interrupted_draw(model, indices, *args, **kwargs):
+        if len(sampled_indices) == after:
             raise KeyboardInterrupt
         return draw(model, indices, *args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(TrainedSampler, "draw", fails)
+        patch.setattr(TrainedSampler, "draw", interrupted_draw)
         calc(name)
     assert stop.value.code == 130 and not (trained / name / "results.json").exists()
-    drawn.clear()
-    found = calc(name)
-    assert drawn == [list(range(first, min(first + 20, 90))) for first in range(20 * after, 90, 20)]
-    for one in (found, whole):
-        one["run"]["output"].pop("log_dir", None)
-    assert found == whole  # to the last digit
+    sampled_indices.clear()
+    resumed = calc(name)
+    assert sampled_indices == [list(range(first, min(first + 20, 90))) for first in range(20 * after, 90, 20)]
+    for results in (resumed, uninterrupted):
+        results["run"]["output"].pop("log_dir", None)
+    assert resumed == uninterrupted  # exactly
     assert (trained / name / "samples.png").read_bytes() == (trained / "fid_whole" / "samples.png").read_bytes()
     assert {path.name for path in (trained / name).iterdir()} == {
         "config.yaml", "results.json", "samples.png", "reconstructions.png"
     }  # fmt: skip
 
 
-def test_saved_features_are_never_mixed_up(calc, whole, drawn, monkeypatch):
+def test_saved_features_are_never_mixed_up(calc, uninterrupted, sampled_indices, monkeypatch):
     """`--features auto` may find the Inception weights in one run and not in the next."""
     choose = all_features.choose_features
 
-    def other(name, data, device, weights):
+    def choose_pixels(name, data, device, weights):
         return choose("pixels", data, device, weights)
 
     flags = FLAGS.replace("--features digits", "--features auto")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(all_features, "choose_features", other)
-        patch.setattr(distances, "generated_statistics", lambda found, *args: [*found, stops()])
+        patch.setattr(all_features, "choose_features", choose_pixels)
+        patch.setattr(distances, "generated_statistics", lambda batches, *args: [*batches, interrupt()])
         calc("fid_auto", flags)
-    assert len(drawn) == 5
+    assert len(sampled_indices) == 5
     monkeypatch.setattr(all_features, "choose_features", lambda name, *rest: choose("digits", *rest))
-    assert calc("fid_auto", flags)["value"] == whole["value"]
-    assert len(drawn) == 10
+    assert calc("fid_auto", flags)["value"] == uninterrupted["value"]
+    assert len(sampled_indices) == 10
 
 
-def test_the_table_has_both_distances(calc, whole, drawn, capsys):
+def test_the_table_has_both_distances(calc, uninterrupted, sampled_indices, capsys):
     capsys.readouterr()
-    calc("fid_whole")  # typed again, it prints what is there
+    calc("fid_whole")  # a repeated run prints the saved report
     out = capsys.readouterr().out
-    assert drawn == []
+    assert sampled_indices == []
     (line,) = (line for line in out.splitlines() if line.startswith("generated "))
-    kernel = whole["kernel"]["generated"]
+    kernel = uninterrupted["kernel"]["generated"]
     assert line.split() == [
-        "generated", "90", f"{whole['value']:.4g}", f"{kernel['mean']:.3g}", "±", f"{kernel['deviation']:.2g}"
+        "generated", "90", f"{uninterrupted['value']:.4g}", f"{kernel['mean']:.3g}", "±", f"{kernel['deviation']:.2g}"
     ]  # fmt: skip
     assert "FD(digits)" in out and "KD(digits)" in out and "5 subsets of 50 images" in out
 
 
-def test_a_reference_without_features_has_no_kernel_distance(calc, trained, whole, tmp_path, capsys):
+def test_a_reference_without_features_has_no_kernel_distance(calc, trained, uninterrupted, tmp_path, capsys):
     stats, full = tmp_path / "stats.npz", tmp_path / "full.npz"
     real = real_features(trained, "train")
     reference = Reference(Statistics().update(real), real)
     reference.statistics.save(stats)
     reference.save(full)
-    found = calc("fid_stats", f"{FLAGS} --ref_stats {stats}")
-    assert found["kernel"] is None and found["value"] == pytest.approx(whole["value"], rel=1e-5)
+    results = calc("fid_stats", f"{FLAGS} --ref_stats {stats}")
+    assert results["kernel"] is None and results["value"] == pytest.approx(uninterrupted["value"], rel=1e-5)
     out = capsys.readouterr().out
     assert "no kernel distance (KID)" in out and "only statistics" in out and "KD(" not in out
-    found = calc("fid_full", f"{FLAGS} --ref_stats {full}")
-    assert found["kernel"]["generated"] == pytest.approx(whole["kernel"]["generated"], rel=1e-5)
+    results = calc("fid_full", f"{FLAGS} --ref_stats {full}")
+    assert results["kernel"]["generated"] == pytest.approx(uninterrupted["kernel"]["generated"], rel=1e-5)
 
 
-def test_a_changed_samples_file_is_measured_again(calc, trained, tmp_path, drawn):
+def test_a_changed_samples_file_is_measured_again(calc, trained, tmp_path, sampled_indices):
     """The path and the results folder stay the same."""
     path, rng = tmp_path / "samples.npz", np.random.default_rng(0)
     values = []
@@ -166,8 +170,8 @@ def test_a_changed_samples_file_is_measured_again(calc, trained, tmp_path, drawn
         np.savez(path, arr_0=rng.integers(0, spread, (30, 16, 16, 3), dtype=np.uint8))
         values += [calc("fid_file", f"--features digits --samples {path} --kid_subsets 2")["value"]] * 2
         assert calc("fid_file", f"--features digits --samples {path} --kid_subsets 2")["value"] == values[-1]
-    assert values[0] != values[-1] and drawn == []
-    path.unlink()  # what was measured of it stands
+    assert values[0] != values[-1] and sampled_indices == []
+    path.unlink()  # the saved results stay valid
     assert calc("fid_file", f"--features digits --samples {path} --kid_subsets 2")["value"] == values[-1]
 
 
@@ -176,13 +180,13 @@ def test_a_file_changed_before_resuming_is_measured_from_scratch(calc, tmp_path,
     flags = f"--features digits --samples {path} --kid_subsets 2"
     np.savez(path, arr_0=rng.integers(0, 256, (30, 16, 16, 3), dtype=np.uint8))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(distances, "generated_statistics", lambda found, *args: [*found, stops()])
+        patch.setattr(distances, "generated_statistics", lambda batches, *args: [*batches, interrupt()])
         calc("fid_replaced", flags)
     np.savez(path, arr_0=rng.integers(0, 100, (30, 16, 16, 3), dtype=np.uint8))
     assert calc("fid_replaced", flags)["value"] == calc("fid_fresh", flags)["value"]
 
 
-def test_another_experiment_in_the_same_folder_is_refused(calc, whole, capsys):
+def test_another_experiment_in_the_same_folder_is_refused(calc, uninterrupted, capsys):
     with pytest.raises(SystemExit) as stop:
         calc("fid_whole", FLAGS.replace("90", "80"))
     assert stop.value.code == 2 and "n_samples: 90 there, 80 now" in capsys.readouterr().err
@@ -202,17 +206,17 @@ def test_a_random_subset_of_many_real_images_is_kept(trained, monkeypatch, tmp_p
     model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained), amp=False))
     features = all_features.load_features("digits", model.device)
     args = model.dataset("train"), model.data, features, None, tmp_path, 300, model.world
-    made, read = distances.real_reference(*args), distances.real_reference(*args)
+    computed, cached = distances.real_reference(*args), distances.real_reference(*args)
     real = real_features(trained, "train")
-    wanted = real[sorted(fixed_subset(1438, 100))]
-    assert torch.equal(made.features, read.features)
-    torch.testing.assert_close(made.features, wanted)
-    assert made.statistics.count == read.statistics.count == 1438
+    expected = real[sorted(fixed_subset(1438, 100))]
+    assert torch.equal(computed.features, cached.features)
+    torch.testing.assert_close(computed.features, expected)
+    assert computed.statistics.count == cached.statistics.count == 1438
     (path,) = tmp_path.iterdir()
     path.unlink()
     monkeypatch.setattr(distances, "MAX_FEATURES", 50)
     distances.real_statistics(*args)
-    assert next(tmp_path.iterdir()).name != path.name  # a file with fewer features is another one
+    assert next(tmp_path.iterdir()).name != path.name  # a reference with fewer features has its own file
 
 
 def test_another_data_range_has_its_own_statistics(tmp_path):
@@ -221,12 +225,12 @@ def test_another_data_range_has_its_own_statistics(tmp_path):
             return {"image": self.images[index]}
 
     images = np.random.default_rng(0).integers(0, 4096, (5, 8, 8), np.uint16)
-    here = DistContext(torch.device("cpu"))
+    world = DistContext(torch.device("cpu"))
 
     def mean(data_range):
         data = DataConfig(dataset="scans", img_size=8, n_channels=1, data_range=data_range)
-        dataset, features = Scans(images, np.zeros(5, int), 0), all_features.load_features("pixels", here.device)
-        return distances.real_statistics(dataset, data, features, None, tmp_path, 5, here).mean.mean()
+        dataset, features = Scans(images, np.zeros(5, int), 0), all_features.load_features("pixels", world.device)
+        return distances.real_statistics(dataset, data, features, None, tmp_path, 5, world).mean.mean()
 
     assert mean((0, 65535)) < 0.9 * mean((0, 4095)) and mean(None) != mean((0, 4095))
     assert len(list(tmp_path.iterdir())) == 3

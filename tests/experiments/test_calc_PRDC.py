@@ -19,7 +19,7 @@ from train.trained_sampler import TrainedSampler
 SCRIPT = "experiments/calc_PRDC.py"
 
 
-def results(logs, name):
+def read_results(logs, name):
     return json.loads((logs / name / "results.json").read_text())
 
 
@@ -35,7 +35,7 @@ def noise(tmp_path_factory):
 def test_the_numbers_are_those_of_the_images(trained_ddpm, noise, capsys):
     flags = f"--logs_root {trained_ddpm} --sampler ddpm --samples {noise} --features pixels --nearest_k 4 --log_dir n"
     call(SCRIPT, flags)
-    found, out = results(trained_ddpm, "n"), capsys.readouterr().out
+    results, out = read_results(trained_ddpm, "n"), capsys.readouterr().out
     model = load_model(ModelConfig(sampler="ddpm"), OutputConfig(logs_root=str(trained_ddpm)))
     extract = pixels.build("cpu")
 
@@ -46,24 +46,24 @@ def test_the_numbers_are_those_of_the_images(trained_ddpm, noise, capsys):
 
     real, held_out, fake = real("train", 400), real("val", 359), extract(read_samples(noise)["image"])
     for kind, features in {"generated": fake, "generated_at_n_held_out": fake[:359], "held_out": held_out}.items():
-        assert found[kind] == pytest.approx(prdc(real, features, 4)._asdict())
-    assert (found["n_real"], found["n_generated"], found["n_held_out"], found["k"]) == (400, 400, 359, 4)
-    assert found["held_out"]["coverage"] > 0.8 > found["generated"]["coverage"]
+        assert results[kind] == pytest.approx(prdc(real, features, 4)._asdict())
+    assert (results["n_real"], results["n_generated"], results["n_held_out"], results["k"]) == (400, 400, 359, 4)
+    assert results["held_out"]["coverage"] > 0.8 > results["generated"]["coverage"]
     for name in PRDC._fields:
-        assert name in out and f"{found['generated'][name]:.3f}" in out and f"{found['held_out'][name]:.3f}" in out
+        assert name in out and f"{results['generated'][name]:.3f}" in out and f"{results['held_out'][name]:.3f}" in out
     assert "of digits, train split" in out and (trained_ddpm / "n" / "samples.png").is_file()
     assert not (trained_ddpm / "n" / BATCHES_FOLDER).exists()
     call(SCRIPT, flags)
-    assert capsys.readouterr().out.endswith(out[out.index("\nagainst") :])  # typed again, it tells the same
+    assert capsys.readouterr().out.endswith(out[out.index("\nagainst") :])  # a repeated run prints the same report
 
 
 def test_no_more_images_than_the_split_has(trained_ddpm, noise, capsys):
     flags = f"--logs_root {trained_ddpm} --sampler ddpm --samples {noise} --features pixels"
     call(SCRIPT, f"{flags} --split val --log_dir val")
-    found = results(trained_ddpm, "val")
-    assert found["n_real"] == found["n_generated"] == found["n_held_out"] == 359
+    results = read_results(trained_ddpm, "val")
+    assert results["n_real"] == results["n_generated"] == results["n_held_out"] == 359
     assert "using 359 images of each kind: the val split has no more" in capsys.readouterr().out
-    assert found["generated"] == found["generated_at_n_held_out"]
+    assert results["generated"] == results["generated_at_n_held_out"]
 
 
 def test_changed_samples_are_measured_again(trained_ddpm, noise, tmp_path):
@@ -71,10 +71,10 @@ def test_changed_samples_are_measured_again(trained_ddpm, noise, tmp_path):
     path.write_bytes(noise.read_bytes())
     flags = f"--logs_root {trained_ddpm} --sampler ddpm --samples {path} --features pixels --log_dir other"
     call(SCRIPT, flags)
-    assert results(trained_ddpm, "other")["n_generated"] == 400
+    assert read_results(trained_ddpm, "other")["n_generated"] == 400
     np.savez(path, arr_0=np.zeros((30, 8, 8, 3), np.uint8))
     call(SCRIPT, flags)
-    assert results(trained_ddpm, "other")["n_generated"] == 30
+    assert read_results(trained_ddpm, "other")["n_generated"] == 30
 
 
 def test_an_interrupted_run_resumes_to_the_same_numbers(trained, monkeypatch):
@@ -82,19 +82,19 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(trained, monkeypatch):
     call(SCRIPT, f"{flags} --log_dir prdc_whole")
     draw, calls = TrainedSampler.draw, []
 
-    def failing(model, indices, *args, **how):
+    def failing(model, indices, *args, **kwargs):
         calls.append(indices)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return draw(model, indices, *args, **how)
+        return draw(model, indices, *args, **kwargs)
 
     monkeypatch.setattr(TrainedSampler, "draw", failing)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         call(SCRIPT, f"{flags} --log_dir prdc_cut")
     call(SCRIPT, f"{flags} --log_dir prdc_cut")
     assert [indices[0] for indices in calls] == [0, 4, 8, 8, 12]
-    whole, cut = results(trained, "prdc_whole"), results(trained, "prdc_cut")
-    assert all(whole[key] == cut[key] for key in ("generated", "held_out", "n_generated"))
+    uninterrupted, resumed = read_results(trained, "prdc_whole"), read_results(trained, "prdc_cut")
+    assert all(uninterrupted[key] == resumed[key] for key in ("generated", "held_out", "n_generated"))
     assert (trained / "prdc_whole" / "samples.png").read_bytes() == (trained / "prdc_cut" / "samples.png").read_bytes()
 
 
@@ -108,16 +108,16 @@ def test_invalid_settings_are_refused_in_one_line(trained, capfd, flags, message
 
 def test_batches_are_concatenated():
     batches = [{"a": torch.full((n, 2), n), "b": torch.arange(n)} for n in (3, 2)]
-    whole = concatenate(iter(batches), 9, ("a", "b", "missing"))
-    assert whole["a"].tolist() == [[3, 3]] * 3 + [[2, 2]] * 2 and whole["b"].tolist() == [0, 1, 2, 0, 1]
-    assert whole.keys() == {"a", "b"} and concatenate(iter([]), 4) == {}
+    concatenated = concatenate(iter(batches), 9, ("a", "b", "missing"))
+    assert concatenated["a"].tolist() == [[3, 3]] * 3 + [[2, 2]] * 2 and concatenated["b"].tolist() == [0, 1, 2, 0, 1]
+    assert concatenated.keys() == {"a", "b"} and concatenate(iter([]), 4) == {}
 
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(trained_ddpm):
     flags = f"--logs_root {trained_ddpm} --sampler ddpm --n_samples 30 --batch_size 4 --features pixels --no_amp"
     for name, processes in (("one", 1), ("two", 2)):
-        done = run(SCRIPT, f"{flags} --log_dir {name}", processes=processes)
-        assert done.returncode == 0, done.stderr
-    one, two = results(trained_ddpm, "one"), results(trained_ddpm, "two")
+        process = run(SCRIPT, f"{flags} --log_dir {name}", processes=processes)
+        assert process.returncode == 0, process.stderr
+    one, two = read_results(trained_ddpm, "one"), read_results(trained_ddpm, "two")
     assert all(one[key] == two[key] for key in one.keys() - {"run"}) and one["n_generated"] == 30

@@ -17,23 +17,23 @@ SCRIPT = "experiments/calc_VQGAN_FID.py"
 FILES = {"config.yaml", "results.json", "reconstructions.png", "codes.png"}
 
 
-def results(logs, name):
+def read_results(logs, name):
     return json.loads((logs / name / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def logs(trained, tmp_path_factory):
-    """The tiny VQGAN in a logs folder of this module's own."""
+    """The tiny VQGAN in a separate logs folder."""
     folder = tmp_path_factory.mktemp("rebuilt") / "logs"
     shutil.copytree(trained / "vqgan_digits", folder / "vqgan_digits", ignore=shutil.ignore_patterns("codes"))
     return folder
 
 
 @pytest.fixture(scope="module")
-def measured(logs):
+def val_results(logs):
     """The results of the whole validation split."""
     call(SCRIPT, f"--logs_root {logs} --no_amp")
-    return results(logs, "VQGAN_FID_val_vqgan_digits_5")
+    return read_results(logs, "VQGAN_FID_val_vqgan_digits_5")
 
 
 @pytest.fixture(scope="module")
@@ -44,57 +44,60 @@ def originals(logs):
     return first, torch.cat([batch["image"] for batch in images_in_order(source, 100)])
 
 
-def test_the_metrics_are_those_of_all_validation_images(measured, originals):
+def test_the_metrics_are_those_of_all_validation_images(val_results, originals):
     first, real = originals
     ids = first.encode(real)
     fake = first.decode(ids)
-    assert measured["n_images"] == measured["n_reference"] == len(real) == 359
+    assert val_results["n_images"] == val_results["n_reference"] == len(real) == 359
     for name, value in (("psnr", psnr), ("ssim", ssim), ("l1", l1)):
-        assert measured[name] == pytest.approx(value(real, fake).double().mean().item(), rel=1e-4)
+        assert val_results[name] == pytest.approx(value(real, fake).double().mean().item(), rel=1e-4)
     shares = torch.bincount(ids.flatten(), minlength=16).double() / ids.numel()
-    assert measured["codebook_usage"] == (shares > 0).double().mean().item()
-    assert measured["perplexity"] == pytest.approx(torch.special.entr(shares).sum().exp().item(), rel=1e-5)
-    assert measured["bits_per_pixel"] == 16 * 4 / 256 > measured["entropy_coded_bits_per_pixel"]
-    assert measured["metric"] == "FD(digits)" and measured["features"] == "digits" and measured["rfd"] > 100
-    assert (measured["lpips"], measured["lpips_net"], measured["split"]) == (None, "none", "val")
-    assert measured["run"]["ae_weights"] == first.weights and measured["run"]["step"] == 5
+    assert val_results["codebook_usage"] == (shares > 0).double().mean().item()
+    assert val_results["perplexity"] == pytest.approx(torch.special.entr(shares).sum().exp().item(), rel=1e-5)
+    assert val_results["bits_per_pixel"] == 16 * 4 / 256 > val_results["entropy_coded_bits_per_pixel"]
+    assert val_results["metric"] == "FD(digits)" and val_results["features"] == "digits" and val_results["rfd"] > 100
+    assert (val_results["lpips"], val_results["lpips_net"], val_results["split"]) == (None, "none", "val")
+    assert val_results["run"]["ae_weights"] == first.weights and val_results["run"]["step"] == 5
 
 
-def test_the_pictures_are_there(measured, logs):
+def test_the_pictures_are_there(val_results, logs):
     folder = logs / "VQGAN_FID_val_vqgan_digits_5"
     assert {path.name for path in folder.iterdir()} == FILES
     with Image.open(folder / "reconstructions.png") as grid:
-        assert grid.size == (16 * 66 + 2, 2 * 66 + 2)  # 16 images above as many, 16 pixels drawn as 64
+        assert grid.size == (
+            16 * 66 + 2,
+            2 * 66 + 2,
+        )  # 16 images above their reconstructions, enlarged from 16 to 64 pixels
     with Image.open(folder / "codes.png") as picture:
         assert picture.size[0] > 500 and len(picture.convert("RGB").getcolors(1 << 20)) > 3
 
 
-def test_a_repeated_run_prints_the_saved_report(measured, logs, capsys, monkeypatch):
+def test_a_repeated_run_prints_the_saved_report(val_results, logs, capsys, monkeypatch):
     monkeypatch.setattr("train.first_stage.FirstStage.encode", None)  # nothing is measured
     capsys.readouterr()
     call(SCRIPT, f"--logs_root {logs} --no_amp")
     out = capsys.readouterr().out
-    assert results(logs, "VQGAN_FID_val_vqgan_digits_5") == measured
-    assert f"rFD(digits)     {measured['rfd']:.4g}" in out and f"{measured['psnr']:.4g} dB" in out
+    assert read_results(logs, "VQGAN_FID_val_vqgan_digits_5") == val_results
+    assert f"rFD(digits)     {val_results['rfd']:.4g}" in out and f"{val_results['psnr']:.4g} dB" in out
     assert "359 images" in out and "codes.png" in out and "reconstructions.png" in out
 
 
-def test_a_subset_of_images_is_fixed_and_keeps_the_reference(measured, logs):
+def test_a_subset_of_images_is_fixed_and_keeps_the_reference(val_results, logs):
     flags = f"--logs_root {logs} --no_amp --features pixels --n_images 20"
     for name, size in (("some", 7), ("again", 20)):
         call(SCRIPT, f"{flags} --batch_size {size} --log_dir {name}")
-    some, again = results(logs, "some"), results(logs, "again")
-    assert (some["n_images"], some["n_reference"], some["metric"]) == (20, 359, "FD(pixels)")
+    subset, rebatched = read_results(logs, "some"), read_results(logs, "again")
+    assert (subset["n_images"], subset["n_reference"], subset["metric"]) == (20, 359, "FD(pixels)")
     for name in ("rfd", "psnr", "ssim", "l1", "perplexity", "codebook_usage"):
-        assert some[name] == pytest.approx(again[name], rel=1e-5, abs=1e-4)  # a pixel rounds this way or that way
-    assert some["l1"] != measured["l1"]
+        assert subset[name] == pytest.approx(rebatched[name], rel=1e-5, abs=1e-4)  # pixels may round differently
+    assert subset["l1"] != val_results["l1"]
 
 
-def test_the_training_split_can_be_measured(measured, logs):
+def test_the_training_split_can_be_measured(val_results, logs):
     call(SCRIPT, f"--logs_root {logs} --no_amp --split train --features pixels --n_images 100000")
-    found = results(logs, "VQGAN_FID_train_vqgan_digits_5")
-    assert (found["split"], found["n_images"], found["n_reference"]) == ("train", 1438, 1438)
-    assert found["l1"] != measured["l1"]
+    results = read_results(logs, "VQGAN_FID_train_vqgan_digits_5")
+    assert (results["split"], results["n_images"], results["n_reference"]) == ("train", 1438, 1438)
+    assert results["l1"] != val_results["l1"]
 
 
 class Mean(torch.nn.Module):
@@ -102,11 +105,11 @@ class Mean(torch.nn.Module):
         return (images - others).abs().mean((1, 2, 3))
 
 
-def test_lpips_is_measured_with_the_chosen_network(measured, logs, monkeypatch):
+def test_lpips_is_measured_with_the_chosen_network(val_results, logs, monkeypatch):
     monkeypatch.setattr("experiments.metrics.reconstruction.load_perceptual", lambda net, weights: (net, Mean()))
     call(SCRIPT, f"--logs_root {logs} --no_amp --lpips_net squeeze --log_dir with_lpips")
-    found = results(logs, "with_lpips")
-    assert found["lpips"] == pytest.approx(found["l1"]) and found["lpips_net"] == "squeeze"
+    results = read_results(logs, "with_lpips")
+    assert results["lpips"] == pytest.approx(results["l1"]) and results["lpips_net"] == "squeeze"
 
 
 def test_a_failed_run_leaves_no_results(logs, monkeypatch):
@@ -118,27 +121,27 @@ def test_a_failed_run_leaves_no_results(logs, monkeypatch):
         with pytest.raises(RuntimeError, match="stopped"):
             call(SCRIPT, f"--logs_root {logs} --no_amp --n_images 4 --log_dir stopped")
     assert not (logs / "stopped" / "results.json").exists()
-    call(SCRIPT, f"--logs_root {logs} --no_amp --n_images 4 --log_dir stopped")  # the next run goes through
+    call(SCRIPT, f"--logs_root {logs} --no_amp --n_images 4 --log_dir stopped")  # the next run succeeds
     assert {path.name for path in (logs / "stopped").iterdir()} == FILES
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(measured, logs, tmp_path):
-    """With a number of batches that does not divide, and statistics that are not cached yet."""
+def test_two_processes_measure_what_one_does(val_results, logs, tmp_path):
+    """With a number of batches that does not divide by two, and statistics that are not cached yet."""
     shutil.copytree(logs / "vqgan_digits", tmp_path / "vqgan_digits")
-    crew = ProcessPool(2)
+    pool = ProcessPool(2)
     try:
-        main, other = crew.run(SCRIPT, f"--logs_root {tmp_path} --no_amp")
+        main, other = pool.run(SCRIPT, f"--logs_root {tmp_path} --no_amp")
     finally:
-        crew.close()
-    found = results(tmp_path, "VQGAN_FID_val_vqgan_digits_5")
-    for name in measured.keys() - {"run"}:
-        assert found[name] == (pytest.approx(measured[name], rel=1e-6) if name == "rfd" else measured[name])
+        pool.close()
+    results = read_results(tmp_path, "VQGAN_FID_val_vqgan_digits_5")
+    for name in val_results.keys() - {"run"}:
+        assert results[name] == (pytest.approx(val_results[name], rel=1e-6) if name == "rfd" else val_results[name])
     assert "perplexity" in main["stdout"] and other["stdout"] == ""
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted"),
+    ("flags", "expected"),
     [
         ("--n_images 1", "got n_images 1, wanted at least 2: pass --n_images N"),
         ("--batch_size 0", "got batch_size 0"),
@@ -147,7 +150,7 @@ def test_two_processes_measure_what_one_does(measured, logs, tmp_path):
         ("--split test", "test"),
     ],
 )
-def test_invalid_flags_are_refused(flags, wanted, logs, capfd):
+def test_invalid_flags_are_refused(flags, expected, logs, capfd):
     with pytest.raises(SystemExit) as stop:
         call(SCRIPT, f"--logs_root {logs} {flags}")
-    assert stop.value.code == 2 and wanted in " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert stop.value.code == 2 and expected in " ".join(capfd.readouterr().err.replace("│", " ").split())

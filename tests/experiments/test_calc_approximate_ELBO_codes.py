@@ -14,7 +14,7 @@ from train.trained_sampler import TrainedSampler
 SCRIPT = "experiments/calc_approximate_ELBO.py"
 SIZES = SAMPLER.replace(" --sample_steps 4", "")
 HEAD = "--train_steps 3 --train_batch_size 4 --steps_per_eval 2"
-RUNS = {  # the flags of their training, and of what measures them
+RUNS = {  # flags for training, and flags for measuring
     "autoregressive": ("--sampler autoregressive --log_dir causal", "--sampler autoregressive --load_dir causal"),
     "continuous": ("--total_steps None --log_dir continuous", "--load_dir continuous"),
 }
@@ -31,12 +31,12 @@ def logs(trained):
 def measure(logs):
     """measure(run, log_dir, flags): the results of the script's run in a folder."""
 
-    def go(run, log_dir, flags=""):
-        own = f"{RUNS[run][1]} --n_images 7 --batch_size 2 --no_amp {HEAD} --log_dir {log_dir} {flags}"
-        call(SCRIPT, f"--logs_root {logs} {own}")
+    def run_script(run, log_dir, flags=""):
+        command = f"{RUNS[run][1]} --n_images 7 --batch_size 2 --no_amp {HEAD} --log_dir {log_dir} {flags}"
+        call(SCRIPT, f"--logs_root {logs} {command}")
         return json.loads((logs / log_dir / "results.json").read_text())
 
-    return go
+    return run_script
 
 
 def bound_of(logs, model, calls=None):
@@ -45,18 +45,18 @@ def bound_of(logs, model, calls=None):
 
 
 def test_autoregressive_likelihood_is_exact(measure, logs, capsys):
-    found = measure("autoregressive", "elbo_causal")
+    report = measure("autoregressive", "elbo_causal")
     total = bound_of(logs, ModelConfig(sampler="autoregressive", load_dir="causal")).total.double()
-    assert found["value"] == pytest.approx(total.mean().item(), abs=1e-5)
-    assert found["standard_error"] == pytest.approx(total.std().item() / 7**0.5, abs=1e-5)
-    assert (found["method"], found["calls"], found["terms"], found["terms_of"]) == ("exact", 1, [], None)
-    assert found["decoder"] is None and found["prior"] == 0
-    assert found["bits_per_dim"] > found["decoder_bits_per_dim"]  # the codes are paid for
+    assert report["value"] == pytest.approx(total.mean().item(), abs=1e-5)
+    assert report["standard_error"] == pytest.approx(total.std().item() / 7**0.5, abs=1e-5)
+    assert (report["method"], report["calls"], report["terms"], report["terms_of"]) == ("exact", 1, [], None)
+    assert report["decoder"] is None and report["prior"] == 0
+    assert report["bits_per_dim"] > report["decoder_bits_per_dim"]  # includes the bits of the codes
     out = capsys.readouterr().out
     assert "val split, 7 images, exact\n" in out and "bits per dimension" in out and "terms" not in out
     assert {path.name for path in (logs / "elbo_causal").iterdir()} == {"config.yaml", "results.json"}
-    again = measure("autoregressive", "elbo_causal_calls", "--calls 3 --seed 5")  # nothing is drawn
-    assert (again["value"], again["standard_error"]) == (found["value"], found["standard_error"])
+    repeated = measure("autoregressive", "elbo_causal_calls", "--calls 3 --seed 5")  # nothing is random
+    assert (repeated["value"], repeated["standard_error"]) == (report["value"], report["standard_error"])
 
 
 def test_continuous_time_terms_are_by_number_of_masked_codes(measure, logs, capsys, monkeypatch):
@@ -64,22 +64,24 @@ def test_continuous_time_terms_are_by_number_of_masked_codes(measure, logs, caps
     monkeypatch.setattr(
         matplotlib.figure.Figure, "subplots", lambda figure: panels.append(subplots(figure)) or panels[-1]
     )
-    found = measure("continuous", "elbo_continuous", "--no_decoder --calls None")
+    report = measure("continuous", "elbo_continuous", "--no_decoder --calls None")
     bound = bound_of(logs, ModelConfig(load_dir="continuous"))
-    assert found["terms"] == pytest.approx(bound.terms.double().mean(0).tolist(), abs=1e-5)
-    assert len(found["terms"]) == found["calls"] == 16 and found["terms_of"] == "number of masked codes"
-    assert sum(found["terms"]) == pytest.approx(found["value"], abs=1e-5)
-    assert found["method"] == "variational bound" and found["decoder"] is None
-    assert all(term == pytest.approx(found["value"] / 16, rel=0.5) for term in found["terms"])  # it knows nothing yet
+    assert report["terms"] == pytest.approx(bound.terms.double().mean(0).tolist(), abs=1e-5)
+    assert len(report["terms"]) == report["calls"] == 16 and report["terms_of"] == "number of masked codes"
+    assert sum(report["terms"]) == pytest.approx(report["value"], abs=1e-5)
+    assert report["method"] == "variational bound" and report["decoder"] is None
+    assert all(term == pytest.approx(report["value"] / 16, rel=0.5) for term in report["terms"])  # an untrained model
     (panel,) = panels
     (stairs,) = panel.patches
-    assert stairs.get_data().edges.tolist() == [k + 0.5 for k in range(17)]  # the step of k masked codes is around k
-    assert stairs.get_data().values.tolist() == pytest.approx(found["terms"])
+    assert stairs.get_data().edges.tolist() == [
+        k + 0.5 for k in range(17)
+    ]  # the stair of k masked codes is centred on k
+    assert stairs.get_data().values.tolist() == pytest.approx(report["terms"])
     assert panel.get_xlabel() == "number of masked codes" and panel.get_ylabel() == "term (bits per code)"
     out = capsys.readouterr().out
     assert "16 of 16 terms" in out and "reconstruction term" not in out and "terms.png" in out
     few = measure("continuous", "elbo_continuous_few", "--no_decoder --calls 6")
-    assert few["calls"] == 6 and few["terms"][:3] == pytest.approx(found["terms"][:3], abs=1e-5)
+    assert few["calls"] == 6 and few["terms"][:3] == pytest.approx(report["terms"][:3], abs=1e-5)
 
 
 def test_discrete_time_terms_are_plotted_over_t(logs, monkeypatch):
@@ -88,14 +90,14 @@ def test_discrete_time_terms_are_plotted_over_t(logs, monkeypatch):
         matplotlib.figure.Figure, "subplots", lambda figure: panels.append(subplots(figure)) or panels[-1]
     )
     call(SCRIPT, f"--logs_root {logs} --n_images 2 --calls 3 --no_amp --no_decoder --log_dir elbo_steps")
-    found = json.loads((logs / "elbo_steps" / "results.json").read_text())
+    report = json.loads((logs / "elbo_steps" / "results.json").read_text())
     (stairs,) = panels[0].patches
-    assert found["terms_of"] == "times" and panels[0].get_xlabel() == "t"
+    assert report["terms_of"] == "times" and panels[0].get_xlabel() == "t"
     assert stairs.get_data().edges.tolist() == pytest.approx([k / 256 for k in range(257)])
-    assert found["decoder"] == found["terms"][0]
+    assert report["decoder"] == report["terms"][0]
 
 
-class Stops:
+class InterruptedLikelihood:
     """Computes likelihoods until interrupted after `after` batches; records their positions."""
 
     def __init__(self, monkeypatch, after=None):
@@ -111,24 +113,24 @@ class Stops:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_an_interrupted_run_resumes_to_the_same_report(measure, logs, monkeypatch, run):
-    whole = measure(run, f"elbo_{run}_whole", "--calls 5")
+    uninterrupted = measure(run, f"elbo_{run}_whole", "--calls 5")
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        Stops(patch, after=2)
+        InterruptedLikelihood(patch, after=2)
         measure(run, f"elbo_{run}_cut", "--calls 5")
     assert stop.value.code == 130 and not (logs / f"elbo_{run}_cut" / "results.json").exists()
-    again = Stops(monkeypatch)
-    found = measure(run, f"elbo_{run}_cut", "--calls 5")
-    assert again.requested == [[4, 5], [6]]
-    for one in (found, whole):
-        del one["run"]["output"]["log_dir"]
-    assert found == whole  # to the last digit
+    recorder = InterruptedLikelihood(monkeypatch)
+    resumed = measure(run, f"elbo_{run}_cut", "--calls 5")
+    assert recorder.requested == [[4, 5], [6]]
+    for report in (resumed, uninterrupted):
+        del report["run"]["output"]["log_dir"]
+    assert resumed == uninterrupted  # exactly
     assert not (logs / f"elbo_{run}_cut" / ".kept").exists()
 
 
 @pytest.mark.slow
 def test_a_head_trained_further_before_resuming_measures_all(measure, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        Stops(patch, after=2)
+        InterruptedLikelihood(patch, after=2)
         measure("autoregressive", "elbo_head_between", "--head_dir head_between")
     longer = HEAD.replace("--train_steps 3", "--train_steps 5")
     requested, bits = [], TrainedHead.bits_per_dim
@@ -137,8 +139,8 @@ def test_a_head_trained_further_before_resuming_measures_all(measure, monkeypatc
         "bits_per_dim",
         lambda head, codes, images: requested.append(len(codes)) or bits(head, codes, images),
     )
-    found = measure("autoregressive", "elbo_head_between", f"--head_dir head_between {longer}")
-    assert requested == [2, 2, 2, 1] and found["head"]["step"] == 5
+    report = measure("autoregressive", "elbo_head_between", f"--head_dir head_between {longer}")
+    assert requested == [2, 2, 2, 1] and report["head"]["step"] == 5
 
 
 def test_another_experiment_in_the_same_folder_is_refused(measure, capsys):
@@ -151,11 +153,11 @@ def test_another_experiment_in_the_same_folder_is_refused(measure, capsys):
 def test_the_whole_validation_split_is_the_default(logs):
     flags = f"{RUNS['autoregressive'][1]} --batch_size 200 --no_amp --no_decoder --log_dir elbo_all"
     call(SCRIPT, f"--logs_root {logs} {flags}")
-    found = json.loads((logs / "elbo_all" / "results.json").read_text())
+    report = json.loads((logs / "elbo_all" / "results.json").read_text())
     trained = load_model(ModelConfig(sampler="autoregressive", load_dir="causal"), OutputConfig(logs_root=str(logs)))
     codes = trained.batches("val")
     totals = torch.cat([trained.log_likelihood(codes[[k]]).total for k in range(0, 359, 7)])
-    assert found["n_images"] == len(codes) == 359
-    assert found["value"] == pytest.approx(
+    assert report["n_images"] == len(codes) == 359
+    assert report["value"] == pytest.approx(
         totals.double().mean().item(), abs=4 * totals.std().item() / len(totals) ** 0.5
     )

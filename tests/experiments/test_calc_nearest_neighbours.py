@@ -22,7 +22,7 @@ MANY = "--features pixels --rerank pixels --candidates 200 --neighbours 3"
 QUICK = "--features pixels --rerank pixels --candidates 5 --neighbours 3"
 
 
-def results(logs, name):
+def read_results(logs, name):
     return json.loads((logs / name / "results.json").read_text())
 
 
@@ -32,8 +32,8 @@ def training_images(logs, sampler):
     return torch.cat([batch["image"] for batch in images_in_order(source, 500)])
 
 
-def saved(path, images):
-    """A samples.npz of grey images uint8 (N, 1, H, W)."""
+def save_samples(path, images):
+    """Writes grey images uint8 (N, 1, H, W) as a samples.npz."""
     np.savez(path, arr_0=images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
     return path
 
@@ -41,16 +41,16 @@ def saved(path, images):
 def test_copies_are_found_and_reported(trained_ddpm, tmp_path, capsys):
     images = training_images(trained_ddpm, "ddpm")
     samples = torch.cat([images[[5, 700]], 255 - images[[5, 700]]])
-    path = saved(tmp_path / "samples.npz", samples)
+    path = save_samples(tmp_path / "samples.npz", samples)
     call(SCRIPT, f"--logs_root {trained_ddpm} --sampler ddpm --samples {path} {MANY} --log_dir copies")
-    found, out = results(trained_ddpm, "copies"), capsys.readouterr().out
-    assert [row[0] for row in found["neighbours"][:2]] == [5, 700]
-    assert found["distances"][0][0] == found["distances"][1][0] == found["feature_distances"][1][0] == 0
-    assert all(len(row) == 3 and row == sorted(row) for row in found["distances"])
-    far = (samples[2].double() - images.double()).square().sum((1, 2, 3)).sqrt() / 255
-    assert found["distances"][2] == pytest.approx(far.sort().values[:3].tolist())
-    assert (found["equal_pixels"], found["equal_codes"], found["n_samples"]) == (0.5, None, 4)
-    assert (found["n_held_out"], found["n_training"], found["candidates"]) == (4, 1438, 200)
+    results, out = read_results(trained_ddpm, "copies"), capsys.readouterr().out
+    assert [row[0] for row in results["neighbours"][:2]] == [5, 700]
+    assert results["distances"][0][0] == results["distances"][1][0] == results["feature_distances"][1][0] == 0
+    assert all(len(row) == 3 and row == sorted(row) for row in results["distances"])
+    distances = (samples[2].double() - images.double()).square().sum((1, 2, 3)).sqrt() / 255
+    assert results["distances"][2] == pytest.approx(distances.sort().values[:3].tolist())
+    assert (results["equal_pixels"], results["equal_codes"], results["n_samples"]) == (0.5, None, 4)
+    assert (results["n_held_out"], results["n_training"], results["candidates"]) == (4, 1438, 200)
     assert "exact copies (pixels)" in out and "50.0 %" in out and "copies (codes)" not in out
     assert not (trained_ddpm / "copies" / BATCHES_FOLDER).exists()
     with Image.open(trained_ddpm / "copies" / "neighbours.png") as picture:
@@ -63,30 +63,30 @@ def test_codes_in_samples_are_ignored_by_pixel_models(trained_ddpm, tmp_path):
     path = tmp_path / "coded.npz"
     np.savez(path, arr_0=images.numpy(), codes=np.zeros((3, 2, 2), int))
     call(SCRIPT, f"--logs_root {trained_ddpm} --sampler ddpm --samples {path} {QUICK} --log_dir coded")
-    assert results(trained_ddpm, "coded")["equal_codes"] is None
+    assert read_results(trained_ddpm, "coded")["equal_codes"] is None
 
 
 def test_codes_of_a_model_of_codes_are_compared(trained, capsys):
     flags = f"--logs_root {trained} --n_samples 6 --batch_size 4 --no_amp {QUICK}"
     call(SCRIPT, f"{flags} --log_dir codes")
-    found, out = results(trained, "codes"), capsys.readouterr().out
-    assert 0 <= found["equal_codes"] <= 1 and "exact copies (codes)" in out
-    assert found["ranked_by"] == "pixels" and len(found["views"]) == 9  # as it was trained
-    assert found["ratio"] == pytest.approx(found["median"] / found["median_held_out"])
+    results, out = read_results(trained, "codes"), capsys.readouterr().out
+    assert 0 <= results["equal_codes"] <= 1 and "exact copies (codes)" in out
+    assert results["ranked_by"] == "pixels" and len(results["views"]) == 9  # those of its training
+    assert results["ratio"] == pytest.approx(results["median"] / results["median_held_out"])
     call(SCRIPT, f"{flags} --log_dir codes")
-    assert capsys.readouterr().out.endswith(out[out.index("\n6 generated") :])  # typed again, it tells the same
+    assert capsys.readouterr().out.endswith(out[out.index("\n6 generated") :])  # a repeated run prints the same report
 
 
 def test_an_interrupted_run_resumes_to_the_same_results(trained_ddpm, monkeypatch):
     flags = f"--logs_root {trained_ddpm} --sampler ddpm --n_samples 5 --batch_size 2 --no_amp {QUICK}"
     call(SCRIPT, f"{flags} --log_dir whole")
-    ranked, calls = nearest_neighbours.rank_candidates, []
+    rank_candidates, calls = nearest_neighbours.rank_candidates, []
 
     def failing(*args):
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt
-        return ranked(*args)
+        return rank_candidates(*args)
 
     monkeypatch.setattr(nearest_neighbours, "rank_candidates", failing)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
@@ -94,8 +94,8 @@ def test_an_interrupted_run_resumes_to_the_same_results(trained_ddpm, monkeypatc
     monkeypatch.setattr("train.trained_sampler.TrainedSampler.draw", None)  # nothing is drawn again
     call(SCRIPT, f"{flags} --log_dir cut")
     assert len(calls) == 6 + 6  # 10 images in batches of 2, of which two were done
-    whole, cut = results(trained_ddpm, "whole"), results(trained_ddpm, "cut")
-    assert all(whole[key] == cut[key] for key in whole.keys() - {"run"})
+    uninterrupted, resumed = read_results(trained_ddpm, "whole"), read_results(trained_ddpm, "cut")
+    assert all(uninterrupted[key] == resumed[key] for key in uninterrupted.keys() - {"run"})
 
 
 @pytest.mark.skipif("LPIPS_SQUEEZE" not in os.environ, reason="LPIPS_SQUEEZE names no folder with squeeze.backbone.pth")
@@ -103,9 +103,9 @@ def test_lpips_ranks_with_the_weights_of_a_file(trained_ddpm):
     flags = "--n_samples 2 --candidates 4 --neighbours 2 --features pixels --perceptual_net squeeze --log_dir lpips"
     weights = f"{os.environ['LPIPS_SQUEEZE']}/squeeze.backbone.pth"
     call(SCRIPT, f"--logs_root {trained_ddpm} --sampler ddpm {flags} --perceptual_weights {weights}")
-    found = results(trained_ddpm, "lpips")
-    assert found["ranked_by"] == "LPIPS (squeeze)" and found["run"]["files"].keys() == {"perceptual_weights"}
-    assert all(0 < row[0] <= row[1] for row in found["distances"])
+    results = read_results(trained_ddpm, "lpips")
+    assert results["ranked_by"] == "LPIPS (squeeze)" and results["run"]["files"].keys() == {"perceptual_weights"}
+    assert all(0 < row[0] <= row[1] for row in results["distances"])
 
 
 @pytest.mark.parametrize(
@@ -134,10 +134,10 @@ def test_samples_are_converted_to_the_channels_of_the_data():
 
 
 @pytest.mark.parametrize(
-    "size, shown", [((8, 8), (64, 64)), ((28, 20), (40, 56)), ((100, 90), (90, 100)), ((256, 128), (64, 128))]
+    "size, displayed", [((8, 8), (64, 64)), ((28, 20), (40, 56)), ((100, 90), (90, 100)), ((256, 128), (64, 128))]
 )
-def test_images_are_displayed_at_a_readable_size(size, shown):
-    assert display_size(torch.zeros(3, *size)) == shown
+def test_images_are_displayed_at_a_readable_size(size, displayed):
+    assert display_size(torch.zeros(3, *size)) == displayed
 
 
 def test_the_picture_has_an_image_and_its_neighbours_in_a_row(tmp_path):
@@ -155,9 +155,9 @@ def test_the_picture_has_an_image_and_its_neighbours_in_a_row(tmp_path):
 def test_two_processes_find_what_one_does(trained):
     for name, processes in (("one", 1), ("two", 2)):
         flags = f"--logs_root {trained} --n_samples 9 --batch_size 2 --no_amp {QUICK} --log_dir {name}"
-        done = run(SCRIPT, flags, processes=processes)
-        assert done.returncode == 0, done.stderr
-    one, two = results(trained, "one"), results(trained, "two")
+        process = run(SCRIPT, flags, processes=processes)
+        assert process.returncode == 0, process.stderr
+    one, two = read_results(trained, "one"), read_results(trained, "two")
     assert all(one[key] == two[key] for key in one.keys() - {"run"}) and len(one["neighbours"]) == 9
     pictures = [(trained / name / "neighbours.png").read_bytes() for name in ("one", "two")]
     assert pictures[0] == pictures[1]

@@ -27,23 +27,23 @@ def compared(tmp_path_factory):
     return logs / "compare_quantizers_digits"
 
 
-def results(folder):
+def read_results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.slow
 def test_every_quantizer_is_measured_with_every_seed(compared):
-    found = results(compared)
-    assert list(found) == ["nearest_0", "ema_0", "nearest_1", "ema_1"]
-    for measured in found.values():
-        assert measured["n_images"] == 359 and measured["codebook_size"] == 16
-        assert measured["rfd"] > 0 and measured["psnr"] > 0 and measured["l1"] > 0 and measured["parameters"] > 1000
-        assert 1 <= measured["perplexity"] <= 16 and 0 < measured["codebook_usage"] <= 1
-        assert measured["bits_per_pixel"] == 16 * 4 / 256 and measured["lpips"] is None
-        assert 0 < measured["seconds_per_step"] < measured["seconds"]
-    assert len({measured["l1"] for measured in found.values()}) == 4
+    results = read_results(compared)
+    assert list(results) == ["nearest_0", "ema_0", "nearest_1", "ema_1"]
+    for result in results.values():
+        assert result["n_images"] == 359 and result["codebook_size"] == 16
+        assert result["rfd"] > 0 and result["psnr"] > 0 and result["l1"] > 0 and result["parameters"] > 1000
+        assert 1 <= result["perplexity"] <= 16 and 0 < result["codebook_usage"] <= 1
+        assert result["bits_per_pixel"] == 16 * 4 / 256 and result["lpips"] is None
+        assert 0 < result["seconds_per_step"] < result["seconds"]
+    assert len({result["l1"] for result in results.values()}) == 4
     pictures = {path.name for path in compared.glob("*.png")}
-    assert pictures == {"comparison.png", *(f"{name}.png" for name in found)}
+    assert pictures == {"comparison.png", *(f"{name}.png" for name in results)}
     settings = yaml.safe_load((compared / "config.yaml").read_text())["origin"]["own_settings"]
     assert settings == {name: VARIANTS[name] for name in ("nearest", "ema")}
     with Image.open(compared / "nearest_0.png") as grid:
@@ -53,33 +53,33 @@ def test_every_quantizer_is_measured_with_every_seed(compared):
 @pytest.mark.slow
 def test_an_interrupted_comparison_runs_what_is_missing(compared, capsys):
     """The second run of ema is repeated from the same seed, with the same numbers; the others are unchanged."""
-    found = results(compared)
-    cut = {name: found[name] | {"seconds": 1e6} for name in ("nearest_0", "ema_0", "nearest_1")}
-    (compared / "results.json").write_text(json.dumps(cut))
+    results = read_results(compared)
+    partial = {name: results[name] | {"seconds": 1e6} for name in ("nearest_0", "ema_0", "nearest_1")}
+    (compared / "results.json").write_text(json.dumps(partial))
     (compared / "comparison.png").unlink()
     call(SCRIPT, f"--logs_root {compared.parent} {TINY} --seeds 2")
-    again = results(compared)
-    assert [again[name]["seconds"] for name in cut] == [1e6] * 3
-    assert again.keys() == found.keys() and (compared / "comparison.png").is_file()
+    resumed = read_results(compared)
+    assert [resumed[name]["seconds"] for name in partial] == [1e6] * 3
+    assert resumed.keys() == results.keys() and (compared / "comparison.png").is_file()
     for name in ("rfd", "psnr", "l1", "perplexity"):
-        assert again["ema_1"][name] == pytest.approx(found["ema_1"][name], rel=1e-6)
+        assert resumed["ema_1"][name] == pytest.approx(results["ema_1"][name], rel=1e-6)
     out = capsys.readouterr().out
     assert "rFD(pixels)" in out and "3 steps of 4 images" in out and "359 validation images" in out
 
 
 def test_results_are_written_after_each_run(tmp_path, monkeypatch):
-    measured = []
+    batch_counts = []
 
-    def once(batches, *args):
-        if measured:
+    def measure_once(batches, *args):
+        if batch_counts:
             raise KeyboardInterrupt
-        measured.append(len(list(batches)))
+        batch_counts.append(len(list(batches)))
         return {"rfd": 1.0}, None
 
-    monkeypatch.setattr(reconstruction, "summarize_reconstructions", once)
+    monkeypatch.setattr(reconstruction, "summarize_reconstructions", measure_once)
     with pytest.raises(SystemExit) as stop:
         call(SCRIPT, f"--logs_root {tmp_path} {TINY} --log_dir cut")
-    assert stop.value.code == 130 and list(results(tmp_path / "cut")) == ["nearest_0"]
+    assert stop.value.code == 130 and list(read_results(tmp_path / "cut")) == ["nearest_0"]
 
 
 def test_other_images_or_features_are_another_comparison(tmp_path, monkeypatch, capfd):
@@ -114,7 +114,7 @@ def test_lpips_is_measured_with_the_training_network(net, tmp_path, monkeypatch)
     monkeypatch.setattr("vq.perceptual.load_perceptual", lambda net, weights: (net, Zero()))
     flags = TINY.replace("nearest ema", "nearest").replace("--perceptual_net none", f"--perceptual_net {net}")
     call(SCRIPT, f"--logs_root {tmp_path} {flags} --log_dir lpips")
-    assert results(tmp_path / "lpips")["nearest_0"]["lpips"] == (0.0 if net == "squeeze" else None)
+    assert read_results(tmp_path / "lpips")["nearest_0"]["lpips"] == (0.0 if net == "squeeze" else None)
 
 
 @pytest.mark.slow
@@ -122,16 +122,16 @@ def test_the_averaged_weights_are_measured(tmp_path, monkeypatch):
     """With an EMA decay of 1 the measured weights are the initial ones."""
     weights, measure_reconstructions = [], reconstruction.measure_reconstructions
 
-    def watched(first, *args):
+    def record(first, *args):
         weights.append([p.detach().clone() for p in first.vqgan.parameters()])
         return measure_reconstructions(first, *args)
 
-    monkeypatch.setattr(reconstruction, "measure_reconstructions", watched)
+    monkeypatch.setattr(reconstruction, "measure_reconstructions", record)
     monkeypatch.setattr("train.ema.EMA.decay", lambda self, step: 1.0)
-    one = TINY.replace("nearest ema", "nearest")
-    call(SCRIPT, f"--logs_root {tmp_path} {one} --log_dir one")
-    call(SCRIPT, f"--logs_root {tmp_path} {one} --log_dir plain --no_ema")
-    call(SCRIPT, f"--logs_root {tmp_path} {one} --log_dir longer --train_steps 5")
+    flags = TINY.replace("nearest ema", "nearest")
+    call(SCRIPT, f"--logs_root {tmp_path} {flags} --log_dir one")
+    call(SCRIPT, f"--logs_root {tmp_path} {flags} --log_dir plain --no_ema")
+    call(SCRIPT, f"--logs_root {tmp_path} {flags} --log_dir longer --train_steps 5")
     first, plain, longer = weights
     assert all(torch.equal(a, b) for a, b in zip(first, longer, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(first, plain, strict=True))
@@ -142,15 +142,15 @@ def test_each_quantizer_has_its_own_settings(monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "run_main", lambda main, config: configs.append(config))
     call(SCRIPT, f"--config {ROOT / 'configs' / 'mnist_quantizers.yaml'} --train_steps 777 --logs_root {tmp_path}")
     (config,) = configs
-    found = networks(config.network, config.comparison.quantizers, config.training.train_steps)
-    assert list(found) == list(VARIANTS) and set(found) == set(plugin_names("vq.quantizers"))
-    for name, network in found.items():
+    vqgans = networks(config.network, config.comparison.quantizers, config.training.train_steps)
+    assert list(vqgans) == list(VARIANTS) and set(vqgans) == set(plugin_names("vq.quantizers"))
+    for name, network in vqgans.items():
         assert network.quantizer == name and network.codebook_size == 512
         assert type(network.quantizer_config) is load_plugin("vq.quantizers", name, "quantizer").Config
         assert (network.nf, network.ch_mult) == (config.network.nf, config.network.ch_mult)
-    widths = {name: network.code_dim for name, network in found.items()}
+    widths = {name: network.code_dim for name, network in vqgans.items()}
     assert widths == {"nearest": 32, "ema": 32, "l2": 4, "gumbel": 32, "fsq": 3, "lfq": 9, "ibq": 32}
-    options = {name: network.quantizer_config for name, network in found.items()}
+    options = {name: network.quantizer_config for name, network in vqgans.items()}
     assert options["fsq"].levels(512) == (8, 8, 8)
     assert (options["gumbel"].gumbel_decay_steps, options["gumbel"].gumbel_kl_weight) == (777, 5e-4)
     assert {options[name].entropy_weight for name in ("lfq", "ibq")} == {0.05}
@@ -162,8 +162,8 @@ def test_a_flag_that_quantizers_share_reaches_each_of_them(monkeypatch, tmp_path
     flags = "--quantizers ema lfq fsq --beta 0.5 --revive_below 0.2 --fsq_levels 8 8 4 4 --entropy_temperature 1"
     call(SCRIPT, f"{flags} --logs_root {tmp_path}")
     (config,) = configs
-    made = networks(config.network, config.comparison.quantizers, config.training.train_steps)
-    options = {name: network.quantizer_config for name, network in made.items()}
+    vqgans = networks(config.network, config.comparison.quantizers, config.training.train_steps)
+    options = {name: network.quantizer_config for name, network in vqgans.items()}
     assert options["ema"] == ema.Config(beta=0.5, revive_below=0.2)
     assert options["lfq"] == lfq.Config(beta=0.5, entropy_temperature=1.0, entropy_weight=0.05)
     assert options["fsq"] == fsq.Config(fsq_levels=(8, 8, 4, 4))
@@ -179,7 +179,7 @@ def test_the_preset_reaches_the_script(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted"),
+    ("flags", "expected"),
     [
         ("--quantizers nearst", "unknown quantizer 'nearst', did you mean 'nearest'"),
         ("--quantizers ema ema", "each once"),
@@ -188,23 +188,23 @@ def test_the_preset_reaches_the_script(monkeypatch, tmp_path):
         ("--quantizers lfq --codebook_size 500", "got codebook_size 500 for lfq, wanted a power of 2"),
     ],
 )
-def test_invalid_flags_are_refused_before_anything_is_read(flags, wanted, tmp_path, capfd):
+def test_invalid_flags_are_refused_before_anything_is_read(flags, expected, tmp_path, capfd):
     with pytest.raises(SystemExit) as stop:
         call(SCRIPT, f"--logs_root {tmp_path} --img_size 16 {flags}")
     assert stop.value.code == 2 and not list(tmp_path.iterdir())
-    assert wanted in " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert expected in " ".join(capfd.readouterr().err.replace("│", " ").split())
 
 
-def of(**numbers):
-    same = {"rfd": 2.0, "psnr": 20.0, "l1": 0.1, "codebook_usage": 0.5, "perplexity": 4.0, "bits_per_pixel": 0.25}
-    same |= {"entropy_coded_bits_per_pixel": 0.2, "codebook_size": 16, "seconds_per_step": 0.5}
-    return same | numbers
+def make_result(**numbers):
+    result = {"rfd": 2.0, "psnr": 20.0, "l1": 0.1, "codebook_usage": 0.5, "perplexity": 4.0, "bits_per_pixel": 0.25}
+    result |= {"entropy_coded_bits_per_pixel": 0.2, "codebook_size": 16, "seconds_per_step": 0.5}
+    return result | numbers
 
 
 def test_the_table_has_means_and_deviations_over_seeds():
-    found = {"l2_0": of(rfd=1.0, seconds_per_step=1.0), "l2_1": of(rfd=3.0, seconds_per_step=2.0)}
-    found |= {"l2_2": of(rfd=5.0, seconds_per_step=30.0), "lfq_0": of(psnr=None)}
-    lines = summary(found, ["l2", "lfq"], "FID").splitlines()
+    results = {"l2_0": make_result(rfd=1.0, seconds_per_step=1.0), "l2_1": make_result(rfd=3.0, seconds_per_step=2.0)}
+    results |= {"l2_2": make_result(rfd=5.0, seconds_per_step=30.0), "lfq_0": make_result(psnr=None)}
+    lines = summary(results, ["l2", "lfq"], "FID").splitlines()
     assert "rFID" in lines[0] and len(lines) == 4
     assert "3.000 ± 2.000" in lines[2] and lines[2].split()[1] == "3" and lines[2].endswith("2.000")
     assert "50.0" in lines[2] and "±" not in lines[3]
@@ -214,7 +214,7 @@ def test_the_table_has_means_and_deviations_over_seeds():
 
 @pytest.mark.parametrize("quantizers", [["l2"], list(VARIANTS)])
 def test_the_plot_is_drawn_of_one_and_of_all(quantizers, tmp_path):
-    found = {f"{name}_{seed}": of(rfd=seed + i) for seed in (0, 1) for i, name in enumerate(quantizers)}
-    plot(tmp_path / "comparison.png", found, quantizers, "FID", "title")
+    results = {f"{name}_{seed}": make_result(rfd=seed + i) for seed in (0, 1) for i, name in enumerate(quantizers)}
+    plot(tmp_path / "comparison.png", results, quantizers, "FID", "title")
     with Image.open(tmp_path / "comparison.png") as picture:
         assert picture.size[0] > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 3

@@ -1,4 +1,4 @@
-"""compare_samplers.py: which solvers run, what is measured, and what is not measured twice."""
+"""compare_samplers.py: which solvers run, what is measured, and what is reused."""
 
 import json
 from types import SimpleNamespace
@@ -26,21 +26,21 @@ ABSORBING = solvers_for(AbsorbingDiffusion(2))
 TINY = "--n_samples 6 --batch_size 4 --features pixels --no_amp"
 
 
-def results(logs, name):
+def read_results(logs, name):
     return json.loads((logs / name / "results.json").read_text())
 
 
 def test_entries_round_trip_through_their_string():
-    wanted = {
+    expected = {
         "halton": SolverRun("halton", None),
         "halton:12": SolverRun("halton", 12),
         "halton:temp=0.9": SolverRun("halton", None, (("temp", "0.9"),)),
         "remask:8:remasking=cap,remask_eta=0.1": SolverRun("remask", 8, (("remasking", "cap"), ("remask_eta", "0.1"))),
     }
-    for entry, each in wanted.items():
-        assert parse_entry(entry) == each and str(each) == entry
-    assert wanted["halton"].series == wanted["halton:12"].series == "halton"
-    assert wanted["halton:temp=0.9"].series == "halton temp=0.9"
+    for entry, solver_run in expected.items():
+        assert parse_entry(entry) == solver_run and str(solver_run) == entry
+    assert expected["halton"].series == expected["halton:12"].series == "halton"
+    assert expected["halton:temp=0.9"].series == "halton temp=0.9"
 
 
 BROKEN = ["", ":4", "halton:", "halton:0", "halton:-1", "halton:x", "halton:4:temp", "halton:4:", "a:4:t=1:2", "a:t=1,"]
@@ -53,24 +53,24 @@ def test_invalid_entries_are_refused(entry):
 
 
 def test_entries_expand_to_unique_runs():
-    found = expand_entries(["a:9", "a", "first_hitting", "b:t=1"], [4, 9], ABSORBING, 16)
-    assert list(map(str, found)) == ["a:9", "a:4", "first_hitting", "b:4:t=1", "b:9:t=1"]
+    runs = expand_entries(["a:9", "a", "first_hitting", "b:t=1"], [4, 9], ABSORBING, 16)
+    assert list(map(str, runs)) == ["a:9", "a:4", "first_hitting", "b:4:t=1", "b:9:t=1"]
 
 
 def test_auto_is_the_baseline_and_all_other_solvers():
-    found = list(map(str, expand_entries(["auto"], [4, 32], ABSORBING, 16)))
-    assert found[:5] == ["ancestral:256", "ancestral:4", "ancestral:32", "halton:4", "confidence:4"]
-    assert found[5:8] == ["remask:4", "remask:32", "first_hitting"]  # in turn, 16 codes have no use for 32 steps
-    assert found[8:] == ["discrete:4", "discrete:32"]  # any other
-    assert "halton:32" in map(str, expand_entries(["halton"], [4, 32], ABSORBING, 16))  # asked for by name
-    two = {name: entry for name, entry in solvers_for(EDM()).items() if name in ("ddpm", "heun")}
-    assert list(map(str, expand_entries(["auto"], [5], two, 1))) == ["ddpm:250", "heun:5"]
+    entries = list(map(str, expand_entries(["auto"], [4, 32], ABSORBING, 16)))
+    assert entries[:5] == ["ancestral:256", "ancestral:4", "ancestral:32", "halton:4", "confidence:4"]
+    assert entries[5:8] == ["remask:4", "remask:32", "first_hitting"]  # 16 codes have no use for 32 steps
+    assert entries[8:] == ["discrete:4", "discrete:32"]  # other solvers
+    assert "halton:32" in map(str, expand_entries(["halton"], [4, 32], ABSORBING, 16))  # named explicitly
+    solvers = {name: entry for name, entry in solvers_for(EDM()).items() if name in ("ddpm", "heun")}
+    assert list(map(str, expand_entries(["auto"], [5], solvers, 1))) == ["ddpm:250", "heun:5"]
     assert list(map(str, expand_entries(["auto"], [5], solvers_for(Autoregression(2)), 16))) == ["raster"]
 
 
 def test_costs_are_per_batch_and_per_image():
-    spent = torch.tensor([[3, 40, 8.0, 10], [5, 20, 2.0, 10], [4, 18, 2.0, 4]], dtype=torch.float64)
-    assert mean_costs(spent) == {"calls_per_batch": 4, "evaluations_per_image": 3.25, "seconds_per_image": 0.5}
+    costs = torch.tensor([[3, 40, 8.0, 10], [5, 20, 2.0, 10], [4, 18, 2.0, 4]], dtype=torch.float64)
+    assert mean_costs(costs) == {"calls_per_batch": 4, "evaluations_per_image": 3.25, "seconds_per_image": 0.5}
 
 
 SETS = {
@@ -111,24 +111,28 @@ def test_comparison_reports_distance_and_cost_and_resumes(trained, capfd):
     flags = f"--logs_root {trained} {TINY} --log_dir compared --guidance 1 --solvers {SOLVERS} --seeds 2"
     call(SCRIPT, flags)
     out, path = capfd.readouterr().out, trained / "compared" / "results.json"
-    found = results(trained, "compared")
-    assert list(found["sets"]) == [f"{key}/{seed}" for seed in (0, 1) for key in KEYS]
-    one = found["sets"]["first_hitting/0"]
-    assert one["calls_per_batch"] == 16 and 15 < one["evaluations_per_image"] <= 16 and one["seconds_per_image"] > 0
-    assert found["sets"]["halton:2:temp=0.5/0"]["calls_per_batch"] == 2
-    assert len({each["distance"] for each in found["sets"].values()}) == 8
+    results = read_results(trained, "compared")
+    assert list(results["sets"]) == [f"{key}/{seed}" for seed in (0, 1) for key in KEYS]
+    first_hitting = results["sets"]["first_hitting/0"]
+    assert (
+        first_hitting["calls_per_batch"] == 16
+        and 15 < first_hitting["evaluations_per_image"] <= 16
+        and first_hitting["seconds_per_image"] > 0
+    )
+    assert results["sets"]["halton:2:temp=0.5/0"]["calls_per_batch"] == 2
+    assert len({each["distance"] for each in results["sets"].values()}) == 8
     assert all(key.replace(":", "_") + f"_{seed}.png" in names(path.parent) for key in KEYS for seed in (0, 1))
     assert "compare_samplers.png" in names(path.parent) and ".kept" not in names(path.parent)
     assert "relative to ancestral" in out and "halton temp=0.5" in out
 
-    kept, lost = found["sets"]["ancestral:5/0"], found["sets"].pop("confidence:3:choice_temp=2/1")
-    kept["seconds_per_image"] = 1e6
-    path.write_text(json.dumps(found))
+    unchanged, removed = results["sets"]["ancestral:5/0"], results["sets"].pop("confidence:3:choice_temp=2/1")
+    unchanged["seconds_per_image"] = 1e6
+    path.write_text(json.dumps(results))
     call(SCRIPT, flags)
-    again = results(trained, "compared")
-    assert again["sets"]["ancestral:5/0"] == kept  # not measured again
-    assert again["sets"]["confidence:3:choice_temp=2/1"]["distance"] == pytest.approx(lost["distance"])
-    assert again["summary"][0]["seconds_per_image"] > 1e5
+    resumed = read_results(trained, "compared")
+    assert resumed["sets"]["ancestral:5/0"] == unchanged  # not measured again
+    assert resumed["sets"]["confidence:3:choice_temp=2/1"]["distance"] == pytest.approx(removed["distance"])
+    assert resumed["summary"][0]["seconds_per_image"] > 1e5
 
 
 def names(folder):
@@ -140,20 +144,20 @@ def test_an_interrupted_set_resumes(trained, monkeypatch):
 
     flags = f"--logs_root {trained} {TINY} --solvers ancestral:3 --log_dir"
     call(SCRIPT, f"{flags} set_whole")
-    draw, drawn = TrainedSampler.draw, []
+    draw, sampled_indices = TrainedSampler.draw, []
 
-    def cut_off(self, indices, *args, **how):
-        drawn.append(indices)
-        if len(drawn) == 2:
+    def interrupted_draw(self, indices, *args, **kwargs):
+        sampled_indices.append(indices)
+        if len(sampled_indices) == 2:
             raise KeyboardInterrupt
-        return draw(self, indices, *args, **how)
+        return draw(self, indices, *args, **kwargs)
 
-    monkeypatch.setattr(TrainedSampler, "draw", cut_off)
+    monkeypatch.setattr(TrainedSampler, "draw", interrupted_draw)
     with pytest.raises(SystemExit):
         call(SCRIPT, f"{flags} set_cut")
     call(SCRIPT, f"{flags} set_cut")
-    assert drawn == [[0, 1, 2, 3], [4, 5], [4, 5]]
-    one, two = (results(trained, name)["sets"]["ancestral:3/0"] for name in ("set_whole", "set_cut"))
+    assert sampled_indices == [[0, 1, 2, 3], [4, 5], [4, 5]]
+    one, two = (read_results(trained, name)["sets"]["ancestral:3/0"] for name in ("set_whole", "set_cut"))
     assert one["distance"] == two["distance"] and one["evaluations_per_image"] == two["evaluations_per_image"]
 
 
@@ -161,8 +165,8 @@ def test_one_solver_is_measured_as_calc_fid_measures_it(trained):
     call(SCRIPT, f"--logs_root {trained} {TINY} --solvers halton:3:temp=0.7 --seed 5 --log_dir one")
     flags = "--solver halton --sample_steps 3 --temp 0.7 --seed 5 --log_dir one_fid"
     call("experiments/calc_FID.py", f"--logs_root {trained} {TINY} {flags}")
-    found = results(trained, "one")["sets"]["halton:3:temp=0.7/5"]["distance"]
-    assert found == pytest.approx(results(trained, "one_fid")["value"], rel=1e-9)
+    distance = read_results(trained, "one")["sets"]["halton:3:temp=0.7/5"]["distance"]
+    assert distance == pytest.approx(read_results(trained, "one_fid")["value"], rel=1e-9)
 
 
 def test_only_sampling_is_timed(trained, monkeypatch):
@@ -171,37 +175,37 @@ def test_only_sampling_is_timed(trained, monkeypatch):
 
     clock, draw, build = SimpleNamespace(now=0.0), TrainedSampler.draw, pixels.build
 
-    def passes(seconds, function):
-        def later(*args, **how):
+    def with_duration(seconds, function):
+        def timed(*args, **kwargs):
             clock.now += seconds
-            return function(*args, **how)
+            return function(*args, **kwargs)
 
-        return later
+        return timed
 
     monkeypatch.setattr("time.perf_counter", lambda: clock.now)
-    monkeypatch.setattr(TrainedSampler, "draw", passes(8.0, draw))
-    monkeypatch.setattr(pixels, "build", lambda device: passes(100.0, build(device)))
+    monkeypatch.setattr(TrainedSampler, "draw", with_duration(8.0, draw))
+    monkeypatch.setattr(pixels, "build", lambda device: with_duration(100.0, build(device)))
     call(SCRIPT, f"--logs_root {trained} {TINY} --batch_size 3 --solvers ancestral:1 --log_dir timed")
-    assert results(trained, "timed")["sets"]["ancestral:1/0"]["seconds_per_image"] == pytest.approx(8 / 3)
+    assert read_results(trained, "timed")["sets"]["ancestral:1/0"]["seconds_per_image"] == pytest.approx(8 / 3)
 
 
 def test_other_features_are_measured_again(trained):
     flags = f"--logs_root {trained} {TINY} --solvers ancestral:2 --log_dir other_features"
     call(SCRIPT, flags)
     path = trained / "other_features" / "results.json"
-    found = results(trained, "other_features")
-    path.write_text(json.dumps(found | {"features_version": 0, "sets": {"ancestral:2/0": {"distance": 0.0}}}))
+    results = read_results(trained, "other_features")
+    path.write_text(json.dumps(results | {"features_version": 0, "sets": {"ancestral:2/0": {"distance": 0.0}}}))
     call(SCRIPT, flags)
-    assert results(trained, "other_features")["sets"]["ancestral:2/0"]["distance"] > 0
+    assert read_results(trained, "other_features")["sets"]["ancestral:2/0"]["distance"] > 0
 
 
 @pytest.mark.slow
 def test_every_gaussian_solver_is_measured(trained_ddpm, capfd):
     flags = f"--logs_root {trained_ddpm} --sampler ddpm {TINY} --log_dir solvers --steps 2"
     call(SCRIPT, f"{flags} --solvers ddpm:5 ddim dpmpp_2m unipc heun:3 --guidance 1")
-    found = results(trained_ddpm, "solvers")["sets"]
-    assert list(found) == ["ddpm:5/0", "ddim:2/0", "dpmpp_2m:2/0", "unipc:2/0", "heun:3/0"]
-    assert found["heun:3/0"]["calls_per_batch"] == found["heun:3/0"]["evaluations_per_image"] == 5
+    results = read_results(trained_ddpm, "solvers")["sets"]
+    assert list(results) == ["ddpm:5/0", "ddim:2/0", "dpmpp_2m:2/0", "unipc:2/0", "heun:3/0"]
+    assert results["heun:3/0"]["calls_per_batch"] == results["heun:3/0"]["evaluations_per_image"] == 5
     assert "relative to ddpm" in capfd.readouterr().out
 
 
@@ -209,16 +213,16 @@ def test_every_gaussian_solver_is_measured(trained_ddpm, capfd):
 def test_two_processes_measure_what_one_does(trained):
     flags = f"--logs_root {trained} {TINY} --solvers ancestral:3 halton:2 --log_dir"
     call(SCRIPT, f"{flags} of_one")
-    done = run(SCRIPT, f"{flags} of_two", processes=2)
-    assert done.returncode == 0, done.stderr
-    one, two = (results(trained, name)["summary"] for name in ("of_one", "of_two"))
+    process = run(SCRIPT, f"{flags} of_two", processes=2)
+    assert process.returncode == 0, process.stderr
+    one, two = (read_results(trained, name)["summary"] for name in ("of_one", "of_two"))
     for mine, other in zip(one, two, strict=True):
         assert mine.keys() == other.keys()
         for key in ("distance", "relative", "calls_per_batch", "evaluations_per_image"):
             assert other[key] == pytest.approx(mine[key], rel=1e-6)
 
 
-REFUSED = {  # flags -> what the message must hold
+REFUSED = {  # flags -> words that the message must contain
     "--solvers ancestral:4 haltom:4": ["haltom", "halton"],
     "--solvers halton:0": ["'halton:0'", "name:steps"],
     "--solvers": ["no solvers", "--solvers"],
@@ -238,8 +242,8 @@ REFUSED = {  # flags -> what the message must hold
 @pytest.mark.parametrize("flags", REFUSED)
 def test_invalid_flags_are_refused_before_sampling(flags, trained, capfd):
     with pytest.raises(SystemExit) as stop:
-        call(SCRIPT, f"--logs_root {trained} --log_dir refused {flags}")
+        call(SCRIPT, f"--logs_root {trained} --log_dir compare_refused {flags}")
     message = " ".join(capfd.readouterr().err.replace("│", " ").split())
     assert stop.value.code == 2 and "Traceback" not in message
     assert all(word in message for word in REFUSED[flags]), message
-    assert not (trained / "refused").exists()
+    assert not (trained / "compare_refused").exists()

@@ -16,11 +16,11 @@ def conditions(monkeypatch):
     """The raw conditions of every sampled batch."""
     batches, draw = [], TrainedSampler.draw
 
-    def watched(model, indices, seed, options, conditions, **how):
+    def record(model, indices, seed, options, conditions, **kwargs):
         batches.append(conditions)
-        return draw(model, indices, seed, options, conditions, **how)
+        return draw(model, indices, seed, options, conditions, **kwargs)
 
-    monkeypatch.setattr(TrainedSampler, "draw", watched)
+    monkeypatch.setattr(TrainedSampler, "draw", record)
     return batches
 
 

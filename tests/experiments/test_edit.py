@@ -15,79 +15,79 @@ def edit(logs, flags):
     call("experiments/edit.py", f"--logs_root {logs} --no_amp --device cpu {flags}")
 
 
-def results_in(folder):
+def read_results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
 @pytest.fixture
-def drawn(monkeypatch):
-    """(seeds, given, options, edit, made) of every batch."""
+def draw_calls(monkeypatch):
+    """(indices, conditions, options, edit input, result) of every batch."""
     batches, draw = [], TrainedSampler.draw
 
-    def watched(self, indices, seed, options, given, *, edit, **how):
-        made = draw(self, indices, seed, options, given, edit=edit, **how)
-        batches.append((indices, given, options, edit, made))
-        return made
+    def record(self, indices, seed, options, conditions, *, edit, **kwargs):
+        result = draw(self, indices, seed, options, conditions, edit=edit, **kwargs)
+        batches.append((indices, conditions, options, edit, result))
+        return result
 
-    monkeypatch.setattr(TrainedSampler, "draw", watched)
+    monkeypatch.setattr(TrainedSampler, "draw", record)
     return batches
 
 
 @pytest.mark.parametrize("sampler", ["absorbing", "ddpm"])
-def test_every_image_is_edited_to_every_class(sampler, request, drawn, capsys):
+def test_every_image_is_edited_to_every_class(sampler, request, draw_calls, capsys):
     logs = request.getfixturevalue("trained" if sampler == "absorbing" else "trained_ddpm")
     edit(logs, f"--sampler {sampler} --n_images 2 --label 3 7 8 --sample_steps 2 --guidance 2 --log_dir edited")
-    ((indices, given, options, begun, made),) = drawn
-    assert given["label"].tolist() == [3, 7, 8] * 2 and options.guidance == 2
-    assert indices == [0, 0, 0, 1, 1, 1]  # an image forgets the same whatever it becomes
-    assert begun.t == 0.7 and not begun.keep.any() and torch.equal(begun.x0[0], begun.x0[2])
-    found = results_in(logs / "edited")
-    assert found["labels"] == [3, 7, 8] and all(0 <= row["asked"]["value"] <= 1 for row in found["of_label"])
+    ((indices, conditions, options, edit_input, result),) = draw_calls
+    assert conditions["label"].tolist() == [3, 7, 8] * 2 and options.guidance == 2
+    assert indices == [0, 0, 0, 1, 1, 1]  # the noise of an image does not depend on its target class
+    assert edit_input.strength == 0.7 and not edit_input.keep.any() and torch.equal(edit_input.x0[0], edit_input.x0[2])
+    results = read_results(logs / "edited")
+    assert results["labels"] == [3, 7, 8] and all(0 <= row["asked"]["value"] <= 1 for row in results["of_label"])
     names = sorted(path.name for path in (logs / "edited" / "images").glob("*.png"))
     assert len(names) == 6 and names[0].endswith("_as_3.png") and names[-1].endswith("_as_8.png")
     assert "target class" in capsys.readouterr().out and (logs / "edited" / "edited.png").is_file()
-    drawn.clear()
+    draw_calls.clear()
     edit(logs, f"--sampler {sampler} --n_images 2 --label 3 7 8 --sample_steps 2 --guidance 2 --log_dir edited")
-    assert not drawn and not (logs / "edited" / ".kept").exists()
+    assert not draw_calls and not (logs / "edited" / ".kept").exists()
 
 
 def test_a_lower_strength_changes_less(trained, trained_ddpm):
     for logs, sampler in ((trained, "absorbing"), (trained_ddpm, "ddpm")):
-        far = []
+        distances = []
         for strength in (0.1, 1.0):
             flags = f"--sampler {sampler} --n_images 6 --label 1 --strength {strength} --sample_steps 20"
             edit(logs, f"{flags} --log_dir at_{strength}")
-            (row,) = results_in(logs / f"at_{strength}")["of_label"]
-            far.append(row["distance"])
-        if sampler == "ddpm":  # of codes, the untrained decoder decides
-            assert far[0] < far[1]
+            (row,) = read_results(logs / f"at_{strength}")["of_label"]
+            distances.append(row["distance"])
+        if sampler == "ddpm":  # not for codes, where the untrained decoder dominates
+            assert distances[0] < distances[1]
 
 
-def test_a_fraction_of_the_codes_is_kept(trained, drawn):
+def test_a_fraction_of_the_codes_is_kept(trained, draw_calls):
     edit(trained, "--n_images 40 --label 1 --strength 0.4 --sample_steps 4 --log_dir share")
-    *_, begun, made = drawn[0]
-    assert 0.6 <= (made["codes"] == begun.x0).float().mean() < 0.8  # some are drawn as they were
+    *_, edit_input, result = draw_calls[0]
+    assert 0.6 <= (result["codes"] == edit_input.x0).float().mean() < 0.8  # some masked codes are sampled unchanged
 
 
-def test_an_interrupted_edit_resumes(trained, monkeypatch, drawn):
+def test_an_interrupted_edit_resumes(trained, monkeypatch, draw_calls):
     flags = "--n_images 4 --label 1 --batch_size 2 --sample_steps 2"
     edit(trained, f"{flags} --log_dir edit_whole")
-    watched, calls = TrainedSampler.draw, []
+    draw, calls = TrainedSampler.draw, []
 
-    def cut(self, *args, **how):
+    def interrupted_draw(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return watched(self, *args, **how)
+        return draw(self, *args, **kwargs)
 
-    monkeypatch.setattr(TrainedSampler, "draw", cut)
+    monkeypatch.setattr(TrainedSampler, "draw", interrupted_draw)
     with pytest.raises(SystemExit):
         edit(trained, f"{flags} --log_dir edit_again")
-    drawn.clear()
+    draw_calls.clear()
     edit(trained, f"{flags} --log_dir edit_again")
-    assert len(drawn) == 1  # the first batch was kept
+    assert len(draw_calls) == 1  # the first batch was saved
     one, two = (
-        {k: v for k, v in results_in(trained / name).items() if k != "run"} for name in ("edit_whole", "edit_again")
+        {k: v for k, v in read_results(trained / name).items() if k != "run"} for name in ("edit_whole", "edit_again")
     )
     assert one == two
 
@@ -110,7 +110,7 @@ def test_other_input_images_are_another_experiment(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted"),
+    ("flags", "expected"),
     [
         ("--strength 0", "0 changes nothing"),
         ("--strength 1.5", "--strength"),
@@ -118,9 +118,9 @@ def test_other_input_images_are_another_experiment(trained, tmp_path, capsys):
         ("--n_images 0", "--n_images"),
     ],
 )
-def test_invalid_settings_are_refused(trained, capsys, flags, wanted):
+def test_invalid_settings_are_refused(trained, capsys, flags, expected):
     with pytest.raises(SystemExit) as stop:
         edit(trained, f"{flags} --log_dir edit_refused")
     assert stop.value.code == 2
-    assert wanted in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert expected in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert not (trained / "edit_refused").exists()

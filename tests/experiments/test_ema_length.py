@@ -15,15 +15,15 @@ POSTHOC_WEIGHTS = "--ema_profiles 0.05 0.1 --steps_per_ema_snapshot 2 --keep_las
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """A run of five steps with snapshots of 2, 4 and 5, and one that kept none."""
+    """A run of five steps with snapshots of 2, 4 and 5, and one without snapshots."""
     logs = tmp_path_factory.mktemp("ema_length")
     call("train_sampler.py", f"--logs_root {logs} --train_steps 5 --no_amp --lr 0.01 {DDPM} {POSTHOC_WEIGHTS}")
     call("train_sampler.py", f"--logs_root {logs} --train_steps 2 --no_amp {DDPM} --log_dir without")
     return logs
 
 
-def model(logs, **which):
-    return load_model(ModelConfig(sampler="ddpm", **which), OutputConfig(logs_root=str(logs), amp=False))
+def model(logs, **options):
+    return load_model(ModelConfig(sampler="ddpm", **options), OutputConfig(logs_root=str(logs), amp=False))
 
 
 def weights(trained):
@@ -33,12 +33,12 @@ def weights(trained):
 @pytest.mark.parametrize(("load_step", "step"), [(None, 5), (2, 2), (4, 4)])
 def test_the_weights_are_the_reconstructed_average(logs, load_step, step, capfd):
     trained = model(logs, ema_length=0.08, load_step=load_step)
-    wanted = reconstruct_ema(logs / "ddpm_digits", step, "network", 0.08)
+    expected = reconstruct_ema(logs / "ddpm_digits", step, "network", 0.08)
     assert trained.step == step
-    assert all(torch.equal(value, wanted[key]) for key, value in weights(trained).items())
+    assert all(torch.equal(value, expected[key]) for key, value in weights(trained).items())
     assert f"step {step}, EMA reconstructed at relative length 0.08; pixels" in capfd.readouterr().out
     other = weights(model(logs))
-    assert not all(torch.equal(other[key], wanted[key]) for key in wanted)
+    assert not all(torch.equal(other[key], expected[key]) for key in expected)
 
 
 def test_a_tracked_length_is_reproduced_exactly(logs):
@@ -52,7 +52,7 @@ def test_the_default_step_is_the_newest_usable_snapshot(logs):
     checkpoint = run / "checkpoints" / "step_00000005"
     aside, snapshot = run / "aside", snapshot_path(run, 5)
     older = run / "checkpoints" / "step_00000003"
-    checkpoint.rename(older)  # as if the run had been cut off after a snapshot, and before a checkpoint
+    checkpoint.rename(older)  # as if the run had stopped between a snapshot and a checkpoint
     try:
         assert model(logs, ema_length=0.05).step == 2
     finally:
@@ -66,15 +66,15 @@ def test_the_default_step_is_the_newest_usable_snapshot(logs):
 
 def test_weights_are_identified_by_length_and_snapshots(logs):
     run = logs / "ddpm_digits"
-    found = [
+    models = [
         model(logs, ema_length=length, load_step=step) for length, step in ((0.08, 5), (0.08, 5), (0.07, 5), (0.08, 4))
     ]
-    digests = [trained.weights for trained in found]
+    digests = [trained.weights for trained in models]
     assert digests[0] == digests[1] and len({*digests, model(logs).weights}) == 4
     assert all(len(digest) == 64 for digest in digests)
-    assert found[0].provenance["sampler_weights"] == digests[0]
+    assert models[0].provenance["sampler_weights"] == digests[0]
     first = snapshot_path(run, 2)
-    first.rename(run / "aside")  # another sum
+    first.rename(run / "aside")  # another set of snapshots
     try:
         assert model(logs, ema_length=0.08, load_step=5).weights != digests[0]
     finally:
@@ -85,7 +85,7 @@ def test_each_ema_length_has_its_own_results_folder(logs, capfd):
     flags = f"--logs_root {logs} --sampler ddpm --n_samples 2 --sample_steps 2 --no_amp"
     call("experiments/get_samples.py", f"{flags} --ema_length 0.08")
     call("experiments/get_samples.py", f"{flags} --ema_length 0.06")
-    call("experiments/get_samples.py", f"{flags} --ema_length 0.08")  # typed again, it tells the same
+    call("experiments/get_samples.py", f"{flags} --ema_length 0.08")  # a repeated run
     assert (logs / "samples_ddpm_digits_5_ema0.08" / "samples.npz").is_file()
     assert (logs / "samples_ddpm_digits_5_ema0.06" / "samples.npz").is_file()
     assert json.loads((logs / "samples_ddpm_digits_5_ema0.06" / "results.json").read_text())["n_samples"] == 2
@@ -100,7 +100,7 @@ def test_each_ema_length_has_its_own_results_folder(logs, capfd):
     [
         ("--load_dir without --ema_length 0.08", "kept no EMA profiles: train with --ema_profiles"),
         ("--ema_length 0.08 --load_step 3", "kept no EMA profiles of step 3; there are 2, 4, 5"),
-        ("--ema_length 0", "got relative length 0.0"),
+        ("--ema_length 0", "got a relative length of 0.0"),
     ],
 )
 def test_invalid_ema_lengths_are_refused_in_one_line(logs, flags, message, capfd):

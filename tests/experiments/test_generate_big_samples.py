@@ -1,4 +1,4 @@
-"""Canvases larger than the training grid: by windows and natively, what they cost, and the settings in the PNG."""
+"""Canvases larger than the training grid: with windows and natively, their cost, and the settings in the PNG."""
 
 import json
 
@@ -15,7 +15,7 @@ def big(logs, flags):
     call("experiments/generate_big_samples.py", f"--logs_root {logs} {flags}")
 
 
-def results_in(folder):
+def read_results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
@@ -24,12 +24,12 @@ def call_shapes(monkeypatch):
     """The shape of every grid that goes through a transformer, by call."""
     shapes, forward = [], Transformer.forward
 
-    def watched(network, x, *others, **named):
+    def record(network, x, *args, **kwargs):
         shapes.append(tuple(x.shape))
-        return forward(network, x, *others, **named)
+        return forward(network, x, *args, **kwargs)
 
-    monkeypatch.setattr(Transformer, "forward", watched)
-    monkeypatch.setattr(TrainedSampler, "dry_run", lambda *a, **how: None)  # its one call is none of a canvas
+    monkeypatch.setattr(Transformer, "forward", record)
+    monkeypatch.setattr(TrainedSampler, "dry_run", lambda *a, **kwargs: None)  # its call is not counted
     return shapes
 
 
@@ -44,8 +44,8 @@ def test_every_solver_fills_a_canvas_by_windows(trained, solver, call_shapes):
         with Image.open(picture) as image:
             assert image.size == (7 * 4, 5 * 4)
     assert {shape[1:] for shape in call_shapes} == {(4, 4)}
-    found = results_in(trained / name)
-    assert found["evaluations_per_image"] == pytest.approx(sum(shape[0] for shape in call_shapes) / 3)
+    results = read_results(trained / name)
+    assert results["evaluations_per_image"] == pytest.approx(sum(shape[0] for shape in call_shapes) / 3)
     assert not (trained / name / ".kept").exists()
 
 
@@ -56,15 +56,15 @@ def test_relative_positions_need_one_call_per_step(trained, call_shapes):
     flags = "--load_dir native --shape 6 9 --n_samples 2 --solver halton --sample_steps 3 --guidance 1"
     big(trained, f"{flags} --log_dir native_big")
     assert [shape[1:] for shape in call_shapes] == [(6, 9)] * 3
-    assert results_in(trained / "native_big")["network_calls_per_batch"] == 3
+    assert read_results(trained / "native_big")["network_calls_per_batch"] == 3
     call_shapes.clear()
     big(trained, f"{flags} --window_stride 2 --log_dir native_windows")
-    assert {shape[1:] for shape in call_shapes} == {(4, 4)}  # windows, where they are asked for
+    assert {shape[1:] for shape in call_shapes} == {(4, 4)}  # windows on request
 
 
 def test_the_png_holds_its_settings(trained):
-    big(trained, "--shape 5 4 --n_samples 1 --temp 0.9 --log_dir told")
-    with Image.open(trained / "told" / "big_000.png") as picture:
+    big(trained, "--shape 5 4 --n_samples 1 --temp 0.9 --log_dir with_settings")
+    with Image.open(trained / "with_settings" / "big_000.png") as picture:
         settings = json.loads(picture.text["settings"])
     assert settings["canvas"]["shape"] == [5, 4] and settings["sampling"]["temp"] == 0.9
     assert settings["number"] == 0 and settings["sampler_weights"]
@@ -84,15 +84,15 @@ def test_a_repeated_run_prints_the_saved_report(trained, call_shapes, capsys):
 def test_two_processes_make_the_canvases_of_one(trained):
     flags = f"--logs_root {trained} --shape 5 4 --n_samples 3 --batch_size 1 --no_amp --device cpu"
     for processes in (1, 2):
-        done = run("experiments/generate_big_samples.py", f"{flags} --log_dir of_{processes}", processes=processes)
-        assert done.returncode == 0, done.stderr
+        process = run("experiments/generate_big_samples.py", f"{flags} --log_dir of_{processes}", processes=processes)
+        assert process.returncode == 0, process.stderr
     for number in range(3):
         pair = [Image.open(trained / f"of_{n}" / f"big_{number:03d}.png") for n in (1, 2)]
         assert torch.equal(*(torch.tensor(list(image.get_flattened_data())) for image in pair))
 
 
 def test_a_canvas_smaller_than_the_grid_is_refused(trained, capsys):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as stop:
         big(trained, "--shape 3 8 --log_dir big_small")
-    assert stopped.value.code == 2
+    assert stop.value.code == 2
     assert "smaller than the window of 4" in capsys.readouterr().err

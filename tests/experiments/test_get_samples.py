@@ -17,61 +17,64 @@ def samples(logs, flags):
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def draw_calls(monkeypatch):
     """The arguments of every sampled batch."""
     batches, draw = [], TrainedSampler.draw
 
-    def watched(model, indices, seed, options, conditions, **how):
-        batches.append({"indices": indices, "conditions": conditions, **how})
-        return draw(model, indices, seed, options, conditions, **how)
+    def record(model, indices, seed, options, conditions, **kwargs):
+        batches.append({"indices": indices, "conditions": conditions, **kwargs})
+        return draw(model, indices, seed, options, conditions, **kwargs)
 
-    monkeypatch.setattr(TrainedSampler, "draw", watched)
+    monkeypatch.setattr(TrainedSampler, "draw", record)
     return batches
 
 
-def test_an_interrupted_run_resumes_to_the_same_files(trained, drawn, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_files(trained, draw_calls, monkeypatch):
     flags = "--n_samples 10 --save_individually --save_process"
     samples(trained, f"{flags} --log_dir samples_whole")
-    whole, cut = trained / "samples_whole", trained / "samples_cut"
-    drawn.clear()
+    uninterrupted, resumed = trained / "samples_whole", trained / "samples_cut"
+    draw_calls.clear()
     draw = TrainedSampler.draw
 
-    def fails(model, indices, *args, **how):
+    def interrupted_draw(model, indices, *args, **kwargs):
         if indices[0] == 8:
             raise KeyboardInterrupt
-        return draw(model, indices, *args, **how)
+        return draw(model, indices, *args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(TrainedSampler, "draw", fails)
+        patch.setattr(TrainedSampler, "draw", interrupted_draw)
         samples(trained, f"{flags} --log_dir samples_cut")
     assert stop.value.code == 130
-    assert not any((cut / name).exists() for name in ("results.json", "samples.npz", "samples.png"))
-    drawn.clear()
+    assert not any((resumed / name).exists() for name in ("results.json", "samples.npz", "samples.png"))
+    draw_calls.clear()
     samples(trained, f"{flags} --log_dir samples_cut")
-    assert [batch["indices"] for batch in drawn] == [[8, 9], [0, 1, 2, 3, 4, 5]]  # the last are those of process.png
-    assert drawn[0]["on_step"] is None and drawn[1]["on_step"] is not None
-    files = {path.relative_to(whole) for path in whole.rglob("*")}
-    assert {path.relative_to(cut) for path in cut.rglob("*")} == files and len(files) == 6 + 10
-    for path in files - {whole.relative_to(whole) / "config.yaml"}:
+    assert [batch["indices"] for batch in draw_calls] == [
+        [8, 9],
+        [0, 1, 2, 3, 4, 5],
+    ]  # the last are those of process.png
+    assert draw_calls[0]["on_step"] is None and draw_calls[1]["on_step"] is not None
+    files = {path.relative_to(uninterrupted) for path in uninterrupted.rglob("*")}
+    assert {path.relative_to(resumed) for path in resumed.rglob("*")} == files and len(files) == 6 + 10
+    for path in files - {uninterrupted.relative_to(uninterrupted) / "config.yaml"}:
         if path.suffix in (".png", ".json"):
-            assert (whole / path).read_bytes() == (cut / path).read_bytes()
-    with np.load(whole / "samples.npz") as one, np.load(cut / "samples.npz") as other:
+            assert (uninterrupted / path).read_bytes() == (resumed / path).read_bytes()
+    with np.load(uninterrupted / "samples.npz") as one, np.load(resumed / "samples.npz") as other:
         assert one.files == other.files
         assert all(np.array_equal(one[name], other[name]) for name in one.files)
 
 
-def test_all_images_of_one_class(trained, drawn):
+def test_all_images_of_one_class(trained, draw_calls):
     flags = "--n_samples 6 --label 7 --guidance 3"
     samples(trained, f"{flags} --log_dir samples_seven --save_process")
     assert read_samples(trained / "samples_seven" / "samples.npz")["labels"].tolist() == [7] * 6
-    assert [batch["conditions"]["label"].tolist() for batch in drawn] == [[7] * 4, [7] * 2, [7] * 6]
+    assert [batch["conditions"]["label"].tolist() for batch in draw_calls] == [[7] * 4, [7] * 2, [7] * 6]
     samples(trained, "--n_samples 24 --guidance 3 --log_dir samples_any")
-    own = read_samples(trained / "samples_any" / "samples.npz")
+    mixed = read_samples(trained / "samples_any" / "samples.npz")
     samples(trained, "--n_samples 24 --guidance 3 --label 7 --log_dir samples_sevens")
     sevens = read_samples(trained / "samples_sevens" / "samples.npz")
-    same = (own["codes"] == sevens["codes"]).flatten(1).all(1)
-    assert len(own["labels"].unique()) > 5 and 0 < (own["labels"] == 7).sum() < 24
-    assert same[own["labels"] == 7].all()  # the noise of an image is its own whatever the classes of others
+    same = (mixed["codes"] == sevens["codes"]).flatten(1).all(1)
+    assert len(mixed["labels"].unique()) > 5 and 0 < (mixed["labels"] == 7).sum() < 24
+    assert same[mixed["labels"] == 7].all()  # the noise of an image does not depend on the classes of others
 
 
 def test_another_class_is_another_experiment(trained, capsys):
@@ -79,8 +82,8 @@ def test_another_class_is_another_experiment(trained, capsys):
     with pytest.raises(SystemExit) as stop:
         samples(trained, "--n_samples 2 --label 2 --log_dir samples_one")
     assert stop.value.code == 2 and "label: 1 there, 2 now" in capsys.readouterr().err
-    found = json.loads((trained / "samples_one" / "results.json").read_text())
-    assert found == {"n_samples": 2, "seed": 0, "label": 1}
+    results = json.loads((trained / "samples_one" / "results.json").read_text())
+    assert results == {"n_samples": 2, "seed": 0, "label": 1}
 
 
 @pytest.mark.parametrize("label", [-1, 10])
@@ -102,14 +105,14 @@ def test_a_model_without_classes_has_none(trained, capsys):
     assert "labels" not in read_samples(trained / "samples_classless" / "samples.npz")
 
 
-def test_a_class_of_pixels(trained_ddpm, drawn):
+def test_a_class_of_pixels(trained_ddpm, draw_calls):
     samples(trained_ddpm, "--sampler ddpm --n_samples 3 --label 4 --log_dir samples_four")
     assert read_samples(trained_ddpm / "samples_four" / "samples.npz")["labels"].tolist() == [4, 4, 4]
-    assert drawn[0]["conditions"].keys() == {"label"}
+    assert draw_calls[0]["conditions"].keys() == {"label"}
 
 
 @pytest.mark.slow
-def test_other_conditions_do_not_depend_on_the_class(trained_ddpm, drawn, monkeypatch):
+def test_other_conditions_do_not_depend_on_the_class(trained_ddpm, draw_calls, monkeypatch):
     """A network with an image condition gets the same images with and without --label."""
     flags = "--adapt my_grey.grey --conditions image --condition_channels 1 --log_dir grey"
     folder = trained_ddpm / "code"
@@ -122,8 +125,8 @@ def test_other_conditions_do_not_depend_on_the_class(trained_ddpm, drawn, monkey
     flags = "--sampler ddpm --load_dir grey --allow my_grey.grey --n_samples 3 --log_dir"
     samples(trained_ddpm, f"{flags} grey_any")
     samples(trained_ddpm, f"{flags} grey_two --label 2")
-    assert drawn[1]["conditions"]["label"].tolist() == [2, 2, 2]
-    assert torch.equal(drawn[1]["conditions"]["condition_image"], drawn[0]["conditions"]["condition_image"])
+    assert draw_calls[1]["conditions"]["label"].tolist() == [2, 2, 2]
+    assert torch.equal(draw_calls[1]["conditions"]["condition_image"], draw_calls[0]["conditions"]["condition_image"])
 
 
 def test_conditional_accuracy_uses_the_requested_classes():
@@ -134,16 +137,16 @@ def test_conditional_accuracy_uses_the_requested_classes():
 
 
 def test_digits_are_checked_against_the_requested_classes(trained, capsys):
-    words = "samples whose class the classifier gives as asked"
+    goal = "samples whose class the classifier gives as asked"
     samples(trained, "--n_samples 20 --log_dir samples_twenty")
     path = trained / "samples_twenty" / "samples.npz"
     call("experiments/check_digits.py", f"--logs_root {trained} --samples {path} --log_dir checked")
     results = json.loads((trained / "checked" / "results.json").read_text())
-    assert 0 <= results[words] <= 1 and GOALS[words].label in capsys.readouterr().out
+    assert 0 <= results[goal] <= 1 and GOALS[goal].label in capsys.readouterr().out
     with np.load(path) as arrays:
-        unasked = {name: arrays[name] for name in ("arr_0", "codes")}
-    np.savez(trained / "unasked.npz", **unasked)
+        without_labels = {name: arrays[name] for name in ("arr_0", "codes")}
+    np.savez(trained / "unasked.npz", **without_labels)
     flags = f"--logs_root {trained} --samples {trained / 'unasked.npz'} --log_dir checked_unasked"
     call("experiments/check_digits.py", flags)
     without = json.loads((trained / "checked_unasked" / "results.json").read_text())
-    assert without == {name: value for name, value in results.items() if name != words}
+    assert without == {name: value for name, value in results.items() if name != goal}

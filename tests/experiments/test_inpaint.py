@@ -18,7 +18,7 @@ def inpaint(logs, flags):
     call("experiments/inpaint.py", f"--logs_root {logs} --no_amp --device cpu {flags}")
 
 
-def results_in(folder):
+def read_results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
@@ -32,12 +32,12 @@ def starts(monkeypatch):
     """The edit input and the result of every sampled batch."""
     batches, draw = [], TrainedSampler.draw
 
-    def watched(self, *args, edit, **how):
-        made = draw(self, *args, edit=edit, **how)
-        batches.append((edit, made))
-        return made
+    def record(self, *args, edit, **kwargs):
+        result = draw(self, *args, edit=edit, **kwargs)
+        batches.append((edit, result))
+        return result
 
-    monkeypatch.setattr(TrainedSampler, "draw", watched)
+    monkeypatch.setattr(TrainedSampler, "draw", record)
     return batches
 
 
@@ -56,10 +56,10 @@ def picture(tmp_path):
 def test_kept_codes_never_change(trained, starts, solver):
     flags = f"--n_images 2 --results 2 --hide left --solver {solver} --sample_steps 3"
     inpaint(trained, f"{flags} --log_dir kept_{solver}")
-    start, made = starts[0]
-    assert start.keep.sum() == 4 * 8 and len(starts) == 2  # the second time all is hidden, for chance
-    assert torch.equal(made["codes"][start.keep], start.x0[start.keep])
-    assert made["codes"].max() < 16 and not starts[1][0].keep.any()
+    start, result = starts[0]
+    assert start.keep.sum() == 4 * 8 and len(starts) == 2  # the second call masks everything, for the chance level
+    assert torch.equal(result["codes"][start.keep], start.x0[start.keep])
+    assert result["codes"].max() < 16 and not starts[1][0].keep.any()
 
 
 @pytest.mark.parametrize("logs", ["trained", "trained_ddpm"])
@@ -68,21 +68,21 @@ def test_by_default_the_lower_half_of_held_out_images_is_masked(logs, request, s
     model = "--sampler ddpm" if logs.name.startswith("ddpm") else ""
     flags = f"{model} --n_images 3 --results 2 --sample_steps 2 --batch_size 4 --log_dir lower"
     inpaint(logs, flags)
-    found = results_in(logs / "lower")
-    assert found["hidden_share"] == 0.5 and found["n_images"] == 3 and found["results_per_image"] == 2
-    assert 0 <= found["survival"]["value"] <= 1 and 0 <= found["chance"]["value"] <= 1
+    results = read_results(logs / "lower")
+    assert results["hidden_share"] == 0.5 and results["n_images"] == 3 and results["results_per_image"] == 2
+    assert 0 <= results["survival"]["value"] <= 1 and 0 <= results["chance"]["value"] <= 1
     assert "chance level (everything masked)" in capsys.readouterr().out
     trained = load_model(ModelConfig(sampler="ddpm" if model else "absorbing"), OutputConfig(logs_root=str(logs)))
-    given = load_input_images((), 3, trained)
+    inputs = load_input_images((), 3, trained)
     pictures = sorted((logs / "lower" / "images").glob("*.png"))
     assert len(pictures) == 6
     half = trained.data.size[0] // 2
     first = pixels(pictures[0])
-    assert torch.equal(first[:half], given.image[0, 0, :half]) and not torch.equal(first, pixels(pictures[1]))
+    assert torch.equal(first[:half], inputs.image[0, 0, :half]) and not torch.equal(first, pixels(pictures[1]))
     assert not (logs / "lower" / ".kept").exists() and (logs / "lower" / "inpainted.png").is_file()
     starts.clear()
     inpaint(logs, flags)
-    assert not starts  # typed again, it tells what it found
+    assert not starts  # a repeated run prints the saved report
 
 
 def test_masked_pixels_do_not_affect_the_results(trained, picture):
@@ -102,11 +102,11 @@ def test_masked_pixels_do_not_affect_the_results(trained, picture):
 def test_transparent_pixels_are_inpainted(trained, picture):
     image = Image.open(picture / "one.png").convert("RGBA")
     alpha = np.full((16, 16), 255, np.uint8)
-    alpha[:, 12:] = 200  # what shines through is not the picture any more
+    alpha[:, 12:] = 200  # partly transparent pixels count as masked
     image.putalpha(Image.fromarray(alpha))
     image.save(picture / "clear.png")
     inpaint(trained, f"--image {picture / 'clear.png'} --results 1 --sample_steps 2 --log_dir clear")
-    assert results_in(trained / "clear")["hidden_share"] == 0.25
+    assert read_results(trained / "clear")["hidden_share"] == 0.25
 
 
 def test_no_paste_keeps_the_models_rendering(trained):
@@ -115,19 +115,19 @@ def test_no_paste_keeps_the_models_rendering(trained):
     inpaint(trained, f"{flags} --no_paste --log_dir rendered")
     one, two = (next((trained / name / "images").glob("*.png")) for name in ("pasted", "rendered"))
     assert torch.equal(pixels(one)[8:], pixels(two)[8:]) and not torch.equal(pixels(one)[:8], pixels(two)[:8])
-    assert "rendered by the model" in results_in(trained / "rendered")["visible_pixels"]
+    assert "rendered by the model" in read_results(trained / "rendered")["visible_pixels"]
 
 
 def test_outpainting_extends_the_canvas_around_the_image(trained, trained_ddpm, starts):
     flags = "--n_images 1 --results 1 --sample_steps 2"
     inpaint(trained, f"{flags} --outpaint 1 0 0 2 --log_dir around")
-    start, made = starts.pop()
-    assert made["image"].shape[2:] == (20, 24) and start.keep[0, 1:, 2:].all() and start.keep.sum() == 16
-    assert torch.equal(made["codes"][start.keep], start.x0[start.keep])
-    assert not starts and "survival" not in results_in(trained / "around")
+    start, result = starts.pop()
+    assert result["image"].shape[2:] == (20, 24) and start.keep[0, 1:, 2:].all() and start.keep.sum() == 16
+    assert torch.equal(result["codes"][start.keep], start.x0[start.keep])
+    assert not starts and "survival" not in read_results(trained / "around")
     inpaint(trained_ddpm, f"{flags} --sampler ddpm --shape 12 8 --hide top --log_dir taller")
-    start, made = starts.pop()
-    assert made["image"].shape[2:] == (12, 8) and start.keep[0, 6:10].all() and start.keep.sum() == 4 * 8
+    start, result = starts.pop()
+    assert result["image"].shape[2:] == (12, 8) and start.keep[0, 6:10].all() and start.keep.sum() == 4 * 8
 
 
 def test_margins_centre_the_grid():
@@ -138,22 +138,22 @@ def test_margins_centre_the_grid():
 
 def test_hide_part_and_add_margins_mask_the_right_pixels(trained):
     model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained)))
-    given = load_input_images((), 2, model)
-    assert hide_part(given, "centre").hidden[0, 4:12, 4:12].all() and hide_part(given, "centre").hidden[0].sum() == 64
-    assert hide_part(given, "right").hidden[:, :, 8:].all() and not hide_part(given, "right").hidden[:, :, :8].any()
-    larger = add_margins(given, (1, 2, 3, 4))
-    assert larger.hidden.shape == (2, 20, 22) and torch.equal(larger.image[:, :, 1:17, 4:20], given.image)
+    inputs = load_input_images((), 2, model)
+    assert hide_part(inputs, "centre").hidden[0, 4:12, 4:12].all() and hide_part(inputs, "centre").hidden[0].sum() == 64
+    assert hide_part(inputs, "right").hidden[:, :, 8:].all() and not hide_part(inputs, "right").hidden[:, :, :8].any()
+    larger = add_margins(inputs, (1, 2, 3, 4))
+    assert larger.hidden.shape == (2, 20, 22) and torch.equal(larger.image[:, :, 1:17, 4:20], inputs.image)
     assert larger.hidden[0].sum() == 20 * 22 - 16 * 16 and not larger.hidden[:, 1:17, 4:20].any()
 
 
 def test_class_agreement_has_the_error_of_independent_images():
-    share = class_agreement(torch.tensor([1, 2]), torch.tensor([[1, 1, 1, 0], [2, 0, 0, 0]]))
-    assert share.value == 0.5 and share.error == pytest.approx(0.25)
+    agreement = class_agreement(torch.tensor([1, 2]), torch.tensor([[1, 1, 1, 0], [2, 0, 0, 0]]))
+    assert agreement.value == 0.5 and agreement.error == pytest.approx(0.25)
     assert class_agreement(torch.tensor([1]), torch.tensor([[1]])) == (1.0, None)
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted"),
+    ("flags", "expected"),
     [
         ("--image {one}", ["one.png is fully opaque", "--mask"]),
         ("--image nowhere.png --hide top", ["nowhere.png not found"]),
@@ -166,12 +166,12 @@ def test_class_agreement_has_the_error_of_independent_images():
         ("--image {black} --mask {black}", ["nothing of black.png is masked"]),
     ],
 )
-def test_invalid_settings_are_refused_in_one_line(trained, picture, capsys, flags, wanted):
+def test_invalid_settings_are_refused_in_one_line(trained, picture, capsys, flags, expected):
     Image.new("L", (16, 16)).save(picture / "black.png")
     files = {name: picture / f"{name}.png" for name in ("one", "mask", "black")}
     with pytest.raises(SystemExit) as stop:
         inpaint(trained, f"{flags.format(**files)} --log_dir inpaint_refused")
     assert stop.value.code == 2
     message = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert all(word in message for word in wanted), message
+    assert all(word in message for word in expected), message
     assert not (trained / "inpaint_refused").exists()

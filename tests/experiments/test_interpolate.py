@@ -20,16 +20,16 @@ def test_the_path_leads_from_the_first_to_the_second_image(sampler, request, mon
     logs = request.getfixturevalue("trained" if sampler == "absorbing" else "trained_ddpm")
     batches, draw = [], TrainedSampler.draw
 
-    def watched(self, indices, seed, options, given, *, edit, **how):
-        batches.append((indices, given, options, edit))
-        return draw(self, indices, seed, options, given, edit=edit, **how)
+    def record(self, indices, seed, options, conditions, *, edit, **kwargs):
+        batches.append((indices, conditions, options, edit))
+        return draw(self, indices, seed, options, conditions, edit=edit, **kwargs)
 
-    monkeypatch.setattr(TrainedSampler, "draw", watched)
+    monkeypatch.setattr(TrainedSampler, "draw", record)
     flags = f"--sampler {sampler} --n_images 4 --points 5 --strength 0.6 --sample_steps 2 --batch_size 7 --log_dir path"
     interpolate(logs, flags)
     indices, x0 = sum((batch[0] for batch in batches), []), torch.cat([batch[3].x0 for batch in batches])
     assert indices == [0] * 5 + [1] * 5  # one noise for all points of a pair
-    assert all(not batch[1] and batch[2].guidance == 1 and batch[3].t == 0.6 for batch in batches)
+    assert all(not batch[1] and batch[2].guidance == 1 and batch[3].strength == 0.6 for batch in batches)
     model = load_model(ModelConfig(sampler=sampler), OutputConfig(logs_root=str(logs), amp=False, device="cpu"))
     ends = encode_images(load_input_images((), 4, model).image, model)
     for pair in (0, 1):
@@ -39,11 +39,11 @@ def test_the_path_leads_from_the_first_to_the_second_image(sampler, request, mon
         assert (from_first.diff() >= 0).all() and from_first[0] < from_first[2] < from_first[4]
         if sampler == "ddpm":
             assert torch.allclose(path[2], (path[0] + path[4]) / 2, atol=1e-6)
-        else:  # whatever comes from the second image stays
+        else:  # codes taken from the second image stay
             of_second = path == path[4:]
             assert (of_second[1:] | ~of_second[:-1]).all()
-    found = json.loads((logs / "path" / "results.json").read_text())
-    assert found["n_pairs"] == 2 and [row["share"] for row in found["points"]] == [0, 0.25, 0.5, 0.75, 1]
+    results = json.loads((logs / "path" / "results.json").read_text())
+    assert results["n_pairs"] == 2 and [row["share"] for row in results["points"]] == [0, 0.25, 0.5, 0.75, 1]
     assert len(list((logs / "path" / "images").glob("*.png"))) == 10 and (logs / "path" / "interpolated.png").is_file()
     assert "distance to the first" in capsys.readouterr().out
 
@@ -55,11 +55,11 @@ def test_with_strength_0_the_ends_are_the_images(trained_ddpm):
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted"), [("--n_images 3", "--n_images"), ("--points 1", "--points"), ("--strength 2", "--strength")]
+    ("flags", "expected"), [("--n_images 3", "--n_images"), ("--points 1", "--points"), ("--strength 2", "--strength")]
 )
-def test_invalid_settings_are_refused(trained, capsys, flags, wanted):
+def test_invalid_settings_are_refused(trained, capsys, flags, expected):
     with pytest.raises(SystemExit) as stop:
         interpolate(trained, f"{flags} --log_dir interpolate_refused")
     assert stop.value.code == 2
-    assert wanted in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert expected in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert not (trained / "interpolate_refused").exists()

@@ -42,54 +42,58 @@ def gaussian(trained_ddpm):
 
 
 @pytest.fixture(params=["play", "gaussian"])
-def each(request):
+def playground(request):
     return request.getfixturevalue(request.param)
 
 
-def make_request(play, **how):
-    options = replace(play.options, **how.pop("options", {}))
-    return Request(options=options, **{"count": 3} | how)
+def make_request(play, **kwargs):
+    options = replace(play.options, **kwargs.pop("options", {}))
+    return Request(options=options, **{"count": 3} | kwargs)
 
 
 def without_classes(play):
-    """The same model as if its data had none."""
-    trained = replace(play.trained, class_frequencies=None)
-    sampler = type("Unconditional", (), {"n_classes": 0, "conditions": (), "process": trained.sampler.process})()
-    return replace(play, trained=replace(trained, sampler=sampler))
+    """The same model for data without classes."""
+    sampler_without_frequencies = replace(play.trained, class_frequencies=None)
+    sampler = type(
+        "Unconditional", (), {"n_classes": 0, "conditions": (), "process": sampler_without_frequencies.sampler.process}
+    )()
+    return replace(play, trained=replace(sampler_without_frequencies, sampler=sampler))
 
 
-def test_the_page_offers_what_the_model_supports(each):
-    found = {control.name: control for control in each.controls}
-    assert found["solver"].choices == tuple(sorted(solvers_for(each.trained.sampler.process)))
-    assert ("eta" in found) is ("top_k" not in found)  # Gaussian, or of codes
-    assert each.classes == [AS_IN_DATA, NO_CLASS, *"0123456789"]
-    bare = without_classes(each)
-    assert bare.classes == [] and not [name for name in bare.controls if name.name.startswith("guidance")]
+def test_the_page_offers_what_the_model_supports(playground):
+    controls = {control.name: control for control in playground.controls}
+    assert controls["solver"].choices == tuple(sorted(solvers_for(playground.trained.sampler.process)))
+    assert ("eta" in controls) is ("top_k" not in controls)  # for Gaussian samplers or samplers of codes
+    assert playground.classes == [AS_IN_DATA, NO_CLASS, *"0123456789"]
+    unconditional = without_classes(playground)
+    assert unconditional.classes == [] and not [
+        name for name in unconditional.controls if name.name.startswith("guidance")
+    ]
 
 
 def test_control_values_become_sampling_options(play):
-    found = play.settings({"solver": "halton", "top_k": 5, "guidance_interval": "0 0.5"})
-    assert found == replace(play.options, solver="halton", top_k=5, guidance_interval=(0.0, 0.5))
+    options = play.settings({"solver": "halton", "top_k": 5, "guidance_interval": "0 0.5"})
+    assert options == replace(play.options, solver="halton", top_k=5, guidance_interval=(0.0, 0.5))
     with pytest.raises(ValueError, match="wanted at least 1"):
         play.settings({"sample_steps": 0})
 
 
-def test_images_are_those_that_the_experiments_draw(each):
-    own = each.trained.draw([0, 1, 2], 5, each.options, each.source.draw(5, [0, 1, 2]))
-    assert torch.equal(each.draw(make_request(each, seed=5)), own["image"])
-    assert torch.equal(each.draw(make_request(each, seed=5, count=2)), own["image"][:2])
-    assert not torch.equal(each.draw(make_request(each, seed=6)), own["image"])
+def test_images_are_those_that_the_experiments_draw(playground):
+    sample = playground.trained.draw([0, 1, 2], 5, playground.options, playground.source.draw(5, [0, 1, 2]))
+    assert torch.equal(playground.draw(make_request(playground, seed=5)), sample["image"])
+    assert torch.equal(playground.draw(make_request(playground, seed=5, count=2)), sample["image"][:2])
+    assert not torch.equal(playground.draw(make_request(playground, seed=6)), sample["image"])
 
 
-def test_a_chosen_class_applies_to_all_images(each):
-    drawn = each.source.draw(0, [0, 1, 2])
-    assert torch.equal(each.conditions(make_request(each))["label"], drawn["label"])
-    assert each.conditions(make_request(each, label=NO_CLASS)) is None
-    assert each.conditions(make_request(each, label="7"))["label"].tolist() == [7, 7, 7]
-    seven = each.trained.draw([0, 1, 2], 0, each.options, {"label": torch.tensor([7, 7, 7])})
-    assert torch.equal(each.draw(make_request(each, label="7")), seven["image"])
+def test_a_chosen_class_applies_to_all_images(playground):
+    source_conditions = playground.source.draw(0, [0, 1, 2])
+    assert torch.equal(playground.conditions(make_request(playground))["label"], source_conditions["label"])
+    assert playground.conditions(make_request(playground, label=NO_CLASS)) is None
+    assert playground.conditions(make_request(playground, label="7"))["label"].tolist() == [7, 7, 7]
+    seven = playground.trained.draw([0, 1, 2], 0, playground.options, {"label": torch.tensor([7, 7, 7])})
+    assert torch.equal(playground.draw(make_request(playground, label="7")), seven["image"])
     with pytest.raises(ValueError, match="got class '10', wanted one of: random .*, none .*, 0, 1"):
-        each.conditions(make_request(each, label="10"))
+        playground.conditions(make_request(playground, label="10"))
 
 
 def test_conditions_other_than_the_class_are_unchanged(play):
@@ -112,9 +116,11 @@ def test_conditions_other_than_the_class_are_unchanged(play):
     assert conditioned.conditions(make_request(conditioned))["label"].tolist() == [1, 2, 3]
 
 
-def test_without_a_class_there_is_no_guidance(each):
-    drawn = [each.draw(make_request(each, label=NO_CLASS, options={"guidance": scale})) for scale in (1.0, 2.0)]
-    assert torch.equal(*drawn)
+def test_without_a_class_there_is_no_guidance(playground):
+    images = [
+        playground.draw(make_request(playground, label=NO_CLASS, options={"guidance": scale})) for scale in (1.0, 2.0)
+    ]
+    assert torch.equal(*images)
 
 
 @pytest.mark.parametrize("wrong", [{"count": 0}, {"seed": -1}])
@@ -165,68 +171,70 @@ def test_closing_the_stream_stops_the_work():
 
     reading = stream(work)
     assert next(reading) == 0
-    threading.Timer(0.2, more.set).start()  # while the reader closes, the work is not asked again
+    threading.Timer(0.2, more.set).start()  # while the reader is closing, the work continues
     reading.close()
     assert ended.is_set() and put_so_far == [0]
 
 
 def brush(size, box):
-    brushed = Image.new("L", size)
-    brushed.paste(255, box)
-    return brushed
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    return mask
 
 
-def test_unmasked_pixels_are_kept(each):
-    side = each.trained.data.size[0]
-    image = each.draw(make_request(each, seed=9, count=1))[0]
+def test_unmasked_pixels_are_kept(playground):
+    side = playground.trained.data.size[0]
+    image = playground.draw(make_request(playground, seed=9, count=1))[0]
     picture = enlarge_to_picture(image, 4 * side)
-    brushed = brush(picture.size, (0, 0, 4 * side, 2 * side))  # the upper half
-    found = each.inpaint(make_request(each, count=4), picture, brushed)
+    mask = brush(picture.size, (0, 0, 4 * side, 2 * side))  # the upper half
+    inpainted = playground.inpaint(make_request(playground, count=4), picture, mask)
     half = side // 2
-    assert found.hidden[:, :half].unique().tolist() == [128]
-    assert torch.equal(found.hidden[:, half:], image[:, half:])
-    assert found.results.shape == (4, *image.shape)
-    assert len(found.results[:, :, :half].flatten(1).unique(dim=0)) == 4  # several results
-    again = each.inpaint(make_request(each, count=2), picture, brushed)
-    assert torch.equal(again.results, found.results[:2])
-    start = each.trained.space.encode_masked(
+    assert inpainted.hidden[:, :half].unique().tolist() == [128]
+    assert torch.equal(inpainted.hidden[:, half:], image[:, half:])
+    assert inpainted.results.shape == (4, *image.shape)
+    assert len(inpainted.results[:, :, :half].flatten(1).unique(dim=0)) == 4  # several results
+    repeated = playground.inpaint(make_request(playground, count=2), picture, mask)
+    assert torch.equal(repeated.results, inpainted.results[:2])
+    start = playground.trained.space.encode_masked(
         image[None], torch.arange(side).lt(half)[None, :, None].expand(1, side, side)
     )
     assert start.keep.float().mean() == 0.5
-    if each.trained.space.first_stage is None:
-        assert torch.equal(found.results[:, :, half:], image[None, :, half:].expand(4, -1, -1, -1))
+    if playground.trained.space.first_stage is None:
+        assert torch.equal(inpainted.results[:, :, half:], image[None, :, half:].expand(4, -1, -1, -1))
 
 
 def test_kept_codes_never_change(play, monkeypatch):
-    drawn, real = [], type(play.trained).draw
+    calls, original_draw = [], type(play.trained).draw
 
-    def draw(*args, **how):
-        drawn.append((real(*args, **how), how | {"conditions": args[4]}))
-        return drawn[-1][0]
+    def draw(*args, **kwargs):
+        calls.append((original_draw(*args, **kwargs), kwargs | {"conditions": args[4]}))
+        return calls[-1][0]
 
     monkeypatch.setattr(type(play.trained), "draw", draw)
     picture = enlarge_to_picture(torch.arange(256, dtype=torch.uint8).view(1, 16, 16))
-    found = play.inpaint(make_request(play, label="3"), picture, brush(picture.size, (0, 0, 80, 80)))
-    assert (found.hidden == 128).sum() >= 64 and found.hidden[:, :8, :8].unique().tolist() == [128]  # whole cells
-    made, how = drawn[0]
-    start, codes = how["edit"], made["codes"]
+    inpainted = play.inpaint(make_request(play, label="3"), picture, brush(picture.size, (0, 0, 80, 80)))
+    assert (inpainted.hidden == 128).sum() >= 64 and inpainted.hidden[:, :8, :8].unique().tolist() == [
+        128
+    ]  # whole cells
+    output, kwargs = calls[0]
+    start, codes = kwargs["edit"], output["codes"]
     assert start.strength == 1 and (~start.keep).sum((1, 2)).tolist() == [
         4,
         4,
         4,
-    ]  # five of 16 pixels: two cells a side
+    ]  # five of 16 pixels touch two cells per side
     assert torch.equal(codes[start.keep], start.x0[start.keep])
-    assert how["conditions"]["label"].tolist() == [3, 3, 3]
+    assert kwargs["conditions"]["label"].tolist() == [3, 3, 3]
 
 
-def test_random_classes_mean_none_when_inpainting(each, monkeypatch):
+def test_random_classes_mean_none_when_inpainting(playground, monkeypatch):
     requests = []
-    monkeypatch.setattr(Playground, "draw", lambda self, request, **how: requests.append(request))
-    picture = Image.new("L", each.trained.data.size)
+    monkeypatch.setattr(Playground, "draw", lambda self, request, **kwargs: requests.append(request))
+    picture = Image.new("L", playground.trained.data.size)
     options = {"guidance": 3.0}
-    each.inpaint(make_request(each, options=options), picture, brush(picture.size, (0, 0, 4, 4)))
+    playground.inpaint(make_request(playground, options=options), picture, brush(picture.size, (0, 0, 4, 4)))
     assert (requests[0].label, requests[0].options.guidance) == (NO_CLASS, 1.0)
-    each.inpaint(make_request(each, options=options, label="1"), picture, brush(picture.size, (0, 0, 4, 4)))
+    playground.inpaint(make_request(playground, options=options, label="1"), picture, brush(picture.size, (0, 0, 4, 4)))
     assert (requests[1].label, requests[1].options.guidance) == ("1", 3.0)
 
 
@@ -239,11 +247,11 @@ def test_an_empty_mask_is_refused(play):
 
 def test_a_16_bit_picture_is_scaled_by_the_data_range():
     levels = np.linspace(0, 4095, 64).reshape(8, 8).round().astype(np.uint16)
-    brushed = Image.new("L", (8, 8))
-    image = preprocess(Image.fromarray(levels), brushed, (8, 8), 1, (0, 4095))[0]
+    mask = Image.new("L", (8, 8))
+    image = preprocess(Image.fromarray(levels), mask, (8, 8), 1, (0, 4095))[0]
     assert np.abs(image[0].numpy() - levels / 4095 * 255).max() <= 0.51
-    grey = Image.fromarray(image[0].numpy())  # and one of 8 bits is as results are shown
-    assert torch.equal(preprocess(grey, brushed, (8, 8), 1, (0, 4095))[0], image)
+    grey = Image.fromarray(image[0].numpy())  # an 8-bit picture is not rescaled
+    assert torch.equal(preprocess(grey, mask, (8, 8), 1, (0, 4095))[0], image)
 
 
 def test_an_uploaded_picture_and_its_mask_are_cropped_alike():
@@ -252,7 +260,7 @@ def test_an_uploaded_picture_and_its_mask_are_cropped_alike():
     image, hidden = preprocess(wide, brush(wide.size, (48, 0, 96, 32)), (8, 8), 3)
     assert image.shape == (3, 8, 8) and hidden.shape == (8, 8)
     assert hidden[:, 4:].all() and not hidden[:, :4].any()
-    assert torch.equal(image[2] > 128, hidden)  # the blue is what is hidden
+    assert torch.equal(image[2] > 128, hidden)  # the blue part is masked
 
 
 def test_integer_enlargement_is_undone_exactly():

@@ -33,8 +33,8 @@ def by_name(options, conditional=True):
 
 
 def test_every_setting_has_a_control_of_its_type():
-    found = by_name(Sampling(sample_steps=7))
-    kinds = {name: (each.kind, each.optional) for name, each in found.items()}
+    controls = by_name(Sampling(sample_steps=7))
+    kinds = {name: (each.kind, each.optional) for name, each in controls.items()}
     assert kinds == {
         "solver": ("choice", False),
         "sample_steps": ("integer", True),
@@ -45,13 +45,15 @@ def test_every_setting_has_a_control_of_its_type():
         "strategy": ("choice", True),
         "exact": ("switch", False),
         "span": ("numbers", True),
-    }  # and none for what a page cannot hold
-    assert found["solver"].choices == ("ancestral", "mine")
-    assert found["order"].choices == ("first", "last") and found["strategy"].choices == ("one", "two")
-    assert (found["sample_steps"].value, found["temp"].value, found["span"].value) == (7, 0.9, "0.25 1")
-    assert (found["temp"].label, found["sample_steps"].label) == ("temperature", "steps")
-    assert (found["temp"].help, found["order"].help) == ("How freely.", "")
-    assert found["sample_steps"].help == field_docs(SamplingConfig)["sample_steps"] != ""  # of the class it builds on
+    }  # other types have no control
+    assert controls["solver"].choices == ("ancestral", "mine")
+    assert controls["order"].choices == ("first", "last") and controls["strategy"].choices == ("one", "two")
+    assert (controls["sample_steps"].value, controls["temp"].value, controls["span"].value) == (7, 0.9, "0.25 1")
+    assert (controls["temp"].label, controls["sample_steps"].label) == ("temperature", "steps")
+    assert (controls["temp"].help, controls["order"].help) == ("How freely.", "")
+    assert (
+        controls["sample_steps"].help == field_docs(SamplingConfig)["sample_steps"] != ""
+    )  # inherited from the base class
 
 
 def test_a_model_without_conditions_has_no_guidance():
@@ -61,9 +63,9 @@ def test_a_model_without_conditions_has_no_guidance():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_setting_has_a_control_with_help(sampler):
     options = load_plugin("train.samplers", sampler, "sampler").Sampling()
-    found = by_name(options)
-    assert found.keys() == {field.name for field in fields(options)} - {"condition_file"}
-    assert all(each.help for each in found.values())
+    controls = by_name(options)
+    assert controls.keys() == {field.name for field in fields(options)} - {"condition_file"}
+    assert all(each.help for each in controls.values())
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -74,11 +76,11 @@ def test_initial_control_values_are_those_of_the_options(sampler):
 
 
 def test_control_contents_are_converted_to_field_values():
-    found = by_name(Sampling())
-    assert parse_value(found["span"], " 0.1  0.5 ") == (0.1, 0.5)
-    assert parse_value(found["strategy"], "") is parse_value(found["top_k"], None) is None
-    assert type(parse_value(found["top_k"], 5.0)) is int and type(parse_value(found["temp"], 1)) is float
-    assert parse_value(found["exact"], False) is False
+    controls = by_name(Sampling())
+    assert parse_value(controls["span"], " 0.1  0.5 ") == (0.1, 0.5)
+    assert parse_value(controls["strategy"], "") is parse_value(controls["top_k"], None) is None
+    assert type(parse_value(controls["top_k"], 5.0)) is int and type(parse_value(controls["temp"], 1)) is float
+    assert parse_value(controls["exact"], False) is False
 
 
 @pytest.mark.parametrize(

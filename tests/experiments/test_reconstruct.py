@@ -23,7 +23,7 @@ def reconstruct(logs, flags):
     call("experiments/reconstruct.py", f"--logs_root {logs} --no_amp {flags}")
 
 
-def refused(logs, flags, capfd):
+def refusal_message(logs, flags, capfd):
     with pytest.raises(SystemExit) as stop:
         reconstruct(logs, flags)
     assert stop.value.code == 2
@@ -31,7 +31,7 @@ def refused(logs, flags, capfd):
     return line
 
 
-def results(logs, name):
+def read_results(logs, name):
     return json.loads((logs / name / "results.json").read_text())
 
 
@@ -52,113 +52,116 @@ def folder(tmp_path_factory):
     (root / "sub").mkdir()
     noise(35, 50).save(root / "colour.png")
     noise(16, 16, 1).save(root / "grey.png")
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    noise(24, 40, 1).save(root / "sub" / "turned.jpg", exif=turned)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(24, 40, 1).save(root / "sub" / "turned.jpg", exif=exif)
     noise(3, 40).save(root / "thin.png")
     (root / "torn.png").write_bytes((root / "colour.png").read_bytes()[:300])
     return root
 
 
 @pytest.fixture(scope="module")
-def made(trained, folder):
-    reconstruct(trained, f"--images {folder} --log_dir made --compare_whole")
-    return trained / "made"
+def run_folder(trained, folder):
+    reconstruct(trained, f"--images {folder} --log_dir reconstructed --compare_whole")
+    return trained / "reconstructed"
 
 
-def test_usable_images_have_pictures_and_others_reasons(trained, made):
-    found = results(trained, "made")
-    sizes = {record["image"]: (record["width"], record["height"], record["codes"]) for record in found["images"]}
-    assert sizes == {  # upright, and cut to multiples of 4
+def test_usable_images_have_pictures_and_others_reasons(trained, run_folder):
+    results = read_results(trained, "reconstructed")
+    sizes = {record["image"]: (record["width"], record["height"], record["codes"]) for record in results["images"]}
+    assert sizes == {  # upright, and cropped to multiples of 4
         "colour.png": (48, 32, [8, 12]),
         "grey.png": (16, 16, [4, 4]),
         "sub/turned.jpg": (24, 40, [10, 6]),
     }
-    skipped = {each["image"]: each["reason"] for each in found["skipped"]}
+    skipped = {each["image"]: each["reason"] for each in results["skipped"]}
     assert skipped.keys() == {"thin.png", "torn.png"} and "40x3 pixels, wanted at least 4x4" in skipped["thin.png"]
-    pictures = sorted(str(path.relative_to(made / "images")) for path in (made / "images").rglob("*.png"))
+    pictures = sorted(str(path.relative_to(run_folder / "images")) for path in (run_folder / "images").rglob("*.png"))
     assert pictures == ["colour.png", "grey.png", "sub/turned.png"]
-    assert (found["tile"], found["overlap"]) == (4, 1)  # the grid of its 16 x 16 images, and a quarter
-    _, height, width = pixels(made / "overview.png").shape
+    assert (results["tile"], results["overlap"]) == (
+        4,
+        1,
+    )  # the grid of its 16 x 16 training images, and a quarter of it
+    _, height, width = pixels(run_folder / "overview.png").shape
     assert width == 6 * (THUMBNAIL + 2) + 2 and height > 2 * THUMBNAIL
 
 
-def test_a_picture_shows_original_reconstruction_and_error_map(trained, folder, made):
-    whole = pixels(made / "images" / "grey.png")
+def test_a_picture_shows_original_reconstruction_and_error_map(trained, folder, run_folder):
+    picture = pixels(run_folder / "images" / "grey.png")
     scale = 64 // 16  # small images are enlarged
     side = 16 * scale
-    parts = [whole[:, 2 : 2 + side : scale, x : x + side : scale] for x in (2, side + 4, 2 * side + 6)]
+    parts = [picture[:, 2 : 2 + side : scale, x : x + side : scale] for x in (2, side + 4, 2 * side + 6)]
     original = torch.from_numpy(np.array(Image.open(folder / "grey.png")))
     assert torch.equal(parts[0], original.expand(3, -1, -1))
     first = load_vqgan(FirstStageModelConfig(), str(trained), CPU, False)
     fake = first.decode(first.encode(original[None, None]))[0]
     assert torch.equal(parts[1], fake.expand(3, -1, -1))
     assert torch.equal(parts[2], error_map(original[None], fake))
-    (record,) = [each for each in results(trained, "made")["images"] if each["image"] == "grey.png"]
+    (record,) = [each for each in read_results(trained, "reconstructed")["images"] if each["image"] == "grey.png"]
     error = (original.double() - fake[0].double()).abs()
     assert record["l1"] == pytest.approx((error.mean() / 127.5).item(), rel=1e-4)
     assert record["psnr"] == pytest.approx(10 * math.log10(255**2 / error.square().mean().item()), rel=1e-4)
 
 
-def test_bits_seams_and_untiled_differences_are_reported(trained, made):
-    found = results(trained, "made")
-    by_name = {record["image"]: record for record in found["images"]}
+def test_bits_seams_and_untiled_differences_are_reported(trained, run_folder):
+    results = read_results(trained, "reconstructed")
+    by_name = {record["image"]: record for record in results["images"]}
     assert all(record["bits_per_pixel"] == 4 / 16 for record in by_name.values())  # 16 codes of 4 x 4 pixels
-    one, many = by_name["grey.png"], by_name["colour.png"]
-    assert one["seams"] is one["seams_of_original"] is None  # a single tile
-    assert many["seams"] > 0 and many["seams_of_original"] == pytest.approx(1, abs=0.3)  # noise knows no seams
-    fake = pixels(made / "images" / "colour.png")[None, :, 2:34, 52:100]
-    assert many["seams"] == pytest.approx(seam_ratio(fake, seams(8, 4, 1, 4), seams(12, 4, 1, 4), 4))
-    assert one["l1_to_whole"] == 0 and one["codes_as_whole"] == 1
-    assert many["l1_to_whole"] > 0 and many["codes_as_whole"] < 1
-    assert found["mean"]["psnr"] == pytest.approx(sum(r["psnr"] for r in by_name.values()) / 3)
+    single_tile, tiled = by_name["grey.png"], by_name["colour.png"]
+    assert single_tile["seams"] is single_tile["seams_of_original"] is None  # a single tile
+    assert tiled["seams"] > 0 and tiled["seams_of_original"] == pytest.approx(1, abs=0.3)  # noise has no seams
+    fake = pixels(run_folder / "images" / "colour.png")[None, :, 2:34, 52:100]
+    assert tiled["seams"] == pytest.approx(seam_ratio(fake, seams(8, 4, 1, 4), seams(12, 4, 1, 4), 4))
+    assert single_tile["l1_to_whole"] == 0 and single_tile["codes_as_whole"] == 1
+    assert tiled["l1_to_whole"] > 0 and tiled["codes_as_whole"] < 1
+    assert results["mean"]["psnr"] == pytest.approx(sum(r["psnr"] for r in by_name.values()) / 3)
     measured = [r["seams"] for r in by_name.values() if r["seams"] is not None]
-    assert found["mean"]["seams"] == pytest.approx(sum(measured) / 2)
-    assert "0.25 of the range" in found["error_map"]
+    assert results["mean"]["seams"] == pytest.approx(sum(measured) / 2)
+    assert "0.25 of the range" in results["error_map"]
 
 
 def test_tiles_follow_the_flags(trained, folder):
     reconstruct(trained, f"--images {folder / 'colour.png'} --log_dir large --tile 12 --overlap 2 --compare_whole")
-    (record,) = results(trained, "large")["images"]
+    (record,) = read_results(trained, "large")["images"]
     assert record["l1_to_whole"] == 0 and record["seams"] is None
     reconstruct(trained, f"--images {folder / 'colour.png'} --log_dir small --tile 5 --overlap 0 --batch_size 3")
-    small = results(trained, "small")
+    small = read_results(trained, "small")
     assert (small["tile"], small["overlap"]) == (5, 0) and small["images"][0]["l1"] != record["l1"]
 
 
 def test_validation_images_are_preprocessed_as_in_training(trained, capfd):
     reconstruct(trained, "--n_images 3")
     (name,) = [path.name for path in trained.glob("reconstructions_vqgan_digits_*")]
-    records = results(trained, name)["images"]
+    records = read_results(trained, name)["images"]
     assert [(r["image"], r["width"], r["height"]) for r in records] == [(f"val_00000{i}", 16, 16) for i in range(3)]
     reconstruct(trained, "--n_images 1 --size 22 --log_dir enlarged")
-    (record,) = results(trained, "enlarged")["images"]
+    (record,) = read_results(trained, "enlarged")["images"]
     assert (record["width"], record["height"]) == (20, 20)
     assert f"{trained / 'vqgan_digits'}, step 5, averaged (EMA) weights" in capfd.readouterr().out
 
 
-def test_a_repeated_run_prints_the_saved_report(trained, folder, made, capfd):
-    before = (made / "images" / "grey.png").stat().st_mtime_ns
-    reconstruct(trained, f"--images {folder} --log_dir made --compare_whole")
-    assert (made / "images" / "grey.png").stat().st_mtime_ns == before
+def test_a_repeated_run_prints_the_saved_report(trained, folder, run_folder, capfd):
+    before = (run_folder / "images" / "grey.png").stat().st_mtime_ns
+    reconstruct(trained, f"--images {folder} --log_dir reconstructed --compare_whole")
+    assert (run_folder / "images" / "grey.png").stat().st_mtime_ns == before
     out = capfd.readouterr().out
     assert "mean of 3" in out and "skipped: thin.png" in out and "2 images skipped" in out
-    assert str(made / "overview.png") in out
+    assert str(run_folder / "overview.png") in out
 
 
-def test_another_experiment_in_the_folder_is_refused(trained, folder, made, tmp_path, capfd):
-    assert "overlap: None there, 2 now" in refused(
-        trained, f"--images {folder} --log_dir made --compare_whole --overlap 2", capfd
+def test_another_experiment_in_the_folder_is_refused(trained, folder, run_folder, tmp_path, capfd):
+    assert "overlap: None there, 2 now" in refusal_message(
+        trained, f"--images {folder} --log_dir reconstructed --compare_whole --overlap 2", capfd
     )
-    mine = tmp_path / "mine"
-    shutil.copytree(folder, mine)
-    reconstruct(trained, f"--images {mine} --log_dir mine")
-    noise(8, 8).save(mine / "new.png")
-    assert "image_files" in refused(trained, f"--images {mine} --log_dir mine", capfd)
+    copy = tmp_path / "mine"
+    shutil.copytree(folder, copy)
+    reconstruct(trained, f"--images {copy} --log_dir mine")
+    noise(8, 8).save(copy / "new.png")
+    assert "image_files" in refusal_message(trained, f"--images {copy} --log_dir mine", capfd)
 
 
 @pytest.mark.parametrize(
-    "flags, wanted",
+    "flags, expected",
     [
         ("--images nowhere", "nowhere not found"),
         ("--images {empty}", "holds no images.*--images"),
@@ -171,9 +174,9 @@ def test_another_experiment_in_the_folder_is_refused(trained, folder, made, tmp_
         ("--load_dir vqgan_digits --dataset mnist", "was trained with --dataset digits, got mnist"),
     ],
 )
-def test_bad_input_is_a_one_line_error(trained, folder, tmp_path, capfd, flags, wanted):
+def test_bad_input_is_a_one_line_error(trained, folder, tmp_path, capfd, flags, expected):
     flags = flags.format(empty=tmp_path, torn=folder / "torn.png")
-    assert re.search(wanted, refused(trained, f"{flags} --log_dir never", capfd))
+    assert re.search(expected, refusal_message(trained, f"{flags} --log_dir never", capfd))
     assert not (trained / "never" / "results.json").exists()
     shutil.rmtree(trained / "never", ignore_errors=True)
 
@@ -194,17 +197,17 @@ def test_the_data_set_is_read_from_the_run(trained, tmp_path):
     assert vqgan_run_defaults(argv, "reconstruct") == {"dataset": "mnist"}
     noise(8, 8, 1).save(tmp_path / "x.png")
     reconstruct(tmp_path, f"--load_dir renamed --images {tmp_path / 'x.png'}")
-    assert results(tmp_path, "reconstructions_x_renamed_5")["vqgan"]["ae_load_dir"] == "renamed"
+    assert read_results(tmp_path, "reconstructions_x_renamed_5")["vqgan"]["ae_load_dir"] == "renamed"
 
 
 def test_images_are_cropped_at_the_centre():
     image = noise(10, 14)
     scan = np.arange(0, 4096, 64, dtype=np.uint16).reshape(8, 8)
-    shown = preprocess(Image.fromarray(scan), None, 1, 4, (0, 4095))
-    assert np.abs(shown[0].numpy() - scan / 4095 * 255).max() <= 0.51
+    converted = preprocess(Image.fromarray(scan), None, 1, 4, (0, 4095))
+    assert np.abs(converted[0].numpy() - scan / 4095 * 255).max() <= 0.51
     assert preprocess(FloatImage(scan.astype(np.float32), (0, 4095)), 4, 1, 4).shape == (1, 4, 4)
-    kept = preprocess(image, None, 3, 4)
-    assert torch.equal(kept, torch.from_numpy(np.array(image))[1:9, 1:13].permute(2, 0, 1))
+    cropped = preprocess(image, None, 3, 4)
+    assert torch.equal(cropped, torch.from_numpy(np.array(image))[1:9, 1:13].permute(2, 0, 1))
     assert preprocess(image, 21, 3, 4).shape == (3, 20, 28)
     assert preprocess(image, None, 1, 4).shape == (1, 8, 12)
     assert preprocess(noise(8, 8, 1), None, 3, 4).shape == (3, 8, 8)
@@ -220,12 +223,12 @@ def test_the_colours_of_errors_have_a_fixed_scale():
     black = torch.zeros(3, 1, 4, dtype=torch.uint8)
     other = black.clone()
     other[:, 0, 1], other[:, 0, 2], other[0, 0, 3] = 64, 255, 96  # 1/4, all, and an eighth in the mean of channels
-    shown, colours = error_map(black, other), colour_table()
-    assert torch.equal(error_map(other, black), shown)
-    assert torch.equal(shown[:, 0].T, colours[[0, 255, 255, 128]])
-    assert torch.equal(error_map(black[:1], other[:1])[:, 0, 1], colours[255])  # grey: its one channel is the mean
+    error_image, colours = error_map(black, other), colour_table()
+    assert torch.equal(error_map(other, black), error_image)
+    assert torch.equal(error_image[:, 0].T, colours[[0, 255, 255, 128]])
+    assert torch.equal(error_map(black[:1], other[:1])[:, 0, 1], colours[255])  # grey: the mean of one channel
     assert colours[0].sum() < 30 and colours[255].sum() > 500  # dark to bright
-    assert torch.equal(panels(black, other)[2], shown)
+    assert torch.equal(panels(black, other)[2], error_image)
 
 
 def test_a_thumbnail_shows_the_whole_image():

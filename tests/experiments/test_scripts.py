@@ -1,4 +1,4 @@
-"""The experiment scripts end to end on a tiny trained model: what they write, and what must not leak in."""
+"""The experiment scripts end to end on a tiny trained model: their files, and images that must not leak in."""
 
 import json
 
@@ -13,7 +13,7 @@ from experiments.metrics.frechet import Statistics, frechet_distance
 from helpers.tiny_runs import call
 
 
-def results(logs, name):
+def read_results(logs, name):
     return json.loads((logs / name / "results.json").read_text())
 
 
@@ -49,18 +49,18 @@ def test_images_do_not_depend_on_the_batch_size(trained, samples):
 
 def test_the_report_records_what_the_number_depends_on(trained, samples, capsys):
     call("experiments/calc_FID.py", f"--logs_root {trained} --samples {samples} --features pixels --log_dir f")
-    found = results(trained, "f")
-    assert {"metric", "value", "real_vs_real", "reconstructions", "n_samples", "features", "run"} <= found.keys()
-    assert (found["metric"], found["features"]) == ("FD(pixels)", "pixels")
-    assert found["n_samples"] == found["n_compared"] == 10
-    assert found["value"] > found["real_vs_real"] > 0  # untrained samples are farther than real ones
-    assert found["n_reference"] == 1438
-    assert found["run"]["sampler_weights"] and found["run"]["ae_weights"]
+    results = read_results(trained, "f")
+    assert {"metric", "value", "real_vs_real", "reconstructions", "n_samples", "features", "run"} <= results.keys()
+    assert (results["metric"], results["features"]) == ("FD(pixels)", "pixels")
+    assert results["n_samples"] == results["n_compared"] == 10
+    assert results["value"] > results["real_vs_real"] > 0  # untrained samples are farther than real ones
+    assert results["n_reference"] == 1438
+    assert results["run"]["sampler_weights"] and results["run"]["ae_weights"]
     assert (trained / "f" / "samples.png").is_file() and (trained / "f" / "reconstructions.png").is_file()
     assert "FID" not in capsys.readouterr().out.replace("/FID", "")
     capsys.readouterr()
     call("experiments/calc_FID.py", f"--logs_root {trained} --samples {samples} --features pixels --log_dir f")
-    assert "FD(pixels)" in capsys.readouterr().out  # typed again, it tells the same
+    assert "FD(pixels)" in capsys.readouterr().out  # a repeated run prints the same report
 
 
 def test_the_reported_value_is_the_distance_of_those_images(trained, samples):
@@ -71,11 +71,11 @@ def test_the_reported_value_is_the_distance_of_those_images(trained, samples):
     features = pixels.build("cpu")
     source = ImageSource(build_dataset(model.data, model.reader, "train"), model.data)
     real = torch.cat([batch["image"] for batch in images_in_order(source, 500)]).expand(-1, 3, -1, -1)
-    wanted = frechet_distance(
+    expected = frechet_distance(
         Statistics().update(features(read_samples(samples)["image"])), Statistics().update(features(real))
     )
     call("experiments/calc_FID.py", f"--logs_root {trained} --samples {samples} --features pixels --log_dir again")
-    assert results(trained, "again")["value"] == pytest.approx(wanted, rel=1e-6)
+    assert read_results(trained, "again")["value"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_reference_statistics_can_be_given_and_split_chosen(trained, samples, tmp_path):
@@ -84,8 +84,8 @@ def test_reference_statistics_can_be_given_and_split_chosen(trained, samples, tm
     flags = f"--logs_root {trained} --samples {samples} --features pixels"
     call("experiments/calc_FID.py", f"{flags} --ref_stats {stats} --log_dir given")
     call("experiments/calc_FID.py", f"{flags} --split val --log_dir val")
-    assert results(trained, "given")["n_reference"] is None
-    assert results(trained, "val")["n_reference"] == 359
+    assert read_results(trained, "given")["n_reference"] is None
+    assert read_results(trained, "val")["n_reference"] == 359
 
 
 def test_images_of_another_experiment_do_not_leak_in(trained, samples, capfd):
@@ -107,7 +107,7 @@ def test_auto_features_fall_back_to_pixels_with_one_warning(trained, samples, mo
     with pytest.warns(UserWarning, match="FD\\(pixels\\), which is not an FID") as caught:
         assert all_features.choose_features("auto", DataConfig(dataset="mnist"), torch.device("cpu")).name == "pixels"
     assert len(caught) == 1
-    with pytest.raises(FileNotFoundError):  # asked for by name, it does not become something else
+    with pytest.raises(FileNotFoundError):  # an explicit choice has no fallback
         all_features.choose_features("inception", DataConfig(), torch.device("cpu"))
 
 

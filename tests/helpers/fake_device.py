@@ -1,4 +1,4 @@
-"""A fake device whose tensors have values: operations that mix its tensors with those of the CPU fail.
+"""A fake device whose tensors have values: operations that mix its tensors with CPU tensors fail.
 
 FakeTensorMode has no values, so code that reads them (`if`, `nonzero`, `tolist`) cannot run in it.
 """
@@ -17,11 +17,11 @@ class FakeDeviceTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, numbers: torch.Tensor):
-        made = torch.Tensor._make_wrapper_subclass(
+        tensor = torch.Tensor._make_wrapper_subclass(
             cls, numbers.size(), strides=numbers.stride(), dtype=numbers.dtype, device=DEVICE
         )
-        made.numbers = numbers
-        return made
+        tensor.numbers = numbers
+        return tensor
 
     def tolist(self):
         return self.numbers.tolist()

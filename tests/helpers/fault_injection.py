@@ -16,7 +16,7 @@ from train.sampler import SamplerStep
 
 BATCH = 4
 AT = 2  # the faulty step
-LAST = BATCH * AT + BATCH - 1  # its last sample, which rank 1 has if there are two
+LAST = BATCH * AT + BATCH - 1  # its last sample, on rank 1 if there are two
 
 
 def nan_image(item):
@@ -45,16 +45,16 @@ class NanGradient:
             def spoil(gradient):
                 return gradient * float("nan") if state.step == self.step else None
 
-            def spoil_behind(module, given, answer):
-                answer.register_hook(spoil)
+            def spoil_behind(module, inputs, output):
+                output.register_hook(spoil)
 
             if is_sharded(module):
                 module.register_forward_hook(spoil_behind)
             else:
                 parameter = list(module.parameters())[0]
-                learns = parameter.requires_grad
+                requires_grad = parameter.requires_grad
                 parameter.requires_grad_(True).register_hook(spoil)
-                parameter.requires_grad_(learns)
+                parameter.requires_grad_(requires_grad)
         self.set = True
 
 
@@ -76,12 +76,12 @@ def add_to_loss(number: float, positions: set[int], seen: list | None = None):
     loss = SamplerStep.loss
 
     def changed(self, network, batch, validation_size=None):
-        found = loss(self, network, batch, validation_size)
+        losses = loss(self, network, batch, validation_size)
         if seen is not None:
             seen.append(batch["position"].tolist())
-        chosen = torch.tensor([p in positions for p in batch["position"].tolist()])
-        per_example = found.per_example + torch.where(chosen, number, 0.0).to(found.per_example)
-        return found._replace(per_example=per_example)
+        selected = torch.tensor([p in positions for p in batch["position"].tolist()])
+        per_example = losses.per_example + torch.where(selected, number, 0.0).to(losses.per_example)
+        return losses._replace(per_example=per_example)
 
     with mock.patch.object(SamplerStep, "loss", changed):
         yield
@@ -92,9 +92,9 @@ def replace_images_by_nan(positions: set[int]):
     """Makes the images of these samples NaN."""
     images = TrainingImages.__getitem__
 
-    def changed(self, asked):
-        batch = images(self, asked)
-        for i, position in enumerate(asked):
+    def changed(self, requested):
+        batch = images(self, requested)
+        for i, position in enumerate(requested):
             if position in positions:
                 batch["image"][i] = float("nan")
         return batch

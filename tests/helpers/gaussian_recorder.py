@@ -22,7 +22,7 @@ class Call(NamedTuple):
 
 
 class EncodedLabels(dict):
-    """The fields given to `encode`, as "told"; `rows` are the labels of all examples, None for a null."""
+    """The fields passed to `encode`, as "told"; `rows` are the labels of all examples, None for a null."""
 
     def __init__(self, rows: list[int | None], **fields: Any):
         super().__init__(told=fields)
@@ -72,9 +72,9 @@ def perturb(built):
 
 def images(n: int, first: int = 0) -> dict[str, Tensor]:
     """A batch of n positions; an image is a function of its position."""
-    places = range(first, first + n)
-    x0 = Streams([seed_of("image", i) for i in places]).uniform((n, *SHAPE)) * 2 - 1
-    return {"x0": x0, "label": torch.tensor(places) % CLASSES, "position": torch.tensor(places)}
+    positions = range(first, first + n)
+    x0 = Streams([seed_of("image", i) for i in positions]).uniform((n, *SHAPE)) * 2 - 1
+    return {"x0": x0, "label": torch.tensor(positions) % CLASSES, "position": torch.tensor(positions)}
 
 
 def draws(batch, seed: int = 0, batch_size: int | None = None):

@@ -39,25 +39,25 @@ def module_of(path: Path) -> str:
 
 def imported(path: Path, files: dict[str, Path]) -> set[str]:
     """The modules of `files` that a file imports, at the top or in functions."""
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in files else node.module for name in names}
-    return found & files.keys()
+            modules |= {name if name in files else node.module for name in names}
+    return modules & files.keys()
 
 
 def single_importers(source: Source) -> dict[str, str]:
     """The files that exactly one other file imports, with that file."""
-    found = {}
+    importer_of = {}
     for module, path in source.files.items():
         importers = [other for other, names in source.imports.items() if module in names]
         plugin = path.parent.name in PLUGINS and not path.stem.startswith("_")
         if len(importers) == 1 and path.stem != "__init__" and not plugin:
-            found[module] = importers[0]
-    return found
+            importer_of[module] = importers[0]
+    return importer_of
 
 
 def floors(modules: set[str], imports: dict[str, set[str]]) -> int:
@@ -74,12 +74,12 @@ def floors(modules: set[str], imports: dict[str, set[str]]) -> int:
 
 
 def reached(start: str, modules: set[str], imports: dict[str, set[str]]) -> set[str]:
-    found, left = set(), [start]
-    while left:
-        for other in imports[left.pop()] & modules - found:
-            found.add(other)
-            left.append(other)
-    return found
+    modules_reached, stack = set(), [start]
+    while stack:
+        for other in imports[stack.pop()] & modules - modules_reached:
+            modules_reached.add(other)
+            stack.append(other)
+    return modules_reached
 
 
 def inner_imports(path: Path) -> int:
@@ -100,8 +100,8 @@ def table_of(root: Path) -> list[str]:
         arrows = sum(len(source.imports[m] & modules) for m in modules)
         texts = [source.files[m].read_text() for m in modules]
         inner = sum(inner_imports(source.files[m]) for m in modules)
-        alone = len(single.keys() & modules)
-        numbers = (sum(map(bool, texts)), sum(text.count("\n") for text in texts), alone, arrows)
+        n_single = len(single.keys() & modules)
+        numbers = (sum(map(bool, texts)), sum(text.count("\n") for text in texts), n_single, arrows)
         lines.append(
             f"{folder:12} {numbers[0]:5}  {numbers[1]:5}  {numbers[2]:15}  {numbers[3]:13}  "
             f"{floors(modules, source.imports):6}  {inner:24}"

@@ -14,7 +14,7 @@ SHELL = ("", "sh", "bash", "shell", "console")
 
 
 class Command(NamedTuple):
-    """A script and the words behind it."""
+    """A script and its flags."""
 
     script: str
     flags: str
@@ -48,20 +48,20 @@ def shell_lines(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[Command]:
-    """What `python` and `torchrun` run, in the order of the page; `python -m` is left out."""
-    found = []
+    """The scripts that `python` and `torchrun` run, in the order of the page, without `python -m`."""
+    result = []
     for line in shell_lines(text):
         program, *rest = line.split()
-        place = next((i for i, word in enumerate(rest) if word.endswith(".py")), None)
-        if program in ("python", "torchrun") and place is not None:
-            found.append(Command(rest[place], " ".join(rest[place + 1 :])))
-    return found
+        index = next((i for i, word in enumerate(rest) if word.endswith(".py")), None)
+        if program in ("python", "torchrun") and index is not None:
+            result.append(Command(rest[index], " ".join(rest[index + 1 :])))
+    return result
 
 
 def files_written(text: str) -> set[Path]:
     """The files that a page writes out: Python blocks whose first line has the comment `# path/to/file.py`."""
     first_lines = [code.partition("\n")[0] for code in blocks(text, "python")]
-    return {Path(found[1]) for line in first_lines if (found := re.search(r"# ([\w/.]+\.py)\b", line))}
+    return {Path(match[1]) for line in first_lines if (match := re.search(r"# ([\w/.]+\.py)\b", line))}
 
 
 def spans(text: str) -> list[str]:
@@ -77,23 +77,23 @@ def links(text: str) -> list[str]:
 
 def anchors(path: Path) -> set[str]:
     """The anchors that GitHub gives the headings of a page."""
-    found: set[str] = set()
+    slugs: set[str] = set()
     for heading in re.findall(r"^#+ (.+)$", prose(path.read_text()), re.M):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
         slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
         number = 1
-        while slug in found:
+        while slug in slugs:
             slug, number = f"{slug.removesuffix(f'-{number - 1}')}-{number}", number + 1
-        found.add(slug)
-    return found
+        slugs.add(slug)
+    return slugs
 
 
 def flags_named(text: str) -> set[str]:
-    """The flags in code spans, and behind a script in commands; without dashes and a leading no_.
+    """The flags in code spans and in commands, without dashes and a leading no_.
 
-    Ours are written with underscores: those with a hyphen are another program's.
+    Our flags have underscores; flags with a hyphen belong to other programs.
     """
-    said = [span for span in spans(text) if not re.match(r"(pip|git|sbatch|srun|torchrun|docker) ", span)]
-    said += [command.flags for command in commands(text)]
-    found = {flag for each in said for flag in re.findall(r"(?:^|\s)--([A-Za-z_]\w*)(?![\w-])", each)}
-    return {flag.removeprefix("no_") for flag in found}
+    texts = [span for span in spans(text) if not re.match(r"(pip|git|sbatch|srun|torchrun|docker) ", span)]
+    texts += [command.flags for command in commands(text)]
+    names = {flag for each in texts for flag in re.findall(r"(?:^|\s)--([A-Za-z_]\w*)(?![\w-])", each)}
+    return {flag.removeprefix("no_") for flag in names}

@@ -11,6 +11,6 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        made = out if isinstance(out, tuple | list) else [out]
-        self.made = max([self.made, *(x.numel() for x in made if isinstance(x, torch.Tensor))])
+        outputs = out if isinstance(out, tuple | list) else [out]
+        self.made = max([self.made, *(x.numel() for x in outputs if isinstance(x, torch.Tensor))])
         return out

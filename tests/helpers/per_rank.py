@@ -37,9 +37,9 @@ def count_ddp_wrappers(command: str) -> int:
     script, _, flags = command.partition(" ")
     counts, destroy = [], dist.destroy_process_group
 
-    def counted(*args, **how):
+    def counted(*args, **kwargs):
         counts.append(sum(type(thing) is DistributedDataParallel for thing in gc.get_objects()))
-        destroy(*args, **how)
+        destroy(*args, **kwargs)
 
     with mock.patch.object(dist, "destroy_process_group", counted):
         tiny_runs.call(script, flags)

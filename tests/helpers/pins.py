@@ -100,55 +100,55 @@ def main() -> None:
     parser.add_argument(
         "--collect", nargs=2, metavar=("ROOT", "FILE"), help="internal: collect the facts of one checkout"
     )
-    asked = parser.parse_args()
-    if asked.collect:
-        collect(Path(asked.collect[0]), Path(asked.collect[1]))
+    args = parser.parse_args()
+    if args.collect:
+        collect(Path(args.collect[0]), Path(args.collect[1]))
         return
-    if asked.base is None:
+    if args.base is None:
         parser.error("wanted BASE, a commit or a folder")
-    with tempfile.TemporaryDirectory(prefix="pins_") as scratch, earlier(asked.base, Path(scratch)) as base:
+    with tempfile.TemporaryDirectory(prefix="pins_") as scratch, checkout_of(args.base, Path(scratch)) as base:
         facts = [facts_of(root, Path(scratch) / f"{name}.json") for name, root in (("then", base), ("now", ROOT))]
     names = sorted(facts[0].keys() | facts[1].keys())
-    odd = [name for name in names if not agree(*(each.get(name) for each in facts))]
-    for name in odd:
-        then, now = (json.dumps(each)[:300] for each in where_odd(*(each.get(name) for each in facts)))
+    differing = [name for name in names if not agree(*(each.get(name) for each in facts))]
+    for name in differing:
+        then, now = (json.dumps(each)[:300] for each in differing_parts(*(each.get(name) for each in facts)))
         print(f"{name}\n  then {then}\n  now  {now}")
-    print(f"{len(facts[0])} facts then, {len(facts[1])} now, {len(odd)} differ")
-    sys.exit(bool(odd))
+    print(f"{len(facts[0])} facts then, {len(facts[1])} now, {len(differing)} differ")
+    sys.exit(bool(differing))
 
 
 def agree(then: Any, now: Any) -> bool:
     """Whether two facts are equal. Settings are compared where both have them; flags are compared separately."""
     if isinstance(then, dict) and isinstance(now, dict) and "settings" in then.keys() & now.keys():
-        both = then["settings"].keys() & now["settings"].keys()
-        same = all(then["settings"][key] == now["settings"][key] for key in both)
+        common = then["settings"].keys() & now["settings"].keys()
+        same = all(then["settings"][key] == now["settings"][key] for key in common)
         return same and all(then.get(key) == now.get(key) for key in (then.keys() | now.keys()) - {"settings"})
     return then == now
 
 
-def where_odd(then: Any, now: Any) -> tuple[Any, Any]:
+def differing_parts(then: Any, now: Any) -> tuple[Any, Any]:
     """The differing parts of two dicts; other facts unchanged."""
     if not isinstance(then, dict) or not isinstance(now, dict):
         return then, now
-    odd = [key for key in then.keys() & now.keys() if not agree(then[key], now[key])]
-    parts = [where_odd(then[key], now[key]) for key in odd]
-    return {key: part[0] for key, part in zip(odd, parts, strict=True)}, dict(
-        zip(odd, (p[1] for p in parts), strict=True)
+    differing = [key for key in then.keys() & now.keys() if not agree(then[key], now[key])]
+    parts = [differing_parts(then[key], now[key]) for key in differing]
+    return {key: part[0] for key, part in zip(differing, parts, strict=True)}, dict(
+        zip(differing, (p[1] for p in parts), strict=True)
     )
 
 
 @contextlib.contextmanager
-def earlier(base: str, scratch: Path) -> Iterator[Path]:
+def checkout_of(base: str, scratch: Path) -> Iterator[Path]:
     """Checks out the earlier commit in a temporary folder."""
     if Path(base).is_dir():
         yield Path(base).resolve()
         return
-    place = scratch / "checkout"
-    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(place), base], cwd=ROOT, check=True)
+    checkout = scratch / "checkout"
+    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(checkout), base], cwd=ROOT, check=True)
     try:
-        yield place
+        yield checkout
     finally:
-        subprocess.run(["git", "worktree", "remove", "--force", str(place)], cwd=ROOT, check=True)
+        subprocess.run(["git", "worktree", "remove", "--force", str(checkout)], cwd=ROOT, check=True)
 
 
 def facts_of(root: Path, file: Path) -> dict[str, Any]:
@@ -184,18 +184,18 @@ def call(root: Path, command: str) -> str:
 
 
 @contextlib.contextmanager
-def tyro_watched(seen: Callable[[type, str | None, Any], None]) -> Iterator[None]:
-    """Passes the class, program and result of every tyro parse to `seen`."""
+def record_tyro(on_parse: Callable[[type, str | None, Any], None]) -> Iterator[None]:
+    """Passes the class, program and result of every tyro parse to `on_parse`."""
     import tyro
 
     parse = tyro.cli
 
-    def watched(cls: type, **how: Any) -> Any:
-        found = parse(cls, **how)
-        seen(cls, how.get("prog"), found)
-        return found
+    def record(cls: type, **kwargs: Any) -> Any:
+        result = parse(cls, **kwargs)
+        on_parse(cls, kwargs.get("prog"), result)
+        return result
 
-    tyro.cli = watched
+    tyro.cli = record
     try:
         yield
     finally:
@@ -204,16 +204,16 @@ def tyro_watched(seen: Callable[[type, str | None, Any], None]) -> Iterator[None
 
 def config_of(root: Path, command: str) -> Any:
     """The config that a script would pass to main."""
-    found = []
+    configs = []
 
-    def seen(cls: type, prog: str | None, config: Any) -> None:
+    def stop_at_main(cls: type, prog: str | None, config: Any) -> None:
         if prog is not None:  # the last parse: files first, then the command line
-            found.append(config)
+            configs.append(config)
             raise Stopped
 
-    with tyro_watched(seen), contextlib.suppress(Stopped):
+    with record_tyro(stop_at_main), contextlib.suppress(Stopped):
         call(root, command)
-    return found[0]
+    return configs[0]
 
 
 def flags(root: Path) -> dict[str, Any]:
@@ -230,8 +230,8 @@ def flags(root: Path) -> dict[str, Any]:
     for name, command in commands.items():
         for group in dataclasses.fields(config := config_of(root, command)):
             for flag, kind, value in flags_in(getattr(config, group.name)):
-                shown = [str(each).replace(str(root), "<root>") for each in (kind, value)]
-                facts[f"flag of {name}: {group.name}.{flag}"] = shown
+                description = [str(each).replace(str(root), "<root>") for each in (kind, value)]
+                facts[f"flag of {name}: {group.name}.{flag}"] = description
     return facts
 
 
@@ -288,26 +288,26 @@ def runs(root: Path, logs: Path) -> dict[str, Any]:
     facts = {}
     for command in TRAININGS.values():
         call(root, f"{command} --logs_root {logs}")
-    again = {name: command.replace("--train_steps 5", "--train_steps 7") for name, command in TRAININGS.items()}
+    longer = {name: command.replace("--train_steps 5", "--train_steps 7") for name, command in TRAININGS.items()}
     for name in ("absorbing", "ddpm"):
-        call(root, f"{again[name]} --logs_root {logs} --steps_per_checkpoint 1")
+        call(root, f"{longer[name]} --logs_root {logs} --steps_per_checkpoint 1")
     for name, command in EXPERIMENTS.items():
         print(name, file=sys.stderr, flush=True)
         script, _, flags = command.partition(" ")
         folder = "" if script == "check_digits.py" else f"--log_dir {name.replace(' ', '_')}"
         if script == "check_digits.py":
             folder = f"--samples {logs / 'samples_of_absorbing' / 'samples.npz'}"
-        printed = call(root, f"experiments/{script} {flags} --logs_root {logs} {folder}")
+        output = call(root, f"experiments/{script} {flags} --logs_root {logs} {folder}")
         if not script.startswith("compare"):  # their tables have columns of seconds
-            facts[f"printed: {name}"] = plain_lines(printed, logs)
+            facts[f"printed: {name}"] = plain_lines(output, logs)
     for path in sorted(p for p in logs.rglob("*") if p.is_file() and ".cache" not in p.parts):
         content = content_of(path, logs)
         if content is not None:
-            facts[f"file: {known_name(path, logs)}"] = content
+            facts[f"file: {stable_name(path, logs)}"] = content
     return facts
 
 
-def known_name(path: Path, logs: Path) -> str:
+def stable_name(path: Path, logs: Path) -> str:
     """File names of cached codes without their key."""
     name = str(path.relative_to(logs))
     return f"{name.rpartition('_')[0]}.codes" if path.suffix == ".codes" else name
@@ -316,8 +316,8 @@ def known_name(path: Path, logs: Path) -> str:
 def plain_lines(text: str, logs: Path) -> list[str]:
     """The printed lines, without progress bars, warnings and times."""
     lines = [line.replace(str(logs), "<logs>") for line in text.replace("\r", "\n").splitlines()]
-    odd = ("/s]", "step/s", "s/img]", "?img", "?row", "img]", "Warning", "warn(", "time:", *TIMES)
-    return [line for line in lines if not any(each in line for each in odd)]
+    skipped = ("/s]", "step/s", "s/img]", "?img", "?row", "img]", "Warning", "warn(", "time:", *TIMES)
+    return [line for line in lines if not any(each in line for each in skipped)]
 
 
 def content_of(path: Path, logs: Path) -> Any:
@@ -361,10 +361,12 @@ def plain_content(path: Path, logs: Path) -> Any:
 
 def flat(groups: dict[str, Any]) -> dict[str, Any]:
     """Settings by "<group>.<key>"."""
-    found = {}
+    settings = {}
     for name, group in groups.items():
-        found |= {f"{name}.{key}": value for key, value in group.items()} if isinstance(group, dict) else {name: group}
-    return found
+        settings |= (
+            {f"{name}.{key}": value for key, value in group.items()} if isinstance(group, dict) else {name: group}
+        )
+    return settings
 
 
 def without_times(value: Any) -> Any:

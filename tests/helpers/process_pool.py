@@ -60,7 +60,7 @@ class ProcessPool:
         late.start()
         line = member.stdout.readline()
         late.cancel()
-        assert line, f"a process ended, or did not within {PATIENCE} s"
+        assert line, f"a process ended, or gave no answer within {PATIENCE} s"
         return json.loads(line)
 
     def run(self, script: str, flags: str) -> list[dict]:

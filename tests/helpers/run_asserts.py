@@ -39,8 +39,8 @@ def lines(run):
 
 def assert_equal_bits(one, other):
     assert one.keys() == other.keys()
-    odd = [key for key in one if not torch.equal(one[key], other[key])]
-    assert not odd, odd
+    differing = [key for key in one if not torch.equal(one[key], other[key])]
+    assert not differing, differing
 
 
 def assert_close(one, other, rtol=1e-5):
@@ -68,30 +68,32 @@ def moments(run, step):
     return {
         f"{name}/{i}/{key}": value
         for name, optimizer in saved_state(run, step)["optimizers"].items()
-        for i, kept in optimizer["state"].items()
-        for key, value in kept.items()
+        for i, values in optimizer["state"].items()
+        for key, value in values.items()
     }
 
 
 def assert_same_checkpoints(one, other, step, best=True):
     """Compares the files, keys, shapes and values; `best` too if both runs validated at the same steps."""
-    mine, yours = checkpoint(one, step), checkpoint(other, step)
-    assert sorted(f.name for f in mine.iterdir()) == sorted(f.name for f in yours.iterdir())
-    for file in mine.glob("*.safetensors"):
+    first, second = checkpoint(one, step), checkpoint(other, step)
+    assert sorted(f.name for f in first.iterdir()) == sorted(f.name for f in second.iterdir())
+    for file in first.glob("*.safetensors"):
         assert_close(weights(one, step, file.name), weights(other, step, file.name))
     assert_close(moments(one, step), moments(other, step), rtol=1e-3)  # some gradients are pure rounding
-    mine, yours = saved_state(one, step), saved_state(other, step)
-    assert mine.keys() == yours.keys() and mine["step"] == yours["step"] and mine["bad_steps"] == yours["bad_steps"]
-    for name, (value, at) in mine["best"].items() if best else ():
-        assert yours["best"][name] == (pytest.approx(value, rel=1e-5), at)
+    first, second = saved_state(one, step), saved_state(other, step)
+    assert (
+        first.keys() == second.keys() and first["step"] == second["step"] and first["bad_steps"] == second["bad_steps"]
+    )
+    for name, (value, at) in first["best"].items() if best else ():
+        assert second["best"][name] == (pytest.approx(value, rel=1e-5), at)
 
 
 def assert_same_ddpm(one, other, step):
     """Compares weights, losses, and the statistics of the time sampler."""
     assert_close(weights(one, step), weights(other, step))
     assert_same_losses(one, other)
-    mine, yours = extras(one, step), extras(other, step)
-    assert mine.keys() == yours.keys()
-    for name in mine:
-        assert torch.equal(mine[name]["count"], yours[name]["count"]) and (mine[name]["count"] >= 10).all()
-        assert torch.allclose(mine[name]["losses"], yours[name]["losses"], rtol=1e-4)
+    first, second = extras(one, step), extras(other, step)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name]["count"], second[name]["count"]) and (first[name]["count"] >= 10).all()
+        assert torch.allclose(first[name]["losses"], second[name]["losses"], rtol=1e-4)

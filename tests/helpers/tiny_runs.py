@@ -37,7 +37,7 @@ def run(script: str, flags: str = "", *, processes: int = 1, cwd: Path = ROOT) -
 
 def parse_config(script, flags, monkeypatch):
     """The config that a script would pass to main, as a flat dict."""
-    seen = []
-    monkeypatch.setattr(cli, "run_main", lambda main, config: seen.append(config))
+    configs = []
+    monkeypatch.setattr(cli, "run_main", lambda main, config: configs.append(config))
     call(script, flags)
-    return {key: value for group in cli.to_dict(seen[0]).values() for key, value in group.items()}
+    return {key: value for group in cli.to_dict(configs[0]).values() for key, value in group.items()}

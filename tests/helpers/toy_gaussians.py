@@ -43,9 +43,11 @@ class Mixture:
 
     def draw(self, *shape: int, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        which = torch.multinomial(torch.tensor(self.weights), math.prod(shape), replacement=True, generator=generator)
+        components = torch.multinomial(
+            torch.tensor(self.weights), math.prod(shape), replacement=True, generator=generator
+        )
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return torch.tensor(self.means, dtype=torch.float64)[which].view(shape) + self.variance**0.5 * noise
+        return torch.tensor(self.means, dtype=torch.float64)[components].view(shape) + self.variance**0.5 * noise
 
     def denoiser(self, process: ContinuousProcess) -> Callable[[Tensor, Tensor], Prediction]:
         """E[x_0 | x_t] and E[eps | x_t]."""
@@ -54,10 +56,10 @@ class Mixture:
             a, s = (append_dims(c, x).unsqueeze(-1) for c in (process.alpha(t), process.sigma(t)))
             means, weights = (torch.tensor(numbers, dtype=x.dtype) for numbers in (self.means, self.weights))
             spread = a**2 * self.variance + s**2
-            away = x.unsqueeze(-1) - a * means  # (..., K)
-            share = (weights.log() - away**2 / (2 * spread)).softmax(-1)
-            x0 = share * (means + a * self.variance / spread * away)
-            return Prediction(x0.sum(-1), (share * s / spread * away).sum(-1))
+            offset = x.unsqueeze(-1) - a * means  # (..., K)
+            posterior = (weights.log() - offset**2 / (2 * spread)).softmax(-1)
+            x0 = posterior * (means + a * self.variance / spread * offset)
+            return Prediction(x0.sum(-1), (posterior * s / spread * offset).sum(-1))
 
         return denoise
 

@@ -33,10 +33,10 @@ class UniformDiffusion(DiscreteProcess):
     def reverse_probabilities(self, x_t: Tensor, logits: Tensor, t: float, s: float) -> Tensor:
         """The sum over x_0 of q(x_s | x_t, x_0) p(x_0 | x_t); t and s may be (B,) too."""
         t, s = (append_dims(torch.as_tensor(each), logits) for each in (t, s))
-        kept, here = (1 - t) / (1 - s), F.one_hot(x_t, self.codes).to(logits.dtype)
-        share = logits.softmax(-1) / ((1 - t) * here + t / self.codes)  # p(x_0) / q(x_t | x_0)
-        to_x_t = kept * here + (1 - kept) / self.codes  # q(x_t | x_s), by x_s
-        return to_x_t * ((1 - s) * share + s / self.codes * share.sum(-1, keepdim=True))
+        stay_prob, one_hot = (1 - t) / (1 - s), F.one_hot(x_t, self.codes).to(logits.dtype)
+        ratio = logits.softmax(-1) / ((1 - t) * one_hot + t / self.codes)  # p(x_0) / q(x_t | x_0)
+        to_x_t = stay_prob * one_hot + (1 - stay_prob) / self.codes  # q(x_t | x_s), by x_s
+        return to_x_t * ((1 - s) * ratio + s / self.codes * ratio.sum(-1, keepdim=True))
 
     def position_losses(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) of the step from t to t - 1/T."""

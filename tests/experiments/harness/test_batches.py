@@ -12,7 +12,7 @@ from train.distributed import DistContext
 ALONE = DistContext(torch.device("cpu"))
 
 
-class Maker:
+class BatchMaker:
     """Computes batches, records their indices, and fails at one of them."""
 
     def __init__(self, fails_at=None):
@@ -28,52 +28,54 @@ class Maker:
         return {"noise": noise, "image": (255 * noise).byte(), "halves": halves, "same": noise, "index": index}
 
 
-def go(folder, make, *, name="noise", count=10, size=3, world=ALONE):
+def run_batches(folder, make, *, name="noise", count=10, size=3, world=ALONE):
     return list(ResumableBatches(world, folder, size).resume(name, range(count), make))
 
 
-def cut_off(folder, make, **how):
+def interrupt(folder, make, **kwargs):
     with pytest.raises(RuntimeError, match="cut off"):
-        go(folder, make, **how)
+        run_batches(folder, make, **kwargs)
 
 
-def assert_same(found, wanted):
-    assert len(found) == len(wanted)
-    for got, want in zip(found, wanted, strict=True):
-        assert list(got) == list(want)  # in the same order: a progress bar counts the first
-        assert all(torch.equal(got[key], want[key]) and got[key].dtype == want[key].dtype for key in want)
+def assert_same(batches, expected):
+    assert len(batches) == len(expected)
+    for batch, reference in zip(batches, expected, strict=True):
+        assert list(batch) == list(reference)  # in the same order: a progress bar counts the first
+        assert all(
+            torch.equal(batch[key], reference[key]) and batch[key].dtype == reference[key].dtype for key in reference
+        )
 
 
 def test_batches_come_in_order_and_unchanged(tmp_path):
-    make = Maker()
-    found = go(tmp_path, make)
+    make = BatchMaker()
+    batches = run_batches(tmp_path, make)
     assert make.requested == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
-    assert_same(found, [Maker()(indices) for indices in make.requested])
-    assert go(tmp_path, make, count=0) == []
+    assert_same(batches, [BatchMaker()(indices) for indices in make.requested])
+    assert run_batches(tmp_path, make, count=0) == []
 
 
-@pytest.mark.parametrize("made_before", [0, 1, 2, 3])
-def test_an_interrupted_run_resumes(tmp_path, made_before):
-    whole = go(tmp_path / "whole", Maker())
-    cut_off(tmp_path / "cut", Maker(fails_at=made_before))
-    again = Maker()
-    assert_same(go(tmp_path / "cut", again), whole)
-    assert again.requested == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]][made_before:]
-    assert_same(go(tmp_path / "cut", Maker(fails_at=0)), whole)  # all is there by now
+@pytest.mark.parametrize("batches_before", [0, 1, 2, 3])
+def test_an_interrupted_run_resumes(tmp_path, batches_before):
+    uninterrupted = run_batches(tmp_path / "whole", BatchMaker())
+    interrupt(tmp_path / "cut", BatchMaker(fails_at=batches_before))
+    resumed = BatchMaker()
+    assert_same(run_batches(tmp_path / "cut", resumed), uninterrupted)
+    assert resumed.requested == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]][batches_before:]
+    assert_same(run_batches(tmp_path / "cut", BatchMaker(fails_at=0)), uninterrupted)  # everything is saved by now
 
 
 def test_a_batch_is_saved_before_it_is_yielded(tmp_path):
-    next(ResumableBatches(ALONE, tmp_path, 3).resume("noise", range(10), Maker()))
-    again = Maker()
-    go(tmp_path, again)
-    assert len(again.requested) == 3
+    next(ResumableBatches(ALONE, tmp_path, 3).resume("noise", range(10), BatchMaker()))
+    resumed = BatchMaker()
+    run_batches(tmp_path, resumed)
+    assert len(resumed.requested) == 3
 
 
 def test_other_names_sizes_and_folders_share_nothing(tmp_path):
-    go(tmp_path, Maker())
+    run_batches(tmp_path, BatchMaker())
     for other in ({"name": "other"}, {"size": 2}, {"folder": tmp_path / "x"}):
-        make = Maker()
-        go(**({"folder": tmp_path, "make": make} | other))
+        make = BatchMaker()
+        run_batches(**({"folder": tmp_path, "make": make} | other))
         assert sum(make.requested, []) == list(range(10))
 
 
@@ -85,7 +87,7 @@ def test_a_partially_written_batch_leaves_no_file(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("experiments.harness.batches.save_file", half)
         with pytest.raises(OSError, match="could not write"):
-            go(tmp_path, Maker())
+            run_batches(tmp_path, BatchMaker())
     assert list((tmp_path / BATCHES_FOLDER).iterdir()) == []
 
 
@@ -93,33 +95,35 @@ def test_bytes_are_synced_before_the_file_is_renamed(tmp_path, monkeypatch):
     order, sync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: (order.append("bytes"), sync(handle)))
     monkeypatch.setattr(os, "replace", lambda *paths: (order.append("name"), replace(*paths)))
-    go(tmp_path, Maker(), count=4)
+    run_batches(tmp_path, BatchMaker(), count=4)
     assert order == ["bytes", "name"] * 2
 
 
 def test_a_damaged_batch_is_reported_by_path(tmp_path):
-    go(tmp_path, Maker())
+    run_batches(tmp_path, BatchMaker())
     path = min((tmp_path / BATCHES_FOLDER).iterdir())
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"{path.name} is damaged.*delete it"):
-        go(tmp_path, Maker())
+        run_batches(tmp_path, BatchMaker())
     path.unlink()
-    again = Maker()
-    assert_same(go(tmp_path, again), go(tmp_path / "whole", Maker()))  # what follows it is made again, too
+    resumed = BatchMaker()
+    assert_same(
+        run_batches(tmp_path, resumed), run_batches(tmp_path / "whole", BatchMaker())
+    )  # later batches are recomputed as well
 
 
 def test_clear_deletes_only_the_batches(tmp_path):
     batches = ResumableBatches(ALONE, tmp_path, 3)
-    batches.clear()  # nothing there
-    go(tmp_path, Maker())
+    batches.clear()  # no batches yet
+    run_batches(tmp_path, BatchMaker())
     (tmp_path / "results.json").touch()
     batches.clear()
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_batch_files_are_named_by_kind_size_and_number(tmp_path):
-    """The names must stay: files of earlier versions are read."""
-    make = Maker()
+    """The names must not change, so that files of earlier versions can be read."""
+    make = BatchMaker()
     list(ResumableBatches(ALONE, tmp_path, 3).resume("noise", range(10), make, size=6))
     assert make.requested == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9]]
     names = sorted(path.name for path in (tmp_path / ".kept").iterdir())
@@ -143,21 +147,21 @@ def one_of_two(rank, **others):
 
 
 def test_the_main_rank_saves_the_batches_of_all_ranks(tmp_path, monkeypatch):
-    """It computes every second batch from the first missing one on and receives the others."""
-    cut_off(tmp_path, Maker(fails_at=1))  # in one process
-    theirs = [Maker()([6, 7, 8])]
-    gather_objects = lambda world, made: [made, theirs.pop() if theirs else None]  # noqa: E731
+    """It computes every second batch from the first missing one and receives the others."""
+    interrupt(tmp_path, BatchMaker(fails_at=1))  # in one process
+    other_batches = [BatchMaker()([6, 7, 8])]
+    gather_objects = lambda world, batch: [batch, other_batches.pop() if other_batches else None]  # noqa: E731
     monkeypatch.setattr("experiments.harness.batches.gather_objects", gather_objects)
-    make = Maker()
-    found = go(tmp_path, make, world=one_of_two(0, done=0, left=[]))
+    make = BatchMaker()
+    batches = run_batches(tmp_path, make, world=one_of_two(0, done=0, left=[]))
     assert make.requested == [[3, 4, 5], [9]]
-    assert_same(found, go(tmp_path / "whole", Maker()))
-    assert_same(go(tmp_path, Maker(fails_at=0)), found)
+    assert_same(batches, run_batches(tmp_path / "whole", BatchMaker()))
+    assert_same(run_batches(tmp_path, BatchMaker(fails_at=0)), batches)
 
 
 def test_other_ranks_learn_from_the_main_rank_what_is_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.harness.batches.gather_objects", lambda world, made: [])
-    go(tmp_path, Maker())  # files that it sees, or not, do not count
-    make = Maker()
-    assert go(tmp_path, make, world=one_of_two(1, done=1, left=[])) == []
+    monkeypatch.setattr("experiments.harness.batches.gather_objects", lambda world, batch: [])
+    run_batches(tmp_path, BatchMaker())  # files that this rank sees do not count
+    make = BatchMaker()
+    assert run_batches(tmp_path, make, world=one_of_two(1, done=1, left=[])) == []
     assert make.requested == [[6, 7, 8]]

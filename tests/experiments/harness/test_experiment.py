@@ -45,7 +45,9 @@ def call_in(name: str) -> ast.Call:
 
 def test_most_commands_are_experiments():
     assert {"calc_FID", "calc_PRDC", "get_samples", "reconstruct", "inpaint"} <= set(EXPERIMENTS)
-    assert len({call_in(name).args[0].value for name in EXPERIMENTS}) == len(EXPERIMENTS) > 10  # folders of their own
+    assert (
+        len({call_in(name).args[0].value for name in EXPERIMENTS}) == len(EXPERIMENTS) > 10
+    )  # each with its own results folder
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -57,14 +59,16 @@ def test_every_experiment_has_config_measure_and_report(name):
     model = FirstStage if first_stage else TrainedSampler
     assert groups["output"] is (FirstStageOutputConfig if first_stage else OutputConfig)
 
-    taken = [parameter.annotation for parameter in inspect.signature(module.measure).parameters.values()]
-    assert taken[-2:] == [model, ResumableBatches] and not {inspect.Parameter.empty, Any, module.Config} & set(taken)
+    annotations = [parameter.annotation for parameter in inspect.signature(module.measure).parameters.values()]
+    assert annotations[-2:] == [model, ResumableBatches] and not {inspect.Parameter.empty, Any, module.Config} & set(
+        annotations
+    )
     if "prepare" in {keyword.arg for keyword in call.keywords}:
         signature = inspect.signature(module.prepare)
         assert [each.annotation for each in signature.parameters.values()] == [module.Config, model, DistContext]
         assert signature.return_annotation is ExperimentSetup
     else:
-        assert taken[:-2] == [kind for key, kind in groups.items() if key not in ("model", "output")]
+        assert annotations[:-2] == [kind for key, kind in groups.items() if key not in ("model", "output")]
 
     signature = inspect.signature(module.report)
     assert list(signature.parameters) == ["results", "folder"] and signature.return_annotation is str
@@ -75,8 +79,8 @@ def test_every_experiment_has_config_measure_and_report(name):
 def test_feature_weights_are_identified_by_content(name):
     groups = (field.type for field in dataclasses.fields(importlib.import_module(f"experiments.{name}").Config))
     flags = {field.name for group in groups for field in dataclasses.fields(group)}
-    how = {keyword.arg: keyword.value for keyword in call_in(name).keywords}
-    files = ast.unparse(how["files"]) if "files" in how else ""
+    arguments = {keyword.arg: keyword.value for keyword in call_in(name).keywords}
+    files = ast.unparse(arguments["files"]) if "files" in arguments else ""
     assert "inception_weights" not in flags or "inception_weights" in files or files == "files"
 
 
@@ -103,28 +107,28 @@ class Config:
 
 
 class Toy:
-    """A toy experiment that records its batches and may be interrupted, with its command line."""
+    """A toy experiment with its command line; it records its batches and can be interrupted."""
 
     def __init__(self, logs: Path, monkeypatch, fails_at: int | None = None):
-        self.logs, self.patch, self.fails_at, self.made = logs, monkeypatch, fails_at, []
+        self.logs, self.patch, self.fails_at, self.requested = logs, monkeypatch, fails_at, []
 
     def measure(self, toy: ToyConfig, model: TrainedSampler, batches: ResumableBatches) -> dict[str, Any]:
         def make(indices: list[int]) -> dict[str, torch.Tensor]:
-            if len(self.made) == self.fails_at:
+            if len(self.requested) == self.fails_at:
                 raise KeyboardInterrupt
-            self.made.append(indices)
+            self.requested.append(indices)
             return {"number": batches.seed + torch.tensor(indices)}
 
-        found = torch.cat([batch["number"] for batch in batches.resume("numbers", range(toy.count), make)])
-        return {"numbers": found.tolist(), "run": batches.run}
+        numbers = torch.cat([batch["number"] for batch in batches.resume("numbers", range(toy.count), make)])
+        return {"numbers": numbers.tolist(), "run": batches.run}
 
     def report(self, results: dict[str, Any], folder: Path) -> str:
         return f"sum: {sum(results['numbers'])} in {folder}"
 
-    def __call__(self, flags: str = "", folder: str = "toy", **how: Any) -> dict[str, Any]:
-        words = f"toy.py --logs_root {self.logs} --no_amp --batch_size 2 --seed 7 {flags}".split()
-        self.patch.setattr(sys, "argv", words)
-        run_experiment("toy", Config, self.measure, self.report, **how)
+    def __call__(self, flags: str = "", folder: str = "toy", **kwargs: Any) -> dict[str, Any]:
+        argv = f"toy.py --logs_root {self.logs} --no_amp --batch_size 2 --seed 7 {flags}".split()
+        self.patch.setattr(sys, "argv", argv)
+        run_experiment("toy", Config, self.measure, self.report, **kwargs)
         return json.loads((self.logs / f"{folder}_absorbing_digits_3" / "results.json").read_text())
 
 
@@ -136,13 +140,15 @@ def toy(trained, tmp_path, monkeypatch):
 
 
 def test_a_finished_experiment_is_not_measured_again(toy, capsys):
-    found = toy()
-    assert found["numbers"] == [7, 8, 9, 10, 11] and toy.made == [[0, 1], [2, 3], [4]]
-    assert found["run"]["toy"]["count"] == 5 and found["run"]["step"] == 3 and "sampler_weights" in found["run"]
+    results = toy()
+    assert results["numbers"] == [7, 8, 9, 10, 11] and toy.requested == [[0, 1], [2, 3], [4]]
+    assert results["run"]["toy"]["count"] == 5 and results["run"]["step"] == 3 and "sampler_weights" in results["run"]
     folder = toy.logs / "toy_absorbing_digits_3"
-    first = capsys.readouterr().out
-    assert toy() == found and len(toy.made) == 3
-    assert first.endswith(f"results: {folder}\nsum: 45 in {folder}\n") and capsys.readouterr().out == first
+    first_output = capsys.readouterr().out
+    assert toy() == results and len(toy.requested) == 3
+    assert (
+        first_output.endswith(f"results: {folder}\nsum: 45 in {folder}\n") and capsys.readouterr().out == first_output
+    )
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "results.json"]
 
 
@@ -152,8 +158,8 @@ def test_an_interrupted_experiment_resumes(toy, capsys):
         toy()
     folder = toy.logs / "toy_absorbing_digits_3"
     assert len(list((folder / BATCHES_FOLDER).iterdir())) == 2 and not (folder / "results.json").exists()
-    toy.fails_at, toy.made = None, []
-    assert toy()["numbers"] == [7, 8, 9, 10, 11] and toy.made == [[4]]
+    toy.fails_at, toy.requested = None, []
+    assert toy()["numbers"] == [7, 8, 9, 10, 11] and toy.requested == [[4]]
     assert not (folder / BATCHES_FOLDER).exists()
 
 
@@ -163,12 +169,12 @@ def test_a_changed_input_file_is_measured_again(toy, tmp_path):
     flags = f"--file {path}"
     assert toy(flags, files=("file",))["run"]["files"] == {"file": sha256(path)}
     toy(flags, files=("file",))
-    assert len(toy.made) == 3
+    assert len(toy.requested) == 3
     path.write_text("two")
-    assert toy(flags, files=("file",))["run"]["files"] == {"file": sha256(path)} and len(toy.made) == 6
-    path.unlink()  # what was measured of it stands
+    assert toy(flags, files=("file",))["run"]["files"] == {"file": sha256(path)} and len(toy.requested) == 6
+    path.unlink()  # the saved results stay valid
     toy(flags, files=("file",))
-    assert len(toy.made) == 6
+    assert len(toy.requested) == 6
 
 
 def test_an_interrupted_second_measurement_resumes(toy, tmp_path):
@@ -176,23 +182,23 @@ def test_an_interrupted_second_measurement_resumes(toy, tmp_path):
     path.write_text("one")
     toy(f"--file {path}", files=("file",))
     path.write_text("two")
-    toy.fails_at, toy.made = 2, []
+    toy.fails_at, toy.requested = 2, []
     with pytest.raises(SystemExit):
         toy(f"--file {path}", files=("file",))
-    toy.fails_at, toy.made = None, []
+    toy.fails_at, toy.requested = None, []
     toy(f"--file {path}", files=("file",))
-    assert toy.made == [[4]] and not (toy.logs / "toy_absorbing_digits_3" / BATCHES_FOLDER).exists()
+    assert toy.requested == [[4]] and not (toy.logs / "toy_absorbing_digits_3" / BATCHES_FOLDER).exists()
 
 
 def test_every_rank_opens_the_condition_source(tmp_path):
     """The source may encode a data set, a collective."""
-    calls, tried = [], []
+    calls, dry_runs = [], []
     model = SimpleNamespace(
         run=tmp_path / "run",
         step=3,
-        origin={},
+        provenance={},
         condition_source=lambda options: calls.append(options) or "source",
-        dry_run=lambda options, source, **how: tried.append(source),
+        dry_run=lambda options, source, **kwargs: dry_runs.append(source),
     )
     config = get_samples.Config(
         samples=get_samples.SamplesConfig(),
@@ -200,10 +206,10 @@ def test_every_rank_opens_the_condition_source(tmp_path):
         sampling=SamplingConfig(),
         output=OutputConfig(logs_root=str(tmp_path)),
     )
-    for is_main in (False, True):  # any: of the main rank, the folder is not there
+    for is_main in (False, True):  # `any` gives the answer of the main rank: the folder does not exist
         world = SimpleNamespace(is_main=is_main, any=lambda flag: [True], barrier=lambda: None)
         open_results_folder("samples", config, model, world, ExperimentSetup(()))
-    assert len(calls) == 2 and tried == ["source"]
+    assert len(calls) == 2 and dry_runs == ["source"]
 
 
 def test_the_example_of_the_docs_runs(trained, tmp_path, monkeypatch):
@@ -220,23 +226,23 @@ def test_other_settings_in_the_same_folder_are_refused(toy, capfd):
     toy()
     with pytest.raises(SystemExit):
         toy("--count 6")
-    assert "count: 5 there, 6 now" in capfd.readouterr().err and len(toy.made) == 3
+    assert "count: 5 there, 6 now" in capfd.readouterr().err and len(toy.requested) == 3
 
 
 def test_prepare_names_the_folder_and_may_outdate_results(toy):
-    known = ["one"]
+    source = ["one"]
 
     def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
-        current = known[0]
+        current = source[0]
         return ExperimentSetup((config.toy,), {"of": "this"}, "prepared", is_current=lambda results: current == "one")
 
     toy(folder="prepared", prepare=prepare)
     assert "of: this" in (toy.logs / "prepared_absorbing_digits_3" / "config.yaml").read_text()
     toy(folder="prepared", prepare=prepare)
-    assert len(toy.made) == 3
-    known[0] = "another"
+    assert len(toy.requested) == 3
+    source[0] = "another"
     toy(folder="prepared", prepare=prepare)
-    assert len(toy.made) == 6
+    assert len(toy.requested) == 6
 
 
 def test_an_error_in_prepare_leaves_no_folder(toy, capfd):

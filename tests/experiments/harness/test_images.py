@@ -17,6 +17,6 @@ def test_recorded_steps_are_evenly_spaced_and_include_the_last(steps):
     for i in range(steps):
         x = torch.full((1,), float(i))
         assert recorder(i, 1 - i / steps, 1 - (i + 1) / steps, x, -x) is x
-    kept = [x.item() for x, _ in recorder.steps]
-    assert kept[0] == 0 and kept[-1] == steps - 1 and min(steps, STRIP_STEPS) <= len(kept) <= 65
-    assert len(set(torch.tensor(kept[:-1]).diff().tolist())) <= 1
+    recorded = [x.item() for x, _ in recorder.steps]
+    assert recorded[0] == 0 and recorded[-1] == steps - 1 and min(steps, STRIP_STEPS) <= len(recorded) <= 65
+    assert len(set(torch.tensor(recorded[:-1]).diff().tolist())) <= 1

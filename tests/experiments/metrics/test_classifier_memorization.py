@@ -17,7 +17,7 @@ def test_nearest_distance_ratio_by_hand():
     assert nearest_distance_ratio(flat(0.0, 10.0), flat(2.0), training) == 0
     assert nearest_distance_ratio(flat(0.0, 3.0), flat(1.0), training) == pytest.approx(
         1.5
-    )  # an even count: the middle
+    )  # an even count: the mean of the middle two
 
 
 def test_nearest_distance_ratio_is_scale_invariant():
@@ -41,9 +41,9 @@ def test_copied_fraction_by_hand():
 def test_copied_fraction_matches_a_brute_force_search():
     generator = torch.Generator().manual_seed(0)
     codes, train = torch.randint(0, 2, (200, 2, 3), generator=generator), torch.randint(0, 2, (30, 2, 3))
-    known = {tuple(grid.flatten().tolist()) for grid in train}
-    wanted = sum(tuple(grid.flatten().tolist()) in known for grid in codes) / 200
-    assert copied_fraction(codes, train) == pytest.approx(wanted)
+    train_grids = {tuple(grid.flatten().tolist()) for grid in train}
+    expected = sum(tuple(grid.flatten().tolist()) in train_grids for grid in codes) / 200
+    assert copied_fraction(codes, train) == pytest.approx(expected)
 
 
 def test_invalid_inputs_raise():

@@ -67,17 +67,17 @@ def test_likelihood_is_the_mass_of_the_levels_bin(first):
     mean, _ = reconstruct_codes(first, ids)
     images = to_uint8(mean + 0.1 * torch.randn_like(mean))
     images[0] = 255 * torch.randint(2, images[0].shape)
-    found = bits_per_dim(first, lambda features: torch.full_like(mean, 2 * math.log(0.3)), ids, to_float(images))
+    bits = bits_per_dim(first, lambda features: torch.full_like(mean, 2 * math.log(0.3)), ids, to_float(images))
     borders = (torch.arange(255).double() + 0.5) / 127.5 - 1
     below = torch.special.ndtr((borders - mean.double().unsqueeze(-1)) / 0.3)
     below = torch.cat([torch.zeros_like(below[..., :1]), below, torch.ones_like(below[..., :1])], -1)
     mass = below.diff().gather(-1, images.long().unsqueeze(-1)).squeeze(-1)
-    assert found.shape == (3,)
-    assert torch.allclose(found.double(), -mass.log2().mean((1, 2, 3)), rtol=1e-3)
+    assert bits.shape == (3,)
+    assert torch.allclose(bits.double(), -mass.log2().mean((1, 2, 3)), rtol=1e-3)
 
 
 class PlainDecoder(Decoder):
-    """A decoder made of the given layers."""
+    """A decoder of the given layers."""
 
     def __init__(self, *layers):
         nn.Sequential.__init__(self, *layers)
@@ -101,8 +101,8 @@ class Flat:
 
 
 def test_code_bits_plus_decoder_bits_are_a_likelihood_bound():
-    """One code for each image: the probabilities of all 65,536 images of two pixels sum to less than one, so no source
-    of images has a larger entropy than the bits that it is given."""
+    """One code per image: the probabilities of all 65,536 two-pixel images sum to at most one, so the mean number of
+    bits is at least the entropy of the images."""
     first, prior = Flat(2), torch.tensor([0.25, 0.75]).double()
     with torch.no_grad():
         first.vqgan.decoder[-1].weight.zero_()
@@ -111,10 +111,12 @@ def test_code_bits_plus_decoder_bits_are_a_likelihood_bound():
     images = torch.stack([dark, bright], -1).view(-1, 1, 1, 2).to(torch.uint8)
     ids = first.encode(images)
     head = TrainedHead(None, 0, "", first, lambda features: torch.full_like(features[:, :1], -1))
-    of_decoder, of_codes = 2 * head.bits_per_dim(ids, images).double(), -prior.log2()[ids.flatten()]
-    halves = torch.stack([(-of_decoder[ids.flatten() == code]).exp2().sum() for code in (0, 1)])  # those of each code
+    decoder_bits, code_bits = 2 * head.bits_per_dim(ids, images).double(), -prior.log2()[ids.flatten()]
+    halves = torch.stack(
+        [(-decoder_bits[ids.flatten() == code]).exp2().sum() for code in (0, 1)]
+    )  # of the images of each code
     assert halves[0] == pytest.approx(0.5, abs=0.01) and halves.sum() == pytest.approx(1, abs=1e-4)
-    total = (-of_codes - of_decoder).exp2().sum()
+    total = (-code_bits - decoder_bits).exp2().sum()
     assert total == pytest.approx((halves * prior).sum().item()) and total <= 1
 
 
@@ -122,7 +124,7 @@ def test_code_bits_plus_decoder_bits_are_a_likelihood_bound():
 
 
 class Noise(Flat):
-    """Code 0 is mean 0 and deviation 0.1, code 1 mean 0.2 and deviation 0.4; they come in turn."""
+    """Code 0 is mean 0 and deviation 0.1, code 1 mean 0.2 and deviation 0.4; the codes alternate."""
 
     def __init__(self):
         super().__init__(16)
@@ -149,13 +151,13 @@ def test_the_head_finds_the_true_deviations():
     deviations = (0.5 * head(reconstruct_codes(first, ids[:2]).features)).exp()[..., 1:-1]
     assert torch.allclose(deviations[0], torch.tensor(0.1), rtol=0.1)
     assert torch.allclose(deviations[1], torch.tensor(0.4), rtol=0.1)
-    found = bits_per_dim(first, head, ids, images).mean().item()
+    bits = bits_per_dim(first, head, ids, images).mean().item()
     entropy = sum(math.log2(d * 127.5 * math.sqrt(2 * math.pi * math.e)) for d in (0.1, 0.4)) / 2  # of the levels
-    assert found == pytest.approx(entropy, abs=0.08)
-    for constant in (0.0, 2 * math.log(0.29)):  # the second: the best that is one for all
+    assert bits == pytest.approx(entropy, abs=0.08)
+    for constant in (0.0, 2 * math.log(0.29)):  # the second is the best constant
         worse = bits_per_dim(first, lambda features, c=constant: torch.full_like(features[:, :1], c), ids, images)
-        assert found < worse.mean().item() - 0.1
-    assert losses[-1] < losses[0] and losses[-1] == pytest.approx(found, abs=0.3)
+        assert bits < worse.mean().item() - 0.1
+    assert losses[-1] < losses[0] and losses[-1] == pytest.approx(bits, abs=0.3)
 
 
 def test_the_loss_is_that_of_images_and_their_own_codes():
@@ -163,9 +165,9 @@ def test_the_loss_is_that_of_images_and_their_own_codes():
     state, step = build_state(first, training, DistContext(CPU)), HeadStep(first, training, DistContext(CPU))
     images = to_float(torch.tensor([[9, 8, 200, 190], [90, 80, 7, 6], [255, 255, 255, 0]]).view(3, 1, 1, 4).byte())
     ids = torch.tensor([0, 1, 1]).view(3, 1, 1)
-    wanted = bits_per_dim(first, state.modules["head"], ids, images).mean().item()
-    assert step(state, [{"image": images}])["loss"].item() == pytest.approx(wanted, rel=1e-6)
-    assert step(state, [{"image": images}])["loss"].item() < wanted
+    expected = bits_per_dim(first, state.modules["head"], ids, images).mean().item()
+    assert step(state, [{"image": images}])["loss"].item() == pytest.approx(expected, rel=1e-6)
+    assert step(state, [{"image": images}])["loss"].item() < expected
 
 
 def test_a_nonfinite_step_changes_no_weights():
@@ -191,58 +193,60 @@ def trained_head(first, run, steps, **changes):
 
 
 @pytest.fixture(scope="module")
-def whole(first, tmp_path_factory):
+def uninterrupted(first, tmp_path_factory):
     """A head trained for five steps."""
     return trained_head(first, tmp_path_factory.mktemp("heads") / "whole", 5)
 
 
-def test_training_changes_only_the_head_and_validates(first, whole, tmp_path):
-    assert whole.step == 5 and not any(p.requires_grad or p.grad is not None for p in first.vqgan.parameters())
-    assert not whole.head.training and not any(p.requires_grad for p in whole.head.parameters())
-    again = load_first_stage(first.run, None, CPU, amp=False)
-    assert_equal_bits(again.vqgan.state_dict(), first.vqgan.state_dict())
-    assert [row["step"] for row in lines(whole.run) if "val/bits_per_dim" in row] == [2, 4, 5]
-    assert {path.name for path in (whole.run / "images").iterdir()} == {"likelihood_00000005.png"}
+def test_training_changes_only_the_head_and_validates(first, uninterrupted, tmp_path):
+    assert uninterrupted.step == 5 and not any(p.requires_grad or p.grad is not None for p in first.vqgan.parameters())
+    assert not uninterrupted.head.training and not any(p.requires_grad for p in uninterrupted.head.parameters())
+    reloaded = load_first_stage(first.run, None, CPU, amp=False)
+    assert_equal_bits(reloaded.vqgan.state_dict(), first.vqgan.state_dict())
+    assert [row["step"] for row in lines(uninterrupted.run) if "val/bits_per_dim" in row] == [2, 4, 5]
+    assert {path.name for path in (uninterrupted.run / "images").iterdir()} == {"likelihood_00000005.png"}
     held_out, bits = ImageSource(build_dataset(first.data, first.reader, "val"), first.data), []
     for batch in images_in_order(held_out, 100):
-        bits.append(whole.bits_per_dim(first.encode(batch["image"]), batch["image"]))
-    logged = [row["val/bits_per_dim"] for row in lines(whole.run) if "val/bits_per_dim" in row]
+        bits.append(uninterrupted.bits_per_dim(first.encode(batch["image"]), batch["image"]))
+    logged = [row["val/bits_per_dim"] for row in lines(uninterrupted.run) if "val/bits_per_dim" in row]
     assert logged[-1] == pytest.approx(torch.cat(bits).double().mean().item(), abs=1e-5)
     assert logged[-1] < logged[0]
 
 
-def test_the_averaged_weights_are_loaded(whole):
-    averaged, plain = (weights(whole.run, 5, name) for name in ("ema.safetensors", "model.safetensors"))
-    assert_equal_bits({f"head.{name}": value for name, value in whole.head.state_dict().items()}, averaged)
+def test_the_averaged_weights_are_loaded(uninterrupted):
+    averaged, plain = (weights(uninterrupted.run, 5, name) for name in ("ema.safetensors", "model.safetensors"))
+    assert_equal_bits({f"head.{name}": value for name, value in uninterrupted.head.state_dict().items()}, averaged)
     assert any(not torch.equal(averaged[name], plain[name]) for name in plain)
 
 
-def test_resumed_head_training_is_bitwise_uninterrupted(first, whole, tmp_path):
+def test_resumed_head_training_is_bitwise_uninterrupted(first, uninterrupted, tmp_path):
     trained_head(first, tmp_path / "parts", 2)
-    parts = trained_head(first, tmp_path / "parts", 5)
-    assert parts.step == 5
+    resumed = trained_head(first, tmp_path / "parts", 5)
+    assert resumed.step == 5
     for name in ("model.safetensors", "ema.safetensors"):
-        assert_equal_bits(weights(whole.run, 5, name), weights(parts.run, 5, name))
-    assert [row for row in lines(whole.run) if "loss" in row] == [row for row in lines(parts.run) if "loss" in row]
+        assert_equal_bits(weights(uninterrupted.run, 5, name), weights(resumed.run, 5, name))
+    assert [row for row in lines(uninterrupted.run) if "loss" in row] == [
+        row for row in lines(resumed.run) if "loss" in row
+    ]
 
 
 @pytest.mark.slow
-def test_gradient_accumulation_matches_the_whole_batch(first, whole, tmp_path):
-    parts = trained_head(first, tmp_path / "parts", 5, accumulate=2)
-    rows = zip(lines(whole.run), lines(parts.run), strict=True)
+def test_gradient_accumulation_matches_the_whole_batch(first, uninterrupted, tmp_path):
+    accumulated = trained_head(first, tmp_path / "parts", 5, accumulate=2)
+    rows = zip(lines(uninterrupted.run), lines(accumulated.run), strict=True)
     assert all(row == pytest.approx(twin, rel=1e-4, abs=1e-6) for row, twin in rows)
 
 
-def test_a_head_with_other_weights_or_settings_is_refused(first, whole, trained):
-    stranger = dataclasses.replace(first, weights="0" * 64)
+def test_a_head_with_other_weights_or_settings_is_refused(first, uninterrupted, trained):
+    other_vqgan = dataclasses.replace(first, weights="0" * 64)
     with pytest.raises(ValueError, match="other VQGAN weights than those of .* at step 5: pass another --head_dir"):
-        load_head(whole.run, stranger)
+        load_head(uninterrupted.run, other_vqgan)
     with pytest.raises(ValueError, match="holds another run .*ae_weights"):
-        trained_head(stranger, whole.run, 5)
+        trained_head(other_vqgan, uninterrupted.run, 5)
     with pytest.raises(ValueError, match="holds another run .*lr: 0.001 there, 0.002 now"):
-        trained_head(first, whole.run, 5, lr=2e-3)
+        trained_head(first, uninterrupted.run, 5, lr=2e-3)
     with pytest.raises(ValueError, match="does not fit this head"):
-        load_head(trained / "absorbing_digits", first)  # it stands on the same VQGAN
+        load_head(trained / "absorbing_digits", first)  # built on the same VQGAN
     with pytest.raises(ValueError, match="other VQGAN weights"):
         load_head(trained / "vqgan_digits", first)
     with pytest.raises(FileNotFoundError, match="no run in"):

@@ -16,7 +16,7 @@ NAMES = sorted(path.stem for path in Path(features.__file__).parent.glob("*.py")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_file_names_its_metric_and_builds(name):
     module = importlib.import_module(f"experiments.metrics.features.{name}")
-    assert (module.METRIC == "FID") == (name == "inception")  # another network is another name
+    assert (module.METRIC == "FID") == (name == "inception")  # other networks have other names
     first, *others = inspect.signature(module.build).parameters.values()
     assert first.name == "device"
     assert all(other.default is not inspect.Parameter.empty for other in others)
@@ -25,16 +25,16 @@ def test_every_file_names_its_metric_and_builds(name):
 def test_pixels_have_their_shape_and_range():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (4, 3, 48, 32), generator=generator, dtype=torch.uint8)
-    got = pixels.build("cpu")(images)
-    assert got.shape == (4, 768) and got.dtype == torch.float32
-    assert 0 <= got.min() and got.max() <= 1
+    result = pixels.build("cpu")(images)
+    assert result.shape == (4, 768) and result.dtype == torch.float32
+    assert 0 <= result.min() and result.max() <= 1
     white = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
     torch.testing.assert_close(pixels.build("cpu")(white), torch.ones(1, 768))
 
 
 def test_pixels_are_antialiased():
     stripes = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-    stripes[:, :, ::4] = 255  # one row in four, which sampling at every fourth would see always or never
+    stripes[:, :, ::4] = 255  # every fourth row: subsampling by 4 would take all of them or none
     torch.testing.assert_close(pixels.build("cpu")(stripes), torch.full((1, 768), 0.25), atol=0.1, rtol=0)
 
 
@@ -76,7 +76,7 @@ def test_invalid_weights_are_reported_by_path(tmp_path):
 
 @pytest.fixture(scope="module")
 def random_inception(tmp_path_factory):
-    """A file as torch-fidelity's, with random weights: it shows that a file loads, and gives no score worth a word."""
+    """A weights file in torch-fidelity's format with random weights, for loading only: its scores mean nothing."""
     extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patch:
         torch.manual_seed(0)
@@ -92,9 +92,9 @@ def test_inception_reads_a_weights_file(random_inception):
     extract = inception.build("cpu", random_inception)
     images = torch.randint(0, 256, (2, 3, 32, 40), dtype=torch.uint8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = extract(images)
-    assert got.shape == (2, 2048) and got.dtype == torch.float32 and not got.requires_grad
-    assert torch.equal(extract(images), got)  # random weights shrink the features: no tolerance is small enough
+        result = extract(images)
+    assert result.shape == (2, 2048) and result.dtype == torch.float32 and not result.requires_grad
+    assert torch.equal(extract(images), result)  # random weights shrink the features: no tolerance is small enough
 
 
 def test_inception_loads_strictly(random_inception, tmp_path):

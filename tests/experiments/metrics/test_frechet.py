@@ -15,13 +15,13 @@ def normal(*shape, rng):
     return torch.randn(*shape, generator=rng, dtype=torch.float64)
 
 
-def written(path, mean, covariance):
-    """Statistics with exactly these moments, through a file as the field writes it."""
+def statistics_from_moments(path, mean, covariance):
+    """Statistics with exactly these moments, through a file in the common format."""
     np.savez(path, mu=mean.numpy(), sigma=covariance.numpy())
     return Statistics.load(path)
 
 
-def same(a, b):
+def assert_same_statistics(a, b):
     torch.testing.assert_close(a.mean, b.mean, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(a.covariance, b.covariance, rtol=1e-12, atol=1e-12)
     assert a.count == b.count
@@ -33,20 +33,20 @@ def test_streamed_statistics_equal_those_of_the_whole_batch(rng):
     for rows in features.split([1, 40, 60]):
         stream.update(rows)
     stream.update(features[:0])
-    same(stream, Statistics().update(features))
+    assert_same_statistics(stream, Statistics().update(features))
     torch.testing.assert_close(stream.mean, features.mean(0))
     torch.testing.assert_close(stream.covariance, torch.cov(features.T))
 
 
 def test_a_large_mean_loses_no_precision(rng):
     features = normal(200, 3, rng=rng)
-    far = Statistics()
+    shifted = Statistics()
     for rows in (features + 1e8).split(50):
-        far.update(rows)
-    torch.testing.assert_close(far.covariance, torch.cov(features.T), rtol=1e-5, atol=1e-7)
+        shifted.update(rows)
+    torch.testing.assert_close(shifted.covariance, torch.cov(features.T), rtol=1e-5, atol=1e-7)
     total, count = (features + 1e8).sum(0), len(features)
     plain_sums = (((features + 1e8).T @ (features + 1e8)) - total.outer(total) / count) / (count - 1)
-    assert (plain_sums - torch.cov(features.T)).abs().max() > 0.1  # what this test was born from
+    assert (plain_sums - torch.cov(features.T)).abs().max() > 0.1  # the error of the naive formula
 
 
 def test_float32_features_are_summed_in_float64():
@@ -58,20 +58,20 @@ def test_merged_parts_equal_the_whole(rng):
     features = normal(50, 4, rng=rng)
     parts = [Statistics().update(rows) for rows in features.split([20, 1, 29])]
     before = parts[0].covariance.clone()
-    same(parts[0] + parts[1] + parts[2], Statistics().update(features))
-    assert torch.equal(parts[0].covariance, before)  # a sum leaves its parts alone
-    same(Statistics() + parts[0], parts[0])
-    same(parts[0] + Statistics(), parts[0])
+    assert_same_statistics(parts[0] + parts[1] + parts[2], Statistics().update(features))
+    assert torch.equal(parts[0].covariance, before)  # adding does not change the operands
+    assert_same_statistics(Statistics() + parts[0], parts[0])
+    assert_same_statistics(parts[0] + Statistics(), parts[0])
 
 
 def test_save_and_load(tmp_path, rng):
     statistics = Statistics().update(normal(30, 5, rng=rng))
     path = tmp_path / "new folder" / "stats.npz"
     statistics.save(path)
-    same(Statistics.load(path), statistics)
-    assert [file.name for file in path.parent.iterdir()] == ["stats.npz"]  # no scratch file is left
+    assert_same_statistics(Statistics.load(path), statistics)
+    assert [file.name for file in path.parent.iterdir()] == ["stats.npz"]  # no temporary file is left
     more = normal(10, 5, rng=rng)
-    same(Statistics.load(path).update(more), statistics.update(more))
+    assert_same_statistics(Statistics.load(path).update(more), statistics.update(more))
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, rng, monkeypatch):
@@ -92,13 +92,13 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, rng, monkeypatch):
 
 
 def test_statistics_without_a_count_cannot_be_extended(tmp_path, rng):
-    known = Statistics().update(normal(30, 3, rng=rng))
-    loaded = written(tmp_path / "field.npz", known.mean, known.covariance)
+    statistics = Statistics().update(normal(30, 3, rng=rng))
+    loaded = statistics_from_moments(tmp_path / "field.npz", statistics.mean, statistics.covariance)
     assert loaded.count is None
-    assert frechet_distance(loaded, known) < 1e-12
+    assert frechet_distance(loaded, statistics) < 1e-12
     loaded.save(tmp_path / "again.npz")
     assert Statistics.load(tmp_path / "again.npz").count is None
-    for grow in (lambda: loaded + known, lambda: known + loaded, lambda: loaded.update(torch.ones(2, 3))):
+    for grow in (lambda: loaded + statistics, lambda: statistics + loaded, lambda: loaded.update(torch.ones(2, 3))):
         with pytest.raises(ValueError, match="count"):
             grow()
 
@@ -138,8 +138,8 @@ def test_commuting_covariances(tmp_path, rng):
     rotation = torch.linalg.qr(normal(4, 4, rng=rng)).Q
     mean = torch.ones(4, dtype=torch.float64)
     distance = frechet_distance(
-        written(tmp_path / "a.npz", mean, rotation @ a.diag() @ rotation.T),
-        written(tmp_path / "b.npz", mean * 2, rotation @ b.diag() @ rotation.T),
+        statistics_from_moments(tmp_path / "a.npz", mean, rotation @ a.diag() @ rotation.T),
+        statistics_from_moments(tmp_path / "b.npz", mean * 2, rotation @ b.diag() @ rotation.T),
     )
     assert distance == pytest.approx(4 + (a.sqrt() - b.sqrt()).square().sum().item(), rel=1e-7)  # sum (sd_a - sd_b)^2
 
@@ -149,24 +149,24 @@ def test_matches_the_matrix_square_root(tmp_path, seed):
     rng = torch.Generator().manual_seed(seed)
     covariances = [factor @ factor.T for factor in normal(2, 8, 8, rng=rng)]
     means = normal(2, 8, rng=rng)
-    a, b = (written(tmp_path / f"{i}.npz", means[i], covariances[i]) for i in range(2))
+    a, b = (statistics_from_moments(tmp_path / f"{i}.npz", means[i], covariances[i]) for i in range(2))
     root = linalg.sqrtm((covariances[0] @ covariances[1]).numpy()).real
-    wanted = (means[0] - means[1]).square().sum() + sum(c.trace() for c in covariances) - 2 * root.trace()
-    assert frechet_distance(a, b) == pytest.approx(wanted.item(), rel=1e-8)
-    assert frechet_distance(b, a) == pytest.approx(wanted.item(), rel=1e-8)
+    expected = (means[0] - means[1]).square().sum() + sum(c.trace() for c in covariances) - 2 * root.trace()
+    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-8)
+    assert frechet_distance(b, a) == pytest.approx(expected.item(), rel=1e-8)
 
 
 def test_fewer_images_than_features(rng):
-    """Singular covariances, where the usual square root of a product turns complex or loses half its digits."""
+    """Singular covariances, where the square root of the product becomes complex or loses half its digits."""
     features = normal(20, 100, rng=rng)
     a, shifted = Statistics().update(features), Statistics().update(features + 1)
     assert frechet_distance(a, a) < 1e-10
     assert frechet_distance(a, shifted) == pytest.approx(100.0, rel=1e-10)
-    apart = torch.zeros(40, 100, dtype=torch.float64)  # each set varies where the other is constant
-    apart[:20, :50], apart[20:, 50:] = features[:, :50], features[:, 50:]
-    first, second = Statistics().update(apart[:20]), Statistics().update(apart[20:])
-    wanted = (first.mean - second.mean).square().sum() + first.covariance.trace() + second.covariance.trace()
-    assert frechet_distance(first, second) == pytest.approx(wanted.item(), rel=1e-6)
+    disjoint = torch.zeros(40, 100, dtype=torch.float64)  # each set varies where the other is constant
+    disjoint[:20, :50], disjoint[20:, 50:] = features[:, :50], features[:, 50:]
+    first, second = Statistics().update(disjoint[:20]), Statistics().update(disjoint[20:])
+    expected = (first.mean - second.mean).square().sum() + first.covariance.trace() + second.covariance.trace()
+    assert frechet_distance(first, second) == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_constant_features():
@@ -176,18 +176,18 @@ def test_constant_features():
 
 
 def test_invalid_features_raise():
-    two = Statistics().update(torch.eye(2))
+    statistics = Statistics().update(torch.eye(2))
     with pytest.raises(ValueError, match="widths 2 and 3"):
-        frechet_distance(two, Statistics().update(torch.eye(3)))
+        frechet_distance(statistics, Statistics().update(torch.eye(3)))
     with pytest.raises(ValueError, match="width 3"):
-        two.update(torch.eye(3))
+        statistics.update(torch.eye(3))
     with pytest.raises(ValueError, match="width 3"):
-        two + Statistics().update(torch.eye(3))
-    same(two, Statistics().update(torch.eye(2)))  # a refused update changes nothing
+        statistics + Statistics().update(torch.eye(3))
+    assert_same_statistics(statistics, Statistics().update(torch.eye(2)))  # a refused update changes nothing
     with pytest.raises(ValueError, match="1 features"):
-        frechet_distance(two, Statistics().update(torch.ones(1, 2)))
+        frechet_distance(statistics, Statistics().update(torch.ones(1, 2)))
     with pytest.raises(ValueError, match="0 features"):
-        frechet_distance(two, Statistics())
+        frechet_distance(statistics, Statistics())
     for bad in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match="nan or inf"):
             Statistics().update(torch.full((2, 2), bad))

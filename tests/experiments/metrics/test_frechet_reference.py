@@ -15,9 +15,9 @@ def reference():
 def test_a_reference_round_trips_and_loads_as_statistics(tmp_path, reference):
     path = tmp_path / "new folder" / "real.npz"
     reference.save(path)
-    found = Reference.load(path)
-    assert torch.equal(found.features, FEATURES[:7]) and found.features.dtype == torch.float32
-    for statistics in (found.statistics, Statistics.load(path)):
+    loaded = Reference.load(path)
+    assert torch.equal(loaded.features, FEATURES[:7]) and loaded.features.dtype == torch.float32
+    for statistics in (loaded.statistics, Statistics.load(path)):
         assert torch.equal(statistics.mean, reference.statistics.mean) and statistics.count == 30
         torch.testing.assert_close(statistics.covariance, reference.statistics.covariance)
     assert [file.name for file in path.parent.iterdir()] == ["real.npz"]

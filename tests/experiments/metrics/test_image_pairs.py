@@ -15,8 +15,8 @@ from train.distributed import DistContext
 ALONE = DistContext(torch.device("cpu"))
 
 
-class Seen(nn.Module):
-    """A stand-in for LPIPS: the mean absolute difference, recording its inputs' shapes."""
+class RecordingLPIPS(nn.Module):
+    """A mock of LPIPS: the mean absolute difference, recording its inputs' shapes."""
 
     net = "alex"
 
@@ -41,24 +41,24 @@ def test_pixels_by_hand():
 
 
 @pytest.mark.parametrize(
-    "size, shown", [((8, 8), 64), ((28, 28), 84), ((63, 90), 126), ((64, 64), 64), ((65, 200), 65)]
+    "size, enlarged_side", [((8, 8), 64), ((28, 28), 84), ((63, 90), 126), ((64, 64), 64), ((65, 200), 65)]
 )
-def test_small_images_are_enlarged_by_an_integer(size, shown):
+def test_small_images_are_enlarged_by_an_integer(size, enlarged_side):
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     large = enlarge(images)
-    assert min(large.shape[2:]) == shown and large.shape[3] * size[0] == large.shape[2] * size[1]
+    assert min(large.shape[2:]) == enlarged_side and large.shape[3] * size[0] == large.shape[2] * size[1]
     assert large.mean().item() == pytest.approx(images.mean().item(), abs=0.02)
     flat = enlarge(torch.full((1, 1, *size), 0.3))
     torch.testing.assert_close(flat, torch.full_like(flat, 0.3))
 
 
 def test_lpips_is_computed_in_batches_on_the_range_minus_1_to_1():
-    net = Seen()
-    found = lpips_distance(net, torch.device("cpu"), 2)
+    net = RecordingLPIPS()
+    distance = lpips_distance(net, torch.device("cpu"), 2)
     image, others = torch.zeros(1, 8, 8, dtype=torch.uint8), torch.zeros(5, 1, 8, 8, dtype=torch.uint8)
     others[3] = 255
-    assert found.name == "LPIPS (alex)"
-    assert found.distances(image, others).tolist() == [0, 0, 0, 2, 0]
+    assert distance.name == "LPIPS (alex)"
+    assert distance.distances(image, others).tolist() == [0, 0, 0, 2, 0]
     assert net.shapes == [(2, 1, 64, 64), (2, 1, 64, 64), (1, 1, 64, 64)]
 
 
@@ -78,7 +78,7 @@ def test_without_weights_auto_falls_back_to_pixels(monkeypatch, capsys):
     )
     with pytest.raises(ValueError, match="--rerank pixels"):
         choose_distance("lpips", "alex", None, ALONE, 9)
-    with pytest.raises(ValueError, match="no weights"):  # a file that was named does not become something else
+    with pytest.raises(ValueError, match="no weights"):  # an explicit file has no fallback
         choose_distance("auto", "alex", "alex.pth", ALONE, 9)
     assert choose_distance("pixels", "alex", None, ALONE, 9).name == "pixels" and capsys.readouterr().out == ""
 
@@ -91,7 +91,7 @@ class OtherFailed(DistContext):
 
 
 def test_all_ranks_use_the_same_distance(monkeypatch, capsys):
-    monkeypatch.setattr(image_pairs, "load_perceptual", lambda net, weights: (net, Seen()))
+    monkeypatch.setattr(image_pairs, "load_perceptual", lambda net, weights: (net, RecordingLPIPS()))
     assert choose_distance("auto", "alex", None, ALONE, 9).name == "LPIPS (alex)"
     assert choose_distance("auto", "alex", None, OtherFailed(torch.device("cpu")), 9).name == "pixels"
     assert "another process" in capsys.readouterr().out
@@ -99,9 +99,9 @@ def test_all_ranks_use_the_same_distance(monkeypatch, capsys):
 
 @pytest.mark.skipif("LPIPS_SQUEEZE" not in os.environ, reason="LPIPS_SQUEEZE names no folder with squeeze.backbone.pth")
 def test_lpips_with_real_weights_orders_similar_images():
-    found = choose_distance("lpips", "squeeze", f"{os.environ['LPIPS_SQUEEZE']}/squeeze.backbone.pth", ALONE, 4)
+    distance = choose_distance("lpips", "squeeze", f"{os.environ['LPIPS_SQUEEZE']}/squeeze.backbone.pth", ALONE, 4)
     image = torch.zeros(1, 16, 16, dtype=torch.uint8)
     image[:, 3:12, 6:9] = 255
-    moved, negative = image.roll(1, 2), 255 - image
-    distances = found.distances(image, torch.stack([image, moved, negative])).tolist()
+    shifted, negative = image.roll(1, 2), 255 - image
+    distances = distance.distances(image, torch.stack([image, shifted, negative])).tolist()
     assert distances[0] == 0 and 0 < distances[1] < distances[2]

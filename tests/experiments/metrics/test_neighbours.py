@@ -21,49 +21,51 @@ def sorted_distances(point, others):
 @given(n=st.integers(1, 9), m=st.integers(4, 9), k=st.integers(1, 4), chunk=st.integers(1, 10), seed=st.integers(0, 99))
 def test_matches_a_brute_force_search(n, m, k, chunk, seed):
     queries, references = points(n, 3, seed), points(m, 3, seed + 1000)
-    wanted = [sorted_distances(query, references)[k - 1] for query in queries]
-    assert nearest_distances(queries, references, k, chunk=chunk).tolist() == pytest.approx(wanted, abs=1e-12)
+    expected = [sorted_distances(query, references)[k - 1] for query in queries]
+    assert nearest_distances(queries, references, k, chunk=chunk).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 @given(n=st.integers(5, 12), k=st.integers(1, 4), chunk=st.integers(1, 13), seed=st.integers(0, 99))
 def test_a_point_is_not_its_own_neighbour(n, k, chunk, seed):
     data = points(n, 3, seed)
-    wanted = [sorted_distances(data[i], [*data[:i], *data[i + 1 :]])[k - 1] for i in range(n)]
-    assert nearest_distances(data, data, k, exclude_self=True, chunk=chunk).tolist() == pytest.approx(wanted, abs=1e-12)
+    expected = [sorted_distances(data[i], [*data[:i], *data[i + 1 :]])[k - 1] for i in range(n)]
+    assert nearest_distances(data, data, k, exclude_self=True, chunk=chunk).tolist() == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("block", [1, 5, 100])
 @pytest.mark.parametrize("own", [False, True])
 def test_nearest_does_not_depend_on_the_block_size(monkeypatch, block, own):
-    """More references than a block and than the product proposes, so that both have to choose."""
+    """There are more references than in a block and than the matrix product proposes as candidates."""
     monkeypatch.setattr(neighbours, "BLOCK", block)
     rng, counts = torch.Generator().manual_seed(0), []
     references = torch.randn(40, 3, generator=rng)
     queries = references if own else torch.randn(9, 3, generator=rng)
-    found = nearest(queries, references, 6, exclude_self=own, chunk=4, advance=counts.append)
-    wanted = (queries[:, None] - references).double().norm(dim=-1)
+    result = nearest(queries, references, 6, exclude_self=own, chunk=4, advance=counts.append)
+    expected = (queries[:, None] - references).double().norm(dim=-1)
     if own:
-        wanted.fill_diagonal_(torch.inf)
-    values, indices = wanted.sort(1)
-    assert torch.equal(found.indices, indices[:, :6]) and sum(counts) == len(queries)
-    torch.testing.assert_close(found.distances, values[:, :6], rtol=1e-6, atol=0)
+        expected.fill_diagonal_(torch.inf)
+    values, indices = expected.sort(1)
+    assert torch.equal(result.indices, indices[:, :6]) and sum(counts) == len(queries)
+    torch.testing.assert_close(result.distances, values[:, :6], rtol=1e-6, atol=0)
 
 
 def test_ties_keep_the_order_of_the_references():
     references = torch.tensor([[2.0], [-1.0], [1.0], [1.0], [-1.0]])
-    found = nearest(torch.zeros(1, 1), references, 5)
-    assert found.indices.tolist() == [[1, 2, 3, 4, 0]] and found.distances.tolist() == [[1, 1, 1, 1, 2]]
+    result = nearest(torch.zeros(1, 1), references, 5)
+    assert result.indices.tolist() == [[1, 2, 3, 4, 0]] and result.distances.tolist() == [[1, 1, 1, 1, 2]]
 
 
 def test_near_ties_are_resolved_exactly():
-    """Around their middle these still have squares that hide differences of 1e-5: the product alone guesses."""
+    """Even after centring, the squares are so large that differences of 1e-5 are lost in the matrix product."""
     rng = torch.Generator().manual_seed(0)
-    far = torch.randn(2, 50, generator=rng, dtype=torch.float64) * 1e4
-    references = torch.cat([far, torch.zeros(8, 50, dtype=torch.float64)])
+    distant = torch.randn(2, 50, generator=rng, dtype=torch.float64) * 1e4
+    references = torch.cat([distant, torch.zeros(8, 50, dtype=torch.float64)])
     references[2:, 0] = 1e-5 * torch.arange(8, 0, -1)
-    found = nearest(torch.zeros(1, 50, dtype=torch.float64), references, 3)
-    assert found.indices.tolist() == [[9, 8, 7]]
-    torch.testing.assert_close(found.distances, torch.tensor([[1e-5, 2e-5, 3e-5]]).double(), rtol=1e-9, atol=0)
+    result = nearest(torch.zeros(1, 50, dtype=torch.float64), references, 3)
+    assert result.indices.tolist() == [[9, 8, 7]]
+    torch.testing.assert_close(result.distances, torch.tensor([[1e-5, 2e-5, 3e-5]]).double(), rtol=1e-9, atol=0)
 
 
 def test_duplicates_have_distance_exactly_zero():
@@ -74,9 +76,9 @@ def test_duplicates_have_distance_exactly_zero():
 
 def test_near_duplicates_keep_their_precision():
     data = torch.rand(4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1000
-    moved = data.clone()
-    moved[:, 0] += 1e-6
-    torch.testing.assert_close(nearest_distances(data, moved), torch.full((4,), 1e-6).double(), rtol=1e-5, atol=0)
+    shifted = data.clone()
+    shifted[:, 0] += 1e-6
+    torch.testing.assert_close(nearest_distances(data, shifted), torch.full((4,), 1e-6).double(), rtol=1e-5, atol=0)
 
 
 def test_no_queries_and_whole_numbers():
@@ -86,14 +88,16 @@ def test_no_queries_and_whole_numbers():
 
 
 def test_coverage_by_hand():
-    real = torch.tensor([[0.0], [1.0], [3.0]])  # to the nearest other: 1, 1, 2
-    assert coverage(real, torch.tensor([[0.0]]), k=1) == pytest.approx(1 / 3)  # 1.0 lies at exactly 1: not closer
+    real = torch.tensor([[0.0], [1.0], [3.0]])  # distances to the nearest neighbour: 1, 1, 2
+    assert coverage(real, torch.tensor([[0.0]]), k=1) == pytest.approx(
+        1 / 3
+    )  # 1.0 is at a distance of exactly 1, not closer
     assert coverage(real, torch.tensor([[0.5]]), k=1) == pytest.approx(2 / 3)
     assert coverage(real, torch.tensor([[0.5], [4.5]]), k=1) == 1
     assert coverage(real, torch.tensor([[100.0]]), k=2) == 0
     assert coverage(real, real, k=1) == 1
     twins = torch.zeros(2, 1)
-    assert coverage(twins, twins, k=1) == 0  # nothing lies strictly closer than a twin
+    assert coverage(twins, twins, k=1) == 0  # nothing is strictly closer than a duplicate
 
 
 @given(n=st.integers(4, 10), m=st.integers(1, 10), k=st.integers(1, 3), seed=st.integers(0, 199))

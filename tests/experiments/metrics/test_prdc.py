@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.metrics import neighbours
-from experiments.metrics import prdc as own
+from experiments.metrics import prdc as prdc_module
 from experiments.metrics.neighbours import coverage, squared_distances
 from experiments.metrics.prdc import PRDC, knn_radii, prdc, strictly_closer
 
 
-def authors(real, fake, k):
-    """The four numbers as the package prdc finds them."""
+def reference_prdc(real, fake, k):
+    """The four metrics by the package prdc."""
     package = pytest.importorskip("prdc")
     with contextlib.redirect_stdout(io.StringIO()):
-        found = package.compute_prdc(real.double().numpy(), fake.double().numpy(), k)
-    return PRDC(**found)
+        result = package.compute_prdc(real.double().numpy(), fake.double().numpy(), k)
+    return PRDC(**result)
 
 
 def normal(*shape, seed=0):
@@ -30,10 +30,10 @@ def normal(*shape, seed=0):
 def small_blocks():
     """Several blocks of rows and columns, and several pieces of pairs, with few points."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (neighbours, own):
+        for module in (neighbours, prdc_module):
             patch.setattr(module, "CHUNK", 16)
             patch.setattr(module, "BLOCK", 11)
-        patch.setattr(own, "PAIRS", 3)
+        patch.setattr(prdc_module, "PAIRS", 3)
         yield
 
 
@@ -41,26 +41,26 @@ def small_blocks():
 @given(n=st.integers(9, 40), m=st.integers(9, 40), k=st.integers(1, 7), seed=st.integers(0, 999), grid=st.booleans())
 def test_matches_the_authors_package(n, m, k, seed, grid):
     rng = torch.Generator().manual_seed(seed)
-    if grid:  # ties and duplicates, whose squares no rounding blurs
+    if grid:  # ties and duplicates, with exact squares
         real, fake = (torch.randint(0, 3, (count, 4), generator=rng).float() for count in (n, m))
     else:
         real, fake = torch.randn(n, 5, generator=rng), 0.7 * torch.randn(m, 5, generator=rng) + 0.3
-    found = prdc(real, fake, k)
-    assert found == pytest.approx(authors(real, fake, k), abs=1e-12)
-    assert all(type(value) is float for value in found)
+    result = prdc(real, fake, k)
+    assert result == pytest.approx(reference_prdc(real, fake, k), abs=1e-12)
+    assert all(type(value) is float for value in result)
 
 
 @pytest.mark.parametrize("width", [3, 300])
 def test_many_features_match_the_authors_package(width):
     real, fake = normal(300, width), normal(200, width, seed=1)
-    assert prdc(real, fake, 3) == pytest.approx(authors(real, fake, 3), abs=1e-12)
+    assert prdc(real, fake, 3) == pytest.approx(reference_prdc(real, fake, 3), abs=1e-12)
 
 
 def test_by_hand():
     real, fake = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.5], [3.5], [9.0]])
     # k = 1; real radii 1, 1, 2; fake radii 3, 3, 5.5. |real - fake|: .5 3.5 9; .5 2.5 8; 2.5 .5 6
     assert prdc(real, fake, 1) == pytest.approx(PRDC(2 / 3, 1, 3 / 3, 1))
-    # real radii 5, fake radii 1: 5 lies at exactly 5 from no fake, 4 at exactly 1 from 5, 0 and 10 at 4 and 5
+    # real radii 5, fake radii 1; |real - fake|: 4 5; 1 0; 6 5. A point at exactly the radius is outside the ball
     assert prdc(torch.tensor([[0.0], [5.0], [10.0]]), torch.tensor([[4.0], [5.0]]), 1) == PRDC(1, 1 / 3, 3 / 2, 2 / 3)
 
 
@@ -74,22 +74,22 @@ def test_each_number_has_its_own_direction():
 
 def test_two_draws_of_one_normal_distribution():
     """1 - 2^-k of the balls are covered (Naeem et al. 2020, section 3.2)."""
-    found = prdc(normal(300, 4), normal(300, 4, seed=1), 5)
-    assert found.coverage == pytest.approx(1 - 2**-5, abs=0.02)
-    assert found.density == pytest.approx(1, abs=0.1)
-    assert coverage(normal(300, 4), normal(300, 4, seed=1), 5) == found.coverage
+    result = prdc(normal(300, 4), normal(300, 4, seed=1), 5)
+    assert result.coverage == pytest.approx(1 - 2**-5, abs=0.02)
+    assert result.density == pytest.approx(1, abs=0.1)
+    assert coverage(normal(300, 4), normal(300, 4, seed=1), 5) == result.coverage
 
 
 @pytest.mark.parametrize("offset", [0, 1000])
 def test_copies_are_strictly_inside_the_balls(offset):
-    """The k-th neighbour is not closer than it is: inside each ball are its centre and the k - 1 nearest others."""
+    """A ball excludes its k-th neighbour: inside it are its centre and the k - 1 nearest points."""
     real = normal(50, 64) + offset
     assert prdc(real, real.flip(0), 4) == PRDC(1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.3])
 def test_many_duplicates_give_zeros_and_no_nan(offset):
-    """Balls of radius 0 hold nothing, not even their centre."""
+    """Balls of radius 0 are empty: not even their centre is inside."""
     point = normal(1, 512) + offset
     assert prdc(point.expand(20, -1), point.expand(12, -1), 3) == PRDC(0, 0, 0, 0)
     assert knn_radii(point.expand(20, -1), 3).eq(0).all()
@@ -97,19 +97,19 @@ def test_many_duplicates_give_zeros_and_no_nan(offset):
 
 def test_numbers_do_not_depend_on_the_blocks(monkeypatch):
     rng = torch.Generator().manual_seed(0)
-    real, fake = (torch.randint(0, 3, (40, 3), generator=rng) * 0.1 + 7 for _ in range(2))  # ties that rounding blurs
-    found = prdc(real, fake, 3)
+    real, fake = (torch.randint(0, 3, (40, 3), generator=rng) * 0.1 + 7 for _ in range(2))  # ties up to rounding
+    result = prdc(real, fake, 3)
     for size in (1, 64):
-        monkeypatch.setattr(own, "CHUNK", size)
-        monkeypatch.setattr(own, "BLOCK", size)
-        assert prdc(real, fake, 3) == found
+        monkeypatch.setattr(prdc_module, "CHUNK", size)
+        monkeypatch.setattr(prdc_module, "BLOCK", size)
+        assert prdc(real, fake, 3) == result
 
 
 def test_comparisons_within_the_error_are_exact():
     x, y = normal(6, 64).double() + 1000, normal(5, 64, seed=1).double() + 1000
     squares = squared_distances(x, y, torch.zeros(64).double())
     exact = (x[:, None] - y).square().sum(-1)
-    assert 0 < (squares.values - exact).abs().max() < squares.error  # it is blurred, by less than it says
+    assert 0 < (squares.values - exact).abs().max() < squares.error  # rounding errors, within the reported bound
     limits = exact.sqrt()
     assert not strictly_closer(squares, limits, x, y).any()
     assert strictly_closer(squares, limits * (1 + 1e-12), x, y).all()
@@ -125,9 +125,9 @@ def test_the_error_bound_holds():
 
 def test_given_radii_are_used_and_rows_are_counted():
     real, fake, counts = normal(20, 3), normal(15, 3, seed=1), []
-    known = knn_radii(real, 2, counts.append)
+    radii = knn_radii(real, 2, counts.append)
     assert sum(counts) == 20
-    assert prdc(real, fake, 2, known) == prdc(real, fake, 2, advance=counts.append)
+    assert prdc(real, fake, 2, radii) == prdc(real, fake, 2, advance=counts.append)
     assert sum(counts) == 20 + 20 + 15 + 20
 
 

@@ -35,7 +35,7 @@ def test_psnr_and_l1_per_image(C):
     assert l1(torch.zeros_like(real), torch.full_like(real, 255)).tolist() == [2, 2, 2]
     one_level = real.clone()
     one_level[0, 0, 0, 0] ^= 1
-    values = psnr(real, one_level)  # the least error there is
+    values = psnr(real, one_level)  # the smallest possible error
     assert values[0].item() == pytest.approx(10 * math.log10(255**2 * C * 256), abs=1e-4) and values[1:].isinf().all()
 
 
@@ -51,9 +51,9 @@ def ssim_by_hand(a, b):
         return (patches * window).sum((-2, -1))
 
     mean_a, mean_b = local(a), local(b)
-    var_a, var_b, both = local(a * a) - mean_a**2, local(b * b) - mean_b**2, local(a * b) - mean_a * mean_b
+    var_a, var_b, covariance = local(a * a) - mean_a**2, local(b * b) - mean_b**2, local(a * b) - mean_a * mean_b
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    value = (2 * mean_a * mean_b + c1) * (2 * both + c2)
+    value = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     return (value / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean()
 
 
@@ -62,14 +62,14 @@ def test_ssim_matches_its_formula_in_chunks(C, size, monkeypatch):
     real, noise = images(C=C, size=size), images(C=C, size=size, seed=1)
     fake = real // 2 + noise // 4
     real[2], fake[2] = 255, 250  # flat and bright
-    wanted = [
+    expected = [
         sum(ssim_by_hand(x, y) for x, y in zip(a.double(), b.double(), strict=True)).item() / C
         for a, b in zip(real, fake, strict=True)
     ]
-    assert ssim(real, fake).tolist() == pytest.approx(wanted, abs=1e-9)
+    assert ssim(real, fake).tolist() == pytest.approx(expected, abs=1e-9)
     monkeypatch.setattr(image_pairs, "SSIM_CHUNK", 1)
-    assert ssim(real, fake).tolist() == pytest.approx(wanted, abs=1e-9)
-    assert ssim(real, real).tolist() == pytest.approx([1, 1, 1], abs=1e-9)  # float32 misses by 8e-4 where all is white
+    assert ssim(real, fake).tolist() == pytest.approx(expected, abs=1e-9)
+    assert ssim(real, real).tolist() == pytest.approx([1, 1, 1], abs=1e-9)  # float32 is off by 8e-4 on white images
 
 
 def test_psnr_and_ssim_match_torchmetrics():
@@ -77,11 +77,11 @@ def test_psnr_and_ssim_match_torchmetrics():
 
     real, fake = images(size=24).double(), images(size=24, seed=1).double()
     fake = (real / 2 + fake / 4).round()
-    pair, how = (real.to(torch.uint8), fake.to(torch.uint8)), {"data_range": 255.0, "reduction": "none"}
-    wanted = structural_similarity_index_measure(fake, real, **how)
-    assert ssim(*pair).tolist() == pytest.approx(wanted.tolist(), abs=1e-7) and 0.2 < wanted.min() < 0.9
-    wanted = peak_signal_noise_ratio(fake, real, dim=(1, 2, 3), **how)
-    assert psnr(*pair).tolist() == pytest.approx(wanted.tolist(), abs=1e-4)
+    pair, kwargs = (real.to(torch.uint8), fake.to(torch.uint8)), {"data_range": 255.0, "reduction": "none"}
+    expected = structural_similarity_index_measure(fake, real, **kwargs)
+    assert ssim(*pair).tolist() == pytest.approx(expected.tolist(), abs=1e-7) and 0.2 < expected.min() < 0.9
+    expected = peak_signal_noise_ratio(fake, real, dim=(1, 2, 3), **kwargs)
+    assert psnr(*pair).tolist() == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_ssim_refuses_images_smaller_than_its_window():
@@ -113,8 +113,8 @@ def extract(images):
 FEATURES = SimpleNamespace(extract=extract)
 
 
-def measured(first, real, at_once=2, perceptual=None):
-    batches = ({"image": part} for part in real.split(at_once))
+def summarize(first, real, batch_size=2, perceptual=None):
+    batches = ({"image": part} for part in real.split(batch_size))
     reference = Statistics().update(extract(real.expand(-1, 3, -1, -1)))
     return summarize_reconstructions(
         measure_reconstructions(first, batches, FEATURES, perceptual), reference, K, PIXELS
@@ -122,7 +122,7 @@ def measured(first, real, at_once=2, perceptual=None):
 
 
 def test_exact_reconstructions_have_zero_distance_and_no_psnr():
-    results, _ = measured(First(), images(5))
+    results, _ = summarize(First(), images(5))
     assert results["rfd"] == pytest.approx(0, abs=1e-6) and results["ssim"] == pytest.approx(1) and results["l1"] == 0
     assert results["psnr"] is None and results["exact_images"] == 5 and results["lpips"] is None
     assert results["n_images"] == 5
@@ -132,7 +132,7 @@ def test_exact_reconstructions_have_zero_distance_and_no_psnr():
 def test_exact_images_are_excluded_from_the_mean_psnr():
     real = images(5, C=1).clamp(min=10)
     real[1] = 0  # cannot become darker
-    results, _ = measured(First(less=3), real)
+    results, _ = summarize(First(less=3), real)
     assert results["exact_images"] == 1 and results["psnr"] == pytest.approx(10 * math.log10(255**2 / 9), abs=1e-4)
     assert results["l1"] == pytest.approx(4 / 5 * 3 / 127.5, rel=1e-5)  # of all five
 
@@ -140,22 +140,26 @@ def test_exact_images_are_excluded_from_the_mean_psnr():
 def test_means_are_over_images_not_over_batches():
     real = images(5)
     real[4] = 128
-    alone = [measured(First(less=40), real, at_once)[0] for at_once in (1, 2, 5)]
+    by_batch_size = [summarize(First(less=40), real, batch_size)[0] for batch_size in (1, 2, 5)]
     for name in ("rfd", "psnr", "ssim", "l1", "perplexity"):
-        assert alone[0][name] == pytest.approx(alone[1][name], rel=1e-5) == pytest.approx(alone[2][name], rel=1e-5)
+        assert (
+            by_batch_size[0][name]
+            == pytest.approx(by_batch_size[1][name], rel=1e-5)
+            == pytest.approx(by_batch_size[2][name], rel=1e-5)
+        )
     fake = (real.int() - 40).clamp(min=0).to(torch.uint8)
-    assert alone[1]["psnr"] == pytest.approx(psnr(real, fake).mean().item())
-    assert alone[1]["ssim"] == pytest.approx(ssim(real, fake).mean().item())
-    wanted = frechet_distance(*(Statistics().update(extract(x)) for x in (fake, real)))
-    assert alone[1]["rfd"] == pytest.approx(wanted) and wanted > 100
+    assert by_batch_size[1]["psnr"] == pytest.approx(psnr(real, fake).mean().item())
+    assert by_batch_size[1]["ssim"] == pytest.approx(ssim(real, fake).mean().item())
+    expected = frechet_distance(*(Statistics().update(extract(x)) for x in (fake, real)))
+    assert by_batch_size[1]["rfd"] == pytest.approx(expected) and expected > 100
 
 
 def test_the_codes_are_counted_over_all_images():
-    real = images(5) % 6  # codes 6 and 7 are never chosen
-    results, chosen = measured(First(less=1), real)
+    real = images(5) % 6  # codes 6 and 7 are unused
+    results, code_counts = summarize(First(less=1), real)
     ids = (real[:, 0, :2, :2].long() % K).flatten().tolist()
     shares = [ids.count(k) / len(ids) for k in range(K)]
-    assert chosen.tolist() == [ids.count(k) for k in range(K)]
+    assert code_counts.tolist() == [ids.count(k) for k in range(K)]
     assert results["codebook_usage"] == sum(share > 0 for share in shares) / K
     entropy = -sum(share * math.log2(share) for share in shares if share)
     assert results["perplexity"] == pytest.approx(2**entropy)
@@ -164,7 +168,7 @@ def test_the_codes_are_counted_over_all_images():
 
 
 def test_small_images_have_all_metrics_but_ssim():
-    results, _ = measured(First(less=9), images(5, size=8))
+    results, _ = summarize(First(less=9), images(5, size=8))
     assert results["ssim"] is None and results["psnr"] > 25 and results["l1"] > 0
 
 
@@ -175,7 +179,7 @@ class Darkness(torch.nn.Module):
 
 
 def test_lpips_gets_images_in_its_range():
-    results, _ = measured(First(less=3), images(5).clamp(min=10), perceptual=Darkness())
+    results, _ = summarize(First(less=3), images(5).clamp(min=10), perceptual=Darkness())
     assert results["lpips"] == pytest.approx(3 / 127.5, rel=1e-3)
 
 
@@ -185,7 +189,7 @@ def run_trained_with(tmp_path, **loss):
 
 
 @pytest.fixture
-def loaded(monkeypatch):
+def load_calls(monkeypatch):
     """The arguments of every call of `load_perceptual`; weights named `broken` cannot be loaded."""
     calls = []
 
@@ -199,13 +203,13 @@ def loaded(monkeypatch):
     return calls
 
 
-def test_auto_lpips_uses_the_network_and_weights_of_the_run(tmp_path, loaded):
+def test_auto_lpips_uses_the_network_and_weights_of_the_run(tmp_path, load_calls):
     run = run_trained_with(tmp_path, perceptual_net="squeeze", perceptual_weight=1.0, perceptual_weights="theirs")
     assert choose_lpips("auto", None, run)[0] == "squeeze"
     assert choose_lpips("auto", "mine", run)[0] == "squeeze"
     assert choose_lpips("alex", "mine", run)[0] == "alex"
     assert choose_lpips("none", None, run) == ("none", None)
-    assert loaded == [("squeeze", "theirs"), ("squeeze", "mine"), ("alex", "mine"), ("none", None)]
+    assert load_calls == [("squeeze", "theirs"), ("squeeze", "mine"), ("alex", "mine"), ("none", None)]
 
 
 @pytest.mark.parametrize(
@@ -218,13 +222,13 @@ def test_auto_lpips_uses_the_network_and_weights_of_the_run(tmp_path, loaded):
         {"perceptual_net": "vgg", "perceptual_weights": "broken"},
     ],
 )
-def test_auto_lpips_reports_why_it_is_skipped(loss, tmp_path, loaded, capsys):
+def test_auto_lpips_reports_why_it_is_skipped(loss, tmp_path, load_calls, capsys):
     run = run_trained_with(tmp_path, **loss)
     assert choose_lpips("auto", None, run) == ("none", None)
     assert "LPIPS skipped" in capsys.readouterr().out
 
 
-def test_explicit_lpips_weights_are_required(tmp_path, loaded):
+def test_explicit_lpips_weights_are_required(tmp_path, load_calls):
     with pytest.raises(FileNotFoundError, match="broken"):
         choose_lpips("auto", "broken", run_trained_with(tmp_path, perceptual_net="vgg"))
     with pytest.raises(ValueError, match="--lpips_net"):
@@ -239,7 +243,7 @@ def test_code_usage_is_plotted_for_even_and_collapsed_codes(counts, tmp_path):
 
 
 def test_the_table_marks_missing_metrics():
-    results, _ = measured(First(), images(5, size=8))
+    results, _ = summarize(First(), images(5, size=8))
     rest = {"metric": "FID", "codebook_size": K, "lpips_net": "none", "split": "val", "n_reference": 5}
     rest |= {"features": "inception", "run": {"model": {"dataset": "digits"}}}
     lines = {line.split("  ")[0]: line for line in report(results | rest, Path("/somewhere")).splitlines()}

@@ -17,7 +17,7 @@ from train.config import DataConfig, TrainingConfig
 from train.distributed import DistContext
 
 CPU = torch.device("cpu")
-HERE = DistContext(CPU)
+WORLD = DistContext(CPU)
 
 
 def test_fraction_is_flops_over_time_over_peak(monkeypatch):
@@ -36,17 +36,17 @@ def test_fraction_is_flops_over_time_over_peak(monkeypatch):
 
     peaks = iter([10_000.0, 30_000.0, 8_000.0, 40_000.0])  # of both before, of both after
     monkeypatch.setattr(throughput, "matmul_peak", lambda device, dtype: next(peaks))
-    found = measure_speeds([work("a", torch.float32), work("b", torch.bfloat16)], 3, CPU)
-    assert calls == ["a", "b"] * 5 + ["a", "b"]  # in turn, and once more to count
-    assert [speed.seconds for speed in found] == [[2.0, 4.0, 3.0], [1.0, 3.0, 1.5]]  # two warm-ups are gone
-    assert [speed.flops for speed in found] == [20_000] * 2
-    assert found[0].fraction == pytest.approx(20_000 / 3 / 10_000)
-    assert found[1].fraction == pytest.approx(20_000 / 1.5 / 40_000)
-    heading, first, second = speed_rows(found, images=6, tokens=5)
+    speeds = measure_speeds([work("a", torch.float32), work("b", torch.bfloat16)], 3, CPU)
+    assert calls == ["a", "b"] * 5 + ["a", "b"]  # interleaved, and once more to count FLOPs
+    assert [speed.seconds for speed in speeds] == [[2.0, 4.0, 3.0], [1.0, 3.0, 1.5]]  # without the two warm-ups
+    assert [speed.flops for speed in speeds] == [20_000] * 2
+    assert speeds[0].fraction == pytest.approx(20_000 / 3 / 10_000)
+    assert speeds[1].fraction == pytest.approx(20_000 / 1.5 / 40_000)
+    heading, first, second = speed_rows(speeds, images=6, tokens=5)
     assert first == ("a", "3", "2", "4", "1.00x", "2", "10", "2e-08", "6.67e-09", "66.7", "3")
     assert second[:7] == ("b", "1.5", "1", "3", "2.00x", "4", "20") and second[9] == "33.3"
     assert len(heading) == len(first)
-    assert len(next(speed_rows(found, 6, 0))) == len(heading) - 1
+    assert len(next(speed_rows(speeds, 6, 0))) == len(heading) - 1
     unknown = list(speed_rows([Speed("c", torch.float32, [1.0], 5, None, None)], 6, 0))[1]
     assert unknown[-2:] == ("-", "-")
 
@@ -65,7 +65,7 @@ def test_full_steps_are_reported_as_multiples_of_the_median():
     assert "speedup of sampling over the baseline: 60x, with decoding 35x" in message  # 300 / 5 and 350 / 10
 
 
-class Asked:
+class RecordingSource:
     """A source of batches that records the requested positions."""
 
     def __init__(self, count):
@@ -81,7 +81,7 @@ class Asked:
 
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_loading_is_timed_after_a_warm_up(in_memory, monkeypatch):
-    source, starts = Asked(10), []
+    source, starts = RecordingSource(10), []
 
     def time_call(run, device):
         starts.append(len(source.positions))
@@ -90,9 +90,9 @@ def test_loading_is_timed_after_a_warm_up(in_memory, monkeypatch):
 
     monkeypatch.setattr(throughput, "time_call", time_call)
     training = TrainingConfig(batch_size=4, accumulate=2)
-    rate, warm = loading_rate(source, DataConfig(in_memory=in_memory), training, 0, 3, HERE)
+    rate, warm = loading_rate(source, DataConfig(in_memory=in_memory), training, 0, 3, WORLD)
     assert rate == 3 * 4 / 0.5 and warm
     assert starts == [12 if in_memory else 8]  # 10 images are 3 batches; else 2 batches
     assert source.positions == list(range(starts[0] + 12))
     monkeypatch.setattr(throughput, "MAX_SECONDS", 0.0)
-    assert loading_rate(source, DataConfig(in_memory=in_memory), training, 0, 3, HERE)[1] is False
+    assert loading_rate(source, DataConfig(in_memory=in_memory), training, 0, 3, WORLD)[1] is False

@@ -43,7 +43,7 @@ def test_measuring_distances_does_not_change_training(logs, kind):
 
 @pytest.mark.slow
 def test_measuring_distances_without_ema_changes_no_weights(logs):
-    """Here the measured network is the trained one itself."""
+    """Without EMA the trained network itself is measured."""
     one, other = (load_file(logs / run / WEIGHTS) for run in ("plain_with", "sampler_without"))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -51,34 +51,34 @@ def test_measuring_distances_without_ema_changes_no_weights(logs):
 @pytest.mark.slow
 @pytest.mark.parametrize(("run", "flags"), [("sampler_with", "--ema"), ("plain_with", "--no_ema")])
 def test_the_distance_equals_that_of_calc_fid(logs, run, flags):
-    found = logged(logs / run, "FD(pixels)/7_samples")
-    assert list(found) == [2, 4] and found[2] != found[4]
-    which = f"--logs_root {logs} --sampler ddpm --load_dir {run} --log_dir f_{run} {flags}"
-    call("experiments/calc_FID.py", f"{which} --n_samples 7 --sample_steps 4 --features pixels --no_amp")
+    distances = logged(logs / run, "FD(pixels)/7_samples")
+    assert list(distances) == [2, 4] and distances[2] != distances[4]
+    model_flags = f"--logs_root {logs} --sampler ddpm --load_dir {run} --log_dir f_{run} {flags}"
+    call("experiments/calc_FID.py", f"{model_flags} --n_samples 7 --sample_steps 4 --features pixels --no_amp")
     results = json.loads((logs / f"f_{run}" / "results.json").read_text())
-    assert found[4] == pytest.approx(results["value"], rel=1e-5)
+    assert distances[4] == pytest.approx(results["value"], rel=1e-5)
     assert results["n_reference"] == 1438
 
 
 @pytest.mark.slow
 def test_reconstruction_distance_equals_that_of_calc_fid(logs):
-    found = logged(logs / "vqgan_with", "FD(pixels)/7_reconstructions")
-    assert list(found) == [2, 4]
+    distances = logged(logs / "vqgan_with", "FD(pixels)/7_reconstructions")
+    assert list(distances) == [2, 4]
     flags = "--bert_n_emb 16 --bert_n_head 2 --bert_n_layers 1 --train_steps 1 --no_amp --log_dir codes"
     call("train_sampler.py", f"--logs_root {logs} --sampler absorbing --ae_load_dir vqgan_with {flags}")
-    which = f"--logs_root {logs} --load_dir codes --log_dir f_codes --no_amp"
-    call("experiments/calc_FID.py", f"{which} --n_samples 7 --sample_steps 1 --features pixels")
+    model_flags = f"--logs_root {logs} --load_dir codes --log_dir f_codes --no_amp"
+    call("experiments/calc_FID.py", f"{model_flags} --n_samples 7 --sample_steps 1 --features pixels")
     results = json.loads((logs / "f_codes" / "results.json").read_text())
-    assert found[4] == pytest.approx(results["reconstructions"], rel=1e-5)
+    assert distances[4] == pytest.approx(results["reconstructions"], rel=1e-5)
 
 
 @pytest.mark.slow
 def test_the_best_distance_is_recorded(logs):
-    found, best = (logged(logs / "sampler_with", f"FD(pixels)/7_samples{end}") for end in ("", "_best"))
-    assert best == {2: found[2], 4: min(found.values())}
+    distances, best = (logged(logs / "sampler_with", f"FD(pixels)/7_samples{end}") for end in ("", "_best"))
+    assert best == {2: distances[2], 4: min(distances.values())}
     saved_state = torch.load(logs / "sampler_with" / OPTIMIZERS, weights_only=True)
-    least = min(found, key=found.get)
-    assert saved_state["best"]["FD(pixels)/7_samples"] == (found[least], least)
+    best_step = min(distances, key=distances.get)
+    assert saved_state["best"]["FD(pixels)/7_samples"] == (distances[best_step], best_step)
 
 
 @pytest.mark.slow

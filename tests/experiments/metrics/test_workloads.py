@@ -20,7 +20,7 @@ from vq.config import VQGANConfig, VQGANLossConfig
 from vq.perceptual import Perceptual
 
 CPU = torch.device("cpu")
-HERE = DistContext(CPU)
+WORLD = DistContext(CPU)
 
 
 def second_stage(sampler="absorbing", accumulate=1, **settings):
@@ -40,11 +40,11 @@ def space_of(config, network):
     return workloads.random_space(config.sampler.sampler, first, config.data, config.reader, network, CPU)
 
 
-def trained(config, n_classes=0):
+def build_trainee(config, n_classes=0):
     space = space_of(config, lambda: VQGANConfig(nf=4, ch_mult=(1, 2, 2), codebook_size=16))
-    (trainee,) = workloads.sampler_trainees(config.sampler, config.training, space, n_classes, HERE)
+    (trainee,) = workloads.sampler_trainees(config.sampler, config.training, space, n_classes, WORLD)
     batch = workloads.random_batch(space, n_classes, config.training.batch_size, config.data, CPU)
-    work = workloads.step_workload(trainee, workloads.split_batch(batch, config.training.accumulate), HERE)
+    work = workloads.step_workload(trainee, workloads.split_batch(batch, config.training.accumulate), WORLD)
     return space, trainee, batch, work
 
 
@@ -66,13 +66,13 @@ def test_nonsquare_and_cropped_images_match_training():
     assert workloads.image_batches(images, data, 0)[[0, 1, 2]]["image"].shape == (3, 1, 8, 12)
     config = second_stage()
     config.data = replace(config.data, img_width=24)
-    assert trained(config)[0].model_args["grid"] == (4, 6)
+    assert build_trainee(config)[0].model_args["grid"] == (4, 6)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_timed_step_trains_and_its_flops_match_the_formula(accumulate, monkeypatch):
     monkeypatch.setattr(throughput, "matmul_peak", lambda device, dtype: 1e12)
-    space, trainee, batch, work = trained(second_stage(accumulate=accumulate))
+    space, trainee, batch, work = build_trainee(second_stage(accumulate=accumulate))
     assert isinstance(trainee.step, SamplerStep) and space.tokens == 16
     network, average = trainee.state.modules["network"], trainee.state.averages["network"].module
     before = [p.detach().clone() for p in (*network.parameters(), *average.parameters())]
@@ -92,19 +92,19 @@ def test_phases_follow_the_discriminators_schedule():
     times = workloads.training_phases(loss, 9)
     assert times == {"no discriminator": 0, "discriminator": 3}
     training = TrainingConfig(batch_size=2, amp=False, train_steps=9)
-    (trainee,) = workloads.vqgan_trainees(network, loss, data, training, HERE)
+    (trainee,) = workloads.vqgan_trainees(network, loss, data, training, WORLD)
     batch = workloads.random_batch(None, 0, 2, data, CPU)
     assert batch["image"].shape == (2, 1, 8, 8) and batch["image"].abs().max() <= 1
     calls, autoencoder_backward = [], trainee.step.autoencoder_backward
     trainee.step.autoencoder_backward = lambda *args: calls.append(args[0].step) or autoencoder_backward(*args)
-    weight, moved = next(trainee.state.modules["discriminator"].parameters()), []
-    for name, at in times.items():
-        work, before = workloads.step_workload(trainee, [batch], HERE, at, name), weight.detach().clone()
+    weight, changed = next(trainee.state.modules["discriminator"].parameters()), []
+    for name, step in times.items():
+        work, before = workloads.step_workload(trainee, [batch], WORLD, step, name), weight.detach().clone()
         for _ in range(2):
             work.run()
-        assert (work.name, trainee.state.step) == (f"float32, {name}", at + 1)
-        moved.append(not torch.equal(before, weight))
-    assert moved == [False, True] and calls == [0, 0, 3, 3]  # each run is one step
+        assert (work.name, trainee.state.step) == (f"float32, {name}", step + 1)
+        changed.append(not torch.equal(before, weight))
+    assert changed == [False, True] and calls == [0, 0, 3, 3]  # each run is one step
     assert list(workloads.training_phases(loss, 3)) == ["no discriminator"]
     assert list(workloads.training_phases(replace(loss, disc_start_step=0), 3)) == ["discriminator"]
     loss = replace(loss, disc_start_step=0, disc_warmup_steps=1)
@@ -112,7 +112,7 @@ def test_phases_follow_the_discriminators_schedule():
 
 
 def test_labels_are_used_if_there_are_classes():
-    _, trainee, batch, _ = trained(second_stage(), n_classes=3)
+    _, trainee, batch, _ = build_trainee(second_stage(), n_classes=3)
     assert batch["label"].max() < 3 and trainee.step.sampler.conditions == ("label",)
     codes = workloads.draw_samples(trainee, batch, absorbing.Sampling(guidance=2.0, sample_steps=2))
     image = trainee.step.space.decode(codes)
@@ -128,14 +128,14 @@ def test_split_batch_keeps_the_content():
 
 def test_precision_variants_follow_the_flags():
     training = TrainingConfig(amp_dtype="bfloat16", compile=True)
-    found = workloads.precision_variants(training, CPU)
-    assert list(found) == ["float32", "bfloat16", "bfloat16, compiled"]
-    assert [(each.amp, each.compile) for each in found.values()] == [(False, False), (True, False), (True, True)]
+    variants = workloads.precision_variants(training, CPU)
+    assert list(variants) == ["float32", "bfloat16", "bfloat16, compiled"]
+    assert [(each.amp, each.compile) for each in variants.values()] == [(False, False), (True, False), (True, True)]
     assert list(workloads.precision_variants(replace(training, amp=False), CPU)) == ["float32", "float32, compiled"]
     assert list(workloads.precision_variants(TrainingConfig(amp=False), CPU)) == ["float32"]
 
 
-class Asked:
+class PositionSource:
     """A source whose batches are their positions."""
 
     def __getitem__(self, positions):
@@ -143,14 +143,14 @@ class Asked:
 
 
 def test_conditions_other_than_the_class_come_from_images():
-    batch, source = {"position": torch.arange(3), "label": torch.zeros(3)}, Asked()
+    batch, source = {"position": torch.arange(3), "label": torch.zeros(3)}, PositionSource()
     assert workloads.with_conditions(batch, ("label",), None, CPU) == batch
     with pytest.raises(ValueError, match="condition_image is computed from images"):
         workloads.with_conditions(batch, ("label", "condition_image"), None, CPU)
     with pytest.raises(ValueError, match="have no condition_image"):
         workloads.with_conditions(batch, ("condition_image",), source, CPU)
-    found = workloads.with_conditions({"position": torch.arange(3)}, ("position",), source, CPU)
-    assert found["position"].tolist() == [0, 1, 2]
+    conditioned = workloads.with_conditions({"position": torch.arange(3)}, ("position",), source, CPU)
+    assert conditioned["position"].tolist() == [0, 1, 2]
 
 
 def test_an_untrained_perceptual_network_downloads_nothing(monkeypatch):
@@ -167,14 +167,16 @@ def test_an_untrained_perceptual_network_downloads_nothing(monkeypatch):
 
 @pytest.mark.parametrize(("guidance", "evaluations"), [(1.0, 5 * 4), (2.0, 5 * 8)])
 def test_full_steps_evaluate_every_grid_and_skip_warm_ups(guidance, evaluations, monkeypatch):
-    used, draw_samples = [], workloads.draw_samples
+    sampling_options, draw_samples = [], workloads.draw_samples
     monkeypatch.setattr(
-        workloads, "draw_samples", lambda *args, **how: used.append(args[2]) or draw_samples(*args, **how)
+        workloads,
+        "draw_samples",
+        lambda *args, **kwargs: sampling_options.append(args[2]) or draw_samples(*args, **kwargs),
     )
-    _, trainee, batch, _ = trained(second_stage(), n_classes=3)
+    _, trainee, batch, _ = build_trainee(second_stage(), n_classes=3)
     options = absorbing.Sampling(solver="confidence", choice_temp=2.0, sample_steps=50, guidance=guidance)
     with count_nfe(trainee.state.eval_module("network")) as nfe:
         seconds = workloads.time_full_steps(trainee, batch, options, repeats=3)
     assert (nfe.calls, nfe.evaluations) == (5, evaluations)
     assert len(seconds) == 3 and min(seconds) > 0
-    assert (used[0].solver, used[0].guidance) == ("ancestral", guidance)
+    assert (sampling_options[0].solver, sampling_options[0].guidance) == ("ancestral", guidance)

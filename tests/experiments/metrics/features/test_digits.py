@@ -4,7 +4,7 @@ import torch
 from experiments.metrics.features import digits as digit_features
 from train.datasets import digits
 
-pytestmark = pytest.mark.slow  # the classifier is trained anew
+pytestmark = pytest.mark.slow  # these train the classifier
 
 
 @pytest.fixture(scope="module")
@@ -14,12 +14,12 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classifier(cache):
-    """Trained once, inside the things a caller may be in the middle of."""
+    """Trained once, in the inference mode and autocast that a caller may have entered."""
     before = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        trained = digit_features.load_classifier("cpu", cache)
+        network = digit_features.load_classifier("cpu", cache)
     assert torch.equal(torch.get_rng_state(), before)
-    return trained
+    return network
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def test_the_second_load_reads_the_cache(classifier, cache, images, monkeypatch)
 
     monkeypatch.setattr(digit_features, "train_classifier", train_again)
     assert len(list(cache.iterdir())) == 1
-    again = digit_features.load_classifier("cpu", cache)
-    assert torch.equal(again(images), classifier(images))
+    reloaded = digit_features.load_classifier("cpu", cache)
+    assert torch.equal(reloaded(images), classifier(images))
     monkeypatch.setattr(digit_features, "VERSION", 0)
     with pytest.raises(AssertionError, match="trained again"):
         digit_features.load_classifier("cpu", cache)
@@ -87,8 +87,8 @@ def test_training_is_a_function_of_its_seed(monkeypatch):
     labels = torch.arange(70) % 10
     weights = []
     for seed in (0, 0, 1):
-        torch.rand(3)  # the global generator stands elsewhere each time
-        with torch.no_grad():  # as a caller may
+        torch.rand(3)  # another state of the global generator each time
+        with torch.no_grad():  # which a caller may have entered
             weights.append(digit_features.train_classifier(images, labels, seed).head.weight)
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -98,10 +98,10 @@ def test_augmented_digits_stay_close_to_the_original():
     generator = torch.Generator().manual_seed(0)
     images = torch.zeros(500, 1, 32, 32, dtype=torch.uint8)
     images[:, :, 14:18, 14:18] = 255
-    moved = digit_features.augment(images, generator)
-    assert moved.shape == images.shape and moved.dtype == torch.float32
-    assert 0 <= moved.min() and moved.max() <= 255.001
-    mass = moved.sum((1, 2, 3)) / images[0].sum()
+    augmented = digit_features.augment(images, generator)
+    assert augmented.shape == images.shape and augmented.dtype == torch.float32
+    assert 0 <= augmented.min() and augmented.max() <= 255.001
+    mass = augmented.sum((1, 2, 3)) / images[0].sum()
     assert 0.75 < mass.min() and mass.max() < 1.3  # scales of 0.9 to 1.1, squared
-    columns = (moved.sum((1, 2)) * torch.arange(32)).sum(1) / moved.sum((1, 2, 3)) - 15.5
-    assert 1.8 < columns.abs().max() < 2.6  # two pixels, and what turn and scale add
+    columns = (augmented.sum((1, 2)) * torch.arange(32)).sum(1) / augmented.sum((1, 2, 3)) - 15.5
+    assert 1.8 < columns.abs().max() < 2.6  # shifts of two pixels, and the effect of rotation and scaling
