@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from diffusion.absorbing import AbsorbingDiffusion, sample_at
-from diffusion.discrete_solvers import Evaluated, evaluate
-from diffusion.drawing import NO_WARP, LogitsWarper
+from diffusion.discrete_solvers import Evaluation, evaluate
+from diffusion.logits_warper import NO_WARP, LogitsWarper
 from diffusion.process import expand
 from diffusion.rng import Streams, sample_categorical
 from diffusion.solvers import Solver, SolverOptions, one_per_code
@@ -51,20 +51,22 @@ def unmask(
     plan = plan.expand(len(x), steps)
     for i in range(nfe):
         step = plan[:, i]  # (B,)
-        due = (x == mask) & (unmask_step == step.view(-1, 1, 1))
-        evaluated = evaluate(denoise, x, due, times.gather(1, step[:, None])[:, 0], on_step is not None)
-        x = sample_evaluated(x, due, evaluated, rng, warper)
-        x = x if on_step is None else on_step(i, 1 - i / nfe, 1 - (i + 1) / nfe, x, evaluated.all_logits)
+        to_reveal = (x == mask) & (unmask_step == step.view(-1, 1, 1))
+        evaluation = evaluate(denoise, x, to_reveal, times.gather(1, step[:, None])[:, 0], on_step is not None)
+        x = sample_evaluated(x, to_reveal, evaluation, rng, warper)
+        x = x if on_step is None else on_step(i, 1 - i / nfe, 1 - (i + 1) / nfe, x, evaluation.all_logits)
     return x
 
 
-def sample_evaluated(x: Tensor, due: Tensor, evaluated: Evaluated, rng: Streams, warper: LogitsWarper) -> Tensor:
-    """Samples the codes of x at `due` (B, H, W) bool from the evaluated logits."""
-    rows = evaluated.rows
+def sample_evaluated(
+    x: Tensor, to_sample: Tensor, evaluation: Evaluation, rng: Streams, warper: LogitsWarper
+) -> Tensor:
+    """Samples the codes of x at `to_sample` (B, H, W) bool from the evaluated logits."""
+    rows = evaluation.rows
     if not len(rows):
         return x
-    logits = warper.warp(evaluated.logits, evaluated.t)
-    return x.index_copy(0, rows, sample_at(x[rows], due[rows], logits, rng.select(rows.tolist())))
+    logits = warper.warp(evaluation.logits, evaluation.t)
+    return x.index_copy(0, rows, sample_at(x[rows], to_sample[rows], logits, rng.select(rows.tolist())))
 
 
 @torch.no_grad()
@@ -119,11 +121,11 @@ def first_hitting(
 
 def radical_inverse(count: int, base: int) -> Tensor:
     """Returns the first `count` elements of the van der Corput sequence: (count,) float64 in [0, 1)."""
-    digits, scale = torch.arange(count), 1.0 / base
+    remaining, scale = torch.arange(count), 1.0 / base
     total = torch.zeros(count, dtype=torch.float64)
-    while digits.any():
-        total += (digits % base) * scale
-        digits, scale = digits // base, scale / base
+    while remaining.any():
+        total += (remaining % base) * scale
+        remaining, scale = remaining // base, scale / base
     return total
 
 
@@ -165,10 +167,10 @@ def halton(
     shifts = (rng.uniform((B, 2), torch.float64).cpu() * torch.tensor([H, W])).long()
     order = halton_order(H, W)
     order = torch.stack([order.roll(shift, (0, 1)) for shift in map(tuple, shifts.tolist())]).to(x.device)
-    hidden = (x == process.mask).flatten(1)
-    rank = order.flatten(1).masked_fill(~hidden, H * W).argsort(dim=1, stable=True).argsort(1)
+    is_masked = (x == process.mask).flatten(1)
+    rank = order.flatten(1).masked_fill(~is_masked, H * W).argsort(dim=1, stable=True).argsort(1)
     counts = torch.stack(
-        [num_unmasked(process, hidden.sum(1), times, i) for i in range(1, len(times))], 1
+        [num_unmasked(process, is_masked.sum(1), times, i) for i in range(1, len(times))], 1
     )  # (B, steps)
     unmask_step = torch.searchsorted(counts, rank, right=True).clamp(max=len(times) - 2).view_as(x)
     return unmask(
@@ -176,10 +178,10 @@ def halton(
     )
 
 
-def num_unmasked(process: AbsorbingDiffusion, hidden: Tensor, times: list[float], i: int) -> Tensor:
-    """Number of the `hidden` (B,) codes revealed after i steps: all but floor(m(s) hidden), at least one per step."""
+def num_unmasked(process: AbsorbingDiffusion, num_masked: Tensor, times: list[float], i: int) -> Tensor:
+    """Number of the `num_masked` (B,) codes revealed after i steps: all but floor(m(s) hidden), at least one per step."""
     m_s = process.mask_prob(torch.tensor(times[i], dtype=torch.float64)).item()
-    return (hidden - (hidden * m_s).floor().long()).clamp(min=i).minimum(hidden)
+    return (num_masked - (num_masked * m_s).floor().long()).clamp(min=i).minimum(num_masked)
 
 
 def expand_times(times: list[float], x: Tensor) -> Tensor:
@@ -214,30 +216,30 @@ def confidence(
     """
     if choice_temp < 0:
         raise ValueError(f"got choice temperature {choice_temp}, wanted 0 or more: pass --choice_temp X")
-    hidden = (x == process.mask).flatten(1).sum(1)  # (B,)
+    num_masked = (x == process.mask).flatten(1).sum(1)  # (B,)
     for i, (t, s) in enumerate(pairwise(times)):
         masked = x == process.mask
-        evaluated = evaluate(denoise, x, masked, expand(t, x), on_step is not None)
-        rows = evaluated.rows
+        evaluation = evaluate(denoise, x, masked, expand(t, x), on_step is not None)
+        rows = evaluation.rows
         if len(rows):
-            revealed = hidden - masked.flatten(1).sum(1)
-            count = (num_unmasked(process, hidden, times, i + 1) - revealed)[rows]
-            logits, noise, row_rng = evaluated.logits, choice_temp * s, rng.select(rows.tolist())
-            warped = warper.warp(logits, evaluated.t)
-            x_s = unmask_most_confident(x[rows], masked[rows], logits, warped, count, noise, row_rng)
+            revealed = num_masked - masked.flatten(1).sum(1)
+            count = (num_unmasked(process, num_masked, times, i + 1) - revealed)[rows]
+            logits, noise_scale, row_rng = evaluation.logits, choice_temp * s, rng.select(rows.tolist())
+            warped = warper.warp(logits, evaluation.t)
+            x_s = unmask_most_confident(x[rows], masked[rows], logits, warped, count, noise_scale, row_rng)
             x = x.index_copy(0, rows, x_s)
         elif on_step is None:
             break
-        x = x if on_step is None else on_step(i, t, s, x, evaluated.all_logits)
+        x = x if on_step is None else on_step(i, t, s, x, evaluation.all_logits)
     return x
 
 
 def unmask_most_confident(
-    x: Tensor, masked: Tensor, logits: Tensor, warped: Tensor, count: Tensor, noise: float, rng: Streams
+    x: Tensor, masked: Tensor, logits: Tensor, warped: Tensor, count: Tensor, noise_scale: float, rng: Streams
 ) -> Tensor:
     """Samples all masked codes of x (B, H, W) and keeps the `count` (B,) most confident of each example.
 
-    Codes are sampled from the warped logits (B, H, W, K); confidence is log p under the plain ones plus `noise` times
+    Codes are sampled from the warped logits (B, H, W, K); confidence is log p under the plain ones plus `noise_scale` times
     Gumbel noise.
     """
     precision = torch.float32 if logits.device.type == "mps" else torch.float64
@@ -245,7 +247,7 @@ def unmask_most_confident(
     codes = sample_categorical(warped[masked].to(precision), u[masked])  # (n,)
     scores = logits[masked].to(precision).log_softmax(-1).gather(-1, codes[:, None])[:, 0]
     scores = (
-        scores - noise * (-(-v[masked].to(precision)).log1p()).clamp(min=1e-20).log()
+        scores - noise_scale * (-(-v[masked].to(precision)).log1p()).clamp(min=1e-20).log()
     )  # -log of an Exp(1) variable is Gumbel
     confidences = torch.full(x.shape, -torch.inf, dtype=precision, device=x.device).masked_scatter(masked, scores)
     rank = confidences.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).view_as(x)
@@ -294,15 +296,15 @@ def remask(
         sigma_max, masked, u = process.max_sigma(t, s), x == process.mask, rng.uniform(x.shape, torch.float64)
         mean_sigma = min(remask_eta, sigma_max) if remasking == "cap" else remask_eta * sigma_max
         sigma = conf_remask_probs(mean_sigma, p, ~masked & ~known) if remasking == "conf" else mean_sigma
-        due, remasked = masked & (u >= process.stay_masked_prob(t, s, mean_sigma)), ~masked & ~known & (u < sigma)
-        evaluated = evaluate(denoise, x, due, expand(t, x), on_step is not None)
-        x = sample_evaluated(x, due, evaluated, rng, warper)
-        if len(evaluated.rows):
-            codes = x[evaluated.rows].clamp(max=process.codes - 1).unsqueeze(-1)
-            p_now = evaluated.logits.float().softmax(-1).gather(-1, codes)[..., 0]
-            p = p.index_copy(0, evaluated.rows, torch.where(due[evaluated.rows], p_now, p[evaluated.rows]))
+        to_reveal, remasked = masked & (u >= process.stay_masked_prob(t, s, mean_sigma)), ~masked & ~known & (u < sigma)
+        evaluation = evaluate(denoise, x, to_reveal, expand(t, x), on_step is not None)
+        x = sample_evaluated(x, to_reveal, evaluation, rng, warper)
+        if len(evaluation.rows):
+            codes = x[evaluation.rows].clamp(max=process.codes - 1).unsqueeze(-1)
+            p_now = evaluation.logits.float().softmax(-1).gather(-1, codes)[..., 0]
+            p = p.index_copy(0, evaluation.rows, torch.where(to_reveal[evaluation.rows], p_now, p[evaluation.rows]))
         x = x.masked_fill(remasked, process.mask)
-        x = x if on_step is None else on_step(i, t, s, x, evaluated.all_logits)
+        x = x if on_step is None else on_step(i, t, s, x, evaluation.all_logits)
     return x
 
 
@@ -315,7 +317,7 @@ def conf_remask_probs(mean_sigma: float, p: Tensor, revealed: Tensor) -> Tensor:
 SOLVERS = (
     Solver(ancestral, AbsorbingDiffusion),
     Solver(first_hitting, AbsorbingDiffusion, steps=one_per_code),
-    Solver(halton, AbsorbingDiffusion, schedule="arccos", draws_every_step=True),
-    Solver(confidence, AbsorbingDiffusion, ConfidenceOptions, schedule="cosine", draws_every_step=True),
+    Solver(halton, AbsorbingDiffusion, schedule="arccos", reveals_every_step=True),
+    Solver(confidence, AbsorbingDiffusion, ConfidenceOptions, schedule="cosine", reveals_every_step=True),
     Solver(remask, AbsorbingDiffusion, RemaskOptions),
 )

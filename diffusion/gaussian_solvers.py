@@ -86,10 +86,10 @@ def from_strength(process: ContinuousProcess, strength: float) -> ContinuousProc
     return replace(process, start=min(start, process.start))
 
 
-def remaining_steps(process: ContinuousProcess, started: ContinuousProcess, steps: int, spacing: str) -> int:
-    """Counts the steps of `process` that begin at or below the start of `started`; at least 1."""
+def remaining_steps(process: ContinuousProcess, shortened: ContinuousProcess, steps: int, spacing: str) -> int:
+    """Counts the steps of `process` that begin at or below the start of `shortened`; at least 1."""
     times = step_times(process, steps, spacing)[:-1]
-    return max(1, sum(t <= started.start * (1 + 1e-6) for t in times))
+    return max(1, sum(t <= shortened.start * (1 + 1e-6) for t in times))
 
 
 def evenly_spaced(first: float, last: float, count: int) -> list[float]:
@@ -242,18 +242,18 @@ def heun(
     return x
 
 
-class LastStep(NamedTuple):
+class PreviousStep(NamedTuple):
     """The previous step's x0 (B, C, H, W) and h, kept by multistep solvers."""
 
     x0: Tensor
     h: Tensor
 
 
-def extrapolate_x0(x0: Tensor, last: LastStep | None, c: StepCoefficients, s: float) -> Tensor:
+def extrapolate_x0(x0: Tensor, previous: PreviousStep | None, c: StepCoefficients, s: float) -> Tensor:
     """Extrapolates x_0 (B, C, H, W) linearly to the middle of the step; returns x0 in the first and the last step."""
-    if last is None or s == 0:
+    if previous is None or s == 0:
         return x0
-    return x0 + c.h / (2 * last.h) * (x0 - last.x0)  # no change after alpha = 0, where last.h is infinite
+    return x0 + c.h / (2 * previous.h) * (x0 - previous.x0)  # no change after alpha = 0, where last.h is infinite
 
 
 @torch.no_grad()
@@ -267,11 +267,11 @@ def dpmpp_2m(
     on_step: OnStep | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), x (B, C, H, W): second order, one network call per step."""
-    last = None
+    previous = None
     for i, (t, s) in enumerate(pairwise(times)):
         x0, c = denoise(x, expand(t, x)).x0, step_coefficients(process, t, s)
-        x = x0_step(x, extrapolate_x0(x0, last, c, s), c)
-        last = LastStep(x0, c.h)
+        x = x0_step(x, extrapolate_x0(x0, previous, c, s), c)
+        previous = PreviousStep(x0, c.h)
         x = x if on_step is None else on_step(i, t, s, x, x0)
     return x
 
@@ -288,13 +288,13 @@ def dpmpp_2m_sde(
     eta: float = 1.0,
 ) -> Tensor:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022), x (B, C, H, W): adds noise in each step; eta 0 is dpmpp_2m."""
-    last = None
+    previous = None
     for i, (t, s) in enumerate(pairwise(times)):
         x0, c = denoise(x, expand(t, x)).x0, step_coefficients(process, t, s)
         std = c.sigma_s * (1 - c.exp_neg_h ** (2 * eta)).sqrt()
         noise = std * rng.normal(x.shape).to(x.dtype)
-        x = x0_step(x, extrapolate_x0(x0, last, c, s), c, eta) + noise
-        last = LastStep(x0, c.h)
+        x = x0_step(x, extrapolate_x0(x0, previous, c, s), c, eta) + noise
+        previous = PreviousStep(x0, c.h)
         x = x if on_step is None else on_step(i, t, s, x, x0)
     return x
 
@@ -314,21 +314,21 @@ def unipc(
     The next step reuses that prediction, so there is one network call per step, and one more whenever `on_step` changes
     x.
     """
-    last, x0 = None, denoise(x, expand(times[0], x)).x0
+    previous, x0 = None, denoise(x, expand(times[0], x)).x0
     for i, (t, s) in enumerate(pairwise(times)):
         c, x0_t = step_coefficients(process, t, s), x0
-        x_s = x0_step(x, extrapolate_x0(x0_t, last, c, s), c)
+        x_s = x0_step(x, extrapolate_x0(x0_t, previous, c, s), c)
         if s > 0:
             x0 = denoise(x_s, expand(s, x)).x0
-            x_s = unipc_corrector(x, x0_t, x0, last, c)
-        last = LastStep(x0_t, c.h)
+            x_s = unipc_corrector(x, x0_t, x0, previous, c)
+        previous = PreviousStep(x0_t, c.h)
         x = x_s if on_step is None else on_step(i, t, s, x_s, x0_t)
         if x is not x_s and s > 0:
             x0 = denoise(x, expand(s, x)).x0
     return x
 
 
-def unipc_corrector(x: Tensor, x0: Tensor, x0_s: Tensor, last: LastStep | None, c: StepCoefficients) -> Tensor:
+def unipc_corrector(x: Tensor, x0: Tensor, x0_s: Tensor, previous: PreviousStep | None, c: StepCoefficients) -> Tensor:
     """Steps from x_t to x_s (B, C, H, W), integrating the polynomial through x_0 at the previous time, t and s exactly.
 
     With r = 0 at t and 1 at s, linear in half log-SNR: x_0(r) = x0 + a r + b r^2 adds alpha_s (a I_1 + b I_2) to the
@@ -336,14 +336,14 @@ def unipc_corrector(x: Tensor, x0: Tensor, x0_s: Tensor, last: LastStep | None, 
     """
     I_1 = 1 - (1 - c.exp_neg_h) / c.h
     I_2 = 1 - 2 * I_1 / c.h
-    if last is None:
+    if previous is None:
         return x0_step(x, x0, c) + c.alpha_s * I_1 * (x0_s - x0)
-    r = -last.h / c.h  # the previous time
+    r = -previous.h / c.h  # the previous time
     w = (I_1 - I_2) / (1 - r)
-    return x0_step(x, x0, c) + c.alpha_s * ((I_1 - w) * (x0_s - x0) + w / r * (last.x0 - x0))
+    return x0_step(x, x0, c) + c.alpha_s * ((I_1 - w) * (x0_s - x0) + w / r * (previous.x0 - x0))
 
 
-def process_or_few_steps(process: ContinuousProcess, positions: int) -> int:
+def all_process_steps(process: ContinuousProcess, positions: int) -> int:
     """Returns the steps of the process, or FEW_STEPS in continuous time."""
     return FEW_STEPS if process.steps is None else process.steps
 
@@ -354,7 +354,7 @@ def few_steps(process: ContinuousProcess, positions: int) -> int:
 
 
 SOLVERS = (
-    Solver(ddpm, ContinuousProcess, steps=process_or_few_steps),
+    Solver(ddpm, ContinuousProcess, steps=all_process_steps),
     Solver(ddim, ContinuousProcess, EtaOptions, steps=few_steps),
     Solver(heun, ContinuousProcess, steps=few_steps),
     Solver(dpmpp_2m, ContinuousProcess, steps=few_steps),

@@ -41,7 +41,7 @@ class Solver:
     options: type[SolverOptions] = SolverOptions
     steps: StepCount = process_steps  # default number of steps
     schedule: str | None = None  # preferred mask schedule
-    draws_every_step: bool = False  # every step samples at least one code, so more steps than codes are useless
+    reveals_every_step: bool = False  # every step samples at least one code, so more steps than codes are useless
 
     @property
     def name(self) -> str:

@@ -46,7 +46,7 @@ class Context(NamedTuple):
 
 
 Stream = Vector | Tokens | Map
-AXES = {Vector: 2, Tokens: 3, Map: 4}
+NDIM = {Vector: 2, Tokens: 3, Map: 4}
 
 
 class Regions(NamedTuple):
@@ -71,13 +71,13 @@ class Condition:
 
     streams: Mapping[str, Stream] = field(default_factory=dict)
     regions: Regions | None = None
-    attention_masks: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)  # by size
+    attention_mask_cache: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)  # by size
 
     def __post_init__(self):
         for name, stream in self.streams.items():
-            axes = AXES.get(type(stream))
-            if axes is None or stream.values.ndim != axes:
-                got = type(stream).__name__ if axes is None else f"{type(stream).__name__} {tuple(stream.values.shape)}"
+            ndim = NDIM.get(type(stream))
+            if ndim is None or stream.values.ndim != ndim:
+                got = type(stream).__name__ if ndim is None else f"{type(stream).__name__} {tuple(stream.values.shape)}"
                 wanted = "Vector (B, E), Tokens (B, M, D) or Map (B, C, h, w)"
                 raise ValueError(f"got stream {name}: {got}, wanted {wanted}")
             parts = (stream.mask, stream.region) if isinstance(stream, Tokens) else ()
@@ -108,10 +108,10 @@ class Condition:
         """Returns the condition on a device."""
         return self.map_tensors(lambda tensor: tensor.to(device))
 
-    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Condition":
-        """Returns the condition with `change` applied to every tensor."""
-        streams = {name: _map_tensors(stream, change) for name, stream in self.streams.items()}
-        return Condition(streams, None if self.regions is None else _map_tensors(self.regions, change))
+    def map_tensors(self, fn: Callable[[Tensor], Tensor]) -> "Condition":
+        """Returns the condition with `fn` applied to every tensor."""
+        streams = {name: _map_tensors(stream, fn) for name, stream in self.streams.items()}
+        return Condition(streams, None if self.regions is None else _map_tensors(self.regions, fn))
 
     @classmethod
     def cat(cls, conditions: Sequence["Condition"]) -> "Condition":
@@ -122,7 +122,9 @@ class Condition:
         names = {tuple(sorted(condition.streams)) for condition in conditions}
         if len(names) != 1:
             raise ValueError(f"got conditions with the streams {sorted(names)}, wanted the same in all")
-        streams = {name: _cat([condition.streams[name] for condition in conditions]) for name in conditions[0].streams}
+        streams = {
+            name: _cat_streams([condition.streams[name] for condition in conditions]) for name in conditions[0].streams
+        }
         return cls(streams, _cat_regions(conditions))
 
     def row_ids(self) -> Tensor | None:
@@ -153,7 +155,7 @@ class Condition:
         streams = self.streams_of(Tokens)
         if len(streams) < 2:
             return streams[0] if streams else None
-        return _join(streams, 1)
+        return _cat_tokens(streams, 1)
 
     def context(self, height: int, width: int) -> Context | None:
         """Returns the tokens and their mask for cross-attention from a grid, None without tokens.
@@ -185,7 +187,7 @@ class Condition:
         tokens = self.tokens()
         if tokens is None or tokens.region is None:
             return None
-        if (height, width) not in self.attention_masks:
+        if (height, width) not in self.attention_mask_cache:
             if self.regions is None:
                 raise ValueError("got tokens of regions, and no regions: pass Condition(..., regions=)")
             covered = self.regions.coverage(height, width).flatten(2)  # (B, R, N)
@@ -194,15 +196,15 @@ class Condition:
             index = (tokens.region + 1).unsqueeze(-1).expand(-1, -1, height * width)  # (B, M, N)
             mask = covered.gather(1, index).mT  # (B, N, M)
             mask = mask if tokens.mask is None else mask & tokens.mask.unsqueeze(1)
-            self.attention_masks[height, width] = mask
-        return self.attention_masks[height, width]
+            self.attention_mask_cache[height, width] = mask
+        return self.attention_mask_cache[height, width]
 
 
-def _map_tensors(record: NamedTuple, change: Callable[[Tensor], Tensor]) -> NamedTuple:
-    return type(record)(*(None if tensor is None else change(tensor) for tensor in record))
+def _map_tensors(record: NamedTuple, fn: Callable[[Tensor], Tensor]) -> NamedTuple:
+    return type(record)(*(None if tensor is None else fn(tensor) for tensor in record))
 
 
-def _join(streams: Sequence[Tokens], axis: int) -> Tokens:
+def _cat_tokens(streams: Sequence[Tokens], axis: int) -> Tokens:
     """Concatenates token sequences along the batch (0) or the sequence (1)."""
     masks, regions = [stream.mask for stream in streams], [stream.region for stream in streams]
     if any(mask is not None for mask in masks):
@@ -214,13 +216,13 @@ def _join(streams: Sequence[Tokens], axis: int) -> Tokens:
     return Tokens(torch.cat([stream.values for stream in streams], axis), mask, region)
 
 
-def _cat(streams: Sequence[Stream]) -> Stream:
+def _cat_streams(streams: Sequence[Stream]) -> Stream:
     """Concatenates streams of one type along the batch."""
     cls = type(streams[0])
     if cls is not Tokens:
         return cls(torch.cat([stream.values for stream in streams]))
     longest = max(stream.values.shape[1] for stream in streams)
-    return _join([_pad_tokens(stream, longest) for stream in streams], 0)
+    return _cat_tokens([_pad_tokens(stream, longest) for stream in streams], 0)
 
 
 def _pad_tokens(tokens: Tokens, length: int) -> Tokens:

@@ -63,7 +63,7 @@ def lookup(ids: Tensor, codebook: Tensor) -> Tensor:
     return nn.functional.embedding(ids, codebook).movedim(-1, 1).contiguous()
 
 
-def mse_per_example(differences: Tensor) -> Tensor:
+def mean_square_per_example(differences: Tensor) -> Tensor:
     """Returns the mean square of differences (B, D, h, w) of each example, (B,)."""
     return differences.square().flatten(1).mean(1)
 

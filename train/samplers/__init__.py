@@ -98,10 +98,10 @@ class LearnedSampler(ABC):
 
 def select_solver(process: Process, options: SamplingConfig) -> tuple[Solver, dict[str, Any]]:
     """Returns the solver that the options name, with its keywords. ValueError for an option of another solver."""
-    entry, solver_kwargs = get_solver(process, options.solver), options.solver_options
+    solver, solver_kwargs = get_solver(process, options.solver), options.solver_options
     for name, value in solver_kwargs.items():
-        if name not in entry.option_names:
+        if name not in solver.option_names:
             raise ValueError(
-                f"got {name} {value} for solver {entry.name}, which has no such option: leave --{name} out"
+                f"got {name} {value} for solver {solver.name}, which has no such option: leave --{name} out"
             )
-    return entry, solver_kwargs
+    return solver, solver_kwargs

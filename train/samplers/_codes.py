@@ -12,8 +12,8 @@ from diffusion.absorbing import mask_at_random
 from diffusion.autoregressive import Autoregression
 from diffusion.denoisers import guided, windowed
 from diffusion.discrete_solvers import even_times
-from diffusion.drawing import LogitsWarper
 from diffusion.likelihood import bits_per_code
+from diffusion.logits_warper import LogitsWarper
 from diffusion.process import DiscreteProcess
 from diffusion.rng import Streams
 from diffusion.solvers import Solver
@@ -125,11 +125,11 @@ class CodeSampler(LearnedSampler):
             self.check_windowable(shape, control is not None)
             stride = max(1, min(self.grid) // 2) if window_stride is None else window_stride
             denoise = windowed(denoise, self.grid, stride, may_change=lambda x: self.process.may_change(x, 1.0, 0.0))
-        entry, solver_kwargs = select_solver(self.process, options)
-        process = self.sampling_process(entry, options)
-        steps = entry.steps(process, x[0].numel()) if options.sample_steps is None else options.sample_steps
+        solver, solver_kwargs = select_solver(self.process, options)
+        process = self.sampling_process(solver, options)
+        steps = solver.steps(process, x[0].numel()) if options.sample_steps is None else options.sample_steps
         kwargs = {"rng": rng, "on_step": on_step, "warper": options.warper} | solver_kwargs
-        return entry.solve(denoise, process, x, even_times(steps), **kwargs)
+        return solver.solve(denoise, process, x, even_times(steps), **kwargs)
 
     def check_windowable(self, shape: tuple[int, int], controlled: bool) -> None:
         """Raises ValueError if a condition belongs to the whole canvas, which windows cannot have."""
@@ -159,7 +159,7 @@ class CodeSampler(LearnedSampler):
     ) -> Denoiser:
         """Returns the guided denoiser of grids like x (B, H, W) under the conditions of a batch, for one sampling."""
 
-    def sampling_process(self, entry: Solver, options: CodeSampling) -> DiscreteProcess | Autoregression:
+    def sampling_process(self, solver: Solver, options: CodeSampling) -> DiscreteProcess | Autoregression:
         """Returns the process to run the solver on."""
         return self.process
 

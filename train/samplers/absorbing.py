@@ -81,9 +81,9 @@ class AbsorbingSampler(DiscreteSampler):
         """Returns the expected fraction of masked codes at t (B,)."""
         return self.process.mask_prob(t)
 
-    def sampling_process(self, entry: Solver, options: Sampling) -> AbsorbingDiffusion:
+    def sampling_process(self, solver: Solver, options: Sampling) -> AbsorbingDiffusion:
         """Returns the process with the mask schedule to sample by: --reveal, else the solver's, else its own."""
-        own = self.process.schedule if entry.schedule is None else entry.schedule
+        own = self.process.schedule if solver.schedule is None else solver.schedule
         return replace(self.process, schedule=own if options.reveal == "auto" else options.reveal)
 
 

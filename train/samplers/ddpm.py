@@ -334,8 +334,8 @@ class GaussianSampler(LearnedSampler):
             denoise = thresholded(denoise, self.process, options.dynamic_threshold)
         if edit is not None:
             denoise = with_known_pixels(denoise, self.process, edit.x0, edit.keep)
-        entry, solver_kwargs = select_solver(self.process, options)
-        return entry.solve(
+        solver, solver_kwargs = select_solver(self.process, options)
+        return solver.solve(
             denoise, process, x, self.solver_times(process, options), rng=rng, on_step=on_step, **solver_kwargs
         )
 
@@ -351,12 +351,12 @@ class GaussianSampler(LearnedSampler):
 
     def solver_times(self, process: ContinuousProcess, options: Sampling) -> list[float]:
         """Returns the times of the steps from the start of `process`, the sampler's or one from `from_strength`."""
-        entry, spacing = select_solver(self.process, options)[0], options.spacing
+        solver, spacing = select_solver(self.process, options)[0], options.spacing
         if spacing == "auto":
             spacing = "karras" if isinstance(self.process, EDM) else "uniform"
         steps = options.sample_steps
         if steps is None:
-            steps = entry.steps(self.process, math.prod(self.shape[1:]))
+            steps = solver.steps(self.process, math.prod(self.shape[1:]))
         if process is not self.process:
             steps = remaining_steps(self.process, process, steps, spacing)
         return step_times(process, steps, spacing)

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from models.sdpa import upcast
-from vq.quantizer import count_codes, lookup, mse_per_example, nearest, straight_through
+from vq.quantizer import count_codes, lookup, mean_square_per_example, nearest, straight_through
 from vq.quantizers import CommitmentConfig, Quantized, Quantizer, StepContext
 
 JITTER = 0.01  # noise on repeated vectors, relative to the standard deviation of the batch
@@ -63,7 +63,7 @@ class EMAQuantizer(Quantizer):
         e = self.vectors(ids)
         if context is not None:
             self.assignments.append((rearrange(z.detach(), "b d h w -> (b h w) d").to(e.dtype), ids.flatten()))
-        commitment = mse_per_example(z - e)
+        commitment = mean_square_per_example(z - e)
         metrics = {"commitment": commitment.detach().mean()}
         return Quantized(ids, straight_through(z, e), self.beta * commitment, metrics)
 
