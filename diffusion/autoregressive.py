@@ -87,9 +87,7 @@ def raster(
     u = rng.uniform(shape, torch.float64).flatten(1)
     x = x.flatten(1)
     unknown = x == process.mask
-    last_unknown = (unknown * torch.arange(1, count + 1, device=x.device)).amax(
-        1
-    ) - 1  # (B,) last unknown position, or -1
+    last_unknown = (unknown * torch.arange(1, count + 1, device=x.device)).amax(1) - 1  # (B,), -1 without any
     positions, all_logits = unknown.any(0).nonzero()[:, 0].tolist(), None
     for i, m in enumerate(positions):
         rows = (last_unknown >= m).nonzero()[:, 0]

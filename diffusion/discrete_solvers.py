@@ -1,10 +1,10 @@
-"""A solver for any discrete process, and what all solvers of codes share.
+"""A solver for any discrete process, and the interface of all solvers of codes.
 
 `denoise(x (B, H, W), t (B,), rows)` returns logits (B, H, W, K) of x_0; `rows` (n,) int64 are the indices of the
 examples in x, None means all of them in order. In a step, only examples in which some code may change are evaluated.
 
-`on_step(i, t, s, x_s, logits) -> x_s` may modify x before the next step. It receives the logits of every example, so
-all of them are then evaluated at every step; the samples stay the same.
+`on_step(i, t, s, x_s, logits) -> x_s` may return other codes to continue from. It receives the logits of every example,
+so all of them are then evaluated at every step; the samples stay the same.
 """
 
 from itertools import pairwise
@@ -37,7 +37,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(denoise: Denoiser, x: Tensor, to_sample: Tensor, t: Tensor, all_rows: bool) -> Evaluation:
-    """Evaluates the examples of x (B, H, W) in which some code is `to_sample` (B, H, W) bool, or all rows, at t (B,)."""
+    """Evaluates x (B, H, W) at t (B,): the examples with a position in `to_sample` (B, H, W) bool, or `all_rows`."""
     rows = to_sample.flatten(1).any(1).nonzero()[:, 0]
     if all_rows or len(rows) == len(x):
         all_logits = denoise(x, t)
@@ -58,11 +58,11 @@ def discrete(
 ) -> Tensor:
     """Ancestral sampling, x_s ~ p(x_s | x_t), for any discrete process (Austin et al. 2021).
 
-    x: (B, N) codes at times[0]; returns those at times[-1]. One network call per step, on the examples in which some
-    position may change.
+    Takes codes x (B, H, W) at times[0] and returns those at times[-1]. One network call per step, on the examples in
+    which some position may change.
     """
     for i, (t, s) in enumerate(pairwise(times)):
-        evaluation = evaluate(denoise, x, process.may_change(x, t, s), expand(t, x), on_step is not None)
+        evaluation = evaluate(denoise, x, process.may_change(x, t, s), expand(t, x), all_rows=on_step is not None)
         rows = evaluation.rows
         if len(rows):
             logits = warper.warp(evaluation.logits, evaluation.t)

@@ -22,7 +22,7 @@ def cached_tables(build: Callable[..., tuple[ndarray, ...]], grid: Sequence[int]
 def constant_tables(build: Callable[..., tuple[ndarray, ...]], *shape, device: torch.device) -> tuple[Tensor, ...]:
     """Returns the arrays of `build(*shape)` as tensors of the same shapes on `device`.
 
-    Fake tensors, as tracers and FakeTensorMode make them, hold no data and are not cached.
+    Fake tensors, which tracers and FakeTensorMode create, hold no data and are not cached.
     """
     key = (build, shape, device)
     if key not in CACHE:

@@ -23,7 +23,7 @@ def make_quantizer(config: VQGANConfig) -> Quantizer:
 
 @contextmanager
 def full_precision_matmul() -> Iterator[None]:
-    """Disables TF32 in matrix products: with its 10-bit mantissa other codes would be nearest."""
+    """Disables TF32 in matrix products: its 10-bit mantissa could change which code is nearest."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -251,7 +251,7 @@ def test_the_time_is_an_option_of_its_own(kind):
         timed(codes())
     with pytest.raises(ValueError, match=r"got t \(1,\) for 3 grids"):
         timed(codes(), t=t[:1])
-    with pytest.raises(ValueError, match="got t for a transformer that takes no time"):
+    with pytest.raises(ValueError, match="got t for a transformer without a time input"):
         plain(codes(), t=t)
 
 

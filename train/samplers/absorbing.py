@@ -24,7 +24,7 @@ class Config(TransformerConfig):
     loss_type: Literal["reweighted_elbo", "elbo", "mlm"] = "reweighted_elbo"
     """Training loss; the ELBO in bits per code is always logged."""
     mask_schedule: Literal["random", "fixed"] = "random"
-    """random: mask each code independently with the probability of its time; fixed: mask exactly that share."""
+    """random: mask each code independently with the probability of its time; fixed: mask exactly that fraction."""
     schedule: Literal["linear", "cosine", "arccos", "square"] = "linear"
     """How the masking probability grows with t."""
     total_steps: int | None = 256
@@ -82,9 +82,9 @@ class AbsorbingSampler(DiscreteSampler):
         return self.process.mask_prob(t)
 
     def sampling_process(self, solver: Solver, options: Sampling) -> AbsorbingDiffusion:
-        """Returns the process with the mask schedule to sample by: --reveal, else the solver's, else its own."""
-        own = self.process.schedule if solver.schedule is None else solver.schedule
-        return replace(self.process, schedule=own if options.reveal == "auto" else options.reveal)
+        """Returns the process with the mask schedule for sampling: --reveal, else the solver's, else its own."""
+        default = self.process.schedule if solver.schedule is None else solver.schedule
+        return replace(self.process, schedule=default if options.reveal == "auto" else options.reveal)
 
 
 def build(config: Config, *, codes: int, grid: tuple[int, int], n_classes: int) -> AbsorbingSampler:

@@ -74,5 +74,5 @@ class IBQQuantizer(Quantizer):
 
 
 def build(config: Config, codebook_size: int, dim: int) -> IBQQuantizer:
-    """Builds the quantizer of `codebook_size` codes of `dim` numbers."""
+    """Builds the quantizer, with `codebook_size` codes of width `dim`."""
     return IBQQuantizer(codebook_size, dim, config.beta, config.entropy_weight, config.entropy_temperature)

@@ -52,10 +52,10 @@ class L2Quantizer(Quantizer):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Normalises x (., D, ...) to unit length along axis 1."""
+    """Normalises x, (B, D, ...) or (K, D), to unit length along axis 1."""
     return F.normalize(x, dim=1)
 
 
 def build(config: Config, codebook_size: int, dim: int) -> L2Quantizer:
-    """Builds the quantizer of `codebook_size` codes of `dim` numbers."""
+    """Builds the quantizer, with `codebook_size` codes of width `dim`."""
     return L2Quantizer(codebook_size, dim, config.beta)

@@ -77,5 +77,5 @@ class LFQQuantizer(Quantizer):
 
 
 def build(config: Config, codebook_size: int, dim: int) -> LFQQuantizer:
-    """Builds the quantizer of `codebook_size` codes, whose logarithm is the dimension."""
+    """Builds the quantizer, with `codebook_size` codes of width log2(codebook_size)."""
     return LFQQuantizer(codebook_size, config.beta, config.entropy_weight, config.entropy_temperature)

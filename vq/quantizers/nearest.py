@@ -50,5 +50,5 @@ class NearestQuantizer(Quantizer):
 
 
 def build(config: Config, codebook_size: int, dim: int) -> NearestQuantizer:
-    """Builds the quantizer of `codebook_size` codes of `dim` numbers."""
+    """Builds the quantizer, with `codebook_size` codes of width `dim`."""
     return NearestQuantizer(codebook_size, dim, config.beta, config.legacy_beta)
