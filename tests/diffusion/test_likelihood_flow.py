@@ -117,7 +117,7 @@ def test_every_spacing_goes_from_the_least_noise_to_pure_noise(spacing, streams)
     process, data = Circle(), Correlated(False)
     path = flow_points(process, 40, spacing)
     assert len(path) == 41 and (path[0].t, path[-1].t) == (process.end, process.start)
-    assert all(a.along < b.along for a, b in zip(path[:-1], path[1:], strict=True))
+    assert all(a.log_tan_half < b.log_tan_half for a, b in zip(path[:-1], path[1:], strict=True))
     x0, truth = data.draw(3), data.bits(dequantize(data.draw(3), streams(3)), process)
     result = flow_bits_per_dimension(data.denoiser(process), process, x0, streams(3), steps=400, spacing=spacing)
     assert (result.total - truth).abs().max() < 3e-3

@@ -149,7 +149,7 @@ def test_a_solver_with_an_option_is_one_file(with_mine, capsys):
     options = cli.parse_arguments(with_mine.Sampling, words, default=with_mine.Sampling())
     assert (built.sample(built.network, Streams([0]), options=options) == 3).all()
     assert (built.sample(built.network, Streams([0]), options=with_mine.Sampling(solver="constant")) == 1).all()
-    assert cli.plain(options)["constant_code"] == 3  # config.yaml
+    assert cli.flatten_group(options)["constant_code"] == 3  # config.yaml
     (control,) = [each for each in make_controls(options, ["constant"], True) if each.name == "constant_code"]
     assert (control.kind, control.value, control.optional) == ("integer", 3, True)
     assert control.help == "constant: the code that is drawn everywhere (1)."
