@@ -87,7 +87,7 @@ def from_strength(process: ContinuousProcess, strength: float) -> ContinuousProc
 
 
 def remaining_steps(process: ContinuousProcess, shortened: ContinuousProcess, steps: int, spacing: str) -> int:
-    """Counts the steps of `process` that begin at or below the start of `shortened`, from `from_strength`; at least 1."""
+    """Counts the steps of `process` that begin at or below the start of `shortened` (`from_strength`); at least 1."""
     times = step_times(process, steps, spacing)[:-1]
     return max(1, sum(t <= shortened.start * (1 + 1e-6) for t in times))
 
