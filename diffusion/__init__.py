@@ -3,11 +3,11 @@
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.autoregressive import Autoregression
 from diffusion.denoisers import guided, thresholded, windowed
-from diffusion.drawing import LogitsWarper
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import SCHEDULES, GaussianDiffusion, with_zero_terminal_snr
 from diffusion.likelihood import bits_per_code, bits_per_dimension, flow_bits_per_dimension
+from diffusion.logits_warper import LogitsWarper
 from diffusion.process import ContinuousProcess, DiscreteProcess
 from diffusion.rng import Streams, seed_of
 from diffusion.sampling import denoiser, sample
@@ -21,10 +21,10 @@ __all__ = [
     "Bound",
     "ContinuousProcess",
     "DiscreteProcess",
-    "LogitsWarper",
     "EDM",
     "GaussianDiffusion",
     "Likelihood",
+    "LogitsWarper",
     "Loss",
     "LossSecondMoment",
     "Normal",
@@ -36,11 +36,11 @@ __all__ = [
     "bits_per_dimension",
     "denoiser",
     "flow_bits_per_dimension",
+    "get_solver",
     "guided",
     "low_discrepancy_times",
     "sample",
     "seed_of",
-    "get_solver",
     "solvers_for",
     "thresholded",
     "uniform_times",

@@ -2,7 +2,7 @@
 
 x (B, H, W) is all mask, or has known codes, which never change. The interface is that of discrete_solvers, except that
 `on_step` must not mask codes again. Times are evenly spaced from 1 to 0. Solvers that choose the step of each code
-before its value evaluate an example only in the steps that reveal some of its codes.
+before its value evaluate an example only in the steps that reveal some of its codes; with `on_step`, in every step.
 
 Notation: t -> s is a step (s < t), m(t) the probability that a code is masked at t, N the number of codes, T that of
 steps, sigma the probability that a revealed code is masked again, u uniform random numbers.
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from diffusion.absorbing import AbsorbingDiffusion, sample_at
-from diffusion.discrete_solvers import Evaluated, evaluate
-from diffusion.drawing import NO_WARP, LogitsWarper
+from diffusion.discrete_solvers import Evaluation, evaluate
+from diffusion.logits_warper import NO_WARP, LogitsWarper
 from diffusion.process import expand
 from diffusion.rng import Streams, sample_categorical
 from diffusion.solvers import Solver, SolverOptions, one_per_code
@@ -40,38 +40,42 @@ def unmask(
     """Samples each masked code in its step; the codes of a step are sampled independently of each other.
 
     `unmask_step` (B, H, W) int64 in [0, steps) is the step of each code, `times` (B, steps) the network's time input.
-    An example is evaluated once for each step that reveals codes of it; the network calls of different examples are
-    batched, whatever their steps.
+    An example is evaluated once for each step that reveals some of its codes; the network calls of different examples
+    are batched, whatever their steps. With `on_step`, every step is evaluated, and `on_step` gets evenly spaced times.
     """
     steps = times.shape[1]
     steps_of_masked = unmask_step.masked_fill(x != mask, steps).flatten(1)
-    used = torch.zeros(len(x), steps + 1, dtype=torch.bool, device=x.device).scatter_(1, steps_of_masked, True)[:, :-1]
+    used = torch.zeros(len(x), steps + 1, dtype=torch.bool, device=x.device)
+    used = used.scatter_(1, steps_of_masked, True)[:, :-1]  # (B, steps), True for steps that reveal codes
     nfe = steps if on_step is not None else int(used.sum(1).max())
     plan = (~used).long().argsort(dim=1, stable=True) if on_step is None else torch.arange(steps, device=x.device)
-    plan = plan.expand(len(x), steps)
+    plan = plan.expand(len(x), steps)  # (B, steps), the step of each call
     for i in range(nfe):
         step = plan[:, i]  # (B,)
-        due = (x == mask) & (unmask_step == step.view(-1, 1, 1))
-        evaluated = evaluate(denoise, x, due, times.gather(1, step[:, None])[:, 0], on_step is not None)
-        x = sample_evaluated(x, due, evaluated, rng, warper)
-        x = x if on_step is None else on_step(i, 1 - i / nfe, 1 - (i + 1) / nfe, x, evaluated.all_logits)
+        to_reveal = (x == mask) & (unmask_step == step.view(-1, 1, 1))
+        t = times.gather(1, step[:, None])[:, 0]  # (B,)
+        evaluation = evaluate(denoise, x, to_reveal, t, all_rows=on_step is not None)
+        x = sample_evaluated(x, to_reveal, evaluation, rng, warper)
+        x = x if on_step is None else on_step(i, 1 - i / nfe, 1 - (i + 1) / nfe, x, evaluation.all_logits)
     return x
 
 
-def sample_evaluated(x: Tensor, due: Tensor, evaluated: Evaluated, rng: Streams, warper: LogitsWarper) -> Tensor:
-    """Samples the codes of x at `due` (B, H, W) bool from the evaluated logits."""
-    rows = evaluated.rows
+def sample_evaluated(
+    x: Tensor, to_sample: Tensor, evaluation: Evaluation, rng: Streams, warper: LogitsWarper
+) -> Tensor:
+    """Samples the codes of x (B, H, W) at `to_sample` (B, H, W) bool from the evaluated logits."""
+    rows = evaluation.rows
     if not len(rows):
         return x
-    logits = warper.warp(evaluated.logits, evaluated.t)
-    return x.index_copy(0, rows, sample_at(x[rows], due[rows], logits, rng.select(rows.tolist())))
+    logits = warper.warp(evaluation.logits, evaluation.t)
+    return x.index_copy(0, rows, sample_at(x[rows], to_sample[rows], logits, rng.select(rows.tolist())))
 
 
 @torch.no_grad()
 def ancestral(
     denoise: Denoiser,
     process: AbsorbingDiffusion,
-    x: Tensor,
+    x: Tensor,  # (B, H, W)
     times: list[float],
     *,
     rng: Streams,
@@ -81,7 +85,7 @@ def ancestral(
     """Ancestral sampling: the distribution of `discrete` with fewer network calls.
 
     A code is revealed in the step from t to s with probability m(t) - m(s), independently of the others, so the steps
-    are sampled first and those that reveal nothing are skipped. At most min(steps, N) network calls.
+    are sampled first and those that reveal nothing are skipped. At most min(steps, N) network calls without `on_step`.
     """
     u = rng.uniform(x.shape, torch.float64)
     m_s = process.mask_prob(torch.tensor(times[1:], dtype=torch.float64)).to(u.dtype).to(x.device)  # decreasing
@@ -95,7 +99,7 @@ def ancestral(
 def first_hitting(
     denoise: Denoiser,
     process: AbsorbingDiffusion,
-    x: Tensor,
+    x: Tensor,  # (B, H, W)
     times: list[float],
     *,
     rng: Streams,
@@ -106,6 +110,7 @@ def first_hitting(
 
     The time at which a code is revealed has the CDF m(t) (Zheng et al. 2025), and is the time given to the network. No
     two codes are sampled independently, so a perfect denoiser gives exact samples. The number of steps must be N.
+    `on_step` gets evenly spaced times, since the times of reveal differ between examples.
     """
     count, steps = x[0].numel(), len(times) - 1
     if steps != count:
@@ -119,11 +124,11 @@ def first_hitting(
 
 def radical_inverse(count: int, base: int) -> Tensor:
     """Returns the first `count` elements of the van der Corput sequence: (count,) float64 in [0, 1)."""
-    digits, scale = torch.arange(count), 1.0 / base
+    remaining, scale = torch.arange(count), 1.0 / base
     total = torch.zeros(count, dtype=torch.float64)
-    while digits.any():
-        total += (digits % base) * scale
-        digits, scale = digits // base, scale / base
+    while remaining.any():
+        total += (remaining % base) * scale
+        remaining, scale = remaining // base, scale / base
     return total
 
 
@@ -149,7 +154,7 @@ def halton_order(height: int, width: int) -> Tensor:
 def halton(
     denoise: Denoiser,
     process: AbsorbingDiffusion,
-    x: Tensor,
+    x: Tensor,  # (B, H, W)
     times: list[float],
     *,
     rng: Streams,
@@ -158,32 +163,34 @@ def halton(
 ) -> Tensor:
     """Reveals codes in Halton order (Besnier et al. 2025), with a random cyclic shift for each example.
 
-    After the step to s, floor(m(s) N) codes are masked, but every step reveals at least one. The codes of a step are
-    far apart, hence nearly independent. At most min(steps, N) network calls.
+    Of the M codes masked at the start, floor(m(s) M) are masked after the step to s, but every step reveals at least
+    one. The codes of a step are far apart, hence nearly independent. At most min(steps, M) network calls without
+    `on_step`.
     """
     B, H, W = x.shape
     shifts = (rng.uniform((B, 2), torch.float64).cpu() * torch.tensor([H, W])).long()
     order = halton_order(H, W)
     order = torch.stack([order.roll(shift, (0, 1)) for shift in map(tuple, shifts.tolist())]).to(x.device)
-    hidden = (x == process.mask).flatten(1)
-    rank = order.flatten(1).masked_fill(~hidden, H * W).argsort(dim=1, stable=True).argsort(1)
-    counts = torch.stack(
-        [num_unmasked(process, hidden.sum(1), times, i) for i in range(1, len(times))], 1
-    )  # (B, steps)
-    unmask_step = torch.searchsorted(counts, rank, right=True).clamp(max=len(times) - 2).view_as(x)
+    is_masked = (x == process.mask).flatten(1)
+    rank = order.flatten(1).masked_fill(~is_masked, H * W).argsort(dim=1, stable=True).argsort(1)
+    counts = [num_unmasked(process, is_masked.sum(1), times, i) for i in range(1, len(times))]  # (B,) each
+    unmask_step = torch.searchsorted(torch.stack(counts, 1), rank, right=True).clamp(max=len(times) - 2).view_as(x)
     return unmask(
         denoise, process.mask, x, unmask_step, expand_times(times, x), rng=rng, on_step=on_step, warper=warper
     )
 
 
-def num_unmasked(process: AbsorbingDiffusion, hidden: Tensor, times: list[float], i: int) -> Tensor:
-    """Number of the `hidden` (B,) codes revealed after i steps: all but floor(m(s) hidden), at least one per step."""
+def num_unmasked(process: AbsorbingDiffusion, num_masked: Tensor, times: list[float], i: int) -> Tensor:
+    """Returns how many of `num_masked` (B,) codes are revealed after i steps: (B,) int64.
+
+    All but floor(m(s) num_masked), and at least one per step.
+    """
     m_s = process.mask_prob(torch.tensor(times[i], dtype=torch.float64)).item()
-    return (hidden - (hidden * m_s).floor().long()).clamp(min=i).minimum(hidden)
+    return (num_masked - (num_masked * m_s).floor().long()).clamp(min=i).minimum(num_masked)
 
 
 def expand_times(times: list[float], x: Tensor) -> Tensor:
-    """Expands the times of the steps to (B, steps) float32."""
+    """Expands the times at which the steps start to (B, steps) float32."""
     return torch.tensor(times[:-1], device=x.device).expand(len(x), -1)
 
 
@@ -192,14 +199,14 @@ class ConfidenceOptions(SolverOptions):
     """Options of `confidence`."""
 
     choice_temp: float | None = None
-    """confidence: Gumbel noise in the choice of codes to keep, at the first step (4.5)."""
+    """confidence: scale of the Gumbel noise added to the confidences; decreases linearly to 0 (4.5)."""
 
 
 @torch.no_grad()
 def confidence(
     denoise: Denoiser,
     process: AbsorbingDiffusion,
-    x: Tensor,
+    x: Tensor,  # (B, H, W)
     times: list[float],
     *,
     rng: Streams,
@@ -210,43 +217,43 @@ def confidence(
     """Samples all masked codes in each step and keeps the most confident (Chang et al. 2022, MaskGIT).
 
     The confidence of a code is its log p under the unwarped logits plus `choice_temp` s times Gumbel noise, which
-    vanishes at s = 0. After the step to s, floor(m(s) N) codes are masked, but every step keeps at least one.
+    vanishes at s = 0. Of the M codes masked at the start, floor(m(s) M) are masked after the step to s, but every step
+    keeps at least one.
     """
     if choice_temp < 0:
         raise ValueError(f"got choice temperature {choice_temp}, wanted 0 or more: pass --choice_temp X")
-    hidden = (x == process.mask).flatten(1).sum(1)  # (B,)
+    num_masked = (x == process.mask).flatten(1).sum(1)  # (B,)
     for i, (t, s) in enumerate(pairwise(times)):
         masked = x == process.mask
-        evaluated = evaluate(denoise, x, masked, expand(t, x), on_step is not None)
-        rows = evaluated.rows
+        evaluation = evaluate(denoise, x, masked, expand(t, x), all_rows=on_step is not None)
+        rows = evaluation.rows
         if len(rows):
-            revealed = hidden - masked.flatten(1).sum(1)
-            count = (num_unmasked(process, hidden, times, i + 1) - revealed)[rows]
-            logits, noise, row_rng = evaluated.logits, choice_temp * s, rng.select(rows.tolist())
-            warped = warper.warp(logits, evaluated.t)
-            x_s = unmask_most_confident(x[rows], masked[rows], logits, warped, count, noise, row_rng)
+            revealed = num_masked - masked.flatten(1).sum(1)
+            count = (num_unmasked(process, num_masked, times, i + 1) - revealed)[rows]
+            logits, noise_scale, row_rng = evaluation.logits, choice_temp * s, rng.select(rows.tolist())
+            warped = warper.warp(logits, evaluation.t)
+            x_s = unmask_most_confident(x[rows], masked[rows], logits, warped, count, noise_scale, row_rng)
             x = x.index_copy(0, rows, x_s)
         elif on_step is None:
             break
-        x = x if on_step is None else on_step(i, t, s, x, evaluated.all_logits)
+        x = x if on_step is None else on_step(i, t, s, x, evaluation.all_logits)
     return x
 
 
 def unmask_most_confident(
-    x: Tensor, masked: Tensor, logits: Tensor, warped: Tensor, count: Tensor, noise: float, rng: Streams
+    x: Tensor, masked: Tensor, logits: Tensor, warped: Tensor, count: Tensor, noise_scale: float, rng: Streams
 ) -> Tensor:
     """Samples all masked codes of x (B, H, W) and keeps the `count` (B,) most confident of each example.
 
-    Codes are sampled from the warped logits (B, H, W, K); confidence is log p under the plain ones plus `noise` times
-    Gumbel noise.
+    Codes are sampled from the warped logits (B, H, W, K); a code's confidence is its log p under the unwarped logits
+    plus `noise_scale` times Gumbel noise.
     """
     precision = torch.float32 if logits.device.type == "mps" else torch.float64
     u, v = rng.uniform(x.shape, torch.float64), rng.uniform(x.shape, torch.float64)
     codes = sample_categorical(warped[masked].to(precision), u[masked])  # (n,)
     scores = logits[masked].to(precision).log_softmax(-1).gather(-1, codes[:, None])[:, 0]
-    scores = (
-        scores - noise * (-(-v[masked].to(precision)).log1p()).clamp(min=1e-20).log()
-    )  # -log of an Exp(1) variable is Gumbel
+    exponential = -(-v[masked].to(precision)).log1p()  # an Exp(1) variable, whose -log is Gumbel noise
+    scores = scores - noise_scale * exponential.clamp(min=1e-20).log()
     confidences = torch.full(x.shape, -torch.inf, dtype=precision, device=x.device).masked_scatter(masked, scores)
     rank = confidences.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).view_as(x)
     keep = masked & (rank < count.view(-1, 1, 1))
@@ -267,7 +274,7 @@ class RemaskOptions(SolverOptions):
 def remask(
     denoise: Denoiser,
     process: AbsorbingDiffusion,
-    x: Tensor,
+    x: Tensor,  # (B, H, W)
     times: list[float],
     *,
     rng: Streams,
@@ -294,15 +301,16 @@ def remask(
         sigma_max, masked, u = process.max_sigma(t, s), x == process.mask, rng.uniform(x.shape, torch.float64)
         mean_sigma = min(remask_eta, sigma_max) if remasking == "cap" else remask_eta * sigma_max
         sigma = conf_remask_probs(mean_sigma, p, ~masked & ~known) if remasking == "conf" else mean_sigma
-        due, remasked = masked & (u >= process.stay_masked_prob(t, s, mean_sigma)), ~masked & ~known & (u < sigma)
-        evaluated = evaluate(denoise, x, due, expand(t, x), on_step is not None)
-        x = sample_evaluated(x, due, evaluated, rng, warper)
-        if len(evaluated.rows):
-            codes = x[evaluated.rows].clamp(max=process.codes - 1).unsqueeze(-1)
-            p_now = evaluated.logits.float().softmax(-1).gather(-1, codes)[..., 0]
-            p = p.index_copy(0, evaluated.rows, torch.where(due[evaluated.rows], p_now, p[evaluated.rows]))
-        x = x.masked_fill(remasked, process.mask)
-        x = x if on_step is None else on_step(i, t, s, x, evaluated.all_logits)
+        to_reveal = masked & (u >= process.stay_masked_prob(t, s, mean_sigma))
+        to_remask = ~masked & ~known & (u < sigma)
+        evaluation = evaluate(denoise, x, to_reveal, expand(t, x), all_rows=on_step is not None)
+        x = sample_evaluated(x, to_reveal, evaluation, rng, warper)
+        if len(evaluation.rows):
+            codes = x[evaluation.rows].clamp(max=process.codes - 1).unsqueeze(-1)
+            p_now = evaluation.logits.float().softmax(-1).gather(-1, codes)[..., 0]
+            p = p.index_copy(0, evaluation.rows, torch.where(to_reveal[evaluation.rows], p_now, p[evaluation.rows]))
+        x = x.masked_fill(to_remask, process.mask)
+        x = x if on_step is None else on_step(i, t, s, x, evaluation.all_logits)
     return x
 
 
@@ -315,7 +323,7 @@ def conf_remask_probs(mean_sigma: float, p: Tensor, revealed: Tensor) -> Tensor:
 SOLVERS = (
     Solver(ancestral, AbsorbingDiffusion),
     Solver(first_hitting, AbsorbingDiffusion, steps=one_per_code),
-    Solver(halton, AbsorbingDiffusion, schedule="arccos", draws_every_step=True),
-    Solver(confidence, AbsorbingDiffusion, ConfidenceOptions, schedule="cosine", draws_every_step=True),
+    Solver(halton, AbsorbingDiffusion, schedule="arccos", reveals_every_step=True),
+    Solver(confidence, AbsorbingDiffusion, ConfidenceOptions, schedule="cosine", reveals_every_step=True),
     Solver(remask, AbsorbingDiffusion, RemaskOptions),
 )

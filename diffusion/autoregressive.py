@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.drawing import NO_WARP, LogitsWarper
+from diffusion.logits_warper import NO_WARP, LogitsWarper
 from diffusion.process import apply_loss_weight
 from diffusion.rng import Streams, sample_categorical
 from diffusion.solvers import Solver, one_per_code
@@ -87,15 +87,15 @@ def raster(
     u = rng.uniform(shape, torch.float64).flatten(1)
     x = x.flatten(1)
     unknown = x == process.mask
-    last = (unknown * torch.arange(1, count + 1, device=x.device)).amax(1) - 1  # (B,) last unknown position, or -1
+    last_unknown = (unknown * torch.arange(1, count + 1, device=x.device)).amax(1) - 1  # (B,), -1 without any
     positions, all_logits = unknown.any(0).nonzero()[:, 0].tolist(), None
     for i, m in enumerate(positions):
-        rows = (last >= m).nonzero()[:, 0]
+        rows = (last_unknown >= m).nonzero()[:, 0]
         x_rows = x[rows]
         t = torch.full((len(rows),), 1 - m / count, device=x.device)
         logits = denoise(x_rows[:, :m], t, rows)
-        due = x_rows[:, m] == process.mask
-        x_rows[due, m] = sample_categorical(warper.warp(logits, t)[due], u[rows[due], m])
+        to_sample = x_rows[:, m] == process.mask
+        x_rows[to_sample, m] = sample_categorical(warper.warp(logits, t)[to_sample], u[rows[to_sample], m])
         x = x.index_copy(0, rows, x_rows)
         if on_step is not None:
             if all_logits is None:

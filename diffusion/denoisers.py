@@ -191,9 +191,8 @@ def windowed(
         total, count = None, x.new_zeros(B, H, W, 1, dtype=torch.float32)
         for chunk in needed.nonzero().split(batch):  # (window, canvas)
             canvases = chunk[:, 1]
-            probs = (
-                denoise(crops[chunk[:, 0], canvases], t[canvases], rows[canvases]).float().softmax(-1)
-            )  # (n, h, w, K)
+            logits = denoise(crops[chunk[:, 0], canvases], t[canvases], rows[canvases])  # (n, h, w, K)
+            probs = logits.float().softmax(-1)
             total = probs.new_zeros(B, H, W, probs.shape[-1]) if total is None else total
             for p, (window_index, canvas) in zip(probs, chunk.tolist(), strict=True):
                 i, j = offsets[window_index]

@@ -1,10 +1,10 @@
-"""A solver for any discrete process, and what all solvers of codes share.
+"""A solver for any discrete process, and the interface of all solvers of codes.
 
 `denoise(x (B, H, W), t (B,), rows)` returns logits (B, H, W, K) of x_0; `rows` (n,) int64 are the indices of the
 examples in x, None means all of them in order. In a step, only examples in which some code may change are evaluated.
 
-`on_step(i, t, s, x_s, logits) -> x_s` may modify x before the next step. It receives the logits of every example, so
-all of them are then evaluated at every step; the samples stay the same.
+`on_step(i, t, s, x_s, logits) -> x_s` may return other codes to continue from. It receives the logits of every example,
+so all of them are then evaluated at every step; the samples stay the same.
 """
 
 from itertools import pairwise
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion.drawing import NO_WARP, LogitsWarper
+from diffusion.logits_warper import NO_WARP, LogitsWarper
 from diffusion.process import DiscreteProcess, expand
 from diffusion.rng import Streams
 from diffusion.solvers import Solver
@@ -27,7 +27,7 @@ def even_times(steps: int | None) -> list[float]:
     return [i / steps for i in range(steps, -1, -1)]
 
 
-class Evaluated(NamedTuple):
+class Evaluation(NamedTuple):
     """The network's prediction for the examples that need it."""
 
     rows: Tensor  # (n,) int64, indices of the examples to sample
@@ -36,13 +36,13 @@ class Evaluated(NamedTuple):
     all_logits: Tensor | None  # (B, H, W, K) of all examples, if they were evaluated
 
 
-def evaluate(denoise: Denoiser, x: Tensor, due: Tensor, t: Tensor, all_rows: bool) -> Evaluated:
-    """Evaluates the examples of x (B, H, W) in which some code is `due` (B, H, W) bool, or all rows, at t (B,)."""
-    rows = due.flatten(1).any(1).nonzero()[:, 0]
+def evaluate(denoise: Denoiser, x: Tensor, to_sample: Tensor, t: Tensor, all_rows: bool) -> Evaluation:
+    """Evaluates x (B, H, W) at t (B,): the examples with a position in `to_sample` (B, H, W) bool, or `all_rows`."""
+    rows = to_sample.flatten(1).any(1).nonzero()[:, 0]
     if all_rows or len(rows) == len(x):
         all_logits = denoise(x, t)
-        return Evaluated(rows, t[rows], all_logits if len(rows) == len(x) else all_logits[rows], all_logits)
-    return Evaluated(rows, t[rows], denoise(x[rows], t[rows], rows) if len(rows) else None, None)
+        return Evaluation(rows, t[rows], all_logits if len(rows) == len(x) else all_logits[rows], all_logits)
+    return Evaluation(rows, t[rows], denoise(x[rows], t[rows], rows) if len(rows) else None, None)
 
 
 @torch.no_grad()
@@ -58,16 +58,16 @@ def discrete(
 ) -> Tensor:
     """Ancestral sampling, x_s ~ p(x_s | x_t), for any discrete process (Austin et al. 2021).
 
-    x: (B, N) codes at times[0]; returns those at times[-1]. One network call per step, on the examples in which some
-    position may change.
+    Takes codes x (B, H, W) at times[0] and returns those at times[-1]. One network call per step, on the examples in
+    which some position may change.
     """
     for i, (t, s) in enumerate(pairwise(times)):
-        evaluated = evaluate(denoise, x, process.may_change(x, t, s), expand(t, x), on_step is not None)
-        rows = evaluated.rows
+        evaluation = evaluate(denoise, x, process.may_change(x, t, s), expand(t, x), all_rows=on_step is not None)
+        rows = evaluation.rows
         if len(rows):
-            logits = warper.warp(evaluated.logits, evaluated.t)
+            logits = warper.warp(evaluation.logits, evaluation.t)
             x = x.index_copy(0, rows, process.reverse(x[rows], logits, t, s, rng.select(rows.tolist())))
-        x = x if on_step is None else on_step(i, t, s, x, evaluated.all_logits)
+        x = x if on_step is None else on_step(i, t, s, x, evaluation.all_logits)
     return x
 
 

@@ -1,8 +1,8 @@
 """Solvers of continuous processes: from noise x to data, written in alpha, sigma and a Prediction only.
 
 `denoise(x, t (B,))` returns a Prediction. Each solver takes decreasing times that end at 0, from `step_times`, and
-`on_step(i, t, s, x_s, x0) -> x_s`, which may modify x before the next step. All are finite at alpha = 0 (zero terminal
-SNR) and end at sigma = 0 with the last predicted x_0 (ddpm: the last mean).
+`on_step(i, t, s, x_s, x0) -> x_s`, which may return another tensor to continue from but must not modify x_s in place.
+All are finite at alpha = 0 (zero terminal SNR) and end at sigma = 0 with the last predicted x_0 (ddpm: the last mean).
 
 Notation: t -> s is a step (s < t); x is x_t (B, C, H, W); x0, eps the prediction at x_t; c the step's coefficients,
 with h = log(alpha_s / sigma_s) - log(alpha_t / sigma_t), the step in half log-SNR; eta the amount of added noise.
@@ -22,7 +22,7 @@ from diffusion.rng import Streams
 from diffusion.solvers import Solver, SolverOptions
 from diffusion.types import OnStep, Prediction
 
-FEW_STEPS = 20  # default of solvers that need few steps
+FEW_STEPS = 20  # default number of steps of solvers that need few
 MIN_HALF_LOGSNR = -5.1  # smallest log(alpha / sigma), as DPM-Solver++ clips cosine
 
 
@@ -86,10 +86,10 @@ def from_strength(process: ContinuousProcess, strength: float) -> ContinuousProc
     return replace(process, start=min(start, process.start))
 
 
-def remaining_steps(process: ContinuousProcess, started: ContinuousProcess, steps: int, spacing: str) -> int:
-    """Counts the steps of `process` that begin at or below the start of `started`; at least 1."""
+def remaining_steps(process: ContinuousProcess, shortened: ContinuousProcess, steps: int, spacing: str) -> int:
+    """Counts the steps of `process` that begin at or below the start of `shortened` (`from_strength`); at least 1."""
     times = step_times(process, steps, spacing)[:-1]
-    return max(1, sum(t <= started.start * (1 + 1e-6) for t in times))
+    return max(1, sum(t <= shortened.start * (1 + 1e-6) for t in times))
 
 
 def evenly_spaced(first: float, last: float, count: int) -> list[float]:
@@ -105,7 +105,7 @@ def half_logsnr_range(process: ContinuousProcess) -> tuple[float, float]:
 
 
 def times_from_half_logsnr(process: ContinuousProcess, half_logsnrs: list[float]) -> list[float]:
-    """Converts half log-SNRs to times, the first of which is `start`."""
+    """Converts half log-SNRs to times, the first of which is set to `start`: its half log-SNR may have been clipped."""
     times = process.t_from_half_logsnr(torch.tensor(half_logsnrs, dtype=torch.float64)).tolist()
     return [process.start, *times[1:]]
 
@@ -114,7 +114,7 @@ ContinuousDenoiser = Callable[[Tensor, Tensor], Prediction]  # (x_t, t (B,)) -> 
 
 
 class StepCoefficients(NamedTuple):
-    """alpha and sigma at t and s: () float64 on the CPU each, which PyTorch multiplies with tensors of any device."""
+    """alpha and sigma at t and s: () float64 on the CPU each, which PyTorch multiplies with tensors on any device."""
 
     alpha_t: Tensor
     sigma_t: Tensor
@@ -134,7 +134,7 @@ class StepCoefficients(NamedTuple):
 
 def step_coefficients(process: ContinuousProcess, t: float, s: float) -> StepCoefficients:
     """Returns alpha and sigma at both ends of the step from t to s."""
-    t, s = torch.tensor(t), torch.tensor(s)
+    t, s = torch.tensor(t), torch.tensor(s)  # float32, as given to the network; the process computes in float64
     return StepCoefficients(process.alpha(t), process.sigma(t), process.alpha(s), process.sigma(s))
 
 
@@ -151,13 +151,13 @@ def x0_step(x: Tensor, x0: Tensor, c: StepCoefficients, eta: float = 0.0) -> Ten
 def ddpm(
     denoise: ContinuousDenoiser,
     process: ContinuousProcess,
-    x: Tensor,
+    x: Tensor,  # (B, C, H, W)
     times: list[float],
     *,
     rng: Streams,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Ancestral sampling (Ho et al. 2020), x (B, C, H, W); with fewer steps, respaced (Nichol & Dhariwal 2021)."""
+    """Ancestral sampling (Ho et al. 2020); with fewer steps than the process, respaced (Nichol & Dhariwal 2021)."""
     for i, (t, s) in enumerate(pairwise(times)):
         pred = denoise(x, expand(t, x))
         x = process.reverse(x, pred, torch.tensor(t), torch.tensor(s), rng)
@@ -170,21 +170,21 @@ class EtaOptions(SolverOptions):
     """Options of solvers with an adjustable amount of noise."""
 
     eta: float | None = None
-    """ddim, dpmpp_2m_sde: amount of noise added per step, from 0 (none) to 1; default: 0 for ddim, 1 for the other."""
+    """ddim, dpmpp_2m_sde: amount of noise added per step, 0 (none) to 1; default: 0 for ddim, 1 for dpmpp_2m_sde."""
 
 
 @torch.no_grad()
 def ddim(
     denoise: ContinuousDenoiser,
     process: ContinuousProcess,
-    x: Tensor,
+    x: Tensor,  # (B, C, H, W)
     times: list[float],
     *,
     rng: Streams,
     on_step: OnStep | None = None,
     eta: float = 0.0,
 ) -> Tensor:
-    """DDIM (Song et al. 2021), x (B, C, H, W): deterministic for eta 0, ddpm with fixed_small for eta 1."""
+    """DDIM (Song et al. 2021): deterministic for eta 0, ddpm with fixed_small for eta 1."""
     if not 0 <= eta <= 1:
         raise ValueError(f"got eta {eta}, wanted 0 (deterministic) to 1 (ancestral)")
     for i, (t, s) in enumerate(pairwise(times)):
@@ -207,11 +207,11 @@ def ddim_inversion(
     the eps of its less noisy end. The denoiser must not clip.
     """
     trajectory = [x0]
-    for t, s in pairwise(times[::-1]):
-        x, c = trajectory[-1], step_coefficients(process, t, s)
-        eps = denoise(x, expand(max(t, process.end), x)).eps  # at t = 0, the smallest t that networks know
-        scale = c.alpha_s / c.alpha_t
-        trajectory.append(scale * x + (c.sigma_s - scale * c.sigma_t) * eps)
+    for s, t in pairwise(times[::-1]):  # from s to the noisier t
+        x_s, c = trajectory[-1], step_coefficients(process, t, s)
+        eps = denoise(x_s, expand(max(s, process.end), x_s)).eps  # networks are not trained at s = 0
+        scale = c.alpha_t / c.alpha_s
+        trajectory.append(scale * x_s + (c.sigma_t - scale * c.sigma_s) * eps)
     return trajectory
 
 
@@ -219,16 +219,16 @@ def ddim_inversion(
 def heun(
     denoise: ContinuousDenoiser,
     process: ContinuousProcess,
-    x: Tensor,
+    x: Tensor,  # (B, C, H, W)
     times: list[float],
     *,
     rng: Streams,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Heun's method, second order, x (B, C, H, W): two network calls per step, one for the last step.
+    """Heun's method, second order: two network calls per step, and one for the last step.
 
     Where sigma_t <= alpha_t, averages eps and integrates over sigma / alpha, as Karras et al. 2022 do everywhere; where
-    sigma_t > alpha_t, averages x_0 and integrates over alpha / sigma, since theirs diverges at alpha = 0.
+    sigma_t > alpha_t, averages x_0 and integrates over alpha / sigma, since sigma / alpha diverges at alpha = 0.
     """
     for i, (t, s) in enumerate(pairwise(times)):
         pred_t, c = denoise(x, expand(t, x)), step_coefficients(process, t, s)
@@ -236,42 +236,42 @@ def heun(
         if s > 0:
             pred_s = denoise(x_s, expand(s, x))
             x0_from_eps = (x - c.sigma_t * (pred_t.eps + pred_s.eps) / 2) / c.alpha_t
-            noisy = append_dims(c.sigma_t > c.alpha_t, x) > 0
+            noisy = append_dims(c.sigma_t > c.alpha_t, x).bool()  # (1, 1, 1, 1), on x's device
             x_s = x0_step(x, torch.where(noisy, (pred_t.x0 + pred_s.x0) / 2, x0_from_eps), c)
         x = x_s if on_step is None else on_step(i, t, s, x_s, pred_t.x0)
     return x
 
 
-class LastStep(NamedTuple):
-    """The previous step's x0 (B, C, H, W) and h, kept by multistep solvers."""
+class PreviousStep(NamedTuple):
+    """The previous step's x0 (B, C, H, W) and h (), which multistep solvers use."""
 
     x0: Tensor
     h: Tensor
 
 
-def extrapolate_x0(x0: Tensor, last: LastStep | None, c: StepCoefficients, s: float) -> Tensor:
+def extrapolate_x0(x0: Tensor, previous: PreviousStep | None, c: StepCoefficients, s: float) -> Tensor:
     """Extrapolates x_0 (B, C, H, W) linearly to the middle of the step; returns x0 in the first and the last step."""
-    if last is None or s == 0:
+    if previous is None or s == 0:
         return x0
-    return x0 + c.h / (2 * last.h) * (x0 - last.x0)  # no change after alpha = 0, where last.h is infinite
+    return x0 + c.h / (2 * previous.h) * (x0 - previous.x0)  # x0 after alpha = 0, where previous.h is infinite
 
 
 @torch.no_grad()
 def dpmpp_2m(
     denoise: ContinuousDenoiser,
     process: ContinuousProcess,
-    x: Tensor,
+    x: Tensor,  # (B, C, H, W)
     times: list[float],
     *,
     rng: Streams,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), x (B, C, H, W): second order, one network call per step."""
-    last = None
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one network call per step."""
+    previous = None
     for i, (t, s) in enumerate(pairwise(times)):
         x0, c = denoise(x, expand(t, x)).x0, step_coefficients(process, t, s)
-        x = x0_step(x, extrapolate_x0(x0, last, c, s), c)
-        last = LastStep(x0, c.h)
+        x = x0_step(x, extrapolate_x0(x0, previous, c, s), c)
+        previous = PreviousStep(x0, c.h)
         x = x if on_step is None else on_step(i, t, s, x, x0)
     return x
 
@@ -280,21 +280,21 @@ def dpmpp_2m(
 def dpmpp_2m_sde(
     denoise: ContinuousDenoiser,
     process: ContinuousProcess,
-    x: Tensor,
+    x: Tensor,  # (B, C, H, W)
     times: list[float],
     *,
     rng: Streams,
     on_step: OnStep | None = None,
     eta: float = 1.0,
 ) -> Tensor:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022), x (B, C, H, W): adds noise in each step; eta 0 is dpmpp_2m."""
-    last = None
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022): adds noise in each step; eta 0 is dpmpp_2m."""
+    previous = None
     for i, (t, s) in enumerate(pairwise(times)):
         x0, c = denoise(x, expand(t, x)).x0, step_coefficients(process, t, s)
         std = c.sigma_s * (1 - c.exp_neg_h ** (2 * eta)).sqrt()
         noise = std * rng.normal(x.shape).to(x.dtype)
-        x = x0_step(x, extrapolate_x0(x0, last, c, s), c, eta) + noise
-        last = LastStep(x0, c.h)
+        x = x0_step(x, extrapolate_x0(x0, previous, c, s), c, eta) + noise
+        previous = PreviousStep(x0, c.h)
         x = x if on_step is None else on_step(i, t, s, x, x0)
     return x
 
@@ -303,58 +303,58 @@ def dpmpp_2m_sde(
 def unipc(
     denoise: ContinuousDenoiser,
     process: ContinuousProcess,
-    x: Tensor,
+    x: Tensor,  # (B, C, H, W)
     times: list[float],
     *,
     rng: Streams,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """UniPC of order 2 (Zhao et al. 2023), x (B, C, H, W): a dpmpp_2m step, then a corrector from its end.
+    """UniPC of order 2 (Zhao et al. 2023): a dpmpp_2m step, then a corrector that uses the prediction at its end.
 
-    The next step reuses that prediction, so there is one network call per step, and one more whenever `on_step` changes
-    x.
+    The next step reuses that prediction, so there is one network call per step, and one more whenever `on_step` returns
+    another tensor than it was given.
     """
-    last, x0 = None, denoise(x, expand(times[0], x)).x0
+    previous, x0 = None, denoise(x, expand(times[0], x)).x0
     for i, (t, s) in enumerate(pairwise(times)):
         c, x0_t = step_coefficients(process, t, s), x0
-        x_s = x0_step(x, extrapolate_x0(x0_t, last, c, s), c)
+        x_s = x0_step(x, extrapolate_x0(x0_t, previous, c, s), c)
         if s > 0:
             x0 = denoise(x_s, expand(s, x)).x0
-            x_s = unipc_corrector(x, x0_t, x0, last, c)
-        last = LastStep(x0_t, c.h)
+            x_s = unipc_corrector(x, x0_t, x0, previous, c)
+        previous = PreviousStep(x0_t, c.h)
         x = x_s if on_step is None else on_step(i, t, s, x_s, x0_t)
         if x is not x_s and s > 0:
             x0 = denoise(x, expand(s, x)).x0
     return x
 
 
-def unipc_corrector(x: Tensor, x0: Tensor, x0_s: Tensor, last: LastStep | None, c: StepCoefficients) -> Tensor:
+def unipc_corrector(x: Tensor, x0: Tensor, x0_s: Tensor, previous: PreviousStep | None, c: StepCoefficients) -> Tensor:
     """Steps from x_t to x_s (B, C, H, W), integrating the polynomial through x_0 at the previous time, t and s exactly.
 
     With r = 0 at t and 1 at s, linear in half log-SNR: x_0(r) = x0 + a r + b r^2 adds alpha_s (a I_1 + b I_2) to the
-    step with constant x0, where I_n = h int r^n exp((r - 1) h) dr. The first step has no previous time, and b = 0.
+    step with constant x0, where I_n = h int_0^1 r^n exp((r - 1) h) dr. The first step has no previous time, and b = 0.
     """
     I_1 = 1 - (1 - c.exp_neg_h) / c.h
     I_2 = 1 - 2 * I_1 / c.h
-    if last is None:
+    if previous is None:
         return x0_step(x, x0, c) + c.alpha_s * I_1 * (x0_s - x0)
-    r = -last.h / c.h  # the previous time
-    w = (I_1 - I_2) / (1 - r)
-    return x0_step(x, x0, c) + c.alpha_s * ((I_1 - w) * (x0_s - x0) + w / r * (last.x0 - x0))
+    r = -previous.h / c.h  # r of the previous time
+    w = (I_1 - I_2) / (1 - r)  # a I_1 + b I_2 = I_1 (a + b) - w (1 - r) b, where a + b = x0_s - x0
+    return x0_step(x, x0, c) + c.alpha_s * ((I_1 - w) * (x0_s - x0) + w / r * (previous.x0 - x0))
 
 
-def process_or_few_steps(process: ContinuousProcess, positions: int) -> int:
-    """Returns the steps of the process, or FEW_STEPS in continuous time."""
+def all_process_steps(process: ContinuousProcess, positions: int) -> int:
+    """Default for ddpm: all steps of the process, or FEW_STEPS in continuous time."""
     return FEW_STEPS if process.steps is None else process.steps
 
 
 def few_steps(process: ContinuousProcess, positions: int) -> int:
-    """Returns FEW_STEPS."""
+    """Default for solvers that need few steps."""
     return FEW_STEPS
 
 
 SOLVERS = (
-    Solver(ddpm, ContinuousProcess, steps=process_or_few_steps),
+    Solver(ddpm, ContinuousProcess, steps=all_process_steps),
     Solver(ddim, ContinuousProcess, EtaOptions, steps=few_steps),
     Solver(heun, ContinuousProcess, steps=few_steps),
     Solver(dpmpp_2m, ContinuousProcess, steps=few_steps),

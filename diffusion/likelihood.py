@@ -27,7 +27,7 @@ def stratified_terms(steps: int, nfe: int | None, rng: Streams) -> Iterator[tupl
     """Yields (i (B,) in 1..steps, weight): all steps, or `nfe` of them whose weighted sum is an unbiased estimate.
 
     The first nfe // 2 steps, next to the data, are all included, since most of a bound is there; the others are split
-    into strata, of which each gives one.
+    into strata, each of which contributes one.
     """
     nfe = steps if nfe is None else min(nfe, steps)
     if nfe < 1:
@@ -79,7 +79,7 @@ def bits_per_code(
     rng: Streams,
     nfe: int | None = None,
 ) -> Bound:
-    """Variational bound (Austin et al. 2021) of codes x0 (B, h, w), with one x_t per term.
+    """Variational upper bound on -log2 p of codes x0 (B, h, w), bits per code (Austin et al. 2021); one x_t per term.
 
     `nfe` is the number of network calls per image; None computes all terms.
     """
@@ -131,7 +131,7 @@ def dequantize(x0: Tensor, rng: Streams) -> Tensor:
 
 
 def trace_probes(y: Tensor, rng: Streams, probes: int, exact: bool) -> Iterator[Tensor]:
-    """Yields vectors e (B, ...) like y whose e . J e sum to tr J: all axes if exact, else by random signs."""
+    """Yields vectors e (B, ...) like y whose e . J e sum to tr J: all axes if exact, else random signs."""
     if exact:
         for axis in range(y[0].numel()):
             e = torch.zeros_like(y)
@@ -181,9 +181,9 @@ def flow_bits_per_dimension(
     Heun's method takes 2 `steps` network calls with `probes` backward passes each; `exact` replaces the probes by one
     backward pass per dimension. denoise must be differentiable in x; parameters need and get no gradients.
 
-    The model scored samples noise from `process.prior`, follows the flow to t = `process.end`, divides by alpha there
-    and rounds. Its density is evaluated at uniformly dequantized x0, so up to discretization error the expected result
-    is an upper bound on the model's bits. No noise of the process is added to x0, and the last sampling step, to
+    The model samples noise from `process.prior`, follows the flow to t = `process.end`, divides by alpha there and
+    rounds. Its density is evaluated at uniformly dequantized x0, so up to discretization error the expected result is
+    an upper bound on the model's bits. No noise of the process is added to x0, and the last sampling step, to
     sigma = 0, is not part of the model.
 
     `end` matters: its noise costs bits if the data have finer structure. A network trained on 8-bit images has learned

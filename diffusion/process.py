@@ -58,7 +58,7 @@ class ContinuousProcess(ABC):
     steps: int | None = None  # T; None in continuous time
     variance: Variance = "fixed_small"  # of an ancestral reverse step
     start: float = 1.0  # t of pure noise, where sampling begins
-    end: float = 1e-3  # the smallest t at which the network is evaluated; the last sampling step goes on to 0
+    end: float = 1e-3  # the smallest t at which the network is evaluated; the last sampling step ends at 0
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -143,9 +143,7 @@ class ContinuousProcess(ABC):
         if self.variance == "learned_range":
             log_small, log_large = append_dims(small.log(), x_t), append_dims(forward.log(), x_t)
             return Normal(mean, prediction.frac * log_large + (1 - prediction.frac) * log_small)
-        if (
-            self.variance == "fixed_large"
-        ):  # the posterior's at the last step: a better likelihood, as in Ho et al.'s code
+        if self.variance == "fixed_large":  # but the posterior's at s = 0: better likelihood (Ho et al.'s code)
             small = torch.where(self.sigma(s) > 0, forward, small)
         return Normal(mean, append_dims(small.log(), x_t))
 

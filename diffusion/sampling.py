@@ -1,4 +1,4 @@
-"""From a network and a process to samples in one call, for training loops without a run folder."""
+"""Sampling in one call from a network and a process, for training loops without a run folder."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,11 +21,11 @@ Process = ContinuousProcess | DiscreteProcess
 
 
 def predictor(network: Network, process: Process) -> Callable[..., Prediction | Tensor]:
-    """A function (x, t, condition=None) -> what the network predicts at x, t (B,).
+    """Returns a function (x, t (B,), condition=None) -> the network's prediction at x.
 
-    Of a continuous process, the network is called with x (B, C, H, W) and the time as `process.network_time` gives it,
-    and the result is a Prediction. Of a discrete one it is called with ids (B, H, W), and with t=t (B,) if predictions
-    depend on the time, and the result is logits (B, H, W, K). A condition is passed behind these.
+    Continuous processes: the network is called with x (B, C, H, W) and `process.network_time(t)`; returns a Prediction.
+    Discrete processes: it is called with ids (B, H, W), and with the keyword t if predictions depend on the time;
+    returns logits (B, H, W, K). A condition is the last positional argument.
     """
 
     def evaluate(x: Tensor, t: Tensor, condition: Any = None) -> Prediction | Tensor:
@@ -39,7 +39,7 @@ def predictor(network: Network, process: Process) -> Callable[..., Prediction | 
 
 
 def denoiser(network: Network, process: Process) -> Denoiser:
-    """The unconditional predictions of a network, as solvers and likelihoods call them."""
+    """Returns the unconditional denoiser of a network, for solvers and likelihoods."""
     evaluate = predictor(network, process)
     return lambda x, t, rows=None: evaluate(x, t)
 
@@ -60,13 +60,13 @@ def sample(
     on_step: OnStep | None = None,
     **options: Any,
 ) -> Tensor:
-    """Draws x of a shape, (B, C, H, W) or, of a discrete process, (B, H, W), by the solver of that name.
+    """Samples x of the given shape with a solver: (B, C, H, W), or (B, H, W) for a discrete process.
 
-    Without `steps` the solver chooses their number; `spacing` is one of gaussian_solvers.SPACINGS, of a continuous
-    process. `condition` are the raw fields of B examples, which `network.encode` takes, `guidance` is the scale of
-    classifier-free guidance. `clip` keeps the predicted x_0 of a continuous process in [-1, 1]: pass False for data of
-    another range, such as latents. Example i of a seed does not depend on the batch. `options` are those of the solver,
-    such as eta. ValueError for an unknown solver or spacing, and guidance without a condition.
+    `steps` defaults to the solver's own number. `spacing` is a key of gaussian_solvers.SPACINGS, for continuous
+    processes. `condition` holds the raw fields of B examples, as `network.encode` takes them, and `guidance` is the
+    scale of classifier-free guidance. `clip` keeps the predicted x_0 of a continuous process in [-1, 1]: pass False for
+    data with another range, such as latents. Example i of a seed does not depend on the batch size. `options` are those
+    of the solver, such as eta. ValueError for an unknown solver or spacing, or guidance without a condition.
     """
     if guidance != 1 and condition is None:
         raise ValueError(f"got guidance {guidance} without a condition: pass condition, or guidance=1.0")
@@ -79,7 +79,7 @@ def sample(
     x = process.prior(shape, rng)
     times = solver_times(entry, process, x[0].numel(), steps, spacing)
     if isinstance(process, DiscreteProcess) and entry.schedule is not None:
-        process = replace(process, schedule=entry.schedule)  # the masking schedule that this solver works best with
+        process = replace(process, schedule=entry.schedule)  # the mask schedule that the solver prefers
     if condition is None:
         denoise = denoiser(network, process)
     else:
@@ -91,7 +91,7 @@ def sample(
 
 
 def solver_times(entry: Solver, process: Process, size: int, steps: int | None, spacing: str | None) -> list[float]:
-    """The times that a solver stops at for examples of `size` numbers or codes, falling to 0."""
+    """Returns the decreasing times of a solver, ending at 0, for examples of `size` numbers or codes."""
     steps = entry.steps(process, size) if steps is None else steps
     if isinstance(process, ContinuousProcess):
         return continuous_step_times(process, steps, spacing or ("karras" if isinstance(process, EDM) else "uniform"))

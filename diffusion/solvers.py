@@ -14,8 +14,11 @@ StepCount = Callable[[object, int], int | None]  # (process, number of positions
 
 @dataclass(frozen=True, kw_only=True)
 class SolverOptions:
-    """Base class of solver options. A field is a keyword of the solver, a flag, a key of config.yaml and a control of
-    the demo page, with its docstring as help; its default is None, for the solver's own default."""
+    """Base class of solver options.
+
+    A field is a keyword of the solver, a flag, a key of config.yaml and a control of the demo page, with its docstring
+    as help; its default is None, for the solver's own default.
+    """
 
 
 def process_steps(process: object, positions: int) -> int | None:
@@ -37,11 +40,11 @@ class Solver:
     """
 
     solve: Callable[..., Tensor]
-    process: type  # the process class it serves, with subclasses
+    process: type  # the process class it samples, including subclasses
     options: type[SolverOptions] = SolverOptions
     steps: StepCount = process_steps  # default number of steps
     schedule: str | None = None  # preferred mask schedule
-    draws_every_step: bool = False  # every step samples at least one code, so more steps than codes are useless
+    reveals_every_step: bool = False  # every step reveals at least one code, so more steps than codes are useless
 
     @property
     def name(self) -> str:
@@ -71,8 +74,9 @@ def solvers_for(process: object) -> dict[str, Solver]:
     for entry in all_solvers():
         if isinstance(process, entry.process):
             if entry.name in solvers:
-                both = f"{solvers[entry.name].solve.__module__} and {entry.solve.__module__}"
-                raise ValueError(f"{both} define a solver {entry.name} of {type(process).__name__}: rename one of them")
+                modules = f"{solvers[entry.name].solve.__module__} and {entry.solve.__module__}"
+                name = type(process).__name__
+                raise ValueError(f"{modules} define a solver {entry.name} of {name}: rename one of them")
             solvers[entry.name] = entry
     return solvers
 
@@ -96,6 +100,6 @@ def solver_options_for(process: type) -> tuple[type[SolverOptions], ...]:
         if issubclass(process, entry.process) or issubclass(entry.process, process):
             for name in entry.option_names:
                 if owners.setdefault(name, entry.options) is not entry.options:
-                    both = f"{owners[name].__name__} and {entry.options.__name__}"
-                    raise ValueError(f"{both} define an option {name}: share one class, or rename it")
+                    classes = f"{owners[name].__name__} and {entry.options.__name__}"
+                    raise ValueError(f"{classes} define an option {name}: share one class, or rename it")
     return tuple(dict.fromkeys(owners.values()))

@@ -11,7 +11,7 @@ from diffusion.rng import Streams
 
 
 class WeightedTimes(NamedTuple):
-    """Training times with importance weights, which keep the mean loss that of the process's own distribution of t."""
+    """Training times with importance weights, which keep the expected loss that of the process's own times."""
 
     t: Tensor  # (B,)
     weight: Tensor  # (B,), factor on each example's loss
@@ -44,8 +44,8 @@ class LossSecondMoment:
     """Importance sampling of t in proportion to sqrt(E[loss^2]) (Nichol & Dhariwal 2021, section 3.3).
 
     It reduces the variance of the vlb loss. The last `history` losses of each t are stored; until every t has that
-    many, sampling is uniform. With probability `uniform_prob` a draw is uniform, so every t keeps being sampled. The
-    state is on the CPU.
+    many, sampling is uniform. Later, a time is sampled uniformly with probability `uniform_prob`, so that every t keeps
+    being sampled. The state is on the CPU.
     """
 
     def __init__(self, process: GaussianDiffusion, history: int = 10, uniform_prob: float = 0.001):

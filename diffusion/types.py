@@ -19,7 +19,7 @@ class Prediction(NamedTuple):
 
     x0: Tensor
     eps: Tensor
-    frac: Tensor | None = None  # learned-range variance: log-interpolation weight, 0 posterior's, 1 forward step's
+    frac: Tensor | None = None  # learned_range: weight of the log variances, 0: the posterior's, 1: the forward step's
 
 
 class Normal(NamedTuple):
@@ -30,7 +30,7 @@ class Normal(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """A bound on -log2 p(x_0): bits per dimension of images, bits per code of codes."""
+    """An upper bound on -log2 p(x_0), or its exact value: bits per dimension of images, bits per code of codes."""
 
     total: Tensor  # (B,), the prior term plus all others
     prior: Tensor  # (B,)
@@ -45,7 +45,7 @@ class Likelihood(NamedTuple):
     volume: Tensor  # -log2 |det dx_T / dx_0|
 
 
-OnStep = Callable[[int, float, float, Tensor, Tensor], Tensor]  # (i, t, s, x_s, prediction of x_0) -> x_s
+OnStep = Callable[[int, float, float, Tensor, Tensor], Tensor]  # (i, t, s, x_s, prediction of x_0) -> next x
 # Continuous: (x_t, t (B,)) -> Prediction. Codes: (x_t, t (B,), rows (B,) or None) -> logits (B, H, W, K), where `rows`
 # are the indices in the whole batch of the examples in x_t; None means all of them in order.
 Denoiser = Callable[..., Any]

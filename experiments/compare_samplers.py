@@ -170,8 +170,8 @@ def expand_entries(
         for each in auto if run.solver == "auto" else [run]:
             solver = solvers.get(each.solver)
             fixed = each.steps is not None or solver is not None and not solver.takes_any_steps
-            draws_every_step = solver is not None and solver.draws_every_step
-            most = codes if run.solver == "auto" and draws_every_step else max(steps)
+            reveals_every_step = solver is not None and solver.reveals_every_step
+            most = codes if run.solver == "auto" and reveals_every_step else max(steps)
             runs += [each] if fixed else [each._replace(steps=count) for count in steps if count <= most]
     return list(dict.fromkeys(runs))
 

@@ -63,7 +63,7 @@ class FullAttention(nn.Module):
     def causal_mask(self, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor | None, bool]:
         """Returns the mask and whether `attend` must still apply causality; q (B, heads, N, d), k (B, heads, M, d).
 
-        `attend` aligns the first query with the first key. With fewer queries than keys the mask hides later keys here.
+        `attend` aligns the first query with the first key. With fewer queries than keys, later keys are masked here.
         """
         n, m = q.shape[-2], k.shape[-2]
         if not self.causal or n == m:

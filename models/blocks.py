@@ -1,6 +1,6 @@
-"""Building blocks and the two contracts (EmbedBlock, ConditionBlock) that networks route by.
+"""Building blocks and the two contracts (EmbedBlock, ConditionBlock) that networks dispatch on.
 
-Shapes everywhere: B batch, C channels, H W image or grid, N tokens, D width, E embedding width.
+Shapes: B batch, C channels, H W image or grid, N tokens, D width, E embedding width.
 """
 
 import math

@@ -24,7 +24,7 @@ class Tokens(NamedTuple):
 
     values: Tensor  # (B, M, D)
     mask: Tensor | None = None  # (B, M) bool, True for tokens, False for padding; None: all True
-    region: Tensor | None = None  # (B, M) int64, region that a token describes, -1: the whole image; None: all -1
+    region: Tensor | None = None  # (B, M) int64, index in [0, R) of a token's region, -1: the whole image; None: all -1
 
 
 class Map(NamedTuple):
@@ -46,11 +46,14 @@ class Context(NamedTuple):
 
 
 Stream = Vector | Tokens | Map
-AXES = {Vector: 2, Tokens: 3, Map: 4}
+NDIM = {Vector: 2, Tokens: 3, Map: 4}  # of `values`
 
 
 class Regions(NamedTuple):
-    """Regions of the image, which may overlap. Examples with fewer than R are padded with empty regions of id -1."""
+    """Regions of the image, which may overlap.
+
+    Examples with fewer than R are padded with regions that have an empty mask and both ids -1; no token refers to them.
+    """
 
     masks: Tensor  # (B, R, H, W) bool
     class_ids: Tensor  # (B, R) int64
@@ -71,13 +74,14 @@ class Condition:
 
     streams: Mapping[str, Stream] = field(default_factory=dict)
     regions: Regions | None = None
-    attention_masks: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)  # by size
+    # attention masks by (height, width)
+    attention_mask_cache: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         for name, stream in self.streams.items():
-            axes = AXES.get(type(stream))
-            if axes is None or stream.values.ndim != axes:
-                got = type(stream).__name__ if axes is None else f"{type(stream).__name__} {tuple(stream.values.shape)}"
+            ndim = NDIM.get(type(stream))
+            if ndim is None or stream.values.ndim != ndim:
+                got = type(stream).__name__ if ndim is None else f"{type(stream).__name__} {tuple(stream.values.shape)}"
                 wanted = "Vector (B, E), Tokens (B, M, D) or Map (B, C, h, w)"
                 raise ValueError(f"got stream {name}: {got}, wanted {wanted}")
             parts = (stream.mask, stream.region) if isinstance(stream, Tokens) else ()
@@ -108,10 +112,10 @@ class Condition:
         """Returns the condition on a device."""
         return self.map_tensors(lambda tensor: tensor.to(device))
 
-    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Condition":
-        """Returns the condition with `change` applied to every tensor."""
-        streams = {name: _map_tensors(stream, change) for name, stream in self.streams.items()}
-        return Condition(streams, None if self.regions is None else _map_tensors(self.regions, change))
+    def map_tensors(self, fn: Callable[[Tensor], Tensor]) -> "Condition":
+        """Returns the condition with `fn` applied to every tensor."""
+        streams = {name: _map_tensors(stream, fn) for name, stream in self.streams.items()}
+        return Condition(streams, None if self.regions is None else _map_tensors(self.regions, fn))
 
     @classmethod
     def cat(cls, conditions: Sequence["Condition"]) -> "Condition":
@@ -122,7 +126,8 @@ class Condition:
         names = {tuple(sorted(condition.streams)) for condition in conditions}
         if len(names) != 1:
             raise ValueError(f"got conditions with the streams {sorted(names)}, wanted the same in all")
-        streams = {name: _cat([condition.streams[name] for condition in conditions]) for name in conditions[0].streams}
+        first = conditions[0].streams
+        streams = {name: _cat_streams([condition.streams[name] for condition in conditions]) for name in first}
         return cls(streams, _cat_regions(conditions))
 
     def row_ids(self) -> Tensor | None:
@@ -153,7 +158,7 @@ class Condition:
         streams = self.streams_of(Tokens)
         if len(streams) < 2:
             return streams[0] if streams else None
-        return _join(streams, 1)
+        return _cat_tokens(streams, 1)
 
     def context(self, height: int, width: int) -> Context | None:
         """Returns the tokens and their mask for cross-attention from a grid, None without tokens.
@@ -179,13 +184,13 @@ class Condition:
         """Returns which tokens each cell of a grid attends to, (B, height * width, M) bool; cached per size.
 
         Cells attend to a token of a region if the region covers them at least in part, to tokens of the whole image
-        (-1) always, to padding never. None if no token describes a region. A cell may have no token at all: attention
-        must return zeros there.
+        (-1) always, to padding never. None if no token describes a region. A cell may have no token to attend to:
+        attention must return zeros there.
         """
         tokens = self.tokens()
         if tokens is None or tokens.region is None:
             return None
-        if (height, width) not in self.attention_masks:
+        if (height, width) not in self.attention_mask_cache:
             if self.regions is None:
                 raise ValueError("got tokens of regions, and no regions: pass Condition(..., regions=)")
             covered = self.regions.coverage(height, width).flatten(2)  # (B, R, N)
@@ -194,15 +199,16 @@ class Condition:
             index = (tokens.region + 1).unsqueeze(-1).expand(-1, -1, height * width)  # (B, M, N)
             mask = covered.gather(1, index).mT  # (B, N, M)
             mask = mask if tokens.mask is None else mask & tokens.mask.unsqueeze(1)
-            self.attention_masks[height, width] = mask
-        return self.attention_masks[height, width]
+            self.attention_mask_cache[height, width] = mask
+        return self.attention_mask_cache[height, width]
 
 
-def _map_tensors(record: NamedTuple, change: Callable[[Tensor], Tensor]) -> NamedTuple:
-    return type(record)(*(None if tensor is None else change(tensor) for tensor in record))
+def _map_tensors(record: NamedTuple, fn: Callable[[Tensor], Tensor]) -> NamedTuple:
+    """Applies `fn` to each tensor of a named tuple; None stays."""
+    return type(record)(*(None if tensor is None else fn(tensor) for tensor in record))
 
 
-def _join(streams: Sequence[Tokens], axis: int) -> Tokens:
+def _cat_tokens(streams: Sequence[Tokens], axis: int) -> Tokens:
     """Concatenates token sequences along the batch (0) or the sequence (1)."""
     masks, regions = [stream.mask for stream in streams], [stream.region for stream in streams]
     if any(mask is not None for mask in masks):
@@ -214,13 +220,13 @@ def _join(streams: Sequence[Tokens], axis: int) -> Tokens:
     return Tokens(torch.cat([stream.values for stream in streams], axis), mask, region)
 
 
-def _cat(streams: Sequence[Stream]) -> Stream:
+def _cat_streams(streams: Sequence[Stream]) -> Stream:
     """Concatenates streams of one type along the batch."""
     cls = type(streams[0])
     if cls is not Tokens:
         return cls(torch.cat([stream.values for stream in streams]))
     longest = max(stream.values.shape[1] for stream in streams)
-    return _join([_pad_tokens(stream, longest) for stream in streams], 0)
+    return _cat_tokens([_pad_tokens(stream, longest) for stream in streams], 0)
 
 
 def _pad_tokens(tokens: Tokens, length: int) -> Tokens:
@@ -261,11 +267,13 @@ class ConditionConfig:
 class ConditionEncoder(nn.Module, ABC):
     """Encodes one raw condition of a batch as one stream, with a learned null.
 
-    A file `models/conditions/<name>.py` defines an encoder; its `Config`, a `ConditionConfig` whose fields become flags
-    named `<name>_...`; `FIELDS`, the batch fields it reads; and `build(config, width, n_classes)`, which is given the
-    width E of vectors and the number of classes in the data (0: none). The raw condition is the field itself or, for
-    several or ragged fields, a dict of them and their masks. An encoder with `map_channels` returns a Map, one with a
-    `token_width` Tokens, one with neither a Vector.
+    A file `models/conditions/<name>.py` defines:
+    - the encoder. With `map_channels` it returns a Map, with a `token_width` Tokens, with neither a Vector;
+    - `Config`, a `ConditionConfig` whose fields become flags named `<name>_...`;
+    - `FIELDS`, the batch fields that the encoder reads;
+    - `build(config, width, n_classes)`, with the width E of vectors and the number of classes in the data (0: none).
+
+    The raw condition is the field itself or, for several or ragged fields, a dict of them and their padding masks.
     """
 
     map_channels: int = 0  # C of its map
@@ -285,7 +293,7 @@ class ConditionEncoder(nn.Module, ABC):
 
 
 class Conditioner(nn.ModuleDict):
-    """The condition encoders of a network by name; encodes raw fields to a `Condition`."""
+    """The condition encoders of a network, by name; encodes raw fields to a `Condition`."""
 
     def __init__(self, encoders: Mapping[str, ConditionEncoder] | None = None):
         super().__init__(encoders)
@@ -293,6 +301,7 @@ class Conditioner(nn.ModuleDict):
             raise ValueError(f"got encoders whose tokens have widths {self._token_widths()}, wanted one width for all")
 
     def _token_widths(self) -> dict[str, int]:
+        """Returns D of each encoder that returns tokens, by name."""
         return {name: encoder.token_width for name, encoder in self.items() if encoder.token_width}
 
     @property
@@ -313,9 +322,9 @@ class Conditioner(nn.ModuleDict):
     def forward(
         self, fields: Mapping[str, Any] | None, x: Tensor, drop: Mapping[str, Tensor] | None = None
     ) -> Condition:
-        """Encodes raw fields, by name of their encoders, for a batch x (B, C, H, W).
+        """Encodes raw fields, keyed by encoder name, for a batch x (B, C, H, W).
 
-        Fields left out are null. `drop` holds a (B,) bool by name: True for examples that get the null of that stream.
+        Fields left out are null. `drop` maps encoder names to (B,) bools, True for examples that get the null.
         """
         fields, drop = {} if fields is None else fields, {} if drop is None else drop
         if not isinstance(fields, Mapping):

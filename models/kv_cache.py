@@ -1,4 +1,4 @@
-"""Key-value cache of a causal transformer, so that decoding a token costs one token and not the whole sequence."""
+"""Key-value cache of a causal transformer, so that each decoding step processes one token, not the whole sequence."""
 
 import torch
 from torch import Tensor
@@ -56,8 +56,8 @@ class KVCache:
             return self
         same = rows[:, None] == self.rows  # (n, before)
         if not same.any(1).all():
-            held = self.rows.tolist()
-            raise ValueError(f"got sequences {rows.tolist()}, this KV cache holds {held}: create a new one")
+            cached = self.rows.tolist()
+            raise ValueError(f"got sequences {rows.tolist()}, this KV cache holds {cached}: create a new one")
         index = same.int().argmax(1)
         for cache in self.layers:
             cache.keys, cache.values = cache.keys[index], cache.values[index]

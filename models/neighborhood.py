@@ -3,7 +3,7 @@
 A query attends to `kernel_size` keys per axis, `dilation` apart, centred on it; at a border the window is shifted
 inwards and keeps its size (Hassani et al. 2023; dilated: Hassani & Shi 2022). Along a causal axis it attends to itself
 and up to kernel_size - 1 keys before it. Tensors are (B, L, heads, d) in one dimension and (B, H, W, heads, d) in two.
-In Hydra attention each group of heads has a window of its own (Walton et al. 2022, StyleNAT).
+In Hydra attention each group of heads has its own window (Walton et al. 2022, StyleNAT).
 """
 
 import importlib.util
@@ -95,7 +95,8 @@ def attend_by_group(
 ) -> Tensor:
     """Attention of (B, *grid, heads, d) with one window per group of heads.
 
-    One backend call per group, or a single one if all are dense."""
+    One backend call per group, or a single one if all are dense.
+    """
     queries_per_key = query.shape[-2] // key.shape[-2]
     for group in groups:
         check_bias(group, queries_per_key)
@@ -134,7 +135,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, axes: int) -> tuple
 
 
 def make_window(grid: tuple[int, ...], kernel_size: PerAxis, dilation: PerAxis, is_causal=False) -> Window:
-    """Builds the window of a grid; ValueError names an axis that it does not fit, and what would."""
+    """Builds the window of a grid; ValueError names an axis that it does not fit, and sizes that would."""
     window = Window(*(per_axis(value, len(grid)) for value in (kernel_size, dilation, is_causal)))
     names = ("height", "width") if len(grid) == 2 else ("length",)
     for name, length, kernel, step in zip(names, grid, window.kernel, window.dilation, strict=True):

@@ -22,18 +22,18 @@ def cached_tables(build: Callable[..., tuple[ndarray, ...]], grid: Sequence[int]
 def constant_tables(build: Callable[..., tuple[ndarray, ...]], *shape, device: torch.device) -> tuple[Tensor, ...]:
     """Returns the arrays of `build(*shape)` as tensors of the same shapes on `device`.
 
-    Fake tensors, as tracers and FakeTensorMode make them, hold no data and are not cached.
+    Fake tensors, which tracers and FakeTensorMode create, hold no data and are not cached.
     """
-    name = (build, shape, device)
-    if name not in CACHE:
+    key = (build, shape, device)
+    if key not in CACHE:
         with torch.inference_mode(False):  # else tables cached by sampling could not be used in training
             tables = tuple(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in build(*shape))
         if any(type(table) is not Tensor for table in tables):
             return tables
         if len(CACHE) == MAX_CACHED:
             CACHE.pop(next(iter(CACHE)))  # the oldest
-        CACHE[name] = tables
-    return CACHE[name]
+        CACHE[key] = tables
+    return CACHE[key]
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import the compiler at every start (1.5 s).

@@ -154,9 +154,9 @@ class Transformer(nn.Module):
     vectors, of the transformer's width, goes to adaptive norms; tokens go to cross-attention in each block; maps are
     added to the embeddings through a linear layer. Cross-attention and that layer start at zero.
 
-    By default the network takes no time: the optimal prediction of a masked code does not depend on it (Ou et al.
-    2025). With a `time_scale`, which multiplies t, it does (`takes_time`), for processes that change codes into other
-    codes: the embedding of t is added to the vectors.
+    By default the network has no time input: the optimal prediction of a masked code does not depend on it (Ou et al.
+    2025). With a `time_scale`, which multiplies t, it has one (`takes_time`), for processes that change codes into
+    other codes: the embedding of t is added to the vectors.
 
     `feed_forward` is one of FEED_FORWARDS, or the dotted path of a module class built with (width, mlp_ratio).
 
@@ -270,7 +270,7 @@ class Transformer(nn.Module):
         """ids (B, H, W) int64 -> logits (B, H, W, K).
 
         `condition` comes from `encode`, or holds raw fields, which are encoded here with `drop`; None: all null. t (B,)
-        is for networks that take the time. `residual` (B, H, W, D) is added to the embeddings (control branches).
+        is for networks with a time input. `residual` (B, H, W, D) is added to the embeddings (control branches).
         """
         grid = tuple(ids.shape[1:])
         self.check_grid(grid)
@@ -317,7 +317,7 @@ class Transformer(nn.Module):
             got = "no t" if t is None else f"t {tuple(t.shape)}"
             raise ValueError(f"got {got} for {count} grids, wanted ({count},): t.expand({count})")
         if not self.takes_time and t is not None:
-            raise ValueError("got t for a transformer that takes no time: build it with a time_scale, or leave t out")
+            raise ValueError("got t for a transformer without a time input: build it with a time_scale, or leave t out")
         vector = condition.vector()
         if t is None:
             return vector
@@ -338,7 +338,7 @@ class Transformer(nn.Module):
 
 
 def blank_image(ids: Tensor, size: tuple[int, int]) -> Tensor:
-    """Returns zeros (B, 1, *size) without memory of their own, which give encoders the batch and image size."""
+    """Returns zeros (B, 1, *size) that share one element; they give encoders the batch and image size."""
     return ids.new_zeros(()).expand(len(ids), 1, *size)
 
 

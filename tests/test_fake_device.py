@@ -5,8 +5,8 @@ import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.denoisers import guided, windowed
-from diffusion.drawing import LogitsWarper
 from diffusion.likelihood import bits_per_code
+from diffusion.logits_warper import LogitsWarper
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_for
 from helpers.fake_device import DEVICE, FakeDeviceMode, FakeDeviceTensor

@@ -38,12 +38,12 @@ class VQGANConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1: pass --{name} N")
         kind = load_plugin("vq.quantizers", self.quantizer, "quantizer").Config
-        if type(self.quantizer_config) is QuantizerConfig:  # left out: the defaults of the selected quantizer
+        if type(self.quantizer_config) is QuantizerConfig:  # default: the defaults of the selected quantizer
             object.__setattr__(self, "quantizer_config", kind())
         if not isinstance(self.quantizer_config, kind):
             got = type(self.quantizer_config).__module__
             raise ValueError(f"got options of {got} for quantizer {self.quantizer}: pass {kind.__module__}.Config")
-        self.code_dim  # noqa: B018  ValueError if codebook_size does not suit the quantizer
+        self.code_dim  # noqa: B018 (validates codebook_size)
 
     @property
     def code_dim(self) -> int:
@@ -56,7 +56,10 @@ class VQGANConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
     def grid(self, height: int, width: int | None = None) -> tuple[int, int]:
-        """Returns the code grid (h, w) of an image, square without `width`; ValueError if a side does not divide."""
+        """Returns the code grid (h, w) of an image, square without `width`.
+
+        ValueError if a side is not a multiple of the factor.
+        """
         width = height if width is None else width
         if min(height, width) < self.factor or height % self.factor or width % self.factor:
             raise ValueError(
@@ -84,7 +87,7 @@ class VQGANLossConfig:
     disc_start_step: int = 30001
     """First step with a discriminator, which costs nothing before."""
     disc_warmup_steps: int = 0
-    """Steps after disc_start_step in which only the discriminator learns; then the adversarial loss sets in."""
+    """Steps after disc_start_step in which only the discriminator learns; the adversarial loss starts after them."""
     disc_ramp_steps: int = 0
     """Steps over which the adversarial weight then rises linearly from 0."""
     disc_loss: Literal["hinge", "non_saturating"] = "hinge"
@@ -125,7 +128,7 @@ class VQGANLossConfig:
 
     def adversarial_ramp(self, step: int) -> float:
         """Returns the factor of the adversarial loss at a step, in [0, 1], from warm-up and ramp."""
-        since = step - self.disc_start_step - self.disc_warmup_steps
-        if since < 0:
+        ramp_step = step - self.disc_start_step - self.disc_warmup_steps
+        if ramp_step < 0:
             return 0.0
-        return min(1.0, (since + 1) / (self.disc_ramp_steps + 1))
+        return min(1.0, (ramp_step + 1) / (self.disc_ramp_steps + 1))

@@ -14,7 +14,7 @@ def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
-    """Autoencoder loss of the hinge loss, -mean D(fake), of logits of any shape, -> ()."""
+    """Autoencoder loss of the hinge GAN, -mean D(fake), of logits of any shape, -> ()."""
     return -fake_logits.mean()
 
 
@@ -53,7 +53,7 @@ class LeCAM:
     R = mean relu(D(real) - fake)^2 + mean relu(real - D(fake))^2, where `real` and `fake` are moving averages of the
     mean logits, a <- decay a + (1 - decay) mean, as in the authors' code (decay 0.99). The decay of 0.999 and the start
     at 0 follow MaskBit (Weber et al. 2024). The mean is over the squares of single logits, so that it does not depend
-    on how a batch is split. Part of the training state.
+    on how a batch is split. The averages are part of the training state.
     """
 
     def __init__(self, device: torch.device, decay: float = 0.999):

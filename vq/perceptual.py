@@ -10,14 +10,10 @@ from torch import Tensor, nn
 
 from vq.weights import read_tensors
 
-# smallest image that a network takes, in pixels along each side
+# Smallest image that a network takes, in pixels along each side.
 MIN_SIDE = {"vgg": 16, "alex": 31, "squeeze": 17, "resnet50": 1}
-BACKBONES = {
-    "vgg": "vgg16",
-    "alex": "alexnet",
-    "squeeze": "squeezenet1_1",
-    "resnet50": "resnet50",
-}  # names in torchvision
+# Names in torchvision.
+BACKBONES = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1", "resnet50": "resnet50"}
 
 
 class LogitDistance(nn.Module):

@@ -23,7 +23,7 @@ def make_quantizer(config: VQGANConfig) -> Quantizer:
 
 @contextmanager
 def full_precision_matmul() -> Iterator[None]:
-    """Disables TF32 in matrix products: with its 10-bit mantissa other codes would be nearest."""
+    """Disables TF32 in matrix products: its 10-bit mantissa could change which code is nearest."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -63,7 +63,7 @@ def lookup(ids: Tensor, codebook: Tensor) -> Tensor:
     return nn.functional.embedding(ids, codebook).movedim(-1, 1).contiguous()
 
 
-def mse_per_example(differences: Tensor) -> Tensor:
+def mean_square_per_example(differences: Tensor) -> Tensor:
     """Returns the mean square of differences (B, D, h, w) of each example, (B,)."""
     return differences.square().flatten(1).mean(1)
 

@@ -66,8 +66,7 @@ def apply_tiled(
 ) -> Tensor:
     """Applies `function` to x (B, ..., H, W) tile by tile and blends the results, on the device of x.
 
-    `scales` are the values per code along a side of x and of the result; `tiles_per_batch` tiles go through `function`
-    together.
+    `scales`: values per code along a side of x and of the result; `function` gets `tiles_per_batch` tiles at once.
     """
     scale_in, scale_out = scales
     grid = [side // scale_in for side in x.shape[-2:]]
@@ -91,7 +90,7 @@ def apply_tiled(
 
 
 def tile_slice(start: int, length: int, scale: int) -> slice:
-    """The values that belong to `length` codes from `start` on, `scale` values a code."""
+    """Returns the slice of the values of `length` codes from `start`, with `scale` values per code."""
     return slice(start * scale, (start + length) * scale)
 
 
@@ -125,7 +124,7 @@ def decode_tiled(vqgan: VQGAN, ids: Tensor, tile: int, overlap: int, *, tiles_pe
 
 
 def device_of(vqgan: VQGAN) -> torch.device:
-    """The device that holds the weights of a VQGAN."""
+    """Returns the device of the weights of a VQGAN."""
     return next(vqgan.parameters()).device
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import confidence, unmask_most_confident
 from diffusion.discrete_solvers import even_times
-from diffusion.drawing import LogitsWarper
+from diffusion.logits_warper import LogitsWarper
 from diffusion.rng import Streams
 from helpers.solving import solve_in_steps
 

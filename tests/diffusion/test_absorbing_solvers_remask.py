@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import conf_remask_probs, remask
-from diffusion.drawing import LogitsWarper
+from diffusion.logits_warper import LogitsWarper
 from helpers.solving import solve_in_steps
 
 STEPS_DOWN = [(1.0, 0.75), (1.0, 0.0), (0.75, 0.5), (0.5, 0.1), (0.3, 0.0)]  # (t, s)

@@ -9,7 +9,7 @@ import torch
 from diffusion.absorbing import AbsorbingDiffusion, mask_at_random
 from diffusion.autoregressive import Autoregression, raster
 from diffusion.denoisers import guided
-from diffusion.drawing import LogitsWarper
+from diffusion.logits_warper import LogitsWarper
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_for
 from helpers.solving import solve_in_steps

@@ -8,8 +8,8 @@ import torch
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import ancestral
 from diffusion.discrete_solvers import discrete, even_times
-from diffusion.drawing import LogitsWarper
 from diffusion.likelihood import bits_per_code
+from diffusion.logits_warper import LogitsWarper
 from diffusion.process import DiscreteProcess
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_for

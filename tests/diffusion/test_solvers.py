@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import ancestral
-from diffusion.drawing import LogitsWarper
+from diffusion.logits_warper import LogitsWarper
 from diffusion.rng import Streams
 from diffusion.solvers import get_solver, solvers_for
 from helpers.solving import solve_in_steps

@@ -108,7 +108,7 @@ from dataclasses import dataclass
 import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
-from diffusion.drawing import NO_WARP
+from diffusion.logits_warper import NO_WARP
 from diffusion.solvers import Solver, SolverOptions
 
 

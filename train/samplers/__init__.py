@@ -73,16 +73,19 @@ class LearnedSampler(ABC):
         on_step: OnStep | None = None,
         control: Control | None = None,
     ) -> Tensor:
-        """Samples one x for each of the B streams of `rng`, in the sampler's space. ValueError if it cannot.
+        """Samples one x for each of the B streams of `rng`, in the sampler's space; ValueError for unsuitable options.
 
-        `batch` holds the fields of the conditions; None means the null conditions. `shape` is a height and width other
-        than in training, `window_stride` the distance between the windows that then cover it. `edit` is known data to
-        start from.
+        `batch` holds the fields of the conditions; None means null conditions. `shape` is a height and width other than
+        in training, and `window_stride` the distance between the windows that cover it. `edit` is known data to start
+        from.
         """
 
     @abstractmethod
     def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, nfe: int | None = None) -> Bound:
-        """Returns -log2 p of a batch in `unit`, in `nfe` network calls per example; None is as many as it takes."""
+        """Returns -log2 p of a batch in `unit`, exact or a bound (see `likelihood`).
+
+        It takes `nfe` network calls or flow steps per example; None: the sampler's default.
+        """
 
     @abstractmethod
     def x0_hat(self, outputs: Outputs) -> Tensor:
@@ -92,16 +95,16 @@ class LearnedSampler(ABC):
     def noise_level(self, t: Tensor) -> Tensor:
         """Returns the fraction of x_t that is noise or mask, (B,) in [0, 1]."""
 
-    def observe(self, t: Tensor, losses: Tensor) -> None:  # noqa: B027 (most have nothing to do)
-        """Records t (B,) and losses (B,) of a step, from all ranks, for samplers whose later times depend on them."""
+    def observe(self, t: Tensor, losses: Tensor) -> None:  # noqa: B027 (optional to override)
+        """Records t (B,) and losses (B,) of a step, from all ranks, for samplers whose next times depend on them."""
 
 
 def select_solver(process: Process, options: SamplingConfig) -> tuple[Solver, dict[str, Any]]:
     """Returns the solver that the options name, with its keywords. ValueError for an option of another solver."""
-    entry, solver_kwargs = get_solver(process, options.solver), options.solver_options
+    solver, solver_kwargs = get_solver(process, options.solver), options.solver_options
     for name, value in solver_kwargs.items():
-        if name not in entry.option_names:
+        if name not in solver.option_names:
             raise ValueError(
-                f"got {name} {value} for solver {entry.name}, which has no such option: leave --{name} out"
+                f"got {name} {value} for solver {solver.name}, which has no such option: leave --{name} out"
             )
-    return entry, solver_kwargs
+    return solver, solver_kwargs

@@ -1,4 +1,4 @@
-"""Base classes of samplers of codes: a transformer on a grid, with conditions, logits warping, known codes, windows."""
+"""Base classes of samplers of codes: conditions, logits warping, known codes and windows."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from diffusion.absorbing import mask_at_random
 from diffusion.autoregressive import Autoregression
 from diffusion.denoisers import guided, windowed
 from diffusion.discrete_solvers import even_times
-from diffusion.drawing import LogitsWarper
 from diffusion.likelihood import bits_per_code
+from diffusion.logits_warper import LogitsWarper
 from diffusion.process import DiscreteProcess
 from diffusion.rng import Streams
 from diffusion.solvers import Solver
@@ -45,16 +45,16 @@ class CodeSampling(SamplingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.warper  # noqa: B018  refused where its numbers are none to draw by
+        self.warper  # noqa: B018 (validates the options)
 
     @property
     def warper(self) -> LogitsWarper:
-        """Temperature, top-k and top-p as the solvers take them."""
+        """Temperature, top-k and top-p, in the form that solvers take."""
         return LogitsWarper(temperature=self.temp, final_temperature=self.last_temp, top_k=self.top_k, top_p=self.top_p)
 
 
 class CodeSampler(LearnedSampler):
-    """A conditional network of codes on a grid (h, w); `n_classes` is 0 if it is not class-conditional."""
+    """Samples grids (h, w) of codes with a conditional network; `n_classes` is 0 if it is not class-conditional."""
 
     unit = "bits per code"
 
@@ -125,11 +125,11 @@ class CodeSampler(LearnedSampler):
             self.check_windowable(shape, control is not None)
             stride = max(1, min(self.grid) // 2) if window_stride is None else window_stride
             denoise = windowed(denoise, self.grid, stride, may_change=lambda x: self.process.may_change(x, 1.0, 0.0))
-        entry, solver_kwargs = select_solver(self.process, options)
-        process = self.sampling_process(entry, options)
-        steps = entry.steps(process, x[0].numel()) if options.sample_steps is None else options.sample_steps
+        solver, solver_kwargs = select_solver(self.process, options)
+        process = self.sampling_process(solver, options)
+        steps = solver.steps(process, x[0].numel()) if options.sample_steps is None else options.sample_steps
         kwargs = {"rng": rng, "on_step": on_step, "warper": options.warper} | solver_kwargs
-        return entry.solve(denoise, process, x, even_times(steps), **kwargs)
+        return solver.solve(denoise, process, x, even_times(steps), **kwargs)
 
     def check_windowable(self, shape: tuple[int, int], controlled: bool) -> None:
         """Raises ValueError if a condition belongs to the whole canvas, which windows cannot have."""
@@ -157,9 +157,9 @@ class CodeSampler(LearnedSampler):
     def make_denoiser(
         self, network: nn.Module, batch: Batch | None, options: CodeSampling, x: Tensor, control: Control | None = None
     ) -> Denoiser:
-        """Returns the guided denoiser of grids like x (B, H, W) under the conditions of a batch, for one sampling."""
+        """Returns the guided denoiser of grids like x (B, H, W) and a batch's conditions, for one call of `sample`."""
 
-    def sampling_process(self, entry: Solver, options: CodeSampling) -> DiscreteProcess | Autoregression:
+    def sampling_process(self, solver: Solver, options: CodeSampling) -> DiscreteProcess | Autoregression:
         """Returns the process to run the solver on."""
         return self.process
 
@@ -173,7 +173,7 @@ class DiscreteSampling(CodeSampling):
 
 
 class DiscreteSampler(CodeSampler):
-    """A sampler by any discrete process."""
+    """Samples codes with a discrete diffusion process."""
 
     likelihood = "variational bound"
 
@@ -195,7 +195,7 @@ class DiscreteSampler(CodeSampler):
             raise ValueError(f"got a network without time embedding for {name}, whose predictions depend on time")
 
     def times(self, streams: TrainingStreams, count: int) -> Tensor:
-        """Samples the training times of a batch: (count,)."""
+        """Samples the training times of a batch of `count` examples: (count,)."""
         return self.process.times(streams("time"))
 
     def corrupt(self, x0: Tensor, t: Tensor, rng: Streams) -> Tensor:
@@ -237,8 +237,9 @@ class DiscreteSampler(CodeSampler):
         control: Control | None = None,
     ) -> Denoiser:
         """Returns the guided denoiser. Rows with equal codes, condition and (if it matters) time are evaluated once."""
-        conditions, rows = self.guidance_chain(network, batch, options, x), torch.arange(2 * len(x), device=x.device)
+        conditions = self.guidance_chain(network, batch, options, x)
         ids, uses_time = conditions.row_ids(), self.network.takes_time or control is not None
+        condition_rows = torch.arange(2 * len(x), device=x.device)
 
         def denoise(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:  # rows: indices into the conditions
             first, inverse = unique_rows(x, None if ids is None else ids[rows], t if uses_time else None)
@@ -247,10 +248,13 @@ class DiscreteSampler(CodeSampler):
             return self.predict(network, x[first], t[first], conditions[rows[first]], control)[inverse]
 
         kwargs = {"schedule": options.guidance_schedule, "interval": options.guidance_interval}
-        return guided(denoise, rows.chunk(2), [options.guidance], **kwargs)
+        return guided(denoise, condition_rows.chunk(2), [options.guidance], **kwargs)
 
     def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, nfe: int | None = None) -> Bound:
-        """Returns the variational bound of {"codes": (B, h, w)} in `nfe` network calls per example (None: all T)."""
+        """Returns an upper bound on -log2 p of {"codes": (B, h, w)}, in bits per code.
+
+        It is estimated from `nfe` network calls per example; None computes all of its terms.
+        """
         condition = network.encode(raw_conditions(self.fields_of, batch), batch["codes"])
         return bits_per_code(
             lambda x, t: self.predict(network, x, t, condition), self.process, batch["codes"], rng, nfe

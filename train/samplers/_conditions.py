@@ -53,12 +53,12 @@ def make_encoders(config: ConditionsConfig, width: int, n_classes: int) -> dict[
 
 
 def fields_by_condition(names: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Returns the batch fields that each condition reads, by the condition's name."""
+    """Returns the batch fields that each condition reads, keyed by condition name."""
     return {name: load_plugin("models.conditions", name, "condition").FIELDS for name in names}
 
 
 def raw_conditions(fields_of: Mapping[str, tuple[str, ...]], batch: Batch | None) -> dict[str, Raw]:
-    """Collects the encoders' inputs by condition name: a field, or a dict of several fields and of padding masks.
+    """Collects the encoders' inputs, keyed by condition name: a field, or a dict of several fields and padding masks.
 
     ValueError if the batch lacks a field.
     """
@@ -80,6 +80,6 @@ def raw_conditions(fields_of: Mapping[str, tuple[str, ...]], batch: Batch | None
 def draw_drops(
     config: ConditionsConfig, names: Collection[str], streams: Callable[[str], Streams], count: int
 ) -> dict[str, Tensor]:
-    """Samples which examples get the null of each condition: (count,) bool by name, one stream per condition."""
-    prob = {name: config.label_drop if name == "label" else config.condition_drop for name in names}
-    return {name: streams(name).uniform((count,)) < prob[name] for name in names}
+    """Samples which examples get the null of each condition: maps names to (count,) bools, one stream per condition."""
+    probs = {name: config.label_drop if name == "label" else config.condition_drop for name in names}
+    return {name: streams(name).uniform((count,)) < probs[name] for name in names}

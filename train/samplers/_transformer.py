@@ -63,7 +63,7 @@ class TransformerConfig(ConditionsConfig):
         groups = max(len(self.kernel_sizes), len(self.dilations))
         if {len(self.kernel_sizes), len(self.dilations)} - {1, groups} or groups > self.bert_n_head:
             sizes = f"{len(self.kernel_sizes)} kernel_sizes, {len(self.dilations)} dilations, {self.bert_n_head} heads"
-            raise ValueError(f"got {sizes}: wanted as many of both, or one for all, and a head for each")
+            raise ValueError(f"got {sizes}: wanted equally many of both, or one for all, and at least one head each")
         for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"got {name} {getattr(self, name)}, wanted a probability in [0, 1)")

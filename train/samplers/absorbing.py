@@ -24,7 +24,7 @@ class Config(TransformerConfig):
     loss_type: Literal["reweighted_elbo", "elbo", "mlm"] = "reweighted_elbo"
     """Training loss; the ELBO in bits per code is always logged."""
     mask_schedule: Literal["random", "fixed"] = "random"
-    """random: mask each code independently with the probability of its time; fixed: mask exactly that share."""
+    """random: mask each code independently with the probability of its time; fixed: mask exactly that fraction."""
     schedule: Literal["linear", "cosine", "arccos", "square"] = "linear"
     """How the masking probability grows with t."""
     total_steps: int | None = 256
@@ -81,10 +81,10 @@ class AbsorbingSampler(DiscreteSampler):
         """Returns the expected fraction of masked codes at t (B,)."""
         return self.process.mask_prob(t)
 
-    def sampling_process(self, entry: Solver, options: Sampling) -> AbsorbingDiffusion:
-        """Returns the process with the mask schedule to sample by: --reveal, else the solver's, else its own."""
-        own = self.process.schedule if entry.schedule is None else entry.schedule
-        return replace(self.process, schedule=own if options.reveal == "auto" else options.reveal)
+    def sampling_process(self, solver: Solver, options: Sampling) -> AbsorbingDiffusion:
+        """Returns the process with the mask schedule for sampling: --reveal, else the solver's, else its own."""
+        default = self.process.schedule if solver.schedule is None else solver.schedule
+        return replace(self.process, schedule=default if options.reveal == "auto" else options.reveal)
 
 
 def build(config: Config, *, codes: int, grid: tuple[int, int], n_classes: int) -> AbsorbingSampler:

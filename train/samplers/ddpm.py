@@ -89,7 +89,7 @@ class Config(ConditionsConfig):
     channels: int = 128
     """Width of the UNet at its first level."""
     channel_mults: tuple[float, ...] = (1, 2, 2, 2)
-    """Width of each level as a multiple of it; each level has half the resolution of the one before."""
+    """Width of each level as a multiple of channels; each level has half the resolution of the one before."""
     res_blocks: int = 3
     """ResBlocks per level in the encoder; one more in the decoder."""
     attn_factors: tuple[int, ...] = (2, 4)
@@ -190,12 +190,12 @@ def make_process(config: Config, pixels: bool) -> ContinuousProcess:
 
 
 def make_network(config: Config, process: ContinuousProcess, channels: int, n_classes: int) -> UNet:
-    """Builds the UNet of a config, for x of this number of channels."""
-    shared = {field.name for field in fields(UNetConfig)} & {field.name for field in fields(config)} - {"time_scale"}
+    """Builds the UNet of a config, for x with `channels` channels."""
+    names = {field.name for field in fields(UNetConfig)} & {field.name for field in fields(config)} - {"time_scale"}
     counts_steps = isinstance(process, GaussianDiffusion) and config.time_embedding == "time"
     scale = 1.0 if counts_steps or isinstance(process, EDM) else 1000.0  # edm's input is a logarithm
     unet = UNetConfig(
-        **{name: getattr(config, name) for name in shared},
+        **{name: getattr(config, name) for name in names},
         in_channels=channels,
         out_channels=2 * channels if process.variance == "learned_range" else channels,
         time_scale=scale if config.time_scale is None else config.time_scale,
@@ -323,7 +323,7 @@ class GaussianSampler(LearnedSampler):
         if options.guidance != 1 and not batch:
             raise ValueError(f"got guidance {options.guidance} without a condition: pass --guidance 1")
         process, x = self.initial_state(edit, (len(rng), self.shape[0], *(shape or self.shape[1:])), rng)
-        if process.start <= process.end:  # less noise than the network was trained on: nothing to do
+        if process.start <= process.end:  # less noise than the network was trained on: nothing to sample
             return edit.x0
         null = network.encode({}, x)
         conditions = [null, network.encode(raw_conditions(self.fields_of, batch), x) if batch else null]
@@ -334,15 +334,15 @@ class GaussianSampler(LearnedSampler):
             denoise = thresholded(denoise, self.process, options.dynamic_threshold)
         if edit is not None:
             denoise = with_known_pixels(denoise, self.process, edit.x0, edit.keep)
-        entry, solver_kwargs = select_solver(self.process, options)
-        return entry.solve(
+        solver, solver_kwargs = select_solver(self.process, options)
+        return solver.solve(
             denoise, process, x, self.solver_times(process, options), rng=rng, on_step=on_step, **solver_kwargs
         )
 
     def initial_state(
         self, edit: EditInput | None, shape: tuple[int, ...], rng: Streams
     ) -> tuple[ContinuousProcess, Tensor]:
-        """Returns the process from its first time on, and x (B, C, H, W) there: noise, added to the data of `edit`."""
+        """Returns the process to sample, from the strength of `edit` on, and x (B, C, H, W) at its start."""
         if edit is None:
             return self.process, self.process.prior(shape, rng)
         process, noise = from_strength(self.process, edit.strength), rng.normal(shape)
@@ -351,19 +351,22 @@ class GaussianSampler(LearnedSampler):
 
     def solver_times(self, process: ContinuousProcess, options: Sampling) -> list[float]:
         """Returns the times of the steps from the start of `process`, the sampler's or one from `from_strength`."""
-        entry, spacing = select_solver(self.process, options)[0], options.spacing
+        solver, spacing = select_solver(self.process, options)[0], options.spacing
         if spacing == "auto":
             spacing = "karras" if isinstance(self.process, EDM) else "uniform"
         steps = options.sample_steps
         if steps is None:
-            steps = entry.steps(self.process, math.prod(self.shape[1:]))
+            steps = solver.steps(self.process, math.prod(self.shape[1:]))
         if process is not self.process:
             steps = remaining_steps(self.process, process, steps, spacing)
         return step_times(process, steps, spacing)
 
     def log_likelihood(self, network: nn.Module, batch: Batch, rng: Streams, nfe: int | None = None) -> Bound:
-        """Returns -log2 p(x0 | conditions) of 8-bit images: the variational bound in `nfe` network calls per image
-        (None: all T), or for edm and flow the probability-flow likelihood in that number of steps."""
+        """Returns -log2 p(x0 | conditions) of 8-bit images, in bits per dimension.
+
+        The variational upper bound in `nfe` network calls per image (None: all T), or for edm and flow the
+        probability-flow likelihood in `nfe` steps.
+        """
         if not self.pixels:
             raise ValueError("latents are continuous and have no likelihood in bits: use a model of pixels")
         x0 = batch["x0"]
@@ -377,8 +380,10 @@ class GaussianSampler(LearnedSampler):
         return self.flow_bound(conditional, x0, rng, nfe)
 
     def flow_bound(self, denoise: Denoiser, x0: Tensor, rng: Streams, nfe: int | None) -> Bound:
-        """Likelihood of the model that stops at a noise of half an 8-bit level and rounds. Below that, networks have
-        learned the levels."""
+        """Returns the likelihood of the model that stops at a noise of half an 8-bit level and rounds, as a Bound.
+
+        At less noise, networks have learned the levels.
+        """
         end = self.process.t_from_half_logsnr(torch.tensor(-math.log(HALF_LEVEL), dtype=torch.float64)).item()
         process = replace(self.process, end=end)
         steps = {} if nfe is None else {"steps": nfe}

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from models.sdpa import upcast
-from vq.quantizer import count_codes, lookup, mse_per_example, nearest, straight_through
+from vq.quantizer import count_codes, lookup, mean_square_per_example, nearest, straight_through
 from vq.quantizers import CommitmentConfig, Quantized, Quantizer, StepContext
 
 JITTER = 0.01  # noise on repeated vectors, relative to the standard deviation of the batch
@@ -20,7 +20,7 @@ class Config(CommitmentConfig):
     codebook_decay: float = 0.99
     """Decay per step of the moving averages that are the codes."""
     revive_below: float = 0.05
-    """A code used less often than this fraction of an even share is reset to a vector of the batch; 0: never."""
+    """A code used less often than this fraction of an even share restarts at a random vector of the batch; 0: never."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -37,9 +37,9 @@ class EMAQuantizer(Quantizer):
     updates; loss = beta |z - sg(e)|^2, mean over positions and channels. N_k is not smoothed (Laplace) as in the
     paper's code: that divides m_k of a rare code by too much and pulls the code to zero. m_k = N_k e_k is not stored.
 
-    The first training batch initialises every code with a vector of its own; before, codes are random. Later, a code
-    whose N_k falls below `revive_below` times n / K, its even share of the n vectors of a step, is reset to a random
-    vector of the step, and N_k to n / K.
+    Codes are random until the first training batch, from which each takes a different random vector; if there are fewer
+    than K, they repeat with a little noise. Later, a code whose N_k falls below `revive_below` n / K, where n is the
+    number of vectors of a step on all processes, restarts: it is set to a random vector of the step, and N_k to n / K.
     """
 
     codebook: Tensor  # (K, D)
@@ -55,7 +55,7 @@ class EMAQuantizer(Quantizer):
             "codebook", torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size)
         )
         self.register_buffer("chosen", torch.zeros(codebook_size))
-        self.assignments: list[tuple[Tensor, Tensor]] = []  # vectors (n, D) and ids (n,) of each micro-batch
+        self.assignments: list[tuple[Tensor, Tensor]] = []  # vectors (m, D) and ids (m,) of each micro-batch
 
     def forward(self, z: Tensor, context: StepContext | None = None) -> Quantized:
         z = upcast(z)
@@ -63,7 +63,7 @@ class EMAQuantizer(Quantizer):
         e = self.vectors(ids)
         if context is not None:
             self.assignments.append((rearrange(z.detach(), "b d h w -> (b h w) d").to(e.dtype), ids.flatten()))
-        commitment = mse_per_example(z - e)
+        commitment = mean_square_per_example(z - e)
         metrics = {"commitment": commitment.detach().mean()}
         return Quantized(ids, straight_through(z, e), self.beta * commitment, metrics)
 
@@ -81,15 +81,15 @@ class EMAQuantizer(Quantizer):
         assignments, self.assignments = self.assignments, []
         if context is None or not assignments:
             return
-        z, ids = (torch.cat(tensors) for tensors in zip(*assignments, strict=True))
+        z, ids = (torch.cat(tensors) for tensors in zip(*assignments, strict=True))  # (m, D), (m,) of this process
         sums = z.new_zeros(self.codebook.shape).index_add_(0, ids, z)
         local = torch.cat([count_codes(ids, self.codebook_size)[:, None], sums, self.restart_candidates(z, context)], 1)
-        counts, sums, candidates = context.dist.sum(local).split([1, self.dim, self.dim], 1)
-        counts, total = counts.squeeze(1), len(z) * context.dist.size
+        counts, sums, candidates = context.dist.sum(local).split([1, self.dim, self.dim], 1)  # sums (K, D)
+        counts, total = counts.squeeze(1), len(z) * context.dist.size  # (K,) n_k, and n
         expected_count = total / self.codebook_size
         uninitialized = ~self.chosen.any()
         self.chosen.lerp_(counts, 1 - self.decay)
-        weight = (1 - self.decay) * counts / self.chosen.where(counts > 0, 1)  # of this step in the moving average
+        weight = (1 - self.decay) * counts / self.chosen.where(counts > 0, 1)  # (K,) of this step's means
         means = sums / counts.clamp(min=1)[:, None]
         self.codebook.lerp_(means, weight[:, None])
         restart = uninitialized | (self.chosen < self.revive_below * expected_count)
@@ -97,14 +97,15 @@ class EMAQuantizer(Quantizer):
         self.chosen.masked_fill_(restart, expected_count)
 
     def restart_candidates(self, z: Tensor, context: StepContext) -> Tensor:
-        """Draws a random vector of all processes for each code, (K, D); rows not in the local z (n, D) are 0.
+        """Draws a random vector of all processes for each code, (K, D); vectors that are not in the local z are 0.
 
-        All processes hold n vectors and draw the same permutation; rank r holds vectors r n to (r + 1) n - 1.
+        Every process holds equally many vectors z (m, D) and draws the same permutation of all; rank r holds r m to
+        (r + 1) m - 1.
         """
-        n, dist = len(z), context.dist
-        order = torch.randperm(n * dist.size, generator=torch.Generator().manual_seed(context.seed))
+        m, dist = len(z), context.dist
+        order = torch.randperm(m * dist.size, generator=torch.Generator().manual_seed(context.seed))
         index = order[torch.arange(self.codebook_size) % len(order)].to(z.device)
-        return z[index % n].where((index // n == dist.rank)[:, None], 0)
+        return z[index % m].where((index // m == dist.rank)[:, None], 0)
 
     def jitter_repeats(self, candidates: Tensor, total: int, context: StepContext) -> Tensor:
         """Adds a little noise to the candidates (K, D) after the first `total`, which repeat earlier ones."""
@@ -117,5 +118,5 @@ class EMAQuantizer(Quantizer):
 
 
 def build(config: Config, codebook_size: int, dim: int) -> EMAQuantizer:
-    """Builds the quantizer of `codebook_size` codes of `dim` numbers."""
+    """Builds the quantizer, with `codebook_size` codes of width `dim`."""
     return EMAQuantizer(codebook_size, dim, config.beta, config.codebook_decay, config.revive_below)

@@ -96,5 +96,5 @@ def bound(z: Tensor, levels: int) -> Tensor:
 
 
 def build(config: Config, codebook_size: int, dim: int) -> FSQQuantizer:
-    """Builds the quantizer of `codebook_size` codes; its levels set the dimension."""
+    """Builds the quantizer, with `codebook_size` codes; its levels set the width."""
     return FSQQuantizer(config.levels(codebook_size))

@@ -111,7 +111,7 @@ class GumbelQuantizer(Quantizer):
 
 
 def build(config: Config, codebook_size: int, dim: int) -> GumbelQuantizer:
-    """Builds the quantizer of `codebook_size` codes of `dim` numbers."""
+    """Builds the quantizer, with `codebook_size` codes of width `dim`."""
     return GumbelQuantizer(
         codebook_size, dim, config.gumbel_kl_weight, config.gumbel_straight_through, config.gumbel_decay_steps
     )

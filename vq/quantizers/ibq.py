@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.sdpa import upcast
 from vq.entropy import EntropyConfig, entropy, mean_over_processes
-from vq.quantizer import argmax_linear, full_precision_matmul, lookup, mse_per_example, nearest
+from vq.quantizer import argmax_linear, full_precision_matmul, lookup, mean_square_per_example, nearest
 from vq.quantizers import Quantized, Quantizer, StepContext
 
 
@@ -50,9 +50,9 @@ class IBQQuantizer(Quantizer):
             logits = z.movedim(1, -1) @ codebook.t()  # (B, h, w, K)
             soft = (logits.softmax(-1) @ codebook.detach()).movedim(-1, 1).contiguous()
         z_q = e + (soft - soft.detach())  # Ind C, without the K-wide Ind
-        commitment = mse_per_example(z - e.detach())
+        commitment = mean_square_per_example(z - e.detach())
         code_entropy, codebook_entropy = self.entropies(logits / self.temperature, context)
-        squares = mse_per_example(z_q - z) + commitment + self.beta * mse_per_example(e - z.detach())
+        squares = mean_square_per_example(z_q - z) + commitment + self.beta * mean_square_per_example(e - z.detach())
         loss = squares + self.entropy_weight * (code_entropy - codebook_entropy)
         metrics = {"commitment": commitment, "entropy": code_entropy, "codebook_entropy": codebook_entropy}
         return Quantized(ids, z_q, loss, {name: metric.detach().mean() for name, metric in metrics.items()})
@@ -74,5 +74,5 @@ class IBQQuantizer(Quantizer):
 
 
 def build(config: Config, codebook_size: int, dim: int) -> IBQQuantizer:
-    """Builds the quantizer of `codebook_size` codes of `dim` numbers."""
+    """Builds the quantizer, with `codebook_size` codes of width `dim`."""
     return IBQQuantizer(codebook_size, dim, config.beta, config.entropy_weight, config.entropy_temperature)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.sdpa import upcast
-from vq.quantizer import lookup, mse_per_example, nearest, straight_through
+from vq.quantizer import lookup, mean_square_per_example, nearest, straight_through
 from vq.quantizers import CommitmentConfig, Quantized, Quantizer, StepContext
 
 
@@ -37,7 +37,7 @@ class L2Quantizer(Quantizer):
         z, codes = unit(upcast(z)), self.codes()
         ids = nearest(z, codes)
         e = lookup(ids, codes)
-        codebook, commitment = mse_per_example(e - z.detach()), mse_per_example(z - e.detach())
+        codebook, commitment = mean_square_per_example(e - z.detach()), mean_square_per_example(z - e.detach())
         metrics = {"commitment": commitment.detach().mean()}
         return Quantized(ids, straight_through(z, e), codebook + self.beta * commitment, metrics)
 
@@ -52,10 +52,10 @@ class L2Quantizer(Quantizer):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Normalises x (., D, ...) to unit length along axis 1."""
+    """Normalises x, (B, D, ...) or (K, D), to unit length along axis 1."""
     return F.normalize(x, dim=1)
 
 
 def build(config: Config, codebook_size: int, dim: int) -> L2Quantizer:
-    """Builds the quantizer of `codebook_size` codes of `dim` numbers."""
+    """Builds the quantizer, with `codebook_size` codes of width `dim`."""
     return L2Quantizer(codebook_size, dim, config.beta)

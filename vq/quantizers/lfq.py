@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.sdpa import upcast
 from vq.entropy import EntropyConfig, binary_entropy, entropy, mean_code_probs, mean_over_processes
-from vq.quantizer import mse_per_example
+from vq.quantizer import mean_square_per_example
 from vq.quantizers import Quantized, Quantizer, StepContext
 
 
@@ -52,7 +52,7 @@ class LFQQuantizer(Quantizer):
         codebook_entropy = entropy(
             mean_over_processes(mean_code_probs(rearrange(logits, "b d h w -> (b h w) d")), context)
         )
-        commitment = mse_per_example(z - signs)
+        commitment = mean_square_per_example(z - signs)
         loss = self.beta * commitment + self.entropy_weight * (code_entropy - codebook_entropy)
         metrics = {"commitment": commitment, "entropy": code_entropy, "codebook_entropy": codebook_entropy}
         metrics = {name: metric.detach().mean() for name, metric in metrics.items()}
@@ -77,5 +77,5 @@ class LFQQuantizer(Quantizer):
 
 
 def build(config: Config, codebook_size: int, dim: int) -> LFQQuantizer:
-    """Builds the quantizer of `codebook_size` codes, whose logarithm is the dimension."""
+    """Builds the quantizer, with `codebook_size` codes of width log2(codebook_size)."""
     return LFQQuantizer(codebook_size, config.beta, config.entropy_weight, config.entropy_temperature)

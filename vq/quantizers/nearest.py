@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from models.sdpa import upcast
-from vq.quantizer import lookup, mse_per_example, nearest, straight_through
+from vq.quantizer import lookup, mean_square_per_example, nearest, straight_through
 from vq.quantizers import CommitmentConfig, Quantized, Quantizer, StepContext
 
 
@@ -35,7 +35,7 @@ class NearestQuantizer(Quantizer):
         z = upcast(z)
         ids = self.assign(z)
         e = self.vectors(ids)
-        codebook, commitment = mse_per_example(e - z.detach()), mse_per_example(z - e.detach())
+        codebook, commitment = mean_square_per_example(e - z.detach()), mean_square_per_example(z - e.detach())
         loss = self.codebook_weight * codebook + self.commitment_weight * commitment
         return Quantized(ids, straight_through(z, e), loss, {"commitment": commitment.detach().mean()})
 
@@ -50,5 +50,5 @@ class NearestQuantizer(Quantizer):
 
 
 def build(config: Config, codebook_size: int, dim: int) -> NearestQuantizer:
-    """Builds the quantizer of `codebook_size` codes of `dim` numbers."""
+    """Builds the quantizer, with `codebook_size` codes of width `dim`."""
     return NearestQuantizer(codebook_size, dim, config.beta, config.legacy_beta)

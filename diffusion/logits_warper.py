@@ -1,6 +1,6 @@
 """Temperature, top-k and top-p: how codes are sampled from predicted logits.
 
-They apply to sampling only. Whatever else a solver does with a prediction, such as ranking codes by confidence, uses
+They apply to sampling only: whatever else a solver does with a prediction, such as ranking codes by confidence, uses
 the unmodified logits.
 """
 

@@ -8,7 +8,7 @@ import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.absorbing_solvers import ancestral
-from diffusion.drawing import LogitsWarper, filter_top_k_top_p
+from diffusion.logits_warper import LogitsWarper, filter_top_k_top_p
 from diffusion.rng import Streams
 from helpers.solving import solve_in_steps
 
