@@ -256,7 +256,7 @@ def test_the_time_is_an_option_of_its_own(kind):
         with_time(codes())
     with pytest.raises(ValueError, match=r"got t \(1,\) for 3 grids"):
         with_time(codes(), t=t[:1])
-    with pytest.raises(ValueError, match="got t for a transformer that takes no time"):
+    with pytest.raises(ValueError, match="got t for a transformer without a time input"):
         plain(codes(), t=t)
 
 
