@@ -119,9 +119,9 @@ def measure_sampler(config: SamplerBenchmark, world: DistContext) -> None:
     # Without the data set the number of classes is unknown; it does not affect the cost of guidance.
     n_classes = images.n_classes if images is not None else int(sampling.guidance != 1)
     torch.manual_seed(training.seed)
-    name, first = config.sampler.sampler, config.first.ae_load_dir
+    name, vqgan_dir = config.sampler.sampler, config.first.ae_load_dir
     space = workloads.random_space(
-        name, first, data, config.reader, lambda: vqgan_config_of(data, sys.argv[1:]), world.device
+        name, vqgan_dir, data, config.reader, lambda: vqgan_config_of(data, sys.argv[1:]), world.device
     )
     path = config.sampler.adapt
     adapt = import_callable(path, "--adapt") if path else None

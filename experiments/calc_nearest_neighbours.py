@@ -106,10 +106,10 @@ def measure(
     training = ImageSource(model.dataset("train"), data, margin=data.crop_margin)
     held_out = ImageSource(model.dataset("val"), data)
     images, codes, n_samples, vectors = make_queries(settings, sampling, model, features, held_out, batches)
-    made_of = [training.dataset.fingerprint(), batches.files, *features_version(features, settings.inception_weights)]
-    name = batches_name("candidates", *made_of)
+    inputs = [training.dataset.fingerprint(), batches.files, *features_version(features, settings.inception_weights)]
+    name = batches_name("candidates", *inputs)
     near = find_candidates(vectors, training, features, settings.candidates, batches, name)
-    name = batches_name("ranked", *made_of, image_distance.name)
+    name = batches_name("ranked", *inputs, image_distance.name)
     ranked = rerank_candidates(images, near, training, image_distance, settings.neighbours, batches, name)
     fields = concatenate(ranked, len(images), RankedNeighbours._fields)
     same_codes = None if codes is None else code_copies(codes, model, size)

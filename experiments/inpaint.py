@@ -13,13 +13,13 @@ from experiments.harness.editing import (
     InputImages,
     InputImagesConfig,
     add_margins,
+    apply_masks,
     centring_margins,
     conditions_for,
     draw,
     generate_in_batches,
-    hide_masked,
-    hide_part,
     load_input_images,
+    mask_part,
     save_comparison_grid,
     save_result_images,
 )
@@ -90,17 +90,17 @@ def load_masked_images(
     inputs = load_input_images(files, images.n_images, model, condition_file)
     larger = inpainting.outpaint is not None or inpainting.shape is not None
     if inpainting.hide is not None:
-        inputs = hide_part(inputs, inpainting.hide)
+        inputs = mask_part(inputs, inpainting.hide)
     if inpainting.mask or (files and inpainting.hide is None and not larger):
-        inputs = hide_masked(inputs, files, inpainting.mask, model.data.size)
+        inputs = apply_masks(inputs, files, inpainting.mask, model.data.size)
     if not files and inpainting.hide is None and not larger:
-        inputs = hide_part(inputs, "bottom")
+        inputs = mask_part(inputs, "bottom")
     if larger:
         factor = model.space.factor
         grid = tuple(side // factor for side in model.data.size)
         margins = inpainting.outpaint or centring_margins(grid, inpainting.shape)
         inputs = add_margins(inputs, tuple(factor * margin for margin in margins))
-    unmasked = [name for name, hidden in zip(inputs.names, inputs.hidden, strict=True) if not hidden.any()]
+    unmasked = [name for name, mask in zip(inputs.names, inputs.mask, strict=True) if not mask.any()]
     if unmasked:
         raise ValueError(f"nothing of {unmasked[0]} is masked: masks are white where the image is to be filled in")
     return inputs
@@ -108,7 +108,7 @@ def load_masked_images(
 
 def canvas_shape(inputs: InputImages, trained: TrainedSampler) -> tuple[int, int]:
     """Returns the height and width of the canvas in the sampler's space."""
-    height, width = (side // trained.space.factor for side in inputs.hidden.shape[1:])
+    height, width = (side // trained.space.factor for side in inputs.mask.shape[1:])
     return height, width
 
 
@@ -123,20 +123,20 @@ def measure(
     rank."""
     count, label = inpainting.results, inpainting.label
 
-    def inpaint_batch(numbers: list[int], hidden: Tensor, first_index: int) -> Tensor:
+    def inpaint_batch(numbers: list[int], mask: Tensor, first_index: int) -> Tensor:
         rows = [number // count for number in numbers]
-        start = model.space.encode_masked(inputs.image[rows].to(model.device), hidden[rows].to(model.device))
+        start = model.space.encode_masked(inputs.image[rows].to(model.device), mask[rows].to(model.device))
         labels, indices = None if label is None else [label] * len(numbers), [first_index + n for n in numbers]
         canvas = {"shape": tuple(start.keep.shape[1:]), "window_stride": inpainting.window_stride}
         conditions, options = conditions_for(model, inputs, rows, labels, sampling)
         return draw(model, options, batches.seed, start, indices, conditions, **canvas)
 
     n = len(inputs) * count
-    inpainted = generate_in_batches("inpainted", n, lambda numbers: inpaint_batch(numbers, inputs.hidden, 0), batches)
-    same_size = tuple(inputs.hidden.shape[1:]) == model.data.size  # the classifier takes no larger canvases
+    inpainted = generate_in_batches("inpainted", n, lambda numbers: inpaint_batch(numbers, inputs.mask, 0), batches)
+    same_size = tuple(inputs.mask.shape[1:]) == model.data.size  # the classifier takes no larger canvases
     classifier, unconstrained = classifier_for(model.data) if same_size else None, None
     if classifier is not None:  # chance level: the same with everything masked
-        everything = torch.ones_like(inputs.hidden)
+        everything = torch.ones_like(inputs.mask)
         unconstrained = generate_in_batches(
             "all hidden", n, lambda numbers: inpaint_batch(numbers, everything, n), batches
         )
@@ -144,12 +144,12 @@ def measure(
         return None
     results = group_by_image(inpainted, inputs, inpainting.paste)
     save_result_images(batches.folder, inputs.names, results, [str(i) for i in range(count)], batches.run)
-    masked = torch.where(inputs.hidden.unsqueeze(1), GREY, inputs.image)
+    masked = torch.where(inputs.mask.unsqueeze(1), GREY, inputs.image)
     save_comparison_grid(batches.folder / "inpainted.png", inputs.image, masked, results)
     record = {
         "n_images": len(inputs),
         "results_per_image": count,
-        "hidden_share": inputs.hidden.float().mean().item(),
+        "hidden_share": inputs.mask.float().mean().item(),
         "visible_pixels": "copied from the input" if inpainting.paste else "as rendered by the model",
     }
     if classifier is not None:
@@ -164,7 +164,7 @@ def group_by_image(images: Tensor, inputs: InputImages, paste: bool) -> Tensor:
     """Groups images (N * results, C, H, W) to (N, results, C, H, W); with `paste`, copies the visible pixels of the
     inputs."""
     images = images.view(len(inputs), -1, *images.shape[1:])
-    return torch.where(inputs.hidden[:, None, None], images, inputs.image.unsqueeze(1)) if paste else images
+    return torch.where(inputs.mask[:, None, None], images, inputs.image.unsqueeze(1)) if paste else images
 
 
 def report(results: dict[str, Any], folder: Path) -> str:

@@ -59,7 +59,7 @@ class SamplerRun:
         self.model, self.settings = model, settings
 
     def __repr__(self) -> str:
-        vqgan = "" if self.vqgan is None else f", vqgan={self.vqgan.first.run.name!r}"
+        vqgan = "" if self.vqgan is None else f", vqgan={self.vqgan.first_stage.run.name!r}"
         return f"{type(self).__name__}({self.model.run.name!r}, step={self.step}, conditions={self.conditions}{vqgan})"
 
     @property
@@ -234,38 +234,39 @@ class SamplerRun:
 
 
 class TrainedVQGAN:
-    """A trained VQGAN: images to codes and back. `first` is the same at a lower level, as training uses it."""
+    """A trained VQGAN: images to codes and back. `first_stage` is the same at a lower level, as training uses it."""
 
-    def __init__(self, first: FirstStage):
-        self.first = first
+    def __init__(self, first_stage: FirstStage):
+        self.first_stage = first_stage
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.first.run.name!r}, step={self.step}, codebook_size={self.codebook_size})"
+        name = self.first_stage.run.name
+        return f"{type(self).__name__}({name!r}, step={self.step}, codebook_size={self.codebook_size})"
 
     @property
     def step(self) -> int:
         """The training step of the checkpoint."""
-        return self.first.step
+        return self.first_stage.step
 
     @property
     def codebook_size(self) -> int:
         """K: codes are 0, ..., K - 1."""
-        return self.first.vqgan.quantizer.codebook_size
+        return self.first_stage.vqgan.quantizer.codebook_size
 
     @property
     def factor(self) -> int:
         """Pixels per code, along each side."""
-        return self.first.vqgan.config.factor
+        return self.first_stage.vqgan.config.factor
 
     @property
     def channels(self) -> int:
         """Channels of its images: 1 grey, 3 colour."""
-        return self.first.data.n_channels
+        return self.first_stage.data.n_channels
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images it was trained on; it takes any multiples of `factor`."""
-        return self.first.data.size
+        return self.first_stage.data.size
 
     def encode(self, images: Tensor, *, batch_size: int = 50) -> Tensor:
         """images (B, C, H, W), uint8 or float in [-1, 1] -> codes (B, H / factor, W / factor) int64, on the device."""
@@ -274,7 +275,7 @@ class TrainedVQGAN:
         height, width = images.shape[2:]
         if height % self.factor or width % self.factor:
             raise ValueError(f"got images of {height}x{width} pixels, wanted multiples of {self.factor}: resize them")
-        return torch.cat([self.first.encode(part) for part in images.split(batch_size)])
+        return torch.cat([self.first_stage.encode(part) for part in images.split(batch_size)])
 
     def decode(self, codes: Tensor, *, batch_size: int = 50) -> Tensor:
         """codes (B, h, w) -> images uint8 (B, C, h * factor, w * factor), on the device."""
@@ -287,7 +288,7 @@ class TrainedVQGAN:
         low, high = codes.min().item(), codes.max().item()
         if low < 0 or high >= self.codebook_size:
             raise ValueError(f"got codes from {low} to {high}, wanted 0 to {self.codebook_size - 1}")
-        return torch.cat([self.first.decode(part.long()) for part in codes.split(batch_size)])
+        return torch.cat([self.first_stage.decode(part.long()) for part in codes.split(batch_size)])
 
     def reconstruct(self, images: Tensor, *, batch_size: int = 50) -> Tensor:
         """images (B, C, H, W), as `encode` takes them -> their reconstructions uint8 (B, C, H, W), on the device."""

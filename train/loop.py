@@ -169,5 +169,5 @@ def update_averages(state: TrainState) -> None:
     """Updates every weight average with its module."""
     for name, average in state.averages.items():
         average.update(state.modules[name], state.step)
-    for name, profile in state.posthoc_averages.items():
-        profile.update(state.modules[name.partition("/")[2]], state.step)
+    for name, average in state.posthoc_averages.items():
+        average.update(state.modules[name.partition("/")[2]], state.step)

@@ -218,8 +218,7 @@ def load_trained_sampler(
     ae_load_step: int | None = None,
 ) -> TrainedSampler:
     """The sampler of a run with its VQGAN, if it has one: `load_space`, then `load_sampler`."""
-    first = {"ae_load_dir": ae_load_dir, "ae_load_step": ae_load_step}
-    space = load_space(run, logs_roots, device, amp, **first)
+    space = load_space(run, logs_roots, device, amp, ae_load_dir=ae_load_dir, ae_load_step=ae_load_step)
     return load_sampler(run, step, space, device, ema=ema, amp=amp, allow=allow, ema_length=ema_length)
 
 
@@ -244,16 +243,16 @@ def load_space(
             raise ValueError(f"{run} was trained on pixels: leave --ae_load_dir and --ae_load_step out")
         return reopen_space(content, None)
     candidates = [run_folder(root, ae_load_dir or origin["ae_load_dir"]) for root in logs_roots]
-    first_run = next((path for path in candidates if (path / "config.yaml").is_file()), candidates[0])
+    vqgan_run = next((path for path in candidates if (path / "config.yaml").is_file()), candidates[0])
     if ae_load_step is None and ae_load_dir is None:
         ae_load_step = origin["ae_load_step"]
-    first = load_first_stage(first_run, ae_load_step, device, amp)
-    if origin["ae_weights"] != first.weights:
+    first_stage = load_first_stage(vqgan_run, ae_load_step, device, amp)
+    if origin["ae_weights"] != first_stage.weights:
         raise ValueError(
-            f"{run} was trained on other VQGAN weights than those of {first.run}: "
+            f"{run} was trained on other VQGAN weights than those of {first_stage.run}: "
             "pass the --ae_load_dir and --ae_load_step that it was trained with"
         )
-    return reopen_space(content, first)
+    return reopen_space(content, first_stage)
 
 
 def load_sampler(

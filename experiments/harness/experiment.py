@@ -228,12 +228,14 @@ def load_vqgan(model: FirstStageModelConfig, output_root: str, device: torch.dev
     if trained_on != model.dataset:
         raise ValueError(f"{run} was trained with --dataset {trained_on}, got {model.dataset}: pass that")
     step = resolve_step(run, model.load_step, "--load_step")
-    first = load_first_stage(run, step, device, amp)
+    first_stage = load_first_stage(run, step, device, amp)
     if model.data_dir is not None:
-        first = dataclasses.replace(first, reader=dataclasses.replace(first.reader, data_dir=model.data_dir))
+        first_stage = dataclasses.replace(
+            first_stage, reader=dataclasses.replace(first_stage.reader, data_dir=model.data_dir)
+        )
     weights = "averaged (EMA) weights" if EMA_WEIGHTS in read_manifest(checkpoint_path(run, step)) else "plain weights"
     print(f"VQGAN: {run}, step {step}, {weights}", flush=True)
-    return first
+    return first_stage
 
 
 class ExperimentConfig(Protocol):

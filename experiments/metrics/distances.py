@@ -37,9 +37,9 @@ def features_provenance(features: Features) -> dict[str, str | int]:
     return {"features_name": features.name, "features_version": features.module.VERSION}
 
 
-def batches_name(kind: str, *made_of: object) -> str:
+def batches_name(kind: str, *inputs: object) -> str:
     """Returns a name for `ResumableBatches.resume` that includes a hash of what the batches depend on."""
-    return f"{kind}_{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}"
+    return f"{kind}_{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]}"
 
 
 def sampled_images(
@@ -82,23 +82,23 @@ def sampled_features(
     return progress(batches.resume(name, range(count), make), count, "sampling", batches.world.is_main)
 
 
-def add_features(features: Features, own: Batches, world: DistContext) -> Iterator[dict[str, Tensor]]:
+def add_features(features: Features, batches: Batches, world: DistContext) -> Iterator[dict[str, Tensor]]:
     """Adds "features" (B, D) to each rank's own batches of "image" uint8 (B, C, H, W), gathered in order on the main
     rank; a collective."""
 
     def extract() -> Iterator[dict[str, Tensor]]:
-        for batch in own:
+        for batch in batches:
             yield batch | {"features": features.extract(batch["image"].expand(-1, 3, -1, -1)).cpu()}
 
     return gather_in_order(world, extract())
 
 
 def real_features(
-    source: ImageSource, chosen: list[int], features: Features, batch_size: int, world: DistContext, name: str
+    source: ImageSource, indices: list[int], features: Features, batch_size: int, world: DistContext, name: str
 ) -> Batches:
     """Yields "image" and "features" of the real images with these indices, on the main rank; a collective."""
-    own = images_in_order(source, batch_size, rank_indices(world, chosen, batch_size))
-    return progress(add_features(features, own, world), len(chosen), name, world.is_main)
+    own = images_in_order(source, batch_size, rank_indices(world, indices, batch_size))
+    return progress(add_features(features, own, world), len(indices), name, world.is_main)
 
 
 def concatenate(batches: Batches, count: int, names: tuple[str, ...] = ("features",)) -> dict[str, Tensor]:
@@ -145,15 +145,15 @@ def real_reference(
 
     A collective; when they are not cached yet, only the main rank's return value is complete.
     """
-    made_of = [
+    inputs = [
         dataset.fingerprint(),
         *data.side_lengths,
         data.n_channels,
         *features_version(features, weights),
         MAX_FEATURES,
     ]
-    made_of += [] if data.data_range is None else [*data.data_range]
-    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    inputs += [] if data.data_range is None else [*data.data_range]
+    key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
     path = cache / f"{data.dataset}_{features.name}_{key}.npz"
     if not any(world.any(not path.is_file())):
         return Reference.load(path)
@@ -181,28 +181,30 @@ def real_statistics(
     return real_reference(dataset, data, features, weights, cache, batch_size, world).statistics
 
 
-def reconstruct_batches(first: FirstStage, batches: Batches) -> Iterator[dict[str, Tensor]]:
+def reconstruct_batches(first_stage: FirstStage, batches: Batches) -> Iterator[dict[str, Tensor]]:
     """Yields the VQGAN's reconstructions of batches of images."""
     for batch in batches:
-        yield {"image": first.decode(first.encode(batch["image"])).cpu()}
+        yield {"image": first_stage.decode(first_stage.encode(batch["image"])).cpu()}
 
 
 def generated_statistics(batches: Batches, n_first: int, grid: Path) -> tuple[Statistics, Statistics]:
     """Returns the statistics of all generated images and of the first `n_first`; saves the first 64 as a grid."""
-    everything, first, grid_images = Statistics(), Statistics(), []
+    all_statistics, first_statistics, grid_images = Statistics(), Statistics(), []
     for batch in batches:
-        everything.update(batch["features"])
-        if (missing := n_first - (first.count or 0)) > 0:
-            first.update(batch["features"][:missing])
+        all_statistics.update(batch["features"])
+        if (missing := n_first - (first_statistics.count or 0)) > 0:
+            first_statistics.update(batch["features"][:missing])
         if sum(map(len, grid_images)) < GRID_IMAGES:
             grid_images.append(batch["image"])
     if grid_images:
         save_grid(grid, torch.cat(grid_images)[:GRID_IMAGES])
-    return everything, first
+    return all_statistics, first_statistics
 
 
-def save_reconstructions(path: Path, first: FirstStage, held_out: ImageSource, count: int) -> None:
+def save_reconstructions(path: Path, first_stage: FirstStage, held_out: ImageSource, count: int) -> None:
     """Saves a grid of held-out images above their reconstructions."""
     batches = images_in_order(held_out, count, fixed_subset(len(held_out), count))
     originals = torch.cat([batch["image"] for batch in batches])
-    save_grid(path, torch.cat([originals, first.decode(first.encode(originals)).cpu()]), columns=len(originals))
+    save_grid(
+        path, torch.cat([originals, first_stage.decode(first_stage.encode(originals)).cpu()]), columns=len(originals)
+    )

@@ -101,9 +101,9 @@ def sample_distance(
         def images(state: TrainState) -> Iterator[tuple[Tensor, bool]]:
             with eval_mode(state.eval_module("network")) as network:
                 for indices, counts in world.padded_batches(world.local_items(batches)):
-                    how = {"network": network, "on_step": lockstep_on_step(network)}
+                    options = {"network": network, "on_step": lockstep_on_step(network)}
                     conditions = source.draw(training.seed, indices)
-                    batch = model.draw(indices, training.seed, sampling, conditions, **how)
+                    batch = model.draw(indices, training.seed, sampling, conditions, **options)
                     yield batch["image"], counts
 
         return FrechetDistanceHook(logger, f"{count}_samples", images, real, model.data, logging, world, size)
@@ -128,9 +128,11 @@ def reconstruction_distance(
 
     def images(state: TrainState) -> Iterator[tuple[Tensor, bool]]:
         with eval_mode(state.eval_module("autoencoder")) as network:
-            first = FirstStage(run, network, validation.config, reader, state.step, "", world.device, training.amp)
+            first_stage = FirstStage(
+                run, network, validation.config, reader, state.step, "", world.device, training.amp
+            )
             for batch, counts in world.padded_batches(images_in_order(validation, size, own)):
-                yield first.decode(first.encode(batch["image"])), counts
+                yield first_stage.decode(first_stage.encode(batch["image"])), counts
 
     def make(logger: Logger) -> Hook:
         return FrechetDistanceHook(

@@ -183,8 +183,8 @@ def test_unmasked_pixels_are_kept(each):
     brushed = brush(picture.size, (0, 0, 4 * side, 2 * side))  # the upper half
     found = each.inpaint(make_request(each, count=4), picture, brushed)
     half = side // 2
-    assert found.hidden[:, :half].unique().tolist() == [128]
-    assert torch.equal(found.hidden[:, half:], image[:, half:])
+    assert found.masked_input[:, :half].unique().tolist() == [128]
+    assert torch.equal(found.masked_input[:, half:], image[:, half:])
     assert found.results.shape == (4, *image.shape)
     assert len(found.results[:, :, :half].flatten(1).unique(dim=0)) == 4  # several results
     again = each.inpaint(make_request(each, count=2), picture, brushed)
@@ -207,7 +207,9 @@ def test_kept_codes_never_change(play, monkeypatch):
     monkeypatch.setattr(type(play.trained), "draw", draw)
     picture = enlarge_to_picture(torch.arange(256, dtype=torch.uint8).view(1, 16, 16))
     found = play.inpaint(make_request(play, label="3"), picture, brush(picture.size, (0, 0, 80, 80)))
-    assert (found.hidden == 128).sum() >= 64 and found.hidden[:, :8, :8].unique().tolist() == [128]  # whole cells
+    assert (found.masked_input == 128).sum() >= 64 and found.masked_input[:, :8, :8].unique().tolist() == [
+        128
+    ]  # whole cells
     made, how = drawn[0]
     start, codes = how["edit"], made["codes"]
     assert start.strength == 1 and (~start.keep).sum((1, 2)).tolist() == [

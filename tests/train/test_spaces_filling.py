@@ -1,4 +1,4 @@
-"""Encoding of images with hidden pixels, which must not affect the result."""
+"""Encoding of images with masked pixels, which must not affect the result."""
 
 import pytest
 import torch
@@ -6,34 +6,34 @@ import torch
 from diffusion.rng import Streams
 from train.data.transforms import to_float
 from train.first_stage import load_first_stage
-from train.spaces import CodeSpace, LatentSpace, PixelSpace, any_in_cells, fill_hidden
+from train.spaces import CodeSpace, LatentSpace, PixelSpace, any_in_cells, fill_masked
 
 
 def test_a_hidden_pixel_gets_the_nearest_visible_one():
     image = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4)
-    hidden = torch.zeros(1, 4, 4, dtype=torch.bool)
-    hidden[0, :, 2:] = True
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[0, :, 2:] = True
     expected = image.clone()
     expected[..., 2:] = image[..., 1:2]
-    assert torch.equal(fill_hidden(image, hidden), expected)
-    assert torch.equal(fill_hidden(image, torch.zeros_like(hidden)), image)
-    assert (fill_hidden(image, torch.ones_like(hidden)) == 128).all()
+    assert torch.equal(fill_masked(image, mask), expected)
+    assert torch.equal(fill_masked(image, torch.zeros_like(mask)), image)
+    assert (fill_masked(image, torch.ones_like(mask)) == 128).all()
     assert torch.equal(image.flatten(), torch.arange(16, dtype=torch.uint8))  # the image itself is left alone
 
 
 def test_images_of_a_batch_have_masks_of_their_own():
     images = torch.stack([torch.full((3, 4, 4), 7, dtype=torch.uint8), torch.full((3, 4, 4), 9, dtype=torch.uint8)])
-    hidden = torch.zeros(2, 4, 4, dtype=torch.bool)
-    hidden[0, 0, 0] = hidden[1, 3, 3] = True
-    assert torch.equal(fill_hidden(images, hidden), images)
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask[0, 0, 0] = mask[1, 3, 3] = True
+    assert torch.equal(fill_masked(images, mask), images)
 
 
 def test_a_cell_is_known_only_if_all_of_it_is_visible():
-    hidden = torch.zeros(1, 4, 6, dtype=torch.bool)
-    hidden[0, 1, 3] = True
-    assert torch.equal(any_in_cells(hidden, 2), torch.tensor([[[False, True, False], [False, False, False]]]))
+    mask = torch.zeros(1, 4, 6, dtype=torch.bool)
+    mask[0, 1, 3] = True
+    assert torch.equal(any_in_cells(mask, 2), torch.tensor([[[False, True, False], [False, False, False]]]))
     with pytest.raises(ValueError, match="4x6 pixels, wanted multiples of 4"):
-        any_in_cells(hidden, 4)
+        any_in_cells(mask, 4)
 
 
 @pytest.fixture(scope="module", params=["pixels", "latents", "codes"])
@@ -46,10 +46,10 @@ def space(request, trained):
 
 def test_no_hidden_pixel_has_a_part_in_what_sampling_begins_from(space):
     images = (Streams([0, 1]).uniform((2, 1, 16, 16)) * 256).byte()
-    hidden = torch.zeros(2, 16, 16, dtype=torch.bool)
-    hidden[0, 7:], hidden[1, :, :5] = True, True
-    start = space.encode_masked(images, hidden)
-    other = space.encode_masked(torch.where(hidden.unsqueeze(1), 255 - images, images), hidden)
+    mask = torch.zeros(2, 16, 16, dtype=torch.bool)
+    mask[0, 7:], mask[1, :, :5] = True, True
+    start = space.encode_masked(images, mask)
+    other = space.encode_masked(torch.where(mask.unsqueeze(1), 255 - images, images), mask)
     assert torch.equal(start.x0, other.x0) and torch.equal(start.keep, other.keep) and start.strength == 1
     side = 16 // space.factor
     assert start.keep.shape == (2, side, side)

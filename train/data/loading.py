@@ -80,7 +80,7 @@ class EpochShuffle:
         if sum(sizes) != n or (n and min(sizes) < 1) or (blocks is not None and blocks.window < 1):
             raise ValueError(f"got blocks of {sum(sizes)} samples for {n}, wanted each in one block, no block empty")
         self.n, self.seed, self.blocks = n, seed, blocks
-        self.firsts = [0, *accumulate(sizes)]  # first index of each block, and the end
+        self.first_indices = [0, *accumulate(sizes)]  # first index of each block, and the end
         self.epoch, self.permutation = -1, None
 
     def __getitem__(self, position: int) -> int:
@@ -91,9 +91,9 @@ class EpochShuffle:
             self.epoch, self.permutation = epoch, self.draw_permutation(self.n, epoch)
         return int(self.permutation[offset])
 
-    def draw_permutation(self, n: int, *words: int | str) -> torch.Tensor:
+    def draw_permutation(self, n: int, *key: int | str) -> torch.Tensor:
         """A random permutation (n,), seeded by the seed and the words."""
-        return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(self.seed, "order", *words)))
+        return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(self.seed, "order", *key)))
 
     def index_in_blocks(self, epoch: int, offset: int) -> int:
         """Index of the sample at `offset` of an epoch that shuffles blocks, then the samples of a window of blocks."""
@@ -111,21 +111,21 @@ class EpochShuffle:
             self.permutation = self.draw_permutation(self.block_starts[last] - start, epoch, "window", window)
         shuffled_offset = start + int(self.permutation[offset - start])  # offset before the window is shuffled
         nth = bisect_right(self.block_starts, shuffled_offset) - 1
-        return self.firsts[self.block_order[nth]] + shuffled_offset - self.block_starts[nth]
+        return self.first_indices[self.block_order[nth]] + shuffled_offset - self.block_starts[nth]
 
 
 @dataclass(frozen=True)
 class PositionSampler:
-    """Yield, for each first position, `parts` lists of `part_size` consecutive positions."""
+    """Yield, for each first position, `n_micro_batches` lists of `micro_batch_size` consecutive positions."""
 
-    firsts: range
-    part_size: int
-    parts: int
+    first_positions: range
+    micro_batch_size: int
+    n_micro_batches: int
 
     def __iter__(self) -> Iterator[list[int]]:
-        for first in self.firsts:
-            for i in range(self.parts):
-                yield list(range(first + i * self.part_size, first + (i + 1) * self.part_size))
+        for first in self.first_positions:
+            for i in range(self.n_micro_batches):
+                yield list(range(first + i * self.micro_batch_size, first + (i + 1) * self.micro_batch_size))
 
 
 def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Dataset:
@@ -304,18 +304,18 @@ def training_batches(
         raise ValueError(
             f"got batch_size {batch_size} for {world.size} processes in {accumulate} parts: wanted a multiple of both"
         )
-    firsts = range(start * batch_size + world.rank * share, steps * batch_size, batch_size)
+    first_positions = range(start * batch_size + world.rank * share, steps * batch_size, batch_size)
     loader = DataLoader(
         source,
         batch_size=None,
-        sampler=PositionSampler(firsts, share // accumulate, accumulate),
+        sampler=PositionSampler(first_positions, share // accumulate, accumulate),
         num_workers=workers,
         pin_memory=world.device.type == "cuda",
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=init_worker,
     )
-    parts = (to_device(batch, world.device) for batch in loader)
-    return zip(*[parts] * accumulate, strict=True)
+    micro_batches = (to_device(batch, world.device) for batch in loader)
+    return zip(*[micro_batches] * accumulate, strict=True)
 
 
 class ImageBatches:
@@ -353,11 +353,11 @@ def images_in_order(
     Unreadable images are left out, and listed in one warning at the end. Float images are converted to 8 bits.
     """
     indices = list(range(len(source))) if indices is None else indices
-    lists = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     skipped = []
     workers = source.config.num_workers
     for batch in DataLoader(
-        ImageBatches(source), batch_size=None, sampler=lists, num_workers=workers, worker_init_fn=init_worker
+        ImageBatches(source), batch_size=None, sampler=batches, num_workers=workers, worker_init_fn=init_worker
     ):
         skipped += batch.pop("skipped")
         if batch["image"] is not None:
