@@ -37,7 +37,7 @@ from train.python_values import (
 from train.registry import did_you_mean
 from train.runs import read_run, run_folder
 from train.samplers._conditions import ConditionsConfig
-from train.spaces import Codes, Latents
+from train.spaces import CodeSpace, LatentSpace
 from train.trained_sampler import TrainedSampler, load_trained_sampler, read_stored_config
 
 
@@ -157,7 +157,8 @@ class SamplerRun:
     def _condition_source(
         self, conditions: Mapping[str, Any], n: int, options: SamplingConfig
     ) -> ConditionSource | None:
-        """The source of the conditions of n images, some of which are given; None samples without conditions."""
+        """Returns the source of the conditions of n images, some of which are given; None samples without
+        conditions."""
         nulls = [name for name, value in conditions.items() if value is None and name != "label"]
         if nulls:
             if any(conditions.get(name, "missing") is not None for name in self.conditions):
@@ -173,7 +174,7 @@ class SamplerRun:
         return source.with_rows([{**file_rows[i % len(file_rows)], **row} for i, row in enumerate(rows)])
 
     def _rows(self, conditions: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
-        """The conditions of each of n images."""
+        """Returns the conditions of each of n images."""
         label = conditions.get("label")
         has_names = any(isinstance(each, str) for each in (label if isinstance(label, list | tuple) else [label]))
         return condition_rows(conditions, n, self.n_classes, self.class_names if has_names else ())
@@ -181,8 +182,9 @@ class SamplerRun:
     def log_likelihood(
         self, images: Tensor, *, seed: int = 0, nfe: int | None = None, batch_size: int = 50, **conditions: Any
     ) -> Bound:
-        """-log2 p of images (B, C, H, W), per dimension or per code (`unit`), as experiments/calc_approximate_ELBO.py
-        measures it: a `Bound` of total (B,), prior (B,) and terms (B, T), on the CPU.
+        """Returns -log2 p of images (B, C, H, W), per dimension or per code (`unit`), as
+        experiments/calc_approximate_ELBO.py measures it: a `Bound` of total (B,), prior (B,) and terms (B, T), on the
+        CPU.
 
         A model of pixels takes uint8 images; one of codes takes what its VQGAN encodes, and scores their codes: a bound
         on images needs the VQGAN's decoder as well. `nfe` is the number of network calls per image; None: all terms of
@@ -190,7 +192,7 @@ class SamplerRun:
         numbers of image i are a function of the seed and i. ValueError for a model of latents, which has none.
         """
         model = self.model
-        if isinstance(model.space, Latents):
+        if isinstance(model.space, LatentSpace):
             raise ValueError("latents are continuous and have no likelihood in bits: load a model of pixels or codes")
         check_whole_number(1, nfe=nfe, batch_size=batch_size)
         check_whole_number(None, seed=seed)
@@ -210,14 +212,15 @@ class SamplerRun:
         return Bound(*(torch.cat([part.cpu() for part in parts]) for parts in zip(*bounds, strict=True)))
 
     def _check_null(self) -> None:
-        """ValueError if the null class was never seen in training."""
+        """Raises ValueError if the null class was never seen in training."""
         config = self.model.sampler.config
         if isinstance(config, ConditionsConfig) and config.label_drop == 0:
             raise ValueError(f"{self.model.run.name} was trained with label_drop 0 and has no null class: pass label")
 
     def _check_scored(self, images: Tensor) -> None:
-        """TypeError, ValueError unless these are images of the size and the kind that the model was trained on."""
-        pixels = not isinstance(self.model.space, Codes)
+        """Raises TypeError or ValueError unless these are images of the size and the kind that the model was trained
+        on."""
+        pixels = not isinstance(self.model.space, CodeSpace)
         if pixels and self.model.data.data_range is not None:
             raise ValueError(f"{self.model.run.name} models no 8-bit images (--data_range): bits are not defined")
         check_images(images, self.image_shape[0])
@@ -227,8 +230,8 @@ class SamplerRun:
             raise ValueError(f"got images {tuple(images.shape)}, wanted (B, {', '.join(map(str, self.image_shape))})")
 
     def _data(self, images: Tensor) -> Batch:
-        """A batch of images as the sampler's space loads it."""
-        if isinstance(self.model.space, Codes):
+        """Returns a batch of images as the sampler's space loads it."""
+        if isinstance(self.model.space, CodeSpace):
             return {"codes": self.model.space.first_stage.encode(images)}
         return {"image": to_float(images)}
 
@@ -269,7 +272,8 @@ class TrainedVQGAN:
         return self.first_stage.data.size
 
     def encode(self, images: Tensor, *, batch_size: int = 50) -> Tensor:
-        """images (B, C, H, W), uint8 or float in [-1, 1] -> codes (B, H / factor, W / factor) int64, on the device."""
+        """Encodes images (B, C, H, W), uint8 or float in [-1, 1], to codes (B, H / factor, W / factor) int64 on the
+        device."""
         check_whole_number(1, batch_size=batch_size)
         check_images(images, self.channels)
         height, width = images.shape[2:]
@@ -278,7 +282,7 @@ class TrainedVQGAN:
         return torch.cat([self.first_stage.encode(part) for part in images.split(batch_size)])
 
     def decode(self, codes: Tensor, *, batch_size: int = 50) -> Tensor:
-        """codes (B, h, w) -> images uint8 (B, C, h * factor, w * factor), on the device."""
+        """Decodes codes (B, h, w) to uint8 images (B, C, h * factor, w * factor) on the device."""
         check_whole_number(1, batch_size=batch_size)
         if not isinstance(codes, Tensor) or codes.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
             got = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
@@ -291,7 +295,7 @@ class TrainedVQGAN:
         return torch.cat([self.first_stage.decode(part.long()) for part in codes.split(batch_size)])
 
     def reconstruct(self, images: Tensor, *, batch_size: int = 50) -> Tensor:
-        """images (B, C, H, W), as `encode` takes them -> their reconstructions uint8 (B, C, H, W), on the device."""
+        """Encodes and decodes images (B, C, H, W): uint8 reconstructions (B, C, H, W) on the device."""
         return self.decode(self.encode(images, batch_size=batch_size), batch_size=batch_size)
 
 
@@ -366,7 +370,8 @@ def load_vqgan(
 
 
 def find_run(run: str | Path, logs_root: str | Path | None = None) -> Path:
-    """The folder of a run: a path, or a name below `logs_root`; FileNotFoundError with the nearest name there is."""
+    """Returns the folder of a run: a path, or a name below `logs_root`; FileNotFoundError with the nearest name there
+    is."""
     if not isinstance(run, str | Path):
         raise TypeError(f"got run {run!r}, wanted the path or the name of a run's folder")
     path = Path(run).expanduser()
@@ -382,7 +387,8 @@ def find_run(run: str | Path, logs_root: str | Path | None = None) -> Path:
 
 
 def check_checkpoint(folder: Path, step: int | None, ema: bool | None) -> None:
-    """FileNotFoundError unless a run has a checkpoint of that step (None: any), with averaged weights if `ema`."""
+    """Raises FileNotFoundError unless a run has a checkpoint of that step (None: any), with averaged weights if
+    `ema`."""
     check_whole_number(None, step=step)
     steps = saved_steps(folder)
     if not steps or (step is not None and step not in steps):

@@ -38,7 +38,7 @@ class Timer:
         self.seconds[name] += time.perf_counter() - start
 
     def fractions_since(self, earlier: Counter[str]) -> dict[str, float]:
-        """Fraction of each phase in the time since `earlier`, a copy of `seconds`; they sum to 1."""
+        """Returns the fraction of each phase in the time since `earlier`, a copy of `seconds`; they sum to 1."""
         elapsed = {name: self.seconds[name] - earlier[name] for name in self.seconds}
         total = sum(elapsed.values())
         return {name: seconds / total for name, seconds in elapsed.items()} if total > 0 else {}
@@ -72,7 +72,7 @@ class RunningSums:
         return totals
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The local sums of all ranks, each (world size, ...). A collective call."""
+        """Returns the local sums of all ranks, each (world size, ...). A collective call."""
         return {name: self.world.gather(value.unsqueeze(0)) for name, value in self.sums.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -107,11 +107,11 @@ class TrainState:
     replicas: dict[str, nn.Module] = field(default_factory=dict)  # modules wrapped for data-parallel training
 
     def eval_module(self, name: str) -> nn.Module:
-        """The module to evaluate: its EMA copy if there is one, otherwise the module itself."""
+        """Returns the module to evaluate: its EMA copy if there is one, otherwise the module itself."""
         return self.averages[name].module if name in self.averages else self.modules[name]
 
     def train_module(self, name: str) -> nn.Module:
-        """The module to call in a training step: its data-parallel wrapper if there is one."""
+        """Returns the module to call in a training step: its data-parallel wrapper if there is one."""
         return self.replicas.get(name, self.modules[name])
 
 

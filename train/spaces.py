@@ -139,7 +139,7 @@ class ContinuousSpace:
         return self.decode(x), self.decode(predicted)
 
     def interpolate(self, a: Tensor, b: Tensor, weight: float, rng: Streams) -> Tensor:
-        """Linear interpolation (Ho et al. 2020, section 4.5)."""
+        """Interpolates linearly (Ho et al. 2020, section 4.5)."""
         return torch.lerp(a, b, weight)
 
 

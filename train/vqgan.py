@@ -129,7 +129,7 @@ class VQGANStep:
         return totals | self.hook_outputs(micro_batches, outputs) if self.keep_outputs else totals
 
     def hook_outputs(self, micro_batches: Sequence[Batch], outputs: list[tuple[Tensor, Quantized]]) -> Outputs:
-        """The per-example outputs for the user's hooks."""
+        """Returns the per-example outputs for the user's hooks."""
         tensors = {
             "image": [batch["image"] for batch in micro_batches],
             "reconstruction": [fake for fake, _ in outputs],
@@ -138,7 +138,7 @@ class VQGANStep:
         return {name: torch.cat(parts) for name, parts in tensors.items()}
 
     def step_context(self, state: TrainState, batch: Batch | None) -> StepContext:
-        """The quantizer's view of a training step, with random streams if a micro-batch is given."""
+        """Returns the quantizer's view of a training step, with random streams if a micro-batch is given."""
         seed, device = self.training.seed, self.world.device
         rng = None if batch is None else sample_streams(seed, "quantizer", batch, device)
         return StepContext(state.step, seed_of(seed, "quantizer", "step", state.step), rng, self.world)
@@ -180,7 +180,7 @@ class VQGANStep:
         return fake.detach(), codes, {"loss": loss, "vq": vq} | metrics | codes.metrics
 
     def reconstruction_loss(self, images: Tensor, fake: Tensor) -> tuple[Tensor, Outputs]:
-        """The weighted sum of the reconstruction losses, and its terms, in float32."""
+        """Returns the weighted sum of the reconstruction losses, and its terms, in float32."""
         c = self.loss
         metrics = {"l1": (images - fake).abs().mean(), "l2": (images - fake).square().mean()}
         loss = c.recon_weight * metrics[c.recon_loss]
@@ -190,7 +190,7 @@ class VQGANStep:
         return loss, metrics
 
     def adversarial_loss(self, state: TrainState, batch: Batch, fake: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """The adversarial loss of the autoencoder, and its gradient with respect to `fake`, times `scale`."""
+        """Returns the adversarial loss of the autoencoder, and its gradient with respect to `fake`, times `scale`."""
         augment = self.augmentation(batch, "augment_autoencoder")
         with self.autocast():
             logits = state.modules["discriminator"](augment(fake))
@@ -201,7 +201,8 @@ class VQGANStep:
     def compute_adaptive_weight(
         self, state: TrainState, reconstruction: Tensor, gradient: Tensor, g_gradient: Tensor, scale: float
     ) -> Tensor:
-        """The adaptive weight, in float32: backpropagates the gradients of both losses to the decoder's last layer."""
+        """Returns the adaptive weight, in float32: backpropagates the gradients of both losses to the decoder's last
+        layer."""
         last = state.modules["autoencoder"].decoder.last_layer
         at_last = [
             self.world.mean(torch.autograd.grad(reconstruction, last, g, retain_graph=True)[0].float()) / scale

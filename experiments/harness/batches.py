@@ -30,7 +30,7 @@ TIMEOUT_MINUTES = 60.0  # how long ranks wait for each other: a batch of large i
 
 @contextmanager
 def experiment_world(device_name: str) -> Iterator[DistContext]:
-    """The process group of an experiment; only the main rank prints."""
+    """Sets up the process group of an experiment; only the main rank prints."""
     with ExitStack() as quiet, init_distributed(device_name, TIMEOUT_MINUTES) as context:
         if not context.is_main:
             quiet.enter_context(redirect_stdout(io.StringIO()))

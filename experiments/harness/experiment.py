@@ -361,7 +361,7 @@ def run_experiment(
 
 
 def are_current(results: dict[str, Any] | None, setup: ExperimentSetup, files: dict[str, str]) -> bool:
-    """Whether results exist and are those that would be measured now."""
+    """Returns whether results exist and are those that would be measured now."""
     if results is None or not setup.is_current(results):
         return False
     return files.items() <= results.get("run", {}).get("files", {}).items()

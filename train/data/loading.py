@@ -45,7 +45,7 @@ class CodeGrids(Protocol):
 
 
 def init_worker(worker: int) -> None:
-    """`worker_init_fn` of a DataLoader: shield a worker from signals meant for the training process.
+    """The `worker_init_fn` of a DataLoader: shields a worker from signals meant for the training process.
 
     On a signal the training process saves a checkpoint before it exits, and needs its batches until then. So a worker
     leaves the process group, ignores Ctrl-C, and exits on SIGTERM only if its parent sent it: job schedulers send
@@ -61,7 +61,7 @@ def init_worker(worker: int) -> None:
 
 
 def exit_on_parent_sigterm() -> None:
-    """Wait for SIGTERM from the parent process, then exit."""
+    """Waits for SIGTERM from the parent process, then exits."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -92,11 +92,12 @@ class EpochShuffle:
         return int(self.permutation[offset])
 
     def draw_permutation(self, n: int, *key: int | str) -> torch.Tensor:
-        """A random permutation (n,), seeded by the seed and the words."""
+        """Returns a random permutation (n,), seeded by the seed and the words."""
         return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(self.seed, "order", *key)))
 
     def index_in_blocks(self, epoch: int, offset: int) -> int:
-        """Index of the sample at `offset` of an epoch that shuffles blocks, then the samples of a window of blocks."""
+        """Returns the index of the sample at `offset` of an epoch that shuffles blocks, then the samples of a window of
+        blocks."""
         if epoch != self.epoch:
             self.epoch, self.window = epoch, -1
             self.block_order = self.draw_permutation(len(self.blocks.sizes), epoch).tolist()
@@ -116,7 +117,7 @@ class EpochShuffle:
 
 @dataclass(frozen=True)
 class PositionSampler:
-    """Yield, for each first position, `n_micro_batches` lists of `micro_batch_size` consecutive positions."""
+    """Yields, for each first position, `n_micro_batches` lists of `micro_batch_size` consecutive positions."""
 
     first_positions: range
     micro_batch_size: int
@@ -129,13 +130,14 @@ class PositionSampler:
 
 
 def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Dataset:
-    """Build one split of the data set that the config names."""
+    """Builds one split of the data set that the config names."""
     module = load_plugin("train.datasets", data.reader or data.dataset, "data set")
     return module.build(dataclasses.replace(reader, data_dir=resolve_data_dir(data.dataset, reader.data_dir)), split)
 
 
 def with_declared_range(data: DataConfig, images: Dataset) -> DataConfig:
-    """The config with the value range that a data set of `FloatImage` declares, so that it is saved with the run."""
+    """Returns the config with the value range that a data set of `FloatImage` declares, so that it is saved with the
+    run."""
     if data.data_range is not None:
         return data
     for index in range(len(images)):
@@ -179,7 +181,7 @@ class ImageSource:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": uint8 (C, H, W), or floats in [-1, 1], ...}; raises UnreadableImage for a broken file."""
+        """Returns {"image": uint8 (C, H, W), or floats in [-1, 1], ...}; raises UnreadableImage for a broken file."""
         if index in self.memory_cache:
             return self.memory_cache[index]
         if self.disk_cache is not None:
@@ -218,7 +220,7 @@ class TrainingImages:
         return len(self.source)
 
     def load_readable(self, index: int) -> dict[str, Any]:
-        """The item at `index`, or the next readable one; warns once of each unreadable image."""
+        """Returns the item at `index`, or the next readable one; warns once of each unreadable image."""
         for offset in range(len(self.source)):
             candidate = (index + offset) % len(self.source)
             try:
@@ -244,7 +246,7 @@ class TrainingImages:
 
 
 def merge_fields(batch: Batch, extra: Batch) -> Batch:
-    """Add the loader's own fields to a batch; ValueError if the items have a field of that name."""
+    """Adds the loader's own fields to a batch; ValueError if the items have a field of that name."""
     if duplicates := sorted(batch.keys() & extra.keys()):
         raise ValueError(
             f"the items have a field {', '.join(duplicates)}, a name reserved for the loader: rename the field"
@@ -254,7 +256,7 @@ def merge_fields(batch: Batch, extra: Batch) -> Batch:
 
 @contextmanager
 def temporary_seed(seed: int) -> Iterator[None]:
-    """Seed the global generators of Python, numpy and torch (CPU), and restore their states on exit."""
+    """Seeds the global generators of Python, numpy and torch (CPU), and restores their states on exit."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:
@@ -268,7 +270,7 @@ def temporary_seed(seed: int) -> Iterator[None]:
 
 
 def apply_adapt(adapt: Callable, item: dict[str, Any]) -> dict[str, Any]:
-    """Apply the function of --adapt to an item; ValueError unless it returns a dict with an image."""
+    """Applies the function of --adapt to an item; ValueError unless it returns a dict with an image."""
     adapted = adapt(item)
     if not isinstance(adapted, dict) or "image" not in adapted:
         got = f"a dict with {', '.join(map(str, adapted))}" if isinstance(adapted, dict) else type(adapted).__name__
@@ -277,7 +279,7 @@ def apply_adapt(adapt: Callable, item: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy the tensors of a batch to a device, except positions: seeds derive from them on the CPU."""
+    """Copies the tensors of a batch to a device, except positions: seeds derive from them on the CPU."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and name != "position" else value
         for name, value in batch.items()
@@ -295,7 +297,7 @@ def training_batches(
     workers: int,
     prefetch: int = 2,
 ) -> Iterator[tuple[Batch, ...]]:
-    """Yield, for each step from `start` to `steps`, this rank's share of the batch, in `accumulate` parts.
+    """Yields, for each step from `start` to `steps`, this rank's share of the batch, in `accumulate` parts.
 
     `workers` processes live for the whole run; each prefetches `prefetch` parts, into pinned memory on CUDA.
     """
@@ -341,14 +343,14 @@ class ImageBatches:
 
 
 def annotation_fields(item: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an item other than image and label."""
+    """Returns the fields of an item other than image and label."""
     return {name: value for name, value in item.items() if name not in ("image", "label")}
 
 
 def images_in_order(
     source: ImageSource, batch_size: int, indices: list[int] | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield batches {"image": uint8 (B, C, H, W), "index": (B,)} of the data set, or of `indices`, in order.
+    """Yields batches {"image": uint8 (B, C, H, W), "index": (B,)} of the data set, or of `indices`, in order.
 
     Unreadable images are left out, and listed in one warning at the end. Float images are converted to 8 bits.
     """
@@ -367,7 +369,7 @@ def images_in_order(
 
 
 def fixed_subset(n: int, count: int) -> list[int]:
-    """A fixed random subset of min(count, n) indices below n.
+    """Returns a fixed random subset of min(count, n) indices below n.
 
     The first ones would not be representative: files are often sorted by class or by writer.
     """
@@ -407,7 +409,7 @@ class TrainingCodes:
 
 
 def sample_streams(seed: int, purpose: str, batch: Batch, device: torch.device) -> Streams:
-    """One random stream per sample of a training batch, seeded by (seed, purpose, position of the sample)."""
+    """Returns one random stream per sample of a training batch, seeded by (seed, purpose, position of the sample)."""
     return Streams([seed_of(seed, purpose, position) for position in batch["position"].tolist()], device)
 
 
@@ -421,10 +423,10 @@ class TrainingStreams:
     device: torch.device
 
     def __call__(self, purpose: str, device: torch.device | str | None = None) -> Streams:
-        """One stream per sample, which draws on `device` (default: that of the batch)."""
+        """Returns one stream per sample, which draws on `device` (default: that of the batch)."""
         return sample_streams(self.seed, purpose, self.batch, self.device if device is None else device)
 
     def step_stream(self, purpose: str) -> tuple[Streams, int]:
-        """One stream for the whole step, and the offset of this part's first sample in the step's batch."""
+        """Returns one stream for the whole step, and the offset of this part's first sample in the step's batch."""
         step, offset = divmod(int(self.batch["position"][0]), self.batch_size)
         return Streams([seed_of(self.seed, purpose, "step", step)]), offset
