@@ -152,8 +152,7 @@ def write_files(folder: Path, data: CheckpointData) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, dict]:
-    """Returns the entries of manifest.json by file name; ValueError if it is invalid or does not list the files beside
-    it."""
+    """Returns the entries of manifest.json by file name; ValueError if it is invalid or incomplete."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         entries = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}

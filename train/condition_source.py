@@ -81,8 +81,7 @@ class ConditionSource:
 
 
 def check_rows(rows: Sequence[Row], fields: Sequence[str], n_classes: int) -> None:
-    """Raises ValueError for fields that the sampler does not take, and for labels out of range; None is the null
-    class."""
+    """Raises ValueError for fields that the sampler does not take and labels out of range; None is the null class."""
     for row in rows:
         unknown = sorted(row.keys() - {*fields})
         if unknown:
@@ -94,8 +93,7 @@ def check_rows(rows: Sequence[Row], fields: Sequence[str], n_classes: int) -> No
 
 
 def read_rows(condition_file: str | None, data: DataConfig) -> list[Row]:
-    """Reads a file of conditions, JSON (a list of objects) or CSV (with a header): one row per image; [] without a
-    file.
+    """Reads a JSON (a list of objects) or CSV (with a header) file of conditions: one row per image; [] without a file.
 
     A field named ..._image is the path of an image, relative to the file's folder; it is cropped as in training. A list
     of lists of numbers becomes `Ragged`, like boxes. A column has one type: numbers if all its values are numbers, else

@@ -63,8 +63,7 @@ class DistContext:
         return self.sum(gathered).flatten(0, 1)
 
     def any(self, *flags: bool) -> list[bool]:
-        """Returns, for each flag, whether it is true in any process. Communicates through the CPU, so that no GPU
-        waits."""
+        """Returns, for each flag, whether it is true in any process; communicates through the CPU, so no GPU waits."""
         if self.size == 1:
             return list(flags)
         reduced = torch.tensor(flags, dtype=torch.int32)

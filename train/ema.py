@@ -21,8 +21,7 @@ class TensorGroup(NamedTuple):
     source: list[Tensor]
 
     def local_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns the local shards of each pair; sources that are averaged are cast to the dtype and device of the
-        average."""
+        """Returns the local shards of each pair; averaged sources are cast to the dtype and device of the average."""
         ema, source = [local_shard(e) for e in self.ema], [local_shard(s) for s in self.source]
         if self.averaged and (ema[0].dtype, ema[0].device) != (source[0].dtype, source[0].device):
             cast = [torch.empty_like(e) for e in ema]
@@ -83,8 +82,7 @@ class WeightAverage:
         return sums
 
     def groups(self, model: nn.Module) -> list[TensorGroup]:
-        """Returns the groups of tensors paired with `model`, built once, and again after a tensor was moved or
-        replaced.
+        """Returns the groups of tensors paired with `model`, rebuilt after a tensor was moved or replaced.
 
         Each call checks that every tensor is still in its place, in less than a millisecond, since no names are built.
         It does not notice a parameter that was added to a module.

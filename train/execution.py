@@ -265,8 +265,7 @@ def training_dtype(training: TrainingConfig, device: torch.device) -> torch.dtyp
 
 
 def uses_channels_last(training: TrainingConfig, device: torch.device) -> bool:
-    """Returns whether images and convolutions use channels-last format; ValueError together with FSDP, which lacks
-    support."""
+    """Returns whether images and convolutions use channels-last format; ValueError with FSDP, which lacks support."""
     if training.parallel == "fsdp":
         if training.channels_last == "yes":
             raise ValueError("got --channels_last yes with --parallel fsdp, which does not support it: leave it out")

@@ -157,8 +157,7 @@ class SamplerRun:
     def _condition_source(
         self, conditions: Mapping[str, Any], n: int, options: SamplingConfig
     ) -> ConditionSource | None:
-        """Returns the source of the conditions of n images, some of which are given; None samples without
-        conditions."""
+        """Returns the source of the conditions of n images, some of them given; None: sample without conditions."""
         nulls = [name for name, value in conditions.items() if value is None and name != "label"]
         if nulls:
             if any(conditions.get(name, "missing") is not None for name in self.conditions):
@@ -218,8 +217,7 @@ class SamplerRun:
             raise ValueError(f"{self.model.run.name} was trained with label_drop 0 and has no null class: pass label")
 
     def _check_scored(self, images: Tensor) -> None:
-        """Raises TypeError or ValueError unless these are images of the size and the kind that the model was trained
-        on."""
+        """Raises TypeError or ValueError unless these are images of the size and type that the model was trained on."""
         pixels = not isinstance(self.model.space, CodeSpace)
         if pixels and self.model.data.data_range is not None:
             raise ValueError(f"{self.model.run.name} models no 8-bit images (--data_range): bits are not defined")
@@ -272,8 +270,7 @@ class TrainedVQGAN:
         return self.first_stage.data.size
 
     def encode(self, images: Tensor, *, batch_size: int = 50) -> Tensor:
-        """Encodes images (B, C, H, W), uint8 or float in [-1, 1], to codes (B, H / factor, W / factor) int64 on the
-        device."""
+        """Encodes images (B, C, H, W), uint8 or float in [-1, 1], to int64 codes (B, H / factor, W / factor)."""
         check_whole_number(1, batch_size=batch_size)
         check_images(images, self.channels)
         height, width = images.shape[2:]
@@ -282,7 +279,7 @@ class TrainedVQGAN:
         return torch.cat([self.first_stage.encode(part) for part in images.split(batch_size)])
 
     def decode(self, codes: Tensor, *, batch_size: int = 50) -> Tensor:
-        """Decodes codes (B, h, w) to uint8 images (B, C, h * factor, w * factor) on the device."""
+        """Decodes codes (B, h, w) to uint8 images (B, C, h * factor, w * factor)."""
         check_whole_number(1, batch_size=batch_size)
         if not isinstance(codes, Tensor) or codes.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
             got = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
@@ -295,7 +292,7 @@ class TrainedVQGAN:
         return torch.cat([self.first_stage.decode(part.long()) for part in codes.split(batch_size)])
 
     def reconstruct(self, images: Tensor, *, batch_size: int = 50) -> Tensor:
-        """Encodes and decodes images (B, C, H, W): uint8 reconstructions (B, C, H, W) on the device."""
+        """Encodes and decodes images (B, C, H, W); returns uint8 reconstructions (B, C, H, W)."""
         return self.decode(self.encode(images, batch_size=batch_size), batch_size=batch_size)
 
 
@@ -370,8 +367,7 @@ def load_vqgan(
 
 
 def find_run(run: str | Path, logs_root: str | Path | None = None) -> Path:
-    """Returns the folder of a run: a path, or a name below `logs_root`; FileNotFoundError with the nearest name there
-    is."""
+    """Returns the folder of a run: a path, or a name below `logs_root`; FileNotFoundError suggests the nearest name."""
     if not isinstance(run, str | Path):
         raise TypeError(f"got run {run!r}, wanted the path or the name of a run's folder")
     path = Path(run).expanduser()
@@ -387,8 +383,8 @@ def find_run(run: str | Path, logs_root: str | Path | None = None) -> Path:
 
 
 def check_checkpoint(folder: Path, step: int | None, ema: bool | None) -> None:
-    """Raises FileNotFoundError unless a run has a checkpoint of that step (None: any), with averaged weights if
-    `ema`."""
+    """Raises FileNotFoundError unless the run has a checkpoint of that step (None: any), and with `ema` averaged
+    weights."""
     check_whole_number(None, step=step)
     steps = saved_steps(folder)
     if not steps or (step is not None and step not in steps):

@@ -18,7 +18,7 @@ from train.perf import PerfMonitor
 
 
 def grid_image(images: Tensor, columns: int | None = None, enlarge_to: int = 64) -> Image.Image:
-    """Returns a grid of uint8 images (B, C, H, W) in reading order, two pixels apart; small ones are enlarged by an
+    """Returns a grid of uint8 images (B, C, H, W) in reading order, two pixels apart; enlarges small ones by an
     integer."""
     B, C, H, W = images.shape
     columns = columns or math.ceil(math.sqrt(B))

@@ -54,8 +54,7 @@ def make_optimizer(
 
 
 def is_selected(name: str, prefixes: Sequence[str]) -> bool:
-    """Returns whether a dotted name equals or starts with one of the prefixes; without prefixes, every name is
-    selected."""
+    """Returns whether a dotted name equals or starts with one of the prefixes; True without prefixes."""
     return not prefixes or any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
 
 
@@ -85,8 +84,7 @@ def freeze_all_but(module: nn.Module, prefixes: Sequence[str]) -> None:
 
 
 def can_fuse(parameters: list[nn.Parameter]) -> bool | None:
-    """Returns True if a fused kernel can update all parameters; None lets torch choose (foreach on CUDA, otherwise a
-    loop).
+    """Returns True if a fused kernel can update all parameters, else None: torch chooses (foreach on CUDA, or a loop).
 
     torch never chooses the fused kernel by itself.
     """

@@ -25,8 +25,7 @@ Shape = tuple[int, ...]
 
 
 def attention_flops(query: Shape, key: Shape, value: Shape, *options: object, out_shape: object = None, **named) -> int:
-    """Returns the FLOPs of q k^T and its product with v; shapes (B, heads, N, d), (B, heads, M, d) and (B, heads, M,
-    e)."""
+    """Returns the FLOPs of (q k^T) v, with shapes (B, heads, N, d), (B, heads, M, d) and (B, heads, M, e)."""
     B, heads, N, d = query
     M, e = value[-2:]
     return 2 * B * heads * N * M * (d + e)
@@ -35,8 +34,7 @@ def attention_flops(query: Shape, key: Shape, value: Shape, *options: object, ou
 def attention_backward_flops(
     out: Shape, query: Shape, key: Shape, value: Shape, *options: object, out_shape: object = None, **named
 ) -> int:
-    """Returns the FLOPs of recomputing q k^T, and of four products for the gradients of q, k, v and the attention
-    weights."""
+    """Returns the FLOPs of recomputing q k^T, and of the gradients of q, k, v and the attention weights."""
     B, heads, N, d = query
     M, e = value[-2:]
     return 2 * B * heads * N * M * (3 * d + 2 * e)

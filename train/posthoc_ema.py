@@ -83,8 +83,7 @@ def drop_snapshots_after(run: Path, step: int) -> list[int]:
 
 
 def buffer_names(averages: Mapping[str, PosthocEMA]) -> set[str]:
-    """Returns the snapshot keys of the buffers of averages, given by "<std>/<module>": they are copied, not
-    averaged."""
+    """Returns the snapshot keys of buffers, which are copied, not averaged; `averages` are by "<std>/<module>"."""
     return {f"{name}.{key}" for name, average in averages.items() for key, _ in average.module.named_buffers()}
 
 
@@ -194,8 +193,7 @@ def inner_product(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) ->
 
 
 def fit_profile(steps: Collection[float], stds: Collection[float], step: float, std: float) -> ProfileFit:
-    """Returns the least-squares combination of P profiles for the profile of (step, std) (algorithm 3), with weights of
-    sum 1.
+    """Fits the profile of (step, std) by P profiles: least squares (algorithm 3), with weights (P,) of sum 1.
 
     The constraint on the sum is an addition: without it, values that are the same in all snapshots come out wrong, by
     1 % for snapshots every eighth of the training. With a Lagrange multiplier m, the minimum of x' A x - 2 b' x subject
@@ -247,8 +245,7 @@ def reconstruct_ema(run: Path, step: int | None, name: str, std: float) -> dict[
 
 
 def combine(run: Path, basis: list[tuple[int, str]], weights: Tensor) -> dict[str, Tensor]:
-    """Returns the weighted sum of profiles of one module, given by step and prefix; buffers are those of the last
-    one."""
+    """Returns the weighted sum of a module's profiles, given by step and prefix, with the buffers of the last one."""
     with open_snapshot(run, basis[-1][0]) as newest:
         prefix = basis[-1][1]
         keys = newest.keys(prefix)

@@ -25,8 +25,7 @@ KINDS = {
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Returns the device named "auto", "cpu", "cuda", "cuda:1" or "mps"; ValueError for another, or one that is
-    missing."""
+    """Returns the device named "auto", "cpu", "cuda", "cuda:1" or "mps"; ValueError for others and missing ones."""
     if isinstance(device, torch.device):
         return device
     if isinstance(device, str) and re.fullmatch(r"cuda:\d+", device):
@@ -57,8 +56,7 @@ def check_shape(shape: tuple[int, int] | None) -> None:
 def check_keywords(
     function: str, keywords: Mapping[str, Any], names: Collection[str], parameters: Collection[str]
 ) -> None:
-    """Raises TypeError with the nearest name for a keyword that is not among `names`; `parameters` are those of the
-    function itself."""
+    """Raises TypeError, with the nearest name, for a keyword not in `names`; it also lists the function's `parameters`."""
     for name in keywords:
         if name == "label" and name not in names:
             raise ValueError("got a label for a run without classes: leave label out")
@@ -69,9 +67,9 @@ def check_keywords(
 
 
 def with_settings(sampling: SamplingConfig, process: Process, values: Mapping[str, Any]) -> SamplingConfig:
-    """Returns sampling settings with other values, checked by type, and by what the config itself refuses.
+    """Returns sampling settings with other values, checked by type and by the config itself.
 
-    With another solver, the settings that go with a solver are left to it, but for those among `values`. ValueError.
+    With another solver, solver options that are not in `values` take its defaults. ValueError for invalid values.
     """
     solver, solvers = values.get("solver", sampling.solver), solvers_for(process)
     if solver not in solvers:
@@ -84,8 +82,7 @@ def with_settings(sampling: SamplingConfig, process: Process, values: Mapping[st
 
 
 def convert_value(name: str, value: Any, kind: Any) -> Any:
-    """Returns a value for a field of a config of an annotated type, lists as tuples; ValueError where it is of
-    another."""
+    """Converts a value to the annotated type `kind` of a config field, lists to tuples; ValueError for another type."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     for option in options:
         if get_origin(option) is tuple and isinstance(value, list | tuple):
@@ -143,8 +140,7 @@ def is_image_field(name: str) -> bool:
 
 
 def per_image(name: str, value: Any, n: int) -> list[Any]:
-    """Returns one value for each of n images: lists, label tensors and batches of images hold n, all else is one for
-    all."""
+    """Returns a value per image: lists, label tensors and batches of images must hold n; other values apply to all."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
     if name == "label" and isinstance(value, Tensor | range):
@@ -158,8 +154,7 @@ def per_image(name: str, value: Any, n: int) -> list[Any]:
 
 
 def class_index(label: Any, n_classes: int, class_names: Sequence[str]) -> int | None:
-    """Returns the number of a class, of its number or name; None is the null class. ValueError, TypeError for
-    others."""
+    """Returns the index of a class given by index or name; None is the null class. Raises ValueError or TypeError."""
     if label is None:
         return None
     if isinstance(label, str):
@@ -178,8 +173,8 @@ def class_index(label: Any, n_classes: int, class_names: Sequence[str]) -> int |
 
 
 def check_images(images: Tensor, channels: int | None, name: str = "images") -> None:
-    """Raises TypeError or ValueError unless images are (B, C, H, W), uint8 or floats in [-1, 1]; `channels` None: of
-    any C."""
+    """Raises TypeError or ValueError unless images are (B, C, H, W), uint8 or floats in [-1, 1]; `channels` None: any
+    C."""
     expected = f"a tensor {'(B, C, H, W)' if name == 'images' else '(C, h, w)'}, uint8 or float in [-1, 1]"
     if not isinstance(images, Tensor):
         raise TypeError(f"got {name} of type {type(images).__name__}, wanted {expected}")

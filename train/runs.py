@@ -201,8 +201,7 @@ class ResumePoint(NamedTuple):
 
 
 def find_resume_point(run: Path, resume: str) -> ResumePoint | None:
-    """Returns the checkpoint to resume from: the one that --resume names, or the newest intact one; None to start from
-    scratch.
+    """Returns the checkpoint to resume from: that of --resume, or the newest intact one; None to start from scratch.
 
     A damaged checkpoint is skipped with a warning. A run that branched from another run's checkpoint resumes from its
     own once it has one. ValueError if no checkpoint of the run is intact, or if it has some and --resume is "never".

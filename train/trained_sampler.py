@@ -324,8 +324,7 @@ def load_posthoc_ema(run: Path, step: int | None, name: str, module: nn.Module, 
 
 
 def check_allowed(run: Path, groups: dict[str, dict[str, Any]], allow: tuple[str, ...]) -> None:
-    """Raises ValueError if a run names a user's own code, or a shell command that fetches its data, that `allow` does
-    not.
+    """Raises ValueError if a run names user code, or a shell command that fetches its data, that is not in `allow`.
 
     `groups` is the content of its config.yaml. Loading a run never executes code that was not allowed.
     """

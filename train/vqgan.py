@@ -201,8 +201,7 @@ class VQGANStep:
     def compute_adaptive_weight(
         self, state: TrainState, reconstruction: Tensor, gradient: Tensor, g_gradient: Tensor, scale: float
     ) -> Tensor:
-        """Returns the adaptive weight, in float32: backpropagates the gradients of both losses to the decoder's last
-        layer."""
+        """Computes the adaptive weight in float32, from the gradients of both losses at the decoder's last layer."""
         last = state.modules["autoencoder"].decoder.last_layer
         at_last = [
             self.world.mean(torch.autograd.grad(reconstruction, last, g, retain_graph=True)[0].float()) / scale

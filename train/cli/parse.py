@@ -31,8 +31,7 @@ C = TypeVar("C")
 
 
 def read_config_flag(argv: list[str]) -> dict[str, Any]:
-    """Returns the content of the --config file, or {}; checks that the keys that identify the run and its data are
-    strings."""
+    """Returns the content of the --config file, or {}; the keys that identify the run and its data must be strings."""
     file, _ = split_config_flag(argv)
     content = {} if file is None else read_config(Path(file))
     for values in (content, *(section for section in content.values() if isinstance(section, dict))):
@@ -54,8 +53,7 @@ def flag_names(group: Any) -> set[str]:
 
 
 def file_values(path: Path, content: dict[str, Any], config: Any, names: PluginNames, section: str) -> dict[str, Any]:
-    """Returns the values in a file for one script: data keys, overridden by its section. ValueError for unknown
-    keys."""
+    """Returns the values in a file for one script: data keys, then its section. ValueError for unknown keys."""
     known = flag_names(config)
     data_keys = flag_names(DataConfig).union(
         *(flag_names(load_plugin("train.datasets", n, "reader").Config) for n in plugin_names("train.datasets"))
@@ -112,8 +110,7 @@ def drop_foreign(values: dict[str, Any], config: Any, names: PluginNames, source
 
 
 def reject_foreign(argv: list[str], config: Any, names: PluginNames) -> None:
-    """Raises ValueError if a flag of a plug-in that is not in use is given; skipped for --help, which needs no
-    plug-ins."""
+    """Raises ValueError for a flag of a plug-in that is not in use; skipped for --help, which needs no plug-ins."""
     known = flag_names(config)
     typed = [word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
     for key in [] if {"--help", "-h"} & {*argv} else typed:

@@ -103,8 +103,7 @@ def named_plugins(group: Any, values: Mapping[str, Any]) -> PluginNames:
 
 
 def build_config(cls: type, names: PluginNames) -> Any:
-    """Returns a config of this class with defaults, with the groups of these plug-ins; `cls` may itself be such a
-    group."""
+    """Returns a default config of this class with the groups of these plug-ins; `cls` may itself be such a group."""
     for base, group in PLUGIN_GROUPS.items():
         if issubclass(cls, base):
             configs = [group.config_of(name) for flag in group.flags for name in names.get(flag, ())]

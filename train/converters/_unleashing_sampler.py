@@ -31,7 +31,7 @@ CAUSAL_MASK_REASON = "causal masks, which are computed when needed"
 
 
 def infer_settings(weights: dict[str, Tensor], kind: str) -> dict[str, Any]:
-    """Returns our flags for these weights, except heads, which cannot be inferred; ValueError if tensors are
+    """Returns our flags for these weights, except heads, which they do not reveal; ValueError if tensors are
     missing."""
     prefix = PREFIXES[kind]
     codes, width = dim_size(weights, f"{prefix}head.weight", 0), dim_size(weights, f"{prefix}head.weight", 1)
@@ -136,8 +136,7 @@ def require_shape(weights: dict[str, Tensor], name: str, shape: tuple[int, ...])
 
 
 def dim_size(weights: dict[str, Tensor], name: str, axis: int) -> int:
-    """Returns the size of a tensor along an axis; ValueError if the tensor or the axis does not exist, or it is
-    empty."""
+    """Returns the size of a tensor along an axis; ValueError if the tensor or the axis is missing or empty."""
     if name not in weights or weights[name].ndim <= axis or not weights[name].numel():
         got = f"of shape {tuple(weights[name].shape)}" if name in weights else "missing"
         raise ValueError(f"{name} is {got}: not the weights of a sampler of unleashing-transformers")

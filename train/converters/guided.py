@@ -218,8 +218,7 @@ def head_settings(reference_flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def attention_factors(reference_flags: dict[str, Any]) -> tuple[int, ...]:
-    """Returns the downsampling factors of the levels with attention; the reference's script flags give image sizes
-    instead."""
+    """Returns the downsampling factors of the levels with attention, which script flags give as image sizes."""
     sizes = parse_numbers("attention_resolutions", reference_flags["attention_resolutions"])
     if "model_channels" in reference_flags:
         return tuple(sorted(sizes))

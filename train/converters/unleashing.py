@@ -42,8 +42,7 @@ class BlockStack(NamedTuple):
 
 
 def model_kind(weights: dict[str, Tensor]) -> str:
-    """Returns FIRST_STAGE or the name of a sampler; ValueError unless the weights are of exactly one model of that
-    code."""
+    """Returns FIRST_STAGE or the name of a sampler; ValueError unless the weights are those of exactly one model."""
     prefixes = {FIRST_STAGE: "ae."} | samplers.PREFIXES
     kinds = [kind for kind, prefix in prefixes.items() if any(name.startswith(prefix) for name in weights)]
     if len(kinds) != 1:

@@ -43,8 +43,7 @@ Note = dict[str, Any]
 
 
 def code_cache_key(**inputs: object) -> str:
-    """Returns the hexadecimal key of everything the codes depend on: weights, data, size, views. Any change gives
-    another key."""
+    """Returns the hexadecimal key of everything that the codes depend on: weights, data, size, views."""
     return hashlib.sha256(json.dumps({"version": VERSION} | inputs, sort_keys=True).encode()).hexdigest()
 
 
@@ -162,7 +161,7 @@ class CodeFile:
         return notes
 
     def read_chunk_notes(self, path: Path) -> dict[int, Note]:
-        """Returns the notes in one file by chunk, {} if it is missing or damaged; ValueError if they belong to other
+        """Returns the notes in a file by chunk, {} if it is missing or damaged; ValueError if they are of other
         codes."""
         note = read_note(path)
         if note is None:
@@ -226,8 +225,7 @@ class CodeFile:
             shutil.rmtree(self.sibling("chunks"))
 
     def write_chunk(self, chunk: int, encoded: EncodedChunk) -> None:
-        """Writes a chunk to disk, then its note. It is written, not memory-mapped: a full disk raises an error, not
-        SIGBUS."""
+        """Writes a chunk to disk, then its note; not via a memory map, where a full disk raises SIGBUS."""
         codes, records = encoded.ids.tobytes(), None
         if any(encoded.records):
             self.sibling("annotations").mkdir(exist_ok=True)

@@ -91,8 +91,8 @@ class CachedImages:
 
 
 def image_cache_key(dataset: Dataset, shape: Shape, data_range: ValueRange | None = None) -> str:
-    """Returns the hexadecimal key of everything the pixels depend on: data, size, value range, version of this code and
-    of PIL."""
+    """Returns the hexadecimal key of everything that the pixels depend on: data, size, range, versions of this code and
+    PIL."""
     inputs = [dataset.fingerprint(), len(dataset), *shape, VERSION, PIL.__version__]
     inputs += [] if data_range is None else [*data_range]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:KEY_LENGTH]

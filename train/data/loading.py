@@ -96,8 +96,7 @@ class EpochShuffle:
         return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(self.seed, "order", *key)))
 
     def index_in_blocks(self, epoch: int, offset: int) -> int:
-        """Returns the index of the sample at `offset` of an epoch that shuffles blocks, then the samples of a window of
-        blocks."""
+        """Returns the index of the sample at `offset` of an epoch that shuffles blocks, then samples within windows."""
         if epoch != self.epoch:
             self.epoch, self.window = epoch, -1
             self.block_order = self.draw_permutation(len(self.blocks.sizes), epoch).tolist()
@@ -136,8 +135,7 @@ def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Datase
 
 
 def with_declared_range(data: DataConfig, images: Dataset) -> DataConfig:
-    """Returns the config with the value range that a data set of `FloatImage` declares, so that it is saved with the
-    run."""
+    """Returns the config with the value range that a data set of `FloatImage` declares, to be saved with the run."""
     if data.data_range is not None:
         return data
     for index in range(len(images)):

@@ -93,8 +93,7 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def fingerprint(self) -> str:
-        """Returns a hexadecimal digest of the content; it changes if an image, a label, their order or the split
-        changes."""
+        """Returns a hexadecimal digest, which changes with any image, label, their order or the split."""
         ...
 
 
@@ -137,8 +136,7 @@ def data_root(config: DatasetConfig, name: str) -> Path:
 
 
 def train_val_split(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a random split of n indices into sorted (train, val), fixed by the seed, with at least one index in
-    each."""
+    """Returns a random split of n indices into sorted (train, val), fixed by the seed; neither is empty."""
     if n < 2:
         raise ValueError(f"cannot hold out images of {n}: wanted at least 2 images, or a val folder next to train")
     order = np.random.default_rng(seed).permutation(n)
@@ -147,7 +145,7 @@ def train_val_split(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.
 
 
 def files_fingerprint(root: Path, names: Iterable[str], *context: str) -> str:
-    """Returns the SHA-256 (hexadecimal) of `context` and of the name, size and modification time of each file below
+    """Returns the SHA-256 (hexadecimal) of `context` and the name, size and modification time of each file below
     `root`."""
     digest = hashlib.sha256(repr(context).encode())
     for name in names:

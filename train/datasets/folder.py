@@ -92,8 +92,7 @@ def build_split(config: Config, split: str, *, train: Path, val: Path | None) ->
 
 
 def list_images(root: Path, only_folders: Sequence[str] = ()) -> list[str]:
-    """Returns the sorted paths of images relative to `root`, with forward slashes; hidden files and folders are
-    skipped."""
+    """Returns the sorted paths of images relative to `root`, with forward slashes, except hidden files and folders."""
     names, visited = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_raise):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))

@@ -63,8 +63,8 @@ _environments: dict[Path, tuple[int, Any]] = {}
 
 
 def open_environment(path: Path):
-    """Returns the LMDB environment at `path`, opened once per process: LMDB forbids use across a fork and opening it
-    twice."""
+    """Opens the LMDB environment at `path` once per process: LMDB forbids opening it twice or using it across a
+    fork."""
     pid, environment = _environments.get(path, (None, None))
     if pid == os.getpid():
         return environment

@@ -61,8 +61,7 @@ def change_tag(name: str) -> str:
 
 
 def index_shards(names: list[str], store: ShardStore, folder: Path, spec: tar.SampleSpec) -> list[Shard]:
-    """Indexes shards, or loads their indexes from `folder`. For URLs, indexing takes a full pass over the data,
-    once."""
+    """Loads the indexes of shards from `folder`, or builds them: for URLs, this takes one pass over the data."""
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(INDEX_THREADS) as pool:
         tags = pool.map(change_tag, names)

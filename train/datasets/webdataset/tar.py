@@ -61,16 +61,15 @@ def scan(file: BinaryIO, name: str, spec: SampleSpec) -> np.ndarray:
 
 
 def split_member_name(member: str) -> tuple[str, str] | None:
-    """Splits folder/key.Some.ext to (folder/key, some.ext), the extension in lower case; None without a key or a
-    dot."""
+    """Splits folder/key.Some.ext into (folder/key, some.ext), in lower case; None without a key or a dot."""
     folder, slash, base = member.rpartition("/")
     key, dot, extension = base.partition(".")
     return (f"{folder}{slash}{key}", extension.lower()) if key and dot else None
 
 
 def require_end_block(tar: tarfile.TarFile) -> None:
-    """Raises ReadError unless the last member is followed by the empty block that ends a tar; `tarfile` does not check
-    it."""
+    """Raises ReadError unless the last member is followed by the end-of-archive block, which `tarfile` does not
+    check."""
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"it is truncated after {tar.offset} bytes")
