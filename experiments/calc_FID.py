@@ -77,7 +77,7 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
 def measure(
     distance: DistanceConfig, sampling: SamplingConfig, cache: Path, model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
-    """Measures all distances and saves the pictures; a collective that returns results on the main rank."""
+    """Measures all distances and saves the pictures. All ranks must call it; only the main rank gets the results."""
     data, size, first, world = model.data, batches.batch_size, model.space.first_stage, model.world
     features = all_features.choose_features(distance.features, data, model.device, distance.inception_weights)
     reference = load_reference(distance, model, features, cache, size)

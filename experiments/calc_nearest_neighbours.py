@@ -98,7 +98,7 @@ class Queries(NamedTuple):
 def measure(
     settings: NeighboursConfig, sampling: SamplingConfig, model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
-    """Searches, ranks and saves neighbours.png; a collective that returns results on the main rank."""
+    """Searches, ranks and saves neighbours.png. All ranks must call it; only the main rank gets the results."""
     size, data, world = batches.batch_size, model.data, model.world
     features = all_features.choose_features(settings.features, data, model.device, settings.inception_weights)
     net, weights = settings.perceptual_net, settings.perceptual_weights
@@ -141,7 +141,7 @@ def make_queries(
     held_out: ImageSource,
     batches: ResumableBatches,
 ) -> Queries:
-    """Collects samples and held-out images with their features; a collective, with the same result on every rank."""
+    """Collects samples and held-out images with their features. All ranks must call it, and all get the result."""
     size, world = batches.batch_size, model.world
     count, images_of = sampled_images(settings.samples, settings.n_samples, model, sampling, batches.seed)
     own = sampled_features(images_of, count, count, features, batches, batches.files)
@@ -167,7 +167,8 @@ def match_data_channels(images: Tensor, data: DataConfig) -> Tensor:
 
 
 def code_copies(codes: Tensor, model: TrainedSampler, batch_size: int) -> float:
-    """Returns the fraction of samples whose codes equal those of a training image in some view; a collective."""
+    """Returns the fraction of samples whose codes equal those of a training image in some view. All ranks must call
+    it."""
     training = model.space.first_stage.encode_dataset(
         model.dataset("train"), "train", model.data, batch_size, model.world
     )

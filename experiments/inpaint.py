@@ -1,4 +1,4 @@
-"""Inpaints and outpaints images: fills in masked, transparent or hidden regions, or extends the canvas."""
+"""Inpaints and outpaints images: fills in masked or transparent regions, or extends the canvas."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from experiments.harness.editing import (
 )
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.report import table
-from experiments.metrics.classifier import Proportion, class_agreement, classifier_for, predict_classes
+from experiments.metrics.classifier import Classifier, Proportion, class_agreement, classifier_for, predict_classes
 from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
@@ -38,9 +38,9 @@ class InpaintingConfig:
     """Inpainting."""
 
     mask: tuple[str, ...] = ()
-    """Masks of any size, white where to fill in: one for all images, or one each; if omitted, transparent pixels."""
+    """Masks of any size, white where to fill in: one for all images or one each; if omitted, transparent pixels."""
     hide: Literal["left", "right", "top", "bottom", "centre"] | None = None
-    """Also mask this half (centre: a quarter) of the image; of held-out images, the bottom half by default."""
+    """Half of the image to mask as well (centre: its central quarter). Held-out images without another mask: bottom."""
     outpaint: tuple[int, int, int, int] | None = None
     """Extend the canvas at the top, right, bottom and left by this much: codes or latents (pixel models: pixels)."""
     shape: tuple[int, int] | None = None
@@ -64,7 +64,8 @@ class InpaintingConfig:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Inpaints images; writes inpainted.png (original | masked | results), images/ and results.json to
-    <logs_root>/<log_dir>. With a classifier for the data set, reports how often it predicts the original's class."""
+    <logs_root>/<log_dir>. With a classifier for the data set, reports how often it predicts the same class as for the
+    original."""
 
     given: InputImagesConfig
     inpainting: InpaintingConfig
@@ -74,7 +75,7 @@ class Config:
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
-    """Loads the images and their masks. ValueError: they do not fit the model."""
+    """Loads the images and their masks, and checks the label. ValueError: they do not fit the model."""
     inpainting, sampling = config.inpainting, config.sampling
     inputs = load_masked_images(config.given, inpainting, model, sampling.condition_file)
     conditions_for(model, inputs, [0], None if inpainting.label is None else [inpainting.label], sampling)
@@ -119,14 +120,14 @@ def measure(
     model: TrainedSampler,
     batches: ResumableBatches,
 ) -> dict[str, Any] | None:
-    """Inpaints the images, saves them and measures class agreement; a collective that returns results on the main
-    rank."""
+    """Inpaints the images, saves them and measures class agreement. All ranks must call it; only the main rank gets the
+    results."""
     count, label = inpainting.results, inpainting.label
 
     def inpaint_batch(numbers: list[int], mask: Tensor, first_index: int) -> Tensor:
         rows = [number // count for number in numbers]
         start = model.space.encode_masked(inputs.image[rows].to(model.device), mask[rows].to(model.device))
-        labels, indices = None if label is None else [label] * len(numbers), [first_index + n for n in numbers]
+        labels, indices = None if label is None else [label] * len(numbers), [first_index + i for i in numbers]
         canvas = {"shape": tuple(start.keep.shape[1:]), "window_stride": inpainting.window_stride}
         conditions, options = conditions_for(model, inputs, rows, labels, sampling)
         return draw(model, options, batches.seed, start, indices, conditions, **canvas)
@@ -135,7 +136,7 @@ def measure(
     inpainted = generate_in_batches("inpainted", n, lambda numbers: inpaint_batch(numbers, inputs.mask, 0), batches)
     same_size = tuple(inputs.mask.shape[1:]) == model.data.size  # the classifier takes no larger canvases
     classifier, unconstrained = classifier_for(model.data) if same_size else None, None
-    if classifier is not None:  # chance level: the same with everything masked
+    if classifier is not None:  # chance level: everything masked, and indices from n on for other random numbers
         everything = torch.ones_like(inputs.mask)
         unconstrained = generate_in_batches(
             "all hidden", n, lambda numbers: inpaint_batch(numbers, everything, n), batches
@@ -153,16 +154,28 @@ def measure(
         "visible_pixels": "copied from the input" if inpainting.paste else "as rendered by the model",
     }
     if classifier is not None:
-        labels = predict_classes(classifier, inputs.image)
-        record["survival"] = class_agreement(labels, predict_classes(classifier, results))._asdict()
-        chance = predict_classes(classifier, unconstrained.view(len(inputs), count, *unconstrained.shape[1:]))
-        record["chance"] = class_agreement(labels, chance)._asdict()
+        unconstrained = unconstrained.view(len(inputs), count, *unconstrained.shape[1:])
+        record |= measure_agreement(classifier, inputs.image, results, unconstrained)
     return record | {"run": batches.run}
 
 
+def measure_agreement(
+    classifier: Classifier, originals: Tensor, results: Tensor, unconstrained: Tensor
+) -> dict[str, dict[str, Any]]:
+    """Returns how often results (N, R, C, H, W) have the class of their originals (N, C, H, W): "survival" for
+    inpainted images, "chance" for unconstrained ones."""
+    original_classes = predict_classes(classifier, originals)
+    return {
+        name: class_agreement(original_classes, predict_classes(classifier, images))._asdict()
+        for name, images in (("survival", results), ("chance", unconstrained))
+    }
+
+
 def group_by_image(images: Tensor, inputs: InputImages, paste: bool) -> Tensor:
-    """Groups images (N * results, C, H, W) to (N, results, C, H, W); with `paste`, copies the visible pixels of the
-    inputs."""
+    """Groups images (N * results, C, H, W) by input: (N, results, C, H, W).
+
+    With `paste`, visible pixels are replaced by those of the inputs.
+    """
     images = images.view(len(inputs), -1, *images.shape[1:])
     return torch.where(inputs.mask[:, None, None], images, inputs.image.unsqueeze(1)) if paste else images
 

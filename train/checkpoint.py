@@ -65,7 +65,8 @@ class CheckpointData:
 def gather_to_cpu(value: Any, keep: bool) -> Any:
     """Copies nested dicts and lists to the CPU, gathering sharded tensors; tensors become None unless `keep`.
 
-    It gathers one tensor at a time, so that a device holds only one full tensor beside its shards. Collective.
+    It gathers one tensor at a time, so that a device holds only one full tensor beside its shards. All ranks must call
+    it.
     """
     if isinstance(value, dict):
         return {key: gather_to_cpu(item, keep) for key, item in value.items()}

@@ -201,7 +201,7 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Gathers a sharded tensor (a collective call); other tensors unchanged."""
+    """Gathers a sharded tensor; returns other tensors unchanged. All ranks must call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 

@@ -50,7 +50,7 @@ class Timer:
 
 
 class RunningSums:
-    """Named sums over steps and processes. All have one dtype, and every process uses the same names."""
+    """Named sums over steps and processes. All have the same dtype, and every process uses the same names."""
 
     def __init__(self, world: DistContext):
         self.world = world
@@ -72,7 +72,7 @@ class RunningSums:
         return totals
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the local sums of all ranks, each (world size, ...). A collective call."""
+        """Returns the local sums of all ranks, each (world size, ...). All ranks must call it."""
         return {name: self.world.gather(value.unsqueeze(0)) for name, value in self.sums.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -84,7 +84,7 @@ class RunningSums:
 
 
 class Stateful(Protocol):
-    """An object with state that training changes. Its state_dict holds tensors."""
+    """An object whose state is saved and restored with a run. Its state_dict holds tensors."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -93,13 +93,13 @@ class Stateful(Protocol):
 
 @dataclass
 class TrainState:
-    """Everything that training changes, and that a checkpoint holds."""
+    """Everything that training changes. A checkpoint holds all of it except `replicas`, which wrap the modules."""
 
     modules: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
     averages: dict[str, EMA] = field(default_factory=dict)
-    posthoc_averages: dict[str, PosthocEMA] = field(default_factory=dict)  # by "<relative std>/<module>"
-    extras: dict[str, Stateful] = field(default_factory=dict)  # whatever else training changes
+    posthoc_averages: dict[str, PosthocEMA] = field(default_factory=dict)  # keyed by "<relative std>/<module>"
+    extras: dict[str, Stateful] = field(default_factory=dict)  # other state, such as loss scales and user hooks
     counters: dict[str, RunningSums] = field(default_factory=dict)  # accumulated until they are logged
     step: int = 0
     bad_steps: list[int] = field(default_factory=list)  # skipped steps
@@ -135,8 +135,9 @@ def fit(
 
     `batches` starts at `state.step` and yields the micro-batches of one step at a time. `step_fn` runs backward and the
     optimizers; it returns None if it left the weights unchanged because a loss or gradient was not finite, and
-    `on_skipped` is called. Each `(name, every, hook)` is called every `every` steps and after the last step, with the
-    outputs of the step (an empty dict if it was skipped). `timer` records the time of each phase.
+    `on_skipped` is called. Each `(name, every, hook)` is called every `every` steps (0: never) and after the last step,
+    with the outputs of the step (an empty dict if it was skipped). `timer` records the time of each phase, for a hook
+    under its name.
     """
     timer = timer or Timer()
     while state.step < steps:

@@ -48,7 +48,7 @@ class Space(Protocol):
     def provenance(self) -> dict[str, Any]: ...
 
     def source(
-        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt
+        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt | None
     ) -> BatchSource:
         """Returns the training batches of a split."""
         ...
@@ -123,7 +123,7 @@ class ContinuousSpace:
     tokens = 0
 
     def source(
-        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt
+        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt | None
     ) -> TrainingImages:
         if split == "val":
             data = data.without_augmentation
@@ -231,7 +231,7 @@ class CodeSpace:
         return self.first_stage.provenance
 
     def source(
-        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt = None
+        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt | None = None
     ) -> TrainingCodes:
         """Returns the shuffled codes of a split, from the cache or newly encoded."""
         batch_size = max(1, 2**22 // math.prod(data.shape))  # about 16 MB of float images at once

@@ -84,7 +84,7 @@ class TrainedSampler:
         return self.space.source(self.dataset(split), split, self.data, 0, self.world, self.adapt)
 
     @property
-    def adapt(self) -> Adapt:
+    def adapt(self) -> Adapt | None:
         """The user's function from an item to the fields of a batch (--adapt); None without one."""
         path = self.sampler.config.adapt
         return import_callable(path, "--adapt") if path else None
@@ -103,8 +103,8 @@ class TrainedSampler:
         """Returns the source of the conditions of generated images.
 
         Held-out images are read only for conditions that are neither in the --condition_file nor in `skip`, the fields
-        that the caller fills in. Collective: all ranks must call it. ValueError, FileNotFoundError for a
-        --condition_file that cannot be used.
+        that the caller fills in. All ranks must call it. Raises FileNotFoundError or ValueError for a --condition_file
+        that cannot be used.
         """
         sampler, rows = self.sampler, read_rows(options.condition_file, self.data)
         missing = {*sampler.conditions} - {"label", *skip, *(rows[0] if rows else ())}

@@ -137,8 +137,7 @@ def transparency_mask(path: Path) -> Image.Image | None:
 def apply_masks(
     inputs: InputImages, files: tuple[str, ...], masks: tuple[str, ...], size: tuple[int, int]
 ) -> InputImages:
-    """Also masks the pixels where masks are white (one mask for all files, or one each); without masks, where the files
-    are transparent.
+    """Masks pixels where the masks are white (one for all files, or one each) or, without masks, the files transparent.
 
     ValueError: a file has neither, or the number of masks does not match.
     """
@@ -158,7 +157,7 @@ def apply_masks(
 
 
 def mask_part(inputs: InputImages, part: str) -> InputImages:
-    """Also masks one half of each image, or its centre (half its height and width)."""
+    """Masks one half of each image, or its centre (half its height and width), as well."""
     H, W = inputs.mask.shape[1:]
     places = {
         "left": (slice(None), slice(0, W // 2)),
@@ -236,8 +235,8 @@ def draw(
 
 
 def generate_in_batches(name: str, count: int, make: MakeImages, batches: ResumableBatches) -> Tensor | None:
-    """Makes results 0 ... count - 1 in resumable batches on all ranks: uint8 (count, C, H, W) on the main rank, None on
-    the others."""
+    """Generates results 0 to count - 1 on all ranks in resumable batches: uint8 (count, C, H, W) on the main rank, else
+    None."""
 
     def make_batch(numbers: list[int]) -> dict[str, Tensor]:
         return {"image": make(numbers)}

@@ -281,8 +281,8 @@ def open_results_folder(
 ) -> Path:
     """Creates or reopens the results folder as a run, so that two experiments never share one.
 
-    A collective. Settings that the sampler does not support are refused before the folder is created. ValueError: the
-    folder holds another experiment.
+    All ranks must call it. Settings that the sampler does not support are refused before the folder is created.
+    ValueError: the folder holds another experiment.
     """
     output, sampling = config.output, config_groups(config).get("sampling")
     folder = default_results_folder(setup.name or name, config.model, output.logs_root, loaded)
@@ -290,7 +290,7 @@ def open_results_folder(
         folder = run_folder(output.logs_root, output.log_dir)
     samples = isinstance(sampling, SamplingConfig)
     if samples and any(world.any(world.is_main and not folder.exists())):
-        source = loaded.condition_source(sampling)  # may encode the data set: a collective
+        source = loaded.condition_source(sampling)  # may encode the data set, on all ranks
         if world.is_main:
             loaded.dry_run(sampling, source, shape=setup.shape, window_stride=setup.window_stride)
     if world.is_main:

@@ -130,7 +130,7 @@ class HeadStep:
 
 
 class HeadReports:
-    """Validation and image grids, as hooks for `fit`; collectives."""
+    """Validation and image grids, as hooks for `fit`. All ranks must call them."""
 
     def __init__(self, step: HeadStep, validation: ImageSource, logger: Logger):
         self.step, self.validation, self.logger = step, validation, logger
@@ -172,7 +172,7 @@ def build_state(first_stage: FirstStage, training: TrainingConfig, world: DistCo
 
 
 def train_head(run: Path, first_stage: FirstStage, config: HeadRunConfig, world: DistContext) -> None:
-    """Trains a head on the images of `config`, or resumes its training; a collective.
+    """Trains a head on the images of `config`, or resumes its training. All ranks must call it.
 
     ValueError: the folder holds a run with other VQGAN weights, data or settings.
     """
@@ -207,7 +207,7 @@ def load_head(run: Path, first_stage: FirstStage) -> TrainedHead:
 def load_or_train_head(
     decoder: DecoderConfig, model: ModelConfig, output: OutputConfig, trained: TrainedSampler
 ) -> TrainedHead | None:
-    """Loads the head for the VQGAN of a sampler of codes, and trains it first as far as needed; a collective.
+    """Loads the head for the VQGAN of a sampler of codes, and trains it first as far as needed. All ranks must call it.
 
     Returns None without codes or with --no_decoder. ValueError: the data need a function that --allow does not name.
     """

@@ -1,7 +1,8 @@
 """Fréchet distance during training: of samples or reconstructions of the averaged network to the real images.
 
-Each factory here returns the `distance` argument of `train.trainer.train`. The value equals that of calc_FID for the
-same weights, seed and number of images. It is biased upwards for few images: compare equal numbers of images only.
+Each factory here returns the `make_distance_hook` argument of `train.trainer.train`. The value equals that of calc_FID
+for the same weights, seed and number of images. It is biased upwards for few images: compare equal numbers of images
+only.
 """
 
 from collections.abc import Callable, Iterator

@@ -160,10 +160,10 @@ def with_conditions(batch: Batch, fields: Sequence[str], source: BatchSource | N
 
 
 def split_batch(batch: Batch, accumulate: int) -> list[Batch]:
-    """Splits a batch into the equal parts that a step accumulates gradients over."""
+    """Splits a batch into the micro-batches that a step accumulates gradients over."""
     size = len(batch["position"])
     if size % accumulate:
-        raise ValueError(f"got batch_size {size} in {accumulate} parts: --accumulate must divide --batch_size")
+        raise ValueError(f"got batch_size {size} in {accumulate} micro-batches: --accumulate must divide --batch_size")
     starts = range(0, size, size // accumulate)
     return [{name: field[i : i + starts.step] for name, field in batch.items()} for i in starts]
 
@@ -219,7 +219,7 @@ def encode_decode_runs(
     return {"encoding": lambda: first_stage.encode(pictures), "decoding": lambda: first_stage.decode(codes)}
 
 
-def image_batches(images: Dataset, data: DataConfig, seed: int, adapt: Adapt = None) -> TrainingImages:
+def image_batches(images: Dataset, data: DataConfig, seed: int, adapt: Adapt | None = None) -> TrainingImages:
     """Returns a source of training batches of images."""
     return TrainingImages(ImageSource(images, data, margin=data.crop_margin), seed, adapt)
 

@@ -1,10 +1,12 @@
 """From data sets to batches: the sample at a position and its view depend on (seed, position) alone.
 
-Positions count samples over the whole run: step s with batch size B takes positions s B, ..., (s + 1) B - 1, whatever
-the number of ranks. So the data order survives any resume and any change of the number of ranks.
+A view is a fixed augmentation, such as a crop or mirroring; each sample is seen in a random one. Positions count
+samples over the whole run: step s with batch size B takes positions s B, ..., (s + 1) B - 1, whatever the number of
+ranks. So the data order survives any resume and any change of the number of ranks.
 """
 
 import dataclasses
+import itertools
 import os
 import random
 import signal
@@ -14,7 +16,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,7 +69,7 @@ def exit_on_parent_sigterm() -> None:
 
 
 class EpochShuffle:
-    """Map positions k = 0, 1, ... to indices in [0, n): a new permutation of n samples in each epoch.
+    """Maps positions k = 0, 1, ... to indices in [0, n): a new permutation of n samples in each epoch.
 
     With `blocks`, each epoch shuffles the blocks, takes `window` of them at a time, and shuffles the samples of a
     window together. A reader needs at most `window` blocks at a time, and the shuffle stores one index per block and
@@ -80,8 +81,11 @@ class EpochShuffle:
         if sum(sizes) != n or (n and min(sizes) < 1) or (blocks is not None and blocks.window < 1):
             raise ValueError(f"got blocks of {sum(sizes)} samples for {n}, wanted each in one block, no block empty")
         self.n, self.seed, self.blocks = n, seed, blocks
-        self.first_indices = [0, *accumulate(sizes)]  # first index of each block, and the end
-        self.epoch, self.permutation = -1, None
+        self.first_indices = [0, *itertools.accumulate(sizes)]  # of each block, and the end
+        self.epoch, self.permutation = -1, None  # the current epoch and, with blocks, its order of blocks and window
+        self.block_order: list[int] = []
+        self.block_starts: list[int] = []  # first offset of each block in this order, and the end
+        self.window = -1
 
     def __getitem__(self, position: int) -> int:
         epoch, offset = divmod(position, self.n)
@@ -92,7 +96,7 @@ class EpochShuffle:
         return int(self.permutation[offset])
 
     def draw_permutation(self, n: int, *key: int | str) -> torch.Tensor:
-        """Returns a random permutation (n,), seeded by the seed and the words."""
+        """Returns a random permutation (n,), seeded by the seed and `key`."""
         return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(self.seed, "order", *key)))
 
     def index_in_blocks(self, epoch: int, offset: int) -> int:
@@ -100,9 +104,9 @@ class EpochShuffle:
         if epoch != self.epoch:
             self.epoch, self.window = epoch, -1
             self.block_order = self.draw_permutation(len(self.blocks.sizes), epoch).tolist()
-            self.block_starts = [0, *accumulate(self.blocks.sizes[block] for block in self.block_order)]
-        nth = bisect_right(self.block_starts, offset) - 1  # the block, in this epoch's order, that holds the offset
-        window = nth // self.blocks.window
+            self.block_starts = [0, *itertools.accumulate(self.blocks.sizes[block] for block in self.block_order)]
+        i = bisect_right(self.block_starts, offset) - 1  # the epoch's i-th block holds the offset
+        window = i // self.blocks.window
         first = window * self.blocks.window
         last = min(first + self.blocks.window, len(self.block_order))
         start = self.block_starts[first]
@@ -110,8 +114,8 @@ class EpochShuffle:
             self.window = window
             self.permutation = self.draw_permutation(self.block_starts[last] - start, epoch, "window", window)
         shuffled_offset = start + int(self.permutation[offset - start])  # offset before the window is shuffled
-        nth = bisect_right(self.block_starts, shuffled_offset) - 1
-        return self.first_indices[self.block_order[nth]] + shuffled_offset - self.block_starts[nth]
+        i = bisect_right(self.block_starts, shuffled_offset) - 1
+        return self.first_indices[self.block_order[i]] + shuffled_offset - self.block_starts[i]
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ def with_declared_range(data: DataConfig, images: Dataset) -> DataConfig:
 
 
 class BatchSource(Protocol):
-    """What `training_batches` reads: a list of positions -> one batch. An epoch has `len(source)` positions."""
+    """Maps a list of positions to a batch, for `training_batches`. An epoch has `len(source)` positions."""
 
     def __len__(self) -> int: ...
 
@@ -191,7 +195,7 @@ class ImageSource:
         return item
 
 
-Adapt = Callable[[dict[str, Any]], dict[str, Any]] | None  # an item in its view -> an item
+Adapt = Callable[[dict[str, Any]], dict[str, Any]]  # an item in its view -> an item
 
 
 class TrainingImages:
@@ -202,7 +206,7 @@ class TrainingImages:
     ValueError for a source whose margin is not the config's crop_margin.
     """
 
-    def __init__(self, source: ImageSource, seed: int, adapt: Adapt = None):
+    def __init__(self, source: ImageSource, seed: int, adapt: Adapt | None = None):
         wanted = source.config.crop_margin
         if source.margin != wanted:
             raise ValueError(
@@ -267,7 +271,7 @@ def temporary_seed(seed: int) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def apply_adapt(adapt: Callable, item: dict[str, Any]) -> dict[str, Any]:
+def apply_adapt(adapt: Adapt, item: dict[str, Any]) -> dict[str, Any]:
     """Applies the function of --adapt to an item; ValueError unless it returns a dict with an image."""
     adapted = adapt(item)
     if not isinstance(adapted, dict) or "image" not in adapted:
@@ -295,14 +299,15 @@ def training_batches(
     workers: int,
     prefetch: int = 2,
 ) -> Iterator[tuple[Batch, ...]]:
-    """Yields, for each step from `start` to `steps`, this rank's share of the batch, in `accumulate` parts.
+    """Yields, for each step from `start` to `steps`, this rank's share of the batch, in `accumulate` micro-batches.
 
-    `workers` processes live for the whole run; each prefetches `prefetch` parts, into pinned memory on CUDA.
+    `workers` processes live for the whole run; each prefetches `prefetch` micro-batches, into pinned memory on CUDA.
     """
     share = world.per_rank(batch_size, "batch_size")
     if share % accumulate:
         raise ValueError(
-            f"got batch_size {batch_size} for {world.size} processes in {accumulate} parts: wanted a multiple of both"
+            f"got batch_size {batch_size} for {world.size} processes and {accumulate} micro-batches: "
+            f"wanted a multiple of {world.size * accumulate}"
         )
     first_positions = range(start * batch_size + world.rank * share, steps * batch_size, batch_size)
     loader = DataLoader(
@@ -319,9 +324,10 @@ def training_batches(
 
 
 class ImageBatches:
-    """Batches of images by lists of indices, without unreadable images, whose errors are listed under "skipped".
+    """Maps a list of indices to a batch without unreadable images, whose errors are listed under "skipped".
 
-    With `with_records`, a batch also has a record of each item's fields other than image and label.
+    "image" is None if no image is readable. With `with_records`, a batch also has a record of each item's fields other
+    than image and label.
     """
 
     def __init__(self, source: ImageSource, with_records: bool = False):
@@ -413,11 +419,11 @@ def sample_streams(seed: int, purpose: str, batch: Batch, device: torch.device) 
 
 @dataclass(frozen=True)
 class TrainingStreams:
-    """The random streams of one training batch, or of this rank's part of it, by purpose."""
+    """The random streams of one training batch, or of a micro-batch of it, by purpose."""
 
     seed: int
     batch: Batch
-    batch_size: int  # of the whole batch
+    batch_size: int  # of the step's whole batch
     device: torch.device
 
     def __call__(self, purpose: str, device: torch.device | str | None = None) -> Streams:
@@ -425,6 +431,7 @@ class TrainingStreams:
         return sample_streams(self.seed, purpose, self.batch, self.device if device is None else device)
 
     def step_stream(self, purpose: str) -> tuple[Streams, int]:
-        """Returns one stream for the whole step, and the offset of this part's first sample in the step's batch."""
+        """Returns one stream for the whole step, and the offset of this micro-batch's first sample in the step's
+        batch."""
         step, offset = divmod(int(self.batch["position"][0]), self.batch_size)
         return Streams([seed_of(self.seed, purpose, "step", step)]), offset
