@@ -144,8 +144,8 @@ def make_queries(
     """Collects samples and held-out images with their features. All ranks must call it, and all get the result."""
     size, world = batches.batch_size, model.world
     count, images_of = sampled_images(settings.samples, settings.n_samples, model, sampling, batches.seed)
-    own = sampled_features(images_of, count, count, features, batches, batches.files)
-    samples = concatenate(own, count, ("features", "image", "codes"))
+    sampled = sampled_features(images_of, count, count, features, batches, batches.files)
+    samples = concatenate(sampled, count, ("features", "image", "codes"))
     same = min(count, len(held_out))
     real = real_features(held_out, fixed_subset(len(held_out), same), features, size, world, "held-out images")
     real = concatenate(real, same, ("features", "image"))

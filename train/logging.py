@@ -133,11 +133,11 @@ def truncate_metrics(path: Path, step: int) -> None:
     """Drops the lines of metrics.jsonl after `step`, and an incomplete last line."""
     if not path.is_file():
         return
-    kept = []
+    lines = []
     for line in path.read_text().splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
+                lines.append(line)
         except json.JSONDecodeError:
             break
-    write_text(path, "".join(f"{line}\n" for line in kept))
+    write_text(path, "".join(f"{line}\n" for line in lines))

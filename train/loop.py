@@ -76,11 +76,11 @@ class RunningSums:
         return {name: self.world.gather(value.unsqueeze(0)) for name, value in self.sums.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores each rank's sums; with a different number of processes, rank 0 takes the total."""
+        """Restores each rank's sums; with another number of processes, rank 0 gets the total."""
         self.sums = {}
         for name, rows in state.items():
-            own = rows[self.world.rank] if len(rows) == self.world.size else rows.sum(0) * self.world.is_main
-            self.sums[name] = own.to(self.world.device)
+            local = rows[self.world.rank] if len(rows) == self.world.size else rows.sum(0) * self.world.is_main
+            self.sums[name] = local.to(self.world.device)
 
 
 class Stateful(Protocol):

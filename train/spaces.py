@@ -285,10 +285,10 @@ def open_space(config: SecondStageConfig, run_provenance: dict[str, Any], images
         return CodeSpace(first_stage)
     start = config.training.load_dir  # its weights were trained at its own scale
     started = read_provenance(run_folder(config.logging.logs_root, start)) if start else {}
-    noted = run_provenance.get("latent_scale") or started.get("latent_scale") or 0.0
-    noted = world.sum(torch.tensor(noted if world.is_main else 0.0, dtype=torch.float32, device=world.device)).item()
+    scale = run_provenance.get("latent_scale") or started.get("latent_scale") or 0.0
+    scale = world.sum(torch.tensor(scale if world.is_main else 0.0, dtype=torch.float32, device=world.device)).item()
     source = ImageSource(images, config.data, margin=config.data.crop_margin)
-    return LatentSpace(first_stage, noted or measure_latent_scale(first_stage, source, world))
+    return LatentSpace(first_stage, scale or measure_latent_scale(first_stage, source, world))
 
 
 @dataclass(frozen=True, kw_only=True)

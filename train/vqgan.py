@@ -238,7 +238,7 @@ def accumulate(totals: Outputs, metrics: Outputs, weight: float) -> None:
 
 
 class VQGANReports:
-    """Evaluation hooks of a VQGAN: validation, images and codebook usage. All processes take part.
+    """Evaluation hooks of a VQGAN: validation, images and codebook usage. All ranks must call them.
 
     `epoch` is the number of training images; codebook usage is counted over one epoch before it is logged.
     """
@@ -252,17 +252,17 @@ class VQGANReports:
         """Logs usage and perplexity of the codebook at the end of each epoch."""
         counts = state.counters["codes"]
         if counts.sums and self.step.world.sum(counts.sums["images"]) >= self.epoch:
-            chosen = counts.reduce_and_reset()["chosen"]
-            metrics = {"codes/usage": usage(chosen).item(), "codes/perplexity": perplexity(chosen).item()}
+            code_counts = counts.reduce_and_reset()["chosen"]
+            metrics = {"codes/usage": usage(code_counts).item(), "codes/perplexity": perplexity(code_counts).item()}
             self.logger.log_scalars(state.step, metrics)
-            self.logger.log_histogram("codes/chosen", state.step, chosen)
+            self.logger.log_histogram("codes/chosen", state.step, code_counts)
 
     @torch.no_grad()
     def validate(self, state: TrainState, outputs: Outputs) -> None:
         """Logs L1, LPIPS and codebook usage on a fixed subset of the validation split, with EMA weights if kept."""
         step, world = self.step, self.step.world
         network, sums = state.eval_module("autoencoder").eval(), {}
-        chosen = torch.zeros(network.quantizer.codebook_size, device=world.device)
+        code_counts = torch.zeros(network.quantizer.codebook_size, device=world.device)
         indices = world.local_items(fixed_subset(len(self.validation), VALIDATION_IMAGES))
         batches = images_in_order(self.validation, self.batch_size, indices)
         for batch, counts in world.padded_batches(
@@ -278,11 +278,11 @@ class VQGANReports:
             for name, value in losses.items():
                 value = value.cpu().double()
                 sums[name] = sums.get(name, 0) + torch.stack([value.sum(), value.new_tensor(len(value))]) * counts
-            chosen += count_codes(codes.ids, len(chosen)) * counts
+            code_counts += count_codes(codes.ids, len(code_counts)) * counts
         totals = world.sum(torch.stack(list(sums.values())))
         means = {f"val/{name}": (total / n).item() for name, (total, n) in zip(sums, totals, strict=True)}
-        chosen = world.sum(chosen)
-        codes = {"val/usage": usage(chosen).item(), "val/perplexity": perplexity(chosen).item()}
+        code_counts = world.sum(code_counts)
+        codes = {"val/usage": usage(code_counts).item(), "val/perplexity": perplexity(code_counts).item()}
         self.logger.log_scalars(state.step, means | codes)
         self.logger.log_best(state, "val/l1", means["val/l1"])
 

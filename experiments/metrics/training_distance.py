@@ -53,12 +53,12 @@ class FrechetDistanceHook:
 
     @torch.no_grad()
     def __call__(self, state: TrainState, outputs: Outputs) -> None:
-        own = Statistics()
+        statistics = Statistics()
         for images, counts in self.images(state):
             if counts:
-                own.update(self.features.extract(images.expand(-1, 3, -1, -1)))
+                statistics.update(self.features.extract(images.expand(-1, 3, -1, -1)))
         distance = torch.zeros(1, dtype=torch.float64)
-        parts = gather_objects(self.world, own)
+        parts = gather_objects(self.world, statistics)
         if self.world.is_main:
             distance += frechet_distance(sum(parts, Statistics()), self.reference)
         value = self.world.sum(distance).item()
@@ -125,14 +125,14 @@ def reconstruction_distance(
     training images."""
     count = min(logging.FD_samples, len(validation))
     size = images_per_rank(training, count, world)
-    own = rank_indices(world, fixed_subset(len(validation), count), size)
+    indices = rank_indices(world, fixed_subset(len(validation), count), size)
 
     def images(state: TrainState) -> Iterator[tuple[Tensor, bool]]:
         with eval_mode(state.eval_module("autoencoder")) as network:
             first_stage = FirstStage(
                 run, network, validation.config, reader, state.step, "", world.device, training.amp
             )
-            for batch, counts in world.padded_batches(images_in_order(validation, size, own)):
+            for batch, counts in world.padded_batches(images_in_order(validation, size, indices)):
                 yield first_stage.decode(first_stage.encode(batch["image"])), counts
 
     def make(logger: Logger) -> Hook:

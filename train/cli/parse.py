@@ -54,7 +54,7 @@ def flag_names(group: Any) -> set[str]:
 
 def file_values(path: Path, content: dict[str, Any], config: Any, names: PluginNames, section: str) -> dict[str, Any]:
     """Returns the values in a file for one script: data keys, then its section. ValueError for unknown keys."""
-    known = flag_names(config)
+    flags = flag_names(config)
     data_keys = flag_names(DataConfig).union(
         *(flag_names(load_plugin("train.datasets", n, "reader").Config) for n in plugin_names("train.datasets"))
     )
@@ -72,13 +72,13 @@ def file_values(path: Path, content: dict[str, Any], config: Any, names: PluginN
             raise ValueError(f"{path}: section {key!r} holds {got}, wanted lines of `key: value`")
         elif key not in data_keys | {"sampler"}:
             raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(key, data_keys | sections)}")
-        elif key in known:
+        elif key in flags:
             values[key] = value
-    own = drop_foreign(get_section(content, section), config, names, str(path))
-    for key in own:
-        if key not in known:
-            raise ValueError(f"{path}: unknown key {key!r} in section {section!r}{did_you_mean(key, known)}")
-    return values | own
+    section_values = drop_foreign(get_section(content, section), config, names, str(path))
+    for key in section_values:
+        if key not in flags:
+            raise ValueError(f"{path}: unknown key {key!r} in section {section!r}{did_you_mean(key, flags)}")
+    return values | section_values
 
 
 def to_arguments(values: dict[str, Any], config: Any, source: str) -> list[str]:
@@ -111,11 +111,11 @@ def drop_foreign(values: dict[str, Any], config: Any, names: PluginNames, source
 
 def reject_foreign(argv: list[str], config: Any, names: PluginNames) -> None:
     """Raises ValueError for a flag of a plug-in that is not in use; skipped for --help, which needs no plug-ins."""
-    known = flag_names(config)
+    flags = flag_names(config)
     typed = [word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
     for key in [] if {"--help", "-h"} & {*argv} else typed:
-        flag = key if key in known else key.removeprefix("no_")
-        foreign = None if flag in known else find_foreign_flag(config, flag)
+        flag = key if key in flags else key.removeprefix("no_")
+        foreign = None if flag in flags else find_foreign_flag(config, flag)
         if foreign is not None:
             raise ValueError(f"got --{key} {foreign_flag_message(foreign, names)}")
 

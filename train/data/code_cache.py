@@ -281,7 +281,7 @@ Encode = Callable[[Tensor], Tensor]  # uint8, or floats in [-1, 1], (B, C, H, W)
 def load_or_encode(
     file: CodeFile, images: Callable[[], ImageSource], encode: Encode, batch_size: int, world: DistContext
 ) -> CodeTable:
-    """Loads the codes of a data set, encoding the chunks that are missing or damaged first. All ranks take part.
+    """Loads the codes of a data set, encoding the chunks that are missing or damaged first. All ranks must call it.
 
     Other jobs that need the same codes wait, then use those of this job. Unreadable images are left out, and listed in
     one warning after the last chunk. ValueError if the file belongs to other weights, no image can be read, or the disk
