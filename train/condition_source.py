@@ -68,7 +68,7 @@ class ConditionSource:
         return batch or None
 
     def from_held_out(self, names: Sequence[str], indices: Sequence[int]) -> Batch:
-        """Fields of held-out items, cycled through; ValueError if they do not have one."""
+        """Returns fields of held-out items, cycled through; ValueError if they do not have one."""
         if self.held_out is None:
             raise ValueError(f"got no {', '.join(names)} to sample with: pass them in a --condition_file")
         items = self.held_out[[i % len(self.held_out) for i in indices]]

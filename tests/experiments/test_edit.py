@@ -40,7 +40,7 @@ def test_every_image_is_edited_to_every_class(sampler, request, drawn, capsys):
     ((indices, given, options, begun, made),) = drawn
     assert given["label"].tolist() == [3, 7, 8] * 2 and options.guidance == 2
     assert indices == [0, 0, 0, 1, 1, 1]  # an image forgets the same whatever it becomes
-    assert begun.t == 0.7 and not begun.keep.any() and torch.equal(begun.x0[0], begun.x0[2])
+    assert begun.strength == 0.7 and not begun.keep.any() and torch.equal(begun.x0[0], begun.x0[2])
     found = results_in(logs / "edited")
     assert found["labels"] == [3, 7, 8] and all(0 <= row["asked"]["value"] <= 1 for row in found["of_label"])
     names = sorted(path.name for path in (logs / "edited" / "images").glob("*.png"))
