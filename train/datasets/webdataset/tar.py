@@ -61,7 +61,7 @@ def scan(file: BinaryIO, name: str, spec: SampleSpec) -> np.ndarray:
 
 
 def split_member_name(member: str) -> tuple[str, str] | None:
-    """Splits folder/key.Some.ext into (folder/key, some.ext), in lower case; None without a key or a dot."""
+    """Splits folder/key.Some.ext into (folder/key, some.ext), the extension lowercase; None without a key or dot."""
     folder, slash, base = member.rpartition("/")
     key, dot, extension = base.partition(".")
     return (f"{folder}{slash}{key}", extension.lower()) if key and dot else None
