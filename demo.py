@@ -199,7 +199,7 @@ def inpaint_tab(play: Playground, inputs: list, make_request: Callable, gallery:
             for layer in drawn["layers"]:
                 mask.paste(255, mask=layer.getchannel("A"))
             result = play.inpaint(make_request(*values), picture, mask)
-            return [enlarge_to_picture(image) for image in (result.hidden, *result.results)]
+            return [enlarge_to_picture(image) for image in (result.masked_input, *result.results)]
 
     take.click(take_sample, inputs, editor)
     gallery.select(select_image, pictures, editor)

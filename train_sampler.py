@@ -34,21 +34,21 @@ def main(config: Config) -> None:
         space = open_space(config, read_provenance(run), images["train"], world)
         frequencies = class_frequencies(images["train"])
         sampler, state = build_state(config.sampler, training, space, len(frequencies), world)
-        hooks, distance = make_hooks(training.hooks, state), None
+        hooks, make_distance_hook = make_hooks(training.hooks, state), None
         if logging.steps_per_FD:
             shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
             model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", world, training.amp)
-            distance = sample_distance(model, images["train"], training, config.sampling, logging)
+            make_distance_hook = sample_distance(model, images["train"], training, config.sampling, logging)
         rows = read_rows(config.sampling.condition_file, data)
         check_sampling(sampler, config.sampling, rows)
         open_or_resume(run, config, state, world, space.provenance | {"class_frequencies": frequencies})
         seeds = {"train": training.seed, "val": 0}  # all runs validate on the same images
         sources = {split: space.source(images[split], split, data, seed, world, adapt) for split, seed in seeds.items()}
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))
-        reports = partial(SamplerReports, step, sources["val"], config.sampling, rows)
+        make_reports = partial(SamplerReports, step, sources["val"], config.sampling, rows)
         loading = {"workers": space.workers(data), "prefetch": data.prefetch, "tokens": space.tokens}
-        options = {"hooks": hooks, "distance": distance} | loading
-        train(run, training, logging, state, world, sources["train"], step, reports, **options)
+        options = {"hooks": hooks, "make_distance_hook": make_distance_hook} | loading
+        train(run, training, logging, state, world, sources["train"], step, make_reports, **options)
 
 
 if __name__ == "__main__":

@@ -33,15 +33,22 @@ def main(config: Config) -> None:
         loss = dataclasses.replace(config.loss, perceptual_net=name, perceptual_weights=weights)
         config = dataclasses.replace(config, loss=loss, data=data)
         state = build_state(config.network, config.loss, data, training, world)
-        hooks, distance = make_hooks(training.hooks, state), None
+        hooks, make_distance_hook = make_hooks(training.hooks, state), None
         if logging.steps_per_FD:
-            distance = reconstruction_distance(run, images.dataset, validation, config.reader, training, logging, world)
+            make_distance_hook = reconstruction_distance(
+                run, images.dataset, validation, config.reader, training, logging, world
+            )
         open_or_resume(run, config, state, world, perceptual_provenance(weights))
         step = VQGANStep(config.loss, training, world, perceptual, keep_outputs=bool(hooks))
-        reports = partial(VQGANReports, step, validation, training.batch_size, len(images))
+        make_reports = partial(VQGANReports, step, validation, training.batch_size, len(images))
         source = TrainingImages(images, training.seed)
-        options = {"hooks": hooks, "distance": distance, "workers": data.num_workers, "prefetch": data.prefetch}
-        train(run, training, logging, state, world, source, step, reports, **options)
+        options = {
+            "hooks": hooks,
+            "make_distance_hook": make_distance_hook,
+            "workers": data.num_workers,
+            "prefetch": data.prefetch,
+        }
+        train(run, training, logging, state, world, source, step, make_reports, **options)
 
 
 if __name__ == "__main__":

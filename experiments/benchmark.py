@@ -105,7 +105,7 @@ def print_setup(what: str, data: DataConfig, training: TrainingConfig, world: Di
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     tf32 = f", TF32 {'on' if training.tf32 else 'off'} in float32" if device.type == "cuda" else ""
     print(f"{device_name(device)}; torch {torch.__version__}{threads}{tf32}")
-    parts = f" in {training.accumulate} parts" if training.accumulate > 1 else ""
+    parts = f" in {training.accumulate} micro-batches" if training.accumulate > 1 else ""
     shape = "x".join(map(str, data.shape))
     print(f"{what} on {data.dataset}: {training.batch_size} images of {shape} per step{parts}", flush=True)
     if training.amp and training_dtype(training, device) == torch.float32:
@@ -119,9 +119,9 @@ def measure_sampler(config: SamplerBenchmark, world: DistContext) -> None:
     # Without the data set the number of classes is unknown; it does not affect the cost of guidance.
     n_classes = images.n_classes if images is not None else int(sampling.guidance != 1)
     torch.manual_seed(training.seed)
-    name, first = config.sampler.sampler, config.first.ae_load_dir
+    name, vqgan_dir = config.sampler.sampler, config.first.ae_load_dir
     space = workloads.random_space(
-        name, first, data, config.reader, lambda: vqgan_config_of(data, sys.argv[1:]), world.device
+        name, vqgan_dir, data, config.reader, lambda: vqgan_config_of(data, sys.argv[1:]), world.device
     )
     path = config.sampler.adapt
     adapt = import_callable(path, "--adapt") if path else None

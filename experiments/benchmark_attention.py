@@ -305,12 +305,12 @@ def backends(case: Case, device: torch.device) -> dict[str, Callable[[], Attenti
 
 
 def is_quadratic(name: str, device: torch.device) -> bool:
-    """Whether the backend is quadratic in the tokens, as is natten without its CUDA kernels."""
+    """Returns whether the backend is quadratic in the tokens, as is natten without its CUDA kernels."""
     return name == "dense" or name == "natten" and not (device.type == "cuda" and natten_is_compiled())
 
 
 def has_backward(name: str, device: torch.device) -> bool:
-    """Whether the backend supports gradients on this device."""
+    """Returns whether the backend supports gradients on this device."""
     return name != "natten" or device.type != "cpu"
 
 

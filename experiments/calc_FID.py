@@ -77,8 +77,8 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
 def measure(
     distance: DistanceConfig, sampling: SamplingConfig, cache: Path, model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
-    """Measures all distances and saves the pictures; a collective that returns results on the main rank."""
-    data, size, first, world = model.data, batches.batch_size, model.space.first_stage, model.world
+    """Measures all distances and saves the pictures. All ranks must call it; only the main rank gets the results."""
+    data, size, first_stage, world = model.data, batches.batch_size, model.space.first_stage, model.world
     features = all_features.choose_features(distance.features, data, model.device, distance.inception_weights)
     reference = load_reference(distance, model, features, cache, size)
     held_out = ImageSource(model.dataset("val" if distance.split == "train" else "train"), data)
@@ -92,15 +92,15 @@ def measure(
     all_samples, first_samples = generated_statistics(subsets["generated"], n_held_out, batches.folder / "samples.png")
     subsets["real_vs_real"] = FeatureSubset(add_features(features, images_in_order(held_out, size, indices), world))
     real, reconstructed = compute_statistics(subsets["real_vs_real"]), None
-    if first is not None:
-        own = reconstruct_batches(first, images_in_order(held_out, size, indices))
-        subsets["reconstructions"] = FeatureSubset(add_features(features, own, world))
+    if first_stage is not None:
+        reconstructions = reconstruct_batches(first_stage, images_in_order(held_out, size, indices))
+        subsets["reconstructions"] = FeatureSubset(add_features(features, reconstructions, world))
         bar = progress(subsets["reconstructions"], n_held_out, "reconstructing", world.is_main)
         reconstructed = compute_statistics(bar)
     if not world.is_main:
         return None
-    if first is not None:
-        save_reconstructions(batches.folder / "reconstructions.png", first, held_out, min(n_held_out, 16))
+    if first_stage is not None:
+        save_reconstructions(batches.folder / "reconstructions.png", first_stage, held_out, min(n_held_out, 16))
     return {
         "metric": features.module.METRIC,
         "value": frechet_distance(all_samples, reference.statistics),

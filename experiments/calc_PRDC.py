@@ -58,7 +58,7 @@ class Config:
 def measure(
     settings: PRDCConfig, sampling: SamplingConfig, model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
-    """Measures all numbers and saves samples.png; a collective that returns results on the main rank."""
+    """Measures all numbers and saves samples.png. All ranks must call it; only the main rank gets the results."""
     size, data, world = batches.batch_size, model.data, model.world
     features = all_features.choose_features(settings.features, data, model.device, settings.inception_weights)
     source = ImageSource(model.dataset(settings.split), data)

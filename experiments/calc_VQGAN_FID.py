@@ -101,8 +101,8 @@ def measure(
     model: FirstStage,
     batches: ResumableBatches,
 ) -> dict[str, Any] | None:
-    """Measures the reconstructions of a split, with LPIPS if there is a network, and saves the pictures; a collective
-    that returns results on the main rank."""
+    """Measures the reconstructions of a split, with LPIPS if there is a network, and saves the pictures. All ranks must
+    call it; only the main rank gets the results."""
     data, size, world = model.data, settings.batch_size, batches.world
     if perceptual is not None:
         perceptual.to(model.device)

@@ -108,8 +108,8 @@ def bound_function(
 def measure(
     settings: LikelihoodConfig, head: TrainedHead | None, model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
-    """Measures the likelihood and saves terms.png if the bound has terms; a collective that returns results on the main
-    rank."""
+    """Measures the likelihood and saves terms.png if the bound has terms. All ranks must call it; only the main rank
+    gets the results."""
     world, source = model.world, model.batches(settings.split)
     count = min(settings.n_images or len(source), len(source))  # beyond one epoch, images would repeat
     decoder = None if head is None else DecoderBits(head, model, settings.split, source)

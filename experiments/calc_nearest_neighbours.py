@@ -98,7 +98,7 @@ class Queries(NamedTuple):
 def measure(
     settings: NeighboursConfig, sampling: SamplingConfig, model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
-    """Searches, ranks and saves neighbours.png; a collective that returns results on the main rank."""
+    """Searches, ranks and saves neighbours.png. All ranks must call it; only the main rank gets the results."""
     size, data, world = batches.batch_size, model.data, model.world
     features = all_features.choose_features(settings.features, data, model.device, settings.inception_weights)
     net, weights = settings.perceptual_net, settings.perceptual_weights
@@ -106,10 +106,10 @@ def measure(
     training = ImageSource(model.dataset("train"), data, margin=data.crop_margin)
     held_out = ImageSource(model.dataset("val"), data)
     images, codes, n_samples, vectors = make_queries(settings, sampling, model, features, held_out, batches)
-    made_of = [training.dataset.fingerprint(), batches.files, *features_version(features, settings.inception_weights)]
-    name = batches_name("candidates", *made_of)
+    inputs = [training.dataset.fingerprint(), batches.files, *features_version(features, settings.inception_weights)]
+    name = batches_name("candidates", *inputs)
     near = find_candidates(vectors, training, features, settings.candidates, batches, name)
-    name = batches_name("ranked", *made_of, image_distance.name)
+    name = batches_name("ranked", *inputs, image_distance.name)
     ranked = rerank_candidates(images, near, training, image_distance, settings.neighbours, batches, name)
     fields = concatenate(ranked, len(images), RankedNeighbours._fields)
     same_codes = None if codes is None else code_copies(codes, model, size)
@@ -141,11 +141,11 @@ def make_queries(
     held_out: ImageSource,
     batches: ResumableBatches,
 ) -> Queries:
-    """Collects samples and held-out images with their features; a collective, with the same result on every rank."""
+    """Collects samples and held-out images with their features. All ranks must call it, and all get the result."""
     size, world = batches.batch_size, model.world
     count, images_of = sampled_images(settings.samples, settings.n_samples, model, sampling, batches.seed)
-    own = sampled_features(images_of, count, count, features, batches, batches.files)
-    samples = concatenate(own, count, ("features", "image", "codes"))
+    sampled = sampled_features(images_of, count, count, features, batches, batches.files)
+    samples = concatenate(sampled, count, ("features", "image", "codes"))
     same = min(count, len(held_out))
     real = real_features(held_out, fixed_subset(len(held_out), same), features, size, world, "held-out images")
     real = concatenate(real, same, ("features", "image"))
@@ -167,7 +167,8 @@ def match_data_channels(images: Tensor, data: DataConfig) -> Tensor:
 
 
 def code_copies(codes: Tensor, model: TrainedSampler, batch_size: int) -> float:
-    """Returns the fraction of samples whose codes equal those of a training image in some view; a collective."""
+    """Returns the fraction of samples whose codes equal those of a training image in some view. All ranks must call
+    it."""
     training = model.space.first_stage.encode_dataset(
         model.dataset("train"), "train", model.data, batch_size, model.world
     )

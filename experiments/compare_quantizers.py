@@ -173,13 +173,15 @@ class Bench:
         seconds = self.train(name, state, training)
         autoencoder = state.eval_module("autoencoder").eval().requires_grad_(False)
         device, amp = self.world.device, training.amp
-        first = FirstStage(self.folder, autoencoder, data, self.reader, state.step, "", device, amp)
+        first_stage = FirstStage(self.folder, autoencoder, data, self.reader, state.step, "", device, amp)
         batches = images_in_order(self.held_out, self.comparison.rebuilt_at_once)
         batches = progress(
-            measure_reconstructions(first, batches, self.features, self.lpips), len(self.held_out), "measuring"
+            measure_reconstructions(first_stage, batches, self.features, self.lpips), len(self.held_out), "measuring"
         )
         numbers, _ = summarize_reconstructions(batches, self.reference, network.codebook_size, math.prod(data.size))
-        save_reconstructions(self.folder / f"{name}.png", first, self.held_out, min(SHOWN_IMAGES, len(self.held_out)))
+        save_reconstructions(
+            self.folder / f"{name}.png", first_stage, self.held_out, min(SHOWN_IMAGES, len(self.held_out))
+        )
         parameters = sum(p.numel() for p in state.modules["autoencoder"].parameters())
         timing = {"seconds_per_step": statistics.median(seconds), "seconds": time.perf_counter() - start}
         return numbers | {"codebook_size": network.codebook_size, "parameters": parameters} | timing

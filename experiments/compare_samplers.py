@@ -200,7 +200,8 @@ def plan_runs(comparison: ComparisonConfig, sampling: SamplingConfig, trained: T
 def compare(
     comparison: ComparisonConfig, trained: TrainedSampler, plan: Plan, cache: Path, batches: ResumableBatches
 ) -> None:
-    """Measures the sets missing in results.json one by one, then prints the table and saves the plot; a collective."""
+    """Measures the sets missing in results.json one by one, then prints the table and saves the plot. All ranks must
+    call it."""
     folder, world = batches.folder, batches.world
     features = all_features.choose_features(comparison.features, trained.data, trained.device)
     real, size = trained.dataset("train"), batches.batch_size
@@ -245,8 +246,8 @@ def measure_set(
     reference: Statistics,
     batches: ResumableBatches,
 ) -> dict[str, float] | None:
-    """Measures the distance and cost of one set of n images and saves 64 of them as a grid; a collective that returns
-    results on the main rank.
+    """Measures the distance and cost of one set of n images and saves 64 of them as a grid. All ranks must call it;
+    only the main rank gets the results.
 
     Seconds cover sampling and decoding, not features: the median over the batches of all ranks.
     """

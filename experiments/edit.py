@@ -85,13 +85,11 @@ def measure(
     model: TrainedSampler,
     batches: ResumableBatches,
 ) -> dict[str, Any] | None:
-    """Redraws the images, saves them and measures class agreement; a collective that returns results on the main
-    rank."""
+    """Redraws the images, saves them and measures class agreement. All ranks must call it; only the main rank gets the
+    results."""
 
     def redraw(numbers: list[int]) -> Tensor:
-        rows = [
-            number // len(labels) for number in numbers
-        ]  # the mask or noise of an image is the same for all classes
+        rows = [number // len(labels) for number in numbers]  # all classes share the mask or noise of an image
         start = redraw_input(encode_images(inputs.image[rows], model), model, strength)
         targets = [labels[number % len(labels)] for number in numbers]
         conditions, options = conditions_for(model, inputs, rows, targets, sampling)

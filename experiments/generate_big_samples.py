@@ -55,8 +55,8 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
 def measure(
     canvas: CanvasConfig, sampling: SamplingConfig, model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
-    """Saves the canvases as big_<number>.png and measures their cost; a collective that returns results on the main
-    rank."""
+    """Saves the canvases as big_<number>.png and measures their cost. All ranks must call it; only the main rank gets
+    the results."""
     source, size = model.condition_source(sampling), {"shape": canvas.shape, "window_stride": canvas.window_stride}
 
     def make(indices: list[int]) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
 def measure(
     settings: SamplesConfig, draw: Callable[..., Batch], model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
-    """Saves samples.npz and its pictures; a collective that returns results on the main rank."""
+    """Saves samples.npz and its pictures. All ranks must call it; only the main rank gets the results."""
     folder, count, is_main = batches.folder, settings.n_samples, batches.world.is_main
     samples = progress(batches.resume("samples", range(count), draw), count, "sampling", is_main)
     if not is_main:
@@ -80,7 +80,7 @@ def images_of_class(
 ) -> Callable[..., Batch]:
     """Returns a function from indices to batches of `TrainedSampler.draw`, all of one class if `label` is given.
 
-    Conditions other than the class do not depend on it. A collective. ValueError: no such class.
+    Conditions other than the class do not depend on it. All ranks must call it. ValueError: no such class.
     """
     classes = trained.sampler.n_classes
     if label is not None and not 0 <= label < classes:

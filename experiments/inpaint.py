@@ -1,4 +1,4 @@
-"""Inpaints and outpaints images: fills in masked, transparent or hidden regions, or extends the canvas."""
+"""Inpaints and outpaints images: fills in masked or transparent regions, or extends the canvas."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +13,19 @@ from experiments.harness.editing import (
     InputImages,
     InputImagesConfig,
     add_margins,
+    apply_masks,
     centring_margins,
     conditions_for,
     draw,
     generate_in_batches,
-    hide_masked,
-    hide_part,
     load_input_images,
+    mask_part,
     save_comparison_grid,
     save_result_images,
 )
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.report import table
-from experiments.metrics.classifier import Proportion, class_agreement, classifier_for, predict_classes
+from experiments.metrics.classifier import Classifier, Proportion, class_agreement, classifier_for, predict_classes
 from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
@@ -38,9 +38,9 @@ class InpaintingConfig:
     """Inpainting."""
 
     mask: tuple[str, ...] = ()
-    """Masks of any size, white where to fill in: one for all images, or one each; if omitted, transparent pixels."""
+    """Masks of any size, white where to fill in: one for all images or one each; if omitted, transparent pixels."""
     hide: Literal["left", "right", "top", "bottom", "centre"] | None = None
-    """Also mask this half (centre: a quarter) of the image; of held-out images, the bottom half by default."""
+    """Half of the image to mask as well (centre: its central quarter). Held-out images without another mask: bottom."""
     outpaint: tuple[int, int, int, int] | None = None
     """Extend the canvas at the top, right, bottom and left by this much: codes or latents (pixel models: pixels)."""
     shape: tuple[int, int] | None = None
@@ -64,7 +64,8 @@ class InpaintingConfig:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Inpaints images; writes inpainted.png (original | masked | results), images/ and results.json to
-    <logs_root>/<log_dir>. With a classifier for the data set, reports how often it predicts the original's class."""
+    <logs_root>/<log_dir>. With a classifier for the data set, reports how often it predicts the same class as for the
+    original."""
 
     given: InputImagesConfig
     inpainting: InpaintingConfig
@@ -74,7 +75,7 @@ class Config:
 
 
 def prepare(config: Config, model: TrainedSampler, world: DistContext) -> ExperimentSetup:
-    """Loads the images and their masks. ValueError: they do not fit the model."""
+    """Loads the images and their masks, and checks the label. ValueError: they do not fit the model."""
     inpainting, sampling = config.inpainting, config.sampling
     inputs = load_masked_images(config.given, inpainting, model, sampling.condition_file)
     conditions_for(model, inputs, [0], None if inpainting.label is None else [inpainting.label], sampling)
@@ -90,17 +91,17 @@ def load_masked_images(
     inputs = load_input_images(files, images.n_images, model, condition_file)
     larger = inpainting.outpaint is not None or inpainting.shape is not None
     if inpainting.hide is not None:
-        inputs = hide_part(inputs, inpainting.hide)
+        inputs = mask_part(inputs, inpainting.hide)
     if inpainting.mask or (files and inpainting.hide is None and not larger):
-        inputs = hide_masked(inputs, files, inpainting.mask, model.data.size)
+        inputs = apply_masks(inputs, files, inpainting.mask, model.data.size)
     if not files and inpainting.hide is None and not larger:
-        inputs = hide_part(inputs, "bottom")
+        inputs = mask_part(inputs, "bottom")
     if larger:
         factor = model.space.factor
         grid = tuple(side // factor for side in model.data.size)
         margins = inpainting.outpaint or centring_margins(grid, inpainting.shape)
         inputs = add_margins(inputs, tuple(factor * margin for margin in margins))
-    unmasked = [name for name, hidden in zip(inputs.names, inputs.hidden, strict=True) if not hidden.any()]
+    unmasked = [name for name, mask in zip(inputs.names, inputs.mask, strict=True) if not mask.any()]
     if unmasked:
         raise ValueError(f"nothing of {unmasked[0]} is masked: masks are white where the image is to be filled in")
     return inputs
@@ -108,7 +109,7 @@ def load_masked_images(
 
 def canvas_shape(inputs: InputImages, trained: TrainedSampler) -> tuple[int, int]:
     """Returns the height and width of the canvas in the sampler's space."""
-    height, width = (side // trained.space.factor for side in inputs.hidden.shape[1:])
+    height, width = (side // trained.space.factor for side in inputs.mask.shape[1:])
     return height, width
 
 
@@ -119,24 +120,24 @@ def measure(
     model: TrainedSampler,
     batches: ResumableBatches,
 ) -> dict[str, Any] | None:
-    """Inpaints the images, saves them and measures class agreement; a collective that returns results on the main
-    rank."""
+    """Inpaints the images, saves them and measures class agreement. All ranks must call it; only the main rank gets the
+    results."""
     count, label = inpainting.results, inpainting.label
 
-    def inpaint_batch(numbers: list[int], hidden: Tensor, first_index: int) -> Tensor:
+    def inpaint_batch(numbers: list[int], mask: Tensor, first_index: int) -> Tensor:
         rows = [number // count for number in numbers]
-        start = model.space.encode_masked(inputs.image[rows].to(model.device), hidden[rows].to(model.device))
-        labels, indices = None if label is None else [label] * len(numbers), [first_index + n for n in numbers]
+        start = model.space.encode_masked(inputs.image[rows].to(model.device), mask[rows].to(model.device))
+        labels, indices = None if label is None else [label] * len(numbers), [first_index + i for i in numbers]
         canvas = {"shape": tuple(start.keep.shape[1:]), "window_stride": inpainting.window_stride}
         conditions, options = conditions_for(model, inputs, rows, labels, sampling)
         return draw(model, options, batches.seed, start, indices, conditions, **canvas)
 
     n = len(inputs) * count
-    inpainted = generate_in_batches("inpainted", n, lambda numbers: inpaint_batch(numbers, inputs.hidden, 0), batches)
-    same_size = tuple(inputs.hidden.shape[1:]) == model.data.size  # the classifier takes no larger canvases
+    inpainted = generate_in_batches("inpainted", n, lambda numbers: inpaint_batch(numbers, inputs.mask, 0), batches)
+    same_size = tuple(inputs.mask.shape[1:]) == model.data.size  # the classifier takes no larger canvases
     classifier, unconstrained = classifier_for(model.data) if same_size else None, None
-    if classifier is not None:  # chance level: the same with everything masked
-        everything = torch.ones_like(inputs.hidden)
+    if classifier is not None:  # chance level: everything masked, and indices from n on for other random numbers
+        everything = torch.ones_like(inputs.mask)
         unconstrained = generate_in_batches(
             "all hidden", n, lambda numbers: inpaint_batch(numbers, everything, n), batches
         )
@@ -144,27 +145,39 @@ def measure(
         return None
     results = group_by_image(inpainted, inputs, inpainting.paste)
     save_result_images(batches.folder, inputs.names, results, [str(i) for i in range(count)], batches.run)
-    masked = torch.where(inputs.hidden.unsqueeze(1), GREY, inputs.image)
+    masked = torch.where(inputs.mask.unsqueeze(1), GREY, inputs.image)
     save_comparison_grid(batches.folder / "inpainted.png", inputs.image, masked, results)
     record = {
         "n_images": len(inputs),
         "results_per_image": count,
-        "hidden_share": inputs.hidden.float().mean().item(),
+        "hidden_share": inputs.mask.float().mean().item(),
         "visible_pixels": "copied from the input" if inpainting.paste else "as rendered by the model",
     }
     if classifier is not None:
-        labels = predict_classes(classifier, inputs.image)
-        record["survival"] = class_agreement(labels, predict_classes(classifier, results))._asdict()
-        chance = predict_classes(classifier, unconstrained.view(len(inputs), count, *unconstrained.shape[1:]))
-        record["chance"] = class_agreement(labels, chance)._asdict()
+        unconstrained = unconstrained.view(len(inputs), count, *unconstrained.shape[1:])
+        record |= measure_agreement(classifier, inputs.image, results, unconstrained)
     return record | {"run": batches.run}
 
 
+def measure_agreement(
+    classifier: Classifier, originals: Tensor, results: Tensor, unconstrained: Tensor
+) -> dict[str, dict[str, Any]]:
+    """Returns how often results (N, R, C, H, W) have the class of their originals (N, C, H, W): "survival" for
+    inpainted images, "chance" for unconstrained ones."""
+    original_classes = predict_classes(classifier, originals)
+    return {
+        name: class_agreement(original_classes, predict_classes(classifier, images))._asdict()
+        for name, images in (("survival", results), ("chance", unconstrained))
+    }
+
+
 def group_by_image(images: Tensor, inputs: InputImages, paste: bool) -> Tensor:
-    """Groups images (N * results, C, H, W) to (N, results, C, H, W); with `paste`, copies the visible pixels of the
-    inputs."""
+    """Groups images (N * results, C, H, W) by input: (N, results, C, H, W).
+
+    With `paste`, visible pixels are replaced by those of the inputs.
+    """
     images = images.view(len(inputs), -1, *images.shape[1:])
-    return torch.where(inputs.hidden[:, None, None], images, inputs.image.unsqueeze(1)) if paste else images
+    return torch.where(inputs.mask[:, None, None], images, inputs.image.unsqueeze(1)) if paste else images
 
 
 def report(results: dict[str, Any], folder: Path) -> str:

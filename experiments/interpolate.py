@@ -85,8 +85,8 @@ def prepare(config: Config, model: TrainedSampler, world: DistContext) -> Experi
 def measure(
     inputs: InputImages, path: PathConfig, sampling: SamplingConfig, model: TrainedSampler, batches: ResumableBatches
 ) -> dict[str, Any] | None:
-    """Interpolates between images 0 and 1, 2 and 3, ..., saves the paths and measures distances; a collective that
-    returns results on the main rank."""
+    """Interpolates between images 0 and 1, 2 and 3, ..., saves the paths and measures distances. All ranks must call
+    it; only the main rank gets the results."""
     points, strength, pairs = path.points, path.strength, len(inputs) // 2
 
     def draw_points(numbers: list[int]) -> Tensor:

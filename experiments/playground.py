@@ -139,7 +139,7 @@ class DenoisingStep(NamedTuple):
 class InpaintingResult(NamedTuple):
     """Inpainted images and their input."""
 
-    hidden: Tensor  # uint8 (C, H, W): the input, grey where it is inpainted
+    masked_input: Tensor  # uint8 (C, H, W): the input, grey where it is inpainted
     results: Tensor  # uint8 (B, C, H, W)
 
 
@@ -230,15 +230,15 @@ class Playground:
         visible part determines the content. ValueError: nothing is masked.
         """
         data = self.trained.data
-        image, hidden = preprocess(picture, mask, data.size, data.n_channels, data.data_range)
-        if not hidden.any():
+        image, pixel_mask = preprocess(picture, mask, data.size, data.n_channels, data.data_range)
+        if not pixel_mask.any():
             raise ValueError("nothing is masked: brush over the region to inpaint")
         if request.label == AS_IN_DATA and self.classes:
             request = replace(request, label=NO_CLASS, options=replace(request.options, guidance=1.0))
         device = self.trained.device
-        start = self.trained.space.encode_masked(image[None].to(device), hidden[None].to(device))
+        start = self.trained.space.encode_masked(image[None].to(device), pixel_mask[None].to(device))
         repeated = [each.expand(request.count, *each.shape[1:]) for each in (start.x0, start.keep)]
-        masked = torch.where(expand_mask(~start.keep[0].cpu(), hidden.shape), GREY, image)
+        masked = torch.where(expand_mask(~start.keep[0].cpu(), pixel_mask.shape), GREY, image)
         return InpaintingResult(masked, self.draw(request, edit=EditInput(*repeated)))
 
 

@@ -100,9 +100,9 @@ class Tiles(NamedTuple):
     at_once: int = 1
 
 
-def make_tiles(config: ReconstructionConfig, first: FirstStage) -> Tiles:
+def make_tiles(config: ReconstructionConfig, first_stage: FirstStage) -> Tiles:
     """Returns the tiling of the flags, with defaults from the training grid; ValueError if it is invalid."""
-    tile = max(first.vqgan.grid) if config.tile is None else config.tile
+    tile = max(first_stage.vqgan.grid) if config.tile is None else config.tile
     overlap = tile // 4 if config.overlap is None else config.overlap
     tile_starts(tile, tile, overlap)  # raises ValueError for invalid tiles
     return Tiles(tile, overlap, config.batch_size)
@@ -116,15 +116,21 @@ class Originals(NamedTuple):
     fingerprint: str
 
 
-def find_originals(config: ReconstructionConfig, first: FirstStage) -> Originals:
+def find_originals(config: ReconstructionConfig, first_stage: FirstStage) -> Originals:
     """Returns the images of --images, or validation images."""
 
     def fit(image: Any) -> Tensor:
-        return preprocess(image, config.size, first.data.n_channels, first.vqgan.config.factor, first.data.data_range)
+        return preprocess(
+            image,
+            config.size,
+            first_stage.data.n_channels,
+            first_stage.vqgan.config.factor,
+            first_stage.data.data_range,
+        )
 
     if config.images is not None:
         return images_of_path(Path(config.images).expanduser(), config.n_images, fit)
-    return validation_images(first, config.n_images or SHOWN, None if config.size is None else fit)
+    return validation_images(first_stage, config.n_images or SHOWN, None if config.size is None else fit)
 
 
 def images_of_path(path: Path, count: int | None, fit: Callable[[Any], Tensor]) -> Originals:
@@ -144,12 +150,12 @@ def images_of_path(path: Path, count: int | None, fit: Callable[[Any], Tensor]) 
     return Originals(names, lambda i: fit(decode(root / names[i])), files_fingerprint(root, names))
 
 
-def validation_images(first: FirstStage, count: int, fit: Callable[[Any], Tensor] | None) -> Originals:
+def validation_images(first_stage: FirstStage, count: int, fit: Callable[[Any], Tensor] | None) -> Originals:
     """Returns the first images of the validation split, preprocessed by `fit`, by default as in training."""
-    dataset = build_dataset(first.data, first.reader, "val")
+    dataset = build_dataset(first_stage.data, first_stage.reader, "val")
 
     def read(index: int) -> Tensor:
-        image, data = dataset[index]["image"], first.data
+        image, data = dataset[index]["image"], first_stage.data
         if fit is not None:
             return fit(image)
         return as_uint8(
@@ -187,12 +193,12 @@ def preprocess(
 
 
 @torch.inference_mode()
-def reconstruct(first: FirstStage, image: Tensor, tiles: Tiles | None) -> tuple[Tensor, Tensor]:
+def reconstruct(first_stage: FirstStage, image: Tensor, tiles: Tiles | None) -> tuple[Tensor, Tensor]:
     """Encodes and decodes an image, uint8 (C, H, W), by tiles or at once: returns ids (h, w) and the reconstruction."""
-    x, vqgan = to_float(image)[None], first.vqgan
-    with autocast(first.device, first.amp):
+    x, vqgan = to_float(image)[None], first_stage.vqgan
+    with autocast(first_stage.device, first_stage.amp):
         if tiles is None:
-            ids = vqgan.encode(x.to(first.device))
+            ids = vqgan.encode(x.to(first_stage.device))
             fake = vqgan.decode(ids)
         else:
             ids = encode_tiled(vqgan, x, tiles.tile, tiles.overlap, tiles_per_batch=tiles.at_once)
@@ -200,14 +206,14 @@ def reconstruct(first: FirstStage, image: Tensor, tiles: Tiles | None) -> tuple[
     return ids[0].cpu(), to_uint8(fake[0]).cpu()
 
 
-def measure_image(first: FirstStage, image: Tensor, ids: Tensor, fake: Tensor, tiles: Tiles) -> dict[str, Any]:
+def measure_image(first_stage: FirstStage, image: Tensor, ids: Tensor, fake: Tensor, tiles: Tiles) -> dict[str, Any]:
     """Measures one reconstruction; infinite or undefined values become None."""
-    factor, (height, width) = first.vqgan.config.factor, image.shape[1:]
+    factor, (height, width) = first_stage.vqgan.config.factor, image.shape[1:]
     rows, columns = (seams(side, tiles.tile, tiles.overlap, factor) for side in ids.shape)
     metrics = {
         "psnr": psnr(image[None], fake[None]).item(),
         "l1": l1(image[None], fake[None]).item(),
-        "bits_per_pixel": math.log2(first.vqgan.config.codebook_size) * ids.numel() / (height * width),
+        "bits_per_pixel": math.log2(first_stage.vqgan.config.codebook_size) * ids.numel() / (height * width),
         "seams": seam_ratio(fake[None], rows, columns, factor),
         "seams_of_original": seam_ratio(image[None], rows, columns, factor),
     }
@@ -215,9 +221,9 @@ def measure_image(first: FirstStage, image: Tensor, ids: Tensor, fake: Tensor, t
     return {"width": width, "height": height, "codes": list(ids.shape), **metrics}
 
 
-def compare_to_whole(first: FirstStage, image: Tensor, ids: Tensor, fake: Tensor) -> dict[str, float]:
+def compare_to_whole(first_stage: FirstStage, image: Tensor, ids: Tensor, fake: Tensor) -> dict[str, float]:
     """Compares the tiled reconstruction with that of the whole image at once."""
-    whole_ids, whole = reconstruct(first, image, None)
+    whole_ids, whole = reconstruct(first_stage, image, None)
     same = (whole_ids == ids).float().mean().item()
     return {"l1_to_whole": l1(whole[None], fake[None]).item(), "codes_as_whole": same}
 

@@ -35,14 +35,14 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Steps of the complete checkpoints of a run, oldest first."""
+    """Returns the steps of the complete checkpoints of a run, oldest first."""
     words = [f.name.removeprefix("step_") for f in (run / "checkpoints").glob("step_*")]
     numbers = {int(word) for word in words if word.isdecimal()}
     return sorted(n for n in numbers if (checkpoint_path(run, n) / MANIFEST).is_file())
 
 
 def resolve_step(run: Path, step: int | None, flag: str) -> int:
-    """`step`, or the newest saved step if None; FileNotFoundError lists the steps that exist."""
+    """Returns `step`, or the newest saved step if None; FileNotFoundError lists the steps that exist."""
     steps = saved_steps(run)
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {run}: train that run first, or pass another folder")
@@ -65,7 +65,8 @@ class CheckpointData:
 def gather_to_cpu(value: Any, keep: bool) -> Any:
     """Copies nested dicts and lists to the CPU, gathering sharded tensors; tensors become None unless `keep`.
 
-    It gathers one tensor at a time, so that a device holds only one full tensor beside its shards. Collective.
+    It gathers one tensor at a time, so that a device holds only one full tensor beside its shards. All ranks must call
+    it.
     """
     if isinstance(value, dict):
         return {key: gather_to_cpu(item, keep) for key, item in value.items()}
@@ -78,7 +79,7 @@ def gather_to_cpu(value: Any, keep: bool) -> Any:
 
 
 def prefixed_state_dicts(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The state_dicts of several modules in one, keys prefixed with "<module>."."""
+    """Returns the state_dicts of several modules in one, keys prefixed with "<module>."."""
     return {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
 
 
@@ -152,7 +153,7 @@ def write_files(folder: Path, data: CheckpointData) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, dict]:
-    """The entries of manifest.json by file name; ValueError if it is invalid or does not list the files beside it."""
+    """Returns the entries of manifest.json by file name; ValueError if it is invalid or incomplete."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         entries = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
@@ -193,7 +194,7 @@ def load_into_module(module: nn.Module, tensors: dict[str, Tensor], name: str, s
 
 
 def module_tensors(name: str, tensors: dict[str, Tensor], current: Collection[str]) -> dict[str, Tensor]:
-    """The tensors of module `name`, by the `current` keys of its state_dict (old key names are translated)."""
+    """Returns the tensors of module `name`, by the `current` keys of its state_dict (old key names are translated)."""
     saved = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
     names = current_names(saved, current)
     return {names[key]: value for key, value in saved.items()}

@@ -44,16 +44,16 @@ class ConditionSource:
         check_rows(self.rows, self.fields, self.n_classes)
 
     def with_rows(self, rows: Sequence[Row]) -> "ConditionSource":
-        """A source with other rows. ValueError for fields that the sampler does not take."""
+        """Returns a source with other rows. ValueError for fields that the sampler does not take."""
         return replace(self, rows=tuple(rows))
 
     def with_values(self, **values: Any) -> "ConditionSource":
-        """A source with these values for every image; they override those of its rows."""
+        """Returns a source with these values for every image; they override those of its rows."""
         rows = self.rows or ({},)
         return self.with_rows([{**row, **values} for row in rows])
 
     def draw(self, seed: int, indices: Sequence[int]) -> Batch | None:
-        """{field: (B, ...)} for the images of these indices, on the CPU; None without conditions."""
+        """Returns {field: (B, ...)} for the images of these indices, on the CPU; None without conditions."""
         rows = [dict(self.rows[i % len(self.rows)]) for i in indices] if self.rows else []
         for row in rows:
             if row.get("label", 0) is None:
@@ -68,7 +68,7 @@ class ConditionSource:
         return batch or None
 
     def from_held_out(self, names: Sequence[str], indices: Sequence[int]) -> Batch:
-        """Fields of held-out items, cycled through; ValueError if they do not have one."""
+        """Returns fields of held-out items, cycled through; ValueError if they do not have one."""
         if self.held_out is None:
             raise ValueError(f"got no {', '.join(names)} to sample with: pass them in a --condition_file")
         items = self.held_out[[i % len(self.held_out) for i in indices]]
@@ -81,7 +81,7 @@ class ConditionSource:
 
 
 def check_rows(rows: Sequence[Row], fields: Sequence[str], n_classes: int) -> None:
-    """ValueError for fields that the sampler does not take, and for labels out of range; None is the null class."""
+    """Raises ValueError for fields that the sampler does not take and labels out of range; None is the null class."""
     for row in rows:
         unknown = sorted(row.keys() - {*fields})
         if unknown:
@@ -93,7 +93,7 @@ def check_rows(rows: Sequence[Row], fields: Sequence[str], n_classes: int) -> No
 
 
 def read_rows(condition_file: str | None, data: DataConfig) -> list[Row]:
-    """Read a file of conditions, JSON (a list of objects) or CSV (with a header): one row per image; [] without a file.
+    """Reads a JSON (a list of objects) or CSV (with a header) file of conditions: one row per image; [] without a file.
 
     A field named ..._image is the path of an image, relative to the file's folder; it is cropped as in training. A list
     of lists of numbers becomes `Ragged`, like boxes. A column has one type: numbers if all its values are numbers, else
@@ -111,7 +111,7 @@ def read_rows(condition_file: str | None, data: DataConfig) -> list[Row]:
 
 
 def parse_rows(path: Path) -> list[Row]:
-    """Read the rows of a file as written; ValueError unless all have the same fields."""
+    """Reads the rows of a file as written; ValueError unless all have the same fields."""
     rows = {".json": read_json, ".csv": read_csv}.get(path.suffix.lower(), reject_suffix)(path)
     if not rows:
         raise ValueError(f"{path} has no rows, wanted at least one")
@@ -123,7 +123,7 @@ def parse_rows(path: Path) -> list[Row]:
 
 
 def read_json(path: Path) -> list[Row]:
-    """Read a list of objects."""
+    """Reads a list of objects."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -134,7 +134,7 @@ def read_json(path: Path) -> list[Row]:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """Read a table with a header; a column of numbers becomes numbers."""
+    """Reads a table with a header; a column of numbers becomes numbers."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     for number, row in enumerate(rows):
@@ -145,12 +145,12 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def reject_suffix(path: Path) -> list[Row]:
-    """ValueError for a file that is neither .json nor .csv."""
+    """Raises ValueError for a file that is neither .json nor .csv."""
     raise ValueError(f"got --condition_file {path}, wanted a .json or .csv file")
 
 
 def parse_column(words: list[str]) -> list[int] | list[float] | list[str]:
-    """Convert a column of strings to integers, else to finite floats, else leave it."""
+    """Converts a column of strings to integers, else to finite floats, else leaves it."""
     for kind in (int, float):
         try:
             numbers = [kind(word) for word in words]
@@ -162,7 +162,7 @@ def parse_column(words: list[str]) -> list[int] | list[float] | list[str]:
 
 
 def read_column(path: Path, name: str, values: list[Any], data: DataConfig) -> list[Any]:
-    """Convert the values of a field as in items of a data set: decode images, turn lists of numbers into tensors."""
+    """Converts the values of a field as in items of a data set: decodes images, turns lists of numbers into tensors."""
     if name.endswith("_image"):
         images = [decode(image_file(path, name, value)) for value in values]
         channels = 1 if all(image.mode in ("1", "L", "I;16") for image in images) else 3
@@ -186,12 +186,12 @@ def read_column(path: Path, name: str, values: list[Any], data: DataConfig) -> l
 
 
 def flatten(value: Any) -> list[Any]:
-    """All elements of nested lists."""
+    """Returns all elements of nested lists."""
     return [leaf for element in value for leaf in flatten(element)] if isinstance(value, list) else [value]
 
 
 def image_file(path: Path, name: str, value: Any) -> Path:
-    """Path of an image that a row of a file names; FileNotFoundError if it does not exist."""
+    """Returns the path of an image that a row of a file names; FileNotFoundError if it does not exist."""
     file = path.parent / str(value)
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found, which {path} names as {name}")
@@ -199,7 +199,7 @@ def image_file(path: Path, name: str, value: Any) -> Path:
 
 
 def condition_provenance(condition_file: str | None) -> dict[str, str]:
-    """{"condition_sha256": digest} of a file of conditions and the images it names; {} without a file."""
+    """Returns {"condition_sha256": digest} of a file of conditions and the images it names; {} without a file."""
     path = None if condition_file is None else Path(condition_file).expanduser()
     if path is None or not path.is_file():
         return {}

@@ -268,14 +268,14 @@ class SamplingConfig:
 
     @classmethod
     def option_names(cls) -> list[str]:
-        """Names of the solver options of its process: the fields of the SolverOptions it inherits from."""
+        """Returns the names of the solver options of its process: the fields of the SolverOptions it inherits from."""
         bases = [base for base in cls.__mro__ if issubclass(base, SolverOptions)]
         own = [base for base in bases if not issubclass(base, SamplingConfig)]
         return list(dict.fromkeys(field.name for base in own for field in fields(base)))
 
     @classmethod
     def solver_setting_names(cls) -> set[str]:
-        """Names of the settings that belong to the chosen solver, and are reset for another one."""
+        """Returns the names of the settings that belong to the chosen solver, and are reset for another one."""
         return {"sample_steps", *cls.option_names()}
 
     @property
@@ -285,7 +285,7 @@ class SamplingConfig:
         return {name: value for name, value in values.items() if value is not None}
 
     def with_solver(self, solver: str, sample_steps: int | None = None) -> Self:
-        """The same settings for another solver, with its default options."""
+        """Returns the same settings for another solver, with its default options."""
         own = {field.name: field.default for field in fields(self) if field.name in self.solver_setting_names()}
         return replace(self, **own | {"solver": solver, "sample_steps": sample_steps})
 

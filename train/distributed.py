@@ -42,14 +42,14 @@ class DistContext:
         return self.rank == 0
 
     def sum(self, x: Tensor) -> Tensor:
-        """All-reduced sum of x, computed on the device of x."""
+        """Returns the all-reduced sum of x, computed on the device of x."""
         if self.size > 1:
             x = x.clone()
             dist.all_reduce(x)
         return x
 
     def mean(self, x: Tensor) -> Tensor:
-        """All-reduced mean of x."""
+        """Returns the all-reduced mean of x."""
         return self.sum(x) / self.size
 
     def gather(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class DistContext:
         return self.sum(gathered).flatten(0, 1)
 
     def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is true in any process. Communicates through the CPU, so that no GPU waits."""
+        """Returns, for each flag, whether it is true in any process; communicates through the CPU, so no GPU waits."""
         if self.size == 1:
             return list(flags)
         reduced = torch.tensor(flags, dtype=torch.int32)
@@ -71,7 +71,7 @@ class DistContext:
         return [bool(flag) for flag in reduced]
 
     def local_items(self, items: list[T]) -> list[T]:
-        """This rank's items: every `size`-th one, starting at `rank`."""
+        """Returns this rank's items: every `size`-th one, starting at `rank`."""
         return items[self.rank :: self.size]
 
     def padded_batches(self, batches: Iterable[T], fallback: Callable[[], T] | None = None) -> Iterator[tuple[T, bool]]:
@@ -108,14 +108,14 @@ class DistContext:
         self.any(True)
 
     def per_rank(self, total: int, name: str) -> int:
-        """`total` divided by the world size; ValueError if it is not a multiple."""
+        """Returns `total` divided by the world size; ValueError if it is not a multiple."""
         if total % self.size:
             raise ValueError(f"got {name} {total} for {self.size} processes, wanted a multiple of {self.size}")
         return total // self.size
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that --device names; under torchrun, LOCAL_RANK selects the GPU."""
+    """Returns the device that --device names; under torchrun, LOCAL_RANK selects the GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -173,7 +173,7 @@ def replicate(module: nn.Module, world: DistContext) -> nn.Module:
 
 
 def gradient_sync(replica: nn.Module, last: bool) -> AbstractContextManager:
-    """A context for forward and backward of a micro-batch: gradients are synchronised only for the last one."""
+    """Returns a context for forward and backward of a micro-batch: gradients are synchronised only for the last one."""
     if is_sharded(replica):
         replica.set_requires_gradient_sync(last)
     elif isinstance(replica, DistributedDataParallel) and not last:
@@ -182,12 +182,12 @@ def gradient_sync(replica: nn.Module, last: bool) -> AbstractContextManager:
 
 
 def is_sharded(thing: nn.Module | Tensor) -> bool:
-    """Whether a module or tensor is sharded (FSDP2)."""
+    """Returns whether a module or tensor is sharded (FSDP2)."""
     return hasattr(thing, "unshard") or hasattr(thing, "to_local")
 
 
 def lockstep_on_step(network: nn.Module) -> Callable[..., Tensor] | None:
-    """An `on_step` that changes nothing, for a sharded network; None for others.
+    """Returns an `on_step` that changes nothing, for a sharded network; None for others.
 
     The forward pass of a sharded network needs all processes. A solver with an `on_step` calls the network at every
     step, even if nothing is left to sample, so that the processes stay in lockstep.
@@ -196,12 +196,12 @@ def lockstep_on_step(network: nn.Module) -> Callable[..., Tensor] | None:
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This process's shard of a sharded tensor; other tensors unchanged."""
+    """Returns this process's shard of a sharded tensor; other tensors unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Gathers a sharded tensor (a collective call); other tensors unchanged."""
+    """Gathers a sharded tensor; returns other tensors unchanged. All ranks must call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
@@ -215,12 +215,12 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def local_grads(parameters: list[nn.Parameter]) -> list[Tensor]:
-    """This process's gradients: local shards for sharded parameters."""
+    """Returns this process's gradients: local shards for sharded parameters."""
     return [local_shard(p.grad) for p in parameters if p.grad is not None]
 
 
 def grad_norm(parameters: list[nn.Parameter], world: DistContext) -> Tensor:
-    """() the global gradient norm, including the shards of other processes."""
+    """Returns the global gradient norm (), including the shards of other processes."""
     norm = torch.nn.utils.get_total_norm(local_grads(parameters))
     if any(is_sharded(p) for p in parameters):
         norm = world.sum(norm.square()).sqrt()

@@ -21,7 +21,7 @@ class TensorGroup(NamedTuple):
     source: list[Tensor]
 
     def local_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The local shards of each pair; sources that are averaged are cast to the dtype and device of the average."""
+        """Returns the local shards of each pair; averaged sources are cast to the dtype and device of the average."""
         ema, source = [local_shard(e) for e in self.ema], [local_shard(s) for s in self.source]
         if self.averaged and (ema[0].dtype, ema[0].device) != (source[0].dtype, source[0].device):
             cast = [torch.empty_like(e) for e in ema]
@@ -52,7 +52,7 @@ class WeightAverage:
         self._groups: list[TensorGroup] = []
 
     def decay(self, step: int) -> float:
-        """The decay at a step (the first is 1): the weight of the old average."""
+        """Returns the decay at a step (the first is 1): the weight of the old average."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -68,7 +68,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def squared_norms(self, model: nn.Module) -> Tensor:
-        """(2,) the squared norms of average - model and of model, over all averaged parameters.
+        """Returns the squared norms (2,) of average - model and of model, over all averaged parameters.
 
         The square root of their ratio is the relative distance. For sharded parameters these are the terms of this
         process: sum them over all processes before dividing.
@@ -82,7 +82,7 @@ class WeightAverage:
         return sums
 
     def groups(self, model: nn.Module) -> list[TensorGroup]:
-        """The groups of tensors paired with `model`, built once, and again after a tensor was moved or replaced.
+        """Returns the groups of tensors paired with `model`, rebuilt after a tensor was moved or replaced.
 
         Each call checks that every tensor is still in its place, in less than a millisecond, since no names are built.
         It does not notice a parameter that was added to a module.
@@ -164,15 +164,15 @@ def pair_tensors(average: nn.Module, model: nn.Module) -> Iterator[tuple[bool, S
 
 
 def identical(a: list, b: list) -> bool:
-    """Whether two lists hold the same objects."""
+    """Returns whether two lists hold the same objects."""
     return len(a) == len(b) and all(map(is_, a, b))
 
 
 def sharding(tensor: Tensor) -> tuple | None:
-    """Device mesh and placements of a DTensor; None for other tensors."""
+    """Returns the device mesh and placements of a DTensor; None for other tensors."""
     return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    """() the sum of squares over all elements of the tensors."""
+    """Returns the sum of squares () over all elements of the tensors."""
     return torch.stack(torch._foreach_norm(tensors)).square().sum()

@@ -42,7 +42,7 @@ def checkpoint_activations(module: nn.Module) -> int:
 
 
 def outermost_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The entries of the outermost nn.ModuleLists and nn.Sequentials that have submodules of their own."""
+    """Yields the entries of the outermost nn.ModuleLists and nn.Sequentials that have submodules of their own."""
     for child in module.children():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or isinstance(child, nn.ModuleList | nn.Sequential):
             yield from outermost_blocks(child)
@@ -55,7 +55,7 @@ def is_checkpointed(block: nn.Module) -> bool:
 
 
 def checkpointed_forward(block: nn.Module, *args, **kwargs):
-    """The forward of a block that is recomputed in the backward pass."""
+    """Runs the forward of a block that is recomputed in the backward pass."""
     forward = types.MethodType(type(block).forward, block)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
@@ -120,7 +120,7 @@ def convert_to_channels_last(module: nn.Module) -> nn.Module:
 
 
 def to_channels_last(field: T) -> T:
-    """A tensor (B, C, H, W) in channels-last memory format; other fields of a batch unchanged."""
+    """Returns a tensor (B, C, H, W) in channels-last memory format; other fields of a batch unchanged."""
     if isinstance(field, Tensor) and field.ndim == 4:
         return field.contiguous(memory_format=torch.channels_last)
     return field
@@ -167,7 +167,7 @@ HALF_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products run in hardware on `device`."""
+    """Returns whether bfloat16 matrix products run in hardware on `device`."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -176,7 +176,7 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def autocast_dtype(device: torch.device, choice: str = "auto") -> torch.dtype | None:
-    """The dtype for autocast; None means float32.
+    """Returns the dtype for autocast; None means float32.
 
     "auto" chooses bfloat16 if it is native, otherwise float16 on CUDA and None elsewhere. A named dtype is used even if
     the device emulates it. float16 needs a `LossScale` for training.
@@ -191,7 +191,7 @@ def autocast_dtype(device: torch.device, choice: str = "auto") -> torch.dtype | 
 
 
 def autocast(device: torch.device, enabled: bool, dtype: torch.dtype | None = None) -> AbstractContextManager:
-    """Autocast to `dtype`; the default is bfloat16 if it is native, otherwise no autocast."""
+    """Returns an autocast context for `dtype`; the default is bfloat16 if it is native, otherwise no autocast."""
     if dtype is None:
         dtype, enabled = torch.bfloat16, enabled and has_native_bf16(device)
     return torch.autocast(device.type, dtype=dtype, enabled=enabled)
@@ -208,7 +208,7 @@ def nan_grads_if_nonfinite(loss: Tensor) -> Tensor:
 
 
 def nan_if_nonfinite(loss: Tensor) -> Tensor:
-    """() 1 if all elements of the loss are finite, otherwise NaN."""
+    """Returns 1 if all elements of the loss are finite, otherwise NaN: a tensor ()."""
     return torch.where(loss.detach().isfinite().all(), 1.0, float("nan")).to(loss.dtype)
 
 
@@ -229,7 +229,7 @@ class LossScale:
         self.exhausted = False  # whether the last non-finite step was at the minimum
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The scaled loss for `backward`, in float32 or higher precision."""
+        """Returns the scaled loss for `backward`, in float32 or higher precision."""
         return loss.to(torch.promote_types(loss.dtype, torch.float32)) * self.value
 
     def record_finite(self) -> None:
@@ -259,13 +259,13 @@ class LossScale:
 
 
 def training_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products in the forward pass."""
+    """Returns the dtype of matrix products in the forward pass."""
     half = autocast_dtype(device, training.amp_dtype) if training.amp else None
     return torch.float32 if half is None else half
 
 
 def uses_channels_last(training: TrainingConfig, device: torch.device) -> bool:
-    """Whether images and convolutions use channels-last format; ValueError together with FSDP, which lacks support."""
+    """Returns whether images and convolutions use channels-last format; ValueError with FSDP, which lacks support."""
     if training.parallel == "fsdp":
         if training.channels_last == "yes":
             raise ValueError("got --channels_last yes with --parallel fsdp, which does not support it: leave it out")

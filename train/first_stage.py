@@ -87,8 +87,8 @@ class FirstStage:
     def check_fits(self, data: DataConfig) -> None:
         """Raises ValueError if the images of `data` do not have the VQGAN's size, channels or range."""
         names = ("n_channels", "img_size", "img_width", "data_range")
-        trained, asked = (*self.data.shape, self.data.data_range), (*data.shape, data.data_range)
-        for name, wanted, got in zip(names, trained, asked, strict=True):
+        trained, requested = (*self.data.shape, self.data.data_range), (*data.shape, data.data_range)
+        for name, wanted, got in zip(names, trained, requested, strict=True):
             if got != wanted:
                 raise ValueError(
                     f"got {name} {got}, but the VQGAN in {self.run} was trained with {wanted}: leave --{name} out"

@@ -59,7 +59,7 @@ class SamplerRun:
         self.model, self.settings = model, settings
 
     def __repr__(self) -> str:
-        vqgan = "" if self.vqgan is None else f", vqgan={self.vqgan.first.run.name!r}"
+        vqgan = "" if self.vqgan is None else f", vqgan={self.vqgan.first_stage.run.name!r}"
         return f"{type(self).__name__}({self.model.run.name!r}, step={self.step}, conditions={self.conditions}{vqgan})"
 
     @property
@@ -157,7 +157,7 @@ class SamplerRun:
     def _condition_source(
         self, conditions: Mapping[str, Any], n: int, options: SamplingConfig
     ) -> ConditionSource | None:
-        """The source of the conditions of n images, some of which are given; None samples without conditions."""
+        """Returns the source of the conditions of n images, some of them given; None: sample without conditions."""
         nulls = [name for name, value in conditions.items() if value is None and name != "label"]
         if nulls:
             if any(conditions.get(name, "missing") is not None for name in self.conditions):
@@ -173,7 +173,7 @@ class SamplerRun:
         return source.with_rows([{**file_rows[i % len(file_rows)], **row} for i, row in enumerate(rows)])
 
     def _rows(self, conditions: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
-        """The conditions of each of n images."""
+        """Returns the conditions of each of n images."""
         label = conditions.get("label")
         has_names = any(isinstance(each, str) for each in (label if isinstance(label, list | tuple) else [label]))
         return condition_rows(conditions, n, self.n_classes, self.class_names if has_names else ())
@@ -181,8 +181,9 @@ class SamplerRun:
     def log_likelihood(
         self, images: Tensor, *, seed: int = 0, nfe: int | None = None, batch_size: int = 50, **conditions: Any
     ) -> Bound:
-        """-log2 p of images (B, C, H, W), per dimension or per code (`unit`), as experiments/calc_approximate_ELBO.py
-        measures it: a `Bound` of total (B,), prior (B,) and terms (B, T), on the CPU.
+        """Returns -log2 p of images (B, C, H, W), per dimension or per code (`unit`), as
+        experiments/calc_approximate_ELBO.py measures it: a `Bound` of total (B,), prior (B,) and terms (B, T), on the
+        CPU.
 
         A model of pixels takes uint8 images; one of codes takes what its VQGAN encodes, and scores their codes: a bound
         on images needs the VQGAN's decoder as well. `nfe` is the number of network calls per image; None: all terms of
@@ -210,13 +211,13 @@ class SamplerRun:
         return Bound(*(torch.cat([part.cpu() for part in parts]) for parts in zip(*bounds, strict=True)))
 
     def _check_null(self) -> None:
-        """ValueError if the null class was never seen in training."""
+        """Raises ValueError if the null class was never seen in training."""
         config = self.model.sampler.config
         if isinstance(config, ConditionsConfig) and config.label_drop == 0:
             raise ValueError(f"{self.model.run.name} was trained with label_drop 0 and has no null class: pass label")
 
     def _check_scored(self, images: Tensor) -> None:
-        """TypeError, ValueError unless these are images of the size and the kind that the model was trained on."""
+        """Raises TypeError or ValueError unless these are images of the size and type that the model was trained on."""
         pixels = not isinstance(self.model.space, CodeSpace)
         if pixels and self.model.data.data_range is not None:
             raise ValueError(f"{self.model.run.name} models no 8-bit images (--data_range): bits are not defined")
@@ -227,57 +228,58 @@ class SamplerRun:
             raise ValueError(f"got images {tuple(images.shape)}, wanted (B, {', '.join(map(str, self.image_shape))})")
 
     def _data(self, images: Tensor) -> Batch:
-        """A batch of images as the sampler's space loads it."""
+        """Returns a batch of images as the sampler's space loads it."""
         if isinstance(self.model.space, CodeSpace):
             return {"codes": self.model.space.first_stage.encode(images)}
         return {"image": to_float(images)}
 
 
 class TrainedVQGAN:
-    """A trained VQGAN: images to codes and back. `first` is the same at a lower level, as training uses it."""
+    """A trained VQGAN: images to codes and back. `first_stage` is the same at a lower level, as training uses it."""
 
-    def __init__(self, first: FirstStage):
-        self.first = first
+    def __init__(self, first_stage: FirstStage):
+        self.first_stage = first_stage
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.first.run.name!r}, step={self.step}, codebook_size={self.codebook_size})"
+        name = self.first_stage.run.name
+        return f"{type(self).__name__}({name!r}, step={self.step}, codebook_size={self.codebook_size})"
 
     @property
     def step(self) -> int:
         """The training step of the checkpoint."""
-        return self.first.step
+        return self.first_stage.step
 
     @property
     def codebook_size(self) -> int:
         """K: codes are 0, ..., K - 1."""
-        return self.first.vqgan.quantizer.codebook_size
+        return self.first_stage.vqgan.quantizer.codebook_size
 
     @property
     def factor(self) -> int:
         """Pixels per code, along each side."""
-        return self.first.vqgan.config.factor
+        return self.first_stage.vqgan.config.factor
 
     @property
     def channels(self) -> int:
         """Channels of its images: 1 grey, 3 colour."""
-        return self.first.data.n_channels
+        return self.first_stage.data.n_channels
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images it was trained on; it takes any multiples of `factor`."""
-        return self.first.data.size
+        return self.first_stage.data.size
 
     def encode(self, images: Tensor, *, batch_size: int = 50) -> Tensor:
-        """images (B, C, H, W), uint8 or float in [-1, 1] -> codes (B, H / factor, W / factor) int64, on the device."""
+        """Encodes images (B, C, H, W), uint8 or float in [-1, 1], to int64 codes (B, H / factor, W / factor)."""
         check_whole_number(1, batch_size=batch_size)
         check_images(images, self.channels)
         height, width = images.shape[2:]
         if height % self.factor or width % self.factor:
             raise ValueError(f"got images of {height}x{width} pixels, wanted multiples of {self.factor}: resize them")
-        return torch.cat([self.first.encode(part) for part in images.split(batch_size)])
+        return torch.cat([self.first_stage.encode(part) for part in images.split(batch_size)])
 
     def decode(self, codes: Tensor, *, batch_size: int = 50) -> Tensor:
-        """codes (B, h, w) -> images uint8 (B, C, h * factor, w * factor), on the device."""
+        """Decodes codes (B, h, w) to uint8 images (B, C, h * factor, w * factor)."""
         check_whole_number(1, batch_size=batch_size)
         if not isinstance(codes, Tensor) or codes.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
             got = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
@@ -287,10 +289,10 @@ class TrainedVQGAN:
         low, high = codes.min().item(), codes.max().item()
         if low < 0 or high >= self.codebook_size:
             raise ValueError(f"got codes from {low} to {high}, wanted 0 to {self.codebook_size - 1}")
-        return torch.cat([self.first.decode(part.long()) for part in codes.split(batch_size)])
+        return torch.cat([self.first_stage.decode(part.long()) for part in codes.split(batch_size)])
 
     def reconstruct(self, images: Tensor, *, batch_size: int = 50) -> Tensor:
-        """images (B, C, H, W), as `encode` takes them -> their reconstructions uint8 (B, C, H, W), on the device."""
+        """Encodes and decodes images (B, C, H, W); returns uint8 reconstructions (B, C, H, W)."""
         return self.decode(self.encode(images, batch_size=batch_size), batch_size=batch_size)
 
 
@@ -365,7 +367,7 @@ def load_vqgan(
 
 
 def find_run(run: str | Path, logs_root: str | Path | None = None) -> Path:
-    """The folder of a run: a path, or a name below `logs_root`; FileNotFoundError with the nearest name there is."""
+    """Returns the folder of a run: a path, or a name below `logs_root`; FileNotFoundError suggests the nearest name."""
     if not isinstance(run, str | Path):
         raise TypeError(f"got run {run!r}, wanted the path or the name of a run's folder")
     path = Path(run).expanduser()
@@ -381,7 +383,8 @@ def find_run(run: str | Path, logs_root: str | Path | None = None) -> Path:
 
 
 def check_checkpoint(folder: Path, step: int | None, ema: bool | None) -> None:
-    """FileNotFoundError unless a run has a checkpoint of that step (None: any), with averaged weights if `ema`."""
+    """Raises FileNotFoundError unless the run has a checkpoint of that step (None: any), and with `ema` averaged
+    weights."""
     check_whole_number(None, step=step)
     steps = saved_steps(folder)
     if not steps or (step is not None and step not in steps):

@@ -18,7 +18,8 @@ from train.perf import PerfMonitor
 
 
 def grid_image(images: Tensor, columns: int | None = None, enlarge_to: int = 64) -> Image.Image:
-    """A grid of uint8 images (B, C, H, W) in reading order, two pixels apart; small ones are enlarged by an integer."""
+    """Returns a grid of uint8 images (B, C, H, W) in reading order, two pixels apart; enlarges small ones by an
+    integer."""
     B, C, H, W = images.shape
     columns = columns or math.ceil(math.sqrt(B))
     scale = max(1, enlarge_to // max(H, W))
@@ -73,7 +74,7 @@ class Logger:
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if "/" not in k}, refresh=False)
 
     def ema_distance(self, state: TrainState, name: str) -> float:
-        """Distance between an EMA and its module, relative to the norm of the module."""
+        """Returns the distance between an EMA and its module, relative to the norm of the module."""
         norms = state.averages[name].squared_norms(state.modules[name])
         if is_sharded(state.modules[name]):
             norms = self.world.sum(norms)
@@ -132,11 +133,11 @@ def truncate_metrics(path: Path, step: int) -> None:
     """Drops the lines of metrics.jsonl after `step`, and an incomplete last line."""
     if not path.is_file():
         return
-    kept = []
+    lines = []
     for line in path.read_text().splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
+                lines.append(line)
         except json.JSONDecodeError:
             break
-    write_text(path, "".join(f"{line}\n" for line in kept))
+    write_text(path, "".join(f"{line}\n" for line in lines))

@@ -38,7 +38,7 @@ class Timer:
         self.seconds[name] += time.perf_counter() - start
 
     def fractions_since(self, earlier: Counter[str]) -> dict[str, float]:
-        """Fraction of each phase in the time since `earlier`, a copy of `seconds`; they sum to 1."""
+        """Returns the fraction of each phase in the time since `earlier`, a copy of `seconds`; they sum to 1."""
         elapsed = {name: self.seconds[name] - earlier[name] for name in self.seconds}
         total = sum(elapsed.values())
         return {name: seconds / total for name, seconds in elapsed.items()} if total > 0 else {}
@@ -50,7 +50,7 @@ class Timer:
 
 
 class RunningSums:
-    """Named sums over steps and processes. All have one dtype, and every process uses the same names."""
+    """Named sums over steps and processes. All have the same dtype, and every process uses the same names."""
 
     def __init__(self, world: DistContext):
         self.world = world
@@ -72,19 +72,19 @@ class RunningSums:
         return totals
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The local sums of all ranks, each (world size, ...). A collective call."""
+        """Returns the local sums of all ranks, each (world size, ...). All ranks must call it."""
         return {name: self.world.gather(value.unsqueeze(0)) for name, value in self.sums.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores each rank's sums; with a different number of processes, rank 0 takes the total."""
+        """Restores each rank's sums; with another number of processes, rank 0 gets the total."""
         self.sums = {}
         for name, rows in state.items():
-            own = rows[self.world.rank] if len(rows) == self.world.size else rows.sum(0) * self.world.is_main
-            self.sums[name] = own.to(self.world.device)
+            local = rows[self.world.rank] if len(rows) == self.world.size else rows.sum(0) * self.world.is_main
+            self.sums[name] = local.to(self.world.device)
 
 
 class Stateful(Protocol):
-    """An object with state that training changes. Its state_dict holds tensors."""
+    """An object whose state is saved and restored with a run. Its state_dict holds tensors."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -93,13 +93,13 @@ class Stateful(Protocol):
 
 @dataclass
 class TrainState:
-    """Everything that training changes, and that a checkpoint holds."""
+    """Everything that training changes. A checkpoint holds all of it except `replicas`, which wrap the modules."""
 
     modules: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
     averages: dict[str, EMA] = field(default_factory=dict)
-    posthoc_averages: dict[str, PosthocEMA] = field(default_factory=dict)  # by "<relative std>/<module>"
-    extras: dict[str, Stateful] = field(default_factory=dict)  # whatever else training changes
+    posthoc_averages: dict[str, PosthocEMA] = field(default_factory=dict)  # keyed by "<relative std>/<module>"
+    extras: dict[str, Stateful] = field(default_factory=dict)  # other state, such as loss scales and user hooks
     counters: dict[str, RunningSums] = field(default_factory=dict)  # accumulated until they are logged
     step: int = 0
     bad_steps: list[int] = field(default_factory=list)  # skipped steps
@@ -107,11 +107,11 @@ class TrainState:
     replicas: dict[str, nn.Module] = field(default_factory=dict)  # modules wrapped for data-parallel training
 
     def eval_module(self, name: str) -> nn.Module:
-        """The module to evaluate: its EMA copy if there is one, otherwise the module itself."""
+        """Returns the module to evaluate: its EMA copy if there is one, otherwise the module itself."""
         return self.averages[name].module if name in self.averages else self.modules[name]
 
     def train_module(self, name: str) -> nn.Module:
-        """The module to call in a training step: its data-parallel wrapper if there is one."""
+        """Returns the module to call in a training step: its data-parallel wrapper if there is one."""
         return self.replicas.get(name, self.modules[name])
 
 
@@ -135,8 +135,9 @@ def fit(
 
     `batches` starts at `state.step` and yields the micro-batches of one step at a time. `step_fn` runs backward and the
     optimizers; it returns None if it left the weights unchanged because a loss or gradient was not finite, and
-    `on_skipped` is called. Each `(name, every, hook)` is called every `every` steps and after the last step, with the
-    outputs of the step (an empty dict if it was skipped). `timer` records the time of each phase.
+    `on_skipped` is called. Each `(name, every, hook)` is called every `every` steps (0: never) and after the last step,
+    with the outputs of the step (an empty dict if it was skipped). `timer` records the time of each phase, for a hook
+    under its name.
     """
     timer = timer or Timer()
     while state.step < steps:
@@ -169,5 +170,5 @@ def update_averages(state: TrainState) -> None:
     """Updates every weight average with its module."""
     for name, average in state.averages.items():
         average.update(state.modules[name], state.step)
-    for name, profile in state.posthoc_averages.items():
-        profile.update(state.modules[name.partition("/")[2]], state.step)
+    for name, average in state.posthoc_averages.items():
+        average.update(state.modules[name.partition("/")[2]], state.step)

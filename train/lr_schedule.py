@@ -15,7 +15,7 @@ def learning_rate(
     decay_steps: int = 0,
     end: float = 0.0,
 ) -> float:
-    """The learning rate of step `step`, counted from 0, in a run of `steps` steps.
+    """Returns the learning rate of step `step`, counted from 0, in a run of `steps` steps.
 
     All schedules start with a linear warm-up, lr (step + 1) / warmup, which reaches lr at step warmup - 1. Then, with
     `last` = steps - 1:
@@ -47,7 +47,7 @@ def learning_rate(
 
 
 def validate_schedule(lr: float, steps: int, warmup: int, schedule: str, decay_steps: int, end: float) -> None:
-    """ValueError if the settings are invalid, or the schedule does not fit into the run."""
+    """Raises ValueError if the settings are invalid, or the schedule does not fit into the run."""
     if schedule not in LR_SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; there are: {', '.join(LR_SCHEDULES)}")
     if not 0 <= lr < math.inf or not 0 <= end <= 1:

@@ -54,7 +54,7 @@ def make_optimizer(
 
 
 def is_selected(name: str, prefixes: Sequence[str]) -> bool:
-    """Whether a dotted name equals or starts with one of the prefixes; without prefixes, every name is selected."""
+    """Returns whether a dotted name equals or starts with one of the prefixes; True without prefixes."""
     return not prefixes or any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
 
 
@@ -84,7 +84,7 @@ def freeze_all_but(module: nn.Module, prefixes: Sequence[str]) -> None:
 
 
 def can_fuse(parameters: list[nn.Parameter]) -> bool | None:
-    """True if a fused kernel can update all parameters; None lets torch choose (foreach on CUDA, otherwise a loop).
+    """Returns True if a fused kernel can update all parameters, else None: torch chooses (foreach on CUDA, or a loop).
 
     torch never chooses the fused kernel by itself.
     """
@@ -92,7 +92,7 @@ def can_fuse(parameters: list[nn.Parameter]) -> bool | None:
 
 
 def any_sharded(parameters: list[nn.Parameter]) -> bool:
-    """Whether any of the parameters is sharded (FSDP2)."""
+    """Returns whether any of the parameters is sharded (FSDP2)."""
     return any(is_sharded(p) for p in parameters)
 
 

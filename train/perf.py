@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 
 
 def attention_flops(query: Shape, key: Shape, value: Shape, *options: object, out_shape: object = None, **named) -> int:
-    """FLOPs of q k^T and its product with v; shapes (B, heads, N, d), (B, heads, M, d) and (B, heads, M, e)."""
+    """Returns the FLOPs of (q k^T) v, with shapes (B, heads, N, d), (B, heads, M, d) and (B, heads, M, e)."""
     B, heads, N, d = query
     M, e = value[-2:]
     return 2 * B * heads * N * M * (d + e)
@@ -34,7 +34,7 @@ def attention_flops(query: Shape, key: Shape, value: Shape, *options: object, ou
 def attention_backward_flops(
     out: Shape, query: Shape, key: Shape, value: Shape, *options: object, out_shape: object = None, **named
 ) -> int:
-    """FLOPs of recomputing q k^T, and of four products for the gradients of q, k, v and the attention weights."""
+    """Returns the FLOPs of recomputing q k^T, and of the gradients of q, k, v and the attention weights."""
     B, heads, N, d = query
     M, e = value[-2:]
     return 2 * B * heads * N * M * (3 * d + 2 * e)
@@ -104,7 +104,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def time_call(function: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of one call, including the work it queues on the device."""
+    """Returns the wall-clock seconds of one call, including the work it queues on the device."""
     synchronize = torch.get_device_module(device).synchronize
     synchronize()
     start = time.perf_counter()
@@ -163,7 +163,7 @@ class PerfMonitor:
         return values
 
     def memory(self) -> int:
-        """Peak memory so far in bytes: of tensors on a GPU, of the process on a CPU."""
+        """Returns the peak memory so far in bytes: of tensors on a GPU, of the process on a CPU."""
         if self.world.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.world.device)
         unit = 1 if sys.platform == "darwin" else 1024

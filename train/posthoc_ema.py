@@ -30,12 +30,12 @@ NEGLIGIBLE = 1e-9  # snapshots with a smaller weight are not read: float32 would
 
 
 def std_from_gamma(gamma: float) -> float:
-    """The relative std of a profile: std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))."""
+    """Returns the relative std of a profile: std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))."""
     return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
 def gamma_from_std(std: float) -> float:
-    """The exponent of a profile of relative std, the inverse of `std_from_gamma` (algorithm 2).
+    """Returns the exponent of a profile of relative std, the inverse of `std_from_gamma` (algorithm 2).
 
     With u = gamma + 2 this is u^3 + u^2 - u / std^2 + 1 / std^2 = 0, and with u = y - 1/3 it is y^3 + p y + q = 0. Its
     three roots are real; the largest (by Viete's trigonometric formula) is the profile that emphasises late times.
@@ -69,7 +69,7 @@ def snapshot_path(run: Path, step: int) -> Path:
 
 
 def snapshot_steps(run: Path) -> list[int]:
-    """Steps of a run's EMA snapshots, oldest first."""
+    """Returns the steps of a run's EMA snapshots, oldest first."""
     names = [f.stem.removeprefix("step_") for f in (run / "ema_profiles").glob("step_*.safetensors")]
     return sorted(int(name) for name in names if name.isdigit())
 
@@ -83,7 +83,7 @@ def drop_snapshots_after(run: Path, step: int) -> list[int]:
 
 
 def buffer_names(averages: Mapping[str, PosthocEMA]) -> set[str]:
-    """Snapshot keys of the buffers of averages, given by "<std>/<module>": they are copied, not averaged."""
+    """Returns the snapshot keys of buffers, which are copied, not averaged; `averages` are by "<std>/<module>"."""
     return {f"{name}.{key}" for name, average in averages.items() for key, _ in average.module.named_buffers()}
 
 
@@ -125,7 +125,7 @@ def is_averageable(tensor: Tensor) -> bool:
 
 
 def crc32(tensor: Tensor) -> int:
-    """The CRC-32 of the bytes of a contiguous tensor."""
+    """Returns the CRC-32 of the bytes of a contiguous tensor."""
     return zlib.crc32(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy())
 
 
@@ -146,12 +146,12 @@ class EMASnapshot:
             raise ValueError(f"{path} is damaged (its tensors are not those it lists): delete it and use another one")
 
     def profiles(self, name: str) -> list[str]:
-        """The prefixes "<std>/<module>." of the profiles of a module."""
+        """Returns the prefixes "<std>/<module>." of the profiles of a module."""
         keys = [key.partition("/") for key in self.checks]
         return sorted({f"{std}/{name}." for std, _, rest in keys if rest.startswith(f"{name}.")})
 
     def keys(self, prefix: str) -> list[str]:
-        """The keys below a prefix, without it."""
+        """Returns the keys below a prefix, without it."""
         return sorted(key.removeprefix(prefix) for key in self.checks if key.startswith(prefix))
 
     def read(self, key: str) -> Tensor:
@@ -181,7 +181,7 @@ class ProfileFit(NamedTuple):
 
 
 def inner_product(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) -> Tensor:
-    """The inner products of profiles (the integrals of their products), elementwise, float64.
+    """Returns the inner products of profiles (the integrals of their products), elementwise, float64.
 
     Up to the earlier of the two times, the product is (a + 1) (b + 1) tau^(a + b) / (t_a^(a + 1) t_b^(b + 1)); after it
     the product is 0. For t_a <= t_b the integral is (a + 1) (b + 1) / (a + b + 1) * (t_a / t_b)^b / t_b, with the
@@ -193,7 +193,7 @@ def inner_product(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) ->
 
 
 def fit_profile(steps: Collection[float], stds: Collection[float], step: float, std: float) -> ProfileFit:
-    """The least-squares combination of P profiles for the profile of (step, std) (algorithm 3), with weights of sum 1.
+    """Fits the profile of (step, std) by P profiles: least squares (algorithm 3), with weights (P,) of sum 1.
 
     The constraint on the sum is an addition: without it, values that are the same in all snapshots come out wrong, by
     1 % for snapshots every eighth of the training. With a Lagrange multiplier m, the minimum of x' A x - 2 b' x subject
@@ -215,7 +215,7 @@ def fit_profile(steps: Collection[float], stds: Collection[float], step: float, 
 
 
 def reconstruct_ema(run: Path, step: int | None, name: str, std: float) -> dict[str, Tensor]:
-    """The state_dict of module `name` averaged with relative length `std`, at a saved step (None: the newest).
+    """Returns the state_dict of module `name` averaged with relative length `std`, at a saved step (None: the newest).
 
     Combines all snapshots up to that step, one tensor at a time, in float64; buffers are those of the step.
     FileNotFoundError if there is no snapshot; ValueError if one is damaged or there are too few for that length.
@@ -245,7 +245,7 @@ def reconstruct_ema(run: Path, step: int | None, name: str, std: float) -> dict[
 
 
 def combine(run: Path, basis: list[tuple[int, str]], weights: Tensor) -> dict[str, Tensor]:
-    """The weighted sum of profiles of one module, given by step and prefix; buffers are those of the last one."""
+    """Returns the weighted sum of a module's profiles, given by step and prefix, with the buffers of the last one."""
     with open_snapshot(run, basis[-1][0]) as newest:
         prefix = basis[-1][1]
         keys = newest.keys(prefix)

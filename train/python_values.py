@@ -25,7 +25,7 @@ KINDS = {
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device named "auto", "cpu", "cuda", "cuda:1" or "mps"; ValueError for another, or one that is missing."""
+    """Returns the device named "auto", "cpu", "cuda", "cuda:1" or "mps"; ValueError for others and missing ones."""
     if isinstance(device, torch.device):
         return device
     if isinstance(device, str) and re.fullmatch(r"cuda:\d+", device):
@@ -37,7 +37,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def check_whole_number(least: int | None, **values: int | None) -> None:
-    """TypeError unless each value is an int or None, ValueError if one is less than `least`."""
+    """Raises TypeError unless each value is an int or None, ValueError if one is less than `least`."""
     for name, value in values.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"got {name} {value!r}, wanted a whole number")
@@ -46,7 +46,7 @@ def check_whole_number(least: int | None, **values: int | None) -> None:
 
 
 def check_shape(shape: tuple[int, int] | None) -> None:
-    """TypeError, ValueError unless a shape is two whole numbers, or None."""
+    """Raises TypeError or ValueError unless a shape is two whole numbers, or None."""
     if shape is not None:
         if not isinstance(shape, tuple | list) or len(shape) != 2:
             raise TypeError(f"got shape {shape!r}, wanted (height, width)")
@@ -56,8 +56,8 @@ def check_shape(shape: tuple[int, int] | None) -> None:
 def check_keywords(
     function: str, keywords: Mapping[str, Any], names: Collection[str], parameters: Collection[str]
 ) -> None:
-    """TypeError with the nearest name for a keyword that is not among `names`; `parameters` are those of the function
-    itself."""
+    """Raises TypeError, with the nearest name, for a keyword not in `names`; it also lists the function's
+    `parameters`."""
     for name in keywords:
         if name == "label" and name not in names:
             raise ValueError("got a label for a run without classes: leave label out")
@@ -68,9 +68,9 @@ def check_keywords(
 
 
 def with_settings(sampling: SamplingConfig, process: Process, values: Mapping[str, Any]) -> SamplingConfig:
-    """Sampling settings with other values, checked by type, and by what the config itself refuses.
+    """Returns sampling settings with other values, checked by type and by the config itself.
 
-    With another solver, the settings that go with a solver are left to it, but for those among `values`. ValueError.
+    With another solver, solver options that are not in `values` take its defaults. ValueError for invalid values.
     """
     solver, solvers = values.get("solver", sampling.solver), solvers_for(process)
     if solver not in solvers:
@@ -83,7 +83,7 @@ def with_settings(sampling: SamplingConfig, process: Process, values: Mapping[st
 
 
 def convert_value(name: str, value: Any, kind: Any) -> Any:
-    """A value for a field of a config of an annotated type, lists as tuples; ValueError where it is of another."""
+    """Converts a value to the annotated type `kind` of a config field, lists to tuples; ValueError for another type."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     for option in options:
         if get_origin(option) is tuple and isinstance(value, list | tuple):
@@ -100,7 +100,7 @@ def convert_value(name: str, value: Any, kind: Any) -> Any:
 
 
 def convert_list(name: str, values: Sequence[Any], kinds: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The values of a field that is a tuple, each of its type."""
+    """Returns the values of a field that is a tuple, each of its type."""
     kinds = (kinds[0],) * len(values) if kinds[-1] is Ellipsis else kinds
     if len(values) != len(kinds):
         raise ValueError(f"got {name} {values!r}, wanted {len(kinds)} values")
@@ -108,7 +108,7 @@ def convert_list(name: str, values: Sequence[Any], kinds: tuple[Any, ...]) -> tu
 
 
 def has_type(value: Any, kind: Any) -> bool:
-    """Whether a value is of a plain type; ints are floats, bools are neither, and floats are finite."""
+    """Returns whether a value is of a plain type; ints are floats, bools are neither, and floats are finite."""
     if kind in (None, NoneType):
         return value is None
     if kind is float:
@@ -122,7 +122,7 @@ def has_type(value: Any, kind: Any) -> bool:
 def condition_rows(
     given: Mapping[str, Any], n: int, n_classes: int, class_names: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """The conditions of each of n images, from one value of a field for all of them, or a list of n.
+    """Returns the conditions of each of n images, from one value of a field for all of them, or a list of n.
 
     A label is a class number, a name, or None for the null class. ValueError, TypeError for others.
     """
@@ -136,12 +136,12 @@ def condition_rows(
 
 
 def is_image_field(name: str) -> bool:
-    """Whether a field of a batch holds images, by its name."""
+    """Returns whether a field of a batch holds images, by its name."""
     return name == "image" or name.endswith("_image")
 
 
 def per_image(name: str, value: Any, n: int) -> list[Any]:
-    """One value for each of n images: lists, label tensors and batches of images hold n, all else is one for all."""
+    """Returns a value per image: lists, label tensors and batches of images must hold n; other values apply to all."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
     if name == "label" and isinstance(value, Tensor | range):
@@ -155,7 +155,7 @@ def per_image(name: str, value: Any, n: int) -> list[Any]:
 
 
 def class_index(label: Any, n_classes: int, class_names: Sequence[str]) -> int | None:
-    """The number of a class, of its number or name; None is the null class. ValueError, TypeError for others."""
+    """Returns the index of a class given by index or name; None is the null class. Raises ValueError or TypeError."""
     if label is None:
         return None
     if isinstance(label, str):
@@ -174,7 +174,8 @@ def class_index(label: Any, n_classes: int, class_names: Sequence[str]) -> int |
 
 
 def check_images(images: Tensor, channels: int | None, name: str = "images") -> None:
-    """TypeError, ValueError unless images are (B, C, H, W), uint8 or floats in [-1, 1]; `channels` None: of any C."""
+    """Raises TypeError or ValueError unless images are (B, C, H, W), uint8 or floats in [-1, 1]; `channels` None: any
+    C."""
     expected = f"a tensor {'(B, C, H, W)' if name == 'images' else '(C, h, w)'}, uint8 or float in [-1, 1]"
     if not isinstance(images, Tensor):
         raise TypeError(f"got {name} of type {type(images).__name__}, wanted {expected}")
@@ -196,5 +197,5 @@ def check_images(images: Tensor, channels: int | None, name: str = "images") -> 
 
 
 def setting_names(sampling: SamplingConfig) -> set[str]:
-    """The names of sampling settings."""
+    """Returns the names of sampling settings."""
     return {field.name for field in fields(sampling)}

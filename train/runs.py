@@ -47,12 +47,12 @@ NOT_IDENTITY = {
 
 
 def run_folder(logs_root: str, name: str) -> Path:
-    """The absolute folder of a run: a name below logs_root, or a path."""
+    """Returns the absolute folder of a run: a name below logs_root, or a path."""
     return Path(os.path.expanduser(logs_root), name).resolve()
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The content of a run's config.yaml; FileNotFoundError lists the runs in the same folder."""
+    """Returns the content of a run's config.yaml; FileNotFoundError lists the runs in the same folder."""
     path = folder / "config.yaml"
     if not path.is_file():
         names = sorted(p.parent.name for p in folder.parent.glob("*/config.yaml"))
@@ -62,17 +62,17 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """What a run recorded about the weights and data it starts from; empty before its first start."""
+    """Returns what a run recorded about the weights and data it starts from; empty before its first start."""
     return read_run(folder).get("origin", {}) if (folder / "config.yaml").is_file() else {}
 
 
 def perceptual_provenance(weights: str | None) -> dict[str, Any]:
-    """The provenance of --perceptual_weights: the hash of their content, not their path."""
+    """Returns the provenance of --perceptual_weights: the hash of their content, not their path."""
     return {} if weights is None else {"perceptual_sha256": sha256(Path(weights))}
 
 
 def identity(content: dict[str, Any]) -> dict[str, Any]:
-    """The settings that identify a run, by flat key. Dotted paths of moved classes are translated."""
+    """Returns the settings that identify a run, by flat key. Dotted paths of moved classes are translated."""
     flat = {key: value for group in content.values() for key, value in group.items()}
     flat = {key: value for key, value in flat.items() if key not in NOT_IDENTITY}
     return {key: MOVED.get(value, value) if isinstance(value, str) else value for key, value in flat.items()}
@@ -182,7 +182,7 @@ def load_initial_weights(
 
 
 def format_report(report: PartialLoadReport) -> str:
-    """The report as text, one line per key."""
+    """Returns the report as text, one line per key."""
     lines = [f"{len(report.taken)} tensors loaded"]
     for kind in PartialLoadReport._fields:
         lines += [f"  {kind}: {key}" for key in getattr(report, kind)]
@@ -201,7 +201,7 @@ class ResumePoint(NamedTuple):
 
 
 def find_resume_point(run: Path, resume: str) -> ResumePoint | None:
-    """The checkpoint to resume from: the one that --resume names, or the newest intact one; None to start from scratch.
+    """Returns the checkpoint to resume from: that of --resume, or the newest intact one; None to start from scratch.
 
     A damaged checkpoint is skipped with a warning. A run that branched from another run's checkpoint resumes from its
     own once it has one. ValueError if no checkpoint of the run is intact, or if it has some and --resume is "never".
@@ -229,7 +229,7 @@ def find_resume_point(run: Path, resume: str) -> ResumePoint | None:
 
 
 def resume_point_at(path: Path, needed: bool) -> ResumePoint | None:
-    """The verified checkpoint at `path`, or FileNotFoundError; None if it is gone and not needed any more."""
+    """Returns the verified checkpoint at `path`, or FileNotFoundError; None if it is gone and not needed any more."""
     word = path.name.removeprefix("step_")
     if path.parent.name != "checkpoints" or not word.isdigit() or (needed and not path.is_dir()):
         raise FileNotFoundError(
@@ -242,7 +242,7 @@ def resume_point_at(path: Path, needed: bool) -> ResumePoint | None:
 
 
 def branch_provenance(run: Path, point: ResumePoint | None, provenance: dict[str, Any]) -> dict[str, Any]:
-    """The provenance of a run that branched from another run's checkpoint; otherwise empty."""
+    """Returns the provenance of a run that branched from another run's checkpoint; otherwise empty."""
     if point is not None and point.run != run:
         return {"resumed_weights": sha256(point.path / WEIGHTS)}
     if point is None and "resumed_weights" in provenance:

@@ -67,7 +67,7 @@ class SamplerStep:
 
     def __call__(self, state: TrainState, micro_batches: Sequence[Batch]) -> Outputs | None:
         network, scale = state.train_module("network").train(), state.extras.get("loss_scale")
-        means, kept = {}, []
+        means, examples = {}, []
         for i, batch in enumerate(micro_batches):
             with gradient_sync(network, last=i == len(micro_batches) - 1):
                 loss = self.loss(network, batch)
@@ -75,19 +75,19 @@ class SamplerStep:
                 (mean if scale is None else scale.scale(mean)).backward()
             for name, value in {"loss": loss.per_example, **loss.metrics}.items():
                 means[name] = means.get(name, 0.0) + value.detach().mean() / len(micro_batches)
-            kept.append(loss.outputs if self.keep_outputs else {name: loss.outputs[name] for name in ("t", "loss")})
+            examples.append(loss.outputs if self.keep_outputs else {name: loss.outputs[name] for name in ("t", "loss")})
         lr = learning_rate(state.step, **self.training.schedule)
         norms = clip_and_step(state, ["network"], self.world, lr=lr, clip=self.training.grad_clip)
         if norms is None:
             return None
-        tensors = {name: torch.cat([outputs[name] for outputs in kept]) for name in kept[0]}
+        tensors = {name: torch.cat([outputs[name] for outputs in examples]) for name in examples[0]}
         tensors["losses"] = tensors.pop("loss")
         self.observe(state, tensors)
         return tensors | means | {"grad_norm": norms[0], "lr": torch.tensor(lr, device=self.world.device)}
 
     def loss(self, network: torch.nn.Module, batch: Batch, validation_size: int | None = None):
-        """Returns the sampler's loss on (a part of) a batch. `validation_size` is the size of a validation batch, whose
-        random numbers do not depend on the run."""
+        """Returns the sampler's loss on a micro-batch, or on a validation batch of `validation_size`, whose random
+        numbers do not depend on the run."""
         seed, size = (self.training.seed, self.training.batch_size) if validation_size is None else (0, validation_size)
         streams = TrainingStreams(seed, batch, size, self.world.device)
         batch = self.space.encode_batch(batch)
@@ -134,7 +134,8 @@ def validation_losses(step: SamplerStep, network: torch.nn.Module, source: Batch
 
 
 def check_sampling(sampler: LearnedSampler, sampling: SamplingConfig, rows: Sequence[Row]) -> None:
-    """Raises ValueError before training, rather than at the first images, for samples that cannot be drawn."""
+    """Raises ValueError before training, rather than at the first images, for settings that the sampler cannot sample
+    with."""
     if sampling.guidance != 1 and not sampler.conditions:
         raise ValueError(f"got guidance {sampling.guidance} for a sampler without conditions: pass --guidance 1")
     check_rows(rows, sampler.conditions, sampler.n_classes)
@@ -142,7 +143,7 @@ def check_sampling(sampler: LearnedSampler, sampling: SamplingConfig, rows: Sequ
 
 
 class SamplerReports:
-    """Validation, losses by noise level and sample images, as hooks for `fit`. All ranks take part.
+    """Validation, losses by noise level and sample images, as hooks for `fit`. All ranks must call them.
 
     Sample images cycle through the conditions of `rows`, or without them through the classes or the conditions of
     validation images.

@@ -48,7 +48,7 @@ class Space(Protocol):
     def provenance(self) -> dict[str, Any]: ...
 
     def source(
-        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt
+        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt | None
     ) -> BatchSource:
         """Returns the training batches of a split."""
         ...
@@ -73,10 +73,10 @@ class Space(Protocol):
         """Returns images of a solver's current x and of its prediction."""
         ...
 
-    def encode_masked(self, images: Tensor, hidden: Tensor) -> EditInput:
-        """Encodes uint8 images (B, C, H, W) with hidden pixels (B, H, W) bool, to sample the hidden part.
+    def encode_masked(self, images: Tensor, mask: Tensor) -> EditInput:
+        """Encodes uint8 images (B, C, H, W) to sample what `mask` (B, H, W) bool covers; True is masked.
 
-        A grid position is known only if none of its pixels is hidden. Hidden pixels do not affect the result.
+        A grid position is known only if none of its pixels is masked. Masked pixels do not affect the result.
         """
         ...
 
@@ -85,35 +85,36 @@ class Space(Protocol):
         ...
 
 
-def fill_hidden(images: Tensor, hidden: Tensor) -> Tensor:
-    """Fills the hidden pixels (B, H, W) bool of uint8 images (B, C, H, W) with the nearest visible pixel's value.
+def fill_masked(images: Tensor, mask: Tensor) -> Tensor:
+    """Fills the masked pixels (`mask` (B, H, W) bool) of uint8 images (B, C, H, W) with the nearest visible pixel's
+    value.
 
     An image without visible pixels becomes 128. The receptive field of an encoder is large: of the visible codes of
-    half-hidden digits, this fill leaves 63 % unchanged, a blurred continuation 59 %, the mean of the visible pixels
+    half-masked digits, this fill leaves 63 % unchanged, a blurred continuation 59 %, the mean of the visible pixels
     51 %, black 48 %.
     """
     from scipy.ndimage import distance_transform_edt
 
     filled = images.clone()
-    for image, mask in zip(filled, hidden.cpu(), strict=True):
-        if mask.all():
+    for image, image_mask in zip(filled, mask.cpu(), strict=True):
+        if image_mask.all():
             image.fill_(128)
-        elif mask.any():
-            nearest = distance_transform_edt(mask.numpy(), return_distances=False, return_indices=True)
+        elif image_mask.any():
+            nearest = distance_transform_edt(image_mask.numpy(), return_distances=False, return_indices=True)
             rows, columns = torch.from_numpy(nearest).long().to(images.device)  # (H, W) each
             image.copy_(image[:, rows, columns])
     return filled
 
 
-def any_in_cells(hidden: Tensor, factor: int) -> Tensor:
-    """Downsamples hidden (B, H, W) bool to (B, H / factor, W / factor): whether any pixel of a cell is hidden.
+def any_in_cells(mask: Tensor, factor: int) -> Tensor:
+    """Downsamples a mask (B, H, W) bool to (B, H / factor, W / factor): whether any pixel of a cell is masked.
 
     ValueError if H or W is not a multiple of the factor.
     """
-    B, H, W = hidden.shape
+    B, H, W = mask.shape
     if H % factor or W % factor:
         raise ValueError(f"got a mask of {H}x{W} pixels, wanted multiples of {factor}")
-    return hidden.view(B, H // factor, factor, W // factor, factor).any(4).any(2)
+    return mask.view(B, H // factor, factor, W // factor, factor).any(4).any(2)
 
 
 class ContinuousSpace:
@@ -122,7 +123,7 @@ class ContinuousSpace:
     tokens = 0
 
     def source(
-        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt
+        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt | None
     ) -> TrainingImages:
         if split == "val":
             data = data.without_augmentation
@@ -138,7 +139,7 @@ class ContinuousSpace:
         return self.decode(x), self.decode(predicted)
 
     def interpolate(self, a: Tensor, b: Tensor, weight: float, rng: Streams) -> Tensor:
-        """Linear interpolation (Ho et al. 2020, section 4.5)."""
+        """Interpolates linearly (Ho et al. 2020, section 4.5)."""
         return torch.lerp(a, b, weight)
 
 
@@ -168,8 +169,8 @@ class PixelSpace(ContinuousSpace):
         """Returns {"values": (B, C, H, W)} in the data's units if they have a --data_range, else {}."""
         return {} if self.data.data_range is None else {"values": from_unit_range(x, self.data.data_range).cpu()}
 
-    def encode_masked(self, images: Tensor, hidden: Tensor) -> EditInput:
-        return EditInput(to_float(images.masked_fill(hidden.unsqueeze(1), 128)), ~hidden)
+    def encode_masked(self, images: Tensor, mask: Tensor) -> EditInput:
+        return EditInput(to_float(images.masked_fill(mask.unsqueeze(1), 128)), ~mask)
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,9 @@ class LatentSpace(ContinuousSpace):
         """Returns the values of the images, decoded from the nearest codes."""
         return self.first_stage.decode_values(self.first_stage.vqgan.quantizer.assign(x / self.scale))
 
-    def encode_masked(self, images: Tensor, hidden: Tensor) -> EditInput:
-        x0 = self.first_stage.encode_latents(to_float(fill_hidden(images, hidden))) * self.scale
-        return EditInput(x0, ~any_in_cells(hidden, self.factor).to(x0.device))
+    def encode_masked(self, images: Tensor, mask: Tensor) -> EditInput:
+        x0 = self.first_stage.encode_latents(to_float(fill_masked(images, mask))) * self.scale
+        return EditInput(x0, ~any_in_cells(mask, self.factor).to(x0.device))
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ class CodeSpace:
         return self.first_stage.provenance
 
     def source(
-        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt = None
+        self, images: Dataset, split: str, data: DataConfig, seed: int, world: DistContext, adapt: Adapt | None = None
     ) -> TrainingCodes:
         """Returns the shuffled codes of a split, from the cache or newly encoded."""
         batch_size = max(1, 2**22 // math.prod(data.shape))  # about 16 MB of float images at once
@@ -247,9 +248,9 @@ class CodeSpace:
     def decode(self, x: Tensor) -> Tensor:
         return self.first_stage.decode(x)
 
-    def encode_masked(self, images: Tensor, hidden: Tensor) -> EditInput:
-        x0 = self.first_stage.encode(fill_hidden(images, hidden))
-        return EditInput(x0, ~any_in_cells(hidden, self.factor).to(x0.device))
+    def encode_masked(self, images: Tensor, mask: Tensor) -> EditInput:
+        x0 = self.first_stage.encode(fill_masked(images, mask))
+        return EditInput(x0, ~any_in_cells(mask, self.factor).to(x0.device))
 
     def interpolate(self, a: Tensor, b: Tensor, weight: float, rng: Streams) -> Tensor:
         """Takes each code from a or b at random; with the same `rng`, codes from b stay as the share grows."""
@@ -278,16 +279,16 @@ def open_space(config: SecondStageConfig, run_provenance: dict[str, Any], images
     if name is None:
         return PixelSpace(config.data)
     run = run_folder(config.logging.logs_root, name)
-    first = load_first_stage(run, config.first.ae_load_step, world.device, config.training.amp)
-    first.check_fits(config.data)
+    first_stage = load_first_stage(run, config.first.ae_load_step, world.device, config.training.amp)
+    first_stage.check_fits(config.data)
     if of_codes:
-        return CodeSpace(first)
+        return CodeSpace(first_stage)
     start = config.training.load_dir  # its weights were trained at its own scale
     started = read_provenance(run_folder(config.logging.logs_root, start)) if start else {}
-    noted = run_provenance.get("latent_scale") or started.get("latent_scale") or 0.0
-    noted = world.sum(torch.tensor(noted if world.is_main else 0.0, dtype=torch.float32, device=world.device)).item()
+    scale = run_provenance.get("latent_scale") or started.get("latent_scale") or 0.0
+    scale = world.sum(torch.tensor(scale if world.is_main else 0.0, dtype=torch.float32, device=world.device)).item()
     source = ImageSource(images, config.data, margin=config.data.crop_margin)
-    return LatentSpace(first, noted or measure_latent_scale(first, source, world))
+    return LatentSpace(first_stage, scale or measure_latent_scale(first_stage, source, world))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,21 +298,21 @@ class PixelsRun:
     data: DataConfig
 
 
-def reopen_space(content: dict[str, Any], first: FirstStage | None) -> Space:
+def reopen_space(content: dict[str, Any], first_stage: FirstStage | None) -> Space:
     """Returns the space of a trained run, from its config.yaml and its VQGAN (None for pixels)."""
-    if first is None:
+    if first_stage is None:
         return PixelSpace(from_dict(PixelsRun, {"data": content.get("data", {})}, "the run's config.yaml").data)
     scale = content.get("origin", {}).get("latent_scale")
-    return CodeSpace(first) if scale is None else LatentSpace(first, scale)
+    return CodeSpace(first_stage) if scale is None else LatentSpace(first_stage, scale)
 
 
-def measure_latent_scale(first: FirstStage, source: ImageSource, world: DistContext) -> float:
+def measure_latent_scale(first_stage: FirstStage, source: ImageSource, world: DistContext) -> float:
     """Returns 1 / the standard deviation of all latent values (Rombach et al. 2022, appendix G)."""
     latents = []
     images = TrainingImages(source, seed=0)
     for indices in torch.arange(min(len(source), SCALE_IMAGES)).split(32):  # already shuffled
-        latents.append(first.encode_latents(images[indices.tolist()]["image"]).cpu())
+        latents.append(first_stage.encode_latents(images[indices.tolist()]["image"]).cpu())
     std = torch.cat(latents).std()
     if not 0 < std < float("inf"):
-        raise ValueError(f"the latents of {first.run} have standard deviation {std:.3g}: is that VQGAN trained?")
-    return float(world.mean((1 / std).to(first.device)))
+        raise ValueError(f"the latents of {first_stage.run} have standard deviation {std:.3g}: is that VQGAN trained?")
+    return float(world.mean((1 / std).to(first_stage.device)))

@@ -76,21 +76,21 @@ class TrainedSampler:
         return {"sampler_weights": self.weights} | self.space.provenance
 
     def dataset(self, split: str) -> Dataset:
-        """A split of the training data, read from the folder that the run or datasets.yaml names."""
+        """Returns a split of the training data, read from the folder that the run or datasets.yaml names."""
         return build_dataset(self.data, self.reader, split)
 
     def batches(self, split: str) -> BatchSource:
-        """A split in a fixed shuffle (train: with its augmentations): a list of positions -> a batch."""
+        """Returns a split in a fixed shuffle (train: with its augmentations): a list of positions -> a batch."""
         return self.space.source(self.dataset(split), split, self.data, 0, self.world, self.adapt)
 
     @property
-    def adapt(self) -> Adapt:
+    def adapt(self) -> Adapt | None:
         """The user's function from an item to the fields of a batch (--adapt); None without one."""
         path = self.sampler.config.adapt
         return import_callable(path, "--adapt") if path else None
 
     def conditions_of(self, item: dict[str, Any], index: int) -> Row:
-        """The conditions that an item of the data set holds, except the label; ValueError if one is missing."""
+        """Returns the conditions that an item of the data set holds, except the label; ValueError if one is missing."""
         names = [name for name in self.sampler.conditions if name != "label"]
         if names and self.adapt is not None:
             with temporary_seed(seed_of(0, "adapt", index)):
@@ -100,11 +100,11 @@ class TrainedSampler:
         return {name: item[name] for name in names}
 
     def condition_source(self, options: SamplingConfig, skip: Collection[str] = ()) -> ConditionSource:
-        """The source of the conditions of generated images.
+        """Returns the source of the conditions of generated images.
 
         Held-out images are read only for conditions that are neither in the --condition_file nor in `skip`, the fields
-        that the caller fills in. Collective: all ranks must call it. ValueError, FileNotFoundError for a
-        --condition_file that cannot be used.
+        that the caller fills in. All ranks must call it. Raises FileNotFoundError or ValueError for a --condition_file
+        that cannot be used.
         """
         sampler, rows = self.sampler, read_rows(options.condition_file, self.data)
         missing = {*sampler.conditions} - {"label", *skip, *(rows[0] if rows else ())}
@@ -165,7 +165,7 @@ class TrainedSampler:
         return outputs if batch is None or "label" not in batch else outputs | {"label": batch["label"].cpu()}
 
     def check_options(self, options: SamplingConfig) -> None:
-        """ValueError unless these are options of this sampler, such as a train.samplers.absorbing.Sampling."""
+        """Raises ValueError unless these are options of this sampler, such as a train.samplers.absorbing.Sampling."""
         wanted = load_plugin("train.samplers", self.sampler.config.sampler, "sampler").Sampling
         if not isinstance(options, wanted):
             got = f"{type(options).__module__}.{type(options).__qualname__}"
@@ -187,7 +187,7 @@ class TrainedSampler:
             self.sampler.sample(self.sampler.network, rng, batch=batch, options=options, on_step=stop, **keywords)
 
     def log_likelihood(self, batch: Batch, seed: int = 0, nfe: int | None = None) -> Bound:
-        """-log2 p of a batch as `batches` gives it, in the sampler's `unit`.
+        """Returns -log2 p of a batch as `batches` gives it, in the sampler's `unit`.
 
         `nfe` is the number of network calls per image; None: one for each term of the bound. The random numbers of an
         image are a function of the seed and its position. ValueError for pixels that are not of 8 bits.
@@ -217,9 +217,8 @@ def load_trained_sampler(
     ae_load_dir: str | None = None,
     ae_load_step: int | None = None,
 ) -> TrainedSampler:
-    """The sampler of a run with its VQGAN, if it has one: `load_space`, then `load_sampler`."""
-    first = {"ae_load_dir": ae_load_dir, "ae_load_step": ae_load_step}
-    space = load_space(run, logs_roots, device, amp, **first)
+    """Returns the sampler of a run with its VQGAN, if it has one: `load_space`, then `load_sampler`."""
+    space = load_space(run, logs_roots, device, amp, ae_load_dir=ae_load_dir, ae_load_step=ae_load_step)
     return load_sampler(run, step, space, device, ema=ema, amp=amp, allow=allow, ema_length=ema_length)
 
 
@@ -232,7 +231,7 @@ def load_space(
     ae_load_dir: str | None = None,
     ae_load_step: int | None = None,
 ) -> Space:
-    """The space that the sampler of a run works in: pixels, or codes or latents of a VQGAN.
+    """Returns the space that the sampler of a run works in: pixels, or codes or latents of a VQGAN.
 
     The VQGAN is the one that the sampler was trained on, in the first of `logs_roots` that has it, unless it is named.
     ValueError if its weights differ from those in training.
@@ -244,16 +243,16 @@ def load_space(
             raise ValueError(f"{run} was trained on pixels: leave --ae_load_dir and --ae_load_step out")
         return reopen_space(content, None)
     candidates = [run_folder(root, ae_load_dir or origin["ae_load_dir"]) for root in logs_roots]
-    first_run = next((path for path in candidates if (path / "config.yaml").is_file()), candidates[0])
+    vqgan_run = next((path for path in candidates if (path / "config.yaml").is_file()), candidates[0])
     if ae_load_step is None and ae_load_dir is None:
         ae_load_step = origin["ae_load_step"]
-    first = load_first_stage(first_run, ae_load_step, device, amp)
-    if origin["ae_weights"] != first.weights:
+    first_stage = load_first_stage(vqgan_run, ae_load_step, device, amp)
+    if origin["ae_weights"] != first_stage.weights:
         raise ValueError(
-            f"{run} was trained on other VQGAN weights than those of {first.run}: "
+            f"{run} was trained on other VQGAN weights than those of {first_stage.run}: "
             "pass the --ae_load_dir and --ae_load_step that it was trained with"
         )
-    return reopen_space(content, first)
+    return reopen_space(content, first_stage)
 
 
 def load_sampler(
@@ -267,7 +266,7 @@ def load_sampler(
     allow: tuple[str, ...] = (),
     ema_length: float | None = None,
 ) -> TrainedSampler:
-    """The sampler of a run, for the space it was trained in; see `check_allowed` for `allow`.
+    """Returns the sampler of a run, for the space it was trained in; see `check_allowed` for `allow`.
 
     `ema`: the averaged weights, the plain ones, or, if None, the averaged ones if the run kept them. With `ema_length`
     the weights are an average of that relative length, reconstructed from the EMA snapshots of the run.
@@ -293,14 +292,14 @@ def load_sampler(
 
 
 def read_stored_config(run: Path) -> StoredConfig:
-    """The config of a sampler's run; what its config.yaml leaves out has its default."""
+    """Returns the config of a sampler's run; what its config.yaml leaves out has its default."""
     content = read_run(run)
     groups = {name: content.get(name, {}) for name in StoredConfig.__dataclass_fields__}
     return from_dict(StoredConfig, groups, str(run / "config.yaml"))
 
 
 def resolve_snapshot_step(run: Path, step: int | None) -> int | None:
-    """`step`, or the newest step that has an EMA snapshot and is not after the newest checkpoint."""
+    """Returns `step`, or the newest step that has an EMA snapshot and is not after the newest checkpoint."""
     newest = max(saved_steps(run), default=None)
     usable = [each for each in snapshot_steps(run) if newest is None or each <= newest]
     if step is None and not usable and snapshot_steps(run):
@@ -325,7 +324,7 @@ def load_posthoc_ema(run: Path, step: int | None, name: str, module: nn.Module, 
 
 
 def check_allowed(run: Path, groups: dict[str, dict[str, Any]], allow: tuple[str, ...]) -> None:
-    """ValueError if a run names a user's own code, or a shell command that fetches its data, that `allow` does not.
+    """Raises ValueError if a run names user code, or a shell command that fetches its data, that is not in `allow`.
 
     `groups` is the content of its config.yaml. Loading a run never executes code that was not allowed.
     """
@@ -338,7 +337,7 @@ def check_allowed(run: Path, groups: dict[str, dict[str, Any]], allow: tuple[str
 
 
 def class_frequencies(dataset: Dataset) -> list[float]:
-    """The relative frequency of each class in a data set, n_classes numbers; empty without labels."""
+    """Returns the relative frequency of each class in a data set, n_classes numbers; empty without labels."""
     if dataset.n_classes == 0:
         return []
     return (np.bincount(dataset.labels, minlength=dataset.n_classes) / len(dataset)).tolist()

@@ -58,8 +58,8 @@ def build_train_state(
 ) -> TrainState:
     """Builds the training state of these modules, each with its own optimizer, identical in every process.
 
-    The modules named in `primary` are the ones that are averaged, compiled, checkpointed (activations) and selected by
-    `train_only`, as the config says.
+    The modules named in `primary` are the model proper, without helpers such as a discriminator. The options for
+    averaging, compilation, activation checkpointing and `train_only` apply to these alone.
     """
     for name in primary:
         freeze_all_but(modules[name], training.train_only)
@@ -120,7 +120,7 @@ def make_hooks(paths: Sequence[str], state: TrainState) -> Hooks:
 
 
 class Reports(Protocol):
-    """Evaluation hooks of a stage: `on_log` at every log line, `validate` and `log_images` at their own intervals."""
+    """Evaluation hooks of a model: `on_log` at every log line, `validate` and `log_images` at their own intervals."""
 
     on_log: list[Hook]
 
@@ -137,19 +137,19 @@ def train(
     world: DistContext,
     source: BatchSource,
     step: StepFn,
-    reports: Callable[[Logger], Reports],
+    make_reports: Callable[[Logger], Reports],
     *,
     hooks: Hooks,
-    distance: Callable[[Logger], Hook] | None = None,
+    make_distance_hook: Callable[[Logger], Hook] | None = None,
     workers: int = 0,
     prefetch: int = 2,
     tokens: int = 0,
 ) -> None:
     """Trains to the last step, with logging, checkpoints, signal handling and hooks.
 
-    `source` supplies the batches; `reports(logger)` gives the evaluation hooks, and `distance(logger)` the hook that
-    measures images every --steps_per_FD steps. `workers` processes load batches, each `prefetch` batches ahead.
-    `tokens` is the number of codes per image, 0 for samplers of pixels or latents.
+    `source` supplies the batches; `make_reports(logger)` returns the evaluation hooks, and `make_distance_hook(logger)`
+    the hook that computes Fréchet distances every --steps_per_FD steps. `workers` processes load batches, each
+    `prefetch` batches ahead. `tokens` is the number of codes per image, 0 for samplers of pixels or latents.
     """
     steps, size = training.train_steps, training.batch_size
     batches = training_batches(
@@ -165,34 +165,35 @@ def train(
     timer, items_per_step = Timer(), {"images": size} | ({"tokens": size * tokens} if tokens else {})
     monitor = PerfMonitor(step, world, timer, items_per_step, training_dtype(training, world.device))
     logger = Logger(run, world, monitor, every=logging.steps_per_log, start=state.step, steps=steps)
-    evaluation = evaluation_hooks(logging, reports(logger), distance(logger) if distance else None)
+    evaluation = evaluation_hooks(
+        logging, make_reports(logger), make_distance_hook(logger) if make_distance_hook else None
+    )
     options = {"steps": steps, "world": world, "seed": training.seed, "timer": timer}
     profile = StepProfiler(run, world.rank, state.step + PROFILE_START, PROFILE_STEPS)
     with StopSignals() as stop:
         checkpointer = Checkpointer(run, world, stop, logger.flush, training=training, logging=logging)
         all_hooks = [*hooks, ("profile", int(logging.profile), profile), ("logging", 1, logger), *evaluation]
-        all_hooks.append(
-            ("checkpoints", 1, checkpointer)
-        )  # last, so that the state of the others is saved with the step
+        all_hooks.append(("checkpoints", 1, checkpointer))  # last: it saves the state of the other hooks too
         try:
             bad_steps = BadStepRecorder(run, world, training.max_bad_steps)
-            fit(state, batches, monitor, hooks=all_hooks, on_skipped=bad_steps, **options)
+            step_fn = monitor  # wraps `step`
+            fit(state, batches, step_fn, hooks=all_hooks, on_skipped=bad_steps, **options)
             with timer("checkpoints"):
                 checkpointer.wait()
         finally:
             logger.close()
             profile.close()
-            state.replicas.clear()  # torch 2.11 deadlocks in their destructors after the process group
+            state.replicas.clear()  # torch 2.11 deadlocks if they are destroyed after the process group
     if world.is_main and timer.seconds:
         print(f"time: {timer}", flush=True)
 
 
-def evaluation_hooks(logging: LoggingConfig, reports: Reports, distance: Hook | None) -> Hooks:
-    """The evaluation hooks with their phase and interval."""
+def evaluation_hooks(logging: LoggingConfig, reports: Reports, distance_hook: Hook | None) -> Hooks:
+    """Returns (phase, interval, hook) of the evaluation hooks."""
     hooks = [("logging", logging.steps_per_log, hook) for hook in reports.on_log]
     hooks += [("validation", logging.steps_per_eval, reports.validate)]
-    if distance is not None:
-        hooks += [("distances", logging.steps_per_FD, distance)]
+    if distance_hook is not None:
+        hooks += [("distances", logging.steps_per_FD, distance_hook)]
     return [*hooks, ("pictures", logging.steps_per_save_output, reports.log_images)]
 
 
@@ -227,16 +228,20 @@ class Checkpointer:
         minutes = self.logging.checkpoint_minutes
         overdue = minutes > 0 and time.monotonic() - self.last_save_time > 60 * minutes
         failed = self.pending.done() and self.pending.exception() is not None
-        stop, overdue, failed = self.world.any(self.stop.received is not None, overdue, failed)
+        stop_requested, overdue, failed = self.world.any(self.stop.received is not None, overdue, failed)
         if failed:
             self.wait()
-        last = state.step == self.training.train_steps
-        best = state.step in (step for _, step in state.best.values())
-        due = stop or overdue or last or best or state.step % self.logging.steps_per_checkpoint == 0
-        snapshot_due = bool(state.posthoc_averages) and (last or state.step % self.training.steps_per_ema_snapshot == 0)
-        if due or snapshot_due:
-            self.save(state, due, snapshot_due)
-        if stop:
+        is_last = state.step == self.training.train_steps
+        is_best = state.step in (step for _, step in state.best.values())
+        checkpoint_due = (
+            stop_requested or overdue or is_last or is_best or state.step % self.logging.steps_per_checkpoint == 0
+        )
+        snapshot_due = bool(state.posthoc_averages) and (
+            is_last or state.step % self.training.steps_per_ema_snapshot == 0
+        )
+        if checkpoint_due or snapshot_due:
+            self.save(state, checkpoint_due, snapshot_due)
+        if stop_requested:
             self.wait()
             if self.world.is_main:
                 flag = "" if self.training.resume == "auto" else " with --resume auto"
@@ -250,11 +255,11 @@ class Checkpointer:
         data = collect_checkpoint(state, self.world)
         self.last_save_time = time.monotonic() if checkpoint else self.last_save_time
         if data is not None:
-            best, buffers = {step for _, step in state.best.values()}, buffer_names(state.posthoc_averages)
-            self.pending = self.executor.submit(self.write, data, checkpoint, ema_snapshot, best, buffers)
+            best_steps, buffers = {step for _, step in state.best.values()}, buffer_names(state.posthoc_averages)
+            self.pending = self.executor.submit(self.write, data, checkpoint, ema_snapshot, best_steps, buffers)
 
     def write(
-        self, data: CheckpointData, checkpoint: bool, ema_snapshot: bool, best: set[int], buffers: set[str]
+        self, data: CheckpointData, checkpoint: bool, ema_snapshot: bool, best_steps: set[int], buffers: set[str]
     ) -> None:
         """Writes a checkpoint, an EMA snapshot, or both (in the background thread)."""
         if not (self.run / "config.yaml").is_file():
@@ -263,7 +268,7 @@ class Checkpointer:
             save_snapshot(self.run, data.step, data.tensors[POSTHOC_WEIGHTS], copied=buffers)
         if checkpoint:
             write_checkpoint(self.run, data)
-            prune_checkpoints(self.run, self.logging.keep_last, self.logging.keep_every, best)
+            prune_checkpoints(self.run, self.logging.keep_last, self.logging.keep_every, best_steps)
 
     def wait(self) -> None:
         """Waits for the pending write; raises ValueError in every process if it failed."""
@@ -284,16 +289,16 @@ def lower_thread_priority() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
-def prune_checkpoints(run: Path, keep_last: int, keep_every: int, best: Collection[int] = ()) -> None:
+def prune_checkpoints(run: Path, keep_last: int, keep_every: int, best_steps: Collection[int] = ()) -> None:
     """Deletes old checkpoints.
 
-    Keeps the newest `keep_last` (0: all), multiples of `keep_every` (0: none), the `best` steps, and those that sampler
+    Keeps the newest `keep_last` (0: all), multiples of `keep_every` (0: none), `best_steps`, and the steps that sampler
     runs in the same folder were trained on.
     """
     steps = saved_steps(run)
-    kept = {*best, *steps_used_by_other_runs(run)}
+    protected = {*best_steps, *steps_used_by_other_runs(run)}
     for step in steps[:-keep_last] if keep_last > 0 else []:
-        if step not in kept and (keep_every == 0 or step % keep_every):
+        if step not in protected and (keep_every == 0 or step % keep_every):
             path = checkpoint_path(run, step)
             trash = path.with_name(f".{path.name}.old")
             path.rename(trash)  # atomic: a half-deleted folder must not look like a checkpoint
@@ -301,7 +306,8 @@ def prune_checkpoints(run: Path, keep_last: int, keep_every: int, best: Collecti
 
 
 def steps_used_by_other_runs(run: Path) -> set[int]:
-    """Steps of this run whose codes or latents other runs in the same folder were trained on (by their config.yaml)."""
+    """Returns the steps of this run that samplers in the same folder were trained on, according to their
+    config.yaml."""
     used = set()
     for path in run.parent.glob("*/config.yaml"):
         try:

@@ -129,7 +129,7 @@ class VQGANStep:
         return totals | self.hook_outputs(micro_batches, outputs) if self.keep_outputs else totals
 
     def hook_outputs(self, micro_batches: Sequence[Batch], outputs: list[tuple[Tensor, Quantized]]) -> Outputs:
-        """The per-example outputs for the user's hooks."""
+        """Returns the per-example outputs for the user's hooks."""
         tensors = {
             "image": [batch["image"] for batch in micro_batches],
             "reconstruction": [fake for fake, _ in outputs],
@@ -138,7 +138,7 @@ class VQGANStep:
         return {name: torch.cat(parts) for name, parts in tensors.items()}
 
     def step_context(self, state: TrainState, batch: Batch | None) -> StepContext:
-        """The quantizer's view of a training step, with random streams if a micro-batch is given."""
+        """Returns the quantizer's view of a training step, with random streams if a micro-batch is given."""
         seed, device = self.training.seed, self.world.device
         rng = None if batch is None else sample_streams(seed, "quantizer", batch, device)
         return StepContext(state.step, seed_of(seed, "quantizer", "step", state.step), rng, self.world)
@@ -180,7 +180,7 @@ class VQGANStep:
         return fake.detach(), codes, {"loss": loss, "vq": vq} | metrics | codes.metrics
 
     def reconstruction_loss(self, images: Tensor, fake: Tensor) -> tuple[Tensor, Outputs]:
-        """The weighted sum of the reconstruction losses, and its terms, in float32."""
+        """Returns the weighted sum of the reconstruction losses, and its terms, in float32."""
         c = self.loss
         metrics = {"l1": (images - fake).abs().mean(), "l2": (images - fake).square().mean()}
         loss = c.recon_weight * metrics[c.recon_loss]
@@ -190,7 +190,7 @@ class VQGANStep:
         return loss, metrics
 
     def adversarial_loss(self, state: TrainState, batch: Batch, fake: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """The adversarial loss of the autoencoder, and its gradient with respect to `fake`, times `scale`."""
+        """Returns the adversarial loss of the autoencoder, and its gradient with respect to `fake`, times `scale`."""
         augment = self.augmentation(batch, "augment_autoencoder")
         with self.autocast():
             logits = state.modules["discriminator"](augment(fake))
@@ -201,7 +201,7 @@ class VQGANStep:
     def compute_adaptive_weight(
         self, state: TrainState, reconstruction: Tensor, gradient: Tensor, g_gradient: Tensor, scale: float
     ) -> Tensor:
-        """The adaptive weight, in float32: backpropagates the gradients of both losses to the decoder's last layer."""
+        """Computes the adaptive weight in float32, from the gradients of both losses at the decoder's last layer."""
         last = state.modules["autoencoder"].decoder.last_layer
         at_last = [
             self.world.mean(torch.autograd.grad(reconstruction, last, g, retain_graph=True)[0].float()) / scale
@@ -238,7 +238,7 @@ def accumulate(totals: Outputs, metrics: Outputs, weight: float) -> None:
 
 
 class VQGANReports:
-    """Evaluation hooks of a VQGAN: validation, images and codebook usage. All processes take part.
+    """Evaluation hooks of a VQGAN: validation, images and codebook usage. All ranks must call them.
 
     `epoch` is the number of training images; codebook usage is counted over one epoch before it is logged.
     """
@@ -252,17 +252,17 @@ class VQGANReports:
         """Logs usage and perplexity of the codebook at the end of each epoch."""
         counts = state.counters["codes"]
         if counts.sums and self.step.world.sum(counts.sums["images"]) >= self.epoch:
-            chosen = counts.reduce_and_reset()["chosen"]
-            metrics = {"codes/usage": usage(chosen).item(), "codes/perplexity": perplexity(chosen).item()}
+            code_counts = counts.reduce_and_reset()["chosen"]
+            metrics = {"codes/usage": usage(code_counts).item(), "codes/perplexity": perplexity(code_counts).item()}
             self.logger.log_scalars(state.step, metrics)
-            self.logger.log_histogram("codes/chosen", state.step, chosen)
+            self.logger.log_histogram("codes/chosen", state.step, code_counts)
 
     @torch.no_grad()
     def validate(self, state: TrainState, outputs: Outputs) -> None:
         """Logs L1, LPIPS and codebook usage on a fixed subset of the validation split, with EMA weights if kept."""
         step, world = self.step, self.step.world
         network, sums = state.eval_module("autoencoder").eval(), {}
-        chosen = torch.zeros(network.quantizer.codebook_size, device=world.device)
+        code_counts = torch.zeros(network.quantizer.codebook_size, device=world.device)
         indices = world.local_items(fixed_subset(len(self.validation), VALIDATION_IMAGES))
         batches = images_in_order(self.validation, self.batch_size, indices)
         for batch, counts in world.padded_batches(
@@ -278,11 +278,11 @@ class VQGANReports:
             for name, value in losses.items():
                 value = value.cpu().double()
                 sums[name] = sums.get(name, 0) + torch.stack([value.sum(), value.new_tensor(len(value))]) * counts
-            chosen += count_codes(codes.ids, len(chosen)) * counts
+            code_counts += count_codes(codes.ids, len(code_counts)) * counts
         totals = world.sum(torch.stack(list(sums.values())))
         means = {f"val/{name}": (total / n).item() for name, (total, n) in zip(sums, totals, strict=True)}
-        chosen = world.sum(chosen)
-        codes = {"val/usage": usage(chosen).item(), "val/perplexity": perplexity(chosen).item()}
+        code_counts = world.sum(code_counts)
+        codes = {"val/usage": usage(code_counts).item(), "val/perplexity": perplexity(code_counts).item()}
         self.logger.log_scalars(state.step, means | codes)
         self.logger.log_best(state, "val/l1", means["val/l1"])
 

@@ -30,7 +30,7 @@ TIMEOUT_MINUTES = 60.0  # how long ranks wait for each other: a batch of large i
 
 @contextmanager
 def experiment_world(device_name: str) -> Iterator[DistContext]:
-    """The process group of an experiment; only the main rank prints."""
+    """Sets up the process group of an experiment; only the main rank prints."""
     with ExitStack() as quiet, init_distributed(device_name, TIMEOUT_MINUTES) as context:
         if not context.is_main:
             quiet.enter_context(redirect_stdout(io.StringIO()))
@@ -53,8 +53,7 @@ def rank_indices(world: DistContext, indices: list[int], batch_size: int) -> lis
 def gather_in_order(world: DistContext, items: Iterable[T]) -> Iterator[T]:
     """Yields the items of all ranks in turn (the first of each rank, the second of each, ...) on the main rank.
 
-    A collective: all ranks must iterate, but only the main rank receives items. One item per rank is in memory at a
-    time.
+    All ranks must iterate, but only the main rank receives items. One item per rank is in memory at a time.
     """
     if world.size == 1:
         yield from items
@@ -106,8 +105,7 @@ class ResumableBatches:
         return self.run.get("files", {})
 
     def resume(self, name: str, indices: Sequence[int], make: MakeBatch, size: int | None = None) -> Iterator[Tensors]:
-        """Yields `make(batch of indices)` for all indices, in order, on the main rank; a collective, like
-        `gather_in_order`.
+        """Yields `make(batch of indices)` for all indices, in order, on the main rank only. All ranks must iterate.
 
         Each batch of `size` indices (default `batch_size`) is saved before it is yielded, with its tensors on the CPU.
         `name` distinguishes the kinds of batches of one experiment, and anything they depend on that the run's config

@@ -57,7 +57,7 @@ class InputImages:
     """Images to edit, with their masks, names and conditions."""
 
     image: Tensor  # uint8 (N, C, H, W)
-    hidden: Tensor  # bool (N, H, W): pixels to fill in
+    mask: Tensor  # bool (N, H, W): pixels to fill in
     names: tuple[str, ...]  # N
     rows: tuple[Row, ...] = ()  # of conditions, assigned to the images cyclically; may be empty
 
@@ -67,9 +67,9 @@ class InputImages:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the masks and the visible pixels."""
-        visible = self.image.masked_fill(self.hidden.unsqueeze(1), 0)
+        visible = self.image.masked_fill(self.mask.unsqueeze(1), 0)
         digest = hashlib.sha256(repr(tuple(visible.shape)).encode())
-        for array in (visible, self.hidden):
+        for array in (visible, self.mask):
             digest.update(array.numpy().tobytes())
         return digest.hexdigest()
 
@@ -134,11 +134,10 @@ def transparency_mask(path: Path) -> Image.Image | None:
     return alpha.point(lambda level: 0 if level == OPAQUE else 255)
 
 
-def hide_masked(
+def apply_masks(
     inputs: InputImages, files: tuple[str, ...], masks: tuple[str, ...], size: tuple[int, int]
 ) -> InputImages:
-    """Also masks the pixels where masks are white (one mask for all files, or one each); without masks, where the files
-    are transparent.
+    """Masks pixels where the masks are white (one for all files, or one each) or, without masks, the files transparent.
 
     ValueError: a file has neither, or the number of masks does not match.
     """
@@ -153,13 +152,13 @@ def hide_masked(
     missing = [name for name, mask in zip(files, drawn, strict=True) if mask is None]
     if missing:
         raise ValueError(f"{missing[0]} is fully opaque: choose what to fill in with --mask, --hide or --outpaint")
-    hidden = [preprocess_mask(mask, read_image(Path(name)), size) for name, mask in zip(files, drawn, strict=True)]
-    return dataclasses.replace(inputs, hidden=inputs.hidden | torch.stack(hidden))
+    added = [preprocess_mask(mask, read_image(Path(name)), size) for name, mask in zip(files, drawn, strict=True)]
+    return dataclasses.replace(inputs, mask=inputs.mask | torch.stack(added))
 
 
-def hide_part(inputs: InputImages, part: str) -> InputImages:
-    """Also masks one half of each image, or its centre (half its height and width)."""
-    H, W = inputs.hidden.shape[1:]
+def mask_part(inputs: InputImages, part: str) -> InputImages:
+    """Masks one half of each image, or its centre (half its height and width), as well."""
+    H, W = inputs.mask.shape[1:]
     places = {
         "left": (slice(None), slice(0, W // 2)),
         "right": (slice(None), slice(W // 2, W)),
@@ -167,17 +166,17 @@ def hide_part(inputs: InputImages, part: str) -> InputImages:
         "bottom": (slice(H // 2, H), slice(None)),
         "centre": (slice(H // 4, H - H // 4), slice(W // 4, W - W // 4)),
     }
-    hidden = inputs.hidden.clone()
-    hidden[(slice(None), *places[part])] = True
-    return dataclasses.replace(inputs, hidden=hidden)
+    mask = inputs.mask.clone()
+    mask[(slice(None), *places[part])] = True
+    return dataclasses.replace(inputs, mask=mask)
 
 
 def add_margins(inputs: InputImages, margins: tuple[int, int, int, int]) -> InputImages:
     """Pads the images with masked margins of (top, right, bottom, left) pixels."""
     top, right, bottom, left = margins
     around = (left, right, top, bottom)
-    image, hidden = F.pad(inputs.image, around), F.pad(inputs.hidden, around, value=True)
-    return dataclasses.replace(inputs, image=image, hidden=hidden)
+    image, mask = F.pad(inputs.image, around), F.pad(inputs.mask, around, value=True)
+    return dataclasses.replace(inputs, image=image, mask=mask)
 
 
 def centring_margins(grid: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -236,8 +235,8 @@ def draw(
 
 
 def generate_in_batches(name: str, count: int, make: MakeImages, batches: ResumableBatches) -> Tensor | None:
-    """Makes results 0 ... count - 1 in resumable batches on all ranks: uint8 (count, C, H, W) on the main rank, None on
-    the others."""
+    """Generates results 0 to count - 1 on all ranks in resumable batches: uint8 (count, C, H, W) on the main rank, else
+    None."""
 
     def make_batch(numbers: list[int]) -> dict[str, Tensor]:
         return {"image": make(numbers)}

@@ -228,12 +228,14 @@ def load_vqgan(model: FirstStageModelConfig, output_root: str, device: torch.dev
     if trained_on != model.dataset:
         raise ValueError(f"{run} was trained with --dataset {trained_on}, got {model.dataset}: pass that")
     step = resolve_step(run, model.load_step, "--load_step")
-    first = load_first_stage(run, step, device, amp)
+    first_stage = load_first_stage(run, step, device, amp)
     if model.data_dir is not None:
-        first = dataclasses.replace(first, reader=dataclasses.replace(first.reader, data_dir=model.data_dir))
+        first_stage = dataclasses.replace(
+            first_stage, reader=dataclasses.replace(first_stage.reader, data_dir=model.data_dir)
+        )
     weights = "averaged (EMA) weights" if EMA_WEIGHTS in read_manifest(checkpoint_path(run, step)) else "plain weights"
     print(f"VQGAN: {run}, step {step}, {weights}", flush=True)
-    return first
+    return first_stage
 
 
 class ExperimentConfig(Protocol):
@@ -279,8 +281,8 @@ def open_results_folder(
 ) -> Path:
     """Creates or reopens the results folder as a run, so that two experiments never share one.
 
-    A collective. Settings that the sampler does not support are refused before the folder is created. ValueError: the
-    folder holds another experiment.
+    All ranks must call it. Settings that the sampler does not support are refused before the folder is created.
+    ValueError: the folder holds another experiment.
     """
     output, sampling = config.output, config_groups(config).get("sampling")
     folder = default_results_folder(setup.name or name, config.model, output.logs_root, loaded)
@@ -288,7 +290,7 @@ def open_results_folder(
         folder = run_folder(output.logs_root, output.log_dir)
     samples = isinstance(sampling, SamplingConfig)
     if samples and any(world.any(world.is_main and not folder.exists())):
-        source = loaded.condition_source(sampling)  # may encode the data set: a collective
+        source = loaded.condition_source(sampling)  # may encode the data set, on all ranks
         if world.is_main:
             loaded.dry_run(sampling, source, shape=setup.shape, window_stride=setup.window_stride)
     if world.is_main:
@@ -359,7 +361,7 @@ def run_experiment(
 
 
 def are_current(results: dict[str, Any] | None, setup: ExperimentSetup, files: dict[str, str]) -> bool:
-    """Whether results exist and are those that would be measured now."""
+    """Returns whether results exist and are those that would be measured now."""
     if results is None or not setup.is_current(results):
         return False
     return files.items() <= results.get("run", {}).get("files", {}).items()

@@ -77,17 +77,17 @@ class HeadRunConfig:
 
 
 @torch.no_grad()
-def reconstruct_codes(first: FirstStage, ids: Tensor) -> Reconstruction:
+def reconstruct_codes(first_stage: FirstStage, ids: Tensor) -> Reconstruction:
     """Decodes ids (B, h, w) to the reconstruction and the decoder features that the head takes."""
-    with autocast(first.device, first.amp):
-        return reconstruct(first.vqgan.decoder, first.vqgan.quantizer.vectors(ids.to(first.device)))
+    with autocast(first_stage.device, first_stage.amp):
+        return reconstruct(first_stage.vqgan.decoder, first_stage.vqgan.quantizer.vectors(ids.to(first_stage.device)))
 
 
-def bits_per_dim(first: FirstStage, head: nn.Module, ids: Tensor, images: Tensor) -> Tensor:
+def bits_per_dim(first_stage: FirstStage, head: nn.Module, ids: Tensor, images: Tensor) -> Tensor:
     """Returns -log2 p(x | z) per dimension, float32 (B,), of 8-bit images x (B, C, H, W) scaled to [-1, 1] given their
     ids z (B, h, w); differentiable with respect to the head."""
-    mean, features = reconstruct_codes(first, ids)
-    nats = discretized_log_likelihood(images.to(first.device), Normal(mean, head(features)))
+    mean, features = reconstruct_codes(first_stage, ids)
+    nats = discretized_log_likelihood(images.to(first_stage.device), Normal(mean, head(features)))
     return -nats.flatten(1).mean(1) / math.log(2)
 
 
@@ -98,28 +98,28 @@ class TrainedHead:
     run: Path
     step: int
     weights: str  # SHA-256 of the weights file
-    first: FirstStage
+    first_stage: FirstStage
     head: nn.Module
 
     @torch.no_grad()
     def bits_per_dim(self, ids: Tensor, images: Tensor) -> Tensor:
         """Returns -log2 p(x | z) per dimension: ids (B, h, w), uint8 images (B, C, H, W) -> (B,)."""
-        return bits_per_dim(self.first, self.head, ids, to_float(images))
+        return bits_per_dim(self.first_stage, self.head, ids, to_float(images))
 
 
 class HeadStep:
     """One training step of the head: a `step_fn` for `fit` that returns the loss (bits/dim), grad_norm and lr."""
 
-    def __init__(self, first: FirstStage, training: TrainingConfig, world: DistContext):
-        self.first, self.training, self.world = first, training, world
+    def __init__(self, first_stage: FirstStage, training: TrainingConfig, world: DistContext):
+        self.first_stage, self.training, self.world = first_stage, training, world
 
     def __call__(self, state: TrainState, micro_batches: Sequence[Batch]) -> Outputs | None:
         head, total = state.train_module("head").train(), 0.0
         for i, batch in enumerate(micro_batches):
             check_8_bits(batch["image"])
-            ids = self.first.encode(to_uint8(batch["image"]))
+            ids = self.first_stage.encode(to_uint8(batch["image"]))
             with gradient_sync(head, last=i == len(micro_batches) - 1):
-                loss = bits_per_dim(self.first, head, ids, batch["image"]).mean() / len(micro_batches)
+                loss = bits_per_dim(self.first_stage, head, ids, batch["image"]).mean() / len(micro_batches)
                 nan_grads_if_nonfinite(loss).backward()
             total = total + loss.detach()
         lr = learning_rate(state.step, **self.training.schedule)
@@ -130,7 +130,7 @@ class HeadStep:
 
 
 class HeadReports:
-    """Validation and image grids, as hooks for `fit`; collectives."""
+    """Validation and image grids, as hooks for `fit`. All ranks must call them."""
 
     def __init__(self, step: HeadStep, validation: ImageSource, logger: Logger):
         self.step, self.validation, self.logger = step, validation, logger
@@ -139,12 +139,16 @@ class HeadReports:
     @torch.no_grad()
     def validate(self, state: TrainState, outputs: Outputs) -> None:
         """Logs bits per dimension of a fixed subset of the validation split under the averaged head."""
-        first, world, head = self.step.first, self.step.world, state.eval_module("head").eval()
+        first_stage, world, head = self.step.first_stage, self.step.world, state.eval_module("head").eval()
         indices = world.local_items(fixed_subset(len(self.validation), VALIDATION_IMAGES))
         batches = images_in_order(self.validation, self.step.training.batch_size, indices)
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
-            bits = bits_per_dim(first, head, first.encode(batch["image"]), to_float(batch["image"])).cpu().double()
+            bits = (
+                bits_per_dim(first_stage, head, first_stage.encode(batch["image"]), to_float(batch["image"]))
+                .cpu()
+                .double()
+            )
             sums += torch.stack([bits.sum(), torch.tensor(len(bits)).double()])
         total, count = world.sum(sums).tolist()
         self.logger.log_scalars(state.step, {"val/bits_per_dim": total / count})
@@ -153,22 +157,22 @@ class HeadReports:
     @torch.no_grad()
     def log_images(self, state: TrainState, outputs: Outputs) -> None:
         """Logs a grid of validation images, their reconstructions and the head's standard deviations."""
-        first, preview = self.step.first, fixed_subset(len(self.validation), PREVIEW_IMAGES)
+        first_stage, preview = self.step.first_stage, fixed_subset(len(self.validation), PREVIEW_IMAGES)
         for batch in images_in_order(self.validation, PREVIEW_IMAGES, preview):  # few: every process computes them all
-            mean, features = reconstruct_codes(first, first.encode(batch["image"]))
+            mean, features = reconstruct_codes(first_stage, first_stage.encode(batch["image"]))
             deviation = (0.5 * state.eval_module("head").eval()(features)).exp()
             rows = [to_float(batch["image"]), mean.clamp(-1, 1).cpu(), (2 * deviation / deviation.amax() - 1).cpu()]
             self.logger.log_images("likelihood", state.step, torch.cat(rows), columns=len(mean))
 
 
-def build_state(first: FirstStage, training: TrainingConfig, world: DistContext) -> TrainState:
+def build_state(first_stage: FirstStage, training: TrainingConfig, world: DistContext) -> TrainState:
     """Builds the training state of a new head."""
     torch.manual_seed(training.seed)
-    return build_train_state({"head": build_head(first.vqgan.decoder)}, training, world, primary=["head"])
+    return build_train_state({"head": build_head(first_stage.vqgan.decoder)}, training, world, primary=["head"])
 
 
-def train_head(run: Path, first: FirstStage, config: HeadRunConfig, world: DistContext) -> None:
-    """Trains a head on the images of `config`, or resumes its training; a collective.
+def train_head(run: Path, first_stage: FirstStage, config: HeadRunConfig, world: DistContext) -> None:
+    """Trains a head on the images of `config`, or resumes its training. All ranks must call it.
 
     ValueError: the folder holds a run with other VQGAN weights, data or settings.
     """
@@ -178,52 +182,55 @@ def train_head(run: Path, first: FirstStage, config: HeadRunConfig, world: DistC
             ImageSource(build_dataset(data, config.reader, split), data, margin=margin)
             for split, margin in (("train", data.crop_margin), ("val", 0))
         )
-        state = build_state(first, training, world)
-        open_or_resume(run, config, state, world, first.provenance)
-        step = HeadStep(first, training, world)
-        source, reports = TrainingImages(images, training.seed), partial(HeadReports, step, validation)
+        state = build_state(first_stage, training, world)
+        open_or_resume(run, config, state, world, first_stage.provenance)
+        step = HeadStep(first_stage, training, world)
+        source, make_reports = TrainingImages(images, training.seed), partial(HeadReports, step, validation)
         loading = {"workers": data.num_workers, "prefetch": data.prefetch}
-        train(run, training, config.logging, state, world, source, step, reports, hooks=[], **loading)
+        train(run, training, config.logging, state, world, source, step, make_reports, hooks=[], **loading)
 
 
-def load_head(run: Path, first: FirstStage) -> TrainedHead:
+def load_head(run: Path, first_stage: FirstStage) -> TrainedHead:
     """Loads the newest averaged head of a run; ValueError if it was trained on other VQGAN weights."""
     read_run(run)  # raises an error that lists the existing runs if this is none
     origin: dict[str, Any] = read_provenance(run)
-    if origin.get("ae_weights") != first.weights:
+    if origin.get("ae_weights") != first_stage.weights:
         raise ValueError(
-            f"{run} was trained on other VQGAN weights than those of {first.run} at step {first.step}: "
+            f"{run} was trained on other VQGAN weights than those of {first_stage.run} at step {first_stage.step}: "
             "pass another --head_dir to train a head for these"
         )
-    step, head = resolve_step(run, None, "--head_dir"), build_head(first.vqgan.decoder)
+    step, head = resolve_step(run, None, "--head_dir"), build_head(first_stage.vqgan.decoder)
     weights = load_weights(run, step, {"head": head}, ema=True)
-    return TrainedHead(run, step, weights, first, head.to(first.device).eval().requires_grad_(False))
+    return TrainedHead(run, step, weights, first_stage, head.to(first_stage.device).eval().requires_grad_(False))
 
 
 def load_or_train_head(
     decoder: DecoderConfig, model: ModelConfig, output: OutputConfig, trained: TrainedSampler
 ) -> TrainedHead | None:
-    """Loads the head for the VQGAN of a sampler of codes, and trains it first as far as needed; a collective.
+    """Loads the head for the VQGAN of a sampler of codes, and trains it first as far as needed. All ranks must call it.
 
     Returns None without codes or with --no_decoder. ValueError: the data need a function that --allow does not name.
     """
     if not decoder.decoder or not trained.space.tokens:
         return None
-    first, world = trained.space.first_stage, trained.world
-    run = run_folder(output.logs_root, decoder.head_dir or f"likelihood_{first.run.name}_{first.step}")
-    reader = first.reader if model.data_dir is None else replace(first.reader, data_dir=model.data_dir)
-    check_allowed(first.run, {"sampler": {}, "reader": flatten_group(reader)}, model.allow)
-    wanted, done = head_run_config(decoder, output, first.data, reader, run.name), max(saved_steps(run), default=0)
+    first_stage, world = trained.space.first_stage, trained.world
+    run = run_folder(output.logs_root, decoder.head_dir or f"likelihood_{first_stage.run.name}_{first_stage.step}")
+    reader = first_stage.reader if model.data_dir is None else replace(first_stage.reader, data_dir=model.data_dir)
+    check_allowed(first_stage.run, {"sampler": {}, "reader": flatten_group(reader)}, model.allow)
+    wanted, done = (
+        head_run_config(decoder, output, first_stage.data, reader, run.name),
+        max(saved_steps(run), default=0),
+    )
     world.barrier()  # all ranks look before training changes the folder
     try:
         if done < wanted.training.train_steps:
             steps = f"{done} of {wanted.training.train_steps} steps done"
             print(f"training the decoder's log-variance head: {steps}", flush=True)
-            train_head(run, first, wanted, world)
+            train_head(run, first_stage, wanted, world)
         elif world.is_main:
-            open_run(run, wanted, first.provenance)
+            open_run(run, wanted, first_stage.provenance)
         world.barrier()
-        return load_head(run, first)
+        return load_head(run, first_stage)
     except ValueError as error:
         raise ValueError(f"the decoder's log-variance head (--head_dir): {error}") from error
 
@@ -252,7 +259,7 @@ class DecoderBits:
             data = data.without_augmentation
         self.head, self.codes, self.views = head, codes, training_views(data)
         self.images = ImageSource(dataset, data, margin=data.crop_margin)
-        self.index = head.first.encode_dataset(dataset, split, data, 1, trained.world).index  # already cached
+        self.index = head.first_stage.encode_dataset(dataset, split, data, 1, trained.world).index  # already cached
 
     def image(self, position: int) -> Tensor:
         """Returns the image at a position of the codes' order, in its view: uint8 (C, H, W)."""

@@ -1,4 +1,4 @@
-"""Images that an experiment measures and their features: generated, from a file, real, or reconstructed."""
+"""Images for experiments (generated, loaded, real or reconstructed) and their features."""
 
 import hashlib
 import json
@@ -37,9 +37,9 @@ def features_provenance(features: Features) -> dict[str, str | int]:
     return {"features_name": features.name, "features_version": features.module.VERSION}
 
 
-def batches_name(kind: str, *made_of: object) -> str:
-    """Returns a name for `ResumableBatches.resume` that includes a hash of what the batches depend on."""
-    return f"{kind}_{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}"
+def batches_name(kind: str, *inputs: object) -> str:
+    """Returns a name for `ResumableBatches.resume` that includes a hash of the batches' inputs."""
+    return f"{kind}_{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]}"
 
 
 def sampled_images(
@@ -54,7 +54,7 @@ def sampled_images(
         content = read_samples(Path(samples))
         names = ("image", "codes") if trained.space.tokens else ("image",)  # a model of pixels has no use for codes
         saved = {name: content[name] for name in names if name in content}
-        return len(saved["image"]), lambda indices: {name: each[indices] for name, each in saved.items()}
+        return len(saved["image"]), lambda indices: {name: tensor[indices] for name, tensor in saved.items()}
     source = trained.condition_source(options)
 
     def generate(indices: list[int]) -> dict[str, Tensor]:
@@ -67,10 +67,10 @@ def sampled_images(
 def sampled_features(
     images_of: ImagesAt, count: int, n_images: int, features: Features, batches: ResumableBatches, files: dict[str, str]
 ) -> Batches:
-    """Yields resumable batches of "features" (B, D) of the first `count` images, on the main rank; a collective.
+    """Yields resumable batches of "features" (B, D) of the first `count` images, on the main rank only.
 
-    Batches that begin before image `n_images` also have what `images_of` returns. `files` identifies inputs that the
-    run's config does not.
+    All ranks must iterate. Batches that begin before image `n_images` also have what `images_of` returns. `files`
+    identifies inputs that the run's config does not.
     """
 
     def make(indices: list[int]) -> dict[str, Tensor]:
@@ -82,29 +82,33 @@ def sampled_features(
     return progress(batches.resume(name, range(count), make), count, "sampling", batches.world.is_main)
 
 
-def add_features(features: Features, own: Batches, world: DistContext) -> Iterator[dict[str, Tensor]]:
-    """Adds "features" (B, D) to each rank's own batches of "image" uint8 (B, C, H, W), gathered in order on the main
-    rank; a collective."""
+def add_features(features: Features, batches: Batches, world: DistContext) -> Iterator[dict[str, Tensor]]:
+    """Yields each rank's batches of "image" uint8 (B, C, H, W) with "features" (B, D) added, in order, on the main
+    rank.
+
+    All ranks must iterate.
+    """
 
     def extract() -> Iterator[dict[str, Tensor]]:
-        for batch in own:
+        for batch in batches:
             yield batch | {"features": features.extract(batch["image"].expand(-1, 3, -1, -1)).cpu()}
 
     return gather_in_order(world, extract())
 
 
 def real_features(
-    source: ImageSource, chosen: list[int], features: Features, batch_size: int, world: DistContext, name: str
+    source: ImageSource, indices: list[int], features: Features, batch_size: int, world: DistContext, name: str
 ) -> Batches:
-    """Yields "image" and "features" of the real images with these indices, on the main rank; a collective."""
-    own = images_in_order(source, batch_size, rank_indices(world, chosen, batch_size))
-    return progress(add_features(features, own, world), len(chosen), name, world.is_main)
+    """Yields "image" and "features" of the real images with these indices, on the main rank. All ranks must iterate."""
+    images = images_in_order(source, batch_size, rank_indices(world, indices, batch_size))
+    return progress(add_features(features, images, world), len(indices), name, world.is_main)
 
 
 def concatenate(batches: Batches, count: int, names: tuple[str, ...] = ("features",)) -> dict[str, Tensor]:
-    """Concatenates these fields of batches to tensors (n, ...), n <= `count`, in place: nothing is in memory twice.
+    """Concatenates these fields of batches to tensors (n, ...), n <= `count`.
 
-    A field that the first batch lacks is left out.
+    Batches are copied into preallocated tensors, so that memory holds them only once. A field that the first batch
+    lacks is left out.
     """
     fields, filled = {}, 0
     for batch in batches:
@@ -143,24 +147,25 @@ def real_reference(
     """Returns the statistics of a whole split, and the features of a fixed random subset of at most `MAX_FEATURES`
     images, cached by the content of the images and the features' version.
 
-    A collective; when they are not cached yet, only the main rank's return value is complete.
+    All ranks must call it. If the statistics are not cached yet, the main rank computes them, and the other ranks get
+    empty statistics without features.
     """
-    made_of = [
+    inputs = [
         dataset.fingerprint(),
         *data.side_lengths,
         data.n_channels,
         *features_version(features, weights),
         MAX_FEATURES,
     ]
-    made_of += [] if data.data_range is None else [*data.data_range]
-    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    inputs += [] if data.data_range is None else [*data.data_range]
+    key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
     path = cache / f"{data.dataset}_{features.name}_{key}.npz"
     if not any(world.any(not path.is_file())):
         return Reference.load(path)
     source = ImageSource(dataset, data)
-    own = images_in_order(source, batch_size, rank_indices(world, list(range(len(source))), batch_size))
-    subset = FeatureSubset(add_features(features, own, world), fixed_subset(len(source), MAX_FEATURES))
-    statistics = compute_statistics(progress(subset, len(source), "real images", world.is_main))
+    images = images_in_order(source, batch_size, rank_indices(world, list(range(len(source))), batch_size))
+    subset = FeatureSubset(add_features(features, images, world), fixed_subset(len(source), MAX_FEATURES))
+    statistics = compute_statistics(progress(subset, len(source), "real images", world.is_main))  # fills the subset
     if not world.is_main:
         return Reference(statistics, None)
     reference = Reference(statistics, subset.features)
@@ -177,32 +182,34 @@ def real_statistics(
     batch_size: int,
     world: DistContext,
 ) -> Statistics:
-    """Returns the statistics of `real_reference`; a collective."""
+    """Returns the statistics of `real_reference`. All ranks must call it."""
     return real_reference(dataset, data, features, weights, cache, batch_size, world).statistics
 
 
-def reconstruct_batches(first: FirstStage, batches: Batches) -> Iterator[dict[str, Tensor]]:
-    """Yields the VQGAN's reconstructions of batches of images."""
+def reconstruct_batches(first_stage: FirstStage, batches: Batches) -> Iterator[dict[str, Tensor]]:
+    """Yields the first stage's reconstructions of batches of images."""
     for batch in batches:
-        yield {"image": first.decode(first.encode(batch["image"])).cpu()}
+        yield {"image": first_stage.decode(first_stage.encode(batch["image"])).cpu()}
 
 
 def generated_statistics(batches: Batches, n_first: int, grid: Path) -> tuple[Statistics, Statistics]:
-    """Returns the statistics of all generated images and of the first `n_first`; saves the first 64 as a grid."""
-    everything, first, grid_images = Statistics(), Statistics(), []
+    """Returns the statistics of all generated images and of the first `n_first`; saves the first ones as a grid."""
+    all_statistics, first_statistics, grid_images = Statistics(), Statistics(), []
     for batch in batches:
-        everything.update(batch["features"])
-        if (missing := n_first - (first.count or 0)) > 0:
-            first.update(batch["features"][:missing])
+        all_statistics.update(batch["features"])
+        if (missing := n_first - (first_statistics.count or 0)) > 0:
+            first_statistics.update(batch["features"][:missing])
         if sum(map(len, grid_images)) < GRID_IMAGES:
             grid_images.append(batch["image"])
     if grid_images:
         save_grid(grid, torch.cat(grid_images)[:GRID_IMAGES])
-    return everything, first
+    return all_statistics, first_statistics
 
 
-def save_reconstructions(path: Path, first: FirstStage, held_out: ImageSource, count: int) -> None:
+def save_reconstructions(path: Path, first_stage: FirstStage, held_out: ImageSource, count: int) -> None:
     """Saves a grid of held-out images above their reconstructions."""
     batches = images_in_order(held_out, count, fixed_subset(len(held_out), count))
     originals = torch.cat([batch["image"] for batch in batches])
-    save_grid(path, torch.cat([originals, first.decode(first.encode(originals)).cpu()]), columns=len(originals))
+    save_grid(
+        path, torch.cat([originals, first_stage.decode(first_stage.encode(originals)).cpu()]), columns=len(originals)
+    )

@@ -71,7 +71,7 @@ def find_candidates(
     name: str,
 ) -> Candidates:
     """Finds the `most` nearest training images to queries (n, D) by features, in all training views, in resumable
-    chunks; a collective that returns the same on every rank."""
+    chunks. All ranks must call it, and all get the result."""
     views, world, batch_size = training_views(source.config), batches.world, batches.batch_size
     here = torch.device("cpu") if world.device.type == "mps" else world.device
     queries = queries.to(here)
@@ -125,8 +125,8 @@ def rerank_candidates(
     batches: ResumableBatches,
     name: str,
 ) -> Batches:
-    """Yields the `RankedNeighbours` of queries uint8 (n, C, H, W) as resumable batches (dicts), on the main rank; a
-    collective."""
+    """Yields the `RankedNeighbours` of queries uint8 (n, C, H, W) as resumable batches (dicts), on the main rank. All
+    ranks must iterate."""
     views = training_views(source.config)
 
     def make(indices: list[int]) -> dict[str, Tensor]:

@@ -49,17 +49,17 @@ def nearest(
     """
     check_points(queries, references, k, exclude_self)
     centre, n_candidates = mean_point(references), min(k + SPARE, len(references) - exclude_self)
-    found = []
+    chunks = []
     for start in range(0, len(queries), chunk):
         rows = to_float64(queries[start : start + chunk])
         best = propose_candidates(rows, references, centre, n_candidates, start if exclude_self else None)
         exact = torch.stack([pair_distances(rows, references[column.to(references.device)]) for column in best.T], 1)
         order = exact.argsort(dim=1, stable=True)[:, :k]
-        found.append(Nearest(exact.gather(1, order), best.gather(1, order)))
+        chunks.append(Nearest(exact.gather(1, order), best.gather(1, order)))
         advance(len(rows))
-    if not found:
+    if not chunks:
         return Nearest(torch.zeros(0, k, dtype=torch.float64), torch.zeros(0, k, dtype=torch.long))
-    return Nearest(*map(torch.cat, zip(*found, strict=True)))
+    return Nearest(*map(torch.cat, zip(*chunks, strict=True)))
 
 
 def propose_candidates(

@@ -72,7 +72,7 @@ def prdc(
 
 
 def strictly_closer(squares: SquaredDistances, limits: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Whether x_i (n, D) and y_j (m, D) are strictly closer than `limits`, which broadcast to (n, m): bool (n, m).
+    """Returns whether x_i (n, D) and y_j (m, D) are strictly closer than `limits`, broadcast to (n, m): bool (n, m).
 
     `squares` are their squared distances; pairs within the error bound are compared exactly.
     """

@@ -23,7 +23,7 @@ LPIPS = ("vgg", "alex", "squeeze")
 
 
 def measure_reconstructions(
-    first: FirstStage, batches: Batches, features: Features, perceptual: nn.Module | None
+    first_stage: FirstStage, batches: Batches, features: Features, perceptual: nn.Module | None
 ) -> Iterator[dict[str, Tensor]]:
     """Yields, for each batch of "image" uint8 (B, C, H, W), the metrics of its reconstructions, on the CPU.
 
@@ -31,9 +31,9 @@ def measure_reconstructions(
     (B,); "ids" int32 (B, h w); "features" (B, D).
     """
     for batch in batches:
-        real = batch["image"].to(first.device)
-        ids = first.encode(real)
-        fake = first.decode(ids)
+        real = batch["image"].to(first_stage.device)
+        ids = first_stage.encode(real)
+        fake = first_stage.decode(ids)
         metrics = {"l1": l1(real, fake), "psnr": psnr(real, fake)}
         if min(real.shape[2:]) >= WINDOW:
             metrics["ssim"] = ssim(real, fake)

@@ -1,7 +1,8 @@
 """Fréchet distance during training: of samples or reconstructions of the averaged network to the real images.
 
-Each factory here returns the `distance` argument of `train.trainer.train`. The value equals that of calc_FID for the
-same weights, seed and number of images. It is biased upwards for few images: compare equal numbers of images only.
+Each factory here returns the `make_distance_hook` argument of `train.trainer.train`. The value equals that of calc_FID
+for the same weights, seed and number of images. It is biased upwards for few images: compare equal numbers of images
+only.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,12 +53,12 @@ class FrechetDistanceHook:
 
     @torch.no_grad()
     def __call__(self, state: TrainState, outputs: Outputs) -> None:
-        own = Statistics()
+        statistics = Statistics()
         for images, counts in self.images(state):
             if counts:
-                own.update(self.features.extract(images.expand(-1, 3, -1, -1)))
+                statistics.update(self.features.extract(images.expand(-1, 3, -1, -1)))
         distance = torch.zeros(1, dtype=torch.float64)
-        parts = gather_objects(self.world, own)
+        parts = gather_objects(self.world, statistics)
         if self.world.is_main:
             distance += frechet_distance(sum(parts, Statistics()), self.reference)
         value = self.world.sum(distance).item()
@@ -101,9 +102,9 @@ def sample_distance(
         def images(state: TrainState) -> Iterator[tuple[Tensor, bool]]:
             with eval_mode(state.eval_module("network")) as network:
                 for indices, counts in world.padded_batches(world.local_items(batches)):
-                    how = {"network": network, "on_step": lockstep_on_step(network)}
+                    options = {"network": network, "on_step": lockstep_on_step(network)}
                     conditions = source.draw(training.seed, indices)
-                    batch = model.draw(indices, training.seed, sampling, conditions, **how)
+                    batch = model.draw(indices, training.seed, sampling, conditions, **options)
                     yield batch["image"], counts
 
         return FrechetDistanceHook(logger, f"{count}_samples", images, real, model.data, logging, world, size)
@@ -124,13 +125,15 @@ def reconstruction_distance(
     training images."""
     count = min(logging.FD_samples, len(validation))
     size = images_per_rank(training, count, world)
-    own = rank_indices(world, fixed_subset(len(validation), count), size)
+    indices = rank_indices(world, fixed_subset(len(validation), count), size)
 
     def images(state: TrainState) -> Iterator[tuple[Tensor, bool]]:
         with eval_mode(state.eval_module("autoencoder")) as network:
-            first = FirstStage(run, network, validation.config, reader, state.step, "", world.device, training.amp)
-            for batch, counts in world.padded_batches(images_in_order(validation, size, own)):
-                yield first.decode(first.encode(batch["image"])), counts
+            first_stage = FirstStage(
+                run, network, validation.config, reader, state.step, "", world.device, training.amp
+            )
+            for batch, counts in world.padded_batches(images_in_order(validation, size, indices)):
+                yield first_stage.decode(first_stage.encode(batch["image"])), counts
 
     def make(logger: Logger) -> Hook:
         return FrechetDistanceHook(

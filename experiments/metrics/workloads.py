@@ -78,8 +78,8 @@ def random_space(
     if not of_codes and ae_load_dir is None:
         return PixelSpace(data)
     autoencoder = VQGAN(network(), data.size, data.n_channels).to(device).eval().requires_grad_(False)
-    first = FirstStage(Path(), autoencoder, data, reader, 0, "", device, False)
-    return CodeSpace(first) if of_codes else LatentSpace(first, 1.0)
+    first_stage = FirstStage(Path(), autoencoder, data, reader, 0, "", device, False)
+    return CodeSpace(first_stage) if of_codes else LatentSpace(first_stage, 1.0)
 
 
 def with_amp(space: Space, amp: bool) -> Space:
@@ -160,10 +160,10 @@ def with_conditions(batch: Batch, fields: Sequence[str], source: BatchSource | N
 
 
 def split_batch(batch: Batch, accumulate: int) -> list[Batch]:
-    """Splits a batch into the equal parts that a step accumulates gradients over."""
+    """Splits a batch into the micro-batches that a step accumulates gradients over."""
     size = len(batch["position"])
     if size % accumulate:
-        raise ValueError(f"got batch_size {size} in {accumulate} parts: --accumulate must divide --batch_size")
+        raise ValueError(f"got batch_size {size} in {accumulate} micro-batches: --accumulate must divide --batch_size")
     starts = range(0, size, size // accumulate)
     return [{name: field[i : i + starts.step] for name, field in batch.items()} for i in starts]
 
@@ -213,13 +213,13 @@ def encode_decode_runs(
     """Returns functions that encode images to codes and decode codes to images, as later stages do."""
     network = trainee.state.eval_module("autoencoder").eval()
     amp = trainee.step.dtype != torch.float32
-    first = FirstStage(Path(), network, data, reader, 0, "", trainee.step.world.device, amp)
+    first_stage = FirstStage(Path(), network, data, reader, 0, "", trainee.step.world.device, amp)
     pictures = to_uint8(images)
-    codes = first.encode(pictures)
-    return {"encoding": lambda: first.encode(pictures), "decoding": lambda: first.decode(codes)}
+    codes = first_stage.encode(pictures)
+    return {"encoding": lambda: first_stage.encode(pictures), "decoding": lambda: first_stage.decode(codes)}
 
 
-def image_batches(images: Dataset, data: DataConfig, seed: int, adapt: Adapt = None) -> TrainingImages:
+def image_batches(images: Dataset, data: DataConfig, seed: int, adapt: Adapt | None = None) -> TrainingImages:
     """Returns a source of training batches of images."""
     return TrainingImages(ImageSource(images, data, margin=data.crop_margin), seed, adapt)
 

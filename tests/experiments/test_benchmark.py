@@ -170,7 +170,7 @@ REFUSED = {  # flags -> words that the message must contain
     "--full_steps -1": ["full_steps -1", "--full_steps"],
     "--measure stepp": ["stepp", "sampling"],
     "--measure": ["--measure"],
-    "--accumulate 3": ["batch_size 4", "3 parts"],
+    "--accumulate 3": ["batch_size 4", "3 micro-batches"],
     "--stage vqgn": ["vqgn", "vqgan"],
     "--img_size 18": ["18x18", "multiples of 4"],
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.harness.editing import add_margins, centring_margins, hide_part, load_input_images
+from experiments.harness.editing import add_margins, centring_margins, load_input_images, mask_part
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.metrics.classifier import class_agreement
 from helpers.tiny_runs import call

@@ -325,10 +325,10 @@ def test_bad_arguments_of_a_likelihood_are_refused(pixels):
 def test_encode_and_decode(vqgan, images):
     ids = vqgan.encode(images)
     assert ids.shape == (5, 4, 4) and ids.dtype == torch.int64
-    assert torch.equal(ids, vqgan.first.encode(images))
+    assert torch.equal(ids, vqgan.first_stage.encode(images))
     assert torch.equal(ids, vqgan.encode(to_float(images)))
     decoded = vqgan.decode(ids)
-    assert decoded.dtype == torch.uint8 and torch.equal(decoded, vqgan.first.decode(ids))
+    assert decoded.dtype == torch.uint8 and torch.equal(decoded, vqgan.first_stage.decode(ids))
     assert torch.equal(vqgan.decode(ids.to(torch.int32)), decoded)
     assert torch.equal(vqgan.reconstruct(images), decoded)
     assert vqgan.encode(images[:1, :, :8].repeat(1, 1, 1, 2)).shape == (1, 2, 8)  # any multiples of the factor
@@ -407,17 +407,17 @@ def test_runs_by_name_and_by_path(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(trained.parent)
     relative = Path(trained.name) / "vqgan_digits"
     for run in (str(trained / "vqgan_digits"), relative, str(relative)):
-        assert load_vqgan(run, device="cpu").first.run == trained / "vqgan_digits"
-    assert load_vqgan("vqgan_digits", logs_root=trained, device="cpu").first.run == trained / "vqgan_digits"
+        assert load_vqgan(run, device="cpu").first_stage.run == trained / "vqgan_digits"
+    assert load_vqgan("vqgan_digits", logs_root=trained, device="cpu").first_stage.run == trained / "vqgan_digits"
     monkeypatch.setenv("HOME", str(trained))
-    assert load_vqgan("~/vqgan_digits", device=torch.device("cpu")).first.run == trained / "vqgan_digits"
+    assert load_vqgan("~/vqgan_digits", device=torch.device("cpu")).first_stage.run == trained / "vqgan_digits"
 
 
 def test_runs_that_were_moved_keep_their_vqgan(trained, tmp_path, codes):
     for name in ("vqgan_digits", "absorbing_digits"):
         shutil.copytree(trained / name, tmp_path / name)
     moved = load(tmp_path / "absorbing_digits", device="cpu", amp=False)
-    assert moved.vqgan.first.run == tmp_path / "vqgan_digits"
+    assert moved.vqgan.first_stage.run == tmp_path / "vqgan_digits"
     assert torch.equal(moved.sample(2), codes.sample(2))
     (tmp_path / "vqgan_digits").rename(tmp_path / "tokenizer")
     renamed = load(tmp_path / "absorbing_digits", device="cpu", amp=False, ae_load_dir="tokenizer")
@@ -429,7 +429,7 @@ def test_averaged_or_plain_weights(trained_ddpm, trained):
     weights = {ema: load(path, ema=ema, device="cpu").model.weights for ema in (None, True, False)}
     assert weights[None] == weights[True] != weights[False]
     path = trained / "vqgan_digits"
-    weights = {ema: load_vqgan(path, ema=ema, device="cpu").first.weights for ema in (None, True, False)}
+    weights = {ema: load_vqgan(path, ema=ema, device="cpu").first_stage.weights for ema in (None, True, False)}
     assert weights[None] == weights[True] != weights[False]
 
 

@@ -1,4 +1,4 @@
-"""Encoding of images with hidden pixels, which must not affect the result."""
+"""Encoding of images with masked pixels, which must not affect the result."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ import torch
 from diffusion.rng import Streams
 from train.data.transforms import to_float
 from train.first_stage import load_first_stage
-from train.spaces import CodeSpace, LatentSpace, PixelSpace, any_in_cells, fill_hidden
+from train.spaces import CodeSpace, LatentSpace, PixelSpace, any_in_cells, fill_masked
 
 
 def test_a_hidden_pixel_gets_the_nearest_visible_one():
     image = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4)
-    hidden = torch.zeros(1, 4, 4, dtype=torch.bool)
-    hidden[0, :, 2:] = True
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[0, :, 2:] = True
     expected = image.clone()
     expected[..., 2:] = image[..., 1:2]
     assert torch.equal(fill_hidden(image, hidden), expected)
@@ -23,17 +23,17 @@ def test_a_hidden_pixel_gets_the_nearest_visible_one():
 
 def test_each_image_of_a_batch_has_its_mask():
     images = torch.stack([torch.full((3, 4, 4), 7, dtype=torch.uint8), torch.full((3, 4, 4), 9, dtype=torch.uint8)])
-    hidden = torch.zeros(2, 4, 4, dtype=torch.bool)
-    hidden[0, 0, 0] = hidden[1, 3, 3] = True
-    assert torch.equal(fill_hidden(images, hidden), images)
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask[0, 0, 0] = mask[1, 3, 3] = True
+    assert torch.equal(fill_masked(images, mask), images)
 
 
 def test_a_cell_is_known_only_if_all_of_it_is_visible():
-    hidden = torch.zeros(1, 4, 6, dtype=torch.bool)
-    hidden[0, 1, 3] = True
-    assert torch.equal(any_in_cells(hidden, 2), torch.tensor([[[False, True, False], [False, False, False]]]))
+    mask = torch.zeros(1, 4, 6, dtype=torch.bool)
+    mask[0, 1, 3] = True
+    assert torch.equal(any_in_cells(mask, 2), torch.tensor([[[False, True, False], [False, False, False]]]))
     with pytest.raises(ValueError, match="4x6 pixels, wanted multiples of 4"):
-        any_in_cells(hidden, 4)
+        any_in_cells(mask, 4)
 
 
 @pytest.fixture(scope="module", params=["pixels", "latents", "codes"])

@@ -40,7 +40,7 @@ for kind in ("int", "float", "bool", "timestamp"):
 
 
 def read_yaml(path: Path, loader: type[yaml.SafeLoader] = UniqueKeyLoader) -> dict[str, Any]:
-    """The mapping in a YAML file; ValueError if the file holds anything else."""
+    """Returns the mapping in a YAML file; ValueError if the file holds anything else."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8-sig"), loader)  # a SafeLoader: runs nothing
     except YAML_ERRORS as error:
@@ -51,21 +51,21 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = UniqueKeyLoader) -> di
 
 
 def read_run_config(path: Path) -> dict[str, dict[str, Any]]:
-    """The groups of a run's config.yaml."""
+    """Returns the groups of a run's config.yaml."""
     content = read_yaml(path)
     check_groups(content, str(path))
     return content
 
 
 def check_groups(content: dict[str, Any], source: str) -> None:
-    """ValueError if a value is not a group of keys."""
+    """Raises ValueError if a value is not a group of keys."""
     for name, group in content.items():
         if not isinstance(group, dict):
             raise ValueError(f"{source}: group {name!r} holds {reprlib.repr(group)}, wanted lines of `key: value`")
 
 
 def as_yaml_strings(value: Any) -> Any:
-    """JSON values with scalars as the strings that YAML would hold."""
+    """Returns JSON values with scalars as the strings that YAML would hold."""
     if isinstance(value, dict):
         return {key: as_yaml_strings(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -85,12 +85,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def get_section(content: dict[str, Any], name: str) -> dict[str, Any]:
-    """A section of a file's content, or {}; `file_values` refuses values that are not sections."""
+    """Returns a section of a file's content, or {}; `file_values` refuses values that are not sections."""
     return content[name] if isinstance(content.get(name), dict) else {}
 
 
 def resolve_data_dir(dataset: str, data_dir: str | None) -> str | None:
-    """--data_dir, or else the path of the data set in datasets.yaml (relative to that file), or None."""
+    """Returns --data_dir, or else the path of the data set in datasets.yaml (relative to that file), or None."""
     if data_dir is not None:
         return data_dir
     paths = read_yaml(ROOT / "datasets.yaml", StringLoader)

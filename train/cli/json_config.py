@@ -57,7 +57,7 @@ class Rule:
     steps: str | None = None
 
     def check(self, key: str, value: Any) -> None:
-        """ValueError if the value is not allowed."""
+        """Raises ValueError if the value is not allowed."""
         allowed = [*(self.words or ()), *(self.values or ())]
         if not (KINDS[self.kind](value) if self.kind else json.dumps(value) in map(json.dumps, allowed)):
             wanted = self.kind or " or ".join(map(json.dumps, allowed)) or "null"
@@ -71,7 +71,7 @@ def of_kind(kind: str, **names: str | None) -> dict[str, Rule]:
 
 
 def only(*values: Any, remedy: str) -> Rule:
-    """A rule that allows these values only, and sets no flag."""
+    """Returns a rule that allows these values only, and sets no flag."""
     return Rule(values=values, remedy=remedy)
 
 
@@ -198,7 +198,7 @@ def translate(content: Any) -> dict[str, Any]:
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The dict of a JSON object; ValueError for a duplicate key."""
+    """Returns the dict of a JSON object; ValueError for a duplicate key."""
     keys = [key for key, _ in pairs]
     duplicate = next((key for key in keys if keys.count(key) > 1), None)
     if duplicate is not None:

@@ -31,7 +31,7 @@ C = TypeVar("C")
 
 
 def read_config_flag(argv: list[str]) -> dict[str, Any]:
-    """The content of the --config file, or {}; checks that the keys that identify the run and its data are strings."""
+    """Returns the content of the --config file, or {}; the keys that identify the run and its data must be strings."""
     file, _ = split_config_flag(argv)
     content = {} if file is None else read_config(Path(file))
     for values in (content, *(section for section in content.values() if isinstance(section, dict))):
@@ -42,19 +42,19 @@ def read_config_flag(argv: list[str]) -> dict[str, Any]:
 
 
 def resolve_sampler(argv: list[str], base: dict[str, Any] | None = None) -> str:
-    """The sampler named by the flags, else by the config file, else by the base values, else the default."""
+    """Returns the sampler named by the flags, else by the config file, else by the base values, else the default."""
     in_file = read_config_flag(argv).get("sampler")
     return first_given(peek_flag(argv, "sampler"), in_file, (base or {}).get("sampler"), SamplerConfig.sampler)
 
 
 def flag_names(group: Any) -> set[str]:
-    """The names of all flags of a config, a config class or a group."""
+    """Returns the names of all flags of a config, a config class or a group."""
     return set(flags_of(group))
 
 
 def file_values(path: Path, content: dict[str, Any], config: Any, names: PluginNames, section: str) -> dict[str, Any]:
-    """The values in a file for one script: data keys, overridden by its section. ValueError for unknown keys."""
-    known = flag_names(config)
+    """Returns the values in a file for one script: data keys, then its section. ValueError for unknown keys."""
+    flags = flag_names(config)
     data_keys = flag_names(DataConfig).union(
         *(flag_names(load_plugin("train.datasets", n, "reader").Config) for n in plugin_names("train.datasets"))
     )
@@ -72,17 +72,17 @@ def file_values(path: Path, content: dict[str, Any], config: Any, names: PluginN
             raise ValueError(f"{path}: section {key!r} holds {got}, wanted lines of `key: value`")
         elif key not in data_keys | {"sampler"}:
             raise ValueError(f"{path}: unknown key {key!r}{did_you_mean(key, data_keys | sections)}")
-        elif key in known:
+        elif key in flags:
             values[key] = value
-    own = drop_foreign(get_section(content, section), config, names, str(path))
-    for key in own:
-        if key not in known:
-            raise ValueError(f"{path}: unknown key {key!r} in section {section!r}{did_you_mean(key, known)}")
-    return values | own
+    section_values = drop_foreign(get_section(content, section), config, names, str(path))
+    for key in section_values:
+        if key not in flags:
+            raise ValueError(f"{path}: unknown key {key!r} in section {section!r}{did_you_mean(key, flags)}")
+    return values | section_values
 
 
 def to_arguments(values: dict[str, Any], config: Any, source: str) -> list[str]:
-    """Values of a file as command-line arguments, to be parsed like flags."""
+    """Returns the values of a file as command-line arguments, to be parsed like flags."""
     flags = flags_of(config)
     try:
         return [word for key, value in values.items() for word in flag_arguments(key, value, flags[key].kind)]
@@ -110,18 +110,18 @@ def drop_foreign(values: dict[str, Any], config: Any, names: PluginNames, source
 
 
 def reject_foreign(argv: list[str], config: Any, names: PluginNames) -> None:
-    """ValueError if a flag of a plug-in that is not in use is given; skipped for --help, which needs no plug-ins."""
-    known = flag_names(config)
+    """Raises ValueError for a flag of a plug-in that is not in use; skipped for --help, which needs no plug-ins."""
+    flags = flag_names(config)
     typed = [word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
     for key in [] if {"--help", "-h"} & {*argv} else typed:
-        flag = key if key in known else key.removeprefix("no_")
-        foreign = None if flag in known else find_foreign_flag(config, flag)
+        flag = key if key in flags else key.removeprefix("no_")
+        foreign = None if flag in flags else find_foreign_flag(config, flag)
         if foreign is not None:
             raise ValueError(f"got --{key} {foreign_flag_message(foreign, names)}")
 
 
 def foreign_flag_message(foreign: ForeignFlag, names: PluginNames) -> str:
-    """The end of an error message about a flag of plug-ins that are not in use."""
+    """Returns the end of an error message about a flag of plug-ins that are not in use."""
     owners, flags = list(foreign.owners), [flag for flag in foreign.group.flags if flag in names]
     given = " ".join(f"--{flag} {' '.join(names[flag])}" for flag in flags if names[flag])
     context = f"with {given}" if given else f"without --{flags[-1]}"
@@ -153,7 +153,7 @@ def parse_arguments(cls: type[C], words: list[str], *, default: C, source: str |
 
 
 def preset_path(cls, sampler: str, dataset: str) -> Path:
-    """The preset in configs/ that is read if no --config is given; it may not exist."""
+    """Returns the preset in configs/ that is read if no --config is given; it may not exist."""
     own = ROOT / "configs" / f"{sampler}_{dataset}.yaml"
     return own if "sampler" in flag_names(cls) and own.exists() else ROOT / "configs" / f"{dataset}.yaml"
 
@@ -200,7 +200,7 @@ def parse(cls: type[C], section: str | None, argv: list[str], base_values: BaseV
 
 
 def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:
-    """The data settings of a second stage's VQGAN run, by flat key; empty if there is no such run.
+    """Returns the data settings of a second stage's VQGAN run, by flat key; empty if there is no such run.
 
     They are base values below the second stage's own --config and flags, so that data settings are not typed twice.
     `section` is the section of the config file that may name the run.
@@ -225,12 +225,12 @@ def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:
 
 
 def to_dict(config) -> dict[str, Any]:
-    """A config as strings, numbers and lists, by group."""
+    """Returns a config as strings, numbers and lists, by group."""
     return {field.name: flatten_group(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def flatten_group(group: Any) -> dict[str, Any]:
-    """A group of a config as strings, numbers and lists; nested groups are flattened."""
+    """Returns a group of a config as strings, numbers and lists; nested groups are flattened."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
@@ -240,7 +240,7 @@ def flatten_group(group: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[C], content: dict[str, dict[str, Any]], source: str) -> C:
-    """The inverse of `to_dict`. An unknown key is an error that names `source`.
+    """Returns the inverse of `to_dict`. An unknown key is an error that names `source`.
 
     A missing key takes its default, which always means the behaviour before the flag existed. A key of a plug-in that
     is not in use, as in old runs, is ignored if it has its default value.

@@ -30,7 +30,7 @@ class PluginGroup:
     attribute: str = "Config"  # of the plug-in file: the class of its flags
 
     def config_of(self, name: str) -> type:
-        """The config class of a plug-in; ValueError for an unknown name."""
+        """Returns the config class of a plug-in; ValueError for an unknown name."""
         return getattr(load_plugin(self.package, name, self.noun), self.attribute)
 
 
@@ -52,7 +52,7 @@ class Flag(NamedTuple):
 
 
 def flags_of(group: Any) -> dict[str, Flag]:
-    """The flags of a config or a config class, by name; a class does not include those of its plug-ins."""
+    """Returns the flags of a config or a config class, by name; a class does not include those of its plug-ins."""
     is_class, flags = isinstance(group, type), {}
     kinds = typing.get_type_hints(group if is_class else type(group))
     for field in dataclasses.fields(group):
@@ -74,7 +74,7 @@ class DefaultConfig(NamedTuple):
 
 
 def make_default_config(cls: type, values: Mapping[str, Any]) -> DefaultConfig:
-    """A config of this class with defaults, and with the groups of the plug-ins that `values` name.
+    """Returns a config of this class with defaults, and with the groups of the plug-ins that `values` name.
 
     `values` are by flat key; flags that name plug-ins and are missing have their defaults. ValueError for an unknown
     plug-in.
@@ -87,7 +87,7 @@ def make_default_config(cls: type, values: Mapping[str, Any]) -> DefaultConfig:
 
 
 def named_plugins(group: Any, values: Mapping[str, Any]) -> PluginNames:
-    """The plug-ins named by each naming flag of a config or a config class.
+    """Returns the plug-ins named by each naming flag of a config or a config class.
 
     Without a `reader`, the data set is read by the file of the same name.
     """
@@ -103,7 +103,7 @@ def named_plugins(group: Any, values: Mapping[str, Any]) -> PluginNames:
 
 
 def build_config(cls: type, names: PluginNames) -> Any:
-    """A config of this class with defaults, with the groups of these plug-ins; `cls` may itself be such a group."""
+    """Returns a default config of this class with the groups of these plug-ins; `cls` may itself be such a group."""
     for base, group in PLUGIN_GROUPS.items():
         if issubclass(cls, base):
             configs = [group.config_of(name) for flag in group.flags for name in names.get(flag, ())]
@@ -127,7 +127,7 @@ def merge_configs(configs: Sequence[type], base: type) -> type:
 
 
 def plugin_options(options: Any, config: type[C]) -> C:
-    """The options of one plug-in, with config class `config`, from merged options."""
+    """Returns the options of one plug-in, with config class `config`, from merged options."""
     return config(**{field.name: getattr(options, field.name) for field in dataclasses.fields(config)})
 
 
@@ -139,7 +139,7 @@ class ForeignFlag(NamedTuple):
 
 
 def find_foreign_flag(config: Any, key: str) -> ForeignFlag | None:
-    """The owners of a flag that is not in the config; None if no plug-in of its groups has it."""
+    """Returns the owners of a flag that is not in the config; None if no plug-in of its groups has it."""
     for group in iter_plugin_groups(config):
         flags = {name: flags_of(group.config_of(name)) for name in plugin_names(group.package)}
         owners = {name: own[key] for name, own in flags.items() if key in own}
@@ -149,7 +149,7 @@ def find_foreign_flag(config: Any, key: str) -> ForeignFlag | None:
 
 
 def iter_plugin_groups(config: Any) -> Iterator[PluginGroup]:
-    """The plug-in groups in a config, which may itself be one."""
+    """Yields the plug-in groups in a config, which may itself be one."""
     yield from (group for base, group in PLUGIN_GROUPS.items() if isinstance(config, base))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -17,7 +17,7 @@ RULES = ConstructorRegistry()
 
 
 def peek_flag(argv: list[str], flag: str) -> str | None:
-    """The last value of one flag, before the whole command line can be parsed."""
+    """Returns the last value of one flag, before the whole command line can be parsed."""
     value = None
     for i, word in enumerate(argv):
         name, _, given = word.partition("=")
@@ -27,7 +27,7 @@ def peek_flag(argv: list[str], flag: str) -> str | None:
 
 
 def peek_flag_values(argv: list[str], flag: str) -> list[str] | None:
-    """The values after a flag that takes several, up to the next flag; None if it is not given."""
+    """Returns the values after a flag that takes several, up to the next flag; None if it is not given."""
     values, follows = None, False
     for word in argv:
         name, _, given = word.partition("=")
@@ -53,7 +53,7 @@ def split_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def first_given(*values: Any) -> Any:
-    """The first value that is not None."""
+    """Returns the first value that is not None."""
     return next((value for value in values if value is not None), None)
 
 
@@ -92,14 +92,14 @@ def number_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 
 def scalar_to_word(value: Any) -> str | None:
-    """A scalar as a string, None for anything else."""
+    """Returns a scalar as a string, None for anything else."""
     if isinstance(value, bool):
         return str(value).lower()
     return str(value) if isinstance(value, str | int | float) else None
 
 
 def flag_arguments(key: str, value: Any, kind: Any) -> list[str]:
-    """The value of a key in a file as command-line arguments; ValueError if it has the wrong type."""
+    """Returns the value of a key in a file as command-line arguments; ValueError if it has the wrong type."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     kinds = {get_origin(option) or option for option in options}
     word = scalar_to_word(value)

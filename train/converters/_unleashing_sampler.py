@@ -1,4 +1,4 @@
-"""Convert the code samplers of unleashing-transformers (Bond-Taylor et al. 2022).
+"""Converts the code samplers of unleashing-transformers (Bond-Taylor et al. 2022).
 
 Their files absorbing_<step>.th and autoregressive_<step>.th (averaged weights have _ema_ in the name) are plain state
 dicts of a pre-norm transformer over codes in raster order. Tensors that only the other kind of sampler uses, and those
@@ -31,7 +31,8 @@ CAUSAL_MASK_REASON = "causal masks, which are computed when needed"
 
 
 def infer_settings(weights: dict[str, Tensor], kind: str) -> dict[str, Any]:
-    """Our flags for these weights, except heads, which cannot be inferred; ValueError if tensors are missing."""
+    """Returns our flags for these weights, except heads, which they do not reveal; ValueError if tensors are
+    missing."""
     prefix = PREFIXES[kind]
     codes, width = dim_size(weights, f"{prefix}head.weight", 0), dim_size(weights, f"{prefix}head.weight", 1)
     embedded = dim_size(weights, f"{prefix}tok_emb.weight", 0)
@@ -57,7 +58,7 @@ def infer_settings(weights: dict[str, Tensor], kind: str) -> dict[str, Any]:
 
 
 def check_fits(weights: dict[str, Tensor], kind: str, codes: int, grid: tuple[int, int]) -> None:
-    """ValueError if the weights were trained on another codebook size or number of tokens than a VQGAN's."""
+    """Raises ValueError if the weights were trained on another codebook size or number of tokens than a VQGAN's."""
     prefix = PREFIXES[kind]
     codebook_size, tokens = dim_size(weights, f"{prefix}head.weight", 0), dim_size(weights, f"{prefix}pos_emb", 1)
     if (codebook_size, tokens) != (codes, grid[0] * grid[1]):
@@ -70,7 +71,7 @@ def check_fits(weights: dict[str, Tensor], kind: str, codes: int, grid: tuple[in
 def convert_weights(
     weights: dict[str, Tensor], kind: str, grid: tuple[int, int]
 ) -> tuple[dict[str, ConvertedTensor], dict[str, str]]:
-    """Convert to the tensors of our transformer by name, float32, and the reasons for tensors left out, by name."""
+    """Converts to the tensors of our transformer by name, float32, and the reasons for tensors left out, by name."""
     prefix = PREFIXES[kind]
     width = dim_size(weights, f"{prefix}head.weight", 1)
     converted: dict[str, ConvertedTensor] = {}
@@ -107,27 +108,27 @@ def convert_weights(
 
 
 def add_tensor(converted: dict[str, ConvertedTensor], name: str, value: Tensor, source: str) -> None:
-    """Add a tensor in float32; ValueError if its name is taken."""
+    """Adds a tensor in float32; ValueError if its name is taken."""
     if name in converted:
         raise ValueError(f"got {converted[name].source} and {source}, which are the same tensor here: leave one out")
     converted[name] = ConvertedTensor(value.float(), source)
 
 
 def rename(name: str) -> str:
-    """Our name of a tensor."""
+    """Returns our name of a tensor."""
     for theirs, ours in NAME_PATTERNS:
         name = re.sub(theirs, ours, name)
     return name
 
 
 def require_causal(name: str, mask: Tensor) -> None:
-    """ValueError unless a mask (1, 1, N, N) lets each code attend to itself and earlier codes only."""
+    """Raises ValueError unless a mask (1, 1, N, N) lets each code attend to itself and earlier codes only."""
     if mask.ndim < 2 or not torch.equal(mask, torch.ones_like(mask).tril()):
         raise ValueError(f"{name} {tuple(mask.shape)} is not a causal mask: wanted 1 up to the diagonal, 0 above it")
 
 
 def require_shape(weights: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return a tensor; ValueError if it is missing or has another shape."""
+    """Returns a tensor; ValueError if it is missing or has another shape."""
     if name not in weights or tuple(weights[name].shape) != shape:
         got = f"of shape {tuple(weights[name].shape)}" if name in weights else "missing"
         raise ValueError(f"{name} is {got}, wanted {shape}: is the file complete?")
@@ -135,7 +136,7 @@ def require_shape(weights: dict[str, Tensor], name: str, shape: tuple[int, ...])
 
 
 def dim_size(weights: dict[str, Tensor], name: str, axis: int) -> int:
-    """Size of a tensor along an axis; ValueError if the tensor or the axis does not exist, or it is empty."""
+    """Returns the size of a tensor along an axis; ValueError if the tensor or the axis is missing or empty."""
     if name not in weights or weights[name].ndim <= axis or not weights[name].numel():
         got = f"of shape {tuple(weights[name].shape)}" if name in weights else "missing"
         raise ValueError(f"{name} is {got}: not the weights of a sampler of unleashing-transformers")

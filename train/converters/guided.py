@@ -1,4 +1,4 @@
-"""Convert the UNet of improved-diffusion (Nichol & Dhariwal 2021) and guided-diffusion (Dhariwal & Nichol 2021).
+"""Converts the UNet of improved-diffusion (Nichol & Dhariwal 2021) and guided-diffusion (Dhariwal & Nichol 2021).
 
 A JSON file contains the flags of their scripts, or the arguments of their UNetModel, whose attention_resolutions are
 downsampling factors instead of image sizes. Settings that follow from the names and shapes of the weights are inferred;
@@ -74,12 +74,12 @@ OTHER_FLAGS = {  # reference flags with rules of their own
 
 
 def model_kind(weights: dict[str, Tensor]) -> str:
-    """The name of the sampler: this layout is only of UNets for ddpm."""
+    """Returns the name of the sampler: this layout is only of UNets for ddpm."""
     return "ddpm"
 
 
 def pixel_sampler_settings(weights: dict[str, Tensor], reference_flags: dict[str, Any]) -> dict[str, Any]:
-    """Our flags, and n_classes, for these weights and their reference flags; ValueError if the two disagree.
+    """Returns our flags, and n_classes, for these weights and their reference flags; ValueError if the two disagree.
 
     heads and head_width are missing unless the reference flags give them: they cannot be inferred from weights.
     """
@@ -104,7 +104,7 @@ def pixel_sampler_settings(weights: dict[str, Tensor], reference_flags: dict[str
 
 
 def infer_from_weights(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Settings that follow from the names and shapes of the weights."""
+    """Returns the settings that follow from the names and shapes of the weights."""
     channels = dim_size(weights, "time_embed.0.weight", 1)
     in_channels = dim_size(weights, "input_blocks.0.0.weight", 1)
     out_channels = dim_size(weights, "out.2.weight", 0)
@@ -136,7 +136,7 @@ def infer_from_weights(weights: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def level_layout(weights: dict[str, Tensor]) -> tuple[int, int, bool]:
-    """Blocks per level on the way up, number of levels, and whether ResBlocks do the resampling."""
+    """Returns blocks per level on the way up, number of levels, and whether ResBlocks do the resampling."""
     matches = [re.match(r"output_blocks\.(\d+)\.(\d+)\.(\w+)\.", name) for name in weights]
     layers = {(int(m[1]), int(m[2]), m[3]) for m in matches if m is not None}
     steps = 1 + max((i for i, _, _ in layers), default=-1)
@@ -152,7 +152,7 @@ def level_layout(weights: dict[str, Tensor]) -> tuple[int, int, bool]:
 
 
 def dim_size(weights: dict[str, Tensor], name: str, axis: int) -> int:
-    """Size of a tensor along an axis; ValueError if the tensor or the axis does not exist."""
+    """Returns the size of a tensor along an axis; ValueError if the tensor or the axis does not exist."""
     if name not in weights or weights[name].ndim <= axis:
         got = f"of shape {tuple(weights[name].shape)}" if name in weights else "missing"
         first_names = ", ".join(list(weights)[:3])
@@ -161,7 +161,7 @@ def dim_size(weights: dict[str, Tensor], name: str, axis: int) -> int:
 
 
 def translate_flags(reference_flags: dict[str, Any]) -> dict[str, Any]:
-    """Translate reference flags to ours; ValueError for unknown and unsupported ones, with the reason."""
+    """Translates reference flags to ours; ValueError for unknown and unsupported ones, with the reason."""
     wanted = {key: kind for key, (_, kind) in RENAMED_FLAGS.items()} | OTHER_FLAGS
     for key, value in reference_flags.items():
         if key not in wanted:
@@ -187,7 +187,7 @@ def translate_flags(reference_flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_supported(reference_flags: dict[str, Any]) -> None:
-    """ValueError, with the reason, for reference flags without a counterpart here."""
+    """Raises ValueError, with the reason, for reference flags without a counterpart here."""
     steps = reference_flags.get("diffusion_steps", 1000)
     if reference_flags.get("noise_schedule", "linear") not in ("linear", "cosine"):
         raise ValueError(f"got noise_schedule {reference_flags['noise_schedule']!r}, wanted linear or cosine")
@@ -211,14 +211,14 @@ def check_supported(reference_flags: dict[str, Any]) -> None:
 
 
 def head_settings(reference_flags: dict[str, Any]) -> dict[str, Any]:
-    """Channels per head, which has precedence there too, or the number of heads."""
+    """Returns the channels per head, which has precedence there too, or the number of heads."""
     if reference_flags.get("num_head_channels", -1) != -1:
         return {"head_width": reference_flags["num_head_channels"]}
     return {"heads": reference_flags["num_heads"], "head_width": None} if "num_heads" in reference_flags else {}
 
 
 def attention_factors(reference_flags: dict[str, Any]) -> tuple[int, ...]:
-    """Downsampling factors of the levels with attention; the reference's script flags give image sizes instead."""
+    """Returns the downsampling factors of the levels with attention, which script flags give as image sizes."""
     sizes = parse_numbers("attention_resolutions", reference_flags["attention_resolutions"])
     if "model_channels" in reference_flags:
         return tuple(sorted(sizes))
@@ -229,7 +229,7 @@ def attention_factors(reference_flags: dict[str, Any]) -> tuple[int, ...]:
 
 
 def parse_numbers(key: str, value: str | list) -> list[int | float]:
-    """Parse a list, or a flag such as "1,2,4"; integers are returned as int."""
+    """Parses a list, or a flag such as "1,2,4"; integers are returned as int."""
     try:
         values = [float(word) for word in (value.split(",") if isinstance(value, str) else value)]
     except (TypeError, ValueError) as error:
@@ -238,7 +238,7 @@ def parse_numbers(key: str, value: str | list) -> list[int | float]:
 
 
 def parse_respacing(words: str) -> dict[str, Any]:
-    """Sampling flags for a timestep_respacing such as "", "250" or "ddim50"."""
+    """Returns sampling flags for a timestep_respacing such as "", "250" or "ddim50"."""
     if not words:
         return {}
     match = re.fullmatch(r"(ddim)?(\d+)", words)
@@ -251,7 +251,7 @@ def parse_respacing(words: str) -> dict[str, Any]:
 def convert_pixel_sampler(
     weights: dict[str, Tensor], config: UNetConfig, new_attention_order: bool
 ) -> dict[str, ConvertedTensor]:
-    """Convert to the tensors of our UNet by name, float32."""
+    """Converts to the tensors of our UNet by name, float32."""
     converted = {}
     for source, value in weights.items():
         name = rename(source)
@@ -271,13 +271,13 @@ def convert_pixel_sampler(
 
 
 def rename(name: str) -> str:
-    """Our name of a tensor."""
+    """Returns our name of a tensor."""
     for theirs, ours in NAME_PATTERNS:
         name = re.sub(theirs, ours, name)
     return name
 
 
 def reorder_qkv(qkv: Tensor, config: UNetConfig) -> Tensor:
-    """Reorder rows from (heads, q/k/v, ...), the older order of attention, to (q/k/v, heads, ...)."""
+    """Reorders rows from (heads, q/k/v, ...), the older order of attention, to (q/k/v, heads, ...)."""
     count = config.num_heads(len(qkv) // 3)
     return qkv.unflatten(0, (count, 3, -1)).transpose(0, 1).flatten(0, 2)

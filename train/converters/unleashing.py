@@ -1,4 +1,4 @@
-"""Convert the VQGAN and the samplers of unleashing-transformers (Bond-Taylor et al. 2022).
+"""Converts the VQGAN and the samplers of unleashing-transformers (Bond-Taylor et al. 2022).
 
 Their files vqgan_<step>.th and vqgan_ema_<step>.th are plain state dicts. Their networks, including the discriminator,
 take images in [0, 1]; because of zero padding that differs from [-1, 1] at the borders, so `unit_range` keeps it. The
@@ -42,7 +42,7 @@ class BlockStack(NamedTuple):
 
 
 def model_kind(weights: dict[str, Tensor]) -> str:
-    """FIRST_STAGE or the name of a sampler; ValueError unless the weights are of exactly one model of that code."""
+    """Returns FIRST_STAGE or the name of a sampler; ValueError unless the weights are those of exactly one model."""
     prefixes = {FIRST_STAGE: "ae."} | samplers.PREFIXES
     kinds = [kind for kind, prefix in prefixes.items() if any(name.startswith(prefix) for name in weights)]
     if len(kinds) != 1:
@@ -56,24 +56,24 @@ def model_kind(weights: dict[str, Tensor]) -> str:
 
 
 def code_sampler_settings(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Our flags for a sampler of codes, except its heads."""
+    """Returns our flags for a sampler of codes, except its heads."""
     return samplers.infer_settings(weights, model_kind(weights))
 
 
 def check_vqgan_fits(weights: dict[str, Tensor], codes: int, grid: tuple[int, int]) -> None:
-    """ValueError if the weights were trained on another codebook size or number of tokens than a VQGAN's."""
+    """Raises ValueError if the weights were trained on another codebook size or number of tokens than a VQGAN's."""
     samplers.check_fits(weights, model_kind(weights), codes, grid)
 
 
 def convert_code_sampler(
     weights: dict[str, Tensor], grid: tuple[int, int]
 ) -> tuple[dict[str, ConvertedTensor], dict[str, str]]:
-    """Convert to the tensors of our transformer by name, and the reasons for tensors left out, by name."""
+    """Converts to the tensors of our transformer by name, and the reasons for tensors left out, by name."""
     return samplers.convert_weights(weights, model_kind(weights), grid)
 
 
 def vqgan_settings(weights: dict[str, Tensor], img_size: int) -> dict[str, Any]:
-    """Our flags for these weights; the image size of training cannot be inferred."""
+    """Returns our flags for these weights; the image size of training cannot be inferred."""
     encoder, generator = read_blocks(weights, "ae.encoder.blocks"), read_blocks(weights, "ae.generator.blocks")
     levels = encoder.levels
     blocks, attended = {level.count("res") for level in levels}, ["attention" in level for level in levels]
@@ -110,7 +110,7 @@ def vqgan_settings(weights: dict[str, Tensor], img_size: int) -> dict[str, Any]:
 
 
 def read_blocks(weights: dict[str, Tensor], path: str) -> BlockStack:
-    """Identify the blocks of the encoder or generator by their tensors; ValueError for missing or unknown blocks."""
+    """Identifies the blocks of the encoder or generator by their tensors; ValueError for missing or unknown blocks."""
     blocks: dict[int, set[str]] = {}
     for name in weights:
         match = re.match(rf"{re.escape(path)}\.(\d+)\.(.+)$", name)
@@ -139,7 +139,7 @@ def read_blocks(weights: dict[str, Tensor], path: str) -> BlockStack:
 
 
 def dim_size(weights: dict[str, Tensor], name: str, axis: int) -> int:
-    """Size of a tensor along an axis; ValueError if the tensor or the axis does not exist."""
+    """Returns the size of a tensor along an axis; ValueError if the tensor or the axis does not exist."""
     if name not in weights or weights[name].ndim <= axis:
         got = f"of shape {tuple(weights[name].shape)}" if name in weights else "missing"
         raise ValueError(f"{name} is {got}: not the weights of a VQGAN of unleashing-transformers")
@@ -147,7 +147,7 @@ def dim_size(weights: dict[str, Tensor], name: str, axis: int) -> int:
 
 
 def convert_vqgan(weights: dict[str, Tensor]) -> tuple[dict[str, ConvertedTensor], dict[str, str]]:
-    """Convert to the tensors of our autoencoder and discriminator by name, and the reasons for tensors left out."""
+    """Converts to the tensors of our autoencoder and discriminator by name, and the reasons for tensors left out."""
     converted: dict[str, ConvertedTensor] = {}
     omitted: dict[str, str] = {}
     for source, value in weights.items():
@@ -169,7 +169,7 @@ def convert_vqgan(weights: dict[str, Tensor]) -> tuple[dict[str, ConvertedTensor
 
 
 def omission_reason(name: str, weights: dict[str, Tensor]) -> str | None:
-    """Why a tensor is left out; None if it is converted."""
+    """Returns why a tensor is left out; None if it is converted."""
     block = re.match(r"(ae\.\w+\.blocks\.\d+)\.conv_out\.", name)
     if block and f"{block[1]}.conv1.weight" in weights:
         wide_out, wide_in = weights[f"{block[1]}.conv1.weight"].shape[:2]
@@ -179,7 +179,7 @@ def omission_reason(name: str, weights: dict[str, Tensor]) -> str | None:
 
 
 def rename(name: str) -> str:
-    """Our name of a tensor."""
+    """Returns our name of a tensor."""
     for theirs, ours in (
         (r"^ae\.encoder\.blocks\.", "autoencoder.encoder."),
         (r"^ae\.generator\.blocks\.", "autoencoder.decoder."),

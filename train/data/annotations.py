@@ -25,7 +25,7 @@ OFFSET_DTYPE = "<i8"
 
 
 def pack(fields: dict[str, Any]) -> bytes:
-    """Serialise fields of an item as a record, b"" without fields. ValueError for types that `collate` rejects."""
+    """Serialises fields of an item as a record, b"" without fields. ValueError for types that `collate` rejects."""
     if not fields:
         return b""
     plain, types, tensors = {}, {}, {}
@@ -47,7 +47,7 @@ def pack(fields: dict[str, Any]) -> bytes:
 
 
 def unpack(record: bytes) -> dict[str, Any]:
-    """Restore the fields of a record, with their types and in their order; tensors are copies."""
+    """Restores the fields of a record, with their types and in their order; tensors are copies."""
     if not record:
         return {}
     (length,) = struct.unpack_from("<Q", record)
@@ -82,7 +82,7 @@ def type_spec(name: str, value: Tensor) -> dict[str, Any]:
 
 
 def restore_type(tensor: Tensor, kind: str, **metadata: Any) -> Tensor:
-    """Cast a plain tensor to the class described by `type_spec`."""
+    """Casts a plain tensor to the class described by `type_spec`."""
     if kind == "Tensor":
         return tensor
     if kind == "Ragged":
@@ -96,7 +96,7 @@ def restore_type(tensor: Tensor, kind: str, **metadata: Any) -> Tensor:
 
 
 class RecordWriter:
-    """Append records to an open file; `finish` appends their offsets and flushes the file to disk."""
+    """Appends records to an open file; `finish` appends their offsets and flushes the file to disk."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.offsets, self.crc32 = file, [0], 0
@@ -116,7 +116,7 @@ class RecordWriter:
 
 
 def write_records(path: Path, records: Iterable[bytes]) -> int:
-    """Write a file of records to disk. Returns its CRC32."""
+    """Writes a file of records to disk. Returns its CRC32."""
     with path.open("wb") as file:
         writer = RecordWriter(file)
         for record in records:

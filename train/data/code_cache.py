@@ -43,7 +43,7 @@ Note = dict[str, Any]
 
 
 def code_cache_key(**inputs: object) -> str:
-    """Hexadecimal key of everything the codes depend on: weights, data, size, views. Any change gives another key."""
+    """Returns the hexadecimal key of everything that the codes depend on: weights, data, size, views."""
     return hashlib.sha256(json.dumps({"version": VERSION} | inputs, sort_keys=True).encode()).hexdigest()
 
 
@@ -100,7 +100,7 @@ class MappedAnnotations:
 
 
 def to_numpy_index(index: Any) -> Any:
-    """Convert tensors to arrays; leave integers and slices."""
+    """Converts tensors to arrays; leaves integers and slices."""
     return index.numpy() if isinstance(index, Tensor) else index
 
 
@@ -126,7 +126,7 @@ class CodeFile:
     views: tuple[View, ...] = ()  # V views, which transform annotations; without views no annotations are stored
 
     def sibling(self, suffix: str) -> Path:
-        """The path of this cache with another suffix."""
+        """Returns the path of this cache with another suffix."""
         return self.folder / f"{self.name}_{hashlib.sha256(self.key.encode()).hexdigest()[:KEY_LENGTH]}.{suffix}"
 
     @property
@@ -146,22 +146,23 @@ class CodeFile:
         return -(-self.count // self.chunk)
 
     def image_range(self, chunk: int) -> range:
-        """Indices of the images of a chunk."""
+        """Returns the indices of the images of a chunk."""
         return range(chunk * self.chunk, min((chunk + 1) * self.chunk, self.count))
 
     def read_notes(self) -> dict[int, Note]:
-        """Notes of the finished chunks by chunk; ValueError if they belong to other codes."""
+        """Returns the notes of the finished chunks by chunk; ValueError if they belong to other codes."""
         return self.read_chunk_notes(self.sibling("note"))
 
     def read_all_notes(self) -> dict[int, Note]:
-        """As `read_notes`, with the notes of single chunks that an interrupted job left behind."""
+        """Returns the notes of `read_notes`, with those of single chunks that an interrupted job left behind."""
         notes = self.read_notes()
         for path in sorted(self.sibling("chunks").glob("[0-9]*.note")):
             notes |= self.read_chunk_notes(path)
         return notes
 
     def read_chunk_notes(self, path: Path) -> dict[int, Note]:
-        """Notes in one file by chunk, {} if it is missing or damaged; ValueError if they belong to other codes."""
+        """Returns the notes in a file by chunk, {} if it is missing or damaged; ValueError if they are of other
+        codes."""
         note = read_note(path)
         if note is None:
             return {}
@@ -173,7 +174,7 @@ class CodeFile:
         return {int(chunk): chunk_note for chunk, chunk_note in note["chunks"].items()}
 
     def outdated(self) -> list[Path]:
-        """Codes of the same name written by an earlier version, with their annotations."""
+        """Returns the codes of the same name written by an earlier version, with their annotations."""
         paths = [
             path
             for path in self.folder.glob(f"{self.name}_*.note")
@@ -185,11 +186,11 @@ class CodeFile:
         return [path for path in files if path.exists()]
 
     def save_notes(self, path: Path, chunks: dict[int, Note]) -> None:
-        """Write notes of chunks to a file, with the version and the key."""
+        """Writes notes of chunks to a file, with the version and the key."""
         write_note(path, {"version": VERSION, "key": self.key, "chunks": chunks})
 
     def is_intact(self, chunk: int, note: Note) -> bool:
-        """Whether a chunk on disk matches its checksums, and the file ends after the last chunk."""
+        """Returns whether a chunk on disk matches its checksums, and the file ends after the last chunk."""
         images, records = self.image_range(chunk), note["records"]
         size, is_last = len(images) * self.image_bytes, images.stop == self.count
         try:
@@ -203,11 +204,11 @@ class CodeFile:
         return len(codes) == size and zlib.crc32(codes) == note["crc32"]
 
     def record_path(self, chunk: int) -> Path:
-        """The file of the annotations of a chunk."""
+        """Returns the file of the annotations of a chunk."""
         return self.sibling("annotations") / f"{chunk:08d}.records"
 
     def prepare(self, notes: dict[int, Note]) -> None:
-        """Allocate the file and merge existing notes. Stale notes do no harm: checksums reveal them."""
+        """Allocates the file and merges existing notes. Stale notes do no harm: checksums reveal them."""
         with self.path.open("ab") as file:
             file.truncate(self.count * self.image_bytes)
             os.fsync(file.fileno())
@@ -217,14 +218,14 @@ class CodeFile:
         self.sibling("chunks").mkdir()
 
     def merge_notes(self, notes: dict[int, Note]) -> None:
-        """Replace the notes of single chunks by one note of all chunks."""
+        """Replaces the notes of single chunks by one note of all chunks."""
         self.save_notes(self.sibling("note"), notes)
         fsync(self.folder)
         if self.sibling("chunks").exists():
             shutil.rmtree(self.sibling("chunks"))
 
     def write_chunk(self, chunk: int, encoded: EncodedChunk) -> None:
-        """Write a chunk to disk, then its note. Written, not memory-mapped: a full disk raises an error, not SIGBUS."""
+        """Writes a chunk to disk, then its note; not via a memory map, where a full disk raises SIGBUS."""
         codes, records = encoded.ids.tobytes(), None
         if any(encoded.records):
             self.sibling("annotations").mkdir(exist_ok=True)
@@ -238,12 +239,12 @@ class CodeFile:
         self.save_notes(self.sibling("chunks") / f"{chunk:08d}.note", {chunk: note})
 
     def delete(self) -> None:
-        """Delete the codes and their note."""
+        """Deletes the codes and their note."""
         self.sibling("note").unlink()
         self.path.unlink()
 
     def open_table(self, notes: dict[int, Note]) -> CodeTable:
-        """Memory-map the codes and annotations of the readable images."""
+        """Memory-maps the codes and annotations of the readable images."""
         index = torch.tensor(sorted(set(range(self.count)) - unreadable_images(notes).keys()))
         ids = MappedCodes(self.path, (self.count, *self.shape), self.dtype, index)
         chunks = [chunk for chunk, note in notes.items() if note["records"] is not None]
@@ -252,18 +253,18 @@ class CodeFile:
 
 
 def unreadable_images(notes: dict[int, Note]) -> dict[int, str]:
-    """Error messages of the unreadable images, by image in ascending order."""
+    """Returns the error messages of the unreadable images, by image in ascending order."""
     return {int(image): reason for chunk in sorted(notes) for image, reason in notes[chunk]["unreadable"].items()}
 
 
 def write_note(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file with its SHA-256 in the first line."""
+    """Writes a JSON file with its SHA-256 in the first line."""
     text = json.dumps(content) + "\n"
     write_text(path, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
-    """Read what `write_note` wrote; None if the file is missing or, with a warning, damaged."""
+    """Reads what `write_note` wrote; None if the file is missing or, with a warning, damaged."""
     try:
         digest, _, text = path.read_bytes().partition(b"\n")
     except FileNotFoundError:
@@ -280,7 +281,7 @@ Encode = Callable[[Tensor], Tensor]  # uint8, or floats in [-1, 1], (B, C, H, W)
 def load_or_encode(
     file: CodeFile, images: Callable[[], ImageSource], encode: Encode, batch_size: int, world: DistContext
 ) -> CodeTable:
-    """Load the codes of a data set, encoding the chunks that are missing or damaged first. All ranks take part.
+    """Loads the codes of a data set, encoding the chunks that are missing or damaged first. All ranks must call it.
 
     Other jobs that need the same codes wait, then use those of this job. Unreadable images are left out, and listed in
     one warning after the last chunk. ValueError if the file belongs to other weights, no image can be read, or the disk
@@ -299,7 +300,7 @@ def load_or_encode(
 
 
 def missing_chunks(file: CodeFile, notes: dict[int, Note], world: DistContext) -> list[int]:
-    """Chunks without a note, or that do not match it. Each rank checks its share; all return the same list."""
+    """Returns the chunks that have no note or do not match it. Each rank checks its share; all return the same list."""
     own = set(world.local_items(list(range(file.n_chunks))))
     missing = [
         chunk not in notes or (chunk in own and not file.is_intact(chunk, notes[chunk]))
@@ -310,7 +311,7 @@ def missing_chunks(file: CodeFile, notes: dict[int, Note], world: DistContext) -
 
 @contextmanager
 def exclusive_lock(file: CodeFile, world: DistContext) -> Iterator[None]:
-    """Keep other jobs from writing the same file.
+    """Keeps other jobs from writing the same file.
 
     The ranks of this job poll the lock together, so that no collective operation waits longer than its timeout.
     """
@@ -326,7 +327,7 @@ def exclusive_lock(file: CodeFile, world: DistContext) -> Iterator[None]:
 
 
 def try_acquire(lock: FileLock) -> bool:
-    """Try for one second to acquire the lock. Returns whether it was acquired."""
+    """Tries for one second to acquire the lock. Returns whether it was acquired."""
     try:
         lock.acquire(timeout=1)
     except Timeout:
@@ -336,7 +337,7 @@ def try_acquire(lock: FileLock) -> bool:
 
 @contextmanager
 def raise_together(file: CodeFile, world: DistContext) -> Iterator[None]:
-    """Turn an OSError on one rank into a ValueError on all ranks."""
+    """Turns an OSError on one rank into a ValueError on all ranks."""
     failure = None
     try:
         yield
@@ -352,7 +353,7 @@ def raise_together(file: CodeFile, world: DistContext) -> Iterator[None]:
 def encode_missing(
     file: CodeFile, images: Callable[[], ImageSource], encode: Encode, batch_size: int, world: DistContext
 ) -> dict[int, Note]:
-    """Encode the chunks that are missing in a file. Returns the notes of all chunks."""
+    """Encodes the chunks that are missing in a file. Returns the notes of all chunks."""
     notes = file.read_all_notes()
     todo = missing_chunks(file, notes, world)
     damaged = [chunk for chunk in todo if chunk in notes]
@@ -383,7 +384,7 @@ def encode_missing(
 
 
 def check_disk_space(file: CodeFile, todo: list[int], world: DistContext) -> None:
-    """ValueError on every rank if the disk has too little space for the chunks."""
+    """Raises ValueError on every rank if the disk has too little space for the chunks."""
     size = sum(len(file.image_range(chunk)) for chunk in todo) * file.image_bytes
     free = shutil.disk_usage(file.folder).free
     if any(world.any(size > free)):
@@ -396,7 +397,7 @@ def check_disk_space(file: CodeFile, todo: list[int], world: DistContext) -> Non
 def encode_chunks(
     file: CodeFile, todo: list[int], source: ImageSource, encode: Encode, batch_size: int, world: DistContext
 ) -> None:
-    """Encode chunks, one per rank at a time, so that a failure on one rank stops all."""
+    """Encodes chunks, one per rank at a time, so that a failure on one rank stops all."""
     own = {
         chunk: [
             list(file.image_range(chunk)[i : i + batch_size])
@@ -431,7 +432,7 @@ def encode_chunk(
     encode: Encode,
     bar: tqdm,
 ) -> EncodedChunk:
-    """Encode one chunk, whose images come in batches of the indices `index_lists`."""
+    """Encodes one chunk, whose images come in batches of the indices `index_lists`."""
     images = file.image_range(chunk)
     encoded = EncodedChunk(np.zeros((len(images), *file.shape), file.dtype), {}, [b""] * len(images))
     for indices, batch in zip(index_lists, islice(batches, len(index_lists)), strict=True):  # the rest: later chunks

@@ -1,4 +1,4 @@
-"""Collate items into a batch: a field's type decides how it is batched."""
+"""Collates items into a batch: a field's type decides how it is batched."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from train.loop import Batch, Field
 
 
 def collate(items: Sequence[dict[str, Any]]) -> Batch:
-    """Collate items with the same fields into a batch (B, ...).
+    """Collates items with the same fields into a batch (B, ...).
 
     - Images: uint8 is converted to float32 in [-1, 1]; float images are in [-1, 1] already. An image is a
       `tv_tensors.Image`, or a plain tensor in the field "image" or in one whose name ends in "_image".
@@ -45,7 +45,7 @@ def collate(items: Sequence[dict[str, Any]]) -> Batch:
 
 
 def collate_field(name: str, values: list[Any]) -> Batch:
-    """Batch one field; a ragged field comes with its mask."""
+    """Batches one field; a ragged field comes with its mask."""
     kinds = sorted({describe_type(name, value) for value in values})
     if len(kinds) > 1 and kinds != ["float", "int"]:
         raise ValueError(
@@ -65,7 +65,7 @@ def collate_field(name: str, values: list[Any]) -> Batch:
 
 
 def describe_type(name: str, value: Any) -> str:
-    """Describe the type of a value; values of a field can be batched if their descriptions are equal."""
+    """Describes the type of a value; values of a field can be batched if their descriptions are equal."""
     if isinstance(value, Tensor):
         kind = "an image" if is_image(name, value) else "ragged" if is_ragged(value) else "a tensor"
         return f"{kind} of {value.dtype}{box_format(value)}"
@@ -80,7 +80,7 @@ def describe_type(name: str, value: Any) -> str:
 
 
 def box_format(value: Tensor) -> str:
-    """Format of bounding boxes, such as " in XYXY"; empty for other tensors."""
+    """Returns the format of bounding boxes, such as " in XYXY"; empty for other tensors."""
     if type(value) is Tensor or isinstance(value, Ragged):
         return ""
     from torchvision import tv_tensors
@@ -89,7 +89,7 @@ def box_format(value: Tensor) -> str:
 
 
 def is_image(name: str, value: Tensor) -> bool:
-    """Whether a tensor is an image, by its type or, for a plain tensor, by the name of its field."""
+    """Returns whether a tensor is an image, by its type or, for a plain tensor, by the name of its field."""
     if type(value) is Tensor:
         return name == "image" or name.endswith("_image")
     from torchvision import tv_tensors
@@ -98,7 +98,7 @@ def is_image(name: str, value: Tensor) -> bool:
 
 
 def is_ragged(value: Tensor) -> bool:
-    """Whether the first axis may differ in length between items."""
+    """Returns whether the first axis may differ in length between items."""
     if type(value) is Tensor or isinstance(value, Ragged):
         return isinstance(value, Ragged)
     from torchvision import tv_tensors
@@ -108,14 +108,14 @@ def is_ragged(value: Tensor) -> bool:
 
 
 def check_same_shape(name: str, tensors: list[Tensor], hint: str) -> None:
-    """ValueError, ending in `hint`, unless all tensors of a field have the same shape."""
+    """Raises ValueError, ending in `hint`, unless all tensors of a field have the same shape."""
     shapes = sorted({tuple(tensor.shape) for tensor in tensors})
     if len(shapes) > 1:
         raise ValueError(f"field {name!r} of the items of a batch has shapes {shapes}, wanted one {hint}")
 
 
 def pad_ragged(name: str, tensors: list[Tensor]) -> Batch:
-    """Pad tensors (n_i, ...) to a batch (B, n, ...) with its mask (B, n)."""
+    """Pads tensors (n_i, ...) to a batch (B, n, ...) with its mask (B, n)."""
     lengths = torch.tensor([len(tensor) for tensor in tensors])
     longest = int(lengths.max())
     padded = torch.stack([pad(tensor, longest) for tensor in tensors])
@@ -123,14 +123,14 @@ def pad_ragged(name: str, tensors: list[Tensor]) -> Batch:
 
 
 def pad(tensor: Tensor, length: int, axis: int = 0) -> Tensor:
-    """Pad one axis of a tensor with zeros at its end, to `length`."""
+    """Pads one axis of a tensor with zeros at its end, to `length`."""
     missing = list(tensor.shape)
     missing[axis] = length - tensor.shape[axis]
     return torch.cat([tensor, tensor.new_zeros(missing)], axis)
 
 
 def field_to_tensor(field: Field) -> Tensor:
-    """A field of a batch as a tensor: strings become JSON in UTF-8, (B, length) uint8, padded with zeros."""
+    """Returns a field of a batch as a tensor: strings become JSON in UTF-8, (B, length) uint8, padded with zeros."""
     if isinstance(field, Tensor):
         return field
     texts = [torch.tensor(list(json.dumps(each, ensure_ascii=False).encode()), dtype=torch.uint8) for each in field]

@@ -91,7 +91,8 @@ class CachedImages:
 
 
 def image_cache_key(dataset: Dataset, shape: Shape, data_range: ValueRange | None = None) -> str:
-    """Hexadecimal key of everything the pixels depend on: data, size, value range, version of this code and of PIL."""
+    """Returns the hexadecimal key of everything that the pixels depend on: data, size, range, versions of this code and
+    PIL."""
     inputs = [dataset.fingerprint(), len(dataset), *shape, VERSION, PIL.__version__]
     inputs += [] if data_range is None else [*data_range]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:KEY_LENGTH]
@@ -105,7 +106,7 @@ def load_or_decode(
     folder: Path | None = None,
     data_range: ValueRange | None = None,
 ) -> CachedImages:
-    """Load the decoded items of a data set from `folder` (default logs/.cache/images), decoding them first if needed.
+    """Loads the decoded items of a data set from `folder` (default logs/.cache/images), decoding them first if needed.
 
     `shape` (C, H, W) and `data_range` are passed to `to_item`. One process decodes while others that need the same
     cache wait. ValueError if the items differ in their fields, have fields that cannot be batched, or the disk is full.
@@ -122,14 +123,14 @@ def load_or_decode(
 
 
 def outdated_caches(folder: Path, name: str) -> list[Path]:
-    """Pixel files of a data set written by an earlier version."""
+    """Returns the pixel files of a data set written by an earlier version."""
     paths = [path for path in sorted(folder.glob(f"{name}_*.pixels")) if len(path.stem) == len(name) + 1 + KEY_LENGTH]
     notes = {path: read_metadata(path) for path in paths}
     return [path for path, metadata in notes.items() if metadata is not None and metadata.get("version") != VERSION]
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
-    """Read the metadata of a finished cache; None if one of its files is missing or has another size."""
+    """Reads the metadata of a finished cache; None if one of its files is missing or has another size."""
     try:
         metadata = json.loads(path.with_suffix(".json").read_text())
         dtype = np.dtype(metadata.get("dtype", "uint8"))
@@ -141,7 +142,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def build_cache(path: Path, items: DecodedDataset, workers: int) -> dict[str, Any]:
-    """Write the items to temporary files, rename them, and write the metadata last. Returns the metadata."""
+    """Writes the items to temporary files, renames them, and writes the metadata last. Returns the metadata."""
     size = len(items) * int(np.prod(items.shape)) * (1 if items.data_range is None else 4)
     check_disk_space(path.parent, size)
     print(f"decoding {len(items)} images once into {path} ({size / 1e9:.2f} GB)", flush=True)
@@ -162,7 +163,7 @@ def build_cache(path: Path, items: DecodedDataset, workers: int) -> dict[str, An
 
 
 def check_disk_space(folder: Path, size: int) -> None:
-    """ValueError if the disk of a folder has less than `size` bytes free."""
+    """Raises ValueError if the disk of a folder has less than `size` bytes free."""
     free = shutil.disk_usage(folder).free
     if size > free:
         raise ValueError(
@@ -172,7 +173,7 @@ def check_disk_space(folder: Path, size: int) -> None:
 
 
 def write_items(pixels: Path, records: Path, items: DecodedDataset, workers: int) -> dict[str, Any]:
-    """Write the pixels of all items (zeros for an unreadable image), and records of their fields except numbers.
+    """Writes the pixels of all items (zeros for an unreadable image), and records of their fields except numbers.
 
     Returns metadata: {"unreadable": {index: message}, "numbers": {name: [...]}}, "dtype" if it is not uint8, and
     "records", the size of the file of records, if there are any.
@@ -207,7 +208,7 @@ def write_items(pixels: Path, records: Path, items: DecodedDataset, workers: int
 
 
 def store_numbers(numbers: dict[str, list[int | float]], index: int, item: DecodedItem, first: DecodedItem) -> None:
-    """Store the numbers of an item; ValueError unless its fields are those of the first."""
+    """Stores the numbers of an item; ValueError unless its fields are those of the first."""
     if item.fields != first.fields:
         differing = ", ".join(sorted(item.fields ^ first.fields))
         raise ValueError(
@@ -219,5 +220,5 @@ def store_numbers(numbers: dict[str, list[int | float]], index: int, item: Decod
 
 
 def no_collate(item: Any) -> Any:
-    """Return the item unchanged: DataLoader would turn arrays into tensors."""
+    """Returns the item unchanged: DataLoader would turn arrays into tensors."""
     return item

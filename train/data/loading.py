@@ -1,10 +1,12 @@
 """From data sets to batches: the sample at a position and its view depend on (seed, position) alone.
 
-Positions count samples over the whole run: step s with batch size B takes positions s B, ..., (s + 1) B - 1, whatever
-the number of ranks. So the data order survives any resume and any change of the number of ranks.
+A view is a fixed augmentation, such as a crop or mirroring; each sample is seen in a random one. Positions count
+samples over the whole run: step s with batch size B takes positions s B, ..., (s + 1) B - 1, whatever the number of
+ranks. So the data order survives any resume and any change of the number of ranks.
 """
 
 import dataclasses
+import itertools
 import os
 import random
 import signal
@@ -14,7 +16,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,7 +46,7 @@ class CodeGrids(Protocol):
 
 
 def init_worker(worker: int) -> None:
-    """`worker_init_fn` of a DataLoader: shield a worker from signals meant for the training process.
+    """The `worker_init_fn` of a DataLoader: shields a worker from signals meant for the training process.
 
     On a signal the training process saves a checkpoint before it exits, and needs its batches until then. So a worker
     leaves the process group, ignores Ctrl-C, and exits on SIGTERM only if its parent sent it: job schedulers send
@@ -61,14 +62,14 @@ def init_worker(worker: int) -> None:
 
 
 def exit_on_parent_sigterm() -> None:
-    """Wait for SIGTERM from the parent process, then exit."""
+    """Waits for SIGTERM from the parent process, then exits."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 class EpochShuffle:
-    """Map positions k = 0, 1, ... to indices in [0, n): a new permutation of n samples in each epoch.
+    """Maps positions k = 0, 1, ... to indices in [0, n): a new permutation of n samples in each epoch.
 
     With `blocks`, each epoch shuffles the blocks, takes `window` of them at a time, and shuffles the samples of a
     window together. A reader needs at most `window` blocks at a time, and the shuffle stores one index per block and
@@ -80,8 +81,11 @@ class EpochShuffle:
         if sum(sizes) != n or (n and min(sizes) < 1) or (blocks is not None and blocks.window < 1):
             raise ValueError(f"got blocks of {sum(sizes)} samples for {n}, wanted each in one block, no block empty")
         self.n, self.seed, self.blocks = n, seed, blocks
-        self.firsts = [0, *accumulate(sizes)]  # first index of each block, and the end
-        self.epoch, self.permutation = -1, None
+        self.first_indices = [0, *itertools.accumulate(sizes)]  # of each block, and the end
+        self.epoch, self.permutation = -1, None  # the current epoch and, with blocks, its order of blocks and window
+        self.block_order: list[int] = []
+        self.block_starts: list[int] = []  # first offset of each block in this order, and the end
+        self.window = -1
 
     def __getitem__(self, position: int) -> int:
         epoch, offset = divmod(position, self.n)
@@ -91,18 +95,18 @@ class EpochShuffle:
             self.epoch, self.permutation = epoch, self.draw_permutation(self.n, epoch)
         return int(self.permutation[offset])
 
-    def draw_permutation(self, n: int, *words: int | str) -> torch.Tensor:
-        """A random permutation (n,), seeded by the seed and the words."""
-        return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(self.seed, "order", *words)))
+    def draw_permutation(self, n: int, *key: int | str) -> torch.Tensor:
+        """Returns a random permutation (n,), seeded by the seed and `key`."""
+        return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(self.seed, "order", *key)))
 
     def index_in_blocks(self, epoch: int, offset: int) -> int:
-        """Index of the sample at `offset` of an epoch that shuffles blocks, then the samples of a window of blocks."""
+        """Returns the index of the sample at `offset` of an epoch that shuffles blocks, then samples within windows."""
         if epoch != self.epoch:
             self.epoch, self.window = epoch, -1
             self.block_order = self.draw_permutation(len(self.blocks.sizes), epoch).tolist()
-            self.block_starts = [0, *accumulate(self.blocks.sizes[block] for block in self.block_order)]
-        nth = bisect_right(self.block_starts, offset) - 1  # the block, in this epoch's order, that holds the offset
-        window = nth // self.blocks.window
+            self.block_starts = [0, *itertools.accumulate(self.blocks.sizes[block] for block in self.block_order)]
+        i = bisect_right(self.block_starts, offset) - 1  # the epoch's i-th block holds the offset
+        window = i // self.blocks.window
         first = window * self.blocks.window
         last = min(first + self.blocks.window, len(self.block_order))
         start = self.block_starts[first]
@@ -110,32 +114,32 @@ class EpochShuffle:
             self.window = window
             self.permutation = self.draw_permutation(self.block_starts[last] - start, epoch, "window", window)
         shuffled_offset = start + int(self.permutation[offset - start])  # offset before the window is shuffled
-        nth = bisect_right(self.block_starts, shuffled_offset) - 1
-        return self.firsts[self.block_order[nth]] + shuffled_offset - self.block_starts[nth]
+        i = bisect_right(self.block_starts, shuffled_offset) - 1
+        return self.first_indices[self.block_order[i]] + shuffled_offset - self.block_starts[i]
 
 
 @dataclass(frozen=True)
 class PositionSampler:
-    """Yield, for each first position, `parts` lists of `part_size` consecutive positions."""
+    """Yields, for each first position, `n_micro_batches` lists of `micro_batch_size` consecutive positions."""
 
-    firsts: range
-    part_size: int
-    parts: int
+    first_positions: range
+    micro_batch_size: int
+    n_micro_batches: int
 
     def __iter__(self) -> Iterator[list[int]]:
-        for first in self.firsts:
-            for i in range(self.parts):
-                yield list(range(first + i * self.part_size, first + (i + 1) * self.part_size))
+        for first in self.first_positions:
+            for i in range(self.n_micro_batches):
+                yield list(range(first + i * self.micro_batch_size, first + (i + 1) * self.micro_batch_size))
 
 
 def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Dataset:
-    """Build one split of the data set that the config names."""
+    """Builds one split of the data set that the config names."""
     module = load_plugin("train.datasets", data.reader or data.dataset, "data set")
     return module.build(dataclasses.replace(reader, data_dir=resolve_data_dir(data.dataset, reader.data_dir)), split)
 
 
 def with_declared_range(data: DataConfig, images: Dataset) -> DataConfig:
-    """The config with the value range that a data set of `FloatImage` declares, so that it is saved with the run."""
+    """Returns the config with the value range that a data set of `FloatImage` declares, to be saved with the run."""
     if data.data_range is not None:
         return data
     for index in range(len(images)):
@@ -149,7 +153,7 @@ def with_declared_range(data: DataConfig, images: Dataset) -> DataConfig:
 
 
 class BatchSource(Protocol):
-    """What `training_batches` reads: a list of positions -> one batch. An epoch has `len(source)` positions."""
+    """Maps a list of positions to a batch, for `training_batches`. An epoch has `len(source)` positions."""
 
     def __len__(self) -> int: ...
 
@@ -179,7 +183,7 @@ class ImageSource:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": uint8 (C, H, W), or floats in [-1, 1], ...}; raises UnreadableImage for a broken file."""
+        """Returns {"image": uint8 (C, H, W), or floats in [-1, 1], ...}; raises UnreadableImage for a broken file."""
         if index in self.memory_cache:
             return self.memory_cache[index]
         if self.disk_cache is not None:
@@ -191,7 +195,7 @@ class ImageSource:
         return item
 
 
-Adapt = Callable[[dict[str, Any]], dict[str, Any]] | None  # an item in its view -> an item
+Adapt = Callable[[dict[str, Any]], dict[str, Any]]  # an item in its view -> an item
 
 
 class TrainingImages:
@@ -202,7 +206,7 @@ class TrainingImages:
     ValueError for a source whose margin is not the config's crop_margin.
     """
 
-    def __init__(self, source: ImageSource, seed: int, adapt: Adapt = None):
+    def __init__(self, source: ImageSource, seed: int, adapt: Adapt | None = None):
         wanted = source.config.crop_margin
         if source.margin != wanted:
             raise ValueError(
@@ -218,7 +222,7 @@ class TrainingImages:
         return len(self.source)
 
     def load_readable(self, index: int) -> dict[str, Any]:
-        """The item at `index`, or the next readable one; warns once of each unreadable image."""
+        """Returns the item at `index`, or the next readable one; warns once of each unreadable image."""
         for offset in range(len(self.source)):
             candidate = (index + offset) % len(self.source)
             try:
@@ -244,7 +248,7 @@ class TrainingImages:
 
 
 def merge_fields(batch: Batch, extra: Batch) -> Batch:
-    """Add the loader's own fields to a batch; ValueError if the items have a field of that name."""
+    """Adds the loader's own fields to a batch; ValueError if the items have a field of that name."""
     if duplicates := sorted(batch.keys() & extra.keys()):
         raise ValueError(
             f"the items have a field {', '.join(duplicates)}, a name reserved for the loader: rename the field"
@@ -254,7 +258,7 @@ def merge_fields(batch: Batch, extra: Batch) -> Batch:
 
 @contextmanager
 def temporary_seed(seed: int) -> Iterator[None]:
-    """Seed the global generators of Python, numpy and torch (CPU), and restore their states on exit."""
+    """Seeds the global generators of Python, numpy and torch (CPU), and restores their states on exit."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:
@@ -267,8 +271,8 @@ def temporary_seed(seed: int) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def apply_adapt(adapt: Callable, item: dict[str, Any]) -> dict[str, Any]:
-    """Apply the function of --adapt to an item; ValueError unless it returns a dict with an image."""
+def apply_adapt(adapt: Adapt, item: dict[str, Any]) -> dict[str, Any]:
+    """Applies the function of --adapt to an item; ValueError unless it returns a dict with an image."""
     adapted = adapt(item)
     if not isinstance(adapted, dict) or "image" not in adapted:
         got = f"a dict with {', '.join(map(str, adapted))}" if isinstance(adapted, dict) else type(adapted).__name__
@@ -277,7 +281,7 @@ def apply_adapt(adapt: Callable, item: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy the tensors of a batch to a device, except positions: seeds derive from them on the CPU."""
+    """Copies the tensors of a batch to a device, except positions: seeds derive from them on the CPU."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and name != "position" else value
         for name, value in batch.items()
@@ -295,33 +299,35 @@ def training_batches(
     workers: int,
     prefetch: int = 2,
 ) -> Iterator[tuple[Batch, ...]]:
-    """Yield, for each step from `start` to `steps`, this rank's share of the batch, in `accumulate` parts.
+    """Yields, for each step from `start` to `steps`, this rank's share of the batch, in `accumulate` micro-batches.
 
-    `workers` processes live for the whole run; each prefetches `prefetch` parts, into pinned memory on CUDA.
+    `workers` processes live for the whole run; each prefetches `prefetch` micro-batches, into pinned memory on CUDA.
     """
     share = world.per_rank(batch_size, "batch_size")
     if share % accumulate:
         raise ValueError(
-            f"got batch_size {batch_size} for {world.size} processes in {accumulate} parts: wanted a multiple of both"
+            f"got batch_size {batch_size} for {world.size} processes and {accumulate} micro-batches: "
+            f"wanted a multiple of {world.size * accumulate}"
         )
-    firsts = range(start * batch_size + world.rank * share, steps * batch_size, batch_size)
+    first_positions = range(start * batch_size + world.rank * share, steps * batch_size, batch_size)
     loader = DataLoader(
         source,
         batch_size=None,
-        sampler=PositionSampler(firsts, share // accumulate, accumulate),
+        sampler=PositionSampler(first_positions, share // accumulate, accumulate),
         num_workers=workers,
         pin_memory=world.device.type == "cuda",
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=init_worker,
     )
-    parts = (to_device(batch, world.device) for batch in loader)
-    return zip(*[parts] * accumulate, strict=True)
+    micro_batches = (to_device(batch, world.device) for batch in loader)
+    return zip(*[micro_batches] * accumulate, strict=True)
 
 
 class ImageBatches:
-    """Batches of images by lists of indices, without unreadable images, whose errors are listed under "skipped".
+    """Maps a list of indices to a batch without unreadable images, whose errors are listed under "skipped".
 
-    With `with_records`, a batch also has a record of each item's fields other than image and label.
+    "image" is None if no image is readable. With `with_records`, a batch also has a record of each item's fields other
+    than image and label.
     """
 
     def __init__(self, source: ImageSource, with_records: bool = False):
@@ -341,23 +347,23 @@ class ImageBatches:
 
 
 def annotation_fields(item: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an item other than image and label."""
+    """Returns the fields of an item other than image and label."""
     return {name: value for name, value in item.items() if name not in ("image", "label")}
 
 
 def images_in_order(
     source: ImageSource, batch_size: int, indices: list[int] | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield batches {"image": uint8 (B, C, H, W), "index": (B,)} of the data set, or of `indices`, in order.
+    """Yields batches {"image": uint8 (B, C, H, W), "index": (B,)} of the data set, or of `indices`, in order.
 
     Unreadable images are left out, and listed in one warning at the end. Float images are converted to 8 bits.
     """
     indices = list(range(len(source))) if indices is None else indices
-    lists = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     skipped = []
     workers = source.config.num_workers
     for batch in DataLoader(
-        ImageBatches(source), batch_size=None, sampler=lists, num_workers=workers, worker_init_fn=init_worker
+        ImageBatches(source), batch_size=None, sampler=batches, num_workers=workers, worker_init_fn=init_worker
     ):
         skipped += batch.pop("skipped")
         if batch["image"] is not None:
@@ -367,7 +373,7 @@ def images_in_order(
 
 
 def fixed_subset(n: int, count: int) -> list[int]:
-    """A fixed random subset of min(count, n) indices below n.
+    """Returns a fixed random subset of min(count, n) indices below n.
 
     The first ones would not be representative: files are often sorted by class or by writer.
     """
@@ -407,24 +413,25 @@ class TrainingCodes:
 
 
 def sample_streams(seed: int, purpose: str, batch: Batch, device: torch.device) -> Streams:
-    """One random stream per sample of a training batch, seeded by (seed, purpose, position of the sample)."""
+    """Returns one random stream per sample of a training batch, seeded by (seed, purpose, position of the sample)."""
     return Streams([seed_of(seed, purpose, position) for position in batch["position"].tolist()], device)
 
 
 @dataclass(frozen=True)
 class TrainingStreams:
-    """The random streams of one training batch, or of this rank's part of it, by purpose."""
+    """The random streams of one training batch, or of a micro-batch of it, by purpose."""
 
     seed: int
     batch: Batch
-    batch_size: int  # of the whole batch
+    batch_size: int  # of the step's whole batch
     device: torch.device
 
     def __call__(self, purpose: str, device: torch.device | str | None = None) -> Streams:
-        """One stream per sample, which draws on `device` (default: that of the batch)."""
+        """Returns one stream per sample, which draws on `device` (default: that of the batch)."""
         return sample_streams(self.seed, purpose, self.batch, self.device if device is None else device)
 
     def step_stream(self, purpose: str) -> tuple[Streams, int]:
-        """One stream for the whole step, and the offset of this part's first sample in the step's batch."""
+        """Returns one stream for the whole step, and the offset of this micro-batch's first sample in the step's
+        batch."""
         step, offset = divmod(int(self.batch["position"][0]), self.batch_size)
         return Streams([seed_of(self.seed, purpose, "step", step)]), offset

@@ -1,4 +1,4 @@
-"""Convert items of a data set to tensors, and the views that data augmentation chooses from.
+"""Converts items of a data set to tensors; defines the views that data augmentation chooses from.
 
 Geometric transforms apply to the whole item, so that boxes and masks (tv_tensors) follow their image.
 """
@@ -24,7 +24,7 @@ Crop = tuple[int, int, int, int]  # top, left, height, width
 
 
 def cover_size(height: int, width: int, size: tuple[int, int]) -> list[int]:
-    """[height, width] of an image resized to just cover `size`, keeping its aspect ratio."""
+    """Returns [height, width] of an image resized to just cover `size`, keeping its aspect ratio."""
     if size[0] * width >= size[1] * height:
         return [size[0], size[0] * width // height]
     return [size[1] * height // width, size[1]]
@@ -34,7 +34,7 @@ ValueRange = tuple[float, float]  # lowest and highest value of the data
 
 
 def to_item(item: dict[str, Any], size: tuple[int, int], n_channels: int, data_range: ValueRange | None = None) -> dict:
-    """A new item whose image is a `tv_tensors.Image` (n_channels, *size): uint8, or float32 in [-1, 1].
+    """Returns a new item whose image is a `tv_tensors.Image` (n_channels, *size): uint8, or float32 in [-1, 1].
 
     The image is converted to grey (n_channels 1) or RGB (3), resized to cover `size` = (height, width) (bicubic,
     antialiased), and cropped at the centre. Boxes, masks (nearest neighbour) and further images follow it. Boxes that
@@ -59,7 +59,7 @@ def to_item(item: dict[str, Any], size: tuple[int, int], n_channels: int, data_r
 
 
 def resize_and_crop(inpt: Any, resized: list[int], size: tuple[int, int]) -> Any:
-    """Resize an image, mask or boxes, and crop the centre."""
+    """Resizes an image, mask or boxes, and crops the centre."""
     from torchvision import tv_tensors
     from torchvision.transforms.v2 import functional as F
 
@@ -71,7 +71,7 @@ def resize_and_crop(inpt: Any, resized: list[int], size: tuple[int, int]) -> Any
 
 
 def is_spatial(value: Any) -> bool:
-    """Whether a value is transformed with the image: an image, boxes, a mask."""
+    """Returns whether a value is transformed with the image: an image, boxes, a mask."""
     if isinstance(value, Image.Image):
         return True
     if not isinstance(value, Tensor) or type(value) is Tensor:
@@ -82,7 +82,7 @@ def is_spatial(value: Any) -> bool:
 
 
 def to_pixels(image: Any, n_channels: int, data_range: ValueRange | None) -> Image.Image | Tensor:
-    """Convert an image of a data set to a PIL image (mode L or RGB), or to a `tv_tensors.Image` in [-1, 1]."""
+    """Converts an image of a data set to a PIL image (mode L or RGB), or to a `tv_tensors.Image` in [-1, 1]."""
     pixels = image.pixels if isinstance(image, FloatImage) else image
     if isinstance(pixels, Image.Image) and pixels.mode.startswith("I;16"):
         pixels = np.asarray(to_16_bits(pixels))
@@ -104,7 +104,7 @@ def to_pixels(image: Any, n_channels: int, data_range: ValueRange | None) -> Ima
 
 
 def to_unit_range(pixels: np.ndarray, value_range: ValueRange, n_channels: int) -> Tensor:
-    """(H, W) or (H, W, 3) -> a `tv_tensors.Image` (n_channels, H, W), float32, mapped from `value_range` to [-1, 1].
+    """Maps an array (H, W) or (H, W, 3) from `value_range` to [-1, 1]: `tv_tensors.Image` (n_channels, H, W) float32.
 
     Values outside the range are clamped. `UnreadableImage` if a pixel is nan or infinite.
     """
@@ -144,11 +144,11 @@ class View:
         return not self.flip and self.dx == self.dy == 0 and self.crop is None
 
     def to_list(self) -> list[int]:
-        """The view as numbers, for cache keys: flip, dx, dy, and the crop if there is one."""
+        """Returns the view as numbers, for cache keys: flip, dx, dy, and the crop if there is one."""
         return [self.flip, self.dx, self.dy, *(self.crop or ())]
 
     def __call__(self, item: Any) -> Any:
-        """An item, or images (..., H, W), in this view: always a copy."""
+        """Returns an item, or images (..., H, W), in this view: always a copy."""
         if isinstance(item, dict):
             return {name: self.transform_or_copy(value, is_spatial(value)) for name, value in item.items()}
         return self.transform_or_copy(item, True)
@@ -159,7 +159,7 @@ class View:
         return value.clone() if isinstance(value, Tensor) else copy.copy(value)
 
     def transform(self, inpt: Any) -> Any:
-        """An image, mask or boxes in this view."""
+        """Returns an image, mask or boxes in this view."""
         from torchvision import tv_tensors
         from torchvision.transforms.v2 import functional as F
 
@@ -178,7 +178,7 @@ class View:
 
 
 def crop_image(inpt: Any, crop: Crop) -> Any:
-    """Crop an image, mask or boxes; always a copy."""
+    """Crops an image, mask or boxes; always a copy."""
     from torchvision.transforms.v2 import functional as F
 
     top, left, height, width = crop
@@ -198,7 +198,7 @@ def five_crops(size: tuple[int, int], margin: int) -> list[Crop | None]:
 
 
 def all_views(horizontal_flip: bool, shift: int, crops: Sequence[Crop | None] = (None,)) -> list[View]:
-    """All combinations of crops, shifts by up to `shift` pixels each way, and, if `horizontal_flip`, mirroring.
+    """Returns all combinations of crops, shifts by up to `shift` pixels each way, and, if `horizontal_flip`, mirroring.
 
     The first view is the first crop, neither mirrored nor shifted: the identity if there are no crops.
     """
@@ -210,12 +210,12 @@ def all_views(horizontal_flip: bool, shift: int, crops: Sequence[Crop | None] = 
 
 
 def training_views(data: DataConfig) -> list[View]:
-    """The views to train on; with a crop_margin, of images larger by that margin."""
+    """Returns the views to train on; with a crop_margin, of images larger by that margin."""
     return all_views(data.horizontal_flip, data.shift, five_crops(data.size, data.crop_margin))
 
 
 def to_float(image: Tensor) -> Tensor:
-    """uint8 of any shape -> float32 in [-1, 1]. ValueError for other dtypes."""
+    """Converts uint8 of any shape to float32 in [-1, 1]. ValueError for other dtypes."""
     if image.dtype != torch.uint8:
         raise ValueError(f"image is {image.dtype}, wanted torch.uint8: floats are scaled already")
     return image.float() / 127.5 - 1
@@ -227,12 +227,12 @@ def to_uint8(image: Tensor) -> Tensor:
 
 
 def as_uint8(image: Tensor) -> Tensor:
-    """An item's image of any shape as uint8, to display it or to compare it with generated images."""
+    """Returns an item's image of any shape as uint8, to display it or to compare it with generated images."""
     return to_uint8(image) if image.is_floating_point() else image
 
 
 def range_for_image(image: Any, data_range: ValueRange | None) -> ValueRange | None:
-    """The value range in which to read a user's image for a model trained with `data_range`.
+    """Returns the value range in which to read a user's image for a model trained with `data_range`.
 
     None for an 8-bit image: its levels are those in which the model's own images are displayed.
     """
@@ -247,7 +247,7 @@ def from_unit_range(image: Tensor, value_range: ValueRange) -> Tensor:
 
 
 def check_8_bits(image: Tensor) -> None:
-    """ValueError unless floats in [-1, 1] are 8-bit levels: bits per dimension refer to 256 levels."""
+    """Raises ValueError unless floats in [-1, 1] are 8-bit levels: bits per dimension refer to 256 levels."""
     levels = (image.float() + 1) * 127.5
     if (levels - levels.round()).abs().max() > 1e-3:
         raise ValueError(

@@ -19,7 +19,7 @@ SPLITS = ("train", "val")
 
 
 def is_shell_command(value: Any) -> bool:
-    """Whether a setting that names shards would run a shell command or read environment variables."""
+    """Returns whether a setting that names shards would run a shell command or read environment variables."""
     return isinstance(value, str) and ("pipe:" in value or "${" in value)
 
 
@@ -93,7 +93,7 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of the content; it changes if an image, a label, their order or the split changes."""
+        """Returns a hexadecimal digest, which changes with any image, label, their order or the split."""
         ...
 
 
@@ -120,13 +120,13 @@ class ArrayDataset:
 
 
 def check_split(split: str) -> None:
-    """ValueError unless `split` is one of SPLITS."""
+    """Raises ValueError unless `split` is one of SPLITS."""
     if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}, wanted one of {', '.join(SPLITS)}")
 
 
 def data_root(config: DatasetConfig, name: str) -> Path:
-    """The folder of data set `name`; ValueError if none is set, FileNotFoundError if it does not exist."""
+    """Returns the folder of data set `name`; ValueError if none is set, FileNotFoundError if it does not exist."""
     if config.data_dir is None:
         raise ValueError(f"data set {name} has no folder: pass --data_dir PATH, or add it to datasets.yaml")
     root = Path(os.path.expanduser(config.data_dir))
@@ -136,7 +136,7 @@ def data_root(config: DatasetConfig, name: str) -> Path:
 
 
 def train_val_split(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random split of n indices into sorted (train, val), fixed by the seed, with at least one index in each."""
+    """Returns a random split of n indices into sorted (train, val), fixed by the seed; neither is empty."""
     if n < 2:
         raise ValueError(f"cannot hold out images of {n}: wanted at least 2 images, or a val folder next to train")
     order = np.random.default_rng(seed).permutation(n)
@@ -145,7 +145,8 @@ def train_val_split(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.
 
 
 def files_fingerprint(root: Path, names: Iterable[str], *context: str) -> str:
-    """SHA-256 (hexadecimal) of `context` and of the name, size and modification time of each file below `root`."""
+    """Returns the SHA-256 (hexadecimal) of `context` and the name, size and modification time of each file below
+    `root`."""
     digest = hashlib.sha256(repr(context).encode())
     for name in names:
         try:
@@ -158,7 +159,7 @@ def files_fingerprint(root: Path, names: Iterable[str], *context: str) -> str:
 
 
 def require_readable(dataset: Dataset, source: Path) -> None:
-    """Decode images in order until one succeeds; ValueError naming `source` if none does."""
+    """Decodes images in order until one succeeds; ValueError naming `source` if none does."""
     first_error = None
     for index in range(len(dataset)):
         try:

@@ -1,4 +1,4 @@
-"""Decode image files to grey (8 or 16 bits) or RGB (8 bits)."""
+"""Decodes image files to grey (8 or 16 bits) or RGB (8 bits)."""
 
 import struct
 import zlib
@@ -26,7 +26,7 @@ DAMAGED = (
 
 
 def decode(file: str | Path | BinaryIO, name: str = "") -> Image.Image:
-    """Decode an image to mode L, I;16 (grey of more than 8 bits) or RGB, rotated upright by its EXIF orientation.
+    """Decodes an image to mode L, I;16 (grey of more than 8 bits) or RGB, rotated upright by its EXIF orientation.
 
     Transparent pixels are composited on white. Raises `UnreadableImage` for a file that is missing, truncated or not
     an image; `name` names an open file in its message.
@@ -39,12 +39,12 @@ def decode(file: str | Path | BinaryIO, name: str = "") -> Image.Image:
 
 
 def to_supported_mode(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to L, RGB, or I;16 (grey of more than 8 bits)."""
+    """Converts an image of any mode to L, RGB, or I;16 (grey of more than 8 bits)."""
     return to_16_bits(image) if image.mode.startswith("I") else to_grey_or_rgb(image)
 
 
 def to_grey_or_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to L or RGB; 16-bit grey is scaled to 8 bits, transparency composited on white.
+    """Converts an image of any mode to L or RGB; 16-bit grey is scaled to 8 bits, transparency composited on white.
 
     ValueError for float pixels, whose range is unknown.
     """
@@ -60,10 +60,10 @@ def to_grey_or_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_16_bits(image: Image.Image) -> Image.Image:
-    """Convert 16- or 32-bit grey to mode I;16; levels outside [0, 65535] are clamped."""
+    """Converts 16- or 32-bit grey to mode I;16; levels outside [0, 65535] are clamped."""
     return Image.fromarray(np.clip(np.asarray(image), 0, 65535).astype(np.uint16))
 
 
 def to_8_bits(levels: np.ndarray) -> np.ndarray:
-    """uint16 of any shape -> uint8: [0, 65535] is scaled to [0, 255] and rounded."""
+    """Converts uint16 of any shape to uint8: scales [0, 65535] to [0, 255] and rounds."""
     return ((levels.astype(np.int64) + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257

@@ -19,7 +19,7 @@ class Config(DatasetConfig):
 
 
 def build(config: Config, split: str) -> ArrayDataset:
-    """Images (N, 32, 32, 3) uint8 with labels 0..9: the five training batches, or the test batch for val.
+    """Returns images (N, 32, 32, 3) uint8 with labels 0..9: the five training batches, or the test batch for val.
 
     FileNotFoundError for missing files; ValueError for damaged or malicious ones, or another split.
     """
@@ -31,7 +31,7 @@ def build(config: Config, split: str) -> ArrayDataset:
 
 
 def find_batch(root: Path, name: str) -> Path:
-    """Path of the batch file `name`; FileNotFoundError names the folders searched."""
+    """Returns the path of the batch file `name`; FileNotFoundError names the folders searched."""
     folders = (root, root / "cifar-10-batches-py")
     for folder in folders:
         if (folder / name).is_file():
@@ -40,7 +40,7 @@ def find_batch(root: Path, name: str) -> Path:
 
 
 def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 32, 32, 3) uint8 and labels (N,) int64 of one batch file; code in the pickle is not run."""
+    """Returns images (N, 32, 32, 3) uint8 and labels (N,) int64 of one batch file; code in the pickle is not run."""
     try:
         with path.open("rb") as file:
             batch = ArrayUnpickler(file, encoding="bytes").load()
@@ -58,7 +58,7 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Unpickle only numpy arrays and built-in values, so that a file cannot run code."""
+    """Unpickles only numpy arrays and built-in values, so that a file cannot run code."""
 
     # The official files name numpy.core; numpy 2 writes numpy._core.
     # They pass dtype's align as the integer 0, about which numpy 2.4.0 to 2.4.4 warns.

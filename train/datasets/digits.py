@@ -18,7 +18,7 @@ class Config(DatasetConfig):
 
 
 def build(config: Config, split: str) -> ArrayDataset:
-    """Images (N, 8, 8) uint8 in [0, 255] with labels 0..9; ValueError for another split or a data_dir."""
+    """Returns images (N, 8, 8) uint8 in [0, 255] with labels 0..9; ValueError for another split or a data_dir."""
     check_split(split)
     if config.data_dir is not None:
         raise ValueError(f"digits reads no folder, got {config.data_dir}: leave --data_dir out or use --dataset folder")

@@ -14,7 +14,7 @@ class Config(DatasetConfig):
 
 
 def build(config: Config, split: str) -> ArrayDataset:
-    """Images (N, H, W) uint8 with labels 0..9: the 60,000 training images, or the 10,000 test images for val.
+    """Returns images (N, H, W) uint8 with labels 0..9: the 60,000 training images, or the 10,000 test images for val.
 
     FileNotFoundError for missing files; ValueError for damaged ones or another split.
     """

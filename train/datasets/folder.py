@@ -60,7 +60,7 @@ class ImageFolder:
 
 
 def build(config: Config, split: str) -> ImageFolder:
-    """The images of one split, sorted by path.
+    """Returns the images of one split, sorted by path.
 
     FileNotFoundError for a missing data_dir; ValueError for another split, a tree without a readable image, and classes
     that are ambiguous or differ between the splits.
@@ -74,7 +74,7 @@ def build(config: Config, split: str) -> ImageFolder:
 
 
 def build_split(config: Config, split: str, *, train: Path, val: Path | None) -> ImageFolder:
-    """One split of the trees `train` and `val`; if `val` is None, part of `train` is held out."""
+    """Returns one split of the trees `train` and `val`; if `val` is None, part of `train` is held out."""
     check_split(split)
     root = val if split == "val" and val is not None else train
     names = list_images(root, config.only_folders)
@@ -92,7 +92,7 @@ def build_split(config: Config, split: str, *, train: Path, val: Path | None) ->
 
 
 def list_images(root: Path, only_folders: Sequence[str] = ()) -> list[str]:
-    """Sorted paths of images relative to `root`, with forward slashes; hidden files and folders are skipped."""
+    """Returns the sorted paths of images relative to `root`, with forward slashes, except hidden files and folders."""
     names, visited = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_raise):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
@@ -117,7 +117,7 @@ def class_of(name: str) -> str:
 
 
 def class_names(config: Config, root: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """Sorted class names, () with label_from none; ValueError for an image directly in `root`."""
+    """Returns the sorted class names, () with label_from none; ValueError for an image directly in `root`."""
     if config.label_from == "none":
         return ()
     stray = next((name for name in names if "/" not in name), None)
@@ -127,7 +127,7 @@ def class_names(config: Config, root: Path, names: Sequence[str]) -> tuple[str, 
 
 
 def require_same_classes(classes: dict[Path, tuple[str, ...]]) -> None:
-    """ValueError unless two folders have the same classes."""
+    """Raises ValueError unless two folders have the same classes."""
     (one, ours), (two, theirs) = classes.items()
     if ours != theirs:
         raise ValueError(

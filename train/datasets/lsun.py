@@ -63,7 +63,8 @@ _environments: dict[Path, tuple[int, Any]] = {}
 
 
 def open_environment(path: Path):
-    """The LMDB environment at `path`, opened once per process: LMDB forbids use across a fork and opening it twice."""
+    """Opens the LMDB environment at `path` once per process: LMDB forbids opening it twice or using it across a
+    fork."""
     pid, environment = _environments.get(path, (None, None))
     if pid == os.getpid():
         return environment
@@ -82,7 +83,7 @@ def open_environment(path: Path):
 
 
 def build(config: Config, split: str) -> Dataset:
-    """The images of one split, from the LMDB if data_dir contains one, else from image files.
+    """Returns the images of one split, from the LMDB if data_dir contains one, else from image files.
 
     FileNotFoundError if data_dir contains only other categories or one split; ValueError for another split, a damaged
     or empty LMDB, or a missing lmdb package. Raises what `folder` raises.
@@ -96,7 +97,7 @@ def build(config: Config, split: str) -> Dataset:
 
 
 def build_database(path: Path, split: str) -> LMDBImages:
-    """One split from its LMDB; FileNotFoundError names the download if it is missing."""
+    """Returns one split from its LMDB; FileNotFoundError names the download if it is missing."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is missing: download {DOWNLOAD}{path.name}.zip and unpack it there")
     dataset = LMDBImages(path, split)
@@ -105,7 +106,7 @@ def build_database(path: Path, split: str) -> LMDBImages:
 
 
 def build_exported(config: Config, root: Path, split: str) -> folder.ImageFolder:
-    """One split from image files exported to folders."""
+    """Returns one split from image files exported to folders."""
     images = folder.Config(data_dir=str(root), val_fraction=config.val_fraction, split_seed=config.split_seed)
     train, val = (root / f"{config.category}_{name}" for name in SPLITS)
     if train.is_dir():

@@ -21,7 +21,7 @@ class Config(DatasetConfig):
 
 
 def build(config: Config, split: str) -> ArrayDataset:
-    """Images (N, H, W) uint8 with labels 0..9: the 60,000 training images, or the 10,000 test images for val.
+    """Returns images (N, H, W) uint8 with labels 0..9: the 60,000 training images, or the 10,000 test images for val.
 
     FileNotFoundError for missing files; ValueError for damaged ones or another split.
     """
@@ -30,7 +30,7 @@ def build(config: Config, split: str) -> ArrayDataset:
 
 
 def read_split(root: Path, split: str, *, folders: tuple[str, ...], download: str) -> ArrayDataset:
-    """Read a split in MNIST's layout from the first of `folders` below `root` that contains it."""
+    """Reads a split in MNIST's layout from the first of `folders` below `root` that contains it."""
     images_path = find_idx(root, f"{PREFIXES[split]}-images-idx3-ubyte", folders, download)
     labels_path = find_idx(root, f"{PREFIXES[split]}-labels-idx1-ubyte", folders, download)
     images, labels = read_idx(images_path, n_dims=3), read_idx(labels_path, n_dims=1)
@@ -47,7 +47,7 @@ def read_split(root: Path, split: str, *, folders: tuple[str, ...], download: st
 
 
 def find_idx(root: Path, name: str, folders: tuple[str, ...], download: str) -> Path:
-    """Path of the file `name`, raw or .gz, in the first of `folders` that contains it.
+    """Returns the path of the file `name`, raw or .gz, in the first of `folders` that contains it.
 
     FileNotFoundError names all folders searched.
     """
@@ -61,7 +61,7 @@ def find_idx(root: Path, name: str, folders: tuple[str, ...], download: str) -> 
 
 
 def read_idx(path: Path, n_dims: int) -> np.ndarray:
-    """Read the uint8 array of `n_dims` axes in an IDX file, decompressed if it ends in .gz; ValueError if damaged."""
+    """Reads the uint8 array of `n_dims` axes in an IDX file, decompressed if it ends in .gz; ValueError if damaged."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

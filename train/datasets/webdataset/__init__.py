@@ -136,7 +136,7 @@ class TarImages:
 
 
 def read_json_fields(content: bytes, names: Sequence[str], where: str) -> dict[str, Any]:
-    """Read fields of a .json member; ValueError if one is missing."""
+    """Reads fields of a .json member; ValueError if one is missing."""
     try:
         fields = json.loads(content)
         return {name: fields[name] for name in names}
@@ -147,7 +147,7 @@ def read_json_fields(content: bytes, names: Sequence[str], where: str) -> dict[s
 
 
 def parse_value(value: Any, what: str) -> Any:
-    """Convert a JSON value to a field of an item."""
+    """Converts a JSON value to a field of an item."""
     if isinstance(value, int | float | str):
         return value
     if isinstance(value, list) and value and all(isinstance(each, int | float) for each in value):
@@ -159,14 +159,14 @@ def parse_value(value: Any, what: str) -> Any:
 
 
 def parse_ids(value: Any, what: str) -> Tensor:
-    """Convert a list of integers to a `Ragged` tensor (n,) int64."""
+    """Converts a list of integers to a `Ragged` tensor (n,) int64."""
     if not isinstance(value, list) or not all(type(each) is int for each in value):
         raise ValueError(f"{what} is {str(value)[:60]}, wanted a list of integers")
     return Ragged(torch.tensor(value, dtype=torch.int64))
 
 
 def parse_boxes(value: Any, image: Image.Image, where: str) -> Tensor:
-    """Convert boxes (n, 4), left, top, right, bottom in pixels, to `BoundingBoxes`; n may be 0."""
+    """Converts boxes (n, 4), left, top, right, bottom in pixels, to `BoundingBoxes`; n may be 0."""
     from torchvision import tv_tensors
 
     boxes = torch.as_tensor(value, dtype=torch.float32)
@@ -176,7 +176,7 @@ def parse_boxes(value: Any, image: Image.Image, where: str) -> Tensor:
 
 
 def decode_mask(content: bytes, where: str) -> Tensor:
-    """Decode a label map (H, W): grey levels or palette indices, uint8 or int64."""
+    """Decodes a label map (H, W): grey levels or palette indices, uint8 or int64."""
     from torchvision import tv_tensors
 
     try:
@@ -190,17 +190,17 @@ def decode_mask(content: bytes, where: str) -> Tensor:
 
 
 def field_name(ending: str) -> str:
-    """Name of the field of an extra member: seg.png -> seg."""
+    """Returns the name of the field of an extra member: seg.png -> seg."""
     return ending.partition(".")[0]
 
 
 def extra_members(config: Config) -> tuple[str, ...]:
-    """Extensions of the members to read with each image."""
+    """Returns the extensions of the members to read with each image."""
     return (*(["json"] if config.json_fields or config.id_fields or config.box_fields else []), *config.mask_ext)
 
 
 def build(config: Config, split: str) -> TarImages:
-    """The images of one split, in the order of the shards and of the members in them.
+    """Returns the images of one split, in the order of the shards and of the members in them.
 
     FileNotFoundError for shards that are missing or cannot be downloaded; ValueError for another split, a missing
     webdataset package, incomplete or malformed shards, and duplicate samples.
@@ -231,7 +231,7 @@ def build(config: Config, split: str) -> TarImages:
 
 
 def select_rows(shards: Sequence[Shard], n_train: int, config: Config, split: str) -> np.ndarray:
-    """Sorted indices of a split's samples among the rows of all shards.
+    """Returns the sorted indices of a split's samples among the rows of all shards.
 
     Shards from `n_train` on are for validation; if there are none, shards or samples are held out.
     """

@@ -1,4 +1,4 @@
-"""Find shards and index their samples; a shard is indexed once, and again if it changes."""
+"""Finds shards and indexes their samples; a shard is indexed once, and again if it changes."""
 
 import glob
 import json
@@ -27,7 +27,7 @@ class Shard(NamedTuple):
 
 
 def list_shards(pattern: str, flag: str) -> list[str]:
-    """List the shards of a brace pattern, glob, folder, file or URL, in order; FileNotFoundError for missing ones."""
+    """Lists the shards of a brace pattern, glob, folder, file or URL, in order; FileNotFoundError for missing ones."""
     names = []
     for name in import_webdataset().shardlists.expand_urls(pattern):
         if name.startswith("file:"):
@@ -48,7 +48,7 @@ def list_shards(pattern: str, flag: str) -> list[str]:
 
 
 def change_tag(name: str) -> str:
-    """A string that changes with a shard's content, found without reading it; empty if that is impossible."""
+    """Returns a string that changes with a shard's content, found without reading it; empty if that is impossible."""
     if not is_remote(name):
         return file_stamp(os.stat(name))
     if not name.startswith(("http://", "https://")):
@@ -61,7 +61,7 @@ def change_tag(name: str) -> str:
 
 
 def index_shards(names: list[str], store: ShardStore, folder: Path, spec: tar.SampleSpec) -> list[Shard]:
-    """Index shards, or load their indexes from `folder`. For URLs, indexing takes a full pass over the data, once."""
+    """Loads the indexes of shards from `folder`, or builds them: for URLs, this takes one pass over the data."""
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(INDEX_THREADS) as pool:
         tags = pool.map(change_tag, names)
@@ -74,7 +74,7 @@ def index_shards(names: list[str], store: ShardStore, folder: Path, spec: tar.Sa
 
 
 def load_or_build_index(name: str, path: Path, store: ShardStore, spec: tar.SampleSpec) -> Shard:
-    """One shard with its index from `path`, built by one process if it does not exist."""
+    """Returns one shard with its index from `path`, built by one process if it does not exist."""
     shard = read_index(name, path)
     if shard is None:
         with FileLock(path.with_suffix(".lock")):
@@ -83,7 +83,7 @@ def load_or_build_index(name: str, path: Path, store: ShardStore, spec: tar.Samp
 
 
 def read_index(name: str, path: Path) -> Shard | None:
-    """Load an index; None if it is missing or incomplete."""
+    """Loads an index; None if it is missing or incomplete."""
     try:
         with path.open("rb") as file:
             return Shard(name, str(np.load(file, allow_pickle=False)), np.load(file, allow_pickle=False))
@@ -92,7 +92,7 @@ def read_index(name: str, path: Path) -> Shard | None:
 
 
 def build_index(name: str, path: Path, store: ShardStore, spec: tar.SampleSpec) -> Shard:
-    """Scan a shard and save its index to `path`."""
+    """Scans a shard and saves its index to `path`."""
     if is_remote(name):
         file, stamp = store.download(name)
     else:
@@ -109,7 +109,7 @@ def build_index(name: str, path: Path, store: ShardStore, spec: tar.SampleSpec) 
 
 
 def require_distinct(shards: list[Shard]) -> None:
-    """ValueError if two shards have a sample of the same name."""
+    """Raises ValueError if two shards have a sample of the same name."""
     keys = np.concatenate([shard.rows["key"] for shard in shards])
     order = np.argsort(keys, kind="stable")
     duplicates = np.flatnonzero(keys[order][1:] == keys[order][:-1])

@@ -1,4 +1,4 @@
-"""Open shards: local files directly, URLs through a cache of downloads with a bounded number of files.
+"""Opens shards: local files directly, URLs through a cache of downloads with a bounded number of files.
 
 Downloads use webdataset's `gopen`; their SHA-256 must be that of the indexed shard.
 """
@@ -19,7 +19,7 @@ POLL_SECONDS = 0.05  # between checks for a free slot
 
 
 def import_webdataset():
-    """Import the package webdataset; ValueError with the pip command if it is missing."""
+    """Imports the package webdataset; ValueError with the pip command if it is missing."""
     try:
         import webdataset
     except ImportError as error:
@@ -28,17 +28,17 @@ def import_webdataset():
 
 
 def is_remote(name: str) -> bool:
-    """Whether a shard is a URL or a command, not a local file."""
+    """Returns whether a shard is a URL or a command, not a local file."""
     return name.startswith("pipe:") or "://" in name
 
 
 def file_stamp(status: os.stat_result) -> str:
-    """Size and modification time of a file, which change with its content."""
+    """Returns the size and modification time of a file, which change with its content."""
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def short_hash(text: str) -> str:
-    """The first 24 hexadecimal digits of the SHA-256 of a text, for file names."""
+    """Returns the first 24 hexadecimal digits of the SHA-256 of a text, for file names."""
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
@@ -54,7 +54,7 @@ class ShardStore:
     limit: int
 
     def open(self, name: str, stamp: str) -> BinaryIO:
-        """Open a shard; ValueError if it has changed since it was indexed."""
+        """Opens a shard; ValueError if it has changed since it was indexed."""
         if is_remote(name):
             return self.open_cached(stamp) or self.download(name, stamp)[0]
         file = open(name, "rb")
@@ -67,7 +67,7 @@ class ShardStore:
         return self.folder / f"{stamp}.tar"
 
     def open_cached(self, stamp: str) -> BinaryIO | None:
-        """Open the cached shard with this SHA-256; None if it is not cached."""
+        """Opens the cached shard with this SHA-256; None if it is not cached."""
         try:
             os.utime(self.path(stamp))  # marks it as most recently used
             return self.path(stamp).open("rb")
@@ -75,7 +75,7 @@ class ShardStore:
             return None
 
     def download(self, url: str, stamp: str | None = None) -> tuple[BinaryIO, str]:
-        """Download a shard. Returns the open file and its SHA-256; ValueError if that differs from `stamp`."""
+        """Downloads a shard. Returns the open file and its SHA-256; ValueError if that differs from `stamp`."""
         with self.download_slot(url) as partial:
             if stamp is not None and (file := self.open_cached(stamp)) is not None:
                 return file, stamp  # another process downloaded it meanwhile
@@ -92,7 +92,7 @@ class ShardStore:
 
     @contextmanager
     def download_slot(self, url: str) -> Iterator[Path]:
-        """Context manager: the temporary file of a download, locked for one process at a time."""
+        """Yields the temporary file of a download, locked for one process at a time."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"{short_hash(url)}.part"
         with FileLock(partial.with_suffix(".lock")):
@@ -102,7 +102,7 @@ class ShardStore:
                 partial.unlink(missing_ok=True)
 
     def reserve(self, partial: Path) -> None:
-        """Create the file once the cache has fewer than `limit` files; the least recently used ones are deleted."""
+        """Creates the file once the cache has fewer than `limit` files; the least recently used ones are deleted."""
         while True:
             with FileLock(self.folder / "room.lock"):
                 downloads = list(self.folder.glob("*.part"))
@@ -117,7 +117,7 @@ class ShardStore:
 
 
 def remove_orphans(downloads: list[Path]) -> None:
-    """Delete incomplete downloads of killed processes: nobody holds their lock."""
+    """Deletes incomplete downloads of killed processes: nobody holds their lock."""
     for path in downloads:
         lock = FileLock(path.with_suffix(".lock"), timeout=0)
         try:
@@ -128,7 +128,7 @@ def remove_orphans(downloads: list[Path]) -> None:
 
 
 def download_to(url: str, path: Path) -> str:
-    """Download a URL to `path`. Returns its SHA-256; FileNotFoundError if it cannot be downloaded."""
+    """Downloads a URL to `path`. Returns its SHA-256; FileNotFoundError if it cannot be downloaded."""
     content = hashlib.sha256()
     try:
         with import_webdataset().gopen(url, "rb") as source, path.open("wb") as file:

@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 def scan(file: BinaryIO, name: str, spec: SampleSpec) -> np.ndarray:
-    """Scan a shard and return its rows as a structured array; `name` names it in error messages.
+    """Scans a shard and returns its rows as a structured array; `name` names it in error messages.
 
     ValueError unless it is a complete, uncompressed tar with at least one sample, and each sample occurs once, with
     exactly one image and, if wanted, a label.
@@ -61,21 +61,22 @@ def scan(file: BinaryIO, name: str, spec: SampleSpec) -> np.ndarray:
 
 
 def split_member_name(member: str) -> tuple[str, str] | None:
-    """folder/key.Some.ext -> (folder/key, some.ext), the extension in lower case; None without a key or a dot."""
+    """Splits folder/key.Some.ext into (folder/key, some.ext), the extension lowercase; None without a key or dot."""
     folder, slash, base = member.rpartition("/")
     key, dot, extension = base.partition(".")
     return (f"{folder}{slash}{key}", extension.lower()) if key and dot else None
 
 
 def require_end_block(tar: tarfile.TarFile) -> None:
-    """ReadError unless the last member is followed by the empty block that ends a tar; `tarfile` does not check it."""
+    """Raises ReadError unless the last member is followed by the end-of-archive block, which `tarfile` does not
+    check."""
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"it is truncated after {tar.offset} bytes")
 
 
 def build_row(tar: tarfile.TarFile, where: str, key: str, group: list[tarfile.TarInfo], spec: SampleSpec) -> Row:
-    """The row of a sample from its members; ValueError unless it has one image and all wanted members."""
+    """Returns the row of a sample from its members; ValueError unless it has one image and all wanted members."""
     members = {split_member_name(member.name)[1]: member for member in group}
     names = ", ".join(sorted(members))
     if len(members) < len(group):
@@ -101,7 +102,7 @@ def build_row(tar: tarfile.TarFile, where: str, key: str, group: list[tarfile.Ta
 
 
 def read_label(tar: tarfile.TarFile, where: str, members: dict[str, tarfile.TarInfo], spec: SampleSpec) -> int:
-    """The class id of a sample, 0 without labels; ValueError if it is missing or malformed."""
+    """Returns the class id of a sample, 0 without labels; ValueError if it is missing or malformed."""
     if spec.label_from == "none":
         return 0
     if spec.label_from not in members:
@@ -123,7 +124,7 @@ def read_label(tar: tarfile.TarFile, where: str, members: dict[str, tarfile.TarI
 
 
 def rows_to_array(rows: list[Row], name: str, spec: SampleSpec) -> np.ndarray:
-    """Rows as a structured array, with offset and size of further members; ValueError for a duplicate key."""
+    """Returns rows as a structured array, with offset and size of further members; ValueError for a duplicate key."""
     width = max(len(row.key) for row in rows)
     numbers = ["offset", "size", "label", *(f"{each}_{what}" for each in spec.extra for what in ("offset", "size"))]
     dtype = [("key", f"S{width}"), *((number, np.int64) for number in numbers)]
