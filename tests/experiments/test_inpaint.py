@@ -139,11 +139,11 @@ def test_margins_centre_the_grid():
 def test_hide_part_and_add_margins_mask_the_right_pixels(trained):
     model = load_model(ModelConfig(), OutputConfig(logs_root=str(trained)))
     inputs = load_input_images((), 2, model)
-    assert hide_part(inputs, "centre").hidden[0, 4:12, 4:12].all() and hide_part(inputs, "centre").hidden[0].sum() == 64
-    assert hide_part(inputs, "right").hidden[:, :, 8:].all() and not hide_part(inputs, "right").hidden[:, :, :8].any()
+    assert mask_part(inputs, "centre").mask[0, 4:12, 4:12].all() and mask_part(inputs, "centre").mask[0].sum() == 64
+    assert mask_part(inputs, "right").mask[:, :, 8:].all() and not mask_part(inputs, "right").mask[:, :, :8].any()
     larger = add_margins(inputs, (1, 2, 3, 4))
-    assert larger.hidden.shape == (2, 20, 22) and torch.equal(larger.image[:, :, 1:17, 4:20], inputs.image)
-    assert larger.hidden[0].sum() == 20 * 22 - 16 * 16 and not larger.hidden[:, 1:17, 4:20].any()
+    assert larger.mask.shape == (2, 20, 22) and torch.equal(larger.image[:, :, 1:17, 4:20], inputs.image)
+    assert larger.mask[0].sum() == 20 * 22 - 16 * 16 and not larger.mask[:, 1:17, 4:20].any()
 
 
 def test_class_agreement_has_the_error_of_independent_images():

@@ -189,8 +189,8 @@ def test_unmasked_pixels_are_kept(playground):
     mask = brush(picture.size, (0, 0, 4 * side, 2 * side))  # the upper half
     inpainted = playground.inpaint(make_request(playground, count=4), picture, mask)
     half = side // 2
-    assert inpainted.hidden[:, :half].unique().tolist() == [128]
-    assert torch.equal(inpainted.hidden[:, half:], image[:, half:])
+    assert inpainted.masked_input[:, :half].unique().tolist() == [128]
+    assert torch.equal(inpainted.masked_input[:, half:], image[:, half:])
     assert inpainted.results.shape == (4, *image.shape)
     assert len(inpainted.results[:, :, :half].flatten(1).unique(dim=0)) == 4  # several results
     repeated = playground.inpaint(make_request(playground, count=2), picture, mask)
@@ -213,7 +213,7 @@ def test_kept_codes_never_change(play, monkeypatch):
     monkeypatch.setattr(type(play.trained), "draw", draw)
     picture = enlarge_to_picture(torch.arange(256, dtype=torch.uint8).view(1, 16, 16))
     inpainted = play.inpaint(make_request(play, label="3"), picture, brush(picture.size, (0, 0, 80, 80)))
-    assert (inpainted.hidden == 128).sum() >= 64 and inpainted.hidden[:, :8, :8].unique().tolist() == [
+    assert (inpainted.masked_input == 128).sum() >= 64 and inpainted.masked_input[:, :8, :8].unique().tolist() == [
         128
     ]  # whole cells
     output, kwargs = calls[0]

@@ -15,9 +15,9 @@ def test_a_hidden_pixel_gets_the_nearest_visible_one():
     mask[0, :, 2:] = True
     expected = image.clone()
     expected[..., 2:] = image[..., 1:2]
-    assert torch.equal(fill_hidden(image, hidden), expected)
-    assert torch.equal(fill_hidden(image, torch.zeros_like(hidden)), image)
-    assert (fill_hidden(image, torch.ones_like(hidden)) == 128).all()
+    assert torch.equal(fill_masked(image, mask), expected)
+    assert torch.equal(fill_masked(image, torch.zeros_like(mask)), image)
+    assert (fill_masked(image, torch.ones_like(mask)) == 128).all()
     assert torch.equal(image.flatten(), torch.arange(16, dtype=torch.uint8))  # the input is unchanged
 
 
@@ -48,10 +48,10 @@ def space(request, trained):
 
 def test_hidden_pixels_do_not_affect_the_start_of_sampling(space):
     images = (Streams([0, 1]).uniform((2, 1, 16, 16)) * 256).byte()
-    hidden = torch.zeros(2, 16, 16, dtype=torch.bool)
-    hidden[0, 7:], hidden[1, :, :5] = True, True
-    start = space.encode_masked(images, hidden)
-    inverted = space.encode_masked(torch.where(hidden.unsqueeze(1), 255 - images, images), hidden)
+    mask = torch.zeros(2, 16, 16, dtype=torch.bool)
+    mask[0, 7:], mask[1, :, :5] = True, True
+    start = space.encode_masked(images, mask)
+    inverted = space.encode_masked(torch.where(mask.unsqueeze(1), 255 - images, images), mask)
     assert torch.equal(start.x0, inverted.x0) and torch.equal(start.keep, inverted.keep) and start.strength == 1
     side = 16 // space.factor
     assert start.keep.shape == (2, side, side)
