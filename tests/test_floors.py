@@ -34,6 +34,7 @@ CONCEPTS = {
     "vq.discriminator": "a network",
     "vq.likelihood": "a network: the log-variance head",
     "vq.losses": "the adversarial losses",
+    "vq.tiles": "tiled encoding and decoding of an autoencoder",
 }
 COMMANDS_THAT_MAY_BE_IMPORTED = {"experiments.playground"}  # used by demo.py
 CANDIDATES = [*ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")]
