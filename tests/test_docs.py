@@ -309,7 +309,7 @@ def every_flag() -> frozenset[str]:
     """The flags of all scripts, those of every plug-in included."""
     names = {"help", "config", "from"} | own_flags("tests/kill_training.py")
     for group in PLUGIN_GROUPS.values():
-        names = names.union(*(cli.fields_of(group.config_of(name)) for name in plugin_names(group.package)))
+        names = names.union(*(cli.flag_names(group.config_of(name)) for name in plugin_names(group.package)))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "experiments")
         for script in (*ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")):
@@ -317,5 +317,5 @@ def every_flag() -> frozenset[str]:
                 continue
             for value in runpy.run_path(str(script), run_name="flags").values():
                 if isinstance(value, type) and is_dataclass(value) and value.__name__.endswith(("Config", "Benchmark")):
-                    names |= cli.fields_of(value)
+                    names |= cli.flag_names(value)
     return frozenset(names)

@@ -58,7 +58,7 @@ def test_there_is_an_example_of_each_kind():
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A copy of the checkout with the page's files in their places, tiny birds, and the runs that commands build on."""
+    """A copy of the checkout with the page's files in their places, tiny data, and the runs that commands build on."""
     root = tmp_path_factory.mktemp("checkout")
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("models", "diffusion", "vq", "train", "experiments", "configs"):
@@ -82,7 +82,7 @@ def run_command(root: Path, command: str) -> str:
     tiny = TINY[script]
     if script == "train_sampler.py" and "ddpm" in flags:
         tiny = f"{UNET} {DDPM.partition(UNET)[0]}".replace("--sampler ddpm", "") + STEPS
-    flags = f"{flags.replace('/path/to/birds', str(root))} {tiny}"
+    flags = f"{flags.replace('/path/to/sparrows', str(root))} {tiny}"
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     words = [sys.executable, str(root / script), *flags.split()]
     result = subprocess.run(words, cwd=root, env=variables, capture_output=True, text=True, timeout=300)
