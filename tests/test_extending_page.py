@@ -82,7 +82,7 @@ def run_command(root: Path, command: str) -> str:
     tiny = TINY[script]
     if script == "train_sampler.py" and "ddpm" in flags:
         tiny = f"{UNET} {DDPM.partition(UNET)[0]}".replace("--sampler ddpm", "") + STEPS
-    flags = f"{flags.replace('/path/to/birds', str(root))} {tiny}"
+    flags = f"{flags.replace('/path/to/sparrows', str(root))} {tiny}"
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     words = [sys.executable, str(root / script), *flags.split()]
     result = subprocess.run(words, cwd=root, env=variables, capture_output=True, text=True, timeout=300)

@@ -63,8 +63,10 @@ def test_its_python_runs(tmp_path, monkeypatch):
     (code,) = blocks(TEXT, "python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 6
     common = f"--logs_root {tmp_path / 'logs'} --no_amp"
-    call("train_vqgan.py", f"{common} --train_steps 2 {VQGAN} --perceptual_net none --log_dir vqgan_mnist")
-    call("train_sampler.py", f"{common} --train_steps 2 {SAMPLER} --ae_load_dir vqgan_mnist --log_dir absorbing_mnist")
+    call("train_vqgan.py", f"{common} --train_steps 2 {VQGAN} --perceptual_net none --log_dir vqgan_digits")
+    call(
+        "train_sampler.py", f"{common} --train_steps 2 {SAMPLER} --ae_load_dir vqgan_digits --log_dir absorbing_digits"
+    )
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)
