@@ -4,8 +4,8 @@ x (B, H, W) is all mask, or has known codes, which never change. The interface i
 `on_step` must not mask codes again. Times are evenly spaced from 1 to 0. Solvers that choose the step of each code
 before its value evaluate an example only in the steps that reveal some of its codes; with `on_step`, in every step.
 
-Notation: t -> s is a step (s < t), m(t) the probability that a code is masked at t, N the number of codes, T that of
-steps, sigma the probability that a revealed code is masked again, u uniform random numbers.
+Notation: t -> s is a step (s < t), m(t) the probability that a code is masked at t, N the number of codes, M that of
+codes masked at the start, sigma the probability that a revealed code is masked again, u uniform random numbers.
 """
 
 from dataclasses import dataclass

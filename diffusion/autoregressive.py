@@ -4,9 +4,9 @@ Training predicts all codes in one pass, the likelihood is exact, and sampling t
 Oord et al. 2016; Esser et al. 2021, "Taming Transformers", for codes of a VQGAN).
 
 The denoiser of this process is `denoise(x (n, m), t (n,), rows (n,)) -> logits (n, K)` of code m, given the m codes x
-before it; `rows` are the indices of the examples in x. t = 1 - m/N falls from 1 to 1/N, for schedules of guidance and
-temperature. m grows from call to call and rows that drop out never return, so a denoiser may keep a KV cache. Guidance
-wraps it like any other denoiser.
+before it; `rows` are the indices in the whole batch of the examples that x holds. t = 1 - m/N falls from 1 to 1/N, for
+schedules of guidance and temperature. m grows from call to call and rows that drop out never return, so a denoiser may
+keep a KV cache. Guidance wraps it like any other denoiser.
 """
 
 import math

@@ -49,7 +49,7 @@ def guided(
     network call. For a Prediction, x0 and eps are guided, and a learned variance is that of the last condition.
 
     interval: guide only where lo <= t <= hi, and use the last condition elsewhere (Kynkaanniemi et al. 2024).
-    schedule: key of GUIDANCE_SCHEDULES; a scale at t is 1 + (scale - 1) f(t), and grows from t = 1 to 0.
+    schedule: key of GUIDANCE_SCHEDULES; a scale at t is 1 + (scale - 1) f(t); f rises to 1 at t = 0.
     rescale: fraction in [0, 1] by which each example's standard deviation of the guided x0 is moved to that of the last
     condition's x0; needs `process` to recompute eps. (Lin et al. 2024, section 3.4, rescale the network's output.)
     """
@@ -135,8 +135,8 @@ def expand_weight(weight: float | Tensor, x: Tensor) -> float | Tensor:
 def thresholded(denoise: Denoiser, process: ContinuousProcess, percentile: float | None = None) -> Denoiser:
     """Returns a denoiser whose x0 is clipped to [-1, 1], with eps recomputed to match.
 
-    With `percentile` in (0, 1], x0 is clipped to that quantile of the example's |x0| and divided by it where it exceeds
-    1 (dynamic thresholding, Saharia et al. 2022).
+    With `percentile`, a fraction in (0, 1], x0 is clipped to [-s, s] and divided by s, where s is that quantile of the
+    example's |x0|, at least 1 (dynamic thresholding, Saharia et al. 2022).
     """
     if percentile is not None and not 0 < percentile <= 1:
         raise ValueError(f"got percentile {percentile}, wanted a fraction in (0, 1], such as 0.995")

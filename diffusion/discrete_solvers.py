@@ -1,7 +1,8 @@
 """A solver for any discrete process, and the interface of all solvers of codes.
 
-`denoise(x (B, H, W), t (B,), rows)` returns logits (B, H, W, K) of x_0; `rows` (n,) int64 are the indices of the
-examples in x, None means all of them in order. In a step, only examples in which some code may change are evaluated.
+`denoise(x (n, H, W), t (n,), rows)` returns logits (n, H, W, K) of x_0; `rows` (n,) int64 are the indices in the whole
+batch of the examples that x holds, None means all of them in order. In a step, only examples in which some code may
+change are evaluated.
 
 `on_step(i, t, s, x_s, logits) -> x_s` may return other codes to continue from. It receives the logits of every example,
 so all of them are then evaluated at every step; the samples stay the same.

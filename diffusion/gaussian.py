@@ -65,7 +65,7 @@ def from_betas(betas: Tensor) -> Tensor:
 def with_zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
     """Shifts and scales alpha_bar (T + 1,) to zero terminal SNR (Lin et al. 2024, algorithm 1).
 
-    sqrt(alpha_bar) keeps its value after the first step. eps cannot be predicted at T then: use v or x0.
+    alpha_bar[1], after the first step, does not change. eps cannot be predicted at T then: use v or x0.
     """
     roots = alpha_bar.sqrt()
     scaled = (roots[1:] - roots[-1]) * roots[1] / (roots[1] - roots[-1])
@@ -169,7 +169,7 @@ class GaussianDiffusion(ContinuousProcess):
     ) -> Loss:
         """Returns the loss of a network's output (B, C or 2 C, H, W) at corrupt(x0, t, noise), a mean over dimensions.
 
-        `loss_weight`, (B,) or broadcastable to (B, C, H, W), multiplies the loss, but not the metric vlb.
+        `loss_weight`, (B,), (B, H, W) or broadcastable with four axes, multiplies the loss, but not the metric vlb.
         simple: |target - output|^2.
         min_snr: simple with the weight of Hang et al. 2023, which is min(SNR, gamma) on the error of x_0.
         vlb: T times the term of the bound at t, in bits per dimension; its mean over t is the bound without prior term.

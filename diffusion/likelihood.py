@@ -131,7 +131,7 @@ def dequantize(x0: Tensor, rng: Streams) -> Tensor:
 
 
 def trace_probes(y: Tensor, rng: Streams, probes: int, exact: bool) -> Iterator[Tensor]:
-    """Yields vectors e (B, ...) like y whose e . J e sum to tr J: all axes if exact, else random signs."""
+    """Yields vectors e (B, ...) like y whose e . J e sum to tr J: all axes; or random signs, on average."""
     if exact:
         for axis in range(y[0].numel()):
             e = torch.zeros_like(y)

@@ -29,7 +29,7 @@ class LogitsWarper:
         final_temperature = self.temperature if self.final_temperature is None else self.final_temperature
         if not (self.temperature >= 0 and final_temperature >= 0):
             got = f"temperature {self.temperature}, final temperature {final_temperature}"
-            raise ValueError(f"got {got}: wanted 0 (greedy) or more; pass --temp T")
+            raise ValueError(f"got {got}: wanted 0 (greedy) or more; pass --temp T or --last_temp T")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"got top_k {self.top_k}, wanted at least 1: pass --top_k K")
         if self.top_p is not None and not 0 < self.top_p <= 1:

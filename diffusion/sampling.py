@@ -23,7 +23,8 @@ Process = ContinuousProcess | DiscreteProcess
 def predictor(network: Network, process: Process) -> Callable[..., Prediction | Tensor]:
     """Returns a function (x, t (B,), condition=None) -> the network's prediction at x.
 
-    Continuous processes: the network is called with x (B, C, H, W) and `process.network_time(t)`; returns a Prediction.
+    Continuous processes: the network is called with `process.network_input(x, t)` (B, C, H, W) and
+    `process.network_time(t)`; returns a Prediction.
     Discrete processes: it is called with ids (B, H, W), and with the keyword t if predictions depend on the time;
     returns logits (B, H, W, K). A condition is the last positional argument.
     """
@@ -62,11 +63,12 @@ def sample(
 ) -> Tensor:
     """Samples x of the given shape with a solver: (B, C, H, W), or (B, H, W) for a discrete process.
 
-    `steps` defaults to the solver's own number. `spacing` is a key of gaussian_solvers.SPACINGS, for continuous
-    processes. `condition` holds the raw fields of B examples, as `network.encode` takes them, and `guidance` is the
-    scale of classifier-free guidance. `clip` keeps the predicted x_0 of a continuous process in [-1, 1]: pass False for
-    data with another range, such as latents. Example i of a seed does not depend on the batch size. `options` are those
-    of the solver, such as eta. ValueError for an unknown solver or spacing, or guidance without a condition.
+    `steps` defaults to the solver's own number; a discrete process in continuous time has none and needs it. `spacing`
+    is a key of gaussian_solvers.SPACINGS, for continuous processes. `condition` maps names of encoders, such as label,
+    to the raw conditions of B examples (see `network.encode`), and `guidance` is the scale of classifier-free guidance.
+    `clip` keeps the predicted x_0 of a continuous process in [-1, 1]: pass False for data with another range, such as
+    latents. Example i of a seed does not depend on the batch size. `options` are those of the solver, such as eta.
+    ValueError for an unknown solver or spacing, guidance without a condition, or missing steps.
     """
     if guidance != 1 and condition is None:
         raise ValueError(f"got guidance {guidance} without a condition: pass condition, or guidance=1.0")
@@ -79,7 +81,7 @@ def sample(
     x = process.prior(shape, rng)
     times = solver_times(entry, process, x[0].numel(), steps, spacing)
     if isinstance(process, DiscreteProcess) and entry.schedule is not None:
-        process = replace(process, schedule=entry.schedule)  # the mask schedule that the solver prefers
+        process = replace(process, schedule=entry.schedule)  # the schedule m(t) that the solver prefers
     if condition is None:
         denoise = denoiser(network, process)
     else:

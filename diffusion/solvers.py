@@ -43,7 +43,7 @@ class Solver:
     process: type  # the process class it samples, including subclasses
     options: type[SolverOptions] = SolverOptions
     steps: StepCount = process_steps  # default number of steps
-    schedule: str | None = None  # preferred mask schedule
+    schedule: str | None = None  # preferred schedule m(t)
     reveals_every_step: bool = False  # every step reveals at least one code, so more steps than codes are useless
 
     @property

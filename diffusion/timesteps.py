@@ -29,8 +29,8 @@ def low_discrepancy_times(
     """Samples times spread evenly over a batch (Kingma et al. 2021, section 4): same marginals, not independent.
 
     The whole batch shares one random offset, so `rng` is a single stream, seeded by the training step. An example's
-    time depends on that offset and its index in the batch: a rank that holds examples `first` to `first + count` of
-    `batch` gets the same times as a single process would.
+    time depends on that offset and its index in the batch: a rank that holds examples `first` to `first + count - 1`
+    of `batch` gets the same times as a single process would.
     """
     batch = count if batch is None else batch
     if len(rng) != 1:

@@ -34,7 +34,7 @@ class Bound(NamedTuple):
 
     total: Tensor  # (B,), the prior term plus all others
     prior: Tensor  # (B,)
-    terms: Tensor  # (B, T): column i is the step from (i + 1)/T to i/T, 0 where not sampled; (B, 0) if exact
+    terms: Tensor  # (B, T), 0 where not sampled: the step from (i + 1)/T to i/T, or i + 1 masked codes; (B, 0) if exact
 
 
 class Likelihood(NamedTuple):

@@ -155,7 +155,8 @@ def measure_vqgan(config: VQGANBenchmark, world: DistContext) -> None:
     batch = workloads.random_batch(None, 0, size, data, world.device)
     consumed, times = None, workloads.training_phases(loss, training.train_steps)
     if "discriminator" not in times:
-        print(f"discriminator skipped: --disc_start_step {loss.disc_start_step} is never reached")
+        start = f"--disc_start_step {loss.disc_start_step} plus --disc_warmup_steps {loss.disc_warmup_steps}"
+        print(f"full discriminator phase skipped: {start} is not below --train_steps {training.train_steps}")
     if "step" in benchmark.measure:
         parts = workloads.split_batch(batch, training.accumulate)
         works = [
@@ -211,7 +212,7 @@ def report_sampling(trainees: list[Trainee], batch: Batch, options: SamplingConf
     with count_nfe(trainee.state.eval_module("network")) as nfe:
         x = draw_samples(trainee, batch, options)
     seconds = time_repeatedly(lambda: draw_samples(trainee, batch, options), repeats, device)
-    cost = f"{nfe.calls} network calls per batch, NFE {three_digits(nfe.evaluations / size)} per image"
+    cost = f"{nfe.calls} network calls per batch, {three_digits(nfe.evaluations / size)} evaluations per image"
     speed = format_spread(seconds, size)
     print(f"sampling with {options.solver}, {trainee.name}, batch of {size}: {speed}, {cost}")
     decoded = {}

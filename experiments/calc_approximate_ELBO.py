@@ -42,8 +42,8 @@ class LikelihoodConfig:
     """Split to measure; train: in the augmented views used in training."""
     calls: int | None = 100
     """Network evaluations (NFE) per image; None: one for each of the bound's T terms (absorbing in continuous time: one
-    for each number of masked codes). If T is larger, half of the evaluations compute the terms nearest the data
-    exactly; the other terms are divided into as many strata as evaluations are left, and one random term per stratum
+    for each number of masked codes). If T is larger, half of the evaluations cover each of the terms nearest the
+    data; the other terms are divided into as many strata as evaluations are left, and one random term per stratum
     and image estimates its sum: unbiased, and covered by the standard error. edm and flow: steps of the ODE (None: 50),
     with two forward and two backward passes each. Exact likelihoods (autoregressive) always take one evaluation."""
 

@@ -307,7 +307,7 @@ def summarize_runs(sets: dict[str, dict[str, float]], runs: list[SolverRun]) -> 
 
 def format_report(results: dict[str, Any], comparison: ComparisonConfig) -> str:
     """Formats the table, and names the cheapest solver whose distance is close to the baseline's."""
-    headings = ("network calls per batch", "NFE per image", "s/image")
+    headings = ("network calls per batch", "evaluations per image", "s/image")
     rows = [("solver", "steps", *headings, results["metric"], f"relative to {results['summary'][0]['solver']}")]
     for row in results["summary"]:
         cost = (
@@ -325,7 +325,9 @@ def format_report(results: dict[str, Any], comparison: ComparisonConfig) -> str:
     if best is not None:
         speedup = first["seconds_per_image"] / best["seconds_per_image"]
         steps = "" if best["steps"] is None else f" in {best['steps']} steps"
-        within = f"fewest NFE within 10 % of the {results['metric']} of {first['solver']}: {best['solver']}{steps}"
+        within = (
+            f"fewest evaluations within 10 % of the {results['metric']} of {first['solver']}: {best['solver']}{steps}"
+        )
         lines.append(f"{within}, {speedup:.3g} times as fast")
     return "\n".join(lines)
 

@@ -93,7 +93,7 @@ def report(results: dict[str, Any], folder: Path) -> str:
     rows = [
         ("cost", ""),
         ("network calls per batch", f"{results['network_calls_per_batch']:.0f}"),
-        ("NFE per image", f"{results['evaluations_per_image']:.1f}"),
+        ("evaluations per image", f"{results['evaluations_per_image']:.1f}"),
         ("seconds per image", f"{results['seconds_per_image']:.2f}"),
     ]
     return f"\n{results['n_samples']} images of {size}\n{table(rows)}\n\n{folder}"

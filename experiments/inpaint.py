@@ -40,7 +40,8 @@ class InpaintingConfig:
     mask: tuple[str, ...] = ()
     """Masks of any size, white where to fill in: one for all images or one each; if omitted, transparent pixels."""
     hide: Literal["left", "right", "top", "bottom", "centre"] | None = None
-    """Half of the image to mask as well (centre: its central quarter). Held-out images without another mask: bottom."""
+    """Half of the image to mask as well (centre: its central quarter). Held-out images, unless --outpaint or --shape is
+    given: bottom."""
     outpaint: tuple[int, int, int, int] | None = None
     """Extend the canvas at the top, right, bottom and left by this much: codes or latents (pixel models: pixels)."""
     shape: tuple[int, int] | None = None

@@ -301,7 +301,7 @@ def differential_from_softmax(layer: Attention, kind: str = "diff_v2") -> DiffAt
     if kind not in ATTENTION_TYPES:
         raise ValueError(f"got {kind}, wanted diff_v2")
     if kind != "diff_v2":
-        raise ValueError(f"got {kind}: its head norm changes what a trained layer computes: choose diff_v2")
+        raise ValueError(f"got {kind}: only diff_v2 can start as the function of a softmax layer: choose diff_v2")
     if type(layer) is not Attention:
         raise ValueError(f"got a {type(layer).__name__}, wanted softmax Attention")
     core = copy.deepcopy(layer.core)

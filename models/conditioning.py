@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
 
 
 class Map(NamedTuple):
-    """An image or feature map, concatenated to x along the channels (UNet) or added to the token embeddings."""
+    """An image or feature map, concatenated to x along the channels (UNet) or added to the embeddings of codes."""
 
     values: Tensor  # (B, C, h, w)
 
@@ -269,7 +269,7 @@ class ConditionEncoder(nn.Module, ABC):
 
     A file `models/conditions/<name>.py` defines:
     - the encoder. With `map_channels` it returns a Map, with a `token_width` Tokens, with neither a Vector;
-    - `Config`, a `ConditionConfig` whose fields become flags named `<name>_...`;
+    - `Config`, a `ConditionConfig` whose fields become flags; they begin with the condition's name, to avoid clashes;
     - `FIELDS`, the batch fields that the encoder reads;
     - `build(config, width, n_classes)`, with the width E of vectors and the number of classes in the data (0: none).
 

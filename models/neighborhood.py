@@ -49,7 +49,7 @@ def neighborhood_attention_1d(
     bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """As `neighborhood_attention_2d` in one dimension: (B, L, heads, d) each -> the same; `bias` (heads, 2 k - 1)."""
+    """As `neighborhood_attention_2d` in one dimension, (B, L, heads, d) each; `bias` is (query heads, 2 k - 1)."""
     return neighborhood_attention(
         query, key, value, kernel_size, dilation, is_causal, scale, backend, axes=1, bias=bias, dropout=dropout
     )
@@ -173,10 +173,10 @@ def resolve_backend(backend: Backend, query: Tensor, group: Group, dropout: floa
     """Returns the backend's name, with "auto" resolved for this query (B, *grid, heads, d).
 
     "auto" is "natten" on CUDA, if its fused kernels are installed and support the inputs. Otherwise it is "tiled" if
-    tiles compare a small enough fraction of all pairs, else "dense". Time of forward and backward by tiles relative to
-    dense, on 2 cores, at that fraction: in float32 0.95 (0.86), 0.85 (0.77), 0.35 (0.39), 0.16 (0.19), and 1.1 to 1.2
-    (1.0); in bfloat16, where dense is unfused, 1.7 (0.77), 1.2 (0.42), 0.92 (0.34), 0.35 (0.19). Other devices were not
-    measured and use the lower threshold.
+    tiles compare a small enough fraction of all pairs, else "dense". Forward and backward by tiles took, relative to
+    dense on 2 cores (in brackets the fraction of pairs compared): in float32 0.95 (0.86), 0.85 (0.77), 0.35 (0.39),
+    0.16 (0.19), and 1.1 to 1.2 (1.0); in bfloat16, where dense is unfused, 1.7 (0.77), 1.2 (0.42), 0.92 (0.34), 0.35
+    (0.19). Other devices were not measured and use the lower threshold.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"got backend {backend!r}, wanted one of auto, {', '.join(BACKENDS)}")

@@ -129,7 +129,7 @@ def attend_tiles(
 
 
 def pair_bias(bias: Tensor, tables: TileTables) -> Tensor:
-    """Looks up the bias of each pair, (heads, 2 kernel - 1 per axis) -> (P, heads, q, u); -inf outside the window."""
+    """Looks up the bias of each pair: (G heads, 2 kernel - 1, ...) -> (P, G heads, q, u); -inf outside the window."""
     bias = F.embedding(tables.offsets, bias.flatten(1).t()).permute(0, 3, 1, 2)
     return bias.masked_fill(tables.hidden, float("-inf"))
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 from torch import nn
 
-# Old and new dotted paths of public classes and functions that moved; docs/moved.md has the same list.
+# Old and new dotted paths of classes and functions that users may import; docs/moved.md has the same list.
 MOVED = {
     "diffusion.Drawing": "diffusion.LogitsWarper",
     "diffusion.absorbing.MASKINGS": "diffusion.absorbing.MASK_SCHEDULES",

@@ -19,7 +19,7 @@ def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 def non_saturating_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Discriminator loss -(mean log s(D(real)) + mean log(1 - s(D(fake)))) / 2 of logits of any shape, -> ().
+    """Discriminator loss -(mean log s(D(real)) + mean log(1 - s(D(fake)))) / 2, s the sigmoid; any shape -> ().
 
     The cross-entropy of Goodfellow et al. 2014 (eq. 1), halved like the hinge loss.
     """
@@ -27,7 +27,7 @@ def non_saturating_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def non_saturating_generator_loss(fake_logits: Tensor) -> Tensor:
-    """Autoencoder loss -mean log s(D(fake)) of logits of any shape, -> (); no vanishing gradient (section 3 there)."""
+    """Autoencoder loss -mean log sigmoid(D(fake)), any shape -> (); does not saturate (Goodfellow et al. 2014, 3)."""
     return F.softplus(-fake_logits).mean()
 
 
@@ -41,8 +41,8 @@ def adaptive_weight(recon_grad: Tensor, adv_grad: Tensor, maximum: float) -> Ten
     """Returns lambda = |recon_grad| / (|adv_grad| + 1e-4), at most `maximum` (Esser et al. 2021, eq. 7).
 
     The arguments, of any shape, are gradients of the reconstruction and adversarial losses at the last layer, each
-    averaged over all processes first, since norms are not linear in the batch. The constant is that of its code;
-    the paper states 1e-6.
+    averaged over all processes first, since norms are not linear in the batch. The constant 1e-4 is that of VQGAN's
+    code; the paper states 1e-6.
     """
     return (recon_grad.norm() / (adv_grad.norm() + 1e-4)).clamp(0, maximum)
 

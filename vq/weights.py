@@ -29,7 +29,9 @@ def read_tensors(path: Path, wanted: str) -> dict[str, Tensor]:
     except UNREADABLE as error:
         code = re.search("GLOBAL ([^ ]+)", str(error))
         reason = f"it needs {code[1]}, which is code" if code else "it is damaged, or not a torch file"
-        raise ValueError(f"{path} holds more than tensors, and nothing in it was run ({reason}): {wanted}") from error
+        raise ValueError(
+            f"{path} cannot be read as plain tensors, and nothing in it was run ({reason}): {wanted}"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a bare state dict of named tensors: {wanted}")
     return state

@@ -214,7 +214,7 @@ def vqgan_run_defaults(argv: list[str], section: str) -> dict[str, Any]:
     return {} if trained_on is None else {"dataset": trained_on}
 
 
-def load_vqgan(model: FirstStageModelConfig, output_root: str, device: torch.device, amp: bool) -> FirstStage:
+def load_chosen_vqgan(model: FirstStageModelConfig, output_root: str, device: torch.device, amp: bool) -> FirstStage:
     """Loads the VQGAN of a run, with its averaged weights if it has them.
 
     FileNotFoundError: no such run or step. ValueError: not a VQGAN run, or trained on another data set than the
@@ -372,7 +372,7 @@ def load_trained_model(
 ) -> TrainedModel:
     """Loads the sampler or the VQGAN that the flags select."""
     if isinstance(model, FirstStageModelConfig):
-        return load_vqgan(model, output.logs_root, world.device, output.amp)
+        return load_chosen_vqgan(model, output.logs_root, world.device, output.amp)
     return load_model(model, output, world)
 
 

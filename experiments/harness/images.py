@@ -41,8 +41,9 @@ def save_with_settings(path: Path, image: Tensor, settings: dict[str, Any]) -> N
 class SampleWriter:
     """Writes `count` images batch by batch; samples.npz appears at the end, complete.
 
-    Its arrays: arr_0, uint8 (N, H, W, 3); `codes` (N, h, w) of models of codes; `labels` (N,) of class-conditional
-    models. Images are written to disk as they arrive, so memory does not bound their number.
+    Its arrays: arr_0, uint8 (N, H, W, 3); `codes` (N, h, w) of models of codes; `values` (N, C, H, W) of models with a
+    --data_range; `labels` (N,) of class-conditional models. Images are written to disk as they arrive, so memory does
+    not bound their number.
     """
 
     def __init__(self, folder: Path, count: int, png_files: bool = False):
@@ -93,7 +94,7 @@ class SampleWriter:
 
 
 def read_samples(path: Path) -> dict[str, Tensor]:
-    """Reads a samples.npz: "image" uint8 (N, 3, H, W), and "codes" and "labels" if present."""
+    """Reads a samples.npz: "image" uint8 (N, 3, H, W), and "codes", "values" and "labels" if present."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: create it with `python experiments/get_samples.py`")
     try:

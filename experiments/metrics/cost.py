@@ -1,4 +1,4 @@
-"""The cost of a computation: time and memory on this machine, and network evaluations (NFE), which depend on none."""
+"""The cost of a computation: time and memory on this machine, and network evaluations (NFE), equal on any machine."""
 
 import ctypes
 import gc

@@ -13,7 +13,7 @@ FIELDS = ("condition_image",)  # batch fields that the encoder reads
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ConditionConfig):
-    """An image that is concatenated to x."""
+    """An image that is concatenated to x (UNet) or added to the embeddings of codes (transformer)."""
 
     condition_channels: int = 3
     """Image condition: channels of the batch field condition_image."""

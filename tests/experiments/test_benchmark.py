@@ -93,7 +93,7 @@ def test_code_sampler_has_a_row_per_precision_and_other_lines(run_benchmark):
         )
     assert "absorbing on digits: 4 images of 1x16x16 per step" in out
     assert "peak (fastest matrix product measured here in float32): 1 TFLOP/s" in out
-    cost = r"3 network calls per batch, NFE [\d.]+ per image"
+    cost = r"3 network calls per batch, [\d.]+ evaluations per image"
     assert re.search(rf"^sampling with ancestral, {rows[-1][0]}, batch of 4: .*, {cost}$", out, re.M)
     assert len(re.findall("^decoding, .* batch of 4: .* images/s$", out, re.M)) == 1 + len(HALVES)
     assert re.search(r"^baseline, 256 float32 steps that evaluate every grid: .* s \(256 x .* s, ", out, re.M)
@@ -116,7 +116,7 @@ def test_vqgan_has_a_row_per_discriminator_phase(run_benchmark):
 def test_pixel_sampler_reports_the_nfe_of_its_solver(run_benchmark):
     for solver, calls in {"dpmpp_2m": 3, "heun": 5}.items():  # heun's last step is an Euler step
         out, table = run_benchmark(f"--sampler ddpm --solver {solver} --measure sampling --no_amp")
-        cost = f"{calls} network calls per batch, NFE {calls} per image"
+        cost = f"{calls} network calls per batch, {calls} evaluations per image"
         assert re.search(rf"^sampling with {solver}, float32, .* {cost}$", out, re.M)
         assert not table and "loading" not in out and "decoding" not in out and "baseline" not in out
 

@@ -208,7 +208,7 @@ def test_conversion_keeps_the_type_and_the_mode(training):
 
 
 def test_conversions_that_change_the_function_are_rejected():
-    with pytest.raises(ValueError, match="diff_v1: its head norm changes what a trained layer computes"):
+    with pytest.raises(ValueError, match="diff_v1: only diff_v2 can start as the function of a softmax layer"):
         differential_from_softmax(Attention(WIDTH, HEADS), "diff_v1")
     for layer in (DiffAttentionV1(WIDTH, HEADS, depth=0), DiffAttentionV2(WIDTH, HEADS)):
         with pytest.raises(ValueError, match=f"got a {type(layer).__name__}, wanted softmax Attention"):

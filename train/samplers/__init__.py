@@ -34,7 +34,7 @@ class LearnedSampler(ABC):
     """A network and its process. `batch` holds raw fields, which the network's own encoders encode.
 
     `control` is a branch beside the network, whose outputs are added inside the network in training and sampling. The
-    batch field `loss_weight`, (B,) or broadcastable to the unreduced loss, multiplies the loss.
+    batch field `loss_weight` multiplies the loss; `diffusion.process.apply_loss_weight` has its shapes.
     """
 
     config: SamplerConfig

@@ -35,7 +35,9 @@ class CodeSampling(SamplingConfig):
     temp: float = 1.0
     """Sampling temperature; 0 always takes the most likely code."""
     last_temp: float | None = None
-    """Temperature at the last step, interpolated linearly from --temp; left out, it stays constant."""
+    """Temperature at t = 0, interpolated linearly from --temp at t = 1 (the last step starts at t = 1 / steps); left
+    out,
+    --temp throughout."""
     top_k: int | None = None
     """Sample from the k most likely codes only."""
     top_p: float | None = None

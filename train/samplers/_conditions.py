@@ -67,7 +67,7 @@ def raw_conditions(fields_of: Mapping[str, tuple[str, ...]], batch: Batch | None
     if missing:
         raise ValueError(
             f"got a batch with the fields {', '.join(batch) or 'none'}, but the conditions need {', '.join(missing)}: "
-            "add them in the function of --adapt, or to the items of the data set"
+            "add them to the items of the data set, or (ddpm) in the function of --adapt"
         )
     raw = {}
     for name, fields in fields_of.items():
@@ -80,6 +80,6 @@ def raw_conditions(fields_of: Mapping[str, tuple[str, ...]], batch: Batch | None
 def draw_drops(
     config: ConditionsConfig, names: Collection[str], streams: Callable[[str], Streams], count: int
 ) -> dict[str, Tensor]:
-    """Samples which examples get the null of each condition: maps names to (count,) bools, one stream per condition."""
+    """Samples which examples get the null of each condition: (count,) bools by name, from separate streams."""
     probs = {name: config.label_drop if name == "label" else config.condition_drop for name in names}
     return {name: streams(name).uniform((count,)) < probs[name] for name in names}

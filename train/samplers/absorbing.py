@@ -82,7 +82,7 @@ class AbsorbingSampler(DiscreteSampler):
         return self.process.mask_prob(t)
 
     def sampling_process(self, solver: Solver, options: Sampling) -> AbsorbingDiffusion:
-        """Returns the process with the mask schedule for sampling: --reveal, else the solver's, else its own."""
+        """Returns the process with the schedule m(t) for sampling: --reveal, else the solver's, else its own."""
         default = self.process.schedule if solver.schedule is None else solver.schedule
         return replace(self.process, schedule=default if options.reveal == "auto" else options.reveal)
 

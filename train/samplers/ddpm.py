@@ -28,7 +28,7 @@ from train.samplers._conditions import ConditionsConfig, draw_drops, fields_by_c
 from train.spaces import EditInput
 
 SPACE = "continuous"  # pixels, or latents if --ae_load_dir names a VQGAN
-PROCESS_FLAGS = {  # flags of a single process
+PROCESS_FLAGS = {  # flags that only some processes have
     "gaussian": {
         *("schedule", "first_beta", "last_beta", "zero_terminal_snr", "prediction", "variance"),
         *("loss_type", "min_snr_gamma"),
@@ -75,7 +75,7 @@ class Config(ConditionsConfig):
     time_sampler: Literal["uniform", "low_discrepancy", "loss_second_moment"] = "low_discrepancy"
     """Training times: independent, spread evenly over the batch, or in proportion to their loss (gaussian, vlb)."""
     time_embedding: Literal["time", "noise_level"] = "time"
-    """Time input of the network: the process's time, or alpha, the signal scale."""
+    """Time input of the network. time: that of the process; noise_level: alpha, the signal scale (1: no noise)."""
     time_scale: float | None = None
     """Factor on the time input of the sinusoidal embedding; default: 1 for steps and edm, 1000 for inputs in [0, 1]."""
     sigma_data: float | None = None
@@ -181,7 +181,7 @@ def make_process(config: Config, pixels: bool) -> ContinuousProcess:
     betas = {name: value for name, value in betas.items() if value is not None}
     if betas and config.schedule not in ("linear", "scaled_linear"):
         raise ValueError(
-            f"got first_beta or last_beta for schedule {config.schedule}, which has no betas: leave them out"
+            f"got first_beta or last_beta for schedule {config.schedule}, whose betas cannot be set: leave them out"
         )
     alpha_bar = SCHEDULES[config.schedule](config.total_steps, **betas)
     alpha_bar = with_zero_terminal_snr(alpha_bar) if config.zero_terminal_snr else alpha_bar

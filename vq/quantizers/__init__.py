@@ -35,7 +35,8 @@ class CommitmentConfig(QuantizerConfig):
     """Options of quantizers with a commitment loss."""
 
     beta: float = 0.25
-    """Weight of the commitment loss, which pulls encoder outputs to their codes; the codebook loss has weight 1."""
+    """Weight of the commitment loss, which pulls encoder outputs to their codes; a codebook loss has weight 1 (ibq
+    and legacy_beta: the reverse)."""
 
     def __post_init__(self):
         super().__post_init__()
