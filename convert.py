@@ -75,12 +75,12 @@ class FirstStageConfig(VQGANRunConfig):
 
 @functools.lru_cache(maxsize=2)
 def read_weights(path: str) -> dict[str, Tensor]:
-    """Read the tensors of a file; cached."""
+    """Reads the tensors of a file; cached."""
     return read_tensors(Path(path), "wanted tensors by name: pass the file of weights as --weights PATH")
 
 
 def read_reference_flags(path: str | None) -> dict[str, Any]:
-    """Read the JSON file of the reference's flags; {} without one."""
+    """Reads the JSON file of the reference's flags; {} without one."""
     if path is None:
         return {}
     if not Path(path).is_file():
@@ -95,19 +95,19 @@ def read_reference_flags(path: str | None) -> dict[str, Any]:
 
 
 def find_layout(argv: list[str], weights: str) -> tuple[Any, str]:
-    """The module of train/converters for the weights, and the kind of their model."""
+    """Returns the module of train/converters for the weights, and the kind of their model."""
     layout = load_plugin(LAYOUTS, peek_flag(argv, "from") or ConversionConfig.source, "layout")
     return layout, layout.model_kind(read_weights(weights))
 
 
 def config_class(argv: list[str]) -> type:
-    """The config class for the kind of model of the weights."""
+    """Returns the config class for the kind of model of the weights."""
     weights = peek_flag(argv, "weights")
     return FirstStageConfig if weights is not None and find_layout(argv, weights)[1] == FIRST_STAGE else Config
 
 
 def flags_from_weights(argv: list[str], section: str) -> dict[str, Any]:
-    """Flags that follow from the weights and their JSON; typed flags override them."""
+    """Returns the flags that follow from the weights and their JSON; typed flags override them."""
     weights = peek_flag(argv, "weights")
     if weights is None:
         return {"sampler": "ddpm"}
@@ -139,12 +139,12 @@ def flags_from_weights(argv: list[str], section: str) -> dict[str, Any]:
 
 
 def is_code_sampler(kind: str) -> bool:
-    """Whether a sampler models codes of a VQGAN."""
+    """Returns whether a sampler models codes of a VQGAN."""
     return load_plugin("train.samplers", kind, "sampler").SPACE == "codes"
 
 
 def make_vqgan_run(config: FirstStageConfig) -> None:
-    """Convert a VQGAN, plain and averaged weights, to a run."""
+    """Converts a VQGAN, plain and averaged weights, to a run."""
     conversion, training, logging = config.conversion, config.training, config.logging
     if training.load_dir is not None:
         raise ValueError("got --load_dir, but converted weights replace those of a run: leave it out")
@@ -164,7 +164,7 @@ def make_vqgan_run(config: FirstStageConfig) -> None:
 
 
 def make_code_sampler_run(config: Config, layout) -> None:
-    """Convert a sampler of codes, plain and averaged weights, to a run."""
+    """Converts a sampler of codes, plain and averaged weights, to a run."""
     conversion, sampler, files = config.conversion, config.sampler, plain_and_ema_files(config.conversion.weights)
     plain, averaged = [(layout.model_kind(w), layout.code_sampler_settings(w)) for w in map(read_weights, files)]
     if averaged != plain:
@@ -190,7 +190,7 @@ def make_code_sampler_run(config: Config, layout) -> None:
 
 
 def open_codes(config: Config):
-    """The space of codes a sampler was trained on, of the VQGAN given by --ae_load_dir (default: vqgan_<dataset>)."""
+    """Returns the space of codes of a sampler, of the VQGAN given by --ae_load_dir (default: vqgan_<dataset>)."""
     folder = run_folder(config.logging.logs_root, config.first.ae_load_dir or f"vqgan_{config.data.dataset}")
     if not (folder / "config.yaml").is_file():
         raise FileNotFoundError(
@@ -203,7 +203,7 @@ def open_codes(config: Config):
 
 
 def make_pixel_sampler_run(config: Config) -> None:
-    """Convert a UNet of pixels to a run; averaged weights are those of the file too."""
+    """Converts a UNet of pixels to a run; averaged weights are those of the file too."""
     conversion, sampler, logging = config.conversion, config.sampler, config.logging
     if sampler.sampler != "ddpm" or config.first.ae_load_dir is not None or config.training.load_dir is not None:
         raise ValueError("the weights are a ddpm sampler of pixels: leave --sampler, --ae_load_dir and --load_dir out")
@@ -240,7 +240,7 @@ def main(config: Config | FirstStageConfig) -> None:
 
 
 def load_converted(network: nn.Module, converted: dict[str, ConvertedTensor], source: str) -> None:
-    """Load converted weights; ValueError lists unexpected and missing tensors, and other shapes."""
+    """Loads converted weights; ValueError lists unexpected and missing tensors, and other shapes."""
     expected = network.state_dict()
     errors = [f"{converted[name].source} is unexpected" for name in converted if name not in expected]
     errors += [f"{name} {tuple(value.shape)} is missing" for name, value in expected.items() if name not in converted]
@@ -254,7 +254,7 @@ def load_converted(network: nn.Module, converted: dict[str, ConvertedTensor], so
 
 
 def save_run(config, base: type, state, run: Path, origin: dict[str, Any], step: int) -> Path:
-    """Write the run's folder with its checkpoint; ValueError if the run has later checkpoints."""
+    """Writes the run's folder with its checkpoint; ValueError if the run has later checkpoints."""
     state.step = step
     open_run(run, base(**{field.name: getattr(config, field.name) for field in fields(base)}), origin)
     later = [saved for saved in saved_steps(run) if saved > step]
@@ -264,7 +264,7 @@ def save_run(config, base: type, state, run: Path, origin: dict[str, Any], step:
 
 
 def plain_and_ema_files(weights: str) -> tuple[str, str]:
-    """The files of plain and of averaged weights, given one of them; if only one exists, it is returned twice."""
+    """Returns the files of plain and of averaged weights, given one of them, or the only one twice."""
     path = Path(weights)
     plain = path.with_name(path.name.replace("_ema_", "_", 1))
     averaged = path.with_name(re.sub(r"_(\d+\.th)$", r"_ema_\1", plain.name))
@@ -273,14 +273,14 @@ def plain_and_ema_files(weights: str) -> tuple[str, str]:
 
 
 def print_report(path: str, converted: dict[str, ConvertedTensor], omitted: dict[str, str]) -> None:
-    """Print how many tensors of a file were converted and left out, with reasons."""
+    """Prints how many tensors of a file were converted and left out, with reasons."""
     print(f"{path}: {len(converted)} tensors converted", flush=True)
     for reason in dict.fromkeys(omitted.values()):
         print(f"  {sum(reason == other for other in omitted.values())} left out: {reason}", flush=True)
 
 
 def hash_files(files: tuple[str, ...]) -> str:
-    """SHA-256 of the files' contents; a file given twice counts once."""
+    """Returns the SHA-256 of the files' contents; a file given twice counts once."""
     return "+".join(sha256(Path(path)) for path in dict.fromkeys(files))
 
 

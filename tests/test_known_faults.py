@@ -22,7 +22,7 @@ from train.config import DataConfig
 from train.data.loading import ImageSource, TrainingImages, build_dataset
 from train.datasets import digits
 from train.execution import autocast
-from train.first_stage import VQGANRun, load_first_stage
+from train.first_stage import StoredVQGANConfig, load_first_stage
 from train.samplers import absorbing
 from vq.perceptual import load_perceptual
 
@@ -61,7 +61,7 @@ def test_data_dir_reaches_training_and_validation(tmp_path):
     flags = f"--dataset ffhq --data_dir {data} --logs_root {tmp_path} --num_workers 0"
     call("train_vqgan.py", f"{flags} {VQGAN} {GAN} --train_steps 1")
     stored = yaml.safe_load((tmp_path / "vqgan_ffhq" / "config.yaml").read_text())
-    config = from_dict(VQGANRun, {name: stored[name] for name in ("data", "reader", "network")}, "test")
+    config = from_dict(StoredVQGANConfig, {name: stored[name] for name in ("data", "reader", "network")}, "test")
     for split, grey in {"train": 10, "val": 200}.items():
         assert np.array(build_dataset(config.data, config.reader, split)[0]["image"]).max() == grey
 

@@ -364,11 +364,11 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], file: Path) -> N
     if sum(len(group["params"]) for group in saved["param_groups"]) != len(parameters):
         raise ValueError(f"{file} holds the optimizer state of another network: omit --load_optim")
 
-    is_torchs = type(optimizer).__module__.startswith("torch.optim")
+    is_builtin = type(optimizer).__module__.startswith("torch.optim")
 
     def shard(key: str, value: Any, parameter: nn.Parameter) -> Any:
         has_shape = isinstance(value, Tensor) and value.shape == parameter.shape
-        if is_torchs and key in MOMENTS and value is not None and not has_shape:  # a fused kernel would overrun it
+        if is_builtin and key in MOMENTS and value is not None and not has_shape:  # a fused kernel would overrun it
             raise ValueError(f"{file} holds the optimizer state of another network: omit --load_optim")
         return shard_like(value, parameter) if has_shape else value
 
@@ -377,6 +377,6 @@ def load_optimizer(optimizer: Optimizer, saved: dict[str, Any], file: Path) -> N
         for i, entry in saved["state"].items()
     }
     groups = optimizer.state_dict()["param_groups"]  # current settings; a user's class may store more than these there
-    if is_torchs and [group.keys() for group in groups] != [group.keys() for group in saved["param_groups"]]:
+    if is_builtin and [group.keys() for group in groups] != [group.keys() for group in saved["param_groups"]]:
         raise ValueError(f"{file} holds the state of another optimizer: pass the --optimizer of that run")
-    optimizer.load_state_dict({"state": state, "param_groups": groups if is_torchs else saved["param_groups"]})
+    optimizer.load_state_dict({"state": state, "param_groups": groups if is_builtin else saved["param_groups"]})

@@ -96,8 +96,8 @@ def read_rows(condition_file: str | None, data: DataConfig) -> list[Row]:
     """Reads a JSON (a list of objects) or CSV (with a header) file of conditions: one row per image; [] without a file.
 
     A field named ..._image is the path of an image, relative to the file's folder; it is cropped as in training. A list
-    of lists of numbers becomes `Ragged`, like boxes. A column has one type: numbers if all its values are numbers, else
-    strings. Raises FileNotFoundError or ValueError if the file cannot be used.
+    of lists of numbers becomes `Ragged`, like boxes. A CSV column has one type: numbers if all its values are finite
+    numbers, else strings. Raises FileNotFoundError or ValueError if the file cannot be used.
     """
     if condition_file is None:
         return []

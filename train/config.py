@@ -37,11 +37,12 @@ class DataConfig:
     in_memory: bool = False
     """Keep resized images in memory; for data sets of up to a few GB."""
     cache_images: bool = False
-    """Cache decoded, resized images in one file in logs/.cache: height * width * n_channels bytes per image."""
+    """Cache decoded, resized images in one file in logs/.cache: height * width * n_channels bytes per image, 4
+    times that with --data_range."""
     num_workers: int = 0
     """Data-loading worker processes per training process."""
     prefetch: int = 2
-    """Batches that each worker loads in advance."""
+    """Micro-batches that each worker loads in advance."""
 
     def __post_init__(self):
         minima = {"img_size": 1, "img_width": 1, "shift": 0, "crop_margin": 0, "num_workers": 0, "prefetch": 1}
@@ -110,7 +111,7 @@ class TrainingConfig:
     lr_end: float = 0.0
     """Final learning rate of cosine and decay_tail, as a fraction of --lr."""
     amp: bool = True
-    """Mixed precision (autocast), if the device supports it natively; otherwise float32, with a message."""
+    """Mixed precision (autocast) in --amp_dtype; float32, with a message, if auto finds no native half precision."""
     amp_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 if the device supports it natively, otherwise float16 with loss scaling on CUDA."""
     max_bad_steps: int = 10
@@ -244,7 +245,7 @@ class FirstStageConfig:
     """First stage: the trained VQGAN, if any."""
 
     ae_load_dir: str | None = None
-    """Run folder of the VQGAN; defaults to vqgan_<dataset> for samplers of codes, others then work on pixels."""
+    """Run folder of the VQGAN. If omitted: vqgan_<dataset> for samplers of codes; other samplers work on pixels."""
     ae_load_step: int | None = None
     """Step of the VQGAN; the newest by default."""
 

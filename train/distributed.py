@@ -78,7 +78,7 @@ class DistContext:
         """Yields (batch, whether it counts), the same number of times in every process.
 
         A process that has run out of batches repeats its last one, which does not count, because the forward pass of a
-        sharded network needs all processes. One that had no batch at all uses `fallback()`.
+        sharded network needs all processes. One that had no batch at all uses `fallback()`, or yields nothing.
         """
         iterator, batch = iter(batches), None
         while True:
@@ -228,7 +228,7 @@ def grad_norm(parameters: list[nn.Parameter], world: DistContext) -> Tensor:
 
 
 class StopSignals:
-    """A context that records the first SIGTERM or SIGINT in `received`; a later second Ctrl-C interrupts at once."""
+    """Records the first SIGTERM or SIGINT in `received`; a Ctrl-C more than 2 s later raises KeyboardInterrupt."""
 
     def __init__(self):
         self.received: signal.Signals | None = None

@@ -25,9 +25,9 @@ def checkpoint_activations(module: nn.Module) -> int:
 
     Only the input of each block is stored, not its activations (Chen et al. 2016, "Training Deep Nets with Sublinear
     Memory Cost"), at the cost of one more forward pass. Blocks are the entries of the outermost nn.ModuleLists and
-    nn.Sequentials, except single layers. Gradients stay the same, with dropout too; without gradients nothing changes.
-    Deep copies are recomputed as well. ValueError if there are no blocks, or if a BatchNorm would update its statistics
-    twice per batch.
+    nn.Sequentials, except single layers; a list in a list is part of it. Gradients stay the same, with dropout too;
+    without gradients nothing changes. Deep copies are recomputed as well. ValueError if there are no blocks, or if a
+    BatchNorm would update its statistics twice per batch.
     """
     blocks = [block for block in outermost_blocks(module) if not is_checkpointed(block)]
     if not blocks:
@@ -42,7 +42,7 @@ def checkpoint_activations(module: nn.Module) -> int:
 
 
 def outermost_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yields the entries of the outermost nn.ModuleLists and nn.Sequentials that have submodules of their own."""
+    """Yields the entries of the outermost nn.ModuleLists and nn.Sequentials (of nested ones, theirs), not layers."""
     for child in module.children():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or isinstance(child, nn.ModuleList | nn.Sequential):
             yield from outermost_blocks(child)
@@ -61,10 +61,10 @@ def checkpointed_forward(block: nn.Module, *args, **kwargs):
         return forward(*args, **kwargs)
     if torch.compiler.is_compiling():  # does not support context_fn, and guards on `map_lists`
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    recorders = {m: len(m.map_lists) for m in block.modules() if isinstance(m, Attention)}
+    counts = {m: len(m.map_lists) for m in block.modules() if isinstance(m, Attention)}
 
     def contexts():
-        return ExitStack(), recording_suspended(recorders)
+        return ExitStack(), recording_suspended(counts)
 
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
@@ -72,13 +72,13 @@ def checkpointed_forward(block: nn.Module, *args, **kwargs):
 @contextmanager
 def recording_suspended(counts: dict[Attention, int]) -> Iterator[None]:
     """Discards the attention maps of the recomputation, with as many recorders per layer as the first pass had."""
-    recorders = {layer: layer.map_lists for layer in counts}
+    saved = {layer: layer.map_lists for layer in counts}
     for layer, count in counts.items():
         layer.map_lists = [[] for _ in range(count)]
     try:
         yield
     finally:
-        for layer, recorded in recorders.items():
+        for layer, recorded in saved.items():
             layer.map_lists = recorded
 
 
@@ -265,7 +265,7 @@ def training_dtype(training: TrainingConfig, device: torch.device) -> torch.dtyp
 
 
 def uses_channels_last(training: TrainingConfig, device: torch.device) -> bool:
-    """Returns whether images and convolutions use channels-last format; ValueError with FSDP, which lacks support."""
+    """Returns whether images and convolutions use channels-last format; ValueError for yes with FSDP."""
     if training.parallel == "fsdp":
         if training.channels_last == "yes":
             raise ValueError("got --channels_last yes with --parallel fsdp, which does not support it: leave it out")

@@ -23,7 +23,7 @@ from vq.config import VQGANConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQGANRun:
+class StoredVQGANConfig:
     """The part of a VQGAN run's config that later stages need."""
 
     data: DataConfig
@@ -126,12 +126,12 @@ def load_first_stage(
 ) -> FirstStage:
     """Loads the VQGAN of a run: with its EMA weights if it has them, or as `ema` asks."""
     content = read_run(run)
-    groups = VQGANRun.__dataclass_fields__
+    groups = StoredVQGANConfig.__dataclass_fields__
     missing = [name for name in groups if name not in content]
     if missing:
         raise ValueError(f"{run} is not a VQGAN run (its config has no {', '.join(missing)}): pass --ae_load_dir")
     step = resolve_step(run, step, "--ae_load_step")
-    config = from_dict(VQGANRun, {name: content[name] for name in groups}, str(run / "config.yaml"))
+    config = from_dict(StoredVQGANConfig, {name: content[name] for name in groups}, str(run / "config.yaml"))
     vqgan = VQGAN(config.network, config.data.size, config.data.n_channels)
     ema = EMA_WEIGHTS in verify_checkpoint(checkpoint_path(run, step)) if ema is None else ema
     weights = load_weights(run, step, {"autoencoder": vqgan}, ema=ema)

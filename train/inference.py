@@ -22,7 +22,7 @@ from train.checkpoint import EMA_WEIGHTS, checkpoint_path, saved_steps
 from train.condition_source import ConditionSource
 from train.config import ROOT, LoggingConfig, SamplingConfig
 from train.data.transforms import to_float
-from train.first_stage import FirstStage, VQGANRun, load_first_stage
+from train.first_stage import FirstStage, StoredVQGANConfig, load_first_stage
 from train.loop import Batch
 from train.python_values import (
     check_images,
@@ -96,7 +96,7 @@ class SamplerRun:
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, by number; empty if neither the run nor its data set has them.
 
-        Names that the run did not store are read from its data set, which has to be there.
+        Read from the run's origin if it has class_names, else from its data set.
         """
         names = read_run(self.model.run).get("origin", {}).get("class_names", ())
         if not names and self.n_classes:
@@ -133,7 +133,7 @@ class SamplerRun:
         - conditions: one value for all images, or a list of n values. `label` is the number or name of a class, or
           None for the null class. Images such as `condition_image` are (C, h, w), or (n, C, h, w), uint8 or float in
           [-1, 1]. Left out, classes are drawn as frequently as in the training data, and other conditions are taken
-          from held-out images. None for all conditions but the label samples without any.
+          from held-out images. None for a condition other than the label needs None for all, the label too.
         """
         check_whole_number(1, n=n, batch_size=batch_size, window_stride=window_stride)
         check_whole_number(None, seed=seed)
@@ -186,9 +186,10 @@ class SamplerRun:
         CPU.
 
         A model of pixels takes uint8 images; one of codes takes what its VQGAN encodes, and scores their codes: a bound
-        on images needs the VQGAN's decoder as well. `nfe` is the number of network calls per image; None: all terms of
-        the bound. Conditions are keywords, as in `sample`; without a `label`, the null class is scored. The random
-        numbers of image i are a function of the seed and i. ValueError for a model of latents, which has none.
+        on images needs the VQGAN's decoder as well. `nfe` is the number of network calls per image (edm and flow: steps
+        of the probability flow; autoregressive: ignored); None: all terms of a bound (edm, flow: 50 steps). Conditions
+        are keywords, as in `sample`; without a `label`, the null class is scored. The random numbers of image i are a
+        function of the seed and i. ValueError for a model of latents, which has none.
         """
         model = self.model
         if isinstance(model.space, LatentSpace):
@@ -318,7 +319,7 @@ def load(
         ema_length: instead, an average of this relative length, reconstructed from the EMA snapshots of the run.
         device: "auto" (cuda, else mps, else cpu), "cpu", "cuda", "mps", or a torch.device.
         amp: bfloat16 autocast where the device computes it natively, as in the experiments.
-        allow: dotted paths of your own classes and functions that the run may use: loading one runs no code unasked.
+        allow: dotted paths of your own code, and shell commands that fetch data, that the run may use; no others run.
         logs_root: the folder of all runs; logs/ of this repository if left out.
         ae_load_dir: the run of the VQGAN, if it is no longer where it was in training.
         ae_load_step: its step.
@@ -359,7 +360,7 @@ def load_vqgan(
     """Loads the VQGAN of a run of train_vqgan.py; the arguments are those of `load`."""
     folder = find_run(run, logs_root)
     content = read_run(folder)
-    if any(name not in content for name in VQGANRun.__dataclass_fields__):
+    if any(name not in content for name in StoredVQGANConfig.__dataclass_fields__):
         remedy = "load loads it" if "sampler" in content else "wanted a run of train_vqgan.py"
         raise ValueError(f"{folder} is no run of a VQGAN: {remedy}")
     check_checkpoint(folder, step, ema)

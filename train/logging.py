@@ -35,9 +35,9 @@ def grid_image(images: Tensor, columns: int | None = None, enlarge_to: int = 64)
 class Logger:
     """A hook for `fit` that averages the scalar outputs of steps and writes them every `every` steps.
 
-    metrics.jsonl gets one JSON object per logged step; lines after step `start`, left by an interrupted run, are
-    dropped. The running averages are part of the training state (`counters["metrics"]`), so that a resumed run writes
-    the same lines.
+    metrics.jsonl gets one JSON object per call of `log_scalars`, several at some steps; lines after step `start`, left
+    by an interrupted run, are dropped. The running averages are part of the training state (`counters["metrics"]`), so
+    that a resumed run writes the same lines.
     """
 
     def __init__(self, folder: Path, world: DistContext, monitor: PerfMonitor, *, every: int, start: int, steps: int):

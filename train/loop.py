@@ -102,7 +102,7 @@ class TrainState:
     extras: dict[str, Stateful] = field(default_factory=dict)  # other state, such as loss scales and user hooks
     counters: dict[str, RunningSums] = field(default_factory=dict)  # accumulated until they are logged
     step: int = 0
-    bad_steps: list[int] = field(default_factory=list)  # skipped steps
+    bad_steps: list[int] = field(default_factory=list)  # skipped steps, but for float16 overflows
     best: dict[str, tuple[float, int]] = field(default_factory=dict)  # lowest value of each metric, and its step
     replicas: dict[str, nn.Module] = field(default_factory=dict)  # modules wrapped for data-parallel training
 

@@ -238,8 +238,9 @@ def reconstruct_ema(run: Path, step: int | None, name: str, std: float) -> dict[
     if error > MAX_FIT_ERROR:
         raise ValueError(
             f"an average of relative length {std} at step {steps[-1]} cannot be combined from lengths "
-            f"{sorted(set(stds))} saved at {len(steps)} steps: the error is {error:.0%}, wanted {MAX_FIT_ERROR:.0%}; "
-            f"choose a length between or closer to those, train with it in --ema_profiles, or save snapshots more often"
+            f"{sorted(set(stds))} saved at {len(steps)} steps: the error is {error:.0%}, wanted at most "
+            f"{MAX_FIT_ERROR:.0%}; choose a length between or close to those, train with it in --ema_profiles, or save "
+            "snapshots more often"
         )
     return combine(run, basis, weights)
 

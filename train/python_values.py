@@ -56,8 +56,10 @@ def check_shape(shape: tuple[int, int] | None) -> None:
 def check_keywords(
     function: str, keywords: Mapping[str, Any], names: Collection[str], parameters: Collection[str]
 ) -> None:
-    """Raises TypeError, with the nearest name, for a keyword not in `names`; it also lists the function's
-    `parameters`."""
+    """Raises TypeError for a keyword not in `names`, with the nearest of them and of the function's `parameters`.
+
+    ValueError for a label without classes.
+    """
     for name in keywords:
         if name == "label" and name not in names:
             raise ValueError("got a label for a run without classes: leave label out")

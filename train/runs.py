@@ -229,7 +229,7 @@ def find_resume_point(run: Path, resume: str) -> ResumePoint | None:
 
 
 def resume_point_at(path: Path, needed: bool) -> ResumePoint | None:
-    """Returns the verified checkpoint at `path`, or FileNotFoundError; None if it is gone and not needed any more."""
+    """Returns the verified checkpoint at `path`, None if it is not `needed` any more; FileNotFoundError if it is."""
     word = path.name.removeprefix("step_")
     if path.parent.name != "checkpoints" or not word.isdigit() or (needed and not path.is_dir()):
         raise FileNotFoundError(
@@ -253,7 +253,7 @@ def branch_provenance(run: Path, point: ResumePoint | None, provenance: dict[str
 
 
 def resume_from(run: Path, point: ResumePoint | None, state: TrainState, world: DistContext) -> None:
-    """Loads the checkpoint, and moves the run's later checkpoints to <run>/set_aside."""
+    """Loads the checkpoint, moves later ones of the run to <run>/set_aside, and deletes later EMA snapshots."""
     if point is not None:
         load_checkpoint(point.run, point.step, state)
     steps = world.gather(torch.tensor([state.step])).tolist()  # also a barrier: all have read before one moves files

@@ -54,7 +54,7 @@ class Space(Protocol):
         ...
 
     def workers(self, data: DataConfig) -> int:
-        """Returns the number of worker processes that load them."""
+        """Returns the number of worker processes that load the batches of `source`."""
         ...
 
     def encode_batch(self, batch: Batch) -> Batch:
@@ -81,7 +81,7 @@ class Space(Protocol):
         ...
 
     def interpolate(self, a: Tensor, b: Tensor, weight: float, rng: Streams) -> Tensor:
-        """Interpolates between a and b (B, ...): a at share 0, b at share 1."""
+        """Interpolates between a and b (B, ...): a at weight 0, b at weight 1."""
         ...
 
 
@@ -253,7 +253,7 @@ class CodeSpace:
         return EditInput(x0, ~any_in_cells(mask, self.factor).to(x0.device))
 
     def interpolate(self, a: Tensor, b: Tensor, weight: float, rng: Streams) -> Tensor:
-        """Takes each code from a or b at random; with the same `rng`, codes from b stay as the share grows."""
+        """Takes each code from a or b at random; with the same `rng`, codes taken from b stay as the weight grows."""
         return torch.where(rng.uniform(a.shape) < weight, b, a)
 
     def extra_arrays(self, x: Tensor) -> dict[str, Tensor]:
@@ -292,7 +292,7 @@ def open_space(config: SecondStageConfig, run_provenance: dict[str, Any], images
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelsRun:
+class StoredDataConfig:
     """The part of a run's config that describes its pixels."""
 
     data: DataConfig
@@ -301,7 +301,7 @@ class PixelsRun:
 def reopen_space(content: dict[str, Any], first_stage: FirstStage | None) -> Space:
     """Returns the space of a trained run, from its config.yaml and its VQGAN (None for pixels)."""
     if first_stage is None:
-        return PixelSpace(from_dict(PixelsRun, {"data": content.get("data", {})}, "the run's config.yaml").data)
+        return PixelSpace(from_dict(StoredDataConfig, {"data": content.get("data", {})}, "the run's config.yaml").data)
     scale = content.get("origin", {}).get("latent_scale")
     return CodeSpace(first_stage) if scale is None else LatentSpace(first_stage, scale)
 

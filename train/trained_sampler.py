@@ -42,7 +42,7 @@ from train.spaces import EditInput, PixelSpace, Space, reopen_space
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredConfig:
+class StoredSamplerConfig:
     """The part of a sampler run's config.yaml that inference needs."""
 
     data: DataConfig
@@ -72,7 +72,7 @@ class TrainedSampler:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """SHA-256 of the weights: the sampler's, and the VQGAN's if it has one."""
+        """What identifies the model: the SHA-256 of its weights, and the provenance of its space."""
         return {"sampler_weights": self.weights} | self.space.provenance
 
     def dataset(self, split: str) -> Dataset:
@@ -189,8 +189,9 @@ class TrainedSampler:
     def log_likelihood(self, batch: Batch, seed: int = 0, nfe: int | None = None) -> Bound:
         """Returns -log2 p of a batch as `batches` gives it, in the sampler's `unit`.
 
-        `nfe` is the number of network calls per image; None: one for each term of the bound. The random numbers of an
-        image are a function of the seed and its position. ValueError for pixels that are not of 8 bits.
+        `nfe` is the number of network calls per image (edm and flow: steps of the probability flow; autoregressive:
+        ignored); None: all terms of a bound (edm, flow: 50 steps). The random numbers of an image
+        are a function of the seed and its position. ValueError for pixels that are not of 8 bits.
         """
         rng = Streams([seed_of(seed, "likelihood", k) for k in batch["position"].tolist()], self.device)
         if isinstance(self.space, PixelSpace):
@@ -291,11 +292,11 @@ def load_sampler(
     return TrainedSampler(run, step, sampler, space, config.data, config.reader, frequencies, weights, world, amp)
 
 
-def read_stored_config(run: Path) -> StoredConfig:
+def read_stored_config(run: Path) -> StoredSamplerConfig:
     """Returns the config of a sampler's run; what its config.yaml leaves out has its default."""
     content = read_run(run)
-    groups = {name: content.get(name, {}) for name in StoredConfig.__dataclass_fields__}
-    return from_dict(StoredConfig, groups, str(run / "config.yaml"))
+    groups = {name: content.get(name, {}) for name in StoredSamplerConfig.__dataclass_fields__}
+    return from_dict(StoredSamplerConfig, groups, str(run / "config.yaml"))
 
 
 def resolve_snapshot_step(run: Path, step: int | None) -> int | None:

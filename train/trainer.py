@@ -149,7 +149,7 @@ def train(
 
     `source` supplies the batches; `make_reports(logger)` returns the evaluation hooks, and `make_distance_hook(logger)`
     the hook that computes Fréchet distances every --steps_per_FD steps. `workers` processes load batches, each
-    `prefetch` batches ahead. `tokens` is the number of codes per image, 0 for samplers of pixels or latents.
+    `prefetch` micro-batches ahead. `tokens` is the number of codes per image, 0 for samplers of pixels or latents.
     """
     steps, size = training.train_steps, training.batch_size
     batches = training_batches(

@@ -21,7 +21,7 @@ from train.condition_source import condition_provenance
 from train.config import LoggingConfig, SamplingConfig, TrainingConfig
 from train.distributed import DistContext
 from train.files import sha256, write_text
-from train.first_stage import FirstStage, VQGANRun, load_first_stage
+from train.first_stage import FirstStage, StoredVQGANConfig, load_first_stage
 from train.registry import load_plugin
 from train.runs import open_run, read_run, run_folder
 from train.trained_sampler import TrainedSampler, load_trained_sampler
@@ -222,7 +222,7 @@ def load_chosen_vqgan(model: FirstStageModelConfig, output_root: str, device: to
     """
     run = vqgan_run(output_root, model)
     content = read_run(run)
-    if any(name not in content for name in VQGANRun.__dataclass_fields__):
+    if any(name not in content for name in StoredVQGANConfig.__dataclass_fields__):
         raise ValueError(f"{run} is not a VQGAN run: pass the --load_dir of a run of train_vqgan.py")
     trained_on = content["data"].get("dataset")
     if trained_on != model.dataset:

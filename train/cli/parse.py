@@ -1,8 +1,9 @@
 """The command line: typed dataclasses become a flat list of flags, with YAML files for values.
 
-Precedence: dataclass default < --config FILE.yaml (or else configs/<sampler>_<dataset>.yaml or configs/<dataset>.yaml)
-< flag. The top level of a file holds the keys of the data and the sampler's name, its sections (`vqgan:`, `absorbing:`,
-`calc_FID:`) those of one script. Values are parsed like flags.
+Precedence: dataclass default < preset (configs/<sampler>_<dataset>.yaml or configs/<dataset>.yaml) < settings of an
+earlier stage < --config FILE.yaml, which replaces the preset < flag. The top level of a file holds the keys of the data
+and the sampler's name, its sections (`vqgan:`, `absorbing:`, `calc_FID:`) those of one script. Values are parsed like
+flags.
 """
 
 import contextlib
@@ -110,7 +111,7 @@ def drop_foreign(values: dict[str, Any], config: Any, names: PluginNames, source
 
 
 def reject_foreign(argv: list[str], config: Any, names: PluginNames) -> None:
-    """Raises ValueError for a flag of a plug-in that is not in use; skipped for --help, which needs no plug-ins."""
+    """Raises ValueError for a flag of a plug-in that is not in use; skipped for --help, to save time."""
     flags = flag_names(config)
     typed = [word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
     for key in [] if {"--help", "-h"} & {*argv} else typed:
@@ -203,7 +204,8 @@ def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:
     """Returns the data settings of a second stage's VQGAN run, by flat key; empty if there is no such run.
 
     They are base values below the second stage's own --config and flags, so that data settings are not typed twice.
-    `section` is the section of the config file that may name the run.
+    `section` is the section of the config file that may name the run. If the run has another data set, only size,
+    channels and data_range are returned. Shell commands never are: they must be typed again.
     """
     content, sampler = read_config_flag(argv), resolve_sampler(argv)
     values = get_section(content, section)

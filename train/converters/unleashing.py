@@ -1,7 +1,7 @@
 """Converts the VQGAN and the samplers of unleashing-transformers (Bond-Taylor et al. 2022).
 
 Their files vqgan_<step>.th and vqgan_ema_<step>.th are plain state dicts. Their networks, including the discriminator,
-take images in [0, 1]; because of zero padding that differs from [-1, 1] at the borders, so `unit_range` keeps it. The
+take images in [0, 1]. Zero padding then means black, not grey, so `unit_range` keeps that range. The
 output is mapped to [-1, 1] by the converted last layer. Their beta weights the codebook loss (`legacy_beta`), and their
 discriminator uses batch norm. Samplers (absorbing_<step>.th, ...) are converted in _unleashing_sampler.py.
 """

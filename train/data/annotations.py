@@ -25,7 +25,7 @@ OFFSET_DTYPE = "<i8"
 
 
 def pack(fields: dict[str, Any]) -> bytes:
-    """Serialises fields of an item as a record, b"" without fields. ValueError for types that `collate` rejects."""
+    """Serialises fields of an item as a record, b"" without fields. ValueError for types that cannot be restored."""
     if not fields:
         return b""
     plain, types, tensors = {}, {}, {}

@@ -63,7 +63,7 @@ class MappedCodes:
     """
 
     def __init__(self, path: Path, file_shape: tuple[int, ...], dtype: str, index: Tensor):
-        self.path, self.file_shape, self.dtype, self.images = path, file_shape, dtype, index.numpy()
+        self.path, self.file_shape, self.dtype, self.index = path, file_shape, dtype, index.numpy()
         self.shape = file_shape[1], len(index), *file_shape[2:]
         self.memmap: np.memmap | None = None
 
@@ -79,7 +79,7 @@ class MappedCodes:
             self.memmap = np.memmap(self.path, self.dtype, "r", shape=self.file_shape)
         if isinstance(views, Tensor) and isinstance(rows, slice):
             views = views[:, None]  # every view with every row
-        codes = self.memmap.swapaxes(0, 1)[to_numpy_index(views), self.images[to_numpy_index(rows)]]
+        codes = self.memmap.swapaxes(0, 1)[to_numpy_index(views), self.index[to_numpy_index(rows)]]
         return torch.from_numpy(np.array(codes, dtype=np.int64))
 
 
@@ -91,11 +91,11 @@ class MappedAnnotations:
     """
 
     def __init__(self, records: dict[int, Records], chunk: int, index: Tensor, views: Sequence[View]):
-        self.records, self.chunk, self.images, self.views = records, chunk, index.tolist(), views
+        self.records, self.chunk, self.index, self.views = records, chunk, index.tolist(), views
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         view, row = key
-        chunk, offset = divmod(self.images[row], self.chunk)
+        chunk, offset = divmod(self.index[row], self.chunk)
         return self.views[view](self.records[chunk][offset] if chunk in self.records else {})
 
 

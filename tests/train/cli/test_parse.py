@@ -11,7 +11,7 @@ from train.cli import files as config_files
 from train.cli import parse as cli
 from train.config import DataConfig
 from train.datasets.digits import Config as Digits
-from train.first_stage import VQGANRun
+from train.first_stage import StoredVQGANConfig
 from train.samplers import absorbing, ddpm
 from vq.config import VQGANConfig
 
@@ -177,21 +177,21 @@ def saved_groups(config):
 
 
 def test_a_run_older_than_a_flag_takes_its_default():
-    config = VQGANRun(data=DataConfig(img_size=16), reader=Digits(), network=VQGANConfig(nf=4))
+    config = StoredVQGANConfig(data=DataConfig(img_size=16), reader=Digits(), network=VQGANConfig(nf=4))
     content = saved_groups(config)
     del content["network"]["beta"], content["data"]["shift"], content["reader"]
-    assert cli.to_dict(cli.from_dict(VQGANRun, content, "old")) == cli.to_dict(config)
+    assert cli.to_dict(cli.from_dict(StoredVQGANConfig, content, "old")) == cli.to_dict(config)
 
 
 def test_a_run_with_a_removed_flag_is_refused():
-    content = saved_groups(VQGANRun(data=DataConfig(), reader=Digits(), network=VQGANConfig()))
+    content = saved_groups(StoredVQGANConfig(data=DataConfig(), reader=Digits(), network=VQGANConfig()))
     content["network"]["gone"] = 3
     with pytest.raises(ValueError, match="old was written by another version.*unknown now: gone"):
-        cli.from_dict(VQGANRun, content, "old")
+        cli.from_dict(StoredVQGANConfig, content, "old")
     with pytest.raises(ValueError, match="old: group 'data' holds 3"):
-        cli.from_dict(VQGANRun, content | {"data": 3}, "old")
+        cli.from_dict(StoredVQGANConfig, content | {"data": 3}, "old")
     with pytest.raises(ValueError, match="old: got nf None, wanted a whole number"):
-        cli.from_dict(VQGANRun, content | {"network": {"nf": None}}, "old")
+        cli.from_dict(StoredVQGANConfig, content | {"network": {"nf": None}}, "old")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

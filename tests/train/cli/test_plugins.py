@@ -15,7 +15,7 @@ from train.cli.plugins import PLUGIN_GROUPS, PluginGroup, flags_of, make_default
 from train.cli.values import peek_flag_values
 from train.config import DataConfig, SecondStageConfig, VQGANRunConfig
 from train.datasets import lsun
-from train.first_stage import VQGANRun
+from train.first_stage import StoredVQGANConfig
 from train.registry import plugin_names
 from train.runs import open_run
 from train.samplers import ddpm
@@ -151,12 +151,12 @@ def groups_of(content):
 
 
 def test_a_run_with_the_keys_of_all_quantizers_loads():
-    config = cli.from_dict(VQGANRun, groups_of(old_groups()), "old")
+    config = cli.from_dict(StoredVQGANConfig, groups_of(old_groups()), "old")
     assert config.network.quantizer_config == ema.Config()
     assert {"legacy_beta", "gumbel_kl_weight", "fsq_levels"} <= old_groups()["network"].keys()
     content = old_groups()
     content["network"] |= {"quantizer": "gumbel", "gumbel_kl_weight": 0.5}
-    config = cli.from_dict(VQGANRun, groups_of(content), "old")
+    config = cli.from_dict(StoredVQGANConfig, groups_of(content), "old")
     assert config.network.quantizer_config == gumbel.Config(gumbel_kl_weight=0.5)
 
 
@@ -164,7 +164,7 @@ def test_a_run_with_options_of_another_quantizer_is_refused():
     content = old_groups()
     content["network"]["gumbel_kl_weight"] = 0.5
     with pytest.raises(ValueError, match="old: got gumbel_kl_weight 0.5 with --quantizer ema: it belongs to gumbel"):
-        cli.from_dict(VQGANRun, groups_of(content), "old")
+        cli.from_dict(StoredVQGANConfig, groups_of(content), "old")
     config = make_default_config(VQGANRunConfig, {"quantizer": "ema"}).config
     with pytest.raises(ValueError, match="old: got gumbel_kl_weight 0.5"):
         cli.complete_config(content, config, "old")

@@ -1,4 +1,4 @@
-"""Index a tar shard: one row per sample, with the offsets of its members.
+"""Indexes a tar shard: one row per sample, with the offsets of its members.
 
 As in the WebDataset format, consecutive members whose names agree up to the first dot form a sample: 0007.jpg,
 0007.cls, 0007.json.
