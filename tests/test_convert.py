@@ -104,6 +104,7 @@ def test_a_converted_run_has_the_files_of_a_trained_run(converted, trained_ddpm)
     assert plain.keys() == averaged.keys() and all(torch.equal(plain[key], averaged[key]) for key in plain)
 
 
+@pytest.mark.slow
 def test_a_converted_run_samples_with_its_respacing_and_trains(converted):
     logs = converted[0] / "logs"
     call(

@@ -253,8 +253,8 @@ print("ended with", code, [name for name in %r if name in sys.modules])
     [
         ("train_vqgan.py", "--help", 0),
         ("train_sampler.py", "--no_such_flag", 2),
-        ("experiments/calc_FID.py", "--help", 0),
-        ("convert.py", "--no_such_flag", 2),
+        pytest.param("experiments/calc_FID.py", "--help", 0, marks=pytest.mark.slow),
+        pytest.param("convert.py", "--no_such_flag", 2, marks=pytest.mark.slow),
     ],
 )
 def test_help_and_errors_import_nothing_slower_than_torch(script, flag, code):

@@ -98,7 +98,7 @@ def cases(draw):
 
 
 @given(cases())
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(deadline=None, max_examples=50, derandomize=True)
 def test_every_backend_is_the_definition(case):
     inputs = case.inputs()
     expected = with_gradients(lambda *x: reference(case, *x), inputs)

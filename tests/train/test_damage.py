@@ -260,6 +260,7 @@ def test_experiments_refuse_damaged_weights(trained, trained_ddpm, tmp_path, dam
     assert not trace.exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_counters_resumes(tmp_path):
     flags = f"--logs_root {tmp_path} {STAGE_1}"
     call("train_vqgan.py", f"{flags} --log_dir whole --train_steps 5")

@@ -133,6 +133,7 @@ def test_a_bad_step_of_one_process_is_skipped_by_both(tmp_path, two, fault, para
     assert_same_checkpoints(tmp_path / "one", tmp_path / "bad", 4)
 
 
+@pytest.mark.slow
 def test_too_many_bad_steps_end_every_process_in_one_line(tmp_path, two):
     flags = (
         f"--logs_root {tmp_path} --log_dir bad --train_steps 4 {SAMPLER} --adapt {FAULTS}.nan_image --max_bad_steps 0"

@@ -31,6 +31,7 @@ def test_the_same_command_resumes_and_others_name_differences(tmp_path, capfd):
     assert "train_steps: 3 there, 1 now" in error_message(capfd, "train_vqgan.py", f"{flags} --train_steps 1")
 
 
+@pytest.mark.slow
 def test_other_vqgan_weights_make_another_run(tmp_path, capfd):
     call("train_vqgan.py", f"--logs_root {tmp_path} {VQGAN} {GAN} --train_steps 1")
     call("train_sampler.py", f"--logs_root {tmp_path} {SAMPLER} --train_steps 1")

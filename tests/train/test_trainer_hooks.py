@@ -125,6 +125,7 @@ def test_hooks_get_inputs_and_predictions_at_every_step(kind, user_modules, trai
         assert not torch.equal(steps[1][1]["prediction"], first["prediction"])  # the network has been trained
 
 
+@pytest.mark.slow
 def test_hooks_change_nothing(user_modules, tmp_path):
     flags = f"{DDPM} --logs_root {tmp_path} --train_steps 2 --no_amp"
     call("train_sampler.py", f"{flags} --log_dir one")
@@ -223,6 +224,7 @@ def test_experiments_on_a_run_with_adapt_need_its_code(adapted, capfd):
     assert not (adapted / "x").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra_flags", ["--accumulate 2 --channels_last yes", "--num_workers 1 --max_bad_steps 0 --lr 1e30"]
 )

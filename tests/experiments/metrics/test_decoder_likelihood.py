@@ -219,6 +219,7 @@ def test_the_averaged_weights_are_loaded(uninterrupted):
     assert any(not torch.equal(averaged[name], plain[name]) for name in plain)
 
 
+@pytest.mark.slow
 def test_resumed_head_training_is_bitwise_uninterrupted(first, uninterrupted, tmp_path):
     trained_head(first, tmp_path / "parts", 2)
     resumed = trained_head(first, tmp_path / "parts", 5)
