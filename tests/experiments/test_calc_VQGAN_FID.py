@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.harness.experiment import FirstStageModelConfig, load_vqgan
+from experiments.harness.experiment import FirstStageModelConfig, load_chosen_vqgan
 from experiments.metrics.image_pairs import l1, psnr, ssim
 from helpers.process_pool import ProcessPool
 from helpers.tiny_runs import call
@@ -39,7 +39,7 @@ def val_results(logs):
 @pytest.fixture(scope="module")
 def originals(logs):
     """The VQGAN, and all validation images."""
-    first = load_vqgan(FirstStageModelConfig(), str(logs), torch.device("cpu"), amp=False)
+    first = load_chosen_vqgan(FirstStageModelConfig(), str(logs), torch.device("cpu"), amp=False)
     source = ImageSource(build_dataset(first.data, first.reader, "val"), first.data)
     return first, torch.cat([batch["image"] for batch in images_in_order(source, 100)])
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.harness.experiment import FirstStageModelConfig, load_vqgan, vqgan_run_defaults
+from experiments.harness.experiment import FirstStageModelConfig, load_chosen_vqgan, vqgan_run_defaults
 from experiments.reconstruct import THUMBNAIL, colour_table, error_map, panels, picture_names, preprocess, thumbnail
 from helpers.tiny_runs import call
 from train.datasets import FloatImage
@@ -93,7 +93,7 @@ def test_a_picture_shows_original_reconstruction_and_error_map(trained, folder, 
     parts = [picture[:, 2 : 2 + side : scale, x : x + side : scale] for x in (2, side + 4, 2 * side + 6)]
     original = torch.from_numpy(np.array(Image.open(folder / "grey.png")))
     assert torch.equal(parts[0], original.expand(3, -1, -1))
-    first = load_vqgan(FirstStageModelConfig(), str(trained), CPU, False)
+    first = load_chosen_vqgan(FirstStageModelConfig(), str(trained), CPU, False)
     fake = first.decode(first.encode(original[None, None]))[0]
     assert torch.equal(parts[1], fake.expand(3, -1, -1))
     assert torch.equal(parts[2], error_map(original[None], fake))
