@@ -4,6 +4,7 @@ Preconditioning keeps the network's input, target and loss at unit variance for 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class EDM(ContinuousProcess):
     std: float = 1.2
     start: float = 80.0
     end: float = 0.002
+    default_spacing: ClassVar[str] = "karras"
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t.cpu().double())

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from diffusion.denoisers import guided, thresholded
 from diffusion.discrete_solvers import even_times
-from diffusion.edm import EDM
 from diffusion.gaussian_solvers import step_times as continuous_step_times
 from diffusion.process import ContinuousProcess, DiscreteProcess
 from diffusion.rng import Streams, seed_of
@@ -96,7 +95,7 @@ def solver_times(entry: Solver, process: Process, size: int, steps: int | None, 
     """Returns the decreasing times of a solver, ending at 0, for examples of `size` numbers or codes."""
     steps = entry.steps(process, size) if steps is None else steps
     if isinstance(process, ContinuousProcess):
-        return continuous_step_times(process, steps, spacing or ("karras" if isinstance(process, EDM) else "uniform"))
+        return continuous_step_times(process, steps, spacing or process.default_spacing)
     if spacing is not None:
         raise ValueError(f"got spacing {spacing!r} for {type(process).__name__}, whose steps are even: leave it out")
     return even_times(steps)

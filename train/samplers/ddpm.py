@@ -353,7 +353,7 @@ class GaussianSampler(LearnedSampler):
         """Returns the times of the steps from the start of `process`, the sampler's or one from `from_strength`."""
         solver, spacing = select_solver(self.process, options)[0], options.spacing
         if spacing == "auto":
-            spacing = "karras" if isinstance(self.process, EDM) else "uniform"
+            spacing = self.process.default_spacing
         steps = options.sample_steps
         if steps is None:
             steps = solver.steps(self.process, math.prod(self.shape[1:]))
