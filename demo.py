@@ -1,21 +1,37 @@
 """Opens a page in the browser to sample from a trained model, watch the denoising steps, and inpaint images."""
 
+import html
 import math
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model, run_defaults
-from experiments.playground import AS_IN_DATA, Control, Playground, Request, enlarge_to_picture, flags_to_labels
+from experiments.playground import (
+    AS_IN_DATA,
+    Control,
+    DenoisingStep,
+    Playground,
+    Request,
+    enlarge_to_picture,
+    escape_markdown,
+    flags_to_labels,
+)
 from train.cli.parse import run_script
 from train.config import SamplingConfig
+from train.datasets._decode import decode, to_grey_or_rgb
+from train.datasets.folder import SUFFIXES
 from train.logging import grid_image
 
 HOST = "127.0.0.1"  # the page is only accessible from this machine
+LOCAL = re.compile(rb"(https?://)?(127\.0\.0\.1|localhost)(:\d+)?")  # a Host or Origin header of the page itself
+SESSIONS = 4  # browser tabs whose watched steps are kept in memory
 MAIN_SETTINGS = ("solver", "sample_steps", "temp", "guidance")  # always visible
 FONTS = ("Roboto", "system-ui", "sans-serif")  # installed ones: nothing is downloaded
 STYLE = "img {image-rendering: pixelated} footer {display: none !important}"
@@ -48,13 +64,13 @@ class Config:
 
 @contextmanager
 def show_errors() -> Iterator[None]:
-    """Shows errors that the user can fix as messages on the page."""
+    """Shows errors that the user can fix as messages on the page, which renders them as HTML."""
     import gradio as gr
 
     try:
         yield
     except (ValueError, OSError) as error:
-        raise gr.Error(flags_to_labels(str(error)), print_exception=False) from error
+        raise gr.Error(html.escape(flags_to_labels(str(error)), quote=False), print_exception=False) from error
 
 
 def component(control: Control, *, brief: bool = False) -> Any:
@@ -105,8 +121,8 @@ def settings_column(play: Playground, config: Config) -> tuple[list, Callable[..
     return [label, count, seed, *inputs], make_request
 
 
-def sample_tab(play: Playground, inputs: list, make_request: Callable) -> tuple[Any, Any]:
-    """Adds the tab for sampling; returns its gallery and the state that holds its pictures."""
+def sample_tab(play: Playground, inputs: list, make_request: Callable) -> Any:
+    """Adds the tab for sampling; returns its gallery."""
     import gradio as gr
 
     button = gr.Button("Sample", variant="primary")
@@ -119,15 +135,13 @@ def sample_tab(play: Playground, inputs: list, make_request: Callable) -> tuple[
         buttons=["download_all"],
         height=560,
     )
-    pictures = gr.State([])
 
-    def sample(*values: Any) -> tuple[list, list]:
+    def sample(*values: Any) -> list[Image.Image]:
         with show_errors():
-            samples = [enlarge_to_picture(image, SIDE) for image in play.draw(make_request(*values))]
-            return samples, samples
+            return [enlarge_to_picture(image, SIDE) for image in play.draw(make_request(*values))]
 
-    button.click(sample, inputs, [gallery, pictures])
-    return gallery, pictures
+    button.click(sample, inputs, gallery)
+    return gallery
 
 
 def watch_tab(play: Playground, inputs: list, make_request: Callable) -> None:
@@ -145,30 +159,38 @@ def watch_tab(play: Playground, inputs: list, make_request: Callable) -> None:
         with gr.Column():
             gr.Markdown("predicted final image x0")
             prediction = gr.Image(**style)
-    frames = gr.State([])
+    steps = gr.State([])  # not enlarged: a session's state stays in memory
 
     def watch(*values: Any) -> Iterator[tuple]:
         history = []
         with show_errors():
             for moment in play.watch(make_request(*values)):
-                size = SIDE // math.ceil(math.sqrt(len(moment.current)))
-                history.append(tuple(grid_image(images, enlarge_to=size) for images in moment[2:]))
+                history.append(moment)
                 yield (
                     gr.Slider(maximum=max(2, len(history)), value=len(history), interactive=False),
-                    *history[-1],
+                    *step_pictures(moment),
                     history,
                 )
-        yield gr.Slider(maximum=max(2, len(history)), value=len(history), interactive=True), *history[-1], history
+        slider = gr.Slider(maximum=max(2, len(history)), value=len(history), interactive=True)
+        yield slider, *step_pictures(history[-1]), history
 
-    def look(number: float | None, history: list) -> Any:
-        return history[min(max(int(number or 1), 1), len(history)) - 1] if history else (gr.skip(), gr.skip())
+    def look(number: float | None, history: list) -> tuple:
+        if not history:
+            return gr.skip(), gr.skip()
+        return step_pictures(history[min(max(int(number or 1), 1), len(history)) - 1])
 
-    watching = button.click(watch, inputs, [step, current, prediction, frames])
+    watching = button.click(watch, inputs, [step, current, prediction, steps])
     stop.click(lambda: gr.Slider(interactive=True), None, step, cancels=[watching])
-    step.input(look, [step, frames], [current, prediction])
+    step.input(look, [step, steps], [current, prediction])
 
 
-def inpaint_tab(play: Playground, inputs: list, make_request: Callable, gallery: Any, pictures: Any) -> None:
+def step_pictures(moment: DenoisingStep) -> tuple[Image.Image, Image.Image]:
+    """Returns enlarged grids of the current samples and of the predicted images."""
+    size = SIDE // math.ceil(math.sqrt(len(moment.current)))
+    return grid_image(moment.current, enlarge_to=size), grid_image(moment.predicted, enlarge_to=size)
+
+
+def inpaint_tab(play: Playground, inputs: list, make_request: Callable, gallery: Any) -> None:
     """Adds the tab for inpainting a sampled, selected or uploaded image with a brush."""
     import gradio as gr
 
@@ -177,10 +199,11 @@ def inpaint_tab(play: Playground, inputs: list, make_request: Callable, gallery:
         f"Here, class *{AS_IN_DATA}* means no class and no guidance."
     )
     with gr.Row():
-        take, button = gr.Button("New sample"), gr.Button("Inpaint", variant="primary")
+        take, upload = gr.Button("New sample"), gr.UploadButton("Upload an image", file_types=[*SUFFIXES])
+        button = gr.Button("Inpaint", variant="primary")
     with gr.Row():
         brush = gr.Brush(default_size=40, colors=["#e4572e"], color_mode="fixed")
-        tools = {"brush": brush, "transforms": (), "layers": False, "sources": ("upload",), "type": "pil"}
+        tools = {"brush": brush, "transforms": (), "layers": False, "sources": (), "type": "pil"}
         editor = gr.ImageEditor(show_label=False, canvas_size=(SIDE, SIDE), format="png", height=520, **tools)
         results = gr.Gallery(columns=3, show_label=False, format="png", object_fit="contain", height=520, buttons=[])
 
@@ -188,8 +211,12 @@ def inpaint_tab(play: Playground, inputs: list, make_request: Callable, gallery:
         with show_errors():
             return enlarge_to_picture(play.draw(replace(make_request(*values), count=1))[0], SIDE)
 
-    def select_image(images: list, event: gr.SelectData) -> Image.Image:
-        return images[event.index]
+    def select_image(images: list, event: gr.SelectData) -> str:
+        return images[event.index][0]
+
+    def open_upload(file: str) -> Image.Image:
+        with show_errors():
+            return to_grey_or_rgb(decode(file, name=Path(file).name))
 
     def inpaint(drawn: dict | None, *values: Any) -> list:
         with show_errors():
@@ -202,7 +229,8 @@ def inpaint_tab(play: Playground, inputs: list, make_request: Callable, gallery:
             return [enlarge_to_picture(image) for image in (result.masked_input, *result.results)]
 
     take.click(take_sample, inputs, editor)
-    gallery.select(select_image, pictures, editor)
+    upload.upload(open_upload, upload, editor)
+    gallery.select(select_image, gallery, editor)
     button.click(inpaint, [editor, *inputs], results)
 
 
@@ -217,28 +245,45 @@ def build_page(play: Playground, config: Config) -> Any:
     ) as page:
         gr.Markdown(
             "# Discrete and continuous diffusion\n"
-            f"**{trained.run.name}**, step {trained.step:,}: images of {height}x{width} pixels"
+            f"**{escape_markdown(trained.run.name)}**, step {trained.step:,}: images of {height}x{width} pixels"
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
                 inputs, make_request = settings_column(play, config)
             with gr.Column(scale=3):
                 with gr.Tab("Sample"):
-                    gallery, pictures = sample_tab(play, inputs, make_request)
+                    gallery = sample_tab(play, inputs, make_request)
                 with gr.Tab("Watch"):
                     watch_tab(play, inputs, make_request)
                 with gr.Tab("Inpaint"):
-                    inpaint_tab(play, inputs, make_request, gallery, pictures)
+                    inpaint_tab(play, inputs, make_request, gallery)
     return page
+
+
+class LocalRequests:
+    """ASGI middleware that refuses requests to another host name (DNS rebinding) and from pages of other sites."""
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        names = [value for name, value in scope.get("headers", ()) if name in (b"host", b"origin")]
+        if all(map(LOCAL.fullmatch, names)):
+            await self.app(scope, receive, send)
+        else:
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            await send({"type": "http.response.body", "body": b"the page answers only to http://127.0.0.1 itself"})
 
 
 def open_page(play: Playground, config: Config) -> None:
     """Serves the page on this machine until Ctrl-C."""
     import gradio as gr
+    from starlette.middleware import Middleware
 
     style = {"theme": gr.themes.Base(font=FONTS, font_mono=("monospace",)), "css": STYLE, "footer_links": []}
     server = {"server_name": HOST, "server_port": config.page.port, "share": False, "ssr_mode": False, "quiet": True}
-    build_page(play, config).launch(**style, **server)
+    server |= {"app_kwargs": {"middleware": [Middleware(LocalRequests)]}, "state_session_capacity": SESSIONS}
+    build_page(play, config).launch(**style, **server, show_error=True)
 
 
 def check_free(port: int) -> None:

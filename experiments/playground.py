@@ -7,6 +7,7 @@ import ast
 import inspect
 import queue
 import re
+import string
 import threading
 import types
 import typing
@@ -125,6 +126,11 @@ def flags_to_labels(message: str) -> str:
 def label_of(name: str) -> str:
     """Returns the label of a setting on the page."""
     return LABELS.get(name, name.replace("_", " "))
+
+
+def escape_markdown(text: str) -> str:
+    """Returns Markdown that shows the text as it is: a folder's name may contain anything."""
+    return "".join(f"\\{each}" if each in string.punctuation else each for each in text)
 
 
 class DenoisingStep(NamedTuple):

@@ -1,23 +1,28 @@
 """The demo page: its controls, its errors at startup, and its use in a real browser."""
 
+import asyncio
 import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from demo import LocalRequests, show_errors
 from helpers.tiny_runs import ROOT, SAMPLER, call
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -58,8 +63,8 @@ def test_errors_that_keep_the_page_from_opening_are_one_line(tmp_path, capsys, m
 
 
 @contextmanager
-def served(logs, flags):
-    """The address of the page, served by another process: gradio leaves sockets and event loops behind."""
+def page_process(logs, flags):
+    """The address of the page and the process that serves it: gradio leaves sockets and event loops behind."""
     port = free_port()
     command = [sys.executable, str(ROOT / "demo.py"), "--logs_root", str(logs), "--port", str(port), *flags.split()]
     address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300  # seconds: the machine may be busy
@@ -73,7 +78,7 @@ def served(logs, flags):
                     break
                 except OSError:
                     time.sleep(0.2)
-            yield address
+            yield address, process
         finally:
             process.terminate()
             process.wait(timeout=30)
@@ -81,11 +86,84 @@ def served(logs, flags):
         assert "Traceback" not in (text := stderr.read()), text
 
 
+@contextmanager
+def served(logs, flags):
+    """The address of the page."""
+    with page_process(logs, flags) as (address, _):
+        yield address
+
+
 def labels(address):
     """The labels of all visible components, from the page's own config."""
     with urllib.request.urlopen(f"{address}/config", timeout=30) as answer:
         components = [each["props"] for each in json.load(answer)["components"]]
     return [each["label"] for each in components if each.get("label") and each.get("visible", True)]
+
+
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({"host": "127.0.0.1:7860"}, 200),
+        ({"host": "localhost:7860", "origin": "http://localhost:7860"}, 200),
+        ({"host": "evil.example:7860"}, 403),  # DNS rebinding: the name resolves to 127.0.0.1
+        ({"host": "localhost.evil.example"}, 403),
+        ({"host": "127.0.0.1:7860", "origin": "http://evil.example"}, 403),
+        ({"host": "127.0.0.1:7860", "origin": "null"}, 403),
+    ],
+)
+def test_only_the_page_itself_is_answered(headers, status):
+    async def page(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+
+    async def send(message):
+        messages.append(message)
+
+    messages = []
+    scope = {"type": "http", "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
+    asyncio.run(LocalRequests(page)(scope, None, send))
+    assert messages[0]["status"] == status
+
+
+@needs_gradio
+def test_errors_on_the_page_are_escaped():
+    import gradio as gr
+
+    with pytest.raises(gr.Error) as error, show_errors():
+        raise ValueError("got <img src=x>: pass --temp T")
+    assert error.value.message == "got &lt;img src=x&gt;: pass temperature T"
+
+
+@pytest.mark.slow
+@needs_gradio
+def test_a_click_keeps_no_memory_and_a_broken_upload_is_told(trained, tmp_path):
+    from gradio_client import Client, handle_file
+
+    def used():
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024  # MB
+
+    def click(seed):
+        """Samples in a new browser tab; a tab's values were kept for hours, 8 MB each."""
+        settings[2] = seed
+        Client(address, verbose=False).predict(*settings, api_name="/sample")
+
+    with page_process(trained, "--no_amp --sample_steps 4 --batch_size 12") as (address, process):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(urllib.request.Request(address, headers={"Host": "evil.example"}), timeout=30)
+        (tmp_path / "holiday.png").write_bytes(b"broken")
+        with pytest.raises(Exception, match="holiday.png: cannot identify image"):
+            Client(address, verbose=False).predict(handle_file(tmp_path / "holiday.png"), api_name="/open_upload")
+        with urllib.request.urlopen(f"{address}/config", timeout=30) as answer:
+            page = json.load(answer)
+        values = {each["id"]: each["props"].get("value") for each in page["components"]}
+        sample = next(each for each in page["dependencies"] if each["api_name"] == "sample")
+        settings = [values[each] for each in sample["inputs"]]
+        for seed in range(8):
+            click(seed)
+        before = used()
+        for seed in range(8, 20):
+            click(seed)
+        assert used() - before < 24
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from experiments.playground import (
     Playground,
     Request,
     enlarge_to_picture,
+    escape_markdown,
     preprocess,
     stream,
 )
@@ -121,6 +122,10 @@ def test_without_a_class_there_is_no_guidance(playground):
         playground.draw(make_request(playground, label=NO_CLASS, options={"guidance": scale})) for scale in (1.0, 2.0)
     ]
     assert torch.equal(*images)
+
+
+def test_a_name_in_markdown_is_shown_as_it_is():
+    assert escape_markdown("run_1 <img src=x> **$$a$$** ä") == (r"run\_1 \<img src\=x\> \*\*\$\$a\$\$\*\* ä")
 
 
 @pytest.mark.parametrize("wrong", [{"count": 0}, {"seed": -1}])
