@@ -9,7 +9,7 @@ from experiments.metrics.training_distance import sample_distance
 from train.cli.parse import first_stage_data, run_script
 from train.condition_source import read_rows
 from train.config import SecondStageConfig
-from train.data.loading import build_dataset, with_declared_range
+from train.data.loading import build_splits, with_declared_range
 from train.registry import import_callable
 from train.runs import open_or_resume, read_provenance, run_context, run_folder
 from train.sampler import SamplerReports, SamplerStep, build_state, check_sampling
@@ -28,7 +28,7 @@ def main(config: Config) -> None:
     run = run_folder(logging.logs_root, logging.log_dir or f"{config.sampler.sampler}_{config.data.dataset}")
     adapt = import_callable(config.sampler.adapt, "--adapt") if config.sampler.adapt else None
     with run_context(run, training) as world:
-        images = {split: build_dataset(config.data, config.reader, split) for split in ("train", "val")}
+        images = build_splits(config.data, config.reader, world)
         data = with_declared_range(config.data, images["train"])
         config = replace(config, data=data)
         space = open_space(config, read_provenance(run), images["train"], world)

@@ -7,7 +7,7 @@ from functools import partial
 from experiments.metrics.training_distance import reconstruction_distance
 from train.cli.parse import run_script
 from train.config import VQGANRunConfig
-from train.data.loading import ImageSource, TrainingImages, build_dataset, with_declared_range
+from train.data.loading import ImageSource, TrainingImages, build_splits, with_declared_range
 from train.runs import open_or_resume, perceptual_provenance, run_context, run_folder
 from train.trainer import make_hooks, train
 from train.vqgan import VQGANReports, VQGANStep, build_state
@@ -23,7 +23,7 @@ def main(config: Config) -> None:
     training, logging = config.training, config.logging
     run = run_folder(logging.logs_root, logging.log_dir or f"vqgan_{config.data.dataset}")
     with run_context(run, training) as world:
-        splits = {split: build_dataset(config.data, config.reader, split) for split in ("train", "val")}
+        splits = build_splits(config.data, config.reader, world)
         data = with_declared_range(config.data, splits["train"])
         margins = {"train": data.crop_margin, "val": 0}
         images, validation = (ImageSource(splits[split], data, margin=margins[split]) for split in splits)

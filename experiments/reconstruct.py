@@ -142,9 +142,12 @@ def images_of_path(path: Path, count: int | None, fit: Callable[[Any], Tensor]) 
         root, names = path.parent, [path.name]
     elif path.is_dir():
         try:
-            root, names = path, list_images(path)[:count]
+            root, (names, others) = path, list_images(path)
         except ValueError as error:
             raise ValueError(f"{path} holds no images: wanted {' '.join(SUFFIXES)} files, check --images") from error
+        names = names[:count]
+        if others:
+            print(f"left out of {path}: {others}", flush=True)
     else:
         raise FileNotFoundError(f"{path} not found: pass an image or a folder of images as --images")
     return Originals(names, lambda i: fit(decode(root / names[i])), files_fingerprint(root, names))

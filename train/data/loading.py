@@ -31,10 +31,12 @@ from train.data.annotations import pack
 from train.data.collate import collate
 from train.data.image_cache import load_or_decode
 from train.data.transforms import as_uint8, to_item, training_views
-from train.datasets import Blocks, Dataset, DatasetConfig, FloatImage, UnreadableImage
+from train.datasets import SPLITS, Blocks, Dataset, DatasetConfig, FloatImage, UnreadableImage
 from train.distributed import DistContext
 from train.loop import Batch
 from train.registry import load_plugin
+
+MOST_UNUSED_CLASSES = 10_000  # numbers of classes without images
 
 
 class CodeGrids(Protocol):
@@ -136,6 +138,36 @@ def build_dataset(data: DataConfig, reader: DatasetConfig, split: str) -> Datase
     """Builds one split of the data set that the config names."""
     module = load_plugin("train.datasets", data.reader or data.dataset, "data set")
     return module.build(dataclasses.replace(reader, data_dir=resolve_data_dir(data.dataset, reader.data_dir)), split)
+
+
+def build_splits(data: DataConfig, reader: DatasetConfig, world: DistContext) -> dict[str, Dataset]:
+    """Builds both splits, and prints how many images and classes they have and what they leave out."""
+    images = {split: build_dataset(data, reader, split) for split in SPLITS}
+    lines = [f"{data.dataset}: {describe_splits(**images)}"]
+    for dataset in images.values():
+        lines += [note for note in getattr(dataset, "notes", ()) if note not in lines]
+    if world.is_main:
+        print("\n".join(lines), flush=True)
+    return images
+
+
+def describe_splits(train: Dataset, val: Dataset) -> str:
+    """Returns the number of images and of classes; ValueError for class numbers with large gaps."""
+    sizes = f"{len(train):,} training images, {len(val):,} for validation"
+    if not train.n_classes:
+        return f"{sizes}, no classes"
+    numbers, counts = np.unique(train.labels, return_counts=True)
+    n_classes = len(np.union1d(numbers, val.labels))
+    classes = f"{n_classes} classes"
+    if n_classes < train.n_classes:
+        classes += f", largest number {train.n_classes - 1}"
+    if train.n_classes - n_classes > MOST_UNUSED_CLASSES:
+        raise ValueError(
+            f"got {classes}: each number takes a row of the model, so number the classes 0 to {n_classes - 1}, or "
+            "train without them (--label_from none)"
+        )
+    least = counts.min() if len(counts) == n_classes else 0
+    return f"{sizes}, {classes}, with {least:,} to {counts.max():,} training images"
 
 
 def with_declared_range(data: DataConfig, images: Dataset) -> DataConfig:

@@ -82,7 +82,8 @@ class Dataset(Protocol):
     Every item has the same fields. Raises `UnreadableImage` for a broken image file.
 
     A data set that is fast to read only block by block has an attribute `blocks: Blocks` as well: the shuffle then
-    reads a few blocks at a time.
+    reads a few blocks at a time. One that leaves out files, or chooses how to read them, says so in `notes`, lines that
+    a training prints when it starts.
     """
 
     n_classes: int

@@ -1,10 +1,11 @@
 """Folder: your own images, in any tree of jpg, png, webp and bmp files."""
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -21,14 +22,15 @@ from train.datasets._decode import decode
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 VAL_FOLDERS = ("valid", "val", "validation", "test")  # the first that exists
+MOST_SUFFIXES = 5  # that are named of the files left out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DatasetConfig):
     """Options of folder; data_dir has split folders (train, and valid, val, validation or test), or images in any tree.
 
-    If there is a train folder, only the split folders are read. If there is no validation folder, val_fraction of the
-    images is held out.
+    A folder is a split only if all folders beside it that have images are named so, too: train among bus and car is a
+    class. If there is no validation folder, val_fraction of the images is held out.
     """
 
     label_from: Literal["none", "folder"] = "none"
@@ -39,6 +41,8 @@ class Config(DatasetConfig):
 
 class ImageFolder:
     """A `Dataset` of image files, decoded on access."""
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, root: Path, names: Sequence[str], classes: Sequence[str], split: str):
         self.root, self.names, self.classes, self.split = root, names, classes, split
@@ -65,35 +69,82 @@ def build(config: Config, split: str) -> ImageFolder:
     FileNotFoundError for a missing data_dir; ValueError for another split, a tree without a readable image, and classes
     that are ambiguous or differ between the splits.
     """
-    root = data_root(config, "folder")
-    folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
-    if "train" not in folders:
-        return build_split(config, split, train=root, val=None)
-    val = next((folders[name] for name in VAL_FOLDERS if name in folders), None)
-    return build_split(config, split, train=folders["train"], val=val)
+    train, val, notes = find_splits(data_root(config, "folder"))
+    return build_split(config, split, train=train, val=val, notes=notes)
 
 
-def build_split(config: Config, split: str, *, train: Path, val: Path | None) -> ImageFolder:
+def find_splits(root: Path) -> tuple[Path, Path | None, tuple[str, ...]]:
+    """Returns the trees of the training and validation images below `root`, and notes on what is left out.
+
+    The second is None if its images are to be held out of the first, which is `root` itself unless it has split
+    folders.
+    """
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    splits = {path.name.lower(): path for path in folders if path.name.lower() in ("train", *VAL_FOLDERS)}
+    if "train" not in splits:
+        return root, None, ()
+    others = [path for path in folders if path.name.lower() not in splits]
+    if siblings := [path.name for path in others if any(map(is_image, walk_files(path)))]:
+        return root, None, (f"{splits['train'].name} is not read as a split: beside it is {siblings[0]}",)
+    train, val = splits["train"], next((splits[name] for name in VAL_FOLDERS if name in splits), None)
+    left_out = [f"folder {path.name}" for path in folders if path not in (train, val)]
+    if stray := sum(is_image(path.name) and not path.name.startswith(".") for path in root.iterdir()):
+        left_out.append(f"{stray} images outside the split folders")
+    return train, val, (f"left out of {root}: {', '.join(left_out)}",) if left_out else ()
+
+
+def build_split(config: Config, split: str, *, train: Path, val: Path | None, notes: Sequence[str] = ()) -> ImageFolder:
     """Returns one split of the trees `train` and `val`; if `val` is None, part of `train` is held out."""
     check_split(split)
     root = val if split == "val" and val is not None else train
-    names = list_images(root, config.only_folders)
+    names, others = list_images(root, config.only_folders)
     classes = class_names(config, root, names)
     if val is None:
         indices = train_val_split(len(names), config.val_fraction, config.split_seed)[SPLITS.index(split)]
         names = [names[i] for i in indices]
     elif config.label_from == "folder":
         other = train if split == "val" else val
-        other_classes = class_names(config, other, list_images(other, config.only_folders))
+        other_classes = class_names(config, other, list_images(other, config.only_folders).names)
         require_same_classes({root: classes, other: other_classes})
     dataset = ImageFolder(root, names, classes, split)
+    how = f"a fraction {config.val_fraction:g} is held out" if val is None else f"{val} is for validation"
+    unused = [each for each in config.only_folders if not any(f"/{each}/" in f"/{name}" for name in names)]
+    dataset.notes = (
+        f"images from {train}; {how}",
+        *notes,
+        *(f"no image of {root} is in a folder named {each}" for each in unused),
+        *([f"left out of {root}: {others}"] if others else []),
+    )
     require_readable(dataset, root)
     return dataset
 
 
-def list_images(root: Path, only_folders: Sequence[str] = ()) -> list[str]:
-    """Returns the sorted paths of images relative to `root`, with forward slashes, except hidden files and folders."""
-    names, visited = [], set()
+class ImageTree(NamedTuple):
+    """The files below a folder, except hidden ones."""
+
+    names: list[str]  # of images: sorted paths relative to the folder, with forward slashes
+    others: str  # the other files, counted by suffix: "6 .psd, 1 .txt"
+
+
+def list_images(root: Path, only_folders: Sequence[str] = ()) -> ImageTree:
+    """Lists the images below `root`, only those in a folder of one of the names `only_folders`, if there are any."""
+    files = list(walk_files(root, only_folders))
+    names = sorted(name for name in files if is_image(name))
+    others = Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in files if not is_image(name))
+    if not names:
+        below = f" below a folder named {' or '.join(only_folders)}" if only_folders else ""
+        raise ValueError(f"{root} has no image{below}, wanted {' '.join(SUFFIXES)} files: check --data_dir")
+    return ImageTree(names, ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(MOST_SUFFIXES)))
+
+
+def is_image(name: str) -> bool:
+    """Returns whether a file is an image, by its name."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def walk_files(root: Path, only_folders: Sequence[str] = ()) -> Iterator[str]:
+    """Yields the paths of files relative to `root`, with forward slashes, except hidden files and folders."""
+    visited = set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=_raise):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         if os.path.realpath(folder) in visited:
@@ -103,12 +154,7 @@ def list_images(root: Path, only_folders: Sequence[str] = ()) -> list[str]:
         parts = Path(folder).relative_to(root).parts
         if only_folders and not set(only_folders) & set(parts):
             continue
-        images = (name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith("."))
-        names += ["/".join((*parts, name)) for name in images]
-    if not names:
-        below = f" below a folder named {' or '.join(only_folders)}" if only_folders else ""
-        raise ValueError(f"{root} has no image{below}, wanted {' '.join(SUFFIXES)} files: check --data_dir")
-    return sorted(names)
+        yield from ("/".join((*parts, name)) for name in files if not name.startswith("."))
 
 
 def class_of(name: str) -> str:

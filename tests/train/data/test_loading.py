@@ -16,12 +16,14 @@ from train.data.loading import (
     ImageSource,
     TrainingCodes,
     TrainingImages,
+    build_splits,
+    describe_splits,
     fixed_subset,
     images_in_order,
     sample_streams,
     training_batches,
 )
-from train.datasets import ArrayDataset, Blocks
+from train.datasets import ArrayDataset, Blocks, DatasetConfig
 from train.distributed import DistContext
 
 CPU = torch.device("cpu")
@@ -260,3 +262,19 @@ def test_views_and_adapt_do_not_change_images_in_memory():
     assert all(
         item["image"].tolist() == [np.arange(48).reshape(6, 8).tolist()] for item in source.memory_cache.values()
     )
+
+
+def test_a_start_says_how_many_images_and_classes_there_are(capsys):
+    labels = np.array([0, 0, 0, 1, 9, 0])
+    train, val = (ArrayDataset(np.zeros((6, 4, 4), np.uint8), labels, n_classes) for n_classes in (10, 10))
+    assert describe_splits(train, val) == (
+        "6 training images, 6 for validation, 3 classes, largest number 9, with 1 to 4 training images"
+    )
+    with pytest.raises(ValueError, match="got 3 classes, largest number 2147483647: .* number the classes 0 to 2, or"):
+        describe_splits(dataclasses.replace(train, n_classes=2**31), val)
+    build_splits(DataConfig(), DatasetConfig(), DistContext(torch.device("cpu")))
+    assert capsys.readouterr().out == (
+        "digits: 1,707 training images, 90 for validation, 10 classes, with 165 to 175 training images\n"
+    )
+    build_splits(DataConfig(), DatasetConfig(), DistContext(torch.device("cpu"), 1, 2))
+    assert capsys.readouterr().out == ""

@@ -47,6 +47,35 @@ def test_existing_folders_are_the_split(folders, val_folder, tmp_path, tiny):
     assert train.names == val.names == ["0.png", "1.png", "2.png"]
 
 
+def test_a_class_called_train_is_no_split(tmp_path, tiny):
+    tiny.save_images(tmp_path, *(f"{name}/{i}.png" for name in ("bus", "car", "train", "tvmonitor") for i in range(5)))
+    (tmp_path / "notes").mkdir()  # without images: says nothing about its siblings
+    train, val = splits(tmp_path, label_from="folder")
+    assert train.classes == val.classes == ("bus", "car", "train", "tvmonitor") and len(train) + len(val) == 20
+    assert "train is not read as a split: beside it is bus" in train.notes
+    for name in ("bus", "car", "tvmonitor"):
+        (tmp_path / name).rename(tmp_path / "train" / name)
+    assert len(splits(tmp_path)[0]) + len(splits(tmp_path)[1]) == 20
+    assert splits(tmp_path)[0].root == tmp_path / "train"
+
+
+def test_what_is_left_out_is_named(tmp_path, tiny):
+    tiny.save_images(tmp_path, *(f"{split}/real/{i}.png" for split in ("train", "val", "test") for i in range(2)))
+    tiny.save_images(tmp_path, "stray.png", "Train/0.png")
+    for i in range(6):
+        (tmp_path / f"train/{i}.psd").write_bytes(b"")
+    (tmp_path / "train/README").write_text("")
+    train, val = splits(tmp_path, only_folders=("real", "fake"))
+    left_out = f"left out of {tmp_path}: folder Train, folder test, 1 images outside the split folders"
+    assert train.notes == (
+        f"images from {tmp_path / 'train'}; {tmp_path / 'val'} is for validation",
+        left_out,
+        f"no image of {tmp_path / 'train'} is in a folder named fake",
+    )
+    assert f"left out of {tmp_path / 'train'}: 6 .psd, 1 without a suffix" in splits(tmp_path)[0].notes
+    assert left_out in val.notes
+
+
 def test_a_train_folder_alone_is_split(tmp_path, tiny):
     tiny.save_images(tmp_path, *(f"train/{i}.png" for i in range(4)))
     train, val = splits(tmp_path)

@@ -240,10 +240,15 @@ PNG = "a.png"
 MALFORMED = {  # case -> members of a shard, flags, and words of the message
     "empty": ([], {}, "has no sample, wanted members such as 0000.jpg"),
     "hidden": ([".png", "._a.png", "README"], {}, "has no sample"),
-    "no image": ([PNG, "a.cls", "b.cls", "b.txt"], {}, "sample b has no images .its members: cls, txt.*--image_ext"),
+    "no image": ([PNG, "a.cls", "b.cls", "b.txt"], {}, "sample b has no images .its members: cls, txt.*--skip_incomp"),
     "two images": ([PNG, "a.jpg"], {}, "sample a has 2 images"),
-    "twice": ([PNG, "b.png", PNG], {}, "has sample a twice"),
-    "twice at once": ([PNG, PNG], {}, "sample a has two members with the same name"),
+    "twice": ([PNG, "b.png", PNG], {}, "sample a has two members .png: .*--dots_in_names"),
+    "dots": (["a.1.png", "a.2.png"], {}, "sample a has no images .its members: 1.png, 2.png.*--dots_in_names"),
+    "all incomplete": (
+        ["a.txt", "b.txt"],
+        {"skip_incomplete": True},
+        "no sample but 2 incomplete ones, such as: ",
+    ),
     "no label": ([PNG, "a.json"], {"label_from": "cls"}, "sample a has no .cls .*--label_from none"),
     "odd label": ([PNG, "a.cls"], {"label_from": "cls"}, "sample a: its .cls is b'cat', wanted a class"),
     "odd json": ([PNG, "a.json"], {"label_from": "json"}, "its .json field 'label' is b'cat'"),
@@ -261,6 +266,51 @@ def test_malformed_samples_are_refused(tmp_path, tiny, case):
             tar.addfile(info, io.BytesIO(content))
     with pytest.raises(ValueError, match=f"one.tar.*{message}"):
         build(Config(data_dir=str(tmp_path), **flags), "train")
+
+
+def test_incomplete_samples_are_skipped_and_counted_on_request(tmp_path, tiny, scanned):
+    members = {f"{i}.png": tiny.png(i) for i in range(6)} | {f"{i}.cls": b"%d" % i for i in range(4)} | {"x.cls": b"9"}
+    tiny.save_shard(tmp_path / "one.tar", members)
+    (tmp_path / "two.tgz").write_bytes(b"")
+    config = Config(data_dir=str(tmp_path), label_from="cls", skip_incomplete=True)
+    for _ in range(2):  # indexed, then read from the index
+        train, val = (build(config, split) for split in SPLITS)
+        assert sorted(numbers(train) + numbers(val)) == [0, 1, 2, 3] == sorted([*train.labels, *val.labels])
+        skipped, other_files = train.notes
+        assert "left out 3 incomplete samples, such as: " in skipped and "sample 4 has no .cls" in skipped
+        assert other_files == f"left out of {tmp_path}: 1 files or folders not named .tar, such as two.tgz"
+        assert val.notes == train.notes
+    assert len(scanned) == 1
+
+
+def test_members_of_a_sample_need_not_be_adjacent(tmp_path, tiny):
+    members = {f"{i}.png": tiny.png(i) for i in range(6)} | {f"{i}.cls": b"%d" % i for i in reversed(range(6))}
+    tiny.save_shard(tmp_path / "one.tar", members)
+    dataset = build(Config(data_dir=str(tmp_path), label_from="cls"), "train")
+    assert numbers(dataset) == dataset.labels.tolist() and len(dataset) == 5
+
+
+def test_sample_names_may_contain_dots_on_request(tmp_path, tiny):
+    mask = encode_png(Image.new("L", (8, 8)))
+    members = {}
+    for i in range(3):
+        image = f"v1.0/img.{i}"
+        members |= {f"{image}.JPG": tiny.png(i), f"{image}.seg.png": mask, f"{image}.cls": b"%d" % i}
+    tiny.save_shard(tmp_path / "one.tar", members)
+    config = Config(data_dir=str(tmp_path), label_from="cls", mask_ext=("seg.png",), dots_in_names=True)
+    datasets = [build(config, split) for split in SPLITS]
+    assert sorted(number for each in datasets for number in numbers(each)) == [0, 1, 2]
+    assert all(numbers(each) == each.labels.tolist() and "seg" in each[0] for each in datasets)
+    assert datasets[0].rows["key"].tolist()[0].startswith(b"v1.0/img.")
+
+
+def test_an_image_that_is_a_link_is_refused(tmp_path, tiny):
+    with tarfile.open(tiny.save_shard(tmp_path / "one.tar", {"a.png": tiny.png()}), "a") as shard:
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        shard.addfile(link)
+    with pytest.raises(ValueError, match="sample b is stored as a link"):
+        build(Config(data_dir=str(tmp_path)), "train")
 
 
 @pytest.mark.parametrize("label", ["-1", "true", '"3"', "1.5", "null", "99999999999"])

@@ -57,6 +57,10 @@ class Config(DatasetConfig):
     """Fields of the .json members that are lists of boxes: left, top, right, bottom in pixels."""
     mask_ext: tuple[str, ...] = ()
     """Extensions of members that are label maps (grey or palette), such as seg.png, which becomes the field seg."""
+    skip_incomplete: bool = False
+    """Leave out samples without image, label or annotations, and say how many; they are refused otherwise."""
+    dots_in_names: bool = False
+    """Sample names may contain dots: the extension is the longest that is asked for, or what follows the last dot."""
     keys_per_shard: bool = False
     """Sample names are unique within a shard only: the same name in two shards means two images."""
     mix_shards: int = 8
@@ -90,6 +94,8 @@ class TarImages:
 
     def __init__(self, shards: Sequence[Shard], row_indices: np.ndarray, split: str, config: Config, store: ShardStore):
         self.store, self.split, self.config = store, split, config
+        skipped = [reason for shard in shards for reason in shard.skipped]
+        self.notes = (f"left out {len(skipped):,} incomplete samples, such as: {skipped[0]}",) if skipped else ()
         self.json_fields = (*config.json_fields, *config.id_fields, *config.box_fields)
         ends = np.cumsum([len(shard.rows) for shard in shards])
         shard_of, sizes = np.unique(np.searchsorted(ends, row_indices, side="right"), return_counts=True)
@@ -221,13 +227,29 @@ def build(config: Config, split: str) -> TarImages:
             f"--val_shards {config.val_shards} are all shards of {config.data_dir}: leave some for training"
         )
     endings = tuple(ext.lower().lstrip(".") for ext in config.image_ext)
-    spec = SampleSpec(endings, config.label_from, config.label_field, extra=extra_members(config))
+    spec = SampleSpec(
+        endings,
+        config.label_from,
+        config.label_field,
+        extra=extra_members(config),
+        skip_incomplete=config.skip_incomplete,
+        dots_in_names=config.dots_in_names,
+    )
     shards = index_shards([*train, *val], store, cache / "index", spec)
     if not config.keys_per_shard:
         require_distinct(shards)
     dataset = TarImages(shards, select_rows(shards, len(train), config, split), split, config, store)
+    dataset.notes += note_other_files(Path(os.path.expanduser(config.data_dir)))
     require_readable(dataset, Path(dataset.shards[0][0]))
     return dataset
+
+
+def note_other_files(folder: Path) -> tuple[str, ...]:
+    """Returns a note on what a folder holds besides shards."""
+    names = sorted(path.name for path in folder.glob("[!.]*") if path.suffix != ".tar")
+    if not names:
+        return ()
+    return (f"left out of {folder}: {len(names)} files or folders not named .tar, such as {names[0]}",)
 
 
 def select_rows(shards: Sequence[Shard], n_train: int, config: Config, split: str) -> np.ndarray:

@@ -24,6 +24,7 @@ class Shard(NamedTuple):
     name: str  # path or URL
     stamp: str  # of a local file: size and modification time; of a download: SHA-256
     rows: np.ndarray  # see tar.scan
+    skipped: tuple[str, ...] = ()
 
 
 def list_shards(pattern: str, flag: str) -> list[str]:
@@ -75,18 +76,19 @@ def index_shards(names: list[str], store: ShardStore, folder: Path, spec: tar.Sa
 
 def load_or_build_index(name: str, path: Path, store: ShardStore, spec: tar.SampleSpec) -> Shard:
     """Returns one shard with its index from `path`, built by one process if it does not exist."""
-    shard = read_index(name, path)
+    shard = read_index(name, path, spec)
     if shard is None:
         with FileLock(path.with_suffix(".lock")):
-            shard = read_index(name, path) or build_index(name, path, store, spec)
+            shard = read_index(name, path, spec) or build_index(name, path, store, spec)
     return shard
 
 
-def read_index(name: str, path: Path) -> Shard | None:
+def read_index(name: str, path: Path, spec: tar.SampleSpec) -> Shard | None:
     """Loads an index; None if it is missing or incomplete."""
     try:
         with path.open("rb") as file:
-            return Shard(name, str(np.load(file, allow_pickle=False)), np.load(file, allow_pickle=False))
+            stamp, rows, *skipped = (np.load(file, allow_pickle=False) for _ in range(2 + spec.skip_incomplete))
+            return Shard(name, str(stamp), rows, *(tuple(each.tolist()) for each in skipped))
     except (FileNotFoundError, EOFError, ValueError):
         return None
 
@@ -99,11 +101,13 @@ def build_index(name: str, path: Path, store: ShardStore, spec: tar.SampleSpec) 
         file = open(name, "rb")
         stamp = file_stamp(os.fstat(file.fileno()))
     with file:
-        shard = Shard(name, stamp, tar.scan(file, name, spec))
+        shard = Shard(name, stamp, *tar.scan(file, name, spec))
     partial = path.with_suffix(".part")  # renamed when complete
     with partial.open("wb") as file:
         np.save(file, np.array(stamp))
         np.save(file, shard.rows)
+        if spec.skip_incomplete:
+            np.save(file, np.array(shard.skipped, dtype=np.str_))
     partial.replace(path)
     return shard
 

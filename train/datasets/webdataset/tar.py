@@ -1,10 +1,9 @@
 """Indexes a tar shard: one row per sample, with the offsets of its members.
 
-As in the WebDataset format, consecutive members whose names agree up to the first dot form a sample: 0007.jpg,
-0007.cls, 0007.json.
+As in the WebDataset format, members whose names agree up to the first dot form a sample: 0007.jpg, 0007.cls, 0007.json.
+They need not be adjacent.
 """
 
-import itertools
 import json
 import tarfile
 from dataclasses import asdict, dataclass
@@ -23,12 +22,24 @@ class SampleSpec:
     label_from: str  # none, cls, json
     label_field: str
     extra: tuple[str, ...] = ()  # extensions of further members to read with the image
+    skip_incomplete: bool = False
+    dots_in_names: bool = False
 
     @property
     def index_key(self) -> dict[str, Any]:
         """The part of an index's key that depends on the members read; "beside" is the key's old name of `extra`."""
-        key: dict[str, Any] = {name: value for name, value in asdict(self).items() if name != "extra"}
-        return key | ({"beside": self.extra} if self.extra else {})
+        newer = {"beside": self.extra, "skip_incomplete": self.skip_incomplete, "dots_in_names": self.dots_in_names}
+        key: dict[str, Any] = {name: value for name, value in asdict(self).items() if name not in ("extra", *newer)}
+        return key | {name: value for name, value in newer.items() if value}
+
+    @property
+    def endings(self) -> set[str]:
+        """The extensions of all members that are read."""
+        return {*self.image_ext, self.label_from, *self.extra} - {"none"}
+
+
+class IncompleteSample(ValueError):
+    """A sample lacks its image, its label or an annotation."""
 
 
 class Row(NamedTuple):
@@ -41,30 +52,66 @@ class Row(NamedTuple):
     extra: tuple[int, ...] = ()  # offset and size of each further member
 
 
-def scan(file: BinaryIO, name: str, spec: SampleSpec) -> np.ndarray:
-    """Scans a shard and returns its rows as a structured array; `name` names it in error messages.
+class ShardContent(NamedTuple):
+    """The samples of a shard."""
 
-    ValueError unless it is a complete, uncompressed tar with at least one sample, and each sample occurs once, with
-    exactly one image and, if wanted, a label.
+    rows: np.ndarray  # structured array, one row per sample
+    skipped: tuple[str, ...] = ()  # why each incomplete sample is left out, with `skip_incomplete`
+
+
+def scan(file: BinaryIO, name: str, spec: SampleSpec) -> ShardContent:
+    """Scans a shard; `name` names it in error messages.
+
+    ValueError unless it is a complete, uncompressed tar with at least one sample, and each sample has exactly one image
+    and all wanted members. With `skip_incomplete`, samples without one of them are left out instead.
     """
+    rows, skipped = [], []
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            members = [member for member in tar if member.isfile() and split_member_name(member.name) is not None]
-            require_end_block(tar)
-            groups = itertools.groupby(members, lambda member: split_member_name(member.name)[0])
-            rows = [build_row(tar, f"{name} sample {key}", key, list(group), spec) for key, group in groups]
+            for key, members in group_members(tar, name, spec).items():
+                try:
+                    rows.append(build_row(tar, f"{name} sample {key}", key, members, spec))
+                except IncompleteSample as error:
+                    if not spec.skip_incomplete:
+                        raise
+                    skipped.append(str(error))
     except tarfile.TarError as error:
         raise ValueError(f"{name} is not a complete, uncompressed tar ({error}): download or write it again") from error
     if not rows:
-        raise ValueError(f"{name} has no sample, wanted members such as 0000.{spec.image_ext[0]}: or leave it out")
-    return rows_to_array(rows, name, spec)
+        but = f" but {len(skipped)} incomplete ones, such as: {skipped[0]}" if skipped else ""
+        raise ValueError(f"{name} has no sample{but}, wanted members such as 0000.{spec.image_ext[0]}: or leave it out")
+    return ShardContent(rows_to_array(rows, spec), tuple(skipped))
 
 
-def split_member_name(member: str) -> tuple[str, str] | None:
-    """Splits folder/key.Some.ext into (folder/key, some.ext), the extension lowercase; None without a key or dot."""
+def group_members(tar: tarfile.TarFile, name: str, spec: SampleSpec) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """Returns the files of each sample by extension; ValueError for two of the same name."""
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    for member in tar:
+        key, extension = split_member_name(member.name, spec) or ("", "")
+        if key and (member.isfile() or (extension in spec.endings and (member.islnk() or member.issym()))):
+            if samples.setdefault(key, {}).setdefault(extension, member) is not member:
+                raise ValueError(
+                    f"{name} sample {key} has two members .{extension}: write the shard again, or pass --dots_in_names "
+                    "if sample names contain dots"
+                )
+    require_end_block(tar)
+    return samples
+
+
+def split_member_name(member: str, spec: SampleSpec) -> tuple[str, str] | None:
+    """Splits folder/key.Some.ext into (folder/key, some.ext), the extension lowercase; None without a key or dot.
+
+    With `dots_in_names` the extension is the longest of `spec.endings` that fits, or what follows the last dot.
+    """
     folder, slash, base = member.rpartition("/")
     key, dot, extension = base.partition(".")
-    return (f"{folder}{slash}{key}", extension.lower()) if key and dot else None
+    if not key or not dot:
+        return None
+    if spec.dots_in_names:
+        known = [ending for ending in spec.endings if base.lower().endswith(f".{ending}")]
+        extension = max(known, key=len, default=base.rpartition(".")[2])
+        key = base[: -len(extension) - 1]
+    return f"{folder}{slash}{key}", extension.lower()
 
 
 def require_end_block(tar: tarfile.TarFile) -> None:
@@ -75,30 +122,36 @@ def require_end_block(tar: tarfile.TarFile) -> None:
         raise tarfile.ReadError(f"it is truncated after {tar.offset} bytes")
 
 
-def build_row(tar: tarfile.TarFile, where: str, key: str, group: list[tarfile.TarInfo], spec: SampleSpec) -> Row:
-    """Returns the row of a sample from its members; ValueError unless it has one image and all wanted members."""
-    members = {split_member_name(member.name)[1]: member for member in group}
+def build_row(tar: tarfile.TarFile, where: str, key: str, members: dict[str, tarfile.TarInfo], spec: SampleSpec) -> Row:
+    """Returns the row of a sample from its members by extension; ValueError unless it has one image and all wanted
+    members."""
     names = ", ".join(sorted(members))
-    if len(members) < len(group):
-        raise ValueError(f"{where} has two members with the same name ({names}): write the shard again")
     images = [extension for extension in spec.image_ext if extension in members]
     if len(images) != 1:
-        raise ValueError(
+        raise (ValueError if images else IncompleteSample)(
             f"{where} has {len(images) or 'no'} images (its members: {names}), wanted one of "
-            f"{', '.join(spec.image_ext)}: pass the image's extension as --image_ext, or write the shard again"
+            f"{', '.join(spec.image_ext)}: pass the image's extension as --image_ext, --dots_in_names if sample names "
+            "contain dots, or --skip_incomplete"
         )
     image = members[images[0]]
-    if image.issparse():
-        raise ValueError(f"{where} is stored as a sparse file: write the shard again with regular files")
+    if not is_regular(image):
+        raise ValueError(f"{where} is stored as a link or sparse file: write the shard again with regular files")
     row = Row(
         key.encode(errors="surrogateescape"), image.offset_data, image.size, read_label(tar, where, members, spec)
     )
     for ending in spec.extra:
-        if ending not in members or members[ending].issparse():
+        if ending not in members or not is_regular(members[ending]):
             flag = "--json_fields" if ending == "json" else "--mask_ext"
-            raise ValueError(f"{where} has no regular .{ending} (its members: {names}): leave {flag} out, or repair it")
+            raise IncompleteSample(
+                f"{where} has no regular .{ending} (its members: {names}): leave {flag} out, or pass --skip_incomplete"
+            )
     spans = [(members[ending].offset_data, members[ending].size) for ending in spec.extra]
     return row._replace(extra=tuple(number for span in spans for number in span))
+
+
+def is_regular(member: tarfile.TarInfo) -> bool:
+    """Returns whether the content of a member stands in the tar as it is."""
+    return member.isfile() and not member.issparse()
 
 
 def read_label(tar: tarfile.TarFile, where: str, members: dict[str, tarfile.TarInfo], spec: SampleSpec) -> int:
@@ -107,8 +160,8 @@ def read_label(tar: tarfile.TarFile, where: str, members: dict[str, tarfile.TarI
         return 0
     if spec.label_from not in members:
         names = ", ".join(members)
-        raise ValueError(
-            f"{where} has no .{spec.label_from} (its members: {names}): write it, or use --label_from none"
+        raise IncompleteSample(
+            f"{where} has no .{spec.label_from} (its members: {names}): use --label_from none, or --skip_incomplete"
         )
     content = tar.extractfile(members[spec.label_from]).read()
     try:
@@ -123,14 +176,9 @@ def read_label(tar: tarfile.TarFile, where: str, members: dict[str, tarfile.TarI
     return label
 
 
-def rows_to_array(rows: list[Row], name: str, spec: SampleSpec) -> np.ndarray:
-    """Returns rows as a structured array, with offset and size of further members; ValueError for a duplicate key."""
+def rows_to_array(rows: list[Row], spec: SampleSpec) -> np.ndarray:
+    """Returns rows as a structured array, with offset and size of further members."""
     width = max(len(row.key) for row in rows)
     numbers = ["offset", "size", "label", *(f"{each}_{what}" for each in spec.extra for what in ("offset", "size"))]
     dtype = [("key", f"S{width}"), *((number, np.int64) for number in numbers)]
-    array = np.array([(*row[:4], *row.extra) for row in rows], dtype=dtype)
-    keys, counts = np.unique(array["key"], return_counts=True)
-    if len(keys) < len(rows):
-        duplicate = keys[counts > 1][0].decode(errors="replace")
-        raise ValueError(f"{name} has sample {duplicate} twice, not consecutively: write the shard again")
-    return array
+    return np.array([(*row[:4], *row.extra) for row in rows], dtype=dtype)
