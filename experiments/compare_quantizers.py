@@ -28,7 +28,7 @@ from experiments.metrics.reconstruction import LPIPS, SHOWN_IMAGES, measure_reco
 from train.cli.parse import run_script
 from train.cli.plugins import flags_of, plugin_options
 from train.config import DataConfig, TrainingConfig
-from train.data.loading import ImageSource, TrainingImages, build_dataset, images_in_order, training_batches
+from train.data.loading import ImageSource, TrainingImages, build_splits, images_in_order, training_batches
 from train.datasets import DatasetConfig
 from train.distributed import DistContext
 from train.files import atomic_write
@@ -212,8 +212,9 @@ def prepare(config: Config, folder: Path) -> Bench:
     """Opens the data and computes or reads the statistics of the held-out images, the reference of reconstructions."""
     data, at_once = config.data, config.comparison.rebuilt_at_once
     world = single_process_world(config.training.device)
-    images = ImageSource(build_dataset(data, config.reader, "train"), data, margin=data.crop_margin)
-    held_out = ImageSource(build_dataset(data, config.reader, "val"), data)
+    splits = build_splits(data, config.reader, world)
+    images = ImageSource(splits["train"], data, margin=data.crop_margin)
+    held_out = ImageSource(splits["val"], data)
     net, weights = config.loss.perceptual_net, config.loss.perceptual_weights
     net, perceptual = load_perceptual(net if config.loss.perceptual_weight else "none", weights)
     if perceptual is not None:

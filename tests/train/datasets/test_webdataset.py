@@ -178,6 +178,8 @@ def test_whole_shards_or_single_images_are_held_out(shards):
 
 
 def test_validation_shards_among_training_shards_are_refused(shards, tiny):
+    tiny.save_shard(shards / "valley-000.tar", {"valley.png": tiny.png(0)})
+    build(Config(data_dir=str(shards)), "train")  # a valley is no split
     tiny.save_shard(shards / "val-000.tar", {"v.png": tiny.png(0)})
     with pytest.raises(ValueError, match="val-000.tar is among .*--val_shards"):
         build(Config(data_dir=str(shards)), "train")

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from train.datasets.webdataset.shards import Shard, index_shards, list_shards, r
 from train.datasets.webdataset.store import ShardStore, import_webdataset, is_remote
 from train.datasets.webdataset.tar import SampleSpec
 
+VAL_NAME = re.compile(r"(val|valid|validation|test)(?![a-z])")  # the beginning of a shard's name
 CACHE_DIR = ROOT / "logs" / ".cache" / "webdataset"
 
 
@@ -219,7 +221,7 @@ def build(config: Config, split: str) -> TarImages:
     store = ShardStore(cache / "shards", config.shards_on_disk)
     val = list_shards(config.val_shards, "val_shards") if config.val_shards else []
     train = [name for name in list_shards(config.data_dir, "data_dir") if name not in set(val)]
-    looks_like_val = [name for name in train if Path(name).name.lower().startswith(("val", "test"))]
+    looks_like_val = [name for name in train if VAL_NAME.match(Path(name).name.lower())]
     if not val and 0 < len(looks_like_val) < len(train):
         raise ValueError(f"{looks_like_val[0]} is among the training shards: name validation shards with --val_shards")
     if not train:
