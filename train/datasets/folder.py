@@ -79,7 +79,7 @@ def find_splits(root: Path) -> tuple[Path, Path | None, tuple[str, ...]]:
     The second is None if its images are to be held out of the first, which is `root` itself unless it has split
     folders.
     """
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    folders = sorted(Path(entry) for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     splits = {path.name.lower(): path for path in folders if path.name.lower() in ("train", *VAL_FOLDERS)}
     if "train" not in splits:
         return root, None, ()
@@ -88,8 +88,8 @@ def find_splits(root: Path) -> tuple[Path, Path | None, tuple[str, ...]]:
         return root, None, (f"{splits['train'].name} is not read as a split: beside it is {siblings[0]}",)
     train, val = splits["train"], next((splits[name] for name in VAL_FOLDERS if name in splits), None)
     left_out = [f"folder {path.name}" for path in folders if path not in (train, val)]
-    if stray := sum(is_image(path.name) and not path.name.startswith(".") for path in root.iterdir()):
-        left_out.append(f"{stray} images outside the split folders")
+    if stray := sum(is_image(name) and not name.startswith(".") for name in os.listdir(root)):
+        left_out.append(f"images outside the split folders: {stray}")
     return train, val, (f"left out of {root}: {', '.join(left_out)}",) if left_out else ()
 
 
@@ -98,6 +98,7 @@ def build_split(config: Config, split: str, *, train: Path, val: Path | None, no
     check_split(split)
     root = val if split == "val" and val is not None else train
     names, others = list_images(root, config.only_folders)
+    unused = [each for each in config.only_folders if not any(f"/{each}/" in f"/{name}" for name in names)]
     classes = class_names(config, root, names)
     if val is None:
         indices = train_val_split(len(names), config.val_fraction, config.split_seed)[SPLITS.index(split)]
@@ -108,7 +109,6 @@ def build_split(config: Config, split: str, *, train: Path, val: Path | None, no
         require_same_classes({root: classes, other: other_classes})
     dataset = ImageFolder(root, names, classes, split)
     how = f"a fraction {config.val_fraction:g} is held out" if val is None else f"{val} is for validation"
-    unused = [each for each in config.only_folders if not any(f"/{each}/" in f"/{name}" for name in names)]
     dataset.notes = (
         f"images from {train}; {how}",
         *notes,

@@ -66,7 +66,7 @@ def test_what_is_left_out_is_named(tmp_path, tiny):
         (tmp_path / f"train/{i}.psd").write_bytes(b"")
     (tmp_path / "train/README").write_text("")
     train, val = splits(tmp_path, only_folders=("real", "fake"))
-    left_out = f"left out of {tmp_path}: folder Train, folder test, 1 images outside the split folders"
+    left_out = f"left out of {tmp_path}: folder Train, folder test, images outside the split folders: 1"
     assert train.notes == (
         f"images from {tmp_path / 'train'}; {tmp_path / 'val'} is for validation",
         left_out,
