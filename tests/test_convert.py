@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from helpers.guided_layout import FLAGS, build_unet, to_guided_weights
+from helpers.parametrize import slow_after
 from helpers.tiny_runs import call, run
 from train.checkpoint import checkpoint_path, read_tensors
 from train.config import DataConfig
@@ -57,7 +58,7 @@ def outputs(network, size=8):
         return network(x, t, fields)
 
 
-@pytest.mark.parametrize("name", VARIATIONS)
+@pytest.mark.parametrize("name", slow_after(5, VARIATIONS))
 def test_a_converted_run_gives_the_outputs_of_its_weights(name, tmp_path):
     flags = FLAGS | VARIATIONS[name]
     network = build_unet(flags)

@@ -9,6 +9,7 @@ import torch
 import yaml
 from PIL import Image
 
+from helpers.parametrize import slow_after
 from helpers.tiny_runs import call
 from helpers.unleashing_layout import CONFIG, SIZE, build_vqgan, to_unleashing_weights
 from train.checkpoint import checkpoint_path, load_weights
@@ -112,7 +113,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", slow_after(2, REFUSED))
 def test_unfit_weights_are_refused_and_leave_no_files(case, tmp_path, capfd):
     change, expected = REFUSED[case]
     weights = to_unleashing_weights(*build_vqgan())

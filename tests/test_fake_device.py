@@ -11,6 +11,7 @@ from diffusion.rng import Streams
 from diffusion.solvers import solvers_for
 from helpers.fake_device import DEVICE, FakeDeviceMode, FakeDeviceTensor
 from helpers.labels import label_encoders
+from helpers.parametrize import slow_after
 from helpers.solving import solve_in_steps
 from models.transformer import Transformer
 from train.samplers import absorbing
@@ -54,7 +55,7 @@ def test_a_tensor_on_the_wrong_device_is_detected():
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("with_callback", [False, True])
+@pytest.mark.parametrize("with_callback", slow_after(1, [True, False]))
 def test_every_solver_with_guidance_on_a_larger_canvas(name, with_callback):
     on_step = (lambda i, t, s, x, logits: x) if with_callback else None
 

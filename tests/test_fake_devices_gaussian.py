@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffusion.likelihood import bits_per_dimension
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_for
+from helpers.parametrize import slow_after
 from models.conditions import image
 from train.data.loading import TrainingStreams
 from train.samplers import ddpm
@@ -47,7 +48,7 @@ def batch_on(device):
     return {"x0": x0, "label": label, "condition_image": condition_image, "position": torch.arange(2)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_after(2, KINDS))
 def test_training(kind, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # not supported on "meta"
     built = sampler(kind)
@@ -63,7 +64,7 @@ def test_training(kind, monkeypatch):
         assert all_on(device, [p.grad for p in built.network.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", slow_after(2, SOLVERS))
 def test_sampling_with_an_interval_of_guidance(solver):
     built = sampler("gaussian")
     with on_fake_device(built, "cuda:0") as device:

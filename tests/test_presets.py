@@ -5,6 +5,7 @@ import torch
 import yaml
 
 from experiments.compare_attention import VARIANTS
+from helpers.parametrize import slow_after
 from helpers.tiny_runs import ROOT, parse_config
 from train.cli import parse as cli
 from train.samplers import absorbing
@@ -30,7 +31,7 @@ PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 OF_CODES = [path for path in PRESETS if "sampler: ddpm" not in path.read_text()]
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", slow_after(4, PRESETS), ids=lambda p: p.stem)
 def test_every_preset_parses_in_every_script(path, monkeypatch, tmp_path):
     flags = f"--config {path} --logs_root {tmp_path}"
     content = yaml.safe_load(path.read_text())

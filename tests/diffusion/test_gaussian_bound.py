@@ -89,7 +89,7 @@ def oracle_denoiser(process, data):
 def test_the_bound_of_the_true_reverse_process_is_the_entropy(streams):
     """With a fixed variance it stays above: the first steps are coarse, however many there are."""
     data = Mixture((1.0,), (0.0,), 0.25**2)
-    x0 = ((data.draw(8, 1, 32, 32).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    x0 = ((data.draw(8, 1, 16, 16).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
     entropy = -torch.distributions.Normal(0, 0.25).log_prob(x0).mean() / math.log(2) + math.log2(127.5)
     gap = {}
     for steps, variance in ((100, "learned_range"), (250, "learned_range"), (250, "fixed_small")):

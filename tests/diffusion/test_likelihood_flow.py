@@ -16,6 +16,7 @@ from diffusion.process import append_dims
 from diffusion.rng import Streams
 from diffusion.solvers import solvers_for
 from diffusion.types import Normal, Prediction
+from helpers.parametrize import slow_after
 from helpers.toy_gaussians import NORMAL, TWO, Circle, Mixture, convergence_order
 
 PROCESSES = {
@@ -91,7 +92,7 @@ def x0():
 
 
 @every_process
-@pytest.mark.parametrize("correlated", [False, True], ids=["diagonal", "correlated"])
+@pytest.mark.parametrize("correlated", slow_after(1, [True, False]))
 def test_the_likelihood_of_a_gaussian_is_met_at_second_order(process, correlated, streams):
     data = Correlated(correlated)
     x0 = data.draw(3)

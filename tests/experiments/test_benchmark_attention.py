@@ -57,6 +57,7 @@ def test_auto_chooses_exactly_one_backend_per_case(run_folder):
     assert autos == [(8, 1, "dense"), (8, 2, "tiled"), (12, 1, "tiled"), (12, 2, "tiled")]
 
 
+@pytest.mark.slow
 def test_the_table_marks_skipped_backends(tmp_path, capsys):
     call(SCRIPT, f"{TINY} --dense_limit 64 --logs_root {tmp_path} --log_dir few")
     out = capsys.readouterr().out

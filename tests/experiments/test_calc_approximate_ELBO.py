@@ -11,6 +11,7 @@ from PIL import Image
 from experiments.calc_approximate_ELBO import spread_over_strata, stratum_widths
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.metrics.decoder_likelihood import DecoderBits, TrainedHead, load_head, summarize_image_bits
+from helpers.parametrize import slow_after
 from helpers.process_pool import ProcessPool
 from helpers.run_asserts import assert_same_losses, lines
 from helpers.tiny_runs import DDPM, ROOT, UNET, call
@@ -62,7 +63,7 @@ def reports(measure):
     return {model: measure(model, f"elbo_{model}") for model in MODELS}
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_after(2, MODELS))
 def test_the_value_is_the_mean_bound_of_the_first_positions(model, reports, logs_of):
     report, load_dir = reports[model], model if model in ("edm", "flow") else None
     sampler = "absorbing" if model == "absorbing" else "ddpm"
@@ -99,7 +100,7 @@ def test_probability_flow_likelihood_has_no_terms(model, reports, logs_of):
     assert {path.name for path in (logs_of[model] / f"elbo_{model}").iterdir()} == {"config.yaml", "results.json"}
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_after(2, MODELS))
 def test_results_depend_on_the_seed_but_not_the_batch_size(model, measure, reports):
     rebatched = measure(model, f"elbo_{model}_batch", "--batch_size 3")
     for name in ("value", "standard_error", "prior", "terms"):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from experiments.compare_quantizers import VARIANTS, format_mean_std, networks, plot, summary
 from experiments.metrics import reconstruction
+from helpers.parametrize import slow_after
 from helpers.tiny_runs import ROOT, VQGAN, call, parse_config
 from train.cli import parse as cli
 from train.registry import load_plugin, plugin_names
@@ -108,7 +109,7 @@ class Zero(torch.nn.Module):
         return images.flatten(1)[:, 0] * 0
 
 
-@pytest.mark.parametrize("net", ["squeeze", "resnet50"])
+@pytest.mark.parametrize("net", slow_after(1, ["resnet50", "squeeze"]))
 def test_lpips_is_measured_with_the_training_network(net, tmp_path, monkeypatch):
     """The logits of resnet50 are another distance."""
     monkeypatch.setattr("vq.perceptual.load_perceptual", lambda net, weights: (net, Zero()))

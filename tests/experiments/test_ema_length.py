@@ -30,7 +30,9 @@ def weights(trained):
     return trained.sampler.network.state_dict()
 
 
-@pytest.mark.parametrize(("load_step", "step"), [(None, 5), (2, 2), (4, 4)])
+@pytest.mark.parametrize(
+    ("load_step", "step"), [(None, 5), *(pytest.param(n, n, marks=pytest.mark.slow) for n in (2, 4))]
+)
 def test_the_weights_are_the_reconstructed_average(logs, load_step, step, capfd):
     trained = model(logs, ema_length=0.08, load_step=load_step)
     expected = reconstruct_ema(logs / "ddpm_digits", step, "network", 0.08)

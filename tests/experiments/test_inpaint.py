@@ -10,6 +10,7 @@ from PIL import Image
 from experiments.harness.editing import add_margins, centring_margins, load_input_images, mask_part
 from experiments.harness.experiment import ModelConfig, OutputConfig, load_model
 from experiments.metrics.classifier import class_agreement
+from helpers.parametrize import slow_after
 from helpers.tiny_runs import call
 from train.trained_sampler import TrainedSampler
 
@@ -52,7 +53,7 @@ def picture(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("solver", ["ancestral", "halton", "confidence", "remask"])
+@pytest.mark.parametrize("solver", slow_after(1, ["remask", "ancestral", "halton", "confidence"]))
 def test_kept_codes_never_change(trained, starts, solver):
     flags = f"--n_images 2 --results 2 --hide left --solver {solver} --sample_steps 3"
     inpaint(trained, f"{flags} --log_dir kept_{solver}")

@@ -67,7 +67,7 @@ def assert_updated(run, step):
     assert all(bool(value.isfinite().all()) for value in after.values())
 
 
-@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("number", ["nan", *(pytest.param(n, marks=pytest.mark.slow) for n in ("inf", "-inf"))])
 def test_a_nonfinite_loss_with_finite_gradients_is_skipped(tmp_path, number, capsys):
     """A constant is added to the loss, so the gradient is unchanged."""
     positions = []
@@ -101,7 +101,7 @@ def test_a_bad_image_in_a_micro_batch_is_skipped_and_saved(tmp_path):
     assert bad.tolist() == [LAST]
 
 
-@pytest.mark.parametrize("stop", [AT, AT + 1])
+@pytest.mark.parametrize("stop", [AT, pytest.param(AT + 1, marks=pytest.mark.slow)])
 def test_resuming_around_a_bad_step_is_bitwise_exact(tmp_path, stop):
     flags = f"--logs_root {tmp_path} {SAMPLER} --adapt {FAULTS}.nan_image --dropout 0.1 --steps_per_log 1"
     call("train_sampler.py", f"{flags} --log_dir whole --train_steps 5")
@@ -207,7 +207,7 @@ def test_a_float16_overflow_lowers_the_scale(tmp_path):
     assert saved_state(run, 12)["bad_steps"] == [] and not (run / "bad_steps").exists()
 
 
-@pytest.mark.parametrize("stop", [2, 10])
+@pytest.mark.parametrize("stop", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_float16_resumes_exactly(tmp_path, stop):
     flags = f"--logs_root {tmp_path} {FLOAT16} --steps_per_log 1"
     with initial_loss_scale(2.0**24):

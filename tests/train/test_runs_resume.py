@@ -10,9 +10,8 @@ from helpers.tiny_runs import DDPM, GAN, SAMPLER, VQGAN, call
 
 EMA_QUANTIZER = "--quantizer ema --revive_below 0.5 --lecam_weight 0.1 --disc_spectral_norm --disc_blur"
 RESUMED = [
-    (2, ""),
     (5, EMA_QUANTIZER),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((5, ""), (2, "--quantizer gumbel"))),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, ""), (5, ""), (2, "--quantizer gumbel"))),
 ]
 
 
@@ -38,9 +37,13 @@ def test_a_resumed_sampler_with_dropout_is_bitwise_equal(trained):
 
 LOW_DISCREPANCY = "--time_sampler low_discrepancy"  # over the global batch
 BY_LOSS = "--time_sampler loss_second_moment --loss_type vlb --total_steps 4 --batch_size 8"
+RESUMED_DDPM = [
+    (BY_LOSS, 9, 11),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("--dropout 0.1", 2, 5), (BY_LOSS, 4, 11))),
+]
 
 
-@pytest.mark.parametrize(("flags", "stop", "steps"), [("--dropout 0.1", 2, 5), (BY_LOSS, 4, 11), (BY_LOSS, 9, 11)])
+@pytest.mark.parametrize(("flags", "stop", "steps"), RESUMED_DDPM)
 def test_a_resumed_ddpm_is_bitwise_equal(tmp_path, flags, stop, steps):
     flags = f"--logs_root {tmp_path} {DDPM} --warmup_iters 5 --steps_per_log 1 --steps_per_eval 0 {flags}"
     call("train_sampler.py", f"{flags} --log_dir whole --train_steps {steps}")
@@ -57,6 +60,7 @@ def test_a_resumed_ddpm_is_bitwise_equal(tmp_path, flags, stop, steps):
         assert (expected[name]["count"] >= 10).all()  # so the last times were sampled by their losses
 
 
+@pytest.mark.slow
 def test_resuming_needs_the_time_samplers_losses(tmp_path):
     """Without them times are uniform again, and the weights differ."""
     flags = f"--logs_root {tmp_path} {DDPM} --steps_per_eval 0 {BY_LOSS}"
@@ -73,6 +77,7 @@ def test_resuming_needs_the_time_samplers_losses(tmp_path):
     assert any(not torch.equal(uninterrupted[key], resumed[key]) for key in uninterrupted)
 
 
+@pytest.mark.slow
 def test_resuming_needs_the_optimizer(tmp_path):
     """The reference did not save the optimizer state, so its weights differ after a resume."""
     flags = f"--logs_root {tmp_path} {VQGAN} {GAN}"
@@ -90,7 +95,7 @@ def test_resuming_needs_the_optimizer(tmp_path):
     assert any(not torch.equal(uninterrupted[key], resumed[key]) for key in uninterrupted)
 
 
-@pytest.mark.parametrize("flags", [LOW_DISCREPANCY, BY_LOSS])
+@pytest.mark.parametrize("flags", [pytest.param(LOW_DISCREPANCY, marks=pytest.mark.slow), BY_LOSS])
 def test_accumulation_equals_the_full_batch_for_ddpm(tmp_path, flags):
     flags = f"--logs_root {tmp_path} --no_amp --steps_per_log 1 --steps_per_eval 0 --train_steps 10 {DDPM} {flags}"
     call("train_sampler.py", f"{flags} --log_dir one")

@@ -206,6 +206,7 @@ def test_adapt_adds_the_fields_that_conditions_need(adapted, monkeypatch):
     assert sum(raw is None for raw in inputs) == 3  # the null, once per batch
 
 
+@pytest.mark.slow
 def test_samples_with_adapt_do_not_depend_on_the_batch(adapted):
     flags = "--load_dir upper --n_samples 3 --sample_steps 2 --no_amp --allow my_own.adapting.upper"
     for size in (3, 1):
@@ -214,6 +215,7 @@ def test_samples_with_adapt_do_not_depend_on_the_batch(adapted):
         assert np.array_equal(batched["arr_0"], single["arr_0"]) and np.array_equal(batched["labels"], single["labels"])
 
 
+@pytest.mark.slow
 def test_experiments_on_a_run_with_adapt_need_its_code(adapted, capfd):
     flags = f"--logs_root {adapted} --load_dir upper --n_samples 2 --sample_steps 1 --log_dir x"
     message = error_message("experiments/get_samples.py", flags, capfd)

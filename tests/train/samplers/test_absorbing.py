@@ -6,6 +6,7 @@ import torch
 from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.rng import Streams, seed_of
 from helpers.labels import LabelNetwork
+from helpers.parametrize import slow_after
 from models.attention import ATTENTION_TYPES
 from train.data.loading import TrainingStreams
 from train.samplers import absorbing
@@ -115,7 +116,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_after(1, KINDS))
 def test_every_attention_type_learns_to_copy_what_it_sees(kind):
     """Images of a single code each, so any visible code determines the masked ones."""
     torch.manual_seed(0)
