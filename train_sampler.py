@@ -11,7 +11,7 @@ from train.condition_source import read_rows
 from train.config import SecondStageConfig
 from train.data.loading import build_splits, with_declared_range
 from train.registry import import_callable
-from train.runs import open_or_resume, read_provenance, run_context, run_folder
+from train.runs import open_or_resume, resumed_provenance, run_context, run_folder
 from train.sampler import SamplerReports, SamplerStep, build_state, check_sampling
 from train.spaces import open_space
 from train.trained_sampler import TrainedSampler, class_frequencies
@@ -31,17 +31,18 @@ def main(config: Config) -> None:
         images = build_splits(config.data, config.reader, world)
         data = with_declared_range(config.data, images["train"])
         config = replace(config, data=data)
-        space = open_space(config, read_provenance(run), images["train"], world)
+        space = open_space(config, resumed_provenance(run, training.resume), images["train"], world)
         frequencies = class_frequencies(images["train"])
         sampler, state = build_state(config.sampler, training, space, len(frequencies), world)
         hooks, make_distance_hook = make_hooks(training.hooks, state), None
+        shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
+        model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", world, training.amp)
         if logging.steps_per_FD:
-            shares = torch.tensor(frequencies, dtype=torch.float64) if sampler.n_classes else None
-            model = TrainedSampler(run, 0, sampler, space, data, config.reader, shares, "", world, training.amp)
             make_distance_hook = sample_distance(model, images["train"], training, config.sampling, logging)
         rows = read_rows(config.sampling.condition_file, data)
-        check_sampling(sampler, config.sampling, rows)
-        open_or_resume(run, config, state, world, space.provenance | {"class_frequencies": frequencies})
+        check_sampling(model, state, config.sampling, rows, images["val"])
+        provenance = space.provenance | {"class_frequencies": frequencies}
+        open_or_resume(run, config, state, world, provenance, images["train"])
         seeds = {"train": training.seed, "val": 0}  # all runs validate on the same images
         sources = {split: space.source(images[split], split, data, seed, world, adapt) for split, seed in seeds.items()}
         step = SamplerStep(sampler, space, training, world, keep_outputs=bool(hooks))

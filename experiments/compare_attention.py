@@ -30,7 +30,7 @@ from experiments.metrics.frechet import Statistics, frechet_distance
 from train.cli.parse import first_stage_data, run_script
 from train.config import DataConfig, FirstStageConfig, SamplerConfig, SamplingConfig, TrainingConfig
 from train.data.loading import TrainingCodes, build_dataset, training_batches
-from train.datasets import Dataset, DatasetConfig
+from train.datasets import Dataset, DatasetConfig, content_fingerprint
 from train.distributed import DistContext
 from train.first_stage import load_first_stage
 from train.loop import TrainState, fit
@@ -99,7 +99,7 @@ def main(config: Config) -> None:
         config.output.log_dir or f"compare_attention_{bench.space.first_stage.run.name}_{bench.space.first_stage.step}"
     )
     folder = run_folder(config.output.logs_root, name)
-    origin = {"ae_weights": bench.space.first_stage.weights, "images": bench.images["train"].fingerprint()}
+    origin = {"ae_weights": bench.space.first_stage.weights, "images": content_fingerprint(bench.images["train"])}
     open_run(folder, config, origin | features_provenance(bench.features))
     print(f"results: {folder}", flush=True)
     path = folder / "results.json"

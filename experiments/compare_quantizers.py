@@ -29,7 +29,7 @@ from train.cli.parse import run_script
 from train.cli.plugins import flags_of, plugin_options
 from train.config import DataConfig, TrainingConfig
 from train.data.loading import ImageSource, TrainingImages, build_splits, images_in_order, training_batches
-from train.datasets import DatasetConfig
+from train.datasets import DatasetConfig, content_fingerprint
 from train.distributed import DistContext
 from train.files import atomic_write
 from train.first_stage import FirstStage
@@ -130,7 +130,7 @@ def main(config: Config) -> None:
     bench = prepare(config, folder)
     same = {"own_settings": {name: VARIANTS.get(name, {}) for name in c.quantizers}, "steps_of_each": steps}
     same |= perceptual_provenance(None if bench.perceptual is None else config.loss.perceptual_weights)
-    same |= {"images": bench.images.dataset.fingerprint()}
+    same |= {"images": content_fingerprint(bench.images.dataset)}
     open_run(folder, config, same | features_provenance(bench.features))
     print(f"results: {folder}", flush=True)
     path = folder / "results.json"

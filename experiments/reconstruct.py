@@ -25,7 +25,7 @@ from experiments.harness.report import table
 from experiments.metrics.image_pairs import l1, psnr
 from train.data.loading import build_dataset
 from train.data.transforms import ValueRange, as_uint8, range_for_image, to_float, to_item, to_pixels, to_uint8
-from train.datasets import UnreadableImage, files_fingerprint
+from train.datasets import UnreadableImage, content_fingerprint, files_fingerprint
 from train.datasets._decode import decode
 from train.datasets.folder import SUFFIXES, list_images
 from train.distributed import DistContext
@@ -150,7 +150,7 @@ def images_of_path(path: Path, count: int | None, fit: Callable[[Any], Tensor]) 
             print(f"left out of {path}: {others}", flush=True)
     else:
         raise FileNotFoundError(f"{path} not found: pass an image or a folder of images as --images")
-    return Originals(names, lambda i: fit(decode(root / names[i])), files_fingerprint(root, names))
+    return Originals(names, lambda i: fit(decode(root / names[i])), files_fingerprint(root, names, times=False))
 
 
 def validation_images(first_stage: FirstStage, count: int, fit: Callable[[Any], Tensor] | None) -> Originals:
@@ -166,7 +166,7 @@ def validation_images(first_stage: FirstStage, count: int, fit: Callable[[Any], 
         )
 
     names = [f"val_{i:06d}" for i in range(min(len(dataset), count))]
-    return Originals(names, read, dataset.fingerprint())
+    return Originals(names, read, content_fingerprint(dataset))
 
 
 def picture_names(names: list[str]) -> list[str]:

@@ -94,7 +94,7 @@ def test_the_flags_of_samplers_and_training_are_frozen():
         *("load_partial", "train_only"),
         *("optimizer", "betas", "lr_schedule", "decay_steps", "lr_end", "amp_dtype", "max_bad_steps", "ema_profiles"),
         *("steps_per_ema_snapshot", "parallel", "timeout_minutes", "compile", "channels_last", "tf32"),
-        *("activation_checkpointing", "deterministic", "hooks", "resume"),
+        *("activation_checkpointing", "deterministic", "hooks", "resume", "change"),
     }
 
 

@@ -11,8 +11,8 @@ from helpers.tiny_runs import DDPM, ROOT, call
 from models.blocks import EmbedBlock
 from models.registry import MOVED, resolve_class
 from train import registry
+from train.identity import run_identity
 from train.registry import import_callable
-from train.runs import identity
 
 
 @pytest.mark.parametrize("new", sorted(set(MOVED.values())))
@@ -69,8 +69,8 @@ def test_other_import_errors_are_not_changed(tmp_path, monkeypatch):
 
 def test_a_run_with_an_old_path_resumes_with_the_new_one():
     old, new = "models.attention_block.SelfAttentionBlock", "models.unet_attention.SelfAttentionBlock"
-    assert identity({"sampler": {"attn_block_type": old}}) == identity({"sampler": {"attn_block_type": new}})
-    assert identity({"sampler": {"attn_block_type": old}}) != identity({"sampler": {"attn_block_type": "mine.Block"}})
+    assert run_identity({"sampler": {"attn_block_type": old}}) == run_identity({"sampler": {"attn_block_type": new}})
+    assert run_identity({"sampler": {"attn_block_type": old}}) != run_identity({"sampler": {"attn_block_type": "my.B"}})
 
 
 def test_a_flag_with_an_old_path_is_a_one_line_error(tmp_path, capfd):

@@ -12,7 +12,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from helpers.tiny_runs import ROOT, parse_config
-from train.runs import NOT_IDENTITY
+from train.identity import NOT_IDENTITY
 
 TEXT = (ROOT / "docs" / "training.md").read_text()
 SCRIPTS = re.findall(r"^```bash\n(.*?)^```", TEXT, re.M | re.S)

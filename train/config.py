@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from diffusion.solvers import SolverOptions
 from train.datasets import DatasetConfig
@@ -10,6 +10,8 @@ from train.lr_schedule import learning_rate
 from vq.config import VQGANConfig, VQGANLossConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+Changeable = Literal["lr", "warmup_iters", "grad_clip", "amp", "amp_dtype"]  # remedies for steps that are not finite
+CHANGEABLE = get_args(Changeable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,8 @@ class TrainingConfig:
     """Dotted paths of your own classes or functions, called as hook(state, outputs) after each step."""
     resume: str = "auto"
     """auto: resume from the newest intact checkpoint; never: start from scratch; PATH: resume from this checkpoint."""
+    change: tuple[Changeable, ...] = ()
+    """Settings whose new values a resumed run takes, such as lr amp in --lr 1e-5 --no_amp --change lr amp."""
     load_dir: str | None = None
     """Run whose weights to start from (fine-tuning)."""
     load_step: int | None = None

@@ -46,6 +46,11 @@ def learning_rate(
     return lr
 
 
+def constant_steps(steps: int, warmup: int, schedule: str, decay_steps: int) -> float:
+    """Returns the number of first steps whose learning rate does not depend on `steps`, the length of the run."""
+    return {"constant": math.inf, "cosine": warmup, "decay_tail": steps - decay_steps}[schedule]
+
+
 def validate_schedule(lr: float, steps: int, warmup: int, schedule: str, decay_steps: int, end: float) -> None:
     """Raises ValueError if the settings are invalid, or the schedule does not fit into the run."""
     if schedule not in LR_SCHEDULES:

@@ -188,7 +188,8 @@ class BadStepRecorder:
         if len(recent) > self.max_bad_steps:
             raise ValueError(
                 f"{len(recent)} of the last {WINDOW} steps were not finite, --max_bad_steps allows "
-                f"{self.max_bad_steps}: look at the batches in {path.parent}, lower --lr, or train with --no_amp"
+                f"{self.max_bad_steps}: look at the batches in {path.parent}, then resume with a smaller --lr and "
+                "--change lr, or with --no_amp --change amp"
             )
 
     def save_batch(self, path: Path, micro_batches: Sequence[Batch]) -> None:

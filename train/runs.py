@@ -1,13 +1,14 @@
 """Run folders: opening, locking, resuming and branching.
 
-A run is identified by its config and the content of the weights it starts from. It resumes from its newest intact
-checkpoint, or from the one that --resume names.
+A run is identified by what it learns: its architecture, the content of its data, its optimisation, and the content of
+the weights it starts from. It resumes from its newest intact checkpoint, or from the one that --resume names.
 """
 
 import os
+import shlex
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,7 +17,6 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from models.registry import MOVED
 from train.checkpoint import (
     WEIGHTS,
     PartialLoadReport,
@@ -29,21 +29,15 @@ from train.checkpoint import (
 )
 from train.cli.files import read_run_config
 from train.cli.parse import complete_config, to_dict
-from train.config import LoggingConfig, TrainingConfig
+from train.config import CHANGEABLE, LoggingConfig, TrainingConfig
+from train.datasets import Dataset, content_fingerprint
 from train.distributed import DistContext, init_distributed
 from train.execution import set_deterministic, set_tf32, training_dtype
 from train.files import sha256, write_text
+from train.identity import Difference, Identity, find_differences, format_differences, run_identity
 from train.loop import TrainState
+from train.lr_schedule import constant_steps
 from train.posthoc_ema import drop_snapshots_after
-
-# Settings that do not change what is learned (where, how fast, how often): a run may be resumed with other values.
-NOT_IDENTITY = {
-    "device", "num_workers", "prefetch", "in_memory", "cache_images", "shards_on_disk", "shard_cache", "log_dir",
-    "logs_root", "parallel", "timeout_minutes", "compile", "channels_last", "tf32", "activation_checkpointing",
-    "deterministic", "max_bad_steps", "hooks", "resume", "steps_per_log", "steps_per_checkpoint", "checkpoint_minutes",
-    "keep_last", "keep_every", "steps_per_save_output", "steps_per_eval", "steps_per_FD", "FD_samples", "FD_features",
-    "profile", "perceptual_weights", "condition_file",
-}  # fmt: skip
 
 
 def run_folder(logs_root: str, name: str) -> Path:
@@ -66,16 +60,16 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return read_run(folder).get("origin", {}) if (folder / "config.yaml").is_file() else {}
 
 
+def resumed_provenance(run: Path, resume: str) -> dict[str, Any]:
+    """Returns the provenance of the run whose checkpoint is to be resumed; empty if training starts from scratch."""
+    if saved_steps(run):
+        return read_provenance(run)
+    return {} if resume in ("auto", "never") else read_provenance(Path(os.path.expanduser(resume)).resolve().parents[1])
+
+
 def perceptual_provenance(weights: str | None) -> dict[str, Any]:
     """Returns the provenance of --perceptual_weights: the hash of their content, not their path."""
     return {} if weights is None else {"perceptual_sha256": sha256(Path(weights))}
-
-
-def identity(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings that identify a run, by flat key. Dotted paths of moved classes are translated."""
-    flat = {key: value for group in content.values() for key, value in group.items()}
-    flat = {key: value for key, value in flat.items() if key not in NOT_IDENTITY}
-    return {key: MOVED.get(value, value) if isinstance(value, str) else value for key, value in flat.items()}
 
 
 class RunConfig(Protocol):
@@ -85,25 +79,73 @@ class RunConfig(Protocol):
     logging: LoggingConfig
 
 
-def open_run(folder: Path, config: object, provenance: dict[str, Any]) -> None:
-    """Writes the config.yaml of a run; if there is one already, checks that it describes the same run.
+def open_run(folder: Path, config: object, provenance: dict[str, Any], identity: Identity = run_identity) -> None:
+    """Writes the config.yaml of results or of a converted run; ValueError lists the keys that differ from those there.
 
-    `provenance` describes what the run starts from besides its config: SHA-256 of weights, facts about the data.
-    ValueError lists the keys that differ. A larger train_steps is allowed if the learning rate does not depend on it.
+    `provenance` describes what it starts from besides its config: SHA-256 of weights, facts about the data. A folder
+    that holds nothing else yet takes new settings.
     """
     content = to_dict(config) | {"origin": provenance}
-    path = folder / "config.yaml"
-    if path.is_file():
-        old, new = identity(complete_config(read_run(folder), config, str(path))), identity(content)
-        longer = (new.get("train_steps") or 0) >= (old.get("train_steps") or 0)
-        if longer and new.get("lr_schedule", "constant") == "constant":
-            old.pop("train_steps", None), new.pop("train_steps", None)
-        keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        differing = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
-        if differing:
-            raise ValueError(f"{folder} holds another run ({differing}): pass another --log_dir, or the values there")
+    if not is_new(folder):
+        old = complete_config(read_run(folder), config, str(folder / "config.yaml"))
+        if differences := find_differences(old, content, identity):
+            text = format_differences(differences)
+            raise ValueError(f"{folder} holds another run ({text}): pass another --log_dir, or the values there")
+        noted = {key: value for key, value in old.get("origin", {}).items() if key == "data_fingerprint"}
+        content["origin"] = noted | provenance
+    write_config(folder, content)
+
+
+def is_new(folder: Path) -> bool:
+    """Returns whether a folder holds nothing but perhaps a config.yaml: no results that it would describe."""
+    return not folder.exists() or {path.name for path in folder.iterdir()} <= {"config.yaml"}
+
+
+def write_config(folder: Path, content: dict[str, Any]) -> None:
+    """Writes config.yaml, creating the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, yaml.safe_dump(content, sort_keys=False))
+    write_text(folder / "config.yaml", yaml.safe_dump(content, sort_keys=False))
+
+
+def resumed_config(point: "ResumePoint", old: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """Returns the new content of the config.yaml of a run that resumes from its own checkpoint, with a note of what
+    changes at its step.
+
+    ValueError lists the keys that differ, except those that --change names. --train_steps may differ if the learning
+    rates so far do not depend on it.
+    """
+    differences, training = find_differences(old, content, run_identity), content["training"]
+    before = training | old["training"]
+    lengths = [
+        constant_steps(each["train_steps"], each["warmup_iters"], each["lr_schedule"], each["decay_steps"])
+        for each in (before, training)
+    ]
+    if point.step <= min(*lengths, training["train_steps"]):
+        differences.pop("train_steps", None)
+    refused = {key: value for key, value in differences.items() if key not in training["change"]}
+    if refused:
+        text = format_differences(refused)
+        raise ValueError(f"{point.run} holds another run ({text}): {remedy([*differences], point.path)}")
+    if before["accumulate"] != training["accumulate"]:
+        differences["accumulate"] = Difference(before["accumulate"], training["accumulate"])
+    for key, (there, now) in differences.items():
+        print(f"{key}: {there} until step {point.step}, {now} from there on", flush=True)
+    changes = old.get("changes", {})
+    if differences:
+        now = {key: list(difference) for key, difference in differences.items()}
+        changes = changes | {point.step: changes.get(point.step, {}) | now}
+    if "data_fingerprint" not in old.get("origin", {}):
+        moved = Difference(old.get("reader", {}).get("data_dir"), content["reader"]["data_dir"])
+        note = "" if moved.there == moved.now else f" ({format_differences({'data_dir': moved})})"
+        print(f"{point.run} had no fingerprint of its data: noted that of the data found now{note}", flush=True)
+    return content | ({"changes": changes} if changes else {})
+
+
+def remedy(keys: Sequence[str], checkpoint: Path) -> str:
+    """Returns what to type to keep the training of a run in which the settings `keys` differ."""
+    here = f"here with --change {' '.join(keys)}, or " if {*keys} <= {*CHANGEABLE} else ""
+    branch = f"--resume {shlex.quote(str(checkpoint))} --log_dir NEW"
+    return f"pass the values there, or train on with these {here}in a new folder with {branch}"
 
 
 @contextmanager
@@ -135,20 +177,27 @@ def run_lock(run: Path) -> Iterator[None]:
 
 
 def open_or_resume(
-    run: Path, config: RunConfig, state: TrainState, world: DistContext, provenance: dict[str, Any]
+    run: Path, config: RunConfig, state: TrainState, world: DistContext, provenance: dict[str, Any], images: Dataset
 ) -> None:
-    """Opens the run folder and restores `state` from the checkpoint to resume, or else from --load_dir, if any."""
+    """Opens the run folder and restores `state` from the checkpoint to resume, or else from --load_dir, if any.
+
+    `images` is the training split. A folder without a checkpoint takes new settings.
+    """
     training = config.training
     point = find_resume_point(run, training.resume)
-    if point is not None and point.run == run:
-        old = read_provenance(run)
-        provenance = provenance | {name: old[name] for name in ("load_weights", "load_report") if name in old}
+    resumes = point is not None and point.run == run
+    if resumes:
+        provenance = provenance | initial_weights_provenance(run, training, config.logging.logs_root)
     elif training.load_dir is not None:
         provenance = provenance | load_initial_weights(training, config.logging.logs_root, state, world)
     provenance = provenance | branch_provenance(run, point, read_provenance(run))
     world.barrier()  # all processes have read the folder before one writes to it
     if world.is_main:
-        open_run(run, config, provenance)
+        content = to_dict(config) | {"origin": provenance | {"data_fingerprint": content_fingerprint(images)}}
+        if resumes:
+            old = complete_config(read_run(run), config, str(run / "config.yaml"))
+            content = resumed_config(point, old, content)
+        write_config(run, content)
         print(f"run folder: {run}", flush=True)
         if training.amp and training_dtype(training, world.device) == torch.float32:
             print(f"{world.device} has no native half precision: training in float32", flush=True)
@@ -157,6 +206,19 @@ def open_or_resume(
     if world.is_main and state.step:
         done = " (nothing left to do)" if state.step >= training.train_steps else ""
         print(f"resuming from step {state.step} of {training.train_steps}{done}", flush=True)
+
+
+def initial_weights_provenance(run: Path, training: TrainingConfig, logs_root: str) -> dict[str, Any]:
+    """Returns what a resumed run recorded of its --load_dir; if another one is given now, the SHA-256 of its weights,
+    which must be the same."""
+    recorded = {key: value for key, value in read_provenance(run).items() if key in ("load_weights", "load_report")}
+    there = read_run(run)["training"]
+    given = training.load_dir, training.load_step
+    if training.load_dir is None or given == (there.get("load_dir"), there.get("load_step")):
+        return recorded
+    source = run_folder(logs_root, training.load_dir)
+    step = resolve_step(source, training.load_step, "--load_step")
+    return recorded | {"load_weights": sha256(checkpoint_path(source, step) / WEIGHTS)}
 
 
 def load_initial_weights(

@@ -1,16 +1,18 @@
 """Training of the second stage: the training step, validation and sample images."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion.rng import Streams, seed_of
-from train.condition_source import ConditionSource, Row, check_rows
+from train.condition_source import ConditionSource, Row
 from train.config import SamplerConfig, SamplingConfig, TrainingConfig
-from train.data.loading import BatchSource, TrainingStreams, to_device
+from train.data.loading import BatchSource, ImageSource, TrainingImages, TrainingStreams, to_device
 from train.data.transforms import to_float
+from train.datasets import Dataset
 from train.distributed import DistContext, gradient_sync, lockstep_on_step
 from train.execution import autocast, nan_grads_if_nonfinite, to_channels_last, training_dtype, uses_channels_last
 from train.logging import Logger
@@ -18,8 +20,9 @@ from train.loop import Batch, Outputs, TrainState
 from train.lr_schedule import learning_rate
 from train.optim import clip_and_step
 from train.registry import load_plugin
-from train.samplers import Control, LearnedSampler, select_solver
+from train.samplers import Control, LearnedSampler
 from train.spaces import Space
+from train.trained_sampler import TrainedSampler
 from train.trainer import build_train_state
 
 VALIDATION_IMAGES = 1024  # enough for two digits of the loss, and fast
@@ -133,30 +136,36 @@ def validation_losses(step: SamplerStep, network: torch.nn.Module, source: Batch
     return {name: (total / n).item() for name, (total, n) in zip(sums, totals, strict=True)}
 
 
-def check_sampling(sampler: LearnedSampler, sampling: SamplingConfig, rows: Sequence[Row]) -> None:
-    """Raises ValueError before training, rather than at the first images, for settings that the sampler cannot sample
-    with."""
-    if sampling.guidance != 1 and not sampler.conditions:
-        raise ValueError(f"got guidance {sampling.guidance} for a sampler without conditions: pass --guidance 1")
-    check_rows(rows, sampler.conditions, sampler.n_classes)
-    select_solver(sampler.process, sampling)
+def preview_source(sampler: LearnedSampler, rows: Sequence[Row], held_out: BatchSource) -> ConditionSource:
+    """Returns the conditions of sample images during training: `rows` or, without them, the classes or those of
+    held-out items, in turn."""
+    source = ConditionSource(sampler.conditions, sampler.n_classes, held_out=held_out)
+    class_rows = [{"label": label} for label in range(sampler.n_classes)]
+    return source.with_rows(rows or class_rows) if rows or {*sampler.conditions} == {"label"} else source
+
+
+def check_sampling(
+    model: TrainedSampler, state: TrainState, sampling: SamplingConfig, rows: Sequence[Row], held_out: Dataset
+) -> None:
+    """Samples one image up to its first step. ValueError, before the run folder is written rather than at the first
+    images, for settings that the sampler cannot sample with."""
+    data = replace(model.data.without_augmentation, cache_images=False)
+    items = TrainingImages(ImageSource(held_out, data), 0, model.adapt)
+    source = preview_source(model.sampler, rows, items)
+    model.dry_run(sampling, source, network=state.eval_module("network").eval())
 
 
 class SamplerReports:
     """Validation, losses by noise level and sample images, as hooks for `fit`. All ranks must call them.
 
-    Sample images cycle through the conditions of `rows`, or without them through the classes or the conditions of
-    validation images.
+    `rows` are conditions of the sample images (see `preview_source`).
     """
 
     def __init__(
         self, step: SamplerStep, validation: BatchSource, sampling: SamplingConfig, rows: Sequence[Row], logger: Logger
     ):
         self.step, self.validation, self.sampling, self.logger = step, validation, sampling, logger
-        self.source = ConditionSource(step.sampler.conditions, step.sampler.n_classes, held_out=validation)
-        class_rows = [{"label": label} for label in range(step.sampler.n_classes)]
-        if rows or {*step.sampler.conditions} == {"label"}:
-            self.source = self.source.with_rows(rows or class_rows)
+        self.source = preview_source(step.sampler, rows, validation)
         self.on_log = [self.log_loss_by_level]
 
     @torch.no_grad()

@@ -172,10 +172,13 @@ class TrainedSampler:
             raise ValueError(f"got {got} as sampling options, wanted {wanted.__module__}.{wanted.__qualname__}")
 
     @torch.no_grad()
-    def dry_run(self, options: SamplingConfig, source: ConditionSource, **keywords: Any) -> None:
+    def dry_run(
+        self, options: SamplingConfig, source: ConditionSource, network: nn.Module | None = None, **keywords: Any
+    ) -> None:
         """Samples one image up to its first step. ValueError for what the sampler cannot do.
 
-        `source` is the `condition_source` of these options; `keywords` are those of `LearnedSampler.sample`.
+        `source` is the `condition_source` of these options; `network` replaces the sampler's own; `keywords` are those
+        of `LearnedSampler.sample`.
         """
 
         def stop(*step: Any) -> Tensor:
@@ -184,7 +187,8 @@ class TrainedSampler:
         conditions, rng = source.draw(0, [0]), Streams([0], self.device)
         batch = None if conditions is None else to_device(conditions, self.device)
         with suppress(_FirstStepDone), autocast(self.device, self.amp):
-            self.sampler.sample(self.sampler.network, rng, batch=batch, options=options, on_step=stop, **keywords)
+            network = network or self.sampler.network
+            self.sampler.sample(network, rng, batch=batch, options=options, on_step=stop, **keywords)
 
     def log_likelihood(self, batch: Batch, seed: int = 0, nfe: int | None = None) -> Bound:
         """Returns -log2 p of a batch as `batches` gives it, in the sampler's `unit`.

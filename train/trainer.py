@@ -25,7 +25,7 @@ from train.checkpoint import (
 )
 from train.cli.files import read_run_config
 from train.config import LoggingConfig, TrainingConfig
-from train.data.loading import BatchSource, training_batches
+from train.data.loading import BatchSource, split_batch, training_batches
 from train.distributed import DistContext, StopSignals, replicate, shard
 from train.ema import EMA
 from train.execution import (
@@ -61,6 +61,7 @@ def build_train_state(
     The modules named in `primary` are the model proper, without helpers such as a discriminator. The options for
     averaging, compilation, activation checkpointing and `train_only` apply to these alone.
     """
+    split_batch(training.batch_size, training.accumulate, world)  # refused here, before the run folder is written
     for name in primary:
         freeze_all_but(modules[name], training.train_only)
     for module in modules.values():

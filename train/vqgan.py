@@ -52,6 +52,12 @@ def build_state(
     )
     modules = {"autoencoder": autoencoder, "discriminator": discriminator}
     extras = {"lecam": LeCAM(world.device)} if loss.lecam_weight else {}
+    starts = loss.disc_start_step < training.train_steps
+    if starts and min(data.size) >> loss.disc_layers < 3:  # two more convolutions take one position each
+        raise ValueError(
+            f"got disc_layers {loss.disc_layers} for images of {data.img_size} pixels, of which the discriminator "
+            "leaves none, wanted fewer layers: pass --disc_layers N, or a larger --img_size"
+        )
     state = build_train_state(modules, training, world, primary=["autoencoder"], counters=["codes"], extras=extras)
     if loss.adaptive_weight and not autoencoder.decoder.last_layer.requires_grad:
         raise ValueError(

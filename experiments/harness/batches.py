@@ -5,6 +5,7 @@ An interrupted run loses at most one batch per rank.
 
 import io
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -90,7 +91,7 @@ def broadcast_object(world: DistContext, value: T) -> T:
 class ResumableBatches:
     """Computes batches on all ranks of an experiment and keeps them in its results folder until it finishes.
 
-    A later run with the same batch size, on any number of ranks, reads the batches that an earlier one saved.
+    A later run, with any batch size and on any number of ranks, reads the batches that an earlier one saved.
     """
 
     world: DistContext
@@ -107,45 +108,75 @@ class ResumableBatches:
     def resume(self, name: str, indices: Sequence[int], make: MakeBatch, size: int | None = None) -> Iterator[Tensors]:
         """Yields `make(batch of indices)` for all indices, in order, on the main rank only. All ranks must iterate.
 
-        Each batch of `size` indices (default `batch_size`) is saved before it is yielded, with its tensors on the CPU.
-        `name` distinguishes the kinds of batches of one experiment, and anything they depend on that the run's config
-        does not record. ValueError: a saved batch is damaged.
+        Each batch of `size` indices (default `batch_size`) is saved before it is yielded, with its tensors on the CPU;
+        those saved by an earlier run keep their size. `name` distinguishes the kinds of batches of one experiment, and
+        anything they depend on that the run's config does not record. ValueError: a saved batch is damaged.
         """
         world, size = self.world, size or self.batch_size
-        batches = [list(indices[first : first + size]) for first in range(0, len(indices), size)]
-        paths = [self.folder / BATCHES_FOLDER / f"{name}_{size}_{i:06d}.safetensors" for i in range(len(batches))]
-        done = next((i for i, path in enumerate(paths) if not path.is_file()), len(paths)) if world.is_main else 0
-        done = int(world.sum(torch.tensor(float(done), device=world.device)))  # only the main rank looks at the disk
-        if world.is_main:
-            for path in paths[:done]:
-                yield read_batch(path)
+        kept = self.find_kept(name, len(indices)) if world.is_main else {}  # only the main rank looks at the disk
+        done = int(world.sum(torch.tensor(float(sum(map(len, kept))), device=world.device)))
+        for path in kept.values():
+            yield read_batch(path)
+        starts = [done, *range((done // size + 1) * size, len(indices), size)] if done < len(indices) else []
+        ranges = [range(first, min((first // size + 1) * size, len(indices))) for first in starts]
 
         def compute() -> Iterator[Tensors]:
-            for batch in world.local_items(batches[done:]):
-                yield {key: value.detach().cpu() for key, value in make(batch).items()}
+            for positions in world.local_items(ranges):
+                batch = make([indices[position] for position in positions])
+                yield {key: value.detach().cpu() for key, value in batch.items()}
 
         remaining = gather_in_order(world, compute())  # empty on ranks other than the main one
-        for batch, path in zip(remaining, paths[done:], strict=False):
-            write_batch(path, batch)
+        for batch, positions in zip(remaining, ranges, strict=False):
+            file = f"{name}_{size}_{positions.start // size:06d}.safetensors"
+            write_batch(self.folder / BATCHES_FOLDER / file, batch, positions)
             yield batch
+
+    def find_kept(self, name: str, count: int) -> dict[range, Path]:
+        """Returns the saved batches that cover positions 0, 1, ... without a gap, in order, by their positions."""
+        pattern, found = re.compile(rf"{re.escape(name)}_(\d+)_(\d{{6,}})\.safetensors"), {}
+        for path in sorted((self.folder / BATCHES_FOLDER).glob("*.safetensors")):
+            if match := pattern.fullmatch(path.name):
+                size, number = map(int, match.groups())
+                positions = read_positions(path) or range(number * size, min((number + 1) * size, count))
+                found[positions.start] = positions, path
+        kept, end = {}, 0
+        while end < count and end in found and found[end][0].stop <= count:
+            positions, kept[positions] = found[end]
+            end = positions.stop
+        return kept
 
     def clear(self) -> None:
         """Deletes the saved batches, once the results are written."""
         shutil.rmtree(self.folder / BATCHES_FOLDER, ignore_errors=True)
 
 
-def write_batch(path: Path, batch: Tensors) -> None:
+def write_batch(path: Path, batch: Tensors, positions: range) -> None:
     """Saves a batch atomically and durably: the file is complete or absent, even after a power cut."""
     copies = {key: value.clone(memory_format=torch.contiguous_format) for key, value in batch.items()}
     with atomic_write(path) as scratch, write_errors_as_oserror(path):
-        save_file(copies, scratch, {"names": " ".join(batch)})  # safetensors sorts them: this keeps their order
+        metadata = {"names": " ".join(batch), "positions": f"{positions.start} {positions.stop}"}
+        save_file(copies, scratch, metadata)  # safetensors sorts the tensors: `names` keeps their order
         fsync(scratch)
 
 
 def read_batch(path: Path) -> Tensors:
     """Reads a batch that `write_batch` saved, its tensors in their original order."""
+    with open_batch(path) as file:
+        return {key: file.get_tensor(key) for key in file.metadata()["names"].split()}
+
+
+def read_positions(path: Path) -> range | None:
+    """Returns the positions that a saved batch covers; None if an earlier version saved it, a whole batch."""
+    with open_batch(path) as file:
+        words = file.metadata().get("positions", "").split()
+    return range(*map(int, words)) if words else None
+
+
+@contextmanager
+def open_batch(path: Path) -> Iterator[safe_open]:
+    """Opens a saved batch; ValueError if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.metadata()["names"].split()}
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, and it will be computed again") from error

@@ -19,11 +19,14 @@ from train.cli.parse import flatten_group, read_config_flag, run_script, to_dict
 from train.cli.values import peek_flag
 from train.condition_source import condition_provenance
 from train.config import LoggingConfig, SamplingConfig, TrainingConfig
+from train.data.loading import build_dataset
+from train.datasets import content_fingerprint
 from train.distributed import DistContext
 from train.files import sha256, write_text
 from train.first_stage import FirstStage, StoredVQGANConfig, load_first_stage
+from train.identity import results_identity
 from train.registry import load_plugin
-from train.runs import open_run, read_run, run_folder
+from train.runs import is_new, open_run, read_provenance, read_run, run_folder
 from train.trained_sampler import TrainedSampler, load_trained_sampler
 
 TrainedModel = TrainedSampler | FirstStage
@@ -289,16 +292,24 @@ def open_results_folder(
     if output.log_dir:
         folder = run_folder(output.logs_root, output.log_dir)
     samples = isinstance(sampling, SamplingConfig)
-    if samples and any(world.any(world.is_main and not folder.exists())):
+    if samples and any(world.any(world.is_main and is_new(folder))):
         source = loaded.condition_source(sampling)  # may encode the data set, on all ranks
         if world.is_main:
             loaded.dry_run(sampling, source, shape=setup.shape, window_stride=setup.window_stride)
     if world.is_main:
         given = condition_provenance(sampling.condition_file) if samples else {}
-        open_run(folder, config, loaded.provenance | setup.provenance | given)
+        provenance = loaded.provenance | data_provenance(config.model, loaded) | setup.provenance | given
+        open_run(folder, config, provenance, results_identity)
     world.barrier()
     print(f"results: {folder}", flush=True)
     return folder
+
+
+def data_provenance(model: ModelConfig | FirstStageModelConfig, loaded: TrainedModel) -> dict[str, Any]:
+    """Returns the fingerprint of the data in --data_dir, or without it the one that the trained run recorded."""
+    if model.data_dir is None:
+        return {key: value for key, value in read_provenance(loaded.run).items() if key == "data_fingerprint"}
+    return {"data_fingerprint": content_fingerprint(build_dataset(loaded.data, loaded.reader, "train"))}
 
 
 def read_results(batches: ResumableBatches) -> dict[str, Any] | None:

@@ -183,7 +183,7 @@ def train_head(run: Path, first_stage: FirstStage, config: HeadRunConfig, world:
             for split, margin in (("train", data.crop_margin), ("val", 0))
         )
         state = build_state(first_stage, training, world)
-        open_or_resume(run, config, state, world, first_stage.provenance)
+        open_or_resume(run, config, state, world, first_stage.provenance, images.dataset)
         step = HeadStep(first_stage, training, world)
         source, make_reports = TrainingImages(images, training.seed), partial(HeadReports, step, validation)
         loading = {"workers": data.num_workers, "prefetch": data.prefetch}

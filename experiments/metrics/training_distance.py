@@ -41,14 +41,14 @@ class FrechetDistanceHook:
         images: Callable[[TrainState], Iterator[tuple[Tensor, bool]]],
         real: Dataset,
         data: DataConfig,
-        logging: LoggingConfig,
+        features: all_features.Features,
+        logs_root: str,
         world: DistContext,
         batch_size: int,
     ):
-        self.logger, self.images, self.world = logger, images, world
-        self.features = all_features.choose_features(logging.FD_features, data, world.device)
+        self.logger, self.images, self.world, self.features = logger, images, world, features
         self.name = f"FD({self.features.name})/{name}"
-        cache = statistics_cache(logging.logs_root)
+        cache = statistics_cache(logs_root)
         self.reference = real_statistics(real, data, self.features, None, cache, batch_size, world)
 
     @torch.no_grad()
@@ -94,6 +94,7 @@ def sample_distance(
     images."""
     count, world = logging.FD_samples, model.world
     size = images_per_rank(training, count, world)
+    features = all_features.choose_features(logging.FD_features, model.data, world.device)
 
     def make(logger: Logger) -> Hook:
         source = model.condition_source(sampling)
@@ -107,7 +108,8 @@ def sample_distance(
                     batch = model.draw(indices, training.seed, sampling, conditions, **options)
                     yield batch["image"], counts
 
-        return FrechetDistanceHook(logger, f"{count}_samples", images, real, model.data, logging, world, size)
+        inputs = images, real, model.data, features, logging.logs_root
+        return FrechetDistanceHook(logger, f"{count}_samples", *inputs, world, size)
 
     return make
 
@@ -126,6 +128,7 @@ def reconstruction_distance(
     count = min(logging.FD_samples, len(validation))
     size = images_per_rank(training, count, world)
     indices = rank_indices(world, fixed_subset(len(validation), count), size)
+    features = all_features.choose_features(logging.FD_features, validation.config, world.device)
 
     def images(state: TrainState) -> Iterator[tuple[Tensor, bool]]:
         with eval_mode(state.eval_module("autoencoder")) as network:
@@ -136,8 +139,7 @@ def reconstruction_distance(
                 yield first_stage.decode(first_stage.encode(batch["image"])), counts
 
     def make(logger: Logger) -> Hook:
-        return FrechetDistanceHook(
-            logger, f"{count}_reconstructions", images, real, validation.config, logging, world, size
-        )
+        inputs = images, real, validation.config, features, logging.logs_root
+        return FrechetDistanceHook(logger, f"{count}_reconstructions", *inputs, world, size)
 
     return make

@@ -320,6 +320,17 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     }
 
 
+def split_batch(batch_size: int, accumulate: int, world: DistContext) -> int:
+    """Returns the number of images in one micro-batch of one rank; ValueError if the batch does not divide evenly."""
+    share = world.per_rank(batch_size, "batch_size")
+    if share % accumulate:
+        raise ValueError(
+            f"got batch_size {batch_size} for {world.size} processes and {accumulate} micro-batches, wanted a multiple "
+            f"of {world.size * accumulate}: pass --batch_size N or --accumulate N"
+        )
+    return share // accumulate
+
+
 def training_batches(
     source: BatchSource,
     *,
@@ -335,17 +346,12 @@ def training_batches(
 
     `workers` processes live for the whole run; each prefetches `prefetch` micro-batches, into pinned memory on CUDA.
     """
-    share = world.per_rank(batch_size, "batch_size")
-    if share % accumulate:
-        raise ValueError(
-            f"got batch_size {batch_size} for {world.size} processes and {accumulate} micro-batches: "
-            f"wanted a multiple of {world.size * accumulate}"
-        )
+    share, micro_batch_size = world.per_rank(batch_size, "batch_size"), split_batch(batch_size, accumulate, world)
     first_positions = range(start * batch_size + world.rank * share, steps * batch_size, batch_size)
     loader = DataLoader(
         source,
         batch_size=None,
-        sampler=PositionSampler(first_positions, share // accumulate, accumulate),
+        sampler=PositionSampler(first_positions, micro_batch_size, accumulate),
         num_workers=workers,
         pin_memory=world.device.type == "cuda",
         prefetch_factor=prefetch if workers else None,

@@ -83,7 +83,8 @@ class Dataset(Protocol):
 
     A data set that is fast to read only block by block has an attribute `blocks: Blocks` as well: the shuffle then
     reads a few blocks at a time. One that leaves out files, or chooses how to read them, says so in `notes`, lines that
-    a training prints when it starts.
+    a training prints when it starts. One whose fingerprint depends on modification times or paths has a method
+    `content_fingerprint() -> str` as well, which does not: it identifies the data of a run.
     """
 
     n_classes: int
@@ -145,18 +146,24 @@ def train_val_split(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.
     return np.sort(order[n_val:]), np.sort(order[:n_val])
 
 
-def files_fingerprint(root: Path, names: Iterable[str], *context: str) -> str:
-    """Returns the SHA-256 (hexadecimal) of `context` and the name, size and modification time of each file below
-    `root`."""
+def files_fingerprint(root: Path, names: Iterable[str], *context: str, times: bool = True) -> str:
+    """Returns the SHA-256 (hexadecimal) of `context` and the name, size and, with `times`, modification time of each
+    file below `root`."""
     digest = hashlib.sha256(repr(context).encode())
     for name in names:
         try:
-            status = (root / name).stat()
+            status = os.stat(f"{root}/{name}")
         except FileNotFoundError:
             digest.update(f"{name!r} is missing\n".encode())
         else:
-            digest.update(f"{name!r} {status.st_size} {status.st_mtime_ns}\n".encode())
+            time = f" {status.st_mtime_ns}" if times else ""
+            digest.update(f"{name!r} {status.st_size}{time}\n".encode())
     return digest.hexdigest()
+
+
+def content_fingerprint(dataset: Dataset) -> str:
+    """Returns a fingerprint that a copy of the data in another folder shares, whatever its modification times."""
+    return dataset.content_fingerprint() if hasattr(dataset, "content_fingerprint") else dataset.fingerprint()
 
 
 def require_readable(dataset: Dataset, source: Path) -> None:

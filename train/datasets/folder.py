@@ -62,6 +62,9 @@ class ImageFolder:
     def fingerprint(self) -> str:
         return files_fingerprint(self.root, self.names, self.split, *self.classes)
 
+    def content_fingerprint(self) -> str:
+        return files_fingerprint(self.root, self.names, self.split, *self.classes, times=False)
+
 
 def build(config: Config, split: str) -> ImageFolder:
     """Returns the images of one split, sorted by path.

@@ -58,6 +58,9 @@ class LMDBImages:
     def fingerprint(self) -> str:
         return files_fingerprint(self.path, ["data.mdb"], self.split)
 
+    def content_fingerprint(self) -> str:
+        return files_fingerprint(self.path, ["data.mdb"], self.split, times=False)
+
 
 _environments: dict[Path, tuple[int, Any]] = {}
 

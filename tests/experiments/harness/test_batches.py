@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from experiments.harness.batches import BATCHES_FOLDER, ResumableBatches
@@ -71,12 +72,41 @@ def test_a_batch_is_saved_before_it_is_yielded(tmp_path):
     assert len(resumed.requested) == 3
 
 
-def test_other_names_sizes_and_folders_share_nothing(tmp_path):
+def test_other_names_and_folders_share_nothing(tmp_path):
     run_batches(tmp_path, BatchMaker())
-    for other in ({"name": "other"}, {"size": 2}, {"folder": tmp_path / "x"}):
+    for other in ({"name": "other"}, {"folder": tmp_path / "x"}):
         make = BatchMaker()
         run_batches(**({"folder": tmp_path, "make": make} | other))
         assert sum(make.requested, []) == list(range(10))
+
+
+def test_batches_of_other_sizes_are_used_by_index(tmp_path):
+    """Sizes 3, then 4, then 2, each interrupted: every index is computed once."""
+    whole = run_batches(tmp_path / "whole", BatchMaker(), count=14)
+    interrupt(tmp_path / "cut", BatchMaker(fails_at=2), count=14)
+    second = BatchMaker(fails_at=2)
+    interrupt(tmp_path / "cut", second, count=14, size=4)
+    assert second.requested == [[6, 7], [8, 9, 10, 11]]
+    last = BatchMaker()
+    batches = run_batches(tmp_path / "cut", last, count=14, size=2)
+    assert last.requested == [[12, 13]] and [len(batch["index"]) for batch in batches] == [3, 3, 2, 4, 2]
+    joined = [{key: torch.cat([batch[key] for batch in each]) for key in each[0]} for each in (batches, whole)]
+    assert_same(joined[:1], joined[1:])
+
+
+def test_batches_of_an_earlier_version_are_read(tmp_path):
+    """They have no positions: a file's name gives them."""
+    save_file({"index": torch.tensor([0, 1, 2])}, kept(tmp_path, "noise_3_000000"), {"names": "index"})
+    save_file({"index": torch.tensor([3])}, kept(tmp_path, "noise_3_000001"), {"names": "index"})
+    assert [batch["index"].tolist() for batch in run_batches(tmp_path, BatchMaker(fails_at=0), count=4)] == [
+        [0, 1, 2],
+        [3],
+    ]
+
+
+def kept(folder, name):
+    (folder / BATCHES_FOLDER).mkdir(exist_ok=True)
+    return folder / BATCHES_FOLDER / f"{name}.safetensors"
 
 
 def test_a_partially_written_batch_leaves_no_file(tmp_path, monkeypatch):
@@ -163,5 +193,5 @@ def test_other_ranks_learn_from_the_main_rank_what_is_saved(tmp_path, monkeypatc
     monkeypatch.setattr("experiments.harness.batches.gather_objects", lambda world, batch: [])
     run_batches(tmp_path, BatchMaker())  # files that this rank sees do not count
     make = BatchMaker()
-    assert run_batches(tmp_path, make, world=one_of_two(1, done=1, left=[])) == []
+    assert run_batches(tmp_path, make, world=one_of_two(1, done=3, left=[])) == []
     assert make.requested == [[6, 7, 8]]

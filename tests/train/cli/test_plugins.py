@@ -175,6 +175,7 @@ def test_the_keys_of_other_quantizers_do_not_change_a_run(tmp_path):
     flat = {key: value for group in content.values() for key, value in group.items()}
     config = cli.from_dict(VQGANRunConfig, {k: v for k, v in content.items() if k != "origin"}, "old")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "metrics.jsonl").touch()
     open_run(tmp_path, config, content["origin"])
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert saved["network"] == {key: flat[key] for key in saved["network"]}

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -135,10 +135,17 @@ class TarImages:
         return item | {field_name(ending): decode_mask(extra[ending], where) for ending in self.config.mask_ext}
 
     def fingerprint(self) -> str:
+        return self.digest(f"{name if is_remote(name) else Path(name).name!r} {stamp}\n" for name, stamp in self.shards)
+
+    def content_fingerprint(self) -> str:
+        return self.digest(())
+
+    def digest(self, shards: Iterable[str]) -> str:
+        """Returns a digest of the list of samples (key, place in its shard, size, label) and of `shards`."""
         fields = (*self.json_fields, *self.config.mask_ext)
         content = hashlib.sha256(repr((self.split, self.n_classes, self.blocks.sizes, *fields)).encode())
-        for name, stamp in self.shards:
-            content.update(f"{name if is_remote(name) else Path(name).name!r} {stamp}\n".encode())
+        for shard in shards:
+            content.update(shard.encode())
         content.update(np.ascontiguousarray(self.rows).data)
         return content.hexdigest()
 

@@ -1,0 +1,71 @@
+"""What identifies a training run and a folder of results: the settings in which two config.yaml must agree."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from models.registry import MOVED
+
+# Settings that change neither what is learned nor what is measured: where, how fast, how often.
+EXECUTION = {
+    "device", "num_workers", "prefetch", "in_memory", "cache_images", "shards_on_disk", "shard_cache", "log_dir",
+    "logs_root", "parallel", "timeout_minutes", "compile", "channels_last", "tf32", "activation_checkpointing",
+    "deterministic", "max_bad_steps", "hooks", "resume", "steps_per_log", "steps_per_checkpoint", "checkpoint_minutes",
+    "keep_last", "keep_every", "steps_per_save_output", "steps_per_eval", "steps_per_FD", "FD_samples", "FD_features",
+    "profile", "perceptual_weights", "condition_file",
+}  # fmt: skip
+PLACES = {"ae_load_dir", "ae_load_step", "load_dir", "load_step"}  # of weights, which are identified by content
+# A training run may be resumed with other values of these; its data are identified by content.
+NOT_IDENTITY = EXECUTION | PLACES | {"data_dir", "val_shards", "accumulate", "steps_per_ema_snapshot", "change"}
+NOT_IDENTITY_OF_RESULTS = EXECUTION | PLACES | {"allow", "batch_size"}
+HASH_LENGTH = 64  # hexadecimal digits of a SHA-256
+
+
+def flatten_settings(content: dict[str, Any], ignored: set[str]) -> dict[str, Any]:
+    """Returns the settings of a config.yaml by flat key. Dotted paths of moved classes are translated."""
+    flat = {key: value for group in content.values() for key, value in group.items() if key not in ignored}
+    return {key: MOVED.get(value, value) if isinstance(value, str) else value for key, value in flat.items()}
+
+
+def run_identity(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings that identify a training run: what it learns, but not how its pictures are sampled."""
+    groups = {name: group for name, group in content.items() if name not in ("sampling", "changes")}
+    return flatten_settings(groups, NOT_IDENTITY)
+
+
+def results_identity(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings that identify a results folder, sampling settings included."""
+    return flatten_settings(content, NOT_IDENTITY_OF_RESULTS)
+
+
+class Difference(NamedTuple):
+    """A setting that differs between a folder's config.yaml and the command line."""
+
+    there: Any
+    now: Any
+
+
+Differences = dict[str, Difference]  # by flat key
+Identity = Callable[[dict[str, Any]], dict[str, Any]]  # content of a config.yaml -> the settings that identify it
+
+
+def find_differences(old: dict[str, Any], new: dict[str, Any], identity: Identity) -> Differences:
+    """Returns the settings in which two contents of config.yaml are not the same run.
+
+    A data fingerprint is compared only where both have one; where both do, the folder of the data is not compared.
+    """
+    there, now = identity(old), identity(new)
+    if "data_fingerprint" in there and "data_fingerprint" in now:
+        there.pop("data_dir", None), now.pop("data_dir", None)
+    else:
+        there.pop("data_fingerprint", None), now.pop("data_fingerprint", None)
+    keys = sorted(there.keys() | now.keys())
+    return {key: Difference(there.get(key), now.get(key)) for key in keys if there.get(key) != now.get(key)}
+
+
+def format_differences(differences: Differences) -> str:
+    """Returns the differences as one line, with hashes shortened."""
+
+    def shorten(value: Any) -> str:
+        return repr(value[:12] if isinstance(value, str) and len(value) == HASH_LENGTH else value)
+
+    return "; ".join(f"{key}: {shorten(old)} there, {shorten(new)} now" for key, (old, new) in differences.items())
