@@ -169,7 +169,7 @@ def test_indivisible_batches_are_refused():
     source = TrainingImages(ImageSource(numbered(10), CONFIG), seed=1)
     with pytest.raises(ValueError, match="batch_size 5 for 2 processes"):
         batches(source, size=5, world=DistContext(CPU, 0, 2))
-    with pytest.raises(ValueError, match="3 micro-batches: wanted a multiple"):
+    with pytest.raises(ValueError, match="3 micro-batches, wanted a multiple"):
         batches(source, size=4, accumulate=3)
 
 
