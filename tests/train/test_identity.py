@@ -11,13 +11,13 @@ from PIL import Image
 
 from experiments.get_samples import Config as SamplesRun
 from helpers.tiny_runs import DDPM, VQGAN, call
-from train.checkpoint import checkpoint_path, saved_steps
+from train.checkpoint import MANIFEST, checkpoint_path, saved_steps
 from train.cli.parse import flag_names, to_dict
 from train.cli.plugins import make_default_config
 from train.config import CHANGEABLE, SecondStageConfig
 from train.datasets import ArrayDataset, content_fingerprint, folder
 from train.identity import results_identity
-from train.runs import ResumePoint, open_run, read_run, resumed_config, write_config
+from train.runs import ResumePoint, open_run, read_run, resumed_config, resumed_provenance, write_config
 
 OLD_DATA, NEW_DATA = "a" * 64, "b" * 64
 
@@ -117,6 +117,18 @@ def test_a_run_changes_its_length_before_its_decay(ddpm, tmp_path, schedule, ste
     else:
         with pytest.raises(ValueError, match=f"train_steps: 1000 there, {length} now"):
             resume(tmp_path, there, with_settings(there, train_steps=length), step=step)
+
+
+def test_what_a_space_measured_comes_from_the_resumed_run(tmp_path):
+    """Such as the scale of latents: a branch keeps its source's, and a folder without a checkpoint has none."""
+    source, new = tmp_path / "source", tmp_path / "new"
+    for run in (source, new):
+        write_config(run, {"origin": {"latent_scale": 2.0}})
+    checkpoint_path(source, 4).mkdir(parents=True)
+    (checkpoint_path(source, 4) / MANIFEST).touch()
+    assert resumed_provenance(source, "auto") == {"latent_scale": 2.0}
+    assert resumed_provenance(new, str(checkpoint_path(source, 4))) == {"latent_scale": 2.0}
+    assert resumed_provenance(new, "auto") == resumed_provenance(new, "/nowhere") == {}
 
 
 # results folders
