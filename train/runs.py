@@ -64,9 +64,9 @@ def resumed_provenance(run: Path, resume: str) -> dict[str, Any]:
     """Returns the provenance of the run whose checkpoint is to be resumed; empty if training starts from scratch."""
     if saved_steps(run):
         return read_provenance(run)
-    return (
-        {} if resume in ("auto", "never") else read_provenance(Path(os.path.expanduser(resume)).resolve().parent.parent)
-    )
+    if resume in ("auto", "never"):
+        return {}
+    return read_provenance(Path(os.path.expanduser(resume)).resolve().parent.parent)
 
 
 def perceptual_provenance(weights: str | None) -> dict[str, Any]:

@@ -90,6 +90,7 @@ def test_other_images_or_features_are_another_comparison(tmp_path, monkeypatch, 
     origin = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())["origin"]
     assert origin["features_name"] == "pixels" and len(origin["images"]) == 64
     monkeypatch.setattr("experiments.metrics.features.pixels.VERSION", origin["features_version"] + 1)
+    (tmp_path / "old" / "results.json").write_text("{}")
     with pytest.raises(SystemExit):
         call(SCRIPT, f"--logs_root {tmp_path} {TINY} --log_dir old --quantizers nearest")
     assert "features_version: 1 there, 2 now" in capfd.readouterr().err
