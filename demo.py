@@ -25,7 +25,7 @@ from experiments.playground import (
 )
 from train.cli.parse import run_script
 from train.config import SamplingConfig
-from train.datasets._decode import decode, to_grey_or_rgb
+from train.datasets._decode import FORMATS, decode, to_grey_or_rgb
 from train.datasets.folder import SUFFIXES
 from train.logging import grid_image
 
@@ -304,6 +304,8 @@ def main(config: Config) -> None:
         raise ValueError("the page needs gradio: pip install -r requirements-extra.txt") from error
 
     trained = load_model(config.model, config.output)
+    Image.init()
+    Image.ID[:] = FORMATS  # gradio opens uploads, which come from anybody, in every format that Pillow knows
     print(f"http://{HOST}:{config.page.port}  (press Ctrl-C to stop)", flush=True)
     open_page(Playground(trained, config.sampling, trained.condition_source(config.sampling)), config)
 

@@ -24,12 +24,13 @@ from train.checkpoint import (
     saved_steps,
     verify_checkpoint,
 )
-from train.cli.parse import from_dict
+from train.cli.parse import flatten_group, from_dict
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import DataConfig, SamplerConfig, SamplingConfig
 from train.data.loading import Adapt, BatchSource, apply_adapt, build_dataset, temporary_seed, to_device
 from train.data.transforms import View, check_8_bits
-from train.datasets import Dataset, DatasetConfig, is_shell_command
+from train.datasets import Dataset, DatasetConfig
+from train.datasets.webdataset.store import is_shell_command
 from train.distributed import DistContext
 from train.execution import autocast
 from train.first_stage import load_first_stage
@@ -279,7 +280,7 @@ def load_sampler(
     content = read_run(run)
     step = resolve_step(run, step, "--load_step") if ema_length is None else resolve_snapshot_step(run, step)
     config = read_stored_config(run)
-    check_allowed(run, content, allow)
+    check_allowed(run, config.reader, allow, config.sampler)
     frequencies = content.get("origin", {}).get("class_frequencies")
     if frequencies is None:
         raise ValueError(f"{run / 'config.yaml'} has no class_frequencies in its origin: is it damaged?")
@@ -328,15 +329,19 @@ def load_posthoc_ema(run: Path, step: int | None, name: str, module: nn.Module, 
     return sha256(json.dumps([length, parts]).encode()).hexdigest()
 
 
-def check_allowed(run: Path, groups: dict[str, dict[str, Any]], allow: tuple[str, ...]) -> None:
+def check_allowed(
+    run: Path, reader: DatasetConfig, allow: tuple[str, ...], sampler: SamplerConfig | None = None
+) -> None:
     """Raises ValueError if a run names user code, or a shell command that fetches its data, that is not in `allow`.
 
-    `groups` is the content of its config.yaml. Loading a run never executes code that was not allowed.
+    The settings are those read from its config.yaml. Loading a run never executes code that was not allowed.
     """
-    classes = {key: value for key, value in groups.get("sampler", {}).items() if "." in str(value)}
-    commands = {key: value for key, value in groups.get("reader", {}).items() if is_shell_command(value)}
-    for key, value in (classes | commands).items():
-        if isinstance(value, str) and value not in allow:
+    code = {key: value for key, value in flatten_group(reader).items() if is_shell_command(value)}
+    if sampler is not None:
+        words = {key: value for key, value in flatten_group(sampler).items() if isinstance(value, str)}
+        code |= {key: value for key, value in words.items() if "." in value}
+    for key, value in code.items():
+        if value not in allow:
             typed = shlex.quote(value)
             raise ValueError(f"{run} was trained with --{key} {value}, which is code: pass --allow {typed} to run it")
 

@@ -18,8 +18,8 @@ from experiments.harness.report import progress
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
-from train.data.transforms import as_uint8, cover_size, range_for_image, to_item
-from train.datasets._decode import DAMAGED, decode, to_grey_or_rgb
+from train.data.transforms import as_uint8, cover_size, range_for_image, to_item, trim
+from train.datasets._decode import DAMAGED, decode, open_image, to_grey_or_rgb
 from train.loop import Batch
 from train.spaces import EditInput
 from train.trained_sampler import TrainedSampler
@@ -117,15 +117,15 @@ def preprocess_mask(mask: Image.Image, image: Image.Image, size: tuple[int, int]
     from torchvision.transforms.v2 import functional as resizing
 
     nearest = {"interpolation": resizing.InterpolationMode.NEAREST}
-    mask = resizing.resize(mask.convert("L"), [image.height, image.width], **nearest)
-    mask = resizing.resize(mask, cover_size(image.height, image.width, size), **nearest)
+    mask = trim(resizing.resize(mask.convert("L"), [image.height, image.width], **nearest), size)
+    mask = resizing.resize(mask, cover_size(mask.height, mask.width, size), **nearest)
     return resizing.to_image(resizing.center_crop(mask, [*size])).as_subclass(Tensor)[0] >= 128
 
 
 def transparency_mask(path: Path) -> Image.Image | None:
     """Returns a mask that is white where an image file is not opaque; None if it has no transparency."""
     try:
-        with Image.open(path.expanduser()) as image:
+        with open_image(path.expanduser()) as image:
             if not image.has_transparency_data:
                 return None
             alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")

@@ -27,7 +27,7 @@ from train.first_stage import FirstStage, StoredVQGANConfig, load_first_stage
 from train.identity import results_identity
 from train.registry import load_plugin
 from train.runs import is_new, open_run, read_provenance, read_run, run_folder
-from train.trained_sampler import TrainedSampler, load_trained_sampler
+from train.trained_sampler import TrainedSampler, check_allowed, load_trained_sampler
 
 TrainedModel = TrainedSampler | FirstStage
 
@@ -96,6 +96,8 @@ class FirstStageModelConfig:
     """Folder of the VQGAN's run; if omitted, vqgan_<dataset>."""
     load_step: int | None = None
     """Step of its checkpoint; if omitted, the newest."""
+    allow: tuple[str, ...] = ()
+    """Shell commands that fetch the run's data and may be executed; without it, none is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +234,7 @@ def load_chosen_vqgan(model: FirstStageModelConfig, output_root: str, device: to
         raise ValueError(f"{run} was trained with --dataset {trained_on}, got {model.dataset}: pass that")
     step = resolve_step(run, model.load_step, "--load_step")
     first_stage = load_first_stage(run, step, device, amp)
+    check_allowed(run, first_stage.reader, model.allow)
     if model.data_dir is not None:
         first_stage = dataclasses.replace(
             first_stage, reader=dataclasses.replace(first_stage.reader, data_dir=model.data_dir)

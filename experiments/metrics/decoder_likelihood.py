@@ -19,7 +19,6 @@ from diffusion.gaussian import discretized_log_likelihood
 from diffusion.types import Normal
 from experiments.harness.experiment import ModelConfig, OutputConfig
 from train.checkpoint import load_weights, resolve_step, saved_steps
-from train.cli.parse import flatten_group
 from train.config import DataConfig, LoggingConfig, TrainingConfig
 from train.data.loading import ImageSource, TrainingCodes, TrainingImages, build_dataset, fixed_subset, images_in_order
 from train.data.transforms import check_8_bits, to_float, to_uint8, training_views
@@ -216,7 +215,7 @@ def load_or_train_head(
     first_stage, world = trained.space.first_stage, trained.world
     run = run_folder(output.logs_root, decoder.head_dir or f"likelihood_{first_stage.run.name}_{first_stage.step}")
     reader = first_stage.reader if model.data_dir is None else replace(first_stage.reader, data_dir=model.data_dir)
-    check_allowed(first_stage.run, {"sampler": {}, "reader": flatten_group(reader)}, model.allow)
+    check_allowed(first_stage.run, reader, model.allow)
     wanted, done = (
         head_run_config(decoder, output, first_stage.data, reader, run.name),
         max(saved_steps(run), default=0),

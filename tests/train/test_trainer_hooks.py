@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from diffusion.gaussian import cosine
 from helpers.tiny_runs import DDPM, SAMPLER, call
+from train.datasets import DatasetConfig
 from train.registry import import_callable
+from train.samplers import ddpm
 from train.trained_sampler import check_allowed
 
 WATCH = """
@@ -279,29 +281,20 @@ def test_an_adapt_changed_since_training_is_refused(adapted, monkeypatch, capfd)
 
 
 def test_every_setting_that_names_code_must_be_allowed(tmp_path):
-    settings = {"sampler": "ddpm", "res_block_type": "my.blocks.Block", "adapt": "my_own.adapting.upper"}
+    reader, sampler = DatasetConfig(), ddpm.Config(res_block_type="my.blocks.Block", adapt="my_own.adapting.upper")
+    with pytest.raises(ValueError, match="--adapt my_own.adapting.upper, which is code: pass --allow my_own.adapting"):
+        check_allowed(tmp_path, reader, ("my.blocks.Block",), sampler)
     with pytest.raises(ValueError, match="--res_block_type my.blocks.Block, which is code: pass --allow my.blocks"):
-        check_allowed(tmp_path, {"sampler": settings, "reader": {}}, ())
-    with pytest.raises(ValueError, match="--adapt my_own.adapting.upper, which is code"):
-        check_allowed(tmp_path, {"sampler": settings, "reader": {}}, ("my.blocks.Block",))
-    check_allowed(tmp_path, {"sampler": settings, "reader": {}}, ("my.blocks.Block", "my_own.adapting.upper"))
-    plain = {"adapt": "", "attn_block_type": "softmax", "first_beta": 0.001, "channels": 8}
-    check_allowed(tmp_path, {"sampler": plain, "reader": {"data_dir": "/data/birds.v2"}}, ())
-
-
-@pytest.mark.parametrize("shards", ["pipe:cat a.tar", "a.tar::pipe:touch b", "{pipe:touch b,c.tar}", "${WDS_MINE}"])
-def test_a_command_that_brings_the_data_must_be_allowed(shards, tmp_path):
-    groups = {"sampler": {}, "reader": {"data_dir": shards}}
-    with pytest.raises(ValueError, match="pass --allow '"):
-        check_allowed(tmp_path, groups, ())
-    check_allowed(tmp_path, groups, (shards,))
+        check_allowed(tmp_path, reader, ("my_own.adapting.upper",), sampler)
+    check_allowed(tmp_path, reader, ("my.blocks.Block", "my_own.adapting.upper"), sampler)
+    check_allowed(tmp_path, DatasetConfig(data_dir="/data/birds.v2"), (), ddpm.Config(channels=8))
 
 
 @pytest.mark.parametrize("path", ["my-own.upper", "über.f", "_mine.f", "my_own.adapting.upper", "my_own.2.f"])
 def test_every_importable_path_must_be_allowed(path, tmp_path):
     """importlib accepts module names that are not identifiers, so the check must not be limited to identifiers."""
     with pytest.raises(ValueError, match="--allow"):
-        check_allowed(tmp_path, {"sampler": {"adapt": path}, "reader": {}}, ())
+        check_allowed(tmp_path, DatasetConfig(), (), ddpm.Config(adapt=path))
 
 
 def test_an_edited_config_runs_no_code(adapted, monkeypatch, capfd):

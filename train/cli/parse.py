@@ -22,7 +22,7 @@ from train.cli.files import check_groups, get_section, read_config, read_run_con
 from train.cli.plugins import NAMING_FLAGS, ForeignFlag, PluginNames, find_foreign_flag, flags_of, make_default_config
 from train.cli.values import RULES, first_given, flag_arguments, peek_flag, peek_flag_values, split_config_flag
 from train.config import ROOT, DataConfig, LoggingConfig, SamplerConfig
-from train.datasets import is_shell_command
+from train.datasets.webdataset.store import is_shell_command
 from train.registry import did_you_mean, load_plugin, plugin_names
 
 TYRO_MARKERS = (tyro.conf.OmitArgPrefixes,)
@@ -53,12 +53,15 @@ def flag_names(group: Any) -> set[str]:
     return set(flags_of(group))
 
 
+def data_flag_names() -> set[str]:
+    """Returns the names of the flags of the data and of all their readers."""
+    readers = [load_plugin("train.datasets", name, "reader").Config for name in plugin_names("train.datasets")]
+    return flag_names(DataConfig).union(*map(flag_names, readers))
+
+
 def file_values(path: Path, content: dict[str, Any], config: Any, names: PluginNames, section: str) -> dict[str, Any]:
     """Returns the values in a file for one script: data keys, then its section. ValueError for unknown keys."""
-    flags = flag_names(config)
-    data_keys = flag_names(DataConfig).union(
-        *(flag_names(load_plugin("train.datasets", n, "reader").Config) for n in plugin_names("train.datasets"))
-    )
+    flags, data_keys = flag_names(config), data_flag_names()
     sections = {"vqgan", "demo", *plugin_names("train.samplers"), *plugin_names("experiments")}
     values = {}
     for key, value in content.items():
@@ -219,11 +222,9 @@ def first_stage_data(argv: list[str], section: str) -> dict[str, Any]:
         return {}
     stored = read_run_config(path)
     values = stored.get("data", {}) | stored.get("reader", {})
-    values = {
-        key: value for key, value in values.items() if not is_shell_command(value)
-    }  # commands must be typed again
-    image_keys = ("img_size", "img_width", "n_channels", "data_range")
-    return values if values.get("dataset") == dataset else {key: values[key] for key in image_keys if key in values}
+    image_keys = {"img_size", "img_width", "n_channels", "data_range"}
+    keys = data_flag_names() if values.get("dataset") == dataset else image_keys
+    return {key: value for key, value in values.items() if key in keys and not is_shell_command(value)}
 
 
 def to_dict(config) -> dict[str, Any]:

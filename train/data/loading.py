@@ -30,7 +30,7 @@ from train.config import DataConfig
 from train.data.annotations import pack
 from train.data.collate import collate
 from train.data.image_cache import load_or_decode
-from train.data.transforms import as_uint8, to_item, training_views
+from train.data.transforms import as_uint8, to_item, training_views, warn_if_dark
 from train.datasets import SPLITS, Blocks, Dataset, DatasetConfig, FloatImage, UnreadableImage
 from train.distributed import DistContext
 from train.loop import Batch
@@ -179,8 +179,10 @@ def with_declared_range(data: DataConfig, images: Dataset) -> DataConfig:
             image = images[index]["image"]
         except UnreadableImage:
             continue
-        declared = tuple(map(float, image.value_range)) if isinstance(image, FloatImage) else None
-        return dataclasses.replace(data, data_range=declared)
+        if isinstance(image, FloatImage):
+            return dataclasses.replace(data, data_range=tuple(map(float, image.value_range)))
+        warn_if_dark(image)
+        return data
     return data
 
 

@@ -5,6 +5,7 @@ Geometric transforms apply to the whole item, so that boxes and masks (tv_tensor
 
 import copy
 import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,9 @@ from train.datasets._decode import to_8_bits, to_16_bits
 
 PIL_MODES = {1: "L", 3: "RGB"}
 
+DARK = 1 << 14  # 16-bit images without a higher value are nearly black when scaled to 8 bits
 Crop = tuple[int, int, int, int]  # top, left, height, width
+LONGEST = 16  # times the length that is shown: longer images are trimmed before they are resized
 
 
 def cover_size(height: int, width: int, size: tuple[int, int]) -> list[int]:
@@ -30,6 +33,19 @@ def cover_size(height: int, width: int, size: tuple[int, int]) -> list[int]:
     return [size[1] * height // width, size[1]]
 
 
+def trim(inpt: Any, size: tuple[int, int]) -> Any:
+    """Returns the middle of an image, mask or boxes more than LONGEST times as long as what `size` will show of it.
+
+    Resizing the whole would cost as much as its length, which a file of a few bytes can make very large.
+    """
+    from torchvision.transforms.v2 import functional as F
+
+    height, width = F.get_size(inpt)
+    top = max(0, (height - LONGEST * -(-size[0] * width // size[1])) // 2)
+    left = max(0, (width - LONGEST * -(-size[1] * height // size[0])) // 2)
+    return F.crop(inpt, top, left, height - 2 * top, width - 2 * left) if top or left else inpt
+
+
 ValueRange = tuple[float, float]  # lowest and highest value of the data
 
 
@@ -37,9 +53,9 @@ def to_item(item: dict[str, Any], size: tuple[int, int], n_channels: int, data_r
     """Returns a new item whose image is a `tv_tensors.Image` (n_channels, *size): uint8, or float32 in [-1, 1].
 
     The image is converted to grey (n_channels 1) or RGB (3), resized to cover `size` = (height, width) (bicubic,
-    antialiased), and cropped at the centre. Boxes, masks (nearest neighbour) and further images follow it. Boxes that
-    end up partly or wholly outside keep their rows: they are clamped, some to zero area, unless their `clamping_mode`
-    is None.
+    antialiased), and cropped at the centre; far longer images are trimmed before. Boxes, masks (nearest neighbour) and
+    further images follow it. Boxes that end up partly or wholly outside keep their rows: they are clamped, some to zero
+    area, unless their `clamping_mode` is None.
 
     8-bit images stay 8-bit. 16-bit images are mapped from `data_range` to [-1, 1], or without it scaled to 8 bits.
     Float images are mapped from `data_range`, or from the range of their `FloatImage`, to [-1, 1]. ValueError for
@@ -49,7 +65,7 @@ def to_item(item: dict[str, Any], size: tuple[int, int], n_channels: int, data_r
         raise ValueError(f"n_channels is {n_channels}: give 1 (grey) or 3 (RGB)")
     if min(size) < 1:
         raise ValueError(f"size is {size}: give a height and a width of at least 1 pixel")
-    image = to_pixels(item["image"], n_channels, data_range)
+    image = trim(to_pixels(item["image"], n_channels, data_range), size)
     height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
     resized = cover_size(height, width, size)
     return {
@@ -63,7 +79,7 @@ def resize_and_crop(inpt: Any, resized: list[int], size: tuple[int, int]) -> Any
     from torchvision import tv_tensors
     from torchvision.transforms.v2 import functional as F
 
-    out = F.resize(inpt, resized, F.InterpolationMode.BICUBIC, antialias=True)
+    out = F.resize(trim(inpt, size), resized, F.InterpolationMode.BICUBIC, antialias=True)
     out = F.center_crop(out, [*size])
     if isinstance(out, tv_tensors.Image) and out.is_floating_point():
         return tv_tensors.wrap(out.clamp(-1, 1), like=out)  # bicubic interpolation overshoots
@@ -101,6 +117,18 @@ def to_pixels(image: Any, n_channels: int, data_range: ValueRange | None) -> Ima
     if data_range is None:
         raise ValueError("got a float image of unknown range: pass --data_range LOWEST HIGHEST")
     return to_unit_range(pixels, data_range, n_channels)
+
+
+def warn_if_dark(image: Any) -> None:
+    """Warns of a 16-bit image that uses few of its levels, such as a scan of 12 bits."""
+    levels = np.asarray(image)
+    if levels.dtype == np.uint16 and 0 < levels.max() < DARK:
+        highest = (1 << int(levels.max()).bit_length()) - 1
+        warnings.warn(
+            f"the first image has 16 bits but no value above {levels.max()}, which is nearly black in 8 bits: "
+            f"if that is the range of all images, pass --data_range 0 {highest}",
+            stacklevel=2,
+        )
 
 
 def to_unit_range(pixels: np.ndarray, value_range: ValueRange, n_channels: int) -> Tensor:

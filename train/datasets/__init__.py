@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 
 SPLITS = ("train", "val")
-
-
-def is_shell_command(value: Any) -> bool:
-    """Returns whether a setting that names shards would run a shell command or read environment variables."""
-    return isinstance(value, str) and ("pipe:" in value or "${" in value)
+MAX_PIXELS = 89_478_485  # of an image: from here on Pillow warns of files made to exhaust the memory
+PILLOW_MAX_PIXELS = 2 * MAX_PIXELS  # from here on Pillow refuses
 
 
 class UnreadableImage(ValueError):
@@ -57,8 +54,12 @@ class DatasetConfig:
     """Fraction of the images held out for validation, in (0, 1), if the data have no validation split."""
     split_seed: int = 0
     """Seed of the random choice of held-out images."""
+    max_pixels: int = MAX_PIXELS
+    """Image files of more pixels are skipped as unreadable; decoding takes up to 20 bytes per pixel."""
 
     def __post_init__(self):
+        if not 1 <= self.max_pixels <= PILLOW_MAX_PIXELS:
+            raise ValueError(f"max_pixels is {self.max_pixels}, wanted 1 to {PILLOW_MAX_PIXELS}, the limit of Pillow")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction is {self.val_fraction}, wanted a number between 0 and 1, such as 0.05")
         if self.split_seed < 0:
@@ -164,6 +165,11 @@ def files_fingerprint(root: Path, names: Iterable[str], *context: str, times: bo
 def content_fingerprint(dataset: Dataset) -> str:
     """Returns a fingerprint that a copy of the data in another folder shares, whatever its modification times."""
     return dataset.content_fingerprint() if hasattr(dataset, "content_fingerprint") else dataset.fingerprint()
+
+
+def limit_context(max_pixels: int) -> tuple[str, ...]:
+    """Returns what a limit other than the default adds to a fingerprint: it changes which images can be read."""
+    return () if max_pixels == MAX_PIXELS else (f"max_pixels {max_pixels}",)
 
 
 def require_readable(dataset: Dataset, source: Path) -> None:

@@ -1,5 +1,6 @@
 """Decodes image files to grey (8 or 16 bits) or RGB (8 bits)."""
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -8,8 +9,11 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from train.datasets import UnreadableImage
+from train.datasets import MAX_PIXELS, UnreadableImage
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # Pillow knows more, some of which start programs
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")  # those that an image depends on
 # What Pillow raises on damaged files; its UnidentifiedImageError is an OSError.
 DAMAGED = (
     OSError,
@@ -19,23 +23,66 @@ DAMAGED = (
     LookupError,
     EOFError,
     OverflowError,
+    RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
 
 
-def decode(file: str | Path | BinaryIO, name: str = "") -> Image.Image:
+def decode(file: str | Path | BinaryIO, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes an image to mode L, I;16 (grey of more than 8 bits) or RGB, rotated upright by its EXIF orientation.
 
-    Transparent pixels are composited on white. Raises `UnreadableImage` for a file that is missing, truncated or not
-    an image; `name` names an open file in its message.
+    Transparent pixels are composited on white. Raises `UnreadableImage` for a file that is missing, truncated, larger
+    than `max_pixels` or not an image; `name` names an open file in its message.
     """
     try:
-        with Image.open(file) as image:
-            return to_supported_mode(ImageOps.exif_transpose(image))
+        return decode_upright(file, max_pixels)
     except DAMAGED as error:
-        raise UnreadableImage(f"{name or file}: {error}") from error
+        try:  # the pixels of a PNG may be intact
+            return decode_upright(io.BytesIO(without_metadata(file)), max_pixels)
+        except DAMAGED:
+            raise UnreadableImage(f"{name or file}: {error}") from error
+
+
+def open_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Opens an image in one of FORMATS without decoding it; ValueError if it has more than `max_pixels` pixels."""
+    image = Image.open(file, formats=FORMATS)
+    if image.width * image.height > max_pixels:
+        image.close()
+        raise ValueError(
+            f"got {image.width} x {image.height} pixels, wanted at most {max_pixels}: reduce it, or pass --max_pixels N"
+        )
+    return image
+
+
+def decode_upright(file: str | Path | BinaryIO, max_pixels: int) -> Image.Image:
+    """Decodes an image, rotated by its EXIF orientation if that can be read, to a supported mode."""
+    with open_image(file, max_pixels) as image:
+        image.load()
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+        except DAMAGED:
+            pass
+        return to_supported_mode(image)
+
+
+def without_metadata(file: str | Path | BinaryIO) -> bytes:
+    """Returns the content of a PNG file reduced to PNG_CHUNKS; ValueError for other files."""
+    if isinstance(file, str | Path):
+        content = Path(file).read_bytes()
+    else:
+        file.seek(0)
+        content = file.read()
+    if not content.startswith(PNG_SIGNATURE):
+        raise ValueError("not a PNG")
+    kept, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while start < len(content):
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        if content[start + 4 : start + 8] in PNG_CHUNKS:
+            kept.append(content[start:end])
+        start = end
+    return b"".join(kept)
 
 
 def to_supported_mode(image: Image.Image) -> Image.Image:

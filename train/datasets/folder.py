@@ -1,4 +1,4 @@
-"""Folder: your own images, in any tree of jpg, png, webp and bmp files."""
+"""Folder: your own images, in any tree of jpg, png, webp, bmp, gif, tif and avif files."""
 
 import os
 from collections import Counter
@@ -10,17 +10,19 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import numpy as np
 
 from train.datasets import (
+    MAX_PIXELS,
     SPLITS,
     DatasetConfig,
     check_split,
     data_root,
     files_fingerprint,
+    limit_context,
     require_readable,
     train_val_split,
 )
 from train.datasets._decode import decode
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 VAL_FOLDERS = ("valid", "val", "validation", "test")  # the first that exists
 MOST_SUFFIXES = 5  # that are named of the files left out
 
@@ -44,8 +46,10 @@ class ImageFolder:
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, root: Path, names: Sequence[str], classes: Sequence[str], split: str):
-        self.root, self.names, self.classes, self.split = root, names, classes, split
+    def __init__(
+        self, root: Path, names: Sequence[str], classes: Sequence[str], split: str, max_pixels: int = MAX_PIXELS
+    ):
+        self.root, self.names, self.classes, self.split, self.max_pixels = root, names, classes, split, max_pixels
         self.n_classes = len(classes)
         ids = {name: i for i, name in enumerate(classes)}
         self.labels = np.array([ids[class_of(name)] for name in names], np.int64) if classes else None
@@ -54,13 +58,13 @@ class ImageFolder:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item: dict[str, Any] = {"image": decode(self.root / self.names[index])}
+        item: dict[str, Any] = {"image": decode(self.root / self.names[index], max_pixels=self.max_pixels)}
         if self.labels is not None:
             item["label"] = int(self.labels[index])
         return item
 
     def fingerprint(self) -> str:
-        return files_fingerprint(self.root, self.names, self.split, *self.classes)
+        return files_fingerprint(self.root, self.names, self.split, *self.classes, *limit_context(self.max_pixels))
 
     def content_fingerprint(self) -> str:
         return files_fingerprint(self.root, self.names, self.split, *self.classes, times=False)
@@ -110,7 +114,7 @@ def build_split(config: Config, split: str, *, train: Path, val: Path | None, no
         other = train if split == "val" else val
         other_classes = class_names(config, other, list_images(other, config.only_folders).names)
         require_same_classes({root: classes, other: other_classes})
-    dataset = ImageFolder(root, names, classes, split)
+    dataset = ImageFolder(root, names, classes, split, config.max_pixels)
     how = f"a fraction {config.val_fraction:g} is held out" if val is None else f"{val} is for validation"
     dataset.notes = (
         f"images from {train}; {how}",

@@ -3,7 +3,7 @@
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from train.datasets import (
     data_root,
     files_fingerprint,
     folder,
+    limit_context,
     require_readable,
 )
 from train.datasets._decode import decode
@@ -39,8 +40,8 @@ class LMDBImages:
     labels = None
 
     # Not torchvision.datasets.LSUN, which unpickles a cached list of keys from the working directory.
-    def __init__(self, path: Path, split: str):
-        self.path, self.split = path.resolve(), split
+    def __init__(self, path: Path, split: str, max_pixels: int):
+        self.path, self.split, self.max_pixels = path.resolve(), split, max_pixels
         with open_environment(self.path).begin() as transaction:
             self.keys: Sequence[bytes] = list(transaction.cursor().iternext(keys=True, values=False))
         if not self.keys:
@@ -53,10 +54,11 @@ class LMDBImages:
         key = self.keys[index]
         with open_environment(self.path).begin() as transaction:
             data = transaction.get(key)
-        return {"image": decode(io.BytesIO(data), name=f"{self.path} key {key.decode(errors='replace')}")}
+        name = f"{self.path} key {key.decode(errors='replace')}"
+        return {"image": decode(io.BytesIO(data), name, self.max_pixels)}
 
     def fingerprint(self) -> str:
-        return files_fingerprint(self.path, ["data.mdb"], self.split)
+        return files_fingerprint(self.path, ["data.mdb"], self.split, *limit_context(self.max_pixels))
 
     def content_fingerprint(self) -> str:
         return files_fingerprint(self.path, ["data.mdb"], self.split, times=False)
@@ -95,22 +97,23 @@ def build(config: Config, split: str) -> Dataset:
     root = data_root(config, "lsun")
     databases = {name: root / f"{config.category}_{name}_lmdb" for name in SPLITS}
     if any(path.is_dir() for path in databases.values()):
-        return build_database(databases[split], split)
+        return build_database(databases[split], split, config.max_pixels)
     return build_exported(config, root, split)
 
 
-def build_database(path: Path, split: str) -> LMDBImages:
+def build_database(path: Path, split: str, max_pixels: int) -> LMDBImages:
     """Returns one split from its LMDB; FileNotFoundError names the download if it is missing."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is missing: download {DOWNLOAD}{path.name}.zip and unpack it there")
-    dataset = LMDBImages(path, split)
+    dataset = LMDBImages(path, split, max_pixels)
     require_readable(dataset, path)
     return dataset
 
 
 def build_exported(config: Config, root: Path, split: str) -> folder.ImageFolder:
     """Returns one split from image files exported to folders."""
-    images = folder.Config(data_dir=str(root), val_fraction=config.val_fraction, split_seed=config.split_seed)
+    shared = {field.name: getattr(config, field.name) for field in fields(DatasetConfig)}
+    images = folder.Config(**shared | {"data_dir": str(root)})
     train, val = (root / f"{config.category}_{name}" for name in SPLITS)
     if train.is_dir():
         return folder.build_split(images, split, train=train, val=val if val.is_dir() else None)

@@ -19,6 +19,7 @@ from train.data.transforms import (
     to_item,
     to_uint8,
     training_views,
+    warn_if_dark,
 )
 from train.datasets import FloatImage, Ragged, UnreadableImage
 
@@ -55,6 +56,37 @@ def test_the_centre_of_the_long_side_is_kept():
     image[:, 10:20] = 255
     assert (to_item({"image": image}, (10, 10), 1)["image"] == 255).all()
     assert (to_item({"image": image.T.copy()}, (10, 10), 1)["image"] == 255).all()
+
+
+def test_the_cost_of_an_image_does_not_grow_with_its_length(monkeypatch):
+    resized, resize = [], F.resize
+    monkeypatch.setattr(F, "resize", lambda inpt, size, *options, **named: resized.append(size) or resize(inpt, size))
+    for shape in [(30_000, 1), (1, 30_001), (30_000, 3)]:
+        grey, levels = np.full(shape, 200, np.uint8), np.full(shape, 40_000, np.uint16)
+        mask, item = tv_tensors.Mask(torch.from_numpy(grey)), item_with_box(grey, [0, 0, *shape[::-1]], shape)
+        converted = to_item(item | {"mask": mask}, (16, 24), 1)
+        assert (converted["image"] == 200).all() and (converted["mask"] == 200).all()
+        assert converted["boxes"].tolist() == [[0, 0, 24, 16]]
+        assert to_item({"image": levels}, (16, 24), 1, (0, 65535))["image"].unique().item() == pytest.approx(
+            0.2207, 1e-3
+        )
+    assert len(resized) == 12 and max(height * width for height, width in resized) < 40 * 16 * 24
+
+
+@pytest.mark.parametrize("shape", [(1_001, 5), (5, 1_000), (990, 30, 3)])
+def test_a_trimmed_image_shows_what_it_would_in_full(shape, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    trimmed = to_item({"image": image}, (10, 12), 1)["image"].int()
+    monkeypatch.setattr("train.data.transforms.LONGEST", 10_000)
+    assert (trimmed - to_item({"image": image}, (10, 12), 1)["image"].int()).abs().float().mean() < 1
+
+
+def test_a_dark_scan_is_noticed():
+    scan = np.array([[0, 17], [4000, 9]], np.uint16)
+    with pytest.warns(UserWarning, match="no value above 4000, .* pass --data_range 0 4095"):
+        warn_if_dark(Image.fromarray(scan))
+    for image in (scan * 16, scan * 0, scan.astype(np.uint8), Image.fromarray(scan.astype(np.uint8))):
+        warn_if_dark(image)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 24), (24, 16), (7, 30)])

@@ -145,7 +145,7 @@ def test_a_shard_that_changed_since_indexing_is_refused(remote, shard_cache, tin
     assert on_disk(shard_cache) == 0
 
 
-@pytest.mark.parametrize("url", ["pipe:cat {remote}/9.tar", "pipe:cat {remote}/0.tar; exit 3", "nothing://here/0.tar"])
+@pytest.mark.parametrize("url", ["pipe:cat {remote}/9.tar", "pipe:cat {remote}/0.tar; exit 3", "ais://here/0.tar"])
 def test_a_failed_download_is_reported_and_leaves_no_file(remote, shard_cache, url):
     with pytest.raises(FileNotFoundError, match="cannot be downloaded"):
         build(Config(data_dir=url.replace("{remote}", str(remote))), "train")

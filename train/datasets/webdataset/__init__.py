@@ -17,16 +17,18 @@ from torch import Tensor
 
 from train.config import ROOT
 from train.datasets import (
+    MAX_PIXELS,
     SPLITS,
     Blocks,
     DatasetConfig,
     Ragged,
     UnreadableImage,
     check_split,
+    limit_context,
     require_readable,
     train_val_split,
 )
-from train.datasets._decode import DAMAGED, decode
+from train.datasets._decode import DAMAGED, decode, open_image
 from train.datasets.webdataset.shards import Shard, index_shards, list_shards, require_distinct
 from train.datasets.webdataset.store import ShardStore, import_webdataset, is_remote
 from train.datasets.webdataset.tar import SampleSpec
@@ -124,7 +126,7 @@ class TarImages:
                 file.seek(row[f"{ending}_offset"])
                 extra[ending] = file.read(row[f"{ending}_size"])
         where = f"{name} sample {row['key'].decode(errors='replace')}"
-        item: dict[str, Any] = {"image": decode(io.BytesIO(data), name=where)}
+        item: dict[str, Any] = {"image": decode(io.BytesIO(data), where, self.config.max_pixels)}
         if self.labels is not None:
             item["label"] = int(self.labels[index])
         if self.json_fields:
@@ -132,7 +134,10 @@ class TarImages:
             item |= {name: parse_value(fields[name], f"{where}: field {name!r}") for name in self.config.json_fields}
             item |= {name: parse_ids(fields[name], f"{where}: field {name!r}") for name in self.config.id_fields}
             item |= {name: parse_boxes(fields[name], item["image"], where) for name in self.config.box_fields}
-        return item | {field_name(ending): decode_mask(extra[ending], where) for ending in self.config.mask_ext}
+        return item | {
+            field_name(ending): decode_mask(extra[ending], where, self.config.max_pixels)
+            for ending in self.config.mask_ext
+        }
 
     def fingerprint(self) -> str:
         return self.digest(f"{name if is_remote(name) else Path(name).name!r} {stamp}\n" for name, stamp in self.shards)
@@ -142,7 +147,7 @@ class TarImages:
 
     def digest(self, shards: Iterable[str]) -> str:
         """Returns a digest of the list of samples (key, place in its shard, size, label) and of `shards`."""
-        fields = (*self.json_fields, *self.config.mask_ext)
+        fields = (*self.json_fields, *self.config.mask_ext, *limit_context(self.config.max_pixels))
         content = hashlib.sha256(repr((self.split, self.n_classes, self.blocks.sizes, *fields)).encode())
         for shard in shards:
             content.update(shard.encode())
@@ -190,12 +195,12 @@ def parse_boxes(value: Any, image: Image.Image, where: str) -> Tensor:
     return tv_tensors.BoundingBoxes(boxes.reshape(-1, 4), format="XYXY", canvas_size=(image.height, image.width))
 
 
-def decode_mask(content: bytes, where: str) -> Tensor:
+def decode_mask(content: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decodes a label map (H, W): grey levels or palette indices, uint8 or int64."""
     from torchvision import tv_tensors
 
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(io.BytesIO(content), max_pixels) as image:
             if image.mode not in ("1", "L", "P", "I;16", "I"):
                 raise ValueError(f"{where}: its mask has mode {image.mode}, wanted grey or a palette")
             levels = np.array(image)

@@ -13,7 +13,7 @@ import numpy as np
 from filelock import FileLock
 
 from train.datasets.webdataset import tar
-from train.datasets.webdataset.store import ShardStore, file_stamp, import_webdataset, is_remote, short_hash
+from train.datasets.webdataset.store import SCHEMES, ShardStore, expand_pattern, file_stamp, is_remote, short_hash
 
 INDEX_THREADS = 8  # shards indexed in parallel
 
@@ -30,12 +30,14 @@ class Shard(NamedTuple):
 def list_shards(pattern: str, flag: str) -> list[str]:
     """Lists the shards of a brace pattern, glob, folder, file or URL, in order; FileNotFoundError for missing ones."""
     names = []
-    for name in import_webdataset().shardlists.expand_urls(pattern):
+    for name in expand_pattern(pattern):
         if name.startswith("file:"):
             name = urllib.request.url2pathname(urlparse(name).path)
         if is_remote(name):
             names.append(name)
             continue
+        if "://" in name:
+            raise ValueError(f"--{flag} names {name}, wanted files, or URLs that begin with {', '.join(SCHEMES)}")
         path = Path(os.path.expanduser(name))
         files = sorted(path.glob("*.tar")) if path.is_dir() else sorted(map(Path, glob.glob(str(path))))
         if not files:

@@ -4,18 +4,22 @@ Downloads use webdataset's `gopen`; their SHA-256 must be that of the indexed sh
 """
 
 import hashlib
+import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import TimeoutExpired
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
 POLL_SECONDS = 0.05  # between checks for a free slot
+SCHEMES = ("pipe:", *(f"{name}://" for name in ("http", "https", "gs", "hf", "ais", "sftp", "ftps", "scp")))
+MAX_SHARDS, MAX_BRACES = 1_000_000, 50  # of a pattern
 
 
 def import_webdataset():
@@ -27,9 +31,32 @@ def import_webdataset():
     return webdataset
 
 
+def expand_pattern(pattern: str) -> list[str]:
+    """Returns the names in a pattern of shards, as webdataset reads it: `::`, ${NAME} (the variable WDS_NAME), braces.
+
+    ValueError for unbalanced braces, or if they may name more than MAX_SHARDS shards.
+    """
+    sizes = [1 + part.count(",") for part in re.split("[{}]", pattern)]
+    sizes += [1 + abs(int(last) - int(first)) for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)]
+    sizes += [52 for _ in re.findall(r"\{[A-Za-z]\.\.", pattern)]
+    if math.prod(sizes) > MAX_SHARDS or pattern.count("{") > MAX_BRACES:
+        raise ValueError(f"{pattern[:80]} may name more than {MAX_SHARDS} shards: write a shorter range")
+    return import_webdataset().shardlists.expand_urls(pattern)
+
+
+def is_shell_command(value: Any) -> bool:
+    """Returns whether a setting that names shards would run a shell command or read environment variables."""
+    if not isinstance(value, str) or not {":", "$"} & {*value}:  # neither comes out of braces
+        return False
+    try:
+        return "${" in value or any(name.startswith("pipe:") for name in expand_pattern(value))
+    except ValueError:  # what cannot be expanded cannot be read
+        return False
+
+
 def is_remote(name: str) -> bool:
     """Returns whether a shard is a URL or a command, not a local file."""
-    return name.startswith("pipe:") or "://" in name
+    return name.startswith(SCHEMES)
 
 
 def file_stamp(status: os.stat_result) -> str:
@@ -106,7 +133,8 @@ class ShardStore:
         while True:
             with FileLock(self.folder / "room.lock"):
                 downloads = list(self.folder.glob("*.part"))
-                cached = sorted(self.folder.glob("*.tar"), key=lambda path: path.stat().st_mtime_ns)
+                downloaded = self.folder.glob(f"{'[0-9a-f]' * 64}.tar")  # not a user's own shards
+                cached = sorted(downloaded, key=lambda path: path.stat().st_mtime_ns)
                 while cached and len(downloads) + len(cached) >= self.limit:
                     cached.pop(0).unlink()
                 if len(downloads) + len(cached) < self.limit:
