@@ -23,6 +23,7 @@ from models.registry import current_names
 from train.distributed import DistContext, full_tensor, shard_like
 from train.files import fsync, sha256, write_errors_as_oserror, write_text
 from train.loop import HOOK_PREFIX, TrainState
+from vq.weights import UNREADABLE
 
 WEIGHTS, EMA_WEIGHTS, POSTHOC_WEIGHTS = "model.safetensors", "ema.safetensors", "profiles.safetensors"
 STATE_FILE, MANIFEST = "state.pt", "manifest.json"
@@ -335,8 +336,8 @@ def load_train_state(path: Path, state: TrainState) -> None:
         saved = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{file} holds objects other than tensors and numbers; no code was run: {error}") from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    except UNREADABLE as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from error
     try:
         restore_train_state(saved, state, file)
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:

@@ -1,13 +1,23 @@
-"""Atomic file writes and content hashes."""
+"""Atomic file writes, content hashes, and .npz files."""
 
 import hashlib
 import os
+import struct
 import tempfile
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
+
+UNREADABLE_ARRAYS = (  # what numpy.load raises for damaged or encrypted files
+    *(ValueError, TypeError, LookupError, EOFError, OSError, RuntimeError, OverflowError, MemoryError, SyntaxError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError, struct.error),
+)
 
 
 def sha256(path: Path) -> str:
@@ -23,6 +33,25 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_arrays(path: Path, names: Sequence[str], wanted: str) -> dict[str, np.ndarray]:
+    """Reads the arrays of these names that an .npz file has, without unpickling.
+
+    FileNotFoundError, ValueError: no such file, or not one with arrays of numbers; the message ends with `wanted`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is {'a folder' if path.is_dir() else 'not found'}: {wanted}")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no .npz file")
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in names if name in archive.files}
+        if words := [name for name, array in arrays.items() if np.asarray(array).dtype.kind not in "biuf"]:
+            raise ValueError(f"{', '.join(words)} holds no numbers")
+    except UNREADABLE_ARRAYS as error:
+        raise ValueError(f"{path} cannot be read ({error}): {wanted}") from error
+    return arrays
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from train.files import atomic_write
+from train.files import atomic_write, read_arrays
 from train.logging import grid_image
 from train.loop import Batch
 from train.trained_sampler import TrainedSampler
@@ -95,13 +95,8 @@ class SampleWriter:
 
 def read_samples(path: Path) -> dict[str, Tensor]:
     """Reads a samples.npz: "image" uint8 (N, 3, H, W), and "codes", "values" and "labels" if present."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: create it with `python experiments/get_samples.py`")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            content = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a plain .npz file: {error}") from error
+    names, wanted = ("arr_0", "codes", "values", "labels"), "wanted a samples.npz of experiments/get_samples.py"
+    content = {name: torch.from_numpy(array) for name, array in read_arrays(path, names, wanted).items()}
     images = content.pop("arr_0", None)
     if images is None or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) < 2:
         raise ValueError(f"{path}: wanted arr_0, uint8 (N, H, W, 3) with at least 2 images")

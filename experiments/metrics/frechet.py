@@ -1,6 +1,5 @@
 """Fréchet distance between two sets of features, from streamed means and covariances; their files."""
 
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.files import atomic_write
+from train.files import atomic_write, read_arrays
 
 WANTED = "wanted an .npz file with the arrays mu and sigma (and n, if known)"
 
@@ -107,12 +106,12 @@ class Statistics:
 
         FileNotFoundError: no such file. ValueError: the file does not hold valid statistics.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} not found: wanted an .npz file with the arrays mu and sigma")
-        arrays = read_arrays(path, ("mu", "sigma", "n"))
+        arrays = read_arrays(Path(path), ("mu", "sigma", "n"), WANTED)
         if not {"mu", "sigma"} <= arrays.keys():
             raise ValueError(f"{path} lacks mu or sigma: {WANTED}")
         mean, covariance = (torch.from_numpy(arrays[key].astype(np.float64)) for key in ("mu", "sigma"))
+        if arrays.get("n", np.int64(0)).shape:
+            raise ValueError(f"{path} holds {arrays['n'].shape} numbers as n: {WANTED}")
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             shapes = f"mu {tuple(mean.shape)}, sigma {tuple(covariance.shape)}"
             raise ValueError(f"{path} holds {shapes}: wanted (D,) and (D, D)")
@@ -123,15 +122,6 @@ class Statistics:
         loaded._mean = mean
         loaded._scatter = covariance if loaded.count is None else covariance * (loaded.count - 1)
         return loaded
-
-
-def read_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Reads the arrays of these names that an .npz file holds. ValueError: not a valid .npz file."""
-    try:
-        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {key: archive[key] for key in names if key in archive}
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read ({error}): {WANTED}") from error
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
@@ -173,7 +163,7 @@ class Reference(NamedTuple):
         FileNotFoundError: no such file. ValueError: the file does not hold valid statistics or features.
         """
         statistics = Statistics.load(path)
-        array = read_arrays(path, ("features",)).get("features")
+        array = read_arrays(Path(path), ("features",), WANTED).get("features")
         if array is None:
             return cls(statistics, None)
         if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] != len(statistics.mean):

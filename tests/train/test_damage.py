@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import shutil
 from pathlib import Path
 
@@ -180,6 +181,24 @@ def test_a_malicious_file_runs_nothing(tmp_path, name, protocol):
     with pytest.raises(ValueError, match=str(path)):
         load_checkpoint(tmp_path, 7, state_of())
     assert not trace.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+def test_a_damaged_state_with_a_fitting_manifest_is_refused(tmp_path):
+    """torch.load raises errors of many types for files whose checksums fit."""
+    path = save_checkpoint(tmp_path, state_of())
+    content, rng = (path / "state.pt").read_bytes(), random.Random(0)
+    pickled = content.index(b"data.pkl") + 64
+    for _ in range(200):
+        damaged = bytearray(content)
+        for _ in range(rng.randint(1, 4)):
+            damaged[rng.randrange(pickled, pickled + 900)] = rng.randrange(256)
+        (path / "state.pt").write_bytes(damaged)
+        seal(path)
+        try:
+            load_checkpoint(tmp_path, 7, state_of())
+        except ValueError as error:
+            assert str(path) in str(error)
 
 
 def test_a_pickle_inside_a_torch_file_runs_nothing(tmp_path):

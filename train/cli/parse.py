@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import reprlib
 import sys
 from collections.abc import Callable
@@ -28,6 +29,9 @@ from train.registry import did_you_mean, load_plugin, plugin_names
 TYRO_MARKERS = (tyro.conf.OmitArgPrefixes,)
 # Read before the other flags can be parsed.
 IDENTIFYING_FLAGS = {"sampler", "dataset", "reader", "quantizer", "logs_root", "load_dir", "ae_load_dir"}
+OUT_OF_MEMORY = re.compile(
+    "out of memory|allocate memory|not enough memory|ALLOC_FAILED|(calculat|multiplicat)ion over"
+)
 C = TypeVar("C")
 
 
@@ -280,15 +284,25 @@ def run_main(main: Callable[[C], None], config: C) -> None:
     main(config)
 
 
+def describe_error(error: Exception) -> str:
+    """Returns the message of an error that a user can fix."""
+    if isinstance(error, MemoryError | RuntimeError):
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return f"out of memory ({reason}): pass a smaller --batch_size, a smaller network or smaller images"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) or type(error).__name__
+
+
 @contextlib.contextmanager
 def one_line_errors(script: str):
     """Prints errors that a user can fix as one line, and exits with code 2."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        is_system = isinstance(error, OSError) and error.strerror and error.filename is not None
-        text = f"{error.strerror}: {error.filename}" if is_system else str(error) or type(error).__name__
-        print(f"{script}: {' '.join(text.splitlines())}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        print(f"{script}: {' '.join(describe_error(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)

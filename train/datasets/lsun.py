@@ -2,10 +2,13 @@
 
 import io
 import os
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
 
 from train.datasets import (
     SPLITS,
@@ -42,19 +45,23 @@ class LMDBImages:
     # Not torchvision.datasets.LSUN, which unpickles a cached list of keys from the working directory.
     def __init__(self, path: Path, split: str, max_pixels: int):
         self.path, self.split, self.max_pixels = path.resolve(), split, max_pixels
-        with open_environment(self.path).begin() as transaction:
-            self.keys: Sequence[bytes] = list(transaction.cursor().iternext(keys=True, values=False))
-        if not self.keys:
+        try:
+            records = list(iter_records(path / "data.mdb"))
+        except (OSError, struct.error, ValueError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): download it again from {DOWNLOAD}") from error
+        if not records:
             raise ValueError(f"{path} is an empty LMDB: download it again from {DOWNLOAD}")
+        self.keys = [record.key for record in records]
+        self.spans = np.array([(record.offset, record.size) for record in records])
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        key = self.keys[index]
-        with open_environment(self.path).begin() as transaction:
-            data = transaction.get(key)
-        name = f"{self.path} key {key.decode(errors='replace')}"
+        offset, size = self.spans[index].tolist()
+        with (self.path / "data.mdb").open("rb") as file:  # no process keeps it open, so nothing is shared across forks
+            data = read_at(file, offset, size)
+        name = f"{self.path} key {self.keys[index].decode(errors='replace')}"
         return {"image": decode(io.BytesIO(data), name, self.max_pixels)}
 
     def fingerprint(self) -> str:
@@ -64,34 +71,74 @@ class LMDBImages:
         return files_fingerprint(self.path, ["data.mdb"], self.split, times=False)
 
 
-_environments: dict[Path, tuple[int, Any]] = {}
+# The format of LMDB on 64-bit machines: two metas, then pages, whose nodes are found through a list of offsets.
+META = struct.Struct("<16xII16xI84xQQQ")  # magic, version, page size; root of the tree, last page, transaction
+PAGE = struct.Struct("<10xHH2x")  # flags, end of the list of nodes
+NODE = struct.Struct(
+    "<IHH"
+)  # size of the value, or page of the child with the flags as its highest bits; size of the key
+MAGIC, NO_PAGE, BRANCH, LEAF, IN_PAGES = (0xBEEFC0DE, 1), 2**64 - 1, 1, 2, 1
 
 
-def open_environment(path: Path):
-    """Opens the LMDB environment at `path` once per process: LMDB forbids opening it twice or using it across a
-    fork."""
-    pid, environment = _environments.get(path, (None, None))
-    if pid == os.getpid():
-        return environment
-    try:
-        import lmdb
-    except ImportError as error:
-        raise ValueError(f"{path} needs the package lmdb: pip install lmdb, or export its images") from error
-    if environment is not None:
-        environment.close()
-    try:
-        environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
-    except lmdb.Error as error:
-        raise ValueError(f"{path} cannot be opened ({error}): download it again from {DOWNLOAD}") from error
-    _environments[path] = os.getpid(), environment
-    return environment
+class Record(NamedTuple):
+    """A key of an LMDB; its value is the `size` bytes at `offset` of the file."""
+
+    key: bytes
+    offset: int
+    size: int
+
+
+def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
+def iter_records(path: Path) -> Iterator[Record]:
+    """Yields the records of an LMDB's file in the order of their keys; ValueError or struct.error if it is damaged.
+
+    The package lmdb maps the file into memory, where damage ends the process; here every offset is checked.
+    """
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        page_size = META.unpack(read_at(file, 0, META.size))[2]
+        metas = [META.unpack(read_at(file, offset, META.size)) for offset in (0, page_size)]
+        *_, root, last_page, _ = max(metas, key=lambda meta: meta[-1])  # the latest transaction
+        if any(meta[:3] != (*MAGIC, page_size) for meta in metas):
+            raise ValueError("it is no LMDB")
+        if size < (last_page + 1) * page_size:
+            raise ValueError(f"it has {size} of {(last_page + 1) * page_size} bytes")
+        unread, seen = [] if root == NO_PAGE else [root], set()
+        while unread:
+            number = unread.pop()
+            page = read_at(file, number * page_size, page_size) if number <= last_page else b""
+            flags, end = PAGE.unpack_from(page)
+            if number in seen or flags not in (BRANCH, LEAF):
+                raise ValueError(f"page {number} is damaged")
+            seen.add(number)
+            offsets = struct.unpack_from(f"<{(end - PAGE.size) // 2}H", page, PAGE.size)
+            if flags == LEAF:
+                yield from (read_record(page, offset, number * page_size, page_size, size) for offset in offsets)
+            else:
+                children = [NODE.unpack_from(page, offset) for offset in offsets]
+                unread += [low | high << 32 for low, high, _ in reversed(children)]
+
+
+def read_record(page: bytes, offset: int, page_offset: int, page_size: int, file_size: int) -> Record:
+    """Returns the record of a node of a leaf; a large value lies in pages of its own."""
+    size, flags, key_size = NODE.unpack_from(page, offset)
+    start = offset + NODE.size + key_size
+    in_pages = flags == IN_PAGES
+    first = struct.unpack_from("<Q", page, start)[0] * page_size + PAGE.size if in_pages else page_offset + start
+    if flags not in (0, IN_PAGES) or first + size > (file_size if in_pages else page_offset + page_size):
+        raise ValueError(f"the record at byte {page_offset + offset} is damaged")
+    return Record(page[start - key_size : start], first, size)
 
 
 def build(config: Config, split: str) -> Dataset:
     """Returns the images of one split, from the LMDB if data_dir contains one, else from image files.
 
-    FileNotFoundError if data_dir contains only other categories or one split; ValueError for another split, a damaged
-    or empty LMDB, or a missing lmdb package. Raises what `folder` raises.
+    FileNotFoundError if data_dir contains only other categories or one split; ValueError for another split, and for a
+    damaged or empty LMDB. Raises what `folder` raises.
     """
     check_split(split)
     root = data_root(config, "lsun")

@@ -34,7 +34,7 @@ def test_plain_statistics_files_have_no_features(tmp_path, reference):
 WRONG = {
     "width": (np.zeros((3, 5), np.float32), r"features of shape \(3, 5\)"),
     "shape": (np.zeros(4, np.float32), r"wanted floats \(n, 4\), of the width of mu"),
-    "words": (np.full((3, 4), "x"), "wanted floats"),
+    "words": (np.full((3, 4), "x"), "holds no numbers"),
     "nan": (np.full((3, 4), np.nan), "nan or inf"),
     "objects": (np.array([[{}] * 4] * 3), "cannot be read"),
 }

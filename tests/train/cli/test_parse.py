@@ -4,6 +4,7 @@ import dataclasses
 import errno
 
 import pytest
+import torch
 import yaml
 
 from helpers.tiny_runs import call, parse_config
@@ -261,3 +262,25 @@ def test_each_rank_reports_its_own_later_errors(monkeypatch, capfd):
     with pytest.raises(SystemExit):
         call("train_vqgan.py", "")
     assert capfd.readouterr().err == "train_vqgan.py (rank 3): No such file or directory: /nowhere/at/all\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 8 TiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 TiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you\ntrace"),
+        RuntimeError("Storage size calculation overflowed with sizes=[4, 4]"),
+    ],
+)
+def test_too_little_memory_is_one_line(error, capsys):
+    with pytest.raises(SystemExit) as stop, cli.one_line_errors("train.py"):
+        raise error
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1
+    assert lines[0].startswith("train.py: out of memory (") and "pass a smaller --batch_size" in lines[0]
+
+
+def test_other_errors_of_torch_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), cli.one_line_errors("train.py"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from train.datasets.webdataset import tar
 from train.datasets.webdataset.store import SCHEMES, ShardStore, expand_pattern, file_stamp, is_remote, short_hash
+from train.files import UNREADABLE_ARRAYS
 
 INDEX_THREADS = 8  # shards indexed in parallel
 
@@ -91,7 +92,7 @@ def read_index(name: str, path: Path, spec: tar.SampleSpec) -> Shard | None:
         with path.open("rb") as file:
             stamp, rows, *skipped = (np.load(file, allow_pickle=False) for _ in range(2 + spec.skip_incomplete))
             return Shard(name, str(stamp), rows, *(tuple(each.tolist()) for each in skipped))
-    except (FileNotFoundError, EOFError, ValueError):
+    except UNREADABLE_ARRAYS:
         return None
 
 

@@ -1,0 +1,83 @@
+"""Files of arrays that are damaged, foreign or malicious are refused with a message that names them."""
+
+import io
+import random
+import zipfile
+
+import numpy as np
+import pytest
+
+from train.files import read_arrays
+
+WANTED = "wanted what the test wrote"
+
+
+def read(path):
+    return read_arrays(path, ("mu", "n"), WANTED)
+
+
+def npz(**arrays) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def npy(content: object) -> bytes:
+    file = io.BytesIO()
+    np.save(file, content)
+    return file.getvalue()
+
+
+def archive(member: bytes, flags: int = 0) -> bytes:
+    """A zip archive whose member mu.npy has this content, and these flags in its header."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("mu.npy", member)
+    content = bytearray(file.getvalue())
+    content[content.index(b"PK\x01\x02") + 8] |= flags
+    content[6] |= flags
+    return bytes(content)
+
+
+def test_only_the_named_arrays_are_read(tmp_path):
+    (tmp_path / "a.npz").write_bytes(npz(mu=np.arange(3), words=np.array(["a"]), objects=np.array([{}])))
+    assert {name: array.tolist() for name, array in read(tmp_path / "a.npz").items()} == {"mu": [0, 1, 2]}
+
+
+def test_files_of_other_kinds_are_refused(tmp_path):
+    header = b"\x93NUMPY\x01\x00"
+    files = {
+        "empty": b"",
+        "array": npy(np.arange(3)),
+        "pickle": npz(mu=np.array([{}])),
+        "words": npz(mu=np.array(["a"])),
+        "encrypted": archive(npy(np.arange(3)), flags=1),
+        "no array": archive(b"just words"),
+        "empty array": archive(b""),
+        "unfinished header": archive(header + b"\x10\x00{'descr': ((((\n"),
+        "token": archive(header + b"\x03\x00'''"),
+        "large": archive(npy(np.arange(3)).replace(b"(3,), }", b"(9999999999999,), }")[:128]),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} cannot be read .*: {WANTED}"):
+            read(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="is a folder: wanted"):
+        read(tmp_path)
+    with pytest.raises(FileNotFoundError, match="none.npz is not found: wanted"):
+        read(tmp_path / "none.npz")
+
+
+def test_damaged_archives_are_refused_or_read(tmp_path):
+    file, rng = io.BytesIO(), random.Random(0)
+    np.savez_compressed(file, mu=np.arange(50), n=np.int64(3))
+    for content in (file.getvalue(), npz(mu=np.arange(5), n=np.int64(3))):
+        for _ in range(300):
+            damaged = bytearray(content[: rng.choice([len(content), rng.randrange(len(content))])])
+            for _ in range(rng.randint(1, 4) if damaged else 0):
+                damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+            (tmp_path / "damaged.npz").write_bytes(damaged)
+            try:
+                read(tmp_path / "damaged.npz")
+            except ValueError as error:
+                assert "damaged.npz cannot be read" in str(error)
