@@ -294,6 +294,12 @@ def check_free(port: int) -> None:
         raise ValueError(f"port {port} of {HOST} is not available ({error.strerror}): pass --port N") from error
 
 
+def limit_upload_formats() -> None:
+    """Makes this process open images of FORMATS only: gradio opens uploads in every format that Pillow knows."""
+    Image.init()
+    Image.ID[:] = FORMATS
+
+
 def main(config: Config) -> None:
     if config.output.log_dir is not None:
         raise ValueError(f"got log_dir {config.output.log_dir}, but the page saves no results: leave --log_dir out")
@@ -304,8 +310,7 @@ def main(config: Config) -> None:
         raise ValueError("the page needs gradio: pip install -r requirements-extra.txt") from error
 
     trained = load_model(config.model, config.output)
-    Image.init()
-    Image.ID[:] = FORMATS  # gradio opens uploads, which come from anybody, in every format that Pillow knows
+    limit_upload_formats()
     print(f"http://{HOST}:{config.page.port}  (press Ctrl-C to stop)", flush=True)
     open_page(Playground(trained, config.sampling, trained.condition_source(config.sampling)), config)
 

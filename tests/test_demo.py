@@ -14,14 +14,15 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+import demo
 from demo import LocalRequests, show_errors
 from helpers.tiny_runs import ROOT, SAMPLER, call
 
@@ -60,6 +61,16 @@ def test_errors_that_keep_the_page_from_opening_are_one_line(tmp_path, capsys, m
     remedies = ["leave --log_dir out", "pass --port N", "pip install -r requirements-extra.txt", "no run in"]
     assert all(remedy in line and len(line.splitlines()) == 1 for remedy, line in zip(remedies, errors, strict=True))
     assert "wanted 1 to 65535: pass --port N" in refused("--port 70000", capsys)
+
+
+def test_uploads_are_opened_in_the_formats_of_folders_only(monkeypatch):
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    demo.limit_upload_formats()
+    for kind, is_open in (("PNG", True), ("WEBP", True), ("EPS", False), ("TGA", False)):
+        file = io.BytesIO()
+        Image.new("RGB", (4, 4)).save(file, kind)
+        with nullcontext() if is_open else pytest.raises(UnidentifiedImageError):
+            Image.open(file).load()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from helpers.tiny_runs import ROOT
 from train.cli import parse as cli
 from train.cli.plugins import PLUGIN_GROUPS
 from train.config import DataConfig, LoggingConfig, TrainingConfig
+from train.datasets import DatasetConfig
 from train.registry import plugin_names
 from train.samplers import absorbing, ddpm
 from train.samplers._transformer import TransformerConfig
@@ -21,6 +22,7 @@ def test_the_flags_of_data_and_stage_one_are_frozen():
         *("dataset", "reader", "img_size", "img_width", "n_channels", "horizontal_flip", "shift", "crop_margin"),
         *("in_memory", "cache_images", "num_workers", "prefetch", "data_range"),
     }
+    assert cli.flag_names(DatasetConfig) == {"data_dir", "val_fraction", "split_seed", "max_pixels"}
     assert cli.flag_names(VQGANConfig) == {
         *("nf", "ch_mult", "res_blocks", "attn_resolutions", "quantizer", "codebook_size", "emb_dim", "unit_range"),
     }

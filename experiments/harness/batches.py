@@ -178,5 +178,5 @@ def open_batch(path: Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except SafetensorError as error:
+    except (SafetensorError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, and it will be computed again") from error

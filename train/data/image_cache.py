@@ -68,7 +68,7 @@ class CachedImages:
         self.path, self.dtype = path, metadata.get("dtype", "uint8")
         self.shape = metadata["count"], *metadata["shape"]
         self.unreadable = {int(index): message for index, message in metadata["unreadable"].items()}
-        self.numbers: dict[str, list[int | float]] = metadata["numbers"]
+        self.numbers: dict[str, list[int | float]] = dict(metadata["numbers"])
         self.records = Records(path.with_suffix(RECORDS_SUFFIX), metadata["count"]) if "records" in metadata else None
         self.pixels: np.memmap | None = None
 
@@ -130,13 +130,15 @@ def outdated_caches(folder: Path, name: str) -> list[Path]:
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
-    """Reads the metadata of a finished cache; None if one of its files is missing or has another size."""
+    """Reads the metadata of a finished cache; None if they are damaged, or a file is missing or has another size."""
     try:
         metadata = json.loads(path.with_suffix(".json").read_text())
         dtype = np.dtype(metadata.get("dtype", "uint8"))
         complete = path.stat().st_size == metadata["count"] * int(np.prod(metadata["shape"])) * dtype.itemsize
         complete &= "records" not in metadata or path.with_suffix(RECORDS_SUFFIX).stat().st_size == metadata["records"]
-    except (FileNotFoundError, ValueError):
+        if metadata.get("version") == VERSION:
+            CachedImages(path, metadata)  # fails if a field is missing or of another type
+    except (FileNotFoundError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return None
     return metadata if complete else None
 

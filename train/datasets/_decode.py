@@ -51,7 +51,8 @@ def open_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Ima
     if image.width * image.height > max_pixels:
         image.close()
         raise ValueError(
-            f"got {image.width} x {image.height} pixels, wanted at most {max_pixels}: reduce it, or pass --max_pixels N"
+            f"got {image.width} x {image.height} pixels, wanted at most {max_pixels}: reduce it, or raise the "
+            "--max_pixels of the data set"
         )
     return image
 

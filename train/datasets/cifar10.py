@@ -86,5 +86,6 @@ MALFORMED = (
     TypeError,
     ValueError,
     OverflowError,
+    MemoryError,
     struct.error,
 )

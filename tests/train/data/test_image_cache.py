@@ -72,6 +72,15 @@ def test_changing_an_item_does_not_change_the_cache(dataset, tmp_path):
     assert same_as_decoded(source)
 
 
+def test_a_cache_with_a_damaged_note_is_rebuilt(dataset, tmp_path):
+    note = ImageSource(dataset, CONFIG, tmp_path).disk_cache.path.with_suffix(".json")
+    intact = json.loads(note.read_text())
+    changes = [intact | {key: value} for key, value in (("numbers", 3), ("unreadable", None), ("count", "x"))]
+    for damaged in ["[]", "null", "{}", "[" * 99_999, *map(json.dumps, changes)]:
+        note.write_text(damaged)
+        assert same_as_decoded(ImageSource(dataset, CONFIG, tmp_path))
+
+
 @pytest.mark.parametrize("damage", ["cut", "longer", "gone", "note cut", "note gone"])
 def test_an_incomplete_cache_is_rebuilt(dataset, tmp_path, damage):
     path = ImageSource(dataset, CONFIG, tmp_path).disk_cache.path

@@ -96,6 +96,16 @@ def test_samples_without_the_fields_are_refused(tmp_path, tiny, content, message
             [dataset[i] for i in range(len(dataset))]
 
 
+def test_values_of_another_kind_than_a_field_takes_are_refused(tmp_path, tiny):
+    values = [b'"words"', b"null", b'[["a"]]', b"[[1, 2], [3]]", b"[99999999999999999999]", b"[" * 99_999]
+    for number, value in enumerate(values):
+        members = {"a.png": tiny.png(), "b.png": tiny.png()} | dict.fromkeys(("a.json", "b.json"), b'{"x": %s}' % value)
+        folder = tiny.save_shard(tmp_path / f"{number}" / "one.tar", members).parent
+        for fields in ({"box_fields": ("x",)}, {"id_fields": ("x",)}):
+            with pytest.raises(ValueError, match="one.tar sample "):
+                build(Config(data_dir=str(folder), **fields), "train")[0]
+
+
 RESERVED_FIELDS = [{"json_fields": ("label",)}, {"box_fields": ("image",)}, {"mask_ext": ("label.png",)}]
 
 

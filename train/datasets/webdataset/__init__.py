@@ -160,7 +160,7 @@ def read_json_fields(content: bytes, names: Sequence[str], where: str) -> dict[s
     try:
         fields = json.loads(content)
         return {name: fields[name] for name in names}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{where}: its .json does not have all of {', '.join(names)} ({error}): see --json_fields"
         ) from error
@@ -171,7 +171,7 @@ def parse_value(value: Any, what: str) -> Any:
     if isinstance(value, int | float | str):
         return value
     if isinstance(value, list) and value and all(isinstance(each, int | float) for each in value):
-        return torch.tensor(value)
+        return to_tensor(value, what)
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
         wanted = "a number, a string, or a list of them (boxes: --box_fields; lists of varying length: --id_fields)"
         raise ValueError(f"{what} is {str(value)[:60]}, wanted {wanted}")
@@ -182,14 +182,22 @@ def parse_ids(value: Any, what: str) -> Tensor:
     """Converts a list of integers to a `Ragged` tensor (n,) int64."""
     if not isinstance(value, list) or not all(type(each) is int for each in value):
         raise ValueError(f"{what} is {str(value)[:60]}, wanted a list of integers")
-    return Ragged(torch.tensor(value, dtype=torch.int64))
+    return Ragged(to_tensor(value, what, torch.int64))
+
+
+def to_tensor(value: Any, what: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Converts a JSON value to a tensor; ValueError for anything but numbers of the dtype's range."""
+    try:
+        return torch.tensor(value, dtype=dtype)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{what} is {str(value)[:60]}, wanted numbers ({error})") from error
 
 
 def parse_boxes(value: Any, image: Image.Image, where: str) -> Tensor:
     """Converts boxes (n, 4), left, top, right, bottom in pixels, to `BoundingBoxes`; n may be 0."""
     from torchvision import tv_tensors
 
-    boxes = torch.as_tensor(value, dtype=torch.float32)
+    boxes = to_tensor(value, f"{where}: a field of boxes", torch.float32)
     if boxes.numel() and (boxes.ndim != 2 or boxes.shape[1] != 4):
         raise ValueError(f"{where}: got boxes {tuple(boxes.shape)}, wanted (n, 4): left, top, right, bottom in pixels")
     return tv_tensors.BoundingBoxes(boxes.reshape(-1, 4), format="XYXY", canvas_size=(image.height, image.width))

@@ -168,7 +168,7 @@ def read_label(tar: tarfile.TarFile, where: str, members: dict[str, tarfile.TarI
         label: Any = int(content) if spec.label_from == "cls" else json.loads(content)
         if spec.label_from == "json":
             label = label[spec.label_field] if isinstance(label, dict) else None
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         label = None
     if type(label) is not int or not 0 <= label < 2**31:
         field = f" field {spec.label_field!r}" if spec.label_from == "json" else ""
