@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from train.datasets import MAX_PIXELS, UnreadableImage
 
@@ -46,8 +46,11 @@ def decode(file: str | Path | BinaryIO, name: str = "", max_pixels: int = MAX_PI
 
 
 def open_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Opens an image in one of FORMATS without decoding it; ValueError if it has more than `max_pixels` pixels."""
-    image = Image.open(file, formats=FORMATS)
+    """Opens an image without decoding it; ValueError unless it is in one of FORMATS and has at most `max_pixels`."""
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:  # its message tells the address of an open file
+        raise ValueError(f"its content is none of {', '.join(FORMATS)}, or damaged") from error
     if image.width * image.height > max_pixels:
         image.close()
         raise ValueError(

@@ -135,7 +135,7 @@ def test_postscript_starts_no_program(monkeypatch):
     started = []
     monkeypatch.setattr("subprocess.Popen", lambda *args, **options: started.append(args))
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
-    with pytest.raises(UnreadableImage, match="cannot identify image file"):
+    with pytest.raises(UnreadableImage, match="x.png: its content is none of JPEG, PNG"):
         decode(io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"), name="x.png")
     assert not started
 
