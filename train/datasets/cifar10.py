@@ -47,7 +47,8 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         pixels, labels = batch[b"data"], np.asarray(batch[b"labels"])
         images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     except MALFORMED as error:
-        raise ValueError(f"{path} is not a CIFAR-10 batch ({error}): unpack {DOWNLOAD} again") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path} is not a CIFAR-10 batch ({reason}): unpack {DOWNLOAD} again") from error
     valid = pixels.dtype == np.uint8 and labels.dtype.kind == "i" and labels.shape == (len(images),) and len(images)
     if not valid or labels.min() < 0 or labels.max() > 9:
         raise ValueError(

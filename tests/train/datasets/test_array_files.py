@@ -185,6 +185,7 @@ def test_the_unpickler_refuses_functions(name, tmp_path):
     [
         b"",
         b"no pickle",
+        b"\x80\x04\x8e" + (1 << 55).to_bytes(8, "little"),  # announces more bytes than there is memory
         pickle.dumps([1, 2], protocol=4),
         pickle.dumps({b"labels": [1]}, protocol=4),
         pickle.dumps({b"data": np.zeros((1, 3072), np.float32), b"labels": [1]}, protocol=4),
