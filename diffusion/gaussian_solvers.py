@@ -24,6 +24,7 @@ from diffusion.types import OnStep, Prediction
 
 FEW_STEPS = 20  # default number of steps of solvers that need few
 MIN_HALF_LOGSNR = -5.1  # smallest log(alpha / sigma), as DPM-Solver++ clips cosine
+LONG_STEP = 2.1  # steps this many times as long as the one before, in h, bound the extrapolation of x_0
 
 
 def step_times(process: ContinuousProcess, steps: int, spacing: str = "uniform") -> list[float]:
@@ -249,11 +250,19 @@ class PreviousStep(NamedTuple):
     h: Tensor
 
 
-def extrapolate_x0(x0: Tensor, previous: PreviousStep | None, c: StepCoefficients, s: float) -> Tensor:
-    """Extrapolates x_0 (B, C, H, W) linearly to the middle of the step; returns x0 in the first and the last step."""
+def extrapolate_x0(
+    x0: Tensor, previous: PreviousStep | None, c: StepCoefficients, s: float, eta: float = 0.0
+) -> Tensor:
+    """Extrapolates x_0 (B, C, H, W) linearly to the middle of the step; returns x0 in the first and the last step.
+
+    In a LONG_STEP no further than to sigma = 0 along (sigma / alpha)^2, in which x_0 is linear near the data; for eta 1
+    half as far, which keeps the variance there: x_0 then moves at random, and a line would carry its noise on.
+    """
     if previous is None or s == 0:
         return x0
-    return x0 + c.h / (2 * previous.h) * (x0 - previous.x0)  # x0 after alpha = 0, where previous.h is infinite
+    factor = c.h / (2 * previous.h)  # 0 after alpha = 0, where previous.h is infinite
+    bounded = torch.minimum(factor, 1 / torch.expm1(2 * previous.h) / (1 + eta))
+    return x0 + torch.where(c.h > LONG_STEP * previous.h, bounded, factor) * (x0 - previous.x0)
 
 
 @torch.no_grad()
@@ -293,7 +302,7 @@ def dpmpp_2m_sde(
         x0, c = denoise(x, expand(t, x)).x0, step_coefficients(process, t, s)
         std = c.sigma_s * (1 - c.exp_neg_h ** (2 * eta)).sqrt()
         noise = std * rng.normal(x.shape).to(x.dtype)
-        x = x0_step(x, extrapolate_x0(x0, previous, c, s), c, eta) + noise
+        x = x0_step(x, extrapolate_x0(x0, previous, c, s, eta), c, eta) + noise
         previous = PreviousStep(x0, c.h)
         x = x if on_step is None else on_step(i, t, s, x, x0)
     return x

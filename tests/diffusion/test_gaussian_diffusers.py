@@ -4,6 +4,8 @@ Its step k is our t = (k + 1) / T. Its tables are float32, with four digits of a
 replaced by ours in float64, so that the formulas are tested rather than rounding. The last test keeps them.
 """
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -207,8 +209,9 @@ def test_ddim(schedule, prediction, spacing, eta):
 @each_multistep_case
 @each_spacing
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
-def test_dpm_solver_plus_plus(schedule, prediction, spacing, algorithm):
-    """Theirs rounds x to float32 between steps."""
+def test_dpm_solver_plus_plus(schedule, prediction, spacing, algorithm, monkeypatch):
+    """Theirs rounds x to float32 between steps, and bounds no extrapolation."""
+    monkeypatch.setattr(solvers, "LONG_STEP", math.inf)
     process = GaussianDiffusion(SCHEDULES[schedule][0], prediction)
     options = {"algorithm_type": algorithm, "solver_type": "midpoint", "final_sigmas_type": "zero"}
     scheduler, steps = scheduler_of("DPMSolverMultistepScheduler", process, schedule, spacing, **options)
@@ -220,7 +223,11 @@ def test_dpm_solver_plus_plus(schedule, prediction, spacing, algorithm):
 @each_multistep_case
 @each_spacing
 def test_unipc(schedule, prediction, spacing, monkeypatch):
-    """Theirs takes 1/2 for the weight of the first correction, ours the integral: both are second order."""
+    """Theirs takes 1/2 for the weight of the first correction, ours the integral: both are second order.
+
+    Theirs bounds no extrapolation.
+    """
+    monkeypatch.setattr(solvers, "LONG_STEP", math.inf)
     process = GaussianDiffusion(SCHEDULES[schedule][0], prediction)
     scheduler, steps = scheduler_of("UniPCMultistepScheduler", process, schedule, spacing, solver_type="bh2")
     result = run_theirs(scheduler, process, initial_noise(process))

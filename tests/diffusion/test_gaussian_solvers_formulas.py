@@ -78,7 +78,7 @@ def terms(process, times):
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 def test_two_step_multistep_solvers_are_their_published_updates(eta):
     """Lu et al. 2022, algorithm 2, and its SDE form, written in lambda; the last step to 0 returns the data."""
-    times, noise = step_times(PROCESS, 6, "linspace"), Streams([4])
+    times, noise = step_times(PROCESS, 6, "karras"), Streams([4])
     alpha, sigma, lambda_ = terms(PROCESS, times)
     denoise, x, previous = TWO.denoiser(PROCESS), GRID, None
     for i in range(5):
@@ -90,19 +90,17 @@ def test_two_step_multistep_solvers_are_their_published_updates(eta):
         noise_scale = sigma[i + 1] * (-torch.expm1(-2 * eta * h)).sqrt()
         x, previous = x_s + noise_scale * noise.normal(GRID.shape).double(), data
     expected = denoise(x, torch.tensor(times[5:6])).x0
-    result = solve_in_steps(
-        dpmpp_2m_sde, denoise, PROCESS, GRID, steps=6, rng=Streams([4]), spacing="linspace", eta=eta
-    )
+    result = solve_in_steps(dpmpp_2m_sde, denoise, PROCESS, GRID, steps=6, rng=Streams([4]), spacing="karras", eta=eta)
     assert torch.allclose(result, expected, atol=1e-9)
     if eta == 0:
         assert torch.allclose(
-            solve_in_steps(dpmpp_2m, denoise, PROCESS, GRID, steps=6, rng=Streams([4]), spacing="linspace"), expected
+            solve_in_steps(dpmpp_2m, denoise, PROCESS, GRID, steps=6, rng=Streams([4]), spacing="karras"), expected
         )
 
 
 def test_unipc_is_its_published_update():
     """Zhao et al. 2023, data prediction with B(h) = e^h - 1: UniP-2, then UniC with its linear system solved."""
-    times = step_times(PROCESS, 6, "linspace")
+    times = step_times(PROCESS, 6, "karras")
     alpha, sigma, lambda_ = terms(PROCESS, times)
     denoise = TWO.denoiser(PROCESS)
     x, data, previous = GRID, denoise(GRID, torch.tensor(times[:1])).x0, None
@@ -121,7 +119,7 @@ def test_unipc_is_its_published_update():
         else:
             rho = torch.stack([torch.zeros_like(h), b[0]])
         x, previous, data = base - alpha[i + 1] * phi * (rho[0] * difference + rho[1] * (next_x0 - data)), data, next_x0
-    result = solve_in_steps(unipc, denoise, PROCESS, GRID, steps=6, rng=Streams([0]), spacing="linspace")
+    result = solve_in_steps(unipc, denoise, PROCESS, GRID, steps=6, rng=Streams([0]), spacing="karras")
     assert torch.allclose(result, data, atol=1e-9)
 
 

@@ -6,8 +6,17 @@ import torch
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import GaussianDiffusion, cosine, linear, with_zero_terminal_snr
-from diffusion.gaussian_solvers import SPACINGS, step_times
-from helpers.toy_gaussians import Circle
+from diffusion.gaussian_solvers import (
+    LONG_STEP,
+    SPACINGS,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    heun,
+    step_coefficients,
+    step_times,
+    unipc,
+)
+from helpers.toy_gaussians import Circle, Mixture, sampled_variance
 
 PROCESS = GaussianDiffusion(linear(1000))
 PROCESSES = {
@@ -16,6 +25,7 @@ PROCESSES = {
     "circle": Circle(),
     "flow": RectifiedFlow(),
     "edm": EDM(),
+    "flow_shifted": RectifiedFlow(shift=3.0),
 }
 
 
@@ -68,3 +78,36 @@ def test_wrong_steps_and_spacings_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             step_times(PROCESS, steps, spacing)
+
+
+# Multistep solvers
+
+
+@pytest.mark.parametrize("spacing", ["uniform", "leading", "linspace", "quadratic", "logsnr"])
+@pytest.mark.parametrize("name", [name for name in PROCESSES if name != "edm"])
+def test_multistep_solvers_are_near_heun_in_any_spacing(name, spacing):
+    """Unbounded, the long last step extrapolated x_0 to deviations of 0.62 (dpmpp_2m, unipc) and 0.86 (sde), not 0.5.
+
+    What remains is the error of steps that are not long, as in the default spacings.
+    """
+    data = Mixture((1.0,), (0.0,), 0.25)
+    deviation = {
+        solve: sampled_variance(solve, PROCESSES[name], data, 20, spacing=spacing) ** 0.5
+        for solve in (heun, dpmpp_2m, unipc, dpmpp_2m_sde)
+    }
+    coarse = (name, spacing) == ("flow_shifted", "quadratic")
+    for solve, tolerance in (
+        (dpmpp_2m, 0.032 if coarse else 0.02),
+        (unipc, 0.02),
+        (dpmpp_2m_sde, 0.12 if coarse else 0.08),
+    ):
+        assert deviation[solve] == pytest.approx(deviation[heun], rel=tolerance)
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_no_step_of_a_default_spacing_is_bounded(process):
+    """So that these samples stay what they were."""
+    for steps in (2, 3, 4, 5, 10, 20, 50, 250):
+        times = step_times(process, steps, process.default_spacing)[:-1]
+        h = torch.stack([step_coefficients(process, t, s).h for t, s in zip(times[:-1], times[1:], strict=True)])
+        assert (h[1:] <= LONG_STEP * h[:-1]).all()
