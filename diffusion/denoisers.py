@@ -72,8 +72,9 @@ def guided(
         frac = None if schedule == "constant" else GUIDANCE_SCHEDULES[schedule](t)
         result = lerp_chain(preds, [scale if frac is None else 1 + (scale - 1) * frac for scale in scales])
         if rescale:
-            std_ratio = preds[-1].x0.flatten(1).std(1) / result.x0.flatten(1).std(1)  # (B,)
-            factor = 1 + rescale * (std_ratio - 1)
+            wanted, std = (pred.x0.flatten(1).std(1) for pred in (preds[-1], result))  # (B,)
+            flat = std <= 1e-5 * result.x0.flatten(1).abs().amax(1)  # up to rounding: stays as it is
+            factor = 1 + rescale * (wanted / std - 1).masked_fill(flat, 0)
             result = process.with_x0(result, result.x0 * factor.view(-1, *[1] * (x.ndim - 1)), x, t)
         return result if inside is None else lerp_chain([preds[-1], result], [inside.float()])
 

@@ -171,7 +171,8 @@ class GaussianDiffusion(ContinuousProcess):
 
         `loss_weight`, (B,), (B, H, W) or broadcastable with four axes, multiplies the loss, but not the metric vlb.
         simple: |target - output|^2.
-        min_snr: simple with the weight of Hang et al. 2023, which is min(SNR, gamma) on the error of x_0.
+        min_snr: simple with the weight of Hang et al. 2023, which is min(SNR, gamma) on the error of x_0; with zero
+        terminal SNR at least 1 (Salimans & Ho 2022), or nothing would be learned at t = 1, where sampling starts.
         vlb: T times the term of the bound at t, in bits per dimension; its mean over t is the bound without prior term.
         hybrid: simple plus 0.001 vlb, the latter training the variance only (Nichol & Dhariwal 2021, eq. 16).
         """
@@ -201,10 +202,14 @@ class GaussianDiffusion(ContinuousProcess):
             )
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
-        """Weight on the error of the network's target that equals min(SNR, gamma) on the error of x_0: (B,) float64."""
+        """Weight on the error of the network's target that equals min(SNR, gamma) on the error of x_0: (B,) float64.
+
+        With zero terminal SNR it equals min(max(SNR, 1), gamma).
+        """
         alpha, sigma = self.alpha(t), self.sigma(t)
         x0_per_output = {"eps": sigma / alpha, "x0": torch.ones_like(alpha), "v": sigma}[self.prediction]
-        return (alpha / sigma).square().clamp(max=gamma) * x0_per_output**2
+        floor = 1 if self.alpha_bar[-1] == 0 else 0
+        return (alpha / sigma).square().clamp(floor, gamma) * x0_per_output**2
 
     def bound_term(self, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Term of the variational bound for the step from t = i/T to (i - 1)/T: (B,) bits per dimension."""

@@ -99,6 +99,20 @@ def test_rescale_moves_the_std_of_x0_to_the_conditional(rescale):
     assert torch.allclose(pred.x0 / plain, (pred.x0 / plain)[:, :1, :1, :1].expand_as(plain))
 
 
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_rescaling_leaves_a_flat_x0_as_it_is(value):
+    """Its standard deviation is 0, or in float32 rounding errors."""
+    x, flat = X.float(), torch.full(X.shape, value)
+    denoise = guided(
+        lambda x, t, c: Prediction(flat.repeat(2, 1, 1, 1), x),
+        [WEAK_IDS, STRONG_IDS],
+        [2.0],
+        rescale=1,
+        process=PROCESS,
+    )
+    assert torch.allclose(denoise(x, T).x0, flat)
+
+
 def test_rescaling_without_the_process_is_refused():
     with pytest.raises(ValueError, match="pass process="):
         guided(Denoiser(), [WEAK_IDS, STRONG_IDS], [2.0], rescale=0.5)

@@ -205,6 +205,20 @@ def test_min_snr_has_the_three_published_weights():
         assert torch.allclose(GaussianDiffusion(LINEAR, prediction).min_snr_weight(t, 5.0), weight, rtol=1e-9)
 
 
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+def test_min_snr_learns_where_sampling_starts(prediction):
+    """With zero terminal SNR the paper's weight is 0 at t = 1; here it is that of the simple loss."""
+    t = torch.arange(1, 1001) / 1000
+    process = GaussianDiffusion(with_zero_terminal_snr(LINEAR), prediction)
+    weight, snr = process.min_snr_weight(t, 5.0), (process.alpha(t) / process.sigma(t)).square()
+    assert weight[-1] == 1 and weight.min() > 1e-4
+    usual = snr > 1
+    assert torch.allclose(
+        weight[usual] * (snr + 1 if prediction == "v" else 1 + 0 * snr)[usual], snr[usual].clamp(max=5)
+    )
+    assert process.min_snr_weight(t[-1:], 0.5) == 0.5  # gamma wins
+
+
 def test_of_the_hybrid_loss_the_bound_moves_the_variance_alone(batch):
     x0, noise, t = batch
     process, generator = GaussianDiffusion(LINEAR, variance="learned_range"), torch.Generator().manual_seed(1)

@@ -71,7 +71,8 @@ class Config(ConditionsConfig):
     loss_type: Literal["auto", "simple", "min_snr", "hybrid", "vlb"] = "auto"
     """auto: hybrid if the variance is learned, else simple, which for edm and flow is the paper's loss."""
     min_snr_gamma: float = 5.0
-    """loss min_snr: upper limit of the weight on the error of x0."""
+    """loss min_snr: upper limit of the weight on the error of x0; with zero_terminal_snr the lower limit is 1, so that
+    the first step of sampling is learned."""
     time_sampler: Literal["uniform", "low_discrepancy", "loss_second_moment"] = "low_discrepancy"
     """Training times: independent, spread evenly over the batch, or in proportion to their loss (gaussian, vlb)."""
     time_embedding: Literal["time", "noise_level"] = "time"
