@@ -6,12 +6,13 @@ import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import tyro
 from torch import Tensor, nn
 
+from models.ranges import NOT_NEGATIVE, check_ranges
 from train.checkpoint import save_checkpoint, saved_steps
 from train.cli.parse import first_stage_data, one_line_errors, run_script
 from train.cli.values import peek_flag
@@ -48,9 +49,10 @@ class ConversionConfig:
     step: int | None = None
     """Training step of the checkpoint; None: the step in the name of a .th file, else 0."""
 
+    RANGES: ClassVar = {"step": NOT_NEGATIVE}
+
     def __post_init__(self):
-        if self.step is not None and self.step < 0:
-            raise ValueError(f"got step {self.step}, wanted at least 0: pass --step N")
+        check_ranges(self)
 
     @property
     def checkpoint_step(self) -> int:

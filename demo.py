@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 
@@ -23,6 +23,7 @@ from experiments.playground import (
     escape_markdown,
     flags_to_labels,
 )
+from models.ranges import check_ranges
 from train.cli.parse import run_script
 from train.config import SamplingConfig
 from train.datasets._decode import FORMATS, decode, to_grey_or_rgb
@@ -47,9 +48,10 @@ class PageConfig:
     port: int = 7860
     """Port of the page, http://127.0.0.1:PORT."""
 
+    RANGES: ClassVar = {"port": "[1, 65535]"}
+
     def __post_init__(self):
-        if not 1 <= self.port <= 65535:
-            raise ValueError(f"got port {self.port}, wanted 1 to 65535: pass --port N")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ codes masked at the start, sigma the probability that a revealed code is masked 
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -201,6 +201,8 @@ class ConfidenceOptions(SolverOptions):
     choice_temp: float | None = None
     """confidence: scale of the Gumbel noise added to the confidences; decreases linearly to 0 (4.5)."""
 
+    RANGES: ClassVar = {"choice_temp": "[0, inf)"}
+
 
 @torch.no_grad()
 def confidence(
@@ -220,7 +222,7 @@ def confidence(
     vanishes at s = 0. Of the M codes masked at the start, floor(m(s) M) are masked after the step to s, but every step
     keeps at least one.
     """
-    if choice_temp < 0:
+    if not choice_temp >= 0:
         raise ValueError(f"got choice temperature {choice_temp}, wanted 0 or more: pass --choice_temp X")
     num_masked = (x == process.mask).flatten(1).sum(1)  # (B,)
     for i, (t, s) in enumerate(pairwise(times)):
@@ -268,6 +270,8 @@ class RemaskOptions(SolverOptions):
     """remask: how the remasking probability is set (rescale)."""
     remask_eta: float | None = None
     """remask: the largest probability per step (cap), or a fraction of the largest possible one (0.05)."""
+
+    RANGES: ClassVar = {"remask_eta": "[0, 1]"}
 
 
 @torch.no_grad()

@@ -48,11 +48,15 @@ def guided(
     kind with a classmethod `cat`, or None. All conditions with a nonzero coefficient are evaluated in one batched
     network call. For a Prediction, x0 and eps are guided, and a learned variance is that of the last condition.
 
-    interval: guide only where lo <= t <= hi, and use the last condition elsewhere (Kynkaanniemi et al. 2024).
+    interval: guide only where lo <= t <= hi, and use the last condition elsewhere (Kynkaanniemi et al. 2024). Times run
+    from 0 to the start of `process`, or without one to 1.
     schedule: key of GUIDANCE_SCHEDULES; a scale at t is 1 + (scale - 1) f(t); f rises to 1 at t = 0.
     rescale: fraction in [0, 1] by which each example's standard deviation of the guided x0 is moved to that of the last
     condition's x0; needs `process` to recompute eps. (Lin et al. 2024, section 3.4, rescale the network's output.)
     """
+    check_interval(interval, 1.0 if process is None else process.start)
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"got guidance rescale {rescale}, wanted 0 to 1: pass --guidance_rescale X")
     if len(conditions) != len(scales) + 1:
         raise ValueError(f"got {len(conditions)} conditions and {len(scales)} scales, wanted one scale for each pair")
     if rescale and process is None:
@@ -79,6 +83,14 @@ def guided(
         return result if inside is None else lerp_chain([preds[-1], result], [inside.float()])
 
     return guided_denoise
+
+
+def check_interval(interval: tuple[float, float] | None, start: float = 1.0) -> None:
+    """Raises ValueError for an interval of times that is reversed or outside [0, start]."""
+    if interval is not None and not 0 <= interval[0] <= interval[1] <= start:
+        got = " ".join(map(str, interval))
+        wanted = f"two times from 0 to {start:g}, the lower first"
+        raise ValueError(f"got guidance interval {got}, wanted {wanted}: pass --guidance_interval LOW HIGH")
 
 
 def drop_unused(conditions: list[C], scales: list[float], keep_last: bool) -> tuple[list[C], list[float]]:

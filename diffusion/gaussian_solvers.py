@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -173,6 +173,14 @@ class EtaOptions(SolverOptions):
     eta: float | None = None
     """ddim, dpmpp_2m_sde: amount of noise added per step, 0 (none) to 1; default: 0 for ddim, 1 for dpmpp_2m_sde."""
 
+    RANGES: ClassVar = {"eta": "[0, 1]"}
+
+
+def check_eta(eta: float) -> None:
+    """Raises ValueError for an amount of noise outside [0, 1]."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"got eta {eta}, wanted 0 (deterministic) to 1 (ancestral)")
+
 
 @torch.no_grad()
 def ddim(
@@ -186,8 +194,7 @@ def ddim(
     eta: float = 0.0,
 ) -> Tensor:
     """DDIM (Song et al. 2021): deterministic for eta 0, ddpm with fixed_small for eta 1."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"got eta {eta}, wanted 0 (deterministic) to 1 (ancestral)")
+    check_eta(eta)
     for i, (t, s) in enumerate(pairwise(times)):
         pred, c = denoise(x, expand(t, x)), step_coefficients(process, t, s)
         variance = eta**2 * process.posterior_variance(torch.tensor(t), torch.tensor(s)).clamp(min=0)
@@ -297,6 +304,7 @@ def dpmpp_2m_sde(
     eta: float = 1.0,
 ) -> Tensor:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022): adds noise in each step; eta 0 is dpmpp_2m."""
+    check_eta(eta)
     previous = None
     for i, (t, s) in enumerate(pairwise(times)):
         x0, c = denoise(x, expand(t, x)).x0, step_coefficients(process, t, s)

@@ -17,7 +17,8 @@ class SolverOptions:
     """Base class of solver options.
 
     A field is a keyword of the solver, a flag, a key of config.yaml and a control of the demo page, with its docstring
-    as help; its default is None, for the solver's own default.
+    as help; its default is None, for the solver's own default. `RANGES` holds the range of each number, by name, in
+    mathematical notation: {"eta": "[0, 1]"}.
     """
 
 

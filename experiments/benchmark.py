@@ -11,7 +11,7 @@ nothing is written.
 import dataclasses
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import _root
 import torch
@@ -33,6 +33,7 @@ from experiments.metrics.throughput import (
 )
 from experiments.metrics.workloads import Trainee, draw_samples, time_decoding, time_full_steps
 from models.blocks import count_parameters
+from models.ranges import MILLION, check_ranges
 from train.cli.files import get_section
 from train.cli.parse import parse, read_config_flag, run_script
 from train.cli.values import peek_flag, split_config_flag
@@ -60,11 +61,10 @@ class BenchmarkConfig:
     full_steps: int = 256
     """Baseline for sampling codes: this many ancestral steps in float32 that evaluate every grid; 0: no baseline."""
 
+    RANGES: ClassVar = {"repeats": MILLION, "full_steps": "[0, 1000000]"}
+
     def __post_init__(self):
-        if self.repeats < 1:
-            raise ValueError(f"got repeats {self.repeats}, wanted at least 1: pass --repeats N")
-        if self.full_steps < 0:
-            raise ValueError(f"got full_steps {self.full_steps}, wanted 0 or more: pass --full_steps N")
+        check_ranges(self)
         if not self.measure:
             raise ValueError(f"got nothing to measure: pass --measure with one or more of {', '.join(MEASURES)}")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import _root
 import torch
@@ -22,6 +22,7 @@ from experiments.harness.experiment import write_results
 from experiments.harness.report import table
 from experiments.metrics.cost import device_name, median_seconds, peak_extra_bytes
 from models.neighborhood import Group, make_window, natten_is_compiled, neighborhood_attention_2d, resolve_backend
+from models.ranges import MILLION, NOT_NEGATIVE, SIZE, check_ranges
 from train.cli.parse import run_script
 from train.config import LoggingConfig
 from train.distributed import pick_device
@@ -66,14 +67,22 @@ class BenchmarkConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda if available, else mps, else cpu."""
 
+    RANGES: ClassVar = {
+        "sizes": SIZE,
+        "kernel_size": SIZE,
+        "dilations": SIZE,
+        "heads": SIZE,
+        "head_width": SIZE,
+        "batch_size": MILLION,
+        "repeats": MILLION,
+        "dense_limit": NOT_NEGATIVE,
+    }
+
     def __post_init__(self):
+        check_ranges(self)
         for name in ("sizes", "dilations"):
-            if not getattr(self, name) or min(getattr(self, name)) < 1:
-                got = " ".join(map(str, getattr(self, name))) or "none"
-                raise ValueError(f"got {name} {got}, wanted one or more, each at least 1: pass --{name} N N ...")
-        for name, low in (("heads", 1), ("head_width", 1), ("batch_size", 1), ("repeats", 1), ("dense_limit", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted at least {low}: pass --{name} N")
+            if not getattr(self, name):
+                raise ValueError(f"got no {name}, wanted one or more: pass --{name} N N ...")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import _root
 import torch
@@ -17,6 +17,7 @@ from diffusion.rng import Streams
 from experiments.harness.report import table
 from experiments.metrics.cost import WARM_UPS, device_name
 from models.blocks import count_parameters
+from models.ranges import MILLION, SIZE, check_ranges
 from models.unet import UNet, UNetConfig
 from train.cli.parse import run_script
 from train.distributed import DistContext, pick_device
@@ -50,10 +51,18 @@ class BenchmarkConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda if available, else mps, else cpu."""
 
+    RANGES: ClassVar = {
+        "channels": SIZE,
+        "channel_mults": "[1, 1000]",
+        "res_blocks": "[1, 1000]",
+        "attn_factors": SIZE,
+        "img_size": SIZE,
+        "batch_size": MILLION,
+        "repeats": MILLION,
+    }
+
     def __post_init__(self):
-        for name in ("img_size", "batch_size", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1: pass --{name} N")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

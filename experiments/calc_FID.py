@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import _root
 
@@ -25,6 +25,7 @@ from experiments.metrics.distances import (
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Reference, frechet_distance
 from experiments.metrics.kid import FeatureSubset, kernel_distance
+from models.ranges import COUNT, check_ranges
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
 from train.distributed import DistContext
@@ -52,11 +53,10 @@ class DistanceConfig:
     kid_subset_size: int = 1000
     """KID: images per subset, at most as many as there are."""
 
+    RANGES: ClassVar = {"n_samples": "[2, 1000000000]", "kid_subsets": COUNT, "kid_subset_size": "[2, 1000000000]"}
+
     def __post_init__(self):
-        for name, low in (("n_samples", 2), ("kid_subsets", 1), ("kid_subset_size", 2)):
-            value = getattr(self, name)
-            if value < low:
-                raise ValueError(f"got {name} {value}, wanted at least {low}: pass --{name} N")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import _root
 import torch
@@ -16,6 +16,7 @@ from experiments.harness.report import table
 from experiments.metrics import features as all_features
 from experiments.metrics.distances import Batches, concatenate, real_features, sampled_features, sampled_images
 from experiments.metrics.prdc import PRDC, knn_radii, prdc
+from models.ranges import COUNT, check_ranges
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset
 from train.trained_sampler import TrainedSampler
@@ -38,11 +39,10 @@ class PRDCConfig:
     split: Literal["train", "val"] = "train"
     """Split of real images used as the reference; of a larger split, a fixed random subset."""
 
+    RANGES: ClassVar = {"n_samples": "[2, 1000000000]", "nearest_k": COUNT}
+
     def __post_init__(self):
-        for name, low in (("n_samples", 2), ("nearest_k", 1)):
-            value = getattr(self, name)
-            if value < low:
-                raise ValueError(f"got {name} {value}, wanted at least {low}: pass --{name} N")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

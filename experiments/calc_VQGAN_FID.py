@@ -6,7 +6,7 @@ python experiments/calc_VQGAN_FID.py --dataset digits
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import _root
 import torch
@@ -29,6 +29,7 @@ from experiments.metrics.reconstruction import (
     measure_reconstructions,
     summarize_reconstructions,
 )
+from models.ranges import MILLION, check_ranges
 from train.data.loading import ImageSource, build_dataset, fixed_subset, images_in_order
 from train.datasets import Dataset, content_fingerprint
 from train.distributed import DistContext
@@ -56,11 +57,10 @@ class ReconstructionConfig:
     batch_size: int = 50
     """Images reconstructed at once in each process; does not change the results."""
 
+    RANGES: ClassVar = {"n_images": "[2, 1000000000]", "batch_size": MILLION}
+
     def __post_init__(self):
-        if self.n_images is not None and self.n_images < 2:
-            raise ValueError(f"got n_images {self.n_images}, wanted at least 2: pass --n_images N")
-        if self.batch_size < 1:
-            raise ValueError(f"got batch_size {self.batch_size}, wanted at least 1: pass --batch_size N")
+        check_ranges(self)
         if self.perceptual_weights is not None and self.lpips_net == "none":
             raise ValueError("got --perceptual_weights with --lpips_net none: leave one of them out")
 

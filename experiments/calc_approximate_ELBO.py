@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import _root
 import torch
@@ -23,6 +23,7 @@ from experiments.metrics.decoder_likelihood import (
     load_or_train_head,
     summarize_image_bits,
 )
+from models.ranges import COUNT, MILLION, check_ranges
 from train.data.loading import BatchSource
 from train.distributed import DistContext
 from train.files import atomic_write
@@ -47,11 +48,10 @@ class LikelihoodConfig:
     and image estimates its sum: unbiased, and covered by the standard error. edm and flow: steps of the ODE (None: 50),
     with two forward and two backward passes each. Exact likelihoods (autoregressive) always take one evaluation."""
 
+    RANGES: ClassVar = {"n_images": COUNT, "calls": MILLION}
+
     def __post_init__(self):
-        for name in ("n_images", "calls"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"got {name} {value}, wanted at least 1: pass --{name} N")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

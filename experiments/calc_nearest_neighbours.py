@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import _root
 import torch
@@ -32,6 +32,7 @@ from experiments.metrics.nearest_neighbours import (
     save_neighbour_picture,
     training_view,
 )
+from models.ranges import COUNT, SIZE, check_ranges
 from train.config import DataConfig, SamplingConfig
 from train.data.loading import ImageSource, fixed_subset
 from train.data.transforms import training_views
@@ -66,12 +67,14 @@ class NeighboursConfig:
     rows: int = 4
     """Rows of the picture per section: samples nearest to a training image, other samples, held-out images."""
 
+    RANGES: ClassVar = {"n_samples": COUNT, "neighbours": COUNT, "candidates": COUNT, "rows": SIZE}
+
     def __post_init__(self):
-        lowest = {"n_samples": 1, "neighbours": 1, "candidates": self.neighbours, "rows": 1}
-        for name, low in lowest.items():
-            value = getattr(self, name)
-            if value < low:
-                raise ValueError(f"got {name} {value}, wanted at least {low}: pass --{name} N")
+        check_ranges(self)
+        if self.candidates < self.neighbours:
+            raise ValueError(
+                f"got candidates {self.candidates}, wanted at least {self.neighbours}: pass --candidates N"
+            )
         if self.rerank == "pixels" and self.perceptual_weights is not None:
             raise ValueError("got --perceptual_weights with --rerank pixels, which uses none: leave one of them out")
 

@@ -8,7 +8,7 @@ import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import _root
 import torch
@@ -27,6 +27,7 @@ from experiments.metrics.distances import (
 )
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
+from models.ranges import MILLION, check_ranges
 from train.cli.parse import first_stage_data, run_script
 from train.config import DataConfig, FirstStageConfig, SamplerConfig, SamplingConfig, TrainingConfig
 from train.data.loading import TrainingCodes, build_dataset, training_batches
@@ -66,15 +67,13 @@ class ComparisonConfig:
     features: str = "auto"
     """Features of the distance: a file of experiments/metrics/features, or auto."""
 
+    RANGES: ClassVar = {"seeds": "[1, 10000]", "n_samples": "[2, 1000000000]", "generated_at_once": MILLION}
+
     def __post_init__(self):
+        check_ranges(self)
         unknown = [name for name in self.variants if name not in VARIANTS]
         if unknown or not self.variants:
             raise ValueError(f"got variants {list(self.variants)}, wanted one or more of {', '.join(VARIANTS)}")
-        if self.seeds < 1 or self.n_samples < 2 or self.generated_at_once < 1:
-            raise ValueError(
-                f"got seeds {self.seeds}, n_samples {self.n_samples}, generated_at_once {self.generated_at_once}: "
-                "wanted at least 1, 2 and 1"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

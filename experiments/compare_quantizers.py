@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import _root
 from torch import nn
@@ -25,6 +25,7 @@ from experiments.metrics.distances import features_provenance, real_statistics, 
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics
 from experiments.metrics.reconstruction import LPIPS, SHOWN_IMAGES, measure_reconstructions, summarize_reconstructions
+from models.ranges import MILLION, check_ranges
 from train.cli.parse import run_script
 from train.cli.plugins import flags_of, plugin_options
 from train.config import DataConfig, TrainingConfig
@@ -75,13 +76,13 @@ class ComparisonConfig:
     rebuilt_at_once: int = 100
     """Validation images reconstructed at once; does not change the results."""
 
+    RANGES: ClassVar = {"seeds": "[1, 10000]", "rebuilt_at_once": MILLION}
+
     def __post_init__(self):
+        check_ranges(self)
         if not self.quantizers or len(set(self.quantizers)) < len(self.quantizers):
             known = ", ".join(plugin_names("vq.quantizers"))
             raise ValueError(f"got quantizers {list(self.quantizers)}, wanted one or more of {known}, each once")
-        if self.seeds < 1 or self.rebuilt_at_once < 1:
-            got = f"seeds {self.seeds}, rebuilt_at_once {self.rebuilt_at_once}"
-            raise ValueError(f"got {got}: wanted at least 1 of each")
 
 
 @dataclass(frozen=True, kw_only=True)

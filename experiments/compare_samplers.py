@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import _root
 import torch
@@ -36,6 +36,7 @@ from experiments.metrics.cost import count_nfe
 from experiments.metrics.distances import generated_statistics, real_statistics, statistics_cache
 from experiments.metrics.features import Features
 from experiments.metrics.frechet import Statistics, frechet_distance
+from models.ranges import MILLION, check_ranges
 from train.cli.parse import parse_arguments, resolve_sampler, run_script
 from train.config import SamplingConfig
 from train.files import atomic_write
@@ -67,17 +68,16 @@ class ComparisonConfig:
     features: str = "auto"
     """Features of the distance: a file of experiments/metrics/features, or auto."""
 
+    RANGES: ClassVar = {"steps": MILLION, "seeds": "[1, 10000]", "n_samples": "[2, 1000000000]"}
+
     def __post_init__(self):
+        check_ranges(self)
         if not self.solvers:
             raise ValueError("got no solvers, wanted at least one: pass --solvers NAME:STEPS, or leave it out")
         for entry in self.solvers:
             parse_entry(entry)
-        if not self.steps or min(self.steps) < 1:
-            raise ValueError(f"got steps {list(self.steps)}, wanted numbers of at least 1: pass --steps N N")
-        for name, low in (("seeds", 1), ("n_samples", 2)):
-            value = getattr(self, name)
-            if value < low:
-                raise ValueError(f"got {name} {value}, wanted at least {low}: pass --{name} N")
+        if not self.steps:
+            raise ValueError("got no steps, wanted one or more: pass --steps N N")
 
 
 @dataclass(frozen=True, kw_only=True)

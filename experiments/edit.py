@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import _root
 import torch
@@ -13,7 +13,6 @@ from experiments.harness.editing import (
     InputImages,
     InputImagesConfig,
     check_labels,
-    check_strength,
     conditions_for,
     draw,
     encode_images,
@@ -27,6 +26,7 @@ from experiments.harness.editing import (
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.report import table
 from experiments.metrics.classifier import Proportion, class_agreement, classifier_for, predict_classes
+from models.ranges import NOT_NEGATIVE, check_ranges
 from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
@@ -43,8 +43,10 @@ class EditingConfig:
     strength: float = 0.7
     """How much of the image to redraw, in (0, 1]: the fraction of its codes to mask, or the noise level to start at."""
 
+    RANGES: ClassVar = {"label": NOT_NEGATIVE, "strength": "(0, 1]"}
+
     def __post_init__(self):
-        check_strength(self.strength, why_not_zero="0 changes nothing")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

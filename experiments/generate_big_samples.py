@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import _root
 import torch
@@ -14,6 +14,7 @@ from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputC
 from experiments.harness.images import save_with_settings
 from experiments.harness.report import progress, table
 from experiments.metrics.cost import count_nfe
+from models.ranges import COUNT, SIZE, check_ranges
 from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
@@ -31,9 +32,10 @@ class CanvasConfig:
     n_samples: int = 4
     """Number of images."""
 
+    RANGES: ClassVar = {"shape": SIZE, "window_stride": SIZE, "n_samples": COUNT}
+
     def __post_init__(self):
-        if min(self.shape) < 1 or self.n_samples < 1:
-            raise ValueError(f"got shape {self.shape}, n_samples {self.n_samples}: wanted at least 1 of each")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import _root
 
@@ -12,6 +12,7 @@ from experiments.harness.batches import ResumableBatches
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.images import STRIP_IMAGES, SampleWriter, save_denoising_strips, save_grid
 from experiments.harness.report import progress
+from models.ranges import COUNT, NOT_NEGATIVE, check_ranges
 from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.loop import Batch
@@ -31,9 +32,10 @@ class SamplesConfig:
     save_process: bool = False
     """Also save process.png: denoising strips of the first images, x above the predicted x0."""
 
+    RANGES: ClassVar = {"n_samples": COUNT, "label": NOT_NEGATIVE}
+
     def __post_init__(self):
-        if self.n_samples < 1:
-            raise ValueError(f"got n_samples {self.n_samples}, wanted at least 1: pass --n_samples N")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

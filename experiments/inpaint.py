@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import _root
 import torch
@@ -26,6 +26,7 @@ from experiments.harness.editing import (
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.report import table
 from experiments.metrics.classifier import Classifier, Proportion, class_agreement, classifier_for, predict_classes
+from models.ranges import NOT_NEGATIVE, SIZE, check_ranges
 from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
@@ -55,11 +56,18 @@ class InpaintingConfig:
     paste: bool = True
     """Copy the visible pixels from the input; --no_paste: leave them as rendered by the model."""
 
+    RANGES: ClassVar = {
+        "outpaint": "[0, 65536]",
+        "shape": SIZE,
+        "window_stride": SIZE,
+        "label": NOT_NEGATIVE,
+        "results": SIZE,
+    }
+
     def __post_init__(self):
-        if self.results < 1:
-            raise ValueError(f"got results {self.results}, wanted at least 1: pass --results N")
-        if self.outpaint is not None and (self.shape is not None or min(self.outpaint) < 0):
-            raise ValueError(f"got outpaint {self.outpaint}, shape {self.shape}: pass one of them, without negatives")
+        check_ranges(self)
+        if self.outpaint is not None and self.shape is not None:
+            raise ValueError(f"got outpaint {self.outpaint} and shape {self.shape}: pass one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

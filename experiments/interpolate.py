@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import _root
 import torch
@@ -13,7 +13,6 @@ from experiments.harness.batches import ResumableBatches
 from experiments.harness.editing import (
     InputImages,
     InputImagesConfig,
-    check_strength,
     conditions_for,
     draw,
     encode_images,
@@ -26,6 +25,7 @@ from experiments.harness.editing import (
 )
 from experiments.harness.experiment import ExperimentSetup, ModelConfig, OutputConfig, run_experiment
 from experiments.harness.report import table
+from models.ranges import NOT_NEGATIVE, check_ranges
 from train.config import SamplingConfig
 from train.distributed import DistContext
 from train.trained_sampler import TrainedSampler
@@ -56,10 +56,10 @@ class PathConfig:
     label: int | None = None
     """Class to draw; if omitted, the label in the image's row of conditions. Without any condition, guidance is off."""
 
+    RANGES: ClassVar = {"points": "[2, 65536]", "strength": "[0, 1]", "label": NOT_NEGATIVE}
+
     def __post_init__(self):
-        check_strength(self.strength)
-        if self.points < 2:
-            raise ValueError(f"got points {self.points}, wanted at least 2 (both ends): pass --points N")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import _root
 import torch
@@ -23,6 +23,7 @@ from experiments.harness.experiment import (
 from experiments.harness.images import save_grid
 from experiments.harness.report import table
 from experiments.metrics.image_pairs import l1, psnr
+from models.ranges import COUNT, MILLION, SIZE, check_ranges
 from train.data.loading import build_dataset
 from train.data.transforms import ValueRange, as_uint8, range_for_image, to_float, to_item, to_pixels, to_uint8
 from train.datasets import UnreadableImage, content_fingerprint, files_fingerprint
@@ -62,11 +63,16 @@ class ReconstructionConfig:
     compare_whole: bool = False
     """Also reconstruct each image without tiles and report the difference; memory grows with the image."""
 
+    RANGES: ClassVar = {
+        "n_images": COUNT,
+        "size": SIZE,
+        "tile": SIZE,
+        "overlap": "[0, 65536]",
+        "batch_size": MILLION,
+    }
+
     def __post_init__(self):
-        for name in ("n_images", "size", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"got {name} {value}, wanted at least 1: pass --{name} N")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.ranges import check_ranges
+
 
 class Vector(NamedTuple):
     """One vector per example, added to the embedding of the time."""
@@ -258,10 +260,10 @@ def _cat_regions(conditions: Sequence[Condition]) -> Regions | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionConfig:
-    """Options of conditions."""  # a subclass's __post_init__ calls super().__post_init__()
+    """Options of conditions."""  # a subclass declares its RANGES; its __post_init__ calls super().__post_init__()
 
     def __post_init__(self):
-        pass
+        check_ranges(self)
 
 
 class ConditionEncoder(nn.Module, ABC):

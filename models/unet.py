@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from models.blocks import ConditionBlock, Downsample, EmbedBlock, Resample, ResB
 from models.conditioning import Condition, ConditionEncoder, Conditioner
 from models.embeddings import TimeEmbedding
 from models.neighborhood import Backend
+from models.ranges import POSITIVE, SIZE, check_ranges
 from models.registry import resolve_class
 from models.unet_attention import ATTENTION_BLOCKS, EPS, AttentionOptions
 
@@ -47,11 +48,14 @@ class UNetConfig:
     transformer_attention: str = "softmax"  # self-attention in blocks of type "transformer"
     feed_forward: str = "geglu"  # in blocks of type "transformer"
 
+    RANGES: ClassVar = {
+        **{"in_channels": SIZE, "out_channels": SIZE, "channels": SIZE, "channel_mults": "(0, 1000]"},
+        **{"res_blocks": "[1, 1000]", "attn_factors": SIZE, "heads": SIZE, "head_width": SIZE, "dropout": "[0, 1)"},
+        **{"time_scale": POSITIVE, "kernel_sizes": SIZE, "dilations": SIZE},
+    }
+
     def __post_init__(self):
-        for name in ("in_channels", "out_channels", "channels", "res_blocks", "heads", "head_width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"got {name} {value}, wanted at least 1")
+        check_ranges(self)
         if self.channels % 2:
             raise ValueError(
                 f"got channels {self.channels}, wanted an even number: half are cosines of the time, half sines"
@@ -61,13 +65,9 @@ class UNetConfig:
         if not set(self.attn_factors) <= set(self.factors):
             factors = ", ".join(map(str, self.factors))
             raise ValueError(f"got attn_factors {self.attn_factors}, the factors of the levels are {factors}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"got dropout {self.dropout}, wanted a rate in [0, 1)")
-        if self.time_scale <= 0:
-            raise ValueError(f"got time_scale {self.time_scale}, wanted a positive number")
-        if any(kernel < 1 or kernel % 2 == 0 for kernel in self.kernel_sizes) or min(self.dilations, default=0) < 1:
+        if any(kernel % 2 == 0 for kernel in self.kernel_sizes) or not self.dilations:
             sizes = f"kernel_sizes {self.kernel_sizes}, dilations {self.dilations}"
-            raise ValueError(f"got {sizes}: wanted odd kernels, and dilations of at least 1")
+            raise ValueError(f"got {sizes}: wanted odd kernels, and at least one dilation")
         for factor, width in zip(self.factors, self.widths, strict=True):
             if factor in (*self.attn_factors, self.factors[-1]):
                 self.num_heads(width)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from diffusion.solvers import SolverOptions
+from models.ranges import FINITE, MILLION, NOT_NEGATIVE, POSITIVE, SIZE, check_ranges
 from train.datasets import DatasetConfig
 from train.lr_schedule import learning_rate
 from vq.config import VQGANConfig, VQGANLossConfig
@@ -46,12 +47,13 @@ class DataConfig:
     prefetch: int = 2
     """Micro-batches that each worker loads in advance."""
 
+    RANGES: ClassVar = {
+        **{"img_size": SIZE, "img_width": SIZE, "data_range": FINITE, "shift": "[0, 65536]"},
+        **{"crop_margin": "[0, 65536]", "num_workers": "[0, 1024]", "prefetch": "[1, 1024]"},
+    }
+
     def __post_init__(self):
-        minima = {"img_size": 1, "img_width": 1, "shift": 0, "crop_margin": 0, "num_workers": 0, "prefetch": 1}
-        for name, minimum in minima.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"got {name} {value}, wanted at least {minimum}: pass --{name} N")
+        check_ranges(self)
         if self.data_range is not None and not self.data_range[0] < self.data_range[1]:
             raise ValueError(
                 f"got data_range {self.data_range}, wanted the lower first: pass --data_range LOWEST HIGHEST"
@@ -161,20 +163,16 @@ class TrainingConfig:
     train_only: tuple[str, ...] = ()
     """Train only these parts of the network (for example encoders up_blocks.0); all of it by default."""
 
+    RANGES: ClassVar = {
+        **{"train_steps": "[1, inf)", "batch_size": MILLION, "accumulate": MILLION, "lr": POSITIVE},
+        **{"warmup_iters": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "grad_clip": NOT_NEGATIVE, "betas": "[0, 1)"},
+        **{"decay_steps": NOT_NEGATIVE, "lr_end": "[0, 1]", "max_bad_steps": NOT_NEGATIVE, "ema_beta": "[0, 1)"},
+        **{"ema_profiles": "(0, 0.3003]", "steps_per_ema_snapshot": "[1, inf)", "seed": NOT_NEGATIVE},
+        **{"timeout_minutes": "(0, 1000000]", "load_step": NOT_NEGATIVE},
+    }
+
     def __post_init__(self):
-        for name in ("train_steps", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1: pass --{name} N")
-        for name in ("warmup_iters", "weight_decay", "grad_clip", "decay_steps", "max_bad_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted 0 or more: pass --{name} N")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"got betas {self.betas}, wanted both in [0, 1)")
-        if self.lr <= 0 or not 0 <= self.ema_beta < 1:
-            raise ValueError(f"got lr {self.lr}, ema_beta {self.ema_beta}: wanted lr > 0 and ema_beta in [0, 1)")
-        if self.timeout_minutes <= 0 or self.steps_per_ema_snapshot < 1:
-            got = f"timeout_minutes {self.timeout_minutes}, steps_per_ema_snapshot {self.steps_per_ema_snapshot}"
-            raise ValueError(f"got {got}: wanted both to be positive")
+        check_ranges(self)
         if self.load_partial and (self.load_dir is None or self.load_optim):
             reason = "needs --load_dir" if self.load_dir is None else "cannot load optimizers: leave --load_optim out"
             raise ValueError(f"got --load_partial, which {reason}")
@@ -224,15 +222,14 @@ class LoggingConfig:
     profile: bool = False
     """Profile five steps, from the 10th after the start or resume, with PyTorch's profiler; written to profile/."""
 
+    RANGES: ClassVar = {
+        **{"steps_per_log": "[1, inf)", "steps_per_checkpoint": "[1, inf)", "checkpoint_minutes": NOT_NEGATIVE},
+        **{"keep_last": NOT_NEGATIVE, "keep_every": NOT_NEGATIVE, "steps_per_save_output": "[1, inf)"},
+        **{"steps_per_eval": NOT_NEGATIVE, "steps_per_FD": NOT_NEGATIVE, "FD_samples": "[2, 1000000000]"},
+    }
+
     def __post_init__(self):
-        for name in ("steps_per_log", "steps_per_checkpoint", "steps_per_save_output"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1: pass --{name} N")
-        if self.FD_samples < 2:
-            raise ValueError(f"got FD_samples {self.FD_samples}, wanted at least 2: pass --FD_samples N")
-        for name in ("steps_per_eval", "checkpoint_minutes", "keep_last", "keep_every", "steps_per_FD"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted 0 or more: pass --{name} N")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +240,9 @@ class SamplerConfig:
     """Learned sampler to train: a file in train/samplers."""
     adapt: ClassVar[str] = ""  # dotted path of a function that maps items to batch fields; a Config may make it a flag
 
+    def __post_init__(self):
+        check_ranges(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FirstStageConfig:
@@ -252,6 +252,11 @@ class FirstStageConfig:
     """Run folder of the VQGAN. If omitted: vqgan_<dataset> for samplers of codes; other samplers work on pixels."""
     ae_load_step: int | None = None
     """Step of the VQGAN; the newest by default."""
+
+    RANGES: ClassVar = {"ae_load_step": NOT_NEGATIVE}
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,9 +272,10 @@ class SamplingConfig:
     condition_file: str | None = None
     """File (.json or .csv) of conditions, one row per image, used in turn; by default they are drawn from the data."""
 
+    RANGES: ClassVar = {"sample_steps": MILLION, "guidance": FINITE}
+
     def __post_init__(self):
-        if self.sample_steps is not None and self.sample_steps < 1:
-            raise ValueError(f"got {self.sample_steps} sampling steps, wanted at least 1: pass --sample_steps N")
+        check_ranges(self)
 
     @classmethod
     def option_names(cls) -> list[str]:

@@ -1,8 +1,9 @@
 """Configuration of the first stage."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+from models.ranges import COUNT, NOT_NEGATIVE, SIZE, check_ranges
 from models.registry import load_plugin
 from vq.quantizers import QuantizerConfig
 
@@ -29,14 +30,15 @@ class VQGANConfig:
     unit_range: bool = False
     """Feed the encoder images in [0, 1], as in Unleashing Transformers, instead of [-1, 1]."""
 
+    RANGES: ClassVar = {
+        **{"nf": SIZE, "ch_mult": "[1, 1024]", "res_blocks": "[1, 1000]", "attn_resolutions": SIZE},
+        **{"codebook_size": COUNT, "emb_dim": SIZE},
+    }
+
     def __post_init__(self):
-        if not self.ch_mult or min(self.ch_mult) < 1:
-            raise ValueError(
-                f"got ch_mult {self.ch_mult}, wanted one positive multiplier per level, e.g. --ch_mult 1 1 2 2 4"
-            )
-        for name in ("nf", "res_blocks", "emb_dim", "codebook_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1: pass --{name} N")
+        check_ranges(self)
+        if not self.ch_mult:
+            raise ValueError("got no ch_mult, wanted one multiplier per level: pass --ch_mult 1 1 2 2 4")
         kind = load_plugin("vq.quantizers", self.quantizer, "quantizer").Config
         if type(self.quantizer_config) is QuantizerConfig:  # default: the defaults of the selected quantizer
             object.__setattr__(self, "quantizer_config", kind())
@@ -113,18 +115,18 @@ class VQGANLossConfig:
     diff_aug: bool = False
     """DiffAugment (colour, translation) on the discriminator's inputs; recommended for small data sets."""
 
+    RANGES: ClassVar = {
+        **{"recon_weight": NOT_NEGATIVE, "perceptual_weight": NOT_NEGATIVE, "disc_weight": NOT_NEGATIVE},
+        **{"disc_weight_max": NOT_NEGATIVE, "lecam_weight": NOT_NEGATIVE, "disc_start_step": NOT_NEGATIVE},
+        **{"disc_warmup_steps": NOT_NEGATIVE, "disc_ramp_steps": NOT_NEGATIVE, "ndf": SIZE, "disc_layers": "[1, 100]"},
+    }
+
     def __post_init__(self):
-        weights = ("recon_weight", "perceptual_weight", "disc_weight", "disc_weight_max", "lecam_weight")
-        for name in (*weights, "disc_start_step", "disc_warmup_steps", "disc_ramp_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted 0 or more: pass --{name} NUMBER")
+        check_ranges(self)
         if self.perceptual_weights is not None and self.perceptual_net == "none":
             raise ValueError(
                 f"got perceptual_weights {self.perceptual_weights} and no network: pass --perceptual_net as well"
             )
-        for name in ("ndf", "disc_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted at least 1: pass --{name} N")
 
     def adversarial_ramp(self, step: int) -> float:
         """Returns the factor of the adversarial loss at a step, in [0, 1], from warm-up and ramp."""

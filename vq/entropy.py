@@ -4,11 +4,13 @@ The first term makes the assignment of each position confident, the second makes
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.ranges import NOT_NEGATIVE, POSITIVE
 from vq.quantizer import full_precision_matmul
 from vq.quantizers import CommitmentConfig, StepContext
 
@@ -24,14 +26,7 @@ class EntropyConfig(CommitmentConfig):
     entropy_temperature: float = 0.01
     """Temperature of the code probabilities in the entropy loss."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.check_not_negative("entropy_weight")
-        if self.entropy_temperature <= 0:
-            got = self.entropy_temperature
-            raise ValueError(
-                f"got entropy_temperature {got}, wanted a positive number: pass --entropy_temperature 0.01"
-            )
+    RANGES: ClassVar = {"entropy_weight": NOT_NEGATIVE, "entropy_temperature": POSITIVE}
 
 
 def mean_over_processes(p: Tensor, context: StepContext | None) -> Tensor:

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image, ImageOps
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from experiments.harness.batches import ResumableBatches
 from experiments.harness.images import save_grid, save_with_settings
 from experiments.harness.report import progress
+from models.ranges import COUNT, check_ranges
 from train.condition_source import ConditionSource, Row, read_rows
 from train.config import SamplingConfig
 from train.data.loading import ImageSource, fixed_subset, images_in_order
@@ -38,18 +39,10 @@ class InputImagesConfig:
     n_images: int = 64
     """Number of held-out images, a fixed random subset."""
 
+    RANGES: ClassVar = {"n_images": COUNT}
+
     def __post_init__(self):
-        if self.n_images < 1:
-            raise ValueError(f"got n_images {self.n_images}, wanted at least 1: pass --n_images N")
-
-
-def check_strength(strength: float, why_not_zero: str = "") -> None:
-    """Raises ValueError for a strength outside [0, 1], and for 0 where `why_not_zero` gives a reason."""
-    if not 0 <= strength <= 1 or (why_not_zero and strength == 0):
-        wanted = "0 (nothing is redrawn) to 1 (everything is redrawn)"
-        if why_not_zero:
-            wanted = f"more than 0 ({why_not_zero}) and at most 1"
-        raise ValueError(f"got strength {strength}, wanted {wanted}: pass --strength X")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
 from experiments.harness.batches import ResumableBatches, broadcast_object, experiment_world, single_process_world
+from models.ranges import MILLION, NOT_NEGATIVE, check_ranges
 from train.checkpoint import EMA_WEIGHTS, checkpoint_path, read_manifest, resolve_step
 from train.cli.files import get_section, read_run_config
 from train.cli.parse import flatten_group, read_config_flag, run_script, to_dict
@@ -57,7 +58,10 @@ class ModelConfig:
     allow: tuple[str, ...] = ()
     """Dotted paths of your own classes and functions that the run may import; without it, loading runs no such code."""
 
+    RANGES: ClassVar = {"load_step": NOT_NEGATIVE, "ae_load_step": NOT_NEGATIVE, "ema_length": "(0, 0.3003]"}
+
     def __post_init__(self):
+        check_ranges(self)
         if self.ema_length is not None and not self.ema:
             raise ValueError(f"got --no_ema and --ema_length {self.ema_length}, which is an average: pass one of them")
 
@@ -79,9 +83,10 @@ class OutputConfig:
     amp: bool = True
     """bfloat16 autocast on devices with native support."""
 
+    RANGES: ClassVar = {"batch_size": MILLION, "seed": NOT_NEGATIVE}
+
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"got batch_size {self.batch_size}, wanted at least 1: pass --batch_size N")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +103,11 @@ class FirstStageModelConfig:
     """Step of its checkpoint; if omitted, the newest."""
     allow: tuple[str, ...] = ()
     """Shell commands that fetch the run's data and may be executed; without it, none is."""
+
+    RANGES: ClassVar = {"load_step": NOT_NEGATIVE}
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

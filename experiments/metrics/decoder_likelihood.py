@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from diffusion.gaussian import discretized_log_likelihood
 from diffusion.types import Normal
 from experiments.harness.experiment import ModelConfig, OutputConfig
+from models.ranges import MILLION, NOT_NEGATIVE, POSITIVE, check_ranges
 from train.checkpoint import load_weights, resolve_step, saved_steps
 from train.config import DataConfig, LoggingConfig, TrainingConfig
 from train.data.loading import ImageSource, TrainingCodes, TrainingImages, build_dataset, fixed_subset, images_in_order
@@ -57,12 +58,15 @@ class DecoderConfig:
     steps_per_eval: int = 5_000
     """Training steps between validations of the head; 0: none."""
 
+    RANGES: ClassVar = {
+        "train_steps": "[1, inf)",
+        "train_batch_size": MILLION,
+        "lr": POSITIVE,
+        "steps_per_eval": NOT_NEGATIVE,
+    }
+
     def __post_init__(self):
-        for name, low in (("train_steps", 1), ("train_batch_size", 1), ("steps_per_eval", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted at least {low}: pass --{name} N")
-        if self.lr <= 0:
-            raise ValueError(f"got lr {self.lr}, wanted a positive number: pass --lr X")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

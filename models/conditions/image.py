@@ -1,12 +1,14 @@
 """Image condition (Saharia et al. 2022, Palette): (B, C, h, w) -> a map of x's size."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.conditioning import ConditionConfig, ConditionEncoder, Map
+from models.ranges import SIZE
 
 FIELDS = ("condition_image",)  # batch fields that the encoder reads
 
@@ -18,10 +20,7 @@ class Config(ConditionConfig):
     condition_channels: int = 3
     """Image condition: channels of the batch field condition_image."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.condition_channels < 1:
-            raise ValueError(f"got condition_channels {self.condition_channels}, wanted at least 1")
+    RANGES: ClassVar = {"condition_channels": SIZE}
 
 
 class ImageEncoder(ConditionEncoder):

@@ -196,7 +196,7 @@ REFUSED = {
     "got dropout 1.0": {"dropout": 1.0},
     "got time_scale 0.0": {"time_scale": 0.0},
     r"got kernel_sizes \(4,\), dilations \(1,\)": {"kernel_sizes": (4,)},
-    r"dilations \(0,\): wanted odd kernels": {"dilations": (0,)},
+    r"got dilations \(0,\), wanted at least 1": {"dilations": (0,)},
     "a level of 80 channels does not split over 3 heads: choose a divisor of 80": {"heads": 3},
     "a level of 80 channels does not split over heads of width 32": {"head_width": 32},
     "a level of 80 channels does not split over heads of width 128": {"head_width": 128},

@@ -9,11 +9,13 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from models.ranges import NOT_NEGATIVE, check_ranges
 
 SPLITS = ("train", "val")
 MAX_PIXELS = 89_478_485  # of an image: from here on Pillow warns of files made to exhaust the memory
@@ -57,13 +59,10 @@ class DatasetConfig:
     max_pixels: int = MAX_PIXELS
     """Image files of more pixels are skipped as unreadable; decoding takes up to 20 bytes per pixel."""
 
+    RANGES: ClassVar = {"val_fraction": "(0, 1)", "split_seed": NOT_NEGATIVE, "max_pixels": f"[1, {PILLOW_MAX_PIXELS}]"}
+
     def __post_init__(self):
-        if not 1 <= self.max_pixels <= PILLOW_MAX_PIXELS:
-            raise ValueError(f"max_pixels is {self.max_pixels}, wanted 1 to {PILLOW_MAX_PIXELS}, the limit of Pillow")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction is {self.val_fraction}, wanted a number between 0 and 1, such as 0.05")
-        if self.split_seed < 0:
-            raise ValueError(f"split_seed is {self.split_seed}, wanted an integer of at least 0")
+        check_ranges(self)
 
 
 class Blocks(NamedTuple):

@@ -3,14 +3,14 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from diffusion.absorbing import mask_at_random
 from diffusion.autoregressive import Autoregression
-from diffusion.denoisers import guided, windowed
+from diffusion.denoisers import check_interval, guided, windowed
 from diffusion.discrete_solvers import even_times
 from diffusion.likelihood import bits_per_code
 from diffusion.logits_warper import LogitsWarper
@@ -19,6 +19,7 @@ from diffusion.rng import Streams
 from diffusion.solvers import Solver
 from diffusion.types import Bound, Denoiser, Loss, OnStep
 from models.conditioning import Condition
+from models.ranges import COUNT, NOT_NEGATIVE
 from train.config import SamplingConfig
 from train.data.loading import TrainingStreams
 from train.loop import Batch, Outputs
@@ -44,6 +45,8 @@ class CodeSampling(SamplingConfig):
     """Sample from the smallest set of codes whose probabilities add up to at least this (nucleus sampling)."""
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How guidance grows from the first step to the last."""
+
+    RANGES: ClassVar = {"temp": NOT_NEGATIVE, "last_temp": NOT_NEGATIVE, "top_k": COUNT, "top_p": "(0, 1]"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -172,6 +175,12 @@ class DiscreteSampling(CodeSampling):
 
     guidance_interval: tuple[float, float] | None = None
     """Apply guidance only for t in this interval (0 is data, 1 no data)."""
+
+    RANGES: ClassVar = {"guidance_interval": "[0, 1]"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_interval(self.guidance_interval)
 
 
 class DiscreteSampler(CodeSampler):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -29,16 +30,16 @@ class ConditionsConfig(SamplerConfig):
     condition_drop: float = 0.1
     """Probability of replacing a condition by its null in training, independently for each condition."""
 
+    RANGES: ClassVar = {"label_drop": "[0, 1)", "condition_drop": "[0, 1)"}
+
     def __post_init__(self):
+        super().__post_init__()
         kinds = [load_plugin("models.conditions", name, "condition").Config for name in self.conditions]
         if type(self.condition_options) is ConditionConfig:  # default: the defaults of the named conditions
             object.__setattr__(self, "condition_options", merge_configs(kinds, ConditionConfig)())
         if missing := [kind.__module__ for kind in kinds if not isinstance(self.condition_options, kind)]:
             got = type(self.condition_options).__name__
             raise ValueError(f"got {got} as condition_options, wanted those of {', '.join(missing)}")
-        for name in ("label_drop", "condition_drop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted a probability in [0, 1)")
 
 
 def make_encoders(config: ConditionsConfig, width: int, n_classes: int) -> dict[str, ConditionEncoder]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from models.conditioning import ConditionEncoder
+from models.ranges import SIZE
 from models.transformer import AttentionConfig, CausalTransformer, Transformer
 from train.samplers._conditions import ConditionsConfig
 
@@ -46,27 +47,28 @@ class TransformerConfig(ConditionsConfig):
     resid_pdrop: float = 0.0
     """Dropout on the outputs of each block."""
 
+    RANGES: ClassVar = {
+        **{"bert_n_emb": SIZE, "bert_n_head": SIZE, "bert_n_layers": "[1, 10000]", "mlp_ratio": "(0, 1000]"},
+        **{"kernel_sizes": SIZE, "dilations": SIZE, "attn_pdrop": "[0, 1)", "embd_pdrop": "[0, 1)"},
+        **{"resid_pdrop": "[0, 1)"},
+    }
+
     def __post_init__(self):
         super().__post_init__()
-        if min(self.bert_n_emb, self.bert_n_head, len(self.kernel_sizes), len(self.dilations)) < 1:
-            sizes = f"bert_n_emb {self.bert_n_emb}, bert_n_head {self.bert_n_head}"
-            raise ValueError(f"got {sizes}, {self.kernel_sizes=}, {self.dilations=}: wanted at least 1 of each")
+        if not (self.kernel_sizes and self.dilations):
+            raise ValueError(f"got {self.kernel_sizes=}, {self.dilations=}: wanted at least 1 of each")
         if self.bert_n_emb % self.bert_n_head:
             raise ValueError(
                 f"got bert_n_emb {self.bert_n_emb} and bert_n_head {self.bert_n_head}: the heads must divide it"
             )
-        if self.bert_n_layers < 1:
-            raise ValueError(f"got bert_n_layers {self.bert_n_layers}, wanted at least 1: pass --bert_n_layers N")
-        if any(kernel < 1 or kernel % 2 == 0 for kernel in self.kernel_sizes) or min(self.dilations) < 1:
-            sizes = f"kernel_sizes {self.kernel_sizes}, dilations {self.dilations}"
-            raise ValueError(f"got {sizes}: wanted odd kernels, and dilations of at least 1")
+        if int(self.mlp_ratio * self.bert_n_emb) < 1:
+            raise ValueError(f"got mlp_ratio {self.mlp_ratio}, which leaves no width: pass --mlp_ratio 4")
+        if any(kernel % 2 == 0 for kernel in self.kernel_sizes):
+            raise ValueError(f"got kernel_sizes {self.kernel_sizes}: wanted odd kernels")
         groups = max(len(self.kernel_sizes), len(self.dilations))
         if {len(self.kernel_sizes), len(self.dilations)} - {1, groups} or groups > self.bert_n_head:
             sizes = f"{len(self.kernel_sizes)} kernel_sizes, {len(self.dilations)} dilations, {self.bert_n_head} heads"
             raise ValueError(f"got {sizes}: wanted equally many of both, or one for all, and at least one head each")
-        for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted a probability in [0, 1)")
 
 
 def make_network(

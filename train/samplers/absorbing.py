@@ -1,7 +1,7 @@
 """Absorbing diffusion on VQGAN codes: a transformer and its process."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -9,6 +9,7 @@ from diffusion.absorbing import AbsorbingDiffusion
 from diffusion.rng import Streams
 from diffusion.solvers import Solver, solver_options_for
 from diffusion.timesteps import low_discrepancy_times
+from models.ranges import MILLION
 from train.data.loading import TrainingStreams
 from train.samplers._codes import DiscreteSampler, DiscreteSampling
 from train.samplers._conditions import make_encoders
@@ -32,10 +33,7 @@ class Config(TransformerConfig):
     time_sampler: Literal["uniform", "low_discrepancy"] = "uniform"
     """Training times: independent, or spread evenly over the batch."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.total_steps is not None and self.total_steps < 1:
-            raise ValueError(f"got total_steps {self.total_steps}, wanted at least 1, or None: pass --total_steps N")
+    RANGES: ClassVar = {"total_steps": MILLION}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from diffusion.denoisers import guided, thresholded, with_known_pixels
+from diffusion.denoisers import check_interval, guided, thresholded, with_known_pixels
 from diffusion.edm import EDM
 from diffusion.flow import RectifiedFlow
 from diffusion.gaussian import SCHEDULES, GaussianDiffusion, with_zero_terminal_snr
@@ -19,6 +19,7 @@ from diffusion.rng import Streams
 from diffusion.solvers import solver_options_for
 from diffusion.timesteps import LossSecondMoment, WeightedTimes, low_discrepancy_times, uniform_times
 from diffusion.types import Bound, Denoiser, Loss, OnStep, Prediction
+from models.ranges import FINITE, POSITIVE
 from models.unet import UNet, UNetConfig
 from train.config import SamplingConfig
 from train.data.loading import TrainingStreams
@@ -36,15 +37,6 @@ PROCESS_FLAGS = {  # flags that only some processes have
     "edm": {"sigma_data", "time_mean", "time_deviation"},
     "flow": {"time_mean", "time_deviation", "time_shift"},
 }
-POSITIVE_FLAGS = (
-    "sigma_data",
-    "time_deviation",
-    "time_shift",
-    "min_snr_gamma",
-    "time_scale",
-    "first_beta",
-    "last_beta",
-)
 HALF_LEVEL = 1 / 255  # half the distance of 8-bit levels in [-1, 1]
 
 
@@ -126,14 +118,16 @@ class Config(ConditionsConfig):
     adapt: str = ""
     """Dotted path of a function from a data set item to the fields of a batch."""
 
+    RANGES: ClassVar = {
+        **{"total_steps": "[2, 1000000]", "first_beta": "(0, 1)", "last_beta": "(0, 1)", "min_snr_gamma": POSITIVE},
+        **{"time_scale": POSITIVE, "sigma_data": POSITIVE, "time_mean": FINITE, "time_deviation": POSITIVE},
+        **{"time_shift": POSITIVE},
+        **{name: UNetConfig.RANGES[name] for name in ("channels", "channel_mults", "res_blocks", "attn_factors")},
+        **{name: UNetConfig.RANGES[name] for name in ("heads", "head_width", "dropout", "kernel_sizes", "dilations")},
+    }
+
     def __post_init__(self):
         super().__post_init__()
-        if self.total_steps < 2:
-            raise ValueError(f"got total_steps {self.total_steps}, wanted at least 2: pass --total_steps N")
-        for name in POSITIVE_FLAGS:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"got {name} {value}, wanted a number above 0: pass --{name} X")
         others = set().union(*PROCESS_FLAGS.values()) - PROCESS_FLAGS[self.process]
         for name in (field for field in self.__dataclass_fields__ if field in others):
             value, default = getattr(self, name), self.__dataclass_fields__[name].default
@@ -160,13 +154,19 @@ class Sampling(*solver_options_for(ContinuousProcess), SamplingConfig):
     spacing: Literal["auto", "uniform", "leading", "linspace", "quadratic", "logsnr", "karras"] = "auto"
     """Spacing of the steps; auto: karras for edm, else uniform."""
     guidance_interval: tuple[float, float] | None = None
-    """Apply guidance only for t in this interval (the process's own t; 0 is data)."""
+    """Apply guidance only for t in this interval of the process: in [0, 1], for edm sigma in [0, 80]; 0 is data."""
     guidance_rescale: float = 0.0
     """Guidance rescale in [0, 1]: moves the standard deviation of guided predictions to the conditional's."""
     clip: bool = True
     """Clip the predicted image to [-1, 1] at every step (pixels only; latents are never clipped)."""
     dynamic_threshold: float | None = None
     """Dynamic thresholding instead of clipping, at this quantile of |x0|, such as 0.995."""
+
+    RANGES: ClassVar = {"guidance_interval": "[0, 80]", "guidance_rescale": "[0, 1]", "dynamic_threshold": "(0, 1]"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_interval(self.guidance_interval, EDM.start)  # the longest; with its process in `guided`
 
 
 def make_process(config: Config, pixels: bool) -> ContinuousProcess:

@@ -7,27 +7,23 @@ must have the same type and default.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
+
+from models.ranges import NOT_NEGATIVE, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """Options of the quantizer."""  # a subclass's __post_init__ calls super().__post_init__()
+    """Options of the quantizer."""  # a subclass declares its RANGES; its __post_init__ calls super().__post_init__()
 
     def __post_init__(self):
-        pass
+        check_ranges(self)
 
     def code_dim(self, codebook_size: int, emb_dim: int) -> int:
         """Returns D, the width of code vectors and encoder outputs; ValueError if codebook_size is unsuitable."""
         return emb_dim
-
-    def check_not_negative(self, *names: str) -> None:
-        """ValueError if an option of one of these names is negative."""
-        for name in names:
-            if getattr(self, name) < 0:
-                raise ValueError(f"got {name} {getattr(self, name)}, wanted 0 or more: pass --{name} NUMBER")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +34,7 @@ class CommitmentConfig(QuantizerConfig):
     """Weight of the commitment loss, which pulls encoder outputs to their codes; a codebook loss has weight 1 (ibq
     and legacy_beta: the reverse)."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.check_not_negative("beta")
+    RANGES: ClassVar = {"beta": NOT_NEGATIVE}
 
 
 class Quantized(NamedTuple):

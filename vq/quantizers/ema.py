@@ -1,11 +1,13 @@
 """Nearest-neighbour quantizer whose codes are moving averages (van den Oord et al. 2017, VQ-VAE, appendix A.1)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from models.ranges import NOT_NEGATIVE
 from models.sdpa import upcast
 from vq.quantizer import count_codes, lookup, mean_square_per_example, nearest, straight_through
 from vq.quantizers import CommitmentConfig, Quantized, Quantizer, StepContext
@@ -22,11 +24,7 @@ class Config(CommitmentConfig):
     revive_below: float = 0.05
     """A code used less often than this fraction of an even share restarts at a random vector of the batch; 0: never."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.check_not_negative("revive_below")
-        if not 0 <= self.codebook_decay < 1:
-            raise ValueError(f"got codebook_decay {self.codebook_decay}, wanted [0, 1): pass --codebook_decay 0.99")
+    RANGES: ClassVar = {"codebook_decay": "[0, 1)", "revive_below": NOT_NEGATIVE}
 
 
 class EMAQuantizer(Quantizer):

@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.ranges import NOT_NEGATIVE
 from models.sdpa import upcast
 from vq.quantizer import argmax_linear, full_precision_matmul, lookup, nearest, straight_through
 from vq.quantizers import Quantized, Quantizer, QuantizerConfig, StepContext
@@ -25,13 +27,7 @@ class Config(QuantizerConfig):
     gumbel_decay_steps: int = 160_000
     """The temperature is 1 - step / gumbel_decay_steps, at least 1/16."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.check_not_negative("gumbel_kl_weight")
-        if self.gumbel_decay_steps < 1:
-            raise ValueError(
-                f"got gumbel_decay_steps {self.gumbel_decay_steps}, wanted at least 1: pass --gumbel_decay_steps N"
-            )
+    RANGES: ClassVar = {"gumbel_kl_weight": NOT_NEGATIVE, "gumbel_decay_steps": "[1, inf)"}
 
 
 class GumbelQuantizer(Quantizer):

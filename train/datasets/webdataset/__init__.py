@@ -8,13 +8,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from models.ranges import MILLION
 from train.config import ROOT
 from train.datasets import (
     MAX_PIXELS,
@@ -74,11 +75,13 @@ class Config(DatasetConfig):
     shard_cache: str | None = None
     """Folder for downloaded shards and the index of all shards; None: logs/.cache/webdataset."""
 
+    RANGES: ClassVar = {"mix_shards": MILLION, "shards_on_disk": "[2, 10000000]"}
+
     def __post_init__(self):
         super().__post_init__()
-        if self.mix_shards < 1 or self.shards_on_disk < 2 * self.mix_shards:
+        if self.shards_on_disk < 2 * self.mix_shards:
             raise ValueError(
-                f"got mix_shards {self.mix_shards} and shards_on_disk {self.shards_on_disk}, wanted at least 1 and "
+                f"got mix_shards {self.mix_shards} and shards_on_disk {self.shards_on_disk}, wanted at least "
                 "twice as many: the next shards are downloaded while the current ones are read"
             )
         names = [*self.json_fields, *self.id_fields, *self.box_fields, *map(field_name, self.mask_ext)]

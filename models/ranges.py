@@ -1,0 +1,42 @@
+"""Ranges of the numbers of a config, which its class declares in mathematical notation: `RANGES = {"eta": "[0, 1]"}`.
+
+A range excludes what is not finite. Sizes have upper limits far above any in use, so that a slip of the keyboard is
+refused by its name rather than by the allocator.
+"""
+
+FINITE = "(-inf, inf)"
+POSITIVE = "(0, inf)"
+NOT_NEGATIVE = "[0, inf)"
+SIZE = "[1, 65536]"  # of an axis of a tensor: sides, widths, channels
+MILLION = "[1, 1000000]"  # of images at once, of steps of a process or a solver
+COUNT = "[1, 1000000000]"  # of images, codes or steps
+
+
+def check_ranges(config: object) -> None:
+    """Raises ValueError for a number of a config outside the RANGES of its class and base classes.
+
+    In a tuple every number must be inside; None is inside every range. Called by `__post_init__`.
+    """
+    for base in type(config).__mro__:
+        for name, interval in vars(base).get("RANGES", {}).items():
+            value = getattr(config, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and not is_inside(number, interval):
+                    raise ValueError(f"got {name} {value}, wanted {describe(interval, number)}: pass --{name} N")
+
+
+def is_inside(number: float, interval: str) -> bool:
+    """Whether a number is inside an interval such as "[0, 1)"; NaN never is."""
+    low, high = map(float, interval[1:-1].split(", "))
+    above = low <= number if interval[0] == "[" else low < number
+    return above and (number <= high if interval[-1] == "]" else number < high)
+
+
+def describe(interval: str, number: float) -> str:
+    """Returns in words what an interval wants of a number outside it: of an integer, the end that it passes."""
+    low, high = interval[1:-1].split(", ")
+    if isinstance(number, int) or high == "inf" and low != "-inf":
+        if number >= float(high):
+            return f"at most {high}" if interval[-1] == "]" else f"a number below {high}"
+        return f"at least {low}" if interval[0] == "[" else f"a number above {low}"
+    return "a finite number" if high == "inf" else f"a number in {interval}"
